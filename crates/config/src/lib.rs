@@ -1,0 +1,67 @@
+//! What a microVM is, as its user writes it: one struct per JSON object of the API and of the configuration file,
+//! with its defaults, bounds and checks.
+//!
+//! The same structs read a request body and a section of `--config-file`. This room does no I/O: it says whether a
+//! value can be meant, never whether a file exists.
+//!
+//! # Invariants
+//!
+//! - Unknown fields are refused, with their name, wherever they stand.
+//! - Deserializing checks form (types, names of variants); `check` methods check bounds and combinations. A value
+//!   that came through both is in range, and other rooms may rely on it.
+//! - Serializing gives the shape that the API answers with.
+//!
+//! # Errors
+//!
+//! [`ConfigError`]: each variant names the field, the value and the bound.
+
+#![forbid(unsafe_code)]
+
+mod boot_source;
+mod machine_config;
+
+pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS, MAX_BOOT_ARGS_LEN};
+pub use machine_config::{
+    CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,
+};
+
+/// A value that has the right form and cannot be meant.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A number outside its bounds.
+    #[error("{field} is {value}: it must be between {min} and {max}")]
+    OutOfRange {
+        /// The field's name in JSON.
+        field: &'static str,
+        /// What was given.
+        value: u64,
+        /// Smallest value allowed.
+        min: u64,
+        /// Largest value allowed.
+        max: u64,
+    },
+    /// `smt` with an odd number of vCPUs above one.
+    #[error("vcpu_count is {vcpu_count}: with smt it must be 1 or even")]
+    OddVcpusWithSmt {
+        /// What was given.
+        vcpu_count: u8,
+    },
+    /// Memory that is not a whole number of huge pages.
+    #[error("mem_size_mib is {mem_size_mib}: with huge_pages 2M it must be a multiple of 2")]
+    OddMemoryWithHugePages {
+        /// What was given.
+        mem_size_mib: u32,
+    },
+    /// A kernel command line that does not fit in the guest's buffer.
+    #[error("boot_args is {len} bytes long: at most {MAX_BOOT_ARGS_LEN} fit")]
+    BootArgsTooLong {
+        /// Length given, in bytes.
+        len: usize,
+    },
+    /// A kernel command line with a NUL byte in it.
+    #[error("boot_args has a NUL byte at offset {offset}: the kernel would not see what follows it")]
+    BootArgsHaveNul {
+        /// Where it stands.
+        offset: usize,
+    },
+}
