@@ -13,12 +13,13 @@
 //!
 //! # Errors
 //!
-//! [`ConfigError`]: each variant names the field, the value and the bound.
+//! [`ConfigError`]: each variant names the field, the value and the bound. Names have their own, [`IdError`].
 
 #![forbid(unsafe_code)]
 
 mod action;
 mod boot_source;
+mod id;
 mod logger;
 mod machine_config;
 mod serial;
@@ -28,6 +29,7 @@ mod vm_state;
 
 pub use action::{Action, ActionType};
 pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS, MAX_BOOT_ARGS_LEN};
+pub use id::{IdError, InstanceId, ResourceId};
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use machine_config::{
     CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,

@@ -52,8 +52,13 @@ pub enum ProtocolError {
     #[error("more than {MAX_HEADERS} header lines")]
     TooManyHeaders,
     /// A method that no resource has.
-    #[error("method {0} is not one of GET, PUT, PATCH, DELETE")]
-    UnknownMethod(String),
+    #[error("there is no {method} {path}: methods are GET, PUT, PATCH and DELETE")]
+    UnknownMethod {
+        /// The method given.
+        method: String,
+        /// The path given.
+        path: String,
+    },
     /// `Content-Length` is no number, or stands there twice with different values.
     #[error("Content-Length is `{0}`: it must be one decimal number")]
     BadContentLength(String),
@@ -243,13 +248,14 @@ fn parse_head(input: &[u8]) -> Result<Option<(usize, Head)>, Refusal> {
     };
     let version = if request.version == Some(0) { Version::Http10 } else { Version::Http11 };
     let name = request.method.unwrap_or_default();
+    let path = path_of(request.path.unwrap_or_default()).to_owned();
     let Some(method) = Method::from_name(name) else {
-        return Err(fatal(ProtocolError::UnknownMethod(name.to_owned()), version));
+        return Err(fatal(ProtocolError::UnknownMethod { method: name.to_owned(), path }, version));
     };
     let headers = read_headers(request.headers).map_err(|error| fatal(error, version))?;
     let head = Head {
         method,
-        path: path_of(request.path.unwrap_or_default()).to_owned(),
+        path,
         version,
         keep_alive: !headers.close && (version == Version::Http11 || headers.keep_alive),
         // HTTP/1.0 knows no interim answers.
@@ -409,8 +415,9 @@ mod tests {
 
     #[test]
     fn other_methods_are_refused_by_name() {
-        let refusal = only_refusal(b"POST / HTTP/1.1\r\n\r\n");
-        assert_eq!(refusal.error, ProtocolError::UnknownMethod("POST".into()));
+        let refusal = only_refusal(b"POST /vm HTTP/1.1\r\n\r\n");
+        let (method, path) = ("POST".into(), "/vm".into());
+        assert_eq!(refusal.error, ProtocolError::UnknownMethod { method, path });
         assert!(!refusal.keep_alive);
     }
 
