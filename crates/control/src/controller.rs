@@ -172,7 +172,9 @@ impl<H: Host> Controller<H> {
         match config.cpu_template {
             None | Some(CpuTemplate::None) => {}
             Some(template) => {
-                log::warn!("cpu_template {template:?} is accepted and has no effect: this version shows the host's CPU");
+                log::warn!(
+                    "cpu_template {template:?} is accepted and has no effect: this version shows the host's CPU"
+                );
             }
         }
         self.config.machine_config = config;
@@ -210,7 +212,9 @@ impl<H: Host> Controller<H> {
             cmdline: source.boot_args().to_owned(),
         };
         let serial = match &self.serial_output {
-            Some(output) => output.try_clone().map(|output| SerialSetup { output: Some(output), input: None }),
+            Some(output) => {
+                output.try_clone().map(|output| SerialSetup { output: Some(output), input: None })
+            }
             None => self.host.standard_io(),
         };
         let setup = Setup {
@@ -266,8 +270,9 @@ fn to_json(value: &impl serde::Serialize) -> Result<Reply, CommandError> {
 }
 
 fn open(what: &str, path: &Path) -> Result<File, CommandError> {
-    File::open(path)
-        .map_err(|error| CommandError::new(format_args!("cannot open the {what} {}: {error}", path.display())))
+    File::open(path).map_err(|error| {
+        CommandError::new(format_args!("cannot open the {what} {}: {error}", path.display()))
+    })
 }
 
 fn clone_file(what: &str, file: &File) -> Result<File, CommandError> {

@@ -22,8 +22,10 @@ thread_local! {
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(null_mut()) };
 }
 
-/// Which of the real-time signals, counted from the first.
-const SIGNAL_OFFSET: i32 = 0;
+/// The signal that kicks: the first of the real-time ones.
+fn signal() -> libc::c_int {
+    SIGRTMIN()
+}
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     if let Some(flag) = NonNull::new(IMMEDIATE_EXIT.get()) {
@@ -36,7 +38,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 pub(crate) fn install_handler() -> Result<(), vmm_sys_util::errno::Error> {
     static INSTALL: Once = Once::new();
     let mut result = Ok(());
-    INSTALL.call_once(|| result = register_signal_handler(SIGRTMIN() + SIGNAL_OFFSET, on_kick));
+    INSTALL.call_once(|| result = register_signal_handler(signal(), on_kick));
     result
 }
 
@@ -85,6 +87,6 @@ impl DerefMut for Kickable {
 
 /// Makes the vCPU that `thread` runs leave `KVM_RUN`.
 pub(crate) fn kick<T>(thread: &JoinHandle<T>) {
-    // It fails only for a thread that has ended, which is out of KVM_RUN for good.
-    let _ = thread.kill(SIGNAL_OFFSET);
+    let killed = thread.kill(signal());
+    debug_assert!(killed.is_ok(), "a thread that has not been joined can be sent a signal: {killed:?}");
 }

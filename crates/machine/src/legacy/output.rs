@@ -63,6 +63,11 @@ impl Output {
         Ok(Output { fd, kind: Kind::NonBlocking })
     }
 
+    /// The same destination once more.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Output { fd: self.fd.try_clone()?, kind: self.kind })
+    }
+
     /// Writes what fits now. [`io::ErrorKind::WouldBlock`] when nothing does; 0 only for no bytes.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let written = match self.kind {
