@@ -1,6 +1,6 @@
 //! `cargo xtask`: what developers and newcomers run.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 mod apt;
 mod host;

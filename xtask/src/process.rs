@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail};
+use vesta_tests::process::die_with_parent;
 
 /// Says on standard error what is being done.
 macro_rules! say {
@@ -47,19 +48,10 @@ fn describe(command: &Command) -> String {
 
 /// Makes the command's process end when this one does, however it ends, and keeps the terminal's ctrl-C from it.
 ///
-/// Call it from the main thread only: the kernel counts the death of the thread that starts a process.
-#[expect(unsafe_code, reason = "what happens between fork and exec can be said in no other way")]
+/// Call it from the main thread only: see [`die_with_parent`].
 pub(crate) fn die_with_us(command: &mut Command) -> &mut Command {
     use std::os::unix::process::CommandExt;
-    command.process_group(0);
-    // SAFETY: the closure runs in the child after `fork`, where only async-signal-safe calls are allowed. It makes
-    // one system call (`prctl`), allocates nothing and takes no lock.
-    unsafe {
-        command.pre_exec(|| {
-            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-            Ok(())
-        })
-    }
+    die_with_parent(command.process_group(0))
 }
 
 /// Directories to remove before this process ends.
