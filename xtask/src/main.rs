@@ -1,0 +1,61 @@
+//! `cargo xtask`: what developers and newcomers run.
+
+#![forbid(unsafe_code)]
+
+mod apt;
+mod host;
+mod kernels;
+mod process;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use lexopt::prelude::*;
+
+const USAGE: &str = "\
+cargo xtask COMMAND
+
+  host [--cpus N] [--mem MIB] [--timeout S] [--pin CPU|none] [--modules A,B] [--kernel-log FILE] [--] CMD...
+        Runs CMD where KVM runs ordinary guests: here if it does, else on the emulated host.
+
+Environment:
+  VESTA_HOST=native|emulated   which host, whatever the local KVM can do
+  VESTA_HOST_PIN=CPU|none      the emulated processor that commands run on (1)
+  VESTA_TUNED_KERNEL=FILE      the tuned guest kernel, a vmlinux or a .zst of one
+";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    let name = args.next().unwrap_or_default();
+    let result =
+        if host::init::is_modprobe(&name) { host::init::modprobe(args) } else { dispatch(args.collect()) };
+    match result {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
+    let mut parser = lexopt::Parser::from_args(args);
+    let command = match parser.next()? {
+        None | Some(Long("help") | Short('h')) => {
+            print!("{USAGE}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Value(command)) => command,
+        Some(arg) => return Err(arg.unexpected().into()),
+    };
+    let command = command.to_str().context("the command is not UTF-8")?;
+    if command == "host-init" {
+        return host::init::main(&mut parser);
+    }
+    process::clean_up_on_signals()?;
+    match command {
+        "host" => host::command(&mut parser),
+        _ => bail!("there is no command {command}\n\n{USAGE}"),
+    }
+}
