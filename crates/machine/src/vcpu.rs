@@ -18,8 +18,9 @@
 //! On an exit the thread finds the address on a bus and touches registers only; nothing here waits for anything but the guest.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use memory::GuestRam;
@@ -31,6 +32,9 @@ use crate::kick::{self, Kickable};
 
 /// Longest x86 instruction in bytes.
 const MAX_INSTRUCTION: u64 = 15;
+
+/// How long a kick is given before the next.
+const KICK_AGAIN: Duration = Duration::from_millis(2);
 
 /// The buses that all vCPUs of a machine share.
 #[derive(Debug)]
@@ -99,7 +103,22 @@ impl VcpuHandle {
 
     /// Waits until a pause that was asked for has come about.
     pub(crate) fn wait_paused(&self) -> Result<(), VcpuGone> {
-        self.acknowledged.recv().map(|Paused| ()).map_err(|_| VcpuGone(self.id))
+        match self.wait() {
+            Waited::Paused => Ok(()),
+            Waited::Ended => Err(VcpuGone(self.id)),
+        }
+    }
+
+    /// Waits until the thread has paused or ended, and kicks it again and again meanwhile: a software KVM goes on from one
+    /// exit to the next without a look at `immediate_exit`, and sees a signal only if it comes while it interprets.
+    fn wait(&self) -> Waited {
+        loop {
+            match self.acknowledged.recv_timeout(KICK_AGAIN) {
+                Ok(Paused) => return Waited::Paused,
+                Err(RecvTimeoutError::Disconnected) => return Waited::Ended,
+                Err(RecvTimeoutError::Timeout) => self.kick(),
+            }
+        }
     }
 
     fn kick(&self) {
@@ -114,11 +133,19 @@ impl Drop for VcpuHandle {
         // A thread that is gone has stopped.
         let _ = self.requests.send(Request::Stop);
         self.kick();
+        // What it still acknowledges is a pause that nobody waits for any more.
+        while let Waited::Paused = self.wait() {}
         if let Some(thread) = self.thread.take() {
             let joined = thread.join();
             debug_assert!(joined.is_ok(), "vCPU threads do not panic");
         }
     }
+}
+
+/// What [`VcpuHandle::wait`] waited for.
+enum Waited {
+    Paused,
+    Ended,
 }
 
 /// What the thread owns.
