@@ -98,14 +98,14 @@ impl ApiClient {
 
     /// Any request, with its body as it is.
     pub fn request(&mut self, method: &str, path: &str, body: Option<&str>) -> Result<Response> {
-        let mut message =
-            format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n");
-        if let Some(body) = body {
-            message
-                .push_str(&format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len()));
-        }
-        message.push_str("\r\n");
-        message.push_str(body.unwrap_or_default());
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n");
+        let message = match body {
+            None => format!("{head}\r\n"),
+            Some(body) => {
+                let length = body.len();
+                format!("{head}Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}")
+            }
+        };
         self.send_raw(message.as_bytes()).with_context(|| format!("{method} {path}"))
     }
 

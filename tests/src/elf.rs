@@ -124,22 +124,26 @@ pub fn spinning_guest() -> Elf {
     Elf::of(&code)
 }
 
-/// Sends one byte over the serial port at 0x3f8, then halts.
-pub fn serial_guest(byte: u8) -> Elf {
-    // mov dx, 0x3f8; mov al, byte; out dx, al
-    let mut code = vec![0x66, 0xba, 0xf8, 0x03, 0xb0, byte, 0xee];
+/// Sends these bytes over the serial port at 0x3f8, then asks the keyboard controller for a reset.
+pub fn serial_guest(text: &[u8]) -> Elf {
+    // mov dx, 0x3f8
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03];
+    for &byte in text {
+        // mov al, byte; out dx, al
+        code.extend([0xb0, byte, 0xee]);
+    }
+    code.extend(RESET);
     code.extend(HALT);
     Elf::of(&code)
 }
 
 /// Asks the keyboard controller for a reset, then halts.
 pub fn reset_guest() -> Elf {
-    // mov al, 0xfe; out 0x64, al
-    let mut code = vec![0xb0, 0xfe, 0xe6, 0x64];
-    code.extend(HALT);
-    Elf::of(&code)
+    Elf::of(&[&RESET[..], &HALT].concat())
 }
 
+/// mov al, 0xfe; out 0x64, al
+const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
 /// hlt; jmp back to it
 const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
 

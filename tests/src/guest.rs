@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::api::ApiClient;
 use crate::initramfs::Initramfs;
 use crate::modules::Modules;
+use crate::vmm::{Vmm, VmmBuilder};
 
 /// The environment variables that the runner sets.
 pub mod env {
@@ -185,4 +186,45 @@ impl Guest {
 /// Starts the guest that the API was told of.
 pub fn start(api: &mut ApiClient) -> Result<()> {
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok().map(drop)
+}
+
+/// Time enough for a Linux guest to come up and do something small, on an emulated host with others beside it.
+pub const BOOT: std::time::Duration = std::time::Duration::from_mins(2);
+/// Time enough for anything that needs no Linux guest.
+pub const SOON: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// The monitor with its API, once it answers.
+pub fn vmm_with_api(args: &[&str]) -> Result<(Vmm, ApiClient)> {
+    let builder = args.iter().fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
+    let vmm = builder.spawn()?;
+    let api = vmm.ready_client(SOON)?;
+    Ok((vmm, api))
+}
+
+/// Makes a test of each function here, once for each kernel.
+#[macro_export]
+macro_rules! on_each_kernel {
+    ($($(#[doc = $doc:literal])* fn $name:ident($kernel:ident) $body:block)*) => {$(
+        $(#[doc = $doc])*
+        mod $name {
+            use super::*;
+
+            fn run($kernel: $crate::guest::Kernel) -> anyhow::Result<()> $body
+
+            #[test]
+            fn tuned() -> anyhow::Result<()> {
+                run($crate::guest::Kernel::Tuned)
+            }
+
+            #[test]
+            fn debian_6_1() -> anyhow::Result<()> {
+                run($crate::guest::Kernel::Debian6_1)
+            }
+
+            #[test]
+            fn debian_6_12() -> anyhow::Result<()> {
+                run($crate::guest::Kernel::Debian6_12)
+            }
+        }
+    )*};
 }

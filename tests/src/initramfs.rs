@@ -1,6 +1,7 @@
 //! Initial RAM disks: a `newc` cpio archive with busybox, an `/init` script, and whatever else a guest needs.
 //!
-//! Busybox's shell runs its own applets by name, so `#!/bin/sh` is all that a script asks for.
+//! Busybox's shell runs its own applets by name (once `/proc` is there, to find itself), so `#!/bin/sh` is all that a
+//! script asks for.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -18,7 +19,7 @@ const CHARACTER_DEVICE: u32 = 0o020_000;
 /// What the `/init` of every guest begins with.
 const PREAMBLE: &str = "\
 #!/bin/sh
-mount -t proc none /proc
+/bin/busybox mount -t proc none /proc
 mount -t sysfs none /sys
 mount -t devtmpfs none /dev
 ";

@@ -6,6 +6,7 @@ mod apt;
 mod host;
 mod kernels;
 mod process;
+mod test;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -15,6 +16,9 @@ use lexopt::prelude::*;
 
 const USAGE: &str = "\
 cargo xtask COMMAND
+
+  test [--lint] [--unit] [--system] [FILTER]
+        Lints, unit tests and whole-system tests: all, or those layers and those tests whose name has FILTER in it.
 
   host [--cpus N] [--mem MIB] [--timeout S] [--pin CPU|none] [--modules A,B] [--kernel-log FILE] [--] CMD...
         Runs CMD where KVM runs ordinary guests: here if it does, else on the emulated host.
@@ -56,6 +60,8 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     process::clean_up_on_signals()?;
     match command {
         "host" => host::command(&mut parser),
+        "test" => test::command(&mut parser),
+        "test-inner" => test::inner::main(&mut parser),
         _ => bail!("there is no command {command}\n\n{USAGE}"),
     }
 }

@@ -115,6 +115,13 @@ pub(crate) fn clean_up_on_signals() -> Result<()> {
     Ok(())
 }
 
+/// The cargo that runs us, in the repository.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
 /// Where what takes long to get is kept between runs: `$XDG_CACHE_HOME/vesta`, else `~/.cache/vesta`.
 pub(crate) fn cache_dir() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME").filter(|dir| Path::new(dir).is_absolute()) {

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -52,6 +52,16 @@ pub(crate) struct Emulated {
     pub(crate) modules: Vec<String>,
     /// Where to put its kernel's log, however the job ends.
     pub(crate) kernel_log: Option<PathBuf>,
+    /// A sign of life to look for.
+    pub(crate) watch: Option<Watch>,
+}
+
+/// A file that grows while the job gets on. A machine that hangs says nothing, like one that died.
+#[derive(Debug, Clone)]
+pub(crate) struct Watch {
+    pub(crate) file: PathBuf,
+    /// The longest that it may stay as it is.
+    pub(crate) quiet: Duration,
 }
 
 impl Default for Emulated {
@@ -63,6 +73,7 @@ impl Default for Emulated {
             pin: Some(1),
             modules: Vec::new(),
             kernel_log: None,
+            watch: None,
         }
     }
 }
@@ -109,7 +120,7 @@ impl Emulated {
         let kernel = kernels::debian(kernels::DEBIAN_6_12)?;
         let scratch = ScratchDir::new()?;
         let mut machine = self.start(job, &kernel, &scratch)?;
-        let ending = machine.wait(self.timeout);
+        let ending = machine.wait(self);
         machine.stop();
         let log = scratch.path().join("console");
         if let Some(keep) = &self.kernel_log {
@@ -120,7 +131,8 @@ impl Emulated {
             Ok(Ending::Signaled(signal)) => Ok(Outcome::Signaled(signal)),
             Ok(Ending::Failed(reason)) => bail!("on the emulated host: {reason}"),
             Err(NoEnding::TimedOut) => Ok(Outcome::TimedOut),
-            Err(NoEnding::Died) => died(&scratch),
+            Err(NoEnding::Died) => died(&scratch, "it died"),
+            Err(NoEnding::Hung) => died(&scratch, "it hung"),
         }
     }
 
@@ -238,14 +250,31 @@ struct Machine {
 enum NoEnding {
     TimedOut,
     Died,
+    Hung,
 }
 
 impl Machine {
-    fn wait(&mut self, timeout: Duration) -> Result<Ending, NoEnding> {
-        match self.endings.recv_timeout(timeout) {
-            Ok(line) => serde_json::from_str(&line).map_err(|_| NoEnding::Died),
-            Err(RecvTimeoutError::Timeout) => Err(NoEnding::TimedOut),
-            Err(RecvTimeoutError::Disconnected) => Err(NoEnding::Died),
+    fn wait(&mut self, limits: &Emulated) -> Result<Ending, NoEnding> {
+        let started = Instant::now();
+        let size = || {
+            limits.watch.as_ref().and_then(|watch| std::fs::metadata(&watch.file).ok()).map(|file| file.len())
+        };
+        let mut last = (size(), Instant::now());
+        loop {
+            match self.endings.recv_timeout(Duration::from_secs(1)) {
+                Ok(line) => return serde_json::from_str(&line).map_err(|_| NoEnding::Died),
+                Err(RecvTimeoutError::Disconnected) => return Err(NoEnding::Died),
+                Err(RecvTimeoutError::Timeout) if started.elapsed() > limits.timeout => {
+                    return Err(NoEnding::TimedOut);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if size() != last.0 {
+                last = (size(), Instant::now());
+            }
+            if limits.watch.as_ref().is_some_and(|watch| last.1.elapsed() > watch.quiet) {
+                return Err(NoEnding::Hung);
+            }
         }
     }
 
@@ -269,8 +298,8 @@ impl Drop for Machine {
 }
 
 /// Keeps the dead machine's logs where they can be looked at, and returns their end.
-fn died(scratch: &ScratchDir) -> Result<Outcome> {
-    let mut all = String::new();
+fn died(scratch: &ScratchDir, how: &str) -> Result<Outcome> {
+    let mut all = format!("{how}\n");
     for name in ["virtiofsd", "qemu", "console"] {
         let text = std::fs::read(scratch.path().join(name)).unwrap_or_default();
         all.extend([&format!("== {name}\n"), String::from_utf8_lossy(&text).as_ref(), "\n"]);
