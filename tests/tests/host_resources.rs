@@ -68,10 +68,12 @@ fn reboot_by_triple_fault_ends_with_status_0_and_is_reported() {
 fn a_serial_fifo_that_nobody_reads_does_not_stop_the_guest() {
     let builder = VmmBuilder::new(&vmm_path()).unwrap();
     // More than the monitor and the FIFO hold together.
-    let script = "i=0; while [ $i -lt 3000 ]; do echo 0123456789012345678901234567890123456789012345678901234567890123456789; i=$((i+1)); done\npoweroff -f";
+    let script = "i=0; while [ $i -lt 1100 ]; do echo 0123456789012345678901234567890123456789012345678901234567890123456789; i=$((i+1)); done\npoweroff -f";
     let guest = Guest::linux(Kernel::quickest(), script, builder.dir()).unwrap();
     let fifo = builder.dir().join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
+    let nobody = std::fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+    rustix::pipe::fcntl_setpipe_size(&nobody, 4096).unwrap();
     let mut config = guest.config();
     config["serial"] = json!({"serial_out_path": fifo});
     let mut vmm = builder.arg("--no-api").with_config(&config).unwrap().spawn().unwrap();

@@ -21,7 +21,7 @@ fn under_the_name_firecracker_it_answers_as_such() {
     let mut api = vmm.ready_client(SOON).unwrap();
     let info = api.get("/").unwrap().json().unwrap();
     assert_eq!((&info["app_name"], &info["vmm_version"]), (&json!("Firecracker"), &json!("1.17.0")));
-    assert!(vmm.stdout.text().contains("Running Firecracker v1.17"), "{}", vmm.stdout.text());
+    vmm.wait_for_output("Running Firecracker v1.17", SOON).unwrap();
 }
 
 #[test]
