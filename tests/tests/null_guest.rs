@@ -154,13 +154,15 @@ fn a_guest_that_never_exits_ends_at_once_with_its_monitor() -> Result<()> {
     Ok(())
 }
 
+/// Some kernels reboot this way (`reboot=t`), so it is no failure of the monitor's.
+///
 /// Where the processor's own state is lost with the fault (AMD's is undefined then), a monitor can only say so.
 #[test]
 fn a_triple_fault_is_reported_with_where_it_was() -> Result<()> {
     let (elf, fault_at) = triple_fault_guest();
     let (mut vmm, _api) = started(&elf)?;
     let (code, said) = vmm.finish(SOON)?;
-    assert_eq!(code, 0, "a guest may reboot by a triple fault");
+    assert_eq!(code, 0);
     let said = said.to_lowercase();
     ensure!(said.contains("rip"), "no RIP in: {said}");
     let real = said.contains(&format!("{fault_at:x}"));
@@ -175,7 +177,7 @@ fn an_instruction_that_kvm_cannot_emulate_is_reported_with_its_bytes() -> Result
     let (elf, instruction) = unemulatable_guest();
     let (mut vmm, _api) = started(&elf)?;
     let (code, said) = vmm.finish(SOON)?;
-    assert_eq!(code, 0, "a guest may reboot by a triple fault");
+    assert_ne!(code, 0, "a guest that died is not a good end");
     let said = said.to_lowercase();
     ensure!(said.contains("rip") && said.contains(&format!("{LOAD_ADDRESS:x}")), "no RIP in: {said}");
     // However the bytes are set apart.

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod demo;
 mod host;
 mod kernels;
 mod process;
@@ -17,6 +18,8 @@ use lexopt::prelude::*;
 const USAGE: &str = "\
 cargo xtask COMMAND
 
+  demo
+        Boots a microVM whose guest says hello, and shows its timeline.
   test [--lint] [--unit] [--system] [FILTER]
         Lints, unit tests and whole-system tests: all, or those layers and those tests whose name has FILTER in it.
 
@@ -59,6 +62,8 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     }
     process::clean_up_on_signals()?;
     match command {
+        "demo" => demo::command(&mut parser),
+        "demo-inner" => demo::inner(&mut parser),
         "host" => host::command(&mut parser),
         "test" => test::command(&mut parser),
         "test-inner" => test::inner::main(&mut parser),

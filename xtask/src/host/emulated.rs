@@ -28,6 +28,8 @@ use crate::process::{ScratchDir, cache_dir, die_with_us, root};
 
 /// The C virtiofsd of Debian 12 (`qemu-system-common`).
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
+/// How much is shown of the log of a machine that died.
+const LOG_LINES_SHOWN: usize = 25;
 /// The tag of the root file system.
 pub(super) const ROOT_TAG: &str = "root";
 
@@ -306,10 +308,16 @@ fn died(scratch: &ScratchDir, how: &str) -> Result<Outcome> {
     }
     let logs = cache_dir()?.join("logs");
     std::fs::create_dir_all(&logs)?;
-    let log = logs.join(format!("host-died-{}.log", std::process::id()));
+    let name = scratch.path().file_name().context("it has a name")?.to_string_lossy();
+    let log = logs.join(format!("host-{name}.log"));
     std::fs::write(&log, &all)?;
-    let lines: Vec<&str> = all.lines().collect();
-    let tail = lines[lines.len().saturating_sub(25)..].join("\n");
+    // The first trouble tells more than the last line of its trace.
+    let lines: Vec<&str> = all.lines().map(str::trim_end).collect();
+    let trouble = ["Kernel panic", "BUG:", "Oops", "host-init:", "soft lockup", "rcu: INFO"];
+    let found = lines.iter().position(|line| trouble.iter().any(|word| line.contains(word)));
+    let start = found.unwrap_or(lines.len().saturating_sub(LOG_LINES_SHOWN));
+    let end = lines.len().min(start + LOG_LINES_SHOWN);
+    let tail = lines[start..end].join("\n");
     Ok(Outcome::HostDied { log, tail })
 }
 

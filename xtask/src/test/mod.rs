@@ -18,7 +18,6 @@ use anyhow::Result;
 use lexopt::prelude::*;
 
 pub(crate) use build::vmm as build_vmm;
-pub(crate) use system::guest_environment;
 
 use crate::process::{cargo, say};
 

@@ -26,7 +26,7 @@ const NULL_GUESTS: &str = "null_";
 const MOST_DEATHS: usize = 8;
 
 /// What the harness is told: the monitor, the kernels and busybox.
-pub(crate) fn guest_environment(vmm: PathBuf) -> Result<Vec<(OsString, OsString)>> {
+fn guest_environment(vmm: PathBuf) -> Result<Vec<(OsString, OsString)>> {
     let mut variables = vec![
         (env::VMM, vmm),
         (env::DEBIAN_6_1, kernels::debian(kernels::DEBIAN_6_1)?.image),
