@@ -24,6 +24,8 @@ const SCRIPT: &str = "\
 memory=$(awk '/^MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
 echo \"hello from Linux $(uname -r) in a microVM: $(nproc) vCPU, $memory MiB of memory\"
 poweroff -f";
+/// Notices of the kernel's and what is worse; its first line is a notice.
+const BOOT_ARGS: &str = "console=ttyS0 loglevel=6 panic=-1 reboot=k";
 /// What marks the lines that the timeline names.
 const HELLO: &str = "hello from Linux";
 const BOOT_TIMER: &str = "Guest-boot-time";
@@ -60,7 +62,7 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 /// `demo-inner VMM KERNEL INITRD`: runs on the host, so that the times are taken there.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let (vmm, kernel, initrd) = (parser.value()?, parser.value()?, parser.value()?);
-    let mut guest = Guest::bare(Path::new(&kernel)).boot_args("console=ttyS0 panic=-1 reboot=k");
+    let mut guest = Guest::bare(Path::new(&kernel)).boot_args(BOOT_ARGS);
     guest.initrd = Some(initrd.into());
     let builder = VmmBuilder::new(Path::new(&vmm))?.quiet().arg("--no-api").arg("--boot-timer");
     let mut vmm = builder.with_config(&guest.config())?.spawn()?;
@@ -68,7 +70,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let ended = Instant::now();
     vmm.stdout.wait_for_end(PATIENCE)?;
     let lines = vmm.stdout.lines();
-    println!("{}", console(&lines));
+    println!("\nWhat vesta-vmm and the guest's serial console say:\n\n{}", console(&lines));
     eprint!("{}", vmm.stderr.text());
     let code = code?;
     print!("{}", timeline(vmm.started(), &lines, ended, code));
