@@ -290,7 +290,7 @@ pub(crate) fn internal_error(suberror: u32) -> String {
 }
 
 /// Where a vCPU is: its instruction pointer, and the bytes there as far as they are mapped and are RAM.
-pub(crate) fn place(vcpu: &VcpuFd, ram: &GuestRam) -> Option<(u64, Vec<u8>)> {
+fn place(vcpu: &VcpuFd, ram: &GuestRam) -> Option<(u64, Vec<u8>)> {
     let rip = vcpu.get_regs().ok()?.rip;
     let cs_base = vcpu.get_sregs().ok()?.cs.base;
     let mut bytes = Vec::new();
