@@ -45,3 +45,44 @@ impl BootSource {
         self.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_args(boot_args: String) -> BootSource {
+        BootSource { kernel_image_path: "vmlinux".into(), initrd_path: None, boot_args: Some(boot_args) }
+    }
+
+    #[test]
+    fn the_longest_command_line_leaves_room_for_the_nul() {
+        assert_eq!(with_args("x".repeat(MAX_BOOT_ARGS_LEN - 1)).check(), Ok(()));
+        assert_eq!(
+            with_args("x".repeat(MAX_BOOT_ARGS_LEN)).check(),
+            Err(ConfigError::BootArgsTooLong { len: MAX_BOOT_ARGS_LEN })
+        );
+    }
+
+    #[test]
+    fn a_nul_in_the_command_line_is_found() {
+        assert_eq!(with_args("ro\0rw".into()).check(), Err(ConfigError::BootArgsHaveNul { offset: 2 }));
+    }
+
+    #[test]
+    fn an_absent_command_line_is_the_default_and_an_empty_one_is_empty() {
+        let absent: BootSource =
+            serde_json::from_str(r#"{"kernel_image_path":"k","boot_args":null}"#).unwrap();
+        assert_eq!(absent.boot_args(), DEFAULT_BOOT_ARGS);
+        assert_eq!(with_args(String::new()).boot_args(), "");
+    }
+
+    #[test]
+    fn the_kernel_is_needed_and_unknown_fields_are_named() {
+        for (json, named) in
+            [("{}", "`kernel_image_path`"), (r#"{"kernel_image_path":"k","root":"x"}"#, "`root`")]
+        {
+            let error = serde_json::from_str::<BootSource>(json).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+    }
+}

@@ -17,13 +17,30 @@
 
 #![forbid(unsafe_code)]
 
+mod action;
 mod boot_source;
+mod drive;
+mod logger;
 mod machine_config;
+mod serial;
+mod token_bucket;
+mod vm_config;
+mod vm_state;
 
+pub use action::{Action, ActionType};
 pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS, MAX_BOOT_ARGS_LEN};
+pub use drive::{
+    CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveError, DriveUpdate, IoEngine, MAX_DRIVE_ID_LEN,
+    MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MIN_DRIVE_QUEUE_SIZE, Overlay,
+};
+pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use machine_config::{
     CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,
 };
+pub use serial::Serial;
+pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
+pub use vm_config::{FullVmConfig, NoDrives, VmConfig};
+pub use vm_state::{Vm, VmState};
 
 /// A value that has the right form and cannot be meant.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -64,4 +81,16 @@ pub enum ConfigError {
         /// Where it stands.
         offset: usize,
     },
+    /// A block device.
+    #[error(transparent)]
+    Drive(#[from] DriveError),
+}
+
+/// Whether `value` lies between `min` and `max`, both included.
+fn in_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    if (min..=max).contains(&value) {
+        Ok(())
+    } else {
+        Err(ConfigError::OutOfRange { field, value, min, max })
+    }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ConfigError;
+use crate::{ConfigError, in_range};
 
 /// Most vCPUs of one microVM.
 pub const MAX_VCPU_COUNT: u8 = 128;
@@ -136,11 +136,105 @@ pub enum CpuTemplate {
     None,
 }
 
-/// Whether `value` lies between `min` and `max`, both included.
-fn in_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
-    if (min..=max).contains(&value) {
-        Ok(())
-    } else {
-        Err(ConfigError::OutOfRange { field, value, min, max })
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(json: &str) -> Result<MachineConfig, String> {
+        serde_json::from_str(json).map_err(|error| error.to_string())
+    }
+
+    fn with(vcpu_count: u8, mem_size_mib: u32) -> MachineConfig {
+        MachineConfig { vcpu_count, mem_size_mib, ..MachineConfig::default() }
+    }
+
+    #[test]
+    fn vcpus_and_memory_are_needed_and_the_rest_has_defaults() {
+        assert_eq!(parse(r#"{"vcpu_count":2,"mem_size_mib":256}"#), Ok(with(2, 256)));
+        for (json, missing) in
+            [(r#"{"vcpu_count":2}"#, "`mem_size_mib`"), (r#"{"mem_size_mib":2}"#, "`vcpu_count`")]
+        {
+            let error = parse(json).unwrap_err();
+            assert!(error.contains(missing), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_name_of_smt_before_firecracker_0_25_is_known() {
+        let config = parse(r#"{"vcpu_count":2,"mem_size_mib":256,"ht_enabled":true}"#).unwrap();
+        assert!(config.smt);
+        let update: MachineConfigUpdate = serde_json::from_str(r#"{"ht_enabled":true}"#).unwrap();
+        assert_eq!(update.smt, Some(true));
+    }
+
+    #[test]
+    fn bounds_are_inclusive_on_both_ends() {
+        for good in [with(1, 1), with(MAX_VCPU_COUNT, MAX_MEM_SIZE_MIB)] {
+            assert_eq!(good.check(), Ok(()));
+        }
+        for (bad, field, value) in [
+            (with(0, 128), "vcpu_count", 0),
+            (with(MAX_VCPU_COUNT + 1, 128), "vcpu_count", 129),
+            (with(1, 0), "mem_size_mib", 0),
+            (with(1, MAX_MEM_SIZE_MIB + 1), "mem_size_mib", 1048577),
+        ] {
+            let error = bad.check().unwrap_err();
+            let ConfigError::OutOfRange { field: named, value: given, .. } = error else { panic!("{error}") };
+            assert_eq!((named, given), (field, value));
+        }
+    }
+
+    #[test]
+    fn a_number_that_does_not_fit_its_type_is_refused() {
+        for json in [
+            r#"{"vcpu_count":256,"mem_size_mib":1}"#,
+            r#"{"vcpu_count":-1,"mem_size_mib":1}"#,
+            r#"{"vcpu_count":1,"mem_size_mib":4294967296}"#,
+            r#"{"vcpu_count":1.5,"mem_size_mib":1}"#,
+        ] {
+            assert!(parse(json).is_err(), "{json}");
+        }
+    }
+
+    #[test]
+    fn an_update_that_does_not_fit_together_changes_nothing() {
+        let before = MachineConfig { smt: true, ..with(2, 128) };
+        let update = MachineConfigUpdate { vcpu_count: Some(3), ..MachineConfigUpdate::default() };
+        assert_eq!(before.updated(&update), Err(ConfigError::OddVcpusWithSmt { vcpu_count: 3 }));
+        let update =
+            MachineConfigUpdate { vcpu_count: Some(3), smt: Some(false), ..MachineConfigUpdate::default() };
+        assert_eq!(before.updated(&update), Ok(with(3, 128)));
+    }
+
+    #[test]
+    fn an_update_of_nothing_is_seen() {
+        assert!(serde_json::from_str::<MachineConfigUpdate>("{}").unwrap().is_empty());
+        assert!(!serde_json::from_str::<MachineConfigUpdate>(r#"{"smt":false}"#).unwrap().is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn smt_takes_one_or_an_even_number_of_vcpus(vcpu_count in 1..=MAX_VCPU_COUNT) {
+            let config = MachineConfig { smt: true, ..with(vcpu_count, 128) };
+            prop_assert_eq!(config.check().is_ok(), vcpu_count == 1 || vcpu_count % 2 == 0);
+        }
+
+        #[test]
+        fn huge_pages_take_whole_ones(mem_size_mib in 1..=MAX_MEM_SIZE_MIB) {
+            let config = MachineConfig { huge_pages: HugePages::Hugetlbfs2M, ..with(1, mem_size_mib) };
+            prop_assert_eq!(config.check().is_ok(), mem_size_mib % 2 == 0);
+        }
+
+        #[test]
+        fn an_update_of_every_field_is_the_same_as_a_new_one(
+            vcpu_count: u8, mem_size_mib: u32, smt: bool, track_dirty_pages: bool,
+        ) {
+            let new = MachineConfig { smt, track_dirty_pages, ..with(vcpu_count, mem_size_mib) };
+            let update: MachineConfigUpdate =
+                serde_json::from_value(serde_json::to_value(&new).unwrap()).unwrap();
+            prop_assert_eq!(MachineConfig::default().updated(&update), new.check().map(|()| new));
+        }
     }
 }

@@ -35,3 +35,5 @@
 //! Nowhere but in leaf modules that say so (io_uring submission of guest iovecs).
 
 #![deny(unsafe_code)]
+
+pub mod block;

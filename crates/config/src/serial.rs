@@ -1,0 +1,50 @@
+//! `/serial`: where the guest's serial console goes.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ConfigError, TokenBucket};
+
+/// The host's end of the guest's serial console.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serial {
+    /// A file (created if missing) or a named pipe; standard output where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial_out_path: Option<PathBuf>,
+    /// How much the guest may write, in bytes; what is above is dropped and counted. No limit where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<TokenBucket>,
+}
+
+impl Serial {
+    /// Checks bounds.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        self.rate_limiter.as_ref().map_or(Ok(()), TokenBucket::check)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn null_means_absent() {
+        let json = r#"{"serial_out_path":null,"rate_limiter":null}"#;
+        assert_eq!(serde_json::from_str::<Serial>(json).unwrap(), Serial::default());
+    }
+
+    #[test]
+    fn a_bucket_out_of_bounds_is_refused() {
+        let json = format!(r#"{{"rate_limiter":{{"size":1,"refill_time":{}}}}}"#, u64::MAX);
+        let serial: Serial = serde_json::from_str(&json).unwrap();
+        assert!(matches!(serial.check(), Err(ConfigError::OutOfRange { field: "refill_time", .. })));
+    }
+
+    #[test]
+    fn an_unknown_field_is_named() {
+        let error = serde_json::from_str::<Serial>(r#"{"output":"x"}"#).unwrap_err().to_string();
+        assert!(error.contains("`output`"), "{error}");
+    }
+}

@@ -1,0 +1,274 @@
+//! A whole microVM in one JSON object: the configuration file, and the answer of `GET /vm/config`.
+//!
+//! The keys are Firecracker's (`kebab-case`); `serial` is ours. What `GET /vm/config` answers is a configuration file
+//! again, once it has a boot source.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use crate::{BootSource, ConfigError, Logger, MachineConfig, Serial};
+
+/// The configuration file (`--config-file`).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VmConfig {
+    /// What to boot: the only key that must be there.
+    pub boot_source: BootSource,
+    /// Processors and memory.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub machine_config: MachineConfig,
+    /// The log; the command line's settings hold where absent.
+    #[serde(default)]
+    pub logger: Option<Logger>,
+    /// The serial console; standard input and output where absent.
+    #[serde(default)]
+    pub serial: Option<Serial>,
+    /// Block devices: none yet.
+    #[serde(default)]
+    pub drives: NoDrives,
+}
+
+impl VmConfig {
+    /// Checks the bounds of every part.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        self.boot_source.check()?;
+        self.machine_config.check()?;
+        self.serial.as_ref().map_or(Ok(()), Serial::check)
+    }
+}
+
+/// A microVM's configuration as `GET /vm/config` answers: the configuration file's keys, of which any may be unset.
+///
+/// What is unset is null; `serial`, which Firecracker does not have there, is then left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FullVmConfig {
+    /// What to boot, once it is known.
+    pub boot_source: Option<BootSource>,
+    /// Block devices: none yet.
+    pub drives: NoDrives,
+    /// The log, where the API or the configuration file set it.
+    pub logger: Option<Logger>,
+    /// Processors and memory.
+    pub machine_config: MachineConfig,
+    /// The serial console, where the API or the configuration file set it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
+}
+
+impl From<VmConfig> for FullVmConfig {
+    fn from(config: VmConfig) -> FullVmConfig {
+        let VmConfig { boot_source, machine_config, logger, serial, drives } = config;
+        FullVmConfig { boot_source: Some(boot_source), drives, logger, machine_config, serial }
+    }
+}
+
+/// `drives`, which configuration files of Firecracker always have: an empty list, since this version has no block
+/// devices. Anything in it is refused.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NoDrives;
+
+impl<'de> Deserialize<'de> for NoDrives {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<NoDrives, D::Error> {
+        match Option::<Vec<de::IgnoredAny>>::deserialize(deserializer)?.map_or(0, |drives| drives.len()) {
+            0 => Ok(NoDrives),
+            count => Err(de::Error::custom(format_args!(
+                "drives has {count} entries: this version supports no drives"
+            ))),
+        }
+    }
+}
+
+impl Serialize for NoDrives {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq::<[(); 0]>([])
+    }
+}
+
+/// Reads null as if the key were absent.
+pub(crate) fn null_is_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    deserializer: D,
+) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{CpuTemplate, HugePages, LogLevel, TokenBucket};
+
+    fn parse(json: &str) -> Result<VmConfig, String> {
+        serde_json::from_str(json).map_err(|error| error.to_string())
+    }
+
+    fn minimal() -> VmConfig {
+        VmConfig {
+            boot_source: BootSource {
+                kernel_image_path: "vmlinux".into(),
+                initrd_path: None,
+                boot_args: None,
+            },
+            machine_config: MachineConfig::default(),
+            logger: None,
+            serial: None,
+            drives: NoDrives,
+        }
+    }
+
+    #[test]
+    fn a_kernel_is_all_it_takes() {
+        assert_eq!(parse(r#"{"boot-source":{"kernel_image_path":"vmlinux"}}"#), Ok(minimal()));
+    }
+
+    #[test]
+    fn null_means_absent_except_for_the_boot_source() {
+        let nulls = r#""machine-config":null,"logger":null,"serial":null,"drives":null"#;
+        assert_eq!(
+            parse(&format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},{nulls}}}"#)),
+            Ok(minimal())
+        );
+        assert!(parse(r#"{"boot-source":null}"#).is_err());
+    }
+
+    #[test]
+    fn a_missing_boot_source_is_named() {
+        let error = parse(r#"{"drives":[]}"#).unwrap_err();
+        assert!(error.contains("`boot-source`"), "{error}");
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_wherever_it_stands() {
+        for (json, named) in [
+            (r#"{"boot-source":{"kernel_image_path":"k"},"network-interfaces":[]}"#, "`network-interfaces`"),
+            (r#"{"boot-source":{"kernel_image_path":"k","args":""}}"#, "`args`"),
+            (
+                r#"{"boot-source":{"kernel_image_path":"k"},"machine-config":{"vcpu_count":1,"mem_size_mib":1,"cpus":1}}"#,
+                "`cpus`",
+            ),
+            (r#"{"boot_source":{"kernel_image_path":"k"}}"#, "`boot_source`"),
+        ] {
+            let error = parse(json).unwrap_err();
+            assert!(error.contains(named), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn drives_may_be_empty_and_nothing_else() {
+        let with = |drives: &str| {
+            parse(&format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},"drives":{drives}}}"#))
+        };
+        assert_eq!(with("[]"), Ok(minimal()));
+        let error = with(r#"[{"drive_id":"rootfs"}]"#).unwrap_err();
+        assert!(error.contains("drives has 1 entries") && error.contains("supports no drives"), "{error}");
+        assert!(with("{}").is_err());
+    }
+
+    #[test]
+    fn checking_reaches_every_part() {
+        let mut config = minimal();
+        config.machine_config.vcpu_count = 0;
+        assert!(config.check().is_err());
+        let mut config = minimal();
+        config.boot_source.boot_args = Some("x".repeat(crate::MAX_BOOT_ARGS_LEN));
+        assert!(config.check().is_err());
+        let mut config = minimal();
+        let bucket = TokenBucket { size: 1, one_time_burst: None, refill_time: u64::MAX };
+        config.serial = Some(Serial { serial_out_path: None, rate_limiter: Some(bucket) });
+        assert!(config.check().is_err());
+        assert_eq!(minimal().check(), Ok(()));
+    }
+
+    #[test]
+    fn an_unset_configuration_shows_nulls_and_defaults() {
+        assert_eq!(
+            serde_json::to_value(FullVmConfig::default()).unwrap(),
+            serde_json::json!({
+                "boot-source": null,
+                "drives": [],
+                "logger": null,
+                "machine-config": {
+                    "vcpu_count": 1, "mem_size_mib": 128, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
+                },
+            })
+        );
+    }
+
+    fn config() -> impl Strategy<Value = VmConfig> {
+        let path = || "[ -~]{1,40}".prop_map(PathBuf::from);
+        let boot_source = (path(), prop::option::of(path()), prop::option::of("[ -~]{0,200}")).prop_map(
+            |(kernel_image_path, initrd_path, boot_args)| BootSource {
+                kernel_image_path,
+                initrd_path,
+                boot_args,
+            },
+        );
+        let machine_config = (1..=64_u8, any::<bool>(), 1..=crate::MAX_MEM_SIZE_MIB / 2, any::<bool>())
+            .prop_flat_map(|(cores, smt, pairs, track_dirty_pages)| {
+                let pages = vec![HugePages::None, HugePages::Transparent, HugePages::Hugetlbfs2M];
+                let templates = vec![None, Some(CpuTemplate::T2), Some(CpuTemplate::None)];
+                (prop::sample::select(pages), prop::sample::select(templates)).prop_map(
+                    move |(huge_pages, cpu_template)| MachineConfig {
+                        vcpu_count: if smt { 2 * cores } else { cores },
+                        mem_size_mib: 2 * pairs,
+                        smt,
+                        cpu_template,
+                        track_dirty_pages,
+                        huge_pages,
+                    },
+                )
+            });
+        let levels = vec![
+            LogLevel::Off,
+            LogLevel::Trace,
+            LogLevel::Debug,
+            LogLevel::Info,
+            LogLevel::Warning,
+            LogLevel::Error,
+        ];
+        let logger = (
+            prop::option::of(path()),
+            prop::option::of(prop::sample::select(levels)),
+            any::<Option<bool>>(),
+            any::<Option<bool>>(),
+            prop::option::of("[a-z:]{0,20}"),
+        )
+            .prop_map(|(log_path, level, show_level, show_log_origin, module)| Logger {
+                log_path,
+                level,
+                show_level,
+                show_log_origin,
+                module,
+            });
+        let bucket = (any::<u64>(), any::<Option<u64>>(), 0..=crate::MAX_REFILL_TIME_MS).prop_map(
+            |(size, one_time_burst, refill_time)| TokenBucket { size, one_time_burst, refill_time },
+        );
+        let serial = (prop::option::of(path()), prop::option::of(bucket))
+            .prop_map(|(serial_out_path, rate_limiter)| Serial { serial_out_path, rate_limiter });
+        (boot_source, machine_config, prop::option::of(logger), prop::option::of(serial)).prop_map(
+            |(boot_source, machine_config, logger, serial)| VmConfig {
+                boot_source,
+                machine_config,
+                logger,
+                serial,
+                drives: NoDrives,
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_the_api_shows_is_a_configuration_file_again(config in config()) {
+            prop_assert_eq!(config.check(), Ok(()));
+            let shown = serde_json::to_string(&FullVmConfig::from(config.clone())).unwrap();
+            prop_assert_eq!(parse(&shown), Ok(config));
+        }
+
+        #[test]
+        fn no_text_makes_reading_panic(text in "\\PC*") {
+            let _ = parse(&text);
+        }
+    }
+}
