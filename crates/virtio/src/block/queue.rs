@@ -7,7 +7,7 @@
 //! - [`start`](DiskQueue::start) notes requests, [`kick`](DiskQueue::kick) sends them off and takes in what is over, and
 //!   [`finished`](DiskQueue::finished) tells one by one which are. None of them waits for a disk, nor does any take long:
 //!   a request larger than [`PART`] is worked off in parts, a few at a time, so that it cannot keep a worker to itself.
-//! - [`fd`](DiskQueue::fd) is readable when `kick` has something to take in.
+//! - Its descriptor is readable when `kick` has something to take in.
 //! - Requests in flight together have no order, as on any disk. A flush covers what had finished when it was started.
 //! - [`settle`](DiskQueue::settle) is to be called before the worker goes to sleep: an overlay writes down which sectors it
 //!   holds then, when nobody waits for it.
@@ -17,7 +17,7 @@
 //! A request fails with an errno; others go on. `EIO` may mean that the file ended early: it shrank.
 
 use std::collections::VecDeque;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -237,11 +237,6 @@ impl DiskQueue {
         }
     }
 
-    /// Readable while [`kick`](Self::kick) has something to take in.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.engine.fd()
-    }
-
     /// Waits until all that was started is over; `finished` tells how it went. For threads that may block.
     pub fn drain(&mut self) {
         self.kick();
@@ -443,6 +438,13 @@ impl DiskQueue {
             self.map_failed = true;
             top.state().dirty_b.mark(sector, count);
         }
+    }
+}
+
+/// Readable while [`kick`](DiskQueue::kick) has something to take in.
+impl AsFd for DiskQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.engine.fd()
     }
 }
 
