@@ -41,4 +41,7 @@ pub mod entropy;
 pub mod eventfd;
 pub mod queue;
 pub mod rate_limiter;
+mod sync;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod worker;

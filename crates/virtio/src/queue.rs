@@ -384,7 +384,7 @@ impl Queue {
         if descriptor.has_next() {
             return Err(QueueError::Indirect("is not the last of its chain"));
         }
-        if descriptor.len() == 0 || descriptor.len() % 16 != 0 {
+        if descriptor.len() == 0 || !descriptor.len().is_multiple_of(16) {
             return Err(QueueError::Indirect("is empty or ends within a descriptor"));
         }
         Part::new(&self.ram, "indirect table", descriptor.addr().0, descriptor.len().into(), 1)

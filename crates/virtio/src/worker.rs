@@ -31,10 +31,24 @@
 //! to do sleeps; the timer is armed only while a task asks for it.
 
 mod context;
+mod mailbox;
+mod pool;
+mod runner;
+mod spin;
 
 use std::io;
 
-pub use context::{Context, Event, Interest};
+pub use context::{Context, Event, Interest, MAX_TOKEN, monotonic};
+pub use pool::{OnStart, PauseError, Removal, Removed, TaskHandle, Workers, WorkersConfig};
+
+/// The parts of a worker, for one without a thread.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod testing {
+    pub(crate) use super::context::Clock;
+    pub(crate) use super::mailbox::{Command, Mailbox};
+    pub(crate) use super::runner::Runner;
+    pub(crate) use super::spin::Spin;
+}
 
 /// Nanoseconds of the monotonic clock.
 pub type Nanos = u64;

@@ -57,6 +57,19 @@ pub(crate) struct Seat {
     pub(super) again: bool,
 }
 
+impl Seat {
+    /// The task goes: events that are still on their way are not for the next one.
+    pub(super) fn vacate(&mut self) {
+        self.life = self.life.wrapping_add(1);
+        self.timer = None;
+        self.again = false;
+    }
+
+    pub(super) fn is_watching(&self, token: Token) -> bool {
+        self.watches.contains_key(&token)
+    }
+}
+
 /// A watched descriptor. Copies (`dup`) of what is not counted, so that a task cannot leave a registration behind.
 #[derive(Debug)]
 enum Watched {
@@ -108,7 +121,7 @@ impl EventKey {
 pub struct Context<'a> {
     pub(super) epoll: BorrowedFd<'a>,
     pub(super) seat: &'a mut Seat,
-    pub(super) now: &'a mut Option<Nanos>,
+    pub(super) clock: &'a mut Clock,
     pub(super) polling: bool,
 }
 
@@ -170,7 +183,7 @@ impl Context<'_> {
 
     /// The monotonic clock, read at most once per wake-up of the worker.
     pub fn now(&mut self) -> Nanos {
-        *self.now.get_or_insert_with(monotonic)
+        self.clock.now()
     }
 
     /// Whether the worker spins over [`Task::poll`](super::Task::poll) for a while before it sleeps: then notifications may stay
@@ -193,8 +206,45 @@ impl Context<'_> {
     }
 }
 
-/// The monotonic clock, now.
-pub(crate) fn monotonic() -> Nanos {
+/// The clock of a worker: read at most once per wake-up.
+#[derive(Debug)]
+pub(crate) struct Clock {
+    source: fn() -> Nanos,
+    now: Option<Nanos>,
+    /// Whether it goes on by itself, as the kernel's timers do.
+    pub(super) ticks: bool,
+}
+
+impl Clock {
+    /// The kernel's.
+    pub(super) fn monotonic() -> Self {
+        Clock { source: monotonic, now: None, ticks: true }
+    }
+
+    /// One that a test sets.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn manual(source: fn() -> Nanos) -> Self {
+        Clock { source, now: None, ticks: false }
+    }
+
+    /// The time of this wake-up.
+    pub(super) fn now(&mut self) -> Nanos {
+        *self.now.get_or_insert_with(self.source)
+    }
+
+    /// The time right now.
+    pub(super) fn read(&mut self) -> Nanos {
+        *self.now.insert((self.source)())
+    }
+
+    /// A new wake-up.
+    pub(super) fn forget(&mut self) {
+        self.now = None;
+    }
+}
+
+/// The kernel's monotonic clock.
+pub fn monotonic() -> Nanos {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
