@@ -167,8 +167,8 @@ pub trait Interrupt: Send + Sync {
     fn queue(&self, index: u16);
     /// The configuration space has changed.
     fn config(&self);
-    /// The device is broken until it is reset: sets `DEVICE_NEEDS_RESET` and tells the driver (2.1.2). The first `why` since
-    /// the last reset is logged; all are counted.
+    /// The device is broken until it is reset: sets `DEVICE_NEEDS_RESET` and tells the driver (2.1.2). All are
+    /// counted; `why` is logged, ever more rarely if it happens over and over.
     fn needs_reset(&self, why: &dyn fmt::Display);
 }
 

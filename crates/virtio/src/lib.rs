@@ -44,4 +44,5 @@ pub mod rate_limiter;
 mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod transport;
 pub mod worker;
