@@ -33,6 +33,8 @@
 mod chain;
 mod parts;
 mod ring;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

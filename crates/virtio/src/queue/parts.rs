@@ -10,7 +10,7 @@ use vm_memory::{
 
 use super::QueueError;
 use super::chain::GuestSlice;
-use super::ring::RingMemory;
+use super::ring::{RingMemory, order};
 
 /// A stretch of guest memory in one region.
 #[derive(Debug)]
@@ -107,7 +107,7 @@ impl RingMemory for Rings {
 
     #[inline]
     fn avail_idx(&self) -> Result<u16, QueueError> {
-        self.avail.load(2, Ordering::Acquire)
+        self.avail.load(2, order::LOAD_AVAIL_IDX)
     }
 
     #[inline]
@@ -127,7 +127,7 @@ impl RingMemory for Rings {
 
     #[inline]
     fn set_used_idx(&self, idx: u16) -> Result<(), QueueError> {
-        self.used.store(2, idx, Ordering::Release)
+        self.used.store(2, idx, order::STORE_USED_IDX)
     }
 
     #[inline]

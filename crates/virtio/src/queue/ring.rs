@@ -17,19 +17,29 @@ const NO_INTERRUPT: u16 = 1;
 /// `VIRTQ_USED_F_NO_NOTIFY`: the device wants no kicks (2.7.10).
 const NO_NOTIFY: u16 = 1;
 
+/// The order of the accesses that need one; all others are relaxed.
+pub(super) mod order {
+    use std::sync::atomic::Ordering;
+
+    /// Entries before the available index are visible with it.
+    pub(in crate::queue) const LOAD_AVAIL_IDX: Ordering = Ordering::Acquire;
+    /// Entries before the used index are visible with it.
+    pub(in crate::queue) const STORE_USED_IDX: Ordering = Ordering::Release;
+}
+
 /// The two rings as memory that is shared with the driver. `slot` is less than the size of the queue.
 pub(super) trait RingMemory {
     fn avail_flags(&self) -> Result<u16, QueueError>;
-    /// With acquire order: entries before it are visible.
+    /// In order [`order::LOAD_AVAIL_IDX`].
     fn avail_idx(&self) -> Result<u16, QueueError>;
     fn avail_entry(&self, slot: u16) -> Result<u16, QueueError>;
     fn used_event(&self) -> Result<u16, QueueError>;
     fn set_used_flags(&self, flags: u16) -> Result<(), QueueError>;
-    /// With release order: entries before it are visible.
+    /// In order [`order::STORE_USED_IDX`].
     fn set_used_idx(&self, idx: u16) -> Result<(), QueueError>;
     fn set_used_entry(&self, slot: u16, head: u16, written: u32) -> Result<(), QueueError>;
     fn set_avail_event(&self, idx: u16) -> Result<(), QueueError>;
-    /// Orders all accesses before it before all accesses after it.
+    /// Orders all accesses before it before all accesses after it (sequentially consistent).
     fn full_fence(&self);
 }
 
@@ -180,5 +190,173 @@ impl Ring {
         memory.full_fence();
         self.look(memory, in_flight)?;
         Ok(self.seen_avail != self.next_avail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering;
+
+    use loom::sync::atomic::{AtomicU16, fence};
+
+    use super::*;
+
+    const SIZE: u16 = 2;
+
+    /// The rings in the model checker's memory.
+    #[derive(Default)]
+    struct Modelled {
+        avail_flags: AtomicU16,
+        avail_idx: AtomicU16,
+        avail: [AtomicU16; SIZE as usize],
+        used_event: AtomicU16,
+        used_flags: AtomicU16,
+        used_idx: AtomicU16,
+        used: [AtomicU16; SIZE as usize],
+        avail_event: AtomicU16,
+    }
+
+    impl RingMemory for Arc<Modelled> {
+        fn avail_flags(&self) -> Result<u16, QueueError> {
+            Ok(self.avail_flags.load(Ordering::Relaxed))
+        }
+
+        fn avail_idx(&self) -> Result<u16, QueueError> {
+            Ok(self.avail_idx.load(order::LOAD_AVAIL_IDX))
+        }
+
+        fn avail_entry(&self, slot: u16) -> Result<u16, QueueError> {
+            Ok(self.avail[usize::from(slot)].load(Ordering::Relaxed))
+        }
+
+        fn used_event(&self) -> Result<u16, QueueError> {
+            Ok(self.used_event.load(Ordering::Relaxed))
+        }
+
+        fn set_used_flags(&self, flags: u16) -> Result<(), QueueError> {
+            self.used_flags.store(flags, Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn set_used_idx(&self, idx: u16) -> Result<(), QueueError> {
+            self.used_idx.store(idx, order::STORE_USED_IDX);
+            Ok(())
+        }
+
+        fn set_used_entry(&self, slot: u16, head: u16, _written: u32) -> Result<(), QueueError> {
+            self.used[usize::from(slot)].store(head, Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn set_avail_event(&self, idx: u16) -> Result<(), QueueError> {
+            self.avail_event.store(idx, Ordering::Relaxed);
+            Ok(())
+        }
+
+        fn full_fence(&self) {
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    impl Modelled {
+        /// The driver's side: makes `head` available as entry `idx`. True if the device wants a kick.
+        fn add(&self, event_idx: bool, idx: u16, head: u16) -> bool {
+            self.avail[usize::from(idx % SIZE)].store(head, Ordering::Relaxed);
+            self.avail_idx.store(idx + 1, Ordering::Release);
+            fence(Ordering::SeqCst);
+            if event_idx {
+                self.avail_event.load(Ordering::Relaxed) == idx
+            } else {
+                self.used_flags.load(Ordering::Relaxed) & NO_NOTIFY == 0
+            }
+        }
+
+        /// The driver's side: wants to hear of used entry `idx`. True if it is there already.
+        fn wants_interrupt(&self, event_idx: bool, idx: u16) -> bool {
+            if event_idx {
+                self.used_event.store(idx, Ordering::Relaxed);
+            } else {
+                self.avail_flags.store(0, Ordering::Relaxed);
+            }
+            fence(Ordering::SeqCst);
+            self.used_idx.load(Ordering::Acquire) == idx + 1
+        }
+    }
+
+    /// The device's loop until it sleeps: takes all there is. Returns the heads.
+    fn work(ring: &mut Ring, memory: &Arc<Modelled>) -> Vec<u16> {
+        let mut heads = Vec::new();
+        loop {
+            ring.disable_notifications(memory).unwrap();
+            while let Some(head) = ring.pop(memory, 0).unwrap() {
+                heads.push(head);
+            }
+            if !ring.enable_notifications(memory, 0).unwrap() {
+                return heads;
+            }
+        }
+    }
+
+    fn no_kick_is_lost(event_idx: bool) {
+        loom::model(move || {
+            let memory = Arc::new(Modelled::default());
+            // The first entry is there and its kick has come.
+            memory.add(event_idx, 0, 7);
+            let driver = {
+                let memory = Arc::clone(&memory);
+                loom::thread::spawn(move || memory.add(event_idx, 1, 8))
+            };
+            let heads = work(&mut Ring::new(SIZE, event_idx, 0, 0), &memory);
+            let kicked = driver.join().unwrap();
+            match heads.as_slice() {
+                [7, 8] => {}
+                [7] => assert!(kicked, "the device sleeps and nobody wakes it"),
+                heads => panic!("the device took {heads:?}"),
+            }
+        });
+    }
+
+    #[test]
+    fn in_every_order_a_device_that_sleeps_is_kicked_with_event_idx() {
+        no_kick_is_lost(true);
+    }
+
+    #[test]
+    fn in_every_order_a_device_that_sleeps_is_kicked_with_flags() {
+        no_kick_is_lost(false);
+    }
+
+    fn no_interrupt_is_lost(event_idx: bool) {
+        loom::model(move || {
+            let memory = Arc::new(Modelled::default());
+            // The driver wanted no interrupt so far.
+            memory.used_event.store(u16::MAX, Ordering::Relaxed);
+            memory.avail_flags.store(NO_INTERRUPT, Ordering::Relaxed);
+            let device = {
+                let memory = Arc::clone(&memory);
+                loom::thread::spawn(move || {
+                    let mut ring = Ring::new(SIZE, event_idx, 0, 0);
+                    ring.add_used(&memory, 9, 0).unwrap();
+                    ring.publish(&memory).unwrap()
+                })
+            };
+            let seen = memory.wants_interrupt(event_idx, 0);
+            if seen {
+                assert_eq!(memory.used[0].load(Ordering::Relaxed), 9);
+            }
+            let interrupted = device.join().unwrap();
+            assert!(seen || interrupted, "the driver sleeps and nobody wakes it");
+        });
+    }
+
+    #[test]
+    fn in_every_order_a_driver_that_sleeps_is_interrupted_with_event_idx() {
+        no_interrupt_is_lost(true);
+    }
+
+    #[test]
+    fn in_every_order_a_driver_that_sleeps_is_interrupted_with_flags() {
+        no_interrupt_is_lost(false);
     }
 }

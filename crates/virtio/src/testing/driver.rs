@@ -37,6 +37,7 @@ pub struct DriverQueue {
     free: Vec<u16>,
     /// Descriptors of each chain that is out.
     out: BTreeMap<u16, Vec<u16>>,
+    start: u16,
     avail_idx: u16,
     /// The available index at the last decision to kick.
     kicked_idx: u16,
@@ -46,13 +47,18 @@ pub struct DriverQueue {
 impl DriverQueue {
     /// Lays out a queue of `size` at `base` (a multiple of 16) and clears its rings.
     pub fn new(ram: &GuestRam, base: u64, size: u16, features: u64) -> Self {
+        Self::starting_at(ram, base, size, features, 0)
+    }
+
+    /// As [`DriverQueue::new`], of a queue where both indices have come to `start` already.
+    pub fn starting_at(ram: &GuestRam, base: u64, size: u16, features: u64, start: u16) -> Self {
         let n = u64::from(size);
         let desc = base;
         let avail = desc + 16 * n;
         let used = (avail + 6 + 2 * n).next_multiple_of(4);
         let zeros = vec![0; Self::bytes(size) as usize];
         ram.memory().write_slice(&zeros, GuestAddress(base)).expect("the queue is in RAM");
-        DriverQueue {
+        let driver = DriverQueue {
             ram: ram.clone(),
             size,
             event_idx: features & feature::RING_EVENT_IDX != 0,
@@ -61,10 +67,14 @@ impl DriverQueue {
             used,
             free: (0..size).rev().collect(),
             out: BTreeMap::new(),
-            avail_idx: 0,
-            kicked_idx: 0,
-            used_idx: 0,
-        }
+            start,
+            avail_idx: start,
+            kicked_idx: start,
+            used_idx: start,
+        };
+        driver.set_avail_idx(start);
+        driver.store(used + 2, start);
+        driver
     }
 
     /// Bytes that a queue of `size` takes, a multiple of 16.
@@ -73,7 +83,7 @@ impl DriverQueue {
         (16 * n + (6 + 2 * n).next_multiple_of(4) + 6 + 8 * n).next_multiple_of(16)
     }
 
-    /// What the driver tells the device: an enabled queue from its beginning.
+    /// What the driver tells the device: an enabled queue at its beginning.
     pub fn state(&self) -> QueueState {
         QueueState {
             size: self.size,
@@ -81,8 +91,8 @@ impl DriverQueue {
             desc_table: self.desc,
             avail_ring: self.avail,
             used_ring: self.used,
-            next_avail: 0,
-            next_used: 0,
+            next_avail: self.start,
+            next_used: self.start,
         }
     }
 

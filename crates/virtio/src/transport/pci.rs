@@ -25,6 +25,7 @@
 mod capabilities;
 mod config_space;
 mod function;
+mod gate;
 mod msix;
 mod root;
 

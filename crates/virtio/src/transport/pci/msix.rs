@@ -1,18 +1,15 @@
 //! MSI-X (PCI 6.1.4): the table of messages, masks and pending bits.
 //!
 //! Two kinds of threads meet here. The guest changes the table and the masks, on vCPU threads, under the transport's lock.
-//! Workers raise vectors, under no lock. What they share is two flags for each vector: `open` (a message may be sent) and
-//! `pending` (one is owed).
-//!
-//! No interrupt is lost: a worker that finds a vector closed sets `pending` and then looks at `open` again; who opens it
-//! sets `open` and then takes `pending`. In any order, one of them sees the other.
+//! Workers raise vectors, under no lock. What they share is a [`Gate`] for each vector.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
+use super::gate::Gate;
 use crate::transport::common::Health;
 
 /// Where a vector's interrupt goes: a write of `data` to `addr`.
@@ -70,57 +67,40 @@ struct Vector {
     sent: Option<MsiMessage>,
 }
 
-/// What workers see of a vector.
-#[derive(Debug, Default)]
-struct Gate {
-    open: AtomicBool,
-    pending: AtomicBool,
-}
-
 /// The workers' side: raising vectors.
 pub(super) struct Gates {
-    gates: Vec<Gate>,
+    gates: Vec<Gate<AtomicBool>>,
     vectors: Box<dyn MsiVectors>,
 }
 
 impl Gates {
     /// Raises `vector`: sends its message, or remembers it.
     pub(super) fn raise(&self, vector: u16) {
-        let Some(gate) = self.gates.get(usize::from(vector)) else { return };
-        if gate.open.load(Ordering::Acquire) {
-            self.vectors.trigger(vector);
-            return;
-        }
-        gate.pending.store(true, Ordering::SeqCst);
-        if gate.open.load(Ordering::SeqCst) {
-            self.send_pending(vector, gate);
-        }
-    }
-
-    fn send_pending(&self, vector: u16, gate: &Gate) {
-        if gate.pending.swap(false, Ordering::SeqCst) {
+        if let Some(gate) = self.gates.get(usize::from(vector))
+            && gate.raise()
+        {
             self.vectors.trigger(vector);
         }
     }
 
     fn open(&self, vector: u16) {
-        let gate = &self.gates[usize::from(vector)];
-        gate.open.store(true, Ordering::SeqCst);
-        self.send_pending(vector, gate);
+        if self.gates[usize::from(vector)].open() {
+            self.vectors.trigger(vector);
+        }
     }
 
     fn close(&self, vector: u16) {
-        self.gates[usize::from(vector)].open.store(false, Ordering::SeqCst);
+        self.gates[usize::from(vector)].close();
     }
 
     fn is_pending(&self, vector: usize) -> bool {
-        self.gates[vector].pending.load(Ordering::SeqCst)
+        self.gates[vector].is_pending()
     }
 
     /// Forgets what is owed: the device was reset.
     pub(super) fn clear_pending(&self) {
         for gate in &self.gates {
-            gate.pending.store(false, Ordering::SeqCst);
+            gate.set_pending(false);
         }
     }
 }
@@ -264,7 +244,7 @@ impl Msix {
         }
         for ((vector, gate), state) in self.table.iter_mut().zip(&self.gates.gates).zip(&state.vectors) {
             (vector.message, vector.masked) = (state.message, state.masked);
-            gate.pending.store(state.pending, Ordering::SeqCst);
+            gate.set_pending(state.pending);
         }
         (self.enabled, self.function_masked) = (state.enabled, state.function_masked);
         for vector in 0..self.count() {
