@@ -16,7 +16,7 @@
 //!
 //! - A [`Device`](device::Device) is the *front*: plain data that the driver reads and negotiates. It knows no transport,
 //!   opens no file, reads no clock. It is touched on vCPU threads, under the lock of its transport, for registers only.
-//! - On DRIVER_OK the transport activates it with what the driver set up; the device answers with [`Task`](worker::Task)s,
+//! - On `DRIVER_OK` the transport activates it with what the driver set up; the device answers with [`Task`](worker::Task)s,
 //!   each owning its queues and its back end, and these go to io workers. A kick goes ioeventfd -> worker and an
 //!   interrupt goes irqfd -> guest: neither passes through a vCPU thread or main.
 //! - On reset (also in the middle of I/O) the tasks are taken back from their workers: each drains what is in flight, without
@@ -27,13 +27,23 @@
 //! # Hostile guests
 //!
 //! Everything read from a ring or a register is the guest's word. Nothing it says may panic, hang a worker, allocate without
-//! bound or reach outside guest memory. A queue whose rules the driver broke sets DEVICE_NEEDS_RESET, is counted and logged
+//! bound or reach outside guest memory. A queue whose rules the driver broke sets `DEVICE_NEEDS_RESET`, is counted and logged
 //! once; the device is dead until it is reset, and everything else goes on.
 //!
 //! # Where unsafe is
 //!
-//! Nowhere but in leaf modules that say so (io_uring submission of guest iovecs).
+//! Nowhere but in leaf modules that say so (`io_uring` submission of guest iovecs).
 
 #![deny(unsafe_code)]
 
 pub mod block;
+pub mod device;
+pub mod entropy;
+pub mod eventfd;
+pub mod queue;
+pub mod rate_limiter;
+mod sync;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod transport;
+pub mod worker;
