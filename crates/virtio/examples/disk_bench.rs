@@ -15,8 +15,9 @@ use memory::GuestRam;
 use rustix::event::{PollFd, PollFlags};
 use vesta_virtio::block::buffers::Direction;
 use vesta_virtio::block::disk::{Disk, DiskOptions};
+use vesta_virtio::block::engine::Patience;
 use vesta_virtio::block::queue::{DiskQueue, Request};
-use vm_memory::GuestAddress;
+use vesta_virtio::queue::GuestBuffer;
 
 const BLOCK: u64 = 4096;
 const TIME: Duration = Duration::from_secs(2);
@@ -34,15 +35,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{:<18} {:>5} {:>4} {:>10} {:>9} {:>9}", "", "", "QD", "IOPS", "us", "cpu us");
     for write in [false, true] {
         bare(&path, write)?;
-        for engine in [IoEngine::Async, IoEngine::Sync] {
-            for overlay in [None, Some(dir.path().join(format!("overlay-{engine:?}")))] {
+        for (engine, patience, overlaid) in [
+            (IoEngine::Async, Patience::None, false),
+            (IoEngine::Async, Patience::None, true),
+            (IoEngine::Async, Patience::MayWait, false),
+            (IoEngine::Async, Patience::MayWait, true),
+            (IoEngine::Sync, Patience::None, false),
+            (IoEngine::Sync, Patience::MayWait, false),
+            (IoEngine::Sync, Patience::MayWait, true),
+        ] {
+            for overlay in [overlaid.then(|| dir.path().join("overlay"))] {
                 let overlay = overlay.map(|path| Overlay { path, layers: vec![], size_mib: None });
                 if let Some(overlay) = &overlay
                     && overlay.path.exists()
                 {
                     std::fs::remove_file(&overlay.path)?;
                 }
-                let name = format!("{engine:?}{}", if overlay.is_some() { " overlay" } else { "" });
+                let own = if patience == Patience::MayWait { " own" } else { "" };
+                let name = format!("{engine:?}{own}{}", if overlaid { " overlay" } else { "" });
                 let disk = Disk::open(&DiskOptions {
                     path: path.clone(),
                     read_only: false,
@@ -51,7 +61,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     overlay,
                 })?;
                 for depth in [1, 32] {
-                    let mut queue = disk.queue()?;
+                    let mut queue = disk.queue(patience)?;
                     let mut run = Run::begin(&name, write, depth);
                     serve(&mut queue, &disk, write, depth, &mut run);
                     run.end();
@@ -87,16 +97,16 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
     let blocks = disk.size() / BLOCK;
     let start = |queue: &mut DiskQueue, run: &mut Run, token: u32| {
         let mut buffers = queue.buffers();
-        let addr = GuestAddress(u64::from(token) * BLOCK);
+        let buffer = GuestBuffer { addr: u64::from(token) * BLOCK, len: BLOCK as u32 };
         let direction = if write { Direction::FromGuest } else { Direction::ToGuest };
-        buffers.push(ram.memory(), addr, BLOCK as u32, direction).expect("in memory");
+        buffers.push(&ram, buffer, direction).expect("in memory");
         let offset = run.random() % blocks * BLOCK;
         let request = if write { Request::Write(buffers) } else { Request::Read(buffers) };
         queue.start(token, offset, request);
     };
     (0..depth).for_each(|token| start(queue, run, token));
     loop {
-        queue.kick();
+        let more = queue.kick();
         let mut any = false;
         let goes_on = run.goes_on();
         while let Some((token, result)) = queue.finished() {
@@ -110,9 +120,12 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
         if queue.in_flight() == 0 {
             break;
         }
-        if !any {
-            queue.settle();
-            let mut fds = [PollFd::new(queue, PollFlags::IN)];
+        if !any
+            && !more
+            && !queue.settle()
+            && let Some(event) = queue.event()
+        {
+            let mut fds = [PollFd::from_borrowed_fd(event, PollFlags::IN)];
             rustix::event::poll(&mut fds, None).expect("poll");
         }
     }

@@ -2,14 +2,15 @@
 //!
 //! # Invariant
 //!
-//! Every [`Segment`] of a [`GuestBuffers`] lies in guest RAM: it came out of `vm-memory`'s checked lookup. Guest RAM is
+//! Every segment of a [`GuestBuffers`] lies in guest RAM: it came out of `vm-memory`'s checked lookup. Guest RAM is
 //! never unmapped while the process lives (see [`memory::GuestRam`]), so a segment stays valid for as long as anybody
 //! holds it. Nothing here follows the addresses: they go to the kernel as they are, and the guest may change the
 //! memory meanwhile as it likes.
 
-use memory::GuestMemory;
+use memory::GuestRam;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use crate::queue::{GuestBuffer, QueueError};
 
 /// A stretch of this process's memory, in the layout of `struct iovec`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,16 +20,6 @@ pub(super) struct Segment {
     pub(super) addr: usize,
     /// Length in bytes; never 0.
     pub(super) len: usize,
-}
-
-/// Why a stretch could not be added: some of it is not guest RAM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("guest address {addr:#x}, {len} bytes, is not in memory")]
-pub struct NotInMemory {
-    /// First guest address of the stretch.
-    pub addr: u64,
-    /// Its length in bytes.
-    pub len: u32,
 }
 
 /// What the device does with a stretch of guest memory.
@@ -55,30 +46,27 @@ impl GuestBuffers {
         GuestBuffers::default()
     }
 
-    /// Adds the `len` bytes from guest address `addr`; adding none is fine.
+    /// Adds `buffer`, which must be in `ram`.
     ///
     /// A stretch that goes [`ToGuest`](Direction::ToGuest) counts as written from now on: where the monitor's writes are
     /// tracked, its pages are marked dirty here, because the kernel's writes would go unseen.
     pub fn push(
         &mut self,
-        memory: &GuestMemory,
-        addr: GuestAddress,
-        len: u32,
+        ram: &GuestRam,
+        buffer: GuestBuffer,
         direction: Direction,
-    ) -> Result<(), NotInMemory> {
-        for slice in memory.get_slices(addr, len as usize) {
-            let slice = slice.map_err(|_| NotInMemory { addr: addr.0, len })?;
-            if direction == Direction::ToGuest {
-                slice.bitmap().mark_dirty(0, slice.len());
-            }
-            let addr = slice.ptr_guard_mut().as_ptr().expose_provenance();
-            match self.segments.last_mut() {
-                // Adjacent pages are often adjacent stretches.
-                Some(last) if last.addr + last.len == addr => last.len += slice.len(),
-                _ => self.segments.push(Segment { addr, len: slice.len() }),
-            }
-            self.len += slice.len() as u64;
+    ) -> Result<(), QueueError> {
+        let slice = buffer.slice(ram)?;
+        if direction == Direction::ToGuest {
+            slice.bitmap().mark_dirty(0, slice.len());
         }
+        let addr = slice.ptr_guard_mut().as_ptr().expose_provenance();
+        match self.segments.last_mut() {
+            // Buffers in adjacent pages are often adjacent.
+            Some(last) if last.addr + last.len == addr => last.len += slice.len(),
+            _ => self.segments.push(Segment { addr, len: slice.len() }),
+        }
+        self.len += slice.len() as u64;
         Ok(())
     }
 
@@ -132,21 +120,21 @@ impl GuestBuffers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use config::HugePages;
-    use memory::GuestRam;
-    use memory::layout::{GIB, MIB};
+    use crate::testing::{guest_ram, tracked_guest_ram};
+    use memory::layout::MIB;
+    use vm_memory::GuestMemoryBackend;
 
-    fn ram(mib: u32, track: bool) -> GuestRam {
-        GuestRam::map(mib, HugePages::None, track).unwrap()
+    fn at(addr: u64, len: u32) -> GuestBuffer {
+        GuestBuffer { addr, len }
     }
 
     #[test]
     fn neighbours_become_one_segment() {
-        let ram = ram(1, false);
+        let ram = guest_ram(1);
         let mut buffers = GuestBuffers::new();
-        buffers.push(ram.memory(), GuestAddress(4096), 4096, Direction::FromGuest).unwrap();
-        buffers.push(ram.memory(), GuestAddress(8192), 512, Direction::FromGuest).unwrap();
-        buffers.push(ram.memory(), GuestAddress(4096), 512, Direction::FromGuest).unwrap();
+        for buffer in [at(4096, 4096), at(8192, 512), at(4096, 512)] {
+            buffers.push(&ram, buffer, Direction::FromGuest).unwrap();
+        }
         let host = ram.regions()[0].host_addr as usize;
         assert_eq!(
             buffers.segments(),
@@ -157,27 +145,21 @@ mod tests {
 
     #[test]
     fn a_stretch_that_leaves_memory_is_refused() {
-        let ram = ram(1, false);
+        let ram = guest_ram(1);
         let mut buffers = GuestBuffers::new();
         for (addr, len) in [(MIB, 1), (MIB - 1, 2), (u64::MAX, 1), (u64::MAX - 1, u32::MAX), (0, u32::MAX)] {
-            let refused = buffers.push(ram.memory(), GuestAddress(addr), len, Direction::FromGuest);
-            assert_eq!(refused, Err(NotInMemory { addr, len }));
+            let refused = buffers.push(&ram, at(addr, len), Direction::FromGuest);
+            assert_eq!(refused, Err(QueueError::BufferOutsideRam { addr, len }));
         }
-    }
-
-    #[test]
-    fn a_stretch_into_the_hole_below_4_gib_is_refused() {
-        let ram = ram(4 * 1024, false);
-        let mut buffers = GuestBuffers::new();
-        buffers.push(ram.memory(), GuestAddress(3 * GIB - 1), 2, Direction::FromGuest).unwrap_err();
+        assert!(buffers.is_empty());
     }
 
     #[test]
     fn only_what_goes_to_the_guest_is_marked_dirty() {
-        let ram = ram(1, true);
+        let ram = tracked_guest_ram(1);
         let mut buffers = GuestBuffers::new();
-        buffers.push(ram.memory(), GuestAddress(0), 4096, Direction::FromGuest).unwrap();
-        buffers.push(ram.memory(), GuestAddress(8192 - 1), 2, Direction::ToGuest).unwrap();
+        buffers.push(&ram, at(0, 4096), Direction::FromGuest).unwrap();
+        buffers.push(&ram, at(8192 - 1, 2), Direction::ToGuest).unwrap();
         let region = ram.memory().iter().next().unwrap();
         let dirty = |page: usize| vm_memory::GuestMemoryRegion::bitmap(region).dirty_at(page * 4096);
         assert_eq!([dirty(0), dirty(1), dirty(2), dirty(3)], [false, true, true, false]);
@@ -185,11 +167,11 @@ mod tests {
 
     #[test]
     fn parts_cut_segments_where_they_must() {
-        let ram = ram(1, false);
+        let ram = guest_ram(1);
         let host = ram.regions()[0].host_addr as usize;
         let mut all = GuestBuffers::new();
         for addr in [0, 8192, 16384] {
-            all.push(ram.memory(), GuestAddress(addr), 1000, Direction::FromGuest).unwrap();
+            all.push(&ram, at(addr, 1000), Direction::FromGuest).unwrap();
         }
         let mut part = GuestBuffers::new();
         part.push_part(&all, 500, 2000);

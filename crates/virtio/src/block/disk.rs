@@ -18,7 +18,8 @@ use config::{CacheType, Drive, IoEngine};
 use rustix::fs::{OFlags, SeekFrom};
 
 use super::SECTOR;
-use super::engine::Engine;
+use super::direct::DirectEngine;
+use super::engine::{Engine, Patience};
 use super::overlay::{Lower, OverlayError, Top};
 use super::queue::DiskQueue;
 use super::stack::Stack;
@@ -103,11 +104,11 @@ impl Disk {
     pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
         let engine = match options.engine {
             Some(IoEngine::Async) => {
-                Uring::<()>::new(Vec::new())?;
+                Uring::<()>::new(Vec::new(), Patience::None)?;
                 IoEngine::Async
             }
             Some(IoEngine::Sync) => IoEngine::Sync,
-            None => match Uring::<()>::new(Vec::new()) {
+            None => match Uring::<()>::new(Vec::new(), Patience::None) {
                 Ok(_) => IoEngine::Async,
                 Err(error) => {
                     log::info!("disks use io_engine Sync: {error}");
@@ -166,11 +167,14 @@ impl Disk {
     }
 
     /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
-    pub fn queue(&self) -> Result<DiskQueue, DiskError> {
+    pub fn queue(&self, patience: Patience) -> Result<DiskQueue, DiskError> {
         let files = self.stack.files();
-        let engine = match self.engine {
-            IoEngine::Async => Engine::Uring(Uring::new(files)?),
-            IoEngine::Sync => Engine::Sync(SyncEngine::new(files).map_err(DiskError::Sync)?),
+        let engine = match (self.engine, patience) {
+            (IoEngine::Async, _) => Engine::Uring(Box::new(Uring::new(files, patience)?)),
+            (IoEngine::Sync, Patience::None) => {
+                Engine::Sync(SyncEngine::new(files).map_err(DiskError::Sync)?)
+            }
+            (IoEngine::Sync, Patience::MayWait) => Engine::Direct(DirectEngine::new(files)),
         };
         let flush = self.cache_type == CacheType::Writeback && !self.read_only;
         Ok(DiskQueue::new(Arc::clone(&self.stack), engine, flush))
@@ -199,7 +203,7 @@ fn open_base(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
     let file = File::options()
         .read(true)
         .write(!read_only)
-        .custom_flags(OFlags::NONBLOCK.bits() as i32)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
         .open(path)
         .map_err(failed)?;
     let kind = file.metadata().map_err(failed)?.file_type();

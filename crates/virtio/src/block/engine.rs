@@ -1,13 +1,16 @@
-//! How bytes move between files and memory: transfers, and the two engines that carry them out.
+//! How bytes move between files and memory: transfers, and the engines that carry them out.
 //!
 //! A [`Transfer`] is one operation on one file. An [`Engine`] owns it from [`push`](Engine::push) until it comes back as
 //! [`Done`], whole or with an error: short reads and writes are continued and interrupted ones repeated inside.
 //!
 //! # I/O model
 //!
-//! `push` only notes a transfer, [`submit`](Engine::submit) starts all that were noted, and [`reap`](Engine::reap) gives
-//! back those that are over. None of them waits for a disk. [`fd`](Engine::fd) is readable while there is something to
-//! reap. What the page cache holds is often over when `submit` returns, so whoever submits reaps once before waiting.
+//! `push` only notes a transfer, [`submit`](Engine::submit) starts those that were noted, and [`reap`](Engine::reap) gives
+//! back those that are over. [`event`](Engine::event) is readable while there is something to reap. What the page
+//! cache holds is often over when `submit` returns, so whoever submits reaps before waiting, and goes on while
+//! [`has_more`](Engine::has_more).
+//!
+//! None of them waits for a disk, unless the engine was made for a worker that may: see [`Patience`].
 //!
 //! # Error model
 //!
@@ -19,6 +22,7 @@ use std::os::fd::BorrowedFd;
 use rustix::io::Errno;
 
 use super::buffers::{GuestBuffers, Segment};
+use super::direct::DirectEngine;
 use super::sync::SyncEngine;
 use super::uring::Uring;
 
@@ -175,17 +179,14 @@ impl<T> Transfer<T> {
 
     /// Takes in what a system call for this transfer returned: a count, or a negative errno.
     pub(super) fn advance(&mut self, result: i32) -> Progress {
-        let count = match u64::try_from(result) {
-            Ok(count) => count,
-            Err(_) => {
-                return match Errno::from_raw_os_error(result.saturating_neg()) {
-                    Errno::INTR | Errno::AGAIN if self.retries < MAX_RETRIES => {
-                        self.retries += 1;
-                        Progress::Again
-                    }
-                    errno => Progress::Over(Err(errno)),
-                };
-            }
+        let Ok(count) = u64::try_from(result) else {
+            return match Errno::from_raw_os_error(result.saturating_neg()) {
+                Errno::INTR | Errno::AGAIN if self.retries < MAX_RETRIES => {
+                    self.retries += 1;
+                    Progress::Again
+                }
+                errno => Progress::Over(Err(errno)),
+            };
         };
         if !matches!(self.op, Op::Read | Op::Write) {
             return Progress::Over(Ok(()));
@@ -231,13 +232,25 @@ impl<T> Transfer<T> {
     }
 }
 
+/// Whether the thread that serves a disk may wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// It serves others, too: no disk may hold it up.
+    None,
+    /// It serves this disk and nothing else. Then what would be handed to another thread, only because it *might* have to wait, is
+    /// quicker done at once: most of it is a copy into the page cache.
+    MayWait,
+}
+
 /// What carries transfers out.
 #[derive(Debug)]
 pub(super) enum Engine<T: Send + 'static> {
     /// The kernel does them, through a ring.
-    Uring(Uring<T>),
+    Uring(Box<Uring<T>>),
     /// A thread does one after the other.
     Sync(SyncEngine<T>),
+    /// The worker itself does.
+    Direct(DirectEngine<T>),
 }
 
 impl<T: Send + 'static> Engine<T> {
@@ -246,14 +259,16 @@ impl<T: Send + 'static> Engine<T> {
         match self {
             Engine::Uring(engine) => engine.push(transfer),
             Engine::Sync(engine) => engine.push(transfer),
+            Engine::Direct(engine) => engine.push(transfer),
         }
     }
 
-    /// Starts what was noted.
+    /// Starts what was noted. What is carried out on this thread may be left for the next call.
     pub(super) fn submit(&mut self) {
         match self {
             Engine::Uring(engine) => engine.submit(),
             Engine::Sync(engine) => engine.submit(),
+            Engine::Direct(engine) => engine.submit(),
         }
     }
 
@@ -262,6 +277,7 @@ impl<T: Send + 'static> Engine<T> {
         match self {
             Engine::Uring(engine) => engine.reap(done),
             Engine::Sync(engine) => engine.reap(done),
+            Engine::Direct(engine) => engine.reap(done),
         }
     }
 
@@ -270,22 +286,34 @@ impl<T: Send + 'static> Engine<T> {
         match self {
             Engine::Uring(engine) => engine.in_flight(),
             Engine::Sync(engine) => engine.in_flight(),
+            Engine::Direct(engine) => engine.in_flight(),
         }
     }
 
-    /// Waits until [`reap`](Self::reap) has something, or nothing is in flight. For threads that may block.
+    /// Whether `submit` and `reap` have something to do at once, for which no event will come.
+    pub(super) fn has_more(&self) -> bool {
+        match self {
+            Engine::Uring(engine) => engine.has_more(),
+            Engine::Sync(engine) => engine.has_more(),
+            Engine::Direct(engine) => engine.in_flight() > 0,
+        }
+    }
+
+    /// Waits until something is over, unless there is something to do at once or nothing is in flight. For threads that may block.
     pub(super) fn wait(&mut self) {
         match self {
             Engine::Uring(engine) => engine.wait(),
             Engine::Sync(engine) => engine.wait(),
+            Engine::Direct(_) => {}
         }
     }
 
-    /// Readable while there may be something to reap.
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+    /// Readable while there may be something to reap. None if all is over when `submit` returns.
+    pub(super) fn event(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Engine::Uring(engine) => engine.fd(),
-            Engine::Sync(engine) => engine.fd(),
+            Engine::Uring(engine) => Some(engine.fd()),
+            Engine::Sync(engine) => Some(engine.fd()),
+            Engine::Direct(_) => None,
         }
     }
 }

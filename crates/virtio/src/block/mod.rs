@@ -6,7 +6,7 @@
 //!      |
 //!  queue.rs    requests -> transfers; parts, fallbacks, flush.rs          disk.rs     opening a disk
 //!      |       overlay/ + stack.rs: which file holds a sector
-//!  engine.rs   transfers -> system calls: uring.rs, sync.rs               buffers.rs  stretches of guest memory
+//!  engine.rs   transfers -> system calls: uring.rs, sync.rs, direct.rs    buffers.rs  stretches of guest memory
 //! ```
 //!
 //! # Back ends
@@ -23,8 +23,9 @@
 //! its ring. A request of any length is worked off in parts of 1 MiB, so no guest keeps a worker to itself.
 
 pub mod buffers;
+mod direct;
 pub mod disk;
-mod engine;
+pub mod engine;
 mod flush;
 pub mod overlay;
 pub mod queue;

@@ -5,9 +5,10 @@
 //! - The caller has checked that a request lies within the disk, in whole sectors. What reaches past the end all the same is
 //!   answered with `EINVAL`; nothing panics.
 //! - [`start`](DiskQueue::start) notes requests, [`kick`](DiskQueue::kick) sends them off and takes in what is over, and
-//!   [`finished`](DiskQueue::finished) tells one by one which are. None of them waits for a disk, nor does any take long:
-//!   a request larger than [`PART`] is worked off in parts, a few at a time, so that it cannot keep a worker to itself.
-//! - Its descriptor is readable when `kick` has something to take in.
+//!   [`finished`](DiskQueue::finished) tells one by one which are. None of them waits for a disk (but for a worker with
+//!   [`Patience`](super::engine::Patience)), nor does any take long: a request larger than [`PART`] is worked off in parts,
+//!   a few at a time, so that it cannot keep a worker to itself.
+//! - Its [`event`](DiskQueue::event) is readable when `kick` has something to take in.
 //! - Requests in flight together have no order, as on any disk. A flush covers what had finished when it was started.
 //! - [`settle`](DiskQueue::settle) is to be called before the worker goes to sleep: an overlay writes down which sectors it
 //!   holds then, when nobody waits for it.
@@ -17,7 +18,7 @@
 //! A request fails with an errno; others go on. `EIO` may mean that the file ended early: it shrank.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -34,8 +35,6 @@ use super::stack::Stack;
 const PART: u64 = 1 << 20;
 /// Most parts of one request in flight at a time.
 const MAX_PARTS: u32 = 4;
-/// How often `kick` follows up on completions before it leaves the rest for the next time.
-const MAX_ROUNDS: u32 = 8;
 /// Most stretches of an overlay's map B that are written at a time.
 const MAP_WRITES: u32 = 16;
 
@@ -168,7 +167,7 @@ impl DiskQueue {
             Request::Flush => return self.start_flush(token),
         };
         let end = offset.checked_add(len).filter(|&end| end <= self.stack.size());
-        if end.is_none() || offset % SECTOR != 0 || len % SECTOR != 0 {
+        if end.is_none() || !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
             return self.finish(token, Err(Errno::INVAL));
         }
         if len == 0 {
@@ -183,23 +182,18 @@ impl DiskQueue {
         }
     }
 
-    /// Sends off what was noted and takes in what is over.
-    pub fn kick(&mut self) {
-        for _ in 0..MAX_ROUNDS {
-            self.engine.submit();
-            let mut done = std::mem::take(&mut self.done);
-            self.engine.reap(&mut done);
-            let any = !done.is_empty();
-            for done in done.drain(..) {
-                self.take_in(done);
-            }
-            self.done = done;
-            if !any {
-                return;
-            }
-        }
-        // Whatever this finishes at once keeps `fd` readable.
+    /// Sends off what was noted and takes in what is over. True if there is more to do at once: the caller tells what
+    /// [`finished`](Self::finished) so far and comes back, now or after others had their turn.
+    #[must_use = "no event will come for what is left"]
+    pub fn kick(&mut self) -> bool {
         self.engine.submit();
+        let mut done = std::mem::take(&mut self.done);
+        self.engine.reap(&mut done);
+        for done in done.drain(..) {
+            self.take_in(done);
+        }
+        self.done = done;
+        self.engine.has_more()
     }
 
     /// The next request that is over, with how it went.
@@ -214,11 +208,12 @@ impl DiskQueue {
         self.in_flight
     }
 
-    /// Does what nobody waits for.
-    pub fn settle(&mut self) {
-        let Some(top) = self.stack.top() else { return };
+    /// Does what nobody waits for. To be called when there is nothing else to do; returns as [`kick`](Self::kick) does.
+    #[must_use = "no event will come for what is left"]
+    pub fn settle(&mut self) -> bool {
+        let Some(top) = self.stack.top() else { return false };
         if self.map_writes > 0 || self.map_failed {
-            return;
+            return false;
         }
         let mut state = top.state();
         while self.map_writes < MAP_WRITES
@@ -232,22 +227,23 @@ impl DiskQueue {
             self.map_writes += 1;
         }
         drop(state);
-        if self.map_writes > 0 {
-            self.kick();
-        }
+        // What finishes on the way must be told, too.
+        self.map_writes > 0 && (self.kick() || !self.finished.is_empty())
+    }
+
+    /// Readable while [`kick`](Self::kick) has something to take in. None if nothing is ever left to wait for.
+    pub fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.engine.event()
     }
 
     /// Waits until all that was started is over; `finished` tells how it went. For threads that may block.
     pub fn drain(&mut self) {
-        self.kick();
-        while self.engine.in_flight() > 0 {
+        loop {
+            while self.kick() {}
+            if self.engine.in_flight() == 0 && !self.settle() && self.engine.in_flight() == 0 {
+                return;
+            }
             self.engine.wait();
-            self.kick();
-        }
-        self.settle();
-        while self.engine.in_flight() > 0 {
-            self.engine.wait();
-            self.kick();
         }
     }
 
@@ -438,13 +434,6 @@ impl DiskQueue {
             self.map_failed = true;
             top.state().dirty_b.mark(sector, count);
         }
-    }
-}
-
-/// Readable while [`kick`](DiskQueue::kick) has something to take in.
-impl AsFd for DiskQueue {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.engine.fd()
     }
 }
 

@@ -1,25 +1,19 @@
 //! The synchronous engine: `preadv` and `pwritev` on a thread of its own, one transfer after the other.
 //!
-//! For kernels without `io_uring`, and for those who ask for it. The worker that pushes and reaps never waits for the
+//! For kernels without `io_uring`, and for those who ask for it, on workers that have other things to do. The worker that pushes and reaps never waits for the
 //! disk; this thread does. It ends with the engine, after what was started.
-//!
-//! # Where unsafe is
-//!
-//! This is a leaf module that hands guest memory to the kernel: `preadv` and `pwritev` take addresses.
-#![expect(unsafe_code, reason = "preadv and pwritev take the addresses of guest memory")]
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use rustix::event::EventfdFlags;
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
-
-use super::engine::{Done, Op, Progress, Transfer};
+use super::direct::carry_out;
+use super::engine::{Done, Transfer};
+use crate::eventfd::EventFd;
+use crate::sync::locked;
 
 /// The front of the engine: what the worker holds.
 #[derive(Debug)]
@@ -38,7 +32,7 @@ struct Shared<T> {
     /// Signalled when `queues` got something that is over.
     over: Condvar,
     /// Readable while `queues.done` is not empty.
-    event: OwnedFd,
+    event: EventFd,
 }
 
 #[derive(Debug)]
@@ -50,14 +44,14 @@ struct Queues<T> {
 
 impl<T> Shared<T> {
     fn queues(&self) -> MutexGuard<'_, Queues<T>> {
-        self.queues.lock().expect("the engine's thread does not panic")
+        locked(&self.queues)
     }
 }
 
 impl<T: Send + 'static> SyncEngine<T> {
     /// Starts the thread, which keeps `files` open; a transfer's file is an index into them.
     pub(super) fn new(files: Vec<Arc<File>>) -> io::Result<Self> {
-        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let event = EventFd::new()?;
         let shared = Arc::new(Shared {
             queues: Mutex::new(Queues { start: VecDeque::new(), done: Vec::new(), stop: false }),
             work: Condvar::new(),
@@ -87,8 +81,7 @@ impl<T: Send + 'static> SyncEngine<T> {
         let mut queues = self.shared.queues();
         if !queues.done.is_empty() {
             // Under the lock, so that the event is set again for what comes later.
-            let mut count = [0; 8];
-            let _ = rustix::io::read(&self.shared.event, &mut count);
+            self.shared.event.take();
             self.in_flight -= queues.done.len();
             done.append(&mut queues.done);
         }
@@ -96,6 +89,10 @@ impl<T: Send + 'static> SyncEngine<T> {
 
     pub(super) fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    pub(super) fn has_more(&self) -> bool {
+        !self.noted.is_empty()
     }
 
     pub(super) fn wait(&mut self) {
@@ -131,8 +128,7 @@ fn run<T>(shared: &Shared<T>, files: &[Arc<File>]) {
             queues = shared.queues();
             queues.done.push(transfer.finish(result));
             if queues.done.len() == 1 {
-                // The counter is read together with `done`, so it cannot be full.
-                let _ = rustix::io::write(&shared.event, &1u64.to_ne_bytes());
+                shared.event.signal();
             }
             shared.over.notify_one();
         } else if queues.stop {
@@ -140,53 +136,5 @@ fn run<T>(shared: &Shared<T>, files: &[Arc<File>]) {
         } else {
             queues = shared.work.wait(queues).expect("the engine does not panic");
         }
-    }
-}
-
-/// Does all of one transfer.
-fn carry_out<T>(transfer: &mut Transfer<T>, files: &[Arc<File>]) -> Result<(), Errno> {
-    let file = &*files[usize::from(transfer.file())];
-    loop {
-        let result = match transfer.op() {
-            Op::Read | Op::Write => read_or_write(transfer, file),
-            Op::Sync => errno_of(rustix::fs::fdatasync(file)),
-            Op::PunchHole => {
-                let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                errno_of(rustix::fs::fallocate(file, mode, transfer.offset(), transfer.left()))
-            }
-            Op::ZeroRange => {
-                let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-                errno_of(rustix::fs::fallocate(file, mode, transfer.offset(), transfer.left()))
-            }
-        };
-        if let Progress::Over(result) = transfer.advance(result) {
-            return result;
-        }
-    }
-}
-
-fn errno_of(result: Result<(), Errno>) -> i32 {
-    result.map_or_else(|errno| -errno.raw_os_error(), |()| 0)
-}
-
-/// One `preadv` or `pwritev`: the count, or a negative errno.
-fn read_or_write<T>(transfer: &Transfer<T>, file: &File) -> i32 {
-    let segments = transfer.segments();
-    let iov = segments.as_ptr().cast::<libc::iovec>();
-    let count = segments.len() as i32;
-    let offset = transfer.offset() as i64;
-    let moved = if transfer.op() == Op::Read {
-        // SAFETY: `Segment` has the layout of `iovec`. A transfer's segments are valid while it lives, and those of a read
-        // are guest RAM, which no Rust reference points into (invariant of `Transfer`).
-        unsafe { libc::preadv(file.as_raw_fd(), iov, count, offset) }
-    } else {
-        // SAFETY: `Segment` has the layout of `iovec`. A transfer's segments are valid while it lives; they are only read.
-        unsafe { libc::pwritev(file.as_raw_fd(), iov, count, offset) }
-    };
-    match i32::try_from(moved) {
-        Ok(-1) => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
-        Ok(moved) => moved,
-        // More than the kernel moves at once (2^31 - 4096).
-        Err(_) => -libc::EIO,
     }
 }

@@ -6,6 +6,10 @@
 //! The ring's own descriptor is what the worker waits on: it is readable while completions are there. What completes
 //! inside `submit` (the page cache) is reaped without any further system call, and no event descriptor has to be read.
 //!
+//! Some transfers would be slower that way: where the kernel cannot know beforehand that it will not wait, it hands them to a thread
+//! of its own, and the way there and back takes longer than the transfer. Those are carried out here, with a plain system call, if
+//! nothing can come of it: files in memory always, other writes if this worker may wait ([`Patience::MayWait`]).
+//!
 //! # Bounds
 //!
 //! At most [`ENTRIES`] operations are in the kernel at a time, half of what the completion queue holds, so that no completion is
@@ -27,7 +31,8 @@ use io_uring::squeue::Flags;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, register::Restriction, squeue};
 
-use super::engine::{Done, Op, Progress, Transfer};
+use super::direct::{TURN, carry_out};
+use super::engine::{Done, Op, Patience, Progress, Transfer};
 
 /// Most operations that the kernel has at a time.
 pub(super) const ENTRIES: u32 = 128;
@@ -75,13 +80,20 @@ pub(super) struct Uring<T> {
     free: Vec<u32>,
     /// Slots that wait for a place in the ring, in order.
     waiting: VecDeque<u32>,
+    /// Transfers that this thread carries out itself, in order.
+    here: VecDeque<Transfer<T>>,
+    /// Those that it has carried out.
+    done_here: Vec<Done<T>>,
+    /// By file: whether reads and whether writes are carried out by this thread.
+    reads_here: Vec<bool>,
+    writes_here: Vec<bool>,
     /// Operations pushed into the ring and not yet reaped.
     in_ring: u32,
     /// Operations pushed into the ring since the last successful `submit`.
     unsubmitted: u32,
     in_flight: usize,
     /// Kept open for as long as the kernel may use them.
-    _files: Vec<Arc<File>>,
+    files: Vec<Arc<File>>,
 }
 
 impl<T> std::fmt::Debug for Uring<T> {
@@ -92,7 +104,7 @@ impl<T> std::fmt::Debug for Uring<T> {
 
 impl<T> Uring<T> {
     /// Sets up a ring for `files`; a transfer's file is an index into them. Without any it only tells whether it can be done.
-    pub(super) fn new(files: Vec<Arc<File>>) -> Result<Self, UringError> {
+    pub(super) fn new(files: Vec<Arc<File>>, patience: Patience) -> Result<Self, UringError> {
         let ring = build()?;
         let submitter = ring.submitter();
         let step = |step| move |source| UringError::Setup { step, source };
@@ -113,19 +125,36 @@ impl<T> Uring<T> {
         submitter.register_restrictions(&mut restrictions).map_err(step("restrict"))?;
         submitter.register_enable_rings().map_err(step("enable"))?;
 
+        let reads_here: Vec<bool> = files.iter().map(|file| is_in_memory(file)).collect();
+        let writes_here = reads_here.iter().map(|&here| here || patience == Patience::MayWait).collect();
         Ok(Uring {
             ring,
             slots: Vec::new(),
             free: Vec::new(),
             waiting: VecDeque::new(),
+            here: VecDeque::new(),
+            done_here: Vec::new(),
+            reads_here,
+            writes_here,
             in_ring: 0,
             unsubmitted: 0,
             in_flight: 0,
-            _files: files,
+            files,
         })
     }
 
     pub(super) fn push(&mut self, transfer: Transfer<T>) {
+        self.in_flight += 1;
+        let file = usize::from(transfer.file());
+        let here = match transfer.op() {
+            Op::Read => self.reads_here[file],
+            Op::Write => self.writes_here[file],
+            Op::Sync | Op::PunchHole | Op::ZeroRange => false,
+        };
+        if here {
+            self.here.push_back(transfer);
+            return;
+        }
         let slot = if let Some(slot) = self.free.pop() {
             self.slots[slot as usize] = Some(transfer);
             slot
@@ -133,7 +162,6 @@ impl<T> Uring<T> {
             self.slots.push(Some(transfer));
             (self.slots.len() - 1) as u32
         };
-        self.in_flight += 1;
         self.start(slot);
     }
 
@@ -160,7 +188,16 @@ impl<T> Uring<T> {
     }
 
     pub(super) fn submit(&mut self) {
+        // First what goes on by itself.
         self.enter(0);
+        let mut moved = 0;
+        while moved < TURN
+            && let Some(mut transfer) = self.here.pop_front()
+        {
+            moved += transfer.left().max(4096);
+            let result = carry_out(&mut transfer, &self.files);
+            self.done_here.push(transfer.finish(result));
+        }
     }
 
     /// Gives the kernel what is in the ring and waits for `want` completions.
@@ -183,6 +220,8 @@ impl<T> Uring<T> {
     }
 
     pub(super) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+        self.in_flight -= self.done_here.len();
+        done.append(&mut self.done_here);
         loop {
             self.take_in(done);
             while self.in_ring < ENTRIES
@@ -194,7 +233,7 @@ impl<T> Uring<T> {
                 return;
             }
             // The rest of short transfers, what had to wait for room, and what the kernel did not take before.
-            self.submit();
+            self.enter(0);
             if self.unsubmitted > 0 {
                 return;
             }
@@ -225,8 +264,12 @@ impl<T> Uring<T> {
         self.in_flight
     }
 
+    pub(super) fn has_more(&self) -> bool {
+        self.unsubmitted > 0 || !self.here.is_empty() || !self.done_here.is_empty()
+    }
+
     pub(super) fn wait(&mut self) {
-        if self.in_ring > 0 {
+        if self.in_ring > 0 && self.here.is_empty() && self.done_here.is_empty() {
             self.enter(1);
         }
     }
@@ -243,12 +286,22 @@ impl<T> Drop for Uring<T> {
     fn drop(&mut self) {
         let mut done = Vec::new();
         while self.in_flight > 0 {
+            self.submit();
             self.wait();
             self.reap(&mut done);
             done.clear();
         }
         let _ = self.ring.submitter().unregister_files();
     }
+}
+
+/// Whether the contents of `file` are never anywhere but in memory, so that a read or write is but a copy.
+///
+/// The kernel's `io_uring` does not know that, and hands each of them to another thread.
+fn is_in_memory(file: &File) -> bool {
+    const TMPFS: u64 = 0x0102_1994;
+    const RAMFS: u64 = 0x8584_58f6;
+    rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type as u64)))
 }
 
 /// A ring that is not enabled yet.

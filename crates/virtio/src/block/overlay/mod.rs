@@ -34,6 +34,7 @@ use self::format::{
 };
 use self::map::{Dirty, Map, PAGE_BYTES};
 use super::SECTOR;
+use crate::sync::locked;
 
 /// Why an overlay cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -245,7 +246,7 @@ impl Top {
 
     /// The state, for the worker that serves the disk.
     pub(super) fn state(&self) -> MutexGuard<'_, TopState> {
-        self.state.lock().expect("nothing panics while it holds the state")
+        locked(&self.state)
     }
 
     /// The file's name.
@@ -388,7 +389,7 @@ impl HostStart {
         let id = id.and_then(|text| u128::from_str_radix(&text.trim().replace('-', ""), 16).ok());
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
         let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec;
-        HostStart { id: id.unwrap_or(0).to_be_bytes(), time: now.saturating_sub(up).max(0) as u64 }
+        HostStart { id: id.unwrap_or(0).to_be_bytes(), time: now.saturating_sub(up).max(0).cast_unsigned() }
     }
 
     /// Whether `session` was begun since this start.
@@ -446,7 +447,7 @@ fn is_blank(file: &File, len: u64) -> bool {
 /// Makes a new overlay in a blank file; the file's length.
 fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> Result<u64, OverlayError> {
     let refused = |why: String| OverlayError::Size { path: path.into(), size, why };
-    if size % SECTOR != 0 {
+    if !size.is_multiple_of(SECTOR) {
         return Err(refused("it must be a multiple of 512".into()));
     }
     if size < beneath.size {

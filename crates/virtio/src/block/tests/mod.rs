@@ -6,7 +6,7 @@ mod model;
 
 use std::path::{Path, PathBuf};
 
-use config::{CacheType, HugePages, IoEngine, Overlay};
+use config::{CacheType, IoEngine, Overlay};
 use memory::GuestRam;
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress};
@@ -14,7 +14,10 @@ use vm_memory::{Bytes, GuestAddress};
 use super::SECTOR;
 use super::buffers::{Direction, GuestBuffers};
 use super::disk::{Disk, DiskOptions};
+use super::engine::Patience;
 use super::queue::{DiskQueue, Request, Token};
+use crate::queue::GuestBuffer;
+use crate::testing::guest_ram;
 
 /// A disk, something that serves it, and the guest memory that its requests lie in.
 struct Rig {
@@ -28,15 +31,13 @@ struct Rig {
 
 impl Rig {
     fn open(options: &DiskOptions) -> Rig {
+        Self::open_with(options, Patience::None)
+    }
+
+    fn open_with(options: &DiskOptions, patience: Patience) -> Rig {
         let disk = Disk::open(options).unwrap();
-        let queue = disk.queue().unwrap();
-        Rig {
-            disk,
-            queue,
-            ram: GuestRam::map(16, HugePages::None, false).unwrap(),
-            next_addr: 0,
-            next_token: 0,
-        }
+        let queue = disk.queue(patience).unwrap();
+        Rig { disk, queue, ram: guest_ram(16), next_addr: 0, next_token: 0 }
     }
 
     /// Buffers for `len` bytes in pieces of `piece` bytes that do not touch, and their addresses.
@@ -46,7 +47,9 @@ impl Rig {
         let mut left = len;
         while left > 0 {
             let take = left.min(piece);
-            buffers.push(self.ram.memory(), GuestAddress(self.next_addr), take as u32, direction).unwrap();
+            buffers
+                .push(&self.ram, GuestBuffer { addr: self.next_addr, len: take as u32 }, direction)
+                .unwrap();
             places.push((self.next_addr, take as usize));
             self.next_addr += take + 16;
             left -= take;

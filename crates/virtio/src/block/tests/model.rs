@@ -56,9 +56,31 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// How a disk is served: with which engine, on what kind of worker, on which file system.
+#[derive(Debug, Clone, Copy)]
+struct How {
+    engine: IoEngine,
+    patience: Patience,
+    in_memory: bool,
+}
+
+impl How {
+    fn any() -> impl Strategy<Value = How> {
+        (0..2usize, any::<bool>(), any::<bool>()).prop_map(|(engine, may_wait, in_memory)| How {
+            engine: ENGINES[engine],
+            patience: if may_wait { Patience::MayWait } else { Patience::None },
+            in_memory,
+        })
+    }
+
+    fn dir(self) -> tempfile::TempDir {
+        if self.in_memory { tempfile::tempdir_in("/dev/shm").unwrap() } else { tempfile::tempdir().unwrap() }
+    }
+}
+
 /// Runs `steps`; requests that overlap one in flight wait for it, because the model has no opinion on their order.
-fn run(options: &DiskOptions, model: &mut [u8], steps: &[Step]) {
-    let mut rig = Rig::open(options);
+fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
+    let mut rig = Rig::open_with(options, how.patience);
     let mut busy: Vec<(u64, u64)> = Vec::new();
     let mut reads: Vec<(Token, Vec<(u64, usize)>, Vec<u8>)> = Vec::new();
     for step in steps {
@@ -103,10 +125,10 @@ fn run(options: &DiskOptions, model: &mut [u8], steps: &[Step]) {
             Step::Wait => {}
             Step::Reopen => {
                 drop(rig);
-                rig = Rig::open(options);
+                rig = Rig::open_with(options, how.patience);
             }
         }
-        rig.queue.kick();
+        let _ = rig.queue.kick();
     }
     settle(&mut rig, &mut reads);
     for (index, expected) in model.chunks(1 << 20).enumerate() {
@@ -135,49 +157,49 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_file_is_what_was_written_to_it(steps in prop::collection::vec(step(), 1..60), engine in 0..2usize) {
-        let dir = tempfile::tempdir().unwrap();
+    fn a_file_is_what_was_written_to_it(steps in prop::collection::vec(step(), 1..60), how in How::any()) {
+        let dir = how.dir();
         let (base, mut model) = new_base(dir.path());
-        run(&raw(&base, ENGINES[engine]), &mut model, &steps);
+        run(&raw(&base, how.engine), how, &mut model, &steps);
         prop_assert!(std::fs::read(base).unwrap() == model);
     }
 
     #[test]
-    fn an_overlay_is_what_was_written_to_it(steps in prop::collection::vec(step(), 1..60), engine in 0..2usize) {
-        let dir = tempfile::tempdir().unwrap();
+    fn an_overlay_is_what_was_written_to_it(steps in prop::collection::vec(step(), 1..60), how in How::any()) {
+        let dir = how.dir();
         let (base, mut model) = new_base(dir.path());
         let beneath = model.clone();
-        run(&overlaid(&base, dir.path().join("top"), vec![], ENGINES[engine]), &mut model, &steps);
+        run(&overlaid(&base, dir.path().join("top"), vec![], how.engine), how, &mut model, &steps);
         prop_assert!(std::fs::read(base).unwrap() == beneath, "what lies beneath was written to");
     }
 
     #[test]
     fn overlays_can_be_stacked(
         layers in prop::collection::vec(prop::collection::vec(step(), 1..30), 3),
-        engine in 0..2usize,
+        how in How::any(),
     ) {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = how.dir();
         let (base, mut model) = new_base(dir.path());
         let mut below = Vec::new();
         for (index, steps) in layers.iter().enumerate() {
             let top = dir.path().join(format!("layer{index}"));
-            run(&overlaid(&base, top.clone(), below.clone(), ENGINES[engine]), &mut model, steps);
+            run(&overlaid(&base, top.clone(), below.clone(), how.engine), how, &mut model, steps);
             below.push(top);
         }
         let top = below.pop().unwrap();
-        let all = DiskOptions { read_only: true, ..overlaid(&base, top, below, ENGINES[engine]) };
-        run(&all, &mut model, &[]);
+        let all = DiskOptions { read_only: true, ..overlaid(&base, top, below, how.engine) };
+        run(&all, how, &mut model, &[]);
     }
 
     #[test]
     fn an_overlay_that_does_not_wait_for_disks_keeps_everything_too(
         steps in prop::collection::vec(step(), 1..60),
-        engine in 0..2usize,
+        how in How::any(),
     ) {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = how.dir();
         let (base, mut model) = new_base(dir.path());
-        let options = overlaid(&base, dir.path().join("top"), vec![], ENGINES[engine]);
-        run(&DiskOptions { cache_type: CacheType::Unsafe, ..options }, &mut model, &steps);
+        let options = overlaid(&base, dir.path().join("top"), vec![], how.engine);
+        run(&DiskOptions { cache_type: CacheType::Unsafe, ..options }, how, &mut model, &steps);
     }
 }
 
