@@ -106,7 +106,7 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
     };
     (0..depth).for_each(|token| start(queue, run, token));
     loop {
-        let more = queue.kick();
+        queue.kick();
         let mut any = false;
         let goes_on = run.goes_on();
         while let Some((token, result)) = queue.finished() {
@@ -120,9 +120,11 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
         if queue.in_flight() == 0 {
             break;
         }
-        if !any
-            && !more
-            && !queue.settle()
+        if any || queue.has_more() {
+            continue;
+        }
+        queue.settle();
+        if !queue.has_more()
             && let Some(event) = queue.event()
         {
             let mut fds = [PollFd::from_borrowed_fd(event, PollFlags::IN)];

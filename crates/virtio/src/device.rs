@@ -32,6 +32,7 @@ use std::sync::Arc;
 use memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
+use crate::block::BlockState;
 use crate::entropy::EntropyState;
 use crate::eventfd::EventFd;
 use crate::queue::Queue;
@@ -64,6 +65,8 @@ pub enum DeviceKind {
 /// The state of one device, plain data. One variant per kind that can be saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceState {
+    /// A disk.
+    Block(BlockState),
     /// A source of entropy.
     Entropy(EntropyState),
 }

@@ -23,17 +23,25 @@
 //! its ring. A request of any length is worked off in parts of 1 MiB, so no guest keeps a worker to itself.
 
 pub mod buffers;
+mod config_space;
+mod device;
 mod direct;
 pub mod disk;
 pub mod engine;
 mod flush;
 pub mod overlay;
 pub mod queue;
+mod request;
 mod stack;
+mod stats;
 mod sync;
+mod task;
 #[cfg(test)]
 mod tests;
 pub mod uring;
+
+pub use device::{Block, BlockConfig, BlockControl, BlockError, BlockState, Replaced, StillInUse};
+pub use stats::{BlockStats, Counter};
 
 /// Bytes of a sector: the unit of everything that a guest asks for, whatever the disk's own block size is.
 pub const SECTOR: u64 = 512;

@@ -82,6 +82,8 @@ pub struct DiskQueue {
     map_failed: bool,
     finished: VecDeque<(Token, Result<(), Errno>)>,
     in_flight: usize,
+    /// Requests that were started or told to be over, ever.
+    progress: u64,
     /// Reused: completions of one round, and spent buffers.
     done: Vec<Done<Tag>>,
     spare: Vec<GuestBuffers>,
@@ -140,6 +142,7 @@ impl DiskQueue {
             map_failed: false,
             finished: VecDeque::new(),
             in_flight: 0,
+            progress: 0,
             done: Vec::new(),
             spare: Vec::new(),
         }
@@ -161,6 +164,7 @@ impl DiskQueue {
     /// Notes a request; `offset` is in bytes, and of no matter for a flush.
     pub fn start(&mut self, token: Token, offset: u64, request: Request) {
         self.in_flight += 1;
+        self.progress += 1;
         let len = match &request {
             Request::Read(buffers) | Request::Write(buffers) => buffers.len(),
             Request::Discard { len } | Request::WriteZeroes { len, .. } => *len,
@@ -182,10 +186,9 @@ impl DiskQueue {
         }
     }
 
-    /// Sends off what was noted and takes in what is over. True if there is more to do at once: the caller tells what
-    /// [`finished`](Self::finished) so far and comes back, now or after others had their turn.
-    #[must_use = "no event will come for what is left"]
-    pub fn kick(&mut self) -> bool {
+    /// Sends off what was noted and takes in what is over. The caller tells what [`finished`](Self::finished) and, if then it
+    /// [`has_more`](Self::has_more), comes back, now or after others had their turn.
+    pub fn kick(&mut self) {
         self.engine.submit();
         let mut done = std::mem::take(&mut self.done);
         self.engine.reap(&mut done);
@@ -193,13 +196,20 @@ impl DiskQueue {
             self.take_in(done);
         }
         self.done = done;
-        self.engine.has_more()
+    }
+
+    /// Whether there is something to do or to tell at once, for which no event will come.
+    pub fn has_more(&self) -> bool {
+        self.engine.has_more() || !self.finished.is_empty()
     }
 
     /// The next request that is over, with how it went.
     pub fn finished(&mut self) -> Option<(Token, Result<(), Errno>)> {
         let finished = self.finished.pop_front();
-        self.in_flight -= usize::from(finished.is_some());
+        if finished.is_some() {
+            self.in_flight -= 1;
+            self.progress += 1;
+        }
         finished
     }
 
@@ -208,12 +218,22 @@ impl DiskQueue {
         self.in_flight
     }
 
-    /// Does what nobody waits for. To be called when there is nothing else to do; returns as [`kick`](Self::kick) does.
-    #[must_use = "no event will come for what is left"]
-    pub fn settle(&mut self) -> bool {
-        let Some(top) = self.stack.top() else { return false };
+    /// A number that changes with every request that is started or told to be over.
+    pub fn progress(&self) -> u64 {
+        self.progress
+    }
+
+    /// Whether nothing is in flight, not even what nobody waits for.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight == 0 && self.engine.in_flight() == 0
+    }
+
+    /// Does what nobody waits for. To be called when there is nothing else to do; there may be
+    /// [`more`](Self::has_more) to do afterwards.
+    pub fn settle(&mut self) {
+        let Some(top) = self.stack.top() else { return };
         if self.map_writes > 0 || self.map_failed {
-            return false;
+            return;
         }
         let mut state = top.state();
         while self.map_writes < MAP_WRITES
@@ -227,8 +247,9 @@ impl DiskQueue {
             self.map_writes += 1;
         }
         drop(state);
-        // What finishes on the way must be told, too.
-        self.map_writes > 0 && (self.kick() || !self.finished.is_empty())
+        if self.map_writes > 0 {
+            self.kick();
+        }
     }
 
     /// Readable while [`kick`](Self::kick) has something to take in. None if nothing is ever left to wait for.
@@ -236,11 +257,14 @@ impl DiskQueue {
         self.engine.event()
     }
 
-    /// Waits until all that was started is over; `finished` tells how it went. For threads that may block.
+    /// Waits until all that was started is over; [`finished`](Self::finished) tells how it went. For threads that may block.
     pub fn drain(&mut self) {
         loop {
-            while self.kick() {}
-            if self.engine.in_flight() == 0 && !self.settle() && self.engine.in_flight() == 0 {
+            self.kick();
+            if self.engine.in_flight() == 0 {
+                self.settle();
+            }
+            if self.engine.in_flight() == 0 {
                 return;
             }
             self.engine.wait();

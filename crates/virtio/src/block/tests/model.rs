@@ -128,7 +128,7 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
                 rig = Rig::open_with(options, how.patience);
             }
         }
-        let _ = rig.queue.kick();
+        rig.queue.kick();
     }
     settle(&mut rig, &mut reads);
     for (index, expected) in model.chunks(1 << 20).enumerate() {
