@@ -202,6 +202,14 @@ impl Guest {
         Guest { transport, ram, worker, interrupts, io_events }
     }
 
+    /// Which transport it is on.
+    pub fn kind(&self) -> Kind {
+        match self.transport {
+            Transport::Mmio(_) => Kind::Mmio,
+            Transport::Pci(_) => Kind::Pci,
+        }
+    }
+
     /// The mmio transport. Panics if it is another.
     pub fn mmio(&mut self) -> &mut MmioTransport {
         match &mut self.transport {
