@@ -8,6 +8,8 @@
 //! A driver that breaks the rules of the queue, or a kernel without random numbers (which none is), makes the device need a reset.
 
 mod task;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex};
 

@@ -20,6 +20,11 @@ impl EventFd {
         Ok(EventFd { fd })
     }
 
+    /// Another descriptor of the same counter.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(EventFd { fd: self.fd.try_clone()? })
+    }
+
     /// Adds one to the counter, which wakes whoever waits for it.
     ///
     /// A counter that is full (it would take 2^64 signals that nobody read) stays full: its reader is awake anyway.

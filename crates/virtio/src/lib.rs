@@ -40,6 +40,8 @@ pub mod block;
 pub mod device;
 pub mod entropy;
 pub mod eventfd;
+#[cfg(any(test, feature = "testing"))]
+pub mod fuzz;
 pub mod queue;
 pub mod rate_limiter;
 mod sync;

@@ -1,6 +1,8 @@
 //! For tests and fuzz targets: the driver's side of a queue, an interrupt that counts, and a worker without a thread.
 
 mod driver;
+mod echo;
+mod guest;
 
 use std::cell::Cell;
 use std::fmt;
@@ -13,9 +15,13 @@ use memory::GuestRam;
 use crate::device::Interrupt;
 use crate::sync::locked;
 use crate::worker::testing::{Clock, Command, Mailbox, Runner, Spin};
-use crate::worker::{Nanos, Task};
+use crate::worker::{Nanos, Task, Workers};
 
 pub use driver::{DriverQueue, INDIRECT, NEXT, Used, WRITE, write_descriptor};
+pub use echo::{Echo, EchoControl};
+pub use guest::{
+    BAR, FakeIoEvents, Guest, Interrupts, Kind, MMIO, RUNNING, TransportState, WINDOW, find_capability,
+};
 
 /// RAM of a guest, for a test.
 pub fn guest_ram(mib: u32) -> GuestRam {
@@ -103,6 +109,11 @@ impl TestWorker {
         self.tasks += 1;
         self.post(Command::Add { key: self.tasks, task, interrupt });
         self.tasks
+    }
+
+    /// The same worker as a transport wants it.
+    pub fn workers(&self) -> Workers {
+        Workers::unthreaded(Arc::clone(&self.mailbox))
     }
 
     /// Handles all events and timers that are due, and those that come of them.

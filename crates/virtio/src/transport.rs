@@ -27,6 +27,8 @@
 mod common;
 pub mod mmio;
 pub mod pci;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::time::Duration;

@@ -35,6 +35,8 @@ mod mailbox;
 mod pool;
 mod runner;
 mod spin;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 

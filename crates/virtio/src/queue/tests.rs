@@ -91,7 +91,7 @@ fn sizes_and_places_of_rings_are_checked() {
         }
     }
     // To the last byte.
-    let last = QueueState { used_ring: RAM_END - (6 + 8 * 16) & !3, ..good };
+    let last = QueueState { used_ring: (RAM_END - (6 + 8 * 16)) & !3, ..good };
     assert_eq!(new(last), Ok(()));
     assert!(new(QueueState { used_ring: last.used_ring + 4, ..good }).is_err());
 }

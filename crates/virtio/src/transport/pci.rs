@@ -28,6 +28,8 @@ mod function;
 mod gate;
 mod msix;
 mod root;
+#[cfg(test)]
+mod tests;
 
 pub use config_space::ConfigState;
 pub use function::{PciState, PciTransport};

@@ -73,6 +73,15 @@ impl Workers {
         Ok(Workers { pool })
     }
 
+    /// One worker, which a test runs on its own thread.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn unthreaded(mailbox: Arc<Mailbox>) -> Self {
+        let worker = Worker { mailbox, shared: true, thread: None };
+        let workers = Mutex::new(vec![worker]);
+        let config = WorkersConfig::default();
+        Workers { pool: Arc::new(Pool { workers, next_key: AtomicU64::new(1 << 32), config }) }
+    }
+
     /// Starts a worker that only tasks placed [`Placement::On`] it run on.
     pub fn dedicated(&self) -> io::Result<WorkerId> {
         self.pool.spawn(false)

@@ -106,17 +106,14 @@ impl ConfigSpace {
 
     /// A guest's read: any offset, any length.
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            *byte = self.bytes.get(at).copied().unwrap_or(0);
-        }
+        crate::device::read_bytes(&self.bytes, offset as u64, data);
     }
 
     /// A guest's write: any offset, any length. Bits that cannot be written stay.
     pub(super) fn write(&mut self, offset: usize, data: &[u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            if let (Some(old), Some(mask)) = (self.bytes.get_mut(at), self.writable.get(at)) {
-                *old = *old & !mask | byte & mask;
-            }
+        let bytes = self.bytes.iter_mut().zip(&self.writable).skip(offset);
+        for ((old, mask), byte) in bytes.zip(data) {
+            *old = *old & !mask | byte & mask;
         }
     }
 

@@ -222,8 +222,8 @@ impl PciTransport {
         {
             // Bytes that the write does not reach are what was there.
             let mut through: [u8; 4] = self.space.bytes(at);
-            for (place, byte) in (offset..).zip(data) {
-                if let Some(through) = place.checked_sub(at).and_then(|i| through.get_mut(i)) {
+            for (i, byte) in data.iter().enumerate() {
+                if let Some(through) = (offset + i).checked_sub(at).and_then(|i| through.get_mut(i)) {
                     *through = *byte;
                 }
             }
