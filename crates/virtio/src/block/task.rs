@@ -219,9 +219,6 @@ impl BlockTask {
         if self.quiet || self.next.is_some() {
             return Ok(Stop::Held);
         }
-        if std::mem::take(&mut self.throttled) {
-            cx.clear_timer();
-        }
         self.rings.iter_mut().for_each(|ring| ring.empty = false);
         let count = self.rings.len();
         let mut taken = 0;
@@ -262,11 +259,15 @@ impl BlockTask {
                 _ => 0,
             };
             if !allowed(&self.setup.shared, cx, bytes.into()) {
-                self.throttled = true;
-                self.setup.shared.stats.rate_limiter_throttled_events.add(1);
+                if !std::mem::replace(&mut self.throttled, true) {
+                    self.setup.shared.stats.rate_limiter_throttled_events.add(1);
+                }
                 self.rings[index].queue.rewind(&self.chain)?;
                 return Ok(false);
             }
+        }
+        if std::mem::take(&mut self.throttled) {
+            cx.clear_timer();
         }
         let ring = &mut self.rings[index];
         let head = self.chain.head();
@@ -509,7 +510,7 @@ impl Task for BlockTask {
     }
 
     fn timer(&mut self, cx: &mut Context<'_>) {
-        if self.throttled {
+        if std::mem::take(&mut self.throttled) {
             self.setup.shared.stats.rate_limiter_event_count.add(1);
         }
         self.work(cx);
@@ -517,6 +518,7 @@ impl Task for BlockTask {
 
     fn quiesce(&mut self, cx: &mut Context<'_>) {
         self.quiet = true;
+        self.throttled = false;
         cx.clear_timer();
         // What is saved from now on is as of now.
         locked(&self.setup.shared.limits).now = cx.now();

@@ -1,7 +1,9 @@
 //! Disks of every kind against a model: a vector of bytes.
 
 mod crash;
+mod device;
 mod errors;
+mod guest;
 mod model;
 
 use std::path::{Path, PathBuf};
