@@ -267,13 +267,8 @@ impl Block {
             limits: Mutex::new(Limits { limiter, now }),
             front: Mutex::new(Front { disk, generation, interrupt: None, announce }),
         });
-        let control = BlockControl {
-            patience,
-            read_only,
-            flush,
-            lanes: lanes.clone(),
-            shared: Arc::clone(&shared),
-        };
+        let control =
+            BlockControl { patience, read_only, flush, lanes: lanes.clone(), shared: Arc::clone(&shared) };
         let queue_sizes = vec![config.queue_size; usize::from(config.num_queues)];
         Ok((Block { config, read_only, flush, workers, queue_sizes, lanes, shared }, control))
     }

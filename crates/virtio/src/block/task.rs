@@ -111,10 +111,16 @@ struct Flight {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum What {
-    Read { bytes: u64 },
-    Write { bytes: u64 },
+    Read {
+        bytes: u64,
+    },
+    Write {
+        bytes: u64,
+    },
     /// A write that is done, and is being made durable.
-    WriteThrough { bytes: u64 },
+    WriteThrough {
+        bytes: u64,
+    },
     Flush,
     Discard,
 }
@@ -278,8 +284,15 @@ impl BlockTask {
             ring.queue.add_used(head, 0)?;
             return Ok(true);
         };
-        let flight =
-            Flight { ring: index as u16, head, writable_len, status, what: What::Flush, left: 1, error: None };
+        let flight = Flight {
+            ring: index as u16,
+            head,
+            writable_len,
+            status,
+            what: What::Flush,
+            left: 1,
+            error: None,
+        };
         let disk = &mut self.setup.part.queue;
         let ram = &self.setup.memory;
         match command {
@@ -402,7 +415,10 @@ impl BlockTask {
                 What::Flush => "flush",
                 What::Discard => "discard",
             };
-            log::warn!("drive {}: a {what} failed: {errno} (failures so far: {failures})", self.setup.shared.id);
+            log::warn!(
+                "drive {}: a {what} failed: {errno} (failures so far: {failures})",
+                self.setup.shared.id
+            );
         }
     }
 

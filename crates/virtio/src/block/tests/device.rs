@@ -468,7 +468,8 @@ fn a_disk_that_the_driver_could_not_work_with_is_refused() {
         let error = guest.control.replace(Disk::open(&other).unwrap()).unwrap_err();
         assert!(matches!(error, BlockError::Differs { .. }), "{error}");
     }
-    let overlay = Disk::open(&overlaid(&options.path, dir.path().join("top"), vec![], IoEngine::Sync)).unwrap();
+    let overlay =
+        Disk::open(&overlaid(&options.path, dir.path().join("top"), vec![], IoEngine::Sync)).unwrap();
     let error = Block::new(config(2, 2), overlay, RateLimiterConfig::default(), vec![], 0).unwrap_err();
     assert!(matches!(error, BlockError::OverlayThreads { threads: 2, .. }), "{error}");
 }

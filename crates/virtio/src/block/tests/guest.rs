@@ -267,11 +267,41 @@ impl Guest {
         let driver = &mut self.drivers[queue];
         let mut got = Vec::new();
         self.worker.run_until(|| {
-            got.extend(std::iter::from_fn(|| driver.take_used()));
-            got.len() >= count
+            while got.len() < count
+                && let Some(used) = driver.take_used()
+            {
+                got.push(used);
+            }
+            got.len() == count
         });
-        assert_eq!(got.len(), count);
         got
+    }
+
+    /// As [`Guest::wait`], while the clock goes on: for devices with limits.
+    pub(super) fn wait_in_time(&mut self, queue: usize, count: usize) -> Vec<Used> {
+        let mut got = Vec::new();
+        loop {
+            self.worker.run();
+            got.extend(std::iter::from_fn(|| self.drivers[queue].take_used()));
+            if got.len() >= count {
+                assert_eq!(got.len(), count);
+                return got;
+            }
+            match self.worker.next_timer() {
+                Some(at) => self.worker.advance(at.saturating_sub(self.worker.now())),
+                None => got.extend(self.wait(queue, 1)),
+            }
+        }
+    }
+
+    /// As [`Guest::read`], while the clock goes on.
+    pub(super) fn read_in_time(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
+        let asked = self.ask(0, IN, sector, &[], count * 512);
+        self.kick(0);
+        let used = self.wait_in_time(0, 1)[0];
+        let answer = self.answer(&asked, used);
+        self.forget();
+        (answer.status, answer.data)
     }
 
     /// One request, from beginning to end.

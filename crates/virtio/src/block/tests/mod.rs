@@ -2,6 +2,7 @@
 
 mod crash;
 mod device;
+mod device_model;
 mod errors;
 mod guest;
 mod model;
