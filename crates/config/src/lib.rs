@@ -19,6 +19,7 @@
 
 mod action;
 mod boot_source;
+mod drive;
 mod id;
 mod logger;
 mod machine_config;
@@ -30,6 +31,10 @@ mod vm_state;
 pub use action::{Action, ActionType};
 pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS, MAX_BOOT_ARGS_LEN};
 pub use id::{IdError, InstanceId, ResourceId};
+pub use drive::{
+    CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveError, DriveUpdate, IoEngine, MAX_DRIVE_ID_LEN,
+    MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MIN_DRIVE_QUEUE_SIZE, Overlay,
+};
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use machine_config::{
     CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,
@@ -78,6 +83,9 @@ pub enum ConfigError {
         /// Where it stands.
         offset: usize,
     },
+    /// A block device.
+    #[error(transparent)]
+    Drive(#[from] DriveError),
 }
 
 /// Whether `value` lies between `min` and `max`, both included.

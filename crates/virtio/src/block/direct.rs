@@ -1,0 +1,122 @@
+//! System calls that move bytes at once, on the thread that asks.
+//!
+//! # Where unsafe is
+//!
+//! This is a leaf module that hands guest memory to the kernel: `preadv` and `pwritev` take addresses.
+#![expect(unsafe_code, reason = "preadv and pwritev take the addresses of guest memory")]
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use super::engine::{Done, Op, Progress, Transfer};
+
+/// Bytes that are moved before whoever waits for the first of them gets a chance to be told.
+pub(super) const TURN: u64 = 128 << 10;
+
+/// The synchronous engine of a worker that serves nothing but this disk: it may wait for the disk, so it does.
+#[derive(Debug)]
+pub(super) struct DirectEngine<T> {
+    files: Vec<Arc<File>>,
+    noted: VecDeque<Transfer<T>>,
+    done: Vec<Done<T>>,
+}
+
+impl<T> DirectEngine<T> {
+    /// An engine for `files`; a transfer's file is an index into them.
+    pub(super) fn new(files: Vec<Arc<File>>) -> Self {
+        DirectEngine { files, noted: VecDeque::new(), done: Vec::new() }
+    }
+
+    pub(super) fn push(&mut self, transfer: Transfer<T>) {
+        self.noted.push_back(transfer);
+    }
+
+    /// Carries out what was noted, until it had its turn.
+    pub(super) fn submit(&mut self) {
+        let mut moved = 0;
+        while moved < TURN
+            && let Some(mut transfer) = self.noted.pop_front()
+        {
+            moved += transfer.left().max(4096);
+            let result = carry_out(&mut transfer, &self.files);
+            self.done.push(transfer.finish(result));
+        }
+    }
+
+    pub(super) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+        done.append(&mut self.done);
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.noted.len() + self.done.len()
+    }
+}
+
+/// Does all of one transfer. Waits for the disk.
+pub(super) fn carry_out<T>(transfer: &mut Transfer<T>, files: &[Arc<File>]) -> Result<(), Errno> {
+    let file = &*files[usize::from(transfer.file())];
+    loop {
+        let result = match transfer.op() {
+            Op::Read | Op::Write => read_or_write(transfer, file),
+            Op::Sync => errno_of(rustix::fs::fdatasync(file)),
+            Op::PunchHole => {
+                let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                errno_of(rustix::fs::fallocate(file, mode, transfer.offset(), transfer.left()))
+            }
+            Op::ZeroRange => {
+                let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+                errno_of(rustix::fs::fallocate(file, mode, transfer.offset(), transfer.left()))
+            }
+        };
+        if let Progress::Over(result) = transfer.advance(result) {
+            return result;
+        }
+    }
+}
+
+fn errno_of(result: Result<(), Errno>) -> i32 {
+    result.map_or_else(|errno| -errno.raw_os_error(), |()| 0)
+}
+
+/// One read or write: the count, or a negative errno.
+fn read_or_write<T>(transfer: &Transfer<T>, file: &File) -> i32 {
+    let segments = transfer.segments();
+    let iov = segments.as_ptr().cast::<libc::iovec>();
+    // At most `MAX_SEGMENTS`.
+    let count = segments.len() as libc::c_int;
+    let offset = transfer.offset().cast_signed();
+    let fd = file.as_raw_fd();
+    let moved = match (transfer.op(), segments) {
+        (Op::Read, [one]) => {
+            let to = std::ptr::with_exposed_provenance_mut(one.addr);
+            // SAFETY: a transfer's segments are valid while it lives, and those of a read are guest RAM, which no Rust
+            // reference points into (invariant of `Transfer`).
+            unsafe { libc::pread(fd, to, one.len, offset) }
+        }
+        (Op::Read, _) => {
+            // SAFETY: `Segment` has the layout of `iovec`; for what they point to, see above.
+            unsafe { libc::preadv(fd, iov, count, offset) }
+        }
+        (_, [one]) => {
+            let from = std::ptr::with_exposed_provenance(one.addr);
+            // SAFETY: a transfer's segments are valid while it lives (invariant of `Transfer`); they are only read.
+            unsafe { libc::pwrite(fd, from, one.len, offset) }
+        }
+        (_, _) => {
+            // SAFETY: `Segment` has the layout of `iovec`; for what they point to, see above.
+            unsafe { libc::pwritev(fd, iov, count, offset) }
+        }
+    };
+    match i32::try_from(moved) {
+        Ok(-1) => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
+        Ok(moved) => moved,
+        // More than the kernel moves at once (2^31 - 4096).
+        Err(_) => -libc::EIO,
+    }
+}

@@ -1,0 +1,225 @@
+//! Opening a disk: a file or a block device, and the overlays on it.
+//!
+//! A [`Disk`] is what a drive's paths name, opened once. It is cheap to clone, and each clone is the same disk; the
+//! [`DiskQueue`]s that serve its requests come from it. Opening is where everything is checked that can be: what is
+//! left are errors of single requests.
+//!
+//! # Callers
+//!
+//! `machine` opens disks, on main: when a drive is attached, and when its path is replaced.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use config::{CacheType, Drive, IoEngine};
+use rustix::fs::{OFlags, SeekFrom};
+
+use super::SECTOR;
+use super::direct::DirectEngine;
+use super::engine::{Engine, Patience};
+use super::overlay::{Lower, OverlayError, Top};
+use super::queue::DiskQueue;
+use super::stack::Stack;
+use super::sync::SyncEngine;
+use super::uring::{Uring, UringError};
+
+/// Why a disk cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The kernel does not open it.
+    #[error("cannot open disk {}: {source}", path.display())]
+    Open {
+        /// The disk.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// It is a directory, a pipe or another thing that cannot be a disk.
+    #[error("disk {} is neither a file nor a block device", path.display())]
+    NotADisk {
+        /// What was named.
+        path: PathBuf,
+    },
+    /// It could be opened but not looked at.
+    #[error("cannot read disk {}: {source}", path.display())]
+    Read {
+        /// The disk.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// An overlay does not open.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// `io_engine` is Async and there is none.
+    #[error("io_engine Async: {0}")]
+    Async(#[from] UringError),
+    /// The thread of the synchronous engine does not start.
+    #[error("cannot start the thread of io_engine Sync: {0}")]
+    Sync(#[source] io::Error),
+}
+
+/// What a disk is made of, and how it is to be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// Whether the guest cannot write.
+    pub read_only: bool,
+    /// Whether the guest's flushes wait for the disk.
+    pub cache_type: CacheType,
+    /// How it is read and written; the best that the kernel has where absent.
+    pub engine: Option<IoEngine>,
+    /// Where writes go instead.
+    pub overlay: Option<config::Overlay>,
+}
+
+impl DiskOptions {
+    /// What `drive` asks for; a drive that was checked has a path.
+    pub fn of(drive: &Drive) -> Self {
+        DiskOptions {
+            path: drive.path_on_host.clone().unwrap_or_default(),
+            read_only: drive.is_read_only,
+            cache_type: drive.cache_type,
+            engine: drive.io_engine,
+            overlay: drive.overlay.clone(),
+        }
+    }
+}
+
+/// An open disk.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    stack: Arc<Stack>,
+    read_only: bool,
+    cache_type: CacheType,
+    engine: IoEngine,
+}
+
+impl Disk {
+    /// Opens a disk and the overlays on it.
+    pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
+        let engine = match options.engine {
+            Some(IoEngine::Async) => {
+                Uring::<()>::new(Vec::new(), Patience::None)?;
+                IoEngine::Async
+            }
+            Some(IoEngine::Sync) => IoEngine::Sync,
+            None => match Uring::<()>::new(Vec::new(), Patience::None) {
+                Ok(_) => IoEngine::Async,
+                Err(error) => {
+                    log::info!("disks use io_engine Sync: {error}");
+                    IoEngine::Sync
+                }
+            },
+        };
+        let (base, size) = open_base(&options.path, options.read_only || options.overlay.is_some())?;
+        let mut stack = Stack::new(Arc::new(base), size);
+        if let Some(overlay) = &options.overlay {
+            let unreadable = |source| DiskError::Read { path: options.path.clone(), source };
+            for path in &overlay.layers {
+                let beneath = stack.describe().map_err(unreadable)?;
+                stack.push_lower(Lower::open(path, beneath)?);
+            }
+            let beneath = stack.describe().map_err(unreadable)?;
+            if options.read_only {
+                stack.push_lower(Lower::open(&overlay.path, beneath)?);
+            } else {
+                let size = overlay.size_mib.map(|mib| mib << 20);
+                let wait_for_disk = options.cache_type == CacheType::Writeback;
+                stack.set_top(Top::open(&overlay.path, beneath, size, wait_for_disk)?);
+            }
+        }
+        Ok(Disk {
+            stack: Arc::new(stack),
+            read_only: options.read_only,
+            cache_type: options.cache_type,
+            engine,
+        })
+    }
+
+    /// Size in bytes, a multiple of 512.
+    pub fn size(&self) -> u64 {
+        self.stack.size()
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether the guest's flushes wait for the disk.
+    pub fn cache_type(&self) -> CacheType {
+        self.cache_type
+    }
+
+    /// How it is read and written.
+    pub fn engine(&self) -> IoEngine {
+        self.engine
+    }
+
+    /// Whether writes go to an overlay, so that only one [`DiskQueue`] may be in use at a time.
+    pub fn has_overlay(&self) -> bool {
+        self.stack.top().is_some()
+    }
+
+    /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
+    pub fn queue(&self, patience: Patience) -> Result<DiskQueue, DiskError> {
+        let files = self.stack.files();
+        let engine = match (self.engine, patience) {
+            (IoEngine::Async, _) => Engine::Uring(Box::new(Uring::new(files, patience)?)),
+            (IoEngine::Sync, Patience::None) => {
+                Engine::Sync(SyncEngine::new(files).map_err(DiskError::Sync)?)
+            }
+            (IoEngine::Sync, Patience::MayWait) => Engine::Direct(DirectEngine::new(files)),
+        };
+        let flush = self.cache_type == CacheType::Writeback && !self.read_only;
+        Ok(DiskQueue::new(Arc::clone(&self.stack), engine, flush))
+    }
+
+    /// Makes the files hold all that the disk does, and durable if flushes wait for the disk. Blocks; for the moments in which
+    /// no request is in flight, such as a snapshot.
+    pub fn sync(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        match self.stack.top() {
+            Some(top) => top.sync(),
+            None if self.cache_type == CacheType::Writeback => {
+                Ok(rustix::fs::fdatasync(&self.stack.files()[0])?)
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Opens a file or block device; its size, rounded down to a sector.
+fn open_base(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
+    let failed = |source| DiskError::Open { path: path.into(), source };
+    // A pipe without a writer must not hold us up; what is no disk is refused below.
+    let file = File::options()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)
+        .map_err(failed)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(DiskError::NotADisk { path: path.into() });
+    }
+    let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(e.into()))?;
+    rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
+    // The end of a block device is found like that of a file.
+    let size = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
+    let whole = size / SECTOR * SECTOR;
+    if whole != size {
+        log::warn!(
+            "disk {} has {size} bytes, which is no multiple of {SECTOR}: the guest sees the first {whole}",
+            path.display()
+        );
+    }
+    Ok((file, whole))
+}

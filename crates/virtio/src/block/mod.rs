@@ -1,0 +1,47 @@
+//! The block device (virtio 1.3, section 5.2).
+//!
+//! ```text
+//!  device.rs   the front: features, configuration space, activation       request.rs  what a guest asks for, parsed and checked
+//!  task.rs     a queue's worker: chains in, requests out, used ring       config_space.rs
+//!      |
+//!  queue.rs    requests -> transfers; parts, fallbacks, flush.rs          disk.rs     opening a disk
+//!      |       overlay/ + stack.rs: which file holds a sector
+//!  engine.rs   transfers -> system calls: uring.rs, sync.rs, direct.rs    buffers.rs  stretches of guest memory
+//! ```
+//!
+//! # Back ends
+//!
+//! | back end              | reads                            | writes                    | discard                     |
+//! |-----------------------|----------------------------------|---------------------------|-----------------------------|
+//! | file                  | the file                         | the file                  | punches a hole              |
+//! | block device          | the device                       | the device                | as the device can           |
+//! | overlay on either     | overlay, else what lies beneath  | the overlay, any sector   | punches a hole, reads zeros |
+//!
+//! # Bounds
+//!
+//! Up to 256 requests per engine are in flight, each of at most 256 segments; what a guest makes available beyond that stays in
+//! its ring. A request of any length is worked off in parts of 1 MiB, so no guest keeps a worker to itself.
+
+pub mod buffers;
+mod config_space;
+mod device;
+mod direct;
+pub mod disk;
+pub mod engine;
+mod flush;
+pub mod overlay;
+pub mod queue;
+mod request;
+mod stack;
+mod stats;
+mod sync;
+mod task;
+#[cfg(test)]
+mod tests;
+pub mod uring;
+
+pub use device::{Block, BlockConfig, BlockControl, BlockError, BlockState, Replaced, StillInUse};
+pub use stats::{BlockStats, Counter};
+
+/// Bytes of a sector: the unit of everything that a guest asks for, whatever the disk's own block size is.
+pub const SECTOR: u64 = 512;

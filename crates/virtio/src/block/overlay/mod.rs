@@ -1,0 +1,630 @@
+//! Copy-on-write overlays: writes go to a sparse file over a disk that is never written.
+//!
+//! # What holds
+//!
+//! - What lies beneath is only ever read. It may be a plain disk, or a disk with overlays of its own; each overlay knows
+//!   what it was made on and refuses anything else.
+//! - A sector is the overlay's from the first write, zeroing or discard on; a discarded sector reads as zeros and does
+//!   not show what lies beneath. Where the data of a sector stands is arithmetic: no table is walked.
+//! - What the guest flushed survives a crash of the host. What the kernel has taken, flushed or not, survives the
+//!   monitor's being killed, but for what was in flight. See [`format`] for how.
+//! - One monitor at a time writes to an overlay (an exclusive lock); any number may read one that nobody writes to.
+//!
+//! # Error model
+//!
+//! Opening fails with [`OverlayError`], which names the file. Nothing that a file says is believed before it is checked:
+//! a truncated file or a header that does not fit it is an error, not a wrong disk. Later errors are those of single
+//! requests: a full disk is `ENOSPC` for the write that found it so.
+
+mod format;
+pub(super) mod map;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
+use rustix::io::Errno;
+use zerocopy::{FromZeros, IntoBytes};
+
+use self::format::{
+    CLOSED, Header, Layout, MAGIC, MAX_VIRTUAL_SIZE, OPEN, OPEN_UNSAFE, SESSION_OFFSET, Session, VERSION,
+};
+use self::map::{Dirty, Map, PAGE_BYTES};
+use super::SECTOR;
+use crate::sync::locked;
+
+/// Why an overlay cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OverlayError {
+    /// A system call failed.
+    #[error("cannot {what} overlay {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The overlay.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// Another process has it open and writes to it, or reads it as a layer while this one wants to write.
+    #[error("overlay {} is in use by another process", path.display())]
+    InUse {
+        /// The overlay.
+        path: PathBuf,
+    },
+    /// It is not a regular file.
+    #[error("overlay {} is not a regular file", path.display())]
+    NotAFile {
+        /// The overlay.
+        path: PathBuf,
+    },
+    /// The file holds something else.
+    #[error("{} is not an overlay: it does not begin with an overlay's header", path.display())]
+    NotAnOverlay {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It was written by a program that knows more.
+    #[error("overlay {} has format version {version}, this program reads version {VERSION}", path.display())]
+    Version {
+        /// The overlay.
+        path: PathBuf,
+        /// The version it has.
+        version: u32,
+    },
+    /// The header contradicts itself: it was damaged.
+    #[error("the header of overlay {} is damaged: {what}", path.display())]
+    Damaged {
+        /// The overlay.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// The end of the file is missing.
+    #[error("overlay {} is truncated: it is {len} bytes long and its header asks for {needed}", path.display())]
+    Truncated {
+        /// The overlay.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+        /// The length it must have.
+        needed: u64,
+    },
+    /// It was made on something else than what it is put on now.
+    #[error("overlay {} was not made on this disk: {what}", path.display())]
+    WrongBase {
+        /// The overlay.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
+    /// The size asked for is not one that an overlay can have here.
+    #[error("overlay {}: size {size} does not fit: {why}", path.display())]
+    Size {
+        /// The overlay.
+        path: PathBuf,
+        /// The size in bytes.
+        size: u64,
+        /// What it must fit.
+        why: String,
+    },
+}
+
+/// What an overlay lies on, as far as it must be told from other things.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Beneath {
+    /// Size in bytes, a multiple of 512.
+    pub(super) size: u64,
+    /// The overlay beneath, or zeros.
+    pub(super) uuid: [u8; 16],
+    /// How often the overlay beneath was opened for writing.
+    pub(super) sessions: u64,
+    /// CRC-32 of its first and last 64 KiB.
+    pub(super) fingerprint: u32,
+}
+
+/// Which overlay something is, for the one that lies on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub(super) uuid: [u8; 16],
+    pub(super) sessions: u64,
+}
+
+/// An overlay that is only read.
+#[derive(Debug)]
+pub(super) struct Lower {
+    pub(super) file: Arc<File>,
+    pub(super) layout: Layout,
+    pub(super) size: u64,
+    pub(super) identity: Identity,
+    /// Sectors of what lies beneath; those after it are always the overlay's.
+    below: u64,
+    map: Map,
+    _lock: File,
+}
+
+/// The overlay that is written to.
+#[derive(Debug)]
+pub(super) struct Top {
+    pub(super) file: Arc<File>,
+    pub(super) layout: Layout,
+    pub(super) size: u64,
+    path: PathBuf,
+    identity: Identity,
+    wait_for_disk: bool,
+    state: Mutex<TopState>,
+    _lock: File,
+}
+
+/// What changes while an overlay is written to. Locked for moments, by the one worker that serves the disk.
+#[derive(Debug)]
+pub(super) struct TopState {
+    below: u64,
+    map: Map,
+    /// What map A in the file does not have yet.
+    pub(super) dirty_a: Dirty,
+    /// What map B in the file does not have yet.
+    pub(super) dirty_b: Dirty,
+}
+
+/// The lookup that layers share: whether `sector` is the overlay's, and how many after it are alike.
+fn run(map: &Map, below: u64, sector: u64, max: u64) -> (bool, u64) {
+    if sector >= below { (true, max) } else { map.run(sector, max.min(below - sector)) }
+}
+
+impl Lower {
+    /// Opens the overlay at `path` to read it, on top of what `beneath` describes.
+    pub(super) fn open(path: &Path, beneath: Beneath) -> Result<Self, OverlayError> {
+        let opened = open(path, OpenOptions::new().read(true), FlockOperation::NonBlockingLockShared)?;
+        let Opened { file, lock, len } = opened;
+        let (header, session) = read_headers(&file, path, len)?;
+        check_base(&header, path, beneath)?;
+        let maps = read_maps(&file, path, &header, &session)?;
+        Ok(Lower {
+            layout: Layout::of(header.virtual_size.get()),
+            size: header.virtual_size.get(),
+            identity: Identity { uuid: header.uuid, sessions: session.sessions.get() },
+            below: beneath.size / SECTOR,
+            map: maps.map,
+            file: Arc::new(file),
+            _lock: lock,
+        })
+    }
+
+    /// Whether `sector` is this overlay's, and how many sectors from there on are alike; at most `max`, which is not 0.
+    pub(super) fn run(&self, sector: u64, max: u64) -> (bool, u64) {
+        run(&self.map, self.below, sector, max)
+    }
+}
+
+impl Top {
+    /// Opens the overlay at `path`, or makes it if the file does not exist or is empty, on top of what `beneath` describes.
+    ///
+    /// `size` is that of the disk in bytes; where absent, the existing overlay's or that of what lies beneath.
+    /// `wait_for_disk` is whether flushes of the guest wait for the disk (`cache_type` Writeback).
+    pub(super) fn open(
+        path: &Path,
+        beneath: Beneath,
+        size: Option<u64>,
+        wait_for_disk: bool,
+    ) -> Result<Self, OverlayError> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let Opened { file, lock, mut len } = open(path, &options, FlockOperation::NonBlockingLockExclusive)?;
+        if is_blank(&file, len) {
+            len = create(&file, path, beneath, size.unwrap_or(beneath.size))?;
+        }
+        let (header, session) = read_headers(&file, path, len)?;
+        check_base(&header, path, beneath)?;
+        let virtual_size = header.virtual_size.get();
+        if let Some(size) = size.filter(|&size| size != virtual_size) {
+            let why = format!("it was made with {virtual_size} bytes");
+            return Err(OverlayError::Size { path: path.into(), size, why });
+        }
+        let maps = read_maps(&file, path, &header, &session)?;
+        let top = Top {
+            file: Arc::new(file),
+            _lock: lock,
+            layout: Layout::of(virtual_size),
+            size: virtual_size,
+            path: path.into(),
+            identity: Identity { uuid: header.uuid, sessions: session.sessions.get() + 1 },
+            wait_for_disk,
+            state: Mutex::new(TopState {
+                below: beneath.size / SECTOR,
+                map: maps.map,
+                dirty_a: maps.missing_in_a,
+                dirty_b: Dirty::default(),
+            }),
+        };
+        top.begin(maps.trust_b).map_err(|e| io_error("begin to write to", path, e))?;
+        Ok(top)
+    }
+
+    /// The state, for the worker that serves the disk.
+    pub(super) fn state(&self) -> MutexGuard<'_, TopState> {
+        locked(&self.state)
+    }
+
+    /// The file's name.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether flushes wait for the disk.
+    pub(super) fn waits_for_disk(&self) -> bool {
+        self.wait_for_disk
+    }
+
+    /// Makes the file say all that it holds, and durable if flushes wait for the disk. Blocks.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        let mut state = self.state();
+        if !self.wait_for_disk {
+            return self.write_map(&mut state, Copy::B);
+        }
+        rustix::fs::fdatasync(&self.file)?;
+        if !state.dirty_a.is_empty() {
+            self.write_map(&mut state, Copy::A)?;
+            rustix::fs::fdatasync(&self.file)?;
+        }
+        Ok(())
+    }
+
+    /// Begins a session: from here on the file says who may trust what.
+    fn begin(&self, trust_b: bool) -> io::Result<()> {
+        if !trust_b {
+            clear(&self.file, self.layout.map_b, self.layout.data - self.layout.map_b)?;
+            rustix::fs::fdatasync(&self.file)?;
+        }
+        if self.wait_for_disk && !self.state().dirty_a.is_empty() {
+            // What only map B knew so far becomes as durable as the rest before map B's word is worth less.
+            self.sync()?;
+        }
+        self.write_session(if self.wait_for_disk { OPEN } else { OPEN_UNSAFE })
+    }
+
+    /// Ends the session: both maps together are true now, on whichever host.
+    fn end(&self) -> io::Result<()> {
+        self.sync()?;
+        self.write_session(CLOSED)
+    }
+
+    fn write_session(&self, state: u32) -> io::Result<()> {
+        let start = HostStart::now();
+        let session = Session {
+            sessions: self.identity.sessions.into(),
+            boot_id: start.id,
+            boot_time: start.time.into(),
+            state: state.into(),
+            crc: 0.into(),
+        };
+        self.file.write_all_at(session.sealed().as_bytes(), SESSION_OFFSET)?;
+        if self.wait_for_disk {
+            rustix::fs::fdatasync(&self.file)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what one copy of the map does not have yet. What could not be written is noted as before.
+    fn write_map(&self, state: &mut TopState, copy: Copy) -> io::Result<()> {
+        let start = match copy {
+            Copy::A => self.layout.map_a,
+            Copy::B => self.layout.map_b,
+        };
+        while let Some((page, words)) = state.dirty(copy).pop() {
+            let bytes = state.map.bytes(page, words.clone());
+            let offset = start + page * PAGE_BYTES + u64::from(*words.start()) * 8;
+            if let Err(error) = self.file.write_all_at(&bytes, offset) {
+                state.dirty(copy).mark_words(page, words);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Top {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            log::error!("cannot close overlay {} in order: {error}", self.path.display());
+        }
+    }
+}
+
+/// One of the two copies of the map in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Copy {
+    A,
+    B,
+}
+
+impl TopState {
+    /// Whether `sector` is this overlay's, and how many sectors from there on are alike; at most `max`, which is not 0.
+    pub(super) fn run(&self, sector: u64, max: u64) -> (bool, u64) {
+        run(&self.map, self.below, sector, max)
+    }
+
+    /// Notes that the overlay holds `count` sectors from `sector`: their data is in the file.
+    pub(super) fn hold(&mut self, sector: u64, count: u64, wait_for_disk: bool) {
+        let count = count.min(self.below.saturating_sub(sector));
+        if count == 0 || self.map.all_set(sector, count) {
+            return;
+        }
+        self.map.set(sector, count);
+        self.dirty_b.mark(sector, count);
+        if wait_for_disk {
+            self.dirty_a.mark(sector, count);
+        }
+    }
+
+    /// The bytes of a stretch of the map, and where in a copy of it they stand.
+    pub(super) fn bytes(&self, page: u64, words: std::ops::RangeInclusive<u16>) -> (u64, Box<[u8]>) {
+        let offset = page * PAGE_BYTES + u64::from(*words.start()) * 8;
+        (offset, self.map.bytes(page, words))
+    }
+
+    fn dirty(&mut self, copy: Copy) -> &mut Dirty {
+        match copy {
+            Copy::A => &mut self.dirty_a,
+            Copy::B => &mut self.dirty_b,
+        }
+    }
+}
+
+/// A start of the host: page caches do not live longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct HostStart {
+    /// The kernel's name for it; zeros where `/proc` is not there, as in a jail.
+    id: [u8; 16],
+    /// When it was, in seconds since 1970.
+    time: u64,
+}
+
+impl HostStart {
+    fn now() -> Self {
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
+        let id = id.and_then(|text| u128::from_str_radix(&text.trim().replace('-', ""), 16).ok());
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
+        let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec;
+        HostStart { id: id.unwrap_or(0).to_be_bytes(), time: now.saturating_sub(up).max(0).cast_unsigned() }
+    }
+
+    /// Whether `session` was begun since this start.
+    fn is_of(&self, session: &Session) -> bool {
+        if self.id != [0; 16] && session.boot_id != [0; 16] {
+            return self.id == session.boot_id;
+        }
+        // Both clocks are rounded to seconds. An earlier start lies further back than that: a host needs longer to start.
+        self.time.abs_diff(session.boot_time.get()) <= 1
+    }
+}
+
+fn io_error(what: &'static str, path: &Path, source: impl Into<io::Error>) -> OverlayError {
+    OverlayError::Io { what, path: path.into(), source: source.into() }
+}
+
+/// An overlay's file, open twice.
+#[derive(Debug)]
+struct Opened {
+    /// For its contents.
+    file: File,
+    /// For the lock. The kernel may keep `file` for a while after its `io_uring` was closed, and must not keep the lock.
+    lock: File,
+    /// Its length in bytes.
+    len: u64,
+}
+
+/// Opens and locks the overlay at `path`.
+fn open(path: &Path, options: &OpenOptions, operation: FlockOperation) -> Result<Opened, OverlayError> {
+    let open = || options.open(path).map_err(|e| io_error("open", path, e));
+    let look = |file: &File| file.metadata().map_err(|e| io_error("read the size of", path, e));
+    let lock = open()?;
+    match rustix::fs::flock(&lock, operation) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Err(OverlayError::InUse { path: path.into() }),
+        Err(e) => return Err(io_error("lock", path, e)),
+    }
+    let file = open()?;
+    let (locked, metadata) = (look(&lock)?, look(&file)?);
+    if !metadata.is_file() {
+        return Err(OverlayError::NotAFile { path: path.into() });
+    }
+    if (locked.dev(), locked.ino()) != (metadata.dev(), metadata.ino()) {
+        // Somebody put another file there in this very moment.
+        return Err(OverlayError::InUse { path: path.into() });
+    }
+    Ok(Opened { len: metadata.len(), file, lock })
+}
+
+/// Whether the file has no byte of data: a new overlay can be made in it.
+fn is_blank(file: &File, len: u64) -> bool {
+    len == 0 || rustix::fs::seek(file, SeekFrom::Data(0)) == Err(Errno::NXIO)
+}
+
+/// Makes a new overlay in a blank file; the file's length.
+fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> Result<u64, OverlayError> {
+    let refused = |why: String| OverlayError::Size { path: path.into(), size, why };
+    if !size.is_multiple_of(SECTOR) {
+        return Err(refused("it must be a multiple of 512".into()));
+    }
+    if size < beneath.size {
+        return Err(refused(format!("the disk beneath has {} bytes", beneath.size)));
+    }
+    if size > MAX_VIRTUAL_SIZE {
+        return Err(refused(format!("at most {MAX_VIRTUAL_SIZE} bytes")));
+    }
+    let mut uuid = [0; 16];
+    rustix::rand::getrandom(&mut uuid, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| io_error("name", path, e))?;
+    let header = Header {
+        magic: MAGIC,
+        version: VERSION.into(),
+        block_size: (SECTOR as u32).into(),
+        virtual_size: size.into(),
+        uuid,
+        base_size: beneath.size.into(),
+        base_uuid: beneath.uuid,
+        base_sessions: beneath.sessions.into(),
+        base_fingerprint: beneath.fingerprint.into(),
+        crc: 0.into(),
+    }
+    .sealed();
+    let session = Session {
+        sessions: 0.into(),
+        boot_id: [0; 16],
+        boot_time: 0.into(),
+        state: CLOSED.into(),
+        crc: 0.into(),
+    };
+    let len = Layout::of(size).file_len;
+    file.set_len(len).map_err(|e| io_error("set the size of", path, e))?;
+    // The header comes last: a file without it is blank, and the next attempt begins anew.
+    let written = file
+        .write_all_at(session.sealed().as_bytes(), SESSION_OFFSET)
+        .and_then(|()| file.write_all_at(header.as_bytes(), 0));
+    written.map_err(|e| io_error("write the header of", path, e))?;
+    Ok(len)
+}
+
+/// Reads and checks the header and the session of a file of `len` bytes.
+fn read_headers(file: &File, path: &Path, len: u64) -> Result<(Header, Session), OverlayError> {
+    let mut header = Header::new_zeroed();
+    let mut session = Session::new_zeroed();
+    let not_an_overlay = || OverlayError::NotAnOverlay { path: path.into() };
+    let unreadable = |e| io_error("read the header of", path, e);
+    match file.read_exact_at(header.as_mut_bytes(), 0) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(not_an_overlay()),
+        Err(e) => return Err(unreadable(e)),
+    }
+    if header.magic != MAGIC {
+        return Err(not_an_overlay());
+    }
+    if header.version.get() != VERSION {
+        return Err(OverlayError::Version { path: path.into(), version: header.version.get() });
+    }
+    let damaged = |what| OverlayError::Damaged { path: path.into(), what };
+    if !header.is_sealed() {
+        return Err(damaged("its checksum is wrong"));
+    }
+    let size = header.virtual_size.get();
+    if header.block_size.get() != SECTOR as u32 {
+        return Err(damaged("its block size is not 512"));
+    }
+    if size % SECTOR != 0 || size > MAX_VIRTUAL_SIZE || header.base_size.get() > size {
+        return Err(damaged("its sizes are not possible"));
+    }
+    let needed = Layout::of(size).file_len;
+    if len < needed {
+        return Err(OverlayError::Truncated { path: path.into(), len, needed });
+    }
+    file.read_exact_at(session.as_mut_bytes(), SESSION_OFFSET).map_err(unreadable)?;
+    if !session.is_sealed() {
+        return Err(damaged("the checksum of its session is wrong"));
+    }
+    Ok((header, session))
+}
+
+/// Checks that the overlay was made on what lies beneath it now.
+fn check_base(header: &Header, path: &Path, beneath: Beneath) -> Result<(), OverlayError> {
+    let what = if header.base_size.get() != beneath.size {
+        format!("it was made on one of {} bytes, this one has {}", header.base_size, beneath.size)
+    } else if header.base_uuid != beneath.uuid {
+        "it was made on another layer".into()
+    } else if header.base_sessions.get() != beneath.sessions {
+        "the layer beneath was written to after it was made".into()
+    } else if header.base_fingerprint.get() != beneath.fingerprint {
+        "its contents differ from those that it was made on".into()
+    } else {
+        return Ok(());
+    };
+    Err(OverlayError::WrongBase { path: path.into(), what })
+}
+
+/// What the maps of a file say.
+struct Maps {
+    /// What the overlay holds.
+    map: Map,
+    /// What of it map A does not have.
+    missing_in_a: Dirty,
+    /// Whether map B was believed.
+    trust_b: bool,
+}
+
+fn read_maps(file: &File, path: &Path, header: &Header, session: &Session) -> Result<Maps, OverlayError> {
+    let layout = Layout::of(header.virtual_size.get());
+    let mut map = Map::new(header.virtual_size.get() / SECTOR);
+    let len = map.page_count() * PAGE_BYTES;
+    let unreadable = |e| io_error("read the map of", path, e);
+    for_each_page(file, layout.map_a, len, |page, bytes| map.merge(page, bytes)).map_err(unreadable)?;
+
+    let trust_b = session.state.get() != OPEN || HostStart::now().is_of(session);
+    let mut missing_in_a = Dirty::default();
+    if trust_b {
+        let merge = |page, bytes: &[u8; PAGE_BYTES as usize]| {
+            let before = map.bytes(page, 0..=(PAGE_BYTES / 8 - 1) as u16);
+            if before.iter().zip(bytes).any(|(a, b)| b & !a != 0) {
+                map.merge(page, bytes);
+                missing_in_a.mark_page(page);
+            }
+        };
+        for_each_page(file, layout.map_b, len, merge).map_err(unreadable)?;
+    } else {
+        log::warn!(
+            "overlay {} was not closed before the host went down: it holds what the guest had flushed",
+            path.display()
+        );
+    }
+    Ok(Maps { map, missing_in_a, trust_b })
+}
+
+/// Calls `visit` with each 4 KiB page that has data in the `len` bytes from `start`.
+fn for_each_page(
+    file: &File,
+    start: u64,
+    len: u64,
+    mut visit: impl FnMut(u64, &[u8; PAGE_BYTES as usize]),
+) -> io::Result<()> {
+    let end = start + len;
+    let mut bytes = [0; PAGE_BYTES as usize];
+    let mut at = start;
+    while at < end {
+        match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            // Pages are aligned as the file system's blocks are, or better; where not, a page is read for its part.
+            Ok(data) => at = at.max(start + (data.max(start) - start) / PAGE_BYTES * PAGE_BYTES),
+            Err(Errno::NXIO) => break,
+            // A file system that does not tell holes from data: everything is read.
+            Err(_) => {}
+        }
+        if at >= end {
+            break;
+        }
+        file.read_exact_at(&mut bytes, at)?;
+        visit((at - start) / PAGE_BYTES, &bytes);
+        at += PAGE_BYTES;
+    }
+    Ok(())
+}
+
+/// Lets a range of the file read as zeros.
+fn clear(file: &File, start: u64, len: u64) -> io::Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, mode, start, len) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+        result => return Ok(result?),
+    }
+    let zeros = [0; PAGE_BYTES as usize];
+    let mut at = start;
+    while at < start + len {
+        let count = (start + len - at).min(PAGE_BYTES);
+        file.write_all_at(&zeros[..count as usize], at)?;
+        at += count;
+    }
+    Ok(())
+}

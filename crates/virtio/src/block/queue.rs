@@ -1,0 +1,473 @@
+//! Serving requests for a disk: what the tasks of the device talk to.
+//!
+//! # Contract
+//!
+//! - The caller has checked that a request lies within the disk, in whole sectors. What reaches past the end all the same is
+//!   answered with `EINVAL`; nothing panics.
+//! - [`start`](DiskQueue::start) notes requests, [`kick`](DiskQueue::kick) sends them off and takes in what is over, and
+//!   [`finished`](DiskQueue::finished) tells one by one which are. None of them waits for a disk (but for a worker with
+//!   [`Patience`](super::engine::Patience)), nor does any take long: a request larger than [`PART`] is worked off in parts,
+//!   a few at a time, so that it cannot keep a worker to itself.
+//! - Its [`event`](DiskQueue::event) is readable when `kick` has something to take in.
+//! - Requests in flight together have no order, as on any disk. A flush covers what had finished when it was started.
+//! - [`settle`](DiskQueue::settle) is to be called before the worker goes to sleep: an overlay writes down which sectors it
+//!   holds then, when nobody waits for it.
+//!
+//! # Error model
+//!
+//! A request fails with an errno; others go on. `EIO` may mean that the file ended early: it shrank.
+
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::SECTOR;
+use super::buffers::GuestBuffers;
+use super::engine::{Done, Engine, MAX_ZEROS, Transfer};
+use super::flush::Flush;
+use super::overlay::Top;
+use super::overlay::map::PAGE_BYTES;
+use super::stack::Stack;
+
+/// Largest part of a request that is worked off at once, in bytes.
+const PART: u64 = 1 << 20;
+/// Most parts of one request in flight at a time.
+const MAX_PARTS: u32 = 4;
+/// Most stretches of an overlay's map B that are written at a time.
+const MAP_WRITES: u32 = 16;
+
+/// What is to be done.
+#[derive(Debug)]
+pub enum Request {
+    /// Fill the buffers from `offset` on.
+    Read(GuestBuffers),
+    /// Write the buffers from `offset` on.
+    Write(GuestBuffers),
+    /// The `len` bytes are not needed any more; they read as zeros where the disk can give their space back.
+    Discard {
+        /// Length in bytes.
+        len: u64,
+    },
+    /// The `len` bytes read as zeros.
+    WriteZeroes {
+        /// Length in bytes.
+        len: u64,
+        /// Whether their space may be given back.
+        unmap: bool,
+    },
+    /// What was written becomes durable. Nothing is done where flushes do not wait for the disk.
+    Flush,
+}
+
+/// How the caller tells its requests apart.
+pub type Token = u32;
+
+/// Serves requests for one [`Disk`](super::disk::Disk).
+#[derive(Debug)]
+pub struct DiskQueue {
+    /// First, so that it is dropped first: it waits for what is in flight.
+    engine: Engine<Tag>,
+    stack: Arc<Stack>,
+    /// Whether a flush does anything.
+    flush: bool,
+    /// Requests in parts.
+    split: Vec<Option<Split>>,
+    free_split: Vec<u32>,
+    overlay_flush: Flush,
+    /// Writes of map B in flight.
+    map_writes: u32,
+    /// Whether a write of map B failed that was not tried again since.
+    map_failed: bool,
+    finished: VecDeque<(Token, Result<(), Errno>)>,
+    in_flight: usize,
+    /// Requests that were started or told to be over, ever.
+    progress: u64,
+    /// Reused: completions of one round, and spent buffers.
+    done: Vec<Done<Tag>>,
+    spare: Vec<GuestBuffers>,
+}
+
+/// What a transfer is for.
+#[derive(Debug)]
+pub(super) enum Tag {
+    /// A whole request.
+    Whole(Token),
+    /// A whole write to an overlay; it holds these sectors afterwards.
+    Hold { token: Token, sector: u64, count: u64 },
+    /// A discard on a plain disk: one that the disk cannot do is done.
+    Discard(Token),
+    /// Zeroing of a range, by the file system; where it cannot, zeros are written.
+    Zero { token: Token, offset: u64, len: u64 },
+    /// A part of a request.
+    Part(u32),
+    /// A step of an overlay's flush.
+    Flush,
+    /// A stretch of an overlay's map B: the sectors that it is about.
+    MapB { sector: u64, count: u64 },
+}
+
+/// A request that is worked off in parts.
+#[derive(Debug)]
+struct Split {
+    token: Token,
+    what: SplitWhat,
+    /// Where on the disk it begins.
+    offset: u64,
+    len: u64,
+    /// How much of it was started.
+    started: u64,
+    parts: u32,
+    error: Option<Errno>,
+}
+
+#[derive(Debug)]
+enum SplitWhat {
+    Read(GuestBuffers),
+    Write(GuestBuffers),
+    Zeros,
+}
+
+impl DiskQueue {
+    pub(super) fn new(stack: Arc<Stack>, engine: Engine<Tag>, flush: bool) -> Self {
+        DiskQueue {
+            engine,
+            stack,
+            flush,
+            split: Vec::new(),
+            free_split: Vec::new(),
+            overlay_flush: Flush::default(),
+            map_writes: 0,
+            map_failed: false,
+            finished: VecDeque::new(),
+            in_flight: 0,
+            progress: 0,
+            done: Vec::new(),
+            spare: Vec::new(),
+        }
+    }
+
+    /// Empty buffers, for a request to come; used ones, if there are any.
+    pub fn buffers(&mut self) -> GuestBuffers {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// Takes back buffers that were not used after all.
+    pub fn recycle(&mut self, mut buffers: GuestBuffers) {
+        if self.spare.len() < 64 {
+            buffers.clear();
+            self.spare.push(buffers);
+        }
+    }
+
+    /// Notes a request; `offset` is in bytes, and of no matter for a flush.
+    pub fn start(&mut self, token: Token, offset: u64, request: Request) {
+        self.in_flight += 1;
+        self.progress += 1;
+        let len = match &request {
+            Request::Read(buffers) | Request::Write(buffers) => buffers.len(),
+            Request::Discard { len } | Request::WriteZeroes { len, .. } => *len,
+            Request::Flush => return self.start_flush(token),
+        };
+        let end = offset.checked_add(len).filter(|&end| end <= self.stack.size());
+        if end.is_none() || !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
+            return self.finish(token, Err(Errno::INVAL));
+        }
+        if len == 0 {
+            return self.finish(token, Ok(()));
+        }
+        match request {
+            Request::Read(buffers) => self.read(token, offset, buffers),
+            Request::Write(buffers) => self.write(token, offset, buffers),
+            Request::Discard { .. } => self.discard(token, offset, len),
+            Request::WriteZeroes { unmap, .. } => self.zero(token, offset, len, !unmap),
+            Request::Flush => {}
+        }
+    }
+
+    /// Sends off what was noted and takes in what is over. The caller tells what [`finished`](Self::finished) and, if then it
+    /// [`has_more`](Self::has_more), comes back, now or after others had their turn.
+    pub fn kick(&mut self) {
+        self.engine.submit();
+        let mut done = std::mem::take(&mut self.done);
+        self.engine.reap(&mut done);
+        for done in done.drain(..) {
+            self.take_in(done);
+        }
+        self.done = done;
+    }
+
+    /// Whether there is something to do or to tell at once, for which no event will come.
+    pub fn has_more(&self) -> bool {
+        self.engine.has_more() || !self.finished.is_empty()
+    }
+
+    /// The next request that is over, with how it went.
+    pub fn finished(&mut self) -> Option<(Token, Result<(), Errno>)> {
+        let finished = self.finished.pop_front();
+        if finished.is_some() {
+            self.in_flight -= 1;
+            self.progress += 1;
+        }
+        finished
+    }
+
+    /// Requests that were started and not yet told to be over.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// A number that changes with every request that is started or told to be over.
+    pub fn progress(&self) -> u64 {
+        self.progress
+    }
+
+    /// Whether nothing is in flight, not even what nobody waits for.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight == 0 && self.engine.in_flight() == 0
+    }
+
+    /// Does what nobody waits for. To be called when there is nothing else to do; there may be
+    /// [`more`](Self::has_more) to do afterwards.
+    pub fn settle(&mut self) {
+        let Some(top) = self.stack.top() else { return };
+        if self.map_writes > 0 || self.map_failed {
+            return;
+        }
+        let mut state = top.state();
+        while self.map_writes < MAP_WRITES
+            && let Some((page, words)) = state.dirty_b.pop()
+        {
+            let (sector, count) = sectors_of(page, &words);
+            let (offset, bytes) = state.bytes(page, words);
+            let (file, _) = self.stack.write_target();
+            let tag = Tag::MapB { sector, count };
+            self.engine.push(Transfer::write_bytes(file, top.layout.map_b + offset, bytes, tag));
+            self.map_writes += 1;
+        }
+        drop(state);
+        if self.map_writes > 0 {
+            self.kick();
+        }
+    }
+
+    /// Readable while [`kick`](Self::kick) has something to take in. None if nothing is ever left to wait for.
+    pub fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.engine.event()
+    }
+
+    /// Waits until all that was started is over; [`finished`](Self::finished) tells how it went. For threads that may block.
+    pub fn drain(&mut self) {
+        loop {
+            self.kick();
+            if self.engine.in_flight() == 0 {
+                self.settle();
+            }
+            if self.engine.in_flight() == 0 {
+                return;
+            }
+            self.engine.wait();
+        }
+    }
+
+    fn finish(&mut self, token: Token, result: Result<(), Errno>) {
+        self.finished.push_back((token, result));
+    }
+
+    fn read(&mut self, token: Token, offset: u64, buffers: GuestBuffers) {
+        let state = self.stack.top().map(Top::state);
+        let len = buffers.len();
+        let place = self.stack.locate(state.as_deref(), offset, len);
+        drop(state);
+        if place.len == len && len <= PART {
+            self.engine.push(Transfer::read(place.file, place.offset, buffers, Tag::Whole(token)));
+        } else {
+            self.split(token, offset, len, SplitWhat::Read(buffers));
+        }
+    }
+
+    fn write(&mut self, token: Token, offset: u64, buffers: GuestBuffers) {
+        let len = buffers.len();
+        if len > PART {
+            return self.split(token, offset, len, SplitWhat::Write(buffers));
+        }
+        let (file, start) = self.stack.write_target();
+        let tag = self.tag_of_change(token, offset, len);
+        self.engine.push(Transfer::write(file, start + offset, buffers, tag));
+    }
+
+    /// The tag of a change to the whole range of a request.
+    fn tag_of_change(&self, token: Token, offset: u64, len: u64) -> Tag {
+        if self.stack.top().is_some() {
+            Tag::Hold { token, sector: offset / SECTOR, count: len / SECTOR }
+        } else {
+            Tag::Whole(token)
+        }
+    }
+
+    fn discard(&mut self, token: Token, offset: u64, len: u64) {
+        if self.stack.top().is_some() {
+            // What lies beneath must not show through, so here a discard is a zeroing.
+            return self.zero(token, offset, len, false);
+        }
+        self.engine.push(Transfer::zero(0, offset, len, false, Tag::Discard(token)));
+    }
+
+    fn zero(&mut self, token: Token, offset: u64, len: u64, keep_space: bool) {
+        let (file, start) = self.stack.write_target();
+        let tag = Tag::Zero { token, offset, len };
+        self.engine.push(Transfer::zero(file, start + offset, len, keep_space, tag));
+    }
+
+    fn start_flush(&mut self, token: Token) {
+        if !self.flush {
+            return self.finish(token, Ok(()));
+        }
+        match self.stack.top() {
+            None => self.engine.push(Transfer::sync(0, Tag::Whole(token))),
+            Some(top) => {
+                let file = self.stack.write_target().0;
+                self.overlay_flush.start(token, file, top, &mut self.engine);
+            }
+        }
+    }
+
+    /// Begins a request in parts.
+    fn split(&mut self, token: Token, offset: u64, len: u64, what: SplitWhat) {
+        let split = Split { token, what, offset, len, started: 0, parts: 0, error: None };
+        let index = if let Some(index) = self.free_split.pop() {
+            self.split[index as usize] = Some(split);
+            index
+        } else {
+            self.split.push(Some(split));
+            (self.split.len() - 1) as u32
+        };
+        self.start_parts(index);
+    }
+
+    /// Starts parts of a request, as many as may be in flight.
+    fn start_parts(&mut self, index: u32) {
+        let Some(split) = &mut self.split[index as usize] else { return };
+        let (target, target_start) = self.stack.write_target();
+        let state = self.stack.top().map(Top::state);
+        while split.parts < MAX_PARTS && split.started < split.len && split.error.is_none() {
+            let offset = split.offset + split.started;
+            let left = (split.len - split.started).min(PART);
+            let (transfer, len) = match &split.what {
+                SplitWhat::Read(all) => {
+                    let place = self.stack.locate(state.as_deref(), offset, left);
+                    let mut buffers = self.spare.pop().unwrap_or_default();
+                    buffers.push_part(all, split.started, place.len);
+                    (Transfer::read(place.file, place.offset, buffers, Tag::Part(index)), place.len)
+                }
+                SplitWhat::Write(all) => {
+                    let mut buffers = self.spare.pop().unwrap_or_default();
+                    buffers.push_part(all, split.started, left);
+                    (Transfer::write(target, target_start + offset, buffers, Tag::Part(index)), left)
+                }
+                SplitWhat::Zeros => {
+                    let left = left.min(MAX_ZEROS);
+                    (Transfer::write_zeros(target, target_start + offset, left, Tag::Part(index)), left)
+                }
+            };
+            self.engine.push(transfer);
+            split.started += len;
+            split.parts += 1;
+        }
+    }
+
+    /// Takes in the end of a part.
+    fn part_done(&mut self, index: u32, result: Result<(), Errno>) {
+        let Some(split) = &mut self.split[index as usize] else { return };
+        split.parts -= 1;
+        if let Err(errno) = result {
+            split.error.get_or_insert(errno);
+        }
+        let all_started = split.started == split.len || split.error.is_some();
+        if !all_started {
+            return self.start_parts(index);
+        }
+        if split.parts > 0 {
+            return;
+        }
+        let Some(split) = self.split[index as usize].take() else { return };
+        self.free_split.push(index);
+        let result = split.error.map_or(Ok(()), Err);
+        let changed = !matches!(split.what, SplitWhat::Read(_));
+        if changed && result.is_ok() {
+            self.hold(split.offset / SECTOR, split.len / SECTOR);
+        }
+        if let SplitWhat::Read(buffers) | SplitWhat::Write(buffers) = split.what {
+            self.recycle(buffers);
+        }
+        self.finish(split.token, result);
+    }
+
+    /// Notes that the overlay, if there is one, holds `count` sectors from `sector`.
+    fn hold(&mut self, sector: u64, count: u64) {
+        if let Some(top) = self.stack.top() {
+            top.state().hold(sector, count, top.waits_for_disk());
+            self.map_failed = false;
+        }
+    }
+
+    fn take_in(&mut self, done: Done<Tag>) {
+        let Done { tag, result, buffers } = done;
+        self.recycle(buffers);
+        match tag {
+            Tag::Whole(token) => self.finish(token, result),
+            Tag::Hold { token, sector, count } => {
+                if result.is_ok() {
+                    self.hold(sector, count);
+                }
+                self.finish(token, result);
+            }
+            Tag::Discard(token) => {
+                self.finish(token, if is_unsupported(result) { Ok(()) } else { result });
+            }
+            Tag::Zero { token, offset, len } => {
+                if is_unsupported(result) {
+                    return self.split(token, offset, len, SplitWhat::Zeros);
+                }
+                if result.is_ok() {
+                    self.hold(offset / SECTOR, len / SECTOR);
+                }
+                self.finish(token, result);
+            }
+            Tag::Part(index) => self.part_done(index, result),
+            Tag::Flush => {
+                let Some(top) = self.stack.top() else { return };
+                self.overlay_flush.step(result, top, &mut self.engine);
+                while let Some((token, result)) = self.overlay_flush.finished() {
+                    self.finished.push_back((token, result));
+                }
+            }
+            Tag::MapB { sector, count } => self.map_b_written(sector, count, result),
+        }
+    }
+
+    fn map_b_written(&mut self, sector: u64, count: u64, result: Result<(), Errno>) {
+        self.map_writes -= 1;
+        let Some(top) = self.stack.top() else { return };
+        if let Err(errno) = result {
+            // Tried again with the next change. Until then only the monitor's death would lose what the map does not say.
+            if !self.map_failed {
+                log::warn!("cannot write the map of overlay {}: {errno}", top.path().display());
+            }
+            self.map_failed = true;
+            top.state().dirty_b.mark(sector, count);
+        }
+    }
+}
+
+/// Whether the file system or the device cannot do what was asked, at all or for this alignment.
+fn is_unsupported(result: Result<(), Errno>) -> bool {
+    matches!(result, Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL))
+}
+
+/// The sectors that `words` of page `page` of a map stand for.
+fn sectors_of(page: u64, words: &std::ops::RangeInclusive<u16>) -> (u64, u64) {
+    let first = page * PAGE_BYTES * 8 + u64::from(*words.start()) * 64;
+    (first, (u64::from(*words.end()) - u64::from(*words.start()) + 1) * 64)
+}

@@ -1,0 +1,136 @@
+//! Where a sector is: a disk, overlays that are only read, and at most one that is written to.
+//!
+//! A plain disk is a stack with nothing on it. Files are numbered from the bottom: 0 is the disk.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use super::SECTOR;
+use super::overlay::{Beneath, Lower, Top, TopState};
+
+/// Bytes at each end of a disk that tell it from another.
+const FINGERPRINT_BYTES: u64 = 64 << 10;
+
+/// The layers of a disk.
+#[derive(Debug)]
+pub(super) struct Stack {
+    base: Arc<File>,
+    base_size: u64,
+    /// From the bottom up.
+    lower: Vec<Lower>,
+    top: Option<Top>,
+}
+
+/// Where a run of sectors is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Which file.
+    pub(super) file: u8,
+    /// Offset in it, in bytes.
+    pub(super) offset: u64,
+    /// Length of the run in bytes.
+    pub(super) len: u64,
+}
+
+impl Stack {
+    /// A plain disk of `size` bytes, a multiple of 512.
+    pub(super) fn new(base: Arc<File>, size: u64) -> Self {
+        Stack { base, base_size: size, lower: Vec::new(), top: None }
+    }
+
+    /// Puts an overlay that is only read on top.
+    pub(super) fn push_lower(&mut self, lower: Lower) {
+        debug_assert!(self.top.is_none());
+        self.lower.push(lower);
+    }
+
+    /// Puts the overlay that is written to on top.
+    pub(super) fn set_top(&mut self, top: Top) {
+        self.top = Some(top);
+    }
+
+    /// Size of the disk in bytes, a multiple of 512.
+    pub(super) fn size(&self) -> u64 {
+        match (&self.top, self.lower.last()) {
+            (Some(top), _) => top.size,
+            (None, Some(lower)) => lower.size,
+            (None, None) => self.base_size,
+        }
+    }
+
+    /// The files, by number.
+    pub(super) fn files(&self) -> Vec<Arc<File>> {
+        let lower = self.lower.iter().map(|lower| &lower.file);
+        let top = self.top.iter().map(|top| &top.file);
+        std::iter::once(&self.base).chain(lower).chain(top).cloned().collect()
+    }
+
+    /// The overlay that is written to.
+    pub(super) fn top(&self) -> Option<&Top> {
+        self.top.as_ref()
+    }
+
+    /// The file that is written to, and where in it the disk begins.
+    pub(super) fn write_target(&self) -> (u8, u64) {
+        self.top.as_ref().map_or((0, 0), |top| (self.top_file(), top.layout.data))
+    }
+
+    fn top_file(&self) -> u8 {
+        (self.lower.len() + 1) as u8
+    }
+
+    /// Where the `len` bytes from `offset` are, or as many of them as are in one place. Both are multiples of 512, `len` is not
+    /// 0, and they do not reach past the end of the disk. `state` is that of the overlay that is written to.
+    pub(super) fn locate(&self, state: Option<&TopState>, offset: u64, len: u64) -> Place {
+        let (sector, mut count) = (offset / SECTOR, len / SECTOR);
+        let place = |file, start: u64, count| Place { file, offset: start + offset, len: count * SECTOR };
+        if let (Some(top), Some(state)) = (&self.top, state) {
+            let (held, alike) = state.run(sector, count);
+            if held {
+                return place(self.top_file(), top.layout.data, alike);
+            }
+            count = alike;
+        }
+        for (index, lower) in self.lower.iter().enumerate().rev() {
+            let (held, alike) = lower.run(sector, count);
+            if held {
+                return place((index + 1) as u8, lower.layout.data, alike);
+            }
+            count = alike;
+        }
+        place(0, 0, count)
+    }
+
+    /// What the next overlay has to know about this stack. Reads 128 KiB, and waits for them.
+    pub(super) fn describe(&self) -> io::Result<Beneath> {
+        let size = self.size();
+        let mut bytes = vec![0; FINGERPRINT_BYTES.min(size) as usize];
+        let mut fingerprint = crc32fast::Hasher::new();
+        for offset in [0, size - bytes.len() as u64] {
+            self.read_now(offset, &mut bytes)?;
+            fingerprint.update(&bytes);
+        }
+        let below = self.lower.last().map(|lower| lower.identity);
+        Ok(Beneath {
+            size,
+            uuid: below.map_or([0; 16], |below| below.uuid),
+            sessions: below.map_or(0, |below| below.sessions),
+            fingerprint: fingerprint.finalize(),
+        })
+    }
+
+    /// Reads what the layers below the one that is written to hold.
+    fn read_now(&self, mut offset: u64, mut bytes: &mut [u8]) -> io::Result<()> {
+        let files = self.files();
+        while !bytes.is_empty() {
+            let place = self.locate(None, offset, bytes.len() as u64);
+            let (now, later) = bytes.split_at_mut(place.len as usize);
+            files[usize::from(place.file)].read_exact_at(now, place.offset)?;
+            offset += place.len;
+            bytes = later;
+        }
+        Ok(())
+    }
+}

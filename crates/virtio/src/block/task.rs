@@ -1,0 +1,574 @@
+//! The device's work: requests out of the queues, to the disk, and back.
+//!
+//! # Bounds
+//!
+//! At most [`MAX_IN_FLIGHT`] requests are with the disk; what else the driver makes available waits in its rings. A call takes at most
+//! [`ROUNDS`] rounds of at most [`BATCH`] requests before other tasks get their turn. Completions are told after each
+//! round, so that the driver works while the rest of a long queue is served.
+//!
+//! # A request's way
+//!
+//! ```text
+//! take   pop -> limiter (or rewind) -> parse -> DiskQueue::start   or, if it needs no disk, answered at once
+//! kick   DiskQueue::kick: one system call for all that were started
+//! tell   DiskQueue::finished -> status byte -> used ring -> publish -> interrupt
+//! ```
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use memory::GuestRam;
+use rustix::io::Errno;
+
+use super::buffers::{Direction, GuestBuffers};
+use super::device::{Lane, Next, Part, Shared};
+use super::queue::{Request, Token as DiskToken};
+use super::request::{self, Command, Limits, Parsed, Range, Status};
+use crate::device::{ActiveQueue, Interrupt};
+use crate::eventfd::EventFd;
+use crate::queue::{Buffers, Chain, GuestBuffer, Queue, QueueError};
+use crate::sync::locked;
+use crate::worker::{Context, Event, Interest, Placement, Task, Token};
+
+/// Most requests that are with the disk at a time.
+const MAX_IN_FLIGHT: usize = 256;
+/// Most requests that are taken before the disk is asked.
+const BATCH: usize = 16;
+/// Most rounds of one call.
+const ROUNDS: u32 = 32;
+
+/// Something was posted to the lane.
+const LANE: Token = 0;
+/// The disk has completions.
+const DISK: Token = 1;
+/// The first queue was kicked; the others follow.
+const FIRST_KICK: Token = 2;
+
+/// What a task is made of.
+pub(super) struct Setup {
+    pub(super) shared: Arc<Shared>,
+    pub(super) lane: Arc<Lane>,
+    pub(super) part: Part,
+    pub(super) queues: Vec<ActiveQueue>,
+    pub(super) memory: GuestRam,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    pub(super) read_only: bool,
+    /// Whether the driver expects that what it wrote is durable, because it does not flush.
+    pub(super) write_through: bool,
+    pub(super) placement: Placement,
+}
+
+/// Serves the queues of one lane.
+pub(super) struct BlockTask {
+    setup: Setup,
+    rings: Vec<Ring>,
+    /// The ring to look at first, so that none is always last.
+    first: usize,
+    /// What to change over to once nothing is in flight.
+    next: Option<Next>,
+    flying: Flying,
+    chain: Chain,
+    ranges: Vec<Range>,
+    /// From `quiesce` to `resume`.
+    quiet: bool,
+    /// The limiter holds a request back, and the timer is set.
+    throttled: bool,
+    /// It was said that the device needs a reset.
+    dead: bool,
+}
+
+/// A queue, and what is to be told about it.
+struct Ring {
+    queue: Queue,
+    kick: Arc<EventFd>,
+    /// Something was added to the used ring since the last `publish`.
+    used: bool,
+    /// The last look found nothing.
+    empty: bool,
+}
+
+/// Requests that are with the disk, by token.
+#[derive(Default)]
+struct Flying {
+    slots: Vec<Flight>,
+    free: Vec<DiskToken>,
+}
+
+/// One request that is with the disk.
+#[derive(Debug, Clone, Copy)]
+struct Flight {
+    ring: u16,
+    head: u16,
+    /// Bytes that the used ring tells.
+    writable_len: u32,
+    status: GuestBuffer,
+    what: What,
+    /// How many answers of the disk are to come.
+    left: u32,
+    error: Option<Errno>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum What {
+    Read {
+        bytes: u64,
+    },
+    Write {
+        bytes: u64,
+    },
+    /// A write that is done, and is being made durable.
+    WriteThrough {
+        bytes: u64,
+    },
+    Flush,
+    Discard,
+}
+
+/// Why no more requests are taken.
+enum Stop {
+    /// There are none.
+    Empty,
+    /// There may be more after this batch.
+    Batch,
+    /// None may be taken now; something will call again.
+    Held,
+}
+
+impl BlockTask {
+    pub(super) fn new(mut setup: Setup) -> Self {
+        let queues = std::mem::take(&mut setup.queues);
+        let ring = |ActiveQueue { queue, kick }| Ring { queue, kick, used: false, empty: false };
+        BlockTask {
+            rings: queues.into_iter().map(ring).collect(),
+            setup,
+            first: 0,
+            next: None,
+            flying: Flying::default(),
+            chain: Chain::new(),
+            ranges: Vec::new(),
+            quiet: true,
+            throttled: false,
+            dead: false,
+        }
+    }
+
+    /// Does what there is to do.
+    fn work(&mut self, cx: &mut Context<'_>) {
+        if !self.dead {
+            match self.serve(cx) {
+                Ok(()) => return,
+                Err(error) => {
+                    self.dead = true;
+                    cx.clear_timer();
+                    self.setup.interrupt.needs_reset(&error);
+                }
+            }
+        }
+        // Nobody hears of it any more, but what is in flight must come to its end.
+        let disk = &mut self.setup.part.queue;
+        disk.kick();
+        while disk.finished().is_some() {}
+        if disk.has_more() {
+            self.come_back(cx);
+        } else {
+            self.change_over(cx);
+        }
+    }
+
+    fn serve(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
+        for ring in &mut self.rings {
+            ring.queue.disable_notifications()?;
+        }
+        for _ in 0..ROUNDS {
+            self.change_over(cx);
+            let stop = self.take(cx)?;
+            self.setup.part.queue.kick();
+            let told = self.tell()?;
+            if told || self.setup.part.queue.has_more() || matches!(stop, Stop::Batch) {
+                continue;
+            }
+            // From here on there is nothing to do but to wait, unless something came in between.
+            if matches!(stop, Stop::Empty) && !cx.is_polling() && self.enable_notifications()? {
+                continue;
+            }
+            self.setup.part.queue.settle();
+            if !self.setup.part.queue.has_more() {
+                return Ok(());
+            }
+        }
+        self.come_back(cx);
+        Ok(())
+    }
+
+    /// Asks to be called again after others had their turn.
+    fn come_back(&self, cx: &mut Context<'_>) {
+        if self.quiet {
+            // Only descriptors are heard of then.
+            self.setup.lane.event.signal();
+        } else {
+            cx.call_again();
+        }
+    }
+
+    /// Asks the drivers of all queues to kick. True if something was added meanwhile.
+    fn enable_notifications(&mut self) -> Result<bool, QueueError> {
+        let mut more = false;
+        for ring in &mut self.rings {
+            more |= ring.queue.enable_notifications()?;
+        }
+        Ok(more)
+    }
+
+    /// Takes requests out of the queues and gives them to the disk.
+    fn take(&mut self, cx: &mut Context<'_>) -> Result<Stop, QueueError> {
+        if self.quiet || self.next.is_some() {
+            return Ok(Stop::Held);
+        }
+        self.rings.iter_mut().for_each(|ring| ring.empty = false);
+        let count = self.rings.len();
+        let mut taken = 0;
+        let mut index = self.first;
+        // In turn, one of each, until all are empty.
+        while self.rings.iter().any(|ring| !ring.empty) {
+            if taken == BATCH {
+                self.first = index;
+                return Ok(Stop::Batch);
+            }
+            if self.setup.part.queue.in_flight() >= MAX_IN_FLIGHT {
+                return Ok(Stop::Held);
+            }
+            let ring = &mut self.rings[index];
+            if !ring.empty {
+                if ring.queue.pop(&mut self.chain)? {
+                    if !self.take_one(cx, index)? {
+                        return Ok(Stop::Held);
+                    }
+                    taken += 1;
+                } else {
+                    ring.empty = true;
+                }
+            }
+            index = (index + 1) % count;
+        }
+        Ok(Stop::Empty)
+    }
+
+    /// Takes the request that was popped from ring `index`. False if the limiter holds it back.
+    fn take_one(&mut self, cx: &mut Context<'_>, index: usize) -> Result<bool, QueueError> {
+        let limits = Limits { size: self.setup.part.size, read_only: self.setup.read_only };
+        let parsed = request::parse(&self.chain, &self.setup.memory, limits, &mut self.ranges)?;
+        if self.setup.shared.limited.load(Ordering::Acquire) {
+            let bytes = match &parsed {
+                Ok(Parsed { command: Command::Read { to: data, .. }, .. }) => data.len(),
+                Ok(Parsed { command: Command::Write { from: data, .. }, .. }) => data.len(),
+                _ => 0,
+            };
+            if !allowed(&self.setup.shared, cx, bytes.into()) {
+                if !std::mem::replace(&mut self.throttled, true) {
+                    self.setup.shared.stats.rate_limiter_throttled_events.add(1);
+                }
+                self.rings[index].queue.rewind(&self.chain)?;
+                return Ok(false);
+            }
+        }
+        if std::mem::take(&mut self.throttled) {
+            cx.clear_timer();
+        }
+        let ring = &mut self.rings[index];
+        let head = self.chain.head();
+        let stats = &self.setup.shared.stats;
+        let Ok(Parsed { command, status, writable_len }) = parsed else {
+            stats.invalid_reqs_count.add(1);
+            ring.used = true;
+            ring.queue.add_used(head, 0)?;
+            return Ok(true);
+        };
+        let flight = Flight {
+            ring: index as u16,
+            head,
+            writable_len,
+            status,
+            what: What::Flush,
+            left: 1,
+            error: None,
+        };
+        let disk = &mut self.setup.part.queue;
+        let ram = &self.setup.memory;
+        match command {
+            Command::Read { offset, to } => {
+                let what = What::Read { bytes: to.len().into() };
+                let buffers = gather(disk.buffers(), ram, to, Direction::ToGuest)?;
+                let token = self.flying.add(Flight { what, ..flight });
+                disk.start(token, offset, Request::Read(buffers));
+            }
+            Command::Write { offset, from } => {
+                let what = What::Write { bytes: from.len().into() };
+                let buffers = gather(disk.buffers(), ram, from, Direction::FromGuest)?;
+                let token = self.flying.add(Flight { what, ..flight });
+                disk.start(token, offset, Request::Write(buffers));
+            }
+            Command::Flush => {
+                let token = self.flying.add(flight);
+                disk.start(token, 0, Request::Flush);
+            }
+            Command::Discard | Command::WriteZeroes => {
+                let left = self.ranges.len() as u32;
+                let token = self.flying.add(Flight { what: What::Discard, left, ..flight });
+                for &Range { offset, len, unmap } in &self.ranges {
+                    let request = match command {
+                        Command::Discard => Request::Discard { len },
+                        _ => Request::WriteZeroes { len, unmap },
+                    };
+                    disk.start(token, offset, request);
+                }
+            }
+            Command::GetId { to } => {
+                to.write(ram, &self.setup.shared.serial)?;
+                answer(ring, ram, &flight, Status::Ok)?;
+            }
+            Command::Fail(status) => {
+                stats.invalid_reqs_count.add(1);
+                answer(ring, ram, &flight, status)?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Tells the driver what is over. True if there was anything.
+    fn tell(&mut self) -> Result<bool, QueueError> {
+        while let Some((token, result)) = self.setup.part.queue.finished() {
+            self.finished(token, result)?;
+        }
+        let mut told = false;
+        for ring in &mut self.rings {
+            if std::mem::take(&mut ring.used) {
+                told = true;
+                if ring.queue.publish()? {
+                    self.setup.interrupt.queue(ring.queue.index());
+                }
+            }
+        }
+        Ok(told)
+    }
+
+    /// One answer of the disk.
+    fn finished(&mut self, token: DiskToken, result: Result<(), Errno>) -> Result<(), QueueError> {
+        let flight = self.flying.get(token);
+        flight.left -= 1;
+        if let Err(errno) = result {
+            flight.error.get_or_insert(errno);
+        }
+        if flight.left > 0 {
+            return Ok(());
+        }
+        if let What::Write { bytes } = flight.what
+            && flight.error.is_none()
+            && self.setup.write_through
+        {
+            flight.what = What::WriteThrough { bytes };
+            flight.left = 1;
+            self.setup.part.queue.start(token, 0, Request::Flush);
+            return Ok(());
+        }
+        let flight = self.flying.remove(token);
+        let status = match flight.error {
+            None => {
+                self.count(flight.what);
+                Status::Ok
+            }
+            Some(errno) => {
+                self.report(flight.what, errno);
+                Status::IoError
+            }
+        };
+        answer(&mut self.rings[usize::from(flight.ring)], &self.setup.memory, &flight, status)
+    }
+
+    fn count(&self, what: What) {
+        let stats = &self.setup.shared.stats;
+        match what {
+            What::Read { bytes } => {
+                stats.read_count.add(1);
+                stats.read_bytes.add(bytes);
+            }
+            What::Write { bytes } | What::WriteThrough { bytes } => {
+                stats.write_count.add(1);
+                stats.write_bytes.add(bytes);
+            }
+            What::Flush => {
+                stats.flush_count.add(1);
+            }
+            What::Discard => {
+                stats.discard_count.add(1);
+            }
+        }
+    }
+
+    /// Counts a failure of the disk, and logs it: ever more rarely if it happens over and over.
+    fn report(&self, what: What, errno: Errno) {
+        let failures = self.setup.shared.stats.execute_fails.add(1) + 1;
+        if failures.is_power_of_two() {
+            let what = match what {
+                What::Read { .. } => "read",
+                What::Write { .. } | What::WriteThrough { .. } => "write",
+                What::Flush => "flush",
+                What::Discard => "discard",
+            };
+            log::warn!(
+                "drive {}: a {what} failed: {errno} (failures so far: {failures})",
+                self.setup.shared.id
+            );
+        }
+    }
+
+    /// Changes over to another disk if one was posted and the old one has nothing in flight.
+    fn change_over(&mut self, cx: &mut Context<'_>) {
+        if let Some(next) = self.setup.lane.take_next()
+            && let Some(Next { part, old }) = self.next.replace(next)
+        {
+            // Replaced before it was ever used. Who waits for it gets it; if nobody does, it ends here.
+            let _ = old.send(part);
+        }
+        if self.next.is_none() || !self.setup.part.queue.is_idle() {
+            return;
+        }
+        let Some(Next { part, old }) = self.next.take() else { return };
+        cx.unwatch(DISK);
+        let was = std::mem::replace(&mut self.setup.part, part);
+        if let Err(error) = self.watch_disk(cx) {
+            self.dead = true;
+            self.setup.interrupt.needs_reset(&format_args!("cannot wait for the new disk: {error}"));
+        }
+        let _ = old.send(was);
+    }
+
+    fn watch_disk(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.setup.part.queue.event() {
+            Some(event) => cx.watch(DISK, event, Interest::READ),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Flying {
+    fn add(&mut self, flight: Flight) -> DiskToken {
+        if let Some(token) = self.free.pop() {
+            self.slots[token as usize] = flight;
+            token
+        } else {
+            self.slots.push(flight);
+            (self.slots.len() - 1) as DiskToken
+        }
+    }
+
+    fn get(&mut self, token: DiskToken) -> &mut Flight {
+        &mut self.slots[token as usize]
+    }
+
+    fn remove(&mut self, token: DiskToken) -> Flight {
+        self.free.push(token);
+        self.slots[token as usize]
+    }
+}
+
+/// Whether the limiter lets a request of `bytes` pass; if not, the timer is set to when it will.
+fn allowed(shared: &Shared, cx: &mut Context<'_>, bytes: u64) -> bool {
+    let now = cx.now();
+    let mut limits = locked(&shared.limits);
+    limits.now = now;
+    if limits.limiter.try_take(bytes, now) {
+        return true;
+    }
+    if let Some(at) = limits.limiter.next_allowed_at(bytes, now) {
+        cx.set_timer(at);
+    }
+    false
+}
+
+/// The buffers of a request's data.
+fn gather(
+    mut buffers: GuestBuffers,
+    ram: &GuestRam,
+    data: Buffers<'_>,
+    direction: Direction,
+) -> Result<GuestBuffers, QueueError> {
+    for buffer in data.iter() {
+        buffers.push(ram, buffer, direction)?;
+    }
+    Ok(buffers)
+}
+
+/// Writes the status of a request and puts it into the used ring.
+fn answer(ring: &mut Ring, ram: &GuestRam, flight: &Flight, status: Status) -> Result<(), QueueError> {
+    flight.status.slice(ram)?.copy_from(&[status as u8]);
+    ring.used = true;
+    ring.queue.add_used(flight.head, flight.writable_len)
+}
+
+impl Task for BlockTask {
+    fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        cx.watch_edge(LANE, &self.setup.lane.event, Interest::READ)?;
+        self.watch_disk(cx)?;
+        for (token, ring) in (FIRST_KICK..).zip(&self.rings) {
+            cx.watch_kick(token, &ring.kick)?;
+        }
+        Ok(())
+    }
+
+    fn kicked(&mut self, cx: &mut Context<'_>, _token: Token) {
+        self.setup.shared.stats.queue_event_count.add(1);
+        self.work(cx);
+    }
+
+    fn ready(&mut self, cx: &mut Context<'_>, _event: Event) {
+        self.work(cx);
+    }
+
+    fn timer(&mut self, cx: &mut Context<'_>) {
+        if std::mem::take(&mut self.throttled) {
+            self.setup.shared.stats.rate_limiter_event_count.add(1);
+        }
+        self.work(cx);
+    }
+
+    fn quiesce(&mut self, cx: &mut Context<'_>) {
+        self.quiet = true;
+        self.throttled = false;
+        cx.clear_timer();
+        // What is saved from now on is as of now.
+        locked(&self.setup.shared.limits).now = cx.now();
+        self.work(cx);
+    }
+
+    fn is_drained(&self) -> bool {
+        self.setup.part.queue.is_idle()
+    }
+
+    fn resume(&mut self, cx: &mut Context<'_>) {
+        self.quiet = false;
+        self.work(cx);
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.dead {
+            return false;
+        }
+        let before = self.setup.part.queue.progress();
+        self.work(cx);
+        self.setup.part.queue.progress() != before
+    }
+
+    fn arm(&mut self, _cx: &mut Context<'_>) -> bool {
+        // A queue that is dead has nothing more; the next call says so.
+        !self.dead && self.enable_notifications().unwrap_or(true)
+    }
+
+    fn placement(&self) -> Placement {
+        self.setup.placement
+    }
+
+    fn detach(self: Box<Self>) {
+        self.setup.lane.park(self.setup.part, self.next);
+    }
+}

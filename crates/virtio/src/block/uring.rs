@@ -1,0 +1,352 @@
+//! The asynchronous engine: one `io_uring` per engine.
+//!
+//! Files are registered once, so that an operation costs no reference counting. The kernel is told to accept nothing but the few
+//! operations that disks need, on registered files only: a ring that falls into wrong hands opens nothing.
+//!
+//! The ring's own descriptor is what the worker waits on: it is readable while completions are there. What completes
+//! inside `submit` (the page cache) is reaped without any further system call, and no event descriptor has to be read.
+//!
+//! Some transfers would be slower that way: where the kernel cannot know beforehand that it will not wait, it hands them to a thread
+//! of its own, and the way there and back takes longer than the transfer. Those are carried out here, with a plain system call, if
+//! nothing can come of it: files in memory always, other writes if this worker may wait ([`Patience::MayWait`]).
+//!
+//! # Bounds
+//!
+//! At most [`ENTRIES`] operations are in the kernel at a time, half of what the completion queue holds, so that no completion is
+//! ever dropped. What is pushed beyond that waits here.
+//!
+//! # Where unsafe is
+//!
+//! This is a leaf module that hands guest memory to the kernel: the addresses in a submission must stay valid until its
+//! completion. The engine owns each transfer for exactly that long.
+#![expect(unsafe_code, reason = "a submission carries the addresses of guest memory")]
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+
+use io_uring::squeue::Flags;
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, Probe, opcode, register::Restriction, squeue};
+
+use super::direct::{TURN, carry_out};
+use super::engine::{Done, Op, Patience, Progress, Transfer};
+
+/// Most operations that the kernel has at a time.
+pub(super) const ENTRIES: u32 = 128;
+
+/// The operations that an engine uses.
+const OPCODES: [u8; 6] = [
+    opcode::Read::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+];
+
+/// `IORING_UNREGISTER_FILES`: the one thing that may still be done to a ring that runs.
+const UNREGISTER_FILES: u8 = 3;
+
+/// How often `submit` is repeated when the kernel has no memory for a request, before it is left for later.
+const SUBMIT_ATTEMPTS: u32 = 100;
+
+/// Why there is no asynchronous engine.
+#[derive(Debug, thiserror::Error)]
+pub enum UringError {
+    /// The kernel has no `io_uring`, it is switched off, or a filter forbids it.
+    #[error("io_uring is not available: {0}")]
+    Unavailable(#[source] io::Error),
+    /// The kernel's `io_uring` is too old: it lacks an operation that disks need.
+    #[error("io_uring of this kernel lacks operation {0}")]
+    MissingOperation(u8),
+    /// A step of the set-up failed.
+    #[error("cannot {step} io_uring: {source}")]
+    Setup {
+        /// Which step.
+        step: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+}
+
+/// An `io_uring` and the transfers that it works on.
+pub(super) struct Uring<T> {
+    ring: IoUring,
+    /// By `user_data`: the transfers that the kernel works on or that wait for a place in the ring.
+    slots: Vec<Option<Transfer<T>>>,
+    free: Vec<u32>,
+    /// Slots that wait for a place in the ring, in order.
+    waiting: VecDeque<u32>,
+    /// Transfers that this thread carries out itself, in order.
+    here: VecDeque<Transfer<T>>,
+    /// Those that it has carried out.
+    done_here: Vec<Done<T>>,
+    /// By file: whether reads and whether writes are carried out by this thread.
+    reads_here: Vec<bool>,
+    writes_here: Vec<bool>,
+    /// Operations pushed into the ring and not yet reaped.
+    in_ring: u32,
+    /// Operations pushed into the ring since the last successful `submit`.
+    unsubmitted: u32,
+    in_flight: usize,
+    /// Kept open for as long as the kernel may use them.
+    files: Vec<Arc<File>>,
+}
+
+impl<T> std::fmt::Debug for Uring<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring").field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
+}
+
+impl<T> Uring<T> {
+    /// Sets up a ring for `files`; a transfer's file is an index into them. Without any it only tells whether it can be done.
+    pub(super) fn new(files: Vec<Arc<File>>, patience: Patience) -> Result<Self, UringError> {
+        let ring = build()?;
+        let submitter = ring.submitter();
+        let step = |step| move |source| UringError::Setup { step, source };
+
+        let mut probe = Probe::new();
+        submitter.register_probe(&mut probe).map_err(step("probe"))?;
+        if let Some(code) = OPCODES.into_iter().find(|&code| !probe.is_supported(code)) {
+            return Err(UringError::MissingOperation(code));
+        }
+        let fds: Vec<RawFd> = files.iter().map(|file| file.as_raw_fd()).collect();
+        if !fds.is_empty() {
+            submitter.register_files(&fds).map_err(step("register files with"))?;
+        }
+        let mut restrictions: Vec<Restriction> = OPCODES.map(Restriction::sqe_op).into();
+        restrictions.push(Restriction::sqe_flags_allowed(Flags::FIXED_FILE.bits()));
+        restrictions.push(Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()));
+        restrictions.push(Restriction::register_op(UNREGISTER_FILES));
+        submitter.register_restrictions(&mut restrictions).map_err(step("restrict"))?;
+        submitter.register_enable_rings().map_err(step("enable"))?;
+
+        let reads_here: Vec<bool> = files.iter().map(|file| is_in_memory(file)).collect();
+        let writes_here = reads_here.iter().map(|&here| here || patience == Patience::MayWait).collect();
+        Ok(Uring {
+            ring,
+            slots: Vec::new(),
+            free: Vec::new(),
+            waiting: VecDeque::new(),
+            here: VecDeque::new(),
+            done_here: Vec::new(),
+            reads_here,
+            writes_here,
+            in_ring: 0,
+            unsubmitted: 0,
+            in_flight: 0,
+            files,
+        })
+    }
+
+    pub(super) fn push(&mut self, transfer: Transfer<T>) {
+        self.in_flight += 1;
+        let file = usize::from(transfer.file());
+        let here = match transfer.op() {
+            Op::Read => self.reads_here[file],
+            Op::Write => self.writes_here[file],
+            Op::Sync | Op::PunchHole | Op::ZeroRange => false,
+        };
+        if here {
+            self.here.push_back(transfer);
+            return;
+        }
+        let slot = if let Some(slot) = self.free.pop() {
+            self.slots[slot as usize] = Some(transfer);
+            slot
+        } else {
+            self.slots.push(Some(transfer));
+            (self.slots.len() - 1) as u32
+        };
+        self.start(slot);
+    }
+
+    /// Puts the operation of `slot` into the ring, or into the line for it.
+    fn start(&mut self, slot: u32) {
+        if !self.waiting.is_empty() || self.in_ring == ENTRIES {
+            self.waiting.push_back(slot);
+            return;
+        }
+        self.enter_ring(slot);
+    }
+
+    /// Puts the operation of `slot` into the ring, which has room.
+    fn enter_ring(&mut self, slot: u32) {
+        let transfer = self.slots[slot as usize].as_ref().expect("a slot in use holds a transfer");
+        let entry = entry(transfer).flags(Flags::FIXED_FILE).user_data(slot.into());
+        // SAFETY: the segments that the entry points to, and what they point to, stay valid until its completion: `slots`
+        // owns the transfer until then and neither changes it nor lets it go, and moving it leaves the segments, which are
+        // on the heap, where they are. Segments that the kernel writes to are guest RAM (invariant of `Transfer`).
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        pushed.expect("at most ENTRIES operations are in the ring");
+        self.in_ring += 1;
+        self.unsubmitted += 1;
+    }
+
+    pub(super) fn submit(&mut self) {
+        // First what goes on by itself.
+        self.enter(0);
+        let mut moved = 0;
+        while moved < TURN
+            && let Some(mut transfer) = self.here.pop_front()
+        {
+            moved += transfer.left().max(4096);
+            let result = carry_out(&mut transfer, &self.files);
+            self.done_here.push(transfer.finish(result));
+        }
+    }
+
+    /// Gives the kernel what is in the ring and waits for `want` completions.
+    fn enter(&mut self, want: usize) {
+        if self.unsubmitted == 0 && want == 0 {
+            return;
+        }
+        for _ in 0..SUBMIT_ATTEMPTS {
+            match self.ring.submit_and_wait(want) {
+                Ok(taken) => {
+                    self.unsubmitted = self.unsubmitted.saturating_sub(taken as u32);
+                    if self.unsubmitted == 0 {
+                        return;
+                    }
+                }
+                // The kernel is out of memory for the moment, or a signal came.
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+    }
+
+    pub(super) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+        self.in_flight -= self.done_here.len();
+        done.append(&mut self.done_here);
+        loop {
+            self.take_in(done);
+            while self.in_ring < ENTRIES
+                && let Some(slot) = self.waiting.pop_front()
+            {
+                self.enter_ring(slot);
+            }
+            if self.unsubmitted == 0 {
+                return;
+            }
+            // The rest of short transfers, what had to wait for room, and what the kernel did not take before.
+            self.enter(0);
+            if self.unsubmitted > 0 {
+                return;
+            }
+        }
+    }
+
+    /// Takes in the completions that are there.
+    fn take_in(&mut self, done: &mut Vec<Done<T>>) {
+        let Uring { ring, slots, free, waiting, in_ring, in_flight, .. } = self;
+        for completion in ring.completion() {
+            *in_ring -= 1;
+            let slot = completion.user_data() as u32;
+            let cell = &mut slots[slot as usize];
+            let transfer = cell.as_mut().expect("a completion is for a slot in use");
+            match transfer.advance(completion.result()) {
+                Progress::Over(result) => {
+                    let transfer = cell.take().expect("just seen");
+                    done.push(transfer.finish(result));
+                    free.push(slot);
+                    *in_flight -= 1;
+                }
+                Progress::Again => waiting.push_back(slot),
+            }
+        }
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    pub(super) fn has_more(&self) -> bool {
+        self.unsubmitted > 0 || !self.here.is_empty() || !self.done_here.is_empty()
+    }
+
+    pub(super) fn wait(&mut self) {
+        if self.in_ring > 0 && self.here.is_empty() && self.done_here.is_empty() {
+            self.enter(1);
+        }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the ring owns the descriptor and lives at least as long as the borrow of `self`.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+}
+
+impl<T> Drop for Uring<T> {
+    /// Waits for what the kernel works on, because it uses the segments. Then lets go of the files: the kernel takes a ring
+    /// down some time later, and until then a block device would count as in use.
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        while self.in_flight > 0 {
+            self.submit();
+            self.wait();
+            self.reap(&mut done);
+            done.clear();
+        }
+        let _ = self.ring.submitter().unregister_files();
+    }
+}
+
+/// Whether the contents of `file` are never anywhere but in memory, so that a read or write is but a copy.
+///
+/// The kernel's `io_uring` does not know that, and hands each of them to another thread.
+fn is_in_memory(file: &File) -> bool {
+    const TMPFS: u64 = 0x0102_1994;
+    const RAMFS: u64 = 0x8584_58f6;
+    rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type as u64)))
+}
+
+/// A ring that is not enabled yet.
+fn build() -> Result<IoUring, UringError> {
+    // The flag spares interrupts between processors; kernels before 5.19 do not know it.
+    let with_coop = IoUring::builder().setup_r_disabled().setup_coop_taskrun().build(ENTRIES);
+    with_coop
+        .or_else(|_| IoUring::builder().setup_r_disabled().build(ENTRIES))
+        .map_err(UringError::Unavailable)
+}
+
+/// The submission for what is left of `transfer`.
+fn entry<T>(transfer: &Transfer<T>) -> squeue::Entry {
+    let file = Fixed(transfer.file().into());
+    let offset = transfer.offset();
+    let segments = transfer.segments();
+    match (transfer.op(), segments) {
+        (Op::Read, [one]) => {
+            let len = u32::try_from(one.len).unwrap_or(MAX_LEN);
+            opcode::Read::new(file, std::ptr::with_exposed_provenance_mut(one.addr), len)
+                .offset(offset)
+                .build()
+        }
+        (Op::Write, [one]) => {
+            let len = u32::try_from(one.len).unwrap_or(MAX_LEN);
+            opcode::Write::new(file, std::ptr::with_exposed_provenance(one.addr), len).offset(offset).build()
+        }
+        (Op::Read, many) => {
+            opcode::Readv::new(file, many.as_ptr().cast(), many.len() as u32).offset(offset).build()
+        }
+        (Op::Write, many) => {
+            opcode::Writev::new(file, many.as_ptr().cast(), many.len() as u32).offset(offset).build()
+        }
+        (Op::Sync, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+        (Op::PunchHole, _) => fallocate(file, transfer, libc::FALLOC_FL_PUNCH_HOLE),
+        (Op::ZeroRange, _) => fallocate(file, transfer, libc::FALLOC_FL_ZERO_RANGE),
+    }
+}
+
+/// Longest single read or write; the kernel stops at 2^31 - 4096 anyway.
+const MAX_LEN: u32 = 1 << 30;
+
+fn fallocate<T>(file: Fixed, transfer: &Transfer<T>, mode: i32) -> squeue::Entry {
+    opcode::Fallocate::new(file, transfer.left())
+        .offset(transfer.offset())
+        .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
+        .build()
+}

@@ -1,0 +1,414 @@
+//! Split virtqueues (2.7): what the driver makes available, and what the device has used.
+//!
+//! # How a device uses a queue
+//!
+//! ```text
+//!  loop {
+//!      queue.disable_notifications()
+//!      while queue.pop(&mut chain) { handle it; queue.add_used(head, written) }      // now or when it completes
+//!      if queue.publish() { interrupt.queue(index) }
+//!      if !queue.enable_notifications() { break }                                     // more came meanwhile: again
+//!  }
+//! ```
+//!
+//! [`Chain`]s are the caller's and are filled again and again: nothing is allocated per request. Used buffers become
+//! visible to the driver with [`Queue::publish`], once per batch.
+//!
+//! # Hostile drivers
+//!
+//! Whatever stands in the rings, a popped chain is sound: its buffers are RAM, each in one region, at most [`MAX_CHAIN_LEN`] of them
+//! with less than 2^32 bytes in all, readable ones before writable ones; and no more chains are in flight than the queue has
+//! descriptors. Everything else is a [`QueueError`], after which the queue is dead: every call gives the same error, nothing is
+//! read from its rings or written to them, and its device is to call [`Interrupt::needs_reset`](crate::device::Interrupt).
+//!
+//! A driver may change a chain while it is in flight. That changes the data in the buffers, which are the driver's anyway, but not
+//! which buffers they are: a descriptor is read once.
+//!
+//! # How it is built
+//!
+//! [`ring`] has the protocol of indices and notifications, and nothing else: it runs over guest memory here, and over a model
+//! checker's memory in its tests. [`parts`] is the guest memory that it runs on. [`chain`] follows descriptors. The formats are those of
+//! rust-vmm's `virtio-queue`, which is also the oracle that property tests compare this queue with.
+
+mod chain;
+mod parts;
+mod ring;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use memory::GuestRam;
+use serde::{Deserialize, Serialize};
+use virtio_queue::desc::split::Descriptor;
+
+use crate::device::feature;
+use parts::{Part, Rings};
+use ring::Ring;
+
+pub use chain::{Buffers, Chain, GuestBuffer, GuestSlice, MAX_CHAIN_LEN};
+
+/// The largest queue that a device may offer.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// How the driver broke the rules of a queue. The queue is dead from then on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// The size is not a power of two from 1 to what the device offers.
+    #[error("queue size {size} is not a power of two from 1 to {max}")]
+    Size {
+        /// What the driver chose.
+        size: u16,
+        /// What the device offers.
+        max: u16,
+    },
+    /// A ring or table is not aligned as 2.7 demands.
+    #[error("the {part} is at {addr:#x}, which is not a multiple of {align}")]
+    Unaligned {
+        /// Which one.
+        part: &'static str,
+        /// Where the driver put it.
+        addr: u64,
+        /// What it must be a multiple of.
+        align: u64,
+    },
+    /// A ring or table is not all in RAM.
+    #[error("the {part} at {addr:#x} ({len} bytes) is not in guest memory")]
+    RingOutsideRam {
+        /// Which one.
+        part: &'static str,
+        /// Where the driver put it.
+        addr: u64,
+        /// How long it is.
+        len: u64,
+    },
+    /// More chains were made available than the queue has room for.
+    #[error("the available index jumped from {from} to {to} in a queue of {size}")]
+    AvailableIndex {
+        /// Where the device was.
+        from: u16,
+        /// What the driver wrote.
+        to: u16,
+        /// Size of the queue.
+        size: u16,
+    },
+    /// A chain was made available again before it was used.
+    #[error("chain {0} was made available while it is in flight")]
+    InFlight(u16),
+    /// A descriptor's index is not in its table.
+    #[error("descriptor {index} is outside its table of {len}")]
+    DescriptorIndex {
+        /// The index.
+        index: u32,
+        /// Entries in the table.
+        len: u32,
+    },
+    /// A chain is longer than any may be, most likely because it goes in circles.
+    #[error("a chain is longer than {max} descriptors, or goes in circles", max = MAX_CHAIN_LEN)]
+    ChainTooLong,
+    /// A chain describes 2^32 bytes or more.
+    #[error("a chain describes 2^32 bytes or more")]
+    ChainTooLarge,
+    /// A readable descriptor follows a writable one (2.7.4.2).
+    #[error("a readable descriptor follows a writable one")]
+    ReadableAfterWritable,
+    /// A buffer is not all in one region of RAM.
+    #[error("the buffer at {addr:#x} ({len} bytes) is not in guest memory")]
+    BufferOutsideRam {
+        /// Where.
+        addr: u64,
+        /// How long.
+        len: u32,
+    },
+    /// An indirect table where none may be, or of a wrong size, or not in RAM.
+    #[error("an indirect table {0}")]
+    Indirect(&'static str),
+    /// A device used a chain that is not in flight. The device's mistake, not the driver's.
+    #[error("chain {0} was used, but is not in flight")]
+    NotInFlight(u16),
+}
+
+/// What the driver set up for one queue, and how far both sides got. Plain data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    /// Descriptors in the queue.
+    pub size: u16,
+    /// The driver enabled it.
+    pub ready: bool,
+    /// Guest-physical address of the descriptor table.
+    pub desc_table: u64,
+    /// Guest-physical address of the available ring (driver area).
+    pub avail_ring: u64,
+    /// Guest-physical address of the used ring (device area).
+    pub used_ring: u64,
+    /// The next entry of the available ring that the device takes.
+    pub next_avail: u16,
+    /// The next entry of the used ring that the device fills.
+    pub next_used: u16,
+}
+
+/// How far the device got in a queue, for whoever saves it: a still queue's position is what its task last did.
+#[derive(Debug, Default)]
+pub struct Position(AtomicU32);
+
+impl Position {
+    /// `(next_avail, next_used)`.
+    pub fn get(&self) -> (u16, u16) {
+        let both = self.0.load(Ordering::Acquire);
+        ((both >> 16) as u16, both as u16)
+    }
+
+    fn set(&self, next_avail: u16, next_used: u16) {
+        self.0.store(u32::from(next_avail) << 16 | u32::from(next_used), Ordering::Release);
+    }
+}
+
+/// Chains in flight, one bit for each head.
+#[derive(Debug, Default)]
+struct InFlight {
+    heads: [u64; MAX_QUEUE_SIZE as usize / 64],
+    count: u16,
+}
+
+impl InFlight {
+    /// Adds `head`, which is less than [`MAX_QUEUE_SIZE`]. False if it was there.
+    fn insert(&mut self, head: u16) -> bool {
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        let new = self.heads[word] & bit == 0;
+        self.heads[word] |= bit;
+        self.count += u16::from(new);
+        new
+    }
+
+    /// Takes `head` out. False if it was not there.
+    fn remove(&mut self, head: u16) -> bool {
+        let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
+        let there = self.heads.get(word).is_some_and(|heads| heads & bit != 0);
+        if there {
+            self.heads[word] &= !bit;
+            self.count -= 1;
+        }
+        there
+    }
+}
+
+/// A queue that the driver set up, on the device's side. See the module.
+#[derive(Debug)]
+pub struct Queue {
+    index: u16,
+    indirect: bool,
+    ram: GuestRam,
+    table: Part,
+    rings: Rings,
+    ring: Ring,
+    in_flight: InFlight,
+    position: Arc<Position>,
+    dead: Option<QueueError>,
+}
+
+impl Queue {
+    /// The queue `index` as its driver set it up. `max_size` is what the device offers, `features` what the driver accepted.
+    /// `position` shows how far the queue is.
+    pub fn new(
+        index: u16,
+        max_size: u16,
+        state: &QueueState,
+        features: u64,
+        ram: &GuestRam,
+        position: Arc<Position>,
+    ) -> Result<Self, QueueError> {
+        let size = state.size;
+        if !size.is_power_of_two() || size > max_size.min(MAX_QUEUE_SIZE) {
+            return Err(QueueError::Size { size, max: max_size });
+        }
+        let table = Part::new(ram, "descriptor table", state.desc_table, 16 * u64::from(size), 16)?;
+        let rings = Rings::new(ram, size, state.avail_ring, state.used_ring)?;
+        let event_idx = features & feature::RING_EVENT_IDX != 0;
+        position.set(state.next_avail, state.next_used);
+        Ok(Queue {
+            index,
+            indirect: features & feature::RING_INDIRECT_DESC != 0,
+            ram: ram.clone(),
+            table,
+            rings,
+            ring: Ring::new(size, event_idx, state.next_avail, state.next_used),
+            in_flight: InFlight::default(),
+            position,
+            dead: None,
+        })
+    }
+
+    /// Which of the device's queues it is.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Descriptors in it.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// The memory that its buffers are in.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Chains that were popped and not used yet.
+    pub fn in_flight(&self) -> u16 {
+        self.in_flight.count
+    }
+
+    /// Takes the next chain that the driver made available. False if there is none (then `chain` means nothing).
+    #[inline]
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        let popped = self.alive().and_then(|()| self.try_pop(chain));
+        self.keep(popped)
+    }
+
+    /// Gives the chain that was popped last back: the next [`Queue::pop`] takes it again. For a request that may not start yet.
+    pub fn rewind(&mut self, chain: &Chain) -> Result<(), QueueError> {
+        let done = self.alive().and_then(|()| {
+            if !self.in_flight.remove(chain.head()) {
+                return Err(QueueError::NotInFlight(chain.head()));
+            }
+            self.ring.rewind();
+            self.show_position();
+            Ok(())
+        });
+        self.keep(done)
+    }
+
+    /// The chain that begins with `head` is done; `written` bytes of its writable buffers, from the first on, were written. The
+    /// driver sees it after [`Queue::publish`].
+    #[inline]
+    pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        let added = self.alive().and_then(|()| {
+            if !self.in_flight.remove(head) {
+                return Err(QueueError::NotInFlight(head));
+            }
+            self.ring.add_used(&self.rings, head, written)
+        });
+        self.keep(added)
+    }
+
+    /// Shows the driver all that was added. True if it wants an interrupt for it.
+    #[inline]
+    #[must_use = "the driver may be waiting for the interrupt"]
+    pub fn publish(&mut self) -> Result<bool, QueueError> {
+        let published = self.alive().and_then(|()| self.ring.publish(&self.rings));
+        self.show_position();
+        self.keep(published)
+    }
+
+    /// Asks the driver not to kick while the queue is worked on anyway.
+    pub fn disable_notifications(&mut self) -> Result<(), QueueError> {
+        let done = self.alive().and_then(|()| self.ring.disable_notifications(&self.rings));
+        self.keep(done)
+    }
+
+    /// Asks the driver to kick when it adds something. True if something was added meanwhile, for which no kick may come: work on.
+    pub fn enable_notifications(&mut self) -> Result<bool, QueueError> {
+        let more =
+            self.alive().and_then(|()| self.ring.enable_notifications(&self.rings, self.in_flight.count));
+        self.keep(more)
+    }
+
+    /// Whether there is a chain to pop, without taking it.
+    #[inline]
+    pub fn has_available(&mut self) -> Result<bool, QueueError> {
+        let more = self.alive().and_then(|()| self.ring.has_available(&self.rings, self.in_flight.count));
+        self.keep(more)
+    }
+
+    #[inline]
+    fn try_pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        let Some(head) = self.ring.pop(&self.rings, self.in_flight.count)? else {
+            return Ok(false);
+        };
+        self.show_position();
+        if head >= self.size() {
+            return Err(QueueError::DescriptorIndex { index: head.into(), len: self.size().into() });
+        }
+        if !self.in_flight.insert(head) {
+            return Err(QueueError::InFlight(head));
+        }
+        chain.begin(head);
+        self.walk(chain, head)?;
+        Ok(true)
+    }
+
+    /// Follows the chain from `head` on, through at most one indirect table.
+    #[inline]
+    fn walk(&self, chain: &mut Chain, head: u16) -> Result<(), QueueError> {
+        let mut indirect: Option<Part> = None;
+        let mut table_len = u32::from(self.size());
+        let mut index = u32::from(head);
+        // The descriptor of the indirect table is not counted as one of the chain.
+        let mut in_table = 0;
+        for _ in 0..=MAX_CHAIN_LEN {
+            if index >= table_len {
+                return Err(QueueError::DescriptorIndex { index, len: table_len });
+            }
+            // A walk of the queue's own table that is longer than the table goes in circles.
+            in_table += 1;
+            if in_table > table_len {
+                return Err(QueueError::ChainTooLong);
+            }
+            let table = indirect.as_ref().unwrap_or(&self.table);
+            let descriptor: Descriptor = table.read(u64::from(index) * 16)?;
+            if descriptor.refers_to_indirect_table() {
+                if indirect.is_some() {
+                    return Err(QueueError::Indirect("is inside an indirect table"));
+                }
+                let part = self.indirect_table(descriptor)?;
+                (table_len, index, in_table) = (descriptor.len() / 16, 0, 0);
+                indirect = Some(part);
+                continue;
+            }
+            if chain.descriptors() == MAX_CHAIN_LEN {
+                return Err(QueueError::ChainTooLong);
+            }
+            chain.push(&self.ram, descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            index = descriptor.next().into();
+        }
+        Err(QueueError::ChainTooLong)
+    }
+
+    /// Checks an indirect table (2.7.5.3).
+    fn indirect_table(&self, descriptor: Descriptor) -> Result<Part, QueueError> {
+        if !self.indirect {
+            return Err(QueueError::Indirect("was not negotiated"));
+        }
+        if descriptor.has_next() {
+            return Err(QueueError::Indirect("is not the last of its chain"));
+        }
+        if descriptor.len() == 0 || !descriptor.len().is_multiple_of(16) {
+            return Err(QueueError::Indirect("is empty or ends within a descriptor"));
+        }
+        Part::new(&self.ram, "indirect table", descriptor.addr().0, descriptor.len().into(), 1)
+            .map_err(|_| QueueError::Indirect("is not in guest memory"))
+    }
+
+    fn show_position(&self) {
+        let (next_avail, next_used) = self.ring.position();
+        self.position.set(next_avail, next_used);
+    }
+
+    #[inline]
+    fn alive(&self) -> Result<(), QueueError> {
+        self.dead.map_or(Ok(()), Err)
+    }
+
+    /// A queue whose rules were broken once is dead.
+    #[inline]
+    fn keep<T>(&mut self, result: Result<T, QueueError>) -> Result<T, QueueError> {
+        if let Err(error) = result {
+            self.dead = Some(error);
+        }
+        result
+    }
+}

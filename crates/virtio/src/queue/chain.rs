@@ -1,0 +1,200 @@
+//! Chains of descriptors, and the buffers in guest memory that they describe.
+
+use memory::GuestRam;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use super::QueueError;
+
+/// The most descriptors that a chain may have, those of an indirect table included. (A driver keeps to the size of the queue, 2.7.5.3.1;
+/// this is the largest of them, for drivers that count an indirect table as one.)
+pub const MAX_CHAIN_LEN: usize = super::MAX_QUEUE_SIZE as usize;
+
+/// A chain that once was longer than this gives its memory back before it is used again.
+const KEPT_CAPACITY: usize = 160;
+
+/// The bytes of a buffer, for volatile access. Writes through it are counted as dirty pages of the monitor.
+pub type GuestSlice<'a> = VolatileSlice<'a, BS<'a, Option<AtomicBitmap>>>;
+
+/// Bytes in guest memory that lie in one region, as [`Queue::pop`](super::Queue::pop) checked. Never empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestBuffer {
+    /// Guest-physical address.
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u32,
+}
+
+impl GuestBuffer {
+    /// The bytes in `ram`, which is the memory that the queue was made with (any other may answer with an error).
+    ///
+    /// The slice stays valid as long as a clone of `ram` lives. Who lets the kernel write through its pointer marks the pages:
+    /// `slice.bitmap().mark_dirty(0, written)`.
+    pub fn slice<'a>(&self, ram: &'a GuestRam) -> Result<GuestSlice<'a>, QueueError> {
+        ram.memory()
+            .get_slice(GuestAddress(self.addr), self.len as usize)
+            .map_err(|_| QueueError::BufferOutsideRam { addr: self.addr, len: self.len })
+    }
+}
+
+/// A chain of descriptors that the driver made available: first the buffers to read, then the buffers to write.
+///
+/// Made once by the device and filled by [`Queue::pop`](super::Queue::pop) over and over.
+#[derive(Debug, Default)]
+pub struct Chain {
+    head: u16,
+    buffers: Vec<GuestBuffer>,
+    /// How many of `buffers` are readable.
+    readable: usize,
+    readable_len: u32,
+    writable_len: u32,
+    /// Descriptors that it has, empty ones included.
+    descriptors: usize,
+    /// Whether a writable descriptor came.
+    writing: bool,
+}
+
+impl Chain {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The index of its first descriptor: what [`Queue::add_used`](super::Queue::add_used) wants back.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the driver gives to the device.
+    pub fn readable(&self) -> Buffers<'_> {
+        Buffers { list: &self.buffers[..self.readable], skip: 0, len: self.readable_len }
+    }
+
+    /// Where the device may write.
+    pub fn writable(&self) -> Buffers<'_> {
+        Buffers { list: &self.buffers[self.readable..], skip: 0, len: self.writable_len }
+    }
+
+    /// Begins a new chain.
+    pub(super) fn begin(&mut self, head: u16) {
+        self.head = head;
+        self.buffers.clear();
+        if self.buffers.capacity() > KEPT_CAPACITY {
+            self.buffers.shrink_to(KEPT_CAPACITY);
+        }
+        (self.readable, self.readable_len, self.writable_len) = (0, 0, 0);
+        (self.descriptors, self.writing) = (0, false);
+    }
+
+    /// How many descriptors it has.
+    pub(super) fn descriptors(&self) -> usize {
+        self.descriptors
+    }
+
+    /// Adds what one descriptor describes.
+    pub(super) fn push(&mut self, ram: &GuestRam, descriptor: Descriptor) -> Result<(), QueueError> {
+        let (addr, len) = (descriptor.addr().0, descriptor.len());
+        let sum = self.readable_len.checked_add(self.writable_len).and_then(|sum| sum.checked_add(len));
+        if sum.is_none() {
+            return Err(QueueError::ChainTooLarge);
+        }
+        self.descriptors += 1;
+        if descriptor.is_write_only() {
+            self.writing = true;
+            self.writable_len += len;
+        } else if self.writing {
+            return Err(QueueError::ReadableAfterWritable);
+        } else {
+            self.readable_len += len;
+        }
+        // An empty buffer is nowhere: its address may be anything.
+        if len > 0 {
+            if !ram.contains(addr, len.into()) {
+                return Err(QueueError::BufferOutsideRam { addr, len });
+            }
+            self.buffers.push(GuestBuffer { addr, len });
+            self.readable += usize::from(!descriptor.is_write_only());
+        }
+        Ok(())
+    }
+}
+
+/// A range of bytes that is scattered over buffers in guest memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Buffers<'a> {
+    list: &'a [GuestBuffer],
+    /// Bytes of the first buffer that come before the range.
+    skip: u32,
+    /// Bytes in the range.
+    len: u32,
+}
+
+impl<'a> Buffers<'a> {
+    /// Length of the range in bytes.
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The buffers that the range covers, cut to it.
+    pub fn iter(&self) -> impl Iterator<Item = GuestBuffer> + use<'a> {
+        let (mut skip, mut left) = (self.skip, self.len);
+        self.list.iter().map_while(move |buffer| {
+            let len = (buffer.len - skip).min(left);
+            let part = GuestBuffer { addr: buffer.addr + u64::from(skip), len };
+            left -= len;
+            skip = 0;
+            (len > 0).then_some(part)
+        })
+    }
+
+    /// The first `at` bytes and the rest; None if there are fewer.
+    pub fn split_at(&self, at: u32) -> Option<(Buffers<'a>, Buffers<'a>)> {
+        let rest = self.len.checked_sub(at)?;
+        let first = Buffers { len: at, ..*self };
+        let mut list = self.list;
+        let mut skip = u64::from(self.skip) + u64::from(at);
+        while let Some((buffer, others)) = list.split_first() {
+            if skip < u64::from(buffer.len) {
+                break;
+            }
+            skip -= u64::from(buffer.len);
+            list = others;
+        }
+        Some((first, Buffers { list, skip: skip as u32, len: rest }))
+    }
+
+    /// Copies the first bytes of the range to `data`. Returns how many: all of `data`, or all there are.
+    pub fn read(&self, ram: &GuestRam, data: &mut [u8]) -> Result<usize, QueueError> {
+        let mut done = 0;
+        for buffer in self.iter() {
+            let left = &mut data[done..];
+            if left.is_empty() {
+                break;
+            }
+            done += buffer.slice(ram)?.copy_to(left);
+        }
+        Ok(done)
+    }
+
+    /// Copies `data` to the first bytes of the range. Returns how many: all of `data`, or all there is room for.
+    pub fn write(&self, ram: &GuestRam, data: &[u8]) -> Result<usize, QueueError> {
+        let mut done = 0;
+        for buffer in self.iter() {
+            let left = &data[done..];
+            if left.is_empty() {
+                break;
+            }
+            let slice = buffer.slice(ram)?;
+            done += slice
+                .write(left, 0)
+                .map_err(|_| QueueError::BufferOutsideRam { addr: buffer.addr, len: buffer.len })?;
+        }
+        Ok(done)
+    }
+}

@@ -1,0 +1,187 @@
+//! For tests and fuzz targets: the driver's side of a queue, an interrupt that counts, and a worker without a thread.
+
+mod driver;
+mod echo;
+mod guest;
+
+use std::cell::Cell;
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+
+use config::HugePages;
+use memory::GuestRam;
+
+use crate::device::Interrupt;
+use crate::sync::locked;
+use crate::worker::testing::{Clock, Command, Mailbox, Runner, Spin};
+use crate::worker::{Nanos, Task, Workers};
+
+pub use driver::{DriverQueue, INDIRECT, NEXT, Used, WRITE, write_descriptor};
+pub use echo::{Echo, EchoControl};
+pub use guest::{
+    BAR, FakeIoEvents, Guest, Interrupts, Kind, MMIO, RUNNING, TransportState, WINDOW, find_capability,
+};
+
+/// RAM of a guest, for a test.
+pub fn guest_ram(mib: u32) -> GuestRam {
+    GuestRam::map(mib, HugePages::None, false).expect("a little memory can be mapped")
+}
+
+/// As [`guest_ram`], with a bitmap of the pages that the monitor writes.
+pub fn tracked_guest_ram(mib: u32) -> GuestRam {
+    GuestRam::map(mib, HugePages::None, true).expect("a little memory can be mapped")
+}
+
+/// An [`Interrupt`] that counts.
+#[derive(Debug, Default)]
+pub struct CountingInterrupt {
+    queues: Mutex<Vec<u32>>,
+    configs: AtomicU32,
+    broken: Mutex<Vec<String>>,
+}
+
+impl CountingInterrupt {
+    /// A new one at 0.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Interrupts of queue `index` since this was last asked.
+    pub fn take_queue(&self, index: u16) -> u32 {
+        let mut queues = locked(&self.queues);
+        queues.get_mut(usize::from(index)).map_or(0, std::mem::take)
+    }
+
+    /// Configuration interrupts so far.
+    pub fn configs(&self) -> u32 {
+        self.configs.load(Ordering::SeqCst)
+    }
+
+    /// Why the device said it needs a reset, each time.
+    pub fn broken(&self) -> Vec<String> {
+        locked(&self.broken).clone()
+    }
+}
+
+impl Interrupt for CountingInterrupt {
+    fn queue(&self, index: u16) {
+        let mut queues = locked(&self.queues);
+        let index = usize::from(index);
+        if queues.len() <= index {
+            queues.resize(index + 1, 0);
+        }
+        queues[index] += 1;
+    }
+
+    fn config(&self) {
+        self.configs.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn needs_reset(&self, why: &dyn fmt::Display) {
+        locked(&self.broken).push(why.to_string());
+    }
+}
+
+thread_local! {
+    static NOW: Cell<Nanos> = const { Cell::new(1) };
+}
+
+/// A worker that runs on the thread of its test, one step at a time, with a clock that the test sets.
+pub struct TestWorker {
+    runner: Runner,
+    mailbox: Arc<Mailbox>,
+    tasks: u64,
+}
+
+impl TestWorker {
+    /// A worker at time 1 with nothing to do.
+    pub fn new() -> Self {
+        NOW.set(1);
+        let mailbox = Mailbox::new().expect("an eventfd can be made");
+        let clock = Clock::manual(|| NOW.get());
+        let runner = Runner::new(Arc::clone(&mailbox), Spin::default(), clock).expect("an epoll can be made");
+        TestWorker { runner, mailbox, tasks: 0 }
+    }
+
+    /// Adds a task; it runs with the next [`TestWorker::run`]. Returns its number for [`TestWorker::remove`].
+    pub fn add(&mut self, task: Box<dyn Task>, interrupt: Arc<dyn Interrupt>) -> u64 {
+        self.tasks += 1;
+        self.post(Command::Add { key: self.tasks, task, interrupt });
+        self.tasks
+    }
+
+    /// The same worker as a transport wants it.
+    pub fn workers(&self) -> Workers {
+        Workers::unthreaded(Arc::clone(&self.mailbox))
+    }
+
+    /// Handles all events and timers that are due, and those that come of them.
+    pub fn run(&mut self) {
+        loop {
+            self.runner.run_timers();
+            let handled = self.runner.turn(false);
+            let due = self.next_timer().is_some_and(|at| at <= self.now());
+            if handled == 0 && !due && !self.runner.again_wanted() {
+                break;
+            }
+        }
+    }
+
+    /// Handles what there is until `done`; sleeps in between until something happens.
+    pub fn run_until(&mut self, mut done: impl FnMut() -> bool) {
+        self.run();
+        while !done() {
+            self.runner.turn(true);
+            self.run();
+        }
+    }
+
+    /// Moves the clock by `by` and runs the timers that are due.
+    pub fn advance(&mut self, by: Nanos) {
+        NOW.set(NOW.get() + by);
+        self.run();
+    }
+
+    /// The clock.
+    pub fn now(&self) -> Nanos {
+        NOW.get()
+    }
+
+    /// When a task wants to be called, the first of them.
+    pub fn next_timer(&self) -> Option<Nanos> {
+        self.runner.next_timer()
+    }
+
+    /// Quiesces all tasks. The answer comes when all are still.
+    pub fn pause(&mut self) -> mpsc::Receiver<()> {
+        let (reply, still) = mpsc::sync_channel(1);
+        self.post(Command::Pause { reply });
+        self.run();
+        still
+    }
+
+    /// Lets all tasks work again.
+    pub fn resume(&mut self) {
+        self.post(Command::Resume);
+        self.run();
+    }
+
+    /// Asks for a task back. It comes when it has drained.
+    pub fn remove(&mut self, task: u64) -> mpsc::Receiver<Box<dyn Task>> {
+        let (reply, task_back) = mpsc::sync_channel(1);
+        self.post(Command::Remove { key: task, reply });
+        self.run();
+        task_back
+    }
+
+    fn post(&self, command: Command) {
+        assert!(self.mailbox.post(command).is_ok(), "a test's worker does not end");
+    }
+}
+
+impl Default for TestWorker {
+    fn default() -> Self {
+        Self::new()
+    }
+}

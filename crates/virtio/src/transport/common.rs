@@ -1,0 +1,500 @@
+//! What both transports are inside: the device's status, its features and its queues (2.1 to 2.4, 3.1).
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use memory::GuestRam;
+use serde::{Deserialize, Serialize};
+
+use super::{Attachment, RestoreError};
+use crate::device::{Activation, ActiveQueue, Device, DeviceState, Interrupt, feature};
+use crate::eventfd::EventFd;
+use crate::queue::{Position, Queue, QueueError, QueueState};
+use crate::worker::{Removal, Removed, TaskHandle, Workers};
+
+/// Bits of the device status (2.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status;
+
+impl Status {
+    /// The guest has seen the device.
+    pub const ACKNOWLEDGE: u8 = 1;
+    /// The guest has a driver for it.
+    pub const DRIVER: u8 = 2;
+    /// The driver is set up.
+    pub const DRIVER_OK: u8 = 4;
+    /// Both agree on the features.
+    pub const FEATURES_OK: u8 = 8;
+    /// The device is broken until it is reset.
+    pub const DEVICE_NEEDS_RESET: u8 = 64;
+    /// The driver gave up.
+    pub const FAILED: u8 = 128;
+}
+
+/// A transport's registers that do not depend on which transport it is, and its device. Plain data.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommonState {
+    /// Bits of [`Status`].
+    pub status: u8,
+    /// The features that the driver accepted.
+    pub driver_features: u64,
+    /// Which 32 device features are visible.
+    pub device_feature_select: u32,
+    /// Which 32 driver features are visible.
+    pub driver_feature_select: u32,
+    /// Which queue is visible.
+    pub queue_select: u16,
+    /// All queues.
+    pub queues: Vec<QueueState>,
+    /// The generation that the configuration space had.
+    pub config_generation: u32,
+    /// The device's own.
+    pub device: DeviceState,
+}
+
+/// What workers and the transport share without a lock.
+#[derive(Debug)]
+pub(super) struct Health {
+    name: String,
+    status: AtomicU8,
+    /// Whether something was said about the host's refusals.
+    complained: AtomicBool,
+    /// How often something was broken.
+    broken: AtomicU64,
+}
+
+impl Health {
+    pub(super) fn new(name: String) -> Arc<Self> {
+        Arc::new(Health {
+            name,
+            status: AtomicU8::new(0),
+            complained: AtomicBool::new(false),
+            broken: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Says what the host refused, which makes the device slower or deaf, not wrong. Once: a guest can bring it about at will.
+    pub(super) fn complain(&self, what: &dyn fmt::Display) {
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            log::warn!("{}: {what}", self.name);
+        }
+    }
+
+    /// Sets `DEVICE_NEEDS_RESET`. True if the driver must hear of it.
+    pub(super) fn needs_reset(&self, why: &dyn fmt::Display) -> bool {
+        // A guest that breaks its device over and over must not fill the log.
+        let times = self.broken.fetch_add(1, Ordering::Relaxed) + 1;
+        if times.is_power_of_two() {
+            log::warn!("{}: {why}. The device is dead until its driver resets it ({times})", self.name);
+        }
+        let before = self.status.fetch_or(Status::DEVICE_NEEDS_RESET, Ordering::SeqCst);
+        before & Status::DRIVER_OK != 0
+    }
+}
+
+/// A queue as the driver sets it up.
+struct QueueSetup {
+    max_size: u16,
+    state: QueueState,
+    kick: Arc<EventFd>,
+    /// How far the task that has the queue is.
+    position: Arc<Position>,
+}
+
+impl QueueSetup {
+    fn new(max_size: u16) -> std::io::Result<Self> {
+        let (kick, position) = (Arc::new(EventFd::new()?), Arc::default());
+        Ok(QueueSetup { max_size, state: fresh(max_size), kick, position })
+    }
+}
+
+/// A queue that nobody set up.
+fn fresh(size: u16) -> QueueState {
+    QueueState { size, ready: false, desc_table: 0, avail_ring: 0, used_ring: 0, next_avail: 0, next_used: 0 }
+}
+
+/// Parts of a queue that have an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Area {
+    /// Descriptor table.
+    Descriptors,
+    /// Available ring.
+    Driver,
+    /// Used ring.
+    Device,
+}
+
+/// Half of a 64-bit register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Half {
+    Low,
+    High,
+}
+
+/// Status, features, queues and device.
+pub(super) struct Common {
+    pub(super) health: Arc<Health>,
+    interrupt: Arc<dyn Interrupt>,
+    device: Box<dyn Device>,
+    memory: GuestRam,
+    workers: Workers,
+    pub(super) device_feature_select: u32,
+    pub(super) driver_feature_select: u32,
+    pub(super) queue_select: u16,
+    driver_features: u64,
+    queues: Vec<QueueSetup>,
+    /// What the generation counts from: a restored device begins a new one.
+    generation_base: u32,
+    tasks: Vec<TaskHandle>,
+    /// The device is active, or was and is being reset.
+    activated: bool,
+    /// Tasks on their way back for a reset.
+    removals: Vec<Removal>,
+    resetting: bool,
+}
+
+impl Common {
+    pub(super) fn new(
+        attachment: Attachment,
+        health: Arc<Health>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> std::io::Result<Self> {
+        let Attachment { device, memory, workers, .. } = attachment;
+        let queues =
+            device.queue_sizes().iter().map(|&size| QueueSetup::new(size)).collect::<Result<_, _>>()?;
+        Ok(Common {
+            health,
+            interrupt,
+            device,
+            memory,
+            workers,
+            device_feature_select: 0,
+            driver_feature_select: 0,
+            queue_select: 0,
+            driver_features: 0,
+            queues,
+            generation_base: 0,
+            tasks: Vec::new(),
+            activated: false,
+            removals: Vec::new(),
+            resetting: false,
+        })
+    }
+
+    pub(super) fn device(&self) -> &dyn Device {
+        self.device.as_ref()
+    }
+
+    /// How often the device was found broken.
+    pub(super) fn broken_count(&self) -> u64 {
+        self.health.broken.load(Ordering::Relaxed)
+    }
+
+    /// All feature bits that are offered.
+    pub(super) fn offered(&self) -> u64 {
+        self.device.features() | feature::VERSION_1 | feature::RING_EVENT_IDX | feature::RING_INDIRECT_DESC
+    }
+
+    /// The 32 offered features that are selected.
+    pub(super) fn device_features(&self) -> u32 {
+        half_of(self.offered(), self.device_feature_select)
+    }
+
+    /// The 32 accepted features that are selected.
+    pub(super) fn driver_features(&self) -> u32 {
+        half_of(self.driver_features, self.driver_feature_select)
+    }
+
+    /// The driver accepts features. Only before `FEATURES_OK` (3.1.1).
+    pub(super) fn set_driver_features(&mut self, value: u32) {
+        if self.status() & Status::FEATURES_OK == 0 {
+            self.driver_features = match self.driver_feature_select {
+                0 => self.driver_features & !0xffff_ffff | u64::from(value),
+                1 => self.driver_features & 0xffff_ffff | u64::from(value) << 32,
+                // Bits that do not exist: accepting one is an error that the driver will notice at FEATURES_OK.
+                _ if value != 0 => u64::MAX,
+                _ => self.driver_features,
+            };
+        }
+    }
+
+    pub(super) fn status(&self) -> u8 {
+        self.health.status.load(Ordering::SeqCst)
+    }
+
+    /// Whether writes count: not while tasks are on their way back.
+    pub(super) fn is_resetting(&self) -> bool {
+        self.resetting
+    }
+
+    /// The driver writes the status. True if that resets the device.
+    pub(super) fn set_status(&mut self, value: u8) -> bool {
+        if value == 0 {
+            self.begin_reset();
+            return true;
+        }
+        // In this order, each only after the one before (3.1.1). A bit that the driver leaves out stays set.
+        for (bit, needs) in [
+            (Status::ACKNOWLEDGE, 0),
+            (Status::DRIVER, Status::ACKNOWLEDGE),
+            (Status::FEATURES_OK, Status::DRIVER),
+            (Status::DRIVER_OK, Status::FEATURES_OK),
+            (Status::FAILED, 0),
+        ] {
+            let status = self.status();
+            if value & bit == 0 || status & bit != 0 || status & needs != needs {
+                continue;
+            }
+            if bit == Status::FEATURES_OK && !self.features_fit() {
+                continue;
+            }
+            self.health.status.fetch_or(bit, Ordering::SeqCst);
+            if bit == Status::DRIVER_OK {
+                self.activate();
+            }
+        }
+        false
+    }
+
+    /// Whether the driver accepted what was offered, and `VERSION_1`.
+    fn features_fit(&self) -> bool {
+        self.driver_features & !self.offered() == 0 && self.driver_features & feature::VERSION_1 != 0
+    }
+
+    /// The number of queues.
+    pub(super) fn queue_count(&self) -> u16 {
+        self.queues.len() as u16
+    }
+
+    /// The queue that is selected, as it is set up; None if there is none.
+    pub(super) fn selected(&self) -> Option<(&QueueState, u16)> {
+        self.queues.get(usize::from(self.queue_select)).map(|queue| (&queue.state, queue.max_size))
+    }
+
+    /// Changes the selected queue, while it can be: features are agreed on and the driver is not ready (3.1.1).
+    fn set_up(&mut self, change: impl FnOnce(&mut QueueState)) {
+        let status = self.status();
+        if status & Status::FEATURES_OK == 0 || status & Status::DRIVER_OK != 0 || self.resetting {
+            return;
+        }
+        if let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) {
+            change(&mut queue.state);
+        }
+    }
+
+    /// The driver chooses the size of the selected queue.
+    pub(super) fn set_queue_size(&mut self, size: u16) {
+        self.set_up(|queue| {
+            if !queue.ready {
+                queue.size = size;
+            }
+        });
+    }
+
+    /// The driver enables the selected queue, or (until it is ready itself) disables it.
+    pub(super) fn set_queue_ready(&mut self, ready: bool) {
+        self.set_up(|queue| queue.ready = ready);
+    }
+
+    /// The driver places a part of the selected queue.
+    pub(super) fn set_queue_addr(&mut self, area: Area, half: Half, value: u32) {
+        self.set_up(|queue| {
+            if queue.ready {
+                return;
+            }
+            let addr = match area {
+                Area::Descriptors => &mut queue.desc_table,
+                Area::Driver => &mut queue.avail_ring,
+                Area::Device => &mut queue.used_ring,
+            };
+            *addr = match half {
+                Half::Low => *addr & !0xffff_ffff | u64::from(value),
+                Half::High => *addr & 0xffff_ffff | u64::from(value) << 32,
+            };
+        });
+    }
+
+    /// A kick that did not come through the kernel.
+    pub(super) fn kick(&self, index: u32) {
+        if self.status() & Status::DRIVER_OK != 0
+            && let Some(queue) = self.queues.get(index as usize)
+        {
+            queue.kick.signal();
+        }
+    }
+
+    /// The eventfds of the queues, in order.
+    pub(super) fn kicks(&self) -> impl Iterator<Item = &EventFd> {
+        self.queues.iter().map(|queue| queue.kick.as_ref())
+    }
+
+    pub(super) fn config_generation(&self) -> u32 {
+        self.generation_base.wrapping_add(self.device.config_generation())
+    }
+
+    pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.device.read_config(offset, data);
+    }
+
+    pub(super) fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if !self.resetting {
+            self.device.write_config(offset, data);
+        }
+    }
+
+    /// `DRIVER_OK`: starts the device, or breaks it.
+    fn activate(&mut self) {
+        if let Err(error) = self.try_activate() {
+            self.interrupt.needs_reset(&error);
+        }
+    }
+
+    fn try_activate(&mut self) -> Result<(), RestoreError> {
+        let mut queues = Vec::with_capacity(self.queues.len());
+        for (index, setup) in (0u16..).zip(&self.queues) {
+            if setup.state.ready {
+                let position = Arc::clone(&setup.position);
+                let made = Queue::new(
+                    index,
+                    setup.max_size,
+                    &setup.state,
+                    self.driver_features,
+                    &self.memory,
+                    position,
+                );
+                let queue = made.map_err(|source| self.queue_error(index, source))?;
+                queues.push(ActiveQueue { queue, kick: Arc::clone(&setup.kick) });
+            }
+        }
+        let activation = Activation {
+            memory: self.memory.clone(),
+            queues,
+            interrupt: Arc::clone(&self.interrupt),
+            features: self.driver_features,
+        };
+        let tasks = self
+            .device
+            .activate(activation)
+            .map_err(|source| RestoreError::Activate { name: self.health.name.clone(), source })?;
+        self.activated = true;
+        self.tasks =
+            tasks.into_iter().map(|task| self.workers.add(task, Arc::clone(&self.interrupt))).collect();
+        Ok(())
+    }
+
+    fn queue_error(&self, index: u16, source: QueueError) -> RestoreError {
+        RestoreError::Queue { name: self.health.name.clone(), index, source }
+    }
+
+    /// Takes the tasks back. [`Common::finish_reset`] says when that is done.
+    fn begin_reset(&mut self) {
+        self.resetting = true;
+        self.removals.extend(self.tasks.drain(..).map(TaskHandle::remove));
+    }
+
+    /// Sees whether the tasks are back, and waits up to `patience` for them. True once the device is reset.
+    pub(super) fn finish_reset(&mut self, patience: Duration) -> bool {
+        let deadline = std::time::Instant::now().checked_add(patience);
+        while let Some(removal) = self.removals.last() {
+            let left = match deadline {
+                Some(deadline) if !patience.is_zero() => {
+                    deadline.saturating_duration_since(std::time::Instant::now())
+                }
+                _ => Duration::ZERO,
+            };
+            let removed = if left.is_zero() { removal.poll() } else { removal.wait(left) };
+            match removed {
+                Removed::Task(task) => task.detach(),
+                Removed::Ended => {}
+                Removed::NotYet => return false,
+            }
+            self.removals.pop();
+        }
+        if self.resetting {
+            self.resetting = false;
+            if std::mem::take(&mut self.activated) {
+                self.device.reset();
+            }
+            for queue in &mut self.queues {
+                queue.state = fresh(queue.max_size);
+            }
+            (self.driver_features, self.queue_select) = (0, 0);
+            (self.device_feature_select, self.driver_feature_select) = (0, 0);
+            self.health.status.store(0, Ordering::SeqCst);
+        }
+        true
+    }
+
+    /// The state. The workers are paused and no reset is under way.
+    pub(super) fn save(&self) -> CommonState {
+        let queues = self.queues.iter().map(|queue| {
+            let (next_avail, next_used) = queue.position.get();
+            if self.activated { QueueState { next_avail, next_used, ..queue.state } } else { queue.state }
+        });
+        CommonState {
+            status: self.status(),
+            driver_features: self.driver_features,
+            device_feature_select: self.device_feature_select,
+            driver_feature_select: self.driver_feature_select,
+            queue_select: self.queue_select,
+            queues: queues.collect(),
+            config_generation: self.config_generation(),
+            device: self.device.save(),
+        }
+    }
+
+    /// Makes a fresh one what `state` says, and starts the device if it was running.
+    pub(super) fn restore(&mut self, state: &CommonState) -> Result<(), RestoreError> {
+        let name = || self.health.name.clone();
+        if state.queues.len() != self.queues.len() {
+            return Err(RestoreError::Queues {
+                name: name(),
+                has: self.queues.len(),
+                saved: state.queues.len(),
+            });
+        }
+        let negotiated = state.status & Status::FEATURES_OK != 0;
+        let missing = state.driver_features & !self.offered();
+        if negotiated && missing != 0 {
+            return Err(RestoreError::Features { name: name(), missing });
+        }
+        let running = state.status & Status::DRIVER_OK != 0;
+        if running && (!negotiated || state.driver_features & feature::VERSION_1 == 0) {
+            return Err(RestoreError::Impossible { name: name(), what: "it runs without features" });
+        }
+        self.driver_features = state.driver_features;
+        self.device_feature_select = state.device_feature_select;
+        self.driver_feature_select = state.driver_feature_select;
+        self.queue_select = state.queue_select;
+        // A driver that was in the middle of reading the configuration reads it again.
+        self.generation_base =
+            state.config_generation.wrapping_add(1).wrapping_sub(self.device.config_generation());
+        for (queue, state) in self.queues.iter_mut().zip(&state.queues) {
+            queue.state = *state;
+        }
+        self.health.status.store(state.status, Ordering::SeqCst);
+        if running && state.status & Status::DEVICE_NEEDS_RESET == 0 {
+            self.try_activate()?;
+            // An interrupt that was on its way when it was saved is in no state. One too many does no harm.
+            for (index, _) in (0u16..).zip(&self.queues).filter(|(_, queue)| queue.state.ready) {
+                self.interrupt.queue(index);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The low (0) or high (1) half of 64 feature bits; there are no more.
+fn half_of(bits: u64, select: u32) -> u32 {
+    match select {
+        0 => bits as u32,
+        1 => (bits >> 32) as u32,
+        _ => 0,
+    }
+}

@@ -1,0 +1,252 @@
+//! virtio-mmio, version 2 (4.2.2): a page of registers, one interrupt line.
+//!
+//! # Interrupts
+//!
+//! The line is edge-triggered and belongs to one device alone: an edge says nothing about whose it is. That bounds the devices by
+//! the interrupt lines that are free, [`MAX_DEVICES`].
+//!
+//! # Accesses
+//!
+//! Registers are 32 bits wide and aligned; any other access to them reads as 0 and writes nothing. The configuration space
+//! from 0x100 on takes accesses of any size at any offset.
+
+use std::fmt;
+use std::io;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::common::{Area, Common, CommonState, Half, Health};
+use super::{Attachment, IoEvents, KickMatch, RESET_PATIENCE, RestoreError};
+use crate::device::Interrupt;
+
+/// Size of a device's window in bytes.
+pub const WINDOW_SIZE: u64 = 0x1000;
+
+/// The interrupt lines (GSIs) that devices may have: those of the IOAPIC above the legacy devices.
+pub const IRQ_LINES: RangeInclusive<u32> = 5..=23;
+
+/// The most devices on this transport, if nothing else takes a line.
+pub const MAX_DEVICES: usize = 19;
+
+/// Offset of the register that a kick writes; the value is the queue's index.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = 0;
+const CONFIG: u64 = 0x100;
+
+/// Interrupt status: a queue has used buffers.
+const USED_BUFFER: u32 = 1;
+/// Interrupt status: the configuration changed.
+const CONFIG_CHANGE: u32 = 2;
+
+/// The device's interrupt line. Not shared: it is moved into the transport.
+pub trait IrqLine: Send + Sync {
+    /// Raises an edge. Never blocks.
+    fn trigger(&self);
+}
+
+/// What a transport saves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MmioState {
+    /// What it has in common with other transports, and its device.
+    pub common: CommonState,
+    /// Interrupts that the driver has not acknowledged.
+    pub interrupt_status: u32,
+}
+
+/// The part that workers use.
+struct MmioInterrupt {
+    health: Arc<Health>,
+    status: AtomicU32,
+    line: Box<dyn IrqLine>,
+}
+
+impl MmioInterrupt {
+    fn raise(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        self.line.trigger();
+    }
+}
+
+impl Interrupt for MmioInterrupt {
+    fn queue(&self, _index: u16) {
+        self.raise(USED_BUFFER);
+    }
+
+    fn config(&self) {
+        self.raise(CONFIG_CHANGE);
+    }
+
+    fn needs_reset(&self, why: &dyn fmt::Display) {
+        if self.health.needs_reset(why) {
+            self.config();
+        }
+    }
+}
+
+/// A device on virtio-mmio.
+pub struct MmioTransport {
+    common: Common,
+    interrupt: Arc<MmioInterrupt>,
+    io_events: Arc<dyn IoEvents>,
+    addr: u64,
+    reset_patience: Duration,
+}
+
+impl MmioTransport {
+    /// Puts a device in the window at guest-physical `addr`, with `line` as its interrupt.
+    pub fn new(
+        attachment: Attachment,
+        addr: u64,
+        line: Box<dyn IrqLine>,
+        io_events: Arc<dyn IoEvents>,
+    ) -> io::Result<Self> {
+        let health = Health::new(attachment.name.clone());
+        let interrupt =
+            Arc::new(MmioInterrupt { health: Arc::clone(&health), status: AtomicU32::new(0), line });
+        let common = Common::new(attachment, health, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
+        for (index, kick) in (0..).zip(common.kicks()) {
+            io_events.register(addr + QUEUE_NOTIFY, KickMatch::U32(index), kick)?;
+        }
+        Ok(MmioTransport { common, interrupt, io_events, addr, reset_patience: RESET_PATIENCE })
+    }
+
+    /// How long a reset waits for what is in flight ([`RESET_PATIENCE`] unless set).
+    pub fn set_reset_patience(&mut self, patience: Duration) {
+        self.reset_patience = patience;
+    }
+
+    /// How often the device was found broken.
+    pub fn broken_count(&self) -> u64 {
+        self.common.broken_count()
+    }
+
+    /// The guest-physical address of its window.
+    pub fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// The state. The workers are paused.
+    pub fn save(&mut self) -> MmioState {
+        // Paused workers have given back every task that was asked for.
+        self.finish_reset(Duration::ZERO);
+        let common = self.common.save();
+        MmioState { common, interrupt_status: self.interrupt.status.load(Ordering::SeqCst) }
+    }
+
+    /// Makes this (fresh) one what `state` says. The interrupt controller has its state already; if the workers are paused, the
+    /// device waits for them to resume.
+    pub fn restore(&mut self, state: &MmioState) -> Result<(), RestoreError> {
+        self.interrupt.status.store(state.interrupt_status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
+        self.common.restore(&state.common)
+    }
+
+    /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it
+    /// is still there, and this may be called again.
+    pub fn unplug(&mut self, patience: Duration) -> bool {
+        self.common.set_status(0);
+        let done = self.finish_reset(patience);
+        if done {
+            for (index, kick) in (0..).zip(self.common.kicks()) {
+                self.io_events.unregister(self.addr + QUEUE_NOTIFY, KickMatch::U32(index), kick);
+            }
+        }
+        done
+    }
+
+    /// A guest's read of `data.len()` bytes at `offset` in the window.
+    pub fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.common.read_config(offset, data);
+            return;
+        }
+        data.fill(0);
+        if let Ok(register) = <&mut [u8; 4]>::try_from(data) {
+            *register = self.read_register(offset).to_le_bytes();
+        }
+    }
+
+    /// A guest's write of `data` at `offset` in the window.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.common.write_config(offset, data);
+        } else if let Ok(register) = <[u8; 4]>::try_from(data) {
+            self.write_register(offset, u32::from_le_bytes(register));
+        }
+    }
+
+    /// Sees whether a reset is done, if there is one; false if not yet.
+    fn finish_reset(&mut self, patience: Duration) -> bool {
+        if !self.common.is_resetting() {
+            return true;
+        }
+        let done = self.common.finish_reset(patience);
+        if done {
+            self.interrupt.status.store(0, Ordering::SeqCst);
+        }
+        done
+    }
+
+    fn read_register(&mut self, offset: u64) -> u32 {
+        self.finish_reset(Duration::ZERO);
+        let common = &mut self.common;
+        match offset {
+            0x000 => MAGIC,
+            0x004 => VERSION,
+            0x008 => common.device().kind() as u32,
+            0x00c => VENDOR,
+            0x010 => common.device_features(),
+            0x034 => common.selected().map_or(0, |(_, max_size)| max_size.into()),
+            0x044 => common.selected().map_or(0, |(queue, _)| queue.ready.into()),
+            0x060 => self.interrupt.status.load(Ordering::SeqCst),
+            0x070 => common.status().into(),
+            // Shared memory regions: there are none, which is a length and an address of all ones (4.2.2).
+            0x0b0..=0x0bc => u32::MAX,
+            0x0fc => common.config_generation(),
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        if !self.finish_reset(Duration::ZERO) && (offset, value) != (0x070, 0) {
+            return;
+        }
+        let common = &mut self.common;
+        match offset {
+            0x014 => common.device_feature_select = value,
+            0x020 => common.set_driver_features(value),
+            0x024 => common.driver_feature_select = value,
+            // A queue that cannot be selected is one that does not exist.
+            0x030 => common.queue_select = u16::try_from(value).unwrap_or(u16::MAX),
+            0x038 => common.set_queue_size(u16::try_from(value).unwrap_or(0)),
+            0x044 => common.set_queue_ready(value == 1),
+            QUEUE_NOTIFY => common.kick(value),
+            0x064 => {
+                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+            }
+            0x070 => self.write_status(value),
+            0x080 => common.set_queue_addr(Area::Descriptors, Half::Low, value),
+            0x084 => common.set_queue_addr(Area::Descriptors, Half::High, value),
+            0x090 => common.set_queue_addr(Area::Driver, Half::Low, value),
+            0x094 => common.set_queue_addr(Area::Driver, Half::High, value),
+            0x0a0 => common.set_queue_addr(Area::Device, Half::Low, value),
+            0x0a4 => common.set_queue_addr(Area::Device, Half::High, value),
+            _ => {}
+        }
+    }
+
+    fn write_status(&mut self, value: u32) {
+        // The status has 8 bits; what else is written means nothing, and certainly not 0.
+        if let Ok(value) = u8::try_from(value)
+            && self.common.set_status(value)
+        {
+            self.finish_reset(self.reset_patience);
+        }
+    }
+}

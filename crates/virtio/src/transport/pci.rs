@@ -1,0 +1,84 @@
+//! virtio over PCI, modern (4.1): a type-0 function with its registers in one 64-bit BAR, and MSI-X.
+//!
+//! # The BAR
+//!
+//! | offset  | what                                             |
+//! |---------|--------------------------------------------------|
+//! | 0x00000 | common configuration (4.1.4.3)                   |
+//! | 0x02000 | ISR status (4.1.4.5)                             |
+//! | 0x04000 | the device's configuration (4.1.4.6)             |
+//! | 0x06000 | kicks (4.1.4.4), 4 bytes for each queue          |
+//! | 0x08000 | MSI-X table                                      |
+//! | 0x48000 | MSI-X pending bits                               |
+//!
+//! # Interrupts
+//!
+//! One MSI-X vector for each queue and one for the configuration; the driver maps them. There are no pin interrupts: a driver without
+//! MSI-X polls.
+//!
+//! # Where the BAR is
+//!
+//! The guest may move it, within the machine's window for 64-bit BARs. It decodes while the command register says so. Kicks are
+//! registered where it last decoded: a guest that sizes a BAR turns decoding off and on again, and should not cost
+//! dozens of changes in the kernel.
+
+mod capabilities;
+mod config_space;
+mod function;
+mod gate;
+mod msix;
+mod root;
+#[cfg(test)]
+mod tests;
+
+pub use config_space::ConfigState;
+pub use function::{PciState, PciTransport};
+pub use msix::{MsiMessage, MsiVectors, MsixState};
+pub use root::{CONFIG_ADDRESS, ECAM_SIZE, MAX_DEVICES, PciRoot, PciRootState, SlotError};
+
+use std::ops::Range;
+
+use crate::device::DeviceKind;
+
+/// Size of a device's BAR 0 in bytes, and what it is aligned to.
+pub const BAR_SIZE: u64 = 512 << 10;
+
+/// The parts of the BAR.
+mod layout {
+    pub(super) const COMMON: u32 = 0x0000;
+    pub(super) const ISR: u32 = 0x2000;
+    pub(super) const DEVICE: u32 = 0x4000;
+    pub(super) const NOTIFY: u32 = 0x6000;
+    /// Size of each of the four above.
+    pub(super) const PART: u32 = 0x1000;
+    /// Bytes of the notification area for each queue.
+    pub(super) const NOTIFY_MULTIPLIER: u32 = 4;
+    pub(super) const MSIX_TABLE: u32 = 0x8000;
+    pub(super) const MSIX_PBA: u32 = 0x48000;
+    /// The most vectors that the table and the specification have room for.
+    pub(super) const MAX_VECTORS: usize = 2048;
+}
+
+/// PCI identity of the virtio devices: Red Hat's vendor number, and 0x1040 plus the kind.
+const VENDOR: u16 = 0x1af4;
+const DEVICE_BASE: u16 = 0x1040;
+
+/// Class, subclass and interface of a kind of device.
+fn class_code(kind: DeviceKind) -> u32 {
+    match kind {
+        DeviceKind::Net => 0x02_00_00,
+        // Mass storage, other.
+        DeviceKind::Block | DeviceKind::Fs => 0x01_80_00,
+        // Simple communication, other.
+        DeviceKind::Console => 0x07_80_00,
+        // In no class.
+        DeviceKind::Entropy
+        | DeviceKind::Balloon
+        | DeviceKind::Vsock
+        | DeviceKind::Mem
+        | DeviceKind::Pmem => 0xff_00_00,
+    }
+}
+
+/// Where BARs may be, in guest-physical addresses.
+pub type BarWindow = Range<u64>;

@@ -1,0 +1,428 @@
+//! One virtio device as a PCI function.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::capabilities::{self, Places};
+use super::config_space::{ConfigSpace, ConfigState, Identity};
+use super::msix::{Gates, MsiVectors, Msix, MsixState};
+use super::{BAR_SIZE, BarWindow, DEVICE_BASE, VENDOR, class_code, layout};
+use crate::device::Interrupt;
+use crate::transport::common::{Area, Common, CommonState, Half, Health};
+use crate::transport::{Attachment, IoEvents, KickMatch, RestoreError};
+
+/// Not mapped to a vector.
+const NO_VECTOR: u16 = 0xffff;
+
+/// ISR status: a queue has used buffers. (Only for pin interrupts, which do not exist here.)
+const ISR_QUEUE: u8 = 1;
+/// ISR status: the configuration changed.
+const ISR_CONFIG: u8 = 2;
+
+/// The address of a BAR that is not decoded.
+pub(super) const NOT_DECODED: u64 = u64::MAX;
+
+/// What a function saves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciState {
+    /// What it has in common with other transports, and its device.
+    pub common: CommonState,
+    /// ISR status.
+    pub isr: u8,
+    /// The vector of configuration changes.
+    pub config_vector: u16,
+    /// The vector of each queue.
+    pub queue_vectors: Vec<u16>,
+    /// The configuration space.
+    pub config: ConfigState,
+    /// The vectors.
+    pub msix: MsixState,
+}
+
+/// The part that workers use.
+struct PciInterrupt {
+    health: Arc<Health>,
+    isr: AtomicU8,
+    config_vector: AtomicU16,
+    queue_vectors: Vec<AtomicU16>,
+    gates: Arc<Gates>,
+}
+
+impl PciInterrupt {
+    fn forget(&self) {
+        self.isr.store(0, Ordering::SeqCst);
+        for vector in self.queue_vectors.iter().chain([&self.config_vector]) {
+            vector.store(NO_VECTOR, Ordering::SeqCst);
+        }
+        self.gates.clear_pending();
+    }
+}
+
+impl Interrupt for PciInterrupt {
+    fn queue(&self, index: u16) {
+        // With MSI-X the ISR need not be set for queues (4.1.4.5.1), and without it there are no interrupts.
+        if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
+            self.gates.raise(vector.load(Ordering::Acquire));
+        }
+    }
+
+    fn config(&self) {
+        self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
+        self.gates.raise(self.config_vector.load(Ordering::Acquire));
+    }
+
+    fn needs_reset(&self, why: &dyn fmt::Display) {
+        if self.health.needs_reset(why) {
+            self.config();
+        }
+    }
+}
+
+/// A device on virtio-pci.
+pub struct PciTransport {
+    common: Common,
+    interrupt: Arc<PciInterrupt>,
+    msix: Msix,
+    space: ConfigSpace,
+    places: Places,
+    io_events: Arc<dyn IoEvents>,
+    window: BarWindow,
+    /// Where the BAR is decoded, for the root to find it without a lock.
+    decoded: Arc<AtomicU64>,
+    /// Where the kicks of each queue are registered; None where the kernel refused.
+    kicks_at: Vec<Option<u64>>,
+}
+
+impl PciTransport {
+    /// Puts a device on PCI with its BAR at `bar` (a multiple of [`BAR_SIZE`]) in `window`, and with a vector for each queue and
+    /// one more.
+    pub fn new(
+        attachment: Attachment,
+        bar: u64,
+        window: BarWindow,
+        vectors: Box<dyn MsiVectors>,
+        io_events: Arc<dyn IoEvents>,
+    ) -> io::Result<Self> {
+        let kind = attachment.device.kind();
+        let queues = attachment.device.queue_sizes().len();
+        let health = Health::new(attachment.name.clone());
+        let msix = Msix::new((queues + 1).min(layout::MAX_VECTORS), vectors, Arc::clone(&health));
+        let interrupt = Arc::new(PciInterrupt {
+            health: Arc::clone(&health),
+            isr: AtomicU8::new(0),
+            config_vector: AtomicU16::new(NO_VECTOR),
+            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            gates: msix.gates(),
+        });
+        let mut space = ConfigSpace::new(&Identity {
+            vendor: VENDOR,
+            device: DEVICE_BASE + kind as u16,
+            revision: 1,
+            class: class_code(kind),
+            subsystem_vendor: VENDOR,
+            subsystem: DEVICE_BASE + kind as u16,
+        });
+        space.add_bar(bar, BAR_SIZE);
+        let places = capabilities::add(&mut space, msix.control());
+        let mut function = PciTransport {
+            common: Common::new(attachment, health, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?,
+            interrupt,
+            msix,
+            space,
+            places,
+            io_events,
+            window,
+            decoded: Arc::new(AtomicU64::new(NOT_DECODED)),
+            kicks_at: vec![None; queues],
+        };
+        function.register_kicks(bar);
+        Ok(function)
+    }
+
+    /// How often the device was found broken.
+    pub fn broken_count(&self) -> u64 {
+        self.common.broken_count()
+    }
+
+    /// Where the BAR is decoded ([`NOT_DECODED`] if it is not).
+    pub(super) fn decoded(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.decoded)
+    }
+
+    /// The state. The workers are paused.
+    pub fn save(&mut self) -> PciState {
+        // Paused workers have given back every task that was asked for.
+        self.finish_reset(Duration::ZERO);
+        PciState {
+            common: self.common.save(),
+            isr: self.interrupt.isr.load(Ordering::SeqCst),
+            config_vector: self.interrupt.config_vector.load(Ordering::SeqCst),
+            queue_vectors: self.interrupt.queue_vectors.iter().map(|v| v.load(Ordering::SeqCst)).collect(),
+            config: self.space.save(),
+            msix: self.msix.save(),
+        }
+    }
+
+    /// Makes this (fresh) one what `state` says. The interrupt controller has its state already; if the workers are paused, the
+    /// device waits for them to resume.
+    pub fn restore(&mut self, state: &PciState) -> Result<(), RestoreError> {
+        let impossible = |what| RestoreError::Impossible { name: self.interrupt.health.name().into(), what };
+        if state.queue_vectors.len() != self.interrupt.queue_vectors.len() {
+            return Err(impossible("it has another number of vectors for queues"));
+        }
+        if !self.msix.restore(&state.msix) {
+            return Err(impossible("it has another number of MSI-X vectors"));
+        }
+        self.interrupt.isr.store(state.isr & (ISR_QUEUE | ISR_CONFIG), Ordering::SeqCst);
+        self.interrupt.config_vector.store(self.checked(state.config_vector), Ordering::SeqCst);
+        for (vector, &saved) in self.interrupt.queue_vectors.iter().zip(&state.queue_vectors) {
+            vector.store(self.checked(saved), Ordering::SeqCst);
+        }
+        self.space.restore(&state.config);
+        self.move_bar();
+        self.common.restore(&state.common)
+    }
+
+    /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it
+    /// is still there, and this may be called again.
+    pub fn unplug(&mut self, patience: Duration) -> bool {
+        self.common.set_status(0);
+        let done = self.finish_reset(patience);
+        if done {
+            self.unregister_kicks();
+            self.decoded.store(NOT_DECODED, Ordering::Release);
+        }
+        done
+    }
+
+    /// A guest's read of the configuration space.
+    pub fn read_config(&mut self, offset: usize, data: &mut [u8]) {
+        let at = self.places.window.data_at();
+        if overlaps(offset, data.len(), at, 4)
+            && let Some(access) = self.places.window.access(&self.space)
+        {
+            let mut through = [0; 4];
+            self.read_bar(access.offset, &mut through[..access.len]);
+            self.space.put(at, &through);
+        }
+        self.space.read(offset, data);
+    }
+
+    /// A guest's write of the configuration space.
+    pub fn write_config(&mut self, offset: usize, data: &[u8]) {
+        self.space.write(offset, data);
+        let at = self.places.window.data_at();
+        if overlaps(offset, data.len(), at, 4)
+            && let Some(access) = self.places.window.access(&self.space)
+        {
+            // Bytes that the write does not reach are what was there.
+            let mut through: [u8; 4] = self.space.bytes(at);
+            for (i, byte) in data.iter().enumerate() {
+                if let Some(through) = (offset + i).checked_sub(at).and_then(|i| through.get_mut(i)) {
+                    *through = *byte;
+                }
+            }
+            self.space.put(at, &through);
+            self.write_bar(access.offset, &through[..access.len]);
+        }
+        if overlaps(offset, data.len(), self.places.msix_control, 2) {
+            self.msix.set_control(u16::from_le_bytes(self.space.bytes(self.places.msix_control)));
+        }
+        if offset < 0x40 {
+            self.move_bar();
+        }
+    }
+
+    /// A guest's read of `data.len()` bytes at `offset` in the BAR.
+    pub fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let Ok(at) = u32::try_from(offset) else { return };
+        self.finish_reset(Duration::ZERO);
+        match at {
+            layout::COMMON..layout::ISR => {
+                let image = self.common_image();
+                crate::device::read_bytes(&image, offset, data);
+            }
+            layout::ISR => {
+                if let Some(first) = data.first_mut() {
+                    // Reading acknowledges.
+                    *first = self.interrupt.isr.swap(0, Ordering::SeqCst);
+                }
+            }
+            layout::DEVICE..layout::NOTIFY => {
+                self.common.read_config(offset - u64::from(layout::DEVICE), data);
+            }
+            layout::MSIX_TABLE..layout::MSIX_PBA => {
+                self.msix.read_table(offset - u64::from(layout::MSIX_TABLE), data);
+            }
+            layout::MSIX_PBA.. => self.msix.read_pba(offset - u64::from(layout::MSIX_PBA), data),
+            _ => {}
+        }
+    }
+
+    /// A guest's write of `data` at `offset` in the BAR.
+    pub fn write_bar(&mut self, offset: u64, data: &[u8]) {
+        let Ok(at) = u32::try_from(offset) else { return };
+        match at {
+            layout::COMMON..layout::ISR => self.write_common(at, data),
+            layout::DEVICE..layout::NOTIFY => {
+                self.common.write_config(offset - u64::from(layout::DEVICE), data);
+            }
+            layout::NOTIFY..layout::MSIX_TABLE => {
+                let at = at - layout::NOTIFY;
+                if at.is_multiple_of(layout::NOTIFY_MULTIPLIER) {
+                    self.common.kick(at / layout::NOTIFY_MULTIPLIER);
+                }
+            }
+            layout::MSIX_TABLE..layout::MSIX_PBA => {
+                self.msix.write_table(offset - u64::from(layout::MSIX_TABLE), data);
+            }
+            _ => {}
+        }
+    }
+
+    /// The common configuration as it reads (4.1.4.3).
+    fn common_image(&self) -> [u8; 0x40] {
+        let common = &self.common;
+        let selected = common.selected().map(|(queue, _)| *queue);
+        let queue_vector = self.interrupt.queue_vectors.get(usize::from(common.queue_select));
+        let mut image = [0; 0x40];
+        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x00, &common.device_feature_select.to_le_bytes());
+        put(0x04, &common.device_features().to_le_bytes());
+        put(0x08, &common.driver_feature_select.to_le_bytes());
+        put(0x0c, &common.driver_features().to_le_bytes());
+        put(0x10, &self.interrupt.config_vector.load(Ordering::SeqCst).to_le_bytes());
+        put(0x12, &common.queue_count().to_le_bytes());
+        put(0x14, &[common.status(), common.config_generation() as u8]);
+        put(0x16, &common.queue_select.to_le_bytes());
+        put(0x1a, &queue_vector.map_or(NO_VECTOR, |v| v.load(Ordering::SeqCst)).to_le_bytes());
+        if let Some(queue) = selected {
+            put(0x18, &queue.size.to_le_bytes());
+            put(0x1c, &u16::from(queue.ready).to_le_bytes());
+            put(0x1e, &common.queue_select.to_le_bytes());
+            put(0x20, &queue.desc_table.to_le_bytes());
+            put(0x28, &queue.avail_ring.to_le_bytes());
+            put(0x30, &queue.used_ring.to_le_bytes());
+        }
+        image
+    }
+
+    /// Writes the common configuration. Fields are written whole; 64-bit ones also by halves (4.1.3.1).
+    fn write_common(&mut self, at: u32, data: &[u8]) {
+        if data.len() == 8 && matches!(at, 0x20 | 0x28 | 0x30) {
+            self.write_common(at, &data[..4]);
+            self.write_common(at + 4, &data[4..]);
+            return;
+        }
+        let value = match data.len() {
+            1 | 2 | 4 => data.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte)),
+            _ => return,
+        };
+        if !self.finish_reset(Duration::ZERO) && (at, data) != (0x14, &[0]) {
+            return;
+        }
+        let common = &mut self.common;
+        match (at, data.len()) {
+            (0x00, 4) => common.device_feature_select = value,
+            (0x08, 4) => common.driver_feature_select = value,
+            (0x0c, 4) => common.set_driver_features(value),
+            (0x10, 2) => {
+                let vector = self.checked(value as u16);
+                self.interrupt.config_vector.store(vector, Ordering::SeqCst);
+            }
+            (0x14, 1) => {
+                common.set_status(value as u8);
+                // Without waiting: the driver reads the status until it is 0.
+                self.finish_reset(Duration::ZERO);
+            }
+            (0x16, 2) => common.queue_select = value as u16,
+            (0x18, 2) => common.set_queue_size(value as u16),
+            (0x1a, 2) => {
+                let vector = self.checked(value as u16);
+                if let Some(slot) = self.interrupt.queue_vectors.get(usize::from(self.common.queue_select)) {
+                    slot.store(vector, Ordering::SeqCst);
+                }
+            }
+            // A queue is enabled, never disabled (4.1.4.3.2).
+            (0x1c, 2) if value == 1 => common.set_queue_ready(true),
+            (0x20, 4) => common.set_queue_addr(Area::Descriptors, Half::Low, value),
+            (0x24, 4) => common.set_queue_addr(Area::Descriptors, Half::High, value),
+            (0x28, 4) => common.set_queue_addr(Area::Driver, Half::Low, value),
+            (0x2c, 4) => common.set_queue_addr(Area::Driver, Half::High, value),
+            (0x30, 4) => common.set_queue_addr(Area::Device, Half::Low, value),
+            (0x34, 4) => common.set_queue_addr(Area::Device, Half::High, value),
+            _ => {}
+        }
+    }
+
+    /// A vector that exists, or none: that is how the driver hears that it asked for too much.
+    fn checked(&self, vector: u16) -> u16 {
+        if vector < self.msix.count() { vector } else { NO_VECTOR }
+    }
+
+    /// Sees whether a reset is done, if there is one; false if not yet.
+    fn finish_reset(&mut self, patience: Duration) -> bool {
+        if !self.common.is_resetting() {
+            return true;
+        }
+        let done = self.common.finish_reset(patience);
+        if done {
+            self.interrupt.forget();
+        }
+        done
+    }
+
+    /// The BAR or its decoding may have changed.
+    fn move_bar(&mut self) {
+        let fits = |bar: &u64| {
+            *bar >= self.window.start && bar.checked_add(BAR_SIZE).is_some_and(|end| end <= self.window.end)
+        };
+        let bar = self.space.decoded_bar().filter(fits);
+        self.decoded.store(bar.unwrap_or(NOT_DECODED), Ordering::Release);
+        if let Some(bar) = bar {
+            self.register_kicks(bar);
+        }
+    }
+
+    /// Registers the kicks of a BAR at `bar`, where they are not yet.
+    fn register_kicks(&mut self, bar: u64) {
+        let base = bar + u64::from(layout::NOTIFY);
+        for ((offset, kick), at) in (base..)
+            .step_by(layout::NOTIFY_MULTIPLIER as usize)
+            .zip(self.common.kicks())
+            .zip(&mut self.kicks_at)
+        {
+            if *at == Some(offset) {
+                continue;
+            }
+            if let Some(old) = at.take() {
+                self.io_events.unregister(old, KickMatch::Any, kick);
+            }
+            match self.io_events.register(offset, KickMatch::Any, kick) {
+                Ok(()) => *at = Some(offset),
+                Err(error) => self
+                    .interrupt
+                    .health
+                    .complain(&format_args!("kicks at {offset:#x} leave the kernel: {error}")),
+            }
+        }
+    }
+
+    fn unregister_kicks(&mut self) {
+        for (kick, at) in self.common.kicks().zip(&mut self.kicks_at) {
+            if let Some(at) = at.take() {
+                self.io_events.unregister(at, KickMatch::Any, kick);
+            }
+        }
+    }
+}
+
+fn overlaps(a: usize, a_len: usize, b: usize, b_len: usize) -> bool {
+    a < b + b_len && b < a.saturating_add(a_len)
+}

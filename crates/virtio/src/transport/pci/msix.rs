@@ -1,0 +1,255 @@
+//! MSI-X (PCI 6.1.4): the table of messages, masks and pending bits.
+//!
+//! Two kinds of threads meet here. The guest changes the table and the masks, on vCPU threads, under the transport's lock.
+//! Workers raise vectors, under no lock. What they share is a [`Gate`] for each vector.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use serde::{Deserialize, Serialize};
+
+use super::gate::Gate;
+use crate::transport::common::Health;
+
+/// Where a vector's interrupt goes: a write of `data` to `addr`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct MsiMessage {
+    /// Address of the write.
+    pub addr: u64,
+    /// What is written.
+    pub data: u32,
+}
+
+/// Sends message-signalled interrupts. The machine's side.
+pub trait MsiVectors: Send + Sync {
+    /// From now on `vector` sends `message`. Called before the vector is triggered, and only if the message is a new one.
+    fn set(&self, vector: u16, message: MsiMessage) -> io::Result<()>;
+    /// Sends the message of `vector`. Never blocks.
+    fn trigger(&self, vector: u16);
+}
+
+/// The table and control register, as saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    /// MSI-X is enabled.
+    pub enabled: bool,
+    /// All vectors are masked.
+    pub function_masked: bool,
+    /// Message, mask and pending bit of each vector.
+    pub vectors: Vec<VectorState>,
+}
+
+/// One vector, as saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VectorState {
+    /// What it sends.
+    pub message: MsiMessage,
+    /// The guest masked it.
+    pub masked: bool,
+    /// An interrupt is owed.
+    pub pending: bool,
+}
+
+/// Enable bit of the message control register.
+const ENABLE: u16 = 1 << 15;
+/// Function mask bit of the message control register.
+const FUNCTION_MASK: u16 = 1 << 14;
+/// Bytes of a table entry.
+const ENTRY: usize = 16;
+
+/// A vector as the guest set it up.
+#[derive(Debug, Clone, Copy)]
+struct Vector {
+    message: MsiMessage,
+    masked: bool,
+    /// What the machine was told last.
+    sent: Option<MsiMessage>,
+}
+
+/// The workers' side: raising vectors.
+pub(super) struct Gates {
+    gates: Vec<Gate<AtomicBool>>,
+    vectors: Box<dyn MsiVectors>,
+}
+
+impl Gates {
+    /// Raises `vector`: sends its message, or remembers it.
+    pub(super) fn raise(&self, vector: u16) {
+        if let Some(gate) = self.gates.get(usize::from(vector))
+            && gate.raise()
+        {
+            self.vectors.trigger(vector);
+        }
+    }
+
+    fn open(&self, vector: u16) {
+        if self.gates[usize::from(vector)].open() {
+            self.vectors.trigger(vector);
+        }
+    }
+
+    fn close(&self, vector: u16) {
+        self.gates[usize::from(vector)].close();
+    }
+
+    fn is_pending(&self, vector: usize) -> bool {
+        self.gates[vector].is_pending()
+    }
+
+    /// Forgets what is owed: the device was reset.
+    pub(super) fn clear_pending(&self) {
+        for gate in &self.gates {
+            gate.set_pending(false);
+        }
+    }
+}
+
+/// The guest's side: the table and the control register.
+pub(super) struct Msix {
+    gates: Arc<Gates>,
+    health: Arc<Health>,
+    table: Vec<Vector>,
+    enabled: bool,
+    function_masked: bool,
+}
+
+impl Msix {
+    /// `count` vectors (at most 2048), all masked, none enabled.
+    pub(super) fn new(count: usize, vectors: Box<dyn MsiVectors>, health: Arc<Health>) -> Self {
+        let gates = (0..count).map(|_| Gate::default()).collect();
+        let blank = Vector { message: MsiMessage { addr: 0, data: 0 }, masked: true, sent: None };
+        Msix {
+            gates: Arc::new(Gates { gates, vectors }),
+            health,
+            table: vec![blank; count],
+            enabled: false,
+            function_masked: false,
+        }
+    }
+
+    pub(super) fn gates(&self) -> Arc<Gates> {
+        Arc::clone(&self.gates)
+    }
+
+    /// The number of vectors.
+    pub(super) fn count(&self) -> u16 {
+        self.table.len() as u16
+    }
+
+    /// The message control register.
+    pub(super) fn control(&self) -> u16 {
+        let size = (self.table.len() as u16).saturating_sub(1);
+        size | if self.enabled { ENABLE } else { 0 } | if self.function_masked { FUNCTION_MASK } else { 0 }
+    }
+
+    /// The guest writes the message control register.
+    pub(super) fn set_control(&mut self, value: u16) {
+        self.enabled = value & ENABLE != 0;
+        self.function_masked = value & FUNCTION_MASK != 0;
+        for vector in 0..self.count() {
+            self.refresh(vector);
+        }
+    }
+
+    /// Opens or closes a vector as the masks say.
+    fn refresh(&mut self, vector: u16) {
+        let entry = &mut self.table[usize::from(vector)];
+        if !self.enabled || self.function_masked || entry.masked {
+            self.gates.close(vector);
+            return;
+        }
+        if entry.sent != Some(entry.message) {
+            // Between two messages nothing may be sent.
+            self.gates.close(vector);
+            if let Err(error) = self.gates.vectors.set(vector, entry.message) {
+                self.health
+                    .complain(&format_args!("cannot route vector {vector} as {:x?}: {error}", entry.message));
+                return;
+            }
+            entry.sent = Some(entry.message);
+        }
+        self.gates.open(vector);
+    }
+
+    /// Reads the table at `offset`; what lies beyond it reads as 0.
+    pub(super) fn read_table(&self, offset: u64, data: &mut [u8]) {
+        for (at, byte) in (offset..).zip(data) {
+            *byte = usize::try_from(at).map_or(0, |at| self.table_byte(at));
+        }
+    }
+
+    fn table_byte(&self, at: usize) -> u8 {
+        let Some(entry) = self.table.get(at / ENTRY) else { return 0 };
+        let (addr, data) = (entry.message.addr.to_le_bytes(), entry.message.data.to_le_bytes());
+        match at % ENTRY {
+            at @ 0..8 => addr[at],
+            at @ 8..12 => data[at - 8],
+            12 => entry.masked.into(),
+            _ => 0,
+        }
+    }
+
+    /// Writes the table at `offset`. Only aligned writes of 4 or 8 bytes mean anything (PCI 6.1.4.2).
+    pub(super) fn write_table(&mut self, offset: u64, data: &[u8]) {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
+            return;
+        }
+        for (at, word) in (offset..).step_by(4).zip(data.chunks_exact(4)) {
+            let word = word.iter().rev().fold(0, |word, &byte| word << 8 | u32::from(byte));
+            self.write_table_word(at, word);
+        }
+    }
+
+    fn write_table_word(&mut self, offset: u64, word: u32) {
+        let Ok(vector) = u16::try_from(offset / ENTRY as u64) else { return };
+        let Some(entry) = self.table.get_mut(usize::from(vector)) else { return };
+        match offset % ENTRY as u64 {
+            0 => entry.message.addr = entry.message.addr & !0xffff_ffff | u64::from(word),
+            4 => entry.message.addr = entry.message.addr & 0xffff_ffff | u64::from(word) << 32,
+            8 => entry.message.data = word,
+            _ => entry.masked = word & 1 != 0,
+        }
+        // A message that changes while the vector is not masked is in force at once; what happens in between is undefined
+        // for the guest, and harmless here.
+        self.refresh(vector);
+    }
+
+    /// Reads the pending bits at `offset`.
+    pub(super) fn read_pba(&self, offset: u64, data: &mut [u8]) {
+        for (at, byte) in (offset..).zip(data) {
+            let first = usize::try_from(at).unwrap_or(usize::MAX).saturating_mul(8);
+            let bits = (0..8).filter(|bit| {
+                first
+                    .checked_add(*bit)
+                    .is_some_and(|vector| vector < self.table.len() && self.gates.is_pending(vector))
+            });
+            *byte = bits.fold(0, |byte, bit| byte | 1 << bit);
+        }
+    }
+
+    pub(super) fn save(&self) -> MsixState {
+        let vectors = self.table.iter().enumerate().map(|(index, vector)| VectorState {
+            message: vector.message,
+            masked: vector.masked,
+            pending: self.gates.is_pending(index),
+        });
+        MsixState { enabled: self.enabled, function_masked: self.function_masked, vectors: vectors.collect() }
+    }
+
+    /// Makes this what `state` says. False if it has another number of vectors.
+    pub(super) fn restore(&mut self, state: &MsixState) -> bool {
+        if state.vectors.len() != self.table.len() {
+            return false;
+        }
+        for ((vector, gate), state) in self.table.iter_mut().zip(&self.gates.gates).zip(&state.vectors) {
+            (vector.message, vector.masked) = (state.message, state.masked);
+            gate.set_pending(state.pending);
+        }
+        (self.enabled, self.function_masked) = (state.enabled, state.function_masked);
+        for vector in 0..self.count() {
+            self.refresh(vector);
+        }
+        true
+    }
+}

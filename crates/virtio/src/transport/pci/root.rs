@@ -1,0 +1,228 @@
+//! The root of PCI: a host bridge at 00:00.0, 31 slots for devices, and the ways that a guest reaches them.
+//!
+//! - **ECAM**: 4 KiB of configuration space for each function, in memory (PCI Express 7.2.2). One bus: 1 MiB.
+//! - **Ports 0xcf8 and 0xcfc** (PCI 3.2.2.3.2), for software that knows nothing newer.
+//! - **BARs**: accesses in the machine's window for them go to the function that decodes the address.
+//!
+//! Used by all vCPU threads at once. A function's lock is taken only for an access to that function.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use serde::{Deserialize, Serialize};
+
+use super::config_space::{ConfigSpace, ConfigState, Identity};
+use super::function::{NOT_DECODED, PciTransport};
+use super::{BAR_SIZE, BarWindow};
+use crate::sync::locked;
+
+/// The most devices: slots 1 to 31 of the one bus.
+pub const MAX_DEVICES: usize = 31;
+
+/// Bytes of the ECAM window: one bus.
+pub const ECAM_SIZE: u64 = 1 << 20;
+
+/// The first of the two ports.
+pub const CONFIG_ADDRESS: u16 = 0xcf8;
+
+/// A slot cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SlotError {
+    /// There is no such slot.
+    #[error("PCI slot {0} is not one of 1 to {MAX_DEVICES}")]
+    Number(u8),
+    /// Another device is in it.
+    #[error("PCI slot {0} is taken")]
+    Taken(u8),
+    /// All slots are taken.
+    #[error("all {MAX_DEVICES} PCI slots are taken")]
+    Full,
+}
+
+/// What the root saves. Functions are saved by themselves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciRootState {
+    /// What port 0xcf8 was set to.
+    pub address: u32,
+    /// The host bridge.
+    pub bridge: ConfigState,
+}
+
+struct Slot {
+    function: Arc<Mutex<PciTransport>>,
+    decoded: Arc<AtomicU64>,
+}
+
+/// Bus 0.
+pub struct PciRoot {
+    bridge: Mutex<ConfigSpace>,
+    /// Slot 1 first.
+    slots: RwLock<[Option<Slot>; MAX_DEVICES]>,
+    address: AtomicU32,
+    window: BarWindow,
+}
+
+/// Which function, and where in its configuration space.
+#[derive(Debug, Clone, Copy)]
+struct Target {
+    bus: u8,
+    slot: u8,
+    function: u8,
+    offset: usize,
+}
+
+impl PciRoot {
+    /// A bus with a host bridge and no devices, whose BARs are in `window`.
+    pub fn new(window: BarWindow) -> Self {
+        let bridge = ConfigSpace::new(&Identity {
+            // A host bridge that guests know and need no driver for.
+            vendor: 0x8086,
+            device: 0x0d57,
+            revision: 0,
+            class: 0x06_00_00,
+            subsystem_vendor: 0,
+            subsystem: 0,
+        });
+        PciRoot { bridge: Mutex::new(bridge), slots: RwLock::default(), address: AtomicU32::new(0), window }
+    }
+
+    /// Puts a function in slot `number` (1 to 31), or the first free one. Returns the number.
+    pub fn plug(&self, number: Option<u8>, function: Arc<Mutex<PciTransport>>) -> Result<u8, SlotError> {
+        let decoded = locked(&function).decoded();
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let first_free = || slots.iter().zip(1u8..).find(|(slot, _)| slot.is_none());
+        let number = number.or_else(|| first_free().map(|(_, number)| number)).ok_or(SlotError::Full)?;
+        let index = usize::from(number).checked_sub(1).ok_or(SlotError::Number(number))?;
+        let slot = slots.get_mut(index).ok_or(SlotError::Number(number))?;
+        if slot.is_some() {
+            return Err(SlotError::Taken(number));
+        }
+        *slot = Some(Slot { function, decoded });
+        Ok(number)
+    }
+
+    /// Empties a slot. Returns what was in it.
+    pub fn unplug(&self, number: u8) -> Option<Arc<Mutex<PciTransport>>> {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let slot = slots.get_mut(usize::from(number).checked_sub(1)?)?;
+        slot.take().map(|slot| slot.function)
+    }
+
+    /// A read in the ECAM window at `offset`.
+    pub fn read_ecam(&self, offset: u64, data: &mut [u8]) {
+        self.read_config(ecam_target(offset), data);
+    }
+
+    /// A write in the ECAM window at `offset`.
+    pub fn write_ecam(&self, offset: u64, data: &[u8]) {
+        self.write_config(ecam_target(offset), data);
+    }
+
+    /// A read of ports 0xcf8 to 0xcff; `offset` counts from the first.
+    pub fn read_port(&self, offset: u16, data: &mut [u8]) {
+        let address = self.address.load(Ordering::SeqCst);
+        match (offset, data.len()) {
+            (0, 4) => data.copy_from_slice(&address.to_le_bytes()),
+            (4..8, _) => self.read_config(port_target(address, offset), data),
+            _ => data.fill(0xff),
+        }
+    }
+
+    /// A write of ports 0xcf8 to 0xcff; `offset` counts from the first.
+    pub fn write_port(&self, offset: u16, data: &[u8]) {
+        match (offset, <[u8; 4]>::try_from(data)) {
+            (0, Ok(address)) => self.address.store(u32::from_le_bytes(address), Ordering::SeqCst),
+            (4..8, _) => {
+                self.write_config(port_target(self.address.load(Ordering::SeqCst), offset), data);
+            }
+            _ => {}
+        }
+    }
+
+    /// A read at guest-physical `addr`. False if no function decodes it (then `data` is all ones).
+    pub fn read_bar(&self, addr: u64, data: &mut [u8]) -> bool {
+        data.fill(0xff);
+        let Some((function, offset)) = self.decode(addr) else { return false };
+        locked(&function).read_bar(offset, data);
+        true
+    }
+
+    /// A write at guest-physical `addr`. False if no function decodes it.
+    pub fn write_bar(&self, addr: u64, data: &[u8]) -> bool {
+        let Some((function, offset)) = self.decode(addr) else { return false };
+        locked(&function).write_bar(offset, data);
+        true
+    }
+
+    /// The window that BARs are in.
+    pub fn window(&self) -> BarWindow {
+        self.window.clone()
+    }
+
+    /// The state of the bus itself.
+    pub fn save(&self) -> PciRootState {
+        PciRootState { address: self.address.load(Ordering::SeqCst), bridge: locked(&self.bridge).save() }
+    }
+
+    /// Makes the bus what `state` says.
+    pub fn restore(&self, state: &PciRootState) {
+        self.address.store(state.address, Ordering::SeqCst);
+        locked(&self.bridge).restore(&state.bridge);
+    }
+
+    /// The function that decodes `addr`, the lowest slot if a guest put two in one place.
+    fn decode(&self, addr: u64) -> Option<(Arc<Mutex<PciTransport>>, u64)> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        slots.iter().flatten().find_map(|slot| {
+            let bar = slot.decoded.load(Ordering::Acquire);
+            let offset = addr.checked_sub(bar).filter(|&offset| bar != NOT_DECODED && offset < BAR_SIZE)?;
+            Some((Arc::clone(&slot.function), offset))
+        })
+    }
+
+    fn function(&self, target: Target) -> Option<Arc<Mutex<PciTransport>>> {
+        let index = usize::from(target.slot).checked_sub(1)?;
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slot = slots.get(index)?.as_ref()?;
+        (target.bus == 0 && target.function == 0).then(|| Arc::clone(&slot.function))
+    }
+
+    /// Nothing there reads as all ones.
+    fn read_config(&self, target: Option<Target>, data: &mut [u8]) {
+        data.fill(0xff);
+        let Some(target) = target else { return };
+        if let Some(function) = self.function(target) {
+            locked(&function).read_config(target.offset, data);
+        } else if (target.bus, target.slot, target.function) == (0, 0, 0) {
+            locked(&self.bridge).read(target.offset, data);
+        }
+    }
+
+    fn write_config(&self, target: Option<Target>, data: &[u8]) {
+        let Some(target) = target else { return };
+        if let Some(function) = self.function(target) {
+            locked(&function).write_config(target.offset, data);
+        } else if (target.bus, target.slot, target.function) == (0, 0, 0) {
+            locked(&self.bridge).write(target.offset, data);
+        }
+    }
+}
+
+fn ecam_target(offset: u64) -> Option<Target> {
+    Some(Target {
+        bus: u8::try_from(offset >> 20).ok()?,
+        slot: (offset >> 15) as u8 & 0x1f,
+        function: (offset >> 12) as u8 & 7,
+        offset: offset as usize & 0xfff,
+    })
+}
+
+/// What the data ports reach while 0xcf8 holds `address`; None while it is not enabled.
+fn port_target(address: u32, port: u16) -> Option<Target> {
+    (address & 1 << 31 != 0).then_some(Target {
+        bus: (address >> 16) as u8,
+        slot: (address >> 11) as u8 & 0x1f,
+        function: (address >> 8) as u8 & 7,
+        offset: (address & 0xfc) as usize + usize::from(port & 3),
+    })
+}

@@ -1,0 +1,571 @@
+//! What a driver can rely on, on either transport: each test runs on both.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{KickMatch, RestoreError, Status};
+use crate::device::feature;
+use crate::queue::QueueState;
+use crate::testing::{
+    DriverQueue, Echo, EchoControl, Guest, Kind, RUNNING, TestWorker, TransportState, Used, guest_ram,
+};
+
+const BASE: u64 = 0x1000;
+const DATA: u64 = 0x10_0000;
+const OWN_FEATURES: u64 = 1 << 3 | 1 << 40;
+const FEATURES_OK: u8 = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
+
+fn echo(kind: Kind, sizes: &[u16]) -> (Guest, Arc<EchoControl>) {
+    let (device, control) = Echo::new(sizes, OWN_FEATURES);
+    (Guest::new(kind, Box::new(device)), control)
+}
+
+/// Runs a test on both transports.
+fn on_both(test: impl Fn(Kind)) {
+    for kind in [Kind::Mmio, Kind::Pci] {
+        test(kind);
+    }
+}
+
+/// Has the device echo one request.
+fn request(guest: &mut Guest, driver: &mut DriverQueue) {
+    driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
+    if driver.publish() {
+        guest.kick(0);
+    }
+}
+
+fn echoes(guest: &mut Guest, driver: &mut DriverQueue) -> bool {
+    guest.ram.memory().write_obj(0x1234_5678u32, GuestAddress(DATA)).unwrap();
+    guest.ram.memory().write_obj(0u32, GuestAddress(DATA + 0x1000)).unwrap();
+    request(guest, driver);
+    driver.take_used().is_some_and(|used| used.written == 4)
+        && guest.ram.memory().read_obj::<u32>(GuestAddress(DATA + 0x1000)).unwrap() == 0x1234_5678
+}
+
+#[test]
+fn a_driver_by_the_book_gets_its_requests_served() {
+    on_both(|kind| {
+        for event_idx in [false, true] {
+            let (mut guest, control) = echo(kind, &[64]);
+            let mut driver = guest.start(BASE, 64, event_idx);
+            assert_eq!(guest.status(), RUNNING);
+            assert_eq!(control.counts(), (1, 0, 0));
+            for _ in 0..200 {
+                driver.enable_interrupts();
+                assert!(echoes(&mut guest, &mut driver));
+                assert_eq!(guest.interrupts.take(), 1);
+            }
+        }
+    });
+}
+
+#[test]
+fn ring_and_device_features_are_offered_and_nothing_else_is_accepted() {
+    on_both(|kind| {
+        let (mut guest, control) = echo(kind, &[64]);
+        let offered = guest.device_features();
+        let ring = feature::VERSION_1 | feature::RING_EVENT_IDX | feature::RING_INDIRECT_DESC;
+        assert_eq!(offered, OWN_FEATURES | ring);
+        for (features, fits) in [
+            (offered, true),
+            (feature::VERSION_1, true),
+            (offered & !feature::VERSION_1, false),
+            (0, false),
+            (feature::VERSION_1 | 1, false),
+            (feature::VERSION_1 | 1 << 63, false),
+            (u64::MAX, false),
+        ] {
+            guest.reset();
+            guest.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
+            guest.set_driver_features(features);
+            guest.set_status(FEATURES_OK);
+            assert_eq!(guest.status() & Status::FEATURES_OK != 0, fits, "{features:#x}");
+            guest.set_status(RUNNING);
+            assert_eq!(guest.status() & Status::DRIVER_OK != 0, fits);
+        }
+        assert_eq!(control.counts().0, 0, "a device without its queue is not activated");
+    });
+}
+
+#[test]
+fn status_bits_are_set_in_order_and_cleared_by_reset_only() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64]);
+        for too_early in [Status::DRIVER, Status::FEATURES_OK, Status::DRIVER_OK, 0x10, 0x20] {
+            guest.set_status(too_early);
+            assert_eq!(guest.status(), 0);
+        }
+        guest.set_status(Status::DEVICE_NEEDS_RESET);
+        assert_eq!(guest.status(), 0, "that bit is the device's");
+        guest.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
+        guest.set_status(Status::ACKNOWLEDGE);
+        assert_eq!(guest.status(), Status::ACKNOWLEDGE | Status::DRIVER);
+        guest.set_status(Status::FAILED);
+        assert_eq!(guest.status(), Status::ACKNOWLEDGE | Status::DRIVER | Status::FAILED);
+        guest.set_status(0);
+        assert_eq!(guest.status(), 0);
+    });
+}
+
+#[test]
+fn features_stay_what_was_agreed_on() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64]);
+        let features = guest.negotiate(false);
+        guest.set_driver_features(0);
+        let mut driver = DriverQueue::new(&guest.ram, BASE, 64, features);
+        guest.select_queue(0);
+        guest.set_up_queue(&driver.state());
+        guest.map_vectors();
+        guest.set_status(RUNNING);
+        guest.worker.run();
+        assert_eq!(guest.status(), RUNNING);
+        assert!(echoes(&mut guest, &mut driver));
+        let mut state = guest.save();
+        assert_eq!(state.common().driver_features, features);
+    });
+}
+
+#[test]
+fn queues_are_set_up_between_the_features_and_the_driver_being_ready() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64, 1024]);
+        let setup = DriverQueue::new(&guest.ram, BASE, 64, 0).state();
+        guest.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
+        guest.set_up_queue(&setup);
+        assert!(!guest.queue_ready(), "too early");
+
+        let mut driver = guest.start(BASE, 64, true);
+        let mut before = guest.save();
+        guest.select_queue(0);
+        let elsewhere = QueueState { size: 8, desc_table: 0x2_0000, avail_ring: 0x3_0000, ..setup };
+        guest.set_up_queue(&elsewhere);
+        guest.select_queue(1);
+        guest.set_up_queue(&elsewhere);
+        assert!(!guest.queue_ready(), "too late");
+        let mut after = guest.save();
+        assert_eq!(after.common().queues, before.common().queues);
+        assert!(echoes(&mut guest, &mut driver));
+    });
+}
+
+#[test]
+fn queues_that_do_not_exist_are_nowhere() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64, 1024]);
+        guest.negotiate(true);
+        for (index, size) in [(0, 64), (1, 1024), (2, 0), (u16::MAX, 0)] {
+            guest.select_queue(index);
+            assert_eq!(guest.queue_max_size(), size);
+            assert!(!guest.queue_ready());
+        }
+        guest.set_up_queue(&DriverQueue::new(&guest.ram, BASE, 64, 0).state());
+        assert!(!guest.queue_ready());
+        guest.kick_slowly(7);
+        guest.kick_slowly(u32::MAX);
+    });
+}
+
+#[test]
+fn a_queue_of_1024_works() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[1024]);
+        let mut driver = guest.start(BASE, 1024, true);
+        for _ in 0..512 {
+            driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
+        }
+        assert_eq!(driver.free(), 0);
+        assert!(driver.publish());
+        guest.kick(0);
+        assert_eq!(std::iter::from_fn(|| driver.take_used()).count(), 512);
+        assert_eq!(guest.interrupts.take(), 1, "one interrupt for the batch");
+    });
+}
+
+#[test]
+fn a_queue_at_a_bad_place_breaks_the_device_until_it_is_reset() {
+    on_both(|kind| {
+        let (mut guest, control) = echo(kind, &[64]);
+        let good = DriverQueue::new(&guest.ram, BASE, 64, 0).state();
+        let bad = [
+            QueueState { size: 0, ..good },
+            QueueState { size: 48, ..good },
+            QueueState { size: 128, ..good },
+            QueueState { desc_table: 8, ..good },
+            QueueState { desc_table: 1 << 40, ..good },
+            QueueState { avail_ring: 0xffff_ffff_ffff_fffe, ..good },
+            QueueState { used_ring: (4 << 20) - 4, ..good },
+        ];
+        for (count, state) in (1..).zip(bad) {
+            guest.negotiate(true);
+            guest.select_queue(0);
+            guest.set_up_queue(&state);
+            guest.map_vectors();
+            guest.interrupts.take();
+            guest.set_status(RUNNING);
+            assert_eq!(guest.status(), RUNNING | Status::DEVICE_NEEDS_RESET, "{state:x?}");
+            assert_eq!(guest.interrupts.take(), 1, "the driver is told");
+            assert_eq!(guest.broken_count(), count);
+        }
+        assert_eq!(control.counts(), (0, 0, 0));
+        let mut driver = guest.start(BASE, 64, true);
+        assert_eq!(guest.status(), RUNNING);
+        assert!(echoes(&mut guest, &mut driver));
+    });
+}
+
+#[test]
+fn a_queue_without_its_driver_ready_breaks_the_device() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64]);
+        guest.negotiate(true);
+        guest.set_status(RUNNING);
+        assert_eq!(guest.status(), RUNNING | Status::DEVICE_NEEDS_RESET);
+    });
+}
+
+#[test]
+fn a_driver_that_breaks_a_ring_gets_a_dead_device_and_a_new_one_after_reset() {
+    on_both(|kind| {
+        let (mut guest, control) = echo(kind, &[64]);
+        let driver = guest.start(BASE, 64, true);
+        guest.interrupts.take();
+        driver.set_avail_idx(1000);
+        guest.kick(0);
+        assert_eq!(guest.status(), RUNNING | Status::DEVICE_NEEDS_RESET);
+        assert_eq!((guest.interrupts.take(), guest.broken_count()), (1, 1));
+        driver.set_avail_idx(1);
+        guest.kick(0);
+        assert_eq!(driver.used_idx(), 0, "it does nothing more");
+        assert_eq!(guest.broken_count(), 1);
+        let mut driver = guest.start(BASE, 64, true);
+        assert_eq!(control.counts(), (2, 1, 1));
+        assert!(echoes(&mut guest, &mut driver));
+    });
+}
+
+#[test]
+fn a_reset_puts_every_register_back() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64, 32]);
+        let mut fresh = guest.save();
+        let mut driver = guest.start(BASE, 64, true);
+        assert!(echoes(&mut guest, &mut driver));
+        guest.select_queue(1);
+        guest.reset();
+        let mut after = guest.save();
+        assert_eq!(after.common(), fresh.common());
+        if let (TransportState::Pci(after), TransportState::Pci(fresh)) = (&after, &fresh) {
+            assert_eq!((after.isr, after.config_vector), (fresh.isr, fresh.config_vector));
+            assert_eq!(after.queue_vectors, fresh.queue_vectors);
+        }
+    });
+}
+
+#[test]
+fn a_reset_in_the_middle_of_io_waits_until_the_device_has_drained() {
+    on_both(|kind| {
+        let (mut guest, control) = echo(kind, &[64]);
+        let mut driver = guest.start(BASE, 64, true);
+        control.hold(0);
+        guest.worker.run();
+        request(&mut guest, &mut driver);
+        request(&mut guest, &mut driver);
+        guest.set_status(0);
+        guest.worker.run();
+        assert_eq!(guest.status(), RUNNING, "two requests are in flight");
+        // All other writes mean nothing meanwhile.
+        guest.set_status(Status::ACKNOWLEDGE);
+        guest.set_driver_features(0);
+        guest.select_queue(0);
+        guest.set_up_queue(&DriverQueue::new(&guest.ram, 0x2_0000, 8, 0).state());
+        guest.write_config(0, &[1; 4]);
+        guest.set_status(0);
+        guest.worker.run();
+        assert_eq!(guest.status(), RUNNING);
+        control.hold(1);
+        guest.worker.run();
+        assert_eq!((guest.status(), control.counts()), (RUNNING, (1, 0, 0)));
+        assert_eq!(driver.used_idx(), 1, "what is in flight completes");
+        control.release();
+        guest.worker.run();
+        assert_eq!((guest.status(), control.counts()), (0, (1, 1, 1)));
+        assert_eq!(driver.used_idx(), 2);
+        let mut config = [0; 4];
+        guest.read_config(0, &mut config);
+        assert_eq!(config, [0xc0, 0xc1, 0xc2, 0xc3]);
+        let mut driver = guest.start(BASE, 64, true);
+        assert!(echoes(&mut guest, &mut driver));
+    });
+}
+
+#[test]
+fn kicks_bypass_the_transport_and_reach_it_where_the_kernel_does_not_take_them() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64, 64]);
+        let registered = guest.io_events.registered();
+        let want = match kind {
+            Kind::Mmio => [(0xc000_1050, KickMatch::U32(0)), (0xc000_1050, KickMatch::U32(1))],
+            Kind::Pci => [(0x40_0000_6000, KickMatch::Any), (0x40_0000_6004, KickMatch::Any)],
+        };
+        assert_eq!(registered, want);
+        let mut driver = guest.start(BASE, 64, true);
+        driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
+        assert!(driver.publish());
+        guest.kick_slowly(0);
+        guest.worker.run();
+        assert!(driver.take_used().is_some());
+        assert!(echoes(&mut guest, &mut driver));
+    });
+}
+
+#[test]
+fn the_configuration_space_takes_accesses_of_any_size_anywhere() {
+    on_both(|kind| {
+        let (mut guest, control) = echo(kind, &[64]);
+        for offset in [0, 1, 3, 7, 15, 18, 19, 20, 21, 100, 0xeff] {
+            for len in 0..=9 {
+                let mut data = [0xaa; 9];
+                guest.read_config(offset, &mut data[..len]);
+                for (at, byte) in (offset..).zip(&data[..len]) {
+                    assert_eq!(*byte, if at < 20 { 0xc0 | at as u8 } else { 0 }, "{offset} + {len}");
+                }
+                guest.write_config(offset, &data[..len]);
+            }
+        }
+        guest.write_config(17, &[1, 2, 3, 4, 5]);
+        let mut data = [0xaa; 6];
+        guest.read_config(16, &mut data);
+        assert_eq!(data, [0xd0, 1, 2, 3, 0, 0]);
+        let generation = guest.config_generation();
+        assert_eq!(guest.config_generation(), generation);
+        control.change_config();
+        assert_ne!(guest.config_generation(), generation);
+    });
+}
+
+#[test]
+fn an_unplugged_device_leaves_nothing_behind_once_it_has_drained() {
+    on_both(|kind| {
+        let (mut guest, control) = echo(kind, &[64, 64]);
+        let mut driver = guest.start(BASE, 64, true);
+        control.hold(0);
+        guest.worker.run();
+        request(&mut guest, &mut driver);
+        assert!(!guest.unplug());
+        guest.worker.run();
+        assert!(!guest.unplug());
+        control.release();
+        guest.worker.run();
+        assert!(guest.unplug());
+        assert_eq!((control.counts(), guest.io_events.registered()), ((1, 1, 1), vec![]));
+    });
+}
+
+/// A fresh guest around the same memory, made what `state` says.
+fn restored(kind: Kind, guest: &Guest, state: &TransportState, sizes: &[u16]) -> Guest {
+    let (device, _) = Echo::new(sizes, OWN_FEATURES);
+    let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), TestWorker::new());
+    copy.restore(state).unwrap();
+    copy
+}
+
+#[test]
+fn a_restored_device_goes_on_where_it_was_and_tells_the_driver_once() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64]);
+        let mut driver = guest.start(BASE, 64, true);
+        for _ in 0..70 {
+            assert!(echoes(&mut guest, &mut driver));
+        }
+        // Made available, and the kick is lost on the way.
+        driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
+        let still = guest.worker.pause();
+        assert!(still.try_recv().is_ok());
+        driver.publish();
+        let state = guest.save_paused();
+        let mut copy = restored(kind, &guest, &state, &[64]);
+        assert!(copy.interrupts.take() >= 1, "an interrupt may have been on its way");
+        assert!(matches!(driver.take_used(), Some(Used { written: 4, .. })), "the queue was looked at");
+        assert!(echoes(&mut copy, &mut driver));
+        assert_ne!(copy.config_generation(), guest.config_generation());
+    });
+}
+
+#[test]
+fn a_device_that_is_restored_paused_waits_for_its_workers() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64]);
+        let mut driver = guest.start(BASE, 64, true);
+        let state = guest.save();
+        driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
+        driver.publish();
+        let (device, _) = Echo::new(&[64], OWN_FEATURES);
+        let mut worker = TestWorker::new();
+        assert!(worker.pause().try_recv().is_ok());
+        let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), worker);
+        copy.restore(&state).unwrap();
+        assert_eq!(driver.take_used(), None);
+        copy.worker.resume();
+        assert!(driver.take_used().is_some());
+    });
+}
+
+#[test]
+fn a_broken_device_is_restored_broken() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64]);
+        let driver = guest.start(BASE, 64, true);
+        driver.set_avail_idx(1000);
+        guest.kick(0);
+        let state = guest.save();
+        let mut copy = restored(kind, &guest, &state, &[64]);
+        assert_eq!(copy.status(), RUNNING | Status::DEVICE_NEEDS_RESET);
+        let mut driver = copy.start(BASE, 64, true);
+        assert!(echoes(&mut copy, &mut driver));
+    });
+}
+
+#[test]
+fn states_that_cannot_be_are_refused_by_name() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64]);
+        guest.start(BASE, 64, true);
+        let state = guest.save();
+        let restore = |state: &TransportState, sizes: &[u16], features: u64| {
+            let (device, _) = Echo::new(sizes, features);
+            Guest::new(kind, Box::new(device)).restore(state)
+        };
+        assert!(restore(&state, &[64], OWN_FEATURES).is_ok());
+        assert!(restore(&state, &[64, 64], OWN_FEATURES).is_err());
+        let error = restore(&state, &[64], 1 << 3).unwrap_err();
+        assert!(matches!(error, RestoreError::Features { missing, .. } if missing == 1 << 40));
+        assert!(error.to_string().contains("test does not offer features 0x10000000000"), "{error}");
+        let error = restore(&state, &[32], OWN_FEATURES).unwrap_err();
+        assert!(matches!(error, RestoreError::Queue { index: 0, .. }), "{error}");
+        let mut bad = state.clone();
+        bad.common().queues[0].used_ring = 1 << 50;
+        assert!(matches!(restore(&bad, &[64], OWN_FEATURES), Err(RestoreError::Queue { index: 0, .. })));
+        let mut bad = state.clone();
+        bad.common().status &= !Status::FEATURES_OK;
+        assert!(matches!(restore(&bad, &[64], OWN_FEATURES), Err(RestoreError::Impossible { .. })));
+        let mut bad = state;
+        bad.common().queues[0].ready = false;
+        assert!(matches!(restore(&bad, &[64], OWN_FEATURES), Err(RestoreError::Activate { .. })));
+    });
+}
+
+/// A driver's act, sensible or not.
+#[derive(Debug, Clone)]
+enum Act {
+    Status(u8),
+    Features(u64),
+    Select(u16),
+    SetUp { size: u16, place: u64 },
+    Start,
+    MapVectors,
+    Request,
+    Break,
+    Kick(u32),
+    Config(u64, Vec<u8>),
+    Save,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let status = prop_oneof![Just(0), Just(1), Just(3), Just(FEATURES_OK), Just(RUNNING), any::<u8>()];
+    let features = prop_oneof![
+        Just(feature::VERSION_1),
+        Just(feature::VERSION_1 | feature::RING_EVENT_IDX),
+        any::<u64>()
+    ];
+    let place = prop_oneof![4 => Just(BASE), 1 => Just(0x2_0000u64), 1 => any::<u64>()];
+    prop_oneof![
+        4 => status.prop_map(Act::Status),
+        2 => features.prop_map(Act::Features),
+        2 => (0u16..4).prop_map(Act::Select),
+        2 => (prop_oneof![Just(64u16), any::<u16>()], place)
+            .prop_map(|(size, place)| Act::SetUp { size, place }),
+        2 => Just(Act::Start),
+        1 => Just(Act::MapVectors),
+        6 => Just(Act::Request),
+        1 => Just(Act::Break),
+        1 => any::<u32>().prop_map(Act::Kick),
+        2 => (0u64..24, prop::collection::vec(any::<u8>(), 0..9)).prop_map(|(at, data)| Act::Config(at, data)),
+        4 => Just(Act::Save),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// At any moment of any driver's life: what is saved and restored is the same device, also to the driver that goes on with it.
+    #[test]
+    fn a_device_that_is_saved_at_any_moment_comes_back_the_same(
+        acts in prop::collection::vec(act(), 1..40),
+        pci: bool,
+    ) {
+        let kind = if pci { Kind::Pci } else { Kind::Mmio };
+        let sizes = [64, 64, 32];
+        let (device, _) = Echo::new(&sizes, OWN_FEATURES);
+        let mut guest = Guest::with(kind, Box::new(device), guest_ram(4), TestWorker::new());
+        let mut driver: Option<DriverQueue> = None;
+        for act in acts {
+            match act {
+                Act::Status(status) => {
+                    if status == 0 { driver = None; }
+                    guest.set_status(status);
+                }
+                Act::Features(features) => guest.set_driver_features(features),
+                Act::Select(index) => guest.select_queue(index),
+                Act::SetUp { size, place } => {
+                    let state = QueueState {
+                        size, ready: false, desc_table: place, avail_ring: place.wrapping_add(0x1000),
+                        used_ring: place.wrapping_add(0x2000), next_avail: 0, next_used: 0,
+                    };
+                    guest.set_up_queue(&state);
+                }
+                Act::Start => driver = Some(guest.start(BASE, 64, true)),
+                Act::MapVectors => guest.map_vectors(),
+                Act::Request => {
+                    if let Some(driver) = &mut driver && guest.status() == RUNNING {
+                        prop_assert!(echoes(&mut guest, driver));
+                    }
+                }
+                Act::Break => {
+                    if let Some(driver) = driver.take() {
+                        driver.set_avail_idx(0x4000);
+                        guest.kick(0);
+                    }
+                }
+                Act::Kick(index) => guest.kick_slowly(index),
+                Act::Config(at, data) => guest.write_config(at, &data),
+                Act::Save => {
+                    guest.worker.run();
+                    let mut state = guest.save();
+                    let mut copy = restored(kind, &guest, &state, &sizes);
+                    let mut again = copy.save();
+                    // The generation is a new one, and an interrupt too many is pending.
+                    again.common().config_generation = state.common().config_generation;
+                    match (&mut again, &state) {
+                        (TransportState::Mmio(again), TransportState::Mmio(state)) => {
+                            again.interrupt_status = state.interrupt_status;
+                        }
+                        (TransportState::Pci(again), TransportState::Pci(state)) => {
+                            for (again, state) in again.msix.vectors.iter_mut().zip(&state.msix.vectors) {
+                                again.pending = state.pending;
+                            }
+                        }
+                        _ => unreachable!("it is the same transport"),
+                    }
+                    prop_assert_eq!(again, state);
+                    // The configuration space of this device is not part of its state.
+                    guest = copy;
+                }
+            }
+            guest.worker.run();
+        }
+    }
+}

@@ -1,0 +1,558 @@
+//! Workers, with and without threads.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use super::*;
+use crate::eventfd::EventFd;
+use crate::sync::locked;
+use crate::testing::{CountingInterrupt, TestWorker};
+
+/// For things that take microseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What happened to a task, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Did {
+    Attach,
+    Kick(Token),
+    Ready(Event),
+    Timer(Nanos),
+    Quiesce,
+    Resume,
+    Poll,
+    Arm,
+    Detach,
+}
+
+type Act = Box<dyn FnMut(&mut Context<'_>, Did) + Send>;
+
+/// A task that tells what happens to it, and does as it is told.
+struct Probe {
+    says: mpsc::Sender<Did>,
+    kick: Arc<EventFd>,
+    other: Arc<EventFd>,
+    drained: Arc<AtomicBool>,
+    placement: Placement,
+    /// Called with what happened.
+    act: Act,
+    polls: u32,
+}
+
+/// The other end of a probe.
+struct Hand {
+    hears: mpsc::Receiver<Did>,
+    kick: Arc<EventFd>,
+    other: Arc<EventFd>,
+    drained: Arc<AtomicBool>,
+}
+
+impl Hand {
+    fn next(&self) -> Did {
+        self.hears.recv_timeout(PATIENCE).expect("something happens")
+    }
+
+    /// The task runs.
+    fn started(&self) {
+        assert_eq!((self.next(), self.next()), (Did::Attach, Did::Resume));
+    }
+
+    fn all(&self) -> Vec<Did> {
+        self.hears.try_iter().collect()
+    }
+}
+
+fn probe(act: impl FnMut(&mut Context<'_>, Did) + Send + 'static) -> (Box<Probe>, Hand) {
+    let (says, hears) = mpsc::channel();
+    let event = || Arc::new(EventFd::new().unwrap());
+    let (kick, other, drained) = (event(), event(), Arc::new(AtomicBool::new(true)));
+    let hand =
+        Hand { hears, kick: Arc::clone(&kick), other: Arc::clone(&other), drained: Arc::clone(&drained) };
+    (
+        Box::new(Probe {
+            says,
+            kick,
+            other,
+            drained,
+            placement: Placement::Shared,
+            act: Box::new(act),
+            polls: 0,
+        }),
+        hand,
+    )
+}
+
+impl Probe {
+    fn did(&mut self, cx: &mut Context<'_>, did: Did) {
+        // A test that has seen enough hears no more.
+        let _ = self.says.send(did);
+        (self.act)(cx, did);
+    }
+}
+
+impl Task for Probe {
+    fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        cx.watch_kick(1, &self.kick)?;
+        cx.watch(2, &self.other, Interest::READ)?;
+        self.did(cx, Did::Attach);
+        Ok(())
+    }
+
+    fn kicked(&mut self, cx: &mut Context<'_>, token: Token) {
+        self.did(cx, Did::Kick(token));
+    }
+
+    fn ready(&mut self, cx: &mut Context<'_>, event: Event) {
+        self.other.take();
+        self.did(cx, Did::Ready(event));
+    }
+
+    fn timer(&mut self, cx: &mut Context<'_>) {
+        let now = cx.now();
+        self.did(cx, Did::Timer(now));
+    }
+
+    fn quiesce(&mut self, cx: &mut Context<'_>) {
+        self.did(cx, Did::Quiesce);
+    }
+
+    fn is_drained(&self) -> bool {
+        self.drained.load(Ordering::SeqCst)
+    }
+
+    fn resume(&mut self, cx: &mut Context<'_>) {
+        self.did(cx, Did::Resume);
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
+        self.polls += 1;
+        if self.polls == 1 {
+            self.did(cx, Did::Poll);
+        }
+        false
+    }
+
+    fn arm(&mut self, cx: &mut Context<'_>) -> bool {
+        self.did(cx, Did::Arm);
+        false
+    }
+
+    fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    fn detach(self: Box<Self>) {
+        let _ = self.says.send(Did::Detach);
+    }
+}
+
+const READABLE: Event = Event { token: 2, readable: true, writable: false, hangup: false };
+
+fn workers(shared: usize) -> Workers {
+    Workers::start(WorkersConfig { shared, ..WorkersConfig::default() }).unwrap()
+}
+
+fn interrupt() -> Arc<CountingInterrupt> {
+    CountingInterrupt::new()
+}
+
+#[test]
+fn a_task_is_attached_resumed_kicked_and_given_back() {
+    let workers = workers(1);
+    let (task, hand) = probe(|_, _| {});
+    let handle = workers.add(task, interrupt());
+    assert_eq!((hand.next(), hand.next()), (Did::Attach, Did::Resume));
+    for _ in 0..3 {
+        hand.kick.signal();
+        assert_eq!(hand.next(), Did::Kick(1));
+    }
+    assert_eq!(hand.kick.take(), 3, "the worker reads no counter");
+    hand.other.signal();
+    assert_eq!(hand.next(), Did::Ready(READABLE));
+    let Removed::Task(task) = handle.remove().wait(PATIENCE) else { panic!("it is drained") };
+    assert_eq!(hand.next(), Did::Quiesce);
+    hand.kick.signal();
+    task.detach();
+    assert_eq!(hand.next(), Did::Detach);
+    workers.stop();
+    assert_eq!(hand.all(), []);
+}
+
+#[test]
+fn a_task_in_flight_is_drained_first_and_others_go_on_meanwhile() {
+    let mut worker = TestWorker::new();
+    let (slow, slow_hand) = probe(|_, _| {});
+    let (other, other_hand) = probe(|_, _| {});
+    let (slow, _other) = (worker.add(slow, interrupt()), worker.add(other, interrupt()));
+    worker.run();
+    slow_hand.drained.store(false, Ordering::SeqCst);
+    let back = worker.remove(slow);
+    slow_hand.kick.signal();
+    slow_hand.other.signal();
+    other_hand.kick.signal();
+    worker.run();
+    assert!(back.try_recv().is_err());
+    let did = [Did::Attach, Did::Resume, Did::Quiesce, Did::Ready(READABLE)];
+    assert_eq!(slow_hand.all(), did, "no kick, but completions");
+    assert_eq!(other_hand.all(), [Did::Attach, Did::Resume, Did::Kick(1)]);
+    slow_hand.drained.store(true, Ordering::SeqCst);
+    slow_hand.other.signal();
+    worker.run();
+    assert!(back.try_recv().is_ok());
+}
+
+#[test]
+fn a_pause_waits_for_all_and_a_resume_starts_them_as_if_kicked() {
+    let mut worker = TestWorker::new();
+    let (first, first_hand) = probe(|_, _| {});
+    let (second, second_hand) = probe(|_, _| {});
+    worker.add(first, interrupt());
+    worker.add(second, interrupt());
+    worker.run();
+    first_hand.all();
+    second_hand.all();
+    first_hand.drained.store(false, Ordering::SeqCst);
+    let still = worker.pause();
+    assert!(still.try_recv().is_err());
+    // One that comes while all is paused is attached and waits.
+    let (third, third_hand) = probe(|_, _| {});
+    worker.add(third, interrupt());
+    second_hand.kick.signal();
+    worker.run();
+    assert_eq!(third_hand.all(), [Did::Attach]);
+    first_hand.drained.store(true, Ordering::SeqCst);
+    first_hand.other.signal();
+    worker.run();
+    assert!(still.try_recv().is_ok());
+    worker.resume();
+    assert_eq!(first_hand.all(), [Did::Quiesce, Did::Ready(READABLE), Did::Resume]);
+    assert_eq!(second_hand.all(), [Did::Quiesce, Did::Resume]);
+    assert_eq!(third_hand.all(), [Did::Resume]);
+}
+
+#[test]
+fn a_pause_that_takes_too_long_says_which_worker_and_can_be_undone() {
+    let workers = workers(2);
+    let (task, hand) = probe(|_, _| {});
+    workers.add(task, interrupt());
+    hand.started();
+    hand.drained.store(false, Ordering::SeqCst);
+    let error = workers.pause(Duration::from_millis(1)).unwrap_err();
+    assert_eq!(error.worker, 0);
+    assert!(error.to_string().starts_with("io worker 0 still has requests in flight after"), "{error}");
+    workers.resume();
+    assert_eq!((hand.next(), hand.next()), (Did::Quiesce, Did::Resume));
+    hand.drained.store(true, Ordering::SeqCst);
+    assert_eq!(workers.pause(PATIENCE), Ok(()));
+    workers.stop();
+}
+
+#[test]
+fn timers_come_on_time_once_and_only_while_wanted() {
+    let mut worker = TestWorker::new();
+    let (task, hand) = probe(|cx, did| match did {
+        Did::Kick(_) => {
+            let now = cx.now();
+            cx.set_timer(now + 500);
+        }
+        Did::Ready(_) => cx.clear_timer(),
+        _ => {}
+    });
+    worker.add(task, interrupt());
+    worker.run();
+    assert_eq!((hand.all().len(), worker.next_timer()), (2, None));
+    hand.kick.signal();
+    worker.run();
+    let due = worker.now() + 500;
+    assert_eq!(worker.next_timer(), Some(due));
+    worker.advance(499);
+    assert_eq!(hand.all(), [Did::Kick(1)]);
+    worker.advance(1);
+    assert_eq!((hand.all(), worker.next_timer()), (vec![Did::Timer(due)], None));
+    worker.advance(10_000);
+    assert_eq!(hand.all(), []);
+    hand.kick.signal();
+    worker.run();
+    hand.other.signal();
+    worker.run();
+    assert_eq!(worker.next_timer(), None);
+    // A paused task hears of no timer.
+    hand.kick.signal();
+    worker.run();
+    hand.all();
+    let still = worker.pause();
+    worker.advance(1_000);
+    assert!(still.try_recv().is_ok());
+    assert_eq!(hand.all(), [Did::Quiesce]);
+}
+
+#[test]
+fn real_timers_are_no_earlier_than_asked_for() {
+    let workers = workers(1);
+    let asked = Arc::new(Mutex::new(0));
+    let (task, hand) = probe({
+        let asked = Arc::clone(&asked);
+        move |cx, did| {
+            if matches!(did, Did::Resume | Did::Timer(_)) {
+                let at = cx.now() + 300_000;
+                *locked(&asked) = at;
+                cx.set_timer(at);
+            }
+        }
+    });
+    workers.add(task, interrupt());
+    hand.started();
+    let mut asked_before = *locked(&asked);
+    for _ in 0..20 {
+        let Did::Timer(now) = hand.next() else { panic!("only timers come") };
+        assert!(now >= asked_before);
+        asked_before = now + 300_000;
+    }
+    workers.stop();
+}
+
+#[test]
+fn a_task_that_wants_more_lets_others_have_their_turn() {
+    let mut worker = TestWorker::new();
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let mut hands = Vec::new();
+    for name in ["a", "b"] {
+        let (order, mut left) = (Arc::clone(&order), 3);
+        let (task, hand) = probe(move |cx, did| {
+            if matches!(did, Did::Kick(_) | Did::Timer(_)) {
+                locked(&order).push(name);
+                left -= 1;
+                if left > 0 {
+                    cx.call_again();
+                }
+            }
+        });
+        worker.add(task, interrupt());
+        hands.push(hand);
+    }
+    worker.run();
+    for hand in &hands {
+        hand.kick.signal();
+    }
+    worker.run();
+    assert_eq!(*locked(&order), ["a", "b", "a", "b", "a", "b"]);
+}
+
+#[test]
+fn tasks_spread_over_shared_workers_and_a_dedicated_one_is_left_alone() {
+    let names = Arc::new(Mutex::new(Vec::new()));
+    let workers = workers(2);
+    let dedicated = workers.dedicated().unwrap();
+    let mut hands = Vec::new();
+    for placement in [Placement::Shared, Placement::Shared, Placement::On(dedicated), Placement::Shared] {
+        let names = Arc::clone(&names);
+        let (mut task, hand) = probe(move |_, did| {
+            if did == Did::Resume {
+                let thread = std::thread::current();
+                locked(&names).push((placement, thread.name().unwrap().to_owned()));
+            }
+        });
+        task.placement = placement;
+        workers.add(task, interrupt());
+        assert_eq!((hand.next(), hand.next()), (Did::Attach, Did::Resume));
+        hands.push(hand);
+    }
+    workers.stop();
+    let names: Vec<String> = locked(&names).iter().map(|(_, name)| name.clone()).collect();
+    assert_eq!(names, ["io 0", "io 1", "io 2", "io 0"]);
+}
+
+#[test]
+fn each_worker_is_prepared_before_it_does_anything() {
+    let (prepared, order) = mpsc::channel();
+    let on_start: OnStart = Arc::new(move |number| {
+        let name = std::thread::current().name().map(str::to_owned);
+        prepared.send((number, name)).unwrap();
+    });
+    let config = WorkersConfig { shared: 2, on_start: Some(on_start), ..WorkersConfig::default() };
+    let workers = Workers::start(config).unwrap();
+    workers.dedicated().unwrap();
+    let mut seen: Vec<_> = (0..3).map(|_| order.recv_timeout(PATIENCE).unwrap()).collect();
+    seen.sort();
+    assert_eq!(seen, [0, 1, 2].map(|n| (n, Some(format!("io {n}")))));
+    workers.stop();
+}
+
+#[test]
+fn a_task_that_cannot_be_attached_breaks_its_device_and_can_still_be_removed() {
+    struct Unattachable;
+    impl Task for Unattachable {
+        fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+            // A plain file cannot be waited for.
+            cx.watch(0, std::fs::File::open("/proc/self/exe")?, Interest::READ)
+        }
+        fn kicked(&mut self, _: &mut Context<'_>, _: Token) {
+            panic!("it is silent")
+        }
+        fn ready(&mut self, _: &mut Context<'_>, _: Event) {
+            panic!("it is silent")
+        }
+        fn quiesce(&mut self, _: &mut Context<'_>) {
+            panic!("it is silent")
+        }
+        fn is_drained(&self) -> bool {
+            true
+        }
+        fn resume(&mut self, _: &mut Context<'_>) {
+            panic!("it is silent")
+        }
+        fn detach(self: Box<Self>) {}
+    }
+    let mut worker = TestWorker::new();
+    let interrupt = interrupt();
+    let task = worker.add(Box::new(Unattachable), Arc::clone(&interrupt) as Arc<_>);
+    worker.run();
+    assert_eq!(interrupt.broken().len(), 1);
+    assert!(worker.pause().try_recv().is_ok());
+    worker.resume();
+    assert!(worker.remove(task).try_recv().is_ok());
+}
+
+#[test]
+fn what_a_removed_task_watched_wakes_nobody() {
+    let mut worker = TestWorker::new();
+    let (task, hand) = probe(|_, _| {});
+    let key = worker.add(task, interrupt());
+    worker.run();
+    let task = worker.remove(key).try_recv().unwrap();
+    hand.other.signal();
+    hand.kick.signal();
+    // Another task takes its place.
+    let (next, next_hand) = probe(|_, _| {});
+    worker.add(next, interrupt());
+    worker.run();
+    assert_eq!(next_hand.all(), [Did::Attach, Did::Resume]);
+    assert_eq!(hand.all(), [Did::Attach, Did::Resume, Did::Quiesce]);
+    task.detach();
+}
+
+#[test]
+fn tokens_are_watched_once_and_can_be_changed_and_dropped() {
+    let mut worker = TestWorker::new();
+    let checked = Arc::new(AtomicBool::new(false));
+    // An eventfd can always be written: the event comes again and again until it is not wanted any more.
+    let (watcher, watcher_hand) = probe({
+        let mut count = 0;
+        move |cx, did| {
+            if let Did::Ready(Event { token: 3, writable, .. }) = did {
+                assert!(writable);
+                count += 1;
+                if count == 3 {
+                    cx.unwatch(3);
+                }
+            } else if did == Did::Attach {
+                cx.watch(3, EventFd::new().unwrap(), Interest::WRITE).unwrap();
+            }
+        }
+    });
+    worker.add(watcher, interrupt());
+    worker.run();
+    assert_eq!(watcher_hand.all().len(), 2 + 3);
+
+    let (task, hand) = probe({
+        let checked = Arc::clone(&checked);
+        move |cx, did| {
+            if did != Did::Attach {
+                return;
+            }
+            let event = EventFd::new().unwrap();
+            let again = cx.watch(2, &event, Interest::READ).unwrap_err();
+            assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+            let too_large = cx.watch(MAX_TOKEN + 1, &event, Interest::READ).unwrap_err();
+            assert_eq!(too_large.kind(), io::ErrorKind::InvalidInput);
+            cx.watch(3, &event, Interest::READ).unwrap();
+            cx.change_interest(3, Interest { read: true, write: false }).unwrap();
+            assert!(cx.change_interest(4, Interest::READ).is_err());
+            checked.store(true, Ordering::SeqCst);
+        }
+    });
+    worker.add(task, interrupt());
+    worker.run();
+    assert!(checked.load(Ordering::SeqCst) && hand.all().len() == 2);
+}
+
+#[test]
+fn stopping_drains_and_detaches_what_is_left() {
+    let workers = workers(1);
+    let (task, hand) = probe(|_, _| {});
+    let handle = workers.add(task, interrupt());
+    hand.started();
+    workers.clone().stop();
+    assert_eq!((hand.next(), hand.next()), (Did::Quiesce, Did::Detach));
+    assert!(matches!(handle.remove().wait(PATIENCE), Removed::Ended));
+    let (late, late_hand) = probe(|_, _| {});
+    let interrupt = interrupt();
+    workers.add(late, Arc::clone(&interrupt) as Arc<_>);
+    assert_eq!(late_hand.all(), [Did::Detach]);
+    assert_eq!(interrupt.broken(), ["its io worker has ended"]);
+    assert_eq!(workers.pause(PATIENCE), Ok(()));
+}
+
+#[test]
+fn dropping_the_workers_ends_their_threads() {
+    let (task, hand) = probe(|_, _| {});
+    workers(1).add(task, interrupt());
+    let did: Vec<Did> = (0..4).map(|_| hand.next()).collect();
+    assert_eq!(did, [Did::Attach, Did::Resume, Did::Quiesce, Did::Detach]);
+}
+
+#[test]
+fn a_worker_with_nothing_to_do_uses_no_cpu() {
+    fn cpu_time() -> Duration {
+        let usage = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::new(usage.tv_sec.cast_unsigned(), usage.tv_nsec.cast_unsigned() as u32)
+    }
+    let workers = workers(1);
+    let times = Arc::new(Mutex::new(Vec::new()));
+    let (task, hand) = probe({
+        let times = Arc::clone(&times);
+        move |cx, did| match did {
+            Did::Resume => {
+                locked(&times).push(cpu_time());
+                // Comes after 200 ms, in which nothing happens.
+                let at = cx.now() + 200_000_000;
+                cx.set_timer(at);
+            }
+            Did::Timer(_) => locked(&times).push(cpu_time()),
+            _ => {}
+        }
+    });
+    workers.add(task, interrupt());
+    hand.started();
+    assert!(matches!(hand.next(), Did::Timer(_)));
+    workers.stop();
+    let times = locked(&times);
+    assert!(times[1] < times[0] + Duration::from_millis(5), "{times:?}");
+}
+
+#[test]
+fn a_worker_that_may_spin_polls_and_arms_before_it_sleeps() {
+    let config = WorkersConfig { shared: 1, busy_poll: Duration::from_secs(5), ..WorkersConfig::default() };
+    let workers = Workers::start(config).unwrap();
+    let polling = Arc::new(AtomicU32::new(0));
+    let (task, hand) = probe({
+        let polling = Arc::clone(&polling);
+        move |cx, _| {
+            polling.fetch_add(u32::from(cx.is_polling()), Ordering::SeqCst);
+        }
+    });
+    workers.add(task, interrupt());
+    let mut seen = Vec::new();
+    // Kicks that come soon after one another make spinning worth it.
+    while !(seen.contains(&Did::Poll) && seen.contains(&Did::Arm)) {
+        hand.kick.signal();
+        seen.push(hand.next());
+    }
+    hand.kick.signal();
+    while hand.next() != Did::Kick(1) {}
+    assert!(polling.load(Ordering::SeqCst) > 0);
+    assert_eq!(workers.pause(PATIENCE), Ok(()), "commands are heard while it spins");
+    workers.stop();
+}
