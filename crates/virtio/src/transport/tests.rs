@@ -9,7 +9,7 @@ use super::{KickMatch, RestoreError, Status};
 use crate::device::feature;
 use crate::queue::QueueState;
 use crate::testing::{
-    DriverQueue, Echo, EchoControl, Guest, Kind, RUNNING, TestWorker, TransportState, Used, guest_ram,
+    DriverQueue, Echo, EchoControl, Guest, Kind, RUNNING, TestWorker, TransportState, Used, reused_ram,
 };
 
 const BASE: u64 = 0x1000;
@@ -510,7 +510,7 @@ proptest! {
         let kind = if pci { Kind::Pci } else { Kind::Mmio };
         let sizes = [64, 64, 32];
         let (device, _) = Echo::new(&sizes, OWN_FEATURES);
-        let mut guest = Guest::with(kind, Box::new(device), guest_ram(4), TestWorker::new());
+        let mut guest = Guest::with(kind, Box::new(device), reused_ram(4), TestWorker::new());
         let mut driver: Option<DriverQueue> = None;
         for act in acts {
             match act {
