@@ -8,7 +8,6 @@ use rustix::process::Signal;
 use serde_json::json;
 use vesta_tests::api::ApiClient;
 use vesta_tests::guest::{BOOT, BOOT_ARGS, Guest, Kernel, SOON, start, vmm_with_api};
-use vesta_tests::on_each_kernel;
 use vesta_tests::vmm::Vmm;
 
 /// Works all the time, and says so again and again.
