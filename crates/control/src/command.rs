@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use config::{BootSource, ConfigError, Logger, MachineConfig, MachineConfigUpdate, Serial, VmState};
+use config::{
+    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate, Serial,
+    VmState,
+};
 
 use crate::PhaseError;
 
@@ -25,6 +28,12 @@ pub enum Command {
     PutLogger(Logger),
     /// Set where the serial console goes.
     PutSerial(Serial),
+    /// Add a drive, or set it anew.
+    PutDrive(Drive),
+    /// Change a drive of a started guest: its disk, its limits.
+    PatchDrive(DriveUpdate),
+    /// Add the entropy device, or set it anew.
+    PutEntropy(Entropy),
     /// Boot the guest.
     Start,
     /// Write the metrics out now.
@@ -49,6 +58,9 @@ impl Command {
             Command::PutBootSource(_) => "PUT /boot-source",
             Command::PutLogger(_) => "PUT /logger",
             Command::PutSerial(_) => "PUT /serial",
+            Command::PutDrive(_) => "PUT /drives",
+            Command::PatchDrive(_) => "PATCH /drives",
+            Command::PutEntropy(_) => "PUT /entropy",
             Command::Start => "InstanceStart",
             Command::FlushMetrics => "FlushMetrics",
             Command::SendCtrlAltDel => "SendCtrlAltDel",

@@ -15,13 +15,24 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
-use config::{BootSource, CpuTemplate, FullVmConfig, Logger, MachineConfig, Serial, VmConfig, VmState};
+use config::{
+    BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, Serial, VmConfig,
+    VmState, check_drives,
+};
 use machine::boot::BootFiles;
+use machine::devices::{DeviceSetup, limits};
 use machine::legacy::{Output, SerialSetup, StartTimes};
-use machine::{EventSink, Paused, Running, Setup};
+use machine::machine::PauseError;
+use machine::{Devices, EventSink, Paused, Running, Setup};
 use serde_json::json;
+use virtio::block::disk::{Disk, DiskOptions};
+use virtio::rate_limiter::RateLimiterConfig;
+use virtio::worker::monotonic;
 
 use crate::{Command, CommandError, Phase, Reply, phase};
+
+/// How long a change of a drive waits for requests in flight on its old disk.
+const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Who the monitor says it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +71,8 @@ pub struct Controller<H> {
     boot_files: Option<OpenedBootFiles>,
     /// What `config.serial` names, opened when it was set.
     serial_output: Option<Output>,
+    /// The disks of `config.drives`, in the same order, opened when they were set.
+    disks: Vec<Disk>,
     state: State,
 }
 
@@ -90,6 +103,7 @@ impl<H: Host> Controller<H> {
             config: FullVmConfig::default(),
             boot_files: None,
             serial_output: None,
+            disks: Vec::new(),
             state: State::Configured,
         }
     }
@@ -103,6 +117,12 @@ impl<H: Host> Controller<H> {
         self.run(Command::PutBootSource(config.boot_source))?;
         if let Some(serial) = config.serial {
             self.run(Command::PutSerial(serial))?;
+        }
+        for drive in config.drives {
+            self.run(Command::PutDrive(drive))?;
+        }
+        if let Some(entropy) = config.entropy {
+            self.run(Command::PutEntropy(entropy))?;
         }
         self.run(Command::Start).map(drop)
     }
@@ -128,6 +148,12 @@ impl<H: Host> Controller<H> {
                 self.config.logger = Some(logger);
             }
             Command::PutSerial(serial) => self.set_serial(serial)?,
+            Command::PutDrive(drive) => self.put_drive(&drive)?,
+            Command::PatchDrive(update) => self.patch_drive(&update)?,
+            Command::PutEntropy(entropy) => {
+                entropy.check()?;
+                self.config.entropy = Some(entropy);
+            }
             Command::Start => self.start()?,
             // There is no destination for metrics yet, so nothing waits to be written.
             Command::FlushMetrics => {}
@@ -202,7 +228,94 @@ impl<H: Host> Controller<H> {
         Ok(())
     }
 
+    /// Adds a drive, or sets it anew; its disk is opened now.
+    fn put_drive(&mut self, drive: &Drive) -> Result<(), CommandError> {
+        let at = self.config.drives.iter().position(|other| other.drive_id == drive.drive_id);
+        let mut drives = self.config.drives.clone();
+        match at {
+            Some(at) => drives[at] = drive.clone(),
+            None => drives.push(drive.clone()),
+        }
+        check_drives(&drives)?;
+        let options = DiskOptions::of(drive);
+        match at {
+            None => self.disks.push(Disk::open(&options).map_err(CommandError::new)?),
+            Some(at) => self.reopen_disk(at, &options)?,
+        }
+        self.config.drives = drives;
+        Ok(())
+    }
+
+    /// Opens another disk for a drive that has one. An overlay is locked while it is open, so the old disk is closed first,
+    /// and opened again should the new one fail.
+    fn reopen_disk(&mut self, at: usize, options: &DiskOptions) -> Result<(), CommandError> {
+        drop(self.disks.remove(at));
+        let error = match Disk::open(options) {
+            Ok(disk) => {
+                self.disks.insert(at, disk);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        match Disk::open(&DiskOptions::of(&self.config.drives[at])) {
+            Ok(disk) => self.disks.insert(at, disk),
+            Err(gone) => {
+                log::error!("drive {} is gone: {gone}", self.config.drives[at].drive_id);
+                self.config.drives.remove(at);
+            }
+        }
+        Err(CommandError::new(error))
+    }
+
+    /// Changes a drive of the guest: another disk, other limits.
+    fn patch_drive(&mut self, update: &DriveUpdate) -> Result<(), CommandError> {
+        let no_such = || CommandError::new(format_args!("there is no drive {}", update.drive_id));
+        let at = self.config.drives.iter().position(|drive| drive.drive_id == update.drive_id);
+        let at = at.ok_or_else(no_such)?;
+        let control = self.devices().and_then(|devices| devices.drive(&update.drive_id)).cloned();
+        let control = control.ok_or_else(no_such)?;
+        let drive = self.config.drives[at].updated(update)?;
+        if update.path_on_host.is_some() || update.overlay.is_some() {
+            let disk = Disk::open(&DiskOptions::of(&drive)).map_err(CommandError::new)?;
+            let replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
+            self.disks[at] = disk;
+            if let Err(still) = replaced.wait(REPLACE_PATIENCE) {
+                log::warn!("drive {}: {still}; it is closed when they have ended", drive.drive_id);
+            }
+        }
+        if update.rate_limiter.is_some() {
+            control.update_limits(limits(update.rate_limiter.as_ref()), monotonic());
+        }
+        self.config.drives[at] = drive;
+        Ok(())
+    }
+
+    /// The devices of the machine, if there is one.
+    fn devices(&self) -> Option<&Devices> {
+        match &self.state {
+            State::Running(machine) => Some(machine.devices()),
+            State::Paused(machine) => Some(machine.devices()),
+            State::Configured | State::Lost => None,
+        }
+    }
+
+    /// Where the guest's serial port leads.
+    fn serial(&mut self) -> std::io::Result<SerialSetup> {
+        let mut serial = match &self.serial_output {
+            Some(output) => SerialSetup {
+                output: Some(output.try_clone()?),
+                input: None,
+                limit: RateLimiterConfig::default(),
+            },
+            None => self.host.standard_io()?,
+        };
+        let bucket = self.config.serial.as_ref().and_then(|serial| serial.rate_limiter);
+        serial.limit = limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }));
+        Ok(serial)
+    }
+
     fn start(&mut self) -> Result<(), CommandError> {
+        let serial = self.serial().map_err(|e| cannot_start(&e))?;
         let (Some(source), Some(files)) = (&self.config.boot_source, &self.boot_files) else {
             return Err(CommandError::new("there is nothing to boot: no boot source has been set"));
         };
@@ -211,17 +324,13 @@ impl<H: Host> Controller<H> {
             initrd: files.initrd.as_ref().map(|file| clone_file("initrd", file)).transpose()?,
             cmdline: source.boot_args().to_owned(),
         };
-        let serial = match &self.serial_output {
-            Some(output) => {
-                output.try_clone().map(|output| SerialSetup { output: Some(output), input: None })
-            }
-            None => self.host.standard_io(),
-        };
+        let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
         let setup = Setup {
             config: &self.config.machine_config,
             boot,
-            serial: serial.map_err(|e| cannot_start(&e))?,
+            serial,
             boot_timer: self.boot_timer,
+            devices: DeviceSetup { drives, entropy: self.config.entropy.clone() },
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
@@ -242,8 +351,18 @@ impl<H: Host> Controller<H> {
 
     fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {
         let (next, result) = match (std::mem::replace(&mut self.state, State::Lost), wanted) {
-            (State::Running(machine), VmState::Paused) => moved(machine.pause(), State::Paused),
-            (State::Paused(machine), VmState::Resumed) => moved(machine.resume(), State::Running),
+            (State::Running(machine), VmState::Paused) => match machine.pause() {
+                Ok(machine) => (State::Paused(machine), Ok(())),
+                Err(PauseError::Busy { machine, source }) => {
+                    let error = CommandError::new(format_args!("the microVM cannot be paused now: {source}"));
+                    (State::Running(machine), Err(error))
+                }
+                Err(PauseError::Gone(gone)) => lost(&gone),
+            },
+            (State::Paused(machine), VmState::Resumed) => match machine.resume() {
+                Ok(machine) => (State::Running(machine), Ok(())),
+                Err(gone) => lost(&gone),
+            },
             (same, _) => (same, Ok(())),
         };
         self.state = next;
@@ -251,18 +370,10 @@ impl<H: Host> Controller<H> {
     }
 }
 
-/// The state after a step of the machine's life.
-fn moved<M>(
-    step: Result<M, machine::vcpu::VcpuGone>,
-    state: impl FnOnce(M) -> State,
-) -> (State, Result<(), CommandError>) {
-    match step {
-        Ok(machine) => (state(machine), Ok(())),
-        Err(gone) => {
-            log::error!("{gone}");
-            (State::Lost, Err(CommandError::new(gone)))
-        }
-    }
+/// A bug in this monitor: there is no machine any more.
+fn lost(gone: &machine::vcpu::VcpuGone) -> (State, Result<(), CommandError>) {
+    log::error!("{gone}");
+    (State::Lost, Err(CommandError::new(gone)))
 }
 
 fn to_json(value: &impl serde::Serialize) -> Result<Reply, CommandError> {

@@ -65,9 +65,13 @@ fn when(command: &Command) -> When {
         | Command::PutBootSource(_)
         | Command::PutLogger(_)
         | Command::PutSerial(_)
+        | Command::PutDrive(_)
+        | Command::PutEntropy(_)
         | Command::Start => When::BeforeStart,
 
-        Command::FlushMetrics | Command::SendCtrlAltDel | Command::SetVmState(_) => When::AfterStart,
+        Command::FlushMetrics | Command::SendCtrlAltDel | Command::SetVmState(_) | Command::PatchDrive(_) => {
+            When::AfterStart
+        }
     }
 }
 

@@ -15,12 +15,13 @@
 //! [`KvmError`] names the call (as KVM's documentation does) and the kernel's reason.
 
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use memory::GuestRam;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -183,7 +184,7 @@ impl VmWithMemory {
     /// A VM without interrupt controllers, for guests that run a few instructions to an exit.
     pub(crate) fn create_lone_vcpu(self) -> Result<(Vm, VcpuFd), KvmError> {
         let vcpu = self.fd.create_vcpu(0).named("KVM_CREATE_VCPU")?;
-        Ok((Vm { fd: self.fd, ram: self.ram }, vcpu))
+        Ok((Vm { fd: Arc::new(self.fd), ram: self.ram }, vcpu))
     }
 }
 
@@ -202,14 +203,14 @@ impl VmWithIrqchip {
             .collect::<Result<Vec<_>, _>>()?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         self.fd.create_pit2(pit).named("KVM_CREATE_PIT2")?;
-        Ok((Vm { fd: self.fd, ram: self.ram }, vcpus))
+        Ok((Vm { fd: Arc::new(self.fd), ram: self.ram }, vcpus))
     }
 }
 
 /// A VM with RAM, interrupt controllers and vCPUs.
 #[derive(Debug)]
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     ram: GuestRam,
 }
 
@@ -219,20 +220,14 @@ impl Vm {
         &self.ram
     }
 
-    /// The VM's descriptor, for calls that this type does not wrap.
-    pub fn fd(&self) -> &VmFd {
-        &self.fd
+    /// The VM's descriptor, for devices that register their own events.
+    pub(crate) fn shared_fd(&self) -> Arc<VmFd> {
+        Arc::clone(&self.fd)
     }
 
     /// Lets a write to `event` raise interrupt line `gsi`, without passing through this process.
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
         self.fd.register_irqfd(event, gsi).named("KVM_IRQFD")
-    }
-
-    /// Lets a guest's write to the memory address `addr` signal `event`.
-    pub fn register_ioeventfd(&self, event: &EventFd, addr: u64) -> Result<(), KvmError> {
-        let addr = kvm_ioctls::IoEventAddress::Mmio(addr);
-        self.fd.register_ioevent(event, &addr, NoDatamatch).named("KVM_IOEVENTFD")
     }
 }
 

@@ -39,6 +39,8 @@ pub const HIGH_RAM: u64 = 0x10_0000;
 
 /// The boot timer: a guest writes [`BOOT_TIMER_MAGIC`] here to say that it has come so far.
 pub const BOOT_TIMER: u64 = 0xc000_0000;
+/// Windows of virtio-mmio devices, one after another.
+pub const VIRTIO_MMIO: u64 = BOOT_TIMER + 0x1000;
 /// What the boot timer wants to be written.
 pub const BOOT_TIMER_MAGIC: u8 = 123;
 /// PCI configuration space (ECAM): 256 MiB set aside.

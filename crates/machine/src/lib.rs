@@ -11,6 +11,7 @@
 //! | [`boot`] | kernel files, boot protocols, memory map, MP table |
 //! | `acpi` | ACPI tables |
 //! | `cpu` | CPUID, MSRs, registers at entry |
+//! | [`devices`] | virtio devices: their places, their events, KVM's part in them |
 //! | [`bus`] | which device is at an address |
 //! | [`legacy`] | serial port, keyboard controller, power registers, boot timer |
 //! | [`events`] | what a machine tells its owner |
@@ -29,6 +30,7 @@
 
 pub mod boot;
 pub mod bus;
+pub mod devices;
 pub mod events;
 pub mod kvm;
 pub mod layout;
@@ -41,5 +43,6 @@ mod acpi;
 mod cpu;
 mod kick;
 
+pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};
 pub use machine::{Paused, Running, Setup, StartError};

@@ -19,6 +19,7 @@ use crate::boot::{self, BootError, BootFiles};
 use crate::bus::{Bus, BusDevice};
 use crate::cpu::registers::{set_fpu, set_lapic};
 use crate::cpu::{Cpuid, Topology, set_boot_msrs};
+use crate::devices::{DeviceError, DeviceSetup, Devices};
 use crate::events::EventSink;
 use crate::kvm::{Kvm, KvmError, Vm};
 use crate::legacy::console::{self, Pump};
@@ -37,6 +38,8 @@ pub struct Setup<'a> {
     pub serial: SerialSetup,
     /// Since when the boot timer counts; `None` for no boot timer.
     pub boot_timer: Option<StartTimes>,
+    /// Virtio devices.
+    pub devices: DeviceSetup,
     /// Where the machine says that it wants to end.
     pub events: EventSink,
 }
@@ -53,6 +56,9 @@ pub enum StartError {
     /// The kernel or what goes with it cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The devices cannot be had.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The host is out of threads or descriptors.
     #[error("cannot create {what}: {source}")]
     Host {
@@ -61,6 +67,25 @@ pub enum StartError {
         /// The kernel's reason.
         source: std::io::Error,
     },
+}
+
+/// Longest that requests in flight may take when a machine is paused.
+pub const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a machine could not be paused.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// A device has requests that do not end; the machine runs on.
+    #[error("the microVM runs on: {source}")]
+    Busy {
+        /// The machine.
+        machine: Running,
+        /// Which worker waits.
+        source: virtio::worker::PauseError,
+    },
+    /// A bug in this monitor; the machine is lost.
+    #[error(transparent)]
+    Gone(#[from] VcpuGone),
 }
 
 /// A machine whose vCPUs stand still, freshly built or paused.
@@ -79,8 +104,16 @@ impl Paused {
 
     /// Lets it run.
     pub fn resume(self) -> Result<Running, VcpuGone> {
+        if let Some(workers) = self.0.devices.workers() {
+            workers.resume();
+        }
         self.0.vcpus.iter().try_for_each(VcpuHandle::resume)?;
         Ok(Running(self.0))
+    }
+
+    /// See [`Running::devices`].
+    pub fn devices(&self) -> &Devices {
+        &self.0.devices
     }
 
     /// See [`Running::press_ctrl_alt_del`]; the guest sees it when it runs again.
@@ -95,11 +128,24 @@ impl Paused {
 }
 
 impl Running {
-    /// Stops all vCPUs and returns when they stand still: every access that they had begun is done.
-    pub fn pause(self) -> Result<Paused, VcpuGone> {
+    /// Stops all vCPUs, then the devices, and returns when they stand still: every access that a vCPU had begun is done, and no
+    /// request is in flight.
+    ///
+    /// A disk may take its time; where it takes longer than [`DRAIN_PATIENCE`], the machine runs on.
+    pub fn pause(self) -> Result<Paused, PauseError> {
         self.0.vcpus.iter().try_for_each(VcpuHandle::request_pause)?;
         self.0.vcpus.iter().try_for_each(VcpuHandle::wait_paused)?;
-        Ok(Paused(self.0))
+        let drained = self.0.devices.workers().map_or(Ok(()), |workers| workers.pause(DRAIN_PATIENCE));
+        let paused = Paused(self.0);
+        match drained {
+            Ok(()) => Ok(paused),
+            Err(source) => Err(PauseError::Busy { machine: paused.resume()?, source }),
+        }
+    }
+
+    /// The devices, to be changed while they work.
+    pub fn devices(&self) -> &Devices {
+        &self.0.devices
     }
 
     /// Presses Ctrl+Alt+Del on the guest's keyboard.
@@ -117,6 +163,7 @@ impl Running {
 #[derive(Debug)]
 struct Machine {
     vcpus: Vec<VcpuHandle>,
+    devices: Devices,
     pump: Pump,
     keyboard: Arc<I8042>,
     _vm: Vm,
@@ -137,8 +184,10 @@ impl Machine {
         check_address_width(&ram, cpuid.physical_address_bits())?;
 
         // The files first: they are what fails most often, and nothing of KVM exists yet.
-        let rsdp = acpi::write_tables(&ram, config.vcpu_count);
-        let loaded = boot::load(&ram, setup.boot, "", config.vcpu_count, rsdp)?;
+        let places = setup.devices.places()?;
+        let rsdp = acpi::write_tables(&ram, config.vcpu_count, &places);
+        let device_args = setup.devices.boot_args(&places);
+        let loaded = boot::load(&ram, setup.boot, &device_args, config.vcpu_count, rsdp)?;
         log::debug!("kernel loaded, to be entered by the {} protocol", loaded.protocol());
 
         let (vm, vcpu_fds) = kvm
@@ -151,7 +200,9 @@ impl Machine {
         let keyboard = Arc::new(I8042::new(irq_line(&vm, layout::I8042_IRQ)?, clone_sink(&setup.events)?));
         let power = Arc::new(Power::new(clone_sink(&setup.events)?));
         let boot_timer = setup.boot_timer.map(|start| Arc::new(BootTimer::new(start)));
-        let buses = Arc::new(fill_buses(serial, keyboard.clone(), power, boot_timer));
+        let mut buses = fill_buses(serial, keyboard.clone(), power, boot_timer);
+        let devices = Devices::attach(setup.devices, &places, &vm, &mut buses.mmio)?;
+        let buses = Arc::new(buses);
 
         let mut vcpus = Vec::with_capacity(vcpu_fds.len());
         for (id, fd) in (0..config.vcpu_count).zip(vcpu_fds) {
@@ -167,7 +218,7 @@ impl Machine {
                 .map_err(|source| StartError::Host { what: "a vCPU thread", source })?;
             vcpus.push(handle);
         }
-        Ok(Machine { vcpus, pump, keyboard, _vm: vm })
+        Ok(Machine { vcpus, devices, pump, keyboard, _vm: vm })
     }
 }
 

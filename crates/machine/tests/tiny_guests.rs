@@ -10,7 +10,7 @@ use config::MachineConfig;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vesta_machine::boot::BootFiles;
 use vesta_machine::legacy::{Output, SerialSetup};
-use vesta_machine::{EventSource, MachineEvent, Paused, Setup, event_channel};
+use vesta_machine::{DeviceSetup, EventSource, MachineEvent, Paused, Setup, event_channel};
 use vesta_tests::elf::{self, Elf};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -37,8 +37,13 @@ fn guest(kernel: &Elf, config: &MachineConfig) -> Option<Guest> {
     let machine = Paused::build(Setup {
         config,
         boot: BootFiles { kernel: file, initrd: None, cmdline: String::new() },
-        serial: SerialSetup { output: Some(Output::open(&serial).unwrap()), input: None },
+        serial: SerialSetup {
+            output: Some(Output::open(&serial).unwrap()),
+            input: None,
+            limit: Default::default(),
+        },
         boot_timer: None,
+        devices: DeviceSetup::default(),
         events: sink,
     })
     .unwrap();

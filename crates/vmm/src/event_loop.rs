@@ -9,6 +9,7 @@ use control::{CommandError, Controller, Host};
 use machine::legacy::{Output, SerialSetup};
 use machine::{EventSource, MachineEvent};
 use rustix::event::{PollFd, PollFlags, poll};
+use virtio::rate_limiter::RateLimiterConfig;
 
 use crate::signals::Signals;
 use crate::{logger, terminal};
@@ -99,6 +100,7 @@ impl Host for ProcessHost {
         Ok(SerialSetup {
             output: Some(Output::stdout()?),
             input: Some(rustix::stdio::stdin().as_fd().try_clone_to_owned()?),
+            limit: RateLimiterConfig::default(),
         })
     }
 

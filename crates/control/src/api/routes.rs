@@ -3,7 +3,8 @@
 //! A new endpoint is a line in [`route`]'s table. Paths are matched whole: a segment too many is another path.
 
 use config::{
-    Action, ActionType, BootSource, ConfigError, Logger, MachineConfig, MachineConfigUpdate, Serial, Vm,
+    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, IdError, Logger,
+    MachineConfig, MachineConfigUpdate, ResourceId, Serial, Vm,
 };
 use serde::de::DeserializeOwned;
 
@@ -69,6 +70,9 @@ pub enum RouteError {
     /// A value out of bounds.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// An id in the path that is none.
+    #[error("the path names no resource: {0}")]
+    Id(#[from] IdError),
 }
 
 /// The command that `request` stands for.
@@ -84,6 +88,9 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["boot-source"]) => put_boot_source(request),
         (Method::Put, ["logger"]) => Ok(plain(Command::PutLogger(body::<Logger>(request)?))),
         (Method::Put, ["serial"]) => put_serial(request),
+        (Method::Put, ["drives", id]) => put_drive(request, id),
+        (Method::Patch, ["drives", id]) => patch_drive(request, id),
+        (Method::Put, ["entropy"]) => put_entropy(request),
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
         (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),
@@ -116,6 +123,35 @@ fn put_serial(request: &Request) -> Result<Routed, RouteError> {
     let serial: Serial = body(request)?;
     serial.check()?;
     Ok(plain(Command::PutSerial(serial)))
+}
+
+fn put_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
+    let drive: Drive = body(request)?;
+    check_id(id, &drive.drive_id)?;
+    drive.check()?;
+    Ok(plain(Command::PutDrive(drive)))
+}
+
+/// Whether the change fits the drive, only the main thread knows.
+fn patch_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
+    let update: DriveUpdate = body(request)?;
+    check_id(id, &update.drive_id)?;
+    Ok(plain(Command::PatchDrive(update)))
+}
+
+fn put_entropy(request: &Request) -> Result<Routed, RouteError> {
+    let entropy: Entropy = body(request)?;
+    entropy.check()?;
+    Ok(plain(Command::PutEntropy(entropy)))
+}
+
+/// The id in a path is well-formed, and the body's.
+fn check_id(path: &str, body: &str) -> Result<(), RouteError> {
+    path.parse::<ResourceId>()?;
+    if path == body {
+        return Ok(());
+    }
+    Err(ConfigError::from(DriveError::OtherId { body: body.to_owned(), path: path.to_owned() }).into())
 }
 
 fn put_action(request: &Request) -> Result<Routed, RouteError> {

@@ -1,19 +1,25 @@
 //! The DSDT: the devices that a guest cannot find by probing, and how deep the platform can sleep.
 
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+};
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{OEM_ID, OEM_REVISION, SLEEP_TYPE_S5};
+use crate::devices::Place;
 use crate::layout;
 
 /// The whole table.
-pub(super) fn table() -> impl Aml {
+pub(super) fn table(devices: &[Place]) -> impl Aml {
     let mut body = Vec::new();
     Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
         .to_aml_bytes(&mut body);
     serial_port(&mut body);
     keyboard(&mut body);
+    for (number, place) in (0..).zip(devices) {
+        virtio_device(&mut body, number, *place);
+    }
 
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, *b"VSTADSDT", OEM_REVISION);
     table.append_slice(&body);
@@ -64,6 +70,24 @@ fn keyboard(sink: &mut dyn AmlSink) {
                         &isa_interrupt(layout::I8042_IRQ),
                     ]),
                 ),
+            ],
+        )],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// A virtio-mmio device: Linux knows the id `LNRO0005`.
+fn virtio_device(sink: &mut dyn AmlSink, number: u32, place: Place) {
+    let window = Memory32Fixed::new(true, place.addr as u32, 0x1000);
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            Path::new(&format!("V{number:03}")),
+            vec![
+                &Name::new("_HID".into(), &"LNRO0005"),
+                &Name::new("_UID".into(), &number),
+                &Name::new("_CCA".into(), &1u8),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&window, &isa_interrupt(place.irq)])),
             ],
         )],
     )

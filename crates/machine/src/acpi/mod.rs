@@ -16,6 +16,7 @@ use acpi_tables::xsdt::XSDT;
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::devices::Place;
 use crate::layout;
 
 const OEM_ID: [u8; 6] = *b"VESTA ";
@@ -38,10 +39,10 @@ pub(crate) const RESET_VALUE: u8 = 1;
 /// The type of sleep that is power-off (S5), as `_S5_` tells the guest.
 pub(crate) const SLEEP_TYPE_S5: u8 = 5;
 
-/// Writes all tables for `cpus` vCPUs and gives the address of the root pointer.
-pub(crate) fn write_tables(ram: &GuestRam, cpus: u8) -> u64 {
+/// Writes all tables for `cpus` vCPUs and these virtio devices, and gives the address of the root pointer.
+pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &[Place]) -> u64 {
     let mut writer = Writer { ram, next: layout::ACPI_TABLES };
-    let dsdt = writer.add(&dsdt::table());
+    let dsdt = writer.add(&dsdt::table(devices));
     let fadt = writer.add(&fadt(dsdt));
     let madt = writer.add(&madt(cpus));
     let mut xsdt = XSDT::new(OEM_ID, *b"VSTAXSDT", OEM_REVISION);
@@ -130,7 +131,9 @@ mod tests {
     #[test]
     fn root_pointer_leads_to_every_table_and_each_sums_to_zero() {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
-        let rsdp = read(&ram, write_tables(&ram, 128), 36);
+        let places: Vec<_> =
+            (0..19).map(|n| Place { addr: 0xc000_1000 + n * 0x1000, irq: 5 + n as u32 }).collect();
+        let rsdp = read(&ram, write_tables(&ram, 128, &places), 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
         let xsdt = table(&ram, u64_at(&rsdp, 24));
         let mut tables: Vec<_> = xsdt[36..].chunks(8).map(|entry| table(&ram, u64_at(entry, 0))).collect();

@@ -23,6 +23,9 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
+use virtio::rate_limiter::{RateLimiter, RateLimiterConfig};
+use virtio::worker::monotonic;
+
 use super::{Output, SerialPort};
 
 /// Bytes of output that are held while nobody takes them.
@@ -41,6 +44,8 @@ pub struct SerialSetup {
     pub output: Option<Output>,
     /// Where its input comes from; `None` for none.
     pub input: Option<SerialInput>,
+    /// How many bytes may be written; what is above is dropped.
+    pub limit: RateLimiterConfig,
 }
 
 /// Where input comes from: anything that can be read and polled.
@@ -56,6 +61,8 @@ pub(crate) struct Console {
     told: AtomicBool,
     /// Bytes that were dropped because nobody took them.
     dropped: AtomicU64,
+    /// Bytes that were dropped because they were more than the limit.
+    limited: AtomicU64,
     /// Tells the pump that there is output, soon or at once.
     timer: OwnedFd,
     /// Tells the pump that the guest wants input, or that it should end.
@@ -70,6 +77,8 @@ struct State {
     open: bool,
     /// Whether the pump is to end.
     end: bool,
+    /// How much the guest may write.
+    limiter: RateLimiter,
 }
 
 impl Console {
@@ -113,6 +122,11 @@ impl Console {
         if !state.open {
             return;
         }
+        if !state.limiter.is_unlimited() && !state.limiter.try_take(bytes.len() as u64, monotonic()) {
+            drop(state);
+            self.limited.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            return;
+        }
         let kept = bytes.len().min(OUTPUT_MAX - state.output.len());
         let before = state.output.len();
         state.output.extend(&bytes[..kept]);
@@ -154,10 +168,15 @@ pub(crate) fn start(
     port: impl FnOnce(Arc<Console>) -> SerialPort,
 ) -> io::Result<(Pump, Arc<SerialPort>)> {
     let console = Arc::new(Console {
-        state: Mutex::new(State { open: setup.output.is_some(), ..State::default() }),
+        state: Mutex::new(State {
+            open: setup.output.is_some(),
+            limiter: RateLimiter::new(setup.limit, monotonic()),
+            ..State::default()
+        }),
         drained: Condvar::new(),
         told: AtomicBool::new(false),
         dropped: AtomicU64::new(0),
+        limited: AtomicU64::new(0),
         timer: timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?,
         wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
     });
@@ -321,7 +340,8 @@ mod tests {
 
     fn start_on(output: Option<Output>, input: Option<OwnedFd>) -> (Pump, Arc<SerialPort>) {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        start(SerialSetup { output, input }, |console| SerialPort::new(interrupt, console)).unwrap()
+        let limit = RateLimiterConfig::default();
+        start(SerialSetup { output, input, limit }, |console| SerialPort::new(interrupt, console)).unwrap()
     }
 
     fn file_output() -> (tempfile::TempDir, std::path::PathBuf, Output) {
