@@ -175,10 +175,13 @@ impl InFlight {
     /// Adds `head`, which is less than [`MAX_QUEUE_SIZE`]. False if it was there.
     fn insert(&mut self, head: u16) -> bool {
         let (word, bit) = (usize::from(head / 64), 1 << (head % 64));
-        let new = self.heads[word] & bit == 0;
+        // Not `count += u16::from(new)`: rustc 1.95 loses that (rust-lang/rust#158206).
+        if self.heads[word] & bit != 0 {
+            return false;
+        }
         self.heads[word] |= bit;
-        self.count += u16::from(new);
-        new
+        self.count += 1;
+        true
     }
 
     /// Takes `head` out. False if it was not there.
