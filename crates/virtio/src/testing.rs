@@ -37,7 +37,7 @@ thread_local! {
 /// As [`guest_ram`], for tests that need it thousands of times: the same RAM each time on this thread, full of zeros again. Whoever had
 /// it before must be done with it.
 pub fn reused_ram(mib: u32) -> GuestRam {
-    const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let ram = REUSED.with_borrow_mut(|reused| reused.entry(mib).or_insert_with(|| guest_ram(mib)).clone());
     for region in ram.regions() {
         for at in (region.guest_addr..region.guest_addr + region.size).step_by(ZEROS.len()) {
