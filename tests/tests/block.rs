@@ -80,8 +80,10 @@ fn boot_from_disk(script: &str, root: impl FnOnce(PathBuf) -> Value) -> Vmm {
 #[test]
 fn a_root_disk_is_mounted_and_written() {
     let script = "echo ROOT $(/bin/busybox grep ' / ' /proc/mounts)\n/bin/busybox touch /written && echo WROTE\n/bin/busybox poweroff -f";
-    let mut vmm =
-        boot_from_disk(script, |path| json!({"drive_id": "rootfs", "path_on_host": path, "is_root_device": true}));
+    let mut vmm = boot_from_disk(
+        script,
+        |path| json!({"drive_id": "rootfs", "path_on_host": path, "is_root_device": true}),
+    );
     let said = said(&mut vmm);
     assert!(said.contains("ROOT /dev/root / ext4 rw") && said.contains("WROTE"), "{said}");
 }
@@ -130,7 +132,8 @@ fn what_is_flushed_to_an_overlay_outlives_a_killed_monitor() {
     vmm.wait_for_output("FLUSHED", BOOT).unwrap();
     // A kill without warning.
     drop(vmm);
-    let mut again = with("echo COUNT $(dd if=/dev/vda bs=4k count=64 2>/dev/null | tr -d -c x | wc -c)\npoweroff -f");
+    let mut again =
+        with("echo COUNT $(dd if=/dev/vda bs=4k count=64 2>/dev/null | tr -d -c x | wc -c)\npoweroff -f");
     let said = said(&mut again);
     assert!(said.contains("COUNT 262144"), "{said}");
 }
@@ -174,7 +177,8 @@ fn a_patched_path_is_another_disk_at_once() {
     let second = disk(vmm.dir(), "second", 4);
     File::options().write(true).open(&second).unwrap().write_all(b"HELLO").unwrap();
     let mut api: ApiClient = vmm.ready_client(SOON).unwrap();
-    let missing = api.patch("/drives/pool", &json!({"drive_id": "pool", "path_on_host": "/nowhere"})).unwrap();
+    let missing =
+        api.patch("/drives/pool", &json!({"drive_id": "pool", "path_on_host": "/nowhere"})).unwrap();
     assert_eq!(missing.status, 400);
     assert!(missing.fault().contains("/nowhere"), "{missing:?}");
     api.patch("/drives/pool", &json!({"drive_id": "pool", "path_on_host": second})).unwrap().ok().unwrap();
@@ -236,7 +240,9 @@ fn devices_are_found_without_acpi() {
 #[test]
 fn drives_are_set_over_the_api_and_bad_ones_change_nothing() {
     let builder = VmmBuilder::new(&vmm_path()).unwrap();
-    let guest = Guest::linux(Kernel::Tuned, "echo SIZE $(cat /sys/block/vda/size)\npoweroff -f", builder.dir()).unwrap();
+    let guest =
+        Guest::linux(Kernel::Tuned, "echo SIZE $(cat /sys/block/vda/size)\npoweroff -f", builder.dir())
+            .unwrap();
     let mut vmm = builder.with_api().spawn().unwrap();
     let mut api = vmm.ready_client(SOON).unwrap();
     guest.put(&mut api).unwrap();
@@ -247,7 +253,11 @@ fn drives_are_set_over_the_api_and_bad_ones_change_nothing() {
     for (path, body, named) in [
         ("/drives/d", drive("d", Path::new("/nowhere")), "/nowhere"),
         ("/drives/other", drive("d", &good), "other"),
-        ("/drives/d", json!({"drive_id": "d", "is_root_device": false, "path_on_host": good, "color": 1}), "color"),
+        (
+            "/drives/d",
+            json!({"drive_id": "d", "is_root_device": false, "path_on_host": good, "color": 1}),
+            "color",
+        ),
         ("/drives/d", json!({"drive_id": "d", "is_root_device": false, "socket": "/s"}), "vhost-user"),
     ] {
         let refused = api.put(path, &body).unwrap();
