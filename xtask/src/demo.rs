@@ -31,6 +31,9 @@ const HELLO: &str = "hello from Linux";
 const BOOT_TIMER: &str = "Guest-boot-time";
 /// What a kernel says first.
 const KERNEL: &str = "Linux version";
+/// How much of the console is shown.
+const FIRST_LINES: usize = 5;
+const LAST_LINES: usize = 10;
 /// Longest wait for the guest's end.
 const PATIENCE: Duration = Duration::from_mins(2);
 
@@ -80,8 +83,15 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::try_from(code).context("the exit code")?))
 }
 
+/// The first lines and the last: a kernel has more to say than fits on a screen.
 fn console(lines: &[Line]) -> String {
-    lines.iter().map(|line| format!("  | {}", line.text)).collect::<Vec<_>>().join("\n")
+    let mut shown: Vec<String> = lines.iter().map(|line| format!("  | {}", line.text)).collect();
+    let middle = FIRST_LINES..shown.len().saturating_sub(LAST_LINES).max(FIRST_LINES);
+    if middle.len() > 1 {
+        let left_out = format!("  . {} lines more", middle.len());
+        shown.splice(middle, [left_out]);
+    }
+    shown.join("\n")
 }
 
 /// The stations of a short life, each with its time since the monitor was started.
@@ -111,6 +121,24 @@ fn timeline(started: Instant, lines: &[Line], ended: Instant, code: i32) -> Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn lines(count: usize) -> Vec<Line> {
+        (0..count).map(|number| Line { at: Instant::now(), text: format!("line {number}") }).collect()
+    }
+
+    #[test]
+    fn the_middle_of_a_long_console_is_counted_not_shown() {
+        let text = console(&lines(40));
+        assert_eq!(text.lines().count(), FIRST_LINES + 1 + LAST_LINES, "{text}");
+        assert!(text.contains("line 4\n  . 25 lines more\n  | line 30"), "{text}");
+    }
+
+    #[test]
+    fn a_short_console_is_shown_whole() {
+        for count in [0, 1, FIRST_LINES + LAST_LINES] {
+            assert_eq!(console(&lines(count)).lines().count(), count);
+        }
+    }
 
     #[test]
     fn the_timeline_leaves_out_what_did_not_happen() {

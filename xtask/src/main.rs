@@ -3,7 +3,9 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod bench;
 mod demo;
+mod guest_kernel;
 mod host;
 mod kernels;
 mod process;
@@ -25,6 +27,10 @@ cargo xtask COMMAND
 
   host [--cpus N] [--mem MIB] [--timeout S] [--pin CPU|none] [--modules A,B] [--kernel-log FILE] [--] CMD...
         Runs CMD where KVM runs ordinary guests: here if it does, else on the emulated host.
+  bench boot [--peer NAME=PATH]... [--runs N]
+        Measures starting, beside other monitors with the same API and QEMU's microvm where it is installed.
+  kernel
+        Builds the tuned guest kernel from Debian's sources (about ten minutes).
 
 Environment:
   VESTA_HOST=native|emulated   which host, whatever the local KVM can do
@@ -62,6 +68,9 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     }
     process::clean_up_on_signals()?;
     match command {
+        "bench" => bench::command(&mut parser),
+        "bench-inner" => bench::inner(&mut parser),
+        "kernel" => guest_kernel::command(&mut parser),
         "demo" => demo::command(&mut parser),
         "demo-inner" => demo::inner(&mut parser),
         "host" => host::command(&mut parser),
