@@ -427,14 +427,15 @@ impl BlockControl {
 }
 
 impl Replaced {
-    /// Waits until nothing uses the old disk any more, at most `patience`, and closes it.
-    pub fn wait(self, patience: Duration) -> Result<(), StillInUse> {
+    /// Waits until nothing uses the old disk any more, at most `patience` (none is fine). It is closed when this is dropped.
+    pub fn wait(&mut self, patience: Duration) -> Result<(), StillInUse> {
         let begun = Instant::now();
-        for old in &self.old {
+        while let Some(old) = self.old.last() {
             let left = patience.saturating_sub(begun.elapsed());
             if let Err(RecvTimeoutError::Timeout) = old.recv_timeout(left) {
                 return Err(StillInUse { waited: begun.elapsed() });
             }
+            self.old.pop();
         }
         Ok(())
     }

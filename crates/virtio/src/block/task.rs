@@ -192,8 +192,10 @@ impl BlockTask {
             if matches!(stop, Stop::Empty) && !cx.is_polling() && self.enable_notifications()? {
                 continue;
             }
-            self.setup.part.queue.settle();
-            if !self.setup.part.queue.has_more() {
+            let disk = &mut self.setup.part.queue;
+            disk.settle();
+            let changes_over = self.next.is_some() && disk.is_idle();
+            if !disk.has_more() && !changes_over {
                 return Ok(());
             }
         }

@@ -398,7 +398,7 @@ fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
         guest.kick(0);
         guest.kick(1);
         let new = Disk::open(&DiskOptions { path: other.clone(), ..options.clone() }).unwrap();
-        let replaced = guest.control.replace(new).unwrap();
+        let mut replaced = guest.control.replace(new).unwrap();
         assert_eq!(capacity(&guest.block), 128);
         assert_ne!(guest.block.config_generation(), generation);
         assert_eq!(guest.interrupt.configs(), 1);
@@ -440,15 +440,15 @@ fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
     let still = guest.worker.pause();
     guest.worker.run_until(|| still.try_recv().is_ok());
     // Twice: the first of them is never used.
-    let first = guest.control.replace(other("c", 11)).unwrap();
-    let second = guest.control.replace(other("d", 12)).unwrap();
+    let mut first = guest.control.replace(other("c", 11)).unwrap();
+    let mut second = guest.control.replace(other("d", 12)).unwrap();
     first.wait(Duration::ZERO).unwrap();
     guest.worker.resume();
     second.wait(Duration::ZERO).unwrap();
     assert_eq!(guest.read(11, 1), (0, pattern(12, 11 * 512, 512)));
 
     // A disk of no size, as a drive without a disk has it.
-    let empty = guest.control.replace(other("e", 0)).unwrap();
+    let mut empty = guest.control.replace(other("e", 0)).unwrap();
     guest.worker.run();
     empty.wait(Duration::ZERO).unwrap();
     assert_eq!(capacity(&guest.block), 0);
