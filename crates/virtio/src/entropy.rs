@@ -1,7 +1,7 @@
 //! The entropy device (5.4): random bytes from the host's kernel.
 //!
 //! One queue. A request is a chain of writable buffers; it gets up to [`MAX_REQUEST`] bytes. How fast is up to a rate limiter; how
-//! long the worker stays with one guest's requests before others get their turn is bounded by [`TURN`](task::TURN).
+//! long the worker stays with one guest's requests before others get their turn is bounded, too.
 //!
 //! # Errors
 //!

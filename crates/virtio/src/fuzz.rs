@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::device::{Device, DeviceState};
 use crate::entropy::Entropy;
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig, RateLimiterUpdate};
-use crate::testing::{DriverQueue, Echo, EchoControl, Guest, Kind, TestWorker, guest_ram};
+use crate::testing::{DriverQueue, Echo, EchoControl, Guest, Kind, TestWorker, reused_ram};
 
 /// Where the queues of a guest are that begins by the book.
 const BASE: u64 = 0x1000;
@@ -164,7 +164,7 @@ fn limits(input: &mut Input<'_>) -> RateLimiterConfig {
 }
 
 fn new_guest(kind: Kind, device: Box<dyn Device>) -> Guest {
-    Guest::with(kind, device, guest_ram(RAM_MIB), TestWorker::new())
+    Guest::with(kind, device, reused_ram(RAM_MIB), TestWorker::new())
 }
 
 fn restored(kind: Kind, guest: &mut Guest, sizes: &[u16]) -> (Guest, Arc<EchoControl>) {

@@ -4,13 +4,15 @@ mod driver;
 mod echo;
 mod guest;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
 use config::HugePages;
 use memory::GuestRam;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::device::Interrupt;
 use crate::sync::locked;
@@ -26,6 +28,23 @@ pub use guest::{
 /// RAM of a guest, for a test.
 pub fn guest_ram(mib: u32) -> GuestRam {
     GuestRam::map(mib, HugePages::None, false).expect("a little memory can be mapped")
+}
+
+thread_local! {
+    static REUSED: RefCell<BTreeMap<u32, GuestRam>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// As [`guest_ram`], for tests that need it thousands of times: the same RAM each time on this thread, full of zeros again. Whoever had
+/// it before must be done with it.
+pub fn reused_ram(mib: u32) -> GuestRam {
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    let ram = REUSED.with_borrow_mut(|reused| reused.entry(mib).or_insert_with(|| guest_ram(mib)).clone());
+    for region in ram.regions() {
+        for at in (region.guest_addr..region.guest_addr + region.size).step_by(ZEROS.len()) {
+            ram.memory().write_slice(&ZEROS, GuestAddress(at)).expect("it is in the region");
+        }
+    }
+    ram
 }
 
 /// As [`guest_ram`], with a bitmap of the pages that the monitor writes.

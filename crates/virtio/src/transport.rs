@@ -12,7 +12,8 @@
 //! # Locks
 //!
 //! A transport is used under its owner's lock, by vCPU threads, for registers only. The hot path does not come by: kicks
-//! go through ioeventfds ([`IoEvents`]) to the workers, and workers raise interrupts over atomics ([`Interrupt`]).
+//! go through ioeventfds ([`IoEvents`]) to the workers, and workers raise interrupts over atomics
+//! ([`Interrupt`](crate::device::Interrupt)).
 //!
 //! # Reset
 //!
@@ -25,6 +26,7 @@
 //! [`IoEvents`] for kicks, and [`IrqLine`](mmio::IrqLine) or [`MsiVectors`](pci::MsiVectors) for interrupts.
 
 mod common;
+mod health;
 pub mod mmio;
 pub mod pci;
 #[cfg(test)]
@@ -40,7 +42,8 @@ use crate::eventfd::EventFd;
 use crate::queue::QueueError;
 use crate::worker::Workers;
 
-pub use common::{CommonState, Status};
+pub use common::CommonState;
+pub use health::Status;
 
 /// How long a write that resets a device waits for what is in flight, where drivers do not poll.
 pub const RESET_PATIENCE: Duration = Duration::from_secs(5);

@@ -114,7 +114,9 @@ impl Chain {
                 return Err(QueueError::BufferOutsideRam { addr, len });
             }
             self.buffers.push(GuestBuffer { addr, len });
-            self.readable += usize::from(!descriptor.is_write_only());
+            if !descriptor.is_write_only() {
+                self.readable = self.buffers.len();
+            }
         }
         Ok(())
     }

@@ -11,7 +11,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::eventfd::EventFd;
-use crate::testing::{DriverQueue, INDIRECT, NEXT, WRITE, guest_ram, tracked_guest_ram, write_descriptor};
+use crate::testing::{
+    DriverQueue, INDIRECT, NEXT, WRITE, guest_ram, reused_ram, tracked_guest_ram, write_descriptor,
+};
 
 const BASE: u64 = 0x1000;
 const DATA: u64 = 0x10_0000;
@@ -25,7 +27,10 @@ fn queue(ram: &GuestRam, driver: &DriverQueue, features: u64) -> Queue {
 }
 
 fn pair(size: u16, features: u64) -> (GuestRam, DriverQueue, Queue) {
-    let ram = guest_ram(RAM_MIB);
+    pair_in(guest_ram(RAM_MIB), size, features)
+}
+
+fn pair_in(ram: GuestRam, size: u16, features: u64) -> (GuestRam, DriverQueue, Queue) {
     let driver = DriverQueue::new(&ram, BASE, size, features);
     let queue = queue(&ram, &driver, features);
     (ram, driver, queue)
@@ -459,7 +464,7 @@ proptest! {
         tables in prop::collection::vec(entry(4), 16),
         head in 0u16..8,
     ) {
-        let (ram, driver, mut queue) = pair(8, BOTH);
+        let (ram, driver, mut queue) = pair_in(reused_ram(RAM_MIB), 8, BOTH);
         write_table(&ram, driver.state().desc_table, &table);
         write_table(&ram, TABLES, &tables);
         let indirect = |addr: u64, len: u32| -> Option<Vec<Entry>> {
@@ -505,7 +510,7 @@ proptest! {
         features in prop_oneof![Just(0), Just(BOTH)],
         idx: u16,
     ) {
-        let (ram, driver, mut queue) = pair(size, features);
+        let (ram, driver, mut queue) = pair_in(reused_ram(RAM_MIB), size, features);
         ram.memory().write_slice(&garbage, GuestAddress(BASE)).unwrap();
         driver.set_avail_idx(idx % (size + 2));
         let mut popped = 0;
@@ -562,7 +567,7 @@ proptest! {
         steps in prop::collection::vec(step(), 1..80),
     ) {
         let features = feature::RING_INDIRECT_DESC | if event_idx { feature::RING_EVENT_IDX } else { 0 };
-        let ram = guest_ram(RAM_MIB);
+        let ram = reused_ram(RAM_MIB);
         let mut driver = DriverQueue::starting_at(&ram, BASE, size, features, start);
         let position = Arc::<Position>::default();
         let new = |position: &Arc<Position>, state: &QueueState| {

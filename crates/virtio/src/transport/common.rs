@@ -1,37 +1,17 @@
 //! What both transports are inside: the device's status, its features and its queues (2.1 to 2.4, 3.1).
 
-use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
+use super::health::{Health, Status};
 use super::{Attachment, RestoreError};
 use crate::device::{Activation, ActiveQueue, Device, DeviceState, Interrupt, feature};
 use crate::eventfd::EventFd;
 use crate::queue::{Position, Queue, QueueError, QueueState};
 use crate::worker::{Removal, Removed, TaskHandle, Workers};
-
-/// Bits of the device status (2.1).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Status;
-
-impl Status {
-    /// The guest has seen the device.
-    pub const ACKNOWLEDGE: u8 = 1;
-    /// The guest has a driver for it.
-    pub const DRIVER: u8 = 2;
-    /// The driver is set up.
-    pub const DRIVER_OK: u8 = 4;
-    /// Both agree on the features.
-    pub const FEATURES_OK: u8 = 8;
-    /// The device is broken until it is reset.
-    pub const DEVICE_NEEDS_RESET: u8 = 64;
-    /// The driver gave up.
-    pub const FAILED: u8 = 128;
-}
 
 /// A transport's registers that do not depend on which transport it is, and its device. Plain data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,50 +32,6 @@ pub struct CommonState {
     pub config_generation: u32,
     /// The device's own.
     pub device: DeviceState,
-}
-
-/// What workers and the transport share without a lock.
-#[derive(Debug)]
-pub(super) struct Health {
-    name: String,
-    status: AtomicU8,
-    /// Whether something was said about the host's refusals.
-    complained: AtomicBool,
-    /// How often something was broken.
-    broken: AtomicU64,
-}
-
-impl Health {
-    pub(super) fn new(name: String) -> Arc<Self> {
-        Arc::new(Health {
-            name,
-            status: AtomicU8::new(0),
-            complained: AtomicBool::new(false),
-            broken: AtomicU64::new(0),
-        })
-    }
-
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Says what the host refused, which makes the device slower or deaf, not wrong. Once: a guest can bring it about at will.
-    pub(super) fn complain(&self, what: &dyn fmt::Display) {
-        if !self.complained.swap(true, Ordering::Relaxed) {
-            log::warn!("{}: {what}", self.name);
-        }
-    }
-
-    /// Sets `DEVICE_NEEDS_RESET`. True if the driver must hear of it.
-    pub(super) fn needs_reset(&self, why: &dyn fmt::Display) -> bool {
-        // A guest that breaks its device over and over must not fill the log.
-        let times = self.broken.fetch_add(1, Ordering::Relaxed) + 1;
-        if times.is_power_of_two() {
-            log::warn!("{}: {why}. The device is dead until its driver resets it ({times})", self.name);
-        }
-        let before = self.status.fetch_or(Status::DEVICE_NEEDS_RESET, Ordering::SeqCst);
-        before & Status::DRIVER_OK != 0
-    }
 }
 
 /// A queue as the driver sets it up.
@@ -193,7 +129,7 @@ impl Common {
 
     /// How often the device was found broken.
     pub(super) fn broken_count(&self) -> u64 {
-        self.health.broken.load(Ordering::Relaxed)
+        self.health.broken_count()
     }
 
     /// All feature bits that are offered.
@@ -225,7 +161,7 @@ impl Common {
     }
 
     pub(super) fn status(&self) -> u8 {
-        self.health.status.load(Ordering::SeqCst)
+        self.health.status()
     }
 
     /// Whether writes count: not while tasks are on their way back.
@@ -254,7 +190,7 @@ impl Common {
             if bit == Status::FEATURES_OK && !self.features_fit() {
                 continue;
             }
-            self.health.status.fetch_or(bit, Ordering::SeqCst);
+            self.health.add_status(bit);
             if bit == Status::DRIVER_OK {
                 self.activate();
             }
@@ -381,7 +317,7 @@ impl Common {
         let tasks = self
             .device
             .activate(activation)
-            .map_err(|source| RestoreError::Activate { name: self.health.name.clone(), source })?;
+            .map_err(|source| RestoreError::Activate { name: self.health.name().to_owned(), source })?;
         self.activated = true;
         self.tasks =
             tasks.into_iter().map(|task| self.workers.add(task, Arc::clone(&self.interrupt))).collect();
@@ -389,7 +325,7 @@ impl Common {
     }
 
     fn queue_error(&self, index: u16, source: QueueError) -> RestoreError {
-        RestoreError::Queue { name: self.health.name.clone(), index, source }
+        RestoreError::Queue { name: self.health.name().to_owned(), index, source }
     }
 
     /// Takes the tasks back. [`Common::finish_reset`] says when that is done.
@@ -426,7 +362,7 @@ impl Common {
             }
             (self.driver_features, self.queue_select) = (0, 0);
             (self.device_feature_select, self.driver_feature_select) = (0, 0);
-            self.health.status.store(0, Ordering::SeqCst);
+            self.health.set_status(0);
         }
         true
     }
@@ -451,7 +387,7 @@ impl Common {
 
     /// Makes a fresh one what `state` says, and starts the device if it was running.
     pub(super) fn restore(&mut self, state: &CommonState) -> Result<(), RestoreError> {
-        let name = || self.health.name.clone();
+        let name = || self.health.name().to_owned();
         if state.queues.len() != self.queues.len() {
             return Err(RestoreError::Queues {
                 name: name(),
@@ -478,7 +414,7 @@ impl Common {
         for (queue, state) in self.queues.iter_mut().zip(&state.queues) {
             queue.state = *state;
         }
-        self.health.status.store(state.status, Ordering::SeqCst);
+        self.health.set_status(state.status);
         if running && state.status & Status::DEVICE_NEEDS_RESET == 0 {
             self.try_activate()?;
             // An interrupt that was on its way when it was saved is in no state. One too many does no harm.

@@ -19,7 +19,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::common::{Area, Common, CommonState, Half, Health};
+use super::common::{Area, Common, CommonState, Half};
+use super::health::Health;
 use super::{Attachment, IoEvents, KickMatch, RESET_PATIENCE, RestoreError};
 use crate::device::Interrupt;
 

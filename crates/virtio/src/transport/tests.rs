@@ -9,7 +9,7 @@ use super::{KickMatch, RestoreError, Status};
 use crate::device::feature;
 use crate::queue::QueueState;
 use crate::testing::{
-    DriverQueue, Echo, EchoControl, Guest, Kind, RUNNING, TestWorker, TransportState, Used, guest_ram,
+    DriverQueue, Echo, EchoControl, Guest, Kind, RUNNING, TestWorker, TransportState, Used, reused_ram,
 };
 
 const BASE: u64 = 0x1000;
@@ -303,6 +303,74 @@ fn a_reset_in_the_middle_of_io_waits_until_the_device_has_drained() {
 }
 
 #[test]
+fn a_driver_on_mmio_that_does_not_poll_is_kept_waiting_until_the_reset_is_done() {
+    use super::mmio::{IrqLine, MmioTransport};
+    use super::{Attachment, IoEvents};
+    use crate::testing::FakeIoEvents;
+    use crate::worker::{Workers, WorkersConfig};
+    use std::sync::Barrier;
+
+    struct NoLine;
+    impl IrqLine for NoLine {
+        fn trigger(&self) {}
+    }
+
+    let ram = reused_ram(4);
+    let workers = Workers::start(WorkersConfig::default()).unwrap();
+    let (device, control) = Echo::new(&[64], 0);
+    control.hold(0);
+    let attachment = Attachment {
+        name: "test".into(),
+        device: Box::new(device),
+        memory: ram.clone(),
+        workers: workers.clone(),
+    };
+    let events = Arc::<FakeIoEvents>::default();
+    let mut mmio = MmioTransport::new(
+        attachment,
+        0xc000_1000,
+        Box::new(NoLine),
+        Arc::clone(&events) as Arc<dyn IoEvents>,
+    )
+    .unwrap();
+    let mut driver = DriverQueue::new(&ram, BASE, 64, 0);
+    let setup = driver.state();
+    for (register, value) in [
+        (0x70, 1),
+        (0x70, 3),
+        (0x24, 1),
+        (0x20, 1),
+        (0x70, u32::from(FEATURES_OK)),
+        (0x38, 64),
+        (0x80, setup.desc_table as u32),
+        (0x90, setup.avail_ring as u32),
+        (0xa0, setup.used_ring as u32),
+        (0x44, 1),
+    ] {
+        mmio.write(register, &value.to_le_bytes());
+    }
+    driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
+    driver.publish();
+    mmio.write(0x70, &u32::from(RUNNING).to_le_bytes());
+    let barrier = Arc::new(Barrier::new(2));
+    let disk = {
+        let (barrier, control) = (Arc::clone(&barrier), Arc::clone(&control));
+        std::thread::spawn(move || {
+            barrier.wait();
+            control.release();
+        })
+    };
+    barrier.wait();
+    mmio.write(0x70, &0u32.to_le_bytes());
+    let mut status = [0xff; 4];
+    mmio.read(0x70, &mut status);
+    assert_eq!(status, [0; 4]);
+    assert_eq!(control.counts(), (1, 1, 1));
+    disk.join().unwrap();
+    workers.stop();
+}
+
+#[test]
 fn kicks_bypass_the_transport_and_reach_it_where_the_kernel_does_not_take_them() {
     on_both(|kind| {
         let (mut guest, _) = echo(kind, &[64, 64]);
@@ -510,7 +578,7 @@ proptest! {
         let kind = if pci { Kind::Pci } else { Kind::Mmio };
         let sizes = [64, 64, 32];
         let (device, _) = Echo::new(&sizes, OWN_FEATURES);
-        let mut guest = Guest::with(kind, Box::new(device), guest_ram(4), TestWorker::new());
+        let mut guest = Guest::with(kind, Box::new(device), reused_ram(4), TestWorker::new());
         let mut driver: Option<DriverQueue> = None;
         for act in acts {
             match act {

@@ -102,11 +102,6 @@ impl Runner {
         while !self.is_finished() {
             if self.again_wanted() || (self.spin.is_on() && self.spin_until_idle()) {
                 self.turn(false);
-            } else if self.spin.adapts() {
-                let slept = self.clock.read();
-                self.turn(true);
-                let woken = self.clock.now();
-                self.spin.slept(woken.saturating_sub(slept));
             } else {
                 self.turn(true);
             }
@@ -117,6 +112,9 @@ impl Runner {
     /// Takes what events there are (or, to `wait`, at least one) and calls the tasks that they are for. Returns how many.
     pub(crate) fn turn(&mut self, wait: bool) -> usize {
         let mut buffer = [MaybeUninit::uninit(); BATCH];
+        if wait && self.spin.adapts() {
+            self.clock.read();
+        }
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let events: &[epoll::Event] =
             match epoll::wait(&self.epoll, &mut buffer[..], (!wait).then_some(&zero)) {
@@ -127,7 +125,13 @@ impl Runner {
                     &[]
                 }
             };
-        self.clock.forget();
+        if wait && self.spin.adapts() {
+            // Now, when all tasks are armed: what they are called for next depends on whether the worker spins.
+            let fell_asleep = self.clock.now();
+            self.spin.slept(self.clock.read().saturating_sub(fell_asleep));
+        } else {
+            self.clock.forget();
+        }
         for event in events {
             self.dispatch(EventKey::from_bits(event.data.u64()), event.flags);
         }

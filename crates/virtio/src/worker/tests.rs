@@ -86,9 +86,9 @@ fn probe(act: impl FnMut(&mut Context<'_>, Did) + Send + 'static) -> (Box<Probe>
 
 impl Probe {
     fn did(&mut self, cx: &mut Context<'_>, did: Did) {
+        (self.act)(cx, did);
         // A test that has seen enough hears no more.
         let _ = self.says.send(did);
-        (self.act)(cx, did);
     }
 }
 
@@ -555,4 +555,64 @@ fn a_worker_that_may_spin_polls_and_arms_before_it_sleeps() {
     assert!(polling.load(Ordering::SeqCst) > 0);
     assert_eq!(workers.pause(PATIENCE), Ok(()), "commands are heard while it spins");
     workers.stop();
+}
+
+#[test]
+fn a_worker_that_spins_now_and_then_misses_no_request() {
+    use crate::device::{Activation, ActiveQueue, Device, Interrupt, feature};
+    use crate::queue::Queue;
+    use crate::testing::{DriverQueue, Echo, guest_ram};
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use std::os::fd::AsFd;
+
+    struct Irq(EventFd);
+    impl Interrupt for Irq {
+        fn queue(&self, _: u16) {
+            self.0.signal();
+        }
+        fn config(&self) {}
+        fn needs_reset(&self, why: &dyn std::fmt::Display) {
+            panic!("{why}");
+        }
+    }
+
+    for features in [0, feature::RING_EVENT_IDX] {
+        let ram = guest_ram(4);
+        let mut driver = DriverQueue::new(&ram, 0x1000, 8, features);
+        let queue = Queue::new(0, 8, &driver.state(), features, &ram, Arc::default()).unwrap();
+        let kick = Arc::new(EventFd::new().unwrap());
+        let irq = Arc::new(Irq(EventFd::new().unwrap()));
+        let (mut device, _control) = Echo::new(&[8], 0);
+        let activation = Activation {
+            memory: ram.clone(),
+            queues: vec![ActiveQueue { queue, kick: Arc::clone(&kick) }],
+            interrupt: Arc::clone(&irq) as Arc<dyn Interrupt>,
+            features,
+        };
+        let busy_poll = Duration::from_micros(20);
+        let workers = Workers::start(WorkersConfig { busy_poll, ..WorkersConfig::default() }).unwrap();
+        for task in device.activate(activation).unwrap() {
+            workers.add(task, Arc::clone(&irq) as Arc<dyn Interrupt>);
+        }
+        let mut kicks = 0;
+        for request in 0..3_000u32 {
+            // Some come at once, some after the worker has gone to sleep, most about when it does.
+            for _ in 0..request % 64 * 100 {
+                std::hint::spin_loop();
+            }
+            driver.enable_interrupts();
+            driver.add(&[(0x10_0000, 16)], &[(0x10_1000, 16)]).unwrap();
+            if driver.publish() {
+                kicks += 1;
+                kick.signal();
+            }
+            let mut fds = [PollFd::from_borrowed_fd(irq.0.as_fd(), PollFlags::IN)];
+            let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
+            assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "request {request} is lost");
+            irq.0.take();
+            driver.take_used().unwrap();
+        }
+        assert!(kicks > 0);
+        workers.stop();
+    }
 }

@@ -13,7 +13,8 @@ use super::config_space::{ConfigSpace, ConfigState, Identity};
 use super::msix::{Gates, MsiVectors, Msix, MsixState};
 use super::{BAR_SIZE, BarWindow, DEVICE_BASE, VENDOR, class_code, layout};
 use crate::device::Interrupt;
-use crate::transport::common::{Area, Common, CommonState, Half, Health};
+use crate::transport::common::{Area, Common, CommonState, Half};
+use crate::transport::health::Health;
 use crate::transport::{Attachment, IoEvents, KickMatch, RestoreError};
 
 /// Not mapped to a vector.

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 
 use super::gate::Gate;
-use crate::transport::common::Health;
+use crate::transport::health::Health;
 
 /// Where a vector's interrupt goes: a write of `data` to `addr`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

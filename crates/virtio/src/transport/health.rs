@@ -1,0 +1,88 @@
+//! The device status (2.1), which workers may change too, and what is said and counted about a device.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+
+/// Bits of the device status (2.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status;
+
+impl Status {
+    /// The guest has seen the device.
+    pub const ACKNOWLEDGE: u8 = 1;
+    /// The guest has a driver for it.
+    pub const DRIVER: u8 = 2;
+    /// The driver is set up.
+    pub const DRIVER_OK: u8 = 4;
+    /// Both agree on the features.
+    pub const FEATURES_OK: u8 = 8;
+    /// The device is broken until it is reset.
+    pub const DEVICE_NEEDS_RESET: u8 = 64;
+    /// The driver gave up.
+    pub const FAILED: u8 = 128;
+}
+
+/// What workers and the transport share without a lock.
+#[derive(Debug)]
+pub(super) struct Health {
+    name: String,
+    status: AtomicU8,
+    /// Whether something was said about the host's refusals.
+    complained: AtomicBool,
+    /// How often something was broken.
+    broken: AtomicU64,
+}
+
+impl Health {
+    pub(super) fn new(name: String) -> Arc<Self> {
+        Arc::new(Health {
+            name,
+            status: AtomicU8::new(0),
+            complained: AtomicBool::new(false),
+            broken: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How often the device was found broken.
+    pub(super) fn broken_count(&self) -> u64 {
+        self.broken.load(Ordering::Relaxed)
+    }
+
+    /// The status register.
+    pub(super) fn status(&self) -> u8 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// Sets bits of the status register.
+    pub(super) fn add_status(&self, bits: u8) {
+        self.status.fetch_or(bits, Ordering::SeqCst);
+    }
+
+    /// Writes the status register.
+    pub(super) fn set_status(&self, status: u8) {
+        self.status.store(status, Ordering::SeqCst);
+    }
+
+    /// Says what the host refused, which makes the device slower or deaf, not wrong. Once: a guest can bring it about at will.
+    pub(super) fn complain(&self, what: &dyn fmt::Display) {
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            log::warn!("{}: {what}", self.name);
+        }
+    }
+
+    /// Sets `DEVICE_NEEDS_RESET`. True if the driver must hear of it.
+    pub(super) fn needs_reset(&self, why: &dyn fmt::Display) -> bool {
+        // A guest that breaks its device over and over must not fill the log.
+        let times = self.broken.fetch_add(1, Ordering::Relaxed) + 1;
+        if times.is_power_of_two() {
+            log::warn!("{}: {why}. The device is dead until its driver resets it ({times})", self.name);
+        }
+        let before = self.status.fetch_or(Status::DEVICE_NEEDS_RESET, Ordering::SeqCst);
+        before & Status::DRIVER_OK != 0
+    }
+}
