@@ -549,6 +549,9 @@ impl Task for BlockTask {
 
     fn resume(&mut self, cx: &mut Context<'_>) {
         self.quiet = false;
+        if self.setup.shared.announce.swap(false, Ordering::AcqRel) {
+            self.setup.interrupt.config();
+        }
         self.work(cx);
     }
 

@@ -119,6 +119,24 @@ fn a_chain_without_room_for_the_status_comes_back_unanswered() {
 }
 
 #[test]
+fn a_request_in_more_buffers_than_are_allowed_gets_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let mut guest = Guest::new(&options);
+    for (count, status) in [(256, 0), (257, 1)] {
+        let header = (1 << 20, 16);
+        guest.ram.memory().write_slice(&[0; 16], GuestAddress(header.0)).unwrap();
+        let mut writable: Vec<_> = (0..count - 1).map(|index| ((2 << 20) + index * 8, 2)).collect();
+        writable.push((3 << 20, 1024 - 2 * (count as u32 - 1)));
+        writable.push((4 << 20, 1));
+        guest.drivers[0].add_indirect(5 << 20, &[header], &writable).unwrap();
+        guest.kick(0);
+        guest.wait(0, 1);
+        assert_eq!(guest.ram.memory().read_obj::<u8>(GuestAddress(4 << 20)).unwrap(), status);
+    }
+}
+
+#[test]
 fn a_read_only_disk_refuses_writes() {
     let dir = tempfile::tempdir().unwrap();
     let (options, content) = disk(dir.path(), 64, IoEngine::Async);
