@@ -4,14 +4,22 @@
 //! What must hold: no panic, no end that does not come, no state that cannot be saved and made again, and a device that
 //! is whole again after a reset.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
+use config::{CacheType, IoEngine};
+use rustix::fs::MemfdFlags;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::block::disk::{Disk, DiskOptions};
+use crate::block::{Block, BlockConfig};
 use crate::device::{Device, DeviceState};
 use crate::entropy::Entropy;
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig, RateLimiterUpdate};
 use crate::testing::{DriverQueue, Echo, EchoControl, Guest, Kind, TestWorker, reused_ram};
+use crate::worker::WorkerId;
 
 /// Where the queues of a guest are that begins by the book.
 const BASE: u64 = 0x1000;
@@ -134,7 +142,6 @@ pub fn entropy(data: &[u8]) {
             1 => control.update(limits(&mut input), guest.worker.now()),
             2 => {
                 let mut state = guest.save();
-                #[allow(irrefutable_let_patterns, reason = "there may be no other kind of device")]
                 let DeviceState::Entropy(own) = state.common().device.clone() else {
                     unreachable!("it is an entropy device")
                 };
@@ -151,6 +158,111 @@ pub fn entropy(data: &[u8]) {
     }
     control.update(RateLimiterUpdate { bandwidth: Some(NO_LIMIT), ops: Some(NO_LIMIT) }, guest.worker.now());
     still_whole(&mut guest);
+}
+
+/// A hostile guest on a disk. The first byte chooses the transport and the kind of disk.
+///
+/// The disk works synchronously on the worker: what a request does is over when the worker comes to rest, so a run is always the same.
+pub fn block(data: &[u8]) {
+    let mut input = Input(data);
+    let how = input.u8();
+    let kind = if how & 1 == 0 { Kind::Mmio } else { Kind::Pci };
+    let options =
+        block_options(how & 2 != 0, if how & 4 != 0 { CacheType::Writeback } else { CacheType::Unsafe });
+    let config = BlockConfig { id: "fuzzed".into(), num_queues: 1, queue_size: SIZE, io_threads: 1 };
+    let workers = vec![WorkerId(0)];
+    let (device, mut control) = Block::new(config, open(&options), limits(&mut input), workers.clone(), 1)
+        .expect("a device can be made");
+    let mut guest = new_guest(kind, Box::new(device));
+    let mut driver = Some(guest.start(BASE, SIZE, true));
+    for _ in 0..MAX_ACTS {
+        if input.0.is_empty() {
+            break;
+        }
+        match input.u8() % 18 {
+            0 => guest.worker.advance(u64::from(input.u32())),
+            1 => control.update_limits(limits(&mut input), guest.worker.now()),
+            2 => {
+                let mut state = guest.save();
+                let DeviceState::Block(own) = state.common().device.clone() else {
+                    unreachable!("it is a block device")
+                };
+                let worker = TestWorker::new();
+                let device;
+                (device, control) = Block::restore(&own, open(&options), workers.clone(), worker.now())
+                    .expect("what was saved can be restored");
+                let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), worker);
+                copy.restore(&state).expect("what was saved can be restored");
+                guest = copy;
+            }
+            3 => {
+                let mut replaced =
+                    control.replace(open(&options)).expect("the same disk can be opened again");
+                guest.worker.run();
+                replaced.wait(Duration::ZERO).expect("nothing is in flight");
+            }
+            4 | 16 | 17 => good_request(&mut input, &mut guest, &mut driver),
+            act => common_act(act, &mut input, &mut guest, &mut driver),
+        }
+        guest.worker.run();
+    }
+    control.update_limits(
+        RateLimiterUpdate { bandwidth: Some(NO_LIMIT), ops: Some(NO_LIMIT) },
+        guest.worker.now(),
+    );
+    still_whole(&mut guest);
+}
+
+/// A request that a disk understands, mostly: a header, some data, a status.
+fn good_request(input: &mut Input<'_>, guest: &mut Guest, driver: &mut Option<DriverQueue>) {
+    let Some(driver) = driver else { return };
+    let kind = [0u32, 1, 4, 8, 11, 13, 0, 1, 11, 13, 2, 0xffff][usize::from(input.u8() % 12)];
+    let sector = if input.u8() < 240 { u64::from(input.u8()) } else { input.u64() };
+    let len = if input.u8() < 200 { u32::from(input.u8() % 9) * 512 } else { u32::from(input.u16()) };
+    let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+    let range = [
+        &sector.to_le_bytes()[..],
+        &u32::from(input.u8()).to_le_bytes(),
+        &u32::from(input.u8() % 3).to_le_bytes(),
+    ]
+    .concat();
+    let memory = guest.ram.memory();
+    memory.write_slice(&[header, range].concat(), GuestAddress(DATA)).expect("it is in RAM");
+    let data = (DATA + 0x1000 + u64::from(input.u8()) * 16, len);
+    let head = (DATA, 16);
+    let status = (DATA + 0x800, 1);
+    let added = match kind {
+        0 | 8 => driver.add(&[head], &[data, status]),
+        1 => driver.add(&[head, data], &[status]),
+        _ => driver.add(&[(DATA, 16 + 16 * u32::from(input.u8() % 3))], &[status]),
+    };
+    if added.is_some() {
+        driver.publish();
+        guest.kick(0);
+        guest.worker.run();
+    }
+    // A driver by the book takes what is there; one that lies about its rings is another act's business.
+    if driver.out() > usize::from(SIZE) / 2 {
+        *driver = guest.start(BASE, SIZE, true);
+    }
+}
+
+fn open(options: &DiskOptions) -> Disk {
+    Disk::open(options).expect("a file in memory can be opened")
+}
+
+/// A small disk in memory; the same file each time on this thread.
+fn block_options(read_only: bool, cache_type: CacheType) -> DiskOptions {
+    thread_local! {
+        static FILE: File = {
+            let fd = rustix::fs::memfd_create("disk", MemfdFlags::CLOEXEC).expect("a file in memory can be made");
+            let file = File::from(fd);
+            file.set_len(100 * 512).expect("a file in memory has any size");
+            file
+        };
+    }
+    let path = FILE.with(|file| format!("/proc/self/fd/{}", file.as_raw_fd()));
+    DiskOptions { path: path.into(), read_only, cache_type, engine: Some(IoEngine::Sync), overlay: None }
 }
 
 const NO_LIMIT: BucketConfig = BucketConfig { size: 0, refill_time_ms: 0, one_time_burst: 0 };
@@ -288,5 +400,10 @@ mod tests {
     #[test]
     fn random_guests_do_not_break_entropy() {
         seeded(entropy, 1_000);
+    }
+
+    #[test]
+    fn random_guests_do_not_break_block() {
+        seeded(block, 2_000);
     }
 }

@@ -116,6 +116,8 @@ pub(super) struct Shared {
     pub(super) limits: Mutex<Limits>,
     /// Whether there are any: spares the lock where there are none.
     pub(super) limited: AtomicBool,
+    /// The configuration space is not what the guest saw before it was saved: it is to be told, once the device runs.
+    pub(super) announce: AtomicBool,
     front: Mutex<Front>,
 }
 
@@ -131,8 +133,6 @@ struct Front {
     disk: Disk,
     generation: u32,
     interrupt: Option<Arc<dyn Interrupt>>,
-    /// The configuration space is not what the guest last saw before it was saved.
-    announce: bool,
 }
 
 /// What one task needs of the disk, and how it is told that this changes.
@@ -265,7 +265,8 @@ impl Block {
             stats: BlockStats::default(),
             limited: AtomicBool::new(!limiter.is_unlimited()),
             limits: Mutex::new(Limits { limiter, now }),
-            front: Mutex::new(Front { disk, generation, interrupt: None, announce }),
+            announce: AtomicBool::new(announce),
+            front: Mutex::new(Front { disk, generation, interrupt: None }),
         });
         let control =
             BlockControl { patience, read_only, flush, lanes: lanes.clone(), shared: Arc::clone(&shared) };
@@ -347,11 +348,7 @@ impl Device for Block {
                 placement: self.workers.get(index).map_or(Placement::Shared, |&id| Placement::On(id)),
             })));
         }
-        let mut front = locked(&self.shared.front);
-        if std::mem::take(&mut front.announce) {
-            interrupt.config();
-        }
-        front.interrupt = Some(interrupt);
+        locked(&self.shared.front).interrupt = Some(interrupt);
         Ok(tasks)
     }
 
@@ -427,14 +424,15 @@ impl BlockControl {
 }
 
 impl Replaced {
-    /// Waits until nothing uses the old disk any more, at most `patience`, and closes it.
-    pub fn wait(self, patience: Duration) -> Result<(), StillInUse> {
+    /// Waits until nothing uses the old disk any more, at most `patience` (none is fine). It is closed when this is dropped.
+    pub fn wait(&mut self, patience: Duration) -> Result<(), StillInUse> {
         let begun = Instant::now();
-        for old in &self.old {
+        while let Some(old) = self.old.last() {
             let left = patience.saturating_sub(begun.elapsed());
             if let Err(RecvTimeoutError::Timeout) = old.recv_timeout(left) {
                 return Err(StillInUse { waited: begun.elapsed() });
             }
+            self.old.pop();
         }
         Ok(())
     }

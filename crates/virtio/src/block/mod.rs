@@ -30,6 +30,7 @@ pub mod disk;
 pub mod engine;
 mod flush;
 pub mod overlay;
+mod owner;
 pub mod queue;
 mod request;
 mod stack;

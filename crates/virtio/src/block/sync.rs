@@ -6,20 +6,24 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use super::direct::carry_out;
 use super::engine::{Done, Transfer};
+use super::owner::Owner;
 use crate::eventfd::EventFd;
 use crate::sync::locked;
 
 /// The front of the engine: what the worker holds.
 #[derive(Debug)]
 pub(super) struct SyncEngine<T: Send + 'static> {
+    owner: Owner,
     shared: Arc<Shared<T>>,
-    thread: Option<JoinHandle<()>>,
+    /// Not dropped in a fork, where there is no such thread.
+    thread: ManuallyDrop<Option<JoinHandle<()>>>,
     noted: Vec<Transfer<T>>,
     in_flight: usize,
 }
@@ -62,7 +66,8 @@ impl<T: Send + 'static> SyncEngine<T> {
             let shared = Arc::clone(&shared);
             move || run(&shared, &files)
         })?;
-        Ok(SyncEngine { shared, thread: Some(thread), noted: Vec::new(), in_flight: 0 })
+        let thread = ManuallyDrop::new(Some(thread));
+        Ok(SyncEngine { owner: Owner::here(), shared, thread, noted: Vec::new(), in_flight: 0 })
     }
 
     pub(super) fn push(&mut self, transfer: Transfer<T>) {
@@ -110,6 +115,9 @@ impl<T: Send + 'static> SyncEngine<T> {
 
 impl<T: Send + 'static> Drop for SyncEngine<T> {
     fn drop(&mut self) {
+        if !self.owner.is_here() {
+            return;
+        }
         self.shared.queues().stop = true;
         self.shared.work.notify_one();
         if let Some(thread) = self.thread.take() {

@@ -192,8 +192,10 @@ impl BlockTask {
             if matches!(stop, Stop::Empty) && !cx.is_polling() && self.enable_notifications()? {
                 continue;
             }
-            self.setup.part.queue.settle();
-            if !self.setup.part.queue.has_more() {
+            let disk = &mut self.setup.part.queue;
+            disk.settle();
+            let changes_over = self.next.is_some() && disk.is_idle();
+            if !disk.has_more() && !changes_over {
                 return Ok(());
             }
         }
@@ -547,6 +549,9 @@ impl Task for BlockTask {
 
     fn resume(&mut self, cx: &mut Context<'_>) {
         self.quiet = false;
+        if self.setup.shared.announce.swap(false, Ordering::AcqRel) {
+            self.setup.interrupt.config();
+        }
         self.work(cx);
     }
 

@@ -33,6 +33,7 @@ use io_uring::{IoUring, Probe, opcode, register::Restriction, squeue};
 
 use super::direct::{TURN, carry_out};
 use super::engine::{Done, Op, Patience, Progress, Transfer};
+use super::owner::Owner;
 
 /// Most operations that the kernel has at a time.
 pub(super) const ENTRIES: u32 = 128;
@@ -92,6 +93,7 @@ pub(super) struct Uring<T> {
     /// Operations pushed into the ring since the last successful `submit`.
     unsubmitted: u32,
     in_flight: usize,
+    owner: Owner,
     /// Kept open for as long as the kernel may use them.
     files: Vec<Arc<File>>,
 }
@@ -139,6 +141,7 @@ impl<T> Uring<T> {
             in_ring: 0,
             unsubmitted: 0,
             in_flight: 0,
+            owner: Owner::here(),
             files,
         })
     }
@@ -284,6 +287,10 @@ impl<T> Drop for Uring<T> {
     /// Waits for what the kernel works on, because it uses the segments. Then lets go of the files: the kernel takes a ring
     /// down some time later, and until then a block device would count as in use.
     fn drop(&mut self) {
+        if !self.owner.is_here() {
+            // In a fork the ring is still the parent's.
+            return;
+        }
         let mut done = Vec::new();
         while self.in_flight > 0 {
             self.submit();

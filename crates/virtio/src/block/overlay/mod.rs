@@ -34,6 +34,7 @@ use self::format::{
 };
 use self::map::{Dirty, Map, PAGE_BYTES};
 use super::SECTOR;
+use super::owner::Owner;
 use crate::sync::locked;
 
 /// Why an overlay cannot be opened.
@@ -156,6 +157,7 @@ pub(super) struct Top {
     identity: Identity,
     wait_for_disk: bool,
     state: Mutex<TopState>,
+    owner: Owner,
     _lock: File,
 }
 
@@ -227,6 +229,7 @@ impl Top {
         let maps = read_maps(&file, path, &header, &session)?;
         let top = Top {
             file: Arc::new(file),
+            owner: Owner::here(),
             _lock: lock,
             layout: Layout::of(virtual_size),
             size: virtual_size,
@@ -328,7 +331,10 @@ impl Top {
 
 impl Drop for Top {
     fn drop(&mut self) {
-        if let Err(error) = self.end() {
+        // In a fork the session is still the parent's.
+        if self.owner.is_here()
+            && let Err(error) = self.end()
+        {
             log::error!("cannot close overlay {} in order: {error}", self.path.display());
         }
     }

@@ -119,6 +119,24 @@ fn a_chain_without_room_for_the_status_comes_back_unanswered() {
 }
 
 #[test]
+fn a_request_in_more_buffers_than_are_allowed_gets_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let mut guest = Guest::new(&options);
+    for (count, status) in [(256, 0), (257, 1)] {
+        let header = (1 << 20, 16);
+        guest.ram.memory().write_slice(&[0; 16], GuestAddress(header.0)).unwrap();
+        let mut writable: Vec<_> = (0..count - 1).map(|index| ((2 << 20) + index * 8, 2)).collect();
+        writable.push((3 << 20, 1024 - 2 * (count as u32 - 1)));
+        writable.push((4 << 20, 1));
+        guest.drivers[0].add_indirect(5 << 20, &[header], &writable).unwrap();
+        guest.kick(0);
+        guest.wait(0, 1);
+        assert_eq!(guest.ram.memory().read_obj::<u8>(GuestAddress(4 << 20)).unwrap(), status);
+    }
+}
+
+#[test]
 fn a_read_only_disk_refuses_writes() {
     let dir = tempfile::tempdir().unwrap();
     let (options, content) = disk(dir.path(), 64, IoEngine::Async);
@@ -398,7 +416,7 @@ fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
         guest.kick(0);
         guest.kick(1);
         let new = Disk::open(&DiskOptions { path: other.clone(), ..options.clone() }).unwrap();
-        let replaced = guest.control.replace(new).unwrap();
+        let mut replaced = guest.control.replace(new).unwrap();
         assert_eq!(capacity(&guest.block), 128);
         assert_ne!(guest.block.config_generation(), generation);
         assert_eq!(guest.interrupt.configs(), 1);
@@ -440,15 +458,15 @@ fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
     let still = guest.worker.pause();
     guest.worker.run_until(|| still.try_recv().is_ok());
     // Twice: the first of them is never used.
-    let first = guest.control.replace(other("c", 11)).unwrap();
-    let second = guest.control.replace(other("d", 12)).unwrap();
+    let mut first = guest.control.replace(other("c", 11)).unwrap();
+    let mut second = guest.control.replace(other("d", 12)).unwrap();
     first.wait(Duration::ZERO).unwrap();
     guest.worker.resume();
     second.wait(Duration::ZERO).unwrap();
     assert_eq!(guest.read(11, 1), (0, pattern(12, 11 * 512, 512)));
 
     // A disk of no size, as a drive without a disk has it.
-    let empty = guest.control.replace(other("e", 0)).unwrap();
+    let mut empty = guest.control.replace(other("e", 0)).unwrap();
     guest.worker.run();
     empty.wait(Duration::ZERO).unwrap();
     assert_eq!(capacity(&guest.block), 0);

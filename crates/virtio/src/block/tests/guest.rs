@@ -169,15 +169,16 @@ impl Guest {
         self.next_addr - ARENA
     }
 
-    /// Cuts `len` bytes into buffers whose lengths are `cuts`, over and over.
+    /// Cuts `len` bytes into buffers whose lengths are `cuts`, over and over; into 100 at most.
     fn cut(&mut self, len: u32, cuts: &[u32]) -> Vec<(u64, u32)> {
+        let shortest = len.div_ceil(100).max(1);
         let mut buffers = Vec::new();
         let mut left = len;
         for &cut in cuts.iter().cycle() {
             if left == 0 {
                 break;
             }
-            let take = cut.clamp(1, left);
+            let take = cut.max(shortest).min(left);
             buffers.push((self.room(take), take));
             left -= take;
         }
@@ -282,6 +283,7 @@ impl Guest {
         let mut got = Vec::new();
         loop {
             self.worker.run();
+            assert_eq!(self.interrupt.broken(), Vec::<String>::new());
             got.extend(std::iter::from_fn(|| self.drivers[queue].take_used()));
             if got.len() >= count {
                 assert_eq!(got.len(), count);

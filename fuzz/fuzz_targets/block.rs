@@ -1,0 +1,5 @@
+//! See `vesta_virtio::fuzz::block`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| virtio::fuzz::block(data));
