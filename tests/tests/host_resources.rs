@@ -7,7 +7,7 @@ use vesta_tests::guest::{Guest, Kernel, vmm_path};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// Longest that a whole boot may take where a host is emulated.
-const BOOT: Duration = Duration::from_secs(60);
+const BOOT: Duration = Duration::from_mins(1);
 
 /// Boots without the API; the guest runs `script`.
 fn boot(kernel: Kernel, script: &str, shape: impl FnOnce(Guest) -> Guest) -> Vmm {
