@@ -277,7 +277,7 @@ impl<H: Host> Controller<H> {
         let drive = self.config.drives[at].updated(update)?;
         if update.path_on_host.is_some() || update.overlay.is_some() {
             let disk = Disk::open(&DiskOptions::of(&drive)).map_err(CommandError::new)?;
-            let replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
+            let mut replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
             self.disks[at] = disk;
             if let Err(still) = replaced.wait(REPLACE_PATIENCE) {
                 log::warn!("drive {}: {still}; it is closed when they have ended", drive.drive_id);

@@ -88,8 +88,7 @@ fn errno_of(result: Result<(), Errno>) -> i32 {
 fn read_or_write<T>(transfer: &Transfer<T>, file: &File) -> i32 {
     let segments = transfer.segments();
     let iov = segments.as_ptr().cast::<libc::iovec>();
-    // At most `MAX_SEGMENTS`.
-    let count = segments.len() as libc::c_int;
+    let count = i32::try_from(segments.len()).expect("at most MAX_SEGMENTS");
     let offset = transfer.offset().cast_signed();
     let fd = file.as_raw_fd();
     let moved = match (transfer.op(), segments) {

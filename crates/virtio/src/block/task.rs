@@ -262,8 +262,10 @@ impl BlockTask {
         let parsed = request::parse(&self.chain, &self.setup.memory, limits, &mut self.ranges)?;
         if self.setup.shared.limited.load(Ordering::Acquire) {
             let bytes = match &parsed {
-                Ok(Parsed { command: Command::Read { to: data, .. }, .. }) => data.len(),
-                Ok(Parsed { command: Command::Write { from: data, .. }, .. }) => data.len(),
+                Ok(Parsed {
+                    command: Command::Read { to: data, .. } | Command::Write { from: data, .. },
+                    ..
+                }) => data.len(),
                 _ => 0,
             };
             if !allowed(&self.setup.shared, cx, bytes.into()) {

@@ -78,11 +78,14 @@ impl How {
     }
 }
 
+/// A read in flight: its token, its stretches of memory, and what it must give.
+type Read = (Token, Vec<(u64, usize)>, Vec<u8>);
+
 /// Runs `steps`; requests that overlap one in flight wait for it, because the model has no opinion on their order.
 fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
     let mut rig = Rig::open_with(options, how.patience);
     let mut busy: Vec<(u64, u64)> = Vec::new();
-    let mut reads: Vec<(Token, Vec<(u64, usize)>, Vec<u8>)> = Vec::new();
+    let mut reads: Vec<Read> = Vec::new();
     for step in steps {
         let range = match *step {
             Step::Read { sector, count, .. }
@@ -137,7 +140,7 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
     }
 }
 
-fn settle(rig: &mut Rig, reads: &mut Vec<(Token, Vec<(u64, usize)>, Vec<u8>)>) {
+fn settle(rig: &mut Rig, reads: &mut Vec<Read>) {
     for (token, result) in rig.finish() {
         result.unwrap_or_else(|errno| panic!("request {token}: {errno}"));
     }
