@@ -40,7 +40,7 @@ fn guest(kernel: &Elf, config: &MachineConfig) -> Option<Guest> {
         serial: SerialSetup {
             output: Some(Output::open(&serial).unwrap()),
             input: None,
-            limit: Default::default(),
+            limit: virtio::rate_limiter::RateLimiterConfig::default(),
         },
         boot_timer: None,
         devices: DeviceSetup::default(),
