@@ -333,14 +333,22 @@ mod tests {
     use crate::bus::BusDevice;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
+    use virtio::rate_limiter::BucketConfig;
     use vmm_sys_util::eventfd::EventFd;
 
     const DATA: u64 = 0;
     const LINE_STATUS: u64 = 5;
 
     fn start_on(output: Option<Output>, input: Option<OwnedFd>) -> (Pump, Arc<SerialPort>) {
+        start_limited(output, input, RateLimiterConfig::default())
+    }
+
+    fn start_limited(
+        output: Option<Output>,
+        input: Option<OwnedFd>,
+        limit: RateLimiterConfig,
+    ) -> (Pump, Arc<SerialPort>) {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let limit = RateLimiterConfig::default();
         start(SerialSetup { output, input, limit }, |console| SerialPort::new(interrupt, console)).unwrap()
     }
 
@@ -375,6 +383,20 @@ mod tests {
         assert!(!pump.drain(Duration::ZERO));
         assert!(pump.console.dropped.load(Ordering::Relaxed) > 0);
         drop(reader);
+    }
+
+    #[test]
+    fn what_is_above_the_limit_is_dropped() {
+        let (_dir, path, output) = file_output();
+        let bucket = BucketConfig { size: 100, refill_time_ms: 3_600_000, one_time_burst: 20 };
+        let limit = RateLimiterConfig { bandwidth: Some(bucket), ops: None };
+        let (pump, port) = start_limited(Some(output), None, limit);
+        for _ in 0..1000 {
+            port.write(DATA, b"x");
+        }
+        assert!(pump.drain(Duration::from_secs(10)));
+        assert_eq!(std::fs::read(path).unwrap(), [b'x'; 120]);
+        assert_eq!(pump.console.limited.load(Ordering::Relaxed), 880);
     }
 
     #[test]
