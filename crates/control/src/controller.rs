@@ -22,8 +22,8 @@ use config::{
 use machine::boot::BootFiles;
 use machine::devices::{DeviceSetup, limits};
 use machine::legacy::{Output, SerialSetup, StartTimes};
-use machine::machine::PauseError;
-use machine::{Devices, EventSink, Paused, Running, Setup};
+use machine::machine::{Machine, PauseError};
+use machine::{EventSink, Paused, Running, Setup};
 use serde_json::json;
 use virtio::block::disk::{Disk, DiskOptions};
 use virtio::rate_limiter::RateLimiterConfig;
@@ -174,11 +174,7 @@ impl<H: Host> Controller<H> {
 
     /// Waits at most `limit` until what the guest wrote to its serial port is out.
     pub fn drain_serial(&self, limit: Duration) {
-        let out = match &self.state {
-            State::Running(machine) => machine.drain_serial(limit),
-            State::Paused(machine) => machine.drain_serial(limit),
-            State::Configured | State::Lost => true,
-        };
+        let out = self.machine().is_none_or(|machine| machine.drain_serial(limit));
         if !out {
             log::warn!("nobody took the rest of the serial port's output within {} ms", limit.as_millis());
         }
@@ -272,7 +268,7 @@ impl<H: Host> Controller<H> {
         let no_such = || CommandError::new(format_args!("there is no drive {}", update.drive_id));
         let at = self.config.drives.iter().position(|drive| drive.drive_id == update.drive_id);
         let at = at.ok_or_else(no_such)?;
-        let control = self.devices().and_then(|devices| devices.drive(&update.drive_id)).cloned();
+        let control = self.machine().and_then(|machine| machine.devices().drive(&update.drive_id)).cloned();
         let control = control.ok_or_else(no_such)?;
         let drive = self.config.drives[at].updated(update)?;
         if update.path_on_host.is_some() || update.overlay.is_some() {
@@ -290,11 +286,11 @@ impl<H: Host> Controller<H> {
         Ok(())
     }
 
-    /// The devices of the machine, if there is one.
-    fn devices(&self) -> Option<&Devices> {
+    /// The machine in either of its states, if there is one.
+    fn machine(&self) -> Option<&Machine> {
         match &self.state {
-            State::Running(machine) => Some(machine.devices()),
-            State::Paused(machine) => Some(machine.devices()),
+            State::Running(machine) => Some(machine),
+            State::Paused(machine) => Some(machine),
             State::Configured | State::Lost => None,
         }
     }
@@ -341,12 +337,7 @@ impl<H: Host> Controller<H> {
     }
 
     fn press_ctrl_alt_del(&self) -> Result<(), CommandError> {
-        match &self.state {
-            State::Running(machine) => machine.press_ctrl_alt_del(),
-            State::Paused(machine) => machine.press_ctrl_alt_del(),
-            State::Configured | State::Lost => Ok(()),
-        }
-        .map_err(CommandError::new)
+        self.machine().map_or(Ok(()), Machine::press_ctrl_alt_del).map_err(CommandError::new)
     }
 
     fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {

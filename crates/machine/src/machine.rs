@@ -8,6 +8,7 @@
 //!
 //! [`StartError`] names what could not be built; nothing is left of a machine that was not. [`VcpuGone`] is a bug in this monitor.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -110,21 +111,6 @@ impl Paused {
         self.0.vcpus.iter().try_for_each(VcpuHandle::resume)?;
         Ok(Running(self.0))
     }
-
-    /// See [`Running::devices`].
-    pub fn devices(&self) -> &Devices {
-        &self.0.devices
-    }
-
-    /// See [`Running::press_ctrl_alt_del`]; the guest sees it when it runs again.
-    pub fn press_ctrl_alt_del(&self) -> Result<(), KeyboardFull> {
-        self.0.keyboard.press_ctrl_alt_del()
-    }
-
-    /// See [`Running::drain_serial`].
-    pub fn drain_serial(&self, limit: Duration) -> bool {
-        self.0.pump.drain(limit)
-    }
 }
 
 impl Running {
@@ -142,26 +128,28 @@ impl Running {
             Err(source) => Err(PauseError::Busy { machine: paused.resume()?, source }),
         }
     }
+}
 
-    /// The devices, to be changed while they work.
-    pub fn devices(&self) -> &Devices {
-        &self.0.devices
-    }
+impl Deref for Paused {
+    type Target = Machine;
 
-    /// Presses Ctrl+Alt+Del on the guest's keyboard.
-    pub fn press_ctrl_alt_del(&self) -> Result<(), KeyboardFull> {
-        self.0.keyboard.press_ctrl_alt_del()
-    }
-
-    /// Waits at most `limit` until the serial port's output is where it leads. Says whether it is.
-    pub fn drain_serial(&self, limit: Duration) -> bool {
-        self.0.pump.drain(limit)
+    fn deref(&self) -> &Machine {
+        &self.0
     }
 }
 
-/// The parts. Fields are dropped in order: vCPUs stop first, then what they used goes.
+impl Deref for Running {
+    type Target = Machine;
+
+    fn deref(&self) -> &Machine {
+        &self.0
+    }
+}
+
+/// The parts, and what can be done with them in either state. Fields are dropped in order: vCPUs stop first, then what they used
+/// goes.
 #[derive(Debug)]
-struct Machine {
+pub struct Machine {
     vcpus: Vec<VcpuHandle>,
     devices: Devices,
     pump: Pump,
@@ -170,6 +158,21 @@ struct Machine {
 }
 
 impl Machine {
+    /// The devices, to be changed while they work.
+    pub fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    /// Presses Ctrl+Alt+Del on the guest's keyboard. A paused guest sees it when it runs again.
+    pub fn press_ctrl_alt_del(&self) -> Result<(), KeyboardFull> {
+        self.keyboard.press_ctrl_alt_del()
+    }
+
+    /// Waits at most `limit` until the serial port's output is where it leads. Says whether it is.
+    pub fn drain_serial(&self, limit: Duration) -> bool {
+        self.pump.drain(limit)
+    }
+
     fn build(setup: Setup<'_>) -> Result<Self, StartError> {
         let config = setup.config;
         kick::install_handler()
