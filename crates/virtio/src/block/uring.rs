@@ -116,7 +116,7 @@ impl<T> Uring<T> {
         if let Some(code) = OPCODES.into_iter().find(|&code| !probe.is_supported(code)) {
             return Err(UringError::MissingOperation(code));
         }
-        let fds: Vec<RawFd> = files.iter().map(|file| file.as_raw_fd()).collect();
+        let fds: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
         if !fds.is_empty() {
             submitter.register_files(&fds).map_err(step("register files with"))?;
         }
@@ -308,7 +308,7 @@ impl<T> Drop for Uring<T> {
 fn is_in_memory(file: &File) -> bool {
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;
-    rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type as u64)))
+    rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type.cast_unsigned())))
 }
 
 /// A ring that is not enabled yet.
