@@ -1,22 +1,13 @@
 //! The front of the device, and how it is changed while it works.
 //!
-//! # Lanes
-//!
-//! A [`Lane`] is what one task needs of a disk: a [`DiskQueue`], with its ring or thread. There are as many as the drive has
-//! I/O threads, and the virtqueues are dealt out to them in turn. A lane is made with the device, so that activating it makes
-//! nothing and cannot fail for want of anything; while the device is not active, the lanes are parked here.
-//!
 //! # Replacing the disk
 //!
-//! [`BlockControl::replace`] gives each lane its part of the new disk, then changes the capacity and interrupts. Each task finishes what
-//! it has in flight on the old disk, takes nothing new meanwhile, changes over, and hands the old part back:
-//! [`Replaced::wait`] returns when nothing uses the old disk any more.
+//! [`BlockControl::replace`] gives each [lane](super::lane) its part of the new disk, then changes the capacity and interrupts. The
+//! old disk is free when [`Replaced::wait`] says so.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use config::{CacheType, Drive};
 use serde::{Deserialize, Serialize};
@@ -26,14 +17,13 @@ use super::SECTOR;
 use super::config_space::{ConfigSpace, feature};
 use super::disk::{Disk, DiskError};
 use super::engine::Patience;
-use super::queue::DiskQueue;
+use super::lane::{Lane, Replaced, parts};
 use super::request::SERIAL_LEN;
 use super::stats::BlockStats;
 use super::task::{BlockTask, Setup};
 use crate::device::{
     ActivateError, Activation, ActiveQueue, Device, DeviceKind, DeviceState, Interrupt, read_bytes,
 };
-use crate::eventfd::EventFd;
 use crate::rate_limiter::{RateLimiter, RateLimiterConfig, RateLimiterState, RateLimiterUpdate};
 use crate::sync::locked;
 use crate::worker::{Nanos, Placement, Task, WorkerId};
@@ -135,39 +125,6 @@ struct Front {
     interrupt: Option<Arc<dyn Interrupt>>,
 }
 
-/// What one task needs of the disk, and how it is told that this changes.
-#[derive(Debug)]
-pub(super) struct Lane {
-    slot: Mutex<Slot>,
-    /// Whether `slot.next` is there: spares the lock where it is not.
-    posted: AtomicBool,
-    /// Wakes the task: something was posted, or limits changed.
-    pub(super) event: EventFd,
-}
-
-#[derive(Debug, Default)]
-struct Slot {
-    /// The lane's part of the disk while no task has it.
-    parked: Option<Part>,
-    /// What the task is to change over to.
-    next: Option<Next>,
-}
-
-/// A lane's part of a disk.
-#[derive(Debug)]
-pub(super) struct Part {
-    pub(super) queue: DiskQueue,
-    /// Size of the disk in bytes.
-    pub(super) size: u64,
-}
-
-#[derive(Debug)]
-pub(super) struct Next {
-    pub(super) part: Part,
-    /// Where the old part goes.
-    pub(super) old: SyncSender<Part>,
-}
-
 /// The front of the device.
 pub struct Block {
     config: BlockConfig,
@@ -187,23 +144,6 @@ pub struct BlockControl {
     flush: bool,
     lanes: Vec<Arc<Lane>>,
     shared: Arc<Shared>,
-}
-
-/// A disk that is being replaced.
-#[derive(Debug)]
-#[must_use = "the old disk is in use until it was waited for"]
-pub struct Replaced {
-    old: Vec<Receiver<Part>>,
-    /// Last, so that the old disk is closed by whoever waits.
-    _disk: Disk,
-}
-
-/// The old disk is still in use: requests that were in flight have not ended.
-#[derive(Debug, thiserror::Error)]
-#[error("the old disk still has requests in flight after {waited:?}")]
-pub struct StillInUse {
-    /// How long it was waited for.
-    pub waited: Duration,
 }
 
 impl Block {
@@ -329,17 +269,9 @@ impl Device for Block {
             if queues.is_empty() {
                 continue;
             }
-            // A lane is parked unless its task was lost, and then there is nothing to work with.
-            let Some(part) = lane.take() else {
-                self.shared.stats.activate_fails.add(1);
-                tasks.into_iter().for_each(Task::detach);
-                let source = std::io::ErrorKind::NotConnected.into();
-                return Err(ActivateError::Host { doing: "find the disk again", source });
-            };
             tasks.push(Box::new(BlockTask::new(Setup {
                 shared: Arc::clone(&self.shared),
                 lane: Arc::clone(lane),
-                part,
                 queues,
                 memory: memory.clone(),
                 interrupt: Arc::clone(&interrupt),
@@ -419,88 +351,8 @@ impl BlockControl {
         }
         drop(front);
         self.shared.stats.update_count.add(1);
-        Ok(Replaced { old, _disk: old_disk })
+        Ok(Replaced::new(old_disk, old))
     }
-}
-
-impl Replaced {
-    /// Waits until nothing uses the old disk any more, at most `patience` (none is fine). It is closed when this is dropped.
-    pub fn wait(&mut self, patience: Duration) -> Result<(), StillInUse> {
-        let begun = Instant::now();
-        while let Some(old) = self.old.last() {
-            let left = patience.saturating_sub(begun.elapsed());
-            if let Err(RecvTimeoutError::Timeout) = old.recv_timeout(left) {
-                return Err(StillInUse { waited: begun.elapsed() });
-            }
-            self.old.pop();
-        }
-        Ok(())
-    }
-}
-
-impl Lane {
-    fn new(part: Part) -> Result<Arc<Self>, BlockError> {
-        Ok(Arc::new(Lane {
-            slot: Mutex::new(Slot { parked: Some(part), next: None }),
-            posted: AtomicBool::new(false),
-            event: EventFd::new().map_err(BlockError::Event)?,
-        }))
-    }
-
-    /// Gives the lane another part of a disk: at once if it is parked, else as soon as its task gets to it.
-    fn post(&self, part: Part) -> Receiver<Part> {
-        let (old, receiver) = mpsc::sync_channel(1);
-        let mut slot = locked(&self.slot);
-        let unused = if let Some(parked) = &mut slot.parked {
-            // There is room for one: it cannot fail.
-            let _ = old.send(std::mem::replace(parked, part));
-            None
-        } else {
-            let unused = slot.next.replace(Next { part, old });
-            self.posted.store(true, Ordering::Release);
-            unused
-        };
-        drop(slot);
-        self.event.signal();
-        if let Some(Next { part, old }) = unused {
-            // Replaced before it was ever used.
-            let _ = old.send(part);
-        }
-        receiver
-    }
-
-    /// Takes the lane's part of the disk out.
-    fn take(&self) -> Option<Part> {
-        locked(&self.slot).parked.take()
-    }
-
-    /// What the task is to change over to.
-    pub(super) fn take_next(&self) -> Option<Next> {
-        if !self.posted.swap(false, Ordering::AcqRel) {
-            return None;
-        }
-        locked(&self.slot).next.take()
-    }
-
-    /// Parks the lane; what was posted meanwhile takes effect.
-    pub(super) fn park(&self, part: Part, next: Option<Next>) {
-        let mut slot = locked(&self.slot);
-        let later = slot.next.take();
-        self.posted.store(false, Ordering::Release);
-        let mut part = part;
-        for Next { part: new, old } in next.into_iter().chain(later) {
-            let _ = old.send(std::mem::replace(&mut part, new));
-        }
-        slot.parked = Some(part);
-    }
-}
-
-/// One part of `disk` for each lane.
-fn parts(disk: &Disk, id: &str, lanes: u16, patience: Patience) -> Result<Vec<Part>, BlockError> {
-    if disk.has_overlay() && lanes > 1 {
-        return Err(BlockError::OverlayThreads { id: id.into(), threads: lanes });
-    }
-    (0..lanes).map(|_| Ok(Part { queue: disk.queue(patience)?, size: disk.size() })).collect()
 }
 
 /// Whether the guest is offered flushes.

@@ -88,7 +88,8 @@ fn errno_of(result: Result<(), Errno>) -> i32 {
 fn read_or_write<T>(transfer: &Transfer<T>, file: &File) -> i32 {
     let segments = transfer.segments();
     let iov = segments.as_ptr().cast::<libc::iovec>();
-    let count = i32::try_from(segments.len()).expect("at most MAX_SEGMENTS");
+    // At most `MAX_SEGMENTS`, which fits.
+    let count = libc::c_int::try_from(segments.len()).unwrap_or(libc::c_int::MAX);
     let offset = transfer.offset().cast_signed();
     let fd = file.as_raw_fd();
     let moved = match (transfer.op(), segments) {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  device.rs   the front: features, configuration space, activation       request.rs  what a guest asks for, parsed and checked
-//!  task.rs     a queue's worker: chains in, requests out, used ring       config_space.rs
+//!  task.rs     its work: chains in, requests out, used ring; flight.rs    config_space.rs, stats.rs
+//!      |       lane.rs: its part of the disk
 //!      |
 //!  queue.rs    requests -> transfers; parts, fallbacks, flush.rs          disk.rs     opening a disk
 //!      |       overlay/ + stack.rs: which file holds a sector
@@ -28,7 +29,9 @@ mod device;
 mod direct;
 pub mod disk;
 pub mod engine;
+mod flight;
 mod flush;
+mod lane;
 pub mod overlay;
 mod owner;
 pub mod queue;
@@ -41,7 +44,8 @@ mod task;
 mod tests;
 pub mod uring;
 
-pub use device::{Block, BlockConfig, BlockControl, BlockError, BlockState, Replaced, StillInUse};
+pub use device::{Block, BlockConfig, BlockControl, BlockError, BlockState};
+pub use lane::{Replaced, StillInUse};
 pub use stats::{BlockStats, Counter};
 
 /// Bytes of a sector: the unit of everything that a guest asks for, whatever the disk's own block size is.

@@ -14,6 +14,7 @@
 //! tell   DiskQueue::finished -> status byte -> used ring -> publish -> interrupt
 //! ```
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,12 +23,14 @@ use memory::GuestRam;
 use rustix::io::Errno;
 
 use super::buffers::{Direction, GuestBuffers};
-use super::device::{Lane, Next, Part, Shared};
-use super::queue::{Request, Token as DiskToken};
+use super::device::Shared;
+use super::flight::{Flight, Flying, What};
+use super::lane::{Lane, Next, Part};
+use super::queue::{DiskQueue, Request, Token as DiskToken};
 use super::request::{self, Command, Limits, Parsed, Range, Status};
 use crate::device::{ActiveQueue, Interrupt};
 use crate::eventfd::EventFd;
-use crate::queue::{Buffers, Chain, GuestBuffer, Queue, QueueError};
+use crate::queue::{Buffers, Chain, Queue, QueueError};
 use crate::sync::locked;
 use crate::worker::{Context, Event, Interest, Placement, Task, Token};
 
@@ -49,7 +52,6 @@ const FIRST_KICK: Token = 2;
 pub(super) struct Setup {
     pub(super) shared: Arc<Shared>,
     pub(super) lane: Arc<Lane>,
-    pub(super) part: Part,
     pub(super) queues: Vec<ActiveQueue>,
     pub(super) memory: GuestRam,
     pub(super) interrupt: Arc<dyn Interrupt>,
@@ -62,6 +64,9 @@ pub(super) struct Setup {
 /// Serves the queues of one lane.
 pub(super) struct BlockTask {
     setup: Setup,
+    /// The lane's part of the disk. Parked in the lane while the task is quiet and has nothing in flight, so that the disk can be
+    /// replaced then.
+    part: Option<Box<Part>>,
     rings: Vec<Ring>,
     /// The ring to look at first, so that none is always last.
     first: usize,
@@ -88,43 +93,6 @@ struct Ring {
     empty: bool,
 }
 
-/// Requests that are with the disk, by token.
-#[derive(Default)]
-struct Flying {
-    slots: Vec<Flight>,
-    free: Vec<DiskToken>,
-}
-
-/// One request that is with the disk.
-#[derive(Debug, Clone, Copy)]
-struct Flight {
-    ring: u16,
-    head: u16,
-    /// Bytes that the used ring tells.
-    writable_len: u32,
-    status: GuestBuffer,
-    what: What,
-    /// How many answers of the disk are to come.
-    left: u32,
-    error: Option<Errno>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum What {
-    Read {
-        bytes: u64,
-    },
-    Write {
-        bytes: u64,
-    },
-    /// A write that is done, and is being made durable.
-    WriteThrough {
-        bytes: u64,
-    },
-    Flush,
-    Discard,
-}
-
 /// Why no more requests are taken.
 enum Stop {
     /// There are none.
@@ -141,6 +109,7 @@ impl BlockTask {
         let ring = |ActiveQueue { queue, kick }| Ring { queue, kick, used: false, empty: false };
         BlockTask {
             rings: queues.into_iter().map(ring).collect(),
+            part: None,
             setup,
             first: 0,
             next: None,
@@ -155,47 +124,55 @@ impl BlockTask {
 
     /// Does what there is to do.
     fn work(&mut self, cx: &mut Context<'_>) {
-        if !self.dead {
-            match self.serve(cx) {
-                Ok(()) => return,
-                Err(error) => {
-                    self.dead = true;
-                    cx.clear_timer();
-                    self.setup.interrupt.needs_reset(&error);
-                }
-            }
+        let Some(mut part) = self.part.take() else { return };
+        if !self.dead
+            && let Err(error) = self.serve(cx, &mut part)
+        {
+            self.die(cx, &error);
         }
-        // Nobody hears of it any more, but what is in flight must come to its end.
-        let disk = &mut self.setup.part.queue;
-        disk.kick();
-        while disk.finished().is_some() {}
-        if disk.has_more() {
-            self.come_back(cx);
+        if self.dead {
+            // Nobody hears of it any more, but what is in flight must come to its end.
+            part.queue.kick();
+            while part.queue.finished().is_some() {}
+            if part.queue.has_more() {
+                self.come_back(cx);
+            }
+            self.change_over(cx, &mut part);
+        }
+        if self.quiet && part.queue.is_idle() {
+            cx.unwatch(DISK);
+            self.setup.lane.park(part, self.next.take());
         } else {
-            self.change_over(cx);
+            self.part = Some(part);
         }
     }
 
-    fn serve(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
+    /// The device is broken until it is reset.
+    fn die(&mut self, cx: &mut Context<'_>, why: &dyn fmt::Display) {
+        self.dead = true;
+        cx.clear_timer();
+        self.setup.interrupt.needs_reset(why);
+    }
+
+    fn serve(&mut self, cx: &mut Context<'_>, part: &mut Box<Part>) -> Result<(), QueueError> {
         for ring in &mut self.rings {
             ring.queue.disable_notifications()?;
         }
         for _ in 0..ROUNDS {
-            self.change_over(cx);
-            let stop = self.take(cx)?;
-            self.setup.part.queue.kick();
-            let told = self.tell()?;
-            if told || self.setup.part.queue.has_more() || matches!(stop, Stop::Batch) {
+            self.change_over(cx, part);
+            let stop = self.take(cx, part)?;
+            part.queue.kick();
+            let told = self.tell(&mut part.queue)?;
+            if told || part.queue.has_more() || matches!(stop, Stop::Batch) {
                 continue;
             }
             // From here on there is nothing to do but to wait, unless something came in between.
             if matches!(stop, Stop::Empty) && !cx.is_polling() && self.enable_notifications()? {
                 continue;
             }
-            let disk = &mut self.setup.part.queue;
-            disk.settle();
-            let changes_over = self.next.is_some() && disk.is_idle();
-            if !disk.has_more() && !changes_over {
+            part.queue.settle();
+            let changes_over = self.next.is_some() && part.queue.is_idle();
+            if !part.queue.has_more() && !changes_over {
                 return Ok(());
             }
         }
@@ -223,7 +200,7 @@ impl BlockTask {
     }
 
     /// Takes requests out of the queues and gives them to the disk.
-    fn take(&mut self, cx: &mut Context<'_>) -> Result<Stop, QueueError> {
+    fn take(&mut self, cx: &mut Context<'_>, part: &mut Part) -> Result<Stop, QueueError> {
         if self.quiet || self.next.is_some() {
             return Ok(Stop::Held);
         }
@@ -237,13 +214,13 @@ impl BlockTask {
                 self.first = index;
                 return Ok(Stop::Batch);
             }
-            if self.setup.part.queue.in_flight() >= MAX_IN_FLIGHT {
+            if part.queue.in_flight() >= MAX_IN_FLIGHT {
                 return Ok(Stop::Held);
             }
             let ring = &mut self.rings[index];
             if !ring.empty {
                 if ring.queue.pop(&mut self.chain)? {
-                    if !self.take_one(cx, index)? {
+                    if !self.take_one(cx, part, index)? {
                         return Ok(Stop::Held);
                     }
                     taken += 1;
@@ -257,8 +234,8 @@ impl BlockTask {
     }
 
     /// Takes the request that was popped from ring `index`. False if the limiter holds it back.
-    fn take_one(&mut self, cx: &mut Context<'_>, index: usize) -> Result<bool, QueueError> {
-        let limits = Limits { size: self.setup.part.size, read_only: self.setup.read_only };
+    fn take_one(&mut self, cx: &mut Context<'_>, part: &mut Part, index: usize) -> Result<bool, QueueError> {
+        let limits = Limits { size: part.size, read_only: self.setup.read_only };
         let parsed = request::parse(&self.chain, &self.setup.memory, limits, &mut self.ranges)?;
         if self.setup.shared.limited.load(Ordering::Acquire) {
             let bytes = match &parsed {
@@ -297,7 +274,7 @@ impl BlockTask {
             left: 1,
             error: None,
         };
-        let disk = &mut self.setup.part.queue;
+        let disk = &mut part.queue;
         let ram = &self.setup.memory;
         match command {
             Command::Read { offset, to } => {
@@ -340,9 +317,9 @@ impl BlockTask {
     }
 
     /// Tells the driver what is over. True if there was anything.
-    fn tell(&mut self) -> Result<bool, QueueError> {
-        while let Some((token, result)) = self.setup.part.queue.finished() {
-            self.finished(token, result)?;
+    fn tell(&mut self, disk: &mut DiskQueue) -> Result<bool, QueueError> {
+        while let Some((token, result)) = disk.finished() {
+            self.finished(disk, token, result)?;
         }
         let mut told = false;
         for ring in &mut self.rings {
@@ -357,7 +334,12 @@ impl BlockTask {
     }
 
     /// One answer of the disk.
-    fn finished(&mut self, token: DiskToken, result: Result<(), Errno>) -> Result<(), QueueError> {
+    fn finished(
+        &mut self,
+        disk: &mut DiskQueue,
+        token: DiskToken,
+        result: Result<(), Errno>,
+    ) -> Result<(), QueueError> {
         let flight = self.flying.get(token);
         flight.left -= 1;
         if let Err(errno) = result {
@@ -372,7 +354,7 @@ impl BlockTask {
         {
             flight.what = What::WriteThrough { bytes };
             flight.left = 1;
-            self.setup.part.queue.start(token, 0, Request::Flush);
+            disk.start(token, 0, Request::Flush);
             return Ok(());
         }
         let flight = self.flying.remove(token);
@@ -427,52 +409,30 @@ impl BlockTask {
     }
 
     /// Changes over to another disk if one was posted and the old one has nothing in flight.
-    fn change_over(&mut self, cx: &mut Context<'_>) {
+    fn change_over(&mut self, cx: &mut Context<'_>, part: &mut Box<Part>) {
         if let Some(next) = self.setup.lane.take_next()
             && let Some(Next { part, old }) = self.next.replace(next)
         {
             // Replaced before it was ever used. Who waits for it gets it; if nobody does, it ends here.
             let _ = old.send(part);
         }
-        if self.next.is_none() || !self.setup.part.queue.is_idle() {
+        if self.next.is_none() || !part.queue.is_idle() {
             return;
         }
-        let Some(Next { part, old }) = self.next.take() else { return };
+        let Some(Next { part: new, old }) = self.next.take() else { return };
         cx.unwatch(DISK);
-        let was = std::mem::replace(&mut self.setup.part, part);
-        if let Err(error) = self.watch_disk(cx) {
-            self.dead = true;
-            self.setup.interrupt.needs_reset(&format_args!("cannot wait for the new disk: {error}"));
-        }
-        let _ = old.send(was);
-    }
-
-    fn watch_disk(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        match self.setup.part.queue.event() {
-            Some(event) => cx.watch(DISK, event, Interest::READ),
-            None => Ok(()),
+        let _ = old.send(std::mem::replace(part, new));
+        if let Err(error) = watch_disk(cx, part) {
+            self.die(cx, &format_args!("cannot wait for the new disk: {error}"));
         }
     }
 }
 
-impl Flying {
-    fn add(&mut self, flight: Flight) -> DiskToken {
-        if let Some(token) = self.free.pop() {
-            self.slots[token as usize] = flight;
-            token
-        } else {
-            self.slots.push(flight);
-            (self.slots.len() - 1) as DiskToken
-        }
-    }
-
-    fn get(&mut self, token: DiskToken) -> &mut Flight {
-        &mut self.slots[token as usize]
-    }
-
-    fn remove(&mut self, token: DiskToken) -> Flight {
-        self.free.push(token);
-        self.slots[token as usize]
+/// Wakes the task when the disk has something for it.
+fn watch_disk(cx: &mut Context<'_>, part: &Part) -> io::Result<()> {
+    match part.queue.event() {
+        Some(event) => cx.watch(DISK, event, Interest::READ),
+        None => Ok(()),
     }
 }
 
@@ -513,7 +473,6 @@ fn answer(ring: &mut Ring, ram: &GuestRam, flight: &Flight, status: Status) -> R
 impl Task for BlockTask {
     fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         cx.watch_edge(LANE, &self.setup.lane.event, Interest::READ)?;
-        self.watch_disk(cx)?;
         for (token, ring) in (FIRST_KICK..).zip(&self.rings) {
             cx.watch_kick(token, &ring.kick)?;
         }
@@ -546,13 +505,23 @@ impl Task for BlockTask {
     }
 
     fn is_drained(&self) -> bool {
-        self.setup.part.queue.is_idle()
+        self.part.is_none()
     }
 
     fn resume(&mut self, cx: &mut Context<'_>) {
         self.quiet = false;
         if self.setup.shared.announce.swap(false, Ordering::AcqRel) {
             self.setup.interrupt.config();
+        }
+        if self.part.is_none() {
+            self.part = self.setup.lane.take();
+            let watched = match &self.part {
+                Some(part) => watch_disk(cx, part),
+                None => Err(io::ErrorKind::NotConnected.into()),
+            };
+            if let Err(error) = watched {
+                self.die(cx, &format_args!("cannot wait for the disk: {error}"));
+            }
         }
         self.work(cx);
     }
@@ -561,9 +530,10 @@ impl Task for BlockTask {
         if self.dead {
             return false;
         }
-        let before = self.setup.part.queue.progress();
+        let progress = |task: &Self| task.part.as_ref().map(|part| part.queue.progress());
+        let before = progress(self);
         self.work(cx);
-        self.setup.part.queue.progress() != before
+        progress(self) != before
     }
 
     fn arm(&mut self, _cx: &mut Context<'_>) -> bool {
@@ -576,6 +546,9 @@ impl Task for BlockTask {
     }
 
     fn detach(self: Box<Self>) {
-        self.setup.lane.park(self.setup.part, self.next);
+        // A task that was drained has parked it already.
+        if let Some(part) = self.part {
+            self.setup.lane.park(part, self.next);
+        }
     }
 }

@@ -208,7 +208,8 @@ fn a_disk_that_is_full_fails_writes_and_nothing_else() {
             let top = small.path.join("top");
             let options = DiskOptions { cache_type, ..overlaid(&base, top.clone(), vec![], engine) };
             let mut guest = Guest::new(&options);
-            let statuses: Vec<u8> = (0..40).map(|mib| guest.write(mib * 2048, &vec![7; 1 << 20])).collect();
+            let data = vec![7; 1 << 20];
+            let statuses: Vec<u8> = (0..40).map(|mib| guest.write(mib * 2048, &data)).collect();
             assert_eq!(statuses[0], 0);
             assert_eq!(*statuses.last().unwrap(), 1, "{statuses:?}");
             assert_eq!(guest.read(2047, 1), (0, vec![7; 512]));

@@ -56,6 +56,9 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// A read in flight: its token, where it goes, and what it must return.
+type PendingRead = (Token, Vec<(u64, usize)>, Vec<u8>);
+
 /// How a disk is served: with which engine, on what kind of worker, on which file system.
 #[derive(Debug, Clone, Copy)]
 struct How {
@@ -85,7 +88,7 @@ type Read = (Token, Vec<(u64, usize)>, Vec<u8>);
 fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
     let mut rig = Rig::open_with(options, how.patience);
     let mut busy: Vec<(u64, u64)> = Vec::new();
-    let mut reads: Vec<Read> = Vec::new();
+    let mut reads: Vec<PendingRead> = Vec::new();
     for step in steps {
         let range = match *step {
             Step::Read { sector, count, .. }
@@ -140,7 +143,7 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
     }
 }
 
-fn settle(rig: &mut Rig, reads: &mut Vec<Read>) {
+fn settle(rig: &mut Rig, reads: &mut Vec<PendingRead>) {
     for (token, result) in rig.finish() {
         result.unwrap_or_else(|errno| panic!("request {token}: {errno}"));
     }

@@ -1,0 +1,67 @@
+//! The requests that are with the disk.
+
+use rustix::io::Errno;
+
+use super::queue::Token as DiskToken;
+use crate::queue::GuestBuffer;
+
+/// Requests that are with the disk, by token.
+#[derive(Default)]
+pub(super) struct Flying {
+    slots: Vec<Flight>,
+    free: Vec<DiskToken>,
+}
+
+/// One request that is with the disk.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Flight {
+    pub(super) ring: u16,
+    pub(super) head: u16,
+    /// Bytes that the used ring tells.
+    pub(super) writable_len: u32,
+    pub(super) status: GuestBuffer,
+    pub(super) what: What,
+    /// How many answers of the disk are to come.
+    pub(super) left: u32,
+    pub(super) error: Option<Errno>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    Read {
+        bytes: u64,
+    },
+    Write {
+        bytes: u64,
+    },
+    /// A write that is done, and is being made durable.
+    WriteThrough {
+        bytes: u64,
+    },
+    Flush,
+    Discard,
+}
+
+impl Flying {
+    /// Adds a request; its token is one that no other has.
+    pub(super) fn add(&mut self, flight: Flight) -> DiskToken {
+        if let Some(token) = self.free.pop() {
+            self.slots[token as usize] = flight;
+            token
+        } else {
+            self.slots.push(flight);
+            (self.slots.len() - 1) as DiskToken
+        }
+    }
+
+    /// A request that was added.
+    pub(super) fn get(&mut self, token: DiskToken) -> &mut Flight {
+        &mut self.slots[token as usize]
+    }
+
+    /// Takes a request out.
+    pub(super) fn remove(&mut self, token: DiskToken) -> Flight {
+        self.free.push(token);
+        self.slots[token as usize]
+    }
+}
