@@ -81,9 +81,6 @@ impl How {
     }
 }
 
-/// A read in flight: its token, its stretches of memory, and what it must give.
-type Read = (Token, Vec<(u64, usize)>, Vec<u8>);
-
 /// Runs `steps`; requests that overlap one in flight wait for it, because the model has no opinion on their order.
 fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
     let mut rig = Rig::open_with(options, how.patience);
