@@ -20,7 +20,8 @@ pub(crate) use say;
 
 /// Runs a command to its end; an error names the command and how it ended.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let status = die_with_parent(command).status().with_context(|| format!("cannot run {}", describe(command)))?;
+    let status =
+        die_with_parent(command).status().with_context(|| format!("cannot run {}", describe(command)))?;
     if !status.success() {
         bail!("{} failed: {status}", describe(command));
     }
@@ -29,7 +30,8 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// Runs a command to its end and returns its standard output.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
-    let output = die_with_parent(command).output().with_context(|| format!("cannot run {}", describe(command)))?;
+    let output =
+        die_with_parent(command).output().with_context(|| format!("cannot run {}", describe(command)))?;
     if !output.status.success() {
         let errors = String::from_utf8_lossy(&output.stderr);
         bail!("{} failed: {}\n{}", describe(command), output.status, errors.trim_end());
