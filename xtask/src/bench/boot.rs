@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use super::table::{Row, markdown};
 use super::{Monitor, MonitorKind};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Job, Kind, Outcome};
-use crate::process::{root, say};
+use crate::process::{output, root, say};
 use crate::test::build_vmm;
 use crate::{apt, kernels};
 
