@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use super::table::{Row, markdown};
 use super::{Monitor, MonitorKind};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Job, Kind, Outcome};
-use crate::process::{root, say};
+use crate::process::{output, root, say};
 use crate::test::build_vmm;
 use crate::{apt, kernels};
 
@@ -76,12 +76,15 @@ pub(super) fn command(peers: Vec<Monitor>, runs: usize) -> Result<ExitCode> {
     println!("\n## Linux ({name}, initramfs with busybox; 128 MiB, 1 vCPU), on {}\n", describe(kind, &why));
     let orders = Orders { monitors, runs, guest: GuestFiles::Linux { kernel: kernel.image, initrd } };
     let linux = on_host(kind, &orders, &dir)?;
+    let date = output(Command::new("date").arg("--iso-8601"))?;
     println!(
-        "\nMedians over {runs} interleaved runs, in brackets the least and the most. Resident memory: the sum of"
+        "\n`cargo xtask bench boot`, {}: medians over {runs} interleaved runs, in brackets the least and",
+        date.trim()
     );
     println!(
-        "Rss in /proc/PID/smaps, without mappings as large as the guest's memory, at the guest's sign of life."
+        "the most. Resident memory: the sum of Rss in /proc/PID/smaps, without mappings as large as the guest's"
     );
+    println!("memory, at the guest's sign of life.");
     let good = [null, linux].iter().all(|outcome| *outcome == Outcome::Exited(0));
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
