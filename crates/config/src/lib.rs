@@ -13,13 +13,15 @@
 //!
 //! # Errors
 //!
-//! [`ConfigError`]: each variant names the field, the value and the bound.
+//! [`ConfigError`]: each variant names the field, the value and the bound. Names have their own, [`IdError`].
 
 #![forbid(unsafe_code)]
 
 mod action;
 mod boot_source;
 mod drive;
+mod entropy;
+mod id;
 mod logger;
 mod machine_config;
 mod serial;
@@ -33,13 +35,15 @@ pub use drive::{
     CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveError, DriveUpdate, IoEngine, MAX_DRIVE_ID_LEN,
     MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MIN_DRIVE_QUEUE_SIZE, Overlay,
 };
+pub use entropy::Entropy;
+pub use id::{IdError, InstanceId, ResourceId};
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use machine_config::{
     CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,
 };
 pub use serial::Serial;
 pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
-pub use vm_config::{FullVmConfig, NoDrives, VmConfig};
+pub use vm_config::{FullVmConfig, VmConfig, check_drives};
 pub use vm_state::{Vm, VmState};
 
 /// A value that has the right form and cannot be meant.
@@ -84,6 +88,20 @@ pub enum ConfigError {
     /// A block device.
     #[error(transparent)]
     Drive(#[from] DriveError),
+    /// Two drives with the same id, in one configuration file.
+    #[error("there are two drives with drive_id {drive_id}")]
+    DuplicateDrive {
+        /// The id.
+        drive_id: String,
+    },
+    /// Two drives that are both the root device.
+    #[error("drives {first} and {second} are both the root device: only one can be")]
+    TwoRootDevices {
+        /// The drive that is it.
+        first: String,
+        /// The drive that wants to be it too.
+        second: String,
+    },
 }
 
 /// Whether `value` lies between `min` and `max`, both included.

@@ -3,9 +3,9 @@
 //! The keys are Firecracker's (`kebab-case`); `serial` is ours. What `GET /vm/config` answers is a configuration file
 //! again, once it has a boot source.
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::{BootSource, ConfigError, Logger, MachineConfig, Serial};
+use crate::{BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, Serial};
 
 /// The configuration file (`--config-file`).
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -22,9 +22,12 @@ pub struct VmConfig {
     /// The serial console; standard input and output where absent.
     #[serde(default)]
     pub serial: Option<Serial>,
-    /// Block devices: none yet.
+    /// Block devices, by order of their appearance in the guest, but for the root device, which comes first.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub drives: Vec<Drive>,
+    /// The entropy device; none where absent.
     #[serde(default)]
-    pub drives: NoDrives,
+    pub entropy: Option<Entropy>,
 }
 
 impl VmConfig {
@@ -32,8 +35,29 @@ impl VmConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.boot_source.check()?;
         self.machine_config.check()?;
-        self.serial.as_ref().map_or(Ok(()), Serial::check)
+        self.serial.as_ref().map_or(Ok(()), Serial::check)?;
+        self.entropy.as_ref().map_or(Ok(()), Entropy::check)?;
+        check_drives(&self.drives)
     }
+}
+
+/// Checks each drive, and that they go together: no id twice, one root device at most.
+pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
+    let mut root: Option<&Drive> = None;
+    for (i, drive) in drives.iter().enumerate() {
+        drive.check()?;
+        if drives[..i].iter().any(|other| other.drive_id == drive.drive_id) {
+            return Err(ConfigError::DuplicateDrive { drive_id: drive.drive_id.clone() });
+        }
+        if !drive.is_root_device {
+            continue;
+        }
+        if let Some(first) = root.replace(drive) {
+            let (first, second) = (first.drive_id.clone(), drive.drive_id.clone());
+            return Err(ConfigError::TwoRootDevices { first, second });
+        }
+    }
+    Ok(())
 }
 
 /// A microVM's configuration as `GET /vm/config` answers: the configuration file's keys, of which any may be unset.
@@ -44,8 +68,10 @@ impl VmConfig {
 pub struct FullVmConfig {
     /// What to boot, once it is known.
     pub boot_source: Option<BootSource>,
-    /// Block devices: none yet.
-    pub drives: NoDrives,
+    /// Block devices.
+    pub drives: Vec<Drive>,
+    /// The entropy device.
+    pub entropy: Option<Entropy>,
     /// The log, where the API or the configuration file set it.
     pub logger: Option<Logger>,
     /// Processors and memory.
@@ -57,30 +83,8 @@ pub struct FullVmConfig {
 
 impl From<VmConfig> for FullVmConfig {
     fn from(config: VmConfig) -> FullVmConfig {
-        let VmConfig { boot_source, machine_config, logger, serial, drives } = config;
-        FullVmConfig { boot_source: Some(boot_source), drives, logger, machine_config, serial }
-    }
-}
-
-/// `drives`, which configuration files of Firecracker always have: an empty list, since this version has no block
-/// devices. Anything in it is refused.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct NoDrives;
-
-impl<'de> Deserialize<'de> for NoDrives {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<NoDrives, D::Error> {
-        match Option::<Vec<de::IgnoredAny>>::deserialize(deserializer)?.map_or(0, |drives| drives.len()) {
-            0 => Ok(NoDrives),
-            count => Err(de::Error::custom(format_args!(
-                "drives has {count} entries: this version supports no drives"
-            ))),
-        }
-    }
-}
-
-impl Serialize for NoDrives {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq::<[(); 0]>([])
+        let VmConfig { boot_source, machine_config, logger, serial, drives, entropy } = config;
+        FullVmConfig { boot_source: Some(boot_source), drives, entropy, logger, machine_config, serial }
     }
 }
 
@@ -114,7 +118,8 @@ mod tests {
             machine_config: MachineConfig::default(),
             logger: None,
             serial: None,
-            drives: NoDrives,
+            drives: Vec::new(),
+            entropy: None,
         }
     }
 
@@ -156,14 +161,20 @@ mod tests {
     }
 
     #[test]
-    fn drives_may_be_empty_and_nothing_else() {
+    fn drives_that_do_not_go_together_are_named() {
         let with = |drives: &str| {
-            parse(&format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},"drives":{drives}}}"#))
+            let json = format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},"drives":{drives}}}"#);
+            parse(&json).unwrap().check().map_err(|error| error.to_string())
         };
-        assert_eq!(with("[]"), Ok(minimal()));
-        let error = with(r#"[{"drive_id":"rootfs"}]"#).unwrap_err();
-        assert!(error.contains("drives has 1 entries") && error.contains("supports no drives"), "{error}");
-        assert!(with("{}").is_err());
+        let drive = |id: &str, root: bool| {
+            format!(r#"{{"drive_id":"{id}","path_on_host":"/d","is_root_device":{root}}}"#)
+        };
+        assert_eq!(with("[]"), Ok(()));
+        assert_eq!(with(&format!("[{},{}]", drive("a", true), drive("b", false))), Ok(()));
+        let twice = with(&format!("[{},{}]", drive("a", true), drive("a", false))).unwrap_err();
+        assert!(twice.contains("drive_id a"), "{twice}");
+        let roots = with(&format!("[{},{}]", drive("a", true), drive("b", true))).unwrap_err();
+        assert!(roots.contains("a and b"), "{roots}");
     }
 
     #[test]
@@ -188,6 +199,7 @@ mod tests {
             serde_json::json!({
                 "boot-source": null,
                 "drives": [],
+                "entropy": null,
                 "logger": null,
                 "machine-config": {
                     "vcpu_count": 1, "mem_size_mib": 128, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
@@ -253,7 +265,8 @@ mod tests {
                 machine_config,
                 logger,
                 serial,
-                drives: NoDrives,
+                drives: Vec::new(),
+                entropy: None,
             },
         )
     }

@@ -1,0 +1,179 @@
+//! One client's connection: reads what it can use, sends what it has, and never waits.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::{
+    event::epoll::EventFlags,
+    io::Errno,
+    net::{RecvFlags, SendFlags, recv, send},
+};
+
+use super::{Limits, route};
+use crate::{
+    Command, CommandError, Reply,
+    http::{Decoded, Decoder, Request, Response, Version, put_continue},
+};
+
+/// Bytes read at once.
+const READ_LEN: usize = 4096;
+/// A buffer that grew above this is given back when it is empty.
+const KEEP_CAPACITY: usize = 4096;
+/// Most steps (a read, a request, an answer) at one go, so that one busy client does not keep others waiting.
+const STEPS_AT_A_TIME: usize = 64;
+
+/// A client's connection.
+#[derive(Debug)]
+pub(super) struct Connection {
+    socket: OwnedFd,
+    decoder: Decoder,
+    /// The answer on its way out, of which `sent` bytes are gone.
+    output: Vec<u8>,
+    sent: usize,
+    /// How to answer the request that is with the main thread, if there is one.
+    awaited: Option<Awaited>,
+    /// Whether the client sends no more.
+    input_ended: bool,
+    /// Whether the connection closes when the output is gone.
+    closing: bool,
+}
+
+/// How to answer a request.
+#[derive(Debug)]
+struct Awaited {
+    version: Version,
+    keep_alive: bool,
+    deprecated: bool,
+}
+
+/// How a connection goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// When its socket is ready for this; if for nothing, when the main thread has answered.
+    When(EventFlags),
+    /// At once, after the others had their turn.
+    Again,
+    /// Not at all.
+    Close,
+}
+
+/// What one attempt to read or to write came to.
+enum Moved {
+    /// There may be more to do.
+    All,
+    /// The socket is not ready.
+    Blocked,
+    /// The client is gone.
+    Broken,
+}
+
+impl Connection {
+    /// `socket` is connected and non-blocking.
+    pub(super) fn new(socket: OwnedFd, limits: &Limits) -> Connection {
+        Connection {
+            socket,
+            decoder: Decoder::new(limits.max_head, limits.max_payload),
+            output: Vec::new(),
+            sent: 0,
+            awaited: None,
+            input_ended: false,
+            closing: false,
+        }
+    }
+
+    /// Does what can be done now. A command that comes up goes to `dispatch`; its answer comes by
+    /// [`Connection::answer`].
+    pub(super) fn advance(&mut self, mut dispatch: impl FnMut(Command)) -> Next {
+        for _ in 0..STEPS_AT_A_TIME {
+            match self.flush() {
+                Moved::All => (),
+                Moved::Blocked => return Next::When(EventFlags::OUT),
+                Moved::Broken => return Next::Close,
+            }
+            if self.closing {
+                return Next::Close;
+            }
+            if self.awaited.is_some() {
+                return Next::When(EventFlags::empty());
+            }
+            match self.decoder.next() {
+                Decoded::NeedMore if self.input_ended => return Next::Close,
+                Decoded::NeedMore => match self.fill() {
+                    Moved::All => (),
+                    Moved::Blocked => return Next::When(EventFlags::IN),
+                    Moved::Broken => return Next::Close,
+                },
+                Decoded::Continue(version) => put_continue(version, &mut self.output),
+                Decoded::Request(request) => self.handle(&request, &mut dispatch),
+                Decoded::Refused(refusal) => {
+                    let response = Response::protocol_error(&refusal.error);
+                    self.put(&response, refusal.version, refusal.keep_alive);
+                }
+            }
+        }
+        Next::Again
+    }
+
+    /// Takes the main thread's answer. What is left to do, [`Connection::advance`] does.
+    pub(super) fn answer(&mut self, result: Result<Reply, CommandError>) {
+        let Some(Awaited { version, keep_alive, deprecated }) = self.awaited.take() else { return };
+        let response = match result {
+            Ok(Reply::Empty) => Response::no_content(),
+            Ok(Reply::Json(value)) => Response::ok(&value),
+            Err(error) => Response::fault(&error.to_string()),
+        };
+        self.put(&response.deprecated(deprecated), version, keep_alive);
+    }
+
+    fn handle(&mut self, request: &Request, dispatch: &mut impl FnMut(Command)) {
+        let Request { version, keep_alive, .. } = *request;
+        match route(request) {
+            Ok(routed) => {
+                self.awaited = Some(Awaited { version, keep_alive, deprecated: routed.deprecated });
+                dispatch(routed.command);
+            }
+            Err(error) => self.put(&Response::fault(&error.to_string()), version, keep_alive),
+        }
+    }
+
+    fn put(&mut self, response: &Response, version: Version, keep_alive: bool) {
+        response.put(version, keep_alive, &mut self.output);
+        self.closing |= !keep_alive;
+    }
+
+    /// Sends what there is to send.
+    fn flush(&mut self) -> Moved {
+        while self.sent < self.output.len() {
+            match send(&self.socket, &self.output[self.sent..], SendFlags::NOSIGNAL) {
+                Ok(sent) => self.sent += sent,
+                Err(Errno::INTR) => (),
+                Err(Errno::AGAIN) => return Moved::Blocked,
+                Err(_) => return Moved::Broken,
+            }
+        }
+        self.sent = 0;
+        self.output.clear();
+        self.output.shrink_to(KEEP_CAPACITY);
+        Moved::All
+    }
+
+    /// Reads a piece.
+    fn fill(&mut self) -> Moved {
+        let mut piece = [0; READ_LEN];
+        loop {
+            match recv(&self.socket, &mut piece, RecvFlags::empty()) {
+                Ok((0, _)) => self.input_ended = true,
+                Ok((len, _)) => self.decoder.push(&piece[..len]),
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => return Moved::Blocked,
+                Err(_) => return Moved::Broken,
+            }
+            return Moved::All;
+        }
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

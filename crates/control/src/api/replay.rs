@@ -1,0 +1,61 @@
+//! A client's bytes as commands, without socket or threads: what a fuzzer drives.
+
+use super::{Limits, RouteError, Routed, route};
+use crate::http::{Decoded, Decoder, Refusal};
+
+/// What the API makes of one request.
+#[derive(Debug)]
+pub enum Replayed {
+    /// A command for the main thread.
+    Command(Routed),
+    /// Nothing that the API knows: a fault.
+    Fault(RouteError),
+    /// Nothing that it can read: a protocol error.
+    Refused(Refusal),
+}
+
+/// What the API makes of a connection on which `pieces` arrive one after the other.
+pub fn replay<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, limits: &Limits) -> Vec<Replayed> {
+    let mut decoder = Decoder::new(limits.max_head, limits.max_payload);
+    let mut out = Vec::new();
+    for piece in pieces {
+        decoder.push(piece);
+        loop {
+            out.push(match decoder.next() {
+                Decoded::NeedMore => break,
+                Decoded::Continue(_) => continue,
+                Decoded::Request(request) => match route(&request) {
+                    Ok(routed) => Replayed::Command(routed),
+                    Err(error) => Replayed::Fault(error),
+                },
+                Decoded::Refused(refusal) => Replayed::Refused(refusal),
+            });
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Command;
+
+    #[test]
+    fn a_connection_becomes_commands_and_refusals_in_order() {
+        let bytes = b"GET /version HTTP/1.1\r\n\r\nGET /nowhere HTTP/1.1\r\n\r\nnonsense\r\n";
+        let out = replay([&bytes[..]], &Limits::default());
+        let [Replayed::Command(routed), Replayed::Fault(_), Replayed::Refused(_)] = out.as_slice() else {
+            panic!("{out:?}")
+        };
+        assert_eq!(routed.command, Command::GetVersion);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..64), 0..16)) {
+            replay(pieces.iter().map(Vec::as_slice), &Limits::default());
+        }
+    }
+}

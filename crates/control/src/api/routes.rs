@@ -1,0 +1,394 @@
+//! Which request is which [`Command`].
+//!
+//! A new endpoint is a line in [`route`]'s table. Paths are matched whole: a segment too many is another path.
+
+use config::{
+    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, IdError, Logger,
+    MachineConfig, MachineConfigUpdate, ResourceId, Serial, Vm,
+};
+use serde::de::DeserializeOwned;
+
+use crate::{
+    Command,
+    http::{Method, Request},
+};
+
+/// What a request asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Routed {
+    /// The command, its bounds checked.
+    pub command: Command,
+    /// Whether it used something deprecated, which the answer says in a header.
+    pub deprecated: bool,
+}
+
+/// A request that asks for nothing that there is.
+#[derive(Debug, thiserror::Error)]
+pub enum RouteError {
+    /// No such path, or not with this method.
+    #[error("there is no {method} {path} in this API")]
+    NotFound {
+        /// The method given.
+        method: &'static str,
+        /// The path given.
+        path: String,
+    },
+    /// A body where none is read.
+    #[error("{method} {path} takes no body, and this one has {len} bytes")]
+    UnexpectedBody {
+        /// The method given.
+        method: &'static str,
+        /// The path given.
+        path: String,
+        /// The body's length.
+        len: usize,
+    },
+    /// No body where one is needed.
+    #[error("{method} {path} needs a JSON body, with its Content-Length")]
+    MissingBody {
+        /// The method given.
+        method: &'static str,
+        /// The path given.
+        path: String,
+    },
+    /// A body that is not the JSON that belongs there.
+    #[error("the body of {method} {path} cannot be read: {error}")]
+    BadBody {
+        /// The method given.
+        method: &'static str,
+        /// The path given.
+        path: String,
+        /// The field, and where: line and column.
+        error: serde_json::Error,
+    },
+    /// A change of nothing.
+    #[error("PATCH {path} names no field to change")]
+    EmptyUpdate {
+        /// The path given.
+        path: String,
+    },
+    /// A value out of bounds.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An id in the path that is none.
+    #[error("the path names no resource: {0}")]
+    Id(#[from] IdError),
+}
+
+/// The command that `request` stands for.
+pub fn route(request: &Request) -> Result<Routed, RouteError> {
+    let Some(path) = request.path.strip_prefix('/') else { return Err(not_found(request)) };
+    let segments: Vec<&str> = path.split('/').collect();
+    match (request.method, segments.as_slice()) {
+        (Method::Get, [""]) => question(request, Command::DescribeInstance),
+        (Method::Get, ["version"]) => question(request, Command::GetVersion),
+        (Method::Get, ["machine-config"]) => question(request, Command::GetMachineConfig),
+        (Method::Put, ["machine-config"]) => put_machine_config(request),
+        (Method::Patch, ["machine-config"]) => patch_machine_config(request),
+        (Method::Put, ["boot-source"]) => put_boot_source(request),
+        (Method::Put, ["logger"]) => Ok(plain(Command::PutLogger(body::<Logger>(request)?))),
+        (Method::Put, ["serial"]) => put_serial(request),
+        (Method::Put, ["drives", id]) => put_drive(request, id),
+        (Method::Patch, ["drives", id]) => patch_drive(request, id),
+        (Method::Put, ["entropy"]) => put_entropy(request),
+        (Method::Put, ["actions"]) => put_action(request),
+        (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
+        (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),
+        _ => Err(not_found(request)),
+    }
+}
+
+fn put_machine_config(request: &Request) -> Result<Routed, RouteError> {
+    let config: MachineConfig = body(request)?;
+    config.check()?;
+    Ok(Routed { deprecated: config.cpu_template.is_some(), command: Command::PutMachineConfig(config) })
+}
+
+/// Whether the change fits what it changes, only the main thread knows: it checks the bounds.
+fn patch_machine_config(request: &Request) -> Result<Routed, RouteError> {
+    let update: MachineConfigUpdate = body(request)?;
+    if update.is_empty() {
+        return Err(RouteError::EmptyUpdate { path: request.path.clone() });
+    }
+    Ok(Routed { deprecated: update.cpu_template.is_some(), command: Command::PatchMachineConfig(update) })
+}
+
+fn put_boot_source(request: &Request) -> Result<Routed, RouteError> {
+    let source: BootSource = body(request)?;
+    source.check()?;
+    Ok(plain(Command::PutBootSource(source)))
+}
+
+fn put_serial(request: &Request) -> Result<Routed, RouteError> {
+    let serial: Serial = body(request)?;
+    serial.check()?;
+    Ok(plain(Command::PutSerial(serial)))
+}
+
+fn put_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
+    let drive: Drive = body(request)?;
+    check_id(id, &drive.drive_id)?;
+    drive.check()?;
+    Ok(plain(Command::PutDrive(drive)))
+}
+
+/// Whether the change fits the drive, only the main thread knows.
+fn patch_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
+    let update: DriveUpdate = body(request)?;
+    check_id(id, &update.drive_id)?;
+    Ok(plain(Command::PatchDrive(update)))
+}
+
+fn put_entropy(request: &Request) -> Result<Routed, RouteError> {
+    let entropy: Entropy = body(request)?;
+    entropy.check()?;
+    Ok(plain(Command::PutEntropy(entropy)))
+}
+
+/// The id in a path is well-formed, and the body's.
+fn check_id(path: &str, body: &str) -> Result<(), RouteError> {
+    path.parse::<ResourceId>()?;
+    if path == body {
+        return Ok(());
+    }
+    Err(ConfigError::from(DriveError::OtherId { body: body.to_owned(), path: path.to_owned() }).into())
+}
+
+fn put_action(request: &Request) -> Result<Routed, RouteError> {
+    Ok(plain(match body::<Action>(request)?.action_type {
+        ActionType::InstanceStart => Command::Start,
+        ActionType::FlushMetrics => Command::FlushMetrics,
+        ActionType::SendCtrlAltDel => Command::SendCtrlAltDel,
+    }))
+}
+
+/// A command by something that is not deprecated.
+fn plain(command: Command) -> Routed {
+    Routed { command, deprecated: false }
+}
+
+/// A command that a request without a body stands for.
+fn question(request: &Request, command: Command) -> Result<Routed, RouteError> {
+    if request.body.is_empty() {
+        return Ok(plain(command));
+    }
+    let (method, path) = name(request);
+    Err(RouteError::UnexpectedBody { method, path, len: request.body.len() })
+}
+
+/// The body of a request that must have one.
+fn body<T: DeserializeOwned>(request: &Request) -> Result<T, RouteError> {
+    let (method, path) = name(request);
+    if request.body.is_empty() {
+        return Err(RouteError::MissingBody { method, path });
+    }
+    serde_json::from_slice(&request.body).map_err(|error| RouteError::BadBody { method, path, error })
+}
+
+fn not_found(request: &Request) -> RouteError {
+    let (method, path) = name(request);
+    RouteError::NotFound { method, path }
+}
+
+fn name(request: &Request) -> (&'static str, String) {
+    (request.method.name(), request.path.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use config::{CpuTemplate, HugePages, LogLevel, TokenBucket, VmState};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::http::Version;
+
+    fn request(method: Method, path: &str, body: &str) -> Request {
+        Request { method, path: path.into(), version: Version::Http11, keep_alive: true, body: body.into() }
+    }
+
+    fn command(method: Method, path: &str, body: &str) -> Command {
+        route(&request(method, path, body)).unwrap().command
+    }
+
+    fn refusal(method: Method, path: &str, body: &str) -> String {
+        route(&request(method, path, body)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn questions_are_known() {
+        for (path, expected) in [
+            ("/", Command::DescribeInstance),
+            ("/version", Command::GetVersion),
+            ("/machine-config", Command::GetMachineConfig),
+            ("/vm/config", Command::GetVmConfig),
+        ] {
+            assert_eq!(command(Method::Get, path, ""), expected);
+        }
+    }
+
+    #[test]
+    fn put_machine_config_is_known_with_all_its_fields() {
+        let body =
+            r#"{"vcpu_count":4,"mem_size_mib":512,"smt":true,"track_dirty_pages":true,"huge_pages":"2M"}"#;
+        let expected = MachineConfig {
+            vcpu_count: 4,
+            mem_size_mib: 512,
+            smt: true,
+            cpu_template: None,
+            track_dirty_pages: true,
+            huge_pages: HugePages::Hugetlbfs2M,
+        };
+        assert_eq!(command(Method::Put, "/machine-config", body), Command::PutMachineConfig(expected));
+    }
+
+    #[test]
+    fn patch_machine_config_is_known_and_may_not_be_empty() {
+        let expected = MachineConfigUpdate { vcpu_count: Some(2), ..MachineConfigUpdate::default() };
+        assert_eq!(
+            command(Method::Patch, "/machine-config", r#"{"vcpu_count":2}"#),
+            Command::PatchMachineConfig(expected)
+        );
+        let error = refusal(Method::Patch, "/machine-config", "{}");
+        assert!(error.contains("PATCH /machine-config"), "{error}");
+    }
+
+    #[test]
+    fn a_cpu_template_is_deprecated_and_nothing_else_is() {
+        let put = r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":"T2"}"#;
+        let routed = route(&request(Method::Put, "/machine-config", put)).unwrap();
+        assert!(routed.deprecated);
+        let Command::PutMachineConfig(config) = routed.command else { panic!() };
+        assert_eq!(config.cpu_template, Some(CpuTemplate::T2));
+        let patch = r#"{"cpu_template":"None"}"#;
+        assert!(route(&request(Method::Patch, "/machine-config", patch)).unwrap().deprecated);
+        let put = r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":null}"#;
+        assert!(!route(&request(Method::Put, "/machine-config", put)).unwrap().deprecated);
+    }
+
+    #[test]
+    fn put_boot_source_is_known() {
+        let body = r#"{"kernel_image_path":"vmlinux","initrd_path":"initrd","boot_args":"quiet"}"#;
+        let expected = BootSource {
+            kernel_image_path: "vmlinux".into(),
+            initrd_path: Some("initrd".into()),
+            boot_args: Some("quiet".into()),
+        };
+        assert_eq!(command(Method::Put, "/boot-source", body), Command::PutBootSource(expected));
+    }
+
+    #[test]
+    fn put_logger_is_known() {
+        let body =
+            r#"{"log_path":"log","level":"warn","show_level":true,"show_log_origin":false,"module":"m"}"#;
+        let expected = Logger {
+            log_path: Some("log".into()),
+            level: Some(LogLevel::Warning),
+            show_level: Some(true),
+            show_log_origin: Some(false),
+            module: Some("m".into()),
+        };
+        assert_eq!(command(Method::Put, "/logger", body), Command::PutLogger(expected));
+    }
+
+    #[test]
+    fn put_serial_is_known() {
+        let body = r#"{"serial_out_path":"out","rate_limiter":{"size":1,"refill_time":2}}"#;
+        let bucket = TokenBucket { size: 1, one_time_burst: None, refill_time: 2 };
+        let expected = Serial { serial_out_path: Some("out".into()), rate_limiter: Some(bucket) };
+        assert_eq!(command(Method::Put, "/serial", body), Command::PutSerial(expected));
+    }
+
+    #[test]
+    fn actions_are_known() {
+        for (action, expected) in [
+            ("InstanceStart", Command::Start),
+            ("FlushMetrics", Command::FlushMetrics),
+            ("SendCtrlAltDel", Command::SendCtrlAltDel),
+        ] {
+            let body = format!(r#"{{"action_type":"{action}"}}"#);
+            assert_eq!(command(Method::Put, "/actions", &body), expected);
+        }
+    }
+
+    #[test]
+    fn patch_vm_is_known() {
+        for (state, expected) in [("Paused", VmState::Paused), ("Resumed", VmState::Resumed)] {
+            let body = format!(r#"{{"state":"{state}"}}"#);
+            assert_eq!(command(Method::Patch, "/vm", &body), Command::SetVmState(expected));
+        }
+    }
+
+    #[test]
+    fn unknown_requests_are_named_with_method_and_path() {
+        for (method, path) in [
+            (Method::Get, "/nowhere"),
+            (Method::Delete, "/machine-config"),
+            (Method::Patch, "/boot-source"),
+            (Method::Get, "/machine-config/more"),
+            (Method::Get, "/machine-config/"),
+            (Method::Get, "//"),
+            (Method::Get, "/vm"),
+            (Method::Get, "/version?x=1"),
+            (Method::Get, "*"),
+        ] {
+            let error = refusal(method, path, "{}");
+            assert!(error.contains(&format!("{} {path} ", method.name())), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_body_is_needed_to_set_and_refused_to_ask() {
+        for (method, path) in [
+            (Method::Put, "/machine-config"),
+            (Method::Patch, "/machine-config"),
+            (Method::Put, "/boot-source"),
+            (Method::Put, "/logger"),
+            (Method::Put, "/serial"),
+            (Method::Put, "/actions"),
+            (Method::Patch, "/vm"),
+        ] {
+            assert!(refusal(method, path, "").contains("needs a JSON body"), "{path}");
+        }
+        for path in ["/", "/version", "/machine-config", "/vm/config"] {
+            assert!(refusal(Method::Get, path, "{}").contains("takes no body"), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_bad_body_is_refused_with_field_line_and_column() {
+        let error = refusal(Method::Put, "/machine-config", "{\n\"vcpu_count\":1,\n\"cpus\":2}");
+        assert!(error.contains("`cpus`") && error.contains("line 3 column"), "{error}");
+        let error = refusal(Method::Put, "/machine-config", r#"{"mem_size_mib":128}"#);
+        assert!(error.contains("missing field `vcpu_count` at line 1 column 20"), "{error}");
+        let error = refusal(Method::Put, "/actions", r#"{"action_type":"InstanceStart"} {}"#);
+        assert!(error.contains("trailing characters"), "{error}");
+    }
+
+    #[test]
+    fn values_out_of_bounds_are_refused_with_the_bound() {
+        let error = refusal(Method::Put, "/machine-config", r#"{"vcpu_count":129,"mem_size_mib":128}"#);
+        assert!(error.contains("vcpu_count is 129") && error.contains("128"), "{error}");
+        let body = format!(r#"{{"kernel_image_path":"k","boot_args":"{}"}}"#, "x".repeat(2048));
+        assert!(refusal(Method::Put, "/boot-source", &body).contains("2048"));
+        let body = format!(r#"{{"rate_limiter":{{"size":1,"refill_time":{}}}}}"#, u64::MAX);
+        assert!(refusal(Method::Put, "/serial", &body).contains("refill_time"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_request_makes_routing_panic(
+            method in prop::sample::select(vec![Method::Get, Method::Put, Method::Patch, Method::Delete]),
+            path in prop_oneof![
+                "\\PC*",
+                prop::sample::select(vec!["/machine-config", "/boot-source", "/logger", "/serial", "/actions", "/vm"])
+                    .prop_map(str::to_owned),
+            ],
+            body in prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..64),
+                "[\\[{\"]{0,200}".prop_map(String::into_bytes),
+            ],
+        ) {
+            let _ = route(&Request { method, path, version: Version::Http11, keep_alive: true, body });
+        }
+    }
+}

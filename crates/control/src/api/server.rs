@@ -1,0 +1,191 @@
+//! The API thread: one `epoll` over the listener, the connections and the main thread's bell.
+
+use std::{
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixListener,
+    },
+    time::Duration,
+};
+
+use rustix::{
+    event::{
+        Timespec,
+        epoll::{self, CreateFlags, Event, EventData, EventFlags},
+    },
+    io::Errno,
+    net::{SendFlags, SocketFlags, accept_with, send},
+};
+
+use super::{
+    Limits,
+    channel::{NO_ANSWER, Outbox},
+    connection::{Connection, Next},
+};
+use crate::{CommandError, http::TOO_MANY_CONNECTIONS};
+
+/// Events taken from the kernel at once.
+const EVENTS_AT_A_TIME: usize = 16;
+/// How long new connections wait when the process has no descriptor or memory for them.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The kernel's name for the listener; connections have the number of their slot.
+const LISTENER: u64 = u64::MAX;
+/// The kernel's name for the main thread's bell.
+const BELL: u64 = u64::MAX - 1;
+
+/// The API thread's state.
+pub(super) struct Server {
+    epoll: OwnedFd,
+    listener: UnixListener,
+    /// Whether the listener is watched; not for a while after it could not accept.
+    accepting: bool,
+    outbox: Outbox,
+    limits: Limits,
+    /// At most `limits.max_connections` of them, made when first needed.
+    slots: Vec<Option<Slot>>,
+}
+
+struct Slot {
+    connection: Connection,
+    /// What the kernel watches it for; if nothing, it does not know it.
+    watched: EventFlags,
+    /// Whether it goes on without an event.
+    again: bool,
+}
+
+impl Server {
+    pub(super) fn new(listener: UnixListener, outbox: Outbox, limits: Limits) -> Result<Server, Errno> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
+        epoll::add(&epoll, outbox.wake_fd(), EventData::new_u64(BELL), EventFlags::IN)?;
+        Ok(Server { epoll, listener, accepting: true, outbox, limits, slots: Vec::new() })
+    }
+
+    /// Serves until the main thread's end is dropped.
+    pub(super) fn run(mut self) {
+        let nothing = Event { flags: EventFlags::empty(), data: EventData::new_u64(0) };
+        let mut events = [nothing; EVENTS_AT_A_TIME];
+        let mut stopped = false;
+        while !stopped {
+            let count = self.wait(&mut events);
+            stopped = self.outbox.is_stopped();
+            for event in &events[..count] {
+                match event.data.u64() {
+                    LISTENER => self.accept(),
+                    BELL => self.outbox.hush(),
+                    slot => self.advance(slot as usize),
+                }
+            }
+            for slot in 0..self.slots.len() {
+                if self.slots[slot].as_mut().is_some_and(|slot| std::mem::take(&mut slot.again)) {
+                    self.advance(slot);
+                }
+            }
+            while let Some(answer) = self.outbox.try_recv() {
+                if let Some(slot) = self.slots.get_mut(answer.slot).and_then(Option::as_mut) {
+                    slot.connection.answer(answer.result);
+                    self.advance(answer.slot);
+                }
+            }
+        }
+        self.give_up();
+    }
+
+    /// Tells those who still wait for an answer that there will be none.
+    fn give_up(&mut self) {
+        for slot in self.slots.iter_mut().flatten() {
+            slot.connection.answer(Err(CommandError::new(NO_ANSWER)));
+            slot.connection.advance(|_| ());
+        }
+    }
+
+    /// Waits for events, and says how many there are.
+    fn wait(&mut self, events: &mut [Event]) -> usize {
+        let timeout = if self.slots.iter().flatten().any(|slot| slot.again) {
+            Some(Duration::ZERO)
+        } else if self.accepting {
+            None
+        } else {
+            Some(ACCEPT_PAUSE)
+        };
+        let timeout = timeout.map(|time| Timespec::try_from(time).expect("a short time fits"));
+        let count = match epoll::wait(&self.epoll, &mut *events, timeout.as_ref()) {
+            Ok(count) => count,
+            Err(Errno::INTR) => 0,
+            Err(error) => panic!("waiting on an epoll of one's own cannot fail: {error}"),
+        };
+        if !self.accepting {
+            let data = EventData::new_u64(LISTENER);
+            self.accepting = epoll::add(&self.epoll, &self.listener, data, EventFlags::IN).is_ok();
+        }
+        count
+    }
+
+    /// Takes one client that waits for a connection; if more wait, the kernel says so again.
+    fn accept(&mut self) {
+        match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => self.open(socket),
+            Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                // It would be ready at once, again and again.
+                self.accepting = epoll::delete(&self.epoll, &self.listener).is_err();
+            }
+            // Somebody came and went.
+            Err(_) => (),
+        }
+    }
+
+    fn open(&mut self, socket: OwnedFd) {
+        let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
+        if free >= self.limits.max_connections {
+            // A new connection has room for this. If not, the client learns it from the close.
+            let _ = send(&socket, TOO_MANY_CONNECTIONS, SendFlags::NOSIGNAL);
+            return;
+        }
+        let connection = Connection::new(socket, &self.limits);
+        if free == self.slots.len() {
+            self.slots.push(None);
+        }
+        self.slots[free] = Some(Slot { connection, watched: EventFlags::empty(), again: false });
+        self.go_on(free, Next::When(EventFlags::IN));
+    }
+
+    /// Does what a connection can do now. A slot that was emptied in the same round is none.
+    fn advance(&mut self, number: usize) {
+        let Some(slot) = self.slots.get_mut(number).and_then(Option::as_mut) else { return };
+        let next = slot.connection.advance(|command| self.outbox.send(number, command));
+        self.go_on(number, next);
+    }
+
+    /// Sees to it that a connection goes on as `next` says.
+    fn go_on(&mut self, number: usize, next: Next) {
+        let Some(slot) = self.slots.get_mut(number).and_then(Option::as_mut) else { return };
+        let kept = match next {
+            Next::Close => false,
+            Next::Again => {
+                slot.again = true;
+                true
+            }
+            Next::When(flags) => watch(&self.epoll, number, slot, flags).is_ok(),
+        };
+        if !kept {
+            self.slots[number] = None;
+        }
+    }
+}
+
+/// Has the kernel watch a connection for `flags`. For nothing means not at all: a client that hung up would otherwise be
+/// reported again and again while its command is with the main thread.
+fn watch(epoll: &OwnedFd, number: usize, slot: &mut Slot, flags: EventFlags) -> Result<(), Errno> {
+    let socket = slot.connection.as_fd();
+    let data = EventData::new_u64(number as u64);
+    match (slot.watched.is_empty(), flags.is_empty()) {
+        (true, true) => (),
+        (true, false) => epoll::add(epoll, socket, data, flags)?,
+        (false, true) => epoll::delete(epoll, socket)?,
+        (false, false) if flags == slot.watched => (),
+        (false, false) => epoll::modify(epoll, socket, data, flags)?,
+    }
+    slot.watched = flags;
+    Ok(())
+}

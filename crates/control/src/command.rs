@@ -1,0 +1,107 @@
+//! The one list of what a microVM can be told, wherever it comes from.
+
+use std::fmt;
+
+use config::{
+    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate, Serial,
+    VmState,
+};
+
+use crate::PhaseError;
+
+/// Something to do or to tell, checked in form and bounds. The main thread runs one at a time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Who and in which state: `GET /`.
+    DescribeInstance,
+    /// Which version: `GET /version`.
+    GetVersion,
+    /// Processors and memory as they are set: `GET /machine-config`.
+    GetMachineConfig,
+    /// Set processors and memory; what is not given returns to its default.
+    PutMachineConfig(MachineConfig),
+    /// Change processors and memory; what is not given stays.
+    PatchMachineConfig(MachineConfigUpdate),
+    /// Set what to boot.
+    PutBootSource(BootSource),
+    /// Set how the monitor logs.
+    PutLogger(Logger),
+    /// Set where the serial console goes.
+    PutSerial(Serial),
+    /// Add a drive, or set it anew.
+    PutDrive(Drive),
+    /// Change a drive of a started guest: its disk, its limits.
+    PatchDrive(DriveUpdate),
+    /// Add the entropy device, or set it anew.
+    PutEntropy(Entropy),
+    /// Boot the guest.
+    Start,
+    /// Write the metrics out now.
+    FlushMetrics,
+    /// Press Ctrl+Alt+Del on the guest's keyboard.
+    SendCtrlAltDel,
+    /// Pause or resume; the present state again is no error.
+    SetVmState(VmState),
+    /// The whole configuration: `GET /vm/config`.
+    GetVmConfig,
+}
+
+impl Command {
+    /// What its user calls it, for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::DescribeInstance => "GET /",
+            Command::GetVersion => "GET /version",
+            Command::GetMachineConfig => "GET /machine-config",
+            Command::PutMachineConfig(_) => "PUT /machine-config",
+            Command::PatchMachineConfig(_) => "PATCH /machine-config",
+            Command::PutBootSource(_) => "PUT /boot-source",
+            Command::PutLogger(_) => "PUT /logger",
+            Command::PutSerial(_) => "PUT /serial",
+            Command::PutDrive(_) => "PUT /drives",
+            Command::PatchDrive(_) => "PATCH /drives",
+            Command::PutEntropy(_) => "PUT /entropy",
+            Command::Start => "InstanceStart",
+            Command::FlushMetrics => "FlushMetrics",
+            Command::SendCtrlAltDel => "SendCtrlAltDel",
+            Command::SetVmState(VmState::Paused) => "pausing",
+            Command::SetVmState(VmState::Resumed) => "resuming",
+            Command::GetVmConfig => "GET /vm/config",
+        }
+    }
+}
+
+/// The answer to a command that was carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// Done, and there is nothing to say: 204.
+    Empty,
+    /// What was asked for: 200.
+    Json(serde_json::Value),
+}
+
+/// A command that was not carried out, and left everything as it was: 400 with this message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct CommandError {
+    message: String,
+}
+
+impl CommandError {
+    /// An error that tells the user `message`: what was wrong, with its name, its value and the bound.
+    pub fn new(message: impl fmt::Display) -> CommandError {
+        CommandError { message: message.to_string() }
+    }
+}
+
+impl From<ConfigError> for CommandError {
+    fn from(error: ConfigError) -> CommandError {
+        CommandError::new(error)
+    }
+}
+
+impl From<PhaseError> for CommandError {
+    fn from(error: PhaseError) -> CommandError {
+        CommandError::new(error)
+    }
+}

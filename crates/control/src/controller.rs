@@ -1,0 +1,386 @@
+//! Carrying commands out: the one owner of the configuration and, once there is one, of the machine.
+//!
+//! # Invariants
+//!
+//! - The main thread has the only [`Controller`] and gives it one [`Command`] at a time; there is no lock.
+//! - [`State`] is changed in [`Controller::start`] and [`Controller::set_vm_state`] and nowhere else.
+//! - A command that is refused leaves everything as it was: a start that fails can be tried again.
+//!
+//! # Errors
+//!
+//! [`CommandError`], for the user. What ends the guest arrives as a [`machine::MachineEvent`] at whoever owns the event
+//! channel's other end, not here.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+use config::{
+    BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, Serial, VmConfig,
+    VmState, check_drives,
+};
+use machine::boot::BootFiles;
+use machine::devices::{DeviceSetup, limits};
+use machine::legacy::{Output, SerialSetup, StartTimes};
+use machine::machine::{Machine, PauseError};
+use machine::{EventSink, Paused, Running, Setup};
+use serde_json::json;
+use virtio::block::disk::{Disk, DiskOptions};
+use virtio::rate_limiter::RateLimiterConfig;
+use virtio::worker::monotonic;
+
+use crate::{Command, CommandError, Phase, Reply, phase};
+
+/// How long a change of a drive waits for requests in flight on its old disk.
+const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Who the monitor says it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The microVM's id.
+    pub id: String,
+    /// The program's name.
+    pub app_name: &'static str,
+    /// The program's version.
+    pub version: &'static str,
+    /// The version of Firecracker whose API this is.
+    pub api_version: &'static str,
+}
+
+/// What the process around a controller does for it.
+pub trait Host {
+    /// Makes the log as `logger` says, or leaves it as it is and says why.
+    fn set_up_logger(&mut self, logger: &Logger) -> Result<(), CommandError>;
+
+    /// This process's standard input and output as the ends of a serial port.
+    fn standard_io(&mut self) -> std::io::Result<SerialSetup>;
+
+    /// The guest runs from now on, and has standard input and output if `with_standard_io`.
+    fn guest_starts(&mut self, with_standard_io: bool);
+}
+
+/// The owner of configuration and machine.
+#[derive(Debug)]
+pub struct Controller<H> {
+    identity: Identity,
+    host: H,
+    boot_timer: Option<StartTimes>,
+    events: EventSink,
+    config: FullVmConfig,
+    /// What `config.boot_source` names, opened when it was set.
+    boot_files: Option<OpenedBootFiles>,
+    /// What `config.serial` names, opened when it was set.
+    serial_output: Option<Output>,
+    /// The disks of `config.drives`, in the same order, opened when they were set.
+    disks: Vec<Disk>,
+    state: State,
+}
+
+/// The life of a microVM. (Stopped is not here: the process ends.)
+#[derive(Debug)]
+enum State {
+    Configured,
+    Running(Running),
+    Paused(Paused),
+    /// A bug in this monitor left no machine; the process is about to end.
+    Lost,
+}
+
+#[derive(Debug)]
+struct OpenedBootFiles {
+    kernel: File,
+    initrd: Option<File>,
+}
+
+impl<H: Host> Controller<H> {
+    /// A microVM that is not configured yet. With `boot_timer`, it will have a boot timer that counts from there.
+    pub fn new(identity: Identity, host: H, boot_timer: Option<StartTimes>, events: EventSink) -> Self {
+        Controller {
+            identity,
+            host,
+            boot_timer,
+            events,
+            config: FullVmConfig::default(),
+            boot_files: None,
+            serial_output: None,
+            disks: Vec::new(),
+            state: State::Configured,
+        }
+    }
+
+    /// Does everything that a configuration file says, and starts the guest.
+    pub fn start_from(&mut self, config: VmConfig) -> Result<(), CommandError> {
+        if let Some(logger) = config.logger {
+            self.run(Command::PutLogger(logger))?;
+        }
+        self.run(Command::PutMachineConfig(config.machine_config))?;
+        self.run(Command::PutBootSource(config.boot_source))?;
+        if let Some(serial) = config.serial {
+            self.run(Command::PutSerial(serial))?;
+        }
+        for drive in config.drives {
+            self.run(Command::PutDrive(drive))?;
+        }
+        if let Some(entropy) = config.entropy {
+            self.run(Command::PutEntropy(entropy))?;
+        }
+        self.run(Command::Start).map(drop)
+    }
+
+    /// Carries out one command, if this is the time for it.
+    pub fn run(&mut self, command: Command) -> Result<Reply, CommandError> {
+        phase::check(&command, self.phase())?;
+        match command {
+            Command::DescribeInstance => return Ok(Reply::Json(self.describe())),
+            Command::GetVersion => {
+                return Ok(Reply::Json(json!({ "firecracker_version": self.identity.api_version })));
+            }
+            Command::GetMachineConfig => return to_json(&self.config.machine_config),
+            Command::GetVmConfig => return to_json(&self.config),
+            Command::PutMachineConfig(config) => self.set_machine_config(config)?,
+            Command::PatchMachineConfig(update) => {
+                let config = self.config.machine_config.updated(&update)?;
+                self.set_machine_config(config)?;
+            }
+            Command::PutBootSource(source) => self.set_boot_source(source)?,
+            Command::PutLogger(logger) => {
+                self.host.set_up_logger(&logger)?;
+                self.config.logger = Some(logger);
+            }
+            Command::PutSerial(serial) => self.set_serial(serial)?,
+            Command::PutDrive(drive) => self.put_drive(&drive)?,
+            Command::PatchDrive(update) => self.patch_drive(&update)?,
+            Command::PutEntropy(entropy) => {
+                entropy.check()?;
+                self.config.entropy = Some(entropy);
+            }
+            Command::Start => self.start()?,
+            // There is no destination for metrics yet, so nothing waits to be written.
+            Command::FlushMetrics => {}
+            Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
+            Command::SetVmState(state) => self.set_vm_state(state)?,
+        }
+        Ok(Reply::Empty)
+    }
+
+    /// Where the microVM is in its life.
+    pub fn phase(&self) -> Phase {
+        match &self.state {
+            State::Configured => Phase::Configured,
+            State::Running(_) => Phase::Running,
+            State::Paused(_) | State::Lost => Phase::Paused,
+        }
+    }
+
+    /// Waits at most `limit` until what the guest wrote to its serial port is out.
+    pub fn drain_serial(&self, limit: Duration) {
+        let out = self.machine().is_none_or(|machine| machine.drain_serial(limit));
+        if !out {
+            log::warn!("nobody took the rest of the serial port's output within {} ms", limit.as_millis());
+        }
+    }
+
+    fn describe(&self) -> serde_json::Value {
+        json!({
+            "id": self.identity.id,
+            "state": self.phase().name(),
+            "vmm_version": self.identity.version,
+            "app_name": self.identity.app_name,
+        })
+    }
+
+    fn set_machine_config(&mut self, config: MachineConfig) -> Result<(), CommandError> {
+        config.check()?;
+        match config.cpu_template {
+            None | Some(CpuTemplate::None) => {}
+            Some(template) => {
+                log::warn!(
+                    "cpu_template {template:?} is accepted and has no effect: this version shows the host's CPU"
+                );
+            }
+        }
+        self.config.machine_config = config;
+        Ok(())
+    }
+
+    fn set_boot_source(&mut self, source: BootSource) -> Result<(), CommandError> {
+        source.check()?;
+        let kernel = open("kernel image", &source.kernel_image_path)?;
+        let initrd = source.initrd_path.as_deref().map(|path| open("initrd", path)).transpose()?;
+        self.boot_files = Some(OpenedBootFiles { kernel, initrd });
+        self.config.boot_source = Some(source);
+        Ok(())
+    }
+
+    fn set_serial(&mut self, serial: Serial) -> Result<(), CommandError> {
+        serial.check()?;
+        let open = |path: &Path| {
+            Output::open(path).map_err(|error| {
+                CommandError::new(format_args!("cannot open the serial output {}: {error}", path.display()))
+            })
+        };
+        self.serial_output = serial.serial_out_path.as_deref().map(open).transpose()?;
+        self.config.serial = Some(serial);
+        Ok(())
+    }
+
+    /// Adds a drive, or sets it anew; its disk is opened now.
+    fn put_drive(&mut self, drive: &Drive) -> Result<(), CommandError> {
+        let at = self.config.drives.iter().position(|other| other.drive_id == drive.drive_id);
+        let mut drives = self.config.drives.clone();
+        match at {
+            Some(at) => drives[at] = drive.clone(),
+            None => drives.push(drive.clone()),
+        }
+        check_drives(&drives)?;
+        let options = DiskOptions::of(drive);
+        match at {
+            None => self.disks.push(Disk::open(&options).map_err(CommandError::new)?),
+            Some(at) => self.reopen_disk(at, &options)?,
+        }
+        self.config.drives = drives;
+        Ok(())
+    }
+
+    /// Opens another disk for a drive that has one. An overlay is locked while it is open, so the old disk is closed first,
+    /// and opened again should the new one fail.
+    fn reopen_disk(&mut self, at: usize, options: &DiskOptions) -> Result<(), CommandError> {
+        drop(self.disks.remove(at));
+        let error = match Disk::open(options) {
+            Ok(disk) => {
+                self.disks.insert(at, disk);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        match Disk::open(&DiskOptions::of(&self.config.drives[at])) {
+            Ok(disk) => self.disks.insert(at, disk),
+            Err(gone) => {
+                log::error!("drive {} is gone: {gone}", self.config.drives[at].drive_id);
+                self.config.drives.remove(at);
+            }
+        }
+        Err(CommandError::new(error))
+    }
+
+    /// Changes a drive of the guest: another disk, other limits.
+    fn patch_drive(&mut self, update: &DriveUpdate) -> Result<(), CommandError> {
+        let no_such = || CommandError::new(format_args!("there is no drive {}", update.drive_id));
+        let at = self.config.drives.iter().position(|drive| drive.drive_id == update.drive_id);
+        let at = at.ok_or_else(no_such)?;
+        let control = self.machine().and_then(|machine| machine.devices().drive(&update.drive_id)).cloned();
+        let control = control.ok_or_else(no_such)?;
+        let drive = self.config.drives[at].updated(update)?;
+        if update.path_on_host.is_some() || update.overlay.is_some() {
+            let disk = Disk::open(&DiskOptions::of(&drive)).map_err(CommandError::new)?;
+            let mut replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
+            self.disks[at] = disk;
+            if let Err(still) = replaced.wait(REPLACE_PATIENCE) {
+                log::warn!("drive {}: {still}; it is closed when they have ended", drive.drive_id);
+            }
+        }
+        if update.rate_limiter.is_some() {
+            control.update_limits(limits(update.rate_limiter.as_ref()), monotonic());
+        }
+        self.config.drives[at] = drive;
+        Ok(())
+    }
+
+    /// The machine in either of its states, if there is one.
+    fn machine(&self) -> Option<&Machine> {
+        match &self.state {
+            State::Running(machine) => Some(machine),
+            State::Paused(machine) => Some(machine),
+            State::Configured | State::Lost => None,
+        }
+    }
+
+    /// Where the guest's serial port leads.
+    fn serial(&mut self) -> std::io::Result<SerialSetup> {
+        let mut serial = match &self.serial_output {
+            Some(output) => SerialSetup {
+                output: Some(output.try_clone()?),
+                input: None,
+                limit: RateLimiterConfig::default(),
+            },
+            None => self.host.standard_io()?,
+        };
+        let bucket = self.config.serial.as_ref().and_then(|serial| serial.rate_limiter);
+        serial.limit = limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }));
+        Ok(serial)
+    }
+
+    fn start(&mut self) -> Result<(), CommandError> {
+        let serial = self.serial().map_err(|e| cannot_start(&e))?;
+        let (Some(source), Some(files)) = (&self.config.boot_source, &self.boot_files) else {
+            return Err(CommandError::new("there is nothing to boot: no boot source has been set"));
+        };
+        let boot = BootFiles {
+            kernel: clone_file("kernel image", &files.kernel)?,
+            initrd: files.initrd.as_ref().map(|file| clone_file("initrd", file)).transpose()?,
+            cmdline: source.boot_args().to_owned(),
+        };
+        let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
+        let setup = Setup {
+            config: &self.config.machine_config,
+            boot,
+            serial,
+            boot_timer: self.boot_timer,
+            devices: DeviceSetup { drives, entropy: self.config.entropy.clone() },
+            events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
+        };
+        let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
+        self.host.guest_starts(self.serial_output.is_none());
+        self.state = State::Running(machine.resume().map_err(|e| cannot_start(&e))?);
+        log::info!("the guest has started");
+        Ok(())
+    }
+
+    fn press_ctrl_alt_del(&self) -> Result<(), CommandError> {
+        self.machine().map_or(Ok(()), Machine::press_ctrl_alt_del).map_err(CommandError::new)
+    }
+
+    fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {
+        let (next, result) = match (std::mem::replace(&mut self.state, State::Lost), wanted) {
+            (State::Running(machine), VmState::Paused) => match machine.pause() {
+                Ok(machine) => (State::Paused(machine), Ok(())),
+                Err(PauseError::Busy { machine, source }) => {
+                    let error = CommandError::new(format_args!("the microVM cannot be paused now: {source}"));
+                    (State::Running(machine), Err(error))
+                }
+                Err(PauseError::Gone(gone)) => lost(&gone),
+            },
+            (State::Paused(machine), VmState::Resumed) => match machine.resume() {
+                Ok(machine) => (State::Running(machine), Ok(())),
+                Err(gone) => lost(&gone),
+            },
+            (same, _) => (same, Ok(())),
+        };
+        self.state = next;
+        result
+    }
+}
+
+/// A bug in this monitor: there is no machine any more.
+fn lost(gone: &machine::vcpu::VcpuGone) -> (State, Result<(), CommandError>) {
+    log::error!("{gone}");
+    (State::Lost, Err(CommandError::new(gone)))
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<Reply, CommandError> {
+    serde_json::to_value(value).map(Reply::Json).map_err(CommandError::new)
+}
+
+fn open(what: &str, path: &Path) -> Result<File, CommandError> {
+    File::open(path).map_err(|error| {
+        CommandError::new(format_args!("cannot open the {what} {}: {error}", path.display()))
+    })
+}
+
+fn clone_file(what: &str, file: &File) -> Result<File, CommandError> {
+    file.try_clone().map_err(|error| CommandError::new(format_args!("cannot use the {what}: {error}")))
+}
+
+fn cannot_start(error: &dyn std::error::Error) -> CommandError {
+    CommandError::new(format_args!("cannot start the microVM: {error}"))
+}

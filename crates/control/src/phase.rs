@@ -1,0 +1,150 @@
+//! The phases of a microVM as its user sees them, and which command is possible in which.
+
+use crate::Command;
+
+/// Where a microVM is in its life. (Stopped is no phase: the process ends.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// It is being described; there is no guest yet.
+    Configured,
+    /// The guest runs.
+    Running,
+    /// The guest stands still.
+    Paused,
+}
+
+impl Phase {
+    /// Its name in `GET /`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Configured => "Not started",
+            Phase::Running => "Running",
+            Phase::Paused => "Paused",
+        }
+    }
+}
+
+/// A command at a time when it is not possible.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PhaseError {
+    /// It describes the machine to be, and the machine is there already.
+    #[error("{command} is possible only before the microVM starts, and it is {}", phase.name())]
+    OnlyBeforeStart {
+        /// [`Command::name`].
+        command: &'static str,
+        /// The phase it met.
+        phase: Phase,
+    },
+    /// It acts on a guest, and there is none yet.
+    #[error("{command} needs a started microVM, and it is {}", phase.name())]
+    OnlyAfterStart {
+        /// [`Command::name`].
+        command: &'static str,
+        /// The phase it met.
+        phase: Phase,
+    },
+}
+
+/// When a command is possible.
+enum When {
+    Always,
+    BeforeStart,
+    AfterStart,
+}
+
+/// The rule for each command.
+fn when(command: &Command) -> When {
+    match command {
+        Command::DescribeInstance
+        | Command::GetVersion
+        | Command::GetMachineConfig
+        | Command::GetVmConfig => When::Always,
+
+        Command::PutMachineConfig(_)
+        | Command::PatchMachineConfig(_)
+        | Command::PutBootSource(_)
+        | Command::PutLogger(_)
+        | Command::PutSerial(_)
+        | Command::PutDrive(_)
+        | Command::PutEntropy(_)
+        | Command::Start => When::BeforeStart,
+
+        Command::FlushMetrics | Command::SendCtrlAltDel | Command::SetVmState(_) | Command::PatchDrive(_) => {
+            When::AfterStart
+        }
+    }
+}
+
+/// Whether `command` is possible in `phase`.
+pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
+    match (when(command), phase) {
+        (When::Always, _)
+        | (When::BeforeStart, Phase::Configured)
+        | (When::AfterStart, Phase::Running | Phase::Paused) => Ok(()),
+        (When::BeforeStart, Phase::Running | Phase::Paused) => {
+            Err(PhaseError::OnlyBeforeStart { command: command.name(), phase })
+        }
+        (When::AfterStart, Phase::Configured) => {
+            Err(PhaseError::OnlyAfterStart { command: command.name(), phase })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use config::{BootSource, Logger, MachineConfig, MachineConfigUpdate, Serial, VmState};
+
+    use super::*;
+
+    const PHASES: [Phase; 3] = [Phase::Configured, Phase::Running, Phase::Paused];
+
+    fn assert_possible(command: &Command, expected: [bool; 3]) {
+        let possible = PHASES.map(|phase| check(command, phase).is_ok());
+        assert_eq!(possible, expected, "{command:?}");
+    }
+
+    #[test]
+    fn questions_are_answered_in_every_phase() {
+        for command in
+            [Command::DescribeInstance, Command::GetVersion, Command::GetMachineConfig, Command::GetVmConfig]
+        {
+            assert_possible(&command, [true, true, true]);
+        }
+    }
+
+    #[test]
+    fn what_describes_the_machine_comes_before_the_start() {
+        let boot_source =
+            BootSource { kernel_image_path: "vmlinux".into(), initrd_path: None, boot_args: None };
+        for command in [
+            Command::PutMachineConfig(MachineConfig::default()),
+            Command::PatchMachineConfig(MachineConfigUpdate::default()),
+            Command::PutBootSource(boot_source),
+            Command::PutLogger(Logger::default()),
+            Command::PutSerial(Serial::default()),
+            Command::Start,
+        ] {
+            assert_possible(&command, [true, false, false]);
+        }
+    }
+
+    #[test]
+    fn what_acts_on_the_guest_comes_after_the_start() {
+        for command in [
+            Command::FlushMetrics,
+            Command::SendCtrlAltDel,
+            Command::SetVmState(VmState::Paused),
+            Command::SetVmState(VmState::Resumed),
+        ] {
+            assert_possible(&command, [false, true, true]);
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_command_and_the_phase() {
+        let error = check(&Command::Start, Phase::Paused).unwrap_err().to_string();
+        assert!(error.contains("InstanceStart") && error.contains("Paused"), "{error}");
+        let error = check(&Command::SendCtrlAltDel, Phase::Configured).unwrap_err().to_string();
+        assert!(error.contains("SendCtrlAltDel") && error.contains("Not started"), "{error}");
+    }
+}

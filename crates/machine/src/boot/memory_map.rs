@@ -1,0 +1,51 @@
+//! The memory map that a guest is told: what is RAM, and what is not to be touched.
+
+use memory::GuestRam;
+
+use crate::layout;
+
+/// Address range types of the ACPI specification (and of e820 and PVH, which share them).
+pub(super) const RAM: u32 = 1;
+/// See [`RAM`].
+pub(super) const RESERVED: u32 = 2;
+
+/// One entry of the map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Range {
+    pub(super) start: u64,
+    pub(super) size: u64,
+    pub(super) kind: u32,
+}
+
+/// The map, by address: low RAM, the firmware's tables, the rest of RAM, and PCI configuration space.
+pub(super) fn ranges(ram: &GuestRam) -> Vec<Range> {
+    let low_end = layout::LOW_RAM_END;
+    let mut ranges = vec![
+        Range { start: 0, size: low_end, kind: RAM },
+        Range { start: low_end, size: layout::HIGH_RAM - low_end, kind: RESERVED },
+        Range { start: layout::ECAM, size: layout::ECAM_SIZE, kind: RESERVED },
+    ];
+    for region in ram.regions() {
+        let start = region.guest_addr.max(layout::HIGH_RAM);
+        let size = region.guest_addr + region.size - start;
+        ranges.push(Range { start, size, kind: RAM });
+    }
+    ranges.sort_by_key(|r| r.start);
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use config::HugePages;
+    use memory::layout::GIB;
+
+    #[test]
+    fn map_covers_all_ram_above_the_first_mib_and_overlaps_nowhere() {
+        let ram = GuestRam::map(5 * 1024, HugePages::None, false).unwrap();
+        let ranges = ranges(&ram);
+        assert!(ranges.windows(2).all(|w| w[0].start + w[0].size <= w[1].start), "{ranges:x?}");
+        let usable: u64 = ranges.iter().filter(|r| r.kind == RAM).map(|r| r.size).sum();
+        assert_eq!(usable, 5 * GIB - (layout::HIGH_RAM - layout::LOW_RAM_END));
+    }
+}

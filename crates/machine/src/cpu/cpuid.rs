@@ -1,0 +1,323 @@
+//! CPUID as a guest sees it: what KVM supports on this host, with the parts put right that depend on the microVM (topology,
+//! which vCPU is asked) or that a guest could not use (power management, performance counters).
+//!
+//! Leaves are those of the Intel SDM volume 2 and the AMD APM volume 3.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+use super::Topology;
+use crate::kvm::{Kvm, KvmError, Named};
+
+/// Who made the host's processor; some leaves mean different things.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Vendor {
+    Intel,
+    Amd,
+    Other,
+}
+
+/// The leaves that are the same for all vCPUs of a microVM; each vCPU's own come from [`Cpuid::for_vcpu`].
+#[derive(Debug, Clone)]
+pub(crate) struct Cpuid {
+    entries: Vec<kvm_cpuid_entry2>,
+    vendor: Vendor,
+    topology: Topology,
+}
+
+impl Cpuid {
+    /// What this host can show, arranged for `topology`.
+    pub(crate) fn new(kvm: &Kvm, topology: Topology) -> Result<Self, KvmError> {
+        Ok(Self::from_supported(kvm.supported_cpuid()?.as_slice(), topology))
+    }
+
+    fn from_supported(supported: &[kvm_cpuid_entry2], topology: Topology) -> Self {
+        let vendor = vendor(supported);
+        let mut cpuid = Cpuid { entries: supported.to_vec(), vendor, topology };
+        cpuid.normalize_features();
+        cpuid.set_brand_string();
+        cpuid.normalize_topology();
+        cpuid
+    }
+
+    /// The width of a guest-physical address, in bits.
+    pub(crate) fn physical_address_bits(&self) -> u8 {
+        // A processor without the leaf has 36 bits.
+        self.entries.iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax as u8)
+    }
+
+    /// All leaves of vCPU `id`, which is its APIC id too.
+    pub(crate) fn for_vcpu(&self, id: u8) -> Result<CpuId, KvmError> {
+        let mut entries = self.entries.clone();
+        for entry in &mut entries {
+            match entry.function {
+                0x1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(id) << 24,
+                0xb | 0x1f => entry.edx = id.into(),
+                0x8000_001e if self.vendor == Vendor::Amd => {
+                    entry.eax = id.into();
+                    let core = u32::from(id / self.topology.threads_per_core);
+                    entry.ebx = core | u32::from(self.topology.threads_per_core - 1) << 8;
+                }
+                _ => {}
+            }
+        }
+        CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG)).named("KVM_SET_CPUID2")
+    }
+
+    fn for_each(&mut self, function: u32, mut change: impl FnMut(&mut kvm_cpuid_entry2)) {
+        self.entries.iter_mut().filter(|e| e.function == function).for_each(&mut change);
+    }
+
+    /// Features that the microVM has whatever the host says, and those that it cannot have.
+    fn normalize_features(&mut self) {
+        let vendor = self.vendor;
+        let cpus = self.topology.cpus;
+        self.for_each(0x1, |e| {
+            const CLFLUSH_LINE_IN_QUADWORDS: u32 = 8;
+            const PDCM: u32 = 1 << 15;
+            const TSC_DEADLINE: u32 = 1 << 24;
+            const HYPERVISOR: u32 = 1 << 31;
+            const HTT: u32 = 1 << 28;
+            e.ebx = e.ebx & 0xff | CLFLUSH_LINE_IN_QUADWORDS << 8 | u32::from(cpus) << 16;
+            e.ecx = e.ecx & !PDCM | TSC_DEADLINE | HYPERVISOR;
+            e.edx = if cpus > 1 { e.edx | HTT } else { e.edx & !HTT };
+        });
+        self.for_each(0x6, |e| {
+            const TURBO: u32 = 1 << 1;
+            const ENERGY_BIAS: u32 = 1 << 3;
+            e.eax &= !TURBO;
+            e.ecx &= !ENERGY_BIAS;
+        });
+        self.for_each(0x7, |e| {
+            const WAITPKG: u32 = 1 << 5;
+            const ARCH_CAPABILITIES: u32 = 1 << 29;
+            if e.index == 0 {
+                e.ecx &= !WAITPKG;
+                if vendor == Vendor::Amd {
+                    // KVM makes this up on AMD, where nothing would read it right.
+                    e.edx &= !ARCH_CAPABILITIES;
+                }
+            }
+        });
+        // Architectural performance counters are not given to guests.
+        self.for_each(0xa, |e| (e.eax, e.ebx, e.ecx, e.edx) = (0, 0, 0, 0));
+    }
+
+    /// A brand name that says the maker and the nominal frequency and not which machine this is.
+    fn set_brand_string(&mut self) {
+        let host = self.brand_string();
+        let brand = match self.vendor {
+            Vendor::Intel => match frequency(&host) {
+                Some(ghz) => format!("Intel(R) Xeon(R) Processor @ {ghz}"),
+                None => "Intel(R) Xeon(R) Processor".to_owned(),
+            },
+            Vendor::Amd => "AMD EPYC".to_owned(),
+            Vendor::Other => return,
+        };
+        let mut bytes = [0; 48];
+        bytes[..brand.len()].copy_from_slice(brand.as_bytes());
+        let word = |i: usize| u32::from_le_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
+        for (leaf, at) in (0x8000_0002..=0x8000_0004).zip((0..).step_by(16)) {
+            self.for_each(leaf, |e| {
+                (e.eax, e.ebx, e.ecx, e.edx) = (word(at), word(at + 4), word(at + 8), word(at + 12));
+            });
+        }
+    }
+
+    fn brand_string(&self) -> String {
+        let leaves = self.entries.iter().filter(|e| (0x8000_0002..=0x8000_0004).contains(&e.function));
+        let bytes: Vec<u8> =
+            leaves.flat_map(|e| [e.eax, e.ebx, e.ecx, e.edx]).flat_map(u32::to_le_bytes).collect();
+        String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned()
+    }
+
+    /// The leaves that say how threads, cores and caches belong together.
+    fn normalize_topology(&mut self) {
+        let topology = self.topology;
+        let (cores, threads) = (u32::from(topology.cores()), u32::from(topology.threads_per_core));
+        if self.vendor == Vendor::Intel {
+            self.for_each(0x4, |e| {
+                let level = e.eax >> 5 & 0x7;
+                // Levels 1 and 2 belong to a core, level 3 to the package. Both counts are stored less one.
+                let sharing = if level >= 3 { u32::from(topology.cpus) } else { threads };
+                e.eax = e.eax & 0x3fff | (sharing - 1) << 14 | (cores - 1).min(0x3f) << 26;
+            });
+        }
+        self.set_extended_topology(0xb);
+        if self.entries.iter().any(|e| e.function == 0x1f) {
+            self.set_extended_topology(0x1f);
+        }
+        if self.vendor == Vendor::Amd {
+            self.normalize_amd_topology();
+        }
+    }
+
+    /// Leaves 0xB and 0x1F: one entry for threads, one for cores, and one that ends the list.
+    fn set_extended_topology(&mut self, function: u32) {
+        const LEVEL_THREAD: u32 = 1;
+        const LEVEL_CORE: u32 = 2;
+        let levels = [
+            (LEVEL_THREAD, self.topology.thread_bits(), u32::from(self.topology.threads_per_core)),
+            (LEVEL_CORE, self.topology.package_bits(), u32::from(self.topology.cpus)),
+            (0, 0, 0),
+        ];
+        self.entries.retain(|e| e.function != function);
+        for (index, (level, bits, count)) in (0..).zip(levels) {
+            self.entries.push(kvm_cpuid_entry2 {
+                function,
+                index,
+                flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                eax: bits,
+                ebx: count,
+                ecx: index | level << 8,
+                ..Default::default()
+            });
+        }
+    }
+
+    fn normalize_amd_topology(&mut self) {
+        let topology = self.topology;
+        self.for_each(0x8000_0001, |e| {
+            const CORE_PROCESSOR_LEGACY: u32 = 1 << 1;
+            const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
+            e.ecx |= TOPOLOGY_EXTENSIONS;
+            e.ecx = if topology.cpus > 1 {
+                e.ecx | CORE_PROCESSOR_LEGACY
+            } else {
+                e.ecx & !CORE_PROCESSOR_LEGACY
+            };
+        });
+        self.for_each(0x8000_0008, |e| {
+            // Number of threads less one, and how many bits of the APIC id number them.
+            e.ecx = e.ecx & !0xf0ff | u32::from(topology.cpus - 1) | topology.package_bits() << 12;
+        });
+        self.for_each(0x8000_001d, |e| {
+            let level = e.eax >> 5 & 0x7;
+            let sharing = if level >= 3 { topology.cpus } else { topology.threads_per_core };
+            e.eax = e.eax & !(0xfff << 14) | u32::from(sharing - 1) << 14;
+        });
+        // One node, one node per processor; the rest is each vCPU's own.
+        if !self.entries.iter().any(|e| e.function == 0x8000_001e) {
+            self.entries.push(kvm_cpuid_entry2 { function: 0x8000_001e, ..Default::default() });
+        }
+        self.for_each(0x8000_001e, |e| (e.ecx, e.edx) = (0, 0));
+        self.for_each(0x8000_0000, |e| e.eax = e.eax.max(0x8000_001e));
+        // The newer description of the host's topology would contradict the one given here.
+        self.entries.retain(|e| e.function != 0x8000_0026);
+    }
+}
+
+fn vendor(entries: &[kvm_cpuid_entry2]) -> Vendor {
+    let name = entries
+        .iter()
+        .find(|e| e.function == 0)
+        .map(|e| [e.ebx, e.edx, e.ecx].map(u32::to_le_bytes).concat());
+    match name.as_deref() {
+        Some(b"GenuineIntel") => Vendor::Intel,
+        Some(b"AuthenticAMD" | b"HygonGenuine") => Vendor::Amd,
+        _ => Vendor::Other,
+    }
+}
+
+/// The frequency at the end of Intel's brand names, as in `2.50GHz`.
+fn frequency(brand: &str) -> Option<&str> {
+    let (_, after) = brand.rsplit_once("@ ")?;
+    let end = after.find("Hz")? + 2;
+    let frequency = &after[..end];
+    (frequency.len() <= 12 && frequency.is_ascii()).then_some(frequency)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    fn registers(name: &[u8]) -> [u32; 4] {
+        let word = |i: usize| u32::from_le_bytes(name[4 * i..4 * i + 4].try_into().unwrap());
+        [word(0), word(1), word(2), word(3)]
+    }
+
+    fn host(vendor: &[u8; 12]) -> Vec<kvm_cpuid_entry2> {
+        let [ebx, edx, ecx, _] = registers(&[&vendor[..], b"0000"].concat());
+        let brand = b"Intel(R) Xeon(R) Platinum 8175M CPU @ 2.50GHz\0\0\0";
+        vec![
+            leaf(0, 0, [0x1f, ebx, ecx, edx]),
+            leaf(1, 0, [0, 0xffff_ffff, 0, 0]),
+            leaf(4, 0, [0xfc00_4121, 0, 0, 0]),
+            leaf(4, 3, [0xfc00_4163, 0, 0, 0]),
+            leaf(0xa, 0, [1, 2, 3, 4]),
+            leaf(0xb, 0, [9, 9, 9, 9]),
+            leaf(0x1f, 0, [9, 9, 9, 9]),
+            leaf(0x8000_0000, 0, [0x8000_0008, 0, 0, 0]),
+            leaf(0x8000_0001, 0, [0, 0, 0, 0]),
+            leaf(0x8000_0002, 0, registers(&brand[..16])),
+            leaf(0x8000_0003, 0, registers(&brand[16..32])),
+            leaf(0x8000_0004, 0, registers(&brand[32..])),
+            leaf(0x8000_0008, 0, [48, 0, 0xffff, 0]),
+        ]
+    }
+
+    fn find(cpuid: &Cpuid, vcpu: u8, function: u32, index: u32) -> kvm_cpuid_entry2 {
+        let all = cpuid.for_vcpu(vcpu).unwrap();
+        *all.as_slice().iter().find(|e| e.function == function && e.index == index).unwrap()
+    }
+
+    #[test]
+    fn each_vcpu_has_its_own_apic_id() {
+        let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), Topology::new(4, true));
+        for id in 0..4u8 {
+            let apic_id = u32::from(id);
+            assert_eq!(find(&cpuid, id, 1, 0).ebx >> 24, apic_id);
+            assert_eq!(find(&cpuid, id, 0xb, 0).edx, apic_id);
+            assert_eq!(find(&cpuid, id, 0x8000_001e, 0).eax, apic_id);
+            assert_eq!(find(&cpuid, id, 0x8000_001e, 0).ebx, u32::from(id / 2) | 1 << 8);
+        }
+    }
+
+    #[test]
+    fn topology_leaves_count_threads_and_cores() {
+        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), Topology::new(6, true));
+        let (threads, cores) = (find(&cpuid, 0, 0x1f, 0), find(&cpuid, 0, 0x1f, 1));
+        assert_eq!((threads.eax, threads.ebx, threads.ecx), (1, 2, 0x100));
+        assert_eq!((cores.eax, cores.ebx, cores.ecx), (3, 6, 0x201));
+        assert_eq!(find(&cpuid, 0, 0xb, 2).ebx, 0);
+        let (l1, l3) = (find(&cpuid, 0, 4, 0).eax, find(&cpuid, 0, 4, 3).eax);
+        assert_eq!((l1 >> 14 & 0xfff, l3 >> 14 & 0xfff, l1 >> 26), (1, 5, 2));
+    }
+
+    #[test]
+    fn amd_counts_its_threads_in_its_own_leaf() {
+        let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), Topology::new(5, false));
+        assert_eq!(find(&cpuid, 0, 0x8000_0008, 0).ecx, 4 | 3 << 12 | 0x0f00);
+        assert_eq!(find(&cpuid, 0, 0x8000_0000, 0).eax, 0x8000_001e);
+    }
+
+    #[test]
+    fn features_that_every_guest_needs_are_on_and_counters_are_off() {
+        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), Topology::new(1, false));
+        let features = find(&cpuid, 0, 1, 0);
+        assert_eq!(features.ecx, 1 << 24 | 1 << 31);
+        assert_eq!((features.ebx >> 8 & 0xff, features.edx >> 28 & 1), (8, 0));
+        let counters = find(&cpuid, 0, 0xa, 0);
+        assert_eq!((counters.eax, counters.ebx, counters.ecx, counters.edx), (0, 0, 0, 0));
+    }
+
+    #[test]
+    fn brand_name_keeps_the_frequency_and_not_the_model() {
+        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), Topology::new(1, false));
+        assert_eq!(cpuid.brand_string(), "Intel(R) Xeon(R) Processor @ 2.50GHz");
+        let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), Topology::new(1, false));
+        assert_eq!(cpuid.brand_string(), "AMD EPYC");
+    }
+
+    #[test]
+    fn any_number_of_vcpus_has_room_for_its_apic_ids() {
+        for cpus in 1..=128 {
+            let topology = Topology::new(cpus, cpus % 2 == 0);
+            assert!(1u32 << topology.package_bits() >= cpus.into());
+            assert_eq!(topology.cores() * topology.threads_per_core, cpus);
+        }
+    }
+}

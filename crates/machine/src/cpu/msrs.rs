@@ -1,0 +1,51 @@
+//! The model-specific registers that a vCPU starts with.
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+
+use crate::kvm::{KvmError, Named};
+
+const IA32_TSC: u32 = 0x10;
+const IA32_SYSENTER_CS: u32 = 0x174;
+const IA32_SYSENTER_ESP: u32 = 0x175;
+const IA32_SYSENTER_EIP: u32 = 0x176;
+const IA32_MISC_ENABLE: u32 = 0x1a0;
+const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
+const STAR: u32 = 0xc000_0081;
+const LSTAR: u32 = 0xc000_0082;
+const CSTAR: u32 = 0xc000_0083;
+const SYSCALL_MASK: u32 = 0xc000_0084;
+const KERNEL_GS_BASE: u32 = 0xc000_0102;
+
+/// `REP MOVS` is fast.
+const FAST_STRINGS: u64 = 1;
+/// Memory type ranges are on, and memory is write-back where none says otherwise.
+const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
+
+/// What a vCPU boots with, CPUID set before.
+const BOOT_MSRS: [(u32, u64); 11] = [
+    (IA32_SYSENTER_CS, 0),
+    (IA32_SYSENTER_ESP, 0),
+    (IA32_SYSENTER_EIP, 0),
+    (STAR, 0),
+    (CSTAR, 0),
+    (KERNEL_GS_BASE, 0),
+    (SYSCALL_MASK, 0),
+    (LSTAR, 0),
+    (IA32_TSC, 0),
+    (IA32_MISC_ENABLE, FAST_STRINGS),
+    (IA32_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
+];
+
+/// Sets [`BOOT_MSRS`]. The vCPU's CPUID must be set: registers that it does not show cannot be set.
+pub(crate) fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    let entries = BOOT_MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
+    let msrs = Msrs::from_entries(&entries).expect("eleven registers are few enough");
+    let set = vcpu.set_msrs(&msrs).named("KVM_SET_MSRS")?;
+    if set == entries.len() {
+        return Ok(());
+    }
+    // KVM stops at the first that it refuses.
+    log::error!("KVM refused to set the register {:#x} of a vCPU", entries[set].index);
+    Err(kvm_ioctls::Error::new(libc::EINVAL)).named("KVM_SET_MSRS")
+}

@@ -1,0 +1,95 @@
+//! What a machine tells its owner: the guest wants to stop, or cannot go on.
+//!
+//! vCPU threads post, the owner takes; a descriptor becomes readable when there is something to take.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+/// Something that ends a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The guest switched its power off.
+    PowerOff,
+    /// The guest reset itself; a microVM is used once, so this ends it too.
+    Reset,
+    /// The guest shut down without saying why: a triple fault, or a kernel that reboots by one.
+    TripleFault(VcpuFault),
+    /// KVM cannot run the guest any further.
+    Fatal(VcpuFault),
+}
+
+/// Where a vCPU was when it could not go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VcpuFault {
+    /// Which vCPU.
+    pub vcpu: u8,
+    /// What KVM said, in words.
+    pub reason: String,
+    /// The instruction pointer, and the instruction's bytes as far as they can be read.
+    pub place: Option<(u64, Vec<u8>)>,
+}
+
+impl std::fmt::Display for VcpuFault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "vCPU {}: {}", self.vcpu, self.reason)?;
+        match &self.place {
+            Some((rip, bytes)) if bytes.is_empty() => {
+                write!(f, " at RIP {rip:#x}, where no memory is mapped")
+            }
+            Some((rip, bytes)) => write!(f, " at RIP {rip:#x}, instruction bytes {bytes:02x?}"),
+            None => write!(f, " (its registers cannot be read)"),
+        }
+    }
+}
+
+/// The posting end; cheap to clone.
+#[derive(Debug)]
+pub struct EventSink {
+    sender: Sender<MachineEvent>,
+    wake: OwnedFd,
+}
+
+/// The taking end.
+#[derive(Debug)]
+pub struct EventSource {
+    receiver: Receiver<MachineEvent>,
+    wake: OwnedFd,
+}
+
+/// A connected pair.
+pub fn event_channel() -> std::io::Result<(EventSink, EventSource)> {
+    let (sender, receiver) = channel();
+    let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    Ok((EventSink { sender, wake: wake.try_clone()? }, EventSource { receiver, wake }))
+}
+
+impl EventSink {
+    /// Posts an event. (An owner that is gone does not want it any more.)
+    pub fn post(&self, event: MachineEvent) {
+        if self.sender.send(event).is_ok() {
+            // The counter can only be full when it is readable anyway.
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Another posting end for the same owner.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(EventSink { sender: self.sender.clone(), wake: self.wake.try_clone()? })
+    }
+}
+
+impl EventSource {
+    /// The next event, if any. Call until `None` after the descriptor became readable.
+    pub fn take(&self) -> Option<MachineEvent> {
+        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        self.receiver.try_recv().ok()
+    }
+}
+
+impl AsFd for EventSource {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}

@@ -1,0 +1,225 @@
+//! An i8042 keyboard controller: enough for a kernel to find a keyboard, for Ctrl+Alt+Del, and for a reset by command 0xFE.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+use crate::events::{EventSink, MachineEvent};
+
+/// Offsets from port 0x60.
+const DATA: u64 = 0;
+const STATUS_OR_COMMAND: u64 = 4;
+
+const STATUS_OUTPUT_FULL: u8 = 0x01;
+const STATUS_SYSTEM: u8 = 0x04;
+const STATUS_KEYBOARD_UNLOCKED: u8 = 0x10;
+
+const COMMAND_READ_CONTROL: u8 = 0x20;
+const COMMAND_WRITE_CONTROL: u8 = 0x60;
+const COMMAND_SELF_TEST: u8 = 0xaa;
+const COMMAND_TEST_KEYBOARD_PORT: u8 = 0xab;
+const COMMAND_READ_OUTPUT_PORT: u8 = 0xd0;
+const COMMAND_WRITE_OUTPUT_PORT: u8 = 0xd1;
+const COMMAND_RESET: u8 = 0xfe;
+
+const CONTROL_KEYBOARD_INTERRUPT: u8 = 0x01;
+const SELF_TEST_PASSED: u8 = 0x55;
+const PORT_TEST_PASSED: u8 = 0x00;
+
+const KEYBOARD_RESET: u8 = 0xff;
+const KEYBOARD_IDENTIFY: u8 = 0xf2;
+const KEYBOARD_ACK: u8 = 0xfa;
+const KEYBOARD_SELF_TEST_PASSED: u8 = 0xaa;
+const KEYBOARD_ID: [u8; 2] = [0xab, 0x83];
+
+/// Scan codes (set 2) of left Ctrl, left Alt and Delete going down.
+const CTRL_ALT_DEL: [u8; 4] = [0x14, 0x11, 0xe0, 0x71];
+
+/// Bytes that the controller holds for the guest; what comes when it is full is lost, as with a real one.
+const BUFFER: usize = 16;
+
+/// Ctrl+Alt+Del could not be pressed.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the guest has not read the {0} bytes that its keyboard holds: no room for Ctrl+Alt+Del")]
+pub struct KeyboardFull(usize);
+
+/// The controller with its keyboard.
+#[derive(Debug)]
+pub(crate) struct I8042 {
+    state: Mutex<State>,
+    interrupt: EventFd,
+    events: EventSink,
+}
+
+/// Its registers: plain data.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct State {
+    control: u8,
+    output_port: u8,
+    /// A command that takes its argument from the next byte written to the data port.
+    waiting: Option<u8>,
+    /// What the guest has still to read.
+    buffer: VecDeque<u8>,
+}
+
+impl I8042 {
+    pub(crate) fn new(interrupt: EventFd, events: EventSink) -> Self {
+        let state = State {
+            control: CONTROL_KEYBOARD_INTERRUPT,
+            output_port: 0,
+            waiting: None,
+            buffer: VecDeque::with_capacity(BUFFER),
+        };
+        I8042 { state: Mutex::new(state), interrupt, events }
+    }
+
+    /// Presses Ctrl+Alt+Del.
+    pub(crate) fn press_ctrl_alt_del(&self) -> Result<(), KeyboardFull> {
+        let mut state = self.lock();
+        if state.buffer.len() + CTRL_ALT_DEL.len() > BUFFER {
+            return Err(KeyboardFull(state.buffer.len()));
+        }
+        self.give(&mut state, &CTRL_ALT_DEL);
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+
+    /// Puts bytes where the guest reads them.
+    fn give(&self, state: &mut State, bytes: &[u8]) {
+        let room = BUFFER - state.buffer.len();
+        state.buffer.extend(bytes.iter().take(room));
+        self.interrupt_if_full(state);
+    }
+
+    fn interrupt_if_full(&self, state: &State) {
+        if !state.buffer.is_empty() && state.control & CONTROL_KEYBOARD_INTERRUPT != 0 {
+            // It fails only when its counter is full, and then the interrupt is on its way.
+            let _ = self.interrupt.write(1);
+        }
+    }
+
+    fn command(&self, state: &mut State, command: u8) {
+        state.waiting = None;
+        match command {
+            COMMAND_RESET => self.events.post(MachineEvent::Reset),
+            COMMAND_READ_CONTROL => self.give(state, &[state.control]),
+            COMMAND_READ_OUTPUT_PORT => self.give(state, &[state.output_port]),
+            COMMAND_SELF_TEST => self.give(state, &[SELF_TEST_PASSED]),
+            COMMAND_TEST_KEYBOARD_PORT => self.give(state, &[PORT_TEST_PASSED]),
+            COMMAND_WRITE_CONTROL | COMMAND_WRITE_OUTPUT_PORT => state.waiting = Some(command),
+            _ => {}
+        }
+    }
+
+    fn data(&self, state: &mut State, value: u8) {
+        match state.waiting.take() {
+            Some(COMMAND_WRITE_CONTROL) => state.control = value,
+            Some(_) => state.output_port = value,
+            None => match value {
+                KEYBOARD_RESET => self.give(state, &[KEYBOARD_ACK, KEYBOARD_SELF_TEST_PASSED]),
+                KEYBOARD_IDENTIFY => self.give(state, &[KEYBOARD_ACK, KEYBOARD_ID[0], KEYBOARD_ID[1]]),
+                _ => self.give(state, &[KEYBOARD_ACK]),
+            },
+        }
+    }
+}
+
+impl BusDevice for I8042 {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let mut state = self.lock();
+        match offset {
+            DATA => {
+                data[0] = state.buffer.pop_front().unwrap_or(0);
+                self.interrupt_if_full(&state);
+            }
+            STATUS_OR_COMMAND => {
+                let full = if state.buffer.is_empty() { 0 } else { STATUS_OUTPUT_FULL };
+                data[0] = STATUS_SYSTEM | STATUS_KEYBOARD_UNLOCKED | full;
+            }
+            _ => {}
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let &[value] = data else { return };
+        let mut state = self.lock();
+        match offset {
+            DATA => self.data(&mut state, value),
+            STATUS_OR_COMMAND => self.command(&mut state, value),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::{EventSource, event_channel};
+    use proptest::prelude::*;
+
+    fn controller() -> (I8042, EventSource) {
+        let (sink, source) = event_channel().unwrap();
+        (I8042::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), sink), source)
+    }
+
+    fn read(device: &I8042, offset: u64) -> u8 {
+        let mut data = [0];
+        device.read(offset, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn command_fe_resets() {
+        let (device, events) = controller();
+        device.write(STATUS_OR_COMMAND, &[COMMAND_RESET]);
+        assert_eq!(events.take(), Some(MachineEvent::Reset));
+    }
+
+    #[test]
+    fn control_byte_reads_back_what_was_written() {
+        let (device, _events) = controller();
+        device.write(STATUS_OR_COMMAND, &[COMMAND_WRITE_CONTROL]);
+        device.write(DATA, &[0x44]);
+        device.write(STATUS_OR_COMMAND, &[COMMAND_READ_CONTROL]);
+        assert_eq!(read(&device, STATUS_OR_COMMAND) & STATUS_OUTPUT_FULL, STATUS_OUTPUT_FULL);
+        assert_eq!(read(&device, DATA), 0x44);
+        assert_eq!(read(&device, STATUS_OR_COMMAND) & STATUS_OUTPUT_FULL, 0);
+    }
+
+    #[test]
+    fn ctrl_alt_del_arrives_byte_by_byte_with_an_interrupt_each() {
+        let (device, _events) = controller();
+        device.press_ctrl_alt_del().unwrap();
+        for code in CTRL_ALT_DEL {
+            assert_eq!(device.interrupt.read().unwrap(), 1);
+            assert_eq!(read(&device, DATA), code);
+        }
+        assert!(device.interrupt.read().is_err(), "nothing more to read, no interrupt");
+    }
+
+    #[test]
+    fn ctrl_alt_del_is_refused_when_nobody_reads() {
+        let (device, _events) = controller();
+        for _ in 0..4 {
+            device.press_ctrl_alt_del().unwrap();
+        }
+        assert_eq!(device.press_ctrl_alt_del(), Err(KeyboardFull(16)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_accesses_keep_the_buffer_bounded(ops in prop::collection::vec((any::<bool>(), 0u64..6, prop::collection::vec(any::<u8>(), 1..9)), 0..200)) {
+            let (device, _events) = controller();
+            for (write, offset, mut data) in ops {
+                if write { device.write(offset, &data) } else { device.read(offset, &mut data) }
+                prop_assert!(device.lock().buffer.len() <= BUFFER);
+            }
+        }
+    }
+}

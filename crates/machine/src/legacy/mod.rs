@@ -1,0 +1,18 @@
+//! The few devices that are not virtio: what a kernel needs before it finds anything else.
+
+mod boot_timer;
+pub(crate) mod console;
+mod i8042;
+mod output;
+mod power;
+mod serial;
+
+pub use boot_timer::StartTimes;
+pub use console::{SerialInput, SerialSetup};
+pub use i8042::KeyboardFull;
+pub use output::Output;
+
+pub(crate) use boot_timer::BootTimer;
+pub(crate) use i8042::I8042;
+pub(crate) use power::Power;
+pub(crate) use serial::SerialPort;

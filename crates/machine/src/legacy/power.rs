@@ -1,0 +1,74 @@
+//! ACPI's sleep control, sleep status and reset registers, as ports.
+
+use crate::acpi::{RESET_VALUE, SLEEP_TYPE_S5};
+use crate::bus::BusDevice;
+use crate::events::{EventSink, MachineEvent};
+use crate::layout::{ACPI_RESET, ACPI_SLEEP_CONTROL};
+
+/// `SLP_EN` of the sleep control register (ACPI 6.5, 4.8.3.7).
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_TYPE_SHIFT: u8 = 2;
+const SLEEP_TYPE_MASK: u8 = 0b111;
+
+/// Offsets from the sleep control register, which comes first.
+const CONTROL: u64 = 0;
+const RESET: u64 = (ACPI_RESET - ACPI_SLEEP_CONTROL) as u64;
+
+/// The three registers.
+#[derive(Debug)]
+pub(crate) struct Power {
+    events: EventSink,
+}
+
+impl Power {
+    pub(crate) fn new(events: EventSink) -> Self {
+        Power { events }
+    }
+}
+
+impl BusDevice for Power {
+    /// Nothing ever slept, so nothing woke.
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match (offset, data) {
+            (CONTROL, [value]) if value & SLEEP_ENABLE != 0 => {
+                let kind = value >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
+                if kind == SLEEP_TYPE_S5 {
+                    self.events.post(MachineEvent::PowerOff);
+                } else {
+                    log::warn!("the guest asked for sleep type {kind}, which there is not");
+                }
+            }
+            (RESET, [RESET_VALUE]) => self.events.post(MachineEvent::Reset),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::event_channel;
+
+    fn written(offset: u64, value: u8) -> Option<MachineEvent> {
+        let (sink, source) = event_channel().unwrap();
+        Power::new(sink).write(offset, &[value]);
+        source.take()
+    }
+
+    #[test]
+    fn soft_off_powers_off() {
+        assert_eq!(written(CONTROL, SLEEP_TYPE_S5 << 2 | SLEEP_ENABLE), Some(MachineEvent::PowerOff));
+        assert_eq!(written(CONTROL, SLEEP_TYPE_S5 << 2), None, "not enabled");
+        assert_eq!(written(CONTROL, 3 << 2 | SLEEP_ENABLE), None, "another type");
+    }
+
+    #[test]
+    fn reset_register_resets() {
+        assert_eq!(written(RESET, RESET_VALUE), Some(MachineEvent::Reset));
+        assert_eq!(written(RESET, 0), None);
+    }
+}

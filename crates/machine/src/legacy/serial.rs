@@ -1,0 +1,82 @@
+//! The serial port as the guest sees it: a 16550 (the `vm-superio` crate's) on the port bus.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{Serial, SerialEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::console::{Console, ConsoleWriter};
+use crate::bus::BusDevice;
+
+type Registers = Serial<Interrupt, Arc<Console>, ConsoleWriter>;
+
+/// The port's registers, whose output goes to a [`Console`].
+pub(crate) struct SerialPort {
+    registers: Mutex<Registers>,
+}
+
+impl SerialPort {
+    pub(crate) fn new(interrupt: EventFd, console: Arc<Console>) -> Self {
+        let registers = Serial::with_events(Interrupt(interrupt), console.clone(), ConsoleWriter(console));
+        SerialPort { registers: Mutex::new(registers) }
+    }
+
+    /// How many bytes the guest's receive buffer has room for.
+    pub(crate) fn input_room(&self) -> usize {
+        self.lock().fifo_capacity()
+    }
+
+    /// Gives bytes to the guest. At most [`Self::input_room`] are taken, and their number returned.
+    pub(crate) fn input(&self, bytes: &[u8]) -> usize {
+        // In loopback mode nothing is received, and a full buffer takes nothing: both are the guest's affair.
+        self.lock().enqueue_raw_bytes(bytes).unwrap_or(0)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().expect("no holder of this lock panics")
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut registers = self.lock();
+        // The registers are a byte each: a wider access, or a string instruction, is several of the same one.
+        data.fill_with(|| registers.read(offset as u8));
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut registers = self.lock();
+        for byte in data {
+            // The console takes every byte, or counts it as dropped; the interrupt's counter can only be full when raised.
+            let _ = registers.write(offset as u8, *byte);
+        }
+    }
+}
+
+impl std::fmt::Debug for SerialPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SerialPort").finish_non_exhaustive()
+    }
+}
+
+struct Interrupt(EventFd);
+
+impl Trigger for Interrupt {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+impl SerialEvents for Console {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        self.guest_wants_input();
+    }
+}

@@ -1,0 +1,48 @@
+//! KVM and the life of a microVM.
+//!
+//! From files and numbers to a guest that runs, pauses and ends. This room knows KVM; it knows neither HTTP nor JSON. The one
+//! entry is [`Paused::build`]: it takes a [`Setup`] and gives a machine that stands before its first instruction.
+//!
+//! | module | what it is about |
+//! |---|---|
+//! | [`machine`] | the machine as its owner has it: build, resume, pause |
+//! | [`kvm`] | KVM, the order of its calls in the types |
+//! | [`vcpu`] | the threads that run the guest, and the pause protocol |
+//! | [`boot`] | kernel files, boot protocols, memory map, MP table |
+//! | `acpi` | ACPI tables |
+//! | `cpu` | CPUID, MSRs, registers at entry |
+//! | [`devices`] | virtio devices: their places, their events, KVM's part in them |
+//! | [`bus`] | which device is at an address |
+//! | [`legacy`] | serial port, keyboard controller, power registers, boot timer |
+//! | [`events`] | what a machine tells its owner |
+//! | [`probe`] | can this host's KVM run unmodified guests? |
+//! | [`layout`] | the guest's addresses, ports and interrupt lines |
+//!
+//! # Invariants
+//!
+//! - A [`Paused`] machine is still: no vCPU runs, and every access that one had begun is done.
+//! - A vCPU thread touches registers only. Nothing that can take long happens on it.
+//! - Nothing that a guest does panics this process; what it cannot go on from becomes a [`MachineEvent`].
+//!
+//! # Callers
+//!
+//! `control`, which owns the machine and decides what may be done to it when; `xtask`, which asks the [`probe`].
+
+pub mod boot;
+pub mod bus;
+pub mod devices;
+pub mod events;
+pub mod kvm;
+pub mod layout;
+pub mod legacy;
+pub mod machine;
+pub mod probe;
+pub mod vcpu;
+
+mod acpi;
+mod cpu;
+mod kick;
+
+pub use devices::{DeviceSetup, Devices};
+pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};
+pub use machine::{Paused, Running, Setup, StartError};

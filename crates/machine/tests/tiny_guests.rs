@@ -1,0 +1,151 @@
+//! Machines with guests of a few instructions, which run on any KVM, a software one too. Where there is none they cannot run, and
+//! say so.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use config::MachineConfig;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vesta_machine::boot::BootFiles;
+use vesta_machine::legacy::{Output, SerialSetup};
+use vesta_machine::{DeviceSetup, EventSource, MachineEvent, Paused, Setup, event_channel};
+use vesta_tests::elf::{self, Elf};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A guest that stands before its first instruction.
+struct Guest {
+    machine: Paused,
+    events: EventSource,
+    serial: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+/// Builds a machine around `kernel`, or says why this host cannot.
+fn guest(kernel: &Elf, config: &MachineConfig) -> Option<Guest> {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("not run: there is no /dev/kvm here");
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&kernel.bytes()).unwrap();
+    let serial = dir.path().join("serial");
+    let (sink, events) = event_channel().unwrap();
+    let machine = Paused::build(Setup {
+        config,
+        boot: BootFiles { kernel: file, initrd: None, cmdline: String::new() },
+        serial: SerialSetup {
+            output: Some(Output::open(&serial).unwrap()),
+            input: None,
+            limit: virtio::rate_limiter::RateLimiterConfig::default(),
+        },
+        boot_timer: None,
+        devices: DeviceSetup::default(),
+        events: sink,
+    })
+    .unwrap();
+    Some(Guest { machine, events, serial, _dir: dir })
+}
+
+/// Waits for the guest's end.
+fn event(events: &EventSource) -> MachineEvent {
+    let limit = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+    let ready = poll(&mut [PollFd::new(events, PollFlags::IN)], Some(&limit)).unwrap();
+    assert_eq!(ready, 1, "the guest did not end within {PATIENCE:?}");
+    events.take().expect("the descriptor is readable")
+}
+
+/// Sends 0, 1, 2, ... over the serial port, for ever.
+fn counting_guest() -> Elf {
+    // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
+    Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])
+}
+
+/// Switches itself off through ACPI's sleep control register.
+fn power_off_guest() -> Elf {
+    // mov dx, 0x600; mov al, SLP_EN | 5 << 2; out dx, al; hlt
+    Elf::of(&[0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4])
+}
+
+#[test]
+fn a_pause_at_any_time_loses_and_repeats_no_port_access() {
+    let Some(guest) = guest(&counting_guest(), &MachineConfig::default()) else { return };
+    let mut machine = guest.machine;
+    let mut seen = 0;
+    for round in 0..200 {
+        let running = machine.resume().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        // Let it come some way, not always the same.
+        while fs::metadata(&guest.serial).unwrap().len() < seen + round % 7 {
+            assert!(Instant::now() < deadline, "the guest stands still");
+            std::thread::yield_now();
+        }
+        machine = running.pause().unwrap();
+        assert!(machine.drain_serial(PATIENCE));
+        seen = fs::metadata(&guest.serial).unwrap().len();
+    }
+    let bytes = fs::read(&guest.serial).unwrap();
+    let wrong = bytes.iter().enumerate().position(|(i, byte)| *byte != (i % 256) as u8);
+    assert_eq!(wrong, None, "of {} bytes", bytes.len());
+}
+
+#[test]
+fn a_paused_guest_stands_still() {
+    let Some(guest) = guest(&counting_guest(), &MachineConfig::default()) else { return };
+    let paused = guest.machine.resume().unwrap().pause().unwrap();
+    assert!(paused.drain_serial(PATIENCE));
+    let before = fs::metadata(&guest.serial).unwrap().len();
+    // Nothing to wait for: that nothing happens takes a while to see.
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(paused.drain_serial(PATIENCE));
+    assert_eq!(fs::metadata(&guest.serial).unwrap().len(), before);
+}
+
+#[test]
+fn a_guest_that_switches_itself_off_says_so() {
+    let Some(guest) = guest(&power_off_guest(), &MachineConfig::default()) else { return };
+    let _running = guest.machine.resume().unwrap();
+    assert_eq!(event(&guest.events), MachineEvent::PowerOff);
+}
+
+#[test]
+fn a_guest_that_resets_through_its_keyboard_controller_says_so() {
+    let Some(guest) = guest(&elf::reset_guest(), &MachineConfig::default()) else { return };
+    let _running = guest.machine.resume().unwrap();
+    assert_eq!(event(&guest.events), MachineEvent::Reset);
+}
+
+#[test]
+fn a_triple_fault_is_reported_with_its_place() {
+    let (kernel, address) = elf::triple_fault_guest();
+    let Some(guest) = guest(&kernel, &MachineConfig::default()) else { return };
+    let _running = guest.machine.resume().unwrap();
+    let MachineEvent::TripleFault(fault) = event(&guest.events) else { panic!("another event") };
+    let (rip, bytes) = fault.place.unwrap();
+    assert_eq!((rip, &bytes[..2]), (address.into(), &[0x0f, 0x0b][..]));
+}
+
+#[test]
+fn a_machine_of_128_vcpus_starts_pauses_and_ends() {
+    let config = MachineConfig { vcpu_count: 128, ..MachineConfig::default() };
+    let Some(guest) = guest(&counting_guest(), &config) else { return };
+    let paused = guest.machine.resume().unwrap().pause().unwrap();
+    drop(paused.resume().unwrap());
+}
+
+#[test]
+fn dropping_a_running_machine_ends_its_threads() {
+    let Some(guest) = guest(&counting_guest(), &MachineConfig::default()) else { return };
+    drop(guest.machine.resume().unwrap());
+    let left = fs::read_dir("/proc/self/task").unwrap().filter_map(|task| {
+        let name = fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
+        Some(name.trim().to_owned())
+    });
+    // Other tests of this process have vCPUs of their own unless each runs in its own process; then there is none left.
+    if std::env::var_os("NEXTEST").is_some() {
+        assert_eq!(left.filter(|name| name.starts_with("fc_vcpu")).collect::<Vec<_>>(), Vec::<String>::new());
+    }
+}

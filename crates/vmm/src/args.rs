@@ -1,0 +1,282 @@
+//! The command line, Firecracker's: `--name value` or `--name=value`, each at most once.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use config::{InstanceId, LogLevel, Logger};
+use lexopt::prelude::*;
+use machine::legacy::StartTimes;
+
+use crate::personality::Personality;
+
+/// Where clients look for the API where they are not told.
+const DEFAULT_API_SOCKET: &str = "/run/firecracker.socket";
+const DEFAULT_ID: &str = "anonymous-instance";
+const DEFAULT_MAX_PAYLOAD: usize = 51200;
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Invocation {
+    Run(Box<Args>),
+    Help,
+    Version,
+}
+
+/// How to run.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Args {
+    /// Where to serve the API; `None` for not at all.
+    pub(crate) api_socket: Option<PathBuf>,
+    pub(crate) config_file: Option<PathBuf>,
+    pub(crate) id: String,
+    pub(crate) logger: Logger,
+    pub(crate) boot_timer: bool,
+    /// Most bytes of a request's body.
+    pub(crate) max_payload: usize,
+    start_time_us: Option<u64>,
+    start_time_cpu_us: Option<u64>,
+    parent_cpu_time_us: Option<u64>,
+}
+
+impl Args {
+    /// Since when the boot timer counts: what a parent measured before it started this process counts too.
+    pub(crate) fn start_times(&self, now: StartTimes) -> StartTimes {
+        let parent_cpu = self.parent_cpu_time_us.unwrap_or(0);
+        StartTimes {
+            wall_us: self.start_time_us.unwrap_or(now.wall_us),
+            cpu_us: self.start_time_cpu_us.map_or(now.cpu_us, u64::cast_signed) - parent_cpu.cast_signed(),
+        }
+    }
+}
+
+/// What is wrong with a command line.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ArgsError {
+    #[error(transparent)]
+    Parse(#[from] lexopt::Error),
+    #[error("--{0} is given twice")]
+    Duplicate(&'static str),
+    #[error("--{name} is \"{value}\": {reason}")]
+    Value { name: &'static str, value: String, reason: String },
+    #[error("--no-api needs --config-file: nothing else could tell what to run")]
+    NoApiWithoutConfig,
+    #[error("--{0} is Firecracker's and not supported by this version")]
+    NotSupported(&'static str),
+}
+
+/// Firecracker's flags that this version does not have, by name.
+const NOT_SUPPORTED: [&str; 7] = [
+    "seccomp-filter",
+    "metadata",
+    "metrics-path",
+    "mmds-size-limit",
+    "enable-pci",
+    "snapshot-version",
+    "describe-snapshot",
+];
+
+/// The flags, for `--help`.
+const FLAGS: [(&str, &str); 15] = [
+    ("--api-sock PATH", "serve the API on this Unix socket (/run/firecracker.socket)"),
+    ("--no-api", "serve no API; needs --config-file"),
+    ("--config-file PATH", "configure the microVM from this JSON file and start it"),
+    ("--id ID", "the microVM's id: 1 to 64 letters, digits and hyphens (anonymous-instance)"),
+    ("--boot-timer", "give the guest a boot timer; log when it writes to it"),
+    ("--log-path PATH", "log to this file or FIFO instead of standard output"),
+    ("--level LEVEL", "log this level and graver ones: Off, Trace, Debug, Info, Warn, Error (Info)"),
+    ("--module MODULE", "log only what modules with this prefix say"),
+    ("--show-level", "show the level in each line of the log"),
+    ("--show-log-origin", "show the source file and line in each line of the log"),
+    ("--http-api-max-payload-size N", "largest body of an API request, in bytes (51200)"),
+    ("--no-seccomp", "accepted; this version installs no filters"),
+    (
+        "--start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N",
+        "since when the boot timer counts, set by a jailer",
+    ),
+    ("--version", "print the version and exit"),
+    ("--help", "print this and exit"),
+];
+
+/// What `--help` prints.
+pub(crate) fn help(personality: Personality) -> String {
+    let flags: String =
+        FLAGS.iter().flat_map(|(flag, what)| ["  ", *flag, "\n        ", *what, "\n"]).collect();
+    format!("{}\nOne process, one microVM on Linux/KVM.\n\n{flags}", personality.version_text().trim_end())
+}
+
+/// Reads a command line, the program's name first.
+pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, ArgsError> {
+    let mut parser = lexopt::Parser::from_iter(args);
+    let mut given = Given::default();
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("help") | Short('h') => return Ok(Invocation::Help),
+            Long("version") | Short('V') => return Ok(Invocation::Version),
+            Long("api-sock") => once(&mut given.api_socket, "api-sock", parser.value()?.into())?,
+            Long("config-file") => once(&mut given.config_file, "config-file", parser.value()?.into())?,
+            Long("id") => once(&mut given.id, "id", text("id", parser.value()?)?)?,
+            Long("log-path") => once(&mut given.logger.log_path, "log-path", parser.value()?.into())?,
+            Long("level") => once(&mut given.logger.level, "level", level(parser.value()?)?)?,
+            Long("module") => once(&mut given.logger.module, "module", text("module", parser.value()?)?)?,
+            Long("show-level") => once(&mut given.logger.show_level, "show-level", true)?,
+            Long("show-log-origin") => once(&mut given.logger.show_log_origin, "show-log-origin", true)?,
+            Long("no-api") => once(&mut given.no_api, "no-api", ())?,
+            Long("boot-timer") => once(&mut given.boot_timer, "boot-timer", ())?,
+            Long("no-seccomp") => once(&mut given.no_seccomp, "no-seccomp", ())?,
+            Long("http-api-max-payload-size") => {
+                const NAME: &str = "http-api-max-payload-size";
+                once(&mut given.max_payload, NAME, number(NAME, parser.value()?)?)?;
+            }
+            Long("start-time-us") => {
+                once(&mut given.start_time_us, "start-time-us", number("start-time-us", parser.value()?)?)?;
+            }
+            Long("start-time-cpu-us") => {
+                const NAME: &str = "start-time-cpu-us";
+                once(&mut given.start_time_cpu_us, NAME, number(NAME, parser.value()?)?)?;
+            }
+            Long("parent-cpu-time-us") => {
+                const NAME: &str = "parent-cpu-time-us";
+                once(&mut given.parent_cpu_time_us, NAME, number(NAME, parser.value()?)?)?;
+            }
+            Long(name) if NOT_SUPPORTED.contains(&name) => {
+                let known = NOT_SUPPORTED.iter().find(|n| **n == name).unwrap_or(&"");
+                return Err(ArgsError::NotSupported(known));
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    given.into_args().map(|args| Invocation::Run(Box::new(args)))
+}
+
+/// What has been given so far.
+#[derive(Default)]
+struct Given {
+    api_socket: Option<PathBuf>,
+    config_file: Option<PathBuf>,
+    id: Option<String>,
+    logger: Logger,
+    no_api: Option<()>,
+    boot_timer: Option<()>,
+    no_seccomp: Option<()>,
+    max_payload: Option<u64>,
+    start_time_us: Option<u64>,
+    start_time_cpu_us: Option<u64>,
+    parent_cpu_time_us: Option<u64>,
+}
+
+impl Given {
+    fn into_args(self) -> Result<Args, ArgsError> {
+        if self.no_api.is_some() && self.config_file.is_none() {
+            return Err(ArgsError::NoApiWithoutConfig);
+        }
+        let id = self.id.unwrap_or_else(|| DEFAULT_ID.to_owned());
+        if let Err(error) = id.parse::<InstanceId>() {
+            return Err(ArgsError::Value { name: "id", value: id, reason: error.to_string() });
+        }
+        let api_socket = self.api_socket.unwrap_or_else(|| DEFAULT_API_SOCKET.into());
+        Ok(Args {
+            api_socket: self.no_api.is_none().then_some(api_socket),
+            config_file: self.config_file,
+            id,
+            logger: self.logger,
+            boot_timer: self.boot_timer.is_some(),
+            max_payload: self
+                .max_payload
+                .map_or(DEFAULT_MAX_PAYLOAD, |n| usize::try_from(n).unwrap_or(usize::MAX)),
+            start_time_us: self.start_time_us,
+            start_time_cpu_us: self.start_time_cpu_us,
+            parent_cpu_time_us: self.parent_cpu_time_us,
+        })
+    }
+}
+
+fn once<T>(slot: &mut Option<T>, name: &'static str, value: T) -> Result<(), ArgsError> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(ArgsError::Duplicate(name)),
+    }
+}
+
+fn text(name: &'static str, value: OsString) -> Result<String, ArgsError> {
+    value.into_string().map_err(|value| ArgsError::Value {
+        name,
+        value: value.to_string_lossy().into_owned(),
+        reason: "it must be UTF-8".to_owned(),
+    })
+}
+
+fn number(name: &'static str, value: OsString) -> Result<u64, ArgsError> {
+    let value = text(name, value)?;
+    value.parse().map_err(|_| ArgsError::Value {
+        name,
+        value,
+        reason: format!("it must be a whole number between 0 and {}", u64::MAX),
+    })
+}
+
+fn level(value: OsString) -> Result<LogLevel, ArgsError> {
+    let value = text("level", value)?;
+    value.parse().map_err(|e: config::UnknownLogLevel| ArgsError::Value {
+        name: "level",
+        value,
+        reason: e.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(line: &str) -> Result<Args, ArgsError> {
+        match parse(format!("vesta-vmm {line}").split_whitespace().map(OsString::from))? {
+            Invocation::Run(args) => Ok(*args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn defaults_are_firecrackers() {
+        let args = args("").unwrap();
+        assert_eq!(args.api_socket, Some(DEFAULT_API_SOCKET.into()));
+        assert_eq!((args.id.as_str(), args.max_payload, args.boot_timer), (DEFAULT_ID, 51200, false));
+    }
+
+    #[test]
+    fn values_may_follow_an_equals_sign() {
+        let args = args("--api-sock=/a --id b-1 --level=warn --config-file c").unwrap();
+        assert_eq!((args.api_socket, args.id.as_str()), (Some("/a".into()), "b-1"));
+        assert_eq!(args.logger.level, Some(LogLevel::Warning));
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_named() {
+        for (line, named) in [
+            ("--nonsense", "--nonsense"),
+            ("stray", "stray"),
+            ("--id a --id b", "--id is given twice"),
+            ("--id a_b", "a_b"),
+            ("--api-sock", "--api-sock"),
+            ("--level loud", "loud"),
+            ("--http-api-max-payload-size -1", "-1"),
+            ("--no-api", "--config-file"),
+            ("--no-seccomp=yes", "yes"),
+            ("--metadata m.json", "--metadata is Firecracker's"),
+        ] {
+            let error = args(line).unwrap_err().to_string();
+            assert!(error.contains(named), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn no_api_with_a_configuration_serves_none() {
+        assert_eq!(args("--no-api --config-file c").unwrap().api_socket, None);
+    }
+
+    #[test]
+    fn what_a_parent_spent_counts_for_the_boot_timer() {
+        let now = StartTimes { wall_us: 1000, cpu_us: 100 };
+        assert_eq!(args("").unwrap().start_times(now), now);
+        let args = args("--start-time-us 500 --start-time-cpu-us 40 --parent-cpu-time-us 50").unwrap();
+        assert_eq!(args.start_times(now), StartTimes { wall_us: 500, cpu_us: -10 });
+    }
+}

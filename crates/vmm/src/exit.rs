@@ -1,0 +1,42 @@
+//! The codes that this process exits with, and the way out. They are Firecracker's, which its clients read.
+
+use crate::terminal;
+
+/// An exit status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ExitCode {
+    /// The guest ended, or there was nothing to do but answer.
+    Ok = 0,
+    /// Something failed that has no code of its own.
+    Generic = 1,
+    /// A system call that is not allowed (SIGSYS).
+    BadSyscall = 148,
+    /// SIGBUS.
+    BusError = 149,
+    /// SIGSEGV.
+    SegmentationFault = 150,
+    /// SIGXFSZ.
+    FileSize = 151,
+    /// The configuration file is wrong, or a microVM cannot be started from it.
+    BadConfiguration = 152,
+    /// The command line is wrong.
+    ArgParsing = 153,
+    /// SIGXCPU.
+    CpuTime = 154,
+    /// SIGHUP.
+    HangUp = 156,
+    /// SIGILL.
+    IllegalInstruction = 157,
+}
+
+/// Ends the process: the terminal as it was found, a line in the log.
+pub(crate) fn exit(code: ExitCode) -> ! {
+    terminal::restore();
+    let status = code as i32;
+    if code == ExitCode::Ok {
+        log::info!("exiting: exit_code={status}");
+    } else {
+        log::error!("exiting with an error: exit_code={status}");
+    }
+    std::process::exit(status)
+}

@@ -1,0 +1,175 @@
+//! The monitor's own log, in Firecracker's form:
+//!
+//! ```text
+//! 2026-11-24T10:00:00.123456789 [id:thread:LEVEL:file:line] text
+//! ```
+//!
+//! A line that nobody takes is dropped and counted: a reader that stalls never stalls the monitor.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::SystemTime;
+
+use config::LogLevel;
+use log::{LevelFilter, Log, Metadata, Record};
+use machine::legacy::Output;
+
+use crate::personality::Personality;
+
+/// The one log of this process.
+static LOG: LogState = LogState { settings: Mutex::new(None), lost: AtomicU64::new(0) };
+
+struct LogState {
+    /// `None` until [`install`].
+    settings: Mutex<Option<Settings>>,
+    /// Lines that nobody took.
+    lost: AtomicU64,
+}
+
+struct Settings {
+    id: String,
+    /// The first line of every destination, whatever the level.
+    banner: String,
+    /// `None` where standard output is closed.
+    output: Option<Output>,
+    show_level: bool,
+    show_origin: bool,
+    module: Option<String>,
+}
+
+/// Makes this the process's log, on standard output.
+pub(crate) fn install(id: &str, personality: Personality) {
+    *LOG.lock() = Some(Settings {
+        id: id.to_owned(),
+        banner: personality.banner(),
+        output: Output::stdout().ok(),
+        show_level: false,
+        show_origin: false,
+        module: None,
+    });
+    // It fails only where there is a logger already, and this is the only one.
+    let _ = log::set_logger(&LOG);
+    log::set_max_level(LevelFilter::Info);
+}
+
+/// Makes the log as `logger` says. What it does not say stays, but for the level, which is then Info.
+pub(crate) fn set_up(logger: &config::Logger) -> io::Result<()> {
+    let output = logger.log_path.as_deref().map(Output::open).transpose()?;
+    let mut settings = LOG.lock();
+    let Some(settings) = settings.as_mut() else { return Ok(()) };
+    settings.show_level = logger.show_level.unwrap_or(settings.show_level);
+    settings.show_origin = logger.show_log_origin.unwrap_or(settings.show_origin);
+    if logger.module.is_some() {
+        settings.module.clone_from(&logger.module);
+    }
+    log::set_max_level(filter(logger.level.unwrap_or_default()));
+    if output.is_some() {
+        settings.output = output;
+        let banner = settings.banner.clone();
+        let origin = Origin { level: log::Level::Info, file: file!(), line: line!() };
+        LOG.write(settings, &origin, &banner);
+    }
+    Ok(())
+}
+
+fn filter(level: LogLevel) -> LevelFilter {
+    match level {
+        LogLevel::Off => LevelFilter::Off,
+        LogLevel::Trace => LevelFilter::Trace,
+        LogLevel::Debug => LevelFilter::Debug,
+        LogLevel::Info => LevelFilter::Info,
+        LogLevel::Warning => LevelFilter::Warn,
+        LogLevel::Error => LevelFilter::Error,
+    }
+}
+
+/// Where a line comes from.
+struct Origin<'a> {
+    level: log::Level,
+    file: &'a str,
+    line: u32,
+}
+
+impl LogState {
+    fn lock(&self) -> MutexGuard<'_, Option<Settings>> {
+        // Writing a line does not panic half-way through a change.
+        self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn write(&self, settings: &Settings, origin: &Origin<'_>, text: &str) {
+        let Some(output) = &settings.output else { return };
+        let line = format_line(settings, origin, SystemTime::now(), text);
+        if !output.write(line.as_bytes()).is_ok_and(|written| written == line.len()) {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+fn format_line(settings: &Settings, origin: &Origin<'_>, now: SystemTime, text: &str) -> String {
+    let time = humantime::format_rfc3339_nanos(now).to_string();
+    let thread = std::thread::current();
+    let level = if settings.show_level { format!(":{}", level_name(origin.level)) } else { String::new() };
+    let place =
+        if settings.show_origin { format!(":{}:{}", origin.file, origin.line) } else { String::new() };
+    format!(
+        "{} [{}:{}{level}{place}] {text}\n",
+        time.trim_end_matches('Z'),
+        settings.id,
+        thread.name().unwrap_or("-"),
+    )
+}
+
+fn level_name(level: log::Level) -> &'static str {
+    level.as_str()
+}
+
+impl Log for LogState {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let settings = self.lock();
+        let Some(settings) = settings.as_ref() else { return };
+        let wanted = settings.module.as_deref().is_none_or(|prefix| record.target().starts_with(prefix));
+        if self.enabled(record.metadata()) && wanted {
+            let origin = Origin {
+                level: record.level(),
+                file: record.file().unwrap_or("-"),
+                line: record.line().unwrap_or(0),
+            };
+            self.write(settings, &origin, &record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn line(show_level: bool, show_origin: bool) -> String {
+        let settings = Settings {
+            id: "vm-1".to_owned(),
+            banner: String::new(),
+            output: None,
+            show_level,
+            show_origin,
+            module: None,
+        };
+        let origin = Origin { level: log::Level::Warn, file: "a.rs", line: 7 };
+        let now = SystemTime::UNIX_EPOCH + Duration::new(1_767_225_600, 5);
+        let line = format_line(&settings, &origin, now, "text");
+        line.replace(std::thread::current().name().unwrap_or("-"), "T")
+    }
+
+    #[test]
+    fn lines_have_the_form_that_tools_read() {
+        assert_eq!(line(false, false), "2026-01-01T00:00:00.000000005 [vm-1:T] text\n");
+        assert_eq!(line(true, false), "2026-01-01T00:00:00.000000005 [vm-1:T:WARN] text\n");
+        assert_eq!(line(true, true), "2026-01-01T00:00:00.000000005 [vm-1:T:WARN:a.rs:7] text\n");
+    }
+}

@@ -1,0 +1,148 @@
+//! The binary `vesta-vmm`: one process, one microVM.
+//!
+//! Thin by design: arguments ([`args`]), the log ([`logger`]), signals ([`signals`]), the terminal ([`terminal`]), and the loop that
+//! gives commands to the controller ([`event_loop`]). What a microVM is and does lives in `control` and below.
+//!
+//! Run under the name `firecracker`, it answers as that program does ([`personality`]).
+//!
+//! # Ways out
+//!
+//! Every way out passes through [`main`] or a signal handler, restores the terminal and ends with an [`ExitCode`] that
+//! clients of Firecracker know. The API socket is removed on all but the fatal signals.
+
+mod args;
+mod event_loop;
+mod exit;
+mod logger;
+mod personality;
+mod signals;
+mod terminal;
+
+use std::fs;
+use std::mem::ManuallyDrop;
+use std::path::Path;
+
+use config::{Logger, VmConfig};
+use control::api::{ApiServer, BindError, Limits};
+use control::{Controller, Identity};
+use machine::event_channel;
+use machine::legacy::StartTimes;
+
+use args::{Args, ArgsError, Invocation};
+use event_loop::{Ended, ProcessHost};
+use exit::ExitCode;
+use personality::Personality;
+
+fn main() -> ! {
+    let start = StartTimes::now();
+    let personality = Personality::of_this_process();
+    let code = match args::parse(std::env::args_os()) {
+        Ok(Invocation::Help) => {
+            print!("{}", args::help(personality));
+            ExitCode::Ok
+        }
+        Ok(Invocation::Version) => {
+            print!("{}", personality.version_text());
+            ExitCode::Ok
+        }
+        Ok(Invocation::Run(args)) => run(personality, &args, start),
+        Err(error) => report(&RunError::Args(error)),
+    };
+    exit::exit(code)
+}
+
+/// Why the process ends with an error.
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("{0} (try --help)")]
+    Args(#[from] ArgsError),
+    #[error("cannot open the log {path}: {source}")]
+    Log { path: String, source: std::io::Error },
+    #[error("cannot read the configuration file {path}: {source}")]
+    ReadConfig { path: String, source: std::io::Error },
+    #[error("the configuration file {path} is not right: {reason}")]
+    Config { path: String, reason: String },
+    #[error("cannot start the microVM from the configuration file {path}: {reason}")]
+    Start { path: String, reason: String },
+    #[error("cannot serve the API: {0}")]
+    Bind(#[from] BindError),
+    #[error("cannot set up this process: {0}")]
+    Host(#[from] std::io::Error),
+}
+
+impl RunError {
+    fn code(&self) -> ExitCode {
+        match self {
+            RunError::Args(_) => ExitCode::ArgParsing,
+            RunError::ReadConfig { .. } | RunError::Config { .. } | RunError::Start { .. } => {
+                ExitCode::BadConfiguration
+            }
+            RunError::Log { .. } | RunError::Bind(_) | RunError::Host(_) => ExitCode::Generic,
+        }
+    }
+}
+
+/// Says what went wrong, to whoever started this process and to the log, and gives the code to exit with.
+fn report(error: &RunError) -> ExitCode {
+    log::error!("{error}");
+    eprintln!("Error: {error}");
+    error.code()
+}
+
+fn run(personality: Personality, args: &Args, start: StartTimes) -> ExitCode {
+    match set_up_and_serve(personality, args, start) {
+        Ok(Ended::Guest) => ExitCode::Ok,
+        Ok(Ended::Fault) => ExitCode::Generic,
+        Ok(Ended::Signal(signal)) => signals::end_by(signal),
+        Err(error) => report(&error),
+    }
+}
+
+fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) -> Result<Ended, RunError> {
+    let start = args.start_times(start);
+    logger::install(&args.id, personality);
+    set_up_logger(&args.logger)?;
+    log::info!("{}", personality.banner());
+    let signals = signals::install()?;
+    terminal::restore_on_panic();
+
+    // Read before the socket is there: a client that sees the socket may rely on the configuration.
+    let config = args.config_file.as_deref().map(read_config).transpose()?;
+    let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
+    let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
+    let requests = api.map(ApiServer::spawn).transpose()?;
+
+    let (sink, source) = event_channel()?;
+    let identity = Identity {
+        id: args.id.clone(),
+        app_name: personality.app_name(),
+        version: personality.version(),
+        api_version: personality::API_VERSION,
+    };
+    let boot_timer = args.boot_timer.then_some(start);
+    // Never dropped: the process ends with it, and its end waits for no thread.
+    let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, boot_timer, sink));
+    if let (Some(config), Some(path)) = (config, &args.config_file) {
+        controller
+            .start_from(config)
+            .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() })?;
+    }
+    Ok(event_loop::serve(&mut controller, requests.as_ref(), &source, &signals)?)
+}
+
+/// The command line's part of the log.
+fn set_up_logger(logger: &Logger) -> Result<(), RunError> {
+    logger::set_up(logger).map_err(|source| RunError::Log {
+        path: logger.log_path.as_deref().unwrap_or(Path::new("standard output")).display().to_string(),
+        source,
+    })
+}
+
+fn read_config(path: &Path) -> Result<VmConfig, RunError> {
+    let shown = || path.display().to_string();
+    let text = fs::read_to_string(path).map_err(|source| RunError::ReadConfig { path: shown(), source })?;
+    let config: VmConfig =
+        serde_json::from_str(&text).map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
+    config.check().map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
+    Ok(config)
+}

@@ -1,0 +1,44 @@
+//! The terminal on standard input, raw while a guest has it, and as it was found on every way out.
+
+use std::sync::OnceLock;
+
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+
+/// The terminal's settings before they were changed. Reading it takes no lock, so a signal handler may.
+static FOUND: OnceLock<Termios> = OnceLock::new();
+
+/// Gives the guest every key: no line editing, no echo, no signals. Does nothing where standard input is no terminal.
+pub(crate) fn set_raw() {
+    let stdin = rustix::stdio::stdin();
+    if !isatty(stdin) {
+        return;
+    }
+    let Ok(found) = tcgetattr(stdin) else { return };
+    let mut raw = found.clone();
+    raw.make_raw();
+    // Output keeps its line ends: the log is written to the same terminal.
+    raw.output_modes = found.output_modes;
+    if FOUND.set(found).is_ok()
+        && let Err(error) = tcsetattr(stdin, OptionalActions::Now, &raw)
+    {
+        log::warn!("the terminal stays as it is: {error}");
+    }
+}
+
+/// Puts the terminal back as it was found, if it was changed. Safe to call from a signal handler, and more than once.
+pub(crate) fn restore() {
+    if let Some(found) = FOUND.get() {
+        // There is nothing to be done about a terminal that is gone.
+        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, found);
+    }
+}
+
+/// Puts the terminal back, and the reason in the log, when this process panics.
+pub(crate) fn restore_on_panic() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        restore();
+        log::error!("bug in this monitor: {info}");
+        default(info);
+    }));
+}

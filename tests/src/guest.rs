@@ -1,0 +1,230 @@
+//! What a test asks its guests to be, and the kernels that the runner has for them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::api::ApiClient;
+use crate::initramfs::Initramfs;
+use crate::modules::Modules;
+use crate::vmm::{Vmm, VmmBuilder};
+
+/// The environment variables that the runner sets.
+pub mod env {
+    /// The monitor under test.
+    pub const VMM: &str = "VESTA_VMM";
+    /// The tuned kernel; not set where there is none.
+    pub const TUNED: &str = "VESTA_KERNEL_TUNED";
+    /// Debian's 6.1 cloud kernel; its modules are in `modules` beside it.
+    pub const DEBIAN_6_1: &str = "VESTA_KERNEL_DEBIAN_6_1";
+    /// Debian's 6.12 cloud kernel; its modules are in `modules` beside it.
+    pub const DEBIAN_6_12: &str = "VESTA_KERNEL_DEBIAN_6_12";
+    /// Busybox, static.
+    pub const BUSYBOX: &str = "VESTA_BUSYBOX";
+    /// Set where one process runs one test, and [`IGNORED_STATUS`](super::IGNORED_STATUS) means what it does.
+    pub const RUNNER: &str = "VESTA_TEST_RUNNER";
+}
+
+/// A test process that ends with this status was ignored; its last line of standard error says why.
+pub const IGNORED_STATUS: u8 = 86;
+/// What that line begins with.
+pub const IGNORED_MARK: &str = "vesta-test-ignored: ";
+
+/// Ends this test as one that cannot run here, and says why. Never silent: the runner counts and names it.
+///
+/// # Panics
+///
+/// Outside the runner, where nobody would see the difference.
+pub fn ignore(reason: &str) -> ! {
+    assert!(std::env::var_os(env::RUNNER).is_some(), "this test cannot run here: {reason}");
+    eprintln!("{IGNORED_MARK}{reason}");
+    std::process::exit(IGNORED_STATUS.into());
+}
+
+/// A file that the runner names. Panics where it does not: whole-system tests need the runner.
+fn given(name: &str) -> PathBuf {
+    std::env::var_os(name)
+        .unwrap_or_else(|| panic!("{name} is not set: run this through `cargo xtask test`"))
+        .into()
+}
+
+/// The monitor under test.
+pub fn vmm_path() -> PathBuf {
+    given(env::VMM)
+}
+
+/// The guest kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// The project's own: an ELF `vmlinux`, all built in, boots with `acpi=off` too.
+    Tuned,
+    /// Debian 12's 6.1 for clouds: a `bzImage`.
+    Debian6_1,
+    /// Debian's 6.12 for clouds: a `bzImage`.
+    Debian6_12,
+}
+
+impl Kernel {
+    /// The kernel image. A test that needs the tuned one is ignored where there is none.
+    pub fn image(self) -> PathBuf {
+        match self {
+            Kernel::Tuned if std::env::var_os(env::TUNED).is_none() => {
+                ignore("there is no tuned kernel here")
+            }
+            Kernel::Tuned => given(env::TUNED),
+            Kernel::Debian6_1 => given(env::DEBIAN_6_1),
+            Kernel::Debian6_12 => given(env::DEBIAN_6_12),
+        }
+    }
+
+    /// Its modules, where it has any.
+    pub fn modules(self) -> Option<Modules> {
+        match self {
+            Kernel::Tuned => None,
+            Kernel::Debian6_1 | Kernel::Debian6_12 => {
+                Some(Modules::new(self.image().with_file_name("modules")))
+            }
+        }
+    }
+
+    /// The quickest that there is here: the tuned one, else Debian's 6.12.
+    pub fn quickest() -> Kernel {
+        if std::env::var_os(env::TUNED).is_some() { Kernel::Tuned } else { Kernel::Debian6_12 }
+    }
+}
+
+/// The command line of a guest that says all it says on its serial port, little of it from the kernel, and ends the
+/// monitor when it dies.
+pub const BOOT_ARGS: &str = "console=ttyS0 quiet panic=-1 reboot=k";
+
+/// A guest: what its configuration file or its API calls say.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// The kernel image.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The command line.
+    pub boot_args: Option<String>,
+    /// Its vCPUs.
+    pub vcpus: u32,
+    /// Its memory in MiB.
+    pub mem_mib: u32,
+    /// More fields of `machine-config`.
+    pub machine: Value,
+}
+
+impl Guest {
+    /// A guest of one vCPU and 128 MiB with this kernel image, and nothing else.
+    pub fn bare(kernel: &Path) -> Guest {
+        let kernel = kernel.to_owned();
+        Guest { kernel, initrd: None, boot_args: None, vcpus: 1, mem_mib: 128, machine: json!({}) }
+    }
+
+    /// A guest whose first process is busybox's shell with this script. Its initial RAM disk is written to `dir`.
+    pub fn linux(kernel: Kernel, script: &str, dir: &Path) -> Result<Guest> {
+        let disk = Initramfs::new(&given(env::BUSYBOX))?.finish(script);
+        let initrd = dir.join("initramfs");
+        std::fs::write(&initrd, disk).with_context(|| initrd.display().to_string())?;
+        let boot_args = Some(BOOT_ARGS.to_owned());
+        Ok(Guest { initrd: Some(initrd), boot_args, ..Guest::bare(&kernel.image()) })
+    }
+
+    /// The same with that many vCPUs.
+    #[must_use]
+    pub fn vcpus(self, vcpus: u32) -> Guest {
+        Guest { vcpus, ..self }
+    }
+
+    /// The same with that much memory.
+    #[must_use]
+    pub fn mem_mib(self, mem_mib: u32) -> Guest {
+        Guest { mem_mib, ..self }
+    }
+
+    /// The same with this command line.
+    #[must_use]
+    pub fn boot_args(self, boot_args: &str) -> Guest {
+        Guest { boot_args: Some(boot_args.to_owned()), ..self }
+    }
+
+    /// `/boot-source`.
+    pub fn boot_source(&self) -> Value {
+        let mut body = json!({"kernel_image_path": self.kernel});
+        if let Some(initrd) = &self.initrd {
+            body["initrd_path"] = json!(initrd);
+        }
+        if let Some(boot_args) = &self.boot_args {
+            body["boot_args"] = json!(boot_args);
+        }
+        body
+    }
+
+    /// `/machine-config`.
+    pub fn machine_config(&self) -> Value {
+        let mut body = json!({"vcpu_count": self.vcpus, "mem_size_mib": self.mem_mib});
+        for (key, value) in self.machine.as_object().into_iter().flatten() {
+            body[key] = value.clone();
+        }
+        body
+    }
+
+    /// The configuration file.
+    pub fn config(&self) -> Value {
+        json!({"boot-source": self.boot_source(), "machine-config": self.machine_config(), "drives": []})
+    }
+
+    /// Configures it through the API.
+    pub fn put(&self, api: &mut ApiClient) -> Result<()> {
+        api.put("/machine-config", &self.machine_config())?.ok()?;
+        api.put("/boot-source", &self.boot_source())?.ok()?;
+        Ok(())
+    }
+}
+
+/// Starts the guest that the API was told of.
+pub fn start(api: &mut ApiClient) -> Result<()> {
+    api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok().map(drop)
+}
+
+/// Time enough for a Linux guest to come up and do something small, on an emulated host with others beside it.
+pub const BOOT: std::time::Duration = std::time::Duration::from_mins(2);
+/// Time enough for anything that needs no Linux guest.
+pub const SOON: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// The monitor with its API, once it answers.
+pub fn vmm_with_api(args: &[&str]) -> Result<(Vmm, ApiClient)> {
+    let builder = args.iter().fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
+    let vmm = builder.spawn()?;
+    let api = vmm.ready_client(SOON)?;
+    Ok((vmm, api))
+}
+
+/// Makes a test of each function here, once for each kernel.
+#[macro_export]
+macro_rules! on_each_kernel {
+    ($($(#[doc = $doc:literal])* fn $name:ident($kernel:ident) $body:block)*) => {$(
+        $(#[doc = $doc])*
+        mod $name {
+            use super::*;
+
+            fn run($kernel: $crate::guest::Kernel) -> anyhow::Result<()> $body
+
+            #[test]
+            fn tuned() -> anyhow::Result<()> {
+                run($crate::guest::Kernel::Tuned)
+            }
+
+            #[test]
+            fn debian_6_1() -> anyhow::Result<()> {
+                run($crate::guest::Kernel::Debian6_1)
+            }
+
+            #[test]
+            fn debian_6_12() -> anyhow::Result<()> {
+                run($crate::guest::Kernel::Debian6_12)
+            }
+        }
+    )*};
+}

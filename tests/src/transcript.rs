@@ -1,0 +1,226 @@
+//! What a process says, kept as it comes, with the time at which it came.
+
+use std::io::Read;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+/// One output stream of a process, taken by a thread of its own until the stream closes.
+#[derive(Debug, Clone)]
+pub struct Transcript {
+    shared: Arc<(Mutex<State>, Condvar)>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    bytes: Vec<u8>,
+    /// The length of `bytes` after each chunk, and when it came.
+    arrivals: Vec<(usize, Instant)>,
+    closed: bool,
+}
+
+/// A line with the time at which its end came.
+#[derive(Debug, Clone)]
+pub struct Line {
+    /// When its last byte was read.
+    pub at: Instant,
+    /// Its text, without the line break.
+    pub text: String,
+}
+
+impl Transcript {
+    /// Takes what comes from `stream`. Shows each line on standard error, behind `label`, where there is one.
+    pub fn of(mut stream: impl Read + Send + 'static, label: Option<&'static str>) -> Transcript {
+        let transcript = Transcript { shared: Arc::default() };
+        let writer = transcript.clone();
+        std::thread::spawn(move || {
+            let mut chunk = vec![0; 64 << 10];
+            let mut shown = 0;
+            while let Ok(len @ 1..) = stream.read(&mut chunk) {
+                writer.push(&chunk[..len]);
+                if let Some(label) = label {
+                    shown = writer.show(label, shown, false);
+                }
+            }
+            if let Some(label) = label {
+                writer.show(label, shown, true);
+            }
+            writer.lock().closed = true;
+            writer.shared.1.notify_all();
+        });
+        transcript
+    }
+
+    fn push(&self, bytes: &[u8]) {
+        let mut state = self.lock();
+        state.bytes.extend_from_slice(bytes);
+        let len = state.bytes.len();
+        state.arrivals.push((len, Instant::now()));
+        self.shared.1.notify_all();
+    }
+
+    /// Shows the whole lines after `from`; returns up to where.
+    fn show(&self, label: &str, from: usize, last: bool) -> usize {
+        let text = self.lock().bytes[from..].to_vec();
+        let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        let end = if last { text.len() } else { whole };
+        for line in String::from_utf8_lossy(&text[..end]).lines() {
+            eprintln!("{label} | {}", line.trim_end());
+        }
+        from + end
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.0.lock().expect("no thread panics with it")
+    }
+
+    /// All that came so far.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.lock().bytes).into_owned()
+    }
+
+    /// How many bytes came so far.
+    pub fn len(&self) -> usize {
+        self.lock().bytes.len()
+    }
+
+    /// Whether nothing came so far.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The whole lines so far, each with its time.
+    pub fn lines(&self) -> Vec<Line> {
+        self.lock().lines(0)
+    }
+
+    /// Waits for a whole line that has `text` in it, and returns the first.
+    pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<Line> {
+        self.wait_for_after(0, text, timeout)
+    }
+
+    /// The same, looking only at lines that begin at byte `from` or later.
+    pub fn wait_for_after(&self, from: usize, text: &str, timeout: Duration) -> Result<Line> {
+        self.wait(&format!("{text:?}"), timeout, |state| {
+            state.lines(from).into_iter().find(|line| line.text.contains(text))
+        })
+    }
+
+    /// Waits for more than `len` bytes in all.
+    pub fn wait_for_more_than(&self, len: usize, timeout: Duration) -> Result<()> {
+        self.wait("more output", timeout, |state| (state.bytes.len() > len).then_some(()))
+    }
+
+    /// Waits until the stream is closed, and returns all that came.
+    pub fn wait_for_end(&self, timeout: Duration) -> Result<String> {
+        self.wait("the end of the output", timeout, |state| {
+            state.closed.then(|| String::from_utf8_lossy(&state.bytes).into_owned())
+        })
+    }
+
+    fn wait<T>(&self, what: &str, timeout: Duration, find: impl Fn(&State) -> Option<T>) -> Result<T> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.lock();
+        loop {
+            if let Some(found) = find(&state) {
+                return Ok(found);
+            }
+            let so_far = || String::from_utf8_lossy(&state.bytes).into_owned();
+            if state.closed {
+                bail!("the output ended without {what}; it was:\n{}", so_far());
+            }
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                bail!("{what} did not come within {timeout:?}; the output so far:\n{}", so_far());
+            };
+            state = self.shared.1.wait_timeout(state, left).expect("no thread panics with it").0;
+        }
+    }
+}
+
+impl State {
+    /// The lines that begin at byte `from` or later and are whole: ended by a line break, or by the stream's end.
+    fn lines(&self, from: usize) -> Vec<Line> {
+        let mut lines = Vec::new();
+        let mut start = 0;
+        while let Some(rest) = self.bytes.get(start..).filter(|rest| !rest.is_empty()) {
+            let end = match rest.iter().position(|&byte| byte == b'\n') {
+                Some(len) => start + len + 1,
+                None if self.closed => self.bytes.len(),
+                None => break,
+            };
+            if start >= from {
+                let text = String::from_utf8_lossy(&self.bytes[start..end]);
+                lines.push(Line {
+                    at: self.arrival(end),
+                    text: text.trim_end_matches(['\r', '\n']).to_owned(),
+                });
+            }
+            start = end;
+        }
+        lines
+    }
+
+    /// When the first `len` bytes had come.
+    fn arrival(&self, len: usize) -> Instant {
+        let index = self.arrivals.partition_point(|(reached, _)| *reached < len);
+        self.arrivals[index].1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    fn transcript() -> (std::io::PipeWriter, Transcript) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        (writer, Transcript::of(reader, None))
+    }
+
+    #[test]
+    fn a_line_is_found_when_it_is_whole() {
+        use std::io::Write;
+        let (mut writer, transcript) = transcript();
+        writer.write_all(b"one\r\nhello wor").unwrap();
+        assert_eq!(transcript.wait_for("one", LONG).unwrap().text, "one");
+        assert!(transcript.wait_for("hello", Duration::from_millis(20)).is_err());
+        writer.write_all(b"ld\r\n").unwrap();
+        assert_eq!(transcript.wait_for("hello", LONG).unwrap().text, "hello world");
+    }
+
+    #[test]
+    fn lines_before_a_mark_are_not_looked_at() {
+        use std::io::Write;
+        let (mut writer, transcript) = transcript();
+        writer.write_all(b"tick 1\n").unwrap();
+        transcript.wait_for("tick", LONG).unwrap();
+        let mark = transcript.len();
+        writer.write_all(b"tick 2\n").unwrap();
+        assert_eq!(transcript.wait_for_after(mark, "tick", LONG).unwrap().text, "tick 2");
+    }
+
+    #[test]
+    fn the_end_of_the_stream_ends_the_wait_and_the_last_line() {
+        use std::io::Write;
+        let (mut writer, transcript) = transcript();
+        writer.write_all(b"all there was").unwrap();
+        drop(writer);
+        assert_eq!(transcript.wait_for("all", LONG).unwrap().text, "all there was");
+        let error = transcript.wait_for("more", LONG).unwrap_err().to_string();
+        assert!(error.contains("all there was"), "{error}");
+    }
+
+    #[test]
+    fn a_line_has_the_time_of_its_end() {
+        use std::io::Write;
+        let (mut writer, transcript) = transcript();
+        writer.write_all(b"first\n").unwrap();
+        let first = transcript.wait_for("first", LONG).unwrap();
+        let between = Instant::now();
+        writer.write_all(b"second\n").unwrap();
+        let second = transcript.wait_for("second", LONG).unwrap();
+        assert!(first.at <= between && between <= second.at);
+    }
+}

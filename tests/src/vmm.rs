@@ -1,0 +1,291 @@
+//! The monitor under test, as a process.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::api::ApiClient;
+use crate::process::die_with_parent;
+use crate::transcript::{Line, Transcript};
+
+/// A monitor to be: its arguments, and the directory that it runs in.
+#[derive(Debug)]
+pub struct VmmBuilder {
+    program: PathBuf,
+    args: Vec<OsString>,
+    dir: TempDir,
+    name: Option<OsString>,
+    show: bool,
+}
+
+impl VmmBuilder {
+    /// The monitor at this path, without arguments, in a new directory.
+    pub fn new(program: &Path) -> Result<VmmBuilder> {
+        let dir = tempfile::Builder::new()
+            .prefix("vesta-test-")
+            .tempdir()
+            .context("a directory for the monitor")?;
+        Ok(VmmBuilder { program: program.to_owned(), args: Vec::new(), dir, name: None, show: true })
+    }
+
+    /// The directory that it will run in, for files that its arguments name.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Adds an argument.
+    #[must_use]
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> VmmBuilder {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    /// Serves the API at `api.sock` in its directory.
+    #[must_use]
+    pub fn with_api(self) -> VmmBuilder {
+        let socket = self.dir.path().join("api.sock");
+        self.arg("--api-sock").arg(socket)
+    }
+
+    /// Starts from a configuration file with this content.
+    pub fn with_config(self, config: &Value) -> Result<VmmBuilder> {
+        self.with_config_text(&config.to_string())
+    }
+
+    /// Starts from a configuration file with this text.
+    pub fn with_config_text(self, text: &str) -> Result<VmmBuilder> {
+        let file = self.dir.path().join("config.json");
+        std::fs::write(&file, text).with_context(|| file.display().to_string())?;
+        Ok(self.arg("--config-file").arg(file))
+    }
+
+    /// Runs under another name (`argv[0]`).
+    #[must_use]
+    pub fn with_name(mut self, name: &str) -> VmmBuilder {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Does not show on standard error what it says.
+    #[must_use]
+    pub fn quiet(mut self) -> VmmBuilder {
+        self.show = false;
+        self
+    }
+
+    /// Starts it.
+    pub fn spawn(self) -> Result<Vmm> {
+        let mut command = Command::new(&self.program);
+        if let Some(name) = &self.name {
+            std::os::unix::process::CommandExt::arg0(&mut command, name);
+        }
+        command.args(&self.args).current_dir(self.dir.path());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        die_with_parent(&mut command);
+        let started = Instant::now();
+        let mut child = command.spawn().with_context(|| format!("cannot run {}", self.program.display()))?;
+        let label = |label| self.show.then_some(label);
+        let stdout = Transcript::of(child.stdout.take().context("it is a pipe")?, label("stdout"));
+        let stderr = Transcript::of(child.stderr.take().context("it is a pipe")?, label("stderr"));
+        Ok(Vmm { child, started, stdout, stderr, dir: self.dir })
+    }
+}
+
+/// A running monitor. It is killed, and its directory removed, when this value is dropped.
+#[derive(Debug)]
+pub struct Vmm {
+    child: Child,
+    started: Instant,
+    /// Its standard output: the guest's serial console and, unless configured otherwise, its own log.
+    pub stdout: Transcript,
+    /// Its standard error.
+    pub stderr: Transcript,
+    dir: TempDir,
+}
+
+impl Vmm {
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// When it was started.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// The directory that it runs in.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A new client of its API; see [`VmmBuilder::with_api`].
+    pub fn client(&self) -> ApiClient {
+        ApiClient::new(&self.dir.path().join("api.sock"))
+    }
+
+    /// A new client, once the API answers.
+    pub fn ready_client(&self, timeout: Duration) -> Result<ApiClient> {
+        let mut client = self.client();
+        client.wait_ready(timeout)?;
+        Ok(client)
+    }
+
+    /// Waits for a line of its standard output that has `text` in it.
+    pub fn wait_for_output(&self, text: &str, timeout: Duration) -> Result<String> {
+        Ok(self.wait_for_line(text, timeout)?.text)
+    }
+
+    /// The same, with the time at which the line came.
+    pub fn wait_for_line(&self, text: &str, timeout: Duration) -> Result<Line> {
+        self.stdout.wait_for(text, timeout).map_err(|error| self.with_errors(error))
+    }
+
+    fn with_errors(&self, error: anyhow::Error) -> anyhow::Error {
+        let errors = self.stderr.text();
+        if errors.is_empty() { error } else { error.context(format!("it said on standard error:\n{errors}")) }
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        rustix::process::kill_process(Pid::from_child(&self.child), signal).context("cannot send the signal")
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Waits for its end.
+    pub fn exit_status(&mut self, timeout: Duration) -> Result<ExitStatus> {
+        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty());
+        // Where it is gone and waited for already, its status is known.
+        if let Ok(pidfd) = pidfd {
+            let timeout = Timespec::try_from(timeout).context("the time limit")?;
+            if poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout))? == 0 {
+                bail!("it still runs; it said:\n{}\n{}", self.stdout.text(), self.stderr.text());
+            }
+        }
+        Ok(self.child.wait()?)
+    }
+
+    /// Waits for its end; the exit code, or an error where a signal ended it.
+    pub fn exit_code(&mut self, timeout: Duration) -> Result<i32> {
+        let status = self.exit_status(timeout)?;
+        let signal = status.signal().unwrap_or_default();
+        status.code().with_context(|| format!("signal {signal} ended it; it said:\n{}", self.stderr.text()))
+    }
+
+    /// Waits for its end, and returns its exit code and all that it said: standard output, then standard error.
+    pub fn finish(&mut self, timeout: Duration) -> Result<(i32, String)> {
+        let code = self.exit_code(timeout)?;
+        let output = self.stdout.wait_for_end(timeout)?;
+        let errors = self.stderr.wait_for_end(timeout)?;
+        Ok((code, output + &errors))
+    }
+
+    /// The processor time that one of its threads has used, by the thread's name. `None` where it has no such thread.
+    pub fn thread_time(&self, name: &str) -> Result<Option<Duration>> {
+        Ok(self.threads()?.into_iter().find(|thread| thread.name == name).map(|thread| thread.time))
+    }
+
+    /// Its threads.
+    pub fn threads(&self) -> Result<Vec<Thread>> {
+        let mut threads = Vec::new();
+        for entry in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let entry = entry?;
+            // A thread may end while we look.
+            let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+            threads.push(Thread::parse(&stat).with_context(|| format!("cannot read {stat:?}"))?);
+        }
+        Ok(threads)
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A thread, as `/proc` shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Thread {
+    /// Its name.
+    pub name: String,
+    /// The processor time that it has used; for a vCPU, the guest's too. In steps of 10 ms.
+    pub time: Duration,
+}
+
+impl Thread {
+    /// Reads `/proc/PID/task/TID/stat`.
+    fn parse(stat: &str) -> Option<Thread> {
+        let (before, after) = stat.rsplit_once(')')?;
+        let (_, name) = before.split_once('(')?;
+        let mut fields = after.split_whitespace();
+        // proc(5) counts from 1 and the name is field 2: utime is field 14, stime 15.
+        let user: u64 = fields.nth(11)?.parse().ok()?;
+        let system: u64 = fields.next()?.parse().ok()?;
+        let ticks_per_second = rustix::param::clock_ticks_per_second();
+        let time = Duration::from_millis((user + system) * 1000 / ticks_per_second);
+        Some(Thread { name: name.to_owned(), time })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    fn shell(script: &str) -> Vmm {
+        VmmBuilder::new(Path::new("/bin/sh")).unwrap().quiet().arg("-c").arg(script).spawn().unwrap()
+    }
+
+    #[test]
+    fn all_that_it_said_is_there_with_its_status() {
+        let (code, said) = shell("echo out; echo err >&2; exit 152").finish(LONG).unwrap();
+        assert_eq!((code, said.as_str()), (152, "out\nerr\n"));
+    }
+
+    #[test]
+    fn an_end_by_a_signal_is_no_exit_code() {
+        let error = shell("echo why >&2; kill -9 $$").exit_code(LONG).unwrap_err().to_string();
+        assert!(error.starts_with("signal 9"), "{error}");
+    }
+
+    #[test]
+    fn a_process_that_does_not_end_is_an_error_that_says_so() {
+        let mut vmm = shell("echo here; exec sleep 1000");
+        vmm.wait_for_output("here", LONG).unwrap();
+        let error = vmm.exit_status(Duration::from_millis(20)).unwrap_err().to_string();
+        assert!(error.contains("still runs") && error.contains("here"), "{error}");
+    }
+
+    #[test]
+    fn nothing_is_left_after_a_drop() {
+        let vmm = shell("echo here; exec sleep 1000");
+        vmm.wait_for_output("here", LONG).unwrap();
+        let (pid, dir) = (vmm.pid(), vmm.dir().to_owned());
+        drop(vmm);
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
+        assert!(!dir.exists());
+    }
+
+    #[test]
+    fn a_thread_may_have_any_name() {
+        let stat = "7 (fc_vcpu 0) (x)) R 1 2 3 4 5 6 7 8 9 10 150 50 0 0";
+        let thread = Thread::parse(stat).unwrap();
+        assert_eq!((thread.name.as_str(), thread.time), ("fc_vcpu 0) (x)", Duration::from_secs(2)));
+    }
+}

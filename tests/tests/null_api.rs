@@ -1,0 +1,159 @@
+//! The HTTP API as its clients see it, through the real binary.
+
+use std::io::Write;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use vesta_tests::api::read_response;
+use vesta_tests::guest::{SOON, vmm_path, vmm_with_api};
+use vesta_tests::vmm::VmmBuilder;
+
+#[test]
+fn get_root_tells_who_it_is() -> Result<()> {
+    let (_vmm, mut api) = vmm_with_api(&["--id", "test-1"])?;
+    let response = api.get("/")?;
+    assert_eq!(response.status, 200);
+    let info = response.json()?;
+    assert_eq!((info["id"].as_str(), info["state"].as_str()), (Some("test-1"), Some("Not started")));
+    ensure!(info["vmm_version"].is_string() && info["app_name"].is_string(), "{info}");
+    Ok(())
+}
+
+#[test]
+fn the_version_is_one_that_clients_know() -> Result<()> {
+    let (_vmm, mut api) = vmm_with_api(&[])?;
+    let version = api.get("/version")?.ok()?.json()?;
+    let text = version["firecracker_version"].as_str().context("it has a firecracker_version")?;
+    ensure!(text.trim_start_matches('v').starts_with("1.17."), "{text}");
+    Ok(())
+}
+
+#[test]
+fn machine_config_has_its_defaults() -> Result<()> {
+    let (_vmm, mut api) = vmm_with_api(&[])?;
+    let config = api.get("/machine-config")?.ok()?.json()?;
+    let expected = json!({
+        "vcpu_count": 1, "mem_size_mib": 128, "smt": false, "track_dirty_pages": false, "huge_pages": "None"
+    });
+    assert_eq!(config, expected);
+    Ok(())
+}
+
+#[test]
+fn machine_config_keeps_what_was_put_and_patched() -> Result<()> {
+    let (_vmm, mut api) = vmm_with_api(&[])?;
+    assert_eq!(api.put("/machine-config", &json!({"vcpu_count": 2, "mem_size_mib": 256}))?.status, 204);
+    assert_eq!(api.patch("/machine-config", &json!({"mem_size_mib": 512}))?.status, 204);
+    let config = api.get("/machine-config")?.json()?;
+    assert_eq!((config["vcpu_count"].as_u64(), config["mem_size_mib"].as_u64()), (Some(2), Some(512)));
+    let whole = api.get("/vm/config")?.ok()?.json()?;
+    assert_eq!(whole["machine-config"], config);
+    Ok(())
+}
+
+#[test]
+fn answers_look_as_clients_parse_them() -> Result<()> {
+    let (_vmm, mut api) = vmm_with_api(&[])?;
+    let done = api.put("/machine-config", &json!({"vcpu_count": 1, "mem_size_mib": 128}))?;
+    assert_eq!((done.status, done.body.as_str(), done.header("content-length")), (204, "", None));
+    let told = api.get("/machine-config")?;
+    assert_eq!(told.header("content-type"), Some("application/json"));
+    assert_eq!(told.header("connection"), Some("keep-alive"));
+    ensure!(told.header("server").is_some(), "no Server in {:?}", told.headers);
+    Ok(())
+}
+
+#[test]
+fn a_path_that_is_not_there_is_refused_with_its_name() -> Result<()> {
+    let (_vmm, mut api) = vmm_with_api(&[])?;
+    let response = api.get("/nowhere")?;
+    assert_eq!(response.status, 400);
+    ensure!(response.fault().contains("nowhere"), "{}", response.body);
+    // The same connection goes on.
+    api.get("/")?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn a_body_that_is_no_json_is_refused_with_the_place() -> Result<()> {
+    let (_vmm, mut api) = vmm_with_api(&[])?;
+    let response = api.request("PUT", "/machine-config", Some("{\"vcpu_count\": }"))?;
+    assert_eq!(response.status, 400);
+    ensure!(response.fault().contains("line 1 column"), "{}", response.body);
+    api.get("/")?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn a_put_without_a_body_is_refused() -> Result<()> {
+    let (_vmm, mut api) = vmm_with_api(&[])?;
+    assert_eq!(api.request("PUT", "/machine-config", None)?.status, 400);
+    Ok(())
+}
+
+#[test]
+fn what_is_no_http_is_answered_and_hurts_nobody() -> Result<()> {
+    let (_vmm, mut api) = vmm_with_api(&[])?;
+    for nonsense in [&b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"[..], b"GET\r\n\r\n", b"BREW / HTTP/1.1\r\n\r\n"]
+    {
+        let mut connection = api.connect()?;
+        connection.write_all(nonsense)?;
+        assert_eq!(read_response(&mut connection)?.status, 400, "{nonsense:?}");
+    }
+    api.get("/")?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn a_body_that_is_too_long_is_refused_with_the_bound() -> Result<()> {
+    let (vmm, mut api) = vmm_with_api(&["--http-api-max-payload-size", "300"])?;
+    let response =
+        api.request("PUT", "/machine-config", Some(&format!("{{\"x\": \"{}\"}}", "x".repeat(400))))?;
+    assert_eq!(response.status, 400);
+    ensure!(response.body.contains("300"), "{}", response.body);
+    // Its connection may be closed; others are served.
+    vmm.client().get("/")?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn a_request_in_pieces_is_one_request() -> Result<()> {
+    let (_vmm, api) = vmm_with_api(&[])?;
+    let mut connection = api.connect()?;
+    for piece in ["GET /machine-", "config HTTP/1.1\r\nHo", "st: x\r\n", "\r\n"] {
+        connection.write_all(piece.as_bytes())?;
+        connection.flush()?;
+    }
+    assert_eq!(read_response(&mut connection)?.status, 200);
+    Ok(())
+}
+
+#[test]
+fn the_log_goes_where_it_is_told() -> Result<()> {
+    let (vmm, mut api) = vmm_with_api(&[])?;
+    let log = vmm.dir().join("log");
+    api.put("/logger", &json!({"log_path": log, "level": "Debug"}))?.ok()?;
+    api.get("/")?.ok()?;
+    api.put("/machine-config", &json!({"vcpu_count": 0, "mem_size_mib": 128}))?;
+    ensure!(!std::fs::read_to_string(&log)?.is_empty(), "the log is empty");
+    Ok(())
+}
+
+#[test]
+fn under_firecrackers_name_it_answers_as_such() -> Result<()> {
+    let mut vmm = VmmBuilder::new(&vmm_path())?.with_name("firecracker").arg("--version").spawn()?;
+    let (code, said) = vmm.finish(SOON)?;
+    assert_eq!(code, 0);
+    ensure!(said.starts_with("Firecracker v1.17.0"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn version_and_help_are_told_without_a_guest() -> Result<()> {
+    for flag in ["--version", "--help"] {
+        let (code, said) = VmmBuilder::new(&vmm_path())?.arg(flag).spawn()?.finish(SOON)?;
+        assert_eq!(code, 0, "{flag}");
+        ensure!(!said.trim().is_empty(), "{flag} says nothing");
+    }
+    Ok(())
+}

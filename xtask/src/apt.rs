@@ -1,0 +1,88 @@
+//! Debian's packages: installing what is missing, and unpacking without installing.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{ScratchDir, output, run, say};
+
+/// Installs the packages that give `files`, where a file is missing. Each is (file, package).
+pub(crate) fn ensure(files: &[(&str, &'static str)]) -> Result<()> {
+    let mut missing: Vec<&str> =
+        files.iter().filter(|(file, _)| find(file).is_none()).map(|(_, package)| *package).collect();
+    missing.dedup();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    say!("installing {} (Debian packages that are missing)", missing.join(" "));
+    let install = || {
+        let mut command = as_root("apt-get");
+        command
+            .args(["install", "-y", "-qq", "--no-install-recommends"])
+            .args(&missing)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null());
+        output(&mut command)
+    };
+    with_update(install).map(drop)?;
+    match files.iter().find(|(file, _)| find(file).is_none()) {
+        Some((file, package)) => bail!("{package} is installed, and {file} is still not there"),
+        None => Ok(()),
+    }
+}
+
+/// Finds a program: an absolute path, or a name in `PATH` and in the directories for administrators.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from))
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
+}
+
+/// A command that runs as root: as it is where we are, else through `sudo`.
+fn as_root(program: &str) -> Command {
+    if rustix::process::geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("sudo");
+    command.args(["--", program]);
+    command
+}
+
+/// Tries; where that fails, fetches the package lists (a fresh machine has none, an old one stale ones) and tries again.
+fn with_update<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    attempt().or_else(|_| {
+        say!("fetching Debian's package lists");
+        output(as_root("apt-get").args(["update", "-qq"]).stdin(Stdio::null()))?;
+        attempt()
+    })
+}
+
+/// The package that stands behind a meta-package (`linux-image-6.12-cloud-amd64` means the newest build of it).
+pub(crate) fn behind(meta: &str) -> Result<String> {
+    with_update(|| {
+        let depends = output(Command::new("apt-cache").args(["depends", meta]))?;
+        let dependency = |line: &str| line.trim().strip_prefix("Depends: ").map(str::to_owned);
+        let package =
+            depends.lines().filter_map(dependency).find(|package| package.starts_with("linux-image-"));
+        package.with_context(|| format!("Debian's package {meta} depends on no kernel"))
+    })
+}
+
+/// Gets a package and unpacks it into `target`, without installing it.
+pub(crate) fn unpack(package: &str, target: &Path) -> Result<()> {
+    say!("fetching Debian's package {package}");
+    let scratch = ScratchDir::new()?;
+    with_update(|| {
+        // Its own unprivileged user could not write to our directory.
+        let mut command = Command::new("apt-get");
+        command.args(["download", "-qq", "-o", "APT::Sandbox::User=root", package]);
+        output(command.current_dir(scratch.path()).stdin(Stdio::null()))
+    })?;
+    let mut files = std::fs::read_dir(scratch.path())?.flatten().map(|entry| entry.path());
+    let file = files.find(|path| path.extension().is_some_and(|kind| kind == "deb"));
+    let file = file.with_context(|| format!("apt-get downloaded {package}, and there is no .deb"))?;
+    run(Command::new("dpkg-deb").arg("--extract").arg(file).arg(target))
+}

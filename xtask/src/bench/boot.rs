@@ -1,0 +1,164 @@
+//! `bench boot`: from nothing to an API, to a guest's first instruction, and to its first process.
+//!
+//! Two tables, each on the host that says most: the null guest where `/dev/kvm` opens at all (a software KVM runs it
+//! at native speed), Linux where unmodified kernels run.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use vesta_tests::elf::null_guest;
+use vesta_tests::guest::{BOOT_ARGS, Guest};
+use vesta_tests::initramfs::Initramfs;
+
+use super::measure::{INIT, Life, Sign, life};
+use super::table::{Row, markdown};
+use super::{Monitor, MonitorKind};
+use crate::host::emulated::Emulated;
+use crate::host::{self, Job, Kind, Outcome};
+use crate::process::{output, root, say};
+use crate::test::build_vmm;
+use crate::{apt, kernels};
+
+/// What runs on a host.
+#[derive(Debug, Serialize, Deserialize)]
+struct Orders {
+    monitors: Vec<Monitor>,
+    runs: usize,
+    guest: GuestFiles,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum GuestFiles {
+    Null { kernel: PathBuf },
+    Linux { kernel: PathBuf, initrd: PathBuf },
+}
+
+pub(super) fn command(peers: Vec<Monitor>, runs: usize) -> Result<ExitCode> {
+    say!("building vesta-vmm");
+    let vmm = build_vmm(true)?;
+    let mut monitors = vec![Monitor { name: "vesta".to_owned(), path: vmm, kind: MonitorKind::Api }];
+    monitors.extend(peers);
+    // Beside the binaries: a place that an emulated host shares.
+    let program = std::env::current_exe()?;
+    let dir = program.parent().context("this program is in no directory")?.join("bench");
+    std::fs::create_dir_all(&dir)?;
+
+    let (kind, why) = host::choose()?;
+    let kvm_opens = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    let null_kind = if kvm_opens { Kind::Native } else { kind };
+    let kernel = dir.join("null-guest");
+    std::fs::write(&kernel, null_guest().bytes())?;
+    println!(
+        "## A null guest (one instruction, then it halts; 128 MiB, 1 vCPU), on {}\n",
+        describe(null_kind, &why)
+    );
+    let orders = Orders { monitors: monitors.clone(), runs, guest: GuestFiles::Null { kernel } };
+    let null = on_host(null_kind, &orders, &dir)?;
+
+    let (kernel, name) = match kernels::tuned()? {
+        Some(kernel) => (kernel, "the tuned 6.12 kernel"),
+        None => (kernels::debian(kernels::DEBIAN_6_12)?, "Debian's 6.12 cloud kernel"),
+    };
+    let initrd = dir.join("initramfs");
+    std::fs::write(
+        &initrd,
+        Initramfs::new(&kernels::busybox()?)?.finish(&format!("echo {INIT}\nsleep 1000")),
+    )?;
+    let qemu = apt::find("qemu-system-x86_64");
+    monitors.extend(qemu.map(|path| Monitor {
+        name: "QEMU microvm".to_owned(),
+        path,
+        kind: MonitorKind::Qemu,
+    }));
+    println!("\n## Linux ({name}, initramfs with busybox; 128 MiB, 1 vCPU), on {}\n", describe(kind, &why));
+    let orders = Orders { monitors, runs, guest: GuestFiles::Linux { kernel: kernel.image, initrd } };
+    let linux = on_host(kind, &orders, &dir)?;
+    let date = output(Command::new("date").arg("--iso-8601"))?;
+    println!(
+        "\n`cargo xtask bench boot`, {}: medians over {runs} interleaved runs, in brackets the least and",
+        date.trim()
+    );
+    println!(
+        "the most. Resident memory: the sum of Rss in /proc/PID/smaps, without mappings as large as the guest's"
+    );
+    println!("memory, at the guest's sign of life.");
+    let good = [null, linux].iter().all(|outcome| *outcome == Outcome::Exited(0));
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn describe(kind: Kind, why: &str) -> String {
+    let system = rustix::system::uname();
+    match kind {
+        Kind::Native => format!("{kind} (Linux {}; {why})", system.release().to_string_lossy()),
+        Kind::Emulated => kind.to_string(),
+    }
+}
+
+fn on_host(kind: Kind, orders: &Orders, dir: &Path) -> Result<Outcome> {
+    let file = dir.join("orders");
+    std::fs::write(&file, serde_json::to_vec(orders)?)?;
+    let argv: [OsString; 3] = [std::env::current_exe()?.into(), "bench-inner".into(), file.into()];
+    let mut job = Job::here(argv.to_vec())?;
+    root().clone_into(&mut job.cwd);
+    let outcome = host::run(kind, &job, &Emulated::default())?;
+    outcome.report();
+    Ok(outcome)
+}
+
+/// `bench-inner ORDERS`: runs on the host, and prints the table.
+pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let orders = std::fs::read(PathBuf::from(parser.value()?))?;
+    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
+    let (guest, sign) = match &orders.guest {
+        GuestFiles::Null { kernel } => (Guest::bare(kernel), Sign::FirstInstruction),
+        GuestFiles::Linux { kernel, initrd } => {
+            let mut guest = Guest::bare(kernel).boot_args(BOOT_ARGS);
+            guest.initrd = Some(initrd.clone());
+            (guest, Sign::Init)
+        }
+    };
+    let mut lives: Vec<Vec<Life>> = vec![Vec::new(); orders.monitors.len()];
+    // One life first that does not count: it brings files into the page cache.
+    for run in 0..=orders.runs {
+        for (monitor, lives) in orders.monitors.iter().zip(&mut lives) {
+            let life = life(monitor, &guest, sign)?;
+            if run > 0 {
+                lives.push(life);
+            }
+        }
+    }
+    print!("{}", table(&orders.monitors, &lives, sign));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn table(monitors: &[Monitor], lives: &[Vec<Life>], sign: Sign) -> String {
+    type Column = (&'static str, fn(&Life) -> Option<f64>);
+    let columns: [Column; 5] = match sign {
+        Sign::FirstInstruction => [
+            ("spawn to API, ms", |life| life.api_ms),
+            ("InstanceStart call, ms", |life| life.start_call_ms),
+            ("InstanceStart to first instruction, ms", |life| life.start_to_sign_ms),
+            ("spawn to first instruction, ms", |life| life.spawn_to_sign_ms),
+            ("resident above the guest's, KiB", |life| life.resident_kib),
+        ],
+        Sign::Init => [
+            ("spawn to API, ms", |life| life.api_ms),
+            ("InstanceStart call, ms", |life| life.start_call_ms),
+            ("InstanceStart to init, ms", |life| life.start_to_sign_ms),
+            ("spawn to init, ms", |life| life.spawn_to_sign_ms),
+            ("resident above the guest's, KiB", |life| life.resident_kib),
+        ],
+    };
+    let rows: Vec<Row> = monitors
+        .iter()
+        .zip(lives)
+        .map(|(monitor, lives)| Row {
+            name: monitor.name.clone(),
+            samples: columns.iter().map(|(_, value)| lives.iter().filter_map(value).collect()).collect(),
+        })
+        .collect();
+    markdown(&columns.map(|(title, _)| title), &rows)
+}

@@ -1,0 +1,163 @@
+//! One life of one monitor, measured.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use vesta_tests::guest::Guest;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+
+use super::{Monitor, MonitorKind};
+
+/// Longest wait for a station of a life.
+const PATIENCE: Duration = Duration::from_mins(1);
+/// The boot timer's line, of every monitor that has Firecracker's interface.
+const BOOT_TIMER: &str = "Guest-boot-time";
+/// What the guest's first process says.
+pub(super) const INIT: &str = "vesta-bench: init";
+
+/// What one life took. Absent where the monitor has no such thing.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Life {
+    /// From the process's start until the API answers.
+    pub(super) api_ms: Option<f64>,
+    /// How long the `InstanceStart` request took.
+    pub(super) start_call_ms: Option<f64>,
+    /// From the process's start until the guest's sign of life, what the API is told in between included.
+    pub(super) spawn_to_sign_ms: Option<f64>,
+    /// From the sending of `InstanceStart` until the guest's sign of life.
+    pub(super) start_to_sign_ms: Option<f64>,
+    /// Resident memory of the monitor at that moment, its guest's memory left out.
+    pub(super) resident_kib: Option<f64>,
+}
+
+/// The guest's sign of life that is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sign {
+    /// Its first instruction: it writes to the boot timer.
+    FirstInstruction,
+    /// Its first process: it says [`INIT`] on the serial console.
+    Init,
+}
+
+/// Starts the monitor and the guest, waits for the sign, measures, and ends it.
+pub(super) fn life(monitor: &Monitor, guest: &Guest, sign: Sign) -> Result<Life> {
+    match monitor.kind {
+        MonitorKind::Api => with_api(&monitor.path, guest, sign),
+        MonitorKind::Qemu => with_qemu(&monitor.path, guest, sign),
+    }
+    .with_context(|| monitor.name.clone())
+}
+
+fn with_api(program: &Path, guest: &Guest, sign: Sign) -> Result<Life> {
+    let vmm = VmmBuilder::new(program)?.quiet().with_api().arg("--boot-timer").spawn()?;
+    let mut api = vmm.client();
+    api.wait_ready(PATIENCE)?;
+    let answered = Instant::now();
+    guest.put(&mut api)?;
+    let asked = Instant::now();
+    api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
+    let started = Instant::now();
+    let text = match sign {
+        Sign::FirstInstruction => BOOT_TIMER,
+        Sign::Init => INIT,
+    };
+    let line = vmm.wait_for_line(text, PATIENCE)?;
+    Ok(Life {
+        api_ms: Some(ms(answered - vmm.started())),
+        start_call_ms: Some(ms(started - asked)),
+        spawn_to_sign_ms: Some(ms(line.at - vmm.started())),
+        // Another thread reads the line, and may do so before the answer is read here.
+        start_to_sign_ms: Some(ms(line.at.saturating_duration_since(asked))),
+        resident_kib: Some(resident_kib(&vmm, guest)?),
+    })
+}
+
+fn with_qemu(program: &Path, guest: &Guest, sign: Sign) -> Result<Life> {
+    if sign != Sign::Init {
+        bail!("QEMU has no boot timer");
+    }
+    let mut builder = VmmBuilder::new(program)?.quiet();
+    for arg in
+        ["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config", "-no-reboot"]
+    {
+        builder = builder.arg(arg);
+    }
+    builder = builder.arg("-display").arg("none").arg("-serial").arg("stdio");
+    builder = builder.arg("-smp").arg(guest.vcpus.to_string()).arg("-m").arg(guest.mem_mib.to_string());
+    builder = builder.arg("-kernel").arg(&guest.kernel);
+    if let Some(initrd) = &guest.initrd {
+        builder = builder.arg("-initrd").arg(initrd);
+    }
+    let vmm = builder.arg("-append").arg(guest.boot_args.as_deref().unwrap_or_default()).spawn()?;
+    let line = vmm.wait_for_line(INIT, PATIENCE)?;
+    Ok(Life {
+        spawn_to_sign_ms: Some(ms(line.at - vmm.started())),
+        resident_kib: Some(resident_kib(&vmm, guest)?),
+        ..Life::default()
+    })
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// What the process has resident, those mappings left out that are as large as the guest's memory or larger.
+fn resident_kib(vmm: &Vmm, guest: &Guest) -> Result<f64> {
+    let smaps =
+        std::fs::read_to_string(format!("/proc/{}/smaps", vmm.pid())).context("the monitor's mappings")?;
+    let guest_kib = u64::from(guest.mem_mib) * 1024;
+    let resident =
+        resident_beside(&smaps, guest_kib).context("no mapping is as large as the guest's memory")?;
+    Ok(f64::from(u32::try_from(resident).context("the monitor's resident memory")?))
+}
+
+/// The sum of `Rss` over all mappings smaller than `guest_kib`; `None` where there is no other.
+fn resident_beside(smaps: &str, guest_kib: u64) -> Option<u64> {
+    let mut sum = 0;
+    let mut size = 0;
+    let mut guest_is_there = false;
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(key), Some(Ok(value))) = (words.next(), words.next().map(str::parse::<u64>)) else {
+            continue;
+        };
+        match key {
+            "Size:" => size = value,
+            "Rss:" if size >= guest_kib => guest_is_there = true,
+            "Rss:" => sum += value,
+            _ => {}
+        }
+    }
+    guest_is_there.then_some(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+00400000-00600000 r-xp 00000000 fe:00 1 /usr/bin/vesta-vmm
+Size:               2048 kB
+KernelPageSize:        4 kB
+Rss:                 900 kB
+Pss:                 900 kB
+7f0000000000-7f0008000000 rw-p 00000000 00:00 0
+Size:             131072 kB
+Rss:               40960 kB
+7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0 [stack]
+Size:                132 kB
+Rss:                  16 kB
+";
+
+    #[test]
+    fn the_guests_memory_is_left_out() {
+        assert_eq!(resident_beside(SMAPS, 131_072), Some(916));
+    }
+
+    #[test]
+    fn without_a_mapping_of_the_guests_size_there_is_no_number() {
+        assert_eq!(resident_beside(SMAPS, 262_144), None);
+    }
+}

@@ -1,0 +1,69 @@
+//! `cargo xtask bench`: how long things take, beside what others take for them on the same host in the same run.
+//!
+//! Runs are interleaved (every monitor once, then every monitor again), so that what the host does meanwhile hits all
+//! alike. What is printed are medians. A number means something beside the others of its table only: each table names
+//! its host.
+
+mod boot;
+mod measure;
+mod table;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use lexopt::prelude::*;
+use serde::{Deserialize, Serialize};
+
+pub(crate) use boot::inner;
+
+/// A monitor to measure.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Monitor {
+    name: String,
+    path: PathBuf,
+    kind: MonitorKind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum MonitorKind {
+    /// It has Firecracker's API and flags.
+    Api,
+    /// QEMU with its `microvm` machine.
+    Qemu,
+}
+
+/// Fewest runs that a median is taken over.
+const FEWEST_RUNS: usize = 11;
+
+/// `cargo xtask bench boot [--peer NAME=PATH]... [--runs N]`.
+pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let mut peers = Vec::new();
+    let mut runs = FEWEST_RUNS;
+    let mut what = None;
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("runs") => runs = parser.value()?.parse()?,
+            Value(name) if what.is_none() => what = Some(name.string()?),
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    if runs < FEWEST_RUNS {
+        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
+    }
+    match what.as_deref() {
+        Some("boot") => boot::command(peers, runs),
+        Some(other) => bail!("there is no benchmark {other}: there is boot"),
+        None => bail!("which benchmark? There is boot"),
+    }
+}
+
+fn peer(text: OsString) -> Result<Monitor> {
+    let text = text.string()?;
+    let (name, path) =
+        text.split_once('=').with_context(|| format!("--peer is {text}: it must be NAME=PATH"))?;
+    let path = std::fs::canonicalize(path).with_context(|| format!("--peer {name}: {path}"))?;
+    Ok(Monitor { name: name.to_owned(), path, kind: MonitorKind::Api })
+}

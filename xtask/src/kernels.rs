@@ -1,0 +1,158 @@
+//! Guest and host kernels, each fetched or unpacked once and kept in the cache.
+//!
+//! A kernel is a directory that is written under a temporary name and renamed when it is whole: whoever finds it may
+//! use it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use vesta_tests::modules::{Modules, normal_name};
+
+use crate::apt;
+use crate::process::{cache_dir, output, root, run, say};
+
+/// A kernel image on disk.
+#[derive(Debug, Clone)]
+pub(crate) struct Kernel {
+    /// An ELF `vmlinux` or a `bzImage`.
+    pub(crate) image: PathBuf,
+    /// Its modules, where it has any.
+    pub(crate) modules: Option<Modules>,
+}
+
+/// Debian 12's kernel for virtual machines.
+pub(crate) const DEBIAN_6_1: &str = "linux-image-cloud-amd64";
+/// The kernel for virtual machines that Debian 12 has from its next release.
+pub(crate) const DEBIAN_6_12: &str = "linux-image-6.12-cloud-amd64";
+
+/// A kernel of Debian's, by its meta-package.
+pub(crate) fn debian(meta: &str) -> Result<Kernel> {
+    let dir = once(meta, |dir| {
+        apt::ensure(&[("xz", "xz-utils")])?;
+        let package = apt::behind(meta)?;
+        let tree = dir.join("tree");
+        apt::unpack(&package, &tree)?;
+        let release = package.trim_start_matches("linux-image-");
+        std::fs::rename(tree.join(format!("boot/vmlinuz-{release}")), dir.join("vmlinuz"))
+            .with_context(|| format!("{package} has no kernel where it was looked for"))?;
+        std::fs::rename(tree.join(format!("boot/config-{release}")), dir.join("config"))?;
+        let modules = dir.join("modules");
+        std::fs::create_dir(&modules)?;
+        flatten(&tree.join("lib/modules"), &modules)?;
+        decompress_all(&modules)?;
+        std::fs::remove_dir_all(&tree)?;
+        let aliases: Vec<String> = Modules::new(&modules)
+            .read_aliases()?
+            .into_iter()
+            .map(|(alias, module)| format!("{alias} {module}\n"))
+            .collect();
+        std::fs::write(dir.join("aliases"), aliases.concat())?;
+        std::fs::write(dir.join("release"), release)?;
+        Ok(())
+    })?;
+    Ok(Kernel { image: dir.join("vmlinuz"), modules: Some(Modules::new(dir.join("modules"))) })
+}
+
+/// The project's own kernel (guest/): from `VESTA_TUNED_KERNEL`, from a `shared` directory beside the repository, or
+/// as `cargo xtask kernel` built it. None where there is none: everything works without it.
+pub(crate) fn tuned() -> Result<Option<Kernel>> {
+    let source = match std::env::var_os("VESTA_TUNED_KERNEL").map(PathBuf::from) {
+        Some(path) if path.is_file() => Some(path),
+        Some(path) => bail!("VESTA_TUNED_KERNEL names {}, and there is no such file", path.display()),
+        None => tuned_places()?.into_iter().find(|path| path.is_file()),
+    };
+    let Some(source) = source else { return Ok(None) };
+    if source.extension().is_none_or(|kind| kind != "zst") {
+        return Ok(Some(Kernel { image: source, modules: None }));
+    }
+    let stat = rustix::fs::stat(&source)?;
+    let dir = once(&format!("tuned-{}-{}", stat.st_size, stat.st_mtime), |dir| {
+        apt::ensure(&[("zstd", "zstd")])?;
+        run(Command::new("zstd").args(["-dq", "-o"]).arg(dir.join("vmlinux")).arg(&source))
+    })?;
+    Ok(Some(Kernel { image: dir.join("vmlinux"), modules: None }))
+}
+
+/// Where `cargo xtask kernel` puts what it builds.
+pub(crate) fn built() -> Result<PathBuf> {
+    Ok(cache_dir()?.join("kernels/built/vmlinux"))
+}
+
+fn tuned_places() -> Result<Vec<PathBuf>> {
+    let mut checkouts = vec![root().to_owned()];
+    // In a worktree, what lies beside the main checkout counts too.
+    let git = output(
+        Command::new("git")
+            .args(["rev-parse", "--path-format=absolute", "--git-common-dir"])
+            .current_dir(root()),
+    );
+    checkouts.extend(git.ok().and_then(|dir| Some(Path::new(dir.trim()).parent()?.to_owned())));
+    let beside =
+        checkouts.iter().filter_map(|dir| Some(dir.parent()?.join("shared/guest/vmlinux-6.12-micro.zst")));
+    Ok(std::iter::once(built()?).chain(beside).collect())
+}
+
+/// Busybox, linked statically: what a guest's initial RAM disk is made of.
+pub(crate) fn busybox() -> Result<PathBuf> {
+    let dir = once("busybox", |dir| {
+        let tree = dir.join("tree");
+        apt::unpack("busybox-static", &tree)?;
+        std::fs::rename(tree.join("bin/busybox"), dir.join("busybox"))
+            .context("busybox-static has no bin/busybox")?;
+        std::fs::remove_dir_all(&tree)?;
+        Ok(())
+    })?;
+    Ok(dir.join("busybox"))
+}
+
+/// The directory `kernels/NAME` of the cache, made by `make` where it is not there yet; one process makes it, others wait.
+fn once(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let kernels = cache_dir()?.join("kernels");
+    let dir = kernels.join(name);
+    if dir.is_dir() {
+        return Ok(dir);
+    }
+    std::fs::create_dir_all(&kernels)?;
+    let lock = std::fs::File::create(kernels.join(".lock"))?;
+    lock.lock()?;
+    if !dir.is_dir() {
+        let part = kernels.join(format!("{name}.part"));
+        if part.exists() {
+            std::fs::remove_dir_all(&part)?;
+        }
+        std::fs::create_dir(&part)?;
+        make(&part).with_context(|| format!("cannot get {name}"))?;
+        std::fs::rename(&part, &dir)?;
+        say!("{name} is ready in {}", dir.display());
+    }
+    Ok(dir)
+}
+
+/// Moves every module under `from` into `to`, by its normal name.
+fn flatten(from: &Path, to: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(from).with_context(|| from.display().to_string())? {
+        let path = entry?.path();
+        if path.is_dir() {
+            flatten(&path, to)?;
+        } else if let Some((name, kind)) = path.file_name().and_then(|name| name.to_str()?.split_once(".ko"))
+        {
+            std::fs::rename(&path, to.join(format!("{}.ko{kind}", normal_name(name))))?;
+        }
+    }
+    Ok(())
+}
+
+fn decompress_all(dir: &Path) -> Result<()> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|kind| kind == "xz") {
+            files.push(path);
+        }
+    }
+    for chunk in files.chunks(256) {
+        run(Command::new("xz").args(["-d", "-T0", "--"]).args(chunk))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,81 @@
+//! `cargo xtask`: what developers and newcomers run.
+
+#![forbid(unsafe_code)]
+
+mod apt;
+mod bench;
+mod demo;
+mod guest_kernel;
+mod host;
+mod kernels;
+mod process;
+mod test;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use lexopt::prelude::*;
+
+const USAGE: &str = "\
+cargo xtask COMMAND
+
+  demo
+        Boots a microVM whose guest says hello, and shows its timeline.
+  test [--lint] [--unit] [--system] [FILTER]
+        Lints, unit tests and whole-system tests: all, or those layers and those tests whose name has FILTER in it.
+
+  host [--cpus N] [--mem MIB] [--timeout S] [--pin CPU|none] [--modules A,B] [--kernel-log FILE] [--] CMD...
+        Runs CMD where KVM runs ordinary guests: here if it does, else on the emulated host.
+  bench boot [--peer NAME=PATH]... [--runs N]
+        Measures starting, beside other monitors with the same API and QEMU's microvm where it is installed.
+  kernel
+        Builds the tuned guest kernel from Debian's sources (about ten minutes).
+
+Environment:
+  VESTA_HOST=native|emulated   which host, whatever the local KVM can do
+  VESTA_HOST_PIN=CPU|none      the emulated processor that commands run on (1)
+  VESTA_TUNED_KERNEL=FILE      the tuned guest kernel, a vmlinux or a .zst of one
+";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    let name = args.next().unwrap_or_default();
+    let result =
+        if host::init::is_modprobe(&name) { host::init::modprobe(args) } else { dispatch(args.collect()) };
+    match result {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
+    let mut parser = lexopt::Parser::from_args(args);
+    let command = match parser.next()? {
+        None | Some(Long("help") | Short('h')) => {
+            print!("{USAGE}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(Value(command)) => command,
+        Some(arg) => return Err(arg.unexpected().into()),
+    };
+    let command = command.to_str().context("the command is not UTF-8")?;
+    if command == "host-init" {
+        return host::init::main(&mut parser);
+    }
+    process::clean_up_on_signals()?;
+    match command {
+        "bench" => bench::command(&mut parser),
+        "bench-inner" => bench::inner(&mut parser),
+        "kernel" => guest_kernel::command(&mut parser),
+        "demo" => demo::command(&mut parser),
+        "demo-inner" => demo::inner(&mut parser),
+        "host" => host::command(&mut parser),
+        "test" => test::command(&mut parser),
+        "test-inner" => test::inner::main(&mut parser),
+        _ => bail!("there is no command {command}\n\n{USAGE}"),
+    }
+}

@@ -1,0 +1,142 @@
+//! Starting other programs, and leaving none behind.
+//!
+//! Everything that lives longer than a call is tied to this process: children die with it ([`die_with_us`]), and
+//! directories made with [`ScratchDir`] are removed on return, on error and on a signal ([`clean_up_on_signals`]).
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result, bail};
+use vesta_tests::process::die_with_parent;
+
+/// Says on standard error what is being done.
+macro_rules! say {
+    ($($arg:tt)*) => { eprintln!("xtask: {}", format_args!($($arg)*)) };
+}
+pub(crate) use say;
+
+/// Runs a command to its end; an error names the command and how it ended.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let status =
+        die_with_parent(command).status().with_context(|| format!("cannot run {}", describe(command)))?;
+    if !status.success() {
+        bail!("{} failed: {status}", describe(command));
+    }
+    Ok(())
+}
+
+/// Runs a command to its end and returns its standard output.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let output =
+        die_with_parent(command).output().with_context(|| format!("cannot run {}", describe(command)))?;
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        bail!("{} failed: {}\n{}", describe(command), output.status, errors.trim_end());
+    }
+    String::from_utf8(output.stdout)
+        .with_context(|| format!("{} printed what is not UTF-8", describe(command)))
+}
+
+fn describe(command: &Command) -> String {
+    std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(OsStr::to_string_lossy)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// Makes the command's process end when this one does, however it ends, and keeps the terminal's ctrl-C from it.
+///
+/// Call it from the main thread only: see [`die_with_parent`].
+pub(crate) fn die_with_us(command: &mut Command) -> &mut Command {
+    use std::os::unix::process::CommandExt;
+    die_with_parent(command.process_group(0))
+}
+
+/// Directories to remove before this process ends.
+static SCRATCH: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// A directory that is removed with all it holds.
+pub(crate) struct ScratchDir(PathBuf);
+
+impl ScratchDir {
+    /// Makes a new directory in the system's place for temporary files, and removes those that a process which was
+    /// killed left there.
+    pub(crate) fn new() -> Result<ScratchDir> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let parent = std::env::temp_dir();
+        // A process id means something on one machine since one boot only, and the parent may be shared by more.
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        let prefix = format!("vesta-xtask-{}-", boot.get(..8).unwrap_or_default());
+        for left in std::fs::read_dir(&parent).with_context(|| parent.display().to_string())?.flatten() {
+            let name = left.file_name();
+            let owner = name
+                .to_str()
+                .and_then(|name| name.strip_prefix(&prefix)?.split('-').next()?.parse::<u32>().ok());
+            if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+                // Another process may be removing it at the same time.
+                let _ = std::fs::remove_dir_all(left.path());
+            }
+        }
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = parent.join(format!("{prefix}{}-{count}", std::process::id()));
+        std::fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        SCRATCH.lock().expect("no thread panics with it").push(path.clone());
+        Ok(ScratchDir(path))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for ScratchDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+        SCRATCH.lock().expect("no thread panics with it").retain(|path| *path != self.0);
+    }
+}
+
+/// From now on an interrupt, a hang-up or a request to end removes every [`ScratchDir`] and ends this process, and
+/// with it its children, with 128 plus the signal's number.
+pub(crate) fn clean_up_on_signals() -> Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    std::thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            let scratch = SCRATCH.lock().expect("no thread panics with it");
+            for path in &*scratch {
+                let _ = std::fs::remove_dir_all(path);
+            }
+            std::process::exit(128 + signal);
+        }
+    });
+    Ok(())
+}
+
+/// The cargo that runs us, in the repository.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// Where what takes long to get is kept between runs: `$XDG_CACHE_HOME/vesta`, else `~/.cache/vesta`.
+pub(crate) fn cache_dir() -> Result<PathBuf> {
+    let base = match std::env::var_os("XDG_CACHE_HOME").filter(|dir| Path::new(dir).is_absolute()) {
+        Some(dir) => PathBuf::from(dir),
+        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
+            .join(".cache"),
+    };
+    let dir = base.join("vesta");
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    Ok(dir)
+}
+
+/// The repository's root.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a directory of the repository")
+}

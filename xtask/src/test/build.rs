@@ -1,0 +1,73 @@
+//! Building what the tests need, and finding it.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use super::record::Test;
+use crate::process::{cargo, output, root};
+
+/// A line of `cargo --message-format=json`, as far as we read it.
+#[derive(Deserialize)]
+struct Message {
+    #[serde(default)]
+    target: Option<Target>,
+    #[serde(default)]
+    executable: Option<PathBuf>,
+    #[serde(default)]
+    manifest_path: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
+}
+
+/// Builds the monitor; returns its path.
+pub(crate) fn vmm(release: bool) -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(["build", "--package", "vesta-vmm", "--bin", "vesta-vmm"]);
+    if release {
+        command.arg("--release");
+    }
+    let built = messages(&mut command)?;
+    let executable = built
+        .into_iter()
+        .find_map(|message| (message.target?.name == "vesta-vmm").then_some(message.executable).flatten());
+    executable.context("cargo built vesta-vmm and named no binary")
+}
+
+/// Builds all test binaries of the workspace, and lists the whole-system tests among them.
+pub(crate) fn system_tests() -> Result<Vec<Test>> {
+    let built = messages(cargo().args(["test", "--workspace", "--no-run"]))?;
+    let mut tests = Vec::new();
+    for message in built {
+        let (Some(target), Some(binary)) = (message.target, message.executable) else { continue };
+        if message.manifest_path != root().join("tests/Cargo.toml") || target.kind != ["test"] {
+            continue;
+        }
+        let listing = output(Command::new(&binary).args(["--list", "--format", "terse"]))?;
+        for name in listing.lines().filter_map(|line| line.strip_suffix(": test")) {
+            tests.push(Test { suite: target.name.clone(), name: name.to_owned(), binary: binary.clone() });
+        }
+    }
+    if tests.is_empty() {
+        bail!("there is no whole-system test in {}", root().join("tests/tests").display());
+    }
+    tests.sort();
+    Ok(tests)
+}
+
+/// Runs cargo with its usual words on standard error, and returns what it built.
+fn messages(command: &mut Command) -> Result<Vec<Message>> {
+    command.args(["--message-format", "json-render-diagnostics", "--quiet"]).stderr(Stdio::inherit());
+    let lines = output(command)?;
+    lines
+        .lines()
+        .filter(|line| line.contains("\"reason\":\"compiler-artifact\""))
+        .map(|line| serde_json::from_str(line).context("cargo's messages"))
+        .collect()
+}

@@ -1,0 +1,124 @@
+//! `cargo xtask test`: lints, unit tests and whole-system tests, and one line that sums them up.
+//!
+//! - Lints and unit tests run natively.
+//! - Whole-system tests run on the [host](crate::host). Those of binaries called `null_*` use guests of a few
+//!   instructions, which run natively wherever `/dev/kvm` opens, a software KVM included.
+//! - A filter is a part of a test's name, on all layers; the lints are called `lint::fmt` and `lint::clippy`.
+
+mod build;
+pub(crate) mod inner;
+mod record;
+mod system;
+mod unit;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use lexopt::prelude::*;
+
+pub(crate) use build::vmm as build_vmm;
+
+use crate::process::{cargo, say};
+
+/// What came of some tests.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+    filtered_out: usize,
+    /// What failed, by name, and what to know about those that did not count.
+    notes: Vec<String>,
+}
+
+impl Tally {
+    fn add(&mut self, other: Tally) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+        self.filtered_out += other.filtered_out;
+        self.notes.extend(other.notes);
+    }
+
+    fn failure(note: String) -> Tally {
+        Tally { failed: 1, notes: vec![note], ..Tally::default() }
+    }
+}
+
+/// Which layers to run.
+struct Layers {
+    lint: bool,
+    unit: bool,
+    system: bool,
+}
+
+/// `cargo xtask test [--lint] [--unit] [--system] [FILTER]`.
+pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let mut layers = Layers { lint: false, unit: false, system: false };
+    let mut filter = String::new();
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("lint") => layers.lint = true,
+            Long("unit") => layers.unit = true,
+            Long("system") => layers.system = true,
+            Value(text) if filter.is_empty() => filter = text.string()?,
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    if !(layers.lint || layers.unit || layers.system) {
+        layers = Layers { lint: true, unit: true, system: true };
+    }
+    let started = Instant::now();
+    let mut tally = Tally::default();
+    // A layer that cannot run at all is a failure of its own, and the others still run.
+    let mut layer = |wanted: bool, name: &str, run: &dyn Fn(&str) -> Result<Tally>| {
+        if wanted {
+            tally.add(run(&filter).unwrap_or_else(|error| Tally::failure(format!("{name}: {error:#}"))));
+        }
+    };
+    layer(layers.lint, "lints", &lint);
+    layer(layers.unit, "unit tests", &unit::run);
+    layer(layers.system, "whole-system tests", &system::run);
+    Ok(sum_up(&tally, started))
+}
+
+fn sum_up(tally: &Tally, started: Instant) -> ExitCode {
+    println!();
+    for note in &tally.notes {
+        println!("{note}");
+    }
+    let good = tally.failed == 0;
+    println!(
+        "test result: {}. {} passed; {} failed; {} ignored; 0 measured; {} filtered out; finished in {:.2}s",
+        if good { "ok" } else { "FAILED" },
+        tally.passed,
+        tally.failed,
+        tally.ignored,
+        tally.filtered_out,
+        started.elapsed().as_secs_f64()
+    );
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Formatting and clippy, each as a test.
+fn lint(filter: &str) -> Result<Tally> {
+    let lints: [(&str, &[&str]); 2] = [
+        ("lint::fmt", &["fmt", "--all", "--check"]),
+        ("lint::clippy", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"]),
+    ];
+    let mut tally = Tally::default();
+    for (name, args) in lints {
+        if !name.contains(filter) {
+            tally.filtered_out += 1;
+            continue;
+        }
+        say!("{name}: cargo {}", args.join(" "));
+        if cargo().args(args).status()?.success() {
+            tally.passed += 1;
+        } else {
+            tally.add(Tally::failure(format!("failed: {name}")));
+        }
+    }
+    Ok(tally)
+}

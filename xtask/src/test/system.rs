@@ -1,0 +1,172 @@
+//! The whole-system tests: built once, run on the host, and followed through the records that the runner inside
+//! writes. Where the emulated host dies, another one goes on with what is left.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use vesta_tests::guest::env;
+
+use super::inner::show;
+use super::record::{Plan, Record, Test, Verdict, read, unfinished};
+use super::{Tally, build};
+use crate::host::emulated::{Emulated, Watch};
+use crate::host::{self, Job, Kind, Outcome};
+use crate::kernels;
+use crate::process::{root, say};
+
+/// How long one test may take. An emulated host runs code 10 to 20 times slower.
+const LIMIT_NATIVE: Duration = Duration::from_mins(1);
+const LIMIT_EMULATED: Duration = Duration::from_mins(3);
+/// Test binaries of this kind run natively where `/dev/kvm` opens.
+const NULL_GUESTS: &str = "null_";
+/// How often the emulated host may die before the rest is given up.
+const MOST_DEATHS: usize = 8;
+
+/// What the harness is told: the monitor, the kernels and busybox.
+fn guest_environment(vmm: PathBuf) -> Result<Vec<(OsString, OsString)>> {
+    let mut variables = vec![
+        (env::VMM, vmm),
+        (env::DEBIAN_6_1, kernels::debian(kernels::DEBIAN_6_1)?.image),
+        (env::DEBIAN_6_12, kernels::debian(kernels::DEBIAN_6_12)?.image),
+        (env::BUSYBOX, kernels::busybox()?),
+    ];
+    variables.extend(kernels::tuned()?.map(|kernel| (env::TUNED, kernel.image)));
+    Ok(variables.into_iter().map(|(name, path)| (name.into(), path.into())).collect())
+}
+
+/// Runs them.
+pub(super) fn run(filter: &str) -> Result<Tally> {
+    let (tests, others): (Vec<_>, Vec<_>) =
+        build::system_tests()?.into_iter().partition(|test| test.title().contains(filter));
+    let mut tally = Tally { filtered_out: others.len(), ..Tally::default() };
+    if tests.is_empty() {
+        return Ok(tally);
+    }
+    let mut job = Job::here(vec![])?;
+    root().clone_into(&mut job.cwd);
+    // A monitor that is given is taken as it is: a build of another profile, say.
+    let vmm = std::env::var_os(env::VMM).map_or_else(|| build::vmm(false), |path| Ok(path.into()))?;
+    job.env.extend(guest_environment(vmm)?);
+    job.env.push((env::RUNNER.into(), "1".into()));
+
+    let (kind, why) = host::choose()?;
+    let kvm_opens = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    let (null, linux): (Vec<_>, Vec<_>) =
+        tests.into_iter().partition(|test| test.suite.starts_with(NULL_GUESTS));
+    let (native, elsewhere) = if kvm_opens { (null, linux) } else { (vec![], [null, linux].concat()) };
+    if !native.is_empty() {
+        say!("whole-system tests with null guests: {} on this machine", native.len());
+        tally.add(Run::new(Kind::Native, &job)?.all(native)?);
+    }
+    if !elsewhere.is_empty() {
+        say!("whole-system tests: {} on {kind}: {why}", elsewhere.len());
+        tally.add(Run::new(kind, &job)?.all(elsewhere)?);
+    }
+    Ok(tally)
+}
+
+/// One list of tests on one kind of host.
+struct Run<'a> {
+    kind: Kind,
+    job: &'a Job,
+    emulated: Emulated,
+    limit: Duration,
+    dir: PathBuf,
+}
+
+impl Run<'_> {
+    fn new(kind: Kind, job: &Job) -> Result<Run<'_>> {
+        let limit = match kind {
+            Kind::Native => LIMIT_NATIVE,
+            Kind::Emulated => LIMIT_EMULATED,
+        };
+        // Beside the binaries: a place that the emulated host shares.
+        let program = std::env::current_exe()?;
+        let dir = program.parent().context("this program is in no directory")?.join("system-tests");
+        std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        Ok(Run { kind, job, emulated: Emulated::default(), limit, dir })
+    }
+
+    /// Runs all of them, however many hosts that takes.
+    fn all(mut self, mut tests: Vec<Test>) -> Result<Tally> {
+        let mut tally = Tally::default();
+        let mut suspects = BTreeSet::new();
+        let mut deaths = 0;
+        while !tests.is_empty() {
+            let (records, outcome) = self.some(&tests)?;
+            for record in &records {
+                if let Record::Ended { title, verdict, .. } = record {
+                    count(&mut tally, title, verdict);
+                    tests.retain(|test| test.title() != *title);
+                }
+            }
+            if tests.is_empty() {
+                break;
+            }
+            // Says what happened on standard error.
+            outcome.report();
+            if matches!(outcome, Outcome::Exited(_) | Outcome::Signaled(_)) {
+                bail!("the runner ended with {} tests left", tests.len());
+            }
+            deaths += 1;
+            if let Some(title) = unfinished(&records).map(str::to_owned) {
+                if suspects.insert(title.clone()) {
+                    tally.notes.push(format!("the host died during {title}: it was run again"));
+                } else {
+                    let verdict = Verdict::Failed("the host died during it, twice".to_owned());
+                    show(&title, &verdict, Duration::ZERO, "");
+                    count(&mut tally, &title, &verdict);
+                    tests.retain(|test| test.title() != title);
+                }
+            }
+            if deaths > MOST_DEATHS {
+                for test in &tests {
+                    let verdict = Verdict::Failed("not run: too many hosts died".to_owned());
+                    count(&mut tally, &test.title(), &verdict);
+                }
+                break;
+            }
+            say!("going on with {} tests on a new host", tests.len());
+        }
+        Ok(tally)
+    }
+
+    /// Runs them on one host, as far as it comes.
+    fn some(&mut self, tests: &[Test]) -> Result<(Vec<Record>, Outcome)> {
+        let (plan, records) = (self.dir.join("plan"), self.dir.join("records"));
+        std::fs::write(&records, "")?;
+        let machine_is_ours = self.kind == Kind::Emulated;
+        let content =
+            serde_json::to_vec(&Plan { tests: tests.to_vec(), limit: self.limit, machine_is_ours })?;
+        std::fs::write(&plan, content)?;
+        let mut job = self.job.clone();
+        job.argv = inner(&plan, &records)?;
+        // Each test has its own limit, and a machine that writes nothing for longer than that hangs.
+        self.emulated.timeout = (self.limit + Duration::from_secs(10)) * u32::try_from(tests.len() + 1)?;
+        self.emulated.watch =
+            Some(Watch { file: records.clone(), quiet: self.limit + Duration::from_mins(1) });
+        let outcome = host::run(self.kind, &job, &self.emulated)?;
+        Ok((read(&records)?, outcome))
+    }
+}
+
+fn inner(plan: &Path, records: &Path) -> Result<Vec<OsString>> {
+    Ok(vec![std::env::current_exe()?.into(), "test-inner".into(), plan.into(), records.into()])
+}
+
+fn count(tally: &mut Tally, title: &str, verdict: &Verdict) {
+    match verdict {
+        Verdict::Passed => tally.passed += 1,
+        Verdict::Failed(reason) => {
+            tally.failed += 1;
+            tally.notes.push(format!("failed: {title}: {reason}"));
+        }
+        Verdict::Ignored(reason) => {
+            tally.ignored += 1;
+            tally.notes.push(format!("ignored: {title}: {reason}"));
+        }
+    }
+}
