@@ -65,6 +65,13 @@ impl DiskGuest {
         DiskGuest { entropy: Some(entropy), ..self }
     }
 
+    /// Puts these at the end of its command line.
+    #[must_use]
+    pub fn more_boot_args(mut self, args: &str) -> DiskGuest {
+        self.guest.boot_args = Some(format!("{BOOT_ARGS} {args}"));
+        self
+    }
+
     /// Boots it: it runs `script` from its initial RAM disk.
     pub fn run(mut self, script: &str) -> Result<Vmm> {
         let mut disk = Initramfs::new(&busybox())?;
@@ -73,9 +80,8 @@ impl DiskGuest {
             // Where a shell finds it without a path.
             disk.file("sbin/disk-tool", 0o755, &program);
         }
-        let Guest { vcpus, mem_mib, .. } = self.guest;
-        let guest = Guest::with_initramfs(Kernel::Tuned, disk, script, self.builder.dir())?;
-        self.guest = guest.vcpus(vcpus).mem_mib(mem_mib);
+        let started = Guest::with_initramfs(Kernel::Tuned, disk, script, self.builder.dir())?;
+        self.guest.initrd = started.initrd;
         self.boot()
     }
 

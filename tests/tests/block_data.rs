@@ -60,8 +60,8 @@ on_each_transport! {
         for engine in ["Sync", "Async"] {
             std::fs::hard_link(guest.dir().join(format!("raw-{engine}")), guest.dir().join(format!("again-{engine}")))?;
         }
-        let script = "for d in a b c d; do disk-tool run vd$d 1$d 2 400 & done; wait; poweroff -f".replace("1$d", "17");
-        let mut vmm = guest.run(&script)?;
+        let script = "for d in a b c d; do disk-tool run vd$d 17 2 400 & done; wait; poweroff -f";
+        let mut vmm = guest.run(script)?;
         let mut api = vmm.ready_client(SOON)?;
         let ends = ["vda", "vdb", "vdc", "vdd"].map(|dev| format!("VERIFIED {dev}"));
         let (mut from, mut round) = (0, 0);
