@@ -28,7 +28,10 @@ on_each_transport! {
             is 8192; echo FIRST $(head -c 5 /dev/vda)\n\
             is 2048; echo SECOND $(head -c 6 /dev/vda)\n\
             is 16384; dd if=/dev/zero of=/dev/vda bs=512 seek=16383 count=1 oflag=direct 2>/dev/null && echo GROWN\n\
-            echo UNREAD $(blockdev --getsz /dev/vdb)\n\
+            is 4096; echo OVERLAID $(head -c 4 /dev/vda)\n\
+            echo NEW | dd of=/dev/vda bs=512 conv=sync oflag=direct 2>/dev/null; echo HOLDS $(head -c 3 /dev/vda)\n\
+            until [ $(cat /sys/block/vdb/size) = 8192 ]; do usleep 10000; done; echo STILL $(head -c 3 /dev/vda)\n\
+            echo LATER $(head -c 5 /dev/vdb)\n\
             poweroff -f";
         let guest = DiskGuest::new(transport)?;
         let empty = disk(guest.dir(), "empty", 0)?;
@@ -49,8 +52,24 @@ on_each_transport! {
         File::options().write(true).open(&second)?.set_len(8 * MIB)?;
         change(&mut api, "pool", &second)?;
         vmm.wait_for_output("GROWN", BOOT)?;
+        // And one with an overlay takes the place of one without.
+        let base = vmm.dir().join("base");
+        fs::write(&base, b"BASE".repeat(512 << 10))?;
+        let overlay = vmm.dir().join("overlay");
+        let overlaid = json!({"drive_id": "pool", "path_on_host": base, "overlay": {"path": overlay}});
+        api.patch("/drives/pool", &overlaid)?.ok()?;
+        vmm.wait_for_output("OVERLAID BASE", BOOT)?;
+        vmm.wait_for_output("HOLDS NEW", BOOT)?;
+        // It is in use: it cannot be had a second time, and what was there stays.
+        for id in ["pool", "other"] {
+            let again = json!({"drive_id": id, "path_on_host": base, "overlay": {"path": overlay}});
+            let refused = api.patch(&format!("/drives/{id}"), &again)?;
+            ensure!(refused.status == 400 && refused.fault().contains("overlay"), "{refused:?}");
+        }
+        ensure!(fs::read(&base)? == b"BASE".repeat(512 << 10), "the base has changed");
+        change(&mut api, "other", &first)?;
         let said = said(&mut vmm)?;
-        ensure!(said.contains("UNREAD 0"), "{said}");
+        ensure!(said.contains("STILL NEW") && said.contains("LATER HELLO"), "{said}");
         Ok(())
     }
 

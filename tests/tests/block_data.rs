@@ -106,14 +106,14 @@ on_each_transport! {
         let script = "\
             for d in a b c d; do\n\
               id=$(basename $(readlink /sys/block/vd$d/device))\n\
-              disk-tool run vd$d 17 2 1000000 > /log & tool=$!\n\
-              until [ $(grep -c FLUSHED /log) -ge 4 ]; do usleep 20000; done\n\
+              disk-tool run vd$d 17 2 1000000 > /log$d & tool=$!\n\
+              until [ \"$(grep -c FLUSHED /log$d)\" -ge 4 ]; do usleep 20000; done\n\
               echo $id > /sys/bus/virtio/drivers/virtio_blk/unbind\n\
-              wait $tool\n\
-              grep -q 'FAILED.*write\\|FAILED.*read\\|FAILED.*flush' /log && echo FELL vd$d\n\
+              wait $tool; grep -v FLUSHED /log$d\n\
+              grep -q 'FAILED.*write\\|FAILED.*read\\|FAILED.*flush' /log$d && echo FELL vd$d\n\
               echo $id > /sys/bus/virtio/drivers/virtio_blk/bind\n\
               # What was over when the first of them failed, of each stream.\n\
-              counts=$(for s in 0 1; do grep \"FAILED vd$d $s\" /log | cut -d ' ' -f 4; done)\n\
+              counts=$(for s in 0 1; do grep \"FAILED vd$d $s\" /log$d | cut -d ' ' -f 4; done)\n\
               disk-tool check vd$d 17 2 $counts && echo AGAIN vd$d $counts\n\
             done\n\
             poweroff -f";

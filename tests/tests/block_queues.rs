@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::ensure;
 use serde_json::json;
 use vesta_tests::disks::{DiskGuest, check_file, disk, drive, said, with};
 use vesta_tests::guest::BOOT;

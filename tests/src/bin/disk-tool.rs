@@ -28,7 +28,7 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let good = match args[..] {
         ["run", dev, seed, writers, writes] => run(dev, number(seed), number(writers), number(writes)),
-        ["check", dev, seed, writers, ref counts @ ..] => {
+        ["check", dev, seed, writers, ref counts @ ..] if counts.len() as u64 == number(writers) => {
             check(dev, number(seed), number(writers), &counts.iter().map(|n| number(n)).collect::<Vec<_>>())
         }
         ["rate", dev, what, bytes] => rate(dev, what == "write", number(bytes)),
