@@ -23,10 +23,17 @@
 //!
 //! `machine` builds it and registers it with KVM; `virtio` reads and writes through it.
 
+mod dirty;
 pub mod layout;
+pub mod pages;
 mod ram;
+mod resident;
+mod source;
+mod sys;
 
-pub use ram::{GuestRam, MapError, RamRegion};
+pub use layout::{ImageRegion, LayoutError, MemoryLayout};
+pub use pages::{PageSet, PageSetError};
+pub use ram::{DiscardError, GuestRam, MapError, RamRegion};
 
 /// The guest's memory as `vm-memory` sees it: regions that never change while a machine lives, each with an optional
 /// bitmap of the pages that the *monitor* wrote (KVM keeps the log of what the guest wrote).
