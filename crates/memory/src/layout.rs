@@ -83,7 +83,9 @@ pub struct ImageRegion {
 
 /// Why regions make no layout.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("memory region {index} (guest address {guest_addr:#x}, {size:#x} bytes, offset {offset:#x}): {reason}")]
+#[error(
+    "memory region {index} (guest address {guest_addr:#x}, {size:#x} bytes, offset {offset:#x}): {reason}"
+)]
 pub struct LayoutError {
     /// The region's number.
     pub index: usize,
@@ -143,7 +145,8 @@ impl TryFrom<Vec<ImageRegion>> for MemoryLayout {
             if [guest_addr, size, offset].iter().any(|n| n % PAGE != 0) || size == 0 {
                 return refused("it is not made of whole pages of 4096 bytes");
             }
-            let (Some(end), Some(offset_end)) = (guest_addr.checked_add(size), offset.checked_add(size)) else {
+            let (Some(end), Some(offset_end)) = (guest_addr.checked_add(size), offset.checked_add(size))
+            else {
                 return refused("it ends beyond 2^64");
             };
             if guest_addr < guest_end || offset < file_end {

@@ -24,13 +24,17 @@
 //! `machine` builds it and registers it with KVM; `virtio` reads and writes through it.
 
 mod dirty;
+mod fork;
+pub mod image;
 pub mod layout;
+pub mod page_server;
 pub mod pages;
 mod ram;
 mod resident;
 mod source;
 mod sys;
 
+pub use fork::ForkError;
 pub use layout::{ImageRegion, LayoutError, MemoryLayout};
 pub use pages::{PageSet, PageSetError};
 pub use ram::{DiscardError, GuestRam, MapError, RamRegion};

@@ -1,7 +1,7 @@
 //! Guest RAM as the rest of the monitor has it.
 
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use config::HugePages;
 use vm_memory::bitmap::AtomicBitmap;
@@ -46,7 +46,9 @@ pub enum MapError {
 #[derive(Debug, thiserror::Error)]
 pub enum DiscardError {
     /// Not whole pages of one region.
-    #[error("{len:#x} bytes from guest address {addr:#x} are not whole pages of RAM ({page_size} bytes each)")]
+    #[error(
+        "{len:#x} bytes from guest address {addr:#x} are not whole pages of RAM ({page_size} bytes each)"
+    )]
     Range {
         /// First guest-physical address.
         addr: u64,
@@ -96,7 +98,7 @@ struct Inner {
     layout: MemoryLayout,
     huge_pages: HugePages,
     source: Source,
-    /// Pages that came from a file and were given back: they are zero now.
+    /// Pages that were given back. They were zero then, whatever they are at the source.
     discarded: Mutex<PageSet>,
 }
 
@@ -139,10 +141,7 @@ impl GuestRam {
             spans.push(span);
         }
         let memory = GuestMemory::from_arc_regions(guest_regions).expect("regions are sorted and disjoint");
-        let discarded = Mutex::new(PageSet::empty(match source {
-            Source::File(_) => layout.regions().iter().map(|r| r.size).collect(),
-            _ => Vec::new(),
-        }));
+        let discarded = Mutex::new(PageSet::empty(layout.regions().iter().map(|r| r.size)));
         let inner = Inner { memory, regions, spans, layout, huge_pages, source, discarded };
         Ok(GuestRam { inner: Arc::new(inner) })
     }
@@ -199,7 +198,8 @@ impl GuestRam {
     /// The range is whole pages ([`Self::page_size`]) of one region. The pages count as written by the monitor.
     pub fn discard(&self, addr: u64, len: u64) -> Result<(), DiscardError> {
         let page_size = self.page_size();
-        let index = self.inner.regions.iter().position(|r| r.guest_addr <= addr && addr - r.guest_addr < r.size);
+        let index =
+            self.inner.regions.iter().position(|r| r.guest_addr <= addr && addr - r.guest_addr < r.size);
         let bad_range = || DiscardError::Range { addr, len, page_size };
         let index = index.filter(|_| self.contains(addr, len)).ok_or_else(bad_range)?;
         if addr % page_size != 0 || len % page_size != 0 {
@@ -210,16 +210,13 @@ impl GuestRam {
         }
         let start = addr - self.inner.regions[index].guest_addr;
         let part = self.inner.spans[index].part(start..start + len);
-        // Marked first: a page that is marked and has kept its contents is written once too often, not lost.
+        // Marked first: a page that is marked and kept its contents is written once too often, not lost.
         self.mark_written(index, start, len);
-        let done = if let Source::File(_) = self.inner.source {
+        self.inner.discarded().insert(index, start / PAGE..(start + len) / PAGE);
+        let done = match self.inner.source {
             // Without its mapping a page of a file would come back as it was in the file.
-            part.replace_by_zeros().inspect(|()| {
-                let mut discarded = self.inner.discarded.lock().unwrap_or_else(PoisonError::into_inner);
-                discarded.insert(index, start / PAGE..(start + len) / PAGE);
-            })
-        } else {
-            part.drop_pages()
+            Source::File(_) => part.replace_by_zeros(),
+            Source::Zeros | Source::PageServer(_) => part.drop_pages(),
         };
         done.map_err(|e| DiscardError::Kernel { addr, len, source: e.into() })
     }
@@ -233,12 +230,16 @@ impl GuestRam {
         &self.inner.source
     }
 
-    /// Pages that came from a file and were given back.
+    /// Pages that were given back, written again since or not.
     pub(crate) fn discarded(&self) -> PageSet {
-        match self.inner.source {
-            Source::File(_) => self.inner.discarded.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-            _ => self.no_pages(),
-        }
+        self.inner.discarded().clone()
+    }
+}
+
+impl Inner {
+    fn discarded(&self) -> MutexGuard<'_, PageSet> {
+        // A set of bits is as good after a panic as before.
+        self.discarded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -267,8 +268,11 @@ fn map_span(size: u64, kind: Kind<'_>, huge_pages: HugePages) -> Result<Span, Ma
         HugePages::Transparent => "transparent huge pages",
         HugePages::Hugetlbfs2M => "2 MiB pages from the huge page pool",
     };
-    let span = Span::map(size as usize, kind)
-        .map_err(|source| MapError::Map { size_mib, pages, source: source.into() })?;
+    let span = Span::map(size as usize, kind).map_err(|source| MapError::Map {
+        size_mib,
+        pages,
+        source: source.into(),
+    })?;
     let advised = |source: rustix::io::Errno| MapError::Advise { size_mib, pages, source: source.into() };
     // A crash dump of the monitor must not carry a tenant's memory.
     span.advise(Harmless::DontDump).map_err(advised)?;

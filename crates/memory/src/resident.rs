@@ -22,12 +22,17 @@ impl GuestRam {
     /// Relative to what the guest was restored from this is what has changed, with or without dirty tracking: swapped-out
     /// pages and pages that were given back are in it. The set may be too large (without `/proc`), never too small.
     pub fn own_pages(&self) -> Result<PageSet, ResidentError> {
-        let mut own = match Pagemap::open() {
-            Ok(pagemap) => self.mapped_pages(pagemap, Which::Private)?,
-            Err(_) => self.pages_in_core()?,
-        };
+        let mut own = self.private_pages()?;
         own.insert_all(&self.discarded());
         Ok(own)
+    }
+
+    /// [`Self::own_pages`] without those that were given back and not touched since.
+    pub(crate) fn private_pages(&self) -> Result<PageSet, ResidentError> {
+        Ok(match Pagemap::open() {
+            Ok(pagemap) => self.mapped_pages(pagemap, Which::Private)?,
+            Err(_) => self.pages_in_core()?,
+        })
     }
 
     pub(crate) fn mapped_pages(&self, mut pagemap: Pagemap, which: Which) -> io::Result<PageSet> {

@@ -3,5 +3,6 @@
 
 pub(crate) mod guest_io;
 pub(crate) mod pagemap;
+pub(crate) mod peer;
 pub(crate) mod span;
 pub(crate) mod userfault;

@@ -97,12 +97,7 @@ impl Pagemap {
         self.walk_entries(span, which, found)
     }
 
-    fn walk_by_scan(
-        &self,
-        span: Span,
-        which: Which,
-        found: &mut dyn FnMut(Range<u64>),
-    ) -> io::Result<()> {
+    fn walk_by_scan(&self, span: Span, which: Which, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); 1024];
         let not = PAGE_IS_PFNZERO | if which == Which::Private { PAGE_IS_FILE } else { 0 };
         let end = span.addr() + span.len();
@@ -131,12 +126,7 @@ impl Pagemap {
         Ok(())
     }
 
-    fn walk_entries(
-        &self,
-        span: Span,
-        which: Which,
-        found: &mut dyn FnMut(Range<u64>),
-    ) -> io::Result<()> {
+    fn walk_entries(&self, span: Span, which: Which, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
         let mut buffer = vec![0u8; 64 << 10];
         let pages = span.len() / PAGE;
         let mut run = 0..0;
@@ -171,8 +161,7 @@ pub(crate) fn in_core(span: Span, found: &mut dyn FnMut(Range<u64>)) -> io::Resu
         let count = (vector.len() as u64).min(pages - page);
         let part = span.part(page * PAGE..(page + count) * PAGE);
         // SAFETY: `part` is mapped, and `vector` has a byte for each of its pages.
-        let asked =
-            unsafe { libc::mincore(part.as_ptr().cast(), part.len() as usize, vector.as_mut_ptr()) };
+        let asked = unsafe { libc::mincore(part.as_ptr().cast(), part.len() as usize, vector.as_mut_ptr()) };
         if asked != 0 {
             return Err(io::Error::last_os_error());
         }
