@@ -33,6 +33,7 @@ mod ram;
 mod resident;
 mod source;
 mod sys;
+pub mod working_set;
 
 pub use fork::ForkError;
 pub use layout::{ImageRegion, LayoutError, MemoryLayout};
