@@ -90,7 +90,7 @@ fn main() {
     let watched = touch(&ram);
     let set = recorder.finish().expect("page tables");
     println!(
-        "{} pages recorded in {} runs; watched {watched:.2?}, unwatched {unwatched:.2?}\n",
+        "{} pages recorded in {} runs; watched {watched:.2?}, not watched {unwatched:.2?} (both from the disk)\n",
         set.pages(),
         set.runs().len()
     );
