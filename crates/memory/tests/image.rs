@@ -318,7 +318,7 @@ fn memory_of_the_huge_page_pool_is_written_restored_and_not_forked() {
     let path = dir.path().join("mem");
     let ram = GuestRam::map(MIB, HugePages::Hugetlbfs2M, true).unwrap();
     put(&ram, 600, 1);
-    assert_eq!(ram.own_pages().unwrap().runs(0).collect::<Vec<_>>(), [512..1024]);
+    assert_eq!(ram.own_pages().unwrap().count(), 512);
     let info = full(&ram, &path);
     assert_eq!(info.huge_pages, HugePages::Hugetlbfs2M);
     assert!(blocks(&path) <= PAGE, "{} bytes on disk", blocks(&path));
