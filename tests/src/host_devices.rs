@@ -50,7 +50,7 @@ impl LoopDevice {
     }
 }
 
-/// A block device that the device mapper puts together, and that can be made to fail.
+/// A block device that the device mapper puts together, and that can be made to fail or to be slow.
 #[derive(Debug)]
 pub struct MappedDevice {
     name: String,
@@ -95,6 +95,11 @@ impl MappedDevice {
     pub fn fail_from(&self, from: u64) -> Result<()> {
         let bad = format!("{from} {} error\n", self.sectors - from);
         self.load(&(good(&self.below, 0, from) + &bad))
+    }
+
+    /// From now on every access takes so many milliseconds more.
+    pub fn slow_down(&self, ms: u32) -> Result<()> {
+        self.load(&format!("0 {} delay {} 0 {ms}\n", self.sectors, self.below.path().display()))
     }
 
     /// From now on all is well again.
