@@ -63,7 +63,7 @@ fn wait_for(vmm: &Vmm, dev: &str, requests: u64, from: Instant) -> Result<Mark> 
 fn rates(vmm: &Vmm, dev: &str, from: Instant, window: Duration) -> Result<(f64, f64)> {
     let first = wait_for(vmm, dev, 0, from)?;
     let last = wait_for(vmm, dev, 0, first.at + window)?;
-    let requests = (last.requests - first.requests) as f64;
+    let requests = f64::from(u32::try_from(last.requests - first.requests)?);
     let guest = Duration::from_nanos(last.guest_ns - first.guest_ns);
     Ok((requests / (last.at - first.at).as_secs_f64(), requests / guest.as_secs_f64()))
 }
@@ -121,7 +121,7 @@ on_each_transport! {
             guest = guest.drive(with(drive(dev, &path), &json!({"rate_limiter": limits})));
             // Reads and writes are limited alike.
             let what = if *dev == "vda" { "write" } else { "read" };
-            script += &format!("disk-tool rate {dev} {what} {size} &\n");
+            script = format!("{script}disk-tool rate {dev} {what} {size} &\n");
         }
         let vmm = guest.run(&(script + "wait"))?;
         let mut api = vmm.ready_client(SOON)?;
