@@ -41,8 +41,9 @@ impl Stalls {
 
     /// How much of the time from `from` to `to` it stood still.
     pub fn between(&self, from: Instant, to: Instant) -> Duration {
-        let overlap =
-            |&(end, len): &(Instant, Duration)| end.min(to).saturating_duration_since((end - len).max(from));
+        let overlap = |&(end, len): &(Instant, Duration)| {
+            end.min(to).saturating_duration_since(end.checked_sub(len).map_or(from, |start| start.max(from)))
+        };
         self.seen.lock().expect("no thread panics with it").iter().map(overlap).sum()
     }
 }
