@@ -75,7 +75,9 @@ fn look(
     let requests = f64::from(u32::try_from(last.requests - first.requests)?);
     let took = (last.at - first.at).as_secs_f64();
     let guest = Duration::from_nanos(last.guest_ns - first.guest_ns).as_secs_f64();
-    let stalled = stalls.between(first.at - Duration::from_millis(200), last.at).as_secs_f64();
+    // Also what made the first line late.
+    let before = first.at.checked_sub(Duration::from_millis(200)).unwrap_or(first.at);
+    let stalled = stalls.between(before, last.at).as_secs_f64();
     let off = |seconds: f64| 100.0 * (requests / seconds / right - 1.0);
     let seen = format!(
         "{dev}: {:.2} requests per second ({:+.2}%), by the guest's clock {:.2} ({:+.2}%), should be {right}; the host stood still for {stalled:.2} of {took:.2} s",
