@@ -304,11 +304,13 @@ impl<T> Drop for Uring<T> {
 
 /// Whether the contents of `file` are never anywhere but in memory, so that a read or write is but a copy.
 ///
-/// The kernel's `io_uring` does not know that, and hands each of them to another thread.
+/// The kernel's `io_uring` does not know that, and hands each of them to another thread. A block device is never meant, wherever its
+/// node lies: `/dev` is a file system in memory.
 fn is_in_memory(file: &File) -> bool {
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;
-    rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type.cast_unsigned())))
+    file.metadata().is_ok_and(|data| data.is_file())
+        && rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type.cast_unsigned())))
 }
 
 /// A ring that is not enabled yet.
@@ -356,4 +358,16 @@ fn fallocate<T>(file: Fixed, transfer: &Transfer<T>, mode: i32) -> squeue::Entry
         .offset(transfer.offset())
         .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_files_can_be_in_memory_and_not_devices_whose_nodes_are() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        assert!(is_in_memory(&File::create(dir.path().join("file")).unwrap()));
+        assert!(!is_in_memory(&File::open("/dev/null").unwrap()));
+    }
 }
