@@ -2,6 +2,7 @@
 //!
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
+//! - [`load`]: what the benchmarks' load generator is asked for, and answers.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
 //! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
@@ -11,6 +12,7 @@ pub mod api;
 pub mod elf;
 pub mod guest;
 pub mod initramfs;
+pub mod load;
 pub mod modules;
 pub mod process;
 pub mod transcript;

@@ -304,11 +304,13 @@ impl<T> Drop for Uring<T> {
 
 /// Whether the contents of `file` are never anywhere but in memory, so that a read or write is but a copy.
 ///
-/// The kernel's `io_uring` does not know that, and hands each of them to another thread.
+/// The kernel's `io_uring` does not know that, and hands each of them to another thread. A block device is another matter: the file
+/// system of its node, `/dev`, is one in memory, and says nothing about the disk.
 fn is_in_memory(file: &File) -> bool {
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;
-    rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type.cast_unsigned())))
+    file.metadata().is_ok_and(|metadata| metadata.is_file())
+        && rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type.cast_unsigned())))
 }
 
 /// A ring that is not enabled yet.
