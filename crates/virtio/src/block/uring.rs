@@ -359,3 +359,17 @@ fn fallocate<T>(file: Fixed, transfer: &Transfer<T>, mode: i32) -> squeue::Entry
         .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
         .build()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_not_in_memory_because_its_node_is() {
+        let node = File::open("/dev/null").unwrap();
+        // Whatever `/dev` is mounted from, it is a file system in memory; a device in it is none.
+        assert!(!is_in_memory(&node));
+        let memory = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert!(is_in_memory(&memory.into()));
+    }
+}

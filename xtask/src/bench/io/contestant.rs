@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use vesta_tests::guest::{BOOT_ARGS, Guest, start};
@@ -11,6 +11,7 @@ use vesta_tests::modules::Modules;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 use super::super::Monitor;
+use super::disks::{Disk, SLOW};
 use super::sample::{PATIENCE, Setup};
 
 /// What the guest is made of.
@@ -69,14 +70,45 @@ impl Contestant {
         matches!(self.kind, Kind::Api { peer: true, .. })
     }
 
+    /// Whether it is measured on that disk. Overlays are files, whatever they lie on: one kind of disk says it all.
+    pub(super) fn uses(&self, disk: &Disk) -> bool {
+        disk.label != SLOW || !matches!(self.kind, Kind::Api { overlay: true, .. })
+    }
+
     /// Starts it with the disks; the load generator runs as soon as it can.
     pub(super) fn start(&self, setup: &Setup<'_>) -> Result<Vmm> {
         let builder = VmmBuilder::new(&self.path)?.quiet();
         match self.kind {
             Kind::Raw => setup.load_args.iter().fold(builder, VmmBuilder::arg).spawn(),
-            Kind::Api { engine, overlay, pci, .. } => start_api(builder, setup, engine, overlay, pci),
+            Kind::Api { .. } => self.start_api(builder, setup),
             Kind::Qemu => start_qemu(builder, setup),
         }
+    }
+
+    fn start_api(&self, builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {
+        let Kind::Api { engine, overlay, pci, .. } = self.kind else { bail!("{} has no API", self.name) };
+        let builder = builder.with_api();
+        let vmm = if pci { builder.arg("--enable-pci") } else { builder }.spawn()?;
+        let mut api = vmm.ready_client(PATIENCE)?;
+        setup.guest.put(&mut api)?;
+        for disk in setup.disks.list().iter().filter(|disk| self.uses(disk)) {
+            let mut body = json!({
+                "drive_id": disk.label,
+                "path_on_host": disk.path,
+                "is_root_device": false,
+                "is_read_only": false,
+                "io_engine": format!("{engine:?}"),
+            });
+            if overlay {
+                let path = setup.disks.dir().join("overlay");
+                // That of the round before.
+                let _ = std::fs::remove_file(&path);
+                body["overlay"] = json!({ "path": path });
+            }
+            api.put(&format!("/drives/{}", disk.label), &body)?.ok()?;
+        }
+        start(&mut api)?;
+        Ok(vmm)
     }
 }
 
@@ -111,37 +143,6 @@ pub(super) fn guest(
     let mut guest = Guest::bare(&parts.kernel).boot_args(BOOT_ARGS);
     guest.initrd = Some(initrd);
     Ok(guest)
-}
-
-fn start_api(
-    builder: VmmBuilder,
-    setup: &Setup<'_>,
-    engine: Engine,
-    overlay: bool,
-    pci: bool,
-) -> Result<Vmm> {
-    let builder = builder.with_api();
-    let vmm = if pci { builder.arg("--enable-pci") } else { builder }.spawn()?;
-    let mut api = vmm.ready_client(PATIENCE)?;
-    setup.guest.put(&mut api)?;
-    for disk in setup.disks.list() {
-        let mut body = json!({
-            "drive_id": disk.label,
-            "path_on_host": disk.path,
-            "is_root_device": false,
-            "is_read_only": false,
-            "io_engine": format!("{engine:?}"),
-        });
-        if overlay {
-            let path = setup.disks.dir().join(format!("{}.overlay", disk.label));
-            // That of the round before.
-            let _ = std::fs::remove_file(&path);
-            body["overlay"] = json!({ "path": path });
-        }
-        api.put(&format!("/drives/{}", disk.label), &body)?.ok()?;
-    }
-    start(&mut api)?;
-    Ok(vmm)
 }
 
 fn start_qemu(builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {

@@ -23,6 +23,9 @@ const FILE_BYTES: u64 = 128 << 20;
 const SLOW_MIB: u64 = 64 << 10;
 /// Where the kernel makes `null_blk` devices.
 const CONFIGFS: &str = "/sys/kernel/config";
+/// Labels of disks.
+const FILE: &str = "file";
+pub(super) const SLOW: &str = "slow";
 /// What ours are called.
 const PREFIX: &str = "vesta-bench";
 
@@ -79,7 +82,7 @@ impl Disks {
             // Its kernel has these, and has nothing mounted.
             mount_at("configfs", Path::new(CONFIGFS))?;
             mount_at("debugfs", Path::new("/sys/kernel/debug"))?;
-            let memory = NullDisk::make("memory", &[("size", "256"), ("memory_backed", "1")])?;
+            let memory = NullDisk::make("memory", &[("size", "512"), ("memory_backed", "1")])?;
             run(Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&memory.node))?;
             let dir = disks._scratch.path().join("ext4");
             std::fs::create_dir(&dir)?;
@@ -93,7 +96,7 @@ impl Disks {
         write_file(&path)?;
         disks._file = Some(Remove(path.clone()));
         let what = format!("a file of {} MiB in the page cache ({place})", FILE_BYTES >> 20);
-        disks.list.push(Disk { label: "file".to_owned(), path, bytes: FILE_BYTES, what });
+        disks.list.push(Disk { label: FILE.to_owned(), path, bytes: FILE_BYTES, what });
         // As an NVMe disk; where processors are emulated, slower in proportion.
         let micros = if plan.emulated { 1000 } else { 80 };
         match slow_disk(micros) {
@@ -101,7 +104,7 @@ impl Disks {
                 let what =
                     format!("a simulated disk (`null_blk`) of {micros} us for each transfer, buffered");
                 let bytes = size(&slow.node)?;
-                disks.list.push(Disk { label: "slow".to_owned(), path: slow.node.clone(), bytes, what });
+                disks.list.push(Disk { label: SLOW.to_owned(), path: slow.node.clone(), bytes, what });
                 disks._null.push(slow);
             }
             Err(error) => say!("no simulated slow disk here: {error:#}"),
@@ -120,7 +123,7 @@ impl Disks {
 
     /// Lets the page cache forget what it knows of disks that are not to be in it.
     pub(super) fn forget(&self) -> Result<()> {
-        for disk in self.list.iter().filter(|disk| disk.label != "file") {
+        for disk in self.list.iter().filter(|disk| disk.label != FILE) {
             let file = File::options().read(true).write(true).open(&disk.path)?;
             file.sync_all()?;
             fadvise(&file, 0, None, Advice::DontNeed)?;

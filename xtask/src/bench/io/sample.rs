@@ -72,7 +72,7 @@ impl<'a> Setup<'a> {
 pub(super) fn turn(setup: &Setup<'_>, contestant: &Contestant) -> Result<Samples> {
     let vmm = contestant.start(setup)?;
     let mut samples = Vec::new();
-    for disk in setup.disks.list() {
+    for disk in setup.disks.list().iter().filter(|disk| contestant.uses(disk)) {
         for &workload in setup.workloads {
             vmm.wait_for_line(&load::begin_line(&disk.label, workload), PATIENCE)?;
             let before = Counters::read(vmm.pid())?;
