@@ -143,7 +143,7 @@ fn contestants(load: &Path, vesta: &Monitor, peers: &[Monitor], pci: bool) -> Ve
 }
 
 fn on_host(kind: Kind, orders: &Orders, dir: &Path) -> Result<host::Outcome> {
-    let mut emulated = Emulated { timeout: PATIENCE, ..Emulated::default() };
+    let mut emulated = Emulated { timeout: PATIENCE, pin: host::default_pin()?, ..Emulated::default() };
     if kind == Kind::Emulated {
         apt::ensure(&[("mkfs.ext4", "e2fsprogs")])?;
         emulated.modules = vec!["null_blk".to_owned()];

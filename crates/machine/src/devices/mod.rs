@@ -37,7 +37,7 @@ use virtio::block::disk::Disk;
 use virtio::block::{Block, BlockConfig, BlockControl, BlockError};
 use virtio::entropy::{self, EntropyControl};
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
-use virtio::worker::{Workers, WorkersConfig, monotonic};
+use virtio::worker::{WorkerId, Workers, WorkersConfig, monotonic};
 
 use crate::kvm::{KvmError, Vm};
 use crate::vcpu::Buses;
@@ -140,7 +140,8 @@ impl Devices {
         let now = monotonic();
         for (drive, disk) in root_first(setup.drives) {
             let limits = limits(drive.rate_limiter.as_ref());
-            let (block, control) = Block::new(BlockConfig::of(&drive), disk, limits, Vec::new(), now)?;
+            let own = own_workers(&drive, &disk, &workers)?;
+            let (block, control) = Block::new(BlockConfig::of(&drive), disk, limits, own, now)?;
             board.plug(format!("drive {}", drive.drive_id), Box::new(block), vm, buses)?;
             devices.drives.insert(drive.drive_id, control);
         }
@@ -174,10 +175,18 @@ impl std::fmt::Debug for Devices {
 }
 
 impl DeviceSetup {
-    /// One worker for all, or as many as the drive that asks for most.
+    /// One worker for all that have none of their own, or as many as the drive among them that asks for most.
     fn shared_workers(&self) -> usize {
-        self.drives.iter().map(|(drive, _)| usize::from(drive.io_threads())).max().unwrap_or(1)
+        let shared = self.drives.iter().filter(|(_, disk)| !disk.wants_own_workers());
+        shared.map(|(drive, _)| usize::from(drive.io_threads())).max().unwrap_or(1)
     }
+}
+
+/// The workers that serve this drive and nothing else, if it is the better for it.
+fn own_workers(drive: &Drive, disk: &Disk, workers: &Workers) -> Result<Vec<WorkerId>, DeviceError> {
+    let count = if disk.wants_own_workers() { drive.io_threads() } else { 0 };
+    let made: Result<_, _> = (0..count).map(|_| workers.dedicated()).collect();
+    made.map_err(|source| DeviceError::Host { what: "an I/O worker", source })
 }
 
 /// The root device is the guest's first disk.

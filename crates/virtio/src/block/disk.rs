@@ -166,6 +166,14 @@ impl Disk {
         self.stack.top().is_some()
     }
 
+    /// Whether workers of its own make it quicker, ones that may wait for it ([`Patience::MayWait`]): where a request would
+    /// otherwise go to another thread and back, though most are but copies into the page cache. Writes to a file do (most file
+    /// systems cannot tell `io_uring` beforehand that they will not wait), and everything with [`IoEngine::Sync`].
+    pub fn wants_own_workers(&self) -> bool {
+        let writes_to_file = !self.read_only && self.stack.writes_to_file();
+        self.size() > 0 && (self.engine == IoEngine::Sync || writes_to_file)
+    }
+
     /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
     pub fn queue(&self, patience: Patience) -> Result<DiskQueue, DiskError> {
         let files = self.stack.files();
