@@ -177,3 +177,27 @@ fn micros_each(sample: &Sample, nanos: u64) -> f64 {
 fn float(count: u64) -> f64 {
     count as f64
 }
+
+#[cfg(test)]
+mod tests {
+    use vesta_tests::load::Report;
+
+    use super::*;
+
+    #[test]
+    fn each_workload_is_told_in_its_own_unit() {
+        let report = Report { ops: 2000, nanos: 500_000_000, median_ns: Some(7500), p99_ns: None };
+        let sample = Sample { report, vcpu_ns: 0, other_ns: 3_000_000, kvm: None };
+        for (workload, unit, value) in [
+            ("randread:4096:1", "us", 7.5),
+            ("randwrite:4096:32", "IOPS", 4000.0),
+            ("read:131072:4", "MiB/s", 500.0),
+        ] {
+            let workload: Workload = workload.parse().unwrap();
+            assert!(title(workload).ends_with(unit), "{}", title(workload));
+            let error = speed(workload, &sample).unwrap() - value;
+            assert!(error.abs() < 1e-9, "{workload}: {error}");
+        }
+        assert!((micros_each(&sample, sample.other_ns) - 1.5).abs() < 1e-9);
+    }
+}

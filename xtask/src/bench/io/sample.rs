@@ -136,3 +136,22 @@ fn kvm_counts(pid: u32) -> Option<KvmCounts> {
         halts: count("halt_exits")?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counters(threads: &[(&str, bool, u64)]) -> Counters {
+        let threads = threads.iter().map(|&(id, is_vcpu, time)| (id.to_owned(), (is_vcpu, time))).collect();
+        Counters { threads, kvm: None }
+    }
+
+    #[test]
+    fn time_is_told_apart_by_vcpu_and_threads_that_come_and_go_do_no_harm() {
+        let before = counters(&[("1", false, 100), ("2", true, 1000), ("3", false, 70)]);
+        let after = counters(&[("1", false, 130), ("2", true, 1500), ("4", false, 7)]);
+        let report = Report { ops: 1, nanos: 1, median_ns: None, p99_ns: None };
+        let sample = before.until(&after, report);
+        assert_eq!((sample.vcpu_ns, sample.other_ns), (500, 37));
+    }
+}
