@@ -34,7 +34,7 @@ use report::Results;
 /// Fewest rounds that a median is taken over.
 const FEWEST_RUNS: usize = 5;
 /// Longest that all of it may take.
-const PATIENCE: Duration = Duration::from_mins(60);
+const PATIENCE: Duration = Duration::from_hours(1);
 
 /// What is measured on each disk.
 const WORKLOADS: [&str; 6] = [
@@ -69,7 +69,8 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             Long("pci") => pci = true,
             Long("disk") => disk = Some(std::fs::canonicalize(parser.value()?)?),
             Long("workload") => {
-                workloads.push(parser.value()?.parse_with(str::parse::<Workload>)?.to_string())
+                let workload: Workload = parser.value()?.parse()?;
+                workloads.push(workload.to_string());
             }
             Long("only") => only.push(parser.value()?.string()?),
             _ => return Err(arg.unexpected().into()),

@@ -1,5 +1,6 @@
 //! Who takes part, and how each is started.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -130,10 +131,11 @@ pub(super) fn guest(
     }
     let load = std::fs::read(&parts.load).with_context(|| parts.load.display().to_string())?;
     disk.file("bin/vesta-load", 0o755, &load);
-    let cases: String = setup
-        .iter()
-        .map(|(label, bytes)| format!("{}) disks=\"$disks {label}=/dev/${{d##*/}}\" ;; ", bytes / 512))
-        .collect();
+    let mut cases = String::new();
+    for (label, bytes) in setup {
+        // Infallible: it writes to a String.
+        let _ = write!(cases, "{}) disks=\"$disks {label}=/dev/${{d##*/}}\" ;; ", bytes / 512);
+    }
     let script = format!(
         "for d in /sys/block/vd*; do case $(cat $d/size) in {cases} esac; done\n\
          vesta-load --direct {load_args} $disks || echo vesta-load: failed\nsleep 1000"

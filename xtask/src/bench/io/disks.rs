@@ -6,6 +6,7 @@
 //!   good for.
 //! - or, instead of both, the one that was named with `--disk`.
 
+use std::any::Any;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -53,24 +54,15 @@ pub(super) struct Disks {
     list: Vec<Disk>,
     /// A directory on the same file system as the file, for overlays.
     dir: PathBuf,
-    // In the order in which they have to go.
-    _mounted: Option<Mounted>,
-    _null: Vec<NullDisk>,
-    _file: Option<Remove>,
-    _scratch: ScratchDir,
+    /// What has to go again, in this order.
+    held: Vec<Box<dyn Any>>,
+    scratch: ScratchDir,
 }
 
 impl Disks {
     pub(super) fn make(plan: &DiskPlan) -> Result<Disks> {
         let scratch = ScratchDir::new()?;
-        let mut disks = Disks {
-            list: Vec::new(),
-            dir: plan.dir.clone(),
-            _mounted: None,
-            _null: Vec::new(),
-            _file: None,
-            _scratch: scratch,
-        };
+        let mut disks = Disks { list: Vec::new(), dir: plan.dir.clone(), held: Vec::new(), scratch };
         if let Some(path) = &plan.given {
             let bytes = size(path)?;
             let what = format!("`{}` ({} MiB), buffered", path.display(), bytes >> 20);
@@ -84,17 +76,17 @@ impl Disks {
             mount_at("debugfs", Path::new("/sys/kernel/debug"))?;
             let memory = NullDisk::make("memory", &[("size", "512"), ("memory_backed", "1")])?;
             run(Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&memory.node))?;
-            let dir = disks._scratch.path().join("ext4");
+            let dir = disks.scratch.path().join("ext4");
             std::fs::create_dir(&dir)?;
             mount(&memory.node, &dir, "ext4", MountFlags::NOATIME, None).context("cannot mount ext4")?;
-            disks._null.push(memory);
-            disks._mounted = Some(Mounted(dir.clone()));
+            disks.held.push(Box::new(Mounted(dir.clone())));
+            disks.held.push(Box::new(memory));
             disks.dir = dir;
             place = "ext4 on a disk in memory";
         }
         let path = disks.dir.join("disk");
         write_file(&path)?;
-        disks._file = Some(Remove(path.clone()));
+        disks.held.push(Box::new(Remove(path.clone())));
         let what = format!("a file of {} MiB in the page cache ({place})", FILE_BYTES >> 20);
         disks.list.push(Disk { label: FILE.to_owned(), path, bytes: FILE_BYTES, what });
         // As an NVMe disk; where processors are emulated, slower in proportion.
@@ -105,7 +97,7 @@ impl Disks {
                     format!("a simulated disk (`null_blk`) of {micros} us for each transfer, buffered");
                 let bytes = size(&slow.node)?;
                 disks.list.push(Disk { label: SLOW.to_owned(), path: slow.node.clone(), bytes, what });
-                disks._null.push(slow);
+                disks.held.push(Box::new(slow));
             }
             Err(error) => say!("no simulated slow disk here: {error:#}"),
         }

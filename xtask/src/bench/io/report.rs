@@ -46,7 +46,7 @@ impl Results {
         // Infallible: it writes to a String.
         for disk in disks {
             let _ = writeln!(text, "### On {}\n", disk.what);
-            text += &self.table(disk, workloads, |workload| title(workload), speed);
+            text += &self.table(disk, workloads, title, speed);
             let _ = writeln!(text, "\nHost CPU for each transfer beside the vCPU, us:\n");
             text += &self
                 .table(disk, workloads, short_title, |_, sample| Some(micros_each(sample, sample.other_ns)));
