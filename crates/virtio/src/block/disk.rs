@@ -260,3 +260,29 @@ fn open_base(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
     }
     Ok((file, whole))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wants(bytes: u64, read_only: bool, engine: IoEngine) -> bool {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        let disk = Disk::open(&DiskOptions {
+            path: file.path().into(),
+            read_only,
+            cache_type: CacheType::Unsafe,
+            engine: Some(engine),
+            overlay: None,
+        });
+        disk.unwrap().wants_own_workers()
+    }
+
+    #[test]
+    fn who_would_go_through_another_thread_wants_workers_of_its_own() {
+        assert!(wants(4096, false, IoEngine::Async), "writes to a file");
+        assert!(!wants(4096, true, IoEngine::Async), "reads go through the ring");
+        assert!(wants(4096, true, IoEngine::Sync), "all waits");
+        assert!(!wants(0, false, IoEngine::Async), "there is nothing to read or write");
+    }
+}
