@@ -67,12 +67,14 @@ fn when(command: &Command) -> When {
         | Command::PutSerial(_)
         | Command::PutDrive(_)
         | Command::PutEntropy(_)
+        | Command::LoadSnapshot(_)
         | Command::Start => When::BeforeStart,
 
         Command::FlushMetrics
         | Command::SendCtrlAltDel
         | Command::SetVmState(_)
         | Command::PatchDrive(_)
+        | Command::CreateSnapshot(_)
         | Command::Fork(_) => When::AfterStart,
     }
 }
