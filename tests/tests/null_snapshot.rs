@@ -219,3 +219,27 @@ fn a_live_snapshot_that_fails_or_is_cancelled_leaves_nothing() -> Result<()> {
     ensure!(counts(&wait_for(&serial, 10)?));
     Ok(())
 }
+
+#[test]
+fn a_first_restore_records_what_the_guest_touches_and_later_ones_fill_it_in() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let (_vmm, mut api, _serial) = counting(&json!({}))?;
+    pause(&mut api)?;
+    api.put("/snapshot/create", &create(home.path(), "a", "Full"))?.ok()?;
+    let mut body = load(home.path(), "a", "a");
+    body["prefetch"] = json!(true);
+    let (first, mut api, serial) = empty()?;
+    api.put("/snapshot/load", &body)?.ok()?;
+    ensure!(counts(&wait_for(&serial, 10)?));
+    first.wait_for_output("working set", SOON)?;
+    ensure!(home.path().join("a.memory.working-set").exists(), "{}", first.stdout.text());
+    let (second, mut api, serial) = empty()?;
+    api.put("/snapshot/load", &body)?.ok()?;
+    second.wait_for_output("pages are filled in ahead of the guest", SOON)?;
+    ensure!(counts(&wait_for(&serial, 10)?));
+    body["mem_backend"]["backend_type"] = json!("Uffd");
+    let (_third, mut api, _serial) = empty()?;
+    let refused = api.put("/snapshot/load", &body)?;
+    ensure!(refused.status == 400 && refused.fault().contains("prefetch"), "{refused:?}");
+    Ok(())
+}

@@ -56,6 +56,10 @@ pub struct SnapshotLoad {
     /// The pages that back guest memory.
     #[serde(default)]
     pub huge_pages: SnapshotHugePages,
+    /// Extension: the pages that the guest came to first are recorded at the first restore, and filled in ahead of it at later ones. Not with
+    /// a page server.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub prefetch: bool,
     /// Extension: drives that are elsewhere now.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<DriveOverride>,
@@ -115,6 +119,9 @@ pub enum SnapshotError {
     /// Memory from two places, or from none.
     #[error("exactly one of mem_backend and mem_file_path must be given")]
     MemoryBackends,
+    /// A page server decides by itself what it sends first.
+    #[error("prefetch is not possible with mem_backend Uffd: the page server decides what it sends first")]
+    PrefetchWithServer,
     /// Both parts in one file.
     #[error("snapshot_path and mem_file_path are both {}", path.display())]
     OneFile {
@@ -138,6 +145,9 @@ impl SnapshotLoad {
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.mem_backend.is_some() == self.mem_file_path.is_some() {
             return Err(SnapshotError::MemoryBackends.into());
+        }
+        if self.prefetch && self.memory().0 == MemoryBackendType::Uffd {
+            return Err(SnapshotError::PrefetchWithServer.into());
         }
         Ok(())
     }

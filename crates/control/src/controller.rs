@@ -32,6 +32,7 @@ use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
 use crate::fork::Family;
+use crate::snapshot::ahead::Ahead;
 use crate::snapshot::job::Job;
 use crate::{Command, CommandError, Phase, Reply, phase};
 
@@ -105,6 +106,8 @@ pub struct Controller<H> {
     pub(crate) settling: Vec<(String, Replaced)>,
     /// The live snapshot that is being written, or was last.
     pub(crate) job: Option<Job>,
+    /// What fills in a restored guest's memory.
+    pub(crate) ahead: Option<Ahead>,
     pub(crate) state: State,
 }
 
@@ -138,6 +141,7 @@ impl<H: Host> Controller<H> {
             disks: Vec::new(),
             settling: Vec::new(),
             job: None,
+            ahead: None,
             state: State::Configured,
         }
     }

@@ -11,6 +11,7 @@ use memory::image::ImageInfo;
 use memory::page_server::PageServer;
 use snapshot::Snapshot;
 
+use super::ahead::Ahead;
 use super::{KIND, SavedConfig};
 use crate::CommandError;
 use crate::controller::{Controller, Host, Loaded, State, open_disks};
@@ -30,6 +31,13 @@ impl<H: Host> Controller<H> {
         let config = saved.config(load, &self.config)?;
         let disks = open_disks(&config.drives)?;
         let (ram, page_server) = saved.memory(load, &config)?;
+        let ahead = match load.memory() {
+            (MemoryBackendType::File, path) if load.prefetch => {
+                let path = snapshot::find(path, saved.image.id);
+                Some(Ahead::begin(&ram, &path, &saved.image)?)
+            }
+            _ => None,
+        };
         let loaded = Loaded { config, disks };
         let machine = Paused::restore(Restore {
             config: &loaded.config.machine_config,
@@ -42,7 +50,7 @@ impl<H: Host> Controller<H> {
             events: self.events.try_clone().map_err(CommandError::new)?,
         })
         .map_err(|e| CommandError::new(format_args!("cannot go on with the saved microVM: {e}")))?;
-        (self.config, self.disks) = (loaded.config, loaded.disks);
+        (self.config, self.disks, self.ahead) = (loaded.config, loaded.disks, ahead);
         self.host.guest_starts(self.serial_output.is_none());
         self.state = if load.resume_vm {
             State::Running(machine.resume().map_err(CommandError::new)?)

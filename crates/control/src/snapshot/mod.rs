@@ -15,6 +15,7 @@
 //!   would have had.
 //! - A load that fails leaves a process that was not configured yet, ready for another try.
 
+pub(crate) mod ahead;
 mod create;
 pub(crate) mod job;
 mod load;
