@@ -4,6 +4,7 @@
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
 //! - [`load`]: what the benchmarks' load generator is asked for, and answers.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
+//! - [`stalls`]: how far the host's time can be relied on.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
 //! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
@@ -20,5 +21,6 @@ pub mod load;
 pub mod modules;
 pub mod pattern;
 pub mod process;
+pub mod stalls;
 pub mod transcript;
 pub mod vmm;
