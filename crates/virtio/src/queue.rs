@@ -249,6 +249,12 @@ impl Queue {
         self.keep(more)
     }
 
+    /// How many chains there are to pop.
+    pub fn available(&mut self) -> Result<u16, QueueError> {
+        let count = self.alive().and_then(|()| self.ring.available(&self.rings, self.in_flight.count));
+        self.keep(count)
+    }
+
     #[inline]
     fn try_pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         let Some(head) = self.ring.pop(&self.rings, self.in_flight.count)? else {

@@ -112,6 +112,16 @@ impl Ring {
         Ok(self.seen_avail != self.next_avail)
     }
 
+    /// How many entries there are to take.
+    pub(super) fn available(
+        &mut self,
+        memory: &impl RingMemory,
+        in_flight: u16,
+    ) -> Result<u16, QueueError> {
+        self.look(memory, in_flight)?;
+        Ok(self.seen_avail.wrapping_sub(self.next_avail))
+    }
+
     /// Takes the next entry of the available ring.
     #[inline]
     pub(super) fn pop(
