@@ -67,12 +67,12 @@ pub enum KvmError {
         /// What KVM reports.
         max: usize,
     },
-    /// RAM would lie where this host's processors cannot address it.
+    /// RAM or the registers of PCI devices would lie where this host's processors cannot address it.
     #[error(
-        "guest memory would end at {end:#x}: this host's processors address {bits} bits of physical memory"
+        "guest memory or device registers would end at {end:#x}: this host's processors address {bits} bits of physical memory"
     )]
     AddressWidth {
-        /// End of guest RAM.
+        /// End of what lies highest.
         end: u64,
         /// Width of a physical address.
         bits: u8,

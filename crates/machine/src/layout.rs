@@ -47,6 +47,8 @@ pub const BOOT_TIMER_MAGIC: u8 = 123;
 pub const ECAM: u64 = 0xeec0_0000;
 /// Size of [`ECAM`].
 pub const ECAM_SIZE: u64 = 0x1000_0000;
+/// Where the registers of PCI devices are: 64-bit BARs, in the hole that RAM leaves for them.
+pub const PCI_BARS: std::ops::Range<u64> = memory::layout::MMIO64_START..memory::layout::MMIO64_END;
 /// The I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APIC.

@@ -184,7 +184,7 @@ impl Machine {
         }
         let cpuid = Cpuid::new(&kvm, Topology::new(config.vcpu_count, config.smt))?;
         let ram = GuestRam::map(config.mem_size_mib, config.huge_pages, config.track_dirty_pages)?;
-        check_address_width(&ram, cpuid.physical_address_bits())?;
+        check_address_width(&ram, setup.devices.pci, cpuid.physical_address_bits())?;
 
         // The files first: they are what fails most often, and nothing of KVM exists yet.
         let places = setup.devices.places()?;
@@ -204,7 +204,7 @@ impl Machine {
         let power = Arc::new(Power::new(clone_sink(&setup.events)?));
         let boot_timer = setup.boot_timer.map(|start| Arc::new(BootTimer::new(start)));
         let mut buses = fill_buses(serial, keyboard.clone(), power, boot_timer);
-        let devices = Devices::attach(setup.devices, &places, &vm, &mut buses.mmio)?;
+        let devices = Devices::attach(setup.devices, places, &vm, &mut buses)?;
         let buses = Arc::new(buses);
 
         let mut vcpus = Vec::with_capacity(vcpu_fds.len());
@@ -225,9 +225,10 @@ impl Machine {
     }
 }
 
-/// RAM must lie where the processor can address it.
-fn check_address_width(ram: &GuestRam, bits: u8) -> Result<(), KvmError> {
-    let end = ram.regions().iter().map(|r| r.guest_addr + r.size).max().unwrap_or(0);
+/// RAM and the registers of PCI devices must lie where the processor can address them.
+fn check_address_width(ram: &GuestRam, pci: bool, bits: u8) -> Result<(), KvmError> {
+    let registers = pci.then_some(layout::PCI_BARS.end);
+    let end = ram.regions().iter().map(|r| r.guest_addr + r.size).chain(registers).max().unwrap_or(0);
     if bits < 64 && end > 1 << bits { Err(KvmError::AddressWidth { end, bits }) } else { Ok(()) }
 }
 
