@@ -17,10 +17,10 @@ use std::time::Duration;
 
 use config::{
     BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, Serial, VmConfig,
-    VmState, check_drives,
+    VmState, Vsock, check_drives,
 };
 use machine::boot::BootFiles;
-use machine::devices::{DeviceSetup, limits};
+use machine::devices::{DeviceSetup, VsockSetup, limits};
 use machine::legacy::{Output, SerialSetup, StartTimes};
 use machine::machine::{Machine, PauseError};
 use machine::{EventSink, Paused, Running, Setup};
@@ -29,6 +29,7 @@ use virtio::block::disk::{Disk, DiskOptions};
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
+use crate::vsock::VsockSockets;
 use crate::{Command, CommandError, Phase, Reply, phase};
 
 /// How long a change of a drive waits for requests in flight on its old disk.
@@ -82,6 +83,8 @@ pub struct Controller<H> {
     serial_output: Option<Output>,
     /// The disks of `config.drives`, in the same order, opened when they were set.
     disks: Vec<Disk>,
+    /// The sockets of `config.vsock`, made when it was set.
+    vsock: Option<VsockSockets>,
     state: State,
 }
 
@@ -113,6 +116,7 @@ impl<H: Host> Controller<H> {
             boot_files: None,
             serial_output: None,
             disks: Vec::new(),
+            vsock: None,
             state: State::Configured,
         }
     }
@@ -132,6 +136,9 @@ impl<H: Host> Controller<H> {
         }
         if let Some(entropy) = config.entropy {
             self.run(Command::PutEntropy(entropy))?;
+        }
+        if let Some(vsock) = config.vsock {
+            self.run(Command::PutVsock(vsock))?;
         }
         self.run(Command::Start).map(drop)
     }
@@ -163,6 +170,7 @@ impl<H: Host> Controller<H> {
                 entropy.check()?;
                 self.config.entropy = Some(entropy);
             }
+            Command::PutVsock(vsock) => self.put_vsock(vsock)?,
             Command::Start => self.start()?,
             // There is no destination for metrics yet, so nothing waits to be written.
             Command::FlushMetrics => {}
@@ -272,6 +280,19 @@ impl<H: Host> Controller<H> {
         Err(CommandError::new(error))
     }
 
+    /// Adds the socket device, or sets it anew; its sockets are made now.
+    fn put_vsock(&mut self, vsock: Vsock) -> Result<(), CommandError> {
+        vsock.check()?;
+        VsockSockets::make(&mut self.vsock, &vsock).map_err(CommandError::new)?;
+        self.config.vsock = Some(vsock);
+        Ok(())
+    }
+
+    /// Removes the files that stand for this process: it ends.
+    pub fn remove_socket_files(&mut self) {
+        self.vsock = None;
+    }
+
     /// Changes a drive of the guest: another disk, other limits.
     fn patch_drive(&mut self, update: &DriveUpdate) -> Result<(), CommandError> {
         let no_such = || CommandError::new(format_args!("there is no drive {}", update.drive_id));
@@ -335,7 +356,14 @@ impl<H: Host> Controller<H> {
             boot,
             serial,
             boot_timer: self.platform.boot_timer,
-            devices: DeviceSetup { drives, entropy: self.config.entropy.clone(), pci: self.platform.pci },
+            devices: DeviceSetup {
+                drives,
+                entropy: self.config.entropy.clone(),
+                vsock: self.config.vsock.as_ref().zip(self.vsock.as_ref()).map(|(config, sockets)| {
+                    VsockSetup { guest_cid: config.guest_cid, sockets: sockets.for_device() }
+                }),
+                pci: self.platform.pci,
+            },
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;

@@ -4,6 +4,7 @@
 //! - [`command`]: [`Command`], its [`Reply`] and [`CommandError`]. The API and the configuration file both end here.
 //! - [`phase`]: which command is possible before the guest starts, and which after.
 //! - [`controller`]: the owner of configuration and machine, which carries commands out.
+//! - `vsock`: the host sockets of the vsock device.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and the way from there to the main thread and back.
 //!
@@ -22,6 +23,7 @@ pub mod command;
 pub mod controller;
 pub mod http;
 pub mod phase;
+mod vsock;
 
 pub use command::{Command, CommandError, Reply};
 pub use controller::{Controller, Host, Identity, Platform};

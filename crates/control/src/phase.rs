@@ -67,6 +67,7 @@ fn when(command: &Command) -> When {
         | Command::PutSerial(_)
         | Command::PutDrive(_)
         | Command::PutEntropy(_)
+        | Command::PutVsock(_)
         | Command::Start => When::BeforeStart,
 
         Command::FlushMetrics | Command::SendCtrlAltDel | Command::SetVmState(_) | Command::PatchDrive(_) => {

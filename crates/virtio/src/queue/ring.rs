@@ -201,6 +201,25 @@ impl Ring {
         self.look(memory, in_flight)?;
         Ok(self.seen_avail != self.next_avail)
     }
+
+    /// As [`Ring::enable_notifications`], but for what comes after the entries that are there and were not taken yet.
+    pub(super) fn enable_notifications_of_more(
+        &mut self,
+        memory: &impl RingMemory,
+        in_flight: u16,
+    ) -> Result<bool, QueueError> {
+        self.look(memory, in_flight)?;
+        let seen = self.seen_avail;
+        if self.event_idx {
+            memory.set_avail_event(seen)?;
+        } else {
+            memory.set_used_flags(0)?;
+            self.quiet = false;
+        }
+        memory.full_fence();
+        self.look(memory, in_flight)?;
+        Ok(self.seen_avail != seen)
+    }
 }
 
 #[cfg(test)]

@@ -199,7 +199,7 @@ impl VsockTask {
         }
         if self.note.due || self.note.told.is_some() {
             // Asked for before it is looked, so that none is missed.
-            self.events.enable_notifications()?;
+            self.events.enable_notifications_of_more()?;
         }
         if let Some(buffers) = self.note.told
             && self.events.available()? != buffers
