@@ -47,6 +47,8 @@
 
 mod connection;
 mod credit;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod fuzz;
 mod greeting;
 mod guest_io;
 mod packet;
