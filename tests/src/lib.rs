@@ -2,6 +2,7 @@
 //!
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
+//! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
@@ -9,10 +10,13 @@
 #![deny(unsafe_code)]
 
 pub mod api;
+pub mod disks;
 pub mod elf;
 pub mod guest;
+pub mod host_devices;
 pub mod initramfs;
 pub mod modules;
+pub mod pattern;
 pub mod process;
 pub mod transcript;
 pub mod vmm;

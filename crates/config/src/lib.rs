@@ -21,6 +21,7 @@ mod action;
 mod boot_source;
 mod drive;
 mod entropy;
+mod fork;
 mod id;
 mod logger;
 mod machine_config;
@@ -37,6 +38,7 @@ pub use drive::{
     MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MIN_DRIVE_QUEUE_SIZE, Overlay,
 };
 pub use entropy::Entropy;
+pub use fork::{Child, DriveOverlay, Fork, ForkError, MAX_CHILDREN};
 pub use id::{IdError, InstanceId, ResourceId};
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use machine_config::{
@@ -46,7 +48,7 @@ pub use serial::Serial;
 pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
 pub use vm_config::{FullVmConfig, VmConfig, check_drives};
 pub use vm_state::{Vm, VmState};
-pub use vsock::{MAX_SOCKET_PATH_LEN, Vsock};
+pub use vsock::{MAX_SOCKET_PATH_LEN, Vsock, VsockOverride};
 
 /// A value that has the right form and cannot be meant.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -90,6 +92,9 @@ pub enum ConfigError {
     /// A block device.
     #[error(transparent)]
     Drive(#[from] DriveError),
+    /// Children of a fork.
+    #[error(transparent)]
+    Fork(#[from] ForkError),
     /// Two drives with the same id, in one configuration file.
     #[error("there are two drives with drive_id {drive_id}")]
     DuplicateDrive {

@@ -41,6 +41,35 @@ impl Vsock {
     }
 }
 
+/// What another microVM made of the same guest has for its socket device: at a fork (and, under this name, where a snapshot is loaded).
+///
+/// `seqpacket_uds_path` and `guest_cid` are extensions; Firecracker has the other field.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockOverride {
+    /// Instead of [`Vsock::uds_path`].
+    pub uds_path: PathBuf,
+    /// Instead of [`Vsock::seqpacket_uds_path`], and none where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seqpacket_uds_path: Option<PathBuf>,
+    /// Instead of [`Vsock::guest_cid`], which stays where absent. The guest hears of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_cid: Option<u32>,
+}
+
+impl Vsock {
+    /// This device with other sockets; not checked.
+    #[must_use]
+    pub fn overridden(&self, by: &VsockOverride) -> Vsock {
+        Vsock {
+            guest_cid: by.guest_cid.unwrap_or(self.guest_cid),
+            uds_path: by.uds_path.clone(),
+            vsock_id: self.vsock_id.clone(),
+            seqpacket_uds_path: by.seqpacket_uds_path.clone(),
+        }
+    }
+}
+
 fn check_path(field: &'static str, path: &Path) -> Result<(), ConfigError> {
     let len = path.as_os_str().as_bytes().len();
     if (1..=MAX_SOCKET_PATH_LEN).contains(&len) {
@@ -66,6 +95,15 @@ mod tests {
         }
         let plain = parse(r#"{"guest_cid":3,"uds_path":"v.sock","vsock_id":null}"#).unwrap();
         assert_eq!(serde_json::to_string(&plain).unwrap(), r#"{"guest_cid":3,"uds_path":"v.sock"}"#);
+    }
+
+    #[test]
+    fn an_override_replaces_the_sockets_and_keeps_the_cid_unless_it_has_one() {
+        let vsock = parse(r#"{"guest_cid":3,"uds_path":"a","seqpacket_uds_path":"b"}"#).unwrap();
+        let by = |json: &str| vsock.overridden(&serde_json::from_str(json).unwrap());
+        let expected = Vsock { guest_cid: 3, uds_path: "c".into(), vsock_id: None, seqpacket_uds_path: None };
+        assert_eq!(by(r#"{"uds_path":"c"}"#), expected);
+        assert_eq!(by(r#"{"uds_path":"c","guest_cid":9}"#).guest_cid, 9);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use config::{
-    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate, Serial,
-    VmState, Vsock,
+    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
+    Serial, VmState, Vsock,
 };
 
 use crate::PhaseError;
@@ -46,6 +46,8 @@ pub enum Command {
     SetVmState(VmState),
     /// The whole configuration: `GET /vm/config`.
     GetVmConfig,
+    /// Make children of the guest as it is: `PUT /fork`, an extension.
+    Fork(Fork),
 }
 
 impl Command {
@@ -70,6 +72,7 @@ impl Command {
             Command::SetVmState(VmState::Paused) => "pausing",
             Command::SetVmState(VmState::Resumed) => "resuming",
             Command::GetVmConfig => "GET /vm/config",
+            Command::Fork(_) => "PUT /fork",
         }
     }
 }

@@ -25,15 +25,17 @@ use machine::legacy::{Output, SerialSetup, StartTimes};
 use machine::machine::{Machine, PauseError};
 use machine::{EventSink, Paused, Running, Setup};
 use serde_json::json;
+use virtio::block::Replaced;
 use virtio::block::disk::{Disk, DiskOptions};
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
+use crate::fork::Family;
 use crate::vsock::VsockSockets;
 use crate::{Command, CommandError, Phase, Reply, phase};
 
 /// How long a change of a drive waits for requests in flight on its old disk.
-const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Who the monitor says it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub struct Platform {
     pub boot_timer: Option<StartTimes>,
     /// Devices are on virtio-pci instead of virtio-mmio.
     pub pci: bool,
+    /// Most bytes of an API request's body.
+    pub max_payload: usize,
 }
 
 /// What the process around a controller does for it.
@@ -65,6 +69,12 @@ pub trait Host {
     /// This process's standard input and output as the ends of a serial port.
     fn standard_io(&mut self) -> std::io::Result<SerialSetup>;
 
+    /// Splits this process: into itself, which returns, and a child for each seed, which never does. A child is given to
+    /// [`Controller::born`], and lives until its guest ends.
+    fn fork(&mut self, family: Family) -> std::io::Result<()>
+    where
+        Self: Sized;
+
     /// The guest runs from now on, and has standard input and output if `with_standard_io`.
     fn guest_starts(&mut self, with_standard_io: bool);
 }
@@ -72,25 +82,27 @@ pub trait Host {
 /// The owner of configuration and machine.
 #[derive(Debug)]
 pub struct Controller<H> {
-    identity: Identity,
-    host: H,
-    platform: Platform,
-    events: EventSink,
-    config: FullVmConfig,
+    pub(crate) identity: Identity,
+    pub(crate) host: H,
+    pub(crate) platform: Platform,
+    pub(crate) events: EventSink,
+    pub(crate) config: FullVmConfig,
     /// What `config.boot_source` names, opened when it was set.
     boot_files: Option<OpenedBootFiles>,
     /// What `config.serial` names, opened when it was set.
-    serial_output: Option<Output>,
+    pub(crate) serial_output: Option<Output>,
     /// The disks of `config.drives`, in the same order, opened when they were set.
-    disks: Vec<Disk>,
+    pub(crate) disks: Vec<Disk>,
+    /// Disks that were replaced and may still be in use, by their drives' ids.
+    pub(crate) settling: Vec<(String, Replaced)>,
     /// The sockets of `config.vsock`, made when it was set.
-    vsock: Option<VsockSockets>,
-    state: State,
+    pub(crate) vsock: Option<VsockSockets>,
+    pub(crate) state: State,
 }
 
 /// The life of a microVM. (Stopped is not here: the process ends.)
 #[derive(Debug)]
-enum State {
+pub(crate) enum State {
     Configured,
     Running(Running),
     Paused(Paused),
@@ -116,6 +128,7 @@ impl<H: Host> Controller<H> {
             boot_files: None,
             serial_output: None,
             disks: Vec::new(),
+            settling: Vec::new(),
             vsock: None,
             state: State::Configured,
         }
@@ -175,7 +188,11 @@ impl<H: Host> Controller<H> {
             // There is no destination for metrics yet, so nothing waits to be written.
             Command::FlushMetrics => {}
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
-            Command::SetVmState(state) => self.set_vm_state(state)?,
+            Command::SetVmState(state) => {
+                self.set_vm_state(state)?;
+                self.settle_disks();
+            }
+            Command::Fork(fork) => return self.fork(&fork),
         }
         Ok(Reply::Empty)
     }
@@ -231,12 +248,7 @@ impl<H: Host> Controller<H> {
 
     fn set_serial(&mut self, serial: Serial) -> Result<(), CommandError> {
         serial.check()?;
-        let open = |path: &Path| {
-            Output::open(path).map_err(|error| {
-                CommandError::new(format_args!("cannot open the serial output {}: {error}", path.display()))
-            })
-        };
-        self.serial_output = serial.serial_out_path.as_deref().map(open).transpose()?;
+        self.serial_output = serial.serial_out_path.as_deref().map(open_serial).transpose()?;
         self.config.serial = Some(serial);
         Ok(())
     }
@@ -288,6 +300,16 @@ impl<H: Host> Controller<H> {
         Ok(())
     }
 
+    /// Makes the sockets that the configuration says, in a process that was given it.
+    pub(crate) fn make_vsock_sockets(&mut self) -> Result<(), CommandError> {
+        match &self.config.vsock {
+            Some(vsock) if !vsock.uds_path.as_os_str().is_empty() => {
+                VsockSockets::make(&mut self.vsock, vsock).map_err(CommandError::new)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Removes the files that stand for this process: it ends.
     pub fn remove_socket_files(&mut self) {
         self.vsock = None;
@@ -327,17 +349,31 @@ impl<H: Host> Controller<H> {
 
     /// Where the guest's serial port leads.
     fn serial(&mut self) -> std::io::Result<SerialSetup> {
-        let mut serial = match &self.serial_output {
-            Some(output) => SerialSetup {
-                output: Some(output.try_clone()?),
-                input: None,
-                limit: RateLimiterConfig::default(),
-            },
-            None => self.host.standard_io()?,
-        };
+        match &self.serial_output {
+            Some(_) => self.file_serial(),
+            None => Ok(SerialSetup { limit: self.serial_limit(), ..self.host.standard_io()? }),
+        }
+    }
+
+    /// The same, and nowhere if no file is named.
+    pub(crate) fn file_serial(&self) -> std::io::Result<SerialSetup> {
+        let output = self.serial_output.as_ref().map(Output::try_clone).transpose()?;
+        Ok(SerialSetup { output, input: None, limit: self.serial_limit() })
+    }
+
+    fn serial_limit(&self) -> RateLimiterConfig {
         let bucket = self.config.serial.as_ref().and_then(|serial| serial.rate_limiter);
-        serial.limit = limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }));
-        Ok(serial)
+        limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }))
+    }
+
+    /// The devices to be, their back ends open.
+    pub(crate) fn device_setup(&self) -> DeviceSetup {
+        let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
+        let vsock = self.config.vsock.as_ref().map(|vsock| VsockSetup {
+            guest_cid: vsock.guest_cid,
+            sockets: self.vsock.as_ref().map(VsockSockets::for_device).unwrap_or_default(),
+        });
+        DeviceSetup { drives, entropy: self.config.entropy.clone(), vsock, pci: self.platform.pci }
     }
 
     fn start(&mut self) -> Result<(), CommandError> {
@@ -350,20 +386,12 @@ impl<H: Host> Controller<H> {
             initrd: files.initrd.as_ref().map(|file| clone_file("initrd", file)).transpose()?,
             cmdline: source.boot_args().to_owned(),
         };
-        let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
         let setup = Setup {
             config: &self.config.machine_config,
             boot,
             serial,
             boot_timer: self.platform.boot_timer,
-            devices: DeviceSetup {
-                drives,
-                entropy: self.config.entropy.clone(),
-                vsock: self.config.vsock.as_ref().zip(self.vsock.as_ref()).map(|(config, sockets)| {
-                    VsockSetup { guest_cid: config.guest_cid, sockets: sockets.for_device() }
-                }),
-                pci: self.platform.pci,
-            },
+            devices: self.device_setup(),
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
@@ -377,7 +405,7 @@ impl<H: Host> Controller<H> {
         self.machine().map_or(Ok(()), Machine::press_ctrl_alt_del).map_err(CommandError::new)
     }
 
-    fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {
+    pub(crate) fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {
         let (next, result) = match (std::mem::replace(&mut self.state, State::Lost), wanted) {
             (State::Running(machine), VmState::Paused) => match machine.pause() {
                 Ok(machine) => (State::Paused(machine), Ok(())),
@@ -406,6 +434,13 @@ fn lost(gone: &machine::vcpu::VcpuGone) -> (State, Result<(), CommandError>) {
 
 fn to_json(value: &impl serde::Serialize) -> Result<Reply, CommandError> {
     serde_json::to_value(value).map(Reply::Json).map_err(CommandError::new)
+}
+
+/// A file or FIFO that the serial console goes to.
+pub(crate) fn open_serial(path: &Path) -> Result<Output, CommandError> {
+    Output::open(path).map_err(|error| {
+        CommandError::new(format_args!("cannot open the serial output {}: {error}", path.display()))
+    })
 }
 
 fn open(what: &str, path: &Path) -> Result<File, CommandError> {

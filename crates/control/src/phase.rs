@@ -70,9 +70,11 @@ fn when(command: &Command) -> When {
         | Command::PutVsock(_)
         | Command::Start => When::BeforeStart,
 
-        Command::FlushMetrics | Command::SendCtrlAltDel | Command::SetVmState(_) | Command::PatchDrive(_) => {
-            When::AfterStart
-        }
+        Command::FlushMetrics
+        | Command::SendCtrlAltDel
+        | Command::SetVmState(_)
+        | Command::PatchDrive(_)
+        | Command::Fork(_) => When::AfterStart,
     }
 }
 

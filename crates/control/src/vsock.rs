@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use config::Vsock;
-use virtio::vsock::{BindError, HostSockets, Listener, SocketFile, SocketKind};
+use virtio::vsock::{BindError, HostSockets, Listener, SocketFile, SocketKind, socket_is_possible};
 
 /// A socket that listens, its file, and where it is.
 #[derive(Debug)]
@@ -60,11 +60,17 @@ impl VsockSockets {
         })
     }
 
+    /// Whether `config`'s sockets could be made now, as far as can be seen without making them.
+    pub(crate) fn are_possible(config: &Vsock) -> Result<(), BindError> {
+        let paths = [Some(&config.uds_path), config.seqpacket_uds_path.as_ref()];
+        paths.into_iter().flatten().try_for_each(|path| socket_is_possible(path))
+    }
+
     /// The sockets as the device takes them.
     pub(crate) fn for_device(&self) -> HostSockets {
         let listeners =
             [Some(&self.stream), self.messages.as_ref()].into_iter().flatten().map(|bound| bound.listener.clone());
-        HostSockets { listeners: listeners.collect(), path: self.stream.path.clone() }
+        HostSockets { listeners: listeners.collect(), path: Some(self.stream.path.clone()) }
     }
 }
 

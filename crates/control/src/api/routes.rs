@@ -3,8 +3,8 @@
 //! A new endpoint is a line in [`route`]'s table. Paths are matched whole: a segment too many is another path.
 
 use config::{
-    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, IdError, Logger,
-    MachineConfig, MachineConfigUpdate, ResourceId, Serial, Vm, Vsock,
+    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
+    Logger, MachineConfig, MachineConfigUpdate, ResourceId, Serial, Vm, Vsock,
 };
 use serde::de::DeserializeOwned;
 
@@ -94,6 +94,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["vsock"]) => put_vsock(request),
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
+        (Method::Put, ["fork"]) => put_fork(request),
         (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),
         _ => Err(not_found(request)),
     }
@@ -150,6 +151,12 @@ fn put_vsock(request: &Request) -> Result<Routed, RouteError> {
     let vsock: Vsock = body(request)?;
     vsock.check()?;
     Ok(Routed { deprecated: vsock.vsock_id.is_some(), command: Command::PutVsock(vsock) })
+}
+
+fn put_fork(request: &Request) -> Result<Routed, RouteError> {
+    let fork: Fork = body(request)?;
+    fork.check()?;
+    Ok(plain(Command::Fork(fork)))
 }
 
 /// The id in a path is well-formed, and the body's.

@@ -1,8 +1,8 @@
 //! The DSDT: the devices that a guest cannot find by probing, and how deep the platform can sleep.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
-    ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
+    Notify, Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
@@ -11,6 +11,7 @@ use virtio::transport::pci::{CONFIG_ADDRESS, ECAM_SIZE};
 
 use super::{OEM_ID, OEM_REVISION, SLEEP_TYPE_S5};
 use crate::devices::{Places, Window};
+use crate::generation::VMCLOCK_SIZE;
 use crate::layout;
 
 /// The whole table.
@@ -20,6 +21,7 @@ pub(super) fn table(devices: &Places) -> impl Aml {
         .to_aml_bytes(&mut body);
     serial_port(&mut body);
     keyboard(&mut body);
+    generation(&mut body);
     match devices {
         Places::Mmio(windows) => {
             for (number, window) in (0..).zip(windows) {
@@ -80,6 +82,58 @@ fn keyboard(sink: &mut dyn AmlSink) {
                 ),
             ],
         )],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The two devices that tell a guest of another life ([`crate::generation`]), and the generic event device (ACPI 6.5, 5.6.9) whose
+/// interrupt makes the guest look at both.
+fn generation(sink: &mut dyn AmlSink) {
+    const DEVICE_SPECIFIC_CHANGE: u8 = 0x80;
+    let id_low = layout::VM_GENERATION_ID as u32;
+    let clock = Memory32Fixed::new(false, layout::VMCLOCK as u32, VMCLOCK_SIZE);
+    Scope::new(
+        "_SB_".into(),
+        vec![
+            &Device::new(
+                "VGEN".into(),
+                vec![
+                    &Name::new("_HID".into(), &"VESTAGEN"),
+                    &Name::new("_CID".into(), &"VM_Gen_Counter"),
+                    &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+                    // Low half, high half.
+                    &Name::new("ADDR".into(), &Package::new(vec![&id_low, &ZERO])),
+                ],
+            ),
+            &Device::new(
+                "VCLK".into(),
+                vec![
+                    &Name::new("_HID".into(), &"AMZNC10C"),
+                    &Name::new("_CID".into(), &"VMCLOCK"),
+                    &Name::new("_DDN".into(), &"VMCLOCK"),
+                    &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&clock])),
+                ],
+            ),
+            &Device::new(
+                "GED_".into(),
+                vec![
+                    &Name::new("_HID".into(), &"ACPI0013"),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![&isa_interrupt(layout::GENERIC_EVENT_IRQ)]),
+                    ),
+                    &Method::new(
+                        "_EVT".into(),
+                        1,
+                        true,
+                        vec![
+                            &Notify::new(&Path::new("\\_SB_.VGEN"), &DEVICE_SPECIFIC_CHANGE),
+                            &Notify::new(&Path::new("\\_SB_.VCLK"), &DEVICE_SPECIFIC_CHANGE),
+                        ],
+                    ),
+                ],
+            ),
+        ],
     )
     .to_aml_bytes(sink);
 }

@@ -3,7 +3,7 @@
 //! The platform is *hardware-reduced* (ACPI 6.5, 4.1): no SCI, no PM timer, no SMI. What is left of power management is two
 //! registers, at ports: sleep control (a guest's `poweroff`) and reset (its `reboot`).
 //!
-//! All tables lie in the reserved part of the first MiB, between [`layout::ACPI_TABLES`] and [`layout::RSDP`].
+//! All tables lie in the reserved part of the first MiB, between [`layout::ACPI_TABLES`] and [`layout::ACPI_TABLES_END`].
 
 mod dsdt;
 
@@ -67,7 +67,7 @@ impl Writer<'_> {
     fn add(&mut self, table: &dyn Aml) -> u64 {
         let addr = self.next;
         let end = self.put(addr, table);
-        assert!(end <= layout::RSDP, "the ACPI tables fit below the root pointer for any configuration");
+        assert!(end <= layout::ACPI_TABLES_END, "the ACPI tables fit in their place for any configuration");
         self.next = end.next_multiple_of(64);
         addr
     }

@@ -18,19 +18,20 @@ pub(super) fn plug(
     vm: &Vm,
     io_events: Arc<dyn IoEvents>,
     bus: &mut Bus,
-) -> Result<(), DeviceError> {
+) -> Result<Arc<Mutex<MmioTransport>>, DeviceError> {
     let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
         .map_err(|source| DeviceError::Host { what: "an interrupt line", source })?;
     vm.register_irqfd(&event, window.irq)?;
     let transport = MmioTransport::new(attachment, window.addr, Box::new(Line(event)), io_events)
         .map_err(|source| DeviceError::Host { what: "a virtio device", source })?;
-    bus.add(window.addr..window.addr + WINDOW_SIZE, Arc::new(Registers(Mutex::new(transport))))
+    let transport = Arc::new(Mutex::new(transport));
+    bus.add(window.addr..window.addr + WINDOW_SIZE, Arc::new(Registers(Arc::clone(&transport))))
         .expect("the layout gives each device its own window");
-    Ok(())
+    Ok(transport)
 }
 
 /// A device's window on the bus.
-struct Registers(Mutex<MmioTransport>);
+struct Registers(Arc<Mutex<MmioTransport>>);
 
 impl Registers {
     fn lock(&self) -> MutexGuard<'_, MmioTransport> {

@@ -31,12 +31,15 @@ mod place;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::time::Duration;
 
 use config::{Drive, Entropy, TokenBucket};
 use virtio::block::disk::Disk;
 use virtio::block::{Block, BlockConfig, BlockControl, BlockError};
+use virtio::device::DeviceState;
 use virtio::entropy::{self, EntropyControl};
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
+use virtio::transport::RestoreError;
 use virtio::vsock::{HostSockets, Vsock, VsockControl};
 use virtio::worker::{Workers, WorkersConfig, monotonic};
 
@@ -44,6 +47,7 @@ use crate::kvm::{KvmError, Vm};
 use crate::vcpu::Buses;
 
 use board::Board;
+pub use board::{DevicesState, SavedDevice, SavedTransport};
 pub(crate) use place::{Places, Window};
 
 /// The devices that a machine is to have, their back ends open.
@@ -81,6 +85,29 @@ pub enum DeviceError {
         /// Of what there are no more.
         what: &'static str,
     },
+    /// A saved machine had other devices.
+    #[error("the machine has the devices [{here}], but was saved with [{there}]")]
+    OtherDevices {
+        /// Names of the devices that it has.
+        here: String,
+        /// Names of the devices that it had.
+        there: String,
+    },
+    /// A saved machine had its devices elsewhere.
+    #[error("the devices were saved on virtio-{}, and this process puts them on virtio-{} (--enable-pci)", if *pci { "mmio" } else { "pci" }, if *pci { "pci" } else { "mmio" })]
+    OtherTransport {
+        /// This process puts them on PCI.
+        pci: bool,
+    },
+    /// A saved device is of another kind than its name says.
+    #[error("the saved state of {name} is not that of such a device")]
+    OtherKind {
+        /// The device.
+        name: String,
+    },
+    /// A saved device cannot be made again.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// A disk cannot be served.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -125,20 +152,25 @@ impl DeviceSetup {
 pub struct Devices {
     /// Who runs them; `None` where there are none, so that a machine without devices has no such thread.
     workers: Option<Workers>,
+    /// Where they are; `None` where there are none.
+    board: Option<Board>,
     drives: BTreeMap<String, BlockControl>,
     entropy: Option<EntropyControl>,
     vsock: Option<VsockControl>,
 }
 
 impl Devices {
-    /// Makes the devices and puts them on the buses, each in its place.
+    /// Makes the devices and puts them on the buses, each in its place. With a saved state, they are what it says, and their workers are
+    /// paused.
     pub(crate) fn attach(
         setup: DeviceSetup,
         places: Places,
+        saved: Option<&DevicesState>,
         vm: &Vm,
         buses: &mut Buses,
     ) -> Result<Self, DeviceError> {
-        let mut devices = Devices { workers: None, drives: BTreeMap::new(), entropy: None, vsock: None };
+        let mut devices =
+            Devices { workers: None, board: None, drives: BTreeMap::new(), entropy: None, vsock: None };
         if setup.count() == 0 {
             // The bus is there all the same.
             if setup.pci {
@@ -149,26 +181,56 @@ impl Devices {
         let workers =
             Workers::start(WorkersConfig { shared: setup.shared_workers(), ..WorkersConfig::default() })
                 .map_err(|source| DeviceError::Host { what: "an I/O worker", source })?;
+        if saved.is_some() {
+            workers.pause(Duration::ZERO).expect("workers that have nothing to do pause at once");
+        }
         let mut board = Board::new(places, vm, buses, workers.clone());
         let now = monotonic();
         for (drive, disk) in root_first(setup.drives) {
-            let limits = limits(drive.rate_limiter.as_ref());
-            let (block, control) = Block::new(BlockConfig::of(&drive), disk, limits, Vec::new(), now)?;
-            board.plug(format!("drive {}", drive.drive_id), Box::new(block), vm, buses)?;
+            let name = format!("drive {}", drive.drive_id);
+            let (block, control) = match saved.and_then(|saved| saved.device(&name)) {
+                Some(DeviceState::Block(state)) => Block::restore(state, disk, Vec::new(), now)?,
+                Some(_) => return Err(DeviceError::OtherKind { name }),
+                None => {
+                    let limits = limits(drive.rate_limiter.as_ref());
+                    Block::new(BlockConfig::of(&drive), disk, limits, Vec::new(), now)?
+                }
+            };
+            board.plug(name, Box::new(block), vm, buses)?;
             devices.drives.insert(drive.drive_id, control);
         }
         if let Some(config) = setup.entropy {
-            let (device, control) = entropy::Entropy::new(limits(config.rate_limiter.as_ref()), now);
-            board.plug("entropy".to_owned(), Box::new(device), vm, buses)?;
+            let name = "entropy".to_owned();
+            let (device, control) = match saved.and_then(|saved| saved.device(&name)) {
+                Some(DeviceState::Entropy(state)) => entropy::Entropy::restore(state, now),
+                Some(_) => return Err(DeviceError::OtherKind { name }),
+                None => entropy::Entropy::new(limits(config.rate_limiter.as_ref()), now),
+            };
+            board.plug(name, Box::new(device), vm, buses)?;
             devices.entropy = Some(control);
         }
         if let Some(VsockSetup { guest_cid, sockets }) = setup.vsock {
-            let (device, control) = Vsock::new(guest_cid, sockets);
-            board.plug("vsock".to_owned(), Box::new(device), vm, buses)?;
+            let name = "vsock".to_owned();
+            let (device, control) = match saved.and_then(|saved| saved.device(&name)) {
+                Some(DeviceState::Vsock(state)) => Vsock::restore(state, Some(guest_cid), sockets),
+                Some(_) => return Err(DeviceError::OtherKind { name }),
+                None => Vsock::new(guest_cid, sockets),
+            };
+            board.plug(name, Box::new(device), vm, buses)?;
             devices.vsock = Some(control);
         }
+        if let Some(saved) = saved {
+            board.restore(saved)?;
+        }
         devices.workers = Some(workers);
+        devices.board = Some(board);
         Ok(devices)
+    }
+
+    /// Their state. The vCPUs stand still and the workers are paused.
+    pub(crate) fn save(&self) -> DevicesState {
+        let nothing = || DevicesState { pci: None, devices: Vec::new() };
+        self.board.as_ref().map_or_else(nothing, Board::save)
     }
 
     /// The workers, if there are devices to run.

@@ -45,14 +45,15 @@ pub(super) fn plug(
     vm: &Vm,
     io_events: Arc<dyn IoEvents>,
     root: &PciRoot,
-) -> Result<(), DeviceError> {
+) -> Result<Arc<Mutex<PciTransport>>, DeviceError> {
     debug_assert!((1..=MAX_DEVICES).contains(&slot.into()));
     let queues = attachment.device.queue_sizes().len();
     let vectors = Box::new(Messages::new(vm.shared_fd(), queues + 1));
     let function = PciTransport::new(attachment, first_bar(slot), root.window(), vectors, io_events)
         .map_err(|source| DeviceError::Host { what: "a virtio device", source })?;
-    root.plug(Some(slot), Arc::new(Mutex::new(function))).expect("each device was given a slot of its own");
-    Ok(())
+    let function = Arc::new(Mutex::new(function));
+    root.plug(Some(slot), Arc::clone(&function)).expect("each device was given a slot of its own");
+    Ok(function)
 }
 
 /// The configuration spaces in memory.

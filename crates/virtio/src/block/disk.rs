@@ -21,7 +21,7 @@ use super::SECTOR;
 use super::direct::DirectEngine;
 use super::engine::{Engine, Patience};
 use super::overlay::{Lower, OverlayError, Top};
-use super::queue::DiskQueue;
+use super::queue::{DiskQueue, Tag};
 use super::stack::Stack;
 use super::sync::SyncEngine;
 use super::uring::{Uring, UringError};
@@ -43,8 +43,8 @@ pub enum DiskError {
         /// What was named.
         path: PathBuf,
     },
-    /// It could be opened but not looked at.
-    #[error("cannot read disk {}: {source}", path.display())]
+    /// It could be opened but not read or synced.
+    #[error("cannot use disk {}: {source}", path.display())]
     Read {
         /// The disk.
         path: PathBuf,
@@ -93,6 +93,7 @@ impl DiskOptions {
 /// An open disk.
 #[derive(Debug, Clone)]
 pub struct Disk {
+    path: PathBuf,
     stack: Arc<Stack>,
     read_only: bool,
     cache_type: CacheType,
@@ -134,6 +135,7 @@ impl Disk {
             }
         }
         Ok(Disk {
+            path: options.path.clone(),
             stack: Arc::new(stack),
             read_only: options.read_only,
             cache_type: options.cache_type,
@@ -168,7 +170,7 @@ impl Disk {
 
     /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
     pub fn queue(&self, patience: Patience) -> Result<DiskQueue, DiskError> {
-        let files = self.stack.files();
+        let files = self.files();
         let engine = match (self.engine, patience) {
             (IoEngine::Async, _) => Engine::Uring(Box::new(Uring::new(files, patience)?)),
             (IoEngine::Sync, Patience::None) => {
@@ -176,8 +178,18 @@ impl Disk {
             }
             (IoEngine::Sync, Patience::MayWait) => Engine::Direct(DirectEngine::new(files)),
         };
+        Ok(self.queue_with(engine))
+    }
+
+    /// As [`queue`](Self::queue), with an engine for [`files`](Self::files).
+    pub(super) fn queue_with(&self, engine: Engine<Tag>) -> DiskQueue {
         let flush = self.cache_type == CacheType::Writeback && !self.read_only;
-        Ok(DiskQueue::new(Arc::clone(&self.stack), engine, flush))
+        DiskQueue::new(Arc::clone(&self.stack), engine, flush)
+    }
+
+    /// The files that an engine works on, by number.
+    pub(super) fn files(&self) -> Vec<Arc<File>> {
+        self.stack.files()
     }
 
     /// Makes the files hold all that the disk does, and durable if flushes wait for the disk. Blocks; for the moments in which
@@ -193,6 +205,23 @@ impl Disk {
             }
             None => Ok(()),
         }
+    }
+}
+
+impl Disk {
+    /// Makes its files a base that others can put overlays on: they hold all that the disk does (durable if flushes wait for the
+    /// disk), and an overlay is let go. Blocks. No request is in flight, and none may come any more: whoever used this disk goes on with
+    /// an overlay on it.
+    pub fn freeze(&self) -> Result<(), DiskError> {
+        match self.stack.top() {
+            Some(top) => Ok(top.freeze()?),
+            None => self.sync().map_err(|source| DiskError::Read { path: self.path.clone(), source }),
+        }
+    }
+
+    /// Undoes [`Disk::freeze`]: it is written to again. Only if nobody has put an overlay on it.
+    pub fn thaw(&self) -> Result<(), DiskError> {
+        self.stack.top().map_or(Ok(()), |top| Ok(top.thaw()?))
     }
 }
 

@@ -39,7 +39,7 @@ impl Host {
         server.set_nonblocking(true).expect("a socket can be made non-blocking");
         let files = vec![stream_file, messages_file];
         let host = Host { dir, server, _files: files, ends: Vec::new() };
-        (host, HostSockets { listeners: vec![stream, messages], path })
+        (host, HostSockets { listeners: vec![stream, messages], path: Some(path) })
     }
 
     /// Something that a program on the host does.

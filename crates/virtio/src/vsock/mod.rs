@@ -73,7 +73,9 @@ use crate::worker::Task;
 use task::VsockTask;
 
 pub use packet::SocketKind;
-pub use socket::{BindError, HostSockets, Listener, MAX_PATH_LEN, Occupant, SocketFile};
+pub use socket::{
+    BindError, HostSockets, Listener, MAX_PATH_LEN, Occupant, SocketFile, is_possible as socket_is_possible,
+};
 pub use stats::{Counter, VsockStats};
 pub use table::{MAX_CONNECTIONS, MAX_PROMISED};
 

@@ -149,6 +149,22 @@ impl Listener {
     }
 }
 
+/// Whether nothing stands in the way of a socket at `path`, as far as can be seen without making one.
+pub fn is_possible(path: &Path) -> Result<(), BindError> {
+    let len = path.as_os_str().as_bytes().len();
+    if !(1..=MAX_PATH_LEN).contains(&len) {
+        return Err(BindError::PathLength { path: path.to_owned(), len });
+    }
+    if fs::symlink_metadata(path).is_ok() {
+        return Err(BindError::InUse { path: path.to_owned(), occupant: occupant(path) });
+    }
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match fs::metadata(directory) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(BindError::Io { path: path.to_owned(), source }),
+    }
+}
+
 /// What is at `path`, which is in use.
 fn occupant(path: &Path) -> Occupant {
     if !fs::metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
@@ -175,19 +191,19 @@ fn dial(path: &Path, kind: SocketKind) -> Result<OwnedFd, Errno> {
     Ok(fd)
 }
 
-/// The sockets of a device.
-#[derive(Debug)]
+/// The sockets of a device. By default it has none, and all connections of the guest are refused.
+#[derive(Debug, Default)]
 pub struct HostSockets {
     /// Where host clients connect; each listens to another kind.
     pub listeners: Vec<Listener>,
     /// What the sockets are named after that the guest's connections go to.
-    pub path: PathBuf,
+    pub path: Option<PathBuf>,
 }
 
 impl HostSockets {
     /// Connects to whoever serves `port` on the host, without waiting.
     pub(super) fn dial(&self, port: u32, kind: SocketKind) -> Result<OwnedFd, Errno> {
-        let mut path = OsString::from(&self.path);
+        let mut path = OsString::from(self.path.as_ref().ok_or(Errno::NOENT)?);
         path.push(format!("_{port}"));
         dial(Path::new(&path), kind)
     }
@@ -215,7 +231,10 @@ mod tests {
     fn a_path_in_use_is_refused_with_what_is_there_and_stays() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v.sock");
+        is_possible(&path).unwrap();
+        is_possible(&dir.path().join("missing/v")).unwrap_err();
         let refusal = || {
+            is_possible(&path).unwrap_err();
             let error = Listener::bind(&path, SocketKind::Stream).unwrap_err();
             assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
             assert!(path.exists());
@@ -246,7 +265,7 @@ mod tests {
     #[test]
     fn a_guests_connection_goes_to_the_socket_of_its_port_and_kind() {
         let dir = tempfile::tempdir().unwrap();
-        let sockets = HostSockets { listeners: Vec::new(), path: dir.path().join("v") };
+        let sockets = HostSockets { listeners: Vec::new(), path: Some(dir.path().join("v")) };
         assert_eq!(sockets.dial(52, SocketKind::Stream).unwrap_err(), Errno::NOENT);
         let listener = UnixListener::bind(dir.path().join("v_52")).unwrap();
         let _there = sockets.dial(52, SocketKind::Stream).unwrap();
@@ -254,7 +273,9 @@ mod tests {
         assert_eq!(sockets.dial(52, SocketKind::SeqPacket).unwrap_err(), Errno::PROTOTYPE);
         let (_messages, _file) = Listener::bind(&dir.path().join("v_4294967295"), SocketKind::SeqPacket).unwrap();
         sockets.dial(u32::MAX, SocketKind::SeqPacket).unwrap();
-        let long = HostSockets { listeners: Vec::new(), path: dir.path().join("x".repeat(MAX_PATH_LEN)) };
+        let path = Some(dir.path().join("x".repeat(MAX_PATH_LEN)));
+        let long = HostSockets { listeners: Vec::new(), path };
         assert_eq!(long.dial(1, SocketKind::Stream).unwrap_err(), Errno::NAMETOOLONG);
+        assert_eq!(HostSockets::default().dial(52, SocketKind::Stream).unwrap_err(), Errno::NOENT);
     }
 }

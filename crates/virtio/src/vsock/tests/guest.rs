@@ -325,7 +325,7 @@ impl Rig {
 fn sockets(dir: &TempDir) -> (HostSockets, Vec<SocketFile>) {
     let (stream, stream_file) = Listener::bind(&dir.path().join("v"), SocketKind::Stream).unwrap();
     let (messages, messages_file) = Listener::bind(&dir.path().join("v.seq"), SocketKind::SeqPacket).unwrap();
-    let sockets = HostSockets { listeners: vec![stream, messages], path: dir.path().join("v") };
+    let sockets = HostSockets { listeners: vec![stream, messages], path: Some(dir.path().join("v")) };
     (sockets, vec![stream_file, messages_file])
 }
 
