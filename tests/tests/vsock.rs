@@ -9,64 +9,42 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use vesta_tests::guest::{BOOT, BOOT_ARGS, Guest, Kernel, SOON, start, vmm_path};
+use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, start, vmm_path};
 use vesta_tests::initramfs::Initramfs;
-use vesta_tests::on_each_kernel;
+use vesta_tests::process::Orphans;
+use vesta_tests::{on_each_kernel, on_each_transport};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{self, FROM_GUEST, FROM_HOST, connect, port, receive, transmit, try_connect};
 
-/// Makes a test of a function once for each transport.
-macro_rules! on_both_transports {
-    ($($(#[doc = $doc:literal])* fn $name:ident($pci:ident) $body:block)*) => {$(
-        $(#[doc = $doc])*
-        mod $name {
-            use super::*;
-
-            fn run($pci: bool) -> Result<()> $body
-
-            #[test]
-            fn mmio() -> Result<()> {
-                run(false)
-            }
-
-            #[test]
-            fn pci() -> Result<()> {
-                run(true)
-            }
-        }
-    )*};
-}
-
 /// A guest that serves, then runs `script`; its monitor's arguments have a vsock device.
-fn boot_with(kernel: Kernel, pci: bool, script: &str, vsock: Value) -> Result<Vmm> {
+fn boot_with(kernel: Kernel, transport: Transport, script: &str, vsock: Value) -> Result<Vmm> {
     let builder = VmmBuilder::new(&vmm_path())?;
-    let busybox = std::env::var_os(vesta_tests::guest::env::BUSYBOX).context("the runner names it")?;
-    let mut initramfs = Initramfs::new(Path::new(&busybox))?;
+    let mut initramfs = Initramfs::new(&busybox())?;
     if let Some(modules) = kernel.modules() {
-        let transport = if pci { "virtio_pci" } else { "virtio_mmio" };
-        // Newer kernels have virtio-pci built in.
-        let drivers = [transport, "vmw_vsock_virtio_transport"];
+        let bus = match transport {
+            Transport::Mmio => "virtio_mmio",
+            // Newer kernels have it built in.
+            Transport::Pci => "virtio_pci",
+        };
+        let drivers = [bus, "vmw_vsock_virtio_transport"];
         let present: Vec<_> = drivers.into_iter().filter(|name| modules.file(name).exists()).collect();
         initramfs.modules(&modules, &present)?;
     }
     initramfs.file("bin/guest-vsock", 0o755, &std::fs::read(env!("CARGO_BIN_EXE_guest-vsock"))?);
-    let initrd = builder.dir().join("initramfs");
-    std::fs::write(&initrd, initramfs.finish(script))?;
-    let mut guest = Guest::bare(&kernel.image()).mem_mib(256).boot_args(BOOT_ARGS);
-    guest.initrd = Some(initrd);
+    let guest = Guest::with_initramfs(kernel, initramfs, script, builder.dir())?.mem_mib(256);
     let mut config = guest.config();
     config["vsock"] = vsock;
-    let builder = if pci { builder.arg("--enable-pci") } else { builder };
+    let builder = transport.args().iter().fold(builder.arg("--id").arg("parent"), VmmBuilder::arg);
     builder.with_api().with_config(&config)?.spawn()
 }
 
-fn boot(pci: bool, script: &str) -> Result<Vmm> {
-    boot_with(Kernel::Tuned, pci, script, json!({"guest_cid": 3, "uds_path": "v.sock"}))
+fn boot(transport: Transport, script: &str) -> Result<Vmm> {
+    boot_with(Kernel::Tuned, transport, script, json!({"guest_cid": 3, "uds_path": "v.sock"}))
 }
 
 /// A guest that serves; returns when it does.
-fn serving(pci: bool) -> Result<Vmm> {
-    let vmm = boot(pci, "guest-vsock serve")?;
+fn serving(transport: Transport) -> Result<Vmm> {
+    let vmm = boot(transport, "guest-vsock serve")?;
     vmm.wait_for_output("SERVING", BOOT)?;
     Ok(vmm)
 }
@@ -95,12 +73,12 @@ fn join_all<T>(threads: Vec<thread::JoinHandle<Result<T>>>) -> Result<Vec<T>> {
     threads.into_iter().map(|thread| thread.join().expect("it does not panic")).collect()
 }
 
-on_both_transports! {
+on_each_transport! {
     /// 50 streams at once to the guest and 50 from it, each carrying other bytes both ways at the same time.
-    fn bytes_cross_fifty_streams_both_ways_unharmed(pci) {
+    fn bytes_cross_fifty_streams_both_ways_unharmed(transport) {
         const STREAMS: u32 = 50;
         const BYTES: u32 = 200_003;
-        let mut vmm = boot(pci, &format!(
+        let mut vmm = boot(transport, &format!(
             "guest-vsock serve &\nguest-vsock await 801\nguest-vsock duplex 800 {STREAMS} {BYTES}\nguest-vsock cid\nreboot -f"
         ))?;
         vmm.wait_for_output("SERVING", BOOT)?;
@@ -134,8 +112,8 @@ on_both_transports! {
     }
 
     /// 1,000 connections to the guest, all of them open at once; closed, and abandoned, and done again.
-    fn a_thousand_clients_at_once_are_served(pci) {
-        let vmm = serving(pci)?;
+    fn a_thousand_clients_at_once_are_served(transport) {
+        let vmm = serving(transport)?;
         for round in 0..2u32 {
             let mut clients = Vec::new();
             for _ in 0..1000 {
@@ -166,8 +144,8 @@ on_both_transports! {
     }
 
     /// Refusals reach the other side at once, from the guest and from the host.
-    fn a_refusal_closes_at_once(pci) {
-        let mut vmm = boot(pci, "guest-vsock serve &\nguest-vsock refused 98\nguest-vsock await 97\npoweroff -f")?;
+    fn a_refusal_closes_at_once(transport) {
+        let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock refused 98\nguest-vsock await 97\npoweroff -f")?;
         vmm.wait_for_output("REFUSED ConnectionReset quickly true", BOOT)?;
         vmm.wait_for_output("SERVING", BOOT)?;
         let begun = Instant::now();
@@ -181,8 +159,8 @@ on_both_transports! {
     }
 
     /// Each side ends its half and still hears the other.
-    fn halves_end_one_by_one(pci) {
-        let mut vmm = boot(pci, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock half 700\npoweroff -f")?;
+    fn halves_end_one_by_one(transport) {
+        let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock half 700\npoweroff -f")?;
         let server = serve(&vmm, 700)?;
         vmm.wait_for_output("SERVING", BOOT)?;
         let mut client = connect(&path(&vmm), port::ANSWER)?;
@@ -203,10 +181,10 @@ on_both_transports! {
     }
 
     /// Messages keep their boundaries both ways.
-    fn messages_stay_whole(pci) {
+    fn messages_stay_whole(transport) {
         let vsock = json!({"guest_cid": 77, "uds_path": "v.sock", "seqpacket_uds_path": "v.seq"});
         let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\npoweroff -f";
-        let mut vmm = boot_with(Kernel::Tuned, pci, script, vsock)?;
+        let mut vmm = boot_with(Kernel::Tuned, transport, script, vsock)?;
         vmm.wait_for_output("CID 77", BOOT)?;
         vmm.wait_for_output("SERVING", BOOT)?;
         let client = seqpacket::connect(&vmm.dir().join("v.seq"))?;
@@ -230,6 +208,75 @@ on_both_transports! {
         vmm.wait_for_output("MESSAGES echoed", BOOT)?;
         assert_eq!(vmm.exit_code(BOOT)?, 0);
         Ok(())
+    }
+}
+
+/// Waits until a guest has said that on its serial port, which goes to a file.
+fn wait_for(serial: &Path, text: &str) -> Result<()> {
+    let deadline = Instant::now() + BOOT;
+    while !std::fs::read_to_string(serial).unwrap_or_default().contains(text) {
+        anyhow::ensure!(Instant::now() < deadline, "{text} does not come: {:?}", std::fs::read_to_string(serial));
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+on_each_transport! {
+    /// The parent's connections go on, and the child begins without: its programs hear of it, and it is reached at a socket of its own.
+    fn a_forks_child_has_connections_of_its_own(transport) {
+        let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let (held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
+        let (mut held, _) = held.accept()?;
+        vmm.wait_for_output("HELD", BOOT)?;
+        let mut before = connect(&path(&vmm), port::ECHO)?;
+
+        // The child outlives its parent, and its directory.
+        let home = tempfile::tempdir()?;
+        let (its_socket, serial) = (home.path().join("child.sock"), home.path().join("serial"));
+        let child = |id: &str, vsock: Value| json!({
+            "id": id, "serial": {"serial_out_path": serial}, "vsock_override": vsock,
+        });
+        let mut api = vmm.ready_client(SOON)?;
+        for (vsock, named) in [
+            (json!({"uds_path": path(&vmm)}), "socket of another process"),
+            (json!({"uds_path": ""}), "uds_path"),
+            (json!({"uds_path": its_socket, "port": 1}), "`port`"),
+        ] {
+            let refused = api.put("/fork", &json!({"children": [child("a", vsock)]}))?;
+            assert_eq!(refused.status, 400);
+            assert!(refused.fault().contains(named), "{refused:?}");
+        }
+        let children = json!([child("a", json!({"uds_path": its_socket, "guest_cid": 9})), {"id": "b"}]);
+        let reply = api.put("/fork", &json!({"children": children}))?.ok()?.json()?;
+        let pids: Vec<_> = [0, 1].iter().filter_map(|at| reply["children"][at]["pid"].as_u64()).collect();
+        assert_eq!(pids.len(), 2, "{reply}");
+        let orphans = Orphans::of(&pids);
+
+        before.write_all(b"still the parent")?;
+        let mut back = [0; 16];
+        before.read_exact(&mut back)?;
+        assert_eq!(&back, b"still the parent");
+        let mut new = connect(&its_socket, port::ECHO)?;
+        new.write_all(b"hello child")?;
+        let mut back = [0; 11];
+        new.read_exact(&mut back)?;
+        assert_eq!(&back, b"hello child");
+        wait_for(&serial, "LOST")?;
+        wait_for(&serial, "CID 9")?;
+        assert!(!vmm.stdout.text().contains("LOST"), "the parent's connections go on");
+
+        // Nobody else has the parent's ends of its connections.
+        vmm.signal(rustix::process::Signal::KILL)?;
+        vmm.exit_status(SOON)?;
+        for stream in [&mut before, &mut held] {
+            stream.set_read_timeout(Some(SOON))?;
+            assert!(matches!(stream.read(&mut back), Ok(0)), "it is at its end");
+        }
+        new.write_all(b"still there")?;
+        new.read_exact(&mut back)?;
+        assert_eq!(orphans.running()?, 2);
+        orphans.kill(SOON)
     }
 }
 
@@ -274,7 +321,7 @@ mod seqpacket {
 #[test]
 fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Result<()> {
     let script = "guest-vsock crowd 900 1000\nguest-vsock abandon 900 1000\nguest-vsock crowd 900 1000\npoweroff -f";
-    let mut vmm = boot(false, &format!("guest-vsock await 901\n{script}"))?;
+    let mut vmm = boot(Transport::Mmio, &format!("guest-vsock await 901\n{script}"))?;
     let server = serve(&vmm, 900)?;
     let _gate = serve(&vmm, 901)?;
     let echoes = thread::spawn(move || -> Result<()> {
@@ -304,7 +351,7 @@ fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Resu
 
 #[test]
 fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
-    let vmm = serving(false)?;
+    let vmm = serving(Transport::Mmio)?;
     // The guest does not read: the host's writes stop, and nothing else does.
     let lazy = connect(&path(&vmm), port::LAZY)?;
     lazy.set_nonblocking(true)?;
@@ -335,7 +382,7 @@ fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
 
 #[test]
 fn a_paused_guests_connections_go_on_when_it_does() -> Result<()> {
-    let vmm = serving(true)?;
+    let vmm = serving(Transport::Pci)?;
     let mut api = vmm.ready_client(SOON)?;
     let mut before = connect(&path(&vmm), port::ECHO)?;
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
@@ -358,7 +405,9 @@ fn a_paused_guests_connections_go_on_when_it_does() -> Result<()> {
 on_each_kernel! {
     /// Drivers of several years: with a buffer in two pieces, and in one.
     fn every_kernels_driver_gets_along(kernel) {
-        let vmm = boot_with(kernel, kernel == Kernel::Debian6_1, "guest-vsock serve", json!({"guest_cid": 3, "uds_path": "v.sock"}))?;
+        let transport = if kernel == Kernel::Debian6_1 { Transport::Pci } else { Transport::Mmio };
+        let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
+        let vmm = boot_with(kernel, transport, "guest-vsock serve", vsock)?;
         vmm.wait_for_output("SERVING", BOOT)?;
         for index in 0..3 {
             let mut stream = connect(&path(&vmm), port::DUPLEX)?;

@@ -29,6 +29,8 @@ cargo xtask COMMAND
         Runs CMD where KVM runs ordinary guests: here if it does, else on the emulated host.
   bench boot [--peer NAME=PATH]... [--runs N]
         Measures starting, beside other monitors with the same API and QEMU's microvm where it is installed.
+  bench vsock [--peer NAME=PATH]... [--runs N]
+        Measures round trips and throughput between host and guest.
   kernel
         Builds the tuned guest kernel from Debian's sources (about ten minutes).
 
@@ -70,6 +72,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     match command {
         "bench" => bench::command(&mut parser),
         "bench-inner" => bench::inner(&mut parser),
+        "bench-vsock-inner" => bench::vsock_inner(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),
         "demo" => demo::command(&mut parser),
         "demo-inner" => demo::inner(&mut parser),

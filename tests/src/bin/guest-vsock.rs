@@ -11,6 +11,7 @@
 //! | `await PORT` | returns once somebody listens |
 //! | `half PORT` | asks, ends its half, prints the answer |
 //! | `messages PORT` | messages of several lengths, echoed |
+//! | `wake DISK COUNT` | the median time of so many reads of one sector of a disk, in nanoseconds |
 //! | `hold PORT` | connects, says `HELD`, and says `LOST` when the connection is gone |
 
 use std::io::{self, ErrorKind, Read, Write};
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         Some("await") => await_server(number(1)),
         Some("half") => half(number(1)),
         Some("messages") => messages(number(1)),
+        Some("wake") => wake(args.get(1).map_or("", String::as_str), number(2)),
         Some("hold") => hold(number(1)),
         _ => Err(io::Error::other("which command?")),
     };
@@ -251,6 +253,23 @@ fn messages(port: u32) -> io::Result<()> {
         }
     }
     println!("MESSAGES echoed");
+    Ok(())
+}
+
+fn wake(disk: &str, count: u32) -> io::Result<()> {
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    let disk = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(disk)?;
+    let mut memory = vec![0; 1024];
+    // Reads past the page cache need a buffer that begins where a sector could.
+    let from = memory.as_ptr().align_offset(512);
+    let mut times = Vec::new();
+    for _ in 0..count {
+        let begun = Instant::now();
+        disk.read_exact_at(&mut memory[from..from + 512], 0)?;
+        times.push(begun.elapsed().as_nanos());
+    }
+    times.sort_unstable();
+    println!("WAKE {}", times.get(times.len() / 2).copied().unwrap_or(0));
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use vesta_tests::initramfs::Initramfs;
 
 use super::measure::{INIT, Life, Sign, life};
 use super::table::{Row, markdown};
-use super::{Monitor, MonitorKind};
+use super::{Monitor, MonitorKind, describe};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Job, Kind, Outcome};
 use crate::process::{output, root, say};
@@ -87,14 +87,6 @@ pub(super) fn command(peers: Vec<Monitor>, runs: usize) -> Result<ExitCode> {
     println!("memory, at the guest's sign of life.");
     let good = [null, linux].iter().all(|outcome| *outcome == Outcome::Exited(0));
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn describe(kind: Kind, why: &str) -> String {
-    let system = rustix::system::uname();
-    match kind {
-        Kind::Native => format!("{kind} (Linux {}; {why})", system.release().to_string_lossy()),
-        Kind::Emulated => kind.to_string(),
-    }
 }
 
 fn on_host(kind: Kind, orders: &Orders, dir: &Path) -> Result<Outcome> {

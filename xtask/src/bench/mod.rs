@@ -7,6 +7,7 @@
 mod boot;
 mod measure;
 mod table;
+mod vsock;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -16,7 +17,10 @@ use anyhow::{Context, Result, bail};
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::host::Kind;
+
 pub(crate) use boot::inner;
+pub(crate) use vsock::inner as vsock_inner;
 
 /// A monitor to measure.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -37,7 +41,7 @@ enum MonitorKind {
 /// Fewest runs that a median is taken over.
 const FEWEST_RUNS: usize = 11;
 
-/// `cargo xtask bench boot [--peer NAME=PATH]... [--runs N]`.
+/// `cargo xtask bench boot|vsock [--peer NAME=PATH]... [--runs N]`.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let mut peers = Vec::new();
     let mut runs = FEWEST_RUNS;
@@ -55,8 +59,17 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     match what.as_deref() {
         Some("boot") => boot::command(peers, runs),
-        Some(other) => bail!("there is no benchmark {other}: there is boot"),
-        None => bail!("which benchmark? There is boot"),
+        Some("vsock") => vsock::command(peers, runs),
+        Some(other) => bail!("there is no benchmark {other}: there are boot and vsock"),
+        None => bail!("which benchmark? There are boot and vsock"),
+    }
+}
+
+fn describe(kind: Kind, why: &str) -> String {
+    let system = rustix::system::uname();
+    match kind {
+        Kind::Native => format!("{kind} (Linux {}; {why})", system.release().to_string_lossy()),
+        Kind::Emulated => kind.to_string(),
     }
 }
 
