@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, start, vmm_path};
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::process::Orphans;
-use vesta_tests::{on_each_kernel, on_each_transport};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{self, FROM_GUEST, FROM_HOST, connect, port, receive, transmit, try_connect};
+use vesta_tests::{on_each_kernel, on_each_transport};
 
 /// A guest that serves, then runs `script`; its monitor's arguments have a vsock device.
 fn boot_with(kernel: Kernel, transport: Transport, script: &str, vsock: Value) -> Result<Vmm> {
@@ -215,7 +215,11 @@ on_each_transport! {
 fn wait_for(serial: &Path, text: &str) -> Result<()> {
     let deadline = Instant::now() + BOOT;
     while !std::fs::read_to_string(serial).unwrap_or_default().contains(text) {
-        anyhow::ensure!(Instant::now() < deadline, "{text} does not come: {:?}", std::fs::read_to_string(serial));
+        anyhow::ensure!(
+            Instant::now() < deadline,
+            "{text} does not come: {:?}",
+            std::fs::read_to_string(serial)
+        );
         thread::sleep(Duration::from_millis(10));
     }
     Ok(())
@@ -320,7 +324,8 @@ mod seqpacket {
 
 #[test]
 fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Result<()> {
-    let script = "guest-vsock crowd 900 1000\nguest-vsock abandon 900 1000\nguest-vsock crowd 900 1000\npoweroff -f";
+    let script =
+        "guest-vsock crowd 900 1000\nguest-vsock abandon 900 1000\nguest-vsock crowd 900 1000\npoweroff -f";
     let mut vmm = boot(Transport::Mmio, &format!("guest-vsock await 901\n{script}"))?;
     let server = serve(&vmm, 900)?;
     let _gate = serve(&vmm, 901)?;
@@ -444,7 +449,8 @@ fn the_api_takes_what_clients_send_and_refuses_what_cannot_be() -> Result<()> {
     assert_eq!(std::fs::read(vmm.dir().join("file"))?, b"mine");
     assert_eq!(api.get("/vm/config")?.json()?["vsock"], Value::Null);
     // What firecracker-containerd and Kata send, the latter twice.
-    let first = api.put("/vsock", &json!({"guest_cid": 0, "uds_path": "old.sock", "vsock_id": "agent_api"}))?.ok()?;
+    let first =
+        api.put("/vsock", &json!({"guest_cid": 0, "uds_path": "old.sock", "vsock_id": "agent_api"}))?.ok()?;
     assert_eq!(first.header("deprecation"), Some("true"));
     assert!(vmm.dir().join("old.sock").exists(), "it is there before the start");
     for _ in 0..2 {

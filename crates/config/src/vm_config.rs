@@ -90,7 +90,15 @@ pub struct FullVmConfig {
 impl From<VmConfig> for FullVmConfig {
     fn from(config: VmConfig) -> FullVmConfig {
         let VmConfig { boot_source, machine_config, logger, serial, drives, entropy, vsock } = config;
-        FullVmConfig { boot_source: Some(boot_source), drives, entropy, logger, machine_config, serial, vsock }
+        FullVmConfig {
+            boot_source: Some(boot_source),
+            drives,
+            entropy,
+            logger,
+            machine_config,
+            serial,
+            vsock,
+        }
     }
 }
 
@@ -267,14 +275,13 @@ mod tests {
         );
         let serial = (prop::option::of(path()), prop::option::of(bucket))
             .prop_map(|(serial_out_path, rate_limiter)| Serial { serial_out_path, rate_limiter });
-        let vsock = (any::<u32>(), path(), prop::option::of("[a-z]{1,9}"), prop::option::of("[ -~]{41,50}")).prop_map(
-            |(guest_cid, uds_path, vsock_id, seqpacket)| Vsock {
+        let vsock = (any::<u32>(), path(), prop::option::of("[a-z]{1,9}"), prop::option::of("[ -~]{41,50}"))
+            .prop_map(|(guest_cid, uds_path, vsock_id, seqpacket)| Vsock {
                 guest_cid,
                 uds_path,
                 vsock_id,
                 seqpacket_uds_path: seqpacket.map(PathBuf::from),
-            },
-        );
+            });
         let options = (prop::option::of(logger), prop::option::of(serial), prop::option::of(vsock));
         (boot_source, machine_config, options).prop_map(
             |(boot_source, machine_config, (logger, serial, vsock))| VmConfig {

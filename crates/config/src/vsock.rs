@@ -90,7 +90,8 @@ mod tests {
     #[test]
     fn any_cid_will_do_and_vsock_id_may_be_there() {
         for cid in [0, 1, 2, 3, u32::MAX] {
-            let vsock = parse(&format!(r#"{{"guest_cid":{cid},"uds_path":"v.sock","vsock_id":"root"}}"#)).unwrap();
+            let vsock =
+                parse(&format!(r#"{{"guest_cid":{cid},"uds_path":"v.sock","vsock_id":"root"}}"#)).unwrap();
             assert_eq!((vsock.guest_cid, vsock.check()), (cid, Ok(())));
         }
         let plain = parse(r#"{"guest_cid":3,"uds_path":"v.sock","vsock_id":null}"#).unwrap();

@@ -42,7 +42,9 @@ impl VsockSockets {
             Err(error) => {
                 *place = old.and_then(|old| {
                     let again = Self::at(&old);
-                    again.inspect_err(|gone| log::error!("the vsock device has lost its sockets: {gone}")).ok()
+                    again
+                        .inspect_err(|gone| log::error!("the vsock device has lost its sockets: {gone}"))
+                        .ok()
                 });
                 Err(error)
             }
@@ -68,8 +70,10 @@ impl VsockSockets {
 
     /// The sockets as the device takes them.
     pub(crate) fn for_device(&self) -> HostSockets {
-        let listeners =
-            [Some(&self.stream), self.messages.as_ref()].into_iter().flatten().map(|bound| bound.listener.clone());
+        let listeners = [Some(&self.stream), self.messages.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(|bound| bound.listener.clone());
         HostSockets { listeners: listeners.collect(), path: Some(self.stream.path.clone()) }
     }
 }

@@ -260,8 +260,14 @@ pub fn vsock(data: &[u8]) {
                 let len = u32::from(input.u16());
                 let (op, kind, ports, flags) = (input.u8(), input.u8(), input.u8(), input.u8());
                 let told = if input.u8() < 240 { len } else { input.u32() };
-                let header =
-                    vsock::fuzz::header(CID.into(), op, kind, ports, flags, [told, input.u32(), input.u8().into()]);
+                let header = vsock::fuzz::header(
+                    CID.into(),
+                    op,
+                    kind,
+                    ports,
+                    flags,
+                    [told, input.u32(), input.u8().into()],
+                );
                 driver.send(&mut guest, &header, len);
             }
             26..32 => host.act(input.u8(), input.u8(), input.u16()),

@@ -252,8 +252,7 @@ impl Queue {
     /// As [`Queue::enable_notifications`], for who leaves chains where they are: the driver is to kick when it adds another one.
     pub fn enable_notifications_of_more(&mut self) -> Result<bool, QueueError> {
         let in_flight = self.in_flight.count;
-        let more =
-            self.alive().and_then(|()| self.ring.enable_notifications_of_more(&self.rings, in_flight));
+        let more = self.alive().and_then(|()| self.ring.enable_notifications_of_more(&self.rings, in_flight));
         self.keep(more)
     }
 

@@ -141,8 +141,8 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
             .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() }),
         _ => Ok(()),
     };
-    let ended = started
-        .and_then(|()| Ok(event_loop::serve(&mut controller, requests.as_ref(), &source, &signals)?));
+    let ended =
+        started.and_then(|()| Ok(event_loop::serve(&mut controller, requests.as_ref(), &source, &signals)?));
     controller.remove_socket_files();
     ended
 }

@@ -124,7 +124,8 @@ fn source(mut stream: UnixStream) -> io::Result<()> {
 fn duplex_peer(mut stream: UnixStream) -> io::Result<()> {
     let mut order = [0; 8];
     stream.read_exact(&mut order)?;
-    let [index, bytes] = [0, 4].map(|at| u32::from_le_bytes(order[at..at + 4].try_into().expect("four bytes")));
+    let [index, bytes] =
+        [0, 4].map(|at| u32::from_le_bytes(order[at..at + 4].try_into().expect("four bytes")));
     both_ways(stream, index, bytes)
 }
 

@@ -78,9 +78,14 @@ pub(super) fn command(peers: Vec<Monitor>, runs: usize) -> Result<ExitCode> {
     let outcome = host::run(kind, &job, &emulated)?;
     outcome.report();
     let date = output(Command::new("date").arg("--iso-8601"))?;
-    println!("\n`cargo xtask bench vsock`, {}: medians over {runs} interleaved runs, in brackets the least and", date.trim());
+    println!(
+        "\n`cargo xtask bench vsock`, {}: medians over {runs} interleaved runs, in brackets the least and",
+        date.trim()
+    );
     println!("the most; each run has {trips} round trips of one byte and {} MiB each way.", bytes >> 20);
-    println!("Wake-up: a read of one sector of a cached disk, in the guest. Ratio: a round trip to the guest");
+    println!(
+        "Wake-up: a read of one sector of a cached disk, in the guest. Ratio: a round trip to the guest"
+    );
     println!("over one of the pair of Unix sockets and one wake-up.");
     Ok(if outcome == Outcome::Exited(0) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -140,7 +145,8 @@ fn guest(monitor: &Monitor, orders: &Orders) -> Result<Sample> {
     let mut guest = Guest::bare(&orders.kernel).boot_args(BOOT_ARGS).mem_mib(256);
     guest.initrd = Some(orders.initrd.clone());
     guest.put(&mut api)?;
-    let drive = json!({"drive_id": "d", "path_on_host": orders.disk, "is_root_device": false, "is_read_only": true});
+    let drive =
+        json!({"drive_id": "d", "path_on_host": orders.disk, "is_root_device": false, "is_read_only": true});
     api.put("/drives/d", &drive)?.ok()?;
     api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "v.sock"}))?.ok()?;
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
@@ -232,9 +238,10 @@ fn table(monitors: &[Monitor], pair: &[Sample], samples: &[Vec<Sample>]) -> Stri
         samples.iter().filter_map(value).collect()
     };
     let row = |name: &str, samples: &[Sample]| {
-        let ratio = samples.iter().zip(pair).filter_map(|(sample, pair)| {
-            Some(sample.round_trip_us / (pair.round_trip_us + sample.wake_us?))
-        });
+        let ratio = samples
+            .iter()
+            .zip(pair)
+            .filter_map(|(sample, pair)| Some(sample.round_trip_us / (pair.round_trip_us + sample.wake_us?)));
         Row {
             name: name.to_owned(),
             samples: vec![

@@ -113,11 +113,7 @@ impl Ring {
     }
 
     /// How many entries there are to take.
-    pub(super) fn available(
-        &mut self,
-        memory: &impl RingMemory,
-        in_flight: u16,
-    ) -> Result<u16, QueueError> {
+    pub(super) fn available(&mut self, memory: &impl RingMemory, in_flight: u16) -> Result<u16, QueueError> {
         self.look(memory, in_flight)?;
         Ok(self.seen_avail.wrapping_sub(self.next_avail))
     }

@@ -32,15 +32,7 @@ pub(super) struct Violation;
 impl Credit {
     /// A new connection, of which nothing was sent yet. The guest has room for nothing until it says otherwise.
     pub(super) fn new(promised: u32) -> Self {
-        Credit {
-            promised,
-            received: 0,
-            forwarded: 0,
-            told: 0,
-            peer_room: 0,
-            peer_forwarded: 0,
-            sent: 0,
-        }
+        Credit { promised, received: 0, forwarded: 0, told: 0, peer_room: 0, peer_forwarded: 0, sent: 0 }
     }
 
     /// What the guest was promised room for.

@@ -143,7 +143,8 @@ impl Driver {
         guest.ram.memory().write_slice(header, GuestAddress(at)).expect("it is in RAM");
         let head = (at, header.len() as u32);
         let data = (self.data, len);
-        let added = if len > 0 { self.queues[1].add(&[head, data], &[]) } else { self.queues[1].add(&[head], &[]) };
+        let added =
+            if len > 0 { self.queues[1].add(&[head, data], &[]) } else { self.queues[1].add(&[head], &[]) };
         if added.is_some() {
             self.queues[1].publish();
             guest.kick(1);

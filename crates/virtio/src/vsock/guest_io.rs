@@ -75,9 +75,7 @@ impl Segments {
         let mut message = self.message();
         // SAFETY: the message has no name and no control data; its segments are in guest RAM, which `self.ram` keeps mapped. The kernel
         // writes into no other memory.
-        let got = unsafe {
-            libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT)
-        };
+        let got = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
         let got = checked(got)?;
         self.mark_dirty(got);
         Ok((got, message.msg_flags & libc::MSG_CTRUNC != 0))

@@ -19,7 +19,8 @@
 //! - [`packet`]: the header. [`credit`]: who may send how much. [`greeting`]: what host clients say first. [`socket`]: Unix sockets.
 //! - [`connection`]: one connection, and what goes on between it and its socket.
 //! - [`table`]: all connections: by ports, by deadline, and the line of those that have something for the guest.
-//! - [`switch`]: what packets of the guest and events of the host do to connections. [`to_guest`]: filling the guest's buffers.
+//! - [`switch`]: all of it together, and how connections begin and end. [`from_guest`], [`from_host`]: what packets and events do to them.
+//! - [`to_guest`]: filling the guest's buffers.
 //! - [`task`]: the queues, and the order of work.
 //!
 //! Data is not copied on its way: a host socket is read straight into the guest's buffers (as many of them at once as the guest has
@@ -47,6 +48,8 @@
 
 mod connection;
 mod credit;
+mod from_guest;
+mod from_host;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod fuzz;
 mod greeting;
@@ -134,11 +137,7 @@ impl Vsock {
     }
 
     /// The device as it was saved, but for its connections, which its driver will hear are gone. A new CID may be given to it.
-    pub fn restore(
-        state: &VsockState,
-        new_cid: Option<u32>,
-        sockets: HostSockets,
-    ) -> (Self, VsockControl) {
+    pub fn restore(state: &VsockState, new_cid: Option<u32>, sockets: HostSockets) -> (Self, VsockControl) {
         Self::with(new_cid.unwrap_or(state.guest_cid), sockets, true)
     }
 
@@ -186,9 +185,8 @@ impl Device for Vsock {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Box<dyn Task>>, ActivateError> {
-        let mut take = |index| {
-            activation.take_queue(index).inspect_err(|_| self.shared.stats.activate_fails.add(1))
-        };
+        let mut take =
+            |index| activation.take_queue(index).inspect_err(|_| self.shared.stats.activate_fails.add(1));
         let (rx, tx, event) = (take(RX)?, take(TX)?, take(EVENT)?);
         let sockets = locked(&self.shared.sockets).take();
         let Some(sockets) = sockets else {

@@ -271,7 +271,8 @@ mod tests {
         let _there = sockets.dial(52, SocketKind::Stream).unwrap();
         listener.accept().unwrap();
         assert_eq!(sockets.dial(52, SocketKind::SeqPacket).unwrap_err(), Errno::PROTOTYPE);
-        let (_messages, _file) = Listener::bind(&dir.path().join("v_4294967295"), SocketKind::SeqPacket).unwrap();
+        let (_messages, _file) =
+            Listener::bind(&dir.path().join("v_4294967295"), SocketKind::SeqPacket).unwrap();
         sockets.dial(u32::MAX, SocketKind::SeqPacket).unwrap();
         let path = Some(dir.path().join("x".repeat(MAX_PATH_LEN)));
         let long = HostSockets { listeners: Vec::new(), path };

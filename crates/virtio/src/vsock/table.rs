@@ -214,7 +214,8 @@ mod tests {
             table.remove(slot).unwrap();
         }
         assert_eq!((table.len(), table.promised), (0, 0));
-        let messages = (0..MAX_CONNECTIONS).filter_map(|_| table.add(SocketKind::SeqPacket, State::Greeting)).count();
+        let messages =
+            (0..MAX_CONNECTIONS).filter_map(|_| table.add(SocketKind::SeqPacket, State::Greeting)).count();
         assert_eq!(messages as u64, MAX_PROMISED / u64::from(MAX_MESSAGE));
     }
 

@@ -216,7 +216,10 @@ fn a_bad_greeting_closes_the_client_at_once() {
         client.write_all(text).unwrap();
         assert_eq!(rig.next(), None);
         let read = std::io::Read::read(&mut client, &mut [0; 8]);
-        assert!(!matches!(read, Err(ref error) if error.kind() == std::io::ErrorKind::WouldBlock), "{read:?}");
+        assert!(
+            !matches!(read, Err(ref error) if error.kind() == std::io::ErrorKind::WouldBlock),
+            "{read:?}"
+        );
     }
 }
 

@@ -127,7 +127,8 @@ impl Rig {
     /// Gives the device all free buffers.
     pub(super) fn give_buffers(&mut self) {
         while let Some(place) = self.rx_free.pop() {
-            let (header, data) = ((place, HEADER_LEN), (place + u64::from(HEADER_LEN), self.rx_len - HEADER_LEN));
+            let (header, data) =
+                ((place, HEADER_LEN), (place + u64::from(HEADER_LEN), self.rx_len - HEADER_LEN));
             // Half of the drivers have one buffer for both, the others two.
             let head = if place & RX_STEP == 0 {
                 self.rx.add(&[], &[header, data])
@@ -282,7 +283,12 @@ impl Rig {
     }
 
     /// A connection that the guest opened to a server on the host.
-    pub(super) fn from_guest(&mut self, server: &UnixListener, host_port: u32, port: u32) -> (UnixStream, End) {
+    pub(super) fn from_guest(
+        &mut self,
+        server: &UnixListener,
+        host_port: u32,
+        port: u32,
+    ) -> (UnixStream, End) {
         let end = End { port, host_port, kind: SocketKind::Stream, room: 1 << 18, forwarded: 0 };
         self.send(&end, Op::Request, 0);
         self.expect(Op::Response);

@@ -70,7 +70,10 @@ fn packets_that_make_no_sense_are_answered_with_a_reset_or_dropped() {
         rig.send_raw(header.as_bytes(), &[]);
         let reset = rig.expect(Op::Rst).header;
         assert_eq!(reset.src_cid, header.dst_cid);
-        assert_eq!((reset.src_port, reset.dst_port, reset.kind), (header.dst_port, header.src_port, header.kind));
+        assert_eq!(
+            (reset.src_port, reset.dst_port, reset.kind),
+            (header.dst_port, header.src_port, header.kind)
+        );
     }
     for header in [
         Header { op: (Op::Rst as u16).into(), ..good },
@@ -102,13 +105,8 @@ fn operations_out_of_turn_reset_their_connection() {
         let mut rig = Rig::new(Kind::Mmio);
         let mut client = rig.dial(1);
         let asked = rig.expect(Op::Request).header;
-        let end = End {
-            port: 1,
-            host_port: asked.src_port.get(),
-            kind: SocketKind::Stream,
-            room: 9,
-            forwarded: 0,
-        };
+        let end =
+            End { port: 1, host_port: asked.src_port.get(), kind: SocketKind::Stream, room: 9, forwarded: 0 };
         if op == Op::Response {
             rig.send(&end, Op::Response, 0);
             read(&mut client);
@@ -169,7 +167,11 @@ fn there_is_room_for_so_many_clients_and_the_next_is_closed_at_once() {
     let wanted = Some(3 * MAX_CONNECTIONS as u64);
     let raised = rustix::process::Rlimit { current: limit.maximum.min(wanted).or(wanted), ..limit };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
-    assert!(raised.current >= wanted, "this test needs {wanted:?} descriptors, and may have {:?}", raised.current);
+    assert!(
+        raised.current >= wanted,
+        "this test needs {wanted:?} descriptors, and may have {:?}",
+        raised.current
+    );
     let mut rig = Rig::new(Kind::Mmio);
     let mut clients = Vec::new();
     for _ in 0..MAX_CONNECTIONS {

@@ -108,7 +108,8 @@ impl Stream {
 fn take_packets(rig: &mut Rig, streams: &mut [Stream]) {
     while let Some(packet) = rig.next() {
         let port = packet.header.src_port.get();
-        let stream = streams.iter_mut().find(|s| s.end.host_port == port).expect("it is of a stream that there is");
+        let stream =
+            streams.iter_mut().find(|s| s.end.host_port == port).expect("it is of a stream that there is");
         stream.told = (packet.header.buf_alloc.get(), packet.header.fwd_cnt.get());
         match packet.op() {
             Op::Rw => {

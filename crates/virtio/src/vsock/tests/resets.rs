@@ -83,13 +83,8 @@ fn nothing_is_lost_in_a_pause_and_its_time_does_not_count() {
     let mut ops: Vec<_> = std::iter::from_fn(|| rig.next()).map(|packet| packet.op()).collect();
     ops.sort_by_key(|op| *op as u16);
     assert_eq!(ops, [Op::Request, Op::Rw]);
-    let end = End {
-        port: 2,
-        host_port: asked.src_port.get(),
-        kind: SocketKind::Stream,
-        room: 9,
-        forwarded: 0,
-    };
+    let end =
+        End { port: 2, host_port: asked.src_port.get(), kind: SocketKind::Stream, room: 9, forwarded: 0 };
     rig.send(&end, Op::Response, 0);
     assert!(read(&mut waiting).starts_with(b"OK "));
 }

@@ -47,13 +47,8 @@ fn what_a_client_sends_before_the_answer_comes_after_it() {
     client.shutdown(std::net::Shutdown::Write).unwrap();
     let asked = rig.expect(Op::Request).header;
     assert_eq!(rig.next(), None);
-    let end = End {
-        port: 5,
-        host_port: asked.src_port.get(),
-        kind: SocketKind::Stream,
-        room: 100,
-        forwarded: 0,
-    };
+    let end =
+        End { port: 5, host_port: asked.src_port.get(), kind: SocketKind::Stream, room: 100, forwarded: 0 };
     rig.send(&end, Op::Response, 0);
     assert_eq!(rig.expect(Op::Rw).data, b"early");
     assert_eq!(rig.expect(Op::Shutdown).flags(), 2);
@@ -80,7 +75,8 @@ fn a_refusal_of_the_guest_closes_the_client_at_once() {
     let mut rig = Rig::new(Kind::Pci);
     let mut client = rig.dial(9);
     let asked = rig.expect(Op::Request).header;
-    let end = End { port: 9, host_port: asked.src_port.get(), kind: SocketKind::Stream, room: 0, forwarded: 0 };
+    let end =
+        End { port: 9, host_port: asked.src_port.get(), kind: SocketKind::Stream, room: 0, forwarded: 0 };
     rig.send(&end, Op::Rst, 0);
     assert!(is_at_end(&mut client));
     assert_eq!(rig.next(), None);
@@ -102,8 +98,7 @@ fn where_nobody_listens_the_guest_is_refused_at_once() {
 #[test]
 fn a_server_with_a_full_queue_is_tried_again_for_a_while() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (listener, _file) =
-        crate::vsock::Listener::bind(&rig.path("_8"), SocketKind::Stream).unwrap();
+    let (listener, _file) = crate::vsock::Listener::bind(&rig.path("_8"), SocketKind::Stream).unwrap();
     rustix::net::listen(listener.fd(), 0).unwrap();
     let waits = UnixStream::connect(rig.path("_8")).unwrap();
     let end = End { port: 1, host_port: 8, kind: SocketKind::Stream, room: 1, forwarded: 0 };
