@@ -285,7 +285,7 @@ pub fn vsock(data: &[u8]) {
     let mut driver = start(&mut guest, true);
     let _client = host.dial(5);
     driver.give_buffers(&mut guest, 0x1000);
-    guest.worker.advance(5_000_000_000);
+    guest.worker.advance(10_000_000_000);
     assert!(driver.queues[0].take_used().is_some(), "the device is dead after a reset");
 }
 

@@ -15,7 +15,7 @@ const MS: Nanos = 1_000_000;
 /// How long a host client may take to say where it wants to go.
 const GREETING_PATIENCE: Nanos = 30_000 * MS;
 /// How long the guest may take to answer a host client.
-const ANSWER_PATIENCE: Nanos = 5_000 * MS;
+const ANSWER_PATIENCE: Nanos = 10_000 * MS;
 /// A process out of descriptors accepts again after that.
 const ACCEPT_AGAIN: Nanos = 100 * MS;
 /// Host clients that are taken in one go.

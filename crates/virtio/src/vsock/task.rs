@@ -25,7 +25,7 @@ const TURN: u32 = 1 << 20;
 const PACKET_COST: u32 = 1 << 10;
 
 /// How long host clients wait for a driver to take note of a reset.
-const NOTE_PATIENCE: Nanos = 2_000_000_000;
+const NOTE_PATIENCE: Nanos = 10_000_000_000;
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, as it stands in an event.
 const TRANSPORT_RESET: [u8; 4] = [0; 4];

@@ -200,7 +200,7 @@ fn a_guest_that_does_not_answer_a_client_is_given_up() {
     let mut rig = Rig::new(Kind::Mmio);
     let mut client = rig.dial(1);
     rig.expect(Op::Request);
-    rig.guest.worker.advance(4_900 * MS);
+    rig.guest.worker.advance(9_900 * MS);
     assert!(!is_at_end(&mut client));
     rig.guest.worker.advance(200 * MS);
     assert!(is_at_end(&mut client));

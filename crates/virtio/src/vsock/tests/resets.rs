@@ -36,7 +36,7 @@ fn a_restored_driver_that_takes_no_note_keeps_clients_waiting_for_a_moment_only(
     let mut rig = rig.restored(Kind::Mmio, None);
     let _client = rig.dial(2);
     assert_eq!(rig.next(), None);
-    rig.guest.worker.advance(2_000 * MS);
+    rig.guest.worker.advance(10_000 * MS);
     rig.expect(Op::Request);
 }
 
