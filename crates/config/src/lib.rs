@@ -26,6 +26,7 @@ mod id;
 mod logger;
 mod machine_config;
 mod serial;
+mod snapshot;
 mod token_bucket;
 mod vm_config;
 mod vm_state;
@@ -45,6 +46,10 @@ pub use machine_config::{
     CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,
 };
 pub use serial::Serial;
+pub use snapshot::{
+    DriveOverride, MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotError, SnapshotHugePages,
+    SnapshotLoad, SnapshotType,
+};
 pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
 pub use vm_config::{FullVmConfig, VmConfig, check_drives};
 pub use vm_state::{Vm, VmState};
@@ -92,6 +97,9 @@ pub enum ConfigError {
     /// A block device.
     #[error(transparent)]
     Drive(#[from] DriveError),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// Children of a fork.
     #[error(transparent)]
     Fork(#[from] ForkError),

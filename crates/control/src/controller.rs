@@ -192,6 +192,8 @@ impl<H: Host> Controller<H> {
                 self.set_vm_state(state)?;
                 self.settle_disks();
             }
+            Command::CreateSnapshot(create) => self.create_snapshot(&create)?,
+            Command::LoadSnapshot(load) => self.load_snapshot(&load)?,
             Command::Fork(fork) => return self.fork(&fork),
         }
         Ok(Reply::Empty)
@@ -300,16 +302,6 @@ impl<H: Host> Controller<H> {
         Ok(())
     }
 
-    /// Makes the sockets that the configuration says, in a process that was given it.
-    pub(crate) fn make_vsock_sockets(&mut self) -> Result<(), CommandError> {
-        match &self.config.vsock {
-            Some(vsock) if !vsock.uds_path.as_os_str().is_empty() => {
-                VsockSockets::make(&mut self.vsock, vsock).map_err(CommandError::new)
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Removes the files that stand for this process: it ends.
     pub fn remove_socket_files(&mut self) {
         self.vsock = None;
@@ -339,7 +331,7 @@ impl<H: Host> Controller<H> {
     }
 
     /// The machine in either of its states, if there is one.
-    fn machine(&self) -> Option<&Machine> {
+    pub(crate) fn machine(&self) -> Option<&Machine> {
         match &self.state {
             State::Running(machine) => Some(machine),
             State::Paused(machine) => Some(machine),
@@ -347,37 +339,23 @@ impl<H: Host> Controller<H> {
         }
     }
 
-    /// Where the guest's serial port leads.
-    fn serial(&mut self) -> std::io::Result<SerialSetup> {
-        match &self.serial_output {
-            Some(_) => self.file_serial(),
-            None => Ok(SerialSetup { limit: self.serial_limit(), ..self.host.standard_io()? }),
-        }
+    /// Where the serial port of a guest with this configuration leads: the file that was set, else standard input and output.
+    pub(crate) fn serial_for(&mut self, config: &FullVmConfig) -> Result<SerialSetup, CommandError> {
+        let setup = match &self.serial_output {
+            Some(_) => self.file_serial(config),
+            None => self.host.standard_io().map(|setup| SerialSetup { limit: serial_limit(config), ..setup }),
+        };
+        setup.map_err(|e| CommandError::new(format_args!("cannot open the serial port's other end: {e}")))
     }
 
-    /// The same, and nowhere if no file is named.
-    pub(crate) fn file_serial(&self) -> std::io::Result<SerialSetup> {
+    /// The same, and nowhere if no file was set.
+    pub(crate) fn file_serial(&self, config: &FullVmConfig) -> std::io::Result<SerialSetup> {
         let output = self.serial_output.as_ref().map(Output::try_clone).transpose()?;
-        Ok(SerialSetup { output, input: None, limit: self.serial_limit() })
-    }
-
-    fn serial_limit(&self) -> RateLimiterConfig {
-        let bucket = self.config.serial.as_ref().and_then(|serial| serial.rate_limiter);
-        limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }))
-    }
-
-    /// The devices to be, their back ends open.
-    pub(crate) fn device_setup(&self) -> DeviceSetup {
-        let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
-        let vsock = self.config.vsock.as_ref().map(|vsock| VsockSetup {
-            guest_cid: vsock.guest_cid,
-            sockets: self.vsock.as_ref().map(VsockSockets::for_device).unwrap_or_default(),
-        });
-        DeviceSetup { drives, entropy: self.config.entropy.clone(), vsock, pci: self.platform.pci }
+        Ok(SerialSetup { output, input: None, limit: serial_limit(config) })
     }
 
     fn start(&mut self) -> Result<(), CommandError> {
-        let serial = self.serial().map_err(|e| cannot_start(&e))?;
+        let serial = self.serial_for(&self.config.clone())?;
         let (Some(source), Some(files)) = (&self.config.boot_source, &self.boot_files) else {
             return Err(CommandError::new("there is nothing to boot: no boot source has been set"));
         };
@@ -391,7 +369,7 @@ impl<H: Host> Controller<H> {
             boot,
             serial,
             boot_timer: self.platform.boot_timer,
-            devices: self.device_setup(),
+            devices: devices(&self.config, &self.disks, self.vsock.as_ref(), self.platform.pci),
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
@@ -424,6 +402,50 @@ impl<H: Host> Controller<H> {
         self.state = next;
         result
     }
+}
+
+/// A configuration with its back ends open, for a machine that is made of saved state.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) config: FullVmConfig,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) vsock: Option<VsockSockets>,
+}
+
+impl Loaded {
+    /// The devices to be.
+    pub(crate) fn devices(&self, pci: bool) -> DeviceSetup {
+        devices(&self.config, &self.disks, self.vsock.as_ref(), pci)
+    }
+}
+
+/// The devices to be, their back ends open.
+pub(crate) fn devices(
+    config: &FullVmConfig,
+    disks: &[Disk],
+    vsock: Option<&VsockSockets>,
+    pci: bool,
+) -> DeviceSetup {
+    let drives = config.drives.iter().cloned().zip(disks.iter().cloned()).collect();
+    let vsock = config.vsock.as_ref().map(|config| VsockSetup {
+        guest_cid: config.guest_cid,
+        sockets: vsock.map(VsockSockets::for_device).unwrap_or_default(),
+    });
+    DeviceSetup { drives, entropy: config.entropy.clone(), vsock, pci }
+}
+
+/// Opens the disks of these drives.
+pub(crate) fn open_disks(drives: &[Drive]) -> Result<Vec<Disk>, CommandError> {
+    let open = |drive: &Drive| {
+        Disk::open(&DiskOptions::of(drive))
+            .map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))
+    };
+    drives.iter().map(open).collect()
+}
+
+fn serial_limit(config: &FullVmConfig) -> RateLimiterConfig {
+    let bucket = config.serial.as_ref().and_then(|serial| serial.rate_limiter);
+    limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }))
 }
 
 /// A bug in this monitor: there is no machine any more.

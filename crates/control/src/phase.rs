@@ -68,12 +68,14 @@ fn when(command: &Command) -> When {
         | Command::PutDrive(_)
         | Command::PutEntropy(_)
         | Command::PutVsock(_)
+        | Command::LoadSnapshot(_)
         | Command::Start => When::BeforeStart,
 
         Command::FlushMetrics
         | Command::SendCtrlAltDel
         | Command::SetVmState(_)
         | Command::PatchDrive(_)
+        | Command::CreateSnapshot(_)
         | Command::Fork(_) => When::AfterStart,
     }
 }

@@ -51,6 +51,14 @@ impl VsockSockets {
         }
     }
 
+    /// The sockets that `config` asks for; none for the device of a fork's child that was given none.
+    pub(crate) fn of(config: &Vsock) -> Result<Option<Self>, BindError> {
+        if config.uds_path.as_os_str().is_empty() {
+            return Ok(None);
+        }
+        Self::at(&(config.uds_path.clone(), config.seqpacket_uds_path.clone())).map(Some)
+    }
+
     fn at((stream, messages): &(PathBuf, Option<PathBuf>)) -> Result<Self, BindError> {
         let bind = |path: &Path, kind| {
             let (listener, file) = Listener::bind(path, kind)?;

@@ -4,7 +4,7 @@
 
 use config::{
     Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
-    Logger, MachineConfig, MachineConfigUpdate, ResourceId, Serial, Vm, Vsock,
+    Logger, MachineConfig, MachineConfigUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Vm, Vsock,
 };
 use serde::de::DeserializeOwned;
 
@@ -94,6 +94,8 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["vsock"]) => put_vsock(request),
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
+        (Method::Put, ["snapshot", "create"]) => put_snapshot_create(request),
+        (Method::Put, ["snapshot", "load"]) => put_snapshot_load(request),
         (Method::Put, ["fork"]) => put_fork(request),
         (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),
         _ => Err(not_found(request)),
@@ -151,6 +153,18 @@ fn put_vsock(request: &Request) -> Result<Routed, RouteError> {
     let vsock: Vsock = body(request)?;
     vsock.check()?;
     Ok(Routed { deprecated: vsock.vsock_id.is_some(), command: Command::PutVsock(vsock) })
+}
+
+fn put_snapshot_create(request: &Request) -> Result<Routed, RouteError> {
+    let create: SnapshotCreate = body(request)?;
+    create.check()?;
+    Ok(plain(Command::CreateSnapshot(create)))
+}
+
+fn put_snapshot_load(request: &Request) -> Result<Routed, RouteError> {
+    let load: SnapshotLoad = body(request)?;
+    load.check()?;
+    Ok(Routed { deprecated: load.mem_file_path.is_some(), command: Command::LoadSnapshot(load) })
 }
 
 fn put_fork(request: &Request) -> Result<Routed, RouteError> {

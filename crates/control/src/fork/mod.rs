@@ -31,14 +31,14 @@ mod report;
 
 use std::time::{Duration, Instant};
 
-use config::{Child, Fork, FullVmConfig, HugePages, Logger, Vsock};
+use config::{Child, Fork, FullVmConfig, Logger, Vsock};
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
 use serde_json::json;
 
 use crate::api::{ApiServer, Limits};
-use crate::controller::{Controller, Host, Identity, Platform, State};
+use crate::controller::{Controller, Host, Identity, Platform, State, devices, open_disks};
 use crate::vsock::VsockSockets;
 use crate::{CommandError, Reply};
 use disks::Plan;
@@ -85,10 +85,8 @@ pub struct Seed {
 impl<H: Host> Controller<H> {
     /// Makes the children. The guest goes on as it was, running or paused.
     pub(crate) fn fork(&mut self, fork: &Fork) -> Result<Reply, CommandError> {
-        if self.config.machine_config.huge_pages == HugePages::Hugetlbfs2M {
-            return Err(CommandError::new(
-                "a microVM with huge_pages 2M cannot be forked: the kernel would have to copy the pool's pages",
-            ));
+        if let Some(machine) = self.machine() {
+            machine.ram().fork_check().map_err(CommandError::new)?;
         }
         let plan = Plan::of_parent(&self.config.drives, &self.disks, &self.identity.id, &fork.drives)?;
         let reports = Reports::new().map_err(|e| cannot("make a pipe", &e))?;
@@ -167,16 +165,23 @@ impl<H: Host> Controller<H> {
 
     fn restore_inherited(&mut self, inheritance: Inheritance, resume: bool) -> Result<(), CommandError> {
         let Inheritance { state, ram } = inheritance;
-        self.open_disks()?;
-        self.make_vsock_sockets()?;
+        self.disks = open_disks(&self.config.drives)?;
+        self.vsock = self
+            .config
+            .vsock
+            .as_ref()
+            .map(VsockSockets::of)
+            .transpose()
+            .map_err(CommandError::new)?
+            .flatten();
         let serial_output = self.config.serial.as_ref().and_then(|serial| serial.serial_out_path.clone());
         self.serial_output = serial_output.as_deref().map(crate::controller::open_serial).transpose()?;
         let machine = Paused::restore(Restore {
             config: &self.config.machine_config,
             state: &state,
             ram,
-            serial: self.file_serial().map_err(|e| cannot("open the serial output", &e))?,
-            devices: self.device_setup(),
+            serial: self.file_serial(&self.config).map_err(|e| cannot("open the serial output", &e))?,
+            devices: devices(&self.config, &self.disks, self.vsock.as_ref(), self.platform.pci),
             clock: ClockAfter::Continues,
             events: self.events.try_clone().map_err(|e| cannot("make a descriptor", &e))?,
         })
