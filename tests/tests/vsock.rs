@@ -284,6 +284,45 @@ on_each_transport! {
     }
 }
 
+on_each_transport! {
+    /// A microVM that is loaded has its guest's programs hear that their connections are gone, and is reached at another socket.
+    fn a_loaded_microvm_is_reached_at_another_socket(transport) {
+        let vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let (_held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
+        vmm.wait_for_output("HELD", BOOT)?;
+        let mut api = vmm.ready_client(SOON)?;
+        let files = tempfile::tempdir()?;
+        let (state, memory) = (files.path().join("state"), files.path().join("memory"));
+        api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+        api.put("/snapshot/create", &json!({"snapshot_path": state, "mem_file_path": memory}))?.ok()?;
+
+        let builder = transport.args().iter().fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
+        let loaded = builder.spawn()?;
+        let mut api = loaded.ready_client(SOON)?;
+        let load = |more: Value| {
+            let mut body = json!({
+                "snapshot_path": state, "mem_backend": {"backend_type": "File", "backend_path": memory}, "resume_vm": true,
+            });
+            body["vsock_override"] = more;
+            body
+        };
+        // Where it was, the first one still has it.
+        let in_use = api.put("/snapshot/load", &load(json!({"uds_path": path(&vmm)})))?;
+        assert!(in_use.status == 400 && in_use.fault().contains("socket of another process"), "{in_use:?}");
+        api.put("/snapshot/load", &load(json!({"uds_path": "new.sock", "guest_cid": 12})))?.ok()?;
+        let mut stream = connect(&loaded.dir().join("new.sock"), port::ECHO)?;
+        stream.write_all(b"hello again")?;
+        let mut back = [0; 11];
+        stream.read_exact(&mut back)?;
+        assert_eq!(&back, b"hello again");
+        loaded.wait_for_output("LOST", BOOT)?;
+        loaded.wait_for_output("CID 12", BOOT)?;
+        assert_eq!(api.get("/vm/config")?.json()?["vsock"], json!({"guest_cid": 12, "uds_path": "new.sock"}));
+        Ok(())
+    }
+}
+
 /// Sockets of messages on the host.
 mod seqpacket {
     use std::os::fd::OwnedFd;
