@@ -59,13 +59,13 @@ fn serve(vmm: &Vmm, port: u32) -> Result<UnixListener> {
 }
 
 /// Sends its own bytes, ends its half, and compares what comes.
-fn both_ways(stream: UnixStream, index: u32, bytes: u32) -> Result<()> {
+fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> Result<()> {
     let sender = stream.try_clone()?;
     let sending = thread::spawn(move || -> Result<()> {
         transmit(&sender, index, FROM_HOST, bytes)?;
         Ok(sender.shutdown(Shutdown::Write)?)
     });
-    receive(&stream, index, FROM_GUEST, bytes)?;
+    receive(stream, index, FROM_GUEST, bytes)?;
     sending.join().expect("it does not panic")
 }
 
@@ -88,7 +88,7 @@ on_each_transport! {
             thread::spawn(move || {
                 let mut stream = connect(&host, port::DUPLEX)?;
                 stream.write_all(&[index.to_le_bytes(), BYTES.to_le_bytes()].concat())?;
-                both_ways(stream, index, BYTES)
+                both_ways(&stream, index, BYTES)
             })
         }).collect())?;
         let server = serve(&vmm, 800)?;
@@ -99,7 +99,7 @@ on_each_transport! {
             Ok(thread::spawn(move || {
                 let mut index = [0; 4];
                 stream.read_exact(&mut index)?;
-                both_ways(stream, u32::from_le_bytes(index), BYTES)
+                both_ways(&stream, u32::from_le_bytes(index), BYTES)
             }))
         }).collect::<Result<_>>()?;
         join_all(threads)?;
@@ -383,7 +383,9 @@ fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Resu
             threads.push(thread::Builder::new().stack_size(64 << 10).spawn(echo)?);
         }
         // Every connection comes to its end.
-        threads.into_iter().for_each(|thread| thread.join().expect("it does not panic"));
+        for thread in threads {
+            thread.join().expect("it does not panic");
+        }
         Ok(())
     });
     let (code, said) = vmm.finish(BOOT)?;
@@ -400,7 +402,8 @@ fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
     let lazy = connect(&path(&vmm), port::LAZY)?;
     lazy.set_nonblocking(true)?;
     let mut stuffed = 0;
-    while let Ok(len) = (&lazy).write(&[0; 65536]) {
+    let piece = vec![0; 65536];
+    while let Ok(len) = (&lazy).write(&piece) {
         stuffed += len;
     }
     // The host does not read: the guest's writes stop.
@@ -414,7 +417,7 @@ fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
     for index in 0..4 {
         let mut stream = connect(&path(&vmm), port::DUPLEX)?;
         stream.write_all(&[index, 500_000u32].map(u32::to_le_bytes).concat())?;
-        both_ways(stream, index, 500_000)?;
+        both_ways(&stream, index, 500_000)?;
     }
     assert!(stuffed > 0);
     // Whoever reads after all gets everything.
@@ -456,7 +459,7 @@ on_each_kernel! {
         for index in 0..3 {
             let mut stream = connect(&path(&vmm), port::DUPLEX)?;
             stream.write_all(&[index, 300_001u32].map(u32::to_le_bytes).concat())?;
-            both_ways(stream, index, 300_001)?;
+            both_ways(&stream, index, 300_001)?;
         }
         assert!(vsock::try_connect(&path(&vmm), port::NOBODY)?.is_none());
         Ok(())

@@ -274,7 +274,7 @@ pub fn vsock(data: &[u8]) {
             act => {
                 // Broken rings are the common acts' business; a driver by the book starts anew after them.
                 common_act(act.max(5), &mut input, &mut guest, &mut other);
-                if input.u8() & 3 == 0 {
+                if input.u8().is_multiple_of(4) {
                     driver = start(&mut guest, true);
                 }
             }

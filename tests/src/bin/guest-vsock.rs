@@ -85,7 +85,7 @@ fn serve() -> io::Result<()> {
 
 /// Sends back what comes.
 fn echo(mut stream: UnixStream) -> io::Result<()> {
-    let mut buffer = [0; 66_000];
+    let mut buffer = vec![0; 66_000];
     loop {
         match stream.read(&mut buffer)? {
             0 => return Ok(()),
@@ -126,17 +126,17 @@ fn duplex_peer(mut stream: UnixStream) -> io::Result<()> {
     stream.read_exact(&mut order)?;
     let [index, bytes] =
         [0, 4].map(|at| u32::from_le_bytes(order[at..at + 4].try_into().expect("four bytes")));
-    both_ways(stream, index, bytes)
+    both_ways(&stream, index, bytes)
 }
 
 /// Sends its own bytes, ends its half, and compares what comes with what should.
-fn both_ways(stream: UnixStream, index: u32, bytes: u32) -> io::Result<()> {
+fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> io::Result<()> {
     let sender = stream.try_clone()?;
     let sending = thread::Builder::new().stack_size(STACK).spawn(move || {
         transmit(&sender, index, vsock::FROM_GUEST, bytes)?;
         sender.shutdown(Shutdown::Write)
     })?;
-    receive(&stream, index, vsock::FROM_HOST, bytes)?;
+    receive(stream, index, vsock::FROM_HOST, bytes)?;
     sending.join().expect("it does not panic")
 }
 
@@ -148,6 +148,7 @@ fn answer(mut stream: UnixStream) -> io::Result<()> {
 }
 
 /// Takes nothing until the other side is gone.
+#[expect(clippy::needless_pass_by_value, reason = "a handler has its connection")]
 fn lazy(stream: UnixStream) -> io::Result<()> {
     rustix::event::poll(&mut [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::RDHUP)], None)?;
     Ok(())
@@ -174,7 +175,7 @@ fn duplex(port: u32, count: u32, bytes: u32) -> io::Result<()> {
             thread::spawn(move || {
                 let mut stream = connect(port, libc::SOCK_STREAM)?;
                 stream.write_all(&index.to_le_bytes())?;
-                both_ways(stream, index, bytes)
+                both_ways(&stream, index, bytes)
             })
         })
         .collect();
@@ -244,7 +245,7 @@ fn half(port: u32) -> io::Result<()> {
 
 fn messages(port: u32) -> io::Result<()> {
     let mut stream = connect(port, libc::SOCK_SEQPACKET)?;
-    for len in [1, 100, 5000, 65_536, 2] {
+    for len in [1u32, 100, 5000, 65_536, 2] {
         let message: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
         stream.write_all(&message)?;
         let mut back = vec![0; 66_000];

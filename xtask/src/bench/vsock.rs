@@ -62,7 +62,7 @@ pub(super) fn command(peers: Vec<Monitor>, runs: usize) -> Result<ExitCode> {
     let (kind, why) = host::choose()?;
     let (trips, bytes) = match kind {
         Kind::Native => (10_000, 1 << 30),
-        Kind::Emulated => (500, 16 << 20),
+        Kind::Emulated => (200, 8 << 20),
     };
     let script = format!("guest-vsock wake /dev/vda {trips}\nguest-vsock serve");
     std::fs::write(&initrd, initramfs.finish(&script))?;
@@ -196,7 +196,7 @@ fn to_host(path: &Path, bytes: u64) -> Result<f64> {
 }
 
 fn send(to: &mut UnixStream, bytes: u64) -> std::io::Result<()> {
-    let piece = [7; 64 << 10];
+    let piece = vec![7; 64 << 10];
     let mut left = bytes;
     while left > 0 {
         let len = left.min(piece.len() as u64);

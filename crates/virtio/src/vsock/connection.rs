@@ -47,6 +47,7 @@ pub(super) enum State {
 }
 
 /// Packets without data that the guest is owed.
+#[expect(clippy::struct_excessive_bools, reason = "each is a packet, and any of them may be owed")]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Owed {
     pub(super) request: bool,
@@ -67,6 +68,7 @@ pub(super) enum Written {
 }
 
 /// A connection.
+#[expect(clippy::struct_excessive_bools, reason = "each side ends each direction by itself")]
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) kind: SocketKind,

@@ -35,41 +35,54 @@ impl Switch {
             self.shared.stats.malformed_count.add(1);
             return Ok(());
         }
+        match self.signal(cx, header) {
+            Some(slot) => self.data(cx, slot, data, header.flags.get()),
+            None => Ok(()),
+        }
+    }
+
+    /// Does what a packet's header says. The connection, if the packet is data for one that is open.
+    fn signal(&mut self, cx: &mut Context<'_>, header: &Header) -> Option<Slot> {
         let op = Op::of(header.op.get());
         let kind = SocketKind::of(header.kind.get())
             .filter(|&kind| kind == SocketKind::Stream || self.with_messages);
         let key = Key { host_port: header.dst_port.get(), guest_port: header.src_port.get() };
-        let found = self.table.find(key);
         let (Some(op), Some(kind), HOST_CID) = (op, kind, header.dst_cid.get()) else {
-            return Ok(self.refuse(header));
+            self.refuse(header);
+            return None;
         };
         if op == Op::Request {
-            return Ok(self.request(cx, header, key, kind));
+            self.request(cx, header, key, kind);
+            return None;
         }
-        let Some(slot) = found else { return Ok(self.refuse(header)) };
-        let Some(connection) = self.table.get(slot).filter(|c| c.kind == kind) else {
-            return Ok(self.refuse(header));
+        let found = self.table.find(key);
+        let found = found.filter(|&slot| self.table.get(slot).is_some_and(|c| c.kind == kind));
+        let Some((slot, connection)) = found.and_then(|slot| Some((slot, self.table.get(slot)?))) else {
+            self.refuse(header);
+            return None;
         };
         if op == Op::Rst {
-            return Ok(self.reset_by_guest(cx, slot));
+            self.reset_by_guest(cx, slot);
+            return None;
         }
         if connection.credit.learn(header).is_err() {
-            return Ok(self.kill(cx, slot));
+            self.kill(cx, slot);
+            return None;
         }
         match (op, connection.state) {
+            (Op::Rw, State::Open) => return Some(slot),
             (Op::Response, State::Requested) => self.opened(cx, slot),
-            (Op::Rw, State::Open) => return self.data(cx, slot, data, header.flags.get()),
-            // It may have sent this before it heard.
-            (Op::Rw, State::Closing) | (Op::CreditUpdate, State::Open | State::Closing) => {}
             (Op::CreditRequest, State::Open) => connection.owed.credit_update = true,
-            (Op::CreditRequest, State::Closing) => {}
             (Op::Shutdown, State::Open | State::Requested | State::Closing) => {
                 self.shutdown_by_guest(cx, slot, header.flags.get());
             }
+            // Its header said all; or it was sent before the guest heard that the host is done.
+            (Op::CreditUpdate, State::Open)
+            | (Op::Rw | Op::CreditUpdate | Op::CreditRequest, State::Closing) => {}
             _ => self.kill(cx, slot),
         }
         self.queue(cx, slot);
-        Ok(())
+        None
     }
 
     /// A packet that is shorter than its header says: the connection, if there is one, cannot be trusted any more.
@@ -167,7 +180,8 @@ impl Switch {
     ) -> Result<(), QueueError> {
         let Some(connection) = self.table.get(slot) else { return Ok(()) };
         if connection.guest_done || connection.credit.receive(data.len()).is_err() {
-            return Ok(self.kill(cx, slot));
+            self.kill(cx, slot);
+            return Ok(());
         }
         self.shared.stats.tx_bytes_count.add(data.len().into());
         let written = match connection.kind {

@@ -11,7 +11,7 @@ use crate::vsock::packet::{Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, S
 #[test]
 fn a_client_that_ends_its_half_still_hears_the_guest() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     client.write_all(b"last words").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(rig.expect(Op::Rw).data, b"last words");
@@ -26,7 +26,7 @@ fn a_client_that_ends_its_half_still_hears_the_guest() {
 #[test]
 fn a_guest_that_ends_its_half_still_hears_the_host() {
     let mut rig = Rig::new(Kind::Pci);
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     rig.send_data(&end, 0, b"last words");
     rig.send(&end, Op::Shutdown, SHUTDOWN_SEND);
     assert_eq!(read(&mut client), b"last words");
@@ -40,7 +40,7 @@ fn a_guest_that_ends_its_half_still_hears_the_host() {
 #[test]
 fn a_guest_that_wants_no_more_makes_the_hosts_writes_fail() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     rig.send(&end, Op::Shutdown, SHUTDOWN_RECEIVE);
     let error = client.write_all(b"x").unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
@@ -51,7 +51,7 @@ fn a_guest_that_wants_no_more_makes_the_hosts_writes_fail() {
 #[test]
 fn a_host_that_wants_no_more_is_told_to_the_guest() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     client.shutdown(Shutdown::Read).unwrap();
     rig.send_data(&end, 0, b"in vain");
     assert_eq!(rig.expect(Op::Shutdown).flags(), SHUTDOWN_RECEIVE);
@@ -62,7 +62,7 @@ fn a_host_that_wants_no_more_is_told_to_the_guest() {
 #[test]
 fn a_host_that_closes_is_forgotten_when_the_guest_has_taken_note() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     client.write_all(b"bye").unwrap();
     drop(client);
     assert_eq!(rig.expect(Op::Rw).data, b"bye");
@@ -80,7 +80,7 @@ fn a_host_that_closes_is_forgotten_when_the_guest_has_taken_note() {
 #[test]
 fn a_guest_that_takes_no_note_is_told_once_more_after_a_while() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (client, end) = rig.from_host(1);
+    let (client, end) = rig.open_by_host(1);
     drop(client);
     assert_eq!(rig.expect(Op::Shutdown).flags(), SHUTDOWN_BOTH);
     rig.guest.worker.advance(9_000 * MS);
@@ -94,7 +94,7 @@ fn a_guest_that_takes_no_note_is_told_once_more_after_a_while() {
 #[test]
 fn a_half_closed_host_that_goes_away_is_told_to_the_guest() {
     let mut rig = Rig::new(Kind::Pci);
-    let (client, _) = rig.from_host(1);
+    let (client, _) = rig.open_by_host(1);
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(rig.expect(Op::Shutdown).flags(), SHUTDOWN_SEND);
     drop(client);
@@ -104,11 +104,11 @@ fn a_half_closed_host_that_goes_away_is_told_to_the_guest() {
 #[test]
 fn what_the_guest_sent_before_it_closed_reaches_a_slow_host() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     let mut sent = 0;
     // More than the socket holds, less than the credit.
     for _ in 0..4 {
-        rig.send_data(&end, 0, &[9; 60_000]);
+        rig.send_data(&end, 0, &vec![9; 60_000]);
         sent += 60_000;
     }
     rig.send(&end, Op::Shutdown, SHUTDOWN_BOTH);
@@ -125,9 +125,9 @@ fn what_the_guest_sent_before_it_closed_reaches_a_slow_host() {
 #[test]
 fn a_host_that_never_takes_the_rest_is_given_up_after_a_minute() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (client, end) = rig.from_host(1);
+    let (client, end) = rig.open_by_host(1);
     for _ in 0..4 {
-        rig.send_data(&end, 0, &[9; 60_000]);
+        rig.send_data(&end, 0, &vec![9; 60_000]);
     }
     rig.send(&end, Op::Shutdown, SHUTDOWN_BOTH);
     rig.expect_reset();
@@ -140,10 +140,10 @@ fn a_host_that_never_takes_the_rest_is_given_up_after_a_minute() {
 #[test]
 fn a_host_that_dies_in_the_middle_ends_its_own_stream_only() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (dying, a) = rig.from_host(1);
-    let (mut other, b) = rig.from_host(2);
+    let (dying, a) = rig.open_by_host(1);
+    let (mut other, b) = rig.open_by_host(2);
     for _ in 0..4 {
-        rig.send_data(&a, 0, &[1; 60_000]);
+        rig.send_data(&a, 0, &vec![1; 60_000]);
     }
     drop(dying);
     let mut told = 0;
@@ -228,7 +228,7 @@ fn the_guest_may_use_its_port_again() {
     let mut rig = Rig::new(Kind::Mmio);
     let server = rig.serve(6);
     for round in 0..3 {
-        let (mut peer, end) = rig.from_guest(&server, 6, 77);
+        let (mut peer, end) = rig.open_by_guest(&server, 6, 77);
         rig.send_data(&end, 0, &[round]);
         assert_eq!(read(&mut peer), [round]);
         rig.send(&end, Op::Shutdown, SHUTDOWN_BOTH);
@@ -236,7 +236,7 @@ fn the_guest_may_use_its_port_again() {
         assert!(is_at_end(&mut peer));
     }
     // Without an end of the old one: both are over.
-    let (mut peer, end) = rig.from_guest(&server, 6, 77);
+    let (mut peer, end) = rig.open_by_guest(&server, 6, 77);
     rig.send(&end, Op::Request, 0);
     rig.expect(Op::Rst);
     assert!(is_at_end(&mut peer));

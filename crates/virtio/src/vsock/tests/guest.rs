@@ -69,7 +69,7 @@ pub(super) struct Rig {
     tx_next: u64,
     got: VecDeque<Got>,
     dir: TempDir,
-    _files: Vec<SocketFile>,
+    files: Vec<SocketFile>,
 }
 
 impl Rig {
@@ -97,7 +97,7 @@ impl Rig {
             tx_next: 0,
             got: VecDeque::new(),
             dir,
-            _files: files,
+            files,
         };
         rig.start();
         rig
@@ -267,7 +267,7 @@ impl Rig {
     }
 
     /// A connection that a client on the host opened and the guest took.
-    pub(super) fn from_host(&mut self, port: u32) -> (UnixStream, End) {
+    pub(super) fn open_by_host(&mut self, port: u32) -> (UnixStream, End) {
         let mut client = self.dial(port);
         let asked = self.expect(Op::Request);
         let end = End {
@@ -283,7 +283,7 @@ impl Rig {
     }
 
     /// A connection that the guest opened to a server on the host.
-    pub(super) fn from_guest(
+    pub(super) fn open_by_guest(
         &mut self,
         server: &UnixListener,
         host_port: u32,
@@ -306,7 +306,8 @@ impl Rig {
         let (device, control) = Vsock::restore(&own, new_cid, sockets);
         let mut copy = Guest::with(kind, Box::new(device), self.guest.ram.clone(), TestWorker::new());
         copy.restore(&state).unwrap();
-        (self.guest, self.control, self.dir, self._files) = (copy, control, dir, files);
+        (self.guest, self.control, self.dir) = (copy, control, dir);
+        drop(std::mem::replace(&mut self.files, files));
         self
     }
 
@@ -338,7 +339,7 @@ fn sockets(dir: &TempDir) -> (HostSockets, Vec<SocketFile>) {
 /// All that is there now.
 pub(super) fn read(from: &mut UnixStream) -> Vec<u8> {
     let mut all = Vec::new();
-    let mut piece = [0; 65536];
+    let mut piece = vec![0; 65536];
     loop {
         match from.read(&mut piece) {
             Ok(0) | Err(_) => return all,

@@ -13,11 +13,11 @@ use crate::vsock::packet::{HOST_CID, Header, Op, SocketKind};
 #[test]
 fn more_data_than_was_promised_room_for_resets_the_connection() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     let mut sent = 0;
     // The socket takes some of it; what is kept is bounded by the credit.
     while rig.control.stats().conns_killed.get() == 0 {
-        rig.send_data(&end, 0, &[3; 100_000]);
+        rig.send_data(&end, 0, &vec![3; 100_000]);
         sent += 100_000;
     }
     rig.expect_reset();
@@ -30,7 +30,7 @@ fn more_data_than_was_promised_room_for_resets_the_connection() {
 #[test]
 fn credit_for_what_was_never_sent_resets_the_connection() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, mut end) = rig.from_host(1);
+    let (mut client, mut end) = rig.open_by_host(1);
     end.forwarded = 1;
     rig.send(&end, Op::CreditUpdate, 0);
     rig.expect(Op::Rst);
@@ -40,10 +40,10 @@ fn credit_for_what_was_never_sent_resets_the_connection() {
 #[test]
 fn a_host_that_never_reads_does_not_stop_the_others() {
     let mut rig = Rig::new(Kind::Pci);
-    let (lazy, a) = rig.from_host(1);
-    let (mut other, b) = rig.from_host(2);
+    let (lazy, a) = rig.open_by_host(1);
+    let (mut other, b) = rig.open_by_host(2);
     for _ in 0..4 {
-        rig.send_data(&a, 0, &[1; 60_000]);
+        rig.send_data(&a, 0, &vec![1; 60_000]);
     }
     for round in 0..50u8 {
         rig.send_data(&b, 0, &[round; 1000]);
@@ -93,7 +93,7 @@ fn packets_that_make_no_sense_are_answered_with_a_reset_or_dropped() {
 #[test]
 fn a_packet_that_is_shorter_than_it_says_resets_its_connection() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     rig.send_raw(Rig::header(&end, Op::Rw, 0, 1000).as_bytes(), b"short");
     rig.expect(Op::Rst);
     assert!(is_at_end(&mut client));
@@ -117,12 +117,12 @@ fn operations_out_of_turn_reset_their_connection() {
     }
     // Data after the end of data.
     let mut rig = Rig::new(Kind::Mmio);
-    let (_client, end) = rig.from_host(1);
+    let (_client, end) = rig.open_by_host(1);
     rig.send(&end, Op::Shutdown, 2);
     rig.send_data(&end, 0, b"x");
     rig.expect(Op::Rst);
     // A message on a stream.
-    let (_client, end) = rig.from_host(1);
+    let (_client, end) = rig.open_by_host(1);
     rig.send_data(&End { kind: SocketKind::SeqPacket, ..end }, 1, b"x");
     rig.expect(Op::Rst);
 }
@@ -131,7 +131,7 @@ fn operations_out_of_turn_reset_their_connection() {
 fn replies_wait_for_buffers_and_the_guests_packets_do_not() {
     let mut rig = Rig::with(Kind::Mmio, 1, 100);
     let server = rig.serve(1);
-    let (mut peer, end) = rig.from_guest(&server, 1, 1);
+    let (mut peer, end) = rig.open_by_guest(&server, 1, 1);
     // The only buffer is given back from here on only when asked for.
     let nobody = End { port: 9, host_port: 9, ..end };
     for _ in 0..200 {
@@ -146,13 +146,13 @@ fn replies_wait_for_buffers_and_the_guests_packets_do_not() {
 #[test]
 fn buffers_without_room_are_thrown_away_and_data_waits_for_better_ones() {
     let mut rig = Rig::with(Kind::Mmio, 4, 45);
-    let (mut client, _) = rig.from_host(1);
+    let (mut client, _) = rig.open_by_host(1);
     client.write_all(b"abc").unwrap();
     for byte in b"abc" {
         assert_eq!(rig.expect(Op::Rw).data, [*byte], "one byte is room");
     }
     let mut rig = Rig::with(Kind::Mmio, 4, 44);
-    let (mut client, _) = rig.from_host(1);
+    let (mut client, _) = rig.open_by_host(1);
     client.write_all(b"abc").unwrap();
     rig.guest.worker.run();
     assert_eq!(rig.guest.status(), RUNNING);
@@ -192,18 +192,18 @@ fn there_is_room_for_so_many_clients_and_the_next_is_closed_at_once() {
     rig.expect(Op::Rst);
     // One that goes makes room.
     clients.pop();
-    rig.from_guest(&server, 1, 1);
+    rig.open_by_guest(&server, 1, 1);
 }
 
 #[test]
 fn a_broken_queue_ends_all_connections_and_a_reset_makes_the_device_whole() {
     let mut rig = Rig::new(Kind::Pci);
-    let (mut client, _) = rig.from_host(1);
+    let (mut client, _) = rig.open_by_host(1);
     rig.break_tx();
     assert!(is_at_end(&mut client));
     assert_ne!(rig.guest.status(), RUNNING);
     rig.start();
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     rig.send_data(&end, 0, b"again");
     assert_eq!(read(&mut client), b"again");
 }

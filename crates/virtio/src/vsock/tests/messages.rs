@@ -104,7 +104,7 @@ fn a_long_message_goes_in_pieces_and_one_that_is_too_long_ends_the_connection() 
         }
     }
     assert!(got == message);
-    write(&client, &[0; 65537]);
+    write(&client, &vec![0; 65537]);
     rig.expect(Op::Rst);
     assert_ne!(read(&client), Err(Errno::AGAIN), "it is closed");
 }

@@ -143,10 +143,10 @@ proptest! {
         let server = rig.serve(50);
         let mut streams: Vec<Stream> = (0..STREAMS).map(|number| {
             let (socket, mut end) = if number == 0 {
-                let (socket, end) = rig.from_guest(&server, 50, 1000);
+                let (socket, end) = rig.open_by_guest(&server, 50, 1000);
                 (socket, end)
             } else {
-                rig.from_host(2000 + number as u32)
+                rig.open_by_host(2000 + number as u32)
             };
             end.room = rooms[number];
             rig.send(&end, Op::CreditUpdate, 0);

@@ -10,7 +10,7 @@ use crate::vsock::packet::{Op, SocketKind};
 fn a_restored_driver_is_told_and_host_clients_wait_until_it_has_taken_note() {
     for kind in [Kind::Mmio, Kind::Pci] {
         let mut rig = Rig::new(kind);
-        let (mut client, old) = rig.from_host(1);
+        let (mut client, old) = rig.open_by_host(1);
         let mut rig = rig.restored(kind, None);
         assert!(is_at_end(&mut client), "its process is gone");
         assert_eq!(rig.guest.status(), RUNNING);
@@ -53,21 +53,21 @@ fn a_restored_device_can_have_another_cid() {
 fn all_connections_of_a_running_device_can_be_reset() {
     let mut rig = Rig::new(Kind::Pci);
     let server = rig.serve(1);
-    let (mut a, _) = rig.from_host(5);
-    let (mut b, _) = rig.from_guest(&server, 1, 2);
+    let (mut a, _) = rig.open_by_host(5);
+    let (mut b, _) = rig.open_by_guest(&server, 1, 2);
     rig.control.reset_connections();
     rig.guest.worker.run();
     assert!(is_at_end(&mut a) && is_at_end(&mut b));
     assert_eq!(rig.take_event(), Some([0; 4]));
     assert_eq!(rig.next(), None, "it is told by the event alone");
     rig.give_event_buffer();
-    rig.from_host(6);
+    rig.open_by_host(6);
 }
 
 #[test]
 fn nothing_is_lost_in_a_pause_and_its_time_does_not_count() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, end) = rig.from_host(1);
+    let (mut client, end) = rig.open_by_host(1);
     let mut waiting = rig.dial(2);
     let asked = rig.expect(Op::Request).header;
     rig.guest.worker.pause();
@@ -92,12 +92,12 @@ fn nothing_is_lost_in_a_pause_and_its_time_does_not_count() {
 #[test]
 fn a_driver_that_starts_anew_has_no_connections_and_the_sockets_are_still_there() {
     let mut rig = Rig::new(Kind::Pci);
-    let (mut client, _) = rig.from_host(1);
+    let (mut client, _) = rig.open_by_host(1);
     rig.start();
     assert!(is_at_end(&mut client));
     let server = rig.serve(1);
-    let (mut peer, end) = rig.from_guest(&server, 1, 2);
+    let (mut peer, end) = rig.open_by_guest(&server, 1, 2);
     rig.send_data(&end, 0, b"x");
     assert_eq!(read(&mut peer), b"x");
-    rig.from_host(1);
+    rig.open_by_host(1);
 }

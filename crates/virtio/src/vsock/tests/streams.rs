@@ -59,7 +59,7 @@ fn the_guest_reaches_a_server_on_the_host() {
     for kind in BOTH {
         let mut rig = Rig::new(kind);
         let server = rig.serve(52);
-        let (mut peer, end) = rig.from_guest(&server, 52, 4000);
+        let (mut peer, end) = rig.open_by_guest(&server, 52, 4000);
         rig.send_data(&end, 0, b"hello");
         assert_eq!(read(&mut peer), b"hello");
         peer.write_all(b"hello yourself").unwrap();
@@ -121,7 +121,7 @@ fn a_server_with_a_full_queue_is_tried_again_for_a_while() {
 #[test]
 fn a_stream_of_many_packets_fills_the_guests_buffers_one_after_the_other() {
     let mut rig = Rig::new(Kind::Mmio);
-    let (mut client, _) = rig.from_host(7);
+    let (mut client, _) = rig.open_by_host(7);
     let data: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
     client.set_nonblocking(false).unwrap();
     client.write_all(&data).unwrap();
@@ -137,7 +137,7 @@ fn a_stream_of_many_packets_fills_the_guests_buffers_one_after_the_other() {
 fn the_guest_gets_no_more_than_it_has_room_for() {
     let mut rig = Rig::new(Kind::Pci);
     let server = rig.serve(1);
-    let (mut peer, mut end) = rig.from_guest(&server, 1, 1);
+    let (mut peer, mut end) = rig.open_by_guest(&server, 1, 1);
     // Its request said 256 KiB; now it has less.
     end.room = 10;
     rig.send(&end, Op::CreditUpdate, 0);
@@ -159,7 +159,7 @@ fn the_guest_gets_no_more_than_it_has_room_for() {
 fn the_guest_hears_of_room_when_it_asks_and_when_half_of_it_is_free_again() {
     let mut rig = Rig::new(Kind::Mmio);
     let server = rig.serve(1);
-    let (mut peer, end) = rig.from_guest(&server, 1, 1);
+    let (mut peer, end) = rig.open_by_guest(&server, 1, 1);
     rig.send_data(&end, 0, &[7; 1000]);
     assert_eq!(rig.next(), None);
     rig.send(&end, Op::CreditRequest, 0);
@@ -167,7 +167,7 @@ fn the_guest_hears_of_room_when_it_asks_and_when_half_of_it_is_free_again() {
     assert_eq!((update.fwd_cnt.get(), update.buf_alloc.get()), (1000, 256 << 10));
     let mut sent = 0;
     while sent < 128 << 10 {
-        rig.send_data(&end, 0, &[7; 16 << 10]);
+        rig.send_data(&end, 0, &vec![7; 16 << 10]);
         sent += 16 << 10;
         read(&mut peer);
     }
@@ -177,17 +177,17 @@ fn the_guest_hears_of_room_when_it_asks_and_when_half_of_it_is_free_again() {
 #[test]
 fn two_streams_take_turns() {
     let mut rig = Rig::with(Kind::Mmio, 32, 4096 + 44);
-    let (mut first, a) = rig.from_host(1);
-    let (mut second, b) = rig.from_host(2);
+    let (mut first, a) = rig.open_by_host(1);
+    let (mut second, b) = rig.open_by_host(2);
     for client in [&mut first, &mut second] {
         client.set_nonblocking(false).unwrap();
-        client.write_all(&[1; 180_000]).unwrap();
+        client.write_all(&vec![1; 180_000]).unwrap();
     }
-    let mut got = [0i64, 0];
+    let mut got = [0usize, 0];
     while let Some(packet) = rig.next() {
-        let which = if packet.header.src_port.get() == a.host_port { 0 } else { 1 };
-        got[which] += packet.data.len() as i64;
-        let ahead = (got[0] - got[1]).abs();
+        let which = usize::from(packet.header.src_port.get() != a.host_port);
+        got[which] += packet.data.len();
+        let ahead = got[0].abs_diff(got[1]);
         assert!(ahead <= 2 * (64 << 10), "one is {ahead} bytes ahead");
     }
     assert_eq!((got, b.port), ([180_000, 180_000], 2));
