@@ -2,7 +2,9 @@
 //!
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
+//! - [`load`]: what the benchmarks' load generator is asked for, and answers.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
+//! - [`stalls`]: how far the host's time can be relied on.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
@@ -16,9 +18,11 @@ pub mod elf;
 pub mod guest;
 pub mod host_devices;
 pub mod initramfs;
+pub mod load;
 pub mod modules;
 pub mod pattern;
 pub mod process;
+pub mod stalls;
 pub mod transcript;
 pub mod vmm;
 pub mod vsock;

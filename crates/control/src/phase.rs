@@ -76,6 +76,8 @@ fn when(command: &Command) -> When {
         | Command::SetVmState(_)
         | Command::PatchDrive(_)
         | Command::CreateSnapshot(_)
+        | Command::DescribeJob
+        | Command::CancelJob
         | Command::Fork(_) => When::AfterStart,
     }
 }

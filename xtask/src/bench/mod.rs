@@ -5,6 +5,7 @@
 //! its host.
 
 mod boot;
+mod io;
 mod measure;
 mod table;
 mod vsock;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::host::Kind;
 
 pub(crate) use boot::inner;
+pub(crate) use io::inner as io_inner;
 pub(crate) use vsock::inner as vsock_inner;
 
 /// A monitor to measure.
@@ -38,30 +40,20 @@ enum MonitorKind {
     Qemu,
 }
 
-/// Fewest runs that a median is taken over.
-const FEWEST_RUNS: usize = 11;
+impl Monitor {
+    fn api(name: &str, path: PathBuf) -> Monitor {
+        Monitor { name: name.to_owned(), path, kind: MonitorKind::Api }
+    }
+}
 
-/// `cargo xtask bench boot|vsock [--peer NAME=PATH]... [--runs N]`.
+/// `cargo xtask bench boot|io|vsock ...`.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let mut peers = Vec::new();
-    let mut runs = FEWEST_RUNS;
-    let mut what = None;
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("peer") => peers.push(peer(parser.value()?)?),
-            Long("runs") => runs = parser.value()?.parse()?,
-            Value(name) if what.is_none() => what = Some(name.string()?),
-            _ => return Err(arg.unexpected().into()),
-        }
-    }
-    if runs < FEWEST_RUNS {
-        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
-    }
-    match what.as_deref() {
-        Some("boot") => boot::command(peers, runs),
-        Some("vsock") => vsock::command(peers, runs),
-        Some(other) => bail!("there is no benchmark {other}: there are boot and vsock"),
-        None => bail!("which benchmark? There are boot and vsock"),
+    let what = parser.value().context("which benchmark? There are boot, io and vsock")?.string()?;
+    match what.as_str() {
+        "boot" => boot::command(parser),
+        "io" => io::command(parser),
+        "vsock" => vsock::command(parser),
+        other => bail!("there is no benchmark {other}: there are boot, io and vsock"),
     }
 }
 
@@ -78,5 +70,5 @@ fn peer(text: OsString) -> Result<Monitor> {
     let (name, path) =
         text.split_once('=').with_context(|| format!("--peer is {text}: it must be NAME=PATH"))?;
     let path = std::fs::canonicalize(path).with_context(|| format!("--peer {name}: {path}"))?;
-    Ok(Monitor { name: name.to_owned(), path, kind: MonitorKind::Api })
+    Ok(Monitor::api(name, path))
 }

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use vesta_tests::guest::{BOOT_ARGS, Guest};
@@ -20,7 +21,7 @@ use vesta_tests::vmm::VmmBuilder;
 use vesta_tests::vsock::{connect, port};
 
 use super::table::{Row, markdown, median};
-use super::{Monitor, MonitorKind, describe};
+use super::{Monitor, describe, peer};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Job, Kind, Outcome};
 use crate::kernels;
@@ -43,17 +44,32 @@ struct Orders {
     bytes: u64,
 }
 
-pub(super) fn command(peers: Vec<Monitor>, runs: usize) -> Result<ExitCode> {
+/// Fewest runs that a median is taken over.
+const FEWEST_RUNS: usize = 5;
+
+/// `cargo xtask bench vsock [--peer NAME=PATH]... [--runs N]`.
+pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let (mut peers, mut runs) = (Vec::new(), 11);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("runs") => runs = parser.value()?.parse()?,
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    if runs < FEWEST_RUNS {
+        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
+    }
     say!("building vesta-vmm and the guest's program");
     let vmm = build_vmm(true)?;
-    let mut monitors = vec![Monitor { name: "vesta".to_owned(), path: vmm, kind: MonitorKind::Api }];
+    let mut monitors = vec![Monitor::api("vesta", vmm)];
     monitors.extend(peers);
     let program = std::env::current_exe()?;
     let dir = program.parent().context("this program is in no directory")?.join("bench");
     std::fs::create_dir_all(&dir)?;
     let (kernel, name) = match kernels::tuned()? {
         Some(kernel) => (kernel, "the tuned 6.12 kernel"),
-        None => anyhow::bail!("this benchmark needs the tuned guest kernel: `cargo xtask kernel` builds it"),
+        None => bail!("this benchmark needs the tuned guest kernel: `cargo xtask kernel` builds it"),
     };
     let (initrd, disk) = (dir.join("vsock-initramfs"), dir.join("vsock-disk"));
     let mut initramfs = Initramfs::new(&kernels::busybox()?)?;

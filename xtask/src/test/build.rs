@@ -31,6 +31,11 @@ pub(crate) fn vmm(release: bool) -> Result<PathBuf> {
     program("vesta-vmm", "vesta-vmm", release)
 }
 
+/// Builds the benchmarks' load generator; returns its path.
+pub(crate) fn load() -> Result<PathBuf> {
+    program("vesta-tests", "vesta-load", true)
+}
+
 /// Builds what uses vsock in guests; returns its path.
 pub(crate) fn guest_program() -> Result<PathBuf> {
     program("vesta-tests", "guest-vsock", false)
