@@ -5,6 +5,7 @@
 //! - [`load`]: what the benchmarks' load generator is asked for, and answers.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
 //! - [`stalls`]: how far the host's time can be relied on.
+//! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
 //! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
@@ -24,3 +25,4 @@ pub mod process;
 pub mod stalls;
 pub mod transcript;
 pub mod vmm;
+pub mod vsock;

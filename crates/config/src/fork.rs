@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigError, InstanceId, Logger, Serial};
+use crate::{ConfigError, InstanceId, Logger, Serial, VsockOverride};
 
 /// Most children of one call.
 pub const MAX_CHILDREN: usize = 1000;
@@ -39,6 +39,9 @@ pub struct Child {
     /// Where its serial console goes; nowhere where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
+    /// The sockets of its vsock device. Where absent it has none: host programs cannot reach it, nor it them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_override: Option<VsockOverride>,
     /// How it logs; as its parent where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logger: Option<Logger>,
@@ -86,6 +89,9 @@ impl Fork {
         once("id", self.children.iter().map(|child| child.id.as_str().to_owned()))?;
         let shown = |path: &PathBuf| path.display().to_string();
         once("api_socket", self.children.iter().filter_map(|child| child.api_socket.as_ref().map(shown)))?;
+        let sockets = self.children.iter().filter_map(|child| child.vsock_override.as_ref());
+        let paths = sockets.flat_map(|vsock| [Some(&vsock.uds_path), vsock.seqpacket_uds_path.as_ref()]);
+        once("vsock_override path", paths.flatten().map(shown))?;
         let overlays = self.children.iter().flat_map(|child| &child.drives).chain(&self.drives);
         once("overlay", overlays.map(|drive| shown(&drive.overlay)))?;
         for drives in self.children.iter().map(|child| &child.drives).chain([&self.drives]) {
@@ -138,6 +144,10 @@ mod tests {
             (r#"{"children":[{"id":"a"},{"id":"a"}]}"#, "id a "),
             (r#"{"children":[{"id":"a_b"}]}"#, "a_b"),
             (r#"{"children":[{"id":"a","api_socket":"/s"},{"id":"b","api_socket":"/s"}]}"#, "api_socket /s"),
+            (
+                r#"{"children":[{"id":"a","vsock_override":{"uds_path":"/v"}},{"id":"b","vsock_override":{"uds_path":"/v"}}]}"#,
+                "vsock_override path /v",
+            ),
             (
                 r#"{"children":[{"id":"a","drives":[{"drive_id":"d","overlay":"/o"}]}],"drives":[{"drive_id":"d","overlay":"/o"}]}"#,
                 "overlay /o",

@@ -30,6 +30,7 @@ mod snapshot;
 mod token_bucket;
 mod vm_config;
 mod vm_state;
+mod vsock;
 
 pub use action::{Action, ActionType};
 pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS, MAX_BOOT_ARGS_LEN};
@@ -52,6 +53,7 @@ pub use snapshot::{
 pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
 pub use vm_config::{FullVmConfig, VmConfig, check_drives};
 pub use vm_state::{Vm, VmState};
+pub use vsock::{MAX_SOCKET_PATH_LEN, Vsock, VsockOverride};
 
 /// A value that has the right form and cannot be meant.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -114,6 +116,20 @@ pub enum ConfigError {
         first: String,
         /// The drive that wants to be it too.
         second: String,
+    },
+    /// A path that no Unix socket can have.
+    #[error("{field} is {len} bytes long: it must have 1 to {MAX_SOCKET_PATH_LEN}")]
+    SocketPathLength {
+        /// The field's name in JSON.
+        field: &'static str,
+        /// Length given, in bytes.
+        len: usize,
+    },
+    /// Two sockets at one path.
+    #[error("uds_path and seqpacket_uds_path are both {}: they must differ", path.display())]
+    SameSocketPath {
+        /// The path.
+        path: std::path::PathBuf,
     },
 }
 

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::{BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, Serial};
+use crate::{BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, Serial, Vsock};
 
 /// The configuration file (`--config-file`).
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -28,6 +28,9 @@ pub struct VmConfig {
     /// The entropy device; none where absent.
     #[serde(default)]
     pub entropy: Option<Entropy>,
+    /// The socket device; none where absent.
+    #[serde(default)]
+    pub vsock: Option<Vsock>,
 }
 
 impl VmConfig {
@@ -37,6 +40,7 @@ impl VmConfig {
         self.machine_config.check()?;
         self.serial.as_ref().map_or(Ok(()), Serial::check)?;
         self.entropy.as_ref().map_or(Ok(()), Entropy::check)?;
+        self.vsock.as_ref().map_or(Ok(()), Vsock::check)?;
         check_drives(&self.drives)
     }
 }
@@ -79,12 +83,22 @@ pub struct FullVmConfig {
     /// The serial console, where the API or the configuration file set it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
+    /// The socket device.
+    pub vsock: Option<Vsock>,
 }
 
 impl From<VmConfig> for FullVmConfig {
     fn from(config: VmConfig) -> FullVmConfig {
-        let VmConfig { boot_source, machine_config, logger, serial, drives, entropy } = config;
-        FullVmConfig { boot_source: Some(boot_source), drives, entropy, logger, machine_config, serial }
+        let VmConfig { boot_source, machine_config, logger, serial, drives, entropy, vsock } = config;
+        FullVmConfig {
+            boot_source: Some(boot_source),
+            drives,
+            entropy,
+            logger,
+            machine_config,
+            serial,
+            vsock,
+        }
     }
 }
 
@@ -120,6 +134,7 @@ mod tests {
             serial: None,
             drives: Vec::new(),
             entropy: None,
+            vsock: None,
         }
     }
 
@@ -204,6 +219,7 @@ mod tests {
                 "machine-config": {
                     "vcpu_count": 1, "mem_size_mib": 128, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
                 },
+                "vsock": null,
             })
         );
     }
@@ -259,14 +275,23 @@ mod tests {
         );
         let serial = (prop::option::of(path()), prop::option::of(bucket))
             .prop_map(|(serial_out_path, rate_limiter)| Serial { serial_out_path, rate_limiter });
-        (boot_source, machine_config, prop::option::of(logger), prop::option::of(serial)).prop_map(
-            |(boot_source, machine_config, logger, serial)| VmConfig {
+        let vsock = (any::<u32>(), path(), prop::option::of("[a-z]{1,9}"), prop::option::of("[ -~]{41,50}"))
+            .prop_map(|(guest_cid, uds_path, vsock_id, seqpacket)| Vsock {
+                guest_cid,
+                uds_path,
+                vsock_id,
+                seqpacket_uds_path: seqpacket.map(PathBuf::from),
+            });
+        let options = (prop::option::of(logger), prop::option::of(serial), prop::option::of(vsock));
+        (boot_source, machine_config, options).prop_map(
+            |(boot_source, machine_config, (logger, serial, vsock))| VmConfig {
                 boot_source,
                 machine_config,
                 logger,
                 serial,
                 drives: Vec::new(),
                 entropy: None,
+                vsock,
             },
         )
     }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use config::{
     BootSource, ConfigError, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
-    Serial, SnapshotCreate, SnapshotLoad, VmState,
+    Serial, SnapshotCreate, SnapshotLoad, VmState, Vsock,
 };
 
 use crate::PhaseError;
@@ -34,6 +34,8 @@ pub enum Command {
     PatchDrive(DriveUpdate),
     /// Add the entropy device, or set it anew.
     PutEntropy(Entropy),
+    /// Add the socket device, or set it anew.
+    PutVsock(Vsock),
     /// Boot the guest.
     Start,
     /// Write the metrics out now.
@@ -71,6 +73,7 @@ impl Command {
             Command::PutDrive(_) => "PUT /drives",
             Command::PatchDrive(_) => "PATCH /drives",
             Command::PutEntropy(_) => "PUT /entropy",
+            Command::PutVsock(_) => "PUT /vsock",
             Command::Start => "InstanceStart",
             Command::FlushMetrics => "FlushMetrics",
             Command::SendCtrlAltDel => "SendCtrlAltDel",

@@ -18,10 +18,10 @@ use std::time::Duration;
 
 use config::{
     BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, Serial, VmConfig,
-    VmState, check_drives,
+    VmState, Vsock, check_drives,
 };
 use machine::boot::BootFiles;
-use machine::devices::{DeviceSetup, limits};
+use machine::devices::{DeviceSetup, VsockSetup, limits};
 use machine::legacy::{Output, SerialSetup, StartTimes};
 use machine::machine::{Machine, PauseError};
 use machine::{EventSink, Paused, Running, Setup};
@@ -34,6 +34,7 @@ use virtio::worker::monotonic;
 use crate::fork::Family;
 use crate::snapshot::ahead::Ahead;
 use crate::snapshot::job::Job;
+use crate::vsock::VsockSockets;
 use crate::{Command, CommandError, Phase, Reply, phase};
 
 /// How long a change of a drive waits for requests in flight on its old disk.
@@ -108,6 +109,8 @@ pub struct Controller<H> {
     pub(crate) job: Option<Job>,
     /// What fills in a restored guest's memory.
     pub(crate) ahead: Option<Ahead>,
+    /// The sockets of `config.vsock`, made when it was set.
+    pub(crate) vsock: Option<VsockSockets>,
     pub(crate) state: State,
 }
 
@@ -142,6 +145,7 @@ impl<H: Host> Controller<H> {
             settling: Vec::new(),
             job: None,
             ahead: None,
+            vsock: None,
             state: State::Configured,
         }
     }
@@ -161,6 +165,9 @@ impl<H: Host> Controller<H> {
         }
         if let Some(entropy) = config.entropy {
             self.run(Command::PutEntropy(entropy))?;
+        }
+        if let Some(vsock) = config.vsock {
+            self.run(Command::PutVsock(vsock))?;
         }
         self.run(Command::Start).map(drop)
     }
@@ -192,6 +199,7 @@ impl<H: Host> Controller<H> {
                 entropy.check()?;
                 self.config.entropy = Some(entropy);
             }
+            Command::PutVsock(vsock) => self.put_vsock(vsock)?,
             Command::Start => self.start()?,
             // There is no destination for metrics yet, so nothing waits to be written.
             Command::FlushMetrics => {}
@@ -318,6 +326,19 @@ impl<H: Host> Controller<H> {
         Err(CommandError::new(error))
     }
 
+    /// Adds the socket device, or sets it anew; its sockets are made now.
+    fn put_vsock(&mut self, vsock: Vsock) -> Result<(), CommandError> {
+        vsock.check()?;
+        VsockSockets::make(&mut self.vsock, &vsock).map_err(CommandError::new)?;
+        self.config.vsock = Some(vsock);
+        Ok(())
+    }
+
+    /// Removes the files that stand for this process: it ends.
+    pub fn remove_socket_files(&mut self) {
+        self.vsock = None;
+    }
+
     /// Changes a drive of the guest: another disk, other limits.
     fn patch_drive(&mut self, update: &DriveUpdate) -> Result<(), CommandError> {
         let no_such = || CommandError::new(format_args!("there is no drive {}", update.drive_id));
@@ -380,7 +401,7 @@ impl<H: Host> Controller<H> {
             boot,
             serial,
             boot_timer: self.platform.boot_timer,
-            devices: devices(&self.config, &self.disks, self.platform.pci),
+            devices: devices(&self.config, &self.disks, self.vsock.as_ref(), self.platform.pci),
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
@@ -420,19 +441,29 @@ impl<H: Host> Controller<H> {
 pub(crate) struct Loaded {
     pub(crate) config: FullVmConfig,
     pub(crate) disks: Vec<Disk>,
+    pub(crate) vsock: Option<VsockSockets>,
 }
 
 impl Loaded {
     /// The devices to be.
     pub(crate) fn devices(&self, pci: bool) -> DeviceSetup {
-        devices(&self.config, &self.disks, pci)
+        devices(&self.config, &self.disks, self.vsock.as_ref(), pci)
     }
 }
 
 /// The devices to be, their back ends open.
-pub(crate) fn devices(config: &FullVmConfig, disks: &[Disk], pci: bool) -> DeviceSetup {
+pub(crate) fn devices(
+    config: &FullVmConfig,
+    disks: &[Disk],
+    vsock: Option<&VsockSockets>,
+    pci: bool,
+) -> DeviceSetup {
     let drives = config.drives.iter().cloned().zip(disks.iter().cloned()).collect();
-    DeviceSetup { drives, entropy: config.entropy.clone(), pci }
+    let vsock = config.vsock.as_ref().map(|config| VsockSetup {
+        guest_cid: config.guest_cid,
+        sockets: vsock.map(VsockSockets::for_device).unwrap_or_default(),
+    });
+    DeviceSetup { drives, entropy: config.entropy.clone(), vsock, pci }
 }
 
 /// Opens the disks of these drives.

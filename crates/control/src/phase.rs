@@ -67,6 +67,7 @@ fn when(command: &Command) -> When {
         | Command::PutSerial(_)
         | Command::PutDrive(_)
         | Command::PutEntropy(_)
+        | Command::PutVsock(_)
         | Command::LoadSnapshot(_)
         | Command::Start => When::BeforeStart,
 

@@ -36,6 +36,7 @@ use crate::block::BlockState;
 use crate::entropy::EntropyState;
 use crate::eventfd::EventFd;
 use crate::queue::Queue;
+use crate::vsock::VsockState;
 use crate::worker::Task;
 
 /// The kinds of devices, by their number in chapter 5 of the specification.
@@ -69,6 +70,8 @@ pub enum DeviceState {
     Block(BlockState),
     /// A source of entropy.
     Entropy(EntropyState),
+    /// A socket device.
+    Vsock(VsockState),
 }
 
 /// Feature bits that belong to the ring and the transport (chapter 6), not to a device.

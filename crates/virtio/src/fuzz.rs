@@ -19,6 +19,7 @@ use crate::device::{Device, DeviceState};
 use crate::entropy::Entropy;
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig, RateLimiterUpdate};
 use crate::testing::{DriverQueue, Echo, EchoControl, Guest, Kind, TestWorker, reused_ram};
+use crate::vsock::{self, Vsock};
 use crate::worker::WorkerId;
 
 /// Where the queues of a guest are that begins by the book.
@@ -213,6 +214,81 @@ pub fn block(data: &[u8]) {
     still_whole(&mut guest);
 }
 
+/// A hostile guest on a socket device, and a host that does as it likes. The first byte chooses the transport.
+pub fn vsock(data: &[u8]) {
+    const CID: u32 = 3;
+    let mut input = Input(data);
+    let kind = if input.u8() & 1 == 0 { Kind::Mmio } else { Kind::Pci };
+    let (mut host, sockets) = vsock::fuzz::Host::new();
+    let (device, mut control) = Vsock::new(CID, sockets);
+    let mut guest = new_guest(kind, Box::new(device));
+    let start = |guest: &mut Guest, event_idx| vsock::fuzz::Driver::start(guest, BASE, SIZE, DATA, event_idx);
+    let mut driver = start(&mut guest, true);
+    driver.give_buffers(&mut guest, 0x1000);
+    // What a driver does that knows of one queue only.
+    let mut other = None;
+    for _ in 0..MAX_ACTS {
+        if input.0.is_empty() {
+            break;
+        }
+        match input.u8() % 32 {
+            0 => guest.worker.advance(u64::from(input.u32()) << 4),
+            1 => control.reset_connections(),
+            2 => {
+                let mut state = guest.save();
+                let DeviceState::Vsock(own) = state.common().device.clone() else {
+                    unreachable!("it is a socket device")
+                };
+                // The old one ends first: a host has one device.
+                let ram = guest.ram.clone();
+                drop((guest, host));
+                let (new_host, sockets) = vsock::fuzz::Host::new();
+                let device;
+                (device, control) = Vsock::restore(&own, None, sockets);
+                let mut copy = Guest::with(kind, Box::new(device), ram, TestWorker::new());
+                copy.restore(&state).expect("what was saved can be restored");
+                (guest, host) = (copy, new_host);
+            }
+            3 => {
+                drop(guest.worker.pause());
+                host.act(input.u8(), input.u8(), input.u16());
+                guest.worker.resume();
+            }
+            4 => driver = start(&mut guest, input.u8() & 1 == 0),
+            16..20 => driver.give_buffers(&mut guest, u32::from(input.u16()) % 0x2000 + 1),
+            20..26 => {
+                let len = u32::from(input.u16());
+                let (op, kind, ports, flags) = (input.u8(), input.u8(), input.u8(), input.u8());
+                let told = if input.u8() < 240 { len } else { input.u32() };
+                let header = vsock::fuzz::header(
+                    CID.into(),
+                    op,
+                    kind,
+                    ports,
+                    flags,
+                    [told, input.u32(), input.u8().into()],
+                );
+                driver.send(&mut guest, &header, len);
+            }
+            26..32 => host.act(input.u8(), input.u8(), input.u16()),
+            act => {
+                // Broken rings are the common acts' business; a driver by the book starts anew after them.
+                common_act(act.max(5), &mut input, &mut guest, &mut other);
+                if input.u8().is_multiple_of(4) {
+                    driver = start(&mut guest, true);
+                }
+            }
+        }
+        guest.worker.run();
+    }
+    // Whatever happened: after a reset a client reaches the guest.
+    let mut driver = start(&mut guest, true);
+    let _client = host.dial(5);
+    driver.give_buffers(&mut guest, 0x1000);
+    guest.worker.advance(10_000_000_000);
+    assert!(driver.queues[0].take_used().is_some(), "the device is dead after a reset");
+}
+
 /// A request that a disk understands, mostly: a header, some data, a status.
 fn good_request(input: &mut Input<'_>, guest: &mut Guest, driver: &mut Option<DriverQueue>) {
     let Some(driver) = driver else { return };
@@ -400,6 +476,11 @@ mod tests {
     #[test]
     fn random_guests_do_not_break_entropy() {
         seeded(entropy, 1_000);
+    }
+
+    #[test]
+    fn random_guests_do_not_break_vsock() {
+        seeded(vsock, 1_500);
     }
 
     #[test]

@@ -32,7 +32,7 @@
 //!
 //! # Where unsafe is
 //!
-//! Nowhere but in leaf modules that say so (`io_uring` submission of guest iovecs).
+//! Nowhere but in leaf modules that say so (`io_uring` submission of guest iovecs, sockets that read and write guest memory).
 //!
 //! # How a machine uses it
 //!
@@ -99,4 +99,5 @@ mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;
+pub mod vsock;
 pub mod worker;

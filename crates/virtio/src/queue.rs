@@ -249,6 +249,19 @@ impl Queue {
         self.keep(more)
     }
 
+    /// As [`Queue::enable_notifications`], for who leaves chains where they are: the driver is to kick when it adds another one.
+    pub fn enable_notifications_of_more(&mut self) -> Result<bool, QueueError> {
+        let in_flight = self.in_flight.count;
+        let more = self.alive().and_then(|()| self.ring.enable_notifications_of_more(&self.rings, in_flight));
+        self.keep(more)
+    }
+
+    /// How many chains there are to pop.
+    pub fn available(&mut self) -> Result<u16, QueueError> {
+        let count = self.alive().and_then(|()| self.ring.available(&self.rings, self.in_flight.count));
+        self.keep(count)
+    }
+
     #[inline]
     fn try_pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         let Some(head) = self.ring.pop(&self.rings, self.in_flight.count)? else {

@@ -12,6 +12,7 @@
 
 mod args;
 mod child;
+mod descriptors;
 mod event_loop;
 mod exit;
 mod logger;
@@ -133,12 +134,17 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     };
     // Never dropped: the process ends with it, and its end waits for no thread.
     let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, platform, sink));
-    if let (Some(config), Some(path)) = (config, &args.config_file) {
-        controller
+    descriptors::raise_limit();
+    let started = match (config, &args.config_file) {
+        (Some(config), Some(path)) => controller
             .start_from(config)
-            .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() })?;
-    }
-    Ok(event_loop::serve(&mut controller, requests.as_ref(), &source, &signals)?)
+            .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() }),
+        _ => Ok(()),
+    };
+    let ended =
+        started.and_then(|()| Ok(event_loop::serve(&mut controller, requests.as_ref(), &source, &signals)?));
+    controller.remove_socket_files();
+    ended
 }
 
 /// The command line's part of the log.

@@ -36,6 +36,11 @@ pub(crate) fn load() -> Result<PathBuf> {
     program("vesta-tests", "vesta-load", true)
 }
 
+/// Builds what uses vsock in guests; returns its path.
+pub(crate) fn guest_program() -> Result<PathBuf> {
+    program("vesta-tests", "guest-vsock", false)
+}
+
 fn program(package: &str, name: &str, release: bool) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["build", "--package", package, "--bin", name]);

@@ -4,7 +4,7 @@
 
 use config::{
     Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
-    Logger, MachineConfig, MachineConfigUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Vm,
+    Logger, MachineConfig, MachineConfigUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Vm, Vsock,
 };
 use serde::de::DeserializeOwned;
 
@@ -91,6 +91,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["drives", id]) => put_drive(request, id),
         (Method::Patch, ["drives", id]) => patch_drive(request, id),
         (Method::Put, ["entropy"]) => put_entropy(request),
+        (Method::Put, ["vsock"]) => put_vsock(request),
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
         (Method::Put, ["snapshot", "create"]) => put_snapshot_create(request),
@@ -148,6 +149,12 @@ fn put_entropy(request: &Request) -> Result<Routed, RouteError> {
     let entropy: Entropy = body(request)?;
     entropy.check()?;
     Ok(plain(Command::PutEntropy(entropy)))
+}
+
+fn put_vsock(request: &Request) -> Result<Routed, RouteError> {
+    let vsock: Vsock = body(request)?;
+    vsock.check()?;
+    Ok(Routed { deprecated: vsock.vsock_id.is_some(), command: Command::PutVsock(vsock) })
 }
 
 fn put_snapshot_create(request: &Request) -> Result<Routed, RouteError> {
@@ -319,6 +326,16 @@ mod tests {
         let bucket = TokenBucket { size: 1, one_time_burst: None, refill_time: 2 };
         let expected = Serial { serial_out_path: Some("out".into()), rate_limiter: Some(bucket) };
         assert_eq!(command(Method::Put, "/serial", body), Command::PutSerial(expected));
+    }
+
+    #[test]
+    fn put_vsock_is_known_and_its_id_is_deprecated() {
+        let body = r#"{"guest_cid":3,"uds_path":"/v.sock"}"#;
+        let expected =
+            Vsock { guest_cid: 3, uds_path: "/v.sock".into(), vsock_id: None, seqpacket_uds_path: None };
+        assert_eq!(command(Method::Put, "/vsock", body), Command::PutVsock(expected));
+        let body = r#"{"guest_cid":0,"uds_path":"/v.sock","vsock_id":"root"}"#;
+        assert!(route(&request(Method::Put, "/vsock", body)).unwrap().deprecated);
     }
 
     #[test]

@@ -32,7 +32,7 @@ mod report;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
-use config::{Child, Fork, FullVmConfig, Logger};
+use config::{Child, Fork, FullVmConfig, Logger, Vsock};
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
@@ -40,6 +40,7 @@ use serde_json::json;
 
 use crate::api::{ApiServer, Limits};
 use crate::controller::{Controller, Host, Identity, Platform, State, devices, open_disks};
+use crate::vsock::VsockSockets;
 use crate::{CommandError, Reply};
 use disks::Plan;
 pub use report::Reporter;
@@ -121,6 +122,8 @@ impl<H: Host> Controller<H> {
         Plan::of_child(&config.drives, &self.disks, child)?.apply(&mut config.drives);
         // A child does not write to its parent's terminal or file.
         config.serial = Some(child.serial.clone().unwrap_or_default());
+        config.vsock = vsock_of(config.vsock.as_ref(), child)
+            .map_err(|e| CommandError::new(format_args!("child {}: {e}", child.id.as_str())))?;
         if child.logger.is_some() {
             config.logger.clone_from(&child.logger);
         }
@@ -171,6 +174,14 @@ impl<H: Host> Controller<H> {
     fn restore_inherited(&mut self, inheritance: Inheritance, resume: bool) -> Result<(), CommandError> {
         let Inheritance { state, ram } = inheritance;
         self.disks = open_disks(&self.config.drives)?;
+        self.vsock = self
+            .config
+            .vsock
+            .as_ref()
+            .map(VsockSockets::of)
+            .transpose()
+            .map_err(CommandError::new)?
+            .flatten();
         let serial_output = self.config.serial.as_ref().and_then(|serial| serial.serial_out_path.clone());
         self.serial_output = serial_output.as_deref().map(crate::controller::open_serial).transpose()?;
         let machine = Paused::restore(Restore {
@@ -179,7 +190,7 @@ impl<H: Host> Controller<H> {
             ram,
             page_server: None,
             serial: self.file_serial(&self.config).map_err(|e| cannot("open the serial output", &e))?,
-            devices: devices(&self.config, &self.disks, self.platform.pci),
+            devices: devices(&self.config, &self.disks, self.vsock.as_ref(), self.platform.pci),
             clock: ClockAfter::Continues,
             events: self.events.try_clone().map_err(|e| cannot("make a descriptor", &e))?,
         })
@@ -191,6 +202,23 @@ impl<H: Host> Controller<H> {
         };
         Ok(())
     }
+}
+
+/// A child's socket device: with sockets of its own, or none. (A path that is empty says so: nobody can ask for it.)
+fn vsock_of(parents: Option<&Vsock>, child: &Child) -> Result<Option<Vsock>, CommandError> {
+    let Some(parents) = parents else {
+        return match child.vsock_override {
+            None => Ok(None),
+            Some(_) => Err(CommandError::new("vsock_override is given, and there is no vsock device")),
+        };
+    };
+    let Some(by) = &child.vsock_override else {
+        return Ok(Some(Vsock { uds_path: "".into(), seqpacket_uds_path: None, ..parents.clone() }));
+    };
+    let vsock = parents.overridden(by);
+    vsock.check()?;
+    VsockSockets::are_possible(&vsock).map_err(CommandError::new)?;
+    Ok(Some(vsock))
 }
 
 /// What the user is told: the pause, and each child or why there is none.

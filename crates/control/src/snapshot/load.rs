@@ -15,6 +15,7 @@ use super::ahead::Ahead;
 use super::{KIND, SavedConfig};
 use crate::CommandError;
 use crate::controller::{Controller, Host, Loaded, State, open_disks};
+use crate::vsock::VsockSockets;
 
 /// How long a page server may take to answer its first page fault.
 const PAGE_SERVER_PATIENCE: Duration = Duration::from_secs(10);
@@ -38,19 +39,38 @@ impl<H: Host> Controller<H> {
             }
             _ => None,
         };
-        let loaded = Loaded { config, disks };
-        let machine = Paused::restore(Restore {
+        let serial = self.serial_for(&config)?;
+        let events = self.events.try_clone().map_err(CommandError::new)?;
+        // Those of this process, if it has set some up already.
+        let made_here = self.config.vsock.is_some() && load.vsock_override.is_none();
+        let vsock = if made_here {
+            self.vsock.take()
+        } else {
+            config.vsock.as_ref().map(VsockSockets::of).transpose().map_err(CommandError::new)?.flatten()
+        };
+        let loaded = Loaded { config, disks, vsock };
+        let restored = Paused::restore(Restore {
             config: &loaded.config.machine_config,
             state: &saved.machine,
             ram,
             page_server,
-            serial: self.serial_for(&loaded.config)?,
+            serial,
             devices: loaded.devices(self.platform.pci),
             clock: if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues },
-            events: self.events.try_clone().map_err(CommandError::new)?,
+            events,
         })
-        .map_err(|e| CommandError::new(format_args!("cannot go on with the saved microVM: {e}")))?;
-        (self.config, self.disks, self.ahead) = (loaded.config, loaded.disks, ahead);
+        .map_err(|e| CommandError::new(format_args!("cannot go on with the saved microVM: {e}")));
+        let machine = match restored {
+            Ok(machine) => machine,
+            Err(error) => {
+                if made_here {
+                    self.vsock = loaded.vsock;
+                }
+                return Err(error);
+            }
+        };
+        (self.config, self.disks, self.vsock) = (loaded.config, loaded.disks, loaded.vsock);
+        self.ahead = ahead;
         self.host.guest_starts(self.serial_output.is_none());
         self.state = if load.resume_vm {
             State::Running(machine.resume().map_err(CommandError::new)?)
@@ -118,6 +138,15 @@ impl Saved {
             }
         }
         check_drives(&config.drives)?;
+        config.vsock = match (&config.vsock, &load.vsock_override, &here.vsock) {
+            (Some(saved), Some(by), _) => Some(saved.overridden(by)),
+            // PUT /vsock before a load says where the device's sockets are.
+            (Some(_), None, Some(here)) => Some(here.clone()),
+            (saved, None, None) => saved.clone(),
+            (None, ..) => return Err(CommandError::new("vsock: the saved microVM has no such device")),
+        };
+        // What was saved may be a fork's child without sockets; what is said now must be a path.
+        load.vsock_override.as_ref().and(config.vsock.as_ref()).map_or(Ok(()), config::Vsock::check)?;
         Ok(config)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! # How the guest finds them
 //!
-//! Devices are numbered: the root device, the other drives in the order in which they were given, then entropy. That order names them
+//! Devices are numbered: the root device, the other drives in the order in which they were given, then entropy, then vsock. That order names them
 //! (`vda`, `vdb`, ...).
 //!
 //! - On virtio-mmio device `n` has the `n`-th window of 4 KiB from [`layout::VIRTIO_MMIO`](crate::layout::VIRTIO_MMIO) on and the `n`-th
@@ -40,6 +40,7 @@ use virtio::device::DeviceState;
 use virtio::entropy::{self, EntropyControl};
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 use virtio::transport::RestoreError;
+use virtio::vsock::{HostSockets, Vsock, VsockControl};
 use virtio::worker::{WorkerId, Workers, WorkersConfig, monotonic};
 
 use crate::kvm::{KvmError, Vm};
@@ -59,8 +60,19 @@ pub struct DeviceSetup {
     pub drives: Vec<(Drive, Disk)>,
     /// The entropy device.
     pub entropy: Option<Entropy>,
+    /// The socket device.
+    pub vsock: Option<VsockSetup>,
     /// All devices are on virtio-pci instead of virtio-mmio.
     pub pci: bool,
+}
+
+/// A socket device to be.
+#[derive(Debug)]
+pub struct VsockSetup {
+    /// The guest's context id.
+    pub guest_cid: u32,
+    /// Its sockets on the host.
+    pub sockets: HostSockets,
 }
 
 /// Why devices cannot be had.
@@ -117,7 +129,7 @@ pub enum DeviceError {
 
 impl DeviceSetup {
     fn count(&self) -> usize {
-        self.drives.len() + usize::from(self.entropy.is_some())
+        self.drives.len() + usize::from(self.entropy.is_some()) + usize::from(self.vsock.is_some())
     }
 
     /// Gives each device its place.
@@ -147,6 +159,7 @@ pub struct Devices {
     board: Option<Board>,
     drives: BTreeMap<String, BlockControl>,
     entropy: Option<EntropyControl>,
+    vsock: Option<VsockControl>,
 }
 
 impl Devices {
@@ -159,7 +172,8 @@ impl Devices {
         vm: &Vm,
         buses: &mut Buses,
     ) -> Result<Self, DeviceError> {
-        let mut devices = Devices { workers: None, board: None, drives: BTreeMap::new(), entropy: None };
+        let mut devices =
+            Devices { workers: None, board: None, drives: BTreeMap::new(), entropy: None, vsock: None };
         if setup.count() == 0 {
             // The bus is there all the same.
             if setup.pci {
@@ -205,6 +219,16 @@ impl Devices {
             board.plug(name, Box::new(device), vm, buses)?;
             devices.entropy = Some(control);
         }
+        if let Some(VsockSetup { guest_cid, sockets }) = setup.vsock {
+            let name = "vsock".to_owned();
+            let (device, control) = match saved.and_then(|saved| saved.device(&name)) {
+                Some(DeviceState::Vsock(state)) => Vsock::restore(state, Some(guest_cid), sockets),
+                Some(_) => return Err(DeviceError::OtherKind { name }),
+                None => Vsock::new(guest_cid, sockets),
+            };
+            board.plug(name, Box::new(device), vm, buses)?;
+            devices.vsock = Some(control);
+        }
         if let Some(saved) = saved {
             board.restore(saved)?;
         }
@@ -228,6 +252,11 @@ impl Devices {
     pub fn drive(&self, id: &str) -> Option<&BlockControl> {
         self.drives.get(id)
     }
+
+    /// The socket device.
+    pub fn vsock(&self) -> Option<&VsockControl> {
+        self.vsock.as_ref()
+    }
 }
 
 impl std::fmt::Debug for Devices {
@@ -235,6 +264,7 @@ impl std::fmt::Debug for Devices {
         f.debug_struct("Devices")
             .field("drives", &self.drives.keys().collect::<Vec<_>>())
             .field("entropy", &self.entropy.is_some())
+            .field("vsock", &self.vsock.is_some())
             .finish_non_exhaustive()
     }
 }
@@ -315,6 +345,7 @@ mod tests {
         let setup = DeviceSetup {
             drives: vec![drive("data", false, None), drive("rootfs", true, None)],
             entropy: Some(Entropy::default()),
+            vsock: None,
             pci: false,
         };
         assert_eq!(
@@ -329,7 +360,7 @@ mod tests {
     #[test]
     fn a_root_partition_is_named_by_its_uuid() {
         let drives = vec![drive("r", true, Some("0eaa91a0-01"))];
-        let setup = DeviceSetup { drives, entropy: None, pci: true };
+        let setup = DeviceSetup { drives, entropy: None, vsock: None, pci: true };
         assert_eq!(setup.boot_args(&setup.places().unwrap()), "root=PARTUUID=0eaa91a0-01 rw");
     }
 
@@ -337,7 +368,7 @@ mod tests {
     fn more_devices_than_places_are_refused() {
         for (pci, max) in [(false, mmio_transport::MAX_DEVICES), (true, pci_transport::MAX_DEVICES)] {
             let drives = (0..max).map(|i| drive(&format!("d{i}"), false, None)).collect();
-            let mut setup = DeviceSetup { drives, entropy: None, pci };
+            let mut setup = DeviceSetup { drives, entropy: None, vsock: None, pci };
             setup.places().unwrap();
             setup.entropy = Some(Entropy::default());
             let error = setup.places().unwrap_err();

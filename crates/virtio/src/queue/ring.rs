@@ -112,6 +112,12 @@ impl Ring {
         Ok(self.seen_avail != self.next_avail)
     }
 
+    /// How many entries there are to take.
+    pub(super) fn available(&mut self, memory: &impl RingMemory, in_flight: u16) -> Result<u16, QueueError> {
+        self.look(memory, in_flight)?;
+        Ok(self.seen_avail.wrapping_sub(self.next_avail))
+    }
+
     /// Takes the next entry of the available ring.
     #[inline]
     pub(super) fn pop(
@@ -190,6 +196,25 @@ impl Ring {
         memory.full_fence();
         self.look(memory, in_flight)?;
         Ok(self.seen_avail != self.next_avail)
+    }
+
+    /// As [`Ring::enable_notifications`], but for what comes after the entries that are there and were not taken yet.
+    pub(super) fn enable_notifications_of_more(
+        &mut self,
+        memory: &impl RingMemory,
+        in_flight: u16,
+    ) -> Result<bool, QueueError> {
+        self.look(memory, in_flight)?;
+        let seen = self.seen_avail;
+        if self.event_idx {
+            memory.set_avail_event(seen)?;
+        } else {
+            memory.set_used_flags(0)?;
+            self.quiet = false;
+        }
+        memory.full_fence();
+        self.look(memory, in_flight)?;
+        Ok(self.seen_avail != seen)
     }
 }
 

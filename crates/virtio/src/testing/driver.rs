@@ -183,6 +183,14 @@ impl DriverQueue {
         Some(used)
     }
 
+    /// As [`DriverQueue::take_used`], where something else may have written to the ring: None, too, if the next entry makes no sense.
+    pub fn take_used_if_sane(&mut self) -> Option<Used> {
+        let entry = self.used + 4 + 8 * u64::from(self.used_idx % self.size);
+        let words: u64 = self.ram.memory().read_obj(GuestAddress(entry)).expect("the used ring is in RAM");
+        let is_ours = u16::try_from(words & 0xffff_ffff).is_ok_and(|head| self.out.contains_key(&head));
+        is_ours.then(|| self.take_used()).flatten()
+    }
+
     /// Asks for an interrupt at the next used chain. True if there is one already.
     pub fn enable_interrupts(&mut self) -> bool {
         if self.event_idx {

@@ -24,6 +24,8 @@ impl Interest {
     pub const READ: Interest = Interest { read: true, write: false };
     /// Wait for room to write.
     pub const WRITE: Interest = Interest { read: false, write: true };
+    /// Wait for either.
+    pub const BOTH: Interest = Interest { read: true, write: true };
 
     fn flags(self) -> EventFlags {
         let mut flags = EventFlags::empty();
@@ -75,6 +77,7 @@ impl Seat {
 enum Watched {
     Kick(Arc<EventFd>),
     Fd(OwnedFd),
+    Shared(Arc<OwnedFd>),
 }
 
 impl AsFd for Watched {
@@ -82,6 +85,7 @@ impl AsFd for Watched {
         match self {
             Watched::Kick(event) => event.as_fd(),
             Watched::Fd(fd) => fd.as_fd(),
+            Watched::Shared(fd) => fd.as_fd(),
         }
     }
 }
@@ -144,11 +148,26 @@ impl Context<'_> {
         self.add(token, Watched::Fd(fd), interest.flags() | EventFlags::ET, false)
     }
 
+    /// As [`Context::watch_edge`], of a descriptor that the task shares with its worker instead of having it copied: for tasks with
+    /// thousands of them.
+    pub fn watch_shared(&mut self, token: Token, fd: &Arc<OwnedFd>, interest: Interest) -> io::Result<()> {
+        self.add(token, Watched::Shared(Arc::clone(fd)), interest.flags() | EventFlags::ET, false)
+    }
+
+    /// Waits for something else on the edge-triggered descriptor `token` from now on. What is so already gives an event, too.
+    pub fn change_edge(&mut self, token: Token, interest: Interest) -> io::Result<()> {
+        self.modify(token, interest.flags() | EventFlags::ET)
+    }
+
     /// Waits for something else on the (level-triggered) descriptor `token` from now on.
     pub fn change_interest(&mut self, token: Token, interest: Interest) -> io::Result<()> {
+        self.modify(token, interest.flags())
+    }
+
+    fn modify(&mut self, token: Token, flags: EventFlags) -> io::Result<()> {
         let watched = self.seat.watches.get(&token).ok_or(io::ErrorKind::NotFound)?;
         let key = EventKey { slot: self.seat.slot, life: self.seat.life, kick: false, token };
-        Ok(epoll::modify(self.epoll, watched, EventData::new_u64(key.to_bits()), interest.flags())?)
+        Ok(epoll::modify(self.epoll, watched, EventData::new_u64(key.to_bits()), flags)?)
     }
 
     /// Watches `token` no more. An event that is on its way may still come.

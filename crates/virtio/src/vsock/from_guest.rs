@@ -1,0 +1,287 @@
+//! What packets of the guest do to connections.
+
+use memory::GuestRam;
+use rustix::io::Errno;
+use rustix::net::{SendFlags, Shutdown, send};
+
+use super::connection::{Connection, Key, Owed, State, Written};
+use super::guest_io::Segments;
+use super::packet::{
+    END_OF_MESSAGE, HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind,
+};
+use super::switch::{Reset, Switch, reset_of};
+use super::table::Slot;
+use crate::queue::{Buffers, QueueError};
+use crate::worker::{Context, Nanos};
+
+const MS: Nanos = 1_000_000;
+/// How long a host server may take for a connection of the guest.
+const DIAL_PATIENCE: Nanos = 5_000 * MS;
+/// A host server that has no time is tried again after that.
+const DIAL_AGAIN: Nanos = 10 * MS;
+/// How long the host may take for what the guest sent before it was done.
+const LINGER_PATIENCE: Nanos = 60_000 * MS;
+
+impl Switch {
+    /// Handles a packet of the guest; `data` is as long as the header says.
+    pub(super) fn packet(
+        &mut self,
+        cx: &mut Context<'_>,
+        header: &Header,
+        data: &Buffers<'_>,
+    ) -> Result<(), QueueError> {
+        if header.src_cid.get() != self.guest_cid {
+            // Nobody would take the answer.
+            self.shared.stats.malformed_count.add(1);
+            return Ok(());
+        }
+        match self.signal(cx, header) {
+            Some(slot) => self.data(cx, slot, data, header.flags.get()),
+            None => Ok(()),
+        }
+    }
+
+    /// Does what a packet's header says. The connection, if the packet is data for one that is open.
+    fn signal(&mut self, cx: &mut Context<'_>, header: &Header) -> Option<Slot> {
+        let op = Op::of(header.op.get());
+        let kind = SocketKind::of(header.kind.get())
+            .filter(|&kind| kind == SocketKind::Stream || self.with_messages);
+        let key = Key { host_port: header.dst_port.get(), guest_port: header.src_port.get() };
+        let (Some(op), Some(kind), HOST_CID) = (op, kind, header.dst_cid.get()) else {
+            self.refuse(header);
+            return None;
+        };
+        if op == Op::Request {
+            self.request(cx, header, key, kind);
+            return None;
+        }
+        let found = self.table.find(key);
+        let found = found.filter(|&slot| self.table.get(slot).is_some_and(|c| c.kind == kind));
+        let Some((slot, connection)) = found.and_then(|slot| Some((slot, self.table.get(slot)?))) else {
+            self.refuse(header);
+            return None;
+        };
+        if op == Op::Rst {
+            self.reset_by_guest(cx, slot);
+            return None;
+        }
+        if connection.credit.learn(header).is_err() {
+            self.kill(cx, slot);
+            return None;
+        }
+        match (op, connection.state) {
+            (Op::Rw, State::Open) => return Some(slot),
+            (Op::Response, State::Requested) => self.opened(cx, slot),
+            (Op::CreditRequest, State::Open) => connection.owed.credit_update = true,
+            (Op::Shutdown, State::Open | State::Requested | State::Closing) => {
+                self.shutdown_by_guest(cx, slot, header.flags.get());
+            }
+            // Its header said all; or it was sent before the guest heard that the host is done.
+            (Op::CreditUpdate, State::Open)
+            | (Op::Rw | Op::CreditUpdate | Op::CreditRequest, State::Closing) => {}
+            _ => self.kill(cx, slot),
+        }
+        self.queue(cx, slot);
+        None
+    }
+
+    /// A packet that is shorter than its header says: the connection, if there is one, cannot be trusted any more.
+    pub(super) fn broken_packet(&mut self, cx: &mut Context<'_>, header: &Header) {
+        let key = Key { host_port: header.dst_port.get(), guest_port: header.src_port.get() };
+        let is_ours = header.src_cid.get() == self.guest_cid && header.dst_cid.get() == HOST_CID;
+        if let Some(slot) = self.table.find(key).filter(|_| is_ours) {
+            self.kill(cx, slot);
+        }
+    }
+
+    /// Answers a packet to something that does not exist. Resets are not answered.
+    fn refuse(&mut self, header: &Header) {
+        if header.op.get() != Op::Rst as u16 {
+            self.owe_reset(Reset {
+                src_cid: header.dst_cid.get(),
+                key: Key { host_port: header.dst_port.get(), guest_port: header.src_port.get() },
+                kind: header.kind.get(),
+            });
+        }
+    }
+
+    /// The guest wants to connect to the host.
+    fn request(&mut self, cx: &mut Context<'_>, header: &Header, key: Key, kind: SocketKind) {
+        if let Some(slot) = self.table.find(key) {
+            // It has forgotten the connection that it had.
+            return self.kill(cx, slot);
+        }
+        let give_up = cx.now().saturating_add(DIAL_PATIENCE);
+        let Some(slot) = self.table.add(kind, State::Dialing { give_up }) else {
+            self.shared.stats.conns_refused.add(1);
+            return self.refuse(header);
+        };
+        self.shared.stats.conns_added.add(1);
+        self.table.set_key(slot, key);
+        if let Some(connection) = self.table.get(slot)
+            && connection.credit.learn(header).is_err()
+        {
+            return self.kill(cx, slot);
+        }
+        self.dial(cx, slot);
+    }
+
+    /// Tries to reach whoever serves the port that the guest wants.
+    pub(super) fn dial(&mut self, cx: &mut Context<'_>, slot: Slot) {
+        let Some(connection) = self.table.get(slot) else { return };
+        let (State::Dialing { give_up }, Some(key)) = (connection.state, connection.key) else { return };
+        match self.sockets.dial(key.host_port, connection.kind) {
+            Ok(socket) if self.is_affordable(&socket) => {
+                if self.adopt(cx, slot, socket) {
+                    self.table.set_deadline(slot, None);
+                    if let Some(connection) = self.table.get(slot) {
+                        connection.state = State::Open;
+                        connection.owed.response = true;
+                        connection.readable = true;
+                    }
+                    self.table.queue(slot);
+                } else {
+                    self.kill(cx, slot);
+                }
+            }
+            Err(Errno::AGAIN) if cx.now() < give_up => {
+                let again = cx.now().saturating_add(DIAL_AGAIN).min(give_up);
+                self.table.set_deadline(slot, Some(again));
+            }
+            _ => {
+                self.shared.stats.conns_refused.add(1);
+                self.kill(cx, slot);
+            }
+        }
+    }
+
+    /// The guest took a host client's connection.
+    fn opened(&mut self, cx: &mut Context<'_>, slot: Slot) {
+        self.table.set_deadline(slot, None);
+        let Some(connection) = self.table.get(slot) else { return };
+        connection.state = State::Open;
+        connection.readable = true;
+        let (Some(key), Some(socket)) = (connection.key, &connection.socket) else { return };
+        let answer = format!("OK {}\n", key.host_port);
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        // Nothing was written to the socket so far: it has room.
+        if send(socket, answer.as_bytes(), flags) != Ok(answer.len()) {
+            self.kill(cx, slot);
+        }
+    }
+
+    /// The guest sends data.
+    fn data(
+        &mut self,
+        cx: &mut Context<'_>,
+        slot: Slot,
+        data: &Buffers<'_>,
+        flags: u32,
+    ) -> Result<(), QueueError> {
+        let Some(connection) = self.table.get(slot) else { return Ok(()) };
+        if connection.guest_done || connection.credit.receive(data.len()).is_err() {
+            self.kill(cx, slot);
+            return Ok(());
+        }
+        self.shared.stats.tx_bytes_count.add(data.len().into());
+        let written = match connection.kind {
+            _ if connection.host_deaf => {
+                connection.credit.forward(data.len());
+                Written::Deaf
+            }
+            SocketKind::Stream => stream(connection, &mut self.segments, &mut self.scratch, &self.ram, data)?,
+            SocketKind::SeqPacket => {
+                copy(&mut self.scratch, &self.ram, data)?;
+                connection.keep_message(&self.scratch, flags & END_OF_MESSAGE != 0);
+                if connection.blocked { Written::Bytes(0) } else { connection.flush() }
+            }
+        };
+        self.written(cx, slot, written);
+        self.queue(cx, slot);
+        Ok(())
+    }
+
+    /// The guest ends one or both directions.
+    fn shutdown_by_guest(&mut self, cx: &mut Context<'_>, slot: Slot, flags: u32) {
+        let Some(connection) = self.table.get(slot) else { return };
+        connection.guest_done |= flags & SHUTDOWN_SEND != 0;
+        connection.guest_deaf |= flags & SHUTDOWN_RECEIVE != 0;
+        if connection.guest_done && connection.guest_deaf {
+            let reset = reset_of(connection);
+            self.owe_reset(reset);
+            return self.linger(cx, slot);
+        }
+        if flags & SHUTDOWN_BOTH != 0 && connection.state == State::Requested {
+            return self.kill(cx, slot);
+        }
+        if connection.guest_done && connection.is_flushed() {
+            connection.shut(Shutdown::Write);
+        }
+        if connection.guest_deaf {
+            connection.shut(Shutdown::Read);
+            connection.to_guest = (Vec::new(), 0);
+        }
+    }
+
+    /// The guest has no such connection (any more).
+    fn reset_by_guest(&mut self, cx: &mut Context<'_>, slot: Slot) {
+        match self.table.get(slot) {
+            // It ended its direction in good order before.
+            Some(connection) if connection.guest_done => self.linger(cx, slot),
+            _ => self.remove(cx, slot),
+        }
+    }
+
+    /// The guest is done with a connection; what it sent still goes to the host.
+    fn linger(&mut self, cx: &mut Context<'_>, slot: Slot) {
+        self.table.forget_key(slot);
+        let deadline = cx.now().saturating_add(LINGER_PATIENCE);
+        match self.table.get(slot) {
+            Some(connection) if !connection.is_flushed() && connection.socket.is_some() => {
+                connection.state = State::Lingering;
+                connection.owed = Owed::default();
+                connection.to_guest = (Vec::new(), 0);
+                self.table.set_deadline(slot, Some(deadline));
+            }
+            _ => self.remove(cx, slot),
+        }
+    }
+}
+
+/// Writes a packet's data to a stream, straight from guest memory; keeps what the socket does not take.
+fn stream(
+    connection: &mut Connection,
+    segments: &mut Segments,
+    scratch: &mut Vec<u8>,
+    ram: &GuestRam,
+    data: &Buffers<'_>,
+) -> Result<Written, QueueError> {
+    let mut sent = 0;
+    if connection.is_flushed() && !data.is_empty() {
+        segments.clear();
+        segments.push(data, data.len())?;
+        let Some(socket) = &connection.socket else { return Ok(Written::Failed) };
+        match segments.send(socket) {
+            Ok(taken) => sent = taken,
+            Err(Errno::AGAIN) => {}
+            Err(Errno::PIPE) => {
+                connection.credit.forward(data.len());
+                return Ok(connection.deafen());
+            }
+            Err(_) => return Ok(Written::Failed),
+        }
+        connection.credit.forward(sent);
+    }
+    if let Some((_, rest)) = data.split_at(sent).filter(|(_, rest)| !rest.is_empty()) {
+        copy(scratch, ram, &rest)?;
+        connection.keep(scratch);
+    }
+    Ok(Written::Bytes(sent))
+}
+
+/// Copies a packet's data to `scratch`. It is no more than the guest has credit for.
+fn copy(scratch: &mut Vec<u8>, ram: &GuestRam, data: &Buffers<'_>) -> Result<(), QueueError> {
+    scratch.clear();
+    scratch.resize(data.len() as usize, 0);
+    data.read(ram, scratch).map(drop)
+}

@@ -1,0 +1,143 @@
+//! What events of the host do to connections, and how host clients come in.
+
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+
+use super::connection::{Connection, State, peer_is_done, peer_is_gone};
+use super::greeting::{self, Greeting};
+use super::packet::SocketKind;
+use super::switch::{FIRST_LISTENER, Switch};
+use super::table::Slot;
+use crate::worker::{Context, Event, Interest, Nanos};
+
+const MS: Nanos = 1_000_000;
+/// How long a host client may take to say where it wants to go.
+const GREETING_PATIENCE: Nanos = 30_000 * MS;
+/// How long the guest may take to answer a host client.
+const ANSWER_PATIENCE: Nanos = 10_000 * MS;
+/// A process out of descriptors accepts again after that.
+const ACCEPT_AGAIN: Nanos = 100 * MS;
+/// Host clients that are taken in one go.
+const ACCEPTS: usize = 64;
+
+impl Switch {
+    /// Something happened at a descriptor.
+    pub(super) fn ready(&mut self, cx: &mut Context<'_>, event: Event) {
+        if let Some(waiting) = event.token.checked_sub(FIRST_LISTENER) {
+            if let Some(waiting) = self.waiting.get_mut(waiting as usize) {
+                *waiting = true;
+            }
+            return;
+        }
+        let slot = event.token;
+        let Some(connection) = self.table.get(slot) else { return };
+        connection.hangup |= event.hangup;
+        match connection.state {
+            State::Greeting => self.greet(cx, slot),
+            State::Requested if event.hangup => {
+                if is_gone(connection) {
+                    self.kill(cx, slot);
+                }
+            }
+            State::Requested | State::Dialing { .. } | State::Closing => {}
+            State::Open | State::Lingering => {
+                connection.readable |= event.readable || event.hangup;
+                if event.hangup && connection.host_done && !connection.host_deaf && is_gone(connection) {
+                    connection.deafen();
+                }
+                if connection.blocked && (event.writable || event.hangup) {
+                    let written = connection.flush();
+                    self.written(cx, slot, written);
+                }
+                self.queue(cx, slot);
+            }
+        }
+    }
+
+    /// Looks at every descriptor as if something had happened at it.
+    pub(super) fn look_at_all(&mut self, cx: &mut Context<'_>) {
+        self.waiting.fill(true);
+        for token in self.table.all() {
+            let Some(connection) = self.table.get(token) else { continue };
+            let hangup = connection.socket.as_ref().is_some_and(peer_is_done);
+            self.ready(cx, Event { token, readable: true, writable: true, hangup });
+        }
+    }
+
+    /// Watches the listeners.
+    pub(super) fn attach(&mut self, cx: &mut Context<'_>) -> std::io::Result<()> {
+        for (token, listener) in (FIRST_LISTENER..).zip(&self.sockets.listeners) {
+            cx.watch_shared(token, listener.fd(), Interest::READ)?;
+        }
+        Ok(())
+    }
+
+    /// Takes host clients that wait. True if there may be more of them.
+    pub(super) fn accept(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.accept_at.is_some() {
+            return false;
+        }
+        for at in 0..self.waiting.len() {
+            for _ in 0..ACCEPTS {
+                if !self.waiting[at] {
+                    break;
+                }
+                match self.sockets.listeners[at].accept() {
+                    Ok(socket) => {
+                        let kind = self.sockets.listeners[at].kind();
+                        self.welcome(cx, socket, kind);
+                    }
+                    Err(Errno::AGAIN) => self.waiting[at] = false,
+                    Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
+                        self.accept_at = Some(cx.now().saturating_add(ACCEPT_AGAIN));
+                        return false;
+                    }
+                    // That client has gone already.
+                    Err(_) => {}
+                }
+            }
+        }
+        self.waiting.contains(&true)
+    }
+
+    /// A host client is there.
+    fn welcome(&mut self, cx: &mut Context<'_>, socket: OwnedFd, kind: SocketKind) {
+        let slot = self.is_affordable(&socket).then(|| self.table.add(kind, State::Greeting)).flatten();
+        let Some(slot) = slot else {
+            // It hears it by being closed.
+            self.shared.stats.conns_refused.add(1);
+            return;
+        };
+        self.shared.stats.conns_added.add(1);
+        if !self.adopt(cx, slot, socket) {
+            return self.kill(cx, slot);
+        }
+        let deadline = cx.now().saturating_add(GREETING_PATIENCE);
+        self.table.set_deadline(slot, Some(deadline));
+        self.greet(cx, slot);
+    }
+
+    /// A host client may have said where it wants to go.
+    fn greet(&mut self, cx: &mut Context<'_>, slot: Slot) {
+        let Some(connection) = self.table.get(slot) else { return };
+        let Some(socket) = &connection.socket else { return };
+        match greeting::read(socket, connection.kind) {
+            Greeting::Port(port) if connection.kind == SocketKind::Stream || self.with_messages => {
+                connection.state = State::Requested;
+                connection.owed.request = true;
+                let key = self.table.new_key(port);
+                self.table.set_key(slot, key);
+                let deadline = cx.now().saturating_add(ANSWER_PATIENCE);
+                self.table.set_deadline(slot, Some(deadline));
+                self.table.queue(slot);
+            }
+            Greeting::Partial if !connection.hangup => {}
+            _ => self.kill(cx, slot),
+        }
+    }
+}
+
+fn is_gone(connection: &Connection) -> bool {
+    connection.socket.as_ref().is_none_or(peer_is_gone)
+}

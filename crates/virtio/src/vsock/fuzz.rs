@@ -1,0 +1,175 @@
+//! See [`crate::fuzz::vsock`]: the host around the device, and its guest's packets.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+
+use vm_memory::{Bytes, GuestAddress};
+use zerocopy::IntoBytes;
+
+use super::packet::{HOST_CID, Header};
+use super::{HostSockets, Listener, SocketFile, SocketKind};
+use crate::testing::{DriverQueue, Guest, RUNNING};
+
+/// The port that is served on the host.
+const SERVED: u32 = 1;
+const CLIENTS: usize = 8;
+
+/// The host: a directory with the device's sockets and one server, and the programs' ends of connections.
+pub(crate) struct Host {
+    dir: PathBuf,
+    server: UnixListener,
+    _files: Vec<SocketFile>,
+    ends: Vec<UnixStream>,
+}
+
+impl Host {
+    /// A host, and the sockets of its device. There is one at a time on each thread.
+    pub(crate) fn new() -> (Host, HostSockets) {
+        let thread = format!("{:?}", std::thread::current().id());
+        let dir = std::env::temp_dir().join(format!("vesta-fuzz-{}-{thread}", std::process::id()));
+        fs::create_dir(&dir).expect("a directory can be made");
+        let path = dir.join("v");
+        let bind = |path, kind| Listener::bind(path, kind).expect("a socket can be made");
+        let (stream, stream_file) = bind(&path, SocketKind::Stream);
+        let (messages, messages_file) = bind(&dir.join("m"), SocketKind::SeqPacket);
+        let server = UnixListener::bind(dir.join(format!("v_{SERVED}"))).expect("a socket can be made");
+        server.set_nonblocking(true).expect("a socket can be made non-blocking");
+        let files = vec![stream_file, messages_file];
+        let host = Host { dir, server, _files: files, ends: Vec::new() };
+        (host, HostSockets { listeners: vec![stream, messages], path: Some(path) })
+    }
+
+    /// Something that a program on the host does.
+    pub(crate) fn act(&mut self, act: u8, which: u8, number: u16) {
+        let count = self.ends.len().max(1);
+        let which = usize::from(which) % count;
+        match act % 8 {
+            0 | 1 if self.ends.len() < CLIENTS => {
+                let Ok(mut client) = UnixStream::connect(self.dir.join("v")) else { return };
+                client.set_nonblocking(true).expect("a socket can be made non-blocking");
+                let greeting = match number % 8 {
+                    0 => "CONN".to_owned(),
+                    1 => "GET / HTTP/1.1\r\n".to_owned(),
+                    _ => format!("CONNECT {}\n", number % 4),
+                };
+                // What the socket does not take is not sent.
+                let _ = client.write(greeting.as_bytes());
+                self.ends.push(client);
+            }
+            2 if self.ends.len() < CLIENTS => {
+                if let Ok((peer, _)) = self.server.accept() {
+                    peer.set_nonblocking(true).expect("a socket can be made non-blocking");
+                    self.ends.push(peer);
+                }
+            }
+            3 | 4 => {
+                if let Some(end) = self.ends.get_mut(which) {
+                    let _ = end.write(&vec![number as u8; usize::from(number) * 4]);
+                }
+            }
+            5 => {
+                if let Some(end) = self.ends.get_mut(which) {
+                    let _ = end.read(&mut vec![0; usize::from(number) * 4 + 1]);
+                }
+            }
+            6 => {
+                if let Some(end) = self.ends.get(which) {
+                    let how = [Shutdown::Read, Shutdown::Write, Shutdown::Both][usize::from(number % 3)];
+                    let _ = end.shutdown(how);
+                }
+            }
+            _ => {
+                if which < self.ends.len() {
+                    self.ends.remove(which);
+                }
+            }
+        }
+    }
+
+    /// A client that says where it wants to go.
+    pub(crate) fn dial(&self, port: u32) -> UnixStream {
+        let mut client = UnixStream::connect(self.dir.join("v")).expect("the device listens");
+        client.write_all(format!("CONNECT {port}\n").as_bytes()).expect("a new socket has room");
+        client
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // A directory that cannot be removed is found by the next host.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// The driver's three queues.
+pub(crate) struct Driver {
+    pub(crate) queues: [DriverQueue; 3],
+    data: u64,
+}
+
+impl Driver {
+    /// Starts the device by the book, with queues at `base` and buffers at `data`.
+    pub(crate) fn start(guest: &mut Guest, base: u64, size: u16, data: u64, event_idx: bool) -> Driver {
+        let features = guest.negotiate(event_idx);
+        let step = DriverQueue::bytes(size);
+        let queues = [0, 1, 2].map(|index| DriverQueue::new(&guest.ram, base + step * index, size, features));
+        for (index, queue) in (0..).zip(&queues) {
+            guest.select_queue(index);
+            guest.set_up_queue(&queue.state());
+        }
+        guest.map_vectors();
+        guest.set_status(RUNNING);
+        guest.worker.run();
+        Driver { queues, data }
+    }
+
+    /// Gives the device buffers of that size, as many as fit.
+    pub(crate) fn give_buffers(&mut self, guest: &mut Guest, len: u32) {
+        // A driver that takes what was used, as long as that makes sense.
+        while self.queues[0].take_used_if_sane().is_some() {}
+        while self.queues[0].add(&[], &[(self.data, len)]).is_some() {}
+        self.queues[0].publish();
+        guest.kick(0);
+        guest.kick(2);
+    }
+
+    /// Sends a packet, with whatever there is in memory as its data.
+    pub(crate) fn send(&mut self, guest: &mut Guest, header: &[u8], len: u32) {
+        while self.queues[1].take_used_if_sane().is_some() {}
+        let at = self.data + 0x4000;
+        guest.ram.memory().write_slice(header, GuestAddress(at)).expect("it is in RAM");
+        let head = (at, header.len() as u32);
+        let data = (self.data, len);
+        let added =
+            if len > 0 { self.queues[1].add(&[head, data], &[]) } else { self.queues[1].add(&[head], &[]) };
+        if added.is_some() {
+            self.queues[1].publish();
+            guest.kick(1);
+        }
+    }
+}
+
+/// A header out of a few numbers: mostly of connections that there may be.
+pub(crate) fn header(cid: u64, op: u8, kind: u8, ports: u8, flags: u8, numbers: [u32; 3]) -> Vec<u8> {
+    let host_port = match ports % 8 {
+        0 => SERVED,
+        7 => numbers[0],
+        n => (1 << 30) + u32::from(n) - 1,
+    };
+    let header = Header {
+        src_cid: if op == 255 { u64::from(numbers[0]) } else { cid }.into(),
+        dst_cid: if op == 254 { u64::from(numbers[0]) } else { HOST_CID }.into(),
+        src_port: u32::from(ports >> 3 & 3).into(),
+        dst_port: host_port.into(),
+        len: numbers[0].into(),
+        kind: if kind < 200 { 1 } else { u16::from(kind % 4) }.into(),
+        op: u16::from(op % 9).into(),
+        flags: u32::from(flags % 5).into(),
+        buf_alloc: numbers[1].into(),
+        fwd_cnt: numbers[2].into(),
+    };
+    header.as_bytes().to_vec()
+}

@@ -1,0 +1,272 @@
+//! All connections: by ports, by deadline, and the line of those that have something for the guest.
+//!
+//! # Invariants
+//!
+//! - A slot is in the line at most once, whoever has it.
+//! - `promised` is the sum of what all connections were promised.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+
+use super::connection::{Connection, Key, MAX_MESSAGE, State};
+use super::packet::SocketKind;
+use crate::worker::Nanos;
+
+/// The most connections of a device, those that begin or end included.
+pub const MAX_CONNECTIONS: usize = 4096;
+
+/// The most bytes of the guest that all connections together can be made to keep.
+pub const MAX_PROMISED: u64 = 128 << 20;
+
+/// Credit of a stream while there is plenty.
+const FULL_CREDIT: u32 = 256 << 10;
+/// Credit of a stream when streams have been promised [`PLENTY`].
+const SMALL_CREDIT: u32 = 16 << 10;
+const PLENTY: u64 = 32 << 20;
+
+/// The first port that host clients get, and how many there are.
+const FIRST_PORT: u32 = 1 << 30;
+const PORTS: u32 = 1 << 30;
+
+/// A connection's place, and its token at the worker.
+pub(super) type Slot = u32;
+
+/// The connections.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    slots: Vec<Option<Connection>>,
+    free: Vec<Slot>,
+    /// Which slots are in the line.
+    queued: Vec<bool>,
+    line: VecDeque<Slot>,
+    keys: HashMap<Key, Slot>,
+    deadlines: BTreeSet<(Nanos, Slot)>,
+    promised: u64,
+    next_port: u32,
+}
+
+impl Table {
+    /// Adds a connection; None if there is no room.
+    pub(super) fn add(&mut self, kind: SocketKind, state: State) -> Option<Slot> {
+        let credit = match kind {
+            SocketKind::Stream if self.promised + u64::from(FULL_CREDIT) <= PLENTY => FULL_CREDIT,
+            SocketKind::Stream => SMALL_CREDIT,
+            SocketKind::SeqPacket => MAX_MESSAGE,
+        };
+        if self.len() == MAX_CONNECTIONS || self.promised + u64::from(credit) > MAX_PROMISED {
+            return None;
+        }
+        self.promised += u64::from(credit);
+        let connection = Some(Connection::new(kind, state, credit));
+        Some(match self.free.pop() {
+            Some(slot) => {
+                self.slots[slot as usize] = connection;
+                slot
+            }
+            None => {
+                self.slots.push(connection);
+                self.queued.push(false);
+                self.slots.len() as Slot - 1
+            }
+        })
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// A connection.
+    pub(super) fn get(&mut self, slot: Slot) -> Option<&mut Connection> {
+        self.slots.get_mut(slot as usize)?.as_mut()
+    }
+
+    /// The connection of these ports.
+    pub(super) fn find(&self, key: Key) -> Option<Slot> {
+        self.keys.get(&key).copied()
+    }
+
+    /// Takes a connection out.
+    pub(super) fn remove(&mut self, slot: Slot) -> Option<Connection> {
+        self.forget_key(slot);
+        self.set_deadline(slot, None);
+        let connection = self.slots.get_mut(slot as usize)?.take()?;
+        self.free.push(slot);
+        self.promised -= u64::from(connection.credit.promised());
+        Some(connection)
+    }
+
+    /// The slots of all connections.
+    pub(super) fn all(&self) -> Vec<Slot> {
+        (0..).zip(&self.slots).filter(|(_, c)| c.is_some()).map(|(slot, _)| slot).collect()
+    }
+
+    /// Gives a connection its name, which is free.
+    pub(super) fn set_key(&mut self, slot: Slot, key: Key) {
+        if let Some(connection) = self.get(slot) {
+            connection.key = Some(key);
+            self.keys.insert(key, slot);
+        }
+    }
+
+    /// Takes a connection's name away: the guest may use its port again.
+    pub(super) fn forget_key(&mut self, slot: Slot) {
+        if let Some(key) = self.get(slot).and_then(|connection| connection.key.take()) {
+            self.keys.remove(&key);
+        }
+    }
+
+    /// A name for a host client's connection to this port of the guest.
+    pub(super) fn new_key(&mut self, guest_port: u32) -> Key {
+        loop {
+            let key = Key { host_port: FIRST_PORT + self.next_port, guest_port };
+            self.next_port = (self.next_port + 1) % PORTS;
+            // There are many more ports than connections.
+            if !self.keys.contains_key(&key) {
+                return key;
+            }
+        }
+    }
+
+    /// Sets when a connection has waited long enough.
+    pub(super) fn set_deadline(&mut self, slot: Slot, deadline: Option<Nanos>) {
+        let Some(connection) = self.get(slot) else { return };
+        let old = std::mem::replace(&mut connection.deadline, deadline);
+        if let Some(old) = old {
+            self.deadlines.remove(&(old, slot));
+        }
+        if let Some(deadline) = deadline {
+            self.deadlines.insert((deadline, slot));
+        }
+    }
+
+    /// The first deadline.
+    pub(super) fn next_deadline(&self) -> Option<Nanos> {
+        self.deadlines.first().map(|&(at, _)| at)
+    }
+
+    /// A connection that has waited long enough; its deadline is no more.
+    pub(super) fn expired(&mut self, now: Nanos) -> Option<Slot> {
+        let &(at, slot) = self.deadlines.first()?;
+        (at <= now).then(|| self.set_deadline(slot, None)).map(|()| slot)
+    }
+
+    /// All deadlines come later: time in which nobody could do anything does not count.
+    pub(super) fn postpone(&mut self, by: Nanos) {
+        for slot in self.all() {
+            if let Some(connection) = self.get(slot) {
+                if let State::Dialing { give_up } = &mut connection.state {
+                    *give_up = give_up.saturating_add(by);
+                }
+                let deadline = connection.deadline.map(|at| at.saturating_add(by));
+                self.set_deadline(slot, deadline);
+            }
+        }
+    }
+
+    /// Puts a connection at the end of the line, unless it stands in it.
+    pub(super) fn queue(&mut self, slot: Slot) {
+        let queued = &mut self.queued[slot as usize];
+        if !*queued {
+            *queued = true;
+            self.line.push_back(slot);
+        }
+    }
+
+    /// Puts a connection back where it came from.
+    pub(super) fn queue_first(&mut self, slot: Slot) {
+        let queued = &mut self.queued[slot as usize];
+        if !*queued {
+            *queued = true;
+            self.line.push_front(slot);
+        }
+    }
+
+    /// Whose turn it is. The connection may be gone.
+    pub(super) fn next(&mut self) -> Option<Slot> {
+        let slot = self.line.pop_front()?;
+        self.queued[slot as usize] = false;
+        Some(slot)
+    }
+
+    /// Whether anybody stands in line.
+    pub(super) fn has_line(&self) -> bool {
+        !self.line.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream(table: &mut Table) -> Option<Slot> {
+        table.add(SocketKind::Stream, State::Greeting)
+    }
+
+    #[test]
+    fn there_is_room_for_so_many_and_their_credit_is_bounded() {
+        let mut table = Table::default();
+        let slots: Vec<_> = (0..MAX_CONNECTIONS).map(|_| stream(&mut table).unwrap()).collect();
+        assert_eq!(stream(&mut table), None);
+        assert_eq!(table.get(slots[0]).unwrap().credit.promised(), FULL_CREDIT);
+        assert_eq!(table.get(slots[MAX_CONNECTIONS - 1]).unwrap().credit.promised(), SMALL_CREDIT);
+        assert!(table.promised <= MAX_PROMISED);
+        for slot in slots {
+            table.remove(slot).unwrap();
+        }
+        assert_eq!((table.len(), table.promised), (0, 0));
+        let messages =
+            (0..MAX_CONNECTIONS).filter_map(|_| table.add(SocketKind::SeqPacket, State::Greeting)).count();
+        assert_eq!(messages as u64, MAX_PROMISED / u64::from(MAX_MESSAGE));
+    }
+
+    #[test]
+    fn names_are_found_until_they_are_forgotten_and_ports_are_not_given_twice() {
+        let mut table = Table::default();
+        let slot = stream(&mut table).unwrap();
+        let key = table.new_key(7);
+        assert_eq!(key, Key { host_port: 1 << 30, guest_port: 7 });
+        table.set_key(slot, key);
+        table.next_port = 0;
+        assert_eq!(table.new_key(7).host_port, (1 << 30) + 1);
+        table.next_port = PORTS - 1;
+        assert_eq!(table.new_key(8).host_port, (1 << 31) - 1);
+        assert_eq!(table.new_key(8).host_port, 1 << 30, "another port of the guest");
+        assert_eq!(table.find(key), Some(slot));
+        table.remove(slot);
+        assert_eq!(table.find(key), None);
+    }
+
+    #[test]
+    fn a_slot_stands_in_line_once_whoever_has_it() {
+        let mut table = Table::default();
+        for _ in 0..3 {
+            let slot = stream(&mut table).unwrap();
+            table.queue(slot);
+            table.remove(slot);
+        }
+        assert_eq!((table.next(), table.next()), (Some(0), None));
+        let (a, b) = (stream(&mut table).unwrap(), stream(&mut table).unwrap());
+        table.queue(a);
+        table.queue(b);
+        assert_eq!(table.next(), Some(a));
+        table.queue_first(a);
+        table.queue(a);
+        assert_eq!((table.next(), table.next(), table.next()), (Some(a), Some(b), None));
+    }
+
+    #[test]
+    fn deadlines_come_in_order_and_can_be_moved() {
+        let mut table = Table::default();
+        let (a, b) = (stream(&mut table).unwrap(), stream(&mut table).unwrap());
+        table.set_deadline(a, Some(20));
+        table.set_deadline(b, Some(10));
+        table.set_deadline(a, Some(15));
+        assert_eq!((table.expired(9), table.next_deadline()), (None, Some(10)));
+        table.postpone(100);
+        assert_eq!((table.expired(110), table.expired(114), table.expired(115)), (Some(b), None, Some(a)));
+        assert_eq!(table.next_deadline(), None);
+        table.set_deadline(a, Some(1));
+        table.remove(a);
+        assert_eq!(table.next_deadline(), None);
+    }
+}

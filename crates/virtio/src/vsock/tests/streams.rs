@@ -1,0 +1,194 @@
+//! Streams that are opened, used and refused.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+
+use super::guest::{CID, End, MS, Rig, is_at_end, read};
+use crate::testing::Kind;
+use crate::vsock::packet::{HOST_CID, Op, SocketKind};
+
+const BOTH: [Kind; 2] = [Kind::Mmio, Kind::Pci];
+
+#[test]
+fn the_driver_reads_its_cid() {
+    for kind in BOTH {
+        let mut rig = Rig::new(kind);
+        let mut cid = [0xff; 8];
+        rig.guest.read_config(0, &mut cid);
+        assert_eq!(u64::from_le_bytes(cid), CID);
+    }
+}
+
+#[test]
+fn a_host_client_reaches_a_port_of_the_guest() {
+    for kind in BOTH {
+        let mut rig = Rig::new(kind);
+        let mut client = rig.dial(1024);
+        let asked = rig.expect(Op::Request).header;
+        assert_eq!((asked.src_cid.get(), asked.dst_cid.get()), (HOST_CID, CID));
+        assert_eq!((asked.src_port.get(), asked.dst_port.get(), asked.kind.get()), (1 << 30, 1024, 1));
+        assert!(asked.buf_alloc.get() > 0);
+        assert_eq!(read(&mut client), b"", "not before the guest has answered");
+        let end = End { port: 1024, host_port: 1 << 30, kind: SocketKind::Stream, room: 100, forwarded: 0 };
+        rig.send(&end, Op::Response, 0);
+        assert_eq!(read(&mut client), b"OK 1073741824\n");
+        client.write_all(b"to the guest").unwrap();
+        assert_eq!(rig.expect(Op::Rw).data, b"to the guest");
+        rig.send_data(&end, 0, b"to the host");
+        assert_eq!(read(&mut client), b"to the host");
+    }
+}
+
+#[test]
+fn what_a_client_sends_before_the_answer_comes_after_it() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let mut client = UnixStream::connect(rig.path("")).unwrap();
+    client.write_all(b"CONNECT 5\nearly").unwrap();
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    let asked = rig.expect(Op::Request).header;
+    assert_eq!(rig.next(), None);
+    let end =
+        End { port: 5, host_port: asked.src_port.get(), kind: SocketKind::Stream, room: 100, forwarded: 0 };
+    rig.send(&end, Op::Response, 0);
+    assert_eq!(rig.expect(Op::Rw).data, b"early");
+    assert_eq!(rig.expect(Op::Shutdown).flags(), 2);
+}
+
+#[test]
+fn the_guest_reaches_a_server_on_the_host() {
+    for kind in BOTH {
+        let mut rig = Rig::new(kind);
+        let server = rig.serve(52);
+        let (mut peer, end) = rig.open_by_guest(&server, 52, 4000);
+        rig.send_data(&end, 0, b"hello");
+        assert_eq!(read(&mut peer), b"hello");
+        peer.write_all(b"hello yourself").unwrap();
+        let got = rig.expect(Op::Rw);
+        assert_eq!(got.data, b"hello yourself");
+        assert_eq!((got.header.src_port.get(), got.header.dst_port.get()), (52, 4000));
+        assert_eq!(got.header.fwd_cnt.get(), 5);
+    }
+}
+
+#[test]
+fn a_refusal_of_the_guest_closes_the_client_at_once() {
+    let mut rig = Rig::new(Kind::Pci);
+    let mut client = rig.dial(9);
+    let asked = rig.expect(Op::Request).header;
+    let end =
+        End { port: 9, host_port: asked.src_port.get(), kind: SocketKind::Stream, room: 0, forwarded: 0 };
+    rig.send(&end, Op::Rst, 0);
+    assert!(is_at_end(&mut client));
+    assert_eq!(rig.next(), None);
+}
+
+#[test]
+fn where_nobody_listens_the_guest_is_refused_at_once() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let end = End { port: 1, host_port: 2, kind: SocketKind::Stream, room: 1, forwarded: 0 };
+    rig.send(&end, Op::Request, 0);
+    let reset = rig.expect(Op::Rst).header;
+    assert_eq!((reset.src_port.get(), reset.dst_port.get()), (2, 1));
+    assert_eq!((reset.src_cid.get(), reset.dst_cid.get()), (HOST_CID, CID));
+    drop(rig.serve(2));
+    rig.send(&end, Op::Request, 0);
+    rig.expect(Op::Rst);
+}
+
+#[test]
+fn a_server_with_a_full_queue_is_tried_again_for_a_while() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (listener, _file) = crate::vsock::Listener::bind(&rig.path("_8"), SocketKind::Stream).unwrap();
+    rustix::net::listen(listener.fd(), 0).unwrap();
+    let waits = UnixStream::connect(rig.path("_8")).unwrap();
+    let end = End { port: 1, host_port: 8, kind: SocketKind::Stream, room: 1, forwarded: 0 };
+    rig.send(&end, Op::Request, 0);
+    assert_eq!(rig.next(), None);
+    rig.guest.worker.advance(50 * MS);
+    assert_eq!(rig.next(), None);
+    listener.accept().unwrap();
+    drop(waits);
+    rig.guest.worker.advance(50 * MS);
+    rig.expect(Op::Response);
+
+    let second = End { port: 2, ..end };
+    rig.send(&second, Op::Request, 0);
+    assert_eq!(rig.next(), None);
+    rig.guest.worker.advance(6_000 * MS);
+    assert_eq!(rig.expect(Op::Rst).header.dst_port.get(), 2);
+}
+
+#[test]
+fn a_stream_of_many_packets_fills_the_guests_buffers_one_after_the_other() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (mut client, _) = rig.open_by_host(7);
+    let data: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+    client.set_nonblocking(false).unwrap();
+    client.write_all(&data).unwrap();
+    let mut got = Vec::new();
+    while let Some(packet) = rig.next() {
+        assert_eq!(packet.op(), Op::Rw);
+        got.extend(packet.data);
+    }
+    assert!(got == data, "{} bytes of {}", got.len(), data.len());
+}
+
+#[test]
+fn the_guest_gets_no_more_than_it_has_room_for() {
+    let mut rig = Rig::new(Kind::Pci);
+    let server = rig.serve(1);
+    let (mut peer, mut end) = rig.open_by_guest(&server, 1, 1);
+    // Its request said 256 KiB; now it has less.
+    end.room = 10;
+    rig.send(&end, Op::CreditUpdate, 0);
+    peer.write_all(b"0123456789abcdefghij").unwrap();
+    assert_eq!(rig.expect(Op::Rw).data, b"0123456789");
+    assert_eq!(rig.next(), None);
+    end.forwarded = 4;
+    rig.send(&end, Op::CreditUpdate, 0);
+    assert_eq!(rig.expect(Op::Rw).data, b"abcd");
+    // After a while without room the guest is asked.
+    rig.guest.worker.advance(1_000 * MS);
+    rig.expect(Op::CreditRequest);
+    end.forwarded = 14;
+    rig.send(&end, Op::CreditUpdate, 0);
+    assert_eq!(rig.expect(Op::Rw).data, b"efghij");
+}
+
+#[test]
+fn the_guest_hears_of_room_when_it_asks_and_when_half_of_it_is_free_again() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let server = rig.serve(1);
+    let (mut peer, end) = rig.open_by_guest(&server, 1, 1);
+    rig.send_data(&end, 0, &[7; 1000]);
+    assert_eq!(rig.next(), None);
+    rig.send(&end, Op::CreditRequest, 0);
+    let update = rig.expect(Op::CreditUpdate).header;
+    assert_eq!((update.fwd_cnt.get(), update.buf_alloc.get()), (1000, 256 << 10));
+    let mut sent = 0;
+    while sent < 128 << 10 {
+        rig.send_data(&end, 0, &vec![7; 16 << 10]);
+        sent += 16 << 10;
+        read(&mut peer);
+    }
+    assert_eq!(rig.expect(Op::CreditUpdate).header.fwd_cnt.get(), 1000 + (128 << 10));
+}
+
+#[test]
+fn two_streams_take_turns() {
+    let mut rig = Rig::with(Kind::Mmio, 32, 4096 + 44);
+    let (mut first, a) = rig.open_by_host(1);
+    let (mut second, b) = rig.open_by_host(2);
+    for client in [&mut first, &mut second] {
+        client.set_nonblocking(false).unwrap();
+        client.write_all(&vec![1; 180_000]).unwrap();
+    }
+    let mut got = [0usize, 0];
+    while let Some(packet) = rig.next() {
+        let which = usize::from(packet.header.src_port.get() != a.host_port);
+        got[which] += packet.data.len();
+        let ahead = got[0].abs_diff(got[1]);
+        assert!(ahead <= 2 * (64 << 10), "one is {ahead} bytes ahead");
+    }
+    assert_eq!((got, b.port), ([180_000, 180_000], 2));
+}

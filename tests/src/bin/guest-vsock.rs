@@ -1,0 +1,330 @@
+//! What runs in a guest to use its vsock device: servers for programs on the host, and clients of them.
+//!
+//! | command | what it does |
+//! |---|---|
+//! | `serve` | serves the ports of [`vesta_tests::vsock::port`], each connection on a thread of its own; says `SERVING` |
+//! | `cid` | says the guest's CID |
+//! | `duplex PORT COUNT BYTES` | so many streams at once, so many bytes both ways on each, all compared |
+//! | `crowd PORT COUNT` | so many connections open at once, an echo over each, closed |
+//! | `abandon PORT COUNT` | so many connections, and the process ends |
+//! | `refused PORT` | connects where nobody listens |
+//! | `await PORT` | returns once somebody listens |
+//! | `half PORT` | asks, ends its half, prints the answer |
+//! | `messages PORT` | messages of several lengths, echoed |
+//! | `wake DISK COUNT` | the median time of so many reads of one sector of a disk, in nanoseconds |
+//! | `hold PORT` | connects, says `HELD`, and says `LOST` when the connection is gone |
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vesta_tests::vsock::{self, port, receive, transmit};
+
+/// Stack of a connection's thread: there may be thousands.
+const STACK: usize = 128 << 10;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let number = |at: usize| args.get(at).and_then(|arg| arg.parse::<u32>().ok()).unwrap_or(0);
+    let result = match args.first().map(String::as_str) {
+        Some("serve") => serve(),
+        Some("cid") => cid(),
+        Some("duplex") => duplex(number(1), number(2), number(3)),
+        Some("crowd") => crowd(number(1), number(2)),
+        Some("abandon") => abandon(number(1), number(2)),
+        Some("refused") => refused(number(1)),
+        Some("await") => await_server(number(1)),
+        Some("half") => half(number(1)),
+        Some("messages") => messages(number(1)),
+        Some("wake") => wake(args.get(1).map_or("", String::as_str), number(2)),
+        Some("hold") => hold(number(1)),
+        _ => Err(io::Error::other("which command?")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("FAILED {args:?}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> io::Result<()> {
+    type Handler = fn(UnixStream) -> io::Result<()>;
+    let handlers: [(u32, i32, Handler); 7] = [
+        (port::ECHO, libc::SOCK_STREAM, echo),
+        (port::SINK, libc::SOCK_STREAM, sink),
+        (port::SOURCE, libc::SOCK_STREAM, source),
+        (port::DUPLEX, libc::SOCK_STREAM, duplex_peer),
+        (port::ANSWER, libc::SOCK_STREAM, answer),
+        (port::LAZY, libc::SOCK_STREAM, lazy),
+        (port::MESSAGES, libc::SOCK_SEQPACKET, echo),
+    ];
+    let mut threads = Vec::new();
+    for (port, kind, handler) in handlers {
+        let listener = listen(port, kind)?;
+        threads.push(thread::spawn(move || -> io::Result<()> {
+            loop {
+                let stream = UnixStream::from(rustix::net::accept(&listener)?);
+                let handle = move || {
+                    if let Err(error) = handler(stream) {
+                        println!("port {port}: {error}");
+                    }
+                };
+                thread::Builder::new().stack_size(STACK).spawn(handle)?;
+            }
+        }));
+    }
+    println!("SERVING");
+    threads.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"))
+}
+
+/// Sends back what comes.
+fn echo(mut stream: UnixStream) -> io::Result<()> {
+    let mut buffer = vec![0; 66_000];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            len => stream.write_all(&buffer[..len])?,
+        }
+    }
+}
+
+/// Takes all there is, then says how much it was.
+fn sink(mut stream: UnixStream) -> io::Result<()> {
+    let mut buffer = vec![0; 256 << 10];
+    let mut count = 0u64;
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return stream.write_all(&count.to_le_bytes()),
+            len => count += len as u64,
+        }
+    }
+}
+
+/// Sends as much as it is asked for.
+fn source(mut stream: UnixStream) -> io::Result<()> {
+    let mut left = [0; 8];
+    stream.read_exact(&mut left)?;
+    let mut left = u64::from_le_bytes(left);
+    let buffer = vec![7; 64 << 10];
+    while left > 0 {
+        let len = left.min(buffer.len() as u64) as usize;
+        stream.write_all(&buffer[..len])?;
+        left -= len as u64;
+    }
+    Ok(())
+}
+
+/// Both ways at once, as the other side asks.
+fn duplex_peer(mut stream: UnixStream) -> io::Result<()> {
+    let mut order = [0; 8];
+    stream.read_exact(&mut order)?;
+    let [index, bytes] =
+        [0, 4].map(|at| u32::from_le_bytes(order[at..at + 4].try_into().expect("four bytes")));
+    both_ways(&stream, index, bytes)
+}
+
+/// Sends its own bytes, ends its half, and compares what comes with what should.
+fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> io::Result<()> {
+    let sender = stream.try_clone()?;
+    let sending = thread::Builder::new().stack_size(STACK).spawn(move || {
+        transmit(&sender, index, vsock::FROM_GUEST, bytes)?;
+        sender.shutdown(Shutdown::Write)
+    })?;
+    receive(stream, index, vsock::FROM_HOST, bytes)?;
+    sending.join().expect("it does not panic")
+}
+
+/// Reads to the end, then answers with how much it was.
+fn answer(mut stream: UnixStream) -> io::Result<()> {
+    let mut asked = String::new();
+    stream.read_to_string(&mut asked)?;
+    stream.write_all(format!("you said: {asked}").as_bytes())
+}
+
+/// Takes nothing until the other side is gone.
+#[expect(clippy::needless_pass_by_value, reason = "a handler has its connection")]
+fn lazy(stream: UnixStream) -> io::Result<()> {
+    rustix::event::poll(&mut [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::RDHUP)], None)?;
+    Ok(())
+}
+
+/// `IOCTL_VM_SOCKETS_GET_LOCAL_CID`.
+const GET_LOCAL_CID: libc::Ioctl = 0x7b9;
+
+fn cid() -> io::Result<()> {
+    let device = std::fs::File::open("/dev/vsock")?;
+    let mut cid: u32 = 0;
+    // SAFETY: this call writes a 32-bit number to the address that it is given, which is that of one.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), GET_LOCAL_CID, &raw mut cid) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    println!("CID {cid}");
+    Ok(())
+}
+
+fn duplex(port: u32, count: u32, bytes: u32) -> io::Result<()> {
+    let threads: Vec<_> = (0..count)
+        .map(|index| {
+            thread::spawn(move || {
+                let mut stream = connect(port, libc::SOCK_STREAM)?;
+                stream.write_all(&index.to_le_bytes())?;
+                both_ways(&stream, index, bytes)
+            })
+        })
+        .collect();
+    threads.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"))?;
+    println!("DUPLEX {count} streams of {bytes} bytes both ways");
+    Ok(())
+}
+
+fn crowd(port: u32, count: u32) -> io::Result<()> {
+    let begun = Instant::now();
+    let mut streams = Vec::new();
+    for _ in 0..count {
+        streams.push(connect(port, libc::SOCK_STREAM)?);
+    }
+    println!("OPEN {count} after {} ms", begun.elapsed().as_millis());
+    for (index, stream) in (0u32..).zip(&mut streams) {
+        stream.write_all(&index.to_le_bytes())?;
+    }
+    for (index, stream) in (0u32..).zip(&mut streams) {
+        let mut back = [0; 4];
+        stream.read_exact(&mut back)?;
+        if back != index.to_le_bytes() {
+            return Err(io::Error::other(format!("stream {index} got {back:?}")));
+        }
+    }
+    println!("CROWD {count} after {} ms", begun.elapsed().as_millis());
+    Ok(())
+}
+
+fn abandon(port: u32, count: u32) -> io::Result<()> {
+    let streams: Vec<_> = (0..count).map(|_| connect(port, libc::SOCK_STREAM)).collect::<Result<_, _>>()?;
+    println!("ABANDONED {}", streams.len());
+    std::process::exit(0);
+}
+
+fn refused(port: u32) -> io::Result<()> {
+    let begun = Instant::now();
+    match connect(port, libc::SOCK_STREAM) {
+        Ok(_) => Err(io::Error::other("somebody listens")),
+        Err(error) => {
+            println!("REFUSED {:?} quickly {}", error.kind(), begun.elapsed().as_secs() < 1);
+            Ok(())
+        }
+    }
+}
+
+fn await_server(port: u32) -> io::Result<()> {
+    // Nobody tells when a server comes.
+    while let Err(error) = connect(port, libc::SOCK_STREAM) {
+        if error.kind() != ErrorKind::ConnectionReset {
+            return Err(error);
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+fn half(port: u32) -> io::Result<()> {
+    let mut stream = connect(port, libc::SOCK_STREAM)?;
+    stream.write_all(b"a question of the guest's")?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    println!("ANSWER {answer}");
+    Ok(())
+}
+
+fn messages(port: u32) -> io::Result<()> {
+    let mut stream = connect(port, libc::SOCK_SEQPACKET)?;
+    for len in [1u32, 100, 5000, 65_536, 2] {
+        let message: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
+        stream.write_all(&message)?;
+        let mut back = vec![0; 66_000];
+        let got = stream.read(&mut back)?;
+        if back[..got] != message[..] {
+            return Err(io::Error::other(format!("a message of {len} bytes came back as one of {got}")));
+        }
+    }
+    println!("MESSAGES echoed");
+    Ok(())
+}
+
+fn wake(disk: &str, count: u32) -> io::Result<()> {
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    let disk = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(disk)?;
+    let mut memory = vec![0; 1024];
+    // Reads past the page cache need a buffer that begins where a sector could.
+    let from = memory.as_ptr().align_offset(512);
+    let mut times = Vec::new();
+    for _ in 0..count {
+        let begun = Instant::now();
+        disk.read_exact_at(&mut memory[from..from + 512], 0)?;
+        times.push(begun.elapsed().as_nanos());
+    }
+    times.sort_unstable();
+    println!("WAKE {}", times.get(times.len() / 2).copied().unwrap_or(0));
+    Ok(())
+}
+
+fn hold(port: u32) -> io::Result<()> {
+    let mut stream = connect(port, libc::SOCK_STREAM)?;
+    println!("HELD");
+    let mut end = [0; 1];
+    match stream.read(&mut end) {
+        Ok(0) => println!("LOST at its end"),
+        Ok(_) => println!("GOT {end:?}"),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => println!("LOST by a reset"),
+        Err(error) => return Err(error),
+    }
+    Ok(())
+}
+
+fn socket(kind: i32) -> io::Result<OwnedFd> {
+    // SAFETY: it takes numbers and gives a new descriptor or -1.
+    let fd = unsafe { libc::socket(libc::AF_VSOCK, kind | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was made just now and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
+    // SAFETY: zeros are an address of no family, and all its fields are numbers.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as _;
+    (address.svm_cid, address.svm_port) = (cid, port);
+    address
+}
+
+/// The stream's system calls are those of any socket.
+fn connect(port: u32, kind: i32) -> io::Result<UnixStream> {
+    let (fd, address) = (socket(kind)?, address(libc::VMADDR_CID_HOST, port));
+    // SAFETY: the address is as long as it is said to be, and lives longer than the call.
+    let done = unsafe {
+        libc::connect(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(fd.into()) }
+}
+
+fn listen(port: u32, kind: i32) -> io::Result<OwnedFd> {
+    let (fd, address) = (socket(kind)?, address(libc::VMADDR_CID_ANY, port));
+    // SAFETY: the address is as long as it is said to be, and lives longer than the call.
+    let done = unsafe {
+        libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    rustix::net::listen(&fd, 4096)?;
+    Ok(fd)
+}

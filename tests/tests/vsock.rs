@@ -1,0 +1,510 @@
+//! Connections between real guests and programs on the host.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, start, vmm_path};
+use vesta_tests::initramfs::Initramfs;
+use vesta_tests::process::Orphans;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+use vesta_tests::vsock::{self, FROM_GUEST, FROM_HOST, connect, port, receive, transmit, try_connect};
+use vesta_tests::{on_each_kernel, on_each_transport};
+
+/// A guest that serves, then runs `script`; its monitor's arguments have a vsock device.
+fn boot_with(kernel: Kernel, transport: Transport, script: &str, vsock: Value) -> Result<Vmm> {
+    let builder = VmmBuilder::new(&vmm_path())?;
+    let mut initramfs = Initramfs::new(&busybox())?;
+    if let Some(modules) = kernel.modules() {
+        let bus = match transport {
+            Transport::Mmio => "virtio_mmio",
+            // Newer kernels have it built in.
+            Transport::Pci => "virtio_pci",
+        };
+        let drivers = [bus, "vmw_vsock_virtio_transport"];
+        let present: Vec<_> = drivers.into_iter().filter(|name| modules.file(name).exists()).collect();
+        initramfs.modules(&modules, &present)?;
+    }
+    initramfs.file("bin/guest-vsock", 0o755, &std::fs::read(env!("CARGO_BIN_EXE_guest-vsock"))?);
+    let guest = Guest::with_initramfs(kernel, initramfs, script, builder.dir())?.mem_mib(256);
+    let mut config = guest.config();
+    config["vsock"] = vsock;
+    let builder = transport.args().iter().fold(builder.arg("--id").arg("parent"), VmmBuilder::arg);
+    builder.with_api().with_config(&config)?.spawn()
+}
+
+fn boot(transport: Transport, script: &str) -> Result<Vmm> {
+    boot_with(Kernel::Tuned, transport, script, json!({"guest_cid": 3, "uds_path": "v.sock"}))
+}
+
+/// A guest that serves; returns when it does.
+fn serving(transport: Transport) -> Result<Vmm> {
+    let vmm = boot(transport, "guest-vsock serve")?;
+    vmm.wait_for_output("SERVING", BOOT)?;
+    Ok(vmm)
+}
+
+fn path(vmm: &Vmm) -> PathBuf {
+    vmm.dir().join("v.sock")
+}
+
+/// A server on the host, for the guest's port.
+fn serve(vmm: &Vmm, port: u32) -> Result<UnixListener> {
+    Ok(UnixListener::bind(vmm.dir().join(format!("v.sock_{port}")))?)
+}
+
+/// Sends its own bytes, ends its half, and compares what comes.
+fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> Result<()> {
+    let sender = stream.try_clone()?;
+    let sending = thread::spawn(move || -> Result<()> {
+        transmit(&sender, index, FROM_HOST, bytes)?;
+        Ok(sender.shutdown(Shutdown::Write)?)
+    });
+    receive(stream, index, FROM_GUEST, bytes)?;
+    sending.join().expect("it does not panic")
+}
+
+fn join_all<T>(threads: Vec<thread::JoinHandle<Result<T>>>) -> Result<Vec<T>> {
+    threads.into_iter().map(|thread| thread.join().expect("it does not panic")).collect()
+}
+
+on_each_transport! {
+    /// 50 streams at once to the guest and 50 from it, each carrying other bytes both ways at the same time.
+    fn bytes_cross_fifty_streams_both_ways_unharmed(transport) {
+        const STREAMS: u32 = 50;
+        const BYTES: u32 = 200_003;
+        let mut vmm = boot(transport, &format!(
+            "guest-vsock serve &\nguest-vsock await 801\nguest-vsock duplex 800 {STREAMS} {BYTES}\nguest-vsock cid\nreboot -f"
+        ))?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let host = path(&vmm);
+        join_all((0..STREAMS).map(|index| {
+            let host = host.clone();
+            thread::spawn(move || {
+                let mut stream = connect(&host, port::DUPLEX)?;
+                stream.write_all(&[index.to_le_bytes(), BYTES.to_le_bytes()].concat())?;
+                both_ways(&stream, index, BYTES)
+            })
+        }).collect())?;
+        let server = serve(&vmm, 800)?;
+        // The guest goes on when somebody listens here.
+        let _gate = serve(&vmm, 801)?;
+        let threads = (0..STREAMS).map(|_| {
+            let (mut stream, _) = server.accept()?;
+            Ok(thread::spawn(move || {
+                let mut index = [0; 4];
+                stream.read_exact(&mut index)?;
+                both_ways(&stream, u32::from_le_bytes(index), BYTES)
+            }))
+        }).collect::<Result<_>>()?;
+        join_all(threads)?;
+        let (code, said) = vmm.finish(BOOT)?;
+        assert_eq!(code, 0, "{said}");
+        assert!(said.contains(&format!("DUPLEX {STREAMS} streams of {BYTES} bytes")), "{said}");
+        assert!(said.contains("CID 3"), "{said}");
+        assert!(!host.exists(), "the socket file goes with the monitor");
+        Ok(())
+    }
+
+    /// 1,000 connections to the guest, all of them open at once; closed, and abandoned, and done again.
+    fn a_thousand_clients_at_once_are_served(transport) {
+        let vmm = serving(transport)?;
+        for round in 0..2u32 {
+            let mut clients = Vec::new();
+            for _ in 0..1000 {
+                clients.push(connect(&path(&vmm), port::ECHO)?);
+            }
+            for (index, client) in (0u32..).zip(&mut clients) {
+                client.write_all(&(index ^ round).to_le_bytes())?;
+            }
+            for (index, client) in (0u32..).zip(&mut clients) {
+                let mut back = [0; 4];
+                client.read_exact(&mut back).with_context(|| format!("client {index}"))?;
+                assert_eq!(back, (index ^ round).to_le_bytes());
+            }
+        }
+        // Opened and left: some before they say anything, some before they are answered.
+        for index in 0..1000 {
+            let mut client = UnixStream::connect(path(&vmm))?;
+            if index % 2 == 0 {
+                client.write_all(b"CONNECT 1\n")?;
+            }
+        }
+        let mut last = connect(&path(&vmm), port::ECHO)?;
+        last.write_all(b"still there?")?;
+        let mut back = [0; 12];
+        last.read_exact(&mut back)?;
+        assert_eq!(&back, b"still there?");
+        Ok(())
+    }
+
+    /// Refusals reach the other side at once, from the guest and from the host.
+    fn a_refusal_closes_at_once(transport) {
+        let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock refused 98\nguest-vsock await 97\npoweroff -f")?;
+        vmm.wait_for_output("REFUSED ConnectionReset quickly true", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let begun = Instant::now();
+        for _ in 0..20 {
+            assert!(try_connect(&path(&vmm), port::NOBODY)?.is_none());
+        }
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?} for 20 refusals", begun.elapsed());
+        let _gate = serve(&vmm, 97)?;
+        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        Ok(())
+    }
+
+    /// Each side ends its half and still hears the other.
+    fn halves_end_one_by_one(transport) {
+        let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock half 700\npoweroff -f")?;
+        let server = serve(&vmm, 700)?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let mut client = connect(&path(&vmm), port::ANSWER)?;
+        client.write_all(b"a question of the host's")?;
+        client.shutdown(Shutdown::Write)?;
+        let mut answer = String::new();
+        client.read_to_string(&mut answer)?;
+        assert_eq!(answer, "you said: a question of the host's");
+        let _gate = serve(&vmm, 97)?;
+        let (mut peer, _) = server.accept()?;
+        let mut question = String::new();
+        peer.read_to_string(&mut question)?;
+        peer.write_all(format!("it said: {question}").as_bytes())?;
+        drop(peer);
+        vmm.wait_for_output("ANSWER it said: a question of the guest's", BOOT)?;
+        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        Ok(())
+    }
+
+    /// Messages keep their boundaries both ways.
+    fn messages_stay_whole(transport) {
+        let vsock = json!({"guest_cid": 77, "uds_path": "v.sock", "seqpacket_uds_path": "v.seq"});
+        let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\npoweroff -f";
+        let mut vmm = boot_with(Kernel::Tuned, transport, script, vsock)?;
+        vmm.wait_for_output("CID 77", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let client = seqpacket::connect(&vmm.dir().join("v.seq"))?;
+        seqpacket::send(&client, b"CONNECT 7\n")?;
+        assert!(seqpacket::receive(&client)?.starts_with(b"OK "));
+        for len in [1usize, 1000, 65_536, 3] {
+            let message: Vec<u8> = (0..len).map(|at| (at % 253) as u8).collect();
+            seqpacket::send(&client, &message)?;
+            assert!(seqpacket::receive(&client)? == message, "a message of {len} bytes");
+        }
+        let server = seqpacket::serve(&vmm.dir().join("v.sock_600"))?;
+        let _gate = serve(&vmm, 97)?;
+        let peer = rustix::net::accept(&server)?;
+        loop {
+            let message = seqpacket::receive(&peer)?;
+            if message.is_empty() {
+                break;
+            }
+            seqpacket::send(&peer, &message)?;
+        }
+        vmm.wait_for_output("MESSAGES echoed", BOOT)?;
+        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        Ok(())
+    }
+}
+
+/// Waits until a guest has said that on its serial port, which goes to a file.
+fn wait_for(serial: &Path, text: &str) -> Result<()> {
+    let deadline = Instant::now() + BOOT;
+    while !std::fs::read_to_string(serial).unwrap_or_default().contains(text) {
+        anyhow::ensure!(
+            Instant::now() < deadline,
+            "{text} does not come: {:?}",
+            std::fs::read_to_string(serial)
+        );
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+on_each_transport! {
+    /// The parent's connections go on, and the child begins without: its programs hear of it, and it is reached at a socket of its own.
+    fn a_forks_child_has_connections_of_its_own(transport) {
+        let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let (held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
+        let (mut held, _) = held.accept()?;
+        vmm.wait_for_output("HELD", BOOT)?;
+        let mut before = connect(&path(&vmm), port::ECHO)?;
+
+        // The child outlives its parent, and its directory.
+        let home = tempfile::tempdir()?;
+        let (its_socket, serial) = (home.path().join("child.sock"), home.path().join("serial"));
+        let child = |id: &str, vsock: Value| json!({
+            "id": id, "serial": {"serial_out_path": serial}, "vsock_override": vsock,
+        });
+        let mut api = vmm.ready_client(SOON)?;
+        for (vsock, named) in [
+            (json!({"uds_path": path(&vmm)}), "socket of another process"),
+            (json!({"uds_path": ""}), "uds_path"),
+            (json!({"uds_path": its_socket, "port": 1}), "`port`"),
+        ] {
+            let refused = api.put("/fork", &json!({"children": [child("a", vsock)]}))?;
+            assert_eq!(refused.status, 400);
+            assert!(refused.fault().contains(named), "{refused:?}");
+        }
+        let children = json!([child("a", json!({"uds_path": its_socket, "guest_cid": 9})), {"id": "b"}]);
+        let reply = api.put("/fork", &json!({"children": children}))?.ok()?.json()?;
+        let pids: Vec<_> = [0, 1].iter().filter_map(|at| reply["children"][at]["pid"].as_u64()).collect();
+        assert_eq!(pids.len(), 2, "{reply}");
+        let orphans = Orphans::of(&pids);
+
+        before.write_all(b"still the parent")?;
+        let mut back = [0; 16];
+        before.read_exact(&mut back)?;
+        assert_eq!(&back, b"still the parent");
+        let mut new = connect(&its_socket, port::ECHO)?;
+        new.write_all(b"hello child")?;
+        let mut back = [0; 11];
+        new.read_exact(&mut back)?;
+        assert_eq!(&back, b"hello child");
+        wait_for(&serial, "LOST")?;
+        wait_for(&serial, "CID 9")?;
+        assert!(!vmm.stdout.text().contains("LOST"), "the parent's connections go on");
+
+        // Nobody else has the parent's ends of its connections.
+        vmm.signal(rustix::process::Signal::KILL)?;
+        vmm.exit_status(SOON)?;
+        for stream in [&mut before, &mut held] {
+            stream.set_read_timeout(Some(SOON))?;
+            assert!(matches!(stream.read(&mut back), Ok(0)), "it is at its end");
+        }
+        new.write_all(b"still there")?;
+        new.read_exact(&mut back)?;
+        assert_eq!(orphans.running()?, 2);
+        orphans.kill(SOON)
+    }
+}
+
+on_each_transport! {
+    /// A microVM that is loaded has its guest's programs hear that their connections are gone, and is reached at another socket.
+    fn a_loaded_microvm_is_reached_at_another_socket(transport) {
+        let vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let (_held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
+        vmm.wait_for_output("HELD", BOOT)?;
+        let mut api = vmm.ready_client(SOON)?;
+        let files = tempfile::tempdir()?;
+        let (state, memory) = (files.path().join("state"), files.path().join("memory"));
+        api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+        api.put("/snapshot/create", &json!({"snapshot_path": state, "mem_file_path": memory}))?.ok()?;
+
+        let builder = transport.args().iter().fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
+        let loaded = builder.spawn()?;
+        let mut api = loaded.ready_client(SOON)?;
+        let load = |more: Value| {
+            let mut body = json!({
+                "snapshot_path": state, "mem_backend": {"backend_type": "File", "backend_path": memory}, "resume_vm": true,
+            });
+            body["vsock_override"] = more;
+            body
+        };
+        // Where it was, the first one still has it.
+        let in_use = api.put("/snapshot/load", &load(json!({"uds_path": path(&vmm)})))?;
+        assert!(in_use.status == 400 && in_use.fault().contains("socket of another process"), "{in_use:?}");
+        api.put("/snapshot/load", &load(json!({"uds_path": "new.sock", "guest_cid": 12})))?.ok()?;
+        let mut stream = connect(&loaded.dir().join("new.sock"), port::ECHO)?;
+        stream.write_all(b"hello again")?;
+        let mut back = [0; 11];
+        stream.read_exact(&mut back)?;
+        assert_eq!(&back, b"hello again");
+        loaded.wait_for_output("LOST", BOOT)?;
+        loaded.wait_for_output("CID 12", BOOT)?;
+        assert_eq!(api.get("/vm/config")?.json()?["vsock"], json!({"guest_cid": 12, "uds_path": "new.sock"}));
+        Ok(())
+    }
+}
+
+/// Sockets of messages on the host.
+mod seqpacket {
+    use std::os::fd::OwnedFd;
+    use std::path::Path;
+
+    use anyhow::Result;
+    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+
+    fn socket() -> Result<OwnedFd> {
+        Ok(rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+    }
+
+    pub(crate) fn connect(path: &Path) -> Result<OwnedFd> {
+        let socket = socket()?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+        Ok(socket)
+    }
+
+    pub(crate) fn serve(path: &Path) -> Result<OwnedFd> {
+        let socket = socket()?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        rustix::net::listen(&socket, 8)?;
+        Ok(socket)
+    }
+
+    pub(crate) fn send(to: &OwnedFd, message: &[u8]) -> Result<()> {
+        assert_eq!(rustix::net::send(to, message, SendFlags::NOSIGNAL)?, message.len());
+        Ok(())
+    }
+
+    pub(crate) fn receive(from: &OwnedFd) -> Result<Vec<u8>> {
+        let mut message = vec![0; 100_000];
+        let (len, _) = rustix::net::recv(from, &mut message[..], RecvFlags::empty())?;
+        message.truncate(len);
+        Ok(message)
+    }
+}
+
+#[test]
+fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Result<()> {
+    let script =
+        "guest-vsock crowd 900 1000\nguest-vsock abandon 900 1000\nguest-vsock crowd 900 1000\npoweroff -f";
+    let mut vmm = boot(Transport::Mmio, &format!("guest-vsock await 901\n{script}"))?;
+    let server = serve(&vmm, 900)?;
+    let _gate = serve(&vmm, 901)?;
+    let echoes = thread::spawn(move || -> Result<()> {
+        let mut threads = Vec::new();
+        for _ in 0..3000 {
+            let (mut stream, _) = server.accept()?;
+            let echo = move || {
+                let mut bytes = [0; 64];
+                while let Ok(len @ 1..) = stream.read(&mut bytes) {
+                    if stream.write_all(&bytes[..len]).is_err() {
+                        break;
+                    }
+                }
+            };
+            threads.push(thread::Builder::new().stack_size(64 << 10).spawn(echo)?);
+        }
+        // Every connection comes to its end.
+        for thread in threads {
+            thread.join().expect("it does not panic");
+        }
+        Ok(())
+    });
+    let (code, said) = vmm.finish(BOOT)?;
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(said.matches("CROWD 1000").count(), 2, "{said}");
+    assert!(said.contains("ABANDONED 1000"), "{said}");
+    echoes.join().expect("it does not panic")
+}
+
+#[test]
+fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
+    let vmm = serving(Transport::Mmio)?;
+    // The guest does not read: the host's writes stop, and nothing else does.
+    let lazy = connect(&path(&vmm), port::LAZY)?;
+    lazy.set_nonblocking(true)?;
+    let mut stuffed = 0;
+    let piece = vec![0; 65536];
+    while let Ok(len) = (&lazy).write(&piece) {
+        stuffed += len;
+    }
+    // The host does not read: the guest's writes stop.
+    let mut unread = connect(&path(&vmm), port::SOURCE)?;
+    unread.write_all(&(8u64 << 20).to_le_bytes())?;
+    // The host dies in the middle.
+    let mut dies = connect(&path(&vmm), port::SOURCE)?;
+    dies.write_all(&(8u64 << 20).to_le_bytes())?;
+    dies.read_exact(&mut [0; 1000])?;
+    drop(dies);
+    for index in 0..4 {
+        let mut stream = connect(&path(&vmm), port::DUPLEX)?;
+        stream.write_all(&[index, 500_000u32].map(u32::to_le_bytes).concat())?;
+        both_ways(&stream, index, 500_000)?;
+    }
+    assert!(stuffed > 0);
+    // Whoever reads after all gets everything.
+    let mut rest = Vec::new();
+    unread.read_to_end(&mut rest)?;
+    assert_eq!(rest.len(), 8 << 20);
+    Ok(())
+}
+
+#[test]
+fn a_paused_guests_connections_go_on_when_it_does() -> Result<()> {
+    let vmm = serving(Transport::Pci)?;
+    let mut api = vmm.ready_client(SOON)?;
+    let mut before = connect(&path(&vmm), port::ECHO)?;
+    api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+    before.write_all(b"while it stands still")?;
+    let mut during = UnixStream::connect(path(&vmm))?;
+    during.write_all(b"CONNECT 1\n")?;
+    before.set_nonblocking(true)?;
+    assert!(before.read(&mut [0; 8]).is_err(), "nobody can have answered");
+    before.set_nonblocking(false)?;
+    api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+    let mut back = [0; 21];
+    before.read_exact(&mut back)?;
+    assert_eq!(&back, b"while it stands still");
+    let mut ok = [0; 3];
+    during.read_exact(&mut ok)?;
+    assert_eq!(&ok, b"OK ");
+    Ok(())
+}
+
+on_each_kernel! {
+    /// Drivers of several years: with a buffer in two pieces, and in one.
+    fn every_kernels_driver_gets_along(kernel) {
+        let transport = if kernel == Kernel::Debian6_1 { Transport::Pci } else { Transport::Mmio };
+        let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
+        let vmm = boot_with(kernel, transport, "guest-vsock serve", vsock)?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        for index in 0..3 {
+            let mut stream = connect(&path(&vmm), port::DUPLEX)?;
+            stream.write_all(&[index, 300_001u32].map(u32::to_le_bytes).concat())?;
+            both_ways(&stream, index, 300_001)?;
+        }
+        assert!(vsock::try_connect(&path(&vmm), port::NOBODY)?.is_none());
+        Ok(())
+    }
+}
+
+#[test]
+fn the_api_takes_what_clients_send_and_refuses_what_cannot_be() -> Result<()> {
+    let builder = VmmBuilder::new(&vmm_path())?;
+    let guest = Guest::linux(Kernel::quickest(), "sleep 1000", builder.dir())?;
+    let mut vmm = builder.with_api().spawn()?;
+    let mut api = vmm.ready_client(SOON)?;
+    guest.put(&mut api)?;
+    std::fs::write(vmm.dir().join("file"), "mine")?;
+    for (body, named) in [
+        (json!({"guest_cid": 3}), "uds_path"),
+        (json!({"uds_path": "v.sock"}), "guest_cid"),
+        (json!({"guest_cid": 3, "uds_path": ""}), "uds_path"),
+        (json!({"guest_cid": 3, "uds_path": "x".repeat(108)}), "108"),
+        (json!({"guest_cid": 3, "uds_path": "missing/v.sock"}), "missing/v.sock"),
+        (json!({"guest_cid": 3, "uds_path": "file"}), "no socket"),
+        (json!({"guest_cid": 3, "uds_path": "v.sock", "port": 1}), "`port`"),
+        (json!({"guest_cid": -1, "uds_path": "v.sock"}), "invalid value"),
+    ] {
+        let refused = api.put("/vsock", &body)?;
+        assert_eq!(refused.status, 400, "{body}");
+        assert!(refused.fault().contains(named), "{named}: {refused:?}");
+    }
+    assert_eq!(std::fs::read(vmm.dir().join("file"))?, b"mine");
+    assert_eq!(api.get("/vm/config")?.json()?["vsock"], Value::Null);
+    // What firecracker-containerd and Kata send, the latter twice.
+    let first =
+        api.put("/vsock", &json!({"guest_cid": 0, "uds_path": "old.sock", "vsock_id": "agent_api"}))?.ok()?;
+    assert_eq!(first.header("deprecation"), Some("true"));
+    assert!(vmm.dir().join("old.sock").exists(), "it is there before the start");
+    for _ in 0..2 {
+        api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "v.sock"}))?.ok()?;
+    }
+    assert!(!vmm.dir().join("old.sock").exists() && path(&vmm).exists());
+    assert_eq!(api.get("/vm/config")?.json()?["vsock"], json!({"guest_cid": 3, "uds_path": "v.sock"}));
+    start(&mut api)?;
+    let late = api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "late.sock"}))?;
+    assert!(late.status == 400 && late.fault().contains("before the microVM starts"), "{late:?}");
+    vmm.signal(rustix::process::Signal::TERM)?;
+    vmm.exit_status(SOON)?;
+    assert!(!path(&vmm).exists(), "a monitor that ends in good order takes its socket with it");
+    Ok(())
+}

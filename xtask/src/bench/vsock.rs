@@ -1,0 +1,275 @@
+//! `bench vsock`: how long a byte takes to a program in the guest and back, and how many bytes pass each way.
+//!
+//! What a round trip is made of, and compared with: one over a pair of Unix sockets (the host's programs have that much to do anyway),
+//! and one wake-up of the guest, which is what a read of one sector of a cached disk costs it: a kick, an interrupt and a process
+//! that wakes.
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use lexopt::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use vesta_tests::guest::{BOOT_ARGS, Guest};
+use vesta_tests::initramfs::Initramfs;
+use vesta_tests::vmm::VmmBuilder;
+use vesta_tests::vsock::{connect, port};
+
+use super::table::{Row, markdown, median};
+use super::{Monitor, describe, peer};
+use crate::host::emulated::Emulated;
+use crate::host::{self, Job, Kind, Outcome};
+use crate::kernels;
+use crate::process::{output, root, say};
+use crate::test::{build_guest_program, build_vmm};
+
+/// Longest wait for a guest.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// What runs on a host.
+#[derive(Debug, Serialize, Deserialize)]
+struct Orders {
+    monitors: Vec<Monitor>,
+    runs: usize,
+    kernel: PathBuf,
+    initrd: PathBuf,
+    disk: PathBuf,
+    /// Round trips, and bytes each way, of one run.
+    trips: u32,
+    bytes: u64,
+}
+
+/// Fewest runs that a median is taken over.
+const FEWEST_RUNS: usize = 5;
+
+/// `cargo xtask bench vsock [--peer NAME=PATH]... [--runs N]`.
+pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let (mut peers, mut runs) = (Vec::new(), 11);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("runs") => runs = parser.value()?.parse()?,
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    if runs < FEWEST_RUNS {
+        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
+    }
+    say!("building vesta-vmm and the guest's program");
+    let vmm = build_vmm(true)?;
+    let mut monitors = vec![Monitor::api("vesta", vmm)];
+    monitors.extend(peers);
+    let program = std::env::current_exe()?;
+    let dir = program.parent().context("this program is in no directory")?.join("bench");
+    std::fs::create_dir_all(&dir)?;
+    let (kernel, name) = match kernels::tuned()? {
+        Some(kernel) => (kernel, "the tuned 6.12 kernel"),
+        None => bail!("this benchmark needs the tuned guest kernel: `cargo xtask kernel` builds it"),
+    };
+    let (initrd, disk) = (dir.join("vsock-initramfs"), dir.join("vsock-disk"));
+    let mut initramfs = Initramfs::new(&kernels::busybox()?)?;
+    let guest_program = std::fs::read(build_guest_program()?)?;
+    initramfs.file("bin/guest-vsock", 0o755, &guest_program);
+    let (kind, why) = host::choose()?;
+    let (trips, bytes) = match kind {
+        Kind::Native => (10_000, 1 << 30),
+        Kind::Emulated => (200, 8 << 20),
+    };
+    let script = format!("guest-vsock wake /dev/vda {trips}\nguest-vsock serve");
+    std::fs::write(&initrd, initramfs.finish(&script))?;
+    std::fs::File::create(&disk)?.set_len(1 << 20)?;
+    println!("\n## vsock ({name}; 256 MiB, 1 vCPU), on {}\n", describe(kind, &why));
+    let orders = Orders { monitors, runs, kernel: kernel.image, initrd, disk, trips, bytes };
+    let file = dir.join("vsock-orders");
+    std::fs::write(&file, serde_json::to_vec(&orders)?)?;
+    let argv: [OsString; 3] = [std::env::current_exe()?.into(), "bench-vsock-inner".into(), file.into()];
+    let mut job = Job::here(argv.to_vec())?;
+    root().clone_into(&mut job.cwd);
+    let emulated = Emulated { timeout: Duration::from_mins(20), ..Emulated::default() };
+    let outcome = host::run(kind, &job, &emulated)?;
+    outcome.report();
+    let date = output(Command::new("date").arg("--iso-8601"))?;
+    println!(
+        "\n`cargo xtask bench vsock`, {}: medians over {runs} interleaved runs, in brackets the least and",
+        date.trim()
+    );
+    println!("the most; each run has {trips} round trips of one byte and {} MiB each way.", bytes >> 20);
+    println!(
+        "Wake-up: a read of one sector of a cached disk, in the guest. Ratio: a round trip to the guest"
+    );
+    println!("over one of the pair of Unix sockets and one wake-up.");
+    Ok(if outcome == Outcome::Exited(0) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What one run of one contestant gave.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    round_trip_us: f64,
+    wake_us: Option<f64>,
+    to_guest_mb: f64,
+    to_host_mb: f64,
+}
+
+/// `bench-vsock-inner ORDERS`: runs on the host, and prints the table.
+pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let orders = std::fs::read(PathBuf::from(parser.value()?))?;
+    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
+    let mut pair = Vec::new();
+    let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); orders.monitors.len()];
+    // One run first that does not count.
+    for run in 0..=orders.runs {
+        let alone = socket_pair(&orders)?;
+        if run > 0 {
+            pair.push(alone);
+        }
+        for (monitor, samples) in orders.monitors.iter().zip(&mut samples) {
+            let sample = guest(monitor, &orders).with_context(|| monitor.name.clone())?;
+            if run > 0 {
+                samples.push(sample);
+            }
+        }
+    }
+    print!("{}", table(&orders.monitors, &pair, &samples));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Two threads with a pair of sockets between them.
+fn socket_pair(orders: &Orders) -> Result<Sample> {
+    let (near, far) = UnixStream::pair()?;
+    let echo = std::thread::spawn(move || echo(far));
+    let round_trip_us = round_trips(&near, orders.trips)?;
+    drop(near);
+    echo.join().expect("it does not panic")?;
+    let (mut near, far) = UnixStream::pair()?;
+    let sink = std::thread::spawn(move || sink(far));
+    let begun = Instant::now();
+    send(&mut near, orders.bytes)?;
+    let rate = rate(orders.bytes, begun);
+    sink.join().expect("it does not panic")?;
+    Ok(Sample { round_trip_us, wake_us: None, to_guest_mb: rate, to_host_mb: rate })
+}
+
+/// A guest that serves.
+fn guest(monitor: &Monitor, orders: &Orders) -> Result<Sample> {
+    let vmm = VmmBuilder::new(&monitor.path)?.quiet().with_api().spawn()?;
+    let mut api = vmm.ready_client(PATIENCE)?;
+    let mut guest = Guest::bare(&orders.kernel).boot_args(BOOT_ARGS).mem_mib(256);
+    guest.initrd = Some(orders.initrd.clone());
+    guest.put(&mut api)?;
+    let drive =
+        json!({"drive_id": "d", "path_on_host": orders.disk, "is_root_device": false, "is_read_only": true});
+    api.put("/drives/d", &drive)?.ok()?;
+    api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "v.sock"}))?.ok()?;
+    api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
+    let wake = vmm.wait_for_output("WAKE ", PATIENCE)?;
+    let wake = wake.split("WAKE ").nth(1).context("the guest says how long a wake-up takes")?;
+    vmm.wait_for_output("SERVING", PATIENCE)?;
+    let path = vmm.dir().join("v.sock");
+    Ok(Sample {
+        round_trip_us: round_trips(&connect(&path, port::ECHO)?, orders.trips)?,
+        wake_us: Some(wake.trim().parse::<f64>()? / 1e3),
+        to_guest_mb: to_guest(&path, orders.bytes)?,
+        to_host_mb: to_host(&path, orders.bytes)?,
+    })
+}
+
+/// The median of so many round trips of one byte.
+fn round_trips(mut stream: &UnixStream, count: u32) -> Result<f64> {
+    let mut byte = [7];
+    let mut times = Vec::new();
+    for _ in 0..count {
+        let begun = Instant::now();
+        stream.write_all(&byte)?;
+        stream.read_exact(&mut byte)?;
+        times.push(begun.elapsed().as_secs_f64() * 1e6);
+    }
+    median(&times).context("there was no round trip")
+}
+
+fn to_guest(path: &Path, bytes: u64) -> Result<f64> {
+    let mut stream = connect(path, port::SINK)?;
+    let begun = Instant::now();
+    send(&mut stream, bytes)?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut count = [0; 8];
+    stream.read_exact(&mut count)?;
+    anyhow::ensure!(u64::from_le_bytes(count) == bytes, "the guest got {} bytes", u64::from_le_bytes(count));
+    Ok(rate(bytes, begun))
+}
+
+fn to_host(path: &Path, bytes: u64) -> Result<f64> {
+    let mut stream = connect(path, port::SOURCE)?;
+    let begun = Instant::now();
+    stream.write_all(&bytes.to_le_bytes())?;
+    let count = sink(stream)?;
+    anyhow::ensure!(count == bytes, "the guest sent {count} bytes");
+    Ok(rate(bytes, begun))
+}
+
+fn send(to: &mut UnixStream, bytes: u64) -> std::io::Result<()> {
+    let piece = vec![7; 64 << 10];
+    let mut left = bytes;
+    while left > 0 {
+        let len = left.min(piece.len() as u64);
+        to.write_all(&piece[..usize::try_from(len).unwrap_or(piece.len())])?;
+        left -= len;
+    }
+    Ok(())
+}
+
+fn sink(mut from: UnixStream) -> std::io::Result<u64> {
+    let mut piece = vec![0; 256 << 10];
+    let mut count = 0;
+    loop {
+        match from.read(&mut piece)? {
+            0 => return Ok(count),
+            len => count += len as u64,
+        }
+    }
+}
+
+fn echo(mut stream: UnixStream) -> std::io::Result<()> {
+    let mut byte = [0];
+    while stream.read(&mut byte)? > 0 {
+        stream.write_all(&byte)?;
+    }
+    Ok(())
+}
+
+/// MB per second.
+fn rate(bytes: u64, begun: Instant) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "it is divided by a time that is known to a few digits")]
+    let megabytes = bytes as f64 / 1e6;
+    megabytes / begun.elapsed().as_secs_f64()
+}
+
+fn table(monitors: &[Monitor], pair: &[Sample], samples: &[Vec<Sample>]) -> String {
+    let columns = ["round trip, µs", "wake-up, µs", "ratio", "host to guest, MB/s", "guest to host, MB/s"];
+    let column = |samples: &[Sample], value: fn(&Sample) -> Option<f64>| -> Vec<f64> {
+        samples.iter().filter_map(value).collect()
+    };
+    let row = |name: &str, samples: &[Sample]| {
+        let ratio = samples
+            .iter()
+            .zip(pair)
+            .filter_map(|(sample, pair)| Some(sample.round_trip_us / (pair.round_trip_us + sample.wake_us?)));
+        Row {
+            name: name.to_owned(),
+            samples: vec![
+                column(samples, |sample| Some(sample.round_trip_us)),
+                column(samples, |sample| sample.wake_us),
+                ratio.collect(),
+                column(samples, |sample| Some(sample.to_guest_mb)),
+                column(samples, |sample| Some(sample.to_host_mb)),
+            ],
+        }
+    };
+    let mut rows = vec![row("a pair of Unix sockets", pair)];
+    rows.extend(monitors.iter().zip(samples).map(|(monitor, samples)| row(&monitor.name, samples)));
+    markdown(&columns, &rows)
+}
