@@ -24,6 +24,7 @@ mod entropy;
 mod id;
 mod logger;
 mod machine_config;
+mod mmds;
 mod serial;
 mod token_bucket;
 mod vm_config;
@@ -41,6 +42,7 @@ pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use machine_config::{
     CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,
 };
+pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsConfigError, MmdsVersion};
 pub use serial::Serial;
 pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
 pub use vm_config::{FullVmConfig, VmConfig, check_drives};
@@ -85,6 +87,9 @@ pub enum ConfigError {
         /// Where it stands.
         offset: usize,
     },
+    /// The metadata service.
+    #[error(transparent)]
+    Mmds(#[from] MmdsConfigError),
     /// A block device.
     #[error(transparent)]
     Drive(#[from] DriveError),
