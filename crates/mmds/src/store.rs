@@ -354,7 +354,7 @@ mod tests {
         fn a_patch_sets_what_it_names_and_nothing_else(before in object(), patch in object()) {
             let after = merged(before.clone(), patch.clone());
             let pointer = |path: &[String]| -> String {
-                path.iter().map(|part| format!("/{}", part.replace('~', "~0").replace('/', "~1"))).collect()
+                path.iter().flat_map(|part| ["/".to_owned(), part.replace('~', "~0").replace('/', "~1")]).collect()
             };
             let (mut set, mut held) = (Vec::new(), Vec::new());
             leaves(&patch, &mut Vec::new(), &mut set);
@@ -398,7 +398,7 @@ mod tests {
         #[test]
         fn any_path_is_answered_as_a_json_pointer_or_not_at_all(contents in object(), path in "[a-c0-2/~%]{0,12}") {
             let store = store(contents.clone());
-            let segments: String = segments(&path).map(|part| format!("/{part}")).collect();
+            let segments: String = segments(&path).flat_map(|part| ["/", part]).collect();
             let found = store.read(&path, Format::Json).ok();
             if !path.contains(['%', '~']) {
                 prop_assert_eq!(found, contents.pointer(&segments).map(Value::to_string));

@@ -13,7 +13,7 @@ const RECEIVE_LEN: usize = 4096;
 /// Sent bytes that the guest did not acknowledge yet.
 const SEND_LEN: usize = 8192;
 /// How long nothing may move on a connection: no request becomes whole, no byte of an answer is acknowledged.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A connection and what it is at.
 #[derive(Debug)]

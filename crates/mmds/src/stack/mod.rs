@@ -25,7 +25,8 @@ use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::time::Instant;
 use smoltcp::wire::{
-    EthernetFrame, EthernetProtocol, HardwareAddress, IpAddress, IpCidr, IpEndpoint, Ipv4Packet, TcpPacket,
+    EthernetFrame, EthernetProtocol, HardwareAddress, IpAddress, IpCidr, IpEndpoint, IpProtocol, Ipv4Packet,
+    TcpPacket,
 };
 
 #[cfg(any(test, feature = "testing"))]
@@ -193,8 +194,9 @@ impl Stack {
             stats.rx_accepted_err.add(1);
             return None;
         };
-        // No guest has a reason to cut such small packets.
-        if ip.more_frags() || ip.frag_offset() != 0 {
+        // No guest has a reason to cut such small packets. (What is not TCP nobody wanted.)
+        let is_fragment = ip.more_frags() || ip.frag_offset() != 0;
+        if is_fragment || ip.next_header() != IpProtocol::Tcp || ip.dst_addr() != self.address {
             stats.rx_accepted_unusual.add(1);
             return None;
         }

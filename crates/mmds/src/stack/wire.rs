@@ -42,11 +42,11 @@ impl phy::Device for Wire {
 
     fn receive(&mut self, _now: Instant) -> Option<(Packet, Room<'_>)> {
         let packet = self.packet.take()?;
-        self.has_room().then(|| (Packet(packet), Room(self)))
+        self.has_room().then_some((Packet(packet), Room(self)))
     }
 
     fn transmit(&mut self, _now: Instant) -> Option<Room<'_>> {
-        self.has_room().then(|| Room(self))
+        self.has_room().then_some(Room(self))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
