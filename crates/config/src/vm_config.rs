@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::{BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, Serial};
+use crate::{BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, MmdsConfig, Serial};
 
 /// The configuration file (`--config-file`).
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -28,6 +28,9 @@ pub struct VmConfig {
     /// The entropy device; none where absent.
     #[serde(default)]
     pub entropy: Option<Entropy>,
+    /// The metadata service; none where absent.
+    #[serde(default)]
+    pub mmds_config: Option<MmdsConfig>,
 }
 
 impl VmConfig {
@@ -37,6 +40,7 @@ impl VmConfig {
         self.machine_config.check()?;
         self.serial.as_ref().map_or(Ok(()), Serial::check)?;
         self.entropy.as_ref().map_or(Ok(()), Entropy::check)?;
+        self.mmds_config.as_ref().map_or(Ok(()), MmdsConfig::check)?;
         check_drives(&self.drives)
     }
 }
@@ -76,6 +80,8 @@ pub struct FullVmConfig {
     pub logger: Option<Logger>,
     /// Processors and memory.
     pub machine_config: MachineConfig,
+    /// The metadata service.
+    pub mmds_config: Option<MmdsConfig>,
     /// The serial console, where the API or the configuration file set it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
@@ -83,8 +89,16 @@ pub struct FullVmConfig {
 
 impl From<VmConfig> for FullVmConfig {
     fn from(config: VmConfig) -> FullVmConfig {
-        let VmConfig { boot_source, machine_config, logger, serial, drives, entropy } = config;
-        FullVmConfig { boot_source: Some(boot_source), drives, entropy, logger, machine_config, serial }
+        let VmConfig { boot_source, machine_config, logger, serial, drives, entropy, mmds_config } = config;
+        FullVmConfig {
+            boot_source: Some(boot_source),
+            drives,
+            entropy,
+            logger,
+            machine_config,
+            mmds_config,
+            serial,
+        }
     }
 }
 
@@ -120,6 +134,7 @@ mod tests {
             serial: None,
             drives: Vec::new(),
             entropy: None,
+            mmds_config: None,
         }
     }
 
@@ -204,6 +219,7 @@ mod tests {
                 "machine-config": {
                     "vcpu_count": 1, "mem_size_mib": 128, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
                 },
+                "mmds-config": null,
             })
         );
     }

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use config::{
-    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate, Serial,
-    VmState,
+    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate,
+    MmdsConfig, Serial, VmState,
 };
 
 use crate::PhaseError;
@@ -34,6 +34,14 @@ pub enum Command {
     PatchDrive(DriveUpdate),
     /// Add the entropy device, or set it anew.
     PutEntropy(Entropy),
+    /// Set through what and how the guest reaches the metadata service.
+    PutMmdsConfig(MmdsConfig),
+    /// What the guest can learn: `GET /mmds`.
+    GetMmds,
+    /// Set what the guest can learn.
+    PutMmds(serde_json::Value),
+    /// Change what the guest can learn (RFC 7396).
+    PatchMmds(serde_json::Value),
     /// Boot the guest.
     Start,
     /// Write the metrics out now.
@@ -61,6 +69,10 @@ impl Command {
             Command::PutDrive(_) => "PUT /drives",
             Command::PatchDrive(_) => "PATCH /drives",
             Command::PutEntropy(_) => "PUT /entropy",
+            Command::PutMmdsConfig(_) => "PUT /mmds/config",
+            Command::GetMmds => "GET /mmds",
+            Command::PutMmds(_) => "PUT /mmds",
+            Command::PatchMmds(_) => "PATCH /mmds",
             Command::Start => "InstanceStart",
             Command::FlushMetrics => "FlushMetrics",
             Command::SendCtrlAltDel => "SendCtrlAltDel",
@@ -80,17 +92,28 @@ pub enum Reply {
     Json(serde_json::Value),
 }
 
-/// A command that was not carried out, and left everything as it was: 400 with this message.
+/// A command that was not carried out, and left everything as it was: 400, or 413, with this message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct CommandError {
     message: String,
+    is_too_large: bool,
 }
 
 impl CommandError {
     /// An error that tells the user `message`: what was wrong, with its name, its value and the bound.
     pub fn new(message: impl fmt::Display) -> CommandError {
-        CommandError { message: message.to_string() }
+        CommandError { message: message.to_string(), is_too_large: false }
+    }
+
+    /// An error whose reason is that something given is too large to be kept.
+    pub fn too_large(message: impl fmt::Display) -> CommandError {
+        CommandError { is_too_large: true, ..CommandError::new(message) }
+    }
+
+    /// Whether something given was too large to be kept.
+    pub fn is_too_large(&self) -> bool {
+        self.is_too_large
     }
 }
 

@@ -16,8 +16,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use config::{
-    BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, Serial, VmConfig,
-    VmState, check_drives,
+    BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, MmdsConfig, Serial,
+    VmConfig, VmState, check_drives,
 };
 use machine::boot::BootFiles;
 use machine::devices::{DeviceSetup, limits};
@@ -29,6 +29,7 @@ use virtio::block::disk::{Disk, DiskOptions};
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
+use crate::metadata::Metadata;
 use crate::{Command, CommandError, Phase, Reply, phase};
 
 /// How long a change of a drive waits for requests in flight on its old disk.
@@ -48,12 +49,14 @@ pub struct Identity {
 }
 
 /// What is decided once, when the process starts.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Platform {
     /// Since when the boot timer counts; `None` for no boot timer.
     pub boot_timer: Option<StartTimes>,
     /// Devices are on virtio-pci instead of virtio-mmio.
     pub pci: bool,
+    /// Most bytes that the metadata service's contents may be long, as JSON.
+    pub mmds_size_limit: usize,
 }
 
 /// What the process around a controller does for it.
@@ -82,6 +85,8 @@ pub struct Controller<H> {
     serial_output: Option<Output>,
     /// The disks of `config.drives`, in the same order, opened when they were set.
     disks: Vec<Disk>,
+    /// What the guest can learn, and the way to it that `config.mmds_config` says.
+    metadata: Metadata,
     state: State,
 }
 
@@ -113,6 +118,7 @@ impl<H: Host> Controller<H> {
             boot_files: None,
             serial_output: None,
             disks: Vec::new(),
+            metadata: Metadata::new(platform.mmds_size_limit),
             state: State::Configured,
         }
     }
@@ -133,6 +139,9 @@ impl<H: Host> Controller<H> {
         if let Some(entropy) = config.entropy {
             self.run(Command::PutEntropy(entropy))?;
         }
+        if let Some(mmds) = config.mmds_config {
+            self.run(Command::PutMmdsConfig(mmds))?;
+        }
         self.run(Command::Start).map(drop)
     }
 
@@ -146,6 +155,7 @@ impl<H: Host> Controller<H> {
             }
             Command::GetMachineConfig => return to_json(&self.config.machine_config),
             Command::GetVmConfig => return to_json(&self.config),
+            Command::GetMmds => return self.metadata.get(self.has_started()).map(Reply::Json),
             Command::PutMachineConfig(config) => self.set_machine_config(config)?,
             Command::PatchMachineConfig(update) => {
                 let config = self.config.machine_config.updated(&update)?;
@@ -163,6 +173,9 @@ impl<H: Host> Controller<H> {
                 entropy.check()?;
                 self.config.entropy = Some(entropy);
             }
+            Command::PutMmdsConfig(config) => self.put_mmds_config(config)?,
+            Command::PutMmds(contents) => self.metadata.put(contents, self.has_started())?,
+            Command::PatchMmds(patch) => self.metadata.patch(patch, self.has_started())?,
             Command::Start => self.start()?,
             // There is no destination for metrics yet, so nothing waits to be written.
             Command::FlushMetrics => {}
@@ -170,6 +183,10 @@ impl<H: Host> Controller<H> {
             Command::SetVmState(state) => self.set_vm_state(state)?,
         }
         Ok(Reply::Empty)
+    }
+
+    fn has_started(&self) -> bool {
+        self.phase() != Phase::Configured
     }
 
     /// Where the microVM is in its life.
@@ -230,6 +247,12 @@ impl<H: Host> Controller<H> {
         };
         self.serial_output = serial.serial_out_path.as_deref().map(open).transpose()?;
         self.config.serial = Some(serial);
+        Ok(())
+    }
+
+    fn put_mmds_config(&mut self, config: MmdsConfig) -> Result<(), CommandError> {
+        self.metadata.configure(&config, &[])?;
+        self.config.mmds_config = Some(config);
         Ok(())
     }
 

@@ -21,6 +21,7 @@ pub mod api;
 pub mod command;
 pub mod controller;
 pub mod http;
+mod metadata;
 pub mod phase;
 
 pub use command::{Command, CommandError, Reply};

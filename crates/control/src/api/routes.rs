@@ -4,7 +4,7 @@
 
 use config::{
     Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, IdError, Logger,
-    MachineConfig, MachineConfigUpdate, ResourceId, Serial, Vm,
+    MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, ResourceId, Serial, Vm,
 };
 use serde::de::DeserializeOwned;
 
@@ -91,6 +91,10 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["drives", id]) => put_drive(request, id),
         (Method::Patch, ["drives", id]) => patch_drive(request, id),
         (Method::Put, ["entropy"]) => put_entropy(request),
+        (Method::Get, ["mmds"]) => question(request, Command::GetMmds),
+        (Method::Put, ["mmds"]) => Ok(plain(Command::PutMmds(body(request)?))),
+        (Method::Patch, ["mmds"]) => Ok(plain(Command::PatchMmds(body(request)?))),
+        (Method::Put, ["mmds", "config"]) => put_mmds_config(request),
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
         (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),
@@ -143,6 +147,13 @@ fn put_entropy(request: &Request) -> Result<Routed, RouteError> {
     let entropy: Entropy = body(request)?;
     entropy.check()?;
     Ok(plain(Command::PutEntropy(entropy)))
+}
+
+/// Whether its interfaces are there, only the main thread knows.
+fn put_mmds_config(request: &Request) -> Result<Routed, RouteError> {
+    let config: MmdsConfig = body(request)?;
+    config.check()?;
+    Ok(Routed { deprecated: config.version == MmdsVersion::V1, command: Command::PutMmdsConfig(config) })
 }
 
 /// The id in a path is well-formed, and the body's.
@@ -299,6 +310,28 @@ mod tests {
     }
 
     #[test]
+    fn metadata_is_set_changed_and_told() {
+        assert_eq!(command(Method::Get, "/mmds", ""), Command::GetMmds);
+        let contents = serde_json::json!({"a":{"b":null}});
+        let body = contents.to_string();
+        assert_eq!(command(Method::Put, "/mmds", &body), Command::PutMmds(contents.clone()));
+        assert_eq!(command(Method::Patch, "/mmds", &body), Command::PatchMmds(contents));
+    }
+
+    #[test]
+    fn the_first_version_of_the_metadata_service_is_deprecated() {
+        for (version, deprecated) in [(r#","version":"V1""#, true), ("", true), (r#","version":"V2""#, false)]
+        {
+            let body = format!(r#"{{"network_interfaces":["eth0"]{version}}}"#);
+            let routed = route(&request(Method::Put, "/mmds/config", &body)).unwrap();
+            assert_eq!(routed.deprecated, deprecated, "{version}");
+            assert!(matches!(routed.command, Command::PutMmdsConfig(_)));
+        }
+        let body = r#"{"network_interfaces":["eth0"],"ipv4_address":"10.0.0.1"}"#;
+        assert!(refusal(Method::Put, "/mmds/config", body).contains("10.0.0.1"));
+    }
+
+    #[test]
     fn actions_are_known() {
         for (action, expected) in [
             ("InstanceStart", Command::Start),
@@ -346,10 +379,13 @@ mod tests {
             (Method::Put, "/serial"),
             (Method::Put, "/actions"),
             (Method::Patch, "/vm"),
+            (Method::Put, "/mmds"),
+            (Method::Patch, "/mmds"),
+            (Method::Put, "/mmds/config"),
         ] {
             assert!(refusal(method, path, "").contains("needs a JSON body"), "{path}");
         }
-        for path in ["/", "/version", "/machine-config", "/vm/config"] {
+        for path in ["/", "/version", "/machine-config", "/vm/config", "/mmds"] {
             assert!(refusal(Method::Get, path, "{}").contains("takes no body"), "{path}");
         }
     }

@@ -1,0 +1,123 @@
+//! The metadata service as its user sees it: contents at any time, the way to it before the guest starts.
+//!
+//! Contents belong to the process, not to the machine: they can be there before anything else is, and no snapshot has them.
+
+use std::sync::Arc;
+
+use config::{MmdsConfig, MmdsVersion};
+use mmds::store::StoreError;
+use mmds::{Service, SharedStore};
+use serde_json::Value;
+
+use crate::CommandError;
+
+/// What the user has set of the metadata service.
+#[derive(Debug)]
+pub(crate) struct Metadata {
+    store: SharedStore,
+    config: Option<MmdsConfig>,
+}
+
+impl Metadata {
+    /// Nothing yet; contents may be `limit` bytes long.
+    pub(crate) fn new(limit: usize) -> Metadata {
+        Metadata { store: SharedStore::new(limit), config: None }
+    }
+
+    /// Makes a way to it through some of these interfaces.
+    pub(crate) fn configure(&mut self, config: &MmdsConfig, interfaces: &[&str]) -> Result<(), CommandError> {
+        config.check()?;
+        config.check_interfaces(interfaces)?;
+        if config.version == MmdsVersion::V1 {
+            log::warn!("MMDS version V1 answers whoever asks in the guest; V2 wants a token");
+        }
+        self.config = Some(config.clone());
+        Ok(())
+    }
+
+    /// The contents. Once the guest has started they mean something only where there is a way to them.
+    pub(crate) fn get(&self, started: bool) -> Result<Value, CommandError> {
+        self.check_way(started)?;
+        Ok(self.store.get())
+    }
+
+    /// Replaces the contents.
+    pub(crate) fn put(&self, contents: Value, started: bool) -> Result<(), CommandError> {
+        self.check_way(started)?;
+        self.store.put(contents).map_err(refused)
+    }
+
+    /// Merges into the contents.
+    pub(crate) fn patch(&self, patch: Value, started: bool) -> Result<(), CommandError> {
+        self.check_way(started)?;
+        self.store.patch(patch).map_err(refused)
+    }
+
+    /// The service for a guest that starts now, with new tokens.
+    pub(crate) fn service(&self, vm_id: &str) -> std::io::Result<Option<Arc<Service>>> {
+        let Some(config) = &self.config else { return Ok(None) };
+        let mut key = [0; 32];
+        let len = rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
+        assert_eq!(len, key.len(), "the kernel gives up to 256 bytes at once");
+        Ok(Some(Service::new(config.clone(), self.store.clone(), vm_id, &key)))
+    }
+
+    fn check_way(&self, started: bool) -> Result<(), CommandError> {
+        if started && self.config.is_none() {
+            return Err(CommandError::new(
+                "this guest cannot reach MMDS: PUT /mmds/config named no network interface before it started",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn refused(error: StoreError) -> CommandError {
+    match error {
+        StoreError::TooLarge { .. } => CommandError::too_large(error),
+        StoreError::NotInitialized | StoreError::NotAnObject(_) => CommandError::new(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn config(interface: &str) -> MmdsConfig {
+        MmdsConfig {
+            version: MmdsVersion::V2,
+            network_interfaces: vec![interface.to_owned()],
+            ipv4_address: None,
+            imds_compat: false,
+        }
+    }
+
+    #[test]
+    fn contents_come_before_or_after_the_start() {
+        let mut metadata = Metadata::new(100);
+        assert_eq!(metadata.get(false), Ok(json!({})));
+        metadata.put(json!({"a":1}), false).unwrap();
+        assert!(metadata.get(true).unwrap_err().to_string().contains("cannot reach MMDS"));
+        assert!(metadata.put(json!({}), true).is_err() && metadata.patch(json!({}), true).is_err());
+        metadata.configure(&config("eth0"), &["eth0"]).unwrap();
+        metadata.patch(json!({"b":2}), true).unwrap();
+        assert_eq!(metadata.get(true), Ok(json!({"a":1,"b":2})));
+    }
+
+    #[test]
+    fn contents_over_the_limit_are_told_apart() {
+        let metadata = Metadata::new(10);
+        let error = metadata.put(json!({"a":"0123456789"}), false).unwrap_err();
+        assert!(error.is_too_large() && error.to_string().contains("at most 10"), "{error}");
+        assert!(!metadata.patch(json!({}), false).unwrap_err().is_too_large());
+    }
+
+    #[test]
+    fn a_way_through_an_interface_that_is_not_there_is_none() {
+        let mut metadata = Metadata::new(100);
+        assert!(metadata.configure(&config("eth1"), &["eth0"]).unwrap_err().to_string().contains("eth1"));
+        assert!(metadata.service("vm").unwrap().is_none());
+    }
+}
