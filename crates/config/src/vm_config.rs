@@ -283,6 +283,7 @@ mod tests {
                 serial,
                 drives: Vec::new(),
                 entropy: None,
+                mmds_config: None,
             },
         )
     }
