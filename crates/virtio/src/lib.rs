@@ -93,6 +93,7 @@ pub mod entropy;
 pub mod eventfd;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
+pub mod net;
 pub mod queue;
 pub mod rate_limiter;
 mod sync;
