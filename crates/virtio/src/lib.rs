@@ -88,6 +88,7 @@
 #![deny(unsafe_code)]
 
 pub mod block;
+pub mod counter;
 pub mod device;
 pub mod entropy;
 pub mod eventfd;
