@@ -119,8 +119,8 @@ impl Rx {
             Err(error) => return Ok(Received::Failed(error)),
         };
         if total <= HEADER_LEN {
-            // No frame that a tap gives.
-            return Ok(Received::Failed(Errno::PROTO));
+            // No tap gives that: it is the end of something else.
+            return Ok(Received::Failed(Errno::NOTCONN));
         }
         self.expect = self.expect.max(total);
         if total <= room {
