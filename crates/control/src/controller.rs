@@ -47,6 +47,15 @@ pub struct Identity {
     pub api_version: &'static str,
 }
 
+/// What is decided once, when the process starts.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Platform {
+    /// Since when the boot timer counts; `None` for no boot timer.
+    pub boot_timer: Option<StartTimes>,
+    /// Devices are on virtio-pci instead of virtio-mmio.
+    pub pci: bool,
+}
+
 /// What the process around a controller does for it.
 pub trait Host {
     /// Makes the log as `logger` says, or leaves it as it is and says why.
@@ -64,7 +73,7 @@ pub trait Host {
 pub struct Controller<H> {
     identity: Identity,
     host: H,
-    boot_timer: Option<StartTimes>,
+    platform: Platform,
     events: EventSink,
     config: FullVmConfig,
     /// What `config.boot_source` names, opened when it was set.
@@ -93,12 +102,12 @@ struct OpenedBootFiles {
 }
 
 impl<H: Host> Controller<H> {
-    /// A microVM that is not configured yet. With `boot_timer`, it will have a boot timer that counts from there.
-    pub fn new(identity: Identity, host: H, boot_timer: Option<StartTimes>, events: EventSink) -> Self {
+    /// A microVM that is not configured yet.
+    pub fn new(identity: Identity, host: H, platform: Platform, events: EventSink) -> Self {
         Controller {
             identity,
             host,
-            boot_timer,
+            platform,
             events,
             config: FullVmConfig::default(),
             boot_files: None,
@@ -325,8 +334,8 @@ impl<H: Host> Controller<H> {
             config: &self.config.machine_config,
             boot,
             serial,
-            boot_timer: self.boot_timer,
-            devices: DeviceSetup { drives, entropy: self.config.entropy.clone() },
+            boot_timer: self.platform.boot_timer,
+            devices: DeviceSetup { drives, entropy: self.config.entropy.clone(), pci: self.platform.pci },
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;

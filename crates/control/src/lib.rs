@@ -24,5 +24,5 @@ pub mod http;
 pub mod phase;
 
 pub use command::{Command, CommandError, Reply};
-pub use controller::{Controller, Host, Identity};
+pub use controller::{Controller, Host, Identity, Platform};
 pub use phase::{Phase, PhaseError};

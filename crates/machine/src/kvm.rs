@@ -67,16 +67,50 @@ pub enum KvmError {
         /// What KVM reports.
         max: usize,
     },
-    /// RAM would lie where this host's processors cannot address it.
+    /// RAM or the registers of PCI devices would lie where this host's processors cannot address it.
     #[error(
-        "guest memory would end at {end:#x}: this host's processors address {bits} bits of physical memory"
+        "guest memory or device registers would end at {end:#x}: this host's processors address {bits} bits of physical memory"
     )]
     AddressWidth {
-        /// End of guest RAM.
+        /// End of what lies highest.
         end: u64,
         /// Width of a physical address.
         bits: u8,
     },
+    /// A saved vCPU used units that this host's processor does not have.
+    #[error("the saved extended state of a vCPU is {saved} bytes: this host's KVM has room for {here}")]
+    XsaveSize {
+        /// Bytes that were saved.
+        saved: usize,
+        /// Bytes that there is room for.
+        here: usize,
+    },
+    /// A saved state has more of something than KVM takes.
+    #[error("the saved state has more {0} than KVM takes")]
+    StateTooLarge(&'static str),
+    /// A saved vCPU ran at a frequency that this host cannot give it.
+    #[error(
+        "the saved time stamp counter runs at {saved} kHz: this host's runs at {here} kHz and cannot be scaled: {source}"
+    )]
+    TscFrequency {
+        /// The guest's.
+        saved: u32,
+        /// The host's.
+        here: u32,
+        /// The kernel's reason.
+        source: kvm_ioctls::Error,
+    },
+    /// A saved register has a value that this host's KVM refuses.
+    #[error("this host's KVM refuses the value {value:#x} of the saved register (MSR) {index:#x}")]
+    Msr {
+        /// Which register.
+        index: u32,
+        /// The value.
+        value: u64,
+    },
+    /// The clock cannot catch up.
+    #[error("clock_realtime: the host that saved this state did not say what time it was")]
+    NoRealTime,
     /// A call failed.
     #[error("{call}: {source}")]
     Call {
@@ -120,6 +154,16 @@ impl Kvm {
     /// The CPUID leaves that this host can show a guest.
     pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
         self.0.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_SUPPORTED_CPUID")
+    }
+
+    /// The model-specific registers that are part of a vCPU's state.
+    pub fn msr_indices(&self) -> Result<Vec<u32>, KvmError> {
+        Ok(self.0.get_msr_index_list().named("KVM_GET_MSR_INDEX_LIST")?.as_slice().to_vec())
+    }
+
+    /// Whether the state of a guest's own guests can be saved.
+    pub fn saves_nested_state(&self) -> bool {
+        self.0.check_extension(Cap::NestedState)
     }
 
     /// Most vCPUs of one VM.

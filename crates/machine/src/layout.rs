@@ -30,8 +30,14 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 pub const MP_TABLE: u64 = LOW_RAM_END;
 /// Most bytes of MP table; the ACPI tables follow.
 pub const MP_TABLE_MAX: u64 = 0x1400;
-/// ACPI tables, up to [`RSDP`].
+/// ACPI tables, up to [`ACPI_TABLES_END`].
 pub const ACPI_TABLES: u64 = MP_TABLE + MP_TABLE_MAX;
+/// Where the ACPI tables end at the latest.
+pub const ACPI_TABLES_END: u64 = VM_GENERATION_ID;
+/// The page of the VM generation id.
+pub const VM_GENERATION_ID: u64 = 0xd_e000;
+/// The page of the VMClock.
+pub const VMCLOCK: u64 = 0xd_f000;
 /// The ACPI root pointer, where a BIOS would have it.
 pub const RSDP: u64 = 0xe_0000;
 /// The kernel and everything else that a user supplies lie from here upwards.
@@ -47,6 +53,8 @@ pub const BOOT_TIMER_MAGIC: u8 = 123;
 pub const ECAM: u64 = 0xeec0_0000;
 /// Size of [`ECAM`].
 pub const ECAM_SIZE: u64 = 0x1000_0000;
+/// Where the registers of PCI devices are: 64-bit BARs, in the hole that RAM leaves for them.
+pub const PCI_BARS: std::ops::Range<u64> = memory::layout::MMIO64_START..memory::layout::MMIO64_END;
 /// The I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APIC.
@@ -58,6 +66,9 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 pub const COM1: u16 = 0x3f8;
 /// Its interrupt line.
 pub const COM1_IRQ: u32 = 4;
+/// The interrupt line of the generic event device: COM2's, which there is not.
+pub const GENERIC_EVENT_IRQ: u32 = 3;
+
 /// Keyboard controller: data at 0x60, command at 0x64.
 pub const I8042: u16 = 0x60;
 /// Its interrupt line.

@@ -6,12 +6,16 @@
 //! | module | what it is about |
 //! |---|---|
 //! | [`machine`] | the machine as its owner has it: build, resume, pause |
+//! | `assemble` | putting a machine together, one that boots or one that was saved |
+//! | [`state`] | a whole machine as plain data |
 //! | [`kvm`] | KVM, the order of its calls in the types |
 //! | [`vcpu`] | the threads that run the guest, and the pause protocol |
 //! | [`boot`] | kernel files, boot protocols, memory map, MP table |
 //! | `acpi` | ACPI tables |
 //! | `cpu` | CPUID, MSRs, registers at entry |
+//! | `generation` | telling a guest that it was restored or forked |
 //! | [`devices`] | virtio devices: their places, their events, KVM's part in them |
+//! | [`chipset`] | what KVM emulates for the machine as a whole, saved and restored |
 //! | [`bus`] | which device is at an address |
 //! | [`legacy`] | serial port, keyboard controller, power registers, boot timer |
 //! | [`events`] | what a machine tells its owner |
@@ -30,6 +34,7 @@
 
 pub mod boot;
 pub mod bus;
+pub mod chipset;
 pub mod devices;
 pub mod events;
 pub mod kvm;
@@ -37,12 +42,16 @@ pub mod layout;
 pub mod legacy;
 pub mod machine;
 pub mod probe;
+pub mod state;
 pub mod vcpu;
 
 mod acpi;
+mod assemble;
 mod cpu;
+mod generation;
 mod kick;
 
 pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};
-pub use machine::{Paused, Running, Setup, StartError};
+pub use machine::{Paused, Restore, Running, SaveError, Setup, StartError};
+pub use state::MachineState;

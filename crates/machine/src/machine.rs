@@ -14,18 +14,18 @@ use std::time::Duration;
 
 use config::MachineConfig;
 use memory::{GuestRam, MapError};
-use vmm_sys_util::eventfd::EventFd;
 
+use crate::assemble::{Origin, Parts, assemble};
 use crate::boot::{self, BootError, BootFiles};
-use crate::bus::{Bus, BusDevice};
-use crate::cpu::registers::{set_fpu, set_lapic};
-use crate::cpu::{Cpuid, Topology, set_boot_msrs};
+use crate::chipset::{ChipsetState, ClockAfter};
+use crate::cpu::{Cpuid, StateFormat, Topology};
 use crate::devices::{DeviceError, DeviceSetup, Devices};
 use crate::events::EventSink;
 use crate::kvm::{Kvm, KvmError, Vm};
-use crate::legacy::console::{self, Pump};
-use crate::legacy::{BootTimer, I8042, KeyboardFull, Power, SerialPort, SerialSetup, StartTimes};
-use crate::vcpu::{Buses, VcpuGone, VcpuHandle};
+use crate::legacy::console::Pump;
+use crate::legacy::{I8042, KeyboardFull, SerialPort, SerialSetup, StartTimes};
+use crate::state::MachineState;
+use crate::vcpu::{VcpuGone, VcpuHandle};
 use crate::{acpi, kick, layout};
 
 /// Everything that a machine is made of.
@@ -45,6 +45,36 @@ pub struct Setup<'a> {
     pub events: EventSink,
 }
 
+/// Everything that a saved machine is made of again.
+#[derive(Debug)]
+pub struct Restore<'a> {
+    /// Processors and memory, as they were.
+    pub config: &'a MachineConfig,
+    /// What was saved.
+    pub state: &'a MachineState,
+    /// The guest's memory, with its contents.
+    pub ram: GuestRam,
+    /// Where the serial port leads now.
+    pub serial: SerialSetup,
+    /// The same virtio devices, on the back ends that they have now.
+    pub devices: DeviceSetup,
+    /// What the guest's clock shows.
+    pub clock: ClockAfter,
+    /// Where the machine says that it wants to end.
+    pub events: EventSink,
+}
+
+/// Why a machine could not be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// KVM did not give its state.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A bug in this monitor.
+    #[error(transparent)]
+    Gone(#[from] VcpuGone),
+}
+
 /// Why a machine could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -60,6 +90,14 @@ pub enum StartError {
     /// The devices cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A saved machine has other vCPUs than its configuration says.
+    #[error("the saved state has {saved} vCPUs, and its configuration says {configured}")]
+    OtherVcpus {
+        /// How many were saved.
+        saved: usize,
+        /// How many there should be.
+        configured: u8,
+    },
     /// The host is out of threads or descriptors.
     #[error("cannot create {what}: {source}")]
     Host {
@@ -101,6 +139,27 @@ impl Paused {
     /// Builds a machine, ready to run its first instruction.
     pub fn build(setup: Setup<'_>) -> Result<Self, StartError> {
         Machine::build(setup).map(|machine| Paused(Box::new(machine)))
+    }
+
+    /// Makes a saved machine again, to go on where it stood. Its guest is told that it is another one ([`crate::generation`]).
+    pub fn restore(restore: Restore<'_>) -> Result<Self, StartError> {
+        Machine::restore(restore).map(|machine| Paused(Box::new(machine)))
+    }
+
+    /// All its state but for its memory. It goes on standing still, and can be resumed or saved again.
+    pub fn save(&self) -> Result<MachineState, SaveError> {
+        let format = Arc::new(StateFormat::of(&self.kvm, &self.vm)?);
+        self.vcpus.iter().try_for_each(|vcpu| vcpu.request_state(&format))?;
+        // All are waited for, also when one fails: nothing may be left in their channels.
+        let vcpus = self.vcpus.iter().map(VcpuHandle::take_state).collect::<Vec<_>>();
+        let vcpus = vcpus.into_iter().map(|state| Ok(state??)).collect::<Result<_, SaveError>>()?;
+        Ok(MachineState {
+            vcpus,
+            chipset: ChipsetState::save(&self.vm.shared_fd())?,
+            devices: self.devices.save(),
+            serial: self.serial.save(),
+            keyboard: self.keyboard.save(),
+        })
     }
 
     /// Lets it run.
@@ -150,17 +209,24 @@ impl Deref for Running {
 /// goes.
 #[derive(Debug)]
 pub struct Machine {
-    vcpus: Vec<VcpuHandle>,
-    devices: Devices,
-    pump: Pump,
-    keyboard: Arc<I8042>,
-    _vm: Vm,
+    pub(crate) vcpus: Vec<VcpuHandle>,
+    pub(crate) devices: Devices,
+    pub(crate) pump: Pump,
+    pub(crate) serial: Arc<SerialPort>,
+    pub(crate) keyboard: Arc<I8042>,
+    pub(crate) vm: Vm,
+    pub(crate) kvm: Kvm,
 }
 
 impl Machine {
     /// The devices, to be changed while they work.
     pub fn devices(&self) -> &Devices {
         &self.devices
+    }
+
+    /// The guest's memory.
+    pub fn ram(&self) -> &GuestRam {
+        self.vm.ram()
     }
 
     /// Presses Ctrl+Alt+Del on the guest's keyboard. A paused guest sees it when it runs again.
@@ -173,18 +239,13 @@ impl Machine {
         self.pump.drain(limit)
     }
 
+    /// A machine that has never run: its kernel is loaded and its first vCPU stands at its entry.
     fn build(setup: Setup<'_>) -> Result<Self, StartError> {
         let config = setup.config;
-        kick::install_handler()
-            .map_err(|e| StartError::Host { what: "the vCPU signal handler", source: e.into() })?;
-
-        let kvm = Kvm::open()?;
-        if usize::from(config.vcpu_count) > kvm.max_vcpus() {
-            return Err(KvmError::TooManyVcpus { wanted: config.vcpu_count, max: kvm.max_vcpus() }.into());
-        }
+        let kvm = open_kvm(config)?;
         let cpuid = Cpuid::new(&kvm, Topology::new(config.vcpu_count, config.smt))?;
         let ram = GuestRam::map(config.mem_size_mib, config.huge_pages, config.track_dirty_pages)?;
-        check_address_width(&ram, cpuid.physical_address_bits())?;
+        check_address_width(&ram, setup.devices.pci, cpuid.physical_address_bits())?;
 
         // The files first: they are what fails most often, and nothing of KVM exists yet.
         let places = setup.devices.places()?;
@@ -193,82 +254,50 @@ impl Machine {
         let loaded = boot::load(&ram, setup.boot, &device_args, config.vcpu_count, rsdp)?;
         log::debug!("kernel loaded, to be entered by the {} protocol", loaded.protocol());
 
-        let (vm, vcpu_fds) = kvm
-            .create_vm()?
-            .map_ram(ram, config.track_dirty_pages)?
-            .create_irqchip()?
-            .create_vcpus(config.vcpu_count)?;
+        let parts = Parts {
+            ram,
+            devices: setup.devices,
+            places,
+            serial: setup.serial,
+            boot_timer: setup.boot_timer,
+            events: setup.events,
+        };
+        assemble(kvm, config, parts, &Origin::Boot { cpuid: &cpuid, loaded: &loaded })
+    }
 
-        let (pump, serial) = start_console(&vm, setup.serial)?;
-        let keyboard = Arc::new(I8042::new(irq_line(&vm, layout::I8042_IRQ)?, clone_sink(&setup.events)?));
-        let power = Arc::new(Power::new(clone_sink(&setup.events)?));
-        let boot_timer = setup.boot_timer.map(|start| Arc::new(BootTimer::new(start)));
-        let mut buses = fill_buses(serial, keyboard.clone(), power, boot_timer);
-        let devices = Devices::attach(setup.devices, &places, &vm, &mut buses.mmio)?;
-        let buses = Arc::new(buses);
-
-        let mut vcpus = Vec::with_capacity(vcpu_fds.len());
-        for (id, fd) in (0..config.vcpu_count).zip(vcpu_fds) {
-            // CPUID first: what it shows decides which registers there are.
-            fd.set_cpuid2(&cpuid.for_vcpu(id)?)
-                .map_err(|source| KvmError::Call { call: "KVM_SET_CPUID2", source })?;
-            set_boot_msrs(&fd)?;
-            loaded.set_up_vcpu(&fd)?;
-            set_fpu(&fd)?;
-            set_lapic(&fd)?;
-            let events = clone_sink(&setup.events)?;
-            let handle = VcpuHandle::spawn(id, fd, vm.ram().clone(), buses.clone(), events)
-                .map_err(|source| StartError::Host { what: "a vCPU thread", source })?;
-            vcpus.push(handle);
+    /// A machine that was saved.
+    fn restore(restore: Restore<'_>) -> Result<Self, StartError> {
+        let (config, state) = (restore.config, restore.state);
+        if state.vcpus.len() != usize::from(config.vcpu_count) {
+            return Err(StartError::OtherVcpus { saved: state.vcpus.len(), configured: config.vcpu_count });
         }
-        Ok(Machine { vcpus, devices, pump, keyboard, _vm: vm })
+        let kvm = open_kvm(config)?;
+        let parts = Parts {
+            places: restore.devices.places()?,
+            ram: restore.ram,
+            devices: restore.devices,
+            serial: restore.serial,
+            boot_timer: None,
+            events: restore.events,
+        };
+        assemble(kvm, config, parts, &Origin::State { state, clock: restore.clock })
     }
 }
 
-/// RAM must lie where the processor can address it.
-fn check_address_width(ram: &GuestRam, bits: u8) -> Result<(), KvmError> {
-    let end = ram.regions().iter().map(|r| r.guest_addr + r.size).max().unwrap_or(0);
+/// KVM, with room for as many vCPUs.
+fn open_kvm(config: &MachineConfig) -> Result<Kvm, StartError> {
+    kick::install_handler()
+        .map_err(|e| StartError::Host { what: "the vCPU signal handler", source: e.into() })?;
+    let kvm = Kvm::open()?;
+    if usize::from(config.vcpu_count) > kvm.max_vcpus() {
+        return Err(KvmError::TooManyVcpus { wanted: config.vcpu_count, max: kvm.max_vcpus() }.into());
+    }
+    Ok(kvm)
+}
+
+/// RAM and the registers of PCI devices must lie where the processor can address them.
+fn check_address_width(ram: &GuestRam, pci: bool, bits: u8) -> Result<(), KvmError> {
+    let registers = pci.then_some(layout::PCI_BARS.end);
+    let end = ram.regions().iter().map(|r| r.guest_addr + r.size).chain(registers).max().unwrap_or(0);
     if bits < 64 && end > 1 << bits { Err(KvmError::AddressWidth { end, bits }) } else { Ok(()) }
-}
-
-fn start_console(vm: &Vm, setup: SerialSetup) -> Result<(Pump, Arc<SerialPort>), StartError> {
-    let interrupt = irq_line(vm, layout::COM1_IRQ)?;
-    console::start(setup, |console| SerialPort::new(interrupt, console))
-        .map_err(|source| StartError::Host { what: "the serial port's thread", source })
-}
-
-/// A descriptor that raises interrupt line `gsi` when written to.
-fn irq_line(vm: &Vm, gsi: u32) -> Result<EventFd, StartError> {
-    let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-        .map_err(|source| StartError::Host { what: "an interrupt line", source })?;
-    vm.register_irqfd(&event, gsi)?;
-    Ok(event)
-}
-
-fn clone_sink(events: &EventSink) -> Result<EventSink, StartError> {
-    events.try_clone().map_err(|source| StartError::Host { what: "an event descriptor", source })
-}
-
-/// Puts the legacy devices on their buses.
-fn fill_buses(
-    serial: Arc<SerialPort>,
-    keyboard: Arc<I8042>,
-    power: Arc<Power>,
-    boot_timer: Option<Arc<BootTimer>>,
-) -> Buses {
-    let mut buses = Buses { ports: Bus::default(), mmio: Bus::default() };
-    let port = u64::from;
-    let ports = [
-        (port(layout::COM1)..port(layout::COM1) + 8, serial as Arc<dyn BusDevice>),
-        (port(layout::I8042)..port(layout::I8042) + 5, keyboard),
-        (port(layout::ACPI_SLEEP_CONTROL)..port(layout::ACPI_RESET) + 1, power),
-    ];
-    for (range, device) in ports {
-        buses.ports.add(range, device).expect("the layout gives each legacy device its own ports");
-    }
-    if let Some(timer) = boot_timer {
-        let range = layout::BOOT_TIMER..layout::BOOT_TIMER + 0x1000;
-        buses.mmio.add(range, timer).expect("the boot timer has its own page");
-    }
-    buses
 }

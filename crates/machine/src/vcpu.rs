@@ -15,6 +15,8 @@
 //!  ended
 //! ```
 //!
+//! A paused thread answers `Save` with its vCPU's state and stays paused.
+//!
 //! On an exit the thread finds the address on a bus and touches registers only; nothing here waits for anything but the guest.
 
 use std::sync::Arc;
@@ -27,8 +29,10 @@ use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::bus::Bus;
+use crate::cpu::{StateFormat, VcpuState};
 use crate::events::{EventSink, MachineEvent, VcpuFault};
 use crate::kick::{self, Kickable};
+use crate::kvm::KvmError;
 
 /// Longest x86 instruction in bytes.
 const MAX_INSTRUCTION: u64 = 15;
@@ -46,16 +50,23 @@ pub(crate) struct Buses {
 }
 
 /// What an owner asks of a vCPU thread.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 enum Request {
     Resume,
     Pause,
+    /// Only while paused.
+    Save(Arc<StateFormat>),
     Stop,
 }
 
-/// A vCPU thread has paused.
+/// What a vCPU thread answers.
 #[derive(Debug)]
-struct Paused;
+enum Answer {
+    /// It has paused.
+    Paused,
+    /// Its state.
+    State(Box<Result<VcpuState, KvmError>>),
+}
 
 /// A vCPU thread ended, which only a bug makes it do.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -67,7 +78,7 @@ pub struct VcpuGone(pub u8);
 pub(crate) struct VcpuHandle {
     id: u8,
     requests: Sender<Request>,
-    acknowledged: Receiver<Paused>,
+    answers: Receiver<Answer>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -81,12 +92,12 @@ impl VcpuHandle {
         events: EventSink,
     ) -> std::io::Result<Self> {
         let (requests, inbox) = channel();
-        let (acknowledge, acknowledged) = channel();
+        let (answer, answers) = channel();
         let thread = std::thread::Builder::new().name(format!("fc_vcpu {id}")).spawn(move || {
             let fd = Kickable::new(fd);
-            Vcpu { id, fd, ram, buses, events, inbox, acknowledge, halted: false }.run();
+            Vcpu { id, fd, ram, buses, events, inbox, answer, halted: false }.run();
         })?;
-        Ok(VcpuHandle { id, requests, acknowledged, thread: Some(thread) })
+        Ok(VcpuHandle { id, requests, answers, thread: Some(thread) })
     }
 
     /// Lets it run.
@@ -104,18 +115,32 @@ impl VcpuHandle {
     /// Waits until a pause that was asked for has come about.
     pub(crate) fn wait_paused(&self) -> Result<(), VcpuGone> {
         match self.wait() {
-            Waited::Paused => Ok(()),
-            Waited::Ended => Err(VcpuGone(self.id)),
+            Some(_) => Ok(()),
+            None => Err(VcpuGone(self.id)),
         }
     }
 
-    /// Waits until the thread has paused or ended, and kicks it again and again meanwhile: a software KVM goes on from one
+    /// Asks it, which is paused, for its state; [`Self::take_state`] waits for it. (Ask all, then wait for all.)
+    pub(crate) fn request_state(&self, format: &Arc<StateFormat>) -> Result<(), VcpuGone> {
+        self.requests.send(Request::Save(Arc::clone(format))).map_err(|_| VcpuGone(self.id))
+    }
+
+    /// The state that was asked for.
+    pub(crate) fn take_state(&self) -> Result<Result<VcpuState, KvmError>, VcpuGone> {
+        match self.answers.recv() {
+            Ok(Answer::State(state)) => Ok(*state),
+            // A pause is waited for before anything else is asked.
+            Ok(Answer::Paused) | Err(_) => Err(VcpuGone(self.id)),
+        }
+    }
+
+    /// Waits until the thread answers or has ended (`None`), and kicks it again and again meanwhile: a software KVM goes on from one
     /// exit to the next without a look at `immediate_exit`, and sees a signal only if it comes while it interprets.
-    fn wait(&self) -> Waited {
+    fn wait(&self) -> Option<Answer> {
         loop {
-            match self.acknowledged.recv_timeout(KICK_AGAIN) {
-                Ok(Paused) => return Waited::Paused,
-                Err(RecvTimeoutError::Disconnected) => return Waited::Ended,
+            match self.answers.recv_timeout(KICK_AGAIN) {
+                Ok(answer) => return Some(answer),
+                Err(RecvTimeoutError::Disconnected) => return None,
                 Err(RecvTimeoutError::Timeout) => self.kick(),
             }
         }
@@ -134,18 +159,12 @@ impl Drop for VcpuHandle {
         let _ = self.requests.send(Request::Stop);
         self.kick();
         // What it still acknowledges is a pause that nobody waits for any more.
-        while let Waited::Paused = self.wait() {}
+        while self.wait().is_some() {}
         if let Some(thread) = self.thread.take() {
             let joined = thread.join();
             debug_assert!(joined.is_ok(), "vCPU threads do not panic");
         }
     }
-}
-
-/// What [`VcpuHandle::wait`] waited for.
-enum Waited {
-    Paused,
-    Ended,
 }
 
 /// What the thread owns.
@@ -156,7 +175,7 @@ struct Vcpu {
     buses: Arc<Buses>,
     events: EventSink,
     inbox: Receiver<Request>,
-    acknowledge: Sender<Paused>,
+    answer: Sender<Answer>,
     /// The guest cannot go on.
     halted: bool,
 }
@@ -173,6 +192,7 @@ impl Vcpu {
                     }
                 }
                 Ok(Request::Pause) => self.acknowledge_pause(),
+                Ok(Request::Save(format)) => self.send_state(&format),
                 Ok(Request::Stop) | Err(_) => return,
             }
         }
@@ -196,7 +216,8 @@ impl Vcpu {
                         return Continue(());
                     }
                     Ok(Request::Stop) | Err(TryRecvError::Disconnected) => return Break(()),
-                    Ok(Request::Resume) | Err(TryRecvError::Empty) => {}
+                    // Nobody asks a running vCPU for its state, which nothing could be made of.
+                    Ok(Request::Resume | Request::Save(_)) | Err(TryRecvError::Empty) => {}
                 },
             }
         }
@@ -259,7 +280,12 @@ impl Vcpu {
         // Tells the guest's watchdogs that time will jump. KVM refuses it for a guest that has set up no such clock.
         let _ = self.fd.kvmclock_ctrl();
         // An owner that is gone does not wait.
-        let _ = self.acknowledge.send(Paused);
+        let _ = self.answer.send(Answer::Paused);
+    }
+
+    fn send_state(&self, format: &StateFormat) {
+        let state = VcpuState::save(&self.fd, format);
+        let _ = self.answer.send(Answer::State(Box::new(state)));
     }
 
     fn fault(&self, reason: impl Into<String>) -> VcpuFault {

@@ -7,11 +7,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use config::MachineConfig;
+use memory::GuestRam;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vesta_machine::boot::BootFiles;
+use vesta_machine::chipset::ClockAfter;
 use vesta_machine::legacy::{Output, SerialSetup};
-use vesta_machine::{DeviceSetup, EventSource, MachineEvent, Paused, Setup, event_channel};
+use vesta_machine::{DeviceSetup, EventSource, MachineEvent, Paused, Restore, Setup, event_channel};
 use vesta_tests::elf::{self, Elf};
+use vm_memory::{Bytes, GuestAddress};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -148,4 +151,65 @@ fn dropping_a_running_machine_ends_its_threads() {
     if std::env::var_os("NEXTEST").is_some() {
         assert_eq!(left.filter(|name| name.starts_with("fc_vcpu")).collect::<Vec<_>>(), Vec::<String>::new());
     }
+}
+
+/// A machine like `of` as it was saved, with memory of its own.
+fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path) -> Paused {
+    let state = of.save().unwrap();
+    let ram = GuestRam::map(config.mem_size_mib, config.huge_pages, false).unwrap();
+    for (from, to) in of.ram().regions().iter().zip(ram.regions()) {
+        let mut bytes = vec![0; from.size as usize];
+        of.ram().memory().read_slice(&mut bytes, GuestAddress(from.guest_addr)).unwrap();
+        ram.memory().write_slice(&bytes, GuestAddress(to.guest_addr)).unwrap();
+    }
+    let (sink, _events) = event_channel().unwrap();
+    Paused::restore(Restore {
+        config,
+        state: &state,
+        ram,
+        serial: SerialSetup {
+            output: Some(Output::open(serial).unwrap()),
+            input: None,
+            limit: virtio::rate_limiter::RateLimiterConfig::default(),
+        },
+        devices: DeviceSetup::default(),
+        clock: ClockAfter::Continues,
+        events: sink,
+    })
+    .unwrap()
+}
+
+/// Lets it run until it has written that many bytes more. Gives the machine, still again, and the length.
+fn run_for(machine: Paused, serial: &Path, bytes: u64) -> Paused {
+    let wanted = fs::metadata(serial).unwrap().len() + bytes;
+    let running = machine.resume().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while fs::metadata(serial).unwrap().len() < wanted {
+        assert!(Instant::now() < deadline, "the guest stands still");
+        std::thread::yield_now();
+    }
+    let paused = running.pause().unwrap();
+    assert!(paused.drain_serial(PATIENCE));
+    paused
+}
+
+#[test]
+fn a_saved_machine_goes_on_where_it_stood_and_so_does_the_one_it_was_saved_from() {
+    let config = MachineConfig { mem_size_mib: 8, vcpu_count: 2, ..MachineConfig::default() };
+    let Some(guest) = guest(&counting_guest(), &config) else { return };
+    let mut first = run_for(guest.machine, &guest.serial, 10);
+    // Three generations deep.
+    for generation in 0..3 {
+        let next = fs::read(&guest.serial).unwrap().len();
+        let serial = guest.serial.with_file_name(format!("serial{generation}"));
+        let clone = clone_of(&first, &config, &serial);
+        first = run_for(first, &guest.serial, 10);
+        let clone = run_for(clone, &serial, 10);
+        drop(clone);
+        let bytes = fs::read(&serial).unwrap();
+        let wrong = bytes.iter().enumerate().position(|(i, byte)| *byte != ((next + i) % 256) as u8);
+        assert_eq!(wrong, None, "generation {generation} begins with {:?}, not {}", bytes[0], next % 256);
+    }
+    let bytes = fs::read(&guest.serial).unwrap();
+    assert!(bytes.iter().enumerate().all(|(i, byte)| *byte == (i % 256) as u8));
 }

@@ -31,6 +31,8 @@ pub(crate) struct Args {
     pub(crate) id: String,
     pub(crate) logger: Logger,
     pub(crate) boot_timer: bool,
+    /// Devices on virtio-pci instead of virtio-mmio.
+    pub(crate) pci: bool,
     /// Most bytes of a request's body.
     pub(crate) max_payload: usize,
     start_time_us: Option<u64>,
@@ -65,18 +67,17 @@ pub(crate) enum ArgsError {
 }
 
 /// Firecracker's flags that this version does not have, by name.
-const NOT_SUPPORTED: [&str; 7] = [
+const NOT_SUPPORTED: [&str; 6] = [
     "seccomp-filter",
     "metadata",
     "metrics-path",
     "mmds-size-limit",
-    "enable-pci",
     "snapshot-version",
     "describe-snapshot",
 ];
 
 /// The flags, for `--help`.
-const FLAGS: [(&str, &str); 15] = [
+const FLAGS: [(&str, &str); 16] = [
     ("--api-sock PATH", "serve the API on this Unix socket (/run/firecracker.socket)"),
     ("--no-api", "serve no API; needs --config-file"),
     ("--config-file PATH", "configure the microVM from this JSON file and start it"),
@@ -88,6 +89,7 @@ const FLAGS: [(&str, &str); 15] = [
     ("--show-level", "show the level in each line of the log"),
     ("--show-log-origin", "show the source file and line in each line of the log"),
     ("--http-api-max-payload-size N", "largest body of an API request, in bytes (51200)"),
+    ("--enable-pci", "put virtio devices on PCI instead of virtio-mmio"),
     ("--no-seccomp", "accepted; this version installs no filters"),
     (
         "--start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N",
@@ -122,6 +124,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("show-log-origin") => once(&mut given.logger.show_log_origin, "show-log-origin", true)?,
             Long("no-api") => once(&mut given.no_api, "no-api", ())?,
             Long("boot-timer") => once(&mut given.boot_timer, "boot-timer", ())?,
+            Long("enable-pci") => once(&mut given.pci, "enable-pci", ())?,
             Long("no-seccomp") => once(&mut given.no_seccomp, "no-seccomp", ())?,
             Long("http-api-max-payload-size") => {
                 const NAME: &str = "http-api-max-payload-size";
@@ -158,6 +161,7 @@ struct Given {
     no_api: Option<()>,
     boot_timer: Option<()>,
     no_seccomp: Option<()>,
+    pci: Option<()>,
     max_payload: Option<u64>,
     start_time_us: Option<u64>,
     start_time_cpu_us: Option<u64>,
@@ -180,6 +184,7 @@ impl Given {
             id,
             logger: self.logger,
             boot_timer: self.boot_timer.is_some(),
+            pci: self.pci.is_some(),
             max_payload: self
                 .max_payload
                 .map_or(DEFAULT_MAX_PAYLOAD, |n| usize::try_from(n).unwrap_or(usize::MAX)),

@@ -24,7 +24,7 @@ use std::path::Path;
 
 use config::{Logger, VmConfig};
 use control::api::{ApiServer, BindError, Limits};
-use control::{Controller, Identity};
+use control::{Controller, Identity, Platform};
 use machine::event_channel;
 use machine::legacy::StartTimes;
 
@@ -119,9 +119,9 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
         version: personality.version(),
         api_version: personality::API_VERSION,
     };
-    let boot_timer = args.boot_timer.then_some(start);
+    let platform = Platform { boot_timer: args.boot_timer.then_some(start), pci: args.pci };
     // Never dropped: the process ends with it, and its end waits for no thread.
-    let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, boot_timer, sink));
+    let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, platform, sink));
     if let (Some(config), Some(path)) = (config, &args.config_file) {
         controller
             .start_from(config)

@@ -1,24 +1,34 @@
 //! The DSDT: the devices that a guest cannot find by probing, and how deep the platform can sleep.
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
+    Notify, Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
+use virtio::transport::pci::{CONFIG_ADDRESS, ECAM_SIZE};
+
 use super::{OEM_ID, OEM_REVISION, SLEEP_TYPE_S5};
-use crate::devices::Place;
+use crate::devices::{Places, Window};
+use crate::generation::VMCLOCK_SIZE;
 use crate::layout;
 
 /// The whole table.
-pub(super) fn table(devices: &[Place]) -> impl Aml {
+pub(super) fn table(devices: &Places) -> impl Aml {
     let mut body = Vec::new();
     Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
         .to_aml_bytes(&mut body);
     serial_port(&mut body);
     keyboard(&mut body);
-    for (number, place) in (0..).zip(devices) {
-        virtio_device(&mut body, number, *place);
+    generation(&mut body);
+    match devices {
+        Places::Mmio(windows) => {
+            for (number, window) in (0..).zip(windows) {
+                virtio_device(&mut body, number, *window);
+            }
+        }
+        Places::Pci(_) => pci_bus(&mut body),
     }
 
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, *b"VSTADSDT", OEM_REVISION);
@@ -76,9 +86,61 @@ fn keyboard(sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
+/// The two devices that tell a guest of another life ([`crate::generation`]), and the generic event device (ACPI 6.5, 5.6.9) whose
+/// interrupt makes the guest look at both.
+fn generation(sink: &mut dyn AmlSink) {
+    const DEVICE_SPECIFIC_CHANGE: u8 = 0x80;
+    let id_low = layout::VM_GENERATION_ID as u32;
+    let clock = Memory32Fixed::new(false, layout::VMCLOCK as u32, VMCLOCK_SIZE);
+    Scope::new(
+        "_SB_".into(),
+        vec![
+            &Device::new(
+                "VGEN".into(),
+                vec![
+                    &Name::new("_HID".into(), &"VESTAGEN"),
+                    &Name::new("_CID".into(), &"VM_Gen_Counter"),
+                    &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+                    // Low half, high half.
+                    &Name::new("ADDR".into(), &Package::new(vec![&id_low, &ZERO])),
+                ],
+            ),
+            &Device::new(
+                "VCLK".into(),
+                vec![
+                    &Name::new("_HID".into(), &"AMZNC10C"),
+                    &Name::new("_CID".into(), &"VMCLOCK"),
+                    &Name::new("_DDN".into(), &"VMCLOCK"),
+                    &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&clock])),
+                ],
+            ),
+            &Device::new(
+                "GED_".into(),
+                vec![
+                    &Name::new("_HID".into(), &"ACPI0013"),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![&isa_interrupt(layout::GENERIC_EVENT_IRQ)]),
+                    ),
+                    &Method::new(
+                        "_EVT".into(),
+                        1,
+                        true,
+                        vec![
+                            &Notify::new(&Path::new("\\_SB_.VGEN"), &DEVICE_SPECIFIC_CHANGE),
+                            &Notify::new(&Path::new("\\_SB_.VCLK"), &DEVICE_SPECIFIC_CHANGE),
+                        ],
+                    ),
+                ],
+            ),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
 /// A virtio-mmio device: Linux knows the id `LNRO0005`.
-fn virtio_device(sink: &mut dyn AmlSink, number: u32, place: Place) {
-    let window = Memory32Fixed::new(true, place.addr as u32, 0x1000);
+fn virtio_device(sink: &mut dyn AmlSink, number: u32, window: Window) {
+    let registers = Memory32Fixed::new(true, window.addr as u32, 0x1000);
     Scope::new(
         "_SB_".into(),
         vec![&Device::new(
@@ -87,9 +149,59 @@ fn virtio_device(sink: &mut dyn AmlSink, number: u32, place: Place) {
                 &Name::new("_HID".into(), &"LNRO0005"),
                 &Name::new("_UID".into(), &number),
                 &Name::new("_CCA".into(), &1u8),
-                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&window, &isa_interrupt(place.irq)])),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![&registers, &isa_interrupt(window.irq)]),
+                ),
             ],
         )],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The PCI bus: its number, the ports that reach it, and the addresses that it may give to BARs. Its configuration spaces in memory are
+/// a resource of the board, as the PCI Firmware Specification (4.1.2) asks for.
+fn pci_bus(sink: &mut dyn AmlSink) {
+    let ports = IO::new(CONFIG_ADDRESS, CONFIG_ADDRESS, 1, 8);
+    let bars = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        layout::PCI_BARS.start,
+        layout::PCI_BARS.end - 1,
+        None,
+    );
+    let bus = AddressSpace::new_bus_number(0u16, 0u16);
+    Scope::new(
+        "_SB_".into(),
+        vec![
+            &Device::new(
+                "PCI0".into(),
+                vec![
+                    &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+                    &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+                    &Name::new("_UID".into(), &ZERO),
+                    &Name::new("_SEG".into(), &ZERO),
+                    &Name::new("_BBN".into(), &ZERO),
+                    &Name::new("_CCA".into(), &1u8),
+                    &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&bus, &ports, &bars])),
+                ],
+            ),
+            &Device::new(
+                "MBRD".into(),
+                vec![
+                    &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+                    &Name::new("_UID".into(), &ZERO),
+                    &Name::new(
+                        "_CRS".into(),
+                        &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                            true,
+                            layout::ECAM as u32,
+                            ECAM_SIZE as u32,
+                        )]),
+                    ),
+                ],
+            ),
+        ],
     )
     .to_aml_bytes(sink);
 }

@@ -3,7 +3,7 @@
 //! The platform is *hardware-reduced* (ACPI 6.5, 4.1): no SCI, no PM timer, no SMI. What is left of power management is two
 //! registers, at ports: sleep control (a guest's `poweroff`) and reset (its `reboot`).
 //!
-//! All tables lie in the reserved part of the first MiB, between [`layout::ACPI_TABLES`] and [`layout::RSDP`].
+//! All tables lie in the reserved part of the first MiB, between [`layout::ACPI_TABLES`] and [`layout::ACPI_TABLES_END`].
 
 mod dsdt;
 
@@ -11,12 +11,13 @@ use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::devices::Place;
+use crate::devices::Places;
 use crate::layout;
 
 const OEM_ID: [u8; 6] = *b"VESTA ";
@@ -40,7 +41,7 @@ pub(crate) const RESET_VALUE: u8 = 1;
 pub(crate) const SLEEP_TYPE_S5: u8 = 5;
 
 /// Writes all tables for `cpus` vCPUs and these virtio devices, and gives the address of the root pointer.
-pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &[Place]) -> u64 {
+pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &Places) -> u64 {
     let mut writer = Writer { ram, next: layout::ACPI_TABLES };
     let dsdt = writer.add(&dsdt::table(devices));
     let fadt = writer.add(&fadt(dsdt));
@@ -48,6 +49,9 @@ pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &[Place]) -> u64 {
     let mut xsdt = XSDT::new(OEM_ID, *b"VSTAXSDT", OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if let Places::Pci(_) = devices {
+        xsdt.add_entry(writer.add(&mcfg()));
+    }
     let xsdt = writer.add(&xsdt);
     writer.put(layout::RSDP, &Rsdp::new(OEM_ID, xsdt));
     layout::RSDP
@@ -63,7 +67,7 @@ impl Writer<'_> {
     fn add(&mut self, table: &dyn Aml) -> u64 {
         let addr = self.next;
         let end = self.put(addr, table);
-        assert!(end <= layout::RSDP, "the ACPI tables fit below the root pointer for any configuration");
+        assert!(end <= layout::ACPI_TABLES_END, "the ACPI tables fit in their place for any configuration");
         self.next = end.next_multiple_of(64);
         addr
     }
@@ -108,9 +112,17 @@ fn madt(cpus: u8) -> impl Aml {
     madt
 }
 
+/// The table of PCI configuration spaces: one bus.
+fn mcfg() -> impl Aml {
+    let mut mcfg = MCFG::new(OEM_ID, *b"VSTAMCFG", OEM_REVISION);
+    mcfg.add_ecam(layout::ECAM, 0, 0, 0);
+    mcfg
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::Window;
     use config::HugePages;
 
     fn read(ram: &GuestRam, addr: u64, len: usize) -> Vec<u8> {
@@ -128,21 +140,25 @@ mod tests {
         read(ram, addr, len as usize)
     }
 
-    #[test]
-    fn root_pointer_leads_to_every_table_and_each_sums_to_zero() {
+    /// The names of all tables, each of which sums to zero.
+    fn tables(devices: &Places) -> Vec<String> {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
-        let places: Vec<_> =
-            (0..19).map(|n| Place { addr: 0xc000_1000 + n * 0x1000, irq: 5 + n as u32 }).collect();
-        let rsdp = read(&ram, write_tables(&ram, 128, &places), 36);
+        let rsdp = read(&ram, write_tables(&ram, 128, devices), 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
         let xsdt = table(&ram, u64_at(&rsdp, 24));
         let mut tables: Vec<_> = xsdt[36..].chunks(8).map(|entry| table(&ram, u64_at(entry, 0))).collect();
         tables.push(table(&ram, u64_at(&tables[0], 140)));
         tables.push(xsdt);
-        let names: Vec<_> = tables.iter().map(|t| String::from_utf8_lossy(&t[..4])).collect();
-        assert_eq!(names, ["FACP", "APIC", "DSDT", "XSDT"]);
         for t in &tables {
             assert_eq!(t.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0);
         }
+        tables.iter().map(|t| String::from_utf8_lossy(&t[..4]).into_owned()).collect()
+    }
+
+    #[test]
+    fn root_pointer_leads_to_every_table_and_each_sums_to_zero() {
+        let window = |n: u64| Window { addr: 0xc000_1000 + n * 0x1000, irq: 5 + n as u32 };
+        assert_eq!(tables(&Places::Mmio((0..19).map(window).collect())), ["FACP", "APIC", "DSDT", "XSDT"]);
+        assert_eq!(tables(&Places::Pci(31)), ["FACP", "APIC", "MCFG", "DSDT", "XSDT"]);
     }
 }

@@ -3,9 +3,13 @@
 mod cpuid;
 mod msrs;
 pub(crate) mod registers;
+pub(crate) mod state;
+mod xsave;
 
 pub(crate) use cpuid::Cpuid;
 pub(crate) use msrs::set_boot_msrs;
+pub(crate) use state::{StateFormat, VcpuState};
+pub(crate) use xsave::XsaveSize;
 
 /// How vCPUs are shown to be arranged: one package, cores of one thread or two, APIC ids counting up from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -165,7 +165,7 @@ pub(crate) struct Pump {
 /// A console that leads where `setup` says, and the serial port before it. The pump runs until the returned owner is dropped.
 pub(crate) fn start(
     setup: SerialSetup,
-    port: impl FnOnce(Arc<Console>) -> SerialPort,
+    port: impl FnOnce(Arc<Console>) -> io::Result<SerialPort>,
 ) -> io::Result<(Pump, Arc<SerialPort>)> {
     let console = Arc::new(Console {
         state: Mutex::new(State {
@@ -180,7 +180,7 @@ pub(crate) fn start(
         timer: timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?,
         wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
     });
-    let port = Arc::new(port(console.clone()));
+    let port = Arc::new(port(console.clone())?);
     let worker =
         Worker { console: console.clone(), port: port.clone(), output: setup.output, input: setup.input };
     let thread = std::thread::Builder::new().name("serial".to_owned()).spawn(move || worker.run())?;
@@ -349,7 +349,8 @@ mod tests {
         limit: RateLimiterConfig,
     ) -> (Pump, Arc<SerialPort>) {
         let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        start(SerialSetup { output, input, limit }, |console| SerialPort::new(interrupt, console)).unwrap()
+        start(SerialSetup { output, input, limit }, |console| Ok(SerialPort::new(interrupt, console)))
+            .unwrap()
     }
 
     fn file_output() -> (tempfile::TempDir, std::path::PathBuf, Output) {

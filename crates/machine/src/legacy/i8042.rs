@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Mutex;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -48,14 +49,14 @@ pub struct KeyboardFull(usize);
 /// The controller with its keyboard.
 #[derive(Debug)]
 pub(crate) struct I8042 {
-    state: Mutex<State>,
+    state: Mutex<KeyboardState>,
     interrupt: EventFd,
     events: EventSink,
 }
 
 /// Its registers: plain data.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct State {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyboardState {
     control: u8,
     output_port: u8,
     /// A command that takes its argument from the next byte written to the data port.
@@ -66,13 +67,26 @@ struct State {
 
 impl I8042 {
     pub(crate) fn new(interrupt: EventFd, events: EventSink) -> Self {
-        let state = State {
+        let state = KeyboardState {
             control: CONTROL_KEYBOARD_INTERRUPT,
             output_port: 0,
             waiting: None,
             buffer: VecDeque::with_capacity(BUFFER),
         };
         I8042 { state: Mutex::new(state), interrupt, events }
+    }
+
+    /// Its registers.
+    pub(crate) fn save(&self) -> KeyboardState {
+        self.lock().clone()
+    }
+
+    /// Makes a fresh one what `state` says.
+    pub(crate) fn restore(&self, state: &KeyboardState) {
+        let mut restored = state.clone();
+        restored.buffer.truncate(BUFFER);
+        self.interrupt_if_full(&restored);
+        *self.lock() = restored;
     }
 
     /// Presses Ctrl+Alt+Del.
@@ -85,25 +99,25 @@ impl I8042 {
         Ok(())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, KeyboardState> {
         self.state.lock().expect("no holder of this lock panics")
     }
 
     /// Puts bytes where the guest reads them.
-    fn give(&self, state: &mut State, bytes: &[u8]) {
+    fn give(&self, state: &mut KeyboardState, bytes: &[u8]) {
         let room = BUFFER - state.buffer.len();
         state.buffer.extend(bytes.iter().take(room));
         self.interrupt_if_full(state);
     }
 
-    fn interrupt_if_full(&self, state: &State) {
+    fn interrupt_if_full(&self, state: &KeyboardState) {
         if !state.buffer.is_empty() && state.control & CONTROL_KEYBOARD_INTERRUPT != 0 {
             // It fails only when its counter is full, and then the interrupt is on its way.
             let _ = self.interrupt.write(1);
         }
     }
 
-    fn command(&self, state: &mut State, command: u8) {
+    fn command(&self, state: &mut KeyboardState, command: u8) {
         state.waiting = None;
         match command {
             COMMAND_RESET => self.events.post(MachineEvent::Reset),
@@ -116,7 +130,7 @@ impl I8042 {
         }
     }
 
-    fn data(&self, state: &mut State, value: u8) {
+    fn data(&self, state: &mut KeyboardState, value: u8) {
         match state.waiting.take() {
             Some(COMMAND_WRITE_CONTROL) => state.control = value,
             Some(_) => state.output_port = value,

@@ -9,8 +9,9 @@ mod serial;
 
 pub use boot_timer::StartTimes;
 pub use console::{SerialInput, SerialSetup};
-pub use i8042::KeyboardFull;
+pub use i8042::{KeyboardFull, KeyboardState};
 pub use output::Output;
+pub use serial::SerialPortState;
 
 pub(crate) use boot_timer::BootTimer;
 pub(crate) use i8042::I8042;

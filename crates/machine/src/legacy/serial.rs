@@ -3,12 +3,16 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use vm_superio::Trigger;
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::{Serial, SerialEvents};
+use vm_superio::{SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::console::{Console, ConsoleWriter};
 use crate::bus::BusDevice;
+
+/// Bytes that a 16550 receives before the guest reads them.
+const FIFO_SIZE: usize = 64;
 
 type Registers = Serial<Interrupt, Arc<Console>, ConsoleWriter>;
 
@@ -17,10 +21,66 @@ pub(crate) struct SerialPort {
     registers: Mutex<Registers>,
 }
 
+/// What it saves: its registers, by their names in the 16550's data sheet, and what the guest has not read yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialPortState {
+    /// Divisor latch, low and high byte.
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    #[serde(with = "serde_bytes")]
+    received: Vec<u8>,
+}
+
 impl SerialPort {
     pub(crate) fn new(interrupt: EventFd, console: Arc<Console>) -> Self {
         let registers = Serial::with_events(Interrupt(interrupt), console.clone(), ConsoleWriter(console));
         SerialPort { registers: Mutex::new(registers) }
+    }
+
+    /// The port as it was saved. More received bytes than it holds are an impossible state, and cut off.
+    pub(crate) fn restore(
+        state: &SerialPortState,
+        interrupt: EventFd,
+        console: Arc<Console>,
+    ) -> io::Result<Self> {
+        let saved = SerialState {
+            baud_divisor_low: state.divisor[0],
+            baud_divisor_high: state.divisor[1],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.received.iter().copied().take(FIFO_SIZE).collect(),
+        };
+        let registers =
+            Serial::from_state(&saved, Interrupt(interrupt), console.clone(), ConsoleWriter(console))
+                .map_err(|error| io::Error::other(format!("the serial port's saved state: {error:?}")))?;
+        Ok(SerialPort { registers: Mutex::new(registers) })
+    }
+
+    /// Its state.
+    pub(crate) fn save(&self) -> SerialPortState {
+        let state = self.lock().state();
+        SerialPortState {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            received: state.in_buffer,
+        }
     }
 
     /// How many bytes the guest's receive buffer has room for.

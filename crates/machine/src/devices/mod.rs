@@ -1,0 +1,320 @@
+//! Virtio devices: which a machine has, where in the guest they lie, and what KVM does for them.
+//!
+//! # How the guest finds them
+//!
+//! Devices are numbered: the root device, the other drives in the order in which they were given, then entropy. That order names them
+//! (`vda`, `vdb`, ...).
+//!
+//! - On virtio-mmio device `n` has the `n`-th window of 4 KiB from [`layout::VIRTIO_MMIO`](crate::layout::VIRTIO_MMIO) on and the `n`-th
+//!   interrupt line from 5 on. A guest with ACPI finds it in the DSDT, one without in `virtio_mmio.device=` on its command line.
+//! - On virtio-pci device `n` is in slot `n + 1` of bus 0. A guest with ACPI finds the bus in the DSDT and the MCFG, one without by
+//!   probing.
+//!
+//! # Invariants
+//!
+//! - Places are given out before the guest's tables are written, and devices are made after its vCPUs (the order of KVM's calls,
+//!   [`crate::kvm`]).
+//! - A kick goes ioeventfd -> io worker, and an interrupt from the worker to KVM. A vCPU thread touches registers only.
+//!
+//! | module | what it is about |
+//! |---|---|
+//! | `place` | who lies where |
+//! | `board` | putting a device in its place, on either transport |
+//! | `mmio`, `pci` | what either transport needs of the bus and of KVM |
+//! | `io_events` | kicks |
+
+mod board;
+mod io_events;
+mod mmio;
+mod pci;
+mod place;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::time::Duration;
+
+use config::{Drive, Entropy, TokenBucket};
+use virtio::block::disk::Disk;
+use virtio::block::{Block, BlockConfig, BlockControl, BlockError};
+use virtio::device::DeviceState;
+use virtio::entropy::{self, EntropyControl};
+use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
+use virtio::transport::RestoreError;
+use virtio::worker::{Workers, WorkersConfig, monotonic};
+
+use crate::kvm::{KvmError, Vm};
+use crate::vcpu::Buses;
+
+use board::Board;
+pub use board::{DevicesState, SavedDevice, SavedTransport};
+pub(crate) use place::{Places, Window};
+
+/// The devices that a machine is to have, their back ends open.
+#[derive(Debug, Default)]
+pub struct DeviceSetup {
+    /// Drives, checked to go together, each with its disk.
+    pub drives: Vec<(Drive, Disk)>,
+    /// The entropy device.
+    pub entropy: Option<Entropy>,
+    /// All devices are on virtio-pci instead of virtio-mmio.
+    pub pci: bool,
+}
+
+/// Why devices cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// There are not enough places.
+    #[error("{count} devices are too many: there are {max} {what}")]
+    TooMany {
+        /// How many were asked for.
+        count: usize,
+        /// How many there can be.
+        max: usize,
+        /// Of what there are no more.
+        what: &'static str,
+    },
+    /// A saved machine had other devices.
+    #[error("the machine has the devices [{here}], but was saved with [{there}]")]
+    OtherDevices {
+        /// Names of the devices that it has.
+        here: String,
+        /// Names of the devices that it had.
+        there: String,
+    },
+    /// A saved machine had its devices elsewhere.
+    #[error("the devices were saved on virtio-{}, and this process puts them on virtio-{} (--enable-pci)", if *pci { "mmio" } else { "pci" }, if *pci { "pci" } else { "mmio" })]
+    OtherTransport {
+        /// This process puts them on PCI.
+        pci: bool,
+    },
+    /// A saved device is of another kind than its name says.
+    #[error("the saved state of {name} is not that of such a device")]
+    OtherKind {
+        /// The device.
+        name: String,
+    },
+    /// A saved device cannot be made again.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// A disk cannot be served.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The host is out of threads or descriptors.
+    #[error("cannot create {what}: {source}")]
+    Host {
+        /// What was to be made.
+        what: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+}
+
+impl DeviceSetup {
+    fn count(&self) -> usize {
+        self.drives.len() + usize::from(self.entropy.is_some())
+    }
+
+    /// Gives each device its place.
+    pub(crate) fn places(&self) -> Result<Places, DeviceError> {
+        Places::new(self.count(), self.pci)
+    }
+
+    /// What goes on the kernel's command line: the root device, and where each device is.
+    pub(crate) fn boot_args(&self, places: &Places) -> String {
+        let root = self.drives.iter().find(|(drive, _)| drive.is_root_device).map(|(root, _)| {
+            let mode = if root.is_read_only { "ro" } else { "rw" };
+            match &root.partuuid {
+                Some(uuid) => format!("root=PARTUUID={uuid} {mode}"),
+                None => format!("root=/dev/vda {mode}"),
+            }
+        });
+        let args: Vec<_> = root.into_iter().chain(places.boot_args()).collect();
+        args.join(" ")
+    }
+}
+
+/// The devices of a machine.
+pub struct Devices {
+    /// Who runs them; `None` where there are none, so that a machine without devices has no such thread.
+    workers: Option<Workers>,
+    /// Where they are; `None` where there are none.
+    board: Option<Board>,
+    drives: BTreeMap<String, BlockControl>,
+    entropy: Option<EntropyControl>,
+}
+
+impl Devices {
+    /// Makes the devices and puts them on the buses, each in its place. With a saved state, they are what it says, and their workers are
+    /// paused.
+    pub(crate) fn attach(
+        setup: DeviceSetup,
+        places: Places,
+        saved: Option<&DevicesState>,
+        vm: &Vm,
+        buses: &mut Buses,
+    ) -> Result<Self, DeviceError> {
+        let mut devices = Devices { workers: None, board: None, drives: BTreeMap::new(), entropy: None };
+        if setup.count() == 0 {
+            // The bus is there all the same.
+            if setup.pci {
+                pci::root(buses);
+            }
+            return Ok(devices);
+        }
+        let workers =
+            Workers::start(WorkersConfig { shared: setup.shared_workers(), ..WorkersConfig::default() })
+                .map_err(|source| DeviceError::Host { what: "an I/O worker", source })?;
+        if saved.is_some() {
+            workers.pause(Duration::ZERO).expect("workers that have nothing to do pause at once");
+        }
+        let mut board = Board::new(places, vm, buses, workers.clone());
+        let now = monotonic();
+        for (drive, disk) in root_first(setup.drives) {
+            let name = format!("drive {}", drive.drive_id);
+            let (block, control) = match saved.and_then(|saved| saved.device(&name)) {
+                Some(DeviceState::Block(state)) => Block::restore(state, disk, Vec::new(), now)?,
+                Some(_) => return Err(DeviceError::OtherKind { name }),
+                None => {
+                    let limits = limits(drive.rate_limiter.as_ref());
+                    Block::new(BlockConfig::of(&drive), disk, limits, Vec::new(), now)?
+                }
+            };
+            board.plug(name, Box::new(block), vm, buses)?;
+            devices.drives.insert(drive.drive_id, control);
+        }
+        if let Some(config) = setup.entropy {
+            let name = "entropy".to_owned();
+            let (device, control) = match saved.and_then(|saved| saved.device(&name)) {
+                Some(DeviceState::Entropy(state)) => entropy::Entropy::restore(state, now),
+                Some(_) => return Err(DeviceError::OtherKind { name }),
+                None => entropy::Entropy::new(limits(config.rate_limiter.as_ref()), now),
+            };
+            board.plug(name, Box::new(device), vm, buses)?;
+            devices.entropy = Some(control);
+        }
+        if let Some(saved) = saved {
+            board.restore(saved)?;
+        }
+        devices.workers = Some(workers);
+        devices.board = Some(board);
+        Ok(devices)
+    }
+
+    /// Their state. The vCPUs stand still and the workers are paused.
+    pub(crate) fn save(&self) -> DevicesState {
+        let nothing = || DevicesState { pci: None, devices: Vec::new() };
+        self.board.as_ref().map_or_else(nothing, Board::save)
+    }
+
+    /// The workers, if there are devices to run.
+    pub(crate) fn workers(&self) -> Option<&Workers> {
+        self.workers.as_ref()
+    }
+
+    /// A drive, to be changed while it works.
+    pub fn drive(&self, id: &str) -> Option<&BlockControl> {
+        self.drives.get(id)
+    }
+}
+
+impl std::fmt::Debug for Devices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Devices")
+            .field("drives", &self.drives.keys().collect::<Vec<_>>())
+            .field("entropy", &self.entropy.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl DeviceSetup {
+    /// One worker for all, or as many as the drive that asks for most.
+    fn shared_workers(&self) -> usize {
+        self.drives.iter().map(|(drive, _)| usize::from(drive.io_threads())).max().unwrap_or(1)
+    }
+}
+
+/// The root device is the guest's first disk.
+fn root_first(mut drives: Vec<(Drive, Disk)>) -> Vec<(Drive, Disk)> {
+    drives.sort_by_key(|(drive, _)| !drive.is_root_device);
+    drives
+}
+
+/// Limits as the API has them, as the devices take them.
+pub fn limits(limiter: Option<&config::RateLimiter>) -> RateLimiterConfig {
+    let bucket = |bucket: TokenBucket| BucketConfig {
+        size: bucket.size,
+        refill_time_ms: bucket.refill_time,
+        one_time_burst: bucket.one_time_burst.unwrap_or(0),
+    };
+    limiter.map_or_else(RateLimiterConfig::default, |limiter| RateLimiterConfig {
+        bandwidth: limiter.bandwidth.map(bucket),
+        ops: limiter.ops.map(bucket),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virtio::transport::{mmio as mmio_transport, pci as pci_transport};
+
+    fn drive(id: &str, root: bool, partuuid: Option<&str>) -> (Drive, Disk) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let drive = Drive {
+            drive_id: id.to_owned(),
+            is_root_device: root,
+            partuuid: partuuid.map(str::to_owned),
+            cache_type: config::CacheType::Unsafe,
+            is_read_only: false,
+            path_on_host: Some(file.path().to_owned()),
+            rate_limiter: None,
+            io_engine: None,
+            socket: None,
+            num_queues: None,
+            io_threads: None,
+            queue_size: None,
+            overlay: None,
+        };
+        let disk = Disk::open(&virtio::block::disk::DiskOptions::of(&drive)).unwrap();
+        (drive, disk)
+    }
+
+    #[test]
+    fn devices_lie_side_by_side_and_the_guest_is_told() {
+        let setup = DeviceSetup {
+            drives: vec![drive("data", false, None), drive("rootfs", true, None)],
+            entropy: Some(Entropy::default()),
+            pci: false,
+        };
+        assert_eq!(
+            setup.boot_args(&setup.places().unwrap()),
+            "root=/dev/vda rw pci=off virtio_mmio.device=4K@0xc0001000:5 \
+             virtio_mmio.device=4K@0xc0002000:6 virtio_mmio.device=4K@0xc0003000:7"
+        );
+        let order: Vec<_> = root_first(setup.drives).into_iter().map(|(d, _)| d.drive_id).collect();
+        assert_eq!(order, ["rootfs", "data"]);
+    }
+
+    #[test]
+    fn a_root_partition_is_named_by_its_uuid() {
+        let drives = vec![drive("r", true, Some("0eaa91a0-01"))];
+        let setup = DeviceSetup { drives, entropy: None, pci: true };
+        assert_eq!(setup.boot_args(&setup.places().unwrap()), "root=PARTUUID=0eaa91a0-01 rw");
+    }
+
+    #[test]
+    fn more_devices_than_places_are_refused() {
+        for (pci, max) in [(false, mmio_transport::MAX_DEVICES), (true, pci_transport::MAX_DEVICES)] {
+            let drives = (0..max).map(|i| drive(&format!("d{i}"), false, None)).collect();
+            let mut setup = DeviceSetup { drives, entropy: None, pci };
+            setup.places().unwrap();
+            setup.entropy = Some(Entropy::default());
+            let error = setup.places().unwrap_err();
+            assert!(
+                matches!(error, DeviceError::TooMany { count, max: m, .. } if count == max + 1 && m == max)
+            );
+        }
+    }
+}
