@@ -5,7 +5,9 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::{BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, Serial};
+use crate::{
+    BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, NetworkInterface, Serial, check_networks,
+};
 
 /// The configuration file (`--config-file`).
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -28,6 +30,9 @@ pub struct VmConfig {
     /// The entropy device; none where absent.
     #[serde(default)]
     pub entropy: Option<Entropy>,
+    /// Network devices, by order of their appearance in the guest.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub network_interfaces: Vec<NetworkInterface>,
 }
 
 impl VmConfig {
@@ -37,7 +42,8 @@ impl VmConfig {
         self.machine_config.check()?;
         self.serial.as_ref().map_or(Ok(()), Serial::check)?;
         self.entropy.as_ref().map_or(Ok(()), Entropy::check)?;
-        check_drives(&self.drives)
+        check_drives(&self.drives)?;
+        check_networks(&self.network_interfaces)
     }
 }
 
@@ -76,6 +82,8 @@ pub struct FullVmConfig {
     pub logger: Option<Logger>,
     /// Processors and memory.
     pub machine_config: MachineConfig,
+    /// Network devices.
+    pub network_interfaces: Vec<NetworkInterface>,
     /// The serial console, where the API or the configuration file set it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
@@ -83,8 +91,10 @@ pub struct FullVmConfig {
 
 impl From<VmConfig> for FullVmConfig {
     fn from(config: VmConfig) -> FullVmConfig {
-        let VmConfig { boot_source, machine_config, logger, serial, drives, entropy } = config;
-        FullVmConfig { boot_source: Some(boot_source), drives, entropy, logger, machine_config, serial }
+        let VmConfig { boot_source, machine_config, logger, serial, drives, entropy, network_interfaces } =
+            config;
+        let boot_source = Some(boot_source);
+        FullVmConfig { boot_source, drives, entropy, logger, machine_config, network_interfaces, serial }
     }
 }
 
@@ -120,6 +130,7 @@ mod tests {
             serial: None,
             drives: Vec::new(),
             entropy: None,
+            network_interfaces: Vec::new(),
         }
     }
 
@@ -147,7 +158,7 @@ mod tests {
     #[test]
     fn an_unknown_key_is_named_wherever_it_stands() {
         for (json, named) in [
-            (r#"{"boot-source":{"kernel_image_path":"k"},"network-interfaces":[]}"#, "`network-interfaces`"),
+            (r#"{"boot-source":{"kernel_image_path":"k"},"network-interface":[]}"#, "`network-interface`"),
             (r#"{"boot-source":{"kernel_image_path":"k","args":""}}"#, "`args`"),
             (
                 r#"{"boot-source":{"kernel_image_path":"k"},"machine-config":{"vcpu_count":1,"mem_size_mib":1,"cpus":1}}"#,
@@ -204,6 +215,7 @@ mod tests {
                 "machine-config": {
                     "vcpu_count": 1, "mem_size_mib": 128, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
                 },
+                "network-interfaces": [],
             })
         );
     }
@@ -267,6 +279,7 @@ mod tests {
                 serial,
                 drives: Vec::new(),
                 entropy: None,
+                network_interfaces: Vec::new(),
             },
         )
     }

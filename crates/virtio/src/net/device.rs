@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use config::NetworkInterface;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
@@ -72,6 +73,19 @@ pub struct NetConfig {
     pub pairs: u16,
     /// Descriptors per queue: a power of two.
     pub queue_size: u16,
+}
+
+impl NetConfig {
+    /// What `network`, which was checked, asks for.
+    pub fn of(network: &NetworkInterface) -> Self {
+        NetConfig {
+            id: network.iface_id.clone(),
+            mac: network.guest_mac.map(|mac| mac.0),
+            mtu: network.mtu,
+            pairs: network.num_queues(),
+            queue_size: network.queue_size(),
+        }
+    }
 }
 
 /// What a network device saves.

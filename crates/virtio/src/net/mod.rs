@@ -49,7 +49,7 @@ mod tx;
 pub mod vhost;
 mod vhost_task;
 
-pub use backend::NetBackend;
+pub use backend::{NetBackend, OpenError, OpenErrorKind};
 pub use detour::Detour;
 pub use device::{Net, NetConfig, NetControl, NetError, NetSetup, NetState};
 pub use stats::NetStats;

@@ -1,6 +1,6 @@
 //! Where a back end waits between two drivers: put there by the device or by a task that ends, taken by the next.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use super::backend::Link;
 use super::detour::Detour;
@@ -17,7 +17,7 @@ pub(super) struct Port {
 #[derive(Default)]
 pub(super) struct Parts {
     pub(super) link: Option<Link>,
-    pub(super) vhost: Option<Vhost>,
+    pub(super) vhost: Option<Arc<Vhost>>,
     pub(super) detour: Option<Box<dyn Detour>>,
 }
 

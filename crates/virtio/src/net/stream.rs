@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -37,10 +38,10 @@ pub struct StreamError {
 }
 
 /// A connection to a network in another process.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Stream {
     name: String,
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     /// What was read: `start..end` is not handed on yet. Allocated with the first read.
     incoming: Vec<u8>,
     start: usize,
@@ -60,7 +61,15 @@ impl Stream {
     }
 
     pub(super) fn new(name: String, socket: OwnedFd) -> Self {
-        Stream { name, socket, incoming: Vec::new(), start: 0, end: 0, outgoing: Vec::new(), written: 0 }
+        Stream {
+            name,
+            socket: Arc::new(socket),
+            incoming: Vec::new(),
+            start: 0,
+            end: 0,
+            outgoing: Vec::new(),
+            written: 0,
+        }
     }
 
     /// What the user calls it.

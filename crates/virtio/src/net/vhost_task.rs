@@ -34,7 +34,7 @@ pub(super) struct VhostTask {
     tap: Arc<Tap>,
     /// Which queue of the tap.
     pair: usize,
-    vhost: Option<Vhost>,
+    vhost: Option<Arc<Vhost>>,
     /// Receive and transmit.
     queues: [ActiveQueue; 2],
     calls: [EventFd; 2],
