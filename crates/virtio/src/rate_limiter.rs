@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::worker::Nanos;
 
 /// The longest lateness of a timer that costs no tokens, in nanoseconds.
-pub const LATENESS: Nanos = 10_000_000;
+pub const LATENESS: Nanos = 100_000_000;
 
 /// A bucket as its user describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -307,9 +307,13 @@ mod tests {
 
     #[test]
     fn a_timer_that_comes_late_costs_nothing_even_if_the_bucket_holds_one_request() {
-        for (size, refill_time_ms, request, late) in
-            [(1_000_000, 10, 4096, 200_000), (1, 1, 1, 80_000), (4096, 1, 4096, 2 * MS), (1, 100, 1, 9 * MS)]
-        {
+        for (size, refill_time_ms, request, late) in [
+            (1_000_000, 10, 4096, 200_000),
+            (1, 1, 1, 80_000),
+            (4096, 1, 4096, 2 * MS),
+            (1, 100, 1, 9 * MS),
+            (1, 1000, 1, 99 * MS),
+        ] {
             let mut limiter = RateLimiter::new(bytes_only(bucket(size, refill_time_ms)), 0);
             let (passed, _) = run(&mut limiter, request, 0, 10 * SECOND, late);
             let want = size + size * 10_000 / refill_time_ms;
