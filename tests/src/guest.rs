@@ -56,6 +56,11 @@ pub fn vmm_path() -> PathBuf {
     given(env::VMM)
 }
 
+/// Busybox, linked statically.
+pub fn busybox() -> PathBuf {
+    given(env::BUSYBOX)
+}
+
 /// The guest kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
@@ -96,6 +101,25 @@ impl Kernel {
     }
 }
 
+/// How devices are attached to a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// Windows in memory: the default.
+    Mmio,
+    /// Functions of a PCI bus.
+    Pci,
+}
+
+impl Transport {
+    /// What the monitor has to be told.
+    pub fn args(self) -> &'static [&'static str] {
+        match self {
+            Transport::Mmio => &[],
+            Transport::Pci => &["--enable-pci"],
+        }
+    }
+}
+
 /// The command line of a guest that says all it says on its serial port, little of it from the kernel, and ends the
 /// monitor when it dies.
 pub const BOOT_ARGS: &str = "console=ttyS0 quiet panic=-1 reboot=k";
@@ -126,7 +150,12 @@ impl Guest {
 
     /// A guest whose first process is busybox's shell with this script. Its initial RAM disk is written to `dir`.
     pub fn linux(kernel: Kernel, script: &str, dir: &Path) -> Result<Guest> {
-        let disk = Initramfs::new(&given(env::BUSYBOX))?.finish(script);
+        Guest::with_initramfs(kernel, Initramfs::new(&busybox())?, script, dir)
+    }
+
+    /// The same, out of an initial RAM disk that was begun.
+    pub fn with_initramfs(kernel: Kernel, disk: Initramfs, script: &str, dir: &Path) -> Result<Guest> {
+        let disk = disk.finish(script);
         let initrd = dir.join("initramfs");
         std::fs::write(&initrd, disk).with_context(|| initrd.display().to_string())?;
         let boot_args = Some(BOOT_ARGS.to_owned());
@@ -226,6 +255,29 @@ macro_rules! on_each_kernel {
             #[test]
             fn debian_6_12() -> anyhow::Result<()> {
                 run($crate::guest::Kernel::Debian6_12)
+            }
+        }
+    )*};
+}
+
+/// Makes a test of each function here, once for each transport.
+#[macro_export]
+macro_rules! on_each_transport {
+    ($($(#[doc = $doc:literal])* fn $name:ident($transport:ident) $body:block)*) => {$(
+        $(#[doc = $doc])*
+        mod $name {
+            use super::*;
+
+            fn run($transport: $crate::guest::Transport) -> anyhow::Result<()> $body
+
+            #[test]
+            fn mmio() -> anyhow::Result<()> {
+                run($crate::guest::Transport::Mmio)
+            }
+
+            #[test]
+            fn pci() -> anyhow::Result<()> {
+                run($crate::guest::Transport::Pci)
             }
         }
     )*};

@@ -25,6 +25,7 @@ mod id;
 mod logger;
 mod machine_config;
 mod mmds;
+mod network;
 mod serial;
 mod token_bucket;
 mod vm_config;
@@ -43,6 +44,11 @@ pub use machine_config::{
     CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,
 };
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsConfigError, MmdsVersion};
+pub use network::{
+    DEFAULT_NET_QUEUE_SIZE, MAX_IFACE_ID_LEN, MAX_NET_QUEUE_SIZE, MAX_QUEUE_PAIRS, MAX_TAP_NAME_LEN, MIN_MTU,
+    MIN_NET_QUEUE_SIZE, MacAddress, MacAddressError, NetBackendKind, NetworkError, NetworkInterface,
+    NetworkInterfaceUpdate, check_networks,
+};
 pub use serial::Serial;
 pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
 pub use vm_config::{FullVmConfig, VmConfig, check_drives};
@@ -93,6 +99,9 @@ pub enum ConfigError {
     /// A block device.
     #[error(transparent)]
     Drive(#[from] DriveError),
+    /// A network interface.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// Two drives with the same id, in one configuration file.
     #[error("there are two drives with drive_id {drive_id}")]
     DuplicateDrive {

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ConfigError;
+use crate::{ConfigError, NetBackendKind, NetworkInterface};
 
 /// Where guests look for a metadata service.
 pub const DEFAULT_MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -45,6 +45,17 @@ pub enum MmdsConfigError {
     /// An interface that is not there.
     #[error("network_interfaces names {0}, and there is no such network interface")]
     NoSuchInterface(String),
+    /// An interface whose frames the kernel moves.
+    #[error("network interface {0} cannot reach MMDS: with the back end vhost the monitor sees no frames")]
+    Vhost(String),
+    /// An interface whose frames several queues move.
+    #[error("network interface {iface_id} cannot reach MMDS with num_queues {pairs}: it must be 1")]
+    SeveralQueues {
+        /// Which interface.
+        iface_id: String,
+        /// How many pairs it has.
+        pairs: u16,
+    },
     /// An address that routers may know.
     #[error("ipv4_address is {0}: it must be link-local, between 169.254.1.0 and 169.254.254.255")]
     NotLinkLocal(Ipv4Addr),
@@ -68,10 +79,20 @@ impl MmdsConfig {
         Ok(())
     }
 
-    /// Checks that its interfaces are among those that there are.
-    pub fn check_interfaces(&self, interfaces: &[&str]) -> Result<(), ConfigError> {
-        let unknown = self.network_interfaces.iter().find(|id| !interfaces.contains(&id.as_str()));
-        unknown.map_or(Ok(()), |id| Err(MmdsConfigError::NoSuchInterface(id.clone()).into()))
+    /// Checks that its interfaces are among those that there are, and that it can be reached through them.
+    pub fn check_interfaces(&self, interfaces: &[NetworkInterface]) -> Result<(), ConfigError> {
+        for id in &self.network_interfaces {
+            let Some(interface) = interfaces.iter().find(|interface| interface.iface_id == *id) else {
+                return Err(MmdsConfigError::NoSuchInterface(id.clone()).into());
+            };
+            if interface.backend == NetBackendKind::Vhost {
+                return Err(MmdsConfigError::Vhost(id.clone()).into());
+            }
+            if let Some(pairs @ 2..) = interface.num_queues {
+                return Err(MmdsConfigError::SeveralQueues { iface_id: id.clone(), pairs }.into());
+            }
+        }
+        Ok(())
     }
 }
 
@@ -115,11 +136,21 @@ mod tests {
     }
 
     #[test]
-    fn an_interface_that_is_not_there_is_named() {
+    fn an_interface_that_cannot_reach_it_is_named() {
         let config = parse(r#"{"network_interfaces":["a","b"]}"#);
-        assert_eq!(config.check_interfaces(&["b", "a", "c"]), Ok(()));
-        let error = config.check_interfaces(&["a"]).unwrap_err().to_string();
-        assert!(error.contains("names b"), "{error}");
+        let interface = |id: &str, more: &str| -> NetworkInterface {
+            serde_json::from_str(&format!(r#"{{"iface_id":"{id}","host_dev_name":"tap"{more}}}"#)).unwrap()
+        };
+        let check = |other| config.check_interfaces(&[other, interface("a", "")]).map_err(|e| e.to_string());
+        assert_eq!(check(interface("b", r#","num_queues":1"#)), Ok(()));
+        for (other, named) in [
+            (interface("c", ""), "names b"),
+            (interface("b", r#","backend":"vhost""#), "vhost"),
+            (interface("b", r#","num_queues":2"#), "num_queues 2"),
+        ] {
+            let error = check(other).unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
     }
 
     #[test]

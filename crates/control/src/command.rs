@@ -4,7 +4,7 @@ use std::fmt;
 
 use config::{
     BootSource, ConfigError, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate,
-    MmdsConfig, Serial, VmState,
+    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, VmState,
 };
 
 use crate::PhaseError;
@@ -32,6 +32,10 @@ pub enum Command {
     PutDrive(Drive),
     /// Change a drive of a started guest: its disk, its limits.
     PatchDrive(DriveUpdate),
+    /// Add a network interface, or set it anew.
+    PutNetwork(NetworkInterface),
+    /// Change the limits of a network interface of a started guest.
+    PatchNetwork(NetworkInterfaceUpdate),
     /// Add the entropy device, or set it anew.
     PutEntropy(Entropy),
     /// Set through what and how the guest reaches the metadata service.
@@ -68,6 +72,8 @@ impl Command {
             Command::PutSerial(_) => "PUT /serial",
             Command::PutDrive(_) => "PUT /drives",
             Command::PatchDrive(_) => "PATCH /drives",
+            Command::PutNetwork(_) => "PUT /network-interfaces",
+            Command::PatchNetwork(_) => "PATCH /network-interfaces",
             Command::PutEntropy(_) => "PUT /entropy",
             Command::PutMmdsConfig(_) => "PUT /mmds/config",
             Command::GetMmds => "GET /mmds",

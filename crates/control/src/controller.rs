@@ -16,8 +16,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use config::{
-    BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, MmdsConfig, Serial,
-    VmConfig, VmState, check_drives,
+    BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, MmdsConfig,
+    NetworkInterface, NetworkInterfaceUpdate, Serial, VmConfig, VmState, check_drives, check_networks,
 };
 use machine::boot::BootFiles;
 use machine::devices::{DeviceSetup, limits};
@@ -26,6 +26,7 @@ use machine::machine::{Machine, PauseError};
 use machine::{EventSink, Paused, Running, Setup};
 use serde_json::json;
 use virtio::block::disk::{Disk, DiskOptions};
+use virtio::net::NetBackend;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
@@ -87,6 +88,8 @@ pub struct Controller<H> {
     disks: Vec<Disk>,
     /// What the guest can learn, and the way to it that `config.mmds_config` says.
     metadata: Metadata,
+    /// The networks of `config.network_interfaces`, in the same order, opened when they were set.
+    networks: Vec<NetBackend>,
     state: State,
 }
 
@@ -119,6 +122,7 @@ impl<H: Host> Controller<H> {
             serial_output: None,
             disks: Vec::new(),
             metadata: Metadata::new(platform.mmds_size_limit),
+            networks: Vec::new(),
             state: State::Configured,
         }
     }
@@ -135,6 +139,9 @@ impl<H: Host> Controller<H> {
         }
         for drive in config.drives {
             self.run(Command::PutDrive(drive))?;
+        }
+        for network in config.network_interfaces {
+            self.run(Command::PutNetwork(network))?;
         }
         if let Some(entropy) = config.entropy {
             self.run(Command::PutEntropy(entropy))?;
@@ -169,6 +176,8 @@ impl<H: Host> Controller<H> {
             Command::PutSerial(serial) => self.set_serial(serial)?,
             Command::PutDrive(drive) => self.put_drive(&drive)?,
             Command::PatchDrive(update) => self.patch_drive(&update)?,
+            Command::PutNetwork(network) => self.put_network(&network)?,
+            Command::PatchNetwork(update) => self.patch_network(&update)?,
             Command::PutEntropy(entropy) => {
                 entropy.check()?;
                 self.config.entropy = Some(entropy);
@@ -251,7 +260,7 @@ impl<H: Host> Controller<H> {
     }
 
     fn put_mmds_config(&mut self, config: MmdsConfig) -> Result<(), CommandError> {
-        self.metadata.configure(&config, &[])?;
+        self.metadata.configure(&config, &self.config.network_interfaces)?;
         self.config.mmds_config = Some(config);
         Ok(())
     }
@@ -318,6 +327,63 @@ impl<H: Host> Controller<H> {
         Ok(())
     }
 
+    /// Adds a network interface, or sets it anew; its network is opened now.
+    fn put_network(&mut self, network: &NetworkInterface) -> Result<(), CommandError> {
+        let at = self.config.network_interfaces.iter().position(|other| other.iface_id == network.iface_id);
+        let mut networks = self.config.network_interfaces.clone();
+        match at {
+            Some(at) => networks[at] = network.clone(),
+            None => networks.push(network.clone()),
+        }
+        check_networks(&networks)?;
+        if let Some(mmds) = &self.config.mmds_config {
+            mmds.check_interfaces(&networks)?;
+        }
+        match at {
+            None => self.networks.push(NetBackend::open(network).map_err(CommandError::new)?),
+            Some(at) => self.reopen_network(at, network)?,
+        }
+        self.config.network_interfaces = networks;
+        Ok(())
+    }
+
+    /// Opens another network for an interface that has one. A tap has one user, so the old one is closed first, and opened again
+    /// should the new one fail.
+    fn reopen_network(&mut self, at: usize, network: &NetworkInterface) -> Result<(), CommandError> {
+        drop(self.networks.remove(at));
+        let error = match NetBackend::open(network) {
+            Ok(backend) => {
+                self.networks.insert(at, backend);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        match NetBackend::open(&self.config.network_interfaces[at]) {
+            Ok(backend) => self.networks.insert(at, backend),
+            Err(gone) => {
+                log::error!("{gone}; the interface is removed");
+                self.config.network_interfaces.remove(at);
+            }
+        }
+        Err(CommandError::new(error))
+    }
+
+    fn patch_network(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), CommandError> {
+        let networks = &self.config.network_interfaces;
+        let at = networks.iter().position(|network| network.iface_id == update.iface_id);
+        let control = self.machine().and_then(|machine| machine.devices().network(&update.iface_id));
+        let (Some(at), Some(control)) = (at, control) else {
+            let id = &update.iface_id;
+            return Err(CommandError::new(format_args!("there is no network interface {id}")));
+        };
+        let network = networks[at].updated(update)?;
+        let [rx, tx] =
+            [update.rx_rate_limiter, update.tx_rate_limiter].map(|limiter| limits(limiter.as_ref()));
+        control.update_limits(rx, tx, monotonic());
+        self.config.network_interfaces[at] = network;
+        Ok(())
+    }
+
     /// The machine in either of its states, if there is one.
     fn machine(&self) -> Option<&Machine> {
         match &self.state {
@@ -353,12 +419,20 @@ impl<H: Host> Controller<H> {
             cmdline: source.boot_args().to_owned(),
         };
         let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
+        let networks = self.config.network_interfaces.iter().cloned();
+        let networks = networks.zip(self.networks.iter().cloned()).collect();
         let setup = Setup {
             config: &self.config.machine_config,
             boot,
             serial,
             boot_timer: self.platform.boot_timer,
-            devices: DeviceSetup { drives, entropy: self.config.entropy.clone(), pci: self.platform.pci },
+            devices: DeviceSetup {
+                drives,
+                networks,
+                entropy: self.config.entropy.clone(),
+                metadata: self.metadata.service(&self.identity.id).map_err(|e| cannot_start(&e))?,
+                pci: self.platform.pci,
+            },
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use config::{MmdsConfig, MmdsVersion};
+use config::{MmdsConfig, MmdsVersion, NetworkInterface};
 use mmds::store::StoreError;
 use mmds::{Service, SharedStore};
 use serde_json::Value;
@@ -25,7 +25,11 @@ impl Metadata {
     }
 
     /// Makes a way to it through some of these interfaces.
-    pub(crate) fn configure(&mut self, config: &MmdsConfig, interfaces: &[&str]) -> Result<(), CommandError> {
+    pub(crate) fn configure(
+        &mut self,
+        config: &MmdsConfig,
+        interfaces: &[NetworkInterface],
+    ) -> Result<(), CommandError> {
         config.check()?;
         config.check_interfaces(interfaces)?;
         if config.version == MmdsVersion::V1 {
@@ -85,6 +89,10 @@ mod tests {
 
     use super::*;
 
+    fn interface() -> NetworkInterface {
+        serde_json::from_value(json!({"iface_id":"eth0","host_dev_name":"tap0"})).unwrap()
+    }
+
     fn config(interface: &str) -> MmdsConfig {
         MmdsConfig {
             version: MmdsVersion::V2,
@@ -101,7 +109,7 @@ mod tests {
         metadata.put(json!({"a":1}), false).unwrap();
         assert!(metadata.get(true).unwrap_err().to_string().contains("cannot reach MMDS"));
         assert!(metadata.put(json!({}), true).is_err() && metadata.patch(json!({}), true).is_err());
-        metadata.configure(&config("eth0"), &["eth0"]).unwrap();
+        metadata.configure(&config("eth0"), &[interface()]).unwrap();
         metadata.patch(json!({"b":2}), true).unwrap();
         assert_eq!(metadata.get(true), Ok(json!({"a":1,"b":2})));
     }
@@ -117,7 +125,9 @@ mod tests {
     #[test]
     fn a_way_through_an_interface_that_is_not_there_is_none() {
         let mut metadata = Metadata::new(100);
-        assert!(metadata.configure(&config("eth1"), &["eth0"]).unwrap_err().to_string().contains("eth1"));
+        assert!(
+            metadata.configure(&config("eth1"), &[interface()]).unwrap_err().to_string().contains("eth1")
+        );
         assert!(metadata.service("vm").unwrap().is_none());
     }
 }

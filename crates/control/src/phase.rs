@@ -69,13 +69,16 @@ fn when(command: &Command) -> When {
         | Command::PutLogger(_)
         | Command::PutSerial(_)
         | Command::PutDrive(_)
+        | Command::PutNetwork(_)
         | Command::PutEntropy(_)
         | Command::PutMmdsConfig(_)
         | Command::Start => When::BeforeStart,
 
-        Command::FlushMetrics | Command::SendCtrlAltDel | Command::SetVmState(_) | Command::PatchDrive(_) => {
-            When::AfterStart
-        }
+        Command::FlushMetrics
+        | Command::SendCtrlAltDel
+        | Command::SetVmState(_)
+        | Command::PatchDrive(_)
+        | Command::PatchNetwork(_) => When::AfterStart,
     }
 }
 

@@ -1,11 +1,13 @@
 //! Answering: what a request gets, whatever interface it came through.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use config::{MmdsConfig, MmdsVersion};
 
 use crate::http::{Head, Method, Response, TtlHeader, decimal};
+use crate::stack::Stack;
 use crate::stats::Stats;
 use crate::store::{Format, Store, StoreError, Unreadable, segments};
 use crate::token::{MAX_TTL_SECONDS, MIN_TTL_SECONDS, Tokens};
@@ -50,13 +52,24 @@ pub struct Service {
     store: SharedStore,
     tokens: Tokens,
     stats: Stats,
+    stacks: AtomicU64,
 }
 
 impl Service {
     /// The service that `config`, checked, describes. `key` is random and used for nothing else: with it end the tokens, so a
     /// microVM that is restored or forked gets a new one.
     pub fn new(config: MmdsConfig, store: SharedStore, vm_id: &str, key: &[u8; 32]) -> Arc<Service> {
-        Arc::new(Service { config, store, tokens: Tokens::new(key, vm_id), stats: Stats::default() })
+        let tokens = Tokens::new(key, vm_id);
+        Arc::new(Service { config, store, tokens, stats: Stats::default(), stacks: AtomicU64::new(0) })
+    }
+
+    /// The way to it through an interface, if it is one of its own.
+    pub fn stack(self: &Arc<Self>, interface: &str, mtu: Option<u16>, now: Duration) -> Option<Stack> {
+        if !self.config.network_interfaces.iter().any(|id| id == interface) {
+            return None;
+        }
+        let seed = self.tokens.secret(self.stacks.fetch_add(1, Ordering::Relaxed));
+        Some(Stack::new(Arc::clone(self), mtu.unwrap_or(u16::MAX), seed, now))
     }
 
     /// What it was made from, which is what a snapshot keeps of it: not its contents, and not its tokens.
@@ -263,6 +276,13 @@ mod tests {
         assert_eq!(service.answer(&forwarded, NOW).status(), 400);
         let elsewhere = Head { path: "/latest/api".into(), ..token_request("1") };
         assert_eq!(service.answer(&elsewhere, NOW).status(), 404);
+    }
+
+    #[test]
+    fn only_its_own_interfaces_lead_to_it() {
+        let service = service(MmdsVersion::V1, false);
+        assert!(service.stack("eth0", None, NOW).is_some());
+        assert!(service.stack("eth1", None, NOW).is_none());
     }
 
     #[test]

@@ -47,6 +47,16 @@ impl Tokens {
         to_hex(&token)
     }
 
+    /// A number that nobody can guess who does not have the key; another for each `number`.
+    pub(crate) fn secret(&self, number: u64) -> u64 {
+        // Longer than what a token says, so never the code of one.
+        let said = self.code.clone().chain_update(b"a secret").chain_update([0; 16]);
+        let code = said.chain_update(number.to_be_bytes()).finalize().into_bytes();
+        let mut secret = [0; 8];
+        secret.copy_from_slice(&code[..8]);
+        u64::from_be_bytes(secret)
+    }
+
     /// Whether `token` is one of these and alive.
     pub(crate) fn is_valid(&self, token: &[u8], now: Duration) -> bool {
         let Some(token) = from_hex(token) else { return false };

@@ -35,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use crate::block::BlockState;
 use crate::entropy::EntropyState;
 use crate::eventfd::EventFd;
+use crate::net::NetState;
 use crate::queue::Queue;
 use crate::worker::Task;
 
@@ -69,6 +70,8 @@ pub enum DeviceState {
     Block(BlockState),
     /// A source of entropy.
     Entropy(EntropyState),
+    /// A network card.
+    Net(NetState),
 }
 
 /// Feature bits that belong to the ring and the transport (chapter 6), not to a device.

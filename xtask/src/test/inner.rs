@@ -188,6 +188,14 @@ impl Surroundings {
         for line in std::fs::read_to_string("/proc/self/mounts")?.lines() {
             things.insert(format!("mount on {}", line.split(' ').nth(1).unwrap_or_default()));
         }
+        for entry in std::fs::read_dir("/sys/block")? {
+            // A loop device stays when nothing is attached to it any more.
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with("dm-") || entry.path().join("loop/backing_file").exists() {
+                things.insert(format!("block device {name}"));
+            }
+        }
         for name in files_in(Path::new("/tmp"))?.into_iter().filter(|name| name.starts_with("vesta-")) {
             things.insert(format!("file /tmp/{name}"));
         }

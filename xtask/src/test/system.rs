@@ -12,11 +12,12 @@ use vesta_tests::guest::env;
 use super::inner::show;
 use super::record::{Plan, Record, Test, Verdict, read, unfinished};
 use super::{Tally, build};
+use crate::apt;
 use crate::host::emulated::{Emulated, Watch};
 use crate::host::{self, Job, Kind, Outcome};
 use crate::kernels;
-use crate::python_disk;
 use crate::process::{root, say};
+use crate::python_disk;
 
 /// How long one test may take. An emulated host runs code 10 to 20 times slower.
 const LIMIT_NATIVE: Duration = Duration::from_mins(1);
@@ -27,6 +28,10 @@ const WITH_PYTHON: &str = "mmds";
 const NULL_GUESTS: &str = "null_";
 /// How often the emulated host may die before the rest is given up.
 const MOST_DEATHS: usize = 8;
+
+/// Programs of the host that tests make disks with.
+const PROGRAMS: &[(&str, &str)] =
+    &[("mke2fs", "e2fsprogs"), ("losetup", "mount"), ("dmsetup", "dmsetup"), ("blockdev", "util-linux")];
 
 /// What the harness is told: the monitor, the kernels and busybox.
 fn guest_environment(vmm: PathBuf) -> Result<Vec<(OsString, OsString)>> {
@@ -48,6 +53,7 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     if tests.is_empty() {
         return Ok(tally);
     }
+    apt::ensure(PROGRAMS)?;
     let mut job = Job::here(vec![])?;
     root().clone_into(&mut job.cwd);
     // A monitor that is given is taken as it is: a build of another profile, say.

@@ -4,7 +4,8 @@
 
 use config::{
     Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, IdError, Logger,
-    MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, ResourceId, Serial, Vm,
+    MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError, NetworkInterface,
+    NetworkInterfaceUpdate, ResourceId, Serial, Vm,
 };
 use serde::de::DeserializeOwned;
 
@@ -90,6 +91,8 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["serial"]) => put_serial(request),
         (Method::Put, ["drives", id]) => put_drive(request, id),
         (Method::Patch, ["drives", id]) => patch_drive(request, id),
+        (Method::Put, ["network-interfaces", id]) => put_network(request, id),
+        (Method::Patch, ["network-interfaces", id]) => patch_network(request, id),
         (Method::Put, ["entropy"]) => put_entropy(request),
         (Method::Get, ["mmds"]) => question(request, Command::GetMmds),
         (Method::Put, ["mmds"]) => Ok(plain(Command::PutMmds(body(request)?))),
@@ -131,7 +134,7 @@ fn put_serial(request: &Request) -> Result<Routed, RouteError> {
 
 fn put_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
     let drive: Drive = body(request)?;
-    check_id(id, &drive.drive_id)?;
+    check_drive_id(id, &drive.drive_id)?;
     drive.check()?;
     Ok(plain(Command::PutDrive(drive)))
 }
@@ -139,8 +142,22 @@ fn put_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
 /// Whether the change fits the drive, only the main thread knows.
 fn patch_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
     let update: DriveUpdate = body(request)?;
-    check_id(id, &update.drive_id)?;
+    check_drive_id(id, &update.drive_id)?;
     Ok(plain(Command::PatchDrive(update)))
+}
+
+fn put_network(request: &Request, id: &str) -> Result<Routed, RouteError> {
+    let network: NetworkInterface = body(request)?;
+    check_iface_id(id, &network.iface_id)?;
+    network.check()?;
+    Ok(plain(Command::PutNetwork(network)))
+}
+
+/// Whether the change fits the interface, only the main thread knows.
+fn patch_network(request: &Request, id: &str) -> Result<Routed, RouteError> {
+    let update: NetworkInterfaceUpdate = body(request)?;
+    check_iface_id(id, &update.iface_id)?;
+    Ok(plain(Command::PatchNetwork(update)))
 }
 
 fn put_entropy(request: &Request) -> Result<Routed, RouteError> {
@@ -157,12 +174,24 @@ fn put_mmds_config(request: &Request) -> Result<Routed, RouteError> {
 }
 
 /// The id in a path is well-formed, and the body's.
-fn check_id(path: &str, body: &str) -> Result<(), RouteError> {
+fn check_drive_id(path: &str, body: &str) -> Result<(), RouteError> {
+    check_id(path, body, |path, body| DriveError::OtherId { body, path })
+}
+
+fn check_iface_id(path: &str, body: &str) -> Result<(), RouteError> {
+    check_id(path, body, |path, body| NetworkError::OtherId { body, path })
+}
+
+fn check_id<E: Into<ConfigError>>(
+    path: &str,
+    body: &str,
+    other: fn(String, String) -> E,
+) -> Result<(), RouteError> {
     path.parse::<ResourceId>()?;
     if path == body {
         return Ok(());
     }
-    Err(ConfigError::from(DriveError::OtherId { body: body.to_owned(), path: path.to_owned() }).into())
+    Err(other(path.to_owned(), body.to_owned()).into().into())
 }
 
 fn put_action(request: &Request) -> Result<Routed, RouteError> {

@@ -21,7 +21,7 @@ use super::SECTOR;
 use super::direct::DirectEngine;
 use super::engine::{Engine, Patience};
 use super::overlay::{Lower, OverlayError, Top};
-use super::queue::DiskQueue;
+use super::queue::{DiskQueue, Tag};
 use super::stack::Stack;
 use super::sync::SyncEngine;
 use super::uring::{Uring, UringError};
@@ -168,7 +168,7 @@ impl Disk {
 
     /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
     pub fn queue(&self, patience: Patience) -> Result<DiskQueue, DiskError> {
-        let files = self.stack.files();
+        let files = self.files();
         let engine = match (self.engine, patience) {
             (IoEngine::Async, _) => Engine::Uring(Box::new(Uring::new(files, patience)?)),
             (IoEngine::Sync, Patience::None) => {
@@ -176,8 +176,18 @@ impl Disk {
             }
             (IoEngine::Sync, Patience::MayWait) => Engine::Direct(DirectEngine::new(files)),
         };
+        Ok(self.queue_with(engine))
+    }
+
+    /// As [`queue`](Self::queue), with an engine for [`files`](Self::files).
+    pub(super) fn queue_with(&self, engine: Engine<Tag>) -> DiskQueue {
         let flush = self.cache_type == CacheType::Writeback && !self.read_only;
-        Ok(DiskQueue::new(Arc::clone(&self.stack), engine, flush))
+        DiskQueue::new(Arc::clone(&self.stack), engine, flush)
+    }
+
+    /// The files that an engine works on, by number.
+    pub(super) fn files(&self) -> Vec<Arc<File>> {
+        self.stack.files()
     }
 
     /// Makes the files hold all that the disk does, and durable if flushes wait for the disk. Blocks; for the moments in which

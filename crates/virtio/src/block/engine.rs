@@ -251,6 +251,9 @@ pub(super) enum Engine<T: Send + 'static> {
     Sync(SyncEngine<T>),
     /// The worker itself does.
     Direct(DirectEngine<T>),
+    /// As `Direct`, and a test sees in which order.
+    #[cfg(test)]
+    Recorded(super::tests::recorder::Recorder<T>),
 }
 
 impl<T: Send + 'static> Engine<T> {
@@ -260,6 +263,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.push(transfer),
             Engine::Sync(engine) => engine.push(transfer),
             Engine::Direct(engine) => engine.push(transfer),
+            #[cfg(test)]
+            Engine::Recorded(engine) => engine.push(transfer),
         }
     }
 
@@ -269,6 +274,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.submit(),
             Engine::Sync(engine) => engine.submit(),
             Engine::Direct(engine) => engine.submit(),
+            #[cfg(test)]
+            Engine::Recorded(engine) => engine.submit(),
         }
     }
 
@@ -278,6 +285,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.reap(done),
             Engine::Sync(engine) => engine.reap(done),
             Engine::Direct(engine) => engine.reap(done),
+            #[cfg(test)]
+            Engine::Recorded(engine) => engine.reap(done),
         }
     }
 
@@ -287,6 +296,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.in_flight(),
             Engine::Sync(engine) => engine.in_flight(),
             Engine::Direct(engine) => engine.in_flight(),
+            #[cfg(test)]
+            Engine::Recorded(engine) => engine.in_flight(),
         }
     }
 
@@ -296,6 +307,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.has_more(),
             Engine::Sync(engine) => engine.has_more(),
             Engine::Direct(engine) => engine.in_flight() > 0,
+            #[cfg(test)]
+            Engine::Recorded(engine) => engine.in_flight() > 0,
         }
     }
 
@@ -305,6 +318,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.wait(),
             Engine::Sync(engine) => engine.wait(),
             Engine::Direct(_) => {}
+            #[cfg(test)]
+            Engine::Recorded(_) => {}
         }
     }
 
@@ -314,6 +329,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => Some(engine.fd()),
             Engine::Sync(engine) => Some(engine.fd()),
             Engine::Direct(_) => None,
+            #[cfg(test)]
+            Engine::Recorded(_) => None,
         }
     }
 }

@@ -135,7 +135,7 @@ fn a_saved_device_goes_on_waiting_for_what_was_left() {
     let own = match state.common().device.clone() {
         DeviceState::Entropy(own) => own,
         #[allow(unreachable_patterns, reason = "there may be no other kind of device")]
-        other @ DeviceState::Block(_) => panic!("{other:?} is another device's"),
+        other => panic!("{other:?} is another device's"),
     };
     assert_eq!(own.limiter.bandwidth.unwrap().tokens, 4);
     let worker = crate::testing::TestWorker::new();

@@ -5,7 +5,9 @@ mod device;
 mod device_model;
 mod errors;
 mod guest;
+mod host_crash;
 mod model;
+pub(super) mod recorder;
 
 use std::path::{Path, PathBuf};
 

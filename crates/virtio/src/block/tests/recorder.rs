@@ -1,0 +1,74 @@
+//! An engine that tells what it did to the last of its files, in order.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+
+use crate::block::direct::carry_out;
+use crate::block::engine::{Done, Op, Transfer};
+use crate::block::tests::SECTOR;
+use crate::sync::locked;
+
+/// Something that was done to a file.
+#[derive(Debug, Clone)]
+pub(in crate::block) enum Deed {
+    /// These bytes stand at this offset now.
+    Write { offset: u64, bytes: Vec<u8> },
+    /// All that was done before is durable now.
+    Sync,
+}
+
+/// What was done, in order.
+pub(in crate::block) type Deeds = Arc<Mutex<Vec<Deed>>>;
+
+/// Carries transfers out one after the other, the latest first: nobody may rely on their order.
+#[derive(Debug)]
+pub(in crate::block) struct Recorder<T> {
+    files: Vec<Arc<File>>,
+    deeds: Deeds,
+    noted: VecDeque<Transfer<T>>,
+    done: Vec<Done<T>>,
+}
+
+impl<T> Recorder<T> {
+    pub(super) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
+        Recorder { files, deeds, noted: VecDeque::new(), done: Vec::new() }
+    }
+
+    pub(in crate::block) fn push(&mut self, transfer: Transfer<T>) {
+        self.noted.push_back(transfer);
+    }
+
+    /// Carries out one of those that were noted.
+    pub(in crate::block) fn submit(&mut self) {
+        let Some(mut transfer) = self.noted.pop_back() else { return };
+        let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.left());
+        let top = usize::from(transfer.file()) == self.files.len() - 1;
+        let result = carry_out(&mut transfer, &self.files);
+        if top && result.is_ok() {
+            match op {
+                Op::Read => {}
+                Op::Write | Op::PunchHole | Op::ZeroRange => {
+                    let mut bytes = vec![0; len as usize];
+                    self.files[self.files.len() - 1].read_exact_at(&mut bytes, offset).unwrap();
+                    // One sector each: that is what a disk writes whole.
+                    for (index, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
+                        let (offset, bytes) = (offset + index as u64 * SECTOR, bytes.to_vec());
+                        locked(&self.deeds).push(Deed::Write { offset, bytes });
+                    }
+                }
+                Op::Sync => locked(&self.deeds).push(Deed::Sync),
+            }
+        }
+        self.done.push(transfer.finish(result));
+    }
+
+    pub(in crate::block) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+        done.append(&mut self.done);
+    }
+
+    pub(in crate::block) fn in_flight(&self) -> usize {
+        self.noted.len() + self.done.len()
+    }
+}

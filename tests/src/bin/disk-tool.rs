@@ -1,0 +1,228 @@
+//! What guests do to their disks, and what they find there: the part of the disk tests that runs in a guest.
+//!
+//! | command | does | says |
+//! |---|---|---|
+//! | `run DEV SEED WRITERS WRITES` | so many [`Stream`]s at once, each writing, reading back and flushing | `FLUSHED DEV STREAM N`: the first N writes of the stream are over and were flushed; `VERIFIED DEV`; `FAILED DEV STREAM N ERROR`: write, read or flush number N failed; `WRONG DEV ...` |
+//! | `check DEV SEED WRITERS N...` | looks at the disk, of which the first N writes of each stream are over | `CHECKED DEV`, `WRONG DEV ...` |
+//! | `rate DEV read\|write BYTES` | requests of that size, one after the other, for ever | `RATE DEV REQUESTS NANOSECONDS` about five times a second: how many are over, and when that was |
+//! | `zero DEV OFFSET LENGTH keep\|free` | makes a range of bytes read as zeros, keeping its space or giving it back | `ZEROED DEV`, `FAILED DEV ...` |
+//!
+//! All I/O bypasses the guest's page cache.
+
+use std::fs::File;
+use std::io::{Read, Result, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FallocateFlags, OFlags, fallocate, fdatasync};
+use vesta_tests::pattern::{Content, MOST_SECTORS, SECTOR, Stream, mix};
+
+/// A stream flushes after so many writes.
+const FLUSH_EVERY: u64 = 32;
+/// It reads something back after so many.
+const READ_EVERY: u64 = 3;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let good = match args[..] {
+        ["run", dev, seed, writers, writes] => run(dev, number(seed), number(writers), number(writes)),
+        ["check", dev, seed, writers, ref counts @ ..] if counts.len() as u64 == number(writers) => {
+            check(dev, number(seed), number(writers), &counts.iter().map(|n| number(n)).collect::<Vec<_>>())
+        }
+        ["rate", dev, what, bytes] => rate(dev, what == "write", number(bytes)),
+        ["zero", dev, offset, length, how] => zero(dev, number(offset), number(length), how == "free"),
+        _ => {
+            eprintln!("disk-tool: what is {args:?}?");
+            false
+        }
+    };
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn number(text: &str) -> u64 {
+    text.parse().unwrap_or_else(|error| panic!("{text:?} is no number: {error}"))
+}
+
+/// Says one line, in one write, so that the lines of several processes do not mix.
+fn say(line: &str) {
+    let _ = std::io::stdout().write_all(format!("{line}\n").as_bytes());
+}
+
+/// A disk, and how many sectors it has.
+fn open(dev: &str, write: bool) -> Result<(File, u64)> {
+    let path = format!("/dev/{dev}");
+    let flags = OFlags::DIRECT.bits().cast_signed();
+    let mut file = File::options().read(true).write(write).custom_flags(flags).open(path)?;
+    let size = file.seek(SeekFrom::End(0))?;
+    Ok((file, size / SECTOR as u64))
+}
+
+/// Memory that a disk can be read into without the page cache.
+struct Buffer(Vec<u8>);
+
+impl Buffer {
+    const ALIGN: usize = 4096;
+
+    fn new(len: usize) -> Buffer {
+        Buffer(vec![0; len + Self::ALIGN])
+    }
+
+    fn get(&mut self, len: usize) -> &mut [u8] {
+        let start = self.0.as_ptr().align_offset(Self::ALIGN);
+        &mut self.0[start..start + len]
+    }
+}
+
+fn run(dev: &str, seed: u64, writers: u64, writes: u64) -> bool {
+    let (file, sectors) = match open(dev, true) {
+        Ok(opened) => opened,
+        Err(error) => {
+            say(&format!("FAILED {dev} - 0 open: {error}"));
+            return false;
+        }
+    };
+    let streams = Stream::all(seed, sectors, writers);
+    let good = std::thread::scope(|scope| {
+        let file = &file;
+        let run = |(index, stream)| scope.spawn(move || write_stream(dev, file, index, stream, writes));
+        let threads: Vec<_> = streams.iter().enumerate().map(run).collect();
+        threads.into_iter().fold(true, |good, thread| thread.join().unwrap_or(false) && good)
+    });
+    if good {
+        say(&format!("VERIFIED {dev}"));
+    }
+    good
+}
+
+fn write_stream(dev: &str, file: &File, index: usize, stream: &Stream, writes: u64) -> bool {
+    let mut buffer = Buffer::new(MOST_SECTORS as usize * SECTOR);
+    let mut held = stream.after(0);
+    for n in 0..writes {
+        let sectors = stream.write(n);
+        let bytes = buffer.get((sectors.end - sectors.start) as usize * SECTOR);
+        stream.fill(sectors.clone(), n, bytes);
+        let failed = |what: &str, error: std::io::Error| {
+            say(&format!("FAILED {dev} {index} {n} {what}: {error}"));
+            false
+        };
+        if let Err(error) = file.write_all_at(bytes, sectors.start * SECTOR as u64) {
+            return failed("write", error);
+        }
+        stream.note(n, &mut held);
+        if n % READ_EVERY == READ_EVERY - 1 {
+            // Where some write of this stream went or will go.
+            let sectors = stream.write(mix(n) % (2 * n));
+            let bytes = buffer.get((sectors.end - sectors.start) as usize * SECTOR);
+            if let Err(error) = file.read_exact_at(bytes, sectors.start * SECTOR as u64) {
+                return failed("read", error);
+            }
+            for (sector, bytes) in sectors.zip(bytes.chunks_exact(SECTOR)) {
+                let right = held[(sector - stream.sectors().start) as usize];
+                if !is_right(dev, stream.read(sector, bytes), sector, right) {
+                    return false;
+                }
+            }
+        }
+        if n % FLUSH_EVERY == FLUSH_EVERY - 1 {
+            if let Err(error) = fdatasync(file) {
+                return failed("flush", error.into());
+            }
+            say(&format!("FLUSHED {dev} {index} {}", n + 1));
+        }
+    }
+    // All of it once more. Nothing but this stream writes here, so what is there is known exactly.
+    let mut wrong = false;
+    let checked = stream.check(writes, |sector, bytes| {
+        let direct = buffer.get(bytes.len());
+        file.read_exact_at(direct, sector * SECTOR as u64)?;
+        for (sector, bytes) in (sector..).zip(direct.chunks_exact(SECTOR)) {
+            let right = held[(sector - stream.sectors().start) as usize];
+            wrong |= !is_right(dev, stream.read(sector, bytes), sector, right);
+        }
+        bytes.copy_from_slice(direct);
+        Ok(())
+    });
+    if let Err(error) = &checked {
+        say(&format!("WRONG {dev} {error}"));
+    }
+    checked.is_ok() && !wrong
+}
+
+fn is_right(dev: &str, found: std::result::Result<Content, String>, sector: u64, right: Content) -> bool {
+    match found {
+        Ok(found) if found == right => return true,
+        Ok(found) => say(&format!("WRONG {dev} sector {sector} holds {found:?}, not {right:?}")),
+        Err(error) => say(&format!("WRONG {dev} {error}")),
+    }
+    false
+}
+
+fn check(dev: &str, seed: u64, writers: u64, counts: &[u64]) -> bool {
+    let all = || -> std::result::Result<(), String> {
+        let (file, sectors) = open(dev, false).map_err(|error| error.to_string())?;
+        let mut buffer = Buffer::new(MOST_SECTORS as usize * SECTOR);
+        for (stream, &count) in Stream::all(seed, sectors, writers).iter().zip(counts) {
+            stream.check(count, |sector, bytes| {
+                let direct = buffer.get(bytes.len());
+                file.read_exact_at(direct, sector * SECTOR as u64)?;
+                bytes.copy_from_slice(direct);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    };
+    match all() {
+        Ok(()) => say(&format!("CHECKED {dev}")),
+        Err(error) => {
+            say(&format!("WRONG {dev} {error}"));
+            return false;
+        }
+    }
+    true
+}
+
+fn rate(dev: &str, write: bool, size: u64) -> bool {
+    let requests = || -> Result<()> {
+        let (mut file, sectors) = open(dev, write)?;
+        let per_pass = sectors * SECTOR as u64 / size;
+        let mut buffer = Buffer::new(size as usize);
+        let (begun, mut said, mut count) = (Instant::now(), Duration::ZERO, 0_u64);
+        loop {
+            if count.is_multiple_of(per_pass) {
+                file.seek(SeekFrom::Start(0))?;
+            }
+            let bytes = buffer.get(size as usize);
+            if write {
+                file.write_all(bytes)?
+            } else {
+                file.read_exact(bytes)?
+            }
+            count += 1;
+            let now = begun.elapsed();
+            if now - said > Duration::from_millis(200) {
+                said = now;
+                say(&format!("RATE {dev} {count} {}", now.as_nanos()));
+            }
+        }
+    };
+    if let Err(error) = requests() {
+        say(&format!("FAILED {dev} {error}"));
+    }
+    false
+}
+
+fn zero(dev: &str, offset: u64, length: u64, free: bool) -> bool {
+    let how = if free {
+        FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
+    } else {
+        FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE
+    };
+    let zeroed = open(dev, true).and_then(|(file, _)| Ok(fallocate(&file, how, offset, length)?));
+    match &zeroed {
+        Ok(()) => say(&format!("ZEROED {dev}")),
+        Err(error) => say(&format!("FAILED {dev} {error}")),
+    }
+    zeroed.is_ok()
+}

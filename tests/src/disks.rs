@@ -1,0 +1,213 @@
+//! Guests with disks, and the disks.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::guest::{BOOT, BOOT_ARGS, Guest, Kernel, Transport, busybox, vmm_path};
+use crate::initramfs::Initramfs;
+use crate::pattern::Stream;
+use crate::vmm::{Vmm, VmmBuilder};
+
+/// Bytes.
+pub const MIB: u64 = 1 << 20;
+
+/// A guest with disks, that is being put together.
+#[derive(Debug)]
+pub struct DiskGuest {
+    builder: VmmBuilder,
+    guest: Guest,
+    tool: Option<PathBuf>,
+    drives: Vec<Value>,
+    entropy: Option<Value>,
+}
+
+impl DiskGuest {
+    /// A guest with one vCPU and no disks yet.
+    pub fn new(transport: Transport) -> Result<DiskGuest> {
+        let args = transport.args().iter();
+        let builder = args.fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
+        let guest = Guest::bare(&Kernel::Tuned.image()).boot_args(BOOT_ARGS);
+        Ok(DiskGuest { builder, guest, tool: None, drives: Vec::new(), entropy: None })
+    }
+
+    /// The monitor's directory, for the disks.
+    pub fn dir(&self) -> &Path {
+        self.builder.dir()
+    }
+
+    /// Gives the guest this program, as `disk-tool`.
+    #[must_use]
+    pub fn tool(self, program: impl Into<PathBuf>) -> DiskGuest {
+        DiskGuest { tool: Some(program.into()), ..self }
+    }
+
+    /// The same with that many vCPUs.
+    #[must_use]
+    pub fn vcpus(self, vcpus: u32) -> DiskGuest {
+        DiskGuest { guest: self.guest.vcpus(vcpus), ..self }
+    }
+
+    /// Adds a drive: see [`drive`].
+    #[must_use]
+    pub fn drive(mut self, drive: Value) -> DiskGuest {
+        self.drives.push(drive);
+        self
+    }
+
+    /// Adds an entropy device.
+    #[must_use]
+    pub fn entropy(self, entropy: Value) -> DiskGuest {
+        DiskGuest { entropy: Some(entropy), ..self }
+    }
+
+    /// Puts these at the end of its command line.
+    #[must_use]
+    pub fn more_boot_args(mut self, args: &str) -> DiskGuest {
+        self.guest.boot_args = Some(format!("{BOOT_ARGS} {args}"));
+        self
+    }
+
+    /// Boots it: it runs `script` from its initial RAM disk.
+    pub fn run(mut self, script: &str) -> Result<Vmm> {
+        let mut disk = Initramfs::new(&busybox())?;
+        if let Some(tool) = &self.tool {
+            let program = fs::read(tool).with_context(|| tool.display().to_string())?;
+            // Where a shell finds it without a path.
+            disk.file("sbin/disk-tool", 0o755, &program);
+        }
+        let started = Guest::with_initramfs(Kernel::Tuned, disk, script, self.builder.dir())?;
+        self.guest.initrd = started.initrd;
+        self.boot()
+    }
+
+    /// Boots it: it runs the `/sbin/init` of its root disk.
+    pub fn boot(self) -> Result<Vmm> {
+        let mut config = self.guest.config();
+        config["drives"] = json!(self.drives);
+        if let Some(entropy) = self.entropy {
+            config["entropy"] = entropy;
+        }
+        self.builder.with_config(&config)?.spawn()
+    }
+}
+
+/// What the guest said, once it has ended well.
+pub fn said(vmm: &mut Vmm) -> Result<String> {
+    let (code, said) = vmm.finish(BOOT)?;
+    ensure!(code == 0, "it ended with {code}; it said:\n{said}");
+    Ok(said)
+}
+
+/// A sparse file of `mib` MiB.
+pub fn disk(dir: &Path, name: &str, mib: u64) -> Result<PathBuf> {
+    let path = dir.join(name);
+    File::create(&path)
+        .and_then(|file| file.set_len(mib * MIB))
+        .with_context(|| path.display().to_string())?;
+    Ok(path)
+}
+
+/// A drive that is not the root device.
+pub fn drive(id: &str, path: &Path) -> Value {
+    json!({"drive_id": id, "path_on_host": path, "is_root_device": false})
+}
+
+/// The root device.
+pub fn root_drive(path: &Path) -> Value {
+    json!({"drive_id": "rootfs", "path_on_host": path, "is_root_device": true})
+}
+
+/// `drive` with these fields on top.
+pub fn with(mut drive: Value, fields: &Value) -> Value {
+    for (key, value) in fields.as_object().into_iter().flatten() {
+        drive[key] = value.clone();
+    }
+    drive
+}
+
+/// Bytes of a file.
+pub fn bytes_at(path: &Path, offset: u64, len: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    let read = File::open(path).and_then(|file| file.read_exact_at(&mut bytes, offset));
+    read.with_context(|| path.display().to_string())?;
+    Ok(bytes)
+}
+
+/// How much of a file takes space, in bytes.
+pub fn space_of(path: &Path) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(fs::metadata(path).with_context(|| path.display().to_string())?.blocks() * 512)
+}
+
+/// Checks what `disk-tool run` has left in a file: see [`Stream::check`].
+pub fn check_file(path: &Path, seed: u64, counts: &[u64]) -> Result<()> {
+    let file = File::open(path).with_context(|| path.display().to_string())?;
+    let sectors = file.metadata()?.len() / 512;
+    for (stream, &count) in Stream::all(seed, sectors, counts.len() as u64).iter().zip(counts) {
+        let held = stream.check(count, |sector, bytes| file.read_exact_at(bytes, sector * 512));
+        let held = held.map_err(|why| anyhow::anyhow!("{}: {why}", path.display()))?;
+        ensure!(held > 0, "{}: nothing was written", path.display());
+    }
+    Ok(())
+}
+
+/// How many writes of each stream `disk-tool run DEV` has said to be over and flushed.
+pub fn flushed(said: &str, dev: &str, writers: usize) -> Vec<u64> {
+    let mut counts = vec![0; writers];
+    let mark = format!("FLUSHED {dev} ");
+    for line in said.lines().filter_map(|line| line.split_once(&mark)) {
+        let mut numbers = line.1.split_whitespace().map(str::parse::<u64>);
+        // A line that the monitor's end has cut is not whole.
+        if let (Some(Ok(stream)), Some(Ok(count))) = (numbers.next(), numbers.next())
+            && let Some(most) = counts.get_mut(stream as usize)
+        {
+            *most = count.max(*most);
+        }
+    }
+    counts
+}
+
+/// An ext4 file system of 32 MiB whose /sbin/init is a shell script.
+pub fn root_disk(dir: &Path, script: &str) -> Result<PathBuf> {
+    let tree = dir.join("tree");
+    for sub in ["bin", "sbin", "dev", "proc", "sys"] {
+        fs::create_dir_all(tree.join(sub))?;
+    }
+    fs::copy(busybox(), tree.join("bin/busybox"))?;
+    let init = format!("#!/bin/busybox sh\n/bin/busybox mount -t proc none /proc\n{script}\n");
+    fs::write(tree.join("sbin/init"), init)?;
+    for program in ["bin/busybox", "sbin/init"] {
+        fs::set_permissions(tree.join(program), PermissionsExt::from_mode(0o755))?;
+    }
+    let image = disk(dir, "root.ext4", 32)?;
+    let made = Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&tree).arg(&image).status();
+    ensure!(made.context("mke2fs")?.success(), "mke2fs failed");
+    Ok(image)
+}
+
+/// A disk with a DOS partition table of one partition that holds `image`. Its PARTUUID is `id` in hexadecimal and `-01`.
+pub fn partitioned(image: &Path, id: u32) -> Result<PathBuf> {
+    const FIRST: u32 = 2048;
+    let content = fs::read(image).with_context(|| image.display().to_string())?;
+    let sectors = u32::try_from(content.len() / 512)?;
+    let mut table = [0; 512];
+    table[440..444].copy_from_slice(&id.to_le_bytes());
+    let entry = &mut table[446..462];
+    // Cylinders, heads and sectors are all ones: the numbers below count.
+    entry[1..4].fill(0xff);
+    entry[4] = 0x83;
+    entry[5..8].fill(0xff);
+    entry[8..12].copy_from_slice(&FIRST.to_le_bytes());
+    entry[12..16].copy_from_slice(&sectors.to_le_bytes());
+    table[510..].copy_from_slice(&[0x55, 0xaa]);
+    let path = image.with_extension("partitioned");
+    let disk = File::create(&path).with_context(|| path.display().to_string())?;
+    disk.write_all_at(&table, 0)?;
+    disk.write_all_at(&content, u64::from(FIRST) * 512)?;
+    Ok(path)
+}

@@ -1,0 +1,164 @@
+//! Disks and file systems of the host that a test needs, good ones and bad ones.
+//!
+//! The kernel takes each of them down when the process that made it ends, however it ends: they hang on open files and have no
+//! other name. They need root.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, fsconfig_create, fsconfig_reconfigure,
+    fsconfig_set_string, fsmount, fsopen, fspick,
+};
+
+use crate::guest::ignore;
+
+/// Ends the test as one that cannot run here where it is not root's.
+fn only_for_root() {
+    if !rustix::process::geteuid().is_root() {
+        ignore("it needs root, for block devices and file systems of the host");
+    }
+}
+
+/// A file as a block device.
+#[derive(Debug)]
+pub struct LoopDevice {
+    path: PathBuf,
+    /// The device is detached when the last who has it open closes it.
+    _open: File,
+}
+
+impl LoopDevice {
+    /// Attaches `file`.
+    pub fn new(file: &Path) -> Result<LoopDevice> {
+        only_for_root();
+        let path = output(Command::new("losetup").args(["--find", "--show"]).arg(file))?;
+        let path = PathBuf::from(path.trim());
+        let open = File::options().read(true).write(true).open(&path);
+        // In use, it is only marked to be detached.
+        output(Command::new("losetup").arg("--detach").arg(&path))?;
+        Ok(LoopDevice { _open: open.with_context(|| path.display().to_string())?, path })
+    }
+
+    /// Its device node.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// A block device that the device mapper puts together, and that can be made to fail.
+#[derive(Debug)]
+pub struct MappedDevice {
+    name: String,
+    path: PathBuf,
+    /// As for [`LoopDevice`].
+    _open: File,
+    /// Below it: goes after it.
+    below: LoopDevice,
+    sectors: u64,
+}
+
+impl MappedDevice {
+    /// A device that is `file`, all of it good.
+    pub fn new(file: &Path) -> Result<MappedDevice> {
+        let below = LoopDevice::new(file)?;
+        let sectors = std::fs::metadata(file)?.len() / 512;
+        let name = format!(
+            "vesta-test-{}-{}",
+            std::process::id(),
+            rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_nsec
+        );
+        let table = good(&below, 0, sectors);
+        dmsetup(&["create", &name, "--verifyudev", "--noudevsync"], &table)?;
+        let node =
+            output(Command::new("dmsetup").args(["info", "--columns", "--noheadings", "-o", "minor", &name]));
+        let open = node.and_then(|minor| {
+            let path = PathBuf::from(format!("/dev/dm-{}", minor.trim()));
+            let open = File::open(&path).with_context(|| path.display().to_string())?;
+            Ok((path, open))
+        });
+        dmsetup(&["remove", "--deferred", &name], "")?;
+        let (path, open) = open?;
+        Ok(MappedDevice { name, path, _open: open, below, sectors })
+    }
+
+    /// Its device node.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// From now on every access from sector `from` on fails.
+    pub fn fail_from(&self, from: u64) -> Result<()> {
+        let bad = format!("{from} {} error\n", self.sectors - from);
+        self.load(&(good(&self.below, 0, from) + &bad))
+    }
+
+    /// From now on all is well again.
+    pub fn heal(&self) -> Result<()> {
+        self.load(&good(&self.below, 0, self.sectors))
+    }
+
+    fn load(&self, table: &str) -> Result<()> {
+        dmsetup(&["load", &self.name], table)?;
+        dmsetup(&["resume", &self.name], "")
+    }
+}
+
+/// The line of a table that makes `count` sectors from `first` on those of `below`.
+fn good(below: &LoopDevice, first: u64, count: u64) -> String {
+    if count == 0 {
+        String::new()
+    } else {
+        format!("{first} {count} linear {} {first}\n", below.path().display())
+    }
+}
+
+fn dmsetup(args: &[&str], table: &str) -> Result<()> {
+    let mut child = Command::new("dmsetup")
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .context("cannot run dmsetup")?;
+    child.stdin.take().context("it is a pipe")?.write_all(table.as_bytes())?;
+    ensure!(child.wait()?.success(), "dmsetup {args:?} failed");
+    Ok(())
+}
+
+/// A file system in memory with little space, mounted nowhere.
+#[derive(Debug)]
+pub struct SmallFs(OwnedFd);
+
+impl SmallFs {
+    /// One with room for so many bytes.
+    pub fn new(bytes: u64) -> Result<SmallFs> {
+        only_for_root();
+        let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&fs, "size", bytes.to_string())?;
+        fsconfig_create(&fs)?;
+        Ok(SmallFs(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?))
+    }
+
+    /// A path to it for other processes, while this value lives.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()))
+    }
+
+    /// Gives it room for so many bytes in all.
+    pub fn resize(&self, bytes: u64) -> Result<()> {
+        let fs = fspick(&self.0, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)?;
+        fsconfig_set_string(&fs, "size", bytes.to_string())?;
+        Ok(fsconfig_reconfigure(&fs)?)
+    }
+}
+
+fn output(command: &mut Command) -> Result<String> {
+    let what = format!("{command:?}");
+    let output = command.stdin(Stdio::null()).output().with_context(|| what.clone())?;
+    ensure!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}

@@ -1,0 +1,193 @@
+//! Data is where it was written, whatever happens meanwhile to the device, its driver and the monitor.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use vesta_tests::api::ApiClient;
+use vesta_tests::disks::{DiskGuest, check_file, disk, drive, flushed, said, with};
+use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::on_each_transport;
+use vesta_tests::vmm::Vmm;
+
+const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
+
+/// How many streams write to each disk at once.
+const WRITERS: usize = 2;
+
+/// Four disks: raw and overlay, each through both engines. All can be flushed.
+fn four_disks(dir: &Path, mib: u64) -> Result<Vec<Value>> {
+    let mut drives = Vec::new();
+    for engine in ["Sync", "Async"] {
+        let fields = json!({"io_engine": engine, "cache_type": "Writeback"});
+        let raw = disk(dir, &format!("raw-{engine}"), mib)?;
+        drives.push(with(drive(&format!("raw{engine}"), &raw), &fields));
+        let base = disk(dir, &format!("base-{engine}"), mib)?;
+        let overlaid = with(drive(&format!("overlay{engine}"), &base), &fields);
+        let overlay = dir.join(format!("overlay-{engine}"));
+        drives.push(with(overlaid, &json!({"overlay": {"path": overlay}})));
+    }
+    Ok(drives)
+}
+
+/// Waits until `vmm` says something more with `mark` in it. False once it has said all of `ends` instead.
+fn says_more(vmm: &Vmm, mark: &str, from: &mut usize, ends: &[String]) -> Result<bool> {
+    loop {
+        let text = vmm.stdout.text();
+        if ends.iter().all(|end| text.contains(end)) {
+            return Ok(false);
+        }
+        ensure!(!text.contains("WRONG") && !text.contains("FAILED"), "{text}");
+        if text.get(*from..).is_some_and(|more| more.contains(mark)) {
+            *from = text.len();
+            return Ok(true);
+        }
+        vmm.stdout.wait_for_more_than(text.len(), BOOT)?;
+    }
+}
+
+fn patch(api: &mut ApiClient, path: &str, body: &Value) -> Result<()> {
+    api.patch(path, body)?.ok().with_context(|| format!("PATCH {path} {body}")).map(drop)
+}
+
+on_each_transport! {
+    /// Pauses, new limits and new paths of the same disk come all the while.
+    fn what_is_written_is_read_back_while_the_host_pauses_the_guest_and_changes_the_disk(transport) {
+        let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2);
+        for fields in four_disks(guest.dir(), 4)? {
+            guest = guest.drive(fields);
+        }
+        for engine in ["Sync", "Async"] {
+            std::fs::hard_link(guest.dir().join(format!("raw-{engine}")), guest.dir().join(format!("again-{engine}")))?;
+        }
+        let script = "for d in a b c d; do disk-tool run vd$d 17 2 400 & done; wait; poweroff -f";
+        let mut vmm = guest.run(script)?;
+        let mut api = vmm.ready_client(SOON)?;
+        let ends = ["vda", "vdb", "vdc", "vdd"].map(|dev| format!("VERIFIED {dev}"));
+        let (mut from, mut round) = (0, 0);
+        while says_more(&vmm, "FLUSHED", &mut from, &ends)? {
+            let engine = ["Sync", "Async"][round / 2 % 2];
+            let name = ["again", "raw"][round / 4 % 2];
+            let path = vmm.dir().join(format!("{name}-{engine}"));
+            let (raw, overlay) = (format!("raw{engine}"), format!("overlay{engine}"));
+            let limit = json!({"size": 1 << 20, "refill_time": 500});
+            let (limits, none) = (json!({"bandwidth": limit}), json!({"bandwidth": {"size": 0, "refill_time": 0}}));
+            // The guest may end before us: then the monitor does not answer any more.
+            let changed = match round % 2 {
+                0 => patch(&mut api, "/vm", &json!({"state": "Paused"}))
+                    .and_then(|()| patch(&mut api, &format!("/drives/{raw}"), &json!({"drive_id": raw, "path_on_host": path})))
+                    .and_then(|()| patch(&mut api, "/vm", &json!({"state": "Resumed"}))),
+                _ => patch(&mut api, &format!("/drives/{raw}"), &json!({"drive_id": raw, "path_on_host": path, "rate_limiter": limits}))
+                    .and_then(|()| patch(&mut api, &format!("/drives/{overlay}"), &json!({"drive_id": overlay, "rate_limiter": limits})))
+                    .and_then(|()| patch(&mut api, &format!("/drives/{raw}"), &json!({"drive_id": raw, "rate_limiter": none})))
+                    .and_then(|()| patch(&mut api, &format!("/drives/{overlay}"), &json!({"drive_id": overlay, "rate_limiter": none}))),
+            };
+            if let Err(error) = changed {
+                ensure!(ends.iter().all(|end| vmm.stdout.text().contains(end)), "{error:#}");
+            }
+            round += 1;
+        }
+        let said = said(&mut vmm)?;
+        eprintln!("{round} rounds of changes");
+        ensure!(round >= 8, "there were only {round} rounds of changes: the writes were too few");
+        ensure!(!said.contains("WRONG"), "{said}");
+        for name in ["raw-Sync", "raw-Async"] {
+            check_file(&vmm.dir().join(name), 17, &[400; WRITERS])?;
+        }
+        Ok(())
+    }
+
+    /// The driver goes while writes are on their way, and comes back: to the same disk, with all that it had been told is there.
+    fn a_driver_that_goes_in_the_middle_of_writes_finds_them_when_it_comes_back(transport) {
+        let mut guest = DiskGuest::new(transport)?.tool(TOOL);
+        for fields in four_disks(guest.dir(), 4)? {
+            guest = guest.drive(fields);
+        }
+        let script = "\
+            for d in a b c d; do\n\
+              id=$(basename $(readlink /sys/block/vd$d/device))\n\
+              disk-tool run vd$d 17 2 1000000 > /log$d & tool=$!\n\
+              until [ \"$(grep -c FLUSHED /log$d)\" -ge 4 ]; do usleep 20000; done\n\
+              echo $id > /sys/bus/virtio/drivers/virtio_blk/unbind\n\
+              wait $tool; grep -v FLUSHED /log$d\n\
+              grep -q 'FAILED.*write\\|FAILED.*read\\|FAILED.*flush' /log$d && echo FELL vd$d\n\
+              echo $id > /sys/bus/virtio/drivers/virtio_blk/bind\n\
+              # What was over when the first of them failed, of each stream.\n\
+              counts=$(for s in 0 1; do grep \"FAILED vd$d $s\" /log$d | cut -d ' ' -f 4; done)\n\
+              disk-tool check vd$d 17 2 $counts && echo AGAIN vd$d $counts\n\
+            done\n\
+            poweroff -f";
+        let mut vmm = guest.run(script)?;
+        let said = said(&mut vmm)?;
+        for dev in ["vda", "vdb", "vdc", "vdd"] {
+            for mark in ["FELL", "CHECKED", "AGAIN"] {
+                ensure!(said.contains(&format!("{mark} {dev}")), "no {mark} {dev}: {said}");
+            }
+        }
+        ensure!(!said.contains("WRONG"), "{said}");
+        Ok(())
+    }
+
+    /// Somebody in the guest resets the device behind its driver's back, in the middle of I/O.
+    fn a_reset_behind_the_drivers_back_loses_nothing_that_was_flushed_and_stops_no_other_disk(transport) {
+        let guest = DiskGuest::new(transport)?.tool(TOOL);
+        let writeback = json!({"cache_type": "Writeback"});
+        let (first, second) = (disk(guest.dir(), "first", 4)?, disk(guest.dir(), "second", 4)?);
+        let guest = guest.drive(with(drive("first", &first), &writeback)).drive(with(drive("second", &second), &writeback));
+        // Where the device's status register is.
+        let status = match transport {
+            Transport::Mmio => "$((0x$(grep -i 'virtio-mmio\\|LNRO0005' /proc/iomem | head -n 1 | sed 's/^ *//;s/-.*//') + 0x70))",
+            Transport::Pci => "$(( $(grep -m 1 '^0x[0-9a-f]*[1-9a-f]' $(readlink -f /sys/block/vda/device)/../resource | cut -d ' ' -f 1) + 0x14 ))",
+        };
+        let width = if transport == Transport::Mmio { 32 } else { 8 };
+        let script = format!("\
+            disk-tool run vda 17 2 1000000 &\n\
+            disk-tool run vdb 17 2 200 > /log & second=$!\n\
+            until grep -q FLUSHED /log; do usleep 20000; done\n\
+            echo RESETTING $(printf %x {status})\n\
+            devmem {status} {width} 0\n\
+            echo RESET $(printf %x $(devmem {status} {width}))\n\
+            wait $second; cat /log; echo ENDED\n\
+            while :; do sleep 1; done");
+        let vmm = guest.run(&script)?;
+        vmm.wait_for_output("FLUSHED vda 1", BOOT)?;
+        vmm.wait_for_output("RESET 0", BOOT)?;
+        vmm.wait_for_output("ENDED", BOOT)?;
+        let said = vmm.stdout.text();
+        ensure!(said.contains("VERIFIED vdb"), "{said}");
+        check_file(&first, 17, &flushed(&said, "vda", WRITERS))?;
+        ensure!(vmm.ready_client(SOON)?.get("/")?.json()?["state"] == "Running", "the machine does not run");
+        Ok(())
+    }
+
+    /// `kill -9`, of raw disks and overlays, with both engines: what was flushed is there, and what was not is old or new.
+    fn what_was_flushed_outlives_a_killed_monitor(transport) {
+        let keep = tempfile::tempdir()?;
+        let drives = four_disks(keep.path(), 4)?;
+        let boot = |script: &str| {
+            drives.iter().cloned().fold(DiskGuest::new(transport)?.tool(TOOL).vcpus(2), DiskGuest::drive).run(script)
+        };
+        let vmm = boot("for d in a b c d; do disk-tool run vd$d 17 2 1000000 & done; wait")?;
+        for dev in ["vda", "vdb", "vdc", "vdd"] {
+            vmm.wait_for_output(&format!("FLUSHED {dev} 1 160"), BOOT)?;
+        }
+        let stdout = vmm.stdout.clone();
+        // Without warning.
+        drop(vmm);
+        let said = stdout.wait_for_end(SOON)?;
+        ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
+        let counts = |dev| flushed(&said, dev, WRITERS);
+        check_file(&keep.path().join("raw-Sync"), 17, &counts("vda"))?;
+        check_file(&keep.path().join("raw-Async"), 17, &counts("vdc"))?;
+        let checks = ["vda", "vdb", "vdc", "vdd"].map(|dev| {
+            let counts: Vec<_> = counts(dev).iter().map(u64::to_string).collect();
+            format!("disk-tool check {dev} 17 {WRITERS} {}", counts.join(" "))
+        });
+        let mut again = boot(&format!("{}\npoweroff -f", checks.join("\n")))?;
+        let said = vesta_tests::disks::said(&mut again)?;
+        for dev in ["vda", "vdb", "vdc", "vdd"] {
+            ensure!(said.contains(&format!("CHECKED {dev}")), "{dev}: {said}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,131 @@
+//! Disks of the host that fail, shrink and fill up: the guest sees an I/O error, everything else goes on, and what is mended works
+//! again.
+
+use std::fs::File;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use vesta_tests::disks::{DiskGuest, MIB, disk, drive, with};
+use vesta_tests::guest::{BOOT, SOON};
+use vesta_tests::host_devices::{MappedDevice, SmallFs};
+use vesta_tests::on_each_transport;
+use vesta_tests::vmm::Vmm;
+
+const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
+
+/// Lets a good disk (vdb) work all the while, and looks at the bad one (vda) around its middle: waits until that fails, says so,
+/// waits until it works, and checks all of it.
+const WATCH: &str = "\
+    disk-tool run vdb 17 2 600 > /good & good=$!\n\
+    middle() { dd if=/dev/vda of=/dev/null bs=512 skip=12000 count=16 iflag=direct 2>/dev/null; }\n\
+    middle && echo READY\n\
+    while middle; do usleep 10000; done\n\
+    dd if=/dev/vda of=/dev/null bs=512 skip=64 count=8 iflag=direct 2>/dev/null && echo LOW WORKS\n\
+    echo FAILS $(grep -c FLUSHED /good)\n\
+    until middle; do usleep 10000; done\n\
+    disk-tool run vda 17 2 100\n\
+    wait $good; tail -n 1 /good\n\
+    poweroff -f";
+
+/// Checks that the API answers, and that the machine runs.
+fn still_runs(vmm: &Vmm) -> Result<()> {
+    let state = vmm.ready_client(SOON)?.get("/")?.json()?;
+    ensure!(state["state"] == "Running", "{state}");
+    Ok(())
+}
+
+fn said(vmm: &mut Vmm, marks: &[&str]) -> Result<String> {
+    let said = vesta_tests::disks::said(vmm)?;
+    for mark in marks {
+        ensure!(said.contains(mark), "no {mark}: {said}");
+    }
+    ensure!(!said.contains("WRONG"), "{said}");
+    Ok(said)
+}
+
+on_each_transport! {
+    fn a_disk_with_errors_gives_them_to_the_guest_and_stops_nothing_else(transport) {
+        let guest = DiskGuest::new(transport)?.tool(TOOL);
+        let device = MappedDevice::new(&disk(guest.dir(), "file", 8)?)?;
+        let good = drive("good", &disk(guest.dir(), "good", 8)?);
+        let writeback = json!({"cache_type": "Writeback"});
+        let guest = guest.drive(with(drive("bad", device.path()), &writeback)).drive(good);
+        let write = "until ! dd if=/dev/zero of=/dev/vda bs=4096 seek=1600 count=4 conv=fsync 2>/dev/null; do :; done; echo WRITE FAILS\necho FAILS";
+        let mut vmm = guest.run(&WATCH.replace("echo FAILS", write))?;
+        vmm.wait_for_output("READY", BOOT)?;
+        device.fail_from(8192)?;
+        // What the host has read already, it would not read again.
+        drop_cache(&device)?;
+        vmm.wait_for_output("FAILS", BOOT)?;
+        vmm.wait_for_output("WRITE FAILS", BOOT)?;
+        still_runs(&vmm)?;
+        device.heal()?;
+        let said = said(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
+        ensure!(said.contains("drive bad: a read failed"), "the log does not say so: {said}");
+        Ok(())
+    }
+
+    fn a_file_that_shrinks_gives_errors_where_it_ends_and_works_when_it_has_grown_again(transport) {
+        let guest = DiskGuest::new(transport)?.tool(TOOL);
+        let (bad, good) = (disk(guest.dir(), "bad", 8)?, disk(guest.dir(), "good", 8)?);
+        let mut vmm = guest.drive(drive("bad", &bad)).drive(drive("good", &good)).run(WATCH)?;
+        vmm.wait_for_output("READY", BOOT)?;
+        File::options().write(true).open(&bad)?.set_len(4 * MIB)?;
+        vmm.wait_for_output("FAILS", BOOT)?;
+        still_runs(&vmm)?;
+        File::options().write(true).open(&bad)?.set_len(8 * MIB)?;
+        said(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
+        Ok(())
+    }
+
+    /// Sparse disks promise more than the file system beneath them has: raw ones and overlays, with both engines.
+    fn a_full_file_system_fails_writes_and_loses_none_that_were_over_and_recovers_with_space(transport) {
+        let mut guest = DiskGuest::new(transport)?.tool(TOOL);
+        let small = SmallFs::new(8 * MIB)?;
+        for engine in ["Sync", "Async"] {
+            let fields = json!({"io_engine": engine, "cache_type": "Writeback"});
+            let raw = disk(&small.path(), &format!("raw{engine}"), 16)?;
+            let base = disk(guest.dir(), &format!("base{engine}"), 16)?;
+            let overlay = json!({"overlay": {"path": small.path().join(format!("overlay{engine}"))}});
+            guest = guest.drive(with(drive(&format!("raw{engine}"), &raw), &fields));
+            guest = guest.drive(with(with(drive(&format!("overlay{engine}"), &base), &fields), &overlay));
+        }
+        guest = { let good = disk(guest.dir(), "good", 8)?; guest.drive(drive("good", &good)) };
+        let script = "\
+            disk-tool run vde 17 2 600 > /good & good=$!\n\
+            for d in a b c d; do disk-tool run vd$d 17 2 1000000 > /log$d & eval tool$d=$!; done\n\
+            for d in a b c d; do\n\
+              eval wait \\$tool$d\n\
+              grep -q 'FAILED.*write' /log$d && echo FULL vd$d\n\
+              counts=$(for s in 0 1; do grep \"FAILED vd$d $s\" /log$d | cut -d ' ' -f 4; done)\n\
+              # What was over is there, on the full file system, too.\n\
+              disk-tool check vd$d 17 2 $counts\n\
+            done\n\
+            echo ALL FULL\n\
+            until dd if=/dev/zero of=/dev/vda bs=1M count=16 oflag=direct 2>/dev/null; do usleep 10000; done\n\
+            for d in a b c d; do\n\
+              # The same streams once more, on disks that are blank again.\n\
+              disk-tool zero vd$d 0 16777216 free && disk-tool run vd$d 17 2 200\n\
+            done\n\
+            wait $good; tail -n 1 /good\n\
+            poweroff -f";
+        let mut vmm = guest.run(script)?;
+        vmm.wait_for_output("ALL FULL", BOOT)?;
+        still_runs(&vmm)?;
+        small.resize(64 * MIB)?;
+        let mut marks = vec!["VERIFIED vde".to_owned()];
+        for dev in ["vda", "vdb", "vdc", "vdd"] {
+            marks.extend(["FULL", "CHECKED", "ZEROED", "VERIFIED"].map(|mark| format!("{mark} {dev}")));
+        }
+        said(&mut vmm, &marks.iter().map(String::as_str).collect::<Vec<_>>())?;
+        Ok(())
+    }
+}
+
+/// Forgets what the host has read of a device.
+fn drop_cache(device: &MappedDevice) -> Result<()> {
+    let status = Command::new("blockdev").arg("--flushbufs").arg(device.path()).status();
+    ensure!(status.context("blockdev")?.success(), "blockdev failed");
+    Ok(())
+}

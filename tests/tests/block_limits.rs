@@ -1,0 +1,157 @@
+//! Rate limits of disks, measured from within a guest.
+//!
+//! What is counted are requests that are over, in a window of ten seconds that begins when full buckets and bursts are used up. A
+//! limiter must keep its rate within 1% by the host's clock, which is its own: a line that the guest says after its request number `n`
+//! tells when that was over.
+//!
+//! A host that stands still for a moment (an emulated one does, a busy one may) lets a limit give less, and none lets it give more. So no
+//! window may show more, and the best of [`WINDOWS`] must not show less.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use vesta_tests::disks::{DiskGuest, MIB, disk, drive, with};
+use vesta_tests::guest::{BOOT, SOON};
+use vesta_tests::on_each_transport;
+use vesta_tests::vmm::Vmm;
+
+const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
+
+/// How many windows there are at most.
+const WINDOWS: u32 = 3;
+
+/// What `disk-tool rate` has said: so many requests were over at that time of the host, and at that one of the guest.
+#[derive(Debug, Clone, Copy)]
+struct Mark {
+    at: Instant,
+    guest_ns: u64,
+    requests: u64,
+}
+
+/// All that it has said of one disk.
+fn marks(vmm: &Vmm, dev: &str) -> Result<Vec<Mark>> {
+    let head = format!("RATE {dev} ");
+    let lines = vmm.stdout.lines();
+    let ours = lines.iter().filter_map(|line| Some((line.at, line.text.split_once(&head)?.1)));
+    ours.map(|(at, numbers)| {
+        let (requests, guest_ns) = numbers.split_once(' ').context("the line has two numbers")?;
+        Ok(Mark { at, guest_ns: guest_ns.parse()?, requests: requests.parse()? })
+    })
+    .collect()
+}
+
+/// The first thing that it says of the disk with so many requests or more, at that time of the host or later.
+fn wait_for(vmm: &Vmm, dev: &str, requests: u64, from: Instant) -> Result<Mark> {
+    let deadline = Instant::now() + BOOT;
+    loop {
+        let len = vmm.stdout.len();
+        let mark = marks(vmm, dev)?.into_iter().find(|mark| mark.requests >= requests && mark.at >= from);
+        if let Some(mark) = mark {
+            return Ok(mark);
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "{dev} does not get to {requests} requests:\n{}",
+            vmm.stdout.text()
+        );
+        vmm.stdout.wait_for_more_than(len, BOOT)?;
+    }
+}
+
+/// Requests per second in the window from `from` on: by the host's clock, and by the guest's.
+fn rates(vmm: &Vmm, dev: &str, from: Instant, window: Duration) -> Result<(f64, f64)> {
+    let first = wait_for(vmm, dev, 0, from)?;
+    let last = wait_for(vmm, dev, 0, first.at + window)?;
+    let requests = (last.requests - first.requests) as f64;
+    let guest = Duration::from_nanos(last.guest_ns - first.guest_ns);
+    Ok((requests / (last.at - first.at).as_secs_f64(), requests / guest.as_secs_f64()))
+}
+
+/// Checks the rates of several disks, in percent, from `from` on.
+fn check(vmm: &Vmm, from: Instant, window: Duration, tolerance: f64, disks: &[(&str, f64)]) -> Result<()> {
+    let mut low = Vec::new();
+    for number in 0..WINDOWS {
+        low.clear();
+        for &(dev, right) in disks {
+            let (host, guest) = rates(vmm, dev, from + window * number, window)?;
+            let off = |rate: f64| 100.0 * (rate / right - 1.0);
+            let line = format!(
+                "{dev}: {host:.2} requests per second ({:+.2}%), by the guest's clock {guest:.2} ({:+.2}%), should be {right}",
+                off(host),
+                off(guest)
+            );
+            eprintln!("{line}");
+            ensure!(off(host) <= tolerance, "{line}");
+            if off(host) < -tolerance {
+                low.push(line);
+            }
+        }
+        if low.is_empty() {
+            return Ok(());
+        }
+    }
+    bail!("too low in each of {WINDOWS} windows, the last: {low:#?}");
+}
+
+fn bucket(size: u64, refill_time: u64) -> Value {
+    json!({"size": size, "refill_time": refill_time})
+}
+
+on_each_transport! {
+    /// Six disks at once, which share a vCPU and an I/O worker. The rates are such that an emulated host has the time.
+    fn limits_hold_within_one_percent_and_change_at_once(transport) {
+        const KIB: u64 = 1024;
+        let burst = with(bucket(64 * KIB, 1000), &json!({"one_time_burst": 4 * MIB}));
+        let disks = [
+            // Bytes per second, few and many.
+            ("vda", "4096", json!({"bandwidth": bucket(16 * KIB, 250)})),
+            ("vdb", "524288", json!({"bandwidth": bucket(2 * MIB, 100)})),
+            // Requests per second.
+            ("vdc", "512", json!({"ops": bucket(1, 100)})),
+            ("vdd", "512", json!({"ops": bucket(10, 200)})),
+            ("vde", "65536", json!({"bandwidth": burst})),
+            // One in an hour.
+            ("vdf", "512", json!({"ops": bucket(1, 3_600_000)})),
+        ];
+        let mut guest = DiskGuest::new(transport)?.tool(TOOL);
+        let mut script = String::new();
+        for (dev, size, limits) in &disks {
+            let path = disk(guest.dir(), dev, 8)?;
+            guest = guest.drive(with(drive(dev, &path), &json!({"rate_limiter": limits})));
+            // Reads and writes are limited alike.
+            let what = if *dev == "vda" { "write" } else { "read" };
+            script += &format!("disk-tool rate {dev} {what} {size} &\n");
+        }
+        let vmm = guest.run(&(script + "wait"))?;
+        let mut api = vmm.ready_client(SOON)?;
+        // The burst and what was in the bucket pass at once: 4 MiB and 64 KiB. The next request waits for a second, as all after it.
+        let waited = wait_for(&vmm, "vde", 66, vmm.started())?;
+        let seconds = Duration::from_nanos(waited.guest_ns).as_secs_f64();
+        eprintln!("vde: request 66 was over after {seconds:.2} s");
+        ensure!((0.9..4.0).contains(&seconds), "the burst took {seconds} s");
+        let right = [("vda", 16.0), ("vdb", 40.0), ("vdc", 10.0), ("vdd", 50.0), ("vde", 1.0)];
+        check(&vmm, waited.at, Duration::from_secs(10), 1.0, &right)?;
+        ensure!(marks(&vmm, "vdf")?.is_empty(), "a request passed that was to wait for an hour");
+
+        let mut patch = |dev: &str, limits: Value| {
+            api.patch(&format!("/drives/{dev}"), &json!({"drive_id": dev, "rate_limiter": limits}))?.ok().map(drop)
+        };
+        patch("vda", json!({"bandwidth": bucket(8 * KIB, 50)}))?;
+        patch("vdb", json!({"bandwidth": bucket(256 * KIB, 100), "ops": bucket(10, 100)}))?;
+        patch("vdc", json!({"ops": bucket(3, 100)}))?;
+        patch("vdd", json!({"bandwidth": bucket(0, 0), "ops": bucket(2, 100)}))?;
+        let changed = Instant::now();
+        // What is full or owed at the change is over soon. The window is short, so it is looked at less closely.
+        let right = [("vda", 40.0), ("vdb", 5.0), ("vdc", 30.0), ("vdd", 20.0)];
+        check(&vmm, changed + Duration::from_millis(500), Duration::from_secs(4), 2.5, &right)?;
+
+        // A limit that goes lets go at once what it held back.
+        let removed = Instant::now();
+        patch("vdf", json!({"ops": bucket(0, 0)}))?;
+        let first = wait_for(&vmm, "vdf", 2, removed)?;
+        eprintln!("vdf: the first line came {:?} after its limit went", first.at - removed);
+        ensure!(first.at - removed < Duration::from_secs(2), "it took {:?}", first.at - removed);
+        Ok(())
+    }
+}

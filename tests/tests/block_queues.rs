@@ -1,0 +1,67 @@
+//! Many queues, many I/O threads, many disks.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use serde_json::json;
+use vesta_tests::disks::{DiskGuest, check_file, disk, drive, said, with};
+use vesta_tests::guest::BOOT;
+use vesta_tests::on_each_transport;
+
+const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
+
+on_each_transport! {
+    fn each_vcpu_has_a_queue_of_its_own_and_several_threads_serve_them(transport) {
+        let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(4);
+        let mut paths = Vec::new();
+        for (engine, threads) in [("Async", 4), ("Async", 2), ("Sync", 3)] {
+            let id = format!("{engine}{threads}");
+            let path = disk(guest.dir(), &id, 8)?;
+            let fields = json!({"num_queues": 4, "io_threads": threads, "io_engine": engine, "cache_type": "Writeback"});
+            guest = guest.drive(with(drive(&id, &path), &fields));
+            paths.push(path);
+        }
+        let script = "\
+            for d in a b c; do echo QUEUES vd$d $(for q in /sys/block/vd$d/mq/*; do cat $q/cpu_list; done); done\n\
+            # From each vCPU through its own queue.\n\
+            for cpu in 0 1 2 3; do\n\
+              taskset -c $cpu dd if=/dev/vda of=/dev/null bs=4k count=100 skip=$((cpu * 200)) iflag=direct 2>/dev/null && echo READ $cpu\n\
+            done\n\
+            for d in a b c; do disk-tool run vd$d 17 4 150 & done; wait\n\
+            echo DONE\n\
+            while :; do sleep 1; done";
+        let vmm = guest.run(script)?;
+        vmm.wait_for_output("DONE", BOOT)?;
+        let said = vmm.stdout.text();
+        for dev in ["vda", "vdb", "vdc"] {
+            ensure!(said.contains(&format!("QUEUES {dev} 0 1 2 3")), "{said}");
+            ensure!(said.contains(&format!("VERIFIED {dev}")), "{said}");
+        }
+        for cpu in 0..4 {
+            ensure!(said.contains(&format!("READ {cpu}")), "{said}");
+        }
+        for path in &paths {
+            check_file(path, 17, &[150; 4])?;
+        }
+        for thread in 0..4 {
+            let time = vmm.thread_time(&format!("io {thread}"))?;
+            ensure!(time.is_some_and(|time| time > Duration::ZERO), "io {thread} has worked {time:?}");
+        }
+        ensure!(vmm.thread_time("io 4")?.is_none(), "there is a fifth I/O thread");
+        Ok(())
+    }
+
+    fn sixteen_disks_at_once_are_told_apart_by_their_serial_numbers(transport) {
+        let script = "for d in /sys/block/vd?; do echo DISK $(cat $d/serial) $(cat $d/size); done\npoweroff -f";
+        let mut guest = DiskGuest::new(transport)?;
+        for i in 0..16 {
+            let path = disk(guest.dir(), &format!("d{i}"), i + 1)?;
+            guest = guest.drive(drive(&format!("disk{i}"), &path));
+        }
+        let said = said(&mut guest.run(script)?)?;
+        for i in 0..16 {
+            ensure!(said.contains(&format!("DISK disk{i} {}", (i + 1) * 2048)), "disk{i}: {said}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,38 @@
+//! Entropy in real guests.
+
+use anyhow::{Context, ensure};
+use serde_json::json;
+use vesta_tests::disks::{DiskGuest, said};
+use vesta_tests::on_each_transport;
+
+on_each_transport! {
+    fn the_guest_draws_random_bytes_from_its_host(transport) {
+        let script = "\
+            echo FROM $(cat /sys/class/misc/hw_random/rng_current)\n\
+            for i in 1 2; do echo BYTES $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | hexdump -v -e '/1 \"%02x\"'); done\n\
+            poweroff -f";
+        let said = said(&mut DiskGuest::new(transport)?.entropy(json!({})).run(script)?)?;
+        ensure!(said.contains("FROM virtio_rng"), "{said}");
+        let bytes: Vec<_> = said.lines().filter_map(|line| line.split("BYTES ").nth(1)).collect();
+        ensure!(bytes.len() == 2 && bytes[0].len() == 32 && bytes[0] != bytes[1], "{said}");
+        Ok(())
+    }
+
+    /// 4 KiB are there at once, 12 more come at 4 KiB a second. The guest's kernel draws some for itself meanwhile.
+    fn a_limit_makes_the_guest_wait_for_its_random_bytes(transport) {
+        let limit = json!({"rate_limiter": {"bandwidth": {"size": 4096, "refill_time": 1000}}});
+        let script = "\
+            read before rest < /proc/uptime\n\
+            dd if=/dev/hwrng of=/dev/null bs=512 count=32 iflag=fullblock 2>/dev/null\n\
+            read after rest < /proc/uptime\n\
+            echo TOOK $before $after\n\
+            poweroff -f";
+        let said = said(&mut DiskGuest::new(transport)?.entropy(limit).run(script)?)?;
+        let line = said.lines().find_map(|line| line.split_once("TOOK ")).context("no TOOK")?.1;
+        let (before, after) = line.trim().split_once(' ').context("the line has two numbers")?;
+        let took = after.parse::<f64>()? - before.parse::<f64>()?;
+        // The clock has steps of 10 ms.
+        ensure!((2.97..30.0).contains(&took), "it took {took} s");
+        Ok(())
+    }
+}
