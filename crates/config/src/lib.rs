@@ -21,6 +21,7 @@ mod action;
 mod boot_source;
 mod drive;
 mod entropy;
+mod fork;
 mod id;
 mod logger;
 mod machine_config;
@@ -38,6 +39,7 @@ pub use drive::{
     MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MIN_DRIVE_QUEUE_SIZE, Overlay,
 };
 pub use entropy::Entropy;
+pub use fork::{Child, DriveOverlay, Fork, ForkError, MAX_CHILDREN};
 pub use id::{IdError, InstanceId, ResourceId};
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use machine_config::{
@@ -102,6 +104,9 @@ pub enum ConfigError {
     /// A network interface.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// Children of a fork.
+    #[error(transparent)]
+    Fork(#[from] ForkError),
     /// Two drives with the same id, in one configuration file.
     #[error("there are two drives with drive_id {drive_id}")]
     DuplicateDrive {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use config::{
-    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate,
+    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
     MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, VmState,
 };
 
@@ -56,6 +56,8 @@ pub enum Command {
     SetVmState(VmState),
     /// The whole configuration: `GET /vm/config`.
     GetVmConfig,
+    /// Make children of the guest as it is: `PUT /fork`, an extension.
+    Fork(Fork),
 }
 
 impl Command {
@@ -85,6 +87,7 @@ impl Command {
             Command::SetVmState(VmState::Paused) => "pausing",
             Command::SetVmState(VmState::Resumed) => "resuming",
             Command::GetVmConfig => "GET /vm/config",
+            Command::Fork(_) => "PUT /fork",
         }
     }
 }

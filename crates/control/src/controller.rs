@@ -25,16 +25,18 @@ use machine::legacy::{Output, SerialSetup, StartTimes};
 use machine::machine::{Machine, PauseError};
 use machine::{EventSink, Paused, Running, Setup};
 use serde_json::json;
+use virtio::block::Replaced;
 use virtio::block::disk::{Disk, DiskOptions};
 use virtio::net::NetBackend;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
+use crate::fork::Family;
 use crate::metadata::Metadata;
 use crate::{Command, CommandError, Phase, Reply, phase};
 
 /// How long a change of a drive waits for requests in flight on its old disk.
-const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Who the monitor says it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +60,8 @@ pub struct Platform {
     pub pci: bool,
     /// Most bytes that the metadata service's contents may be long, as JSON.
     pub mmds_size_limit: usize,
+    /// Most bytes of an API request's body.
+    pub max_payload: usize,
 }
 
 /// What the process around a controller does for it.
@@ -68,6 +72,12 @@ pub trait Host {
     /// This process's standard input and output as the ends of a serial port.
     fn standard_io(&mut self) -> std::io::Result<SerialSetup>;
 
+    /// Splits this process: into itself, which returns, and a child for each seed, which never does. A child is given to
+    /// [`Controller::born`], and lives until its guest ends.
+    fn fork(&mut self, family: Family) -> std::io::Result<()>
+    where
+        Self: Sized;
+
     /// The guest runs from now on, and has standard input and output if `with_standard_io`.
     fn guest_starts(&mut self, with_standard_io: bool);
 }
@@ -75,27 +85,29 @@ pub trait Host {
 /// The owner of configuration and machine.
 #[derive(Debug)]
 pub struct Controller<H> {
-    identity: Identity,
-    host: H,
-    platform: Platform,
-    events: EventSink,
-    config: FullVmConfig,
+    pub(crate) identity: Identity,
+    pub(crate) host: H,
+    pub(crate) platform: Platform,
+    pub(crate) events: EventSink,
+    pub(crate) config: FullVmConfig,
     /// What `config.boot_source` names, opened when it was set.
     boot_files: Option<OpenedBootFiles>,
     /// What `config.serial` names, opened when it was set.
-    serial_output: Option<Output>,
+    pub(crate) serial_output: Option<Output>,
     /// The disks of `config.drives`, in the same order, opened when they were set.
-    disks: Vec<Disk>,
+    pub(crate) disks: Vec<Disk>,
     /// What the guest can learn, and the way to it that `config.mmds_config` says.
-    metadata: Metadata,
+    pub(crate) metadata: Metadata,
     /// The networks of `config.network_interfaces`, in the same order, opened when they were set.
     networks: Vec<NetBackend>,
-    state: State,
+    /// Disks that were replaced and may still be in use, by their drives' ids.
+    pub(crate) settling: Vec<(String, Replaced)>,
+    pub(crate) state: State,
 }
 
 /// The life of a microVM. (Stopped is not here: the process ends.)
 #[derive(Debug)]
-enum State {
+pub(crate) enum State {
     Configured,
     Running(Running),
     Paused(Paused),
@@ -123,6 +135,7 @@ impl<H: Host> Controller<H> {
             disks: Vec::new(),
             metadata: Metadata::new(platform.mmds_size_limit),
             networks: Vec::new(),
+            settling: Vec::new(),
             state: State::Configured,
         }
     }
@@ -189,7 +202,11 @@ impl<H: Host> Controller<H> {
             // There is no destination for metrics yet, so nothing waits to be written.
             Command::FlushMetrics => {}
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
-            Command::SetVmState(state) => self.set_vm_state(state)?,
+            Command::SetVmState(state) => {
+                self.set_vm_state(state)?;
+                self.settle_disks();
+            }
+            Command::Fork(fork) => return self.fork(&fork),
         }
         Ok(Reply::Empty)
     }
@@ -249,12 +266,7 @@ impl<H: Host> Controller<H> {
 
     fn set_serial(&mut self, serial: Serial) -> Result<(), CommandError> {
         serial.check()?;
-        let open = |path: &Path| {
-            Output::open(path).map_err(|error| {
-                CommandError::new(format_args!("cannot open the serial output {}: {error}", path.display()))
-            })
-        };
-        self.serial_output = serial.serial_out_path.as_deref().map(open).transpose()?;
+        self.serial_output = serial.serial_out_path.as_deref().map(open_serial).transpose()?;
         self.config.serial = Some(serial);
         Ok(())
     }
@@ -395,17 +407,34 @@ impl<H: Host> Controller<H> {
 
     /// Where the guest's serial port leads.
     fn serial(&mut self) -> std::io::Result<SerialSetup> {
-        let mut serial = match &self.serial_output {
-            Some(output) => SerialSetup {
-                output: Some(output.try_clone()?),
-                input: None,
-                limit: RateLimiterConfig::default(),
-            },
-            None => self.host.standard_io()?,
-        };
+        match &self.serial_output {
+            Some(_) => self.file_serial(),
+            None => Ok(SerialSetup { limit: self.serial_limit(), ..self.host.standard_io()? }),
+        }
+    }
+
+    /// The same, and nowhere if no file is named.
+    pub(crate) fn file_serial(&self) -> std::io::Result<SerialSetup> {
+        let output = self.serial_output.as_ref().map(Output::try_clone).transpose()?;
+        Ok(SerialSetup { output, input: None, limit: self.serial_limit() })
+    }
+
+    fn serial_limit(&self) -> RateLimiterConfig {
         let bucket = self.config.serial.as_ref().and_then(|serial| serial.rate_limiter);
-        serial.limit = limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }));
-        Ok(serial)
+        limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }))
+    }
+
+    /// The devices to be, their back ends open.
+    pub(crate) fn device_setup(&self) -> DeviceSetup {
+        let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
+        let networks = self.config.network_interfaces.iter().cloned();
+        DeviceSetup {
+            drives,
+            networks: networks.zip(self.networks.iter().cloned()).collect(),
+            entropy: self.config.entropy.clone(),
+            metadata: self.metadata.service(&self.identity.id),
+            pci: self.platform.pci,
+        }
     }
 
     fn start(&mut self) -> Result<(), CommandError> {
@@ -418,21 +447,12 @@ impl<H: Host> Controller<H> {
             initrd: files.initrd.as_ref().map(|file| clone_file("initrd", file)).transpose()?,
             cmdline: source.boot_args().to_owned(),
         };
-        let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
-        let networks = self.config.network_interfaces.iter().cloned();
-        let networks = networks.zip(self.networks.iter().cloned()).collect();
         let setup = Setup {
             config: &self.config.machine_config,
             boot,
             serial,
             boot_timer: self.platform.boot_timer,
-            devices: DeviceSetup {
-                drives,
-                networks,
-                entropy: self.config.entropy.clone(),
-                metadata: self.metadata.service(&self.identity.id).map_err(|e| cannot_start(&e))?,
-                pci: self.platform.pci,
-            },
+            devices: self.device_setup(),
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
@@ -446,7 +466,7 @@ impl<H: Host> Controller<H> {
         self.machine().map_or(Ok(()), Machine::press_ctrl_alt_del).map_err(CommandError::new)
     }
 
-    fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {
+    pub(crate) fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {
         let (next, result) = match (std::mem::replace(&mut self.state, State::Lost), wanted) {
             (State::Running(machine), VmState::Paused) => match machine.pause() {
                 Ok(machine) => (State::Paused(machine), Ok(())),
@@ -475,6 +495,13 @@ fn lost(gone: &machine::vcpu::VcpuGone) -> (State, Result<(), CommandError>) {
 
 fn to_json(value: &impl serde::Serialize) -> Result<Reply, CommandError> {
     serde_json::to_value(value).map(Reply::Json).map_err(CommandError::new)
+}
+
+/// A file or FIFO that the serial console goes to.
+pub(crate) fn open_serial(path: &Path) -> Result<Output, CommandError> {
+    Output::open(path).map_err(|error| {
+        CommandError::new(format_args!("cannot open the serial output {}: {error}", path.display()))
+    })
 }
 
 fn open(what: &str, path: &Path) -> Result<File, CommandError> {

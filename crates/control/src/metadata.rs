@@ -57,13 +57,20 @@ impl Metadata {
         self.store.patch(patch).map_err(refused)
     }
 
-    /// The service for a guest that starts now, with new tokens.
-    pub(crate) fn service(&self, vm_id: &str) -> std::io::Result<Option<Arc<Service>>> {
-        let Some(config) = &self.config else { return Ok(None) };
+    /// What a fork's child begins with: the same way, and these contents or else the same. From then on they are its own.
+    pub(crate) fn child(&self, contents: Option<Value>) -> Result<Metadata, CommandError> {
+        let store = self.store.detached();
+        contents.map_or(Ok(()), |contents| store.put(contents)).map_err(refused)?;
+        Ok(Metadata { store, config: self.config.clone() })
+    }
+
+    /// The service for a guest that starts now, or goes on from a saved state: with new tokens.
+    pub(crate) fn service(&self, vm_id: &str) -> Option<Arc<Service>> {
+        let config = self.config.as_ref()?;
         let mut key = [0; 32];
-        let len = rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
-        assert_eq!(len, key.len(), "the kernel gives up to 256 bytes at once");
-        Ok(Some(Service::new(config.clone(), self.store.clone(), vm_id, &key)))
+        // Up to 256 bytes come at once and uninterrupted, once the kernel has had its first randomness; until then a signal may come.
+        while rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty()) != Ok(key.len()) {}
+        Some(Service::new(config.clone(), self.store.clone(), vm_id, &key))
     }
 
     fn check_way(&self, started: bool) -> Result<(), CommandError> {
@@ -123,11 +130,25 @@ mod tests {
     }
 
     #[test]
+    fn a_child_has_its_parents_contents_or_its_own_and_changes_nobody_elses() {
+        let mut parent = Metadata::new(20);
+        parent.configure(&config("eth0"), &[interface()]).unwrap();
+        parent.put(json!({"a":1}), false).unwrap();
+        let (same, own) = (parent.child(None).unwrap(), parent.child(Some(json!({"b":2}))).unwrap());
+        same.patch(json!({"c":3}), true).unwrap();
+        assert_eq!(parent.get(true), Ok(json!({"a":1})));
+        assert_eq!(same.get(true), Ok(json!({"a":1,"c":3})));
+        assert_eq!(own.get(true), Ok(json!({"b":2})));
+        assert!(own.service("child").is_some());
+        assert!(parent.child(Some(json!({"a":"0123456789012345"}))).unwrap_err().is_too_large());
+    }
+
+    #[test]
     fn a_way_through_an_interface_that_is_not_there_is_none() {
         let mut metadata = Metadata::new(100);
         assert!(
             metadata.configure(&config("eth1"), &[interface()]).unwrap_err().to_string().contains("eth1")
         );
-        assert!(metadata.service("vm").unwrap().is_none());
+        assert!(metadata.service("vm").is_none());
     }
 }

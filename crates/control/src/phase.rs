@@ -78,7 +78,8 @@ fn when(command: &Command) -> When {
         | Command::SendCtrlAltDel
         | Command::SetVmState(_)
         | Command::PatchDrive(_)
-        | Command::PatchNetwork(_) => When::AfterStart,
+        | Command::PatchNetwork(_)
+        | Command::Fork(_) => When::AfterStart,
     }
 }
 

@@ -97,8 +97,9 @@ pub(crate) fn assemble(
     let mut vcpus = Vec::with_capacity(vcpu_fds.len());
     for (id, fd) in (0..).zip(vcpu_fds) {
         let events = clone_sink(&parts.events)?;
-        let handle = VcpuHandle::spawn(id, fd, vm.ram().clone(), buses.clone(), events)
-            .map_err(|source| StartError::Host { what: "a vCPU thread", source })?;
+        let handle =
+            VcpuHandle::spawn(id, (fd, vm.shared_fd().run_size()), vm.ram().clone(), buses.clone(), events)
+                .map_err(|source| StartError::Host { what: "a vCPU thread", source })?;
         vcpus.push(handle);
     }
     if let Origin::State { state, clock } = origin {

@@ -23,10 +23,22 @@
 //!
 //! `machine` builds it and registers it with KVM; `virtio` reads and writes through it.
 
+mod dirty;
+mod fork;
+pub mod image;
 pub mod layout;
+pub mod page_server;
+pub mod pages;
 mod ram;
+mod resident;
+mod source;
+mod sys;
+pub mod working_set;
 
-pub use ram::{GuestRam, MapError, RamRegion};
+pub use fork::ForkError;
+pub use layout::{ImageRegion, LayoutError, MemoryLayout};
+pub use pages::{PageSet, PageSetError};
+pub use ram::{DiscardError, GuestRam, MapError, RamRegion};
 
 /// The guest's memory as `vm-memory` sees it: regions that never change while a machine lives, each with an optional
 /// bitmap of the pages that the *monitor* wrote (KVM keeps the log of what the guest wrote).

@@ -25,6 +25,12 @@ impl SharedStore {
         SharedStore(Arc::new(Mutex::new(Store::new(limit))))
     }
 
+    /// Another store with the same limit, and for now the same contents.
+    #[must_use]
+    pub fn detached(&self) -> SharedStore {
+        SharedStore(Arc::new(Mutex::new(self.lock().clone())))
+    }
+
     /// See [`Store::get`].
     pub fn get(&self) -> serde_json::Value {
         self.lock().get()

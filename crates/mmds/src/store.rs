@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::text;
 
 /// What the user keeps for the guest.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Store {
     /// Null until the user first sets it, afterwards an object.
     contents: Value,

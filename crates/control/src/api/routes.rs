@@ -3,8 +3,8 @@
 //! A new endpoint is a line in [`route`]'s table. Paths are matched whole: a segment too many is another path.
 
 use config::{
-    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, IdError, Logger,
-    MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError, NetworkInterface,
+    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
+    Logger, MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError, NetworkInterface,
     NetworkInterfaceUpdate, ResourceId, Serial, Vm,
 };
 use serde::de::DeserializeOwned;
@@ -100,6 +100,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["mmds", "config"]) => put_mmds_config(request),
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
+        (Method::Put, ["fork"]) => put_fork(request),
         (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),
         _ => Err(not_found(request)),
     }
@@ -171,6 +172,12 @@ fn put_mmds_config(request: &Request) -> Result<Routed, RouteError> {
     let config: MmdsConfig = body(request)?;
     config.check()?;
     Ok(Routed { deprecated: config.version == MmdsVersion::V1, command: Command::PutMmdsConfig(config) })
+}
+
+fn put_fork(request: &Request) -> Result<Routed, RouteError> {
+    let fork: Fork = body(request)?;
+    fork.check()?;
+    Ok(plain(Command::Fork(fork)))
 }
 
 /// The id in a path is well-formed, and the body's.
