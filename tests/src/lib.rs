@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 pub mod api;
+pub mod counting;
 pub mod disks;
 pub mod elf;
 pub mod guest;

@@ -197,10 +197,10 @@ fn assert_takes(took: Duration, want: Duration) -> Result<()> {
 #[test]
 fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
     let net = host()?;
-    // 1 MiB a second to the guest, half of that from it; the buckets are small, so that the rate is what counts.
+    // 1 MiB a second to the guest, a quarter of that from it; the buckets are small, so that the rate is what counts.
     let limit = |bytes: u64| json!({"bandwidth": {"size": bytes / 10, "refill_time": 100}});
     let vmm = NetGuest::new(Transport::Mmio, TOOL)?
-        .tap("tap0", json!({"rx_rate_limiter": limit(MIB), "tx_rate_limiter": limit(MIB / 2)}))
+        .tap("tap0", json!({"rx_rate_limiter": limit(MIB), "tx_rate_limiter": limit(MIB / 4)}))
         .boot(&format!("{UP}\nnet-tool serve 7000"))?;
     vmm.wait_for_output("SERVING", BOOT)?;
     let guest = "10.0.0.2:7000";
@@ -208,7 +208,7 @@ fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
     let headers = 1.05;
     let seconds = |bytes: u64, rate: u64| Duration::from_secs_f64(headers * bytes as f64 / rate as f64);
     assert_takes(traffic::upload(guest, 2, 4 * MIB)?, seconds(4 * MIB, MIB))?;
-    assert_takes(traffic::download(guest, 3, 2 * MIB)?, seconds(2 * MIB, MIB / 2))?;
+    assert_takes(traffic::download(guest, 3, MIB)?, seconds(MIB, MIB / 4))?;
 
     let mut api = vmm.ready_client(SOON)?;
     let off = json!({"bandwidth": {"size": 0, "refill_time": 0}});
@@ -216,7 +216,7 @@ fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
     api.patch("/network-interfaces/eth0", &patch)?.ok()?;
     assert_takes(traffic::upload(guest, 4, 8 * MIB)?, seconds(8 * MIB, 2 * MIB))?;
     let unlimited = traffic::download(guest, 5, 2 * MIB)?;
-    ensure!(unlimited < Duration::from_secs(2), "without a limit it took {unlimited:?}");
+    ensure!(unlimited < seconds(2 * MIB, MIB / 2), "without a limit it took {unlimited:?}");
     let shown = api.get("/vm/config")?.json()?;
     ensure!(shown["network-interfaces"][0]["rx_rate_limiter"] == limit(2 * MIB), "{shown}");
 
@@ -258,7 +258,7 @@ impl Passt {
         let begun = Instant::now();
         while std::os::unix::net::UnixStream::connect(socket).is_err() {
             ensure!(begun.elapsed() < SOON, "passt does not listen");
-            std::thread::yield_now();
+            std::thread::sleep(Duration::from_millis(20));
         }
         Ok(passt)
     }
@@ -282,6 +282,8 @@ fn a_guest_of_a_monitor_without_rights_reaches_the_hosts_loopback_and_is_reached
     // Nobody's, without a right that root has.
     let builder = VmmBuilder::new(Path::new("setpriv"))?;
     let dir = builder.dir().to_owned();
+    // passt binds its socket as nobody where it was root's.
+    std::fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
     let socket = dir.join("passt.sock");
     let _passt = Passt::start(&socket, &["--tcp-ports", "7001"])?;
     let builder =

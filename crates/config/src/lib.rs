@@ -21,11 +21,13 @@ mod action;
 mod boot_source;
 mod drive;
 mod entropy;
+mod fork;
 mod id;
 mod logger;
 mod machine_config;
 mod network;
 mod serial;
+mod snapshot;
 mod token_bucket;
 mod vm_config;
 mod vm_state;
@@ -37,6 +39,7 @@ pub use drive::{
     MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MIN_DRIVE_QUEUE_SIZE, Overlay,
 };
 pub use entropy::Entropy;
+pub use fork::{Child, DriveOverlay, Fork, ForkError, MAX_CHILDREN};
 pub use id::{IdError, InstanceId, ResourceId};
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use machine_config::{
@@ -45,9 +48,13 @@ pub use machine_config::{
 pub use network::{
     DEFAULT_NET_QUEUE_SIZE, MAX_IFACE_ID_LEN, MAX_NET_QUEUE_SIZE, MAX_QUEUE_PAIRS, MAX_TAP_NAME_LEN, MIN_MTU,
     MIN_NET_QUEUE_SIZE, MacAddress, MacAddressError, NetBackendKind, NetworkError, NetworkInterface,
-    NetworkInterfaceUpdate, check_networks,
+    NetworkInterfaceUpdate, NetworkOverride, check_networks, override_networks,
 };
 pub use serial::Serial;
+pub use snapshot::{
+    DriveOverride, MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotError, SnapshotHugePages,
+    SnapshotLoad, SnapshotType,
+};
 pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
 pub use vm_config::{FullVmConfig, VmConfig, check_drives};
 pub use vm_state::{Vm, VmState};
@@ -97,6 +104,12 @@ pub enum ConfigError {
     /// A network interface.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// Children of a fork.
+    #[error(transparent)]
+    Fork(#[from] ForkError),
     /// Two drives with the same id, in one configuration file.
     #[error("there are two drives with drive_id {drive_id}")]
     DuplicateDrive {

@@ -25,15 +25,17 @@ use machine::legacy::{Output, SerialSetup, StartTimes};
 use machine::machine::{Machine, PauseError};
 use machine::{EventSink, Paused, Running, Setup};
 use serde_json::json;
+use virtio::block::Replaced;
 use virtio::block::disk::{Disk, DiskOptions};
 use virtio::net::NetBackend;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
+use crate::fork::Family;
 use crate::{Command, CommandError, Phase, Reply, phase};
 
 /// How long a change of a drive waits for requests in flight on its old disk.
-const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Who the monitor says it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub struct Platform {
     pub boot_timer: Option<StartTimes>,
     /// Devices are on virtio-pci instead of virtio-mmio.
     pub pci: bool,
+    /// Most bytes of an API request's body.
+    pub max_payload: usize,
 }
 
 /// What the process around a controller does for it.
@@ -65,6 +69,12 @@ pub trait Host {
     /// This process's standard input and output as the ends of a serial port.
     fn standard_io(&mut self) -> std::io::Result<SerialSetup>;
 
+    /// Splits this process: into itself, which returns, and a child for each seed, which never does. A child is given to
+    /// [`Controller::born`], and lives until its guest ends.
+    fn fork(&mut self, family: Family) -> std::io::Result<()>
+    where
+        Self: Sized;
+
     /// The guest runs from now on, and has standard input and output if `with_standard_io`.
     fn guest_starts(&mut self, with_standard_io: bool);
 }
@@ -72,25 +82,27 @@ pub trait Host {
 /// The owner of configuration and machine.
 #[derive(Debug)]
 pub struct Controller<H> {
-    identity: Identity,
-    host: H,
-    platform: Platform,
-    events: EventSink,
-    config: FullVmConfig,
+    pub(crate) identity: Identity,
+    pub(crate) host: H,
+    pub(crate) platform: Platform,
+    pub(crate) events: EventSink,
+    pub(crate) config: FullVmConfig,
     /// What `config.boot_source` names, opened when it was set.
     boot_files: Option<OpenedBootFiles>,
     /// What `config.serial` names, opened when it was set.
-    serial_output: Option<Output>,
+    pub(crate) serial_output: Option<Output>,
     /// The disks of `config.drives`, in the same order, opened when they were set.
-    disks: Vec<Disk>,
+    pub(crate) disks: Vec<Disk>,
     /// The networks of `config.network_interfaces`, in the same order, opened when they were set.
-    networks: Vec<NetBackend>,
-    state: State,
+    pub(crate) networks: Vec<NetBackend>,
+    /// Disks that were replaced and may still be in use, by their drives' ids.
+    pub(crate) settling: Vec<(String, Replaced)>,
+    pub(crate) state: State,
 }
 
 /// The life of a microVM. (Stopped is not here: the process ends.)
 #[derive(Debug)]
-enum State {
+pub(crate) enum State {
     Configured,
     Running(Running),
     Paused(Paused),
@@ -117,6 +129,7 @@ impl<H: Host> Controller<H> {
             serial_output: None,
             disks: Vec::new(),
             networks: Vec::new(),
+            settling: Vec::new(),
             state: State::Configured,
         }
     }
@@ -176,7 +189,13 @@ impl<H: Host> Controller<H> {
             // There is no destination for metrics yet, so nothing waits to be written.
             Command::FlushMetrics => {}
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
-            Command::SetVmState(state) => self.set_vm_state(state)?,
+            Command::SetVmState(state) => {
+                self.set_vm_state(state)?;
+                self.settle_disks();
+            }
+            Command::CreateSnapshot(create) => self.create_snapshot(&create)?,
+            Command::LoadSnapshot(load) => self.load_snapshot(&load)?,
+            Command::Fork(fork) => return self.fork(&fork),
         }
         Ok(Reply::Empty)
     }
@@ -232,12 +251,7 @@ impl<H: Host> Controller<H> {
 
     fn set_serial(&mut self, serial: Serial) -> Result<(), CommandError> {
         serial.check()?;
-        let open = |path: &Path| {
-            Output::open(path).map_err(|error| {
-                CommandError::new(format_args!("cannot open the serial output {}: {error}", path.display()))
-            })
-        };
-        self.serial_output = serial.serial_out_path.as_deref().map(open).transpose()?;
+        self.serial_output = serial.serial_out_path.as_deref().map(open_serial).transpose()?;
         self.config.serial = Some(serial);
         Ok(())
     }
@@ -359,7 +373,7 @@ impl<H: Host> Controller<H> {
     }
 
     /// The machine in either of its states, if there is one.
-    fn machine(&self) -> Option<&Machine> {
+    pub(crate) fn machine(&self) -> Option<&Machine> {
         match &self.state {
             State::Running(machine) => Some(machine),
             State::Paused(machine) => Some(machine),
@@ -367,23 +381,23 @@ impl<H: Host> Controller<H> {
         }
     }
 
-    /// Where the guest's serial port leads.
-    fn serial(&mut self) -> std::io::Result<SerialSetup> {
-        let mut serial = match &self.serial_output {
-            Some(output) => SerialSetup {
-                output: Some(output.try_clone()?),
-                input: None,
-                limit: RateLimiterConfig::default(),
-            },
-            None => self.host.standard_io()?,
+    /// Where the serial port of a guest with this configuration leads: the file that was set, else standard input and output.
+    pub(crate) fn serial_for(&mut self, config: &FullVmConfig) -> Result<SerialSetup, CommandError> {
+        let setup = match &self.serial_output {
+            Some(_) => self.file_serial(config),
+            None => self.host.standard_io().map(|setup| SerialSetup { limit: serial_limit(config), ..setup }),
         };
-        let bucket = self.config.serial.as_ref().and_then(|serial| serial.rate_limiter);
-        serial.limit = limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }));
-        Ok(serial)
+        setup.map_err(|e| CommandError::new(format_args!("cannot open the serial port's other end: {e}")))
+    }
+
+    /// The same, and nowhere if no file was set.
+    pub(crate) fn file_serial(&self, config: &FullVmConfig) -> std::io::Result<SerialSetup> {
+        let output = self.serial_output.as_ref().map(Output::try_clone).transpose()?;
+        Ok(SerialSetup { output, input: None, limit: serial_limit(config) })
     }
 
     fn start(&mut self) -> Result<(), CommandError> {
-        let serial = self.serial().map_err(|e| cannot_start(&e))?;
+        let serial = self.serial_for(&self.config.clone())?;
         let (Some(source), Some(files)) = (&self.config.boot_source, &self.boot_files) else {
             return Err(CommandError::new("there is nothing to boot: no boot source has been set"));
         };
@@ -392,20 +406,12 @@ impl<H: Host> Controller<H> {
             initrd: files.initrd.as_ref().map(|file| clone_file("initrd", file)).transpose()?,
             cmdline: source.boot_args().to_owned(),
         };
-        let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
-        let networks = self.config.network_interfaces.iter().cloned();
-        let networks = networks.zip(self.networks.iter().cloned()).collect();
         let setup = Setup {
             config: &self.config.machine_config,
             boot,
             serial,
             boot_timer: self.platform.boot_timer,
-            devices: DeviceSetup {
-                drives,
-                networks,
-                entropy: self.config.entropy.clone(),
-                pci: self.platform.pci,
-            },
+            devices: devices(&self.config, &self.disks, &self.networks, self.platform.pci),
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
@@ -419,7 +425,7 @@ impl<H: Host> Controller<H> {
         self.machine().map_or(Ok(()), Machine::press_ctrl_alt_del).map_err(CommandError::new)
     }
 
-    fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {
+    pub(crate) fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {
         let (next, result) = match (std::mem::replace(&mut self.state, State::Lost), wanted) {
             (State::Running(machine), VmState::Paused) => match machine.pause() {
                 Ok(machine) => (State::Paused(machine), Ok(())),
@@ -440,6 +446,52 @@ impl<H: Host> Controller<H> {
     }
 }
 
+/// A configuration with its back ends open, for a machine that is made of saved state.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) config: FullVmConfig,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) networks: Vec<NetBackend>,
+}
+
+impl Loaded {
+    /// The devices to be.
+    pub(crate) fn devices(&self, pci: bool) -> DeviceSetup {
+        devices(&self.config, &self.disks, &self.networks, pci)
+    }
+}
+
+/// The devices to be, their back ends open.
+pub(crate) fn devices(
+    config: &FullVmConfig,
+    disks: &[Disk],
+    networks: &[NetBackend],
+    pci: bool,
+) -> DeviceSetup {
+    let drives = config.drives.iter().cloned().zip(disks.iter().cloned()).collect();
+    let networks = config.network_interfaces.iter().cloned().zip(networks.iter().cloned()).collect();
+    DeviceSetup { drives, networks, entropy: config.entropy.clone(), pci }
+}
+
+/// Opens the networks of these interfaces.
+pub(crate) fn open_networks(networks: &[NetworkInterface]) -> Result<Vec<NetBackend>, CommandError> {
+    networks.iter().map(|network| NetBackend::open(network).map_err(CommandError::new)).collect()
+}
+
+/// Opens the disks of these drives.
+pub(crate) fn open_disks(drives: &[Drive]) -> Result<Vec<Disk>, CommandError> {
+    let open = |drive: &Drive| {
+        Disk::open(&DiskOptions::of(drive))
+            .map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))
+    };
+    drives.iter().map(open).collect()
+}
+
+fn serial_limit(config: &FullVmConfig) -> RateLimiterConfig {
+    let bucket = config.serial.as_ref().and_then(|serial| serial.rate_limiter);
+    limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }))
+}
+
 /// A bug in this monitor: there is no machine any more.
 fn lost(gone: &machine::vcpu::VcpuGone) -> (State, Result<(), CommandError>) {
     log::error!("{gone}");
@@ -448,6 +500,13 @@ fn lost(gone: &machine::vcpu::VcpuGone) -> (State, Result<(), CommandError>) {
 
 fn to_json(value: &impl serde::Serialize) -> Result<Reply, CommandError> {
     serde_json::to_value(value).map(Reply::Json).map_err(CommandError::new)
+}
+
+/// A file or FIFO that the serial console goes to.
+pub(crate) fn open_serial(path: &Path) -> Result<Output, CommandError> {
+    Output::open(path).map_err(|error| {
+        CommandError::new(format_args!("cannot open the serial output {}: {error}", path.display()))
+    })
 }
 
 fn open(what: &str, path: &Path) -> Result<File, CommandError> {

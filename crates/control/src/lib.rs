@@ -4,6 +4,8 @@
 //! - [`command`]: [`Command`], its [`Reply`] and [`CommandError`]. The API and the configuration file both end here.
 //! - [`phase`]: which command is possible before the guest starts, and which after.
 //! - [`controller`]: the owner of configuration and machine, which carries commands out.
+//! - [`fork`]: children of a started microVM.
+//! - [`snapshot`]: saving a microVM to files, and going on with one.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and the way from there to the main thread and back.
 //!
@@ -20,8 +22,10 @@
 pub mod api;
 pub mod command;
 pub mod controller;
+pub mod fork;
 pub mod http;
 pub mod phase;
+pub mod snapshot;
 
 pub use command::{Command, CommandError, Reply};
 pub use controller::{Controller, Host, Identity, Platform};

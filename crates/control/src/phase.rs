@@ -68,13 +68,16 @@ fn when(command: &Command) -> When {
         | Command::PutDrive(_)
         | Command::PutNetwork(_)
         | Command::PutEntropy(_)
+        | Command::LoadSnapshot(_)
         | Command::Start => When::BeforeStart,
 
         Command::FlushMetrics
         | Command::SendCtrlAltDel
         | Command::SetVmState(_)
         | Command::PatchDrive(_)
-        | Command::PatchNetwork(_) => When::AfterStart,
+        | Command::PatchNetwork(_)
+        | Command::CreateSnapshot(_)
+        | Command::Fork(_) => When::AfterStart,
     }
 }
 

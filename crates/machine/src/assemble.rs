@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use config::MachineConfig;
+use kvm_ioctls::VcpuFd;
 use memory::GuestRam;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -14,7 +15,7 @@ use crate::boot::Loaded;
 use crate::bus::{Bus, BusDevice};
 use crate::chipset::ClockAfter;
 use crate::cpu::registers::{set_fpu, set_lapic};
-use crate::cpu::{Cpuid, StateFormat, XsaveSize, set_boot_msrs};
+use crate::cpu::{Cpuid, StateFormat, Topology, XsaveSize, missing_features, set_boot_msrs};
 use crate::devices::{DeviceSetup, Devices, Places};
 use crate::events::EventSink;
 use crate::generation::Generation;
@@ -62,6 +63,7 @@ pub(crate) fn assemble(
         .create_vcpus(config.vcpu_count)?;
 
     if let Some(state) = saved {
+        check_processor(&kvm, config, state, &vcpu_fds)?;
         state.chipset.restore(&vm.shared_fd())?;
         let format = StateFormat::of(&kvm, &vm)?;
         for (fd, state) in vcpu_fds.iter().zip(&state.vcpus) {
@@ -97,14 +99,28 @@ pub(crate) fn assemble(
     let mut vcpus = Vec::with_capacity(vcpu_fds.len());
     for (id, fd) in (0..).zip(vcpu_fds) {
         let events = clone_sink(&parts.events)?;
-        let handle = VcpuHandle::spawn(id, fd, vm.ram().clone(), buses.clone(), events)
-            .map_err(|source| StartError::Host { what: "a vCPU thread", source })?;
+        let handle =
+            VcpuHandle::spawn(id, (fd, vm.shared_fd().run_size()), vm.ram().clone(), buses.clone(), events)
+                .map_err(|source| StartError::Host { what: "a vCPU thread", source })?;
         vcpus.push(handle);
     }
     if let Origin::State { state, clock } = origin {
         state.chipset.restore_clock(&vm.shared_fd(), *clock)?;
     }
     Ok(Machine { vcpus, devices, pump, serial, keyboard, vm, kvm })
+}
+
+/// A saved guest must find here what it knows of its processor.
+fn check_processor(
+    kvm: &Kvm,
+    config: &MachineConfig,
+    state: &MachineState,
+    fresh: &[VcpuFd],
+) -> Result<(), StartError> {
+    let (Some(fd), Some(saved)) = (fresh.first(), state.vcpus.first()) else { return Ok(()) };
+    let topology = Topology::new(config.vcpu_count, config.smt);
+    let missing = missing_features(kvm, fd, topology, &saved.cpuid)?;
+    if missing.is_empty() { Ok(()) } else { Err(StartError::OtherProcessor { missing }) }
 }
 
 impl StateFormat {

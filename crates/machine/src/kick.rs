@@ -15,6 +15,7 @@ use std::sync::Once;
 use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
+use rustix::mm::Advice;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 thread_local! {
@@ -49,10 +50,16 @@ pub(crate) struct Kickable {
 }
 
 impl Kickable {
-    /// Makes this thread the one that runs the vCPU. A thread runs one at a time.
-    pub(crate) fn new(mut fd: VcpuFd) -> Self {
+    /// Makes this thread the one that runs the vCPU, whose shared pages are `run_size` bytes. A thread runs one at a time.
+    pub(crate) fn new(mut fd: VcpuFd, run_size: usize) -> Self {
         debug_assert!(IMMEDIATE_EXIT.get().is_null());
-        IMMEDIATE_EXIT.set(&raw mut fd.get_kvm_run().immediate_exit);
+        let run = fd.get_kvm_run();
+        IMMEDIATE_EXIT.set(&raw mut run.immediate_exit);
+        // A fork of this process must not have these pages: they would keep this guest alive in the kernel after its own
+        // process has gone.
+        // SAFETY: the mapping is that of `fd` and has the size that the kernel gave; the advice changes nothing here.
+        let kept = unsafe { rustix::mm::madvise((&raw mut *run).cast(), run_size, Advice::LinuxDontFork) };
+        debug_assert!(kept.is_ok(), "a mapping takes the advice: {kept:?}");
         Kickable { fd, not_send: PhantomData }
     }
 

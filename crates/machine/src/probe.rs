@@ -115,13 +115,13 @@ fn try_all() -> Result<Vec<(&'static str, String)>, KvmError> {
             .map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))
             .named("mmap")?;
         write_guest(&ram, trial);
-        let (_vm, vcpu) = kvm.create_vm()?.map_ram(ram, false)?.create_lone_vcpu()?;
+        let (vm, vcpu) = kvm.create_vm()?.map_ram(ram, false)?.create_lone_vcpu()?;
         vcpu.set_cpuid2(&cpuid.for_vcpu(0)?).named("KVM_SET_CPUID2")?;
         registers::set_for_linux64(&vcpu, layout::HIGH_RAM)?;
         let mut sregs = vcpu.get_sregs().named("KVM_GET_SREGS")?;
         (sregs.idt.base, sregs.idt.limit) = (IDT, 4 * 16 - 1);
         vcpu.set_sregs(&sregs).named("KVM_SET_SREGS")?;
-        if let Err(what) = run(vcpu) {
+        if let Err(what) = run(vcpu, vm.shared_fd().run_size()) {
             failed.push((trial.instruction, what));
         }
     }
@@ -143,10 +143,10 @@ fn write_guest(ram: &GuestRam, trial: &Trial) {
 }
 
 /// Runs a guest until it says that it is done; otherwise says what happened instead.
-fn run(vcpu: VcpuFd) -> Result<(), String> {
+fn run(vcpu: VcpuFd, run_size: usize) -> Result<(), String> {
     let (done, finished) = std::sync::mpsc::channel();
     let thread = thread::spawn(move || {
-        let result = run_here(vcpu);
+        let result = run_here(vcpu, run_size);
         let _ = done.send(());
         result
     });
@@ -156,8 +156,8 @@ fn run(vcpu: VcpuFd) -> Result<(), String> {
     thread.join().unwrap_or_else(|_| Err("the probe's own thread failed".to_owned()))
 }
 
-fn run_here(vcpu: VcpuFd) -> Result<(), String> {
-    let mut vcpu = Kickable::new(vcpu);
+fn run_here(vcpu: VcpuFd, run_size: usize) -> Result<(), String> {
+    let mut vcpu = Kickable::new(vcpu, run_size);
     Err(match vcpu.run() {
         Ok(VcpuExit::IoOut(DONE_PORT, [1])) => return Ok(()),
         Ok(VcpuExit::InternalError) => internal_error(vcpu.internal_suberror()),

@@ -83,10 +83,10 @@ pub(crate) struct VcpuHandle {
 }
 
 impl VcpuHandle {
-    /// Starts the thread, named `fc_vcpu {id}` (tools look for that), paused.
+    /// Starts the thread, named `fc_vcpu {id}` (tools look for that), paused. With the vCPU goes the size of the pages that it shares with KVM.
     pub(crate) fn spawn(
         id: u8,
-        fd: VcpuFd,
+        (fd, run_size): (VcpuFd, usize),
         ram: GuestRam,
         buses: Arc<Buses>,
         events: EventSink,
@@ -94,7 +94,7 @@ impl VcpuHandle {
         let (requests, inbox) = channel();
         let (answer, answers) = channel();
         let thread = std::thread::Builder::new().name(format!("fc_vcpu {id}")).spawn(move || {
-            let fd = Kickable::new(fd);
+            let fd = Kickable::new(fd, run_size);
             Vcpu { id, fd, ram, buses, events, inbox, answer, halted: false }.run();
         })?;
         Ok(VcpuHandle { id, requests, answers, thread: Some(thread) })

@@ -4,6 +4,10 @@
 //! addresses, one from 256 GiB to 512 GiB for PCI devices with 64-bit windows. The addresses are Firecracker's, so a
 //! guest image tuned to one layout finds the same one here.
 
+use serde::{Deserialize, Serialize};
+
+use crate::pages::PAGE;
+
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;
 /// One gibibyte.
@@ -58,6 +62,118 @@ pub fn ram_spans(mem_size_mib: u32) -> Vec<RamSpan> {
     spans
 }
 
+/// Where each region of RAM is in a memory image. Part of the state file.
+///
+/// A value of this type is sound, wherever it came from: 1 to 64 regions, sorted and disjoint by guest address as well as by
+/// offset, in whole pages, outside the holes, and together at most as large as a guest can be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<ImageRegion>", into = "Vec<ImageRegion>")]
+pub struct MemoryLayout(Vec<ImageRegion>);
+
+/// One region of RAM in a memory image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRegion {
+    /// First guest-physical address.
+    pub guest_addr: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Where its bytes begin in the image.
+    pub offset: u64,
+}
+
+/// Why regions make no layout.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "memory region {index} (guest address {guest_addr:#x}, {size:#x} bytes, offset {offset:#x}): {reason}"
+)]
+pub struct LayoutError {
+    /// The region's number.
+    pub index: usize,
+    /// Its guest address.
+    pub guest_addr: u64,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Its offset in the image.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub reason: &'static str,
+}
+
+/// The most regions that a layout has.
+const MAX_REGIONS: usize = 64;
+
+impl MemoryLayout {
+    /// The layout of a guest with `mem_size_mib` mebibytes: its spans one after the other.
+    pub fn of_size(mem_size_mib: u32) -> Self {
+        let mut offset = 0;
+        let region = |RamSpan { start: guest_addr, size }| {
+            let region = ImageRegion { guest_addr, size, offset };
+            offset += size;
+            region
+        };
+        MemoryLayout(ram_spans(mem_size_mib).into_iter().map(region).collect())
+    }
+
+    /// The regions in order.
+    pub fn regions(&self) -> &[ImageRegion] {
+        &self.0
+    }
+
+    /// Length of the image in bytes.
+    pub fn file_size(&self) -> u64 {
+        self.0.last().map_or(0, |r| r.offset + r.size)
+    }
+
+    /// Size of the guest's RAM in bytes.
+    pub fn ram_size(&self) -> u64 {
+        self.0.iter().map(|r| r.size).sum()
+    }
+}
+
+impl TryFrom<Vec<ImageRegion>> for MemoryLayout {
+    type Error = LayoutError;
+
+    fn try_from(regions: Vec<ImageRegion>) -> Result<Self, LayoutError> {
+        const MAX_RAM: u64 = config::MAX_MEM_SIZE_MIB as u64 * MIB;
+        let (mut guest_end, mut file_end, mut total) = (0, 0, 0u64);
+        for (index, region) in regions.iter().enumerate() {
+            let ImageRegion { guest_addr, size, offset } = *region;
+            let refused = |reason| Err(LayoutError { index, guest_addr, size, offset, reason });
+            if index == MAX_REGIONS {
+                return refused("there are at most 64 regions");
+            }
+            if [guest_addr, size, offset].iter().any(|n| n % PAGE != 0) || size == 0 {
+                return refused("it is not made of whole pages of 4096 bytes");
+            }
+            let (Some(end), Some(offset_end)) = (guest_addr.checked_add(size), offset.checked_add(size))
+            else {
+                return refused("it ends beyond 2^64");
+            };
+            if guest_addr < guest_end || offset < file_end {
+                return refused("it overlaps the one before, or is out of order");
+            }
+            if !RAM_SPANS.iter().any(|(start, limit)| *start <= guest_addr && end <= *limit) {
+                return refused("it is not where RAM can be");
+            }
+            total += size;
+            if total > MAX_RAM || offset_end > 2 * MAX_RAM {
+                return refused("the image is larger than a guest can be");
+            }
+            (guest_end, file_end) = (end, offset_end);
+        }
+        if regions.is_empty() {
+            return Err(LayoutError { index: 0, guest_addr: 0, size: 0, offset: 0, reason: "there is none" });
+        }
+        Ok(MemoryLayout(regions))
+    }
+}
+
+impl From<MemoryLayout> for Vec<ImageRegion> {
+    fn from(layout: MemoryLayout) -> Self {
+        layout.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,7 +197,46 @@ mod tests {
         assert_eq!(ram_spans(3 * 1024), [RamSpan { start: 0, size: 3 * GIB }]);
     }
 
+    #[test]
+    fn the_image_of_a_large_guest_has_its_regions_one_after_the_other() {
+        let layout = MemoryLayout::of_size(5 * 1024);
+        let second = ImageRegion { guest_addr: 4 * GIB, size: 2 * GIB, offset: 3 * GIB };
+        assert_eq!(layout.regions()[1], second);
+        assert_eq!(layout.file_size(), 5 * GIB);
+    }
+
+    #[test]
+    fn unsound_layouts_are_refused_by_region_and_reason() {
+        let region = |guest_addr, size, offset| ImageRegion { guest_addr, size, offset };
+        let good = region(0, MIB, 0);
+        for (regions, reason) in [
+            (vec![], "there is none"),
+            (vec![region(0, 0, 0)], "whole pages"),
+            (vec![region(1, MIB, 0)], "whole pages"),
+            (vec![region(0, MIB, 512)], "whole pages"),
+            (vec![good, region(0, MIB, MIB)], "overlaps"),
+            (vec![good, region(MIB, MIB, 0)], "overlaps"),
+            (vec![region(MIB, MIB, 0), region(0, MIB, MIB)], "overlaps"),
+            (vec![region(2 * GIB, 2 * GIB, 0)], "not where RAM can be"),
+            (vec![region(MMIO32_START, MIB, 0)], "not where RAM can be"),
+            (vec![region(u64::MAX - 4095, 8192, 0)], "beyond 2^64"),
+            (vec![region(0, MIB, u64::MAX - 4095)], "beyond 2^64"),
+            (vec![region(0, MIB, 1 << 60)], "larger than a guest"),
+            ((0..65).map(|n| region(n * MIB, MIB, n * MIB)).collect(), "at most 64"),
+        ] {
+            let error = MemoryLayout::try_from(regions).unwrap_err();
+            assert!(error.reason.contains(reason), "{error} is not about {reason}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn every_guests_layout_is_sound(mib in 1..=config::MAX_MEM_SIZE_MIB) {
+            let layout = MemoryLayout::of_size(mib);
+            prop_assert_eq!(layout.ram_size(), u64::from(mib) * MIB);
+            prop_assert_eq!(MemoryLayout::try_from(Vec::from(layout.clone())), Ok(layout));
+        }
+
         #[test]
         fn spans_hold_all_ram_in_order_outside_the_holes(mib in 1..=config::MAX_MEM_SIZE_MIB) {
             let spans = ram_spans(mib);

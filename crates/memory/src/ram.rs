@@ -1,22 +1,21 @@
-//! Mapping guest RAM.
+//! Guest RAM as the rest of the monitor has it.
 
 use std::num::NonZeroUsize;
-use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use config::HugePages;
-use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::layout::{MIB, RamSpan, ram_spans};
+use crate::layout::{MIB, MemoryLayout};
+use crate::pages::{PAGE, PageSet};
+use crate::source::Source;
+use crate::sys::span::{Harmless, Kind, Span};
 use crate::{GuestMemory, GuestRegion};
 
-/// Host addresses of regions are multiples of this, the size of a huge page.
-const ALIGNMENT: usize = 2 << 20;
 /// The size of the page that dirty pages are counted in.
-const PAGE_SIZE: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+const PAGE_SIZE: NonZeroUsize = NonZeroUsize::new(PAGE as usize).unwrap();
 
 /// Why guest RAM could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +37,33 @@ pub enum MapError {
         size_mib: u64,
         /// The kind of pages, in words.
         pages: &'static str,
+        /// The kernel's reason.
+        source: std::io::Error,
+    },
+}
+
+/// Why pages could not be given back.
+#[derive(Debug, thiserror::Error)]
+pub enum DiscardError {
+    /// Not whole pages of one region.
+    #[error(
+        "{len:#x} bytes from guest address {addr:#x} are not whole pages of RAM ({page_size} bytes each)"
+    )]
+    Range {
+        /// First guest-physical address.
+        addr: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Size of a page in bytes.
+        page_size: u64,
+    },
+    /// The kernel refused.
+    #[error("cannot give back {len:#x} bytes from guest address {addr:#x}: {source}")]
+    Kernel {
+        /// First guest-physical address.
+        addr: u64,
+        /// Length in bytes.
+        len: u64,
         /// The kernel's reason.
         source: std::io::Error,
     },
@@ -68,7 +94,12 @@ pub struct GuestRam {
 struct Inner {
     memory: GuestMemory,
     regions: Vec<RamRegion>,
-    page_size: u64,
+    spans: Vec<Span>,
+    layout: MemoryLayout,
+    huge_pages: HugePages,
+    source: Source,
+    /// Pages that were given back. They were zero then, whatever they are at the source.
+    discarded: Mutex<PageSet>,
 }
 
 impl GuestRam {
@@ -77,29 +108,42 @@ impl GuestRam {
     /// With [`HugePages::Hugetlbfs2M`] the pages are reserved from the kernel's pool at once, and too few of them is an
     /// error here rather than a signal later. `track_dirty_pages` adds a bitmap of the pages that the monitor writes.
     pub fn map(mem_size_mib: u32, huge_pages: HugePages, track_dirty_pages: bool) -> Result<Self, MapError> {
-        let mut regions = Vec::new();
-        let mut guest_regions = Vec::new();
-        for span in ram_spans(mem_size_mib) {
-            let host = map_span(span, huge_pages)?;
-            let bitmap = track_dirty_pages.then(|| AtomicBitmap::new(span.size as usize, PAGE_SIZE));
-            // SAFETY: `host` is a mapping of exactly `span.size` bytes that is never unmapped (see `Drop`).
+        Self::build(MemoryLayout::of_size(mem_size_mib), huge_pages, track_dirty_pages, Source::Zeros)
+    }
+
+    /// Maps RAM of this layout. Where `source` is a file, regions are private views of it.
+    pub(crate) fn build(
+        layout: MemoryLayout,
+        huge_pages: HugePages,
+        track_dirty_pages: bool,
+        source: Source,
+    ) -> Result<Self, MapError> {
+        let (mut regions, mut spans, mut guest_regions) = (Vec::new(), Vec::new(), Vec::new());
+        for region in layout.regions() {
+            let kind = match (&source, huge_pages) {
+                (Source::File(file), _) => Kind::File(file, region.offset),
+                (_, HugePages::Hugetlbfs2M) => Kind::Hugetlb,
+                _ => Kind::Anonymous,
+            };
+            let span = map_span(region.size, kind, huge_pages)?;
+            let bitmap = track_dirty_pages.then(|| AtomicBitmap::new(region.size as usize, PAGE_SIZE));
+            // SAFETY: the span is a mapping of exactly this size that is never unmapped.
             let builder = unsafe {
-                MmapRegionBuilder::new_with_bitmap(span.size as usize, bitmap)
-                    .with_raw_mmap_pointer(host.as_ptr())
+                MmapRegionBuilder::new_with_bitmap(region.size as usize, bitmap)
+                    .with_raw_mmap_pointer(span.as_ptr())
             };
             let mapping = builder.build().expect("the mapping is page-aligned");
             guest_regions.push(Arc::new(
-                GuestRegion::new(mapping, GuestAddress(span.start)).expect("spans end below 2^64"),
+                GuestRegion::new(mapping, GuestAddress(region.guest_addr)).expect("regions end below 2^64"),
             ));
-            regions.push(RamRegion {
-                guest_addr: span.start,
-                host_addr: host.as_ptr() as u64,
-                size: span.size,
-            });
+            let (guest_addr, size) = (region.guest_addr, region.size);
+            regions.push(RamRegion { guest_addr, host_addr: span.addr(), size });
+            spans.push(span);
         }
-        let memory = GuestMemory::from_arc_regions(guest_regions).expect("spans are sorted and disjoint");
-        let page_size = if huge_pages == HugePages::Hugetlbfs2M { 2 * MIB } else { 4096 };
-        Ok(GuestRam { inner: Arc::new(Inner { memory, regions, page_size }) })
+        let memory = GuestMemory::from_arc_regions(guest_regions).expect("regions are sorted and disjoint");
+        let discarded = Mutex::new(PageSet::empty(layout.regions().iter().map(|r| r.size)));
+        let inner = Inner { memory, regions, spans, layout, huge_pages, source, discarded };
+        Ok(GuestRam { inner: Arc::new(inner) })
     }
 
     /// The memory, for checked access.
@@ -112,9 +156,19 @@ impl GuestRam {
         &self.inner.regions
     }
 
+    /// Where the regions are in this guest's memory images.
+    pub fn layout(&self) -> &MemoryLayout {
+        &self.inner.layout
+    }
+
+    /// The kind of pages that back the memory.
+    pub fn huge_pages(&self) -> HugePages {
+        self.inner.huge_pages
+    }
+
     /// Size in bytes of the pages that back the memory.
     pub fn page_size(&self) -> u64 {
-        self.inner.page_size
+        if self.inner.huge_pages == HugePages::Hugetlbfs2M { 2 * MIB } else { PAGE }
     }
 
     /// Size of all regions together, in bytes.
@@ -128,78 +182,104 @@ impl GuestRam {
             .find_region(GuestAddress(addr))
             .is_some_and(|r| len <= r.len() - (addr - r.start_addr().0))
     }
+
+    /// The empty set of this guest's pages.
+    pub fn no_pages(&self) -> PageSet {
+        PageSet::empty(self.inner.regions.iter().map(|r| r.size))
+    }
+
+    /// The set of all of this guest's pages.
+    pub fn all_pages(&self) -> PageSet {
+        PageSet::full(self.inner.regions.iter().map(|r| r.size))
+    }
+
+    /// Gives the pages of a range back to the kernel, as a balloon does: they take no memory and read as zero, also where
+    /// they came from a snapshot's file. A page server is told (and waited for: the call ends when it has read the event).
+    /// The range is whole pages ([`Self::page_size`]) of one region. The pages count as written by the monitor.
+    pub fn discard(&self, addr: u64, len: u64) -> Result<(), DiscardError> {
+        let page_size = self.page_size();
+        let index =
+            self.inner.regions.iter().position(|r| r.guest_addr <= addr && addr - r.guest_addr < r.size);
+        let bad_range = || DiscardError::Range { addr, len, page_size };
+        let index = index.filter(|_| self.contains(addr, len)).ok_or_else(bad_range)?;
+        if !addr.is_multiple_of(page_size) || !len.is_multiple_of(page_size) {
+            return Err(bad_range());
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        let start = addr - self.inner.regions[index].guest_addr;
+        let part = self.inner.spans[index].part(start..start + len);
+        // Marked first: a page that is marked and kept its contents is written once too often, not lost.
+        self.mark_written(index, start, len);
+        self.inner.discarded().insert(index, start / PAGE..(start + len) / PAGE);
+        let done = match self.inner.source {
+            // Without its mapping a page of a file would come back as it was in the file.
+            Source::File(_) => part.replace_by_zeros(),
+            Source::Zeros | Source::PageServer(_) => part.drop_pages(),
+        };
+        done.map_err(|e| DiscardError::Kernel { addr, len, source: e.into() })
+    }
+
+    /// Where the regions are mapped, in order.
+    pub(crate) fn spans(&self) -> &[Span] {
+        &self.inner.spans
+    }
+
+    pub(crate) fn source(&self) -> &Source {
+        &self.inner.source
+    }
+
+    /// Pages that were given back, written again since or not.
+    pub(crate) fn discarded(&self) -> PageSet {
+        self.inner.discarded().clone()
+    }
+}
+
+impl Inner {
+    fn discarded(&self) -> MutexGuard<'_, PageSet> {
+        // A set of bits is as good after a panic as before.
+        self.discarded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        for region in &self.regions {
-            // SAFETY: the range is ours, from `map_span`, and nobody holds a Rust reference into guest memory:
-            // `vm-memory` hands out volatile accesses only. Private pages that are dropped read as zero afterwards.
-            let dropped = unsafe {
-                rustix::mm::madvise(region.host_addr as *mut _, region.size as usize, Advice::LinuxDontNeed)
+        for span in &self.spans {
+            let dropped = match &self.source {
+                Source::Zeros => span.drop_pages(),
+                Source::File(_) => span.replace_by_zeros(),
+                // First out of the page server's hands: nobody may be there any more to hear of the removal.
+                Source::PageServer(userfault) => {
+                    userfault.unregister(*span).ok();
+                    span.drop_pages()
+                }
             };
             debug_assert!(dropped.is_ok(), "private memory can be given back: {dropped:?}");
         }
     }
 }
 
-/// Maps one span at a host address aligned to 2 MiB.
-fn map_span(span: RamSpan, huge_pages: HugePages) -> Result<NonNull<u8>, MapError> {
-    let (extra_flags, pages) = match huge_pages {
-        HugePages::None => (MapFlags::NORESERVE, "4 KiB pages"),
-        HugePages::Transparent => (MapFlags::NORESERVE, "transparent huge pages"),
-        HugePages::Hugetlbfs2M => {
-            (MapFlags::HUGETLB | MapFlags::HUGE_2MB, "2 MiB pages from the huge page pool")
-        }
+/// Maps one region at a host address aligned to 2 MiB.
+fn map_span(size: u64, kind: Kind<'_>, huge_pages: HugePages) -> Result<Span, MapError> {
+    let size_mib = size / MIB;
+    let pages = match huge_pages {
+        HugePages::None => "4 KiB pages",
+        HugePages::Transparent => "transparent huge pages",
+        HugePages::Hugetlbfs2M => "2 MiB pages from the huge page pool",
     };
-    let failed =
-        |source: rustix::io::Errno| MapError::Map { size_mib: span.size / MIB, pages, source: source.into() };
-    let size = span.size as usize;
-
-    // Anonymous mappings may lie anywhere; ask for more and give the ends back. (The pool's pages are aligned as they are.)
-    let slack = if huge_pages == HugePages::Hugetlbfs2M { 0 } else { ALIGNMENT };
-    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-    let start = unsafe {
-        rustix::mm::mmap_anonymous(
-            std::ptr::null_mut(),
-            size + slack,
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE | extra_flags,
-        )
-    }
-    .map_err(failed)?
-    .cast::<u8>();
-    let head = start.align_offset(ALIGNMENT);
-    let tail = slack.saturating_sub(head);
-    let host = start.wrapping_add(head);
-    unmap(start, head);
-    unmap(host.wrapping_add(size), tail);
-
-    let advised = |source: rustix::io::Errno| MapError::Advise {
-        size_mib: span.size / MIB,
+    let span = Span::map(size as usize, kind).map_err(|source| MapError::Map {
+        size_mib,
         pages,
         source: source.into(),
-    };
+    })?;
+    let advised = |source: rustix::io::Errno| MapError::Advise { size_mib, pages, source: source.into() };
     // A crash dump of the monitor must not carry a tenant's memory.
-    advise(host, size, Advice::LinuxDontDump).map_err(advised)?;
+    span.advise(Harmless::DontDump).map_err(advised)?;
     if huge_pages == HugePages::Transparent {
-        advise(host, size, Advice::LinuxHugepage).map_err(advised)?;
+        span.advise(Harmless::HugePages).map_err(advised)?;
     }
-    Ok(NonNull::new(host).expect("the kernel does not map address 0"))
-}
-
-fn advise(host: *mut u8, size: usize, advice: Advice) -> rustix::io::Result<()> {
-    // SAFETY: `host` and `size` are the mapping just made; the advice given here keeps its contents.
-    unsafe { rustix::mm::madvise(host.cast(), size, advice) }
-}
-
-/// Gives back one end of a fresh mapping.
-fn unmap(start: *mut u8, len: usize) {
-    if len > 0 {
-        // SAFETY: the range is the unused end of a mapping that `map_span` just made and nobody else knows.
-        let unmapped = unsafe { rustix::mm::munmap(start.cast(), len) };
-        debug_assert!(unmapped.is_ok(), "the end of a fresh mapping can be unmapped: {unmapped:?}");
-    }
+    Ok(span)
 }
 
 #[cfg(test)]
@@ -212,7 +292,7 @@ mod tests {
     fn ram_is_aligned_and_readable_to_its_last_byte() {
         let ram = GuestRam::map(3 * 1024 + 5, HugePages::None, false).unwrap();
         assert_eq!(ram.regions().len(), 2);
-        assert!(ram.regions().iter().all(|r| r.host_addr % ALIGNMENT as u64 == 0));
+        assert!(ram.regions().iter().all(|r| r.host_addr % (2 * MIB) == 0));
         let last = GuestAddress(4 * GIB + 5 * MIB - 1);
         ram.memory().write_obj(0x5au8, last).unwrap();
         assert_eq!(ram.memory().read_obj::<u8>(last).unwrap(), 0x5a);

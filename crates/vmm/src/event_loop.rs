@@ -4,15 +4,17 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use control::api::{Request, Requests};
+use control::api::{ApiServer, Request, Requests};
+use control::fork::Family;
 use control::{CommandError, Controller, Host};
 use machine::legacy::{Output, SerialSetup};
 use machine::{EventSource, MachineEvent};
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio::rate_limiter::RateLimiterConfig;
 
+use crate::process::{self, Side};
 use crate::signals::Signals;
-use crate::{logger, terminal};
+use crate::{child, logger, terminal};
 
 /// How long the guest's last output may take to be carried out when the process ends.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
@@ -102,6 +104,21 @@ impl Host for ProcessHost {
             input: Some(rustix::stdio::stdin().as_fd().try_clone_to_owned()?),
             limit: RateLimiterConfig::default(),
         })
+    }
+
+    fn fork(&mut self, family: Family) -> io::Result<()> {
+        process::reap_automatically();
+        let held = logger::hold();
+        match process::fork()? {
+            Side::Child => {
+                drop(held);
+                child::live(family)
+            }
+            Side::Parent => {
+                family.seeds.into_iter().filter_map(|seed| seed.api).for_each(ApiServer::leave_to_fork);
+                Ok(())
+            }
+        }
     }
 
     fn guest_starts(&mut self, with_standard_io: bool) {

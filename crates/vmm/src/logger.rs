@@ -7,6 +7,7 @@
 //! A line that nobody takes is dropped and counted: a reader that stalls never stalls the monitor.
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::SystemTime;
@@ -71,6 +72,29 @@ pub(crate) fn set_up(logger: &config::Logger) -> io::Result<()> {
         LOG.write(settings, &origin, &banner);
     }
     Ok(())
+}
+
+/// Keeps all threads from the log as long as this lives, so that a fork finds it unlocked.
+pub(crate) fn hold() -> impl Drop {
+    struct Held(#[expect(dead_code, reason = "held, not read")] MutexGuard<'static, Option<Settings>>);
+    impl Drop for Held {
+        fn drop(&mut self) {}
+    }
+    Held(LOG.lock())
+}
+
+/// From now on lines are of the microVM `id`.
+pub(crate) fn rename(id: &str) {
+    if let Some(settings) = LOG.lock().as_mut() {
+        id.clone_into(&mut settings.id);
+    }
+}
+
+/// The log's descriptors.
+pub(crate) fn descriptors() -> Vec<RawFd> {
+    let settings = LOG.lock();
+    let output = settings.as_ref().and_then(|settings| settings.output.as_ref());
+    output.map(|output| output.as_fd().as_raw_fd()).into_iter().collect()
 }
 
 fn filter(level: LogLevel) -> LevelFilter {

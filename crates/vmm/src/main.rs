@@ -1,7 +1,7 @@
 //! The binary `vesta-vmm`: one process, one microVM.
 //!
 //! Thin by design: arguments ([`args`]), the log ([`logger`]), signals ([`signals`]), the terminal ([`terminal`]), and the loop that
-//! gives commands to the controller ([`event_loop`]). What a microVM is and does lives in `control` and below.
+//! gives commands to the controller ([`event_loop`]); and the beginning of a fork's children ([`child`]). What a microVM is and does lives in `control` and below.
 //!
 //! Run under the name `firecracker`, it answers as that program does ([`personality`]).
 //!
@@ -11,10 +11,12 @@
 //! clients of Firecracker know. The API socket is removed on all but the fatal signals.
 
 mod args;
+mod child;
 mod event_loop;
 mod exit;
 mod logger;
 mod personality;
+mod process;
 mod signals;
 mod terminal;
 
@@ -90,7 +92,12 @@ fn report(error: &RunError) -> ExitCode {
 }
 
 fn run(personality: Personality, args: &Args, start: StartTimes) -> ExitCode {
-    match set_up_and_serve(personality, args, start) {
+    end_of(set_up_and_serve(personality, args, start))
+}
+
+/// The code to exit with. May end the process by a signal instead.
+fn end_of(ended: Result<Ended, RunError>) -> ExitCode {
+    match ended {
         Ok(Ended::Guest) => ExitCode::Ok,
         Ok(Ended::Fault) => ExitCode::Generic,
         Ok(Ended::Signal(signal)) => signals::end_by(signal),
@@ -119,7 +126,11 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
         version: personality.version(),
         api_version: personality::API_VERSION,
     };
-    let platform = Platform { boot_timer: args.boot_timer.then_some(start), pci: args.pci };
+    let platform = Platform {
+        boot_timer: args.boot_timer.then_some(start),
+        pci: args.pci,
+        max_payload: args.max_payload,
+    };
     // Never dropped: the process ends with it, and its end waits for no thread.
     let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, platform, sink));
     if let (Some(config), Some(path)) = (config, &args.config_file) {

@@ -4,7 +4,7 @@
 //! socket removed, the terminal restored, and then the signal takes its default course, so that a parent sees it. SIGHUP does the same
 //! with an exit code of its own. The fatal ones end it at once with theirs.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -61,6 +61,25 @@ pub(crate) fn install() -> std::io::Result<Signals> {
         register_signal_handler(signal, on_fatal)?;
     }
     Ok(Signals(wake.as_fd()))
+}
+
+/// In a fork: signals are this process's own from here on. The handlers are there already.
+pub(crate) fn renew() -> std::io::Result<Signals> {
+    ASKED.store(0, Ordering::Release);
+    let Some(wake) = WAKE.get() else { return install() };
+    // In place of the parent's, under the same number: a handler may come at any time.
+    let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    // SAFETY: `wake` stays an open descriptor of the same owner, which never closes it; only what it refers to changes.
+    let replaced = unsafe { libc::dup3(fd.as_raw_fd(), wake.as_raw_fd(), libc::O_CLOEXEC) };
+    if replaced < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(Signals(wake.as_fd()))
+}
+
+/// The descriptor that the handlers write to.
+pub(crate) fn descriptor() -> Option<RawFd> {
+    WAKE.get().map(AsRawFd::as_raw_fd)
 }
 
 extern "C" fn on_asking(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {

@@ -28,7 +28,15 @@ mod routes;
 mod server;
 mod socket;
 
-use std::{io, os::unix::net::UnixListener, path::Path, thread};
+use std::{
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixListener,
+    },
+    path::Path,
+    thread,
+};
 
 pub use channel::{ReplyTo, Request, Requests};
 pub use replay::{Replayed, replay};
@@ -71,6 +79,16 @@ impl ApiServer {
     pub fn bind(path: &Path, limits: Limits) -> Result<ApiServer, BindError> {
         let (listener, socket_file) = socket::bind(path)?;
         Ok(ApiServer { listener, socket_file, limits })
+    }
+
+    /// The listener, which a fork of this process goes on with.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    /// Leaves the socket to a fork of this process that has it too: the file stays.
+    pub fn leave_to_fork(self) {
+        self.socket_file.keep();
     }
 
     /// Starts the thread. Fails if the process or the host has no descriptors, memory or threads left.

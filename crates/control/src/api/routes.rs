@@ -3,9 +3,9 @@
 //! A new endpoint is a line in [`route`]'s table. Paths are matched whole: a segment too many is another path.
 
 use config::{
-    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, IdError, Logger,
-    MachineConfig, MachineConfigUpdate, NetworkError, NetworkInterface, NetworkInterfaceUpdate, ResourceId,
-    Serial, Vm,
+    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
+    Logger, MachineConfig, MachineConfigUpdate, NetworkError, NetworkInterface, NetworkInterfaceUpdate,
+    ResourceId, Serial, SnapshotCreate, SnapshotLoad, Vm,
 };
 use serde::de::DeserializeOwned;
 
@@ -96,6 +96,9 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["entropy"]) => put_entropy(request),
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
+        (Method::Put, ["snapshot", "create"]) => put_snapshot_create(request),
+        (Method::Put, ["snapshot", "load"]) => put_snapshot_load(request),
+        (Method::Put, ["fork"]) => put_fork(request),
         (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),
         _ => Err(not_found(request)),
     }
@@ -160,6 +163,24 @@ fn put_entropy(request: &Request) -> Result<Routed, RouteError> {
     let entropy: Entropy = body(request)?;
     entropy.check()?;
     Ok(plain(Command::PutEntropy(entropy)))
+}
+
+fn put_snapshot_create(request: &Request) -> Result<Routed, RouteError> {
+    let create: SnapshotCreate = body(request)?;
+    create.check()?;
+    Ok(plain(Command::CreateSnapshot(create)))
+}
+
+fn put_snapshot_load(request: &Request) -> Result<Routed, RouteError> {
+    let load: SnapshotLoad = body(request)?;
+    load.check()?;
+    Ok(Routed { deprecated: load.mem_file_path.is_some(), command: Command::LoadSnapshot(load) })
+}
+
+fn put_fork(request: &Request) -> Result<Routed, RouteError> {
+    let fork: Fork = body(request)?;
+    fork.check()?;
+    Ok(plain(Command::Fork(fork)))
 }
 
 /// The id in a path is well-formed, and the body's.

@@ -82,6 +82,16 @@ pub(super) struct SocketFile {
     identity: (u64, u64),
 }
 
+/// The identity of no file.
+const NOBODY: (u64, u64) = (u64::MAX, u64::MAX);
+
+impl SocketFile {
+    /// Lets the file be: another process has the socket too, and removes it.
+    pub(super) fn keep(mut self) {
+        self.identity = NOBODY;
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if identity(&self.path).is_ok_and(|present| present == self.identity) {

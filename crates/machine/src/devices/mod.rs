@@ -51,6 +51,9 @@ use board::Board;
 pub use board::{DevicesState, SavedDevice, SavedTransport};
 pub(crate) use place::{Places, Window};
 
+/// How long new workers may take to say that they are there.
+const START_PATIENCE: Duration = Duration::from_secs(10);
+
 /// The devices that a machine is to have, their back ends open.
 #[derive(Debug, Default)]
 pub struct DeviceSetup {
@@ -182,7 +185,11 @@ impl Devices {
             Workers::start(WorkersConfig { shared: setup.shared_workers(), ..WorkersConfig::default() })
                 .map_err(|source| DeviceError::Host { what: "an I/O worker", source })?;
         if saved.is_some() {
-            workers.pause(Duration::ZERO).expect("workers that have nothing to do pause at once");
+            // They have nothing to do; what they may have to wait for is a processor.
+            workers.pause(START_PATIENCE).map_err(|busy| DeviceError::Host {
+                what: "an I/O worker",
+                source: io::Error::other(busy),
+            })?;
         }
         let mut board = Board::new(places, vm, buses, workers.clone());
         let now = monotonic();
@@ -200,7 +207,7 @@ impl Devices {
             devices.drives.insert(drive.drive_id, control);
         }
         for (network, backend) in setup.networks {
-            let name = format!("network interface {}", network.iface_id);
+            let name = format!("net {}", network.iface_id);
             let setup = NetSetup { backend, detour: None };
             let (net, control) = match saved.and_then(|saved| saved.device(&name)) {
                 Some(DeviceState::Net(state)) => Net::restore(state, setup, now)?,

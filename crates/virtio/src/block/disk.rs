@@ -43,8 +43,8 @@ pub enum DiskError {
         /// What was named.
         path: PathBuf,
     },
-    /// It could be opened but not looked at.
-    #[error("cannot read disk {}: {source}", path.display())]
+    /// It could be opened but not read or synced.
+    #[error("cannot use disk {}: {source}", path.display())]
     Read {
         /// The disk.
         path: PathBuf,
@@ -93,6 +93,7 @@ impl DiskOptions {
 /// An open disk.
 #[derive(Debug, Clone)]
 pub struct Disk {
+    path: PathBuf,
     stack: Arc<Stack>,
     read_only: bool,
     cache_type: CacheType,
@@ -134,6 +135,7 @@ impl Disk {
             }
         }
         Ok(Disk {
+            path: options.path.clone(),
             stack: Arc::new(stack),
             read_only: options.read_only,
             cache_type: options.cache_type,
@@ -203,6 +205,23 @@ impl Disk {
             }
             None => Ok(()),
         }
+    }
+}
+
+impl Disk {
+    /// Makes its files a base that others can put overlays on: they hold all that the disk does (durable if flushes wait for the
+    /// disk), and an overlay is let go. Blocks. No request is in flight, and none may come any more: whoever used this disk goes on with
+    /// an overlay on it.
+    pub fn freeze(&self) -> Result<(), DiskError> {
+        match self.stack.top() {
+            Some(top) => Ok(top.freeze()?),
+            None => self.sync().map_err(|source| DiskError::Read { path: self.path.clone(), source }),
+        }
+    }
+
+    /// Undoes [`Disk::freeze`]: it is written to again. Only if nobody has put an overlay on it.
+    pub fn thaw(&self) -> Result<(), DiskError> {
+        self.stack.top().map_or(Ok(()), |top| Ok(top.thaw()?))
     }
 }
 

@@ -24,6 +24,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::fs::FlockOperation;
@@ -159,7 +160,9 @@ pub(super) struct Top {
     wait_for_disk: bool,
     state: Mutex<TopState>,
     owner: Owner,
-    _lock: File,
+    /// Its session has ended: it is a layer that others may read.
+    frozen: AtomicBool,
+    lock: File,
 }
 
 /// What changes while an overlay is written to. Locked for moments, by the one worker that serves the disk.
@@ -231,7 +234,8 @@ impl Top {
         let top = Top {
             file: Arc::new(file),
             owner: Owner::here(),
-            _lock: lock,
+            frozen: AtomicBool::new(false),
+            lock,
             layout: Layout::of(virtual_size),
             size: virtual_size,
             path: path.into(),
@@ -296,6 +300,24 @@ impl Top {
         self.write_session(CLOSED)
     }
 
+    /// Ends the session for good, and lets others read the file as a layer. Nothing may be written through this one any more.
+    pub(super) fn freeze(&self) -> Result<(), OverlayError> {
+        self.end().map_err(|e| io_error("close", &self.path, e))?;
+        self.frozen.store(true, Ordering::Release);
+        rustix::fs::flock(&self.lock, FlockOperation::NonBlockingLockShared)
+            .map_err(|e| io_error("unlock", &self.path, e))
+    }
+
+    /// Undoes [`Top::freeze`], if nobody has made an overlay on it.
+    pub(super) fn thaw(&self) -> Result<(), OverlayError> {
+        rustix::fs::flock(&self.lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|e| io_error("lock", &self.path, e))?;
+        self.write_session(if self.wait_for_disk { OPEN } else { OPEN_UNSAFE })
+            .map_err(|e| io_error("begin to write to", &self.path, e))?;
+        self.frozen.store(false, Ordering::Release);
+        Ok(())
+    }
+
     fn write_session(&self, state: u32) -> io::Result<()> {
         let start = HostStart::now();
         let session = Session {
@@ -334,6 +356,7 @@ impl Drop for Top {
     fn drop(&mut self) {
         // In a fork the session is still the parent's.
         if self.owner.is_here()
+            && !self.frozen.load(Ordering::Acquire)
             && let Err(error) = self.end()
         {
             log::error!("cannot close overlay {} in order: {error}", self.path.display());

@@ -1,0 +1,251 @@
+//! Making children of a started microVM (`PUT /fork`, an extension).
+//!
+//! # How
+//!
+//! ```text
+//! check, bind the children's sockets          the guest runs
+//! pause                                       ------------- from here on it stands still
+//! disks: what was written so far becomes a base, this microVM goes on on a new overlay of it
+//! save the machine
+//! fork(2)    --- the first child forks the second, the second the third, ...
+//! resume                                      ------------- until here
+//! wait for each child's report
+//! ```
+//!
+//! A child has the guest's memory from the kernel, copy-on-write, and everything else anew: KVM, threads, its API, overlays of its own
+//! on the same bases, all made from what was saved, as after a restore.
+//!
+//! # Invariants
+//!
+//! - What can be found wrong before the guest stands still is found then. What is found wrong later leaves this microVM running, on
+//!   its old disks or on overlays of them.
+//! - A child that cannot begin ends, and its report says why. The others live.
+//!
+//! # Callers
+//!
+//! The controller, for [`Command::Fork`](crate::Command::Fork). A [`Host`] splits the process and gives each child to
+//! [`Controller::born`].
+
+mod disks;
+mod report;
+
+use std::time::{Duration, Instant};
+
+use config::{Child, Fork, FullVmConfig, Logger, check_networks, override_networks};
+use machine::chipset::ClockAfter;
+use machine::{EventSink, MachineState, Paused, Restore};
+use memory::GuestRam;
+use serde_json::json;
+use virtio::net::NetBackend;
+
+use crate::api::{ApiServer, Limits};
+use crate::controller::{Controller, Host, Identity, Platform, State, devices, open_disks};
+use crate::{CommandError, Reply};
+use disks::Plan;
+pub use report::Reporter;
+use report::{Report, Reports};
+
+/// How long children may take to begin, all together.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// Everything that the children of one fork need. A child takes the last seed and leaves the rest to the next child.
+#[derive(Debug)]
+pub struct Family {
+    /// The children that are not there yet.
+    pub seeds: Vec<Seed>,
+    /// What they all begin with.
+    pub inheritance: Inheritance,
+}
+
+/// What a guest leaves to its children.
+#[derive(Debug)]
+pub struct Inheritance {
+    state: MachineState,
+    ram: GuestRam,
+}
+
+/// One child to be.
+#[derive(Debug)]
+pub struct Seed {
+    /// Who it is.
+    pub identity: Identity,
+    /// Where it serves its API.
+    pub api: Option<ApiServer>,
+    /// How it logs, where not as its parent.
+    pub logger: Option<Logger>,
+    /// The cgroup that it moves to.
+    pub cgroup: Option<std::path::PathBuf>,
+    /// Says how it went. Dropped unused, the parent learns that the child ended.
+    pub reporter: Reporter,
+    platform: Platform,
+    config: FullVmConfig,
+    /// By interface: whether it has a network of its own.
+    has_network: Vec<bool>,
+    resume: bool,
+}
+
+impl<H: Host> Controller<H> {
+    /// Makes the children. The guest goes on as it was, running or paused.
+    pub(crate) fn fork(&mut self, fork: &Fork) -> Result<Reply, CommandError> {
+        if let Some(machine) = self.machine() {
+            machine.ram().fork_check().map_err(CommandError::new)?;
+        }
+        let plan = Plan::of_parent(&self.config.drives, &self.disks, &self.identity.id, &fork.drives)?;
+        let reports = Reports::new().map_err(|e| cannot("make a pipe", &e))?;
+        let seeds =
+            (0..).zip(&fork.children).map(|(number, child)| self.seed(number, child, reports.reporter()));
+        let seeds = seeds.collect::<Result<Vec<_>, _>>()?;
+
+        let was_running = matches!(self.state, State::Running(_));
+        let begin = Instant::now();
+        self.set_vm_state(config::VmState::Paused)?;
+        let split = self.split(&plan, seeds);
+        let pause = if was_running { self.set_vm_state(config::VmState::Resumed) } else { Ok(()) };
+        let paused_for = begin.elapsed();
+        self.settle_disks();
+        pause?;
+        split?;
+
+        let reports = reports.collect(fork.children.len(), PATIENCE);
+        answer(fork, &reports, begin, paused_for)
+    }
+
+    /// What one child is to be.
+    fn seed(&self, number: usize, child: &Child, reporter: Reporter) -> Result<Seed, CommandError> {
+        let mut config = self.config.clone();
+        Plan::of_child(&config.drives, &self.disks, child)?.apply(&mut config.drives);
+        override_networks(&mut config.network_interfaces, &child.network_overrides)?;
+        check_networks(&config.network_interfaces)?;
+        let has_network = config
+            .network_interfaces
+            .iter()
+            .map(|network| child.network_overrides.iter().any(|other| other.iface_id == network.iface_id));
+        let has_network = has_network.collect();
+        // A child does not write to its parent's terminal or file.
+        config.serial = Some(child.serial.clone().unwrap_or_default());
+        if child.logger.is_some() {
+            config.logger.clone_from(&child.logger);
+        }
+        let limits = Limits { max_payload: self.platform.max_payload, ..Limits::default() };
+        let api = child.api_socket.as_deref().map(|path| ApiServer::bind(path, limits));
+        Ok(Seed {
+            identity: Identity { id: child.id.as_str().to_owned(), ..self.identity.clone() },
+            api: api
+                .transpose()
+                .map_err(|e| CommandError::new(format_args!("child {}: {e}", child.id.as_str())))?,
+            logger: child.logger.clone(),
+            cgroup: child.cgroup.clone(),
+            reporter: reporter.of(number),
+            platform: self.platform,
+            config,
+            has_network,
+            resume: child.resume,
+        })
+    }
+
+    /// What happens while the guest stands still.
+    fn split(&mut self, plan: &Plan, seeds: Vec<Seed>) -> Result<(), CommandError> {
+        self.put_overlays(plan)?;
+        let State::Paused(machine) = &self.state else {
+            return Err(CommandError::new("there is no machine to fork"));
+        };
+        let state = machine.save().map_err(|e| cannot("save the microVM", &e))?;
+        let inheritance = Inheritance { state, ram: machine.ram().clone() };
+        self.host.fork(Family { seeds, inheritance }).map_err(|e| cannot("fork this process", &e))
+    }
+
+    /// A child, in its own process: its machine as it was saved, around the memory that the kernel gave it.
+    pub fn born(
+        host: H,
+        seed: Seed,
+        inheritance: Inheritance,
+        events: EventSink,
+    ) -> Result<(Self, Reporter), (CommandError, Reporter)> {
+        let Seed { identity, platform, config, has_network, resume, reporter, .. } = seed;
+        let platform = Platform { boot_timer: None, ..platform };
+        let mut controller = Controller::new(identity, host, platform, events);
+        controller.config = config;
+        match controller.restore_inherited(inheritance, &has_network, resume) {
+            Ok(()) => Ok((controller, reporter)),
+            Err(error) => Err((error, reporter)),
+        }
+    }
+
+    fn restore_inherited(
+        &mut self,
+        inheritance: Inheritance,
+        has_network: &[bool],
+        resume: bool,
+    ) -> Result<(), CommandError> {
+        let Inheritance { state, ram } = inheritance;
+        self.disks = open_disks(&self.config.drives)?;
+        let networks = self.config.network_interfaces.iter().zip(has_network).map(|(network, &own)| {
+            if own {
+                NetBackend::open(network).map_err(CommandError::new)
+            } else {
+                Ok(NetBackend::unplugged(network.num_queues()))
+            }
+        });
+        self.networks = networks.collect::<Result<_, _>>()?;
+        let serial_output = self.config.serial.as_ref().and_then(|serial| serial.serial_out_path.clone());
+        self.serial_output = serial_output.as_deref().map(crate::controller::open_serial).transpose()?;
+        let machine = Paused::restore(Restore {
+            config: &self.config.machine_config,
+            state: &state,
+            ram,
+            serial: self.file_serial(&self.config).map_err(|e| cannot("open the serial output", &e))?,
+            devices: devices(&self.config, &self.disks, &self.networks, self.platform.pci),
+            clock: ClockAfter::Continues,
+            events: self.events.try_clone().map_err(|e| cannot("make a descriptor", &e))?,
+        })
+        .map_err(|e| cannot("begin", &e))?;
+        self.state = if resume {
+            State::Running(machine.resume().map_err(|e| cannot("begin", &e))?)
+        } else {
+            State::Paused(machine)
+        };
+        Ok(())
+    }
+}
+
+/// What the user is told: the pause, and each child or why there is none.
+fn answer(
+    fork: &Fork,
+    reports: &[Option<Report>],
+    begin: Instant,
+    paused_for: Duration,
+) -> Result<Reply, CommandError> {
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let mut living = 0;
+    let mut first_error = None;
+    let children = fork.children.iter().zip(reports).map(|(child, report)| {
+        let id = child.id.as_str();
+        let (pid, error) = match report {
+            Some(Report { pid, error: None, .. }) => (*pid, None),
+            Some(Report { error: Some(error), .. }) => (0, Some(error.clone())),
+            None => (0, Some("it ended before it could begin".to_owned())),
+        };
+        if let Some(error) = error {
+            first_error.get_or_insert_with(|| format!("child {id}: {error}"));
+            return json!({ "id": id, "error": error });
+        }
+        living += 1;
+        let ready = report.as_ref().map(|report| micros(report.at.saturating_duration_since(begin)));
+        json!({
+            "id": id,
+            "pid": pid,
+            "api_socket": child.api_socket,
+            "state": if child.resume { "Running" } else { "Paused" },
+            "ready_us": ready,
+        })
+    });
+    let children: Vec<_> = children.collect();
+    match first_error {
+        Some(error) if living == 0 => Err(CommandError::new(error)),
+        _ => Ok(Reply::Json(json!({ "pause_us": micros(paused_for), "children": children }))),
+    }
+}
+
+fn cannot(what: &str, error: &dyn std::fmt::Display) -> CommandError {
+    CommandError::new(format_args!("cannot {what}: {error}"))
+}

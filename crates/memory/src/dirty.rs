@@ -1,0 +1,133 @@
+//! Which pages were written since they were last asked for.
+//!
+//! Two know a part each: KVM's log has what the guest wrote, the bitmaps in [`GuestMemory`](crate::GuestMemory) what the monitor
+//! wrote for it (device output, and pages that it gave back). A Diff snapshot needs both:
+//!
+//! ```text
+//! let mut dirty = ram.take_monitor_writes()?;            // and forgets them
+//! for (region, log) in logs { dirty.insert_words(region, &log)?; }   // KVM_GET_DIRTY_LOG, one slot per region
+//! write_diff(&ram, &dirty, ..) -> on an error: ram.put_back(&dirty)
+//! ```
+//!
+//! KVM's log is emptied by reading it. So after a snapshot that failed, [`GuestRam::put_back`] makes all of those pages the
+//! monitor's: the next Diff has them.
+
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::GuestRegion;
+use crate::pages::{PAGE, PageSet};
+use crate::ram::GuestRam;
+
+impl GuestRam {
+    /// Whether the monitor's writes are tracked: decided when the memory was mapped.
+    pub fn tracks_dirty_pages(&self) -> bool {
+        self.memory().iter().any(|r| tracked(r).is_some())
+    }
+
+    /// The pages that the monitor wrote, which are then forgotten; none where that is not tracked.
+    pub fn take_monitor_writes(&self) -> Option<PageSet> {
+        let mut taken = self.no_pages();
+        for (index, region) in self.memory().iter().enumerate() {
+            let words = tracked(region)?.get_and_reset();
+            taken.insert_words(index, &words).expect("a bitmap has a bit for each page");
+        }
+        Some(taken)
+    }
+
+    /// Forgets what the monitor wrote: from now on counts.
+    pub fn reset_monitor_writes(&self) {
+        for region in self.memory().iter() {
+            if let Some(bitmap) = tracked(region) {
+                bitmap.reset();
+            }
+        }
+    }
+
+    /// Counts `pages` as written by the monitor, so that they are not lost to the next Diff after one that failed.
+    pub fn put_back(&self, pages: &PageSet) {
+        for index in 0..pages.regions() {
+            for run in pages.runs(index) {
+                self.mark_written(index, run.start * PAGE, (run.end - run.start) * PAGE);
+            }
+        }
+    }
+
+    /// Counts a part of a region as written by the monitor.
+    pub(crate) fn mark_written(&self, region: usize, start: u64, len: u64) {
+        let region = self.memory().iter().nth(region).expect("one memory region for each");
+        region.bitmap().mark_dirty(start as usize, len as usize);
+    }
+}
+
+/// A region's own bitmap. (As a `GuestMemoryRegion` it shows a slice of it only.)
+fn tracked(region: &GuestRegion) -> Option<&AtomicBitmap> {
+    let mapping: &MmapRegion<Option<AtomicBitmap>> = region;
+    mapping.bitmap().as_ref()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use config::HugePages;
+    use vm_memory::{Bytes, GuestAddress};
+
+    fn written(ram: &GuestRam) -> Vec<u64> {
+        ram.take_monitor_writes().unwrap().runs(0).flatten().collect()
+    }
+
+    #[test]
+    fn writes_are_taken_once() {
+        let ram = GuestRam::map(16, HugePages::None, true).unwrap();
+        ram.memory().write_slice(&[1; 5000], GuestAddress(3 * PAGE)).unwrap();
+        assert_eq!(written(&ram), [3, 4]);
+        assert_eq!(written(&ram), [] as [u64; 0]);
+    }
+
+    #[test]
+    fn a_failed_snapshot_puts_its_pages_back() {
+        let ram = GuestRam::map(16, HugePages::None, true).unwrap();
+        ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
+        let mut dirty = ram.take_monitor_writes().unwrap();
+        let mut log = vec![0; 16 * 256 / 64];
+        log[1] = 2;
+        dirty.insert_words(0, &log).unwrap();
+        ram.put_back(&dirty);
+        assert_eq!(written(&ram), [0, 65]);
+    }
+
+    #[test]
+    fn forgotten_writes_do_not_count() {
+        let ram = GuestRam::map(16, HugePages::None, true).unwrap();
+        ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
+        ram.reset_monitor_writes();
+        assert!(written(&ram).is_empty());
+    }
+
+    #[test]
+    fn untracked_memory_has_no_answer() {
+        let ram = GuestRam::map(16, HugePages::None, false).unwrap();
+        assert!(!ram.tracks_dirty_pages());
+        assert_eq!(ram.take_monitor_writes(), None);
+        ram.put_back(&ram.all_pages());
+    }
+
+    #[test]
+    fn pages_that_were_given_back_count_as_written_and_are_zero() {
+        let ram = GuestRam::map(16, HugePages::None, true).unwrap();
+        ram.memory().write_obj(7u8, GuestAddress(PAGE)).unwrap();
+        ram.reset_monitor_writes();
+        ram.discard(PAGE, 2 * PAGE).unwrap();
+        assert_eq!(written(&ram), [1, 2]);
+        assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(PAGE)).unwrap(), 0);
+    }
+
+    #[test]
+    fn only_whole_pages_of_ram_can_be_given_back() {
+        let ram = GuestRam::map(16, HugePages::None, false).unwrap();
+        for (addr, len) in [(1, PAGE), (0, 1), (16 << 20, PAGE), (0, 17 << 20), (PAGE, u64::MAX - 4095)] {
+            assert!(ram.discard(addr, len).is_err(), "{addr:#x} {len:#x}");
+        }
+    }
+}

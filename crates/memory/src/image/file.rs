@@ -1,0 +1,117 @@
+//! Sparse files: where their data is, holes, and copies that share.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::{ImageError, Observer};
+
+/// How much is copied or written between two questions whether to stop.
+pub(super) const STEP: u64 = 4 << 20;
+
+/// The stretches of `file` that may hold something, from `start` to `end`. A file system without holes has one stretch.
+pub(super) fn extents(file: &File, range: Range<u64>) -> Extents<'_> {
+    Extents { file, at: range.start, end: range.end }
+}
+
+/// See [`extents`].
+pub(super) struct Extents<'a> {
+    file: &'a File,
+    at: u64,
+    end: u64,
+}
+
+impl Iterator for Extents<'_> {
+    type Item = io::Result<Range<u64>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.at >= self.end {
+            return None;
+        }
+        let start = match rustix::fs::seek(self.file, SeekFrom::Data(self.at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => {
+                self.at = self.end;
+                return None;
+            }
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                let all = self.at..self.end;
+                self.at = self.end;
+                return Some(Ok(all));
+            }
+            Err(e) => {
+                self.at = self.end;
+                return Some(Err(e.into()));
+            }
+        };
+        if start >= self.end {
+            self.at = self.end;
+            return None;
+        }
+        let end = match rustix::fs::seek(self.file, SeekFrom::Hole(start)) {
+            Ok(end) => end.min(self.end),
+            Err(e) => {
+                self.at = self.end;
+                return Some(Err(e.into()));
+            }
+        };
+        self.at = end;
+        Some(Ok(start..end))
+    }
+}
+
+/// Makes `range` of `file` a hole; where the file system cannot, zeros.
+pub(super) fn make_hole(file: &File, range: Range<u64>) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, flags, range.start, range.end - range.start) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+        done => return done.map_err(Into::into),
+    }
+    let zeros = vec![0; (range.end - range.start).min(STEP) as usize];
+    let mut at = range.start;
+    while at < range.end {
+        let len = (range.end - at).min(zeros.len() as u64);
+        file.write_all_at(&zeros[..len as usize], at)?;
+        at += len;
+    }
+    Ok(())
+}
+
+/// Makes all of `to` what `from` is, sharing its blocks. False where the file system cannot.
+pub(super) fn share(from: &File, to: &File) -> bool {
+    rustix::fs::ioctl_ficlone(to, from).is_ok()
+}
+
+/// A file that is being written, with all that an error or a question needs.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    pub(super) file: &'a File,
+    pub(super) path: &'a Path,
+    /// Its size in bytes when whole.
+    pub(super) size: u64,
+    pub(super) observer: &'a dyn Observer,
+}
+
+impl Target<'_> {
+    pub(super) fn error(&self, offset: u64, source: io::Error) -> ImageError {
+        ImageError::Write { path: self.path.to_path_buf(), size: self.size, offset, source }
+    }
+
+    pub(super) fn set_size(&self) -> Result<(), ImageError> {
+        self.file.set_len(self.size).map_err(|e| self.error(0, e))
+    }
+
+    /// Reports progress, and stops where that is wanted.
+    pub(super) fn step(&self, done: u64, total: u64) -> Result<(), ImageError> {
+        self.observer.progress(done, total);
+        if self.observer.cancelled() {
+            return Err(ImageError::Cancelled { path: PathBuf::from(self.path) });
+        }
+        Ok(())
+    }
+}

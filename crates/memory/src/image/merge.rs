@@ -1,0 +1,122 @@
+//! Putting a Diff onto its base.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use snapshot::{AtomicFile, FileId};
+
+use super::copy::copy;
+use super::file::{STEP, Target, extents, make_hole, share};
+use super::{ImageError, Observer};
+use crate::pages::PAGE;
+
+/// What a merge did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Merged {
+    /// Bytes that the Diff had.
+    pub data_bytes: u64,
+    /// Of these, zeros that became holes.
+    pub zero_bytes: u64,
+    /// The new file's id; none for a merge in place.
+    pub id: Option<FileId>,
+}
+
+/// Puts the Diff at `diff` onto the image at `base`, which is changed. A merge that was cut short can be done again; until then
+/// the base is neither old nor new, so [`merge`] is for those who need it whole at any moment. No guest may run on it.
+pub fn merge_in_place(base: &Path, diff: &Path, observer: &dyn Observer) -> Result<Merged, ImageError> {
+    let file = File::options().read(true).write(true).open(base).map_err(ImageError::read(base))?;
+    let (diff_file, size) = open_diff(&file, base, diff)?;
+    let target = Target { file: &file, path: base, size, observer };
+    let merged = apply(&diff_file, diff, &target)?;
+    file.sync_all().map_err(|e| target.error(0, e))?;
+    Ok(merged)
+}
+
+/// Puts the Diff at `diff` onto the image at `base` and makes that the file `output`, which may be either of them. It is there
+/// when it is whole. Blocks of the base are shared where the file system can.
+pub fn merge(base: &Path, diff: &Path, output: &Path, observer: &dyn Observer) -> Result<Merged, ImageError> {
+    let base_file = File::open(base).map_err(ImageError::read(base))?;
+    let (diff_file, size) = open_diff(&base_file, base, diff)?;
+    let file = AtomicFile::create(output)?;
+    let target = Target { file: file.file(), path: output, size, observer };
+    if !share(&base_file, file.file()) {
+        target.set_size()?;
+        for extent in extents(&base_file, 0..size) {
+            copy(&base_file, &target, extent.map_err(ImageError::read(base))?, |_| target.step(0, size))?;
+        }
+    }
+    let mut merged = apply(&diff_file, diff, &target)?;
+    merged.id = Some(file.id());
+    file.commit()?;
+    Ok(merged)
+}
+
+/// Opens a Diff that fits its base.
+fn open_diff(base_file: &File, base: &Path, diff: &Path) -> Result<(File, u64), ImageError> {
+    let file = File::open(diff).map_err(ImageError::read(diff))?;
+    let base_is = base_file.metadata().map_err(ImageError::read(base))?;
+    let diff_is = file.metadata().map_err(ImageError::read(diff))?;
+    let irregular = || std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is not a regular file");
+    for (is, path) in [(&base_is, base), (&diff_is, diff)] {
+        if !is.is_file() {
+            return Err(ImageError::read(path)(irregular()));
+        }
+    }
+    if (base_is.dev(), base_is.ino()) == (diff_is.dev(), diff_is.ino()) {
+        return Err(ImageError::SameFile { path: diff.to_path_buf() });
+    }
+    if base_is.size() != diff_is.size() {
+        return Err(ImageError::SizeMismatch {
+            base: base.to_path_buf(),
+            base_size: base_is.size(),
+            diff: diff.to_path_buf(),
+            diff_size: diff_is.size(),
+        });
+    }
+    Ok((file, base_is.size()))
+}
+
+fn apply(diff: &File, diff_path: &Path, target: &Target<'_>) -> Result<Merged, ImageError> {
+    let mut merged = Merged { data_bytes: 0, zero_bytes: 0, id: None };
+    let mut buffer = vec![0; STEP as usize];
+    for extent in extents(diff, 0..target.size) {
+        let extent = extent.map_err(ImageError::read(diff_path))?;
+        let mut at = extent.start;
+        while at < extent.end {
+            let len = (extent.end - at).min(STEP);
+            let data = &mut buffer[..len as usize];
+            diff.read_exact_at(data, at).map_err(ImageError::read(diff_path))?;
+            merged.zero_bytes += put(data, target, at)?;
+            merged.data_bytes += len;
+            at += len;
+            target.step(at, target.size)?;
+        }
+    }
+    Ok(merged)
+}
+
+/// Writes `data` to `at`, its pages of zeros as holes. Returns their bytes.
+fn put(data: &[u8], target: &Target<'_>, at: u64) -> Result<u64, ImageError> {
+    const ZERO: [u8; PAGE as usize] = [0; PAGE as usize];
+    let is_zero = |page: &[u8]| *page == ZERO[..page.len()];
+    let mut pages = data.chunks(PAGE as usize).peekable();
+    let (mut start, mut zero_bytes) = (0, 0);
+    while let Some(first) = pages.next() {
+        let zero = is_zero(first);
+        let mut end = start + first.len();
+        while let Some(page) = pages.next_if(|page| is_zero(page) == zero) {
+            end += page.len();
+        }
+        let (from, to) = (at + start as u64, at + end as u64);
+        let done = if zero {
+            zero_bytes += to - from;
+            make_hole(target.file, from..to)
+        } else {
+            target.file.write_all_at(&data[start..end], from)
+        };
+        done.map_err(|e| target.error(from, e))?;
+        start = end;
+    }
+    Ok(zero_bytes)
+}

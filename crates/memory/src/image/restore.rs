@@ -1,0 +1,87 @@
+//! Memory from an image.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use config::HugePages;
+use rustix::fs::{Mode, OFlags};
+
+use super::file::extents;
+use crate::layout::MemoryLayout;
+use crate::ram::{GuestRam, MapError};
+use crate::source::Source;
+use crate::sys::guest_io;
+
+/// Why memory cannot come from an image.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The image cannot be opened or read.
+    #[error("cannot read the memory image {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: std::io::Error,
+    },
+    /// A directory, a device, a pipe.
+    #[error("the memory image {} is not a regular file", path.display())]
+    NotAFile {
+        /// What was to be mapped.
+        path: PathBuf,
+    },
+    /// The image ends before the guest's memory does.
+    #[error("the memory image {} has {found} bytes; the guest needs {needed}", path.display())]
+    TooShort {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes.
+        found: u64,
+        /// What it must have at least.
+        needed: u64,
+    },
+    /// The kernel refused the mapping.
+    #[error(transparent)]
+    Map(#[from] MapError),
+}
+
+impl GuestRam {
+    /// Maps the image at `path` as the RAM of a guest. Nothing is read: pages come from the page cache, which all clones share,
+    /// when the guest touches them, and are copied when it writes. The file is opened for reading only and never changed;
+    /// who truncates it takes the guest's memory away (`SIGBUS`), replacing it by a rename does no harm.
+    ///
+    /// With [`HugePages::Hugetlbfs2M`] the image is read into pages of the pool at once, as these cannot be mapped from an
+    /// ordinary file. [`HugePages::Transparent`] is advice, as for new memory.
+    pub fn from_file(
+        layout: &MemoryLayout,
+        path: &Path,
+        huge_pages: HugePages,
+        track_dirty_pages: bool,
+    ) -> Result<Self, RestoreError> {
+        let read = |source| RestoreError::Read { path: path.to_path_buf(), source };
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|e| read(e.into()))?);
+        let metadata = file.metadata().map_err(read)?;
+        if !metadata.is_file() {
+            return Err(RestoreError::NotAFile { path: path.to_path_buf() });
+        }
+        let (found, needed) = (metadata.size(), layout.file_size());
+        if found < needed {
+            return Err(RestoreError::TooShort { path: path.to_path_buf(), found, needed });
+        }
+        if huge_pages != HugePages::Hugetlbfs2M {
+            let source = Source::File(Arc::new(file));
+            return Ok(Self::build(layout.clone(), huge_pages, track_dirty_pages, source)?);
+        }
+        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, Source::Zeros)?;
+        for (region, span) in layout.regions().iter().zip(ram.spans()) {
+            for extent in extents(&file, region.offset..region.offset + region.size) {
+                let extent = extent.map_err(read)?;
+                let part = span.part(extent.start - region.offset..extent.end - region.offset);
+                guest_io::read_exact(&file, part, extent.start).map_err(read)?;
+            }
+        }
+        Ok(ram)
+    }
+}

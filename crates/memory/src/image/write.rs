@@ -1,0 +1,229 @@
+//! Writing images.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use snapshot::{AtomicFile, Staged};
+
+use super::copy::copy;
+use super::file::{STEP, Target, extents, make_hole, share};
+use super::{ImageError, ImageInfo, ImageKind, Observer};
+use crate::pages::{PAGE, PageSet};
+use crate::ram::GuestRam;
+use crate::source::Source;
+use crate::sys::guest_io;
+use crate::sys::span::Span;
+
+/// An image that is whole, but not under its final name yet: the state file is still to come.
+#[derive(Debug)]
+pub struct Written {
+    /// The file, for [`snapshot::commit_pair`] or [`Staged::commit`]. Dropped, it goes away.
+    pub file: Staged,
+    /// What belongs into the state file.
+    pub info: ImageInfo,
+    /// Bytes that were written or copied: what is not a hole, and not shared with the base.
+    pub data_bytes: u64,
+}
+
+/// Writes all of the guest's memory to a new file for `path`. Nobody may write the memory meanwhile: the machine is paused,
+/// or this is a fork of it.
+pub fn write_full(ram: &GuestRam, path: &Path, observer: &dyn Observer) -> Result<Written, ImageError> {
+    let pages = match ram.source() {
+        // What the server has not sent yet only it knows.
+        Source::PageServer(_) => ram.all_pages(),
+        Source::Zeros => ram.private_pages()?,
+        Source::File(_) => ram.own_pages()?,
+    };
+    let file = AtomicFile::create(path)?;
+    let mut job = Job::new(ram, &file, &pages, observer);
+    let zeros = match ram.source() {
+        Source::File(base) => job.begin_with(base, &pages)?,
+        Source::Zeros | Source::PageServer(_) => {
+            job.target.set_size()?;
+            Zeros::Skip
+        }
+    };
+    job.put(&pages, zeros)?;
+    let written = job.written;
+    finish(ram, file, ImageKind::Full, written)
+}
+
+/// Writes `pages` of the guest's memory on top of what is at `path`: onto a file of the image's size (the base, or an older Diff
+/// of it), which is copied or shared and then replaced, else into a new file that has only these pages. Without dirty
+/// tracking, `pages` are [`GuestRam::own_pages`]. Nobody may write the memory meanwhile.
+pub fn write_diff(
+    ram: &GuestRam,
+    path: &Path,
+    pages: &PageSet,
+    observer: &dyn Observer,
+) -> Result<Written, ImageError> {
+    let base = open_base(path, ram.layout().file_size())?;
+    let file = AtomicFile::create(path)?;
+    let mut job = Job::new(ram, &file, pages, observer);
+    match &base {
+        Some(base) if share(base, file.file()) => {}
+        Some(base) => {
+            job.target.set_size()?;
+            for extent in extents(base, 0..job.target.size) {
+                let extent = extent.map_err(ImageError::read(path))?;
+                job.total += extent.end - extent.start;
+                job.copy(base, extent)?;
+            }
+        }
+        None => job.target.set_size()?,
+    }
+    job.put(pages, Zeros::Write)?;
+    if base.is_none() {
+        job.fill_coarse_extents(pages)?;
+    }
+    let written = job.written;
+    finish(ram, file, ImageKind::Diff, written)
+}
+
+/// The file at `path`, if it is one of this size.
+fn open_base(path: &Path, size: u64) -> Result<Option<File>, ImageError> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(file) => File::from(file),
+        Err(rustix::io::Errno::NOENT) => return Ok(None),
+        Err(e) => return Err(ImageError::read(path)(e.into())),
+    };
+    let metadata = file.metadata().map_err(ImageError::read(path))?;
+    Ok((metadata.is_file() && metadata.size() == size).then_some(file))
+}
+
+fn finish(ram: &GuestRam, file: AtomicFile, kind: ImageKind, data_bytes: u64) -> Result<Written, ImageError> {
+    let (layout, id, huge_pages) = (ram.layout().clone(), file.id(), ram.huge_pages());
+    Ok(Written { file: file.stage()?, info: ImageInfo { layout, kind, id, huge_pages }, data_bytes })
+}
+
+/// What to do with pages of zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Zeros {
+    /// They are written: in a Diff a hole means something else.
+    Write,
+    /// The file is new, so they are holes already.
+    Skip,
+    /// The file has something there: a hole is made.
+    Holes,
+}
+
+struct Job<'a> {
+    ram: &'a GuestRam,
+    target: Target<'a>,
+    written: u64,
+    /// Bytes that are dealt with, of `total`.
+    done: u64,
+    total: u64,
+}
+
+impl<'a> Job<'a> {
+    fn new(ram: &'a GuestRam, file: &'a AtomicFile, pages: &PageSet, observer: &'a dyn Observer) -> Self {
+        let size = ram.layout().file_size();
+        let target = Target { file: file.file(), path: file.path(), size, observer };
+        Job { ram, target, written: 0, done: 0, total: pages.count() * PAGE }
+    }
+
+    /// Begins an image with what the guest still shares with the file that it was restored from: all but `own`.
+    fn begin_with(&mut self, base: &File, own: &PageSet) -> Result<Zeros, ImageError> {
+        if share(base, self.target.file) {
+            // The file may be longer than the image.
+            self.target.set_size()?;
+            return Ok(Zeros::Holes);
+        }
+        self.target.set_size()?;
+        let mut rest = self.data_pages(base)?;
+        rest.remove_all(own);
+        self.total += rest.count() * PAGE;
+        for (index, region) in self.ram.layout().regions().iter().enumerate() {
+            for run in rest.runs(index) {
+                self.copy(base, region.offset + run.start * PAGE..region.offset + run.end * PAGE)?;
+            }
+        }
+        Ok(Zeros::Skip)
+    }
+
+    /// The pages that `file` may have something for.
+    fn data_pages(&self, file: &File) -> Result<PageSet, ImageError> {
+        let mut pages = self.ram.no_pages();
+        for (index, region) in self.ram.layout().regions().iter().enumerate() {
+            for extent in extents(file, region.offset..region.offset + region.size) {
+                let extent = extent.map_err(ImageError::read(self.target.path))?;
+                let (start, end) = (extent.start - region.offset, extent.end - region.offset);
+                pages.insert(index, start / PAGE..end.div_ceil(PAGE));
+            }
+        }
+        Ok(pages)
+    }
+
+    fn copy(&mut self, from: &File, range: Range<u64>) -> Result<(), ImageError> {
+        let (target, total, before) = (self.target, self.total, self.done);
+        self.done += range.end - range.start;
+        self.written += range.end - range.start;
+        copy(from, &target, range, |copied| target.step(before + copied, total))
+    }
+
+    /// Writes pages from memory.
+    fn put(&mut self, pages: &PageSet, zeros: Zeros) -> Result<(), ImageError> {
+        for (index, region) in self.ram.layout().regions().iter().enumerate() {
+            let span = self.ram.spans()[index];
+            for run in pages.runs(index) {
+                let mut page = run.start;
+                while page < run.end {
+                    let end = run.end.min(page + STEP / PAGE);
+                    self.put_step(span, region.offset, page..end, zeros)?;
+                    page = end;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes some pages: those that are not zero in as few calls as can be.
+    fn put_step(
+        &mut self,
+        span: Span,
+        offset: u64,
+        pages: Range<u64>,
+        zeros: Zeros,
+    ) -> Result<(), ImageError> {
+        let mut start = pages.start;
+        while start < pages.end {
+            let zero = zeros != Zeros::Write && guest_io::is_zero(span, start * PAGE);
+            let same = |page: &u64| zeros == Zeros::Write || guest_io::is_zero(span, page * PAGE) == zero;
+            let end = (start + 1..pages.end).find(|page| !same(page)).unwrap_or(pages.end);
+            let (bytes, at) = (start * PAGE..end * PAGE, offset + start * PAGE);
+            let done = match (zero, zeros) {
+                (true, Zeros::Skip) => Ok(()),
+                (true, _) => make_hole(self.target.file, at..at + (end - start) * PAGE),
+                (false, _) => guest_io::write_all(self.target.file, span.part(bytes), at),
+            };
+            done.map_err(|e| self.target.error(at, e))?;
+            if !zero {
+                self.written += (end - start) * PAGE;
+            }
+            start = end;
+        }
+        self.done += (pages.end - pages.start) * PAGE;
+        self.target.step(self.done, self.total)
+    }
+
+    /// Some file systems cannot tell one page from its neighbours (large blocks, huge pages of tmpfs): where a Diff has one,
+    /// they show all as data. So that a merge does not put zeros there, the neighbours are written as well.
+    fn fill_coarse_extents(&mut self, written: &PageSet) -> Result<(), ImageError> {
+        let mut written = written.clone();
+        loop {
+            let mut more = self.data_pages(self.target.file)?;
+            more.remove_all(&written);
+            if more.is_empty() {
+                return Ok(());
+            }
+            self.total += more.count() * PAGE;
+            self.put(&more, Zeros::Write)?;
+            written.insert_all(&more);
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! Memory that a page server fills in: another process that answers the guest's page faults through userfaultfd.
+//!
+//! # The handshake
+//!
+//! It is Firecracker's, so that its page servers work unchanged. The server listens on a Unix socket. The monitor maps anonymous
+//! memory, registers it for missing pages, connects, and sends one message: a JSON array with an object for each region
+//! (`base_host_virt_addr`, `size`, `offset` in the image, `page_size`, all in bytes, and `page_size_kib`, which is in bytes as
+//! well, as it always was), and the userfaultfd as `SCM_RIGHTS`. From then on the server reads faults from the descriptor and
+//! answers them with `UFFDIO_COPY`; where the guest's balloon gave pages back it reads `UFFD_EVENT_REMOVE`, and has to answer later
+//! faults there with zeros. Nothing is sent back.
+//!
+//! # When the server fails
+//!
+//! The monitor keeps the descriptor as well. Without it, the server's death would close the last one, and the kernel would let
+//! the guest go on *with zeros*. So a guest whose server is gone stands still, and [`PageServer`] says so:
+//!
+//! - [`PageServer::probe`] before the guest runs: has the server answered one fault?
+//! - [`PageServer::wait`] from then on, from a thread of the caller's: the process that listened is gone; or it closed the
+//!   connection (some servers do, and go on serving); or a fault stays unread for long.
+//!
+//! Threads that wait for a page can be killed but not interrupted. A machine whose server is gone can only end;
+//! [`PageServer::release`] lets its threads go, with zeros, so that they can be joined. The guest must never run again.
+
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
+
+use config::HugePages;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
+    SocketType,
+};
+use serde::Serialize;
+
+use crate::layout::MemoryLayout;
+use crate::ram::{GuestRam, MapError};
+use crate::source::Source;
+use crate::sys::guest_io;
+use crate::sys::peer;
+use crate::sys::userfault::Userfault;
+
+/// How long a server may take to accept the connection and the message.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why memory cannot come from a page server.
+#[derive(Debug, thiserror::Error)]
+pub enum PageServerError {
+    /// The kernel refused the mapping.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// No userfaultfd: not permitted, or not built into the kernel.
+    #[error("cannot create a userfaultfd (it needs read access to /dev/userfaultfd, or CAP_SYS_PTRACE): {0}")]
+    Userfault(io::Error),
+    /// A region cannot be registered.
+    #[error("cannot have {size} bytes of guest memory served by a page server: {source}")]
+    Register {
+        /// Length of the region in bytes.
+        size: u64,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// Nobody listens, or nobody accepts within five seconds.
+    #[error("cannot connect to the page server at {}: {source}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The connection broke before the server had the regions.
+    #[error("cannot send the memory regions to the page server at {}: {source}", path.display())]
+    Send {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The server had time enough to answer the first page fault.
+    #[error("the page server at {} did not answer a page fault within {} ms", path.display(), waited.as_millis())]
+    Unanswered {
+        /// The socket.
+        path: PathBuf,
+        /// How long it had.
+        waited: Duration,
+    },
+    /// The server died before it answered the first page fault.
+    #[error("the page server at {} is gone", path.display())]
+    Gone {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// A thread or descriptor for watching the server is not to be had.
+    #[error("cannot watch the page server at {}: {source}", path.display())]
+    Watch {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+}
+
+/// What became of a page server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerEvent {
+    /// It closed the connection and its process lives on (or cannot be seen). It may go on serving: keep waiting.
+    Closed,
+    /// Its process is gone. Faults are not answered any more.
+    Gone,
+    /// Faults have been waiting unread for the whole of the time limit. It may come to itself: keep waiting, or give up.
+    Stalled,
+    /// The caller's own descriptor became readable.
+    Stopped,
+}
+
+/// The monitor's side of a page server.
+#[derive(Debug)]
+pub struct PageServer {
+    path: PathBuf,
+    ram: GuestRam,
+    userfault: Arc<Userfault>,
+    socket: OwnedFd,
+    /// The process that listened, if it can be seen from here.
+    process: Option<OwnedFd>,
+    closed: bool,
+}
+
+/// One region in the message.
+#[derive(Serialize)]
+struct Region {
+    base_host_virt_addr: u64,
+    size: u64,
+    offset: u64,
+    page_size: u64,
+    page_size_kib: u64,
+}
+
+impl GuestRam {
+    /// Maps memory of this layout and hands it to the page server that listens at `socket`.
+    pub fn from_page_server(
+        layout: &MemoryLayout,
+        socket: &Path,
+        huge_pages: HugePages,
+        track_dirty_pages: bool,
+    ) -> Result<(Self, PageServer), PageServerError> {
+        let hugetlb = huge_pages == HugePages::Hugetlbfs2M;
+        let userfault = Arc::new(Userfault::open(hugetlb).map_err(PageServerError::Userfault)?);
+        let source = Source::PageServer(Arc::clone(&userfault));
+        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, source)?;
+        for span in ram.spans() {
+            let size = span.len();
+            userfault.register(*span).map_err(|source| PageServerError::Register { size, source })?;
+        }
+        let path = socket.to_path_buf();
+        let connect =
+            |e: rustix::io::Errno| PageServerError::Connect { path: path.clone(), source: e.into() };
+        let socket = self::connect(socket).map_err(connect)?;
+        let process = peer::process(socket.as_fd());
+        let server = PageServer { path, ram: ram.clone(), userfault, socket, process, closed: false };
+        server.send_regions()?;
+        Ok((ram, server))
+    }
+}
+
+/// Connects, but not for longer than a server that lives needs.
+fn connect(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(CONNECT_TIMEOUT))?;
+    rustix::net::connect(&socket, &address).map_err(|e| match e {
+        // What the kernel calls a full backlog that nobody empties in time.
+        rustix::io::Errno::AGAIN => rustix::io::Errno::TIMEDOUT,
+        e => e,
+    })?;
+    Ok(socket)
+}
+
+impl PageServer {
+    fn send_regions(&self) -> Result<(), PageServerError> {
+        let page_size = self.ram.page_size();
+        let regions: Vec<_> = self
+            .ram
+            .layout()
+            .regions()
+            .iter()
+            .zip(self.ram.spans())
+            .map(|(region, span)| Region {
+                base_host_virt_addr: span.addr(),
+                size: region.size,
+                offset: region.offset,
+                page_size,
+                page_size_kib: page_size,
+            })
+            .collect();
+        let message = serde_json::to_vec(&regions).expect("numbers have a form in JSON");
+        let failed = |source| PageServerError::Send { path: self.path.clone(), source };
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = [self.userfault.as_fd()];
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)), "there is space for one descriptor");
+        let sent = rustix::net::sendmsg(
+            &self.socket,
+            &[IoSlice::new(&message)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )
+        .map_err(|e| failed(e.into()))?;
+        // 64 regions are 10 KiB, far below a socket's buffer: it goes at once or not at all.
+        if sent == message.len() { Ok(()) } else { Err(failed(io::ErrorKind::WriteZero.into())) }
+    }
+
+    /// Touches the guest's first page, which makes the server answer a fault, for at most `limit`. On an error the memory is
+    /// released and of no use any more.
+    pub fn probe(&self, limit: Duration) -> Result<(), PageServerError> {
+        let watch = |source| PageServerError::Watch { path: self.path.clone(), source };
+        let (answer, answered) = sync_channel(1);
+        let span = self.ram.spans()[0];
+        let toucher = std::thread::Builder::new()
+            .name("page_probe".into())
+            .spawn(move || {
+                guest_io::touch(span);
+                let _ = answer.send(());
+            })
+            .map_err(watch)?;
+        let start = Instant::now();
+        let result = loop {
+            // Short turns, so that a server that dies is not waited for.
+            match answered.recv_timeout(Duration::from_millis(20).min(limit)) {
+                Ok(()) => break Ok(()),
+                Err(RecvTimeoutError::Disconnected) => unreachable!("the thread answers before it ends"),
+                Err(RecvTimeoutError::Timeout) if self.is_gone() => {
+                    break Err(PageServerError::Gone { path: self.path.clone() });
+                }
+                Err(RecvTimeoutError::Timeout) if start.elapsed() >= limit => {
+                    break Err(PageServerError::Unanswered { path: self.path.clone(), waited: limit });
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        };
+        if result.is_err() {
+            self.release();
+        }
+        // Answered or released, the page is there.
+        let _ = toucher.join();
+        result
+    }
+
+    /// Waits until something happened to the server, or until `stop` is readable. A fault that is unread for `stall` is an
+    /// event as well. Call it again after [`ServerEvent::Closed`] and [`ServerEvent::Stalled`].
+    pub fn wait(&mut self, stop: BorrowedFd<'_>, stall: Duration) -> Result<ServerEvent, PageServerError> {
+        // Faults come and go; one that is unread at every look for this long stalls.
+        let turn = (stall / 10).max(Duration::from_millis(1));
+        let mut unread: Option<(Instant, u64)> = None;
+        loop {
+            let pending =
+                !self.poll_fds(&[(self.userfault.as_fd(), PollFlags::IN)], Duration::ZERO)?[0].is_empty();
+            unread = match unread {
+                _ if !pending => None,
+                None => Some((Instant::now(), self.pages_here())),
+                Some((since, before)) if since.elapsed() >= stall => match self.pages_here() {
+                    here if here == before => return Ok(ServerEvent::Stalled),
+                    // Busy, not stalled: there is always a fault waiting, not always the same.
+                    here => Some((Instant::now(), here)),
+                },
+                waiting => waiting,
+            };
+            let mut fds = vec![(stop, PollFlags::IN)];
+            fds.extend(self.process.as_ref().map(|process| (process.as_fd(), PollFlags::IN)));
+            if !self.closed {
+                fds.push((self.socket.as_fd(), PollFlags::RDHUP));
+            }
+            let ready = self.poll_fds(&fds, turn)?;
+            if !ready[0].is_empty() {
+                return Ok(ServerEvent::Stopped);
+            }
+            if self.process.is_some() && !ready[1].is_empty() {
+                return Ok(ServerEvent::Gone);
+            }
+            if !self.closed && ready.last().is_some_and(|ready| !ready.is_empty()) {
+                self.closed = true;
+                return Ok(ServerEvent::Closed);
+            }
+        }
+    }
+
+    /// Whether the server's process is known to be gone; if it cannot be seen, whether the connection is.
+    pub fn is_gone(&self) -> bool {
+        let (fd, flags) = match &self.process {
+            Some(process) => (process.as_fd(), PollFlags::IN),
+            None => (self.socket.as_fd(), PollFlags::RDHUP),
+        };
+        self.poll_fds(&[(fd, flags)], Duration::ZERO).is_ok_and(|ready| !ready[0].is_empty())
+    }
+
+    /// Lets all threads go that wait for a page: missing pages are zero from now on. For a machine that ends.
+    pub fn release(&self) {
+        for span in self.ram.spans() {
+            // Of a span that is not registered there is nothing to release.
+            let _ = self.userfault.unregister(*span);
+        }
+    }
+
+    /// How many pages the guest has by now.
+    fn pages_here(&self) -> u64 {
+        self.ram.own_pages().map_or(0, |pages| pages.count())
+    }
+
+    fn poll_fds(
+        &self,
+        fds: &[(BorrowedFd<'_>, PollFlags)],
+        timeout: Duration,
+    ) -> Result<Vec<PollFlags>, PageServerError> {
+        let mut polled: Vec<_> =
+            fds.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+        let timeout =
+            Timespec { tv_sec: timeout.as_secs().cast_signed(), tv_nsec: i64::from(timeout.subsec_nanos()) };
+        match poll(&mut polled, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(polled.iter().map(PollFd::revents).collect()),
+            Err(e) => Err(PageServerError::Watch { path: self.path.clone(), source: e.into() }),
+        }
+    }
+}

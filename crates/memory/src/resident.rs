@@ -1,0 +1,108 @@
+//! Which pages of a guest hold something, found without touching any.
+
+use std::io;
+
+use crate::pages::PageSet;
+use crate::ram::GuestRam;
+use crate::sys::pagemap::{self, Pagemap, Which};
+
+/// Why nobody knows which pages are there.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot find out which pages of the guest's memory are in use: {0}")]
+pub struct ResidentError(
+    /// The kernel's reason.
+    #[from]
+    pub io::Error,
+);
+
+impl GuestRam {
+    /// The pages that this guest has for itself: touched, and not (any more) those of a snapshot's file. All others are what they
+    /// were at the start: zero, or as in the file, or with the page server.
+    ///
+    /// Relative to what the guest was restored from this is what has changed, with or without dirty tracking: swapped-out
+    /// pages and pages that were given back are in it. The set may be too large (without `/proc`), never too small.
+    pub fn own_pages(&self) -> Result<PageSet, ResidentError> {
+        let mut own = self.private_pages()?;
+        own.insert_all(&self.discarded());
+        Ok(own)
+    }
+
+    /// [`Self::own_pages`] without those that were given back and not touched since.
+    pub(crate) fn private_pages(&self) -> Result<PageSet, ResidentError> {
+        Ok(match Pagemap::open() {
+            Ok(pagemap) => self.mapped_pages(pagemap, Which::Private)?,
+            Err(_) => self.pages_in_core()?,
+        })
+    }
+
+    pub(crate) fn mapped_pages(&self, mut pagemap: Pagemap, which: Which) -> io::Result<PageSet> {
+        let mut mapped = self.no_pages();
+        for (index, span) in self.spans().iter().enumerate() {
+            pagemap.walk(*span, which, &mut |run| mapped.insert(index, run))?;
+        }
+        Ok(mapped)
+    }
+
+    /// The same for a process without `/proc`, from `mincore`. It does not see what was swapped out: with swap, all pages count.
+    fn pages_in_core(&self) -> io::Result<PageSet> {
+        if rustix::system::sysinfo().totalswap != 0 {
+            return Ok(self.all_pages());
+        }
+        let mut resident = self.no_pages();
+        for (index, span) in self.spans().iter().enumerate() {
+            pagemap::in_core(*span, &mut |run| resident.insert(index, run))?;
+        }
+        Ok(resident)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use config::HugePages;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use crate::pages::PAGE;
+
+    /// Pages 0, 5 and 511 written, page 7 only read.
+    fn touched() -> (GuestRam, Vec<u64>) {
+        let ram = GuestRam::map(2, HugePages::None, false).unwrap();
+        for page in [0, 5, 511] {
+            ram.memory().write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
+        }
+        ram.memory().read_obj::<u8>(GuestAddress(7 * PAGE)).unwrap();
+        (ram, vec![0, 5, 511])
+    }
+
+    fn list(set: &PageSet) -> Vec<u64> {
+        set.runs(0).flatten().collect()
+    }
+
+    #[test]
+    fn written_pages_are_found_and_untouched_ones_stay_untouched() {
+        let (ram, written) = touched();
+        assert_eq!(list(&ram.own_pages().unwrap()), written);
+        assert_eq!(list(&ram.own_pages().unwrap()), written, "looking changed what is there");
+    }
+
+    #[test]
+    fn an_older_kernels_page_map_says_the_same_and_counts_the_page_of_zeros() {
+        let (ram, written) = touched();
+        let own = ram.mapped_pages(Pagemap::open().unwrap().without_scan(), Which::Private).unwrap();
+        assert_eq!(list(&own), [&written[..2], &[7], &written[2..]].concat());
+    }
+
+    #[test]
+    fn without_proc_the_answer_includes_the_written_pages() {
+        let (ram, written) = touched();
+        let own = ram.pages_in_core().unwrap();
+        assert!(written.iter().all(|p| own.contains(0, *p)));
+    }
+
+    #[test]
+    fn the_page_map_of_a_tebibyte_is_read_at_once() {
+        let ram = GuestRam::map(config::MAX_MEM_SIZE_MIB, HugePages::None, false).unwrap();
+        ram.memory().write_obj(1u8, GuestAddress(900 << 30)).unwrap();
+        assert_eq!(ram.own_pages().unwrap().count(), 1);
+    }
+}

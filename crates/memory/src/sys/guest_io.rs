@@ -1,0 +1,86 @@
+//! Guest memory to and from files, and whether a page is zero. The kernel does the copying, so no Rust reference into guest
+//! memory exists.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::pages::PAGE;
+use crate::sys::span::Span;
+
+/// Writes all of `span` to `file` at `offset`. On an error the number of bytes that went before is lost; the caller drops
+/// the file anyway.
+pub(crate) fn write_all(file: &File, span: Span, offset: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < span.len() {
+        let rest = span.part(done..span.len());
+        // SAFETY: `rest` is mapped (type invariant of `Span`); the kernel only reads it.
+        let n = unsafe {
+            libc::pwrite(
+                file.as_raw_fd(),
+                rest.as_ptr().cast(),
+                rest.len() as usize,
+                (offset + done).cast_signed(),
+            )
+        };
+        done += progressed(n, io::ErrorKind::WriteZero)?;
+    }
+    Ok(())
+}
+
+/// Fills all of `span` from `file` at `offset`.
+pub(crate) fn read_exact(file: &File, span: Span, offset: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < span.len() {
+        let rest = span.part(done..span.len());
+        // SAFETY: `rest` is mapped and is guest memory (type invariant of `Span`), into which nobody holds a reference.
+        let n = unsafe {
+            libc::pread(
+                file.as_raw_fd(),
+                rest.as_ptr().cast(),
+                rest.len() as usize,
+                (offset + done).cast_signed(),
+            )
+        };
+        done += progressed(n, io::ErrorKind::UnexpectedEof)?;
+    }
+    Ok(())
+}
+
+/// What a read or write says: bytes, nothing (which is `end`), an interruption (0 bytes, again), or an error.
+fn progressed(n: isize, end: io::ErrorKind) -> io::Result<u64> {
+    match u64::try_from(n) {
+        Ok(0) => Err(end.into()),
+        Ok(n) => Ok(n),
+        Err(_) => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Interrupted => Ok(0),
+            e => Err(e),
+        },
+    }
+}
+
+/// Whether the page at `offset` in `span` is all zero. Touches it.
+pub(crate) fn is_zero(span: Span, offset: u64) -> bool {
+    let page = span.part(offset..offset + PAGE);
+    let start = page.addr() as usize;
+    // A cache line at a time: most pages that are not zero say so in the first.
+    (0..PAGE as usize / 64).all(|line| {
+        let mut all = 0;
+        for word in 0..8 {
+            let word = (start + line * 64 + word * 8) as *mut u64;
+            // SAFETY: within the page, which is mapped (`Span`) and page-aligned; guests and monitor threads write it through
+            // raw pointers and atomics only.
+            let word = unsafe { AtomicU64::from_ptr(word) };
+            all |= word.load(Ordering::Relaxed);
+        }
+        all == 0
+    })
+}
+
+/// Reads one byte, which brings its page in.
+pub(crate) fn touch(span: Span) -> u8 {
+    assert!(span.len() > 0, "an empty span has no byte");
+    // SAFETY: mapped (`Span`) and not empty; a volatile read of a byte races with nothing that Rust knows of.
+    unsafe { std::ptr::read_volatile(span.as_ptr()) }
+}

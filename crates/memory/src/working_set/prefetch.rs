@@ -1,0 +1,235 @@
+//! Filling in a working set ahead of the guest.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use rustix::fs::Advice;
+use rustix::io::Errno;
+
+use super::{Run, WorkingSet, WorkingSetError};
+use crate::pages::PAGE;
+use crate::ram::GuestRam;
+use crate::source::Source;
+use crate::sys::guest_io;
+use crate::sys::span::Harmless;
+
+/// Pages that are filled in at once: between two of these the thread can be stopped.
+const STEP: u64 = 512;
+/// How far the disk reads ahead of what is filled in, in pages.
+const AHEAD: u64 = 4096;
+/// How much the guest's threads go before this one.
+const NICENESS: i32 = 10;
+
+/// How a working set is filled in.
+#[derive(Debug, Clone, Copy)]
+pub struct PrefetchOptions {
+    /// Copy the pages that the recorded guest wrote. It saves the guest the faults; each clone has these pages for itself then,
+    /// whether it comes to write them or not.
+    pub copy_written: bool,
+}
+
+impl Default for PrefetchOptions {
+    fn default() -> Self {
+        PrefetchOptions { copy_written: true }
+    }
+}
+
+/// What a prefetch did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefetched {
+    /// Pages that were filled in (or were there).
+    pub pages: u64,
+    /// Why it ended before the end of the set: not enough memory, most often. The guest itself will see to the rest.
+    pub error: Option<Errno>,
+}
+
+/// A thread of low priority that fills in a working set. Dropping it stops it.
+#[derive(Debug)]
+pub struct Prefetch {
+    stop: Arc<AtomicBool>,
+    pages: Arc<AtomicU64>,
+    thread: Option<JoinHandle<Option<Errno>>>,
+}
+
+impl Prefetch {
+    /// Begins to fill in `set`, which was loaded for the image that `ram` comes from.
+    pub fn start(ram: &GuestRam, set: WorkingSet, options: PrefetchOptions) -> Result<Self, WorkingSetError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let pages = Arc::new(AtomicU64::new(0));
+        let job = Job { ram: ram.clone(), set, options, stop: Arc::clone(&stop), pages: Arc::clone(&pages) };
+        let thread = std::thread::Builder::new().name("prefetch".into()).spawn(move || job.run());
+        Ok(Prefetch { stop, pages, thread: Some(thread.map_err(WorkingSetError::Thread)?) })
+    }
+
+    /// Pages that are filled in so far.
+    pub fn pages(&self) -> u64 {
+        self.pages.load(Ordering::Relaxed)
+    }
+
+    /// Whether all is done.
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for the end.
+    pub fn finish(mut self) -> Prefetched {
+        self.join()
+    }
+
+    /// Stops it, after at most 2 MiB more. With a page server that does not answer, that waits for the server (or for
+    /// [`PageServer::release`](crate::page_server::PageServer::release)).
+    pub fn stop(mut self) -> Prefetched {
+        self.stop.store(true, Ordering::Relaxed);
+        self.join()
+    }
+
+    fn join(&mut self) -> Prefetched {
+        let error = match self.thread.take() {
+            Some(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            None => None,
+        };
+        Prefetched { pages: self.pages(), error }
+    }
+}
+
+impl Drop for Prefetch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if self.thread.is_some() {
+            self.join();
+        }
+    }
+}
+
+struct Job {
+    ram: GuestRam,
+    set: WorkingSet,
+    options: PrefetchOptions,
+    stop: Arc<AtomicBool>,
+    pages: Arc<AtomicU64>,
+}
+
+impl Job {
+    fn run(self) -> Option<Errno> {
+        // Of this thread only, on Linux. Without the right to be nice it goes on as it is.
+        let _ = rustix::process::nice(NICENESS);
+        let steps: Vec<_> = self.set.runs().iter().flat_map(|run| steps(*run)).collect();
+        let (mut advised, mut ahead) = (0, 0);
+        for (number, step) in steps.iter().enumerate() {
+            while advised < steps.len() && (advised <= number || ahead < AHEAD) {
+                self.read_ahead(&steps[advised]);
+                ahead += steps[advised].count;
+                advised += 1;
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            if let Err(e) = self.fill_in(step) {
+                return Some(e);
+            }
+            ahead -= step.count;
+            self.pages.fetch_add(step.count, Ordering::Relaxed);
+        }
+        None
+    }
+
+    /// Has the disk read what will be filled in soon.
+    fn read_ahead(&self, run: &Run) {
+        if let Source::File(file) = self.ram.source() {
+            let region = self.ram.layout().regions()[run.region as usize];
+            let len = std::num::NonZeroU64::new(run.count * PAGE);
+            // Advice: without it the pages are read when they are filled in.
+            let _ = rustix::fs::fadvise(file, region.offset + run.first * PAGE, len, Advice::WillNeed);
+        }
+    }
+
+    fn fill_in(&self, run: &Run) -> rustix::io::Result<()> {
+        let bytes = bytes(run);
+        let span = self.ram.spans()[run.region as usize].part(bytes);
+        let copy = run.written && self.options.copy_written;
+        match span.advise(if copy { Harmless::PopulateWrite } else { Harmless::PopulateRead }) {
+            // Before Linux 5.14 there is only touching.
+            Err(Errno::INVAL) => {
+                for page in 0..run.count {
+                    guest_io::touch(span.part(page * PAGE..(page + 1) * PAGE));
+                }
+                Ok(())
+            }
+            done => done,
+        }
+    }
+}
+
+fn bytes(run: &Run) -> Range<u64> {
+    run.first * PAGE..(run.first + run.count) * PAGE
+}
+
+fn steps(run: Run) -> impl Iterator<Item = Run> {
+    (0..run.count.div_ceil(STEP)).map(move |n| Run {
+        first: run.first + n * STEP,
+        count: STEP.min(run.count - n * STEP),
+        ..run
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::pagemap::{Pagemap, Which};
+    use config::HugePages;
+    use snapshot::FileId;
+
+    fn restored(dir: &tempfile::TempDir) -> GuestRam {
+        let path = dir.path().join("mem");
+        std::fs::write(&path, vec![7; 4 << 20]).unwrap();
+        let layout = crate::MemoryLayout::of_size(4);
+        GuestRam::from_file(&layout, &path, HugePages::None, false).unwrap()
+    }
+
+    fn set(runs: Vec<Run>) -> WorkingSet {
+        WorkingSet { image: FileId::random().unwrap(), runs }
+    }
+
+    fn list(ram: &GuestRam, which: Which) -> Vec<u64> {
+        ram.mapped_pages(Pagemap::open().unwrap(), which).unwrap().runs(0).flatten().collect()
+    }
+
+    #[test]
+    fn a_set_is_filled_in_and_only_written_pages_are_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let ram = restored(&dir);
+        let set = set(vec![Run::new(0, 900..1000, true), Run::new(0, 0..600, false)]);
+        let done = Prefetch::start(&ram, set, PrefetchOptions::default()).unwrap().finish();
+        assert_eq!(done, Prefetched { pages: 700, error: None });
+        assert_eq!(list(&ram, Which::Private), (900..1000).collect::<Vec<_>>());
+        let mapped = list(&ram, Which::Mapped);
+        assert!((0..600).all(|page| mapped.contains(&page)));
+    }
+
+    #[test]
+    fn copies_can_be_left_to_the_guest() {
+        let dir = tempfile::tempdir().unwrap();
+        let ram = restored(&dir);
+        let set = set(vec![Run::new(0, 0..10, true)]);
+        Prefetch::start(&ram, set, PrefetchOptions { copy_written: false }).unwrap().finish();
+        assert_eq!(list(&ram, Which::Private), [] as [u64; 0]);
+    }
+
+    #[test]
+    fn a_stopped_prefetch_ends() {
+        let ram = GuestRam::map(64, HugePages::None, false).unwrap();
+        let set = set(vec![Run::new(0, 0..16384, true)]);
+        let prefetch = Prefetch::start(&ram, set, PrefetchOptions::default()).unwrap();
+        let done = prefetch.stop();
+        assert!(done.pages <= 16384 && done.error.is_none(), "{done:?}");
+        assert_eq!(list(&ram, Which::Private).len() as u64, done.pages);
+    }
+
+    #[test]
+    fn long_runs_are_cut_into_steps() {
+        let cut: Vec<_> = steps(Run::new(0, 5..1034, true)).map(|r| (r.first, r.count)).collect();
+        assert_eq!(cut, [(5, 512), (517, 512), (1029, 5)]);
+    }
+}

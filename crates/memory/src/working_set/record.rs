@@ -1,0 +1,193 @@
+//! Watching which pages a guest touches.
+//!
+//! A thread looks at the page tables every few milliseconds. What is new since the last look was touched in between: coarse, but
+//! the guest is not slowed down, and the order within a few milliseconds does not matter to who reads ahead. Looking costs in
+//! proportion to what is mapped; where a look takes long, the next one comes later.
+//!
+//! The kernel maps more of a file than was asked for: up to 16 pages around it, and 2 MiB at once where the page cache has a huge
+//! page. The first is fine, neighbours are needed together; the second would make all of memory a working set, so an image that
+//! is watched is mapped by small pages (also afterwards: a watched guest's reads take more faults).
+
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use snapshot::FileId;
+
+use super::{Run, WorkingSet, WorkingSetError};
+use crate::pages::PageSet;
+use crate::ram::GuestRam;
+use crate::resident::ResidentError;
+use crate::source::Source;
+use crate::sys::pagemap::{Pagemap, Which};
+use crate::sys::span::Harmless;
+
+/// How a guest is watched.
+#[derive(Debug, Clone, Copy)]
+pub struct RecordOptions {
+    /// Time between two looks.
+    pub interval: Duration,
+    /// How long. What a guest touches later is not for reading ahead.
+    pub duration: Duration,
+}
+
+impl Default for RecordOptions {
+    fn default() -> Self {
+        RecordOptions { interval: Duration::from_millis(5), duration: Duration::from_secs(1) }
+    }
+}
+
+/// A guest is being watched. Dropping it ends that.
+#[derive(Debug)]
+pub struct Recorder {
+    stop: Option<SyncSender<()>>,
+    thread: Option<JoinHandle<Result<WorkingSet, WorkingSetError>>>,
+}
+
+impl Recorder {
+    /// Begins to watch. Call it before the guest runs: what is mapped already is not recorded.
+    pub fn start(ram: &GuestRam, image: FileId, options: RecordOptions) -> Result<Self, WorkingSetError> {
+        if let Source::File(_) = ram.source() {
+            for span in ram.spans() {
+                // A kernel without huge pages has nothing to refuse.
+                let _ = span.advise(Harmless::SmallPages);
+            }
+        }
+        let mut watch = Watch::begin(ram)?;
+        let (stop, stopped) = sync_channel::<()>(1);
+        let thread = std::thread::Builder::new().name("working_set".into()).spawn(move || {
+            let start = Instant::now();
+            let mut pause = options.interval;
+            while start.elapsed() < options.duration
+                && matches!(stopped.recv_timeout(pause), Err(RecvTimeoutError::Timeout))
+            {
+                let began = Instant::now();
+                watch.look()?;
+                // At most a fifth of one processor.
+                pause = options.interval.max(began.elapsed() * 4);
+            }
+            watch.end(image)
+        });
+        Ok(Recorder { stop: Some(stop), thread: Some(thread.map_err(WorkingSetError::Thread)?) })
+    }
+
+    /// Whether the time is over: [`Self::finish`] will not wait, nor cut it short.
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Ends the watch, with one last look.
+    pub fn finish(mut self) -> Result<WorkingSet, WorkingSetError> {
+        self.stop = None;
+        let thread = self.thread.take().expect("the thread is there until it is joined");
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // Whoever drops it does not want the result.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What was seen so far.
+struct Watch {
+    ram: GuestRam,
+    seen: PageSet,
+    order: Vec<(usize, std::ops::Range<u64>)>,
+}
+
+impl Watch {
+    fn begin(ram: &GuestRam) -> Result<Self, WorkingSetError> {
+        Ok(Watch { ram: ram.clone(), seen: mapped(ram, Which::Mapped)?, order: Vec::new() })
+    }
+
+    fn look(&mut self) -> Result<(), WorkingSetError> {
+        let mut new = mapped(&self.ram, Which::Mapped)?;
+        new.remove_all(&self.seen);
+        for region in 0..new.regions() {
+            self.order.extend(new.runs(region).map(|run| (region, run)));
+        }
+        self.seen.insert_all(&new);
+        Ok(())
+    }
+
+    fn end(mut self, image: FileId) -> Result<WorkingSet, WorkingSetError> {
+        self.look()?;
+        let written = mapped(&self.ram, Which::Private)?;
+        let mut runs: Vec<Run> = Vec::new();
+        for (region, pages) in self.order {
+            let mut start = pages.start;
+            while start < pages.end {
+                let kind = written.contains(region, start);
+                let end = (start..pages.end).find(|page| written.contains(region, *page) != kind);
+                let end = end.unwrap_or(pages.end);
+                runs.push(Run::new(region, start..end, kind));
+                start = end;
+            }
+        }
+        Ok(WorkingSet { image, runs })
+    }
+}
+
+fn mapped(ram: &GuestRam, which: Which) -> Result<PageSet, ResidentError> {
+    Ok(ram.mapped_pages(Pagemap::open()?, which)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use config::HugePages;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use crate::pages::PAGE;
+
+    fn write(ram: &GuestRam, page: u64) {
+        ram.memory().write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
+    }
+
+    #[test]
+    fn pages_come_in_the_order_of_the_looks_that_found_them() {
+        let ram = GuestRam::map(1, HugePages::None, false).unwrap();
+        write(&ram, 1);
+        let mut watch = Watch::begin(&ram).unwrap();
+        write(&ram, 200);
+        watch.look().unwrap();
+        write(&ram, 3);
+        write(&ram, 4);
+        write(&ram, 200);
+        let set = watch.end(FileId::random().unwrap()).unwrap();
+        assert_eq!(set.runs(), [Run::new(0, 200..201, true), Run::new(0, 3..5, true)]);
+    }
+
+    #[test]
+    fn read_and_written_pages_of_an_image_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mem");
+        std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+        let layout = crate::MemoryLayout::of_size(1);
+        let ram = GuestRam::from_file(&layout, &path, HugePages::None, false).unwrap();
+        let watch = Watch::begin(&ram).unwrap();
+        ram.memory().read_obj::<u8>(GuestAddress(0)).unwrap();
+        write(&ram, 100);
+        let set = watch.end(FileId::random().unwrap()).unwrap();
+        let written: Vec<_> = set.runs().iter().filter(|r| r.written).copied().collect();
+        assert_eq!(written, [Run::new(0, 100..101, true)]);
+        // The kernel maps the neighbours of a page that is read as well.
+        assert!(set.runs().iter().any(|r| !r.written && r.first == 0), "{:?}", set.runs());
+    }
+
+    #[test]
+    fn a_watched_guests_pages_are_in_the_set_when_the_watch_is_ended_early() {
+        let ram = GuestRam::map(1, HugePages::None, false).unwrap();
+        let options = RecordOptions { duration: Duration::from_hours(1), ..RecordOptions::default() };
+        let recorder = Recorder::start(&ram, FileId::random().unwrap(), options).unwrap();
+        write(&ram, 9);
+        assert!(!recorder.is_finished());
+        assert_eq!(recorder.finish().unwrap().runs(), [Run::new(0, 9..10, true)]);
+    }
+}

@@ -1,0 +1,92 @@
+//! A writer that is killed at any point leaves the old snapshot or the new one, whole.
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use config::HugePages;
+use serde::{Deserialize, Serialize};
+use snapshot::{Header, Section, Snapshot, Writer};
+use vesta_memory::GuestRam;
+use vesta_memory::image::{ImageInfo, write_full};
+use vm_memory::{Bytes, GuestAddress};
+
+const MIB: u32 = 2;
+
+/// Which of the writer's snapshots it is: all of its memory has this byte.
+#[derive(Serialize, Deserialize)]
+struct Generation(u8);
+
+impl Section for Generation {
+    const NAME: &'static str = "generation";
+}
+
+/// Not a test: the process that another test kills. It writes one snapshot over the other.
+#[test]
+fn writer_process() {
+    let Some(dir) = std::env::var_os("VESTA_TEST_WRITER") else { return };
+    let (memory, state) = (Path::new(&dir).join("mem"), Path::new(&dir).join("state"));
+    let ram = GuestRam::map(MIB, HugePages::None, false).unwrap();
+    for generation in (1..=u8::MAX).cycle() {
+        ram.memory().write_slice(&vec![generation; (MIB as usize) << 20], GuestAddress(0)).unwrap();
+        let image = write_full(&ram, &memory, &()).unwrap();
+        let mut writer = Writer::new(&Header::new("microvm", "test", 0)).unwrap();
+        writer.put(&Generation(generation)).unwrap();
+        writer.put(&image.info).unwrap();
+        snapshot::commit_pair(image.file, writer.stage(&state).unwrap()).unwrap();
+        println!("one more");
+    }
+}
+
+fn start(dir: &Path) -> Child {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "writer_process", "--nocapture"])
+        .env("VESTA_TEST_WRITER", dir)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut seen = String::new();
+    let mut byte = [0];
+    while !seen.contains("one more") {
+        assert_eq!(child.stdout.as_mut().unwrap().read(&mut byte).unwrap(), 1, "ended after {seen:?}");
+        seen.push(char::from(byte[0]));
+    }
+    // Nobody reads on: a full pipe would stop it.
+    std::thread::spawn({
+        let mut rest = child.stdout.take().unwrap();
+        move || std::io::copy(&mut rest, &mut std::io::sink())
+    });
+    child
+}
+
+fn check(dir: &Path) {
+    let state = Snapshot::open(&dir.join("state")).unwrap();
+    state.expect("microvm").unwrap();
+    let Generation(generation) = state.get().unwrap();
+    let info: ImageInfo = state.get().unwrap();
+    let memory = snapshot::find(&dir.join("mem"), info.id);
+    let ram = GuestRam::from_file(&info.layout, &memory, HugePages::None, false).unwrap();
+    let mut bytes = vec![0; (MIB as usize) << 20];
+    ram.memory().read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    assert!(bytes.iter().all(|b| *b == generation), "memory is not of the state's generation {generation}");
+    for file in std::fs::read_dir(dir).unwrap() {
+        let name = file.unwrap().file_name().into_string().unwrap();
+        assert!(name == "mem" || name == "state" || name.ends_with(".vesta-tmp"), "{name} was left");
+    }
+}
+
+#[test]
+fn a_killed_writer_leaves_one_whole_snapshot_and_no_file_of_another_name() {
+    for parent in [std::env::temp_dir(), "/dev/shm".into()] {
+        for round in 0..20u64 {
+            let dir = tempfile::tempdir_in(&parent).unwrap();
+            let mut child = start(dir.path());
+            // Somewhere within the next few snapshots: not to wait for a thing, but to be somewhere else each time.
+            std::thread::sleep(Duration::from_micros(round * 1709 % 23_000));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            check(dir.path());
+        }
+    }
+}

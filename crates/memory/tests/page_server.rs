@@ -1,0 +1,295 @@
+//! Memory from a page server: the handshake as servers for Firecracker know it, and servers that fail.
+
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use config::HugePages;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use serde::Deserialize;
+use vesta_memory::page_server::{PageServer, PageServerError, ServerEvent};
+use vesta_memory::pages::PAGE;
+use vesta_memory::{ForkError, GuestRam, MemoryLayout};
+use vm_memory::{Bytes, GuestAddress};
+
+const LONG: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_millis(100);
+
+/// What the message says of a region. No other field is expected.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Region {
+    base_host_virt_addr: u64,
+    size: u64,
+    offset: u64,
+    page_size: u64,
+    page_size_kib: u64,
+}
+
+/// A server of our own, in the way that they are written for Firecracker.
+struct Handler {
+    socket: UnixStream,
+    userfault: OwnedFd,
+    regions: Vec<Region>,
+}
+
+/// `struct uffd_msg`, as far as it is used.
+#[repr(C)]
+#[derive(Default)]
+struct Message {
+    event: u8,
+    reserved: [u8; 7],
+    args: [u64; 3],
+}
+
+const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
+const UFFD_EVENT_REMOVE: u8 = 0x15;
+const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03;
+
+impl Handler {
+    fn accept(listener: &UnixListener) -> Self {
+        let (socket, _) = listener.accept().unwrap();
+        let mut bytes = vec![0; 64 << 10];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut iov = [std::io::IoSliceMut::new(&mut bytes)];
+        let got = recvmsg(&socket, &mut iov, &mut ancillary, RecvFlags::CMSG_CLOEXEC).unwrap();
+        let RecvAncillaryMessage::ScmRights(mut fds) = ancillary.drain().next().unwrap() else { panic!() };
+        let userfault = fds.next().unwrap();
+        let regions = serde_json::from_slice(&bytes[..got.bytes]).unwrap();
+        Handler { socket, userfault, regions }
+    }
+
+    /// The next event: its kind, and its first and second number. None when the monitor has closed its descriptor.
+    fn event(&self) -> Message {
+        loop {
+            let mut polled = [rustix::event::PollFd::new(&self.userfault, rustix::event::PollFlags::IN)];
+            rustix::event::poll(&mut polled, None).unwrap();
+            let mut message = Message::default();
+            // SAFETY: the buffer is one message.
+            let n = unsafe {
+                libc::read(self.userfault.as_raw_fd(), (&raw mut message).cast(), size_of::<Message>())
+            };
+            if n == size_of::<Message>().cast_signed() {
+                return message;
+            }
+        }
+    }
+
+    /// Answers a fault with a page of `byte`.
+    fn copy(&self, address: u64, byte: u8) {
+        let page = [byte; PAGE as usize];
+        let mut copy = [address & !(PAGE - 1), page.as_ptr() as u64, PAGE, 0, 0];
+        // SAFETY: the structure is five numbers; the page is alive.
+        let done = unsafe { libc::ioctl(self.userfault.as_raw_fd(), UFFDIO_COPY, copy.as_mut_ptr()) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+
+    /// Serves a page fault with a byte that depends on the offset in the image: its page's number, and one.
+    fn serve(&self, fault: &Message) {
+        assert_eq!(fault.event, UFFD_EVENT_PAGEFAULT);
+        let address = fault.args[1];
+        let region = self
+            .regions
+            .iter()
+            .find(|r| (r.base_host_virt_addr..r.base_host_virt_addr + r.size).contains(&address))
+            .unwrap();
+        let offset = region.offset + address - region.base_host_virt_addr;
+        self.copy(address, (offset / PAGE % 251) as u8 + 1);
+    }
+}
+
+fn listen() -> (tempfile::TempDir, PathBuf, UnixListener) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("uffd.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    (dir, path, listener)
+}
+
+fn connect(mib: u32, path: &Path) -> (GuestRam, PageServer) {
+    GuestRam::from_page_server(&MemoryLayout::of_size(mib), path, HugePages::None, false).unwrap()
+}
+
+fn byte(ram: &GuestRam, page: u64) -> u8 {
+    ram.memory().read_obj(GuestAddress(page * PAGE)).unwrap()
+}
+
+/// A pipe: nobody stops, as long as the writing end is there.
+fn no_stop() -> (OwnedFd, OwnedFd) {
+    rustix::pipe::pipe().unwrap()
+}
+
+#[test]
+fn the_server_learns_where_each_region_is_and_serves_their_faults() {
+    let (_dir, path, listener) = listen();
+    let server = std::thread::spawn(move || {
+        let handler = Handler::accept(&listener);
+        (0..3).for_each(|_| handler.serve(&handler.event()));
+        handler
+    });
+    let (ram, client) = connect(3 * 1024 + 2, &path);
+    client.probe(LONG).unwrap();
+    assert_eq!(byte(&ram, 5), 6);
+    assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(4 << 30)).unwrap(), ((3 << 18) % 251) as u8 + 1);
+    let handler = server.join().unwrap();
+    for (region, mapped) in handler.regions.iter().zip(ram.regions()) {
+        assert_eq!((region.base_host_virt_addr, region.size), (mapped.host_addr, mapped.size));
+        assert_eq!((region.page_size, region.page_size_kib), (PAGE, PAGE));
+    }
+    assert_eq!(handler.regions.iter().map(|r| r.offset).collect::<Vec<_>>(), [0, 3 << 30]);
+    assert_eq!(ram.fork_check(), Err(ForkError::PageServer));
+}
+
+#[test]
+fn the_server_hears_of_pages_that_the_guest_gave_back() {
+    let (_dir, path, listener) = listen();
+    let server = std::thread::spawn(move || {
+        let handler = Handler::accept(&listener);
+        handler.serve(&handler.event());
+        let removed = handler.event();
+        let fault = handler.event();
+        handler.copy(fault.args[1], 0);
+        (removed.event, removed.args)
+    });
+    let (ram, _client) = connect(1, &path);
+    assert_eq!(byte(&ram, 3), 4);
+    ram.discard(3 * PAGE, 2 * PAGE).unwrap();
+    assert_eq!(byte(&ram, 3), 0);
+    let start = ram.regions()[0].host_addr + 3 * PAGE;
+    let (event, args) = server.join().unwrap();
+    assert_eq!((event, args[0], args[1]), (UFFD_EVENT_REMOVE, start, start + 2 * PAGE));
+}
+
+#[test]
+fn an_image_of_served_memory_has_all_pages() {
+    let (dir, path, listener) = listen();
+    std::thread::spawn(move || {
+        let handler = Handler::accept(&listener);
+        (0..256).for_each(|_| handler.serve(&handler.event()));
+        handler.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    });
+    let (ram, _client) = connect(1, &path);
+    let image = dir.path().join("mem");
+    vesta_memory::image::write_full(&ram, &image, &()).unwrap().file.commit().unwrap();
+    let bytes = std::fs::read(&image).unwrap();
+    assert!((0..256).all(|page| bytes[page * 4096] == (page % 251) as u8 + 1));
+}
+
+#[test]
+fn nobody_listening_is_an_error_that_names_the_socket() {
+    let layout = MemoryLayout::of_size(1);
+    let error =
+        GuestRam::from_page_server(&layout, Path::new("/no/sock"), HugePages::None, false).unwrap_err();
+    assert!(
+        error.to_string().starts_with("cannot connect to the page server at /no/sock: No such file"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_server_that_never_answers_fails_the_probe() {
+    let (_dir, path, listener) = listen();
+    let (ram, client) = connect(1, &path);
+    let _handler = Handler::accept(&listener);
+    let error = client.probe(SHORT).unwrap_err();
+    assert!(matches!(error, PageServerError::Unanswered { .. }), "{error}");
+    assert!(error.to_string().ends_with("did not answer a page fault within 100 ms"), "{error}");
+    drop((client, ram));
+}
+
+#[test]
+fn a_closed_connection_and_then_a_stop_are_reported() {
+    let (_dir, path, listener) = listen();
+    let (_ram, mut client) = connect(1, &path);
+    drop(Handler::accept(&listener));
+    let (read, write) = no_stop();
+    assert_eq!(client.wait(read.as_fd(), LONG).unwrap(), ServerEvent::Closed);
+    drop(write);
+    assert_eq!(client.wait(read.as_fd(), LONG).unwrap(), ServerEvent::Stopped);
+    assert!(!client.is_gone(), "this process listened, and is here");
+}
+
+#[test]
+fn a_fault_that_stays_unread_is_a_stall_and_released_threads_go_on() {
+    let (_dir, path, listener) = listen();
+    let (ram, mut client) = connect(1, &path);
+    let _handler = Handler::accept(&listener);
+    let guest = std::thread::spawn(move || byte(&ram, 9));
+    let (read, _write) = no_stop();
+    assert_eq!(client.wait(read.as_fd(), SHORT).unwrap(), ServerEvent::Stalled);
+    assert!(!guest.is_finished(), "a fault was answered by nobody");
+    client.release();
+    assert_eq!(guest.join().unwrap(), 0);
+}
+
+/// Not a test: the process of a server that another test starts. It serves one fault, then reads one more and waits.
+#[test]
+fn server_process() {
+    let Some(path) = std::env::var_os("VESTA_TEST_PAGE_SERVER") else { return };
+    let listener = UnixListener::bind(path).unwrap();
+    println!("listening");
+    let handler = Handler::accept(&listener);
+    handler.serve(&handler.event());
+    handler.event();
+    println!("fault read");
+    std::thread::park();
+}
+
+fn server_process_at(path: &Path) -> Child {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "server_process", "--nocapture"])
+        .env("VESTA_TEST_PAGE_SERVER", path)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for(&mut child, "listening");
+    child
+}
+
+fn wait_for(child: &mut Child, text: &str) {
+    let mut seen = String::new();
+    let mut byte = [0];
+    while !seen.contains(text) {
+        assert_eq!(child.stdout.as_mut().unwrap().read(&mut byte).unwrap(), 1, "ended after {seen:?}");
+        seen.push(char::from(byte[0]));
+    }
+}
+
+#[test]
+fn a_server_that_dies_is_reported_and_its_guest_does_not_go_on_with_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("uffd.sock");
+    let mut child = server_process_at(&path);
+    let (ram, mut client) = connect(1, &path);
+    client.probe(LONG).unwrap();
+    let guest = std::thread::spawn(move || byte(&ram, 7));
+    wait_for(&mut child, "fault read");
+    let (read, _write) = no_stop();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let mut event = client.wait(read.as_fd(), LONG).unwrap();
+    if event == ServerEvent::Closed {
+        event = client.wait(read.as_fd(), LONG).unwrap();
+    }
+    assert_eq!(event, ServerEvent::Gone);
+    assert!(client.is_gone());
+    assert!(!guest.is_finished(), "the guest went on without its page");
+    client.release();
+    guest.join().unwrap();
+}
+
+#[test]
+fn a_server_that_dies_before_its_first_answer_fails_the_probe() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("uffd.sock");
+    let mut child = server_process_at(&path);
+    let (_ram, client) = connect(1, &path);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Alive, it might have answered; killed before the probe began, it cannot.
+    let error = client.probe(LONG).unwrap_err();
+    assert!(matches!(error, PageServerError::Gone { .. }), "{error}");
+}

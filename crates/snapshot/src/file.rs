@@ -1,0 +1,348 @@
+//! Files that appear under their name whole, or not at all.
+//!
+//! An [`AtomicFile`] has no name while it is written (`O_TMPFILE`), so that a writer that is killed leaves nothing. Where
+//! the file system or a missing `/proc` does not allow that, it has a temporary name beside the final one,
+//! `NAME.ID.vesta-tmp`, which goes away with the value; only a killed writer leaves it behind. When all is
+//! written, the file gets the temporary name ([`AtomicFile::stage`]), is put on disk, and gets the final name by a
+//! rename ([`Staged::commit`]), which replaces an older file in one step.
+//!
+//! A snapshot is two files, and no file system renames two in one step. [`commit_pair`] makes the state file's rename the
+//! moment that counts: the memory file is staged under a name that holds its [`FileId`], the state file names that id,
+//! and if the machine dies between the two renames, [`find`] still finds the memory that belongs to the state.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+/// How temporary names end.
+const SUFFIX: &str = "vesta-tmp";
+/// The longest file name that Linux takes.
+const NAME_MAX: usize = 255;
+/// Permissions of a new file, before the umask.
+const NEW_FILE_MODE: u32 = 0o666;
+
+/// Why a file could not be put in its place.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {}: {source}", path.display())]
+pub struct FileError {
+    /// What was tried, in words.
+    pub action: &'static str,
+    /// The file, under its final name.
+    pub path: PathBuf,
+    /// The kernel's reason.
+    pub source: std::io::Error,
+}
+
+/// A random number that tells one file from all others; 16 hexadecimal digits in text and in state files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct FileId(u64);
+
+impl FileId {
+    /// A new one.
+    pub fn random() -> std::io::Result<Self> {
+        let mut bytes = [0; 8];
+        let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+        debug_assert_eq!(got, bytes.len(), "getrandom gives up to 256 bytes at once");
+        Ok(FileId(u64::from_le_bytes(bytes)))
+    }
+}
+
+impl fmt::Display for FileId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl From<FileId> for String {
+    fn from(id: FileId) -> String {
+        id.to_string()
+    }
+}
+
+impl FromStr for FileId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        match u64::from_str_radix(text, 16) {
+            Ok(id) if digits => Ok(FileId(id)),
+            _ => Err(format!("a file id is 16 hexadecimal digits, not {text:?}")),
+        }
+    }
+}
+
+impl TryFrom<String> for FileId {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// A file that is being written and has no name yet. Dropping it leaves nothing.
+#[derive(Debug)]
+pub struct AtomicFile {
+    file: File,
+    place: Place,
+}
+
+/// A file that is whole and has its temporary name. Dropping it removes it.
+#[derive(Debug)]
+pub struct Staged {
+    file: File,
+    place: Place,
+}
+
+/// Where a file is to go, and whether its temporary name exists.
+#[derive(Debug)]
+struct Place {
+    path: PathBuf,
+    dir: OwnedFd,
+    name: OsString,
+    id: FileId,
+    linked: bool,
+}
+
+impl AtomicFile {
+    /// Begins a file that will be `path`.
+    ///
+    /// A symbolic link at `path` stays, and what it points to is replaced. What is there must be a regular file, whose
+    /// permissions the new one takes on.
+    pub fn create(path: &Path) -> Result<Self, FileError> {
+        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let failed =
+            |source: std::io::Error| FileError { action: "create", path: path.to_path_buf(), source };
+        let invalid = |text| failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, text));
+        let name = target.file_name().ok_or_else(|| invalid("the path ends in no name"))?.to_os_string();
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let dir = rustix::fs::openat(
+            CWD,
+            parent,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|e| failed(e.into()))?;
+        let existing = match rustix::fs::statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => Some(stat.st_mode),
+            Ok(_) => return Err(invalid("what is there is not a regular file")),
+            Err(Errno::NOENT) => None,
+            Err(e) => return Err(failed(e.into())),
+        };
+        let id = FileId::random().map_err(failed)?;
+        let mut place = Place { path: path.to_path_buf(), dir, name, id, linked: false };
+        let file = place.open().map_err(|e| failed(e.into()))?;
+        if let Some(mode) = existing {
+            // Who could read the old file can read the new one; where that is not for us to say, the default stays.
+            let _ = rustix::fs::fchmod(&file, Mode::from_raw_mode(mode));
+        }
+        Ok(AtomicFile { file, place })
+    }
+
+    /// The file to write to; it can be read as well.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// What tells this file from others: for the state file to name.
+    pub fn id(&self) -> FileId {
+        self.place.id
+    }
+
+    /// The name that it will have.
+    pub fn path(&self) -> &Path {
+        &self.place.path
+    }
+
+    /// All is written: gives the file its temporary name.
+    pub fn stage(self) -> Result<Staged, FileError> {
+        let AtomicFile { file, mut place } = self;
+        if !place.linked {
+            let temporary = place.temporary();
+            rustix::fs::linkat(CWD, proc_path(&file), &place.dir, &temporary, AtFlags::SYMLINK_FOLLOW)
+                .map_err(|e| place.error("name", e.into()))?;
+            place.linked = true;
+        }
+        Ok(Staged { file, place })
+    }
+
+    /// [`Self::stage`] and [`Staged::commit`].
+    pub fn commit(self) -> Result<File, FileError> {
+        self.stage()?.commit()
+    }
+}
+
+impl Staged {
+    /// Puts the file on disk, gives it its final name, in place of an older one, and puts the name on disk.
+    pub fn commit(self) -> Result<File, FileError> {
+        self.sync()?;
+        let Staged { file, mut place } = self;
+        place.rename()?;
+        place.sync_dir()?;
+        Ok(file)
+    }
+
+    /// What tells this file from others.
+    pub fn id(&self) -> FileId {
+        self.place.id
+    }
+
+    fn sync(&self) -> Result<(), FileError> {
+        self.file.sync_all().map_err(|source| self.place.error("write", source))
+    }
+}
+
+impl Place {
+    fn open(&mut self) -> rustix::io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(NEW_FILE_MODE);
+        if let Ok(file) = rustix::fs::openat(&self.dir, c".", flags | OFlags::TMPFILE, mode) {
+            let file = File::from(file);
+            // It gets its name through /proc, which a jail may not have.
+            if rustix::fs::stat(proc_path(&file)).is_ok() {
+                return Ok(file);
+            }
+        }
+        // A reason other than a missing O_TMPFILE meets this as well, and is reported by it.
+        let file =
+            rustix::fs::openat(&self.dir, self.temporary(), flags | OFlags::CREATE | OFlags::EXCL, mode)?;
+        self.linked = true;
+        Ok(File::from(file))
+    }
+
+    fn temporary(&self) -> OsString {
+        temporary_name(&self.name, self.id)
+    }
+
+    fn error(&self, action: &'static str, source: std::io::Error) -> FileError {
+        FileError { action, path: self.path.clone(), source }
+    }
+
+    fn rename(&mut self) -> Result<(), FileError> {
+        rustix::fs::renameat(&self.dir, self.temporary(), &self.dir, &self.name)
+            .map_err(|e| self.error("replace", e.into()))?;
+        self.linked = false;
+        Ok(())
+    }
+
+    /// Swaps the temporary and the final name.
+    fn exchange(&self) -> rustix::io::Result<()> {
+        let temporary = self.temporary();
+        rustix::fs::renameat_with(&self.dir, &temporary, &self.dir, &self.name, RenameFlags::EXCHANGE)
+    }
+
+    fn sync_dir(&self) -> Result<(), FileError> {
+        rustix::fs::fsync(&self.dir).map_err(|e| self.error("put on disk the name of", e.into()))
+    }
+
+    fn device(&self) -> Option<u64> {
+        rustix::fs::fstat(&self.dir).ok().map(|stat| stat.st_dev)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.linked {
+            let _ = rustix::fs::unlinkat(&self.dir, self.temporary(), AtFlags::empty());
+        }
+    }
+}
+
+/// Gives a memory file and the state file that names its [`FileId`] their final names, as one step: whoever dies in
+/// between leaves the old pair, or the new one for [`find`] to complete.
+///
+/// On an error the old pair is there as before. The exception is a file system that cannot exchange two names: if the
+/// memory file's rename fails there, the new state stays, and its memory under the name that [`find`] knows.
+pub fn commit_pair(memory: Staged, state: Staged) -> Result<(), FileError> {
+    // At once: a file system makes one commit of its journal of both.
+    std::thread::scope(|scope| {
+        let other = std::thread::Builder::new().name("sync".into()).spawn_scoped(scope, || memory.sync());
+        state.sync()?;
+        match other {
+            Ok(other) => other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(_) => memory.sync(),
+        }
+    })?;
+    let mut memory = memory.place;
+    let mut state = state.place;
+    // One file system keeps its renames in order. Two do not know of each other: each step is put on disk by itself.
+    let apart = memory.device() != state.device();
+    if apart {
+        memory.sync_dir()?;
+    }
+    let replaced = match state.exchange() {
+        Ok(()) => Replaced::Exchanged,
+        Err(Errno::NOENT) => {
+            state.rename()?;
+            Replaced::Nothing
+        }
+        Err(_) => {
+            state.rename()?;
+            Replaced::ForGood
+        }
+    };
+    let renamed = if apart { state.sync_dir().and_then(|()| memory.rename()) } else { memory.rename() };
+    if let Err(e) = renamed {
+        match replaced {
+            // Back again; what is dropped next are the new files.
+            Replaced::Exchanged => state.exchange().map_err(|e| state.error("put back", e.into()))?,
+            Replaced::Nothing => rustix::fs::unlinkat(&state.dir, &state.name, AtFlags::empty())
+                .map_err(|e| state.error("remove", e.into()))?,
+            Replaced::ForGood => memory.linked = false,
+        }
+        return Err(e);
+    }
+    // The old state, if it was exchanged, has the temporary name now and goes with `state`.
+    state.sync_dir()?;
+    memory.sync_dir()
+}
+
+/// What happened to the state file that was there before.
+enum Replaced {
+    /// It has the temporary name.
+    Exchanged,
+    /// There was none.
+    Nothing,
+    /// It is gone.
+    ForGood,
+}
+
+/// Where the file `id` is that belongs at `path`: there, or, if its writer died within [`commit_pair`], beside it.
+pub fn find(path: &Path, id: FileId) -> PathBuf {
+    let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    if let Some(name) = target.file_name() {
+        let staged = target.with_file_name(temporary_name(name, id));
+        if staged.exists() {
+            return staged;
+        }
+    }
+    path.to_path_buf()
+}
+
+fn temporary_name(name: &OsStr, id: FileId) -> OsString {
+    let ending = format!(".{id}.{SUFFIX}");
+    let stem = name.as_bytes();
+    let stem = &stem[..stem.len().min(NAME_MAX - ending.len())];
+    let mut temporary = OsStr::from_bytes(stem).to_os_string();
+    temporary.push(ending);
+    temporary
+}
+
+fn proc_path(file: &File) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
+#[cfg(test)]
+#[path = "file_tests.rs"]
+mod tests;

@@ -1,0 +1,121 @@
+//! Entry point for fuzzing: any bytes as a state file.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::section::{MigrateError, Section};
+use crate::{Snapshot, Value};
+
+/// Types of all shapes, to decode anything into.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Anything {
+    #[serde(default)]
+    number: Option<u64>,
+    #[serde(default)]
+    list: Vec<Vec<u8>>,
+    #[serde(default)]
+    choice: Option<Choice>,
+    #[serde(flatten)]
+    rest: std::collections::BTreeMap<String, Value>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Choice {
+    Unit,
+    Tuple(u8, String),
+    Struct { map: std::collections::BTreeMap<String, i64> },
+}
+
+impl Section for Anything {
+    const NAME: &'static str = "anything";
+    const VERSION: u16 = 2;
+
+    fn migrate(_: u16, value: Value) -> Result<Value, MigrateError> {
+        Ok(value)
+    }
+}
+
+/// Reads `data` as a state file, and as one whose checksums are right although its content is `data`.
+pub fn decode(data: &[u8]) {
+    look(data.to_vec());
+    look(sealed(data));
+}
+
+fn look(bytes: Vec<u8>) {
+    let len = bytes.len();
+    let Ok(snapshot) = Snapshot::parse(Path::new("fuzz"), bytes) else { return };
+    assert!(snapshot.sections().iter().map(|s| s.len).sum::<usize>() < len);
+    let _ = snapshot.get::<Anything>();
+    for section in snapshot.sections() {
+        let _ = snapshot.value(&section.name);
+    }
+    let _ = snapshot.describe().to_string();
+}
+
+/// A file with `data` in a section, all checksums right: gets a fuzzer past them.
+fn sealed(data: &[u8]) -> Vec<u8> {
+    use crate::format::{Header, SECTION, end, seal};
+    let version = data.first().map_or(1, |b| u16::from(b % 4));
+    let writer = crate::Writer::new(&Header::new("microvm", "fuzz", 0)).expect("a header can be encoded");
+    let mut bytes = writer.finish().expect("an empty file is small");
+    // Without its end, what is left is the header.
+    bytes.truncate(bytes.len() - 12);
+    let mut crcs = bytes[bytes.len() - 4..].to_vec();
+    let start = bytes.len();
+    bytes.extend_from_slice(&SECTION);
+    bytes.extend_from_slice(&8u16.to_le_bytes());
+    bytes.extend_from_slice(&version.to_le_bytes());
+    bytes.extend_from_slice(&(data.len() as u64).to_le_bytes());
+    bytes.extend_from_slice(b"anything");
+    bytes.extend_from_slice(data);
+    seal(&mut bytes, start, &mut crcs);
+    end(&mut bytes, 1, &crcs);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+    #[test]
+    fn seeded_random_bytes_are_read_or_refused() {
+        let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
+        let mut runner = TestRunner::new_with_rng(Config { cases: 20_000, ..Config::default() }, rng);
+        let bytes = proptest::collection::vec(any::<u8>(), 0..300);
+        runner
+            .run(&bytes, |data| {
+                decode(&data);
+                Ok(())
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn the_checksums_of_made_up_files_are_right() {
+        let file = Snapshot::parse(Path::new("fuzz"), sealed(&[0x02])).unwrap();
+        assert_eq!(file.value("anything").unwrap(), Value::from(2));
+    }
+
+    #[test]
+    fn mutated_data_of_the_right_shape_is_read_or_refused() {
+        let good = Anything {
+            number: Some(3),
+            list: vec![vec![1; 40], vec![]],
+            choice: Some(Choice::Struct { map: [("a".into(), -1)].into() }),
+            rest: [("more".to_owned(), Value::Array(vec![Value::Null]))].into(),
+        };
+        let mut data = Vec::new();
+        ciborium::into_writer(&good, &mut data).unwrap();
+        for at in 0..data.len() {
+            for byte in 0..=255 {
+                let mut data = data.clone();
+                data[at] = byte;
+                decode(&data);
+            }
+            decode(&data[..at]);
+        }
+    }
+}

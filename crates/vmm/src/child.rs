@@ -1,0 +1,110 @@
+//! A child of a fork, from its first moment to its end.
+//!
+//! It runs on the stack of the command that made it and never goes back there: what lies beneath belongs to its parent. It keeps the memory of its
+//! guest, its API socket and the log, makes everything else anew, and ends with the process.
+
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use control::Controller;
+use control::fork::{Family, Inheritance, Seed};
+use machine::event_channel;
+
+use crate::event_loop::{self, ProcessHost};
+use crate::exit::{self, ExitCode};
+use crate::process::{Side, close_all_but, fork};
+use crate::{end_of, logger, signals, terminal};
+
+/// The first child: it makes the others, and lives.
+pub(crate) fn live(mut family: Family) -> ! {
+    let code = catch_unwind(AssertUnwindSafe(|| {
+        let seed = loop {
+            let Some(seed) = family.seeds.pop() else { return ExitCode::Generic };
+            if family.seeds.is_empty() {
+                break seed;
+            }
+            match fork() {
+                // The next child makes the rest.
+                Ok(Side::Child) => {
+                    leave(seed);
+                }
+                Ok(Side::Parent) => {
+                    family.seeds.drain(..).for_each(leave);
+                    break seed;
+                }
+                Err(error) => {
+                    for unborn in family.seeds.drain(..) {
+                        unborn.reporter.report(Err(&format_args!("cannot fork this process: {error}")));
+                    }
+                    break seed;
+                }
+            }
+        };
+        be(seed, family.inheritance)
+    }));
+    exit::exit(code.unwrap_or(ExitCode::Generic))
+}
+
+/// Another child's seed: that child has it.
+fn leave(seed: Seed) {
+    if let Some(api) = seed.api {
+        api.leave_to_fork();
+    }
+}
+
+fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
+    let mut kept = logger::descriptors();
+    kept.extend(seed.api.as_ref().map(|api| api.as_fd().as_raw_fd()));
+    kept.push(seed.reporter.as_fd().as_raw_fd());
+    kept.extend(signals::descriptor());
+    close_all_but(kept);
+    terminal::forget();
+    logger::rename(&seed.identity.id);
+
+    let reporter = seed.reporter.clone();
+    let begun = begin(&mut seed).and_then(|process| {
+        let (sink, source) = event_channel()?;
+        Ok((process, sink, source))
+    });
+    let ((signals, requests), sink, source) = match begun {
+        Ok(begun) => begun,
+        Err(error) => {
+            reporter.report(Err(&error));
+            return ExitCode::Generic;
+        }
+    };
+    let (controller, reporter) = match Controller::born(ProcessHost, seed, inheritance, sink) {
+        Ok(born) => born,
+        Err((error, reporter)) => {
+            log::error!("{error}");
+            reporter.report(Err(&error));
+            return ExitCode::Generic;
+        }
+    };
+    reporter.report(Ok(()));
+    // Never dropped: the process ends with it, and its end waits for no thread.
+    let mut controller = ManuallyDrop::new(controller);
+    let ended = event_loop::serve(&mut controller, requests.as_ref(), &source, &signals);
+    drop(requests);
+    end_of(ended.map_err(crate::RunError::from))
+}
+
+/// What a process needs before it has a machine.
+type Process = (signals::Signals, Option<control::api::Requests>);
+
+fn begin(seed: &mut Seed) -> std::io::Result<Process> {
+    if let Some(cgroup) = &seed.cgroup {
+        let named = |e: std::io::Error| {
+            std::io::Error::new(e.kind(), format!("cannot move to the cgroup {}: {e}", cgroup.display()))
+        };
+        std::fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).map_err(named)?;
+    }
+    if let Some(logger) = &seed.logger {
+        logger::set_up(logger)
+            .map_err(|e| std::io::Error::new(e.kind(), format!("cannot open the log: {e}")))?;
+    }
+    let signals = signals::renew()?;
+    let requests = seed.api.take().map(control::api::ApiServer::spawn).transpose()?;
+    Ok((signals, requests))
+}
