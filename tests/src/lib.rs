@@ -9,13 +9,16 @@
 #![deny(unsafe_code)]
 
 pub mod api;
+pub mod counting;
 pub mod disks;
 pub mod elf;
 pub mod guest;
 pub mod host_devices;
+pub mod host_net;
 pub mod initramfs;
 pub mod modules;
 pub mod pattern;
 pub mod process;
+pub mod traffic;
 pub mod transcript;
 pub mod vmm;

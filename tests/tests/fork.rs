@@ -63,7 +63,7 @@ on_each_transport! {
         vmm.wait_for_output("FLUSHED", BOOT)?;
         let mut api = vmm.ready_client(SOON)?;
 
-        let mut children = Vec::new();
+        let (mut children, mut alive) = (Vec::new(), Vec::new());
         for generation in 0..2 {
             let bodies = (0..2).map(|n| {
                 let id = format!("g{generation}c{n}");
@@ -73,8 +73,8 @@ on_each_transport! {
             });
             let bodies: Vec<_> = bodies.collect();
             let reply = api.put("/fork", &json!({"children": bodies}))?.ok()?.json()?;
-            // They end by themselves; killed if this test fails before.
-            std::mem::forget(orphans(&reply)?);
+            // They end by themselves, and are killed if this test fails before.
+            alive.push(orphans(&reply)?);
         }
         let parent = said(&mut vmm)?;
         ensure!(parent.contains("VERIFIED vda") && parent.contains("VERIFIED vdb"), "{parent}");

@@ -1,51 +1,15 @@
 //! Forks of guests of a few instructions.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::elf::Elf;
-use vesta_tests::guest::{Guest, SOON, start, vmm_path};
+use vesta_tests::counting::{counting, counts, wait_for};
+use vesta_tests::guest::{SOON, vmm_path};
 use vesta_tests::process::Orphans;
-use vesta_tests::vmm::{Vmm, VmmBuilder};
-
-/// A guest that sends 0, 1, 2, ... over its serial port for ever, into the file `serial`.
-fn counting() -> Result<(Vmm, ApiClient, PathBuf)> {
-    // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
-    let kernel = Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc]);
-    let vmm = VmmBuilder::new(&vmm_path())?.with_api().arg("--id").arg("parent").spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
-    let image = vmm.dir().join("kernel");
-    fs::write(&image, kernel.bytes())?;
-    Guest::bare(&image).mem_mib(16).put(&mut api)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    start(&mut api)?;
-    wait_for(&serial, 10)?;
-    Ok((vmm, api, serial))
-}
-
-/// Waits until the guest has written that many bytes more to its serial port; all that it wrote.
-fn wait_for(serial: &Path, more: usize) -> Result<Vec<u8>> {
-    let written = || fs::read(serial).unwrap_or_default();
-    let wanted = written().len() + more;
-    let deadline = Instant::now() + SOON;
-    while written().len() < wanted {
-        if Instant::now() > deadline {
-            bail!("the guest of {} stands still", serial.display());
-        }
-        std::thread::yield_now();
-    }
-    Ok(written())
-}
-
-/// Whether each byte is one more than the one before.
-fn counts(bytes: &[u8]) -> bool {
-    bytes.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1))
-}
+use vesta_tests::vmm::VmmBuilder;
 
 fn child(dir: &Path, id: &str) -> Value {
     json!({
@@ -65,7 +29,7 @@ fn client(dir: &Path, id: &str) -> ApiClient {
 
 #[test]
 fn children_and_parent_go_on_independently_from_the_same_moment() -> Result<()> {
-    let (vmm, mut api, serial) = counting()?;
+    let (vmm, mut api, serial) = counting(&json!({}))?;
     // The children outlive their parent, and its directory.
     let home = tempfile::tempdir()?;
     let dir = home.path();
@@ -95,7 +59,7 @@ fn children_and_parent_go_on_independently_from_the_same_moment() -> Result<()> 
 
 #[test]
 fn a_fork_of_a_fork_works_and_a_paused_one_stays_paused() -> Result<()> {
-    let (_vmm, mut api, _serial) = counting()?;
+    let (_vmm, mut api, _serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let mut orphans = Vec::new();
@@ -122,7 +86,7 @@ fn a_fork_of_a_fork_works_and_a_paused_one_stays_paused() -> Result<()> {
 
 #[test]
 fn fifty_children_of_one_call_all_begin() -> Result<()> {
-    let (_vmm, mut api, serial) = counting()?;
+    let (_vmm, mut api, serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let children: Vec<_> = (0..50).map(|n| child(dir, &format!("c{n}"))).collect();
@@ -141,7 +105,7 @@ fn fifty_children_of_one_call_all_begin() -> Result<()> {
 
 #[test]
 fn what_cannot_be_forked_is_refused_by_name_and_the_guest_goes_on() -> Result<()> {
-    let (vmm, mut api, serial) = counting()?;
+    let (vmm, mut api, serial) = counting(&json!({}))?;
     let taken = vmm.dir().join("api.sock");
     for (body, named) in [
         (json!({"children": []}), "0 entries"),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigError, InstanceId, Logger, Serial};
+use crate::{ConfigError, InstanceId, Logger, NetworkOverride, Serial};
 
 /// Most children of one call.
 pub const MAX_CHILDREN: usize = 1000;
@@ -36,6 +36,9 @@ pub struct Child {
     /// Where its writes go, for drives where the default is not right.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<DriveOverlay>,
+    /// Its taps: it has none of its parent's. An interface that is not named here is there, with its link down.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_overrides: Vec<NetworkOverride>,
     /// Where its serial console goes; nowhere where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
@@ -89,6 +92,11 @@ impl Fork {
         once("id", self.children.iter().map(|child| child.id.as_str().to_owned()))?;
         let shown = |path: &PathBuf| path.display().to_string();
         once("api_socket", self.children.iter().filter_map(|child| child.api_socket.as_ref().map(shown)))?;
+        let taps = self.children.iter().flat_map(|child| &child.network_overrides);
+        once("host_dev_name", taps.filter_map(|tap| tap.host_dev_name.clone()))?;
+        for child in &self.children {
+            once("iface_id", child.network_overrides.iter().map(|network| network.iface_id.clone()))?;
+        }
         let overlays = self.children.iter().flat_map(|child| &child.drives).chain(&self.drives);
         once("overlay", overlays.map(|drive| shown(&drive.overlay)))?;
         for drives in self.children.iter().map(|child| &child.drives).chain([&self.drives]) {

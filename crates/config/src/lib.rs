@@ -28,6 +28,7 @@ mod machine_config;
 mod mmds;
 mod network;
 mod serial;
+mod snapshot;
 mod token_bucket;
 mod vm_config;
 mod vm_state;
@@ -49,9 +50,13 @@ pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsConfigError, MmdsVersion};
 pub use network::{
     DEFAULT_NET_QUEUE_SIZE, MAX_IFACE_ID_LEN, MAX_NET_QUEUE_SIZE, MAX_QUEUE_PAIRS, MAX_TAP_NAME_LEN, MIN_MTU,
     MIN_NET_QUEUE_SIZE, MacAddress, MacAddressError, NetBackendKind, NetworkError, NetworkInterface,
-    NetworkInterfaceUpdate, check_networks,
+    NetworkInterfaceUpdate, NetworkOverride, check_networks, override_networks,
 };
 pub use serial::Serial;
+pub use snapshot::{
+    DriveOverride, MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotError, SnapshotHugePages,
+    SnapshotLoad, SnapshotType,
+};
 pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
 pub use vm_config::{FullVmConfig, VmConfig, check_drives};
 pub use vm_state::{Vm, VmState};
@@ -104,6 +109,9 @@ pub enum ConfigError {
     /// A network interface.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// Children of a fork.
     #[error(transparent)]
     Fork(#[from] ForkError),

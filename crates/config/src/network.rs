@@ -208,6 +208,12 @@ pub enum NetworkError {
         /// Which interface.
         iface_id: String,
     },
+    /// An override of an interface that is not there.
+    #[error("network_overrides: the microVM has no network interface {iface_id}")]
+    Unknown {
+        /// What was given.
+        iface_id: String,
+    },
     /// Two interfaces with something that can be there once only.
     #[error("network interfaces {first} and {second} have the same {what}, {value}")]
     Twice {
@@ -389,6 +395,37 @@ pub struct NetworkInterfaceUpdate {
     /// New limits on what the guest sends, likewise.
     #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiter>,
+}
+
+/// An interface whose network is another one now: after a snapshot, or in a fork's child.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkOverride {
+    /// Which interface.
+    pub iface_id: String,
+    /// Its tap.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_dev_name: Option<String>,
+    /// Or the descriptors of its tap (an extension).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fds: Option<Vec<i32>>,
+    /// Or the socket of its `passt` (an extension), where it had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// Puts overrides in the place of what `networks` had. The result is to be checked.
+pub fn override_networks(
+    networks: &mut [NetworkInterface],
+    overrides: &[NetworkOverride],
+) -> Result<(), ConfigError> {
+    for NetworkOverride { iface_id, host_dev_name, fds, socket } in overrides {
+        let network = networks.iter_mut().find(|network| network.iface_id == *iface_id);
+        let network = network.ok_or_else(|| NetworkError::Unknown { iface_id: iface_id.clone() })?;
+        (network.host_dev_name, network.fds, network.socket) =
+            (host_dev_name.clone(), fds.clone(), socket.clone());
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -75,8 +75,8 @@ pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
 /// A microVM's configuration as `GET /vm/config` answers: the configuration file's keys, of which any may be unset.
 ///
 /// What is unset is null; `serial`, which Firecracker does not have there, is then left out.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub struct FullVmConfig {
     /// What to boot, once it is known.
     pub boot_source: Option<BootSource>,

@@ -4,7 +4,7 @@ use std::fmt;
 
 use config::{
     BootSource, ConfigError, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
-    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, VmState,
+    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState,
 };
 
 use crate::PhaseError;
@@ -56,6 +56,10 @@ pub enum Command {
     SetVmState(VmState),
     /// The whole configuration: `GET /vm/config`.
     GetVmConfig,
+    /// Save the guest.
+    CreateSnapshot(SnapshotCreate),
+    /// Go on with a guest that was saved.
+    LoadSnapshot(SnapshotLoad),
     /// Make children of the guest as it is: `PUT /fork`, an extension.
     Fork(Fork),
 }
@@ -87,6 +91,8 @@ impl Command {
             Command::SetVmState(VmState::Paused) => "pausing",
             Command::SetVmState(VmState::Resumed) => "resuming",
             Command::GetVmConfig => "GET /vm/config",
+            Command::CreateSnapshot(_) => "PUT /snapshot/create",
+            Command::LoadSnapshot(_) => "PUT /snapshot/load",
             Command::Fork(_) => "PUT /fork",
         }
     }

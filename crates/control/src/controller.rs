@@ -13,6 +13,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use config::{
@@ -99,7 +100,7 @@ pub struct Controller<H> {
     /// What the guest can learn, and the way to it that `config.mmds_config` says.
     pub(crate) metadata: Metadata,
     /// The networks of `config.network_interfaces`, in the same order, opened when they were set.
-    networks: Vec<NetBackend>,
+    pub(crate) networks: Vec<NetBackend>,
     /// Disks that were replaced and may still be in use, by their drives' ids.
     pub(crate) settling: Vec<(String, Replaced)>,
     pub(crate) state: State,
@@ -206,6 +207,8 @@ impl<H: Host> Controller<H> {
                 self.set_vm_state(state)?;
                 self.settle_disks();
             }
+            Command::CreateSnapshot(create) => self.create_snapshot(&create)?,
+            Command::LoadSnapshot(load) => self.load_snapshot(&load)?,
             Command::Fork(fork) => return self.fork(&fork),
         }
         Ok(Reply::Empty)
@@ -397,7 +400,7 @@ impl<H: Host> Controller<H> {
     }
 
     /// The machine in either of its states, if there is one.
-    fn machine(&self) -> Option<&Machine> {
+    pub(crate) fn machine(&self) -> Option<&Machine> {
         match &self.state {
             State::Running(machine) => Some(machine),
             State::Paused(machine) => Some(machine),
@@ -405,40 +408,23 @@ impl<H: Host> Controller<H> {
         }
     }
 
-    /// Where the guest's serial port leads.
-    fn serial(&mut self) -> std::io::Result<SerialSetup> {
-        match &self.serial_output {
-            Some(_) => self.file_serial(),
-            None => Ok(SerialSetup { limit: self.serial_limit(), ..self.host.standard_io()? }),
-        }
+    /// Where the serial port of a guest with this configuration leads: the file that was set, else standard input and output.
+    pub(crate) fn serial_for(&mut self, config: &FullVmConfig) -> Result<SerialSetup, CommandError> {
+        let setup = match &self.serial_output {
+            Some(_) => self.file_serial(config),
+            None => self.host.standard_io().map(|setup| SerialSetup { limit: serial_limit(config), ..setup }),
+        };
+        setup.map_err(|e| CommandError::new(format_args!("cannot open the serial port's other end: {e}")))
     }
 
-    /// The same, and nowhere if no file is named.
-    pub(crate) fn file_serial(&self) -> std::io::Result<SerialSetup> {
+    /// The same, and nowhere if no file was set.
+    pub(crate) fn file_serial(&self, config: &FullVmConfig) -> std::io::Result<SerialSetup> {
         let output = self.serial_output.as_ref().map(Output::try_clone).transpose()?;
-        Ok(SerialSetup { output, input: None, limit: self.serial_limit() })
-    }
-
-    fn serial_limit(&self) -> RateLimiterConfig {
-        let bucket = self.config.serial.as_ref().and_then(|serial| serial.rate_limiter);
-        limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }))
-    }
-
-    /// The devices to be, their back ends open.
-    pub(crate) fn device_setup(&self) -> DeviceSetup {
-        let drives = self.config.drives.iter().cloned().zip(self.disks.iter().cloned()).collect();
-        let networks = self.config.network_interfaces.iter().cloned();
-        DeviceSetup {
-            drives,
-            networks: networks.zip(self.networks.iter().cloned()).collect(),
-            entropy: self.config.entropy.clone(),
-            metadata: self.metadata.service(&self.identity.id),
-            pci: self.platform.pci,
-        }
+        Ok(SerialSetup { output, input: None, limit: serial_limit(config) })
     }
 
     fn start(&mut self) -> Result<(), CommandError> {
-        let serial = self.serial().map_err(|e| cannot_start(&e))?;
+        let serial = self.serial_for(&self.config.clone())?;
         let (Some(source), Some(files)) = (&self.config.boot_source, &self.boot_files) else {
             return Err(CommandError::new("there is nothing to boot: no boot source has been set"));
         };
@@ -452,7 +438,13 @@ impl<H: Host> Controller<H> {
             boot,
             serial,
             boot_timer: self.platform.boot_timer,
-            devices: self.device_setup(),
+            devices: devices(
+                &self.config,
+                &self.disks,
+                &self.networks,
+                self.metadata.service(&self.identity.id),
+                self.platform.pci,
+            ),
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
@@ -485,6 +477,53 @@ impl<H: Host> Controller<H> {
         self.state = next;
         result
     }
+}
+
+/// A configuration with its back ends open, for a machine that is made of saved state.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) config: FullVmConfig,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) networks: Vec<NetBackend>,
+}
+
+impl Loaded {
+    /// The devices to be.
+    pub(crate) fn devices(&self, metadata: Option<Arc<mmds::Service>>, pci: bool) -> DeviceSetup {
+        devices(&self.config, &self.disks, &self.networks, metadata, pci)
+    }
+}
+
+/// The devices to be, their back ends open.
+pub(crate) fn devices(
+    config: &FullVmConfig,
+    disks: &[Disk],
+    networks: &[NetBackend],
+    metadata: Option<Arc<mmds::Service>>,
+    pci: bool,
+) -> DeviceSetup {
+    let drives = config.drives.iter().cloned().zip(disks.iter().cloned()).collect();
+    let networks = config.network_interfaces.iter().cloned().zip(networks.iter().cloned()).collect();
+    DeviceSetup { drives, networks, entropy: config.entropy.clone(), metadata, pci }
+}
+
+/// Opens the networks of these interfaces.
+pub(crate) fn open_networks(networks: &[NetworkInterface]) -> Result<Vec<NetBackend>, CommandError> {
+    networks.iter().map(|network| NetBackend::open(network).map_err(CommandError::new)).collect()
+}
+
+/// Opens the disks of these drives.
+pub(crate) fn open_disks(drives: &[Drive]) -> Result<Vec<Disk>, CommandError> {
+    let open = |drive: &Drive| {
+        Disk::open(&DiskOptions::of(drive))
+            .map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))
+    };
+    drives.iter().map(open).collect()
+}
+
+fn serial_limit(config: &FullVmConfig) -> RateLimiterConfig {
+    let bucket = config.serial.as_ref().and_then(|serial| serial.rate_limiter);
+    limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }))
 }
 
 /// A bug in this monitor: there is no machine any more.

@@ -5,6 +5,7 @@
 //! - [`phase`]: which command is possible before the guest starts, and which after.
 //! - [`controller`]: the owner of configuration and machine, which carries commands out.
 //! - [`fork`]: children of a started microVM.
+//! - [`snapshot`]: saving a microVM to files, and going on with one.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and the way from there to the main thread and back.
 //!
@@ -25,6 +26,7 @@ pub mod fork;
 pub mod http;
 mod metadata;
 pub mod phase;
+pub mod snapshot;
 
 pub use command::{Command, CommandError, Reply};
 pub use controller::{Controller, Host, Identity, Platform};

@@ -57,6 +57,11 @@ impl Metadata {
         self.store.patch(patch).map_err(refused)
     }
 
+    /// The same contents with the way that a saved microVM had.
+    pub(crate) fn with_way(&self, config: Option<&MmdsConfig>) -> Metadata {
+        Metadata { store: self.store.clone(), config: config.cloned() }
+    }
+
     /// What a fork's child begins with: the same way, and these contents or else the same. From then on they are its own.
     pub(crate) fn child(&self, contents: Option<Value>) -> Result<Metadata, CommandError> {
         let store = self.store.detached();

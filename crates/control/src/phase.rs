@@ -72,6 +72,7 @@ fn when(command: &Command) -> When {
         | Command::PutNetwork(_)
         | Command::PutEntropy(_)
         | Command::PutMmdsConfig(_)
+        | Command::LoadSnapshot(_)
         | Command::Start => When::BeforeStart,
 
         Command::FlushMetrics
@@ -79,6 +80,7 @@ fn when(command: &Command) -> When {
         | Command::SetVmState(_)
         | Command::PatchDrive(_)
         | Command::PatchNetwork(_)
+        | Command::CreateSnapshot(_)
         | Command::Fork(_) => When::AfterStart,
     }
 }

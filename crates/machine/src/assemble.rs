@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use config::MachineConfig;
+use kvm_ioctls::VcpuFd;
 use memory::GuestRam;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -14,7 +15,7 @@ use crate::boot::Loaded;
 use crate::bus::{Bus, BusDevice};
 use crate::chipset::ClockAfter;
 use crate::cpu::registers::{set_fpu, set_lapic};
-use crate::cpu::{Cpuid, StateFormat, XsaveSize, set_boot_msrs};
+use crate::cpu::{Cpuid, StateFormat, Topology, XsaveSize, missing_features, set_boot_msrs};
 use crate::devices::{DeviceSetup, Devices, Places};
 use crate::events::EventSink;
 use crate::generation::Generation;
@@ -62,6 +63,7 @@ pub(crate) fn assemble(
         .create_vcpus(config.vcpu_count)?;
 
     if let Some(state) = saved {
+        check_processor(&kvm, config, state, &vcpu_fds)?;
         state.chipset.restore(&vm.shared_fd())?;
         let format = StateFormat::of(&kvm, &vm)?;
         for (fd, state) in vcpu_fds.iter().zip(&state.vcpus) {
@@ -106,6 +108,19 @@ pub(crate) fn assemble(
         state.chipset.restore_clock(&vm.shared_fd(), *clock)?;
     }
     Ok(Machine { vcpus, devices, pump, serial, keyboard, vm, kvm })
+}
+
+/// A saved guest must find here what it knows of its processor.
+fn check_processor(
+    kvm: &Kvm,
+    config: &MachineConfig,
+    state: &MachineState,
+    fresh: &[VcpuFd],
+) -> Result<(), StartError> {
+    let (Some(fd), Some(saved)) = (fresh.first(), state.vcpus.first()) else { return Ok(()) };
+    let topology = Topology::new(config.vcpu_count, config.smt);
+    let missing = missing_features(kvm, fd, topology, &saved.cpuid)?;
+    if missing.is_empty() { Ok(()) } else { Err(StartError::OtherProcessor { missing }) }
 }
 
 impl StateFormat {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use config::MachineConfig;
-use memory::{GuestRam, MapError};
+use memory::{GuestRam, MapError, PageSet};
 
 use crate::assemble::{Origin, Parts, assemble};
 use crate::boot::{self, BootError, BootFiles};
@@ -21,7 +21,7 @@ use crate::chipset::{ChipsetState, ClockAfter};
 use crate::cpu::{Cpuid, StateFormat, Topology};
 use crate::devices::{DeviceError, DeviceSetup, Devices};
 use crate::events::EventSink;
-use crate::kvm::{Kvm, KvmError, Vm};
+use crate::kvm::{Kvm, KvmError, Named, Vm};
 use crate::legacy::console::Pump;
 use crate::legacy::{I8042, KeyboardFull, SerialPort, SerialSetup, StartTimes};
 use crate::state::MachineState;
@@ -90,6 +90,12 @@ pub enum StartError {
     /// The devices cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A saved guest saw a processor that this host cannot show it.
+    #[error("the guest cannot go on on this host's processor, which lacks: {}", missing.join(", "))]
+    OtherProcessor {
+        /// What it lacks.
+        missing: Vec<String>,
+    },
     /// A saved machine has other vCPUs than its configuration says.
     #[error("the saved state has {saved} vCPUs, and its configuration says {configured}")]
     OtherVcpus {
@@ -227,6 +233,18 @@ impl Machine {
     /// The guest's memory.
     pub fn ram(&self) -> &GuestRam {
         self.vm.ram()
+    }
+
+    /// The pages that were written, by the guest or for it, since they were last asked for; `None` where that is not tracked.
+    /// From here on they count as not written: whoever fails to keep them calls [`GuestRam::put_back`].
+    pub fn take_dirty_pages(&self) -> Result<Option<PageSet>, KvmError> {
+        let Some(mut dirty) = self.ram().take_monitor_writes() else { return Ok(None) };
+        for (slot, region) in (0..).zip(self.ram().regions()) {
+            let size = usize::try_from(region.size).unwrap_or(usize::MAX);
+            let log = self.vm.shared_fd().get_dirty_log(slot, size).named("KVM_GET_DIRTY_LOG")?;
+            dirty.insert_words(slot as usize, &log).map_err(|_| KvmError::StateTooLarge("dirty pages"))?;
+        }
+        Ok(Some(dirty))
     }
 
     /// Presses Ctrl+Alt+Del on the guest's keyboard. A paused guest sees it when it runs again.

@@ -12,6 +12,7 @@
 //! come with [`Restore`](crate::Restore), because they may be other ones.
 
 use serde::{Deserialize, Serialize};
+use snapshot::Section;
 
 use crate::chipset::ChipsetState;
 use crate::cpu::VcpuState;
@@ -31,4 +32,8 @@ pub struct MachineState {
     pub serial: SerialPortState,
     /// The keyboard controller.
     pub keyboard: KeyboardState,
+}
+
+impl Section for MachineState {
+    const NAME: &'static str = "machine";
 }

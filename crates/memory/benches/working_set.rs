@@ -27,7 +27,7 @@ fn touch(ram: &GuestRam) -> Duration {
         for page in stretch * STRETCH..(stretch + 1) * STRETCH {
             let address = GuestAddress(page * PAGE);
             let byte: u8 = ram.memory().read_obj(address).expect("RAM");
-            if stretch % 2 == 0 {
+            if stretch.is_multiple_of(2) {
                 ram.memory().write_obj(byte, address).expect("RAM");
             }
         }

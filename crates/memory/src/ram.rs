@@ -202,7 +202,7 @@ impl GuestRam {
             self.inner.regions.iter().position(|r| r.guest_addr <= addr && addr - r.guest_addr < r.size);
         let bad_range = || DiscardError::Range { addr, len, page_size };
         let index = index.filter(|_| self.contains(addr, len)).ok_or_else(bad_range)?;
-        if addr % page_size != 0 || len % page_size != 0 {
+        if !addr.is_multiple_of(page_size) || !len.is_multiple_of(page_size) {
             return Err(bad_range());
         }
         if len == 0 {

@@ -73,7 +73,7 @@ impl Handler {
             let n = unsafe {
                 libc::read(self.userfault.as_raw_fd(), (&raw mut message).cast(), size_of::<Message>())
             };
-            if n == size_of::<Message>() as isize {
+            if n == size_of::<Message>().cast_signed() {
                 return message;
             }
         }

@@ -3,7 +3,7 @@
 //! An [`AtomicFile`] has no name while it is written (`O_TMPFILE`), so that a writer that is killed leaves nothing. Where
 //! the file system or a missing `/proc` does not allow that, it has a temporary name beside the final one,
 //! `NAME.ID.vesta-tmp`, which goes away with the value; only a killed writer leaves it behind. When all is
-//! written, the file is synced and gets the temporary name ([`AtomicFile::stage`]), and then the final one by a
+//! written, the file gets the temporary name ([`AtomicFile::stage`]), is put on disk, and gets the final name by a
 //! rename ([`Staged::commit`]), which replaces an older file in one step.
 //!
 //! A snapshot is two files, and no file system renames two in one step. [`commit_pair`] makes the state file's rename the
@@ -95,7 +95,7 @@ pub struct AtomicFile {
     place: Place,
 }
 
-/// A file that is whole and on disk under its temporary name. Dropping it removes it.
+/// A file that is whole and has its temporary name. Dropping it removes it.
 #[derive(Debug)]
 pub struct Staged {
     file: File,
@@ -165,10 +165,9 @@ impl AtomicFile {
         &self.place.path
     }
 
-    /// Puts all that was written on disk and gives the file its temporary name.
+    /// All is written: gives the file its temporary name.
     pub fn stage(self) -> Result<Staged, FileError> {
         let AtomicFile { file, mut place } = self;
-        file.sync_all().map_err(|source| place.error("write", source))?;
         if !place.linked {
             let temporary = place.temporary();
             rustix::fs::linkat(CWD, proc_path(&file), &place.dir, &temporary, AtFlags::SYMLINK_FOLLOW)
@@ -185,8 +184,9 @@ impl AtomicFile {
 }
 
 impl Staged {
-    /// Gives the file its final name, in place of an older one, and puts the name on disk.
+    /// Puts the file on disk, gives it its final name, in place of an older one, and puts the name on disk.
     pub fn commit(self) -> Result<File, FileError> {
+        self.sync()?;
         let Staged { file, mut place } = self;
         place.rename()?;
         place.sync_dir()?;
@@ -196,6 +196,10 @@ impl Staged {
     /// What tells this file from others.
     pub fn id(&self) -> FileId {
         self.place.id
+    }
+
+    fn sync(&self) -> Result<(), FileError> {
+        self.file.sync_all().map_err(|source| self.place.error("write", source))
     }
 }
 
@@ -261,6 +265,15 @@ impl Drop for Place {
 /// On an error the old pair is there as before. The exception is a file system that cannot exchange two names: if the
 /// memory file's rename fails there, the new state stays, and its memory under the name that [`find`] knows.
 pub fn commit_pair(memory: Staged, state: Staged) -> Result<(), FileError> {
+    // At once: a file system makes one commit of its journal of both.
+    std::thread::scope(|scope| {
+        let other = std::thread::Builder::new().name("sync".into()).spawn_scoped(scope, || memory.sync());
+        state.sync()?;
+        match other {
+            Ok(other) => other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(_) => memory.sync(),
+        }
+    })?;
     let mut memory = memory.place;
     let mut state = state.place;
     // One file system keeps its renames in order. Two do not know of each other: each step is put on disk by itself.

@@ -115,7 +115,7 @@ impl Writer {
         Ok(bytes)
     }
 
-    /// Writes the file beside `path` and puts it on disk: for [`commit_pair`](crate::commit_pair).
+    /// Writes the file beside `path`: for [`commit_pair`](crate::commit_pair).
     pub fn stage(self, path: &Path) -> Result<Staged, WriteError> {
         let bytes = self.finish()?;
         let file = AtomicFile::create(path)?;

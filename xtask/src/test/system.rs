@@ -29,9 +29,16 @@ const NULL_GUESTS: &str = "null_";
 /// How often the emulated host may die before the rest is given up.
 const MOST_DEATHS: usize = 8;
 
-/// Programs of the host that tests make disks with.
-const PROGRAMS: &[(&str, &str)] =
-    &[("mke2fs", "e2fsprogs"), ("losetup", "mount"), ("dmsetup", "dmsetup"), ("blockdev", "util-linux")];
+/// Programs of the host that tests make disks and networks with.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("mke2fs", "e2fsprogs"),
+    ("losetup", "mount"),
+    ("dmsetup", "dmsetup"),
+    ("blockdev", "util-linux"),
+    ("ip", "iproute2"),
+    ("ethtool", "ethtool"),
+    ("passt", "passt"),
+];
 
 /// What the harness is told: the monitor, the kernels and busybox.
 fn guest_environment(vmm: PathBuf) -> Result<Vec<(OsString, OsString)>> {

@@ -5,7 +5,7 @@
 use config::{
     Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
     Logger, MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError, NetworkInterface,
-    NetworkInterfaceUpdate, ResourceId, Serial, Vm,
+    NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Vm,
 };
 use serde::de::DeserializeOwned;
 
@@ -100,6 +100,8 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["mmds", "config"]) => put_mmds_config(request),
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
+        (Method::Put, ["snapshot", "create"]) => put_snapshot_create(request),
+        (Method::Put, ["snapshot", "load"]) => put_snapshot_load(request),
         (Method::Put, ["fork"]) => put_fork(request),
         (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),
         _ => Err(not_found(request)),
@@ -172,6 +174,18 @@ fn put_mmds_config(request: &Request) -> Result<Routed, RouteError> {
     let config: MmdsConfig = body(request)?;
     config.check()?;
     Ok(Routed { deprecated: config.version == MmdsVersion::V1, command: Command::PutMmdsConfig(config) })
+}
+
+fn put_snapshot_create(request: &Request) -> Result<Routed, RouteError> {
+    let create: SnapshotCreate = body(request)?;
+    create.check()?;
+    Ok(plain(Command::CreateSnapshot(create)))
+}
+
+fn put_snapshot_load(request: &Request) -> Result<Routed, RouteError> {
+    let load: SnapshotLoad = body(request)?;
+    load.check()?;
+    Ok(Routed { deprecated: load.mem_file_path.is_some(), command: Command::LoadSnapshot(load) })
 }
 
 fn put_fork(request: &Request) -> Result<Routed, RouteError> {

@@ -150,14 +150,4 @@ impl<H: Host> Controller<H> {
             }
         }
     }
-
-    /// Opens the disks of the configuration.
-    pub(super) fn open_disks(&mut self) -> Result<(), CommandError> {
-        let open = |drive: &Drive| {
-            Disk::open(&DiskOptions::of(drive))
-                .map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))
-        };
-        self.disks = self.config.drives.iter().map(open).collect::<Result<_, _>>()?;
-        Ok(())
-    }
 }

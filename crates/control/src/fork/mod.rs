@@ -31,14 +31,15 @@ mod report;
 
 use std::time::{Duration, Instant};
 
-use config::{Child, Fork, FullVmConfig, HugePages, Logger};
+use config::{Child, Fork, FullVmConfig, Logger, check_networks, override_networks};
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
 use serde_json::json;
+use virtio::net::NetBackend;
 
 use crate::api::{ApiServer, Limits};
-use crate::controller::{Controller, Host, Identity, Platform, State};
+use crate::controller::{Controller, Host, Identity, Platform, State, devices, open_disks};
 use crate::metadata::Metadata;
 use crate::{CommandError, Reply};
 use disks::Plan;
@@ -80,16 +81,16 @@ pub struct Seed {
     platform: Platform,
     config: FullVmConfig,
     metadata: Metadata,
+    /// By interface: whether it has a network of its own.
+    has_network: Vec<bool>,
     resume: bool,
 }
 
 impl<H: Host> Controller<H> {
     /// Makes the children. The guest goes on as it was, running or paused.
     pub(crate) fn fork(&mut self, fork: &Fork) -> Result<Reply, CommandError> {
-        if self.config.machine_config.huge_pages == HugePages::Hugetlbfs2M {
-            return Err(CommandError::new(
-                "a microVM with huge_pages 2M cannot be forked: the kernel would have to copy the pool's pages",
-            ));
+        if let Some(machine) = self.machine() {
+            machine.ram().fork_check().map_err(CommandError::new)?;
         }
         let plan = Plan::of_parent(&self.config.drives, &self.disks, &self.identity.id, &fork.drives)?;
         let reports = Reports::new().map_err(|e| cannot("make a pipe", &e))?;
@@ -115,6 +116,13 @@ impl<H: Host> Controller<H> {
     fn seed(&self, number: usize, child: &Child, reporter: Reporter) -> Result<Seed, CommandError> {
         let mut config = self.config.clone();
         Plan::of_child(&config.drives, &self.disks, child)?.apply(&mut config.drives);
+        override_networks(&mut config.network_interfaces, &child.network_overrides)?;
+        check_networks(&config.network_interfaces)?;
+        let has_network = config
+            .network_interfaces
+            .iter()
+            .map(|network| child.network_overrides.iter().any(|other| other.iface_id == network.iface_id));
+        let has_network = has_network.collect();
         // A child does not write to its parent's terminal or file.
         config.serial = Some(child.serial.clone().unwrap_or_default());
         if child.logger.is_some() {
@@ -133,6 +141,7 @@ impl<H: Host> Controller<H> {
             platform: self.platform,
             config,
             metadata: self.metadata.child(child.mmds.clone()).map_err(|e| of_child(&e))?,
+            has_network,
             resume: child.resume,
         })
     }
@@ -155,27 +164,46 @@ impl<H: Host> Controller<H> {
         inheritance: Inheritance,
         events: EventSink,
     ) -> Result<(Self, Reporter), (CommandError, Reporter)> {
-        let Seed { identity, platform, config, metadata, resume, reporter, .. } = seed;
+        let Seed { identity, platform, config, metadata, has_network, resume, reporter, .. } = seed;
         let platform = Platform { boot_timer: None, ..platform };
         let mut controller = Controller::new(identity, host, platform, events);
         (controller.config, controller.metadata) = (config, metadata);
-        match controller.restore_inherited(inheritance, resume) {
+        match controller.restore_inherited(inheritance, &has_network, resume) {
             Ok(()) => Ok((controller, reporter)),
             Err(error) => Err((error, reporter)),
         }
     }
 
-    fn restore_inherited(&mut self, inheritance: Inheritance, resume: bool) -> Result<(), CommandError> {
+    fn restore_inherited(
+        &mut self,
+        inheritance: Inheritance,
+        has_network: &[bool],
+        resume: bool,
+    ) -> Result<(), CommandError> {
         let Inheritance { state, ram } = inheritance;
-        self.open_disks()?;
+        self.disks = open_disks(&self.config.drives)?;
+        let networks = self.config.network_interfaces.iter().zip(has_network).map(|(network, &own)| {
+            if own {
+                NetBackend::open(network).map_err(CommandError::new)
+            } else {
+                Ok(NetBackend::unplugged(network.num_queues()))
+            }
+        });
+        self.networks = networks.collect::<Result<_, _>>()?;
         let serial_output = self.config.serial.as_ref().and_then(|serial| serial.serial_out_path.clone());
         self.serial_output = serial_output.as_deref().map(crate::controller::open_serial).transpose()?;
         let machine = Paused::restore(Restore {
             config: &self.config.machine_config,
             state: &state,
             ram,
-            serial: self.file_serial().map_err(|e| cannot("open the serial output", &e))?,
-            devices: self.device_setup(),
+            serial: self.file_serial(&self.config).map_err(|e| cannot("open the serial output", &e))?,
+            devices: devices(
+                &self.config,
+                &self.disks,
+                &self.networks,
+                self.metadata.service(&self.identity.id),
+                self.platform.pci,
+            ),
             clock: ClockAfter::Continues,
             events: self.events.try_clone().map_err(|e| cannot("make a descriptor", &e))?,
         })

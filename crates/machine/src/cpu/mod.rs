@@ -1,11 +1,13 @@
 //! What a vCPU looks like from inside: CPUID, model-specific registers, and the registers that it starts with.
 
+mod compatibility;
 mod cpuid;
 mod msrs;
 pub(crate) mod registers;
 pub(crate) mod state;
 mod xsave;
 
+pub(crate) use compatibility::missing_features;
 pub(crate) use cpuid::Cpuid;
 pub(crate) use msrs::set_boot_msrs;
 pub(crate) use state::{StateFormat, VcpuState};

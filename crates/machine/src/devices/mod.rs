@@ -212,8 +212,8 @@ impl Devices {
             devices.drives.insert(drive.drive_id, control);
         }
         for (network, backend) in setup.networks {
-            let name = format!("network interface {}", network.iface_id);
             let detour = metadata::detour(setup.metadata.as_ref(), &network, now);
+            let name = format!("net {}", network.iface_id);
             let setup = NetSetup { backend, detour };
             let (net, control) = match saved.and_then(|saved| saved.device(&name)) {
                 Some(DeviceState::Net(state)) => Net::restore(state, setup, now)?,

@@ -17,14 +17,14 @@ use crate::source::Source;
 use crate::sys::guest_io;
 use crate::sys::span::Span;
 
-/// An image that is whole and on disk, but not under its final name yet: the state file is still to come.
+/// An image that is whole, but not under its final name yet: the state file is still to come.
 #[derive(Debug)]
 pub struct Written {
     /// The file, for [`snapshot::commit_pair`] or [`Staged::commit`]. Dropped, it goes away.
     pub file: Staged,
     /// What belongs into the state file.
     pub info: ImageInfo,
-    /// Bytes that were written or copied: what the guest has for itself.
+    /// Bytes that were written or copied: what is not a hole, and not shared with the base.
     pub data_bytes: u64,
 }
 
@@ -47,8 +47,8 @@ pub fn write_full(ram: &GuestRam, path: &Path, observer: &dyn Observer) -> Resul
         }
     };
     job.put(&pages, zeros)?;
-    let done = job.done;
-    finish(ram, file, ImageKind::Full, done)
+    let written = job.written;
+    finish(ram, file, ImageKind::Full, written)
 }
 
 /// Writes `pages` of the guest's memory on top of what is at `path`: onto a file of the image's size (the base, or an older Diff
@@ -79,8 +79,8 @@ pub fn write_diff(
     if base.is_none() {
         job.fill_coarse_extents(pages)?;
     }
-    let done = job.done;
-    finish(ram, file, ImageKind::Diff, done)
+    let written = job.written;
+    finish(ram, file, ImageKind::Diff, written)
 }
 
 /// The file at `path`, if it is one of this size.
@@ -114,6 +114,8 @@ enum Zeros {
 struct Job<'a> {
     ram: &'a GuestRam,
     target: Target<'a>,
+    written: u64,
+    /// Bytes that are dealt with, of `total`.
     done: u64,
     total: u64,
 }
@@ -122,7 +124,7 @@ impl<'a> Job<'a> {
     fn new(ram: &'a GuestRam, file: &'a AtomicFile, pages: &PageSet, observer: &'a dyn Observer) -> Self {
         let size = ram.layout().file_size();
         let target = Target { file: file.file(), path: file.path(), size, observer };
-        Job { ram, target, done: 0, total: pages.count() * PAGE }
+        Job { ram, target, written: 0, done: 0, total: pages.count() * PAGE }
     }
 
     /// Begins an image with what the guest still shares with the file that it was restored from: all but `own`.
@@ -160,6 +162,7 @@ impl<'a> Job<'a> {
     fn copy(&mut self, from: &File, range: Range<u64>) -> Result<(), ImageError> {
         let (target, total, before) = (self.target, self.total, self.done);
         self.done += range.end - range.start;
+        self.written += range.end - range.start;
         copy(from, &target, range, |copied| target.step(before + copied, total))
     }
 
@@ -199,6 +202,9 @@ impl<'a> Job<'a> {
                 (false, _) => guest_io::write_all(self.target.file, span.part(bytes), at),
             };
             done.map_err(|e| self.target.error(at, e))?;
+            if !zero {
+                self.written += (end - start) * PAGE;
+            }
             start = end;
         }
         self.done += (pages.end - pages.start) * PAGE;

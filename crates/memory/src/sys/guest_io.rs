@@ -17,7 +17,12 @@ pub(crate) fn write_all(file: &File, span: Span, offset: u64) -> io::Result<()> 
         let rest = span.part(done..span.len());
         // SAFETY: `rest` is mapped (type invariant of `Span`); the kernel only reads it.
         let n = unsafe {
-            libc::pwrite(file.as_raw_fd(), rest.as_ptr().cast(), rest.len() as usize, (offset + done) as i64)
+            libc::pwrite(
+                file.as_raw_fd(),
+                rest.as_ptr().cast(),
+                rest.len() as usize,
+                (offset + done).cast_signed(),
+            )
         };
         done += progressed(n, io::ErrorKind::WriteZero)?;
     }
@@ -31,7 +36,12 @@ pub(crate) fn read_exact(file: &File, span: Span, offset: u64) -> io::Result<()>
         let rest = span.part(done..span.len());
         // SAFETY: `rest` is mapped and is guest memory (type invariant of `Span`), into which nobody holds a reference.
         let n = unsafe {
-            libc::pread(file.as_raw_fd(), rest.as_ptr().cast(), rest.len() as usize, (offset + done) as i64)
+            libc::pread(
+                file.as_raw_fd(),
+                rest.as_ptr().cast(),
+                rest.len() as usize,
+                (offset + done).cast_signed(),
+            )
         };
         done += progressed(n, io::ErrorKind::UnexpectedEof)?;
     }
@@ -53,14 +63,15 @@ fn progressed(n: isize, end: io::ErrorKind) -> io::Result<u64> {
 /// Whether the page at `offset` in `span` is all zero. Touches it.
 pub(crate) fn is_zero(span: Span, offset: u64) -> bool {
     let page = span.part(offset..offset + PAGE);
-    let start = page.as_ptr().cast::<u64>();
+    let start = page.addr() as usize;
     // A cache line at a time: most pages that are not zero say so in the first.
     (0..PAGE as usize / 64).all(|line| {
         let mut all = 0;
         for word in 0..8 {
+            let word = (start + line * 64 + word * 8) as *mut u64;
             // SAFETY: within the page, which is mapped (`Span`) and page-aligned; guests and monitor threads write it through
             // raw pointers and atomics only.
-            let word = unsafe { AtomicU64::from_ptr(start.add(line * 8 + word)) };
+            let word = unsafe { AtomicU64::from_ptr(word) };
             all |= word.load(Ordering::Relaxed);
         }
         all == 0

@@ -87,6 +87,7 @@ impl Span {
         let advice = match advice {
             Harmless::DontDump => Advice::LinuxDontDump,
             Harmless::HugePages => Advice::LinuxHugepage,
+            Harmless::SmallPages => Advice::LinuxNoHugepage,
             Harmless::PopulateRead => Advice::LinuxPopulateRead,
             Harmless::PopulateWrite => Advice::LinuxPopulateWrite,
         };
@@ -117,6 +118,8 @@ pub(crate) enum Harmless {
     DontDump,
     /// Use transparent huge pages.
     HugePages,
+    /// Map nothing by huge pages.
+    SmallPages,
     /// Map the pages as if read.
     PopulateRead,
     /// Map the pages as if written: private copies.

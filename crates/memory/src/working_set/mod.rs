@@ -182,7 +182,7 @@ mod tests {
     }
 
     fn run(region: u32, first: u64, count: u64) -> Run {
-        Run { region, first, count, written: first % 2 == 0 }
+        Run { region, first, count, written: first.is_multiple_of(2) }
     }
 
     #[test]

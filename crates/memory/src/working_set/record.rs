@@ -3,6 +3,10 @@
 //! A thread looks at the page tables every few milliseconds. What is new since the last look was touched in between: coarse, but
 //! the guest is not slowed down, and the order within a few milliseconds does not matter to who reads ahead. Looking costs in
 //! proportion to what is mapped; where a look takes long, the next one comes later.
+//!
+//! The kernel maps more of a file than was asked for: up to 16 pages around it, and 2 MiB at once where the page cache has a huge
+//! page. The first is fine, neighbours are needed together; the second would make all of memory a working set, so an image that
+//! is watched is mapped by small pages (also afterwards: a watched guest's reads take more faults).
 
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -14,7 +18,9 @@ use super::{Run, WorkingSet, WorkingSetError};
 use crate::pages::PageSet;
 use crate::ram::GuestRam;
 use crate::resident::ResidentError;
+use crate::source::Source;
 use crate::sys::pagemap::{Pagemap, Which};
+use crate::sys::span::Harmless;
 
 /// How a guest is watched.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +47,12 @@ pub struct Recorder {
 impl Recorder {
     /// Begins to watch. Call it before the guest runs: what is mapped already is not recorded.
     pub fn start(ram: &GuestRam, image: FileId, options: RecordOptions) -> Result<Self, WorkingSetError> {
+        if let Source::File(_) = ram.source() {
+            for span in ram.spans() {
+                // A kernel without huge pages has nothing to refuse.
+                let _ = span.advise(Harmless::SmallPages);
+            }
+        }
         let mut watch = Watch::begin(ram)?;
         let (stop, stopped) = sync_channel::<()>(1);
         let thread = std::thread::Builder::new().name("working_set".into()).spawn(move || {
@@ -172,7 +184,7 @@ mod tests {
     #[test]
     fn a_watched_guests_pages_are_in_the_set_when_the_watch_is_ended_early() {
         let ram = GuestRam::map(1, HugePages::None, false).unwrap();
-        let options = RecordOptions { duration: Duration::from_secs(3600), ..RecordOptions::default() };
+        let options = RecordOptions { duration: Duration::from_hours(1), ..RecordOptions::default() };
         let recorder = Recorder::start(&ram, FileId::random().unwrap(), options).unwrap();
         write(&ram, 9);
         assert!(!recorder.is_finished());

@@ -53,6 +53,8 @@ pub(super) enum Kind {
     Vhost(Arc<Tap>, Vec<Arc<Vhost>>),
     /// A connection to a network in another process.
     Stream(Box<Stream>),
+    /// Nothing: the link is down. So many pairs.
+    Unplugged(u16),
 }
 
 impl NetBackend {
@@ -90,11 +92,17 @@ impl NetBackend {
         NetBackend { kind: Kind::Stream(Box::new(stream)) }
     }
 
+    /// No network, for an interface of a restored guest that has none here: its link is down.
+    pub fn unplugged(pairs: u16) -> Self {
+        NetBackend { kind: Kind::Unplugged(pairs) }
+    }
+
     /// How many pairs of queues it can serve.
     pub fn pairs(&self) -> usize {
         match &self.kind {
             Kind::Tap(tap) | Kind::Vhost(tap, _) => tap.queues(),
             Kind::Stream(_) => 1,
+            Kind::Unplugged(pairs) => usize::from(*pairs),
         }
     }
 
@@ -113,6 +121,14 @@ impl NetBackend {
                 tap.features() & (kernel | !feature::MRG_RXBUF)
             }
             Kind::Stream(_) => feature::MRG_RXBUF,
+            // What comes from nowhere lacks nothing.
+            Kind::Unplugged(_) => {
+                feature::OFFLOADS
+                    | feature::MRG_RXBUF
+                    | feature::HOST_USO
+                    | feature::GUEST_USO4
+                    | feature::GUEST_USO6
+            }
         }
     }
 }

@@ -275,7 +275,8 @@ impl Net {
         };
         let (device, control) =
             Self::with(state.config.clone(), setup, state.features, limiters, front, now)?;
-        control.shared.changed.store(announce || !state.link_up, Ordering::Release);
+        let changed = announce || control.link_is_up() != state.link_up;
+        control.shared.changed.store(changed, Ordering::Release);
         Ok((device, control))
     }
 
@@ -288,6 +289,8 @@ impl Net {
         now: Nanos,
     ) -> Result<(Self, NetControl), NetError> {
         let NetSetup { backend, detour } = setup;
+        let mut front = front;
+        front.link_up &= !matches!(backend.kind, Kind::Unplugged(_));
         let id = || config.id.clone();
         if backend.pairs() != usize::from(config.pairs) {
             return Err(NetError::Pairs { id: id(), wanted: config.pairs, has: backend.pairs() });
@@ -311,6 +314,7 @@ impl Net {
                 let port = |vhost| Parts { vhost: Some(vhost), ..Parts::default() };
                 (Some(Arc::clone(&tap)), Some(tap), vhosts.into_iter().map(port).collect())
             }
+            Kind::Unplugged(pairs) => (None, None, (0..pairs).map(|_| Parts::default()).collect()),
             Kind::Stream(stream) => {
                 (None, None, vec![Parts { link: Some(Link::Stream(stream)), ..Parts::default() }])
             }

@@ -121,6 +121,26 @@ fn a_network_that_lacks_what_the_guest_relies_on_is_refused() {
 }
 
 #[test]
+fn a_restored_guest_without_a_network_finds_its_link_down() {
+    let mut guest = with_pairs(2);
+    assert_eq!(guest.command(&[4, 0, 2, 0]), 0);
+    let mut state = guest.guest.save();
+    let DeviceState::Net(net) = state.common().device.clone() else { panic!() };
+    let setup = NetSetup { backend: NetBackend::unplugged(2), detour: None };
+    let (copy, control) = Net::restore(&net, setup, 1).unwrap();
+    let worker = crate::testing::TestWorker::new();
+    guest.guest = crate::testing::Guest::with(Kind::Pci, Box::new(copy), guest.guest.ram.clone(), worker);
+    guest.control = control;
+    guest.guest.restore(&state).unwrap();
+    let mut status = [0xff; 1];
+    guest.guest.read_config(6, &mut status);
+    assert_eq!(status[0] & 1, 0);
+    guest.send(&frame(60, 1));
+    assert_eq!(guest.control.stats().tap_write_fails.get(), 1);
+    assert_eq!(guest.guest.broken_count(), 0);
+}
+
+#[test]
 fn states_are_plain_data() {
     let bucket = BucketConfig { size: 100, refill_time_ms: 100, one_time_burst: 5 };
     let limits = RateLimiterConfig { bandwidth: Some(bucket), ops: None };

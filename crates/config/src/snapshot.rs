@@ -1,0 +1,203 @@
+//! `/snapshot/create` and `/snapshot/load`.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ConfigError, HugePages, NetworkOverride, Overlay};
+
+/// The body of `PUT /snapshot/create`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCreate {
+    /// Where the state goes.
+    pub snapshot_path: PathBuf,
+    /// Where the memory goes.
+    pub mem_file_path: PathBuf,
+    /// All of the memory, or what was written since the last snapshot.
+    #[serde(default)]
+    pub snapshot_type: SnapshotType,
+    /// Extension: the microVM need not be paused, and runs on while a fork of it writes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub live: bool,
+}
+
+/// How much of the memory is saved.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotType {
+    /// All of it.
+    #[default]
+    Full,
+    /// What was written since the last snapshot.
+    Diff,
+}
+
+/// The body of `PUT /snapshot/load`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotLoad {
+    /// Where the state is.
+    pub snapshot_path: PathBuf,
+    /// Where the memory comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_backend: Option<MemoryBackend>,
+    /// Where the memory is: `mem_backend` of type File (deprecated).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_file_path: Option<PathBuf>,
+    /// Whether pages that the guest writes are logged, for diff snapshots. (`enable_diff_snapshots` is its name of old.)
+    #[serde(default, alias = "enable_diff_snapshots")]
+    pub track_dirty_pages: bool,
+    /// Whether it runs at once; otherwise it is paused.
+    #[serde(default)]
+    pub resume_vm: bool,
+    /// Whether the guest's clock catches up with the time that has passed since it was saved.
+    #[serde(default)]
+    pub clock_realtime: bool,
+    /// The pages that back guest memory.
+    #[serde(default)]
+    pub huge_pages: SnapshotHugePages,
+    /// Network interfaces whose tap is another one now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_overrides: Vec<NetworkOverride>,
+    /// Extension: drives that are elsewhere now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<DriveOverride>,
+}
+
+/// Where memory comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryBackend {
+    /// What is at `backend_path`.
+    pub backend_type: MemoryBackendType,
+    /// The memory file, or the socket of a page server.
+    pub backend_path: PathBuf,
+}
+
+/// Kinds of memory back ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryBackendType {
+    /// A memory file, mapped privately.
+    File,
+    /// A page server, which answers page faults.
+    Uffd,
+}
+
+/// The pages that back a restored guest's memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SnapshotHugePages {
+    /// As they were.
+    #[default]
+    Snapshot,
+    /// Ordinary pages.
+    None,
+    /// Huge pages where the kernel can.
+    Transparent,
+    /// Pages of 2 MiB from the kernel's pool.
+    #[serde(rename = "2M")]
+    Hugetlbfs2M,
+}
+
+/// A drive that is elsewhere now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverride {
+    /// The drive.
+    pub drive_id: String,
+    /// Where its file or block device is; where it was if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_on_host: Option<PathBuf>,
+    /// Where its writes go, in place of the overlay that it had; as it was if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Overlay>,
+}
+
+/// What is wrong with a snapshot that is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SnapshotError {
+    /// Memory from two places, or from none.
+    #[error("exactly one of mem_backend and mem_file_path must be given")]
+    MemoryBackends,
+    /// Both parts in one file.
+    #[error("snapshot_path and mem_file_path are both {}", path.display())]
+    OneFile {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+impl SnapshotCreate {
+    /// Checks that the two files differ.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.snapshot_path == self.mem_file_path {
+            return Err(SnapshotError::OneFile { path: self.snapshot_path.clone() }.into());
+        }
+        Ok(())
+    }
+}
+
+impl SnapshotLoad {
+    /// Checks that the memory comes from one place.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.mem_backend.is_some() == self.mem_file_path.is_some() {
+            return Err(SnapshotError::MemoryBackends.into());
+        }
+        Ok(())
+    }
+
+    /// Where the memory comes from, if this was checked.
+    pub fn memory(&self) -> (MemoryBackendType, &Path) {
+        match (&self.mem_backend, &self.mem_file_path) {
+            (Some(backend), _) => (backend.backend_type, &backend.backend_path),
+            (None, path) => (MemoryBackendType::File, path.as_deref().unwrap_or(Path::new(""))),
+        }
+    }
+}
+
+impl SnapshotHugePages {
+    /// The pages to use for memory that had `saved`.
+    pub fn resolve(self, saved: HugePages) -> HugePages {
+        match self {
+            SnapshotHugePages::Snapshot => saved,
+            SnapshotHugePages::None => HugePages::None,
+            SnapshotHugePages::Transparent => HugePages::Transparent,
+            SnapshotHugePages::Hugetlbfs2M => HugePages::Hugetlbfs2M,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(json: &str) -> Result<SnapshotLoad, String> {
+        let load: SnapshotLoad = serde_json::from_str(json).map_err(|e| e.to_string())?;
+        load.check().map_err(|e| e.to_string())?;
+        Ok(load)
+    }
+
+    #[test]
+    fn memory_comes_from_one_place_by_either_name() {
+        let old = load(r#"{"snapshot_path":"s","mem_file_path":"m","enable_diff_snapshots":true}"#).unwrap();
+        assert_eq!(old.memory(), (MemoryBackendType::File, Path::new("m")));
+        assert!(old.track_dirty_pages);
+        let new = load(r#"{"snapshot_path":"s","mem_backend":{"backend_type":"Uffd","backend_path":"u"}}"#)
+            .unwrap();
+        assert_eq!(new.memory(), (MemoryBackendType::Uffd, Path::new("u")));
+        for bad in [
+            r#"{"snapshot_path":"s"}"#,
+            r#"{"snapshot_path":"s","mem_file_path":"m","mem_backend":{"backend_type":"File","backend_path":"m"}}"#,
+        ] {
+            assert!(load(bad).unwrap_err().contains("exactly one"));
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_full_unless_asked_and_has_two_files() {
+        let create = |json: &str| serde_json::from_str::<SnapshotCreate>(json).unwrap();
+        let full = create(r#"{"snapshot_path":"s","mem_file_path":"m"}"#);
+        assert_eq!((full.snapshot_type, full.live), (SnapshotType::Full, false));
+        full.check().unwrap();
+        assert!(create(r#"{"snapshot_path":"s","mem_file_path":"s"}"#).check().is_err());
+    }
+}

@@ -1,0 +1,44 @@
+//! Saving a microVM to two files, and going on with one that was saved.
+//!
+//! The state file has these sections, each described where its type is: `config` ([`SavedConfig`]), `machine`
+//! ([`machine::MachineState`]) and `memory` ([`memory::image::ImageInfo`]). The memory file is flat and sparse. Both appear under their
+//! names when both are whole.
+//!
+//! # What is the user's
+//!
+//! Disks: they are made to hold all that the guest flushed, or for overlays all that it wrote, and the state names them. Copying them is for who
+//! needs copies. The log, metrics and the contents of the metadata service are not saved.
+//!
+//! # Invariants
+//!
+//! - A snapshot that fails leaves the machine as it was, the old files as they were, and no part of the new ones; the next Diff has what this one
+//!   would have had.
+//! - A load that fails leaves a process that was not configured yet, ready for another try.
+
+mod create;
+mod load;
+
+use config::FullVmConfig;
+use serde::{Deserialize, Serialize};
+use snapshot::Section;
+
+/// What files of this kind say that they are.
+pub(crate) const KIND: &str = "microvm";
+
+/// What the microVM was told to be.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SavedConfig {
+    /// Its configuration, with its devices.
+    #[serde(flatten)]
+    pub config: FullVmConfig,
+    /// Its devices are on virtio-pci.
+    #[serde(default)]
+    pub pci: bool,
+    /// Its id when it was saved.
+    #[serde(default)]
+    pub id: String,
+}
+
+impl Section for SavedConfig {
+    const NAME: &'static str = "config";
+}

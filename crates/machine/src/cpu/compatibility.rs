@@ -1,0 +1,148 @@
+//! Whether a guest that was saved can go on here: what its processor showed must be here too.
+//!
+//! Only leaves that are lists of features are compared. What else CPUID says (names, sizes, topology) a guest has from its saved state.
+
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::VcpuFd;
+
+use super::state::CpuidLeaf;
+use super::{Cpuid, Topology};
+use crate::kvm::{Kvm, KvmError, Named};
+
+/// The registers of a leaf, in order.
+const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
+
+/// A list of features: leaf, index, and for each register which of its bits are features.
+struct FeatureLeaf {
+    leaf: u32,
+    index: u32,
+    bits: [u32; 4],
+}
+
+/// Bits that follow what the guest itself does: OSXSAVE in leaf 1, OSPKE in leaf 7.
+const OSXSAVE: u32 = 1 << 27;
+const OSPKE: u32 = 1 << 4;
+/// All bits.
+const ALL: u32 = u32::MAX;
+
+/// See the Intel SDM, volume 2, CPUID; the AMD APM, volume 3, appendix E; and KVM's `cpuid.rst` for the last.
+const FEATURES: [FeatureLeaf; 8] = [
+    FeatureLeaf { leaf: 0x1, index: 0, bits: [0, 0, !OSXSAVE, ALL] },
+    FeatureLeaf { leaf: 0x7, index: 0, bits: [0, ALL, !OSPKE, ALL] },
+    FeatureLeaf { leaf: 0x7, index: 1, bits: [ALL, 0, 0, ALL] },
+    FeatureLeaf { leaf: 0xd, index: 0, bits: [ALL, 0, 0, ALL] },
+    FeatureLeaf { leaf: 0xd, index: 1, bits: [ALL, 0, 0, 0] },
+    FeatureLeaf { leaf: 0x8000_0001, index: 0, bits: [0, 0, ALL, ALL] },
+    FeatureLeaf { leaf: 0x8000_0008, index: 0, bits: [0, ALL, 0, 0] },
+    FeatureLeaf { leaf: 0x4000_0001, index: 0, bits: [ALL, 0, 0, 0] },
+];
+
+/// Names of the features that a guest is most likely to have used: leaf, index, register, bit.
+const NAMES: [(u32, u32, usize, u32, &str); 24] = [
+    (0x1, 0, 2, 0, "sse3"),
+    (0x1, 0, 2, 1, "pclmulqdq"),
+    (0x1, 0, 2, 9, "ssse3"),
+    (0x1, 0, 2, 12, "fma"),
+    (0x1, 0, 2, 17, "pcid"),
+    (0x1, 0, 2, 19, "sse4_1"),
+    (0x1, 0, 2, 20, "sse4_2"),
+    (0x1, 0, 2, 21, "x2apic"),
+    (0x1, 0, 2, 23, "popcnt"),
+    (0x1, 0, 2, 25, "aes"),
+    (0x1, 0, 2, 26, "xsave"),
+    (0x1, 0, 2, 28, "avx"),
+    (0x1, 0, 2, 29, "f16c"),
+    (0x1, 0, 2, 30, "rdrand"),
+    (0x7, 0, 1, 3, "bmi1"),
+    (0x7, 0, 1, 5, "avx2"),
+    (0x7, 0, 1, 8, "bmi2"),
+    (0x7, 0, 1, 16, "avx512f"),
+    (0x7, 0, 1, 18, "rdseed"),
+    (0x7, 0, 1, 29, "sha_ni"),
+    (0x7, 0, 2, 9, "vaes"),
+    (0x7, 0, 3, 24, "amx_tile"),
+    (0x8000_0001, 0, 3, 26, "pdpe1gb"),
+    (0x8000_0001, 0, 3, 27, "rdtscp"),
+];
+
+/// What a guest with these leaves saw and this host cannot show it, in words; empty if it can go on here.
+///
+/// `vcpu` is a fresh one, which is shown what this host would show a guest that boots: a software KVM shows more than it says it does.
+pub(crate) fn missing_features(
+    kvm: &Kvm,
+    vcpu: &VcpuFd,
+    topology: Topology,
+    saved: &[CpuidLeaf],
+) -> Result<Vec<String>, KvmError> {
+    vcpu.set_cpuid2(&Cpuid::new(kvm, topology)?.for_vcpu(0)?).named("KVM_SET_CPUID2")?;
+    let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
+    let here: Vec<_> = here.as_slice().iter().map(CpuidLeaf::from).collect();
+    Ok(missing(&here, saved))
+}
+
+fn missing(here: &[CpuidLeaf], saved: &[CpuidLeaf]) -> Vec<String> {
+    let values = |leaves: &[CpuidLeaf], leaf, index| {
+        leaves.iter().find(|l| (l.leaf, l.index) == (leaf, index)).map_or([0; 4], |l| l.values)
+    };
+    let vendor = |leaves| {
+        let [_, b, c, d] = values(leaves, 0, 0);
+        [b, d, c].map(|word| String::from_utf8_lossy(&word.to_le_bytes()).into_owned()).concat()
+    };
+    let mut missing = Vec::new();
+    if vendor(here) != vendor(saved) {
+        missing.push(format!("a processor by {} (this one is by {})", vendor(saved), vendor(here)));
+    }
+    for FeatureLeaf { leaf, index, bits } in FEATURES {
+        let (saved, here) = (values(saved, leaf, index), values(here, leaf, index));
+        for register in 0..4 {
+            let lacking = saved[register] & bits[register] & !here[register];
+            missing.extend((0..32).filter(|bit| lacking >> bit & 1 == 1).map(|bit| {
+                let place = format!("CPUID {leaf:#x}.{index} {} bit {bit}", REGISTERS[register]);
+                match NAMES.iter().find(|n| (n.0, n.1, n.2, n.3) == (leaf, index, register, bit)) {
+                    Some((.., name)) => format!("{name} ({place})"),
+                    None => place,
+                }
+            }));
+        }
+    }
+    missing
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(leaf: u32, values: [u32; 4]) -> CpuidLeaf {
+        CpuidLeaf { leaf, index: 0, flags: 0, values }
+    }
+
+    const INTEL: [u32; 4] = [0, 0x756e_6547, 0x6c65_746e, 0x4965_6e69];
+    const AMD: [u32; 4] = [0, 0x6874_7541, 0x444d_4163, 0x6974_6e65];
+
+    #[test]
+    fn a_guest_goes_on_where_there_is_more_than_it_saw() {
+        let saved = [leaf(0, INTEL), leaf(7, [0, 1 << 5, 0, 0])];
+        let here = [leaf(0, INTEL), leaf(7, [0, 1 << 5 | 1 << 16, 0, 0])];
+        assert_eq!(missing(&here, &saved), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn what_is_not_here_is_named() {
+        let saved = [leaf(0, INTEL), leaf(7, [0, 1 << 16 | 1 << 2, 0, 0])];
+        let here = [leaf(0, AMD)];
+        assert_eq!(
+            missing(&here, &saved),
+            [
+                "a processor by GenuineIntel (this one is by AuthenticAMD)",
+                "CPUID 0x7.0 ebx bit 2",
+                "avx512f (CPUID 0x7.0 ebx bit 16)"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_the_guest_turned_on_itself_is_no_feature() {
+        let saved = [leaf(1, [0, 0, OSXSAVE, 0]), leaf(7, [0, 0, OSPKE, 0])];
+        assert_eq!(missing(&[], &saved), [] as [&str; 0]);
+    }
+}

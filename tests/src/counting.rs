@@ -1,0 +1,49 @@
+//! A guest of a few instructions that counts, aloud: what it says shows whether it went on where it stood.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use serde_json::json;
+
+use crate::api::ApiClient;
+use crate::elf::Elf;
+use crate::guest::{Guest, SOON, start, vmm_path};
+use crate::vmm::{Vmm, VmmBuilder};
+
+/// A guest that sends 0, 1, 2, ... over its serial port for ever, into the file that is returned. Its id is `parent`.
+pub fn counting(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
+    // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
+    let kernel = Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc]);
+    let vmm = VmmBuilder::new(&vmm_path())?.with_api().arg("--id").arg("parent").spawn()?;
+    let mut api = vmm.ready_client(SOON)?;
+    let image = vmm.dir().join("kernel");
+    fs::write(&image, kernel.bytes())?;
+    let guest = Guest { machine: machine.clone(), ..Guest::bare(&image).mem_mib(16) };
+    guest.put(&mut api)?;
+    let serial = vmm.dir().join("serial");
+    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
+    start(&mut api)?;
+    wait_for(&serial, 10)?;
+    Ok((vmm, api, serial))
+}
+
+/// Waits until the guest has written that many bytes more to its serial port; all that it wrote.
+pub fn wait_for(serial: &Path, more: usize) -> Result<Vec<u8>> {
+    let written = || fs::read(serial).unwrap_or_default();
+    let wanted = written().len() + more;
+    let deadline = Instant::now() + SOON;
+    while written().len() < wanted {
+        if Instant::now() > deadline {
+            bail!("the guest of {} stands still", serial.display());
+        }
+        std::thread::yield_now();
+    }
+    Ok(written())
+}
+
+/// Whether each byte is one more than the one before.
+pub fn counts(bytes: &[u8]) -> bool {
+    bytes.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1))
+}

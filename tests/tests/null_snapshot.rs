@@ -1,0 +1,165 @@
+//! Snapshots of guests of a few instructions.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use vesta_tests::api::ApiClient;
+use vesta_tests::counting::{counting, counts, wait_for};
+use vesta_tests::guest::{SOON, vmm_path};
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+
+/// A monitor that loaded nothing yet, whose guest will write to the file that is returned.
+fn empty() -> Result<(Vmm, ApiClient, PathBuf)> {
+    let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
+    let mut api = vmm.ready_client(SOON)?;
+    let serial = vmm.dir().join("serial");
+    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
+    Ok((vmm, api, serial))
+}
+
+fn pause(api: &mut ApiClient) -> Result<()> {
+    api.patch("/vm", &json!({"state": "Paused"}))?.ok().map(drop)
+}
+
+fn resume(api: &mut ApiClient) -> Result<()> {
+    api.patch("/vm", &json!({"state": "Resumed"}))?.ok().map(drop)
+}
+
+fn create(dir: &Path, name: &str, kind: &str) -> Value {
+    let [state, memory] = ["state", "memory"].map(|part| dir.join(format!("{name}.{part}")));
+    json!({"snapshot_path": state, "mem_file_path": memory, "snapshot_type": kind})
+}
+
+fn load(dir: &Path, state: &str, memory: &str) -> Value {
+    json!({
+        "snapshot_path": dir.join(format!("{state}.state")),
+        "mem_backend": {"backend_type": "File", "backend_path": dir.join(format!("{memory}.memory"))},
+        "resume_vm": true,
+    })
+}
+
+#[test]
+fn a_restored_guest_goes_on_where_it_was_saved_and_so_do_its_clones_three_generations_deep() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let mut family = vec![counting(&json!({}))?];
+    for generation in ["one", "two", "three"] {
+        let (_, api, serial) = family.last_mut().context("there is a guest")?;
+        pause(api)?;
+        let saved = fs::read(&*serial)?;
+        api.put("/snapshot/create", &create(home.path(), generation, "Full"))?.ok()?;
+        resume(api)?;
+        ensure!(counts(&wait_for(serial, 10)?), "{generation}");
+        for _clone in 0..2 {
+            let (vmm, mut api, serial) = empty()?;
+            api.put("/snapshot/load", &load(home.path(), generation, generation))?.ok()?;
+            let said = wait_for(&serial, 10)?;
+            let next = saved.last().map(|byte| byte.wrapping_add(1));
+            ensure!(counts(&said) && said.first().copied() == next, "{generation}: after {next:?} {said:?}");
+            family.push((vmm, api, serial));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_snapshot_of_a_small_guest_takes_little_space() -> Result<()> {
+    let (vmm, mut api, _serial) = counting(&json!({"mem_size_mib": 1024}))?;
+    pause(&mut api)?;
+    api.put("/snapshot/create", &create(vmm.dir(), "a", "Full"))?.ok()?;
+    let memory = fs::metadata(vmm.dir().join("a.memory"))?;
+    ensure!(memory.len() == 1 << 30, "{}", memory.len());
+    ensure!(memory.blocks() * 512 < 1 << 20, "{} blocks", memory.blocks());
+    Ok(())
+}
+
+#[test]
+fn a_diff_is_what_was_written_since_with_and_without_tracking() -> Result<()> {
+    for tracked in [true, false] {
+        let (vmm, mut api, serial) = counting(&json!({"track_dirty_pages": tracked}))?;
+        let dir = vmm.dir();
+        pause(&mut api)?;
+        api.put("/snapshot/create", &create(dir, "base", "Full"))?.ok()?;
+        resume(&mut api)?;
+        wait_for(&serial, 10)?;
+        pause(&mut api)?;
+        let said = wait_for(&serial, 0)?;
+        // Onto the base, in place.
+        let mut diff = create(dir, "diff", "Diff");
+        diff["mem_file_path"] = json!(dir.join("base.memory"));
+        api.put("/snapshot/create", &diff)?.ok()?;
+        let (_clone, mut clone, clone_serial) = empty()?;
+        clone.put("/snapshot/load", &load(dir, "diff", "base"))?.ok()?;
+        let went_on = wait_for(&clone_serial, 10)?;
+        ensure!(
+            counts(&went_on) && went_on[0] == said.last().copied().unwrap_or(0).wrapping_add(1),
+            "{tracked}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_loaded_is_refused_by_name_and_can_be_tried_again() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let (_vmm, mut api, _serial) = counting(&json!({}))?;
+    pause(&mut api)?;
+    api.put("/snapshot/create", &create(dir, "good", "Full"))?.ok()?;
+
+    let state = fs::read(dir.join("good.state"))?;
+    fs::write(dir.join("short.state"), &state[..state.len() / 2])?;
+    let mut damaged = state.clone();
+    damaged[state.len() / 2] ^= 1;
+    fs::write(dir.join("damaged.state"), &damaged)?;
+    fs::write(dir.join("other.state"), b"something else")?;
+    File::create(dir.join("short.memory"))?.set_len(4096)?;
+
+    let (_clone, mut clone, serial) = empty()?;
+    for (state, memory, named) in [
+        ("missing", "good", "missing.state"),
+        ("short", "good", "short.state"),
+        ("damaged", "good", "damaged.state"),
+        ("other", "good", "other.state"),
+        ("good", "missing", "missing.memory"),
+        ("good", "short", "4096 bytes"),
+    ] {
+        let refused = clone.put("/snapshot/load", &load(dir, state, memory))?;
+        ensure!(refused.status == 400 && refused.fault().contains(named), "{named}: {refused:?}");
+        ensure!(clone.get("/")?.json()?["state"] == json!("Not started"));
+    }
+    let mut unknown_drive = load(dir, "good", "good");
+    unknown_drive["drives"] = json!([{"drive_id": "d", "path_on_host": "/d"}]);
+    let refused = clone.put("/snapshot/load", &unknown_drive)?;
+    ensure!(refused.status == 400 && refused.fault().contains("no drive d"), "{refused:?}");
+    clone.put("/snapshot/load", &load(dir, "good", "good"))?.ok()?;
+    ensure!(counts(&wait_for(&serial, 10)?));
+    let again = clone.put("/snapshot/load", &load(dir, "good", "good"))?;
+    ensure!(again.status == 400, "{again:?}");
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_saved_is_refused_and_leaves_nothing_and_the_guest_goes_on() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let (_vmm, mut api, serial) = counting(&json!({}))?;
+    let running = api.put("/snapshot/create", &create(dir, "a", "Full"))?;
+    ensure!(running.status == 400 && running.fault().contains("paused"), "{running:?}");
+    pause(&mut api)?;
+    for (body, named) in [
+        (create(Path::new("/nowhere"), "a", "Full"), "/nowhere/a.memory"),
+        (json!({"snapshot_path": "/nowhere/s", "mem_file_path": dir.join("m")}), "/nowhere/s"),
+        (json!({"snapshot_path": dir.join("x"), "mem_file_path": dir.join("x")}), "both"),
+        (json!({"snapshot_path": dir, "mem_file_path": dir.join("m")}), "not a regular file"),
+    ] {
+        let refused = api.put("/snapshot/create", &body)?;
+        ensure!(refused.status == 400 && refused.fault().contains(named), "{named}: {refused:?}");
+        ensure!(fs::read_dir(dir)?.next().is_none(), "{named}: something was left behind");
+    }
+    resume(&mut api)?;
+    ensure!(counts(&wait_for(&serial, 10)?));
+    Ok(())
+}
