@@ -18,7 +18,8 @@ const NETWORK: &str = "ip link set lo up; ip link set eth0 up\n\
 const DISK: &str = "mkdir /disk; mount -t ext4 -o ro /dev/vda /disk\n\
     mount -t tmpfs none /disk/tmp; mount -t devtmpfs none /disk/dev; mount -t proc none /disk/proc\n\
     cp /programs/* /disk/tmp/ 2>/dev/null\n\
-    in_disk() { chroot /disk /usr/bin/env -i PATH=/usr/bin:/bin HOME=/tmp LC_ALL=C.UTF-8 \"$@\"; }\n";
+    export HOME=/tmp LC_ALL=C.UTF-8 PATH=/usr/bin:/bin:/usr/sbin:/sbin\n\
+    in_disk() { chroot /disk \"$@\"; }\n";
 
 const AT: &str = "http://169.254.169.254";
 
@@ -124,14 +125,14 @@ on_each_transport! {
     /// Version 1, by busybox's wget: no token, any form.
     fn a_guest_reads_values_lists_and_json(transport) {
         let script = format!(
-            "get() {{ echo \"<$1>$(wget -T 20 -q -O - \"$2\" --header \"Accept: $3\" 2>&1)</$1>\"; }}\n\
+            "get() {{ echo \"<$1>$(wget -q -O - \"$2\" --header \"Accept: $3\" 2>&1)</$1>\"; }}\n\
              get value {AT}/latest/meta-data/ami-id\n\
              get list {AT}/latest/meta-data/\n\
              get json {AT}/latest/meta-data application/json\n\
              get lines {AT}/latest/user-data\n\
              get missing {AT}/latest/nothing\n\
              get number {AT}/latest/meta-data/cpus\n\
-             i=0; while [ $i -lt 60 ]; do wget -T 20 -q -O - {AT}/latest/meta-data/ami-id; i=$((i+1)); done > /tmp/many\n\
+             i=0; while [ $i -lt 60 ]; do wget -q -O - {AT}/latest/meta-data/ami-id; i=$((i+1)); done > /tmp/many\n\
              echo \"<many>$(wc -c < /tmp/many)</many>\""
         );
         let said = Setup { transport, script: &script, ..Setup::default() }.said(&contents())?;
@@ -197,7 +198,7 @@ on_each_transport! {
         });
         let setup = Setup {
             transport,
-            script: "in_disk AWS_METADATA_SERVICE_TIMEOUT=20 AWS_METADATA_SERVICE_NUM_ATTEMPTS=2 python3 /tmp/sdk.py 2>&1",
+            script: "export AWS_METADATA_SERVICE_TIMEOUT=20 AWS_METADATA_SERVICE_NUM_ATTEMPTS=2\nin_disk python3 /tmp/sdk.py 2>&1",
             disk: true,
             programs: &[("sdk.py", program)],
             mmds: json!({"network_interfaces": ["eth0"], "version": "V2", "imds_compat": true}),
@@ -213,11 +214,11 @@ on_each_transport! {
         let script = format!(
             "echo READING\n\
              while :; do\n\
-             value=$(wget -T 20 -q -O - {AT}/round) || {{ echo LOST; break; }}\n\
+             value=$(wget -q -O - {AT}/round) || {{ echo LOST; break; }}\n\
              [ \"$value\" = \"$last\" ] || {{ echo \"<saw$value>\"; last=$value; }}\n\
              [ \"$value\" = end ] && break\n\
              done\n\
-             echo \"<all>$(wget -T 20 -q -O - {AT}/ --header 'Accept: application/json')</all>\""
+             echo \"<all>$(wget -q -O - {AT}/ --header 'Accept: application/json')</all>\""
         );
         let (mut vmm, mut api) = Setup { transport, script: &script, ..Setup::default() }
             .start(&json!({"round": "begin", "gone": {"soon": "x"}}))?;
@@ -286,7 +287,7 @@ fn cloud_init_reads_its_ec2_data_source() -> Result<()> {
 fn an_interface_that_is_not_named_does_not_lead_there() -> Result<()> {
     let script = "ip link set eth1 up; ip addr add 192.168.78.2/24 dev eth1\n\
         ip route add 169.254.42.1 dev eth1\n\
-        ask() { echo \"<$1>$(wget -T 3 -q -O - http://169.254.42.1/a 2>&1)</$1>\"; }\n\
+        ask() { echo \"<$1>$(wget -q -O - http://169.254.42.1/a 2>&1)</$1>\"; }\n\
         ip route del 169.254.169.254 dev eth0\n\
         ask second\n\
         ip route del 169.254.42.1 dev eth1; ip route add 169.254.42.1 dev eth0\n\
@@ -310,7 +311,7 @@ fn an_interface_that_is_not_named_does_not_lead_there() -> Result<()> {
 #[test]
 fn a_configuration_file_and_a_metadata_file_are_enough() -> Result<()> {
     let script =
-        format!("{NETWORK}echo \"<id>$(wget -T 20 -q -O - {AT}/latest/meta-data/ami-id)</id>\"\npoweroff -f");
+        format!("{NETWORK}echo \"<id>$(wget -q -O - {AT}/latest/meta-data/ami-id)</id>\"\npoweroff -f");
     let builder = VmmBuilder::new(&vmm_path())?;
     let mut config = Guest::linux(Kernel::Tuned, &script, builder.dir())?.config();
     config["network-interfaces"] = json!([interface("eth0")]);
