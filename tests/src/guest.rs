@@ -22,6 +22,8 @@ pub mod env {
     pub const DEBIAN_6_12: &str = "VESTA_KERNEL_DEBIAN_6_12";
     /// Busybox, static.
     pub const BUSYBOX: &str = "VESTA_BUSYBOX";
+    /// An ext4 image with curl, Python, the AWS SDK and cloud-init; set where a chosen test needs it.
+    pub const PYTHON_DISK: &str = "VESTA_PYTHON_DISK";
     /// Set where one process runs one test, and [`IGNORED_STATUS`](super::IGNORED_STATUS) means what it does.
     pub const RUNNER: &str = "VESTA_TEST_RUNNER";
 }
@@ -43,7 +45,7 @@ pub fn ignore(reason: &str) -> ! {
 }
 
 /// A file that the runner names. Panics where it does not: whole-system tests need the runner.
-fn given(name: &str) -> PathBuf {
+pub fn given(name: &str) -> PathBuf {
     std::env::var_os(name)
         .unwrap_or_else(|| panic!("{name} is not set: run this through `cargo xtask test`"))
         .into()

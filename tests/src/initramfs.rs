@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
@@ -29,6 +30,8 @@ mount -t devtmpfs none /dev
 pub struct Initramfs {
     archive: Vec<u8>,
     directories: BTreeSet<String>,
+    /// Libraries that are in it.
+    files: BTreeSet<String>,
     inode: u32,
     /// Lines of `/init` before the script.
     preamble: String,
@@ -68,6 +71,22 @@ impl Initramfs {
             let _ = writeln!(self.preamble, "insmod /modules/{name}.ko");
         }
         Ok(self)
+    }
+
+    /// Adds a program of this machine's, found in the usual places, to `bin`, and the shared libraries that it asks for.
+    pub fn program(&mut self, name: &str) -> Result<&mut Initramfs> {
+        let dirs = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"];
+        let path = dirs.map(|dir| Path::new(dir).join(name)).into_iter().find(|path| path.is_file());
+        let path = path.with_context(|| format!("there is no program {name} on this machine"))?;
+        let libraries = Command::new("ldd").arg(&path).output().context("cannot run ldd")?;
+        for library in String::from_utf8(libraries.stdout)?.split_whitespace() {
+            if library.starts_with('/') && self.files.insert(library.to_owned()) {
+                let content = std::fs::read(library).with_context(|| library.to_owned())?;
+                self.file(library.trim_start_matches('/'), 0o755, &content);
+            }
+        }
+        let content = std::fs::read(&path).with_context(|| path.display().to_string())?;
+        Ok(self.file(&format!("bin/{name}"), 0o755, &content))
     }
 
     /// Closes the archive: the guest runs `script` (lines of shell) as its first process.

@@ -73,16 +73,41 @@ pub(crate) fn behind(meta: &str) -> Result<String> {
 
 /// Gets a package and unpacks it into `target`, without installing it.
 pub(crate) fn unpack(package: &str, target: &Path) -> Result<()> {
-    say!("fetching Debian's package {package}");
+    unpack_all(&[package.to_owned()], target)
+}
+
+/// Gets packages and unpacks them into `target`, without installing them.
+pub(crate) fn unpack_all(packages: &[String], target: &Path) -> Result<()> {
+    match packages {
+        [package] => say!("fetching Debian's package {package}"),
+        several => say!("fetching {} of Debian's packages", several.len()),
+    }
     let scratch = ScratchDir::new()?;
     with_update(|| {
         // Its own unprivileged user could not write to our directory.
         let mut command = Command::new("apt-get");
-        command.args(["download", "-qq", "-o", "APT::Sandbox::User=root", package]);
+        command.args(["download", "-qq", "-o", "APT::Sandbox::User=root"]).args(packages);
         output(command.current_dir(scratch.path()).stdin(Stdio::null()))
     })?;
-    let mut files = std::fs::read_dir(scratch.path())?.flatten().map(|entry| entry.path());
-    let file = files.find(|path| path.extension().is_some_and(|kind| kind == "deb"));
-    let file = file.with_context(|| format!("apt-get downloaded {package}, and there is no .deb"))?;
-    run(Command::new("dpkg-deb").arg("--extract").arg(file).arg(target))
+    let files = std::fs::read_dir(scratch.path())?.flatten().map(|entry| entry.path());
+    let files: Vec<_> = files.filter(|path| path.extension().is_some_and(|kind| kind == "deb")).collect();
+    if files.len() != packages.len() {
+        bail!("apt-get downloaded {} packages, and there are {} files", packages.len(), files.len());
+    }
+    for file in files {
+        run(Command::new("dpkg-deb").arg("--extract").arg(file).arg(target))?;
+    }
+    Ok(())
+}
+
+/// These packages and all that they depend on, whatever is installed here.
+pub(crate) fn closure(packages: &[&str]) -> Result<Vec<String>> {
+    with_update(|| {
+        let mut command = Command::new("apt-get");
+        command.args(["install", "--simulate", "-o", "Dir::State::status=/dev/null"]);
+        command.args(["-o", "APT::Install-Recommends=false"]).args(packages);
+        let plan = output(command.stdin(Stdio::null()))?;
+        let installed = plan.lines().filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next());
+        Ok(installed.map(str::to_owned).collect())
+    })
 }

@@ -107,7 +107,7 @@ pub(crate) fn busybox() -> Result<PathBuf> {
 }
 
 /// The directory `kernels/NAME` of the cache, made by `make` where it is not there yet; one process makes it, others wait.
-fn once(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+pub(crate) fn once(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let kernels = cache_dir()?.join("kernels");
     let dir = kernels.join(name);
     if dir.is_dir() {

@@ -9,6 +9,7 @@ mod guest_kernel;
 mod host;
 mod kernels;
 mod process;
+mod python_disk;
 mod test;
 
 use std::ffi::OsString;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigError, InstanceId, Logger, Serial, VsockOverride};
+use crate::{ConfigError, InstanceId, Logger, NetworkOverride, Serial, VsockOverride};
 
 /// Most children of one call.
 pub const MAX_CHILDREN: usize = 1000;
@@ -36,12 +36,18 @@ pub struct Child {
     /// Where its writes go, for drives where the default is not right.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<DriveOverlay>,
+    /// Its taps: it has none of its parent's. An interface that is not named here is there, with its link down.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_overrides: Vec<NetworkOverride>,
     /// Where its serial console goes; nowhere where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
     /// The sockets of its vsock device. Where absent it has none: host programs cannot reach it, nor it them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
+    /// What its guest reads from the metadata service; what its parent's does where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mmds: Option<serde_json::Value>,
     /// How it logs; as its parent where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logger: Option<Logger>,
@@ -92,6 +98,11 @@ impl Fork {
         let sockets = self.children.iter().filter_map(|child| child.vsock_override.as_ref());
         let paths = sockets.flat_map(|vsock| [Some(&vsock.uds_path), vsock.seqpacket_uds_path.as_ref()]);
         once("vsock_override path", paths.flatten().map(shown))?;
+        let taps = self.children.iter().flat_map(|child| &child.network_overrides);
+        once("host_dev_name", taps.filter_map(|tap| tap.host_dev_name.clone()))?;
+        for child in &self.children {
+            once("iface_id", child.network_overrides.iter().map(|network| network.iface_id.clone()))?;
+        }
         let overlays = self.children.iter().flat_map(|child| &child.drives).chain(&self.drives);
         once("overlay", overlays.map(|drive| shown(&drive.overlay)))?;
         for drives in self.children.iter().map(|child| &child.drives).chain([&self.drives]) {

@@ -25,6 +25,8 @@ mod fork;
 mod id;
 mod logger;
 mod machine_config;
+mod mmds;
+mod network;
 mod serial;
 mod snapshot;
 mod token_bucket;
@@ -44,6 +46,12 @@ pub use id::{IdError, InstanceId, ResourceId};
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use machine_config::{
     CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,
+};
+pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsConfigError, MmdsVersion};
+pub use network::{
+    DEFAULT_NET_QUEUE_SIZE, MAX_IFACE_ID_LEN, MAX_NET_QUEUE_SIZE, MAX_QUEUE_PAIRS, MAX_TAP_NAME_LEN, MIN_MTU,
+    MIN_NET_QUEUE_SIZE, MacAddress, MacAddressError, NetBackendKind, NetworkError, NetworkInterface,
+    NetworkInterfaceUpdate, NetworkOverride, check_networks, override_networks,
 };
 pub use serial::Serial;
 pub use snapshot::{
@@ -94,9 +102,15 @@ pub enum ConfigError {
         /// Where it stands.
         offset: usize,
     },
+    /// The metadata service.
+    #[error(transparent)]
+    Mmds(#[from] MmdsConfigError),
     /// A block device.
     #[error(transparent)]
     Drive(#[from] DriveError),
+    /// A network interface.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigError, HugePages, Overlay, VsockOverride};
+use crate::{ConfigError, HugePages, NetworkOverride, Overlay, VsockOverride};
 
 /// The body of `PUT /snapshot/create`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +63,9 @@ pub struct SnapshotLoad {
     /// The sockets of the vsock device; those that it had where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
+    /// Network interfaces whose tap is another one now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_overrides: Vec<NetworkOverride>,
     /// Extension: drives that are elsewhere now.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<DriveOverride>,

@@ -5,7 +5,10 @@
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::{BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, Serial, Vsock};
+use crate::{
+    BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, MmdsConfig, NetworkInterface, Serial,
+    Vsock, check_networks,
+};
 
 /// The configuration file (`--config-file`).
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -31,6 +34,12 @@ pub struct VmConfig {
     /// The socket device; none where absent.
     #[serde(default)]
     pub vsock: Option<Vsock>,
+    /// The metadata service; none where absent.
+    #[serde(default)]
+    pub mmds_config: Option<MmdsConfig>,
+    /// Network devices, by order of their appearance in the guest.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub network_interfaces: Vec<NetworkInterface>,
 }
 
 impl VmConfig {
@@ -41,7 +50,10 @@ impl VmConfig {
         self.serial.as_ref().map_or(Ok(()), Serial::check)?;
         self.entropy.as_ref().map_or(Ok(()), Entropy::check)?;
         self.vsock.as_ref().map_or(Ok(()), Vsock::check)?;
-        check_drives(&self.drives)
+        self.mmds_config.as_ref().map_or(Ok(()), MmdsConfig::check)?;
+        check_drives(&self.drives)?;
+        check_networks(&self.network_interfaces)?;
+        self.mmds_config.as_ref().map_or(Ok(()), |mmds| mmds.check_interfaces(&self.network_interfaces))
     }
 }
 
@@ -80,6 +92,10 @@ pub struct FullVmConfig {
     pub logger: Option<Logger>,
     /// Processors and memory.
     pub machine_config: MachineConfig,
+    /// The metadata service.
+    pub mmds_config: Option<MmdsConfig>,
+    /// Network devices.
+    pub network_interfaces: Vec<NetworkInterface>,
     /// The serial console, where the API or the configuration file set it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
@@ -89,7 +105,17 @@ pub struct FullVmConfig {
 
 impl From<VmConfig> for FullVmConfig {
     fn from(config: VmConfig) -> FullVmConfig {
-        let VmConfig { boot_source, machine_config, logger, serial, drives, entropy, vsock } = config;
+        let VmConfig {
+            boot_source,
+            machine_config,
+            logger,
+            serial,
+            drives,
+            entropy,
+            vsock,
+            mmds_config,
+            network_interfaces,
+        } = config;
         FullVmConfig {
             boot_source: Some(boot_source),
             drives,
@@ -98,6 +124,8 @@ impl From<VmConfig> for FullVmConfig {
             machine_config,
             serial,
             vsock,
+            mmds_config,
+            network_interfaces,
         }
     }
 }
@@ -135,6 +163,8 @@ mod tests {
             drives: Vec::new(),
             entropy: None,
             vsock: None,
+            mmds_config: None,
+            network_interfaces: Vec::new(),
         }
     }
 
@@ -162,7 +192,7 @@ mod tests {
     #[test]
     fn an_unknown_key_is_named_wherever_it_stands() {
         for (json, named) in [
-            (r#"{"boot-source":{"kernel_image_path":"k"},"network-interfaces":[]}"#, "`network-interfaces`"),
+            (r#"{"boot-source":{"kernel_image_path":"k"},"network-interface":[]}"#, "`network-interface`"),
             (r#"{"boot-source":{"kernel_image_path":"k","args":""}}"#, "`args`"),
             (
                 r#"{"boot-source":{"kernel_image_path":"k"},"machine-config":{"vcpu_count":1,"mem_size_mib":1,"cpus":1}}"#,
@@ -220,6 +250,8 @@ mod tests {
                     "vcpu_count": 1, "mem_size_mib": 128, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
                 },
                 "vsock": null,
+                "mmds-config": null,
+                "network-interfaces": [],
             })
         );
     }
@@ -292,6 +324,8 @@ mod tests {
                 drives: Vec::new(),
                 entropy: None,
                 vsock,
+                mmds_config: None,
+                network_interfaces: Vec::new(),
             },
         )
     }

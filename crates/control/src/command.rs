@@ -4,7 +4,8 @@ use std::fmt;
 
 use config::{
     BootSource, ConfigError, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
-    Serial, SnapshotCreate, SnapshotLoad, VmState, Vsock,
+    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState,
+    Vsock,
 };
 
 use crate::PhaseError;
@@ -32,10 +33,22 @@ pub enum Command {
     PutDrive(Drive),
     /// Change a drive of a started guest: its disk, its limits.
     PatchDrive(DriveUpdate),
+    /// Add a network interface, or set it anew.
+    PutNetwork(NetworkInterface),
+    /// Change the limits of a network interface of a started guest.
+    PatchNetwork(NetworkInterfaceUpdate),
     /// Add the entropy device, or set it anew.
     PutEntropy(Entropy),
     /// Add the socket device, or set it anew.
     PutVsock(Vsock),
+    /// Set through what and how the guest reaches the metadata service.
+    PutMmdsConfig(MmdsConfig),
+    /// What the guest can learn: `GET /mmds`.
+    GetMmds,
+    /// Set what the guest can learn.
+    PutMmds(serde_json::Value),
+    /// Change what the guest can learn (RFC 7396).
+    PatchMmds(serde_json::Value),
     /// Boot the guest.
     Start,
     /// Write the metrics out now.
@@ -72,8 +85,14 @@ impl Command {
             Command::PutSerial(_) => "PUT /serial",
             Command::PutDrive(_) => "PUT /drives",
             Command::PatchDrive(_) => "PATCH /drives",
+            Command::PutNetwork(_) => "PUT /network-interfaces",
+            Command::PatchNetwork(_) => "PATCH /network-interfaces",
             Command::PutEntropy(_) => "PUT /entropy",
             Command::PutVsock(_) => "PUT /vsock",
+            Command::PutMmdsConfig(_) => "PUT /mmds/config",
+            Command::GetMmds => "GET /mmds",
+            Command::PutMmds(_) => "PUT /mmds",
+            Command::PatchMmds(_) => "PATCH /mmds",
             Command::Start => "InstanceStart",
             Command::FlushMetrics => "FlushMetrics",
             Command::SendCtrlAltDel => "SendCtrlAltDel",
@@ -98,17 +117,28 @@ pub enum Reply {
     Json(serde_json::Value),
 }
 
-/// A command that was not carried out, and left everything as it was: 400 with this message.
+/// A command that was not carried out, and left everything as it was: 400, or 413, with this message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct CommandError {
     message: String,
+    is_too_large: bool,
 }
 
 impl CommandError {
     /// An error that tells the user `message`: what was wrong, with its name, its value and the bound.
     pub fn new(message: impl fmt::Display) -> CommandError {
-        CommandError { message: message.to_string() }
+        CommandError { message: message.to_string(), is_too_large: false }
+    }
+
+    /// An error whose reason is that something given is too large to be kept.
+    pub fn too_large(message: impl fmt::Display) -> CommandError {
+        CommandError { is_too_large: true, ..CommandError::new(message) }
+    }
+
+    /// Whether something given was too large to be kept.
+    pub fn is_too_large(&self) -> bool {
+        self.is_too_large
     }
 }
 

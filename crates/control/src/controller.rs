@@ -14,11 +14,12 @@
 use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use config::{
-    BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, Serial, VmConfig,
-    VmState, Vsock, check_drives,
+    BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, MmdsConfig,
+    NetworkInterface, NetworkInterfaceUpdate, Serial, VmConfig, VmState, Vsock, check_drives, check_networks,
 };
 use machine::boot::BootFiles;
 use machine::devices::{DeviceSetup, VsockSetup, limits};
@@ -28,10 +29,12 @@ use machine::{EventSink, Paused, Running, Setup};
 use serde_json::json;
 use virtio::block::Replaced;
 use virtio::block::disk::{Disk, DiskOptions};
+use virtio::net::NetBackend;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
 use crate::fork::Family;
+use crate::metadata::Metadata;
 use crate::snapshot::ahead::Ahead;
 use crate::snapshot::job::Job;
 use crate::vsock::VsockSockets;
@@ -57,12 +60,14 @@ pub struct Identity {
 }
 
 /// What is decided once, when the process starts.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Platform {
     /// Since when the boot timer counts; `None` for no boot timer.
     pub boot_timer: Option<StartTimes>,
     /// Devices are on virtio-pci instead of virtio-mmio.
     pub pci: bool,
+    /// Most bytes that the metadata service's contents may be long, as JSON.
+    pub mmds_size_limit: usize,
     /// Most bytes of an API request's body.
     pub max_payload: usize,
 }
@@ -103,6 +108,10 @@ pub struct Controller<H> {
     pub(crate) serial_output: Option<Output>,
     /// The disks of `config.drives`, in the same order, opened when they were set.
     pub(crate) disks: Vec<Disk>,
+    /// What the guest can learn, and the way to it that `config.mmds_config` says.
+    pub(crate) metadata: Metadata,
+    /// The networks of `config.network_interfaces`, in the same order, opened when they were set.
+    pub(crate) networks: Vec<NetBackend>,
     /// Disks that were replaced and may still be in use, by their drives' ids.
     pub(crate) settling: Vec<(String, Replaced)>,
     /// The live snapshot that is being written, or was last.
@@ -142,6 +151,8 @@ impl<H: Host> Controller<H> {
             boot_files: None,
             serial_output: None,
             disks: Vec::new(),
+            metadata: Metadata::new(platform.mmds_size_limit),
+            networks: Vec::new(),
             settling: Vec::new(),
             job: None,
             ahead: None,
@@ -163,11 +174,17 @@ impl<H: Host> Controller<H> {
         for drive in config.drives {
             self.run(Command::PutDrive(drive))?;
         }
+        for network in config.network_interfaces {
+            self.run(Command::PutNetwork(network))?;
+        }
         if let Some(entropy) = config.entropy {
             self.run(Command::PutEntropy(entropy))?;
         }
         if let Some(vsock) = config.vsock {
             self.run(Command::PutVsock(vsock))?;
+        }
+        if let Some(mmds) = config.mmds_config {
+            self.run(Command::PutMmdsConfig(mmds))?;
         }
         self.run(Command::Start).map(drop)
     }
@@ -182,6 +199,7 @@ impl<H: Host> Controller<H> {
             }
             Command::GetMachineConfig => return to_json(&self.config.machine_config),
             Command::GetVmConfig => return to_json(&self.config),
+            Command::GetMmds => return self.metadata.get(self.has_started()).map(Reply::Json),
             Command::PutMachineConfig(config) => self.set_machine_config(config)?,
             Command::PatchMachineConfig(update) => {
                 let config = self.config.machine_config.updated(&update)?;
@@ -195,11 +213,16 @@ impl<H: Host> Controller<H> {
             Command::PutSerial(serial) => self.set_serial(serial)?,
             Command::PutDrive(drive) => self.put_drive(&drive)?,
             Command::PatchDrive(update) => self.patch_drive(&update)?,
+            Command::PutNetwork(network) => self.put_network(&network)?,
+            Command::PatchNetwork(update) => self.patch_network(&update)?,
             Command::PutEntropy(entropy) => {
                 entropy.check()?;
                 self.config.entropy = Some(entropy);
             }
             Command::PutVsock(vsock) => self.put_vsock(vsock)?,
+            Command::PutMmdsConfig(config) => self.put_mmds_config(config)?,
+            Command::PutMmds(contents) => self.metadata.put(contents, self.has_started())?,
+            Command::PatchMmds(patch) => self.metadata.patch(patch, self.has_started())?,
             Command::Start => self.start()?,
             // There is no destination for metrics yet, so nothing waits to be written.
             Command::FlushMetrics => {}
@@ -224,6 +247,10 @@ impl<H: Host> Controller<H> {
             Command::Fork(fork) => return self.fork(&fork),
         }
         Ok(Reply::Empty)
+    }
+
+    fn has_started(&self) -> bool {
+        self.phase() != Phase::Configured
     }
 
     fn with_job(&mut self, act: impl FnOnce(&mut Job) -> Reply) -> Result<Reply, CommandError> {
@@ -284,6 +311,12 @@ impl<H: Host> Controller<H> {
         serial.check()?;
         self.serial_output = serial.serial_out_path.as_deref().map(open_serial).transpose()?;
         self.config.serial = Some(serial);
+        Ok(())
+    }
+
+    fn put_mmds_config(&mut self, config: MmdsConfig) -> Result<(), CommandError> {
+        self.metadata.configure(&config, &self.config.network_interfaces)?;
+        self.config.mmds_config = Some(config);
         Ok(())
     }
 
@@ -362,6 +395,63 @@ impl<H: Host> Controller<H> {
         Ok(())
     }
 
+    /// Adds a network interface, or sets it anew; its network is opened now.
+    fn put_network(&mut self, network: &NetworkInterface) -> Result<(), CommandError> {
+        let at = self.config.network_interfaces.iter().position(|other| other.iface_id == network.iface_id);
+        let mut networks = self.config.network_interfaces.clone();
+        match at {
+            Some(at) => networks[at] = network.clone(),
+            None => networks.push(network.clone()),
+        }
+        check_networks(&networks)?;
+        if let Some(mmds) = &self.config.mmds_config {
+            mmds.check_interfaces(&networks)?;
+        }
+        match at {
+            None => self.networks.push(NetBackend::open(network).map_err(CommandError::new)?),
+            Some(at) => self.reopen_network(at, network)?,
+        }
+        self.config.network_interfaces = networks;
+        Ok(())
+    }
+
+    /// Opens another network for an interface that has one. A tap has one user, so the old one is closed first, and opened again
+    /// should the new one fail.
+    fn reopen_network(&mut self, at: usize, network: &NetworkInterface) -> Result<(), CommandError> {
+        drop(self.networks.remove(at));
+        let error = match NetBackend::open(network) {
+            Ok(backend) => {
+                self.networks.insert(at, backend);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        match NetBackend::open(&self.config.network_interfaces[at]) {
+            Ok(backend) => self.networks.insert(at, backend),
+            Err(gone) => {
+                log::error!("{gone}; the interface is removed");
+                self.config.network_interfaces.remove(at);
+            }
+        }
+        Err(CommandError::new(error))
+    }
+
+    fn patch_network(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), CommandError> {
+        let networks = &self.config.network_interfaces;
+        let at = networks.iter().position(|network| network.iface_id == update.iface_id);
+        let control = self.machine().and_then(|machine| machine.devices().network(&update.iface_id));
+        let (Some(at), Some(control)) = (at, control) else {
+            let id = &update.iface_id;
+            return Err(CommandError::new(format_args!("there is no network interface {id}")));
+        };
+        let network = networks[at].updated(update)?;
+        let [rx, tx] =
+            [update.rx_rate_limiter, update.tx_rate_limiter].map(|limiter| limits(limiter.as_ref()));
+        control.update_limits(rx, tx, monotonic());
+        self.config.network_interfaces[at] = network;
+        Ok(())
+    }
+
     /// The machine in either of its states, if there is one.
     pub(crate) fn machine(&self) -> Option<&Machine> {
         match &self.state {
@@ -401,7 +491,7 @@ impl<H: Host> Controller<H> {
             boot,
             serial,
             boot_timer: self.platform.boot_timer,
-            devices: devices(&self.config, &self.disks, self.vsock.as_ref(), self.platform.pci),
+            devices: devices(&self.config, self.back_ends(), self.platform.pci),
             events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
@@ -441,29 +531,60 @@ impl<H: Host> Controller<H> {
 pub(crate) struct Loaded {
     pub(crate) config: FullVmConfig,
     pub(crate) disks: Vec<Disk>,
+    pub(crate) networks: Vec<NetBackend>,
     pub(crate) vsock: Option<VsockSockets>,
 }
 
 impl Loaded {
     /// The devices to be.
-    pub(crate) fn devices(&self, pci: bool) -> DeviceSetup {
-        devices(&self.config, &self.disks, self.vsock.as_ref(), pci)
+    pub(crate) fn devices(&self, metadata: Option<Arc<mmds::Service>>, pci: bool) -> DeviceSetup {
+        let back_ends =
+            BackEnds { disks: &self.disks, networks: &self.networks, vsock: self.vsock.as_ref(), metadata };
+        devices(&self.config, back_ends, pci)
+    }
+}
+
+/// What devices are made of, besides their configuration; in its order.
+#[derive(Debug)]
+pub(crate) struct BackEnds<'a> {
+    disks: &'a [Disk],
+    networks: &'a [NetBackend],
+    vsock: Option<&'a VsockSockets>,
+    metadata: Option<Arc<mmds::Service>>,
+}
+
+impl<H> Controller<H> {
+    /// Those of this microVM.
+    pub(crate) fn back_ends(&self) -> BackEnds<'_> {
+        BackEnds {
+            disks: &self.disks,
+            networks: &self.networks,
+            vsock: self.vsock.as_ref(),
+            metadata: self.metadata.service(&self.identity.id),
+        }
     }
 }
 
 /// The devices to be, their back ends open.
-pub(crate) fn devices(
-    config: &FullVmConfig,
-    disks: &[Disk],
-    vsock: Option<&VsockSockets>,
-    pci: bool,
-) -> DeviceSetup {
-    let drives = config.drives.iter().cloned().zip(disks.iter().cloned()).collect();
+pub(crate) fn devices(config: &FullVmConfig, back_ends: BackEnds<'_>, pci: bool) -> DeviceSetup {
+    let networks = config.network_interfaces.iter().cloned();
     let vsock = config.vsock.as_ref().map(|config| VsockSetup {
         guest_cid: config.guest_cid,
-        sockets: vsock.map(VsockSockets::for_device).unwrap_or_default(),
+        sockets: back_ends.vsock.map(VsockSockets::for_device).unwrap_or_default(),
     });
-    DeviceSetup { drives, entropy: config.entropy.clone(), vsock, pci }
+    DeviceSetup {
+        drives: config.drives.iter().cloned().zip(back_ends.disks.iter().cloned()).collect(),
+        networks: networks.zip(back_ends.networks.iter().cloned()).collect(),
+        entropy: config.entropy.clone(),
+        vsock,
+        metadata: back_ends.metadata,
+        pci,
+    }
+}
+
+/// Opens the networks of these interfaces.
+pub(crate) fn open_networks(networks: &[NetworkInterface]) -> Result<Vec<NetBackend>, CommandError> {
+    networks.iter().map(|network| NetBackend::open(network).map_err(CommandError::new)).collect()
 }
 
 /// Opens the disks of these drives.

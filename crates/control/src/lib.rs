@@ -25,6 +25,7 @@ pub mod command;
 pub mod controller;
 pub mod fork;
 pub mod http;
+mod metadata;
 pub mod phase;
 pub mod snapshot;
 mod vsock;

@@ -58,7 +58,10 @@ fn when(command: &Command) -> When {
         Command::DescribeInstance
         | Command::GetVersion
         | Command::GetMachineConfig
-        | Command::GetVmConfig => When::Always,
+        | Command::GetVmConfig
+        | Command::GetMmds
+        | Command::PutMmds(_)
+        | Command::PatchMmds(_) => When::Always,
 
         Command::PutMachineConfig(_)
         | Command::PatchMachineConfig(_)
@@ -66,8 +69,10 @@ fn when(command: &Command) -> When {
         | Command::PutLogger(_)
         | Command::PutSerial(_)
         | Command::PutDrive(_)
+        | Command::PutNetwork(_)
         | Command::PutEntropy(_)
         | Command::PutVsock(_)
+        | Command::PutMmdsConfig(_)
         | Command::LoadSnapshot(_)
         | Command::Start => When::BeforeStart,
 
@@ -75,6 +80,7 @@ fn when(command: &Command) -> When {
         | Command::SendCtrlAltDel
         | Command::SetVmState(_)
         | Command::PatchDrive(_)
+        | Command::PatchNetwork(_)
         | Command::CreateSnapshot(_)
         | Command::DescribeJob
         | Command::CancelJob
@@ -100,6 +106,7 @@ pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
 #[cfg(test)]
 mod tests {
     use config::{BootSource, Logger, MachineConfig, MachineConfigUpdate, Serial, VmState};
+    use serde_json::json;
 
     use super::*;
 
@@ -117,6 +124,15 @@ mod tests {
         {
             assert_possible(&command, [true, true, true]);
         }
+    }
+
+    #[test]
+    fn metadata_comes_at_any_time_and_the_way_to_it_before_the_start() {
+        for command in [Command::GetMmds, Command::PutMmds(json!({})), Command::PatchMmds(json!({}))] {
+            assert_possible(&command, [true, true, true]);
+        }
+        let config = serde_json::from_value(json!({"network_interfaces":["eth0"]})).unwrap();
+        assert_possible(&Command::PutMmdsConfig(config), [true, false, false]);
     }
 
     #[test]

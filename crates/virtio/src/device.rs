@@ -35,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use crate::block::BlockState;
 use crate::entropy::EntropyState;
 use crate::eventfd::EventFd;
+use crate::net::NetState;
 use crate::queue::Queue;
 use crate::vsock::VsockState;
 use crate::worker::Task;
@@ -72,6 +73,8 @@ pub enum DeviceState {
     Entropy(EntropyState),
     /// A socket device.
     Vsock(VsockState),
+    /// A network card.
+    Net(NetState),
 }
 
 /// Feature bits that belong to the ring and the transport (chapter 6), not to a device.

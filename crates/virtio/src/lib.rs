@@ -88,11 +88,13 @@
 #![deny(unsafe_code)]
 
 pub mod block;
+pub mod counter;
 pub mod device;
 pub mod entropy;
 pub mod eventfd;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
+pub mod net;
 pub mod queue;
 pub mod rate_limiter;
 mod sync;

@@ -125,6 +125,8 @@ impl InFlight {
 #[derive(Debug)]
 pub struct Queue {
     index: u16,
+    /// As the driver set it up.
+    state: QueueState,
     indirect: bool,
     ram: GuestRam,
     table: Part,
@@ -156,6 +158,7 @@ impl Queue {
         position.set(state.next_avail, state.next_used);
         Ok(Queue {
             index,
+            state: *state,
             indirect: features & feature::RING_INDIRECT_DESC != 0,
             ram: ram.clone(),
             table,
@@ -177,6 +180,23 @@ impl Queue {
         self.ring.size()
     }
 
+    /// What the driver set up, and how far the device is.
+    pub fn state(&self) -> QueueState {
+        let (next_avail, next_used) = self.ring.position();
+        QueueState { next_avail, next_used, ..self.state }
+    }
+
+    /// The used index that the driver sees, as it stands in the ring: for a queue that somebody else serves.
+    pub fn used_idx(&self) -> Result<u16, QueueError> {
+        self.rings.used_idx()
+    }
+
+    /// Somebody else (the kernel) has served the queue, and came to this position. Nothing is in flight.
+    pub fn set_position(&mut self, next_avail: u16, next_used: u16) {
+        self.ring = Ring::new(self.ring.size(), self.ring.event_idx(), next_avail, next_used);
+        self.show_position();
+    }
+
     /// The memory that its buffers are in.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
@@ -196,9 +216,14 @@ impl Queue {
 
     /// Gives the chain that was popped last back: the next [`Queue::pop`] takes it again. For a request that may not start yet.
     pub fn rewind(&mut self, chain: &Chain) -> Result<(), QueueError> {
+        self.unpop(chain.head())
+    }
+
+    /// As [`Queue::rewind`], for whoever has popped several: the last one first, by its head.
+    pub fn unpop(&mut self, head: u16) -> Result<(), QueueError> {
         let done = self.alive().and_then(|()| {
-            if !self.in_flight.remove(chain.head()) {
-                return Err(QueueError::NotInFlight(chain.head()));
+            if !self.in_flight.remove(head) {
+                return Err(QueueError::NotInFlight(head));
             }
             self.ring.rewind();
             self.show_position();

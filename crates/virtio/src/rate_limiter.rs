@@ -124,13 +124,19 @@ impl RateLimiter {
         if self.next_allowed_at(bytes, now).is_some() {
             return false;
         }
+        self.charge(bytes);
+        true
+    }
+
+    /// One request of `bytes` has passed, whether the buckets allowed it or not: for those whose size is known only afterwards. What was
+    /// missing is owed.
+    pub fn charge(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bandwidth {
             bucket.take(bytes);
         }
         if let Some(bucket) = &mut self.ops {
             bucket.take(1);
         }
-        true
     }
 
     /// When a request of `bytes` may pass if nothing else does before; None if it may now. Never before the buckets
@@ -347,6 +353,25 @@ mod tests {
         assert_eq!(limiter.next_allowed_at(50, 0), Some(3 * SECOND));
         assert!(!limiter.try_take(50, 3 * SECOND - 1));
         assert!(limiter.try_take(50, 3 * SECOND));
+    }
+
+    #[test]
+    fn requests_whose_size_is_known_only_afterwards_keep_the_rate() {
+        for (size, refill_time_ms, request) in [(1 << 20, 1000, 1514), (1000, 100, 65_000), (10, 1000, 60)] {
+            let mut limiter = RateLimiter::new(bytes_only(bucket(size, refill_time_ms)), 0);
+            let (mut now, mut passed) = (0, 0);
+            while now < 100 * SECOND {
+                match limiter.next_allowed_at(1, now) {
+                    Some(at) => now = at,
+                    None => {
+                        limiter.charge(request);
+                        passed += request;
+                    }
+                }
+            }
+            let want = size + size * 100_000 / refill_time_ms;
+            assert!(passed.abs_diff(want) <= want / 100 + request, "{size}: {passed}, not {want}");
+        }
     }
 
     #[test]

@@ -35,6 +35,10 @@ pub(crate) struct Args {
     pub(crate) pci: bool,
     /// Most bytes of a request's body.
     pub(crate) max_payload: usize,
+    /// The metadata service's first contents.
+    pub(crate) metadata: Option<PathBuf>,
+    /// Most bytes of the metadata service's contents.
+    pub(crate) mmds_size_limit: usize,
     start_time_us: Option<u64>,
     start_time_cpu_us: Option<u64>,
     parent_cpu_time_us: Option<u64>,
@@ -67,17 +71,10 @@ pub(crate) enum ArgsError {
 }
 
 /// Firecracker's flags that this version does not have, by name.
-const NOT_SUPPORTED: [&str; 6] = [
-    "seccomp-filter",
-    "metadata",
-    "metrics-path",
-    "mmds-size-limit",
-    "snapshot-version",
-    "describe-snapshot",
-];
+const NOT_SUPPORTED: [&str; 4] = ["seccomp-filter", "metrics-path", "snapshot-version", "describe-snapshot"];
 
 /// The flags, for `--help`.
-const FLAGS: [(&str, &str); 16] = [
+const FLAGS: [(&str, &str); 18] = [
     ("--api-sock PATH", "serve the API on this Unix socket (/run/firecracker.socket)"),
     ("--no-api", "serve no API; needs --config-file"),
     ("--config-file PATH", "configure the microVM from this JSON file and start it"),
@@ -89,6 +86,11 @@ const FLAGS: [(&str, &str); 16] = [
     ("--show-level", "show the level in each line of the log"),
     ("--show-log-origin", "show the source file and line in each line of the log"),
     ("--http-api-max-payload-size N", "largest body of an API request, in bytes (51200)"),
+    ("--metadata PATH", "let the guest read this JSON file from the metadata service"),
+    (
+        "--mmds-size-limit N",
+        "longest contents of the metadata service, in bytes of JSON (the largest body of a request)",
+    ),
     ("--enable-pci", "put virtio devices on PCI instead of virtio-mmio"),
     ("--no-seccomp", "accepted; this version installs no filters"),
     (
@@ -126,6 +128,11 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("boot-timer") => once(&mut given.boot_timer, "boot-timer", ())?,
             Long("enable-pci") => once(&mut given.pci, "enable-pci", ())?,
             Long("no-seccomp") => once(&mut given.no_seccomp, "no-seccomp", ())?,
+            Long("metadata") => once(&mut given.metadata, "metadata", parser.value()?.into())?,
+            Long("mmds-size-limit") => {
+                const NAME: &str = "mmds-size-limit";
+                once(&mut given.mmds_size_limit, NAME, number(NAME, parser.value()?)?)?;
+            }
             Long("http-api-max-payload-size") => {
                 const NAME: &str = "http-api-max-payload-size";
                 once(&mut given.max_payload, NAME, number(NAME, parser.value()?)?)?;
@@ -163,6 +170,8 @@ struct Given {
     no_seccomp: Option<()>,
     pci: Option<()>,
     max_payload: Option<u64>,
+    metadata: Option<PathBuf>,
+    mmds_size_limit: Option<u64>,
     start_time_us: Option<u64>,
     start_time_cpu_us: Option<u64>,
     parent_cpu_time_us: Option<u64>,
@@ -177,6 +186,8 @@ impl Given {
         if let Err(error) = id.parse::<InstanceId>() {
             return Err(ArgsError::Value { name: "id", value: id, reason: error.to_string() });
         }
+        let bytes = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let max_payload = self.max_payload.map_or(DEFAULT_MAX_PAYLOAD, bytes);
         let api_socket = self.api_socket.unwrap_or_else(|| DEFAULT_API_SOCKET.into());
         Ok(Args {
             api_socket: self.no_api.is_none().then_some(api_socket),
@@ -185,9 +196,9 @@ impl Given {
             logger: self.logger,
             boot_timer: self.boot_timer.is_some(),
             pci: self.pci.is_some(),
-            max_payload: self
-                .max_payload
-                .map_or(DEFAULT_MAX_PAYLOAD, |n| usize::try_from(n).unwrap_or(usize::MAX)),
+            max_payload,
+            metadata: self.metadata,
+            mmds_size_limit: self.mmds_size_limit.map_or(max_payload, bytes),
             start_time_us: self.start_time_us,
             start_time_cpu_us: self.start_time_cpu_us,
             parent_cpu_time_us: self.parent_cpu_time_us,
@@ -265,11 +276,24 @@ mod tests {
             ("--http-api-max-payload-size -1", "-1"),
             ("--no-api", "--config-file"),
             ("--no-seccomp=yes", "yes"),
-            ("--metadata m.json", "--metadata is Firecracker's"),
+            ("--mmds-size-limit lots", "lots"),
+            ("--metrics-path m", "--metrics-path is Firecracker's"),
         ] {
             let error = args(line).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn metadata_may_be_as_long_as_a_request_unless_told_otherwise() {
+        let limits = |line| {
+            let args = args(line).unwrap();
+            (args.max_payload, args.mmds_size_limit)
+        };
+        assert_eq!(limits(""), (51200, 51200));
+        assert_eq!(limits("--http-api-max-payload-size 9"), (9, 9));
+        assert_eq!(limits("--mmds-size-limit 7 --http-api-max-payload-size 9"), (9, 7));
+        assert_eq!(args("--metadata m.json").unwrap().metadata, Some("m.json".into()));
     }
 
     #[test]

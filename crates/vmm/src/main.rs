@@ -27,7 +27,7 @@ use std::path::Path;
 
 use config::{Logger, VmConfig};
 use control::api::{ApiServer, BindError, Limits};
-use control::{Controller, Identity, Platform};
+use control::{Command, Controller, Identity, Platform};
 use machine::event_channel;
 use machine::legacy::StartTimes;
 
@@ -65,6 +65,10 @@ enum RunError {
     ReadConfig { path: String, source: std::io::Error },
     #[error("the configuration file {path} is not right: {reason}")]
     Config { path: String, reason: String },
+    #[error("cannot read the metadata file {path}: {source}")]
+    ReadMetadata { path: String, source: std::io::Error },
+    #[error("the metadata file {path} is not right: {reason}")]
+    Metadata { path: String, reason: String },
     #[error("cannot start the microVM from the configuration file {path}: {reason}")]
     Start { path: String, reason: String },
     #[error("cannot serve the API: {0}")]
@@ -77,9 +81,11 @@ impl RunError {
     fn code(&self) -> ExitCode {
         match self {
             RunError::Args(_) => ExitCode::ArgParsing,
-            RunError::ReadConfig { .. } | RunError::Config { .. } | RunError::Start { .. } => {
-                ExitCode::BadConfiguration
-            }
+            RunError::ReadConfig { .. }
+            | RunError::Config { .. }
+            | RunError::ReadMetadata { .. }
+            | RunError::Metadata { .. }
+            | RunError::Start { .. } => ExitCode::BadConfiguration,
             RunError::Log { .. } | RunError::Bind(_) | RunError::Host(_) => ExitCode::Generic,
         }
     }
@@ -116,6 +122,7 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
 
     // Read before the socket is there: a client that sees the socket may rely on the configuration.
     let config = args.config_file.as_deref().map(read_config).transpose()?;
+    let metadata = args.metadata.as_deref().map(read_metadata).transpose()?;
     let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
     let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
     let requests = api.map(ApiServer::spawn).transpose()?;
@@ -130,11 +137,17 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     let platform = Platform {
         boot_timer: args.boot_timer.then_some(start),
         pci: args.pci,
+        mmds_size_limit: args.mmds_size_limit,
         max_payload: args.max_payload,
     };
     // Never dropped: the process ends with it, and its end waits for no thread.
     let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, platform, sink));
     descriptors::raise_limit();
+    if let (Some(contents), Some(path)) = (metadata, &args.metadata) {
+        controller
+            .run(Command::PutMmds(contents))
+            .map_err(|e| RunError::Metadata { path: path.display().to_string(), reason: e.to_string() })?;
+    }
     let started = match (config, &args.config_file) {
         (Some(config), Some(path)) => controller
             .start_from(config)
@@ -162,4 +175,10 @@ fn read_config(path: &Path) -> Result<VmConfig, RunError> {
         serde_json::from_str(&text).map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
     config.check().map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
     Ok(config)
+}
+
+fn read_metadata(path: &Path) -> Result<serde_json::Value, RunError> {
+    let shown = || path.display().to_string();
+    let text = fs::read_to_string(path).map_err(|source| RunError::ReadMetadata { path: shown(), source })?;
+    serde_json::from_str(&text).map_err(|e| RunError::Metadata { path: shown(), reason: e.to_string() })
 }

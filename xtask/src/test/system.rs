@@ -17,18 +17,28 @@ use crate::host::emulated::{Emulated, Watch};
 use crate::host::{self, Job, Kind, Outcome};
 use crate::kernels;
 use crate::process::{root, say};
+use crate::python_disk;
 
 /// How long one test may take. An emulated host runs code 10 to 20 times slower.
 const LIMIT_NATIVE: Duration = Duration::from_mins(1);
 const LIMIT_EMULATED: Duration = Duration::from_mins(3);
+/// The test binary whose guests have the disk with Python.
+const WITH_PYTHON: &str = "mmds";
 /// Test binaries of this kind run natively where `/dev/kvm` opens.
 const NULL_GUESTS: &str = "null_";
 /// How often the emulated host may die before the rest is given up.
 const MOST_DEATHS: usize = 8;
 
-/// Programs of the host that tests make disks with.
-const PROGRAMS: &[(&str, &str)] =
-    &[("mke2fs", "e2fsprogs"), ("losetup", "mount"), ("dmsetup", "dmsetup"), ("blockdev", "util-linux")];
+/// Programs of the host that tests make disks and networks with.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("mke2fs", "e2fsprogs"),
+    ("losetup", "mount"),
+    ("dmsetup", "dmsetup"),
+    ("blockdev", "util-linux"),
+    ("ip", "iproute2"),
+    ("ethtool", "ethtool"),
+    ("passt", "passt"),
+];
 
 /// What the harness is told: the monitor, the kernels and busybox.
 fn guest_environment(vmm: PathBuf) -> Result<Vec<(OsString, OsString)>> {
@@ -57,6 +67,9 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     let vmm = std::env::var_os(env::VMM).map_or_else(|| build::vmm(false), |path| Ok(path.into()))?;
     job.env.extend(guest_environment(vmm)?);
     job.env.push((env::RUNNER.into(), "1".into()));
+    if tests.iter().any(|test| test.suite == WITH_PYTHON) {
+        job.env.push((env::PYTHON_DISK.into(), python_disk::image()?.into()));
+    }
 
     let (kind, why) = host::choose()?;
     let kvm_opens = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();

@@ -119,6 +119,7 @@ impl Connection {
         let response = match result {
             Ok(Reply::Empty) => Response::no_content(),
             Ok(Reply::Json(value)) => Response::ok(&value),
+            Err(error) if error.is_too_large() => Response::too_large(&error.to_string()),
             Err(error) => Response::fault(&error.to_string()),
         };
         self.put(&response.deprecated(deprecated), version, keep_alive);

@@ -4,7 +4,8 @@
 
 use config::{
     Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
-    Logger, MachineConfig, MachineConfigUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Vm, Vsock,
+    Logger, MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError, NetworkInterface,
+    NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Vm, Vsock,
 };
 use serde::de::DeserializeOwned;
 
@@ -90,8 +91,14 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["serial"]) => put_serial(request),
         (Method::Put, ["drives", id]) => put_drive(request, id),
         (Method::Patch, ["drives", id]) => patch_drive(request, id),
+        (Method::Put, ["network-interfaces", id]) => put_network(request, id),
+        (Method::Patch, ["network-interfaces", id]) => patch_network(request, id),
         (Method::Put, ["entropy"]) => put_entropy(request),
         (Method::Put, ["vsock"]) => put_vsock(request),
+        (Method::Get, ["mmds"]) => question(request, Command::GetMmds),
+        (Method::Put, ["mmds"]) => Ok(plain(Command::PutMmds(body(request)?))),
+        (Method::Patch, ["mmds"]) => Ok(plain(Command::PatchMmds(body(request)?))),
+        (Method::Put, ["mmds", "config"]) => put_mmds_config(request),
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
         (Method::Put, ["snapshot", "create"]) => put_snapshot_create(request),
@@ -133,7 +140,7 @@ fn put_serial(request: &Request) -> Result<Routed, RouteError> {
 
 fn put_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
     let drive: Drive = body(request)?;
-    check_id(id, &drive.drive_id)?;
+    check_drive_id(id, &drive.drive_id)?;
     drive.check()?;
     Ok(plain(Command::PutDrive(drive)))
 }
@@ -141,8 +148,22 @@ fn put_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
 /// Whether the change fits the drive, only the main thread knows.
 fn patch_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
     let update: DriveUpdate = body(request)?;
-    check_id(id, &update.drive_id)?;
+    check_drive_id(id, &update.drive_id)?;
     Ok(plain(Command::PatchDrive(update)))
+}
+
+fn put_network(request: &Request, id: &str) -> Result<Routed, RouteError> {
+    let network: NetworkInterface = body(request)?;
+    check_iface_id(id, &network.iface_id)?;
+    network.check()?;
+    Ok(plain(Command::PutNetwork(network)))
+}
+
+/// Whether the change fits the interface, only the main thread knows.
+fn patch_network(request: &Request, id: &str) -> Result<Routed, RouteError> {
+    let update: NetworkInterfaceUpdate = body(request)?;
+    check_iface_id(id, &update.iface_id)?;
+    Ok(plain(Command::PatchNetwork(update)))
 }
 
 fn put_entropy(request: &Request) -> Result<Routed, RouteError> {
@@ -155,6 +176,13 @@ fn put_vsock(request: &Request) -> Result<Routed, RouteError> {
     let vsock: Vsock = body(request)?;
     vsock.check()?;
     Ok(Routed { deprecated: vsock.vsock_id.is_some(), command: Command::PutVsock(vsock) })
+}
+
+/// Whether its interfaces are there, only the main thread knows.
+fn put_mmds_config(request: &Request) -> Result<Routed, RouteError> {
+    let config: MmdsConfig = body(request)?;
+    config.check()?;
+    Ok(Routed { deprecated: config.version == MmdsVersion::V1, command: Command::PutMmdsConfig(config) })
 }
 
 fn put_snapshot_create(request: &Request) -> Result<Routed, RouteError> {
@@ -176,12 +204,24 @@ fn put_fork(request: &Request) -> Result<Routed, RouteError> {
 }
 
 /// The id in a path is well-formed, and the body's.
-fn check_id(path: &str, body: &str) -> Result<(), RouteError> {
+fn check_drive_id(path: &str, body: &str) -> Result<(), RouteError> {
+    check_id(path, body, |path, body| DriveError::OtherId { body, path })
+}
+
+fn check_iface_id(path: &str, body: &str) -> Result<(), RouteError> {
+    check_id(path, body, |path, body| NetworkError::OtherId { body, path })
+}
+
+fn check_id<E: Into<ConfigError>>(
+    path: &str,
+    body: &str,
+    other: fn(String, String) -> E,
+) -> Result<(), RouteError> {
     path.parse::<ResourceId>()?;
     if path == body {
         return Ok(());
     }
-    Err(ConfigError::from(DriveError::OtherId { body: body.to_owned(), path: path.to_owned() }).into())
+    Err(other(path.to_owned(), body.to_owned()).into().into())
 }
 
 fn put_action(request: &Request) -> Result<Routed, RouteError> {
@@ -339,6 +379,28 @@ mod tests {
     }
 
     #[test]
+    fn metadata_is_set_changed_and_told() {
+        assert_eq!(command(Method::Get, "/mmds", ""), Command::GetMmds);
+        let contents = serde_json::json!({"a":{"b":null}});
+        let body = contents.to_string();
+        assert_eq!(command(Method::Put, "/mmds", &body), Command::PutMmds(contents.clone()));
+        assert_eq!(command(Method::Patch, "/mmds", &body), Command::PatchMmds(contents));
+    }
+
+    #[test]
+    fn the_first_version_of_the_metadata_service_is_deprecated() {
+        for (version, deprecated) in [(r#","version":"V1""#, true), ("", true), (r#","version":"V2""#, false)]
+        {
+            let body = format!(r#"{{"network_interfaces":["eth0"]{version}}}"#);
+            let routed = route(&request(Method::Put, "/mmds/config", &body)).unwrap();
+            assert_eq!(routed.deprecated, deprecated, "{version}");
+            assert!(matches!(routed.command, Command::PutMmdsConfig(_)));
+        }
+        let body = r#"{"network_interfaces":["eth0"],"ipv4_address":"10.0.0.1"}"#;
+        assert!(refusal(Method::Put, "/mmds/config", body).contains("10.0.0.1"));
+    }
+
+    #[test]
     fn actions_are_known() {
         for (action, expected) in [
             ("InstanceStart", Command::Start),
@@ -386,10 +448,13 @@ mod tests {
             (Method::Put, "/serial"),
             (Method::Put, "/actions"),
             (Method::Patch, "/vm"),
+            (Method::Put, "/mmds"),
+            (Method::Patch, "/mmds"),
+            (Method::Put, "/mmds/config"),
         ] {
             assert!(refusal(method, path, "").contains("needs a JSON body"), "{path}");
         }
-        for path in ["/", "/version", "/machine-config", "/vm/config"] {
+        for path in ["/", "/version", "/machine-config", "/vm/config", "/mmds"] {
             assert!(refusal(Method::Get, path, "{}").contains("takes no body"), "{path}");
         }
     }

@@ -32,14 +32,16 @@ mod report;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
-use config::{Child, Fork, FullVmConfig, Logger, Vsock};
+use config::{Child, Fork, FullVmConfig, Logger, Vsock, check_networks, override_networks};
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
 use serde_json::json;
+use virtio::net::NetBackend;
 
 use crate::api::{ApiServer, Limits};
 use crate::controller::{Controller, Host, Identity, Platform, State, devices, open_disks};
+use crate::metadata::Metadata;
 use crate::vsock::VsockSockets;
 use crate::{CommandError, Reply};
 use disks::Plan;
@@ -87,6 +89,9 @@ pub struct Seed {
     pub reporter: Reporter,
     platform: Platform,
     config: FullVmConfig,
+    metadata: Metadata,
+    /// By interface: whether it has a network of its own.
+    has_network: Vec<bool>,
     resume: bool,
 }
 
@@ -120,6 +125,13 @@ impl<H: Host> Controller<H> {
     fn seed(&self, number: usize, child: &Child, reporter: Reporter) -> Result<Seed, CommandError> {
         let mut config = self.config.clone();
         Plan::of_child(&config.drives, &self.disks, child)?.apply(&mut config.drives);
+        override_networks(&mut config.network_interfaces, &child.network_overrides)?;
+        check_networks(&config.network_interfaces)?;
+        let has_network = config
+            .network_interfaces
+            .iter()
+            .map(|network| child.network_overrides.iter().any(|other| other.iface_id == network.iface_id));
+        let has_network = has_network.collect();
         // A child does not write to its parent's terminal or file.
         config.serial = Some(child.serial.clone().unwrap_or_default());
         config.vsock = vsock_of(config.vsock.as_ref(), child)
@@ -127,18 +139,20 @@ impl<H: Host> Controller<H> {
         if child.logger.is_some() {
             config.logger.clone_from(&child.logger);
         }
+        let of_child =
+            |e: &dyn std::fmt::Display| CommandError::new(format_args!("child {}: {e}", child.id.as_str()));
         let limits = Limits { max_payload: self.platform.max_payload, ..Limits::default() };
         let api = child.api_socket.as_deref().map(|path| ApiServer::bind(path, limits));
         Ok(Seed {
             identity: Identity { id: child.id.as_str().to_owned(), ..self.identity.clone() },
-            api: api
-                .transpose()
-                .map_err(|e| CommandError::new(format_args!("child {}: {e}", child.id.as_str())))?,
+            api: api.transpose().map_err(|e| of_child(&e))?,
             logger: child.logger.clone(),
             cgroup: child.cgroup.clone(),
             reporter: reporter.of(number),
             platform: self.platform,
             config,
+            metadata: self.metadata.child(child.mmds.clone()).map_err(|e| of_child(&e))?,
+            has_network,
             resume: child.resume,
         })
     }
@@ -161,17 +175,22 @@ impl<H: Host> Controller<H> {
         inheritance: Inheritance,
         events: EventSink,
     ) -> Result<(Self, Reporter), (CommandError, Reporter)> {
-        let Seed { identity, platform, config, resume, reporter, .. } = seed;
+        let Seed { identity, platform, config, metadata, has_network, resume, reporter, .. } = seed;
         let platform = Platform { boot_timer: None, ..platform };
         let mut controller = Controller::new(identity, host, platform, events);
-        controller.config = config;
-        match controller.restore_inherited(inheritance, resume) {
+        (controller.config, controller.metadata) = (config, metadata);
+        match controller.restore_inherited(inheritance, &has_network, resume) {
             Ok(()) => Ok((controller, reporter)),
             Err(error) => Err((error, reporter)),
         }
     }
 
-    fn restore_inherited(&mut self, inheritance: Inheritance, resume: bool) -> Result<(), CommandError> {
+    fn restore_inherited(
+        &mut self,
+        inheritance: Inheritance,
+        has_network: &[bool],
+        resume: bool,
+    ) -> Result<(), CommandError> {
         let Inheritance { state, ram } = inheritance;
         self.disks = open_disks(&self.config.drives)?;
         self.vsock = self
@@ -182,6 +201,14 @@ impl<H: Host> Controller<H> {
             .transpose()
             .map_err(CommandError::new)?
             .flatten();
+        let networks = self.config.network_interfaces.iter().zip(has_network).map(|(network, &own)| {
+            if own {
+                NetBackend::open(network).map_err(CommandError::new)
+            } else {
+                Ok(NetBackend::unplugged(network.num_queues()))
+            }
+        });
+        self.networks = networks.collect::<Result<_, _>>()?;
         let serial_output = self.config.serial.as_ref().and_then(|serial| serial.serial_out_path.clone());
         self.serial_output = serial_output.as_deref().map(crate::controller::open_serial).transpose()?;
         let machine = Paused::restore(Restore {
@@ -190,7 +217,7 @@ impl<H: Host> Controller<H> {
             ram,
             page_server: None,
             serial: self.file_serial(&self.config).map_err(|e| cannot("open the serial output", &e))?,
-            devices: devices(&self.config, &self.disks, self.vsock.as_ref(), self.platform.pci),
+            devices: devices(&self.config, self.back_ends(), self.platform.pci),
             clock: ClockAfter::Continues,
             events: self.events.try_clone().map_err(|e| cannot("make a descriptor", &e))?,
         })

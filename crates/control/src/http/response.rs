@@ -37,6 +37,11 @@ impl Response {
         Response { status: 400, body: Some(body.to_string()), deprecated: false }
     }
 
+    /// What the API has no room for, in the same shape.
+    pub fn too_large(message: &str) -> Response {
+        Response { status: 413, ..Response::fault(message) }
+    }
+
     /// What is refused before the API sees it: `{ "error": "..." }`.
     pub fn protocol_error(error: &ProtocolError) -> Response {
         let body = match error {
@@ -118,6 +123,12 @@ mod tests {
         let answer = text(&Response::fault("a \"quoted\"\nword"), Version::Http11, true);
         let (_, body) = answer.split_once("\r\n\r\n").unwrap();
         assert_eq!(body, r#"{"fault_message":"a \"quoted\"\nword"}"#);
+    }
+
+    #[test]
+    fn what_there_is_no_room_for_is_a_fault_with_a_status_of_its_own() {
+        let answer = text(&Response::too_large("x"), Version::Http11, true);
+        assert!(answer.starts_with("HTTP/1.1 413 \r\n") && answer.ends_with(r#"{"fault_message":"x"}"#));
     }
 
     #[test]

@@ -3,7 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives};
+use config::{
+    DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, check_networks,
+    override_networks,
+};
 use machine::chipset::ClockAfter;
 use machine::{MachineState, Paused, Restore};
 use memory::GuestRam;
@@ -14,7 +17,7 @@ use snapshot::Snapshot;
 use super::ahead::Ahead;
 use super::{KIND, SavedConfig};
 use crate::CommandError;
-use crate::controller::{Controller, Host, Loaded, State, open_disks};
+use crate::controller::{Controller, Host, Loaded, State, open_disks, open_networks};
 use crate::vsock::VsockSockets;
 
 /// How long a page server may take to answer its first page fault.
@@ -31,6 +34,7 @@ impl<H: Host> Controller<H> {
         let saved = Saved::read(&load.snapshot_path)?;
         let config = saved.config(load, &self.config)?;
         let disks = open_disks(&config.drives)?;
+        let networks = open_networks(&config.network_interfaces)?;
         let (ram, page_server) = saved.memory(load, &config)?;
         let ahead = match load.memory() {
             (MemoryBackendType::File, path) if load.prefetch => {
@@ -48,14 +52,15 @@ impl<H: Host> Controller<H> {
         } else {
             config.vsock.as_ref().map(VsockSockets::of).transpose().map_err(CommandError::new)?.flatten()
         };
-        let loaded = Loaded { config, disks, vsock };
+        let loaded = Loaded { config, disks, networks, vsock };
+        let metadata = self.metadata.with_way(loaded.config.mmds_config.as_ref());
         let restored = Paused::restore(Restore {
             config: &loaded.config.machine_config,
             state: &saved.machine,
             ram,
             page_server,
             serial,
-            devices: loaded.devices(self.platform.pci),
+            devices: loaded.devices(metadata.service(&self.identity.id), self.platform.pci),
             clock: if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues },
             events,
         })
@@ -69,8 +74,9 @@ impl<H: Host> Controller<H> {
                 return Err(error);
             }
         };
-        (self.config, self.disks, self.vsock) = (loaded.config, loaded.disks, loaded.vsock);
-        self.ahead = ahead;
+        let Loaded { config, disks, networks, vsock } = loaded;
+        (self.config, self.disks, self.networks, self.vsock) = (config, disks, networks, vsock);
+        (self.metadata, self.ahead) = (metadata, ahead);
         self.host.guest_starts(self.serial_output.is_none());
         self.state = if load.resume_vm {
             State::Running(machine.resume().map_err(CommandError::new)?)
@@ -91,8 +97,12 @@ impl<H: Host> Controller<H> {
             Some("/machine-config")
         } else if !config.drives.is_empty() {
             Some("/drives")
+        } else if !config.network_interfaces.is_empty() {
+            Some("/network-interfaces")
         } else if config.entropy.is_some() {
             Some("/entropy")
+        } else if config.mmds_config.is_some() {
+            Some("/mmds/config")
         } else {
             None
         }
@@ -147,6 +157,8 @@ impl Saved {
         };
         // What was saved may be a fork's child without sockets; what is said now must be a path.
         load.vsock_override.as_ref().and(config.vsock.as_ref()).map_or(Ok(()), config::Vsock::check)?;
+        override_networks(&mut config.network_interfaces, &load.network_overrides)?;
+        check_networks(&config.network_interfaces)?;
         Ok(config)
     }
 

@@ -2,8 +2,8 @@
 //!
 //! # How the guest finds them
 //!
-//! Devices are numbered: the root device, the other drives in the order in which they were given, then entropy, then vsock. That order names them
-//! (`vda`, `vdb`, ...).
+//! Devices are numbered: the root device, the other drives in the order in which they were given, then network interfaces
+//! in theirs, then entropy, then vsock. That order names them (`vda`, `vdb`, ...; `eth0`, `eth1`, ...).
 //!
 //! - On virtio-mmio device `n` has the `n`-th window of 4 KiB from [`layout::VIRTIO_MMIO`](crate::layout::VIRTIO_MMIO) on and the `n`-th
 //!   interrupt line from 5 on. A guest with ACPI finds it in the DSDT, one without in `virtio_mmio.device=` on its command line.
@@ -22,22 +22,26 @@
 //! | `board` | putting a device in its place, on either transport |
 //! | `mmio`, `pci` | what either transport needs of the bus and of KVM |
 //! | `io_events` | kicks |
+//! | `metadata` | network interfaces' way to the metadata service |
 
 mod board;
 mod io_events;
+mod metadata;
 mod mmio;
 mod pci;
 mod place;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
-use config::{Drive, Entropy, TokenBucket};
+use config::{Drive, Entropy, NetworkInterface, TokenBucket};
 use virtio::block::disk::Disk;
 use virtio::block::{Block, BlockConfig, BlockControl, BlockError};
 use virtio::device::DeviceState;
 use virtio::entropy::{self, EntropyControl};
+use virtio::net::{Net, NetBackend, NetConfig, NetControl, NetError, NetSetup};
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 use virtio::transport::RestoreError;
 use virtio::vsock::{HostSockets, Vsock, VsockControl};
@@ -58,10 +62,14 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 pub struct DeviceSetup {
     /// Drives, checked to go together, each with its disk.
     pub drives: Vec<(Drive, Disk)>,
+    /// Network interfaces, checked to go together, each with its network.
+    pub networks: Vec<(NetworkInterface, NetBackend)>,
     /// The entropy device.
     pub entropy: Option<Entropy>,
     /// The socket device.
     pub vsock: Option<VsockSetup>,
+    /// The metadata service, which some of the network interfaces lead to.
+    pub metadata: Option<Arc<mmds::Service>>,
     /// All devices are on virtio-pci instead of virtio-mmio.
     pub pci: bool,
 }
@@ -114,6 +122,9 @@ pub enum DeviceError {
     /// A disk cannot be served.
     #[error(transparent)]
     Block(#[from] BlockError),
+    /// A network interface cannot be served.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// The host is out of threads or descriptors.
     #[error("cannot create {what}: {source}")]
     Host {
@@ -129,7 +140,10 @@ pub enum DeviceError {
 
 impl DeviceSetup {
     fn count(&self) -> usize {
-        self.drives.len() + usize::from(self.entropy.is_some()) + usize::from(self.vsock.is_some())
+        self.drives.len()
+            + self.networks.len()
+            + usize::from(self.entropy.is_some())
+            + usize::from(self.vsock.is_some())
     }
 
     /// Gives each device its place.
@@ -158,6 +172,7 @@ pub struct Devices {
     /// Where they are; `None` where there are none.
     board: Option<Board>,
     drives: BTreeMap<String, BlockControl>,
+    networks: BTreeMap<String, NetControl>,
     entropy: Option<EntropyControl>,
     vsock: Option<VsockControl>,
 }
@@ -172,8 +187,14 @@ impl Devices {
         vm: &Vm,
         buses: &mut Buses,
     ) -> Result<Self, DeviceError> {
-        let mut devices =
-            Devices { workers: None, board: None, drives: BTreeMap::new(), entropy: None, vsock: None };
+        let mut devices = Devices {
+            workers: None,
+            board: None,
+            drives: BTreeMap::new(),
+            networks: BTreeMap::new(),
+            entropy: None,
+            vsock: None,
+        };
         if setup.count() == 0 {
             // The bus is there all the same.
             if setup.pci {
@@ -208,6 +229,22 @@ impl Devices {
             };
             board.plug(name, Box::new(block), vm, buses)?;
             devices.drives.insert(drive.drive_id, control);
+        }
+        for (network, backend) in setup.networks {
+            let detour = metadata::detour(setup.metadata.as_ref(), &network, now);
+            let name = format!("net {}", network.iface_id);
+            let setup = NetSetup { backend, detour };
+            let (net, control) = match saved.and_then(|saved| saved.device(&name)) {
+                Some(DeviceState::Net(state)) => Net::restore(state, setup, now)?,
+                Some(_) => return Err(DeviceError::OtherKind { name }),
+                None => {
+                    let rx = limits(network.rx_rate_limiter.as_ref());
+                    let tx = limits(network.tx_rate_limiter.as_ref());
+                    Net::new(NetConfig::of(&network), setup, rx, tx, now)?
+                }
+            };
+            board.plug(name, Box::new(net), vm, buses)?;
+            devices.networks.insert(network.iface_id, control);
         }
         if let Some(config) = setup.entropy {
             let name = "entropy".to_owned();
@@ -257,12 +294,18 @@ impl Devices {
     pub fn vsock(&self) -> Option<&VsockControl> {
         self.vsock.as_ref()
     }
+
+    /// A network interface, to be changed while it works.
+    pub fn network(&self, id: &str) -> Option<&NetControl> {
+        self.networks.get(id)
+    }
 }
 
 impl std::fmt::Debug for Devices {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Devices")
             .field("drives", &self.drives.keys().collect::<Vec<_>>())
+            .field("networks", &self.networks.keys().collect::<Vec<_>>())
             .field("entropy", &self.entropy.is_some())
             .field("vsock", &self.vsock.is_some())
             .finish_non_exhaustive()
@@ -270,10 +313,12 @@ impl std::fmt::Debug for Devices {
 }
 
 impl DeviceSetup {
-    /// One worker for all that have none of their own, or as many as the drive among them that asks for most.
+    /// One worker for all that have none of their own, or as many as the device among them that asks for most.
     fn shared_workers(&self) -> usize {
         let shared = self.drives.iter().filter(|(_, disk)| !disk.wants_own_workers());
-        shared.map(|(drive, _)| usize::from(drive.io_threads())).max().unwrap_or(1)
+        let drives = shared.map(|(drive, _)| drive.io_threads());
+        let networks = self.networks.iter().map(|(network, _)| network.io_threads());
+        drives.chain(networks).max().unwrap_or(1).into()
     }
 }
 
@@ -344,8 +389,10 @@ mod tests {
     fn devices_lie_side_by_side_and_the_guest_is_told() {
         let setup = DeviceSetup {
             drives: vec![drive("data", false, None), drive("rootfs", true, None)],
+            networks: vec![],
             entropy: Some(Entropy::default()),
             vsock: None,
+            metadata: None,
             pci: false,
         };
         assert_eq!(
@@ -360,7 +407,7 @@ mod tests {
     #[test]
     fn a_root_partition_is_named_by_its_uuid() {
         let drives = vec![drive("r", true, Some("0eaa91a0-01"))];
-        let setup = DeviceSetup { drives, entropy: None, vsock: None, pci: true };
+        let setup = DeviceSetup { drives, pci: true, ..DeviceSetup::default() };
         assert_eq!(setup.boot_args(&setup.places().unwrap()), "root=PARTUUID=0eaa91a0-01 rw");
     }
 
@@ -368,7 +415,7 @@ mod tests {
     fn more_devices_than_places_are_refused() {
         for (pci, max) in [(false, mmio_transport::MAX_DEVICES), (true, pci_transport::MAX_DEVICES)] {
             let drives = (0..max).map(|i| drive(&format!("d{i}"), false, None)).collect();
-            let mut setup = DeviceSetup { drives, entropy: None, vsock: None, pci };
+            let mut setup = DeviceSetup { drives, pci, ..DeviceSetup::default() };
             setup.places().unwrap();
             setup.entropy = Some(Entropy::default());
             let error = setup.places().unwrap_err();

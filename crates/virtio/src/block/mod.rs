@@ -44,9 +44,10 @@ mod task;
 mod tests;
 pub mod uring;
 
+pub use crate::counter::Counter;
 pub use device::{Block, BlockConfig, BlockControl, BlockError, BlockState};
 pub use lane::{Replaced, StillInUse};
-pub use stats::{BlockStats, Counter};
+pub use stats::BlockStats;
 
 /// Bytes of a sector: the unit of everything that a guest asks for, whatever the disk's own block size is.
 pub const SECTOR: u64 = 512;

@@ -1,6 +1,6 @@
 //! What a block device counts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::counter::Counter;
 
 /// Counters that only grow.
 #[derive(Debug, Default)]
@@ -31,20 +31,4 @@ pub struct BlockStats {
     pub update_count: Counter,
     /// Activations that failed.
     pub activate_fails: Counter,
-}
-
-/// A number that threads add to.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// Its value.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// Adds; the value before.
-    pub(super) fn add(&self, count: u64) -> u64 {
-        self.0.fetch_add(count, Ordering::Relaxed)
-    }
 }

@@ -97,6 +97,11 @@ impl Rings {
             size,
         })
     }
+
+    /// The used index that the driver sees.
+    pub(super) fn used_idx(&self) -> Result<u16, QueueError> {
+        self.used.load(2, Ordering::Acquire)
+    }
 }
 
 impl RingMemory for Rings {

@@ -78,6 +78,10 @@ impl Ring {
         self.size
     }
 
+    pub(super) fn event_idx(&self) -> bool {
+        self.event_idx
+    }
+
     /// `(next_avail, next_used)`.
     pub(super) fn position(&self) -> (u16, u16) {
         (self.next_avail, self.next_used)

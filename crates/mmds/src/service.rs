@@ -1,0 +1,299 @@
+//! Answering: what a request gets, whatever interface it came through.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use config::{MmdsConfig, MmdsVersion};
+
+use crate::http::{Head, Method, Response, TtlHeader, decimal};
+use crate::stack::Stack;
+use crate::stats::Stats;
+use crate::store::{Format, Store, StoreError, Unreadable, segments};
+use crate::token::{MAX_TTL_SECONDS, MIN_TTL_SECONDS, Tokens};
+
+/// A store that the user's thread and the guest's interfaces share.
+///
+/// Its lock is taken inside these methods only: by the user's thread for one change, by a device's worker for one answer.
+/// Neither does anything else meanwhile, and what they do is bounded by the store's limit.
+#[derive(Debug, Clone)]
+pub struct SharedStore(Arc<Mutex<Store>>);
+
+impl SharedStore {
+    /// An empty store for at most `limit` bytes of JSON.
+    pub fn new(limit: usize) -> SharedStore {
+        SharedStore(Arc::new(Mutex::new(Store::new(limit))))
+    }
+
+    /// Another store with the same limit, and for now the same contents.
+    #[must_use]
+    pub fn detached(&self) -> SharedStore {
+        SharedStore(Arc::new(Mutex::new(self.lock().clone())))
+    }
+
+    /// See [`Store::get`].
+    pub fn get(&self) -> serde_json::Value {
+        self.lock().get()
+    }
+
+    /// See [`Store::put`].
+    pub fn put(&self, contents: serde_json::Value) -> Result<(), StoreError> {
+        self.lock().put(contents)
+    }
+
+    /// See [`Store::patch`].
+    pub fn patch(&self, patch: serde_json::Value) -> Result<(), StoreError> {
+        self.lock().patch(patch)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Store> {
+        self.0.lock().expect("no holder of this lock panics")
+    }
+}
+
+/// The metadata service of one microVM: what all its interfaces share.
+#[derive(Debug)]
+pub struct Service {
+    config: MmdsConfig,
+    store: SharedStore,
+    tokens: Tokens,
+    stats: Stats,
+    stacks: AtomicU64,
+}
+
+impl Service {
+    /// The service that `config`, checked, describes. `key` is random and used for nothing else: with it end the tokens, so a
+    /// microVM that is restored or forked gets a new one.
+    pub fn new(config: MmdsConfig, store: SharedStore, vm_id: &str, key: &[u8; 32]) -> Arc<Service> {
+        let tokens = Tokens::new(key, vm_id);
+        Arc::new(Service { config, store, tokens, stats: Stats::default(), stacks: AtomicU64::new(0) })
+    }
+
+    /// The way to it through an interface, if it is one of its own.
+    pub fn stack(self: &Arc<Self>, interface: &str, mtu: Option<u16>, now: Duration) -> Option<Stack> {
+        if !self.config.network_interfaces.iter().any(|id| id == interface) {
+            return None;
+        }
+        let seed = self.tokens.secret(self.stacks.fetch_add(1, Ordering::Relaxed));
+        Some(Stack::new(Arc::clone(self), mtu.unwrap_or(u16::MAX), seed, now))
+    }
+
+    /// What it was made from, which is what a snapshot keeps of it: not its contents, and not its tokens.
+    pub fn config(&self) -> &MmdsConfig {
+        &self.config
+    }
+
+    /// What happened so far.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// The answer to a request at the time `now`.
+    pub(crate) fn answer(&self, request: &Head, now: Duration) -> Response {
+        match request.method {
+            Method::Get => self.get(request, now),
+            Method::Put => self.put(request, now),
+            Method::Other => {
+                Response::text(405, "Not allowed HTTP method.").with("Allow", "GET, PUT".to_owned())
+            }
+        }
+    }
+
+    fn get(&self, request: &Head, now: Duration) -> Response {
+        if let Err(refusal) = self.check_token(request, now) {
+            return refusal;
+        }
+        let format = if self.config.imds_compat { Format::Text } else { request.format };
+        match self.store.lock().read(&request.path, format) {
+            Ok(body) => Response::found(body, content_type(format)),
+            Err(Unreadable::Missing) => not_found(request),
+            Err(Unreadable::NoText) => {
+                Response::text(501, "Cannot retrieve value. The value has an unsupported type.")
+            }
+        }
+    }
+
+    /// Version 2 needs a token; version 1 takes one, counts a bad one, and answers all the same.
+    fn check_token(&self, request: &Head, now: Duration) -> Result<(), Response> {
+        let refusal = match &request.token {
+            Some(token) if self.tokens.is_valid(token, now) => return Ok(()),
+            Some(_) => {
+                self.stats.rx_invalid_token.add(1);
+                "MMDS token not valid."
+            }
+            None => {
+                self.stats.rx_no_token.add(1);
+                "No MMDS token provided. Show one in the header X-metadata-token or X-aws-ec2-metadata-token."
+            }
+        };
+        match self.config.version {
+            MmdsVersion::V1 => Ok(()),
+            MmdsVersion::V2 => Err(Response::text(401, refusal)),
+        }
+    }
+
+    fn put(&self, request: &Head, now: Duration) -> Response {
+        if !segments(&request.path).eq(["latest", "api", "token"]) {
+            return not_found(request);
+        }
+        // A request that a proxy passed on is not the guest's own: its token would leave the guest.
+        if request.is_forwarded {
+            return Response::text(400, "Invalid header. Reason: X-Forwarded-For is not allowed here.");
+        }
+        let Some((header, value)) = &request.ttl else {
+            let own = TtlHeader::Own.name();
+            return Response::text(
+                400,
+                &format!("Token time to live value not found. Give it in the header {own}."),
+            );
+        };
+        let bounds = MIN_TTL_SECONDS..=MAX_TTL_SECONDS;
+        let ttl = decimal(value).and_then(|ttl| u32::try_from(ttl).ok()).filter(|ttl| bounds.contains(ttl));
+        let Some(ttl) = ttl else {
+            let given = String::from_utf8_lossy(value);
+            let bounds = format!("between {MIN_TTL_SECONDS} and {MAX_TTL_SECONDS} seconds");
+            return Response::text(
+                400,
+                &format!("Invalid time to live value: {given}. It must be {bounds}."),
+            );
+        };
+        Response::found(self.tokens.issue(ttl, now), content_type(Format::Text))
+            .with(header.name(), ttl.to_string())
+    }
+}
+
+fn not_found(request: &Head) -> Response {
+    Response::text(404, &format!("Resource not found: {}.", request.path))
+}
+
+fn content_type(format: Format) -> &'static str {
+    match format {
+        Format::Json => "application/json",
+        Format::Text => "text/plain",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const NOW: Duration = Duration::from_secs(100);
+
+    fn service(version: MmdsVersion, imds_compat: bool) -> Arc<Service> {
+        let store = SharedStore::new(51200);
+        store.put(json!({"latest":{"meta-data":{"ami-id":"ami-1","cpus":4}}})).unwrap();
+        let config =
+            MmdsConfig { version, network_interfaces: vec!["eth0".into()], ipv4_address: None, imds_compat };
+        Service::new(config, store, "vm", &[1; 32])
+    }
+
+    fn request(method: Method, path: &str) -> Head {
+        Head {
+            method,
+            path: path.to_owned(),
+            format: Format::Text,
+            token: None,
+            ttl: None,
+            is_forwarded: false,
+            keep_alive: true,
+            is_http10: false,
+            body_len: 0,
+        }
+    }
+
+    fn token_request(ttl: &str) -> Head {
+        let ttl = Some((TtlHeader::Ec2, ttl.as_bytes().to_vec()));
+        Head { ttl, ..request(Method::Put, "/latest/api/token") }
+    }
+
+    fn get(path: &str, format: Format) -> Head {
+        Head { format, ..request(Method::Get, path) }
+    }
+
+    fn outcome(response: &Response) -> (u16, &str) {
+        (response.status(), response.body())
+    }
+
+    #[test]
+    fn a_value_comes_in_the_form_that_was_asked_for() {
+        let service = service(MmdsVersion::V1, false);
+        for (path, format, expected) in [
+            ("/latest/meta-data", Format::Text, (200, "ami-id\ncpus")),
+            ("/latest/meta-data/", Format::Json, (200, r#"{"ami-id":"ami-1","cpus":4}"#)),
+            ("/latest/meta-data/ami-id", Format::Json, (200, r#""ami-1""#)),
+            ("/latest/meta-data/cpus", Format::Json, (200, "4")),
+            (
+                "/latest/meta-data/cpus",
+                Format::Text,
+                (501, "Cannot retrieve value. The value has an unsupported type."),
+            ),
+            ("/latest/user-data", Format::Json, (404, "Resource not found: /latest/user-data.")),
+        ] {
+            assert_eq!(outcome(&service.answer(&get(path, format), NOW)), expected, "{path} {format:?}");
+        }
+    }
+
+    #[test]
+    fn with_imds_compat_the_form_is_always_text() {
+        let service = service(MmdsVersion::V1, true);
+        let answer = service.answer(&get("/latest", Format::Json), NOW);
+        assert_eq!(outcome(&answer), (200, "meta-data/"));
+    }
+
+    #[test]
+    fn version_2_answers_only_who_shows_a_living_token() {
+        let service = service(MmdsVersion::V2, false);
+        let ask = |token: Option<&str>, now| {
+            let head = Head { token: token.map(|t| t.as_bytes().to_vec()), ..get("/latest", Format::Text) };
+            service.answer(&head, now).status()
+        };
+        assert_eq!(ask(None, NOW), 401);
+        assert_eq!(ask(Some("guess"), NOW), 401);
+        let answer = service.answer(&token_request("10"), NOW);
+        assert_eq!(answer.header(), Some(("X-aws-ec2-metadata-token-ttl-seconds", "10")));
+        assert_eq!(ask(Some(answer.body()), NOW + Duration::from_secs(9)), 200);
+        assert_eq!(ask(Some(answer.body()), NOW + Duration::from_secs(10)), 401);
+        assert_eq!((service.stats().rx_no_token.get(), service.stats().rx_invalid_token.get()), (1, 2));
+    }
+
+    #[test]
+    fn version_1_gives_tokens_and_needs_none() {
+        let service = service(MmdsVersion::V1, false);
+        assert_eq!(service.answer(&token_request("10"), NOW).status(), 200);
+        let head = Head { token: Some(b"guess".to_vec()), ..get("/latest", Format::Text) };
+        assert_eq!(service.answer(&head, NOW).status(), 200);
+        assert_eq!(service.stats().rx_invalid_token.get(), 1);
+    }
+
+    #[test]
+    fn a_token_request_says_for_how_long_and_comes_from_the_guest_itself() {
+        let service = service(MmdsVersion::V2, false);
+        for ttl in ["1", "21600"] {
+            assert_eq!(service.answer(&token_request(ttl), NOW).status(), 200, "{ttl}");
+        }
+        for ttl in ["0", "21601", "-1", "", "1.5", "99999999999999999999", "+5"] {
+            assert_eq!(service.answer(&token_request(ttl), NOW).status(), 400, "{ttl}");
+        }
+        let without = Head { ttl: None, ..token_request("1") };
+        assert_eq!(service.answer(&without, NOW).status(), 400);
+        let forwarded = Head { is_forwarded: true, ..token_request("1") };
+        assert_eq!(service.answer(&forwarded, NOW).status(), 400);
+        let elsewhere = Head { path: "/latest/api".into(), ..token_request("1") };
+        assert_eq!(service.answer(&elsewhere, NOW).status(), 404);
+    }
+
+    #[test]
+    fn only_its_own_interfaces_lead_to_it() {
+        let service = service(MmdsVersion::V1, false);
+        assert!(service.stack("eth0", None, NOW).is_some());
+        assert!(service.stack("eth1", None, NOW).is_none());
+    }
+
+    #[test]
+    fn other_methods_are_not_allowed() {
+        let answer = service(MmdsVersion::V1, false).answer(&request(Method::Other, "/latest"), NOW);
+        assert_eq!((answer.status(), answer.header()), (405, Some(("Allow", "GET, PUT"))));
+    }
+}

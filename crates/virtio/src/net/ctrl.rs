@@ -1,0 +1,151 @@
+//! The control queue (5.1.6.5): how many queues are used, what may be left to the guest, that it has announced itself.
+
+use std::io;
+use std::sync::Arc;
+
+use memory::GuestRam;
+
+use super::config_space::feature;
+use super::device::Shared;
+use crate::device::{ActiveQueue, Interrupt};
+use crate::eventfd::EventFd;
+use crate::queue::{Chain, Queue, QueueError};
+use crate::worker::{Context, Event, Task, Token};
+
+/// `VIRTIO_NET_CTRL_ANNOUNCE`, `_ACK`
+const ANNOUNCE_ACK: [u8; 2] = [3, 0];
+/// `VIRTIO_NET_CTRL_MQ`, `_VQ_PAIRS_SET`
+const MQ_PAIRS_SET: [u8; 2] = [4, 0];
+/// `VIRTIO_NET_CTRL_GUEST_OFFLOADS`, `_SET`
+const OFFLOADS_SET: [u8; 2] = [5, 0];
+
+/// `VIRTIO_NET_OK`
+const OK: u8 = 0;
+/// `VIRTIO_NET_ERR`
+const ERR: u8 = 1;
+
+/// Commands in one call: each may ask the kernel something.
+const TURN: u32 = 16;
+
+const KICK: Token = 0;
+
+/// Serves the control queue.
+pub(super) struct CtrlTask {
+    shared: Arc<Shared>,
+    memory: GuestRam,
+    interrupt: Arc<dyn Interrupt>,
+    queue: Queue,
+    kick: Arc<EventFd>,
+    features: u64,
+    chain: Chain,
+    quiet: bool,
+    dead: bool,
+}
+
+impl CtrlTask {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        queue: ActiveQueue,
+        memory: GuestRam,
+        interrupt: Arc<dyn Interrupt>,
+        features: u64,
+    ) -> Self {
+        let ActiveQueue { queue, kick } = queue;
+        let chain = Chain::new();
+        CtrlTask { shared, memory, interrupt, queue, kick, features, chain, quiet: true, dead: false }
+    }
+
+    fn work(&mut self, cx: &mut Context<'_>) {
+        if self.quiet || self.dead {
+            return;
+        }
+        match self.serve() {
+            Ok(false) => {}
+            Ok(true) => cx.call_again(),
+            Err(error) => {
+                self.dead = true;
+                self.interrupt.needs_reset(&error);
+            }
+        }
+    }
+
+    /// True if there is more.
+    fn serve(&mut self) -> Result<bool, QueueError> {
+        let mut served = 0;
+        loop {
+            self.queue.disable_notifications()?;
+            while served < TURN && self.queue.pop(&mut self.chain)? {
+                served += 1;
+                let answer = self.carry_out()?;
+                let written = self.chain.writable().write(&self.memory, &[answer])?;
+                self.queue.add_used(self.chain.head(), written as u32)?;
+            }
+            if self.queue.publish()? {
+                self.interrupt.queue(self.queue.index());
+            }
+            if served >= TURN {
+                return Ok(true);
+            }
+            if !self.queue.enable_notifications()? {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn carry_out(&self) -> Result<u8, QueueError> {
+        let mut command = [0; 10];
+        let len = self.chain.readable().read(&self.memory, &mut command)?;
+        let (what, data) = command[..len].split_at(len.min(2));
+        let done = match (<[u8; 2]>::try_from(what), data) {
+            (Ok(ANNOUNCE_ACK), _) if self.features & feature::GUEST_ANNOUNCE != 0 => {
+                self.shared.announced();
+                true
+            }
+            (Ok(MQ_PAIRS_SET), &[low, high, ..]) if self.features & feature::MQ != 0 => {
+                self.shared.use_pairs(u16::from_le_bytes([low, high]))
+            }
+            (Ok(OFFLOADS_SET), data) if self.features & feature::CTRL_GUEST_OFFLOADS != 0 => {
+                let wanted = <[u8; 8]>::try_from(data).map(u64::from_le_bytes);
+                let may = self.features & feature::GUEST_OFFLOADS;
+                wanted.is_ok_and(|wanted| wanted & !may == 0 && self.shared.set_offloads(wanted))
+            }
+            _ => false,
+        };
+        if !done {
+            self.shared.stats.ctrl_fails.add(1);
+        }
+        Ok(if done { OK } else { ERR })
+    }
+}
+
+impl Task for CtrlTask {
+    fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        cx.watch_kick(KICK, &self.kick)
+    }
+
+    fn kicked(&mut self, cx: &mut Context<'_>, _token: Token) {
+        self.work(cx);
+    }
+
+    fn ready(&mut self, _cx: &mut Context<'_>, _event: Event) {}
+
+    fn timer(&mut self, cx: &mut Context<'_>) {
+        self.work(cx);
+    }
+
+    fn quiesce(&mut self, _cx: &mut Context<'_>) {
+        self.quiet = true;
+    }
+
+    fn is_drained(&self) -> bool {
+        true
+    }
+
+    fn resume(&mut self, cx: &mut Context<'_>) {
+        self.quiet = false;
+        self.shared.tell_of_changes();
+        self.work(cx);
+    }
+
+    fn detach(self: Box<Self>) {}
+}

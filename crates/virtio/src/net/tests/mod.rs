@@ -1,0 +1,11 @@
+//! The device as its driver sees it.
+
+mod control;
+mod detours;
+mod frames;
+mod guest;
+mod limits;
+mod model;
+mod streams;
+
+use guest::{MAC, NetGuest, frame};

@@ -1,0 +1,95 @@
+//! A network in another process.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use super::guest::config;
+use super::*;
+use crate::net::config_space::feature;
+use crate::net::stream::Stream;
+use crate::net::{Net, NetBackend, NetSetup};
+use crate::rate_limiter::RateLimiterConfig;
+use crate::testing::Kind;
+
+fn guest() -> (NetGuest, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    let setup =
+        NetSetup { backend: NetBackend::stream(Stream::new("test".into(), ours.into())), detour: None };
+    let none = RateLimiterConfig::default();
+    let (net, control) = Net::new(config(1), setup, none, none, 1).unwrap();
+    (NetGuest::around(Kind::Mmio, net, control, vec![], u64::MAX), theirs)
+}
+
+fn framed(frame: &[u8]) -> Vec<u8> {
+    [&(frame.len() as u32).to_be_bytes()[..], frame].concat()
+}
+
+#[test]
+fn frames_go_both_ways_and_no_offload_is_offered() {
+    let (mut guest, mut peer) = guest();
+    assert_eq!(guest.features & feature::OFFLOADS, 0);
+    guest.send(&frame(1000, 1));
+    let mut got = vec![0; 1004];
+    peer.read_exact(&mut got).unwrap();
+    assert_eq!(got, framed(&frame(1000, 1)));
+    for _ in 0..50 {
+        assert!(guest.give_to(0, &[1536]));
+    }
+    guest.publish(0);
+    peer.write_all(&[framed(&frame(60, 2)), framed(&frame(60_000, 3))].concat()).unwrap();
+    guest.guest.worker.run();
+    assert_eq!(guest.received().unwrap(), frame(60, 2));
+    assert_eq!(guest.received().unwrap(), frame(60_000, 3));
+    assert_eq!(guest.control.stats().rx_packets_count.get(), 2);
+}
+
+#[test]
+fn a_peer_that_reads_slowly_gets_all_in_order() {
+    let (mut guest, mut peer) = guest();
+    let (mut made, mut got) = (0u32, Vec::new());
+    while got.len() < 2000 * 1004 {
+        while guest.queues[1].take_used().is_some() {}
+        while made < 2000 && guest.send_on(0, [0; 12], &frame(1000, made as u8), &[]) {
+            made += 1;
+        }
+        guest.publish(1);
+        let mut piece = vec![0; 100_000];
+        if let Ok(count) = peer.read(&mut piece) {
+            got.extend_from_slice(&piece[..count]);
+        }
+        guest.guest.worker.run();
+    }
+    for (seed, sent) in got.chunks(1004).enumerate() {
+        assert!(sent == framed(&frame(1000, seed as u8)), "frame {seed}");
+    }
+}
+
+#[test]
+fn a_peer_that_hangs_up_or_speaks_nonsense_takes_the_link_down() {
+    for nonsense in [false, true] {
+        let (mut guest, mut peer) = guest();
+        guest.give(&[1536]);
+        if nonsense {
+            peer.write_all(&[0xff; 8]).unwrap();
+        } else {
+            drop(peer);
+        }
+        guest.guest.worker.run();
+        assert!(!guest.control.link_is_up());
+        guest.send(&frame(60, 1));
+        assert_eq!(guest.control.stats().tap_write_fails.get(), 1);
+    }
+}
+
+#[test]
+fn a_frame_that_never_fits_does_not_stop_those_behind_it() {
+    let (mut guest, mut peer) = guest();
+    guest.give(&[500]);
+    peer.write_all(&[framed(&frame(2000, 1)), framed(&frame(60, 2))].concat()).unwrap();
+    guest.guest.worker.run();
+    assert_eq!(guest.received(), None);
+    guest.guest.worker.advance(crate::net::rx::PATIENCE);
+    assert_eq!(guest.received().unwrap(), frame(60, 2));
+    assert_eq!(guest.control.stats().rx_fails.get(), 1);
+}

@@ -1,0 +1,54 @@
+//! What guests do with their network: the part of the network tests that runs in a guest.
+//!
+//! | command | does | says |
+//! |---|---|---|
+//! | `upload ADDRESS SEED BYTES` | sends bytes over TCP, which the other side checks | `UPLOADED ADDRESS SEED`, `FAILED ...` |
+//! | `download ADDRESS SEED BYTES` | gets bytes over TCP, and checks them | `DOWNLOADED ADDRESS SEED`, `FAILED ...` |
+//! | `serve PORT` | serves uploads and downloads for ever | `SERVING PORT` |
+
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener};
+use std::process::ExitCode;
+
+use vesta_tests::traffic::{download, serve, upload};
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match args[..] {
+        ["upload", address, seed, bytes] => {
+            upload(address, number(seed), number(bytes)).map(|_| format!("UPLOADED {address} {seed}"))
+        }
+        ["download", address, seed, bytes] => {
+            download(address, number(seed), number(bytes)).map(|_| format!("DOWNLOADED {address} {seed}"))
+        }
+        ["serve", port] => TcpListener::bind((Ipv4Addr::UNSPECIFIED, number(port) as u16)).map(|listener| {
+            say(&format!("SERVING {port}"));
+            serve(&listener);
+            String::new()
+        }),
+        _ => {
+            eprintln!("net-tool: what is {args:?}?");
+            return ExitCode::FAILURE;
+        }
+    };
+    match done {
+        Ok(line) => {
+            say(&line);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            say(&format!("FAILED {}: {error}", args.join(" ")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn number(text: &str) -> u64 {
+    text.parse().unwrap_or_else(|error| panic!("{text:?} is no number: {error}"))
+}
+
+/// Says one line, in one write, so that the lines of several processes do not mix.
+fn say(line: &str) {
+    let _ = std::io::stdout().write_all(format!("{line}\n").as_bytes());
+}

@@ -1,0 +1,152 @@
+//! Networks of the host that a test needs: a network namespace of its own, so that names are free and nothing can be left behind.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::guest::{BOOT_ARGS, Guest, Kernel, Transport, busybox, ignore, vmm_path};
+use crate::initramfs::Initramfs;
+use crate::traffic;
+use crate::vmm::{Vmm, VmmBuilder};
+
+/// A network namespace, which this thread and the processes that it starts are in. It goes with the last of them.
+#[derive(Debug)]
+pub struct HostNet(());
+
+impl HostNet {
+    /// Moves this thread into a new, empty namespace.
+    pub fn new() -> Result<HostNet> {
+        if !rustix::process::geteuid().is_root() {
+            ignore("it needs root, for a network namespace with taps");
+        }
+        enter_new_namespace()?;
+        let net = HostNet(());
+        net.ip("link set lo up")?;
+        Ok(net)
+    }
+
+    /// Runs `ip` with these words.
+    pub fn ip(&self, words: &str) -> Result<()> {
+        self.run("ip", words)
+    }
+
+    /// Runs a program of the host with these words.
+    pub fn run(&self, program: &str, words: &str) -> Result<()> {
+        let output = Command::new(program)
+            .args(words.split_whitespace())
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("cannot run {program}"))?;
+        ensure!(
+            output.status.success(),
+            "{program} {words}: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(())
+    }
+
+    /// A tap that is up, with this address (`10.0.0.1/24`). `how` is more for its making, as `multi_queue`.
+    pub fn tap(&self, name: &str, address: &str, how: &str) -> Result<()> {
+        self.ip(&format!("tuntap add dev {name} mode tap {how}"))?;
+        // No router advertisements and the like: what goes over it is what a test sends.
+        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+        if !address.is_empty() {
+            self.ip(&format!("address add {address} dev {name}"))?;
+        }
+        self.ip(&format!("link set {name} up"))
+    }
+
+    /// Serves uploads and downloads at this address and port.
+    pub fn serve(&self, address: &str) -> Result<()> {
+        let listener = TcpListener::bind(address).context("a server for the guest")?;
+        std::thread::spawn(move || traffic::serve(&listener));
+        Ok(())
+    }
+}
+
+#[expect(unsafe_code, reason = "a thread that changes its namespace")]
+fn enter_new_namespace() -> Result<()> {
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+    // SAFETY: another network namespace leaves this process's memory and descriptors as they are.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.context("a network namespace")
+}
+
+/// A guest with network interfaces, that is being put together.
+#[derive(Debug)]
+pub struct NetGuest {
+    builder: VmmBuilder,
+    guest: Guest,
+    disk: Initramfs,
+    interfaces: Vec<Value>,
+}
+
+impl NetGuest {
+    /// A guest with one vCPU, no interface yet, and `tool` as `net-tool`.
+    pub fn new(transport: Transport, tool: &str) -> Result<NetGuest> {
+        let builder = VmmBuilder::new(&vmm_path())?;
+        NetGuest::with(builder, transport, tool)
+    }
+
+    /// The same, with a monitor that is started in another way.
+    pub fn with(builder: VmmBuilder, transport: Transport, tool: &str) -> Result<NetGuest> {
+        let builder = transport.args().iter().fold(builder.with_api(), VmmBuilder::arg);
+        let guest = Guest::bare(&Kernel::Tuned.image()).boot_args(BOOT_ARGS);
+        let mut disk = Initramfs::new(&busybox())?;
+        disk.file("sbin/net-tool", 0o755, &std::fs::read(tool)?);
+        Ok(NetGuest { builder, guest, disk, interfaces: Vec::new() })
+    }
+
+    /// The monitor's directory.
+    pub fn dir(&self) -> &Path {
+        self.builder.dir()
+    }
+
+    /// Adds an interface on this tap, with these other fields.
+    #[must_use]
+    pub fn tap(self, tap: &str, more: Value) -> NetGuest {
+        let mut interface = json!({"host_dev_name": tap});
+        merge(&mut interface, more);
+        self.interface(interface)
+    }
+
+    /// Adds an interface; its id is `ethN`.
+    #[must_use]
+    pub fn interface(mut self, mut interface: Value) -> NetGuest {
+        interface["iface_id"] = json!(format!("eth{}", self.interfaces.len()));
+        self.interfaces.push(interface);
+        self
+    }
+
+    /// The same with that many vCPUs.
+    #[must_use]
+    pub fn vcpus(self, vcpus: u32) -> NetGuest {
+        NetGuest { guest: self.guest.vcpus(vcpus), ..self }
+    }
+
+    /// Gives the guest a program of the host's and the libraries that it asks for.
+    pub fn program(mut self, name: &str) -> Result<NetGuest> {
+        self.disk.program(name)?;
+        Ok(self)
+    }
+
+    /// Boots it; it runs `script`.
+    pub fn boot(self, script: &str) -> Result<Vmm> {
+        let NetGuest { builder, guest, disk, interfaces } = self;
+        let initrd = builder.dir().join("initramfs");
+        std::fs::write(&initrd, disk.finish(&format!("ip link set lo up\n{script}")))?;
+        let mut guest = guest;
+        guest.initrd = Some(initrd);
+        let mut config = guest.config();
+        config["network-interfaces"] = json!(interfaces);
+        builder.with_config(&config)?.spawn()
+    }
+}
+
+fn merge(into: &mut Value, more: Value) {
+    if let (Some(into), Value::Object(more)) = (into.as_object_mut(), more) {
+        into.extend(more);
+    }
+}

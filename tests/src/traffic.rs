@@ -1,0 +1,159 @@
+//! Bytes over TCP that say whether they came as they were sent: both ends of the network tests, on the host and in guests.
+//!
+//! A client connects, sends a request of 17 bytes (a letter, a seed, a length), and then either sends so many bytes of the seed's sequence and
+//! reads a byte of judgement, or reads them and judges itself. A server serves any number of clients at a time.
+
+use std::io::{Error, ErrorKind, Read, Result, Write};
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+/// Longest silence.
+const PATIENCE: Duration = Duration::from_secs(60);
+const UPLOAD: u8 = b'u';
+const DOWNLOAD: u8 = b'd';
+const GOOD: u8 = b'+';
+const BAD: u8 = b'-';
+const PIECE: usize = 64 << 10;
+
+/// A sequence of bytes that never repeats within what tests send.
+struct Sequence(u64);
+
+impl Sequence {
+    fn new(seed: u64) -> Self {
+        Sequence(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
+        }
+    }
+}
+
+/// Sends `len` bytes and says how long it took until the other side had found them good.
+pub fn upload(to: impl ToSocketAddrs, seed: u64, len: u64) -> Result<Duration> {
+    let mut stream = connect(to)?;
+    let begun = Instant::now();
+    request(&mut stream, UPLOAD, seed, len)?;
+    send(&mut stream, seed, len)?;
+    let mut verdict = [0];
+    stream.read_exact(&mut verdict)?;
+    if verdict[0] == GOOD { Ok(begun.elapsed()) } else { Err(wrong("the other side got other bytes")) }
+}
+
+/// Asks for `len` bytes, checks them, and says how long it took.
+pub fn download(from: impl ToSocketAddrs, seed: u64, len: u64) -> Result<Duration> {
+    let mut stream = connect(from)?;
+    let begun = Instant::now();
+    request(&mut stream, DOWNLOAD, seed, len)?;
+    check(&mut stream, seed, len)?;
+    Ok(begun.elapsed())
+}
+
+/// Serves clients for ever, each on a thread of its own.
+pub fn serve(listener: &TcpListener) {
+    for stream in listener.incoming().flatten() {
+        std::thread::spawn(move || {
+            // The client hears of it, or is gone.
+            let _ = answer(stream);
+        });
+    }
+}
+
+fn answer(mut stream: TcpStream) -> Result<()> {
+    patient(&stream)?;
+    let mut request = [0; 17];
+    stream.read_exact(&mut request)?;
+    let number =
+        |at: usize| u64::from_le_bytes(request[at..at + 8].try_into().expect("eight bytes are eight bytes"));
+    let (seed, len) = (number(1), number(9));
+    match request[0] {
+        UPLOAD => {
+            let verdict = if check(&mut stream, seed, len).is_ok() { GOOD } else { BAD };
+            stream.write_all(&[verdict])
+        }
+        DOWNLOAD => send(&mut stream, seed, len),
+        _ => Err(wrong("no such request")),
+    }
+}
+
+fn connect(to: impl ToSocketAddrs) -> Result<TcpStream> {
+    let address = to.to_socket_addrs()?.next().ok_or(ErrorKind::AddrNotAvailable)?;
+    let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    patient(&stream)?;
+    Ok(stream)
+}
+
+fn patient(stream: &TcpStream) -> Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))
+}
+
+fn request(stream: &mut TcpStream, what: u8, seed: u64, len: u64) -> Result<()> {
+    let request = [&[what][..], &seed.to_le_bytes(), &len.to_le_bytes()].concat();
+    stream.write_all(&request)
+}
+
+fn send(stream: &mut TcpStream, seed: u64, len: u64) -> Result<()> {
+    let mut sequence = Sequence::new(seed);
+    let mut piece = vec![0; PIECE];
+    let mut left = len;
+    while left > 0 {
+        let now = left.min(PIECE as u64) as usize;
+        sequence.fill(&mut piece[..now]);
+        stream.write_all(&piece[..now])?;
+        left -= now as u64;
+    }
+    Ok(())
+}
+
+fn check(stream: &mut TcpStream, seed: u64, len: u64) -> Result<()> {
+    let mut sequence = Sequence::new(seed);
+    let (mut piece, mut want) = (vec![0; PIECE], vec![0; PIECE]);
+    let mut left = len;
+    while left > 0 {
+        let now = left.min(PIECE as u64) as usize;
+        stream.read_exact(&mut piece[..now])?;
+        sequence.fill(&mut want[..now]);
+        if piece[..now] != want[..now] {
+            return Err(wrong("these are not the bytes that were sent"));
+        }
+        left -= now as u64;
+    }
+    Ok(())
+}
+
+fn wrong(what: &str) -> Error {
+    Error::new(ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_go_both_ways_and_are_found_good() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || serve(&listener));
+        for len in [0, 1, 7, 100_000] {
+            upload(address, 5, len).unwrap();
+            download(address, 6, len).unwrap();
+        }
+    }
+
+    #[test]
+    fn another_byte_is_noticed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.read_exact(&mut [0; 17]).unwrap();
+            send(&mut stream, 7, 1000).unwrap();
+        });
+        assert_eq!(download(address, 6, 1000).unwrap_err().kind(), ErrorKind::InvalidData);
+    }
+}

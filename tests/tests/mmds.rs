@@ -1,0 +1,430 @@
+//! The metadata service, as programs in real guests meet it.
+//!
+//! The guest's network leads nowhere: its tap is connected to nothing, and whatever answers is the monitor.
+
+use anyhow::Result;
+use serde_json::{Value, json};
+use vesta_tests::api::ApiClient;
+use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, env, given, start, vmm_path};
+use vesta_tests::initramfs::Initramfs;
+use vesta_tests::on_each_transport;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+
+/// Any address will do; a route to the service is all that the guest needs.
+const NETWORK: &str = "ip link set lo up; ip link set eth0 up\n\
+    ip addr add 192.168.77.2/24 dev eth0; ip route add 169.254.169.254 dev eth0\n";
+
+/// Mounts the disk with curl and Python; `in_disk` runs a program of it.
+const DISK: &str = "mkdir /disk; mount -t ext4 -o ro /dev/vda /disk\n\
+    mount -t tmpfs none /disk/tmp; mount -t devtmpfs none /disk/dev; mount -t proc none /disk/proc\n\
+    cp /programs/* /disk/tmp/ 2>/dev/null\n\
+    export HOME=/tmp LC_ALL=C.UTF-8 PATH=/usr/bin:/bin:/usr/sbin:/sbin\n\
+    in_disk() { chroot /disk \"$@\"; }\n";
+
+const AT: &str = "http://169.254.169.254";
+
+/// What a guest is like.
+struct Setup<'a> {
+    transport: Transport,
+    /// What its shell runs, after the network is up.
+    script: &'a str,
+    /// Whether it has the disk with curl and Python.
+    disk: bool,
+    /// Python programs in `/tmp` of that disk.
+    programs: &'a [(&'a str, &'a str)],
+    mmds: Value,
+    args: &'a [&'a str],
+}
+
+impl Default for Setup<'_> {
+    fn default() -> Self {
+        Setup {
+            transport: Transport::Mmio,
+            script: "",
+            disk: false,
+            programs: &[],
+            mmds: json!({"network_interfaces": ["eth0"]}),
+            args: &[],
+        }
+    }
+}
+
+fn interface(id: &str) -> Value {
+    // The kernel takes the tap down when the monitor ends. Tests run one after the other.
+    json!({"iface_id": id, "host_dev_name": format!("vesta-{id}"), "guest_mac": null})
+}
+
+impl Setup<'_> {
+    /// Configures a guest over the API, with these contents, and does not start it.
+    fn configure(self, contents: &Value) -> Result<(Vmm, ApiClient)> {
+        let mut builder = VmmBuilder::new(&vmm_path())?.with_api();
+        for arg in self.transport.args().iter().chain(self.args) {
+            builder = builder.arg(arg);
+        }
+        let mut initramfs = Initramfs::new(&busybox())?;
+        for (name, text) in self.programs {
+            initramfs.file(&format!("programs/{name}"), 0o644, text.as_bytes());
+        }
+        let disk = if self.disk { DISK } else { "" };
+        let script = format!("{NETWORK}{disk}{}\npoweroff -f", self.script);
+        let guest = Guest::with_initramfs(Kernel::Tuned, initramfs, &script, builder.dir())?.mem_mib(256);
+        let vmm = builder.spawn()?;
+        let mut api = vmm.ready_client(SOON)?;
+        guest.put(&mut api)?;
+        if self.disk {
+            let image = given(env::PYTHON_DISK);
+            let drive = json!({"drive_id": "python", "path_on_host": image, "is_root_device": false, "is_read_only": true});
+            api.put("/drives/python", &drive)?.ok()?;
+        }
+        api.put("/network-interfaces/eth0", &interface("eth0"))?.ok()?;
+        api.put("/mmds/config", &self.mmds)?.ok()?;
+        api.put("/mmds", contents)?.ok()?;
+        Ok((vmm, api))
+    }
+
+    /// The same, started.
+    fn start(self, contents: &Value) -> Result<(Vmm, ApiClient)> {
+        let (vmm, mut api) = self.configure(contents)?;
+        start(&mut api)?;
+        Ok((vmm, api))
+    }
+
+    /// The same, and what the guest said when it has ended.
+    fn said(self, contents: &Value) -> Result<String> {
+        let (mut vmm, _api) = self.start(contents)?;
+        said(&mut vmm)
+    }
+}
+
+fn said(vmm: &mut Vmm) -> Result<String> {
+    let (code, said) = vmm.finish(BOOT)?;
+    assert_eq!(code, 0, "{said}");
+    Ok(said)
+}
+
+/// What stands between `<NAME>` and `</NAME>` in what the guest said.
+fn part(said: &str, name: &str) -> String {
+    let (open, close) = (format!("<{name}>"), format!("</{name}>"));
+    let inner = said.split_once(&open).and_then(|(_, rest)| Some(rest.split_once(&close)?.0));
+    inner.unwrap_or_else(|| panic!("there is no {name} in {said}")).replace('\r', "")
+}
+
+fn contents() -> Value {
+    json!({
+        "latest": {
+            "meta-data": {
+                "ami-id": "ami-1234", "instance-id": "i-5678", "cpus": 4,
+                "network": {"interfaces": {"macs": {}}},
+            },
+            "user-data": "#!/bin/sh\necho \"hello\"\n",
+        }
+    })
+}
+
+on_each_transport! {
+    /// Version 1, by busybox's wget: no token, any form.
+    fn a_guest_reads_values_lists_and_json(transport) {
+        let script = format!(
+            "get() {{ echo \"<$1>$(wget -q -O - \"$2\" --header \"Accept: $3\" 2>&1)</$1>\"; }}\n\
+             get value {AT}/latest/meta-data/ami-id\n\
+             get list {AT}/latest/meta-data/\n\
+             get json {AT}/latest/meta-data application/json\n\
+             get lines {AT}/latest/user-data\n\
+             get missing {AT}/latest/nothing\n\
+             get number {AT}/latest/meta-data/cpus\n\
+             i=0; while [ $i -lt 60 ]; do wget -q -O - {AT}/latest/meta-data/ami-id; i=$((i+1)); done > /tmp/many\n\
+             echo \"<many>$(wc -c < /tmp/many)</many>\""
+        );
+        let said = Setup { transport, script: &script, ..Setup::default() }.said(&contents())?;
+        assert_eq!(part(&said, "value"), "ami-1234");
+        assert_eq!(part(&said, "list"), "ami-id\ncpus\ninstance-id\nnetwork/");
+        assert_eq!(serde_json::from_str::<Value>(&part(&said, "json"))?, contents()["latest"]["meta-data"]);
+        assert_eq!(part(&said, "lines"), "#!/bin/sh\necho \"hello\"");
+        assert!(part(&said, "missing").contains("404"), "{said}");
+        assert!(part(&said, "number").contains("501"), "{said}");
+        assert_eq!(part(&said, "many"), (60 * "ami-1234".len()).to_string());
+        Ok(())
+    }
+
+    /// Version 2, by curl, under the names of both headers.
+    fn a_guest_shows_a_token_or_is_sent_away(transport) {
+        let script = format!(
+            "get() {{ name=$1; shift; echo \"<$name>$(in_disk curl -sS -m 20 -w '|%{{http_code}}' \"$@\" 2>&1)</$name>\"; }}\n\
+             get none {AT}/latest/meta-data/ami-id\n\
+             get guess -H 'X-metadata-token: 0123456789abcdef' {AT}/latest/meta-data/ami-id\n\
+             get no-life -X PUT {AT}/latest/api/token\n\
+             get long-life -X PUT {AT}/latest/api/token -H 'X-metadata-token-ttl-seconds: 21601'\n\
+             get proxy -X PUT {AT}/latest/api/token -H 'X-metadata-token-ttl-seconds: 60' -H 'X-Forwarded-For: 10.0.0.1'\n\
+             get post -i -X POST {AT}/latest/api/token\n\
+             TOKEN=$(in_disk curl -sS -m 20 -X PUT {AT}/latest/api/token -H 'X-metadata-token-ttl-seconds: 600')\n\
+             get own -H \"X-metadata-token: $TOKEN\" {AT}/latest/meta-data/ami-id\n\
+             get other -H \"X-aws-ec2-metadata-token: $TOKEN\" -H 'Accept: application/json' {AT}/latest/meta-data/instance-id\n\
+             get life -i -X PUT {AT}/latest/api/token -H 'X-aws-ec2-metadata-token-ttl-seconds: 21600'\n\
+             SHORT=$(in_disk curl -sS -m 20 -X PUT {AT}/latest/api/token -H 'X-aws-ec2-metadata-token-ttl-seconds: 1')\n\
+             sleep 2\n\
+             get over -H \"X-metadata-token: $SHORT\" {AT}/latest/meta-data/ami-id\n\
+             get port http://169.254.169.254:81/"
+        );
+        let mmds = json!({"network_interfaces": ["eth0"], "version": "V2"});
+        let said = Setup { transport, script: &script, disk: true, mmds, ..Setup::default() }.said(&contents())?;
+        for (name, status) in [
+            ("none", "401"), ("guess", "401"), ("no-life", "400"), ("long-life", "400"), ("proxy", "400"),
+            ("post", "405"), ("own", "200"), ("other", "200"), ("life", "200"), ("over", "401"),
+        ] {
+            assert!(part(&said, name).ends_with(&format!("|{status}")), "{name}: {said}");
+        }
+        assert_eq!(part(&said, "own"), "ami-1234|200");
+        assert_eq!(part(&said, "other"), "\"i-5678\"|200");
+        assert!(part(&said, "post").contains("Allow: GET, PUT"), "{said}");
+        assert!(part(&said, "life").contains("X-aws-ec2-metadata-token-ttl-seconds: 21600"), "{said}");
+        // Refused at once, not given up on.
+        assert!(part(&said, "port").contains("refused") || part(&said, "port").contains("Couldn't connect"), "{said}");
+        Ok(())
+    }
+
+    /// boto3 finds its credentials as it would on EC2: a token, the role's name, the role.
+    fn the_aws_sdk_finds_its_credentials(transport) {
+        let program = "import boto3\n\
+            credentials = boto3.Session().get_credentials()\n\
+            frozen = credentials.get_frozen_credentials()\n\
+            print('<sdk>' + ' '.join([credentials.method, frozen.access_key, frozen.secret_key, frozen.token]) + '</sdk>')\n";
+        let role = json!({
+            "Code": "Success", "Type": "AWS-HMAC", "LastUpdated": "2026-01-01T00:00:00Z",
+            "AccessKeyId": "AKIDEXAMPLE", "SecretAccessKey": "secret/example", "Token": "session-token",
+            "Expiration": "2199-01-01T00:00:00Z",
+        });
+        let contents = json!({
+            "latest": {"meta-data": {"iam": {"security-credentials": {"tester": role.to_string()}}}}
+        });
+        let setup = Setup {
+            transport,
+            script: "export AWS_METADATA_SERVICE_TIMEOUT=20 AWS_METADATA_SERVICE_NUM_ATTEMPTS=2\nin_disk python3 /tmp/sdk.py 2>&1",
+            disk: true,
+            programs: &[("sdk.py", program)],
+            mmds: json!({"network_interfaces": ["eth0"], "version": "V2", "imds_compat": true}),
+            args: &[],
+        };
+        let said = setup.said(&contents)?;
+        assert_eq!(part(&said, "sdk"), "iam-role AKIDEXAMPLE secret/example session-token");
+        Ok(())
+    }
+
+    /// The contents change under a guest that reads them all the time, and each of its answers is whole.
+    fn what_the_user_patches_the_guest_reads(transport) {
+        let script = format!(
+            "echo READING\n\
+             while :; do\n\
+             value=$(wget -q -O - {AT}/round) || {{ echo LOST; break; }}\n\
+             [ \"$value\" = \"$last\" ] || {{ echo \"<saw$value>\"; last=$value; }}\n\
+             [ \"$value\" = end ] && break\n\
+             done\n\
+             echo \"<all>$(wget -q -O - {AT}/ --header 'Accept: application/json')</all>\""
+        );
+        let (mut vmm, mut api) = Setup { transport, script: &script, ..Setup::default() }
+            .start(&json!({"round": "begin", "gone": {"soon": "x"}}))?;
+        vmm.wait_for_output("<sawbegin>", BOOT)?;
+        for round in 0..10 {
+            api.patch("/mmds", &json!({"round": round.to_string()}))?.ok()?;
+            vmm.wait_for_output(&format!("<saw{round}>"), BOOT)?;
+        }
+        // Also across a pause.
+        api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+        api.patch("/mmds", &json!({"round": "resumed"}))?.ok()?;
+        api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+        vmm.wait_for_output("<sawresumed>", BOOT)?;
+        api.patch("/mmds", &json!({"round": "end", "gone": null}))?.ok()?;
+        let said = said(&mut vmm)?;
+        assert!(!said.contains("LOST"), "{said}");
+        assert_eq!(part(&said, "all"), r#"{"round":"end"}"#);
+        Ok(())
+    }
+}
+
+/// cloud-init's own data source crawls it, with a token as on EC2.
+#[test]
+fn cloud_init_reads_its_ec2_data_source() -> Result<()> {
+    let program = "import logging, sys\n\
+        from cloudinit import helpers\n\
+        from cloudinit.sources.DataSourceEc2 import DataSourceEc2\n\
+        config = {'datasource': {'Ec2': {'metadata_urls': ['http://169.254.169.254']}}}\n\
+        source = DataSourceEc2(config, None, helpers.Paths({}))\n\
+        source._cloud_name = 'aws'\n\
+        assert source.wait_for_metadata_service()\n\
+        assert source._get_data()\n\
+        print('<id>' + source.get_instance_id() + '</id>')\n\
+        print('<keys>' + ' '.join(source.get_public_ssh_keys()) + '</keys>')\n\
+        print('<macs>' + ' '.join(source.metadata['network']['interfaces']['macs']) + '</macs>')\n\
+        print('<user>' + source.userdata_raw.decode() + '</user>')\n\
+        print('<token>' + str(bool(source._api_token)) + '</token>')\n";
+    let contents = json!({
+        "2021-03-23": {
+            "meta-data": {
+                "instance-id": "i-cloudinit",
+                "public-keys": {"0=my-key": "", "0": {"openssh-key": "ssh-ed25519 AAAA me"}},
+                "network": {"interfaces": {"macs": {"06:00:00:00:00:01": {"device-number": "0"}}}},
+            },
+            "user-data": "#cloud-config\npackages: []",
+            "dynamic": {"instance-identity": {"document": "{\"instanceId\":\"i-cloudinit\"}"}},
+        }
+    });
+    let setup = Setup {
+        script: "in_disk python3 /tmp/source.py 2>&1",
+        disk: true,
+        programs: &[("source.py", program)],
+        mmds: json!({"network_interfaces": ["eth0"], "version": "V2"}),
+        ..Setup::default()
+    };
+    let said = setup.said(&contents)?;
+    assert_eq!(part(&said, "id"), "i-cloudinit");
+    assert_eq!(part(&said, "macs"), "06:00:00:00:00:01");
+    assert_eq!(part(&said, "user"), "#cloud-config\npackages: []");
+    assert_eq!(part(&said, "token"), "True");
+    Ok(())
+}
+
+/// One of two interfaces leads to it, at an address of its own.
+#[test]
+fn an_interface_that_is_not_named_does_not_lead_there() -> Result<()> {
+    let script = "ip link set eth1 up; ip addr add 192.168.78.2/24 dev eth1\n\
+        ip route add 169.254.42.1 dev eth1\n\
+        ask() { echo \"<$1>$(wget -q -O - http://169.254.42.1/a 2>&1)</$1>\"; }\n\
+        ip route del 169.254.169.254 dev eth0\n\
+        ask second\n\
+        ip route del 169.254.42.1 dev eth1; ip route add 169.254.42.1 dev eth0\n\
+        ask first";
+    let mmds = json!({"network_interfaces": ["eth1"], "ipv4_address": "169.254.42.1"});
+    let setup = Setup { script, ..Setup::default() };
+    let (mut vmm, mut api) = setup.configure(&json!({"a": "found"}))?;
+    let early = api.put("/mmds/config", &mmds)?;
+    assert_eq!(early.status, 400);
+    assert!(early.fault().contains("eth1"), "{early:?}");
+    api.put("/network-interfaces/eth1", &interface("eth1"))?.ok()?;
+    api.put("/mmds/config", &mmds)?.ok()?;
+    start(&mut api)?;
+    let said = said(&mut vmm)?;
+    assert_eq!(part(&said, "second"), "found");
+    assert!(!part(&said, "first").contains("found"), "{said}");
+    Ok(())
+}
+
+/// As flintlock does it: a configuration file, a metadata file, no API.
+#[test]
+fn a_configuration_file_and_a_metadata_file_are_enough() -> Result<()> {
+    let script =
+        format!("{NETWORK}echo \"<id>$(wget -q -O - {AT}/latest/meta-data/ami-id)</id>\"\npoweroff -f");
+    let builder = VmmBuilder::new(&vmm_path())?;
+    let mut config = Guest::linux(Kernel::Tuned, &script, builder.dir())?.config();
+    config["network-interfaces"] = json!([interface("eth0")]);
+    config["mmds-config"] = json!({"version": "V1", "network_interfaces": ["eth0"]});
+    let file = builder.dir().join("metadata.json");
+    std::fs::write(&file, contents().to_string())?;
+    let builder = builder.arg("--no-api").arg("--metadata").arg(&file).with_config(&config)?;
+    let mut vmm = builder.spawn()?;
+    assert_eq!(part(&said(&mut vmm)?, "id"), "ami-1234");
+    Ok(())
+}
+
+#[test]
+fn a_metadata_file_that_cannot_be_used_ends_the_monitor() -> Result<()> {
+    for (text, limit, named) in
+        [("{", "100", "EOF"), ("[]", "100", "an array"), (r#"{"a":"long"}"#, "11", "at most 11")]
+    {
+        let builder = VmmBuilder::new(&vmm_path())?.with_api();
+        let file = builder.dir().join("metadata.json");
+        std::fs::write(&file, text)?;
+        let builder = builder.arg("--metadata").arg(&file).arg("--mmds-size-limit").arg(limit);
+        let (code, said) = builder.spawn()?.finish(SOON)?;
+        assert_eq!(code, 152, "{said}");
+        assert!(said.contains(named) && said.contains("metadata.json"), "{said}");
+    }
+    let (code, said) =
+        VmmBuilder::new(&vmm_path())?.with_api().arg("--metadata=/nowhere").spawn()?.finish(SOON)?;
+    assert!(code == 152 && said.contains("/nowhere"), "{said}");
+    Ok(())
+}
+
+/// Statuses and messages, before and after the start.
+#[test]
+fn the_api_says_what_it_does_not_do() -> Result<()> {
+    let setup =
+        Setup { script: "echo UP; sleep 1000", args: &["--mmds-size-limit", "50"], ..Setup::default() };
+    let (vmm, mut api) = setup.configure(&json!({"a": "1"}))?;
+    assert_eq!(api.get("/mmds")?.ok()?.json()?, json!({"a": "1"}));
+    let v1 = api.put("/mmds/config", &json!({"network_interfaces": ["eth0"]}))?.ok()?;
+    assert_eq!(v1.header("Deprecation"), Some("true"));
+    let v2 = api.put("/mmds/config", &json!({"network_interfaces": ["eth0"], "version": "V2"}))?.ok()?;
+    assert_eq!((v2.status, v2.header("Deprecation")), (204, None));
+    for (method, path, body, status, named) in [
+        ("PUT", "/mmds", r#"{"a":"0123456789012345678901234567890123456789012345"}"#, 413, "at most 50"),
+        ("PATCH", "/mmds", r#"{"b":"0123456789012345678901234567890123456789"}"#, 413, "at most 50"),
+        ("PUT", "/mmds", "[1]", 400, "an array"),
+        ("PATCH", "/mmds", "7", 400, "a number"),
+        ("PUT", "/mmds", "{", 400, "EOF"),
+        ("PUT", "/mmds/config", r#"{"network_interfaces":[]}"#, 400, "network_interfaces is empty"),
+        ("PUT", "/mmds/config", r#"{"network_interfaces":["eth7"]}"#, 400, "eth7"),
+        (
+            "PUT",
+            "/mmds/config",
+            r#"{"network_interfaces":["eth0"],"ipv4_address":"10.0.0.1"}"#,
+            400,
+            "10.0.0.1",
+        ),
+        ("PUT", "/mmds/config", r#"{"network_interfaces":["eth0"],"color":1}"#, 400, "color"),
+        ("PUT", "/mmds/config", r#"{"version":"V2"}"#, 400, "network_interfaces"),
+    ] {
+        let answer = api.request(method, path, Some(body))?;
+        assert_eq!(answer.status, status, "{method} {path} {body}: {answer:?}");
+        assert!(answer.fault().contains(named), "{method} {path} {body}: {answer:?}");
+    }
+    let shown = api.get("/vm/config")?.ok()?.json()?;
+    assert_eq!(shown["mmds-config"]["version"], "V2");
+    start(&mut api)?;
+    vmm.wait_for_output("UP", BOOT)?;
+    let late = api.put("/mmds/config", &json!({"network_interfaces": ["eth0"]}))?;
+    assert!(late.status == 400 && late.fault().contains("before the microVM starts"), "{late:?}");
+    api.patch("/mmds", &json!({"a": null, "b": "2"}))?.ok()?;
+    assert_eq!(api.get("/mmds")?.ok()?.json()?, json!({"b": "2"}));
+    Ok(())
+}
+
+/// Contents that no interface leads to are refused once that cannot change any more.
+#[test]
+fn a_guest_without_a_way_to_it_has_no_contents() -> Result<()> {
+    let builder = VmmBuilder::new(&vmm_path())?.with_api();
+    let guest = Guest::linux(Kernel::Tuned, "echo UP; sleep 1000", builder.dir())?;
+    let vmm = builder.spawn()?;
+    let mut api = vmm.ready_client(SOON)?;
+    let early = api.patch("/mmds", &json!({"a": "1"}))?;
+    assert!(early.status == 400 && early.fault().contains("not initialized"), "{early:?}");
+    assert_eq!(api.get("/mmds")?.ok()?.json()?, json!({}));
+    api.put("/mmds", &json!({"a": "1"}))?.ok()?;
+    guest.put(&mut api)?;
+    start(&mut api)?;
+    for (method, body) in [("GET", None), ("PUT", Some("{}")), ("PATCH", Some("{}"))] {
+        let answer = api.request(method, "/mmds", body)?;
+        assert!(answer.status == 400 && answer.fault().contains("cannot reach MMDS"), "{answer:?}");
+    }
+    Ok(())
+}
+
+/// An interface whose frames the monitor does not see, or not all of them, leads nowhere: said when it is configured.
+#[test]
+fn an_interface_that_cannot_lead_there_is_refused() -> Result<()> {
+    let (_vmm, mut api) = Setup::default().configure(&json!({}))?;
+    let mut several = interface("eth0");
+    several["num_queues"] = json!(2);
+    let refused = api.put("/network-interfaces/eth0", &several)?;
+    assert!(refused.status == 400 && refused.fault().contains("num_queues 2"), "{refused:?}");
+    // A configuration file is checked before anything that it names is opened.
+    let mut vhost = interface("eth0");
+    vhost["backend"] = json!("vhost");
+    let config = json!({
+        "boot-source": {"kernel_image_path": "/nowhere"},
+        "network-interfaces": [vhost],
+        "mmds-config": {"network_interfaces": ["eth0"]},
+    });
+    let (code, said) =
+        VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config(&config)?.spawn()?.finish(SOON)?;
+    assert!(code == 152 && said.contains("with the back end vhost"), "{said}");
+    Ok(())
+}

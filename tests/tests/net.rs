@@ -1,0 +1,355 @@
+//! Networks of real guests: data both ways on every back end and either transport, limits, and what goes wrong.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use vesta_tests::api::ApiClient;
+use vesta_tests::guest::{BOOT, SOON, Transport, ignore, vmm_path};
+use vesta_tests::host_net::{HostNet, NetGuest};
+use vesta_tests::on_each_transport;
+use vesta_tests::traffic;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+
+const TOOL: &str = env!("CARGO_BIN_EXE_net-tool");
+const MIB: u64 = 1 << 20;
+
+/// What a guest does to have the address `10.0.0.2`.
+const UP: &str = "ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up";
+
+/// What the guest said, once it has ended well.
+fn said(mut vmm: Vmm) -> Result<String> {
+    let (code, said) = vmm.finish(BOOT)?;
+    ensure!(code == 0, "exit code {code}: {said}");
+    ensure!(!said.contains("FAILED"), "{said}");
+    Ok(said)
+}
+
+/// A namespace with a tap, and a server on it.
+fn host() -> Result<HostNet> {
+    let net = HostNet::new()?;
+    net.tap("tap0", "10.0.0.1/24", "")?;
+    net.serve("10.0.0.1:7000")?;
+    Ok(net)
+}
+
+/// Both ways at once, and that it was.
+fn both_ways(bytes: u64) -> String {
+    format!("net-tool upload 10.0.0.1:7000 1 {bytes} & net-tool download 10.0.0.1:7000 2 {bytes} & wait")
+}
+
+fn assert_both_ways(said: &str) -> Result<()> {
+    ensure!(said.contains("UPLOADED 10.0.0.1:7000 1"), "{said}");
+    ensure!(said.contains("DOWNLOADED 10.0.0.1:7000 2"), "{said}");
+    Ok(())
+}
+
+/// A number out of the metrics of a tap (`/sys/class/net/NAME/statistics`).
+fn counter(net: &HostNet, tap: &str, name: &str) -> Result<u64> {
+    // sysfs shows the namespace that it was mounted in: `ip` asks this one.
+    let _ = net;
+    let output = std::process::Command::new("ip").args(["-s", "-j", "link", "show", tap]).output()?;
+    let links: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let (direction, field) = name.split_once('_').context("as rx_packets")?;
+    links[0]["stats64"][direction][field].as_u64().with_context(|| format!("{tap} has no {name}: {links}"))
+}
+
+on_each_transport! {
+    /// What is sent arrives, both ways at the same time.
+    fn bytes_go_both_ways_over_a_tap(transport) {
+        let _net = host()?;
+        let vmm = NetGuest::new(transport, TOOL)?
+            .tap("tap0", json!({"guest_mac": "06:00:AC:10:00:02"}))
+            .boot(&format!("{UP}\necho MAC $(cat /sys/class/net/eth0/address)\n{}\npoweroff -f", both_ways(8 * MIB)))?;
+        let said = said(vmm)?;
+        ensure!(said.contains("MAC 06:00:ac:10:00:02"), "{said}");
+        assert_both_ways(&said)
+    }
+
+    /// The guest's checksums and segmentation are its own business, and so is the MTU.
+    fn bytes_go_both_ways_without_offloads_and_at_other_mtus(transport) {
+        let net = host()?;
+        net.ip("link set tap0 mtu 9000")?;
+        let vmm = NetGuest::new(transport, TOOL)?
+            .tap("tap0", json!({"mtu": 9000}))
+            .program("ethtool")?
+            .boot(&format!(
+                "{UP}\necho MTU $(cat /sys/class/net/eth0/mtu)\n\
+                 ethtool -k eth0 | grep -E '^(tcp-segmentation|rx-checksumming)'\n{both}\n\
+                 ethtool -K eth0 tx off rx off tso off gso off gro off\n{both}\n\
+                 ip link set eth0 mtu 1400\n{both}\npoweroff -f",
+                both = both_ways(2 * MIB)
+            ))?;
+        let said = said(vmm)?;
+        ensure!(said.contains("MTU 9000"), "{said}");
+        ensure!(said.contains("tcp-segmentation-offload: on") && said.contains("rx-checksumming: on"), "{said}");
+        ensure!(said.matches("UPLOADED").count() == 3 && said.matches("DOWNLOADED").count() == 3, "{said}");
+        Ok(())
+    }
+
+    /// Queues and interrupts are the kernel's; the monitor starts and stops them.
+    fn bytes_go_both_ways_with_vhost(transport) {
+        if File::open("/dev/vhost-net").is_err() {
+            ignore("there is no vhost-net here");
+        }
+        let _net = host()?;
+        let vmm = NetGuest::new(transport, TOOL)?
+            .tap("tap0", json!({"backend": "vhost"}))
+            .boot(&format!("{UP}\n{both}\necho AGAIN\n{both}\npoweroff -f", both = both_ways(8 * MIB)))?;
+        vmm.wait_for_output("AGAIN", BOOT)?;
+        // In the middle of it.
+        let mut api = vmm.ready_client(SOON)?;
+        for _ in 0..5 {
+            api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+            api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+        }
+        let said = said(vmm)?;
+        ensure!(said.matches("UPLOADED").count() == 2 && said.matches("DOWNLOADED").count() == 2, "{said}");
+        Ok(())
+    }
+
+    /// All of them carry data.
+    fn several_pairs_of_queues_share_the_work(transport) {
+        let net = HostNet::new()?;
+        net.tap("tap0", "10.0.0.1/24", "multi_queue")?;
+        net.serve("10.0.0.1:7000")?;
+        let vmm = NetGuest::new(transport, TOOL)?
+            .vcpus(2)
+            .tap("tap0", json!({"num_queues": 2, "io_threads": 2}))
+            .boot(&format!(
+                "{UP}\necho QUEUES $(ls -d /sys/class/net/eth0/queues/rx-* | wc -l)\n\
+                 for i in 1 2 3 4 5 6; do net-tool upload 10.0.0.1:7000 $i {MIB} & net-tool download 10.0.0.1:7000 $i {MIB} & done; wait\n\
+                 grep virtio /proc/interrupts\npoweroff -f"
+            ))?;
+        let said = said(vmm)?;
+        ensure!(said.contains("QUEUES 2"), "{said}");
+        ensure!(said.matches("UPLOADED").count() == 6 && said.matches("DOWNLOADED").count() == 6, "{said}");
+        Ok(())
+    }
+
+    /// A pause and a reset of the driver lose nothing that TCP would not send again.
+    fn pauses_and_rebound_drivers_do_no_harm(transport) {
+        let _net = host()?;
+        let vmm = NetGuest::new(transport, TOOL)?.tap("tap0", json!({})).boot(&format!(
+            "{UP}\necho GOING\n{both}\ndev=$(basename $(readlink /sys/class/net/eth0/device))\n\
+             for i in 1 2 3; do echo $dev > /sys/bus/virtio/drivers/virtio_net/unbind; echo $dev > /sys/bus/virtio/drivers/virtio_net/bind; done\n\
+             {UP}\n{both}\npoweroff -f",
+            both = both_ways(4 * MIB)
+        ))?;
+        vmm.wait_for_output("GOING", BOOT)?;
+        let mut api = vmm.ready_client(SOON)?;
+        for _ in 0..10 {
+            api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+            api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+        }
+        let said = said(vmm)?;
+        ensure!(said.matches("UPLOADED").count() == 2 && said.matches("DOWNLOADED").count() == 2, "{said}");
+        Ok(())
+    }
+
+    /// The guest is told, the monitor goes on.
+    fn a_tap_that_is_deleted_takes_the_link_down(transport) {
+        let net = host()?;
+        let mut vmm = NetGuest::new(transport, TOOL)?.tap("tap0", json!({})).boot(&format!(
+            "{UP}\n{}\necho READY\n\
+             until [ $(cat /sys/class/net/eth0/carrier) = 0 ]; do sleep 0.1; done\n\
+             ping -c 2 -w 2 10.0.0.1 | tail -n 2\necho ALIVE\npoweroff -f",
+            both_ways(MIB)
+        ))?;
+        vmm.wait_for_output("READY", BOOT)?;
+        net.ip("link delete tap0")?;
+        vmm.wait_for_output("ALIVE", BOOT)?;
+        let (code, said) = vmm.finish(BOOT)?;
+        ensure!(code == 0, "{said}");
+        ensure!(said.contains("the link is down") && said.contains("100% packet loss"), "{said}");
+        Ok(())
+    }
+
+    /// Frames of the guest's own address go on.
+    fn frames_from_another_address_are_dropped(transport) {
+        let net = host()?;
+        let vmm = NetGuest::new(transport, TOOL)?
+            .tap("tap0", json!({"guest_mac": "06:00:AC:10:00:02"}))
+            .boot(&format!(
+                "{UP}\nping -c 1 -w 10 10.0.0.1 > /dev/null && echo FIRST\n\
+                 ip link set eth0 down; ip link set eth0 address 06:00:ac:10:00:99; ip link set eth0 up\n\
+                 ping -c 2 -w 2 10.0.0.1 > /dev/null || echo SILENT\n\
+                 ip link set eth0 down; ip link set eth0 address 06:00:ac:10:00:02; ip link set eth0 up\n\
+                 ping -c 1 -w 10 10.0.0.1 > /dev/null && echo LAST\npoweroff -f"
+            ))?;
+        let said = said(vmm)?;
+        ensure!(said.contains("FIRST") && said.contains("SILENT") && said.contains("LAST"), "{said}");
+        ensure!(said.contains("not the guest's"), "it is said: {said}");
+        ensure!(counter(&net, "tap0", "rx_packets")? > 0);
+        Ok(())
+    }
+}
+
+/// How long a transfer takes that is to take `want`: within a fifth, with half a second for the guest itself.
+fn assert_takes(took: Duration, want: Duration) -> Result<()> {
+    let slack = want.mul_f64(0.2) + Duration::from_millis(500);
+    ensure!(took + slack > want && took < want + slack, "it took {took:?}, not {want:?}");
+    Ok(())
+}
+
+#[test]
+fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
+    let net = host()?;
+    // 1 MiB a second to the guest, a quarter of that from it; the buckets are small, so that the rate is what counts.
+    let limit = |bytes: u64| json!({"bandwidth": {"size": bytes / 10, "refill_time": 100}});
+    let vmm = NetGuest::new(Transport::Mmio, TOOL)?
+        .tap("tap0", json!({"rx_rate_limiter": limit(MIB), "tx_rate_limiter": limit(MIB / 4)}))
+        .boot(&format!("{UP}\nnet-tool serve 7000"))?;
+    vmm.wait_for_output("SERVING", BOOT)?;
+    let guest = "10.0.0.2:7000";
+    traffic::upload(guest, 1, 1000)?;
+    let headers = 1.05;
+    let seconds = |bytes: u64, rate: u64| Duration::from_secs_f64(headers * bytes as f64 / rate as f64);
+    assert_takes(traffic::upload(guest, 2, 4 * MIB)?, seconds(4 * MIB, MIB))?;
+    assert_takes(traffic::download(guest, 3, MIB)?, seconds(MIB, MIB / 4))?;
+
+    let mut api = vmm.ready_client(SOON)?;
+    let off = json!({"bandwidth": {"size": 0, "refill_time": 0}});
+    let patch = json!({"iface_id": "eth0", "rx_rate_limiter": limit(2 * MIB), "tx_rate_limiter": off});
+    api.patch("/network-interfaces/eth0", &patch)?.ok()?;
+    assert_takes(traffic::upload(guest, 4, 8 * MIB)?, seconds(8 * MIB, 2 * MIB))?;
+    let unlimited = traffic::download(guest, 5, 2 * MIB)?;
+    ensure!(unlimited < seconds(2 * MIB, MIB / 2), "without a limit it took {unlimited:?}");
+    let shown = api.get("/vm/config")?.json()?;
+    ensure!(shown["network-interfaces"][0]["rx_rate_limiter"] == limit(2 * MIB), "{shown}");
+
+    let refused = api.patch("/network-interfaces/eth7", &json!({"iface_id": "eth7"}))?;
+    ensure!(refused.status == 400 && refused.fault().contains("eth7"), "{refused:?}");
+    drop(net);
+    Ok(())
+}
+
+#[test]
+fn two_microvms_on_one_bridge_reach_each_other() -> Result<()> {
+    let net = HostNet::new()?;
+    net.ip("link add br0 type bridge")?;
+    net.ip("link set br0 up")?;
+    for tap in ["tap1", "tap2"] {
+        net.tap(tap, "", "")?;
+        net.ip(&format!("link set {tap} master br0"))?;
+    }
+    let boot = |tap: &str, own: &str, script: &str| {
+        NetGuest::new(Transport::Pci, TOOL)?
+            .tap(tap, json!({}))
+            .boot(&format!("ip address add {own}/24 dev eth0; ip link set eth0 up\n{script}"))
+    };
+    let server = boot("tap1", "10.0.0.1", "net-tool serve 7000")?;
+    server.wait_for_output("SERVING", BOOT)?;
+    let client = boot("tap2", "10.0.0.2", &format!("{}\npoweroff -f", both_ways(2 * MIB)))?;
+    assert_both_ways(&said(client)?)
+}
+
+/// A `passt` that listens at `socket`; it ends with this value.
+struct Passt(std::process::Child);
+
+impl Passt {
+    fn start(socket: &Path, more: &[&str]) -> Result<Passt> {
+        let mut command = std::process::Command::new("passt");
+        command.arg("--foreground").arg("--socket").arg(socket).args(more);
+        vesta_tests::process::die_with_parent(&mut command);
+        let passt = Passt(command.spawn().context("cannot run passt")?);
+        let begun = Instant::now();
+        while std::os::unix::net::UnixStream::connect(socket).is_err() {
+            ensure!(begun.elapsed() < SOON, "passt does not listen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(passt)
+    }
+}
+
+impl Drop for Passt {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_guest_of_a_monitor_without_rights_reaches_the_hosts_loopback_and_is_reached() -> Result<()> {
+    let net = HostNet::new()?;
+    // What passt shows its guest is an interface with a default route.
+    net.tap("out0", "192.0.2.2/24", "")?;
+    net.ip("route add default via 192.0.2.1")?;
+    net.serve("127.0.0.1:7000")?;
+    // Nobody's, without a right that root has.
+    let builder = VmmBuilder::new(Path::new("setpriv"))?;
+    let dir = builder.dir().to_owned();
+    // passt binds its socket as nobody where it was root's.
+    std::fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
+    let socket = dir.join("passt.sock");
+    let _passt = Passt::start(&socket, &["--tcp-ports", "7001"])?;
+    let builder =
+        ["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"].iter().fold(builder, VmmBuilder::arg);
+    let guest = NetGuest::with(builder.arg(vmm_path()), Transport::Mmio, TOOL)?;
+    let vmm = guest.interface(json!({"backend": "passt", "socket": socket})).boot(
+        "ip address add 192.0.2.2/24 dev eth0; ip link set eth0 up; ip route add default via 192.0.2.1\n\
+         net-tool upload 192.0.2.1:7000 1 4000000\nnet-tool download 192.0.2.1:7000 2 4000000\nnet-tool serve 7001",
+    )?;
+    vmm.wait_for_output("UPLOADED 192.0.2.1:7000 1", BOOT)?;
+    vmm.wait_for_output("DOWNLOADED 192.0.2.1:7000 2", BOOT)?;
+    vmm.wait_for_output("SERVING", BOOT)?;
+    traffic::upload("127.0.0.1:7001", 3, 4_000_000)?;
+    traffic::download("127.0.0.1:7001", 4, 4_000_000)?;
+    Ok(())
+}
+
+fn put(api: &mut ApiClient, id: &str, body: &serde_json::Value) -> Result<vesta_tests::api::Response> {
+    api.put(&format!("/network-interfaces/{id}"), body)
+}
+
+#[test]
+fn interfaces_are_set_over_the_api_and_bad_ones_change_nothing() -> Result<()> {
+    let net = HostNet::new()?;
+    net.tap("tap0", "10.0.0.1/24", "")?;
+    net.tap("tap1", "", "")?;
+    let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
+    let mut api = vmm.ready_client(SOON)?;
+    let good = json!({"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": null, "rx_rate_limiter": {}, "tx_rate_limiter": {}});
+    put(&mut api, "eth0", &good)?.ok()?;
+    // The same again, on its own tap, replaces it.
+    put(&mut api, "eth0", &good)?.ok()?;
+    for (id, body, named) in [
+        ("eth1", json!({"iface_id": "eth1", "host_dev_name": "tap0"}), "tap0"),
+        ("eth1", json!({"iface_id": "eth1", "host_dev_name": "/dev/nosuchtap"}), "/dev/nosuchtap"),
+        ("eth1", json!({"iface_id": "eth1", "host_dev_name": "tap1", "num_queues": 2}), "multi_queue"),
+        ("eth1", json!({"iface_id": "eth1", "host_dev_name": "tap1", "guest_mac": "nonsense"}), "nonsense"),
+        ("eth1", json!({"iface_id": "eth1", "host_dev_name": "tap1", "mtu": 67}), "mtu is 67"),
+        ("eth1", json!({"iface_id": "eth2", "host_dev_name": "tap1"}), "eth2"),
+        ("eth1", json!({"iface_id": "eth1", "host_dev_name": "tap1", "speed": 10}), "speed"),
+        (
+            "eth1",
+            json!({"iface_id": "eth1", "backend": "passt", "socket": "/nowhere/passt"}),
+            "/nowhere/passt",
+        ),
+        ("eth1", json!({"iface_id": "eth1", "fds": [0]}), "descriptor 0"),
+        // It keeps its tap when the new one cannot be had.
+        ("eth0", json!({"iface_id": "eth0", "host_dev_name": "/dev/nosuchtap"}), "/dev/nosuchtap"),
+    ] {
+        let refused = put(&mut api, id, &body)?;
+        ensure!(refused.status == 400 && refused.fault().contains(named), "{body}: {refused:?}");
+    }
+    let shown = api.get("/vm/config")?.json()?;
+    let shown = &shown["network-interfaces"];
+    ensure!(shown.as_array().is_some_and(|all| all.len() == 1), "{shown}");
+    ensure!(shown[0]["host_dev_name"] == "tap0", "{shown}");
+    put(
+        &mut api,
+        "eth1",
+        &json!({"iface_id": "eth1", "host_dev_name": "tap1", "guest_mac": "06:00:00:00:00:01"}),
+    )?
+    .ok()?;
+    let twin = json!({"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:00:00:00:01"});
+    let refused = put(&mut api, "eth0", &twin)?;
+    ensure!(refused.status == 400 && refused.fault().contains("guest_mac"), "{refused:?}");
+    let early = api.patch("/network-interfaces/eth0", &json!({"iface_id": "eth0"}))?;
+    ensure!(early.status == 400, "{early:?}");
+    Ok(())
+}
