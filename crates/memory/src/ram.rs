@@ -151,6 +151,11 @@ impl GuestRam {
         &self.inner.memory
     }
 
+    /// Whether the pages that the monitor writes are tracked.
+    pub fn tracks_writes(&self) -> bool {
+        self.memory().iter().any(|region| region.bitmap().is_some())
+    }
+
     /// The regions in order of guest address.
     pub fn regions(&self) -> &[RamRegion] {
         &self.inner.regions
