@@ -8,6 +8,7 @@ use std::io::Write as _;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::mount::{
@@ -29,7 +30,15 @@ fn only_for_root() {
 pub struct LoopDevice {
     path: PathBuf,
     /// The device is detached when the last who has it open closes it.
-    _open: File,
+    open: Option<File>,
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        self.open = None;
+        let name = self.path.file_name().unwrap_or_default();
+        wait_until_gone(&Path::new("/sys/block").join(name).join("loop/backing_file"));
+    }
 }
 
 impl LoopDevice {
@@ -41,7 +50,7 @@ impl LoopDevice {
         let open = File::options().read(true).write(true).open(&path);
         // In use, it is only marked to be detached.
         output(Command::new("losetup").arg("--detach").arg(&path))?;
-        Ok(LoopDevice { _open: open.with_context(|| path.display().to_string())?, path })
+        Ok(LoopDevice { open: Some(open.with_context(|| path.display().to_string())?), path })
     }
 
     /// Its device node.
@@ -50,16 +59,23 @@ impl LoopDevice {
     }
 }
 
-/// A block device that the device mapper puts together, and that can be made to fail.
+/// A block device that the device mapper puts together, and that can be made to fail or to be slow.
 #[derive(Debug)]
 pub struct MappedDevice {
     name: String,
     path: PathBuf,
     /// As for [`LoopDevice`].
-    _open: File,
+    open: Option<File>,
     /// Below it: goes after it.
     below: LoopDevice,
     sectors: u64,
+}
+
+impl Drop for MappedDevice {
+    fn drop(&mut self) {
+        self.open = None;
+        wait_until_gone(&Path::new("/sys/block").join(self.path.file_name().unwrap_or_default()));
+    }
 }
 
 impl MappedDevice {
@@ -83,7 +99,7 @@ impl MappedDevice {
         });
         dmsetup(&["remove", "--deferred", &name], "")?;
         let (path, open) = open?;
-        Ok(MappedDevice { name, path, _open: open, below, sectors })
+        Ok(MappedDevice { name, path, open: Some(open), below, sectors })
     }
 
     /// Its device node.
@@ -95,6 +111,11 @@ impl MappedDevice {
     pub fn fail_from(&self, from: u64) -> Result<()> {
         let bad = format!("{from} {} error\n", self.sectors - from);
         self.load(&(good(&self.below, 0, from) + &bad))
+    }
+
+    /// From now on every access takes so many milliseconds more.
+    pub fn slow_down(&self, ms: u32) -> Result<()> {
+        self.load(&format!("0 {} delay {} 0 {ms}\n", self.sectors, self.below.path().display()))
     }
 
     /// From now on all is well again.
@@ -153,6 +174,15 @@ impl SmallFs {
         let fs = fspick(&self.0, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)?;
         fsconfig_set_string(&fs, "size", bytes.to_string())?;
         Ok(fsconfig_reconfigure(&fs)?)
+    }
+}
+
+/// Waits for a file of `/sys` to go: the kernel takes a device down some time after its last user. Where it stays, the runner says so.
+fn wait_until_gone(path: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while path.exists() && Instant::now() < deadline {
+        // Nothing tells when.
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -2,7 +2,10 @@
 //!
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
+//! - [`load`]: what the benchmarks' load generator is asked for, and answers.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
+//! - [`stalls`]: how far the host's time can be relied on.
+//! - [`host_net`]: networks of the host, and guests on them; [`traffic`]: what they send.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
 //! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
@@ -16,9 +19,11 @@ pub mod guest;
 pub mod host_devices;
 pub mod host_net;
 pub mod initramfs;
+pub mod load;
 pub mod modules;
 pub mod pattern;
 pub mod process;
+pub mod stalls;
 pub mod traffic;
 pub mod transcript;
 pub mod vmm;

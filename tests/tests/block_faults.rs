@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -76,6 +77,53 @@ on_each_transport! {
         still_runs(&vmm)?;
         File::options().write(true).open(&bad)?.set_len(8 * MIB)?;
         said(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
+        Ok(())
+    }
+
+    /// Requests of both engines take 300 ms each. Meanwhile others get their turn, and the machine can be paused.
+    fn a_slow_disk_holds_up_no_other_and_no_pause(transport) {
+        let mut guest = DiskGuest::new(transport)?.tool(TOOL);
+        let mut devices = Vec::new();
+        for engine in ["Sync", "Async"] {
+            let device = MappedDevice::new(&disk(guest.dir(), engine, 64)?)?;
+            guest = guest.drive(with(drive(engine, device.path()), &json!({"io_engine": engine})));
+            devices.push(device);
+        }
+        let quick = disk(guest.dir(), "quick", 8)?;
+        // Far apart, so that the host does not read ahead what comes next.
+        let script = "\
+            go() { i=0; while dd if=/dev/$1 of=/dev/null bs=512 skip=$((i * 7919 % 131072)) count=1 iflag=direct 2>/dev/null; do i=$((i+1)); echo $1 DID $i; done; }\n\
+            echo READY; until [ $(cat /sys/block/vdc/size) = 32768 ]; do usleep 10000; done\n\
+            go vda & go vdb & disk-tool rate vdc read 4096";
+        let vmm = guest.drive(drive("quick", &quick)).run(script)?;
+        vmm.wait_for_output("READY", BOOT)?;
+        for device in &devices {
+            device.slow_down(300)?;
+            drop_cache(device)?;
+        }
+        let mut api = vmm.ready_client(SOON)?;
+        let begin = disk(vmm.dir(), "begin", 16)?;
+        api.patch("/drives/quick", &json!({"drive_id": "quick", "path_on_host": begin}))?.ok()?;
+        for dev in ["vda", "vdb"] {
+            let one = vmm.wait_for_line(&format!("{dev} DID 2"), BOOT)?.at;
+            let other = vmm.wait_for_line(&format!("{dev} DID 7"), BOOT)?.at;
+            ensure!(other - one >= Duration::from_millis(1500), "{dev} is not slow: 5 requests took {:?}", other - one);
+            // What the quick disk did meanwhile.
+            let lines = vmm.stdout.lines();
+            let between = lines.iter().filter(|line| (one..other).contains(&line.at));
+            let counts = between.filter_map(|line| line.text.split("RATE vdc ").nth(1)?.split(' ').next()?.parse().ok());
+            let counts: Vec<u64> = counts.collect();
+            let (first, last) = counts.first().zip(counts.last()).context("the quick disk did nothing")?;
+            eprintln!("{dev}: 5 requests in {:?}, the quick disk had {} meanwhile", other - one, last - first);
+            ensure!(last - first >= 200, "while {dev} had 5 requests, the quick disk had only {}", last - first);
+        }
+        let begun = Instant::now();
+        api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+        api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+        ensure!(begun.elapsed() < Duration::from_secs(5), "a pause took {:?}", begun.elapsed());
+        for device in &devices {
+            device.heal()?;
+        }
         Ok(())
     }
 

@@ -4,8 +4,9 @@
 //! limiter must keep its rate within 1% by the host's clock, which is its own: a line that the guest says after its request number `n`
 //! tells when that was over.
 //!
-//! A host that stands still for a moment (an emulated one does, a busy one may) lets a limit give less, and none lets it give more. So no
-//! window may show more, and the best of [`WINDOWS`] must not show less.
+//! A host that stands still for a moment (an emulated one does, a busy one may) makes a rate seem lower, or higher if a window begins
+//! with that moment. So a watch beside tells how long it did ([`Stalls`]), which widens the bounds by as much, and up to [`WINDOWS`] windows
+//! are looked at. On a quiet host nothing is added.
 
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 use vesta_tests::disks::{DiskGuest, MIB, disk, drive, with};
 use vesta_tests::guest::{BOOT, SOON};
 use vesta_tests::on_each_transport;
+use vesta_tests::stalls::Stalls;
 use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
@@ -59,39 +61,59 @@ fn wait_for(vmm: &Vmm, dev: &str, requests: u64, from: Instant) -> Result<Mark> 
     }
 }
 
-/// Requests per second in the window from `from` on: by the host's clock, and by the guest's.
-fn rates(vmm: &Vmm, dev: &str, from: Instant, window: Duration) -> Result<(f64, f64)> {
+/// Looks at one disk in the window from `from` on. Returns what was seen, and whether `right` requests per second are kept.
+fn look(
+    vmm: &Vmm,
+    stalls: &Stalls,
+    dev: &str,
+    right: f64,
+    (from, window): (Instant, Duration),
+    percent: f64,
+) -> Result<(String, bool)> {
     let first = wait_for(vmm, dev, 0, from)?;
     let last = wait_for(vmm, dev, 0, first.at + window)?;
-    let requests = (last.requests - first.requests) as f64;
-    let guest = Duration::from_nanos(last.guest_ns - first.guest_ns);
-    Ok((requests / (last.at - first.at).as_secs_f64(), requests / guest.as_secs_f64()))
+    let requests = f64::from(u32::try_from(last.requests - first.requests)?);
+    let took = (last.at - first.at).as_secs_f64();
+    let guest = Duration::from_nanos(last.guest_ns - first.guest_ns).as_secs_f64();
+    // Also what made the first line late.
+    let before = first.at.checked_sub(Duration::from_millis(200)).unwrap_or(first.at);
+    let stalled = stalls.between(before, last.at).as_secs_f64();
+    let off = |seconds: f64| 100.0 * (requests / seconds / right - 1.0);
+    let seen = format!(
+        "{dev}: {:.2} requests per second ({:+.2}%), by the guest's clock {:.2} ({:+.2}%), should be {right}; the host stood still for {stalled:.2} of {took:.2} s",
+        requests / took,
+        off(took),
+        requests / guest,
+        off(guest)
+    );
+    eprintln!("{seen}");
+    let kept = off(took + stalled) <= percent && off((took - stalled).max(0.001)) >= -percent;
+    Ok((seen, kept))
 }
 
-/// Checks the rates of several disks, in percent, from `from` on.
-fn check(vmm: &Vmm, from: Instant, window: Duration, tolerance: f64, disks: &[(&str, f64)]) -> Result<()> {
-    let mut low = Vec::new();
+/// Checks the rates of several disks, within so many percent, from `from` on.
+fn check(
+    vmm: &Vmm,
+    stalls: &Stalls,
+    from: Instant,
+    window: Duration,
+    percent: f64,
+    disks: &[(&str, f64)],
+) -> Result<()> {
+    let mut wrong = Vec::new();
     for number in 0..WINDOWS {
-        low.clear();
+        wrong.clear();
         for &(dev, right) in disks {
-            let (host, guest) = rates(vmm, dev, from + window * number, window)?;
-            let off = |rate: f64| 100.0 * (rate / right - 1.0);
-            let line = format!(
-                "{dev}: {host:.2} requests per second ({:+.2}%), by the guest's clock {guest:.2} ({:+.2}%), should be {right}",
-                off(host),
-                off(guest)
-            );
-            eprintln!("{line}");
-            ensure!(off(host) <= tolerance, "{line}");
-            if off(host) < -tolerance {
-                low.push(line);
+            let (seen, kept) = look(vmm, stalls, dev, right, (from + window * number, window), percent)?;
+            if !kept {
+                wrong.push(seen);
             }
         }
-        if low.is_empty() {
+        if wrong.is_empty() {
             return Ok(());
         }
     }
-    bail!("too low in each of {WINDOWS} windows, the last: {low:#?}");
+    bail!("not kept in any of {WINDOWS} windows; in the last: {wrong:#?}");
 }
 
 fn bucket(size: u64, refill_time: u64) -> Value {
@@ -106,7 +128,7 @@ on_each_transport! {
         let disks = [
             // Bytes per second, few and many.
             ("vda", "4096", json!({"bandwidth": bucket(16 * KIB, 250)})),
-            ("vdb", "524288", json!({"bandwidth": bucket(2 * MIB, 100)})),
+            ("vdb", "524288", json!({"bandwidth": bucket(MIB, 100)})),
             // Requests per second.
             ("vdc", "512", json!({"ops": bucket(1, 100)})),
             ("vdd", "512", json!({"ops": bucket(10, 200)})),
@@ -121,17 +143,18 @@ on_each_transport! {
             guest = guest.drive(with(drive(dev, &path), &json!({"rate_limiter": limits})));
             // Reads and writes are limited alike.
             let what = if *dev == "vda" { "write" } else { "read" };
-            script += &format!("disk-tool rate {dev} {what} {size} &\n");
+            script = format!("{script}disk-tool rate {dev} {what} {size} &\n");
         }
+        let stalls = Stalls::watch();
         let vmm = guest.run(&(script + "wait"))?;
         let mut api = vmm.ready_client(SOON)?;
         // The burst and what was in the bucket pass at once: 4 MiB and 64 KiB. The next request waits for a second, as all after it.
         let waited = wait_for(&vmm, "vde", 66, vmm.started())?;
         let seconds = Duration::from_nanos(waited.guest_ns).as_secs_f64();
         eprintln!("vde: request 66 was over after {seconds:.2} s");
-        ensure!((0.9..4.0).contains(&seconds), "the burst took {seconds} s");
-        let right = [("vda", 16.0), ("vdb", 40.0), ("vdc", 10.0), ("vdd", 50.0), ("vde", 1.0)];
-        check(&vmm, waited.at, Duration::from_secs(10), 1.0, &right)?;
+        ensure!((0.9..10.0).contains(&seconds), "the burst took {seconds} s");
+        let right = [("vda", 16.0), ("vdb", 20.0), ("vdc", 10.0), ("vdd", 50.0), ("vde", 1.0)];
+        check(&vmm, &stalls, waited.at, Duration::from_secs(10), 1.0, &right)?;
         ensure!(marks(&vmm, "vdf")?.is_empty(), "a request passed that was to wait for an hour");
 
         let mut patch = |dev: &str, limits: Value| {
@@ -144,7 +167,7 @@ on_each_transport! {
         let changed = Instant::now();
         // What is full or owed at the change is over soon. The window is short, so it is looked at less closely.
         let right = [("vda", 40.0), ("vdb", 5.0), ("vdc", 30.0), ("vdd", 20.0)];
-        check(&vmm, changed + Duration::from_millis(500), Duration::from_secs(4), 2.5, &right)?;
+        check(&vmm, &stalls, changed + Duration::from_millis(500), Duration::from_secs(4), 2.5, &right)?;
 
         // A limit that goes lets go at once what it held back.
         let removed = Instant::now();

@@ -163,3 +163,59 @@ fn what_cannot_be_saved_is_refused_and_leaves_nothing_and_the_guest_goes_on() ->
     ensure!(counts(&wait_for(&serial, 10)?));
     Ok(())
 }
+
+/// Waits until the live snapshot is over; how it is described then.
+fn job_end(api: &mut ApiClient) -> Result<Value> {
+    let deadline = std::time::Instant::now() + SOON;
+    loop {
+        let job = api.get("/snapshot/job")?.json()?;
+        if job["state"] != json!("Running") {
+            return Ok(job);
+        }
+        ensure!(std::time::Instant::now() < deadline, "it does not end: {job}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_live_snapshot_is_of_the_moment_it_was_asked_for_and_the_guest_runs_on() -> Result<()> {
+    let (vmm, mut api, serial) = counting(&json!({}))?;
+    for kind in ["Full", "Diff"] {
+        let mut live = create(vmm.dir(), "live", kind);
+        live["live"] = json!(true);
+        let before = fs::read(&serial)?.len();
+        let begun = api.put("/snapshot/create", &live)?.ok()?.json()?;
+        ensure!(begun["pause_us"].as_u64().context("a pause")? > 0, "{begun}");
+        ensure!(api.get("/")?.json()?["state"] == json!("Running"));
+        let end = job_end(&mut api)?;
+        ensure!(end["state"] == json!("Done") && end["bytes_total"].is_u64(), "{end}");
+        let parent = wait_for(&serial, 10)?;
+        ensure!(counts(&parent), "{kind}");
+
+        let (_clone, mut clone, clone_serial) = empty()?;
+        clone.put("/snapshot/load", &load(vmm.dir(), "live", "live"))?.ok()?;
+        let said = wait_for(&clone_serial, 10)?;
+        ensure!(counts(&said), "{kind}");
+        // It begins somewhere between where the parent was before and after.
+        let began_at = (before..parent.len()).find(|at| parent[*at] == said[0]);
+        ensure!(began_at.is_some() || parent.len() - before > 255, "{kind}: {before} {}", said[0]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_live_snapshot_that_fails_or_is_cancelled_leaves_nothing() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let (_vmm, mut api, serial) = counting(&json!({}))?;
+    let none = api.get("/snapshot/job")?;
+    ensure!(none.status == 400 && none.fault().contains("no live snapshot"), "{none:?}");
+    let mut live = create(home.path(), "live", "Full");
+    live["live"] = json!(true);
+    live["snapshot_path"] = json!("/nowhere/state");
+    api.put("/snapshot/create", &live)?.ok()?;
+    let end = job_end(&mut api)?;
+    ensure!(end["state"] == json!("Failed") && end["error"].to_string().contains("/nowhere/state"), "{end}");
+    ensure!(fs::read_dir(home.path())?.next().is_none());
+    ensure!(counts(&wait_for(&serial, 10)?));
+    Ok(())
+}

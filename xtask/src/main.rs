@@ -29,6 +29,8 @@ cargo xtask COMMAND
         Runs CMD where KVM runs ordinary guests: here if it does, else on the emulated host.
   bench boot [--peer NAME=PATH]... [--runs N]
         Measures starting, beside other monitors with the same API and QEMU's microvm where it is installed.
+  bench io [--peer NAME=PATH]... [--runs N] [--seconds S] [--disk FILE] [--pci] [--workload W]... [--only NAME]...
+        Measures disks in a guest, beside the same disks without one; overwrites FILE.
   kernel
         Builds the tuned guest kernel from Debian's sources (about ten minutes).
 
@@ -70,6 +72,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     match command {
         "bench" => bench::command(&mut parser),
         "bench-inner" => bench::inner(&mut parser),
+        "bench-io-inner" => bench::io_inner(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),
         "demo" => demo::command(&mut parser),
         "demo-inner" => demo::inner(&mut parser),

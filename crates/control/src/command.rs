@@ -50,6 +50,10 @@ pub enum Command {
     GetVmConfig,
     /// Save the guest.
     CreateSnapshot(SnapshotCreate),
+    /// How far a live snapshot is: `GET /snapshot/job`, an extension.
+    DescribeJob,
+    /// Give a live snapshot up: `DELETE /snapshot/job`, an extension.
+    CancelJob,
     /// Go on with a guest that was saved.
     LoadSnapshot(SnapshotLoad),
     /// Make children of the guest as it is: `PUT /fork`, an extension.
@@ -80,6 +84,8 @@ impl Command {
             Command::SetVmState(VmState::Resumed) => "resuming",
             Command::GetVmConfig => "GET /vm/config",
             Command::CreateSnapshot(_) => "PUT /snapshot/create",
+            Command::DescribeJob => "GET /snapshot/job",
+            Command::CancelJob => "DELETE /snapshot/job",
             Command::LoadSnapshot(_) => "PUT /snapshot/load",
             Command::Fork(_) => "PUT /fork",
         }

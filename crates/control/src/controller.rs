@@ -12,6 +12,7 @@
 //! channel's other end, not here.
 
 use std::fs::File;
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -32,10 +33,14 @@ use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
 use crate::fork::Family;
+use crate::snapshot::job::Job;
 use crate::{Command, CommandError, Phase, Reply, phase};
 
 /// How long a change of a drive waits for requests in flight on its old disk.
 pub(crate) const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long pausing waits for the serial port's output to be carried out.
+const PAUSE_OUTPUT: Duration = Duration::from_millis(100);
 
 /// Who the monitor says it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +80,10 @@ pub trait Host {
     where
         Self: Sized;
 
+    /// Splits this process: into itself, which returns, and a child that has the descriptors `kept` and no others, does `work`, and ends with it. Whether
+    /// it succeeded is its exit status.
+    fn fork_writer(&mut self, kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> std::io::Result<()>;
+
     /// The guest runs from now on, and has standard input and output if `with_standard_io`.
     fn guest_starts(&mut self, with_standard_io: bool);
 }
@@ -97,6 +106,8 @@ pub struct Controller<H> {
     pub(crate) networks: Vec<NetBackend>,
     /// Disks that were replaced and may still be in use, by their drives' ids.
     pub(crate) settling: Vec<(String, Replaced)>,
+    /// The live snapshot that is being written, or was last.
+    pub(crate) job: Option<Job>,
     pub(crate) state: State,
 }
 
@@ -130,6 +141,7 @@ impl<H: Host> Controller<H> {
             disks: Vec::new(),
             networks: Vec::new(),
             settling: Vec::new(),
+            job: None,
             state: State::Configured,
         }
     }
@@ -192,12 +204,28 @@ impl<H: Host> Controller<H> {
             Command::SetVmState(state) => {
                 self.set_vm_state(state)?;
                 self.settle_disks();
+                if state == VmState::Paused {
+                    // What a paused guest has written can be read; where nobody takes it, it waits as always.
+                    let _ = self.machine().is_none_or(|machine| machine.drain_serial(PAUSE_OUTPUT));
+                }
             }
-            Command::CreateSnapshot(create) => self.create_snapshot(&create)?,
+            Command::CreateSnapshot(create) => return self.create_snapshot(&create),
+            Command::DescribeJob => return self.with_job(Job::describe),
+            Command::CancelJob => {
+                return self.with_job(|job| {
+                    job.cancel();
+                    Reply::Empty
+                });
+            }
             Command::LoadSnapshot(load) => self.load_snapshot(&load)?,
             Command::Fork(fork) => return self.fork(&fork),
         }
         Ok(Reply::Empty)
+    }
+
+    fn with_job(&mut self, act: impl FnOnce(&mut Job) -> Reply) -> Result<Reply, CommandError> {
+        let job = self.job.as_mut();
+        job.map(act).ok_or_else(|| CommandError::new("there has been no live snapshot of this microVM"))
     }
 
     /// Where the microVM is in its life.

@@ -77,6 +77,8 @@ fn when(command: &Command) -> When {
         | Command::PatchDrive(_)
         | Command::PatchNetwork(_)
         | Command::CreateSnapshot(_)
+        | Command::DescribeJob
+        | Command::CancelJob
         | Command::Fork(_) => When::AfterStart,
     }
 }

@@ -107,7 +107,7 @@ pub(crate) fn assemble(
     if let Origin::State { state, clock } = origin {
         state.chipset.restore_clock(&vm.shared_fd(), *clock)?;
     }
-    Ok(Machine { vcpus, devices, pump, serial, keyboard, vm, kvm })
+    Ok(Machine { page_watch: None, vcpus, devices, pump, serial, keyboard, vm, kvm })
 }
 
 /// A saved guest must find here what it knows of its processor.

@@ -18,6 +18,8 @@ pub enum MachineEvent {
     TripleFault(VcpuFault),
     /// KVM cannot run the guest any further.
     Fatal(VcpuFault),
+    /// Pages of the guest cannot be had any more, for this reason.
+    MemoryLost(String),
 }
 
 /// Where a vCPU was when it could not go on.

@@ -13,6 +13,7 @@
 //! | [`boot`] | kernel files, boot protocols, memory map, MP table |
 //! | `acpi` | ACPI tables |
 //! | `cpu` | CPUID, MSRs, registers at entry |
+//! | `page_watch` | noticing that a guest's page server is gone |
 //! | `generation` | telling a guest that it was restored or forked |
 //! | [`devices`] | virtio devices: their places, their events, KVM's part in them |
 //! | [`chipset`] | what KVM emulates for the machine as a whole, saved and restored |
@@ -50,6 +51,7 @@ mod assemble;
 mod cpu;
 mod generation;
 mod kick;
+mod page_watch;
 
 pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use config::MachineConfig;
+use memory::page_server::PageServer;
 use memory::{GuestRam, MapError, PageSet};
 
 use crate::assemble::{Origin, Parts, assemble};
@@ -24,6 +25,7 @@ use crate::events::EventSink;
 use crate::kvm::{Kvm, KvmError, Named, Vm};
 use crate::legacy::console::Pump;
 use crate::legacy::{I8042, KeyboardFull, SerialPort, SerialSetup, StartTimes};
+use crate::page_watch::PageWatch;
 use crate::state::MachineState;
 use crate::vcpu::{VcpuGone, VcpuHandle};
 use crate::{acpi, kick, layout};
@@ -54,6 +56,8 @@ pub struct Restore<'a> {
     pub state: &'a MachineState,
     /// The guest's memory, with its contents.
     pub ram: GuestRam,
+    /// Who sends the contents that are not there yet.
+    pub page_server: Option<PageServer>,
     /// Where the serial port leads now.
     pub serial: SerialSetup,
     /// The same virtio devices, on the back ends that they have now.
@@ -215,6 +219,8 @@ impl Deref for Running {
 /// goes.
 #[derive(Debug)]
 pub struct Machine {
+    /// First, so that no vCPU waits for a page when it is stopped.
+    pub(crate) page_watch: Option<PageWatch>,
     pub(crate) vcpus: Vec<VcpuHandle>,
     pub(crate) devices: Devices,
     pub(crate) pump: Pump,
@@ -298,7 +304,14 @@ impl Machine {
             boot_timer: None,
             events: restore.events,
         };
-        assemble(kvm, config, parts, &Origin::State { state, clock: restore.clock })
+        let events = parts.events.try_clone();
+        let mut machine = assemble(kvm, config, parts, &Origin::State { state, clock: restore.clock })?;
+        if let Some(server) = restore.page_server {
+            let watch = events.and_then(|events| PageWatch::start(server, events));
+            let host = |source| StartError::Host { what: "the page server's watch", source };
+            machine.page_watch = Some(watch.map_err(host)?);
+        }
+        Ok(machine)
     }
 }
 

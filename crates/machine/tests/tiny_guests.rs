@@ -167,6 +167,7 @@ fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path) -> Paused {
         config,
         state: &state,
         ram,
+        page_server: None,
         serial: SerialSetup {
             output: Some(Output::open(serial).unwrap()),
             input: None,

@@ -1,6 +1,7 @@
 //! Guest RAM as the rest of the monitor has it.
 
 use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use config::HugePages;
@@ -186,6 +187,14 @@ impl GuestRam {
         self.memory()
             .find_region(GuestAddress(addr))
             .is_some_and(|r| len <= r.len() - (addr - r.start_addr().0))
+    }
+
+    /// What a fork must keep open to save this memory: the file that it came from.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        match &self.inner.source {
+            Source::File(file) => vec![file.as_raw_fd()],
+            Source::Zeros | Source::PageServer(_) => Vec::new(),
+        }
     }
 
     /// The empty set of this guest's pages.

@@ -63,10 +63,20 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use crate::pages::PAGE;
+    use crate::sys::span::Harmless;
+
+    /// Memory of small pages, also on a host that uses huge ones for everyone.
+    fn small_pages(mib: u32) -> GuestRam {
+        let ram = GuestRam::map(mib, HugePages::None, false).unwrap();
+        for span in ram.spans() {
+            span.advise(Harmless::SmallPages).unwrap();
+        }
+        ram
+    }
 
     /// Pages 0, 5 and 511 written, page 7 only read.
     fn touched() -> (GuestRam, Vec<u64>) {
-        let ram = GuestRam::map(2, HugePages::None, false).unwrap();
+        let ram = small_pages(2);
         for page in [0, 5, 511] {
             ram.memory().write_obj(1u8, GuestAddress(page * PAGE)).unwrap();
         }
@@ -101,7 +111,7 @@ mod tests {
 
     #[test]
     fn the_page_map_of_a_tebibyte_is_read_at_once() {
-        let ram = GuestRam::map(config::MAX_MEM_SIZE_MIB, HugePages::None, false).unwrap();
+        let ram = small_pages(config::MAX_MEM_SIZE_MIB);
         ram.memory().write_obj(1u8, GuestAddress(900 << 30)).unwrap();
         assert_eq!(ram.own_pages().unwrap().count(), 1);
     }

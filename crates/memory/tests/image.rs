@@ -302,6 +302,35 @@ fn progress_goes_up_to_the_total_and_a_cancelled_image_leaves_no_file() {
     assert_eq!(files(dir.path()), Vec::<PathBuf>::new());
 }
 
+/// Free pages in the pool of 2 MiB pages.
+fn free_huge_pages() -> u64 {
+    let info = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    info.map_or(0, |count| count.trim().parse().unwrap())
+}
+
+#[test]
+fn memory_of_the_huge_page_pool_is_written_restored_and_not_forked() {
+    if free_huge_pages() < 4 {
+        eprintln!("not run: it needs four free pages in the pool (/proc/sys/vm/nr_hugepages)");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mem");
+    let ram = GuestRam::map(MIB, HugePages::Hugetlbfs2M, true).unwrap();
+    put(&ram, 600, 1);
+    assert_eq!(ram.own_pages().unwrap().count(), 512);
+    let info = full(&ram, &path);
+    assert_eq!(info.huge_pages, HugePages::Hugetlbfs2M);
+    assert!(blocks(&path) <= PAGE, "{} bytes on disk", blocks(&path));
+    let clone = GuestRam::from_file(&info.layout, &path, HugePages::Hugetlbfs2M, false).unwrap();
+    assert_eq!(clone.page_size(), 2 << 20);
+    assert!(all(&clone) == all(&ram));
+    assert!(clone.discard(0, PAGE).is_err(), "half a page");
+    clone.discard(2 << 20, 2 << 20).unwrap();
+    assert!(all(&clone).iter().all(|b| *b == 0));
+    assert_eq!(ram.fork_check(), Err(vesta_memory::ForkError::HugePagePool));
+}
+
 #[test]
 fn a_guest_above_the_hole_keeps_its_regions_apart() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,7 +4,7 @@
 //! guest, its API socket and the log, makes everything else anew, and ends with the process.
 
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use control::Controller;
@@ -46,6 +46,18 @@ pub(crate) fn live(mut family: Family) -> ! {
     exit::exit(code.unwrap_or(ExitCode::Generic))
 }
 
+/// A child that is there for one piece of work: with these descriptors, the log and the signals' own, and no thread but this one.
+pub(crate) fn write(mut kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> ! {
+    let done = catch_unwind(AssertUnwindSafe(|| {
+        kept.extend(logger::descriptors());
+        close_all_but(kept);
+        terminal::forget();
+        signals::take_their_course();
+        work()
+    }));
+    std::process::exit(if done.unwrap_or(false) { ExitCode::Ok as i32 } else { ExitCode::Generic as i32 })
+}
+
 /// Another child's seed: that child has it.
 fn leave(seed: Seed) {
     if let Some(api) = seed.api {
@@ -58,6 +70,7 @@ fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
     kept.extend(seed.api.as_ref().map(|api| api.as_fd().as_raw_fd()));
     kept.push(seed.reporter.as_fd().as_raw_fd());
     kept.extend(signals::descriptor());
+    kept.extend(inheritance.descriptors());
     close_all_but(kept);
     terminal::forget();
     logger::rename(&seed.identity.id);

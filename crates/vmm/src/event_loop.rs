@@ -1,7 +1,7 @@
 //! The main thread's loop: commands from the API, the guest's end, signals.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, RawFd};
 use std::time::Duration;
 
 use control::api::{ApiServer, Request, Requests};
@@ -83,6 +83,10 @@ fn guest_ended(event: &MachineEvent) -> Ended {
             log::error!("the guest cannot be run any further: {fault}");
             Ended::Fault
         }
+        MachineEvent::MemoryLost(reason) => {
+            log::error!("the guest cannot be run any further: its memory is lost: {reason}");
+            Ended::Fault
+        }
     }
 }
 
@@ -118,6 +122,18 @@ impl Host for ProcessHost {
                 family.seeds.into_iter().filter_map(|seed| seed.api).for_each(ApiServer::leave_to_fork);
                 Ok(())
             }
+        }
+    }
+
+    fn fork_writer(&mut self, kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> io::Result<()> {
+        process::reap_automatically();
+        let held = logger::hold();
+        match process::fork()? {
+            Side::Child => {
+                drop(held);
+                child::write(kept, work)
+            }
+            Side::Parent => Ok(()),
         }
     }
 

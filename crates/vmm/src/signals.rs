@@ -77,6 +77,14 @@ pub(crate) fn renew() -> std::io::Result<Signals> {
     Ok(Signals(wake.as_fd()))
 }
 
+/// From now on signals that ask this process to end, end it.
+pub(crate) fn take_their_course() {
+    for signal in ASKING {
+        // SAFETY: restoring the default action of a valid signal has no precondition.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
 /// The descriptor that the handlers write to.
 pub(crate) fn descriptor() -> Option<RawFd> {
     WAKE.get().map(AsRawFd::as_raw_fd)

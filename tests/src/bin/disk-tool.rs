@@ -88,7 +88,7 @@ fn run(dev: &str, seed: u64, writers: u64, writes: u64) -> bool {
         let file = &file;
         let run = |(index, stream)| scope.spawn(move || write_stream(dev, file, index, stream, writes));
         let threads: Vec<_> = streams.iter().enumerate().map(run).collect();
-        threads.into_iter().fold(true, |good, thread| thread.join().unwrap_or(false) && good)
+        threads.into_iter().all(|thread| thread.join().unwrap_or(false))
     });
     if good {
         say(&format!("VERIFIED {dev}"));
@@ -195,13 +195,13 @@ fn rate(dev: &str, write: bool, size: u64) -> bool {
             }
             let bytes = buffer.get(size as usize);
             if write {
-                file.write_all(bytes)?
+                file.write_all(bytes)?;
             } else {
-                file.read_exact(bytes)?
+                file.read_exact(bytes)?;
             }
             count += 1;
             let now = begun.elapsed();
-            if now - said > Duration::from_millis(200) {
+            if now > said + Duration::from_millis(200) {
                 said = now;
                 say(&format!("RATE {dev} {count} {}", now.as_nanos()));
             }

@@ -7,7 +7,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_tests::elf::null_guest;
 use vesta_tests::guest::{BOOT_ARGS, Guest};
@@ -15,7 +16,7 @@ use vesta_tests::initramfs::Initramfs;
 
 use super::measure::{INIT, Life, Sign, life};
 use super::table::{Row, markdown};
-use super::{Monitor, MonitorKind};
+use super::{Monitor, MonitorKind, describe, peer};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Job, Kind, Outcome};
 use crate::process::{output, root, say};
@@ -36,10 +37,25 @@ enum GuestFiles {
     Linux { kernel: PathBuf, initrd: PathBuf },
 }
 
-pub(super) fn command(peers: Vec<Monitor>, runs: usize) -> Result<ExitCode> {
+/// Fewest runs that a median is taken over.
+const FEWEST_RUNS: usize = 11;
+
+/// `cargo xtask bench boot [--peer NAME=PATH]... [--runs N]`.
+pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let (mut peers, mut runs) = (Vec::new(), FEWEST_RUNS);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("runs") => runs = parser.value()?.parse()?,
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    if runs < FEWEST_RUNS {
+        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
+    }
     say!("building vesta-vmm");
     let vmm = build_vmm(true)?;
-    let mut monitors = vec![Monitor { name: "vesta".to_owned(), path: vmm, kind: MonitorKind::Api }];
+    let mut monitors = vec![Monitor::api("vesta", vmm)];
     monitors.extend(peers);
     // Beside the binaries: a place that an emulated host shares.
     let program = std::env::current_exe()?;
@@ -87,14 +103,6 @@ pub(super) fn command(peers: Vec<Monitor>, runs: usize) -> Result<ExitCode> {
     println!("memory, at the guest's sign of life.");
     let good = [null, linux].iter().all(|outcome| *outcome == Outcome::Exited(0));
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn describe(kind: Kind, why: &str) -> String {
-    let system = rustix::system::uname();
-    match kind {
-        Kind::Native => format!("{kind} (Linux {}; {why})", system.release().to_string_lossy()),
-        Kind::Emulated => kind.to_string(),
-    }
 }
 
 fn on_host(kind: Kind, orders: &Orders, dir: &Path) -> Result<Outcome> {

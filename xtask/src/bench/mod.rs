@@ -5,6 +5,7 @@
 //! its host.
 
 mod boot;
+mod io;
 mod measure;
 mod table;
 
@@ -16,7 +17,10 @@ use anyhow::{Context, Result, bail};
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::host::Kind;
+
 pub(crate) use boot::inner;
+pub(crate) use io::inner as io_inner;
 
 /// A monitor to measure.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -34,29 +38,27 @@ enum MonitorKind {
     Qemu,
 }
 
-/// Fewest runs that a median is taken over.
-const FEWEST_RUNS: usize = 11;
+impl Monitor {
+    fn api(name: &str, path: PathBuf) -> Monitor {
+        Monitor { name: name.to_owned(), path, kind: MonitorKind::Api }
+    }
+}
 
-/// `cargo xtask bench boot [--peer NAME=PATH]... [--runs N]`.
+/// `cargo xtask bench boot|io ...`.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let mut peers = Vec::new();
-    let mut runs = FEWEST_RUNS;
-    let mut what = None;
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("peer") => peers.push(peer(parser.value()?)?),
-            Long("runs") => runs = parser.value()?.parse()?,
-            Value(name) if what.is_none() => what = Some(name.string()?),
-            _ => return Err(arg.unexpected().into()),
-        }
+    let what = parser.value().context("which benchmark? There are boot and io")?.string()?;
+    match what.as_str() {
+        "boot" => boot::command(parser),
+        "io" => io::command(parser),
+        other => bail!("there is no benchmark {other}: there are boot and io"),
     }
-    if runs < FEWEST_RUNS {
-        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
-    }
-    match what.as_deref() {
-        Some("boot") => boot::command(peers, runs),
-        Some(other) => bail!("there is no benchmark {other}: there is boot"),
-        None => bail!("which benchmark? There is boot"),
+}
+
+fn describe(kind: Kind, why: &str) -> String {
+    let system = rustix::system::uname();
+    match kind {
+        Kind::Native => format!("{kind} (Linux {}; {why})", system.release().to_string_lossy()),
+        Kind::Emulated => kind.to_string(),
     }
 }
 
@@ -65,5 +67,5 @@ fn peer(text: OsString) -> Result<Monitor> {
     let (name, path) =
         text.split_once('=').with_context(|| format!("--peer is {text}: it must be NAME=PATH"))?;
     let path = std::fs::canonicalize(path).with_context(|| format!("--peer {name}: {path}"))?;
-    Ok(Monitor { name: name.to_owned(), path, kind: MonitorKind::Api })
+    Ok(Monitor::api(name, path))
 }

@@ -138,11 +138,8 @@ fn run_native(job: &Job, timeout: Duration) -> Result<Outcome> {
 
 /// `cargo xtask host`.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let mut emulated = Emulated::default();
+    let mut emulated = Emulated { pin: default_pin()?, ..Emulated::default() };
     let mut argv = Vec::new();
-    if let Ok(pin) = std::env::var("VESTA_HOST_PIN") {
-        emulated.pin = parse_pin(&pin)?;
-    }
     while let Some(arg) = parser.next()? {
         match arg {
             Long("cpus") => emulated.cpus = parser.value()?.parse()?,
@@ -166,6 +163,14 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let (kind, why) = choose()?;
     say!("running on {kind}: {why}");
     Ok(run(kind, &Job::here(argv)?, &emulated)?.report())
+}
+
+/// The emulated processor that jobs are pinned to, where nothing else is said.
+pub(crate) fn default_pin() -> Result<Option<usize>> {
+    match std::env::var("VESTA_HOST_PIN") {
+        Ok(pin) => parse_pin(&pin),
+        Err(_) => Ok(Emulated::default().pin),
+    }
 }
 
 fn parse_pin(text: &str) -> Result<Option<usize>> {

@@ -28,16 +28,25 @@ struct Target {
 
 /// Builds the monitor; returns its path.
 pub(crate) fn vmm(release: bool) -> Result<PathBuf> {
+    program("vesta-vmm", "vesta-vmm", release)
+}
+
+/// Builds the benchmarks' load generator; returns its path.
+pub(crate) fn load() -> Result<PathBuf> {
+    program("vesta-tests", "vesta-load", true)
+}
+
+fn program(package: &str, name: &str, release: bool) -> Result<PathBuf> {
     let mut command = cargo();
-    command.args(["build", "--package", "vesta-vmm", "--bin", "vesta-vmm"]);
+    command.args(["build", "--package", package, "--bin", name]);
     if release {
         command.arg("--release");
     }
     let built = messages(&mut command)?;
     let executable = built
         .into_iter()
-        .find_map(|message| (message.target?.name == "vesta-vmm").then_some(message.executable).flatten());
-    executable.context("cargo built vesta-vmm and named no binary")
+        .find_map(|message| (message.target?.name == name).then_some(message.executable).flatten());
+    executable.with_context(|| format!("cargo built {name} and named no binary"))
 }
 
 /// Builds all test binaries of the workspace, and lists the whole-system tests among them.

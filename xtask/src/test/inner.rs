@@ -78,7 +78,7 @@ fn run(test: &Test, plan: &Plan) -> Result<(Verdict, String)> {
     let output = output.join().expect("it does not panic");
     left.extend(files_in(scratch.path())?.into_iter().map(|name| format!("file {name}")));
     if plan.machine_is_ours {
-        left.extend(Surroundings::look()?.beyond(&before));
+        left.extend(before.what_stays()?);
     }
     let verdict = match ended {
         None => Verdict::Failed(format!("it took longer than {} s", plan.limit.as_secs())),
@@ -176,6 +176,9 @@ fn files_in(dir: &Path) -> Result<Vec<String>> {
     std::fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
 
+/// How long the kernel may take to take away what nobody has any more.
+const KERNELS_TIME: Duration = Duration::from_secs(2);
+
 /// What a test could leave behind on the machine.
 struct Surroundings(BTreeSet<String>);
 
@@ -202,7 +205,16 @@ impl Surroundings {
         Ok(Surroundings(things))
     }
 
-    fn beyond(self, before: &Surroundings) -> Vec<String> {
-        self.0.difference(&before.0).cloned().collect()
+    /// What there is beyond this. The kernel takes some things away in its own time and tells nobody: it closes a disk some while after
+    /// the process that had it in an `io_uring` has ended. So it is looked for until it is gone, or until the patience is.
+    fn what_stays(&self) -> Result<Vec<String>> {
+        let begun = Instant::now();
+        loop {
+            let left: Vec<String> = Surroundings::look()?.0.difference(&self.0).cloned().collect();
+            if left.is_empty() || begun.elapsed() > KERNELS_TIME {
+                return Ok(left);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }

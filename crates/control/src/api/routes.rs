@@ -97,6 +97,8 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Put, ["actions"]) => put_action(request),
         (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
         (Method::Put, ["snapshot", "create"]) => put_snapshot_create(request),
+        (Method::Get, ["snapshot", "job"]) => question(request, Command::DescribeJob),
+        (Method::Delete, ["snapshot", "job"]) => question(request, Command::CancelJob),
         (Method::Put, ["snapshot", "load"]) => put_snapshot_load(request),
         (Method::Put, ["fork"]) => put_fork(request),
         (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),

@@ -15,17 +15,23 @@ const MAX_NAMES: u32 = 10_000;
 
 /// The drives that go on on an overlay, by their place in the configuration.
 #[derive(Debug)]
-pub(super) struct Plan(Vec<(usize, Drive)>);
+pub(crate) struct Plan(Vec<(usize, Drive)>);
 
 impl Plan {
     /// How the parent goes on.
-    pub(super) fn of_parent(
+    pub(crate) fn of_parent(
         drives: &[Drive],
         disks: &[Disk],
         id: &str,
         overlays: &[DriveOverlay],
     ) -> Result<Self, CommandError> {
         Self::new(drives, disks, id, overlays)
+    }
+
+    /// How a microVM that is restored from the snapshot at `state` begins, unless it is told otherwise.
+    pub(crate) fn of_saved(drives: &[Drive], disks: &[Disk], state: &Path) -> Result<Self, CommandError> {
+        let name = state.file_name().unwrap_or_default().to_string_lossy();
+        Self::new(drives, disks, &name, &[])
     }
 
     /// How a child begins.
@@ -67,7 +73,7 @@ impl Plan {
     }
 
     /// Writes the plan into a configuration.
-    pub(super) fn apply(self, drives: &mut [Drive]) {
+    pub(crate) fn apply(self, drives: &mut [Drive]) {
         for (at, drive) in self.0 {
             drives[at] = drive;
         }
@@ -111,7 +117,7 @@ fn default_name(drive: &Drive, id: &str) -> Result<PathBuf, CommandError> {
 
 impl<H: Host> Controller<H> {
     /// Lets this microVM, which stands still, go on on its new overlays.
-    pub(super) fn put_overlays(&mut self, plan: &Plan) -> Result<(), CommandError> {
+    pub(crate) fn put_overlays(&mut self, plan: &Plan) -> Result<(), CommandError> {
         for (at, drive) in &plan.0 {
             let State::Paused(machine) = &self.state else { break };
             let failed =

@@ -26,9 +26,10 @@
 //! The controller, for [`Command::Fork`](crate::Command::Fork). A [`Host`] splits the process and gives each child to
 //! [`Controller::born`].
 
-mod disks;
+pub(crate) mod disks;
 mod report;
 
+use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use config::{Child, Fork, FullVmConfig, Logger, check_networks, override_networks};
@@ -62,6 +63,13 @@ pub struct Family {
 pub struct Inheritance {
     state: MachineState,
     ram: GuestRam,
+}
+
+impl Inheritance {
+    /// The descriptors that a child keeps for it.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        self.ram.descriptors()
+    }
 }
 
 /// One child to be.
@@ -193,6 +201,7 @@ impl<H: Host> Controller<H> {
             config: &self.config.machine_config,
             state: &state,
             ram,
+            page_server: None,
             serial: self.file_serial(&self.config).map_err(|e| cannot("open the serial output", &e))?,
             devices: devices(&self.config, &self.disks, &self.networks, self.platform.pci),
             clock: ClockAfter::Continues,

@@ -1,16 +1,19 @@
 //! `PUT /snapshot/create`.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::os::fd::AsRawFd;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use config::{SnapshotCreate, SnapshotType};
+use config::{FullVmConfig, SnapshotCreate, SnapshotType, VmState};
 use machine::{MachineState, Paused};
 use memory::image::{self, ImageInfo, Observer, Written};
 use memory::{GuestRam, PageSet};
 use snapshot::{Header, Staged, Writer};
 
+use super::job::{self, Job};
 use super::{KIND, SavedConfig};
-use crate::CommandError;
 use crate::controller::{Controller, Host, State};
+use crate::fork::disks::Plan;
+use crate::{CommandError, Reply};
 
 /// All that goes into a snapshot but the memory's contents.
 pub(crate) struct Picture {
@@ -22,8 +25,18 @@ pub(crate) struct Picture {
 }
 
 impl<H: Host> Controller<H> {
-    /// Saves the paused microVM.
-    pub(crate) fn create_snapshot(&mut self, create: &SnapshotCreate) -> Result<(), CommandError> {
+    /// Saves the microVM: a paused one at once, a live one in a job.
+    pub(crate) fn create_snapshot(&mut self, create: &SnapshotCreate) -> Result<Reply, CommandError> {
+        if let Some(job) = &mut self.job
+            && job.is_running()
+        {
+            return Err(CommandError::new(
+                "a live snapshot is being written: GET /snapshot/job tells how far it is",
+            ));
+        }
+        if create.live {
+            return self.begin_job(create);
+        }
         let State::Paused(machine) = &self.state else {
             return Err(CommandError::new(format_args!(
                 "PUT /snapshot/create needs a paused microVM, and it is {} (live snapshots need not: \"live\": true)",
@@ -31,43 +44,85 @@ impl<H: Host> Controller<H> {
             )));
         };
         self.sync_disks()?;
-        let picture = self.picture(machine, create.snapshot_type)?;
+        let (picture, taken) = self.picture(machine, create.snapshot_type, self.config.clone())?;
         let ram = machine.ram().clone();
-        let written = picture.write(&ram, create, &());
-        if let (Err(_), Some(pages)) = (&written, &picture.pages) {
-            ram.put_back(pages);
+        let written = picture
+            .write(&ram, create, &())
+            .and_then(|(memory, state)| snapshot::commit_pair(memory, state).map_err(CommandError::new));
+        if let (Err(_), Some(taken)) = (&written, taken) {
+            ram.put_back(&taken);
         }
-        let (memory, state) = written?;
-        snapshot::commit_pair(memory, state).map_err(|error| {
-            if let Some(pages) = &picture.pages {
-                ram.put_back(pages);
-            }
-            CommandError::new(error)
-        })
+        written.map(|()| Reply::Empty)
     }
 
-    /// Takes the picture of a machine that stands still. The pages that were written so far count as saved from here on.
-    fn picture(&self, machine: &Paused, kind: SnapshotType) -> Result<Picture, CommandError> {
+    /// Begins a job: the guest stands still for a moment, and goes on as it was.
+    fn begin_job(&mut self, create: &SnapshotCreate) -> Result<Reply, CommandError> {
+        if let Some(machine) = self.machine() {
+            machine.ram().fork_check().map_err(CommandError::new)?;
+        }
+        // Disks as they are at that moment become a base, as in a fork: this microVM goes on on overlays.
+        let plan = Plan::of_parent(&self.config.drives, &self.disks, &self.identity.id, &[])?;
+        let saved = Plan::of_saved(&self.config.drives, &self.disks, &create.snapshot_path)?;
+        let was_running = matches!(self.state, State::Running(_));
+        let begin = Instant::now();
+        self.set_vm_state(VmState::Paused)?;
+        let job = self.split_job(create, &plan, saved);
+        let resumed = if was_running { self.set_vm_state(VmState::Resumed) } else { Ok(()) };
+        let pause_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.settle_disks();
+        let mut job = job?;
+        job.set_pause(pause_us);
+        let reply = job.describe();
+        self.job = Some(job);
+        resumed?;
+        Ok(reply)
+    }
+
+    /// What happens while the guest stands still.
+    fn split_job(&mut self, create: &SnapshotCreate, plan: &Plan, saved: Plan) -> Result<Job, CommandError> {
+        self.put_overlays(plan)?;
+        let State::Paused(machine) = &self.state else {
+            return Err(CommandError::new("there is no machine to save"));
+        };
+        let mut config = self.config.clone();
+        saved.apply(&mut config.drives);
+        let (picture, taken) = self.picture(machine, create.snapshot_type, config)?;
+        let ram = machine.ram().clone();
+        let put_back = taken.clone();
+        let (job, worker) = job::pair(create, taken.map(|pages| (ram.clone(), pages)))
+            .map_err(|e| CommandError::new(format_args!("cannot make a pipe: {e}")))?;
+        let mut kept = ram.descriptors();
+        kept.extend(worker.descriptors().map(|fd| fd.as_raw_fd()));
+        let (child_ram, child_create) = (ram.clone(), create.clone());
+        let write = Box::new(move || worker.run(&picture, &child_ram, &child_create));
+        if let Err(error) = self.host.fork_writer(kept, write) {
+            if let Some(pages) = put_back {
+                ram.put_back(&pages);
+            }
+            return Err(CommandError::new(format_args!("cannot fork this process: {error}")));
+        }
+        Ok(job)
+    }
+
+    /// Takes the picture of a machine that stands still. The pages that were written so far (second) count as saved from here on: whoever fails
+    /// to save them puts them back.
+    fn picture(
+        &self,
+        machine: &Paused,
+        kind: SnapshotType,
+        config: FullVmConfig,
+    ) -> Result<(Picture, Option<PageSet>), CommandError> {
         let state = machine.save().map_err(CommandError::new)?;
         // Also for a Full snapshot: the next Diff is on top of this one.
-        let dirty = machine.take_dirty_pages().map_err(CommandError::new)?;
-        let pages = match kind {
-            SnapshotType::Full => None,
-            SnapshotType::Diff => match dirty {
-                Some(dirty) => Some(dirty),
-                None => Some(machine.ram().own_pages().map_err(CommandError::new)?),
-            },
+        let taken = machine.take_dirty_pages().map_err(CommandError::new)?;
+        let pages = match (kind, &taken) {
+            (SnapshotType::Full, _) => None,
+            (SnapshotType::Diff, Some(taken)) => Some(taken.clone()),
+            (SnapshotType::Diff, None) => Some(machine.ram().own_pages().map_err(CommandError::new)?),
         };
-        Ok(Picture {
-            config: SavedConfig {
-                config: self.config.clone(),
-                pci: self.platform.pci,
-                id: self.identity.id.clone(),
-            },
-            machine: state,
-            created_by: format!("{} {}", self.identity.app_name, self.identity.version),
-            pages,
-        })
+        let config = SavedConfig { config, pci: self.platform.pci, id: self.identity.id.clone() };
+        let created_by = format!("{} {}", self.identity.app_name, self.identity.version);
+        Ok((Picture { config, machine: state, created_by, pages }, taken))
     }
 
     /// Lets the disks' files hold what the guest wrote.

@@ -1,6 +1,7 @@
 //! `PUT /snapshot/load`.
 
 use std::path::Path;
+use std::time::Duration;
 
 use config::{
     DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, check_networks,
@@ -10,11 +11,15 @@ use machine::chipset::ClockAfter;
 use machine::{MachineState, Paused, Restore};
 use memory::GuestRam;
 use memory::image::ImageInfo;
+use memory::page_server::PageServer;
 use snapshot::Snapshot;
 
 use super::{KIND, SavedConfig};
 use crate::CommandError;
 use crate::controller::{Controller, Host, Loaded, State, open_disks, open_networks};
+
+/// How long a page server may take to answer its first page fault.
+const PAGE_SERVER_PATIENCE: Duration = Duration::from_secs(10);
 
 impl<H: Host> Controller<H> {
     /// Goes on with a microVM that was saved.
@@ -28,12 +33,13 @@ impl<H: Host> Controller<H> {
         let config = saved.config(load, &self.config)?;
         let disks = open_disks(&config.drives)?;
         let networks = open_networks(&config.network_interfaces)?;
-        let ram = saved.memory(load, &config)?;
+        let (ram, page_server) = saved.memory(load, &config)?;
         let loaded = Loaded { config, disks, networks };
         let machine = Paused::restore(Restore {
             config: &loaded.config.machine_config,
             state: &saved.machine,
             ram,
+            page_server,
             serial: self.serial_for(&loaded.config)?,
             devices: loaded.devices(self.platform.pci),
             clock: if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues },
@@ -115,14 +121,26 @@ impl Saved {
         Ok(config)
     }
 
-    fn memory(&self, load: &SnapshotLoad, config: &FullVmConfig) -> Result<GuestRam, CommandError> {
-        let (huge_pages, track) = (config.machine_config.huge_pages, load.track_dirty_pages);
+    /// The memory, and who sends it.
+    fn memory(
+        &self,
+        load: &SnapshotLoad,
+        config: &FullVmConfig,
+    ) -> Result<(GuestRam, Option<PageServer>), CommandError> {
+        let (layout, track) = (&self.image.layout, load.track_dirty_pages);
+        let huge_pages = config.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
                 let path = snapshot::find(path, self.image.id);
-                GuestRam::from_file(&self.image.layout, &path, huge_pages, track).map_err(CommandError::new)
+                let ram = GuestRam::from_file(layout, &path, huge_pages, track).map_err(CommandError::new)?;
+                Ok((ram, None))
             }
-            (MemoryBackendType::Uffd, _) => Err(CommandError::new("mem_backend Uffd: not yet")),
+            (MemoryBackendType::Uffd, socket) => {
+                let (ram, server) = GuestRam::from_page_server(layout, socket, huge_pages, track)
+                    .map_err(CommandError::new)?;
+                server.probe(PAGE_SERVER_PATIENCE).map_err(CommandError::new)?;
+                Ok((ram, Some(server)))
+            }
         }
     }
 }

@@ -16,6 +16,7 @@
 //! - A load that fails leaves a process that was not configured yet, ready for another try.
 
 mod create;
+pub(crate) mod job;
 mod load;
 
 use config::FullVmConfig;

@@ -42,7 +42,7 @@ use virtio::entropy::{self, EntropyControl};
 use virtio::net::{Net, NetBackend, NetConfig, NetControl, NetError, NetSetup};
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 use virtio::transport::RestoreError;
-use virtio::worker::{Workers, WorkersConfig, monotonic};
+use virtio::worker::{WorkerId, Workers, WorkersConfig, monotonic};
 
 use crate::kvm::{KvmError, Vm};
 use crate::vcpu::Buses;
@@ -192,6 +192,9 @@ impl Devices {
         let workers =
             Workers::start(WorkersConfig { shared: setup.shared_workers(), ..WorkersConfig::default() })
                 .map_err(|source| DeviceError::Host { what: "an I/O worker", source })?;
+        let drives = root_first(setup.drives);
+        let own = own_workers(&drives, saved, &workers)
+            .map_err(|source| DeviceError::Host { what: "an I/O worker", source })?;
         if saved.is_some() {
             // They have nothing to do; what they may have to wait for is a processor.
             workers.pause(START_PATIENCE).map_err(|busy| DeviceError::Host {
@@ -201,14 +204,14 @@ impl Devices {
         }
         let mut board = Board::new(places, vm, buses, workers.clone());
         let now = monotonic();
-        for (drive, disk) in root_first(setup.drives) {
+        for ((drive, disk), own) in drives.into_iter().zip(own) {
             let name = format!("drive {}", drive.drive_id);
             let (block, control) = match saved.and_then(|saved| saved.device(&name)) {
-                Some(DeviceState::Block(state)) => Block::restore(state, disk, Vec::new(), now)?,
+                Some(DeviceState::Block(state)) => Block::restore(state, disk, own, now)?,
                 Some(_) => return Err(DeviceError::OtherKind { name }),
                 None => {
                     let limits = limits(drive.rate_limiter.as_ref());
-                    Block::new(BlockConfig::of(&drive), disk, limits, Vec::new(), now)?
+                    Block::new(BlockConfig::of(&drive), disk, limits, own, now)?
                 }
             };
             board.plug(name, Box::new(block), vm, buses)?;
@@ -283,12 +286,31 @@ impl std::fmt::Debug for Devices {
 }
 
 impl DeviceSetup {
-    /// One worker for all, or as many as the device that asks for most.
+    /// One worker for all that have none of their own, or as many as the device among them that asks for most.
     fn shared_workers(&self) -> usize {
-        let drives = self.drives.iter().map(|(drive, _)| drive.io_threads());
+        let drives = self.drives.iter().filter(|(_, disk)| !disk.wants_own_workers());
+        let drives = drives.map(|(drive, _)| drive.io_threads());
         let networks = self.networks.iter().map(|(network, _)| network.io_threads());
         drives.chain(networks).max().unwrap_or(1).into()
     }
+}
+
+/// For each drive the workers that serve it and nothing else, if it is the better for them: one for each of its I/O threads.
+fn own_workers(
+    drives: &[(Drive, Disk)],
+    saved: Option<&DevicesState>,
+    workers: &Workers,
+) -> io::Result<Vec<Vec<WorkerId>>> {
+    let threads =
+        |drive: &Drive| match saved.and_then(|saved| saved.device(&format!("drive {}", drive.drive_id))) {
+            Some(DeviceState::Block(state)) => state.config.io_threads,
+            _ => drive.io_threads(),
+        };
+    let own = |(drive, disk): &(Drive, Disk)| {
+        let count = if disk.wants_own_workers() { threads(drive) } else { 0 };
+        (0..count).map(|_| workers.dedicated()).collect()
+    };
+    drives.iter().map(own).collect()
 }
 
 /// The root device is the guest's first disk.

@@ -4,14 +4,17 @@
 //! the guest is not slowed down, and the order within a few milliseconds does not matter to who reads ahead. Looking costs in
 //! proportion to what is mapped; where a look takes long, the next one comes later.
 //!
-//! The kernel maps more of a file than was asked for: up to 16 pages around it, and 2 MiB at once where the page cache has a huge
-//! page. The first is fine, neighbours are needed together; the second would make all of memory a working set, so an image that
-//! is watched is mapped by small pages (also afterwards: a watched guest's reads take more faults).
+//! The kernel maps more of a file than was asked for: up to 16 pages around it, and the whole of a huge page that the page cache
+//! has. The first is fine, neighbours are needed together; the second makes all of memory a working set. An image that was just
+//! written is in the page cache by huge pages. So for a watched guest the image is dropped from the page cache, and mapped by
+//! small pages: the watched restore reads from the disk, as most first restores do. Where other guests have the image mapped it
+//! stays in the page cache, and the set may be coarse.
 
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::fs::Advice;
 use snapshot::FileId;
 
 use super::{Run, WorkingSet, WorkingSetError};
@@ -47,7 +50,9 @@ pub struct Recorder {
 impl Recorder {
     /// Begins to watch. Call it before the guest runs: what is mapped already is not recorded.
     pub fn start(ram: &GuestRam, image: FileId, options: RecordOptions) -> Result<Self, WorkingSetError> {
-        if let Source::File(_) = ram.source() {
+        if let Source::File(file) = ram.source() {
+            // Advice, which a file system in memory does not follow; the set is coarser there.
+            let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
             for span in ram.spans() {
                 // A kernel without huge pages has nothing to refuse.
                 let _ = span.advise(Harmless::SmallPages);
@@ -179,6 +184,21 @@ mod tests {
         assert_eq!(written, [Run::new(0, 100..101, true)]);
         // The kernel maps the neighbours of a page that is read as well.
         assert!(set.runs().iter().any(|r| !r.written && r.first == 0), "{:?}", set.runs());
+    }
+
+    #[test]
+    fn an_image_that_was_just_written_is_no_reason_to_record_all_of_it() {
+        // On a disk: in /dev/shm there is no cache to drop.
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("mem");
+        std::fs::write(&path, vec![7; 16 << 20]).unwrap();
+        std::fs::File::open(&path).unwrap().sync_all().unwrap();
+        let layout = crate::MemoryLayout::of_size(16);
+        let ram = GuestRam::from_file(&layout, &path, HugePages::None, false).unwrap();
+        let recorder = Recorder::start(&ram, FileId::random().unwrap(), RecordOptions::default()).unwrap();
+        ram.memory().read_obj::<u8>(GuestAddress(1000 * PAGE)).unwrap();
+        let set = recorder.finish().unwrap();
+        assert!((1..=64).contains(&set.pages()), "one page was read, {} are recorded", set.pages());
     }
 
     #[test]

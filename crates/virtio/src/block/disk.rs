@@ -168,6 +168,14 @@ impl Disk {
         self.stack.top().is_some()
     }
 
+    /// Whether workers of its own make it quicker, ones that may wait for it ([`Patience::MayWait`]): where a request would
+    /// otherwise go to another thread and back, though most are but copies into the page cache. Writes to a file do (most file
+    /// systems cannot tell `io_uring` beforehand that they will not wait), and everything with [`IoEngine::Sync`].
+    pub fn wants_own_workers(&self) -> bool {
+        let writes_to_file = !self.read_only && self.stack.writes_to_file();
+        self.size() > 0 && (self.engine == IoEngine::Sync || writes_to_file)
+    }
+
     /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
     pub fn queue(&self, patience: Patience) -> Result<DiskQueue, DiskError> {
         let files = self.files();
@@ -251,4 +259,30 @@ fn open_base(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
         );
     }
     Ok((file, whole))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wants(bytes: u64, read_only: bool, engine: IoEngine) -> bool {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        let disk = Disk::open(&DiskOptions {
+            path: file.path().into(),
+            read_only,
+            cache_type: CacheType::Unsafe,
+            engine: Some(engine),
+            overlay: None,
+        });
+        disk.unwrap().wants_own_workers()
+    }
+
+    #[test]
+    fn who_would_go_through_another_thread_wants_workers_of_its_own() {
+        assert!(wants(4096, false, IoEngine::Async), "writes to a file");
+        assert!(!wants(4096, true, IoEngine::Async), "reads go through the ring");
+        assert!(wants(4096, true, IoEngine::Sync), "all waits");
+        assert!(!wants(0, false, IoEngine::Async), "there is nothing to read or write");
+    }
 }

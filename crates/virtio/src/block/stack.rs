@@ -77,6 +77,11 @@ impl Stack {
         self.top.as_ref().map_or((0, 0), |top| (self.top_file(), top.layout.data))
     }
 
+    /// Whether what is written to is a file, and no block device.
+    pub(super) fn writes_to_file(&self) -> bool {
+        self.top.is_some() || self.base.metadata().is_ok_and(|metadata| metadata.is_file())
+    }
+
     fn top_file(&self) -> u8 {
         (self.lower.len() + 1) as u8
     }

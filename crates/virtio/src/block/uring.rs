@@ -8,7 +8,8 @@
 //!
 //! Some transfers would be slower that way: where the kernel cannot know beforehand that it will not wait, it hands them to a thread
 //! of its own, and the way there and back takes longer than the transfer. Those are carried out here, with a plain system call, if
-//! nothing can come of it: files in memory always, other writes if this worker may wait ([`Patience::MayWait`]).
+//! nothing can come of it: files in memory always, other writes if this worker may wait ([`Patience::MayWait`]). One of those that
+//! took long did wait for the disk: then the next [`SHY`] go through the ring, so that reads do not stand behind them.
 //!
 //! # Bounds
 //!
@@ -26,6 +27,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use io_uring::squeue::Flags;
 use io_uring::types::{Fixed, FsyncFlags};
@@ -50,6 +52,12 @@ const OPCODES: [u8; 6] = [
 
 /// `IORING_UNREGISTER_FILES`: the one thing that may still be done to a ring that runs.
 const UNREGISTER_FILES: u8 = 3;
+
+/// A write that takes longer waited for the disk, or for a processor.
+const LONG: Duration = Duration::from_millis(10);
+
+/// How many writes go through the ring after a long one.
+const SHY: u32 = 64;
 
 /// How often `submit` is repeated when the kernel has no memory for a request, before it is left for later.
 const SUBMIT_ATTEMPTS: u32 = 100;
@@ -85,9 +93,11 @@ pub(super) struct Uring<T> {
     here: VecDeque<Transfer<T>>,
     /// Those that it has carried out.
     done_here: Vec<Done<T>>,
-    /// By file: whether reads and whether writes are carried out by this thread.
-    reads_here: Vec<bool>,
-    writes_here: Vec<bool>,
+    /// By file: whether all of it is in memory, so that this thread carries out its reads and writes.
+    in_memory: Vec<bool>,
+    patience: Patience,
+    /// Writes that are still to go through the ring although this thread may wait.
+    shy: u32,
     /// Operations pushed into the ring and not yet reaped.
     in_ring: u32,
     /// Operations pushed into the ring since the last successful `submit`.
@@ -127,8 +137,7 @@ impl<T> Uring<T> {
         submitter.register_restrictions(&mut restrictions).map_err(step("restrict"))?;
         submitter.register_enable_rings().map_err(step("enable"))?;
 
-        let reads_here: Vec<bool> = files.iter().map(|file| is_in_memory(file)).collect();
-        let writes_here = reads_here.iter().map(|&here| here || patience == Patience::MayWait).collect();
+        let in_memory = files.iter().map(|file| is_in_memory(file)).collect();
         Ok(Uring {
             ring,
             slots: Vec::new(),
@@ -136,8 +145,9 @@ impl<T> Uring<T> {
             waiting: VecDeque::new(),
             here: VecDeque::new(),
             done_here: Vec::new(),
-            reads_here,
-            writes_here,
+            in_memory,
+            patience,
+            shy: 0,
             in_ring: 0,
             unsubmitted: 0,
             in_flight: 0,
@@ -148,13 +158,7 @@ impl<T> Uring<T> {
 
     pub(super) fn push(&mut self, transfer: Transfer<T>) {
         self.in_flight += 1;
-        let file = usize::from(transfer.file());
-        let here = match transfer.op() {
-            Op::Read => self.reads_here[file],
-            Op::Write => self.writes_here[file],
-            Op::Sync | Op::PunchHole | Op::ZeroRange => false,
-        };
-        if here {
+        if self.is_for_here(&transfer) {
             self.here.push_back(transfer);
             return;
         }
@@ -166,6 +170,22 @@ impl<T> Uring<T> {
             (self.slots.len() - 1) as u32
         };
         self.start(slot);
+    }
+
+    /// Whether this thread carries `transfer` out.
+    fn is_for_here(&mut self, transfer: &Transfer<T>) -> bool {
+        let in_memory = self.in_memory[usize::from(transfer.file())];
+        match transfer.op() {
+            Op::Read => in_memory,
+            Op::Write if in_memory => true,
+            Op::Write if self.patience == Patience::None => false,
+            Op::Write if self.shy > 0 => {
+                self.shy -= 1;
+                false
+            }
+            Op::Write => true,
+            Op::Sync | Op::PunchHole | Op::ZeroRange => false,
+        }
     }
 
     /// Puts the operation of `slot` into the ring, or into the line for it.
@@ -193,13 +213,22 @@ impl<T> Uring<T> {
     pub(super) fn submit(&mut self) {
         // First what goes on by itself.
         self.enter(0);
+        if self.here.is_empty() {
+            return;
+        }
         let mut moved = 0;
+        let mut begun = Instant::now();
         while moved < TURN
             && let Some(mut transfer) = self.here.pop_front()
         {
             moved += transfer.left().max(4096);
             let result = carry_out(&mut transfer, &self.files);
             self.done_here.push(transfer.finish(result));
+            let now = Instant::now();
+            if now - begun > LONG {
+                self.shy = SHY;
+            }
+            begun = now;
         }
     }
 
@@ -304,11 +333,13 @@ impl<T> Drop for Uring<T> {
 
 /// Whether the contents of `file` are never anywhere but in memory, so that a read or write is but a copy.
 ///
-/// The kernel's `io_uring` does not know that, and hands each of them to another thread.
+/// The kernel's `io_uring` does not know that, and hands each of them to another thread. A block device is another matter: the file
+/// system of its node, `/dev`, is one in memory, and says nothing about the disk.
 fn is_in_memory(file: &File) -> bool {
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;
-    rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type.cast_unsigned())))
+    file.metadata().is_ok_and(|metadata| metadata.is_file())
+        && rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type.cast_unsigned())))
 }
 
 /// A ring that is not enabled yet.
@@ -356,4 +387,18 @@ fn fallocate<T>(file: Fixed, transfer: &Transfer<T>, mode: i32) -> squeue::Entry
         .offset(transfer.offset())
         .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_not_in_memory_because_its_node_is() {
+        let node = File::open("/dev/null").unwrap();
+        // Whatever `/dev` is mounted from, it is a file system in memory; a device in it is none.
+        assert!(!is_in_memory(&node));
+        let memory = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert!(is_in_memory(&memory.into()));
+    }
 }

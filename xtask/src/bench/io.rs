@@ -1,0 +1,191 @@
+//! `bench io`: how fast a guest's disk is, and what it costs the host, beside the same file without a guest.
+//!
+//! Every contestant boots the same guest with the same disks, and in it runs the same load generator (`vesta-load`) as runs on the
+//! bare file. It is a small static program of ours and not `fio`, which brings forty libraries and takes longer to start on an emulated host
+//! than all that it would measure; and one generator on both sides makes the guest and the host comparable.
+//!
+//! [`disks`] makes the disks, [`contestant`] starts who takes part, [`sample`] takes one measurement, [`report`] prints.
+
+mod contestant;
+mod disks;
+mod report;
+mod sample;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use lexopt::prelude::*;
+use serde::{Deserialize, Serialize};
+use vesta_tests::load::Workload;
+
+use super::{Monitor, peer};
+use crate::host::emulated::Emulated;
+use crate::host::{self, Job, Kind};
+use crate::process::{output, root, say};
+use crate::test::{build_load, build_vmm};
+use crate::{apt, kernels};
+use contestant::{Contestant, Engine, GuestParts};
+use disks::{DiskPlan, Disks};
+use report::Results;
+
+/// Fewest rounds that a median is taken over.
+const FEWEST_RUNS: usize = 5;
+/// Longest that all of it may take.
+const PATIENCE: Duration = Duration::from_hours(1);
+
+/// What is measured on each disk.
+const WORKLOADS: [&str; 6] = [
+    "randread:4096:1",
+    "randwrite:4096:1",
+    "randread:4096:32",
+    "randwrite:4096:32",
+    "read:131072:4",
+    "write:131072:4",
+];
+
+/// What runs on the host.
+#[derive(Debug, Serialize, Deserialize)]
+struct Orders {
+    contestants: Vec<Contestant>,
+    runs: usize,
+    seconds: f64,
+    workloads: Vec<String>,
+    guest: GuestParts,
+    disks: DiskPlan,
+}
+
+/// `cargo xtask bench io`.
+pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let (mut peers, mut runs, mut seconds, mut pci) = (Vec::new(), 9, 0.5, false);
+    let (mut disk, mut workloads, mut only) = (None, Vec::new(), Vec::new());
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("runs") => runs = parser.value()?.parse()?,
+            Long("seconds") => seconds = parser.value()?.parse()?,
+            Long("pci") => pci = true,
+            Long("disk") => disk = Some(std::fs::canonicalize(parser.value()?)?),
+            Long("workload") => {
+                let workload: Workload = parser.value()?.parse()?;
+                workloads.push(workload.to_string());
+            }
+            Long("only") => only.push(parser.value()?.string()?),
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    if runs < FEWEST_RUNS {
+        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
+    }
+    if !(0.05..=60.0).contains(&seconds) {
+        bail!("--seconds is {seconds}: it must be between 0.05 and 60");
+    }
+    if workloads.is_empty() {
+        workloads = WORKLOADS.map(str::to_owned).into();
+    }
+
+    say!("building vesta-vmm and vesta-load");
+    let load = build_load()?;
+    let vesta = Monitor::api("vesta", build_vmm(true)?);
+    let contestants: Vec<Contestant> = contestants(&load, &vesta, &peers, pci)
+        .into_iter()
+        .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
+        .collect();
+    if contestants.is_empty() {
+        bail!("--only leaves nobody to measure");
+    }
+    // Beside the binaries: a place that an emulated host shares.
+    let program = std::env::current_exe()?;
+    let dir = program.parent().context("this program is in no directory")?.join("bench");
+    std::fs::create_dir_all(&dir)?;
+    let (kind, why) = host::choose()?;
+    let (kernel, kernel_name) = match kernels::tuned()? {
+        Some(kernel) => (kernel, "the tuned 6.12 kernel"),
+        None => (kernels::debian(kernels::DEBIAN_6_12)?, "Debian's 6.12 cloud kernel"),
+    };
+    let guest = GuestParts {
+        kernel: kernel.image,
+        modules: kernel.modules.map(|modules| modules.dir().to_owned()),
+        busybox: kernels::busybox()?,
+        load,
+    };
+    let disks = DiskPlan { emulated: kind == Kind::Emulated, given: disk, dir: dir.clone() };
+    let orders = Orders { contestants, runs, seconds, workloads, guest, disks };
+    println!(
+        "## Disks, as {kernel_name} with one vCPU and 128 MiB sees them, on {}\n",
+        super::describe(kind, &why)
+    );
+    let outcome = on_host(kind, &orders, &dir)?;
+    let date = output(Command::new("date").arg("--iso-8601"))?;
+    println!(
+        "\n`cargo xtask bench io`, {}: medians over {runs} interleaved rounds of {seconds} s for each workload, in brackets the\n\
+         least and the most. Host CPU: what the monitor's threads used (guest code is part of its vCPU), from schedstat.",
+        date.trim()
+    );
+    Ok(outcome.report())
+}
+
+fn contestants(load: &Path, vesta: &Monitor, peers: &[Monitor], pci: bool) -> Vec<Contestant> {
+    let mut all = vec![Contestant::raw(load)];
+    for monitor in std::iter::once(vesta).chain(peers) {
+        for pci in [false, true].into_iter().filter(|&with| pci || !with) {
+            for engine in [Engine::Async, Engine::Sync] {
+                all.push(Contestant::api(monitor, engine, false, pci));
+            }
+        }
+        if monitor.name == vesta.name {
+            all.push(Contestant::api(monitor, Engine::Async, true, false));
+        }
+    }
+    all.extend(apt::find("qemu-system-x86_64").map(|path| Contestant::qemu(&path)));
+    all
+}
+
+fn on_host(kind: Kind, orders: &Orders, dir: &Path) -> Result<host::Outcome> {
+    let mut emulated = Emulated { timeout: PATIENCE, pin: host::default_pin()?, ..Emulated::default() };
+    if kind == Kind::Emulated {
+        apt::ensure(&[("mkfs.ext4", "e2fsprogs")])?;
+        emulated.modules = vec!["null_blk".to_owned()];
+    }
+    let file = dir.join("io-orders");
+    std::fs::write(&file, serde_json::to_vec(orders)?)?;
+    let argv: [OsString; 3] = [std::env::current_exe()?.into(), "bench-io-inner".into(), file.into()];
+    let mut job = Job::here(argv.to_vec())?;
+    root().clone_into(&mut job.cwd);
+    host::run(kind, &job, &emulated)
+}
+
+/// `bench-io-inner ORDERS`: runs on the host, and prints the tables.
+pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let orders = std::fs::read(PathBuf::from(parser.value()?))?;
+    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
+    let workloads: Vec<Workload> = orders.workloads.iter().map(|text| text.parse()).collect::<Result<_>>()?;
+    let disks = Disks::make(&orders.disks)?;
+    let setup = sample::Setup::new(&orders.guest, &disks, &workloads, orders.seconds)?;
+    let mut results = Results::new(orders.contestants);
+    // One round first that does not count: it brings files into the page cache, and shows who cannot take part.
+    for round in 0..=orders.runs {
+        let mut index = 0;
+        while let Some(contestant) = results.contestant(index) {
+            disks.forget()?;
+            match sample::turn(&setup, contestant) {
+                Ok(samples) if round > 0 => results.add(index, samples),
+                Ok(_) => {}
+                Err(error) if round == 0 && contestant.is_peer() => {
+                    say!("{} does not take part: {error:#}", contestant.name);
+                    results.exclude(index);
+                    continue;
+                }
+                Err(error) => return Err(error.context(contestant.name.clone())),
+            }
+            index += 1;
+        }
+        if round > 0 {
+            say!("round {round} of {} is done", orders.runs);
+        }
+    }
+    print!("{}", results.tables(disks.list(), &workloads));
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,193 @@
+//! Who takes part, and how each is started.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use vesta_tests::guest::{BOOT_ARGS, Guest, start};
+use vesta_tests::initramfs::Initramfs;
+use vesta_tests::modules::Modules;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+
+use super::super::Monitor;
+use super::disks::{Disk, SLOW};
+use super::sample::{PATIENCE, Setup};
+
+/// What the guest is made of.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct GuestParts {
+    pub(super) kernel: PathBuf,
+    pub(super) modules: Option<PathBuf>,
+    pub(super) busybox: PathBuf,
+    /// The load generator.
+    pub(super) load: PathBuf,
+}
+
+/// `io_engine` of a drive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Engine {
+    Async,
+    Sync,
+}
+
+/// One who takes part.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Contestant {
+    pub(super) name: String,
+    path: PathBuf,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+enum Kind {
+    /// The load generator on the host itself.
+    Raw,
+    /// A monitor with Firecracker's API.
+    Api { engine: Engine, overlay: bool, pci: bool, peer: bool },
+    /// QEMU's `microvm`, with `io_uring` and an iothread.
+    Qemu,
+}
+
+impl Contestant {
+    pub(super) fn raw(load: &Path) -> Contestant {
+        Contestant { name: RAW.to_owned(), path: load.to_owned(), kind: Kind::Raw }
+    }
+
+    pub(super) fn api(monitor: &Monitor, engine: Engine, overlay: bool, pci: bool) -> Contestant {
+        let more = [(overlay, ", overlay"), (pci, ", PCI")].map(|(with, text)| if with { text } else { "" });
+        let name = format!("{}, {engine:?}{}", monitor.name, more.concat());
+        let kind = Kind::Api { engine, overlay, pci, peer: monitor.name != "vesta" };
+        Contestant { name, path: monitor.path.clone(), kind }
+    }
+
+    pub(super) fn qemu(path: &Path) -> Contestant {
+        Contestant { name: QEMU.to_owned(), path: path.to_owned(), kind: Kind::Qemu }
+    }
+
+    /// Whether it may turn out that it cannot do what is asked.
+    pub(super) fn is_peer(&self) -> bool {
+        matches!(self.kind, Kind::Api { peer: true, .. })
+    }
+
+    /// Whether it is measured on that disk. Overlays are files, whatever they lie on: one kind of disk says it all.
+    pub(super) fn uses(&self, disk: &Disk) -> bool {
+        disk.label != SLOW || !matches!(self.kind, Kind::Api { overlay: true, .. })
+    }
+
+    /// Starts it with the disks; the load generator runs as soon as it can.
+    pub(super) fn start(&self, setup: &Setup<'_>) -> Result<Vmm> {
+        let builder = VmmBuilder::new(&self.path)?.quiet();
+        match self.kind {
+            Kind::Raw => setup.load_args.iter().fold(builder, VmmBuilder::arg).spawn(),
+            Kind::Api { .. } => self.start_api(builder, setup),
+            Kind::Qemu => start_qemu(builder, setup),
+        }
+    }
+
+    fn start_api(&self, builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {
+        let Kind::Api { engine, overlay, pci, .. } = self.kind else { bail!("{} has no API", self.name) };
+        let builder = builder.with_api();
+        let vmm = if pci { builder.arg("--enable-pci") } else { builder }.spawn()?;
+        let mut api = vmm.ready_client(PATIENCE)?;
+        setup.guest.put(&mut api)?;
+        for disk in setup.disks.list().iter().filter(|disk| self.uses(disk)) {
+            let mut body = json!({
+                "drive_id": disk.label,
+                "path_on_host": disk.path,
+                "is_root_device": false,
+                "is_read_only": false,
+                "io_engine": format!("{engine:?}"),
+            });
+            if overlay {
+                let path = setup.disks.dir().join("overlay");
+                // That of the round before.
+                let _ = std::fs::remove_file(&path);
+                body["overlay"] = json!({ "path": path });
+            }
+            api.put(&format!("/drives/{}", disk.label), &body)?.ok()?;
+        }
+        start(&mut api)?;
+        Ok(vmm)
+    }
+}
+
+/// What the others are compared with.
+pub(super) const QEMU: &str = "QEMU microvm";
+/// The host's own way to the disk.
+pub(super) const RAW: &str = "no guest";
+
+/// The guest: it finds its disks by their sizes.
+pub(super) fn guest(
+    parts: &GuestParts,
+    setup: &[(String, u64)],
+    load_args: &str,
+    dir: &Path,
+) -> Result<Guest> {
+    let mut disk = Initramfs::new(&parts.busybox)?;
+    if let Some(modules) = &parts.modules {
+        disk.modules(&Modules::new(modules), &["virtio_mmio", "virtio_pci", "virtio_blk"])?;
+    }
+    let load = std::fs::read(&parts.load).with_context(|| parts.load.display().to_string())?;
+    disk.file("bin/vesta-load", 0o755, &load);
+    let mut cases = String::new();
+    for (label, bytes) in setup {
+        // Infallible: it writes to a String.
+        let _ = write!(cases, "{}) disks=\"$disks {label}=/dev/${{d##*/}}\" ;; ", bytes / 512);
+    }
+    let script = format!(
+        "for d in /sys/block/vd*; do case $(cat $d/size) in {cases} esac; done\n\
+         vesta-load --direct {load_args} $disks || echo vesta-load: failed\nsleep 1000"
+    );
+    let initrd = dir.join("initramfs");
+    std::fs::write(&initrd, disk.finish(&script))?;
+    let mut guest = Guest::bare(&parts.kernel).boot_args(BOOT_ARGS);
+    guest.initrd = Some(initrd);
+    Ok(guest)
+}
+
+fn start_qemu(builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {
+    let guest = &setup.guest;
+    let mut args: Vec<String> = [
+        "-M",
+        "microvm",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-name",
+        "guest,debug-threads=on",
+        "-global",
+        "virtio-mmio.force-legacy=false",
+        "-object",
+        "iothread,id=io0",
+    ]
+    .map(str::to_owned)
+    .into();
+    let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
+    add("-smp", guest.vcpus.to_string());
+    add("-m", guest.mem_mib.to_string());
+    add("-kernel", guest.kernel.display().to_string());
+    add("-append", guest.boot_args.clone().unwrap_or_default());
+    if let Some(initrd) = &guest.initrd {
+        add("-initrd", initrd.display().to_string());
+    }
+    for disk in setup.disks.list() {
+        let driver = if disk.path.starts_with("/dev") { "host_device" } else { "file" };
+        let (label, path) = (&disk.label, disk.path.display());
+        let node = format!(
+            "driver={driver},node-name={label},filename={path},aio=io_uring,cache.direct=off,auto-read-only=off"
+        );
+        add("-blockdev", node);
+        add("-device", format!("virtio-blk-device,drive={label},iothread=io0"));
+    }
+    args.iter().fold(builder, VmmBuilder::arg).spawn()
+}

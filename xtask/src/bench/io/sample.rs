@@ -1,0 +1,157 @@
+//! One turn of one contestant, measured from outside: what its guest says, and what the host's counters say meanwhile.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use vesta_tests::guest::Guest;
+use vesta_tests::load::{self, Report, Workload};
+
+use super::contestant::{Contestant, GuestParts, guest};
+use super::disks::Disks;
+use crate::process::ScratchDir;
+
+/// Longest wait for a guest or a workload, beside the workload's own time.
+pub(super) const PATIENCE: Duration = Duration::from_mins(1);
+
+/// What all contestants have alike.
+pub(super) struct Setup<'a> {
+    pub(super) guest: Guest,
+    pub(super) disks: &'a Disks,
+    /// The load generator's arguments on the host.
+    pub(super) load_args: Vec<String>,
+    workloads: &'a [Workload],
+    time: Duration,
+    _scratch: ScratchDir,
+}
+
+/// One workload on one disk.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sample {
+    pub(super) report: Report,
+    /// Nanoseconds of processor time of vCPU threads, and of all others.
+    pub(super) vcpu_ns: u64,
+    pub(super) other_ns: u64,
+    /// Exits from the guest, interrupts to it, and its halts, where the host tells.
+    pub(super) kvm: Option<KvmCounts>,
+}
+
+/// KVM's counters of one guest.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct KvmCounts {
+    pub(super) exits: u64,
+    pub(super) interrupts: u64,
+    pub(super) halts: u64,
+}
+
+/// The samples of one turn, by disk and workload.
+pub(super) type Samples = Vec<(String, Workload, Sample)>;
+
+impl<'a> Setup<'a> {
+    pub(super) fn new(
+        parts: &GuestParts,
+        disks: &'a Disks,
+        workloads: &'a [Workload],
+        seconds: f64,
+    ) -> Result<Self> {
+        let scratch = ScratchDir::new()?;
+        let list: Vec<String> = workloads.iter().map(Workload::to_string).collect();
+        let args = format!("--seconds {seconds} {}", list.join(" "));
+        let sizes: Vec<(String, u64)> =
+            disks.list().iter().map(|disk| (disk.label.clone(), disk.bytes)).collect();
+        let guest = guest(parts, &sizes, &args, scratch.path())?;
+        let mut load_args: Vec<String> = args.split(' ').map(str::to_owned).collect();
+        load_args.extend(disks.list().iter().map(|disk| format!("{}={}", disk.label, disk.path.display())));
+        let time = Duration::try_from_secs_f64(seconds)?;
+        Ok(Setup { guest, disks, load_args, workloads, time, _scratch: scratch })
+    }
+}
+
+/// Lets a contestant run all workloads on all disks.
+pub(super) fn turn(setup: &Setup<'_>, contestant: &Contestant) -> Result<Samples> {
+    let vmm = contestant.start(setup)?;
+    let mut samples = Vec::new();
+    for disk in setup.disks.list().iter().filter(|disk| contestant.uses(disk)) {
+        for &workload in setup.workloads {
+            vmm.wait_for_line(&load::begin_line(&disk.label, workload), PATIENCE)?;
+            let before = Counters::read(vmm.pid())?;
+            let line = vmm.wait_for_line(&load::end_line(&disk.label, workload), PATIENCE + setup.time)?;
+            let after = Counters::read(vmm.pid())?;
+            samples.push((disk.label.clone(), workload, before.until(&after, load::report(&line.text)?)));
+        }
+    }
+    Ok(samples)
+}
+
+/// What the host counts for a process.
+struct Counters {
+    /// Nanoseconds on a processor, by thread; whether it is a vCPU.
+    threads: BTreeMap<String, (bool, u64)>,
+    kvm: Option<KvmCounts>,
+}
+
+impl Counters {
+    fn read(pid: u32) -> Result<Counters> {
+        let mut threads = BTreeMap::new();
+        for entry in std::fs::read_dir(format!("/proc/{pid}/task")).context("the monitor's threads")? {
+            let entry = entry?;
+            // A thread may end while we look.
+            let Ok(name) = std::fs::read_to_string(entry.path().join("comm")) else { continue };
+            let Ok(times) = std::fs::read_to_string(entry.path().join("schedstat")) else { continue };
+            let time = times.split(' ').next().and_then(|time| time.parse().ok()).context("schedstat")?;
+            let is_vcpu = name.starts_with("fc_vcpu") || name.starts_with("CPU ");
+            threads.insert(entry.file_name().to_string_lossy().into_owned(), (is_vcpu, time));
+        }
+        Ok(Counters { threads, kvm: kvm_counts(pid) })
+    }
+
+    fn until(&self, after: &Counters, report: Report) -> Sample {
+        let (mut vcpu_ns, mut other_ns) = (0, 0);
+        for (thread, &(is_vcpu, time)) in &after.threads {
+            let used = time - self.threads.get(thread).map_or(0, |&(_, before)| before);
+            *if is_vcpu { &mut vcpu_ns } else { &mut other_ns } += used;
+        }
+        let kvm = self.kvm.zip(after.kvm).map(|(before, after)| KvmCounts {
+            exits: after.exits - before.exits,
+            interrupts: after.interrupts - before.interrupts,
+            halts: after.halts - before.halts,
+        });
+        Sample { report, vcpu_ns, other_ns, kvm }
+    }
+}
+
+/// From debugfs, which has a directory for each guest, named after the process and a descriptor.
+fn kvm_counts(pid: u32) -> Option<KvmCounts> {
+    let prefix = format!("{pid}-");
+    let dir: PathBuf = std::fs::read_dir("/sys/kernel/debug/kvm")
+        .ok()?
+        .flatten()
+        .find(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))?
+        .path();
+    let count = |name: &str| std::fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok();
+    Some(KvmCounts {
+        exits: count("exits")?,
+        interrupts: count("irq_injections")?,
+        halts: count("halt_exits")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counters(threads: &[(&str, bool, u64)]) -> Counters {
+        let threads = threads.iter().map(|&(id, is_vcpu, time)| (id.to_owned(), (is_vcpu, time))).collect();
+        Counters { threads, kvm: None }
+    }
+
+    #[test]
+    fn time_is_told_apart_by_vcpu_and_threads_that_come_and_go_do_no_harm() {
+        let before = counters(&[("1", false, 100), ("2", true, 1000), ("3", false, 70)]);
+        let after = counters(&[("1", false, 130), ("2", true, 1500), ("4", false, 7)]);
+        let report = Report { ops: 1, nanos: 1, median_ns: None, p99_ns: None };
+        let sample = before.until(&after, report);
+        assert_eq!((sample.vcpu_ns, sample.other_ns), (500, 37));
+    }
+}
