@@ -2,7 +2,7 @@
 //!
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
-//! - [`load`]: what the benchmarks' load generator is asked for, and answers.
+//! - [`load`]: what the benchmarks' load generator is asked for, and answers; [`net_load`]: the same for networks.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
 //! - [`stalls`]: how far the host's time can be relied on.
 //! - [`host_net`]: networks of the host, and guests on them; [`traffic`]: what they send.
@@ -21,6 +21,7 @@ pub mod host_net;
 pub mod initramfs;
 pub mod load;
 pub mod modules;
+pub mod net_load;
 pub mod pattern;
 pub mod process;
 pub mod stalls;

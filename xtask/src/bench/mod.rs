@@ -7,6 +7,7 @@
 mod boot;
 mod io;
 mod measure;
+mod net;
 mod table;
 
 use std::ffi::OsString;
@@ -21,6 +22,7 @@ use crate::host::Kind;
 
 pub(crate) use boot::inner;
 pub(crate) use io::inner as io_inner;
+pub(crate) use net::inner as net_inner;
 
 /// A monitor to measure.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -44,13 +46,14 @@ impl Monitor {
     }
 }
 
-/// `cargo xtask bench boot|io ...`.
+/// `cargo xtask bench boot|io|net ...`.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let what = parser.value().context("which benchmark? There are boot and io")?.string()?;
+    let what = parser.value().context("which benchmark? There are boot, io and net")?.string()?;
     match what.as_str() {
         "boot" => boot::command(parser),
         "io" => io::command(parser),
-        other => bail!("there is no benchmark {other}: there are boot and io"),
+        "net" => net::command(parser),
+        other => bail!("there is no benchmark {other}: there are boot, io and net"),
     }
 }
 

@@ -36,6 +36,11 @@ pub(crate) fn load() -> Result<PathBuf> {
     program("vesta-tests", "vesta-load", true)
 }
 
+/// Builds the network tests' and benchmarks' tool for guests; returns its path.
+pub(crate) fn net_tool() -> Result<PathBuf> {
+    program("vesta-tests", "net-tool", true)
+}
+
 fn program(package: &str, name: &str, release: bool) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["build", "--package", package, "--bin", name]);
