@@ -2,6 +2,7 @@
 //!
 //! A client connects and sends one letter: what the server is to do with the connection. Nothing is checked here, [`crate::traffic`]
 //! does that: this is about speed.
+#![expect(clippy::cast_precision_loss, reason = "rates are not known to the last byte")]
 
 use std::io::{ErrorKind, Read, Result, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
