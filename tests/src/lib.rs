@@ -2,10 +2,11 @@
 //!
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
-//! - [`load`]: what the benchmarks' load generator is asked for, and answers.
+//! - [`load`]: what the benchmarks' load generator is asked for, and answers; [`net_load`]: the same for networks.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
 //! - [`stalls`]: how far the host's time can be relied on.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
+//! - [`host_net`]: networks of the host, and guests on them; [`traffic`]: what they send.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
 //! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
@@ -21,6 +22,7 @@ pub mod host_net;
 pub mod initramfs;
 pub mod load;
 pub mod modules;
+pub mod net_load;
 pub mod pattern;
 pub mod process;
 pub mod stalls;

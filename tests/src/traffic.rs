@@ -8,7 +8,7 @@ use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 /// Longest silence.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 const UPLOAD: u8 = b'u';
 const DOWNLOAD: u8 = b'd';
 const GOOD: u8 = b'+';

@@ -196,7 +196,7 @@ fn assert_takes(took: Duration, want: Duration) -> Result<()> {
 
 #[test]
 fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
-    let net = host()?;
+    let _net = host()?;
     // 1 MiB a second to the guest, a quarter of that from it; the buckets are small, so that the rate is what counts.
     let limit = |bytes: u64| json!({"bandwidth": {"size": bytes / 10, "refill_time": 100}});
     let vmm = NetGuest::new(Transport::Mmio, TOOL)?
@@ -206,7 +206,7 @@ fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
     let guest = "10.0.0.2:7000";
     traffic::upload(guest, 1, 1000)?;
     let headers = 1.05;
-    let seconds = |bytes: u64, rate: u64| Duration::from_secs_f64(headers * bytes as f64 / rate as f64);
+    let seconds = |bytes: u64, rate: u64| Duration::from_millis(1000 * bytes / rate).mul_f64(headers);
     assert_takes(traffic::upload(guest, 2, 4 * MIB)?, seconds(4 * MIB, MIB))?;
     assert_takes(traffic::download(guest, 3, MIB)?, seconds(MIB, MIB / 4))?;
 
@@ -222,7 +222,6 @@ fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
 
     let refused = api.patch("/network-interfaces/eth7", &json!({"iface_id": "eth7"}))?;
     ensure!(refused.status == 400 && refused.fault().contains("eth7"), "{refused:?}");
-    drop(net);
     Ok(())
 }
 
@@ -279,13 +278,14 @@ fn a_guest_of_a_monitor_without_rights_reaches_the_hosts_loopback_and_is_reached
     net.tap("out0", "192.0.2.2/24", "")?;
     net.ip("route add default via 192.0.2.1")?;
     net.serve("127.0.0.1:7000")?;
-    // Nobody's, without a right that root has.
+    // The monitor has none of the rights that root has.
     let builder = VmmBuilder::new(Path::new("setpriv"))?;
     let dir = builder.dir().to_owned();
     // passt binds its socket as nobody where it was root's.
     std::fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
     let socket = dir.join("passt.sock");
     let _passt = Passt::start(&socket, &["--tcp-ports", "7001"])?;
+    std::fs::set_permissions(&socket, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
     let builder =
         ["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"].iter().fold(builder, VmmBuilder::arg);
     let guest = NetGuest::with(builder.arg(vmm_path()), Transport::Mmio, TOOL)?;

@@ -32,8 +32,12 @@ cargo xtask COMMAND
         Measures starting, beside other monitors with the same API and QEMU's microvm where it is installed.
   bench io [--peer NAME=PATH]... [--runs N] [--seconds S] [--disk FILE] [--pci] [--workload W]... [--only NAME]...
         Measures disks in a guest, beside the same disks without one; overwrites FILE.
+  bench snapshot [--peer NAME=PATH]... [--runs N]
+        Measures saving, restoring, cloning and forking guests of a few instructions.
   bench vsock [--peer NAME=PATH]... [--runs N]
         Measures round trips and throughput between host and guest.
+  bench net [--peer NAME=PATH]... [--runs N] [--seconds S] [--pci] [--only NAME]...
+        Measures networks of a guest, beside the host's loopback.
   kernel
         Builds the tuned guest kernel from Debian's sources (about ten minutes).
 
@@ -76,7 +80,9 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "bench" => bench::command(&mut parser),
         "bench-inner" => bench::inner(&mut parser),
         "bench-io-inner" => bench::io_inner(&mut parser),
+        "bench-snapshot-inner" => bench::snapshot_inner(&mut parser),
         "bench-vsock-inner" => bench::vsock_inner(&mut parser),
+        "bench-net-inner" => bench::net_inner(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),
         "demo" => demo::command(&mut parser),
         "demo-inner" => demo::inner(&mut parser),

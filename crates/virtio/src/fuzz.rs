@@ -17,6 +17,8 @@ use crate::block::disk::{Disk, DiskOptions};
 use crate::block::{Block, BlockConfig};
 use crate::device::{Device, DeviceState};
 use crate::entropy::Entropy;
+use crate::net::tap::Tap;
+use crate::net::{Net, NetBackend, NetConfig, NetSetup};
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig, RateLimiterUpdate};
 use crate::testing::{DriverQueue, Echo, EchoControl, Guest, Kind, TestWorker, reused_ram};
 use crate::vsock::{self, Vsock};
@@ -289,6 +291,143 @@ pub fn vsock(data: &[u8]) {
     assert!(driver.queues[0].take_used().is_some(), "the device is dead after a reset");
 }
 
+/// A hostile guest on a network card, and a hostile network. The first byte chooses the transport and what the driver accepts.
+///
+/// The network is a pair of sockets that behaves like a tap: nothing of the host is touched.
+pub fn net(data: &[u8]) {
+    let mut input = Input(data);
+    let how = input.u8();
+    let kind = if how & 1 == 0 { Kind::Mmio } else { Kind::Pci };
+    let mac = (how & 2 != 0).then_some([2, 0, 0, 0, 0, 1]);
+    let config = NetConfig { id: "fuzzed".into(), mac, mtu: Some(1500), pairs: 1, queue_size: 64 };
+    let (backend, mut wire) = net_backend();
+    let setup = NetSetup { backend, detour: None };
+    let (device, mut control) =
+        Net::new(config, setup, limits(&mut input), limits(&mut input), 1).expect("a device can be made");
+    let mut guest = new_guest(kind, Box::new(device));
+    let mut drivers = net_driver(&mut guest, how & 4 != 0);
+    for _ in 0..MAX_ACTS {
+        if input.0.is_empty() {
+            break;
+        }
+        match input.u8() % 20 {
+            0 => guest.worker.advance(u64::from(input.u32())),
+            1 => {
+                let (rx, tx) = (limits(&mut input), limits(&mut input));
+                control.update_limits(rx, tx, guest.worker.now());
+            }
+            2 => {
+                let mut state = guest.save();
+                let DeviceState::Net(own) = state.common().device.clone() else {
+                    unreachable!("it is a network card")
+                };
+                let worker = TestWorker::new();
+                let (backend, other_wire) = net_backend();
+                let setup = NetSetup { backend, detour: None };
+                let device;
+                (device, control) =
+                    Net::restore(&own, setup, worker.now()).expect("what was saved can be restored");
+                let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), worker);
+                copy.restore(&state).expect("what was saved can be restored");
+                (guest, wire) = (copy, other_wire);
+            }
+            3 => drivers = net_driver(&mut guest, input.u8() & 1 != 0),
+            4..7 => {
+                // The network has a frame, and takes some.
+                let bytes = vec![input.u8(); usize::from(input.u16())];
+                let _ = rustix::net::send(&wire, &bytes, rustix::net::SendFlags::empty());
+            }
+            7 => {
+                let mut bytes = [0; 64];
+                while rustix::net::recv(&wire, &mut bytes, rustix::net::RecvFlags::empty()).is_ok() {}
+            }
+            8 | 9 | 16..20 => net_request(&mut input, &mut guest, &mut drivers),
+            act => {
+                let mut one = drivers.pop();
+                common_act(act, &mut input, &mut guest, &mut one);
+                drivers.extend(one);
+                if drivers.len() < 3 {
+                    drivers = net_driver(&mut guest, true);
+                }
+            }
+        }
+        guest.worker.run();
+    }
+    control.update_limits(
+        RateLimiterUpdate { bandwidth: Some(NO_LIMIT), ops: Some(NO_LIMIT) },
+        RateLimiterUpdate { bandwidth: Some(NO_LIMIT), ops: Some(NO_LIMIT) },
+        guest.worker.now(),
+    );
+    // After a reset frames go through again.
+    let mut drivers = net_driver(&mut guest, true);
+    let mut bytes = [0; 64];
+    while rustix::net::recv(&wire, &mut bytes, rustix::net::RecvFlags::empty()).is_ok() {}
+    let frame = [&[0; 12 + 6][..], &mac.unwrap_or_default(), &[0; 48]].concat();
+    guest.ram.memory().write_slice(&frame, GuestAddress(DATA)).expect("it is in RAM");
+    drivers[1].add(&[(DATA, frame.len() as u32)], &[]).expect("the queue is empty");
+    drivers[1].publish();
+    guest.kick(1);
+    guest.worker.run();
+    assert!(drivers[1].take_used().is_some(), "the device is dead after a reset");
+}
+
+/// Something like a tap, and the network's end of it.
+fn net_backend() -> (NetBackend, std::os::fd::OwnedFd) {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("sockets can be made");
+    (NetBackend::tap(Tap::pretend(vec![ours])), theirs)
+}
+
+/// A driver by the book on all three queues.
+fn net_driver(guest: &mut Guest, all_features: bool) -> Vec<DriverQueue> {
+    let mut features = guest.negotiate(all_features);
+    if !all_features {
+        // Without mergeable buffers, too.
+        guest.reset();
+        guest.set_status(3);
+        features &= !(1 << 15);
+        guest.set_driver_features(features);
+        guest.set_status(11);
+    }
+    let queue = |index: u16| {
+        let driver = DriverQueue::new(&guest.ram, BASE + 0x800 * u64::from(index), 64, features);
+        guest.select_queue(index);
+        guest.set_up_queue(&driver.state());
+        guest.map_vectors();
+        driver
+    };
+    let drivers = (0..3).map(queue).collect();
+    guest.set_status(crate::testing::RUNNING);
+    guest.worker.run();
+    drivers
+}
+
+/// A buffer for a frame, a frame, or a command.
+fn net_request(input: &mut Input<'_>, guest: &mut Guest, drivers: &mut Vec<DriverQueue>) {
+    let index = u16::from(input.u8() % 3);
+    let part = |input: &mut Input<'_>| (DATA + u64::from(input.u16()), u32::from(input.u16()) % 0x4000);
+    let (first, second) = (part(input), part(input));
+    let driver = &mut drivers[usize::from(index)];
+    let added = match index {
+        0 => driver.add(&[], &[first, second]),
+        1 => driver.add(&[first, second], &[]),
+        _ => {
+            let command = [input.u8() % 6, input.u8() % 2, input.u8() % 3, 0, 0, 0, 0, 0, 0, 0];
+            guest.ram.memory().write_slice(&command, GuestAddress(DATA)).expect("it is in RAM");
+            driver.add(&[(DATA, u32::from(input.u8() % 12))], &[(DATA + 0x100, 1)])
+        }
+    };
+    if added.is_some() {
+        driver.publish();
+        guest.kick(index.into());
+        guest.worker.run();
+    } else {
+        *drivers = net_driver(guest, true);
+    }
+}
+
 /// A request that a disk understands, mostly: a header, some data, a status.
 fn good_request(input: &mut Input<'_>, guest: &mut Guest, driver: &mut Option<DriverQueue>) {
     let Some(driver) = driver else { return };
@@ -476,6 +615,11 @@ mod tests {
     #[test]
     fn random_guests_do_not_break_entropy() {
         seeded(entropy, 1_000);
+    }
+
+    #[test]
+    fn random_guests_do_not_break_net() {
+        seeded(net, 2_000);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! | `upload ADDRESS SEED BYTES` | sends bytes over TCP, which the other side checks | `UPLOADED ADDRESS SEED`, `FAILED ...` |
 //! | `download ADDRESS SEED BYTES` | gets bytes over TCP, and checks them | `DOWNLOADED ADDRESS SEED`, `FAILED ...` |
 //! | `serve PORT` | serves uploads and downloads for ever | `SERVING PORT` |
+//! | `load` | serves the benchmark's clients for ever | `SERVING PORT` |
 
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
             serve(&listener);
             String::new()
         }),
+        ["load"] => vesta_tests::net_load::serve().map(|()| String::new()),
         _ => {
             eprintln!("net-tool: what is {args:?}?");
             return ExitCode::FAILURE;

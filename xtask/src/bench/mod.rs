@@ -7,6 +7,8 @@
 mod boot;
 mod io;
 mod measure;
+mod net;
+mod snapshot;
 mod table;
 mod vsock;
 
@@ -22,6 +24,8 @@ use crate::host::Kind;
 
 pub(crate) use boot::inner;
 pub(crate) use io::inner as io_inner;
+pub(crate) use net::inner as net_inner;
+pub(crate) use snapshot::inner as snapshot_inner;
 pub(crate) use vsock::inner as vsock_inner;
 
 /// A monitor to measure.
@@ -46,14 +50,17 @@ impl Monitor {
     }
 }
 
-/// `cargo xtask bench boot|io|vsock ...`.
+/// `cargo xtask bench boot|io|net|snapshot|vsock ...`.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let what = parser.value().context("which benchmark? There are boot, io and vsock")?.string()?;
+    const THERE_ARE: &str = "there are boot, io, net, snapshot and vsock";
+    let what = parser.value().with_context(|| format!("which benchmark? {THERE_ARE}"))?.string()?;
     match what.as_str() {
         "boot" => boot::command(parser),
         "io" => io::command(parser),
+        "net" => net::command(parser),
+        "snapshot" => snapshot::command(parser),
         "vsock" => vsock::command(parser),
-        other => bail!("there is no benchmark {other}: there are boot, io and vsock"),
+        other => bail!("there is no benchmark {other}: {THERE_ARE}"),
     }
 }
 

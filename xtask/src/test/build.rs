@@ -41,6 +41,11 @@ pub(crate) fn guest_program() -> Result<PathBuf> {
     program("vesta-tests", "guest-vsock", false)
 }
 
+/// Builds the network tests' and benchmarks' tool for guests; returns its path.
+pub(crate) fn net_tool() -> Result<PathBuf> {
+    program("vesta-tests", "net-tool", true)
+}
+
 fn program(package: &str, name: &str, release: bool) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["build", "--package", package, "--bin", name]);

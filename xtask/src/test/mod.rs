@@ -17,7 +17,9 @@ use std::time::Instant;
 use anyhow::Result;
 use lexopt::prelude::*;
 
-pub(crate) use build::{guest_program as build_guest_program, load as build_load, vmm as build_vmm};
+pub(crate) use build::{
+    guest_program as build_guest_program, load as build_load, net_tool as build_net_tool, vmm as build_vmm,
+};
 
 use crate::process::{cargo, say};
 

@@ -125,6 +125,14 @@ pub enum DeviceError {
     /// A network interface cannot be served.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The kernel writes to guest memory behind the back of who counts.
+    #[error(
+        "network interface {id} has the back end vhost, whose writes cannot be tracked: it cannot be had with track_dirty_pages"
+    )]
+    VhostTracked {
+        /// Which interface.
+        id: String,
+    },
     /// The host is out of threads or descriptors.
     #[error("cannot create {what}: {source}")]
     Host {
@@ -232,6 +240,9 @@ impl Devices {
         }
         for (network, backend) in setup.networks {
             let detour = metadata::detour(setup.metadata.as_ref(), &network, now);
+            if backend.is_vhost() && vm.ram().tracks_dirty_pages() {
+                return Err(DeviceError::VhostTracked { id: network.iface_id });
+            }
             let name = format!("net {}", network.iface_id);
             let setup = NetSetup { backend, detour };
             let (net, control) = match saved.and_then(|saved| saved.device(&name)) {

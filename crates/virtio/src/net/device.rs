@@ -127,6 +127,10 @@ pub(super) struct Shared {
 }
 
 /// What changes while the device works.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a bit of the device's own, and they are independent"
+)]
 struct Front {
     link_up: bool,
     announce: bool,

@@ -102,8 +102,7 @@ impl Segments {
         let list = if head.is_empty() { &self.list[1..] } else { &self.list[..] };
         // SAFETY: `head` is borrowed for the call and only read; the others are guest RAM (invariant of the module). The kernel reads
         // `list.len()` entries of the layout of `struct iovec`.
-        let written =
-            unsafe { libc::writev(fd.as_raw_fd(), list.as_ptr().cast(), list.len() as libc::c_int) };
+        let written = unsafe { libc::writev(fd.as_raw_fd(), list.as_ptr().cast(), count_of(list)) };
         result(written)
     }
 
@@ -124,7 +123,7 @@ impl Segments {
         let list = &self.list[1..=after];
         // SAFETY: `tail` is exclusively borrowed for the call, and any bytes may be written to it; the others are guest RAM
         // (invariant of the module). The kernel reads `list.len()` entries of the layout of `struct iovec`.
-        let read = unsafe { libc::readv(fd.as_raw_fd(), list.as_ptr().cast(), list.len() as libc::c_int) };
+        let read = unsafe { libc::readv(fd.as_raw_fd(), list.as_ptr().cast(), count_of(list)) };
         match displaced {
             Some(segment) => self.list[after] = segment,
             None => {
@@ -178,6 +177,11 @@ impl Segments {
             skip = 0;
         }
     }
+}
+
+/// How many entries the kernel is to read: [`MAX_SEGMENTS`] and two at most.
+fn count_of(list: &[Segment]) -> libc::c_int {
+    libc::c_int::try_from(list.len()).unwrap_or(libc::c_int::MAX)
 }
 
 fn result(returned: libc::ssize_t) -> Result<usize, Errno> {

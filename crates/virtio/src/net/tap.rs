@@ -131,7 +131,7 @@ impl Tap {
         };
         let setup = |step, source: Errno| TapError::Setup { step, name: name.clone(), source: source.into() };
         for queue in &queues {
-            set_int(queue.as_fd(), libc::TUNSETVNETHDRSZ as u64, HEADER_LEN as libc::c_int)
+            set_int(queue.as_fd(), libc::TUNSETVNETHDRSZ, HEADER_LEN as u32)
                 .map_err(|source| setup("set the header's size", source))?;
             rustix::io::ioctl_fionbio(queue, true)
                 .map_err(|source| setup("switch off the waiting", source))?;
@@ -345,7 +345,7 @@ fn request(name: &str, flags: libc::c_int) -> libc::ifreq {
     libc::ifreq { ifr_name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags as libc::c_short } }
 }
 
-fn set_int(fd: BorrowedFd<'_>, request: u64, value: libc::c_int) -> Result<(), Errno> {
+fn set_int(fd: BorrowedFd<'_>, request: u64, value: u32) -> Result<(), Errno> {
     // SAFETY: all requests that come here read one `int`.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, &raw const value) })
 }

@@ -68,6 +68,10 @@ pub(super) struct Setup {
 }
 
 /// Serves one pair of queues.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "what either direction waits for is independent of the other"
+)]
 pub(super) struct PairTask {
     shared: Arc<Shared>,
     port: Arc<Port>,
@@ -588,12 +592,11 @@ impl Task for PairTask {
         self.shared.rx_limits.hold(cx.now());
         self.shared.tx_limits.hold(cx.now());
         match self.rx.give_back() {
-            Ok(false) => {}
             Ok(true) => {
                 self.shared.stats.rx_fails.add(1);
             }
             Err(error) if !self.dead => self.die(cx, &error),
-            Err(_) => {}
+            Ok(false) | Err(_) => {}
         }
     }
 

@@ -106,14 +106,14 @@ fn a_guest_without_buffers_is_asked_to_kick_and_one_with_buffers_is_not() {
 #[test]
 fn the_network_waits_while_the_guest_has_no_buffers() {
     let mut guest = NetGuest::new(Kind::Mmio);
-    let mut count = 0;
+    let mut count = 0u16;
     while count < 1000 && guest.arrive_on(0, [0; 12], &frame(1400, count as u8)) {
         count += 1;
     }
     assert!(count < 1000, "the device reads frames that it has no room for");
     let events = guest.control.stats().rx_tap_event_count.get();
     assert!(events < 5, "{events} wake-ups for nothing");
-    let mut got = 0;
+    let mut got = 0u16;
     while got < count {
         guest.give(&[1536]);
         assert_eq!(guest.received().unwrap(), frame(1400, got as u8));

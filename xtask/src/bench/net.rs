@@ -1,0 +1,328 @@
+//! `bench net`: how fast a guest's network is, and what it costs the host, beside the host's own loopback.
+//!
+//! Every contestant boots the same guest on the same tap, with the same server in it ([`vesta_tests::net_load`]), and the same clients on the host
+//! load it. It is a small static program of ours on both sides and not `iperf3`, for the reasons that [`super::io`] has: it starts at once where the host
+//! is emulated, and measures latency and small packets as well.
+
+use std::ffi::OsString;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use lexopt::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use vesta_tests::guest::{BOOT_ARGS, Guest, start};
+use vesta_tests::host_net::HostNet;
+use vesta_tests::initramfs::Initramfs;
+use vesta_tests::net_load::Server;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+
+use super::table::{Row, markdown};
+use super::{Monitor, peer};
+use crate::host::emulated::Emulated;
+use crate::host::{self, Job, Kind};
+use crate::process::{output, root, say};
+use crate::test::{build_net_tool, build_vmm};
+use crate::{apt, kernels};
+
+/// Fewest rounds that a median is taken over.
+const FEWEST_RUNS: usize = 5;
+/// Longest that all of it may take.
+const LIMIT: Duration = Duration::from_hours(1);
+/// Longest wait for a guest.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+const HOST: &str = "10.99.0.1";
+const GUEST: &str = "10.99.0.2";
+
+/// One who takes part.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Contestant {
+    name: String,
+    path: PathBuf,
+    how: How,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum How {
+    /// The server on the host itself.
+    Loopback,
+    /// A monitor with Firecracker's API.
+    Api { vhost: bool, pci: bool },
+    /// QEMU's `microvm`.
+    Qemu { vhost: bool },
+}
+
+/// What runs on the host.
+#[derive(Debug, Serialize, Deserialize)]
+struct Orders {
+    contestants: Vec<Contestant>,
+    runs: usize,
+    seconds: f64,
+    kernel: PathBuf,
+    busybox: PathBuf,
+    tool: PathBuf,
+}
+
+/// One measurement's title, and what it is measured in.
+const COLUMNS: [&str; 11] = [
+    "guest to host, Gb/s",
+    "10 streams",
+    "CPU s/GB",
+    "host to guest, Gb/s",
+    "10 streams",
+    "CPU s/GB",
+    "round trip, us",
+    "small packets guest to host, 1000/s",
+    "host to guest",
+    "no offloads: guest to host, Gb/s",
+    "host to guest",
+];
+
+/// `cargo xtask bench net`.
+pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let (mut peers, mut runs, mut seconds, mut pci, mut only) = (Vec::new(), 7, 0.5, false, Vec::new());
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("runs") => runs = parser.value()?.parse()?,
+            Long("seconds") => seconds = parser.value()?.parse()?,
+            Long("pci") => pci = true,
+            Long("only") => only.push(parser.value()?.string()?),
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    if runs < FEWEST_RUNS {
+        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
+    }
+    if !(0.05..=60.0).contains(&seconds) {
+        bail!("--seconds is {seconds}: it must be between 0.05 and 60");
+    }
+    let Some(kernel) = kernels::tuned()? else {
+        bail!("bench net needs the tuned kernel: cargo xtask kernel")
+    };
+    apt::ensure(&[("ip", "iproute2"), ("ethtool", "ethtool")])?;
+    say!("building vesta-vmm and net-tool");
+    let tool = build_net_tool()?;
+    let contestants: Vec<Contestant> = contestants(&tool, &build_vmm(true)?, &peers, pci)
+        .into_iter()
+        .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
+        .collect();
+    if contestants.is_empty() {
+        bail!("--only leaves nobody to measure");
+    }
+    let program = std::env::current_exe()?;
+    let dir = program.parent().context("this program is in no directory")?.join("bench");
+    std::fs::create_dir_all(&dir)?;
+    let (kind, why) = host::choose()?;
+    println!(
+        "## Networks, as the tuned 6.12 kernel with one vCPU and 256 MiB sees them, on {}\n",
+        super::describe(kind, &why)
+    );
+    let busybox = kernels::busybox()?;
+    let orders = Orders { contestants, runs, seconds, kernel: kernel.image, busybox, tool };
+    let outcome = on_host(kind, &orders, &dir)?;
+    let date = output(Command::new("date").arg("--iso-8601"))?;
+    println!(
+        "\n`cargo xtask bench net`, {}: medians over {runs} interleaved rounds of {seconds} s for each column, in brackets the least\n\
+         and the most. TCP over a tap at MTU 1500; small packets are UDP with 64 bytes. CPU: what the monitor's threads other than vCPUs\n\
+         used (vhost's included), from schedstat, with one stream.",
+        date.trim()
+    );
+    Ok(outcome.report())
+}
+
+fn contestants(tool: &Path, vmm: &Path, peers: &[Monitor], pci: bool) -> Vec<Contestant> {
+    let one = |name: String, path: &Path, how| Contestant { name, path: path.to_owned(), how };
+    let mut all = vec![one("loopback, no guest".into(), tool, How::Loopback)];
+    for pci in [false, true].into_iter().filter(|&with| pci || !with) {
+        let bus = if pci { ", PCI" } else { "" };
+        all.push(one(format!("vesta{bus}"), vmm, How::Api { vhost: false, pci }));
+        all.push(one(format!("vesta, vhost{bus}"), vmm, How::Api { vhost: true, pci }));
+    }
+    for peer in peers {
+        all.push(one(peer.name.clone(), &peer.path, How::Api { vhost: false, pci: false }));
+    }
+    if let Some(qemu) = apt::find("qemu-system-x86_64") {
+        all.push(one("QEMU microvm".into(), &qemu, How::Qemu { vhost: false }));
+        all.push(one("QEMU microvm, vhost".into(), &qemu, How::Qemu { vhost: true }));
+    }
+    all
+}
+
+fn on_host(kind: Kind, orders: &Orders, dir: &Path) -> Result<host::Outcome> {
+    let mut emulated = Emulated { timeout: LIMIT, pin: host::default_pin()?, ..Emulated::default() };
+    if kind == Kind::Emulated {
+        emulated.modules = vec!["vhost_net".to_owned()];
+    }
+    let file = dir.join("net-orders");
+    std::fs::write(&file, serde_json::to_vec(orders)?)?;
+    let argv: [OsString; 3] = [std::env::current_exe()?.into(), "bench-net-inner".into(), file.into()];
+    let mut job = Job::here(argv.to_vec())?;
+    root().clone_into(&mut job.cwd);
+    host::run(kind, &job, &emulated)
+}
+
+/// `bench-net-inner ORDERS`: runs on the host, and prints the table.
+pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
+    let orders = std::fs::read(PathBuf::from(parser.value()?))?;
+    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
+    let net = HostNet::new()?;
+    net.tap("tap0", &format!("{HOST}/24"), "")?;
+    let time = Duration::try_from_secs_f64(orders.seconds)?;
+    let mut rows: Vec<Row> = orders
+        .contestants
+        .iter()
+        .map(|contestant| Row { name: contestant.name.clone(), samples: vec![Vec::new(); COLUMNS.len()] })
+        .collect();
+    // One round first that does not count: it brings files into the page cache.
+    for round in 0..=orders.runs {
+        for (contestant, row) in orders.contestants.iter().zip(&mut rows) {
+            let samples = turn(&orders, contestant, time).with_context(|| contestant.name.clone())?;
+            if round > 0 {
+                for (all, sample) in row.samples.iter_mut().zip(samples) {
+                    all.extend(sample);
+                }
+            }
+        }
+        if round > 0 {
+            say!("round {round} of {} is done", orders.runs);
+        }
+    }
+    print!("{}", markdown(&COLUMNS, &rows));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One contestant's turn: a value for each column, where there is one.
+fn turn(orders: &Orders, contestant: &Contestant, time: Duration) -> Result<[Option<f64>; 11]> {
+    let vmm = boot(orders, contestant)?;
+    vmm.wait_for_output("SERVING", PATIENCE)?;
+    let loopback = contestant.how == How::Loopback;
+    let address: IpAddr = if loopback { HOST } else { GUEST }.parse()?;
+    let server = Server(address);
+    // A connection for nothing: addresses are resolved, windows grow.
+    server.throughput(true, 1, time / 4)?;
+    server.throughput(false, 1, time / 4)?;
+    let one = |to_guest: bool| -> Result<(f64, Option<f64>)> {
+        let before = cpu_ns(vmm.pid())?;
+        let (rate, bytes) = server.throughput(to_guest, 1, time)?;
+        let used = cpu_ns(vmm.pid())?.saturating_sub(before);
+        // Nanoseconds per byte are seconds per gigabyte.
+        #[expect(clippy::cast_precision_loss, reason = "neither is known to the last digit")]
+        let cpu = used as f64 / bytes as f64;
+        Ok((rate * 8e-9, (!loopback).then_some(cpu)))
+    };
+    let (from_guest, from_cpu) = one(false)?;
+    let (to_guest, to_cpu) = one(true)?;
+    let gigabits = |(rate, _): (f64, u64)| rate * 8e-9;
+    let from_ten = gigabits(server.throughput(false, 10, time)?);
+    let to_ten = gigabits(server.throughput(true, 10, time)?);
+    let round_trip = server.round_trip(time)?;
+    let packets_from = server.packets_from(time)? / 1000.0;
+    let packets_to = server.packets_to(time)? / 1000.0;
+    let (mut plain_from, mut plain_to) = (None, None);
+    if !loopback {
+        server.without_offloads()?;
+        plain_from = Some(gigabits(server.throughput(false, 1, time)?));
+        plain_to = Some(gigabits(server.throughput(true, 1, time)?));
+    }
+    Ok([
+        Some(from_guest),
+        Some(from_ten),
+        from_cpu,
+        Some(to_guest),
+        Some(to_ten),
+        to_cpu,
+        Some(round_trip),
+        Some(packets_from),
+        Some(packets_to),
+        plain_from,
+        plain_to,
+    ])
+}
+
+/// Nanoseconds that a monitor's threads used, those of vCPUs left out.
+fn cpu_ns(pid: u32) -> Result<u64> {
+    let mut sum = 0;
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task")).context("the monitor's threads")? {
+        let entry = entry?.path();
+        // A thread may end while we look.
+        let Ok(name) = std::fs::read_to_string(entry.join("comm")) else { continue };
+        let Ok(times) = std::fs::read_to_string(entry.join("schedstat")) else { continue };
+        if !name.starts_with("fc_vcpu") && !name.starts_with("CPU ") {
+            sum += times.split(' ').next().and_then(|time| time.parse::<u64>().ok()).context("schedstat")?;
+        }
+    }
+    Ok(sum)
+}
+
+fn boot(orders: &Orders, contestant: &Contestant) -> Result<Vmm> {
+    let builder = VmmBuilder::new(&contestant.path)?.quiet();
+    if contestant.how == How::Loopback {
+        return builder.arg("load").spawn();
+    }
+    let mut disk = Initramfs::new(&orders.busybox)?;
+    disk.file("sbin/net-tool", 0o755, &std::fs::read(&orders.tool)?);
+    disk.program("ethtool")?;
+    let script = format!(
+        "ip link set lo up; ip address add {GUEST}/24 dev eth0; ip link set eth0 up\nnet-tool load\nsleep 1000"
+    );
+    let initrd = builder.dir().join("initramfs");
+    std::fs::write(&initrd, disk.finish(&script))?;
+    let mut guest = Guest::bare(&orders.kernel).boot_args(BOOT_ARGS).mem_mib(256);
+    guest.initrd = Some(initrd);
+    match contestant.how {
+        How::Api { vhost, pci } => {
+            let builder = if pci { builder.arg("--enable-pci") } else { builder };
+            let vmm = builder.with_api().spawn()?;
+            let mut api = vmm.ready_client(PATIENCE)?;
+            guest.put(&mut api)?;
+            let mut body = json!({"iface_id": "eth0", "host_dev_name": "tap0"});
+            if vhost {
+                body["backend"] = json!("vhost");
+            }
+            api.put("/network-interfaces/eth0", &body)?.ok()?;
+            start(&mut api)?;
+            Ok(vmm)
+        }
+        How::Qemu { vhost } => {
+            let mut args: Vec<String> = [
+                "-M",
+                "microvm",
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+                "-nodefaults",
+                "-no-user-config",
+                "-no-reboot",
+                "-display",
+                "none",
+                "-serial",
+                "stdio",
+                "-name",
+                "guest,debug-threads=on",
+                "-global",
+                "virtio-mmio.force-legacy=false",
+            ]
+            .map(str::to_owned)
+            .into();
+            let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
+            add("-smp", guest.vcpus.to_string());
+            add("-m", guest.mem_mib.to_string());
+            add("-kernel", guest.kernel.display().to_string());
+            add("-append", guest.boot_args.clone().unwrap_or_default());
+            if let Some(initrd) = &guest.initrd {
+                add("-initrd", initrd.display().to_string());
+            }
+            let vhost = if vhost { "on" } else { "off" };
+            add("-netdev", format!("tap,id=n0,ifname=tap0,script=no,downscript=no,vhost={vhost}"));
+            add("-device", "virtio-net-device,netdev=n0".to_owned());
+            args.iter().fold(builder, VmmBuilder::arg).spawn()
+        }
+        How::Loopback => bail!("it has no guest"),
+    }
+}
