@@ -266,13 +266,16 @@ fn clones(orders: &Orders) -> Result<()> {
                 create(&mut guest.api, &orders.dir)?;
                 drop(guest);
                 let began = Instant::now();
-                let clones = std::thread::scope(|scope| {
+                // Started from this thread, with which they end.
+                let spawn = |_| VmmBuilder::new(&monitor.path)?.quiet().with_api().spawn();
+                let clones = (0..count).map(spawn).collect::<Result<Vec<_>>>()?;
+                std::thread::scope(|scope| {
                     let threads: Vec<_> =
-                        (0..count).map(|_| scope.spawn(|| load_idle(&monitor.path, &orders.dir))).collect();
-                    let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Vmm>>| {
+                        clones.iter().map(|clone| scope.spawn(|| load_idle(clone, &orders.dir))).collect();
+                    let join = |thread: std::thread::ScopedJoinHandle<'_, Result<()>>| {
                         thread.join().map_err(|_| anyhow::anyhow!("a thread failed"))?
                     };
-                    threads.into_iter().map(join).collect::<Result<Vec<_>>>()
+                    threads.into_iter().try_for_each(join)
                 })?;
                 row.samples[0].push(ms(began.elapsed()));
                 for clone in &clones {
@@ -291,18 +294,16 @@ fn clones(orders: &Orders) -> Result<()> {
     Ok(())
 }
 
-/// A clone whose guest has nothing to say.
-fn load_idle(program: &Path, dir: &Path) -> Result<Vmm> {
-    let vmm = VmmBuilder::new(program)?.quiet().with_api().spawn()?;
+/// Makes a monitor go on with the snapshot in `dir`, whose guest has nothing to say.
+fn load_idle(vmm: &Vmm, dir: &Path) -> Result<()> {
     let mut api = vmm.ready_client(PATIENCE)?;
-    serial_to(&vmm, &mut api)?;
+    serial_to(vmm, &mut api)?;
     let body = json!({
         "snapshot_path": dir.join("bench.state"),
         "mem_backend": {"backend_type": "File", "backend_path": dir.join("bench.memory")},
         "resume_vm": true,
     });
-    api.put("/snapshot/load", &body)?.ok()?;
-    Ok(vmm)
+    api.put("/snapshot/load", &body)?.ok().map(drop)
 }
 
 /// Only vesta forks.
