@@ -22,7 +22,7 @@ pub mod load;
 pub mod modules;
 pub mod pattern;
 pub mod process;
-pub mod traffic;
 pub mod stalls;
+pub mod traffic;
 pub mod transcript;
 pub mod vmm;
