@@ -1,15 +1,11 @@
 //! `PUT /snapshot/load`.
 
-use std::path::Path;
-
 use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives};
 use machine::chipset::ClockAfter;
-use machine::{MachineState, Paused, Restore};
+use machine::{Paused, Restore};
 use memory::GuestRam;
-use memory::image::ImageInfo;
-use snapshot::Snapshot;
 
-use super::{KIND, SavedConfig};
+use super::Saved;
 use crate::CommandError;
 use crate::controller::{Controller, Host, Loaded, State, open_disks};
 
@@ -21,7 +17,7 @@ impl<H: Host> Controller<H> {
                 "PUT /snapshot/load needs a microVM that nothing was set for, and {what} was"
             )));
         }
-        let saved = Saved::read(&load.snapshot_path)?;
+        let saved = Saved::open(&load.snapshot_path).map_err(CommandError::new)?;
         let config = saved.config(load, &self.config)?;
         let disks = open_disks(&config.drives)?;
         let ram = saved.memory(load, &config)?;
@@ -31,12 +27,14 @@ impl<H: Host> Controller<H> {
             state: &saved.machine,
             ram,
             serial: self.serial_for(&loaded.config)?,
-            devices: loaded.devices(self.platform.pci),
+            // Where the guest found its devices, whatever this process was told.
+            devices: loaded.devices(saved.config.pci),
             clock: if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues },
             events: self.events.try_clone().map_err(CommandError::new)?,
         })
         .map_err(|e| CommandError::new(format_args!("cannot go on with the saved microVM: {e}")))?;
         (self.config, self.disks) = (loaded.config, loaded.disks);
+        self.platform.pci = saved.config.pci;
         self.host.guest_starts(self.serial_output.is_none());
         self.state = if load.resume_vm {
             State::Running(machine.resume().map_err(CommandError::new)?)
@@ -65,24 +63,7 @@ impl<H: Host> Controller<H> {
     }
 }
 
-/// A state file's contents.
-struct Saved {
-    config: SavedConfig,
-    image: ImageInfo,
-    machine: MachineState,
-}
-
 impl Saved {
-    fn read(path: &Path) -> Result<Self, CommandError> {
-        let snapshot = Snapshot::open(path).map_err(CommandError::new)?;
-        snapshot.expect(KIND).map_err(CommandError::new)?;
-        Ok(Saved {
-            config: snapshot.get().map_err(CommandError::new)?,
-            image: snapshot.get().map_err(CommandError::new)?,
-            machine: snapshot.get().map_err(CommandError::new)?,
-        })
-    }
-
     /// What the microVM is now: as it was saved, with what `load` says and what this process was told already.
     fn config(&self, load: &SnapshotLoad, here: &FullVmConfig) -> Result<FullVmConfig, CommandError> {
         let mut config = self.config.config.clone();
