@@ -12,14 +12,18 @@ use crate::elf::Elf;
 use crate::guest::{Guest, SOON, start, vmm_path};
 use crate::vmm::{Vmm, VmmBuilder};
 
+/// The kernel of a guest that sends 0, 1, 2, ... over its serial port for ever.
+pub fn kernel() -> Elf {
+    // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
+    Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])
+}
+
 /// A guest that sends 0, 1, 2, ... over its serial port for ever, into the file that is returned. Its id is `parent`.
 pub fn counting(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
-    // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
-    let kernel = Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc]);
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().arg("--id").arg("parent").spawn()?;
     let mut api = vmm.ready_client(SOON)?;
     let image = vmm.dir().join("kernel");
-    fs::write(&image, kernel.bytes())?;
+    fs::write(&image, kernel().bytes())?;
     let guest = Guest { machine: machine.clone(), ..Guest::bare(&image).mem_mib(16) };
     guest.put(&mut api)?;
     let serial = vmm.dir().join("serial");
