@@ -12,10 +12,15 @@ use crate::elf::Elf;
 use crate::guest::{Guest, SOON, start, vmm_path};
 use crate::vmm::{Vmm, VmmBuilder};
 
+/// The kernel of a guest that sends 0, 1, 2, ... over its serial port for ever.
+pub fn kernel() -> Elf {
+    // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
+    Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])
+}
+
 /// A guest that sends 0, 1, 2, ... over its serial port for ever, into the file that is returned. Its id is `parent`.
 pub fn counting(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
-    // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
-    run(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc], machine)
+    run(&kernel(), machine)
 }
 
 /// As [`counting`], but before each number it looks whether each of its 1024 pages from 8 MiB on holds that number, and adds one to
@@ -37,14 +42,14 @@ pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)
         &[0xeb, 0xe3],                         // jmp again
     ]
     .concat();
-    run(&code, machine)
+    run(&Elf::of(&code), machine)
 }
 
-fn run(code: &[u8], machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
+fn run(kernel: &Elf, machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().arg("--id").arg("parent").spawn()?;
     let mut api = vmm.ready_client(SOON)?;
     let image = vmm.dir().join("kernel");
-    fs::write(&image, Elf::of(code).bytes())?;
+    fs::write(&image, kernel.bytes())?;
     let guest = Guest { machine: machine.clone(), ..Guest::bare(&image).mem_mib(16) };
     guest.put(&mut api)?;
     let serial = vmm.dir().join("serial");

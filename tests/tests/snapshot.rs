@@ -305,7 +305,7 @@ fn wait_for_text(file: &Path, text: &str) -> Result<String> {
 }
 
 #[test]
-fn a_snapshot_is_loaded_on_the_transport_that_it_was_saved_on_and_no_other() -> Result<()> {
+fn a_snapshot_is_loaded_on_the_transport_that_it_was_saved_on_whatever_the_process_was_told() -> Result<()> {
     let home = tempfile::tempdir()?;
     let vmm = DiskGuest::new(Transport::Pci)?
         .entropy(json!({}))
@@ -313,10 +313,9 @@ fn a_snapshot_is_loaded_on_the_transport_that_it_was_saved_on_and_no_other() -> 
     vmm.wait_for_output("TICK", BOOT)?;
     let files = Files::new(home.path(), "a");
     save_and_kill(vmm, &files, "Full")?;
-    let (_vmm, mut api) = empty(Transport::Mmio)?;
-    let refused = api.put("/snapshot/load", &files.load())?;
-    ensure!(refused.status == 400 && refused.fault().contains("--enable-pci"), "{refused:?}");
-    let (vmm, _api) = go_on(Transport::Pci, &files.load())?;
-    vmm.wait_for_output("TICK", BOOT)?;
+    for transport in [Transport::Mmio, Transport::Pci] {
+        let (vmm, _api) = go_on(transport, &files.load())?;
+        vmm.wait_for_output("TICK", BOOT)?;
+    }
     Ok(())
 }

@@ -148,6 +148,23 @@ impl SnapshotCreate {
 }
 
 impl SnapshotLoad {
+    /// What these two files hold, paused, with nothing changed.
+    pub fn of_files(state: PathBuf, memory: PathBuf) -> Self {
+        SnapshotLoad {
+            snapshot_path: state,
+            mem_backend: Some(MemoryBackend { backend_type: MemoryBackendType::File, backend_path: memory }),
+            mem_file_path: None,
+            track_dirty_pages: false,
+            resume_vm: false,
+            clock_realtime: false,
+            huge_pages: SnapshotHugePages::default(),
+            network_overrides: Vec::new(),
+            prefetch: false,
+            vsock_override: None,
+            drives: Vec::new(),
+        }
+    }
+
     /// Checks that the memory comes from one place.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.mem_backend.is_some() == self.mem_file_path.is_some() {

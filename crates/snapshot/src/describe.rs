@@ -54,13 +54,10 @@ pub fn describe(path: &Path) -> Result<Description, ReadError> {
     Snapshot::open(path).map(|snapshot| snapshot.describe())
 }
 
-/// Checks all of the file at `path` that can be checked without knowing its owner: structure, checksums, and that each
-/// section's data decodes.
+/// [`Snapshot::verify`] for the file at `path`.
 pub fn verify(path: &Path) -> Result<Description, ReadError> {
     let snapshot = Snapshot::open(path)?;
-    for section in snapshot.sections() {
-        snapshot.value(&section.name)?;
-    }
+    snapshot.verify()?;
     Ok(snapshot.describe())
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 
 use crate::Value;
 use crate::format::{
@@ -274,6 +274,11 @@ impl Snapshot {
         let info =
             info.ok_or_else(|| ReadError::Missing { path: self.path.clone(), section: name.to_owned() })?;
         self.decode(info)
+    }
+
+    /// Checks what opening the file left: that each section's data decodes, also where nobody knows its owner.
+    pub fn verify(&self) -> Result<(), ReadError> {
+        self.sections.iter().try_for_each(|section| self.decode::<IgnoredAny>(section).map(drop))
     }
 
     fn find<S: Section>(&self, name: &str) -> Result<Option<S>, ReadError> {

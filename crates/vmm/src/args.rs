@@ -8,6 +8,9 @@ use lexopt::prelude::*;
 use machine::legacy::StartTimes;
 
 use crate::personality::Personality;
+use crate::restore::{self, Restore};
+use crate::snapshot_tool::Tool;
+use crate::snapshot_tool::args as tool;
 
 /// Where clients look for the API where they are not told.
 const DEFAULT_API_SOCKET: &str = "/run/firecracker.socket";
@@ -20,6 +23,12 @@ pub(crate) enum Invocation {
     Run(Box<Args>),
     Help,
     Version,
+    /// Print the version of the state files' format.
+    SnapshotVersion,
+    /// Print that of this state file, and what is in it.
+    DescribeSnapshot(PathBuf),
+    /// Do something with a snapshot, and without a microVM.
+    SnapshotTool(Tool),
 }
 
 /// How to run.
@@ -28,6 +37,8 @@ pub(crate) struct Args {
     /// Where to serve the API; `None` for not at all.
     pub(crate) api_socket: Option<PathBuf>,
     pub(crate) config_file: Option<PathBuf>,
+    /// The snapshot to go on from; never together with `config_file`.
+    pub(crate) restore: Option<Restore>,
     pub(crate) id: String,
     pub(crate) logger: Logger,
     pub(crate) boot_timer: bool,
@@ -64,19 +75,25 @@ pub(crate) enum ArgsError {
     Duplicate(&'static str),
     #[error("--{name} is \"{value}\": {reason}")]
     Value { name: &'static str, value: String, reason: String },
-    #[error("--no-api needs --config-file: nothing else could tell what to run")]
+    #[error("--no-api needs --config-file or --restore: nothing else could tell what to run")]
     NoApiWithoutConfig,
+    #[error("--config-file and --restore are both given: a microVM boots or goes on, not both")]
+    TwoStarts,
+    #[error("--{0} needs --restore")]
+    OnlyWithRestore(&'static str),
+    #[error("{0} is missing")]
+    Missing(&'static str),
     #[error("--{0} is Firecracker's and not supported by this version")]
     NotSupported(&'static str),
 }
 
 /// Firecracker's flags that this version does not have, by name.
-const NOT_SUPPORTED: [&str; 4] = ["seccomp-filter", "metrics-path", "snapshot-version", "describe-snapshot"];
+const NOT_SUPPORTED: [&str; 2] = ["seccomp-filter", "metrics-path"];
 
 /// The flags, for `--help`.
-const FLAGS: [(&str, &str); 18] = [
+const FLAGS: [(&str, &str); 20] = [
     ("--api-sock PATH", "serve the API on this Unix socket (/run/firecracker.socket)"),
-    ("--no-api", "serve no API; needs --config-file"),
+    ("--no-api", "serve no API; needs --config-file or --restore"),
     ("--config-file PATH", "configure the microVM from this JSON file and start it"),
     ("--id ID", "the microVM's id: 1 to 64 letters, digits and hyphens (anonymous-instance)"),
     ("--boot-timer", "give the guest a boot timer; log when it writes to it"),
@@ -97,25 +114,42 @@ const FLAGS: [(&str, &str); 18] = [
         "--start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N",
         "since when the boot timer counts, set by a jailer",
     ),
+    ("--snapshot-version", "print the version of the state files that this version writes, and exit"),
+    ("--describe-snapshot FILE", "print the version of a state file and what is in it, and exit"),
     ("--version", "print the version and exit"),
     ("--help", "print this and exit"),
 ];
 
 /// What `--help` prints.
 pub(crate) fn help(personality: Personality) -> String {
-    let flags: String =
-        FLAGS.iter().flat_map(|(flag, what)| ["  ", *flag, "\n        ", *what, "\n"]).collect();
-    format!("{}\nOne process, one microVM on Linux/KVM.\n\n{flags}", personality.version_text().trim_end())
+    let listed = |flags: &[(&str, &str)]| -> String {
+        flags.iter().flat_map(|(flag, what)| ["  ", *flag, "\n        ", *what, "\n"]).collect()
+    };
+    format!(
+        "{}\nOne process, one microVM on Linux/KVM.\n\n{}\nGoing on from a snapshot:\n\n{}\nTools for snapshots: vesta-vmm snapshot --help\n",
+        personality.version_text().trim_end(),
+        listed(&FLAGS),
+        listed(&restore::FLAGS)
+    )
 }
 
 /// Reads a command line, the program's name first.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, ArgsError> {
     let mut parser = lexopt::Parser::from_iter(args);
+    if let Some(program) = tool::Program::named(parser.bin_name()) {
+        return program.parse(parser).map(Invocation::SnapshotTool);
+    }
     let mut given = Given::default();
+    let mut first = true;
     while let Some(arg) = parser.next()? {
         match arg {
             Long("help") | Short('h') => return Ok(Invocation::Help),
             Long("version") | Short('V') => return Ok(Invocation::Version),
+            Long("snapshot-version") => return Ok(Invocation::SnapshotVersion),
+            Long("describe-snapshot") => return Ok(Invocation::DescribeSnapshot(parser.value()?.into())),
+            Value(word) if first && word == "snapshot" => {
+                return tool::parse(parser).map(Invocation::SnapshotTool);
+            }
             Long("api-sock") => once(&mut given.api_socket, "api-sock", parser.value()?.into())?,
             Long("config-file") => once(&mut given.config_file, "config-file", parser.value()?.into())?,
             Long("id") => once(&mut given.id, "id", text("id", parser.value()?)?)?,
@@ -152,8 +186,15 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
                 let known = NOT_SUPPORTED.iter().find(|n| **n == name).unwrap_or(&"");
                 return Err(ArgsError::NotSupported(known));
             }
+            Long(name) => {
+                let name = name.to_owned();
+                if !given.restore.take(&name, &mut parser)? {
+                    return Err(Long(&name).unexpected().into());
+                }
+            }
             other => return Err(other.unexpected().into()),
         }
+        first = false;
     }
     given.into_args().map(|args| Invocation::Run(Box::new(args)))
 }
@@ -163,6 +204,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
 struct Given {
     api_socket: Option<PathBuf>,
     config_file: Option<PathBuf>,
+    restore: restore::Given,
     id: Option<String>,
     logger: Logger,
     no_api: Option<()>,
@@ -179,8 +221,11 @@ struct Given {
 
 impl Given {
     fn into_args(self) -> Result<Args, ArgsError> {
-        if self.no_api.is_some() && self.config_file.is_none() {
-            return Err(ArgsError::NoApiWithoutConfig);
+        let restore = self.restore.into_restore()?;
+        match (&self.config_file, &restore) {
+            (None, None) if self.no_api.is_some() => return Err(ArgsError::NoApiWithoutConfig),
+            (Some(_), Some(_)) => return Err(ArgsError::TwoStarts),
+            _ => {}
         }
         let id = self.id.unwrap_or_else(|| DEFAULT_ID.to_owned());
         if let Err(error) = id.parse::<InstanceId>() {
@@ -192,6 +237,7 @@ impl Given {
         Ok(Args {
             api_socket: self.no_api.is_none().then_some(api_socket),
             config_file: self.config_file,
+            restore,
             id,
             logger: self.logger,
             boot_timer: self.boot_timer.is_some(),
@@ -206,14 +252,14 @@ impl Given {
     }
 }
 
-fn once<T>(slot: &mut Option<T>, name: &'static str, value: T) -> Result<(), ArgsError> {
+pub(crate) fn once<T>(slot: &mut Option<T>, name: &'static str, value: T) -> Result<(), ArgsError> {
     match slot.replace(value) {
         None => Ok(()),
         Some(_) => Err(ArgsError::Duplicate(name)),
     }
 }
 
-fn text(name: &'static str, value: OsString) -> Result<String, ArgsError> {
+pub(crate) fn text(name: &'static str, value: OsString) -> Result<String, ArgsError> {
     value.into_string().map_err(|value| ArgsError::Value {
         name,
         value: value.to_string_lossy().into_owned(),

@@ -1,7 +1,7 @@
 //! The binary `vesta-vmm`: one process, one microVM.
 //!
 //! Thin by design: arguments ([`args`]), the log ([`logger`]), signals ([`signals`]), the terminal ([`terminal`]), and the loop that
-//! gives commands to the controller ([`event_loop`]); and the beginning of a fork's children ([`child`]). What a microVM is and does lives in `control` and below.
+//! gives commands to the controller ([`event_loop`]); what looks at snapshots and starts no microVM ([`snapshot_tool`]); and the beginning of a fork's children ([`child`]). What a microVM is and does lives in `control` and below.
 //!
 //! Run under the name `firecracker`, it answers as that program does ([`personality`]).
 //!
@@ -18,7 +18,9 @@ mod exit;
 mod logger;
 mod personality;
 mod process;
+mod restore;
 mod signals;
+mod snapshot_tool;
 mod terminal;
 
 use std::fs;
@@ -27,7 +29,7 @@ use std::path::Path;
 
 use config::{Logger, VmConfig};
 use control::api::{ApiServer, BindError, Limits};
-use control::{Command, Controller, Identity, Platform};
+use control::{Command, CommandError, Controller, Host, Identity, Platform};
 use machine::event_channel;
 use machine::legacy::StartTimes;
 
@@ -35,6 +37,7 @@ use args::{Args, ArgsError, Invocation};
 use event_loop::{Ended, ProcessHost};
 use exit::ExitCode;
 use personality::Personality;
+use restore::Restore;
 
 fn main() -> ! {
     let start = StartTimes::now();
@@ -48,6 +51,12 @@ fn main() -> ! {
             print!("{}", personality.version_text());
             ExitCode::Ok
         }
+        Ok(Invocation::SnapshotVersion) => {
+            print!("{}", snapshot_tool::version_text());
+            ExitCode::Ok
+        }
+        Ok(Invocation::DescribeSnapshot(state)) => snapshot_tool::describe(personality, &state),
+        Ok(Invocation::SnapshotTool(tool)) => snapshot_tool::run(&tool),
         Ok(Invocation::Run(args)) => run(personality, &args, start),
         Err(error) => report(&RunError::Args(error)),
     };
@@ -71,6 +80,8 @@ enum RunError {
     Metadata { path: String, reason: String },
     #[error("cannot start the microVM from the configuration file {path}: {reason}")]
     Start { path: String, reason: String },
+    #[error("cannot restore the microVM from {path}: {reason}")]
+    Restore { path: String, reason: CommandError },
     #[error("cannot serve the API: {0}")]
     Bind(#[from] BindError),
     #[error("cannot set up this process: {0}")]
@@ -85,7 +96,8 @@ impl RunError {
             | RunError::Config { .. }
             | RunError::ReadMetadata { .. }
             | RunError::Metadata { .. }
-            | RunError::Start { .. } => ExitCode::BadConfiguration,
+            | RunError::Start { .. }
+            | RunError::Restore { .. } => ExitCode::BadConfiguration,
             RunError::Log { .. } | RunError::Bind(_) | RunError::Host(_) => ExitCode::Generic,
         }
     }
@@ -148,16 +160,28 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
             .run(Command::PutMmds(contents))
             .map_err(|e| RunError::Metadata { path: path.display().to_string(), reason: e.to_string() })?;
     }
-    let started = match (config, &args.config_file) {
-        (Some(config), Some(path)) => controller
+    let started = match (config, &args.config_file, &args.restore) {
+        (Some(config), Some(path), _) => controller
             .start_from(config)
             .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() }),
+        (_, _, Some(from)) => {
+            let path = from.load.snapshot_path.display().to_string();
+            restore(&mut controller, from).map_err(|reason| RunError::Restore { path, reason })
+        }
         _ => Ok(()),
     };
     let ended =
         started.and_then(|()| Ok(event_loop::serve(&mut controller, requests.as_ref(), &source, &signals)?));
     controller.remove_socket_files();
     ended
+}
+
+/// Goes on with a microVM, by the commands that a client of the API would give.
+fn restore<H: Host>(controller: &mut Controller<H>, from: &Restore) -> Result<(), CommandError> {
+    if let Some(serial) = &from.serial {
+        controller.run(Command::PutSerial(serial.clone()))?;
+    }
+    controller.run(Command::LoadSnapshot(from.load.clone())).map(drop)
 }
 
 /// The command line's part of the log.

@@ -1,6 +1,5 @@
 //! `PUT /snapshot/load`.
 
-use std::path::Path;
 use std::time::Duration;
 
 use config::{
@@ -8,14 +7,12 @@ use config::{
     override_networks,
 };
 use machine::chipset::ClockAfter;
-use machine::{MachineState, Paused, Restore};
+use machine::{Paused, Restore};
 use memory::GuestRam;
-use memory::image::ImageInfo;
 use memory::page_server::PageServer;
-use snapshot::Snapshot;
 
+use super::Saved;
 use super::ahead::Ahead;
-use super::{KIND, SavedConfig};
 use crate::CommandError;
 use crate::controller::{Controller, Host, Loaded, State, open_disks, open_networks};
 use crate::vsock::VsockSockets;
@@ -31,7 +28,7 @@ impl<H: Host> Controller<H> {
                 "PUT /snapshot/load needs a microVM that nothing was set for, and {what} was"
             )));
         }
-        let saved = Saved::read(&load.snapshot_path)?;
+        let saved = Saved::open(&load.snapshot_path).map_err(CommandError::new)?;
         let config = saved.config(load, &self.config)?;
         let disks = open_disks(&config.drives)?;
         let networks = open_networks(&config.network_interfaces)?;
@@ -60,7 +57,8 @@ impl<H: Host> Controller<H> {
             ram,
             page_server,
             serial,
-            devices: loaded.devices(metadata.service(&self.identity.id), self.platform.pci),
+            // Where the guest found its devices, whatever this process was told.
+            devices: loaded.devices(metadata.service(&self.identity.id), saved.config.pci),
             clock: if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues },
             events,
         })
@@ -77,6 +75,7 @@ impl<H: Host> Controller<H> {
         let Loaded { config, disks, networks, vsock } = loaded;
         (self.config, self.disks, self.networks, self.vsock) = (config, disks, networks, vsock);
         (self.metadata, self.ahead) = (metadata, ahead);
+        self.platform.pci = saved.config.pci;
         self.host.guest_starts(self.serial_output.is_none());
         self.state = if load.resume_vm {
             State::Running(machine.resume().map_err(CommandError::new)?)
@@ -109,24 +108,7 @@ impl<H: Host> Controller<H> {
     }
 }
 
-/// A state file's contents.
-struct Saved {
-    config: SavedConfig,
-    image: ImageInfo,
-    machine: MachineState,
-}
-
 impl Saved {
-    fn read(path: &Path) -> Result<Self, CommandError> {
-        let snapshot = Snapshot::open(path).map_err(CommandError::new)?;
-        snapshot.expect(KIND).map_err(CommandError::new)?;
-        Ok(Saved {
-            config: snapshot.get().map_err(CommandError::new)?,
-            image: snapshot.get().map_err(CommandError::new)?,
-            machine: snapshot.get().map_err(CommandError::new)?,
-        })
-    }
-
     /// What the microVM is now: as it was saved, with what `load` says and what this process was told already.
     fn config(&self, load: &SnapshotLoad, here: &FullVmConfig) -> Result<FullVmConfig, CommandError> {
         let mut config = self.config.config.clone();

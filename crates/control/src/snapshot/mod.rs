@@ -19,13 +19,16 @@ pub(crate) mod ahead;
 mod create;
 pub(crate) mod job;
 mod load;
+mod saved;
 
 use config::FullVmConfig;
 use serde::{Deserialize, Serialize};
 use snapshot::Section;
 
+pub use saved::{Saved, Verified, VerifyError, verify};
+
 /// What files of this kind say that they are.
-pub(crate) const KIND: &str = "microvm";
+pub const KIND: &str = "microvm";
 
 /// What the microVM was told to be.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use snapshot::{FileError, FileId, Section};
 
 pub use merge::{Merged, merge, merge_in_place};
-pub use restore::RestoreError;
+pub use restore::{ImageFile, RestoreError, examine};
 pub use write::{Written, write_diff, write_full};
 
 use crate::layout::MemoryLayout;

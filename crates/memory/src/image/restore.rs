@@ -8,6 +8,7 @@ use std::sync::Arc;
 use config::HugePages;
 use rustix::fs::{Mode, OFlags};
 
+use super::ImageInfo;
 use super::file::extents;
 use crate::layout::MemoryLayout;
 use crate::ram::{GuestRam, MapError};
@@ -46,6 +47,41 @@ pub enum RestoreError {
     Map(#[from] MapError),
 }
 
+/// What can be seen of an image without reading it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageFile {
+    /// Where it is: see [`snapshot::find`].
+    pub path: PathBuf,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Of these, those that are no holes.
+    pub data_bytes: u64,
+}
+
+/// Looks at the image at `path` that a state file describes as `info`. It may have any size.
+pub fn examine(path: &Path, info: &ImageInfo) -> Result<ImageFile, RestoreError> {
+    let path = snapshot::find(path, info.id);
+    let (file, size) = open(&path)?;
+    let mut data_bytes = 0;
+    for extent in extents(&file, 0..size) {
+        let extent = extent.map_err(|source| RestoreError::Read { path: path.clone(), source })?;
+        data_bytes += extent.end - extent.start;
+    }
+    Ok(ImageFile { path, size, data_bytes })
+}
+
+/// Opens an image, which is a regular file, and tells its size. A pipe or device there is refused without waiting for it.
+fn open(path: &Path) -> Result<(File, u64), RestoreError> {
+    let read = |source| RestoreError::Read { path: path.to_path_buf(), source };
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|e| read(e.into()))?);
+    let metadata = file.metadata().map_err(read)?;
+    if !metadata.is_file() {
+        return Err(RestoreError::NotAFile { path: path.to_path_buf() });
+    }
+    Ok((file, metadata.size()))
+}
+
 impl GuestRam {
     /// Maps the image at `path` as the RAM of a guest. Nothing is read: pages come from the page cache, which all clones share,
     /// when the guest touches them, and are copied when it writes. The file is opened for reading only and never changed;
@@ -60,13 +96,8 @@ impl GuestRam {
         track_dirty_pages: bool,
     ) -> Result<Self, RestoreError> {
         let read = |source| RestoreError::Read { path: path.to_path_buf(), source };
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|e| read(e.into()))?);
-        let metadata = file.metadata().map_err(read)?;
-        if !metadata.is_file() {
-            return Err(RestoreError::NotAFile { path: path.to_path_buf() });
-        }
-        let (found, needed) = (metadata.size(), layout.file_size());
+        let (file, found) = open(path)?;
+        let needed = layout.file_size();
         if found < needed {
             return Err(RestoreError::TooShort { path: path.to_path_buf(), found, needed });
         }

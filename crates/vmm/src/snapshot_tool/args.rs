@@ -1,0 +1,237 @@
+//! The command lines of the snapshot tools.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use lexopt::prelude::*;
+
+use super::Tool;
+use crate::args::{ArgsError, once};
+
+/// What `vesta-vmm snapshot --help` prints.
+const HELP: &str = "\
+vesta-vmm snapshot info STATE [MEMORY] [--json]
+        show what is in a snapshot
+vesta-vmm snapshot verify STATE [MEMORY]
+        check the state file's checksums and contents, and the memory file's size; exit status 0 or 1
+vesta-vmm snapshot merge --base FILE --diff FILE [--out FILE]
+        put the memory file of a Diff onto its base, in place or into a new file
+";
+
+/// What `snapshot-editor --help` prints.
+const EDITOR_HELP: &str = "\
+snapshot-editor edit-memory rebase --memory-path FILE --diff-path FILE
+        put the memory file of a Diff onto its base, in place
+snapshot-editor info-vmstate version --vmstate-path FILE
+        print the version of a state file's format
+snapshot-editor info-vmstate vcpu-states --vmstate-path FILE
+        print the vCPUs
+snapshot-editor info-vmstate vm-state --vmstate-path FILE
+        print the rest of the machine
+";
+
+/// What `rebase-snap --help` prints.
+const REBASE_HELP: &str = "\
+rebase-snap --base-file FILE --diff-file FILE
+        put the memory file of a Diff onto its base, in place
+";
+
+/// A program that this one answers as, for a tool's sake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Program {
+    /// `snapshot-editor`.
+    Editor,
+    /// `rebase-snap`.
+    Rebase,
+}
+
+impl Program {
+    /// By the name that the process was started under.
+    pub(crate) fn named(program: Option<&str>) -> Option<Self> {
+        match program?.rsplit('/').next()? {
+            "snapshot-editor" => Some(Program::Editor),
+            "rebase-snap" => Some(Program::Rebase),
+            _ => None,
+        }
+    }
+
+    /// Reads its command line.
+    pub(crate) fn parse(self, parser: lexopt::Parser) -> Result<Tool, ArgsError> {
+        match self {
+            Program::Editor => editor(parser),
+            Program::Rebase => rebase(parser, REBASE_HELP, "base-file", "diff-file"),
+        }
+    }
+}
+
+/// Reads what follows `vesta-vmm snapshot`.
+pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
+    match word(&mut parser, HELP, "what to do with a snapshot: info, verify or merge")? {
+        Word::Is(word) => match word.to_str() {
+            Some("info") => files(parser, true),
+            Some("verify") => files(parser, false),
+            Some("merge") => merge(parser),
+            _ => Err(Value(word).unexpected().into()),
+        },
+        Word::Help(tool) => Ok(tool),
+    }
+}
+
+/// The next word, or a wish for help instead.
+enum Word {
+    Is(OsString),
+    Help(Tool),
+}
+
+fn word(parser: &mut lexopt::Parser, help: &'static str, what: &'static str) -> Result<Word, ArgsError> {
+    match parser.next()? {
+        Some(Value(word)) => Ok(Word::Is(word)),
+        Some(Long("help") | Short('h')) => Ok(Word::Help(Tool::Help(help))),
+        Some(other) => Err(other.unexpected().into()),
+        None => Err(ArgsError::Missing(what)),
+    }
+}
+
+/// `STATE [MEMORY]`, and `--json` for information.
+fn files(mut parser: lexopt::Parser, info: bool) -> Result<Tool, ArgsError> {
+    let (mut state, mut memory, mut json) = (None, None, None);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Value(path) if state.is_none() => state = Some(PathBuf::from(path)),
+            Value(path) if memory.is_none() => memory = Some(PathBuf::from(path)),
+            Long("json") if info => once(&mut json, "json", ())?,
+            Long("help") | Short('h') => return Ok(Tool::Help(HELP)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let state = state.ok_or(ArgsError::Missing("the state file"))?;
+    Ok(if info { Tool::Info { state, memory, json: json.is_some() } } else { Tool::Verify { state, memory } })
+}
+
+fn merge(mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
+    let (mut base, mut diff, mut output) = (None, None, None);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("base") => once(&mut base, "base", parser.value()?.into())?,
+            Long("diff") => once(&mut diff, "diff", parser.value()?.into())?,
+            Long("out") => once(&mut output, "out", parser.value()?.into())?,
+            Long("help") | Short('h') => return Ok(Tool::Help(HELP)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let base = base.ok_or(ArgsError::Missing("--base"))?;
+    let diff = diff.ok_or(ArgsError::Missing("--diff"))?;
+    Ok(Tool::Merge { base, diff, output })
+}
+
+/// A merge in place, by the names that the two files have elsewhere.
+fn rebase(
+    mut parser: lexopt::Parser,
+    help: &'static str,
+    base_name: &'static str,
+    diff_name: &'static str,
+) -> Result<Tool, ArgsError> {
+    let (mut base, mut diff) = (None, None);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long(name) if name == base_name => once(&mut base, base_name, parser.value()?.into())?,
+            Long(name) if name == diff_name => once(&mut diff, diff_name, parser.value()?.into())?,
+            Long("help") | Short('h') => return Ok(Tool::Help(help)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let base = base.ok_or(ArgsError::Missing(base_name))?;
+    let diff = diff.ok_or(ArgsError::Missing(diff_name))?;
+    Ok(Tool::Merge { base, diff, output: None })
+}
+
+fn editor(mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
+    let group = match word(&mut parser, EDITOR_HELP, "a command: edit-memory or info-vmstate")? {
+        Word::Is(group) => group,
+        Word::Help(tool) => return Ok(tool),
+    };
+    let what = match group.to_str() {
+        Some("edit-memory") => "a command: rebase",
+        Some("info-vmstate") => "a command: version, vcpu-states or vm-state",
+        _ => return Err(Value(group).unexpected().into()),
+    };
+    let command = match word(&mut parser, EDITOR_HELP, what)? {
+        Word::Is(command) => command,
+        Word::Help(tool) => return Ok(tool),
+    };
+    match (group.to_str(), command.to_str()) {
+        (Some("edit-memory"), Some("rebase")) => rebase(parser, EDITOR_HELP, "memory-path", "diff-path"),
+        (Some("info-vmstate"), Some("version")) => vmstate(parser, |state| Tool::Version { state }),
+        (Some("info-vmstate"), Some("vcpu-states")) => vmstate(parser, |state| Tool::Vcpus { state }),
+        (Some("info-vmstate"), Some("vm-state")) => vmstate(parser, |state| Tool::Machine { state }),
+        _ => Err(Value(command).unexpected().into()),
+    }
+}
+
+fn vmstate(mut parser: lexopt::Parser, tool: fn(PathBuf) -> Tool) -> Result<Tool, ArgsError> {
+    let mut state = None;
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("vmstate-path") => once(&mut state, "vmstate-path", parser.value()?.into())?,
+            Long("help") | Short('h') => return Ok(Tool::Help(EDITOR_HELP)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(tool(state.ok_or(ArgsError::Missing("--vmstate-path"))?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Invocation, parse};
+
+    fn tool(line: &str) -> Result<Tool, String> {
+        match parse(line.split_whitespace().map(OsString::from)).map_err(|e| e.to_string())? {
+            Invocation::SnapshotTool(tool) => Ok(tool),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn each_tool_answers_under_its_names() {
+        let merge = |output| Tool::Merge { base: "b".into(), diff: "d".into(), output };
+        let info = |json| Tool::Info { state: "s".into(), memory: None, json };
+        for (line, wanted) in [
+            ("vesta-vmm snapshot info s", info(false)),
+            ("firecracker snapshot info --json s", info(true)),
+            ("vesta-vmm snapshot verify s m", Tool::Verify { state: "s".into(), memory: Some("m".into()) }),
+            ("vesta-vmm snapshot merge --base b --diff=d", merge(None)),
+            ("vesta-vmm snapshot merge --base b --diff d --out o", merge(Some("o".into()))),
+            ("/usr/bin/snapshot-editor edit-memory rebase --memory-path b --diff-path d", merge(None)),
+            ("rebase-snap --base-file b --diff-file d", merge(None)),
+            ("snapshot-editor info-vmstate version --vmstate-path s", Tool::Version { state: "s".into() }),
+            ("snapshot-editor info-vmstate vcpu-states --vmstate-path s", Tool::Vcpus { state: "s".into() }),
+            ("snapshot-editor info-vmstate vm-state --vmstate-path s", Tool::Machine { state: "s".into() }),
+            ("vesta-vmm snapshot --help", Tool::Help(HELP)),
+            ("rebase-snap -h", Tool::Help(REBASE_HELP)),
+            ("snapshot-editor info-vmstate --help", Tool::Help(EDITOR_HELP)),
+        ] {
+            assert_eq!(tool(line), Ok(wanted), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_too_much_is_named() {
+        for (line, named) in [
+            ("vesta-vmm snapshot", "info, verify or merge"),
+            ("vesta-vmm snapshot eat s", "eat"),
+            ("vesta-vmm snapshot info", "the state file"),
+            ("vesta-vmm snapshot info s m more", "more"),
+            ("vesta-vmm snapshot verify s --json", "--json"),
+            ("vesta-vmm snapshot merge --base b", "--diff"),
+            ("vesta-vmm snapshot merge --base b --base c", "--base is given twice"),
+            ("snapshot-editor", "edit-memory or info-vmstate"),
+            ("snapshot-editor edit-vmstate remove-regs", "edit-vmstate"),
+            ("snapshot-editor info-vmstate rebase", "rebase"),
+            ("rebase-snap --base-file b", "diff-file"),
+        ] {
+            let error = tool(line).unwrap_err();
+            assert!(error.contains(named), "{line}: {error}");
+        }
+    }
+}

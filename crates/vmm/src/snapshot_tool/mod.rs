@@ -1,0 +1,140 @@
+//! Looking at snapshots and merging them, without a microVM: `vesta-vmm snapshot ...`, and what answers under the names
+//! `snapshot-editor` and `rebase-snap`.
+//!
+//! - [`args`]: the command lines of all three.
+//! - [`info`]: a state file as text and as JSON.
+//! - [`vcpus`]: processors and the machine around them, for reading.
+//!
+//! Results go to standard output, errors to standard error with exit status 1. Files are never changed but by merging.
+
+pub(crate) mod args;
+mod info;
+mod vcpus;
+
+use std::fmt;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use control::snapshot::{Saved, VerifyError, verify};
+use memory::image::{ImageError, ImageKind, Merged, RestoreError, merge, merge_in_place};
+use snapshot::{FORMAT_VERSION, ReadError, Snapshot};
+
+use crate::exit::ExitCode;
+use crate::personality::Personality;
+use info::Info;
+
+/// What to do with a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Tool {
+    /// Print this.
+    Help(&'static str),
+    /// Show a state file, and its memory file where one is given.
+    Info { state: PathBuf, memory: Option<PathBuf>, json: bool },
+    /// Check both.
+    Verify { state: PathBuf, memory: Option<PathBuf> },
+    /// Put a Diff onto its base: in place, or into a new file.
+    Merge { base: PathBuf, diff: PathBuf, output: Option<PathBuf> },
+    /// Print the version of a state file's format.
+    Version { state: PathBuf },
+    /// Print its vCPUs.
+    Vcpus { state: PathBuf },
+    /// Print the rest of the machine.
+    Machine { state: PathBuf },
+}
+
+/// Why it could not be done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ToolError {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Memory(#[from] RestoreError),
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    #[error(transparent)]
+    Merge(#[from] ImageError),
+    #[error("cannot write to standard output: {0}")]
+    Output(#[from] std::io::Error),
+}
+
+/// Does it. What went wrong is on standard error then.
+pub(crate) fn run(tool: &Tool) -> ExitCode {
+    end_of(perform(tool))
+}
+
+/// `--describe-snapshot`: the version of the file's format, and for those who do not expect Firecracker, what is in it.
+pub(crate) fn describe(personality: Personality, state: &Path) -> ExitCode {
+    end_of(described(personality, state))
+}
+
+/// `--snapshot-version`: the format that this version writes, and the newest that it loads.
+pub(crate) fn version_text() -> String {
+    version(FORMAT_VERSION)
+}
+
+/// Formats have one number. Tools of Firecracker expect three.
+fn version(format: u32) -> String {
+    format!("v{format}.0.0\n")
+}
+
+fn end_of(done: Result<(), ToolError>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::Ok,
+        // Who reads has read enough.
+        Err(ToolError::Output(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Ok,
+        Err(error) => {
+            eprintln!("Error: {error}");
+            ExitCode::Generic
+        }
+    }
+}
+
+fn perform(tool: &Tool) -> Result<(), ToolError> {
+    match tool {
+        Tool::Help(text) => say(text),
+        Tool::Info { state, memory, json } => {
+            let info = Info::read(state, memory.as_deref())?;
+            if *json { say(format_args!("{:#}\n", info.json())) } else { say(info) }
+        }
+        Tool::Verify { state, memory } => {
+            let verified = verify(state, memory.as_deref())?;
+            let description = &verified.saved.description;
+            say(format_args!("{}: {} sections are good\n", state.display(), description.sections.len()))?;
+            let Some(file) = verified.memory else { return Ok(()) };
+            let image = &verified.saved.image;
+            say(format_args!("{}: {} bytes, as they should be\n", file.path.display(), file.size))?;
+            match image.kind {
+                ImageKind::Full => Ok(()),
+                ImageKind::Diff => say("This is a Diff: its memory is whole only after merging.\n"),
+            }
+        }
+        Tool::Merge { base, diff, output } => {
+            let merged = match output {
+                Some(output) => merge(base, diff, output, &())?,
+                None => merge_in_place(base, diff, &())?,
+            };
+            let Merged { data_bytes, zero_bytes, .. } = merged;
+            let output = output.as_ref().unwrap_or(base);
+            say(format_args!("{}: {data_bytes} bytes merged, {zero_bytes} of them zero\n", output.display()))
+        }
+        Tool::Version { state } => say(version(Snapshot::open(state)?.describe().format_version)),
+        Tool::Vcpus { state } => say(vcpus::vcpus(&Saved::open(state)?.machine)),
+        Tool::Machine { state } => say(vcpus::all_else(&Saved::open(state)?.machine)),
+    }
+}
+
+fn described(personality: Personality, state: &Path) -> Result<(), ToolError> {
+    let description = Snapshot::open(state)?.describe();
+    say(version(description.format_version))?;
+    match personality {
+        Personality::Firecracker => Ok(()),
+        Personality::Vesta => say(description),
+    }
+}
+
+fn say(text: impl fmt::Display) -> Result<(), ToolError> {
+    let mut out = std::io::stdout().lock();
+    write!(out, "{text}")?;
+    out.flush()?;
+    Ok(())
+}
