@@ -15,11 +15,36 @@ use crate::vmm::{Vmm, VmmBuilder};
 /// A guest that sends 0, 1, 2, ... over its serial port for ever, into the file that is returned. Its id is `parent`.
 pub fn counting(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
     // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
-    let kernel = Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc]);
+    run(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc], machine)
+}
+
+/// As [`counting`], but before each number it looks whether each of its 1024 pages from 8 MiB on holds that number, and adds one to
+/// it there. Where one does not, it says nothing more.
+pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
+    let code = [
+        &[0x66, 0xba, 0xf8, 0x03][..],         // mov dx, 0x3f8
+        &[0x31, 0xc0],                         // xor eax, eax
+        &[0xbf, 0x00, 0x00, 0x80, 0x00],       // again: mov edi, 0x800000
+        &[0xb9, 0x00, 0x04, 0x00, 0x00],       // mov ecx, 1024
+        &[0x38, 0x07],                         // page: cmp [edi], al
+        &[0x75, 0xfe],                         // wrong: jne wrong
+        &[0xfe, 0x07],                         // inc byte [edi]
+        &[0x81, 0xc7, 0x00, 0x10, 0x00, 0x00], // add edi, 4096
+        &[0x49],                               // dec ecx
+        &[0x75, 0xf1],                         // jnz page
+        &[0xee],                               // out dx, al
+        &[0x40],                               // inc eax
+        &[0xeb, 0xe3],                         // jmp again
+    ]
+    .concat();
+    run(&code, machine)
+}
+
+fn run(code: &[u8], machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().arg("--id").arg("parent").spawn()?;
     let mut api = vmm.ready_client(SOON)?;
     let image = vmm.dir().join("kernel");
-    fs::write(&image, kernel.bytes())?;
+    fs::write(&image, Elf::of(code).bytes())?;
     let guest = Guest { machine: machine.clone(), ..Guest::bare(&image).mem_mib(16) };
     guest.put(&mut api)?;
     let serial = vmm.dir().join("serial");

@@ -52,6 +52,12 @@ impl DiskGuest {
         DiskGuest { guest: self.guest.vcpus(vcpus), ..self }
     }
 
+    /// The same with these fields of `machine-config` as well.
+    #[must_use]
+    pub fn machine(self, machine: Value) -> DiskGuest {
+        DiskGuest { guest: Guest { machine, ..self.guest }, ..self }
+    }
+
     /// Adds a drive: see [`drive`].
     #[must_use]
     pub fn drive(mut self, drive: Value) -> DiskGuest {

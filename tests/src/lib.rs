@@ -3,6 +3,7 @@
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
 //! - [`load`]: what the benchmarks' load generator is asked for, and answers; [`net_load`]: the same for networks.
+//! - [`snapshots`]: saving guests, and going on with them in other monitors.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
 //! - [`stalls`]: how far the host's time can be relied on.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
@@ -25,6 +26,7 @@ pub mod modules;
 pub mod net_load;
 pub mod pattern;
 pub mod process;
+pub mod snapshots;
 pub mod stalls;
 pub mod traffic;
 pub mod transcript;

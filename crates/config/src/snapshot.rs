@@ -33,6 +33,7 @@ pub enum SnapshotType {
 }
 
 /// The body of `PUT /snapshot/load`.
+#[expect(clippy::struct_excessive_bools, reason = "the API's fields are what they are")]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotLoad {

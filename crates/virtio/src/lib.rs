@@ -94,6 +94,8 @@ pub mod entropy;
 pub mod eventfd;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
+#[cfg(test)]
+mod model;
 pub mod net;
 pub mod queue;
 pub mod rate_limiter;

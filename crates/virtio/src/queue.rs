@@ -33,7 +33,7 @@
 mod chain;
 mod error;
 mod parts;
-mod ring;
+pub(crate) mod ring;
 #[cfg(test)]
 mod tests;
 

@@ -32,6 +32,7 @@
 
 mod context;
 mod mailbox;
+pub(crate) mod phase;
 mod pool;
 mod runner;
 mod spin;

@@ -3,6 +3,7 @@
 //! | command | does | says |
 //! |---|---|---|
 //! | `run DEV SEED WRITERS WRITES` | so many [`Stream`]s at once, each writing, reading back and flushing | `FLUSHED DEV STREAM N`: the first N writes of the stream are over and were flushed; `VERIFIED DEV`; `FAILED DEV STREAM N ERROR`: write, read or flush number N failed; `WRONG DEV ...` |
+//! | `until FILE DEV SEED WRITERS` | the same, until there is such a file in the guest | the same |
 //! | `check DEV SEED WRITERS N...` | looks at the disk, of which the first N writes of each stream are over | `CHECKED DEV`, `WRONG DEV ...` |
 //! | `rate DEV read\|write BYTES` | requests of that size, one after the other, for ever | `RATE DEV REQUESTS NANOSECONDS` about five times a second: how many are over, and when that was |
 //! | `zero DEV OFFSET LENGTH keep\|free` | makes a range of bytes read as zeros, keeping its space or giving it back | `ZEROED DEV`, `FAILED DEV ...` |
@@ -12,6 +13,7 @@
 use std::fs::File;
 use std::io::{Read, Result, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -27,7 +29,13 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let good = match args[..] {
-        ["run", dev, seed, writers, writes] => run(dev, number(seed), number(writers), number(writes)),
+        ["run", dev, seed, writers, writes] => {
+            let writes = number(writes);
+            run(dev, number(seed), number(writers), &|n| n == writes)
+        }
+        ["until", file, dev, seed, writers] => {
+            run(dev, number(seed), number(writers), &|_| Path::new(file).exists())
+        }
         ["check", dev, seed, writers, ref counts @ ..] if counts.len() as u64 == number(writers) => {
             check(dev, number(seed), number(writers), &counts.iter().map(|n| number(n)).collect::<Vec<_>>())
         }
@@ -75,7 +83,8 @@ impl Buffer {
     }
 }
 
-fn run(dev: &str, seed: u64, writers: u64, writes: u64) -> bool {
+/// Lets each writer work until `enough` says so, which it asks before each write.
+fn run(dev: &str, seed: u64, writers: u64, enough: &(dyn Fn(u64) -> bool + Sync)) -> bool {
     let (file, sectors) = match open(dev, true) {
         Ok(opened) => opened,
         Err(error) => {
@@ -86,7 +95,7 @@ fn run(dev: &str, seed: u64, writers: u64, writes: u64) -> bool {
     let streams = Stream::all(seed, sectors, writers);
     let good = std::thread::scope(|scope| {
         let file = &file;
-        let run = |(index, stream)| scope.spawn(move || write_stream(dev, file, index, stream, writes));
+        let run = |(index, stream)| scope.spawn(move || write_stream(dev, file, index, stream, enough));
         let threads: Vec<_> = streams.iter().enumerate().map(run).collect();
         threads.into_iter().all(|thread| thread.join().unwrap_or(false))
     });
@@ -96,10 +105,19 @@ fn run(dev: &str, seed: u64, writers: u64, writes: u64) -> bool {
     good
 }
 
-fn write_stream(dev: &str, file: &File, index: usize, stream: &Stream, writes: u64) -> bool {
+fn write_stream(
+    dev: &str,
+    file: &File,
+    index: usize,
+    stream: &Stream,
+    enough: &(dyn Fn(u64) -> bool + Sync),
+) -> bool {
     let mut buffer = Buffer::new(MOST_SECTORS as usize * SECTOR);
     let mut held = stream.after(0);
-    for n in 0..writes {
+    let mut writes = 0;
+    while !enough(writes) {
+        let n = writes;
+        writes += 1;
         let sectors = stream.write(n);
         let bytes = buffer.get((sectors.end - sectors.start) as usize * SECTOR);
         stream.fill(sectors.clone(), n, bytes);

@@ -158,7 +158,8 @@ fn create(api: &mut ApiClient, dir: &Path) -> Result<(f64, f64)> {
     let asked = Instant::now();
     api.put("/snapshot/create", &body)?.ok()?;
     let took = ms(asked.elapsed());
-    let space = fs::metadata(&memory)?.blocks() as f64 / 2048.0;
+    let kib = u32::try_from(fs::metadata(&memory)?.blocks() / 2).context("a memory file below 4 TiB")?;
+    let space = f64::from(kib) / 1024.0;
     Ok((took, space))
 }
 

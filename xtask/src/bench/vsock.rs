@@ -149,8 +149,9 @@ fn socket_pair(orders: &Orders) -> Result<Sample> {
     let sink = std::thread::spawn(move || sink(far));
     let begun = Instant::now();
     send(&mut near, orders.bytes)?;
-    let rate = rate(orders.bytes, begun);
+    drop(near);
     sink.join().expect("it does not panic")?;
+    let rate = rate(orders.bytes, begun);
     Ok(Sample { round_trip_us, wake_us: None, to_guest_mb: rate, to_host_mb: rate })
 }
 

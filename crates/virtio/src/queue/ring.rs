@@ -28,7 +28,7 @@ pub(super) mod order {
 }
 
 /// The two rings as memory that is shared with the driver. `slot` is less than the size of the queue.
-pub(super) trait RingMemory {
+pub(crate) trait RingMemory {
     fn avail_flags(&self) -> Result<u16, QueueError>;
     /// In order [`order::LOAD_AVAIL_IDX`].
     fn avail_idx(&self) -> Result<u16, QueueError>;
@@ -45,7 +45,9 @@ pub(super) trait RingMemory {
 
 /// The device's side of the two rings.
 #[derive(Debug)]
-pub(super) struct Ring {
+// A model checker compares its states.
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
+pub(crate) struct Ring {
     /// A power of two.
     size: u16,
     event_idx: bool,
@@ -62,7 +64,7 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    pub(super) fn new(size: u16, event_idx: bool, next_avail: u16, next_used: u16) -> Self {
+    pub(crate) fn new(size: u16, event_idx: bool, next_avail: u16, next_used: u16) -> Self {
         Ring {
             size,
             event_idx,
@@ -74,7 +76,7 @@ impl Ring {
         }
     }
 
-    pub(super) fn size(&self) -> u16 {
+    pub(crate) fn size(&self) -> u16 {
         self.size
     }
 
@@ -83,7 +85,7 @@ impl Ring {
     }
 
     /// `(next_avail, next_used)`.
-    pub(super) fn position(&self) -> (u16, u16) {
+    pub(crate) fn position(&self) -> (u16, u16) {
         (self.next_avail, self.next_used)
     }
 
@@ -105,7 +107,7 @@ impl Ring {
 
     /// Whether there is an entry to take.
     #[inline]
-    pub(super) fn has_available(
+    pub(crate) fn has_available(
         &mut self,
         memory: &impl RingMemory,
         in_flight: u16,
@@ -124,7 +126,7 @@ impl Ring {
 
     /// Takes the next entry of the available ring.
     #[inline]
-    pub(super) fn pop(
+    pub(crate) fn pop(
         &mut self,
         memory: &impl RingMemory,
         in_flight: u16,
@@ -138,13 +140,13 @@ impl Ring {
     }
 
     /// Undoes the last `pop`.
-    pub(super) fn rewind(&mut self) {
+    pub(crate) fn rewind(&mut self) {
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
     /// Fills the next entry of the used ring, which the driver does not look at yet.
     #[inline]
-    pub(super) fn add_used(
+    pub(crate) fn add_used(
         &mut self,
         memory: &impl RingMemory,
         head: u16,
@@ -157,7 +159,7 @@ impl Ring {
 
     /// Moves the used index over all that was added. True if the driver wants an interrupt for any of it.
     #[inline]
-    pub(super) fn publish(&mut self, memory: &impl RingMemory) -> Result<bool, QueueError> {
+    pub(crate) fn publish(&mut self, memory: &impl RingMemory) -> Result<bool, QueueError> {
         let (old, new) = (self.published, self.next_used);
         if old == new {
             return Ok(false);
@@ -176,7 +178,7 @@ impl Ring {
 
     /// Asks for no kicks. With `event_idx` the last index asked for lies behind anyway, and nothing needs to be said.
     #[inline]
-    pub(super) fn disable_notifications(&mut self, memory: &impl RingMemory) -> Result<(), QueueError> {
+    pub(crate) fn disable_notifications(&mut self, memory: &impl RingMemory) -> Result<(), QueueError> {
         if !self.event_idx && !self.quiet {
             memory.set_used_flags(NO_NOTIFY)?;
             self.quiet = true;
@@ -186,7 +188,7 @@ impl Ring {
 
     /// Asks for a kick at the next entry. True if it is there already.
     #[inline]
-    pub(super) fn enable_notifications(
+    pub(crate) fn enable_notifications(
         &mut self,
         memory: &impl RingMemory,
         in_flight: u16,

@@ -12,6 +12,7 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 
 use super::context::{Clock, Context, Event, EventKey, Seat};
 use super::mailbox::{Command, Mailbox, TaskKey};
+use super::phase::{Course, Halt, Leave, Settled};
 use super::spin::Spin;
 use super::{Nanos, Task};
 use crate::device::Interrupt;
@@ -27,23 +28,10 @@ const BATCH: usize = 64;
 /// While spinning, the kernel is asked for events once in so many polls.
 const POLLS_PER_TURN: u32 = 32;
 
-/// How far a task is in its protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// It gets kicks and timers.
-    Running,
-    /// It was asked to quiesce and has something in flight.
-    Draining,
-    /// Nothing is in flight.
-    Still,
-}
-
 struct Occupant {
     key: TaskKey,
     task: Box<dyn Task>,
-    phase: Phase,
-    /// It could not be attached: it is never called again.
-    failed: bool,
+    course: Course,
     /// Who gets it when it is drained.
     leaving: Option<SyncSender<Box<dyn Task>>>,
     interrupt: Arc<dyn Interrupt>,
@@ -63,8 +51,7 @@ pub(crate) struct Runner {
     armed: Option<Nanos>,
     mailbox: Arc<Mailbox>,
     slots: Vec<Slot>,
-    paused: bool,
-    stopping: bool,
+    halt: Halt,
     /// Who waits until all tasks are still.
     pausers: Vec<SyncSender<()>>,
     spin: Spin,
@@ -89,8 +76,7 @@ impl Runner {
             armed: None,
             mailbox,
             slots: Vec::new(),
-            paused: false,
-            stopping: false,
+            halt: Halt::default(),
             pausers: Vec::new(),
             spin,
             clock,
@@ -143,7 +129,7 @@ impl Runner {
 
     /// Whether it was stopped and all tasks are still.
     pub(super) fn is_finished(&self) -> bool {
-        self.stopping && self.all_still()
+        self.halt.ends(self.courses())
     }
 
     fn dispatch(&mut self, key: EventKey, flags: EventFlags) {
@@ -157,11 +143,11 @@ impl Runner {
         let at = usize::from(key.slot);
         let Some(Slot { seat, occupant: Some(occupant) }) = self.slots.get(at) else { return };
         // An event of a task that had the place before, or one that was in the same batch as its end.
-        if seat.life != key.life || occupant.failed {
+        if seat.life != key.life || !occupant.course.hears_events() {
             return;
         }
         if key.kick {
-            if occupant.phase == Phase::Running {
+            if occupant.course.is_running() {
                 self.call(at, |task, cx| task.kicked(cx, key.token));
             }
             return;
@@ -184,34 +170,32 @@ impl Runner {
         let occupant = occupant.as_mut()?;
         let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock, polling };
         let result = f(occupant.task.as_mut(), &mut cx);
-        if occupant.phase == Phase::Draining && occupant.task.is_drained() {
-            self.settle(at);
+        match occupant.course.called(|| occupant.task.is_drained()) {
+            None => {}
+            Some(Settled::Stays) => self.answer_pausers(),
+            Some(Settled::Leaves) => self.give_back(at),
         }
         Some(result)
     }
 
-    /// The task at `at` is drained.
-    fn settle(&mut self, at: usize) {
+    /// The task at `at` is still, and goes to who wants it back.
+    fn give_back(&mut self, at: usize) {
         let Some(Slot { seat, occupant: place }) = self.slots.get_mut(at) else { return };
-        let Some(occupant) = place else { return };
-        occupant.phase = Phase::Still;
-        if occupant.leaving.is_some() {
-            let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock, polling: false };
-            cx.unwatch_all();
-            seat.vacate();
-            if let Some(Occupant { task, leaving: Some(reply), .. }) = place.take() {
-                self.mailbox.load.fetch_sub(1, Ordering::Relaxed);
-                // Nobody waits for it any more: then it ends here.
-                if let Err(unsent) = reply.send(task) {
-                    unsent.0.detach();
-                }
+        let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock, polling: false };
+        cx.unwatch_all();
+        seat.vacate();
+        if let Some(Occupant { task, leaving: Some(reply), .. }) = place.take() {
+            self.mailbox.load.fetch_sub(1, Ordering::Relaxed);
+            // Nobody waits for it any more: then it ends here.
+            if let Err(unsent) = reply.send(task) {
+                unsent.0.detach();
             }
         }
         self.answer_pausers();
     }
 
     fn answer_pausers(&mut self) {
-        if self.paused && self.all_still() {
+        if self.halt.is_over(self.courses()) {
             for pauser in self.pausers.drain(..) {
                 // Who gave up waiting does not need the answer.
                 let _ = pauser.send(());
@@ -219,12 +203,8 @@ impl Runner {
         }
     }
 
-    fn all_still(&self) -> bool {
-        self.occupants().all(|occupant| occupant.phase == Phase::Still)
-    }
-
-    fn occupants(&self) -> impl Iterator<Item = &Occupant> {
-        self.slots.iter().filter_map(|slot| slot.occupant.as_ref())
+    fn courses(&self) -> impl Iterator<Item = Course> {
+        self.slots.iter().filter_map(|slot| slot.occupant.as_ref()).map(|occupant| occupant.course)
     }
 
     fn read_mail(&mut self) {
@@ -234,12 +214,13 @@ impl Runner {
                 Command::Remove { key, reply } => self.remove(key, reply),
                 Command::Pause { reply } => {
                     self.pausers.push(reply);
-                    self.pause();
+                    self.halt.pause();
+                    self.quiesce_all();
                 }
                 Command::Resume => self.resume(),
                 Command::Stop => {
-                    self.stopping = true;
-                    self.pause();
+                    self.halt.stop();
+                    self.quiesce_all();
                 }
             }
         }
@@ -250,7 +231,7 @@ impl Runner {
             self.slots.push(Slot::default());
             self.slots.len() - 1
         });
-        let occupant = Occupant { key, task, phase: Phase::Still, failed: false, leaving: None, interrupt };
+        let occupant = Occupant { key, task, course: Course::new(), leaving: None, interrupt };
         self.slots[at].occupant = Some(occupant);
         let attached = match u16::try_from(at) {
             Ok(slot) if slot != OWN_SLOT => {
@@ -260,9 +241,9 @@ impl Runner {
             _ => Err(io::Error::other("too many tasks on one worker")),
         };
         if let (Err(error), Some(occupant)) = (attached, self.slots[at].occupant.as_mut()) {
-            occupant.failed = true;
+            occupant.course.fail();
             occupant.interrupt.needs_reset(&format_args!("cannot wait for its events: {error}"));
-        } else if !self.paused {
+        } else if self.halt.lets_work() {
             self.start(at);
         }
     }
@@ -270,11 +251,8 @@ impl Runner {
     /// Lets the task at `at` work.
     fn start(&mut self, at: usize) {
         if let Some(occupant) = &mut self.slots[at].occupant
-            && occupant.phase != Phase::Running
-            && occupant.leaving.is_none()
-            && !occupant.failed
+            && occupant.course.start()
         {
-            occupant.phase = Phase::Running;
             self.call(at, |task, cx| task.resume(cx));
         }
     }
@@ -282,9 +260,8 @@ impl Runner {
     /// Asks the task at `at` to drain.
     fn quiesce(&mut self, at: usize) {
         if let Some(occupant) = &mut self.slots[at].occupant
-            && occupant.phase == Phase::Running
+            && occupant.course.quiesce()
         {
-            occupant.phase = Phase::Draining;
             self.call(at, |task, cx| task.quiesce(cx));
         }
     }
@@ -294,15 +271,14 @@ impl Runner {
         let Some(at) = found else { return };
         let Some(occupant) = &mut self.slots[at].occupant else { return };
         occupant.leaving = Some(reply);
-        match occupant.phase {
-            Phase::Running => self.quiesce(at),
-            Phase::Draining => {}
-            Phase::Still => self.settle(at),
+        match occupant.course.leave() {
+            Leave::Quiesce => self.quiesce(at),
+            Leave::Wait => {}
+            Leave::Now => self.give_back(at),
         }
     }
 
-    fn pause(&mut self) {
-        self.paused = true;
+    fn quiesce_all(&mut self) {
         for at in 0..self.slots.len() {
             self.quiesce(at);
         }
@@ -310,10 +286,9 @@ impl Runner {
     }
 
     fn resume(&mut self) {
-        if self.stopping {
+        if !self.halt.resume() {
             return;
         }
-        self.paused = false;
         // A pause that was overtaken is not answered: its reply is dropped.
         self.pausers.clear();
         for at in 0..self.slots.len() {
@@ -421,6 +396,6 @@ impl Runner {
 
 impl Slot {
     fn is_running(&self) -> bool {
-        self.occupant.as_ref().is_some_and(|occupant| occupant.phase == Phase::Running)
+        self.occupant.as_ref().is_some_and(|occupant| occupant.course.is_running())
     }
 }

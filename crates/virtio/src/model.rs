@@ -1,0 +1,615 @@
+//! A model of one queue's life under pauses, saves, forks and removals, checked in every order of events.
+//!
+//! What decides is production code: the device's side of the rings ([`Ring`]), a task's way through its protocol ([`Course`]) and
+//! its worker's ([`Halt`]). Around them stand a driver, a disk that completes in any order, and the thread that pauses the machine,
+//! in the steps in which `machine` takes them: vCPUs stop, workers are asked to pause, and once they answer the machine is
+//! saved; a child is made of what was saved alone. The task is the smallest that keeps the rules of [`crate::worker`].
+//!
+//! Parent and child share nothing from the fork on. So a fork is a choice whom to follow: all that can become of either is looked at.
+//!
+//! # What is checked
+//!
+//! Each request that the driver makes is completed once and never again, and the driver learns of it, whatever happens in between;
+//! a machine that is said to be still is; what is saved has nothing in flight. That the checker would find a mistake is shown
+//! by making some.
+
+use std::cell::Cell;
+use std::fmt;
+use std::time::Duration;
+
+use stateright::{Checker, Model, Property};
+
+use crate::queue::QueueError;
+use crate::queue::ring::{Ring, RingMemory};
+use crate::worker::phase::{Course, Halt, Leave, Settled};
+
+/// Requests that the driver makes.
+const REQUESTS: usize = 3;
+/// Entries of the queue.
+const SIZE: u16 = 2;
+
+/// Mistakes to be found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mistake {
+    None,
+    /// The machine is saved as soon as it was asked to pause.
+    SavesBeforeTheAnswer,
+    /// A task that is resumed waits for a kick.
+    ResumesWithoutALook,
+    /// Completions are not heard while a task drains.
+    DeafWhileItDrains,
+}
+
+#[derive(Debug)]
+struct Life {
+    event_idx: bool,
+    mistake: Mistake,
+    pauses: u8,
+    births: u8,
+    removals: u8,
+}
+
+/// The rings, in the guest's memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+struct Memory {
+    avail_flags: u16,
+    avail_idx: u16,
+    avail: [u16; SIZE as usize],
+    used_event: u16,
+    used_flags: u16,
+    used_idx: u16,
+    used: [u16; SIZE as usize],
+    avail_event: u16,
+}
+
+/// The same for [`Ring`], which changes it through a shared reference. Each step of the model is one thread's alone; the orders of
+/// single accesses are what `loom` looks at, beside the ring.
+struct View(Cell<Memory>);
+
+impl View {
+    #[expect(clippy::unnecessary_wraps, reason = "what the ring expects of memory")]
+    fn change(&self, change: impl FnOnce(&mut Memory)) -> Result<(), QueueError> {
+        let mut memory = self.0.get();
+        change(&mut memory);
+        self.0.set(memory);
+        Ok(())
+    }
+}
+
+impl RingMemory for View {
+    fn avail_flags(&self) -> Result<u16, QueueError> {
+        Ok(self.0.get().avail_flags)
+    }
+
+    fn avail_idx(&self) -> Result<u16, QueueError> {
+        Ok(self.0.get().avail_idx)
+    }
+
+    fn avail_entry(&self, slot: u16) -> Result<u16, QueueError> {
+        Ok(self.0.get().avail[usize::from(slot)])
+    }
+
+    fn used_event(&self) -> Result<u16, QueueError> {
+        Ok(self.0.get().used_event)
+    }
+
+    fn set_used_flags(&self, flags: u16) -> Result<(), QueueError> {
+        self.change(|memory| memory.used_flags = flags)
+    }
+
+    fn set_used_idx(&self, idx: u16) -> Result<(), QueueError> {
+        self.change(|memory| memory.used_idx = idx)
+    }
+
+    fn set_used_entry(&self, slot: u16, head: u16, _written: u32) -> Result<(), QueueError> {
+        self.change(|memory| memory.used[usize::from(slot)] = head)
+    }
+
+    fn set_avail_event(&self, idx: u16) -> Result<(), QueueError> {
+        self.change(|memory| memory.avail_event = idx)
+    }
+
+    fn full_fence(&self) {}
+}
+
+/// The guest's driver.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+struct Driver {
+    /// Requests that it made.
+    made: u8,
+    /// How far it has looked at the used ring.
+    seen: u16,
+    /// How often it learned of each request's completion.
+    told: [u8; REQUESTS],
+}
+
+/// A device's task, with what it has in flight.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Task {
+    ring: Ring,
+    quiet: bool,
+    /// Requests that the disk has.
+    with_disk: Vec<u16>,
+    /// Requests that the disk is done with, of which the task has not heard.
+    done: Vec<u16>,
+    /// Requests that are in the used ring and not published yet.
+    unpublished: u8,
+}
+
+impl Task {
+    fn new(event_idx: bool, (next_avail, next_used): (u16, u16)) -> Self {
+        let ring = Ring::new(SIZE, event_idx, next_avail, next_used);
+        Task { ring, quiet: true, with_disk: Vec::new(), done: Vec::new(), unpublished: 0 }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.with_disk.len() + self.done.len()
+    }
+
+    fn is_drained(&self) -> bool {
+        self.with_disk.is_empty() && self.done.is_empty() && self.unpublished == 0
+    }
+
+    /// All there is to do. True if the driver is to be interrupted.
+    fn work(&mut self, memory: &View) -> Result<bool, QueueError> {
+        let mut interrupt = false;
+        self.ring.disable_notifications(memory)?;
+        loop {
+            let in_flight = self.in_flight() as u16;
+            if !self.quiet
+                && let Some(head) = self.ring.pop(memory, in_flight)?
+            {
+                self.with_disk.push(head);
+                continue;
+            }
+            for head in std::mem::take(&mut self.done) {
+                self.ring.add_used(memory, head, 0)?;
+                self.unpublished += 1;
+            }
+            if self.unpublished > 0 {
+                self.unpublished = 0;
+                interrupt |= self.ring.publish(memory)?;
+                continue;
+            }
+            if self.quiet || !self.ring.enable_notifications(memory, in_flight)? {
+                return Ok(interrupt);
+            }
+        }
+    }
+}
+
+/// The thread that owns the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Owner {
+    /// The vCPUs run.
+    Runs,
+    /// The vCPUs stand still, and the worker was asked to pause.
+    Waits,
+    /// The worker has answered.
+    Still,
+    /// The worker was told to go on; the vCPUs come next.
+    Resumes,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Mail {
+    /// The pause of that number.
+    Pause(u8),
+    Resume,
+    Remove,
+    Add,
+}
+
+/// A machine with one device of one queue, on one worker.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Vm {
+    memory: Memory,
+    driver: Driver,
+    /// An interrupt that the guest has not taken yet.
+    interrupt: bool,
+    owner: Owner,
+
+    halt: Halt,
+    mail: Vec<Mail>,
+    /// Who waits for a pause to be answered: pauses by their number.
+    pausers: Vec<u8>,
+    /// The last pause was answered.
+    answered: bool,
+    task: Option<(Course, Task)>,
+    /// Where the queue was when its task was given back; it is on nobody's worker.
+    back: Option<(u16, u16)>,
+    /// Events that the worker has not heard of yet.
+    kicked: bool,
+    completed: bool,
+
+    pauses: u8,
+    births: u8,
+    removals: u8,
+    /// Something went wrong that no property names.
+    broken: Option<&'static str>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Step {
+    /// The driver makes a request.
+    Request,
+    /// The guest takes its interrupt.
+    Interrupt,
+    /// The disk is done with a request.
+    Complete(u16),
+    /// The worker hears of a kick.
+    HearKick,
+    /// The worker hears of its disk.
+    HearDisk,
+    /// The worker reads its oldest letter.
+    Read,
+    Pause,
+    /// The owner has its answer.
+    Answered,
+    /// The owner waits no longer.
+    GiveUp,
+    /// The owner saves the machine and from here on the child is followed.
+    Follow,
+    Resume,
+    Go,
+    /// The device's task is wanted back, and given to a worker again.
+    Remove,
+    Add,
+}
+
+impl Vm {
+    /// The task is called; then the worker sees whether that was what it waited for.
+    fn call(&mut self, call: impl FnOnce(&mut Task)) {
+        let Some((course, task)) = &mut self.task else { return };
+        call(task);
+        let view = View(Cell::new(self.memory));
+        match task.work(&view) {
+            Ok(interrupt) => self.interrupt |= interrupt,
+            Err(_) => self.broken = Some("the device finds its queue broken"),
+        }
+        self.memory = view.0.get();
+        match course.called(|| task.is_drained()) {
+            None => {}
+            Some(Settled::Stays) => self.answer(),
+            Some(Settled::Leaves) => self.give_back(),
+        }
+    }
+
+    fn give_back(&mut self) {
+        if let Some((_, task)) = self.task.take() {
+            if task.in_flight() > 0 {
+                self.broken = Some("a task with requests in flight is given back");
+            }
+            self.back = Some(task.ring.position());
+            // It watches nothing any more.
+            (self.kicked, self.completed) = (false, false);
+        }
+        self.answer();
+    }
+
+    fn answer(&mut self) {
+        if self.halt.is_over(self.task.iter().map(|(course, _)| *course)) {
+            // Who gave up waiting does not hear it.
+            self.answered |= std::mem::take(&mut self.pausers).contains(&self.pauses);
+        }
+    }
+
+    fn start(&mut self, life: &Life) {
+        if let Some((course, task)) = &mut self.task
+            && course.start()
+        {
+            if life.mistake == Mistake::ResumesWithoutALook {
+                task.quiet = false;
+            } else {
+                self.call(|task| task.quiet = false);
+            }
+        }
+    }
+
+    fn quiesce(&mut self) {
+        if let Some((course, _)) = &mut self.task
+            && course.quiesce()
+        {
+            self.call(|task| task.quiet = true);
+        }
+    }
+
+    fn read(&mut self, life: &Life, mail: Mail) {
+        match mail {
+            Mail::Pause(number) => {
+                self.pausers.push(number);
+                self.halt.pause();
+                self.quiesce();
+                self.answer();
+            }
+            Mail::Resume => {
+                if self.halt.resume() {
+                    self.pausers.clear();
+                    self.start(life);
+                }
+            }
+            Mail::Remove => {
+                let Some((course, _)) = &mut self.task else { return };
+                match course.leave() {
+                    Leave::Quiesce => self.quiesce(),
+                    Leave::Wait => {}
+                    Leave::Now => self.give_back(),
+                }
+            }
+            Mail::Add => {
+                let Some(position) = self.back.take() else { return };
+                self.task = Some((Course::new(), Task::new(life.event_idx, position)));
+                if self.halt.lets_work() {
+                    self.start(life);
+                }
+            }
+        }
+    }
+
+    /// Another machine, of what is saved of this one: its memory, its driver's mind, interrupts that it has not taken, positions.
+    fn child(&self, life: &Life) -> Vm {
+        let mut halt = Halt::default();
+        // Its worker is paused before it gets its tasks.
+        halt.pause();
+        let (mut task, mut broken) = (None, self.broken);
+        if let Some((_, parents)) = &self.task {
+            if parents.in_flight() > 0 {
+                broken = Some("a task with requests in flight is saved");
+            }
+            let (avail, used) = parents.ring.position();
+            task = Some((Course::new(), Task::new(life.event_idx, (avail, used))));
+        }
+        Vm {
+            halt,
+            task,
+            broken,
+            mail: Vec::new(),
+            pausers: Vec::new(),
+            answered: false,
+            kicked: false,
+            completed: false,
+            births: self.births + 1,
+            ..self.clone()
+        }
+    }
+
+    /// Whether all came to a good end.
+    fn is_done(&self) -> bool {
+        self.driver.told == [1; REQUESTS] && self.owner == Owner::Runs
+    }
+}
+
+impl Model for Life {
+    type State = Vm;
+    type Action = Step;
+
+    fn init_states(&self) -> Vec<Vm> {
+        let mut vm = Vm {
+            memory: Memory::default(),
+            driver: Driver::default(),
+            interrupt: false,
+            owner: Owner::Runs,
+            halt: Halt::default(),
+            mail: Vec::new(),
+            pausers: Vec::new(),
+            answered: false,
+            task: None,
+            back: Some((0, 0)),
+            kicked: false,
+            completed: false,
+            pauses: 0,
+            births: 0,
+            removals: 0,
+            broken: None,
+        };
+        vm.read(self, Mail::Add);
+        vec![vm]
+    }
+
+    fn actions(&self, vm: &Vm, steps: &mut Vec<Step>) {
+        let outstanding = u16::from(vm.driver.made) - vm.driver.seen;
+        let mut may = |may: bool, step: Step| {
+            if may {
+                steps.push(step);
+            }
+        };
+        if vm.owner == Owner::Runs {
+            may(usize::from(vm.driver.made) < REQUESTS && outstanding < SIZE, Step::Request);
+            may(vm.interrupt, Step::Interrupt);
+            may(vm.pauses < self.pauses, Step::Pause);
+            may(vm.task.is_some() && vm.removals < self.removals, Step::Remove);
+        }
+        if let Some((_, task)) = &vm.task {
+            for &head in &task.with_disk {
+                may(true, Step::Complete(head));
+            }
+        }
+        may(vm.kicked, Step::HearKick);
+        may(vm.completed, Step::HearDisk);
+        may(!vm.mail.is_empty(), Step::Read);
+        may(vm.back.is_some() && !vm.mail.contains(&Mail::Add), Step::Add);
+        match vm.owner {
+            Owner::Runs => {}
+            Owner::Waits => {
+                let early = self.mistake == Mistake::SavesBeforeTheAnswer;
+                may(vm.answered || early, Step::Answered);
+                may(!vm.answered, Step::GiveUp);
+            }
+            Owner::Still => {
+                may(vm.births < self.births && vm.back.is_none(), Step::Follow);
+                may(true, Step::Resume);
+            }
+            Owner::Resumes => may(true, Step::Go),
+        }
+    }
+
+    fn next_state(&self, vm: &Vm, step: Step) -> Option<Vm> {
+        let mut vm = vm.clone();
+        match step {
+            Step::Request => {
+                let (memory, id) = (&mut vm.memory, vm.driver.made);
+                memory.avail[usize::from(memory.avail_idx % SIZE)] = id.into();
+                let wants = if self.event_idx {
+                    memory.avail_event == memory.avail_idx
+                } else {
+                    memory.used_flags == 0
+                };
+                memory.avail_idx += 1;
+                vm.driver.made += 1;
+                // The kick of a queue that nobody watches is lost: who comes to watch it looks by itself.
+                vm.kicked |= wants && vm.task.is_some();
+            }
+            Step::Interrupt => {
+                vm.interrupt = false;
+                while vm.driver.seen != vm.memory.used_idx {
+                    let id = vm.memory.used[usize::from(vm.driver.seen % SIZE)];
+                    vm.driver.seen += 1;
+                    vm.memory.used_event = vm.driver.seen;
+                    let told = &mut vm.driver.told[usize::from(id)];
+                    *told = told.saturating_add(1);
+                    if u16::from(vm.driver.made) < vm.driver.seen {
+                        vm.broken = Some("more is completed than was asked for");
+                        return Some(vm);
+                    }
+                }
+            }
+            Step::Complete(head) => {
+                let (_, task) = vm.task.as_mut()?;
+                task.with_disk.retain(|&other| other != head);
+                task.done.push(head);
+                vm.completed = true;
+            }
+            Step::HearKick => {
+                vm.kicked = false;
+                if vm.task.as_ref().is_some_and(|(course, _)| course.is_running()) {
+                    vm.call(|_| {});
+                }
+            }
+            Step::HearDisk => {
+                vm.completed = false;
+                let deaf = self.mistake == Mistake::DeafWhileItDrains;
+                let hears = |course: Course| if deaf { course.is_running() } else { course.hears_events() };
+                if vm.task.as_ref().is_some_and(|(course, _)| hears(*course)) {
+                    vm.call(|_| {});
+                }
+            }
+            Step::Read => {
+                let mail = vm.mail.remove(0);
+                vm.read(self, mail);
+            }
+            Step::Pause => {
+                vm.owner = Owner::Waits;
+                vm.pauses += 1;
+                vm.answered = false;
+                vm.mail.push(Mail::Pause(vm.pauses));
+            }
+            Step::Answered => vm.owner = Owner::Still,
+            Step::GiveUp | Step::Resume => {
+                vm.owner = Owner::Resumes;
+                vm.mail.push(Mail::Resume);
+            }
+            Step::Follow => vm = vm.child(self),
+            Step::Go => vm.owner = Owner::Runs,
+            Step::Remove => {
+                vm.removals += 1;
+                vm.mail.push(Mail::Remove);
+            }
+            Step::Add => vm.mail.push(Mail::Add),
+        }
+        Some(vm)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("no completion is delivered twice", |_, vm: &Vm| {
+                vm.driver.told.iter().all(|&told| told <= 1)
+            }),
+            // The model has no cycles: who can do nothing more has come to the end.
+            Property::always("no completion is lost", |life: &Life, vm: &Vm| {
+                let mut steps = Vec::new();
+                life.actions(vm, &mut steps);
+                !steps.is_empty() || vm.is_done()
+            }),
+            Property::always("a still machine is still", |_, vm: &Vm| {
+                vm.owner != Owner::Still
+                    || vm.task.as_ref().is_none_or(|(course, task)| {
+                        course.is_still() && task.in_flight() == 0 && task.unpublished == 0
+                    })
+            }),
+            Property::always("nothing breaks", |_, vm: &Vm| vm.broken.is_none()),
+            // That there is something to check.
+            Property::sometimes("a child finds a request that its parent did not take", |_, vm: &Vm| {
+                vm.births > 0 && vm.owner == Owner::Still && {
+                    let next = vm.task.as_ref().map(|(_, task)| task.ring.position().0);
+                    next.is_some_and(|next| next != vm.memory.avail_idx)
+                }
+            }),
+            Property::sometimes("a child has an interrupt to take", |_, vm: &Vm| {
+                vm.births > 0 && vm.owner == Owner::Still && vm.interrupt
+            }),
+            Property::sometimes("a machine goes on while its task still drains", |_, vm: &Vm| {
+                vm.owner == Owner::Runs
+                    && vm.task.as_ref().is_some_and(|(course, _)| !course.is_running() && !course.is_still())
+            }),
+            Property::sometimes("a task is given back in a pause", |_, vm: &Vm| {
+                vm.owner == Owner::Waits && vm.back.is_some()
+            }),
+            Property::sometimes("all is done after all of it", |life: &Life, vm: &Vm| {
+                let all = vm.pauses == life.pauses && vm.births == life.births;
+                vm.is_done() && all && vm.removals == life.removals
+            }),
+        ]
+    }
+}
+
+fn life(event_idx: bool) -> Life {
+    Life { event_idx, mistake: Mistake::None, pauses: 2, births: 2, removals: 1 }
+}
+
+fn no_completion_is_lost_or_delivered_twice(event_idx: bool) {
+    let checker = life(event_idx).checker().timeout(Duration::from_mins(2)).spawn_dfs().join();
+    checker.assert_properties();
+    println!("{} states, {} of them different", checker.state_count(), checker.unique_state_count());
+    assert!(checker.is_done(), "not all states were looked at");
+}
+
+#[test]
+fn whatever_pauses_forks_and_removals_no_completion_is_lost_or_delivered_twice_with_event_idx() {
+    no_completion_is_lost_or_delivered_twice(true);
+}
+
+#[test]
+fn whatever_pauses_forks_and_removals_no_completion_is_lost_or_delivered_twice_with_flags() {
+    no_completion_is_lost_or_delivered_twice(false);
+}
+
+/// Looks for what a mistake does.
+fn found(mistake: Mistake) -> Vec<String> {
+    let checker = Life { mistake, ..life(true) }.checker().spawn_bfs().join();
+    let discoveries = checker.discoveries();
+    let sometimes = ["a child", "a machine goes on", "a task is given", "all is done"];
+    let wrong = discoveries.into_keys().filter(|name| !sometimes.iter().any(|begin| name.starts_with(begin)));
+    wrong.map(ToOwned::to_owned).collect()
+}
+
+/// A mistake and the property that it breaks.
+struct Breaks(Mistake, &'static str);
+
+impl fmt::Display for Breaks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} breaks {:?}", self.0, self.1)
+    }
+}
+
+#[test]
+fn the_checker_finds_mistakes() {
+    for breaks in [
+        Breaks(Mistake::SavesBeforeTheAnswer, "a still machine is still"),
+        Breaks(Mistake::ResumesWithoutALook, "no completion is lost"),
+        Breaks(Mistake::DeafWhileItDrains, "no completion is lost"),
+    ] {
+        let found = found(breaks.0);
+        assert!(found.iter().any(|name| name == breaks.1), "{breaks}: {found:?}");
+    }
+}

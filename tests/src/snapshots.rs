@@ -1,0 +1,108 @@
+//! Saving microVMs, and going on with them in other monitors.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::api::{ApiClient, Response};
+use crate::guest::{SOON, Transport, vmm_path};
+use crate::vmm::{Vmm, VmmBuilder};
+
+/// Where a snapshot is: two files.
+#[derive(Debug, Clone)]
+pub struct Files {
+    /// The state.
+    pub state: PathBuf,
+    /// The memory.
+    pub memory: PathBuf,
+}
+
+impl Files {
+    /// `NAME.state` and `NAME.memory` in `dir`.
+    pub fn new(dir: &Path, name: &str) -> Files {
+        let part = |part| dir.join(format!("{name}.{part}"));
+        Files { state: part("state"), memory: part("memory") }
+    }
+
+    /// The body of `PUT /snapshot/create`.
+    pub fn create(&self, kind: &str) -> Value {
+        json!({"snapshot_path": self.state, "mem_file_path": self.memory, "snapshot_type": kind})
+    }
+
+    /// The body of a `PUT /snapshot/load` that lets the guest run.
+    pub fn load(&self) -> Value {
+        json!({
+            "snapshot_path": self.state,
+            "mem_backend": {"backend_type": "File", "backend_path": self.memory},
+            "resume_vm": true,
+        })
+    }
+}
+
+/// Lets the guest stand still.
+pub fn pause(api: &mut ApiClient) -> Result<()> {
+    api.patch("/vm", &json!({"state": "Paused"}))?.ok().map(drop)
+}
+
+/// Lets it go on.
+pub fn resume(api: &mut ApiClient) -> Result<()> {
+    api.patch("/vm", &json!({"state": "Resumed"}))?.ok().map(drop)
+}
+
+/// A monitor that has nothing yet, for guests with devices on that transport.
+pub fn empty(transport: Transport) -> Result<(Vmm, ApiClient)> {
+    let args = transport.args().iter();
+    let vmm = args.fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg).spawn()?;
+    let api = vmm.ready_client(SOON)?;
+    Ok((vmm, api))
+}
+
+/// A new monitor that goes on with a snapshot. Its guest speaks to its standard output.
+pub fn go_on(transport: Transport, load: &Value) -> Result<(Vmm, ApiClient)> {
+    let (vmm, mut api) = empty(transport)?;
+    api.put("/snapshot/load", load).and_then(Response::ok).context("/snapshot/load")?;
+    Ok((vmm, api))
+}
+
+/// A copy of a file with its holes.
+pub fn copy(from: &Path, to: &Path) -> Result<PathBuf> {
+    use rustix::fs::{SeekFrom, seek};
+    let copied = || -> std::io::Result<()> {
+        let (source, target) = (File::open(from)?, File::create(to)?);
+        target.set_len(source.metadata()?.len())?;
+        let mut at = 0;
+        // Past the last of its data there is ENXIO.
+        while let Ok(start) = seek(&source, SeekFrom::Data(at)) {
+            let end = seek(&source, SeekFrom::Hole(start))?;
+            seek(&source, SeekFrom::Start(start))?;
+            seek(&target, SeekFrom::Start(start))?;
+            std::io::copy(&mut std::io::Read::take(&source, end - start), &mut &target)?;
+            at = end;
+        }
+        Ok(())
+    };
+    copied().with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    Ok(to.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use super::*;
+
+    #[test]
+    fn a_copy_has_the_same_bytes_and_takes_no_more_space() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = dir.path().join("from");
+        let file = File::create(&from).unwrap();
+        file.set_len(8 << 20).unwrap();
+        file.write_all_at(b"here", 1 << 20).unwrap();
+        file.write_all_at(b"and there", 5 << 20).unwrap();
+        let to = copy(&from, &dir.path().join("to")).unwrap();
+        assert_eq!(std::fs::read(&from).unwrap(), std::fs::read(&to).unwrap());
+        assert!(std::fs::metadata(&to).unwrap().blocks() * 512 < 1 << 20);
+    }
+}
