@@ -84,7 +84,7 @@ const COLUMNS: [&str; 11] = [
 
 /// `cargo xtask bench net`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs, mut seconds, mut pci, mut only) = (Vec::new(), 7, 0.5, false, Vec::new());
+    let (mut peers, mut runs, mut seconds, mut pci, mut only) = (Vec::new(), 5, 1.0, false, Vec::new());
     while let Some(arg) = parser.next()? {
         match arg {
             Long("peer") => peers.push(peer(parser.value()?)?),
