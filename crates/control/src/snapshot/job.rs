@@ -159,7 +159,10 @@ impl Job {
             let elapsed = micros(self.began);
             match serde_json::from_slice(line) {
                 Ok(Line::Progress(done, total)) => self.progress = (done, total),
-                Ok(Line::Done) => self.end = Some(End::Done(elapsed)),
+                Ok(Line::Done) => {
+                    self.progress.0 = self.progress.1;
+                    self.end = Some(End::Done(elapsed));
+                }
                 Ok(Line::Cancelled) => self.end = Some(End::Cancelled(elapsed)),
                 Ok(Line::Failed(error)) => self.end = Some(End::Failed(elapsed, error)),
                 Err(_) => {}
