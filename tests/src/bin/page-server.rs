@@ -1,0 +1,94 @@
+//! A page server as they are written for Firecracker: it answers the page faults of a restored guest from its memory file.
+//!
+//! `page-server SOCKET IMAGE FAULTS` answers that many faults and ends; `all` answers them until the monitor is gone, `none` accepts the connection and
+//! does nothing more. It says `LISTENING` when it does.
+
+use std::fs::File;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use serde_json::Value;
+
+const PAGE: u64 = 4096;
+const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
+/// `UFFDIO_COPY` of linux/userfaultfd.h.
+const UFFDIO_COPY: libc::Ioctl = 0xc028_aa03;
+
+/// `struct uffd_msg`.
+#[repr(C)]
+#[derive(Default)]
+struct Message {
+    event: u8,
+    reserved: [u8; 7],
+    args: [u64; 3],
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [socket, image, faults] = args.as_slice() else { bail!("page-server SOCKET IMAGE FAULTS") };
+    let image = File::open(image).with_context(|| image.clone())?;
+    let listener = UnixListener::bind(socket).with_context(|| socket.clone())?;
+    println!("LISTENING");
+    let (stream, _) = listener.accept()?;
+    if faults == "none" {
+        // Until the monitor is gone, or somebody ends this process.
+        poll(&mut [PollFd::new(&stream, PollFlags::RDHUP)], None)?;
+        return Ok(());
+    }
+    let mut bytes = vec![0; 64 << 10];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let got = recvmsg(&stream, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let Some(RecvAncillaryMessage::ScmRights(mut fds)) = ancillary.drain().next() else {
+        bail!("no userfaultfd came with the message")
+    };
+    let userfault = fds.next().context("no userfaultfd came with the message")?;
+    let regions: Vec<Value> = serde_json::from_slice(&bytes[..got.bytes])?;
+    let mut left = if faults == "all" { u64::MAX } else { faults.parse()? };
+    while left > 0 {
+        let mut ready = [PollFd::new(&userfault, PollFlags::IN), PollFd::new(&stream, PollFlags::RDHUP)];
+        poll(&mut ready, None)?;
+        if ready[0].revents().contains(PollFlags::IN) {
+            serve(&userfault, &image, &regions)?;
+            left -= 1;
+        } else if !ready[1].revents().is_empty() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Answers one event.
+fn serve(userfault: &OwnedFd, image: &File, regions: &[Value]) -> Result<()> {
+    let mut message = Message::default();
+    // SAFETY: the kernel writes one message, and the buffer is one.
+    let read = unsafe { libc::read(userfault.as_raw_fd(), (&raw mut message).cast(), size_of::<Message>()) };
+    if read != size_of::<Message>().cast_signed() || message.event != UFFD_EVENT_PAGEFAULT {
+        return Ok(());
+    }
+    let address = message.args[1] & !(PAGE - 1);
+    let field = |region: &Value, name: &str| region[name].as_u64().unwrap_or(0);
+    let inside = |region: &&Value| {
+        let base = field(region, "base_host_virt_addr");
+        (base..base + field(region, "size")).contains(&address)
+    };
+    let region = regions.iter().find(inside).context("a fault outside all regions")?;
+    let mut page = [0; PAGE as usize];
+    image
+        .read_exact_at(&mut page, field(region, "offset") + address - field(region, "base_host_virt_addr"))?;
+    let mut copy = [address, page.as_ptr() as u64, PAGE, 0, 0];
+    // SAFETY: the structure is five numbers, and the page that it names is alive.
+    let copied = unsafe { libc::ioctl(userfault.as_raw_fd(), UFFDIO_COPY, copy.as_mut_ptr()) };
+    let error = std::io::Error::last_os_error();
+    // Two vCPUs may have come to the same page.
+    if copied != 0 && error.raw_os_error() != Some(libc::EEXIST) {
+        return Err(error.into());
+    }
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! Guests whose memory comes from a page server, also from one that fails.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use vesta_tests::api::ApiClient;
+use vesta_tests::counting::{counts, sweeping, wait_for};
+use vesta_tests::guest::{SOON, vmm_path};
+use vesta_tests::process::die_with_parent;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+
+const SERVER: &str = env!("CARGO_BIN_EXE_page-server");
+
+/// A page server that is killed with this value.
+struct PageServer(Child);
+
+impl PageServer {
+    /// One that answers `faults` faults: a number, `all` or `none`.
+    fn start(dir: &Path, faults: &str) -> Result<(PageServer, PathBuf)> {
+        let socket = dir.join(format!("pages-{faults}.sock"));
+        let mut command = Command::new(SERVER);
+        command.arg(&socket).arg(dir.join("memory")).arg(faults).stdout(Stdio::piped());
+        let mut child = die_with_parent(&mut command).spawn().context("cannot run the page server")?;
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().context("it is a pipe")?).read_line(&mut line)?;
+        ensure!(line.trim() == "LISTENING", "{line}");
+        Ok((PageServer(child), socket))
+    }
+}
+
+impl Drop for PageServer {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A snapshot of a guest that looks at 1024 of its pages again and again, in `dir`.
+fn save(dir: &Path) -> Result<()> {
+    let (_vmm, mut api, _serial) = sweeping(&json!({}))?;
+    api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+    let body = json!({"snapshot_path": dir.join("state"), "mem_file_path": dir.join("memory")});
+    api.put("/snapshot/create", &body)?.ok().map(drop)
+}
+
+fn empty() -> Result<(Vmm, ApiClient, PathBuf)> {
+    let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
+    let mut api = vmm.ready_client(SOON)?;
+    let serial = vmm.dir().join("serial");
+    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
+    Ok((vmm, api, serial))
+}
+
+fn load(dir: &Path, kind: &str, path: &Path) -> Value {
+    json!({
+        "snapshot_path": dir.join("state"),
+        "mem_backend": {"backend_type": kind, "backend_path": path},
+        "resume_vm": true,
+    })
+}
+
+#[test]
+fn a_guest_goes_on_with_what_its_page_server_sends() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    save(home.path())?;
+    let (_server, socket) = PageServer::start(home.path(), "all")?;
+    let (_vmm, mut api, serial) = empty()?;
+    api.put("/snapshot/load", &load(home.path(), "Uffd", &socket))?.ok()?;
+    // It says a number only if all its pages are right.
+    ensure!(counts(&wait_for(&serial, 5)?));
+    let refused = api.put("/fork", &json!({"children": [{"id": "a"}]}))?;
+    ensure!(refused.status == 400 && refused.fault().contains("page server"), "{refused:?}");
+    Ok(())
+}
+
+#[test]
+fn a_page_server_that_ends_ends_the_guest_and_the_log_says_so() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    save(home.path())?;
+    let (_server, socket) = PageServer::start(home.path(), "200")?;
+    let (mut vmm, mut api, _serial) = empty()?;
+    api.put("/snapshot/load", &load(home.path(), "Uffd", &socket))?.ok()?;
+    let (code, said) = vmm.finish(SOON)?;
+    ensure!(code == 1 && said.contains("the page server has ended"), "{code} {said}");
+    Ok(())
+}
+
+#[test]
+fn a_page_server_that_is_not_there_or_never_answers_is_refused_and_another_load_works() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    save(home.path())?;
+    let (_vmm, mut api, serial) = empty()?;
+    let refused = api.put("/snapshot/load", &load(home.path(), "Uffd", Path::new("/nowhere/pages.sock")))?;
+    ensure!(refused.status == 400 && refused.fault().contains("/nowhere/pages.sock"), "{refused:?}");
+    let (_server, socket) = PageServer::start(home.path(), "none")?;
+    let refused = api.put("/snapshot/load", &load(home.path(), "Uffd", &socket))?;
+    ensure!(refused.status == 400 && refused.fault().contains("pages-none.sock"), "{refused:?}");
+    api.put("/snapshot/load", &load(home.path(), "File", &home.path().join("memory")))?.ok()?;
+    ensure!(counts(&wait_for(&serial, 5)?));
+    Ok(())
+}
