@@ -174,9 +174,10 @@ impl NetGuest {
     /// The next frame that came to pair `pair`.
     pub(super) fn received_on(&mut self, pair: usize) -> Option<Came> {
         let mut bytes = Vec::new();
-        let mut wanted = 1;
+        // Not known before the header is there, which small buffers have parts of.
+        let mut wanted = None;
         let mut buffers = 0;
-        while buffers < wanted {
+        while wanted.is_none_or(|wanted| buffers < wanted) {
             let used = self.queues[2 * pair].take_used();
             assert!(used.is_some() || buffers == 0, "all buffers of a frame come at once");
             let used = used?;
@@ -186,8 +187,8 @@ impl NetGuest {
             let mut part = vec![0; used.written as usize];
             self.guest.ram.memory().read_slice(&mut part, GuestAddress(addr)).unwrap();
             bytes.extend(part);
-            if buffers == 0 {
-                wanted = u16::from_le_bytes([bytes[10], bytes[11]]);
+            if wanted.is_none() && bytes.len() >= 12 {
+                wanted = Some(u16::from_le_bytes([bytes[10], bytes[11]]));
             }
             buffers += 1;
         }
