@@ -72,6 +72,11 @@ impl Plan {
         Ok(Plan(plan))
     }
 
+    /// The drives in it.
+    pub(crate) fn drive_ids(&self) -> Vec<String> {
+        self.0.iter().map(|(_, drive)| drive.drive_id.clone()).collect()
+    }
+
     /// Writes the plan into a configuration.
     pub(crate) fn apply(self, drives: &mut [Drive]) {
         for (at, drive) in self.0 {

@@ -44,7 +44,8 @@ impl<H: Host> Controller<H> {
             )));
         };
         self.sync_disks()?;
-        let (picture, taken) = self.picture(machine, create.snapshot_type, self.config.clone())?;
+        let (picture, taken) =
+            self.picture(machine, create.snapshot_type, self.config.clone(), Vec::new())?;
         let ram = machine.ram().clone();
         let written = picture
             .write(&ram, create, &())
@@ -85,8 +86,9 @@ impl<H: Host> Controller<H> {
             return Err(CommandError::new("there is no machine to save"));
         };
         let mut config = self.config.clone();
+        let fresh = saved.drive_ids();
         saved.apply(&mut config.drives);
-        let (picture, taken) = self.picture(machine, create.snapshot_type, config)?;
+        let (picture, taken) = self.picture(machine, create.snapshot_type, config, fresh)?;
         let ram = machine.ram().clone();
         let put_back = taken.clone();
         let (job, worker) = job::pair(create, taken.map(|pages| (ram.clone(), pages)))
@@ -111,6 +113,7 @@ impl<H: Host> Controller<H> {
         machine: &Paused,
         kind: SnapshotType,
         config: FullVmConfig,
+        fresh_overlays: Vec<String>,
     ) -> Result<(Picture, Option<PageSet>), CommandError> {
         let state = machine.save().map_err(CommandError::new)?;
         // Also for a Full snapshot: the next Diff is on top of this one.
@@ -120,7 +123,8 @@ impl<H: Host> Controller<H> {
             (SnapshotType::Diff, Some(taken)) => Some(taken.clone()),
             (SnapshotType::Diff, None) => Some(machine.ram().own_pages().map_err(CommandError::new)?),
         };
-        let config = SavedConfig { config, pci: self.platform.pci, id: self.identity.id.clone() };
+        let config =
+            SavedConfig { config, pci: self.platform.pci, id: self.identity.id.clone(), fresh_overlays };
         let created_by = format!("{} {}", self.identity.app_name, self.identity.version);
         Ok((Picture { config, machine: state, created_by, pages }, taken))
     }

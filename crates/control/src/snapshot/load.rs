@@ -130,6 +130,7 @@ impl Saved {
             }
         }
         check_drives(&config.drives)?;
+        self.check_overlays(load, &config)?;
         config.vsock = match (&config.vsock, &load.vsock_override, &here.vsock) {
             (Some(saved), Some(by), _) => Some(saved.overridden(by)),
             // PUT /vsock before a load says where the device's sockets are.
@@ -142,6 +143,25 @@ impl Saved {
         override_networks(&mut config.network_interfaces, &load.network_overrides)?;
         check_networks(&config.network_interfaces)?;
         Ok(config)
+    }
+
+    /// An overlay that held the guest's writes must be there: one that was made anew would be another disk.
+    fn check_overlays(&self, load: &SnapshotLoad, config: &FullVmConfig) -> Result<(), CommandError> {
+        for drive in &config.drives {
+            let Some(overlay) = &drive.overlay else { continue };
+            let id = &drive.drive_id;
+            let given = load.drives.iter().any(|by| by.drive_id == *id && by.overlay.is_some());
+            if given || self.config.fresh_overlays.contains(id) {
+                continue;
+            }
+            if !std::fs::metadata(&overlay.path).is_ok_and(|file| file.len() > 0) {
+                return Err(CommandError::new(format_args!(
+                    "drive {id}: its overlay {} is missing or empty",
+                    overlay.path.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The memory, and who sends it.

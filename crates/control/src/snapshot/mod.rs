@@ -42,6 +42,9 @@ pub struct SavedConfig {
     /// Its id when it was saved.
     #[serde(default)]
     pub id: String,
+    /// Drives whose overlay is to be made at a load, because the snapshot was live: its disks are a base that is only read.
+    #[serde(default)]
+    pub fresh_overlays: Vec<String>,
 }
 
 impl Section for SavedConfig {

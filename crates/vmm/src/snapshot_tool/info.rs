@@ -107,7 +107,7 @@ const LAST_YEAR_MS: u64 = 253_402_300_800_000;
 
 impl fmt::Display for MicroVm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let MicroVm { config: SavedConfig { config, pci, id }, image, machine, memory } = self;
+        let MicroVm { config: SavedConfig { config, pci, id, .. }, image, machine, memory } = self;
         let mib = |bytes: u64| bytes >> 20;
         writeln!(f, "id              {id}")?;
         write!(f, "vCPUs           {}", config.machine_config.vcpu_count)?;
