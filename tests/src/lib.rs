@@ -5,6 +5,7 @@
 //! - [`load`]: what the benchmarks' load generator is asked for, and answers; [`net_load`]: the same for networks.
 //! - [`snapshots`]: saving guests, and going on with them in other monitors.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
+//! - [`process`]: processes that nobody else waits for; [`said`]: what guests wrote to files.
 //! - [`stalls`]: how far the host's time can be relied on.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
 //! - [`host_net`]: networks of the host, and guests on them; [`traffic`]: what they send.
@@ -26,6 +27,7 @@ pub mod modules;
 pub mod net_load;
 pub mod pattern;
 pub mod process;
+pub mod said;
 pub mod snapshots;
 pub mod stalls;
 pub mod traffic;

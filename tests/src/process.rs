@@ -4,9 +4,10 @@ use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde_json::Value;
 
 /// Makes the command's process end when the thread that starts it does, however that ends.
 ///
@@ -36,24 +37,39 @@ impl Orphans {
         Orphans(pids.iter().filter_map(open).collect())
     }
 
+    /// The children in the answer to a `PUT /fork`, all of which must have begun.
+    pub fn of_fork(reply: &Value) -> Result<Orphans> {
+        let children = reply["children"].as_array().context("children")?;
+        let pids: Vec<_> = children.iter().filter_map(|child| child["pid"].as_u64()).collect();
+        ensure!(pids.len() == children.len(), "not all began: {reply}");
+        Ok(Orphans::of(&pids))
+    }
+
     /// How many of them still run.
     pub fn running(&self) -> Result<usize> {
         let mut running = 0;
         for pidfd in &self.0 {
-            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-            if poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now))? == 0 {
-                running += 1;
-            }
+            running += usize::from(!has_ended(pidfd, Duration::ZERO)?);
         }
         Ok(running)
+    }
+
+    /// Waits until all of them have ended by themselves.
+    pub fn wait(mut self, patience: Duration) -> Result<()> {
+        for (at, pidfd) in self.0.iter().enumerate() {
+            if !has_ended(pidfd, patience)? {
+                bail!("process {at} of {} still runs", self.0.len());
+            }
+        }
+        self.0.clear();
+        Ok(())
     }
 
     /// Kills them, and waits until they are gone.
     pub fn kill(mut self, patience: Duration) -> Result<()> {
         for pidfd in std::mem::take(&mut self.0) {
             kill(&pidfd);
-            let limit = Timespec::try_from(patience).context("the time limit")?;
-            if poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit))? == 0 {
+            if !has_ended(&pidfd, patience)? {
                 bail!("a killed process is still there");
             }
         }
@@ -62,12 +78,65 @@ impl Orphans {
 }
 
 impl Drop for Orphans {
+    /// Whoever looks afterwards is to find none of them: a process takes a while to die.
     fn drop(&mut self) {
         self.0.iter().for_each(kill);
+        for pidfd in &self.0 {
+            // One that does not die is found by the test runner.
+            let _ = has_ended(pidfd, DYING);
+        }
     }
+}
+
+/// How long a killed process may take to be gone.
+const DYING: Duration = Duration::from_secs(20);
+
+fn has_ended(pidfd: &OwnedFd, patience: Duration) -> Result<bool> {
+    let limit = Timespec::try_from(patience).context("the time limit")?;
+    Ok(poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&limit))? > 0)
 }
 
 fn kill(pidfd: &OwnedFd) {
     // It may have ended by itself.
     let _ = pidfd_send_signal(pidfd, Signal::KILL);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::path::Path;
+    use std::process::Stdio;
+
+    use super::*;
+
+    /// A process that is nobody's child here: its parent has ended.
+    fn orphan(script: &str) -> u64 {
+        let mut shell = Command::new("/bin/sh");
+        shell.arg("-c").arg(format!("{{ {script}; }} >/dev/null & echo $!")).process_group(0);
+        let output = shell.stderr(Stdio::null()).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
+    }
+
+    /// Whether it is there and not a zombie that waits for its parent.
+    fn lives(pid: u64) -> bool {
+        let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat"));
+        stat.is_ok_and(|stat| !stat.contains(") Z "))
+    }
+
+    #[test]
+    fn dropped_orphans_are_gone_afterwards() {
+        let pid = orphan("exec sleep 1000");
+        assert!(lives(pid));
+        drop(Orphans::of(&[pid]));
+        assert!(!lives(pid));
+    }
+
+    #[test]
+    fn orphans_that_end_by_themselves_are_waited_for_and_others_are_an_error() {
+        let pid = orphan("true");
+        Orphans::of(&[pid]).wait(DYING).unwrap();
+        let pid = orphan("exec sleep 1000");
+        assert!(Orphans::of(&[pid]).wait(Duration::from_millis(1)).is_err());
+        assert!(!lives(pid));
+    }
 }

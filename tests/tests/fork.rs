@@ -1,47 +1,16 @@
 //! Forks of Linux guests: children and parent go on from the same moment, each with a past and disks of its own.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::Path;
-use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
+use anyhow::ensure;
+use serde_json::json;
 use vesta_tests::disks::{DiskGuest, disk, drive, said, with};
 use vesta_tests::guest::{BOOT, SOON};
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
+use vesta_tests::said::{wait_for_text, word};
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
-
-/// Waits until a child's serial output has `text` in it; all of it.
-fn wait_for_text(file: &Path, text: &str) -> Result<String> {
-    let deadline = Instant::now() + BOOT;
-    loop {
-        let said = fs::read_to_string(file).unwrap_or_default();
-        if said.contains(text) {
-            return Ok(said);
-        }
-        if Instant::now() > deadline {
-            bail!("it did not say {text}; it said:\n{said}");
-        }
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-}
-
-/// The pids in the answer to a fork.
-fn orphans(reply: &Value) -> Result<Orphans> {
-    let children = reply["children"].as_array().context("children")?;
-    let pids: Vec<_> = children.iter().filter_map(|child| child["pid"].as_u64()).collect();
-    ensure!(pids.len() == children.len(), "{reply}");
-    Ok(Orphans::of(&pids))
-}
-
-/// What follows `mark` on its line.
-fn word<'a>(said: &'a str, mark: &str) -> Result<&'a str> {
-    let rest = said.lines().find_map(|line| line.split(mark).nth(1));
-    Ok(rest.with_context(|| format!("no {mark} in:\n{said}"))?.trim())
-}
 
 on_each_transport! {
     /// Raw disks and overlays, through both engines, forked twice in the middle of writes that are read back.
@@ -73,21 +42,21 @@ on_each_transport! {
             });
             let bodies: Vec<_> = bodies.collect();
             let reply = api.put("/fork", &json!({"children": bodies}))?.ok()?.json()?;
-            // They end by themselves, and are killed if this test fails before.
-            alive.push(orphans(&reply)?);
+            alive.push(Orphans::of_fork(&reply)?);
         }
         let parent = said(&mut vmm)?;
         ensure!(parent.contains("VERIFIED vda") && parent.contains("VERIFIED vdb"), "{parent}");
         ensure!(word(&parent, "RESEEDED")? == "0", "the parent is the same guest as before: {parent}");
         let mut random = BTreeSet::from([word(&parent, "RANDOM")?.to_owned()]);
         for child in &children {
-            let said = wait_for_text(child, "LAST")?;
+            let said = wait_for_text(child, "LAST", BOOT)?;
             ensure!(said.contains("VERIFIED vda") && said.contains("VERIFIED vdb"), "{said}");
             ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
             ensure!(word(&said, "RESEEDED")? != "0", "{said}");
             random.insert(word(&said, "RANDOM")?.to_owned());
         }
         ensure!(random.len() == 5, "random numbers are repeated: {random:?}");
+        alive.into_iter().try_for_each(|children| children.wait(SOON))?;
         Ok(())
     }
 }

@@ -34,9 +34,7 @@ fn children_and_parent_go_on_independently_from_the_same_moment() -> Result<()> 
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let reply = fork(&mut api, &[child(dir, "a"), child(dir, "b")])?;
-    let pids: Vec<_> =
-        reply["children"].as_array().context("children")?.iter().filter_map(|c| c["pid"].as_u64()).collect();
-    let orphans = Orphans::of(&pids);
+    let orphans = Orphans::of_fork(&reply)?;
     let parent = wait_for(&serial, 10)?;
     assert!(counts(&parent) && parent[0] == 0);
     let mut firsts = Vec::new();
@@ -48,7 +46,7 @@ fn children_and_parent_go_on_independently_from_the_same_moment() -> Result<()> 
     }
     assert_eq!(firsts[0], firsts[1], "both begin at the same moment");
     // Killing one leaves the others.
-    Orphans::of(&pids[..1]).kill(SOON)?;
+    Orphans::of(&[reply["children"][0]["pid"].as_u64().context("a pid")?]).kill(SOON)?;
     wait_for(&dir.join("b.serial"), 10)?;
     wait_for(&serial, 10)?;
     drop(vmm);
@@ -65,7 +63,7 @@ fn a_fork_of_a_fork_works_and_a_paused_one_stays_paused() -> Result<()> {
     let mut orphans = Vec::new();
     for id in ["one", "two", "three"] {
         let reply = fork(&mut api, &[child(dir, id)])?;
-        orphans.push(Orphans::of(&[reply["children"][0]["pid"].as_u64().context("a pid")?]));
+        orphans.push(Orphans::of_fork(&reply)?);
         api = client(dir, id);
         let said = wait_for(&dir.join(format!("{id}.serial")), 300)?;
         assert!(counts(&said), "{id}");
@@ -74,7 +72,7 @@ fn a_fork_of_a_fork_works_and_a_paused_one_stays_paused() -> Result<()> {
     let mut still = child(dir, "still");
     still["resume"] = json!(false);
     let reply = fork(&mut api, &[still])?;
-    orphans.push(Orphans::of(&[reply["children"][0]["pid"].as_u64().context("a pid")?]));
+    orphans.push(Orphans::of_fork(&reply)?);
     let mut still = client(dir, "still");
     assert_eq!(api.get("/")?.json()?["state"], json!("Paused"));
     assert_eq!(still.get("/")?.json()?["state"], json!("Paused"));
@@ -91,10 +89,7 @@ fn fifty_children_of_one_call_all_begin() -> Result<()> {
     let dir = home.path();
     let children: Vec<_> = (0..50).map(|n| child(dir, &format!("c{n}"))).collect();
     let reply = fork(&mut api, &children)?;
-    let pids: Vec<_> =
-        reply["children"].as_array().context("children")?.iter().filter_map(|c| c["pid"].as_u64()).collect();
-    let orphans = Orphans::of(&pids);
-    assert_eq!(pids.len(), 50, "{reply}");
+    let orphans = Orphans::of_fork(&reply)?;
     for n in 0..50 {
         assert!(counts(&wait_for(&dir.join(format!("c{n}.serial")), 1)?), "c{n}");
     }

@@ -11,6 +11,7 @@ use vesta_tests::disks::{DiskGuest, disk, drive, said, with};
 use vesta_tests::guest::{BOOT, SOON, Transport};
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
+use vesta_tests::said::{wait_for_text, word};
 use vesta_tests::snapshots::{Files, copy, empty, go_on, pause};
 use vesta_tests::vmm::Vmm;
 
@@ -129,12 +130,6 @@ fn all_is_right(said: &str) -> Result<()> {
     Ok(())
 }
 
-/// What follows `mark` on its line.
-fn word<'a>(said: &'a str, mark: &str) -> Result<&'a str> {
-    let rest = said.lines().find_map(|line| line.split(mark).nth(1));
-    Ok(rest.with_context(|| format!("no {mark} in:\n{said}"))?.trim())
-}
-
 /// Saves the guest and ends its monitor, so that its disks stay as they were.
 fn save_and_kill(vmm: Vmm, files: &Files, kind: &str) -> Result<()> {
     let mut api = vmm.ready_client(SOON)?;
@@ -213,7 +208,7 @@ on_each_transport! {
             let serial = home.path().join(format!("serial-{name}"));
             let child = json!({"id": format!("child-{name}"), "serial": {"serial_out_path": serial}});
             let reply = api.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
-            orphans.push(Orphans::of(&[reply["children"][0]["pid"].as_u64().context("a pid")?]));
+            orphans.push(Orphans::of_fork(&reply)?);
             serials.push(serial);
             if name == "one" {
                 let said = ends_well(vmm, &copies)?;
@@ -226,13 +221,13 @@ on_each_transport! {
             }
         }
         for serial in &serials {
-            let said = wait_for_text(serial, "LAST")?;
+            let said = wait_for_text(serial, "LAST", BOOT)?;
             all_is_right(&said)?;
             ensure!(word(&said, "RESEEDED")? == "2", "{said}");
             random.insert(word(&said, "RANDOM")?.to_owned());
         }
         ensure!(random.len() == 3, "random numbers are repeated: {random:?}");
-        Ok(())
+        orphans.into_iter().try_for_each(|child| child.wait(SOON))
     }
 
     fn a_disk_that_is_missing_at_a_load_is_named_and_the_next_try_works(transport) {
@@ -289,19 +284,6 @@ fn clock_behind(vmm: &Vmm) -> Result<f64> {
     let line = vmm.stdout.wait_for_after(vmm.stdout.len(), "END", BOOT)?;
     let said: f64 = word(&line.text, "DATE ")?.trim_end_matches("END").trim().parse()?;
     Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64() - said)
-}
-
-/// Waits until a child's serial output has `text` in it; all of it.
-fn wait_for_text(file: &Path, text: &str) -> Result<String> {
-    let deadline = std::time::Instant::now() + BOOT;
-    loop {
-        let said = fs::read_to_string(file).unwrap_or_default();
-        if said.contains(text) {
-            return Ok(said);
-        }
-        ensure!(std::time::Instant::now() < deadline, "it did not say {text}; it said:\n{said}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 #[test]

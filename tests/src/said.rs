@@ -1,0 +1,29 @@
+//! What guests said, where it was not read as it came: in files that serial ports lead to.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+/// How often a file is looked at: nobody tells that something was written to it.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+
+/// Waits until the file has `text` in it; all that it has then.
+pub fn wait_for_text(file: &Path, text: &str, patience: Duration) -> Result<String> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let said = fs::read_to_string(file).unwrap_or_default();
+        if said.contains(text) {
+            return Ok(said);
+        }
+        ensure!(Instant::now() < deadline, "{} does not say {text}; it says:\n{said}", file.display());
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// What follows `mark` on its line.
+pub fn word<'a>(said: &'a str, mark: &str) -> Result<&'a str> {
+    let rest = said.lines().find_map(|line| line.split(mark).nth(1));
+    Ok(rest.with_context(|| format!("no {mark} in:\n{said}"))?.trim())
+}
