@@ -33,7 +33,7 @@ cargo xtask COMMAND
   bench io [--peer NAME=PATH]... [--runs N] [--seconds S] [--disk FILE] [--pci] [--workload W]... [--only NAME]...
         Measures disks in a guest, beside the same disks without one; overwrites FILE.
   bench snapshot [--peer NAME=PATH]... [--runs N]
-        Measures saving, restoring, cloning and forking guests of a few instructions.
+        Measures saving, restoring, cloning and forking: guests of a few instructions, and Linux until it answers.
   bench vsock [--peer NAME=PATH]... [--runs N]
         Measures round trips and throughput between host and guest.
   bench net [--peer NAME=PATH]... [--runs N] [--seconds S] [--pci] [--only NAME]...

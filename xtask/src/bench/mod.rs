@@ -8,6 +8,7 @@ mod boot;
 mod io;
 mod measure;
 mod net;
+mod serving_guest;
 mod snapshot;
 mod table;
 mod vsock;

@@ -1,0 +1,268 @@
+//! Linux guests: how long until a program in the guest answers its first request.
+//!
+//! The request is one byte through vsock, which the guest's program sends back. All ways to a guest that answers are measured beside each
+//! other: a boot, a restore in a new process, a child of a fork.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use vesta_tests::api::ApiClient;
+use vesta_tests::process::Orphans;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+use vesta_tests::vsock::{connect, port};
+
+use super::{FEWEST_RUNS, Orders, PATIENCE, all_at_once, ms, pause, private_kib, rows};
+use crate::bench::Monitor;
+use crate::bench::serving_guest::{SERVING, ServingGuest};
+use crate::bench::table::{Row, markdown};
+
+/// Where the guest's sockets are, in the directory of each monitor: clones need no override.
+const SOCKET: &str = "v.sock";
+/// The children's.
+const CHILDS_SOCKET: &str = "child.sock";
+/// How many clones are made at once.
+const CLONES: [usize; 2] = [10, 50];
+
+/// A way to a guest that answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Boot,
+    Load,
+    /// Pages that the first restore came to are read ahead of the guest.
+    Prefetch,
+    /// `--restore`: nothing is asked of the API.
+    Flag,
+    Fork,
+}
+
+impl Way {
+    /// Those that every monitor has, and then our own.
+    const ALL: [Way; 5] = [Way::Boot, Way::Load, Way::Prefetch, Way::Flag, Way::Fork];
+    const OF_PEERS: [Way; 2] = [Way::Boot, Way::Load];
+
+    fn name(self) -> &'static str {
+        match self {
+            Way::Boot => "boot",
+            Way::Load => "PUT /snapshot/load",
+            Way::Prefetch => "PUT /snapshot/load, prefetch",
+            Way::Flag => "--restore",
+            Way::Fork => "child of PUT /fork",
+        }
+    }
+}
+
+/// One guest that has answered.
+#[derive(Debug, Default)]
+struct Sample {
+    /// From the process's start; none for a fork.
+    spawn_ms: Option<f64>,
+    /// From the request that makes it run; none where there is none.
+    call_ms: Option<f64>,
+    own_kib: f64,
+}
+
+/// A monitor under test, with a snapshot of its own making and a guest that is forked.
+struct Contestant<'a> {
+    monitor: &'a Monitor,
+    guest: &'a ServingGuest,
+    state: PathBuf,
+    memory: PathBuf,
+    /// It stands still but while it is forked.
+    parent: Vmm,
+}
+
+impl<'a> Contestant<'a> {
+    fn prepare(monitor: &'a Monitor, guest: &'a ServingGuest, dir: &Path) -> Result<Contestant<'a>> {
+        let (parent, mut api, _) = boot(monitor, guest)?;
+        let path = |part: &str| dir.join(format!("linux-{}.{part}", monitor.name));
+        let (state, memory) = (path("state"), path("memory"));
+        pause(&mut api)?;
+        api.put("/snapshot/create", &json!({"snapshot_path": state, "mem_file_path": memory}))?.ok()?;
+        Ok(Contestant { monitor, guest, state, memory, parent })
+    }
+
+    fn load_body(&self, way: Way) -> Value {
+        let mut body = json!({
+            "snapshot_path": self.state,
+            "mem_backend": {"backend_type": "File", "backend_path": self.memory},
+            "resume_vm": true,
+        });
+        if way == Way::Prefetch {
+            body["prefetch"] = json!(true);
+        }
+        body
+    }
+
+    fn load(&self, vmm: &Vmm, way: Way) -> Result<Instant> {
+        let mut api = vmm.ready_client(PATIENCE)?;
+        let asked = Instant::now();
+        api.put("/snapshot/load", &self.load_body(way))?.ok()?;
+        Ok(asked)
+    }
+
+    /// The first restore with prefetching writes down which pages the guest comes to.
+    fn record(&self) -> Result<()> {
+        let vmm = VmmBuilder::new(&self.monitor.path)?.quiet().with_api().spawn()?;
+        self.load(&vmm, Way::Prefetch)?;
+        answer(&vmm.dir().join(SOCKET))?;
+        let mut written = self.memory.clone().into_os_string();
+        written.push(".working-set");
+        let deadline = Instant::now() + PATIENCE;
+        while !Path::new(&written).exists() {
+            if Instant::now() > deadline {
+                bail!("no working set is recorded in {}", Path::new(&written).display());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    fn sample(&self, way: Way) -> Result<Sample> {
+        match way {
+            Way::Boot => {
+                let (vmm, _, asked) = boot(self.monitor, self.guest)?;
+                answered(&vmm, Some(asked))
+            }
+            Way::Load | Way::Prefetch => {
+                let vmm = VmmBuilder::new(&self.monitor.path)?.quiet().with_api().spawn()?;
+                let asked = self.load(&vmm, way)?;
+                answered(&vmm, Some(asked))
+            }
+            Way::Flag => {
+                let vmm = VmmBuilder::new(&self.monitor.path)?.quiet().with_api();
+                let vmm = vmm.arg("--restore").arg(&self.state).arg("--memory").arg(&self.memory).spawn()?;
+                answered(&vmm, None)
+            }
+            Way::Fork => self.fork(),
+        }
+    }
+
+    fn fork(&self) -> Result<Sample> {
+        let mut api = self.parent.ready_client(PATIENCE)?;
+        api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+        let socket = self.parent.dir().join(CHILDS_SOCKET);
+        let body = json!({"children": [{"id": "child", "vsock_override": {"uds_path": socket}}]});
+        let asked = Instant::now();
+        let reply = api.put("/fork", &body)?.ok()?.json()?;
+        let orphan = Orphans::of_fork(&reply)?;
+        answer(&socket)?;
+        let call_ms = Some(ms(asked.elapsed()));
+        let pid = reply["children"][0]["pid"].as_u64().context("a pid")?;
+        let own_kib = private_kib(pid)?;
+        pause(&mut api)?;
+        orphan.kill(PATIENCE)?;
+        // Killed, it leaves its socket behind.
+        fs::remove_file(&socket)?;
+        Ok(Sample { spawn_ms: None, call_ms, own_kib })
+    }
+
+    fn clean_up(&self) {
+        let mut working_set = self.memory.clone().into_os_string();
+        working_set.push(".working-set");
+        for path in [&self.state, &self.memory, Path::new(&working_set)] {
+            // Not all have been made.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// A guest that serves, and when it was told to start.
+fn boot(monitor: &Monitor, guest: &ServingGuest) -> Result<(Vmm, ApiClient, Instant)> {
+    let vmm = VmmBuilder::new(&monitor.path)?.quiet().with_api().spawn()?;
+    let mut api = vmm.ready_client(PATIENCE)?;
+    guest.guest().put(&mut api)?;
+    api.put("/vsock", &json!({"guest_cid": 3, "uds_path": SOCKET}))?.ok()?;
+    let asked = Instant::now();
+    api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
+    vmm.wait_for_output(SERVING, PATIENCE)?;
+    Ok((vmm, api, asked))
+}
+
+fn answered(vmm: &Vmm, asked: Option<Instant>) -> Result<Sample> {
+    answer(&vmm.dir().join(SOCKET))?;
+    Ok(Sample {
+        spawn_ms: Some(ms(vmm.started().elapsed())),
+        call_ms: asked.map(|asked| ms(asked.elapsed())),
+        own_kib: private_kib(vmm.pid().into())?,
+    })
+}
+
+/// One byte there and back, as soon as the socket is there.
+fn answer(socket: &Path) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    // Nobody tells when it appears.
+    while !socket.exists() {
+        if Instant::now() > deadline {
+            bail!("{} does not appear", socket.display());
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    let mut stream = connect(socket, port::ECHO)?;
+    let mut byte = [7];
+    stream.write_all(&byte)?;
+    Ok(stream.read_exact(&mut byte)?)
+}
+
+/// Prints the tables.
+pub(super) fn tables(orders: &Orders, guest: &ServingGuest) -> Result<()> {
+    let prepare = |monitor| Contestant::prepare(monitor, guest, &orders.dir);
+    let contestants = orders.monitors.iter().map(prepare).collect::<Result<Vec<_>>>()?;
+    let measured = first_answers(orders, &contestants).and_then(|()| clones(&contestants));
+    contestants.iter().for_each(Contestant::clean_up);
+    measured
+}
+
+fn first_answers(orders: &Orders, contestants: &[Contestant<'_>]) -> Result<()> {
+    let mut turns: Vec<(&Contestant<'_>, Way, Row)> = Vec::new();
+    for (at, contestant) in contestants.iter().enumerate() {
+        let ways: &[Way] = if at == 0 { &Way::ALL } else { &Way::OF_PEERS };
+        for way in ways {
+            let name = format!("{}: {}", contestant.monitor.name, way.name());
+            turns.push((contestant, *way, Row { name, samples: vec![Vec::new(); 3] }));
+        }
+    }
+    contestants[0].record()?;
+    // One round first that does not count: it brings files into the page cache.
+    for round in 0..=orders.runs {
+        for (contestant, way, row) in &mut turns {
+            let sample = contestant.sample(*way).with_context(|| row.name.clone())?;
+            if round > 0 {
+                row.samples[0].extend(sample.spawn_ms);
+                row.samples[1].extend(sample.call_ms);
+                row.samples[2].push(sample.own_kib);
+            }
+        }
+    }
+    println!("## The first request that the guest answers\n");
+    let columns =
+        ["spawn to answer, ms", "call (InstanceStart, load, fork) to answer, ms", "own memory then, KiB"];
+    let rows: Vec<Row> = turns.into_iter().map(|(_, _, row)| row).collect();
+    println!("{}", markdown(&columns, &rows));
+    Ok(())
+}
+
+fn clones(contestants: &[Contestant<'_>]) -> Result<()> {
+    for count in CLONES {
+        let mut rows = rows(contestants.iter().map(|contestant| contestant.monitor.name.as_str()), 2);
+        for _ in 0..FEWEST_RUNS {
+            for (contestant, row) in contestants.iter().zip(&mut rows) {
+                let began = Instant::now();
+                let clones = all_at_once(&contestant.monitor.path, count, |clone| {
+                    contestant.load(clone, Way::Load)?;
+                    answer(&clone.dir().join(SOCKET))
+                })?;
+                row.samples[0].push(ms(began.elapsed()));
+                for clone in &clones {
+                    row.samples[1].push(private_kib(clone.pid().into())?);
+                }
+            }
+        }
+        println!("## Clones: {count} at once\n");
+        println!("{}", markdown(&["until all have answered, ms", "own memory of each, KiB"], &rows));
+    }
+    Ok(())
+}
