@@ -3,11 +3,10 @@
 //! Two tables, each on the host that says most: the null guest where `/dev/kvm` opens at all (a software KVM runs it
 //! at native speed), Linux where unmodified kernels run.
 
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::path::PathBuf;
+use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_tests::elf::null_guest;
@@ -16,10 +15,10 @@ use vesta_tests::initramfs::Initramfs;
 
 use super::measure::{INIT, Life, Sign, life};
 use super::table::{Row, markdown};
-use super::{Monitor, MonitorKind, describe, peer};
+use super::{Monitor, MonitorKind, check_runs, describe, files, kind_for_null_guests, on_host, peer, today};
 use crate::host::emulated::Emulated;
-use crate::host::{self, Job, Kind, Outcome};
-use crate::process::{output, root, say};
+use crate::host::{self, Outcome};
+use crate::process::say;
 use crate::test::build_vmm;
 use crate::{apt, kernels};
 
@@ -50,21 +49,15 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if runs < FEWEST_RUNS {
-        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
-    }
+    check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm");
     let vmm = build_vmm(true)?;
     let mut monitors = vec![Monitor::api("vesta", vmm)];
     monitors.extend(peers);
-    // Beside the binaries: a place that an emulated host shares.
-    let program = std::env::current_exe()?;
-    let dir = program.parent().context("this program is in no directory")?.join("bench");
-    std::fs::create_dir_all(&dir)?;
+    let dir = files()?;
 
     let (kind, why) = host::choose()?;
-    let kvm_opens = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    let null_kind = if kvm_opens { Kind::Native } else { kind };
+    let null_kind = kind_for_null_guests(kind);
     let kernel = dir.join("null-guest");
     std::fs::write(&kernel, null_guest().bytes())?;
     println!(
@@ -72,7 +65,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         describe(null_kind, &why)
     );
     let orders = Orders { monitors: monitors.clone(), runs, guest: GuestFiles::Null { kernel } };
-    let null = on_host(null_kind, &orders, &dir)?;
+    let null = on_host(null_kind, "bench-inner", &orders, &Emulated::default())?;
 
     let (kernel, name) = match kernels::tuned()? {
         Some(kernel) => (kernel, "the tuned 6.12 kernel"),
@@ -91,11 +84,10 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }));
     println!("\n## Linux ({name}, initramfs with busybox; 128 MiB, 1 vCPU), on {}\n", describe(kind, &why));
     let orders = Orders { monitors, runs, guest: GuestFiles::Linux { kernel: kernel.image, initrd } };
-    let linux = on_host(kind, &orders, &dir)?;
-    let date = output(Command::new("date").arg("--iso-8601"))?;
+    let linux = on_host(kind, "bench-inner", &orders, &Emulated::default())?;
     println!(
         "\n`cargo xtask bench boot`, {}: medians over {runs} interleaved runs, in brackets the least and",
-        date.trim()
+        today()?
     );
     println!(
         "the most. Resident memory: the sum of Rss in /proc/PID/smaps, without mappings as large as the guest's"
@@ -105,21 +97,9 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn on_host(kind: Kind, orders: &Orders, dir: &Path) -> Result<Outcome> {
-    let file = dir.join("orders");
-    std::fs::write(&file, serde_json::to_vec(orders)?)?;
-    let argv: [OsString; 3] = [std::env::current_exe()?.into(), "bench-inner".into(), file.into()];
-    let mut job = Job::here(argv.to_vec())?;
-    root().clone_into(&mut job.cwd);
-    let outcome = host::run(kind, &job, &Emulated::default())?;
-    outcome.report();
-    Ok(outcome)
-}
-
 /// `bench-inner ORDERS`: runs on the host, and prints the table.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders = std::fs::read(PathBuf::from(parser.value()?))?;
-    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
+    let orders: Orders = super::orders(parser)?;
     let (guest, sign) = match &orders.guest {
         GuestFiles::Null { kernel } => (Guest::bare(kernel), Sign::FirstInstruction),
         GuestFiles::Linux { kernel, initrd } => {

@@ -11,20 +11,19 @@ mod disks;
 mod report;
 mod sample;
 
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_tests::load::Workload;
 
-use super::{Monitor, peer};
+use super::{Monitor, check_runs, check_seconds, files, on_host, peer, today};
 use crate::host::emulated::Emulated;
-use crate::host::{self, Job, Kind};
-use crate::process::{output, root, say};
+use crate::host::{self, Kind};
+use crate::process::say;
 use crate::test::{build_load, build_vmm};
 use crate::{apt, kernels};
 use contestant::{Contestant, Engine, GuestParts};
@@ -76,12 +75,8 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if runs < FEWEST_RUNS {
-        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
-    }
-    if !(0.05..=60.0).contains(&seconds) {
-        bail!("--seconds is {seconds}: it must be between 0.05 and 60");
-    }
+    check_runs(runs, FEWEST_RUNS)?;
+    check_seconds(seconds)?;
     if workloads.is_empty() {
         workloads = WORKLOADS.map(str::to_owned).into();
     }
@@ -96,10 +91,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if contestants.is_empty() {
         bail!("--only leaves nobody to measure");
     }
-    // Beside the binaries: a place that an emulated host shares.
-    let program = std::env::current_exe()?;
-    let dir = program.parent().context("this program is in no directory")?.join("bench");
-    std::fs::create_dir_all(&dir)?;
+    let dir = files()?;
     let (kind, why) = host::choose()?;
     let (kernel, kernel_name) = match kernels::tuned()? {
         Some(kernel) => (kernel, "the tuned 6.12 kernel"),
@@ -111,18 +103,22 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         busybox: kernels::busybox()?,
         load,
     };
-    let disks = DiskPlan { emulated: kind == Kind::Emulated, given: disk, dir: dir.clone() };
+    let disks = DiskPlan { emulated: kind == Kind::Emulated, given: disk, dir };
     let orders = Orders { contestants, runs, seconds, workloads, guest, disks };
     println!(
         "## Disks, as {kernel_name} with one vCPU and 128 MiB sees them, on {}\n",
         super::describe(kind, &why)
     );
-    let outcome = on_host(kind, &orders, &dir)?;
-    let date = output(Command::new("date").arg("--iso-8601"))?;
+    let mut emulated = Emulated { timeout: PATIENCE, pin: host::default_pin()?, ..Emulated::default() };
+    if kind == Kind::Emulated {
+        apt::ensure(&[("mkfs.ext4", "e2fsprogs")])?;
+        emulated.modules = vec!["null_blk".to_owned()];
+    }
+    let outcome = on_host(kind, "bench-io-inner", &orders, &emulated)?;
     println!(
         "\n`cargo xtask bench io`, {}: medians over {runs} interleaved rounds of {seconds} s for each workload, in brackets the\n\
          least and the most. Host CPU: what the monitor's threads used (guest code is part of its vCPU), from schedstat.",
-        date.trim()
+        today()?
     );
     Ok(outcome.report())
 }
@@ -143,24 +139,9 @@ fn contestants(load: &Path, vesta: &Monitor, peers: &[Monitor], pci: bool) -> Ve
     all
 }
 
-fn on_host(kind: Kind, orders: &Orders, dir: &Path) -> Result<host::Outcome> {
-    let mut emulated = Emulated { timeout: PATIENCE, pin: host::default_pin()?, ..Emulated::default() };
-    if kind == Kind::Emulated {
-        apt::ensure(&[("mkfs.ext4", "e2fsprogs")])?;
-        emulated.modules = vec!["null_blk".to_owned()];
-    }
-    let file = dir.join("io-orders");
-    std::fs::write(&file, serde_json::to_vec(orders)?)?;
-    let argv: [OsString; 3] = [std::env::current_exe()?.into(), "bench-io-inner".into(), file.into()];
-    let mut job = Job::here(argv.to_vec())?;
-    root().clone_into(&mut job.cwd);
-    host::run(kind, &job, &emulated)
-}
-
 /// `bench-io-inner ORDERS`: runs on the host, and prints the tables.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders = std::fs::read(PathBuf::from(parser.value()?))?;
-    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
+    let orders: Orders = super::orders(parser)?;
     let workloads: Vec<Workload> = orders.workloads.iter().map(|text| text.parse()).collect::<Result<_>>()?;
     let disks = Disks::make(&orders.disks)?;
     let setup = sample::Setup::new(&orders.guest, &disks, &workloads, orders.seconds)?;

@@ -8,7 +8,7 @@ use serde_json::json;
 use vesta_tests::guest::Guest;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-use super::{Monitor, MonitorKind};
+use super::{Monitor, MonitorKind, qemu};
 
 /// Longest wait for a station of a life.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -78,19 +78,7 @@ fn with_qemu(program: &Path, guest: &Guest, sign: Sign) -> Result<Life> {
     if sign != Sign::Init {
         bail!("QEMU has no boot timer");
     }
-    let mut builder = VmmBuilder::new(program)?.quiet();
-    for arg in
-        ["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config", "-no-reboot"]
-    {
-        builder = builder.arg(arg);
-    }
-    builder = builder.arg("-display").arg("none").arg("-serial").arg("stdio");
-    builder = builder.arg("-smp").arg(guest.vcpus.to_string()).arg("-m").arg(guest.mem_mib.to_string());
-    builder = builder.arg("-kernel").arg(&guest.kernel);
-    if let Some(initrd) = &guest.initrd {
-        builder = builder.arg("-initrd").arg(initrd);
-    }
-    let vmm = builder.arg("-append").arg(guest.boot_args.as_deref().unwrap_or_default()).spawn()?;
+    let vmm = qemu::microvm(VmmBuilder::new(program)?.quiet(), guest).spawn()?;
     let line = vmm.wait_for_line(INIT, PATIENCE)?;
     Ok(Life {
         spawn_to_sign_ms: Some(ms(line.at - vmm.started())),

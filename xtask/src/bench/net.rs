@@ -4,10 +4,9 @@
 //! load it. It is a small static program of ours on both sides and not `iperf3`, for the reasons that [`super::io`] has: it starts at once where the host
 //! is emulated, and measures latency and small packets as well.
 
-use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -21,10 +20,10 @@ use vesta_tests::net_load::Server;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 use super::table::{Row, markdown};
-use super::{Monitor, peer};
+use super::{Monitor, check_runs, check_seconds, on_host, peer, qemu, today};
 use crate::host::emulated::Emulated;
-use crate::host::{self, Job, Kind};
-use crate::process::{output, root, say};
+use crate::host::{self, Kind};
+use crate::process::say;
 use crate::test::{build_net_tool, build_vmm};
 use crate::{apt, kernels};
 
@@ -95,12 +94,8 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if runs < FEWEST_RUNS {
-        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
-    }
-    if !(0.05..=60.0).contains(&seconds) {
-        bail!("--seconds is {seconds}: it must be between 0.05 and 60");
-    }
+    check_runs(runs, FEWEST_RUNS)?;
+    check_seconds(seconds)?;
     let Some(kernel) = kernels::tuned()? else {
         bail!("bench net needs the tuned kernel: cargo xtask kernel")
     };
@@ -114,9 +109,6 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if contestants.is_empty() {
         bail!("--only leaves nobody to measure");
     }
-    let program = std::env::current_exe()?;
-    let dir = program.parent().context("this program is in no directory")?.join("bench");
-    std::fs::create_dir_all(&dir)?;
     let (kind, why) = host::choose()?;
     println!(
         "## Networks, as the tuned 6.12 kernel with one vCPU and 256 MiB sees them, on {}\n",
@@ -124,13 +116,16 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     );
     let busybox = kernels::busybox()?;
     let orders = Orders { contestants, runs, seconds, kernel: kernel.image, busybox, tool };
-    let outcome = on_host(kind, &orders, &dir)?;
-    let date = output(Command::new("date").arg("--iso-8601"))?;
+    let mut emulated = Emulated { timeout: LIMIT, pin: host::default_pin()?, ..Emulated::default() };
+    if kind == Kind::Emulated {
+        emulated.modules = vec!["vhost_net".to_owned()];
+    }
+    let outcome = on_host(kind, "bench-net-inner", &orders, &emulated)?;
     println!(
         "\n`cargo xtask bench net`, {}: medians over {runs} interleaved rounds of {seconds} s for each column, in brackets the least\n\
          and the most. TCP over a tap at MTU 1500; small packets are UDP with 64 bytes. CPU: what the monitor's threads other than vCPUs\n\
          used (vhost's included), from schedstat, with one stream.",
-        date.trim()
+        today()?
     );
     Ok(outcome.report())
 }
@@ -153,23 +148,9 @@ fn contestants(tool: &Path, vmm: &Path, peers: &[Monitor], pci: bool) -> Vec<Con
     all
 }
 
-fn on_host(kind: Kind, orders: &Orders, dir: &Path) -> Result<host::Outcome> {
-    let mut emulated = Emulated { timeout: LIMIT, pin: host::default_pin()?, ..Emulated::default() };
-    if kind == Kind::Emulated {
-        emulated.modules = vec!["vhost_net".to_owned()];
-    }
-    let file = dir.join("net-orders");
-    std::fs::write(&file, serde_json::to_vec(orders)?)?;
-    let argv: [OsString; 3] = [std::env::current_exe()?.into(), "bench-net-inner".into(), file.into()];
-    let mut job = Job::here(argv.to_vec())?;
-    root().clone_into(&mut job.cwd);
-    host::run(kind, &job, &emulated)
-}
-
 /// `bench-net-inner ORDERS`: runs on the host, and prints the table.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders = std::fs::read(PathBuf::from(parser.value()?))?;
-    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
+    let orders: Orders = super::orders(parser)?;
     let net = HostNet::new()?;
     net.tap("tap0", &format!("{HOST}/24"), "")?;
     let time = Duration::try_from_secs_f64(orders.seconds)?;
@@ -296,39 +277,10 @@ fn boot(orders: &Orders, contestant: &Contestant) -> Result<Vmm> {
             Ok(vmm)
         }
         How::Qemu { vhost } => {
-            let mut args: Vec<String> = [
-                "-M",
-                "microvm",
-                "-accel",
-                "kvm",
-                "-cpu",
-                "host",
-                "-nodefaults",
-                "-no-user-config",
-                "-no-reboot",
-                "-display",
-                "none",
-                "-serial",
-                "stdio",
-                "-name",
-                "guest,debug-threads=on",
-                "-global",
-                "virtio-mmio.force-legacy=false",
-            ]
-            .map(str::to_owned)
-            .into();
-            let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
-            add("-smp", guest.vcpus.to_string());
-            add("-m", guest.mem_mib.to_string());
-            add("-kernel", guest.kernel.display().to_string());
-            add("-append", guest.boot_args.clone().unwrap_or_default());
-            if let Some(initrd) = &guest.initrd {
-                add("-initrd", initrd.display().to_string());
-            }
             let vhost = if vhost { "on" } else { "off" };
-            add("-netdev", format!("tap,id=n0,ifname=tap0,script=no,downscript=no,vhost={vhost}"));
-            add("-device", "virtio-net-device,netdev=n0".to_owned());
-            args.iter().fold(builder, VmmBuilder::arg).spawn()
+            let tap = format!("tap,id=n0,ifname=tap0,script=no,downscript=no,vhost={vhost}");
+            let builder = qemu::microvm(builder, &guest).arg("-netdev").arg(tap);
+            builder.arg("-device").arg("virtio-net-device,netdev=n0").spawn()
         }
         How::Loopback => bail!("it has no guest"),
     }

@@ -6,13 +6,12 @@
 mod linux;
 mod null;
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -21,10 +20,10 @@ use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 use super::serving_guest::ServingGuest;
 use super::table::Row;
-use super::{Monitor, describe, peer};
+use super::{Monitor, check_runs, describe, files, kind_for_null_guests, on_host, peer, today};
 use crate::host::emulated::Emulated;
-use crate::host::{self, Job, Kind, Outcome};
-use crate::process::{output, root, say};
+use crate::host::{self, Outcome};
+use crate::process::say;
 use crate::test::build_vmm;
 
 /// Longest wait for anything.
@@ -35,7 +34,7 @@ const ALL_OF_IT: Duration = Duration::from_mins(30);
 const FEWEST_RUNS: usize = 5;
 
 /// What runs on a host.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Orders {
     monitors: Vec<Monitor>,
     runs: usize,
@@ -55,50 +54,35 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if runs < FEWEST_RUNS {
-        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
-    }
+    check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
     let mut monitors = vec![Monitor::api("vesta", build_vmm(true)?)];
     monitors.extend(peers);
-    let program = std::env::current_exe()?;
-    let dir = program.parent().context("this program is in no directory")?.join("bench");
-    fs::create_dir_all(&dir)?;
+    let dir = files()?;
     let guest = ServingGuest::make(&dir, "guest-vsock serve")?;
 
     let (kind, why) = host::choose()?;
-    let kvm_opens = fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    let null_kind = if kvm_opens { Kind::Native } else { kind };
+    let null_kind = kind_for_null_guests(kind);
     println!("# Guests of a few instructions, on {}\n", describe(null_kind, &why));
     let orders = Orders { monitors, runs, dir, linux: None };
-    let null = on_host(null_kind, &orders)?;
+    let emulated = Emulated { timeout: ALL_OF_IT, ..Emulated::default() };
+    let null = on_host(null_kind, "bench-snapshot-inner", &orders, &emulated)?;
     println!("# Linux ({}; 128 MiB, 1 vCPU), on {}\n", guest.kernel_name, describe(kind, &why));
-    let linux = on_host(kind, &Orders { linux: Some(guest), ..orders })?;
+    let orders = Orders { linux: Some(guest), ..orders };
+    let linux = on_host(kind, "bench-snapshot-inner", &orders, &emulated)?;
 
-    let date = output(Command::new("date").arg("--iso-8601"))?;
     println!(
         "\n`cargo xtask bench snapshot`, {}: medians over {runs} interleaved runs ({FEWEST_RUNS} of clones), in brackets the",
-        date.trim()
+        today()?
     );
     println!("least and the most. Own memory: private pages in /proc/PID/smaps_rollup.");
     let good = [null, linux].iter().all(|outcome| *outcome == Outcome::Exited(0));
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn on_host(kind: Kind, orders: &Orders) -> Result<Outcome> {
-    let file = orders.dir.join("snapshot-orders");
-    fs::write(&file, serde_json::to_vec(orders)?)?;
-    let argv: [OsString; 3] = [std::env::current_exe()?.into(), "bench-snapshot-inner".into(), file.into()];
-    let mut job = Job::here(argv.to_vec())?;
-    root().clone_into(&mut job.cwd);
-    let outcome = host::run(kind, &job, &Emulated { timeout: ALL_OF_IT, ..Emulated::default() })?;
-    outcome.report();
-    Ok(outcome)
-}
-
 /// `bench-snapshot-inner ORDERS`: runs on the host, and prints the tables.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders: Orders = serde_json::from_slice(&fs::read(PathBuf::from(parser.value()?))?)?;
+    let orders: Orders = super::orders(parser)?;
     match &orders.linux {
         None => null::tables(&orders)?,
         Some(guest) => linux::tables(&orders, guest)?,

@@ -11,7 +11,7 @@ use vesta_tests::initramfs::Initramfs;
 use vesta_tests::modules::Modules;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-use super::super::Monitor;
+use super::super::{Monitor, qemu};
 use super::disks::{Disk, SLOW};
 use super::sample::{PATIENCE, Setup};
 
@@ -148,38 +148,8 @@ pub(super) fn guest(
 }
 
 fn start_qemu(builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {
-    let guest = &setup.guest;
-    let mut args: Vec<String> = [
-        "-M",
-        "microvm",
-        "-accel",
-        "kvm",
-        "-cpu",
-        "host",
-        "-nodefaults",
-        "-no-user-config",
-        "-no-reboot",
-        "-display",
-        "none",
-        "-serial",
-        "stdio",
-        "-name",
-        "guest,debug-threads=on",
-        "-global",
-        "virtio-mmio.force-legacy=false",
-        "-object",
-        "iothread,id=io0",
-    ]
-    .map(str::to_owned)
-    .into();
+    let mut args = vec!["-object".to_owned(), "iothread,id=io0".to_owned()];
     let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
-    add("-smp", guest.vcpus.to_string());
-    add("-m", guest.mem_mib.to_string());
-    add("-kernel", guest.kernel.display().to_string());
-    add("-append", guest.boot_args.clone().unwrap_or_default());
-    if let Some(initrd) = &guest.initrd {
-        add("-initrd", initrd.display().to_string());
-    }
     for disk in setup.disks.list() {
         let driver = if disk.path.starts_with("/dev") { "host_device" } else { "file" };
         let (label, path) = (&disk.label, disk.path.display());
@@ -189,5 +159,5 @@ fn start_qemu(builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {
         add("-blockdev", node);
         add("-device", format!("virtio-blk-device,drive={label},iothread=io0"));
     }
-    args.iter().fold(builder, VmmBuilder::arg).spawn()
+    args.iter().fold(qemu::microvm(builder, &setup.guest), VmmBuilder::arg).spawn()
 }
