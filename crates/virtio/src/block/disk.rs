@@ -227,6 +227,21 @@ impl Disk {
         }
     }
 
+    /// Whether its writes go to an overlay that holds nothing yet: what lies below is all that there is.
+    pub fn is_unwritten(&self) -> bool {
+        self.stack.top().is_some_and(Top::is_unwritten)
+    }
+
+    /// Lets the disk itself have what was written so far, if flushes wait for it, so that a freeze soon after waits for little. Blocks;
+    /// requests may come meanwhile.
+    pub fn write_back(&self) -> io::Result<()> {
+        if self.read_only || self.cache_type == CacheType::Unsafe {
+            return Ok(());
+        }
+        let (file, _) = self.stack.write_target();
+        Ok(rustix::fs::fdatasync(&self.stack.files()[usize::from(file)])?)
+    }
+
     /// Undoes [`Disk::freeze`]: it is written to again. Only if nobody has put an overlay on it.
     pub fn thaw(&self) -> Result<(), DiskError> {
         self.stack.top().map_or(Ok(()), |top| Ok(top.thaw()?))

@@ -257,6 +257,13 @@ impl Top {
         locked(&self.state)
     }
 
+    /// Whether it holds no sector yet. One that is larger than what lies beneath holds those that are only its own.
+    pub(super) fn is_unwritten(&self) -> bool {
+        let state = self.state();
+        let sectors = self.size / SECTOR;
+        state.below == sectors && (sectors == 0 || state.map.run(0, sectors) == (false, sectors))
+    }
+
     /// The file's name.
     pub(super) fn path(&self) -> &Path {
         &self.path
