@@ -360,6 +360,38 @@ fn what_was_written_before_a_fork_is_a_layer_of_both_sides() -> Result<()> {
 }
 
 #[test]
+fn many_layers_are_merged_into_one_that_all_sides_share() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let image = disk(dir, "disk.img", 1)?;
+    let mut layers = Vec::new();
+    let with_layers = |top: &Path, layers: &[PathBuf]| {
+        with(drive("d", &image), &json!({"overlay": {"path": top, "layers": layers}}))
+    };
+    let top = |number: usize| dir.join(format!("layer{number}"));
+    for number in 0..=16 {
+        drop(counting_with(&[with_layers(&top(number), &layers)])?);
+        // As if the guest had written a few sectors, each time others.
+        File::options().write(true).open(top(number))?.write_all_at(&[0xff], 8192 + number as u64)?;
+        layers.push(top(number));
+    }
+    layers.pop();
+    let (_vmm, mut api, serial) = counting_with(&[with_layers(&top(16), &layers)])?;
+    let reply = fork(&mut api, &[child(dir, "a")])?;
+    let orphans = Orphans::of_fork(&reply)?;
+    let merged = vec![dir.join("disk.img.parent.2"), top(16)];
+    ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.1"), merged.clone()));
+    ensure!(overlay(&mut client(dir, "a"), 0)? == (dir.join("disk.img.a.1"), merged.clone()));
+    ensure!(counts(&wait_for(&serial, 10)?));
+    orphans.kill(SOON)?;
+    // Whoever begins with the files finds nothing wrong with them, and a refused fork leaves none.
+    let refused = api.put("/fork", &json!({"children": [{"id": "b", "api_socket": "/nowhere/s"}]}))?;
+    ensure!(refused.status == 400 && !dir.join("disk.img.b.1").exists(), "{refused:?}");
+    counting_with(&[with_layers(&dir.join("other"), &merged)])?;
+    Ok(())
+}
+
+#[test]
 fn one_child_that_cannot_begin_takes_its_overlay_with_it_and_the_others_live() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();

@@ -2,7 +2,8 @@
 //! its own.
 //!
 //! An overlay that nothing was written to yet is no base: whoever has it keeps it, and the others begin on what lies below it. So a
-//! microVM that writes nothing can be forked and saved live any number of times.
+//! microVM that writes nothing can be forked and saved live any number of times. One that writes gets a layer each time; when there are
+//! [`MANY_LAYERS`], those that are only read are merged into one, while the guest runs.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileTypeExt;
@@ -14,6 +15,9 @@ use virtio::block::disk::{Disk, DiskOptions};
 use super::files::{NewFiles, with_number};
 use crate::CommandError;
 use crate::controller::{Controller, Host, REPLACE_PATIENCE, State};
+
+/// So many layers are merged before another is put on them: each of them takes memory, and time at each request.
+const MANY_LAYERS: usize = 16;
 
 /// Which drives go on on a new overlay: by their place in the configuration, the overlay's file.
 #[derive(Debug)]
@@ -61,6 +65,32 @@ impl<'a> Planner<'a> {
         let id = child.id.as_str();
         self.plan(id, &child.drives, files)
             .map_err(|error| CommandError::new(format_args!("child {id}: {error}")))
+    }
+
+    /// The drives as the plans are to be applied to: as they are, but for many layers, which are merged here. The user waits for that, the guest
+    /// does not. Plans may be made before.
+    pub(crate) fn bases(&self, id: &str, files: &mut NewFiles) -> Result<Vec<Drive>, CommandError> {
+        let mut bases = self.drives.to_vec();
+        for (at, drive) in self.writable() {
+            let Some(overlay) =
+                bases[at].overlay.as_mut().filter(|overlay| overlay.layers.len() >= MANY_LAYERS)
+            else {
+                continue;
+            };
+            if self.disks[at].is_unwritten() {
+                // Nothing is put on its layers now.
+                continue;
+            }
+            let path = files.numbered(&drive.drive_id, &stem(drive, id)?, &self.named)?;
+            self.disks[at].merge_layers(&path).map_err(|error| {
+                CommandError::new(format_args!(
+                    "drive {}: its layers cannot be merged: {error}",
+                    drive.drive_id
+                ))
+            })?;
+            overlay.layers = vec![path];
+        }
+        Ok(bases)
     }
 
     /// Drives that have to go on on a new overlay. What nobody writes to is shared as it is; so is a disk without a size.
@@ -153,11 +183,16 @@ impl<H: Host> Controller<H> {
 
     /// Lets this microVM, which stands still, go on on its new overlays: on all of them, or, if one cannot be opened, on none. Overlays that hold
     /// nothing yet are kept instead.
-    pub(crate) fn put_overlays(&mut self, plan: &Plan, unwritten: &[bool]) -> Result<(), CommandError> {
+    pub(crate) fn put_overlays(
+        &mut self,
+        plan: &Plan,
+        unwritten: &[bool],
+        bases: &[Drive],
+    ) -> Result<(), CommandError> {
         let mut opened = Vec::new();
         let moving = plan.0.iter().filter(|(at, _)| !unwritten[*at]);
         for (at, path) in moving {
-            match self.open_on_top(*at, path) {
+            match self.open_on_top(*at, &bases[*at], path) {
                 Ok((drive, disk)) => opened.push((*at, drive, disk)),
                 Err(error) => {
                     opened.drain(..).for_each(|(at, _, disk)| self.write_again(at, disk));
@@ -186,8 +221,8 @@ impl<H: Host> Controller<H> {
     }
 
     /// Makes a drive's disk a base, and opens a new overlay on it.
-    fn open_on_top(&self, at: usize, path: &Path) -> Result<(Drive, Disk), CommandError> {
-        let drive = on_overlay(&self.config.drives[at], false, path)?;
+    fn open_on_top(&self, at: usize, base: &Drive, path: &Path) -> Result<(Drive, Disk), CommandError> {
+        let drive = on_overlay(base, false, path)?;
         let opened = self.disks[at].freeze().and_then(|()| Disk::open(&DiskOptions::of(&drive)));
         match opened {
             Ok(disk) => Ok((drive, disk)),
@@ -224,12 +259,9 @@ impl<H: Host> Controller<H> {
         }
     }
 
-    /// Whether one of the drives writes to the overlay at `path`.
-    pub(crate) fn writes_to(&self, path: &Path) -> bool {
-        self.config
-            .drives
-            .iter()
-            .filter_map(|drive| drive.overlay.as_ref())
-            .any(|overlay| overlay.path == path)
+    /// Whether one of the drives has the overlay at `path`, to write to or as a layer.
+    pub(crate) fn has_overlay(&self, path: &Path) -> bool {
+        let mut overlays = self.config.drives.iter().filter_map(|drive| drive.overlay.as_ref());
+        overlays.any(|overlay| overlay.path == path || overlay.layers.iter().any(|layer| layer == path))
     }
 }

@@ -36,7 +36,7 @@ mod report;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
-use config::{Child, Fork, FullVmConfig, Logger, Vsock, check_networks, override_networks};
+use config::{Child, Drive, Fork, FullVmConfig, Logger, Vsock, check_networks, override_networks};
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
@@ -119,7 +119,6 @@ impl<H: Host> Controller<H> {
         let planner = Planner::new(&self.config.drives, &self.disks, named);
         let mut own_files = NewFiles::default();
         let plan = planner.plan(&self.identity.id, &fork.drives, &mut own_files)?;
-        plan.apply(&mut self.config.drives.clone(), &self.unwritten())?;
         let reports = Reports::new().map_err(|e| cannot("make a pipe", &e))?;
         let (mut seeds, mut files) = (Vec::new(), Vec::new());
         for (number, child) in (0..).zip(&fork.children) {
@@ -129,14 +128,16 @@ impl<H: Host> Controller<H> {
             files.push(childs_files);
         }
 
+        let bases = planner.bases(&self.identity.id, &mut own_files)?;
+        plan.apply(&mut bases.clone(), &self.unwritten())?;
         self.write_back_disks();
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(config::VmState::Paused)?;
-        let split = self.split(&plan, seeds);
+        let split = self.split(&plan, seeds, &bases);
         let pause = if was_running { self.set_vm_state(config::VmState::Resumed) } else { Ok(()) };
         let paused_for = begin.elapsed();
-        own_files.keep(|path| self.writes_to(path));
+        own_files.keep(|path| self.has_overlay(path));
         self.settle_disks();
         split?;
 
@@ -188,12 +189,13 @@ impl<H: Host> Controller<H> {
     }
 
     /// What happens while the guest stands still.
-    fn split(&mut self, plan: &Plan, mut seeds: Vec<Seed>) -> Result<(), CommandError> {
+    fn split(&mut self, plan: &Plan, mut seeds: Vec<Seed>, bases: &[Drive]) -> Result<(), CommandError> {
         let unwritten = self.unwritten();
         for seed in &mut seeds {
+            bases.clone_into(&mut seed.config.drives);
             seed.plan.apply(&mut seed.config.drives, &unwritten)?;
         }
-        self.put_overlays(plan, &unwritten)?;
+        self.put_overlays(plan, &unwritten, bases)?;
         let State::Paused(machine) = &self.state else {
             return Err(CommandError::new("there is no machine to fork"));
         };

@@ -3,7 +3,7 @@
 use std::os::fd::AsRawFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use config::{FullVmConfig, SnapshotCreate, SnapshotType, VmState};
+use config::{Drive, FullVmConfig, SnapshotCreate, SnapshotType, VmState};
 use machine::{MachineState, Paused};
 use memory::image::{self, ImageInfo, Observer, Written};
 use memory::{GuestRam, PageSet};
@@ -73,18 +73,19 @@ impl<H: Host> Controller<H> {
         let planner = Planner::new(&self.config.drives, &self.disks, named);
         let plan = planner.plan(&self.identity.id, &create.drives, &mut files)?;
         let saved = Plan::of_saved(&self.config.drives, &plan, &create.snapshot_path);
-        saved.apply(&mut self.config.drives.clone(), &self.unwritten())?;
         let ends =
             job::pair(create).map_err(|e| CommandError::new(format_args!("cannot make a pipe: {e}")))?;
 
+        let bases = planner.bases(&self.identity.id, &mut files)?;
+        saved.apply(&mut bases.clone(), &self.unwritten())?;
         self.write_back_disks();
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(VmState::Paused)?;
-        let job = self.split_job(create, ends, &plan, &saved);
+        let job = self.split_job(create, ends, (&plan, &saved), bases);
         let resumed = if was_running { self.set_vm_state(VmState::Resumed) } else { Ok(()) };
         let pause_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
-        files.keep(|path| self.writes_to(path));
+        files.keep(|path| self.has_overlay(path));
         self.settle_disks();
         let mut job = job?;
         job.set_pause(pause_us);
@@ -99,13 +100,13 @@ impl<H: Host> Controller<H> {
         &mut self,
         create: &SnapshotCreate,
         (mut job, worker): (Job, Worker),
-        plan: &Plan,
-        saved: &Plan,
+        (plan, saved): (&Plan, &Plan),
+        bases: Vec<Drive>,
     ) -> Result<Job, CommandError> {
         let unwritten = self.unwritten();
-        let mut config = self.config.clone();
+        self.put_overlays(plan, &unwritten, &bases)?;
+        let mut config = FullVmConfig { drives: bases, ..self.config.clone() };
         saved.apply(&mut config.drives, &unwritten)?;
-        self.put_overlays(plan, &unwritten)?;
         let State::Paused(machine) = &self.state else {
             return Err(CommandError::new("there is no machine to save"));
         };

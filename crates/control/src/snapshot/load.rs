@@ -80,7 +80,7 @@ impl<H: Host> Controller<H> {
         };
         let Loaded { config, disks, networks, vsock } = loaded;
         (self.config, self.disks, self.networks, self.vsock) = (config, disks, networks, vsock);
-        files.keep(|path| self.writes_to(path));
+        files.keep(|path| self.has_overlay(path));
         (self.metadata, self.ahead) = (metadata, ahead);
         self.platform.pci = saved.config.pci;
         self.host.guest_starts(self.serial_output.is_none());

@@ -232,6 +232,12 @@ impl Disk {
         self.stack.top().is_some_and(Top::is_unwritten)
     }
 
+    /// Writes what its layers hold that are only read, all together, to the blank file at `path`. It can stand in their place for whatever lies on
+    /// them. Blocks for as long as that takes to copy; requests may come meanwhile.
+    pub fn merge_layers(&self, path: &Path) -> Result<(), DiskError> {
+        self.stack.merge_layers(path)
+    }
+
     /// Lets the disk itself have what was written so far, if flushes wait for it, so that a freeze soon after waits for little. Blocks;
     /// requests may come meanwhile.
     pub fn write_back(&self) -> io::Result<()> {

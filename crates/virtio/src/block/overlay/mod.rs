@@ -19,6 +19,7 @@
 mod file;
 mod format;
 pub(super) mod map;
+pub(super) mod merge;
 
 use std::fs::{File, OpenOptions};
 use std::io;
