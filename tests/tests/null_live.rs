@@ -11,6 +11,7 @@ use vesta_tests::api::ApiClient;
 use vesta_tests::counting::{counting_with, counts, filled, wait_for};
 use vesta_tests::disks::{disk, drive, with};
 use vesta_tests::guest::{SOON, Transport};
+use vesta_tests::host_devices::SmallFs;
 use vesta_tests::snapshots::{Files, empty, pause};
 use vesta_tests::vmm::Vmm;
 
@@ -219,5 +220,18 @@ fn a_live_snapshot_that_is_given_up_leaves_no_file_and_its_pages_to_the_next_dif
     api.put("/snapshot/create", &base.create("Diff"))?.ok()?;
     let space = vesta_tests::disks::space_of(&base.memory)?;
     ensure!(space >= 100 << 20, "the Diff has {space} bytes only");
+    Ok(())
+}
+
+#[test]
+fn a_live_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on() -> Result<()> {
+    let (_vmm, mut api, serial) = filled(64, &json!({}))?;
+    let small = SmallFs::new(8 << 20)?;
+    let files = Files::new(&small.path(), "s");
+    api.put("/snapshot/create", &live(&files, "Full"))?.ok()?;
+    let end = job_end(&mut api)?;
+    ensure!(end["state"] == json!("Failed") && end["error"].to_string().contains("No space left"), "{end}");
+    ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
+    ensure!(counts(&wait_for(&serial, 10)?));
     Ok(())
 }

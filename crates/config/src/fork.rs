@@ -100,10 +100,7 @@ impl Fork {
         let paths = sockets.flat_map(|vsock| [Some(&vsock.uds_path), vsock.seqpacket_uds_path.as_ref()]);
         once("vsock_override path", paths.flatten().map(shown))?;
         let taps = self.children.iter().flat_map(|child| &child.network_overrides);
-        once("host_dev_name", taps.clone().filter_map(|tap| tap.host_dev_name.clone()))?;
-        once("network_overrides socket", taps.clone().filter_map(|tap| tap.socket.as_ref().map(shown)))?;
-        let descriptors = taps.filter_map(|tap| tap.fds.as_ref()).flatten();
-        once("network_overrides descriptor", descriptors.map(ToString::to_string))?;
+        once("host_dev_name", taps.filter_map(|tap| tap.host_dev_name.clone()))?;
         for child in &self.children {
             once("iface_id", child.network_overrides.iter().map(|network| network.iface_id.clone()))?;
         }
@@ -170,14 +167,6 @@ mod tests {
             (
                 r#"{"children":[{"id":"a","drives":[{"drive_id":"d","overlay":"/o"}]}],"drives":[{"drive_id":"d","overlay":"/o"}]}"#,
                 "overlay /o",
-            ),
-            (
-                r#"{"children":[{"id":"a","network_overrides":[{"iface_id":"e","socket":"/p"}]},{"id":"b","network_overrides":[{"iface_id":"e","socket":"/p"}]}]}"#,
-                "socket /p",
-            ),
-            (
-                r#"{"children":[{"id":"a","network_overrides":[{"iface_id":"e","fds":[5,6]}]},{"id":"b","network_overrides":[{"iface_id":"e","fds":[7,6]}]}]}"#,
-                "descriptor 6",
             ),
             (r#"{"children":[{"id":"a","color":1}]}"#, "color"),
         ] {

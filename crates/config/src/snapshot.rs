@@ -134,13 +134,17 @@ pub enum SnapshotError {
     /// A page server decides by itself what it sends first.
     #[error("prefetch is not possible with mem_backend Uffd: the page server decides what it sends first")]
     PrefetchWithServer,
-    /// Two parts in one file.
-    #[error("{first} and {second} are both {}", path.display())]
+    /// Both parts in one file.
+    #[error("snapshot_path and mem_file_path are both {}", path.display())]
     OneFile {
-        /// A field.
-        first: &'static str,
-        /// Another one.
-        second: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
+    /// An overlay in the file of something else.
+    #[error("drives[].overlay is {}, and so is {field}", path.display())]
+    OverlayElsewhere {
+        /// What else.
+        field: &'static str,
         /// The file.
         path: PathBuf,
     },
@@ -155,14 +159,17 @@ impl SnapshotCreate {
         if !self.live && !self.drives.is_empty() {
             return Err(SnapshotError::DrivesNotLive.into());
         }
-        let parts = [("snapshot_path", &self.snapshot_path), ("mem_file_path", &self.mem_file_path)];
-        let overlays = self.drives.iter().map(|drive| ("drives[].overlay", &drive.overlay));
-        let files: Vec<_> = parts.into_iter().chain(overlays).collect();
-        for (at, (second, path)) in files.iter().enumerate() {
-            if let Some((first, _)) = files[..at].iter().find(|(_, other)| other == path) {
-                return Err(SnapshotError::OneFile { first, second, path: (*path).clone() }.into());
+        if self.snapshot_path == self.mem_file_path {
+            return Err(SnapshotError::OneFile { path: self.snapshot_path.clone() }.into());
+        }
+        let overlays = || self.drives.iter().map(|drive| &drive.overlay);
+        for (field, path) in [("snapshot_path", &self.snapshot_path), ("mem_file_path", &self.mem_file_path)]
+        {
+            if overlays().any(|overlay| overlay == path) {
+                return Err(SnapshotError::OverlayElsewhere { field, path: path.clone() }.into());
             }
         }
+        once("overlay", overlays().map(|overlay| overlay.display().to_string()))?;
         Ok(once("drive_id", self.drives.iter().map(|drive| drive.drive_id.clone()))?)
     }
 }
@@ -268,9 +275,9 @@ mod tests {
         check(true, &[("a", "o"), ("b", "p")]).unwrap();
         for (live, overlays, named) in [
             (false, &[("a", "o")][..], "live"),
-            (true, &[("a", "s")], "snapshot_path and drives[].overlay are both s"),
-            (true, &[("a", "m")], "mem_file_path and drives[].overlay are both m"),
-            (true, &[("a", "o"), ("b", "o")], "drives[].overlay and drives[].overlay are both o"),
+            (true, &[("a", "s")], "overlay is s, and so is snapshot_path"),
+            (true, &[("a", "m")], "overlay is m, and so is mem_file_path"),
+            (true, &[("a", "o"), ("b", "o")], "overlay o is given twice"),
             (true, &[("a", "o"), ("a", "p")], "drive_id a is given twice"),
         ] {
             let error = check(live, overlays).unwrap_err();
