@@ -335,7 +335,7 @@ fn what_was_written_before_a_fork_is_a_layer_of_both_sides() -> Result<()> {
     fs::create_dir(dir.join("writes"))?;
     let top = dir.join("writes/top");
     let on_top = with(drive("d", &image), &json!({"overlay": {"path": top}}));
-    drop(counting_with(&[on_top.clone()])?);
+    drop(counting_with(std::slice::from_ref(&on_top))?);
     // As if the guest had written the first sectors: their bits in the first map.
     File::options().write(true).open(&top)?.write_all_at(&[0xff], 8192)?;
     // Two drives on one image have two overlays.

@@ -77,11 +77,8 @@ fn leave(seed: Seed) {
 }
 
 fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
-    let reporter = match seed.reporter.take_over() {
-        Ok(reporter) => reporter,
-        // The parent sees that it has ended.
-        Err(_) => return ExitCode::Generic,
-    };
+    // Without one, the parent sees that it has ended.
+    let Ok(reporter) = seed.reporter.take_over() else { return ExitCode::Generic };
     seed.reporter = reporter;
     terminal::forget();
     logger::rename(&seed.identity.id);

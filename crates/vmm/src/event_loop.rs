@@ -112,13 +112,12 @@ impl Host for ProcessHost {
 
     fn fork(&mut self, family: Family) -> io::Result<()> {
         process::reap_automatically();
-        let signals = signals::hold();
+        let _signals = signals::hold();
         let log = logger::hold();
         match process::fork()? {
             Side::Child => {
                 drop(log);
-                // They wait until this process has its own way to be told of them.
-                std::mem::forget(signals);
+                // Signals wait on until the child has its own way to be told of them: it never comes back to where this would end.
                 child::live(family)
             }
             Side::Parent => {
@@ -130,12 +129,11 @@ impl Host for ProcessHost {
 
     fn fork_writer(&mut self, kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> io::Result<()> {
         process::reap_automatically();
-        let signals = signals::hold();
+        let _signals = signals::hold();
         let log = logger::hold();
         match process::fork()? {
             Side::Child => {
                 drop(log);
-                std::mem::forget(signals);
                 child::write(kept, work)
             }
             Side::Parent => Ok(()),

@@ -82,13 +82,11 @@ impl<'a> Planner<'a> {
                 continue;
             }
             let path = files.numbered(&drive.drive_id, &stem(drive, id)?, &self.named)?;
-            self.disks[at].merge_layers(&path).map_err(|error| {
-                CommandError::new(format_args!(
-                    "drive {}: its layers cannot be merged: {error}",
-                    drive.drive_id
-                ))
-            })?;
-            overlay.layers = vec![path];
+            match self.disks[at].merge_layers(&path) {
+                Ok(()) => overlay.layers = vec![path],
+                // Where there is no space for that, there may be for one more layer. The file is not kept.
+                Err(error) => log::warn!("drive {}: its layers cannot be merged: {error}", drive.drive_id),
+            }
         }
         Ok(bases)
     }

@@ -211,7 +211,7 @@ mod tests {
             family
         }
 
-        fn stack_on(&self, base: &Path, layers: &[PathBuf]) -> Result<Stack, DiskError> {
+        fn stack_on(base: &Path, layers: &[PathBuf]) -> Result<Stack, DiskError> {
             let file = File::open(base).unwrap();
             let size = file.metadata().unwrap().len();
             let mut stack = Stack::new(Arc::new(file), size);
@@ -223,7 +223,7 @@ mod tests {
         }
 
         fn stack(&self) -> Stack {
-            self.stack_on(&self.base, &self.layers).unwrap()
+            Self::stack_on(&self.base, &self.layers).unwrap()
         }
     }
 
@@ -242,13 +242,13 @@ mod tests {
         let merged = family.dir.path().join("merged");
         File::create(&merged).unwrap();
         old.merge_layers(&merged).unwrap();
-        let new = family.stack_on(&family.base, &[merged.clone()]).unwrap();
+        let new = Family::stack_on(&family.base, std::slice::from_ref(&merged)).unwrap();
         assert!(contents(&old) == contents(&new), "the merged layers differ");
-        family.stack_on(&family.base, &[merged.clone(), on_top]).unwrap();
+        Family::stack_on(&family.base, &[merged.clone(), on_top]).unwrap();
         // It is not written twice, nor put on another disk.
         assert!(old.merge_layers(&merged).is_err());
         let other = family.dir.path().join("other");
         std::fs::write(&other, vec![0; (SECTORS * SECTOR) as usize]).unwrap();
-        assert!(family.stack_on(&other, &[merged]).is_err());
+        assert!(Family::stack_on(&other, &[merged]).is_err());
     }
 }
