@@ -23,6 +23,32 @@ pub fn counting(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)
     run(&kernel(), machine)
 }
 
+/// As [`counting`], with these drives, which it does not look at.
+pub fn counting_with(drives: &[serde_json::Value]) -> Result<(Vmm, ApiClient, PathBuf)> {
+    run_with(&kernel(), &json!({}), drives)
+}
+
+/// As [`counting`], with `mib` MiB of memory that have something in every page, from 16 MiB on.
+pub fn filled(mib: u32, machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
+    let pages = ((mib - 16) << 8).to_le_bytes();
+    let code = [
+        &[0xbf, 0x00, 0x00, 0x00, 0x01][..],   // mov edi, 0x1000000
+        &[0xb9],                               // mov ecx, pages
+        &pages,                                //
+        &[0x89, 0x3f],                         // page: mov [edi], edi
+        &[0x81, 0xc7, 0x00, 0x10, 0x00, 0x00], // add edi, 4096
+        &[0x49],                               // dec ecx
+        &[0x75, 0xf5],                         // jnz page
+        &[0x66, 0xba, 0xf8, 0x03],             // mov dx, 0x3f8
+        &[0x31, 0xc0],                         // xor eax, eax
+        &[0xee, 0x40, 0xeb, 0xfc],             // again: out dx, al; inc eax; jmp again
+    ]
+    .concat();
+    let mut machine = machine.clone();
+    machine["mem_size_mib"] = json!(mib);
+    run(&Elf::of(&code), &machine)
+}
+
 /// As [`counting`], but before each number it looks whether each of its 1024 pages from 8 MiB on holds that number, and adds one to
 /// it there. Where one does not, it says nothing more.
 pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
@@ -46,12 +72,24 @@ pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)
 }
 
 fn run(kernel: &Elf, machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
+    run_with(kernel, machine, &[])
+}
+
+fn run_with(
+    kernel: &Elf,
+    machine: &serde_json::Value,
+    drives: &[serde_json::Value],
+) -> Result<(Vmm, ApiClient, PathBuf)> {
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().arg("--id").arg("parent").spawn()?;
     let mut api = vmm.ready_client(SOON)?;
     let image = vmm.dir().join("kernel");
     fs::write(&image, kernel.bytes())?;
     let guest = Guest { machine: machine.clone(), ..Guest::bare(&image).mem_mib(16) };
     guest.put(&mut api)?;
+    for drive in drives {
+        let id = drive["drive_id"].as_str().unwrap_or_default();
+        api.put(&format!("/drives/{id}"), drive)?.ok()?;
+    }
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     start(&mut api)?;

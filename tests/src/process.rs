@@ -45,6 +45,11 @@ impl Orphans {
         Ok(Orphans::of(&pids))
     }
 
+    /// Sends them a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.0.iter().try_for_each(|pidfd| Ok(pidfd_send_signal(pidfd, signal)?))
+    }
+
     /// How many of them still run.
     pub fn running(&self) -> Result<usize> {
         let mut running = 0;
@@ -86,6 +91,13 @@ impl Drop for Orphans {
             let _ = has_ended(pidfd, DYING);
         }
     }
+}
+
+/// The children of a process, in the order in which they were made.
+pub fn children(pid: u32) -> Result<Vec<u64>> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let children = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+    children.split_whitespace().map(|pid| pid.parse().with_context(|| path.clone())).collect()
 }
 
 /// How long a killed process may take to be gone.

@@ -1,6 +1,8 @@
 //! Forks of Linux guests: children and parent go on from the same moment, each with a past and disks of its own.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use anyhow::ensure;
 use serde_json::json;
@@ -9,6 +11,7 @@ use vesta_tests::guest::{BOOT, SOON};
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
 use vesta_tests::said::{wait_for_text, word};
+use vesta_tests::snapshots::{Files, go_on};
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
@@ -57,6 +60,69 @@ on_each_transport! {
         }
         ensure!(random.len() == 5, "random numbers are repeated: {random:?}");
         alive.into_iter().try_for_each(|children| children.wait(SOON))?;
+        Ok(())
+    }
+}
+
+/// Writes to both disks until the third says stop.
+const WRITES: &str = "disk-tool until /stop vda 7 2 & disk-tool until /stop vdb 8 2 &
+until dd if=/dev/vdc bs=512 count=1 iflag=direct 2>/dev/null | grep -q stop; do usleep 200000; done
+touch /stop
+wait
+echo LAST
+poweroff -f";
+
+on_each_transport! {
+    /// Forked after each of so many writes that layers are merged, then saved live: whoever goes on from there finds on its disks what was
+    /// written, as often as one likes.
+    fn a_guest_that_writes_is_forked_any_number_of_times_and_each_load_of_it_goes_on_by_itself(transport) {
+        let home = tempfile::tempdir()?;
+        let control = disk(home.path(), "control", 1)?;
+        let mut guest = DiskGuest::new(transport)?.tool(TOOL);
+        for (name, fields) in [
+            ("raw", json!({"io_engine": "Sync", "cache_type": "Writeback"})),
+            ("over", json!({"io_engine": "Async", "overlay": {"path": home.path().join("first-overlay")}})),
+        ] {
+            guest = guest.drive(with(drive(name, &disk(home.path(), name, 4)?), &fields));
+        }
+        let mut vmm = guest.drive(with(drive("control", &control), &json!({"is_read_only": true}))).run(WRITES)?;
+        vmm.wait_for_output("FLUSHED", BOOT)?;
+        let mut api = vmm.ready_client(SOON)?;
+        let mut most = 0;
+        for round in 0..20 {
+            let from = vmm.stdout.len();
+            for mark in ["FLUSHED vda", "FLUSHED vdb"] {
+                vmm.stdout.wait_for_after(from, mark, BOOT)?;
+            }
+            let child = json!({"id": format!("c{round}"), "resume": false});
+            let reply = api.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
+            Orphans::of_fork(&reply)?.kill(SOON)?;
+            let layers = &api.get("/vm/config")?.json()?["drives"][0]["overlay"]["layers"];
+            most = most.max(layers.as_array().map_or(0, Vec::len));
+        }
+        ensure!(most == 16, "there were {most} layers: none were merged");
+        let files = Files::new(home.path(), "live");
+        let mut create = files.create("Full");
+        create["live"] = json!(true);
+        api.put("/snapshot/create", &create)?.ok()?;
+        while api.get("/snapshot/job")?.ok()?.json()?["state"] == json!("Running") {
+            std::thread::yield_now();
+        }
+        let job = api.get("/snapshot/job")?.json()?;
+        ensure!(job["state"] == json!("Done"), "{job}");
+
+        File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
+        let verified = |said: &str| {
+            ensure!(said.contains("VERIFIED vda") && said.contains("VERIFIED vdb"), "{said}");
+            ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
+            Ok(())
+        };
+        verified(&said(&mut vmm)?)?;
+        // The second begins when the first has written, and ended.
+        for _load in 0..2 {
+            let (mut clone, _api) = go_on(transport, &files.load())?;
+            verified(&said(&mut clone)?)?;
+        }
         Ok(())
     }
 }

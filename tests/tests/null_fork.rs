@@ -1,15 +1,23 @@
 //! Forks of guests of a few instructions.
 
-use std::fs;
-use std::path::Path;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use rustix::fs::{CWD, Mode, mkfifoat};
+use rustix::process::Signal;
 use serde_json::{Value, json};
-use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counting, counts, wait_for};
-use vesta_tests::guest::{SOON, vmm_path};
-use vesta_tests::process::Orphans;
-use vesta_tests::vmm::VmmBuilder;
+use tempfile::TempDir;
+use vesta_tests::api::{ApiClient, Response};
+use vesta_tests::counting::{counting, counting_with, counts, sweeping, wait_for};
+use vesta_tests::disks::{disk, drive, with};
+use vesta_tests::guest::{SOON, Transport, ignore, vmm_path};
+use vesta_tests::process::{self, Orphans};
+use vesta_tests::snapshots::{Files, empty, pause, resume};
+use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 fn child(dir: &Path, id: &str) -> Value {
     json!({
@@ -105,6 +113,7 @@ fn what_cannot_be_forked_is_refused_by_name_and_the_guest_goes_on() -> Result<()
     for (body, named) in [
         (json!({"children": []}), "0 entries"),
         (json!({"children": [{"id": "a"}, {"id": "a"}]}), "id a is given twice"),
+        (json!({"children": [{"id": "a"}, {"id": "parent"}]}), "child parent: this is the id of the microVM"),
         (json!({"children": [{"id": "a", "api_socket": taken}]}), "in use"),
         (json!({"children": [{"id": "a", "api_socket": "/nowhere/a.sock"}]}), "/nowhere/a.sock"),
         (json!({"children": [{"id": "a", "drives": [{"drive_id": "d", "overlay": "/o"}]}]}), "no drive d"),
@@ -129,4 +138,301 @@ fn what_cannot_be_forked_is_refused_by_name_and_the_guest_goes_on() -> Result<()
     assert!(refused.fault().contains("needs a started microVM"), "{refused:?}");
     assert!(before.is_running()?);
     Ok(())
+}
+
+/// A child that does not begin before somebody reads the pipe that it takes for its cgroup's list.
+struct Stuck {
+    dir: TempDir,
+}
+
+impl Stuck {
+    fn new() -> Result<Stuck> {
+        let dir = tempfile::tempdir()?;
+        mkfifoat(CWD, dir.path().join("cgroup.procs"), Mode::RWXU)?;
+        Ok(Stuck { dir })
+    }
+
+    fn child(&self, id: &str) -> Value {
+        let mut child = child(self.dir.path(), id);
+        child["cgroup"] = json!(self.dir.path());
+        child
+    }
+
+    /// Lets it begin; its process id.
+    fn let_go(&self) -> Result<u64> {
+        Ok(fs::read_to_string(self.dir.path().join("cgroup.procs"))?.trim().parse()?)
+    }
+}
+
+/// Sends a fork of these children, and waits until that many processes are there. What becomes of the request is found in the thread.
+fn begin_fork(vmm: &Vmm, children: Vec<Value>) -> Result<(JoinHandle<Result<Response>>, Orphans)> {
+    let mut api = vmm.client();
+    let count = children.len();
+    let asking = std::thread::spawn(move || api.put("/fork", &json!({"children": children})));
+    let deadline = Instant::now() + SOON;
+    // Each child forks the next.
+    let family = |pid: u32| -> Result<Vec<u64>> {
+        let mut found = process::children(pid)?;
+        while let Some(last) = found.last()
+            && let Ok(next) = process::children(u32::try_from(*last)?)
+            && !next.is_empty()
+        {
+            found.extend(next);
+        }
+        Ok(found)
+    };
+    loop {
+        let found = family(vmm.pid())?;
+        if found.len() == count {
+            return Ok((asking, Orphans::of(&found)));
+        }
+        ensure!(Instant::now() < deadline, "there are {found:?}");
+        std::thread::yield_now();
+    }
+}
+
+fn answer(asking: JoinHandle<Result<Response>>) -> Result<Response> {
+    asking.join().ok().context("the thread that asks")?
+}
+
+#[test]
+fn a_child_that_dies_without_a_word_holds_up_nobody() -> Result<()> {
+    let (vmm, mut api, serial) = counting(&json!({}))?;
+    let home = tempfile::tempdir()?;
+    let stuck = Stuck::new()?;
+    // The first lives, and must not keep its parent waiting for the second.
+    let begin = Instant::now();
+    let (asking, orphans) = begin_fork(&vmm, vec![child(home.path(), "good"), stuck.child("bad")])?;
+    client(home.path(), "good").wait_ready(SOON)?;
+    let bad = process::children(vmm.pid())?;
+    ensure!(bad.len() == 1, "{bad:?}: the second is the one that the parent makes");
+    Orphans::of(&bad).kill(SOON)?;
+    let reply = answer(asking)?.ok()?.json()?;
+    ensure!(begin.elapsed() < SOON, "it took {:?}", begin.elapsed());
+    ensure!(reply["children"][0]["pid"].is_u64(), "{reply}");
+    ensure!(reply["children"][1]["error"].as_str().is_some_and(|error| error.contains("ended")), "{reply}");
+    ensure!(counts(&wait_for(&serial, 10)?) && api.get("/")?.status == 200);
+    ensure!(counts(&wait_for(&home.path().join("good.serial"), 10)?));
+    orphans.kill(SOON)
+}
+
+#[test]
+fn a_signal_to_a_child_that_is_being_born_is_the_childs_and_not_its_parents() -> Result<()> {
+    let (mut vmm, mut api, serial) = counting(&json!({}))?;
+    let stuck = Stuck::new()?;
+    let (asking, orphans) = begin_fork(&vmm, vec![stuck.child("a")])?;
+    orphans.signal(Signal::TERM)?;
+    stuck.let_go()?;
+    answer(asking)?;
+    orphans.wait(SOON)?;
+    ensure!(counts(&wait_for(&serial, 10)?) && api.get("/")?.status == 200);
+    ensure!(vmm.is_running()?);
+    Ok(())
+}
+
+#[test]
+fn a_parent_that_is_asked_to_end_does_not_wait_for_children_that_begin() -> Result<()> {
+    let (mut vmm, _api, _serial) = counting(&json!({}))?;
+    let stuck = Stuck::new()?;
+    let (asking, orphans) = begin_fork(&vmm, vec![stuck.child("a")])?;
+    vmm.signal(Signal::TERM)?;
+    vmm.exit_status(SOON)?;
+    // It may have answered, or not.
+    let _ = answer(asking);
+    orphans.kill(SOON)
+}
+
+#[test]
+fn children_live_in_a_session_of_their_own_and_keep_no_stream_of_their_parents() -> Result<()> {
+    let (_vmm, mut api, _serial) = counting(&json!({}))?;
+    let home = tempfile::tempdir()?;
+    let [plain, mut logs] = ["plain", "logs"].map(|id| child(home.path(), id));
+    logs["logger"] = json!({"log_path": home.path().join("log")});
+    let reply = fork(&mut api, &[plain, logs])?;
+    let orphans = Orphans::of_fork(&reply)?;
+    for (at, null) in [&[0][..], &[0, 1, 2]].into_iter().enumerate() {
+        let pid = reply["children"][at]["pid"].as_u64().context("a pid")?;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let fields: Vec<_> = stat.rsplit(") ").next().context("fields")?.split(' ').collect();
+        // After the name: state, parent, process group, session.
+        ensure!(fields[2..4].iter().all(|id| *id == pid.to_string()), "{stat}");
+        for fd in null {
+            let file = fs::read_link(format!("/proc/{pid}/fd/{fd}"))?;
+            ensure!(file == Path::new("/dev/null"), "{at}: {fd} is {}", file.display());
+        }
+    }
+    orphans.kill(SOON)
+}
+
+#[test]
+fn a_child_moves_to_the_cgroup_that_it_is_given() -> Result<()> {
+    let mounts = fs::read_to_string("/proc/mounts")?;
+    let root = mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let path = words.next()?;
+        (words.next()? == "cgroup2").then(|| path.to_owned())
+    });
+    let Some(root) = root else { ignore("no cgroup v2 is mounted") };
+    let group = Path::new(&root).join(format!("vesta-test-{}", std::process::id()));
+    if let Err(error) = fs::create_dir(&group) {
+        ignore(&format!("no cgroup can be made in {root}: {error}"));
+    }
+    let moved = || -> Result<()> {
+        let (vmm, mut api, _serial) = counting(&json!({}))?;
+        let home = tempfile::tempdir()?;
+        let mut moves = child(home.path(), "moves");
+        moves["cgroup"] = json!(group);
+        let reply = fork(&mut api, &[moves, child(home.path(), "stays")])?;
+        let orphans = Orphans::of_fork(&reply)?;
+        let of = |pid: u64| -> Result<String> {
+            let all = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+            Ok(all.lines().find_map(|line| line.strip_prefix("0::")).context("a cgroup v2")?.to_owned())
+        };
+        let pid = |at: usize| reply["children"][at]["pid"].as_u64().context("a pid");
+        let name = group.file_name().context("a name")?.to_string_lossy().into_owned();
+        ensure!(of(pid(0)?)?.ends_with(&name), "{}", of(pid(0)?)?);
+        ensure!(of(pid(1)?)? == of(vmm.pid().into())?);
+        orphans.kill(SOON)
+    };
+    let moved = moved();
+    fs::remove_dir(&group)?;
+    moved
+}
+
+/// What `GET /vm/config` says of the first drive's overlay: the file and the layers below.
+fn overlay(api: &mut ApiClient, drive: usize) -> Result<(PathBuf, Vec<PathBuf>)> {
+    let config = api.get("/vm/config")?.ok()?.json()?;
+    let overlay = &config["drives"][drive]["overlay"];
+    let path = |path: &Value| path.as_str().map(PathBuf::from);
+    let layers = overlay["layers"].as_array().into_iter().flatten().filter_map(path).collect();
+    Ok((path(&overlay["path"]).with_context(|| format!("an overlay in {config}"))?, layers))
+}
+
+#[test]
+fn a_guest_that_writes_nothing_can_be_forked_any_number_of_times() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let image = disk(dir, "disk.img", 1)?;
+    let (_vmm, mut api, _serial) = counting_with(&[drive("d", &image)])?;
+    // More often than an overlay can have layers.
+    for round in 0..40 {
+        let id = format!("c{round}");
+        let reply = fork(&mut api, &[child(dir, &id)])?;
+        let orphans = Orphans::of_fork(&reply)?;
+        ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.1"), Vec::new()), "{round}");
+        let childs = overlay(&mut client(dir, &id), 0)?;
+        ensure!(childs == (dir.join(format!("disk.img.{id}.1")), Vec::new()), "{round}: {childs:?}");
+        orphans.kill(SOON)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_was_written_before_a_fork_is_a_layer_of_both_sides() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let image = disk(dir, "disk.img", 1)?;
+    fs::create_dir(dir.join("writes"))?;
+    let top = dir.join("writes/top");
+    let on_top = with(drive("d", &image), &json!({"overlay": {"path": top}}));
+    drop(counting_with(std::slice::from_ref(&on_top))?);
+    // As if the guest had written the first sectors: their bits in the first map.
+    File::options().write(true).open(&top)?.write_all_at(&[0xff], 8192)?;
+    // Two drives on one image have two overlays.
+    let other = with(drive("e", &image), &json!({"overlay": {"path": dir.join("writes/other")}}));
+    let (_vmm, mut api, _serial) = counting_with(&[on_top, other])?;
+    let reply = fork(&mut api, &[child(dir, "a")])?;
+    let orphans = Orphans::of_fork(&reply)?;
+    // Beside the overlay: the image may lie where nobody can write.
+    let name = |name: &str| dir.join("writes").join(name);
+    let layers = vec![top];
+    ensure!(overlay(&mut api, 0)? == (name("disk.img.parent.1"), layers.clone()));
+    ensure!(overlay(&mut api, 1)? == (name("other"), Vec::new()));
+    let mut child_api = client(dir, "a");
+    ensure!(overlay(&mut child_api, 0)? == (name("disk.img.a.1"), layers.clone()));
+    ensure!(overlay(&mut child_api, 1)? == (name("disk.img.a.2"), Vec::new()));
+    // A child has written nothing yet: its own children begin where it did.
+    let grandchild = fork(&mut child_api, &[child(dir, "b")])?;
+    let more = Orphans::of_fork(&grandchild)?;
+    ensure!(overlay(&mut client(dir, "b"), 0)? == (name("disk.img.b.1"), layers));
+    orphans.kill(SOON)?;
+    more.kill(SOON)
+}
+
+#[test]
+fn many_layers_are_merged_into_one_that_all_sides_share() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let image = disk(dir, "disk.img", 1)?;
+    let mut layers = Vec::new();
+    let with_layers = |top: &Path, layers: &[PathBuf]| {
+        with(drive("d", &image), &json!({"overlay": {"path": top, "layers": layers}}))
+    };
+    let top = |number: usize| dir.join(format!("layer{number}"));
+    for number in 0..=16 {
+        drop(counting_with(&[with_layers(&top(number), &layers)])?);
+        // As if the guest had written a few sectors, each time others.
+        File::options().write(true).open(top(number))?.write_all_at(&[0xff], 8192 + number as u64)?;
+        layers.push(top(number));
+    }
+    layers.pop();
+    let (_vmm, mut api, serial) = counting_with(&[with_layers(&top(16), &layers)])?;
+    let reply = fork(&mut api, &[child(dir, "a")])?;
+    let orphans = Orphans::of_fork(&reply)?;
+    let merged = vec![dir.join("disk.img.parent.2"), top(16)];
+    ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.1"), merged.clone()));
+    ensure!(overlay(&mut client(dir, "a"), 0)? == (dir.join("disk.img.a.1"), merged.clone()));
+    ensure!(counts(&wait_for(&serial, 10)?));
+    orphans.kill(SOON)?;
+    // Whoever begins with the files finds nothing wrong with them, and a refused fork leaves none.
+    let refused = api.put("/fork", &json!({"children": [{"id": "b", "api_socket": "/nowhere/s"}]}))?;
+    ensure!(refused.status == 400 && !dir.join("disk.img.b.1").exists(), "{refused:?}");
+    counting_with(&[with_layers(&dir.join("other"), &merged)])?;
+    Ok(())
+}
+
+#[test]
+fn one_child_that_cannot_begin_takes_its_overlay_with_it_and_the_others_live() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let image = disk(dir, "disk.img", 1)?;
+    let (_vmm, mut api, serial) = counting_with(&[drive("d", &image)])?;
+    let mut bad = child(dir, "bad");
+    bad["serial"]["serial_out_path"] = json!("/nowhere/s");
+    let reply = fork(&mut api, &[child(dir, "one"), bad, child(dir, "two")])?;
+    let living: Vec<_> = (0..3).filter_map(|at| reply["children"][at]["pid"].as_u64()).collect();
+    let orphans = Orphans::of(&living);
+    ensure!(living.len() == 2, "{reply}");
+    ensure!(reply["children"][1]["error"].to_string().contains("/nowhere/s"), "{reply}");
+    for id in ["one", "two"] {
+        ensure!(counts(&wait_for(&dir.join(format!("{id}.serial")), 10)?), "{id}");
+        ensure!(dir.join(format!("disk.img.{id}.1")).exists(), "{id}");
+    }
+    ensure!(!dir.join("disk.img.bad.1").exists());
+    ensure!(counts(&wait_for(&serial, 10)?));
+    orphans.kill(SOON)
+}
+
+#[test]
+fn a_childs_diff_has_what_was_written_between_its_parents_snapshot_and_the_fork() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let (_vmm, mut api, serial) = sweeping(&json!({"track_dirty_pages": true}))?;
+    let files = Files::new(dir, "a");
+    pause(&mut api)?;
+    api.put("/snapshot/create", &files.create("Full"))?.ok()?;
+    resume(&mut api)?;
+    wait_for(&serial, 2)?;
+    let mut still = child(dir, "still");
+    still["resume"] = json!(false);
+    let reply = fork(&mut api, &[still])?;
+    let orphans = Orphans::of_fork(&reply)?;
+    client(dir, "still").put("/snapshot/create", &files.create("Diff"))?.ok()?;
+    let (vmm, mut clone) = empty(Transport::Mmio)?;
+    let serial = vmm.dir().join("serial");
+    clone.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
+    clone.put("/snapshot/load", &files.load())?.ok()?;
+    // It says nothing if a page of its memory is not what it wrote.
+    ensure!(counts(&wait_for(&serial, 3)?));
+    orphans.kill(SOON)
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::vm_config::null_is_default;
 use crate::{ConfigError, InstanceId, Logger, NetworkOverride, Serial, VsockOverride};
 
 /// Most children of one call.
@@ -17,7 +18,7 @@ pub struct Fork {
     /// The children to be, at least one.
     pub children: Vec<Child>,
     /// Where this microVM's own writes go from now on, for drives where the default is not right.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub drives: Vec<DriveOverlay>,
 }
 
@@ -34,10 +35,10 @@ pub struct Child {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<PathBuf>,
     /// Where its writes go, for drives where the default is not right.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub drives: Vec<DriveOverlay>,
     /// Its taps: it has none of its parent's. An interface that is not named here is there, with its link down.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub network_overrides: Vec<NetworkOverride>,
     /// Where its serial console goes; nowhere where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -112,7 +113,8 @@ impl Fork {
     }
 }
 
-fn once(field: &'static str, values: impl Iterator<Item = String>) -> Result<(), ForkError> {
+/// Checks that no value of a field comes twice.
+pub(crate) fn once(field: &'static str, values: impl Iterator<Item = String>) -> Result<(), ForkError> {
     let mut seen = BTreeSet::new();
     for value in values {
         if seen.contains(&value) {
@@ -146,6 +148,9 @@ mod tests {
     fn a_child_needs_an_id_and_runs_at_once() {
         let fork = fork(r#"{"children":[{"id":"a"}]}"#).unwrap();
         assert!(fork.children[0].resume && fork.children[0].api_socket.is_none());
+        let nulls =
+            r#"{"children":[{"id":"a","drives":null,"network_overrides":null,"mmds":null}],"drives":null}"#;
+        assert_eq!(super::tests::fork(nulls).unwrap(), fork);
     }
 
     #[test]

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigError, HugePages, NetworkOverride, Overlay, VsockOverride};
+use crate::fork::once;
+use crate::vm_config::null_is_default;
+use crate::{ConfigError, DriveOverlay, HugePages, NetworkOverride, Overlay, VsockOverride};
 
 /// The body of `PUT /snapshot/create`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,11 +17,14 @@ pub struct SnapshotCreate {
     /// Where the memory goes.
     pub mem_file_path: PathBuf,
     /// All of the memory, or what was written since the last snapshot.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub snapshot_type: SnapshotType,
     /// Extension: the microVM need not be paused, and runs on while a fork of it writes.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub live: bool,
+    /// Extension: where this microVM's own writes go from a live snapshot on, for drives where the default is not right.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
+    pub drives: Vec<DriveOverlay>,
 }
 
 /// How much of the memory is saved.
@@ -55,7 +60,7 @@ pub struct SnapshotLoad {
     #[serde(default)]
     pub clock_realtime: bool,
     /// The pages that back guest memory.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub huge_pages: SnapshotHugePages,
     /// Extension: the pages that the guest came to first are recorded at the first restore, and filled in ahead of it at later ones. Not with
     /// a page server.
@@ -65,10 +70,10 @@ pub struct SnapshotLoad {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
     /// Network interfaces whose tap is another one now.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub network_overrides: Vec<NetworkOverride>,
     /// Extension: drives that are elsewhere now.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub drives: Vec<DriveOverride>,
 }
 
@@ -135,15 +140,37 @@ pub enum SnapshotError {
         /// The file.
         path: PathBuf,
     },
+    /// An overlay in the file of something else.
+    #[error("drives[].overlay is {}, and so is {field}", path.display())]
+    OverlayElsewhere {
+        /// What else.
+        field: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
+    /// A paused microVM keeps its disks.
+    #[error("drives is only possible with \"live\": true: otherwise the microVM keeps its disks")]
+    DrivesNotLive,
 }
 
 impl SnapshotCreate {
-    /// Checks that the two files differ.
+    /// Checks that all files differ.
     pub fn check(&self) -> Result<(), ConfigError> {
+        if !self.live && !self.drives.is_empty() {
+            return Err(SnapshotError::DrivesNotLive.into());
+        }
         if self.snapshot_path == self.mem_file_path {
             return Err(SnapshotError::OneFile { path: self.snapshot_path.clone() }.into());
         }
-        Ok(())
+        let overlays = || self.drives.iter().map(|drive| &drive.overlay);
+        for (field, path) in [("snapshot_path", &self.snapshot_path), ("mem_file_path", &self.mem_file_path)]
+        {
+            if overlays().any(|overlay| overlay == path) {
+                return Err(SnapshotError::OverlayElsewhere { field, path: path.clone() }.into());
+            }
+        }
+        once("overlay", overlays().map(|overlay| overlay.display().to_string()))?;
+        Ok(once("drive_id", self.drives.iter().map(|drive| drive.drive_id.clone()))?)
     }
 }
 
@@ -230,5 +257,31 @@ mod tests {
         assert_eq!((full.snapshot_type, full.live), (SnapshotType::Full, false));
         full.check().unwrap();
         assert!(create(r#"{"snapshot_path":"s","mem_file_path":"s"}"#).check().is_err());
+        create(r#"{"snapshot_path":"s","mem_file_path":"m","snapshot_type":null,"drives":null}"#)
+            .check()
+            .unwrap();
+    }
+
+    #[test]
+    fn a_live_snapshot_may_say_where_writes_go_and_names_no_file_twice() {
+        let check = |live: bool, overlays: &[(&str, &str)]| {
+            let drives =
+                overlays.iter().map(|(id, path)| format!(r#"{{"drive_id":"{id}","overlay":"{path}"}}"#));
+            let drives = drives.collect::<Vec<_>>().join(",");
+            let json =
+                format!(r#"{{"snapshot_path":"s","mem_file_path":"m","live":{live},"drives":[{drives}]}}"#);
+            serde_json::from_str::<SnapshotCreate>(&json).unwrap().check().map_err(|e| e.to_string())
+        };
+        check(true, &[("a", "o"), ("b", "p")]).unwrap();
+        for (live, overlays, named) in [
+            (false, &[("a", "o")][..], "live"),
+            (true, &[("a", "s")], "overlay is s, and so is snapshot_path"),
+            (true, &[("a", "m")], "overlay is m, and so is mem_file_path"),
+            (true, &[("a", "o"), ("b", "o")], "overlay o is given twice"),
+            (true, &[("a", "o"), ("a", "p")], "drive_id a is given twice"),
+        ] {
+            let error = check(live, overlays).unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
     }
 }

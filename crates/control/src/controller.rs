@@ -12,7 +12,7 @@
 //! channel's other end, not here.
 
 use std::fs::File;
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +25,7 @@ use machine::boot::BootFiles;
 use machine::devices::{DeviceSetup, VsockSetup, limits};
 use machine::legacy::{Output, SerialSetup, StartTimes};
 use machine::machine::{Machine, PauseError};
-use machine::{EventSink, Paused, Running, Setup};
+use machine::{EventSink, MachineEvent, Paused, Running, Setup, VcpuFault};
 use serde_json::json;
 use virtio::block::Replaced;
 use virtio::block::disk::{Disk, DiskOptions};
@@ -90,6 +90,11 @@ pub trait Host {
     /// it succeeded is its exit status.
     fn fork_writer(&mut self, kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> std::io::Result<()>;
 
+    /// Readable once this process is asked to end, for commands that wait.
+    fn asked_to_end(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// The guest runs from now on, and has standard input and output if `with_standard_io`.
     fn guest_starts(&mut self, with_standard_io: bool);
 }
@@ -129,7 +134,7 @@ pub(crate) enum State {
     Configured,
     Running(Running),
     Paused(Paused),
-    /// A bug in this monitor left no machine; the process is about to end.
+    /// A bug in this monitor left no machine. An event was posted that ends the process.
     Lost,
 }
 
@@ -513,12 +518,13 @@ impl<H: Host> Controller<H> {
                     let error = CommandError::new(format_args!("the microVM cannot be paused now: {source}"));
                     (State::Running(machine), Err(error))
                 }
-                Err(PauseError::Gone(gone)) => lost(&gone),
+                Err(PauseError::Gone(gone)) => lost(&gone, &self.events),
             },
             (State::Paused(machine), VmState::Resumed) => match machine.resume() {
                 Ok(machine) => (State::Running(machine), Ok(())),
-                Err(gone) => lost(&gone),
+                Err(gone) => lost(&gone, &self.events),
             },
+            (State::Lost, _) => (State::Lost, Err(CommandError::new("there is no machine any more"))),
             (same, _) => (same, Ok(())),
         };
         self.state = next;
@@ -602,8 +608,10 @@ fn serial_limit(config: &FullVmConfig) -> RateLimiterConfig {
 }
 
 /// A bug in this monitor: there is no machine any more.
-fn lost(gone: &machine::vcpu::VcpuGone) -> (State, Result<(), CommandError>) {
+fn lost(gone: &machine::vcpu::VcpuGone, events: &EventSink) -> (State, Result<(), CommandError>) {
     log::error!("{gone}");
+    let fault = VcpuFault { vcpu: gone.0, reason: gone.to_string(), place: None };
+    events.post(MachineEvent::Fatal(fault));
     (State::Lost, Err(CommandError::new(gone)))
 }
 

@@ -1,7 +1,11 @@
 //! A child of a fork, from its first moment to its end.
 //!
 //! It runs on the stack of the command that made it and never goes back there: what lies beneath belongs to its parent. It keeps the memory of its
-//! guest, its API socket and the log, makes everything else anew, and ends with the process.
+//! guest, its API socket and the log, makes everything else anew, and ends with the process. It leaves its parent's session, process group and standard
+//! streams, but for standard output and error where its log goes there.
+//!
+//! A panic here ends the process. (Where panics unwind, as in tests, they are caught: the stack beneath is the parent's.) Its parent sees either way that
+//! it has ended without a report.
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -13,7 +17,7 @@ use machine::event_channel;
 
 use crate::event_loop::{self, ProcessHost};
 use crate::exit::{self, ExitCode};
-use crate::process::{Side, close_all_but, fork};
+use crate::process::{self, Side, fork};
 use crate::{end_of, logger, signals, terminal};
 
 /// The first child: it makes the others, and lives.
@@ -50,10 +54,17 @@ pub(crate) fn live(mut family: Family) -> ! {
 pub(crate) fn write(mut kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> ! {
     let done = catch_unwind(AssertUnwindSafe(|| {
         kept.extend(logger::descriptors());
-        close_all_but(kept);
         terminal::forget();
         signals::take_their_course();
-        work()
+        let left = process::leave_standard_io(logger::is_on_standard_output())
+            .and_then(|()| process::close_all_but(kept));
+        match left {
+            Ok(()) => work(),
+            Err(error) => {
+                log::error!("a fork of this process cannot let go of what is its parent's: {error}");
+                false
+            }
+        }
     }));
     std::process::exit(if done.unwrap_or(false) { ExitCode::Ok as i32 } else { ExitCode::Generic as i32 })
 }
@@ -66,24 +77,19 @@ fn leave(seed: Seed) {
 }
 
 fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
-    let mut kept = logger::descriptors();
-    kept.extend(seed.api.as_ref().map(|api| api.as_fd().as_raw_fd()));
-    kept.push(seed.reporter.as_fd().as_raw_fd());
-    kept.extend(signals::descriptor());
-    kept.extend(inheritance.descriptors());
-    close_all_but(kept);
+    // Without one, the parent sees that it has ended.
+    let Ok(reporter) = seed.reporter.take_over() else { return ExitCode::Generic };
+    seed.reporter = reporter;
     terminal::forget();
     logger::rename(&seed.identity.id);
-
-    let reporter = seed.reporter.clone();
-    let begun = begin(&mut seed).and_then(|process| {
+    let begun = let_go(&seed, &inheritance).and_then(|()| begin(&mut seed)).and_then(|process| {
         let (sink, source) = event_channel()?;
         Ok((process, sink, source))
     });
     let ((signals, requests), sink, source) = match begun {
         Ok(begun) => begun,
         Err(error) => {
-            reporter.report(Err(&error));
+            seed.reporter.report(Err(&error));
             return ExitCode::Generic;
         }
     };
@@ -104,6 +110,17 @@ fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
     end_of(ended.map_err(crate::RunError::from))
 }
 
+/// Lets go of all that is the parent's.
+fn let_go(seed: &Seed, inheritance: &Inheritance) -> std::io::Result<()> {
+    let mut kept = logger::descriptors();
+    kept.extend(seed.api.as_ref().map(|api| api.as_fd().as_raw_fd()));
+    kept.push(seed.reporter.as_fd().as_raw_fd());
+    kept.extend(signals::descriptor().map(|fd| fd.as_raw_fd()));
+    kept.extend(inheritance.descriptors());
+    process::close_all_but(kept)?;
+    process::leave_session()
+}
+
 /// What a process needs before it has a machine.
 type Process = (signals::Signals, Option<control::api::Requests>);
 
@@ -118,6 +135,7 @@ fn begin(seed: &mut Seed) -> std::io::Result<Process> {
         logger::set_up(logger)
             .map_err(|e| std::io::Error::new(e.kind(), format!("cannot open the log: {e}")))?;
     }
+    process::leave_standard_io(logger::is_on_standard_output())?;
     let signals = signals::renew()?;
     let requests = seed.api.take().map(control::api::ApiServer::spawn).transpose()?;
     Ok((signals, requests))

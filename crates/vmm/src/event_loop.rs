@@ -1,7 +1,7 @@
 //! The main thread's loop: commands from the API, the guest's end, signals.
 
 use std::io;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use control::api::{ApiServer, Request, Requests};
@@ -14,7 +14,7 @@ use virtio::rate_limiter::RateLimiterConfig;
 
 use crate::process::{self, Side};
 use crate::signals::Signals;
-use crate::{child, logger, terminal};
+use crate::{child, logger, signals, terminal};
 
 /// How long the guest's last output may take to be carried out when the process ends.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
@@ -112,10 +112,12 @@ impl Host for ProcessHost {
 
     fn fork(&mut self, family: Family) -> io::Result<()> {
         process::reap_automatically();
-        let held = logger::hold();
+        let _signals = signals::hold();
+        let log = logger::hold();
         match process::fork()? {
             Side::Child => {
-                drop(held);
+                drop(log);
+                // Signals wait on until the child has its own way to be told of them: it never comes back to where this would end.
                 child::live(family)
             }
             Side::Parent => {
@@ -127,14 +129,19 @@ impl Host for ProcessHost {
 
     fn fork_writer(&mut self, kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> io::Result<()> {
         process::reap_automatically();
-        let held = logger::hold();
+        let _signals = signals::hold();
+        let log = logger::hold();
         match process::fork()? {
             Side::Child => {
-                drop(held);
+                drop(log);
                 child::write(kept, work)
             }
             Side::Parent => Ok(()),
         }
+    }
+
+    fn asked_to_end(&self) -> Option<BorrowedFd<'_>> {
+        signals::descriptor()
     }
 
     fn guest_starts(&mut self, with_standard_io: bool) {

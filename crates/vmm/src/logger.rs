@@ -34,6 +34,8 @@ struct Settings {
     banner: String,
     /// `None` where standard output is closed.
     output: Option<Output>,
+    /// Whether `output` is standard output.
+    is_standard: bool,
     show_level: bool,
     show_origin: bool,
     module: Option<String>,
@@ -45,6 +47,7 @@ pub(crate) fn install(id: &str, personality: Personality) {
         id: id.to_owned(),
         banner: personality.banner(),
         output: Output::stdout().ok(),
+        is_standard: true,
         show_level: false,
         show_origin: false,
         module: None,
@@ -67,6 +70,7 @@ pub(crate) fn set_up(logger: &config::Logger) -> io::Result<()> {
     log::set_max_level(filter(logger.level.unwrap_or_default()));
     if output.is_some() {
         settings.output = output;
+        settings.is_standard = false;
         let banner = settings.banner.clone();
         let origin = Origin { level: log::Level::Info, file: file!(), line: line!() };
         LOG.write(settings, &origin, &banner);
@@ -95,6 +99,11 @@ pub(crate) fn descriptors() -> Vec<RawFd> {
     let settings = LOG.lock();
     let output = settings.as_ref().and_then(|settings| settings.output.as_ref());
     output.map(|output| output.as_fd().as_raw_fd()).into_iter().collect()
+}
+
+/// Whether lines go to standard output.
+pub(crate) fn is_on_standard_output() -> bool {
+    LOG.lock().as_ref().is_some_and(|settings| settings.is_standard)
 }
 
 fn filter(level: LogLevel) -> LevelFilter {
@@ -180,6 +189,7 @@ mod tests {
             id: "vm-1".to_owned(),
             banner: String::new(),
             output: None,
+            is_standard: false,
             show_level,
             show_origin,
             module: None,

@@ -33,25 +33,60 @@ pub(crate) fn reap_automatically() {
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
 }
 
+/// Leaves the session and the process group of the parent: a signal to them, or the end of their terminal, is none of this process's business.
+pub(crate) fn leave_session() -> io::Result<()> {
+    rustix::process::setsid()?;
+    Ok(())
+}
+
+/// Lets go of standard input and, unless they are `kept`, of standard output and error: who reads these sees them end with the parent.
+pub(crate) fn leave_standard_io(kept: bool) -> io::Result<()> {
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    if !kept {
+        rustix::stdio::dup2_stdout(&null)?;
+        rustix::stdio::dup2_stderr(&null)?;
+    }
+    Ok(())
+}
+
 /// Closes all descriptors from 3 on but for `kept`.
 ///
 /// Their owners in this process do not know. So this is for a child that never goes back to what it was: nothing that owned a descriptor is
 /// used or dropped any more.
-pub(crate) fn close_all_but(mut kept: Vec<RawFd>) {
+pub(crate) fn close_all_but(mut kept: Vec<RawFd>) -> io::Result<()> {
     kept.retain(|fd| *fd > 2);
     kept.sort_unstable();
+    kept.dedup();
     let mut first = 3;
-    for fd in kept {
-        if fd > first {
-            close_range(first, fd - 1);
+    for fd in &kept {
+        if *fd > first {
+            close_range(first, fd - 1)?;
         }
-        first = first.max(fd + 1);
+        first = fd + 1;
     }
-    close_range(first, RawFd::MAX);
+    close_range(first, RawFd::MAX)
 }
 
-fn close_range(first: RawFd, last: RawFd) {
-    // SAFETY: it closes descriptors, which is the point; see `close_all_but`. (It is there from Linux 5.9 on; without it
-    // the child has descriptors too many, which is no reason to fail.)
-    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+/// Closes these and those between.
+fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
+    // SAFETY: it closes descriptors, which is the point; see `close_all_but`.
+    if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } == 0 {
+        return Ok(());
+    }
+    // Linux before 5.9, or a filter. What would stay is the parent's KVM, taps and locks.
+    let open = open_descriptors()
+        .map_err(|e| io::Error::new(e.kind(), format!("cannot find the parent's descriptors: {e}")))?;
+    for fd in open.into_iter().filter(|fd| (first..=last).contains(fd)) {
+        // SAFETY: as above.
+        unsafe { libc::close(fd) };
+    }
+    Ok(())
+}
+
+/// All descriptors of this process (and one that is closed when this returns).
+fn open_descriptors() -> io::Result<Vec<RawFd>> {
+    let names = std::fs::read_dir("/proc/self/fd")?.map(|entry| Ok(entry?.file_name()));
+    let names = names.collect::<io::Result<Vec<_>>>()?;
+    Ok(names.iter().filter_map(|name| name.to_str()?.parse().ok()).collect())
 }

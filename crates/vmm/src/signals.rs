@@ -4,7 +4,7 @@
 //! socket removed, the terminal restored, and then the signal takes its default course, so that a parent sees it. SIGHUP does the same
 //! with an exit code of its own. The fatal ones end it at once with theirs.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -38,8 +38,9 @@ pub(crate) struct Signals(BorrowedFd<'static>);
 
 impl Signals {
     /// Which signal came, if one did.
-    #[expect(clippy::unused_self, reason = "there is nothing to ask before the handlers are installed")]
     pub(crate) fn asked(&self) -> Option<i32> {
+        // First what wakes, so that what is taken here is seen below: a handler notes its signal before it wakes.
+        let _ = rustix::io::read(self.0, &mut [0; 8]);
         Some(ASKED.load(Ordering::Acquire)).filter(|signal| *signal != 0)
     }
 }
@@ -63,7 +64,39 @@ pub(crate) fn install() -> std::io::Result<Signals> {
     Ok(Signals(wake.as_fd()))
 }
 
-/// In a fork: signals are this process's own from here on. The handlers are there already.
+/// Signals that ask wait, for this thread and forks that it makes, as long as this lives. So none that is meant for a fork comes while the
+/// fork would still tell its parent of it: it waits for [`renew`] or [`take_their_course`].
+pub(crate) fn hold() -> Held {
+    Held(mask(libc::SIG_BLOCK))
+}
+
+/// Lets signals come again, as they did before, when it is dropped. In a fork it is not dropped.
+#[derive(Debug)]
+pub(crate) struct Held(libc::sigset_t);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: the set is one that the kernel filled in; the old one is not asked for.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
+    }
+}
+
+/// Blocks the asking signals or lets them through (`how`); what was blocked before.
+fn mask(how: libc::c_int) -> libc::sigset_t {
+    // SAFETY: a `sigset_t` is plain numbers, for which zero is a value; the calls below fill both in.
+    let (mut asking, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
+    // SAFETY: `asking` is ours alone.
+    unsafe { libc::sigemptyset(&raw mut asking) };
+    for signal in ASKING {
+        // SAFETY: as above, and the signal is one there is.
+        unsafe { libc::sigaddset(&raw mut asking, signal) };
+    }
+    // SAFETY: both sets outlive the call, which can only fail for a wrong `how`.
+    unsafe { libc::pthread_sigmask(how, &raw const asking, &raw mut before) };
+    before
+}
+
+/// In a fork: signals are this process's own from here on, those too that came since it was made. The handlers are there already.
 pub(crate) fn renew() -> std::io::Result<Signals> {
     ASKED.store(0, Ordering::Release);
     let Some(wake) = WAKE.get() else { return install() };
@@ -74,6 +107,7 @@ pub(crate) fn renew() -> std::io::Result<Signals> {
     if replaced < 0 {
         return Err(std::io::Error::last_os_error());
     }
+    mask(libc::SIG_UNBLOCK);
     Ok(Signals(wake.as_fd()))
 }
 
@@ -83,11 +117,12 @@ pub(crate) fn take_their_course() {
         // SAFETY: restoring the default action of a valid signal has no precondition.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
+    mask(libc::SIG_UNBLOCK);
 }
 
 /// The descriptor that the handlers write to.
-pub(crate) fn descriptor() -> Option<RawFd> {
-    WAKE.get().map(AsRawFd::as_raw_fd)
+pub(crate) fn descriptor() -> Option<BorrowedFd<'static>> {
+    WAKE.get().map(AsFd::as_fd)
 }
 
 extern "C" fn on_asking(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {

@@ -1,152 +1,247 @@
 //! Disks in a fork: what was written so far becomes a base that nobody writes to any more, and each side goes on on an overlay of
 //! its own.
+//!
+//! An overlay that nothing was written to yet is no base: whoever has it keeps it, and the others begin on what lies below it. So a
+//! microVM that writes nothing can be forked and saved live any number of times. One that writes gets a layer each time; when there are
+//! [`MANY_LAYERS`], those that are only read are merged into one, while the guest runs.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use config::{Child, Drive, DriveOverlay, Overlay};
 use virtio::block::disk::{Disk, DiskOptions};
 
+use super::files::{NewFiles, with_number};
 use crate::CommandError;
 use crate::controller::{Controller, Host, REPLACE_PATIENCE, State};
 
-/// Most tries for a free name.
-const MAX_NAMES: u32 = 10_000;
+/// So many layers are merged before another is put on them: each of them takes memory, and time at each request.
+const MANY_LAYERS: usize = 16;
 
-/// The drives that go on on an overlay, by their place in the configuration.
+/// Which drives go on on a new overlay: by their place in the configuration, the overlay's file.
 #[derive(Debug)]
-pub(crate) struct Plan(Vec<(usize, Drive)>);
+pub(crate) struct Plan(Vec<(usize, PathBuf)>);
 
-impl Plan {
-    /// How the parent goes on.
-    pub(crate) fn of_parent(
-        drives: &[Drive],
-        disks: &[Disk],
+/// Who makes a plan, and with what.
+#[derive(Debug)]
+pub(crate) struct Planner<'a> {
+    drives: &'a [Drive],
+    disks: &'a [Disk],
+    /// Paths that the user gave to files, so that none of them is chosen for another.
+    named: BTreeSet<PathBuf>,
+}
+
+impl<'a> Planner<'a> {
+    /// For these drives and their disks. All files that the command names are `named`.
+    pub(crate) fn new(drives: &'a [Drive], disks: &'a [Disk], named: impl Iterator<Item = PathBuf>) -> Self {
+        Planner { drives, disks, named: named.collect() }
+    }
+
+    /// How the microVM `id` goes on, or begins.
+    pub(crate) fn plan(
+        &self,
         id: &str,
         overlays: &[DriveOverlay],
-    ) -> Result<Self, CommandError> {
-        Self::new(drives, disks, id, overlays)
-    }
-
-    /// How a microVM that is restored from the snapshot at `state` begins, unless it is told otherwise.
-    pub(crate) fn of_saved(drives: &[Drive], disks: &[Disk], state: &Path) -> Result<Self, CommandError> {
-        let name = state.file_name().unwrap_or_default().to_string_lossy();
-        Self::new(drives, disks, &name, &[])
-    }
-
-    /// How a child begins.
-    pub(super) fn of_child(drives: &[Drive], disks: &[Disk], child: &Child) -> Result<Self, CommandError> {
-        let id = child.id.as_str();
-        Self::new(drives, disks, id, &child.drives)
-            .map_err(|error| CommandError::new(format_args!("child {id}: {error}")))
-    }
-
-    fn new(
-        drives: &[Drive],
-        disks: &[Disk],
-        id: &str,
-        overlays: &[DriveOverlay],
-    ) -> Result<Self, CommandError> {
-        if let Some(unknown) = overlays.iter().find(|o| drives.iter().all(|d| d.drive_id != o.drive_id)) {
+        files: &mut NewFiles,
+    ) -> Result<Plan, CommandError> {
+        let known = |id: &String| self.drives.iter().any(|drive| drive.drive_id == *id);
+        if let Some(unknown) = overlays.iter().find(|overlay| !known(&overlay.drive_id)) {
             return Err(CommandError::new(format_args!("there is no drive {}", unknown.drive_id)));
         }
         let mut plan = Vec::new();
-        for (at, (drive, disk)) in drives.iter().zip(disks).enumerate() {
-            // What nobody writes to is shared as it is; so is a disk without a size.
-            if disk.is_read_only() || disk.size() == 0 {
-                continue;
-            }
+        for (at, drive) in self.writable() {
             let path = match overlays.iter().find(|overlay| overlay.drive_id == drive.drive_id) {
-                Some(overlay) => given(&drive.drive_id, &overlay.overlay)?,
-                None => default_name(drive, id)?,
+                Some(overlay) => files.given(&drive.drive_id, &overlay.overlay)?,
+                None => files.numbered(&drive.drive_id, &stem(drive, id)?, &self.named)?,
             };
-            let mut layers = Vec::new();
-            if let Some(overlay) = &drive.overlay {
-                layers.clone_from(&overlay.layers);
-                layers.push(overlay.path.clone());
-            }
-            let drive = Drive { overlay: Some(Overlay { path, layers, size_mib: None }), ..drive.clone() };
-            drive.check().map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))?;
-            plan.push((at, drive));
+            plan.push((at, path));
         }
         Ok(Plan(plan))
     }
 
-    /// The drives in it.
-    pub(crate) fn drive_ids(&self) -> Vec<String> {
-        self.0.iter().map(|(_, drive)| drive.drive_id.clone()).collect()
+    /// How a child begins.
+    pub(super) fn of_child(&self, child: &Child, files: &mut NewFiles) -> Result<Plan, CommandError> {
+        let id = child.id.as_str();
+        self.plan(id, &child.drives, files)
+            .map_err(|error| CommandError::new(format_args!("child {id}: {error}")))
     }
 
-    /// Writes the plan into a configuration.
-    pub(crate) fn apply(self, drives: &mut [Drive]) {
-        for (at, drive) in self.0 {
-            drives[at] = drive;
+    /// The drives as the plans are to be applied to: as they are, but for many layers, which are merged here. The user waits for that, the guest
+    /// does not. Plans may be made before.
+    pub(crate) fn bases(&self, id: &str, files: &mut NewFiles) -> Result<Vec<Drive>, CommandError> {
+        let mut bases = self.drives.to_vec();
+        for (at, drive) in self.writable() {
+            let Some(overlay) =
+                bases[at].overlay.as_mut().filter(|overlay| overlay.layers.len() >= MANY_LAYERS)
+            else {
+                continue;
+            };
+            if self.disks[at].is_unwritten() {
+                // Nothing is put on its layers now.
+                continue;
+            }
+            let path = files.numbered(&drive.drive_id, &stem(drive, id)?, &self.named)?;
+            match self.disks[at].merge_layers(&path) {
+                Ok(()) => overlay.layers = vec![path],
+                // Where there is no space for that, there may be for one more layer. The file is not kept.
+                Err(error) => log::warn!("drive {}: its layers cannot be merged: {error}", drive.drive_id),
+            }
+        }
+        Ok(bases)
+    }
+
+    /// Drives that have to go on on a new overlay. What nobody writes to is shared as it is; so is a disk without a size.
+    fn writable(&self) -> impl Iterator<Item = (usize, &Drive)> {
+        let drives = self.drives.iter().zip(self.disks).enumerate();
+        drives
+            .filter(|(_, (_, disk))| !disk.is_read_only() && disk.size() > 0)
+            .map(|(at, (drive, _))| (at, drive))
+    }
+}
+
+impl Plan {
+    /// How a microVM that is restored from the snapshot at `state` begins, whose drives go on as `parents` says: its overlays are to be beside its
+    /// parent's. Their numbers are chosen anew at each load.
+    pub(crate) fn of_saved(drives: &[Drive], parents: &Plan, state: &Path) -> Self {
+        let state = state.file_name().unwrap_or_default().to_string_lossy();
+        let overlays = parents.0.iter().map(|(at, path)| {
+            let disk = drives[*at].path_on_host.as_deref().and_then(Path::file_name).unwrap_or_default();
+            let mut name = disk.to_owned();
+            name.push(format!(".{state}"));
+            (*at, with_number(&path.with_file_name(name), 1))
+        });
+        Plan(overlays.collect())
+    }
+
+    /// The drives in it.
+    pub(crate) fn drive_ids(&self, drives: &[Drive]) -> Vec<String> {
+        self.0.iter().map(|(at, _)| drives[*at].drive_id.clone()).collect()
+    }
+
+    /// Writes the plan into the configuration of one who begins on `drives` as they are now: `unwritten` says by drive whether its overlay holds
+    /// nothing yet.
+    pub(crate) fn apply(&self, drives: &mut [Drive], unwritten: &[bool]) -> Result<(), CommandError> {
+        for (at, path) in &self.0 {
+            drives[*at] = on_overlay(&drives[*at], unwritten[*at], path)?;
+        }
+        Ok(())
+    }
+}
+
+/// `drive`, with its writes from now on in a new overlay at `path`.
+fn on_overlay(drive: &Drive, unwritten: bool, path: &Path) -> Result<Drive, CommandError> {
+    let mut layers = Vec::new();
+    if let Some(overlay) = &drive.overlay {
+        layers.clone_from(&overlay.layers);
+        if !unwritten {
+            layers.push(overlay.path.clone());
         }
     }
+    let overlay = Overlay { path: path.to_owned(), layers, size_mib: None };
+    let drive = Drive { overlay: Some(overlay), ..drive.clone() };
+    drive.check().map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))?;
+    Ok(drive)
 }
 
-/// An overlay that the user named.
-fn given(drive_id: &str, path: &Path) -> Result<PathBuf, CommandError> {
-    if std::fs::metadata(path).is_ok_and(|file| file.len() > 0) {
-        return Err(CommandError::new(format_args!(
-            "drive {drive_id}: the overlay {} exists already",
-            path.display()
-        )));
-    }
-    Ok(path.to_owned())
-}
-
-/// Beside the disk, with the id of who writes to it: the first of `DISK.ID.1`, `DISK.ID.2`, ... that does not exist.
-fn default_name(drive: &Drive, id: &str) -> Result<PathBuf, CommandError> {
+/// What the names of new overlays begin with: the disk's name and the id of who writes to them, beside the overlay that takes writes now,
+/// else beside the disk.
+fn stem(drive: &Drive, id: &str) -> Result<PathBuf, CommandError> {
     let disk = drive.path_on_host.as_deref().unwrap_or(Path::new(""));
+    let mut name = disk.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{id}"));
+    if let Some(overlay) = &drive.overlay {
+        return Ok(overlay.path.with_file_name(name));
+    }
     if std::fs::metadata(disk).is_ok_and(|file| file.file_type().is_block_device()) {
         return Err(CommandError::new(format_args!(
-            "drive {} is the block device {}: a fork has to be told where its writes go (drives[].overlay)",
+            "drive {} is the block device {}: it has to be told where writes go (drives[].overlay)",
             drive.drive_id,
             disk.display()
         )));
     }
-    let name = |number: u32| {
-        let mut name = disk.as_os_str().to_owned();
-        name.push(format!(".{id}.{number}"));
-        PathBuf::from(name)
-    };
-    (1..MAX_NAMES).map(name).find(|path| !path.exists()).ok_or_else(|| {
-        CommandError::new(format_args!(
-            "drive {}: too many overlays beside {}",
-            drive.drive_id,
-            disk.display()
-        ))
-    })
+    Ok(disk.with_file_name(name))
 }
 
 impl<H: Host> Controller<H> {
-    /// Lets this microVM, which stands still, go on on its new overlays.
-    pub(crate) fn put_overlays(&mut self, plan: &Plan) -> Result<(), CommandError> {
-        for (at, drive) in &plan.0 {
-            let State::Paused(machine) = &self.state else { break };
-            let failed =
-                |e: &dyn std::fmt::Display| CommandError::new(format_args!("drive {}: {e}", drive.drive_id));
-            let Some(control) = machine.devices().drive(&drive.drive_id).cloned() else { continue };
-            self.disks[*at].freeze().map_err(|e| failed(&e))?;
-            let replaced = Disk::open(&DiskOptions::of(drive))
-                .map_err(|e| failed(&e))
-                .and_then(|disk| Ok((disk.clone(), control.replace(disk).map_err(|e| failed(&e))?)));
-            match replaced {
-                Ok((disk, replaced)) => {
-                    self.disks[*at] = disk;
-                    self.config.drives[*at] = drive.clone();
-                    self.settling.push((drive.drive_id.clone(), replaced));
-                }
+    /// By drive: whether its writes go to an overlay that holds nothing yet.
+    pub(crate) fn unwritten(&self) -> Vec<bool> {
+        self.disks.iter().map(Disk::is_unwritten).collect()
+    }
+
+    /// Lets the disks have what the guest wrote so far, so that little is left for the moment in which it stands still.
+    pub(crate) fn write_back_disks(&self) {
+        for (drive, disk) in self.config.drives.iter().zip(&self.disks) {
+            if let Err(error) = disk.write_back() {
+                // Who has to know finds it again, and says so to the user.
+                log::warn!("drive {}: {error}", drive.drive_id);
+            }
+        }
+    }
+
+    /// Lets this microVM, which stands still, go on on its new overlays: on all of them, or, if one cannot be opened, on none. Overlays that hold
+    /// nothing yet are kept instead.
+    pub(crate) fn put_overlays(
+        &mut self,
+        plan: &Plan,
+        unwritten: &[bool],
+        bases: &[Drive],
+    ) -> Result<(), CommandError> {
+        let mut opened = Vec::new();
+        let moving = plan.0.iter().filter(|(at, _)| !unwritten[*at]);
+        for (at, path) in moving {
+            match self.open_on_top(*at, &bases[*at], path) {
+                Ok((drive, disk)) => opened.push((*at, drive, disk)),
                 Err(error) => {
-                    if let Err(lost) = self.disks[*at].thaw() {
-                        log::error!("drive {} cannot be written any more: {lost}", drive.drive_id);
-                    }
+                    opened.drain(..).for_each(|(at, _, disk)| self.write_again(at, disk));
                     return Err(error);
                 }
             }
         }
+        let mut opened = opened.into_iter();
+        while let Some((at, drive, disk)) = opened.next() {
+            let State::Paused(machine) = &self.state else { break };
+            let Some(control) = machine.devices().drive(&drive.drive_id).cloned() else { continue };
+            match control.replace(disk.clone()) {
+                Ok(replaced) => {
+                    self.disks[at] = disk;
+                    self.settling.push((drive.drive_id.clone(), replaced));
+                    self.config.drives[at] = drive;
+                }
+                Err(error) => {
+                    let rest = opened.map(|(at, _, disk)| (at, disk));
+                    std::iter::once((at, disk)).chain(rest).for_each(|(at, disk)| self.write_again(at, disk));
+                    return Err(CommandError::new(format_args!("drive {}: {error}", drive.drive_id)));
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// Makes a drive's disk a base, and opens a new overlay on it.
+    fn open_on_top(&self, at: usize, base: &Drive, path: &Path) -> Result<(Drive, Disk), CommandError> {
+        let drive = on_overlay(base, false, path)?;
+        let opened = self.disks[at].freeze().and_then(|()| Disk::open(&DiskOptions::of(&drive)));
+        match opened {
+            Ok(disk) => Ok((drive, disk)),
+            Err(error) => {
+                self.thaw(at);
+                Err(CommandError::new(format_args!("drive {}: {error}", drive.drive_id)))
+            }
+        }
+    }
+
+    /// Undoes [`Self::open_on_top`].
+    fn write_again(&self, at: usize, on_top: Disk) {
+        // It holds the base's lock.
+        drop(on_top);
+        self.thaw(at);
+    }
+
+    fn thaw(&self, at: usize) {
+        if let Err(lost) = self.disks[at].thaw() {
+            log::error!("drive {} cannot be written any more: {lost}", self.config.drives[at].drive_id);
+        }
     }
 
     /// Waits until the workers have let go of the disks that were replaced.
@@ -160,5 +255,11 @@ impl<H: Host> Controller<H> {
                 log::warn!("drive {drive_id}: {still}; it is closed when they have ended");
             }
         }
+    }
+
+    /// Whether one of the drives has the overlay at `path`, to write to or as a layer.
+    pub(crate) fn has_overlay(&self, path: &Path) -> bool {
+        let mut overlays = self.config.drives.iter().filter_map(|drive| drive.overlay.as_ref());
+        overlays.any(|overlay| overlay.path == path || overlay.layers.iter().any(|layer| layer == path))
     }
 }

@@ -3,7 +3,8 @@
 //! # How
 //!
 //! ```text
-//! check, bind the children's sockets          the guest runs
+//! check, bind the children's sockets,
+//! make empty files for new overlays           the guest runs
 //! pause                                       ------------- from here on it stands still
 //! disks: what was written so far becomes a base, this microVM goes on on a new overlay of it
 //! save the machine
@@ -19,7 +20,9 @@
 //!
 //! - What can be found wrong before the guest stands still is found then. What is found wrong later leaves this microVM running, on
 //!   its old disks or on overlays of them.
-//! - A child that cannot begin ends, and its report says why. The others live.
+//! - A child that cannot begin ends, and its report says why. The others live, and its overlays are removed.
+//! - With dirty pages tracked, a child's first Diff has all that its parent's next one would have had, and more: what a live snapshot that is
+//!   being written has taken.
 //!
 //! # Callers
 //!
@@ -27,12 +30,13 @@
 //! [`Controller::born`].
 
 pub(crate) mod disks;
+pub(crate) mod files;
 mod report;
 
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
-use config::{Child, Fork, FullVmConfig, Logger, Vsock, check_networks, override_networks};
+use config::{Child, Drive, Fork, FullVmConfig, Logger, Vsock, check_networks, override_networks};
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
@@ -44,7 +48,8 @@ use crate::controller::{Controller, Host, Identity, Platform, State, devices, op
 use crate::metadata::Metadata;
 use crate::vsock::VsockSockets;
 use crate::{CommandError, Reply};
-use disks::Plan;
+use disks::{Plan, Planner};
+use files::NewFiles;
 pub use report::Reporter;
 use report::{Report, Reports};
 
@@ -88,7 +93,9 @@ pub struct Seed {
     /// Says how it went. Dropped unused, the parent learns that the child ended.
     pub reporter: Reporter,
     platform: Platform,
+    /// Its parent's drives until `plan` is applied.
     config: FullVmConfig,
+    plan: Plan,
     metadata: Metadata,
     /// By interface: whether it has a network of its own.
     has_network: Vec<bool>,
@@ -98,33 +105,56 @@ pub struct Seed {
 impl<H: Host> Controller<H> {
     /// Makes the children. The guest goes on as it was, running or paused.
     pub(crate) fn fork(&mut self, fork: &Fork) -> Result<Reply, CommandError> {
+        if let Some(child) = fork.children.iter().find(|child| child.id.as_str() == self.identity.id) {
+            return Err(CommandError::new(format_args!(
+                "child {}: this is the id of the microVM that is forked",
+                child.id.as_str()
+            )));
+        }
         if let Some(machine) = self.machine() {
             machine.ram().fork_check().map_err(CommandError::new)?;
         }
-        let plan = Plan::of_parent(&self.config.drives, &self.disks, &self.identity.id, &fork.drives)?;
+        let named = fork.children.iter().flat_map(|child| &child.drives).chain(&fork.drives);
+        let named = named.map(|overlay| overlay.overlay.clone());
+        let planner = Planner::new(&self.config.drives, &self.disks, named);
+        let mut own_files = NewFiles::default();
+        let plan = planner.plan(&self.identity.id, &fork.drives, &mut own_files)?;
         let reports = Reports::new().map_err(|e| cannot("make a pipe", &e))?;
-        let seeds =
-            (0..).zip(&fork.children).map(|(number, child)| self.seed(number, child, reports.reporter()));
-        let seeds = seeds.collect::<Result<Vec<_>, _>>()?;
+        let (mut seeds, mut files) = (Vec::new(), Vec::new());
+        for (number, child) in (0..).zip(&fork.children) {
+            let mut childs_files = NewFiles::default();
+            let plan = planner.of_child(child, &mut childs_files)?;
+            seeds.push(self.seed(child, plan, reports.reporter(number))?);
+            files.push(childs_files);
+        }
 
+        let bases = planner.bases(&self.identity.id, &mut own_files)?;
+        plan.apply(&mut bases.clone(), &self.unwritten())?;
+        self.write_back_disks();
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(config::VmState::Paused)?;
-        let split = self.split(&plan, seeds);
+        let split = self.split(&plan, seeds, &bases);
         let pause = if was_running { self.set_vm_state(config::VmState::Resumed) } else { Ok(()) };
         let paused_for = begin.elapsed();
+        own_files.keep(|path| self.has_overlay(path));
         self.settle_disks();
-        pause?;
         split?;
 
-        let reports = reports.collect(fork.children.len(), PATIENCE);
+        let reports = reports.collect(fork.children.len(), PATIENCE, self.host.asked_to_end());
+        for (files, report) in files.into_iter().zip(&reports) {
+            // One that has said nothing may still begin.
+            if report.as_ref().is_none_or(|report| report.error.is_none()) {
+                files.keep_begun();
+            }
+        }
+        pause?;
         answer(fork, &reports, begin, paused_for)
     }
 
     /// What one child is to be.
-    fn seed(&self, number: usize, child: &Child, reporter: Reporter) -> Result<Seed, CommandError> {
+    fn seed(&self, child: &Child, plan: Plan, reporter: Reporter) -> Result<Seed, CommandError> {
         let mut config = self.config.clone();
-        Plan::of_child(&config.drives, &self.disks, child)?.apply(&mut config.drives);
         override_networks(&mut config.network_interfaces, &child.network_overrides)?;
         check_networks(&config.network_interfaces)?;
         let has_network = config
@@ -148,9 +178,10 @@ impl<H: Host> Controller<H> {
             api: api.transpose().map_err(|e| of_child(&e))?,
             logger: child.logger.clone(),
             cgroup: child.cgroup.clone(),
-            reporter: reporter.of(number),
+            reporter,
             platform: self.platform,
             config,
+            plan,
             metadata: self.metadata.child(child.mmds.clone()).map_err(|e| of_child(&e))?,
             has_network,
             resume: child.resume,
@@ -158,13 +189,26 @@ impl<H: Host> Controller<H> {
     }
 
     /// What happens while the guest stands still.
-    fn split(&mut self, plan: &Plan, seeds: Vec<Seed>) -> Result<(), CommandError> {
-        self.put_overlays(plan)?;
+    fn split(&mut self, plan: &Plan, mut seeds: Vec<Seed>, bases: &[Drive]) -> Result<(), CommandError> {
+        let unwritten = self.unwritten();
+        for seed in &mut seeds {
+            bases.clone_into(&mut seed.config.drives);
+            seed.plan.apply(&mut seed.config.drives, &unwritten)?;
+        }
+        self.put_overlays(plan, &unwritten, bases)?;
         let State::Paused(machine) = &self.state else {
             return Err(CommandError::new("there is no machine to fork"));
         };
         let state = machine.save().map_err(|e| cannot("save the microVM", &e))?;
-        let inheritance = Inheritance { state, ram: machine.ram().clone() };
+        let ram = machine.ram().clone();
+        // KVM's log stays here; what the monitor knows, both sides know.
+        if let Some(written) = machine.take_dirty_pages().map_err(|e| cannot("read the dirty pages", &e))? {
+            ram.put_back(&written);
+        }
+        if let Some(job) = &mut self.job {
+            job.count_as_unsaved();
+        }
+        let inheritance = Inheritance { state, ram };
         self.host.fork(Family { seeds, inheritance }).map_err(|e| cannot("fork this process", &e))
     }
 
@@ -263,7 +307,7 @@ fn answer(
         let (pid, error) = match report {
             Some(Report { pid, error: None, .. }) => (*pid, None),
             Some(Report { error: Some(error), .. }) => (0, Some(error.clone())),
-            None => (0, Some("it ended before it could begin".to_owned())),
+            None => (0, Some("it ended before it could begin, or takes too long".to_owned())),
         };
         if let Some(error) = error {
             first_error.get_or_insert_with(|| format!("child {id}: {error}"));

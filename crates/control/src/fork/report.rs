@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 /// Longest text of an error. A line is written whole or not at all up to 4096 bytes (`PIPE_BUF`).
 const MAX_ERROR: usize = 2000;
 
-/// A child's end.
-#[derive(Debug, Clone)]
+/// A child's end. The pipe ends for the parent when no child has one any more.
+#[derive(Debug)]
 pub struct Reporter {
     number: usize,
     pipe: Arc<OwnedFd>,
@@ -24,7 +24,7 @@ pub struct Reporter {
 #[derive(Debug)]
 pub(super) struct Reports {
     pipe: OwnedFd,
-    reporter: Reporter,
+    write: Arc<OwnedFd>,
 }
 
 /// What a child said.
@@ -45,9 +45,10 @@ struct Line {
 }
 
 impl Reporter {
-    /// The one of child `number`.
-    pub(super) fn of(self, number: usize) -> Self {
-        Reporter { number, ..self }
+    /// The same, with a descriptor of its own. Of the one before, a fork has owners that never let go of it: whoever makes this one closes that by its
+    /// number.
+    pub fn take_over(self) -> std::io::Result<Self> {
+        Ok(Reporter { number: self.number, pipe: Arc::new(self.pipe.try_clone()?) })
     }
 
     /// Says that this child has begun, or why it has not.
@@ -70,23 +71,29 @@ impl AsFd for Reporter {
 impl Reports {
     pub(super) fn new() -> std::io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
-        Ok(Reports { pipe: read, reporter: Reporter { number: 0, pipe: Arc::new(write) } })
+        Ok(Reports { pipe: read, write: Arc::new(write) })
     }
 
-    pub(super) fn reporter(&self) -> Reporter {
-        self.reporter.clone()
+    /// The end of child `number`.
+    pub(super) fn reporter(&self, number: usize) -> Reporter {
+        Reporter { number, pipe: Arc::clone(&self.write) }
     }
 
-    /// Waits for `count` children, or until no child is left that could report, or `patience` is over. By number; `None` for those that did not
-    /// report.
-    pub(super) fn collect(self, count: usize, patience: Duration) -> Vec<Option<Report>> {
+    /// Waits for `count` children, or until no child is left that could report, `stop` is readable, or `patience` is over. By number; `None` for those
+    /// that did not report.
+    pub(super) fn collect(
+        self,
+        count: usize,
+        patience: Duration,
+        stop: Option<BorrowedFd<'_>>,
+    ) -> Vec<Option<Report>> {
         // This process's own end goes, so that the pipe ends with the last child.
-        drop(self.reporter);
+        drop(self.write);
         let deadline = Instant::now() + patience;
         let mut reports = vec![None; count];
         let mut lines = BufReader::new(File::from(self.pipe));
         let mut left = count;
-        while left > 0 && (!lines.buffer().is_empty() || is_readable(lines.get_ref(), deadline)) {
+        while left > 0 && (!lines.buffer().is_empty() || is_readable(lines.get_ref(), deadline, stop)) {
             let mut text = String::new();
             // Lines arrive whole.
             if lines.read_line(&mut text).unwrap_or(0) == 0 {
@@ -102,13 +109,15 @@ impl Reports {
     }
 }
 
-fn is_readable(pipe: &File, deadline: Instant) -> bool {
+fn is_readable(pipe: &File, deadline: Instant, stop: Option<BorrowedFd<'_>>) -> bool {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = Timespec::try_from(left).expect("a minute fits");
-        match poll(&mut [PollFd::new(pipe, PollFlags::IN)], Some(&limit)) {
+        let mut fds = vec![PollFd::new(pipe, PollFlags::IN)];
+        fds.extend(stop.map(|stop| PollFd::from_borrowed_fd(stop, PollFlags::IN)));
+        match poll(&mut fds, Some(&limit)) {
             Err(rustix::io::Errno::INTR) => {}
-            Ok(ready) => return ready > 0,
+            Ok(_) => return !fds[0].revents().is_empty(),
             Err(_) => return false,
         }
     }
@@ -118,15 +127,15 @@ fn is_readable(pipe: &File, deadline: Instant) -> bool {
 mod tests {
     use super::*;
 
+    const LONG: Duration = Duration::from_secs(1000);
+
     #[test]
     fn reports_come_by_number_and_those_that_do_not_are_missed_without_waiting() {
         let reports = Reports::new().unwrap();
-        let reporters: Vec<_> = (0..3).map(|number| reports.reporter().of(number)).collect();
-        let mut reporters = reporters.into_iter();
-        reporters.next().unwrap().report(Ok(()));
-        drop(reporters.next());
-        reporters.next().unwrap().report(Err(&"x".repeat(100_000)));
-        let got = reports.collect(3, Duration::from_secs(1000));
+        reports.reporter(0).report(Ok(()));
+        drop(reports.reporter(1));
+        reports.reporter(2).report(Err(&"x".repeat(100_000)));
+        let got = reports.collect(3, LONG, None);
         assert_eq!(got[0].as_ref().unwrap().error, None);
         assert_eq!(got[1], None);
         assert!(got[2].as_ref().unwrap().error.as_ref().unwrap().starts_with("xxx"));
@@ -135,7 +144,18 @@ mod tests {
     #[test]
     fn a_child_that_hangs_is_waited_for_no_longer_than_asked() {
         let reports = Reports::new().unwrap();
-        let _hangs = reports.reporter();
-        assert_eq!(reports.collect(1, Duration::ZERO), [None]);
+        let _hangs = reports.reporter(0);
+        assert_eq!(reports.collect(1, Duration::ZERO, None), [None]);
+    }
+
+    #[test]
+    fn whoever_is_asked_to_end_waits_for_nobody() {
+        let reports = Reports::new().unwrap();
+        let _hangs = reports.reporter(0);
+        reports.reporter(1).report(Ok(()));
+        let (asked, ask) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        rustix::io::write(&ask, b"x").unwrap();
+        let got = reports.collect(2, LONG, Some(asked.as_fd()));
+        assert!(got[0].is_none() && got[1].is_some(), "what has been said counts");
     }
 }

@@ -3,16 +3,17 @@
 use std::os::fd::AsRawFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use config::{FullVmConfig, SnapshotCreate, SnapshotType, VmState};
+use config::{Drive, FullVmConfig, SnapshotCreate, SnapshotType, VmState};
 use machine::{MachineState, Paused};
 use memory::image::{self, ImageInfo, Observer, Written};
 use memory::{GuestRam, PageSet};
-use snapshot::{Header, Staged, Writer};
+use snapshot::{AtomicFile, Header, Staged, Writer};
 
-use super::job::{self, Job};
+use super::job::{self, Job, Worker};
 use super::{KIND, SavedConfig};
 use crate::controller::{Controller, Host, State};
-use crate::fork::disks::Plan;
+use crate::fork::disks::{Plan, Planner};
+use crate::fork::files::NewFiles;
 use crate::{CommandError, Reply};
 
 /// All that goes into a snapshot but the memory's contents.
@@ -61,15 +62,30 @@ impl<H: Host> Controller<H> {
         if let Some(machine) = self.machine() {
             machine.ram().fork_check().map_err(CommandError::new)?;
         }
+        let paths = [&create.snapshot_path, &create.mem_file_path];
+        for path in paths {
+            // What cannot be written is found before anything is changed.
+            AtomicFile::create(path).map_err(CommandError::new)?;
+        }
         // Disks as they are at that moment become a base, as in a fork: this microVM goes on on overlays.
-        let plan = Plan::of_parent(&self.config.drives, &self.disks, &self.identity.id, &[])?;
-        let saved = Plan::of_saved(&self.config.drives, &self.disks, &create.snapshot_path)?;
+        let named = create.drives.iter().map(|overlay| &overlay.overlay).chain(paths).cloned();
+        let mut files = NewFiles::default();
+        let planner = Planner::new(&self.config.drives, &self.disks, named);
+        let plan = planner.plan(&self.identity.id, &create.drives, &mut files)?;
+        let saved = Plan::of_saved(&self.config.drives, &plan, &create.snapshot_path);
+        let ends =
+            job::pair(create).map_err(|e| CommandError::new(format_args!("cannot make a pipe: {e}")))?;
+
+        let bases = planner.bases(&self.identity.id, &mut files)?;
+        saved.apply(&mut bases.clone(), &self.unwritten())?;
+        self.write_back_disks();
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(VmState::Paused)?;
-        let job = self.split_job(create, &plan, saved);
+        let job = self.split_job(create, ends, (&plan, &saved), bases);
         let resumed = if was_running { self.set_vm_state(VmState::Resumed) } else { Ok(()) };
         let pause_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+        files.keep(|path| self.has_overlay(path));
         self.settle_disks();
         let mut job = job?;
         job.set_pause(pause_us);
@@ -80,30 +96,38 @@ impl<H: Host> Controller<H> {
     }
 
     /// What happens while the guest stands still.
-    fn split_job(&mut self, create: &SnapshotCreate, plan: &Plan, saved: Plan) -> Result<Job, CommandError> {
-        self.put_overlays(plan)?;
+    fn split_job(
+        &mut self,
+        create: &SnapshotCreate,
+        (mut job, worker): (Job, Worker),
+        (plan, saved): (&Plan, &Plan),
+        bases: Vec<Drive>,
+    ) -> Result<Job, CommandError> {
+        let unwritten = self.unwritten();
+        self.put_overlays(plan, &unwritten, &bases)?;
+        let mut config = FullVmConfig { drives: bases, ..self.config.clone() };
+        saved.apply(&mut config.drives, &unwritten)?;
         let State::Paused(machine) = &self.state else {
             return Err(CommandError::new("there is no machine to save"));
         };
-        let mut config = self.config.clone();
-        let fresh = saved.drive_ids();
-        saved.apply(&mut config.drives);
+        let fresh = saved.drive_ids(&config.drives);
         let (picture, taken) = self.picture(machine, create.snapshot_type, config, fresh)?;
         let ram = machine.ram().clone();
-        let put_back = taken.clone();
-        let (job, worker) = job::pair(create, taken.map(|pages| (ram.clone(), pages)))
-            .map_err(|e| CommandError::new(format_args!("cannot make a pipe: {e}")))?;
         let mut kept = ram.descriptors();
         kept.extend(worker.descriptors().map(|fd| fd.as_raw_fd()));
         let (child_ram, child_create) = (ram.clone(), create.clone());
         let write = Box::new(move || worker.run(&picture, &child_ram, &child_create));
-        if let Err(error) = self.host.fork_writer(kept, write) {
-            if let Some(pages) = put_back {
-                ram.put_back(&pages);
+        let forked = self.host.fork_writer(kept, write);
+        if let Some(pages) = taken {
+            match &forked {
+                Ok(()) => job.has_taken(ram, pages),
+                Err(_) => ram.put_back(&pages),
             }
-            return Err(CommandError::new(format_args!("cannot fork this process: {error}")));
         }
-        Ok(job)
+        match forked {
+            Ok(()) => Ok(job),
+            Err(error) => Err(CommandError::new(format_args!("cannot fork this process: {error}"))),
+        }
     }
 
     /// Takes the picture of a machine that stands still. The pages that were written so far (second) count as saved from here on: whoever fails

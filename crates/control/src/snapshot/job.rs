@@ -26,10 +26,13 @@ use serde_json::json;
 use super::create::Picture;
 use crate::{CommandError, Reply};
 
-/// The parent says how far it is whenever so many more bytes are written.
+/// The fork says how far it is whenever so many more bytes are written, or a [`STEPS`]th of all.
 const REPORT_EVERY: u64 = 16 << 20;
-/// Longest text of an error. A line is written whole or not at all up to 4096 bytes (`PIPE_BUF`).
-const MAX_ERROR: usize = 500;
+/// Most steps. Their lines and the last one fit into the smallest pipe that the kernel gives a user who has many, of 4096 bytes: so a fork
+/// that nobody listens to writes its snapshot all the same, and ends.
+const STEPS: u64 = 32;
+/// Longest text of an error, in characters of at most four bytes.
+const MAX_ERROR: usize = 400;
 
 /// A job, as the microVM's own process knows it.
 #[derive(Debug)]
@@ -56,13 +59,13 @@ enum End {
     Failed(u64, String),
 }
 
-/// What the fork says.
+/// What the fork says: how far it is, or how it ended and after how long in microseconds.
 #[derive(Debug, Serialize, Deserialize)]
 enum Line {
     Progress(u64, u64),
-    Done,
-    Cancelled,
-    Failed(String),
+    Done(u64),
+    Cancelled(u64),
+    Failed(u64, String),
 }
 
 /// The fork's ends.
@@ -70,35 +73,48 @@ enum Line {
 pub(crate) struct Worker {
     lines: OwnedFd,
     cancel: OwnedFd,
+    began: Instant,
     reported: AtomicU64,
 }
 
 /// A job and its fork's ends, not begun yet.
-pub(crate) fn pair(
-    create: &SnapshotCreate,
-    taken: Option<(GuestRam, PageSet)>,
-) -> std::io::Result<(Job, Worker)> {
+pub(crate) fn pair(create: &SnapshotCreate) -> std::io::Result<(Job, Worker)> {
     let (lines, to_parent) = pipe_with(PipeFlags::CLOEXEC)?;
     rustix::io::ioctl_fionbio(&lines, true)?;
     let (cancelled, cancel) = pipe_with(PipeFlags::CLOEXEC)?;
+    let began = Instant::now();
     let job = Job {
         create: create.clone(),
-        began: Instant::now(),
+        began,
         pause_us: 0,
         lines: lines.into(),
         partial: Vec::new(),
         cancel: Some(cancel),
         progress: (0, 0),
         end: None,
-        taken,
+        taken: None,
     };
-    Ok((job, Worker { lines: to_parent, cancel: cancelled, reported: AtomicU64::new(0) }))
+    Ok((job, Worker { lines: to_parent, cancel: cancelled, began, reported: AtomicU64::new(0) }))
 }
 
 impl Job {
     /// Says how long the guest stood still.
     pub(crate) fn set_pause(&mut self, pause_us: u64) {
         self.pause_us = pause_us;
+    }
+
+    /// These pages count as saved from here on, unless it fails.
+    pub(crate) fn has_taken(&mut self, ram: GuestRam, pages: PageSet) {
+        self.taken = Some((ram, pages));
+    }
+
+    /// Lets the pages that it has taken count as not saved, if it goes on: a fork of the guest does not learn how it ends.
+    pub(crate) fn count_as_unsaved(&mut self) {
+        if self.is_running()
+            && let Some((ram, pages)) = &self.taken
+        {
+            ram.put_back(pages);
+        }
     }
 
     /// Whether it goes on. Takes in what the fork has said.
@@ -156,15 +172,14 @@ impl Job {
         let whole = self.partial.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         let lines: Vec<u8> = self.partial.drain(..whole).collect();
         for line in lines.split(|byte| *byte == b'\n') {
-            let elapsed = micros(self.began);
             match serde_json::from_slice(line) {
                 Ok(Line::Progress(done, total)) => self.progress = (done, total),
-                Ok(Line::Done) => {
+                Ok(Line::Done(elapsed)) => {
                     self.progress.0 = self.progress.1;
                     self.end = Some(End::Done(elapsed));
                 }
-                Ok(Line::Cancelled) => self.end = Some(End::Cancelled(elapsed)),
-                Ok(Line::Failed(error)) => self.end = Some(End::Failed(elapsed, error)),
+                Ok(Line::Cancelled(elapsed)) => self.end = Some(End::Cancelled(elapsed)),
+                Ok(Line::Failed(elapsed, error)) => self.end = Some(End::Failed(elapsed, error)),
                 Err(_) => {}
             }
         }
@@ -194,10 +209,11 @@ impl Worker {
         let written = picture
             .write(ram, create, &self)
             .and_then(|(memory, state)| snapshot::commit_pair(memory, state).map_err(CommandError::new));
+        let elapsed = micros(self.began);
         let line = match &written {
-            Ok(()) => Line::Done,
-            Err(_) if self.cancelled() => Line::Cancelled,
-            Err(error) => Line::Failed(error.to_string().chars().take(MAX_ERROR).collect()),
+            Ok(()) => Line::Done(elapsed),
+            Err(_) if self.cancelled() => Line::Cancelled(elapsed),
+            Err(error) => Line::Failed(elapsed, error.to_string().chars().take(MAX_ERROR).collect()),
         };
         match &written {
             Ok(()) => log::info!("the live snapshot {} is written", create.snapshot_path.display()),
@@ -218,8 +234,7 @@ impl Worker {
 
 impl Observer for Worker {
     fn progress(&self, done: u64, total: u64) {
-        // Few enough lines that the pipe has room for all of them, whether or not somebody reads: the least step is a 512th.
-        let step = REPORT_EVERY.max(total / 512);
+        let step = REPORT_EVERY.max(total / STEPS);
         let before = self.reported.load(Ordering::Relaxed);
         if before == 0 || done >= before + step {
             self.reported.store(done.max(1), Ordering::Relaxed);
@@ -245,8 +260,9 @@ mod tests {
             mem_file_path: "m".into(),
             snapshot_type: config::SnapshotType::Full,
             live: true,
+            drives: Vec::new(),
         };
-        pair(&create, None).unwrap()
+        pair(&create).unwrap()
     }
 
     fn state(job: &mut Job) -> serde_json::Value {
@@ -260,8 +276,13 @@ mod tests {
         assert_eq!(state(&mut job)["state"], "Running");
         worker.progress(1 << 20, 1 << 30);
         assert_eq!(state(&mut job)["bytes_done"], 1 << 20);
-        worker.say(&Line::Done);
-        assert_eq!(state(&mut job)["state"], "Done");
+        worker.say(&Line::Done(7));
+        let end = state(&mut job);
+        assert_eq!(
+            (&end["state"], &end["elapsed_us"]),
+            (&"Done".into(), &7.into()),
+            "when it ended, not when it was asked"
+        );
         assert!(!job.is_running());
     }
 
@@ -287,12 +308,26 @@ mod tests {
     }
 
     #[test]
-    fn a_parent_that_does_not_look_does_not_hold_up_the_writer() {
-        let (_job, worker) = job();
+    fn a_fork_of_the_guest_counts_what_a_job_has_taken_as_unsaved() {
+        let ram = GuestRam::map(16, config::HugePages::None, true).unwrap();
+        let (mut job, worker) = job();
+        job.has_taken(ram.clone(), ram.all_pages());
+        job.count_as_unsaved();
+        assert_eq!(ram.take_monitor_writes().unwrap().count(), 4096);
+        worker.say(&Line::Done(1));
+        job.count_as_unsaved();
+        assert_eq!(ram.take_monitor_writes().unwrap().count(), 0, "it is saved");
+    }
+
+    #[test]
+    fn a_parent_that_does_not_look_does_not_hold_up_the_writer_however_small_the_pipe() {
+        let (mut job, worker) = job();
+        rustix::pipe::fcntl_setpipe_size(&worker.lines, 4096).unwrap();
         let total = 1 << 40;
-        for done in (0..total).step_by(1 << 26) {
+        for done in (0..=total).step_by(1 << 26) {
             worker.progress(done, total);
         }
-        worker.say(&Line::Done);
+        worker.say(&Line::Failed(u64::MAX, "\u{10ffff}".repeat(MAX_ERROR)));
+        assert_eq!(state(&mut job)["state"], "Failed");
     }
 }

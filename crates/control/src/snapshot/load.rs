@@ -1,5 +1,7 @@
 //! `PUT /snapshot/load`.
 
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use config::{
@@ -15,6 +17,7 @@ use super::Saved;
 use super::ahead::Ahead;
 use crate::CommandError;
 use crate::controller::{Controller, Host, Loaded, State, open_disks, open_networks};
+use crate::fork::files::NewFiles;
 use crate::vsock::VsockSockets;
 
 /// How long a page server may take to answer its first page fault.
@@ -29,7 +32,10 @@ impl<H: Host> Controller<H> {
             )));
         }
         let saved = Saved::open(&load.snapshot_path).map_err(CommandError::new)?;
-        let config = saved.config(load, &self.config)?;
+        let mut config = saved.config(load, &self.config)?;
+        // Before the disks, so that it goes after them.
+        let mut files = NewFiles::default();
+        saved.make_fresh_overlays(load, &mut config, &mut files)?;
         let disks = open_disks(&config.drives)?;
         let networks = open_networks(&config.network_interfaces)?;
         let (ram, page_server) = saved.memory(load, &config)?;
@@ -74,6 +80,7 @@ impl<H: Host> Controller<H> {
         };
         let Loaded { config, disks, networks, vsock } = loaded;
         (self.config, self.disks, self.networks, self.vsock) = (config, disks, networks, vsock);
+        files.keep(|path| self.has_overlay(path));
         (self.metadata, self.ahead) = (metadata, ahead);
         self.platform.pci = saved.config.pci;
         self.host.guest_starts(self.serial_output.is_none());
@@ -126,7 +133,12 @@ impl Saved {
                 drive.path_on_host = Some(path.clone());
             }
             if let Some(overlay) = overlay {
-                drive.overlay = Some(overlay.clone());
+                let mut overlay = overlay.clone();
+                if overlay.layers.is_empty() && path_on_host.is_none() && self.is_fresh(drive_id) {
+                    // It is the disk's own contents that are in them.
+                    overlay.layers = drive.overlay.take().map(|saved| saved.layers).unwrap_or_default();
+                }
+                drive.overlay = Some(overlay);
             }
         }
         check_drives(&config.drives)?;
@@ -145,13 +157,40 @@ impl Saved {
         Ok(config)
     }
 
+    /// Whether a drive begins on an overlay that is made at the load.
+    fn is_fresh(&self, drive_id: &str) -> bool {
+        self.config.fresh_overlays.iter().any(|fresh| fresh == drive_id)
+    }
+
+    /// Makes the files of overlays that are made at the load. Each load has others, whose number is the first that is free: what an earlier one's
+    /// guest wrote does not belong to the memory that this one goes on with.
+    fn make_fresh_overlays(
+        &self,
+        load: &SnapshotLoad,
+        config: &mut FullVmConfig,
+        files: &mut NewFiles,
+    ) -> Result<(), CommandError> {
+        let named: BTreeSet<_> =
+            load.drives.iter().filter_map(|by| Some(by.overlay.as_ref()?.path.clone())).collect();
+        for drive in config.drives.iter_mut().filter(|drive| self.is_fresh(&drive.drive_id)) {
+            let Some(overlay) = &mut drive.overlay else { continue };
+            let given = load.drives.iter().any(|by| by.drive_id == drive.drive_id && by.overlay.is_some());
+            overlay.path = if given {
+                files.given(&drive.drive_id, &overlay.path)?
+            } else {
+                files.numbered(&drive.drive_id, without_number(&overlay.path).as_ref(), &named)?
+            };
+        }
+        Ok(())
+    }
+
     /// An overlay that held the guest's writes must be there: one that was made anew would be another disk.
     fn check_overlays(&self, load: &SnapshotLoad, config: &FullVmConfig) -> Result<(), CommandError> {
         for drive in &config.drives {
             let Some(overlay) = &drive.overlay else { continue };
             let id = &drive.drive_id;
             let given = load.drives.iter().any(|by| by.drive_id == *id && by.overlay.is_some());
-            if given || self.config.fresh_overlays.contains(id) {
+            if given || self.is_fresh(id) {
                 continue;
             }
             if !std::fs::metadata(&overlay.path).is_ok_and(|file| file.len() > 0) {
@@ -184,6 +223,29 @@ impl Saved {
                 server.probe(PAGE_SERVER_PATIENCE).map_err(CommandError::new)?;
                 Ok((ram, Some(server)))
             }
+        }
+    }
+}
+
+/// `STEM` of `STEM.NUMBER`.
+fn without_number(path: &Path) -> PathBuf {
+    let number = path.extension().and_then(|number| number.to_str());
+    match number {
+        Some(number) if number.bytes().all(|digit| digit.is_ascii_digit()) => path.with_extension(""),
+        _ => path.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_number_at_the_end_of_a_name_is_left_out() {
+        for (path, stem) in
+            [("d/disk.img.s.state.12", "d/disk.img.s.state"), ("d/disk.img", "d/disk.img"), ("disk", "disk")]
+        {
+            assert_eq!(without_number(Path::new(path)), Path::new(stem));
         }
     }
 }

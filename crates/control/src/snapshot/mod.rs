@@ -42,7 +42,8 @@ pub struct SavedConfig {
     /// Its id when it was saved.
     #[serde(default)]
     pub id: String,
-    /// Drives whose overlay is to be made at a load, because the snapshot was live: its disks are a base that is only read.
+    /// Drives whose overlay is to be made at each load, because the snapshot was live: its disks are a base that is only read. Their
+    /// `overlay.path` is how its name begins, with a number that is chosen then.
     #[serde(default)]
     pub fresh_overlays: Vec<String>,
 }

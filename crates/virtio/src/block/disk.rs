@@ -227,6 +227,27 @@ impl Disk {
         }
     }
 
+    /// Whether its writes go to an overlay that holds nothing yet: what lies below is all that there is.
+    pub fn is_unwritten(&self) -> bool {
+        self.stack.top().is_some_and(Top::is_unwritten)
+    }
+
+    /// Writes what its layers hold that are only read, all together, to the blank file at `path`. It can stand in their place for whatever lies on
+    /// them. Blocks for as long as that takes to copy; requests may come meanwhile.
+    pub fn merge_layers(&self, path: &Path) -> Result<(), DiskError> {
+        self.stack.merge_layers(path)
+    }
+
+    /// Lets the disk itself have what was written so far, if flushes wait for it, so that a freeze soon after waits for little. Blocks;
+    /// requests may come meanwhile.
+    pub fn write_back(&self) -> io::Result<()> {
+        if self.read_only || self.cache_type == CacheType::Unsafe {
+            return Ok(());
+        }
+        let (file, _) = self.stack.write_target();
+        Ok(rustix::fs::fdatasync(&self.stack.files()[usize::from(file)])?)
+    }
+
     /// Undoes [`Disk::freeze`]: it is written to again. Only if nobody has put an overlay on it.
     pub fn thaw(&self) -> Result<(), DiskError> {
         self.stack.top().map_or(Ok(()), |top| Ok(top.thaw()?))

@@ -5,9 +5,12 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::SECTOR;
+use super::disk::DiskError;
+use super::overlay::merge::{Merged, merge};
 use super::overlay::{Beneath, Lower, Top, TopState};
 
 /// Bytes at each end of a disk that tell it from another.
@@ -21,6 +24,21 @@ pub(super) struct Stack {
     /// From the bottom up.
     lower: Vec<Lower>,
     top: Option<Top>,
+}
+
+/// The layers of a stack that are only read.
+struct Layers<'a>(&'a Stack);
+
+impl Merged for Layers<'_> {
+    fn size(&self) -> u64 {
+        self.0.lower.last().map_or(0, |topmost| topmost.size)
+    }
+
+    fn holder(&self, offset: u64, len: u64) -> (Option<(&File, u64)>, u64) {
+        let place = self.0.locate(None, offset, len);
+        let layer = usize::from(place.file).checked_sub(1).map(|layer| &self.0.lower[layer]);
+        (layer.map(|layer| (&*layer.file, place.offset)), place.len)
+    }
 }
 
 /// Where a run of sectors is.
@@ -126,6 +144,15 @@ impl Stack {
         })
     }
 
+    /// Writes what the layers that are only read hold, all together, to the blank file at `path`: an overlay that can stand in their place, for
+    /// whatever lies on them. Blocks for as long as that takes to copy.
+    pub(super) fn merge_layers(&self, path: &Path) -> Result<(), DiskError> {
+        let Some(topmost) = self.lower.last() else { return Ok(()) };
+        let plain = Stack::new(Arc::clone(&self.base), self.base_size);
+        let beneath = plain.describe().map_err(|source| DiskError::Read { path: path.into(), source })?;
+        Ok(merge(&Layers(self), beneath, topmost.identity, path)?)
+    }
+
     /// Reads what the layers below the one that is written to hold.
     fn read_now(&self, mut offset: u64, mut bytes: &mut [u8]) -> io::Result<()> {
         let files = self.files();
@@ -137,5 +164,91 @@ impl Stack {
             bytes = later;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// A plain disk, and layers on it, the last of them larger; each has written sectors of its own, over some of the others'.
+    struct Family {
+        dir: tempfile::TempDir,
+        base: PathBuf,
+        layers: Vec<PathBuf>,
+    }
+
+    const SECTORS: u64 = 40_000;
+
+    impl Family {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let base = dir.path().join("base");
+            let pattern: Vec<u8> = (0..SECTORS * SECTOR).map(|at| (at / 512 % 199) as u8).collect();
+            std::fs::write(&base, pattern).unwrap();
+            let mut family = Family { dir, base, layers: Vec::new() };
+            for layer in 0..4u64 {
+                let path = family.dir.path().join(format!("layer{layer}"));
+                let beneath = family.stack().describe().unwrap();
+                let size = beneath.size + if layer == 3 { 4096 } else { 0 };
+                let top = Top::open(&path, beneath, Some(size), layer % 2 == 0).unwrap();
+                for (sector, count) in
+                    [(layer * 3, 8), (1000 + layer * 5000, 33_000 / (layer + 1)), (SECTORS - 4, 4)]
+                {
+                    let count = count.min(SECTORS - sector);
+                    // Some are zeros, which stand in a hole.
+                    if layer != 1 {
+                        let bytes = vec![200 + layer as u8; (count * SECTOR) as usize];
+                        top.file.write_all_at(&bytes, top.layout.data + sector * SECTOR).unwrap();
+                    }
+                    top.state().hold(sector, count, top.waits_for_disk());
+                }
+                drop(top);
+                family.layers.push(path);
+            }
+            family
+        }
+
+        fn stack_on(base: &Path, layers: &[PathBuf]) -> Result<Stack, DiskError> {
+            let file = File::open(base).unwrap();
+            let size = file.metadata().unwrap().len();
+            let mut stack = Stack::new(Arc::new(file), size);
+            for path in layers {
+                let beneath = stack.describe().unwrap();
+                stack.push_lower(Lower::open(path, beneath)?);
+            }
+            Ok(stack)
+        }
+
+        fn stack(&self) -> Stack {
+            Self::stack_on(&self.base, &self.layers).unwrap()
+        }
+    }
+
+    fn contents(stack: &Stack) -> Vec<u8> {
+        let mut bytes = vec![0; stack.size() as usize];
+        stack.read_now(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn merged_layers_hold_what_the_layers_did_and_carry_what_was_made_on_them() {
+        let family = Family::new();
+        let old = family.stack();
+        let on_top = family.dir.path().join("top");
+        drop(Top::open(&on_top, old.describe().unwrap(), None, true).unwrap());
+        let merged = family.dir.path().join("merged");
+        File::create(&merged).unwrap();
+        old.merge_layers(&merged).unwrap();
+        let new = Family::stack_on(&family.base, std::slice::from_ref(&merged)).unwrap();
+        assert!(contents(&old) == contents(&new), "the merged layers differ");
+        Family::stack_on(&family.base, &[merged.clone(), on_top]).unwrap();
+        // It is not written twice, nor put on another disk.
+        assert!(old.merge_layers(&merged).is_err());
+        let other = family.dir.path().join("other");
+        std::fs::write(&other, vec![0; (SECTORS * SECTOR) as usize]).unwrap();
+        assert!(Family::stack_on(&other, &[merged]).is_err());
     }
 }

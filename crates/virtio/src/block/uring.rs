@@ -344,10 +344,11 @@ fn is_in_memory(file: &File) -> bool {
 
 /// A ring that is not enabled yet.
 fn build() -> Result<IoUring, UringError> {
-    // The flag spares interrupts between processors; kernels before 5.19 do not know it.
-    let with_coop = IoUring::builder().setup_r_disabled().setup_coop_taskrun().build(ENTRIES);
+    // A fork does not get the rings: it would keep this process's files open, and could submit to them. The flag spares interrupts between
+    // processors; kernels before 5.19 do not know it.
+    let with_coop = IoUring::builder().dontfork().setup_r_disabled().setup_coop_taskrun().build(ENTRIES);
     with_coop
-        .or_else(|_| IoUring::builder().setup_r_disabled().build(ENTRIES))
+        .or_else(|_| IoUring::builder().dontfork().setup_r_disabled().build(ENTRIES))
         .map_err(UringError::Unavailable)
 }
 

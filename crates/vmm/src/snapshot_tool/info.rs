@@ -107,7 +107,8 @@ const LAST_YEAR_MS: u64 = 253_402_300_800_000;
 
 impl fmt::Display for MicroVm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let MicroVm { config: SavedConfig { config, pci, id, .. }, image, machine, memory } = self;
+        let MicroVm { config: SavedConfig { config, pci, id, fresh_overlays }, image, machine, memory } =
+            self;
         let mib = |bytes: u64| bytes >> 20;
         writeln!(f, "id              {id}")?;
         write!(f, "vCPUs           {}", config.machine_config.vcpu_count)?;
@@ -134,13 +135,13 @@ impl fmt::Display for MicroVm {
             writeln!(f, "found           {}: {size} bytes, {data_bytes} without holes", path.display())?;
         }
         writeln!(f, "transport       virtio-{}", if *pci { "pci" } else { "mmio" })?;
-        config.drives.iter().try_for_each(|drive| show_drive(f, drive))?;
+        config.drives.iter().try_for_each(|drive| show_drive(f, drive, fresh_overlays))?;
         let devices = machine.iter().flat_map(|machine| &machine.devices.devices);
         devices.into_iter().try_for_each(|device| writeln!(f, "device          {}", device.name))
     }
 }
 
-fn show_drive(f: &mut fmt::Formatter<'_>, drive: &Drive) -> fmt::Result {
+fn show_drive(f: &mut fmt::Formatter<'_>, drive: &Drive, fresh: &[String]) -> fmt::Result {
     write!(f, "drive           {}", drive.drive_id)?;
     if let Some(path) = &drive.path_on_host {
         write!(f, ": {}", path.display())?;
@@ -152,7 +153,13 @@ fn show_drive(f: &mut fmt::Formatter<'_>, drive: &Drive) -> fmt::Result {
         write!(f, ", read-only")?;
     }
     if let Some(overlay) = &drive.overlay {
+        for layer in &overlay.layers {
+            write!(f, ", layer {}", layer.display())?;
+        }
         write!(f, ", writes go to {}", overlay.path.display())?;
+        if fresh.contains(&drive.drive_id) {
+            write!(f, " or, at later loads, to the next number that is free")?;
+        }
     }
     writeln!(f)
 }

@@ -105,19 +105,7 @@ pub(super) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> R
     let mut uuid = [0; 16];
     rustix::rand::getrandom(&mut uuid, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| io_error("name", path, e))?;
-    let header = Header {
-        magic: MAGIC,
-        version: VERSION.into(),
-        block_size: (SECTOR as u32).into(),
-        virtual_size: size.into(),
-        uuid,
-        base_size: beneath.size.into(),
-        base_uuid: beneath.uuid,
-        base_sessions: beneath.sessions.into(),
-        base_fingerprint: beneath.fingerprint.into(),
-        crc: 0.into(),
-    }
-    .sealed();
+    let header = new_header(uuid, beneath, size);
     let session = Session {
         sessions: 0.into(),
         boot_id: [0; 16],
@@ -133,6 +121,23 @@ pub(super) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> R
         .and_then(|()| file.write_all_at(header.as_bytes(), 0));
     written.map_err(|e| io_error("write the header of", path, e))?;
     Ok(len)
+}
+
+/// The header of an overlay of `size` bytes on what `beneath` describes.
+pub(super) fn new_header(uuid: [u8; 16], beneath: Beneath, size: u64) -> Header {
+    let header = Header {
+        magic: MAGIC,
+        version: VERSION.into(),
+        block_size: (SECTOR as u32).into(),
+        virtual_size: size.into(),
+        uuid,
+        base_size: beneath.size.into(),
+        base_uuid: beneath.uuid,
+        base_sessions: beneath.sessions.into(),
+        base_fingerprint: beneath.fingerprint.into(),
+        crc: 0.into(),
+    };
+    header.sealed()
 }
 
 /// Reads and checks the header and the session of a file of `len` bytes.

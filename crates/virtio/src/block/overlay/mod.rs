@@ -19,6 +19,7 @@
 mod file;
 mod format;
 pub(super) mod map;
+pub(super) mod merge;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -255,6 +256,13 @@ impl Top {
     /// The state, for the worker that serves the disk.
     pub(super) fn state(&self) -> MutexGuard<'_, TopState> {
         locked(&self.state)
+    }
+
+    /// Whether it holds no sector yet. One that is larger than what lies beneath holds those that are only its own.
+    pub(super) fn is_unwritten(&self) -> bool {
+        let state = self.state();
+        let sectors = self.size / SECTOR;
+        state.below == sectors && (sectors == 0 || state.map.run(0, sectors) == (false, sectors))
     }
 
     /// The file's name.
