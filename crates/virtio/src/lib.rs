@@ -50,8 +50,8 @@
 //!    and by [`dedicated`](worker::Workers::dedicated) (for tasks that block), never later: activation runs on vCPU threads.
 //! 2. For each device: construct it, wrap it in an [`Attachment`](transport::Attachment), and give that to
 //!    [`MmioTransport::new`](transport::mmio::MmioTransport::new) (window, line) or
-//!    [`PciTransport::new`](transport::pci::PciTransport::new) (BAR address, vectors). That registers the kicks, so the vCPUs and memory
-//!    slots come first. PCI functions are plugged into one [`PciRoot`](transport::pci::PciRoot). What the machine has to change later
+//!    [`PciTransport::new`](transport::pci::PciTransport::new) (BAR address, vectors, and the [`PciRoot`](transport::pci::PciRoot) that it is
+//!    then plugged into). That registers the kicks, so the vCPUs and memory slots come first. What the machine has to change later
 //!    (limits, a disk's path) it does through the control handle that the device's constructor returned, not through the transport.
 //! 3. Put the transports on the bus behind a lock each (the root has its own): MMIO windows to
 //!    [`read`](transport::mmio::MmioTransport::read) and [`write`](transport::mmio::MmioTransport::write); the ECAM window, ports

@@ -14,7 +14,7 @@ use crate::eventfd::EventFd;
 use crate::queue::QueueState;
 use crate::sync::locked;
 use crate::transport::mmio::{IrqLine, MmioState, MmioTransport};
-use crate::transport::pci::{MsiMessage, MsiVectors, PciState, PciTransport};
+use crate::transport::pci::{MsiMessage, MsiVectors, PciRoot, PciState, PciTransport};
 use crate::transport::{Attachment, CommonState, IoEvents, KickMatch, RestoreError, Status};
 
 /// Where the device is on mmio.
@@ -194,8 +194,9 @@ impl Guest {
             }
             Kind::Pci => {
                 let vectors = Box::new(Vectors(Arc::clone(&interrupts)));
-                let pci = PciTransport::new(attachment, BAR, WINDOW, vectors, events)
-                    .expect("a device can be attached");
+                let root = PciRoot::new(WINDOW, events);
+                let pci =
+                    PciTransport::new(attachment, BAR, vectors, &root).expect("a device can be attached");
                 Transport::Pci(Box::new(pci))
             }
         };

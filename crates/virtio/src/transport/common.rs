@@ -266,8 +266,8 @@ impl Common {
     }
 
     /// The eventfds of the queues, in order.
-    pub(super) fn kicks(&self) -> impl Iterator<Item = &EventFd> {
-        self.queues.iter().map(|queue| queue.kick.as_ref())
+    pub(super) fn kicks(&self) -> impl Iterator<Item = &Arc<EventFd>> {
+        self.queues.iter().map(|queue| &queue.kick)
     }
 
     pub(super) fn config_generation(&self) -> u32 {

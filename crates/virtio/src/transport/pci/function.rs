@@ -10,12 +10,13 @@ use serde::{Deserialize, Serialize};
 
 use super::capabilities::{self, Places};
 use super::config_space::{ConfigSpace, ConfigState, Identity};
+use super::kicks::{FunctionKey, Kicks};
 use super::msix::{Gates, MsiVectors, Msix, MsixState};
-use super::{BAR_SIZE, BarWindow, DEVICE_BASE, VENDOR, class_code, layout};
+use super::{BAR_SIZE, BarWindow, DEVICE_BASE, PciRoot, VENDOR, class_code, layout};
 use crate::device::Interrupt;
 use crate::transport::common::{Area, Common, CommonState, Half};
 use crate::transport::health::Health;
-use crate::transport::{Attachment, IoEvents, KickMatch, RestoreError};
+use crate::transport::{Attachment, RestoreError};
 
 /// Not mapped to a vector.
 const NO_VECTOR: u16 = 0xffff;
@@ -91,23 +92,22 @@ pub struct PciTransport {
     msix: Msix,
     space: ConfigSpace,
     places: Places,
-    io_events: Arc<dyn IoEvents>,
     window: BarWindow,
     /// Where the BAR is decoded, for the root to find it without a lock.
     decoded: Arc<AtomicU64>,
-    /// Where the kicks of each queue are registered; None where the kernel refused.
-    kicks_at: Vec<Option<u64>>,
+    /// Where the kicks are registered, and its name there.
+    kicks: Arc<Kicks>,
+    key: FunctionKey,
 }
 
 impl PciTransport {
-    /// Puts a device on PCI with its BAR at `bar` (a multiple of [`BAR_SIZE`]) in `window`, and with a vector for each queue and
-    /// one more.
+    /// Makes a function for `root` (to be plugged there) out of a device, with its BAR at `bar` (a multiple of [`BAR_SIZE`]) in the root's
+    /// window, and with a vector for each queue and one more.
     pub fn new(
         attachment: Attachment,
         bar: u64,
-        window: BarWindow,
         vectors: Box<dyn MsiVectors>,
-        io_events: Arc<dyn IoEvents>,
+        root: &PciRoot,
     ) -> io::Result<Self> {
         let kind = attachment.device.kind();
         let queues = attachment.device.queue_sizes().len();
@@ -130,19 +130,21 @@ impl PciTransport {
         });
         space.add_bar(bar, BAR_SIZE);
         let places = capabilities::add(&mut space, msix.control());
-        let mut function = PciTransport {
-            common: Common::new(attachment, health, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?,
+        let common =
+            Common::new(attachment, Arc::clone(&health), Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
+        let kicks = root.kicks();
+        let key = kicks.add(bar, common.kicks().cloned(), health);
+        Ok(PciTransport {
+            common,
             interrupt,
             msix,
             space,
             places,
-            io_events,
-            window,
+            window: root.window(),
             decoded: Arc::new(AtomicU64::new(NOT_DECODED)),
-            kicks_at: vec![None; queues],
-        };
-        function.register_kicks(bar);
-        Ok(function)
+            kicks,
+            key,
+        })
     }
 
     /// How often the device was found broken.
@@ -195,7 +197,7 @@ impl PciTransport {
         self.common.set_status(0);
         let done = self.finish_reset(patience);
         if done {
-            self.unregister_kicks();
+            self.kicks.remove(self.key);
             self.decoded.store(NOT_DECODED, Ordering::Release);
         }
         done
@@ -386,41 +388,7 @@ impl PciTransport {
         };
         let bar = self.space.decoded_bar().filter(fits);
         self.decoded.store(bar.unwrap_or(NOT_DECODED), Ordering::Release);
-        if let Some(bar) = bar {
-            self.register_kicks(bar);
-        }
-    }
-
-    /// Registers the kicks of a BAR at `bar`, where they are not yet.
-    fn register_kicks(&mut self, bar: u64) {
-        let base = bar + u64::from(layout::NOTIFY);
-        for ((offset, kick), at) in (base..)
-            .step_by(layout::NOTIFY_MULTIPLIER as usize)
-            .zip(self.common.kicks())
-            .zip(&mut self.kicks_at)
-        {
-            if *at == Some(offset) {
-                continue;
-            }
-            if let Some(old) = at.take() {
-                self.io_events.unregister(old, KickMatch::Any, kick);
-            }
-            match self.io_events.register(offset, KickMatch::Any, kick) {
-                Ok(()) => *at = Some(offset),
-                Err(error) => self
-                    .interrupt
-                    .health
-                    .complain(&format_args!("kicks at {offset:#x} leave the kernel: {error}")),
-            }
-        }
-    }
-
-    fn unregister_kicks(&mut self) {
-        for (kick, at) in self.common.kicks().zip(&mut self.kicks_at) {
-            if let Some(at) = at.take() {
-                self.io_events.unregister(at, KickMatch::Any, kick);
-            }
-        }
+        self.kicks.moved(self.key, bar);
     }
 }
 
