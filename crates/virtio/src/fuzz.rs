@@ -546,7 +546,7 @@ fn raw_access(input: &mut Input<'_>, guest: &mut Guest) {
     match guest.kind() {
         Kind::Mmio => {
             let at = u64::from(if how & 4 == 0 { at & 0xfc } else { at & 0xfff });
-            if how & 1 == 0 { guest.mmio().write(at, data) } else { guest.mmio().read(at, data) }
+            if how & 1 == 0 { drop(guest.mmio().write(at, data)) } else { guest.mmio().read(at, data) }
         }
         Kind::Pci => match how % 6 {
             0 => guest.pci().write_config(usize::from(at & 0x1ff), data),

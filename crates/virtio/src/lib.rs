@@ -54,11 +54,12 @@
 //!    then plugged into). That registers the kicks, so the vCPUs and memory slots come first. What the machine has to change later
 //!    (limits, a disk's path) it does through the control handle that the device's constructor returned, not through the transport.
 //! 3. Put the transports on the bus behind a lock each (the root has its own): MMIO windows to
-//!    [`read`](transport::mmio::MmioTransport::read) and [`write`](transport::mmio::MmioTransport::write); the ECAM window, ports
+//!    [`read`](transport::mmio::MmioTransport::read) and [`write`](transport::mmio::MmioTransport::write) (which may answer with
+//!    a reset to [wait](transport::Resetting::wait) for, without the lock); the ECAM window, ports
 //!    0xcf8 to 0xcff and the window of BARs to the root. The lock is for registers: neither kicks nor interrupts take it.
 //!
-//! **Pause.** Stop the vCPUs first (one of them may be waiting in a write that resets an mmio device, for
-//! [`RESET_PATIENCE`](transport::RESET_PATIENCE) at most), then [`Workers::pause`](worker::Workers::pause). It returns when nothing is in
+//! **Pause.** Stop the vCPUs first (any of them may be waiting for a reset on mmio, for
+//! [`RESET_PATIENCE`](transport::RESET_PATIENCE) at most and all at the same time), then [`Workers::pause`](worker::Workers::pause). It returns when nothing is in
 //! flight, or says which worker is not done; [`resume`](worker::Workers::resume) undoes it in either case. Devices are still now; control handles
 //! may be used meanwhile and take effect on resume.
 //!

@@ -160,7 +160,7 @@ impl PciTransport {
     /// The state. The workers are paused.
     pub fn save(&mut self) -> PciState {
         // Paused workers have given back every task that was asked for.
-        self.finish_reset(Duration::ZERO);
+        self.finish_reset();
         PciState {
             common: self.common.save(),
             isr: self.interrupt.isr.load(Ordering::SeqCst),
@@ -194,8 +194,8 @@ impl PciTransport {
     /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it
     /// is still there, and this may be called again.
     pub fn unplug(&mut self, patience: Duration) -> bool {
-        self.common.set_status(0);
-        let done = self.finish_reset(patience);
+        self.common.drain(patience);
+        let done = self.finish_reset();
         if done {
             self.kicks.remove(self.key);
             self.decoded.store(NOT_DECODED, Ordering::Release);
@@ -245,7 +245,7 @@ impl PciTransport {
     pub fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let Ok(at) = u32::try_from(offset) else { return };
-        self.finish_reset(Duration::ZERO);
+        self.finish_reset();
         match at {
             layout::COMMON..layout::ISR => {
                 let image = self.common_image();
@@ -327,7 +327,7 @@ impl PciTransport {
             1 | 2 | 4 => data.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte)),
             _ => return,
         };
-        if !self.finish_reset(Duration::ZERO) && (at, data) != (0x14, &[0]) {
+        if !self.finish_reset() && (at, data) != (0x14, &[0]) {
             return;
         }
         let common = &mut self.common;
@@ -342,7 +342,7 @@ impl PciTransport {
             (0x14, 1) => {
                 common.set_status(value as u8);
                 // Without waiting: the driver reads the status until it is 0.
-                self.finish_reset(Duration::ZERO);
+                self.finish_reset();
             }
             (0x16, 2) => common.queue_select = value as u16,
             (0x18, 2) => common.set_queue_size(value as u16),
@@ -370,11 +370,11 @@ impl PciTransport {
     }
 
     /// Sees whether a reset is done, if there is one; false if not yet.
-    fn finish_reset(&mut self, patience: Duration) -> bool {
+    fn finish_reset(&mut self) -> bool {
         if !self.common.is_resetting() {
             return true;
         }
-        let done = self.common.finish_reset(patience);
+        let done = self.common.finish_reset();
         if done {
             self.interrupt.forget();
         }
