@@ -46,7 +46,7 @@
 //!
 //! **Start.** Create guest memory, the VM and its memory slots, then:
 //!
-//! 1. [`Workers::start`](worker::Workers::start), with the sandbox of io threads in `on_start`. Threads are made here
+//! 1. [`Workers::start`](worker::Workers::start); a sandbox for io threads has its place in `on_start`. Threads are made here
 //!    and by [`dedicated`](worker::Workers::dedicated) (for tasks that block), never later: activation runs on vCPU threads.
 //! 2. For each device: construct it, wrap it in an [`Attachment`](transport::Attachment), and give that to
 //!    [`MmioTransport::new`](transport::mmio::MmioTransport::new) (window, line) or
@@ -78,7 +78,11 @@
 //! **Reset and unplug.** A reset by the driver needs nothing from the machine. To take a device off: `unplug(patience)` of its transport (false: still
 //! draining, ask again), then remove it from the bus or the root, then [`release`](worker::Workers::release) its dedicated workers.
 //!
-//! **Stop.** [`Workers::stop`](worker::Workers::stop) drains and detaches what is left and joins the threads.
+//! **Stop.** Dropping the last clone of the [`Workers`](worker::Workers) (the transports have some) tells them to drain, to detach what is
+//! left and to end, and waits for nobody: that is what a process does that is about to exit. [`stop`](worker::Workers::stop) waits for them.
+//!
+//! What only a machine needs that plugs devices while it runs, or that outlives its guest, has no caller outside tests yet: `unplug`, `release`,
+//! `stop`, and `on_start`.
 //!
 //! # Tests
 //!
