@@ -147,6 +147,12 @@ impl TestWorker {
         }
     }
 
+    /// Handles the events that there are now, once. Returns how many.
+    #[cfg(test)]
+    pub(crate) fn turn(&mut self) -> usize {
+        self.runner.turn(false)
+    }
+
     /// Handles what there is until `done`; sleeps in between until something happens.
     pub fn run_until(&mut self, mut done: impl FnMut() -> bool) {
         self.run();

@@ -223,6 +223,9 @@ impl Runner {
         if let (Err(error), Some(occupant)) = (attached, self.slots[at].occupant.as_mut()) {
             occupant.course.fail();
             occupant.interrupt.needs_reset(&format_args!("cannot wait for its events: {error}"));
+            // Nobody would hear what it did register, and some of it would come over and over.
+            let seat = &mut self.slots[at].seat;
+            Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock }.unwatch_all();
         } else if self.halt.lets_work() {
             self.start(at);
         }

@@ -1,5 +1,6 @@
 //! Workers, with and without threads.
 
+use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -355,9 +356,10 @@ fn each_worker_is_prepared_before_it_does_anything() {
 
 #[test]
 fn a_task_that_cannot_be_attached_breaks_its_device_and_can_still_be_removed() {
-    struct Unattachable;
+    struct Unattachable(OwnedFd);
     impl Task for Unattachable {
         fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+            cx.watch(1, &self.0, Interest::READ)?;
             // A plain file cannot be waited for.
             cx.watch(0, std::fs::File::open("/proc/self/exe")?, Interest::READ)
         }
@@ -380,9 +382,12 @@ fn a_task_that_cannot_be_attached_breaks_its_device_and_can_still_be_removed() {
     }
     let mut worker = TestWorker::new();
     let interrupt = interrupt();
-    let task = worker.add(Box::new(Unattachable), Arc::clone(&interrupt) as Arc<_>);
-    worker.run();
+    let (reads, writes) = rustix::pipe::pipe().unwrap();
+    rustix::io::write(&writes, b"nobody reads this").unwrap();
+    let task = worker.add(Box::new(Unattachable(reads)), Arc::clone(&interrupt) as Arc<_>);
+    assert_eq!(worker.turn(), 1, "a letter");
     assert_eq!(interrupt.broken().len(), 1);
+    assert_eq!(worker.turn(), 0, "what it did watch wakes nobody");
     assert!(worker.pause().try_recv().is_ok());
     worker.resume();
     assert!(worker.remove(task).try_recv().is_ok());
