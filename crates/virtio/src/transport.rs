@@ -13,7 +13,8 @@
 //!
 //! A transport is used under its owner's lock, by vCPU threads, for registers only. The hot path does not come by: kicks
 //! go through ioeventfds ([`IoEvents`]) to the workers, and workers raise interrupts over atomics
-//! ([`Interrupt`](crate::device::Interrupt)).
+//! ([`Interrupt`](crate::device::Interrupt)) and what the machine does in [`IrqLine::trigger`](mmio::IrqLine::trigger) or
+//! [`MsiVectors::trigger`](pci::MsiVectors::trigger).
 //!
 //! # Reset
 //!

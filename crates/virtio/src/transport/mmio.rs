@@ -99,6 +99,8 @@ pub struct MmioTransport {
     common: Common,
     interrupt: Arc<MmioInterrupt>,
     io_events: Arc<dyn IoEvents>,
+    /// Which queues' kicks the kernel took.
+    kicks_taken: Vec<bool>,
     addr: u64,
 }
 
@@ -114,10 +116,15 @@ impl MmioTransport {
         let interrupt =
             Arc::new(MmioInterrupt { health: Arc::clone(&health), status: AtomicU32::new(0), line });
         let common = Common::new(attachment, health, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
+        let mut kicks_taken = Vec::with_capacity(common.queue_count().into());
         for (index, kick) in (0..).zip(common.kicks()) {
-            io_events.register(addr + QUEUE_NOTIFY, KickMatch::U32(index), kick)?;
+            let taken = io_events.register(addr + QUEUE_NOTIFY, KickMatch::U32(index), kick);
+            if let Err(error) = &taken {
+                interrupt.health.complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
+            }
+            kicks_taken.push(taken.is_ok());
         }
-        Ok(MmioTransport { common, interrupt, io_events, addr })
+        Ok(MmioTransport { common, interrupt, io_events, kicks_taken, addr })
     }
 
     /// How often the device was found broken.
@@ -151,8 +158,11 @@ impl MmioTransport {
         self.common.drain(patience);
         let done = self.finish_reset();
         if done {
-            for (index, kick) in (0..).zip(self.common.kicks()) {
-                self.io_events.unregister(self.addr + QUEUE_NOTIFY, KickMatch::U32(index), kick);
+            let addr = self.addr + QUEUE_NOTIFY;
+            for ((index, kick), taken) in (0..).zip(self.common.kicks()).zip(&mut self.kicks_taken) {
+                if std::mem::take(taken) {
+                    self.io_events.unregister(addr, KickMatch::U32(index), kick);
+                }
             }
         }
         done

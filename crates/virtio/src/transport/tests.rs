@@ -1,16 +1,20 @@
 //! What a driver can rely on, on either transport: each test runs on both.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{KickMatch, RestoreError, Status};
+use super::mmio::MmioTransport;
+use super::{IoEvents, KickMatch, RestoreError, Status};
 use crate::device::feature;
+use crate::eventfd::EventFd;
 use crate::queue::QueueState;
 use crate::testing::{
-    DriverQueue, Echo, EchoControl, Guest, Kind, RUNNING, TestWorker, TransportState, Used, reused_ram,
+    DriverQueue, Echo, EchoControl, FakeIoEvents, Guest, Kind, RUNNING, TestWorker, TransportState, Used,
+    reused_ram,
 };
 use crate::worker::Workers;
 
@@ -305,10 +309,9 @@ fn a_reset_in_the_middle_of_io_waits_until_the_device_has_drained() {
 }
 
 /// A device on mmio whose worker is a thread, with a request in flight that does not end until `control` says so.
-fn busy_on_mmio() -> (super::mmio::MmioTransport, Arc<EchoControl>, Workers) {
-    use super::mmio::{IrqLine, MmioTransport};
-    use super::{Attachment, IoEvents};
-    use crate::testing::FakeIoEvents;
+fn busy_on_mmio(events: Arc<dyn IoEvents>) -> (MmioTransport, Arc<EchoControl>, Workers) {
+    use super::Attachment;
+    use super::mmio::IrqLine;
     use crate::worker::WorkersConfig;
 
     struct NoLine;
@@ -326,14 +329,7 @@ fn busy_on_mmio() -> (super::mmio::MmioTransport, Arc<EchoControl>, Workers) {
         memory: ram.clone(),
         workers: workers.clone(),
     };
-    let events = Arc::<FakeIoEvents>::default();
-    let mut mmio = MmioTransport::new(
-        attachment,
-        0xc000_1000,
-        Box::new(NoLine),
-        Arc::clone(&events) as Arc<dyn IoEvents>,
-    )
-    .unwrap();
+    let mut mmio = MmioTransport::new(attachment, 0xc000_1000, Box::new(NoLine), events).unwrap();
     let mut driver = DriverQueue::new(&ram, BASE, 64, 0);
     let setup = driver.state();
     driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
@@ -358,7 +354,7 @@ fn busy_on_mmio() -> (super::mmio::MmioTransport, Arc<EchoControl>, Workers) {
 
 #[test]
 fn who_resets_on_mmio_can_wait_without_the_transport_until_the_reset_is_done() {
-    let (mut mmio, control, workers) = busy_on_mmio();
+    let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEvents>::default());
     let resetting = mmio.write(0x70, &[0; 4]).expect("a request is in flight");
     let waiting = std::thread::spawn(move || resetting.wait());
     let mut read = |register: u64| {
@@ -375,8 +371,26 @@ fn who_resets_on_mmio_can_wait_without_the_transport_until_the_reset_is_done() {
 }
 
 #[test]
+fn a_device_whose_kicks_the_kernel_does_not_take_works_all_the_same() {
+    struct Full;
+    impl IoEvents for Full {
+        fn register(&self, _: u64, _: KickMatch, _: &EventFd) -> io::Result<()> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        fn unregister(&self, _: u64, _: KickMatch, _: &EventFd) {
+            panic!("it has none")
+        }
+    }
+    let (mut mmio, control, workers) = busy_on_mmio(Arc::new(Full));
+    control.release();
+    assert!(mmio.unplug(Duration::from_secs(20)));
+    assert_eq!(control.counts(), (1, 1, 1));
+    workers.stop();
+}
+
+#[test]
 fn who_asks_for_a_reset_again_waits_no_longer_than_who_asked_first() {
-    let (mut mmio, control, workers) = busy_on_mmio();
+    let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEvents>::default());
     let mut reset = || mmio.write(0x70, &[0; 4]);
     let first = reset().expect("a request is in flight");
     let deadline = first.until(Duration::from_millis(1));
