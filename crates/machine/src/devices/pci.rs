@@ -97,7 +97,7 @@ impl BusDevice for Bars {
 /// The messages of one device.
 struct Messages {
     vm: Arc<VmFd>,
-    /// Locked to copy a message, no longer.
+    /// Locked to copy a message, no longer: one that is half changed is never sent.
     vectors: Vec<Mutex<Option<MsiMessage>>>,
 }
 
