@@ -345,7 +345,7 @@ fn each_worker_is_prepared_before_it_does_anything() {
         let name = std::thread::current().name().map(str::to_owned);
         prepared.send((number, name)).unwrap();
     });
-    let config = WorkersConfig { shared: 2, on_start: Some(on_start), ..WorkersConfig::default() };
+    let config = WorkersConfig { shared: 2, on_start: Some(on_start) };
     let workers = Workers::start(config).unwrap();
     workers.dedicated().unwrap();
     let mut seen: Vec<_> = (0..3).map(|_| order.recv_timeout(PATIENCE).unwrap()).collect();
