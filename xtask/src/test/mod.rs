@@ -139,7 +139,7 @@ fn fuzz_targets_compile() -> Result<bool> {
         // The versions that are here already.
         std::fs::copy(root().join("Cargo.lock"), &lock)?;
     }
-    let stand_in = format!("patch.crates-io.libfuzzer-sys.path={:?}", fuzz.join("stand-in"));
+    let stand_in = format!("patch.crates-io.libfuzzer-sys.path='{}'", fuzz.join("stand-in").display());
     let (manifest, target) = (fuzz.join("Cargo.toml"), root().join("target/fuzz"));
     let check = |more: &[&str]| {
         let mut check = cargo();
