@@ -1,5 +1,7 @@
 //! Entropy in real guests.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, ensure};
 use serde_json::json;
 use vesta_tests::disks::{DiskGuest, said};
@@ -15,6 +17,27 @@ on_each_transport! {
         ensure!(said.contains("FROM virtio_rng"), "{said}");
         let bytes: Vec<_> = said.lines().filter_map(|line| line.split("BYTES ").nth(1)).collect();
         ensure!(bytes.len() == 2 && bytes[0].len() == 32 && bytes[0] != bytes[1], "{said}");
+        Ok(())
+    }
+
+    /// It goes while somebody reads, and what comes back is the same device.
+    fn a_driver_that_goes_and_comes_back_draws_random_bytes_again(transport) {
+        let script = "\
+            cd /sys/bus/virtio/drivers/virtio_rng\n\
+            id=$(basename $(ls -d virtio*))\n\
+            for i in 1 2 3; do\n\
+              cat /dev/hwrng > /dev/null 2>&1 & reader=$!\n\
+              echo $id > unbind\n\
+              wait $reader\n\
+              echo GONE $(cat /sys/class/misc/hw_random/rng_current)\n\
+              echo $id > bind\n\
+              echo BYTES $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | hexdump -v -e '/1 \"%02x\"')\n\
+            done\n\
+            poweroff -f";
+        let said = said(&mut DiskGuest::new(transport)?.entropy(json!({})).run(script)?)?;
+        ensure!(said.matches("GONE none").count() == 3, "{said}");
+        let bytes: BTreeSet<_> = said.lines().filter_map(|line| line.split("BYTES ").nth(1)).collect();
+        ensure!(bytes.len() == 3 && bytes.iter().all(|bytes| bytes.len() == 32), "{said}");
         Ok(())
     }
 

@@ -9,7 +9,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A device on a bus. Offsets count from where the device begins; `data` is 1 to 8 bytes, little-endian.
+/// A device on a bus. Offsets count from where the device begins; `data` is little-endian and not empty.
+///
+/// A device takes any length. Memory is accessed with 1 to 8 bytes. On the bus of ports a string instruction (`rep ins`, `rep outs`) comes
+/// from KVM as one access with all its bytes; devices whose registers are a byte make of it what hardware does, several accesses to the one
+/// port, and others give what they give to an access that is too wide.
 pub trait BusDevice: Send + Sync {
     /// Fills all of `data`.
     fn read(&self, offset: u64, data: &mut [u8]);

@@ -1,9 +1,12 @@
 //! What a machine tells its owner: the guest wants to stop, or cannot go on.
 //!
 //! vCPU threads post, the owner takes; a descriptor becomes readable when there is something to take.
+//!
+//! An end is an end: while one waits to be taken, others that are posted are dropped. A guest that asks for its end over and over, while
+//! its owner is busy, costs no memory.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -49,7 +52,7 @@ impl std::fmt::Display for VcpuFault {
 /// The posting end; cheap to clone.
 #[derive(Debug)]
 pub struct EventSink {
-    sender: Sender<MachineEvent>,
+    sender: SyncSender<MachineEvent>,
     wake: OwnedFd,
 }
 
@@ -62,15 +65,15 @@ pub struct EventSource {
 
 /// A connected pair.
 pub fn event_channel() -> std::io::Result<(EventSink, EventSource)> {
-    let (sender, receiver) = channel();
+    let (sender, receiver) = sync_channel(1);
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     Ok((EventSink { sender, wake: wake.try_clone()? }, EventSource { receiver, wake }))
 }
 
 impl EventSink {
-    /// Posts an event. (An owner that is gone does not want it any more.)
+    /// Posts an event, if none waits. (An owner that is gone does not want it any more.)
     pub fn post(&self, event: MachineEvent) {
-        if self.sender.send(event).is_ok() {
+        if self.sender.try_send(event).is_ok() {
             // The counter can only be full when it is readable anyway.
             let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
         }
@@ -93,5 +96,37 @@ impl EventSource {
 impl AsFd for EventSource {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_end_is_taken_and_those_that_follow_it_cost_nothing() {
+        let (sink, source) = event_channel().unwrap();
+        let another = sink.try_clone().unwrap();
+        sink.post(MachineEvent::PowerOff);
+        for _ in 0..1000 {
+            another.post(MachineEvent::Reset);
+        }
+        assert_eq!((source.take(), source.take()), (Some(MachineEvent::PowerOff), None));
+    }
+
+    #[test]
+    fn the_descriptor_is_readable_while_an_event_waits() {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let (sink, source) = event_channel().unwrap();
+        let waits = || {
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&source, PollFlags::IN)], Some(&now)).unwrap() == 1
+        };
+        assert!(!waits());
+        for _ in 0..2 {
+            sink.post(MachineEvent::Reset);
+            assert!(waits());
+            assert!(source.take().is_some() && !waits());
+        }
     }
 }

@@ -26,7 +26,8 @@
 //! # Invariants
 //!
 //! - A [`Paused`] machine is still: no vCPU runs, and every access that one had begun is done.
-//! - A vCPU thread touches registers only. Nothing that can take long happens on it.
+//! - A vCPU thread touches registers only. Nothing that can take long happens on it, but for one wait: a driver that resets a device on
+//!   virtio-mmio while requests are in flight goes on when they are done, or after [`virtio::transport::RESET_PATIENCE`].
 //! - Nothing that a guest does panics this process; what it cannot go on from becomes a [`MachineEvent`].
 //!
 //! # Callers

@@ -17,7 +17,8 @@
 //!
 //! A paused thread answers `Save` with its vCPU's state and stays paused.
 //!
-//! On an exit the thread finds the address on a bus and touches registers only; nothing here waits for anything but the guest.
+//! On an exit the thread finds the address on a bus and touches registers only; nothing here waits for anything but the guest (and,
+//! for a bounded time, for a reset on virtio-mmio).
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};

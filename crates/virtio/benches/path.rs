@@ -32,12 +32,10 @@ fn main() {
     for batch in [1, 32] {
         println!("queue, {batch:2} at once: {:6.1} ns for each request of three buffers", queue_alone(batch));
     }
-    for (name, busy_poll) in [("sleeping", Duration::ZERO), ("spinning", Duration::from_micros(50))] {
-        let mut times = round_trips(busy_poll);
-        times.sort();
-        let at = |percent: usize| times[times.len() * percent / 100].as_nanos();
-        println!("kick to interrupt, {name}: median {} ns, 99% {} ns", at(50), at(99));
-    }
+    let mut times = round_trips();
+    times.sort();
+    let at = |percent: usize| times[times.len() * percent / 100].as_nanos();
+    println!("kick to interrupt: median {} ns, 99% {} ns", at(50), at(99));
 }
 
 /// Nanoseconds for a request through the device's side of a queue, nothing done with it.
@@ -73,7 +71,7 @@ fn queue_alone(batch: u32) -> f64 {
 }
 
 /// One request at a time: from the driver's kick until it has its interrupt.
-fn round_trips(busy_poll: Duration) -> Vec<Duration> {
+fn round_trips() -> Vec<Duration> {
     let ram = guest_ram(4);
     let mut driver = DriverQueue::new(&ram, 0x1000, 256, FEATURES);
     let queue = Queue::new(0, 256, &driver.state(), FEATURES, &ram, Arc::default()).expect("it fits");
@@ -86,8 +84,7 @@ fn round_trips(busy_poll: Duration) -> Vec<Duration> {
         interrupt: Arc::clone(&irq) as Arc<dyn Interrupt>,
         features: FEATURES,
     };
-    let workers = Workers::start(WorkersConfig { busy_poll, ..WorkersConfig::default() })
-        .expect("a thread can be made");
+    let workers = Workers::start(WorkersConfig::default()).expect("a thread can be made");
     for task in device.activate(activation).expect("it has its queue") {
         workers.add(task, Arc::clone(&irq) as Arc<dyn Interrupt>);
     }

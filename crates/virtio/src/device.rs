@@ -170,7 +170,8 @@ pub enum ActivateError {
     },
 }
 
-/// How a device speaks to its driver without a request. Implemented by the transports; never blocks and takes no lock.
+/// How a device speaks to its driver without a request. Implemented by the transports. Waits for nobody: it takes no lock but such as
+/// are held for a few instructions, and never a transport's.
 pub trait Interrupt: Send + Sync {
     /// Queue `index` has used buffers.
     fn queue(&self, index: u16);

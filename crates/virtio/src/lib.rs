@@ -46,19 +46,20 @@
 //!
 //! **Start.** Create guest memory, the VM and its memory slots, then:
 //!
-//! 1. [`Workers::start`](worker::Workers::start), with the sandbox of io threads in `on_start`. Threads are made here
+//! 1. [`Workers::start`](worker::Workers::start); a sandbox for io threads has its place in `on_start`. Threads are made here
 //!    and by [`dedicated`](worker::Workers::dedicated) (for tasks that block), never later: activation runs on vCPU threads.
 //! 2. For each device: construct it, wrap it in an [`Attachment`](transport::Attachment), and give that to
 //!    [`MmioTransport::new`](transport::mmio::MmioTransport::new) (window, line) or
-//!    [`PciTransport::new`](transport::pci::PciTransport::new) (BAR address, vectors). That registers the kicks, so the vCPUs and memory
-//!    slots come first. PCI functions are plugged into one [`PciRoot`](transport::pci::PciRoot). What the machine has to change later
+//!    [`PciTransport::new`](transport::pci::PciTransport::new) (BAR address, vectors, and the [`PciRoot`](transport::pci::PciRoot) that it is
+//!    then plugged into). That registers the kicks, so the vCPUs and memory slots come first. What the machine has to change later
 //!    (limits, a disk's path) it does through the control handle that the device's constructor returned, not through the transport.
 //! 3. Put the transports on the bus behind a lock each (the root has its own): MMIO windows to
-//!    [`read`](transport::mmio::MmioTransport::read) and [`write`](transport::mmio::MmioTransport::write); the ECAM window, ports
+//!    [`read`](transport::mmio::MmioTransport::read) and [`write`](transport::mmio::MmioTransport::write) (which may answer with
+//!    a reset to [wait](transport::Resetting::wait) for, without the lock); the ECAM window, ports
 //!    0xcf8 to 0xcff and the window of BARs to the root. The lock is for registers: neither kicks nor interrupts take it.
 //!
-//! **Pause.** Stop the vCPUs first (one of them may be waiting in a write that resets an mmio device, for
-//! [`RESET_PATIENCE`](transport::RESET_PATIENCE) at most), then [`Workers::pause`](worker::Workers::pause). It returns when nothing is in
+//! **Pause.** Stop the vCPUs first (any of them may be waiting for a reset on mmio, for
+//! [`RESET_PATIENCE`](transport::RESET_PATIENCE) at most and all at the same time), then [`Workers::pause`](worker::Workers::pause). It returns when nothing is in
 //! flight, or says which worker is not done; [`resume`](worker::Workers::resume) undoes it in either case. Devices are still now; control handles
 //! may be used meanwhile and take effect on resume.
 //!
@@ -77,7 +78,11 @@
 //! **Reset and unplug.** A reset by the driver needs nothing from the machine. To take a device off: `unplug(patience)` of its transport (false: still
 //! draining, ask again), then remove it from the bus or the root, then [`release`](worker::Workers::release) its dedicated workers.
 //!
-//! **Stop.** [`Workers::stop`](worker::Workers::stop) drains and detaches what is left and joins the threads.
+//! **Stop.** Dropping the last clone of the [`Workers`](worker::Workers) (the transports have some) tells them to drain, to detach what is
+//! left and to end, and waits for nobody: that is what a process does that is about to exit. [`stop`](worker::Workers::stop) waits for them.
+//!
+//! What only a machine needs that plugs devices while it runs, or that outlives its guest, has no caller outside tests yet: `unplug`, `release`,
+//! `stop`, and `on_start`.
 //!
 //! # Tests
 //!

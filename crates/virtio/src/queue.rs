@@ -40,7 +40,7 @@ mod tests;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use memory::GuestRam;
+use memory::{GuestRam, GuestRegion};
 use serde::{Deserialize, Serialize};
 use virtio_queue::desc::split::Descriptor;
 
@@ -307,7 +307,7 @@ impl Queue {
     /// Follows the chain from `head` on, through at most one indirect table.
     #[inline]
     fn walk(&self, chain: &mut Chain, head: u16) -> Result<(), QueueError> {
-        let mut indirect: Option<Part> = None;
+        let mut indirect: Option<Part<&GuestRegion>> = None;
         let mut table_len = u32::from(self.size());
         let mut index = u32::from(head);
         // The descriptor of the indirect table is not counted as one of the chain.
@@ -321,8 +321,11 @@ impl Queue {
             if in_table > table_len {
                 return Err(QueueError::ChainTooLong);
             }
-            let table = indirect.as_ref().unwrap_or(&self.table);
-            let descriptor: Descriptor = table.read(u64::from(index) * 16)?;
+            let at = u64::from(index) * 16;
+            let descriptor: Descriptor = match &indirect {
+                Some(table) => table.read(at)?,
+                None => self.table.read(at)?,
+            };
             if descriptor.refers_to_indirect_table() {
                 if indirect.is_some() {
                     return Err(QueueError::Indirect("is inside an indirect table"));
@@ -345,7 +348,7 @@ impl Queue {
     }
 
     /// Checks an indirect table (2.7.5.3).
-    fn indirect_table(&self, descriptor: Descriptor) -> Result<Part, QueueError> {
+    fn indirect_table(&self, descriptor: Descriptor) -> Result<Part<&GuestRegion>, QueueError> {
         if !self.indirect {
             return Err(QueueError::Indirect("was not negotiated"));
         }
@@ -355,7 +358,7 @@ impl Queue {
         if descriptor.len() == 0 || !descriptor.len().is_multiple_of(16) {
             return Err(QueueError::Indirect("is empty or ends within a descriptor"));
         }
-        Part::new(&self.ram, "indirect table", descriptor.addr().0, descriptor.len().into(), 1)
+        Part::borrowed(&self.ram, "indirect table", descriptor.addr().0, descriptor.len().into(), 1)
             .map_err(|_| QueueError::Indirect("is not in guest memory"))
     }
 

@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::device::Interrupt;
 use crate::sync::locked;
-use crate::worker::testing::{Clock, Command, Mailbox, Runner, Spin};
+use crate::worker::testing::{Clock, Command, Mailbox, Runner};
 use crate::worker::{Nanos, Task, Workers};
 
 pub use driver::{DriverQueue, INDIRECT, NEXT, Used, WRITE, write_descriptor};
@@ -119,7 +119,7 @@ impl TestWorker {
         NOW.set(1);
         let mailbox = Mailbox::new().expect("an eventfd can be made");
         let clock = Clock::manual(|| NOW.get());
-        let runner = Runner::new(Arc::clone(&mailbox), Spin::default(), clock).expect("an epoll can be made");
+        let runner = Runner::new(Arc::clone(&mailbox), clock).expect("an epoll can be made");
         TestWorker { runner, mailbox, tasks: 0 }
     }
 
@@ -145,6 +145,12 @@ impl TestWorker {
                 break;
             }
         }
+    }
+
+    /// Handles the events that there are now, once. Returns how many.
+    #[cfg(test)]
+    pub(crate) fn turn(&mut self) -> usize {
+        self.runner.turn(false)
     }
 
     /// Handles what there is until `done`; sleeps in between until something happens.

@@ -13,13 +13,15 @@
 //!
 //! A transport is used under its owner's lock, by vCPU threads, for registers only. The hot path does not come by: kicks
 //! go through ioeventfds ([`IoEvents`]) to the workers, and workers raise interrupts over atomics
-//! ([`Interrupt`](crate::device::Interrupt)).
+//! ([`Interrupt`](crate::device::Interrupt)) and what the machine does in [`IrqLine::trigger`](mmio::IrqLine::trigger) or
+//! [`MsiVectors::trigger`](pci::MsiVectors::trigger).
 //!
 //! # Reset
 //!
 //! A driver that writes 0 to the status takes the device's tasks off their workers, each once it has drained. Until then the status
-//! does not read 0 and all other writes are ignored. On PCI the driver polls for it (4.1.4.3.2). On mmio drivers do not, so the write
-//! itself waits, for [`RESET_PATIENCE`] at most; a driver that goes on too early finds its writes ignored and gives up on the device.
+//! does not read 0 and all other writes are ignored. On PCI the driver polls for it (4.1.4.3.2). On mmio drivers do not, so the vCPU
+//! waits in the write ([`Resetting`]), without the lock and until [`RESET_PATIENCE`] after the reset began at most; a driver that goes on
+//! too early finds its writes ignored and gives up on the device.
 //!
 //! # What the machine supplies
 //!
@@ -29,6 +31,7 @@ mod common;
 mod health;
 pub mod mmio;
 pub mod pci;
+mod reset;
 #[cfg(test)]
 mod tests;
 
@@ -44,8 +47,9 @@ use crate::worker::Workers;
 
 pub use common::CommonState;
 pub use health::Status;
+pub use reset::Resetting;
 
-/// How long a write that resets a device waits for what is in flight, where drivers do not poll.
+/// How long after its beginning a reset is waited for, where drivers do not poll.
 pub const RESET_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What every transport is made from.

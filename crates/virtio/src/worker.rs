@@ -35,7 +35,6 @@ mod mailbox;
 pub(crate) mod phase;
 mod pool;
 mod runner;
-mod spin;
 #[cfg(test)]
 mod tests;
 
@@ -50,7 +49,6 @@ pub(crate) mod testing {
     pub(crate) use super::context::Clock;
     pub(crate) use super::mailbox::{Command, Mailbox};
     pub(crate) use super::runner::Runner;
-    pub(crate) use super::spin::Spin;
 }
 
 /// Nanoseconds of the monotonic clock.
@@ -96,18 +94,6 @@ pub trait Task: Send {
 
     /// Work (again): look at every queue as if it had been kicked, and set timers that are still needed.
     fn resume(&mut self, cx: &mut Context<'_>);
-
-    /// Does what is there to do without a system call to find out (rings, completion queues in memory). Called over and over while
-    /// the worker spins instead of sleeping (it does only if its owner asked for busy polling). True if there was anything.
-    fn poll(&mut self, _cx: &mut Context<'_>) -> bool {
-        false
-    }
-
-    /// The worker stops spinning and is about to sleep: enable notifications that were left disabled because
-    /// [`Context::is_polling`]. True if there is more to do after all (the worker then does not sleep).
-    fn arm(&mut self, _cx: &mut Context<'_>) -> bool {
-        false
-    }
 
     /// Where to run.
     fn placement(&self) -> Placement {

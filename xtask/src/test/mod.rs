@@ -3,7 +3,7 @@
 //! - Lints and unit tests run natively.
 //! - Whole-system tests run on the [host](crate::host). Those of binaries called `null_*` use guests of a few
 //!   instructions, which run natively wherever `/dev/kvm` opens, a software KVM included.
-//! - A filter is a part of a test's name, on all layers; the lints are called `lint::fmt` and `lint::clippy`.
+//! - A filter is a part of a test's name, on all layers; the lints are called `lint::fmt`, `lint::clippy` and `lint::fuzz`.
 
 mod build;
 pub(crate) mod inner;
@@ -11,7 +11,7 @@ mod record;
 mod system;
 mod unit;
 
-use std::process::ExitCode;
+use std::process::{ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -21,7 +21,7 @@ pub(crate) use build::{
     guest_program as build_guest_program, load as build_load, net_tool as build_net_tool, vmm as build_vmm,
 };
 
-use crate::process::{cargo, say};
+use crate::process::{cargo, root, say};
 
 /// What came of some tests.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -103,24 +103,53 @@ fn sum_up(tally: &Tally, started: Instant) -> ExitCode {
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Formatting and clippy, each as a test.
+/// Formatting, clippy and whether the fuzz targets compile, each as a test.
 fn lint(filter: &str) -> Result<Tally> {
-    let lints: [(&str, &[&str]); 2] = [
-        ("lint::fmt", &["fmt", "--all", "--check"]),
-        ("lint::clippy", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"]),
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+    let lints: [(&str, &dyn Fn() -> Result<bool>); 3] = [
+        ("lint::fmt", &|| succeeds(&["fmt", "--all", "--check"])),
+        ("lint::clippy", &|| succeeds(&clippy)),
+        ("lint::fuzz", &fuzz_targets_compile),
     ];
     let mut tally = Tally::default();
-    for (name, args) in lints {
+    for (name, run) in lints {
         if !name.contains(filter) {
             tally.filtered_out += 1;
             continue;
         }
-        say!("{name}: cargo {}", args.join(" "));
-        if cargo().args(args).status()?.success() {
+        say!("{name}");
+        if run()? {
             tally.passed += 1;
         } else {
             tally.add(Tally::failure(format!("failed: {name}")));
         }
     }
     Ok(tally)
+}
+
+fn succeeds(args: &[&str]) -> Result<bool> {
+    say!("cargo {}", args.join(" "));
+    Ok(cargo().args(args).status()?.success())
+}
+
+/// Checks the targets in `fuzz/`, a workspace of its own, without the fuzzer's runtime: a stand-in takes its place.
+fn fuzz_targets_compile() -> Result<bool> {
+    let (fuzz, lock) = (root().join("fuzz"), root().join("fuzz/Cargo.lock"));
+    if !lock.exists() {
+        // The versions that are here already.
+        std::fs::copy(root().join("Cargo.lock"), &lock)?;
+    }
+    let stand_in = format!("patch.crates-io.libfuzzer-sys.path='{}'", fuzz.join("stand-in").display());
+    let (manifest, target) = (fuzz.join("Cargo.toml"), root().join("target/fuzz"));
+    let check = |more: &[&str]| {
+        let mut check = cargo();
+        check.args(["check", "--quiet", "--config", &stand_in, "--config", "profile.dev.debug=false"]);
+        check.arg("--manifest-path").arg(&manifest).arg("--target-dir").arg(&target).args(more);
+        check
+    };
+    // It needs nothing that the workspace does not have. Where that is not there yet, cargo gets it.
+    if check(&["--offline"]).stderr(Stdio::null()).status()?.success() {
+        return Ok(true);
+    }
+    Ok(check(&[]).status()?.success())
 }

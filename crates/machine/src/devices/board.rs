@@ -20,7 +20,6 @@ use crate::vcpu::Buses;
 
 /// Where devices are put.
 pub(super) struct Board {
-    io_events: Arc<dyn IoEvents>,
     workers: Workers,
     places: Free,
     plugged: Vec<Plugged>,
@@ -28,7 +27,7 @@ pub(super) struct Board {
 
 /// The places that are not taken yet.
 enum Free {
-    Mmio(std::vec::IntoIter<Window>),
+    Mmio { windows: std::vec::IntoIter<Window>, io_events: Arc<dyn IoEvents> },
     Pci { root: Arc<PciRoot>, next_slot: u8 },
 }
 
@@ -90,11 +89,12 @@ impl DevicesState {
 impl Board {
     /// An empty one with these places, for devices that `workers` run.
     pub(super) fn new(places: Places, vm: &Vm, buses: &mut Buses, workers: Workers) -> Self {
+        let io_events = Arc::new(KvmIoEvents(vm.shared_fd()));
         let places = match places {
-            Places::Mmio(windows) => Free::Mmio(windows.into_iter()),
-            Places::Pci(_) => Free::Pci { root: pci::root(buses), next_slot: 1 },
+            Places::Mmio(windows) => Free::Mmio { windows: windows.into_iter(), io_events },
+            Places::Pci(_) => Free::Pci { root: pci::root(buses, io_events), next_slot: 1 },
         };
-        Board { io_events: Arc::new(KvmIoEvents(vm.shared_fd())), workers, places, plugged: Vec::new() }
+        Board { workers, places, plugged: Vec::new() }
     }
 
     /// Puts a device in the next place. Logs will call it `name`.
@@ -107,14 +107,14 @@ impl Board {
     ) -> Result<(), DeviceError> {
         let (memory, workers) = (vm.ram().clone(), self.workers.clone());
         let attachment = Attachment { name: name.clone(), device, memory, workers };
-        let io_events = Arc::clone(&self.io_events);
         let transport = match &mut self.places {
-            Free::Mmio(windows) => {
+            Free::Mmio { windows, io_events } => {
                 let window = windows.next().expect("each device was given a place");
+                let io_events = Arc::clone(io_events);
                 Transport::Mmio(mmio::plug(attachment, window, vm, io_events, &mut buses.mmio)?)
             }
             Free::Pci { root, next_slot } => {
-                let function = pci::plug(attachment, *next_slot, vm, io_events, root)?;
+                let function = pci::plug(attachment, *next_slot, vm, root)?;
                 *next_slot += 1;
                 Transport::Pci(function)
             }
@@ -134,7 +134,7 @@ impl Board {
         };
         let pci = match &self.places {
             Free::Pci { root, .. } => Some(root.save()),
-            Free::Mmio(_) => None,
+            Free::Mmio { .. } => None,
         };
         DevicesState { pci, devices: self.plugged.iter().map(saved).collect() }
     }

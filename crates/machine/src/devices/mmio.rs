@@ -45,7 +45,11 @@ impl BusDevice for Registers {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        self.lock().write(offset, data);
+        let resetting = self.lock().write(offset, data);
+        // The one wait of a vCPU thread: the driver takes a reset to be done when it has asked for it.
+        if let Some(resetting) = resetting {
+            resetting.wait();
+        }
     }
 }
 

@@ -52,6 +52,7 @@ use crate::vcpu::Buses;
 
 use board::Board;
 pub use board::{DevicesState, SavedDevice, SavedTransport};
+use io_events::KvmIoEvents;
 pub(crate) use place::{Places, Window};
 
 /// How long new workers may take to say that they are there.
@@ -206,7 +207,7 @@ impl Devices {
         if setup.count() == 0 {
             // The bus is there all the same.
             if setup.pci {
-                pci::root(buses);
+                pci::root(buses, Arc::new(KvmIoEvents(vm.shared_fd())));
             }
             return Ok(devices);
         }

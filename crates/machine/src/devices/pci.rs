@@ -23,8 +23,8 @@ use crate::layout;
 use crate::vcpu::Buses;
 
 /// The bus, reachable for the guest.
-pub(super) fn root(buses: &mut Buses) -> Arc<PciRoot> {
-    let root = Arc::new(PciRoot::new(layout::PCI_BARS));
+pub(super) fn root(buses: &mut Buses, io_events: Arc<dyn IoEvents>) -> Arc<PciRoot> {
+    let root = Arc::new(PciRoot::new(layout::PCI_BARS, io_events));
     let mut mmio = |range: std::ops::Range<u64>, device| {
         buses.mmio.add(range, device).expect("the layout sets PCI's addresses aside");
     };
@@ -43,13 +43,12 @@ pub(super) fn plug(
     attachment: Attachment,
     slot: u8,
     vm: &Vm,
-    io_events: Arc<dyn IoEvents>,
     root: &PciRoot,
 ) -> Result<Arc<Mutex<PciTransport>>, DeviceError> {
     debug_assert!((1..=MAX_DEVICES).contains(&slot.into()));
     let queues = attachment.device.queue_sizes().len();
     let vectors = Box::new(Messages::new(vm.shared_fd(), queues + 1));
-    let function = PciTransport::new(attachment, first_bar(slot), root.window(), vectors, io_events)
+    let function = PciTransport::new(attachment, first_bar(slot), vectors, root)
         .map_err(|source| DeviceError::Host { what: "a virtio device", source })?;
     let function = Arc::new(Mutex::new(function));
     root.plug(Some(slot), Arc::clone(&function)).expect("each device was given a slot of its own");
@@ -98,7 +97,7 @@ impl BusDevice for Bars {
 /// The messages of one device.
 struct Messages {
     vm: Arc<VmFd>,
-    /// Locked to copy a message, no longer.
+    /// Locked to copy a message, no longer: one that is half changed is never sent.
     vectors: Vec<Mutex<Option<MsiMessage>>>,
 }
 

@@ -145,28 +145,32 @@ impl I8042 {
 
 impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
         let mut state = self.lock();
-        match offset {
-            DATA => {
-                data[0] = state.buffer.pop_front().unwrap_or(0);
-                self.interrupt_if_full(&state);
-            }
-            STATUS_OR_COMMAND => {
-                let full = if state.buffer.is_empty() { 0 } else { STATUS_OUTPUT_FULL };
-                data[0] = STATUS_SYSTEM | STATUS_KEYBOARD_UNLOCKED | full;
-            }
-            _ => {}
+        // The registers are a byte each: a string instruction is several accesses to the same one.
+        for byte in data {
+            *byte = match offset {
+                DATA => {
+                    let value = state.buffer.pop_front().unwrap_or(0);
+                    self.interrupt_if_full(&state);
+                    value
+                }
+                STATUS_OR_COMMAND => {
+                    let full = if state.buffer.is_empty() { 0 } else { STATUS_OUTPUT_FULL };
+                    STATUS_SYSTEM | STATUS_KEYBOARD_UNLOCKED | full
+                }
+                _ => 0,
+            };
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let &[value] = data else { return };
         let mut state = self.lock();
-        match offset {
-            DATA => self.data(&mut state, value),
-            STATUS_OR_COMMAND => self.command(&mut state, value),
-            _ => {}
+        for &value in data {
+            match offset {
+                DATA => self.data(&mut state, value),
+                STATUS_OR_COMMAND => self.command(&mut state, value),
+                _ => {}
+            }
         }
     }
 }
@@ -215,6 +219,16 @@ mod tests {
             assert_eq!(read(&device, DATA), code);
         }
         assert!(device.interrupt.read().is_err(), "nothing more to read, no interrupt");
+    }
+
+    #[test]
+    fn a_string_instruction_is_several_accesses_to_one_register() {
+        let (device, _events) = controller();
+        device.write(DATA, &[KEYBOARD_IDENTIFY, KEYBOARD_RESET]);
+        let mut data = [0xee; 6];
+        device.read(DATA, &mut data);
+        let [low, high] = KEYBOARD_ID;
+        assert_eq!(data, [KEYBOARD_ACK, low, high, KEYBOARD_ACK, KEYBOARD_SELF_TEST_PASSED, 0]);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! ACPI's sleep control, sleep status and reset registers, as ports.
 
+use virtio::counter::Counter;
+
 use crate::acpi::{RESET_VALUE, SLEEP_TYPE_S5};
 use crate::bus::BusDevice;
 use crate::events::{EventSink, MachineEvent};
@@ -18,11 +20,19 @@ const RESET: u64 = (ACPI_RESET - ACPI_SLEEP_CONTROL) as u64;
 #[derive(Debug)]
 pub(crate) struct Power {
     events: EventSink,
+    /// Sleep that was asked for and that there is not.
+    refused: Counter,
 }
 
 impl Power {
     pub(crate) fn new(events: EventSink) -> Self {
-        Power { events }
+        Power { events, refused: Counter::default() }
+    }
+
+    /// What to say of a sleep type that there is not: not each time, since a guest may ask in a loop.
+    fn refuse(&self, kind: u8) -> Option<String> {
+        let times = self.refused.rarely()?;
+        Some(format!("the guest asked for sleep type {kind}, which there is not ({times})"))
     }
 }
 
@@ -38,8 +48,8 @@ impl BusDevice for Power {
                 let kind = value >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
                 if kind == SLEEP_TYPE_S5 {
                     self.events.post(MachineEvent::PowerOff);
-                } else {
-                    log::warn!("the guest asked for sleep type {kind}, which there is not");
+                } else if let Some(line) = self.refuse(kind) {
+                    log::warn!("{line}");
                 }
             }
             (RESET, [RESET_VALUE]) => self.events.post(MachineEvent::Reset),
@@ -64,6 +74,12 @@ mod tests {
         assert_eq!(written(CONTROL, SLEEP_TYPE_S5 << 2 | SLEEP_ENABLE), Some(MachineEvent::PowerOff));
         assert_eq!(written(CONTROL, SLEEP_TYPE_S5 << 2), None, "not enabled");
         assert_eq!(written(CONTROL, 3 << 2 | SLEEP_ENABLE), None, "another type");
+    }
+
+    #[test]
+    fn a_guest_that_asks_for_other_sleep_over_and_over_does_not_fill_the_log() {
+        let power = Power::new(event_channel().unwrap().0);
+        assert_eq!((0..100_000).filter_map(|_| power.refuse(3)).count(), 17);
     }
 
     #[test]

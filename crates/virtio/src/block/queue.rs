@@ -82,8 +82,6 @@ pub struct DiskQueue {
     map_failed: bool,
     finished: VecDeque<(Token, Result<(), Errno>)>,
     in_flight: usize,
-    /// Requests that were started or told to be over, ever.
-    progress: u64,
     /// Reused: completions of one round, and spent buffers.
     done: Vec<Done<Tag>>,
     spare: Vec<GuestBuffers>,
@@ -142,7 +140,6 @@ impl DiskQueue {
             map_failed: false,
             finished: VecDeque::new(),
             in_flight: 0,
-            progress: 0,
             done: Vec::new(),
             spare: Vec::new(),
         }
@@ -164,7 +161,6 @@ impl DiskQueue {
     /// Notes a request; `offset` is in bytes, and of no matter for a flush.
     pub fn start(&mut self, token: Token, offset: u64, request: Request) {
         self.in_flight += 1;
-        self.progress += 1;
         let len = match &request {
             Request::Read(buffers) | Request::Write(buffers) => buffers.len(),
             Request::Discard { len } | Request::WriteZeroes { len, .. } => *len,
@@ -208,7 +204,6 @@ impl DiskQueue {
         let finished = self.finished.pop_front();
         if finished.is_some() {
             self.in_flight -= 1;
-            self.progress += 1;
         }
         finished
     }
@@ -216,11 +211,6 @@ impl DiskQueue {
     /// Requests that were started and not yet told to be over.
     pub fn in_flight(&self) -> usize {
         self.in_flight
-    }
-
-    /// A number that changes with every request that is started or told to be over.
-    pub fn progress(&self) -> u64 {
-        self.progress
     }
 
     /// Whether nothing is in flight, not even what nobody waits for.

@@ -167,7 +167,7 @@ impl BlockTask {
                 continue;
             }
             // From here on there is nothing to do but to wait, unless something came in between.
-            if matches!(stop, Stop::Empty) && !cx.is_polling() && self.enable_notifications()? {
+            if matches!(stop, Stop::Empty) && self.enable_notifications()? {
                 continue;
             }
             part.queue.settle();
@@ -524,21 +524,6 @@ impl Task for BlockTask {
             }
         }
         self.work(cx);
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.dead {
-            return false;
-        }
-        let progress = |task: &Self| task.part.as_ref().map(|part| part.queue.progress());
-        let before = progress(self);
-        self.work(cx);
-        progress(self) != before
-    }
-
-    fn arm(&mut self, _cx: &mut Context<'_>) -> bool {
-        // A queue that is dead has nothing more; the next call says so.
-        !self.dead && self.enable_notifications().unwrap_or(true)
     }
 
     fn placement(&self) -> Placement {

@@ -103,8 +103,6 @@ pub(super) struct PairTask {
     drop_at: Option<Nanos>,
     /// When the detour wants to be asked.
     detour_at: Option<Nanos>,
-    /// Frames moved, to tell whether polling pays.
-    moved: u64,
     /// From `quiesce` to `resume`.
     quiet: bool,
     /// It was said that the device needs a reset.
@@ -147,7 +145,6 @@ impl PairTask {
             tx_at: None,
             drop_at: None,
             detour_at: None,
-            moved: 0,
             quiet: true,
             dead: false,
         }
@@ -225,10 +222,6 @@ impl PairTask {
             if !empty {
                 return Ok(if done >= TURN { Stop::Turn } else { Stop::Waits });
             }
-            // A worker that spins looks again anyway; it enables them before it sleeps.
-            if cx.is_polling() {
-                return Ok(Stop::Waits);
-            }
             if !self.tx.queue.enable_notifications()? {
                 self.tx_ready = false;
                 return Ok(Stop::Waits);
@@ -254,7 +247,6 @@ impl PairTask {
         {
             detour.push(self.tx.whole_frame(), cx.now());
             stats.detour_tx_count.add(1);
-            self.moved += 1;
             self.tx.done()?;
             return Ok(Some(len));
         }
@@ -288,7 +280,6 @@ impl PairTask {
             Ok(()) => {
                 stats.tx_packets_count.add(1);
                 stats.tx_bytes_count.add(len as u64);
-                self.moved += 1;
             }
             Err(Errno::AGAIN) => {
                 self.tx.hold()?;
@@ -371,7 +362,6 @@ impl PairTask {
                 }
                 Received::Frame(_) => {
                     self.shared.stats.detour_rx_count.add(1);
-                    self.moved += 1;
                     self.answer.clear();
                 }
                 _ => {
@@ -409,7 +399,6 @@ impl PairTask {
                     }
                     self.shared.stats.rx_packets_count.add(1);
                     self.shared.stats.rx_bytes_count.add(len as u64);
-                    self.moved += 1;
                     self.drop_at = None;
                     done += len.max(FRAME_COST);
                     batch += 1;
@@ -610,24 +599,6 @@ impl Task for PairTask {
         (self.rx_ready, self.tx_ready) = (true, true);
         (self.rx_blocked, self.tx_blocked) = (false, false);
         self.work(cx);
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.dead {
-            return false;
-        }
-        let before = self.moved;
-        (self.rx_ready, self.tx_ready) = (true, true);
-        self.work(cx);
-        self.moved != before
-    }
-
-    fn arm(&mut self, _cx: &mut Context<'_>) -> bool {
-        if self.dead || self.tx_blocked || self.tx_at.is_some() {
-            return false;
-        }
-        // A queue that is dead has nothing more; the next call says so.
-        self.tx.queue.enable_notifications().unwrap_or(true)
     }
 
     fn detach(self: Box<Self>) {

@@ -1,5 +1,6 @@
 //! The parts of a queue in guest memory: found once when the queue is made, then accessed without looking them up again.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -12,11 +13,11 @@ use super::QueueError;
 use super::chain::GuestSlice;
 use super::ring::{RingMemory, order};
 
-/// A stretch of guest memory in one region.
+/// A stretch of guest memory in one region, which is kept (`Arc`, for as long as there is a queue) or borrowed (for one look).
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct Part<R = Arc<GuestRegion>> {
     name: &'static str,
-    region: Arc<GuestRegion>,
+    region: R,
     /// Guest-physical address.
     addr: u64,
     /// Offset in the region.
@@ -25,9 +26,26 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// Finds the `len` bytes (not 0) at `addr`, which must be a multiple of `align`.
+    /// Finds and keeps the `len` bytes (not 0) at `addr`, which must be a multiple of `align`.
     pub(super) fn new(
         ram: &GuestRam,
+        name: &'static str,
+        addr: u64,
+        len: u64,
+        align: u64,
+    ) -> Result<Self, QueueError> {
+        let part = Part::borrowed(ram, name, addr, len, align)?;
+        let (start, size) = (part.region.start_addr(), part.region.len());
+        // The way to the counted reference of a region is to take it out of a copy of the list of regions.
+        let (_, region) = ram.memory().remove_region(start, size).map_err(|_| part.outside())?;
+        Ok(Part { name, region, addr, offset: part.offset, len })
+    }
+}
+
+impl<'a> Part<&'a GuestRegion> {
+    /// Finds the `len` bytes (not 0) at `addr`, which must be a multiple of `align`.
+    pub(super) fn borrowed(
+        ram: &'a GuestRam,
         name: &'static str,
         addr: u64,
         len: u64,
@@ -41,12 +59,11 @@ impl Part {
             return Err(outside);
         }
         let region = ram.memory().find_region(GuestAddress(addr)).ok_or(outside)?;
-        let (start, size) = (region.start_addr(), region.len());
-        // The way to the counted reference of a region is to take it out of a copy of the list of regions.
-        let (_, region) = ram.memory().remove_region(start, size).map_err(|_| outside)?;
-        Ok(Part { name, region, addr, offset: addr - start.0, len })
+        Ok(Part { name, region, addr, offset: addr - region.start_addr().0, len })
     }
+}
 
+impl<R: Deref<Target = GuestRegion>> Part<R> {
     /// The error for an access that `new` ruled out.
     fn outside(&self) -> QueueError {
         QueueError::RingOutsideRam { part: self.name, addr: self.addr, len: self.len }

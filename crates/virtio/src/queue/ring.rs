@@ -358,6 +358,36 @@ mod tests {
         no_kick_is_lost(false);
     }
 
+    /// As vsock's event queue is used: an entry stays where it is, and the device waits for another.
+    fn no_kick_for_more_is_lost(event_idx: bool) {
+        loom::model(move || {
+            let memory = Arc::new(Modelled::default());
+            memory.add(event_idx, 0, 7);
+            let driver = {
+                let memory = Arc::clone(&memory);
+                loom::thread::spawn(move || memory.add(event_idx, 1, 8))
+            };
+            let mut ring = Ring::new(SIZE, event_idx, 0, 0);
+            ring.disable_notifications(&memory).unwrap();
+            let before = ring.available(&memory, 0).unwrap();
+            let more = ring.enable_notifications_of_more(&memory, 0).unwrap();
+            let noticed = ring.available(&memory, 0).unwrap() != before;
+            let kicked = driver.join().unwrap();
+            assert!(noticed || kicked || before == 2, "the device sleeps and nobody wakes it");
+            assert!(noticed || !more, "more than there is");
+        });
+    }
+
+    #[test]
+    fn in_every_order_a_device_that_waits_for_another_entry_is_kicked_with_event_idx() {
+        no_kick_for_more_is_lost(true);
+    }
+
+    #[test]
+    fn in_every_order_a_device_that_waits_for_another_entry_is_kicked_with_flags() {
+        no_kick_for_more_is_lost(false);
+    }
+
     fn no_interrupt_is_lost(event_idx: bool) {
         loom::model(move || {
             let memory = Arc::new(Modelled::default());

@@ -115,6 +115,23 @@ fn an_available_index_that_jumps_too_far_kills_the_queue() {
 }
 
 #[test]
+fn a_device_that_leaves_chains_where_they_are_is_kicked_for_the_next_one() {
+    for features in [0, feature::RING_EVENT_IDX] {
+        let (_ram, mut driver, mut queue) = pair(8, features);
+        for _ in 0..2 {
+            driver.add(&[(DATA, 1)], &[]).unwrap();
+        }
+        driver.publish();
+        queue.disable_notifications().unwrap();
+        assert_eq!(queue.available(), Ok(2));
+        assert_eq!(queue.enable_notifications_of_more(), Ok(false));
+        driver.add(&[(DATA, 1)], &[]).unwrap();
+        assert!(driver.publish(), "the third is kicked for");
+        assert_eq!((queue.available(), queue.in_flight()), (Ok(3), 0));
+    }
+}
+
+#[test]
 fn chains_in_flight_count_against_the_queue() {
     let (_ram, mut driver, mut queue) = pair(4, 0);
     for _ in 0..4 {

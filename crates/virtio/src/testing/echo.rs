@@ -148,25 +148,19 @@ struct EchoTask {
 const WAKE: Token = 1000;
 
 impl EchoTask {
-    /// True if there was more to do than to look. With `arm`, the driver is asked for kicks afterwards.
-    fn work(&mut self, arm: bool) -> bool {
+    fn work(&mut self) {
         if self.dead {
-            return false;
+            return;
         }
-        self.try_work(arm).unwrap_or_else(|error| {
+        if let Err(error) = self.try_work() {
             self.dead = true;
             self.waiting.clear();
             self.interrupt.needs_reset(&error);
-            true
-        })
+        }
     }
 
-    fn try_work(&mut self, arm: bool) -> Result<bool, QueueError> {
-        let mut worked = false;
+    fn try_work(&mut self) -> Result<(), QueueError> {
         loop {
-            for ActiveQueue { queue, .. } in &mut self.queues {
-                worked |= !self.quiet && queue.has_available()?;
-            }
             if !self.quiet {
                 self.take()?;
             }
@@ -176,10 +170,10 @@ impl EchoTask {
                 if queue.publish()? {
                     self.interrupt.queue(queue.index());
                 }
-                more |= arm && !self.quiet && queue.enable_notifications()?;
+                more |= !self.quiet && queue.enable_notifications()?;
             }
             if !more {
-                return Ok(worked);
+                return Ok(());
             }
         }
     }
@@ -228,23 +222,15 @@ impl Task for EchoTask {
         cx.watch(WAKE, &self.control.wake, Interest::READ)
     }
 
-    fn kicked(&mut self, cx: &mut Context<'_>, _token: Token) {
-        self.work(!cx.is_polling());
+    fn kicked(&mut self, _cx: &mut Context<'_>, _token: Token) {
+        self.work();
     }
 
-    fn ready(&mut self, cx: &mut Context<'_>, event: Event) {
+    fn ready(&mut self, _cx: &mut Context<'_>, event: Event) {
         if event.token == WAKE {
             self.control.wake.take();
-            self.work(!cx.is_polling());
+            self.work();
         }
-    }
-
-    fn poll(&mut self, _cx: &mut Context<'_>) -> bool {
-        self.work(false)
-    }
-
-    fn arm(&mut self, _cx: &mut Context<'_>) -> bool {
-        self.work(true)
     }
 
     fn quiesce(&mut self, _cx: &mut Context<'_>) {
@@ -255,9 +241,9 @@ impl Task for EchoTask {
         self.waiting.is_empty()
     }
 
-    fn resume(&mut self, cx: &mut Context<'_>) {
+    fn resume(&mut self, _cx: &mut Context<'_>) {
         self.quiet = false;
-        self.work(!cx.is_polling());
+        self.work();
     }
 
     fn detach(self: Box<Self>) {

@@ -14,7 +14,7 @@ use crate::eventfd::EventFd;
 use crate::queue::QueueState;
 use crate::sync::locked;
 use crate::transport::mmio::{IrqLine, MmioState, MmioTransport};
-use crate::transport::pci::{MsiMessage, MsiVectors, PciState, PciTransport};
+use crate::transport::pci::{MsiMessage, MsiVectors, PciRoot, PciState, PciTransport};
 use crate::transport::{Attachment, CommonState, IoEvents, KickMatch, RestoreError, Status};
 
 /// Where the device is on mmio.
@@ -186,16 +186,15 @@ impl Guest {
         let transport = match kind {
             Kind::Mmio => {
                 let line = Box::new(Line(Arc::clone(&interrupts)));
-                let mut mmio =
+                let mmio =
                     MmioTransport::new(attachment, MMIO, line, events).expect("a device can be attached");
-                // The worker is on this very thread: nothing comes of waiting for it.
-                mmio.set_reset_patience(Duration::ZERO);
                 Transport::Mmio(Box::new(mmio))
             }
             Kind::Pci => {
                 let vectors = Box::new(Vectors(Arc::clone(&interrupts)));
-                let pci = PciTransport::new(attachment, BAR, WINDOW, vectors, events)
-                    .expect("a device can be attached");
+                let root = PciRoot::new(WINDOW, events);
+                let pci =
+                    PciTransport::new(attachment, BAR, vectors, &root).expect("a device can be attached");
                 Transport::Pci(Box::new(pci))
             }
         };
@@ -238,7 +237,8 @@ impl Guest {
     fn write(&mut self, register: Register, value: u32) {
         let data = value.to_le_bytes();
         match &mut self.transport {
-            Transport::Mmio(mmio) => mmio.write(register.0, &data),
+            // The worker is on this very thread: nothing comes of waiting for a reset.
+            Transport::Mmio(mmio) => drop(mmio.write(register.0, &data)),
             Transport::Pci(pci) => pci.write_bar(register.1.0, &data[..register.1.1]),
         }
     }
@@ -363,7 +363,7 @@ impl Guest {
     /// A kick that reaches the transport.
     pub fn kick_slowly(&mut self, index: u32) {
         match &mut self.transport {
-            Transport::Mmio(mmio) => mmio.write(0x50, &index.to_le_bytes()),
+            Transport::Mmio(mmio) => drop(mmio.write(0x50, &index.to_le_bytes())),
             Transport::Pci(pci) => {
                 pci.write_bar(0x6000 + 4 * u64::from(index), &(index as u16).to_le_bytes());
             }
@@ -381,7 +381,7 @@ impl Guest {
     /// Writes the device's configuration space.
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
         match &mut self.transport {
-            Transport::Mmio(mmio) => mmio.write(0x100 + offset, data),
+            Transport::Mmio(mmio) => drop(mmio.write(0x100 + offset, data)),
             Transport::Pci(pci) => pci.write_bar(0x4000 + offset, data),
         }
     }

@@ -1,17 +1,17 @@
 //! What both transports are inside: the device's status, its features and its queues (2.1 to 2.4, 3.1).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
 use super::health::{Health, Status};
-use super::{Attachment, RestoreError};
+use super::{Attachment, Resetting, RestoreError};
 use crate::device::{Activation, ActiveQueue, Device, DeviceState, Interrupt, feature};
 use crate::eventfd::EventFd;
 use crate::queue::{Position, Queue, QueueError, QueueState};
-use crate::worker::{Removal, Removed, TaskHandle, Workers};
+use crate::worker::{TaskHandle, Workers};
 
 /// A transport's registers that do not depend on which transport it is, and its device. Plain data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,9 +90,8 @@ pub(super) struct Common {
     tasks: Vec<TaskHandle>,
     /// The device is active, or was and is being reset.
     activated: bool,
-    /// Tasks on their way back for a reset.
-    removals: Vec<Removal>,
-    resetting: bool,
+    /// A reset that is not done.
+    resetting: Option<Resetting>,
 }
 
 impl Common {
@@ -118,8 +117,7 @@ impl Common {
             generation_base: 0,
             tasks: Vec::new(),
             activated: false,
-            removals: Vec::new(),
-            resetting: false,
+            resetting: None,
         })
     }
 
@@ -166,14 +164,21 @@ impl Common {
 
     /// Whether writes count: not while tasks are on their way back.
     pub(super) fn is_resetting(&self) -> bool {
-        self.resetting
+        self.resetting.is_some()
     }
 
-    /// The driver writes the status. True if that resets the device.
-    pub(super) fn set_status(&mut self, value: u8) -> bool {
+    /// The reset that is under way.
+    pub(super) fn resetting(&self) -> Option<Resetting> {
+        self.resetting.clone()
+    }
+
+    /// The driver writes the status. 0 begins a reset; [`Common::finish_reset`] says when that is done.
+    pub(super) fn set_status(&mut self, value: u8) {
         if value == 0 {
-            self.begin_reset();
-            return true;
+            if self.resetting.is_none() {
+                self.resetting = Some(Resetting::begin(self.tasks.drain(..)));
+            }
+            return;
         }
         // In this order, each only after the one before (3.1.1). A bit that the driver leaves out stays set.
         for (bit, needs) in [
@@ -195,7 +200,6 @@ impl Common {
                 self.activate();
             }
         }
-        false
     }
 
     /// Whether the driver accepted what was offered, and `VERSION_1`.
@@ -216,7 +220,7 @@ impl Common {
     /// Changes the selected queue, while it can be: features are agreed on and the driver is not ready (3.1.1).
     fn set_up(&mut self, change: impl FnOnce(&mut QueueState)) {
         let status = self.status();
-        if status & Status::FEATURES_OK == 0 || status & Status::DRIVER_OK != 0 || self.resetting {
+        if status & Status::FEATURES_OK == 0 || status & Status::DRIVER_OK != 0 || self.is_resetting() {
             return;
         }
         if let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) {
@@ -266,8 +270,8 @@ impl Common {
     }
 
     /// The eventfds of the queues, in order.
-    pub(super) fn kicks(&self) -> impl Iterator<Item = &EventFd> {
-        self.queues.iter().map(|queue| queue.kick.as_ref())
+    pub(super) fn kicks(&self) -> impl Iterator<Item = &Arc<EventFd>> {
+        self.queues.iter().map(|queue| &queue.kick)
     }
 
     pub(super) fn config_generation(&self) -> u32 {
@@ -279,7 +283,7 @@ impl Common {
     }
 
     pub(super) fn write_config(&mut self, offset: u64, data: &[u8]) {
-        if !self.resetting {
+        if !self.is_resetting() {
             self.device.write_config(offset, data);
         }
     }
@@ -328,32 +332,13 @@ impl Common {
         RestoreError::Queue { name: self.health.name().to_owned(), index, source }
     }
 
-    /// Takes the tasks back. [`Common::finish_reset`] says when that is done.
-    fn begin_reset(&mut self) {
-        self.resetting = true;
-        self.removals.extend(self.tasks.drain(..).map(TaskHandle::remove));
-    }
-
-    /// Sees whether the tasks are back, and waits up to `patience` for them. True once the device is reset.
-    pub(super) fn finish_reset(&mut self, patience: Duration) -> bool {
-        let deadline = std::time::Instant::now().checked_add(patience);
-        while let Some(removal) = self.removals.last() {
-            let left = match deadline {
-                Some(deadline) if !patience.is_zero() => {
-                    deadline.saturating_duration_since(std::time::Instant::now())
-                }
-                _ => Duration::ZERO,
-            };
-            let removed = if left.is_zero() { removal.poll() } else { removal.wait(left) };
-            match removed {
-                Removed::Task(task) => task.detach(),
-                Removed::Ended => {}
-                Removed::NotYet => return false,
+    /// Sees whether the tasks are back, if they are on their way. True once the device is reset.
+    pub(super) fn finish_reset(&mut self) -> bool {
+        if let Some(resetting) = &self.resetting {
+            if !resetting.is_done() {
+                return false;
             }
-            self.removals.pop();
-        }
-        if self.resetting {
-            self.resetting = false;
+            self.resetting = None;
             if std::mem::take(&mut self.activated) {
                 self.device.reset();
             }
@@ -365,6 +350,16 @@ impl Common {
             self.health.set_status(0);
         }
         true
+    }
+
+    /// Begins a reset, and waits up to `patience` until nothing is in flight.
+    pub(super) fn drain(&mut self, patience: Duration) {
+        self.set_status(0);
+        if let Some(resetting) = &self.resetting
+            && let Some(deadline) = Instant::now().checked_add(patience)
+        {
+            resetting.wait_until(deadline);
+        }
     }
 
     /// The state. The workers are paused and no reset is under way.

@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
+use crate::counter::Counter;
 
 /// Bits of the device status (2.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +33,7 @@ pub(super) struct Health {
     /// Whether something was said about the host's refusals.
     complained: AtomicBool,
     /// How often something was broken.
-    broken: AtomicU64,
+    broken: Counter,
 }
 
 impl Health {
@@ -40,7 +42,7 @@ impl Health {
             name,
             status: AtomicU8::new(0),
             complained: AtomicBool::new(false),
-            broken: AtomicU64::new(0),
+            broken: Counter::default(),
         })
     }
 
@@ -50,7 +52,7 @@ impl Health {
 
     /// How often the device was found broken.
     pub(super) fn broken_count(&self) -> u64 {
-        self.broken.load(Ordering::Relaxed)
+        self.broken.get()
     }
 
     /// The status register.
@@ -78,8 +80,7 @@ impl Health {
     /// Sets `DEVICE_NEEDS_RESET`. True if the driver must hear of it.
     pub(super) fn needs_reset(&self, why: &dyn fmt::Display) -> bool {
         // A guest that breaks its device over and over must not fill the log.
-        let times = self.broken.fetch_add(1, Ordering::Relaxed) + 1;
-        if times.is_power_of_two() {
+        if let Some(times) = self.broken.rarely() {
             log::warn!("{}: {why}. The device is dead until its driver resets it ({times})", self.name);
         }
         let before = self.status.fetch_or(Status::DEVICE_NEEDS_RESET, Ordering::SeqCst);

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::common::{Area, Common, CommonState, Half};
 use super::health::Health;
-use super::{Attachment, IoEvents, KickMatch, RESET_PATIENCE, RestoreError};
+use super::{Attachment, IoEvents, KickMatch, Resetting, RestoreError};
 use crate::device::Interrupt;
 
 /// Size of a device's window in bytes.
@@ -35,6 +35,9 @@ pub const MAX_DEVICES: usize = 19;
 
 /// Offset of the register that a kick writes; the value is the queue's index.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Offset of the register that is the device status; writing 0 to it resets.
+const STATUS: u64 = 0x70;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -96,8 +99,9 @@ pub struct MmioTransport {
     common: Common,
     interrupt: Arc<MmioInterrupt>,
     io_events: Arc<dyn IoEvents>,
+    /// Which queues' kicks the kernel took.
+    kicks_taken: Vec<bool>,
     addr: u64,
-    reset_patience: Duration,
 }
 
 impl MmioTransport {
@@ -112,15 +116,15 @@ impl MmioTransport {
         let interrupt =
             Arc::new(MmioInterrupt { health: Arc::clone(&health), status: AtomicU32::new(0), line });
         let common = Common::new(attachment, health, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
+        let mut kicks_taken = Vec::with_capacity(common.queue_count().into());
         for (index, kick) in (0..).zip(common.kicks()) {
-            io_events.register(addr + QUEUE_NOTIFY, KickMatch::U32(index), kick)?;
+            let taken = io_events.register(addr + QUEUE_NOTIFY, KickMatch::U32(index), kick);
+            if let Err(error) = &taken {
+                interrupt.health.complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
+            }
+            kicks_taken.push(taken.is_ok());
         }
-        Ok(MmioTransport { common, interrupt, io_events, addr, reset_patience: RESET_PATIENCE })
-    }
-
-    /// How long a reset waits for what is in flight ([`RESET_PATIENCE`] unless set).
-    pub fn set_reset_patience(&mut self, patience: Duration) {
-        self.reset_patience = patience;
+        Ok(MmioTransport { common, interrupt, io_events, kicks_taken, addr })
     }
 
     /// How often the device was found broken.
@@ -136,7 +140,7 @@ impl MmioTransport {
     /// The state. The workers are paused.
     pub fn save(&mut self) -> MmioState {
         // Paused workers have given back every task that was asked for.
-        self.finish_reset(Duration::ZERO);
+        self.finish_reset();
         let common = self.common.save();
         MmioState { common, interrupt_status: self.interrupt.status.load(Ordering::SeqCst) }
     }
@@ -151,11 +155,14 @@ impl MmioTransport {
     /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it
     /// is still there, and this may be called again.
     pub fn unplug(&mut self, patience: Duration) -> bool {
-        self.common.set_status(0);
-        let done = self.finish_reset(patience);
+        self.common.drain(patience);
+        let done = self.finish_reset();
         if done {
-            for (index, kick) in (0..).zip(self.common.kicks()) {
-                self.io_events.unregister(self.addr + QUEUE_NOTIFY, KickMatch::U32(index), kick);
+            let addr = self.addr + QUEUE_NOTIFY;
+            for ((index, kick), taken) in (0..).zip(self.common.kicks()).zip(&mut self.kicks_taken) {
+                if std::mem::take(taken) {
+                    self.io_events.unregister(addr, KickMatch::U32(index), kick);
+                }
             }
         }
         done
@@ -174,20 +181,30 @@ impl MmioTransport {
     }
 
     /// A guest's write of `data` at `offset` in the window.
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
+    ///
+    /// With an answer, it was a reset that is not done yet. Drivers do not look for its end: let go of the transport,
+    /// [wait](Resetting::wait), and only then let the guest go on.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Option<Resetting> {
         if let Some(offset) = offset.checked_sub(CONFIG) {
             self.common.write_config(offset, data);
-        } else if let Ok(register) = <[u8; 4]>::try_from(data) {
-            self.write_register(offset, u32::from_le_bytes(register));
+            return None;
         }
+        let value = u32::from_le_bytes(<[u8; 4]>::try_from(data).ok()?);
+        if (offset, value) == (STATUS, 0) {
+            self.common.set_status(0);
+            self.finish_reset();
+            return self.common.resetting();
+        }
+        self.write_register(offset, value);
+        None
     }
 
     /// Sees whether a reset is done, if there is one; false if not yet.
-    fn finish_reset(&mut self, patience: Duration) -> bool {
+    fn finish_reset(&mut self) -> bool {
         if !self.common.is_resetting() {
             return true;
         }
-        let done = self.common.finish_reset(patience);
+        let done = self.common.finish_reset();
         if done {
             self.interrupt.status.store(0, Ordering::SeqCst);
         }
@@ -195,7 +212,7 @@ impl MmioTransport {
     }
 
     fn read_register(&mut self, offset: u64) -> u32 {
-        self.finish_reset(Duration::ZERO);
+        self.finish_reset();
         let common = &mut self.common;
         match offset {
             0x000 => MAGIC,
@@ -206,7 +223,7 @@ impl MmioTransport {
             0x034 => common.selected().map_or(0, |(_, max_size)| max_size.into()),
             0x044 => common.selected().map_or(0, |(queue, _)| queue.ready.into()),
             0x060 => self.interrupt.status.load(Ordering::SeqCst),
-            0x070 => common.status().into(),
+            STATUS => common.status().into(),
             // Shared memory regions: there are none, which is a length and an address of all ones (4.2.2).
             0x0b0..=0x0bc => u32::MAX,
             0x0fc => common.config_generation(),
@@ -215,7 +232,7 @@ impl MmioTransport {
     }
 
     fn write_register(&mut self, offset: u64, value: u32) {
-        if !self.finish_reset(Duration::ZERO) && (offset, value) != (0x070, 0) {
+        if !self.finish_reset() {
             return;
         }
         let common = &mut self.common;
@@ -231,7 +248,12 @@ impl MmioTransport {
             0x064 => {
                 self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
             }
-            0x070 => self.write_status(value),
+            // It has 8 bits; what else is written means nothing, and certainly not 0.
+            STATUS => {
+                if let Ok(value) = u8::try_from(value) {
+                    common.set_status(value);
+                }
+            }
             0x080 => common.set_queue_addr(Area::Descriptors, Half::Low, value),
             0x084 => common.set_queue_addr(Area::Descriptors, Half::High, value),
             0x090 => common.set_queue_addr(Area::Driver, Half::Low, value),
@@ -239,15 +261,6 @@ impl MmioTransport {
             0x0a0 => common.set_queue_addr(Area::Device, Half::Low, value),
             0x0a4 => common.set_queue_addr(Area::Device, Half::High, value),
             _ => {}
-        }
-    }
-
-    fn write_status(&mut self, value: u32) {
-        // The status has 8 bits; what else is written means nothing, and certainly not 0.
-        if let Ok(value) = u8::try_from(value)
-            && self.common.set_status(value)
-        {
-            self.finish_reset(self.reset_patience);
         }
     }
 }

@@ -18,14 +18,14 @@
 //!
 //! # Where the BAR is
 //!
-//! The guest may move it, within the machine's window for 64-bit BARs. It decodes while the command register says so. Kicks are
-//! registered where it last decoded: a guest that sizes a BAR turns decoding off and on again, and should not cost
-//! dozens of changes in the kernel.
+//! The guest may move it, within the machine's window for 64-bit BARs. It decodes while the command register says so. Kicks stay
+//! registered where it last decoded, until another function decodes there (`kicks`).
 
 mod capabilities;
 mod config_space;
 mod function;
 mod gate;
+mod kicks;
 mod msix;
 mod root;
 #[cfg(test)]

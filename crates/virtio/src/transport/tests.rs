@@ -1,16 +1,22 @@
 //! What a driver can rely on, on either transport: each test runs on both.
 
+use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{KickMatch, RestoreError, Status};
+use super::mmio::MmioTransport;
+use super::{IoEvents, KickMatch, RestoreError, Status};
 use crate::device::feature;
+use crate::eventfd::EventFd;
 use crate::queue::QueueState;
 use crate::testing::{
-    DriverQueue, Echo, EchoControl, Guest, Kind, RUNNING, TestWorker, TransportState, Used, reused_ram,
+    DriverQueue, Echo, EchoControl, FakeIoEvents, Guest, Kind, RUNNING, TestWorker, TransportState, Used,
+    reused_ram,
 };
+use crate::worker::Workers;
 
 const BASE: u64 = 0x1000;
 const DATA: u64 = 0x10_0000;
@@ -302,13 +308,11 @@ fn a_reset_in_the_middle_of_io_waits_until_the_device_has_drained() {
     });
 }
 
-#[test]
-fn a_driver_on_mmio_that_does_not_poll_is_kept_waiting_until_the_reset_is_done() {
-    use super::mmio::{IrqLine, MmioTransport};
-    use super::{Attachment, IoEvents};
-    use crate::testing::FakeIoEvents;
-    use crate::worker::{Workers, WorkersConfig};
-    use std::sync::Barrier;
+/// A device on mmio whose worker is a thread, with a request in flight that does not end until `control` says so.
+fn busy_on_mmio(events: Arc<dyn IoEvents>) -> (MmioTransport, Arc<EchoControl>, Workers) {
+    use super::Attachment;
+    use super::mmio::IrqLine;
+    use crate::worker::WorkersConfig;
 
     struct NoLine;
     impl IrqLine for NoLine {
@@ -325,16 +329,11 @@ fn a_driver_on_mmio_that_does_not_poll_is_kept_waiting_until_the_reset_is_done()
         memory: ram.clone(),
         workers: workers.clone(),
     };
-    let events = Arc::<FakeIoEvents>::default();
-    let mut mmio = MmioTransport::new(
-        attachment,
-        0xc000_1000,
-        Box::new(NoLine),
-        Arc::clone(&events) as Arc<dyn IoEvents>,
-    )
-    .unwrap();
+    let mut mmio = MmioTransport::new(attachment, 0xc000_1000, Box::new(NoLine), events).unwrap();
     let mut driver = DriverQueue::new(&ram, BASE, 64, 0);
     let setup = driver.state();
+    driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
+    driver.publish();
     for (register, value) in [
         (0x70, 1),
         (0x70, 3),
@@ -346,27 +345,64 @@ fn a_driver_on_mmio_that_does_not_poll_is_kept_waiting_until_the_reset_is_done()
         (0x90, setup.avail_ring as u32),
         (0xa0, setup.used_ring as u32),
         (0x44, 1),
+        (0x70, u32::from(RUNNING)),
     ] {
-        mmio.write(register, &value.to_le_bytes());
+        assert!(mmio.write(register, &value.to_le_bytes()).is_none());
     }
-    driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
-    driver.publish();
-    mmio.write(0x70, &u32::from(RUNNING).to_le_bytes());
-    let barrier = Arc::new(Barrier::new(2));
-    let disk = {
-        let (barrier, control) = (Arc::clone(&barrier), Arc::clone(&control));
-        std::thread::spawn(move || {
-            barrier.wait();
-            control.release();
-        })
+    (mmio, control, workers)
+}
+
+#[test]
+fn who_resets_on_mmio_can_wait_without_the_transport_until_the_reset_is_done() {
+    let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEvents>::default());
+    let resetting = mmio.write(0x70, &[0; 4]).expect("a request is in flight");
+    let waiting = std::thread::spawn(move || resetting.wait());
+    let mut read = |register: u64| {
+        let mut data = [0xff; 4];
+        mmio.read(register, &mut data);
+        u32::from_le_bytes(data)
     };
-    barrier.wait();
-    mmio.write(0x70, &0u32.to_le_bytes());
-    let mut status = [0xff; 4];
-    mmio.read(0x70, &mut status);
-    assert_eq!(status, [0; 4]);
+    assert_eq!((read(0x70), read(0x60)), (RUNNING.into(), 0), "registers can be read meanwhile");
+    control.release();
+    waiting.join().unwrap();
+    assert_eq!(read(0x70), 0);
     assert_eq!(control.counts(), (1, 1, 1));
-    disk.join().unwrap();
+    workers.stop();
+}
+
+#[test]
+fn a_device_whose_kicks_the_kernel_does_not_take_works_all_the_same() {
+    struct Full;
+    impl IoEvents for Full {
+        fn register(&self, _: u64, _: KickMatch, _: &EventFd) -> io::Result<()> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        fn unregister(&self, _: u64, _: KickMatch, _: &EventFd) {
+            panic!("it has none")
+        }
+    }
+    let (mut mmio, control, workers) = busy_on_mmio(Arc::new(Full));
+    control.release();
+    assert!(mmio.unplug(Duration::from_secs(20)));
+    assert_eq!(control.counts(), (1, 1, 1));
+    workers.stop();
+}
+
+#[test]
+fn who_asks_for_a_reset_again_waits_no_longer_than_who_asked_first() {
+    let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEvents>::default());
+    let mut reset = || mmio.write(0x70, &[0; 4]);
+    let first = reset().expect("a request is in flight");
+    let deadline = first.until(Duration::from_millis(1));
+    assert!(!first.wait_until(deadline));
+    for _ in 0..32 {
+        let again = reset().expect("it is still in flight");
+        assert_eq!(again.until(Duration::from_millis(1)), deadline);
+        assert!(!again.wait_until(deadline));
+    }
+    control.release();
+    first.wait();
+    assert!(reset().is_none(), "a device that is reset is reset at once");
     workers.stop();
 }
 

@@ -129,7 +129,7 @@ impl VsockTask {
                 cx.call_again();
                 return Ok(());
             }
-            if cx.is_polling() || !self.arm_queues()? {
+            if !self.arm_queues()? {
                 return Ok(());
             }
         }
@@ -269,31 +269,6 @@ impl Task for VsockTask {
             self.switch.look_at_all(cx);
         }
         self.work(cx);
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.dead {
-            return false;
-        }
-        let starved = self.starved;
-        let has_work = self.from_guest.has_available().unwrap_or(true)
-            || (starved && self.to_guest.queue.has_available().unwrap_or(true));
-        if has_work {
-            self.work(cx);
-        }
-        has_work
-    }
-
-    fn arm(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.dead {
-            return false;
-        }
-        let armed = self.arm_queues();
-        if armed.is_err() {
-            // The queue says so again, and then it is dealt with.
-            self.work(cx);
-        }
-        armed.unwrap_or(false)
     }
 
     fn detach(self: Box<Self>) {

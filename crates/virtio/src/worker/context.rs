@@ -126,7 +126,6 @@ pub struct Context<'a> {
     pub(super) epoll: BorrowedFd<'a>,
     pub(super) seat: &'a mut Seat,
     pub(super) clock: &'a mut Clock,
-    pub(super) polling: bool,
 }
 
 impl Context<'_> {
@@ -205,12 +204,6 @@ impl Context<'_> {
         self.clock.now()
     }
 
-    /// Whether the worker spins over [`Task::poll`](super::Task::poll) for a while before it sleeps: then notifications may stay
-    /// disabled until [`Task::arm`](super::Task::arm).
-    pub fn is_polling(&self) -> bool {
-        self.polling
-    }
-
     fn add(&mut self, token: Token, watched: Watched, flags: EventFlags, kick: bool) -> io::Result<()> {
         if token > MAX_TOKEN {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -249,11 +242,6 @@ impl Clock {
     /// The time of this wake-up.
     pub(super) fn now(&mut self) -> Nanos {
         *self.now.get_or_insert_with(self.source)
-    }
-
-    /// The time right now.
-    pub(super) fn read(&mut self) -> Nanos {
-        *self.now.insert((self.source)())
     }
 
     /// A new wake-up.

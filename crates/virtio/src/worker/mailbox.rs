@@ -1,7 +1,7 @@
 //! How other threads speak to a worker.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
 
@@ -27,7 +27,6 @@ pub(crate) struct Mailbox {
     /// None once the worker has ended.
     commands: Mutex<Option<VecDeque<Command>>>,
     pub(super) wake: EventFd,
-    waiting: AtomicBool,
     /// Tasks that it has, or soon will.
     pub(super) load: AtomicUsize,
 }
@@ -37,7 +36,6 @@ impl Mailbox {
         Ok(Arc::new(Mailbox {
             commands: Mutex::new(Some(VecDeque::new())),
             wake: EventFd::new()?,
-            waiting: AtomicBool::new(false),
             load: AtomicUsize::new(0),
         }))
     }
@@ -48,24 +46,13 @@ impl Mailbox {
             Some(commands) => commands.push_back(command),
             None => return Err(command),
         }
-        self.waiting.store(true, Ordering::Release);
         self.wake.signal();
         Ok(())
     }
 
-    /// Whether a command waits.
-    pub(super) fn has_mail(&self) -> bool {
-        self.waiting.load(Ordering::Acquire)
-    }
-
     /// Takes the oldest command.
     pub(super) fn take(&self) -> Option<Command> {
-        let mut commands = locked(&self.commands);
-        let command = commands.as_mut().and_then(VecDeque::pop_front);
-        if command.is_none() {
-            self.waiting.store(false, Ordering::Release);
-        }
-        command
+        locked(&self.commands).as_mut().and_then(VecDeque::pop_front)
     }
 
     /// The worker ends: what nobody answered is dropped, and so is what comes.

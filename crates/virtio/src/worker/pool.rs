@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use super::context::Clock;
 use super::mailbox::{Command, Mailbox, TaskKey};
 use super::runner::Runner;
-use super::spin::Spin;
 use super::{Placement, Task, WorkerId};
 use crate::device::Interrupt;
 use crate::sync::locked;
@@ -26,8 +25,6 @@ pub type OnStart = Arc<dyn Fn(usize) + Send + Sync>;
 pub struct WorkersConfig {
     /// Workers that tasks share; at least one is made.
     pub shared: usize,
-    /// The longest that a worker spins before it sleeps; zero (the default) is never. Costs host CPU, saves kicks and wake-ups.
-    pub busy_poll: Duration,
     /// See [`OnStart`].
     pub on_start: Option<OnStart>,
 }
@@ -166,8 +163,7 @@ impl Pool {
         let mut workers = locked(&self.workers);
         let number = workers.len();
         let mailbox = Mailbox::new()?;
-        let spin = Spin::up_to(u64::try_from(self.config.busy_poll.as_nanos()).unwrap_or(u64::MAX));
-        let mut runner = Runner::new(Arc::clone(&mailbox), spin, Clock::monotonic())?;
+        let mut runner = Runner::new(Arc::clone(&mailbox), Clock::monotonic())?;
         let on_start = self.config.on_start.clone();
         let thread =
             std::thread::Builder::new().name(format!("io {number}")).stack_size(STACK).spawn(move || {

@@ -13,7 +13,6 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use super::context::{Clock, Context, Event, EventKey, Seat};
 use super::mailbox::{Command, Mailbox, TaskKey};
 use super::phase::{Course, Halt, Leave, Settled};
-use super::spin::Spin;
 use super::{Nanos, Task};
 use crate::device::Interrupt;
 
@@ -24,9 +23,6 @@ const TIMER: u32 = 1;
 
 /// Events that are taken from the kernel at once.
 const BATCH: usize = 64;
-
-/// While spinning, the kernel is asked for events once in so many polls.
-const POLLS_PER_TURN: u32 = 32;
 
 struct Occupant {
     key: TaskKey,
@@ -54,12 +50,11 @@ pub(crate) struct Runner {
     halt: Halt,
     /// Who waits until all tasks are still.
     pausers: Vec<SyncSender<()>>,
-    spin: Spin,
     clock: Clock,
 }
 
 impl Runner {
-    pub(crate) fn new(mailbox: Arc<Mailbox>, spin: Spin, clock: Clock) -> io::Result<Self> {
+    pub(crate) fn new(mailbox: Arc<Mailbox>, clock: Clock) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let timer = rustix::time::timerfd_create(
             TimerfdClockId::Monotonic,
@@ -78,7 +73,6 @@ impl Runner {
             slots: Vec::new(),
             halt: Halt::default(),
             pausers: Vec::new(),
-            spin,
             clock,
         })
     }
@@ -86,11 +80,7 @@ impl Runner {
     /// Works until it is told to stop and every task has drained.
     pub(super) fn run(&mut self) {
         while !self.is_finished() {
-            if self.again_wanted() || (self.spin.is_on() && self.spin_until_idle()) {
-                self.turn(false);
-            } else {
-                self.turn(true);
-            }
+            self.turn(!self.again_wanted());
         }
         self.finish();
     }
@@ -98,9 +88,6 @@ impl Runner {
     /// Takes what events there are (or, to `wait`, at least one) and calls the tasks that they are for. Returns how many.
     pub(crate) fn turn(&mut self, wait: bool) -> usize {
         let mut buffer = [MaybeUninit::uninit(); BATCH];
-        if wait && self.spin.adapts() {
-            self.clock.read();
-        }
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let events: &[epoll::Event] =
             match epoll::wait(&self.epoll, &mut buffer[..], (!wait).then_some(&zero)) {
@@ -111,13 +98,7 @@ impl Runner {
                     &[]
                 }
             };
-        if wait && self.spin.adapts() {
-            // Now, when all tasks are armed: what they are called for next depends on whether the worker spins.
-            let fell_asleep = self.clock.now();
-            self.spin.slept(self.clock.read().saturating_sub(fell_asleep));
-        } else {
-            self.clock.forget();
-        }
+        self.clock.forget();
         for event in events {
             self.dispatch(EventKey::from_bits(event.data.u64()), event.flags);
         }
@@ -165,10 +146,9 @@ impl Runner {
 
     /// Calls the task at `at`, then sees whether that was the last it had in flight.
     fn call<R>(&mut self, at: usize, f: impl FnOnce(&mut dyn Task, &mut Context<'_>) -> R) -> Option<R> {
-        let polling = self.spin.is_on();
         let Slot { seat, occupant } = self.slots.get_mut(at)?;
         let occupant = occupant.as_mut()?;
-        let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock, polling };
+        let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock };
         let result = f(occupant.task.as_mut(), &mut cx);
         match occupant.course.called(|| occupant.task.is_drained()) {
             None => {}
@@ -181,7 +161,7 @@ impl Runner {
     /// The task at `at` is still, and goes to who wants it back.
     fn give_back(&mut self, at: usize) {
         let Some(Slot { seat, occupant: place }) = self.slots.get_mut(at) else { return };
-        let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock, polling: false };
+        let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock };
         cx.unwatch_all();
         seat.vacate();
         if let Some(Occupant { task, leaving: Some(reply), .. }) = place.take() {
@@ -243,6 +223,9 @@ impl Runner {
         if let (Err(error), Some(occupant)) = (attached, self.slots[at].occupant.as_mut()) {
             occupant.course.fail();
             occupant.interrupt.needs_reset(&format_args!("cannot wait for its events: {error}"));
+            // Nobody would hear what it did register, and some of it would come over and over.
+            let seat = &mut self.slots[at].seat;
+            Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock }.unwatch_all();
         } else if self.halt.lets_work() {
             self.start(at);
         }
@@ -359,38 +342,6 @@ impl Runner {
             &Itimerspec { it_interval, it_value },
         );
         debug_assert!(set.is_ok(), "a timer takes any time: {set:?}");
-    }
-
-    /// Polls the running tasks until nothing has come for as long as spinning pays. True if there is more to do after all, which
-    /// arming found or which somebody asked for.
-    fn spin_until_idle(&mut self) -> bool {
-        let mut since = self.clock.read();
-        for round in 1u32.. {
-            let mut progress = false;
-            for at in 0..self.slots.len() {
-                progress |=
-                    self.slots[at].is_running() && self.call(at, |task, cx| task.poll(cx)).unwrap_or(false);
-            }
-            if self.mailbox.has_mail() || self.again_wanted() {
-                return true;
-            }
-            // What cannot be polled for must not wait while something else keeps the worker busy.
-            if round.is_multiple_of(POLLS_PER_TURN) {
-                progress |= self.turn(false) > 0;
-            }
-            let now = self.clock.read();
-            if progress {
-                since = now;
-            } else if now.saturating_sub(since) >= self.spin.budget() {
-                break;
-            }
-            std::hint::spin_loop();
-        }
-        let mut more = false;
-        for at in 0..self.slots.len() {
-            more |= self.slots[at].is_running() && self.call(at, |task, cx| task.arm(cx)).unwrap_or(false);
-        }
-        more
     }
 }
 

@@ -1,7 +1,8 @@
 //! Workers, with and without threads.
 
+use std::os::fd::OwnedFd;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -22,8 +23,6 @@ enum Did {
     Timer(Nanos),
     Quiesce,
     Resume,
-    Poll,
-    Arm,
     Detach,
 }
 
@@ -38,7 +37,6 @@ struct Probe {
     placement: Placement,
     /// Called with what happened.
     act: Act,
-    polls: u32,
 }
 
 /// The other end of a probe.
@@ -70,18 +68,7 @@ fn probe(act: impl FnMut(&mut Context<'_>, Did) + Send + 'static) -> (Box<Probe>
     let (kick, other, drained) = (event(), event(), Arc::new(AtomicBool::new(true)));
     let hand =
         Hand { hears, kick: Arc::clone(&kick), other: Arc::clone(&other), drained: Arc::clone(&drained) };
-    (
-        Box::new(Probe {
-            says,
-            kick,
-            other,
-            drained,
-            placement: Placement::Shared,
-            act: Box::new(act),
-            polls: 0,
-        }),
-        hand,
-    )
+    (Box::new(Probe { says, kick, other, drained, placement: Placement::Shared, act: Box::new(act) }), hand)
 }
 
 impl Probe {
@@ -124,19 +111,6 @@ impl Task for Probe {
 
     fn resume(&mut self, cx: &mut Context<'_>) {
         self.did(cx, Did::Resume);
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
-        self.polls += 1;
-        if self.polls == 1 {
-            self.did(cx, Did::Poll);
-        }
-        false
-    }
-
-    fn arm(&mut self, cx: &mut Context<'_>) -> bool {
-        self.did(cx, Did::Arm);
-        false
     }
 
     fn placement(&self) -> Placement {
@@ -371,7 +345,7 @@ fn each_worker_is_prepared_before_it_does_anything() {
         let name = std::thread::current().name().map(str::to_owned);
         prepared.send((number, name)).unwrap();
     });
-    let config = WorkersConfig { shared: 2, on_start: Some(on_start), ..WorkersConfig::default() };
+    let config = WorkersConfig { shared: 2, on_start: Some(on_start) };
     let workers = Workers::start(config).unwrap();
     workers.dedicated().unwrap();
     let mut seen: Vec<_> = (0..3).map(|_| order.recv_timeout(PATIENCE).unwrap()).collect();
@@ -382,9 +356,10 @@ fn each_worker_is_prepared_before_it_does_anything() {
 
 #[test]
 fn a_task_that_cannot_be_attached_breaks_its_device_and_can_still_be_removed() {
-    struct Unattachable;
+    struct Unattachable(OwnedFd);
     impl Task for Unattachable {
         fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+            cx.watch(1, &self.0, Interest::READ)?;
             // A plain file cannot be waited for.
             cx.watch(0, std::fs::File::open("/proc/self/exe")?, Interest::READ)
         }
@@ -407,9 +382,12 @@ fn a_task_that_cannot_be_attached_breaks_its_device_and_can_still_be_removed() {
     }
     let mut worker = TestWorker::new();
     let interrupt = interrupt();
-    let task = worker.add(Box::new(Unattachable), Arc::clone(&interrupt) as Arc<_>);
-    worker.run();
+    let (reads, writes) = rustix::pipe::pipe().unwrap();
+    rustix::io::write(&writes, b"nobody reads this").unwrap();
+    let task = worker.add(Box::new(Unattachable(reads)), Arc::clone(&interrupt) as Arc<_>);
+    assert_eq!(worker.turn(), 1, "a letter");
     assert_eq!(interrupt.broken().len(), 1);
+    assert_eq!(worker.turn(), 0, "what it did watch wakes nobody");
     assert!(worker.pause().try_recv().is_ok());
     worker.resume();
     assert!(worker.remove(task).try_recv().is_ok());
@@ -533,32 +511,7 @@ fn a_worker_with_nothing_to_do_uses_no_cpu() {
 }
 
 #[test]
-fn a_worker_that_may_spin_polls_and_arms_before_it_sleeps() {
-    let config = WorkersConfig { shared: 1, busy_poll: Duration::from_secs(5), ..WorkersConfig::default() };
-    let workers = Workers::start(config).unwrap();
-    let polling = Arc::new(AtomicU32::new(0));
-    let (task, hand) = probe({
-        let polling = Arc::clone(&polling);
-        move |cx, _| {
-            polling.fetch_add(u32::from(cx.is_polling()), Ordering::SeqCst);
-        }
-    });
-    workers.add(task, interrupt());
-    let mut seen = Vec::new();
-    // Kicks that come soon after one another make spinning worth it.
-    while !(seen.contains(&Did::Poll) && seen.contains(&Did::Arm)) {
-        hand.kick.signal();
-        seen.push(hand.next());
-    }
-    hand.kick.signal();
-    while hand.next() != Did::Kick(1) {}
-    assert!(polling.load(Ordering::SeqCst) > 0);
-    assert_eq!(workers.pause(PATIENCE), Ok(()), "commands are heard while it spins");
-    workers.stop();
-}
-
-#[test]
-fn a_worker_that_spins_now_and_then_misses_no_request() {
+fn a_worker_that_falls_asleep_now_and_then_misses_no_request() {
     use crate::device::{Activation, ActiveQueue, Device, Interrupt, feature};
     use crate::queue::Queue;
     use crate::testing::{DriverQueue, Echo, guest_ram};
@@ -589,8 +542,7 @@ fn a_worker_that_spins_now_and_then_misses_no_request() {
             interrupt: Arc::clone(&irq) as Arc<dyn Interrupt>,
             features,
         };
-        let busy_poll = Duration::from_micros(20);
-        let workers = Workers::start(WorkersConfig { busy_poll, ..WorkersConfig::default() }).unwrap();
+        let workers = Workers::start(WorkersConfig::default()).unwrap();
         for task in device.activate(activation).unwrap() {
             workers.add(task, Arc::clone(&irq) as Arc<dyn Interrupt>);
         }

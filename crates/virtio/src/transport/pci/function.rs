@@ -10,12 +10,13 @@ use serde::{Deserialize, Serialize};
 
 use super::capabilities::{self, Places};
 use super::config_space::{ConfigSpace, ConfigState, Identity};
+use super::kicks::{FunctionKey, Kicks};
 use super::msix::{Gates, MsiVectors, Msix, MsixState};
-use super::{BAR_SIZE, BarWindow, DEVICE_BASE, VENDOR, class_code, layout};
+use super::{BAR_SIZE, BarWindow, DEVICE_BASE, PciRoot, VENDOR, class_code, layout};
 use crate::device::Interrupt;
 use crate::transport::common::{Area, Common, CommonState, Half};
 use crate::transport::health::Health;
-use crate::transport::{Attachment, IoEvents, KickMatch, RestoreError};
+use crate::transport::{Attachment, RestoreError};
 
 /// Not mapped to a vector.
 const NO_VECTOR: u16 = 0xffff;
@@ -91,23 +92,22 @@ pub struct PciTransport {
     msix: Msix,
     space: ConfigSpace,
     places: Places,
-    io_events: Arc<dyn IoEvents>,
     window: BarWindow,
     /// Where the BAR is decoded, for the root to find it without a lock.
     decoded: Arc<AtomicU64>,
-    /// Where the kicks of each queue are registered; None where the kernel refused.
-    kicks_at: Vec<Option<u64>>,
+    /// Where the kicks are registered, and its name there.
+    kicks: Arc<Kicks>,
+    key: FunctionKey,
 }
 
 impl PciTransport {
-    /// Puts a device on PCI with its BAR at `bar` (a multiple of [`BAR_SIZE`]) in `window`, and with a vector for each queue and
-    /// one more.
+    /// Makes a function for `root` (to be plugged there) out of a device, with its BAR at `bar` (a multiple of [`BAR_SIZE`]) in the root's
+    /// window, and with a vector for each queue and one more.
     pub fn new(
         attachment: Attachment,
         bar: u64,
-        window: BarWindow,
         vectors: Box<dyn MsiVectors>,
-        io_events: Arc<dyn IoEvents>,
+        root: &PciRoot,
     ) -> io::Result<Self> {
         let kind = attachment.device.kind();
         let queues = attachment.device.queue_sizes().len();
@@ -130,19 +130,21 @@ impl PciTransport {
         });
         space.add_bar(bar, BAR_SIZE);
         let places = capabilities::add(&mut space, msix.control());
-        let mut function = PciTransport {
-            common: Common::new(attachment, health, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?,
+        let common =
+            Common::new(attachment, Arc::clone(&health), Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
+        let kicks = root.kicks();
+        let key = kicks.add(bar, common.kicks().cloned(), health);
+        Ok(PciTransport {
+            common,
             interrupt,
             msix,
             space,
             places,
-            io_events,
-            window,
+            window: root.window(),
             decoded: Arc::new(AtomicU64::new(NOT_DECODED)),
-            kicks_at: vec![None; queues],
-        };
-        function.register_kicks(bar);
-        Ok(function)
+            kicks,
+            key,
+        })
     }
 
     /// How often the device was found broken.
@@ -158,7 +160,7 @@ impl PciTransport {
     /// The state. The workers are paused.
     pub fn save(&mut self) -> PciState {
         // Paused workers have given back every task that was asked for.
-        self.finish_reset(Duration::ZERO);
+        self.finish_reset();
         PciState {
             common: self.common.save(),
             isr: self.interrupt.isr.load(Ordering::SeqCst),
@@ -192,10 +194,10 @@ impl PciTransport {
     /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it
     /// is still there, and this may be called again.
     pub fn unplug(&mut self, patience: Duration) -> bool {
-        self.common.set_status(0);
-        let done = self.finish_reset(patience);
+        self.common.drain(patience);
+        let done = self.finish_reset();
         if done {
-            self.unregister_kicks();
+            self.kicks.remove(self.key);
             self.decoded.store(NOT_DECODED, Ordering::Release);
         }
         done
@@ -243,7 +245,7 @@ impl PciTransport {
     pub fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let Ok(at) = u32::try_from(offset) else { return };
-        self.finish_reset(Duration::ZERO);
+        self.finish_reset();
         match at {
             layout::COMMON..layout::ISR => {
                 let image = self.common_image();
@@ -325,7 +327,7 @@ impl PciTransport {
             1 | 2 | 4 => data.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte)),
             _ => return,
         };
-        if !self.finish_reset(Duration::ZERO) && (at, data) != (0x14, &[0]) {
+        if !self.finish_reset() && (at, data) != (0x14, &[0]) {
             return;
         }
         let common = &mut self.common;
@@ -340,7 +342,7 @@ impl PciTransport {
             (0x14, 1) => {
                 common.set_status(value as u8);
                 // Without waiting: the driver reads the status until it is 0.
-                self.finish_reset(Duration::ZERO);
+                self.finish_reset();
             }
             (0x16, 2) => common.queue_select = value as u16,
             (0x18, 2) => common.set_queue_size(value as u16),
@@ -368,11 +370,11 @@ impl PciTransport {
     }
 
     /// Sees whether a reset is done, if there is one; false if not yet.
-    fn finish_reset(&mut self, patience: Duration) -> bool {
+    fn finish_reset(&mut self) -> bool {
         if !self.common.is_resetting() {
             return true;
         }
-        let done = self.common.finish_reset(patience);
+        let done = self.common.finish_reset();
         if done {
             self.interrupt.forget();
         }
@@ -386,41 +388,7 @@ impl PciTransport {
         };
         let bar = self.space.decoded_bar().filter(fits);
         self.decoded.store(bar.unwrap_or(NOT_DECODED), Ordering::Release);
-        if let Some(bar) = bar {
-            self.register_kicks(bar);
-        }
-    }
-
-    /// Registers the kicks of a BAR at `bar`, where they are not yet.
-    fn register_kicks(&mut self, bar: u64) {
-        let base = bar + u64::from(layout::NOTIFY);
-        for ((offset, kick), at) in (base..)
-            .step_by(layout::NOTIFY_MULTIPLIER as usize)
-            .zip(self.common.kicks())
-            .zip(&mut self.kicks_at)
-        {
-            if *at == Some(offset) {
-                continue;
-            }
-            if let Some(old) = at.take() {
-                self.io_events.unregister(old, KickMatch::Any, kick);
-            }
-            match self.io_events.register(offset, KickMatch::Any, kick) {
-                Ok(()) => *at = Some(offset),
-                Err(error) => self
-                    .interrupt
-                    .health
-                    .complain(&format_args!("kicks at {offset:#x} leave the kernel: {error}")),
-            }
-        }
-    }
-
-    fn unregister_kicks(&mut self) {
-        for (kick, at) in self.common.kicks().zip(&mut self.kicks_at) {
-            if let Some(at) = at.take() {
-                self.io_events.unregister(at, KickMatch::Any, kick);
-            }
-        }
+        self.kicks.moved(self.key, bar);
     }
 }
 

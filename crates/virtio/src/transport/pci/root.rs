@@ -13,8 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use super::config_space::{ConfigSpace, ConfigState, Identity};
 use super::function::{NOT_DECODED, PciTransport};
+use super::kicks::Kicks;
 use super::{BAR_SIZE, BarWindow};
 use crate::sync::locked;
+use crate::transport::IoEvents;
 
 /// The most devices: slots 1 to 31 of the one bus.
 pub const MAX_DEVICES: usize = 31;
@@ -60,6 +62,7 @@ pub struct PciRoot {
     slots: RwLock<[Option<Slot>; MAX_DEVICES]>,
     address: AtomicU32,
     window: BarWindow,
+    kicks: Arc<Kicks>,
 }
 
 /// Which function, and where in its configuration space.
@@ -72,8 +75,8 @@ struct Target {
 }
 
 impl PciRoot {
-    /// A bus with a host bridge and no devices, whose BARs are in `window`.
-    pub fn new(window: BarWindow) -> Self {
+    /// A bus with a host bridge and no devices, whose BARs are in `window` and whose kicks `io_events` takes.
+    pub fn new(window: BarWindow, io_events: Arc<dyn IoEvents>) -> Self {
         let bridge = ConfigSpace::new(&Identity {
             // A host bridge that guests know and need no driver for.
             vendor: 0x8086,
@@ -83,7 +86,13 @@ impl PciRoot {
             subsystem_vendor: 0,
             subsystem: 0,
         });
-        PciRoot { bridge: Mutex::new(bridge), slots: RwLock::default(), address: AtomicU32::new(0), window }
+        PciRoot {
+            bridge: Mutex::new(bridge),
+            slots: RwLock::default(),
+            address: AtomicU32::new(0),
+            window,
+            kicks: Arc::new(Kicks::new(io_events)),
+        }
     }
 
     /// Puts a function in slot `number` (1 to 31), or the first free one. Returns the number.
@@ -157,6 +166,11 @@ impl PciRoot {
     /// The window that BARs are in.
     pub fn window(&self) -> BarWindow {
         self.window.clone()
+    }
+
+    /// The kicks of all its functions.
+    pub(super) fn kicks(&self) -> Arc<Kicks> {
+        Arc::clone(&self.kicks)
     }
 
     /// The state of the bus itself.

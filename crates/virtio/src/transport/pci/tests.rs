@@ -286,7 +286,12 @@ fn registers_are_written_whole() {
     assert_eq!(whole[0x12], 2, "reads may have any size");
 }
 
-fn function(bar: u64, io_events: &Arc<FakeIoEvents>) -> Arc<Mutex<PciTransport>> {
+fn root() -> (PciRoot, Arc<FakeIoEvents>) {
+    let io_events = Arc::<FakeIoEvents>::default();
+    (PciRoot::new(WINDOW, Arc::clone(&io_events) as Arc<dyn IoEvents>), io_events)
+}
+
+fn function(bar: u64, root: &PciRoot) -> Arc<Mutex<PciTransport>> {
     struct NoVectors;
     impl MsiVectors for NoVectors {
         fn set(&self, _: u16, _: MsiMessage) -> std::io::Result<()> {
@@ -301,22 +306,21 @@ fn function(bar: u64, io_events: &Arc<FakeIoEvents>) -> Arc<Mutex<PciTransport>>
         memory: guest_ram(1),
         workers: TestWorker::new().workers(),
     };
-    let events = Arc::clone(io_events) as Arc<dyn IoEvents>;
-    let function = PciTransport::new(attachment, bar, WINDOW, Box::new(NoVectors), events).unwrap();
+    let function = PciTransport::new(attachment, bar, Box::new(NoVectors), root).unwrap();
     Arc::new(Mutex::new(function))
 }
 
 #[test]
 fn the_bus_finds_functions_by_slot_and_by_address() {
-    let (root, io_events) = (PciRoot::new(WINDOW), Arc::default());
+    let (root, _) = root();
     let bar = |slot: u8| BAR + u64::from(slot) * BAR_SIZE;
     for slot in 1..=31 {
-        assert_eq!(root.plug(None, function(bar(slot), &io_events)), Ok(slot));
+        assert_eq!(root.plug(None, function(bar(slot), &root)), Ok(slot));
     }
-    assert_eq!(root.plug(None, function(bar(40), &io_events)), Err(SlotError::Full));
-    assert_eq!(root.plug(Some(3), function(bar(41), &io_events)), Err(SlotError::Taken(3)));
-    assert_eq!(root.plug(Some(0), function(bar(42), &io_events)), Err(SlotError::Number(0)));
-    assert_eq!(root.plug(Some(32), function(bar(43), &io_events)), Err(SlotError::Number(32)));
+    assert_eq!(root.plug(None, function(bar(40), &root)), Err(SlotError::Full));
+    assert_eq!(root.plug(Some(3), function(bar(41), &root)), Err(SlotError::Taken(3)));
+    assert_eq!(root.plug(Some(0), function(bar(42), &root)), Err(SlotError::Number(0)));
+    assert_eq!(root.plug(Some(32), function(bar(43), &root)), Err(SlotError::Number(32)));
 
     let ecam = |address: u64| {
         let mut data = [0; 4];
@@ -343,13 +347,13 @@ fn the_bus_finds_functions_by_slot_and_by_address() {
 
     assert!(root.unplug(7).is_some() && root.unplug(7).is_none() && root.unplug(0).is_none());
     assert_eq!(ecam(7 << 15), u32::MAX);
-    assert_eq!(root.plug(None, function(bar(44), &io_events)), Ok(7));
+    assert_eq!(root.plug(None, function(bar(44), &root)), Ok(7));
 }
 
 #[test]
 fn the_old_ports_reach_the_same_registers() {
-    let root = PciRoot::new(WINDOW);
-    root.plug(None, function(BAR, &Arc::default())).unwrap();
+    let (root, _) = root();
+    root.plug(None, function(BAR, &root)).unwrap();
     let read = |offset: u16, len: usize| {
         let mut data = [0; 4];
         root.read_port(offset, &mut data[..len]);
@@ -368,16 +372,16 @@ fn the_old_ports_reach_the_same_registers() {
     root.write_port(0, &0x8001_0800u32.to_le_bytes());
     assert_eq!(read(4, 4), u32::MAX, "another bus");
     let state = root.save();
-    let other = PciRoot::new(WINDOW);
+    let (other, _) = self::root();
     other.restore(&state);
     assert_eq!(other.save(), state);
 }
 
 #[test]
 fn two_functions_in_one_place_answer_as_one() {
-    let (root, io_events) = (PciRoot::new(WINDOW), Arc::<FakeIoEvents>::default());
+    let (root, io_events) = root();
     for slot in 1..=2u64 {
-        root.plug(None, function(BAR + slot * BAR_SIZE, &io_events)).unwrap();
+        root.plug(None, function(BAR + slot * BAR_SIZE, &root)).unwrap();
         root.write_ecam(slot << 15 | 0x10, &BAR.to_le_bytes());
         root.write_ecam(slot << 15 | 4, &[6, 0]);
     }
@@ -385,8 +389,36 @@ fn two_functions_in_one_place_answer_as_one() {
     let mut status = [0];
     assert!(root.read_bar(BAR + 0x14, &mut status));
     assert_eq!(status, [1]);
-    assert_eq!(io_events.registered(), [(BAR + 0x6000, KickMatch::Any)], "the kernel refused the second");
+    assert_eq!(io_events.registered(), [(BAR + 0x6000, KickMatch::Any)], "only one can have the kicks");
     // It gets its kicks once it is alone.
     root.write_ecam(2 << 15 | 0x10, &(BAR + BAR_SIZE).to_le_bytes());
     assert_eq!(io_events.registered().len(), 2);
+}
+
+#[test]
+fn functions_whose_guest_exchanged_their_places_have_their_kicks_there_and_so_when_restored() {
+    fn enabled(root: &PciRoot, io_events: &FakeIoEvents) -> [bool; 3] {
+        // Writing a kick: to the kernel's table, or to the function that decodes the address.
+        [0, 1, 2].map(|n| {
+            io_events.write(BAR + n * BAR_SIZE + 0x6000, 0) && {
+                root.read_bar(BAR + n * BAR_SIZE, &mut [0; 4])
+            }
+        })
+    }
+    let ((here, kicks_here), (there, kicks_there)) = (root(), root());
+    let bars = [BAR, BAR + BAR_SIZE, BAR + 2 * BAR_SIZE];
+    let functions = bars.map(|bar| function(bar, &here));
+    for (slot, function) in (1u64..).zip(&functions) {
+        here.plug(None, Arc::clone(function)).unwrap();
+        here.write_ecam(slot << 15 | 0x10, &bars[slot as usize % 3].to_le_bytes());
+        here.write_ecam(slot << 15 | 4, &[6, 0]);
+    }
+    assert_eq!(enabled(&here, &kicks_here), [true; 3]);
+    let restored = bars.map(|bar| function(bar, &there));
+    for (function, from) in restored.iter().zip(&functions) {
+        there.plug(None, Arc::clone(function)).unwrap();
+        let state = from.lock().unwrap().save();
+        function.lock().unwrap().restore(&state).unwrap();
+    }
+    assert_eq!(enabled(&there, &kicks_there), [true; 3]);
 }
