@@ -3,7 +3,7 @@
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
 //! - [`load`]: what the benchmarks' load generator is asked for, and answers; [`net_load`]: the same for networks.
-//! - [`snapshots`]: saving guests, and going on with them in other monitors.
+//! - [`snapshots`]: saving guests, and going on with them in other monitors; [`page_server`]: their memory from another process.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
 //! - [`process`]: processes that nobody else waits for; [`said`]: what guests wrote to files.
 //! - [`stalls`]: how far the host's time can be relied on.
@@ -25,6 +25,7 @@ pub mod initramfs;
 pub mod load;
 pub mod modules;
 pub mod net_load;
+pub mod page_server;
 pub mod pattern;
 pub mod process;
 pub mod said;
