@@ -8,7 +8,8 @@
 //! - [`process`]: processes that nobody else waits for; [`said`]: what guests wrote to files.
 //! - [`stalls`]: how far the host's time can be relied on.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
-//! - [`host_net`]: networks of the host, and guests on them; [`traffic`]: what they send.
+//! - [`host_net`]: networks of the host, and guests on them; [`traffic`]: what they send; [`exchange`]: bytes to and fro
+//!   for as long as a guest is busy.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
 //! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
@@ -18,6 +19,7 @@ pub mod api;
 pub mod counting;
 pub mod disks;
 pub mod elf;
+pub mod exchange;
 pub mod guest;
 pub mod host_devices;
 pub mod host_net;
