@@ -3,7 +3,8 @@
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
 //! - [`load`]: what the benchmarks' load generator is asked for, and answers; [`net_load`]: the same for networks.
-//! - [`snapshots`]: saving guests, and going on with them in other monitors; [`page_server`]: their memory from another process.
+//! - [`snapshots`]: saving guests, and going on with them in other monitors; [`page_server`]: their memory from another process;
+//!   [`busy`]: guests that have much to lose.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
 //! - [`process`]: processes that nobody else waits for; [`said`]: what guests wrote to files.
 //! - [`stalls`]: how far the host's time can be relied on.
@@ -16,6 +17,7 @@
 #![deny(unsafe_code)]
 
 pub mod api;
+pub mod busy;
 pub mod counting;
 pub mod disks;
 pub mod elf;
