@@ -21,9 +21,9 @@ pub const MIB: u64 = 1 << 20;
 pub struct DiskGuest {
     builder: VmmBuilder,
     guest: Guest,
-    tool: Option<PathBuf>,
+    programs: Vec<(String, PathBuf)>,
     drives: Vec<Value>,
-    entropy: Option<Value>,
+    devices: Vec<(String, Value)>,
 }
 
 impl DiskGuest {
@@ -32,7 +32,7 @@ impl DiskGuest {
         let args = transport.args().iter();
         let builder = args.fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
         let guest = Guest::bare(&Kernel::Tuned.image()).boot_args(BOOT_ARGS);
-        Ok(DiskGuest { builder, guest, tool: None, drives: Vec::new(), entropy: None })
+        Ok(DiskGuest { builder, guest, programs: Vec::new(), drives: Vec::new(), devices: Vec::new() })
     }
 
     /// The monitor's directory, for the disks.
@@ -43,13 +43,26 @@ impl DiskGuest {
     /// Gives the guest this program, as `disk-tool`.
     #[must_use]
     pub fn tool(self, program: impl Into<PathBuf>) -> DiskGuest {
-        DiskGuest { tool: Some(program.into()), ..self }
+        self.program("disk-tool", program)
+    }
+
+    /// Gives the guest this program by that name.
+    #[must_use]
+    pub fn program(mut self, name: &str, program: impl Into<PathBuf>) -> DiskGuest {
+        self.programs.push((name.to_owned(), program.into()));
+        self
     }
 
     /// The same with that many vCPUs.
     #[must_use]
     pub fn vcpus(self, vcpus: u32) -> DiskGuest {
         DiskGuest { guest: self.guest.vcpus(vcpus), ..self }
+    }
+
+    /// The same with that much memory.
+    #[must_use]
+    pub fn mem_mib(self, mem_mib: u32) -> DiskGuest {
+        DiskGuest { guest: self.guest.mem_mib(mem_mib), ..self }
     }
 
     /// The same with these fields of `machine-config` as well.
@@ -68,7 +81,14 @@ impl DiskGuest {
     /// Adds an entropy device.
     #[must_use]
     pub fn entropy(self, entropy: Value) -> DiskGuest {
-        DiskGuest { entropy: Some(entropy), ..self }
+        self.device("entropy", entropy)
+    }
+
+    /// Adds this section to its configuration file.
+    #[must_use]
+    pub fn device(mut self, section: &str, value: Value) -> DiskGuest {
+        self.devices.push((section.to_owned(), value));
+        self
     }
 
     /// Puts these at the end of its command line.
@@ -81,10 +101,10 @@ impl DiskGuest {
     /// Boots it: it runs `script` from its initial RAM disk.
     pub fn run(mut self, script: &str) -> Result<Vmm> {
         let mut disk = Initramfs::new(&busybox())?;
-        if let Some(tool) = &self.tool {
-            let program = fs::read(tool).with_context(|| tool.display().to_string())?;
+        for (name, path) in &self.programs {
+            let program = fs::read(path).with_context(|| path.display().to_string())?;
             // Where a shell finds it without a path.
-            disk.file("sbin/disk-tool", 0o755, &program);
+            disk.file(&format!("sbin/{name}"), 0o755, &program);
         }
         let started = Guest::with_initramfs(Kernel::Tuned, disk, script, self.builder.dir())?;
         self.guest.initrd = started.initrd;
@@ -95,8 +115,8 @@ impl DiskGuest {
     pub fn boot(self) -> Result<Vmm> {
         let mut config = self.guest.config();
         config["drives"] = json!(self.drives);
-        if let Some(entropy) = self.entropy {
-            config["entropy"] = entropy;
+        for (section, value) in self.devices {
+            config[section] = value;
         }
         self.builder.with_config(&config)?.spawn()
     }

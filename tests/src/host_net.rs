@@ -3,10 +3,12 @@
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
+use crate::exchange;
 use crate::guest::{BOOT_ARGS, Guest, Kernel, Transport, busybox, ignore, vmm_path};
 use crate::initramfs::Initramfs;
 use crate::traffic;
@@ -57,6 +59,43 @@ impl HostNet {
             self.ip(&format!("address add {address} dev {name}"))?;
         }
         self.ip(&format!("link set {name} up"))
+    }
+
+    /// Sends back what comes to this address and port.
+    pub fn echo(&self, address: &str) -> Result<()> {
+        let listener = TcpListener::bind(address).context("an echo for the guest")?;
+        std::thread::spawn(move || exchange::echo_all(listener.incoming()));
+        Ok(())
+    }
+
+    /// Moves a tap, which may be in use, to a namespace of its own, where it has this address (`10.0.0.1/24`), and `port` sends back
+    /// what comes: a network with the same addresses as another. The namespace goes with this process.
+    pub fn apart(&self, tap: &str, address: &str, port: u16) -> Result<()> {
+        let ((at, there), (arrive, arrived), (serve, serves)) = (channel(), channel(), channel());
+        let (name, address) = (tap.to_owned(), address.to_owned());
+        std::thread::spawn(move || {
+            let set_up = || -> Result<TcpListener> {
+                let net = HostNet::new()?;
+                at.send(rustix::thread::gettid())?;
+                arrived.recv()?;
+                net.ip(&format!("address add {address} dev {name}"))?;
+                net.ip(&format!("link set {name} up"))?;
+                let (address, _) = address.split_once('/').context("an address with its prefix")?;
+                Ok(TcpListener::bind((address, port))?)
+            };
+            let listener = set_up();
+            let listens = listener.as_ref().map(drop).map_err(|error| format!("{error:#}"));
+            // Nobody waits any more where the test is over.
+            let _ = serve.send(listens);
+            if let Ok(listener) = listener {
+                exchange::echo_all(listener.incoming());
+            }
+        });
+        if let Ok(thread) = there.recv() {
+            self.ip(&format!("link set {tap} netns {}", thread.as_raw_nonzero()))?;
+            arrive.send(())?;
+        }
+        serves.recv()?.map_err(|why| anyhow!("the network of {tap}: {why}"))
     }
 
     /// Serves uploads and downloads at this address and port.

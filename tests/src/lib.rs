@@ -3,21 +3,25 @@
 //! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
 //! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
 //! - [`load`]: what the benchmarks' load generator is asked for, and answers; [`net_load`]: the same for networks.
-//! - [`snapshots`]: saving guests, and going on with them in other monitors.
+//! - [`snapshots`]: saving guests, and going on with them in other monitors; [`page_server`]: their memory from another process;
+//!   [`busy`]: guests that have much to lose.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
 //! - [`process`]: processes that nobody else waits for; [`said`]: what guests wrote to files.
 //! - [`stalls`]: how far the host's time can be relied on.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
-//! - [`host_net`]: networks of the host, and guests on them; [`traffic`]: what they send.
+//! - [`host_net`]: networks of the host, and guests on them; [`traffic`]: what they send; [`exchange`]: bytes to and fro
+//!   for as long as a guest is busy.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
 //! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
 #![deny(unsafe_code)]
 
 pub mod api;
+pub mod busy;
 pub mod counting;
 pub mod disks;
 pub mod elf;
+pub mod exchange;
 pub mod guest;
 pub mod host_devices;
 pub mod host_net;
@@ -25,6 +29,7 @@ pub mod initramfs;
 pub mod load;
 pub mod modules;
 pub mod net_load;
+pub mod page_server;
 pub mod pattern;
 pub mod process;
 pub mod said;

@@ -11,10 +11,15 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// Waits until the file has `text` in it; all that it has then.
 pub fn wait_for_text(file: &Path, text: &str, patience: Duration) -> Result<String> {
+    wait_for_text_after(file, 0, text, patience)
+}
+
+/// The same, looking only at what comes after the first `from` bytes.
+pub fn wait_for_text_after(file: &Path, from: usize, text: &str, patience: Duration) -> Result<String> {
     let deadline = Instant::now() + patience;
     loop {
         let said = fs::read_to_string(file).unwrap_or_default();
-        if said.contains(text) {
+        if said.get(from..).is_some_and(|said| said.contains(text)) {
             return Ok(said);
         }
         ensure!(Instant::now() < deadline, "{} does not say {text}; it says:\n{said}", file.display());

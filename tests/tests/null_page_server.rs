@@ -1,42 +1,19 @@
 //! Guests whose memory comes from a page server, also from one that fails.
 
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
 use vesta_tests::counting::{counts, sweeping, wait_for};
 use vesta_tests::guest::{SOON, vmm_path};
-use vesta_tests::process::die_with_parent;
+use vesta_tests::page_server::PageServer;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_page-server");
 
-/// A page server that is killed with this value.
-struct PageServer(Child);
-
-impl PageServer {
-    /// One that answers `faults` faults: a number, `all` or `none`.
-    fn start(dir: &Path, faults: &str) -> Result<(PageServer, PathBuf)> {
-        let socket = dir.join(format!("pages-{faults}.sock"));
-        let mut command = Command::new(SERVER);
-        command.arg(&socket).arg(dir.join("memory")).arg(faults).stdout(Stdio::piped());
-        let mut child = die_with_parent(&mut command).spawn().context("cannot run the page server")?;
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().context("it is a pipe")?).read_line(&mut line)?;
-        ensure!(line.trim() == "LISTENING", "{line}");
-        Ok((PageServer(child), socket))
-    }
-}
-
-impl Drop for PageServer {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+fn start(dir: &Path, faults: &str) -> Result<PageServer> {
+    PageServer::start(SERVER, &dir.join("memory"), faults)
 }
 
 /// A snapshot of a guest that looks at 1024 of its pages again and again, in `dir`.
@@ -67,9 +44,9 @@ fn load(dir: &Path, kind: &str, path: &Path) -> Value {
 fn a_guest_goes_on_with_what_its_page_server_sends() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
-    let (_server, socket) = PageServer::start(home.path(), "all")?;
+    let server = start(home.path(), "all")?;
     let (_vmm, mut api, serial) = empty()?;
-    api.put("/snapshot/load", &load(home.path(), "Uffd", &socket))?.ok()?;
+    api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?.ok()?;
     // It says a number only if all its pages are right.
     ensure!(counts(&wait_for(&serial, 5)?));
     let refused = api.put("/fork", &json!({"children": [{"id": "a"}]}))?;
@@ -81,9 +58,9 @@ fn a_guest_goes_on_with_what_its_page_server_sends() -> Result<()> {
 fn a_page_server_that_ends_ends_the_guest_and_the_log_says_so() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
-    let (_server, socket) = PageServer::start(home.path(), "200")?;
+    let server = start(home.path(), "200")?;
     let (mut vmm, mut api, _serial) = empty()?;
-    api.put("/snapshot/load", &load(home.path(), "Uffd", &socket))?.ok()?;
+    api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?.ok()?;
     let (code, said) = vmm.finish(SOON)?;
     ensure!(code == 1 && said.contains("the page server has ended"), "{code} {said}");
     Ok(())
@@ -96,8 +73,8 @@ fn a_page_server_that_is_not_there_or_never_answers_is_refused_and_another_load_
     let (_vmm, mut api, serial) = empty()?;
     let refused = api.put("/snapshot/load", &load(home.path(), "Uffd", Path::new("/nowhere/pages.sock")))?;
     ensure!(refused.status == 400 && refused.fault().contains("/nowhere/pages.sock"), "{refused:?}");
-    let (_server, socket) = PageServer::start(home.path(), "none")?;
-    let refused = api.put("/snapshot/load", &load(home.path(), "Uffd", &socket))?;
+    let server = start(home.path(), "none")?;
+    let refused = api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?;
     ensure!(refused.status == 400 && refused.fault().contains("pages-none.sock"), "{refused:?}");
     api.put("/snapshot/load", &load(home.path(), "File", &home.path().join("memory")))?.ok()?;
     ensure!(counts(&wait_for(&serial, 5)?));

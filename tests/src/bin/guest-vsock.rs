@@ -12,16 +12,19 @@
 //! | `half PORT` | asks, ends its half, prints the answer |
 //! | `messages PORT` | messages of several lengths, echoed |
 //! | `wake DISK COUNT` | the median time of so many reads of one sector of a disk, in nanoseconds |
+//! | `until FILE PORT` | sends bytes, which must come back, until there is such a file: see [`exchange::until`] |
 //! | `hold PORT` | connects, says `HELD`, and says `LOST` when the connection is gone |
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vesta_tests::exchange;
 use vesta_tests::vsock::{self, port, receive, transmit};
 
 /// Stack of a connection's thread: there may be thousands.
@@ -41,6 +44,10 @@ fn main() -> ExitCode {
         Some("half") => half(number(1)),
         Some("messages") => messages(number(1)),
         Some("wake") => wake(args.get(1).map_or("", String::as_str), number(2)),
+        Some("until") => {
+            let file = args.get(1).map_or("", String::as_str);
+            exchange::until("vsock", Path::new(file), || connect(number(2), libc::SOCK_STREAM))
+        }
         Some("hold") => hold(number(1)),
         _ => Err(io::Error::other("which command?")),
     };

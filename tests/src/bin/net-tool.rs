@@ -4,13 +4,16 @@
 //! |---|---|---|
 //! | `upload ADDRESS SEED BYTES` | sends bytes over TCP, which the other side checks | `UPLOADED ADDRESS SEED`, `FAILED ...` |
 //! | `download ADDRESS SEED BYTES` | gets bytes over TCP, and checks them | `DOWNLOADED ADDRESS SEED`, `FAILED ...` |
+//! | `until FILE ADDRESS` | sends bytes over TCP, which must come back, until there is such a file in the guest | see [`exchange::until`] |
 //! | `serve PORT` | serves uploads and downloads for ever | `SERVING PORT` |
 //! | `load` | serves the benchmark's clients for ever | `SERVING PORT` |
 
 use std::io::Write;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::Path;
 use std::process::ExitCode;
 
+use vesta_tests::exchange;
 use vesta_tests::traffic::{download, serve, upload};
 
 fn main() -> ExitCode {
@@ -28,6 +31,9 @@ fn main() -> ExitCode {
             serve(&listener);
             String::new()
         }),
+        ["until", file, address] => {
+            exchange::until("net", Path::new(file), || TcpStream::connect(address)).map(|()| String::new())
+        }
         ["load"] => vesta_tests::net_load::serve().map(|()| String::new()),
         _ => {
             eprintln!("net-tool: what is {args:?}?");

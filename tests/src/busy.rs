@@ -1,0 +1,329 @@
+//! Guests that have much to lose: busy with processors, disks, networks, sockets, timers and random numbers, and checking all of it
+//! as they go, until a disk of theirs tells them to stop.
+//!
+//! [`Disks`] are what the least of them needs; a [`Place`] has a network and a socket device as well. What a guest says:
+//! `WRONG ...` or `FAILED ...` where something is not as it was, `VERIFIED ...` for each part that was right to its end, and at last
+//! `RANDOM`, `RESEEDED` (how often its kernel heard that it is in another life) and `LAST`.
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::api::ApiClient;
+use crate::disks::{DiskGuest, disk, drive, said, with};
+use crate::exchange;
+use crate::guest::{BOOT, SOON, Transport};
+use crate::host_net::HostNet;
+use crate::process::Orphans;
+use crate::said::{wait_for_text_after, word};
+use crate::snapshots::{Files, copy, go_on, pause, resume};
+use crate::vmm::Vmm;
+use crate::vsock::{connect, port};
+
+/// Keeps the processors, the disks, the timers and the source of entropy busy.
+const LOAD: &str = r#"
+going() { [ ! -e /stop ]; }
+right=$(md5sum </bin/busybox)
+( while going; do
+    [ "$(md5sum </bin/busybox)" = "$right" ] || echo WRONG sum
+    n=$((n+1)); echo SUM $n
+  done ) &
+( last=0; while going; do
+    usleep 100000
+    read up rest </proc/uptime; up=$(echo $up | tr -d .)
+    [ $up -ge $last ] || echo WRONG time $up after $last
+    last=$up; n=$((n+1)); echo TICK $n
+  done ) &
+( while going; do
+    head -c 64 /dev/hwrng | md5sum >>/numbers
+    echo NUMBER; usleep 100000
+  done ) &
+disk-tool until /stop vda 7 2 &
+disk-tool until /stop vdb 8 2 &
+"#;
+
+/// Keeps a connection over the network and one over vsock busy, and serves connections of the host's.
+const LOAD_OF_NETWORKS: &str = "
+ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up
+net-tool until /stop 10.0.0.1:7 &
+guest-vsock until /stop 700 &
+guest-vsock serve & serves=$!
+";
+
+/// Waits for the word to stop, and says how all of it ended.
+const END: &str = r#"
+until dd if=/dev/vdc bs=512 count=1 iflag=direct 2>/dev/null | grep -q stop; do usleep 200000; done
+touch /stop
+[ -z $serves ] || kill $serves
+wait
+[ $(sort /numbers | uniq -d | wc -l) = 0 ] || echo WRONG numbers
+echo RANDOM $(head -c 16 /dev/urandom | hexdump -v -e '/1 "%02x"')
+echo RESEEDED $(dmesg | grep -c 'crng reseeded due to virtual machine fork')
+echo LAST
+poweroff -f"#;
+
+/// What such a guest says again and again while all is well.
+const SIGNS: [&str; 5] = ["SUM ", "TICK ", "NUMBER", "FLUSHED vda", "FLUSHED vdb"];
+/// The same for networks.
+const SIGNS_OF_NETWORKS: [&str; 2] = ["EXCHANGED net", "EXCHANGED vsock"];
+
+/// The programs of `tests/src/bin` that such guests run, each by its path.
+#[derive(Debug, Clone, Copy)]
+pub struct Programs {
+    /// `disk-tool`
+    pub disk_tool: &'static str,
+    /// `net-tool`
+    pub net_tool: &'static str,
+    /// `guest-vsock`
+    pub guest_vsock: &'static str,
+}
+
+/// The disks of such a guest: a raw one, one with an overlay, and the one that tells it to stop.
+#[derive(Debug)]
+pub struct Disks {
+    /// What it writes to.
+    pub raw: PathBuf,
+    /// What it reads where it has not written.
+    pub base: PathBuf,
+    /// Where its writes go then.
+    pub overlay: PathBuf,
+    /// What it looks at.
+    pub control: PathBuf,
+}
+
+impl Disks {
+    /// New ones.
+    pub fn new(dir: &Path) -> Result<Disks> {
+        let control = dir.join("control");
+        fs::write(&control, [0; 4096])?;
+        let (raw, base) = (disk(dir, "raw", 4)?, disk(dir, "base", 4)?);
+        Ok(Disks { raw, base, overlay: dir.join("overlay"), control })
+    }
+
+    /// Boots a guest with them that is busy.
+    pub fn guest(&self, transport: Transport, disk_tool: &str, machine: &Value) -> Result<Vmm> {
+        self.add_to(DiskGuest::new(transport)?, disk_tool, machine).run(&format!("{LOAD}{END}"))
+    }
+
+    fn add_to(&self, guest: DiskGuest, disk_tool: &str, machine: &Value) -> DiskGuest {
+        let raw = json!({"io_engine": "Sync", "cache_type": "Writeback"});
+        let over = json!({"io_engine": "Async", "overlay": {"path": self.overlay}});
+        guest
+            .tool(disk_tool)
+            .vcpus(2)
+            .machine(machine.clone())
+            .entropy(json!({}))
+            .drive(with(drive("raw", &self.raw), &raw))
+            .drive(with(drive("over", &self.base), &over))
+            .drive(with(drive("control", &self.control), &json!({"is_read_only": true})))
+    }
+
+    /// Copies of what is written to, and where `/snapshot/load` is to find them.
+    pub fn copies(&self, dir: &Path, name: &str) -> Result<(Disks, Value)> {
+        let path = |what: &str| dir.join(format!("{what}-{name}"));
+        let copies = Disks {
+            raw: copy(&self.raw, &path("raw"))?,
+            base: self.base.clone(),
+            overlay: copy(&self.overlay, &path("overlay"))?,
+            control: copy(&self.control, &path("control"))?,
+        };
+        let drives = json!([
+            {"drive_id": "raw", "path_on_host": copies.raw},
+            {"drive_id": "over", "overlay": {"path": copies.overlay}},
+            {"drive_id": "control", "path_on_host": copies.control},
+        ]);
+        Ok((copies, drives))
+    }
+
+    /// Tells the guest to stop.
+    pub fn stop(&self) -> Result<()> {
+        let mut sector = [0; 4096];
+        sector[..5].copy_from_slice(b"stop\n");
+        Ok(fs::write(&self.control, sector)?)
+    }
+}
+
+/// What a guest that is busy with everything has on its host. This thread is in the place's network.
+#[derive(Debug)]
+pub struct Place {
+    /// Its disks.
+    pub disks: Disks,
+    /// The directory that all of it is in.
+    dir: PathBuf,
+    net: HostNet,
+}
+
+impl Place {
+    /// The address and the port that the guest's network load goes to.
+    const ADDRESS: (&str, u16) = ("10.0.0.1", 7);
+    /// The port of the host that its vsock load goes to.
+    const PORT: u32 = 700;
+    /// What all taps have: a guest that comes to another network still knows its neighbour's.
+    const TAP_MAC: &str = "02:00:00:00:00:01";
+
+    /// A new one, in a directory that is there for it alone.
+    pub fn new(dir: &Path) -> Result<Place> {
+        let place = Place { disks: Disks::new(dir)?, dir: dir.to_owned(), net: HostNet::new()? };
+        let (address, port) = Self::ADDRESS;
+        place.net.tap("tap0", &format!("{address}/24"), "")?;
+        place.net.ip(&format!("link set tap0 address {}", Self::TAP_MAC))?;
+        place.net.echo(&format!("{address}:{port}"))?;
+        place.sockets("v")?;
+        Ok(place)
+    }
+
+    /// Boots a guest here that is busy.
+    pub fn guest(&self, transport: Transport, programs: Programs, machine: &Value) -> Result<Vmm> {
+        let guest = DiskGuest::new(transport)?
+            .program("net-tool", programs.net_tool)
+            .program("guest-vsock", programs.guest_vsock)
+            .device("network-interfaces", json!([{"iface_id": "eth0", "host_dev_name": "tap0"}]))
+            .device("vsock", json!({"guest_cid": 3, "uds_path": self.socket("v")}));
+        let guest = self.disks.add_to(guest, programs.disk_tool, machine);
+        guest.run(&format!("ip link set lo up{LOAD}{LOAD_OF_NETWORKS}{END}"))
+    }
+
+    /// Sockets and a tap of that name for another life of the guest: what a load or a child has to be told.
+    /// Call [`Place::settle`] before it runs.
+    fn another(&self, name: &str) -> Result<Value> {
+        self.net.tap(name, "", "")?;
+        self.net.ip(&format!("link set {name} address {}", Self::TAP_MAC))?;
+        Ok(json!({
+            "network_overrides": [{"iface_id": "eth0", "host_dev_name": name}],
+            "vsock_override": {"uds_path": self.sockets(name)?},
+        }))
+    }
+
+    /// Moves that life's tap to a network of its own, with the same addresses.
+    fn settle(&self, name: &str) -> Result<()> {
+        let (address, port) = Self::ADDRESS;
+        self.net.apart(name, &format!("{address}/24"), port)
+    }
+
+    /// Loads a snapshot so that its guest runs in another network, in a monitor of its own.
+    pub fn go_on_elsewhere(&self, transport: Transport, name: &str, load: &Value) -> Result<Vmm> {
+        let load = with(with(load.clone(), &self.another(name)?), &json!({"resume_vm": false}));
+        let (vmm, mut api) = go_on(transport, &load)?;
+        self.settle(name)?;
+        resume(&mut api)?;
+        connect(&self.socket(name), port::ECHO).context("the guest in another network")?;
+        Ok(vmm)
+    }
+
+    /// The path of that life's vsock device.
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.vsock"))
+    }
+
+    /// Serves what the guest connects to.
+    fn sockets(&self, name: &str) -> Result<PathBuf> {
+        let socket = self.socket(name);
+        let path = format!("{}_{}", socket.display(), Self::PORT);
+        let listener = UnixListener::bind(&path).context(path)?;
+        std::thread::spawn(move || exchange::echo_all(listener.incoming()));
+        Ok(socket)
+    }
+}
+
+/// A child of a fork of such a guest.
+#[derive(Debug)]
+pub struct Offspring {
+    /// What its guest says.
+    pub serial: PathBuf,
+    /// Its API.
+    pub api: ApiClient,
+}
+
+impl Place {
+    /// Forks the microVM of that API while it runs. The child has that id, and a network and sockets of its own.
+    pub fn fork(&self, parent: &mut ApiClient, id: &str) -> Result<(Offspring, Orphans)> {
+        let path = |what: &str| self.dir.join(format!("{id}.{what}"));
+        let (serial, api) = (path("serial"), path("api"));
+        // It runs when its tap is where it belongs.
+        let child = json!({
+            "id": id,
+            "api_socket": api,
+            "serial": {"serial_out_path": serial},
+            "resume": false,
+        });
+        let child = with(child, &self.another(id)?);
+        let reply = parent.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
+        let orphans = Orphans::of_fork(&reply)?;
+        self.settle(id)?;
+        let mut api = ApiClient::new(&api);
+        resume(&mut api)?;
+        Ok((Offspring { serial, api }, orphans))
+    }
+}
+
+/// Waits until all that keeps the guest busy has gone on.
+pub fn wait_for_progress(vmm: &Vmm) -> Result<()> {
+    wait_for_signs(vmm, &SIGNS)
+}
+
+/// The same for a guest that has networks.
+pub fn wait_for_all_progress(vmm: &Vmm) -> Result<()> {
+    wait_for_signs(vmm, &[&SIGNS[..], &SIGNS_OF_NETWORKS].concat())
+}
+
+fn wait_for_signs(vmm: &Vmm, signs: &[&str]) -> Result<()> {
+    let from = vmm.stdout.len();
+    for sign in signs {
+        vmm.stdout.wait_for_after(from, sign, BOOT)?;
+    }
+    Ok(())
+}
+
+/// The same for a guest that has networks and speaks to a file.
+pub fn wait_for_all_progress_in(serial: &Path) -> Result<()> {
+    let from = fs::read(serial)?.len();
+    for sign in SIGNS.iter().chain(&SIGNS_OF_NETWORKS) {
+        wait_for_text_after(serial, from, sign, BOOT)?;
+    }
+    Ok(())
+}
+
+/// Saves the guest and ends its monitor, so that its disks stay as they were.
+pub fn save_and_kill(vmm: Vmm, files: &Files, kind: &str) -> Result<()> {
+    let mut api = vmm.ready_client(SOON)?;
+    pause(&mut api)?;
+    api.put("/snapshot/create", &files.create(kind))?.ok()?;
+    drop(vmm);
+    Ok(())
+}
+
+/// Lets the guest come to its end, where it must find all as it was. All that it said.
+pub fn ends_well(mut vmm: Vmm, disks: &Disks) -> Result<String> {
+    disks.stop()?;
+    let said = said(&mut vmm)?;
+    all_is_right(&said)?;
+    Ok(said)
+}
+
+/// Whether a guest that has come to its end found all as it was.
+pub fn all_is_right(said: &str) -> Result<()> {
+    for mark in ["VERIFIED vda", "VERIFIED vdb", "LAST"] {
+        ensure!(said.contains(mark), "no {mark}: {said}");
+    }
+    for mark in ["WRONG", "FAILED", "Call Trace"] {
+        ensure!(!said.contains(mark), "{mark}: {said}");
+    }
+    Ok(())
+}
+
+/// Whether a guest that has networks found all as it was, in its so many lives, after which it has lost so many TCP connections. Of
+/// vsock connections it loses one in each.
+pub fn all_is_right_after(said: &str, lives: u32, tcp_losses: u32) -> Result<()> {
+    all_is_right(said)?;
+    for (mark, right) in [("RESEEDED ", lives), ("LOSSES vsock ", lives), ("LOSSES net ", tcp_losses)] {
+        let found = word(said, mark)?;
+        ensure!(found == right.to_string(), "{mark}is {found}, not {right}: {said}");
+    }
+    for mark in ["VERIFIED net", "VERIFIED vsock"] {
+        ensure!(said.contains(mark), "no {mark}: {said}");
+    }
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! Many clones of one Linux guest: all have the same past, and no two are the same.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use vesta_tests::api::ApiClient;
+use vesta_tests::disks::DiskGuest;
+use vesta_tests::guest::{BOOT, SOON};
+use vesta_tests::on_each_transport;
+use vesta_tests::process::Orphans;
+use vesta_tests::said::{wait_for_text, word};
+use vesta_tests::vsock::{connect, port};
+
+const TOOL: &str = env!("CARGO_BIN_EXE_guest-vsock");
+const CLONES: u32 = 50;
+/// The first clone's CID.
+const FIRST_CID: u32 = 100;
+
+/// Says who it is once it is another than it was: what its kernel, its monitor and its host make random, and the 16 bytes of the VM
+/// generation id, which are where the monitor has its page (0xde000).
+const WHO_AM_I: &str = r#"
+hex() { hexdump -v -e '/1 "%02x"'; }
+generation() { dd if=/dev/mem bs=16 skip=$((0xde00)) count=1 2>/dev/null | hex; }
+guest-vsock serve &
+echo FIRST $(generation)
+until dmesg | grep -q 'crng reseeded due to virtual machine fork'; do usleep 300000; done
+echo KERNEL $(head -c 16 /dev/urandom | hex)
+echo DEVICE $(head -c 16 /dev/hwrng | hex)
+read uuid </proc/sys/kernel/random/uuid; echo UUID $uuid
+echo GENERATION $(generation)
+guest-vsock cid
+echo LAST
+sleep 100000"#;
+
+/// What is to be another in each.
+const DISTINCT: [&str; 5] = ["KERNEL ", "DEVICE ", "UUID ", "GENERATION ", "CID "];
+
+fn path(dir: &Path, clone: u32, what: &str) -> std::path::PathBuf {
+    dir.join(format!("{clone}.{what}"))
+}
+
+fn child(dir: &Path, clone: u32) -> Value {
+    json!({
+        "id": format!("clone-{clone}"),
+        "api_socket": path(dir, clone, "api"),
+        "serial": {"serial_out_path": path(dir, clone, "serial")},
+        "vsock_override": {"uds_path": path(dir, clone, "vsock"), "guest_cid": FIRST_CID + clone},
+    })
+}
+
+on_each_transport! {
+    fn fifty_clones_of_one_guest_are_fifty_guests(transport) {
+        let home = tempfile::tempdir()?;
+        let dir = home.path();
+        let vmm = DiskGuest::new(transport)?
+            .mem_mib(64)
+            .entropy(json!({}))
+            .program("guest-vsock", TOOL)
+            .device("vsock", json!({"guest_cid": 3, "uds_path": dir.join("parent.vsock")}))
+            .run(WHO_AM_I)?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let first = vmm.wait_for_output("FIRST ", BOOT)?;
+        let mut seen = DISTINCT.map(|_| BTreeSet::new());
+        seen[3].insert(word(&first, "FIRST ")?.to_owned());
+
+        let mut api = vmm.ready_client(SOON)?;
+        let children: Vec<_> = (0..CLONES).map(|clone| child(dir, clone)).collect();
+        let reply = api.put("/fork", &json!({"children": children}))?.ok()?.json()?;
+        let orphans = Orphans::of_fork(&reply)?;
+        for clone in 0..CLONES {
+            let said = wait_for_text(&path(dir, clone, "serial"), "LAST", BOOT)?;
+            for (what, seen) in DISTINCT.iter().zip(&mut seen) {
+                let found = word(&said, what)?;
+                ensure!(seen.insert(found.to_owned()), "clone {clone}: {what}{found} was seen before");
+            }
+            ensure!(word(&said, "CID ")? == (FIRST_CID + clone).to_string(), "{said}");
+            let about = ApiClient::new(&path(dir, clone, "api")).get("/")?.ok()?.json()?;
+            ensure!(about["id"] == format!("clone-{clone}") && about["state"] == "Running", "{about}");
+            is_answered(&path(dir, clone, "vsock")).with_context(|| format!("clone {clone}"))?;
+        }
+        is_answered(&dir.join("parent.vsock")).context("the parent")?;
+        ensure!(!vmm.stdout.text().contains("KERNEL"), "the parent is the same guest as before");
+        ensure!(orphans.running()? == CLONES as usize);
+        orphans.kill(SOON)
+    }
+}
+
+/// Whether a program in the guest behind that socket answers.
+fn is_answered(socket: &Path) -> Result<()> {
+    let mut stream = connect(socket, port::ECHO)?;
+    stream.write_all(b"who is there")?;
+    let mut back = [0; 12];
+    stream.read_exact(&mut back)?;
+    ensure!(&back == b"who is there");
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! Snapshots of Linux guests under load: they go on in other monitors as if nothing had happened.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use vesta_tests::busy::{
+    Place, Programs, all_is_right_after, ends_well, save_and_kill, wait_for_all_progress,
+};
+use vesta_tests::disks::with;
+use vesta_tests::guest::{BOOT, Transport};
+use vesta_tests::on_each_transport;
+use vesta_tests::page_server::PageServer;
+use vesta_tests::snapshots::{Files, go_on};
+use vesta_tests::vsock::{connect, port};
+
+const PROGRAMS: Programs = Programs {
+    disk_tool: env!("CARGO_BIN_EXE_disk-tool"),
+    net_tool: env!("CARGO_BIN_EXE_net-tool"),
+    guest_vsock: env!("CARGO_BIN_EXE_guest-vsock"),
+};
+const PAGE_SERVER: &str = env!("CARGO_BIN_EXE_page-server");
+
+/// How a guest is saved and loaded.
+#[derive(Default)]
+struct How {
+    diff: bool,
+    tracked: bool,
+    page_server: bool,
+}
+
+/// A guest under load is saved and goes on in a new monitor, three times, with its network where it was. A first Full snapshot is
+/// loaded once more at the end, with the disks as they were then, in another network.
+fn three_generations(transport: Transport, how: &How) -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let place = Place::new(home.path())?;
+    let track = json!({"track_dirty_pages": how.tracked});
+    let mut vmm = place.guest(transport, PROGRAMS, &track)?;
+    let (mut first, mut page_server) = (None, None);
+    for generation in 0..3 {
+        wait_for_all_progress(&vmm)?;
+        // A Diff goes onto the memory that is there, a Full one anew.
+        let full = !how.diff || generation == 0;
+        let mut files = Files::new(home.path(), &format!("generation{generation}"));
+        if how.diff {
+            files.memory = home.path().join("memory");
+        }
+        save_and_kill(vmm, &files, if full { "Full" } else { "Diff" })?;
+        if !how.diff && generation == 0 {
+            first = Some((place.disks.copies(home.path(), "first")?, files.clone()));
+        }
+        let mut load = with(files.load(), &track);
+        if how.page_server {
+            // Whose guest is gone.
+            drop(page_server.take());
+            let server = page_server.insert(PageServer::start(PAGE_SERVER, &files.memory, "all")?);
+            load["mem_backend"] = json!({"backend_type": "Uffd", "backend_path": server.socket()});
+        }
+        // The killed monitor's.
+        std::fs::remove_file(place.socket("v"))?;
+        let (next, _api) = go_on(transport, &load)?;
+        // What the guest serves can be reached, whatever became of older connections.
+        connect(&place.socket("v"), port::ECHO).context("the guest after a load")?;
+        vmm = next;
+    }
+    wait_for_all_progress(&vmm)?;
+    all_is_right_after(&ends_well(vmm, &place.disks)?, 3, 0)?;
+
+    let Some(((copies, drives), files)) = first else { return Ok(()) };
+    let load = with(files.load(), &json!({"drives": drives}));
+    let vmm = place.go_on_elsewhere(transport, "tap1", &load)?;
+    wait_for_all_progress(&vmm)?;
+    all_is_right_after(&ends_well(vmm, &copies)?, 1, 1)
+}
+
+on_each_transport! {
+    fn a_guest_under_load_goes_on_through_three_full_snapshots(transport) {
+        three_generations(transport, &How::default())
+    }
+
+    fn a_guest_under_load_goes_on_through_three_diffs_of_tracked_pages(transport) {
+        three_generations(transport, &How { diff: true, tracked: true, ..How::default() })
+    }
+
+    fn a_guest_under_load_goes_on_through_three_diffs_without_tracking(transport) {
+        three_generations(transport, &How { diff: true, ..How::default() })
+    }
+
+    /// Each time all of its memory comes from another process, page by page.
+    fn a_guest_under_load_goes_on_through_three_page_servers(transport) {
+        three_generations(transport, &How { diff: true, page_server: true, ..How::default() })
+    }
+
+    /// Where the memory is read ahead of the guest, it finds it as it was.
+    fn a_guest_under_load_goes_on_with_its_memory_read_ahead(transport) {
+        let home = tempfile::tempdir()?;
+        let place = Place::new(home.path())?;
+        let vmm = place.guest(transport, PROGRAMS, &json!({}))?;
+        wait_for_all_progress(&vmm)?;
+        let files = Files::new(home.path(), "a");
+        save_and_kill(vmm, &files, "Full")?;
+        for (name, sign) in [("tap1", "is recorded"), ("tap2", "pages are filled in ahead")] {
+            let (copies, drives) = place.disks.copies(home.path(), name)?;
+            let load = with(files.load(), &json!({"drives": drives, "prefetch": true}));
+            let vmm = place.go_on_elsewhere(transport, name, &load)?;
+            vmm.wait_for_output(sign, BOOT)?;
+            wait_for_all_progress(&vmm)?;
+            all_is_right_after(&ends_well(vmm, &copies)?, 1, 1)?;
+        }
+        ensure!(home.path().join("a.memory.working-set").exists());
+        Ok(())
+    }
+}
