@@ -161,6 +161,35 @@ fn buffers_without_room_are_thrown_away_and_data_waits_for_better_ones() {
 }
 
 #[test]
+fn a_driver_that_refills_bad_buffers_while_they_are_thrown_away_gets_a_turn_and_no_more() {
+    // A reset for it, whose buffer may be any; and data, which is read into several.
+    for with_data in [false, true] {
+        let mut rig = Rig::with(Kind::Mmio, 1, 100);
+        let (mut client, end) = rig.open_by_host(1);
+        let tiny = rig.give_tiny_buffers();
+        let mut before = 0;
+        // Whether the driver is quick enough depends on where it runs: one of these times it is.
+        for _ in 0..100 {
+            if with_data {
+                client.write_all(b"x").unwrap();
+            } else {
+                rig.post(Rig::header(&End { port: 9, ..end }, Op::Rw, 0, 0).as_bytes(), &[]);
+                rig.publish_tx();
+            }
+            rig.guest.worker.step();
+            let thrown_away = rig.control.stats().malformed_count.get();
+            // One turn for an event, and one for what comes of it.
+            assert!(thrown_away - before <= 2 * 1024, "{} in one step", thrown_away - before);
+            before = thrown_away;
+        }
+        assert!(before > 0);
+        drop(tiny);
+        rig.guest.worker.run();
+        assert_eq!(rig.guest.status(), RUNNING);
+    }
+}
+
+#[test]
 fn there_is_room_for_so_many_clients_and_the_next_is_closed_at_once() {
     // Each of them is two descriptors of this process.
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
