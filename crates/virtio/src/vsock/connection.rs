@@ -1,7 +1,5 @@
 //! One connection, and what goes on between it and its host socket.
 
-use std::collections::VecDeque;
-use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -9,15 +7,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sendmsg, shutdown};
 
+use super::backlog::Backlog;
 use super::credit::Credit;
 use super::packet::{HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind};
 use crate::worker::Nanos;
 
 /// Longest message, either way. It has to be whole before it goes on.
 pub(super) const MAX_MESSAGE: u32 = 64 << 10;
-
-/// A buffer that was emptied keeps at most so much memory.
-const KEPT_CAPACITY: usize = 4096;
 
 /// A connection's name, once it has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -80,11 +76,7 @@ pub(super) struct Connection {
     pub(super) socket: Option<Arc<OwnedFd>>,
     pub(super) owed: Owed,
     /// What the guest sent and the socket has not taken.
-    to_host: VecDeque<u8>,
-    /// Of `to_host` on a socket of messages: the lengths of those that are whole.
-    messages: VecDeque<u32>,
-    /// Bytes at the end of `to_host` that belong to a message which is not.
-    partial: u32,
+    to_host: Backlog,
     /// A message that the guest gets in pieces, and how much of it went.
     pub(super) to_guest: (Vec<u8>, u32),
     /// The socket takes nothing for now, and is watched for when it does.
@@ -117,9 +109,7 @@ impl Connection {
             deadline: None,
             socket: None,
             owed: Owed::default(),
-            to_host: VecDeque::new(),
-            messages: VecDeque::new(),
-            partial: 0,
+            to_host: Backlog::new(promised),
             to_guest: (Vec::new(), 0),
             blocked: false,
             readable: false,
@@ -130,6 +120,16 @@ impl Connection {
             guest_done: false,
             guest_deaf: false,
             told: 0,
+        }
+    }
+
+    /// The most bytes that it can be made to keep.
+    pub(super) fn most_kept(&self) -> u64 {
+        let from_guest = u64::from(self.credit.promised());
+        match self.kind {
+            SocketKind::Stream => from_guest,
+            // With the lengths of messages, and one that the guest gets in pieces.
+            SocketKind::SeqPacket => 2 * from_guest + u64::from(MAX_MESSAGE),
         }
     }
 
@@ -183,22 +183,17 @@ impl Connection {
 
     /// Whether there is a message to write.
     pub(super) fn has_whole_message(&self) -> bool {
-        !self.messages.is_empty()
+        self.to_host.has_message()
     }
 
     /// Keeps what the socket did not take.
     pub(super) fn keep(&mut self, data: &[u8]) {
-        self.to_host.extend(data);
+        self.to_host.add(data);
     }
 
     /// Keeps a piece of a message, which may be its last.
     pub(super) fn keep_message(&mut self, data: &[u8], is_last: bool) {
-        self.to_host.extend(data);
-        self.partial += data.len() as u32;
-        // An empty message cannot be told from the end of a Unix socket.
-        if is_last && self.partial > 0 {
-            self.messages.push_back(std::mem::take(&mut self.partial));
-        }
+        self.to_host.add_piece(data, is_last);
     }
 
     /// Writes what was kept, as far as the socket takes it.
@@ -208,18 +203,15 @@ impl Connection {
             match self.write(len) {
                 Ok(0) | Err(Errno::AGAIN) => break,
                 Ok(written) => {
-                    self.to_host.drain(..written);
-                    if self.kind == SocketKind::SeqPacket {
-                        self.messages.pop_front();
+                    match self.kind {
+                        SocketKind::Stream => self.to_host.remove(written),
+                        SocketKind::SeqPacket => self.to_host.remove_message(),
                     }
                     sent += written as u32;
                 }
                 Err(Errno::PIPE) => return self.deafen(),
                 Err(_) => return Written::Failed,
             }
-        }
-        if self.to_host.is_empty() && self.to_host.capacity() > KEPT_CAPACITY {
-            self.to_host = VecDeque::new();
         }
         self.credit.forward(sent);
         Written::Bytes(sent)
@@ -228,8 +220,7 @@ impl Connection {
     /// Forgets what is kept for a host that does not want it.
     pub(super) fn deafen(&mut self) -> Written {
         self.host_deaf = true;
-        self.credit.forward(self.to_host.len() as u32);
-        (self.to_host, self.messages, self.partial) = (VecDeque::new(), VecDeque::new(), 0);
+        self.credit.forward(self.to_host.clear());
         Written::Deaf
     }
 
@@ -237,17 +228,14 @@ impl Connection {
     fn next_write(&self) -> Option<usize> {
         match self.kind {
             SocketKind::Stream => Some(self.to_host.len()).filter(|&len| len > 0),
-            SocketKind::SeqPacket => self.messages.front().map(|&len| len as usize),
+            SocketKind::SeqPacket => self.to_host.first_message(),
         }
     }
 
     fn write(&self, len: usize) -> Result<usize, Errno> {
         let socket = self.socket.as_ref().ok_or(Errno::PIPE)?;
-        let (first, second) = self.to_host.as_slices();
-        let first = &first[..first.len().min(len)];
-        let second = &second[..len - first.len()];
+        let slices = self.to_host.first(len);
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        let slices = [IoSlice::new(first), IoSlice::new(second)];
         sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), flags)
     }
 

@@ -3,7 +3,7 @@
 //! # Invariants
 //!
 //! - A slot is in the line at most once, whoever has it.
-//! - `promised` is the sum of what all connections were promised.
+//! - `kept` is the sum of what all connections can be made to keep.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
@@ -14,12 +14,12 @@ use crate::worker::Nanos;
 /// The most connections of a device, those that begin or end included.
 pub const MAX_CONNECTIONS: usize = 4096;
 
-/// The most bytes of the guest that all connections together can be made to keep.
-pub const MAX_PROMISED: u64 = 128 << 20;
+/// The most bytes that all connections together can be made to keep.
+pub const MAX_KEPT: u64 = 128 << 20;
 
 /// Credit of a stream while there is plenty.
 const FULL_CREDIT: u32 = 256 << 10;
-/// Credit of a stream when streams have been promised [`PLENTY`].
+/// Credit of a stream when connections can be made to keep [`PLENTY`].
 const SMALL_CREDIT: u32 = 16 << 10;
 const PLENTY: u64 = 32 << 20;
 
@@ -40,7 +40,7 @@ pub(super) struct Table {
     line: VecDeque<Slot>,
     keys: HashMap<Key, Slot>,
     deadlines: BTreeSet<(Nanos, Slot)>,
-    promised: u64,
+    kept: u64,
     next_port: u32,
 }
 
@@ -48,15 +48,16 @@ impl Table {
     /// Adds a connection; None if there is no room.
     pub(super) fn add(&mut self, kind: SocketKind, state: State) -> Option<Slot> {
         let credit = match kind {
-            SocketKind::Stream if self.promised + u64::from(FULL_CREDIT) <= PLENTY => FULL_CREDIT,
+            SocketKind::Stream if self.kept + u64::from(FULL_CREDIT) <= PLENTY => FULL_CREDIT,
             SocketKind::Stream => SMALL_CREDIT,
             SocketKind::SeqPacket => MAX_MESSAGE,
         };
-        if self.len() == MAX_CONNECTIONS || self.promised + u64::from(credit) > MAX_PROMISED {
+        let connection = Connection::new(kind, state, credit);
+        if self.len() == MAX_CONNECTIONS || self.kept + connection.most_kept() > MAX_KEPT {
             return None;
         }
-        self.promised += u64::from(credit);
-        let connection = Some(Connection::new(kind, state, credit));
+        self.kept += connection.most_kept();
+        let connection = Some(connection);
         Some(match self.free.pop() {
             Some(slot) => {
                 self.slots[slot as usize] = connection;
@@ -91,7 +92,7 @@ impl Table {
         self.set_deadline(slot, None);
         let connection = self.slots.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
-        self.promised -= u64::from(connection.credit.promised());
+        self.kept -= connection.most_kept();
         Some(connection)
     }
 
@@ -209,14 +210,14 @@ mod tests {
         assert_eq!(stream(&mut table), None);
         assert_eq!(table.get(slots[0]).unwrap().credit.promised(), FULL_CREDIT);
         assert_eq!(table.get(slots[MAX_CONNECTIONS - 1]).unwrap().credit.promised(), SMALL_CREDIT);
-        assert!(table.promised <= MAX_PROMISED);
+        assert!(table.kept <= MAX_KEPT);
         for slot in slots {
             table.remove(slot).unwrap();
         }
-        assert_eq!((table.len(), table.promised), (0, 0));
+        assert_eq!((table.len(), table.kept), (0, 0));
         let messages =
             (0..MAX_CONNECTIONS).filter_map(|_| table.add(SocketKind::SeqPacket, State::Greeting)).count();
-        assert_eq!(messages as u64, MAX_PROMISED / u64::from(MAX_MESSAGE));
+        assert_eq!(messages, 682, "each keeps messages both ways, and the lengths of those from the guest");
     }
 
     #[test]
