@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sendmsg, shutdown};
 
 use super::backlog::Backlog;
@@ -168,12 +168,31 @@ impl Connection {
         self.has_data() && self.credit.sendable() == 0
     }
 
+    /// Whether the guest should hear how much room it has.
+    pub(super) fn credit_update_due(&self) -> bool {
+        let due = self.owed.credit_update || self.credit.is_update_due(self.to_host.has_partial());
+        self.state == State::Open && due
+    }
+
     /// Whether the guest is owed anything that it could get now.
     pub(super) fn wants_turn(&self) -> bool {
         self.owed != Owed::default()
-            || (self.state == State::Open && self.credit.is_update_due())
+            || self.credit_update_due()
             || (self.has_data() && self.credit.sendable() > 0)
             || self.shutdown_due().is_some()
+    }
+
+    /// The guest sends no more: a message that is not whole never will be.
+    pub(super) fn end_of_guest(&mut self) {
+        self.guest_done = true;
+        self.credit.forward(self.to_host.remove_partial());
+    }
+
+    /// Whether the socket may have more after a read of nothing: that was an empty message then, and not the end.
+    pub(super) fn may_have_more(&self) -> bool {
+        let Some(socket) = &self.socket else { return false };
+        // What the peer sent before it was done is still there.
+        !peer_is_done(socket) || ioctl_fionread(socket).is_ok_and(|left| left > 0)
     }
 
     /// Whether all that the guest sent went to the host.

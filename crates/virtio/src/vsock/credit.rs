@@ -77,8 +77,14 @@ impl Credit {
     }
 
     /// Whether the guest should hear what was handed on: it believes that half of its room is taken which is free.
-    pub(super) fn is_update_due(&self) -> bool {
-        self.forwarded.wrapping_sub(self.told) >= self.promised / 2
+    ///
+    /// In the middle of a message, which can be handed on only when it is whole, it hears of less once it believes that half is taken: it may
+    /// have no room left for the end of the message.
+    pub(super) fn is_update_due(&self, mid_message: bool) -> bool {
+        let news = self.forwarded.wrapping_sub(self.told);
+        let taken = self.received.wrapping_sub(self.told);
+        let half = self.promised / 2;
+        news >= half || (mid_message && news > 0 && taken >= half)
     }
 
     /// Fills in a header that goes to the guest.
@@ -139,13 +145,25 @@ mod tests {
         let mut credit = Credit::new(100);
         credit.receive(80).unwrap();
         credit.forward(49);
-        assert!(!credit.is_update_due());
+        assert!(!credit.is_update_due(false));
         credit.forward(1);
-        assert!(credit.is_update_due());
+        assert!(credit.is_update_due(false));
         let mut header = Header::default();
         credit.tell(&mut header);
         assert_eq!((header.buf_alloc.get(), header.fwd_cnt.get()), (100, 50));
-        assert!(!credit.is_update_due());
+        assert!(!credit.is_update_due(false));
+    }
+
+    #[test]
+    fn in_the_middle_of_a_message_the_guest_hears_of_any_room_before_it_has_none() {
+        let mut credit = Credit::new(100);
+        credit.receive(30).unwrap();
+        credit.forward(1);
+        assert!(!credit.is_update_due(true), "there is plenty left");
+        credit.receive(70).unwrap();
+        assert!(credit.is_update_due(true) && !credit.is_update_due(false));
+        credit.tell(&mut Header::default());
+        assert!(!credit.is_update_due(true), "it has heard that");
     }
 
     proptest! {
@@ -169,7 +187,7 @@ mod tests {
                 prop_assert_eq!(credit.receive(len), Ok(()));
                 let held = credit.received.wrapping_sub(credit.forwarded);
                 credit.forward(held.min(u32::from(forward)));
-                if credit.is_update_due() {
+                if credit.is_update_due(false) {
                     let mut header = Header::default();
                     credit.tell(&mut header);
                     known = header.fwd_cnt.get();
@@ -177,7 +195,7 @@ mod tests {
             }
             let held = credit.received.wrapping_sub(credit.forwarded);
             credit.forward(held);
-            if credit.is_update_due() {
+            if credit.is_update_due(false) {
                 known = credit.forwarded;
             }
             prop_assert!(promised - sent.wrapping_sub(known) > 0, "everything was handed on and the guest has no room");

@@ -204,7 +204,9 @@ impl Switch {
     /// The guest ends one or both directions.
     fn shutdown_by_guest(&mut self, cx: &mut Context<'_>, slot: Slot, flags: u32) {
         let Some(connection) = self.table.get(slot) else { return };
-        connection.guest_done |= flags & SHUTDOWN_SEND != 0;
+        if flags & SHUTDOWN_SEND != 0 {
+            connection.end_of_guest();
+        }
         connection.guest_deaf |= flags & SHUTDOWN_RECEIVE != 0;
         if connection.guest_done && connection.guest_deaf {
             let reset = reset_of(connection);

@@ -2,7 +2,7 @@
 
 use rustix::io::Errno;
 
-use super::connection::{State, peer_is_done, peer_is_gone};
+use super::connection::peer_is_gone;
 use super::packet::{END_OF_MESSAGE, HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SocketKind};
 use super::switch::{Switch, message_room};
 use super::table::Slot;
@@ -126,8 +126,7 @@ impl ToGuest {
         }
         // After the data, whose headers tell the credit, too.
         while let Some((op, flags)) = switch.table.get(slot).and_then(|connection| {
-            let update = connection.owed.credit_update || connection.credit.is_update_due();
-            if update && connection.state == State::Open {
+            if connection.credit_update_due() {
                 return Some((Op::CreditUpdate, 0));
             }
             if std::mem::take(&mut connection.owed.credit_request) {
@@ -268,7 +267,7 @@ impl ToGuest {
             match connection.read_message(message_room(&mut switch.scratch)) {
                 Ok(Some(())) => {}
                 // An empty message, not the end.
-                Ok(None) if !connection.socket.as_ref().is_none_or(peer_is_done) => {
+                Ok(None) if connection.may_have_more() => {
                     spend(budget, 0);
                     return Ok(Served::More);
                 }

@@ -4,13 +4,13 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, send,
-    socket_with,
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
+    send, shutdown, socket_with,
 };
 
 use super::guest::{End, Rig};
 use crate::testing::Kind;
-use crate::vsock::packet::{END_OF_MESSAGE, Op, SHUTDOWN_BOTH, SocketKind};
+use crate::vsock::packet::{END_OF_MESSAGE, Op, SHUTDOWN_BOTH, SHUTDOWN_SEND, SocketKind};
 use crate::vsock::{Listener, SocketFile};
 
 fn client(rig: &Rig) -> OwnedFd {
@@ -149,6 +149,57 @@ fn empty_messages_go_nowhere_and_do_no_harm() {
     assert_eq!(rig.expect(Op::Rw).data, b"y");
     drop(client);
     assert_eq!(rig.expect(Op::Shutdown).flags(), SHUTDOWN_BOTH);
+}
+
+#[test]
+fn a_guest_that_runs_out_of_room_in_the_middle_of_a_message_hears_of_more() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (client, end) = open(&mut rig);
+    rig.send_data(&end, END_OF_MESSAGE, b"x");
+    // As long as its room in all; it sends what it knows to have room for, and waits.
+    let message = vec![7; 65536];
+    rig.send_data(&end, 0, &message[..65535]);
+    let update = rig.expect(Op::CreditUpdate).header;
+    assert_eq!((update.buf_alloc.get(), update.fwd_cnt.get()), (65536, 1));
+    rig.send_data(&end, END_OF_MESSAGE, &message[65535..]);
+    assert_eq!(read(&client).unwrap(), b"x");
+    assert!(read(&client).unwrap() == message);
+}
+
+#[test]
+fn messages_behind_an_empty_one_arrive_though_their_sender_is_gone() {
+    for both in [false, true] {
+        let mut rig = Rig::new(Kind::Mmio);
+        let (client, _) = open(&mut rig);
+        for message in [&b""[..], b"first", b"", b"", b"second", b""] {
+            write(&client, message);
+        }
+        let _still_there = if both {
+            drop(client);
+            None
+        } else {
+            shutdown(&client, Shutdown::Write).unwrap();
+            Some(client)
+        };
+        assert_eq!(rig.expect(Op::Rw).data, b"first");
+        assert_eq!(rig.expect(Op::Rw).data, b"second");
+        assert_eq!(rig.expect(Op::Shutdown).flags(), if both { SHUTDOWN_BOTH } else { SHUTDOWN_SEND });
+    }
+}
+
+#[test]
+fn a_message_that_never_becomes_whole_holds_up_no_end() {
+    for flags in [SHUTDOWN_SEND, SHUTDOWN_BOTH] {
+        let mut rig = Rig::new(Kind::Mmio);
+        let (client, end) = open(&mut rig);
+        rig.send_data(&end, END_OF_MESSAGE, b"whole");
+        rig.send_data(&end, 0, b"and not");
+        rig.send(&end, Op::Shutdown, flags);
+        assert_eq!(read(&client).unwrap(), b"whole");
+        assert_eq!(read(&client).unwrap(), b"", "the end");
+        let is_over = rig.control.stats().conns_removed.get() == 1;
+        assert_eq!(is_over, flags == SHUTDOWN_BOTH);
+    }
 }
 
 #[test]
