@@ -6,6 +6,9 @@
 
 use super::packet::Header;
 
+/// The most bytes that are on their way to the guest, whatever it has room for: counters that wrap tell no more apart.
+const MAX_ON_THE_WAY: u32 = 1 << 30;
+
 /// Both sides' accounts of one connection.
 #[derive(Debug, Clone)]
 pub(super) struct Credit {
@@ -46,7 +49,8 @@ impl Credit {
         if self.sent.wrapping_sub(forwarded) > u32::MAX / 2 {
             return Err(Violation);
         }
-        (self.peer_room, self.peer_forwarded) = (header.buf_alloc.get(), forwarded);
+        self.peer_room = header.buf_alloc.get().min(MAX_ON_THE_WAY);
+        self.peer_forwarded = forwarded;
         Ok(())
     }
 
@@ -126,6 +130,20 @@ mod tests {
         credit.send(3);
         assert_eq!(credit.learn(&says(10, 4)), Err(Violation));
         assert_eq!(credit.learn(&says(10, 3)), Ok(()));
+    }
+
+    #[test]
+    fn a_guest_may_have_more_room_than_counters_can_tell() {
+        let mut credit = Credit::new(100);
+        credit.learn(&says(u32::MAX, 0)).unwrap();
+        while credit.sendable() > 0 {
+            credit.send(credit.sendable().min(1 << 20));
+        }
+        assert_eq!(credit.sent, MAX_ON_THE_WAY);
+        assert_eq!(credit.learn(&says(u32::MAX, 0)), Ok(()), "what it has not read yet is no violation");
+        assert_eq!(credit.learn(&says(u32::MAX, 5)), Ok(()));
+        assert_eq!(credit.sendable(), 5);
+        assert_eq!(credit.learn(&says(u32::MAX, MAX_ON_THE_WAY + 1)), Err(Violation));
     }
 
     #[test]
