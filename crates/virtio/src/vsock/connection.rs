@@ -95,6 +95,8 @@ pub(super) struct Connection {
     pub(super) guest_done: bool,
     /// The guest takes no more.
     pub(super) guest_deaf: bool,
+    /// How often in a row the guest was asked for room.
+    pub(super) asked: u32,
     /// Flags of the last `SHUTDOWN` that the guest got.
     pub(super) told: u32,
 }
@@ -119,6 +121,7 @@ impl Connection {
             host_deaf: false,
             guest_done: false,
             guest_deaf: false,
+            asked: 0,
             told: 0,
         }
     }
@@ -243,6 +246,20 @@ impl Connection {
         Written::Deaf
     }
 
+    /// Where the host is gone and nothing that it sent is left or wanted, both its directions are over.
+    pub(super) fn settle(&mut self) {
+        let is_read = self.host_done || self.guest_deaf;
+        if self.hangup && is_read && !self.host_deaf && self.is_peer_gone() {
+            self.host_done = true;
+            self.deafen();
+        }
+    }
+
+    /// Whether whoever is at the other end of the socket has closed it, both directions.
+    pub(super) fn is_peer_gone(&self) -> bool {
+        self.socket.as_ref().is_none_or(peer_is_gone)
+    }
+
     /// How many of the bytes that are kept go in one write.
     fn next_write(&self) -> Option<usize> {
         match self.kind {
@@ -277,7 +294,7 @@ impl Connection {
 }
 
 /// Whether whoever is at the other end has closed it, both directions.
-pub(super) fn peer_is_gone(socket: impl AsFd) -> bool {
+fn peer_is_gone(socket: impl AsFd) -> bool {
     state_of(socket).intersects(PollFlags::HUP | PollFlags::ERR)
 }
 

@@ -69,7 +69,13 @@ impl Switch {
             self.kill(cx, slot);
             return None;
         }
-        match (op, connection.state) {
+        let state = connection.state;
+        if state == State::Open && connection.asked > 0 && connection.credit.sendable() > 0 {
+            connection.asked = 0;
+            self.table.set_deadline(slot, None);
+        }
+        let connection = self.table.get(slot)?;
+        match (op, state) {
             (Op::Rw, State::Open) => return Some(slot),
             (Op::Response, State::Requested) => self.opened(cx, slot),
             (Op::CreditRequest, State::Open) => connection.owed.credit_update = true,
@@ -222,6 +228,7 @@ impl Switch {
         if connection.guest_deaf {
             connection.shut(Shutdown::Read);
             connection.to_guest = (Vec::new(), 0);
+            connection.settle();
         }
     }
 

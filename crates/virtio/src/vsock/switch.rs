@@ -22,8 +22,10 @@ use crate::worker::{Context, Interest, Nanos};
 const MS: Nanos = 1_000_000;
 /// How long the guest may take to forget a connection that the host is done with.
 const CLOSE_PATIENCE: Nanos = 10_000 * MS;
-/// How long a guest may have no room before it is asked for some.
+/// How long a guest may have no room before it is asked for some; each time twice as long as before.
 const STALL_PATIENCE: Nanos = 200 * MS;
+/// How often that gets longer.
+const MAX_DOUBLINGS: u32 = 8;
 
 /// The last descriptors that a process may have are not for connections.
 const RESERVED_FDS: u64 = 64;
@@ -68,6 +70,8 @@ pub(super) struct Switch {
     pub(super) with_messages: bool,
     /// For each listener, whether somebody may wait at it.
     pub(super) waiting: Vec<bool>,
+    /// Host clients are turned away: nobody serves them.
+    pub(super) is_closed: bool,
     /// Descriptors ran out: when to accept again.
     pub(super) accept_at: Option<Nanos>,
     /// Descriptors from this number on are not for connections.
@@ -94,6 +98,7 @@ impl Switch {
             with_messages,
             waiting: vec![true; sockets.listeners.len()],
             sockets,
+            is_closed: false,
             accept_at: None,
             fd_limit: fd_limit.saturating_sub(RESERVED_FDS),
         }
@@ -109,8 +114,9 @@ impl Switch {
 
     /// A guest that has no room usually says when it has some. If it does not, it will be asked.
     pub(super) fn watch_stall(&mut self, cx: &mut Context<'_>, slot: Slot) {
-        if self.table.get(slot).is_some_and(|c| c.deadline.is_none() && c.is_stalled()) {
-            let deadline = cx.now().saturating_add(STALL_PATIENCE);
+        let stalled = self.table.get(slot).filter(|c| c.deadline.is_none() && c.is_stalled());
+        if let Some(asked) = stalled.map(|c| c.asked) {
+            let deadline = cx.now().saturating_add(STALL_PATIENCE << asked.min(MAX_DOUBLINGS));
             self.table.set_deadline(slot, Some(deadline));
         }
     }
@@ -119,6 +125,7 @@ impl Switch {
     fn ask_for_credit(&mut self, cx: &mut Context<'_>, slot: Slot) {
         if let Some(connection) = self.table.get(slot).filter(|c| c.is_stalled()) {
             connection.owed.credit_request = true;
+            connection.asked = connection.asked.saturating_add(1);
             self.queue(cx, slot);
         }
     }

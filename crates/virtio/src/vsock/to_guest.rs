@@ -2,7 +2,6 @@
 
 use rustix::io::Errno;
 
-use super::connection::peer_is_gone;
 use super::packet::{END_OF_MESSAGE, HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SocketKind};
 use super::switch::{Switch, message_room};
 use super::table::Slot;
@@ -240,11 +239,9 @@ impl ToGuest {
         match result {
             Err(Errno::AGAIN) => {}
             Ok(()) => {
-                connection.host_done = true;
-                let is_gone = connection.socket.as_ref().is_none_or(peer_is_gone);
-                if is_gone && !connection.host_deaf {
-                    connection.deafen();
-                }
+                // Here is its end, whether or not the event has come.
+                (connection.host_done, connection.hangup) = (true, true);
+                connection.settle();
             }
             Err(_) => {
                 switch.shared.stats.rx_read_fails.add(1);

@@ -1,5 +1,6 @@
 //! Guests that break the rules, and hosts that never read.
 
+use std::io::ErrorKind::WouldBlock;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 
@@ -231,6 +232,9 @@ fn a_broken_queue_ends_all_connections_and_a_reset_makes_the_device_whole() {
     rig.break_tx();
     assert!(is_at_end(&mut client));
     assert_ne!(rig.guest.status(), RUNNING);
+    let mut too_late = rig.dial(1);
+    rig.guest.worker.run();
+    assert_ne!(std::io::Read::read(&mut too_late, &mut [0]).map_err(|e| e.kind()), Err(WouldBlock));
     rig.start();
     let (mut client, end) = rig.open_by_host(1);
     rig.send_data(&end, 0, b"again");

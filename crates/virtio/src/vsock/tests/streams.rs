@@ -156,6 +156,36 @@ fn the_guest_gets_no_more_than_it_has_room_for() {
 }
 
 #[test]
+fn a_guest_without_room_is_asked_less_and_less_often() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (mut client, mut end) = rig.open_by_host(1);
+    end.room = 4;
+    rig.send(&end, Op::CreditUpdate, 0);
+    client.write_all(b"01234567").unwrap();
+    assert_eq!(rig.expect(Op::Rw).data, b"0123");
+    let asked_for = |rig: &mut Rig, end: &End, seconds: u64| {
+        let mut asked = 0;
+        for _ in 0..seconds * 10 {
+            rig.guest.worker.advance(100 * MS);
+            while let Some(packet) = rig.next() {
+                assert_eq!(packet.op(), Op::CreditRequest);
+                asked += 1;
+                rig.send(end, Op::CreditUpdate, 0);
+            }
+        }
+        asked
+    };
+    let (first, later) = (asked_for(&mut rig, &end, 60), asked_for(&mut rig, &end, 600));
+    assert!((4..10).contains(&first) && (5..15).contains(&later), "{first} and {later}");
+    // Once it had some, it is as at the beginning.
+    end.forwarded = 3;
+    rig.send(&end, Op::CreditUpdate, 0);
+    assert_eq!(rig.expect(Op::Rw).data, b"456");
+    rig.guest.worker.advance(200 * MS);
+    rig.expect(Op::CreditRequest);
+}
+
+#[test]
 fn the_guest_hears_of_room_when_it_asks_and_when_half_of_it_is_free_again() {
     let mut rig = Rig::new(Kind::Mmio);
     let server = rig.serve(1);
