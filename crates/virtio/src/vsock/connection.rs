@@ -10,6 +10,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sen
 use super::backlog::Backlog;
 use super::credit::Credit;
 use super::packet::{HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind};
+use super::table::Server;
 use crate::worker::Nanos;
 
 /// Longest message, either way. It has to be whole before it goes on.
@@ -28,10 +29,7 @@ pub(super) enum State {
     /// A host client is there and has not said where it wants to go.
     Greeting,
     /// The guest wants it, and whoever serves the port has no time yet.
-    Dialing {
-        /// When the guest is told that nobody serves it.
-        give_up: Nanos,
-    },
+    Dialing,
     /// The guest is asked and has not answered.
     Requested,
     /// Data flows.
@@ -72,6 +70,8 @@ pub(super) struct Connection {
     pub(super) key: Option<Key>,
     pub(super) credit: Credit,
     pub(super) deadline: Option<Nanos>,
+    /// Its turn at the server that it waits for.
+    pub(super) turn: Option<u64>,
     /// None where there is none yet or any more.
     pub(super) socket: Option<Arc<OwnedFd>>,
     pub(super) owed: Owed,
@@ -109,6 +109,7 @@ impl Connection {
             key: None,
             credit: Credit::new(promised),
             deadline: None,
+            turn: None,
             socket: None,
             owed: Owed::default(),
             to_host: Backlog::new(promised),
@@ -124,6 +125,11 @@ impl Connection {
             asked: 0,
             told: 0,
         }
+    }
+
+    /// The host server that a connection of the guest goes to.
+    pub(super) fn server(&self) -> Option<Server> {
+        self.key.map(|key| (key.host_port, self.kind))
     }
 
     /// The most bytes that it can be made to keep.

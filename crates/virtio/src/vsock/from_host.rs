@@ -42,7 +42,7 @@ impl Switch {
                     self.kill(cx, slot);
                 }
             }
-            State::Requested | State::Dialing { .. } | State::Closing => {}
+            State::Requested | State::Dialing | State::Closing => {}
             State::Open | State::Lingering => {
                 connection.readable |= event.readable || hangup;
                 connection.settle();

@@ -1,11 +1,12 @@
-//! All connections: by ports, by deadline, and the line of those that have something for the guest.
+//! All connections: by ports, by deadline, and the lines of those that have something for the guest and of those that wait for a host server.
 //!
 //! # Invariants
 //!
-//! - A slot is in the line at most once, whoever has it.
+//! - A slot is in the line for the guest at most once, whoever has it. Only a connection that there is waits for a server.
 //! - `kept` is the sum of what all connections can be made to keep.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::ops::Bound;
 
 use super::connection::{Connection, Key, MAX_MESSAGE, State};
 use super::packet::SocketKind;
@@ -30,6 +31,9 @@ const PORTS: u32 = 1 << 30;
 /// A connection's place, and its token at the worker.
 pub(super) type Slot = u32;
 
+/// Whoever serves a port on the host.
+pub(super) type Server = (u32, SocketKind);
+
 /// The connections.
 #[derive(Debug, Default)]
 pub(super) struct Table {
@@ -40,6 +44,9 @@ pub(super) struct Table {
     line: VecDeque<Slot>,
     keys: HashMap<Key, Slot>,
     deadlines: BTreeSet<(Nanos, Slot)>,
+    /// For each server that has no time, who waits for it, by their turn.
+    waiting: BTreeMap<Server, BTreeMap<u64, Slot>>,
+    next_turn: u64,
     kept: u64,
     next_port: u32,
 }
@@ -88,6 +95,7 @@ impl Table {
 
     /// Takes a connection out.
     pub(super) fn remove(&mut self, slot: Slot) -> Option<Connection> {
+        self.stop_waiting(slot);
         self.forget_key(slot);
         self.set_deadline(slot, None);
         let connection = self.slots.get_mut(slot as usize)?.take()?;
@@ -155,13 +163,49 @@ impl Table {
     pub(super) fn postpone(&mut self, by: Nanos) {
         for slot in self.all() {
             if let Some(connection) = self.get(slot) {
-                if let State::Dialing { give_up } = &mut connection.state {
-                    *give_up = give_up.saturating_add(by);
-                }
                 let deadline = connection.deadline.map(|at| at.saturating_add(by));
                 self.set_deadline(slot, deadline);
             }
         }
+    }
+
+    /// Lets a connection, which has a name, wait for the server that it wants.
+    pub(super) fn wait(&mut self, slot: Slot) {
+        let turn = self.next_turn;
+        let Some(connection) = self.get(slot) else { return };
+        let Some(server) = connection.server().filter(|_| connection.turn.is_none()) else { return };
+        connection.turn = Some(turn);
+        self.next_turn += 1;
+        self.waiting.entry(server).or_default().insert(turn, slot);
+    }
+
+    /// A connection waits no more.
+    pub(super) fn stop_waiting(&mut self, slot: Slot) {
+        let Some(connection) = self.get(slot) else { return };
+        let (Some(server), Some(turn)) = (connection.server(), connection.turn.take()) else { return };
+        if let Some(line) = self.waiting.get_mut(&server) {
+            line.remove(&turn);
+            if line.is_empty() {
+                self.waiting.remove(&server);
+            }
+        }
+    }
+
+    /// Who waits for this server, and came first.
+    pub(super) fn first_waiting(&self, server: Server) -> Option<Slot> {
+        self.waiting.get(&server)?.values().next().copied()
+    }
+
+    /// How many servers are waited for.
+    pub(super) fn servers(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The next server that is waited for after this one, in a circle.
+    pub(super) fn server_after(&self, last: Option<Server>) -> Option<Server> {
+        let after =
+            last.and_then(|last| self.waiting.range((Bound::Excluded(last), Bound::Unbounded)).next());
+        after.or_else(|| self.waiting.first_key_value()).map(|(server, _)| *server)
     }
 
     /// Puts a connection at the end of the line, unless it stands in it.
@@ -269,5 +313,32 @@ mod tests {
         table.set_deadline(a, Some(1));
         table.remove(a);
         assert_eq!(table.next_deadline(), None);
+    }
+
+    #[test]
+    fn who_came_first_is_the_first_that_waits_and_servers_come_in_a_circle() {
+        let mut table = Table::default();
+        let wait = |table: &mut Table, host_port, guest_port| {
+            let slot = stream(table).unwrap();
+            table.set_key(slot, Key { host_port, guest_port });
+            table.wait(slot);
+            table.wait(slot);
+            slot
+        };
+        let (a, b, c) = (wait(&mut table, 5, 1), wait(&mut table, 5, 2), wait(&mut table, 7, 1));
+        let [five, seven] = [5, 7].map(|port| (port, SocketKind::Stream));
+        assert_eq!((table.first_waiting(five), table.first_waiting(seven)), (Some(a), Some(c)));
+        table.remove(a);
+        // It has the slot that was free, and comes after the other.
+        let d = wait(&mut table, 5, 3);
+        assert_eq!((d, table.first_waiting(five)), (a, Some(b)));
+        assert_eq!(
+            [None, Some(five), Some(seven)].map(|last| table.server_after(last)),
+            [Some(five), Some(seven), Some(five)]
+        );
+        for slot in [b, c, d] {
+            table.stop_waiting(slot);
+        }
+        assert_eq!((table.servers(), table.server_after(Some(five))), (0, None));
     }
 }

@@ -116,6 +116,36 @@ fn a_server_with_a_full_queue_is_tried_again_for_a_while() {
     assert_eq!(rig.next(), None);
     rig.guest.worker.advance(6_000 * MS);
     assert_eq!(rig.expect(Op::Rst).header.dst_port.get(), 2);
+    let stats = rig.control.stats();
+    assert_eq!((stats.conns_refused.get(), stats.conns_killed.get()), (1, 0));
+    assert_eq!(rig.guest.worker.next_timer(), None);
+}
+
+#[test]
+fn those_who_wait_for_a_server_get_to_it_in_their_order() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (listener, _file) = crate::vsock::Listener::bind(&rig.path("_8"), SocketKind::Stream).unwrap();
+    rustix::net::listen(listener.fd(), 0).unwrap();
+    let waits = UnixStream::connect(rig.path("_8")).unwrap();
+    let end = End { port: 1, host_port: 8, kind: SocketKind::Stream, room: 1, forwarded: 0 };
+    for port in 1..200 {
+        rig.send(&End { port, ..end }, Op::Request, 0);
+    }
+    // One gives up, and asks anew.
+    rig.send(&End { port: 2, ..end }, Op::Rst, 0);
+    rig.send(&End { port: 2, ..end }, Op::Request, 0);
+    let mut served = vec![listener.accept().unwrap()];
+    drop(waits);
+    // There is room before it was tried again: who comes now does not overtake.
+    rig.send(&End { port: 200, ..end }, Op::Request, 0);
+    assert_eq!(rig.next(), None);
+    for port in (1..200).filter(|&port| port != 2).chain([2, 200]) {
+        rig.guest.worker.advance(10 * MS);
+        assert_eq!(rig.expect(Op::Response).header.dst_port.get(), port);
+        assert_eq!(rig.next(), None, "the server has no time for more");
+        served.push(listener.accept().unwrap());
+    }
+    assert_eq!(rig.guest.worker.next_timer(), None);
 }
 
 #[test]
