@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{FromZeros, IntoBytes};
@@ -342,6 +343,15 @@ fn sockets(dir: &TempDir) -> (HostSockets, Vec<SocketFile>) {
     let (messages, messages_file) = Listener::bind(&dir.path().join("v.seq"), SocketKind::SeqPacket).unwrap();
     let sockets = HostSockets { listeners: vec![stream, messages], path: Some(dir.path().join("v")) };
     (sockets, vec![stream_file, messages_file])
+}
+
+/// Lets this process have so many connections, each of which is two descriptors of it.
+pub(super) fn allow_connections(count: usize) {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Some(3 * count as u64).max(limit.current);
+    let raised = Rlimit { current: limit.maximum.min(wanted).or(wanted), ..limit };
+    setrlimit(Resource::Nofile, raised).unwrap();
+    assert!(raised.current >= wanted, "{wanted:?} descriptors are needed, {:?} allowed", raised.current);
 }
 
 /// All that is there now.

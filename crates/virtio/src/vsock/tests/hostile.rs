@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use zerocopy::IntoBytes;
 
-use super::guest::{CID, End, Rig, is_at_end, read};
+use super::guest::{CID, End, Rig, allow_connections, is_at_end, read};
 use crate::testing::{Kind, RUNNING};
 use crate::vsock::MAX_CONNECTIONS;
 use crate::vsock::packet::{HOST_CID, Header, Op, SocketKind};
@@ -192,16 +192,7 @@ fn a_driver_that_refills_bad_buffers_while_they_are_thrown_away_gets_a_turn_and_
 
 #[test]
 fn there_is_room_for_so_many_clients_and_the_next_is_closed_at_once() {
-    // Each of them is two descriptors of this process.
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let wanted = Some(3 * MAX_CONNECTIONS as u64);
-    let raised = rustix::process::Rlimit { current: limit.maximum.min(wanted).or(wanted), ..limit };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
-    assert!(
-        raised.current >= wanted,
-        "this test needs {wanted:?} descriptors, and may have {:?}",
-        raised.current
-    );
+    allow_connections(MAX_CONNECTIONS);
     let mut rig = Rig::new(Kind::Mmio);
     let mut clients = Vec::new();
     for _ in 0..MAX_CONNECTIONS {

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 
-use super::guest::{CID, End, MS, Rig, is_at_end, read};
+use super::guest::{CID, End, MS, Rig, allow_connections, is_at_end, read};
 use crate::testing::Kind;
 use crate::vsock::packet::{HOST_CID, Op, SocketKind};
 
@@ -232,6 +232,33 @@ fn the_guest_hears_of_room_when_it_asks_and_when_half_of_it_is_free_again() {
         read(&mut peer);
     }
     assert_eq!(rig.expect(Op::CreditUpdate).header.fwd_cnt.get(), 1000 + (128 << 10));
+}
+
+#[test]
+fn a_greedy_stream_holds_up_none_of_a_thousand() {
+    allow_connections(1001);
+    let mut rig = Rig::with(Kind::Mmio, 32, 4096 + 44);
+    let (mut greedy, its_end) = rig.open_by_host(1);
+    let mut others: Vec<_> = (0..1000).map(|_| rig.open_by_host(2).0).collect();
+    let piece = vec![1; 60_000];
+    let _ = greedy.write(&piece);
+    for other in &mut others {
+        other.write_all(b"me, too").unwrap();
+    }
+    let (mut taken, mut served) = (0, 0);
+    while served < others.len() {
+        // It has more, always, and the guest has room for it.
+        let _ = greedy.write(&piece);
+        let packet = rig.next().unwrap();
+        if packet.header.src_port.get() == its_end.host_port {
+            taken += packet.data.len();
+            let told = End { forwarded: taken as u32, ..its_end };
+            rig.send(&told, Op::CreditUpdate, 0);
+        } else {
+            served += usize::from(packet.data == b"me, too");
+        }
+    }
+    assert!((1..=3 * (64 << 10)).contains(&taken), "{taken} bytes before the last of the others");
 }
 
 #[test]
