@@ -193,8 +193,8 @@ mod tests {
         fn messages_come_out_as_they_went_in(lens in prop::collection::vec(0usize..40_000, 0..20), taken in 0usize..20) {
             let mut backlog = Backlog::new(u32::MAX);
             let message = |i: usize| vec![i as u8; lens[i]];
-            for i in 0..lens.len() {
-                let (one, other) = (lens[i] / 3, lens[i] - lens[i] / 3);
+            for (i, len) in lens.iter().enumerate() {
+                let (one, other) = (len / 3, len - len / 3);
                 backlog.add_piece(&message(i)[..one], false);
                 backlog.add_piece(&message(i)[one..][..other], true);
                 if i == taken && backlog.has_message() {
