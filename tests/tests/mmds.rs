@@ -5,9 +5,13 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, env, given, start, vmm_path};
+use vesta_tests::guest::{
+    BOOT, BOOT_ARGS, Guest, Kernel, SOON, Transport, busybox, env, given, start, vmm_path,
+};
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::on_each_transport;
+use vesta_tests::process::Orphans;
+use vesta_tests::said::wait_for_text;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// Any address will do; a route to the service is all that the guest needs.
@@ -34,6 +38,8 @@ struct Setup<'a> {
     programs: &'a [(&'a str, &'a str)],
     mmds: Value,
     args: &'a [&'a str],
+    /// More of the kernel's command line.
+    boot_args: &'a str,
 }
 
 impl Default for Setup<'_> {
@@ -45,6 +51,7 @@ impl Default for Setup<'_> {
             programs: &[],
             mmds: json!({"network_interfaces": ["eth0"]}),
             args: &[],
+            boot_args: "",
         }
     }
 }
@@ -68,6 +75,7 @@ impl Setup<'_> {
         let disk = if self.disk { DISK } else { "" };
         let script = format!("{NETWORK}{disk}{}\npoweroff -f", self.script);
         let guest = Guest::with_initramfs(Kernel::Tuned, initramfs, &script, builder.dir())?.mem_mib(256);
+        let guest = guest.boot_args(&format!("{BOOT_ARGS} {}", self.boot_args));
         let vmm = builder.spawn()?;
         let mut api = vmm.ready_client(SOON)?;
         guest.put(&mut api)?;
@@ -202,7 +210,7 @@ on_each_transport! {
             disk: true,
             programs: &[("sdk.py", program)],
             mmds: json!({"network_interfaces": ["eth0"], "version": "V2", "imds_compat": true}),
-            args: &[],
+            ..Setup::default()
         };
         let said = setup.said(&contents)?;
         assert_eq!(part(&said, "sdk"), "iam-role AKIDEXAMPLE secret/example session-token");
@@ -282,6 +290,60 @@ fn cloud_init_reads_its_ec2_data_source() -> Result<()> {
     Ok(())
 }
 
+/// As flintlock's guests find it: the data source that the kernel's command line names, without a token, with YAML in strings. The disk
+/// has no tool to look for seeds on other disks.
+#[test]
+fn cloud_init_reads_its_no_cloud_data_source() -> Result<()> {
+    let program = "from cloudinit import helpers\n\
+        from cloudinit import util\n\
+        from cloudinit.sources.DataSourceNoCloud import DataSourceNoCloudNet\n\
+        util.find_devs_with = lambda *args, **more: []\n\
+        paths = helpers.Paths({'cloud_dir': '/tmp/cloud', 'run_dir': '/tmp/run'})\n\
+        source = DataSourceNoCloudNet({}, None, paths)\n\
+        assert source._get_data()\n\
+        print('<id>' + source.get_instance_id() + '</id>')\n\
+        print('<name>' + source.metadata['local-hostname'] + '</name>')\n\
+        print('<user>' + source.userdata_raw.decode() + '</user>')\n\
+        print('<seed>' + str(source.seed) + '</seed>')\n";
+    let contents = json!({"latest": {
+        "meta-data": "instance-id: i-nocloud\nlocal-hostname: tester\n",
+        "user-data": "#cloud-config\npackages: []",
+    }});
+    let setup = Setup {
+        script: "in_disk python3 /tmp/source.py 2>&1",
+        disk: true,
+        programs: &[("source.py", program)],
+        boot_args: "ds=nocloud-net;s=http://169.254.169.254/latest/",
+        ..Setup::default()
+    };
+    let said = setup.said(&contents)?;
+    assert_eq!(part(&said, "id"), "i-nocloud");
+    assert_eq!(part(&said, "name"), "tester");
+    assert_eq!(part(&said, "user"), "#cloud-config\npackages: []");
+    assert!(part(&said, "seed").contains("http://169.254.169.254/latest/"), "{said}");
+    Ok(())
+}
+
+/// Two interfaces lead to it.
+#[test]
+fn every_interface_that_is_named_leads_there() -> Result<()> {
+    let script = format!(
+        "ip link set eth1 up; ip addr add 192.168.78.2/24 dev eth1\n\
+         ask() {{ echo \"<$1>$(wget -q -O - {AT}/a 2>&1)</$1>\"; }}\n\
+         ask first\n\
+         ip route del 169.254.169.254 dev eth0; ip route add 169.254.169.254 dev eth1\n\
+         ask second"
+    );
+    let (mut vmm, mut api) =
+        Setup { script: &script, ..Setup::default() }.configure(&json!({"a": "found"}))?;
+    api.put("/network-interfaces/eth1", &interface("eth1"))?.ok()?;
+    api.put("/mmds/config", &json!({"network_interfaces": ["eth0", "eth1"]}))?.ok()?;
+    start(&mut api)?;
+    let said = said(&mut vmm)?;
+    assert_eq!((part(&said, "first"), part(&said, "second")), ("found".to_owned(), "found".to_owned()));
+    Ok(())
+}
+
 /// One of two interfaces leads to it, at an address of its own.
 #[test]
 fn an_interface_that_is_not_named_does_not_lead_there() -> Result<()> {
@@ -321,6 +383,20 @@ fn a_configuration_file_and_a_metadata_file_are_enough() -> Result<()> {
     let builder = builder.arg("--no-api").arg("--metadata").arg(&file).with_config(&config)?;
     let mut vmm = builder.spawn()?;
     assert_eq!(part(&said(&mut vmm)?, "id"), "ami-1234");
+    Ok(())
+}
+
+/// And for a guest without a network: its configuration file names no interface for the service then.
+#[test]
+fn a_configuration_file_may_name_no_interface_for_it() -> Result<()> {
+    let builder = VmmBuilder::new(&vmm_path())?;
+    let mut config = Guest::linux(Kernel::Tuned, "echo UP; poweroff -f", builder.dir())?.config();
+    config["mmds-config"] = json!({"version": "V1"});
+    let file = builder.dir().join("metadata.json");
+    std::fs::write(&file, contents().to_string())?;
+    let builder = builder.arg("--no-api").arg("--metadata").arg(&file).with_config(&config)?;
+    let said = said(&mut builder.spawn()?)?;
+    assert!(said.contains("UP"), "{said}");
     Ok(())
 }
 
@@ -404,7 +480,58 @@ fn a_guest_without_a_way_to_it_has_no_contents() -> Result<()> {
         let answer = api.request(method, "/mmds", body)?;
         assert!(answer.status == 400 && answer.fault().contains("cannot reach MMDS"), "{answer:?}");
     }
+    let child = api.put("/fork", &json!({"children": [{"id": "c", "mmds": {"a": "2"}}]}))?;
+    assert!(child.status == 400 && child.fault().contains("child c: mmds"), "{child:?}");
     Ok(())
+}
+
+/// Each side of a fork reads what its own user says, from the moment of the fork on.
+#[test]
+fn a_forks_child_reads_its_own_contents() -> Result<()> {
+    let script = format!(
+        "while :; do\n\
+         value=$(wget -q -O - {AT}/round 2>/dev/null) || continue\n\
+         [ \"$value\" = \"$last\" ] || {{ echo \"<saw$value>\"; last=$value; }}\n\
+         [ \"$value\" = end ] && break\n\
+         done; echo LAST"
+    );
+    let (mut vmm, mut api) =
+        Setup { script: &script, ..Setup::default() }.start(&json!({"round": "begin", "same": "1"}))?;
+    vmm.wait_for_output("<sawbegin>", BOOT)?;
+    let home = tempfile::tempdir()?;
+    let path = |name: &str| home.path().join(name);
+    let child = |id: &str, more: Value| {
+        let mut child = json!({
+            "id": id, "api_socket": path(id), "serial": {"serial_out_path": path(&format!("{id}.serial"))},
+            "network_overrides": [{"iface_id": "eth0", "host_dev_name": format!("vesta-{id}")}],
+        });
+        if !more.is_null() {
+            child["mmds"] = more;
+        }
+        child
+    };
+    let children = [child("own", json!({"round": "own"})), child("same", Value::Null)];
+    let reply = api.put("/fork", &json!({"children": children}))?.ok()?.json()?;
+    let orphans = Orphans::of_fork(&reply)?;
+    wait_for_text(&path("own.serial"), "<sawown>", BOOT)?;
+    // Each is told something else, and none hears what the others are told.
+    let mut clients = ["own", "same"].map(|id| ApiClient::new(&path(id)));
+    assert_eq!(clients[0].get("/mmds")?.ok()?.json()?, json!({"round": "own"}));
+    assert_eq!(clients[1].get("/mmds")?.ok()?.json()?, json!({"round": "begin", "same": "1"}));
+    api.patch("/mmds", &json!({"round": "parent"}))?.ok()?;
+    clients[1].patch("/mmds", &json!({"round": "changed"}))?.ok()?;
+    vmm.wait_for_output("<sawparent>", BOOT)?;
+    wait_for_text(&path("same.serial"), "<sawchanged>", BOOT)?;
+    for api in clients.iter_mut().chain([&mut api]) {
+        api.patch("/mmds", &json!({"round": "end"}))?.ok()?;
+    }
+    let parent = said(&mut vmm)?;
+    assert!(!parent.contains("<sawown>") && !parent.contains("<sawchanged>"), "{parent}");
+    for (id, others) in [("own", ["<sawparent>", "<sawchanged>"]), ("same", ["<sawparent>", "<sawown>"])] {
+        let said = wait_for_text(&path(&format!("{id}.serial")), "LAST", BOOT)?;
+        assert!(others.iter().all(|other| !said.contains(other)), "{id}: {said}");
+    }
+    orphans.wait(SOON)
 }
 
 /// An interface whose frames the monitor does not see, or not all of them, leads nowhere: said when it is configured.

@@ -4,6 +4,8 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -69,6 +71,41 @@ fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> Result<()> {
     sending.join().expect("it does not panic")
 }
 
+/// A client that sends as much as the guest takes.
+struct Greedy {
+    stop: Arc<AtomicBool>,
+    thread: thread::JoinHandle<Result<u64>>,
+    stream: UnixStream,
+}
+
+impl Greedy {
+    fn start(path: &Path) -> Result<Greedy> {
+        let stream = connect(path, port::SINK)?;
+        let (mut sender, stop) = (stream.try_clone()?, Arc::new(AtomicBool::new(false)));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let (piece, mut sent) = (vec![0; 64 << 10], 0);
+            while !stopped.load(Ordering::Relaxed) {
+                sender.write_all(&piece)?;
+                sent += piece.len() as u64;
+            }
+            sender.shutdown(Shutdown::Write)?;
+            Ok(sent)
+        });
+        Ok(Greedy { stop, thread, stream })
+    }
+
+    /// All that it sent came to the guest.
+    fn stop(mut self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.thread.join().expect("it does not panic")?;
+        let mut came = [0; 8];
+        self.stream.read_exact(&mut came)?;
+        anyhow::ensure!(sent > 0 && u64::from_le_bytes(came) == sent, "{sent} sent, {came:?} came");
+        Ok(())
+    }
+}
+
 fn join_all<T>(threads: Vec<thread::JoinHandle<Result<T>>>) -> Result<Vec<T>> {
     threads.into_iter().map(|thread| thread.join().expect("it does not panic")).collect()
 }
@@ -111,7 +148,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// 1,000 connections to the guest, all of them open at once; closed, and abandoned, and done again.
+    /// 1,000 connections to the guest, all of them open at once; closed, and done again beside one that never stops; and abandoned.
     fn a_thousand_clients_at_once_are_served(transport) {
         let vmm = serving(transport)?;
         for round in 0..2u32 {
@@ -119,6 +156,7 @@ on_each_transport! {
             for _ in 0..1000 {
                 clients.push(connect(&path(&vmm), port::ECHO)?);
             }
+            let greedy = (round > 0).then(|| Greedy::start(&path(&vmm))).transpose()?;
             for (index, client) in (0u32..).zip(&mut clients) {
                 client.write_all(&(index ^ round).to_le_bytes())?;
             }
@@ -127,6 +165,7 @@ on_each_transport! {
                 client.read_exact(&mut back).with_context(|| format!("client {index}"))?;
                 assert_eq!(back, (index ^ round).to_le_bytes());
             }
+            greedy.map_or(Ok(()), Greedy::stop)?;
         }
         // Opened and left: some before they say anything, some before they are answered.
         for index in 0..1000 {
@@ -183,7 +222,7 @@ on_each_transport! {
     /// Messages keep their boundaries both ways.
     fn messages_stay_whole(transport) {
         let vsock = json!({"guest_cid": 77, "uds_path": "v.sock", "seqpacket_uds_path": "v.seq"});
-        let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\npoweroff -f";
+        let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\nguest-vsock burst 600\npoweroff -f";
         let mut vmm = boot_with(Kernel::Tuned, transport, script, vsock)?;
         vmm.wait_for_output("CID 77", BOOT)?;
         vmm.wait_for_output("SERVING", BOOT)?;
@@ -206,6 +245,11 @@ on_each_transport! {
             seqpacket::send(&peer, &message)?;
         }
         vmm.wait_for_output("MESSAGES echoed", BOOT)?;
+        let peer = rustix::net::accept(&server)?;
+        assert_eq!(seqpacket::receive(&peer)?, b"x");
+        assert!(seqpacket::receive(&peer)? == vec![7; 65_536]);
+        seqpacket::send(&peer, b"both came")?;
+        vmm.wait_for_output("BURST both came", BOOT)?;
         assert_eq!(vmm.exit_code(BOOT)?, 0);
         Ok(())
     }

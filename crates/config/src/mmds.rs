@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{ConfigError, NetBackendKind, NetworkInterface};
 
@@ -27,6 +27,7 @@ pub struct MmdsConfig {
     #[serde(default)]
     pub version: MmdsVersion,
     /// The ids of the network interfaces through which it is reached.
+    #[serde(default)]
     pub network_interfaces: Vec<String>,
     /// Its address in the guest's network; 169.254.169.254 where absent.
     #[serde(default)]
@@ -67,11 +68,23 @@ impl MmdsConfig {
         self.ipv4_address.unwrap_or(DEFAULT_MMDS_ADDRESS)
     }
 
+    /// Reads it from a configuration file. There it may name no interface, as it does for flintlock's guests without a network: then there is
+    /// none, as if it was not there.
+    pub(crate) fn in_file<'de, D: Deserializer<'de>>(from: D) -> Result<Option<MmdsConfig>, D::Error> {
+        let config = Option::<MmdsConfig>::deserialize(from)?;
+        config.as_ref().map_or(Ok(()), MmdsConfig::check_address).map_err(serde::de::Error::custom)?;
+        Ok(config.filter(|config| !config.network_interfaces.is_empty()))
+    }
+
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.network_interfaces.is_empty() {
             return Err(MmdsConfigError::NoInterfaces.into());
         }
+        self.check_address()
+    }
+
+    fn check_address(&self) -> Result<(), ConfigError> {
         // RFC 3927, 2.1: the first and the last 256 link-local addresses are reserved.
         let [169, 254, 1..=254, _] = self.address().octets() else {
             return Err(MmdsConfigError::NotLinkLocal(self.address()).into());
@@ -110,14 +123,34 @@ mod tests {
         assert_eq!((config.version, config.imds_compat), (MmdsVersion::V1, false));
         assert_eq!(config.address(), DEFAULT_MMDS_ADDRESS);
         assert_eq!(config.check(), Ok(()));
-        let error = serde_json::from_str::<MmdsConfig>("{}").unwrap_err().to_string();
-        assert!(error.contains("`network_interfaces`"), "{error}");
     }
 
     #[test]
-    fn an_empty_list_reaches_nothing() {
-        let error = parse(r#"{"network_interfaces":[]}"#).check().unwrap_err().to_string();
-        assert!(error.contains("network_interfaces is empty"), "{error}");
+    fn without_interfaces_it_reaches_nothing() {
+        for json in ["{}", r#"{"version":"V2","network_interfaces":[]}"#] {
+            let error = parse(json).check().unwrap_err().to_string();
+            assert!(error.contains("network_interfaces is empty"), "{error}");
+        }
+    }
+
+    #[test]
+    fn in_a_file_without_interfaces_it_is_not_there() {
+        let in_file = |json: &str| {
+            MmdsConfig::in_file(&mut serde_json::Deserializer::from_str(json)).map_err(|e| e.to_string())
+        };
+        for json in [r#"{"version":"V1"}"#, r#"{"network_interfaces":[]}"#, "null"] {
+            assert_eq!(in_file(json), Ok(None), "{json}");
+        }
+        let there = in_file(r#"{"network_interfaces":["a"]}"#).unwrap().unwrap();
+        assert_eq!(there.network_interfaces, ["a"]);
+        // What else it says is looked at all the same.
+        for (json, named) in [
+            (r#"{"version":"V3"}"#, "V3"),
+            (r#"{"color":1}"#, "color"),
+            (r#"{"ipv4_address":"10.0.0.1"}"#, "10.0.0.1"),
+        ] {
+            assert!(in_file(json).unwrap_err().contains(named), "{json}");
+        }
     }
 
     #[test]

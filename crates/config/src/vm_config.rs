@@ -34,8 +34,8 @@ pub struct VmConfig {
     /// The socket device; none where absent.
     #[serde(default)]
     pub vsock: Option<Vsock>,
-    /// The metadata service; none where absent.
-    #[serde(default)]
+    /// The metadata service; none where absent, or where it names no interface.
+    #[serde(default, deserialize_with = "MmdsConfig::in_file")]
     pub mmds_config: Option<MmdsConfig>,
     /// Network devices, by order of their appearance in the guest.
     #[serde(default, deserialize_with = "null_is_default")]

@@ -62,8 +62,14 @@ impl Metadata {
         Metadata { store: self.store.clone(), config: config.cloned() }
     }
 
-    /// What a fork's child begins with: the same way, and these contents or else the same. From then on they are its own.
+    /// What a fork's child begins with: the same way, and these contents or else the same. From then on they are its own. Contents to which
+    /// there is no way are refused, as for a guest that has started.
     pub(crate) fn child(&self, contents: Option<Value>) -> Result<Metadata, CommandError> {
+        if contents.is_some() && self.config.is_none() {
+            return Err(CommandError::new(
+                "mmds is given, and the guest cannot reach MMDS: it had no /mmds/config",
+            ));
+        }
         let store = self.store.detached();
         contents.map_or(Ok(()), |contents| store.put(contents)).map_err(refused)?;
         Ok(Metadata { store, config: self.config.clone() })
@@ -146,6 +152,10 @@ mod tests {
         assert_eq!(own.get(true), Ok(json!({"b":2})));
         assert!(own.service("child").is_some());
         assert!(parent.child(Some(json!({"a":"0123456789012345"}))).unwrap_err().is_too_large());
+        let without_way = Metadata::new(20);
+        let error = without_way.child(Some(json!({"b":2}))).unwrap_err();
+        assert!(error.to_string().contains("mmds is given"), "{error}");
+        assert!(without_way.child(None).is_ok());
     }
 
     #[test]

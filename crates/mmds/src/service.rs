@@ -93,7 +93,7 @@ impl Service {
         match request.method {
             Method::Get => self.get(request, now),
             Method::Put => self.put(request, now),
-            Method::Other => {
+            Method::Head | Method::Other => {
                 Response::text(405, "Not allowed HTTP method.").with("Allow", "GET, PUT".to_owned())
             }
         }

@@ -153,6 +153,12 @@ impl TestWorker {
         self.runner.turn(false)
     }
 
+    /// Handles the events and timers that are due, once: what comes of them waits.
+    pub fn step(&mut self) {
+        self.runner.run_timers();
+        self.runner.turn(false);
+    }
+
     /// Handles what there is until `done`; sleeps in between until something happens.
     pub fn run_until(&mut self, mut done: impl FnMut() -> bool) {
         self.run();

@@ -11,6 +11,7 @@
 //! | `await PORT` | returns once somebody listens |
 //! | `half PORT` | asks, ends its half, prints the answer |
 //! | `messages PORT` | messages of several lengths, echoed |
+//! | `burst PORT` | a short message and at once the longest, then one from the other side |
 //! | `wake DISK COUNT` | the median time of so many reads of one sector of a disk, in nanoseconds |
 //! | `until FILE PORT` | sends bytes, which must come back, until there is such a file: see [`exchange::until`] |
 //! | `hold PORT` | connects, says `HELD`, and says `LOST` when the connection is gone |
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         Some("await") => await_server(number(1)),
         Some("half") => half(number(1)),
         Some("messages") => messages(number(1)),
+        Some("burst") => burst(number(1)),
         Some("wake") => wake(args.get(1).map_or("", String::as_str), number(2)),
         Some("until") => {
             let file = args.get(1).map_or("", String::as_str);
@@ -262,6 +264,17 @@ fn messages(port: u32) -> io::Result<()> {
         }
     }
     println!("MESSAGES echoed");
+    Ok(())
+}
+
+/// The second message is as long as all room that there is, of which the first has some until it is handed on.
+fn burst(port: u32) -> io::Result<()> {
+    let mut stream = connect(port, libc::SOCK_SEQPACKET)?;
+    stream.write_all(b"x")?;
+    stream.write_all(&vec![7; 65_536])?;
+    let mut answer = [0; 64];
+    let len = stream.read(&mut answer)?;
+    println!("BURST {}", String::from_utf8_lossy(&answer[..len]));
     Ok(())
 }
 

@@ -233,7 +233,7 @@ fn turn(orders: &Orders, contestant: &Contestant, time: Duration) -> Result<[Opt
 }
 
 /// Nanoseconds that a monitor's threads used, those of vCPUs left out.
-fn cpu_ns(pid: u32) -> Result<u64> {
+pub(super) fn cpu_ns(pid: u32) -> Result<u64> {
     let mut sum = 0;
     for entry in std::fs::read_dir(format!("/proc/{pid}/task")).context("the monitor's threads")? {
         let entry = entry?.path();

@@ -17,9 +17,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use vesta_tests::guest::{BOOT_ARGS, Guest};
 use vesta_tests::initramfs::Initramfs;
-use vesta_tests::vmm::VmmBuilder;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{connect, port};
 
+use super::net::cpu_ns;
 use super::table::{Row, markdown, median};
 use super::{Monitor, describe, peer};
 use crate::host::emulated::Emulated;
@@ -102,7 +103,9 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     println!(
         "Wake-up: a read of one sector of a cached disk, in the guest. Ratio: a round trip to the guest"
     );
-    println!("over one of the pair of Unix sockets and one wake-up.");
+    println!(
+        "over one of the pair of Unix sockets and one wake-up. CPU: of the monitor's threads other than vCPUs."
+    );
     Ok(if outcome == Outcome::Exited(0) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -111,8 +114,16 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 struct Sample {
     round_trip_us: f64,
     wake_us: Option<f64>,
-    to_guest_mb: f64,
-    to_host_mb: f64,
+    to_guest: Throughput,
+    to_host: Throughput,
+}
+
+/// How bytes went one way.
+#[derive(Debug, Clone, Copy)]
+struct Throughput {
+    mb_per_s: f64,
+    /// Seconds of a processor for each gigabyte, where there is a monitor.
+    cpu_s_per_gb: Option<f64>,
 }
 
 /// `bench-vsock-inner ORDERS`: runs on the host, and prints the table.
@@ -151,8 +162,8 @@ fn socket_pair(orders: &Orders) -> Result<Sample> {
     send(&mut near, orders.bytes)?;
     drop(near);
     sink.join().expect("it does not panic")?;
-    let rate = rate(orders.bytes, begun);
-    Ok(Sample { round_trip_us, wake_us: None, to_guest_mb: rate, to_host_mb: rate })
+    let both = Throughput { mb_per_s: rate(orders.bytes, begun), cpu_s_per_gb: None };
+    Ok(Sample { round_trip_us, wake_us: None, to_guest: both, to_host: both })
 }
 
 /// A guest that serves.
@@ -174,9 +185,20 @@ fn guest(monitor: &Monitor, orders: &Orders) -> Result<Sample> {
     Ok(Sample {
         round_trip_us: round_trips(&connect(&path, port::ECHO)?, orders.trips)?,
         wake_us: Some(wake.trim().parse::<f64>()? / 1e3),
-        to_guest_mb: to_guest(&path, orders.bytes)?,
-        to_host_mb: to_host(&path, orders.bytes)?,
+        to_guest: throughput(&vmm, orders.bytes, || to_guest(&path, orders.bytes))?,
+        to_host: throughput(&vmm, orders.bytes, || to_host(&path, orders.bytes))?,
     })
+}
+
+/// What `send` is like, which sends so many bytes through this monitor and says how fast.
+fn throughput(vmm: &Vmm, bytes: u64, send: impl FnOnce() -> Result<f64>) -> Result<Throughput> {
+    let before = cpu_ns(vmm.pid())?;
+    let mb_per_s = send()?;
+    let used = cpu_ns(vmm.pid())?.saturating_sub(before);
+    // Nanoseconds per byte are seconds per gigabyte.
+    #[expect(clippy::cast_precision_loss, reason = "neither is known to the last digit")]
+    let cpu = used as f64 / bytes as f64;
+    Ok(Throughput { mb_per_s, cpu_s_per_gb: Some(cpu) })
 }
 
 /// The median of so many round trips of one byte.
@@ -250,7 +272,15 @@ fn rate(bytes: u64, begun: Instant) -> f64 {
 }
 
 fn table(monitors: &[Monitor], pair: &[Sample], samples: &[Vec<Sample>]) -> String {
-    let columns = ["round trip, µs", "wake-up, µs", "ratio", "host to guest, MB/s", "guest to host, MB/s"];
+    let columns = [
+        "round trip, µs",
+        "wake-up, µs",
+        "ratio",
+        "host to guest, MB/s",
+        "CPU s/GB",
+        "guest to host, MB/s",
+        "CPU s/GB",
+    ];
     let column = |samples: &[Sample], value: fn(&Sample) -> Option<f64>| -> Vec<f64> {
         samples.iter().filter_map(value).collect()
     };
@@ -265,8 +295,10 @@ fn table(monitors: &[Monitor], pair: &[Sample], samples: &[Vec<Sample>]) -> Stri
                 column(samples, |sample| Some(sample.round_trip_us)),
                 column(samples, |sample| sample.wake_us),
                 ratio.collect(),
-                column(samples, |sample| Some(sample.to_guest_mb)),
-                column(samples, |sample| Some(sample.to_host_mb)),
+                column(samples, |sample| Some(sample.to_guest.mb_per_s)),
+                column(samples, |sample| sample.to_guest.cpu_s_per_gb),
+                column(samples, |sample| Some(sample.to_host.mb_per_s)),
+                column(samples, |sample| sample.to_host.cpu_s_per_gb),
             ],
         }
     };

@@ -7,6 +7,8 @@ use crate::store::Format;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Method {
     Get,
+    /// Not allowed either, and its answer has no body, ever.
+    Head,
     Put,
     /// Anything else: there is nothing here to do it with.
     Other,
@@ -69,6 +71,7 @@ pub(super) fn parse(input: &[u8]) -> Result<Option<(usize, Head)>, Response> {
     let mut head = Head {
         method: match request.method {
             Some("GET") => Method::Get,
+            Some("HEAD") => Method::Head,
             Some("PUT") => Method::Put,
             _ => Method::Other,
         },
@@ -194,6 +197,7 @@ mod tests {
             ("GET /a/b HTTP/1.1", Method::Get, "/a/b"),
             ("PUT /latest/api/token HTTP/1.1", Method::Put, "/latest/api/token"),
             ("POST / HTTP/1.0", Method::Other, "/"),
+            ("HEAD / HTTP/1.1", Method::Head, "/"),
             ("GET http://169.254.169.254/a?b=/c HTTP/1.1", Method::Get, "/a"),
             ("GET http://169.254.169.254 HTTP/1.1", Method::Get, "/"),
         ] {

@@ -1,5 +1,7 @@
 //! From answers to bytes.
 
+use super::Method;
+
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Response {
@@ -42,8 +44,9 @@ impl Response {
         self.header.as_ref().map(|(name, value)| (*name, value.as_str()))
     }
 
-    /// The answer's bytes.
-    pub(super) fn into_bytes(self, is_http10: bool, keep_alive: bool) -> Vec<u8> {
+    /// The answer's bytes: to `HEAD` only its head, which tells the length of the body that is left out.
+    pub(super) fn into_bytes(self, method: Option<Method>, is_http10: bool, keep_alive: bool) -> Vec<u8> {
+        let body = if method == Some(Method::Head) { "" } else { &self.body };
         let version = if is_http10 { "HTTP/1.0" } else { "HTTP/1.1" };
         let connection = if keep_alive { "keep-alive" } else { "close" };
         let more = self.header.map(|(name, value)| format!("{name}: {value}\r\n")).unwrap_or_default();
@@ -54,7 +57,7 @@ impl Response {
             reason(self.status),
             self.content_type,
             self.body.len(),
-            self.body
+            body
         )
         .into_bytes()
     }

@@ -47,7 +47,7 @@ impl Session {
                 self.input = Vec::new();
                 self.to_skip = head.body_len;
                 self.closing = !head.keep_alive;
-                self.output = answer(&head).into_bytes(head.is_http10, head.keep_alive);
+                self.output = answer(&head).into_bytes(Some(head.method), head.is_http10, head.keep_alive);
                 // The head's end is among the new bytes: the ones before made no head.
                 len - before
             }
@@ -98,7 +98,7 @@ impl Session {
     fn refuse(&mut self, refusal: Response) {
         self.input = Vec::new();
         self.closing = true;
-        self.output = refusal.into_bytes(false, false);
+        self.output = refusal.into_bytes(None, false, false);
     }
 
     /// How many bytes it holds.
@@ -153,6 +153,14 @@ mod tests {
             "HTTP/1.0 200 OK\r\nServer: Firecracker API\r\nConnection: close\r\n\
              Content-Type: text/plain\r\nContent-Length: 3\r\n\r\n/ab"
         );
+    }
+
+    #[test]
+    fn an_answer_to_head_has_no_body_and_the_next_request_is_answered() {
+        let (out, _) = exchange([&b"HEAD /ab HTTP/1.1\r\n\r\nGET /c HTTP/1.1\r\n\r\n"[..]]);
+        let (first, second) = out.split_once("\r\n\r\n").unwrap();
+        assert!(first.contains("Content-Length: 3"), "{out}");
+        assert!(second.starts_with("HTTP/1.1 200") && second.ends_with("\r\n\r\n/c"), "{out}");
     }
 
     #[test]

@@ -276,8 +276,10 @@ impl Stack {
     fn reap(&mut self) {
         for at in (0..self.connections.len()).rev() {
             let socket = self.socket(self.connections[at].handle);
-            // One that was cut off is closed and has its end left until that has been said.
-            if socket.state() == State::Closed && socket.remote_endpoint().is_none() {
+            // One that was cut off is closed and has its end left until that has been said. One whose guest took its first segment back
+            // listens again, as it did before that.
+            let is_over = socket.state() == State::Closed && socket.remote_endpoint().is_none();
+            if is_over || socket.is_listening() {
                 self.remove(at);
             }
         }

@@ -305,6 +305,26 @@ fn a_guest_that_fetches_nothing_fills_nothing() {
 }
 
 #[test]
+fn a_guest_that_takes_its_first_segment_back_leaves_no_connection() {
+    let mut stack = stack();
+    let syn = |port, seq| {
+        ByHand { from: (GUEST, port), control: TcpControl::Syn, seq, ..ByHand::default() }.frame()
+    };
+    for port in 0..2 * MAX_CONNECTIONS as u16 {
+        stack.push(&syn(10_000 + port, 99), T0);
+        assert_eq!(said(&mut stack, T0).len(), 1);
+        let rst =
+            ByHand { from: (GUEST, 10_000 + port), control: TcpControl::Rst, seq: 100, ..ByHand::default() };
+        stack.push(&rst.frame(), T0);
+        assert_eq!(said(&mut stack, T0), []);
+        assert_eq!(stack.connections.len(), 0);
+        assert_eq!(stack.deadline(T0), None);
+    }
+    let stats = stack.service.stats();
+    assert_eq!(stats.connections_created.get(), stats.connections_destroyed.get());
+}
+
+#[test]
 fn a_driver_that_begins_anew_has_no_connections() {
     let mut stack = stack();
     let ack = Some(open(&mut stack, 50000, T0));

@@ -1,23 +1,20 @@
 //! One connection, and what goes on between it and its host socket.
 
-use std::collections::VecDeque;
-use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sendmsg, shutdown};
 
+use super::backlog::Backlog;
 use super::credit::Credit;
 use super::packet::{HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind};
+use super::table::Server;
 use crate::worker::Nanos;
 
 /// Longest message, either way. It has to be whole before it goes on.
 pub(super) const MAX_MESSAGE: u32 = 64 << 10;
-
-/// A buffer that was emptied keeps at most so much memory.
-const KEPT_CAPACITY: usize = 4096;
 
 /// A connection's name, once it has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,10 +29,7 @@ pub(super) enum State {
     /// A host client is there and has not said where it wants to go.
     Greeting,
     /// The guest wants it, and whoever serves the port has no time yet.
-    Dialing {
-        /// When the guest is told that nobody serves it.
-        give_up: Nanos,
-    },
+    Dialing,
     /// The guest is asked and has not answered.
     Requested,
     /// Data flows.
@@ -76,15 +70,13 @@ pub(super) struct Connection {
     pub(super) key: Option<Key>,
     pub(super) credit: Credit,
     pub(super) deadline: Option<Nanos>,
+    /// Its turn at the server that it waits for.
+    pub(super) turn: Option<u64>,
     /// None where there is none yet or any more.
     pub(super) socket: Option<Arc<OwnedFd>>,
     pub(super) owed: Owed,
     /// What the guest sent and the socket has not taken.
-    to_host: VecDeque<u8>,
-    /// Of `to_host` on a socket of messages: the lengths of those that are whole.
-    messages: VecDeque<u32>,
-    /// Bytes at the end of `to_host` that belong to a message which is not.
-    partial: u32,
+    to_host: Backlog,
     /// A message that the guest gets in pieces, and how much of it went.
     pub(super) to_guest: (Vec<u8>, u32),
     /// The socket takes nothing for now, and is watched for when it does.
@@ -103,6 +95,8 @@ pub(super) struct Connection {
     pub(super) guest_done: bool,
     /// The guest takes no more.
     pub(super) guest_deaf: bool,
+    /// How often in a row the guest was asked for room.
+    pub(super) asked: u32,
     /// Flags of the last `SHUTDOWN` that the guest got.
     pub(super) told: u32,
 }
@@ -115,11 +109,10 @@ impl Connection {
             key: None,
             credit: Credit::new(promised),
             deadline: None,
+            turn: None,
             socket: None,
             owed: Owed::default(),
-            to_host: VecDeque::new(),
-            messages: VecDeque::new(),
-            partial: 0,
+            to_host: Backlog::new(promised),
             to_guest: (Vec::new(), 0),
             blocked: false,
             readable: false,
@@ -129,7 +122,23 @@ impl Connection {
             host_deaf: false,
             guest_done: false,
             guest_deaf: false,
+            asked: 0,
             told: 0,
+        }
+    }
+
+    /// The host server that a connection of the guest goes to.
+    pub(super) fn server(&self) -> Option<Server> {
+        self.key.map(|key| (key.host_port, self.kind))
+    }
+
+    /// The most bytes that it can be made to keep.
+    pub(super) fn most_kept(&self) -> u64 {
+        let from_guest = u64::from(self.credit.promised());
+        match self.kind {
+            SocketKind::Stream => from_guest,
+            // With the lengths of messages, and one that the guest gets in pieces.
+            SocketKind::SeqPacket => 2 * from_guest + u64::from(MAX_MESSAGE),
         }
     }
 
@@ -168,12 +177,31 @@ impl Connection {
         self.has_data() && self.credit.sendable() == 0
     }
 
+    /// Whether the guest should hear how much room it has.
+    pub(super) fn credit_update_due(&self) -> bool {
+        let due = self.owed.credit_update || self.credit.is_update_due(self.to_host.has_partial());
+        self.state == State::Open && due
+    }
+
     /// Whether the guest is owed anything that it could get now.
     pub(super) fn wants_turn(&self) -> bool {
         self.owed != Owed::default()
-            || (self.state == State::Open && self.credit.is_update_due())
+            || self.credit_update_due()
             || (self.has_data() && self.credit.sendable() > 0)
             || self.shutdown_due().is_some()
+    }
+
+    /// The guest sends no more: a message that is not whole never will be.
+    pub(super) fn end_of_guest(&mut self) {
+        self.guest_done = true;
+        self.credit.forward(self.to_host.remove_partial());
+    }
+
+    /// Whether the socket may have more after a read of nothing: that was an empty message then, and not the end.
+    pub(super) fn may_have_more(&self) -> bool {
+        let Some(socket) = &self.socket else { return false };
+        // What the peer sent before it was done is still there.
+        !peer_is_done(socket) || ioctl_fionread(socket).is_ok_and(|left| left > 0)
     }
 
     /// Whether all that the guest sent went to the host.
@@ -183,22 +211,17 @@ impl Connection {
 
     /// Whether there is a message to write.
     pub(super) fn has_whole_message(&self) -> bool {
-        !self.messages.is_empty()
+        self.to_host.has_message()
     }
 
     /// Keeps what the socket did not take.
     pub(super) fn keep(&mut self, data: &[u8]) {
-        self.to_host.extend(data);
+        self.to_host.add(data);
     }
 
     /// Keeps a piece of a message, which may be its last.
     pub(super) fn keep_message(&mut self, data: &[u8], is_last: bool) {
-        self.to_host.extend(data);
-        self.partial += data.len() as u32;
-        // An empty message cannot be told from the end of a Unix socket.
-        if is_last && self.partial > 0 {
-            self.messages.push_back(std::mem::take(&mut self.partial));
-        }
+        self.to_host.add_piece(data, is_last);
     }
 
     /// Writes what was kept, as far as the socket takes it.
@@ -208,18 +231,15 @@ impl Connection {
             match self.write(len) {
                 Ok(0) | Err(Errno::AGAIN) => break,
                 Ok(written) => {
-                    self.to_host.drain(..written);
-                    if self.kind == SocketKind::SeqPacket {
-                        self.messages.pop_front();
+                    match self.kind {
+                        SocketKind::Stream => self.to_host.remove(written),
+                        SocketKind::SeqPacket => self.to_host.remove_message(),
                     }
                     sent += written as u32;
                 }
                 Err(Errno::PIPE) => return self.deafen(),
                 Err(_) => return Written::Failed,
             }
-        }
-        if self.to_host.is_empty() && self.to_host.capacity() > KEPT_CAPACITY {
-            self.to_host = VecDeque::new();
         }
         self.credit.forward(sent);
         Written::Bytes(sent)
@@ -228,26 +248,36 @@ impl Connection {
     /// Forgets what is kept for a host that does not want it.
     pub(super) fn deafen(&mut self) -> Written {
         self.host_deaf = true;
-        self.credit.forward(self.to_host.len() as u32);
-        (self.to_host, self.messages, self.partial) = (VecDeque::new(), VecDeque::new(), 0);
+        self.credit.forward(self.to_host.clear());
         Written::Deaf
+    }
+
+    /// Where the host is gone and nothing that it sent is left or wanted, both its directions are over.
+    pub(super) fn settle(&mut self) {
+        let is_read = self.host_done || self.guest_deaf;
+        if self.hangup && is_read && !self.host_deaf && self.is_peer_gone() {
+            self.host_done = true;
+            self.deafen();
+        }
+    }
+
+    /// Whether whoever is at the other end of the socket has closed it, both directions.
+    pub(super) fn is_peer_gone(&self) -> bool {
+        self.socket.as_ref().is_none_or(peer_is_gone)
     }
 
     /// How many of the bytes that are kept go in one write.
     fn next_write(&self) -> Option<usize> {
         match self.kind {
             SocketKind::Stream => Some(self.to_host.len()).filter(|&len| len > 0),
-            SocketKind::SeqPacket => self.messages.front().map(|&len| len as usize),
+            SocketKind::SeqPacket => self.to_host.first_message(),
         }
     }
 
     fn write(&self, len: usize) -> Result<usize, Errno> {
         let socket = self.socket.as_ref().ok_or(Errno::PIPE)?;
-        let (first, second) = self.to_host.as_slices();
-        let first = &first[..first.len().min(len)];
-        let second = &second[..len - first.len()];
+        let slices = self.to_host.first(len);
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        let slices = [IoSlice::new(first), IoSlice::new(second)];
         sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), flags)
     }
 
@@ -270,7 +300,7 @@ impl Connection {
 }
 
 /// Whether whoever is at the other end has closed it, both directions.
-pub(super) fn peer_is_gone(socket: impl AsFd) -> bool {
+fn peer_is_gone(socket: impl AsFd) -> bool {
     state_of(socket).intersects(PollFlags::HUP | PollFlags::ERR)
 }
 

@@ -6,6 +6,9 @@
 
 use super::packet::Header;
 
+/// The most bytes that are on their way to the guest, whatever it has room for: counters that wrap tell no more apart.
+const MAX_ON_THE_WAY: u32 = 1 << 30;
+
 /// Both sides' accounts of one connection.
 #[derive(Debug, Clone)]
 pub(super) struct Credit {
@@ -46,7 +49,8 @@ impl Credit {
         if self.sent.wrapping_sub(forwarded) > u32::MAX / 2 {
             return Err(Violation);
         }
-        (self.peer_room, self.peer_forwarded) = (header.buf_alloc.get(), forwarded);
+        self.peer_room = header.buf_alloc.get().min(MAX_ON_THE_WAY);
+        self.peer_forwarded = forwarded;
         Ok(())
     }
 
@@ -77,8 +81,14 @@ impl Credit {
     }
 
     /// Whether the guest should hear what was handed on: it believes that half of its room is taken which is free.
-    pub(super) fn is_update_due(&self) -> bool {
-        self.forwarded.wrapping_sub(self.told) >= self.promised / 2
+    ///
+    /// In the middle of a message, which can be handed on only when it is whole, it hears of less once it believes that half is taken: it may
+    /// have no room left for the end of the message.
+    pub(super) fn is_update_due(&self, mid_message: bool) -> bool {
+        let news = self.forwarded.wrapping_sub(self.told);
+        let taken = self.received.wrapping_sub(self.told);
+        let half = self.promised / 2;
+        news >= half || (mid_message && news > 0 && taken >= half)
     }
 
     /// Fills in a header that goes to the guest.
@@ -123,6 +133,20 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_may_have_more_room_than_counters_can_tell() {
+        let mut credit = Credit::new(100);
+        credit.learn(&says(u32::MAX, 0)).unwrap();
+        while credit.sendable() > 0 {
+            credit.send(credit.sendable().min(1 << 20));
+        }
+        assert_eq!(credit.sent, MAX_ON_THE_WAY);
+        assert_eq!(credit.learn(&says(u32::MAX, 0)), Ok(()), "what it has not read yet is no violation");
+        assert_eq!(credit.learn(&says(u32::MAX, 5)), Ok(()));
+        assert_eq!(credit.sendable(), 5);
+        assert_eq!(credit.learn(&says(u32::MAX, MAX_ON_THE_WAY + 1)), Err(Violation));
+    }
+
+    #[test]
     fn more_than_was_promised_is_a_violation() {
         let mut credit = Credit::new(100);
         credit.receive(60).unwrap();
@@ -139,13 +163,25 @@ mod tests {
         let mut credit = Credit::new(100);
         credit.receive(80).unwrap();
         credit.forward(49);
-        assert!(!credit.is_update_due());
+        assert!(!credit.is_update_due(false));
         credit.forward(1);
-        assert!(credit.is_update_due());
+        assert!(credit.is_update_due(false));
         let mut header = Header::default();
         credit.tell(&mut header);
         assert_eq!((header.buf_alloc.get(), header.fwd_cnt.get()), (100, 50));
-        assert!(!credit.is_update_due());
+        assert!(!credit.is_update_due(false));
+    }
+
+    #[test]
+    fn in_the_middle_of_a_message_the_guest_hears_of_any_room_before_it_has_none() {
+        let mut credit = Credit::new(100);
+        credit.receive(30).unwrap();
+        credit.forward(1);
+        assert!(!credit.is_update_due(true), "there is plenty left");
+        credit.receive(70).unwrap();
+        assert!(credit.is_update_due(true) && !credit.is_update_due(false));
+        credit.tell(&mut Header::default());
+        assert!(!credit.is_update_due(true), "it has heard that");
     }
 
     proptest! {
@@ -169,7 +205,7 @@ mod tests {
                 prop_assert_eq!(credit.receive(len), Ok(()));
                 let held = credit.received.wrapping_sub(credit.forwarded);
                 credit.forward(held.min(u32::from(forward)));
-                if credit.is_update_due() {
+                if credit.is_update_due(false) {
                     let mut header = Header::default();
                     credit.tell(&mut header);
                     known = header.fwd_cnt.get();
@@ -177,7 +213,7 @@ mod tests {
             }
             let held = credit.received.wrapping_sub(credit.forwarded);
             credit.forward(held);
-            if credit.is_update_due() {
+            if credit.is_update_due(false) {
                 known = credit.forwarded;
             }
             prop_assert!(promised - sent.wrapping_sub(known) > 0, "everything was handed on and the guest has no room");

@@ -19,6 +19,8 @@ const MS: Nanos = 1_000_000;
 const DIAL_PATIENCE: Nanos = 5_000 * MS;
 /// A host server that has no time is tried again after that.
 const DIAL_AGAIN: Nanos = 10 * MS;
+/// How often servers are tried again in one go.
+const DIALS: usize = 64;
 /// How long the host may take for what the guest sent before it was done.
 const LINGER_PATIENCE: Nanos = 60_000 * MS;
 
@@ -69,7 +71,13 @@ impl Switch {
             self.kill(cx, slot);
             return None;
         }
-        match (op, connection.state) {
+        let state = connection.state;
+        if state == State::Open && connection.asked > 0 && connection.credit.sendable() > 0 {
+            connection.asked = 0;
+            self.table.set_deadline(slot, None);
+        }
+        let connection = self.table.get(slot)?;
+        match (op, state) {
             (Op::Rw, State::Open) => return Some(slot),
             (Op::Response, State::Requested) => self.opened(cx, slot),
             (Op::CreditRequest, State::Open) => connection.owed.credit_update = true,
@@ -111,8 +119,7 @@ impl Switch {
             // It has forgotten the connection that it had.
             return self.kill(cx, slot);
         }
-        let give_up = cx.now().saturating_add(DIAL_PATIENCE);
-        let Some(slot) = self.table.add(kind, State::Dialing { give_up }) else {
+        let Some(slot) = self.table.add(kind, State::Dialing) else {
             self.shared.stats.conns_refused.add(1);
             return self.refuse(header);
         };
@@ -123,16 +130,43 @@ impl Switch {
         {
             return self.kill(cx, slot);
         }
-        self.dial(cx, slot);
+        // Who waits already comes first.
+        if self.table.first_waiting((key.host_port, kind)).is_some() || !self.dial(cx, slot) {
+            self.table.wait(slot);
+            let now = cx.now();
+            self.table.set_deadline(slot, Some(now.saturating_add(DIAL_PATIENCE)));
+            self.dial_at = self.dial_at.or(Some(now.saturating_add(DIAL_AGAIN)));
+        }
     }
 
-    /// Tries to reach whoever serves the port that the guest wants.
-    pub(super) fn dial(&mut self, cx: &mut Context<'_>, slot: Slot) {
-        let Some(connection) = self.table.get(slot) else { return };
-        let (State::Dialing { give_up }, Some(key)) = (connection.state, connection.key) else { return };
-        match self.sockets.dial(key.host_port, connection.kind) {
+    /// Tries servers again that had no time: for each of them, those that wait in their order, until it has none again.
+    pub(super) fn dial_again(&mut self, cx: &mut Context<'_>) {
+        let mut left = DIALS;
+        for _ in 0..self.table.servers() {
+            // Where there are many, each has its turn.
+            let Some(server) = self.table.server_after(self.dialed).filter(|_| left > 0) else { break };
+            self.dialed = Some(server);
+            while left > 0
+                && let Some(slot) = self.table.first_waiting(server)
+            {
+                left -= 1;
+                if !self.dial(cx, slot) {
+                    break;
+                }
+            }
+        }
+        let again = cx.now().saturating_add(DIAL_AGAIN);
+        self.dial_at = (self.table.servers() > 0).then_some(again);
+    }
+
+    /// Tries to reach whoever serves the port that the guest wants. False if they have no time for it.
+    fn dial(&mut self, cx: &mut Context<'_>, slot: Slot) -> bool {
+        let Some(connection) = self.table.get(slot) else { return true };
+        let Some((port, kind)) = connection.server() else { return true };
+        match self.sockets.dial(port, kind) {
             Ok(socket) if self.is_affordable(&socket) => {
                 if self.adopt(cx, slot, socket) {
+                    self.table.stop_waiting(slot);
                     self.table.set_deadline(slot, None);
                     if let Some(connection) = self.table.get(slot) {
                         connection.state = State::Open;
@@ -144,15 +178,10 @@ impl Switch {
                     self.kill(cx, slot);
                 }
             }
-            Err(Errno::AGAIN) if cx.now() < give_up => {
-                let again = cx.now().saturating_add(DIAL_AGAIN).min(give_up);
-                self.table.set_deadline(slot, Some(again));
-            }
-            _ => {
-                self.shared.stats.conns_refused.add(1);
-                self.kill(cx, slot);
-            }
+            Err(Errno::AGAIN) => return false,
+            _ => self.turn_down(cx, slot),
         }
+        true
     }
 
     /// The guest took a host client's connection.
@@ -204,7 +233,9 @@ impl Switch {
     /// The guest ends one or both directions.
     fn shutdown_by_guest(&mut self, cx: &mut Context<'_>, slot: Slot, flags: u32) {
         let Some(connection) = self.table.get(slot) else { return };
-        connection.guest_done |= flags & SHUTDOWN_SEND != 0;
+        if flags & SHUTDOWN_SEND != 0 {
+            connection.end_of_guest();
+        }
         connection.guest_deaf |= flags & SHUTDOWN_RECEIVE != 0;
         if connection.guest_done && connection.guest_deaf {
             let reset = reset_of(connection);
@@ -220,6 +251,7 @@ impl Switch {
         if connection.guest_deaf {
             connection.shut(Shutdown::Read);
             connection.to_guest = (Vec::new(), 0);
+            connection.settle();
         }
     }
 

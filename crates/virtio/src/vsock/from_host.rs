@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
-use super::connection::{Connection, State, peer_is_done, peer_is_gone};
+use super::connection::{State, peer_is_done};
 use super::greeting::{self, Greeting};
 use super::packet::SocketKind;
 use super::switch::{FIRST_LISTENER, Switch};
@@ -32,21 +32,21 @@ impl Switch {
         }
         let slot = event.token;
         let Some(connection) = self.table.get(slot) else { return };
-        connection.hangup |= event.hangup;
+        // The event may be of a connection that had the slot before. To look for something in vain does no harm; a hangup is for good.
+        let hangup = event.hangup && connection.socket.as_ref().is_some_and(peer_is_done);
+        connection.hangup |= hangup;
         match connection.state {
             State::Greeting => self.greet(cx, slot),
-            State::Requested if event.hangup => {
-                if is_gone(connection) {
+            State::Requested if hangup => {
+                if connection.is_peer_gone() {
                     self.kill(cx, slot);
                 }
             }
-            State::Requested | State::Dialing { .. } | State::Closing => {}
+            State::Requested | State::Dialing | State::Closing => {}
             State::Open | State::Lingering => {
-                connection.readable |= event.readable || event.hangup;
-                if event.hangup && connection.host_done && !connection.host_deaf && is_gone(connection) {
-                    connection.deafen();
-                }
-                if connection.blocked && (event.writable || event.hangup) {
+                connection.readable |= event.readable || hangup;
+                connection.settle();
+                if connection.blocked && (event.writable || hangup) {
                     let written = connection.flush();
                     self.written(cx, slot, written);
                 }
@@ -59,9 +59,7 @@ impl Switch {
     pub(super) fn look_at_all(&mut self, cx: &mut Context<'_>) {
         self.waiting.fill(true);
         for token in self.table.all() {
-            let Some(connection) = self.table.get(token) else { continue };
-            let hangup = connection.socket.as_ref().is_some_and(peer_is_done);
-            self.ready(cx, Event { token, readable: true, writable: true, hangup });
+            self.ready(cx, Event { token, readable: true, writable: true, hangup: true });
         }
     }
 
@@ -103,7 +101,8 @@ impl Switch {
 
     /// A host client is there.
     fn welcome(&mut self, cx: &mut Context<'_>, socket: OwnedFd, kind: SocketKind) {
-        let slot = self.is_affordable(&socket).then(|| self.table.add(kind, State::Greeting)).flatten();
+        let is_possible = !self.is_closed && self.is_affordable(&socket);
+        let slot = is_possible.then(|| self.table.add(kind, State::Greeting)).flatten();
         let Some(slot) = slot else {
             // It hears it by being closed.
             self.shared.stats.conns_refused.add(1);
@@ -136,8 +135,4 @@ impl Switch {
             _ => self.kill(cx, slot),
         }
     }
-}
-
-fn is_gone(connection: &Connection) -> bool {
-    connection.socket.as_ref().is_none_or(peer_is_gone)
 }

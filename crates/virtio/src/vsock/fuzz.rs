@@ -1,28 +1,33 @@
 //! See [`crate::fuzz::vsock`]: the host around the device, and its guest's packets.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::IntoBytes;
 
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
+    send, shutdown, socket_with,
+};
+
 use super::packet::{HOST_CID, Header};
 use super::{HostSockets, Listener, SocketFile, SocketKind};
 use crate::testing::{DriverQueue, Guest, RUNNING};
 
-/// The port that is served on the host.
-const SERVED: u32 = 1;
+/// The ports that are served on the host: one with streams, the other with messages.
+const SERVED: [(u32, SocketKind); 2] = [(1, SocketKind::Stream), (2, SocketKind::SeqPacket)];
 const CLIENTS: usize = 8;
 
-/// The host: a directory with the device's sockets and one server, and the programs' ends of connections.
+/// The host: a directory with the device's sockets and a server of each kind, and the programs' ends of connections.
 pub(crate) struct Host {
     dir: PathBuf,
-    server: UnixListener,
+    servers: Vec<Listener>,
     _files: Vec<SocketFile>,
-    ends: Vec<UnixStream>,
+    ends: Vec<OwnedFd>,
 }
 
 impl Host {
@@ -31,14 +36,14 @@ impl Host {
         let thread = format!("{:?}", std::thread::current().id());
         let dir = std::env::temp_dir().join(format!("vesta-fuzz-{}-{thread}", std::process::id()));
         fs::create_dir(&dir).expect("a directory can be made");
+        let bind = |name: &str, kind| Listener::bind(&dir.join(name), kind).expect("a socket can be made");
+        let (stream, stream_file) = bind("v", SocketKind::Stream);
+        let (messages, messages_file) = bind("m", SocketKind::SeqPacket);
+        let served = SERVED.map(|(port, kind)| bind(&format!("v_{port}"), kind));
+        let (servers, server_files): (Vec<_>, Vec<_>) = served.into_iter().unzip();
+        let files = [stream_file, messages_file].into_iter().chain(server_files).collect();
         let path = dir.join("v");
-        let bind = |path, kind| Listener::bind(path, kind).expect("a socket can be made");
-        let (stream, stream_file) = bind(&path, SocketKind::Stream);
-        let (messages, messages_file) = bind(&dir.join("m"), SocketKind::SeqPacket);
-        let server = UnixListener::bind(dir.join(format!("v_{SERVED}"))).expect("a socket can be made");
-        server.set_nonblocking(true).expect("a socket can be made non-blocking");
-        let files = vec![stream_file, messages_file];
-        let host = Host { dir, server, _files: files, ends: Vec::new() };
+        let host = Host { dir, servers, _files: files, ends: Vec::new() };
         (host, HostSockets { listeners: vec![stream, messages], path: Some(path) })
     }
 
@@ -48,37 +53,43 @@ impl Host {
         let which = usize::from(which) % count;
         match act % 8 {
             0 | 1 if self.ends.len() < CLIENTS => {
-                let Ok(mut client) = UnixStream::connect(self.dir.join("v")) else { return };
-                client.set_nonblocking(true).expect("a socket can be made non-blocking");
+                let (name, kind) =
+                    [("v", SocketType::STREAM), ("m", SocketType::SEQPACKET)][usize::from(act >> 7)];
+                let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+                let client =
+                    socket_with(AddressFamily::UNIX, kind, flags, None).expect("a socket can be made");
+                let address = SocketAddrUnix::new(self.dir.join(name)).expect("it is short enough");
+                if connect(&client, &address).is_err() {
+                    return;
+                }
                 let greeting = match number % 8 {
                     0 => "CONN".to_owned(),
                     1 => "GET / HTTP/1.1\r\n".to_owned(),
                     _ => format!("CONNECT {}\n", number % 4),
                 };
                 // What the socket does not take is not sent.
-                let _ = client.write(greeting.as_bytes());
+                let _ = send(&client, greeting.as_bytes(), SendFlags::NOSIGNAL);
                 self.ends.push(client);
             }
             2 if self.ends.len() < CLIENTS => {
-                if let Ok((peer, _)) = self.server.accept() {
-                    peer.set_nonblocking(true).expect("a socket can be made non-blocking");
+                if let Ok(peer) = self.servers[usize::from(act >> 7)].accept() {
                     self.ends.push(peer);
                 }
             }
             3 | 4 => {
-                if let Some(end) = self.ends.get_mut(which) {
-                    let _ = end.write(&vec![number as u8; usize::from(number) * 4]);
+                if let Some(end) = self.ends.get(which) {
+                    let _ = send(end, &vec![number as u8; usize::from(number) * 4], SendFlags::NOSIGNAL);
                 }
             }
             5 => {
-                if let Some(end) = self.ends.get_mut(which) {
-                    let _ = end.read(&mut vec![0; usize::from(number) * 4 + 1]);
+                if let Some(end) = self.ends.get(which) {
+                    let _ = recv(end, &mut vec![0; usize::from(number) * 4 + 1], RecvFlags::empty());
                 }
             }
             6 => {
                 if let Some(end) = self.ends.get(which) {
                     let how = [Shutdown::Read, Shutdown::Write, Shutdown::Both][usize::from(number % 3)];
-                    let _ = end.shutdown(how);
+                    let _ = shutdown(end, how);
                 }
             }
             _ => {
@@ -155,7 +166,7 @@ impl Driver {
 /// A header out of a few numbers: mostly of connections that there may be.
 pub(crate) fn header(cid: u64, op: u8, kind: u8, ports: u8, flags: u8, numbers: [u32; 3]) -> Vec<u8> {
     let host_port = match ports % 8 {
-        0 => SERVED,
+        0 => SERVED[usize::from(kind >= 150)].0,
         7 => numbers[0],
         n => (1 << 30) + u32::from(n) - 1,
     };
@@ -165,7 +176,14 @@ pub(crate) fn header(cid: u64, op: u8, kind: u8, ports: u8, flags: u8, numbers: 
         src_port: u32::from(ports >> 3 & 3).into(),
         dst_port: host_port.into(),
         len: numbers[0].into(),
-        kind: if kind < 200 { 1 } else { u16::from(kind % 4) }.into(),
+        kind: if kind < 150 {
+            1
+        } else if kind < 250 {
+            2
+        } else {
+            u16::from(kind % 4)
+        }
+        .into(),
         op: u16::from(op % 9).into(),
         flags: u32::from(flags % 5).into(),
         buf_alloc: numbers[1].into(),

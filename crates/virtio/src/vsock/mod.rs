@@ -17,7 +17,7 @@
 //! when it begins and one whenever its host socket is full.
 //!
 //! - [`packet`]: the header. [`credit`]: who may send how much. [`greeting`]: what host clients say first. [`socket`]: Unix sockets.
-//! - [`connection`]: one connection, and what goes on between it and its socket.
+//! - [`connection`]: one connection, and what goes on between it and its socket. [`backlog`]: what its socket has not taken yet.
 //! - [`table`]: all connections: by ports, by deadline, and the line of those that have something for the guest.
 //! - [`switch`]: all of it together, and how connections begin and end. [`from_guest`], [`from_host`]: what packets and events do to them.
 //! - [`to_guest`]: filling the guest's buffers.
@@ -29,7 +29,7 @@
 //!
 //! # Invariants
 //!
-//! - Memory is bounded: [`MAX_CONNECTIONS`], [`MAX_PROMISED`] bytes of credit for all of them together, and a bounded number of
+//! - Memory is bounded: [`MAX_CONNECTIONS`], [`MAX_KEPT`] bytes of data for all of them together, and a bounded number of
 //!   resets that wait to be told.
 //! - No connection waits for another: those with something for the guest take turns of at most [`to_guest::QUANTUM`] bytes; the guest's packets are
 //!   taken whether or not the guest takes ours (5.10.6.1).
@@ -46,6 +46,7 @@
 //! (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), on which the driver resets its sockets and reads its CID again; until the driver has
 //! taken note, host clients wait. [`VsockControl::reset_connections`] does the same to a running device.
 
+mod backlog;
 mod connection;
 mod credit;
 mod from_guest;
@@ -80,7 +81,7 @@ pub use socket::{
     BindError, HostSockets, Listener, MAX_PATH_LEN, Occupant, SocketFile, is_possible as socket_is_possible,
 };
 pub use stats::{Counter, VsockStats};
-pub use table::{MAX_CONNECTIONS, MAX_PROMISED};
+pub use table::{MAX_CONNECTIONS, MAX_KEPT};
 
 /// Descriptors in each queue.
 const QUEUE_SIZE: u16 = 256;

@@ -25,7 +25,7 @@ pub struct VsockStats {
     pub conns_killed: Counter,
     /// Connections that are gone, however they ended.
     pub conns_removed: Counter,
-    /// Connections that were refused because there was no room for them.
+    /// Connections that were refused: there was no room for them, or nobody on the host who serves them.
     pub conns_refused: Counter,
     /// Packets and buffers of the guest that made no sense.
     pub malformed_count: Counter,

@@ -16,14 +16,16 @@ use super::connection::{Connection, Key, MAX_MESSAGE, State, Written};
 use super::guest_io::Segments;
 use super::packet::{HOST_CID, Header, Op, SocketKind};
 use super::socket::HostSockets;
-use super::table::{MAX_CONNECTIONS, Slot, Table};
+use super::table::{MAX_CONNECTIONS, Server, Slot, Table};
 use crate::worker::{Context, Interest, Nanos};
 
 const MS: Nanos = 1_000_000;
 /// How long the guest may take to forget a connection that the host is done with.
 const CLOSE_PATIENCE: Nanos = 10_000 * MS;
-/// How long a guest may have no room before it is asked for some.
+/// How long a guest may have no room before it is asked for some; each time twice as long as before.
 const STALL_PATIENCE: Nanos = 200 * MS;
+/// How often that gets longer.
+const MAX_DOUBLINGS: u32 = 8;
 
 /// The last descriptors that a process may have are not for connections.
 const RESERVED_FDS: u64 = 64;
@@ -68,8 +70,13 @@ pub(super) struct Switch {
     pub(super) with_messages: bool,
     /// For each listener, whether somebody may wait at it.
     pub(super) waiting: Vec<bool>,
+    /// Host clients are turned away: nobody serves them.
+    pub(super) is_closed: bool,
     /// Descriptors ran out: when to accept again.
     pub(super) accept_at: Option<Nanos>,
+    /// When to try servers again that had no time, and the one that was tried last.
+    pub(super) dial_at: Option<Nanos>,
+    pub(super) dialed: Option<Server>,
     /// Descriptors from this number on are not for connections.
     fd_limit: u64,
 }
@@ -94,7 +101,10 @@ impl Switch {
             with_messages,
             waiting: vec![true; sockets.listeners.len()],
             sockets,
+            is_closed: false,
             accept_at: None,
+            dial_at: None,
+            dialed: None,
             fd_limit: fd_limit.saturating_sub(RESERVED_FDS),
         }
     }
@@ -109,8 +119,9 @@ impl Switch {
 
     /// A guest that has no room usually says when it has some. If it does not, it will be asked.
     pub(super) fn watch_stall(&mut self, cx: &mut Context<'_>, slot: Slot) {
-        if self.table.get(slot).is_some_and(|c| c.deadline.is_none() && c.is_stalled()) {
-            let deadline = cx.now().saturating_add(STALL_PATIENCE);
+        let stalled = self.table.get(slot).filter(|c| c.deadline.is_none() && c.is_stalled());
+        if let Some(asked) = stalled.map(|c| c.asked) {
+            let deadline = cx.now().saturating_add(STALL_PATIENCE << asked.min(MAX_DOUBLINGS));
             self.table.set_deadline(slot, Some(deadline));
         }
     }
@@ -119,6 +130,7 @@ impl Switch {
     fn ask_for_credit(&mut self, cx: &mut Context<'_>, slot: Slot) {
         if let Some(connection) = self.table.get(slot).filter(|c| c.is_stalled()) {
             connection.owed.credit_request = true;
+            connection.asked = connection.asked.saturating_add(1);
             self.queue(cx, slot);
         }
     }
@@ -160,9 +172,12 @@ impl Switch {
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept_at = None;
         }
+        if self.dial_at.is_some_and(|at| at <= now) {
+            self.dial_again(cx);
+        }
         while let Some(slot) = self.table.expired(now) {
             match self.table.get(slot).map(|connection| connection.state) {
-                Some(State::Dialing { .. }) => self.dial(cx, slot),
+                Some(State::Dialing) => self.turn_down(cx, slot),
                 Some(State::Open) => self.ask_for_credit(cx, slot),
                 Some(_) => self.kill(cx, slot),
                 None => {}
@@ -172,7 +187,8 @@ impl Switch {
 
     /// When [`Switch::timers`] is to be called.
     pub(super) fn next_timer(&self) -> Option<Nanos> {
-        [self.accept_at, self.table.next_deadline()].into_iter().flatten().min()
+        let dial_at = self.dial_at.filter(|_| self.table.servers() > 0);
+        [self.accept_at, dial_at, self.table.next_deadline()].into_iter().flatten().min()
     }
 
     /// Time in which nobody could do anything is over.
@@ -218,6 +234,16 @@ impl Switch {
     /// Ends a connection; the guest, if it knows it, is told.
     pub(super) fn kill(&mut self, cx: &mut Context<'_>, slot: Slot) {
         self.shared.stats.conns_killed.add(1);
+        self.end(cx, slot);
+    }
+
+    /// The guest does not get the connection that it wants.
+    pub(super) fn turn_down(&mut self, cx: &mut Context<'_>, slot: Slot) {
+        self.shared.stats.conns_refused.add(1);
+        self.end(cx, slot);
+    }
+
+    fn end(&mut self, cx: &mut Context<'_>, slot: Slot) {
         if let Some(connection) = self.table.get(slot)
             && connection.key.is_some()
             && !connection.owed.request

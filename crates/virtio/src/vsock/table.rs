@@ -1,11 +1,12 @@
-//! All connections: by ports, by deadline, and the line of those that have something for the guest.
+//! All connections: by ports, by deadline, and the lines of those that have something for the guest and of those that wait for a host server.
 //!
 //! # Invariants
 //!
-//! - A slot is in the line at most once, whoever has it.
-//! - `promised` is the sum of what all connections were promised.
+//! - A slot is in the line for the guest at most once, whoever has it. Only a connection that there is waits for a server.
+//! - `kept` is the sum of what all connections can be made to keep.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::ops::Bound;
 
 use super::connection::{Connection, Key, MAX_MESSAGE, State};
 use super::packet::SocketKind;
@@ -14,12 +15,12 @@ use crate::worker::Nanos;
 /// The most connections of a device, those that begin or end included.
 pub const MAX_CONNECTIONS: usize = 4096;
 
-/// The most bytes of the guest that all connections together can be made to keep.
-pub const MAX_PROMISED: u64 = 128 << 20;
+/// The most bytes that all connections together can be made to keep.
+pub const MAX_KEPT: u64 = 128 << 20;
 
 /// Credit of a stream while there is plenty.
 const FULL_CREDIT: u32 = 256 << 10;
-/// Credit of a stream when streams have been promised [`PLENTY`].
+/// Credit of a stream when connections can be made to keep [`PLENTY`].
 const SMALL_CREDIT: u32 = 16 << 10;
 const PLENTY: u64 = 32 << 20;
 
@@ -29,6 +30,9 @@ const PORTS: u32 = 1 << 30;
 
 /// A connection's place, and its token at the worker.
 pub(super) type Slot = u32;
+
+/// Whoever serves a port on the host.
+pub(super) type Server = (u32, SocketKind);
 
 /// The connections.
 #[derive(Debug, Default)]
@@ -40,7 +44,10 @@ pub(super) struct Table {
     line: VecDeque<Slot>,
     keys: HashMap<Key, Slot>,
     deadlines: BTreeSet<(Nanos, Slot)>,
-    promised: u64,
+    /// For each server that has no time, who waits for it, by their turn.
+    waiting: BTreeMap<Server, BTreeMap<u64, Slot>>,
+    next_turn: u64,
+    kept: u64,
     next_port: u32,
 }
 
@@ -48,15 +55,16 @@ impl Table {
     /// Adds a connection; None if there is no room.
     pub(super) fn add(&mut self, kind: SocketKind, state: State) -> Option<Slot> {
         let credit = match kind {
-            SocketKind::Stream if self.promised + u64::from(FULL_CREDIT) <= PLENTY => FULL_CREDIT,
+            SocketKind::Stream if self.kept + u64::from(FULL_CREDIT) <= PLENTY => FULL_CREDIT,
             SocketKind::Stream => SMALL_CREDIT,
             SocketKind::SeqPacket => MAX_MESSAGE,
         };
-        if self.len() == MAX_CONNECTIONS || self.promised + u64::from(credit) > MAX_PROMISED {
+        let connection = Connection::new(kind, state, credit);
+        if self.len() == MAX_CONNECTIONS || self.kept + connection.most_kept() > MAX_KEPT {
             return None;
         }
-        self.promised += u64::from(credit);
-        let connection = Some(Connection::new(kind, state, credit));
+        self.kept += connection.most_kept();
+        let connection = Some(connection);
         Some(match self.free.pop() {
             Some(slot) => {
                 self.slots[slot as usize] = connection;
@@ -87,11 +95,12 @@ impl Table {
 
     /// Takes a connection out.
     pub(super) fn remove(&mut self, slot: Slot) -> Option<Connection> {
+        self.stop_waiting(slot);
         self.forget_key(slot);
         self.set_deadline(slot, None);
         let connection = self.slots.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
-        self.promised -= u64::from(connection.credit.promised());
+        self.kept -= connection.most_kept();
         Some(connection)
     }
 
@@ -154,13 +163,49 @@ impl Table {
     pub(super) fn postpone(&mut self, by: Nanos) {
         for slot in self.all() {
             if let Some(connection) = self.get(slot) {
-                if let State::Dialing { give_up } = &mut connection.state {
-                    *give_up = give_up.saturating_add(by);
-                }
                 let deadline = connection.deadline.map(|at| at.saturating_add(by));
                 self.set_deadline(slot, deadline);
             }
         }
+    }
+
+    /// Lets a connection, which has a name, wait for the server that it wants.
+    pub(super) fn wait(&mut self, slot: Slot) {
+        let turn = self.next_turn;
+        let Some(connection) = self.get(slot) else { return };
+        let Some(server) = connection.server().filter(|_| connection.turn.is_none()) else { return };
+        connection.turn = Some(turn);
+        self.next_turn += 1;
+        self.waiting.entry(server).or_default().insert(turn, slot);
+    }
+
+    /// A connection waits no more.
+    pub(super) fn stop_waiting(&mut self, slot: Slot) {
+        let Some(connection) = self.get(slot) else { return };
+        let (Some(server), Some(turn)) = (connection.server(), connection.turn.take()) else { return };
+        if let Some(line) = self.waiting.get_mut(&server) {
+            line.remove(&turn);
+            if line.is_empty() {
+                self.waiting.remove(&server);
+            }
+        }
+    }
+
+    /// Who waits for this server, and came first.
+    pub(super) fn first_waiting(&self, server: Server) -> Option<Slot> {
+        self.waiting.get(&server)?.values().next().copied()
+    }
+
+    /// How many servers are waited for.
+    pub(super) fn servers(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The next server that is waited for after this one, in a circle.
+    pub(super) fn server_after(&self, last: Option<Server>) -> Option<Server> {
+        let after =
+            last.and_then(|last| self.waiting.range((Bound::Excluded(last), Bound::Unbounded)).next());
+        after.or_else(|| self.waiting.first_key_value()).map(|(server, _)| *server)
     }
 
     /// Puts a connection at the end of the line, unless it stands in it.
@@ -209,14 +254,14 @@ mod tests {
         assert_eq!(stream(&mut table), None);
         assert_eq!(table.get(slots[0]).unwrap().credit.promised(), FULL_CREDIT);
         assert_eq!(table.get(slots[MAX_CONNECTIONS - 1]).unwrap().credit.promised(), SMALL_CREDIT);
-        assert!(table.promised <= MAX_PROMISED);
+        assert!(table.kept <= MAX_KEPT);
         for slot in slots {
             table.remove(slot).unwrap();
         }
-        assert_eq!((table.len(), table.promised), (0, 0));
+        assert_eq!((table.len(), table.kept), (0, 0));
         let messages =
             (0..MAX_CONNECTIONS).filter_map(|_| table.add(SocketKind::SeqPacket, State::Greeting)).count();
-        assert_eq!(messages as u64, MAX_PROMISED / u64::from(MAX_MESSAGE));
+        assert_eq!(messages, 682, "each keeps messages both ways, and the lengths of those from the guest");
     }
 
     #[test]
@@ -268,5 +313,32 @@ mod tests {
         table.set_deadline(a, Some(1));
         table.remove(a);
         assert_eq!(table.next_deadline(), None);
+    }
+
+    #[test]
+    fn who_came_first_is_the_first_that_waits_and_servers_come_in_a_circle() {
+        let mut table = Table::default();
+        let wait = |table: &mut Table, host_port, guest_port| {
+            let slot = stream(table).unwrap();
+            table.set_key(slot, Key { host_port, guest_port });
+            table.wait(slot);
+            table.wait(slot);
+            slot
+        };
+        let (a, b, c) = (wait(&mut table, 5, 1), wait(&mut table, 5, 2), wait(&mut table, 7, 1));
+        let [five, seven] = [5, 7].map(|port| (port, SocketKind::Stream));
+        assert_eq!((table.first_waiting(five), table.first_waiting(seven)), (Some(a), Some(c)));
+        table.remove(a);
+        // It has the slot that was free, and comes after the other.
+        let d = wait(&mut table, 5, 3);
+        assert_eq!((d, table.first_waiting(five)), (a, Some(b)));
+        assert_eq!(
+            [None, Some(five), Some(seven)].map(|last| table.server_after(last)),
+            [Some(five), Some(seven), Some(five)]
+        );
+        for slot in [b, c, d] {
+            table.stop_waiting(slot);
+        }
+        assert_eq!((table.servers(), table.server_after(Some(five))), (0, None));
     }
 }

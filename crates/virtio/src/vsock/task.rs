@@ -91,20 +91,32 @@ impl VsockTask {
     }
 
     fn work(&mut self, cx: &mut Context<'_>) {
-        if self.dead || !self.running {
+        if !self.running {
             return;
         }
-        match self.pump(cx) {
-            Ok(()) => match self.next_timer() {
-                Some(at) => cx.set_timer(at),
-                None => cx.clear_timer(),
-            },
-            Err(fault) => {
-                self.dead = true;
-                cx.clear_timer();
-                self.switch.clear(cx);
-                self.interrupt.needs_reset(&fault);
-            }
+        if !self.dead
+            && let Err(fault) = self.pump(cx)
+        {
+            self.dead = true;
+            self.note = Note::default();
+            self.switch.clear(cx);
+            self.switch.is_closed = true;
+            self.interrupt.needs_reset(&fault);
+        }
+        if self.dead {
+            self.turn_away(cx);
+        }
+        match self.next_timer() {
+            Some(at) => cx.set_timer(at),
+            None => cx.clear_timer(),
+        }
+    }
+
+    /// Host clients of a device that is broken hear of it by being closed.
+    fn turn_away(&mut self, cx: &mut Context<'_>) {
+        self.switch.timers(cx);
+        if self.switch.accept(cx) {
+            cx.call_again();
         }
     }
 
@@ -237,7 +249,7 @@ impl Task for VsockTask {
 
     fn ready(&mut self, cx: &mut Context<'_>, event: Event) {
         // All is looked at when it goes on.
-        if self.running && !self.dead {
+        if self.running {
             self.switch.ready(cx, event);
             // Once for all events of this wake-up.
             cx.call_again();
@@ -265,9 +277,7 @@ impl Task for VsockTask {
             self.switch.postpone(still);
             self.note.hold_until = self.note.hold_until.map(|until| until.saturating_add(still));
         }
-        if !self.dead {
-            self.switch.look_at_all(cx);
-        }
+        self.switch.look_at_all(cx);
         self.work(cx);
     }
 

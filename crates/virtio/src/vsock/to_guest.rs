@@ -2,7 +2,6 @@
 
 use rustix::io::Errno;
 
-use super::connection::{State, peer_is_done, peer_is_gone};
 use super::packet::{END_OF_MESSAGE, HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SocketKind};
 use super::switch::{Switch, message_room};
 use super::table::Slot;
@@ -16,7 +15,7 @@ pub(super) const QUANTUM: u32 = 64 << 10;
 const LEAST_APPETITE: u32 = 4 << 10;
 /// Chains that one read fills at most.
 const MAX_CHAINS: usize = 32;
-/// A packet without data counts as so many bytes of a turn.
+/// A packet without data counts as so many bytes of a turn, and so does a buffer that is thrown away: the guest may make new ones meanwhile.
 const PACKET_COST: u32 = 1 << 10;
 
 /// How filling ended.
@@ -60,14 +59,28 @@ impl ToGuest {
         cx: &mut Context<'_>,
         budget: &mut u32,
     ) -> Result<Filled, QueueError> {
+        let filled = self.fill_in_order(switch, cx, budget)?;
+        // Who found no buffer because the budget was spent on bad ones goes on in the next turn.
+        Ok(if filled == Filled::Starved && *budget == 0 { Filled::Turn } else { filled })
+    }
+
+    fn fill_in_order(
+        &mut self,
+        switch: &mut Switch,
+        cx: &mut Context<'_>,
+        budget: &mut u32,
+    ) -> Result<Filled, QueueError> {
         while let Some(reset) = switch.resets.front() {
+            if *budget == 0 {
+                return Ok(Filled::Turn);
+            }
             let header = reset.header(switch.guest_cid);
-            if self.next_chain(switch, HEADER_LEN)?.is_none() {
+            if self.next_chain(switch, HEADER_LEN, budget)?.is_none() {
                 return Ok(Filled::Starved);
             }
             self.write_packet(switch, &header, &[])?;
             switch.resets.pop_front();
-            *budget = budget.saturating_sub(PACKET_COST);
+            spend(budget, 0);
         }
         while switch.table.has_line() {
             if *budget == 0 {
@@ -98,13 +111,13 @@ impl ToGuest {
         let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
         let first = [(connection.owed.request, Op::Request), (connection.owed.response, Op::Response)];
         if let Some((_, op)) = first.into_iter().find(|(is_owed, _)| *is_owed) {
-            if !self.send(switch, slot, op, 0)? {
+            if !self.send(switch, slot, op, 0, budget)? {
                 return Ok(Served::Starved);
             }
             if let Some(connection) = switch.table.get(slot) {
                 (connection.owed.request, connection.owed.response) = (false, false);
             }
-            *budget = budget.saturating_sub(PACKET_COST);
+            spend(budget, 0);
         }
         let mut more = self.data(switch, cx, slot, budget)?;
         if more == Served::Starved {
@@ -112,8 +125,7 @@ impl ToGuest {
         }
         // After the data, whose headers tell the credit, too.
         while let Some((op, flags)) = switch.table.get(slot).and_then(|connection| {
-            let update = connection.owed.credit_update || connection.credit.is_update_due();
-            if update && connection.state == State::Open {
+            if connection.credit_update_due() {
                 return Some((Op::CreditUpdate, 0));
             }
             if std::mem::take(&mut connection.owed.credit_request) {
@@ -121,10 +133,10 @@ impl ToGuest {
             }
             connection.shutdown_due().map(|flags| (Op::Shutdown, flags))
         }) {
-            if !self.send(switch, slot, op, flags)? {
+            if !self.send(switch, slot, op, flags, budget)? {
                 return Ok(Served::Starved);
             }
-            *budget = budget.saturating_sub(PACKET_COST);
+            spend(budget, 0);
             let Some(connection) = switch.table.get(slot) else { break };
             match op {
                 Op::CreditUpdate => connection.owed.credit_update = false,
@@ -171,7 +183,7 @@ impl ToGuest {
         let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
         connection.appetite = connection.appetite.clamp(LEAST_APPETITE, QUANTUM);
         let limit = connection.credit.sendable().min(connection.appetite);
-        let count = self.take_chains(switch, limit)?;
+        let count = self.take_chains(switch, limit, budget)?;
         if count == 0 {
             return Ok(Served::Starved);
         }
@@ -209,7 +221,7 @@ impl ToGuest {
         self.give_back(used, count)?;
         switch.shared.stats.rx_bytes_count.add(got.into());
         switch.shared.stats.rx_packets_count.add(used as u64);
-        *budget = budget.saturating_sub(got.max(PACKET_COST));
+        spend(budget, got);
         Ok(if more { Served::More } else { Served::Done })
     }
 
@@ -227,11 +239,9 @@ impl ToGuest {
         match result {
             Err(Errno::AGAIN) => {}
             Ok(()) => {
-                connection.host_done = true;
-                let is_gone = connection.socket.as_ref().is_none_or(peer_is_gone);
-                if is_gone && !connection.host_deaf {
-                    connection.deafen();
-                }
+                // Here is its end, whether or not the event has come.
+                (connection.host_done, connection.hangup) = (true, true);
+                connection.settle();
             }
             Err(_) => {
                 switch.shared.stats.rx_read_fails.add(1);
@@ -254,8 +264,8 @@ impl ToGuest {
             match connection.read_message(message_room(&mut switch.scratch)) {
                 Ok(Some(())) => {}
                 // An empty message, not the end.
-                Ok(None) if !connection.socket.as_ref().is_none_or(peer_is_done) => {
-                    *budget = budget.saturating_sub(PACKET_COST);
+                Ok(None) if connection.may_have_more() => {
+                    spend(budget, 0);
                     return Ok(Served::More);
                 }
                 other => return Ok(self.no_data(switch, cx, slot, other.map(drop))),
@@ -265,7 +275,7 @@ impl ToGuest {
         let (message, sent) = std::mem::take(&mut connection.to_guest);
         let rest = &message[sent as usize..];
         let sendable = connection.credit.sendable();
-        let Some(room) = self.next_room(switch)? else {
+        let Some(room) = self.next_room(switch, budget)? else {
             if let Some(connection) = switch.table.get(slot) {
                 connection.to_guest = (message, sent);
             }
@@ -281,15 +291,21 @@ impl ToGuest {
         connection.credit.send(len);
         self.write_packet(switch, &header, piece)?;
         switch.shared.stats.rx_bytes_count.add(len.into());
-        *budget = budget.saturating_sub(len.max(PACKET_COST));
+        spend(budget, len);
         let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
         connection.to_guest = if is_last { (Vec::new(), 0) } else { (message, sent + len) };
         let more = connection.has_data() && connection.credit.sendable() > 0;
         Ok(if more { Served::More } else { Served::Done })
     }
 
-    /// Takes chains until they have room for `limit` bytes of data, which becomes `switch.segments`. Returns how many.
-    fn take_chains(&mut self, switch: &mut Switch, limit: u32) -> Result<usize, QueueError> {
+    /// Takes chains until they have room for `limit` bytes of data, which becomes `switch.segments`. Returns how many. None: the guest
+    /// has none, or `budget` was spent on those that it threw away.
+    fn take_chains(
+        &mut self,
+        switch: &mut Switch,
+        limit: u32,
+        budget: &mut u32,
+    ) -> Result<usize, QueueError> {
         switch.segments.clear();
         let mut count = 0;
         while count < MAX_CHAINS && switch.segments.len() < limit {
@@ -308,8 +324,10 @@ impl ToGuest {
                     self.queue.rewind(&self.chains[count])?;
                     break;
                 }
-                self.queue.add_used(self.chains[0].head(), 0)?;
-                switch.shared.stats.malformed_count.add(1);
+                self.throw_away(switch, budget)?;
+                if *budget == 0 {
+                    break;
+                }
                 continue;
             }
             self.rooms[count] = room;
@@ -324,26 +342,47 @@ impl ToGuest {
     }
 
     /// Takes the next chain that has room for data; how much. It is `self.chains[0]`.
-    fn next_room(&mut self, switch: &Switch) -> Result<Option<u32>, QueueError> {
-        self.next_chain(switch, HEADER_LEN + 1).map(|room| room.map(|room| room - HEADER_LEN))
+    fn next_room(&mut self, switch: &Switch, budget: &mut u32) -> Result<Option<u32>, QueueError> {
+        self.next_chain(switch, HEADER_LEN + 1, budget).map(|room| room.map(|room| room - HEADER_LEN))
     }
 
-    /// Takes the next chain with room for `least` bytes, throwing smaller ones away.
-    fn next_chain(&mut self, switch: &Switch, least: u32) -> Result<Option<u32>, QueueError> {
+    /// Takes the next chain with room for `least` bytes, throwing smaller ones away as far as `budget` goes.
+    fn next_chain(
+        &mut self,
+        switch: &Switch,
+        least: u32,
+        budget: &mut u32,
+    ) -> Result<Option<u32>, QueueError> {
         while self.queue.pop(&mut self.chains[0])? {
             let room = self.chains[0].writable().len();
             if room >= least {
                 return Ok(Some(room));
             }
-            self.queue.add_used(self.chains[0].head(), 0)?;
-            switch.shared.stats.malformed_count.add(1);
+            self.throw_away(switch, budget)?;
+            if *budget == 0 {
+                break;
+            }
         }
         Ok(None)
     }
 
+    /// Gives the guest the chain that was taken, with nothing in it.
+    fn throw_away(&mut self, switch: &Switch, budget: &mut u32) -> Result<(), QueueError> {
+        switch.shared.stats.malformed_count.add(1);
+        spend(budget, 0);
+        self.queue.add_used(self.chains[0].head(), 0)
+    }
+
     /// Sends a packet without data. False if the guest has no buffer; then the header is not made, which tells our account of credit.
-    fn send(&mut self, switch: &mut Switch, slot: Slot, op: Op, flags: u32) -> Result<bool, QueueError> {
-        if self.next_chain(switch, HEADER_LEN)?.is_none() {
+    fn send(
+        &mut self,
+        switch: &mut Switch,
+        slot: Slot,
+        op: Op,
+        flags: u32,
+        budget: &mut u32,
+    ) -> Result<bool, QueueError> {
+        if self.next_chain(switch, HEADER_LEN, budget)?.is_none() {
             return Ok(false);
         }
         let guest_cid = switch.guest_cid;
@@ -367,4 +406,9 @@ impl ToGuest {
     fn write(&self, at: usize, header: &Header) -> Result<(), QueueError> {
         self.chains[at].writable().write(self.queue.ram(), header.as_bytes()).map(drop)
     }
+}
+
+/// Takes what `bytes` of data cost off a turn's budget.
+fn spend(budget: &mut u32, bytes: u32) {
+    *budget = budget.saturating_sub(bytes.max(PACKET_COST));
 }

@@ -4,6 +4,8 @@ use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
+use zerocopy::IntoBytes;
+
 use super::guest::{End, MS, Rig, is_at_end, read};
 use crate::testing::Kind;
 use crate::vsock::packet::{Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind};
@@ -155,6 +157,45 @@ fn a_host_that_dies_in_the_middle_ends_its_own_stream_only() {
     assert!(told > 0);
     rig.send_data(&b, 0, b"still here");
     assert_eq!(read(&mut other), b"still here");
+}
+
+#[test]
+fn a_guest_that_wants_no_more_hears_that_the_host_is_gone() {
+    for guest_is_first in [true, false] {
+        let mut rig = Rig::new(Kind::Mmio);
+        let (mut client, end) = rig.open_by_host(1);
+        // What it has no room for does not keep it from hearing of it.
+        rig.send(&End { room: 0, ..end }, Op::CreditUpdate, 0);
+        client.write_all(b"not wanted").unwrap();
+        rig.guest.worker.run();
+        if guest_is_first {
+            rig.send(&end, Op::Shutdown, SHUTDOWN_RECEIVE);
+            assert_eq!(rig.next(), None);
+            drop(client);
+        } else {
+            drop(client);
+            rig.guest.worker.run();
+            rig.send(&End { room: 0, ..end }, Op::Shutdown, SHUTDOWN_RECEIVE);
+        }
+        assert_eq!(rig.expect(Op::Shutdown).flags(), SHUTDOWN_BOTH, "{guest_is_first}");
+    }
+}
+
+#[test]
+fn a_client_is_not_taken_for_one_that_hung_up_before_it() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (old, end) = rig.open_by_host(1);
+    // In one wake-up: the guest resets the old connection, a client comes, something makes the device work again, and only then comes
+    // what happened to the old one.
+    rig.post(Rig::header(&end, Op::Rst, 0, 0).as_bytes(), &[]);
+    rig.publish_tx();
+    let mut new = UnixStream::connect(rig.path("")).unwrap();
+    rig.guest.kick(0);
+    drop(old);
+    rig.guest.worker.run();
+    assert_eq!(rig.control.stats().conns_removed.get(), 1);
+    new.write_all(b"CONNECT 2\n").unwrap();
+    assert_eq!(rig.expect(Op::Request).header.dst_port.get(), 2);
 }
 
 #[test]

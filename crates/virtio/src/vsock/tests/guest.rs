@@ -4,12 +4,16 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::testing::{DriverQueue, Guest, Kind, RUNNING, TestWorker, TransportState, guest_ram};
+use crate::testing::{DriverQueue, Guest, Kind, RUNNING, TestWorker, TransportState, WRITE, guest_ram};
 use crate::vsock::packet::{HEADER_LEN, HOST_CID, Header, Op, SocketKind};
 use crate::vsock::socket::{HostSockets, Listener, SocketFile};
 use crate::vsock::{Vsock, VsockControl};
@@ -215,11 +219,16 @@ impl Rig {
         self.tx.add(&buffers, &[]).expect("the queue has room");
     }
 
-    /// Shows the device what was put in the queue.
-    pub(super) fn kick_tx(&mut self) {
+    /// Shows the device what was put in the queue, and lets it do nothing yet.
+    pub(super) fn publish_tx(&mut self) {
         if self.tx.publish() {
             self.guest.kick(1);
         }
+    }
+
+    /// Shows the device what was put in the queue.
+    pub(super) fn kick_tx(&mut self) {
+        self.publish_tx();
         self.guest.worker.run();
         while self.tx.take_used().is_some() {}
     }
@@ -336,6 +345,15 @@ fn sockets(dir: &TempDir) -> (HostSockets, Vec<SocketFile>) {
     (sockets, vec![stream_file, messages_file])
 }
 
+/// Lets this process have so many connections, each of which is two descriptors of it.
+pub(super) fn allow_connections(count: usize) {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Some(3 * count as u64).max(limit.current);
+    let raised = Rlimit { current: limit.maximum.min(wanted).or(wanted), ..limit };
+    setrlimit(Resource::Nofile, raised).unwrap();
+    assert!(raised.current >= wanted, "{wanted:?} descriptors are needed, {:?} allowed", raised.current);
+}
+
 /// All that is there now.
 pub(super) fn read(from: &mut UnixStream) -> Vec<u8> {
     let mut all = Vec::new();
@@ -369,5 +387,40 @@ impl Rig {
     pub(super) fn post_data(&mut self, end: &End, data: &[u8]) {
         self.post(Self::header(end, Op::Rw, 0, data.len() as u32).as_bytes(), data);
         self.kick_tx();
+    }
+}
+
+/// A driver that makes a buffer without room available for each that the device throws away, until this is dropped or it has made very many.
+pub(super) struct TinyBuffers {
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Rig {
+    /// From now on the device gets tiny buffers only. It has taken all that it was given before.
+    pub(super) fn give_tiny_buffers(&mut self) -> TinyBuffers {
+        const MOST: u64 = 1 << 20;
+        let spare = DriverQueue::new(&self.guest.ram, 0x7_0000, SIZE, 0);
+        let queue = std::mem::replace(&mut self.rx, spare);
+        queue.set_descriptor(0, RX, 10, WRITE, 0);
+        (0..SIZE).for_each(|slot| queue.set_avail_entry(slot, 0));
+        let (taken, control) = (queue.used_idx(), self.control.clone());
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        // As many as the queue has are out, always.
+        let refill = move || {
+            let thrown_away = control.stats().malformed_count.get();
+            queue.set_avail_idx(taken.wrapping_add(thrown_away as u16).wrapping_add(SIZE));
+            thrown_away < MOST && !stopped.load(Ordering::Relaxed)
+        };
+        refill();
+        TinyBuffers { stop, thread: Some(thread::spawn(move || while refill() {})) }
+    }
+}
+
+impl Drop for TinyBuffers {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().map(thread::JoinHandle::join);
     }
 }

@@ -4,27 +4,27 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, send,
-    socket_with,
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
+    send, shutdown, socket_with,
 };
 
 use super::guest::{End, Rig};
 use crate::testing::Kind;
-use crate::vsock::packet::{END_OF_MESSAGE, Op, SHUTDOWN_BOTH, SocketKind};
+use crate::vsock::packet::{END_OF_MESSAGE, Op, SHUTDOWN_BOTH, SHUTDOWN_SEND, SocketKind};
 use crate::vsock::{Listener, SocketFile};
 
-fn client(rig: &Rig) -> OwnedFd {
+pub(super) fn client(rig: &Rig) -> OwnedFd {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let client = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     connect(&client, &SocketAddrUnix::new(rig.path(".seq")).unwrap()).unwrap();
     client
 }
 
-fn write(to: &OwnedFd, message: &[u8]) {
-    assert_eq!(send(to, message, SendFlags::NOSIGNAL), Ok(message.len()));
+pub(super) fn write(to: &OwnedFd, message: &[u8]) -> Result<(), Errno> {
+    send(to, message, SendFlags::NOSIGNAL).map(|len| assert_eq!(len, message.len()))
 }
 
-fn read(from: &OwnedFd) -> Result<Vec<u8>, Errno> {
+pub(super) fn read(from: &OwnedFd) -> Result<Vec<u8>, Errno> {
     let mut message = vec![0; 128 << 10];
     let (len, _) = recv(from, &mut message[..], RecvFlags::empty())?;
     message.truncate(len);
@@ -33,7 +33,7 @@ fn read(from: &OwnedFd) -> Result<Vec<u8>, Errno> {
 
 fn open(rig: &mut Rig) -> (OwnedFd, End) {
     let client = client(rig);
-    write(&client, b"CONNECT 5");
+    write(&client, b"CONNECT 5").unwrap();
     let asked = rig.expect(Op::Request).header;
     assert_eq!(asked.kind.get(), 2);
     let host_port = asked.src_port.get();
@@ -43,7 +43,7 @@ fn open(rig: &mut Rig) -> (OwnedFd, End) {
     (client, end)
 }
 
-fn serve(rig: &Rig, port: u32) -> (Listener, SocketFile) {
+pub(super) fn serve(rig: &Rig, port: u32) -> (Listener, SocketFile) {
     Listener::bind(&rig.path(&format!("_{port}")), SocketKind::SeqPacket).unwrap()
 }
 
@@ -52,7 +52,7 @@ fn messages_stay_whole_both_ways() {
     let mut rig = Rig::new(Kind::Mmio);
     let (client, end) = open(&mut rig);
     for message in [&b"one"[..], b"and two"] {
-        write(&client, message);
+        write(&client, message).unwrap();
     }
     for message in [&b"one"[..], b"and two"] {
         let got = rig.expect(Op::Rw);
@@ -90,7 +90,7 @@ fn a_long_message_goes_in_pieces_and_one_that_is_too_long_ends_the_connection() 
     end.room = 50_000;
     rig.send(&end, Op::CreditUpdate, 0);
     let message: Vec<u8> = (0..65536u32).map(|i| (i % 253) as u8).collect();
-    write(&client, &message);
+    write(&client, &message).unwrap();
     let mut got: Vec<u8> = Vec::new();
     loop {
         let Some(piece) = rig.next() else {
@@ -104,7 +104,7 @@ fn a_long_message_goes_in_pieces_and_one_that_is_too_long_ends_the_connection() 
         }
     }
     assert!(got == message);
-    write(&client, &vec![0; 65537]);
+    write(&client, &vec![0; 65537]).unwrap();
     rig.expect(Op::Rst);
     assert_ne!(read(&client), Err(Errno::AGAIN), "it is closed");
 }
@@ -144,11 +144,62 @@ fn empty_messages_go_nowhere_and_do_no_harm() {
     rig.send_data(&end, END_OF_MESSAGE, b"");
     rig.send_data(&end, END_OF_MESSAGE, b"x");
     assert_eq!(read(&client).unwrap(), b"x");
-    write(&client, b"");
-    write(&client, b"y");
+    write(&client, b"").unwrap();
+    write(&client, b"y").unwrap();
     assert_eq!(rig.expect(Op::Rw).data, b"y");
     drop(client);
     assert_eq!(rig.expect(Op::Shutdown).flags(), SHUTDOWN_BOTH);
+}
+
+#[test]
+fn a_guest_that_runs_out_of_room_in_the_middle_of_a_message_hears_of_more() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (client, end) = open(&mut rig);
+    rig.send_data(&end, END_OF_MESSAGE, b"x");
+    // As long as its room in all; it sends what it knows to have room for, and waits.
+    let message = vec![7; 65536];
+    rig.send_data(&end, 0, &message[..65535]);
+    let update = rig.expect(Op::CreditUpdate).header;
+    assert_eq!((update.buf_alloc.get(), update.fwd_cnt.get()), (65536, 1));
+    rig.send_data(&end, END_OF_MESSAGE, &message[65535..]);
+    assert_eq!(read(&client).unwrap(), b"x");
+    assert!(read(&client).unwrap() == message);
+}
+
+#[test]
+fn messages_behind_an_empty_one_arrive_though_their_sender_is_gone() {
+    for both in [false, true] {
+        let mut rig = Rig::new(Kind::Mmio);
+        let (client, _) = open(&mut rig);
+        for message in [&b""[..], b"first", b"", b"", b"second", b""] {
+            write(&client, message).unwrap();
+        }
+        let _still_there = if both {
+            drop(client);
+            None
+        } else {
+            shutdown(&client, Shutdown::Write).unwrap();
+            Some(client)
+        };
+        assert_eq!(rig.expect(Op::Rw).data, b"first");
+        assert_eq!(rig.expect(Op::Rw).data, b"second");
+        assert_eq!(rig.expect(Op::Shutdown).flags(), if both { SHUTDOWN_BOTH } else { SHUTDOWN_SEND });
+    }
+}
+
+#[test]
+fn a_message_that_never_becomes_whole_holds_up_no_end() {
+    for flags in [SHUTDOWN_SEND, SHUTDOWN_BOTH] {
+        let mut rig = Rig::new(Kind::Mmio);
+        let (client, end) = open(&mut rig);
+        rig.send_data(&end, END_OF_MESSAGE, b"whole");
+        rig.send_data(&end, 0, b"and not");
+        rig.send(&end, Op::Shutdown, flags);
+        assert_eq!(read(&client).unwrap(), b"whole");
+        assert_eq!(read(&client).unwrap(), b"", "the end");
+        let is_over = rig.control.stats().conns_removed.get() == 1;
+        assert_eq!(is_over, flags == SHUTDOWN_BOTH);
+    }
 }
 
 #[test]
@@ -158,7 +209,7 @@ fn a_greeting_is_one_message() {
     {
         let mut rig = Rig::new(Kind::Mmio);
         let client = client(&rig);
-        write(&client, message);
+        write(&client, message).unwrap();
         assert_eq!(rig.next().is_some(), is_good, "{message:?}");
         assert_eq!(read(&client) == Err(Errno::AGAIN), is_good);
     }

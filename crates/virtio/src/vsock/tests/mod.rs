@@ -3,6 +3,7 @@
 mod ends;
 mod guest;
 mod hostile;
+mod message_model;
 mod messages;
 mod model;
 mod resets;

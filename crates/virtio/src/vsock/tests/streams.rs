@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 
-use super::guest::{CID, End, MS, Rig, is_at_end, read};
+use super::guest::{CID, End, MS, Rig, allow_connections, is_at_end, read};
 use crate::testing::Kind;
 use crate::vsock::packet::{HOST_CID, Op, SocketKind};
 
@@ -116,6 +116,36 @@ fn a_server_with_a_full_queue_is_tried_again_for_a_while() {
     assert_eq!(rig.next(), None);
     rig.guest.worker.advance(6_000 * MS);
     assert_eq!(rig.expect(Op::Rst).header.dst_port.get(), 2);
+    let stats = rig.control.stats();
+    assert_eq!((stats.conns_refused.get(), stats.conns_killed.get()), (1, 0));
+    assert_eq!(rig.guest.worker.next_timer(), None);
+}
+
+#[test]
+fn those_who_wait_for_a_server_get_to_it_in_their_order() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (listener, _file) = crate::vsock::Listener::bind(&rig.path("_8"), SocketKind::Stream).unwrap();
+    rustix::net::listen(listener.fd(), 0).unwrap();
+    let waits = UnixStream::connect(rig.path("_8")).unwrap();
+    let end = End { port: 1, host_port: 8, kind: SocketKind::Stream, room: 1, forwarded: 0 };
+    for port in 1..200 {
+        rig.send(&End { port, ..end }, Op::Request, 0);
+    }
+    // One gives up, and asks anew.
+    rig.send(&End { port: 2, ..end }, Op::Rst, 0);
+    rig.send(&End { port: 2, ..end }, Op::Request, 0);
+    let mut served = vec![listener.accept().unwrap()];
+    drop(waits);
+    // There is room before it was tried again: who comes now does not overtake.
+    rig.send(&End { port: 200, ..end }, Op::Request, 0);
+    assert_eq!(rig.next(), None);
+    for port in (1..200).filter(|&port| port != 2).chain([2, 200]) {
+        rig.guest.worker.advance(10 * MS);
+        assert_eq!(rig.expect(Op::Response).header.dst_port.get(), port);
+        assert_eq!(rig.next(), None, "the server has no time for more");
+        served.push(listener.accept().unwrap());
+    }
+    assert_eq!(rig.guest.worker.next_timer(), None);
 }
 
 #[test]
@@ -156,6 +186,36 @@ fn the_guest_gets_no_more_than_it_has_room_for() {
 }
 
 #[test]
+fn a_guest_without_room_is_asked_less_and_less_often() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (mut client, mut end) = rig.open_by_host(1);
+    end.room = 4;
+    rig.send(&end, Op::CreditUpdate, 0);
+    client.write_all(b"01234567").unwrap();
+    assert_eq!(rig.expect(Op::Rw).data, b"0123");
+    let asked_for = |rig: &mut Rig, end: &End, seconds: u64| {
+        let mut asked = 0;
+        for _ in 0..seconds * 10 {
+            rig.guest.worker.advance(100 * MS);
+            while let Some(packet) = rig.next() {
+                assert_eq!(packet.op(), Op::CreditRequest);
+                asked += 1;
+                rig.send(end, Op::CreditUpdate, 0);
+            }
+        }
+        asked
+    };
+    let (first, later) = (asked_for(&mut rig, &end, 60), asked_for(&mut rig, &end, 600));
+    assert!((4..10).contains(&first) && (5..15).contains(&later), "{first} and {later}");
+    // Once it had some, it is as at the beginning.
+    end.forwarded = 3;
+    rig.send(&end, Op::CreditUpdate, 0);
+    assert_eq!(rig.expect(Op::Rw).data, b"456");
+    rig.guest.worker.advance(200 * MS);
+    rig.expect(Op::CreditRequest);
+}
+
+#[test]
 fn the_guest_hears_of_room_when_it_asks_and_when_half_of_it_is_free_again() {
     let mut rig = Rig::new(Kind::Mmio);
     let server = rig.serve(1);
@@ -172,6 +232,33 @@ fn the_guest_hears_of_room_when_it_asks_and_when_half_of_it_is_free_again() {
         read(&mut peer);
     }
     assert_eq!(rig.expect(Op::CreditUpdate).header.fwd_cnt.get(), 1000 + (128 << 10));
+}
+
+#[test]
+fn a_greedy_stream_holds_up_none_of_a_thousand() {
+    allow_connections(1001);
+    let mut rig = Rig::with(Kind::Mmio, 32, 4096 + 44);
+    let (mut greedy, its_end) = rig.open_by_host(1);
+    let mut others: Vec<_> = (0..1000).map(|_| rig.open_by_host(2).0).collect();
+    let piece = vec![1; 60_000];
+    let _ = greedy.write(&piece);
+    for other in &mut others {
+        other.write_all(b"me, too").unwrap();
+    }
+    let (mut taken, mut served) = (0, 0);
+    while served < others.len() {
+        // It has more, always, and the guest has room for it.
+        let _ = greedy.write(&piece);
+        let packet = rig.next().unwrap();
+        if packet.header.src_port.get() == its_end.host_port {
+            taken += packet.data.len();
+            let told = End { forwarded: taken as u32, ..its_end };
+            rig.send(&told, Op::CreditUpdate, 0);
+        } else {
+            served += usize::from(packet.data == b"me, too");
+        }
+    }
+    assert!((1..=3 * (64 << 10)).contains(&taken), "{taken} bytes before the last of the others");
 }
 
 #[test]
