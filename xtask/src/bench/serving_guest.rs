@@ -31,7 +31,7 @@ impl ServingGuest {
         };
         let mut initramfs = Initramfs::new(&kernels::busybox()?)?;
         if let Some(modules) = &kernel.modules {
-            initramfs.modules(modules, &["virtio_mmio", "vmw_vsock_virtio_transport"])?;
+            initramfs.modules(modules, &["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport"])?;
         }
         initramfs.file("bin/guest-vsock", 0o755, &std::fs::read(build_guest_program()?)?);
         let initrd = dir.join("serving-initramfs");

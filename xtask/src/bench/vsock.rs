@@ -4,30 +4,27 @@
 //! and one wake-up of the guest, which is what a read of one sector of a cached disk costs it: a kick, an interrupt and a process
 //! that wakes.
 
-use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use vesta_tests::guest::{BOOT_ARGS, Guest};
-use vesta_tests::initramfs::Initramfs;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{connect, port};
 
 use super::net::cpu_ns;
+use super::serving_guest::{SERVING, ServingGuest};
 use super::table::{Row, markdown, median};
-use super::{Monitor, describe, peer};
+use super::{Monitor, check_runs, describe, files, on_host, peer, today};
 use crate::host::emulated::Emulated;
-use crate::host::{self, Job, Kind, Outcome};
-use crate::kernels;
-use crate::process::{output, root, say};
-use crate::test::{build_guest_program, build_vmm};
+use crate::host::{self, Kind, Outcome};
+use crate::process::say;
+use crate::test::build_vmm;
 
 /// Longest wait for a guest.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -37,8 +34,7 @@ const PATIENCE: Duration = Duration::from_mins(2);
 struct Orders {
     monitors: Vec<Monitor>,
     runs: usize,
-    kernel: PathBuf,
-    initrd: PathBuf,
+    guest: ServingGuest,
     disk: PathBuf,
     /// Round trips, and bytes each way, of one run.
     trips: u32,
@@ -58,46 +54,27 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if runs < FEWEST_RUNS {
-        bail!("--runs is {runs}: a median is taken over at least {FEWEST_RUNS}");
-    }
+    check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
-    let vmm = build_vmm(true)?;
-    let mut monitors = vec![Monitor::api("vesta", vmm)];
+    let mut monitors = vec![Monitor::api("vesta", build_vmm(true)?)];
     monitors.extend(peers);
-    let program = std::env::current_exe()?;
-    let dir = program.parent().context("this program is in no directory")?.join("bench");
-    std::fs::create_dir_all(&dir)?;
-    let (kernel, name) = match kernels::tuned()? {
-        Some(kernel) => (kernel, "the tuned 6.12 kernel"),
-        None => bail!("this benchmark needs the tuned guest kernel: `cargo xtask kernel` builds it"),
-    };
-    let (initrd, disk) = (dir.join("vsock-initramfs"), dir.join("vsock-disk"));
-    let mut initramfs = Initramfs::new(&kernels::busybox()?)?;
-    let guest_program = std::fs::read(build_guest_program()?)?;
-    initramfs.file("bin/guest-vsock", 0o755, &guest_program);
     let (kind, why) = host::choose()?;
     let (trips, bytes) = match kind {
         Kind::Native => (10_000, 1 << 30),
         Kind::Emulated => (200, 8 << 20),
     };
+    let dir = files()?;
     let script = format!("guest-vsock wake /dev/vda {trips}\nguest-vsock serve");
-    std::fs::write(&initrd, initramfs.finish(&script))?;
+    let guest = ServingGuest::make(&dir, &script)?;
+    let disk = dir.join("vsock-disk");
     std::fs::File::create(&disk)?.set_len(1 << 20)?;
-    println!("\n## vsock ({name}; 256 MiB, 1 vCPU), on {}\n", describe(kind, &why));
-    let orders = Orders { monitors, runs, kernel: kernel.image, initrd, disk, trips, bytes };
-    let file = dir.join("vsock-orders");
-    std::fs::write(&file, serde_json::to_vec(&orders)?)?;
-    let argv: [OsString; 3] = [std::env::current_exe()?.into(), "bench-vsock-inner".into(), file.into()];
-    let mut job = Job::here(argv.to_vec())?;
-    root().clone_into(&mut job.cwd);
+    println!("\n## vsock ({}; 256 MiB, 1 vCPU), on {}\n", guest.kernel_name, describe(kind, &why));
+    let orders = Orders { monitors, runs, guest, disk, trips, bytes };
     let emulated = Emulated { timeout: Duration::from_mins(20), ..Emulated::default() };
-    let outcome = host::run(kind, &job, &emulated)?;
-    outcome.report();
-    let date = output(Command::new("date").arg("--iso-8601"))?;
+    let outcome = on_host(kind, "bench-vsock-inner", &orders, &emulated)?;
     println!(
         "\n`cargo xtask bench vsock`, {}: medians over {runs} interleaved runs, in brackets the least and",
-        date.trim()
+        today()?
     );
     println!("the most; each run has {trips} round trips of one byte and {} MiB each way.", bytes >> 20);
     println!(
@@ -128,8 +105,7 @@ struct Throughput {
 
 /// `bench-vsock-inner ORDERS`: runs on the host, and prints the table.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders = std::fs::read(PathBuf::from(parser.value()?))?;
-    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
+    let orders: Orders = super::orders(parser)?;
     let mut pair = Vec::new();
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); orders.monitors.len()];
     // One run first that does not count.
@@ -170,8 +146,7 @@ fn socket_pair(orders: &Orders) -> Result<Sample> {
 fn guest(monitor: &Monitor, orders: &Orders) -> Result<Sample> {
     let vmm = VmmBuilder::new(&monitor.path)?.quiet().with_api().spawn()?;
     let mut api = vmm.ready_client(PATIENCE)?;
-    let mut guest = Guest::bare(&orders.kernel).boot_args(BOOT_ARGS).mem_mib(256);
-    guest.initrd = Some(orders.initrd.clone());
+    let guest = orders.guest.guest().mem_mib(256);
     guest.put(&mut api)?;
     let drive =
         json!({"drive_id": "d", "path_on_host": orders.disk, "is_root_device": false, "is_read_only": true});
@@ -180,7 +155,7 @@ fn guest(monitor: &Monitor, orders: &Orders) -> Result<Sample> {
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
     let wake = vmm.wait_for_output("WAKE ", PATIENCE)?;
     let wake = wake.split("WAKE ").nth(1).context("the guest says how long a wake-up takes")?;
-    vmm.wait_for_output("SERVING", PATIENCE)?;
+    vmm.wait_for_output(SERVING, PATIENCE)?;
     let path = vmm.dir().join("v.sock");
     Ok(Sample {
         round_trip_us: round_trips(&connect(&path, port::ECHO)?, orders.trips)?,
