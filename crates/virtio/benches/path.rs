@@ -85,6 +85,7 @@ fn round_trips(busy_poll: Duration) -> Vec<Duration> {
         queues: vec![ActiveQueue { queue, kick: Arc::clone(&kick) }],
         interrupt: Arc::clone(&irq) as Arc<dyn Interrupt>,
         features: FEATURES,
+        resumed: false,
     };
     let workers = Workers::start(WorkersConfig { busy_poll, ..WorkersConfig::default() })
         .expect("a thread can be made");

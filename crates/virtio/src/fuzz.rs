@@ -326,7 +326,7 @@ pub fn net(data: &[u8]) {
                 let setup = NetSetup { backend, detour: None };
                 let device;
                 (device, control) =
-                    Net::restore(&own, setup, worker.now()).expect("what was saved can be restored");
+                    Net::restore(&own, None, setup, worker.now()).expect("what was saved can be restored");
                 let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), worker);
                 copy.restore(&state).expect("what was saved can be restored");
                 (guest, wire) = (copy, other_wire);

@@ -8,7 +8,7 @@
 //!  ctrl.rs     the control queue
 //!  vhost_task.rs   one pair of queues that the kernel serves
 //!      |
-//!  backend.rs  which network: tap.rs, stream.rs, vhost.rs               segments.rs  stretches of guest memory
+//!  backend.rs  which network: tap.rs, links.rs, stream.rs, vhost.rs     segments.rs  stretches of guest memory
 //! ```
 //!
 //! # Back ends
@@ -36,6 +36,7 @@ pub mod detour;
 mod device;
 mod header;
 mod limits;
+mod links;
 mod port;
 mod rx;
 mod segments;

@@ -588,6 +588,7 @@ fn a_worker_that_spins_now_and_then_misses_no_request() {
             queues: vec![ActiveQueue { queue, kick: Arc::clone(&kick) }],
             interrupt: Arc::clone(&irq) as Arc<dyn Interrupt>,
             features,
+            resumed: false,
         };
         let busy_poll = Duration::from_micros(20);
         let workers = Workers::start(WorkersConfig { busy_poll, ..WorkersConfig::default() }).unwrap();
