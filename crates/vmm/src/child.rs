@@ -4,7 +4,7 @@
 //! guest, its API socket and the log, makes everything else anew, and ends with the process.
 
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use control::Controller;
@@ -67,8 +67,7 @@ fn leave(seed: Seed) {
 
 fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
     let mut kept = logger::descriptors();
-    kept.extend(seed.api.as_ref().map(|api| api.as_fd().as_raw_fd()));
-    kept.push(seed.reporter.as_fd().as_raw_fd());
+    kept.extend(seed.descriptors());
     kept.extend(signals::descriptor());
     kept.extend(inheritance.descriptors());
     close_all_but(kept);

@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use config::{
-    DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, check_networks,
-    override_networks,
-};
+use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, override_networks};
 use machine::chipset::ClockAfter;
 use machine::{Paused, Restore};
 use memory::GuestRam;
@@ -72,8 +69,9 @@ impl<H: Host> Controller<H> {
                 return Err(error);
             }
         };
-        let Loaded { config, disks, networks, vsock } = loaded;
-        (self.config, self.disks, self.networks, self.vsock) = (config, disks, networks, vsock);
+        // The machine has the networks: whose network goes away closes it.
+        let Loaded { config, disks, vsock, .. } = loaded;
+        (self.config, self.disks, self.vsock) = (config, disks, vsock);
         (self.metadata, self.ahead) = (metadata, ahead);
         self.platform.pci = saved.config.pci;
         self.host.guest_starts(self.serial_output.is_none());
@@ -141,7 +139,6 @@ impl Saved {
         // What was saved may be a fork's child without sockets; what is said now must be a path.
         load.vsock_override.as_ref().and(config.vsock.as_ref()).map_or(Ok(()), config::Vsock::check)?;
         override_networks(&mut config.network_interfaces, &load.network_overrides)?;
-        check_networks(&config.network_interfaces)?;
         Ok(config)
     }
 
