@@ -35,6 +35,11 @@ impl HostNet {
         self.run("ip", words)
     }
 
+    /// Whether there is an interface of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.ip(&format!("link show dev {name}")).is_ok()
+    }
+
     /// Runs a program of the host with these words.
     pub fn run(&self, program: &str, words: &str) -> Result<()> {
         let output = Command::new(program)
@@ -120,6 +125,7 @@ pub struct NetGuest {
     guest: Guest,
     disk: Initramfs,
     interfaces: Vec<Value>,
+    mmds: Option<Value>,
 }
 
 impl NetGuest {
@@ -135,7 +141,7 @@ impl NetGuest {
         let guest = Guest::bare(&Kernel::Tuned.image()).boot_args(BOOT_ARGS);
         let mut disk = Initramfs::new(&busybox())?;
         disk.file("sbin/net-tool", 0o755, &std::fs::read(tool)?);
-        Ok(NetGuest { builder, guest, disk, interfaces: Vec::new() })
+        Ok(NetGuest { builder, guest, disk, interfaces: Vec::new(), mmds: None })
     }
 
     /// The monitor's directory.
@@ -159,6 +165,12 @@ impl NetGuest {
         self
     }
 
+    /// The way to the metadata service: a body of `PUT /mmds/config`.
+    #[must_use]
+    pub fn mmds(self, mmds: Value) -> NetGuest {
+        NetGuest { mmds: Some(mmds), ..self }
+    }
+
     /// The same with that many vCPUs.
     #[must_use]
     pub fn vcpus(self, vcpus: u32) -> NetGuest {
@@ -173,13 +185,16 @@ impl NetGuest {
 
     /// Boots it; it runs `script`.
     pub fn boot(self, script: &str) -> Result<Vmm> {
-        let NetGuest { builder, guest, disk, interfaces } = self;
+        let NetGuest { builder, guest, disk, interfaces, mmds } = self;
         let initrd = builder.dir().join("initramfs");
         std::fs::write(&initrd, disk.finish(&format!("ip link set lo up\n{script}")))?;
         let mut guest = guest;
         guest.initrd = Some(initrd);
         let mut config = guest.config();
         config["network-interfaces"] = json!(interfaces);
+        if let Some(mmds) = mmds {
+            config["mmds-config"] = mmds;
+        }
         builder.with_config(&config)?.spawn()
     }
 }

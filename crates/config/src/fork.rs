@@ -100,7 +100,9 @@ impl Fork {
         let paths = sockets.flat_map(|vsock| [Some(&vsock.uds_path), vsock.seqpacket_uds_path.as_ref()]);
         once("vsock_override path", paths.flatten().map(shown))?;
         let taps = self.children.iter().flat_map(|child| &child.network_overrides);
-        once("host_dev_name", taps.filter_map(|tap| tap.host_dev_name.clone()))?;
+        once("host_dev_name", taps.clone().filter_map(|tap| tap.host_dev_name.clone()))?;
+        once("passt socket", taps.clone().filter_map(|tap| tap.socket.as_ref().map(shown)))?;
+        once("tap descriptor", taps.filter_map(|tap| tap.fds.as_ref()).flatten().map(ToString::to_string))?;
         for child in &self.children {
             once("iface_id", child.network_overrides.iter().map(|network| network.iface_id.clone()))?;
         }

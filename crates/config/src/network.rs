@@ -250,7 +250,7 @@ impl NetworkInterface {
             return Err(NetworkError::QueueSize { queue_size }.into());
         }
         self.check_backend()?;
-        [self.rx_rate_limiter, self.tx_rate_limiter].iter().flatten().try_for_each(RateLimiter::check)
+        self.check_limits()
     }
 
     /// Checks that the fields that name a network go with the back end.
@@ -290,16 +290,37 @@ impl NetworkInterface {
                 }
             }
         }
-        if self.backend == NetBackendKind::Vhost && self.is_limited() {
-            return conflict("a rate limiter", "the back end vhost: the kernel moves the frames");
-        }
         Ok(())
+    }
+
+    fn check_limits(&self) -> Result<(), ConfigError> {
+        if self.backend == NetBackendKind::Vhost && self.is_limited() {
+            let (field, with) = ("a rate limiter", "the back end vhost: the kernel moves the frames");
+            return Err(NetworkError::Conflict { iface_id: self.iface_id.clone(), field, with }.into());
+        }
+        [self.rx_rate_limiter, self.tx_rate_limiter].iter().flatten().try_for_each(RateLimiter::check)
     }
 
     fn is_limited(&self) -> bool {
         let limiters = [self.rx_rate_limiter, self.tx_rate_limiter];
         let buckets = limiters.iter().flatten().flat_map(|limiter| [limiter.bandwidth, limiter.ops]);
         buckets.flatten().any(|bucket| !bucket.is_unlimited())
+    }
+
+    /// Whether it says where its network is. One of a fork's child may have none.
+    pub fn names_a_network(&self) -> bool {
+        let named = self.host_dev_name.as_ref().is_some_and(|name| !name.is_empty());
+        named || self.fds.is_some() || self.socket.is_some()
+    }
+
+    /// Whether the same descriptors serve both.
+    pub fn has_same_network(&self, other: &NetworkInterface) -> bool {
+        let named = |network: &NetworkInterface| {
+            (network.host_dev_name.clone(), network.fds.clone(), network.socket.clone())
+        };
+        self.backend == other.backend
+            && self.num_queues() == other.num_queues()
+            && named(self) == named(other)
     }
 
     /// Pairs of queues.
@@ -335,7 +356,8 @@ impl NetworkInterface {
             tx_rate_limiter: merged(self.tx_rate_limiter, update.tx_rate_limiter),
             ..self.clone()
         };
-        new.check()?;
+        // Not the rest: what a fork's child has may lead nowhere.
+        new.check_limits()?;
         Ok(new)
     }
 }
@@ -353,8 +375,12 @@ fn check_tap_name(name: &str) -> Result<(), NetworkError> {
 
 /// Checks each interface, and that they go together: no id, address, tap or descriptor twice.
 pub fn check_networks(networks: &[NetworkInterface]) -> Result<(), ConfigError> {
+    networks.iter().try_for_each(NetworkInterface::check)?;
+    check_apart(networks)
+}
+
+fn check_apart(networks: &[NetworkInterface]) -> Result<(), ConfigError> {
     for (i, network) in networks.iter().enumerate() {
-        network.check()?;
         for other in &networks[..i] {
             if let Some((what, value)) = shared(other, network) {
                 let (first, second) = (other.iface_id.clone(), network.iface_id.clone());
@@ -415,20 +441,35 @@ pub struct NetworkOverride {
     /// Or the socket of its `passt` (an extension), where it had one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
+    /// The guest's address from now on (an extension); the one that it had where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_mac: Option<MacAddress>,
 }
 
-/// Puts overrides in the place of what `networks` had. The result is to be checked.
+impl NetworkInterface {
+    /// Without a network: what it had is another guest's.
+    pub fn unplug(&mut self) {
+        (self.host_dev_name, self.fds, self.socket) = (None, None, None);
+    }
+}
+
+/// Puts overrides in the place of what `networks` had, and checks that they go together. What no override names may have no network.
 pub fn override_networks(
     networks: &mut [NetworkInterface],
     overrides: &[NetworkOverride],
 ) -> Result<(), ConfigError> {
-    for NetworkOverride { iface_id, host_dev_name, fds, socket } in overrides {
+    for NetworkOverride { iface_id, host_dev_name, fds, socket, guest_mac } in overrides {
         let network = networks.iter_mut().find(|network| network.iface_id == *iface_id);
         let network = network.ok_or_else(|| NetworkError::Unknown { iface_id: iface_id.clone() })?;
         (network.host_dev_name, network.fds, network.socket) =
             (host_dev_name.clone(), fds.clone(), socket.clone());
+        network.guest_mac = guest_mac.or(network.guest_mac);
+        network.check()?;
     }
-    Ok(())
+    for network in networks.iter().filter(|network| network.names_a_network()) {
+        network.check()?;
+    }
+    check_apart(networks)
 }
 
 #[cfg(test)]
@@ -562,6 +603,41 @@ mod tests {
         assert_eq!(new.tx_rate_limiter, network.tx_rate_limiter);
         let other = NetworkInterfaceUpdate { iface_id: "eth1".into(), ..update };
         assert!(network.updated(&other).unwrap_err().to_string().contains("eth1"));
+    }
+
+    #[test]
+    fn overrides_take_the_place_of_networks_and_leave_the_rest_as_it_was() {
+        let parse = |json: &str| serde_json::from_str::<NetworkInterface>(json).unwrap();
+        let before = [
+            parse(r#"{"iface_id":"a","host_dev_name":"t0","guest_mac":"06:00:ac:10:00:02","mtu":1400}"#),
+            parse(r#"{"iface_id":"b","host_dev_name":"t1","guest_mac":"06:00:ac:10:00:03"}"#),
+        ];
+        let over = |json: &str| {
+            let mut networks = before.clone();
+            networks[1].unplug();
+            let overrides: Vec<NetworkOverride> = serde_json::from_str(json).unwrap();
+            override_networks(&mut networks, &overrides).map_err(|e| e.to_string()).map(|()| networks)
+        };
+        let [a, b] = over(r#"[{"iface_id":"a","fds":[7],"guest_mac":"06:00:ac:10:00:09"}]"#).unwrap();
+        assert_eq!((a.host_dev_name, a.fds, a.mtu), (None, Some(vec![7]), Some(1400)));
+        assert_eq!(a.guest_mac.unwrap().to_string(), "06:00:ac:10:00:09");
+        assert!(!b.names_a_network() && b.guest_mac == before[1].guest_mac);
+        let update = NetworkInterfaceUpdate {
+            iface_id: "b".into(),
+            rx_rate_limiter: Some(RateLimiter::default()),
+            tx_rate_limiter: None,
+        };
+        b.updated(&update).unwrap();
+        for (json, named) in [
+            (r#"[{"iface_id":"c","host_dev_name":"t2"}]"#, "interface c"),
+            (r#"[{"iface_id":"b"}]"#, "host_dev_name"),
+            (r#"[{"iface_id":"b","socket":"/s"}]"#, "socket"),
+            (r#"[{"iface_id":"b","host_dev_name":"t0"}]"#, "host_dev_name, t0"),
+            (r#"[{"iface_id":"b","host_dev_name":"t2","guest_mac":"06:00:ac:10:00:02"}]"#, "guest_mac"),
+        ] {
+            let error = over(json).unwrap_err();
+            assert!(error.contains(named), "{json}: {error}");
+        }
     }
 
     proptest! {

@@ -414,15 +414,27 @@ impl<H: Host> Controller<H> {
         }
         match at {
             None => self.networks.push(NetBackend::open(network).map_err(CommandError::new)?),
+            Some(at) if self.serves(at, network) => {}
             Some(at) => self.reopen_network(at, network)?,
         }
         self.config.network_interfaces = networks;
         Ok(())
     }
 
-    /// Opens another network for an interface that has one. A tap has one user, so the old one is closed first, and opened again
-    /// should the new one fail.
+    /// Whether the network that is open for an interface is the one that `network` names, too. A tap that the monitor made would go with its
+    /// last user, and a server of one connection with that.
+    fn serves(&self, at: usize, network: &NetworkInterface) -> bool {
+        self.config.network_interfaces[at].has_same_network(network) && self.networks[at].is_there()
+    }
+
+    /// Opens another network for an interface that has one. The old one is closed when the new one is there; or before that, where both
+    /// are the same tap, which has one user. It is opened again should the new one fail.
     fn reopen_network(&mut self, at: usize, network: &NetworkInterface) -> Result<(), CommandError> {
+        let old = &self.config.network_interfaces[at];
+        if old.host_dev_name.is_none() || old.host_dev_name != network.host_dev_name {
+            self.networks[at] = NetBackend::open(network).map_err(CommandError::new)?;
+            return Ok(());
+        }
         drop(self.networks.remove(at));
         let error = match NetBackend::open(network) {
             Ok(backend) => {
@@ -501,6 +513,8 @@ impl<H: Host> Controller<H> {
         };
         let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
         self.host.guest_starts(self.serial_output.is_none());
+        // The machine has them: whose network goes away closes it.
+        self.networks.clear();
         self.state = State::Running(machine.resume().map_err(|e| cannot_start(&e))?);
         log::info!("the guest has started");
         Ok(())
@@ -588,9 +602,9 @@ pub(crate) fn devices(config: &FullVmConfig, back_ends: BackEnds<'_>, pci: bool)
     }
 }
 
-/// Opens the networks of these interfaces.
+/// Opens the networks of a guest that goes on, which must be there.
 pub(crate) fn open_networks(networks: &[NetworkInterface]) -> Result<Vec<NetBackend>, CommandError> {
-    networks.iter().map(|network| NetBackend::open(network).map_err(CommandError::new)).collect()
+    networks.iter().map(|network| NetBackend::open_existing(network).map_err(CommandError::new)).collect()
 }
 
 /// Opens the disks of these drives.

@@ -136,6 +136,8 @@ pub struct Activation {
     pub interrupt: Arc<dyn Interrupt>,
     /// The features that the driver accepted, [`feature`]s included.
     pub features: u64,
+    /// A saved driver goes on, and what the device has restored is its. Else a driver begins anew.
+    pub resumed: bool,
 }
 
 /// A queue that the driver enabled.

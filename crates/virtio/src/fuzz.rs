@@ -19,8 +19,7 @@ use crate::block::disk::{Disk, DiskOptions};
 use crate::block::{Block, BlockConfig};
 use crate::device::{Device, DeviceState};
 use crate::entropy::Entropy;
-use crate::net::tap::Tap;
-use crate::net::{Net, NetBackend, NetConfig, NetSetup};
+use crate::net::{self, Net, NetConfig};
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig, RateLimiterUpdate};
 use crate::testing::{DriverQueue, Echo, EchoControl, Guest, Kind, TestWorker, reused_ram};
 use crate::vsock::{self, Vsock};
@@ -295,21 +294,23 @@ pub fn vsock(data: &[u8]) {
     assert!(driver.queues[0].take_used().is_some(), "the device is dead after a reset");
 }
 
-/// A hostile guest on a network card, and a hostile network. The first byte chooses the transport and what the driver accepts.
+/// A hostile guest on a network card, and a hostile network. The first byte chooses the transport, the address check, what the driver accepts,
+/// and the network: something like a tap with one queue or two, or a stream; with a service in its place or without.
 ///
-/// The network is a pair of sockets that behaves like a tap: nothing of the host is touched.
+/// The network is made of sockets: nothing of the host is touched.
 pub fn net(data: &[u8]) {
     let mut input = Input(data);
     let how = input.u8();
     let kind = if how & 1 == 0 { Kind::Mmio } else { Kind::Pci };
     let mac = (how & 2 != 0).then_some([2, 0, 0, 0, 0, 1]);
-    let config = NetConfig { id: "fuzzed".into(), mac, mtu: Some(1500), pairs: 1, queue_size: 64 };
-    let (backend, mut wire) = net_backend();
-    let setup = NetSetup { backend, detour: None };
+    let stream = how & 8 != 0;
+    let pairs = if how & 16 != 0 && !stream { 2 } else { 1 };
+    let config = NetConfig { id: "fuzzed".into(), mac, mtu: Some(1500), pairs, queue_size: 64 };
+    let (setup, mut wires) = net::fuzz::setup(stream, pairs, how & 32 != 0);
     let (device, mut control) =
         Net::new(config, setup, limits(&mut input), limits(&mut input), 1).expect("a device can be made");
     let mut guest = new_guest(kind, Box::new(device));
-    let mut drivers = net_driver(&mut guest, how & 4 != 0);
+    let mut drivers = net_driver(&mut guest, pairs, how & 4 != 0);
     for _ in 0..MAX_ACTS {
         if input.0.is_empty() {
             break;
@@ -326,32 +327,34 @@ pub fn net(data: &[u8]) {
                     unreachable!("it is a network card")
                 };
                 let worker = TestWorker::new();
-                let (backend, other_wire) = net_backend();
-                let setup = NetSetup { backend, detour: None };
+                let (setup, other_wires) = net::fuzz::setup(stream, pairs, how & 32 != 0);
                 let device;
                 (device, control) =
-                    Net::restore(&own, setup, worker.now()).expect("what was saved can be restored");
+                    Net::restore(&own, None, setup, worker.now()).expect("what was saved can be restored");
                 let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), worker);
                 copy.restore(&state).expect("what was saved can be restored");
-                (guest, wire) = (copy, other_wire);
+                (guest, wires) = (copy, other_wires);
             }
-            3 => drivers = net_driver(&mut guest, input.u8() & 1 != 0),
+            3 => drivers = net_driver(&mut guest, pairs, input.u8() & 1 != 0),
             4..7 => {
-                // The network has a frame, and takes some.
-                let bytes = vec![input.u8(); usize::from(input.u16())];
-                let _ = rustix::net::send(&wire, &bytes, rustix::net::SendFlags::empty());
+                // The network has something, a frame mostly, and takes some.
+                let wire = &wires[usize::from(input.u8()) % wires.len()];
+                let mut bytes = vec![input.u8(); usize::from(input.u16())];
+                if stream && input.u8() < 250 {
+                    let len = bytes.len() as u32;
+                    bytes.splice(0..0, len.to_be_bytes());
+                }
+                let flags = rustix::net::SendFlags::NOSIGNAL;
+                let _ = rustix::net::send(wire, &bytes, flags);
             }
-            7 => {
-                let mut bytes = [0; 64];
-                while rustix::net::recv(&wire, &mut bytes, rustix::net::RecvFlags::empty()).is_ok() {}
-            }
-            8 | 9 | 16..20 => net_request(&mut input, &mut guest, &mut drivers),
+            7 => wires.iter().for_each(net::fuzz::drain),
+            8 | 9 | 16..20 => net_request(&mut input, &mut guest, &mut drivers, pairs),
             act => {
                 let mut one = drivers.pop();
                 common_act(act, &mut input, &mut guest, &mut one);
                 drivers.extend(one);
-                if drivers.len() < 3 {
-                    drivers = net_driver(&mut guest, true);
+                if drivers.len() < 2 * usize::from(pairs) + 1 {
+                    drivers = net_driver(&mut guest, pairs, true);
                 }
             }
         }
@@ -363,9 +366,8 @@ pub fn net(data: &[u8]) {
         guest.worker.now(),
     );
     // After a reset frames go through again.
-    let mut drivers = net_driver(&mut guest, true);
-    let mut bytes = [0; 64];
-    while rustix::net::recv(&wire, &mut bytes, rustix::net::RecvFlags::empty()).is_ok() {}
+    let mut drivers = net_driver(&mut guest, pairs, true);
+    wires.iter().for_each(net::fuzz::drain);
     let frame = [&[0; 12 + 6][..], &mac.unwrap_or_default(), &[0; 48]].concat();
     guest.ram.memory().write_slice(&frame, GuestAddress(DATA)).expect("it is in RAM");
     drivers[1].add(&[(DATA, frame.len() as u32)], &[]).expect("the queue is empty");
@@ -375,17 +377,8 @@ pub fn net(data: &[u8]) {
     assert!(drivers[1].take_used().is_some(), "the device is dead after a reset");
 }
 
-/// Something like a tap, and the network's end of it.
-fn net_backend() -> (NetBackend, std::os::fd::OwnedFd) {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let (ours, theirs) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("sockets can be made");
-    (NetBackend::tap(Tap::pretend(vec![ours])), theirs)
-}
-
-/// A driver by the book on all three queues.
-fn net_driver(guest: &mut Guest, all_features: bool) -> Vec<DriverQueue> {
+/// A driver by the book on all queues.
+fn net_driver(guest: &mut Guest, pairs: u16, all_features: bool) -> Vec<DriverQueue> {
     let mut features = guest.negotiate(all_features);
     if !all_features {
         // Without mergeable buffers, too.
@@ -402,33 +395,33 @@ fn net_driver(guest: &mut Guest, all_features: bool) -> Vec<DriverQueue> {
         guest.map_vectors();
         driver
     };
-    let drivers = (0..3).map(queue).collect();
+    let drivers = (0..=2 * pairs).map(queue).collect();
     guest.set_status(crate::testing::RUNNING);
     guest.worker.run();
     drivers
 }
 
 /// A buffer for a frame, a frame, or a command.
-fn net_request(input: &mut Input<'_>, guest: &mut Guest, drivers: &mut Vec<DriverQueue>) {
-    let index = u16::from(input.u8() % 3);
+fn net_request(input: &mut Input<'_>, guest: &mut Guest, drivers: &mut Vec<DriverQueue>, pairs: u16) {
+    let index = u16::from(input.u8()) % (2 * pairs + 1);
     let part = |input: &mut Input<'_>| (DATA + u64::from(input.u16()), u32::from(input.u16()) % 0x4000);
     let (first, second) = (part(input), part(input));
     let driver = &mut drivers[usize::from(index)];
     let added = match index {
-        0 => driver.add(&[], &[first, second]),
-        1 => driver.add(&[first, second], &[]),
-        _ => {
+        index if index == 2 * pairs => {
             let command = [input.u8() % 6, input.u8() % 2, input.u8() % 3, 0, 0, 0, 0, 0, 0, 0];
             guest.ram.memory().write_slice(&command, GuestAddress(DATA)).expect("it is in RAM");
             driver.add(&[(DATA, u32::from(input.u8() % 12))], &[(DATA + 0x100, 1)])
         }
+        index if index % 2 == 0 => driver.add(&[], &[first, second]),
+        _ => driver.add(&[first, second], &[]),
     };
     if added.is_some() {
         driver.publish();
         guest.kick(index.into());
         guest.worker.run();
     } else {
-        *drivers = net_driver(guest, true);
+        *drivers = net_driver(guest, pairs, true);
     }
 }
 

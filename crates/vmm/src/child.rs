@@ -8,7 +8,7 @@
 //! it has ended without a report.
 
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use control::Controller;
@@ -113,8 +113,7 @@ fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
 /// Lets go of all that is the parent's.
 fn let_go(seed: &Seed, inheritance: &Inheritance) -> std::io::Result<()> {
     let mut kept = logger::descriptors();
-    kept.extend(seed.api.as_ref().map(|api| api.as_fd().as_raw_fd()));
-    kept.push(seed.reporter.as_fd().as_raw_fd());
+    kept.extend(seed.descriptors());
     kept.extend(signals::descriptor().map(|fd| fd.as_raw_fd()));
     kept.extend(inheritance.descriptors());
     process::close_all_but(kept)?;

@@ -33,10 +33,10 @@ pub(crate) mod disks;
 pub(crate) mod files;
 mod report;
 
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use config::{Child, Drive, Fork, FullVmConfig, Logger, Vsock, check_networks, override_networks};
+use config::{Child, Drive, Fork, FullVmConfig, Logger, NetworkInterface, Vsock, override_networks};
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
@@ -44,7 +44,7 @@ use serde_json::json;
 use virtio::net::NetBackend;
 
 use crate::api::{ApiServer, Limits};
-use crate::controller::{Controller, Host, Identity, Platform, State, devices, open_disks};
+use crate::controller::{Controller, Host, Identity, Platform, State, devices, open_disks, open_networks};
 use crate::metadata::Metadata;
 use crate::vsock::VsockSockets;
 use crate::{CommandError, Reply};
@@ -97,9 +97,18 @@ pub struct Seed {
     config: FullVmConfig,
     plan: Plan,
     metadata: Metadata,
-    /// By interface: whether it has a network of its own.
-    has_network: Vec<bool>,
+    /// By interface: its network, open; where it has none of its own, none.
+    networks: Vec<NetBackend>,
     resume: bool,
+}
+
+impl Seed {
+    /// The descriptors that the child keeps for it.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        let api = self.api.as_ref().map(|api| api.as_fd().as_raw_fd());
+        let networks = self.networks.iter().flat_map(NetBackend::descriptors);
+        networks.chain(api).chain([self.reporter.as_fd().as_raw_fd()]).collect()
+    }
 }
 
 impl<H: Host> Controller<H> {
@@ -155,13 +164,9 @@ impl<H: Host> Controller<H> {
     /// What one child is to be.
     fn seed(&self, child: &Child, plan: Plan, reporter: Reporter) -> Result<Seed, CommandError> {
         let mut config = self.config.clone();
-        override_networks(&mut config.network_interfaces, &child.network_overrides)?;
-        check_networks(&config.network_interfaces)?;
-        let has_network = config
-            .network_interfaces
-            .iter()
-            .map(|network| child.network_overrides.iter().any(|other| other.iface_id == network.iface_id));
-        let has_network = has_network.collect();
+        let networks = self.networks_of(child, &mut config.network_interfaces);
+        let networks =
+            networks.map_err(|e| CommandError::new(format_args!("child {}: {e}", child.id.as_str())))?;
         // A child does not write to its parent's terminal or file.
         config.serial = Some(child.serial.clone().unwrap_or_default());
         config.vsock = vsock_of(config.vsock.as_ref(), child)
@@ -183,9 +188,27 @@ impl<H: Host> Controller<H> {
             config,
             plan,
             metadata: self.metadata.child(child.mmds.clone()).map_err(|e| of_child(&e))?,
-            has_network,
+            networks,
             resume: child.resume,
         })
+    }
+
+    /// Puts the child's networks in the place of its parent's, and opens them.
+    fn networks_of(
+        &self,
+        child: &Child,
+        networks: &mut [NetworkInterface],
+    ) -> Result<Vec<NetBackend>, CommandError> {
+        networks.iter_mut().for_each(NetworkInterface::unplug);
+        override_networks(networks, &child.network_overrides)?;
+        let parents = self.config.network_interfaces.iter().flat_map(|network| network.fds.iter().flatten());
+        let parents: Vec<_> = parents.collect();
+        if let Some(fd) =
+            networks.iter().flat_map(|network| network.fds.iter().flatten()).find(|fd| parents.contains(fd))
+        {
+            return Err(CommandError::new(format_args!("descriptor {fd} is that of its parent's tap")));
+        }
+        open_networks(networks)
     }
 
     /// What happens while the guest stands still.
@@ -219,11 +242,11 @@ impl<H: Host> Controller<H> {
         inheritance: Inheritance,
         events: EventSink,
     ) -> Result<(Self, Reporter), (CommandError, Reporter)> {
-        let Seed { identity, platform, config, metadata, has_network, resume, reporter, .. } = seed;
+        let Seed { identity, platform, config, metadata, networks, resume, reporter, .. } = seed;
         let platform = Platform { boot_timer: None, ..platform };
         let mut controller = Controller::new(identity, host, platform, events);
         (controller.config, controller.metadata) = (config, metadata);
-        match controller.restore_inherited(inheritance, &has_network, resume) {
+        match controller.restore_inherited(inheritance, networks, resume) {
             Ok(()) => Ok((controller, reporter)),
             Err(error) => Err((error, reporter)),
         }
@@ -232,7 +255,7 @@ impl<H: Host> Controller<H> {
     fn restore_inherited(
         &mut self,
         inheritance: Inheritance,
-        has_network: &[bool],
+        networks: Vec<NetBackend>,
         resume: bool,
     ) -> Result<(), CommandError> {
         let Inheritance { state, ram } = inheritance;
@@ -245,14 +268,7 @@ impl<H: Host> Controller<H> {
             .transpose()
             .map_err(CommandError::new)?
             .flatten();
-        let networks = self.config.network_interfaces.iter().zip(has_network).map(|(network, &own)| {
-            if own {
-                NetBackend::open(network).map_err(CommandError::new)
-            } else {
-                Ok(NetBackend::unplugged(network.num_queues()))
-            }
-        });
-        self.networks = networks.collect::<Result<_, _>>()?;
+        self.networks = networks;
         let serial_output = self.config.serial.as_ref().and_then(|serial| serial.serial_out_path.clone());
         self.serial_output = serial_output.as_deref().map(crate::controller::open_serial).transpose()?;
         let machine = Paused::restore(Restore {
@@ -266,6 +282,8 @@ impl<H: Host> Controller<H> {
             events: self.events.try_clone().map_err(|e| cannot("make a descriptor", &e))?,
         })
         .map_err(|e| cannot("begin", &e))?;
+        // The machine has them.
+        self.networks.clear();
         self.state = if resume {
             State::Running(machine.resume().map_err(|e| cannot("begin", &e))?)
         } else {

@@ -4,10 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use config::{
-    DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, check_networks,
-    override_networks,
-};
+use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, override_networks};
 use machine::chipset::ClockAfter;
 use machine::{Paused, Restore};
 use memory::GuestRam;
@@ -78,8 +75,9 @@ impl<H: Host> Controller<H> {
                 return Err(error);
             }
         };
-        let Loaded { config, disks, networks, vsock } = loaded;
-        (self.config, self.disks, self.networks, self.vsock) = (config, disks, networks, vsock);
+        // The machine has the networks: whose network goes away closes it.
+        let Loaded { config, disks, vsock, .. } = loaded;
+        (self.config, self.disks, self.vsock) = (config, disks, vsock);
         files.keep(|path| self.has_overlay(path));
         (self.metadata, self.ahead) = (metadata, ahead);
         self.platform.pci = saved.config.pci;
@@ -153,7 +151,6 @@ impl Saved {
         // What was saved may be a fork's child without sockets; what is said now must be a path.
         load.vsock_override.as_ref().and(config.vsock.as_ref()).map_or(Ok(()), config::Vsock::check)?;
         override_networks(&mut config.network_interfaces, &load.network_overrides)?;
-        check_networks(&config.network_interfaces)?;
         Ok(config)
     }
 

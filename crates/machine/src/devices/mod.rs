@@ -247,7 +247,9 @@ impl Devices {
             let name = format!("net {}", network.iface_id);
             let setup = NetSetup { backend, detour };
             let (net, control) = match saved.and_then(|saved| saved.device(&name)) {
-                Some(DeviceState::Net(state)) => Net::restore(state, setup, now)?,
+                Some(DeviceState::Net(state)) => {
+                    Net::restore(state, network.guest_mac.map(|mac| mac.0), setup, now)?
+                }
                 Some(_) => return Err(DeviceError::OtherKind { name }),
                 None => {
                     let rx = limits(network.rx_rate_limiter.as_ref());

@@ -258,7 +258,7 @@ impl Device for Block {
             self.shared.stats.activate_fails.add(1);
             return Err(ActivateError::QueueMissing(0));
         }
-        let Activation { memory, queues, interrupt, features } = activation;
+        let Activation { memory, queues, interrupt, features, .. } = activation;
         let mut dealt: Vec<Vec<ActiveQueue>> = self.lanes.iter().map(|_| Vec::new()).collect();
         for queue in queues {
             let lane = usize::from(queue.queue.index()) % self.lanes.len();

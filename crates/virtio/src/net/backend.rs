@@ -1,6 +1,6 @@
 //! What a network device is connected to.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use super::config_space::feature;
 use super::header::HEADER_LEN;
 use super::segments::Segments;
 use super::stream::{Stream, StreamError};
-use super::tap::{Tap, TapError, TapSource};
+use super::tap::{self, Tap, TapError, TapSource};
 use super::vhost::{Vhost, VhostError};
 
 /// Why an interface has no network.
@@ -58,9 +58,26 @@ pub(super) enum Kind {
 }
 
 impl NetBackend {
-    /// Opens what `network`, which was checked, names.
+    /// Opens what `network`, which was checked, names. A tap that does not exist is made, where the user may.
     pub fn open(network: &NetworkInterface) -> Result<Self, OpenError> {
         Self::try_open(network).map_err(|source| OpenError { id: network.iface_id.clone(), source })
+    }
+
+    /// Opens what `network` names and is there: the network of a guest that goes on is no new one that leads nowhere. Where it names
+    /// nothing, there is none.
+    pub fn open_existing(network: &NetworkInterface) -> Result<Self, OpenError> {
+        if !network.names_a_network() {
+            return Ok(Self::unplugged(network.num_queues()));
+        }
+        if let (Some(name), None) = (&network.host_dev_name, &network.fds)
+            && let TapSource::Name(name) = TapSource::of(name)
+        {
+            let failed = |source: TapError| OpenError { id: network.iface_id.clone(), source: source.into() };
+            if !tap::exists(name).map_err(failed)? {
+                return Err(failed(TapError::Missing { name: name.to_owned() }));
+            }
+        }
+        Self::open(network)
     }
 
     fn try_open(network: &NetworkInterface) -> Result<Self, OpenErrorKind> {
@@ -95,6 +112,27 @@ impl NetBackend {
     /// No network, for an interface of a restored guest that has none here: its link is down.
     pub fn unplugged(pairs: u16) -> Self {
         NetBackend { kind: Kind::Unplugged(pairs) }
+    }
+
+    /// Whether the other end is still there, as far as can be seen.
+    pub fn is_there(&self) -> bool {
+        match &self.kind {
+            Kind::Tap(tap) | Kind::Vhost(tap, _) => tap.look().is_ok(),
+            Kind::Stream(stream) => stream.is_there(),
+            Kind::Unplugged(_) => true,
+        }
+    }
+
+    /// Its descriptors: what a process keeps that is to have it.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        match &self.kind {
+            Kind::Tap(tap) => tap.descriptors().collect(),
+            Kind::Vhost(tap, vhosts) => {
+                tap.descriptors().chain(vhosts.iter().map(|vhost| vhost.descriptor())).collect()
+            }
+            Kind::Stream(stream) => vec![stream.fd().as_raw_fd()],
+            Kind::Unplugged(_) => Vec::new(),
+        }
     }
 
     /// How many pairs of queues it can serve.
@@ -178,6 +216,13 @@ impl Link {
         match self {
             Link::Tap(..) => Ok(()),
             Link::Stream(stream) => stream.flush(),
+        }
+    }
+
+    /// It is of no use any more, and whoever is at the other end hears of it.
+    pub(super) fn close(self) {
+        if let Link::Stream(stream) = self {
+            stream.hang_up();
         }
     }
 

@@ -143,7 +143,6 @@ impl Task for CtrlTask {
 
     fn resume(&mut self, cx: &mut Context<'_>) {
         self.quiet = false;
-        self.shared.tell_of_changes();
         self.work(cx);
     }
 

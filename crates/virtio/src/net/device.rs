@@ -16,9 +16,11 @@ use super::detour::Detour;
 use super::limits::Limits;
 use super::port::{Parts, Port};
 use super::stats::NetStats;
-use super::tap::Tap;
+use super::tap::{Tap, is_gone};
 use super::task::{self, PairTask};
+use super::vhost::VhostError;
 use super::vhost_task::{self, VhostTask};
+use crate::counter::Counter;
 use crate::device::{
     ActivateError, Activation, ActiveQueue, Device, DeviceKind, DeviceState, Interrupt, read_bytes,
 };
@@ -40,15 +42,13 @@ pub enum NetError {
         /// How many the back end has.
         has: usize,
     },
-    /// The driver relies on what the new back end cannot do.
-    #[error(
-        "network interface {id}: the guest relies on features {missing:#x}, which its new network does not have"
-    )]
-    Features {
+    /// The kernel does not serve it.
+    #[error("network interface {id}: {source}")]
+    VhostRefuses {
         /// Which interface.
         id: String,
-        /// Feature bits.
-        missing: u64,
+        /// Why.
+        source: VhostError,
     },
     /// Something has to see each frame, and the kernel moves them.
     #[error("network interface {id} has the back end vhost: {what} cannot be had with it")]
@@ -105,6 +105,10 @@ pub struct NetState {
     pub can_announce: bool,
     /// How often the configuration space changed.
     pub generation: u32,
+    /// Addresses that the guest had before its present one, which a driver that runs may go on using: the first of them and the last.
+    /// None: it had none, and chose its own.
+    #[serde(default)]
+    pub former_macs: Vec<Option<[u8; 6]>>,
     /// How far the limits on what the guest receives are used up.
     pub rx_limiter: RateLimiterState,
     /// How far the limits on what it sends are used up.
@@ -114,23 +118,24 @@ pub struct NetState {
 /// What the front, its tasks and its control share.
 pub(super) struct Shared {
     pub(super) id: String,
-    pub(super) mac: Option<[u8; 6]>,
     pub(super) stats: NetStats,
     pub(super) rx_limits: Limits,
     pub(super) tx_limits: Limits,
     /// The tap whose queues and offloads can be set.
     tap: Option<Arc<Tap>>,
     pairs: u16,
+    /// Something answers the guest even where there is no network.
+    has_detour: bool,
+    /// Times that the kernel refused what the driver wanted.
+    refusals: Counter,
+    /// Held from what the driver wants to what the kernel was told: several tasks may be at it.
+    asking: Mutex<()>,
     /// The configuration space is not what the guest saw before it was saved: it is to be told, once the device runs.
     changed: AtomicBool,
     front: Mutex<Front>,
 }
 
 /// What changes while the device works.
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each is a bit of the device's own, and they are independent"
-)]
 struct Front {
     link_up: bool,
     announce: bool,
@@ -138,16 +143,20 @@ struct Front {
     generation: u32,
     active_pairs: u16,
     offloads: u64,
-    /// The next activation goes on where a saved one was.
-    restored: bool,
+    /// See [`NetState`].
+    former_macs: Vec<Option<[u8; 6]>>,
     interrupt: Option<Arc<dyn Interrupt>>,
     /// Wake the tasks.
     kicks: Vec<Arc<EventFd>>,
 }
 
 impl Shared {
-    /// The network is gone.
+    /// The network is gone. The link stays up for who answers in its place: a guest sends nothing over one that is down.
     pub(super) fn link_down(&self, why: &dyn fmt::Display) {
+        if self.has_detour {
+            log::warn!("network interface {}: only the metadata service is left: {why}", self.id);
+            return;
+        }
         let mut front = locked(&self.front);
         if std::mem::replace(&mut front.link_up, false) {
             log::warn!("network interface {}: the link is down: {why}", self.id);
@@ -165,6 +174,7 @@ impl Shared {
         if !(1..=self.pairs).contains(&pairs) {
             return false;
         }
+        let _asking = locked(&self.asking);
         let done = self.tap.as_ref().map_or(Ok(()), |tap| tap.use_queues(pairs.into()));
         self.ask("change the number of queues", done) && {
             locked(&self.front).active_pairs = pairs;
@@ -174,10 +184,31 @@ impl Shared {
 
     /// The driver takes what these features leave to it. False if the kernel refuses.
     pub(super) fn set_offloads(&self, offloads: u64) -> bool {
+        let _asking = locked(&self.asking);
         let done = self.tap.as_ref().map_or(Ok(()), |tap| tap.set_offloads(offloads));
         self.ask("change the offloads", done) && {
             locked(&self.front).offloads = offloads;
             true
+        }
+    }
+
+    /// Tells the tap what the driver began with, or goes on with. It may wait for the kernel.
+    pub(super) fn tell_tap(&self) {
+        let Some(tap) = &self.tap else { return };
+        let _asking = locked(&self.asking);
+        let (offloads, pairs) = {
+            let front = locked(&self.front);
+            (front.offloads, front.active_pairs)
+        };
+        for (what, done) in [
+            ("set the offloads", tap.set_offloads(offloads)),
+            ("set the number of queues", tap.use_queues(pairs.into())),
+        ] {
+            match done {
+                // It may just have been deleted: the guest sees a network without a link, not a dead device.
+                Err(error) if is_gone(error) => self.link_down(&format_args!("{}: {error}", tap.name())),
+                done => _ = self.ask(what, done),
+            }
         }
     }
 
@@ -188,9 +219,13 @@ impl Shared {
         }
     }
 
+    /// Says it where the kernel refused, ever more rarely: a driver may ask over and over.
     fn ask(&self, what: &str, done: Result<(), Errno>) -> bool {
         if let Err(error) = done {
-            log::warn!("network interface {}: cannot {what}: {error}", self.id);
+            let times = self.refusals.add(1) + 1;
+            if times.is_power_of_two() {
+                log::warn!("network interface {}: cannot {what}: {error} ({times})", self.id);
+            }
         }
         done.is_ok()
     }
@@ -248,21 +283,33 @@ impl Net {
             generation: 0,
             active_pairs: 1,
             offloads: 0,
-            restored: false,
+            former_macs: Vec::new(),
             interrupt: None,
             kicks: Vec::new(),
         };
         Self::with(config, setup, features, limiters, front, now)
     }
 
-    /// The device as it was saved, with another back end, at the time `now`.
+    /// The device as it was saved, with another back end, and with the address `mac` if there is one, at the time `now`.
     ///
-    /// The guest is asked to announce itself where it can: its network is another, or it is another guest.
-    pub fn restore(state: &NetState, setup: NetSetup, now: Nanos) -> Result<(Self, NetControl), NetError> {
-        let missing = state.features & !features(&state.config, &setup.backend);
-        if missing != 0 {
-            return Err(NetError::Features { id: state.config.id.clone(), missing });
+    /// It offers what it offered, as far as the new back end can: whether that is enough for its driver is seen when the driver's
+    /// features are restored. The guest is asked to announce itself where it can: its network is another, or it is another guest.
+    pub fn restore(
+        state: &NetState,
+        mac: Option<[u8; 6]>,
+        setup: NetSetup,
+        now: Nanos,
+    ) -> Result<(Self, NetControl), NetError> {
+        let config = NetConfig { mac: mac.or(state.config.mac), ..state.config.clone() };
+        let renamed = config.mac != state.config.mac;
+        let mut former_macs = state.former_macs.clone();
+        if renamed {
+            // What its driver has read, and what it may have been told since.
+            former_macs.truncate(1);
+            former_macs.push(state.config.mac);
         }
+        let own = if renamed { feature::MAC } else { 0 };
+        let features = (state.features | own) & features(&config, &setup.backend);
         let limiters =
             [&state.rx_limiter, &state.tx_limiter].map(|limiter| RateLimiter::restore(limiter, now));
         let announce = state.can_announce;
@@ -272,14 +319,13 @@ impl Net {
             can_announce: announce,
             generation: state.generation.wrapping_add(1),
             active_pairs: state.active_pairs.clamp(1, state.config.pairs.max(1)),
-            offloads: state.offloads & feature::GUEST_OFFLOADS,
-            restored: true,
+            offloads: state.offloads,
+            former_macs,
             interrupt: None,
             kicks: Vec::new(),
         };
-        let (device, control) =
-            Self::with(state.config.clone(), setup, state.features, limiters, front, now)?;
-        let changed = announce || control.link_is_up() != state.link_up;
+        let (device, control) = Self::with(config, setup, features, limiters, front, now)?;
+        let changed = announce || renamed || control.link_is_up() != state.link_up;
         control.shared.changed.store(changed, Ordering::Release);
         Ok((device, control))
     }
@@ -294,7 +340,7 @@ impl Net {
     ) -> Result<(Self, NetControl), NetError> {
         let NetSetup { backend, detour } = setup;
         let mut front = front;
-        front.link_up &= !matches!(backend.kind, Kind::Unplugged(_));
+        front.link_up &= detour.is_some() || !matches!(backend.kind, Kind::Unplugged(_));
         let id = || config.id.clone();
         if backend.pairs() != usize::from(config.pairs) {
             return Err(NetError::Pairs { id: id(), wanted: config.pairs, has: backend.pairs() });
@@ -315,6 +361,11 @@ impl Net {
                 (Some(tap), None, ports)
             }
             Kind::Vhost(tap, vhosts) => {
+                for vhost in &vhosts {
+                    vhost
+                        .take()
+                        .map_err(|source| NetError::VhostRefuses { id: config.id.clone(), source })?;
+                }
                 let port = |vhost| Parts { vhost: Some(vhost), ..Parts::default() };
                 (Some(Arc::clone(&tap)), Some(tap), vhosts.into_iter().map(port).collect())
             }
@@ -323,17 +374,20 @@ impl Net {
                 (None, None, vec![Parts { link: Some(Link::Stream(stream)), ..Parts::default() }])
             }
         };
+        let has_detour = detour.is_some();
         if let Some(first) = ports.first_mut() {
             first.detour = detour;
         }
         let shared = Arc::new(Shared {
             id: config.id.clone(),
-            mac: config.mac,
             stats: NetStats::default(),
             rx_limits: Limits::new(rx, now),
             tx_limits: Limits::new(tx, now),
             tap,
             pairs: config.pairs,
+            has_detour,
+            refusals: Counter::default(),
+            asking: Mutex::new(()),
             changed: AtomicBool::new(false),
             front: Mutex::new(front),
         });
@@ -356,8 +410,12 @@ impl Net {
     }
 
     /// The tasks of the pairs and of the control queue.
-    fn tasks(&self, activation: Activation) -> Result<Vec<Box<dyn Task>>, ActivateError> {
-        let Activation { memory, queues, interrupt, features } = activation;
+    fn tasks(
+        &self,
+        activation: Activation,
+        senders: &[[u8; 6]],
+    ) -> Result<Vec<Box<dyn Task>>, ActivateError> {
+        let Activation { memory, queues, interrupt, features, .. } = activation;
         let mut queues: Vec<Option<ActiveQueue>> = {
             let mut places: Vec<Option<ActiveQueue>> = self.queue_sizes.iter().map(|_| None).collect();
             for queue in queues {
@@ -381,7 +439,9 @@ impl Net {
             let (memory, interrupt) = (memory.clone(), Arc::clone(&interrupt));
             match &self.vhost_tap {
                 None => {
-                    let setup = task::Setup { shared, port, rx, tx, memory, interrupt, features };
+                    let senders = senders.to_vec();
+                    let setup =
+                        task::Setup { shared, port, rx, tx, memory, interrupt, features, pair, senders };
                     tasks.push(Box::new(PairTask::new(setup)));
                 }
                 Some(tap) => {
@@ -404,6 +464,11 @@ impl Net {
         }
         Ok(tasks)
     }
+}
+
+/// The addresses that a guest may send from that has this one and had those before. None at all: any.
+fn senders(mac: Option<[u8; 6]>, former: &[Option<[u8; 6]>]) -> Vec<[u8; 6]> {
+    former.iter().copied().chain([mac]).collect::<Option<_>>().unwrap_or_default()
 }
 
 /// What a device offers.
@@ -449,35 +514,21 @@ impl Device for Net {
     fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Task>>, ActivateError> {
         let (interrupt, features) = (Arc::clone(&activation.interrupt), activation.features);
         let kicks = activation.queues.iter().map(|queue| Arc::clone(&queue.kick)).collect();
-        let failed = |doing, error: Errno| ActivateError::Host { doing, source: error.into() };
-        let stats = &self.shared.stats;
-        let tasks = self.tasks(activation).inspect_err(|_| {
-            stats.activate_fails.add(1);
+        let resumed = activation.resumed;
+        let former = if resumed { locked(&self.shared.front).former_macs.clone() } else { Vec::new() };
+        let senders = senders(self.config.mac, &former);
+        let tasks = self.tasks(activation, &senders).inspect_err(|_| {
+            self.shared.stats.activate_fails.add(1);
         })?;
         let mut front = locked(&self.shared.front);
-        if !std::mem::take(&mut front.restored) {
+        // What the tap is told of it, the first task tells it: this thread may not wait.
+        let offloads = if resumed { front.offloads } else { u64::MAX };
+        front.offloads = offloads & features & feature::GUEST_OFFLOADS;
+        if !resumed || features & feature::MQ == 0 {
             front.active_pairs = 1;
-            front.offloads = features & feature::GUEST_OFFLOADS;
         }
+        front.former_macs = former;
         front.can_announce = features & feature::GUEST_ANNOUNCE != 0;
-        if front.link_up
-            && let Some(tap) = &self.shared.tap
-        {
-            let set = tap
-                .set_offloads(front.offloads)
-                .map_err(|error| failed("set the offloads of its tap", error))
-                .and_then(|()| {
-                    tap.use_queues(front.active_pairs.into())
-                        .map_err(|error| failed("set the queues of its tap", error))
-                });
-            if let Err(error) = set {
-                stats.activate_fails.add(1);
-                drop(front);
-                // Its tap may just have been deleted: the guest sees a network without a link, not a dead device.
-                self.shared.link_down(&error);
-                front = locked(&self.shared.front);
-            }
-        }
         front.interrupt = Some(interrupt);
         front.kicks = kicks;
         Ok(tasks)
@@ -509,6 +560,7 @@ impl Device for Net {
             link_up: front.link_up,
             can_announce: front.can_announce,
             generation: front.generation,
+            former_macs: front.former_macs.clone(),
             rx_limiter: self.shared.rx_limits.save(),
             tx_limiter: self.shared.tx_limits.save(),
         })

@@ -51,8 +51,8 @@ impl Limits {
         inner.limiter.next_allowed_at(1, now).map_or(Ok(()), Err)
     }
 
-    /// A frame of `bytes` has come, whether there was enough left for it or not: what is missing is owed.
-    pub(super) fn has_come(&self, bytes: usize) {
+    /// `bytes` have passed in a frame, whether there was enough left for it or not: what is missing is owed.
+    pub(super) fn owe(&self, bytes: usize) {
         locked(&self.inner).limiter.charge(bytes as u64);
     }
 

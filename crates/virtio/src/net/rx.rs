@@ -89,6 +89,11 @@ impl Rx {
         self.waiting.is_some()
     }
 
+    /// Whether the guest has given anything that is not filled yet.
+    pub(super) fn has_room(&self) -> bool {
+        !self.chains.is_empty()
+    }
+
     /// Lets go of the frame that waits. True if there was one.
     pub(super) fn drop_waiting(&mut self) -> bool {
         self.waiting.take().is_some()
@@ -99,7 +104,7 @@ impl Rx {
         if let Some(waiting) = self.waiting {
             return self.place(ram, waiting);
         }
-        self.gather(ram, self.expect)?;
+        self.gather(ram, self.expect, MAX_SEGMENTS)?;
         let Some(first) = self.chains.front() else { return Ok(Received::NoRoom) };
         // One chain for a frame, or all there are.
         let reach = if self.mergeable { self.segments.count() } else { first.segments };
@@ -132,7 +137,7 @@ impl Rx {
     /// Finds room for the rest of a frame.
     fn place(&mut self, ram: &GuestRam, waiting: Waiting) -> Result<Received, QueueError> {
         let Waiting { total, placed } = waiting;
-        self.gather(ram, total)?;
+        self.gather(ram, total, usize::MAX)?;
         let room = self.room();
         if room < total {
             if !self.mergeable {
@@ -153,7 +158,7 @@ impl Rx {
             return Ok(Received::NoRoom);
         }
         let total = HEADER_LEN + frame.len();
-        self.gather(ram, total)?;
+        self.gather(ram, total, usize::MAX)?;
         if self.chains.is_empty() || (self.mergeable && self.room() < total) {
             return Ok(Received::NoRoom);
         }
@@ -170,9 +175,10 @@ impl Rx {
         if self.mergeable { self.segments.len() } else { self.chains.front().map_or(0, |chain| chain.len) }
     }
 
-    /// Takes chains until there are `want` bytes, or, without mergeable buffers, one chain.
-    fn gather(&mut self, ram: &GuestRam, want: usize) -> Result<(), QueueError> {
-        while if self.mergeable { self.segments.len() < want } else { self.chains.is_empty() } {
+    /// Takes chains until there are `want` bytes or `most` segments, or, without mergeable buffers, one chain.
+    fn gather(&mut self, ram: &GuestRam, want: usize, most: usize) -> Result<(), QueueError> {
+        let lacks = |segments: &Segments| segments.len() < want && segments.count() < most;
+        while if self.mergeable { lacks(&self.segments) } else { self.chains.is_empty() } {
             if !self.queue.pop(&mut self.chain)? {
                 break;
             }

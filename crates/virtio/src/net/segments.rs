@@ -22,6 +22,9 @@ use crate::queue::{Buffers, QueueError};
 /// Most segments that one system call takes, a head and a tail in this process's own memory aside.
 pub(super) const MAX_SEGMENTS: usize = 1022;
 
+/// Entries that a list keeps the memory of: as many as one system call takes.
+const KEPT_CAPACITY: usize = MAX_SEGMENTS + 2;
+
 /// A stretch of guest memory, in the layout of `struct iovec`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
@@ -68,6 +71,14 @@ impl Segments {
     pub(super) fn clear(&mut self) {
         self.list.truncate(1);
         self.len = 0;
+        self.give_back();
+    }
+
+    /// A list that once was long and is not any more does not keep its memory.
+    fn give_back(&mut self) {
+        if self.list.capacity() > 2 * KEPT_CAPACITY && self.list.len() <= KEPT_CAPACITY {
+            self.list.shrink_to(KEPT_CAPACITY);
+        }
     }
 
     /// Appends the stretches that `buffers` cover, each as one segment.
@@ -94,6 +105,7 @@ impl Segments {
         for gone in self.list.drain(1..=count) {
             self.len -= gone.len;
         }
+        self.give_back();
     }
 
     /// Writes `head` and then the first `count` segments to `fd`, in one call.

@@ -10,12 +10,11 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::detour::MAX_FRAME;
 use super::segments::Segments;
@@ -52,12 +51,21 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Connects to the server that listens at `path`.
+    /// Connects to the server that listens at `path`, now or not at all: one that does not accept is not waited for.
     pub fn connect(path: &Path) -> Result<Self, StreamError> {
-        let failed = |source| StreamError { path: path.to_owned(), source };
-        let socket = UnixStream::connect(path).map_err(failed)?;
-        socket.set_nonblocking(true).map_err(failed)?;
-        Ok(Self::new(path.display().to_string(), socket.into()))
+        let failed = |errno: Errno| {
+            let source = match errno {
+                Errno::AGAIN => io::Error::new(io::ErrorKind::WouldBlock, "its server accepts no connection"),
+                errno => errno.into(),
+            };
+            StreamError { path: path.to_owned(), source }
+        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
+        let address = SocketAddrUnix::new(path).map_err(failed)?;
+        rustix::net::connect(&socket, &address).map_err(failed)?;
+        Ok(Self::new(path.display().to_string(), socket))
     }
 
     pub(super) fn new(name: String, socket: OwnedFd) -> Self {
@@ -149,13 +157,29 @@ impl Stream {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, rest, flags)) {
                 Ok(count) => self.written += count,
-                Err(Errno::AGAIN) => break,
+                // Not now, or no memory for it now: later.
+                Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) => break,
                 Err(error) => return Err(error),
             }
         }
         self.outgoing.drain(..self.written);
         self.written = 0;
         Ok(())
+    }
+
+    /// Whether the other side has not hung up.
+    pub(super) fn is_there(&self) -> bool {
+        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+        match rustix::net::recv(&self.socket, &mut [0; 1], flags) {
+            Ok((len, _)) => len > 0,
+            Err(error) => error == Errno::AGAIN,
+        }
+    }
+
+    /// Ends the connection, whoever else has its descriptor.
+    pub(super) fn hang_up(&self) {
+        // It may have ended already.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
 
     /// Whether something waits to be written.
@@ -167,6 +191,7 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -195,6 +220,20 @@ mod tests {
             }
         }
         assert_eq!(got, frames);
+    }
+
+    #[test]
+    fn a_server_that_accepts_nobody_is_an_error_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("full");
+        let flags = SocketFlags::CLOEXEC;
+        let server = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        rustix::net::bind(&server, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&server, 0).unwrap();
+        let waiting: Vec<_> = std::iter::from_fn(|| Stream::connect(&path).ok()).take(10).collect();
+        assert!(waiting.len() < 10);
+        let refused = Stream::connect(&path).unwrap_err().to_string();
+        assert!(refused.contains("full") && refused.contains("accepts no connection"), "{refused}");
     }
 
     #[test]

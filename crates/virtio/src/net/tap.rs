@@ -11,6 +11,12 @@
 //! Frames come and go with a [header](super::header) before them, so that checksums and segmentation are left to whoever has to do
 //! them in the end.
 //!
+//! # One user at a time
+//!
+//! A tap that was made without `multi_queue` has one user: the kernel says so. Of one with `multi_queue`, and of a macvtap, anybody may open
+//! more queues, and frames are then spread over two guests. So others are looked for, before a queue is opened and after, and a macvtap's
+//! device is locked. Who gives descriptors sees to that itself.
+//!
 //! # Where unsafe is
 //!
 //! This is a leaf module: the requests of a tap take pointers to small structs.
@@ -21,11 +27,15 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Mutex;
 
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use super::config_space::feature;
 use super::header::HEADER_LEN;
+use super::links;
+use crate::sync::locked;
 
 const TUN: &str = "/dev/net/tun";
 
@@ -65,6 +75,12 @@ pub enum TapError {
     /// Somebody else has it.
     #[error("tap {name} is in use: each has one user at a time")]
     Busy {
+        /// Its name.
+        name: String,
+    },
+    /// It is to be there, and is not.
+    #[error("there is no tap {name}")]
+    Missing {
         /// Its name.
         name: String,
     },
@@ -115,11 +131,24 @@ pub struct Tap {
     uso: bool,
     /// It is a tap, not a test's socket.
     real: bool,
+    /// It is a macvtap, which reads and writes as if nothing had happened when it is deleted.
+    silent: bool,
+    told: Mutex<Told>,
+}
+
+/// What the kernel was told last: it takes long over each change, so it is not told twice.
+#[derive(Debug)]
+struct Told {
+    offloads: libc::c_uint,
+    /// Queues in use; None where nobody knows.
+    queues: Option<usize>,
 }
 
 impl Tap {
     /// Opens a tap with so many queues.
     pub fn open(source: TapSource<'_>, queues: u16) -> Result<Self, TapError> {
+        let (silent, known) =
+            (matches!(source, TapSource::Device(_)), !matches!(source, TapSource::Descriptors(_)));
         let (name, queues) = match source {
             TapSource::Name(name) => (name.to_owned(), open_named(name, queues)?),
             TapSource::Device(path) => (path.display().to_string(), open_devices(path, queues)?),
@@ -136,7 +165,8 @@ impl Tap {
             rustix::io::ioctl_fionbio(queue, true)
                 .map_err(|source| setup("switch off the waiting", source))?;
         }
-        let mut tap = Tap { name, queues, uso: true, real: true };
+        let told = Mutex::new(Told { offloads: libc::c_uint::MAX, queues: known.then_some(queues.len()) });
+        let mut tap = Tap { name, queues, uso: true, real: true, silent, told };
         // What a former user left behind is switched off; the driver's wishes come later.
         tap.uso = tap.set_offloads(feature::GUEST_CSUM | feature::GUEST_USO4 | feature::GUEST_USO6).is_ok();
         tap.set_offloads(0).map_err(|source| TapError::Setup {
@@ -150,12 +180,35 @@ impl Tap {
     /// Something that behaves like a tap when it is read and written, for tests: one descriptor for each queue.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn pretend(queues: Vec<OwnedFd>) -> Self {
-        Tap { name: "pretended".into(), queues, uso: true, real: false }
+        let told = Mutex::new(Told { offloads: 0, queues: None });
+        Tap { name: "pretended".into(), queues, uso: true, real: false, silent: false, told }
     }
 
     /// What the user calls it.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The descriptors of its queues.
+    pub(super) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        self.queues.iter().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Whether it does not say by itself that it was deleted.
+    pub(super) fn is_silent(&self) -> bool {
+        self.silent
+    }
+
+    /// Whether the interface is still there.
+    pub(super) fn look(&self) -> Result<(), Errno> {
+        if !self.real {
+            return Ok(());
+        }
+        let mut request = request("", 0);
+        // SAFETY: `request` is a `struct ifreq`, which this request writes.
+        check(unsafe {
+            libc::ioctl(self.queues[0].as_raw_fd(), libc::TUNGETIFF as libc::Ioctl, &raw mut request)
+        })
     }
 
     /// How many queues it has.
@@ -197,9 +250,17 @@ impl Tap {
         if flags & (TUN_F_USO4 | TUN_F_USO6) != TUN_F_USO4 | TUN_F_USO6 {
             flags &= !(TUN_F_USO4 | TUN_F_USO6);
         }
+        // It is about TCP, which has to be left to the guest for that.
+        if flags & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) == 0 {
+            flags &= !libc::TUN_F_TSO_ECN;
+        }
         // All else means nothing without checksums.
         if flags & libc::TUN_F_CSUM == 0 {
             flags = 0;
+        }
+        let mut told = locked(&self.told);
+        if told.offloads == flags {
+            return Ok(());
         }
         // SAFETY: this request takes a number, not a pointer.
         check(unsafe {
@@ -208,12 +269,18 @@ impl Tap {
                 libc::TUNSETOFFLOAD as libc::Ioctl,
                 libc::c_ulong::from(flags),
             )
-        })
+        })?;
+        told.offloads = flags;
+        Ok(())
     }
 
     /// Lets the kernel spread frames over the first `count` queues and no others.
     pub(super) fn use_queues(&self, count: usize) -> Result<(), Errno> {
         if !self.real || self.queues.len() < 2 {
+            return Ok(());
+        }
+        let mut told = locked(&self.told);
+        if told.queues.replace(count) == Some(count) {
             return Ok(());
         }
         for (index, queue) in self.queues.iter().enumerate() {
@@ -226,7 +293,10 @@ impl Tap {
             match done {
                 // It is attached or detached already.
                 Ok(()) | Err(Errno::INVAL) => {}
-                Err(error) => return Err(error),
+                Err(error) => {
+                    told.queues = None;
+                    return Err(error);
+                }
             }
         }
         Ok(())
@@ -235,7 +305,17 @@ impl Tap {
 
 /// Whether this error means that the interface behind a descriptor is gone for good.
 pub(super) fn is_gone(error: Errno) -> bool {
-    matches!(error, Errno::BADFD | Errno::NODEV | Errno::NXIO | Errno::BADF | Errno::NOTCONN | Errno::PIPE)
+    matches!(
+        error,
+        Errno::BADFD
+            | Errno::NODEV
+            | Errno::NXIO
+            | Errno::BADF
+            | Errno::NOLINK
+            | Errno::NOTCONN
+            | Errno::PIPE
+            | Errno::CONNRESET
+    )
 }
 
 const TUN_F_USO4: libc::c_uint = 0x20;
@@ -245,17 +325,44 @@ const TUN_F_USO6: libc::c_uint = 0x40;
 const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 fn open_named(name: &str, queues: u16) -> Result<Vec<OwnedFd>, TapError> {
-    let multi = FLAGS | libc::IFF_MULTI_QUEUE;
     if queues == 1 {
-        // A tap that was made for several queues can be used with one.
-        return match attach(name, FLAGS) {
-            Err(AttachError::Refused(Errno::INVAL)) => attach(name, multi),
-            other => other,
+        match attach(name, FLAGS) {
+            // A tap that was made for several queues can be used with one.
+            Err(AttachError::Refused(Errno::INVAL)) => {}
+            other => return other.map(|queue| vec![queue]).map_err(|error| error.of(name, queues)),
         }
-        .map(|queue| vec![queue])
-        .map_err(|error| error.of(name, queues));
     }
-    (0..queues).map(|_| attach(name, multi)).collect::<Result<_, _>>().map_err(|error| error.of(name, queues))
+    let multi = FLAGS | libc::IFF_MULTI_QUEUE;
+    if users(name)? > 0 {
+        return Err(TapError::Busy { name: name.into() });
+    }
+    let attached: Vec<_> = (0..queues)
+        .map(|_| attach(name, multi))
+        .collect::<Result<_, _>>()
+        .map_err(|error| error.of(name, queues))?;
+    // Somebody may have come at the same time.
+    if users(name)? > u32::from(queues) {
+        return Err(TapError::Busy { name: name.into() });
+    }
+    Ok(attached)
+}
+
+/// How many queues of the tap `name`, which was made for several, are attached.
+fn users(name: &str) -> Result<u32, TapError> {
+    Ok(find(name)?.map_or(0, |link| link.queues))
+}
+
+/// Whether there is an interface of that name.
+pub(super) fn exists(name: &str) -> Result<bool, TapError> {
+    Ok(find(name)?.is_some())
+}
+
+fn find(name: &str) -> Result<Option<links::LinkInfo>, TapError> {
+    links::find(name).map_err(|source| TapError::Setup {
+        step: "find the users",
+        name: name.into(),
+        source: source.into(),
+    })
 }
 
 enum AttachError {
@@ -291,11 +398,15 @@ fn attach(name: &str, flags: libc::c_int) -> Result<OwnedFd, AttachError> {
 fn open_devices(path: &Path, queues: u16) -> Result<Vec<OwnedFd>, TapError> {
     let name = path.display().to_string();
     let flags = if queues > 1 { FLAGS | libc::IFF_MULTI_QUEUE } else { FLAGS };
-    let one = || {
+    let one = |first: bool| {
         let file = open(path).map_err(|source| match source.raw_os_error() {
             Some(libc::EBUSY) => TapError::Busy { name: name.clone() },
             _ => TapError::Open { path: name.clone(), source },
         })?;
+        if first {
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
+                .map_err(|_| TapError::Busy { name: name.clone() })?;
+        }
         let mut request = request("", flags);
         // SAFETY: `request` is a `struct ifreq`, which this request reads.
         let done =
@@ -306,7 +417,7 @@ fn open_devices(path: &Path, queues: u16) -> Result<Vec<OwnedFd>, TapError> {
         })?;
         Ok(file.into())
     };
-    (0..queues).map(|_| one()).collect()
+    (0..queues).map(|queue| one(queue == 0)).collect()
 }
 
 /// A copy of an inherited descriptor, if it is a tap's.
@@ -383,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_of_one_queue_cannot_be_opened_with_several() {
+    fn a_tap_of_one_queue_cannot_be_opened_with_several_and_one_of_several_has_one_user() {
         if !can_make_taps() {
             return eprintln!("this user cannot make taps");
         }
@@ -392,7 +503,12 @@ mod tests {
         assert!(matches!(Tap::open(TapSource::Name(&name), 2), Err(TapError::Flags { queues: 2, .. })));
         drop(one);
         let two = Tap::open(TapSource::Name(&name), 2).unwrap();
+        for queues in [1, 2, 3] {
+            let shared = Tap::open(TapSource::Name(&name), queues);
+            assert!(matches!(shared, Err(TapError::Busy { .. })), "{queues}: {shared:?}");
+        }
         two.use_queues(1).unwrap();
+        assert!(matches!(Tap::open(TapSource::Name(&name), 1), Err(TapError::Busy { .. })));
         two.use_queues(2).unwrap();
         two.use_queues(2).unwrap();
     }
@@ -403,7 +519,8 @@ mod tests {
             return eprintln!("this user cannot make taps");
         }
         let tap = Tap::open(TapSource::Name(&name("c")), 1).unwrap();
-        for features in [0, feature::GUEST_CSUM, feature::GUEST_TSO4, tap.features(), u64::MAX] {
+        let ecn = feature::GUEST_CSUM | feature::GUEST_ECN;
+        for features in [0, ecn, feature::GUEST_CSUM, feature::GUEST_TSO4, tap.features(), u64::MAX] {
             tap.set_offloads(features).unwrap();
         }
     }

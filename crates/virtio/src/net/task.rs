@@ -45,6 +45,8 @@ use crate::worker::{Context, Event, Interest, Nanos, Task, Token};
 const TURN: usize = 1 << 20;
 /// What a frame counts for that, at least.
 const FRAME_COST: usize = 4 << 10;
+/// How often a network is looked at that would go without a word.
+pub(super) const LOOK_EVERY: Nanos = 1_000_000_000;
 /// Most frames that the guest is told of at once.
 const BATCH: u32 = 16;
 
@@ -65,6 +67,10 @@ pub(super) struct Setup {
     pub(super) interrupt: Arc<dyn Interrupt>,
     /// What the driver accepted.
     pub(super) features: u64,
+    /// Which pair.
+    pub(super) pair: usize,
+    /// Addresses that the guest may send from; none at all: any.
+    pub(super) senders: Vec<[u8; 6]>,
 }
 
 /// Serves one pair of queues.
@@ -86,6 +92,9 @@ pub(super) struct PairTask {
     answer: Vec<u8>,
     rx: Rx,
     tx: Tx,
+    senders: Vec<[u8; 6]>,
+    /// The one among the device's tasks that speaks for all.
+    first: bool,
     /// The network may have frames.
     rx_ready: bool,
     /// The guest has no receive buffers; it was asked to kick.
@@ -103,6 +112,8 @@ pub(super) struct PairTask {
     drop_at: Option<Nanos>,
     /// When the detour wants to be asked.
     detour_at: Option<Nanos>,
+    /// When it is looked whether the network is still there.
+    look_at: Option<Nanos>,
     /// From `quiesce` to `resume`.
     quiet: bool,
     /// It was said that the device needs a reset.
@@ -120,7 +131,7 @@ enum Stop {
 
 impl PairTask {
     pub(super) fn new(setup: Setup) -> Self {
-        let Setup { shared, port, rx, tx, memory, interrupt, features } = setup;
+        let Setup { shared, port, rx, tx, memory, interrupt, features, pair, senders } = setup;
         let mergeable = features & feature::MRG_RXBUF != 0;
         let large = features & feature::GUEST_LARGE != 0;
         PairTask {
@@ -135,6 +146,8 @@ impl PairTask {
             answer: Vec::new(),
             rx: Rx::new(rx.queue, mergeable, large),
             tx: Tx::new(tx.queue),
+            senders,
+            first: pair == 0,
             rx_ready: true,
             rx_blocked: false,
             tx_ready: true,
@@ -145,6 +158,7 @@ impl PairTask {
             tx_at: None,
             drop_at: None,
             detour_at: None,
+            look_at: None,
             quiet: true,
             dead: false,
         }
@@ -191,7 +205,7 @@ impl PairTask {
     }
 
     fn set_timer(&mut self, cx: &mut Context<'_>) {
-        let times = [self.rx_at, self.tx_at, self.drop_at, self.detour_at];
+        let times = [self.rx_at, self.tx_at, self.drop_at, self.detour_at, self.look_at];
         match times.into_iter().flatten().min() {
             Some(at) => cx.set_timer(at),
             None => cx.clear_timer(),
@@ -234,7 +248,7 @@ impl PairTask {
         let shared = Arc::clone(&self.shared);
         let stats = &shared.stats;
         let detours = self.detour.is_some();
-        let len = match self.tx.look(&self.memory, detours || shared.mac.is_some())? {
+        let len = match self.tx.look(&self.memory, detours || !self.senders.is_empty())? {
             Outgoing::Frame(len) => len,
             Outgoing::Malformed => {
                 stats.tx_malformed_frames.add(1);
@@ -250,9 +264,8 @@ impl PairTask {
             self.tx.done()?;
             return Ok(Some(len));
         }
-        if let Some(mac) = shared.mac
-            && self.tx.source_mac() != Some(mac)
-        {
+        let known = |mac| self.senders.contains(&mac);
+        if !self.senders.is_empty() && !self.tx.source_mac().is_some_and(known) {
             let times = stats.tx_spoofed_mac_count.add(1) + 1;
             if times.is_power_of_two() {
                 log::warn!(
@@ -263,14 +276,21 @@ impl PairTask {
             self.tx.done()?;
             return Ok(Some(len));
         }
-        if shared.tx_limits.are_set() && !self.tx.is_paid() {
-            if let Err(at) = shared.tx_limits.take(len, cx.now()) {
-                stats.tx_rate_limiter_throttled.add(1);
-                self.tx_at = Some(at);
-                self.tx.hold()?;
-                return Ok(None);
+        if shared.tx_limits.are_set() {
+            match self.tx.paid() {
+                None => {
+                    if let Err(at) = shared.tx_limits.take(len, cx.now()) {
+                        stats.tx_rate_limiter_throttled.add(1);
+                        self.tx_at = Some(at);
+                        self.tx.hold()?;
+                        return Ok(None);
+                    }
+                }
+                // The driver made it longer while it waited for the network.
+                Some(paid) if paid < len => shared.tx_limits.owe(len - paid),
+                Some(_) => {}
             }
-            self.tx.set_paid();
+            self.tx.set_paid(len.max(self.tx.paid().unwrap_or(0)));
         }
         let sent = match &mut self.link {
             Some(link) => self.tx.send_on(link),
@@ -355,7 +375,7 @@ impl PairTask {
             done += self.answer.len().max(FRAME_COST);
             match self.rx.deliver(&self.memory, &self.answer)? {
                 Received::NoRoom => {
-                    if !self.out_of_buffers(cx, true)? {
+                    if !self.out_of_buffers(cx)? {
                         self.detour_at = None;
                         break;
                     }
@@ -363,10 +383,12 @@ impl PairTask {
                 Received::Frame(_) => {
                     self.shared.stats.detour_rx_count.add(1);
                     self.answer.clear();
+                    self.drop_at = None;
                 }
                 _ => {
                     self.shared.stats.rx_fails.add(1);
                     self.answer.clear();
+                    self.drop_at = None;
                 }
             }
         }
@@ -388,14 +410,15 @@ impl PairTask {
                 && let Err(at) = shared.rx_limits.may_come(cx.now())
             {
                 shared.stats.rx_rate_limiter_throttled.add(1);
-                self.rx_at = Some(at);
+                // What is held back waits for its time, not for room.
+                (self.rx_at, self.drop_at) = (Some(at), None);
                 self.publish_received()?;
                 return Ok(Stop::Waits);
             }
             match self.receive_one()? {
                 Received::Frame(len) => {
                     if limited {
-                        self.shared.rx_limits.has_come(len);
+                        self.shared.rx_limits.owe(len);
                     }
                     self.shared.stats.rx_packets_count.add(1);
                     self.shared.stats.rx_bytes_count.add(len as u64);
@@ -409,6 +432,7 @@ impl PairTask {
                 }
                 Received::TooLarge => {
                     self.shared.stats.rx_fails.add(1);
+                    self.drop_at = None;
                     done += FRAME_COST;
                 }
                 Received::Nothing => {
@@ -418,8 +442,7 @@ impl PairTask {
                 }
                 Received::NoRoom => {
                     self.publish_received()?;
-                    let frame_waits = self.rx.has_waiting() || matches!(self.link, Some(Link::Stream(_)));
-                    if !self.out_of_buffers(cx, frame_waits)? {
+                    if !self.out_of_buffers(cx)? {
                         return Ok(Stop::Waits);
                     }
                 }
@@ -454,14 +477,15 @@ impl PairTask {
     }
 
     /// Asks the guest to kick when it gives receive buffers. True if it has given some meanwhile.
-    fn out_of_buffers(&mut self, cx: &mut Context<'_>, frame_waits: bool) -> Result<bool, QueueError> {
+    fn out_of_buffers(&mut self, cx: &mut Context<'_>) -> Result<bool, QueueError> {
         if self.rx.queue.enable_notifications()? {
             self.rx.queue.disable_notifications()?;
             return Ok(true);
         }
         self.shared.stats.no_rx_avail_buffer.add(1);
         self.rx_blocked = true;
-        if frame_waits && self.drop_at.is_none() {
+        // A guest that has given none gives some sooner or later. One that has given too few for a frame may have no more.
+        if self.rx.has_room() && self.drop_at.is_none() {
             self.drop_at = Some(cx.now().saturating_add(PATIENCE));
         }
         Ok(false)
@@ -469,7 +493,6 @@ impl PairTask {
 
     /// The guest gave no room for a frame for too long.
     fn drop_what_waits(&mut self) {
-        self.drop_at = None;
         let mut dropped = self.rx.drop_waiting();
         if !dropped && !self.answer.is_empty() {
             self.answer.clear();
@@ -511,6 +534,19 @@ impl PairTask {
         self.tx_blocked = false;
         if let Some(link) = self.link.take() {
             self.shared.link_down(&format_args!("{}: {error}", link.name()));
+            link.close();
+        }
+    }
+
+    /// A network that does not say by itself that it is gone is looked at now and then.
+    fn look(&mut self, cx: &mut Context<'_>) {
+        let Some(Link::Tap(tap, _)) = &self.link else { return };
+        if !tap.is_silent() {
+            return;
+        }
+        match tap.look() {
+            Err(error) if is_gone(error) => self.link_is_gone(cx, error),
+            _ => self.look_at = Some(cx.now().saturating_add(LOOK_EVERY)),
         }
     }
 }
@@ -519,6 +555,9 @@ impl Task for PairTask {
     fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Parts { link, detour, .. } = self.port.take();
         (self.link, self.detour) = (link, detour);
+        if self.first {
+            self.shared.tell_tap();
+        }
         cx.watch_kick(RX_KICK, &self.rx_kick)?;
         cx.watch_kick(TX_KICK, &self.tx_kick)
     }
@@ -567,8 +606,11 @@ impl Task for PairTask {
                 self.shared.stats.rate_limiter_event_count.add(1);
             }
         }
-        if self.drop_at.is_some_and(|at| at <= now) {
+        if self.drop_at.take_if(|at| *at <= now).is_some() && self.rx_blocked {
             self.drop_what_waits();
+        }
+        if self.look_at.take_if(|at| *at <= now).is_some() {
+            self.look(cx);
         }
         self.work(cx);
     }
@@ -576,7 +618,7 @@ impl Task for PairTask {
     fn quiesce(&mut self, cx: &mut Context<'_>) {
         self.quiet = true;
         cx.clear_timer();
-        (self.rx_at, self.tx_at, self.drop_at, self.detour_at) = (None, None, None, None);
+        (self.rx_at, self.tx_at, self.drop_at, self.detour_at, self.look_at) = (None, None, None, None, None);
         // What is saved from now on is as of now.
         self.shared.rx_limits.hold(cx.now());
         self.shared.tx_limits.hold(cx.now());
@@ -598,6 +640,10 @@ impl Task for PairTask {
         self.quiet = false;
         (self.rx_ready, self.tx_ready) = (true, true);
         (self.rx_blocked, self.tx_blocked) = (false, false);
+        if self.first {
+            self.shared.tell_of_changes();
+        }
+        self.look(cx);
         self.work(cx);
     }
 

@@ -24,8 +24,8 @@ pub(super) struct Tx {
     rest: Segments,
     /// A whole frame, for the detour.
     whole: Vec<u8>,
-    /// The limiter has let the frame pass that is to be popped next.
-    paid: bool,
+    /// Bytes that the limiter has let pass of the frame that is to be popped next; None if it was not asked.
+    paid: Option<usize>,
 }
 
 /// What a chain holds.
@@ -46,7 +46,7 @@ impl Tx {
             head_len: 0,
             rest: Segments::new(),
             whole: Vec::new(),
-            paid: false,
+            paid: None,
         }
     }
 
@@ -89,13 +89,13 @@ impl Tx {
         &self.whole
     }
 
-    /// Whether the limiter has let it pass already.
-    pub(super) fn is_paid(&self) -> bool {
+    /// How much of it the limiter has let pass already: it may have been shorter then.
+    pub(super) fn paid(&self) -> Option<usize> {
         self.paid
     }
 
-    pub(super) fn set_paid(&mut self) {
-        self.paid = true;
+    pub(super) fn set_paid(&mut self, len: usize) {
+        self.paid = Some(len);
     }
 
     pub(super) fn send_on(&mut self, link: &mut Link) -> Result<(), Errno> {
@@ -109,7 +109,7 @@ impl Tx {
 
     /// The frame is gone, one way or the other.
     pub(super) fn done(&mut self) -> Result<(), QueueError> {
-        self.paid = false;
+        self.paid = None;
         self.queue.add_used(self.chain.head(), 0)
     }
 }

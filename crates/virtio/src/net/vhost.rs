@@ -1,6 +1,7 @@
 //! The kernel's vhost-net: what moves frames between a tap and a pair of queues without a system call.
 //!
-//! One instance serves one pair. It is told where guest memory is, where the rings are, and which descriptors mean a kick and an
+//! One instance serves one pair. It belongs to the process that takes it ([`Vhost::take`]) for its device, which may be a child of the one that
+//! opened it. It is told where guest memory is, where the rings are, and which descriptors mean a kick and an
 //! interrupt; from then on a thread of the kernel's does the work.
 //!
 //! # Where unsafe is
@@ -12,6 +13,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memory::GuestRam;
 use rustix::io::Errno;
@@ -46,6 +48,7 @@ pub enum VhostError {
 pub struct Vhost {
     file: File,
     features: u64,
+    taken: AtomicBool,
 }
 
 #[repr(C)]
@@ -117,15 +120,27 @@ pub(super) struct Ring<'a> {
 }
 
 impl Vhost {
-    /// A new instance, owned by this process.
+    /// A new instance, which belongs to nobody yet.
     pub(super) fn open() -> Result<Self, VhostError> {
         let file = File::options().read(true).write(true).open(PATH).map_err(VhostError::Open)?;
-        let mut vhost = Vhost { file, features: 0 };
-        vhost.number("to be owned", SET_OWNER)?;
+        let mut vhost = Vhost { file, features: 0, taken: AtomicBool::new(false) };
         let mut features = 0u64;
         vhost.call("to tell its features", GET_FEATURES, &mut features)?;
         vhost.features = features;
         Ok(vhost)
+    }
+
+    /// Makes it this process's: guest memory is this process's from now on.
+    pub(super) fn take(&self) -> Result<(), VhostError> {
+        if self.taken.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.number("to be owned", SET_OWNER).inspect_err(|_| self.taken.store(false, Ordering::Release))
+    }
+
+    /// Its descriptor.
+    pub(super) fn descriptor(&self) -> RawFd {
+        self.file.as_raw_fd()
     }
 
     /// The features of rings and frames that this kernel's has.

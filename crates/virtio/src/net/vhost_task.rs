@@ -2,6 +2,8 @@
 //!
 //! A kick goes from the guest to the kernel's thread and nothing here sees it. An interrupt comes as an event and is raised through the
 //! transport, which knows whether the guest has masked it.
+//!
+//! A tap that is deleted says so together with each frame that comes, or not at all. So it is looked at, once a second.
 
 use std::fmt;
 use std::io;
@@ -11,7 +13,8 @@ use memory::GuestRam;
 
 use super::device::Shared;
 use super::port::{Parts, Port};
-use super::tap::Tap;
+use super::tap::{Tap, is_gone};
+use super::task::LOOK_EVERY;
 use super::vhost::{Ring, Vhost, VhostError};
 use crate::device::{ActiveQueue, Interrupt};
 use crate::eventfd::EventFd;
@@ -21,8 +24,6 @@ use crate::worker::{Context, Event, Interest, Task, Token};
 const CALL: Token = 0;
 /// The kernel found a broken ring.
 const ERROR: Token = 2;
-/// The tap went away. (Frames are the kernel's business.)
-const TAP: Token = 3;
 
 /// A pair of queues that the kernel serves.
 pub(super) struct VhostTask {
@@ -81,6 +82,19 @@ impl VhostTask {
         }
     }
 
+    /// Sees whether the tap is still there.
+    fn look(&self, cx: &mut Context<'_>) {
+        match self.tap.look() {
+            Err(error) if is_gone(error) => {
+                self.shared.link_down(&format_args!("{}: {error}", self.tap.name()));
+            }
+            _ => {
+                let at = cx.now().saturating_add(LOOK_EVERY);
+                cx.set_timer(at);
+            }
+        }
+    }
+
     fn start(&mut self) -> Result<(), VhostError> {
         let Some(vhost) = &self.vhost else { return Ok(()) };
         vhost.prepare(self.features, &self.memory)?;
@@ -115,26 +129,27 @@ impl Task for VhostTask {
         for (token, call) in (CALL..).zip(&self.calls) {
             cx.watch_edge(token, call, Interest::READ)?;
         }
-        cx.watch_edge(ERROR, &self.error, Interest::READ)?;
-        cx.watch_edge(TAP, self.tap.queue(self.pair), Interest { read: false, write: false })
+        if self.pair == 0 {
+            self.shared.tell_tap();
+        }
+        cx.watch_edge(ERROR, &self.error, Interest::READ)
     }
 
     fn kicked(&mut self, _cx: &mut Context<'_>, _token: Token) {}
 
-    fn ready(&mut self, cx: &mut Context<'_>, event: Event) {
+    fn ready(&mut self, _cx: &mut Context<'_>, event: Event) {
         match event.token {
             ERROR => self.die(&"the kernel found one of its queues broken"),
-            TAP => {
-                if event.hangup {
-                    cx.unwatch(TAP);
-                    self.shared.link_down(&format_args!("{}: it is gone", self.tap.name()));
-                }
-            }
             call => self.interrupt.queue(self.queues[call as usize & 1].queue.index()),
         }
     }
 
-    fn quiesce(&mut self, _cx: &mut Context<'_>) {
+    fn timer(&mut self, cx: &mut Context<'_>) {
+        self.look(cx);
+    }
+
+    fn quiesce(&mut self, cx: &mut Context<'_>) {
+        cx.clear_timer();
         if std::mem::take(&mut self.running)
             && let Err(error) = self.stop()
         {
@@ -146,7 +161,11 @@ impl Task for VhostTask {
         true
     }
 
-    fn resume(&mut self, _cx: &mut Context<'_>) {
+    fn resume(&mut self, cx: &mut Context<'_>) {
+        if self.pair == 0 {
+            self.shared.tell_of_changes();
+            self.look(cx);
+        }
         if self.dead || std::mem::replace(&mut self.running, true) {
             return;
         }

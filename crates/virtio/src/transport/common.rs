@@ -290,12 +290,12 @@ impl Common {
 
     /// `DRIVER_OK`: starts the device, or breaks it.
     fn activate(&mut self) {
-        if let Err(error) = self.try_activate() {
+        if let Err(error) = self.try_activate(false) {
             self.interrupt.needs_reset(&error);
         }
     }
 
-    fn try_activate(&mut self) -> Result<(), RestoreError> {
+    fn try_activate(&mut self, resumed: bool) -> Result<(), RestoreError> {
         let mut queues = Vec::with_capacity(self.queues.len());
         for (index, setup) in (0u16..).zip(&self.queues) {
             if setup.state.ready {
@@ -317,6 +317,7 @@ impl Common {
             queues,
             interrupt: Arc::clone(&self.interrupt),
             features: self.driver_features,
+            resumed,
         };
         let tasks = self
             .device
@@ -411,7 +412,7 @@ impl Common {
         }
         self.health.set_status(state.status);
         if running && state.status & Status::DEVICE_NEEDS_RESET == 0 {
-            self.try_activate()?;
+            self.try_activate(true)?;
             // An interrupt that was on its way when it was saved is in no state. One too many does no harm.
             for (index, _) in (0u16..).zip(&self.queues).filter(|(_, queue)| queue.state.ready) {
                 self.interrupt.queue(index);

@@ -541,6 +541,7 @@ fn a_worker_that_falls_asleep_now_and_then_misses_no_request() {
             queues: vec![ActiveQueue { queue, kick: Arc::clone(&kick) }],
             interrupt: Arc::clone(&irq) as Arc<dyn Interrupt>,
             features,
+            resumed: false,
         };
         let workers = Workers::start(WorkersConfig::default()).unwrap();
         for task in device.activate(activation).unwrap() {

@@ -2,9 +2,9 @@
 
 use super::guest::{config, wires};
 use super::*;
-use crate::device::{Device, DeviceState};
+use crate::device::Device;
 use crate::net::config_space::feature;
-use crate::net::{Net, NetBackend, NetConfig, NetError, NetSetup};
+use crate::net::{Net, NetBackend, NetConfig, NetSetup};
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig};
 use crate::testing::Kind;
 
@@ -83,69 +83,11 @@ fn commands_that_make_no_sense_are_answered_and_counted() {
 }
 
 #[test]
-fn a_restored_guest_is_asked_to_announce_itself_until_it_has() {
-    let mut guest = with_pairs(2);
-    assert_eq!(guest.command(&[4, 0, 2, 0]), 0);
-    let mut state = guest.guest.save();
-    let DeviceState::Net(net) = state.common().device.clone() else { panic!() };
-    assert_eq!(net.active_pairs, 2);
-    let (tap, wires) = wires(2);
-    let setup = NetSetup { backend: NetBackend::tap(tap), detour: None };
-    let (copy, control) = Net::restore(&net, setup, 1).unwrap();
-    let worker = crate::testing::TestWorker::new();
-    guest.guest = crate::testing::Guest::with(Kind::Pci, Box::new(copy), guest.guest.ram.clone(), worker);
-    (guest.control, guest.wires) = (control, wires);
-    guest.guest.restore(&state).unwrap();
-    let mut status = [0; 2];
-    guest.guest.read_config(6, &mut status);
-    assert_eq!(status, [3, 0]);
-    assert!(guest.guest.interrupts.take() > 0);
-    assert_eq!(guest.command(&[3, 0]), 0);
-    guest.guest.read_config(6, &mut status);
-    assert_eq!(status, [1, 0]);
-    let DeviceState::Net(again) = guest.guest.save().common().device.clone() else { panic!() };
-    assert_eq!((again.active_pairs, again.config), (net.active_pairs, net.config));
-}
-
-#[test]
-fn a_network_that_lacks_what_the_guest_relies_on_is_refused() {
-    let guest = &mut with_pairs(1);
-    let DeviceState::Net(net) = guest.guest.save().common().device.clone() else { panic!() };
-    let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-    let stream = crate::net::stream::Stream::new("s".into(), ours.into());
-    let setup = NetSetup { backend: NetBackend::stream(stream), detour: None };
-    let refused = Net::restore(&net, setup, 1).err().unwrap();
-    assert!(matches!(refused, NetError::Features { missing, .. } if missing & feature::CSUM != 0));
-    let setup = NetSetup { backend: NetBackend::tap(wires(2).0), detour: None };
-    assert!(matches!(Net::restore(&net, setup, 1), Err(NetError::Pairs { wanted: 1, has: 2, .. })));
-}
-
-#[test]
-fn a_restored_guest_without_a_network_finds_its_link_down() {
-    let mut guest = with_pairs(2);
-    assert_eq!(guest.command(&[4, 0, 2, 0]), 0);
-    let mut state = guest.guest.save();
-    let DeviceState::Net(net) = state.common().device.clone() else { panic!() };
-    let setup = NetSetup { backend: NetBackend::unplugged(2), detour: None };
-    let (copy, control) = Net::restore(&net, setup, 1).unwrap();
-    let worker = crate::testing::TestWorker::new();
-    guest.guest = crate::testing::Guest::with(Kind::Pci, Box::new(copy), guest.guest.ram.clone(), worker);
-    guest.control = control;
-    guest.guest.restore(&state).unwrap();
-    let mut status = [0xff; 1];
-    guest.guest.read_config(6, &mut status);
-    assert_eq!(status[0] & 1, 0);
-    guest.send(&frame(60, 1));
-    assert_eq!(guest.control.stats().tap_write_fails.get(), 1);
-    assert_eq!(guest.guest.broken_count(), 0);
-}
-
-#[test]
 fn states_are_plain_data() {
     let bucket = BucketConfig { size: 100, refill_time_ms: 100, one_time_burst: 5 };
     let limits = RateLimiterConfig { bandwidth: Some(bucket), ops: None };
     let mut guest = NetGuest::with(Kind::Mmio, config(1), limits, NONE, u64::MAX);
-    let DeviceState::Net(net) = guest.guest.save().common().device.clone() else { panic!() };
+    let net = guest.state();
     let text = serde_json::to_string(&net).unwrap();
     assert_eq!(serde_json::from_str::<crate::net::NetState>(&text).unwrap(), net);
 }

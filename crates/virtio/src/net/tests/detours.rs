@@ -145,3 +145,24 @@ fn it_cannot_be_had_where_the_kernel_moves_the_frames() {
     let none = RateLimiterConfig::default();
     assert!(matches!(Net::new(config(1), setup, none, none, 1), Err(NetError::Vhost { .. })));
 }
+
+#[test]
+fn it_is_reached_over_a_link_that_stays_up_where_there_is_no_network() {
+    for gone in [false, true] {
+        let (tap, wires) = wires(1);
+        let backend = if gone { NetBackend::tap(tap) } else { NetBackend::unplugged(1) };
+        let mirror = Mirror { copies: 1, ..Mirror::default() };
+        let setup = NetSetup { backend, detour: Some(Box::new(mirror)) };
+        let none = RateLimiterConfig::default();
+        let (net, control) = Net::new(config(1), setup, none, none, 1).unwrap();
+        let mut guest = NetGuest::around(Kind::Mmio, net, control, wires, u64::MAX);
+        guest.give(&[1536]);
+        // The network's other end is closed.
+        guest.wires.clear();
+        guest.send(&frame(100, 2));
+        assert_eq!(guest.status(), 1);
+        guest.send(&request(100, 1));
+        assert_eq!(guest.received().unwrap(), request(100, 1));
+        assert_eq!(guest.control.stats().tap_write_fails.get(), 1);
+    }
+}

@@ -276,7 +276,7 @@ fn a_pause_gives_back_what_was_taken_ahead_and_a_copy_goes_on_with_it() {
 
     let (tap, wires) = guest::wires(1);
     let setup = crate::net::NetSetup { backend: crate::net::NetBackend::tap(tap), detour: None };
-    let (copy, control) = crate::net::Net::restore(&net, setup, 1).unwrap();
+    let (copy, control) = crate::net::Net::restore(&net, None, setup, 1).unwrap();
     let worker = crate::testing::TestWorker::new();
     let mut other = crate::testing::Guest::with(Kind::Pci, Box::new(copy), guest.guest.ram.clone(), worker);
     other.restore(&state).unwrap();

@@ -6,12 +6,12 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::device::feature;
+use crate::device::{DeviceState, feature};
 use crate::net::tap::Tap;
-use crate::net::{Net, NetBackend, NetConfig, NetControl, NetSetup};
+use crate::net::{Net, NetBackend, NetConfig, NetControl, NetSetup, NetState};
 use crate::rate_limiter::RateLimiterConfig;
 use crate::testing::{DriverQueue, Guest, Kind, RUNNING, TestWorker, guest_ram};
-use crate::transport::Status;
+use crate::transport::{RestoreError, Status};
 
 /// The guest's address.
 pub(super) const MAC: [u8; 6] = [0x06, 0, 0xac, 0x10, 0, 2];
@@ -132,6 +132,36 @@ impl NetGuest {
         }
         guest.set_status(RUNNING);
         guest.worker.run();
+    }
+
+    /// It is saved, and goes on with another network and address.
+    pub(super) fn restore(
+        &mut self,
+        mac: Option<[u8; 6]>,
+        setup: NetSetup,
+        wires: Vec<OwnedFd>,
+    ) -> Result<(), RestoreError> {
+        let state = self.guest.save();
+        let (copy, control) = Net::restore(&self.state(), mac, setup, 1).unwrap();
+        let kind = self.guest.kind();
+        self.guest = Guest::with(kind, Box::new(copy), self.guest.ram.clone(), TestWorker::new());
+        (self.control, self.wires) = (control, wires);
+        self.guest.restore(&state)
+    }
+
+    /// What the device saves.
+    pub(super) fn state(&mut self) -> NetState {
+        match self.guest.save().common().device.clone() {
+            DeviceState::Net(state) => state,
+            other => panic!("no network device: {other:?}"),
+        }
+    }
+
+    /// The status field of the configuration space.
+    pub(super) fn status(&mut self) -> u16 {
+        let mut status = [0; 2];
+        self.guest.read_config(6, &mut status);
+        u16::from_le_bytes(status)
     }
 
     /// The driver gives a receive buffer of this shape to pair `pair`. False if its queue is full.

@@ -1,5 +1,7 @@
 //! Rate limits.
 
+use vm_memory::{Bytes, GuestAddress};
+
 use super::guest::config;
 use super::*;
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig};
@@ -114,4 +116,29 @@ fn a_frame_that_the_network_refuses_is_paid_for_once() {
         guest.guest.worker.run();
     }
     assert_eq!(count, 300);
+}
+
+#[test]
+fn a_frame_that_grows_while_the_network_refuses_it_is_charged_for_what_it_grew() {
+    let mut guest = NetGuest::with(Kind::Mmio, config(1), NONE, bytes(200_000, 1_000_000), u64::MAX);
+    let at = 8 << 20;
+    let bytes = [&[0; 12][..], &frame(60_000, 1)].concat();
+    guest.guest.ram.memory().write_slice(&bytes, GuestAddress(at)).unwrap();
+    let waits = loop {
+        let head = guest.queues[1].add(&[(at, 112)], &[]).unwrap();
+        guest.publish(1);
+        if guest.queues[1].take_used().is_none() {
+            break head;
+        }
+    };
+    // The network takes no more, and this one has paid for its 100 bytes.
+    let spent = |guest: &mut NetGuest| 200_000 - guest.state().tx_limiter.bandwidth.unwrap().tokens;
+    let before = spent(&mut guest);
+    guest.queues[1].set_descriptor(waits, at, 60_012, 0, 0);
+    while guest.sent().is_some() {
+        guest.guest.worker.run();
+    }
+    assert!(guest.queues[1].take_used().is_some(), "it went out");
+    let after = spent(&mut guest);
+    assert_eq!(after - before, 59_900);
 }

@@ -6,6 +6,7 @@ mod frames;
 mod guest;
 mod limits;
 mod model;
+mod restore;
 mod streams;
 
 use guest::{MAC, NetGuest, frame};

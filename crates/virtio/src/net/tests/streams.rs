@@ -8,16 +8,21 @@ use super::*;
 use crate::net::config_space::feature;
 use crate::net::stream::Stream;
 use crate::net::{Net, NetBackend, NetSetup};
-use crate::rate_limiter::RateLimiterConfig;
+use crate::rate_limiter::{BucketConfig, RateLimiterConfig};
 use crate::testing::Kind;
 
 fn guest() -> (NetGuest, UnixStream) {
+    limited(RateLimiterConfig::default())
+}
+
+/// With a limit on what the guest receives.
+fn limited(rx: RateLimiterConfig) -> (NetGuest, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
     let setup =
         NetSetup { backend: NetBackend::stream(Stream::new("test".into(), ours.into())), detour: None };
     let none = RateLimiterConfig::default();
-    let (net, control) = Net::new(config(1), setup, none, none, 1).unwrap();
+    let (net, control) = Net::new(config(1), setup, rx, none, 1).unwrap();
     (NetGuest::around(Kind::Mmio, net, control, vec![], u64::MAX), theirs)
 }
 
@@ -92,4 +97,51 @@ fn a_frame_that_never_fits_does_not_stop_those_behind_it() {
     guest.guest.worker.advance(crate::net::rx::PATIENCE);
     assert_eq!(guest.received().unwrap(), frame(60, 2));
     assert_eq!(guest.control.stats().rx_fails.get(), 1);
+}
+
+#[test]
+fn frames_wait_for_a_guest_that_has_given_no_buffers_yet() {
+    let (mut guest, mut peer) = guest();
+    for seed in 0..20 {
+        peer.write_all(&framed(&frame(100, seed))).unwrap();
+    }
+    for _ in 0..10 {
+        guest.guest.worker.run();
+        guest.guest.worker.advance(crate::net::rx::PATIENCE);
+    }
+    for seed in 0..20 {
+        guest.give(&[1536]);
+        assert_eq!(guest.received().unwrap(), frame(100, seed));
+    }
+    assert_eq!(guest.control.stats().rx_fails.get(), 0);
+}
+
+#[test]
+fn a_frame_that_a_limiter_holds_back_is_not_one_that_has_no_room() {
+    let once = BucketConfig { size: 1, refill_time_ms: 1000, one_time_burst: 0 };
+    let (mut guest, mut peer) = limited(RateLimiterConfig { bandwidth: None, ops: Some(once) });
+    // Too little for the first frame.
+    guest.give(&[100]);
+    peer.write_all(&[framed(&frame(500, 1)), framed(&frame(500, 2))].concat()).unwrap();
+    guest.guest.worker.run();
+    for _ in 0..4 {
+        guest.give(&[1536]);
+    }
+    assert_eq!(guest.received().unwrap(), frame(500, 1));
+    for _ in 0..99 {
+        guest.guest.worker.advance(crate::net::rx::PATIENCE);
+        assert_eq!(guest.received(), None);
+    }
+    guest.guest.worker.advance(2 * crate::net::rx::PATIENCE);
+    assert_eq!(guest.received().unwrap(), frame(500, 2));
+    assert_eq!(guest.control.stats().rx_fails.get(), 0);
+}
+
+#[test]
+fn a_peer_that_speaks_nonsense_is_told_that_the_connection_has_ended() {
+    let (mut guest, mut peer) = guest();
+    guest.give(&[1536]);
+    peer.write_all(&[0xff; 8]).unwrap();
+    guest.guest.worker.run();
+    assert_eq!(peer.read(&mut [0; 1]).unwrap(), 0);
 }
