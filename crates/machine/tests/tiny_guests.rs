@@ -154,7 +154,7 @@ fn dropping_a_running_machine_ends_its_threads() {
 }
 
 /// A machine like `of` as it was saved, with memory of its own.
-fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path) -> Paused {
+fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path, clock: ClockAfter) -> Paused {
     let state = of.save().unwrap();
     let ram = GuestRam::map(config.mem_size_mib, config.huge_pages, false).unwrap();
     for (from, to) in of.ram().regions().iter().zip(ram.regions()) {
@@ -174,7 +174,7 @@ fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path) -> Paused {
             limit: virtio::rate_limiter::RateLimiterConfig::default(),
         },
         devices: DeviceSetup::default(),
-        clock: ClockAfter::Continues,
+        clock,
         events: sink,
     })
     .unwrap()
@@ -203,7 +203,7 @@ fn a_saved_machine_goes_on_where_it_stood_and_so_does_the_one_it_was_saved_from(
     for generation in 0..3 {
         let next = fs::read(&guest.serial).unwrap().len();
         let serial = guest.serial.with_file_name(format!("serial{generation}"));
-        let clone = clone_of(&first, &config, &serial);
+        let clone = clone_of(&first, &config, &serial, ClockAfter::Continues);
         first = run_for(first, &guest.serial, 10);
         let clone = run_for(clone, &serial, 10);
         drop(clone);
@@ -213,4 +213,25 @@ fn a_saved_machine_goes_on_where_it_stood_and_so_does_the_one_it_was_saved_from(
     }
     let bytes = fs::read(&guest.serial).unwrap();
     assert!(bytes.iter().enumerate().all(|(i, byte)| *byte == (i % 256) as u8));
+}
+
+/// A register of the first vCPU.
+fn msr(machine: &Paused, index: u32) -> Option<u64> {
+    let state = machine.save().unwrap();
+    state.vcpus[0].msrs.iter().find(|msr| msr.index == index).map(|msr| msr.value)
+}
+
+#[test]
+fn a_restored_guest_finds_its_memory_types_which_kvm_does_not_list() {
+    const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
+    let config = MachineConfig { mem_size_mib: 8, ..MachineConfig::default() };
+    let Some(guest) = guest(&counting_guest(), &config) else { return };
+    let Some(saved) = msr(&guest.machine, IA32_MTRR_DEF_TYPE) else {
+        eprintln!("not run: this KVM has no memory type registers");
+        return;
+    };
+    assert_eq!(saved, 1 << 11 | 6);
+    let serial = guest.serial.with_file_name("clone");
+    let clone = clone_of(&guest.machine, &config, &serial, ClockAfter::Continues);
+    assert_eq!(msr(&clone, IA32_MTRR_DEF_TYPE), Some(saved));
 }
