@@ -16,7 +16,7 @@ use crate::boot::Loaded;
 use crate::bus::{Bus, BusDevice};
 use crate::chipset::ClockAfter;
 use crate::cpu::registers::{set_fpu, set_lapic};
-use crate::cpu::{Cpuid, StateFormat, Topology, XsaveSize, missing_features, set_boot_msrs, unlisted_msrs};
+use crate::cpu::{Cpuid, StateFormat, XsaveSize, missing_features, set_boot_msrs, unlisted_msrs};
 use crate::devices::{DeviceSetup, Devices, Places};
 use crate::events::EventSink;
 use crate::generation::Generation;
@@ -42,8 +42,8 @@ pub(crate) struct Parts {
 pub(crate) enum Origin<'a> {
     /// At a kernel's entry.
     Boot { cpuid: &'a Cpuid, loaded: &'a Loaded },
-    /// Where a machine stood when it was saved.
-    State { state: &'a MachineState, clock: ClockAfter },
+    /// Where a machine stood when it was saved; on a host that shows `cpuid`.
+    State { cpuid: &'a Cpuid, state: &'a MachineState, clock: ClockAfter },
 }
 
 /// Puts it together, its vCPUs paused.
@@ -54,7 +54,7 @@ pub(crate) fn assemble(
     origin: &Origin<'_>,
 ) -> Result<Machine, StartError> {
     let (saved, after) = match origin {
-        Origin::State { state, clock } => (Some(*state), *clock),
+        Origin::State { state, clock, .. } => (Some(*state), *clock),
         Origin::Boot { .. } => (None, ClockAfter::default()),
     };
     let (vm, vcpu_fds) = kvm
@@ -63,8 +63,8 @@ pub(crate) fn assemble(
         .create_irqchip()?
         .create_vcpus(config.vcpu_count)?;
 
-    if let Some(state) = saved {
-        check_processor(&kvm, config, state, &vcpu_fds)?;
+    if let Origin::State { cpuid, state, .. } = origin {
+        check_processor(cpuid, state, &vcpu_fds)?;
         state.chipset.restore(&vm.shared_fd())?;
         let format = StateFormat::of(&kvm, &vm)?;
         let passed = state.chipset.time_passed(after, SystemTime::now());
@@ -115,15 +115,9 @@ pub(crate) fn assemble(
 }
 
 /// A saved guest must find here what it knows of its processor.
-fn check_processor(
-    kvm: &Kvm,
-    config: &MachineConfig,
-    state: &MachineState,
-    fresh: &[VcpuFd],
-) -> Result<(), StartError> {
+fn check_processor(cpuid: &Cpuid, state: &MachineState, fresh: &[VcpuFd]) -> Result<(), StartError> {
     let (Some(fd), Some(saved)) = (fresh.first(), state.vcpus.first()) else { return Ok(()) };
-    let topology = Topology::new(config.vcpu_count, config.smt);
-    let missing = missing_features(kvm, fd, topology, &saved.cpuid)?;
+    let missing = missing_features(cpuid, fd, &saved.cpuid)?;
     if missing.is_empty() { Ok(()) } else { Err(StartError::OtherProcessor { missing }) }
 }
 

@@ -296,6 +296,8 @@ impl Machine {
             return Err(StartError::OtherVcpus { saved: state.vcpus.len(), configured: config.vcpu_count });
         }
         let kvm = open_kvm(config)?;
+        let cpuid = Cpuid::new(&kvm, Topology::new(config.vcpu_count, config.smt))?;
+        check_address_width(&restore.ram, restore.devices.pci, cpuid.physical_address_bits())?;
         let parts = Parts {
             places: restore.devices.places()?,
             ram: restore.ram,
@@ -305,7 +307,8 @@ impl Machine {
             events: restore.events,
         };
         let events = parts.events.try_clone();
-        let mut machine = assemble(kvm, config, parts, &Origin::State { state, clock: restore.clock })?;
+        let mut machine =
+            assemble(kvm, config, parts, &Origin::State { cpuid: &cpuid, state, clock: restore.clock })?;
         if let Some(server) = restore.page_server {
             let watch = events.and_then(|events| PageWatch::start(server, events));
             let host = |source| StartError::Host { what: "the page server's watch", source };
@@ -331,4 +334,19 @@ fn check_address_width(ram: &GuestRam, pci: bool, bits: u8) -> Result<(), KvmErr
     let registers = pci.then_some(layout::PCI_BARS.end);
     let end = ram.regions().iter().map(|r| r.guest_addr + r.size).chain(registers).max().unwrap_or(0);
     if bits < 64 && end > 1 << bits { Err(KvmError::AddressWidth { end, bits }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use config::HugePages;
+
+    #[test]
+    fn memory_and_registers_beyond_what_the_processor_addresses_are_refused() {
+        let ram = GuestRam::map(5 * 1024, HugePages::None, false).unwrap();
+        assert!(check_address_width(&ram, false, 32).is_err());
+        assert!(check_address_width(&ram, false, 36).is_ok());
+        assert!(check_address_width(&ram, true, 36).is_err(), "windows of PCI devices begin at 256 GiB");
+        assert!(check_address_width(&ram, true, 64).is_ok());
+    }
 }

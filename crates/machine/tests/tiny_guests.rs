@@ -12,7 +12,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vesta_machine::boot::BootFiles;
 use vesta_machine::chipset::ClockAfter;
 use vesta_machine::legacy::{Output, SerialSetup};
-use vesta_machine::{DeviceSetup, EventSource, MachineEvent, Paused, Restore, Setup, event_channel};
+use vesta_machine::{
+    DeviceSetup, EventSource, MachineEvent, MachineState, Paused, Restore, Setup, StartError, event_channel,
+};
 use vesta_tests::elf::{self, Elf};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -155,7 +157,17 @@ fn dropping_a_running_machine_ends_its_threads() {
 
 /// A machine like `of` as it was saved, with memory of its own.
 fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path, clock: ClockAfter) -> Paused {
-    let state = of.save().unwrap();
+    restored(of, &of.save().unwrap(), config, serial, clock).unwrap()
+}
+
+/// The same with another state.
+fn restored(
+    of: &Paused,
+    state: &MachineState,
+    config: &MachineConfig,
+    serial: &Path,
+    clock: ClockAfter,
+) -> Result<Paused, StartError> {
     let ram = GuestRam::map(config.mem_size_mib, config.huge_pages, false).unwrap();
     for (from, to) in of.ram().regions().iter().zip(ram.regions()) {
         let mut bytes = vec![0; from.size as usize];
@@ -165,7 +177,7 @@ fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path, clock: ClockAfte
     let (sink, _events) = event_channel().unwrap();
     Paused::restore(Restore {
         config,
-        state: &state,
+        state,
         ram,
         page_server: None,
         serial: SerialSetup {
@@ -177,7 +189,6 @@ fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path, clock: ClockAfte
         clock,
         events: sink,
     })
-    .unwrap()
 }
 
 /// Lets it run until it has written that many bytes more. Gives the machine, still again, and the length.
@@ -234,4 +245,20 @@ fn a_restored_guest_finds_its_memory_types_which_kvm_does_not_list() {
     let serial = guest.serial.with_file_name("clone");
     let clone = clone_of(&guest.machine, &config, &serial, ClockAfter::Continues);
     assert_eq!(msr(&clone, IA32_MTRR_DEF_TYPE), Some(saved));
+}
+
+#[test]
+fn a_guest_that_saw_more_than_this_processor_has_is_refused_by_what_is_missing() {
+    let config = MachineConfig { mem_size_mib: 8, ..MachineConfig::default() };
+    let Some(guest) = guest(&counting_guest(), &config) else { return };
+    let mut state = guest.machine.save().unwrap();
+    let features = state.vcpus[0].cpuid.iter_mut().find(|leaf| (leaf.leaf, leaf.index) == (7, 0)).unwrap();
+    // UINTR: no KVM gives it to guests.
+    features.values[3] |= 1 << 5;
+    let serial = guest.serial.with_file_name("clone");
+    let Err(error) = restored(&guest.machine, &state, &config, &serial, ClockAfter::Continues) else {
+        panic!("it goes on without a feature that no processor has")
+    };
+    assert!(matches!(&error, StartError::OtherProcessor { missing } if missing.len() == 1), "{error}");
+    assert!(error.to_string().contains("CPUID 0x7.0 edx bit 5"), "{error}");
 }
