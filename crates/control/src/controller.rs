@@ -509,8 +509,8 @@ impl<H: Host> Controller<H> {
         let (next, result) = match (std::mem::replace(&mut self.state, State::Lost), wanted) {
             (State::Running(machine), VmState::Paused) => match machine.pause() {
                 Ok(machine) => (State::Paused(machine), Ok(())),
-                Err(PauseError::Busy { machine, source }) => {
-                    let error = CommandError::new(format_args!("the microVM cannot be paused now: {source}"));
+                Err(PauseError::Busy { machine, why }) => {
+                    let error = CommandError::new(format_args!("the microVM cannot be paused now: {why}"));
                     (State::Running(machine), Err(error))
                 }
                 Err(PauseError::Gone(gone)) => lost(&gone),

@@ -259,8 +259,8 @@ impl Drop for Inner {
                 Source::Zeros => span.drop_pages(),
                 Source::File(_) => span.replace_by_zeros(),
                 // First out of the page server's hands: nobody may be there any more to hear of the removal.
-                Source::PageServer(userfault) => {
-                    userfault.unregister(*span).ok();
+                Source::PageServer(connection) => {
+                    connection.release(*span);
                     span.drop_pages()
                 }
             };

@@ -7,7 +7,7 @@ use config::{
     override_networks,
 };
 use machine::chipset::ClockAfter;
-use machine::{Paused, Restore};
+use machine::{Paused, Restore, layout};
 use memory::GuestRam;
 use memory::page_server::PageServer;
 
@@ -17,7 +17,7 @@ use crate::CommandError;
 use crate::controller::{Controller, Host, Loaded, State, open_disks, open_networks};
 use crate::vsock::VsockSockets;
 
-/// How long a page server may take to answer its first page fault.
+/// How long a page server may take to answer each of its first page faults.
 const PAGE_SERVER_PATIENCE: Duration = Duration::from_secs(10);
 
 impl<H: Host> Controller<H> {
@@ -170,18 +170,21 @@ impl Saved {
         load: &SnapshotLoad,
         config: &FullVmConfig,
     ) -> Result<(GuestRam, Option<PageServer>), CommandError> {
-        let (layout, track) = (&self.image.layout, load.track_dirty_pages);
+        let (regions, track) = (&self.image.layout, load.track_dirty_pages);
         let huge_pages = config.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
                 let path = snapshot::find(path, self.image.id);
-                let ram = GuestRam::from_file(layout, &path, huge_pages, track).map_err(CommandError::new)?;
+                let ram =
+                    GuestRam::from_file(regions, &path, huge_pages, track).map_err(CommandError::new)?;
                 Ok((ram, None))
             }
             (MemoryBackendType::Uffd, socket) => {
-                let (ram, server) = GuestRam::from_page_server(layout, socket, huge_pages, track)
+                let (ram, server) = GuestRam::from_page_server(regions, socket, huge_pages, track)
                     .map_err(CommandError::new)?;
-                server.probe(PAGE_SERVER_PATIENCE).map_err(CommandError::new)?;
+                // Those that this thread comes to when it tells the guest that it is another one: it must not wait for them.
+                let here = [layout::VM_GENERATION_ID, layout::VMCLOCK];
+                server.probe(&here, PAGE_SERVER_PATIENCE).map_err(CommandError::new)?;
                 Ok((ram, Some(server)))
             }
         }

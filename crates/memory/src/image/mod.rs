@@ -34,6 +34,7 @@ pub use restore::{ImageFile, RestoreError, examine};
 pub use write::{Written, write_diff, write_full};
 
 use crate::layout::MemoryLayout;
+use crate::page_server::FetchError;
 use crate::resident::ResidentError;
 
 /// What the state file says about the memory image.
@@ -127,6 +128,9 @@ pub enum ImageError {
     /// The kernel does not say which pages there are.
     #[error(transparent)]
     Resident(#[from] ResidentError),
+    /// The page server does not send what is to be in the image.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
     /// [`Observer::cancelled`] said so.
     #[error("writing {} was cancelled", path.display())]
     Cancelled {

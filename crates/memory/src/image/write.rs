@@ -4,6 +4,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 use snapshot::{AtomicFile, Staged};
@@ -16,6 +17,9 @@ use crate::ram::GuestRam;
 use crate::source::Source;
 use crate::sys::guest_io;
 use crate::sys::span::Span;
+
+/// How long a page server may send nothing while its pages are needed for an image.
+const FETCH_PATIENCE: Duration = Duration::from_secs(10);
 
 /// An image that is whole, but not under its final name yet: the state file is still to come.
 #[derive(Debug)]
@@ -168,6 +172,10 @@ impl<'a> Job<'a> {
 
     /// Writes pages from memory.
     fn put(&mut self, pages: &PageSet, zeros: Zeros) -> Result<(), ImageError> {
+        if let Source::PageServer(connection) = self.ram.source() {
+            // Before they are read here, where a page that does not come would be waited for for ever.
+            connection.fetch(self.ram, pages, FETCH_PATIENCE)?;
+        }
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
             let span = self.ram.spans()[index];
             for run in pages.runs(index) {
