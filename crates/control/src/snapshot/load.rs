@@ -28,7 +28,7 @@ impl<H: Host> Controller<H> {
                 "PUT /snapshot/load needs a microVM that nothing was set for, and {what} was"
             )));
         }
-        let saved = Saved::open(&load.snapshot_path).map_err(CommandError::new)?;
+        let saved = Saved::load(&load.snapshot_path).map_err(CommandError::new)?;
         let config = saved.config(load, &self.config)?;
         let disks = open_disks(&config.drives)?;
         let networks = open_networks(&config.network_interfaces)?;
