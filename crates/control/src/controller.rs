@@ -515,10 +515,13 @@ impl<H: Host> Controller<H> {
                 }
                 Err(PauseError::Gone(gone)) => lost(&gone),
             },
-            (State::Paused(machine), VmState::Resumed) => match machine.resume() {
-                Ok(machine) => (State::Running(machine), Ok(())),
-                Err(gone) => lost(&gone),
-            },
+            (State::Paused(machine), VmState::Resumed) => {
+                self.ahead.iter_mut().for_each(Ahead::guest_runs);
+                match machine.resume() {
+                    Ok(machine) => (State::Running(machine), Ok(())),
+                    Err(gone) => lost(&gone),
+                }
+            }
             (same, _) => (same, Ok(())),
         };
         self.state = next;

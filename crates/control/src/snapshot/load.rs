@@ -33,10 +33,10 @@ impl<H: Host> Controller<H> {
         let disks = open_disks(&config.drives)?;
         let networks = open_networks(&config.network_interfaces)?;
         let (ram, page_server) = saved.memory(load, &config)?;
-        let ahead = match load.memory() {
+        let mut ahead = match load.memory() {
             (MemoryBackendType::File, path) if load.prefetch => {
                 let path = snapshot::find(path, saved.image.id);
-                Some(Ahead::begin(&ram, &path, &saved.image)?)
+                Some(Ahead::begin(&ram, &path, &saved.image))
             }
             _ => None,
         };
@@ -74,6 +74,9 @@ impl<H: Host> Controller<H> {
         };
         let Loaded { config, disks, networks, vsock } = loaded;
         (self.config, self.disks, self.networks, self.vsock) = (config, disks, networks, vsock);
+        if load.resume_vm {
+            ahead.iter_mut().for_each(Ahead::guest_runs);
+        }
         (self.metadata, self.ahead) = (metadata, ahead);
         self.platform.pci = saved.config.pci;
         self.host.guest_starts(self.serial_output.is_none());
