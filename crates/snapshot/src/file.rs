@@ -318,6 +318,21 @@ enum Replaced {
     ForGood,
 }
 
+/// Whether two paths are to be the same file, however they are spelt: the same name in the same directory, links followed.
+pub fn same_place(one: &Path, other: &Path) -> bool {
+    let place = |path: &Path| {
+        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let dir = rustix::fs::stat(parent).ok()?;
+        Some((dir.st_dev, dir.st_ino, target.file_name()?.to_os_string()))
+    };
+    // A path that cannot be looked at is refused by whoever opens it, by name.
+    place(one).is_some_and(|one| place(other) == Some(one))
+}
+
 /// Where the file `id` is that belongs at `path`: there, or, if its writer died within [`commit_pair`], beside it.
 pub fn find(path: &Path, id: FileId) -> PathBuf {
     let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());

@@ -133,3 +133,25 @@ fn an_id_survives_text_and_nothing_else_is_one() {
         assert!(bad.parse::<FileId>().is_err(), "{bad}");
     }
 }
+
+#[test]
+fn two_spellings_of_a_file_are_the_same_place_whether_it_is_there_or_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    std::fs::create_dir(path("sub")).unwrap();
+    std::os::unix::fs::symlink(dir.path(), path("link")).unwrap();
+    for there in [false, true] {
+        assert!(same_place(&path("s"), &path("s")));
+        assert!(same_place(&path("s"), &path("./s")));
+        assert!(same_place(&path("s"), &path("sub/../s")));
+        assert!(same_place(&path("s"), &path("link/s")));
+        assert!(!same_place(&path("s"), &path("sub/s")));
+        assert!(!same_place(&path("s"), &path("t")));
+        if !there {
+            std::fs::write(path("s"), "").unwrap();
+        }
+    }
+    std::os::unix::fs::symlink("s", path("alias")).unwrap();
+    assert!(same_place(&path("s"), &path("alias")));
+    assert!(!same_place(Path::new("/nowhere/s"), Path::new("/nowhere/s")), "nobody can write there");
+}
