@@ -4,7 +4,8 @@
 //! servers written for Firecracker included. It is sparse: a page of zeros is a hole.
 //!
 //! A *Full* image is the whole memory. A *Diff* has the pages of a set, and holes elsewhere: there a page of zeros is data,
-//! because a hole means "as in the base". [`merge`] puts a Diff onto its base.
+//! because a hole means "as in the base". [`merge`] puts a Diff onto its base; before that no guest can go on from it, and trying to is an error
+//! ([`RestoreError::Partial`]).
 //!
 //! Nothing of a guest is faulted in by writing its image: pages that were never touched are known by the kernel's page tables, and
 //! pages that are still those of the file which the guest was restored from are copied from file to file (shared,
@@ -20,6 +21,7 @@
 mod copy;
 mod file;
 mod merge;
+mod partial;
 mod restore;
 mod write;
 
@@ -59,7 +61,8 @@ impl Section for ImageInfo {
 pub enum ImageKind {
     /// All of the memory.
     Full,
-    /// Some pages, to be merged onto a base; or merged already, where the file was there and of the same size.
+    /// Some pages, to be merged onto a base; or merged already, where the file was there and of the same size. [`ImageFile::partial`] tells
+    /// which.
     Diff,
 }
 

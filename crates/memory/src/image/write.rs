@@ -11,7 +11,7 @@ use snapshot::{AtomicFile, Staged};
 
 use super::copy::copy;
 use super::file::{STEP, Target, extents, make_hole, share};
-use super::{ImageError, ImageInfo, ImageKind, Observer};
+use super::{ImageError, ImageInfo, ImageKind, Observer, partial};
 use crate::pages::{PAGE, PageSet};
 use crate::ram::GuestRam;
 use crate::source::Source;
@@ -82,6 +82,12 @@ pub fn write_diff(
     job.put(pages, Zeros::Write)?;
     if base.is_none() {
         job.fill_coarse_extents(pages)?;
+    }
+    if match &base {
+        Some(base) => partial::is_marked(base),
+        None => job.lacks_any(pages)?,
+    } {
+        partial::mark(file.file());
     }
     let written = job.written;
     finish(ram, file, ImageKind::Diff, written)
@@ -161,6 +167,21 @@ impl<'a> Job<'a> {
             }
         }
         Ok(pages)
+    }
+
+    /// Whether the guest has anything in other pages than these.
+    fn lacks_any(&self, pages: &PageSet) -> Result<bool, ImageError> {
+        let mut others = match self.ram.source() {
+            Source::PageServer(_) => self.ram.all_pages(),
+            Source::Zeros => self.ram.private_pages()?,
+            Source::File(base) => {
+                let mut others = self.data_pages(base)?;
+                others.insert_all(&self.ram.private_pages()?);
+                others
+            }
+        };
+        others.remove_all(pages);
+        Ok(!others.is_empty())
     }
 
     fn copy(&mut self, from: &File, range: Range<u64>) -> Result<(), ImageError> {
