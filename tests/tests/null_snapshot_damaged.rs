@@ -64,7 +64,6 @@ fn other(old: &Value, choice: u64) -> Value {
         (Value::Array(items), 0..=2) => Value::Array(items.iter().skip(1).cloned().collect()),
         (Value::Array(items), 3..=5) => Value::Array(items.iter().chain(items).cloned().collect()),
         (Value::Map(fields), 0..=2) => Value::Map(fields.iter().skip(1).cloned().collect()),
-        (Value::Integer(_), 0..=5) => number,
         (Value::Bool(old), 0..=5) => Value::Bool(!old),
         (Value::Text(_), 0..=4) => Value::Text("/nowhere".repeat((choice >> 8) as usize % 40)),
         (_, 6) => Value::Null,

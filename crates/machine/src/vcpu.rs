@@ -168,7 +168,7 @@ impl VcpuHandle {
         loop {
             match self.answers.recv_timeout(KICK_AGAIN) {
                 Err(RecvTimeoutError::Timeout) if deadline.is_none_or(|end| Instant::now() < end) => {
-                    self.kick()
+                    self.kick();
                 }
                 answer => return answer,
             }

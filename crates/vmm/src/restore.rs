@@ -153,7 +153,7 @@ impl Given {
         }
         for (iface_id, tap) in self.taps {
             load.network_overrides.retain(|other| other.iface_id != iface_id);
-            load.network_overrides.push(on_tap(iface_id, tap)?);
+            load.network_overrides.push(on_tap(&iface_id, &tap)?);
         }
         if let Some(path) = self.vsock {
             load.vsock_override = Some(at_socket(&path)?);
@@ -215,7 +215,7 @@ const FIELDS_WITH_FLAGS: [(&str, &str); 4] = [
 ];
 
 /// An interface that is on this tap now.
-fn on_tap(iface_id: String, tap: String) -> Result<NetworkOverride, ArgsError> {
+fn on_tap(iface_id: &str, tap: &str) -> Result<NetworkOverride, ArgsError> {
     let fields = json!({"iface_id": iface_id, "host_dev_name": tap});
     serde_json::from_value(fields).map_err(|e| ArgsError::Value {
         name: "tap",

@@ -108,7 +108,7 @@ fn keep(recorder: Recorder, path: &Path, options: RecordOptions, stopped: &Recei
     match recorder.finish() {
         // A guest that stood still: the next restore may tell more.
         Ok(set) if set.pages() == 0 => {
-            log::info!("the working set {shown} is not recorded: the guest came to no page")
+            log::info!("the working set {shown} is not recorded: the guest came to no page");
         }
         Ok(set) => match set.save(path) {
             Ok(()) => log::info!("the working set {shown} is recorded: {} pages", set.pages()),
