@@ -50,7 +50,7 @@ pub fn filled(mib: u32, machine: &serde_json::Value) -> Result<(Vmm, ApiClient, 
 }
 
 /// As [`counting`], but before each number it looks whether each of its 1024 pages from 8 MiB on holds that number, and adds one to
-/// it there. Where one does not, it says nothing more.
+/// it there. Where one does not, it says the same number again and again: it does not count.
 pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
     let code = [
         &[0x66, 0xba, 0xf8, 0x03][..],         // mov dx, 0x3f8
@@ -58,7 +58,7 @@ pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)
         &[0xbf, 0x00, 0x00, 0x80, 0x00],       // again: mov edi, 0x800000
         &[0xb9, 0x00, 0x04, 0x00, 0x00],       // mov ecx, 1024
         &[0x38, 0x07],                         // page: cmp [edi], al
-        &[0x75, 0xfe],                         // wrong: jne wrong
+        &[0x75, 0x10],                         // jne wrong
         &[0xfe, 0x07],                         // inc byte [edi]
         &[0x81, 0xc7, 0x00, 0x10, 0x00, 0x00], // add edi, 4096
         &[0x49],                               // dec ecx
@@ -66,6 +66,8 @@ pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)
         &[0xee],                               // out dx, al
         &[0x40],                               // inc eax
         &[0xeb, 0xe3],                         // jmp again
+        &[0x48],                               // wrong: dec eax
+        &[0xee, 0xeb, 0xfd],                   // same: out dx, al; jmp same
     ]
     .concat();
     run(&Elf::of(&code), machine)

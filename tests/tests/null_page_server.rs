@@ -1,8 +1,10 @@
 //! Guests whose memory comes from a page server, also from one that fails.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
 use vesta_tests::counting::{counts, sweeping, wait_for};
@@ -55,14 +57,74 @@ fn a_guest_goes_on_with_what_its_page_server_sends() -> Result<()> {
 }
 
 #[test]
-fn a_page_server_that_ends_ends_the_guest_and_the_log_says_so() -> Result<()> {
+fn a_page_server_that_ends_ends_the_guest_which_never_sees_zeros_and_the_log_says_so() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
-    let server = start(home.path(), "200")?;
+    // It ends while the guest looks at its pages, of which it has seen some as they should be.
+    for faults in ["200", "500", "900"] {
+        let server = start(home.path(), faults)?;
+        let (mut vmm, mut api, serial) = empty()?;
+        api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?.ok()?;
+        let (code, said) = vmm.finish(SOON)?;
+        ensure!(code == 1 && said.contains("the page server has ended"), "{code} {said}");
+        // At a page of zeros it would have said that it is wrong, aloud.
+        let numbers = fs::read(&serial)?;
+        ensure!(numbers.len() <= 1, "{faults}: it went on without its pages: {:?}", &numbers[..4]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_page_server_that_ends_while_its_guest_is_saved_leaves_the_old_snapshot() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    save(home.path())?;
+    let files = || [home.path().join("state"), home.path().join("memory")].map(fs::read);
+    let [state, memory] = files();
+    let (state, memory) = (state?, memory?);
+    let server = start(home.path(), "300")?;
     let (mut vmm, mut api, _serial) = empty()?;
-    api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?.ok()?;
+    let mut body = load(home.path(), "Uffd", server.socket());
+    body["resume_vm"] = json!(false);
+    api.put("/snapshot/load", &body)?.ok()?;
+    let body =
+        json!({"snapshot_path": home.path().join("state"), "mem_file_path": home.path().join("memory")});
+    let refused = api.put("/snapshot/create", &body)?;
+    ensure!(refused.status == 400 && refused.fault().contains("pages-300.sock"), "{refused:?}");
     let (code, said) = vmm.finish(SOON)?;
     ensure!(code == 1 && said.contains("the page server has ended"), "{code} {said}");
+    let [now_state, now_memory] = files();
+    ensure!(now_state? == state && now_memory? == memory, "the snapshot is another one");
+    Ok(())
+}
+
+#[test]
+fn a_page_server_that_stalls_leaves_the_monitor_answering_and_the_guest_can_be_saved_later() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    save(home.path())?;
+    let server = start(home.path(), "all")?;
+    let (vmm, mut api, serial) = empty()?;
+    let mut body = load(home.path(), "Uffd", server.socket());
+    body["resume_vm"] = json!(false);
+    api.put("/snapshot/load", &body)?.ok()?;
+    server.signal(Signal::STOP)?;
+    // The vCPU comes to a page that is missing at once, and the pause to a vCPU that waits.
+    api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+    let paused = api.patch("/vm", &json!({"state": "Paused"}))?;
+    ensure!(paused.status == 204 || paused.fault().contains("does not stand still"), "{paused:?}");
+    let state = api.get("/")?.json()?["state"].clone();
+    ensure!(state == json!(if paused.status == 204 { "Paused" } else { "Running" }), "{state}");
+    let create = json!({"snapshot_path": home.path().join("s"), "mem_file_path": home.path().join("m")});
+    if paused.status == 204 {
+        let refused = api.put("/snapshot/create", &create)?;
+        ensure!(refused.status == 400 && refused.fault().contains("did not answer"), "{refused:?}");
+        ensure!(!home.path().join("s").exists() && !home.path().join("m").exists());
+    }
+    server.signal(Signal::CONT)?;
+    api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+    ensure!(counts(&wait_for(&serial, 3)?));
+    api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+    api.put("/snapshot/create", &create)?.ok()?;
+    drop(vmm);
     Ok(())
 }
 

@@ -153,6 +153,7 @@ fn what_cannot_be_saved_is_refused_and_leaves_nothing_and_the_guest_goes_on() ->
         (create(Path::new("/nowhere"), "a", "Full"), "/nowhere/a.memory"),
         (json!({"snapshot_path": "/nowhere/s", "mem_file_path": dir.join("m")}), "/nowhere/s"),
         (json!({"snapshot_path": dir.join("x"), "mem_file_path": dir.join("x")}), "both"),
+        (json!({"snapshot_path": dir.join("x"), "mem_file_path": dir.join("./x")}), "both"),
         (json!({"snapshot_path": dir, "mem_file_path": dir.join("m")}), "not a regular file"),
     ] {
         let refused = api.put("/snapshot/create", &body)?;

@@ -53,7 +53,7 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Kills monitors at moments that are spread over the time that a create takes. Each time the pair is loaded, and must be the old
+/// Kills monitors at moments that are spread over about the time that a create takes. Each time the pair is loaded, and must be the old
 /// or the new one; the guest that comes of it is the next to be saved.
 fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> {
     let home = tempfile::tempdir()?;
@@ -62,7 +62,8 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
     pause(&mut api)?;
     let begun = Instant::now();
     read_response(&mut begin_create(&api, &files, "Full")?)?.ok()?;
-    let span = begun.elapsed() * 3 / 2;
+    // The moments are within this. A create takes longer or shorter later on, so it follows them.
+    let mut span = begun.elapsed() * 3 / 2;
     let mut saved = next(&fs::read(&serial)?);
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
 
@@ -87,8 +88,10 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
         if first == now && now != saved {
             new += 1;
             saved = now;
+            span = span * 7 / 8;
         } else {
             old += 1;
+            span = span * 9 / 8;
         }
     }
     // Otherwise the moments were none of a create.

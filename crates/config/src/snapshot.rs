@@ -50,9 +50,12 @@ pub struct SnapshotLoad {
     /// Where the memory is: `mem_backend` of type File (deprecated).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_file_path: Option<PathBuf>,
-    /// Whether pages that the guest writes are logged, for diff snapshots. (`enable_diff_snapshots` is its name of old.)
-    #[serde(default, alias = "enable_diff_snapshots")]
+    /// Whether pages that the guest writes are logged, for diff snapshots.
+    #[serde(default)]
     pub track_dirty_pages: bool,
+    /// The same by its name of old (deprecated); see [`SnapshotLoad::modernize`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enable_diff_snapshots: Option<bool>,
     /// Whether it runs at once; otherwise it is paused.
     #[serde(default)]
     pub resume_vm: bool,
@@ -182,6 +185,7 @@ impl SnapshotLoad {
             mem_backend: Some(MemoryBackend { backend_type: MemoryBackendType::File, backend_path: memory }),
             mem_file_path: None,
             track_dirty_pages: false,
+            enable_diff_snapshots: None,
             resume_vm: false,
             clock_realtime: false,
             huge_pages: SnapshotHugePages::default(),
@@ -190,6 +194,13 @@ impl SnapshotLoad {
             vsock_override: None,
             drives: Vec::new(),
         }
+    }
+
+    /// Says what is said by a name of old by its name of today. Whether anything deprecated was said at all.
+    pub fn modernize(&mut self) -> bool {
+        let old = self.enable_diff_snapshots.take();
+        self.track_dirty_pages |= old.unwrap_or(false);
+        old.is_some() || self.mem_file_path.is_some()
     }
 
     /// Checks that the memory comes from one place.
@@ -229,7 +240,8 @@ mod tests {
     use super::*;
 
     fn load(json: &str) -> Result<SnapshotLoad, String> {
-        let load: SnapshotLoad = serde_json::from_str(json).map_err(|e| e.to_string())?;
+        let mut load: SnapshotLoad = serde_json::from_str(json).map_err(|e| e.to_string())?;
+        load.modernize();
         load.check().map_err(|e| e.to_string())?;
         Ok(load)
     }
@@ -247,6 +259,23 @@ mod tests {
             r#"{"snapshot_path":"s","mem_file_path":"m","mem_backend":{"backend_type":"File","backend_path":"m"}}"#,
         ] {
             assert!(load(bad).unwrap_err().contains("exactly one"));
+        }
+    }
+
+    #[test]
+    fn dirty_pages_are_tracked_if_either_name_says_so_and_the_old_one_is_deprecated() {
+        for (fields, tracked, deprecated) in [
+            (r#""track_dirty_pages":true"#, true, false),
+            (r#""enable_diff_snapshots":true"#, true, true),
+            (r#""enable_diff_snapshots":false,"track_dirty_pages":true"#, true, true),
+            (r#""enable_diff_snapshots":true,"track_dirty_pages":false"#, true, true),
+            (r#""enable_diff_snapshots":false"#, false, true),
+        ] {
+            let json = format!(
+                r#"{{"snapshot_path":"s","mem_backend":{{"backend_type":"File","backend_path":"m"}},{fields}}}"#
+            );
+            let mut load: SnapshotLoad = serde_json::from_str(&json).unwrap();
+            assert_eq!((load.modernize(), load.track_dirty_pages), (deprecated, tracked), "{fields}");
         }
     }
 

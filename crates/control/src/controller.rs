@@ -528,16 +528,19 @@ impl<H: Host> Controller<H> {
         let (next, result) = match (std::mem::replace(&mut self.state, State::Lost), wanted) {
             (State::Running(machine), VmState::Paused) => match machine.pause() {
                 Ok(machine) => (State::Paused(machine), Ok(())),
-                Err(PauseError::Busy { machine, source }) => {
-                    let error = CommandError::new(format_args!("the microVM cannot be paused now: {source}"));
+                Err(PauseError::Busy { machine, why }) => {
+                    let error = CommandError::new(format_args!("the microVM cannot be paused now: {why}"));
                     (State::Running(machine), Err(error))
                 }
                 Err(PauseError::Gone(gone)) => lost(&gone, &self.events),
             },
-            (State::Paused(machine), VmState::Resumed) => match machine.resume() {
-                Ok(machine) => (State::Running(machine), Ok(())),
-                Err(gone) => lost(&gone, &self.events),
-            },
+            (State::Paused(machine), VmState::Resumed) => {
+                self.ahead.iter_mut().for_each(Ahead::guest_runs);
+                match machine.resume() {
+                    Ok(machine) => (State::Running(machine), Ok(())),
+                    Err(gone) => lost(&gone, &self.events),
+                }
+            }
             (State::Lost, _) => (State::Lost, Err(CommandError::new("there is no machine any more"))),
             (same, _) => (same, Ok(())),
         };

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vesta_control::snapshot::{KIND, Saved};
+use memory::{ImageRegion, MemoryLayout};
+use vesta_control::snapshot::{KIND, Saved, VerifyError, verify};
 
 /// The samples, each with its bytes.
 fn samples() -> Vec<(PathBuf, Vec<u8>)> {
@@ -52,4 +53,41 @@ fn a_state_file_that_is_cut_or_has_a_byte_changed_is_refused_by_name() {
         }
     }
     assert_eq!(KIND, "microvm");
+}
+
+/// Writes `saved` as a file whose checksums are right.
+fn write(saved: &Saved, path: &Path) {
+    let mut writer = snapshot::Writer::new(&saved.description.header).unwrap();
+    writer.put(&saved.config).unwrap();
+    writer.put(&saved.image).unwrap();
+    writer.put(&saved.machine).unwrap();
+    writer.commit(path).unwrap();
+}
+
+#[test]
+fn a_state_file_whose_sections_cannot_be_of_one_microvm_is_refused_by_a_load_and_by_verify() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("crafted.state");
+    let sample = Saved::open(&samples()[0].0).unwrap();
+    let refused = |change: &dyn Fn(&mut Saved)| {
+        let mut crafted = sample.clone();
+        change(&mut crafted);
+        write(&crafted, &path);
+        let error = Saved::load(&path).unwrap_err();
+        assert_eq!(error.to_string(), verify(&path, None).unwrap_err().to_string());
+        assert!(error.to_string().contains("crafted.state"), "{error}");
+        error
+    };
+    // Memory of the right size where no first MiB is: the monitor writes there.
+    let away = ImageRegion { guest_addr: 4 << 30, size: 16 << 20, offset: 0 };
+    let error = refused(&|saved| saved.image.layout = MemoryLayout::try_from(vec![away]).unwrap());
+    assert!(matches!(error, VerifyError::Layout { mem_size_mib: 16, .. }), "{error}");
+    let error = refused(&|saved| saved.image.layout = MemoryLayout::of_size(17));
+    assert!(matches!(error, VerifyError::Disagree { what: "bytes of memory", .. }), "{error}");
+    let error = refused(&|saved| drop(saved.machine.vcpus.pop()));
+    assert!(matches!(error, VerifyError::Disagree { what: "vCPUs", .. }), "{error}");
+    let error = refused(&|saved| saved.config.config.machine_config.mem_size_mib = 0);
+    assert!(matches!(error, VerifyError::Config { .. }), "{error}");
+    write(&sample, &path);
+    Saved::load(&path).unwrap();
 }

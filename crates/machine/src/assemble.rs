@@ -5,6 +5,7 @@
 //! restored device interrupts at once and a vCPU that is given its state afterwards would forget it.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use config::MachineConfig;
 use kvm_ioctls::VcpuFd;
@@ -15,7 +16,7 @@ use crate::boot::Loaded;
 use crate::bus::{Bus, BusDevice};
 use crate::chipset::ClockAfter;
 use crate::cpu::registers::{set_fpu, set_lapic};
-use crate::cpu::{Cpuid, StateFormat, Topology, XsaveSize, missing_features, set_boot_msrs};
+use crate::cpu::{Cpuid, StateFormat, XsaveSize, missing_features, set_boot_msrs, unlisted_msrs};
 use crate::devices::{DeviceSetup, Devices, Places};
 use crate::events::EventSink;
 use crate::generation::Generation;
@@ -41,8 +42,8 @@ pub(crate) struct Parts {
 pub(crate) enum Origin<'a> {
     /// At a kernel's entry.
     Boot { cpuid: &'a Cpuid, loaded: &'a Loaded },
-    /// Where a machine stood when it was saved.
-    State { state: &'a MachineState, clock: ClockAfter },
+    /// Where a machine stood when it was saved; on a host that shows `cpuid`.
+    State { cpuid: &'a Cpuid, state: &'a MachineState, clock: ClockAfter },
 }
 
 /// Puts it together, its vCPUs paused.
@@ -52,9 +53,9 @@ pub(crate) fn assemble(
     parts: Parts,
     origin: &Origin<'_>,
 ) -> Result<Machine, StartError> {
-    let saved = match origin {
-        Origin::State { state, .. } => Some(*state),
-        Origin::Boot { .. } => None,
+    let (saved, after) = match origin {
+        Origin::State { state, clock, .. } => (Some(*state), *clock),
+        Origin::Boot { .. } => (None, ClockAfter::default()),
     };
     let (vm, vcpu_fds) = kvm
         .create_vm()?
@@ -62,12 +63,15 @@ pub(crate) fn assemble(
         .create_irqchip()?
         .create_vcpus(config.vcpu_count)?;
 
-    if let Some(state) = saved {
-        check_processor(&kvm, config, state, &vcpu_fds)?;
+    if let Origin::State { cpuid, state, .. } = origin {
+        check_processor(cpuid, state, &vcpu_fds)?;
         state.chipset.restore(&vm.shared_fd())?;
         let format = StateFormat::of(&kvm, &vm)?;
+        let passed = state.chipset.time_passed(after, SystemTime::now());
         for (fd, state) in vcpu_fds.iter().zip(&state.vcpus) {
-            state.restore(fd, &format)?;
+            state.restore(fd, &format, passed)?;
+            // What the pause told the guest's watchdogs was for the vCPU that it was. KVM refuses it for a guest without such a clock.
+            let _ = fd.kvmclock_ctrl();
         }
     }
     if let Origin::Boot { cpuid, loaded } = origin {
@@ -104,33 +108,25 @@ pub(crate) fn assemble(
                 .map_err(|source| StartError::Host { what: "a vCPU thread", source })?;
         vcpus.push(handle);
     }
-    if let Origin::State { state, clock } = origin {
-        state.chipset.restore_clock(&vm.shared_fd(), *clock)?;
+    if let Some(state) = saved {
+        state.chipset.restore_clock(&vm.shared_fd(), after)?;
     }
     Ok(Machine { page_watch: None, vcpus, devices, pump, serial, keyboard, vm, kvm })
 }
 
 /// A saved guest must find here what it knows of its processor.
-fn check_processor(
-    kvm: &Kvm,
-    config: &MachineConfig,
-    state: &MachineState,
-    fresh: &[VcpuFd],
-) -> Result<(), StartError> {
+fn check_processor(cpuid: &Cpuid, state: &MachineState, fresh: &[VcpuFd]) -> Result<(), StartError> {
     let (Some(fd), Some(saved)) = (fresh.first(), state.vcpus.first()) else { return Ok(()) };
-    let topology = Topology::new(config.vcpu_count, config.smt);
-    let missing = missing_features(kvm, fd, topology, &saved.cpuid)?;
+    let missing = missing_features(cpuid, fd, &saved.cpuid)?;
     if missing.is_empty() { Ok(()) } else { Err(StartError::OtherProcessor { missing }) }
 }
 
 impl StateFormat {
     /// What saving and restoring need to know of this host.
     pub(crate) fn of(kvm: &Kvm, vm: &Vm) -> Result<Self, KvmError> {
-        Ok(StateFormat {
-            msrs: kvm.msr_indices()?,
-            xsave: XsaveSize::of(&vm.shared_fd()),
-            nested: kvm.saves_nested_state(),
-        })
+        let mut msrs = kvm.msr_indices()?;
+        msrs.extend(unlisted_msrs().filter(|index| !msrs.contains(index)).collect::<Vec<_>>());
+        Ok(StateFormat { msrs, xsave: XsaveSize::of(&vm.shared_fd()), nested: kvm.saves_nested_state() })
     }
 }
 

@@ -1,5 +1,7 @@
 //! What KVM emulates for the machine as a whole: interrupt controllers, timer chip, paravirtual clock. Saved and restored.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
     kvm_pit_state2,
@@ -28,7 +30,8 @@ pub enum ClockAfter {
     /// It goes on from where it stood.
     #[default]
     Continues,
-    /// It has moved on by the real time that passed in between.
+    /// It has moved on by the real time that passed in between: the paravirtual clock, and the time stamp counter, which Linux goes by
+    /// where it is shown that the counter never stops.
     CatchesUp,
 }
 
@@ -58,6 +61,16 @@ impl ChipsetState {
         vm.set_pit2(&self.pit).named("KVM_SET_PIT2")
     }
 
+    /// How far the guest's time stamp counters have to move on at `now`. As KVM does with its clock: never back.
+    pub(crate) fn time_passed(&self, after: ClockAfter, now: SystemTime) -> Duration {
+        if after == ClockAfter::Continues || self.clock.flags & KVM_CLOCK_REALTIME == 0 {
+            return Duration::ZERO;
+        }
+        now.duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .saturating_sub(Duration::from_nanos(self.clock.realtime))
+    }
+
     /// Sets the guest's clock. The vCPUs have their state.
     pub(crate) fn restore_clock(&self, vm: &VmFd, after: ClockAfter) -> Result<(), KvmError> {
         let flags = match after {
@@ -74,5 +87,25 @@ impl ChipsetState {
             ..Default::default()
         };
         vm.set_clock(&clock).named("KVM_SET_CLOCK")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn saved_at(realtime: u64, flags: u32) -> ChipsetState {
+        let clock = kvm_clock_data { realtime, flags, ..Default::default() };
+        ChipsetState { irqchips: Vec::new(), pit: kvm_pit_state2::default(), clock }
+    }
+
+    #[test]
+    fn counters_move_on_by_the_time_that_passed_only_if_the_clock_is_to_catch_up_and_never_back() {
+        let now = UNIX_EPOCH + Duration::from_secs(100);
+        let passed = |at: u64, flags, after| saved_at(at * 1_000_000_000, flags).time_passed(after, now);
+        assert_eq!(passed(40, KVM_CLOCK_REALTIME, ClockAfter::CatchesUp), Duration::from_mins(1));
+        assert_eq!(passed(40, KVM_CLOCK_REALTIME, ClockAfter::Continues), Duration::ZERO);
+        assert_eq!(passed(140, KVM_CLOCK_REALTIME, ClockAfter::CatchesUp), Duration::ZERO);
+        assert_eq!(passed(40, 0, ClockAfter::CatchesUp), Duration::ZERO);
     }
 }

@@ -54,6 +54,7 @@ impl std::fmt::Display for VcpuFault {
 pub struct EventSink {
     sender: SyncSender<MachineEvent>,
     wake: OwnedFd,
+    last_resort: fn(),
 }
 
 /// The taking end.
@@ -67,7 +68,8 @@ pub struct EventSource {
 pub fn event_channel() -> std::io::Result<(EventSink, EventSource)> {
     let (sender, receiver) = sync_channel(1);
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    Ok((EventSink { sender, wake: wake.try_clone()? }, EventSource { receiver, wake }))
+    let sink = EventSink { sender, wake: wake.try_clone()?, last_resort: || std::process::exit(1) };
+    Ok((sink, EventSource { receiver, wake }))
 }
 
 impl EventSink {
@@ -81,7 +83,20 @@ impl EventSink {
 
     /// Another posting end for the same owner.
     pub fn try_clone(&self) -> std::io::Result<Self> {
-        Ok(EventSink { sender: self.sender.clone(), wake: self.wake.try_clone()? })
+        let EventSink { sender, wake, last_resort } = self;
+        Ok(EventSink { sender: sender.clone(), wake: wake.try_clone()?, last_resort: *last_resort })
+    }
+
+    /// The same, with another way for the process to end where its owner does not hear that the guest has to. It is exit status 1 if
+    /// nothing else is said.
+    #[must_use]
+    pub fn with_last_resort(self, last_resort: fn()) -> Self {
+        EventSink { last_resort, ..self }
+    }
+
+    /// Ends the process: its owner was told and has not heard.
+    pub(crate) fn end_process(&self) {
+        (self.last_resort)();
     }
 }
 

@@ -156,7 +156,7 @@ impl Kvm {
         self.0.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_SUPPORTED_CPUID")
     }
 
-    /// The model-specific registers that are part of a vCPU's state.
+    /// The model-specific registers that KVM lists as part of a vCPU's state.
     pub fn msr_indices(&self) -> Result<Vec<u32>, KvmError> {
         Ok(self.0.get_msr_index_list().named("KVM_GET_MSR_INDEX_LIST")?.as_slice().to_vec())
     }

@@ -10,7 +10,7 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use config::MachineConfig;
 use memory::page_server::PageServer;
@@ -27,7 +27,7 @@ use crate::legacy::console::Pump;
 use crate::legacy::{I8042, KeyboardFull, SerialPort, SerialSetup, StartTimes};
 use crate::page_watch::PageWatch;
 use crate::state::MachineState;
-use crate::vcpu::{VcpuGone, VcpuHandle};
+use crate::vcpu::{VcpuGone, VcpuHandle, WaitError};
 use crate::{acpi, kick, layout};
 
 /// Everything that a machine is made of.
@@ -118,19 +118,22 @@ pub enum StartError {
     },
 }
 
+/// Longest that vCPUs may take to stand still when a machine is paused: one may wait for a page.
+pub const VCPU_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Longest that requests in flight may take when a machine is paused.
 pub const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a machine could not be paused.
 #[derive(Debug, thiserror::Error)]
 pub enum PauseError {
-    /// A device has requests that do not end; the machine runs on.
-    #[error("the microVM runs on: {source}")]
+    /// A vCPU or a device does not come to an end; the machine runs on.
+    #[error("the microVM runs on: {why}")]
     Busy {
         /// The machine.
         machine: Running,
-        /// Which worker waits.
-        source: virtio::worker::PauseError,
+        /// Who does not.
+        why: String,
     },
     /// A bug in this monitor; the machine is lost.
     #[error(transparent)]
@@ -186,15 +189,25 @@ impl Running {
     /// Stops all vCPUs, then the devices, and returns when they stand still: every access that a vCPU had begun is done, and no
     /// request is in flight.
     ///
-    /// A disk may take its time; where it takes longer than [`DRAIN_PATIENCE`], the machine runs on.
+    /// A disk may take its time, and so may a page server that a vCPU waits for; where they take longer than [`DRAIN_PATIENCE`] and
+    /// [`VCPU_PATIENCE`], the machine runs on.
     pub fn pause(self) -> Result<Paused, PauseError> {
         self.0.vcpus.iter().try_for_each(VcpuHandle::request_pause)?;
-        self.0.vcpus.iter().try_for_each(VcpuHandle::wait_paused)?;
+        let deadline = Instant::now() + VCPU_PATIENCE;
+        match self.0.vcpus.iter().try_for_each(|vcpu| vcpu.wait_paused(deadline)) {
+            Ok(()) => {}
+            Err(WaitError::Gone(gone)) => return Err(gone.into()),
+            // Those that stand still go on, and this one when it has stood still.
+            Err(busy @ WaitError::Busy(_)) => {
+                self.0.vcpus.iter().try_for_each(VcpuHandle::resume)?;
+                return Err(PauseError::Busy { machine: self, why: busy.to_string() });
+            }
+        }
         let drained = self.0.devices.workers().map_or(Ok(()), |workers| workers.pause(DRAIN_PATIENCE));
         let paused = Paused(self.0);
         match drained {
             Ok(()) => Ok(paused),
-            Err(source) => Err(PauseError::Busy { machine: paused.resume()?, source }),
+            Err(busy) => Err(PauseError::Busy { machine: paused.resume()?, why: busy.to_string() }),
         }
     }
 }
@@ -215,11 +228,11 @@ impl Deref for Running {
     }
 }
 
-/// The parts, and what can be done with them in either state. Fields are dropped in order: vCPUs stop first, then what they used
-/// goes.
+/// The parts, and what can be done with them in either state. Fields are dropped in order: vCPUs, which were told to stop before, end first, then what
+/// they used goes.
 #[derive(Debug)]
 pub struct Machine {
-    /// First, so that no vCPU waits for a page when it is stopped.
+    /// First, so that no vCPU waits for a page when its end is waited for.
     pub(crate) page_watch: Option<PageWatch>,
     pub(crate) vcpus: Vec<VcpuHandle>,
     pub(crate) devices: Devices,
@@ -228,6 +241,13 @@ pub struct Machine {
     pub(crate) keyboard: Arc<I8042>,
     pub(crate) vm: Vm,
     pub(crate) kvm: Kvm,
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Before pages that are missing become zeros: none of them runs on with these.
+        self.vcpus.iter().for_each(VcpuHandle::request_stop);
+    }
 }
 
 impl Machine {
@@ -296,6 +316,8 @@ impl Machine {
             return Err(StartError::OtherVcpus { saved: state.vcpus.len(), configured: config.vcpu_count });
         }
         let kvm = open_kvm(config)?;
+        let cpuid = Cpuid::new(&kvm, Topology::new(config.vcpu_count, config.smt))?;
+        check_address_width(&restore.ram, restore.devices.pci, cpuid.physical_address_bits())?;
         let parts = Parts {
             places: restore.devices.places()?,
             ram: restore.ram,
@@ -305,7 +327,8 @@ impl Machine {
             events: restore.events,
         };
         let events = parts.events.try_clone();
-        let mut machine = assemble(kvm, config, parts, &Origin::State { state, clock: restore.clock })?;
+        let mut machine =
+            assemble(kvm, config, parts, &Origin::State { cpuid: &cpuid, state, clock: restore.clock })?;
         if let Some(server) = restore.page_server {
             let watch = events.and_then(|events| PageWatch::start(server, events));
             let host = |source| StartError::Host { what: "the page server's watch", source };
@@ -331,4 +354,19 @@ fn check_address_width(ram: &GuestRam, pci: bool, bits: u8) -> Result<(), KvmErr
     let registers = pci.then_some(layout::PCI_BARS.end);
     let end = ram.regions().iter().map(|r| r.guest_addr + r.size).chain(registers).max().unwrap_or(0);
     if bits < 64 && end > 1 << bits { Err(KvmError::AddressWidth { end, bits }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use config::HugePages;
+
+    #[test]
+    fn memory_and_registers_beyond_what_the_processor_addresses_are_refused() {
+        let ram = GuestRam::map(5 * 1024, HugePages::None, false).unwrap();
+        assert!(check_address_width(&ram, false, 32).is_err());
+        assert!(check_address_width(&ram, false, 36).is_ok());
+        assert!(check_address_width(&ram, true, 36).is_err(), "windows of PCI devices begin at 256 GiB");
+        assert!(check_address_width(&ram, true, 64).is_ok());
+    }
 }

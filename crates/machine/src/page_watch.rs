@@ -1,22 +1,25 @@
 //! Watching the page server of a guest whose memory comes from one ([`memory::page_server`]).
 //!
-//! A guest whose server is gone stands still at its next missing page, for ever, and so would whoever waits for its vCPUs. So a thread waits
-//! for the server's end, and says so to the machine's owner. A server that only stalls is reported in the log: it may come
-//! to itself.
+//! A guest whose server is gone stands still at its next missing page, for ever. So a thread waits for the server's end, and says so to the
+//! machine's owner, who ends the process. Until then nothing is let go: a vCPU or a disk would go on with zeros. An owner that does not hear, because it waits for
+//! a page itself, is ended with the process after [`UNHEARD`]. A server that only stalls is reported in the log: it may come to itself.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use memory::page_server::{PageServer, ServerEvent};
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::events::{EventSink, MachineEvent};
 
 /// How long a fault may stay unread before the log says so.
 const STALL: Duration = Duration::from_secs(5);
 
-/// The watch. Dropping it ends it and lets go of threads that wait for a page: the guest must not run again.
+/// How long the owner of a machine whose memory is lost may take to end it.
+const UNHEARD: Duration = Duration::from_secs(5);
+
+/// The watch. Dropping it ends it and lets go of threads that wait for a page: vCPUs must have been told to stop.
 #[derive(Debug)]
 pub(crate) struct PageWatch {
     stop: OwnedFd,
@@ -43,18 +46,26 @@ fn watch(mut server: PageServer, stop: &OwnedFd, events: &EventSink) {
             Ok(ServerEvent::Stalled) => {
                 log::warn!("the page server has not looked at a page fault for {} s", STALL.as_secs());
             }
-            Ok(ServerEvent::Gone) => {
-                events.post(MachineEvent::MemoryLost("the page server has ended".to_owned()));
-                break;
-            }
-            Err(error) => {
-                events.post(MachineEvent::MemoryLost(error.to_string()));
-                break;
-            }
+            Ok(ServerEvent::Gone) => break lost("the page server has ended".to_owned(), stop, events),
+            Err(error) => break lost(error.to_string(), stop, events),
         }
     }
-    // Whoever still waits for a page waits for nothing.
+    // The machine is being taken down, and its threads are to end.
     server.release();
+}
+
+/// Says that no page will come any more, and returns when the machine is taken down.
+fn lost(why: String, stop: &OwnedFd, events: &EventSink) {
+    events.post(MachineEvent::MemoryLost(why));
+    let limit = Timespec { tv_sec: UNHEARD.as_secs().cast_signed(), tv_nsec: 0 };
+    let mut stopped = [PollFd::new(stop, PollFlags::IN)];
+    // A signal is for other threads; this one only waits shorter.
+    if poll(&mut stopped, Some(&limit)).unwrap_or(0) == 0 {
+        log::error!("the guest's memory is lost, and nobody has ended it within {} s", UNHEARD.as_secs());
+        events.end_process();
+        // Nobody may go on with zeros, whatever became of the process.
+        let _ = poll(&mut stopped, None);
+    }
 }
 
 impl Drop for PageWatch {

@@ -20,10 +20,11 @@
 //! On an exit the thread finds the address on a bus and touches registers only; nothing here waits for anything but the guest (and,
 //! for a bounded time, for a reset on virtio-mmio).
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use memory::GuestRam;
@@ -69,6 +70,17 @@ enum Answer {
     State(Box<Result<VcpuState, KvmError>>),
 }
 
+/// Why a pause did not come about.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum WaitError {
+    /// The vCPU is within the kernel, where a kick does not reach it: it waits for a page.
+    #[error("vCPU {0} does not stand still")]
+    Busy(u8),
+    /// A bug in this monitor.
+    #[error(transparent)]
+    Gone(#[from] VcpuGone),
+}
+
 /// A vCPU thread ended, which only a bug makes it do.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the thread of vCPU {0} ended unexpectedly")]
@@ -80,6 +92,8 @@ pub(crate) struct VcpuHandle {
     id: u8,
     requests: Sender<Request>,
     answers: Receiver<Answer>,
+    /// Pauses that were asked for and are not acknowledged yet.
+    pauses: Cell<u32>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -98,7 +112,7 @@ impl VcpuHandle {
             let fd = Kickable::new(fd, run_size);
             Vcpu { id, fd, ram, buses, events, inbox, answer, halted: false }.run();
         })?;
-        Ok(VcpuHandle { id, requests, answers, thread: Some(thread) })
+        Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread: Some(thread) })
     }
 
     /// Lets it run.
@@ -109,16 +123,30 @@ impl VcpuHandle {
     /// Asks it to pause; [`Self::wait_paused`] waits until it has. (Ask all, then wait for all.)
     pub(crate) fn request_pause(&self) -> Result<(), VcpuGone> {
         self.requests.send(Request::Pause).map_err(|_| VcpuGone(self.id))?;
+        self.pauses.set(self.pauses.get() + 1);
         self.kick();
         Ok(())
     }
 
-    /// Waits until a pause that was asked for has come about.
-    pub(crate) fn wait_paused(&self) -> Result<(), VcpuGone> {
-        match self.wait() {
-            Some(_) => Ok(()),
-            None => Err(VcpuGone(self.id)),
+    /// Waits until the pause that was asked for has come about, at most until `deadline`. After that it is still to come; whoever does not want it any more
+    /// resumes the vCPU, which then goes on when it has come.
+    pub(crate) fn wait_paused(&self, deadline: Instant) -> Result<(), WaitError> {
+        // An earlier one that was given up is acknowledged before.
+        while self.pauses.get() > 0 {
+            match self.wait(Some(deadline)) {
+                Ok(_) => self.pauses.set(self.pauses.get() - 1),
+                Err(RecvTimeoutError::Timeout) => return Err(WaitError::Busy(self.id)),
+                Err(RecvTimeoutError::Disconnected) => return Err(VcpuGone(self.id).into()),
+            }
         }
+        Ok(())
+    }
+
+    /// Asks it to end, running or not; dropping the handle waits for that.
+    pub(crate) fn request_stop(&self) {
+        // A thread that is gone has stopped.
+        let _ = self.requests.send(Request::Stop);
+        self.kick();
     }
 
     /// Asks it, which is paused, for its state; [`Self::take_state`] waits for it. (Ask all, then wait for all.)
@@ -135,14 +163,15 @@ impl VcpuHandle {
         }
     }
 
-    /// Waits until the thread answers or has ended (`None`), and kicks it again and again meanwhile: a software KVM goes on from one
-    /// exit to the next without a look at `immediate_exit`, and sees a signal only if it comes while it interprets.
-    fn wait(&self) -> Option<Answer> {
+    /// Waits until the thread answers or has ended, or the deadline is over, and kicks it again and again meanwhile: a software KVM goes on
+    /// from one exit to the next without a look at `immediate_exit`, and sees a signal only if it comes while it interprets.
+    fn wait(&self, deadline: Option<Instant>) -> Result<Answer, RecvTimeoutError> {
         loop {
             match self.answers.recv_timeout(KICK_AGAIN) {
-                Ok(answer) => return Some(answer),
-                Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) => self.kick(),
+                Err(RecvTimeoutError::Timeout) if deadline.is_none_or(|end| Instant::now() < end) => {
+                    self.kick();
+                }
+                answer => return answer,
             }
         }
     }
@@ -156,11 +185,9 @@ impl VcpuHandle {
 
 impl Drop for VcpuHandle {
     fn drop(&mut self) {
-        // A thread that is gone has stopped.
-        let _ = self.requests.send(Request::Stop);
-        self.kick();
+        self.request_stop();
         // What it still acknowledges is a pause that nobody waits for any more.
-        while self.wait().is_some() {}
+        while self.wait(None).is_ok() {}
         if let Some(thread) = self.thread.take() {
             let joined = thread.join();
             debug_assert!(joined.is_ok(), "vCPU threads do not panic");

@@ -12,7 +12,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vesta_machine::boot::BootFiles;
 use vesta_machine::chipset::ClockAfter;
 use vesta_machine::legacy::{Output, SerialSetup};
-use vesta_machine::{DeviceSetup, EventSource, MachineEvent, Paused, Restore, Setup, event_channel};
+use vesta_machine::{
+    DeviceSetup, EventSource, MachineEvent, MachineState, Paused, Restore, Setup, StartError, event_channel,
+};
 use vesta_tests::elf::{self, Elf};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -154,8 +156,18 @@ fn dropping_a_running_machine_ends_its_threads() {
 }
 
 /// A machine like `of` as it was saved, with memory of its own.
-fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path) -> Paused {
-    let state = of.save().unwrap();
+fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path, clock: ClockAfter) -> Paused {
+    restored(of, &of.save().unwrap(), config, serial, clock).unwrap()
+}
+
+/// The same with another state.
+fn restored(
+    of: &Paused,
+    state: &MachineState,
+    config: &MachineConfig,
+    serial: &Path,
+    clock: ClockAfter,
+) -> Result<Paused, StartError> {
     let ram = GuestRam::map(config.mem_size_mib, config.huge_pages, false).unwrap();
     for (from, to) in of.ram().regions().iter().zip(ram.regions()) {
         let mut bytes = vec![0; from.size as usize];
@@ -165,7 +177,7 @@ fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path) -> Paused {
     let (sink, _events) = event_channel().unwrap();
     Paused::restore(Restore {
         config,
-        state: &state,
+        state,
         ram,
         page_server: None,
         serial: SerialSetup {
@@ -174,10 +186,9 @@ fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path) -> Paused {
             limit: virtio::rate_limiter::RateLimiterConfig::default(),
         },
         devices: DeviceSetup::default(),
-        clock: ClockAfter::Continues,
+        clock,
         events: sink,
     })
-    .unwrap()
 }
 
 /// Lets it run until it has written that many bytes more. Gives the machine, still again, and the length.
@@ -203,7 +214,7 @@ fn a_saved_machine_goes_on_where_it_stood_and_so_does_the_one_it_was_saved_from(
     for generation in 0..3 {
         let next = fs::read(&guest.serial).unwrap().len();
         let serial = guest.serial.with_file_name(format!("serial{generation}"));
-        let clone = clone_of(&first, &config, &serial);
+        let clone = clone_of(&first, &config, &serial, ClockAfter::Continues);
         first = run_for(first, &guest.serial, 10);
         let clone = run_for(clone, &serial, 10);
         drop(clone);
@@ -213,4 +224,41 @@ fn a_saved_machine_goes_on_where_it_stood_and_so_does_the_one_it_was_saved_from(
     }
     let bytes = fs::read(&guest.serial).unwrap();
     assert!(bytes.iter().enumerate().all(|(i, byte)| *byte == (i % 256) as u8));
+}
+
+/// A register of the first vCPU.
+fn msr(machine: &Paused, index: u32) -> Option<u64> {
+    let state = machine.save().unwrap();
+    state.vcpus[0].msrs.iter().find(|msr| msr.index == index).map(|msr| msr.value)
+}
+
+#[test]
+fn a_restored_guest_finds_its_memory_types_which_kvm_does_not_list() {
+    const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
+    let config = MachineConfig { mem_size_mib: 8, ..MachineConfig::default() };
+    let Some(guest) = guest(&counting_guest(), &config) else { return };
+    let Some(saved) = msr(&guest.machine, IA32_MTRR_DEF_TYPE) else {
+        eprintln!("not run: this KVM has no memory type registers");
+        return;
+    };
+    assert_eq!(saved, 1 << 11 | 6);
+    let serial = guest.serial.with_file_name("clone");
+    let clone = clone_of(&guest.machine, &config, &serial, ClockAfter::Continues);
+    assert_eq!(msr(&clone, IA32_MTRR_DEF_TYPE), Some(saved));
+}
+
+#[test]
+fn a_guest_that_saw_more_than_this_processor_has_is_refused_by_what_is_missing() {
+    let config = MachineConfig { mem_size_mib: 8, ..MachineConfig::default() };
+    let Some(guest) = guest(&counting_guest(), &config) else { return };
+    let mut state = guest.machine.save().unwrap();
+    let features = state.vcpus[0].cpuid.iter_mut().find(|leaf| (leaf.leaf, leaf.index) == (7, 0)).unwrap();
+    // UINTR: no KVM gives it to guests.
+    features.values[3] |= 1 << 5;
+    let serial = guest.serial.with_file_name("clone");
+    let Err(error) = restored(&guest.machine, &state, &config, &serial, ClockAfter::Continues) else {
+        panic!("it goes on without a feature that no processor has")
+    };
+    assert!(matches!(&error, StartError::OtherProcessor { missing } if missing.len() == 1), "{error}");
+    assert!(error.to_string().contains("CPUID 0x7.0 edx bit 5"), "{error}");
 }

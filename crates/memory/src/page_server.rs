@@ -14,18 +14,21 @@
 //! The monitor keeps the descriptor as well. Without it, the server's death would close the last one, and the kernel would let
 //! the guest go on *with zeros*. So a guest whose server is gone stands still, and [`PageServer`] says so:
 //!
-//! - [`PageServer::probe`] before the guest runs: has the server answered one fault?
+//! - [`PageServer::probe`] before the guest runs: does the server answer faults?
 //! - [`PageServer::wait`] from then on, from a thread of the caller's: the process that listened is gone; or it closed the
 //!   connection (some servers do, and go on serving); or a fault stays unread for long.
 //!
-//! Threads that wait for a page can be killed but not interrupted. A machine whose server is gone can only end;
-//! [`PageServer::release`] lets its threads go, with zeros, so that they can be joined. The guest must never run again.
+//! Threads that wait for a page can be killed but not interrupted, so nobody who has something else to do may wait for one: a thread
+//! touches the pages, and the others wait for *it*, as long as there is progress ([`Connection::fetch`]). A machine whose server is gone
+//! can only end, at best with its process. [`PageServer::release`] lets its threads go, with zeros, so that they can be joined: only where
+//! no vCPU or device can go on with these zeros.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -39,10 +42,12 @@ use rustix::net::{
 use serde::Serialize;
 
 use crate::layout::MemoryLayout;
+use crate::pages::{PAGE, PageSet};
 use crate::ram::{GuestRam, MapError};
 use crate::source::Source;
 use crate::sys::guest_io;
 use crate::sys::peer;
+use crate::sys::span::Span;
 use crate::sys::userfault::Userfault;
 
 /// How long a server may take to accept the connection and the message.
@@ -81,7 +86,23 @@ pub enum PageServerError {
         /// The kernel's reason.
         source: io::Error,
     },
-    /// The server had time enough to answer the first page fault.
+    /// The server had time enough to answer page faults.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// A descriptor of the server's cannot be watched.
+    #[error("cannot watch the page server at {}: {source}", path.display())]
+    Watch {
+        /// The socket.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+}
+
+/// Why pages did not come.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// The server had time enough to answer a page fault.
     #[error("the page server at {} did not answer a page fault within {} ms", path.display(), waited.as_millis())]
     Unanswered {
         /// The socket.
@@ -89,15 +110,15 @@ pub enum PageServerError {
         /// How long it had.
         waited: Duration,
     },
-    /// The server died before it answered the first page fault.
+    /// The server died before it had answered.
     #[error("the page server at {} is gone", path.display())]
     Gone {
         /// The socket.
         path: PathBuf,
     },
-    /// A thread or descriptor for watching the server is not to be had.
-    #[error("cannot watch the page server at {}: {source}", path.display())]
-    Watch {
+    /// There is no thread to wait for pages.
+    #[error("cannot start a thread for the page server at {}: {source}", path.display())]
+    Thread {
         /// The socket.
         path: PathBuf,
         /// The kernel's reason.
@@ -110,7 +131,7 @@ pub enum PageServerError {
 pub enum ServerEvent {
     /// It closed the connection and its process lives on (or cannot be seen). It may go on serving: keep waiting.
     Closed,
-    /// Its process is gone. Faults are not answered any more.
+    /// Its process is gone, or cannot be seen, and it has closed the connection and answers nothing. There are no more pages.
     Gone,
     /// Faults have been waiting unread for the whole of the time limit. It may come to itself: keep waiting, or give up.
     Stalled,
@@ -118,16 +139,22 @@ pub enum ServerEvent {
     Stopped,
 }
 
-/// The monitor's side of a page server.
+/// The monitor's side of a page server: who watches it has this.
 #[derive(Debug)]
 pub struct PageServer {
-    path: PathBuf,
     ram: GuestRam,
-    userfault: Arc<Userfault>,
+    connection: Arc<Connection>,
+    closed: bool,
+}
+
+/// What there is of the server here: shared by all that need its pages.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    path: PathBuf,
+    userfault: Userfault,
     socket: OwnedFd,
     /// The process that listened, if it can be seen from here.
     process: Option<OwnedFd>,
-    closed: bool,
 }
 
 /// One region in the message.
@@ -149,19 +176,21 @@ impl GuestRam {
         track_dirty_pages: bool,
     ) -> Result<(Self, PageServer), PageServerError> {
         let hugetlb = huge_pages == HugePages::Hugetlbfs2M;
-        let userfault = Arc::new(Userfault::open(hugetlb).map_err(PageServerError::Userfault)?);
-        let source = Source::PageServer(Arc::clone(&userfault));
-        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, source)?;
-        for span in ram.spans() {
-            let size = span.len();
-            userfault.register(*span).map_err(|source| PageServerError::Register { size, source })?;
-        }
+        let userfault = Userfault::open(hugetlb).map_err(PageServerError::Userfault)?;
         let path = socket.to_path_buf();
         let connect =
             |e: rustix::io::Errno| PageServerError::Connect { path: path.clone(), source: e.into() };
         let socket = self::connect(socket).map_err(connect)?;
         let process = peer::process(socket.as_fd());
-        let server = PageServer { path, ram: ram.clone(), userfault, socket, process, closed: false };
+        let connection = Arc::new(Connection { path, userfault, socket, process });
+        let source = Source::PageServer(Arc::clone(&connection));
+        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, source)?;
+        for span in ram.spans() {
+            let size = span.len();
+            let register = connection.userfault.register(*span);
+            register.map_err(|source| PageServerError::Register { size, source })?;
+        }
+        let server = PageServer { ram: ram.clone(), connection, closed: false };
         server.send_regions()?;
         Ok((ram, server))
     }
@@ -199,71 +228,54 @@ impl PageServer {
             })
             .collect();
         let message = serde_json::to_vec(&regions).expect("numbers have a form in JSON");
-        let failed = |source| PageServerError::Send { path: self.path.clone(), source };
+        let Connection { path, userfault, socket, .. } = &*self.connection;
+        let failed = |source| PageServerError::Send { path: path.clone(), source };
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let fds = [self.userfault.as_fd()];
+        let fds = [userfault.as_fd()];
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)), "there is space for one descriptor");
-        let sent = rustix::net::sendmsg(
-            &self.socket,
-            &[IoSlice::new(&message)],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        )
-        .map_err(|e| failed(e.into()))?;
+        let sent =
+            rustix::net::sendmsg(socket, &[IoSlice::new(&message)], &mut ancillary, SendFlags::NOSIGNAL)
+                .map_err(|e| failed(e.into()))?;
         // 64 regions are 10 KiB, far below a socket's buffer: it goes at once or not at all.
         if sent == message.len() { Ok(()) } else { Err(failed(io::ErrorKind::WriteZero.into())) }
     }
 
-    /// Touches the guest's first page, which makes the server answer a fault, for at most `limit`. On an error the memory is
-    /// released and of no use any more.
-    pub fn probe(&self, limit: Duration) -> Result<(), PageServerError> {
-        let watch = |source| PageServerError::Watch { path: self.path.clone(), source };
-        let (answer, answered) = sync_channel(1);
-        let span = self.ram.spans()[0];
-        let toucher = std::thread::Builder::new()
-            .name("page_probe".into())
-            .spawn(move || {
-                guest_io::touch(span);
-                let _ = answer.send(());
-            })
-            .map_err(watch)?;
-        let start = Instant::now();
-        let result = loop {
-            // Short turns, so that a server that dies is not waited for.
-            match answered.recv_timeout(Duration::from_millis(20).min(limit)) {
-                Ok(()) => break Ok(()),
-                Err(RecvTimeoutError::Disconnected) => unreachable!("the thread answers before it ends"),
-                Err(RecvTimeoutError::Timeout) if self.is_gone() => {
-                    break Err(PageServerError::Gone { path: self.path.clone() });
-                }
-                Err(RecvTimeoutError::Timeout) if start.elapsed() >= limit => {
-                    break Err(PageServerError::Unanswered { path: self.path.clone(), waited: limit });
-                }
-                Err(RecvTimeoutError::Timeout) => {}
+    /// Touches the pages at these guest addresses, and the guest's first, which makes the server answer faults, for at most `limit` each.
+    /// On an error the memory is released and of no use any more.
+    pub fn probe(&self, addresses: &[u64], limit: Duration) -> Result<(), PageServerError> {
+        let mut pages = self.ram.no_pages();
+        pages.insert(0, 0..1);
+        for (index, region) in self.ram.regions().iter().enumerate() {
+            for address in addresses.iter().filter_map(|address| address.checked_sub(region.guest_addr)) {
+                pages.insert(index, address / PAGE..address / PAGE + 1);
             }
-        };
-        if result.is_err() {
+        }
+        let fetched = self.connection.fetch(&self.ram, &pages, limit);
+        if fetched.is_err() {
             self.release();
         }
-        // Answered or released, the page is there.
-        let _ = toucher.join();
-        result
+        Ok(fetched?)
     }
 
     /// Waits until something happened to the server, or until `stop` is readable. A fault that is unread for `stall` is an
     /// event as well. Call it again after [`ServerEvent::Closed`] and [`ServerEvent::Stalled`].
     pub fn wait(&mut self, stop: BorrowedFd<'_>, stall: Duration) -> Result<ServerEvent, PageServerError> {
         // Faults come and go; one that is unread at every look for this long stalls.
+        let Connection { userfault, socket, process, .. } = &*self.connection;
         let turn = (stall / 10).max(Duration::from_millis(1));
         let mut unread: Option<(Instant, u64)> = None;
         loop {
             let pending =
-                !self.poll_fds(&[(self.userfault.as_fd(), PollFlags::IN)], Duration::ZERO)?[0].is_empty();
+                !self.poll_fds(&[(userfault.as_fd(), PollFlags::IN)], Duration::ZERO)?[0].is_empty();
             unread = match unread {
                 _ if !pending => None,
                 None => Some((Instant::now(), self.pages_here())),
                 Some((since, before)) if since.elapsed() >= stall => match self.pages_here() {
+                    // Nobody is there to be seen, and nobody answers.
+                    here if here == before && self.closed && self.connection.process.is_none() => {
+                        return Ok(ServerEvent::Gone);
+                    }
                     here if here == before => return Ok(ServerEvent::Stalled),
                     // Busy, not stalled: there is always a fault waiting, not always the same.
                     here => Some((Instant::now(), here)),
@@ -271,15 +283,15 @@ impl PageServer {
                 waiting => waiting,
             };
             let mut fds = vec![(stop, PollFlags::IN)];
-            fds.extend(self.process.as_ref().map(|process| (process.as_fd(), PollFlags::IN)));
+            fds.extend(process.as_ref().map(|process| (process.as_fd(), PollFlags::IN)));
             if !self.closed {
-                fds.push((self.socket.as_fd(), PollFlags::RDHUP));
+                fds.push((socket.as_fd(), PollFlags::RDHUP));
             }
             let ready = self.poll_fds(&fds, turn)?;
             if !ready[0].is_empty() {
                 return Ok(ServerEvent::Stopped);
             }
-            if self.process.is_some() && !ready[1].is_empty() {
+            if process.is_some() && !ready[1].is_empty() {
                 return Ok(ServerEvent::Gone);
             }
             if !self.closed && ready.last().is_some_and(|ready| !ready.is_empty()) {
@@ -291,18 +303,13 @@ impl PageServer {
 
     /// Whether the server's process is known to be gone; if it cannot be seen, whether the connection is.
     pub fn is_gone(&self) -> bool {
-        let (fd, flags) = match &self.process {
-            Some(process) => (process.as_fd(), PollFlags::IN),
-            None => (self.socket.as_fd(), PollFlags::RDHUP),
-        };
-        self.poll_fds(&[(fd, flags)], Duration::ZERO).is_ok_and(|ready| !ready[0].is_empty())
+        self.connection.is_gone()
     }
 
-    /// Lets all threads go that wait for a page: missing pages are zero from now on. For a machine that ends.
+    /// Lets all threads go that wait for a page: missing pages are zero from now on. For a machine that is not to run.
     pub fn release(&self) {
         for span in self.ram.spans() {
-            // Of a span that is not registered there is nothing to release.
-            let _ = self.userfault.unregister(*span);
+            self.connection.release(*span);
         }
     }
 
@@ -316,13 +323,86 @@ impl PageServer {
         fds: &[(BorrowedFd<'_>, PollFlags)],
         timeout: Duration,
     ) -> Result<Vec<PollFlags>, PageServerError> {
-        let mut polled: Vec<_> =
-            fds.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
-        let timeout =
-            Timespec { tv_sec: timeout.as_secs().cast_signed(), tv_nsec: i64::from(timeout.subsec_nanos()) };
-        match poll(&mut polled, Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(polled.iter().map(PollFd::revents).collect()),
-            Err(e) => Err(PageServerError::Watch { path: self.path.clone(), source: e.into() }),
-        }
+        let path = || self.connection.path.clone();
+        poll_fds(fds, timeout).map_err(|e| PageServerError::Watch { path: path(), source: e.into() })
+    }
+}
+
+impl Connection {
+    /// Has the server send those of `pages` that are not there. Where it sends nothing more for `patience`, it is not waited for any longer; what
+    /// waits for it then is a thread that does nothing else.
+    pub(crate) fn fetch(
+        &self,
+        ram: &GuestRam,
+        pages: &PageSet,
+        patience: Duration,
+    ) -> Result<(), FetchError> {
+        let touched = Arc::new(AtomicU64::new(0));
+        let given_up = Arc::new(AtomicBool::new(false));
+        let (done, is_done) = sync_channel(1);
+        let toucher = {
+            let (ram, pages) = (ram.clone(), pages.clone());
+            let (touched, given_up) = (Arc::clone(&touched), Arc::clone(&given_up));
+            move || {
+                for (index, span) in ram.spans().iter().enumerate() {
+                    for page in pages.runs(index).flatten() {
+                        if given_up.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        guest_io::touch(span.part(page * PAGE..(page + 1) * PAGE));
+                        touched.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+                // Nobody to tell: given up.
+                let _ = done.send(());
+            }
+        };
+        let thread = std::thread::Builder::new().name("page_fetch".into()).spawn(toucher);
+        thread.map_err(|source| FetchError::Thread { path: self.path.clone(), source })?;
+        let mut last = (0, Instant::now());
+        let error = loop {
+            // Short turns, so that a server that dies is not waited for.
+            match is_done.recv_timeout(Duration::from_millis(20).min(patience)) {
+                Ok(()) => return Ok(()),
+                // It ends without a word only if it panics.
+                Err(RecvTimeoutError::Disconnected) => break FetchError::Gone { path: self.path.clone() },
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if self.is_gone() {
+                break FetchError::Gone { path: self.path.clone() };
+            }
+            let now = touched.load(Ordering::Relaxed);
+            if now != last.0 {
+                last = (now, Instant::now());
+            } else if last.1.elapsed() >= patience {
+                break FetchError::Unanswered { path: self.path.clone(), waited: patience };
+            }
+        };
+        given_up.store(true, Ordering::Relaxed);
+        Err(error)
+    }
+
+    /// Lets threads go that wait for a page of `span`: its missing pages are zero from now on.
+    pub(crate) fn release(&self, span: Span) {
+        // Of a span that is not registered there is nothing to release.
+        let _ = self.userfault.unregister(span);
+    }
+
+    fn is_gone(&self) -> bool {
+        let (fd, flags) = match &self.process {
+            Some(process) => (process.as_fd(), PollFlags::IN),
+            None => (self.socket.as_fd(), PollFlags::RDHUP),
+        };
+        poll_fds(&[(fd, flags)], Duration::ZERO).is_ok_and(|ready| !ready[0].is_empty())
+    }
+}
+
+fn poll_fds(fds: &[(BorrowedFd<'_>, PollFlags)], timeout: Duration) -> rustix::io::Result<Vec<PollFlags>> {
+    let mut polled: Vec<_> = fds.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+    let timeout =
+        Timespec { tv_sec: timeout.as_secs().cast_signed(), tv_nsec: i64::from(timeout.subsec_nanos()) };
+    match poll(&mut polled, Some(&timeout)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(polled.iter().map(PollFd::revents).collect()),
+        Err(e) => Err(e),
     }
 }

@@ -119,7 +119,8 @@ impl GuestRam {
         track_dirty_pages: bool,
         source: Source,
     ) -> Result<Self, MapError> {
-        let (mut regions, mut spans, mut guest_regions) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut regions, mut guest_regions) = (Vec::new(), Vec::new());
+        let mut spans = Fresh(Vec::new());
         for region in layout.regions() {
             let kind = match (&source, huge_pages) {
                 (Source::File(file), _) => Kind::File(file, region.offset),
@@ -127,6 +128,7 @@ impl GuestRam {
                 _ => Kind::Anonymous,
             };
             let span = map_span(region.size, kind, huge_pages)?;
+            spans.0.push(span);
             let bitmap = track_dirty_pages.then(|| AtomicBitmap::new(region.size as usize, PAGE_SIZE));
             // SAFETY: the span is a mapping of exactly this size that is never unmapped.
             let builder = unsafe {
@@ -139,10 +141,10 @@ impl GuestRam {
             ));
             let (guest_addr, size) = (region.guest_addr, region.size);
             regions.push(RamRegion { guest_addr, host_addr: span.addr(), size });
-            spans.push(span);
         }
         let memory = GuestMemory::from_arc_regions(guest_regions).expect("regions are sorted and disjoint");
         let discarded = Mutex::new(PageSet::empty(layout.regions().iter().map(|r| r.size)));
+        let spans = std::mem::take(&mut spans.0);
         let inner = Inner { memory, regions, spans, layout, huge_pages, source, discarded };
         Ok(GuestRam { inner: Arc::new(inner) })
     }
@@ -252,17 +254,31 @@ impl Inner {
     }
 }
 
+/// Regions that belong to nobody yet. What is not taken out is given back: pages of the pool are reserved by the mapping itself.
+struct Fresh(Vec<Span>);
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        for span in &self.0 {
+            let replaced = span.replace_by_zeros();
+            debug_assert!(replaced.is_ok(), "private memory can be given back: {replaced:?}");
+        }
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
         for span in &self.spans {
-            let dropped = match &self.source {
-                Source::Zeros => span.drop_pages(),
-                Source::File(_) => span.replace_by_zeros(),
+            if let Source::PageServer(connection) = &self.source {
                 // First out of the page server's hands: nobody may be there any more to hear of the removal.
-                Source::PageServer(userfault) => {
-                    userfault.unregister(*span).ok();
+                connection.release(*span);
+            }
+            let dropped = match &self.source {
+                Source::Zeros | Source::PageServer(_) if self.huge_pages != HugePages::Hugetlbfs2M => {
                     span.drop_pages()
                 }
+                // Not the pages alone: the mapping keeps the file, or what it has reserved of the pool.
+                _ => span.replace_by_zeros(),
             };
             debug_assert!(dropped.is_ok(), "private memory can be given back: {dropped:?}");
         }

@@ -20,17 +20,22 @@ impl GuestRam {
     /// were at the start: zero, or as in the file, or with the page server.
     ///
     /// Relative to what the guest was restored from this is what has changed, with or without dirty tracking: swapped-out
-    /// pages and pages that were given back are in it. The set may be too large (without `/proc`), never too small.
+    /// pages and pages that were given back are in it, and pages of zeros that the kernel has taken back by itself. The set may be too large
+    /// (without `/proc`, and by pages that were only read), never too small.
     pub fn own_pages(&self) -> Result<PageSet, ResidentError> {
-        let mut own = self.private_pages()?;
+        let mut own = self.private(Which::PrivateOrZeros)?;
         own.insert_all(&self.discarded());
         Ok(own)
     }
 
-    /// [`Self::own_pages`] without those that were given back and not touched since.
+    /// [`Self::own_pages`] without those that are zero, and known to be without looking.
     pub(crate) fn private_pages(&self) -> Result<PageSet, ResidentError> {
+        self.private(Which::Private)
+    }
+
+    fn private(&self, which: Which) -> Result<PageSet, ResidentError> {
         Ok(match Pagemap::open() {
-            Ok(pagemap) => self.mapped_pages(pagemap, Which::Private)?,
+            Ok(pagemap) => self.mapped_pages(pagemap, which)?,
             Err(_) => self.pages_in_core()?,
         })
     }
@@ -91,8 +96,15 @@ mod tests {
     #[test]
     fn written_pages_are_found_and_untouched_ones_stay_untouched() {
         let (ram, written) = touched();
-        assert_eq!(list(&ram.own_pages().unwrap()), written);
-        assert_eq!(list(&ram.own_pages().unwrap()), written, "looking changed what is there");
+        assert_eq!(list(&ram.private_pages().unwrap()), written);
+        assert_eq!(list(&ram.private_pages().unwrap()), written, "looking changed what is there");
+    }
+
+    /// The kernel maps the page of zeros in place of a page that was written when it splits a huge page that has zeros.
+    #[test]
+    fn a_page_that_may_have_become_zero_has_changed() {
+        let (ram, written) = touched();
+        assert_eq!(list(&ram.own_pages().unwrap()), [&written[..2], &[7], &written[2..]].concat());
     }
 
     #[test]

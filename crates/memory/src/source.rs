@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use crate::sys::userfault::Userfault;
+use crate::page_server::Connection;
 
 /// What an untouched page of RAM is.
 #[derive(Debug, Clone)]
@@ -13,5 +13,5 @@ pub(crate) enum Source {
     /// The bytes of a memory image, at the offsets of the layout.
     File(Arc<File>),
     /// What a page server sends.
-    PageServer(Arc<Userfault>),
+    PageServer(Arc<Connection>),
 }

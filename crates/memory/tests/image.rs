@@ -8,8 +8,8 @@ use std::sync::Mutex;
 use config::HugePages;
 use proptest::prelude::*;
 use vesta_memory::image::{
-    ImageError, ImageInfo, ImageKind, Observer, RestoreError, Written, merge, merge_in_place, write_diff,
-    write_full,
+    ImageError, ImageInfo, ImageKind, Observer, RestoreError, Written, examine, merge, merge_in_place,
+    write_diff, write_full,
 };
 use vesta_memory::pages::PAGE;
 use vesta_memory::{GuestRam, MemoryLayout, PageSet};
@@ -329,6 +329,54 @@ fn memory_of_the_huge_page_pool_is_written_restored_and_not_forked() {
     clone.discard(2 << 20, 2 << 20).unwrap();
     assert!(all(&clone).iter().all(|b| *b == 0));
     assert_eq!(ram.fork_check(), Err(vesta_memory::ForkError::HugePagePool));
+}
+
+#[test]
+fn memory_of_the_huge_page_pool_that_is_not_wanted_any_more_is_back_in_the_pool() {
+    let pool = free_huge_pages();
+    if pool < 4 {
+        eprintln!("not run: it needs four free pages in the pool (/proc/sys/vm/nr_hugepages)");
+        return;
+    }
+    // More than half of it, so that there is no room for a second while the first is reserved.
+    let mib = u32::try_from(pool / 2 + 1).unwrap() * 2;
+    for byte in 1..4 {
+        let ram = GuestRam::map(mib, HugePages::Hugetlbfs2M, false).unwrap();
+        put(&ram, 0, byte);
+    }
+}
+
+#[test]
+fn a_diff_that_lacks_what_its_base_has_is_no_memory_before_it_is_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, alone, second, merged, whole] =
+        ["base", "alone", "second", "merged", "whole"].map(|name| dir.path().join(name));
+    let ram = ram();
+    put(&ram, 3, 1);
+    let info = full(&ram, &base);
+    put(&ram, 5, 2);
+    let refused = |path: &Path| {
+        let error = GuestRam::from_file(&info.layout, path, HugePages::None, false).unwrap_err();
+        assert!(matches!(&error, RestoreError::Partial { path: named } if named == path), "{error}");
+        assert!(examine(path, &info).unwrap().partial);
+    };
+    diff(&ram, &alone, &pages(&ram, &[5]));
+    refused(&alone);
+    // Onto another that lacks the base it still does.
+    std::fs::remove_file(&alone).unwrap();
+    diff(&ram, &alone, &pages(&ram, &[7]));
+    diff(&ram, &alone, &pages(&ram, &[5]));
+    refused(&alone);
+    diff(&ram, &second, &pages(&ram, &[5]));
+    merge(&alone, &second, &merged, &()).unwrap();
+    refused(&merged);
+    // Onto the base it does not, nor does one that has all that there is.
+    merge(&base, &alone, &merged, &()).unwrap();
+    diff(&ram, &base, &pages(&ram, &[5]));
+    diff(&ram, &whole, &pages(&ram, &[3, 5]));
+    for path in [&merged, &base, &whole] {
+        assert!(all(&restore(&info, path)) == all(&ram), "{}", path.display());
+    }
 }
 
 #[test]

@@ -2,8 +2,8 @@
 //!
 //! An [`AtomicFile`] has no name while it is written (`O_TMPFILE`), so that a writer that is killed leaves nothing. Where
 //! the file system or a missing `/proc` does not allow that, it has a temporary name beside the final one,
-//! `NAME.ID.vesta-tmp`, which goes away with the value; only a killed writer leaves it behind. When all is
-//! written, the file gets the temporary name ([`AtomicFile::stage`]), is put on disk, and gets the final name by a
+//! `NAME.ID.vesta-tmp`, which goes away with the value; only a killed writer leaves it behind, for the next one of that name to
+//! remove: a file is locked for as long as its writer lives. When all is written, the file gets the temporary name ([`AtomicFile::stage`]), is put on disk, and gets the final name by a
 //! rename ([`Staged::commit`]), which replaces an older file in one step.
 //!
 //! A snapshot is two files, and no file system renames two in one step. [`commit_pair`] makes the state file's rename the
@@ -18,7 +18,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -143,6 +143,8 @@ impl AtomicFile {
         let id = FileId::random().map_err(failed)?;
         let mut place = Place { path: path.to_path_buf(), dir, name, id, linked: false };
         let file = place.open().map_err(|e| failed(e.into()))?;
+        // Whoever finds it locked leaves it alone. A file system without locks has no such finders either.
+        let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
         if let Some(mode) = existing {
             // Who could read the old file can read the new one; where that is not for us to say, the default stays.
             let _ = rustix::fs::fchmod(&file, Mode::from_raw_mode(mode));
@@ -190,6 +192,7 @@ impl Staged {
         let Staged { file, mut place } = self;
         place.rename()?;
         place.sync_dir()?;
+        place.collect();
         Ok(file)
     }
 
@@ -244,6 +247,29 @@ impl Place {
 
     fn sync_dir(&self) -> Result<(), FileError> {
         rustix::fs::fsync(&self.dir).map_err(|e| self.error("put on disk the name of", e.into()))
+    }
+
+    /// Removes what killed writers of this name left behind. None of it is wanted: what belonged to an older state file is replaced, now as it would have
+    /// been had its writer lived. What cannot be removed stays.
+    fn collect(&self) {
+        let Ok(entries) = Dir::read_from(&self.dir) else { return };
+        for name in entries.flatten().map(|entry| entry.file_name().to_owned()) {
+            let id = OsStr::from_bytes(name.to_bytes()).to_str().and_then(|name| {
+                name.strip_suffix(SUFFIX)?.strip_suffix('.')?.rsplit('.').next()?.parse::<FileId>().ok()
+            });
+            let ours = id.is_some_and(|id| {
+                id != self.id && temporary_name(&self.name, id).as_bytes() == name.to_bytes()
+            });
+            if !ours {
+                continue;
+            }
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let Ok(file) = rustix::fs::openat(&self.dir, &name, flags, Mode::empty()) else { continue };
+            // Its writer lives otherwise.
+            if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                let _ = rustix::fs::unlinkat(&self.dir, &name, AtFlags::empty());
+            }
+        }
     }
 
     fn device(&self) -> Option<u64> {
@@ -305,7 +331,10 @@ pub fn commit_pair(memory: Staged, state: Staged) -> Result<(), FileError> {
     }
     // The old state, if it was exchanged, has the temporary name now and goes with `state`.
     state.sync_dir()?;
-    memory.sync_dir()
+    memory.sync_dir()?;
+    memory.collect();
+    state.collect();
+    Ok(())
 }
 
 /// What happened to the state file that was there before.
@@ -316,6 +345,21 @@ enum Replaced {
     Nothing,
     /// It is gone.
     ForGood,
+}
+
+/// Whether two paths are to be the same file, however they are spelt: the same name in the same directory, links followed.
+pub fn same_place(one: &Path, other: &Path) -> bool {
+    let place = |path: &Path| {
+        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let dir = rustix::fs::stat(parent).ok()?;
+        Some((dir.st_dev, dir.st_ino, target.file_name()?.to_os_string()))
+    };
+    // A path that cannot be looked at is refused by whoever opens it, by name.
+    place(one).is_some_and(|one| place(other) == Some(one))
 }
 
 /// Where the file `id` is that belongs at `path`: there, or, if its writer died within [`commit_pair`], beside it.

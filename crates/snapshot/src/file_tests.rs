@@ -133,3 +133,47 @@ fn an_id_survives_text_and_nothing_else_is_one() {
         assert!(bad.parse::<FileId>().is_err(), "{bad}");
     }
 }
+
+#[test]
+fn two_spellings_of_a_file_are_the_same_place_whether_it_is_there_or_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    std::fs::create_dir(path("sub")).unwrap();
+    std::os::unix::fs::symlink(dir.path(), path("link")).unwrap();
+    for there in [false, true] {
+        assert!(same_place(&path("s"), &path("s")));
+        assert!(same_place(&path("s"), &path("./s")));
+        assert!(same_place(&path("s"), &path("sub/../s")));
+        assert!(same_place(&path("s"), &path("link/s")));
+        assert!(!same_place(&path("s"), &path("sub/s")));
+        assert!(!same_place(&path("s"), &path("t")));
+        if !there {
+            std::fs::write(path("s"), "").unwrap();
+        }
+    }
+    std::os::unix::fs::symlink("s", path("alias")).unwrap();
+    assert!(same_place(&path("s"), &path("alias")));
+    assert!(!same_place(Path::new("/nowhere/s"), Path::new("/nowhere/s")), "nobody can write there");
+}
+
+#[test]
+fn what_killed_writers_left_goes_with_the_next_file_of_that_name_and_what_living_ones_write_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let id = "0123456789abcdef";
+    let left = [format!("mem.{id}.vesta-tmp"), format!("state.{id}.vesta-tmp")];
+    let others = [format!("memory.{id}.vesta-tmp"), format!("mem.{id}.tmp"), "mem.0123.vesta-tmp".to_owned()];
+    for name in left.iter().chain(&others) {
+        std::fs::write(path(name), "half").unwrap();
+    }
+    let alive = AtomicFile::create(&path("mem")).unwrap().stage().unwrap();
+    let memory = AtomicFile::create(&path("mem")).unwrap().stage().unwrap();
+    let state = AtomicFile::create(&path("state")).unwrap().stage().unwrap();
+    commit_pair(memory, state).unwrap();
+    let staged = format!("mem.{}.vesta-tmp", alive.id());
+    let mut expected = vec!["mem".to_owned(), "state".to_owned(), staged];
+    expected.extend(others);
+    expected.sort();
+    assert_eq!(names(dir.path()), expected);
+    alive.commit().unwrap();
+}

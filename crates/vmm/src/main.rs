@@ -140,6 +140,7 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     let requests = api.map(ApiServer::spawn).transpose()?;
 
     let (sink, source) = event_channel()?;
+    let sink = sink.with_last_resort(|| exit::exit(ExitCode::Generic));
     let identity = Identity {
         id: args.id.clone(),
         app_name: personality.app_name(),

@@ -1,9 +1,13 @@
 //! The command line's part of restoring: `--restore` and the flags that go with it.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use config::{DriveOverride, Overlay, Serial, SnapshotHugePages, SnapshotLoad};
+use config::{
+    DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, Overlay, Serial, SnapshotHugePages,
+    SnapshotLoad, VsockOverride,
+};
+use serde_json::{Value, json};
 
 use crate::args::{ArgsError, once, text};
 
@@ -16,9 +20,15 @@ pub(crate) struct Restore {
 }
 
 /// The flags, for `--help`.
-pub(crate) const FLAGS: [(&str, &str); 8] = [
-    ("--restore STATE", "go on with the microVM of this snapshot, at once; needs --memory"),
+pub(crate) const FLAGS: [(&str, &str); 14] = [
+    ("--restore STATE", "go on with the microVM of this snapshot, at once; needs --memory or --page-server"),
     ("--memory FILE", "the memory file of the snapshot"),
+    ("--page-server SOCKET", "the snapshot's memory comes from the page server at this socket"),
+    ("--paused", "the microVM of the snapshot stands still until it is resumed"),
+    ("--tap ID=TAP", "a network interface of the snapshot is on this tap now; may be given for each"),
+    ("--vsock SOCKET", "the vsock device of the snapshot has its socket here now"),
+    ("--prefetch", "record the pages that the snapshot's guest comes to first, or fill them in ahead of it"),
+    ("--overrides JSON", "all else that PUT /snapshot/load takes, as an object; flags go before it"),
     ("--drive ID=PATH", "a drive of the snapshot is here now; may be given for each"),
     ("--overlay ID=PATH", "writes to a drive of the snapshot go here now; may be given for each"),
     ("--serial FILE", "the serial port of the snapshot leads to this file or FIFO"),
@@ -32,6 +42,12 @@ pub(crate) const FLAGS: [(&str, &str); 8] = [
 pub(crate) struct Given {
     state: Option<PathBuf>,
     memory: Option<PathBuf>,
+    page_server: Option<PathBuf>,
+    paused: Option<()>,
+    taps: Vec<(String, String)>,
+    vsock: Option<PathBuf>,
+    prefetch: Option<()>,
+    overrides: Option<Value>,
     drives: Vec<DriveOverride>,
     serial: Option<PathBuf>,
     track_dirty_pages: Option<()>,
@@ -53,14 +69,42 @@ impl Given {
                 once(&mut self.memory, "memory", parser.value()?.into())?;
                 "memory"
             }
+            "page-server" => {
+                once(&mut self.page_server, "page-server", parser.value()?.into())?;
+                "page-server"
+            }
+            "paused" => {
+                once(&mut self.paused, "paused", ())?;
+                "paused"
+            }
+            "tap" => {
+                let (id, tap) = assignment("tap", parser.value()?)?;
+                if self.taps.iter().any(|(other, _)| *other == id) {
+                    return Err(ArgsError::Duplicate("tap"));
+                }
+                self.taps.push((id, tap));
+                "tap"
+            }
+            "vsock" => {
+                once(&mut self.vsock, "vsock", parser.value()?.into())?;
+                "vsock"
+            }
+            "prefetch" => {
+                once(&mut self.prefetch, "prefetch", ())?;
+                "prefetch"
+            }
+            "overrides" => {
+                once(&mut self.overrides, "overrides", object("overrides", parser.value()?)?)?;
+                "overrides"
+            }
             "drive" => {
                 let (drive_id, path) = assignment("drive", parser.value()?)?;
-                once(&mut self.drive("drive", drive_id)?.path_on_host, "drive", path)?;
+                once(&mut self.drive("drive", drive_id)?.path_on_host, "drive", path.into())?;
                 "drive"
             }
             "overlay" => {
                 let (drive_id, path) = assignment("overlay", parser.value()?)?;
-                let overlay = Overlay { path, layers: Vec::new(), size_mib: None };
+                let overlay = Overlay { path: path.into(), layers: Vec::new(), size_mib: None };
                 once(&mut self.drive("overlay", drive_id)?.overlay, "overlay", overlay)?;
                 "overlay"
             }
@@ -91,16 +135,34 @@ impl Given {
         let Some(state) = self.state else {
             return self.dependent.map_or(Ok(None), |name| Err(ArgsError::OnlyWithRestore(name)));
         };
-        let memory = self.memory.ok_or(ArgsError::Missing("--memory, the snapshot's memory file,"))?;
-        let serial = self.serial.map(|path| Serial { serial_out_path: Some(path), ..Serial::default() });
-        let load = SnapshotLoad {
-            track_dirty_pages: self.track_dirty_pages.is_some(),
-            clock_realtime: self.clock_realtime.is_some(),
-            huge_pages: self.huge_pages.unwrap_or_default(),
-            drives: self.drives,
-            resume_vm: true,
-            ..SnapshotLoad::of_files(state, memory)
+        let mem_backend = match (self.memory, self.page_server) {
+            (Some(path), None) => MemoryBackend { backend_type: MemoryBackendType::File, backend_path: path },
+            (None, Some(path)) => MemoryBackend { backend_type: MemoryBackendType::Uffd, backend_path: path },
+            _ => return Err(ArgsError::Missing("one of --memory and --page-server")),
         };
+        let serial = self.serial.map(|path| Serial { serial_out_path: Some(path), ..Serial::default() });
+        let mut load = overridden(state, mem_backend, self.overrides)?;
+        load.resume_vm = self.paused.is_none();
+        load.track_dirty_pages |= self.track_dirty_pages.is_some();
+        load.clock_realtime |= self.clock_realtime.is_some();
+        load.prefetch |= self.prefetch.is_some();
+        load.huge_pages = self.huge_pages.unwrap_or(load.huge_pages);
+        for drive in self.drives {
+            load.drives.retain(|other| other.drive_id != drive.drive_id);
+            load.drives.push(drive);
+        }
+        for (iface_id, tap) in self.taps {
+            load.network_overrides.retain(|other| other.iface_id != iface_id);
+            load.network_overrides.push(on_tap(&iface_id, &tap)?);
+        }
+        if let Some(path) = self.vsock {
+            load.vsock_override = Some(at_socket(&path)?);
+        }
+        load.check().map_err(|e| ArgsError::Value {
+            name: "restore",
+            value: load.snapshot_path.display().to_string(),
+            reason: e.to_string(),
+        })?;
         Ok(Some(Restore { load, serial }))
     }
 
@@ -117,12 +179,78 @@ impl Given {
     }
 }
 
-/// `ID=PATH`.
-fn assignment(name: &'static str, value: OsString) -> Result<(String, PathBuf), ArgsError> {
+/// The load that `overrides` describes: the body of `PUT /snapshot/load` without what flags say.
+fn overridden(
+    state: PathBuf,
+    memory: MemoryBackend,
+    overrides: Option<Value>,
+) -> Result<SnapshotLoad, ArgsError> {
+    let mut load =
+        SnapshotLoad { mem_backend: Some(memory), ..SnapshotLoad::of_files(state, PathBuf::new()) };
+    let Some(mut overrides) = overrides else { return Ok(load) };
+    let refused = |reason| ArgsError::Value { name: "overrides", value: overrides.to_string(), reason };
+    for (field, flag) in FIELDS_WITH_FLAGS {
+        if overrides.get(field).is_some() {
+            return Err(refused(format!("{field} is what {flag} says")));
+        }
+    }
+    let text = overrides.to_string();
+    overrides["snapshot_path"] = json!(load.snapshot_path);
+    overrides["mem_backend"] = json!(load.mem_backend);
+    load = serde_json::from_value(overrides).map_err(|e| ArgsError::Value {
+        name: "overrides",
+        value: text,
+        reason: e.to_string(),
+    })?;
+    load.modernize();
+    Ok(load)
+}
+
+/// Fields that a load cannot do without, or that begin with another value here.
+const FIELDS_WITH_FLAGS: [(&str, &str); 4] = [
+    ("snapshot_path", "--restore"),
+    ("mem_backend", "--memory or --page-server"),
+    ("mem_file_path", "--memory"),
+    ("resume_vm", "--paused"),
+];
+
+/// An interface that is on this tap now.
+fn on_tap(iface_id: &str, tap: &str) -> Result<NetworkOverride, ArgsError> {
+    let fields = json!({"iface_id": iface_id, "host_dev_name": tap});
+    serde_json::from_value(fields).map_err(|e| ArgsError::Value {
+        name: "tap",
+        value: format!("{iface_id}={tap}"),
+        reason: e.to_string(),
+    })
+}
+
+/// A vsock device whose socket is here now.
+fn at_socket(path: &Path) -> Result<VsockOverride, ArgsError> {
+    serde_json::from_value(json!({ "uds_path": path })).map_err(|e| ArgsError::Value {
+        name: "vsock",
+        value: path.display().to_string(),
+        reason: e.to_string(),
+    })
+}
+
+/// A JSON object.
+fn object(name: &'static str, value: OsString) -> Result<Value, ArgsError> {
+    let value = text(name, value)?;
+    match serde_json::from_str(&value) {
+        Ok(object @ Value::Object(_)) => Ok(object),
+        Ok(_) => Err(ArgsError::Value { name, value, reason: "it must be a JSON object".to_owned() }),
+        Err(e) => Err(ArgsError::Value { name, value, reason: e.to_string() }),
+    }
+}
+
+/// `ID=VALUE`.
+fn assignment(name: &'static str, value: OsString) -> Result<(String, String), ArgsError> {
     let value = text(name, value)?;
     match value.split_once('=') {
-        Some((id, path)) if !id.is_empty() && !path.is_empty() => Ok((id.to_owned(), path.into())),
-        _ => Err(ArgsError::Value { name, value, reason: "it must be ID=PATH".to_owned() }),
+        Some((id, assigned)) if !id.is_empty() && !assigned.is_empty() => {
+            Ok((id.to_owned(), assigned.to_owned()))
+        }
+        _ => Err(ArgsError::Value { name, value, reason: "it must be ID=VALUE".to_owned() }),
     }
 }
 
@@ -175,15 +303,43 @@ mod tests {
     }
 
     #[test]
+    fn all_that_a_load_takes_can_be_said_and_flags_go_before_overrides() {
+        let json = r#"{"network_overrides":[{"iface_id":"a","host_dev_name":"t1"},{"iface_id":"b","host_dev_name":"t2"}],"huge_pages":"None","enable_diff_snapshots":true}"#;
+        let line = format!(
+            "--restore s --page-server p --overrides {json} --tap a=t3 --vsock v.sock --huge-pages Transparent --paused"
+        );
+        let load = restore(&line).unwrap().load;
+        let taps: Vec<_> = load
+            .network_overrides
+            .iter()
+            .map(|n| (n.iface_id.as_str(), n.host_dev_name.as_deref()))
+            .collect();
+        assert_eq!(taps, [("b", Some("t2")), ("a", Some("t3"))]);
+        assert_eq!(load.memory(), (MemoryBackendType::Uffd, Path::new("p")));
+        assert_eq!(load.vsock_override.unwrap().uds_path.to_str(), Some("v.sock"));
+        assert_eq!(load.huge_pages, SnapshotHugePages::Transparent);
+        assert!(!load.resume_vm && load.track_dirty_pages && !load.prefetch);
+        assert!(restore("--restore s --memory m --prefetch").unwrap().load.prefetch);
+    }
+
+    #[test]
     fn what_cannot_be_meant_is_named() {
         for (line, named) in [
             ("--restore s", "--memory"),
+            ("--restore s --memory m --page-server p", "--page-server"),
+            ("--restore s --page-server p --prefetch", "prefetch"),
+            ("--restore s --memory m --overrides 1", "JSON object"),
+            ("--restore s --memory m --overrides {", "--overrides"),
+            ("--restore s --memory m --overrides {\"nothing\":1}", "nothing"),
+            ("--restore s --memory m --overrides {\"resume_vm\":false}", "--paused"),
+            ("--restore s --memory m --tap a=b --tap a=c", "--tap is given twice"),
+            ("--tap a=b", "--tap needs --restore"),
             ("--memory m", "--memory needs --restore"),
             ("--clock-realtime", "--clock-realtime needs --restore"),
             ("--restore s --memory m --config-file c", "--config-file"),
             ("--restore s --memory m --restore t", "--restore is given twice"),
-            ("--restore s --memory m --drive a", "ID=PATH"),
-            ("--restore s --memory m --drive =x", "ID=PATH"),
+            ("--restore s --memory m --drive a", "ID=VALUE"),
+            ("--restore s --memory m --drive =x", "ID=VALUE"),
             ("--restore s --memory m --drive a=x --drive a=y", "--drive is given twice"),
             ("--restore s --memory m --huge-pages 1G", "1G"),
             ("--no-api", "--restore"),

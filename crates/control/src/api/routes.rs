@@ -192,9 +192,10 @@ fn put_snapshot_create(request: &Request) -> Result<Routed, RouteError> {
 }
 
 fn put_snapshot_load(request: &Request) -> Result<Routed, RouteError> {
-    let load: SnapshotLoad = body(request)?;
+    let mut load: SnapshotLoad = body(request)?;
+    let deprecated = load.modernize();
     load.check()?;
-    Ok(Routed { deprecated: load.mem_file_path.is_some(), command: Command::LoadSnapshot(load) })
+    Ok(Routed { deprecated, command: Command::LoadSnapshot(load) })
 }
 
 fn put_fork(request: &Request) -> Result<Routed, RouteError> {

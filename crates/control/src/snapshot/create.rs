@@ -3,7 +3,7 @@
 use std::os::fd::AsRawFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use config::{Drive, FullVmConfig, SnapshotCreate, SnapshotType, VmState};
+use config::{ConfigError, Drive, FullVmConfig, SnapshotCreate, SnapshotError, SnapshotType, VmState};
 use machine::{MachineState, Paused};
 use memory::image::{self, ImageInfo, Observer, Written};
 use memory::{GuestRam, PageSet};
@@ -34,6 +34,10 @@ impl<H: Host> Controller<H> {
             return Err(CommandError::new(
                 "a live snapshot is being written: GET /snapshot/job tells how far it is",
             ));
+        }
+        if snapshot::same_place(&create.snapshot_path, &create.mem_file_path) {
+            let path = create.snapshot_path.clone();
+            return Err(ConfigError::from(SnapshotError::OneFile { path }).into());
         }
         if create.live {
             return self.begin_job(create);

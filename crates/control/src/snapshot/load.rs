@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, override_networks};
 use machine::chipset::ClockAfter;
-use machine::{Paused, Restore};
+use machine::{Paused, Restore, layout};
 use memory::GuestRam;
 use memory::page_server::PageServer;
 
@@ -17,7 +17,7 @@ use crate::controller::{Controller, Host, Loaded, State, open_disks, open_networ
 use crate::fork::files::NewFiles;
 use crate::vsock::VsockSockets;
 
-/// How long a page server may take to answer its first page fault.
+/// How long a page server may take to answer each of its first page faults.
 const PAGE_SERVER_PATIENCE: Duration = Duration::from_secs(10);
 
 impl<H: Host> Controller<H> {
@@ -28,7 +28,7 @@ impl<H: Host> Controller<H> {
                 "PUT /snapshot/load needs a microVM that nothing was set for, and {what} was"
             )));
         }
-        let saved = Saved::open(&load.snapshot_path).map_err(CommandError::new)?;
+        let saved = Saved::load(&load.snapshot_path).map_err(CommandError::new)?;
         let mut config = saved.config(load, &self.config)?;
         // Before the disks, so that it goes after them.
         let mut files = NewFiles::default();
@@ -36,10 +36,10 @@ impl<H: Host> Controller<H> {
         let disks = open_disks(&config.drives)?;
         let networks = open_networks(&config.network_interfaces)?;
         let (ram, page_server) = saved.memory(load, &config)?;
-        let ahead = match load.memory() {
+        let mut ahead = match load.memory() {
             (MemoryBackendType::File, path) if load.prefetch => {
                 let path = snapshot::find(path, saved.image.id);
-                Some(Ahead::begin(&ram, &path, &saved.image)?)
+                Some(Ahead::begin(&ram, &path, &saved.image))
             }
             _ => None,
         };
@@ -79,6 +79,9 @@ impl<H: Host> Controller<H> {
         let Loaded { config, disks, vsock, .. } = loaded;
         (self.config, self.disks, self.vsock) = (config, disks, vsock);
         files.keep(|path| self.has_overlay(path));
+        if load.resume_vm {
+            ahead.iter_mut().for_each(Ahead::guest_runs);
+        }
         (self.metadata, self.ahead) = (metadata, ahead);
         self.platform.pci = saved.config.pci;
         self.host.guest_starts(self.serial_output.is_none());
@@ -206,18 +209,21 @@ impl Saved {
         load: &SnapshotLoad,
         config: &FullVmConfig,
     ) -> Result<(GuestRam, Option<PageServer>), CommandError> {
-        let (layout, track) = (&self.image.layout, load.track_dirty_pages);
+        let (regions, track) = (&self.image.layout, load.track_dirty_pages);
         let huge_pages = config.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
                 let path = snapshot::find(path, self.image.id);
-                let ram = GuestRam::from_file(layout, &path, huge_pages, track).map_err(CommandError::new)?;
+                let ram =
+                    GuestRam::from_file(regions, &path, huge_pages, track).map_err(CommandError::new)?;
                 Ok((ram, None))
             }
             (MemoryBackendType::Uffd, socket) => {
-                let (ram, server) = GuestRam::from_page_server(layout, socket, huge_pages, track)
+                let (ram, server) = GuestRam::from_page_server(regions, socket, huge_pages, track)
                     .map_err(CommandError::new)?;
-                server.probe(PAGE_SERVER_PATIENCE).map_err(CommandError::new)?;
+                // Those that this thread comes to when it tells the guest that it is another one: it must not wait for them.
+                let here = [layout::VM_GENERATION_ID, layout::VMCLOCK];
+                server.probe(&here, PAGE_SERVER_PATIENCE).map_err(CommandError::new)?;
                 Ok((ram, Some(server)))
             }
         }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use config::ConfigError;
 use machine::MachineState;
+use memory::MemoryLayout;
 use memory::image::{ImageFile, ImageInfo, RestoreError, examine};
 use memory::layout::MIB;
 use snapshot::{Description, ReadError, Snapshot};
@@ -63,6 +64,14 @@ pub enum VerifyError {
         /// Its number.
         found: u64,
     },
+    /// The memory lies where it does not for a guest of that size.
+    #[error("{}: section memory: its regions are not those of a microVM with {mem_size_mib} MiB", path.display())]
+    Layout {
+        /// The state file.
+        path: PathBuf,
+        /// The configured size.
+        mem_size_mib: u32,
+    },
     /// The memory file is another guest's, or was cut off.
     #[error("the memory image {} has {found} bytes; the one of {} has {wanted}", path.display(), state.display())]
     MemorySize {
@@ -95,6 +104,36 @@ impl Saved {
     }
 }
 
+impl Saved {
+    /// Reads the state file at `path` for a microVM that is to go on with it: its sections agree.
+    pub fn load(path: &Path) -> Result<Self, VerifyError> {
+        let saved = Self::open(path)?;
+        saved.check(path)?;
+        Ok(saved)
+    }
+
+    /// Whether this can be a microVM. The checksums do not say that: anyone can make a file whose checksums are right.
+    fn check(&self, path: &Path) -> Result<(), VerifyError> {
+        let path = || path.to_path_buf();
+        let machine = &self.config.config.machine_config;
+        machine.check().map_err(|source| VerifyError::Config { path: path(), source })?;
+        let agree = |what, configured: u64, section, found: u64| {
+            if configured == found {
+                return Ok(());
+            }
+            Err(VerifyError::Disagree { path: path(), what, configured, section, found })
+        };
+        agree("vCPUs", u64::from(machine.vcpu_count), "machine", self.machine.vcpus.len() as u64)?;
+        let mem_size_mib = machine.mem_size_mib;
+        let layout = &self.image.layout;
+        agree("bytes of memory", u64::from(mem_size_mib) * MIB, "memory", layout.ram_size())?;
+        if *layout != MemoryLayout::of_size(mem_size_mib) {
+            return Err(VerifyError::Layout { path: path(), mem_size_mib });
+        }
+        Ok(())
+    }
+}
+
 /// Checks the state file at `state`: all checksums, that every section decodes, and that they agree. Of the memory file, that it is there and
 /// as large as the state file says; it has no checksums.
 pub fn verify(state: &Path, memory: Option<&Path>) -> Result<Verified, VerifyError> {
@@ -102,17 +141,7 @@ pub fn verify(state: &Path, memory: Option<&Path>) -> Result<Verified, VerifyErr
     // Those, too, that nobody here knows.
     snapshot.verify()?;
     let saved = Saved::of(&snapshot)?;
-    let path = || state.to_path_buf();
-    let machine = &saved.config.config.machine_config;
-    machine.check().map_err(|source| VerifyError::Config { path: path(), source })?;
-    let agree = |what, configured: u64, section, found: u64| {
-        if configured == found {
-            return Ok(());
-        }
-        Err(VerifyError::Disagree { path: path(), what, configured, section, found })
-    };
-    agree("vCPUs", u64::from(machine.vcpu_count), "machine", saved.machine.vcpus.len() as u64)?;
-    agree("bytes of memory", u64::from(machine.mem_size_mib) * MIB, "memory", saved.image.layout.ram_size())?;
+    saved.check(state)?;
     let memory = memory.map(|memory| examine(memory, &saved.image)).transpose()?;
     if let Some(file) = &memory
         && file.size != saved.image.layout.file_size()
@@ -120,7 +149,7 @@ pub fn verify(state: &Path, memory: Option<&Path>) -> Result<Verified, VerifyErr
         return Err(VerifyError::MemorySize {
             path: file.path.clone(),
             found: file.size,
-            state: path(),
+            state: state.to_path_buf(),
             wanted: saved.image.layout.file_size(),
         });
     }

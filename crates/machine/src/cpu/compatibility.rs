@@ -5,9 +5,9 @@
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VcpuFd;
 
+use super::Cpuid;
 use super::state::CpuidLeaf;
-use super::{Cpuid, Topology};
-use crate::kvm::{Kvm, KvmError, Named};
+use crate::kvm::{KvmError, Named};
 
 /// The registers of a leaf, in order.
 const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
@@ -22,23 +22,28 @@ struct FeatureLeaf {
 /// Bits that follow what the guest itself does: OSXSAVE in leaf 1, OSPKE in leaf 7.
 const OSXSAVE: u32 = 1 << 27;
 const OSPKE: u32 = 1 << 4;
+/// The time stamp counter never stops. The rest of its leaf is about power, which is not the guest's.
+const INVARIANT_TSC: u32 = 1 << 8;
 /// All bits.
 const ALL: u32 = u32::MAX;
 
 /// See the Intel SDM, volume 2, CPUID; the AMD APM, volume 3, appendix E; and KVM's `cpuid.rst` for the last.
-const FEATURES: [FeatureLeaf; 8] = [
+const FEATURES: [FeatureLeaf; 11] = [
     FeatureLeaf { leaf: 0x1, index: 0, bits: [0, 0, !OSXSAVE, ALL] },
     FeatureLeaf { leaf: 0x7, index: 0, bits: [0, ALL, !OSPKE, ALL] },
     FeatureLeaf { leaf: 0x7, index: 1, bits: [ALL, 0, 0, ALL] },
+    FeatureLeaf { leaf: 0x7, index: 2, bits: [0, 0, 0, ALL] },
     FeatureLeaf { leaf: 0xd, index: 0, bits: [ALL, 0, 0, ALL] },
     FeatureLeaf { leaf: 0xd, index: 1, bits: [ALL, 0, 0, 0] },
     FeatureLeaf { leaf: 0x8000_0001, index: 0, bits: [0, 0, ALL, ALL] },
+    FeatureLeaf { leaf: 0x8000_0007, index: 0, bits: [0, 0, 0, INVARIANT_TSC] },
     FeatureLeaf { leaf: 0x8000_0008, index: 0, bits: [0, ALL, 0, 0] },
+    FeatureLeaf { leaf: 0x8000_0021, index: 0, bits: [ALL, 0, 0, 0] },
     FeatureLeaf { leaf: 0x4000_0001, index: 0, bits: [ALL, 0, 0, 0] },
 ];
 
 /// Names of the features that a guest is most likely to have used: leaf, index, register, bit.
-const NAMES: [(u32, u32, usize, u32, &str); 24] = [
+const NAMES: [(u32, u32, usize, u32, &str); 26] = [
     (0x1, 0, 2, 0, "sse3"),
     (0x1, 0, 2, 1, "pclmulqdq"),
     (0x1, 0, 2, 9, "ssse3"),
@@ -63,18 +68,19 @@ const NAMES: [(u32, u32, usize, u32, &str); 24] = [
     (0x7, 0, 3, 24, "amx_tile"),
     (0x8000_0001, 0, 3, 26, "pdpe1gb"),
     (0x8000_0001, 0, 3, 27, "rdtscp"),
+    (0x8000_0007, 0, 3, 8, "constant_tsc"),
+    (0x8000_0021, 0, 0, 8, "autoibrs"),
 ];
 
 /// What a guest with these leaves saw and this host cannot show it, in words; empty if it can go on here.
 ///
-/// `vcpu` is a fresh one, which is shown what this host would show a guest that boots: a software KVM shows more than it says it does.
+/// `vcpu` is a fresh one, which is shown what a guest that boots on this `host` sees: a software KVM shows more than it says it does.
 pub(crate) fn missing_features(
-    kvm: &Kvm,
+    host: &Cpuid,
     vcpu: &VcpuFd,
-    topology: Topology,
     saved: &[CpuidLeaf],
 ) -> Result<Vec<String>, KvmError> {
-    vcpu.set_cpuid2(&Cpuid::new(kvm, topology)?.for_vcpu(0)?).named("KVM_SET_CPUID2")?;
+    vcpu.set_cpuid2(&host.for_vcpu(0)?).named("KVM_SET_CPUID2")?;
     let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
     let here: Vec<_> = here.as_slice().iter().map(CpuidLeaf::from).collect();
     Ok(missing(&here, saved))
@@ -138,6 +144,26 @@ mod tests {
                 "avx512f (CPUID 0x7.0 ebx bit 16)"
             ]
         );
+    }
+
+    /// Each is one that a saved register may have on: without the name, KVM's refusal of that register would be all that is said.
+    #[test]
+    fn features_of_the_newer_leaves_are_named_too() {
+        let index = |leaf, index, values| CpuidLeaf { leaf, index, flags: 0, values };
+        let saved = [
+            index(7, 2, [0, 0, 0, 1]),
+            index(0x8000_0007, 0, [0, 0, 0, 1 << 8 | 1]),
+            index(0x8000_0021, 0, [1 << 8, 0, 0, 0]),
+        ];
+        assert_eq!(
+            missing(&[], &saved),
+            [
+                "CPUID 0x7.2 edx bit 0",
+                "constant_tsc (CPUID 0x80000007.0 edx bit 8)",
+                "autoibrs (CPUID 0x80000021.0 eax bit 8)"
+            ]
+        );
+        assert_eq!(missing(&saved, &saved), [] as [&str; 0]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ mod xsave;
 
 pub(crate) use compatibility::missing_features;
 pub(crate) use cpuid::Cpuid;
-pub(crate) use msrs::set_boot_msrs;
+pub(crate) use msrs::{set_boot_msrs, unlisted_msrs};
 pub(crate) use state::{StateFormat, VcpuState};
 pub(crate) use xsave::XsaveSize;
 

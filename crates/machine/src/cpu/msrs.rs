@@ -1,4 +1,4 @@
-//! The model-specific registers that a vCPU starts with.
+//! Model-specific registers: those that a vCPU starts with, and those that are part of its state although KVM does not list them.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -21,6 +21,18 @@ const KERNEL_GS_BASE: u32 = 0xc000_0102;
 const FAST_STRINGS: u64 = 1;
 /// Memory type ranges are on, and memory is write-back where none says otherwise.
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
+
+/// Variable memory type ranges, a base and a mask for each of KVM's eight.
+const MTRR_VARIABLE: std::ops::Range<u32> = 0x200..0x210;
+/// Fixed memory type ranges: of 64, 16 and 4 KiB.
+const MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
+/// Machine check banks, four registers for each of KVM's 32.
+const MACHINE_CHECK_BANKS: std::ops::Range<u32> = 0x400..0x480;
+
+/// Registers that KVM has and gives, and that `KVM_GET_MSR_INDEX_LIST` leaves out.
+pub(crate) fn unlisted_msrs() -> impl Iterator<Item = u32> {
+    std::iter::once(IA32_MTRR_DEF_TYPE).chain(MTRR_FIXED).chain(MTRR_VARIABLE).chain(MACHINE_CHECK_BANKS)
+}
 
 /// What a vCPU boots with, CPUID set before.
 const BOOT_MSRS: [(u32, u64); 11] = [

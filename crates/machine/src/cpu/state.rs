@@ -8,6 +8,8 @@
 //!
 //! The vCPU is still: its thread has left `KVM_RUN` with everything that it had begun done ([`crate::vcpu`]).
 
+use std::time::Duration;
+
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs,
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -18,6 +20,8 @@ use serde::{Deserialize, Serialize};
 use super::xsave::XsaveSize;
 use crate::kvm::{KvmError, Named};
 
+/// Counts on while a guest is away, if it is to.
+const IA32_TSC: u32 = 0x10;
 /// Armed in terms of the local APIC and the time stamp counter, so restored after both.
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// The most registers that KVM takes at once.
@@ -111,8 +115,13 @@ impl VcpuState {
         })
     }
 
-    /// Makes a fresh `vcpu` what this says.
-    pub(crate) fn restore(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
+    /// Makes a fresh `vcpu` what this says, its time stamp counter moved on by the time that has `passed`.
+    pub(crate) fn restore(
+        &self,
+        vcpu: &VcpuFd,
+        format: &StateFormat,
+        passed: Duration,
+    ) -> Result<(), KvmError> {
         let leaves: Vec<_> = self.cpuid.iter().map(kvm_cpuid_entry2::from).collect();
         let cpuid = CpuId::from_entries(&leaves).map_err(|_| KvmError::StateTooLarge("leaves of CPUID"))?;
         vcpu.set_cpuid2(&cpuid).named("KVM_SET_CPUID2")?;
@@ -126,13 +135,24 @@ impl VcpuState {
         vcpu.set_debug_regs(&self.debug).named("KVM_SET_DEBUGREGS")?;
         vcpu.set_lapic(&self.lapic).named("KVM_SET_LAPIC")?;
         let (deadline, others): (Vec<_>, Vec<_>) =
-            self.msrs.iter().partition(|msr| msr.index == IA32_TSC_DEADLINE);
+            self.msrs_after(passed).partition(|msr| msr.index == IA32_TSC_DEADLINE);
         set_msrs(vcpu, &others)?;
         set_msrs(vcpu, &deadline)?;
         if let Some(nested) = &self.nested {
             vcpu.set_nested_state(nested).named("KVM_SET_NESTED_STATE")?;
         }
         vcpu.set_vcpu_events(&self.events).named("KVM_SET_VCPU_EVENTS")
+    }
+
+    /// The registers once `passed` is over, at the frequency that the guest knows. (A deadline stays where it is on the counter: it may have
+    /// passed by then. So does `IA32_TSC_ADJUST`, which is the guest's own and which KVM does not count as time.)
+    fn msrs_after(&self, passed: Duration) -> impl Iterator<Item = Msr> {
+        let ticks = passed.as_nanos() * u128::from(self.tsc_khz.unwrap_or(0)) / 1_000_000;
+        self.msrs.iter().map(move |msr| match msr.index {
+            // Modulo 2^64, as the counter.
+            IA32_TSC => Msr { value: msr.value.wrapping_add(ticks as u64), ..*msr },
+            _ => *msr,
+        })
     }
 
     /// A guest goes on at the frequency that it knows. Where the host's is another one, the hardware has to scale.
@@ -169,14 +189,14 @@ fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
 }
 
 /// Sets the registers. One that KVM refuses must have its value already.
-fn set_msrs(vcpu: &VcpuFd, msrs: &[&Msr]) -> Result<(), KvmError> {
+fn set_msrs(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), KvmError> {
     let mut left = msrs;
     while !left.is_empty() {
         let batch = &left[..left.len().min(MSRS_AT_ONCE)];
-        let count = vcpu.set_msrs(&to_kvm(batch.iter().map(|msr| **msr))).named("KVM_SET_MSRS")?;
+        let count = vcpu.set_msrs(&to_kvm(batch.iter().copied())).named("KVM_SET_MSRS")?;
         left = &left[count..];
         if count < batch.len() {
-            let refused = *left[0];
+            let refused = left[0];
             if get_msrs(vcpu, &[refused.index])? != [refused] {
                 return Err(KvmError::Msr { index: refused.index, value: refused.value });
             }
@@ -223,5 +243,32 @@ impl From<&CpuidLeaf> for kvm_cpuid_entry2 {
             edx,
             ..Default::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_that_passed_moves_the_counter_on_at_the_guests_frequency_and_nothing_else() {
+        let msr = |index, value| Msr { index, value };
+        let state = VcpuState {
+            cpuid: Vec::new(),
+            tsc_khz: Some(2_500_000),
+            mp_state: kvm_mp_state::default(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: Vec::new(),
+            xcrs: kvm_xcrs::default(),
+            debug: kvm_debugregs::default(),
+            lapic: kvm_lapic_state::default(),
+            msrs: vec![msr(IA32_TSC, u64::MAX), msr(IA32_TSC_DEADLINE, 7)],
+            events: kvm_vcpu_events::default(),
+            nested: None,
+        };
+        let after = |seconds| state.msrs_after(Duration::from_secs(seconds)).collect::<Vec<_>>();
+        assert_eq!(after(0), state.msrs);
+        assert_eq!(after(2), [msr(IA32_TSC, 5_000_000_000 - 1), msr(IA32_TSC_DEADLINE, 7)]);
     }
 }

@@ -8,7 +8,7 @@ use snapshot::{AtomicFile, FileId};
 
 use super::copy::copy;
 use super::file::{STEP, Target, extents, make_hole, share};
-use super::{ImageError, Observer};
+use super::{ImageError, Observer, partial};
 use crate::pages::PAGE;
 
 /// What a merge did.
@@ -47,6 +47,9 @@ pub fn merge(base: &Path, diff: &Path, output: &Path, observer: &dyn Observer) -
         }
     }
     let mut merged = apply(&diff_file, diff, &target)?;
+    if partial::is_marked(&base_file) {
+        partial::mark(file.file());
+    }
     merged.id = Some(file.id());
     file.commit()?;
     Ok(merged)

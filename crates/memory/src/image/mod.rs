@@ -4,7 +4,8 @@
 //! servers written for Firecracker included. It is sparse: a page of zeros is a hole.
 //!
 //! A *Full* image is the whole memory. A *Diff* has the pages of a set, and holes elsewhere: there a page of zeros is data,
-//! because a hole means "as in the base". [`merge`] puts a Diff onto its base.
+//! because a hole means "as in the base". [`merge`] puts a Diff onto its base; before that no guest can go on from it, and trying to is an error
+//! ([`RestoreError::Partial`]).
 //!
 //! Nothing of a guest is faulted in by writing its image: pages that were never touched are known by the kernel's page tables, and
 //! pages that are still those of the file which the guest was restored from are copied from file to file (shared,
@@ -20,6 +21,7 @@
 mod copy;
 mod file;
 mod merge;
+mod partial;
 mod restore;
 mod write;
 
@@ -34,6 +36,7 @@ pub use restore::{ImageFile, RestoreError, examine};
 pub use write::{Written, write_diff, write_full};
 
 use crate::layout::MemoryLayout;
+use crate::page_server::FetchError;
 use crate::resident::ResidentError;
 
 /// What the state file says about the memory image.
@@ -58,7 +61,8 @@ impl Section for ImageInfo {
 pub enum ImageKind {
     /// All of the memory.
     Full,
-    /// Some pages, to be merged onto a base; or merged already, where the file was there and of the same size.
+    /// Some pages, to be merged onto a base; or merged already, where the file was there and of the same size. [`ImageFile::partial`] tells
+    /// which.
     Diff,
 }
 
@@ -127,6 +131,9 @@ pub enum ImageError {
     /// The kernel does not say which pages there are.
     #[error(transparent)]
     Resident(#[from] ResidentError),
+    /// The page server does not send what is to be in the image.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
     /// [`Observer::cancelled`] said so.
     #[error("writing {} was cancelled", path.display())]
     Cancelled {

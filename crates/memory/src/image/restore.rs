@@ -8,8 +8,8 @@ use std::sync::Arc;
 use config::HugePages;
 use rustix::fs::{Mode, OFlags};
 
-use super::ImageInfo;
 use super::file::extents;
+use super::{ImageInfo, partial};
 use crate::layout::MemoryLayout;
 use crate::ram::{GuestRam, MapError};
 use crate::source::Source;
@@ -42,6 +42,12 @@ pub enum RestoreError {
         /// What it must have at least.
         needed: u64,
     },
+    /// A Diff whose base is elsewhere.
+    #[error("the memory image {} is a Diff that was not merged onto its base: see vesta-vmm snapshot merge", path.display())]
+    Partial {
+        /// The file.
+        path: PathBuf,
+    },
     /// The kernel refused the mapping.
     #[error(transparent)]
     Map(#[from] MapError),
@@ -56,6 +62,8 @@ pub struct ImageFile {
     pub size: u64,
     /// Of these, those that are no holes.
     pub data_bytes: u64,
+    /// It is a Diff that is to be merged onto its base.
+    pub partial: bool,
 }
 
 /// Looks at the image at `path` that a state file describes as `info`. It may have any size.
@@ -67,7 +75,7 @@ pub fn examine(path: &Path, info: &ImageInfo) -> Result<ImageFile, RestoreError>
         let extent = extent.map_err(|source| RestoreError::Read { path: path.clone(), source })?;
         data_bytes += extent.end - extent.start;
     }
-    Ok(ImageFile { path, size, data_bytes })
+    Ok(ImageFile { path, size, data_bytes, partial: partial::is_marked(&file) })
 }
 
 /// Opens an image, which is a regular file, and tells its size. A pipe or device there is refused without waiting for it.
@@ -100,6 +108,9 @@ impl GuestRam {
         let needed = layout.file_size();
         if found < needed {
             return Err(RestoreError::TooShort { path: path.to_path_buf(), found, needed });
+        }
+        if partial::is_marked(&file) {
+            return Err(RestoreError::Partial { path: path.to_path_buf() });
         }
         if huge_pages != HugePages::Hugetlbfs2M {
             let source = Source::File(Arc::new(file));

@@ -4,18 +4,22 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 use snapshot::{AtomicFile, Staged};
 
 use super::copy::copy;
 use super::file::{STEP, Target, extents, make_hole, share};
-use super::{ImageError, ImageInfo, ImageKind, Observer};
+use super::{ImageError, ImageInfo, ImageKind, Observer, partial};
 use crate::pages::{PAGE, PageSet};
 use crate::ram::GuestRam;
 use crate::source::Source;
 use crate::sys::guest_io;
 use crate::sys::span::Span;
+
+/// How long a page server may send nothing while its pages are needed for an image.
+const FETCH_PATIENCE: Duration = Duration::from_secs(10);
 
 /// An image that is whole, but not under its final name yet: the state file is still to come.
 #[derive(Debug)]
@@ -78,6 +82,12 @@ pub fn write_diff(
     job.put(pages, Zeros::Write)?;
     if base.is_none() {
         job.fill_coarse_extents(pages)?;
+    }
+    if match &base {
+        Some(base) => partial::is_marked(base),
+        None => job.lacks_any(pages)?,
+    } {
+        partial::mark(file.file());
     }
     let written = job.written;
     finish(ram, file, ImageKind::Diff, written)
@@ -159,6 +169,21 @@ impl<'a> Job<'a> {
         Ok(pages)
     }
 
+    /// Whether the guest has anything in other pages than these.
+    fn lacks_any(&self, pages: &PageSet) -> Result<bool, ImageError> {
+        let mut others = match self.ram.source() {
+            Source::PageServer(_) => self.ram.all_pages(),
+            Source::Zeros => self.ram.private_pages()?,
+            Source::File(base) => {
+                let mut others = self.data_pages(base)?;
+                others.insert_all(&self.ram.private_pages()?);
+                others
+            }
+        };
+        others.remove_all(pages);
+        Ok(!others.is_empty())
+    }
+
     fn copy(&mut self, from: &File, range: Range<u64>) -> Result<(), ImageError> {
         let (target, total, before) = (self.target, self.total, self.done);
         self.done += range.end - range.start;
@@ -168,6 +193,10 @@ impl<'a> Job<'a> {
 
     /// Writes pages from memory.
     fn put(&mut self, pages: &PageSet, zeros: Zeros) -> Result<(), ImageError> {
+        if let Source::PageServer(connection) = self.ram.source() {
+            // Before they are read here, where a page that does not come would be waited for for ever.
+            connection.fetch(self.ram, pages, FETCH_PATIENCE)?;
+        }
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
             let span = self.ram.spans()[index];
             for run in pages.runs(index) {

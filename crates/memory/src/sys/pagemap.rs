@@ -58,6 +58,8 @@ pub(crate) enum Which {
     Mapped,
     /// Of these, the ones that this process has for itself: not a file's page in the page cache.
     Private,
+    /// These, and where the shared page of zeros is mapped: the kernel puts it in the place of zeros that were written, when it splits a huge page.
+    PrivateOrZeros,
 }
 
 /// The page tables of this process. After a fork the child needs its own.
@@ -99,7 +101,11 @@ impl Pagemap {
 
     fn walk_by_scan(&self, span: Span, which: Which, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); 1024];
-        let not = PAGE_IS_PFNZERO | if which == Which::Private { PAGE_IS_FILE } else { 0 };
+        let not = match which {
+            Which::Mapped => PAGE_IS_PFNZERO,
+            Which::Private => PAGE_IS_PFNZERO | PAGE_IS_FILE,
+            Which::PrivateOrZeros => PAGE_IS_FILE,
+        };
         let end = span.addr() + span.len();
         let mut start = span.addr();
         while start < end {

@@ -63,8 +63,10 @@ impl Info {
 impl MicroVm {
     fn json(&self) -> Value {
         let MicroVm { config, image, machine, memory } = self;
-        let file = memory.as_ref().map(|ImageFile { path, size, data_bytes }| {
-            json!({ "path": path.display().to_string(), "size": size, "data_bytes": data_bytes })
+        let file = memory.as_ref().map(|file: &ImageFile| {
+            let ImageFile { path, size, data_bytes, partial } = file;
+            let path = path.display().to_string();
+            json!({ "path": path, "size": size, "data_bytes": data_bytes, "partial": partial })
         });
         json!({
             "id": config.id,
@@ -131,8 +133,13 @@ impl fmt::Display for MicroVm {
             let end = region.guest_addr + region.size;
             writeln!(f, "region          {:#x} to {end:#x} at {:#x}", region.guest_addr, region.offset)?;
         }
-        if let Some(ImageFile { path, size, data_bytes }) = memory {
-            writeln!(f, "found           {}: {size} bytes, {data_bytes} without holes", path.display())?;
+        if let Some(ImageFile { path, size, data_bytes, partial }) = memory {
+            let partial = if *partial { ", a Diff to be merged" } else { "" };
+            writeln!(
+                f,
+                "found           {}: {size} bytes, {data_bytes} without holes{partial}",
+                path.display()
+            )?;
         }
         writeln!(f, "transport       virtio-{}", if *pci { "pci" } else { "mmio" })?;
         config.drives.iter().try_for_each(|drive| show_drive(f, drive, fresh_overlays))?;

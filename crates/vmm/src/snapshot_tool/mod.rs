@@ -16,7 +16,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use control::snapshot::{Saved, VerifyError, verify};
-use memory::image::{ImageError, ImageKind, Merged, RestoreError, merge, merge_in_place};
+use memory::image::{ImageError, Merged, RestoreError, merge, merge_in_place};
 use snapshot::{FORMAT_VERSION, ReadError, Snapshot};
 
 use crate::exit::ExitCode;
@@ -101,12 +101,8 @@ fn perform(tool: &Tool) -> Result<(), ToolError> {
             let description = &verified.saved.description;
             say(format_args!("{}: {} sections are good\n", state.display(), description.sections.len()))?;
             let Some(file) = verified.memory else { return Ok(()) };
-            let image = &verified.saved.image;
             say(format_args!("{}: {} bytes, as they should be\n", file.path.display(), file.size))?;
-            match image.kind {
-                ImageKind::Full => Ok(()),
-                ImageKind::Diff => say("This is a Diff: its memory is whole only after merging.\n"),
-            }
+            if file.partial { say("This is a Diff that is to be merged onto its base.\n") } else { Ok(()) }
         }
         Tool::Merge { base, diff, output } => {
             let merged = match output {
