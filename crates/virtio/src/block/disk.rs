@@ -131,7 +131,7 @@ impl Disk {
             } else {
                 let size = overlay.size_mib.map(|mib| mib << 20);
                 let wait_for_disk = options.cache_type == CacheType::Writeback;
-                stack.set_top(Top::open(&overlay.path, beneath, size, wait_for_disk)?);
+                stack.set_top(Top::open(&overlay.path, beneath, &stack.files(), size, wait_for_disk)?);
             }
         }
         Ok(Disk {
@@ -217,6 +217,12 @@ impl Disk {
 }
 
 impl Disk {
+    /// Ends its use in order: an overlay is closed, so that it holds on any host what was written to it (durable, if flushes wait for the
+    /// disk). A plain disk has what was written to it already, as far as it is promised. Blocks. No request is in flight.
+    pub fn close(&self) -> Result<(), DiskError> {
+        self.stack.top().map_or(Ok(()), |top| Ok(top.close()?))
+    }
+
     /// Makes its files a base that others can put overlays on: they hold all that the disk does (durable if flushes wait for the
     /// disk), and an overlay is let go. Blocks. No request is in flight, and none may come any more: whoever used this disk goes on with
     /// an overlay on it.

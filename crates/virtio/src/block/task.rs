@@ -170,9 +170,8 @@ impl BlockTask {
             if matches!(stop, Stop::Empty) && !cx.is_polling() && self.enable_notifications()? {
                 continue;
             }
-            part.queue.settle();
             let changes_over = self.next.is_some() && part.queue.is_idle();
-            if !part.queue.has_more() && !changes_over {
+            if !changes_over {
                 return Ok(());
             }
         }

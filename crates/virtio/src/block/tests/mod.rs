@@ -6,6 +6,7 @@ mod device_model;
 mod errors;
 mod guest;
 mod host_crash;
+mod killed;
 mod model;
 pub(super) mod recorder;
 
