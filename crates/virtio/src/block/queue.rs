@@ -93,8 +93,8 @@ pub(super) enum Tag {
     Whole(Token),
     /// A whole write to an overlay; it holds these sectors afterwards.
     Hold { token: Token, sector: u64, count: u64 },
-    /// A discard on a plain disk: one that the disk cannot do is done.
-    Discard(Token),
+    /// A discard: one that the disk cannot do is done.
+    Discard { token: Token, offset: u64, len: u64 },
     /// Zeroing of a range, by the file system; where it cannot, zeros are written.
     Zero { token: Token, offset: u64, len: u64 },
     /// A part of a request.
@@ -300,11 +300,9 @@ impl DiskQueue {
     }
 
     fn discard(&mut self, token: Token, offset: u64, len: u64) {
-        if self.stack.top().is_some() {
-            // What lies beneath must not show through, so here a discard is a zeroing.
-            return self.zero(token, offset, len, false);
-        }
-        self.engine.push(Transfer::zero(0, offset, len, false, Tag::Discard(token)));
+        let (file, start) = self.stack.write_target();
+        let tag = Tag::Discard { token, offset, len };
+        self.engine.push(Transfer::zero(file, start + offset, len, false, tag));
     }
 
     fn zero(&mut self, token: Token, offset: u64, len: u64, keep_space: bool) {
@@ -416,8 +414,10 @@ impl DiskQueue {
         match tag {
             Tag::Whole(token) => self.finish(token, result),
             Tag::Hold { token, sector, count } => self.changed(token, sector, count, result),
-            Tag::Discard(token) => {
-                self.finish(token, if is_unsupported(result) { Ok(()) } else { result });
+            Tag::Discard { token, .. } if is_unsupported(result) => self.finish(token, Ok(())),
+            // What lies beneath an overlay must not show through: it holds zeros there.
+            Tag::Discard { token, offset, len } => {
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
             }
             Tag::Zero { token, offset, len } => {
                 if is_unsupported(result) {

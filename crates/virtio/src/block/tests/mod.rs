@@ -7,6 +7,7 @@ mod errors;
 mod guest;
 mod host_crash;
 mod killed;
+mod limits;
 mod model;
 pub(super) mod recorder;
 
