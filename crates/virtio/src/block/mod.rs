@@ -20,8 +20,9 @@
 //!
 //! # Bounds
 //!
-//! Up to 256 requests per engine are in flight, each of at most 256 segments; what a guest makes available beyond that stays in
-//! its ring. A request of any length is worked off in parts of 1 MiB, so no guest keeps a worker to itself.
+//! Up to 256 requests per engine are in flight, each of at most 256 segments and 64 MiB, and no more are taken while they have 64 MiB
+//! together; what a guest makes available beyond that stays in its ring. A large request is worked off in parts of 1 MiB, so no guest
+//! keeps a worker to itself.
 
 mod beginning;
 pub mod buffers;
@@ -32,6 +33,8 @@ pub mod disk;
 pub mod engine;
 mod flight;
 mod flush;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod fuzz;
 mod holding;
 mod lane;
 pub mod overlay;
