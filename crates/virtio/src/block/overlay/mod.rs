@@ -140,7 +140,7 @@ pub(super) struct Beneath {
     pub(super) size: u64,
     /// The overlay beneath, or zeros.
     pub(super) uuid: [u8; 16],
-    /// How often the overlay beneath was opened for writing.
+    /// How many sessions have written to the overlay beneath.
     pub(super) sessions: u64,
     /// CRC-32 of its first and last 64 KiB.
     pub(super) fingerprint: u32,
