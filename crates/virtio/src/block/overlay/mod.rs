@@ -361,13 +361,17 @@ impl Top {
             let state = self.state();
             (state.sessions, state.closed)
         };
-        // One that never began and was left open by another is as good as that left it, unless it can be made better.
-        if !self.is_begun() && (closed || !self.wait_for_disk) {
+        if !self.is_begun() && closed {
             return Ok(());
         }
+        // One that never began speaks for another that was left open, which waited for the disk perhaps.
+        let durable = self.wait_for_disk || !self.is_begun();
         self.sync()?;
+        if durable && !self.wait_for_disk {
+            rustix::fs::fdatasync(&self.file)?;
+        }
         self.file.write_all_at(Self::session(sessions, CLOSED).as_bytes(), SESSION_OFFSET)?;
-        if self.wait_for_disk {
+        if durable {
             rustix::fs::fdatasync(&self.file)?;
         }
         self.state().closed = true;
