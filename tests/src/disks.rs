@@ -164,6 +164,44 @@ pub fn bytes_at(path: &Path, offset: u64, len: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The file of an overlay, as its format is documented (`virtio::block::overlay`).
+#[derive(Debug)]
+pub struct OverlayFile {
+    path: PathBuf,
+    /// Length of each of its two maps, in bytes.
+    map_len: u64,
+}
+
+impl OverlayFile {
+    const MAPS: u64 = 8192;
+
+    /// The overlay at `path`.
+    pub fn open(path: &Path) -> Result<OverlayFile> {
+        let header = bytes_at(path, 0, 24)?;
+        ensure!(header.starts_with(b"VESTAOVL"), "{} is not an overlay", path.display());
+        let size = u64::from_le_bytes(header[16..].try_into()?);
+        Ok(OverlayFile { path: path.into(), map_len: size.div_ceil(512 * 32768) * 4096 })
+    }
+
+    /// Whether its last session was closed in order.
+    pub fn is_closed(&self) -> Result<bool> {
+        Ok(bytes_at(&self.path, 4096 + 32, 4)? == [3, 0, 0, 0])
+    }
+
+    /// Whether one of its maps says that it has this sector.
+    pub fn holds(&self, sector: u64) -> Result<bool> {
+        let byte = Self::MAPS + sector / 8;
+        let maps = [byte, byte + self.map_len].map(|at| bytes_at(&self.path, at, 1));
+        Ok(maps.into_iter().collect::<Result<Vec<_>>>()?.iter().any(|byte| byte[0] >> (sector % 8) & 1 == 1))
+    }
+
+    /// What it has there.
+    pub fn bytes(&self, sector: u64, len: usize) -> Result<Vec<u8>> {
+        let data = (Self::MAPS + 2 * self.map_len).next_multiple_of(MIB);
+        bytes_at(&self.path, data + sector * 512, len)
+    }
+}
+
 /// How much of a file takes space, in bytes.
 pub fn space_of(path: &Path) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;

@@ -84,7 +84,7 @@ pub struct Overlay {
 /// Whether a guest's flush waits for the disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CacheType {
-    /// The guest cannot flush. What it wrote survives the monitor, and is lost with the host.
+    /// The guest cannot flush. What it wrote survives the monitor, and may be lost with the host.
     #[default]
     Unsafe,
     /// The guest can flush, and what it flushed survives the host.
@@ -177,13 +177,7 @@ impl Drive {
                 return Err(DriveError::BadPath { drive_id: drive_id(), field }.into());
             }
         }
-        in_range("num_queues", self.num_queues().into(), 1, MAX_DRIVE_QUEUES.into())?;
-        in_range("io_threads", self.io_threads().into(), 1, self.num_queues().into())?;
-        let queue_size = self.queue_size();
-        in_range("queue_size", queue_size.into(), MIN_DRIVE_QUEUE_SIZE.into(), MAX_DRIVE_QUEUE_SIZE.into())?;
-        if !queue_size.is_power_of_two() {
-            return Err(DriveError::QueueSize { queue_size }.into());
-        }
+        check_drive_queues(self.num_queues(), self.io_threads(), self.queue_size())?;
         if let Some(overlay) = &self.overlay {
             if self.io_threads() > 1 {
                 return Err(DriveError::OverlayThreads { io_threads: self.io_threads() }.into());
@@ -247,6 +241,14 @@ impl Drive {
     }
 }
 
+/// Checks how the queues of a drive are cut.
+pub fn check_drive_queues(num_queues: u16, io_threads: u16, queue_size: u16) -> Result<(), ConfigError> {
+    in_range("num_queues", num_queues.into(), 1, MAX_DRIVE_QUEUES.into())?;
+    in_range("io_threads", io_threads.into(), 1, num_queues.into())?;
+    in_range("queue_size", queue_size.into(), MIN_DRIVE_QUEUE_SIZE.into(), MAX_DRIVE_QUEUE_SIZE.into())?;
+    if queue_size.is_power_of_two() { Ok(()) } else { Err(DriveError::QueueSize { queue_size }.into()) }
+}
+
 /// Largest disk of an overlay in MiB: 16 TiB.
 const MAX_OVERLAY_SIZE_MIB: u64 = 16 << 20;
 
@@ -256,7 +258,7 @@ const MAX_OVERLAY_SIZE_MIB: u64 = 16 << 20;
 pub struct DriveUpdate {
     /// Which drive.
     pub drive_id: String,
-    /// The disk to go on with. The same path again makes the guest see a new size.
+    /// The disk to go on with. The same path again makes the guest see a new size (and changes nothing where there is an overlay, whose size is its own).
     #[serde(default)]
     pub path_on_host: Option<PathBuf>,
     /// New limits; a bucket that is absent stays as it is, one of no size is switched off.

@@ -39,6 +39,7 @@ pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS, MAX_BOOT_ARGS_LEN};
 pub use drive::{
     CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveError, DriveUpdate, IoEngine, MAX_DRIVE_ID_LEN,
     MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MIN_DRIVE_QUEUE_SIZE, Overlay,
+    check_drive_queues,
 };
 pub use entropy::Entropy;
 pub use fork::{Child, DriveOverlay, Fork, ForkError, MAX_CHILDREN};

@@ -385,8 +385,11 @@ impl<H: Host> Controller<H> {
         let control = self.machine().and_then(|machine| machine.devices().drive(&update.drive_id)).cloned();
         let control = control.ok_or_else(no_such)?;
         let drive = self.config.drives[at].updated(update)?;
-        if update.path_on_host.is_some() || update.overlay.is_some() {
-            let disk = Disk::open(&DiskOptions::of(&drive)).map_err(CommandError::new)?;
+        let options = DiskOptions::of(&drive);
+        // An overlay that is written to fits the disk that it was made on, and that one only: the same paths can be but the same disk.
+        let same = self.disks[at].has_overlay() && options == DiskOptions::of(&self.config.drives[at]);
+        if (update.path_on_host.is_some() || update.overlay.is_some()) && !same {
+            let disk = Disk::open(&options).map_err(CommandError::new)?;
             let mut replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
             self.disks[at] = disk;
             if let Err(still) = replaced.wait(REPLACE_PATIENCE) {

@@ -21,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod closing;
 pub mod command;
 pub mod controller;
 pub mod fork;

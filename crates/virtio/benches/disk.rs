@@ -137,10 +137,7 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
         if any || queue.has_more() {
             continue;
         }
-        queue.settle();
-        if !queue.has_more()
-            && let Some(event) = queue.event()
-        {
+        if let Some(event) = queue.event() {
             let mut fds = [PollFd::from_borrowed_fd(event, PollFlags::IN)];
             rustix::event::poll(&mut fds, None).expect("poll");
         }

@@ -6,16 +6,14 @@
 
 mod pci_bus;
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use config::{CacheType, IoEngine};
-use rustix::fs::MemfdFlags;
+use config::CacheType;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::block::disk::{Disk, DiskOptions};
+use crate::block::fuzz::FuzzedDisk;
+pub use crate::block::fuzz::overlay;
 use crate::block::{Block, BlockConfig};
 use crate::device::{Device, DeviceState};
 use crate::entropy::Entropy;
@@ -36,7 +34,7 @@ const RAM_MIB: u32 = 1;
 const MAX_ACTS: usize = 400;
 
 /// Bytes as numbers. At the end there are zeros.
-struct Input<'a>(&'a [u8]);
+pub(crate) struct Input<'a>(pub(crate) &'a [u8]);
 
 impl Input<'_> {
     fn bytes<const N: usize>(&mut self) -> [u8; N] {
@@ -48,19 +46,19 @@ impl Input<'_> {
         bytes
     }
 
-    fn u8(&mut self) -> u8 {
+    pub(crate) fn u8(&mut self) -> u8 {
         u8::from_le_bytes(self.bytes())
     }
 
-    fn u16(&mut self) -> u16 {
+    pub(crate) fn u16(&mut self) -> u16 {
         u16::from_le_bytes(self.bytes())
     }
 
-    fn u32(&mut self) -> u32 {
+    pub(crate) fn u32(&mut self) -> u32 {
         u32::from_le_bytes(self.bytes())
     }
 
-    fn u64(&mut self) -> u64 {
+    pub(crate) fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.bytes())
     }
 
@@ -173,11 +171,17 @@ pub fn block(data: &[u8]) {
     let mut input = Input(data);
     let how = input.u8();
     let kind = if how & 1 == 0 { Kind::Mmio } else { Kind::Pci };
-    let options =
-        block_options(how & 2 != 0, if how & 4 != 0 { CacheType::Writeback } else { CacheType::Unsafe });
-    let config = BlockConfig { id: "fuzzed".into(), num_queues: 1, queue_size: SIZE, io_threads: 1 };
+    let disk = FuzzedDisk {
+        read_only: how & 2 != 0,
+        cache_type: if how & 4 != 0 { CacheType::Writeback } else { CacheType::Unsafe },
+        // One to read must be there before.
+        overlaid: how & 0xa == 8,
+        large: how & 16 != 0,
+    };
+    let num_queues = if how & 32 != 0 { 2 } else { 1 };
+    let config = BlockConfig { id: "fuzzed".into(), num_queues, queue_size: SIZE, io_threads: 1 };
     let workers = vec![WorkerId(0)];
-    let (device, mut control) = Block::new(config, open(&options), limits(&mut input), workers.clone(), 1)
+    let (device, mut control) = Block::new(config, disk.open(), limits(&mut input), workers.clone(), 1)
         .expect("a device can be made");
     let mut guest = new_guest(kind, Box::new(device));
     let mut driver = Some(guest.start(BASE, SIZE, true));
@@ -195,15 +199,14 @@ pub fn block(data: &[u8]) {
                 };
                 let worker = TestWorker::new();
                 let device;
-                (device, control) = Block::restore(&own, open(&options), workers.clone(), worker.now())
+                (device, control) = Block::restore(&own, disk.open(), workers.clone(), worker.now())
                     .expect("what was saved can be restored");
                 let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), worker);
                 copy.restore(&state).expect("what was saved can be restored");
                 guest = copy;
             }
             3 => {
-                let mut replaced =
-                    control.replace(open(&options)).expect("the same disk can be opened again");
+                let mut replaced = control.replace(disk.open()).expect("the same disk can be opened again");
                 guest.worker.run();
                 replaced.wait(Duration::ZERO).expect("nothing is in flight");
             }
@@ -459,24 +462,6 @@ fn good_request(input: &mut Input<'_>, guest: &mut Guest, driver: &mut Option<Dr
     }
 }
 
-fn open(options: &DiskOptions) -> Disk {
-    Disk::open(options).expect("a file in memory can be opened")
-}
-
-/// A small disk in memory; the same file each time on this thread.
-fn block_options(read_only: bool, cache_type: CacheType) -> DiskOptions {
-    thread_local! {
-        static FILE: File = {
-            let fd = rustix::fs::memfd_create("disk", MemfdFlags::CLOEXEC).expect("a file in memory can be made");
-            let file = File::from(fd);
-            file.set_len(100 * 512).expect("a file in memory has any size");
-            file
-        };
-    }
-    let path = FILE.with(|file| format!("/proc/self/fd/{}", file.as_raw_fd()));
-    DiskOptions { path: path.into(), read_only, cache_type, engine: Some(IoEngine::Sync), overlay: None }
-}
-
 const NO_LIMIT: BucketConfig = BucketConfig { size: 0, refill_time_ms: 0, one_time_burst: 0 };
 
 fn limits(input: &mut Input<'_>) -> RateLimiterConfig {
@@ -632,5 +617,10 @@ mod tests {
     #[test]
     fn random_guests_do_not_break_block() {
         seeded(block, 2_000);
+    }
+
+    #[test]
+    fn overlays_with_random_changes_are_refused_or_are_disks() {
+        seeded(overlay, 1_000);
     }
 }

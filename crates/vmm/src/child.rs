@@ -106,7 +106,7 @@ fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
     let mut controller = ManuallyDrop::new(controller);
     let ended = event_loop::serve(&mut controller, requests.as_ref(), &source, &signals);
     drop(requests);
-    controller.remove_socket_files();
+    event_loop::end(&mut controller);
     end_of(ended.map_err(crate::RunError::from))
 }
 

@@ -19,6 +19,9 @@ use crate::{child, logger, signals, terminal};
 /// How long the guest's last output may take to be carried out when the process ends.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
+/// How long the last writes to the guest's overlays may take when the process ends.
+const LAST_WRITES: Duration = Duration::from_secs(5);
+
 /// What ended the loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ended {
@@ -52,6 +55,12 @@ pub(crate) fn serve<H: Host>(
     };
     controller.drain_serial(LAST_OUTPUT);
     Ok(ended)
+}
+
+/// What is left to do for a microVM when the process ends, whether it was ever started or not.
+pub(crate) fn end<H: Host>(controller: &mut Controller<H>) {
+    controller.close_disks(LAST_WRITES);
+    controller.remove_socket_files();
 }
 
 /// Waits until any of them has something.

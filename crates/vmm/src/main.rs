@@ -173,7 +173,7 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     };
     let ended =
         started.and_then(|()| Ok(event_loop::serve(&mut controller, requests.as_ref(), &source, &signals)?));
-    controller.remove_socket_files();
+    event_loop::end(&mut controller);
     ended
 }
 

@@ -1,6 +1,6 @@
 //! Signals: those that ask this process to end, and those that say it is broken.
 //!
-//! SIGTERM, SIGINT and SIGQUIT end it as they would end any program, but in order: the guest's output is carried out, the
+//! SIGTERM, SIGINT and SIGQUIT end it as they would end any program, but in order: the guest's output is carried out, its overlays closed, the
 //! socket removed, the terminal restored, and then the signal takes its default course, so that a parent sees it. SIGHUP does the same
 //! with an exit code of its own. The fatal ones end it at once with theirs.
 

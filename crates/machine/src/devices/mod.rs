@@ -215,8 +215,7 @@ impl Devices {
             Workers::start(WorkersConfig { shared: setup.shared_workers(), ..WorkersConfig::default() })
                 .map_err(|source| DeviceError::Host { what: "an I/O worker", source })?;
         let drives = root_first(setup.drives);
-        let own = own_workers(&drives, saved, &workers)
-            .map_err(|source| DeviceError::Host { what: "an I/O worker", source })?;
+        let own = own_workers(&drives, saved, &workers)?;
         if saved.is_some() {
             // They have nothing to do; what they may have to wait for is a processor.
             workers.pause(START_PATIENCE).map_err(|busy| DeviceError::Host {
@@ -299,6 +298,11 @@ impl Devices {
         self.workers.as_ref()
     }
 
+    /// Lets nothing new be taken from the guest's queues, for good, and waits at most `patience` until nothing is in flight.
+    pub fn still(&self, patience: Duration) -> Result<(), virtio::worker::PauseError> {
+        self.workers.as_ref().map_or(Ok(()), |workers| workers.pause(patience))
+    }
+
     /// A drive, to be changed while it works.
     pub fn drive(&self, id: &str) -> Option<&BlockControl> {
         self.drives.get(id)
@@ -341,15 +345,16 @@ fn own_workers(
     drives: &[(Drive, Disk)],
     saved: Option<&DevicesState>,
     workers: &Workers,
-) -> io::Result<Vec<Vec<WorkerId>>> {
+) -> Result<Vec<Vec<WorkerId>>, DeviceError> {
     let threads =
         |drive: &Drive| match saved.and_then(|saved| saved.device(&format!("drive {}", drive.drive_id))) {
-            Some(DeviceState::Block(state)) => state.config.io_threads,
-            _ => drive.io_threads(),
+            Some(DeviceState::Block(state)) => state.config.check().map(|()| state.config.io_threads),
+            _ => Ok(drive.io_threads()),
         };
     let own = |(drive, disk): &(Drive, Disk)| {
-        let count = if disk.wants_own_workers() { threads(drive) } else { 0 };
-        (0..count).map(|_| workers.dedicated()).collect()
+        let count = if disk.wants_own_workers() { threads(drive)? } else { 0 };
+        let made = (0..count).map(|_| workers.dedicated()).collect::<io::Result<_>>();
+        made.map_err(|source| DeviceError::Host { what: "an I/O worker", source })
     };
     drives.iter().map(own).collect()
 }

@@ -4,10 +4,12 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes, KnownLayout};
 
 use super::SECTOR;
-use super::request::{MAX_RANGE_SECTORS, MAX_RANGES};
+use super::request::{MAX_BUFFER, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
 
 /// Feature bits of a block device (5.2.3).
 pub(super) mod feature {
+    /// `size_max` counts.
+    pub(in crate::block) const SIZE_MAX: u64 = 1 << 1;
     /// `seg_max` counts.
     pub(in crate::block) const SEG_MAX: u64 = 1 << 2;
     /// Writes are refused.
@@ -63,7 +65,7 @@ impl ConfigSpace {
     pub(super) fn new(size: u64, num_queues: u16, queue_size: u16) -> Self {
         ConfigSpace {
             capacity: (size / SECTOR).into(),
-            size_max: 0.into(),
+            size_max: MAX_BUFFER.into(),
             // Header and status take a descriptor each.
             seg_max: SEG_MAX.min(u32::from(queue_size) - 2).into(),
             geometry: [0; 4],
@@ -75,10 +77,10 @@ impl ConfigSpace {
             writeback: 0,
             unused0: 0,
             num_queues: num_queues.into(),
-            max_discard_sectors: MAX_RANGE_SECTORS.into(),
+            max_discard_sectors: MAX_DISCARD_SECTORS.into(),
             max_discard_seg: MAX_RANGES.into(),
             discard_sector_alignment: SECTORS_PER_PAGE.into(),
-            max_write_zeroes_sectors: MAX_RANGE_SECTORS.into(),
+            max_write_zeroes_sectors: MAX_ZEROES_SECTORS.into(),
             max_write_zeroes_seg: MAX_RANGES.into(),
             write_zeroes_may_unmap: 1,
             unused1: [0; 3],
@@ -93,6 +95,7 @@ mod tests {
 
     #[test]
     fn fields_stand_where_the_specification_puts_them() {
+        assert_eq!(offset_of!(ConfigSpace, size_max), 8);
         assert_eq!(offset_of!(ConfigSpace, seg_max), 12);
         assert_eq!(offset_of!(ConfigSpace, blk_size), 20);
         assert_eq!(offset_of!(ConfigSpace, physical_block_exp), 24);

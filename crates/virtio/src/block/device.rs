@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use config::{CacheType, Drive};
+use config::{CacheType, ConfigError, Drive, check_drive_queues};
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
@@ -45,6 +45,14 @@ pub enum BlockError {
         /// What the guest relies on.
         was: &'static str,
     },
+    /// A saved device that cannot be.
+    #[error("the saved state of drive {id} is not possible: {source}")]
+    State {
+        /// Which drive.
+        id: String,
+        /// What is wrong with it.
+        source: ConfigError,
+    },
     /// Several I/O threads for a disk that only one can serve.
     #[error("drive {id} has an overlay: only one I/O thread can serve it, not {threads}")]
     OverlayThreads {
@@ -62,7 +70,7 @@ pub struct BlockConfig {
     pub id: String,
     /// Number of queues, 1 or more.
     pub num_queues: u16,
-    /// Descriptors per queue: a power of two, 4 or more.
+    /// Descriptors per queue: a power of two.
     pub queue_size: u16,
     /// Number of tasks that the queues are dealt out to, 1 to `num_queues`.
     pub io_threads: u16,
@@ -77,6 +85,12 @@ impl BlockConfig {
             queue_size: drive.queue_size(),
             io_threads: drive.io_threads(),
         }
+    }
+
+    /// Checks one that comes from a file: it is within the bounds of a drive's.
+    pub fn check(&self) -> Result<(), BlockError> {
+        check_drive_queues(self.num_queues, self.io_threads, self.queue_size)
+            .map_err(|source| BlockError::State { id: self.id.clone(), source })
     }
 }
 
@@ -170,6 +184,7 @@ impl Block {
         workers: Vec<WorkerId>,
         now: Nanos,
     ) -> Result<(Self, BlockControl), BlockError> {
+        state.config.check()?;
         let differs = |was| BlockError::Differs { id: state.config.id.clone(), was };
         if disk.is_read_only() != state.read_only {
             return Err(differs(if state.read_only { "read-only" } else { "writable" }));
@@ -225,7 +240,7 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let mut features = feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY;
+        let mut features = feature::SIZE_MAX | feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY;
         if self.read_only {
             features |= feature::RO;
         } else {
@@ -303,6 +318,11 @@ impl Device for Block {
 }
 
 impl BlockControl {
+    /// Whether nothing works with its disk: its workers are paused and have nothing in flight, or the guest does not use it.
+    pub fn is_still(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.is_parked())
+    }
+
     /// The disk in use.
     pub fn disk(&self) -> Disk {
         locked(&self.shared.front).disk.clone()

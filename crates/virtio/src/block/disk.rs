@@ -131,7 +131,7 @@ impl Disk {
             } else {
                 let size = overlay.size_mib.map(|mib| mib << 20);
                 let wait_for_disk = options.cache_type == CacheType::Writeback;
-                stack.set_top(Top::open(&overlay.path, beneath, size, wait_for_disk)?);
+                stack.set_top(Top::open(&overlay.path, beneath, &stack.files(), size, wait_for_disk)?);
             }
         }
         Ok(Disk {
@@ -171,9 +171,10 @@ impl Disk {
     /// Whether workers of its own make it quicker, ones that may wait for it ([`Patience::MayWait`]): where a request would
     /// otherwise go to another thread and back, though most are but copies into the page cache. Writes to a file do (most file
     /// systems cannot tell `io_uring` beforehand that they will not wait), and everything with [`IoEngine::Sync`].
+    ///
+    /// A disk of no size counts as well: it stands for one that takes its place later, when workers cannot be made any more.
     pub fn wants_own_workers(&self) -> bool {
-        let writes_to_file = !self.read_only && self.stack.writes_to_file();
-        self.size() > 0 && (self.engine == IoEngine::Sync || writes_to_file)
+        self.engine == IoEngine::Sync || (!self.read_only && self.stack.writes_to_file())
     }
 
     /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
@@ -217,6 +218,12 @@ impl Disk {
 }
 
 impl Disk {
+    /// Ends its use in order: an overlay is closed, so that it holds on any host what was written to it (durable, if flushes wait for the
+    /// disk). A plain disk has what was written to it already, as far as it is promised. Blocks. No request is in flight.
+    pub fn close(&self) -> Result<(), DiskError> {
+        self.stack.top().map_or(Ok(()), |top| Ok(top.close()?))
+    }
+
     /// Makes its files a base that others can put overlays on: they hold all that the disk does (durable if flushes wait for the
     /// disk), and an overlay is let go. Blocks. No request is in flight, and none may come any more: whoever used this disk goes on with
     /// an overlay on it.
@@ -304,6 +311,6 @@ mod tests {
         assert!(wants(4096, false, IoEngine::Async), "writes to a file");
         assert!(!wants(4096, true, IoEngine::Async), "reads go through the ring");
         assert!(wants(4096, true, IoEngine::Sync), "all waits");
-        assert!(!wants(0, false, IoEngine::Async), "there is nothing to read or write");
+        assert!(wants(0, false, IoEngine::Async), "what is to take its place may be written to");
     }
 }

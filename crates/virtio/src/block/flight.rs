@@ -10,6 +10,7 @@ use crate::queue::GuestBuffer;
 pub(super) struct Flying {
     slots: Vec<Flight>,
     free: Vec<DiskToken>,
+    bytes: u64,
 }
 
 /// One request that is with the disk.
@@ -21,6 +22,8 @@ pub(super) struct Flight {
     pub(super) writable_len: u32,
     pub(super) status: GuestBuffer,
     pub(super) what: What,
+    /// Bytes that the disk may have to move for it.
+    pub(super) bytes: u64,
     /// How many answers of the disk are to come.
     pub(super) left: u32,
     pub(super) error: Option<Errno>,
@@ -45,6 +48,7 @@ pub(super) enum What {
 impl Flying {
     /// Adds a request; its token is one that no other has.
     pub(super) fn add(&mut self, flight: Flight) -> DiskToken {
+        self.bytes += flight.bytes;
         if let Some(token) = self.free.pop() {
             self.slots[token as usize] = flight;
             token
@@ -52,6 +56,11 @@ impl Flying {
             self.slots.push(flight);
             (self.slots.len() - 1) as DiskToken
         }
+    }
+
+    /// Bytes that the disk may have to move for all of them.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// A request that was added.
@@ -62,6 +71,8 @@ impl Flying {
     /// Takes a request out.
     pub(super) fn remove(&mut self, token: DiskToken) -> Flight {
         self.free.push(token);
-        self.slots[token as usize]
+        let flight = self.slots[token as usize];
+        self.bytes -= flight.bytes;
+        flight
     }
 }

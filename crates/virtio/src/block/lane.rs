@@ -100,6 +100,11 @@ impl Lane {
         receiver
     }
 
+    /// Whether no task works with the lane's part of the disk.
+    pub(super) fn is_parked(&self) -> bool {
+        locked(&self.slot).parked.is_some()
+    }
+
     /// Takes the lane's part of the disk out.
     pub(super) fn take(&self) -> Option<Box<Part>> {
         locked(&self.slot).parked.take()

@@ -5,8 +5,8 @@
 //!  task.rs     its work: chains in, requests out, used ring; flight.rs    config_space.rs, stats.rs
 //!      |       lane.rs: its part of the disk
 //!      |
-//!  queue.rs    requests -> transfers; parts, fallbacks, flush.rs          disk.rs     opening a disk
-//!      |       overlay/ + stack.rs: which file holds a sector
+//!  queue.rs    requests -> transfers; parts, fallbacks                    disk.rs     opening a disk
+//!      |       overlay/ + stack.rs: which file holds a sector; beginning.rs, holding.rs, flush.rs: what an overlay's file says of it
 //!  engine.rs   transfers -> system calls: uring.rs, sync.rs, direct.rs    buffers.rs  stretches of guest memory
 //! ```
 //!
@@ -20,9 +20,11 @@
 //!
 //! # Bounds
 //!
-//! Up to 256 requests per engine are in flight, each of at most 256 segments; what a guest makes available beyond that stays in
-//! its ring. A request of any length is worked off in parts of 1 MiB, so no guest keeps a worker to itself.
+//! Up to 256 requests per engine are in flight, each of at most 256 segments and 64 MiB, and no more are taken while they have 64 MiB
+//! together; what a guest makes available beyond that stays in its ring. A large request is worked off in parts of 1 MiB, so no guest
+//! keeps a worker to itself.
 
+mod beginning;
 pub mod buffers;
 mod config_space;
 mod device;
@@ -31,6 +33,9 @@ pub mod disk;
 pub mod engine;
 mod flight;
 mod flush;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) mod fuzz;
+mod holding;
 mod lane;
 pub mod overlay;
 mod owner;

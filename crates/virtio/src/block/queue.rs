@@ -10,33 +10,32 @@
 //!   a few at a time, so that it cannot keep a worker to itself.
 //! - Its [`event`](DiskQueue::event) is readable when `kick` has something to take in.
 //! - Requests in flight together have no order, as on any disk. A flush covers what had finished when it was started.
-//! - [`settle`](DiskQueue::settle) is to be called before the worker goes to sleep: an overlay writes down which sectors it
-//!   holds then, when nobody waits for it.
+//! - What was told to be over survives the monitor's being killed, on an overlay as on a plain disk ([`holding`](super::holding)).
 //!
 //! # Error model
 //!
 //! A request fails with an errno; others go on. `EIO` may mean that the file ended early: it shrank.
 
 use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use rustix::io::Errno;
 
 use super::SECTOR;
+use super::beginning::Beginning;
 use super::buffers::GuestBuffers;
 use super::engine::{Done, Engine, MAX_ZEROS, Transfer};
 use super::flush::Flush;
+use super::holding::Holding;
 use super::overlay::Top;
-use super::overlay::map::PAGE_BYTES;
 use super::stack::Stack;
 
 /// Largest part of a request that is worked off at once, in bytes.
 const PART: u64 = 1 << 20;
 /// Most parts of one request in flight at a time.
 const MAX_PARTS: u32 = 4;
-/// Most stretches of an overlay's map B that are written at a time.
-const MAP_WRITES: u32 = 16;
 
 /// What is to be done.
 #[derive(Debug)]
@@ -75,11 +74,9 @@ pub struct DiskQueue {
     /// Requests in parts.
     split: Vec<Option<Split>>,
     free_split: Vec<u32>,
+    beginning: Beginning,
+    holding: Holding,
     overlay_flush: Flush,
-    /// Writes of map B in flight.
-    map_writes: u32,
-    /// Whether a write of map B failed that was not tried again since.
-    map_failed: bool,
     finished: VecDeque<(Token, Result<(), Errno>)>,
     in_flight: usize,
     /// Reused: completions of one round, and spent buffers.
@@ -94,16 +91,18 @@ pub(super) enum Tag {
     Whole(Token),
     /// A whole write to an overlay; it holds these sectors afterwards.
     Hold { token: Token, sector: u64, count: u64 },
-    /// A discard on a plain disk: one that the disk cannot do is done.
-    Discard(Token),
+    /// A discard: one that the disk cannot do is done.
+    Discard { token: Token, offset: u64, len: u64 },
     /// Zeroing of a range, by the file system; where it cannot, zeros are written.
     Zero { token: Token, offset: u64, len: u64 },
     /// A part of a request.
     Part(u32),
+    /// A step of the beginning of an overlay's session.
+    Begin,
     /// A step of an overlay's flush.
     Flush,
-    /// A stretch of an overlay's map B: the sectors that it is about.
-    MapB { sector: u64, count: u64 },
+    /// A stretch of an overlay's map B.
+    MapB { page: u64, words: RangeInclusive<u16> },
 }
 
 /// A request that is worked off in parts.
@@ -135,9 +134,9 @@ impl DiskQueue {
             flush,
             split: Vec::new(),
             free_split: Vec::new(),
+            beginning: Beginning::default(),
+            holding: Holding::default(),
             overlay_flush: Flush::default(),
-            map_writes: 0,
-            map_failed: false,
             finished: VecDeque::new(),
             in_flight: 0,
             done: Vec::new(),
@@ -173,12 +172,23 @@ impl DiskQueue {
         if len == 0 {
             return self.finish(token, Ok(()));
         }
+        match (request, self.stack.top()) {
+            (Request::Read(buffers), _) => self.read(token, offset, buffers),
+            (change, Some(top)) if !top.is_begun() => {
+                let file = self.stack.write_target().0;
+                self.beginning.wait((token, offset, change), file, top, &mut self.engine);
+            }
+            (change, _) => self.change(token, offset, change),
+        }
+    }
+
+    /// Starts a request that changes the disk.
+    fn change(&mut self, token: Token, offset: u64, request: Request) {
         match request {
-            Request::Read(buffers) => self.read(token, offset, buffers),
             Request::Write(buffers) => self.write(token, offset, buffers),
-            Request::Discard { .. } => self.discard(token, offset, len),
-            Request::WriteZeroes { unmap, .. } => self.zero(token, offset, len, !unmap),
-            Request::Flush => {}
+            Request::Discard { len } => self.discard(token, offset, len),
+            Request::WriteZeroes { len, unmap } => self.zero(token, offset, len, !unmap),
+            Request::Read(_) | Request::Flush => {}
         }
     }
 
@@ -192,6 +202,10 @@ impl DiskQueue {
             self.take_in(done);
         }
         self.done = done;
+        if let Some(top) = self.stack.top() {
+            let place = (self.stack.write_target().0, top);
+            self.holding.go_on(place, &mut self.engine, &mut self.finished);
+        }
     }
 
     /// Whether there is something to do or to tell at once, for which no event will come.
@@ -218,30 +232,6 @@ impl DiskQueue {
         self.in_flight == 0 && self.engine.in_flight() == 0
     }
 
-    /// Does what nobody waits for. To be called when there is nothing else to do; there may be
-    /// [`more`](Self::has_more) to do afterwards.
-    pub fn settle(&mut self) {
-        let Some(top) = self.stack.top() else { return };
-        if self.map_writes > 0 || self.map_failed {
-            return;
-        }
-        let mut state = top.state();
-        while self.map_writes < MAP_WRITES
-            && let Some((page, words)) = state.dirty_b.pop()
-        {
-            let (sector, count) = sectors_of(page, &words);
-            let (offset, bytes) = state.bytes(page, words);
-            let (file, _) = self.stack.write_target();
-            let tag = Tag::MapB { sector, count };
-            self.engine.push(Transfer::write_bytes(file, top.layout.map_b + offset, bytes, tag));
-            self.map_writes += 1;
-        }
-        drop(state);
-        if self.map_writes > 0 {
-            self.kick();
-        }
-    }
-
     /// Readable while [`kick`](Self::kick) has something to take in. None if nothing is ever left to wait for.
     pub fn event(&self) -> Option<BorrowedFd<'_>> {
         self.engine.event()
@@ -252,13 +242,16 @@ impl DiskQueue {
         loop {
             self.kick();
             if self.engine.in_flight() == 0 {
-                self.settle();
-            }
-            if self.engine.in_flight() == 0 {
                 return;
             }
             self.engine.wait();
         }
+    }
+
+    /// Waits until there is something to take in.
+    #[cfg(test)]
+    pub(super) fn wait_for_tests(&mut self) {
+        self.engine.wait();
     }
 
     fn finish(&mut self, token: Token, result: Result<(), Errno>) {
@@ -297,11 +290,9 @@ impl DiskQueue {
     }
 
     fn discard(&mut self, token: Token, offset: u64, len: u64) {
-        if self.stack.top().is_some() {
-            // What lies beneath must not show through, so here a discard is a zeroing.
-            return self.zero(token, offset, len, false);
-        }
-        self.engine.push(Transfer::zero(0, offset, len, false, Tag::Discard(token)));
+        let (file, start) = self.stack.write_target();
+        let tag = Tag::Discard { token, offset, len };
+        self.engine.push(Transfer::zero(file, start + offset, len, false, tag));
     }
 
     fn zero(&mut self, token: Token, offset: u64, len: u64, keep_space: bool) {
@@ -385,20 +376,25 @@ impl DiskQueue {
         self.free_split.push(index);
         let result = split.error.map_or(Ok(()), Err);
         let changed = !matches!(split.what, SplitWhat::Read(_));
-        if changed && result.is_ok() {
-            self.hold(split.offset / SECTOR, split.len / SECTOR);
-        }
         if let SplitWhat::Read(buffers) | SplitWhat::Write(buffers) = split.what {
             self.recycle(buffers);
         }
-        self.finish(split.token, result);
+        if changed {
+            self.changed(split.token, split.offset / SECTOR, split.len / SECTOR, result);
+        } else {
+            self.finish(split.token, result);
+        }
     }
 
-    /// Notes that the overlay, if there is one, holds `count` sectors from `sector`.
-    fn hold(&mut self, sector: u64, count: u64) {
-        if let Some(top) = self.stack.top() {
-            top.state().hold(sector, count, top.waits_for_disk());
-            self.map_failed = false;
+    /// A change of `count` sectors from `sector` was made, or failed. It is over once the overlay, if there is one, says that it holds them.
+    fn changed(&mut self, token: Token, sector: u64, count: u64, result: Result<(), Errno>) {
+        match self.stack.top() {
+            Some(top) if result.is_ok() => {
+                if self.holding.changed(token, sector, count, top) {
+                    self.finish(token, Ok(()));
+                }
+            }
+            _ => self.finish(token, result),
         }
     }
 
@@ -407,25 +403,20 @@ impl DiskQueue {
         self.recycle(buffers);
         match tag {
             Tag::Whole(token) => self.finish(token, result),
-            Tag::Hold { token, sector, count } => {
-                if result.is_ok() {
-                    self.hold(sector, count);
-                }
-                self.finish(token, result);
-            }
-            Tag::Discard(token) => {
-                self.finish(token, if is_unsupported(result) { Ok(()) } else { result });
+            Tag::Hold { token, sector, count } => self.changed(token, sector, count, result),
+            Tag::Discard { token, .. } if is_unsupported(result) => self.finish(token, Ok(())),
+            // What lies beneath an overlay must not show through: it holds zeros there.
+            Tag::Discard { token, offset, len } => {
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
             }
             Tag::Zero { token, offset, len } => {
                 if is_unsupported(result) {
                     return self.split(token, offset, len, SplitWhat::Zeros);
                 }
-                if result.is_ok() {
-                    self.hold(offset / SECTOR, len / SECTOR);
-                }
-                self.finish(token, result);
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
             }
             Tag::Part(index) => self.part_done(index, result),
+            Tag::Begin => self.begun(result),
             Tag::Flush => {
                 let Some(top) = self.stack.top() else { return };
                 self.overlay_flush.step(result, top, &mut self.engine);
@@ -433,20 +424,30 @@ impl DiskQueue {
                     self.finished.push_back((token, result));
                 }
             }
-            Tag::MapB { sector, count } => self.map_b_written(sector, count, result),
+            Tag::MapB { page, words } => {
+                let Some(top) = self.stack.top() else { return };
+                let place = (self.stack.write_target().0, top);
+                self.holding.step((page, words), result, place, &mut self.engine, &mut self.finished);
+            }
         }
     }
 
-    fn map_b_written(&mut self, sector: u64, count: u64, result: Result<(), Errno>) {
-        self.map_writes -= 1;
+    /// A step of the beginning of the overlay's session is over.
+    fn begun(&mut self, result: Result<(), Errno>) {
         let Some(top) = self.stack.top() else { return };
-        if let Err(errno) = result {
-            // Tried again with the next change. Until then only the monitor's death would lose what the map does not say.
-            if !self.map_failed {
-                log::warn!("cannot write the map of overlay {}: {errno}", top.path().display());
+        let file = self.stack.write_target().0;
+        let Some((result, waiting)) = self.beginning.step(result, file, top, &mut self.engine) else {
+            return;
+        };
+        for (token, offset, change) in waiting {
+            match (result, change) {
+                (Ok(()), change) => self.change(token, offset, change),
+                (Err(errno), Request::Write(buffers)) => {
+                    self.recycle(buffers);
+                    self.finish(token, Err(errno));
+                }
+                (Err(errno), _) => self.finish(token, Err(errno)),
             }
-            self.map_failed = true;
-            top.state().dirty_b.mark(sector, count);
         }
     }
 }
@@ -454,10 +455,4 @@ impl DiskQueue {
 /// Whether the file system or the device cannot do what was asked, at all or for this alignment.
 fn is_unsupported(result: Result<(), Errno>) -> bool {
     matches!(result, Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL))
-}
-
-/// The sectors that `words` of page `page` of a map stand for.
-fn sectors_of(page: u64, words: &std::ops::RangeInclusive<u16>) -> (u64, u64) {
-    let first = page * PAGE_BYTES * 8 + u64::from(*words.start()) * 64;
-    (first, (u64::from(*words.end()) - u64::from(*words.start()) + 1) * 64)
 }

@@ -22,8 +22,14 @@ const RANGE_LEN: u32 = 16;
 
 /// Most ranges of one discard or zeroing.
 pub(super) const MAX_RANGES: u32 = 16;
-/// Most sectors of one range: 1 GiB.
-pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 21;
+/// Most sectors of one range of a discard: 1 GiB.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Most sectors of one range of a zeroing: 4 MiB, so that all of them together are not more than [`MAX_DATA`]. They may have to be written.
+pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 13;
+/// Most bytes of one buffer that a driver which knows of a bound makes: with all the buffers there may be, less than [`MAX_DATA`].
+pub(super) const MAX_BUFFER: u32 = 256 << 10;
+/// Most bytes of one request's data: no request may take a disk long, since all that were begun must end before the guest can be paused.
+const MAX_DATA: u64 = 64 << 20;
 /// Most buffers of one request's data.
 pub(super) const MAX_BUFFERS: usize = 256;
 
@@ -171,6 +177,7 @@ fn parse_ranges(
     ranges: &mut Vec<Range>,
 ) -> Result<Status, QueueError> {
     let count = from.len() / RANGE_LEN;
+    let max_sectors = if kind == kind::WRITE_ZEROES { MAX_ZEROES_SECTORS } else { MAX_DISCARD_SECTORS };
     if count == 0 || count > MAX_RANGES || !from.len().is_multiple_of(RANGE_LEN) {
         return Ok(Status::IoError);
     }
@@ -183,7 +190,7 @@ fn parse_ranges(
             return Ok(Status::Unsupported);
         }
         let len = u64::from(count) * SECTOR;
-        let Some(offset) = limits.range(sector, len).filter(|_| count <= MAX_RANGE_SECTORS) else {
+        let Some(offset) = limits.range(sector, len).filter(|_| count <= max_sectors) else {
             return Ok(Status::IoError);
         };
         ranges.push(Range { offset, len, unmap: flags & UNMAP != 0 });
@@ -200,10 +207,10 @@ impl Limits {
         (end <= self.size).then_some(offset)
     }
 
-    /// As `range`, for data, which must be whole sectors and in not too many buffers.
+    /// As `range`, for data, which must be whole sectors, not too many, and in not too many buffers.
     fn range_of_data(self, sector: u64, data: Buffers<'_>) -> Option<u64> {
         let len = u64::from(data.len());
-        let whole = len > 0 && len.is_multiple_of(SECTOR);
+        let whole = len > 0 && len <= MAX_DATA && len.is_multiple_of(SECTOR);
         self.range(sector, len).filter(|_| whole && data.iter().nth(MAX_BUFFERS).is_none())
     }
 }

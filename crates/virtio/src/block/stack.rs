@@ -193,7 +193,10 @@ mod tests {
                 let path = family.dir.path().join(format!("layer{layer}"));
                 let beneath = family.stack().describe().unwrap();
                 let size = beneath.size + if layer == 3 { 4096 } else { 0 };
-                let top = Top::open(&path, beneath, Some(size), layer % 2 == 0).unwrap();
+                let top = Top::open(&path, beneath, &[], Some(size), layer % 2 == 0).unwrap();
+                let (at, session) = top.beginning();
+                top.file.write_all_at(&session, at).unwrap();
+                top.has_begun();
                 for (sector, count) in
                     [(layer * 3, 8), (1000 + layer * 5000, 33_000 / (layer + 1)), (SECTORS - 4, 4)]
                 {
@@ -203,7 +206,7 @@ mod tests {
                         let bytes = vec![200 + layer as u8; (count * SECTOR) as usize];
                         top.file.write_all_at(&bytes, top.layout.data + sector * SECTOR).unwrap();
                     }
-                    top.state().hold(sector, count, top.waits_for_disk());
+                    top.hold(sector, count);
                 }
                 drop(top);
                 family.layers.push(path);
@@ -238,7 +241,7 @@ mod tests {
         let family = Family::new();
         let old = family.stack();
         let on_top = family.dir.path().join("top");
-        drop(Top::open(&on_top, old.describe().unwrap(), None, true).unwrap());
+        drop(Top::open(&on_top, old.describe().unwrap(), &[], None, true).unwrap());
         let merged = family.dir.path().join("merged");
         File::create(&merged).unwrap();
         old.merge_layers(&merged).unwrap();

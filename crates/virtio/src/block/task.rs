@@ -2,7 +2,9 @@
 //!
 //! # Bounds
 //!
-//! At most [`MAX_IN_FLIGHT`] requests are with the disk; what else the driver makes available waits in its rings. A call takes at most
+//! At most [`MAX_IN_FLIGHT`] requests are with the disk, and none is added while they are [`MAX_BYTES`] or more together: what is in flight has
+//! to end before the guest can be paused, so it must not be more than a disk can do in a moment. What else the driver makes available
+//! waits in its rings. A call takes at most
 //! [`ROUNDS`] rounds of at most [`BATCH`] requests before other tasks get their turn. Completions are told after each
 //! round, so that the driver works while the rest of a long queue is served.
 //!
@@ -36,6 +38,8 @@ use crate::worker::{Context, Event, Interest, Placement, Task, Token};
 
 /// Most requests that are with the disk at a time.
 const MAX_IN_FLIGHT: usize = 256;
+/// No request is taken while those that are with the disk have as many bytes.
+const MAX_BYTES: u64 = 64 << 20;
 /// Most requests that are taken before the disk is asked.
 const BATCH: usize = 16;
 /// Most rounds of one call.
@@ -170,9 +174,8 @@ impl BlockTask {
             if matches!(stop, Stop::Empty) && self.enable_notifications()? {
                 continue;
             }
-            part.queue.settle();
             let changes_over = self.next.is_some() && part.queue.is_idle();
-            if !part.queue.has_more() && !changes_over {
+            if !changes_over {
                 return Ok(());
             }
         }
@@ -214,13 +217,16 @@ impl BlockTask {
                 self.first = index;
                 return Ok(Stop::Batch);
             }
-            if part.queue.in_flight() >= MAX_IN_FLIGHT {
+            if part.queue.in_flight() >= MAX_IN_FLIGHT || self.flying.bytes() >= MAX_BYTES {
+                self.first = index;
                 return Ok(Stop::Held);
             }
             let ring = &mut self.rings[index];
             if !ring.empty {
                 if ring.queue.pop(&mut self.chain)? {
                     if !self.take_one(cx, part, index)? {
+                        // It is the next, so that no other ring takes what the limiter gives from now on.
+                        self.first = index;
                         return Ok(Stop::Held);
                     }
                     taken += 1;
@@ -237,21 +243,19 @@ impl BlockTask {
     fn take_one(&mut self, cx: &mut Context<'_>, part: &mut Part, index: usize) -> Result<bool, QueueError> {
         let limits = Limits { size: part.size, read_only: self.setup.read_only };
         let parsed = request::parse(&self.chain, &self.setup.memory, limits, &mut self.ranges)?;
-        if self.setup.shared.limited.load(Ordering::Acquire) {
-            let bytes = match &parsed {
-                Ok(Parsed {
-                    command: Command::Read { to: data, .. } | Command::Write { from: data, .. },
-                    ..
-                }) => data.len(),
-                _ => 0,
-            };
-            if !allowed(&self.setup.shared, cx, bytes.into()) {
-                if !std::mem::replace(&mut self.throttled, true) {
-                    self.setup.shared.stats.rate_limiter_throttled_events.add(1);
-                }
-                self.rings[index].queue.rewind(&self.chain)?;
-                return Ok(false);
+        let bytes = match parsed.as_ref().map(|parsed| &parsed.command) {
+            Ok(Command::Read { to: data, .. } | Command::Write { from: data, .. }) => data.len().into(),
+            // Where the disk has no quicker way, they are written.
+            Ok(Command::WriteZeroes) => self.ranges.iter().map(|range| range.len).sum(),
+            _ => 0,
+        };
+        let limited = self.setup.shared.limited.load(Ordering::Acquire);
+        if limited && !allowed(&self.setup.shared, cx, bytes) {
+            if !std::mem::replace(&mut self.throttled, true) {
+                self.setup.shared.stats.rate_limiter_throttled_events.add(1);
             }
+            self.rings[index].queue.rewind(&self.chain)?;
+            return Ok(false);
         }
         if std::mem::take(&mut self.throttled) {
             cx.clear_timer();
@@ -271,6 +275,7 @@ impl BlockTask {
             writable_len,
             status,
             what: What::Flush,
+            bytes,
             left: 1,
             error: None,
         };

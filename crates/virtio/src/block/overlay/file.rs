@@ -90,8 +90,14 @@ pub(super) fn is_blank(file: &File, len: u64) -> bool {
     len == 0 || rustix::fs::seek(file, SeekFrom::Data(0)) == Err(Errno::NXIO)
 }
 
-/// Makes a new overlay in a blank file; the file's length.
-pub(super) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> Result<u64, OverlayError> {
+/// Whether two open files are the same one.
+pub(super) fn is_same_file(one: &File, other: &File) -> io::Result<bool> {
+    let (one, other) = (one.metadata()?, other.metadata()?);
+    Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
+}
+
+/// Checks that an overlay on what `beneath` describes can have `size` bytes.
+pub(super) fn check_size(path: &Path, beneath: Beneath, size: u64) -> Result<(), OverlayError> {
     let refused = |why: String| OverlayError::Size { path: path.into(), size, why };
     if !size.is_multiple_of(SECTOR) {
         return Err(refused("it must be a multiple of 512".into()));
@@ -102,6 +108,11 @@ pub(super) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> R
     if size > MAX_VIRTUAL_SIZE {
         return Err(refused(format!("at most {MAX_VIRTUAL_SIZE} bytes")));
     }
+    Ok(())
+}
+
+/// Makes a new overlay of `size` bytes, which was checked, in a blank file; the file's length.
+pub(super) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> Result<u64, OverlayError> {
     let mut uuid = [0; 16];
     rustix::rand::getrandom(&mut uuid, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| io_error("name", path, e))?;

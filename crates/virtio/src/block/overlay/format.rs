@@ -3,7 +3,7 @@
 //! ```text
 //! offset          what                                      size
 //! 0               header: what the overlay is, never rewritten   4 KiB
-//! 4096            session: who has it open, and how              4 KiB
+//! 4096            session: who writes to it, and how             4 KiB
 //! 8192            map A                                       one bit per sector, rounded up to 4 KiB
 //! A's end         map B                                       as map A
 //! data_offset     data: sector n stands at data_offset + 512 n  virtual_size   (data_offset: the next multiple of 1 MiB)
@@ -14,11 +14,13 @@
 //!
 //! # The two maps
 //!
-//! Map A is written only after the data that it speaks of is durable, so it is true whatever happens to the host. Map B
-//! is written as soon as the kernel has the data, so it is true as long as the host does not lose its page cache: it keeps what the
-//! guest wrote when only the monitor dies. An overlay holds the sectors of map A, and those of map B if map B can be
-//! trusted: the last session was closed in order, or the host has not been started again since, or the session said
-//! from the start that it does not wait for disks (`cache_type` Unsafe).
+//! Map A is written by flushes, only after the data that it speaks of is durable, so it is true whatever happens to the host. Map B
+//! is written after each change, when the kernel has the data and before the guest hears that the change is over. So it is complete at any moment,
+//! and true as long as the host does not lose its page cache: it keeps what the guest wrote when only the monitor dies. An overlay holds the sectors of map
+//! A, and those of map B if map B can be trusted: the last session was closed in order (then all is durable, where flushes wait for the disk), or
+//! the host has not been started again since, or the session said from the start that it does not wait for disks (`cache_type` Unsafe).
+//!
+//! A session begins with the first change: until it says so, nothing is changed but map A, by what map B knows.
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -63,13 +65,13 @@ pub(super) struct Header {
     pub(super) crc: U32,
 }
 
-/// How the overlay was last opened for writing.
+/// How the overlay was last written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct Session {
-    /// How often it was opened for writing.
+    /// How many sessions have written to it.
     pub(super) sessions: U64,
-    /// Which start of the host it was opened in; zeros where that is not known.
+    /// Which start of the host that was in; zeros where that is not known.
     pub(super) boot_id: [u8; 16],
     /// When that start was, in seconds since 1970.
     pub(super) boot_time: U64,

@@ -196,6 +196,25 @@ impl Dirty {
         self.pages.is_empty()
     }
 
+    /// Whether a word with a bit of the `count` sectors from `sector`, which are not none, may be among them.
+    pub(in crate::block) fn meets(&self, sector: u64, count: u64) -> bool {
+        if self.is_empty() {
+            return false;
+        }
+        let (first, last) = (sector / 64, (sector + count - 1) / 64);
+        let words = PAGE_SECTORS / 64;
+        self.pages.range(first / words..=last / words).any(|(page, &(from, to))| {
+            page * words + u64::from(from) <= last && first <= page * words + u64::from(to)
+        })
+    }
+
+    /// Adds all of `other`.
+    pub(in crate::block) fn merge(&mut self, mut other: Dirty) {
+        while let Some((page, words)) = other.pop() {
+            self.mark_words(page, words);
+        }
+    }
+
     /// Takes one page: its number and the words.
     pub(in crate::block) fn pop(&mut self) -> Option<(u64, RangeInclusive<u16>)> {
         self.pages.pop_first().map(|(page, (first, last))| (page, first..=last))
@@ -229,6 +248,9 @@ mod tests {
                 let bit = model[sector as usize];
                 let same = model[sector as usize..(sector + max) as usize].iter().take_while(|&&b| b == bit).count();
                 prop_assert_eq!(map.run(sector, max), (bit, same as u64));
+                if model[sector as usize..(sector + max) as usize].contains(&true) {
+                    prop_assert!(dirty.meets(sector, max));
+                }
             }
             // What the dirty words carry to a file is the whole map.
             let mut file = vec![0u8; (map.page_count() * PAGE_BYTES) as usize];
@@ -246,6 +268,18 @@ mod tests {
                 prop_assert_eq!(read_back.run(sector, 1).0, model[sector as usize], "sector {}", sector);
             }
         }
+    }
+
+    #[test]
+    fn dirty_words_meet_those_sectors_whose_bits_they_have() {
+        let mut dirty = Dirty::default();
+        assert!(!dirty.meets(0, SECTORS));
+        dirty.mark(PAGE_SECTORS + 64, 64);
+        assert!(!dirty.meets(0, PAGE_SECTORS + 64));
+        assert!(!dirty.meets(PAGE_SECTORS + 128, PAGE_SECTORS));
+        assert!(dirty.meets(PAGE_SECTORS + 127, 1));
+        assert!(dirty.meets(0, PAGE_SECTORS + 65));
+        assert!(dirty.meets(0, 3 * PAGE_SECTORS));
     }
 
     #[test]

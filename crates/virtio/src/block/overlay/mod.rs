@@ -6,9 +6,19 @@
 //!   what it was made on and refuses anything else.
 //! - A sector is the overlay's from the first write, zeroing or discard on; a discarded sector reads as zeros and does
 //!   not show what lies beneath. Where the data of a sector stands is arithmetic: no table is walked.
-//! - What the guest flushed survives a crash of the host. What the kernel has taken, flushed or not, survives the
-//!   monitor's being killed, but for what was in flight. See [`format`] for how.
+//! - What the guest flushed survives a crash of the host. What was answered, flushed or not, survives the monitor's being killed:
+//!   only what was in flight may be as before. What was answered before the session was closed ([`Disk::close`](super::disk::Disk::close))
+//!   survives both, where flushes wait for the disk. See [`format`] for how.
 //! - One monitor at a time writes to an overlay (an exclusive lock); any number may read one that nobody writes to.
+//! - Opening an overlay changes nothing of what it holds, nor how others see it: its session begins with the first change.
+//!
+//! # A session
+//!
+//! ```text
+//! open --> first change: OPEN, one more session --> ... --> close, freeze or drop: maps written, CLOSED
+//!   ^                                                                    |
+//!   +------------------------------ thaw --------------------------------+
+//! ```
 //!
 //! # Error model
 //!
@@ -32,7 +42,8 @@ use rustix::fs::FlockOperation;
 use zerocopy::IntoBytes;
 
 use self::file::{
-    HostStart, Opened, check_base, clear, create, io_error, is_blank, open, read_headers, read_maps,
+    HostStart, Opened, check_base, check_size, clear, create, io_error, is_blank, is_same_file, open,
+    read_headers, read_maps,
 };
 use self::format::{CLOSED, Layout, OPEN, OPEN_UNSAFE, SESSION_OFFSET, Session, VERSION};
 use self::map::{Dirty, Map, PAGE_BYTES};
@@ -105,6 +116,12 @@ pub enum OverlayError {
         /// What differs.
         what: String,
     },
+    /// It is one of the files that it was to lie on.
+    #[error("overlay {} is the disk that it is to lie on", path.display())]
+    IsBeneath {
+        /// The file.
+        path: PathBuf,
+    },
     /// The size asked for is not one that an overlay can have here.
     #[error("overlay {}: size {size} does not fit: {why}", path.display())]
     Size {
@@ -124,7 +141,7 @@ pub(super) struct Beneath {
     pub(super) size: u64,
     /// The overlay beneath, or zeros.
     pub(super) uuid: [u8; 16],
-    /// How often the overlay beneath was opened for writing.
+    /// How many sessions have written to the overlay beneath.
     pub(super) sessions: u64,
     /// CRC-32 of its first and last 64 KiB.
     pub(super) fingerprint: u32,
@@ -157,18 +174,21 @@ pub(super) struct Top {
     pub(super) layout: Layout,
     pub(super) size: u64,
     path: PathBuf,
-    identity: Identity,
     wait_for_disk: bool,
     state: Mutex<TopState>,
+    /// Whether its session has begun: something may have changed since it was opened.
+    begun: AtomicBool,
     owner: Owner,
-    /// Its session has ended: it is a layer that others may read.
-    frozen: AtomicBool,
     lock: File,
 }
 
 /// What changes while an overlay is written to. Locked for moments, by the one worker that serves the disk.
 #[derive(Debug)]
 pub(super) struct TopState {
+    /// How often somebody has written to it, this session included once it has begun.
+    sessions: u64,
+    /// Whether the file says that its last session was closed.
+    closed: bool,
     below: u64,
     map: Map,
     /// What map A in the file does not have yet.
@@ -211,16 +231,24 @@ impl Top {
     /// Opens the overlay at `path`, or makes it if the file does not exist or is empty, on top of what `beneath` describes.
     ///
     /// `size` is that of the disk in bytes; where absent, the existing overlay's or that of what lies beneath.
-    /// `wait_for_disk` is whether flushes of the guest wait for the disk (`cache_type` Writeback).
+    /// `wait_for_disk` is whether flushes of the guest wait for the disk (`cache_type` Writeback). `below` are the files that it lies on.
     pub(super) fn open(
         path: &Path,
         beneath: Beneath,
+        below: &[Arc<File>],
         size: Option<u64>,
         wait_for_disk: bool,
     ) -> Result<Self, OverlayError> {
+        // Before anything is made.
+        check_size(path, beneath, size.unwrap_or(beneath.size))?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let Opened { file, lock, mut len } = open(path, &options, FlockOperation::NonBlockingLockExclusive)?;
+        for other in below {
+            if is_same_file(&file, other).map_err(|e| io_error("look at", path, e))? {
+                return Err(OverlayError::IsBeneath { path: path.into() });
+            }
+        }
         if is_blank(&file, len) {
             len = create(&file, path, beneath, size.unwrap_or(beneath.size))?;
         }
@@ -235,21 +263,22 @@ impl Top {
         let top = Top {
             file: Arc::new(file),
             owner: Owner::here(),
-            frozen: AtomicBool::new(false),
+            begun: AtomicBool::new(false),
             lock,
             layout: Layout::of(virtual_size),
             size: virtual_size,
             path: path.into(),
-            identity: Identity { uuid: header.uuid, sessions: session.sessions.get() + 1 },
             wait_for_disk,
             state: Mutex::new(TopState {
+                sessions: session.sessions.get(),
+                closed: session.state.get() == CLOSED,
                 below: beneath.size / SECTOR,
                 map: maps.map,
                 dirty_a: maps.missing_in_a,
                 dirty_b: Dirty::default(),
             }),
         };
-        top.begin(maps.trust_b).map_err(|e| io_error("begin to write to", path, e))?;
+        top.settle(maps.trust_b).map_err(|e| io_error("write the map of", path, e))?;
         Ok(top)
     }
 
@@ -289,8 +318,8 @@ impl Top {
         Ok(())
     }
 
-    /// Begins a session: from here on the file says who may trust what.
-    fn begin(&self, trust_b: bool) -> io::Result<()> {
+    /// Lets the maps of a session that was not closed say what is believed of them. What the overlay holds stays the same.
+    fn settle(&self, trust_b: bool) -> io::Result<()> {
         if !trust_b {
             clear(&self.file, self.layout.map_b, self.layout.data - self.layout.map_b)?;
             rustix::fs::fdatasync(&self.file)?;
@@ -299,47 +328,93 @@ impl Top {
             // What only map B knew so far becomes as durable as the rest before map B's word is worth less.
             self.sync()?;
         }
-        self.write_session(if self.wait_for_disk { OPEN } else { OPEN_UNSAFE })
+        Ok(())
     }
 
-    /// Ends the session: both maps together are true now, on whichever host.
+    /// Whether something may be changed: the file says that somebody writes to it.
+    pub(super) fn is_begun(&self) -> bool {
+        self.begun.load(Ordering::Acquire)
+    }
+
+    /// What the file must say before the first change, and where.
+    pub(super) fn beginning(&self) -> (u64, Box<[u8]>) {
+        let session = Self::session(self.state().sessions + 1, self.open_state());
+        (SESSION_OFFSET, session.as_bytes().into())
+    }
+
+    /// The file says so.
+    pub(super) fn has_begun(&self) {
+        let mut state = self.state();
+        state.sessions += 1;
+        state.closed = false;
+        self.begun.store(true, Ordering::Release);
+    }
+
+    /// Notes that the overlay holds `count` sectors from `sector`: their data is in the file. Whether map B has yet to be told of any of
+    /// them.
+    pub(super) fn hold(&self, sector: u64, count: u64) -> bool {
+        let mut state = self.state();
+        state.hold(sector, count, self.wait_for_disk);
+        state.dirty_b.meets(sector, count)
+    }
+
+    /// Ends the session: both maps together are true now, on whichever host. Nothing may be in flight, and what changes it from here on begins
+    /// another. Blocks.
+    pub(super) fn close(&self) -> Result<(), OverlayError> {
+        self.end().map_err(|e| io_error("close", &self.path, e))
+    }
+
     fn end(&self) -> io::Result<()> {
+        let (sessions, closed) = {
+            let state = self.state();
+            (state.sessions, state.closed)
+        };
+        if !self.is_begun() && closed {
+            return Ok(());
+        }
+        // One that never began speaks for another that was left open, which waited for the disk perhaps.
+        let durable = self.wait_for_disk || !self.is_begun();
         self.sync()?;
-        self.write_session(CLOSED)
+        if durable && !self.wait_for_disk {
+            rustix::fs::fdatasync(&self.file)?;
+        }
+        self.file.write_all_at(Self::session(sessions, CLOSED).as_bytes(), SESSION_OFFSET)?;
+        if durable {
+            rustix::fs::fdatasync(&self.file)?;
+        }
+        self.state().closed = true;
+        self.begun.store(false, Ordering::Release);
+        Ok(())
     }
 
-    /// Ends the session for good, and lets others read the file as a layer. Nothing may be written through this one any more.
+    /// Closes the session, and lets others read the file as a layer. Nothing may be written through this one any more.
     pub(super) fn freeze(&self) -> Result<(), OverlayError> {
-        self.end().map_err(|e| io_error("close", &self.path, e))?;
-        self.frozen.store(true, Ordering::Release);
+        self.close()?;
         rustix::fs::flock(&self.lock, FlockOperation::NonBlockingLockShared)
             .map_err(|e| io_error("unlock", &self.path, e))
     }
 
-    /// Undoes [`Top::freeze`], if nobody has made an overlay on it.
+    /// Undoes [`Top::freeze`], if nobody has an overlay on it open. The next change begins a session of its own, so that one which was made on
+    /// it meanwhile is told from those that still fit.
     pub(super) fn thaw(&self) -> Result<(), OverlayError> {
         rustix::fs::flock(&self.lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|e| io_error("lock", &self.path, e))?;
-        self.write_session(if self.wait_for_disk { OPEN } else { OPEN_UNSAFE })
-            .map_err(|e| io_error("begin to write to", &self.path, e))?;
-        self.frozen.store(false, Ordering::Release);
-        Ok(())
+            .map_err(|e| io_error("lock", &self.path, e))
     }
 
-    fn write_session(&self, state: u32) -> io::Result<()> {
+    fn open_state(&self) -> u32 {
+        if self.wait_for_disk { OPEN } else { OPEN_UNSAFE }
+    }
+
+    fn session(sessions: u64, state: u32) -> Session {
         let start = HostStart::now();
-        let session = Session {
-            sessions: self.identity.sessions.into(),
+        Session {
+            sessions: sessions.into(),
             boot_id: start.id,
             boot_time: start.time.into(),
             state: state.into(),
             crc: 0.into(),
-        };
-        self.file.write_all_at(session.sealed().as_bytes(), SESSION_OFFSET)?;
-        if self.wait_for_disk {
-            rustix::fs::fdatasync(&self.file)?;
         }
-        Ok(())
+        .sealed()
     }
 
     /// Writes what one copy of the map does not have yet. What could not be written is noted as before.
@@ -364,7 +439,6 @@ impl Drop for Top {
     fn drop(&mut self) {
         // In a fork the session is still the parent's.
         if self.owner.is_here()
-            && !self.frozen.load(Ordering::Acquire)
             && let Err(error) = self.end()
         {
             log::error!("cannot close overlay {} in order: {error}", self.path.display());
@@ -385,8 +459,7 @@ impl TopState {
         run(&self.map, self.below, sector, max)
     }
 
-    /// Notes that the overlay holds `count` sectors from `sector`: their data is in the file.
-    pub(super) fn hold(&mut self, sector: u64, count: u64, wait_for_disk: bool) {
+    fn hold(&mut self, sector: u64, count: u64, wait_for_disk: bool) {
         let count = count.min(self.below.saturating_sub(sector));
         if count == 0 || self.map.all_set(sector, count) {
             return;

@@ -122,6 +122,51 @@ fn what_a_killed_monitor_left_survives_the_next_crash_of_the_host() {
     assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
 }
 
+/// The monitor ends in order, and then the host goes down, or the file is carried to another one.
+#[test]
+fn an_overlay_that_was_closed_holds_what_was_written_on_any_host() {
+    for engine in ENGINES {
+        for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
+            let dir = tempfile::tempdir().unwrap();
+            let base = new_base(dir.path());
+            let top = dir.path().join("top");
+            let options = DiskOptions { cache_type, ..overlaid(&base, top.clone(), vec![], engine) };
+            let mut rig = Rig::open(&options);
+            rig.write(0, &[1; 512]).unwrap();
+            rig.disk.close().unwrap();
+            let closed = as_if_killed(&top);
+            as_if_host_crashed(&closed);
+            let again = overlaid(&base, closed, vec![], engine);
+            assert_eq!(Rig::open(&again).read(0, 512).unwrap(), [1; 512]);
+            // Who goes on all the same is not believed too much.
+            rig.write(512, &[2; 512]).unwrap();
+            let killed = as_if_killed(&top);
+            if cache_type == CacheType::Writeback {
+                as_if_host_crashed(&killed);
+                let again = overlaid(&base, killed, vec![], engine);
+                assert_eq!(Rig::open(&again).read(512, 512).unwrap(), pattern(0x55, 512, 512));
+            }
+        }
+    }
+}
+
+/// Whoever opens what a killed monitor left and closes it in order makes it whole, also without a write of its own.
+#[test]
+fn what_a_killed_monitor_left_is_closed_by_the_next_one_that_ends_in_order() {
+    for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
+        let dir = tempfile::tempdir().unwrap();
+        let base = new_base(dir.path());
+        let top = dir.path().join("top");
+        let mut rig = Rig::open(&overlaid(&base, top.clone(), vec![], IoEngine::Async));
+        rig.write(0, &[1; 512]).unwrap();
+        let killed = as_if_killed(&top);
+        let again = DiskOptions { cache_type, ..overlaid(&base, killed.clone(), vec![], IoEngine::Async) };
+        drop(Rig::open(&again));
+        as_if_host_crashed(&killed);
+        assert_eq!(Rig::open(&again).read(0, 512).unwrap(), [1; 512], "{cache_type:?}");
+    }
+}
+
 const VICTIM: &str = "block::tests::crash::victim_that_writes_until_it_is_killed";
 
 /// Not a test by itself: the process that the next test kills. Writes round after round, flushes some, and tells each step.

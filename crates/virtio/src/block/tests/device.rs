@@ -4,12 +4,10 @@ use std::time::Duration;
 
 use super::guest::*;
 use super::*;
-use crate::block::{Block, BlockError};
+use crate::block::{Block, BlockConfig, BlockError, BlockState};
 use crate::device::{Device, DeviceState};
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig};
 use crate::testing::TestWorker;
-
-const MS: u64 = 1_000_000;
 
 fn capacity(block: &Block) -> u64 {
     let mut bytes = [0; 8];
@@ -273,50 +271,6 @@ fn queues_are_served_by_as_many_tasks_as_there_are_threads() {
 }
 
 #[test]
-fn a_limit_holds_requests_back_until_the_timer_and_no_timer_is_set_without_need() {
-    let dir = tempfile::tempdir().unwrap();
-    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
-    let ops = BucketConfig { size: 2, refill_time_ms: 100, one_time_burst: 0 };
-    let limits = RateLimiterConfig { bandwidth: None, ops: Some(ops) };
-    let mut guest = Guest::with(&options, config(1, 1), limits, Patience::MayWait, u64::MAX);
-    assert_eq!(guest.worker.next_timer(), None);
-    for sector in 0..5 {
-        guest.ask(0, IN, sector, &[], 512);
-    }
-    guest.kick(0);
-    guest.wait(0, 2);
-    assert_eq!(guest.worker.next_timer(), Some(guest.worker.now() + 50 * MS));
-    assert_eq!(guest.control.stats().rate_limiter_throttled_events.get(), 1);
-    guest.worker.advance(49 * MS);
-    assert_eq!(guest.drivers[0].out(), 3);
-    guest.worker.advance(MS);
-    guest.wait(0, 1);
-    // Without limits they come at once, and the timer goes.
-    let none = BucketConfig { size: 0, refill_time_ms: 0, one_time_burst: 0 };
-    guest.control.update_limits(RateLimiterConfig { bandwidth: None, ops: Some(none) }, guest.worker.now());
-    guest.wait(0, 2);
-    assert_eq!(guest.worker.next_timer(), None);
-}
-
-#[test]
-fn bytes_are_counted_for_reads_and_writes_only() {
-    let dir = tempfile::tempdir().unwrap();
-    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
-    let bandwidth = BucketConfig { size: 4096, refill_time_ms: 1000, one_time_burst: 1024 };
-    let limits = RateLimiterConfig { bandwidth: Some(bandwidth), ops: None };
-    let mut guest = Guest::with(&options, config(1, 1), limits, Patience::MayWait, u64::MAX);
-    assert_eq!(guest.one(FLUSH, 0, &[], 0).status, 0);
-    assert_eq!(guest.one(GET_ID, 0, &[], 512).status, 0);
-    assert_eq!(guest.one(WRITE_ZEROES, 0, &ranges(&[(0, 64, 0)]), 0).status, 0);
-    assert_eq!(guest.write(0, &[1; 1024]), 0);
-    assert_eq!(guest.read(0, 8).0, 0);
-    guest.ask(0, IN, 0, &[], 512);
-    guest.kick(0);
-    guest.worker.run();
-    assert_eq!(guest.worker.next_timer(), Some(guest.worker.now() + 125 * MS));
-}
-
-#[test]
 fn a_pause_lets_requests_end_and_takes_no_new_ones() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
@@ -529,6 +483,24 @@ fn a_saved_device_goes_on_where_it_was() {
 
     let read_only = Disk::open(&DiskOptions { read_only: true, ..options }).unwrap();
     assert!(matches!(Block::restore(&state, read_only, vec![], 0), Err(BlockError::Differs { .. })));
+}
+
+#[test]
+fn a_saved_device_that_cannot_be_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let guest = Guest::new(&options);
+    let DeviceState::Block(good) = guest.block.save() else { panic!("a block device saves its own state") };
+    let with = |num_queues, io_threads, queue_size| BlockState {
+        config: BlockConfig { num_queues, queue_size, io_threads, ..good.config.clone() },
+        ..good.clone()
+    };
+    for state in [with(0, 0, 64), with(1, 0, 64), with(u16::MAX, u16::MAX, 64), with(1, 1, 1), with(1, 1, 65)]
+    {
+        let error = Block::restore(&state, Disk::open(&options).unwrap(), vec![], 0).unwrap_err();
+        assert!(matches!(error, BlockError::State { .. }), "{error}");
+        assert!(error.to_string().contains("disk_1"), "{error}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Disks that fail, shrink, fill up or are not what they should be.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 
 use super::*;
@@ -178,6 +178,46 @@ fn a_layer_that_was_written_to_after_another_was_made_on_it_is_refused() {
     assert!(error.to_string().contains("written to after"), "{error}");
 }
 
+/// Whoever opens a layer by mistake, or gives it up again, must not make those that were made on it useless.
+#[test]
+fn an_overlay_that_was_opened_and_not_written_to_is_still_what_others_were_made_on() {
+    for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
+        let dir = tempfile::tempdir().unwrap();
+        let base = base_of(dir.path(), 1 << 20);
+        let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+        let lower = DiskOptions { cache_type, ..overlaid(&base, first.clone(), vec![], IoEngine::Sync) };
+        Rig::open(&lower).write(0, &[1; 512]).unwrap();
+        let both = DiskOptions { cache_type, ..overlaid(&base, second, vec![first.clone()], IoEngine::Sync) };
+        drop(Rig::open(&both));
+        let before = std::fs::read(&first).unwrap();
+        let mut opened = Rig::open(&lower);
+        assert_eq!(opened.read(0, 512).unwrap(), [1; 512]);
+        opened.do_now(0, Request::Flush).unwrap();
+        drop(opened);
+        assert!(std::fs::read(&first).unwrap() == before);
+        assert_eq!(Rig::open(&both).read(0, 512).unwrap(), [1; 512]);
+    }
+}
+
+/// A fork that fails after its overlays were made lets its disks be written to again: what was made meanwhile does not fit any more.
+#[test]
+fn an_overlay_that_was_frozen_and_is_written_to_again_does_not_fit_what_was_made_on_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_of(dir.path(), 1 << 20);
+    let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+    let mut rig = Rig::open(&overlaid(&base, first.clone(), vec![], IoEngine::Sync));
+    rig.write(0, &[1; 512]).unwrap();
+    rig.disk.freeze().unwrap();
+    let both = overlaid(&base, second, vec![first], IoEngine::Sync);
+    drop(Rig::open(&both));
+    rig.disk.thaw().unwrap();
+    rig.write(300 << 10, &[2; 512]).unwrap();
+    assert_eq!(rig.read(300 << 10, 512).unwrap(), [2; 512]);
+    drop(rig);
+    let error = overlay_error(&both);
+    assert!(error.to_string().contains("written to after"), "{error}");
+}
+
 #[test]
 fn an_overlay_has_one_writer_or_any_number_of_readers() {
     let dir = tempfile::tempdir().unwrap();
@@ -200,12 +240,19 @@ fn overlays_that_cannot_be_made_are_refused() {
     let mut options = overlaid(&base, dir.path().join("top"), vec![], IoEngine::Sync);
     options.overlay.as_mut().unwrap().size_mib = Some(2);
     assert!(matches!(overlay_error(&options), OverlayError::Size { .. }));
+    assert!(!dir.path().join("top").exists(), "what is refused leaves nothing behind");
     options.overlay.as_mut().unwrap().size_mib = Some(4);
     drop(Rig::open(&options));
     options.overlay.as_mut().unwrap().size_mib = Some(5);
     assert!(matches!(overlay_error(&options), OverlayError::Size { .. }));
     options.overlay.as_mut().unwrap().path = dir.path().into();
     assert!(matches!(overlay_error(&options), OverlayError::Io { .. } | OverlayError::NotAFile { .. }));
+    // A blank disk is not its own overlay.
+    let blank = dir.path().join("blank");
+    File::create(&blank).unwrap().set_len(1 << 20).unwrap();
+    let error = overlay_error(&overlaid(&blank, blank.clone(), vec![], IoEngine::Sync));
+    assert!(matches!(error, OverlayError::IsBeneath { .. }), "{error}");
+    assert!(std::fs::read(&blank).unwrap().iter().all(|&byte| byte == 0));
     // To read it, it must be there.
     let missing = DiskOptions {
         read_only: true,

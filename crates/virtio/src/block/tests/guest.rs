@@ -53,6 +53,8 @@ pub(super) struct Guest {
     pub(super) block: Block,
     pub(super) control: BlockControl,
     pub(super) drivers: Vec<DriverQueue>,
+    /// How far the device is in each queue.
+    pub(super) positions: Vec<Arc<Position>>,
     kicks: Vec<Arc<EventFd>>,
     tasks: Vec<u64>,
     next_addr: u64,
@@ -98,6 +100,7 @@ impl Guest {
             block,
             control,
             drivers: vec![],
+            positions: vec![],
             kicks: vec![],
             tasks: vec![],
             next_addr: ARENA,
@@ -113,13 +116,22 @@ impl Guest {
         let mut base = QUEUES;
         self.drivers.clear();
         self.kicks.clear();
+        self.positions.clear();
         let mut queues = Vec::new();
         for (index, size) in sizes.into_iter().enumerate() {
             let driver = DriverQueue::new(&self.ram, base, size, self.features);
             base += DriverQueue::bytes(size).next_multiple_of(4096);
             let position = Arc::new(Position::default());
-            let queue =
-                Queue::new(index as u16, size, &driver.state(), self.features, &self.ram, position).unwrap();
+            let queue = Queue::new(
+                index as u16,
+                size,
+                &driver.state(),
+                self.features,
+                &self.ram,
+                Arc::clone(&position),
+            )
+            .unwrap();
+            self.positions.push(position);
             let kick = Arc::new(EventFd::new().unwrap());
             queues.push(ActiveQueue { queue, kick: Arc::clone(&kick) });
             self.drivers.push(driver);

@@ -23,8 +23,6 @@ enum Step {
         count: u64,
     },
     Flush,
-    /// Lets the overlay write down what it holds.
-    Settle,
     /// Lets some of what was started happen, and not all.
     Some(u8),
 }
@@ -35,7 +33,6 @@ fn step() -> impl Strategy<Value = Step> {
         5 => range().prop_map(|(sector, count)| Step::Write { sector, count }),
         1 => range().prop_map(|(sector, count)| Step::Zero { sector, count }),
         2 => Just(Step::Flush),
-        2 => Just(Step::Settle),
         3 => (0..6u8).prop_map(Step::Some),
     ]
 }
@@ -128,7 +125,6 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize) {
                 let lens = lens.collect();
                 model.flushes.push((token, lens));
             }
-            Step::Settle => rig.queue.settle(),
             Step::Some(count) => kicks = count,
         }
         for _ in 0..kicks {

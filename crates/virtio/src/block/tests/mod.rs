@@ -6,6 +6,8 @@ mod device_model;
 mod errors;
 mod guest;
 mod host_crash;
+mod killed;
+mod limits;
 mod model;
 pub(super) mod recorder;
 

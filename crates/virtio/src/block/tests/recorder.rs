@@ -2,8 +2,11 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
+
+use rustix::io::Errno;
 
 use crate::block::direct::carry_out;
 use crate::block::engine::{Done, Op, Transfer};
@@ -19,6 +22,9 @@ pub(in crate::block) enum Deed {
     Sync,
 }
 
+/// Where the last of the files cannot be written.
+pub(in crate::block) type Broken = Arc<Mutex<Range<u64>>>;
+
 /// What was done, in order.
 pub(in crate::block) type Deeds = Arc<Mutex<Vec<Deed>>>;
 
@@ -27,13 +33,15 @@ pub(in crate::block) type Deeds = Arc<Mutex<Vec<Deed>>>;
 pub(in crate::block) struct Recorder<T> {
     files: Vec<Arc<File>>,
     deeds: Deeds,
+    pub(super) broken: Broken,
     noted: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
 
 impl<T> Recorder<T> {
     pub(super) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
-        Recorder { files, deeds, noted: VecDeque::new(), done: Vec::new() }
+        let broken = Broken::default();
+        Recorder { files, deeds, broken, noted: VecDeque::new(), done: Vec::new() }
     }
 
     pub(in crate::block) fn push(&mut self, transfer: Transfer<T>) {
@@ -45,7 +53,8 @@ impl<T> Recorder<T> {
         let Some(mut transfer) = self.noted.pop_back() else { return };
         let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.left());
         let top = usize::from(transfer.file()) == self.files.len() - 1;
-        let result = carry_out(&mut transfer, &self.files);
+        let fails = top && op == Op::Write && locked(&self.broken).contains(&offset);
+        let result = if fails { Err(Errno::NOSPC) } else { carry_out(&mut transfer, &self.files) };
         if top && result.is_ok() {
             match op {
                 Op::Read => {}

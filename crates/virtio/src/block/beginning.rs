@@ -1,0 +1,65 @@
+//! The first change of an overlay's session.
+//!
+//! Before anything is changed the file must say so: it counts who wrote to it, for the overlays that were made on it, and says
+//! how far its map can be trusted should this session not be closed. So the first change waits until that is written (and durable,
+//! where flushes wait for the disk), and those that come meanwhile wait with it. A disk that is only opened changes nothing.
+//!
+//! An error is that of all changes that wait; the next one tries again.
+
+use rustix::io::Errno;
+
+use super::engine::{Engine, Transfer};
+use super::overlay::Top;
+use super::queue::{Request, Tag, Token};
+
+/// A change that waits.
+pub(super) type Waiting = (Token, u64, Request);
+
+/// The changes that wait for the session to begin.
+#[derive(Debug, Default)]
+pub(super) struct Beginning {
+    waiting: Vec<Waiting>,
+    phase: Phase,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Idle,
+    /// The session is being written.
+    Write,
+    /// It is being synced.
+    Sync,
+}
+
+impl Beginning {
+    /// Lets a change wait.
+    pub(super) fn wait(&mut self, change: Waiting, file: u8, top: &Top, engine: &mut Engine<Tag>) {
+        self.waiting.push(change);
+        if self.phase == Phase::Idle {
+            self.phase = Phase::Write;
+            let (offset, bytes) = top.beginning();
+            engine.push(Transfer::write_bytes(file, offset, bytes, Tag::Begin));
+        }
+    }
+
+    /// Takes in the end of a step. When it was the last one: how that went, and the changes that waited.
+    pub(super) fn step(
+        &mut self,
+        result: Result<(), Errno>,
+        file: u8,
+        top: &Top,
+        engine: &mut Engine<Tag>,
+    ) -> Option<(Result<(), Errno>, Vec<Waiting>)> {
+        if result.is_ok() && self.phase == Phase::Write && top.waits_for_disk() {
+            self.phase = Phase::Sync;
+            engine.push(Transfer::sync(file, Tag::Begin));
+            return None;
+        }
+        self.phase = Phase::Idle;
+        if result.is_ok() {
+            top.has_begun();
+        }
+        Some((result, std::mem::take(&mut self.waiting)))
+    }
+}

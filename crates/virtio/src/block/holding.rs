@@ -1,0 +1,134 @@
+//! Telling map B of an overlay what a request changed, before its end is told.
+//!
+//! The data of a change stands in the file before map B speaks of it, and map B speaks of it before whoever asked hears that the
+//! change is over. So a monitor that is killed at any moment loses nothing of what it had answered: only requests in flight.
+//!
+//! Map B is written in runs. A run writes all that map B lacks when it begins, a bounded share at a time, so that one large change
+//! needs no memory for all of the map. What is changed meanwhile waits for the next run: changes that end together share one, and
+//! those of a few pages of the map need a few writes, however many they are. What changes sectors that map B has already waits for nothing.
+//!
+//! A stretch that cannot be written is noted as missing again, for the next run, and fails the changes that need it and no others.
+
+use rustix::io::Errno;
+
+use super::engine::{Engine, Transfer};
+use super::overlay::Top;
+use super::overlay::map::Dirty;
+use super::queue::{Tag, Token};
+
+/// Most stretches of the map that are written at a time; each is at most 4 KiB.
+const ROUND: usize = 64;
+
+/// A change that is over, and how it went.
+pub(super) type Finished = (Token, Result<(), Errno>);
+
+/// The changes of one overlay that wait for map B.
+#[derive(Debug, Default)]
+pub(super) struct Holding {
+    /// Those that the run is for.
+    running: Vec<Change>,
+    /// Those that came too late for it.
+    next: Vec<Change>,
+    /// What the run has not taken yet.
+    missing: Dirty,
+    /// All that it is about, while it goes on.
+    about: Dirty,
+    /// Writes in flight.
+    in_flight: usize,
+    /// What it could not write, and why.
+    failed: Option<(Dirty, Errno)>,
+    /// The last run failed, and it was said.
+    said: bool,
+}
+
+/// A change of sectors whose data is in the file.
+#[derive(Debug)]
+struct Change {
+    token: Token,
+    sector: u64,
+    count: u64,
+}
+
+impl Holding {
+    /// The `count` sectors from `sector`, which are not none, are in the file. Whether map B says so already; if not, the change
+    /// waits.
+    pub(super) fn changed(&mut self, token: Token, sector: u64, count: u64, top: &Top) -> bool {
+        if !top.hold(sector, count) && !self.about.meets(sector, count) {
+            return true;
+        }
+        self.next.push(Change { token, sector, count });
+        false
+    }
+
+    /// Begins a run, if changes wait for one. To be called when all changes that ended at the same time were noted.
+    pub(super) fn go_on(
+        &mut self,
+        (file, top): (u8, &Top),
+        engine: &mut Engine<Tag>,
+        finished: &mut impl Extend<Finished>,
+    ) {
+        if !self.running.is_empty() || self.next.is_empty() {
+            return;
+        }
+        std::mem::swap(&mut self.running, &mut self.next);
+        self.missing = std::mem::take(&mut top.state().dirty_b);
+        self.about = self.missing.clone();
+        if self.missing.is_empty() {
+            // They waited for the run before, which wrote what they need.
+            finished.extend(self.end(top));
+        } else {
+            self.round(file, top, engine);
+        }
+    }
+
+    /// Takes in the end of one write of `words` of page `page`.
+    pub(super) fn step(
+        &mut self,
+        (page, words): (u64, std::ops::RangeInclusive<u16>),
+        result: Result<(), Errno>,
+        (file, top): (u8, &Top),
+        engine: &mut Engine<Tag>,
+        finished: &mut impl Extend<Finished>,
+    ) {
+        self.in_flight -= 1;
+        if let Err(errno) = result {
+            self.failed.get_or_insert_with(|| (Dirty::default(), errno)).0.mark_words(page, words);
+        }
+        if self.in_flight == 0 {
+            if self.missing.is_empty() {
+                finished.extend(self.end(top));
+            } else {
+                self.round(file, top, engine);
+            }
+        }
+    }
+
+    fn round(&mut self, file: u8, top: &Top, engine: &mut Engine<Tag>) {
+        let state = top.state();
+        while self.in_flight < ROUND
+            && let Some((page, words)) = self.missing.pop()
+        {
+            let (offset, bytes) = state.bytes(page, words.clone());
+            let tag = Tag::MapB { page, words };
+            engine.push(Transfer::write_bytes(file, top.layout.map_b + offset, bytes, tag));
+            self.in_flight += 1;
+        }
+    }
+
+    /// Ends the run; how it went for each change.
+    fn end(&mut self, top: &Top) -> impl Iterator<Item = Finished> {
+        self.about = Dirty::default();
+        let failed = self.failed.take();
+        if let Some((dirty, errno)) = &failed {
+            if !self.said {
+                log::warn!("cannot write the map of overlay {}: {errno}", top.path().display());
+            }
+            top.state().dirty_b.merge(dirty.clone());
+        }
+        self.said = failed.is_some();
+        std::mem::take(&mut self.running).into_iter().map(move |Change { token, sector, count }| {
+            let failed = failed.as_ref().filter(|(dirty, _)| dirty.meets(sector, count));
+            (token, failed.map_or(Ok(()), |&(_, errno)| Err(errno)))
+        })
+    }
+}

@@ -1,0 +1,138 @@
+//! However a monitor ends, what the guest was told is written is in its overlays; and after an orderly end they are closed, so that it is there on
+//! any host.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+use vesta_tests::disks::{DiskGuest, OverlayFile, disk, drive, said, with};
+use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::on_each_transport;
+use vesta_tests::process::Orphans;
+use vesta_tests::said::wait_for_text;
+use vesta_tests::vmm::Vmm;
+
+/// Places that the guest writes to, and how far apart they are in sectors: each has a page of the overlay's map to itself.
+const PLACES: u64 = 40;
+const APART: u64 = 32768;
+
+/// Writes to all places of both disks at once, past the guest's own cache, and flushes nothing.
+const WRITE: &str = "yes vesta | head -c 4096 > /x\n\
+    for d in a b; do i=0; while [ $i -lt 40 ]; do\n\
+      dd if=/x of=/dev/vd$d bs=4096 count=1 seek=$((i * 4096)) conv=notrunc oflag=direct 2>/dev/null || echo FAILED &\n\
+      i=$((i + 1))\n\
+    done; done; wait; echo WRITTEN";
+
+/// A guest with an overlay that does not wait for disks, as is the default, and one that does.
+fn guest(transport: Transport, home: &Path) -> Result<(DiskGuest, [PathBuf; 2])> {
+    let mut guest = DiskGuest::new(transport)?;
+    let overlays = ["Unsafe", "Writeback"].map(|cache_type| home.join(format!("{cache_type}.overlay")));
+    for (cache_type, overlay) in ["Unsafe", "Writeback"].into_iter().zip(&overlays) {
+        let base = home.join(cache_type);
+        if !base.exists() {
+            disk(home, cache_type, PLACES * APART / 2048)?;
+        }
+        let fields = json!({"cache_type": cache_type, "overlay": {"path": overlay}});
+        guest = guest.drive(with(drive(cache_type, &base), &fields));
+    }
+    Ok((guest, overlays))
+}
+
+fn check_all_is_there(overlays: &[PathBuf; 2]) -> Result<()> {
+    for path in overlays {
+        let overlay = OverlayFile::open(path)?;
+        for place in 0..PLACES {
+            ensure!(overlay.holds(place * APART)?, "{}: place {place} is not in the map", path.display());
+            let bytes = overlay.bytes(place * APART, 12)?;
+            ensure!(bytes == *b"vesta\nvesta\n", "{}: place {place} has {bytes:?}", path.display());
+        }
+    }
+    Ok(())
+}
+
+fn check_closed(overlays: &[PathBuf; 2]) -> Result<()> {
+    for path in overlays {
+        ensure!(OverlayFile::open(path)?.is_closed()?, "{} is not closed", path.display());
+    }
+    check_all_is_there(overlays)
+}
+
+/// A guest that has written and goes on doing nothing.
+fn written(transport: Transport, home: &Path) -> Result<(Vmm, [PathBuf; 2])> {
+    let (guest, overlays) = guest(transport, home)?;
+    let vmm = guest.run(&format!("{WRITE}\nwhile :; do sleep 1; done"))?;
+    let said = vmm.wait_for_output("WRITTEN", BOOT)?;
+    ensure!(!said.contains("FAILED"), "{said}");
+    Ok((vmm, overlays))
+}
+
+on_each_transport! {
+    fn overlays_are_closed_when_the_guest_ends_by_itself(transport) {
+        for end in ["poweroff -f", "reboot -f"] {
+            let home = tempfile::tempdir()?;
+            let (guest, overlays) = guest(transport, home.path())?;
+            let said = said(&mut guest.run(&format!("{WRITE}\n{end}"))?)?;
+            ensure!(said.contains("WRITTEN") && !said.contains("FAILED"), "{said}");
+            check_closed(&overlays)?;
+        }
+        Ok(())
+    }
+
+    fn overlays_are_closed_when_a_signal_asks_the_monitor_to_end_also_of_a_guest_that_is_paused(transport) {
+        for (signal, paused) in [(Signal::TERM, false), (Signal::HUP, false), (Signal::TERM, true)] {
+            let home = tempfile::tempdir()?;
+            let (mut vmm, overlays) = written(transport, home.path())?;
+            if paused {
+                vmm.ready_client(SOON)?.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+            }
+            vmm.signal(signal)?;
+            vmm.exit_status(SOON)?;
+            check_closed(&overlays)?;
+        }
+        Ok(())
+    }
+
+    fn a_killed_monitor_leaves_all_that_the_guest_was_told_is_written(transport) {
+        let home = tempfile::tempdir()?;
+        let (mut vmm, overlays) = written(transport, home.path())?;
+        vmm.signal(Signal::KILL)?;
+        vmm.exit_status(SOON)?;
+        for path in &overlays {
+            ensure!(!OverlayFile::open(path)?.is_closed()?, "nobody closed {}", path.display());
+        }
+        check_all_is_there(&overlays)
+    }
+
+    /// The child's overlays lie on its parent's. It writes to them until it is told to end.
+    fn overlays_of_a_child_are_closed_when_it_ends(transport) {
+        let home = tempfile::tempdir()?;
+        let (guest, _) = guest(transport, home.path())?;
+        let write = "dd if=/x of=/dev/vd$d bs=4096 count=1 seek=1 conv=notrunc oflag=direct 2>/dev/null";
+        let script = format!("{WRITE}\nwhile :; do for d in a b; do {write} || echo FAILED; done; echo AGAIN; done");
+        let vmm = guest.run(&script)?;
+        vmm.wait_for_output("AGAIN", BOOT)?;
+        let serial = home.path().join("serial");
+        let overlays = ["a", "b"].map(|name| home.path().join(format!("child.{name}")));
+        let drives: Vec<_> = ["Unsafe", "Writeback"]
+            .iter()
+            .zip(&overlays)
+            .map(|(id, path)| json!({"drive_id": id, "overlay": path}))
+            .collect();
+        let child = json!({"id": "child", "serial": {"serial_out_path": serial}, "drives": drives});
+        let reply = vmm.ready_client(SOON)?.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
+        let alive = Orphans::of_fork(&reply)?;
+        let pid = reply["children"][0]["pid"].as_u64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        let pid = pid.context("the child's pid")?;
+        // Twice, so that it has written to both since it is there.
+        let said = wait_for_text(&serial, "AGAIN\r\nAGAIN", BOOT)?;
+        ensure!(!said.contains("FAILED"), "{said}");
+        kill_process(pid, Signal::TERM)?;
+        alive.wait(SOON)?;
+        for path in &overlays {
+            let overlay = OverlayFile::open(path)?;
+            ensure!(overlay.is_closed()? && overlay.holds(8)?, "{}", path.display());
+        }
+        Ok(())
+    }
+}
