@@ -1,51 +1,22 @@
-//! Networks of real guests: data both ways on every back end and either transport, limits, and what goes wrong.
+//! Networks of real guests on taps: data both ways on either transport, limits, what goes wrong, and the API. Other back ends are in
+//! `net_backends`.
 
 use std::fs::File;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::api::ApiClient;
 use vesta_tests::guest::{BOOT, SOON, Transport, ignore, vmm_path};
 use vesta_tests::host_net::{HostNet, NetGuest};
+use vesta_tests::net_script::{UP, both_ways, check_both_ways, host, host_with_queues, said};
 use vesta_tests::on_each_transport;
 use vesta_tests::said::word;
 use vesta_tests::traffic;
-use vesta_tests::vmm::{Vmm, VmmBuilder};
+use vesta_tests::vmm::VmmBuilder;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_net-tool");
 const MIB: u64 = 1 << 20;
-
-/// What a guest does to have the address `10.0.0.2`.
-const UP: &str = "ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up";
-
-/// What the guest said, once it has ended well.
-fn said(mut vmm: Vmm) -> Result<String> {
-    let (code, said) = vmm.finish(BOOT)?;
-    ensure!(code == 0, "exit code {code}: {said}");
-    ensure!(!said.contains("FAILED"), "{said}");
-    Ok(said)
-}
-
-/// A namespace with a tap, and a server on it.
-fn host() -> Result<HostNet> {
-    let net = HostNet::new()?;
-    net.tap("tap0", "10.0.0.1/24", "")?;
-    net.serve("10.0.0.1:7000")?;
-    Ok(net)
-}
-
-/// Both ways at once, and that it was.
-fn both_ways(bytes: u64) -> String {
-    format!("net-tool upload 10.0.0.1:7000 1 {bytes} & net-tool download 10.0.0.1:7000 2 {bytes} & wait")
-}
-
-fn assert_both_ways(said: &str) -> Result<()> {
-    ensure!(said.contains("UPLOADED 10.0.0.1:7000 1"), "{said}");
-    ensure!(said.contains("DOWNLOADED 10.0.0.1:7000 2"), "{said}");
-    Ok(())
-}
 
 on_each_transport! {
     /// What is sent arrives, both ways at the same time.
@@ -56,7 +27,7 @@ on_each_transport! {
             .boot(&format!("{UP}\necho MAC $(cat /sys/class/net/eth0/address)\n{}\npoweroff -f", both_ways(8 * MIB)))?;
         let said = said(vmm)?;
         ensure!(said.contains("MAC 06:00:ac:10:00:02"), "{said}");
-        assert_both_ways(&said)
+        check_both_ways(&said)
     }
 
     /// The guest's checksums and segmentation are its own business, and so is the MTU.
@@ -80,32 +51,9 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Queues and interrupts are the kernel's; the monitor starts and stops them.
-    fn bytes_go_both_ways_with_vhost(transport) {
-        if File::open("/dev/vhost-net").is_err() {
-            ignore("there is no vhost-net here");
-        }
-        let _net = host()?;
-        let vmm = NetGuest::new(transport, TOOL)?
-            .tap("tap0", json!({"backend": "vhost"}))
-            .boot(&format!("{UP}\n{both}\necho AGAIN\n{both}\npoweroff -f", both = both_ways(8 * MIB)))?;
-        vmm.wait_for_output("AGAIN", BOOT)?;
-        // In the middle of it.
-        let mut api = vmm.ready_client(SOON)?;
-        for _ in 0..5 {
-            api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
-            api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-        }
-        let said = said(vmm)?;
-        ensure!(said.matches("UPLOADED").count() == 2 && said.matches("DOWNLOADED").count() == 2, "{said}");
-        Ok(())
-    }
-
     /// All of them carry data.
     fn several_pairs_of_queues_share_the_work(transport) {
-        let net = HostNet::new()?;
-        net.tap("tap0", "10.0.0.1/24", "multi_queue")?;
-        net.serve("10.0.0.1:7000")?;
+        let _net = host_with_queues()?;
         let vmm = NetGuest::new(transport, TOOL)?
             .vcpus(2)
             .tap("tap0", json!({"num_queues": 2, "io_threads": 2}))
@@ -248,64 +196,7 @@ fn two_microvms_on_one_bridge_reach_each_other() -> Result<()> {
     let server = boot("tap1", "10.0.0.1", "net-tool serve 7000")?;
     server.wait_for_output("SERVING", BOOT)?;
     let client = boot("tap2", "10.0.0.2", &format!("{}\npoweroff -f", both_ways(2 * MIB)))?;
-    assert_both_ways(&said(client)?)
-}
-
-/// A `passt` that listens at `socket`; it ends with this value.
-struct Passt(std::process::Child);
-
-impl Passt {
-    fn start(socket: &Path, more: &[&str]) -> Result<Passt> {
-        let mut command = std::process::Command::new("passt");
-        command.arg("--foreground").arg("--socket").arg(socket).args(more);
-        vesta_tests::process::die_with_parent(&mut command);
-        let passt = Passt(command.spawn().context("cannot run passt")?);
-        let begun = Instant::now();
-        while std::os::unix::net::UnixStream::connect(socket).is_err() {
-            ensure!(begun.elapsed() < SOON, "passt does not listen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(passt)
-    }
-}
-
-impl Drop for Passt {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-#[test]
-fn a_guest_of_a_monitor_without_rights_reaches_the_hosts_loopback_and_is_reached() -> Result<()> {
-    let net = HostNet::new()?;
-    // What passt shows its guest is an interface with a default route.
-    net.tap("out0", "192.0.2.2/24", "")?;
-    net.ip("route add default via 192.0.2.1")?;
-    net.serve("127.0.0.1:7000")?;
-    // The monitor has none of the rights that root has, but to open what is another's: passt is nobody where it was root.
-    let builder = VmmBuilder::new(Path::new("setpriv"))?;
-    let dir = builder.dir().to_owned();
-    // passt binds its socket as nobody where it was root's.
-    std::fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
-    let socket = dir.join("passt.sock");
-    let _passt = Passt::start(&socket, &["--tcp-ports", "7001"])?;
-    std::fs::set_permissions(&socket, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
-    let builder = ["--bounding-set=-all,+dac_override", "--inh-caps=-all", "--no-new-privs"]
-        .iter()
-        .fold(builder, VmmBuilder::arg);
-    let guest = NetGuest::with(builder.arg(vmm_path()), Transport::Mmio, TOOL)?;
-    let vmm = guest.interface(json!({"backend": "passt", "socket": socket})).boot(
-        "ip address add 192.0.2.2/24 dev eth0; ip link set eth0 up; ip route add default via 192.0.2.1\n\
-         net-tool upload 192.0.2.1:7000 1 4000000\nnet-tool download 192.0.2.1:7000 2 4000000\nnet-tool serve 7001",
-    )?;
-    vmm.wait_for_output("UPLOADED 192.0.2.1:7000 1", BOOT)?;
-    vmm.wait_for_output("DOWNLOADED 192.0.2.1:7000 2", BOOT)?;
-    vmm.wait_for_output("SERVING", BOOT)?;
-    traffic::upload("127.0.0.1:7001", 3, 4_000_000)?;
-    traffic::download("127.0.0.1:7001", 4, 4_000_000)?;
-    Ok(())
+    check_both_ways(&said(client)?)
 }
 
 fn put(api: &mut ApiClient, id: &str, body: &serde_json::Value) -> Result<vesta_tests::api::Response> {
