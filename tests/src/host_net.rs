@@ -1,7 +1,9 @@
 //! Networks of the host that a test needs: a network namespace of its own, so that names are free and nothing can be left behind.
 
+use std::fs::File;
 use std::net::TcpListener;
-use std::path::Path;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 
@@ -12,6 +14,7 @@ use crate::exchange;
 use crate::guest::{BOOT_ARGS, Guest, Kernel, Transport, busybox, ignore, vmm_path};
 use crate::initramfs::Initramfs;
 use crate::traffic;
+use crate::unprivileged::{self, KvmAccess};
 use crate::vmm::{Vmm, VmmBuilder};
 
 /// A network namespace, which this thread and the processes that it starts are in. It goes with the last of them.
@@ -66,6 +69,37 @@ impl HostNet {
         self.ip(&format!("link set {name} up"))
     }
 
+    /// Opens so many queues of a tap: what somebody does who starts a monitor without rights.
+    pub fn open_tap(&self, name: &str, queues: usize) -> Result<Vec<OwnedFd>> {
+        let multi = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        (0..queues).map(|_| attach(name, multi).with_context(|| format!("tap {name}"))).collect()
+    }
+
+    /// A macvtap with this MAC address, on one end of a cable whose other end has an address (`10.0.0.1/24`): the path of its device.
+    /// Ends the test as one that cannot run here where the kernel has none.
+    pub fn macvtap(&self, name: &str, mac: &str, address: &str) -> Result<PathBuf> {
+        let (near, far) = (format!("{name}n"), format!("{name}f"));
+        // Device nodes are those of the whole machine, and called after the number.
+        let number = FIRST_MACVTAP + std::process::id();
+        for words in [
+            format!("link add {near} type veth peer name {far}"),
+            format!("link add link {near} name {name} index {number} address {mac} type macvtap mode bridge"),
+        ] {
+            if let Err(error) = self.ip(&words) {
+                if error.to_string().contains("Unknown device type") {
+                    ignore("the host's kernel has no macvtap");
+                }
+                return Err(error);
+            }
+        }
+        for link in [name, &near, &far] {
+            let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{link}/disable_ipv6"), "1");
+            self.ip(&format!("link set {link} up"))?;
+        }
+        self.ip(&format!("address add {address} dev {far}"))?;
+        Ok(PathBuf::from(format!("/dev/tap{number}")))
+    }
+
     /// Sends back what comes to this address and port.
     pub fn echo(&self, address: &str) -> Result<()> {
         let listener = TcpListener::bind(address).context("an echo for the guest")?;
@@ -118,6 +152,27 @@ fn enter_new_namespace() -> Result<()> {
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.context("a network namespace")
 }
 
+/// What the numbers of macvtaps begin with: far from those that others have.
+const FIRST_MACVTAP: u32 = 1 << 24;
+
+/// A new queue of a tap, for frames with a header of virtio's before them.
+#[expect(unsafe_code, reason = "an ioctl")]
+fn attach(name: &str, more: libc::c_int) -> Result<OwnedFd> {
+    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+    let mut ifr_name = [0; libc::IFNAMSIZ];
+    ensure!(name.len() < ifr_name.len(), "the name is too long");
+    for (to, from) in ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
+    let ifr_ifru = libc::__c_anonymous_ifr_ifru { ifru_flags: flags as libc::c_short };
+    let mut request = libc::ifreq { ifr_name, ifr_ifru };
+    // SAFETY: this request reads and writes a `struct ifreq`, which `request` is and stays for the call.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as libc::Ioctl, &raw mut request) };
+    ensure!(done >= 0, "TUNSETIFF: {}", std::io::Error::last_os_error());
+    Ok(file.into())
+}
+
 /// A guest with network interfaces, that is being put together.
 #[derive(Debug)]
 pub struct NetGuest {
@@ -144,6 +199,13 @@ impl NetGuest {
         Ok(NetGuest { builder, guest, disk, interfaces: Vec::new(), mmds: None })
     }
 
+    /// The same, with a monitor that has no rights but to use KVM.
+    pub fn unprivileged(kvm: &KvmAccess, transport: Transport, tool: &str) -> Result<NetGuest> {
+        let mut guest = NetGuest::with(kvm.vmm()?, transport, tool)?;
+        guest.guest.kernel = unprivileged::copy(&guest.guest.kernel, guest.dir())?;
+        Ok(guest)
+    }
+
     /// The monitor's directory.
     pub fn dir(&self) -> &Path {
         self.builder.dir()
@@ -163,6 +225,20 @@ impl NetGuest {
         interface["iface_id"] = json!(format!("eth{}", self.interfaces.len()));
         self.interfaces.push(interface);
         self
+    }
+
+    /// Adds an interface on the tap whose queues these descriptors are, which the monitor inherits, with these other fields.
+    pub fn descriptors(mut self, queues: Vec<OwnedFd>, more: Value) -> Result<NetGuest> {
+        let numbers: Vec<RawFd> =
+            queues.into_iter().map(|fd| self.builder.inherit(fd)).collect::<Result<_>>()?;
+        let mut interface = json!({"fds": numbers, "num_queues": numbers.len()});
+        merge(&mut interface, more);
+        Ok(self.interface(interface))
+    }
+
+    /// Leaves the monitor a descriptor that none of its interfaces has yet. Returns its number.
+    pub fn inherit(&mut self, fd: OwnedFd) -> Result<RawFd> {
+        self.builder.inherit(fd)
     }
 
     /// The way to the metadata service: a body of `PUT /mmds/config`.

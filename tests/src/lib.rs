@@ -9,8 +9,8 @@
 //! - [`process`]: processes that nobody else waits for; [`said`]: what guests wrote to files.
 //! - [`stalls`]: how far the host's time can be relied on.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
-//! - [`host_net`]: networks of the host, and guests on them; [`traffic`]: what they send; [`exchange`]: bytes to and fro
-//!   for as long as a guest is busy.
+//! - [`host_net`]: networks of the host, and guests on them; [`net_script`]: what they do there; [`traffic`]: what they send; [`exchange`]: bytes to and fro
+//!   for as long as a guest is busy; [`passt`]: a network that needs no rights; [`unprivileged`]: programs that have none.
 //! - [`elf`]: guests of a few instructions, and broken ones.
 //!
 //! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
@@ -29,7 +29,9 @@ pub mod initramfs;
 pub mod load;
 pub mod modules;
 pub mod net_load;
+pub mod net_script;
 pub mod page_server;
+pub mod passt;
 pub mod pattern;
 pub mod process;
 pub mod said;
@@ -37,5 +39,6 @@ pub mod snapshots;
 pub mod stalls;
 pub mod traffic;
 pub mod transcript;
+pub mod unprivileged;
 pub mod vmm;
 pub mod vsock;

@@ -1,6 +1,7 @@
 //! The monitor under test, as a process.
 
 use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -22,6 +23,7 @@ pub struct VmmBuilder {
     program: PathBuf,
     args: Vec<OsString>,
     dir: TempDir,
+    inherited: Vec<OwnedFd>,
     name: Option<OsString>,
     show: bool,
 }
@@ -33,7 +35,14 @@ impl VmmBuilder {
             .prefix("vesta-test-")
             .tempdir()
             .context("a directory for the monitor")?;
-        Ok(VmmBuilder { program: program.to_owned(), args: Vec::new(), dir, name: None, show: true })
+        Ok(VmmBuilder {
+            program: program.to_owned(),
+            args: Vec::new(),
+            dir,
+            inherited: Vec::new(),
+            name: None,
+            show: true,
+        })
     }
 
     /// The directory that it will run in, for files that its arguments name.
@@ -72,6 +81,14 @@ impl VmmBuilder {
     pub fn with_name(mut self, name: &str) -> VmmBuilder {
         self.name = Some(name.into());
         self
+    }
+
+    /// Leaves it this descriptor, which is closed here once it runs. Returns its number.
+    pub fn inherit(&mut self, fd: OwnedFd) -> Result<RawFd> {
+        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty()).context("a descriptor to be inherited")?;
+        let number = fd.as_raw_fd();
+        self.inherited.push(fd);
+        Ok(number)
     }
 
     /// Does not show on standard error what it says.

@@ -4,17 +4,24 @@
 //! |---|---|---|
 //! | `upload ADDRESS SEED BYTES` | sends bytes over TCP, which the other side checks | `UPLOADED ADDRESS SEED`, `FAILED ...` |
 //! | `download ADDRESS SEED BYTES` | gets bytes over TCP, and checks them | `DOWNLOADED ADDRESS SEED`, `FAILED ...` |
+//! | `flood ADDRESS` | sends datagrams over UDP until none has gone for a while | `STUFFED ADDRESS` |
 //! | `until FILE ADDRESS` | sends bytes over TCP, which must come back, until there is such a file in the guest | see [`exchange::until`] |
 //! | `serve PORT` | serves uploads and downloads for ever | `SERVING PORT` |
 //! | `load` | serves the benchmark's clients for ever | `SERVING PORT` |
 
-use std::io::Write;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::io::{ErrorKind, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use vesta_tests::exchange;
 use vesta_tests::traffic::{download, serve, upload};
+
+/// Bytes of a datagram, which goes into one frame.
+const DATAGRAM: usize = 1400;
+/// How long nothing has to go before nothing goes.
+const STUCK: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -34,6 +41,7 @@ fn main() -> ExitCode {
         ["until", file, address] => {
             exchange::until("net", Path::new(file), || TcpStream::connect(address)).map(|()| String::new())
         }
+        ["flood", address] => flood(address).map(|()| format!("STUFFED {address}")),
         ["load"] => vesta_tests::net_load::serve().map(|()| String::new()),
         _ => {
             eprintln!("net-tool: what is {args:?}?");
@@ -48,6 +56,19 @@ fn main() -> ExitCode {
         Err(error) => {
             say(&format!("FAILED {}: {error}", args.join(" ")));
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// Sends until nobody has taken anything for [`STUCK`].
+fn flood(address: &str) -> std::io::Result<()> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.set_write_timeout(Some(STUCK))?;
+    loop {
+        match socket.send_to(&[7; DATAGRAM], address) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            // Whether anybody wants them is not what this is about.
+            Ok(_) | Err(_) => {}
         }
     }
 }

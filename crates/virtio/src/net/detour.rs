@@ -18,8 +18,8 @@
 
 use crate::worker::Nanos;
 
-/// Bytes of a frame that [`Detour::wants`] is shown, as far as the frame has them: the headers of Ethernet, and of ARP or IPv4 with its
-/// addresses, also behind a VLAN tag.
+/// Bytes of a frame that [`Detour::wants`] is shown, as far as the frame has them: the headers of Ethernet, and of ARP or of IPv4
+/// with its addresses.
 pub const HEAD_LEN: usize = 64;
 
 /// The longest frame in bytes: an Ethernet header with a VLAN tag, and an IP packet of the greatest length.

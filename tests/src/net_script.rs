@@ -1,0 +1,46 @@
+//! What guests on a network of the host's do, and say of it: pieces of their scripts.
+
+use anyhow::{Result, ensure};
+
+use crate::guest::BOOT;
+use crate::host_net::HostNet;
+use crate::vmm::Vmm;
+
+/// What a guest does to have the address `10.0.0.2`.
+pub const UP: &str = "ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up";
+
+/// A namespace with a tap, and a server on it.
+pub fn host() -> Result<HostNet> {
+    let net = HostNet::new()?;
+    net.tap("tap0", "10.0.0.1/24", "")?;
+    net.serve("10.0.0.1:7000")?;
+    Ok(net)
+}
+
+/// The same with a tap of several queues.
+pub fn host_with_queues() -> Result<HostNet> {
+    let net = HostNet::new()?;
+    net.tap("tap0", "10.0.0.1/24", "multi_queue")?;
+    net.serve("10.0.0.1:7000")?;
+    Ok(net)
+}
+
+/// Both ways at once.
+pub fn both_ways(bytes: u64) -> String {
+    format!("net-tool upload 10.0.0.1:7000 1 {bytes} & net-tool download 10.0.0.1:7000 2 {bytes} & wait")
+}
+
+/// That it was.
+pub fn check_both_ways(said: &str) -> Result<()> {
+    ensure!(said.contains("UPLOADED 10.0.0.1:7000 1"), "{said}");
+    ensure!(said.contains("DOWNLOADED 10.0.0.1:7000 2"), "{said}");
+    Ok(())
+}
+
+/// What the guest said, once it has ended well.
+pub fn said(mut vmm: Vmm) -> Result<String> {
+    let (code, said) = vmm.finish(BOOT)?;
+    ensure!(code == 0, "exit code {code}: {said}");
+    ensure!(!said.contains("FAILED"), "{said}");
+    Ok(said)
+}
