@@ -1,17 +1,22 @@
 //! Forks of Linux guests: children and parent go on from the same moment, each with a past and disks of its own.
 
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use anyhow::ensure;
-use serde_json::json;
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use vesta_tests::api::ApiClient;
 use vesta_tests::disks::{DiskGuest, disk, drive, said, with};
-use vesta_tests::guest::{BOOT, SOON};
+use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::host_devices::LoopDevice;
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
 use vesta_tests::said::{wait_for_text, word};
 use vesta_tests::snapshots::{Files, go_on};
+use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
@@ -64,6 +69,28 @@ on_each_transport! {
     }
 }
 
+/// Waits until the live snapshot is written.
+fn wait_for_job(api: &mut ApiClient) -> Result<()> {
+    while api.get("/snapshot/job")?.ok()?.json()?["state"] == json!("Running") {
+        std::thread::yield_now();
+    }
+    let job = api.get("/snapshot/job")?.json()?;
+    ensure!(job["state"] == json!("Done"), "{job}");
+    Ok(())
+}
+
+/// Forks, if need be when some of so many layers were merged that there can be no more.
+fn fork_when_it_can_be(api: &mut ApiClient, fork: &Value) -> Result<Value> {
+    let begun = Instant::now();
+    loop {
+        let reply = api.put("/fork", fork)?;
+        if reply.status != 400 || !reply.fault().contains("overlay.layers") || begun.elapsed() > BOOT {
+            return reply.ok()?.json();
+        }
+        std::thread::yield_now();
+    }
+}
+
 /// Writes to both disks until the third says stop.
 const WRITES: &str = "disk-tool until /stop vda 7 2 & disk-tool until /stop vdb 8 2 &
 until dd if=/dev/vdc bs=512 count=1 iflag=direct 2>/dev/null | grep -q stop; do usleep 200000; done
@@ -88,28 +115,32 @@ on_each_transport! {
         let mut vmm = guest.drive(with(drive("control", &control), &json!({"is_read_only": true}))).run(WRITES)?;
         vmm.wait_for_output("FLUSHED", BOOT)?;
         let mut api = vmm.ready_client(SOON)?;
-        let mut most = 0;
-        for round in 0..20 {
+        let (mut layers, mut merged) = ([0; 2], [false; 2]);
+        // Layers are merged some time after there are many of them.
+        for round in 0.. {
             let from = vmm.stdout.len();
             for mark in ["FLUSHED vda", "FLUSHED vdb"] {
                 vmm.stdout.wait_for_after(from, mark, BOOT)?;
             }
             let child = json!({"id": format!("c{round}"), "resume": false});
-            let reply = api.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
+            let reply = fork_when_it_can_be(&mut api, &json!({"children": [child]}))?;
             Orphans::of_fork(&reply)?.kill(SOON)?;
-            let layers = &api.get("/vm/config")?.json()?["drives"][0]["overlay"]["layers"];
-            most = most.max(layers.as_array().map_or(0, Vec::len));
+            let config = api.get("/vm/config")?.json()?;
+            for drive in 0..2 {
+                let now = config["drives"][drive]["overlay"]["layers"].as_array().map_or(0, Vec::len);
+                merged[drive] |= now < layers[drive];
+                layers[drive] = now;
+            }
+            if merged == [true; 2] {
+                break;
+            }
+            ensure!(round < 40, "there are {layers:?} layers, {merged:?}");
         }
-        ensure!(most == 16, "there were {most} layers: none were merged");
         let files = Files::new(home.path(), "live");
         let mut create = files.create("Full");
         create["live"] = json!(true);
         api.put("/snapshot/create", &create)?.ok()?;
-        while api.get("/snapshot/job")?.ok()?.json()?["state"] == json!("Running") {
-            std::thread::yield_now();
-        }
-        let job = api.get("/snapshot/job")?.json()?;
-        ensure!(job["state"] == json!("Done"), "{job}");
+        wait_for_job(&mut api)?;
 
         File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
         let verified = |said: &str| {
@@ -125,4 +156,75 @@ on_each_transport! {
         }
         Ok(())
     }
+}
+
+/// Writes to the first disk until the second says stop.
+const WRITES_TO_ONE: &str = "disk-tool until /stop vda 7 2 &
+until dd if=/dev/vdb bs=512 count=1 iflag=direct 2>/dev/null | grep -q stop; do usleep 200000; done
+touch /stop
+wait
+echo LAST
+poweroff -f";
+
+/// A guest that writes to a block device of the host, until that file says stop.
+fn on_block_device(dir: &Path) -> Result<(LoopDevice, PathBuf, Vmm, ApiClient)> {
+    let device = LoopDevice::new(&disk(dir, "backing", 4)?)?;
+    let control = disk(dir, "control", 1)?;
+    let guest = DiskGuest::new(Transport::Mmio)?.tool(TOOL).drive(drive("device", device.path()));
+    let vmm =
+        guest.drive(with(drive("control", &control), &json!({"is_read_only": true}))).run(WRITES_TO_ONE)?;
+    vmm.wait_for_output("FLUSHED", BOOT)?;
+    let api = vmm.ready_client(SOON)?;
+    Ok((device, control, vmm, api))
+}
+
+fn check_verified(said: &str) -> Result<()> {
+    ensure!(said.contains("VERIFIED vda"), "{said}");
+    ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_block_device_is_forked_onto_overlays_that_are_named() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let (device, control, mut vmm, mut api) = on_block_device(home.path())?;
+    let on = |name: &str| json!([{"drive_id": "device", "overlay": home.path().join(name)}]);
+    let serial = home.path().join("serial");
+    let child = json!({"id": "c", "serial": {"serial_out_path": serial}, "drives": on("childs")});
+    // Nothing can be made beside it.
+    let refused = api.put("/fork", &json!({"children": [child]}))?;
+    ensure!(refused.status == 400 && refused.fault().contains("drives[].overlay"), "{refused:?}");
+    let reply = api.put("/fork", &json!({"children": [child], "drives": on("parents")}))?.ok()?.json()?;
+    let orphans = Orphans::of_fork(&reply)?;
+    let base = fs::read(device.path())?;
+    File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
+    check_verified(&said(&mut vmm)?)?;
+    check_verified(&wait_for_text(&serial, "LAST", BOOT)?)?;
+    orphans.wait(SOON)?;
+    ensure!(fs::read(device.path())? == base, "somebody has written to the base");
+    Ok(())
+}
+
+#[test]
+fn a_block_device_is_saved_live_onto_an_overlay_that_is_named_and_each_load_has_one_beside_it() -> Result<()>
+{
+    let home = tempfile::tempdir()?;
+    let (device, control, mut vmm, mut api) = on_block_device(home.path())?;
+    let files = Files::new(home.path(), "live");
+    let mut create = files.create("Full");
+    create["live"] = json!(true);
+    let refused = api.put("/snapshot/create", &create)?;
+    ensure!(refused.status == 400 && refused.fault().contains("drives[].overlay"), "{refused:?}");
+    create["drives"] = json!([{"drive_id": "device", "overlay": home.path().join("parents")}]);
+    api.put("/snapshot/create", &create)?.ok()?;
+    let base = fs::read(device.path())?;
+    wait_for_job(&mut api)?;
+    File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
+    check_verified(&said(&mut vmm)?)?;
+    for _load in 0..2 {
+        let (mut clone, _api) = go_on(Transport::Mmio, &files.load())?;
+        check_verified(&said(&mut clone)?)?;
+    }
+    ensure!(fs::read(device.path())? == base, "somebody has written to the base");
+    Ok(())
 }

@@ -359,36 +359,94 @@ fn what_was_written_before_a_fork_is_a_layer_of_both_sides() -> Result<()> {
     more.kill(SOON)
 }
 
+/// A disk in `dir` with the overlay `top` on these layers.
+fn with_layers(dir: &Path, top: &Path, layers: &[PathBuf]) -> Value {
+    let disk = drive("d", &dir.join("disk.img"));
+    with(disk, &json!({"overlay": {"path": top, "layers": layers}}))
+}
+
+/// Makes a disk and so many layers on it that were each written to. The next overlay on them is, too.
+fn layered(dir: &Path, count: usize) -> Result<(Value, Vec<PathBuf>)> {
+    disk(dir, "disk.img", 1)?;
+    let mut layers = Vec::new();
+    for number in 0..=count {
+        let top = dir.join(format!("layer{number}"));
+        drop(counting_with(&[with_layers(dir, &top, &layers)])?);
+        // As if the guest had written a few sectors, each time others.
+        File::options().write(true).open(&top)?.write_all_at(&[0xff], 8192 + number as u64)?;
+        layers.push(top);
+    }
+    let top = &layers[count];
+    Ok((with_layers(dir, top, &layers[..count]), layers))
+}
+
 #[test]
-fn many_layers_are_merged_into_one_that_all_sides_share() -> Result<()> {
+fn many_layers_are_merged_beside_the_guest_for_those_who_begin_later() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
-    let image = disk(dir, "disk.img", 1)?;
-    let mut layers = Vec::new();
-    let with_layers = |top: &Path, layers: &[PathBuf]| {
-        with(drive("d", &image), &json!({"overlay": {"path": top, "layers": layers}}))
-    };
-    let top = |number: usize| dir.join(format!("layer{number}"));
-    for number in 0..=16 {
-        drop(counting_with(&[with_layers(&top(number), &layers)])?);
-        // As if the guest had written a few sectors, each time others.
-        File::options().write(true).open(top(number))?.write_all_at(&[0xff], 8192 + number as u64)?;
-        layers.push(top(number));
+    let (drive, layers) = layered(dir, 16)?;
+    let (mut vmm, mut api, serial) = counting_with(&[drive])?;
+    let begun = Instant::now();
+    let merged = [dir.join("disk.img.parent.2")];
+    // Nobody waits for it. Children that end while it goes on, or later, do not touch it.
+    for round in 0.. {
+        let id = format!("c{round}");
+        let reply = fork(&mut api, &[child(dir, &id)])?;
+        let orphans = Orphans::of_fork(&reply)?;
+        let (_, childs) = overlay(&mut client(dir, &id), 0)?;
+        orphans.signal(Signal::TERM)?;
+        orphans.wait(SOON)?;
+        // The parent, which has not written since, stays on what it has.
+        ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.1"), layers.clone()));
+        ensure!(merged[0].exists(), "{round}");
+        if childs == merged {
+            break;
+        }
+        ensure!(childs == layers && begun.elapsed() < SOON, "{round}: {childs:?}");
     }
-    layers.pop();
-    let (_vmm, mut api, serial) = counting_with(&[with_layers(&top(16), &layers)])?;
-    let reply = fork(&mut api, &[child(dir, "a")])?;
-    let orphans = Orphans::of_fork(&reply)?;
-    let merged = vec![dir.join("disk.img.parent.2"), top(16)];
-    ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.1"), merged.clone()));
-    ensure!(overlay(&mut client(dir, "a"), 0)? == (dir.join("disk.img.a.1"), merged.clone()));
     ensure!(counts(&wait_for(&serial, 10)?));
-    orphans.kill(SOON)?;
-    // Whoever begins with the files finds nothing wrong with them, and a refused fork leaves none.
-    let refused = api.put("/fork", &json!({"children": [{"id": "b", "api_socket": "/nowhere/s"}]}))?;
-    ensure!(refused.status == 400 && !dir.join("disk.img.b.1").exists(), "{refused:?}");
-    counting_with(&[with_layers(&dir.join("other"), &merged)])?;
+    // It is used: it outlives the monitor, and who begins with it finds nothing wrong with it.
+    vmm.signal(Signal::TERM)?;
+    vmm.exit_status(SOON)?;
+    counting_with(&[with_layers(dir, &dir.join("other"), &merged)])?;
     Ok(())
+}
+
+#[test]
+fn a_fork_that_finds_as_many_layers_as_there_can_be_is_possible_once_they_are_merged() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let (drive, layers) = layered(dir, 32)?;
+    let (_vmm, mut api, serial) = counting_with(&[drive])?;
+    let begun = Instant::now();
+    let body = json!({"children": [child(dir, "a")]});
+    let mut refused = api.put("/fork", &body)?;
+    ensure!(refused.status == 400 && refused.fault().contains("overlay.layers"), "{refused:?}");
+    while refused.status == 400 && begun.elapsed() < SOON {
+        refused = api.put("/fork", &body)?;
+    }
+    let orphans = Orphans::of_fork(&refused.ok()?.json()?)?;
+    let merged = vec![dir.join("disk.img.parent.1"), layers[32].clone()];
+    ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.2"), merged.clone()));
+    ensure!(overlay(&mut client(dir, "a"), 0)? == (dir.join("disk.img.a.1"), merged));
+    ensure!(counts(&wait_for(&serial, 10)?));
+    orphans.kill(SOON)
+}
+
+#[test]
+fn a_merge_that_nobody_uses_is_gone_when_the_monitor_has_ended() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let (drive, _) = layered(dir, 16)?;
+    let (mut vmm, mut api, _serial) = counting_with(&[drive])?;
+    let orphans = Orphans::of_fork(&fork(&mut api, &[child(dir, "a")])?)?;
+    let merged = dir.join("disk.img.parent.2");
+    ensure!(merged.exists());
+    // Whether it is complete by now or not.
+    vmm.signal(Signal::TERM)?;
+    vmm.exit_status(SOON)?;
+    ensure!(!merged.exists());
+    orphans.kill(SOON)
 }
 
 #[test]

@@ -34,6 +34,7 @@ use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
 use crate::fork::Family;
+use crate::fork::merging::Merges;
 use crate::metadata::Metadata;
 use crate::snapshot::ahead::Ahead;
 use crate::snapshot::job::Job;
@@ -119,6 +120,8 @@ pub struct Controller<H> {
     pub(crate) networks: Vec<NetBackend>,
     /// Disks that were replaced and may still be in use, by their drives' ids.
     pub(crate) settling: Vec<(String, Replaced)>,
+    /// Layers of the disks that are being merged.
+    pub(crate) merges: Merges,
     /// The live snapshot that is being written, or was last.
     pub(crate) job: Option<Job>,
     /// What fills in a restored guest's memory.
@@ -159,6 +162,7 @@ impl<H: Host> Controller<H> {
             metadata: Metadata::new(platform.mmds_size_limit),
             networks: Vec::new(),
             settling: Vec::new(),
+            merges: Merges::default(),
             job: None,
             ahead: None,
             vsock: None,
@@ -249,7 +253,11 @@ impl<H: Host> Controller<H> {
                 });
             }
             Command::LoadSnapshot(load) => self.load_snapshot(&load)?,
-            Command::Fork(fork) => return self.fork(&fork),
+            Command::Fork(fork) => {
+                let forked = self.fork(&fork);
+                self.merge_many_layers();
+                return forked;
+            }
         }
         Ok(Reply::Empty)
     }
@@ -391,6 +399,7 @@ impl<H: Host> Controller<H> {
         if (update.path_on_host.is_some() || update.overlay.is_some()) && !same {
             let disk = Disk::open(&options).map_err(CommandError::new)?;
             let mut replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
+            self.merges.give_up(&update.drive_id);
             self.disks[at] = disk;
             if let Err(still) = replaced.wait(REPLACE_PATIENCE) {
                 log::warn!("drive {}: {still}; it is closed when they have ended", drive.drive_id);

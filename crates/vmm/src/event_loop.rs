@@ -59,6 +59,7 @@ pub(crate) fn serve<H: Host>(
 
 /// What is left to do for a microVM when the process ends, whether it was ever started or not.
 pub(crate) fn end<H: Host>(controller: &mut Controller<H>) {
+    controller.give_up_merges();
     controller.close_disks(LAST_WRITES);
     controller.remove_socket_files();
 }

@@ -2,8 +2,8 @@
 //! its own.
 //!
 //! An overlay that nothing was written to yet is no base: whoever has it keeps it, and the others begin on what lies below it. So a
-//! microVM that writes nothing can be forked and saved live any number of times. One that writes gets a layer each time; when there are
-//! [`MANY_LAYERS`], those that are only read are merged into one, while the guest runs.
+//! microVM that writes nothing can be forked and saved live any number of times. One that writes gets a layer each time; many of them are
+//! [merged](super::merging) into one, while the guest runs.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileTypeExt;
@@ -15,9 +15,6 @@ use virtio::block::disk::{Disk, DiskOptions};
 use super::files::{NewFiles, with_number};
 use crate::CommandError;
 use crate::controller::{Controller, Host, REPLACE_PATIENCE, State};
-
-/// So many layers are merged before another is put on them: each of them takes memory, and time at each request.
-const MANY_LAYERS: usize = 16;
 
 /// Which drives go on on a new overlay: by their place in the configuration, the overlay's file.
 #[derive(Debug)]
@@ -65,30 +62,6 @@ impl<'a> Planner<'a> {
         let id = child.id.as_str();
         self.plan(id, &child.drives, files)
             .map_err(|error| CommandError::new(format_args!("child {id}: {error}")))
-    }
-
-    /// The drives as the plans are to be applied to: as they are, but for many layers, which are merged here. The user waits for that, the guest
-    /// does not. Plans may be made before.
-    pub(crate) fn bases(&self, id: &str, files: &mut NewFiles) -> Result<Vec<Drive>, CommandError> {
-        let mut bases = self.drives.to_vec();
-        for (at, drive) in self.writable() {
-            let Some(overlay) =
-                bases[at].overlay.as_mut().filter(|overlay| overlay.layers.len() >= MANY_LAYERS)
-            else {
-                continue;
-            };
-            if self.disks[at].is_unwritten() {
-                // Nothing is put on its layers now.
-                continue;
-            }
-            let path = files.numbered(&drive.drive_id, &stem(drive, id)?, &self.named)?;
-            match self.disks[at].merge_layers(&path) {
-                Ok(()) => overlay.layers = vec![path],
-                // Where there is no space for that, there may be for one more layer. The file is not kept.
-                Err(error) => log::warn!("drive {}: its layers cannot be merged: {error}", drive.drive_id),
-            }
-        }
-        Ok(bases)
     }
 
     /// Drives that have to go on on a new overlay. What nobody writes to is shared as it is; so is a disk without a size.
@@ -146,7 +119,7 @@ fn on_overlay(drive: &Drive, unwritten: bool, path: &Path) -> Result<Drive, Comm
 
 /// What the names of new overlays begin with: the disk's name and the id of who writes to them, beside the overlay that takes writes now,
 /// else beside the disk.
-fn stem(drive: &Drive, id: &str) -> Result<PathBuf, CommandError> {
+pub(super) fn stem(drive: &Drive, id: &str) -> Result<PathBuf, CommandError> {
     let disk = drive.path_on_host.as_deref().unwrap_or(Path::new(""));
     let mut name = disk.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{id}"));
@@ -167,6 +140,16 @@ impl<H: Host> Controller<H> {
     /// By drive: whether its writes go to an overlay that holds nothing yet.
     pub(crate) fn unwritten(&self) -> Vec<bool> {
         self.disks.iter().map(Disk::is_unwritten).collect()
+    }
+
+    /// The drives as plans are to be applied to: as they are, but for layers that were merged by now.
+    pub(crate) fn bases(&self) -> Vec<Drive> {
+        self.config.drives.iter().map(|drive| self.merges.applied_to(drive)).collect()
+    }
+
+    /// Keeps what was merged and is used now: by this microVM or, if they are `begun`, by others that begin on `bases`.
+    pub(crate) fn keep_merged(&self, bases: &[Drive], begun: bool) {
+        self.merges.keep(|path| self.has_overlay(path) || (begun && has_overlay(bases, path)));
     }
 
     /// Lets the disks have what the guest wrote so far, so that little is left for the moment in which it stands still.
@@ -259,7 +242,11 @@ impl<H: Host> Controller<H> {
 
     /// Whether one of the drives has the overlay at `path`, to write to or as a layer.
     pub(crate) fn has_overlay(&self, path: &Path) -> bool {
-        let mut overlays = self.config.drives.iter().filter_map(|drive| drive.overlay.as_ref());
-        overlays.any(|overlay| overlay.path == path || overlay.layers.iter().any(|layer| layer == path))
+        has_overlay(&self.config.drives, path)
     }
+}
+
+fn has_overlay(drives: &[Drive], path: &Path) -> bool {
+    let mut overlays = drives.iter().filter_map(|drive| drive.overlay.as_ref());
+    overlays.any(|overlay| overlay.path == path || overlay.layers.iter().any(|layer| layer == path))
 }

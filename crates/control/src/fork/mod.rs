@@ -31,6 +31,7 @@
 
 pub(crate) mod disks;
 pub(crate) mod files;
+pub(crate) mod merging;
 mod report;
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -137,7 +138,7 @@ impl<H: Host> Controller<H> {
             files.push(childs_files);
         }
 
-        let bases = planner.bases(&self.identity.id, &mut own_files)?;
+        let bases = self.bases();
         plan.apply(&mut bases.clone(), &self.unwritten())?;
         self.write_back_disks();
         let was_running = matches!(self.state, State::Running(_));
@@ -148,6 +149,7 @@ impl<H: Host> Controller<H> {
         let paused_for = begin.elapsed();
         own_files.keep(|path| self.has_overlay(path));
         self.settle_disks();
+        self.keep_merged(&bases, split.is_ok());
         split?;
 
         let reports = reports.collect(fork.children.len(), PATIENCE, self.host.asked_to_end());

@@ -40,7 +40,9 @@ impl<H: Host> Controller<H> {
             return Err(ConfigError::from(SnapshotError::OneFile { path }).into());
         }
         if create.live {
-            return self.begin_job(create);
+            let begun = self.begin_job(create);
+            self.merge_many_layers();
+            return begun;
         }
         let State::Paused(machine) = &self.state else {
             return Err(CommandError::new(format_args!(
@@ -80,17 +82,18 @@ impl<H: Host> Controller<H> {
         let ends =
             job::pair(create).map_err(|e| CommandError::new(format_args!("cannot make a pipe: {e}")))?;
 
-        let bases = planner.bases(&self.identity.id, &mut files)?;
+        let bases = self.bases();
         saved.apply(&mut bases.clone(), &self.unwritten())?;
         self.write_back_disks();
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(VmState::Paused)?;
-        let job = self.split_job(create, ends, (&plan, &saved), bases);
+        let job = self.split_job(create, ends, (&plan, &saved), bases.clone());
         let resumed = if was_running { self.set_vm_state(VmState::Resumed) } else { Ok(()) };
         let pause_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
         files.keep(|path| self.has_overlay(path));
         self.settle_disks();
+        self.keep_merged(&bases, job.is_ok());
         let mut job = job?;
         job.set_pause(pause_us);
         let reply = job.describe();

@@ -22,6 +22,7 @@ use super::direct::DirectEngine;
 use super::engine::{Engine, Patience};
 use super::overlay::{Lower, OverlayError, Top};
 use super::queue::{DiskQueue, Tag};
+pub use super::stack::LayerMerge;
 use super::stack::Stack;
 use super::sync::SyncEngine;
 use super::uring::{Uring, UringError};
@@ -239,9 +240,8 @@ impl Disk {
         self.stack.top().is_some_and(Top::is_unwritten)
     }
 
-    /// Writes what its layers hold that are only read, all together, to the blank file at `path`. It can stand in their place for whatever lies on
-    /// them. Blocks for as long as that takes to copy; requests may come meanwhile.
-    pub fn merge_layers(&self, path: &Path) -> Result<(), DiskError> {
+    /// The layers that are only read, to be merged into the blank file at `path` on another thread. Requests may come meanwhile.
+    pub fn merge_layers(&self, path: &Path) -> Result<LayerMerge, DiskError> {
         self.stack.merge_layers(path)
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::SECTOR;
 use super::disk::DiskError;
-use super::overlay::merge::{Merged, merge};
+use super::overlay::merge::{Merged, Target};
 use super::overlay::{Beneath, Lower, Top, TopState};
 
 /// Bytes at each end of a disk that tell it from another.
@@ -22,21 +22,40 @@ pub(super) struct Stack {
     base: Arc<File>,
     base_size: u64,
     /// From the bottom up.
-    lower: Vec<Lower>,
+    lower: Vec<Arc<Lower>>,
     top: Option<Top>,
 }
 
-/// The layers of a stack that are only read.
-struct Layers<'a>(&'a Stack);
+/// Layers of a disk that are only read, and the file that is to hold what they do. It keeps them open, and nothing else of the disk: who writes
+/// to that, or closes it, need not wait.
+#[derive(Debug)]
+pub struct LayerMerge {
+    /// With nothing on it that is written to.
+    layers: Stack,
+    target: Target,
+}
 
-impl Merged for Layers<'_> {
+impl LayerMerge {
+    /// Copies what the layers hold. The file is an overlay that can stand in their place, for whatever lies on them, once this has succeeded; until then it
+    /// is none. Blocks for as long as that takes; fails early when `goes_on` says no.
+    pub fn run(self, goes_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
+        let Some(topmost) = self.layers.lower.last() else { return Ok(()) };
+        let plain = Stack::new(Arc::clone(&self.layers.base), self.layers.base_size);
+        let beneath = plain
+            .describe()
+            .map_err(|source| DiskError::Read { path: self.target.path().to_owned(), source })?;
+        Ok(self.target.fill(&self.layers, beneath, topmost.identity, goes_on)?)
+    }
+}
+
+impl Merged for Stack {
     fn size(&self) -> u64 {
-        self.0.lower.last().map_or(0, |topmost| topmost.size)
+        self.size()
     }
 
     fn holder(&self, offset: u64, len: u64) -> (Option<(&File, u64)>, u64) {
-        let place = self.0.locate(None, offset, len);
-        let layer = usize::from(place.file).checked_sub(1).map(|layer| &self.0.lower[layer]);
+        let place = self.locate(None, offset, len);
+        let layer = usize::from(place.file).checked_sub(1).map(|layer| &self.lower[layer]);
         (layer.map(|layer| (&*layer.file, place.offset)), place.len)
     }
 }
@@ -61,7 +80,7 @@ impl Stack {
     /// Puts an overlay that is only read on top.
     pub(super) fn push_lower(&mut self, lower: Lower) {
         debug_assert!(self.top.is_none());
-        self.lower.push(lower);
+        self.lower.push(Arc::new(lower));
     }
 
     /// Puts the overlay that is written to on top.
@@ -144,13 +163,15 @@ impl Stack {
         })
     }
 
-    /// Writes what the layers that are only read hold, all together, to the blank file at `path`: an overlay that can stand in their place, for
-    /// whatever lies on them. Blocks for as long as that takes to copy.
-    pub(super) fn merge_layers(&self, path: &Path) -> Result<(), DiskError> {
-        let Some(topmost) = self.lower.last() else { return Ok(()) };
-        let plain = Stack::new(Arc::clone(&self.base), self.base_size);
-        let beneath = plain.describe().map_err(|source| DiskError::Read { path: path.into(), source })?;
-        Ok(merge(&Layers(self), beneath, topmost.identity, path)?)
+    /// The layers that are only read, to be merged into the blank file at `path`.
+    pub(super) fn merge_layers(&self, path: &Path) -> Result<LayerMerge, DiskError> {
+        let layers = Stack {
+            base: Arc::clone(&self.base),
+            base_size: self.base_size,
+            lower: self.lower.clone(),
+            top: None,
+        };
+        Ok(LayerMerge { layers, target: Target::open(path)? })
     }
 
     /// Reads what the layers below the one that is written to hold.
@@ -172,6 +193,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::block::overlay::OverlayError;
 
     /// A plain disk, and layers on it, the last of them larger; each has written sectors of its own, over some of the others'.
     struct Family {
@@ -244,7 +266,7 @@ mod tests {
         drop(Top::open(&on_top, old.describe().unwrap(), &[], None, true).unwrap());
         let merged = family.dir.path().join("merged");
         File::create(&merged).unwrap();
-        old.merge_layers(&merged).unwrap();
+        old.merge_layers(&merged).unwrap().run(&|| true).unwrap();
         let new = Family::stack_on(&family.base, std::slice::from_ref(&merged)).unwrap();
         assert!(contents(&old) == contents(&new), "the merged layers differ");
         Family::stack_on(&family.base, &[merged.clone(), on_top]).unwrap();
@@ -253,5 +275,35 @@ mod tests {
         let other = family.dir.path().join("other");
         std::fs::write(&other, vec![0; (SECTORS * SECTOR) as usize]).unwrap();
         assert!(Family::stack_on(&other, &[merged]).is_err());
+    }
+    #[test]
+    fn a_merge_that_is_given_up_leaves_nothing_that_could_be_taken_for_an_overlay() {
+        let family = Family::new();
+        let merged = family.dir.path().join("merged");
+        File::create(&merged).unwrap();
+        let pieces = std::cell::Cell::new(0);
+        let goes_on = || pieces.replace(pieces.get() + 1) < 5;
+        assert!(family.stack().merge_layers(&merged).unwrap().run(&goes_on).is_err());
+        assert_eq!(pieces.get(), 6, "it stops when it is told to");
+        assert!(Family::stack_on(&family.base, &[merged]).is_err());
+    }
+
+    #[test]
+    fn a_merge_keeps_layers_from_being_written_to_and_not_what_lies_on_them() {
+        let family = Family::new();
+        let mut stack = family.stack();
+        let beneath = stack.describe().unwrap();
+        let top = family.dir.path().join("top");
+        stack.set_top(Top::open(&top, beneath, &[], None, true).unwrap());
+        let merged = family.dir.path().join("merged");
+        File::create(&merged).unwrap();
+        let merge = stack.merge_layers(&merged).unwrap();
+        drop(stack);
+        Top::open(&top, beneath, &[], None, true).expect("it was closed");
+        let below = Family::stack_on(&family.base, &family.layers[..3]).unwrap().describe().unwrap();
+        let write = || Top::open(&family.layers[3], below, &[], None, false);
+        assert!(matches!(write(), Err(OverlayError::InUse { .. })));
+        merge.run(&|| true).unwrap();
+        write().expect("nobody reads it any more");
     }
 }

@@ -1,0 +1,360 @@
+//! Merging a drive's layers into one, beside a guest that runs on: nobody waits for it.
+//!
+//! # How
+//!
+//! After a fork or a live snapshot, whether it was refused or not, a thread copies what the layers of a drive hold into a new file, if they are
+//! [`MANY_LAYERS`] or more. Forks and live snapshots go on stacking. The first one after the copy is complete puts the new file in the place of
+//! exactly those layers, for the microVM and for its children or loads. Where the microVM keeps its overlay, because it has not written to that, it keeps
+//! the layers until a later one.
+//!
+//! # Invariants
+//!
+//! - A configuration, here, of a child or in a snapshot, names the new file only once it is complete and on the disk.
+//! - A file that no configuration names is removed: by the thread when the copy fails, else with the [`Merge`]. Whoever removes it holds the lock on
+//!   its [`Progress`], so that a name is never removed twice, when it may be another's file already.
+//! - fork(2) copies the lock and not the thread. So a child never looks at its parent's merges: they are in its parent's [`Controller`], which it leaves
+//!   alone and never drops. It begins with none, and merges its own layers.
+//! - The thread keeps open the layers and the new file, and nothing that anybody writes to or closes. What it finds wrong goes to the log: no
+//!   guest needs it.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use config::Drive;
+use virtio::block::disk::{Disk, LayerMerge};
+
+use super::disks::stem;
+use super::files::NewFiles;
+use crate::CommandError;
+use crate::controller::Controller;
+
+/// So many layers are merged: each of them takes memory, and time at each request.
+const MANY_LAYERS: usize = 16;
+
+/// The merges of a microVM, at most one of each drive.
+#[derive(Debug, Default)]
+pub(crate) struct Merges(Vec<Merge>);
+
+/// One drive's merge. Dropped, it is given up, and its file removed unless somebody uses it.
+#[derive(Debug)]
+struct Merge {
+    /// The drive as it was when this began.
+    drive_id: String,
+    disk: Option<PathBuf>,
+    /// What is merged, from the bottom up.
+    layers: Vec<PathBuf>,
+    /// The new file.
+    path: PathBuf,
+    progress: Arc<Mutex<Progress>>,
+}
+
+/// How far it is. A thread that ended without a word leaves `Copying`, which nobody ever uses.
+#[derive(Debug)]
+enum Progress {
+    /// The file is no overlay yet.
+    Copying(NewFiles),
+    /// It is complete, and nobody uses it.
+    Complete(NewFiles),
+    /// It is complete, and configurations name it.
+    Used,
+    /// It failed or was given up, and the file is removed.
+    Gone,
+}
+
+impl Merges {
+    /// `drive`, with the file of a complete merge in the place of the layers that it holds.
+    pub(super) fn applied_to(&self, drive: &Drive) -> Drive {
+        let mut drive = drive.clone();
+        let merge = self.0.iter().find(|merge| merge.is_of(&drive) && merge.is_complete());
+        if let (Some(merge), Some(overlay)) = (merge, &mut drive.overlay) {
+            overlay.layers.splice(..merge.layers.len(), [merge.path.clone()]);
+        }
+        drive
+    }
+
+    /// Leaves the files that are named by a configuration from now on.
+    pub(crate) fn keep(&self, is_named: impl Fn(&Path) -> bool) {
+        for merge in self.0.iter().filter(|merge| is_named(&merge.path)) {
+            let mut progress = locked(&merge.progress);
+            *progress = match std::mem::replace(&mut *progress, Progress::Gone) {
+                Progress::Complete(files) => {
+                    files.keep(|_| true);
+                    Progress::Used
+                }
+                other => other,
+            };
+        }
+    }
+
+    /// Gives up the merge of a drive that gets another disk.
+    pub(crate) fn give_up(&mut self, drive_id: &str) {
+        self.0.retain(|merge| merge.drive_id != drive_id);
+    }
+
+    /// Begins to merge the layers of the microVM `id`'s `drive`, if they are many, and not being merged.
+    fn begin(&mut self, id: &str, drive: &Drive, disk: &Disk) {
+        self.0.retain(|merge| merge.drive_id != drive.drive_id || (merge.is_of(drive) && !merge.is_gone()));
+        let is_known = self.0.iter().any(|merge| merge.drive_id == drive.drive_id);
+        if is_known || disk.is_read_only() || layers(drive).len() < MANY_LAYERS {
+            return;
+        }
+        match Merge::begin(id, drive, disk) {
+            Ok(merge) => self.0.push(merge),
+            Err(error) => log::warn!("its layers are not merged: {error}"),
+        }
+    }
+}
+
+impl Merge {
+    fn begin(id: &str, drive: &Drive, disk: &Disk) -> Result<Self, CommandError> {
+        let (merge, copy) = Self::prepare(id, drive, disk)?;
+        let (drive_id, path, progress) =
+            (drive.drive_id.clone(), merge.path.clone(), Arc::clone(&merge.progress));
+        thread::Builder::new()
+            .name("io merge".into())
+            .spawn(move || run(&drive_id, &path, copy, &progress))
+            .map_err(|e| {
+                CommandError::new(format_args!("drive {}: cannot start a thread: {e}", drive.drive_id))
+            })?;
+        Ok(merge)
+    }
+
+    /// What is to be copied is open when this returns, and so is where to.
+    fn prepare(id: &str, drive: &Drive, disk: &Disk) -> Result<(Self, LayerMerge), CommandError> {
+        let mut files = NewFiles::default();
+        let path = files.numbered(&drive.drive_id, &stem(drive, id)?, &BTreeSet::new())?;
+        let copy = disk
+            .merge_layers(&path)
+            .map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))?;
+        let merge = Merge {
+            drive_id: drive.drive_id.clone(),
+            disk: drive.path_on_host.clone(),
+            layers: layers(drive).to_vec(),
+            path,
+            progress: Arc::new(Mutex::new(Progress::Copying(files))),
+        };
+        Ok((merge, copy))
+    }
+
+    /// Whether `drive` lies on what this merges.
+    fn is_of(&self, drive: &Drive) -> bool {
+        self.drive_id == drive.drive_id
+            && self.disk == drive.path_on_host
+            && layers(drive).starts_with(&self.layers)
+    }
+
+    fn is_complete(&self) -> bool {
+        matches!(*locked(&self.progress), Progress::Complete(_) | Progress::Used)
+    }
+
+    fn is_gone(&self) -> bool {
+        matches!(*locked(&self.progress), Progress::Gone)
+    }
+}
+
+impl Drop for Merge {
+    fn drop(&mut self) {
+        // The thread sees it before its next piece.
+        *locked(&self.progress) = Progress::Gone;
+    }
+}
+
+/// What the thread does.
+fn run(drive_id: &str, path: &Path, copy: LayerMerge, progress: &Mutex<Progress>) {
+    let shown = path.display();
+    let copied = copy.run(&|| matches!(*locked(progress), Progress::Copying(_)));
+    {
+        let mut progress = locked(progress);
+        let Progress::Copying(files) = std::mem::replace(&mut *progress, Progress::Gone) else { return };
+        if copied.is_ok() {
+            *progress = Progress::Complete(files);
+        }
+    }
+    match copied {
+        Ok(()) => log::info!("drive {drive_id}: its layers were merged into {shown}"),
+        Err(error) => log::warn!("drive {drive_id}: its layers cannot be merged: {error}"),
+    }
+}
+
+impl<H> Controller<H> {
+    /// Begins to merge what are many layers by now. Returns at once.
+    pub(crate) fn merge_many_layers(&mut self) {
+        for (drive, disk) in self.config.drives.iter().zip(&self.disks) {
+            self.merges.begin(&self.identity.id, drive, disk);
+        }
+    }
+
+    /// Gives up what is being merged. For the end of the process, which waits for no thread.
+    pub fn give_up_merges(&mut self) {
+        self.merges = Merges::default();
+    }
+}
+
+fn layers(drive: &Drive) -> &[PathBuf] {
+    drive.overlay.as_ref().map_or(&[], |overlay| &overlay.layers)
+}
+
+/// Nothing that is done under this lock panics.
+fn locked(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
+    progress.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use config::{IoEngine, Overlay};
+    use tempfile::TempDir;
+    use virtio::block::disk::DiskOptions;
+
+    use super::*;
+
+    /// A disk of 1 MiB with so many layers, each of which holds the first sectors, below an overlay.
+    struct Layered {
+        dir: TempDir,
+        drive: Drive,
+        disk: Disk,
+    }
+
+    impl Layered {
+        fn new(count: usize) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let base = dir.path().join("disk");
+            File::create(&base).unwrap().set_len(1 << 20).unwrap();
+            let json = format!(
+                r#"{{"drive_id": "d", "path_on_host": "{}", "is_root_device": false}}"#,
+                base.display()
+            );
+            let mut drive: Drive = serde_json::from_str(&json).unwrap();
+            drive.io_engine = Some(IoEngine::Sync);
+            let mut layers = Vec::new();
+            for number in 0..count {
+                let path = dir.path().join(format!("layer{number}"));
+                Self::open(&mut drive, &path, &layers);
+                let file = File::options().write(true).open(&path).unwrap();
+                file.write_all_at(&[0xff], 8192).unwrap();
+                layers.push(path);
+            }
+            let disk = Self::open(&mut drive, &dir.path().join("top"), &layers);
+            Layered { dir, drive, disk }
+        }
+
+        fn open(drive: &mut Drive, top: &Path, layers: &[PathBuf]) -> Disk {
+            drive.overlay = Some(Overlay { path: top.into(), layers: layers.to_vec(), size_mib: None });
+            Disk::open(&DiskOptions::of(drive)).unwrap()
+        }
+
+        /// A merge and what its thread is to do.
+        fn prepared(&self) -> (Merges, impl FnOnce() + use<>) {
+            let (merge, copy) = Merge::prepare("vm", &self.drive, &self.disk).unwrap();
+            let (path, progress) = (merge.path.clone(), Arc::clone(&merge.progress));
+            (Merges(vec![merge]), move || run("d", &path, copy, &progress))
+        }
+
+        fn merged(&self) -> PathBuf {
+            self.dir.path().join("disk.vm.1")
+        }
+    }
+
+    fn with_layers(drive: &Drive, layers: &[PathBuf]) -> Drive {
+        let mut drive = drive.clone();
+        drive.overlay.as_mut().unwrap().layers = layers.to_vec();
+        drive
+    }
+
+    #[test]
+    fn a_complete_merge_takes_the_place_of_exactly_the_layers_that_it_holds() {
+        let layered = Layered::new(3);
+        let (merges, thread) = layered.prepared();
+        let drive = &layered.drive;
+        assert_eq!(merges.applied_to(drive), *drive, "it is not complete");
+        thread();
+        let merged = layered.merged();
+        assert_eq!(layers(&merges.applied_to(drive)), std::slice::from_ref(&merged));
+        let more = [layers(drive), &["x".into()]].concat();
+        let stacked = with_layers(drive, &more);
+        assert_eq!(layers(&merges.applied_to(&stacked)), [merged.clone(), "x".into()]);
+        for other in [
+            with_layers(drive, &layers(drive)[..2]),
+            with_layers(drive, &layers(drive)[1..]),
+            with_layers(drive, &[merged, "x".into()]),
+            Drive { drive_id: "e".into(), ..drive.clone() },
+            Drive { path_on_host: Some("/x".into()), ..drive.clone() },
+            Drive { overlay: None, ..drive.clone() },
+        ] {
+            assert_eq!(merges.applied_to(&other), other);
+        }
+        // And what was made on the layers goes on.
+        drop(layered.disk);
+        Disk::open(&DiskOptions::of(&merges.applied_to(drive))).unwrap();
+    }
+
+    #[test]
+    fn the_file_stays_once_it_is_named_and_is_removed_otherwise() {
+        let layered = Layered::new(3);
+        let merged = layered.merged();
+        let (merges, thread) = layered.prepared();
+        thread();
+        merges.keep(|_| false);
+        drop(merges);
+        assert!(!merged.exists(), "nobody used it");
+        let (merges, thread) = layered.prepared();
+        thread();
+        merges.keep(|path| path == merged);
+        assert_eq!(
+            layers(&merges.applied_to(&layered.drive)),
+            std::slice::from_ref(&merged),
+            "who has not yet may use it"
+        );
+        drop(merges);
+        assert!(merged.exists());
+    }
+
+    #[test]
+    fn a_merge_that_is_given_up_leaves_whatever_has_its_name_now() {
+        let layered = Layered::new(3);
+        let merged = layered.merged();
+        let (mut merges, thread) = layered.prepared();
+        merges.give_up("e");
+        assert!(merged.exists());
+        merges.give_up("d");
+        assert!(!merged.exists());
+        std::fs::write(&merged, "").unwrap();
+        thread();
+        assert_eq!(std::fs::read(&merged).unwrap(), b"");
+    }
+
+    #[test]
+    fn a_merge_that_fails_leaves_no_file_and_is_tried_again_after_the_next_fork() {
+        let layered = Layered::new(MANY_LAYERS);
+        let (mut merges, thread) = layered.prepared();
+        let base = File::options().write(true).open(layered.drive.path_on_host.as_ref().unwrap()).unwrap();
+        base.set_len(0).unwrap();
+        thread();
+        assert!(!layered.merged().exists() && merges.0[0].is_gone());
+        assert_eq!(merges.applied_to(&layered.drive), layered.drive);
+        base.set_len(1 << 20).unwrap();
+        merges.begin("vm", &layered.drive, &layered.disk);
+        assert!(merges.0.len() == 1 && !merges.0[0].is_gone());
+    }
+
+    #[test]
+    fn many_layers_are_merged_once_and_few_are_not() {
+        let few = Layered::new(MANY_LAYERS - 1);
+        let mut merges = Merges::default();
+        merges.begin("vm", &few.drive, &few.disk);
+        assert!(merges.0.is_empty() && !few.merged().exists());
+        let many = Layered::new(MANY_LAYERS);
+        merges.begin("vm", &many.drive, &many.disk);
+        assert_eq!(merges.0[0].path, many.merged());
+        let more = with_layers(&many.drive, &[layers(&many.drive), &["x".into()]].concat());
+        merges.begin("vm", &more, &many.disk);
+        assert_eq!(merges.0.len(), 1, "it is being merged");
+        // One that lies on the new file lies on few.
+        merges.begin("vm", &with_layers(&many.drive, &[many.merged(), "x".into()]), &many.disk);
+        assert!(merges.0.is_empty());
+    }
+}
