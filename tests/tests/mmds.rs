@@ -8,6 +8,7 @@ use vesta_tests::api::ApiClient;
 use vesta_tests::guest::{
     BOOT, BOOT_ARGS, Guest, Kernel, SOON, Transport, busybox, env, given, start, vmm_path,
 };
+use vesta_tests::host_net::HostNet;
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
@@ -488,6 +489,10 @@ fn a_guest_without_a_way_to_it_has_no_contents() -> Result<()> {
 /// Each side of a fork reads what its own user says, from the moment of the fork on.
 #[test]
 fn a_forks_child_reads_its_own_contents() -> Result<()> {
+    let net = HostNet::new()?;
+    for tap in ["vesta-own", "vesta-same"] {
+        net.tap(tap, "", "")?;
+    }
     let script = format!(
         "while :; do\n\
          value=$(wget -q -O - {AT}/round 2>/dev/null) || continue\n\
@@ -559,6 +564,8 @@ fn an_interface_that_cannot_lead_there_is_refused() -> Result<()> {
 /// A snapshot has the way to the service and none of its contents: whoever loads it says what the guest reads now.
 #[test]
 fn a_restored_guest_reads_what_its_new_monitor_has() -> Result<()> {
+    // A load takes a tap that is there and makes none.
+    HostNet::new()?.tap("vesta-eth0", "", "")?;
     let script = format!(
         "while :; do\n\
          value=$(wget -q -O - {AT}/round 2>/dev/null) || continue\n\

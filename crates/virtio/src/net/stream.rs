@@ -12,8 +12,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::detour::MAX_FRAME;
@@ -25,6 +27,8 @@ const PREFIX: usize = 4;
 const IN_SIZE: usize = 256 << 10;
 /// Bytes that may wait to be written before no more are taken.
 const OUT_LIMIT: usize = 256 << 10;
+/// How long a server that is full may take to accept: the caller waits.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The server's socket cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +55,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Connects to the server that listens at `path`, now or not at all: one that does not accept is not waited for.
+    /// Connects to the server that listens at `path`, which accepts within [`CONNECT_PATIENCE`] or is an error.
     pub fn connect(path: &Path) -> Result<Self, StreamError> {
         let failed = |errno: Errno| {
             let source = match errno {
@@ -60,11 +64,14 @@ impl Stream {
             };
             StreamError { path: path.to_owned(), source }
         };
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let flags = SocketFlags::CLOEXEC;
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
         let address = SocketAddrUnix::new(path).map_err(failed)?;
+        // A server that has just been asked by somebody else may be full for a moment: passt lets one wait.
+        set_socket_timeout(&socket, Timeout::Send, Some(CONNECT_PATIENCE)).map_err(failed)?;
         rustix::net::connect(&socket, &address).map_err(failed)?;
+        rustix::io::ioctl_fionbio(&socket, true).map_err(failed)?;
         Ok(Self::new(path.display().to_string(), socket))
     }
 
