@@ -98,6 +98,12 @@ impl DiskGuest {
         self
     }
 
+    /// Runs it as on a kernel without `io_uring`.
+    #[must_use]
+    pub fn without_io_uring(self) -> DiskGuest {
+        DiskGuest { builder: self.builder.without_io_uring(), ..self }
+    }
+
     /// Boots it: it runs `script` from its initial RAM disk.
     pub fn run(mut self, script: &str) -> Result<Vmm> {
         let mut disk = Initramfs::new(&busybox())?;
@@ -239,7 +245,7 @@ pub fn flushed(said: &str, dev: &str, writers: usize) -> Vec<u64> {
 /// An ext4 file system of 32 MiB whose /sbin/init is a shell script.
 pub fn root_disk(dir: &Path, script: &str) -> Result<PathBuf> {
     let tree = dir.join("tree");
-    for sub in ["bin", "sbin", "dev", "proc", "sys"] {
+    for sub in ["bin", "sbin", "dev", "proc", "sys", "tmp"] {
         fs::create_dir_all(tree.join(sub))?;
     }
     fs::copy(busybox(), tree.join("bin/busybox"))?;

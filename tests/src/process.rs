@@ -25,6 +25,32 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     }
 }
 
+/// Lets the command's process find a kernel without `io_uring`: a system call filter, which it and its children cannot get rid of.
+#[expect(unsafe_code, reason = "what happens between fork and exec can be said in no other way")]
+pub fn without_io_uring(command: &mut Command) -> &mut Command {
+    use std::os::unix::process::CommandExt;
+    let step = |code: u32, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let setup = u32::try_from(libc::SYS_io_uring_setup).expect("numbers of system calls are small");
+    let program = [
+        // The number of the system call is the first field of what a filter sees.
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, setup),
+        step(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned()),
+        step(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let set_filter = move || {
+        rustix::thread::set_no_new_privs(true)?;
+        let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+        // SAFETY: the kernel copies the filter, which lives until then, and keeps no pointer to it.
+        let set =
+            unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const filter) };
+        if set == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure runs in the child after `fork`, where only async-signal-safe calls are allowed. It makes two system
+    // calls (`prctl`, `seccomp`), allocates nothing and takes no lock.
+    unsafe { command.pre_exec(set_filter) }
+}
+
 /// Processes that nobody waits for, such as the children of a fork. They are killed when this value is dropped.
 #[derive(Debug)]
 pub struct Orphans(Vec<OwnedFd>);

@@ -14,7 +14,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::api::ApiClient;
-use crate::process::die_with_parent;
+use crate::process::{die_with_parent, without_io_uring};
 use crate::transcript::{Line, Transcript};
 
 /// A monitor to be: its arguments, and the directory that it runs in.
@@ -26,6 +26,7 @@ pub struct VmmBuilder {
     inherited: Vec<OwnedFd>,
     name: Option<OsString>,
     show: bool,
+    io_uring: bool,
 }
 
 impl VmmBuilder {
@@ -42,6 +43,7 @@ impl VmmBuilder {
             inherited: Vec::new(),
             name: None,
             show: true,
+            io_uring: true,
         })
     }
 
@@ -98,6 +100,13 @@ impl VmmBuilder {
         self
     }
 
+    /// Runs as on a kernel without `io_uring`.
+    #[must_use]
+    pub fn without_io_uring(mut self) -> VmmBuilder {
+        self.io_uring = false;
+        self
+    }
+
     /// Starts it.
     pub fn spawn(self) -> Result<Vmm> {
         let mut command = Command::new(&self.program);
@@ -107,6 +116,9 @@ impl VmmBuilder {
         command.args(&self.args).current_dir(self.dir.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         die_with_parent(&mut command);
+        if !self.io_uring {
+            without_io_uring(&mut command);
+        }
         let started = Instant::now();
         let mut child = command.spawn().with_context(|| format!("cannot run {}", self.program.display()))?;
         let label = |label| self.show.then_some(label);

@@ -1,10 +1,11 @@
 //! Many queues, many I/O threads, many disks.
 
+use std::fs::File;
 use std::time::Duration;
 
 use anyhow::ensure;
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, check_file, disk, drive, said, with};
+use vesta_tests::disks::{DiskGuest, MIB, check_file, disk, drive, flushed, said, with};
 use vesta_tests::guest::BOOT;
 use vesta_tests::on_each_transport;
 
@@ -52,16 +53,36 @@ on_each_transport! {
         Ok(())
     }
 
-    fn sixteen_disks_at_once_are_told_apart_by_their_serial_numbers(transport) {
-        let script = "for d in /sys/block/vd?; do echo DISK $(cat $d/serial) $(cat $d/size); done\npoweroff -f";
-        let mut guest = DiskGuest::new(transport)?;
+    /// One after the other has said that it works before the first of them stops.
+    fn sixteen_disks_work_at_once_and_are_told_apart_by_their_serial_numbers(transport) {
+        let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2);
+        let mut paths = Vec::new();
         for i in 0..16 {
-            let path = disk(guest.dir(), &format!("d{i}"), i + 1)?;
-            guest = guest.drive(drive(&format!("disk{i}"), &path));
+            let path = guest.dir().join(format!("d{i}"));
+            File::create(&path)?.set_len(MIB + i * 4096)?;
+            let engine = ["Sync", "Async"][i as usize % 2];
+            let fields = json!({"io_engine": engine, "cache_type": "Writeback"});
+            guest = guest.drive(with(drive(&format!("disk{i}"), &path), &fields));
+            paths.push(path);
         }
-        let said = said(&mut guest.run(script)?)?;
-        for i in 0..16 {
-            ensure!(said.contains(&format!("DISK disk{i} {}", (i + 1) * 2048)), "disk{i}: {said}");
+        let script = "\
+            for d in /sys/block/vd?; do echo DISK $(cat $d/serial) $(cat $d/size) ${d##*/}; done\n\
+            all=$(cd /sys/block; echo vd?)\n\
+            for d in $all; do disk-tool until /stop $d 17 1 > /log$d & done\n\
+            for d in $all; do until grep -q 'FLUSHED\\|FAILED\\|WRONG' /log$d; do usleep 10000; done; done\n\
+            touch /stop; wait\n\
+            cat /logvd?\n\
+            poweroff -f";
+        let mut vmm = guest.run(script)?;
+        let said = said(&mut vmm)?;
+        for (i, (letter, path)) in ('a'..='p').zip(&paths).enumerate() {
+            let dev = format!("vd{letter}");
+            let disk = format!("DISK disk{i} {} {dev}", 2048 + 8 * i);
+            ensure!(said.contains(&disk), "no {disk}: {said}");
+            ensure!(said.contains(&format!("VERIFIED {dev}")), "{dev}: {said}");
+            let counts = flushed(&said, &dev, 1);
+            ensure!(counts[0] > 0, "nothing was flushed to {dev}: {said}");
+            check_file(path, 17, &counts)?;
         }
         Ok(())
     }

@@ -1,15 +1,15 @@
 //! Root file systems on every kind of disk.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
-use vesta_tests::disks::{DiskGuest, partitioned, root_disk, root_drive, said, with};
-use vesta_tests::guest::Transport;
+use vesta_tests::disks::{DiskGuest, drive, partitioned, root_disk, root_drive, said, with};
+use vesta_tests::guest::{SOON, Transport, vmm_path};
 use vesta_tests::host_devices::LoopDevice;
 use vesta_tests::on_each_transport;
-use vesta_tests::vmm::Vmm;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// Says how the root file system is mounted, and writes to it.
 const WRITE: &str = "echo ROOT $(/bin/busybox grep ' / ' /proc/mounts)\n\
@@ -22,6 +22,30 @@ fn boot(transport: Transport, script: &str, root: impl FnOnce(PathBuf) -> Result
     let guest = DiskGuest::new(transport)?;
     let image = root_disk(guest.dir(), script)?;
     guest.drive(root(image)?).boot()
+}
+
+/// One of several guests after each other, each on what those before it have left. It adds a file to its root, changes one that all
+/// change, and writes its number over the inner part of what the one before it wrote to its data disk, which held `b` everywhere. Then it
+/// says what it sees.
+const GENERATION: &str = "\
+    b=/bin/busybox\n\
+    $b mount -t tmpfs none /tmp\n\
+    n=1; while [ -e /from$n ]; do n=$((n + 1)); done\n\
+    echo $n > /from$n; echo $n > /last\n\
+    $b dd if=/dev/zero bs=16k count=$((7 - 2 * n)) 2>/dev/null | $b tr '\\0' $n > /tmp/run\n\
+    $b dd if=/tmp/run of=/dev/vdb bs=16k seek=$n oflag=direct conv=notrunc 2>/dev/null || echo FAILED\n\
+    $b sync; echo 3 > /proc/sys/vm/drop_caches\n\
+    # One request that goes through all layers.\n\
+    $b dd if=/dev/vdb of=/tmp/all bs=112k count=1 iflag=direct 2>/dev/null\n\
+    pieces=\n\
+    for at in 0 1 2 3 4 5 6; do pieces=$pieces,$($b dd if=/tmp/all bs=16k skip=$at count=1 2>/dev/null | $b tr -s 'b1-9'); done\n\
+    echo SEES $($b cat /from*) LAST $($b cat /last) DATA $pieces END\n\
+    $b poweroff -f";
+
+/// `drive` with an overlay called `top` on overlays called `layers`, all in `dir`.
+fn on_layers(drive: Value, dir: &Path, top: &str, layers: &[&str]) -> Value {
+    let layers: Vec<_> = layers.iter().map(|layer| dir.join(layer)).collect();
+    with(drive, &json!({"overlay": {"path": dir.join(top), "layers": layers}}))
 }
 
 on_each_transport! {
@@ -79,4 +103,88 @@ on_each_transport! {
         ensure!(fs::metadata(base.with_file_name("overlay"))?.len() > 0, "the overlay is empty");
         Ok(())
     }
+
+    /// Root and data drive, whose layers two guests have made before.
+    fn a_guest_on_two_layers_sees_what_each_was_given_and_none_of_them_changes(transport) {
+        let keep = tempfile::tempdir()?;
+        let dir = keep.path();
+        let root = root_disk(dir, GENERATION)?;
+        let data = dir.join("data");
+        fs::write(&data, vec![b'b'; 4 << 20])?;
+        let drives = |name: &str, layers: &[&str]| {
+            let named = |kind: &str| -> (String, Vec<String>) {
+                (format!("{kind}{name}"), layers.iter().map(|layer| format!("{kind}{layer}")).collect())
+            };
+            let both = [("root", root_drive(&root)), ("data", drive("data", &data))];
+            both.map(|(kind, drive)| {
+                let (top, layers) = named(kind);
+                on_layers(drive, dir, &top, &layers.iter().map(String::as_str).collect::<Vec<_>>())
+            })
+        };
+        let beneath = ["root.ext4", "data", "root1", "data1", "root2", "data2"];
+        let mut before = Vec::new();
+        let generations: [(&[&str], &str); 3] = [
+            (&[], "SEES 1 LAST 1 DATA ,b,1,1,1,1,1,b END"),
+            (&["1"], "SEES 1 2 LAST 2 DATA ,b,1,2,2,2,1,b END"),
+            (&["1", "2"], "SEES 1 2 3 LAST 3 DATA ,b,1,2,3,2,1,b END"),
+        ];
+        for (index, (layers, sees)) in generations.iter().enumerate() {
+            let [root, data] = drives(&(index + 1).to_string(), layers);
+            // Both engines read the layers.
+            let engine = ["Async", "Sync"][index % 2];
+            let data = with(data, &json!({"io_engine": engine, "cache_type": "Writeback"}));
+            let said = said(&mut DiskGuest::new(transport)?.drive(root).drive(data).boot()?)?;
+            ensure!(said.contains(sees), "guest {}: no {sees}: {said}", index + 1);
+            // What it was put on is as it was.
+            let now = beneath[..2 * (index + 2).min(3)].iter().map(|name| fs::read(dir.join(name)));
+            let now = now.collect::<Result<Vec<_>, _>>()?;
+            for (name, (old, new)) in beneath.iter().zip(before.iter().zip(&now)) {
+                ensure!(old == new, "guest {} has changed {name}", index + 1);
+            }
+            before = now;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_layer_that_does_not_fit_is_refused_by_name_and_a_drive_whose_layers_fit_is_not() -> Result<()> {
+    let keep = tempfile::tempdir()?;
+    let dir = keep.path();
+    for (name, byte) in [("base", b'1'), ("other", b'2')] {
+        fs::write(dir.join(name), vec![byte; 1 << 20])?;
+    }
+    // What an earlier guest wrote to each makes its layer.
+    let on =
+        |base: &str, top: &str, layers: &[&str]| on_layers(drive("d", &dir.join(base)), dir, top, layers);
+    let write =
+        "dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct 2>/dev/null && echo WROTE\npoweroff -f";
+    for (top, layers) in [("first", vec![]), ("second", vec!["first"])] {
+        let said = said(&mut DiskGuest::new(Transport::Mmio)?.drive(on("base", top, &layers)).run(write)?)?;
+        ensure!(said.contains("WROTE"), "{said}");
+    }
+    let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
+    let mut api = vmm.ready_client(SOON)?;
+    let refused: [(&str, &[&str], &str, &str); 6] = [
+        ("base", &["second", "first"], "second", "was not made on this disk"),
+        ("base", &["second"], "second", "was not made on this disk"),
+        ("base", &["first", "first"], "first", "was not made on this disk"),
+        ("other", &["first", "second"], "first", "was not made on this disk"),
+        ("base", &["first", "missing"], "missing", "No such file"),
+        ("base", &["first", "other"], "other", "is not an overlay"),
+    ];
+    for (base, layers, named, why) in refused {
+        let answer = api.put("/drives/d", &on(base, "top", layers))?;
+        let (fault, path) = (answer.fault(), dir.join(named).display().to_string());
+        ensure!(answer.status == 400, "{layers:?} on {base}: {answer:?}");
+        for part in ["drive d", &path, why] {
+            ensure!(fault.contains(part), "{layers:?} on {base}: no {part:?} in {fault:?}");
+        }
+        ensure!(!dir.join("top").exists(), "{layers:?} on {base}: an overlay was made");
+    }
+    api.put("/drives/d", &on("base", "top", &["first", "second"]))?.ok()?;
+    // And an overlay is not put on fewer layers than it was made on.
+    let answer = api.put("/drives/e", &with(on("base", "second", &[]), &json!({"drive_id": "e"})))?;
+    ensure!(answer.status == 400 && answer.fault().contains("second"), "{answer:?}");
+    Ok(())
 }

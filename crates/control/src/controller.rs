@@ -342,10 +342,9 @@ impl<H: Host> Controller<H> {
             None => drives.push(drive.clone()),
         }
         check_drives(&drives)?;
-        let options = DiskOptions::of(drive);
         match at {
-            None => self.disks.push(Disk::open(&options).map_err(CommandError::new)?),
-            Some(at) => self.reopen_disk(at, &options)?,
+            None => self.disks.push(open_disk(drive)?),
+            Some(at) => self.reopen_disk(at, drive)?,
         }
         self.config.drives = drives;
         Ok(())
@@ -353,23 +352,23 @@ impl<H: Host> Controller<H> {
 
     /// Opens another disk for a drive that has one. An overlay is locked while it is open, so the old disk is closed first,
     /// and opened again should the new one fail.
-    fn reopen_disk(&mut self, at: usize, options: &DiskOptions) -> Result<(), CommandError> {
+    fn reopen_disk(&mut self, at: usize, drive: &Drive) -> Result<(), CommandError> {
         drop(self.disks.remove(at));
-        let error = match Disk::open(options) {
+        let error = match open_disk(drive) {
             Ok(disk) => {
                 self.disks.insert(at, disk);
                 return Ok(());
             }
             Err(error) => error,
         };
-        match Disk::open(&DiskOptions::of(&self.config.drives[at])) {
+        match open_disk(&self.config.drives[at]) {
             Ok(disk) => self.disks.insert(at, disk),
             Err(gone) => {
-                log::error!("drive {} is gone: {gone}", self.config.drives[at].drive_id);
+                log::error!("{gone}; there is no such drive any more");
                 self.config.drives.remove(at);
             }
         }
-        Err(CommandError::new(error))
+        Err(error)
     }
 
     /// Adds the socket device, or sets it anew; its sockets are made now.
@@ -393,11 +392,11 @@ impl<H: Host> Controller<H> {
         let control = self.machine().and_then(|machine| machine.devices().drive(&update.drive_id)).cloned();
         let control = control.ok_or_else(no_such)?;
         let drive = self.config.drives[at].updated(update)?;
-        let options = DiskOptions::of(&drive);
         // An overlay that is written to fits the disk that it was made on, and that one only: the same paths can be but the same disk.
-        let same = self.disks[at].has_overlay() && options == DiskOptions::of(&self.config.drives[at]);
+        let same = self.disks[at].has_overlay()
+            && DiskOptions::of(&drive) == DiskOptions::of(&self.config.drives[at]);
         if (update.path_on_host.is_some() || update.overlay.is_some()) && !same {
-            let disk = Disk::open(&options).map_err(CommandError::new)?;
+            let disk = open_disk(&drive)?;
             let mut replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
             self.merges.give_up(&update.drive_id);
             self.disks[at] = disk;
@@ -622,13 +621,15 @@ pub(crate) fn open_networks(networks: &[NetworkInterface]) -> Result<Vec<NetBack
     networks.iter().map(|network| NetBackend::open_existing(network).map_err(CommandError::new)).collect()
 }
 
+/// Opens the disk of a drive. The error names the drive.
+fn open_disk(drive: &Drive) -> Result<Disk, CommandError> {
+    let named = |error| CommandError::new(format_args!("drive {}: {error}", drive.drive_id));
+    Disk::open(&DiskOptions::of(drive)).map_err(named)
+}
+
 /// Opens the disks of these drives.
 pub(crate) fn open_disks(drives: &[Drive]) -> Result<Vec<Disk>, CommandError> {
-    let open = |drive: &Drive| {
-        Disk::open(&DiskOptions::of(drive))
-            .map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))
-    };
-    drives.iter().map(open).collect()
+    drives.iter().map(open_disk).collect()
 }
 
 fn serial_limit(config: &FullVmConfig) -> RateLimiterConfig {

@@ -9,7 +9,7 @@ mod pci_bus;
 use std::sync::Arc;
 use std::time::Duration;
 
-use config::CacheType;
+use config::{CacheType, IoEngine};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::block::fuzz::FuzzedDisk;
@@ -166,7 +166,8 @@ pub fn entropy(data: &[u8]) {
 
 /// A hostile guest on a disk. The first byte chooses the transport and the kind of disk.
 ///
-/// The disk works synchronously on the worker: what a request does is over when the worker comes to rest, so a run is always the same.
+/// What a request does is over when the worker comes to rest: the disk works synchronously on it, or the worker waits for its `io_uring`. So a
+/// run is always the same, but for the order in which requests end that a ring has at the same time.
 pub fn block(data: &[u8]) {
     let mut input = Input(data);
     let how = input.u8();
@@ -177,6 +178,8 @@ pub fn block(data: &[u8]) {
         // One to read must be there before.
         overlaid: how & 0xa == 8,
         large: how & 16 != 0,
+        // A ring is slow to make, so only one run in four has them.
+        engine: if how & 0xc0 == 0x40 { IoEngine::Async } else { IoEngine::Sync },
     };
     let num_queues = if how & 32 != 0 { 2 } else { 1 };
     let config = BlockConfig { id: "fuzzed".into(), num_queues, queue_size: SIZE, io_threads: 1 };

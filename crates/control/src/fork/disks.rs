@@ -194,7 +194,7 @@ impl<H: Host> Controller<H> {
                 Err(error) => {
                     let rest = opened.map(|(at, _, disk)| (at, disk));
                     std::iter::once((at, disk)).chain(rest).for_each(|(at, disk)| self.write_again(at, disk));
-                    return Err(CommandError::new(format_args!("drive {}: {error}", drive.drive_id)));
+                    return Err(CommandError::new(error));
                 }
             }
         }

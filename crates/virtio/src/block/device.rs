@@ -32,8 +32,13 @@ use crate::worker::{Nanos, Placement, Task, WorkerId};
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
     /// What serves the disk cannot be made.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
+    #[error("drive {id}: {source}")]
+    Disk {
+        /// Which drive.
+        id: String,
+        /// Why not.
+        source: DiskError,
+    },
     /// The host has no more event descriptors.
     #[error("cannot make an event descriptor for a disk: {0}")]
     Event(#[source] std::io::Error),

@@ -22,6 +22,8 @@ use super::direct::DirectEngine;
 use super::engine::{Engine, Patience};
 use super::overlay::{Lower, OverlayError, Top};
 use super::queue::{DiskQueue, Tag};
+#[cfg(any(test, feature = "testing"))]
+use super::settled::SettledRing;
 pub use super::stack::LayerMerge;
 use super::stack::Stack;
 use super::sync::SyncEngine;
@@ -99,6 +101,9 @@ pub struct Disk {
     read_only: bool,
     cache_type: CacheType,
     engine: IoEngine,
+    /// For fuzzing: requests are over when they are submitted, with [`IoEngine::Async`] too.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) settled: bool,
 }
 
 impl Disk {
@@ -141,6 +146,8 @@ impl Disk {
             read_only: options.read_only,
             cache_type: options.cache_type,
             engine,
+            #[cfg(any(test, feature = "testing"))]
+            settled: false,
         })
     }
 
@@ -181,6 +188,10 @@ impl Disk {
     /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
     pub fn queue(&self, patience: Patience) -> Result<DiskQueue, DiskError> {
         let files = self.files();
+        #[cfg(any(test, feature = "testing"))]
+        if self.settled && self.engine == IoEngine::Async {
+            return Ok(self.queue_with(Engine::Settled(SettledRing::new(files)?)));
+        }
         let engine = match (self.engine, patience) {
             (IoEngine::Async, _) => Engine::Uring(Box::new(Uring::new(files, patience)?)),
             (IoEngine::Sync, Patience::None) => {

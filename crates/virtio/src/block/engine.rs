@@ -23,6 +23,8 @@ use rustix::io::Errno;
 
 use super::buffers::{GuestBuffers, Segment};
 use super::direct::DirectEngine;
+#[cfg(any(test, feature = "testing"))]
+use super::settled::SettledRing;
 use super::sync::SyncEngine;
 use super::uring::Uring;
 
@@ -251,6 +253,9 @@ pub(super) enum Engine<T: Send + 'static> {
     Sync(SyncEngine<T>),
     /// The worker itself does.
     Direct(DirectEngine<T>),
+    /// As `Uring`, and all is over when `submit` returns: for fuzzing.
+    #[cfg(any(test, feature = "testing"))]
+    Settled(SettledRing<T>),
     /// As `Direct`, and a test sees in which order.
     #[cfg(test)]
     Recorded(super::tests::recorder::Recorder<T>),
@@ -263,6 +268,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.push(transfer),
             Engine::Sync(engine) => engine.push(transfer),
             Engine::Direct(engine) => engine.push(transfer),
+            #[cfg(any(test, feature = "testing"))]
+            Engine::Settled(engine) => engine.push(transfer),
             #[cfg(test)]
             Engine::Recorded(engine) => engine.push(transfer),
         }
@@ -274,6 +281,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.submit(),
             Engine::Sync(engine) => engine.submit(),
             Engine::Direct(engine) => engine.submit(),
+            #[cfg(any(test, feature = "testing"))]
+            Engine::Settled(engine) => engine.submit(),
             #[cfg(test)]
             Engine::Recorded(engine) => engine.submit(),
         }
@@ -285,6 +294,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.reap(done),
             Engine::Sync(engine) => engine.reap(done),
             Engine::Direct(engine) => engine.reap(done),
+            #[cfg(any(test, feature = "testing"))]
+            Engine::Settled(engine) => engine.reap(done),
             #[cfg(test)]
             Engine::Recorded(engine) => engine.reap(done),
         }
@@ -296,6 +307,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.in_flight(),
             Engine::Sync(engine) => engine.in_flight(),
             Engine::Direct(engine) => engine.in_flight(),
+            #[cfg(any(test, feature = "testing"))]
+            Engine::Settled(engine) => engine.in_flight(),
             #[cfg(test)]
             Engine::Recorded(engine) => engine.in_flight(),
         }
@@ -307,6 +320,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.has_more(),
             Engine::Sync(engine) => engine.has_more(),
             Engine::Direct(engine) => engine.in_flight() > 0,
+            #[cfg(any(test, feature = "testing"))]
+            Engine::Settled(engine) => engine.in_flight() > 0,
             #[cfg(test)]
             Engine::Recorded(engine) => engine.in_flight() > 0,
         }
@@ -318,6 +333,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => engine.wait(),
             Engine::Sync(engine) => engine.wait(),
             Engine::Direct(_) => {}
+            #[cfg(any(test, feature = "testing"))]
+            Engine::Settled(_) => {}
             #[cfg(test)]
             Engine::Recorded(_) => {}
         }
@@ -329,6 +346,8 @@ impl<T: Send + 'static> Engine<T> {
             Engine::Uring(engine) => Some(engine.fd()),
             Engine::Sync(engine) => Some(engine.fd()),
             Engine::Direct(_) => None,
+            #[cfg(any(test, feature = "testing"))]
+            Engine::Settled(_) => None,
             #[cfg(test)]
             Engine::Recorded(_) => None,
         }

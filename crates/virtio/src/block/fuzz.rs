@@ -93,6 +93,8 @@ pub(crate) struct FuzzedDisk {
     pub(crate) overlaid: bool,
     /// Larger than a page of an overlay's map, and than what is worked off at once.
     pub(crate) large: bool,
+    /// With Async its ring is waited for.
+    pub(crate) engine: IoEngine,
 }
 
 impl FuzzedDisk {
@@ -109,9 +111,11 @@ impl FuzzedDisk {
             path,
             read_only: self.read_only,
             cache_type: self.cache_type,
-            engine: Some(IoEngine::Sync),
+            engine: Some(self.engine),
             overlay: overlay_at,
         };
-        Disk::open(&options).expect("a file in memory can be opened")
+        let mut disk = Disk::open(&options).expect("a file in memory can be opened");
+        disk.settled = true;
+        disk
     }
 }

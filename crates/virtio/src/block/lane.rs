@@ -155,5 +155,7 @@ pub(super) fn parts(disk: &Disk, id: &str, lanes: u16, patience: Patience) -> Re
     if disk.has_overlay() && lanes > 1 {
         return Err(BlockError::OverlayThreads { id: id.into(), threads: lanes });
     }
-    (0..lanes).map(|_| Ok(Part { queue: disk.queue(patience)?, size: disk.size() })).collect()
+    let named = |source| BlockError::Disk { id: id.into(), source };
+    let part = |_| Ok(Part { queue: disk.queue(patience).map_err(named)?, size: disk.size() });
+    (0..lanes).map(part).collect()
 }

@@ -41,6 +41,8 @@ pub mod overlay;
 mod owner;
 pub mod queue;
 mod request;
+#[cfg(any(test, feature = "testing"))]
+mod settled;
 mod stack;
 mod stats;
 mod sync;

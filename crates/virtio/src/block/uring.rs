@@ -156,6 +156,13 @@ impl<T> Uring<T> {
         })
     }
 
+    /// The same, and the ring gets reads and writes of files in memory, too.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn with_all_in_ring(mut self) -> Self {
+        self.in_memory.fill(false);
+        self
+    }
+
     pub(super) fn push(&mut self, transfer: Transfer<T>) {
         self.in_flight += 1;
         if self.is_for_here(&transfer) {

@@ -192,57 +192,6 @@ fn a_disk_that_fails_gives_errors_and_goes_on() {
 }
 
 #[test]
-fn a_disk_that_is_full_fails_writes_and_nothing_else() {
-    // A file system of its own that is full: a limit on the size of files would end the process with a signal first.
-    let Some(small) = SmallFileSystem::mount() else {
-        eprintln!("not run: mounting a file system is not permitted here");
-        return;
-    };
-    for engine in ENGINES {
-        for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
-            let base = small.path.join("base");
-            std::fs::write(&base, pattern(1, 0, 4096)).unwrap();
-            std::fs::File::options().write(true).open(&base).unwrap().set_len(64 << 20).unwrap();
-            let top = small.path.join("top");
-            let options = DiskOptions { cache_type, ..overlaid(&base, top.clone(), vec![], engine) };
-            let mut guest = Guest::new(&options);
-            let data = vec![7; 1 << 20];
-            let statuses: Vec<u8> = (0..40).map(|mib| guest.write(mib * 2048, &data)).collect();
-            assert_eq!(statuses[0], 0);
-            assert_eq!(*statuses.last().unwrap(), 1, "{statuses:?}");
-            assert_eq!(guest.read(2047, 1), (0, vec![7; 512]));
-            assert_eq!(guest.read(63 * 2048, 1), (0, vec![0; 512]));
-            assert!(guest.control.stats().execute_fails.get() > 0);
-            drop(guest);
-            std::fs::remove_file(top).unwrap();
-        }
-    }
-}
-
-/// A tmpfs of a few MiB.
-struct SmallFileSystem {
-    path: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-impl SmallFileSystem {
-    fn mount() -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().to_path_buf();
-        let mut mount = std::process::Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=8m", "none"]).arg(&path).stderr(std::process::Stdio::null());
-        mount.status().is_ok_and(|status| status.success()).then_some(SmallFileSystem { path, _dir: dir })
-    }
-}
-
-impl Drop for SmallFileSystem {
-    fn drop(&mut self) {
-        let unmounted = std::process::Command::new("umount").arg("-l").arg(&self.path).status();
-        assert!(unmounted.is_ok_and(|status| status.success()), "{} stays mounted", self.path.display());
-    }
-}
-
-#[test]
 fn queues_are_served_by_as_many_tasks_as_there_are_threads() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();

@@ -4,6 +4,7 @@ mod crash;
 mod device;
 mod device_model;
 mod errors;
+mod full;
 mod guest;
 mod host_crash;
 mod killed;
