@@ -123,6 +123,9 @@ fn a_guest_that_resets_through_its_keyboard_controller_says_so() {
     assert_eq!(event(&guest.events), MachineEvent::Reset);
 }
 
+/// Where a vCPU is after a reset: after a shutdown, kvm-amd resets it before it tells anybody.
+const RESET_VECTOR: u64 = 0xfff0;
+
 #[test]
 fn a_triple_fault_is_reported_with_its_place() {
     let (kernel, address) = elf::triple_fault_guest();
@@ -130,8 +133,6 @@ fn a_triple_fault_is_reported_with_its_place() {
     let _running = guest.machine.resume().unwrap();
     let MachineEvent::TripleFault(fault) = event(&guest.events) else { panic!("another event") };
     let (rip, bytes) = fault.place.unwrap();
-    // After a shutdown, kvm-amd resets the vCPU before it tells anybody.
-    const RESET_VECTOR: u64 = 0xfff0;
     assert!(
         (rip, &bytes[..2]) == (address.into(), &[0x0f, 0x0b]) || rip == RESET_VECTOR,
         "{rip:#x} {bytes:x?}"
