@@ -161,15 +161,13 @@ impl Place {
     const ADDRESS: (&str, u16) = ("10.0.0.1", 7);
     /// The port of the host that its vsock load goes to.
     const PORT: u32 = 700;
-    /// What all taps have: a guest that comes to another network still knows its neighbour's.
-    const TAP_MAC: &str = "02:00:00:00:00:01";
 
     /// A new one, in a directory that is there for it alone.
     pub fn new(dir: &Path) -> Result<Place> {
         let place = Place { disks: Disks::new(dir)?, dir: dir.to_owned(), net: HostNet::new()? };
         let (address, port) = Self::ADDRESS;
         place.net.tap("tap0", &format!("{address}/24"), "")?;
-        place.net.ip(&format!("link set tap0 address {}", Self::TAP_MAC))?;
+        place.net.same_neighbour("tap0")?;
         place.net.echo(&format!("{address}:{port}"))?;
         place.sockets("v")?;
         Ok(place)
@@ -190,7 +188,7 @@ impl Place {
     /// Call [`Place::settle`] before it runs.
     fn another(&self, name: &str) -> Result<Value> {
         self.net.tap(name, "", "")?;
-        self.net.ip(&format!("link set {name} address {}", Self::TAP_MAC))?;
+        self.net.same_neighbour(name)?;
         Ok(json!({
             "network_overrides": [{"iface_id": "eth0", "host_dev_name": name}],
             "vsock_override": {"uds_path": self.sockets(name)?},

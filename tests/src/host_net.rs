@@ -100,6 +100,12 @@ impl HostNet {
         Ok(PathBuf::from(format!("/dev/tap{number}")))
     }
 
+    /// Gives a tap the hardware address that all taps have which were given one: a guest that comes to another network still knows its
+    /// neighbour's, and would send to nobody until it asks anew.
+    pub fn same_neighbour(&self, tap: &str) -> Result<()> {
+        self.ip(&format!("link set {tap} address 02:00:00:00:00:01"))
+    }
+
     /// Sends back what comes to this address and port.
     pub fn echo(&self, address: &str) -> Result<()> {
         let listener = TcpListener::bind(address).context("an echo for the guest")?;

@@ -28,6 +28,7 @@ const REBIND: &str = "dev=$(basename $(readlink /sys/class/net/eth0/device))\n\
 fn host() -> Result<HostNet> {
     let net = HostNet::new()?;
     net.tap("tap0", "10.0.0.1/24", "")?;
+    net.same_neighbour("tap0")?;
     Ok(net)
 }
 
@@ -56,6 +57,7 @@ on_each_transport! {
         ensure!(refused.status == 400 && refused.fault().contains("there is no tap tap0"), "{refused:?}");
         ensure!(!net.has("tap0"), "a tap was made for a guest that had another");
         net.tap("tap1", "10.0.0.1/24", "")?;
+        net.same_neighbour("tap1")?;
         net.serve("10.0.0.1:7000")?;
         let mut load = files.load();
         load["network_overrides"] =
