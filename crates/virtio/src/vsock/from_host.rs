@@ -125,7 +125,7 @@ impl Switch {
             Greeting::Port(port) if connection.kind == SocketKind::Stream || self.with_messages => {
                 connection.state = State::Requested;
                 connection.owed.request = true;
-                let key = self.table.new_key(port);
+                let key = self.table.new_key(port, &self.shared.next_port);
                 self.table.set_key(slot, key);
                 let deadline = cx.now().saturating_add(ANSWER_PATIENCE);
                 self.table.set_deadline(slot, Some(deadline));

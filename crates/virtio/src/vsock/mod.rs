@@ -65,7 +65,7 @@ mod task;
 mod tests;
 mod to_guest;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
@@ -104,6 +104,10 @@ const F_SEQPACKET: u64 = 1 << 1;
 pub struct VsockState {
     /// The guest's context id.
     pub guest_cid: u32,
+    /// Which port a host client gets next, of those that they get in turn. A guest goes on knowing a connection that was reset until its
+    /// program has closed it, and would refuse another one of the same ports.
+    #[serde(default)]
+    pub next_port: u32,
 }
 
 /// What the front, its task and its control share.
@@ -115,6 +119,8 @@ struct Shared {
     reset_wanted: AtomicBool,
     /// Wakes the task, if there is one.
     waker: Mutex<Option<Arc<EventFd>>>,
+    /// [`VsockState::next_port`], which only the task changes.
+    next_port: AtomicU32,
     stats: VsockStats,
 }
 
@@ -134,19 +140,20 @@ pub struct VsockControl {
 impl Vsock {
     /// A device whose guest has this CID (any will do).
     pub fn new(guest_cid: u32, sockets: HostSockets) -> (Self, VsockControl) {
-        Self::with(guest_cid, sockets, false)
+        Self::with(guest_cid, 0, sockets, false)
     }
 
     /// The device as it was saved, but for its connections, which its driver will hear are gone. A new CID may be given to it.
     pub fn restore(state: &VsockState, new_cid: Option<u32>, sockets: HostSockets) -> (Self, VsockControl) {
-        Self::with(new_cid.unwrap_or(state.guest_cid), sockets, true)
+        Self::with(new_cid.unwrap_or(state.guest_cid), state.next_port, sockets, true)
     }
 
-    fn with(guest_cid: u32, sockets: HostSockets, reset: bool) -> (Self, VsockControl) {
+    fn with(guest_cid: u32, next_port: u32, sockets: HostSockets, reset: bool) -> (Self, VsockControl) {
         let shared = Arc::new(Shared {
             sockets: Mutex::new(Some(sockets)),
             reset_wanted: AtomicBool::new(reset),
             waker: Mutex::default(),
+            next_port: AtomicU32::new(next_port),
             stats: VsockStats::default(),
         });
         (Vsock { guest_cid, shared: Arc::clone(&shared) }, VsockControl { shared })
@@ -218,6 +225,7 @@ impl Device for Vsock {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Vsock(VsockState { guest_cid: self.guest_cid })
+        let next_port = self.shared.next_port.load(Ordering::Relaxed);
+        DeviceState::Vsock(VsockState { guest_cid: self.guest_cid, next_port })
     }
 }

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Bound;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::connection::{Connection, Key, MAX_MESSAGE, State};
 use super::packet::SocketKind;
@@ -48,7 +49,6 @@ pub(super) struct Table {
     waiting: BTreeMap<Server, BTreeMap<u64, Slot>>,
     next_turn: u64,
     kept: u64,
-    next_port: u32,
 }
 
 impl Table {
@@ -124,11 +124,12 @@ impl Table {
         }
     }
 
-    /// A name for a host client's connection to this port of the guest.
-    pub(super) fn new_key(&mut self, guest_port: u32) -> Key {
+    /// A name for a host client's connection to this port of the guest; `next` is whose turn it is among the host's ports.
+    pub(super) fn new_key(&self, guest_port: u32, next: &AtomicU32) -> Key {
         loop {
-            let key = Key { host_port: FIRST_PORT + self.next_port, guest_port };
-            self.next_port = (self.next_port + 1) % PORTS;
+            let turn = next.load(Ordering::Relaxed) % PORTS;
+            next.store((turn + 1) % PORTS, Ordering::Relaxed);
+            let key = Key { host_port: FIRST_PORT + turn, guest_port };
             // There are many more ports than connections.
             if !self.keys.contains_key(&key) {
                 return key;
@@ -268,14 +269,18 @@ mod tests {
     fn names_are_found_until_they_are_forgotten_and_ports_are_not_given_twice() {
         let mut table = Table::default();
         let slot = stream(&mut table).unwrap();
-        let key = table.new_key(7);
+        let next = AtomicU32::new(0);
+        let key = table.new_key(7, &next);
         assert_eq!(key, Key { host_port: 1 << 30, guest_port: 7 });
         table.set_key(slot, key);
-        table.next_port = 0;
-        assert_eq!(table.new_key(7).host_port, (1 << 30) + 1);
-        table.next_port = PORTS - 1;
-        assert_eq!(table.new_key(8).host_port, (1 << 31) - 1);
-        assert_eq!(table.new_key(8).host_port, 1 << 30, "another port of the guest");
+        next.store(0, Ordering::Relaxed);
+        assert_eq!(table.new_key(7, &next).host_port, (1 << 30) + 1);
+        // A saved device may say anything.
+        for last in [PORTS - 1, u32::MAX] {
+            next.store(last, Ordering::Relaxed);
+            assert_eq!(table.new_key(8, &next).host_port, (1 << 31) - 1);
+            assert_eq!(table.new_key(8, &next).host_port, 1 << 30, "another port of the guest");
+        }
         assert_eq!(table.find(key), Some(slot));
         table.remove(slot);
         assert_eq!(table.find(key), None);

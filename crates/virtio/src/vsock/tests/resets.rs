@@ -31,6 +31,27 @@ fn a_restored_driver_is_told_and_host_clients_wait_until_it_has_taken_note() {
 }
 
 #[test]
+fn the_first_client_after_a_restore_has_another_port_than_any_before_it() {
+    let mut rig = Rig::new(Kind::Mmio);
+    let (_client, old) = rig.open_by_host(1);
+    let mut rig = rig.restored(Kind::Mmio, None);
+    let mut new = rig.dial(1);
+    assert_eq!(rig.take_event(), Some([0; 4]));
+    rig.give_event_buffer();
+    rig.guest.worker.run();
+    let asked = rig.expect(Op::Request).header;
+    assert_ne!(
+        asked.src_port.get(),
+        old.host_port,
+        "a guest whose program has not closed the old one refuses it"
+    );
+    // What it says of the old one is not about the new one.
+    rig.send(&old, Op::Rst, 0);
+    rig.send(&End { host_port: asked.src_port.get(), ..old }, Op::Response, 0);
+    assert!(read(&mut new).starts_with(b"OK "));
+}
+
+#[test]
 fn a_restored_driver_that_takes_no_note_keeps_clients_waiting_for_a_moment_only() {
     let rig = Rig::new(Kind::Mmio);
     let mut rig = rig.restored(Kind::Mmio, None);
