@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -191,15 +192,15 @@ fn answered(vmm: &Vmm, asked: Option<Instant>) -> Result<Sample> {
     })
 }
 
-/// One byte there and back, as soon as the socket is there.
+/// One byte there and back, as soon as somebody listens at the socket.
 fn answer(socket: &Path) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    // Nobody tells when it appears.
-    while !socket.exists() {
+    // Nobody tells when that is.
+    while let Err(error) = UnixStream::connect(socket) {
         if Instant::now() > deadline {
-            bail!("{} does not appear", socket.display());
+            return Err(error).with_context(|| socket.display().to_string());
         }
-        std::thread::sleep(Duration::from_micros(100));
+        std::thread::sleep(Duration::from_millis(1));
     }
     let mut stream = connect(socket, port::ECHO)?;
     let mut byte = [7];
