@@ -34,7 +34,7 @@ cargo xtask COMMAND
         Measures disks in a guest, beside the same disks without one; overwrites FILE.
   bench snapshot [--peer NAME=PATH]... [--runs N]
         Measures saving, restoring, cloning and forking: guests of a few instructions, and Linux until it answers.
-  bench vsock [--peer NAME=PATH]... [--runs N]
+  bench vsock [--peer NAME=PATH]... [--runs N] [--pci]
         Measures round trips and throughput between host and guest.
   bench net [--peer NAME=PATH]... [--runs N] [--seconds S] [--pci] [--only NAME]...
         Measures networks of a guest, beside the host's loopback.

@@ -33,6 +33,8 @@ const PATIENCE: Duration = Duration::from_mins(2);
 #[derive(Debug, Serialize, Deserialize)]
 struct Orders {
     monitors: Vec<Monitor>,
+    /// Each also with its devices on PCI.
+    pci: bool,
     runs: usize,
     guest: ServingGuest,
     disk: PathBuf,
@@ -44,13 +46,14 @@ struct Orders {
 /// Fewest runs that a median is taken over.
 const FEWEST_RUNS: usize = 5;
 
-/// `cargo xtask bench vsock [--peer NAME=PATH]... [--runs N]`.
+/// `cargo xtask bench vsock [--peer NAME=PATH]... [--runs N] [--pci]`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs) = (Vec::new(), 11);
+    let (mut peers, mut runs, mut pci) = (Vec::new(), 11, false);
     while let Some(arg) = parser.next()? {
         match arg {
             Long("peer") => peers.push(peer(parser.value()?)?),
             Long("runs") => runs = parser.value()?.parse()?,
+            Long("pci") => pci = true,
             _ => return Err(arg.unexpected().into()),
         }
     }
@@ -69,7 +72,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let disk = dir.join("vsock-disk");
     std::fs::File::create(&disk)?.set_len(1 << 20)?;
     println!("\n## vsock ({}; 256 MiB, 1 vCPU), on {}\n", guest.kernel_name, describe(kind, &why));
-    let orders = Orders { monitors, runs, guest, disk, trips, bytes };
+    let orders = Orders { monitors, pci, runs, guest, disk, trips, bytes };
     let emulated = Emulated { timeout: Duration::from_mins(20), ..Emulated::default() };
     let outcome = on_host(kind, "bench-vsock-inner", &orders, &emulated)?;
     println!(
@@ -107,21 +110,24 @@ struct Throughput {
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let orders: Orders = super::orders(parser)?;
     let mut pair = Vec::new();
-    let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); orders.monitors.len()];
+    let buses = [false, true].into_iter().filter(|pci| orders.pci || !pci);
+    let contestants: Vec<(&Monitor, bool)> =
+        buses.flat_map(|pci| orders.monitors.iter().map(move |monitor| (monitor, pci))).collect();
+    let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); contestants.len()];
     // One run first that does not count.
     for run in 0..=orders.runs {
         let alone = socket_pair(&orders)?;
         if run > 0 {
             pair.push(alone);
         }
-        for (monitor, samples) in orders.monitors.iter().zip(&mut samples) {
-            let sample = guest(monitor, &orders).with_context(|| monitor.name.clone())?;
+        for (&(monitor, pci), samples) in contestants.iter().zip(&mut samples) {
+            let sample = guest(monitor, pci, &orders).with_context(|| monitor.name.clone())?;
             if run > 0 {
                 samples.push(sample);
             }
         }
     }
-    print!("{}", table(&orders.monitors, &pair, &samples));
+    print!("{}", table(&contestants, &pair, &samples));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -143,8 +149,9 @@ fn socket_pair(orders: &Orders) -> Result<Sample> {
 }
 
 /// A guest that serves.
-fn guest(monitor: &Monitor, orders: &Orders) -> Result<Sample> {
-    let vmm = VmmBuilder::new(&monitor.path)?.quiet().with_api().spawn()?;
+fn guest(monitor: &Monitor, pci: bool, orders: &Orders) -> Result<Sample> {
+    let builder = VmmBuilder::new(&monitor.path)?.quiet().with_api();
+    let vmm = if pci { builder.arg("--enable-pci") } else { builder }.spawn()?;
     let mut api = vmm.ready_client(PATIENCE)?;
     let guest = orders.guest.guest().mem_mib(256);
     guest.put(&mut api)?;
@@ -246,7 +253,7 @@ fn rate(bytes: u64, begun: Instant) -> f64 {
     megabytes / begun.elapsed().as_secs_f64()
 }
 
-fn table(monitors: &[Monitor], pair: &[Sample], samples: &[Vec<Sample>]) -> String {
+fn table(contestants: &[(&Monitor, bool)], pair: &[Sample], samples: &[Vec<Sample>]) -> String {
     let columns = [
         "round trip, µs",
         "wake-up, µs",
@@ -278,6 +285,8 @@ fn table(monitors: &[Monitor], pair: &[Sample], samples: &[Vec<Sample>]) -> Stri
         }
     };
     let mut rows = vec![row("a pair of Unix sockets", pair)];
-    rows.extend(monitors.iter().zip(samples).map(|(monitor, samples)| row(&monitor.name, samples)));
+    rows.extend(contestants.iter().zip(samples).map(|((monitor, pci), samples)| {
+        row(&format!("{}{}", monitor.name, if *pci { ", PCI" } else { "" }), samples)
+    }));
     markdown(&columns, &rows)
 }
