@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, start, vmm_path};
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::process::Orphans;
+use vesta_tests::said::wait_for_text;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{self, FROM_GUEST, FROM_HOST, connect, port, receive, transmit, try_connect};
 use vesta_tests::{on_each_kernel, on_each_transport};
@@ -255,20 +256,6 @@ on_each_transport! {
     }
 }
 
-/// Waits until a guest has said that on its serial port, which goes to a file.
-fn wait_for(serial: &Path, text: &str) -> Result<()> {
-    let deadline = Instant::now() + BOOT;
-    while !std::fs::read_to_string(serial).unwrap_or_default().contains(text) {
-        anyhow::ensure!(
-            Instant::now() < deadline,
-            "{text} does not come: {:?}",
-            std::fs::read_to_string(serial)
-        );
-        thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
-
 on_each_transport! {
     /// The parent's connections go on, and the child begins without: its programs hear of it, and it is reached at a socket of its own.
     fn a_forks_child_has_connections_of_its_own(transport) {
@@ -308,8 +295,8 @@ on_each_transport! {
         let mut back = [0; 11];
         new.read_exact(&mut back)?;
         assert_eq!(&back, b"hello child");
-        wait_for(&serial, "LOST")?;
-        wait_for(&serial, "CID 9")?;
+        wait_for_text(&serial, "LOST", BOOT)?;
+        wait_for_text(&serial, "CID 9", BOOT)?;
         assert!(!vmm.stdout.text().contains("LOST"), "the parent's connections go on");
 
         // Nobody else has the parent's ends of its connections.
