@@ -24,6 +24,8 @@ pub mod env {
     pub const BUSYBOX: &str = "VESTA_BUSYBOX";
     /// An ext4 image with curl, Python, the AWS SDK and cloud-init; set where a chosen test needs it.
     pub const PYTHON_DISK: &str = "VESTA_PYTHON_DISK";
+    /// The example in Rust; set where a chosen test needs it.
+    pub const EXAMPLE: &str = "VESTA_EXAMPLE";
     /// Set where one process runs one test, and [`IGNORED_STATUS`](super::IGNORED_STATUS) means what it does.
     pub const RUNNER: &str = "VESTA_TEST_RUNNER";
 }

@@ -46,6 +46,11 @@ pub(crate) fn net_tool() -> Result<PathBuf> {
     program("vesta-tests", "net-tool", true)
 }
 
+/// Builds the example in Rust; returns its path.
+pub(crate) fn example() -> Result<PathBuf> {
+    program("vesta-examples", "boot-and-fork", false)
+}
+
 fn program(package: &str, name: &str, release: bool) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["build", "--package", package, "--bin", name]);

@@ -24,6 +24,8 @@ const LIMIT_NATIVE: Duration = Duration::from_mins(1);
 const LIMIT_EMULATED: Duration = Duration::from_mins(3);
 /// The test binary whose guests have the disk with Python.
 const WITH_PYTHON: &str = "mmds";
+/// The test binary that runs the example in Rust.
+const WITH_EXAMPLE: &str = "examples";
 /// Test binaries of this kind run natively where `/dev/kvm` opens.
 const NULL_GUESTS: &str = "null_";
 /// How often the emulated host may die before the rest is given up.
@@ -36,6 +38,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("dmsetup", "dmsetup"),
     ("blockdev", "util-linux"),
     ("ip", "iproute2"),
+    ("curl", "curl"),
     ("ethtool", "ethtool"),
     ("passt", "passt"),
 ];
@@ -69,6 +72,10 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     job.env.push((env::RUNNER.into(), "1".into()));
     if tests.iter().any(|test| test.suite == WITH_PYTHON) {
         job.env.push((env::PYTHON_DISK.into(), python_disk::image()?.into()));
+    }
+
+    if tests.iter().any(|test| test.suite == WITH_EXAMPLE) {
+        job.env.push((env::EXAMPLE.into(), build::example()?.into()));
     }
 
     let (kind, why) = host::choose()?;
