@@ -1,11 +1,13 @@
 //! The HTTP API as its clients see it, through the real binary.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use vesta_tests::api::read_response;
-use vesta_tests::guest::{SOON, vmm_path, vmm_with_api};
+use vesta_tests::elf::null_guest;
+use vesta_tests::guest::{Guest, SOON, start, vmm_path, vmm_with_api};
 use vesta_tests::vmm::VmmBuilder;
 
 #[test]
@@ -156,4 +158,55 @@ fn version_and_help_are_told_without_a_guest() -> Result<()> {
         ensure!(!said.trim().is_empty(), "{flag} says nothing");
     }
     Ok(())
+}
+
+/// A null guest's kernel in `dir`.
+fn kernel(dir: &Path) -> Result<PathBuf> {
+    let kernel = dir.join("kernel");
+    std::fs::write(&kernel, null_guest().bytes())?;
+    Ok(kernel)
+}
+
+/// Starts a monitor with this configuration file; its guest runs.
+fn starts_from_file(config: impl FnOnce(&Path) -> Result<Value>) -> Result<()> {
+    let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--boot-timer");
+    let config = config(builder.dir())?;
+    let vmm = builder.with_config(&config)?.spawn()?;
+    vmm.wait_for_output("Guest-boot-time =", SOON).map(drop)
+}
+
+#[test]
+fn file_with_empty_sections_of_missing_devices_starts() -> Result<()> {
+    starts_from_file(|dir| {
+        let mut config = Guest::bare(&kernel(dir)?).config();
+        for (section, empty) in [
+            ("balloon", json!(null)),
+            ("cpu-config", json!(null)),
+            ("memory-hotplug", json!(null)),
+            ("metrics", json!(null)),
+            ("pmem", json!([])),
+        ] {
+            config[section] = empty;
+        }
+        Ok(config)
+    })
+}
+
+#[test]
+fn shown_configuration_is_taken_back() -> Result<()> {
+    let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
+    let disk = vmm.dir().join("disk");
+    std::fs::write(&disk, [0; 4096])?;
+    let drive = json!({"drive_id": "d", "is_root_device": false, "is_read_only": true, "path_on_host": disk});
+    api.put("/drives/d", &drive)?.ok()?;
+    api.put("/entropy", &json!({}))?.ok()?;
+    Guest::bare(&kernel(vmm.dir())?).put(&mut api)?;
+    let shown = api.get("/vm/config")?.ok()?.json()?;
+    let engine = &shown["drives"][0]["io_engine"];
+    ensure!(["Sync", "Async"].contains(&engine.as_str().unwrap_or_default()), "{shown}");
+    api.put("/drives/d", &shown["drives"][0])?.ok()?;
+    start(&mut api)?;
+    let running = api.get("/vm/config")?.ok()?.json()?;
+    assert_eq!(running, shown);
+    starts_from_file(|_| Ok(running))
 }

@@ -337,3 +337,33 @@ fn arguments_that_mean_nothing_are_named() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn exit_status_is_firecrackers_under_its_name() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let bad = home.path().join("bad.json");
+    std::fs::write(&bad, "{")?;
+    let bad = bad.to_str().unwrap_or_default();
+    let cases: [(&[&str], &str, i32, i32); 5] = [
+        (&["--level", "nope"], "nope", ARG_PARSING, BAD_CONFIGURATION),
+        (&["--id", "a_b"], "a_b", ARG_PARSING, ARG_PARSING),
+        (
+            &["--no-api", "--config-file", "/nonexistent/c"],
+            "/nonexistent/c",
+            BAD_CONFIGURATION,
+            GENERIC_ERROR,
+        ),
+        (&["--no-api", "--config-file", bad], "bad.json", BAD_CONFIGURATION, GENERIC_ERROR),
+        (&["--metadata", "/nonexistent/m"], "/nonexistent/m", BAD_CONFIGURATION, GENERIC_ERROR),
+    ];
+    for (args, named, own, firecrackers) in cases {
+        for (name, status) in [("vesta-vmm", own), ("firecracker", firecrackers)] {
+            let builder = VmmBuilder::new(&vmm_path())?.with_name(name);
+            let builder = args.iter().fold(builder, VmmBuilder::arg);
+            let (code, said) = builder.spawn()?.finish(SOON)?;
+            assert_eq!(code, status, "{name} {args:?}: it said: {said}");
+            ensure!(said.contains(named), "{args:?}: {said}");
+        }
+    }
+    Ok(())
+}

@@ -227,3 +227,28 @@ fn a_first_restore_records_what_the_guest_touches_and_later_ones_fill_it_in() ->
     ensure!(refused.status == 400 && refused.fault().contains("prefetch"), "{refused:?}");
     Ok(())
 }
+
+#[test]
+fn load_after_a_put_that_describes_a_boot_is_refused() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let (_vmm, mut api, _serial) = counting(&json!({}))?;
+    pause(&mut api)?;
+    api.put("/snapshot/create", &create(home.path(), "a", "Full"))?.ok()?;
+    let body = load(home.path(), "a", "a");
+
+    let (_clone, mut api, serial) = empty()?;
+    // A PUT that was refused described nothing, and neither do these.
+    ensure!(api.put("/machine-config", &json!({"vcpu_count": 0, "mem_size_mib": 1}))?.status == 400);
+    api.put("/logger", &json!({"level": "Info"}))?.ok()?;
+    api.put("/mmds", &json!({"a": 1}))?.ok()?;
+    api.put("/snapshot/load", &body)?.ok()?;
+    ensure!(counts(&wait_for(&serial, 3)?));
+
+    let (_clone, mut api, _serial) = empty()?;
+    // The defaults: the configuration is what it was.
+    let defaults = api.get("/machine-config")?.ok()?.json()?;
+    api.put("/machine-config", &defaults)?.ok()?;
+    let refused = api.put("/snapshot/load", &body)?;
+    ensure!(refused.status == 400 && refused.fault().contains("PUT /machine-config"), "{refused:?}");
+    Ok(())
+}

@@ -269,6 +269,14 @@ pub struct DriveUpdate {
     pub overlay: Option<Overlay>,
 }
 
+impl DriveUpdate {
+    /// Whether it changes nothing, which the API refuses.
+    pub fn is_empty(&self) -> bool {
+        let DriveUpdate { drive_id: _, path_on_host, rate_limiter, overlay } = self;
+        path_on_host.is_none() && rate_limiter.is_none() && overlay.is_none()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

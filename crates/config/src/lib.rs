@@ -17,6 +17,7 @@
 
 #![forbid(unsafe_code)]
 
+mod absent;
 mod action;
 mod boot_source;
 mod drive;
@@ -29,11 +30,14 @@ mod mmds;
 mod network;
 mod serial;
 mod snapshot;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod token_bucket;
 mod vm_config;
 mod vm_state;
 mod vsock;
 
+pub use absent::{Absent, AbsentList, Unsupported};
 pub use action::{Action, ActionType};
 pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS, MAX_BOOT_ARGS_LEN};
 pub use drive::{
@@ -139,6 +143,12 @@ pub enum ConfigError {
         field: &'static str,
         /// Length given, in bytes.
         len: usize,
+    },
+    /// A CPU template for another architecture.
+    #[error("cpu_template is {template}; {template} is for aarch64 hosts and this one is x86_64")]
+    ForeignCpuTemplate {
+        /// What was given.
+        template: &'static str,
     },
     /// Two sockets at one path.
     #[error("uds_path and seqpacket_uds_path are both {}: they must differ", path.display())]

@@ -55,6 +55,9 @@ impl MachineConfig {
         if self.huge_pages == HugePages::Hugetlbfs2M && self.mem_size_mib % 2 == 1 {
             return Err(ConfigError::OddMemoryWithHugePages { mem_size_mib: self.mem_size_mib });
         }
+        if self.cpu_template == Some(CpuTemplate::V1N1) {
+            return Err(ConfigError::ForeignCpuTemplate { template: "V1N1" });
+        }
         Ok(())
     }
 
@@ -130,7 +133,7 @@ pub enum CpuTemplate {
     T2CL,
     /// AMD Milan as T2.
     T2A,
-    /// Arm Neoverse V1 as N1.
+    /// Arm Neoverse V1 as N1. No host of vesta's has it, so [`MachineConfig::check`] refuses it.
     V1N1,
     /// No template.
     None,
@@ -196,6 +199,15 @@ mod tests {
         ] {
             assert!(parse(json).is_err(), "{json}");
         }
+    }
+
+    #[test]
+    fn cpu_template_of_another_architecture_is_refused() {
+        let config = parse(r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":"V1N1"}"#).unwrap();
+        let error = config.check().unwrap_err().to_string();
+        assert!(error.contains("V1N1") && error.contains("x86_64"), "{error}");
+        let update = serde_json::from_str(r#"{"cpu_template":"V1N1"}"#).unwrap();
+        assert!(MachineConfig::default().updated(&update).is_err());
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! A whole microVM in one JSON object: the configuration file, and the answer of `GET /vm/config`.
 //!
 //! The keys are Firecracker's (`kebab-case`); `serial` is ours. What `GET /vm/config` answers is a configuration file
-//! again, once it has a boot source.
+//! again, once it has a boot source. Sections of devices that vesta does not have must be empty ([`Absent`]).
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::absent::{Absent, AbsentList, Unsupported};
 use crate::{
     BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, MmdsConfig, NetworkInterface, Serial,
     Vsock, check_networks,
@@ -40,6 +41,21 @@ pub struct VmConfig {
     /// Network devices, by order of their appearance in the guest.
     #[serde(default, deserialize_with = "null_is_default")]
     pub network_interfaces: Vec<NetworkInterface>,
+    /// Not supported.
+    #[serde(default, deserialize_with = "Unsupported::balloon")]
+    pub balloon: Absent,
+    /// Not supported.
+    #[serde(default, deserialize_with = "Unsupported::cpu_config")]
+    pub cpu_config: Absent,
+    /// Not supported.
+    #[serde(default, deserialize_with = "Unsupported::memory_hotplug")]
+    pub memory_hotplug: Absent,
+    /// Not supported.
+    #[serde(default, deserialize_with = "Unsupported::metrics")]
+    pub metrics: Absent,
+    /// Not supported.
+    #[serde(default, deserialize_with = "Unsupported::pmem")]
+    pub pmem: AbsentList,
 }
 
 impl VmConfig {
@@ -82,8 +98,14 @@ pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct FullVmConfig {
+    /// Not supported.
+    #[serde(deserialize_with = "Unsupported::balloon")]
+    pub balloon: Absent,
     /// What to boot, once it is known.
     pub boot_source: Option<BootSource>,
+    /// Not supported.
+    #[serde(deserialize_with = "Unsupported::cpu_config")]
+    pub cpu_config: Absent,
     /// Block devices.
     pub drives: Vec<Drive>,
     /// The entropy device.
@@ -92,10 +114,19 @@ pub struct FullVmConfig {
     pub logger: Option<Logger>,
     /// Processors and memory.
     pub machine_config: MachineConfig,
+    /// Not supported.
+    #[serde(deserialize_with = "Unsupported::memory_hotplug")]
+    pub memory_hotplug: Absent,
+    /// Not supported.
+    #[serde(deserialize_with = "Unsupported::metrics")]
+    pub metrics: Absent,
     /// The metadata service.
     pub mmds_config: Option<MmdsConfig>,
     /// Network devices.
     pub network_interfaces: Vec<NetworkInterface>,
+    /// Not supported.
+    #[serde(deserialize_with = "Unsupported::pmem")]
+    pub pmem: AbsentList,
     /// The serial console, where the API or the configuration file set it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
@@ -115,6 +146,11 @@ impl From<VmConfig> for FullVmConfig {
             vsock,
             mmds_config,
             network_interfaces,
+            balloon,
+            cpu_config,
+            memory_hotplug,
+            metrics,
+            pmem,
         } = config;
         FullVmConfig {
             boot_source: Some(boot_source),
@@ -126,6 +162,11 @@ impl From<VmConfig> for FullVmConfig {
             vsock,
             mmds_config,
             network_interfaces,
+            balloon,
+            cpu_config,
+            memory_hotplug,
+            metrics,
+            pmem,
         }
     }
 }
@@ -139,12 +180,10 @@ pub(crate) fn null_is_default<'de, D: Deserializer<'de>, T: Default + Deserializ
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{CpuTemplate, HugePages, LogLevel, TokenBucket};
+    use crate::TokenBucket;
 
     fn parse(json: &str) -> Result<VmConfig, String> {
         serde_json::from_str(json).map_err(|error| error.to_string())
@@ -165,6 +204,11 @@ mod tests {
             vsock: None,
             mmds_config: None,
             network_interfaces: Vec::new(),
+            balloon: Absent,
+            cpu_config: Absent,
+            memory_hotplug: Absent,
+            metrics: Absent,
+            pmem: AbsentList,
         }
     }
 
@@ -181,6 +225,35 @@ mod tests {
             Ok(minimal())
         );
         assert!(parse(r#"{"boot-source":null}"#).is_err());
+    }
+
+    #[test]
+    fn empty_sections_of_missing_devices_are_absent() {
+        for empty in [
+            r#""cpu-config":null,"balloon":null,"metrics":null,"pmem":[],"memory-hotplug":null"#,
+            r#""cpu-config":{},"balloon":{},"metrics":{},"pmem":null,"memory-hotplug":{}"#,
+        ] {
+            let json = format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},{empty}}}"#);
+            assert_eq!(parse(&json), Ok(minimal()));
+        }
+    }
+
+    #[test]
+    fn sections_of_missing_devices_are_refused_by_name() {
+        for (section, content) in [
+            ("balloon", r#"{"amount_mib":1,"deflate_on_oom":false}"#),
+            ("cpu-config", r#""template.json""#),
+            ("cpu-config", r#"{"kvm_capabilities":["121"]}"#),
+            ("metrics", r#"{"metrics_path":"m"}"#),
+            ("pmem", r#"[{"id":"p","path_on_host":"x"}]"#),
+            ("memory-hotplug", r#"{"total_size_mib":1024}"#),
+        ] {
+            let json =
+                format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},"{section}":{content}}}"#);
+            let error = parse(&json).unwrap_err();
+            let named = format!("section {section}: this version does not support");
+            assert!(error.starts_with(&named), "{error}");
+        }
     }
 
     #[test]
@@ -252,87 +325,18 @@ mod tests {
                 "vsock": null,
                 "mmds-config": null,
                 "network-interfaces": [],
+                "balloon": null,
+                "cpu-config": null,
+                "memory-hotplug": null,
+                "metrics": null,
+                "pmem": [],
             })
         );
     }
 
-    fn config() -> impl Strategy<Value = VmConfig> {
-        let path = || "[ -~]{1,40}".prop_map(PathBuf::from);
-        let boot_source = (path(), prop::option::of(path()), prop::option::of("[ -~]{0,200}")).prop_map(
-            |(kernel_image_path, initrd_path, boot_args)| BootSource {
-                kernel_image_path,
-                initrd_path,
-                boot_args,
-            },
-        );
-        let machine_config = (1..=64_u8, any::<bool>(), 1..=crate::MAX_MEM_SIZE_MIB / 2, any::<bool>())
-            .prop_flat_map(|(cores, smt, pairs, track_dirty_pages)| {
-                let pages = vec![HugePages::None, HugePages::Transparent, HugePages::Hugetlbfs2M];
-                let templates = vec![None, Some(CpuTemplate::T2), Some(CpuTemplate::None)];
-                (prop::sample::select(pages), prop::sample::select(templates)).prop_map(
-                    move |(huge_pages, cpu_template)| MachineConfig {
-                        vcpu_count: if smt { 2 * cores } else { cores },
-                        mem_size_mib: 2 * pairs,
-                        smt,
-                        cpu_template,
-                        track_dirty_pages,
-                        huge_pages,
-                    },
-                )
-            });
-        let levels = vec![
-            LogLevel::Off,
-            LogLevel::Trace,
-            LogLevel::Debug,
-            LogLevel::Info,
-            LogLevel::Warning,
-            LogLevel::Error,
-        ];
-        let logger = (
-            prop::option::of(path()),
-            prop::option::of(prop::sample::select(levels)),
-            any::<Option<bool>>(),
-            any::<Option<bool>>(),
-            prop::option::of("[a-z:]{0,20}"),
-        )
-            .prop_map(|(log_path, level, show_level, show_log_origin, module)| Logger {
-                log_path,
-                level,
-                show_level,
-                show_log_origin,
-                module,
-            });
-        let bucket = (any::<u64>(), any::<Option<u64>>(), 0..=crate::MAX_REFILL_TIME_MS).prop_map(
-            |(size, one_time_burst, refill_time)| TokenBucket { size, one_time_burst, refill_time },
-        );
-        let serial = (prop::option::of(path()), prop::option::of(bucket))
-            .prop_map(|(serial_out_path, rate_limiter)| Serial { serial_out_path, rate_limiter });
-        let vsock = (any::<u32>(), path(), prop::option::of("[a-z]{1,9}"), prop::option::of("[ -~]{41,50}"))
-            .prop_map(|(guest_cid, uds_path, vsock_id, seqpacket)| Vsock {
-                guest_cid,
-                uds_path,
-                vsock_id,
-                seqpacket_uds_path: seqpacket.map(PathBuf::from),
-            });
-        let options = (prop::option::of(logger), prop::option::of(serial), prop::option::of(vsock));
-        (boot_source, machine_config, options).prop_map(
-            |(boot_source, machine_config, (logger, serial, vsock))| VmConfig {
-                boot_source,
-                machine_config,
-                logger,
-                serial,
-                drives: Vec::new(),
-                entropy: None,
-                vsock,
-                mmds_config: None,
-                network_interfaces: Vec::new(),
-            },
-        )
-    }
-
     proptest! {
         #[test]
-        fn what_the_api_shows_is_a_configuration_file_again(config in config()) {
+        fn what_the_api_shows_is_a_configuration_file_again(config in crate::testing::vm_config()) {
             prop_assert_eq!(config.check(), Ok(()));
             let shown = serde_json::to_string(&FullVmConfig::from(config.clone())).unwrap();
             prop_assert_eq!(parse(&shown), Ok(config));

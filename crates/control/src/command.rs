@@ -72,6 +72,21 @@ pub enum Command {
 }
 
 impl Command {
+    /// Whether it describes a machine to boot, which a snapshot cannot then be loaded into. `PUT /vsock` does not: before a
+    /// load it says where the sockets are.
+    pub fn describes_boot(&self) -> bool {
+        matches!(
+            self,
+            Command::PutMachineConfig(_)
+                | Command::PatchMachineConfig(_)
+                | Command::PutBootSource(_)
+                | Command::PutDrive(_)
+                | Command::PutNetwork(_)
+                | Command::PutEntropy(_)
+                | Command::PutMmdsConfig(_)
+        )
+    }
+
     /// What its user calls it, for messages.
     pub fn name(&self) -> &'static str {
         match self {

@@ -108,6 +108,8 @@ pub struct Controller<H> {
     pub(crate) platform: Platform,
     pub(crate) events: EventSink,
     pub(crate) config: FullVmConfig,
+    /// The first command that described a machine to boot. After it no snapshot can be loaded.
+    pub(crate) boot_command: Option<&'static str>,
     /// What `config.boot_source` names, opened when it was set.
     boot_files: Option<OpenedBootFiles>,
     /// What `config.serial` names, opened when it was set.
@@ -156,6 +158,7 @@ impl<H: Host> Controller<H> {
             platform,
             events,
             config: FullVmConfig::default(),
+            boot_command: None,
             boot_files: None,
             serial_output: None,
             disks: Vec::new(),
@@ -201,13 +204,20 @@ impl<H: Host> Controller<H> {
     /// Carries out one command, if this is the time for it.
     pub fn run(&mut self, command: Command) -> Result<Reply, CommandError> {
         phase::check(&command, self.phase())?;
+        let boot_command = command.describes_boot().then(|| command.name());
+        let reply = self.carry_out(command)?;
+        self.boot_command = self.boot_command.or(boot_command);
+        Ok(reply)
+    }
+
+    fn carry_out(&mut self, command: Command) -> Result<Reply, CommandError> {
         match command {
             Command::DescribeInstance => return Ok(Reply::Json(self.describe())),
             Command::GetVersion => {
                 return Ok(Reply::Json(json!({ "firecracker_version": self.identity.api_version })));
             }
             Command::GetMachineConfig => return to_json(&self.config.machine_config),
-            Command::GetVmConfig => return to_json(&self.config),
+            Command::GetVmConfig => return to_json(&self.shown_config()),
             Command::GetMmds => return self.metadata.get(self.has_started()).map(Reply::Json),
             Command::PutMachineConfig(config) => self.set_machine_config(config)?,
             Command::PatchMachineConfig(update) => {
@@ -286,6 +296,15 @@ impl<H: Host> Controller<H> {
         if !out {
             log::warn!("nobody took the rest of the serial port's output within {} ms", limit.as_millis());
         }
+    }
+
+    /// The configuration as its user sees it: each drive with the I/O engine in force, which `PUT /drives` takes back.
+    fn shown_config(&self) -> FullVmConfig {
+        let mut config = self.config.clone();
+        for (drive, disk) in config.drives.iter_mut().zip(&self.disks) {
+            drive.io_engine = Some(disk.engine());
+        }
+        config
     }
 
     fn describe(&self) -> serde_json::Value {

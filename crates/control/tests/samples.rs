@@ -91,3 +91,16 @@ fn a_state_file_whose_sections_cannot_be_of_one_microvm_is_refused_by_a_load_and
     write(&sample, &path);
     Saved::load(&path).unwrap();
 }
+
+#[test]
+fn machine_state_survives_write_and_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("again.state");
+    for (sample, _) in samples() {
+        let saved = Saved::open(&sample).unwrap();
+        write(&saved, &path);
+        let again = Saved::open(&path).unwrap();
+        assert_eq!(format!("{:?}", again.machine), format!("{:?}", saved.machine));
+        assert_eq!(again.config, saved.config);
+    }
+}

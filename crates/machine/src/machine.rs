@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use config::MachineConfig;
 use memory::page_server::PageServer;
-use memory::{GuestRam, MapError, PageSet};
+use memory::{GuestRam, MapError, PageSet, TakeWritesError};
 
 use crate::assemble::{Origin, Parts, assemble};
 use crate::boot::{self, BootError, BootFiles};
@@ -262,15 +262,20 @@ impl Machine {
     }
 
     /// The pages that were written, by the guest or for it, since they were last asked for; `None` where that is not tracked.
-    /// From here on they count as not written: whoever fails to keep them calls [`GuestRam::put_back`].
+    /// From here on they count as not written: a caller that fails to save them calls [`GuestRam::put_back`]. After an error
+    /// all of them still count as written.
     pub fn take_dirty_pages(&self) -> Result<Option<PageSet>, KvmError> {
-        let Some(mut dirty) = self.ram().take_monitor_writes() else { return Ok(None) };
-        for (slot, region) in (0..).zip(self.ram().regions()) {
-            let size = usize::try_from(region.size).unwrap_or(usize::MAX);
-            let log = self.vm.shared_fd().get_dirty_log(slot, size).named("KVM_GET_DIRTY_LOG")?;
-            dirty.insert_words(slot as usize, &log).map_err(|_| KvmError::StateTooLarge("dirty pages"))?;
-        }
-        Ok(Some(dirty))
+        let regions = self.ram().regions();
+        let taken = self.ram().take_writes(|index| {
+            let size = usize::try_from(regions[index].size).unwrap_or(usize::MAX);
+            // One memory slot for each region, in their order.
+            let slot = u32::try_from(index).unwrap_or(u32::MAX);
+            self.vm.shared_fd().get_dirty_log(slot, size).named("KVM_GET_DIRTY_LOG")
+        });
+        taken.map_err(|error| match error {
+            TakeWritesError::Log(error) => error,
+            TakeWritesError::Length(_) => KvmError::StateTooLarge("dirty pages"),
+        })
     }
 
     /// Presses Ctrl+Alt+Del on the guest's keyboard. A paused guest sees it when it runs again.

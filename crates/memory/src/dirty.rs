@@ -4,21 +4,31 @@
 //! wrote for it (device output, and pages that it gave back). A Diff snapshot needs both:
 //!
 //! ```text
-//! let mut dirty = ram.take_monitor_writes()?;            // and forgets them
-//! for (region, log) in logs { dirty.insert_words(region, &log)?; }   // KVM_GET_DIRTY_LOG, one slot per region
+//! let dirty = ram.take_writes(|region| KVM_GET_DIRTY_LOG of the region's slot)?;   // and forgets them
 //! write_diff(&ram, &dirty, ..) -> on an error: ram.put_back(&dirty)
 //! ```
 //!
-//! KVM's log is emptied by reading it. So after a snapshot that failed, [`GuestRam::put_back`] makes all of those pages the
-//! monitor's: the next Diff has them.
+//! Both are emptied by reading them. So after a snapshot that failed, [`GuestRam::put_back`] makes all of those pages the
+//! monitor's: the next Diff has them. [`GuestRam::take_writes`] does the same when it fails itself.
 
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::GuestRegion;
-use crate::pages::{PAGE, PageSet};
+use crate::pages::{PAGE, PageSet, PageSetError};
 use crate::ram::GuestRam;
+
+/// Why [`GuestRam::take_writes`] failed. No page was forgotten.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum TakeWritesError<E> {
+    /// The guest's log of a region cannot be read.
+    #[error(transparent)]
+    Log(E),
+    /// The log is not as long as its region.
+    #[error(transparent)]
+    Length(#[from] PageSetError),
+}
 
 impl GuestRam {
     /// Whether the monitor's writes are tracked: decided when the memory was mapped.
@@ -34,6 +44,27 @@ impl GuestRam {
             taken.insert_words(index, &words).expect("a bitmap has a bit for each page");
         }
         Some(taken)
+    }
+
+    /// The pages that the guest or the monitor wrote, which are then forgotten; `None` where the monitor's are not tracked.
+    ///
+    /// `guest_log` reads and empties the log of one region. If it fails for any of them, no page is forgotten. Of the region
+    /// that failed all pages count as written from then on: the log may have been emptied before the failure.
+    pub fn take_writes<E>(
+        &self,
+        mut guest_log: impl FnMut(usize) -> Result<Vec<u64>, E>,
+    ) -> Result<Option<PageSet>, TakeWritesError<E>> {
+        let Some(mut taken) = self.take_monitor_writes() else { return Ok(None) };
+        for region in 0..taken.regions() {
+            let log = guest_log(region).map_err(TakeWritesError::Log);
+            let added = log.and_then(|words| Ok(taken.insert_words(region, &words)?));
+            if let Err(error) = added {
+                taken.insert(region, 0..taken.pages(region));
+                self.put_back(&taken);
+                return Err(error);
+            }
+        }
+        Ok(Some(taken))
     }
 
     /// Forgets what the monitor wrote: from now on counts.
@@ -95,6 +126,53 @@ mod tests {
         dirty.insert_words(0, &log).unwrap();
         ram.put_back(&dirty);
         assert_eq!(written(&ram), [0, 65]);
+    }
+
+    /// Memory of two regions, of which the monitor wrote the first page of each.
+    fn two_regions() -> GuestRam {
+        let ram = GuestRam::map(3 * 1024 + 1, HugePages::None, true).unwrap();
+        for region in ram.regions() {
+            ram.memory().write_obj(1u8, GuestAddress(region.guest_addr)).unwrap();
+        }
+        ram
+    }
+
+    fn empty_log(ram: &GuestRam, region: usize) -> Vec<u64> {
+        vec![0; ram.no_pages().pages(region).div_ceil(64) as usize]
+    }
+
+    fn log_with_page(ram: &GuestRam, region: usize, page: u64) -> Vec<u64> {
+        let mut log = empty_log(ram, region);
+        log[(page / 64) as usize] |= 1 << (page % 64);
+        log
+    }
+
+    #[test]
+    fn take_writes_joins_guest_and_monitor_writes() {
+        let ram = two_regions();
+        let taken = ram.take_writes(|region| Ok::<_, ()>(log_with_page(&ram, region, 9))).unwrap().unwrap();
+        let pages = |region| taken.runs(region).flatten().collect::<Vec<_>>();
+        assert_eq!([pages(0), pages(1)], [[0, 9], [0, 9]]);
+        let again = ram.take_writes(|region| Ok::<_, ()>(empty_log(&ram, region))).unwrap().unwrap();
+        assert!(again.is_empty());
+    }
+
+    #[test]
+    fn take_writes_forgets_nothing_when_one_log_fails() {
+        type Read = fn(&GuestRam) -> Result<Vec<u64>, &'static str>;
+        let failures: [(Read, TakeWritesError<&'static str>); 2] = [
+            (|_| Err("ENOMEM"), TakeWritesError::Log("ENOMEM")),
+            (|_| Ok(vec![0; 1]), PageSetError { region: 1, needed: 4, found: 1 }.into()),
+        ];
+        for (fail, error) in failures {
+            let ram = two_regions();
+            let read = |region| if region == 1 { fail(&ram) } else { Ok(log_with_page(&ram, 0, 9)) };
+            assert_eq!(ram.take_writes(read), Err(error));
+            let next = ram.take_writes(|region| Ok::<_, ()>(empty_log(&ram, region))).unwrap().unwrap();
+            assert_eq!(next.runs(0).flatten().collect::<Vec<_>>(), [0, 9]);
+            // The failed log may have been emptied.
+            assert_eq!(next.runs(1).collect::<Vec<_>>(), [0..256]);
+        }
     }
 
     #[test]

@@ -59,5 +59,5 @@ pub use describe::{Description, SectionDescription, describe, verify};
 pub use file::{AtomicFile, FileError, FileId, Staged, commit_pair, find, same_place};
 pub use format::{FORMAT_VERSION, Header, MAX_FILE_SIZE, MAX_NAME, MAX_SECTIONS};
 pub use reader::{ReadError, SectionInfo, Snapshot};
-pub use section::{MigrateError, Section};
+pub use section::{MigrateError, Section, from_value};
 pub use writer::{WriteError, Writer};

@@ -12,7 +12,7 @@ use crate::Value;
 use crate::format::{
     self, FORMAT_VERSION, FRAME_LEN, Header, MAX_FILE_SIZE, MAX_NAME, MAX_SECTIONS, PREFIX_LEN,
 };
-use crate::section::Section;
+use crate::section::{Section, from_value};
 use crate::wellformed;
 
 /// Why a state file cannot be used.
@@ -295,7 +295,7 @@ impl Snapshot {
             });
         }
         let value = S::migrate(info.version, self.decode(info)?).map_err(|e| self.decode_error(name, &e))?;
-        value.deserialized().map(Some).map_err(|e| self.decode_error(name, &e))
+        from_value(&value).map(Some).map_err(|e| self.decode_error(name, &e))
     }
 
     fn decode<T: DeserializeOwned>(&self, info: &SectionInfo) -> Result<T, ReadError> {

@@ -5,13 +5,23 @@ use serde::de::DeserializeOwned;
 
 use crate::Value;
 
-/// Why data of an older version cannot be brought up to date.
+/// Why data in memory cannot be decoded or brought up to date.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct MigrateError(
     /// The reason, in words.
     pub String,
 );
+
+/// Decodes data that is in memory already: for migrations, and for sections that several structs share.
+///
+/// Such a section must not use `#[serde(flatten)]`. serde reads flattened fields as if they came from a text format, and types that
+/// have a compact form beside their text (an IP address) are then not read back as they were written.
+pub fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T, MigrateError> {
+    value.deserialized().map_err(|error| match error {
+        ciborium::value::Error::Custom(reason) => MigrateError(reason),
+    })
+}
 
 /// A named, versioned piece of a state file: plain data of one owner.
 ///

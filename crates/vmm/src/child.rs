@@ -17,6 +17,7 @@ use machine::event_channel;
 
 use crate::event_loop::{self, ProcessHost};
 use crate::exit::{self, ExitCode};
+use crate::personality::Personality;
 use crate::process::{self, Side, fork};
 use crate::{end_of, logger, signals, terminal};
 
@@ -107,7 +108,7 @@ fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
     let ended = event_loop::serve(&mut controller, requests.as_ref(), &source, &signals);
     drop(requests);
     event_loop::end(&mut controller);
-    end_of(ended.map_err(crate::RunError::from))
+    end_of(Personality::of_this_process(), ended.map_err(crate::RunError::from))
 }
 
 /// Lets go of all that is the parent's.

@@ -58,7 +58,7 @@ fn main() -> ! {
         Ok(Invocation::DescribeSnapshot(state)) => snapshot_tool::describe(personality, &state),
         Ok(Invocation::SnapshotTool(tool)) => snapshot_tool::run(&tool),
         Ok(Invocation::Run(args)) => run(personality, &args, start),
-        Err(error) => report(&RunError::Args(error)),
+        Err(error) => report(personality, &RunError::Args(error)),
     };
     exit::exit(code)
 }
@@ -89,9 +89,24 @@ enum RunError {
 }
 
 impl RunError {
-    fn code(&self) -> ExitCode {
+    /// The exit status. Under Firecracker's name it is the one that Firecracker has for the same mistake.
+    fn code(&self, personality: Personality) -> ExitCode {
         match self {
+            RunError::Args(ArgsError::Value { name: "level", .. })
+                if personality == Personality::Firecracker =>
+            {
+                ExitCode::BadConfiguration
+            }
             RunError::Args(_) => ExitCode::ArgParsing,
+            RunError::ReadConfig { .. }
+            | RunError::Config { .. }
+            | RunError::ReadMetadata { .. }
+            | RunError::Metadata { .. }
+            | RunError::Start { .. }
+                if personality == Personality::Firecracker =>
+            {
+                ExitCode::Generic
+            }
             RunError::ReadConfig { .. }
             | RunError::Config { .. }
             | RunError::ReadMetadata { .. }
@@ -104,23 +119,23 @@ impl RunError {
 }
 
 /// Says what went wrong, to whoever started this process and to the log, and gives the code to exit with.
-fn report(error: &RunError) -> ExitCode {
+fn report(personality: Personality, error: &RunError) -> ExitCode {
     log::error!("{error}");
     eprintln!("Error: {error}");
-    error.code()
+    error.code(personality)
 }
 
 fn run(personality: Personality, args: &Args, start: StartTimes) -> ExitCode {
-    end_of(set_up_and_serve(personality, args, start))
+    end_of(personality, set_up_and_serve(personality, args, start))
 }
 
 /// The code to exit with. May end the process by a signal instead.
-fn end_of(ended: Result<Ended, RunError>) -> ExitCode {
+fn end_of(personality: Personality, ended: Result<Ended, RunError>) -> ExitCode {
     match ended {
         Ok(Ended::Guest) => ExitCode::Ok,
         Ok(Ended::Fault) => ExitCode::Generic,
         Ok(Ended::Signal(signal)) => signals::end_by(signal),
-        Err(error) => report(&error),
+        Err(error) => report(personality, &error),
     }
 }
 

@@ -86,7 +86,7 @@ impl Given {
                 "tap"
             }
             "vsock" => {
-                once(&mut self.vsock, "vsock", parser.value()?.into())?;
+                once(&mut self.vsock, "vsock", text("vsock", parser.value()?)?.into())?;
                 "vsock"
             }
             "prefetch" => {
@@ -109,7 +109,7 @@ impl Given {
                 "overlay"
             }
             "serial" => {
-                once(&mut self.serial, "serial", parser.value()?.into())?;
+                once(&mut self.serial, "serial", text("serial", parser.value()?)?.into())?;
                 "serial"
             }
             "track-dirty-pages" => {

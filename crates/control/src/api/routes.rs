@@ -1,11 +1,12 @@
 //! Which request is which [`Command`].
 //!
-//! A new endpoint is a line in [`route`]'s table. Paths are matched whole: a segment too many is another path.
+//! A new endpoint is a line in [`route`]'s table. Paths are read as Firecracker reads them: several leading slashes are one, a
+//! trailing one is ignored, and so are segments after those that name the endpoint.
 
 use config::{
     Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
     Logger, MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError, NetworkInterface,
-    NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Vm, Vsock,
+    NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Unsupported, Vm, Vsock,
 };
 use serde::de::DeserializeOwned;
 
@@ -33,6 +34,16 @@ pub enum RouteError {
         method: &'static str,
         /// The path given.
         path: String,
+    },
+    /// An endpoint of Firecracker's for something that this version does not have.
+    #[error("{method} {path}: this version does not support {what}")]
+    Unsupported {
+        /// The method given.
+        method: &'static str,
+        /// The path given.
+        path: String,
+        /// What is not there.
+        what: &'static str,
     },
     /// A body where none is read.
     #[error("{method} {path} takes no body, and this one has {len} bytes")]
@@ -79,36 +90,51 @@ pub enum RouteError {
 /// The command that `request` stands for.
 pub fn route(request: &Request) -> Result<Routed, RouteError> {
     let Some(path) = request.path.strip_prefix('/') else { return Err(not_found(request)) };
-    let segments: Vec<&str> = path.split('/').collect();
+    let segments: Vec<&str> = path.trim_start_matches('/').split_terminator('/').collect();
     match (request.method, segments.as_slice()) {
-        (Method::Get, [""]) => question(request, Command::DescribeInstance),
-        (Method::Get, ["version"]) => question(request, Command::GetVersion),
-        (Method::Get, ["machine-config"]) => question(request, Command::GetMachineConfig),
-        (Method::Put, ["machine-config"]) => put_machine_config(request),
-        (Method::Patch, ["machine-config"]) => patch_machine_config(request),
-        (Method::Put, ["boot-source"]) => put_boot_source(request),
-        (Method::Put, ["logger"]) => Ok(plain(Command::PutLogger(body::<Logger>(request)?))),
-        (Method::Put, ["serial"]) => put_serial(request),
-        (Method::Put, ["drives", id]) => put_drive(request, id),
-        (Method::Patch, ["drives", id]) => patch_drive(request, id),
-        (Method::Put, ["network-interfaces", id]) => put_network(request, id),
-        (Method::Patch, ["network-interfaces", id]) => patch_network(request, id),
-        (Method::Put, ["entropy"]) => put_entropy(request),
-        (Method::Put, ["vsock"]) => put_vsock(request),
-        (Method::Get, ["mmds"]) => question(request, Command::GetMmds),
+        (Method::Get, []) => question(request, Command::DescribeInstance),
+        (Method::Get, ["version", ..]) => question(request, Command::GetVersion),
+        (Method::Get, ["machine-config", ..]) => question(request, Command::GetMachineConfig),
+        (Method::Put, ["machine-config", ..]) => put_machine_config(request),
+        (Method::Patch, ["machine-config", ..]) => patch_machine_config(request),
+        (Method::Put, ["boot-source", ..]) => put_boot_source(request),
+        (Method::Put, ["logger", ..]) => Ok(plain(Command::PutLogger(body::<Logger>(request)?))),
+        (Method::Put, ["serial", ..]) => put_serial(request),
+        (Method::Put, ["drives", id, ..]) => put_drive(request, id),
+        (Method::Patch, ["drives", id, ..]) => patch_drive(request, id),
+        (Method::Put, ["network-interfaces", id, ..]) => put_network(request, id),
+        (Method::Patch, ["network-interfaces", id, ..]) => patch_network(request, id),
+        (Method::Put, ["entropy", ..]) => put_entropy(request),
+        (Method::Put, ["vsock", ..]) => put_vsock(request),
+        (Method::Get, ["mmds", ..]) => question(request, Command::GetMmds),
         (Method::Put, ["mmds"]) => Ok(plain(Command::PutMmds(body(request)?))),
-        (Method::Patch, ["mmds"]) => Ok(plain(Command::PatchMmds(body(request)?))),
-        (Method::Put, ["mmds", "config"]) => put_mmds_config(request),
-        (Method::Put, ["actions"]) => put_action(request),
-        (Method::Patch, ["vm"]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
-        (Method::Put, ["snapshot", "create"]) => put_snapshot_create(request),
-        (Method::Get, ["snapshot", "job"]) => question(request, Command::DescribeJob),
-        (Method::Delete, ["snapshot", "job"]) => question(request, Command::CancelJob),
-        (Method::Put, ["snapshot", "load"]) => put_snapshot_load(request),
-        (Method::Put, ["fork"]) => put_fork(request),
-        (Method::Get, ["vm", "config"]) => question(request, Command::GetVmConfig),
-        _ => Err(not_found(request)),
+        (Method::Patch, ["mmds", ..]) => Ok(plain(Command::PatchMmds(body(request)?))),
+        (Method::Put, ["mmds", "config", ..]) => put_mmds_config(request),
+        (Method::Put, ["actions", ..]) => put_action(request),
+        (Method::Patch, ["vm", ..]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
+        (Method::Put, ["snapshot", "create", ..]) => put_snapshot_create(request),
+        (Method::Get, ["snapshot", "job", ..]) => question(request, Command::DescribeJob),
+        (Method::Delete, ["snapshot", "job", ..]) => question(request, Command::CancelJob),
+        (Method::Put, ["snapshot", "load", ..]) => put_snapshot_load(request),
+        (Method::Put, ["fork", ..]) => put_fork(request),
+        (Method::Get, ["vm", "config", ..]) => question(request, Command::GetVmConfig),
+        (_, segments) => Err(unsupported(request, segments).unwrap_or_else(|| not_found(request))),
     }
+}
+
+/// The error for an endpoint that Firecracker has and this version does not.
+fn unsupported(request: &Request, segments: &[&str]) -> Option<RouteError> {
+    let what = match (request.method, segments) {
+        (_, ["balloon", ..]) => Unsupported::Balloon.what(),
+        (_, ["cpu-config", ..]) => Unsupported::CpuConfig.what(),
+        (_, ["metrics", ..]) => Unsupported::Metrics.what(),
+        (_, ["pmem", ..]) => Unsupported::Pmem.what(),
+        (_, ["hotplug", "memory", ..]) => Unsupported::MemoryHotplug.what(),
+        (Method::Delete, ["drives" | "network-interfaces", _, ..]) => "hot-unplug",
+        _ => return None,
+    };
+    let (method, path) = name(request);
+    Some(RouteError::Unsupported { method, path, what })
 }
 
 fn put_machine_config(request: &Request) -> Result<Routed, RouteError> {
@@ -149,6 +175,9 @@ fn put_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
 fn patch_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
     let update: DriveUpdate = body(request)?;
     check_drive_id(id, &update.drive_id)?;
+    if update.is_empty() {
+        return Err(RouteError::EmptyUpdate { path: request.path.clone() });
+    }
     Ok(plain(Command::PatchDrive(update)))
 }
 
@@ -267,7 +296,9 @@ fn name(request: &Request) -> (&'static str, String) {
 
 #[cfg(test)]
 mod tests {
-    use config::{CpuTemplate, HugePages, LogLevel, TokenBucket, VmState};
+    use config::{
+        Absent, AbsentList, CpuTemplate, FullVmConfig, HugePages, LogLevel, TokenBucket, VmConfig, VmState,
+    };
     use proptest::prelude::*;
 
     use super::*;
@@ -427,15 +458,67 @@ mod tests {
             (Method::Get, "/nowhere"),
             (Method::Delete, "/machine-config"),
             (Method::Patch, "/boot-source"),
-            (Method::Get, "/machine-config/more"),
-            (Method::Get, "/machine-config/"),
-            (Method::Get, "//"),
             (Method::Get, "/vm"),
+            (Method::Get, "/vm//config"),
+            (Method::Put, "/mmds/other"),
+            (Method::Put, "/drives"),
+            (Method::Get, "/snapshot"),
             (Method::Get, "/version?x=1"),
             (Method::Get, "*"),
         ] {
             let error = refusal(method, path, "{}");
             assert!(error.contains(&format!("{} {path} ", method.name())), "{error}");
+        }
+    }
+
+    #[test]
+    fn extra_slashes_and_segments_are_ignored() {
+        for (path, expected) in [
+            ("//", Command::DescribeInstance),
+            ("//version", Command::GetVersion),
+            ("/version/", Command::GetVersion),
+            ("/machine-config/x/y", Command::GetMachineConfig),
+            ("///vm/config/x", Command::GetVmConfig),
+            ("/mmds/config", Command::GetMmds),
+        ] {
+            assert_eq!(command(Method::Get, path, ""), expected, "{path}");
+        }
+        let vsock = command(Method::Put, "/vsock/vsock0", r#"{"guest_cid":3,"uds_path":"/v"}"#);
+        assert!(matches!(vsock, Command::PutVsock(_)));
+        let drive = r#"{"drive_id":"a","is_root_device":false,"path_on_host":"d"}"#;
+        assert!(matches!(command(Method::Put, "/drives/a/x", drive), Command::PutDrive(_)));
+        assert!(refusal(Method::Put, "/drives//a", drive).contains("the id is empty"));
+    }
+
+    #[test]
+    fn endpoints_of_missing_devices_say_what_is_missing() {
+        for (method, path, what) in [
+            (Method::Put, "/balloon", "balloon devices"),
+            (Method::Get, "/balloon/statistics", "balloon devices"),
+            (Method::Patch, "/balloon/hinting/start", "balloon devices"),
+            (Method::Put, "/cpu-config", "custom CPU templates"),
+            (Method::Put, "/metrics", "metrics files"),
+            (Method::Put, "/pmem/p0", "pmem devices"),
+            (Method::Delete, "/pmem/p0", "pmem devices"),
+            (Method::Put, "/hotplug/memory", "memory hot-plug"),
+            (Method::Delete, "/drives/a", "hot-unplug"),
+            (Method::Delete, "/network-interfaces/a", "hot-unplug"),
+        ] {
+            let error = refusal(method, path, "{}");
+            let expected = format!("{} {path}: this version does not support {what}", method.name());
+            assert_eq!(error, expected);
+        }
+    }
+
+    #[test]
+    fn drive_update_of_nothing_is_refused() {
+        for body in [r#"{"drive_id":"d"}"#, r#"{"drive_id":"d","path_on_host":null,"rate_limiter":null}"#] {
+            let error = refusal(Method::Patch, "/drives/d", body);
+            assert!(error.contains("PATCH /drives/d names no field to change"), "{error}");
+        }
+        for change in [r#""path_on_host":"x""#, r#""rate_limiter":{}"#, r#""overlay":{"path":"o"}"#] {
+            let body = format!(r#"{{"drive_id":"d",{change}}}"#);
+            assert!(matches!(command(Method::Patch, "/drives/d", &body), Command::PatchDrive(_)));
         }
     }
 
@@ -480,7 +563,51 @@ mod tests {
         assert!(refusal(Method::Put, "/serial", &body).contains("refill_time"));
     }
 
+    /// The commands that set a microVM up as its `GET /vm/config` says.
+    fn commands_of(shown: &serde_json::Value) -> Vec<Command> {
+        let sections = shown.as_object().unwrap().iter();
+        let puts = sections.flat_map(|(section, value)| match (section.as_str(), value) {
+            (_, serde_json::Value::Null) => Vec::new(),
+            ("drives", drives) => named(section, drives, "drive_id"),
+            ("network-interfaces", networks) => named(section, networks, "iface_id"),
+            ("mmds-config", config) => vec![("/mmds/config".to_owned(), config.clone())],
+            ("pmem", list) => {
+                assert_eq!(list, &serde_json::json!([]));
+                Vec::new()
+            }
+            (section, value) => vec![(format!("/{section}"), value.clone())],
+        });
+        puts.map(|(path, body)| command(Method::Put, &path, &body.to_string())).collect()
+    }
+
+    fn named(section: &str, list: &serde_json::Value, id: &str) -> Vec<(String, serde_json::Value)> {
+        let items = list.as_array().unwrap().iter();
+        items.map(|item| (format!("/{section}/{}", item[id].as_str().unwrap()), item.clone())).collect()
+    }
+
     proptest! {
+        #[test]
+        fn shown_configuration_is_accepted_by_puts(config in config::testing::vm_config()) {
+            let shown = serde_json::to_value(FullVmConfig::from(config.clone())).unwrap();
+            let commands = commands_of(&shown);
+            let VmConfig {
+                boot_source, machine_config, logger, serial, drives, entropy, vsock, mmds_config, network_interfaces,
+                balloon: Absent, cpu_config: Absent, memory_hotplug: Absent, metrics: Absent, pmem: AbsentList,
+            } = config;
+            let expected: Vec<Command> = [Command::PutBootSource(boot_source)]
+                .into_iter()
+                .chain(drives.into_iter().map(Command::PutDrive))
+                .chain(entropy.map(Command::PutEntropy))
+                .chain(logger.map(Command::PutLogger))
+                .chain([Command::PutMachineConfig(machine_config)])
+                .chain(mmds_config.map(Command::PutMmdsConfig))
+                .chain(network_interfaces.into_iter().map(Command::PutNetwork))
+                .chain(serial.map(Command::PutSerial))
+                .chain(vsock.map(Command::PutVsock))
+                .collect();
+            prop_assert_eq!(commands, expected);
+        }
+
         #[test]
         fn no_request_makes_routing_panic(
             method in prop::sample::select(vec![Method::Get, Method::Put, Method::Patch, Method::Delete]),

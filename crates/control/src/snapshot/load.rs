@@ -23,9 +23,9 @@ const PAGE_SERVER_PATIENCE: Duration = Duration::from_secs(10);
 impl<H: Host> Controller<H> {
     /// Goes on with a microVM that was saved.
     pub(crate) fn load_snapshot(&mut self, load: &SnapshotLoad) -> Result<(), CommandError> {
-        if let Some(what) = self.configured() {
+        if let Some(command) = self.boot_command {
             return Err(CommandError::new(format_args!(
-                "PUT /snapshot/load needs a microVM that nothing was set for, and {what} was"
+                "PUT /snapshot/load: {command} has configured a microVM to boot; load the snapshot in a new process"
             )));
         }
         let saved = Saved::load(&load.snapshot_path).map_err(CommandError::new)?;
@@ -92,27 +92,6 @@ impl<H: Host> Controller<H> {
         };
         log::info!("the guest of {} goes on", load.snapshot_path.display());
         Ok(())
-    }
-
-    /// What was set that a snapshot brings with it.
-    fn configured(&self) -> Option<&'static str> {
-        let default = FullVmConfig::default();
-        let config = &self.config;
-        if config.boot_source.is_some() {
-            Some("/boot-source")
-        } else if config.machine_config != default.machine_config {
-            Some("/machine-config")
-        } else if !config.drives.is_empty() {
-            Some("/drives")
-        } else if !config.network_interfaces.is_empty() {
-            Some("/network-interfaces")
-        } else if config.entropy.is_some() {
-            Some("/entropy")
-        } else if config.mmds_config.is_some() {
-            Some("/mmds/config")
-        } else {
-            None
-        }
     }
 }
 

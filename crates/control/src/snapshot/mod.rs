@@ -21,31 +21,67 @@ pub(crate) mod job;
 mod load;
 mod saved;
 
-use config::FullVmConfig;
-use serde::{Deserialize, Serialize};
-use snapshot::Section;
+use config::{CpuTemplate, FullVmConfig};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use snapshot::{Section, Value, from_value};
 
 pub use saved::{Saved, Verified, VerifyError, verify};
 
 /// What files of this kind say that they are.
 pub const KIND: &str = "microvm";
 
-/// What the microVM was told to be.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// What the microVM was told to be. In the section, the keys of [`FullVmConfig`] stand beside the others.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SavedConfig {
     /// Its configuration, with its devices.
-    #[serde(flatten)]
     pub config: FullVmConfig,
     /// Its devices are on virtio-pci.
-    #[serde(default)]
     pub pci: bool,
     /// Its id when it was saved.
-    #[serde(default)]
     pub id: String,
     /// Drives whose overlay is to be made at each load, because the snapshot was live: its disks are a base that is only read. Their
     /// `overlay.path` is how its name begins, with a number that is chosen then.
-    #[serde(default)]
     pub fresh_overlays: Vec<String>,
+}
+
+/// The fields of [`SavedConfig`] beside the configuration.
+#[derive(Deserialize)]
+struct Rest {
+    #[serde(default)]
+    pci: bool,
+    #[serde(default)]
+    id: String,
+    #[serde(default)]
+    fresh_overlays: Vec<String>,
+}
+
+impl Serialize for SavedConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Flat<'a> {
+            #[serde(flatten)]
+            config: &'a FullVmConfig,
+            pci: bool,
+            id: &'a str,
+            fresh_overlays: &'a [String],
+        }
+        let SavedConfig { config, pci, id, fresh_overlays } = self;
+        Flat { config, pci: *pci, id, fresh_overlays }.serialize(serializer)
+    }
+}
+
+/// Both structs read the whole section, each its own keys (see [`from_value`]).
+impl<'de> Deserialize<'de> for SavedConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let section = Value::deserialize(deserializer)?;
+        let mut config: FullVmConfig = from_value(&section).map_err(D::Error::custom)?;
+        let Rest { pci, id, fresh_overlays } = from_value(&section).map_err(D::Error::custom)?;
+        // Earlier versions took this template, which had no effect, and saved it.
+        let template = &mut config.machine_config.cpu_template;
+        *template = template.filter(|template| *template != CpuTemplate::V1N1);
+        Ok(SavedConfig { config, pci, id, fresh_overlays })
+    }
 }
 
 impl Section for SavedConfig {

@@ -155,3 +155,158 @@ pub fn verify(state: &Path, memory: Option<&Path>) -> Result<Verified, VerifyErr
     }
     Ok(Verified { saved, memory })
 }
+
+#[cfg(test)]
+mod tests {
+    use config::FullVmConfig;
+    use proptest::prelude::*;
+    use serde::{Deserialize, Serialize};
+    use snapshot::{Header, Section, Value, Writer};
+    use virtio::block::{BlockConfig, BlockState};
+    use virtio::device::DeviceState;
+    use virtio::entropy::EntropyState;
+    use virtio::net::{NetConfig, NetState};
+    use virtio::rate_limiter::{BucketConfig, BucketState, RateLimiterState};
+    use virtio::vsock::VsockState;
+
+    use super::*;
+
+    /// What a state file with this section reads back as.
+    fn saved_and_read<S: Section>(saved: &S) -> S {
+        let mut writer = Writer::new(&Header::new(KIND, "test", 0)).unwrap();
+        writer.put(saved).unwrap();
+        let file = Snapshot::parse(Path::new("test.state"), writer.finish().unwrap()).unwrap();
+        file.get().unwrap()
+    }
+
+    /// The configuration with one key of its section replaced.
+    fn with_key(key: &str, value: Value) -> Value {
+        let saved = SavedConfig {
+            config: FullVmConfig::default(),
+            pci: false,
+            id: "vm".into(),
+            fresh_overlays: Vec::new(),
+        };
+        let mut section = Value::serialized(&saved).unwrap();
+        let Value::Map(entries) = &mut section else { panic!("a section is a map") };
+        entries.retain(|(name, _)| name.as_text() != Some(key));
+        entries.push((key.into(), value));
+        section
+    }
+
+    #[test]
+    fn address_of_an_earlier_version_is_read() {
+        let address = [169, 254, 7, 9].map(Value::from).to_vec();
+        let mmds = Value::Map(vec![
+            ("network_interfaces".into(), Value::Array(vec!["eth0".into()])),
+            ("ipv4_address".into(), Value::Array(address)),
+        ]);
+        let saved: SavedConfig = snapshot::from_value(&with_key("mmds-config", mmds)).unwrap();
+        assert_eq!(saved.config.mmds_config.unwrap().address().to_string(), "169.254.7.9");
+    }
+
+    #[test]
+    fn template_that_is_refused_now_is_dropped() {
+        let fields = [("vcpu_count", 1.into()), ("mem_size_mib", 1.into()), ("cpu_template", "V1N1".into())];
+        let machine = Value::Map(fields.map(|(key, value): (&str, Value)| (key.into(), value)).to_vec());
+        let saved: SavedConfig = snapshot::from_value(&with_key("machine-config", machine)).unwrap();
+        assert_eq!(saved.config.machine_config.check(), Ok(()));
+    }
+
+    #[test]
+    fn section_of_a_device_that_is_missing_here_is_refused() {
+        let balloon = Value::Map(vec![("amount_mib".into(), 1.into())]);
+        let error = snapshot::from_value::<SavedConfig>(&with_key("balloon", balloon)).unwrap_err();
+        assert!(error.to_string().starts_with("section balloon: this version does not"), "{error}");
+    }
+
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    struct Devices(Vec<DeviceState>);
+
+    impl Section for Devices {
+        const NAME: &'static str = "devices";
+    }
+
+    fn limiter() -> impl Strategy<Value = RateLimiterState> {
+        let config = any::<[u64; 3]>().prop_map(|[size, refill_time_ms, one_time_burst]| BucketConfig {
+            size,
+            refill_time_ms,
+            one_time_burst,
+        });
+        let bucket = || {
+            prop::option::of((config.clone(), any::<[u64; 4]>()).prop_map(
+                |(config, [burst, tokens, debt, fraction])| BucketState {
+                    config,
+                    burst,
+                    tokens,
+                    debt,
+                    fraction,
+                },
+            ))
+        };
+        (bucket(), bucket()).prop_map(|(bandwidth, ops)| RateLimiterState { bandwidth, ops })
+    }
+
+    fn block() -> impl Strategy<Value = DeviceState> {
+        let config =
+            ("[!-~]{1,64}", any::<[u16; 3]>()).prop_map(|(id, [num_queues, queue_size, io_threads])| {
+                BlockConfig { id, num_queues, queue_size, io_threads }
+            });
+        (config, any::<(u64, bool, bool, u32)>(), limiter()).prop_map(
+            |(config, (capacity, read_only, flush, generation), limiter)| {
+                DeviceState::Block(BlockState { config, capacity, read_only, flush, generation, limiter })
+            },
+        )
+    }
+
+    fn net() -> impl Strategy<Value = DeviceState> {
+        let config = ("[!-~]{1,64}", any::<(Option<[u8; 6]>, Option<u16>, u16, u16)>())
+            .prop_map(|(id, (mac, mtu, pairs, queue_size))| NetConfig { id, mac, mtu, pairs, queue_size });
+        let rest = any::<(u64, u16, u64, bool, bool, u32, Vec<Option<[u8; 6]>>)>();
+        (config, rest, limiter(), limiter()).prop_map(|(config, rest, rx_limiter, tx_limiter)| {
+            let (features, active_pairs, offloads, link_up, can_announce, generation, former_macs) = rest;
+            DeviceState::Net(NetState {
+                config,
+                features,
+                active_pairs,
+                offloads,
+                link_up,
+                can_announce,
+                generation,
+                former_macs,
+                rx_limiter,
+                tx_limiter,
+            })
+        })
+    }
+
+    fn device() -> impl Strategy<Value = DeviceState> {
+        prop_oneof![
+            block(),
+            net(),
+            limiter().prop_map(|limiter| DeviceState::Entropy(EntropyState { limiter })),
+            any::<(u32, u32)>().prop_map(|(guest_cid, next_port)| {
+                DeviceState::Vsock(VsockState { guest_cid, next_port })
+            }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn every_device_state_survives_save_and_load(devices in prop::collection::vec(device(), 0..6)) {
+            let devices = Devices(devices);
+            prop_assert_eq!(saved_and_read(&devices), devices);
+        }
+
+        #[test]
+        fn every_configuration_survives_save_and_load(
+            config in config::testing::vm_config(),
+            pci: bool,
+            id in "[a-zA-Z0-9-]{0,64}",
+            fresh_overlays in prop::collection::vec("[a-z0-9_]{1,20}", 0..3),
+        ) {
+            let saved = SavedConfig { config: FullVmConfig::from(config), pci, id, fresh_overlays };
+            prop_assert_eq!(saved_and_read(&saved), saved);
+        }
+    }
+}

@@ -98,7 +98,9 @@ fn generation(sink: &mut dyn AmlSink) {
             &Device::new(
                 "VGEN".into(),
                 vec![
-                    &Name::new("_HID".into(), &"VESTAGEN"),
+                    // Linux's driver has matched both since 5.18. The second is longer than ACPI allows an id to be: kernels that
+                    // compare 8 characters find the device by the first.
+                    &Name::new("_HID".into(), &"VMGENCTR"),
                     &Name::new("_CID".into(), &"VM_Gen_Counter"),
                     &Name::new("_DDN".into(), &"VM_Gen_Counter"),
                     // Low half, high half.
@@ -204,4 +206,18 @@ fn pci_bus(sink: &mut dyn AmlSink) {
         ],
     )
     .to_aml_bytes(sink);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vm_generation_id_has_the_ids_that_drivers_match() {
+        let mut aml = Vec::new();
+        generation(&mut aml);
+        for id in [&b"_HID\x0dVMGENCTR\0"[..], b"_CID\x0dVM_Gen_Counter\0", b"_HID\x0dAMZNC10C\0"] {
+            assert!(aml.windows(id.len()).any(|bytes| bytes == id), "{}", String::from_utf8_lossy(id));
+        }
+    }
 }

@@ -1,0 +1,104 @@
+//! Firecracker's sections and endpoints for devices and settings that vesta does not have yet.
+//!
+//! Clients write these keys into every configuration file, most often as null. So an empty section is read as absent, and one with
+//! content is refused by name: a guest must not start without a device that its user asked for.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+/// A part of Firecracker's configuration that this version does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unsupported {
+    /// The balloon device.
+    Balloon,
+    /// Custom CPU templates.
+    CpuConfig,
+    /// The metrics file.
+    Metrics,
+    /// Persistent memory devices.
+    Pmem,
+    /// The memory hot-plug device.
+    MemoryHotplug,
+}
+
+impl Unsupported {
+    /// What it is, for an error message.
+    pub fn what(self) -> &'static str {
+        match self {
+            Unsupported::Balloon => "balloon devices",
+            Unsupported::CpuConfig => "custom CPU templates",
+            Unsupported::Metrics => "metrics files",
+            Unsupported::Pmem => "pmem devices",
+            Unsupported::MemoryHotplug => "memory hot-plug",
+        }
+    }
+
+    /// Its key in the configuration file.
+    fn key(self) -> &'static str {
+        match self {
+            Unsupported::Balloon => "balloon",
+            Unsupported::CpuConfig => "cpu-config",
+            Unsupported::Metrics => "metrics",
+            Unsupported::Pmem => "pmem",
+            Unsupported::MemoryHotplug => "memory-hotplug",
+        }
+    }
+
+    /// Reads its section, which must be empty: null, `[]` or `{}`.
+    fn absent<'de, D: Deserializer<'de>, T: Default>(self, from: D) -> Result<T, D::Error> {
+        let empty = match Value::deserialize(from)? {
+            Value::Null => true,
+            Value::Array(list) => list.is_empty(),
+            Value::Object(fields) => fields.is_empty(),
+            _ => false,
+        };
+        if empty {
+            return Ok(T::default());
+        }
+        Err(serde::de::Error::custom(format_args!(
+            "section {}: this version does not support {}; remove the section or set it to null",
+            self.key(),
+            self.what()
+        )))
+    }
+
+    pub(crate) fn balloon<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
+        Unsupported::Balloon.absent(from)
+    }
+
+    pub(crate) fn cpu_config<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
+        Unsupported::CpuConfig.absent(from)
+    }
+
+    pub(crate) fn metrics<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
+        Unsupported::Metrics.absent(from)
+    }
+
+    pub(crate) fn pmem<'de, D: Deserializer<'de>>(from: D) -> Result<AbsentList, D::Error> {
+        Unsupported::Pmem.absent(from)
+    }
+
+    pub(crate) fn memory_hotplug<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
+        Unsupported::MemoryHotplug.absent(from)
+    }
+}
+
+/// An object that is not there: null.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Absent;
+
+impl Serialize for Absent {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_none()
+    }
+}
+
+/// A list of devices that are not there: `[]`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AbsentList;
+
+impl Serialize for AbsentList {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(std::iter::empty::<()>())
+    }
+}
