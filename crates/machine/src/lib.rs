@@ -14,6 +14,7 @@
 //! | `acpi` | ACPI tables |
 //! | `cpu` | CPUID, MSRs, registers at entry |
 //! | `page_watch` | noticing that a guest's page server is gone |
+//! | `raw` | KVM structures in the state file, with their sizes checked |
 //! | `generation` | telling a guest that it was restored or forked |
 //! | [`devices`] | virtio devices: their places, their events, KVM's part in them |
 //! | [`chipset`] | what KVM emulates for the machine as a whole, saved and restored |
@@ -53,6 +54,7 @@ mod cpu;
 mod generation;
 mod kick;
 mod page_watch;
+mod raw;
 
 pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};

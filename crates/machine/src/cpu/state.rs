@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::xsave::XsaveSize;
 use crate::kvm::{KvmError, Named};
+use crate::raw;
 
 /// Counts on while a guest is away, if it is to.
 const IA32_TSC: u32 = 0x10;
@@ -37,26 +38,33 @@ pub struct VcpuState {
     /// Frequency of the time stamp counter; `None` where KVM did not say.
     pub tsc_khz: Option<u32>,
     /// Whether it runs, waits for an interrupt, or for its start.
+    #[serde(with = "raw")]
     mp_state: kvm_mp_state,
     /// General registers.
+    #[serde(with = "raw")]
     regs: kvm_regs,
     /// Segments and control registers.
+    #[serde(with = "raw")]
     sregs: kvm_sregs,
     /// Floating point and everything after it.
     #[serde(with = "serde_bytes")]
     xsave: Vec<u8>,
     /// Extended control registers.
+    #[serde(with = "raw")]
     xcrs: kvm_xcrs,
     /// Debug registers.
+    #[serde(with = "raw")]
     debug: kvm_debugregs,
     /// The local APIC.
+    #[serde(with = "raw")]
     lapic: kvm_lapic_state,
     /// Model-specific registers.
     pub msrs: Vec<Msr>,
     /// Exceptions and interrupts on their way.
+    #[serde(with = "raw")]
     events: kvm_vcpu_events,
     /// The state of a guest of the guest.
-    #[serde(default)]
+    #[serde(default, with = "raw::optional")]
     nested: Option<Box<KvmNestedStateBuffer>>,
 }
 
