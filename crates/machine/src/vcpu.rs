@@ -17,6 +17,14 @@
 //!
 //! A paused thread answers `Save` with its vCPU's state and stays paused.
 //!
+//! # Errors of `KVM_RUN`
+//!
+//! - `EINTR`: a kick.
+//! - `EAGAIN`: the vCPU was not ready to run (it waited for its start-up interrupt); entered again.
+//! - `ENOMEM`: see [`ENTRY_RETRIES`]; entered again a bounded number of times.
+//! - everything else ends the guest. `EFAULT` among them: KVM cannot access a page of guest memory (a bad sector under a
+//!   memory file, no free huge page), and would fail again.
+//!
 //! On an exit the thread finds the address on a bus and touches registers only; nothing here waits for anything but the guest (and,
 //! for a bounded time, for a reset on virtio-mmio).
 
@@ -41,6 +49,12 @@ const MAX_INSTRUCTION: u64 = 15;
 
 /// How long a kick is given before the next.
 const KICK_AGAIN: Duration = Duration::from_millis(2);
+
+/// How often in a row `KVM_RUN` may answer `ENOMEM` before the guest ends.
+///
+/// Linux 6.11 to 6.13 answer so at a VM's first entry if a signal is pending while KVM makes its huge page recovery thread,
+/// and a kick is such a signal. The signal is gone at the next try. A host that is out of memory answers so every time.
+const ENTRY_RETRIES: u32 = 32;
 
 /// The buses that all vCPUs of a machine share.
 #[derive(Debug)]
@@ -110,7 +124,18 @@ impl VcpuHandle {
         let (answer, answers) = channel();
         let thread = std::thread::Builder::new().name(format!("fc_vcpu {id}")).spawn(move || {
             let fd = Kickable::new(fd, run_size);
-            Vcpu { id, fd, ram, buses, events, inbox, answer, halted: false }.run();
+            Vcpu {
+                id,
+                fd,
+                ram,
+                buses,
+                events,
+                inbox,
+                answer,
+                entry_errors: EntryErrors::default(),
+                halted: false,
+            }
+            .run();
         })?;
         Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread: Some(thread) })
     }
@@ -204,6 +229,7 @@ struct Vcpu {
     events: EventSink,
     inbox: Receiver<Request>,
     answer: Sender<Answer>,
+    entry_errors: EntryErrors,
     /// The guest cannot go on.
     halted: bool,
 }
@@ -253,7 +279,11 @@ impl Vcpu {
 
     /// Enters the guest once and answers what it left for.
     fn enter(&mut self) -> Entered {
-        match self.fd.run() {
+        let exit = self.fd.run();
+        if exit.is_ok() {
+            self.entry_errors = EntryErrors::default();
+        }
+        match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
                 self.buses.ports.write(port.into(), data);
                 Entered::Again
@@ -291,10 +321,12 @@ impl Vcpu {
                 let reason = format!("unexpected exit from KVM_RUN: {exit:?}");
                 Entered::CannotGoOn(MachineEvent::Fatal(self.fault(reason)))
             }
-            Err(e) => match e.errno() {
-                libc::EINTR => self.kicked(),
-                libc::EAGAIN => Entered::Again,
-                _ => Entered::CannotGoOn(MachineEvent::Fatal(self.fault(format!("KVM_RUN failed: {e}")))),
+            Err(e) => match self.entry_errors.next(e.errno()) {
+                EntryError::Kicked => self.kicked(),
+                EntryError::Transient => Entered::Again,
+                EntryError::Fatal => {
+                    Entered::CannotGoOn(MachineEvent::Fatal(self.fault(format!("KVM_RUN failed: {e}"))))
+                }
             },
         }
     }
@@ -331,6 +363,39 @@ enum Entered {
     CannotGoOn(MachineEvent),
 }
 
+/// What an error of `KVM_RUN` means.
+#[derive(Debug, PartialEq, Eq)]
+enum EntryError {
+    /// A signal came.
+    Kicked,
+    /// The next try may succeed.
+    Transient,
+    /// The guest cannot run.
+    Fatal,
+}
+
+/// The errors of `KVM_RUN` in a row.
+#[derive(Debug, Default)]
+struct EntryErrors {
+    out_of_memory: u32,
+}
+
+impl EntryErrors {
+    /// Judges one more error. An entry that succeeds begins a new row; a kick does not, since KVM may answer it before it
+    /// allocates anything.
+    fn next(&mut self, errno: i32) -> EntryError {
+        match errno {
+            libc::EINTR => EntryError::Kicked,
+            libc::EAGAIN => EntryError::Transient,
+            libc::ENOMEM if self.out_of_memory < ENTRY_RETRIES => {
+                self.out_of_memory += 1;
+                EntryError::Transient
+            }
+            _ => EntryError::Fatal,
+        }
+    }
+}
+
 /// What KVM says of an internal error.
 pub(crate) fn internal_error(suberror: u32) -> String {
     let words = match suberror {
@@ -361,4 +426,33 @@ fn place(vcpu: &VcpuFd, ram: &GuestRam) -> Option<(u64, Vec<u8>)> {
         }
     }
     Some((rip, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_without_memory_is_tried_again_a_bounded_number_of_times() {
+        let mut errors = EntryErrors::default();
+        assert_eq!(errors.next(libc::ENOMEM), EntryError::Transient);
+        for _ in 1..ENTRY_RETRIES {
+            // A kick in between does not make it endless.
+            assert_eq!(errors.next(libc::EINTR), EntryError::Kicked);
+            assert_eq!(errors.next(libc::ENOMEM), EntryError::Transient);
+        }
+        assert_eq!(errors.next(libc::ENOMEM), EntryError::Fatal);
+    }
+
+    #[test]
+    fn only_interruptions_and_not_ready_are_free_of_a_bound() {
+        let mut errors = EntryErrors::default();
+        for _ in 0..10 * ENTRY_RETRIES {
+            assert_eq!(errors.next(libc::EINTR), EntryError::Kicked);
+            assert_eq!(errors.next(libc::EAGAIN), EntryError::Transient);
+        }
+        for errno in [libc::EFAULT, libc::EIO, libc::EINVAL, libc::ENOENT] {
+            assert_eq!(errors.next(errno), EntryError::Fatal);
+        }
+    }
 }
