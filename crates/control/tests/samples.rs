@@ -144,9 +144,9 @@ fn a_kvm_structure_of_another_size_is_refused_by_name() {
             let (field, bytes) = &mut strings[at];
             let field = field.clone();
             if longer {
-                bytes.push(0)
+                bytes.push(0);
             } else {
-                drop(bytes.pop())
+                bytes.pop();
             }
             let crafted_path = dir.path().join("other.state");
             crafted.write(&sample, &crafted_path);

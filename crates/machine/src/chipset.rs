@@ -50,9 +50,11 @@ impl ChipsetState {
             vm.get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
             Ok(chip)
         };
+        // The timer keeps running: an interrupt that it raises during the save is in the controllers' state.
+        let pit = vm.get_pit2().named("KVM_GET_PIT2")?;
         Ok(ChipsetState {
             irqchips: CHIPS.map(irqchip).into_iter().collect::<Result<_, KvmError>>()?,
-            pit: vm.get_pit2().named("KVM_GET_PIT2")?,
+            pit,
             clock: vm.get_clock().named("KVM_GET_CLOCK")?,
         })
     }

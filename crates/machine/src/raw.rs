@@ -115,6 +115,7 @@ pub(crate) mod optional {
     use super::{Deserialize, Deserializer, One, Serializer, Structure};
 
     /// Writes it as [`super::serialize`], or null.
+    #[expect(clippy::ref_option, reason = "serde hands out a reference to the field")]
     pub(crate) fn serialize<T: Structure, S: Serializer>(
         value: &Option<Box<T>>,
         to: S,

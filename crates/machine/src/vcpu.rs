@@ -15,7 +15,9 @@
 //!  ended
 //! ```
 //!
-//! A paused thread answers `Save` with its vCPU's state and stays paused.
+//! A paused thread answers `Save` with its vCPU's state and stays paused. One that never ran answers `Restore` when its vCPU
+//! has its saved state: that may wait for guest memory, which only this thread does. `Connect` gives it the buses, which are
+//! filled after the vCPUs have their state. Both come before the first `Resume`.
 //!
 //! # Errors of `KVM_RUN`
 //!
@@ -57,7 +59,7 @@ const KICK_AGAIN: Duration = Duration::from_millis(2);
 const ENTRY_RETRIES: u32 = 32;
 
 /// The buses that all vCPUs of a machine share.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Buses {
     /// Port I/O.
     pub(crate) ports: Bus,
@@ -68,6 +70,10 @@ pub(crate) struct Buses {
 /// What an owner asks of a vCPU thread.
 #[derive(Debug, Clone)]
 enum Request {
+    /// Only before the first `Resume`.
+    Restore(Box<VcpuState>, Arc<StateFormat>),
+    /// Only before the first `Resume`.
+    Connect(Arc<Buses>),
     Resume,
     Pause,
     /// Only while paused.
@@ -80,6 +86,8 @@ enum Request {
 enum Answer {
     /// It has paused.
     Paused,
+    /// It has its saved state, or what KVM refused.
+    Restored(Result<(), KvmError>),
     /// Its state.
     State(Box<Result<VcpuState, KvmError>>),
 }
@@ -112,32 +120,56 @@ pub(crate) struct VcpuHandle {
 }
 
 impl VcpuHandle {
-    /// Starts the thread, named `fc_vcpu {id}` (tools look for that), paused. With the vCPU goes the size of the pages that it shares with KVM.
+    /// Starts the thread, named `fc_vcpu {id}` (tools look for that), paused and without buses. With the vCPU goes the size of
+    /// the pages that it shares with KVM.
     pub(crate) fn spawn(
         id: u8,
         (fd, run_size): (VcpuFd, usize),
         ram: GuestRam,
-        buses: Arc<Buses>,
         events: EventSink,
     ) -> std::io::Result<Self> {
         let (requests, inbox) = channel();
         let (answer, answers) = channel();
         let thread = std::thread::Builder::new().name(format!("fc_vcpu {id}")).spawn(move || {
             let fd = Kickable::new(fd, run_size);
-            Vcpu {
-                id,
-                fd,
-                ram,
-                buses,
-                events,
-                inbox,
-                answer,
-                entry_errors: EntryErrors::default(),
-                halted: false,
-            }
-            .run();
+            let buses = Arc::default();
+            let entry_errors = EntryErrors::default();
+            Vcpu { id, fd, ram, buses, events, inbox, answer, entry_errors, halted: false }.run();
         })?;
         Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread: Some(thread) })
+    }
+
+    /// Asks a fresh vCPU, which is prepared, to take its saved state; [`Self::poll_restored`] says when it has. (Ask all, then
+    /// wait for all.)
+    pub(crate) fn request_restore(
+        &self,
+        state: VcpuState,
+        format: &Arc<StateFormat>,
+    ) -> Result<(), VcpuGone> {
+        let request = Request::Restore(Box::new(state), Arc::clone(format));
+        self.requests.send(request).map_err(|_| VcpuGone(self.id))
+    }
+
+    /// Waits at most `limit` for the answer to a restore request. `None` if there is none yet.
+    pub(crate) fn poll_restored(&self, limit: Duration) -> Result<Option<Result<(), KvmError>>, VcpuGone> {
+        match self.answers.recv_timeout(limit) {
+            Ok(Answer::Restored(result)) => Ok(Some(result)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            // A vCPU is restored before anything else is asked.
+            Ok(_) | Err(RecvTimeoutError::Disconnected) => Err(VcpuGone(self.id)),
+        }
+    }
+
+    /// Gives it the buses, before it runs.
+    pub(crate) fn connect(&self, buses: &Arc<Buses>) -> Result<(), VcpuGone> {
+        self.requests.send(Request::Connect(Arc::clone(buses))).map_err(|_| VcpuGone(self.id))
+    }
+
+    /// Lets go of a thread that waits for guest memory which may never come. It ends by itself if the memory comes, or with
+    /// the process.
+    pub(crate) fn abandon(mut self) {
+        self.request_stop();
+        drop(self.thread.take());
     }
 
     /// Lets it run.
@@ -184,7 +216,7 @@ impl VcpuHandle {
         match self.answers.recv() {
             Ok(Answer::State(state)) => Ok(*state),
             // A pause is waited for before anything else is asked.
-            Ok(Answer::Paused) | Err(_) => Err(VcpuGone(self.id)),
+            Ok(Answer::Paused | Answer::Restored(_)) | Err(_) => Err(VcpuGone(self.id)),
         }
     }
 
@@ -211,8 +243,8 @@ impl VcpuHandle {
 impl Drop for VcpuHandle {
     fn drop(&mut self) {
         self.request_stop();
-        // What it still acknowledges is a pause that nobody waits for any more.
-        while self.wait(None).is_ok() {}
+        // Answers to requests that were given up may still come.
+        while self.thread.is_some() && self.wait(None).is_ok() {}
         if let Some(thread) = self.thread.take() {
             let joined = thread.join();
             debug_assert!(joined.is_ok(), "vCPU threads do not panic");
@@ -239,6 +271,8 @@ impl Vcpu {
     fn run(mut self) {
         loop {
             match self.inbox.recv() {
+                Ok(Request::Restore(state, format)) => self.restore_state(&state, &format),
+                Ok(Request::Connect(buses)) => self.buses = buses,
                 Ok(Request::Resume) if self.halted => {}
                 Ok(Request::Resume) => {
                     if self.run_guest().is_break() {
@@ -270,8 +304,9 @@ impl Vcpu {
                         return Continue(());
                     }
                     Ok(Request::Stop) | Err(TryRecvError::Disconnected) => return Break(()),
-                    // Nobody asks a running vCPU for its state, which nothing could be made of.
-                    Ok(Request::Resume | Request::Save(_)) | Err(TryRecvError::Empty) => {}
+                    // The others are for paused vCPUs, and the owner sends them to no other.
+                    Ok(Request::Resume | Request::Save(_) | Request::Restore(..) | Request::Connect(_))
+                    | Err(TryRecvError::Empty) => {}
                 },
             }
         }
@@ -341,6 +376,13 @@ impl Vcpu {
         let _ = self.fd.kvmclock_ctrl();
         // An owner that is gone does not wait.
         let _ = self.answer.send(Answer::Paused);
+    }
+
+    fn restore_state(&self, state: &VcpuState, format: &StateFormat) {
+        let restored = state.restore(&self.fd, format);
+        // The pause before the save told the watchdogs of the vCPU that was saved. KVM refuses it for a guest without such a clock.
+        let _ = self.fd.kvmclock_ctrl();
+        let _ = self.answer.send(Answer::Restored(restored));
     }
 
     fn send_state(&self, format: &StateFormat) {
