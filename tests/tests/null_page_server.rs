@@ -1,13 +1,14 @@
 //! Guests whose memory comes from a page server, also from one that fails.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counts, sweeping, wait_for};
+use vesta_tests::counting::{WALL_CLOCK, counts, sweeping, wait_for, with_clocks};
 use vesta_tests::guest::{SOON, vmm_path};
 use vesta_tests::page_server::PageServer;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
@@ -20,7 +21,10 @@ fn start(dir: &Path, faults: &str) -> Result<PageServer> {
 
 /// A snapshot of a guest that looks at 1024 of its pages again and again, in `dir`.
 fn save(dir: &Path) -> Result<()> {
-    let (_vmm, mut api, _serial) = sweeping(&json!({}))?;
+    save_guest(sweeping(&json!({}))?, dir)
+}
+
+fn save_guest((_vmm, mut api, _serial): (Vmm, ApiClient, PathBuf), dir: &Path) -> Result<()> {
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
     let body = json!({"snapshot_path": dir.join("state"), "mem_file_path": dir.join("memory")});
     api.put("/snapshot/create", &body)?.ok().map(drop)
@@ -140,5 +144,55 @@ fn a_page_server_that_is_not_there_or_never_answers_is_refused_and_another_load_
     ensure!(refused.status == 400 && refused.fault().contains("pages-none.sock"), "{refused:?}");
     api.put("/snapshot/load", &load(home.path(), "File", &home.path().join("memory")))?.ok()?;
     ensure!(counts(&wait_for(&serial, 5)?));
+    Ok(())
+}
+
+#[test]
+fn a_load_fails_if_the_page_of_a_vcpus_clock_never_comes() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    save_guest(with_clocks()?, home.path())?;
+    let mut server = start(home.path(), &format!("except:{WALL_CLOCK}"))?;
+    let (_vmm, mut api, serial) = empty()?;
+    let refused = api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?;
+    server.wait_for("WITHHELD")?;
+    ensure!(refused.status == 400 && refused.fault().contains("did not answer a page fault"), "{refused:?}");
+    ensure!(api.get("/")?.json()?["state"] == json!("Not started"));
+    // Nothing is left of it that another load would come across.
+    api.put("/snapshot/load", &load(home.path(), "File", &home.path().join("memory")))?.ok()?;
+    ensure!(counts(&wait_for(&serial, 5)?));
+    Ok(())
+}
+
+#[test]
+fn a_load_whose_page_server_ends_under_a_vcpu_fails() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    save_guest(with_clocks()?, home.path())?;
+    let mut server = start(home.path(), &format!("except:{WALL_CLOCK}"))?;
+    let (vmm, mut api, serial) = empty()?;
+    let body = load(home.path(), "Uffd", server.socket());
+    let mut other = vmm.client();
+    let loading = std::thread::spawn(move || other.put("/snapshot/load", &body));
+    server.wait_for("WITHHELD")?;
+    drop(server);
+    let refused = loading.join().expect("it does not panic")?;
+    ensure!(refused.status == 400 && refused.fault().contains("is gone"), "{refused:?}");
+    api.put("/snapshot/load", &load(home.path(), "File", &home.path().join("memory")))?.ok()?;
+    ensure!(counts(&wait_for(&serial, 5)?));
+    Ok(())
+}
+
+#[test]
+fn sigterm_ends_a_load_whose_page_server_stalls() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    save_guest(with_clocks()?, home.path())?;
+    let mut server = start(home.path(), &format!("except:{WALL_CLOCK}"))?;
+    let (mut vmm, mut api, _serial) = empty()?;
+    let body = load(home.path(), "Uffd", server.socket());
+    let loading = std::thread::spawn(move || api.put("/snapshot/load", &body));
+    server.wait_for("WITHHELD")?;
+    vmm.signal(Signal::TERM)?;
+    let refused = loading.join().expect("it does not panic")?;
+    ensure!(refused.status == 400 && refused.fault().contains("was asked to end"), "{refused:?}");
+    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
     Ok(())
 }

@@ -3,20 +3,33 @@
 //! Both go the same way; they differ in where a vCPU's registers and a device's state come from ([`Origin`]). The order is
 //! KVM's ([`crate::kvm`]), and then: interrupt controllers before vCPUs, because local APICs speak to them; vCPUs before devices, because a
 //! restored device interrupts at once and a vCPU that is given its state afterwards would forget it.
+//!
+//! # Guest memory that is missing
+//!
+//! The memory of a restored machine may come from a page server that stalls, or from a file on a disk that does. A thread
+//! that accesses a missing page cannot be interrupted. So this thread accesses no guest memory but the pages that the load
+//! fetched before ([`crate::generation`]), and devices are paused until the machine runs. KVM accesses guest memory when a
+//! vCPU gets its state; each does so on its own thread, and this thread waits for all of them ([`restore_vcpus`]) only as long
+//! as pages arrive and nobody asks the process to end.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use config::MachineConfig;
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Cap, VcpuFd};
 use memory::GuestRam;
+use memory::page_server::PageServer;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::Loaded;
 use crate::bus::{Bus, BusDevice};
 use crate::chipset::ClockAfter;
 use crate::cpu::registers::{set_fpu, set_lapic};
-use crate::cpu::{Cpuid, StateFormat, XsaveSize, missing_features, set_boot_msrs, unlisted_msrs};
+use crate::cpu::{
+    Cpuid, StateFormat, XsaveSize, missing_features, restore_counters, set_boot_msrs, unlisted_msrs,
+};
 use crate::devices::{DeviceSetup, Devices, Places};
 use crate::events::EventSink;
 use crate::generation::Generation;
@@ -27,6 +40,12 @@ use crate::legacy::{BootTimer, I8042, Power, SerialPort, SerialPortState, Serial
 use crate::machine::{Machine, StartError};
 use crate::state::MachineState;
 use crate::vcpu::{Buses, VcpuHandle};
+
+/// Longest that a page server may take for a page that a vCPU needs to get its state.
+const PAGE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long one look at the vCPUs waits before whoever may end the wait is looked at.
+const TURN: Duration = Duration::from_millis(20);
 
 /// What a machine is made of, whatever its past.
 pub(crate) struct Parts {
@@ -43,7 +62,16 @@ pub(crate) enum Origin<'a> {
     /// At a kernel's entry.
     Boot { cpuid: &'a Cpuid, loaded: &'a Loaded },
     /// Where a machine stood when it was saved; on a host that shows `cpuid`.
-    State { cpuid: &'a Cpuid, state: &'a MachineState, clock: ClockAfter },
+    State { cpuid: &'a Cpuid, state: &'a MachineState, clock: ClockAfter, wait: Wait<'a> },
+}
+
+/// What ends the wait for guest memory while vCPUs get their state.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wait<'a> {
+    /// Sends the pages, if a server does.
+    pub(crate) page_server: Option<&'a PageServer>,
+    /// Readable once the process is asked to end.
+    pub(crate) stop: Option<BorrowedFd<'a>>,
 }
 
 /// Puts it together, its vCPUs paused.
@@ -63,16 +91,16 @@ pub(crate) fn assemble(
         .create_irqchip()?
         .create_vcpus(config.vcpu_count)?;
 
+    let format = Arc::new(StateFormat::of(&kvm, &vm)?);
     if let Origin::State { cpuid, state, .. } = origin {
         check_processor(cpuid, state, &vcpu_fds)?;
         state.chipset.restore(&vm.shared_fd())?;
-        let format = StateFormat::of(&kvm, &vm)?;
-        let passed = state.chipset.time_passed(after, SystemTime::now());
         for (fd, state) in vcpu_fds.iter().zip(&state.vcpus) {
-            state.restore(fd, &format, passed)?;
-            // What the pause told the guest's watchdogs was for the vCPU that it was. KVM refuses it for a guest without such a clock.
-            let _ = fd.kvmclock_ctrl();
+            state.prepare(fd, &format)?;
         }
+        // Together, so that they go on as they stood to each other.
+        restore_counters(&vcpu_fds, &state.vcpus, state.chipset.time_passed(after, SystemTime::now()))?;
+        state.chipset.restore_clock(&vm.shared_fd(), after)?;
     }
     if let Origin::Boot { cpuid, loaded } = origin {
         for (id, fd) in (0..).zip(&vcpu_fds) {
@@ -83,6 +111,17 @@ pub(crate) fn assemble(
             set_fpu(fd)?;
             set_lapic(fd)?;
         }
+    }
+
+    let mut vcpus = Vec::with_capacity(vcpu_fds.len());
+    for (id, fd) in (0..).zip(vcpu_fds) {
+        let (size, events) = (vm.shared_fd().run_size(), clone_sink(&parts.events)?);
+        let handle = VcpuHandle::spawn(id, (fd, size), vm.ram().clone(), events)
+            .map_err(|source| StartError::Host { what: "a vCPU thread", source })?;
+        vcpus.push(handle);
+    }
+    if let Origin::State { state, wait, .. } = origin {
+        vcpus = restore_vcpus(vcpus, state, &format, *wait)?;
     }
 
     let (pump, serial) = start_console(&vm, parts.serial, saved.map(|state| &state.serial))?;
@@ -100,18 +139,65 @@ pub(crate) fn assemble(
     lives.map_err(|source| StartError::Host { what: "a VM generation id", source })?;
 
     let buses = Arc::new(buses);
-    let mut vcpus = Vec::with_capacity(vcpu_fds.len());
-    for (id, fd) in (0..).zip(vcpu_fds) {
-        let events = clone_sink(&parts.events)?;
-        let handle =
-            VcpuHandle::spawn(id, (fd, vm.shared_fd().run_size()), vm.ram().clone(), buses.clone(), events)
-                .map_err(|source| StartError::Host { what: "a vCPU thread", source })?;
-        vcpus.push(handle);
-    }
-    if let Some(state) = saved {
-        state.chipset.restore_clock(&vm.shared_fd(), after)?;
-    }
+    vcpus.iter().try_for_each(|vcpu| vcpu.connect(&buses))?;
     Ok(Machine { page_watch: None, vcpus, devices, pump, serial, keyboard, vm, kvm })
+}
+
+/// Gives the vCPUs their state, each on its own thread, and waits for all.
+///
+/// If pages do not arrive, the threads that wait for them are let go: with zeros where a page server was to send them (the
+/// memory is of no use then), or to wait on without this process's main thread.
+fn restore_vcpus(
+    vcpus: Vec<VcpuHandle>,
+    state: &MachineState,
+    format: &Arc<StateFormat>,
+    wait: Wait<'_>,
+) -> Result<Vec<VcpuHandle>, StartError> {
+    for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
+        vcpu.request_restore(state.clone(), format)?;
+    }
+    match wait_restored(&vcpus, wait) {
+        Ok(()) => Ok(vcpus),
+        Err(error) => {
+            match wait.page_server {
+                Some(server) => server.release(),
+                None => vcpus.into_iter().for_each(VcpuHandle::abandon),
+            }
+            Err(error)
+        }
+    }
+}
+
+fn wait_restored(vcpus: &[VcpuHandle], wait: Wait<'_>) -> Result<(), StartError> {
+    let mut left = vcpus.iter();
+    let mut next = left.next();
+    // Whether there is nothing more to wait for. Looks for at most `turn`.
+    let mut look = |turn: Duration| -> Result<bool, StartError> {
+        while let Some(vcpu) = next {
+            let Some(restored) = vcpu.poll_restored(turn)? else {
+                return if is_readable(wait.stop) { Err(StartError::AskedToEnd) } else { Ok(false) };
+            };
+            restored?;
+            next = left.next();
+        }
+        Ok(true)
+    };
+    match wait.page_server {
+        Some(server) => server.wait_while_serving(PAGE_PATIENCE, look),
+        None => {
+            while !look(TURN)? {}
+            Ok(())
+        }
+    }
+}
+
+/// Whether the descriptor, if there is one, is readable now.
+fn is_readable(fd: Option<BorrowedFd<'_>>) -> bool {
+    let Some(fd) = fd else { return false };
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    // An interrupted look is made again at the next turn.
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 /// A saved guest must find here what it knows of its processor.
@@ -126,7 +212,12 @@ impl StateFormat {
     pub(crate) fn of(kvm: &Kvm, vm: &Vm) -> Result<Self, KvmError> {
         let mut msrs = kvm.msr_indices()?;
         msrs.extend(unlisted_msrs().filter(|index| !msrs.contains(index)).collect::<Vec<_>>());
-        Ok(StateFormat { msrs, xsave: XsaveSize::of(&vm.shared_fd()), nested: kvm.saves_nested_state() })
+        Ok(StateFormat {
+            msrs,
+            xsave: XsaveSize::of(&vm.shared_fd()),
+            nested: kvm.saves_nested_state(),
+            scales_tsc: vm.shared_fd().check_extension(Cap::TscControl),
+        })
     }
 }
 

@@ -10,17 +10,24 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 
 use crate::kvm::{KvmError, Named};
+use crate::raw;
 
 /// `kvm_clock_data::flags`: `realtime` is valid, or is to be gone by.
 const KVM_CLOCK_REALTIME: u32 = 1 << 2;
+
+/// The interrupt controllers, in the order in which they are saved.
+const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
 /// Their state.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ChipsetState {
     /// PIC 1, PIC 2, I/O APIC.
+    #[serde(with = "raw::list")]
     irqchips: Vec<kvm_irqchip>,
+    #[serde(with = "raw")]
     pit: kvm_pit_state2,
     /// The guest's clock, and the host's when it was read.
+    #[serde(with = "raw")]
     clock: kvm_clock_data,
 }
 
@@ -43,22 +50,28 @@ impl ChipsetState {
             vm.get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
             Ok(chip)
         };
+        // The timer keeps running: an interrupt that it raises during the save is in the controllers' state.
+        let pit = vm.get_pit2().named("KVM_GET_PIT2")?;
         Ok(ChipsetState {
-            irqchips: [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]
-                .map(irqchip)
-                .into_iter()
-                .collect::<Result<_, KvmError>>()?,
-            pit: vm.get_pit2().named("KVM_GET_PIT2")?,
+            irqchips: CHIPS.map(irqchip).into_iter().collect::<Result<_, KvmError>>()?,
+            pit,
             clock: vm.get_clock().named("KVM_GET_CLOCK")?,
         })
     }
 
     /// Gives the chips of `vm` their state. Its vCPUs are there, and have not run.
     pub(crate) fn restore(&self, vm: &VmFd) -> Result<(), KvmError> {
+        self.check_chips()?;
         for chip in &self.irqchips {
             vm.set_irqchip(chip).named("KVM_SET_IRQCHIP")?;
         }
         vm.set_pit2(&self.pit).named("KVM_SET_PIT2")
+    }
+
+    /// A chip that is missing would start as after a reset.
+    fn check_chips(&self) -> Result<(), KvmError> {
+        let ids: Vec<_> = self.irqchips.iter().map(|chip| chip.chip_id).collect();
+        if ids == CHIPS { Ok(()) } else { Err(KvmError::Irqchips { ids }) }
     }
 
     /// How far the guest's time stamp counters have to move on at `now`. As KVM does with its clock: never back.
@@ -97,6 +110,19 @@ mod tests {
     fn saved_at(realtime: u64, flags: u32) -> ChipsetState {
         let clock = kvm_clock_data { realtime, flags, ..Default::default() };
         ChipsetState { irqchips: Vec::new(), pit: kvm_pit_state2::default(), clock }
+    }
+
+    #[test]
+    fn a_state_without_all_interrupt_controllers_is_refused() {
+        let chips = |ids: &[u32]| ChipsetState {
+            irqchips: ids.iter().map(|id| kvm_irqchip { chip_id: *id, ..Default::default() }).collect(),
+            ..saved_at(0, 0)
+        };
+        assert!(chips(&CHIPS).check_chips().is_ok());
+        for ids in [&[0, 1][..], &[0, 1, 2, 2], &[0, 1, 3], &[]] {
+            let error = chips(ids).check_chips().unwrap_err().to_string();
+            assert!(error.contains(&format!("{ids:?}")), "{error}");
+        }
     }
 
     #[test]

@@ -88,6 +88,12 @@ pub enum KvmError {
     /// A saved state has more of something than KVM takes.
     #[error("the saved state has more {0} than KVM takes")]
     StateTooLarge(&'static str),
+    /// A saved state has other interrupt controllers than every machine has.
+    #[error("the saved state has the interrupt controllers {ids:?}; each machine has 0, 1 and 2")]
+    Irqchips {
+        /// Their numbers in KVM.
+        ids: Vec<u32>,
+    },
     /// A saved vCPU ran at a frequency that this host cannot give it.
     #[error(
         "the saved time stamp counter runs at {saved} kHz: this host's runs at {here} kHz and cannot be scaled: {source}"

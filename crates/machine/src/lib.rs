@@ -14,6 +14,7 @@
 //! | `acpi` | ACPI tables |
 //! | `cpu` | CPUID, MSRs, registers at entry |
 //! | `page_watch` | noticing that a guest's page server is gone |
+//! | `raw` | KVM structures in the state file, with their sizes checked |
 //! | `generation` | telling a guest that it was restored or forked |
 //! | [`devices`] | virtio devices: their places, their events, KVM's part in them |
 //! | [`chipset`] | what KVM emulates for the machine as a whole, saved and restored |
@@ -28,6 +29,8 @@
 //! - A [`Paused`] machine is still: no vCPU runs, and every access that one had begun is done.
 //! - A vCPU thread touches registers only. Nothing that can take long happens on it, but for one wait: a driver that resets a device on
 //!   virtio-mmio while requests are in flight goes on when they are done, or after [`virtio::transport::RESET_PATIENCE`].
+//! - The owner's thread accesses no guest memory that may be missing. What needs some while a machine is restored runs on the
+//!   vCPUs' threads, and the owner stops waiting if pages do not arrive (`assemble`).
 //! - Nothing that a guest does panics this process; what it cannot go on from becomes a [`MachineEvent`].
 //!
 //! # Callers
@@ -53,6 +56,7 @@ mod cpu;
 mod generation;
 mod kick;
 mod page_watch;
+mod raw;
 
 pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};

@@ -9,14 +9,15 @@
 //! [`StartError`] names what could not be built; nothing is left of a machine that was not. [`VcpuGone`] is a bug in this monitor.
 
 use std::ops::Deref;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use config::MachineConfig;
-use memory::page_server::PageServer;
+use memory::page_server::{FetchError, PageServer};
 use memory::{GuestRam, MapError, PageSet, TakeWritesError};
 
-use crate::assemble::{Origin, Parts, assemble};
+use crate::assemble::{Origin, Parts, Wait, assemble};
 use crate::boot::{self, BootError, BootFiles};
 use crate::chipset::{ChipsetState, ClockAfter};
 use crate::cpu::{Cpuid, StateFormat, Topology};
@@ -66,6 +67,8 @@ pub struct Restore<'a> {
     pub clock: ClockAfter,
     /// Where the machine says that it wants to end.
     pub events: EventSink,
+    /// Readable once the process is asked to end: pages that do not arrive are not waited for any longer.
+    pub stop: Option<BorrowedFd<'a>>,
 }
 
 /// Why a machine could not be saved.
@@ -108,6 +111,15 @@ pub enum StartError {
         /// How many there should be.
         configured: u8,
     },
+    /// The page server did not send pages that the vCPUs need.
+    #[error(transparent)]
+    PageServer(#[from] FetchError),
+    /// The process was asked to end while guest memory was waited for.
+    #[error("the process was asked to end while guest memory was loaded")]
+    AskedToEnd,
+    /// A bug in this monitor.
+    #[error(transparent)]
+    Gone(#[from] VcpuGone),
     /// The host is out of threads or descriptors.
     #[error("cannot create {what}: {source}")]
     Host {
@@ -162,13 +174,15 @@ impl Paused {
     /// All its state but for its memory. It goes on standing still, and can be resumed or saved again.
     pub fn save(&self) -> Result<MachineState, SaveError> {
         let format = Arc::new(StateFormat::of(&self.kvm, &self.vm)?);
+        // Timers and interrupt controllers keep running. What one of them passes on to a vCPU during the save is in both.
+        let chipset = ChipsetState::save(&self.vm.shared_fd())?;
         self.vcpus.iter().try_for_each(|vcpu| vcpu.request_state(&format))?;
         // All are waited for, also when one fails: nothing may be left in their channels.
         let vcpus = self.vcpus.iter().map(VcpuHandle::take_state).collect::<Vec<_>>();
         let vcpus = vcpus.into_iter().map(|state| Ok(state??)).collect::<Result<_, SaveError>>()?;
         Ok(MachineState {
             vcpus,
-            chipset: ChipsetState::save(&self.vm.shared_fd())?,
+            chipset,
             devices: self.devices.save(),
             serial: self.serial.save(),
             keyboard: self.keyboard.save(),
@@ -332,8 +346,9 @@ impl Machine {
             events: restore.events,
         };
         let events = parts.events.try_clone();
-        let mut machine =
-            assemble(kvm, config, parts, &Origin::State { cpuid: &cpuid, state, clock: restore.clock })?;
+        let wait = Wait { page_server: restore.page_server.as_ref(), stop: restore.stop };
+        let origin = Origin::State { cpuid: &cpuid, state, clock: restore.clock, wait };
+        let mut machine = assemble(kvm, config, parts, &origin)?;
         if let Some(server) = restore.page_server {
             let watch = events.and_then(|events| PageWatch::start(server, events));
             let host = |source| StartError::Host { what: "the page server's watch", source };

@@ -15,7 +15,17 @@
 //!  ended
 //! ```
 //!
-//! A paused thread answers `Save` with its vCPU's state and stays paused.
+//! A paused thread answers `Save` with its vCPU's state and stays paused. One that never ran answers `Restore` when its vCPU
+//! has its saved state: that may wait for guest memory, which only this thread does. `Connect` gives it the buses, which are
+//! filled after the vCPUs have their state. Both come before the first `Resume`.
+//!
+//! # Errors of `KVM_RUN`
+//!
+//! - `EINTR`: a kick.
+//! - `EAGAIN`: the vCPU was not ready to run (it waited for its start-up interrupt); entered again.
+//! - `ENOMEM`: see [`ENTRY_RETRIES`]; entered again a bounded number of times.
+//! - everything else ends the guest. `EFAULT` among them: KVM cannot access a page of guest memory (a bad sector under a
+//!   memory file, no free huge page), and would fail again.
 //!
 //! On an exit the thread finds the address on a bus and touches registers only; nothing here waits for anything but the guest (and,
 //! for a bounded time, for a reset on virtio-mmio).
@@ -42,8 +52,14 @@ const MAX_INSTRUCTION: u64 = 15;
 /// How long a kick is given before the next.
 const KICK_AGAIN: Duration = Duration::from_millis(2);
 
+/// How often in a row `KVM_RUN` may answer `ENOMEM` before the guest ends.
+///
+/// Linux 6.11 to 6.13 answer so at a VM's first entry if a signal is pending while KVM makes its huge page recovery thread,
+/// and a kick is such a signal. The signal is gone at the next try. A host that is out of memory answers so every time.
+const ENTRY_RETRIES: u32 = 32;
+
 /// The buses that all vCPUs of a machine share.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Buses {
     /// Port I/O.
     pub(crate) ports: Bus,
@@ -54,6 +70,10 @@ pub(crate) struct Buses {
 /// What an owner asks of a vCPU thread.
 #[derive(Debug, Clone)]
 enum Request {
+    /// Only before the first `Resume`.
+    Restore(Box<VcpuState>, Arc<StateFormat>),
+    /// Only before the first `Resume`.
+    Connect(Arc<Buses>),
     Resume,
     Pause,
     /// Only while paused.
@@ -66,6 +86,8 @@ enum Request {
 enum Answer {
     /// It has paused.
     Paused,
+    /// It has its saved state, or what KVM refused.
+    Restored(Result<(), KvmError>),
     /// Its state.
     State(Box<Result<VcpuState, KvmError>>),
 }
@@ -98,21 +120,56 @@ pub(crate) struct VcpuHandle {
 }
 
 impl VcpuHandle {
-    /// Starts the thread, named `fc_vcpu {id}` (tools look for that), paused. With the vCPU goes the size of the pages that it shares with KVM.
+    /// Starts the thread, named `fc_vcpu {id}` (tools look for that), paused and without buses. With the vCPU goes the size of
+    /// the pages that it shares with KVM.
     pub(crate) fn spawn(
         id: u8,
         (fd, run_size): (VcpuFd, usize),
         ram: GuestRam,
-        buses: Arc<Buses>,
         events: EventSink,
     ) -> std::io::Result<Self> {
         let (requests, inbox) = channel();
         let (answer, answers) = channel();
         let thread = std::thread::Builder::new().name(format!("fc_vcpu {id}")).spawn(move || {
             let fd = Kickable::new(fd, run_size);
-            Vcpu { id, fd, ram, buses, events, inbox, answer, halted: false }.run();
+            let buses = Arc::default();
+            let entry_errors = EntryErrors::default();
+            Vcpu { id, fd, ram, buses, events, inbox, answer, entry_errors, halted: false }.run();
         })?;
         Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread: Some(thread) })
+    }
+
+    /// Asks a fresh vCPU, which is prepared, to take its saved state; [`Self::poll_restored`] says when it has. (Ask all, then
+    /// wait for all.)
+    pub(crate) fn request_restore(
+        &self,
+        state: VcpuState,
+        format: &Arc<StateFormat>,
+    ) -> Result<(), VcpuGone> {
+        let request = Request::Restore(Box::new(state), Arc::clone(format));
+        self.requests.send(request).map_err(|_| VcpuGone(self.id))
+    }
+
+    /// Waits at most `limit` for the answer to a restore request. `None` if there is none yet.
+    pub(crate) fn poll_restored(&self, limit: Duration) -> Result<Option<Result<(), KvmError>>, VcpuGone> {
+        match self.answers.recv_timeout(limit) {
+            Ok(Answer::Restored(result)) => Ok(Some(result)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            // A vCPU is restored before anything else is asked.
+            Ok(_) | Err(RecvTimeoutError::Disconnected) => Err(VcpuGone(self.id)),
+        }
+    }
+
+    /// Gives it the buses, before it runs.
+    pub(crate) fn connect(&self, buses: &Arc<Buses>) -> Result<(), VcpuGone> {
+        self.requests.send(Request::Connect(Arc::clone(buses))).map_err(|_| VcpuGone(self.id))
+    }
+
+    /// Lets go of a thread that waits for guest memory which may never come. It ends by itself if the memory comes, or with
+    /// the process.
+    pub(crate) fn abandon(mut self) {
+        self.request_stop();
+        drop(self.thread.take());
     }
 
     /// Lets it run.
@@ -159,7 +216,7 @@ impl VcpuHandle {
         match self.answers.recv() {
             Ok(Answer::State(state)) => Ok(*state),
             // A pause is waited for before anything else is asked.
-            Ok(Answer::Paused) | Err(_) => Err(VcpuGone(self.id)),
+            Ok(Answer::Paused | Answer::Restored(_)) | Err(_) => Err(VcpuGone(self.id)),
         }
     }
 
@@ -186,8 +243,8 @@ impl VcpuHandle {
 impl Drop for VcpuHandle {
     fn drop(&mut self) {
         self.request_stop();
-        // What it still acknowledges is a pause that nobody waits for any more.
-        while self.wait(None).is_ok() {}
+        // Answers to requests that were given up may still come.
+        while self.thread.is_some() && self.wait(None).is_ok() {}
         if let Some(thread) = self.thread.take() {
             let joined = thread.join();
             debug_assert!(joined.is_ok(), "vCPU threads do not panic");
@@ -204,6 +261,7 @@ struct Vcpu {
     events: EventSink,
     inbox: Receiver<Request>,
     answer: Sender<Answer>,
+    entry_errors: EntryErrors,
     /// The guest cannot go on.
     halted: bool,
 }
@@ -213,6 +271,8 @@ impl Vcpu {
     fn run(mut self) {
         loop {
             match self.inbox.recv() {
+                Ok(Request::Restore(state, format)) => self.restore_state(&state, &format),
+                Ok(Request::Connect(buses)) => self.buses = buses,
                 Ok(Request::Resume) if self.halted => {}
                 Ok(Request::Resume) => {
                     if self.run_guest().is_break() {
@@ -244,8 +304,9 @@ impl Vcpu {
                         return Continue(());
                     }
                     Ok(Request::Stop) | Err(TryRecvError::Disconnected) => return Break(()),
-                    // Nobody asks a running vCPU for its state, which nothing could be made of.
-                    Ok(Request::Resume | Request::Save(_)) | Err(TryRecvError::Empty) => {}
+                    // The others are for paused vCPUs, and the owner sends them to no other.
+                    Ok(Request::Resume | Request::Save(_) | Request::Restore(..) | Request::Connect(_))
+                    | Err(TryRecvError::Empty) => {}
                 },
             }
         }
@@ -253,7 +314,11 @@ impl Vcpu {
 
     /// Enters the guest once and answers what it left for.
     fn enter(&mut self) -> Entered {
-        match self.fd.run() {
+        let exit = self.fd.run();
+        if exit.is_ok() {
+            self.entry_errors = EntryErrors::default();
+        }
+        match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
                 self.buses.ports.write(port.into(), data);
                 Entered::Again
@@ -291,10 +356,12 @@ impl Vcpu {
                 let reason = format!("unexpected exit from KVM_RUN: {exit:?}");
                 Entered::CannotGoOn(MachineEvent::Fatal(self.fault(reason)))
             }
-            Err(e) => match e.errno() {
-                libc::EINTR => self.kicked(),
-                libc::EAGAIN => Entered::Again,
-                _ => Entered::CannotGoOn(MachineEvent::Fatal(self.fault(format!("KVM_RUN failed: {e}")))),
+            Err(e) => match self.entry_errors.next(e.errno()) {
+                EntryError::Kicked => self.kicked(),
+                EntryError::Transient => Entered::Again,
+                EntryError::Fatal => {
+                    Entered::CannotGoOn(MachineEvent::Fatal(self.fault(format!("KVM_RUN failed: {e}"))))
+                }
             },
         }
     }
@@ -309,6 +376,13 @@ impl Vcpu {
         let _ = self.fd.kvmclock_ctrl();
         // An owner that is gone does not wait.
         let _ = self.answer.send(Answer::Paused);
+    }
+
+    fn restore_state(&self, state: &VcpuState, format: &StateFormat) {
+        let restored = state.restore(&self.fd, format);
+        // The pause before the save told the watchdogs of the vCPU that was saved. KVM refuses it for a guest without such a clock.
+        let _ = self.fd.kvmclock_ctrl();
+        let _ = self.answer.send(Answer::Restored(restored));
     }
 
     fn send_state(&self, format: &StateFormat) {
@@ -329,6 +403,39 @@ enum Entered {
     Kicked,
     /// The guest cannot go on.
     CannotGoOn(MachineEvent),
+}
+
+/// What an error of `KVM_RUN` means.
+#[derive(Debug, PartialEq, Eq)]
+enum EntryError {
+    /// A signal came.
+    Kicked,
+    /// The next try may succeed.
+    Transient,
+    /// The guest cannot run.
+    Fatal,
+}
+
+/// The errors of `KVM_RUN` in a row.
+#[derive(Debug, Default)]
+struct EntryErrors {
+    out_of_memory: u32,
+}
+
+impl EntryErrors {
+    /// Judges one more error. An entry that succeeds begins a new row; a kick does not, since KVM may answer it before it
+    /// allocates anything.
+    fn next(&mut self, errno: i32) -> EntryError {
+        match errno {
+            libc::EINTR => EntryError::Kicked,
+            libc::EAGAIN => EntryError::Transient,
+            libc::ENOMEM if self.out_of_memory < ENTRY_RETRIES => {
+                self.out_of_memory += 1;
+                EntryError::Transient
+            }
+            _ => EntryError::Fatal,
+        }
+    }
 }
 
 /// What KVM says of an internal error.
@@ -361,4 +468,33 @@ fn place(vcpu: &VcpuFd, ram: &GuestRam) -> Option<(u64, Vec<u8>)> {
         }
     }
     Some((rip, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_without_memory_is_tried_again_a_bounded_number_of_times() {
+        let mut errors = EntryErrors::default();
+        assert_eq!(errors.next(libc::ENOMEM), EntryError::Transient);
+        for _ in 1..ENTRY_RETRIES {
+            // A kick in between does not make it endless.
+            assert_eq!(errors.next(libc::EINTR), EntryError::Kicked);
+            assert_eq!(errors.next(libc::ENOMEM), EntryError::Transient);
+        }
+        assert_eq!(errors.next(libc::ENOMEM), EntryError::Fatal);
+    }
+
+    #[test]
+    fn only_interruptions_and_not_ready_are_free_of_a_bound() {
+        let mut errors = EntryErrors::default();
+        for _ in 0..10 * ENTRY_RETRIES {
+            assert_eq!(errors.next(libc::EINTR), EntryError::Kicked);
+            assert_eq!(errors.next(libc::EAGAIN), EntryError::Transient);
+        }
+        for errno in [libc::EFAULT, libc::EIO, libc::EINVAL, libc::ENOENT] {
+            assert_eq!(errors.next(errno), EntryError::Fatal);
+        }
+    }
 }

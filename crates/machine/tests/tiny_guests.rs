@@ -194,6 +194,7 @@ fn restored(
         devices: DeviceSetup::default(),
         clock,
         events: sink,
+        stop: None,
     })
 }
 
@@ -236,6 +237,49 @@ fn a_saved_machine_goes_on_where_it_stood_and_so_does_the_one_it_was_saved_from(
 fn msr(machine: &Paused, index: u32) -> Option<u64> {
     let state = machine.save().unwrap();
     state.vcpus[0].msrs.iter().find(|msr| msr.index == index).map(|msr| msr.value)
+}
+
+const IA32_TSC: u32 = 0x10;
+
+/// The time stamp counters of a machine that was saved.
+fn counters(state: &MachineState) -> Vec<u64> {
+    let msrs = state.vcpus.iter().flat_map(|vcpu| &vcpu.msrs);
+    msrs.filter(|msr| msr.index == IA32_TSC).map(|msr| msr.value).collect()
+}
+
+#[test]
+fn restored_vcpus_share_one_counter_which_never_goes_back() {
+    let config = MachineConfig { mem_size_mib: 8, vcpu_count: 4, ..MachineConfig::default() };
+    let Some(guest) = guest(&counting_guest(), &config) else { return };
+    let mut machine = run_for(guest.machine, &guest.serial, 1);
+    let mut state = machine.save().unwrap();
+    if state.vcpus[0].tsc_offset == Some(0) {
+        eprintln!("not run: this KVM shows guests the host's counter");
+        return;
+    }
+    for hop in 0..5 {
+        if hop == 1 {
+            // The thread of one vCPU was held up for a while before it read its registers.
+            let (khz, last) = (state.vcpus[3].tsc_khz, state.vcpus.last_mut().unwrap());
+            let tsc = last.msrs.iter_mut().find(|msr| msr.index == IA32_TSC).unwrap();
+            tsc.value += 3_000 * u64::from(khz.unwrap_or(1_000_000));
+        }
+        let last = counters(&state).into_iter().max().unwrap();
+        // The second half comes from a version, or a host, that does not know of offsets.
+        if hop > 2 {
+            state.vcpus.iter_mut().for_each(|vcpu| vcpu.tsc_offset = None);
+        }
+        let serial = guest.serial.with_file_name(format!("serial{hop}"));
+        machine = restored(&machine, &state, &config, &serial, ClockAfter::Continues).unwrap();
+        state = machine.save().unwrap();
+        let now = counters(&state).into_iter().min().unwrap();
+        assert!(now > last, "hop {hop}: {now} after {last}");
+        let offsets: Vec<_> = state.vcpus.iter().filter_map(|vcpu| vcpu.tsc_offset).collect();
+        assert!(offsets.iter().all(|offset| *offset == offsets[0]), "hop {hop}: {offsets:x?}");
+        if offsets.is_empty() {
+            eprintln!("this KVM does not tell the offsets of vCPUs");
+        }
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@
 //! the guest go on *with zeros*. So a guest whose server is gone stands still, and [`PageServer`] says so:
 //!
 //! - [`PageServer::probe`] before the guest runs: does the server answer faults?
+//! - [`PageServer::wait_while_serving`] while vCPUs get their state, which KVM may need pages for.
 //! - [`PageServer::wait`] from then on, from a thread of the caller's: the process that listened is gone; or it closed the
 //!   connection (some servers do, and go on serving); or a fault stays unread for long.
 //!
@@ -49,6 +50,9 @@ use crate::sys::guest_io;
 use crate::sys::peer;
 use crate::sys::span::Span;
 use crate::sys::userfault::Userfault;
+
+/// How long who waits for pages waits before it looks at the server.
+const TURN: Duration = Duration::from_millis(20);
 
 /// How long a server may take to accept the connection and the message.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -258,6 +262,16 @@ impl PageServer {
         Ok(fetched?)
     }
 
+    /// Waits for other threads that need pages: calls `is_done` until it returns true. It may block for the time that it is
+    /// given. An error if it returns one, if the server is gone, or if no page has arrived for `patience`.
+    pub fn wait_while_serving<E: From<FetchError>>(
+        &self,
+        patience: Duration,
+        is_done: impl FnMut(Duration) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        self.connection.wait_while_serving(patience, || self.pages_here(), is_done)
+    }
+
     /// Waits until something happened to the server, or until `stop` is readable. A fault that is unread for `stall` is an
     /// event as well. Call it again after [`ServerEvent::Closed`] and [`ServerEvent::Stalled`].
     pub fn wait(&mut self, stop: BorrowedFd<'_>, stall: Duration) -> Result<ServerEvent, PageServerError> {
@@ -359,27 +373,50 @@ impl Connection {
         };
         let thread = std::thread::Builder::new().name("page_fetch".into()).spawn(toucher);
         thread.map_err(|source| FetchError::Thread { path: self.path.clone(), source })?;
-        let mut last = (0, Instant::now());
-        let error = loop {
-            // Short turns, so that a server that dies is not waited for.
-            match is_done.recv_timeout(Duration::from_millis(20).min(patience)) {
-                Ok(()) => return Ok(()),
-                // It ends without a word only if it panics.
-                Err(RecvTimeoutError::Disconnected) => break FetchError::Gone { path: self.path.clone() },
-                Err(RecvTimeoutError::Timeout) => {}
-            }
+        let waited = self.wait_while_serving(
+            patience,
+            || touched.load(Ordering::Relaxed),
+            |turn| {
+                match is_done.recv_timeout(turn) {
+                    Ok(()) => Ok(true),
+                    Err(RecvTimeoutError::Timeout) => Ok(false),
+                    // It ends without a word only if it panics.
+                    Err(RecvTimeoutError::Disconnected) => Err(FetchError::Gone { path: self.path.clone() }),
+                }
+            },
+        );
+        given_up.store(waited.is_err(), Ordering::Relaxed);
+        waited
+    }
+
+    /// Calls `is_done` until it returns true, while the server lives and `progress` changes at least once within `patience`.
+    fn wait_while_serving<E: From<FetchError>>(
+        &self,
+        patience: Duration,
+        progress: impl Fn() -> u64,
+        mut is_done: impl FnMut(Duration) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        // Progress may be expensive to ask for; a server that dies is noticed sooner.
+        let look_every = patience / 10;
+        let turn = TURN.min(look_every);
+        let (mut progressed, mut looked) = (Instant::now(), Instant::now());
+        let mut last = None;
+        while !is_done(turn)? {
             if self.is_gone() {
-                break FetchError::Gone { path: self.path.clone() };
+                return Err(FetchError::Gone { path: self.path.clone() }.into());
             }
-            let now = touched.load(Ordering::Relaxed);
-            if now != last.0 {
-                last = (now, Instant::now());
-            } else if last.1.elapsed() >= patience {
-                break FetchError::Unanswered { path: self.path.clone(), waited: patience };
+            if looked.elapsed() >= look_every {
+                let now = Some(progress());
+                if last.is_some() && last != now {
+                    progressed = Instant::now();
+                }
+                (last, looked) = (now, Instant::now());
             }
-        };
-        given_up.store(true, Ordering::Relaxed);
-        Err(error)
+            if progressed.elapsed() >= patience {
+                return Err(FetchError::Unanswered { path: self.path.clone(), waited: patience }.into());
+            }
+        }
+        Ok(())
     }
 
     /// Lets threads go that wait for a page of `span`: its missing pages are zero from now on.

@@ -1,7 +1,8 @@
 //! A page server as they are written for Firecracker: it answers the page faults of a restored guest from its memory file.
 //!
 //! `page-server SOCKET IMAGE FAULTS` answers that many faults and ends; `all` answers them until the monitor is gone, `none` accepts the connection and
-//! does nothing more. It says `LISTENING` when it does.
+//! does nothing more. `except:OFFSET` answers all faults but those in the page at that offset of the image. It says `LISTENING`
+//! when it does, and `WITHHELD` at a fault that it does not answer.
 
 use std::fs::File;
 use std::io::IoSliceMut;
@@ -50,12 +51,13 @@ fn main() -> Result<()> {
     };
     let userfault = fds.next().context("no userfaultfd came with the message")?;
     let regions: Vec<Value> = serde_json::from_slice(&bytes[..got.bytes])?;
-    let mut left = if faults == "all" { u64::MAX } else { faults.parse()? };
+    let withheld = faults.strip_prefix("except:").map(str::parse::<u64>).transpose()?;
+    let mut left = if faults == "all" || withheld.is_some() { u64::MAX } else { faults.parse()? };
     while left > 0 {
         let mut ready = [PollFd::new(&userfault, PollFlags::IN), PollFd::new(&stream, PollFlags::RDHUP)];
         poll(&mut ready, None)?;
         if ready[0].revents().contains(PollFlags::IN) {
-            serve(&userfault, &image, &regions)?;
+            serve(&userfault, &image, &regions, withheld)?;
             left -= 1;
         } else if !ready[1].revents().is_empty() {
             break;
@@ -64,8 +66,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Answers one event.
-fn serve(userfault: &OwnedFd, image: &File, regions: &[Value]) -> Result<()> {
+/// Answers one event, unless it is a fault in the page at the offset `withheld`.
+fn serve(userfault: &OwnedFd, image: &File, regions: &[Value], withheld: Option<u64>) -> Result<()> {
     let mut message = Message::default();
     // SAFETY: the kernel writes one message, and the buffer is one.
     let read = unsafe { libc::read(userfault.as_raw_fd(), (&raw mut message).cast(), size_of::<Message>()) };
@@ -79,9 +81,13 @@ fn serve(userfault: &OwnedFd, image: &File, regions: &[Value]) -> Result<()> {
         (base..base + field(region, "size")).contains(&address)
     };
     let region = regions.iter().find(inside).context("a fault outside all regions")?;
+    let offset = field(region, "offset") + address - field(region, "base_host_virt_addr");
+    if withheld == Some(offset) {
+        println!("WITHHELD");
+        return Ok(());
+    }
     let mut page = [0; PAGE as usize];
-    image
-        .read_exact_at(&mut page, field(region, "offset") + address - field(region, "base_host_virt_addr"))?;
+    image.read_exact_at(&mut page, offset)?;
     let mut copy = [address, page.as_ptr() as u64, PAGE, 0, 0];
     // SAFETY: the structure is five numbers, and the page that it names is alive.
     let copied = unsafe { libc::ioctl(userfault.as_raw_fd(), UFFDIO_COPY, copy.as_mut_ptr()) };

@@ -282,6 +282,7 @@ impl<H: Host> Controller<H> {
             devices: devices(&self.config, self.back_ends(), self.platform.pci),
             clock: ClockAfter::Continues,
             events: self.events.try_clone().map_err(|e| cannot("make a descriptor", &e))?,
+            stop: self.host.asked_to_end(),
         })
         .map_err(|e| cannot("begin", &e))?;
         // The machine has them.

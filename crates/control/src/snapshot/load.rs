@@ -64,6 +64,7 @@ impl<H: Host> Controller<H> {
             devices: loaded.devices(metadata.service(&self.identity.id), saved.config.pci),
             clock: if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues },
             events,
+            stop: self.host.asked_to_end(),
         })
         .map_err(|e| CommandError::new(format_args!("cannot go on with the saved microVM: {e}")));
         let machine = match restored {

@@ -5,12 +5,14 @@ mod cpuid;
 mod msrs;
 pub(crate) mod registers;
 pub(crate) mod state;
+mod tsc;
 mod xsave;
 
 pub(crate) use compatibility::missing_features;
 pub(crate) use cpuid::Cpuid;
 pub(crate) use msrs::{set_boot_msrs, unlisted_msrs};
 pub(crate) use state::{StateFormat, VcpuState};
+pub(crate) use tsc::restore_counters;
 pub(crate) use xsave::XsaveSize;
 
 /// How vCPUs are shown to be arranged: one package, cores of one thread or two, APIC ids counting up from 0.

@@ -3,12 +3,16 @@
 //! # Order
 //!
 //! Saving: the processor's state of running (`KVM_GET_MP_STATE`) first, because KVM then takes in what is pending, and the pending events
-//! last. Restoring: CPUID first, because it decides which registers there are; the local APIC before the deadline timer, which
-//! is armed in its terms; the events last.
+//! last. The deadline timer keeps running while the vCPU is paused, and KVM may move its interrupt into the local APIC at any
+//! moment. So the registers are read before the local APIC ([`Timer`]).
+//!
+//! Restoring has three steps. [`VcpuState::prepare`] sets CPUID, which decides which registers there are, and the frequency
+//! of the time stamp counter. Then the counters of all vCPUs are set together ([`super::tsc`]). [`VcpuState::restore`] sets
+//! the rest: the local APIC before the deadline timer, which is armed in its terms and in those of the counter; the events
+//! last. Only this third step makes KVM access guest memory (clock pages, page tables in PAE mode, nested state), so it may
+//! wait for a page server; it runs on the vCPU's own thread.
 //!
 //! The vCPU is still: its thread has left `KVM_RUN` with everything that it had begun done ([`crate::vcpu`]).
-
-use std::time::Duration;
 
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs,
@@ -17,11 +21,11 @@ use kvm_bindings::{
 use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd};
 use serde::{Deserialize, Serialize};
 
+use super::tsc::{self, IA32_TSC};
 use super::xsave::XsaveSize;
 use crate::kvm::{KvmError, Named};
+use crate::raw;
 
-/// Counts on while a guest is away, if it is to.
-const IA32_TSC: u32 = 0x10;
 /// Armed in terms of the local APIC and the time stamp counter, so restored after both.
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// The most registers that KVM takes at once.
@@ -36,27 +40,37 @@ pub struct VcpuState {
     pub cpuid: Vec<CpuidLeaf>,
     /// Frequency of the time stamp counter; `None` where KVM did not say.
     pub tsc_khz: Option<u32>,
+    /// Offset of the time stamp counter from the host's; `None` where KVM does not tell.
+    #[serde(default)]
+    pub tsc_offset: Option<u64>,
     /// Whether it runs, waits for an interrupt, or for its start.
+    #[serde(with = "raw")]
     mp_state: kvm_mp_state,
     /// General registers.
+    #[serde(with = "raw")]
     regs: kvm_regs,
     /// Segments and control registers.
+    #[serde(with = "raw")]
     sregs: kvm_sregs,
     /// Floating point and everything after it.
     #[serde(with = "serde_bytes")]
     xsave: Vec<u8>,
     /// Extended control registers.
+    #[serde(with = "raw")]
     xcrs: kvm_xcrs,
     /// Debug registers.
+    #[serde(with = "raw")]
     debug: kvm_debugregs,
     /// The local APIC.
+    #[serde(with = "raw")]
     lapic: kvm_lapic_state,
     /// Model-specific registers.
     pub msrs: Vec<Msr>,
     /// Exceptions and interrupts on their way.
+    #[serde(with = "raw")]
     events: kvm_vcpu_events,
     /// The state of a guest of the guest.
-    #[serde(default)]
+    #[serde(default, with = "raw::optional")]
     nested: Option<Box<KvmNestedStateBuffer>>,
 }
 
@@ -91,6 +105,8 @@ pub(crate) struct StateFormat {
     pub(crate) xsave: XsaveSize,
     /// KVM can save the state of a nested guest.
     pub(crate) nested: bool,
+    /// The hardware can run a guest's time stamp counter at another frequency than the host's.
+    pub(crate) scales_tsc: bool,
 }
 
 impl VcpuState {
@@ -99,33 +115,34 @@ impl VcpuState {
         let mp_state = vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
         let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
         let nested = if format.nested { nested_state(vcpu)? } else { None };
+        let (msrs, lapic) = save_timer(vcpu, &format.msrs)?;
         Ok(VcpuState {
             cpuid: cpuid.as_slice().iter().map(CpuidLeaf::from).collect(),
             tsc_khz: vcpu.get_tsc_khz().ok().filter(|khz| *khz != 0),
+            tsc_offset: tsc::offset(vcpu),
             mp_state,
             regs: vcpu.get_regs().named("KVM_GET_REGS")?,
             sregs: vcpu.get_sregs().named("KVM_GET_SREGS")?,
             xsave: format.xsave.get(vcpu)?,
             xcrs: vcpu.get_xcrs().named("KVM_GET_XCRS")?,
             debug: vcpu.get_debug_regs().named("KVM_GET_DEBUGREGS")?,
-            lapic: vcpu.get_lapic().named("KVM_GET_LAPIC")?,
-            msrs: get_msrs(vcpu, &format.msrs)?,
+            lapic,
+            msrs,
             nested,
             events: vcpu.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?,
         })
     }
 
-    /// Makes a fresh `vcpu` what this says, its time stamp counter moved on by the time that has `passed`.
-    pub(crate) fn restore(
-        &self,
-        vcpu: &VcpuFd,
-        format: &StateFormat,
-        passed: Duration,
-    ) -> Result<(), KvmError> {
+    /// Sets what a fresh `vcpu` has before its time stamp counter. No guest memory is accessed.
+    pub(crate) fn prepare(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         let leaves: Vec<_> = self.cpuid.iter().map(kvm_cpuid_entry2::from).collect();
         let cpuid = CpuId::from_entries(&leaves).map_err(|_| KvmError::StateTooLarge("leaves of CPUID"))?;
         vcpu.set_cpuid2(&cpuid).named("KVM_SET_CPUID2")?;
-        self.restore_tsc_frequency(vcpu)?;
+        self.restore_tsc_frequency(vcpu, format)
+    }
+
+    /// Sets everything else of a `vcpu` that is prepared and whose time stamp counter is set. KVM may access guest memory.
+    pub(crate) fn restore(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         vcpu.set_mp_state(self.mp_state).named("KVM_SET_MP_STATE")?;
         vcpu.set_regs(&self.regs).named("KVM_SET_REGS")?;
         vcpu.set_sregs(&self.sregs).named("KVM_SET_SREGS")?;
@@ -133,37 +150,77 @@ impl VcpuState {
         vcpu.set_xcrs(&self.xcrs).named("KVM_SET_XCRS")?;
         format.xsave.set(vcpu, &self.xsave)?;
         vcpu.set_debug_regs(&self.debug).named("KVM_SET_DEBUGREGS")?;
-        vcpu.set_lapic(&self.lapic).named("KVM_SET_LAPIC")?;
-        let (deadline, others): (Vec<_>, Vec<_>) =
-            self.msrs_after(passed).partition(|msr| msr.index == IA32_TSC_DEADLINE);
-        set_msrs(vcpu, &others)?;
-        set_msrs(vcpu, &deadline)?;
+        restore_timer(vcpu, &self.msrs, &self.lapic)?;
         if let Some(nested) = &self.nested {
+            if nested.size as usize > size_of::<KvmNestedStateBuffer>() {
+                return Err(KvmError::StateTooLarge("bytes of nested state"));
+            }
             vcpu.set_nested_state(nested).named("KVM_SET_NESTED_STATE")?;
         }
         vcpu.set_vcpu_events(&self.events).named("KVM_SET_VCPU_EVENTS")
     }
 
-    /// The registers once `passed` is over, at the frequency that the guest knows. (A deadline stays where it is on the counter: it may have
-    /// passed by then. So does `IA32_TSC_ADJUST`, which is the guest's own and which KVM does not count as time.)
-    fn msrs_after(&self, passed: Duration) -> impl Iterator<Item = Msr> {
-        let ticks = passed.as_nanos() * u128::from(self.tsc_khz.unwrap_or(0)) / 1_000_000;
-        self.msrs.iter().map(move |msr| match msr.index {
-            // Modulo 2^64, as the counter.
-            IA32_TSC => Msr { value: msr.value.wrapping_add(ticks as u64), ..*msr },
-            _ => *msr,
-        })
-    }
-
     /// A guest goes on at the frequency that it knows. Where the host's is another one, the hardware has to scale.
-    fn restore_tsc_frequency(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+    /// (Without that KVM would imitate a higher frequency by jumps, at other moments on each vCPU.)
+    fn restore_tsc_frequency(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         let (Some(saved), Ok(here)) = (self.tsc_khz, vcpu.get_tsc_khz()) else { return Ok(()) };
         let difference = u64::from(saved.abs_diff(here));
         if difference * 1_000_000 <= u64::from(saved) * TSC_TOLERANCE_PPM {
             return Ok(());
         }
-        vcpu.set_tsc_khz(saved).map_err(|source| KvmError::TscFrequency { saved, here, source })
+        let unsupported = kvm_ioctls::Error::new(libc::EOPNOTSUPP);
+        let scaled = if format.scales_tsc { vcpu.set_tsc_khz(saved) } else { Err(unsupported) };
+        scaled.map_err(|source| KvmError::TscFrequency { saved, here, source })
     }
+}
+
+/// What the deadline timer and its interrupt are in: a register and the local APIC.
+///
+/// KVM moves the interrupt of a deadline that is over from the register, which becomes zero, to the local APIC. It does that
+/// at any moment, also on a paused vCPU (`apic_timer_expired` with APICv). And setting the local APIC disarms the timer.
+trait Timer {
+    /// Reads registers.
+    fn msrs(&self, indices: &[u32]) -> Result<Vec<Msr>, KvmError>;
+    /// Sets registers.
+    fn set_msrs(&self, msrs: &[Msr]) -> Result<(), KvmError>;
+    /// Reads the local APIC.
+    fn lapic(&self) -> Result<kvm_lapic_state, KvmError>;
+    /// Sets the local APIC.
+    fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), KvmError>;
+}
+
+impl Timer for VcpuFd {
+    fn msrs(&self, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
+        get_msrs(self, indices)
+    }
+
+    fn set_msrs(&self, msrs: &[Msr]) -> Result<(), KvmError> {
+        set_msrs(self, msrs)
+    }
+
+    fn lapic(&self) -> Result<kvm_lapic_state, KvmError> {
+        self.get_lapic().named("KVM_GET_LAPIC")
+    }
+
+    fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), KvmError> {
+        VcpuFd::set_lapic(self, lapic).named("KVM_SET_LAPIC")
+    }
+}
+
+/// Reads the registers and then the local APIC. A deadline that ends in between is in both: the guest gets one interrupt
+/// too many, which it takes for a late one. The other way round it would be in neither, and a guest without ticks stops.
+fn save_timer(vcpu: &impl Timer, indices: &[u32]) -> Result<(Vec<Msr>, kvm_lapic_state), KvmError> {
+    let msrs = vcpu.msrs(indices)?;
+    Ok((msrs, vcpu.lapic()?))
+}
+
+/// Sets the local APIC, then the registers, the deadline last. The time stamp counter is set already and is left out.
+fn restore_timer(vcpu: &impl Timer, msrs: &[Msr], lapic: &kvm_lapic_state) -> Result<(), KvmError> {
+    vcpu.set_lapic(lapic)?;
+    let set = msrs.iter().copied().filter(|msr| msr.index != IA32_TSC);
+    let (deadline, others): (Vec<_>, Vec<_>) = set.partition(|msr| msr.index == IA32_TSC_DEADLINE);
+    vcpu.set_msrs(&others)?;
+    vcpu.set_msrs(&deadline)
 }
 
 fn nested_state(vcpu: &VcpuFd) -> Result<Option<Box<KvmNestedStateBuffer>>, KvmError> {
@@ -173,7 +230,7 @@ fn nested_state(vcpu: &VcpuFd) -> Result<Option<Box<KvmNestedStateBuffer>>, KvmE
 }
 
 /// The registers as they are. One that KVM lists and this vCPU does not have is left out.
-fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
+pub(super) fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
     let mut got = Vec::with_capacity(indices.len());
     let mut left = indices;
     while !left.is_empty() {
@@ -189,7 +246,7 @@ fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
 }
 
 /// Sets the registers. One that KVM refuses must have its value already.
-fn set_msrs(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), KvmError> {
+pub(super) fn set_msrs(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), KvmError> {
     let mut left = msrs;
     while !left.is_empty() {
         let batch = &left[..left.len().min(MSRS_AT_ONCE)];
@@ -249,26 +306,77 @@ impl From<&CpuidLeaf> for kvm_cpuid_entry2 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::RefCell;
+
+    /// A deadline timer whose time is over as soon as one of its two halves was read, as KVM may have it.
+    #[derive(Default)]
+    struct FakeTimer(RefCell<Halves>);
+
+    #[derive(Default)]
+    struct Halves {
+        deadline: u64,
+        interrupt: bool,
+        reads: u32,
+    }
+
+    impl FakeTimer {
+        fn armed() -> Self {
+            FakeTimer(RefCell::new(Halves { deadline: 1000, ..Halves::default() }))
+        }
+
+        fn read<T>(&self, half: impl FnOnce(&Halves) -> T) -> T {
+            let mut timer = self.0.borrow_mut();
+            let value = half(&timer);
+            timer.reads += 1;
+            if timer.deadline != 0 {
+                (timer.deadline, timer.interrupt) = (0, true);
+            }
+            value
+        }
+    }
+
+    impl Timer for FakeTimer {
+        fn msrs(&self, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
+            let value = self.read(|timer| timer.deadline);
+            Ok(indices.iter().map(|index| Msr { index: *index, value }).collect())
+        }
+
+        fn set_msrs(&self, msrs: &[Msr]) -> Result<(), KvmError> {
+            for msr in msrs {
+                assert_ne!(msr.index, IA32_TSC, "the counters of all vCPUs are set together");
+                if msr.index == IA32_TSC_DEADLINE {
+                    self.0.borrow_mut().deadline = msr.value;
+                }
+            }
+            Ok(())
+        }
+
+        fn lapic(&self) -> Result<kvm_lapic_state, KvmError> {
+            let mut lapic = kvm_lapic_state::default();
+            lapic.regs[0x200] = self.read(|timer| timer.interrupt).into();
+            Ok(lapic)
+        }
+
+        fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), KvmError> {
+            *self.0.borrow_mut() = Halves { interrupt: lapic.regs[0x200] != 0, ..Halves::default() };
+            Ok(())
+        }
+    }
 
     #[test]
-    fn the_time_that_passed_moves_the_counter_on_at_the_guests_frequency_and_nothing_else() {
+    fn a_deadline_that_ends_during_a_save_is_in_the_state() {
+        let timer = FakeTimer::armed();
+        let (msrs, lapic) = save_timer(&timer, &[IA32_TSC_DEADLINE]).unwrap();
+        assert_eq!(timer.0.borrow().reads, 2);
+        assert!(msrs[0].value != 0 || lapic.regs[0x200] != 0, "no tick is left");
+    }
+
+    #[test]
+    fn a_restored_deadline_stays_armed() {
+        let timer = FakeTimer::default();
         let msr = |index, value| Msr { index, value };
-        let state = VcpuState {
-            cpuid: Vec::new(),
-            tsc_khz: Some(2_500_000),
-            mp_state: kvm_mp_state::default(),
-            regs: kvm_regs::default(),
-            sregs: kvm_sregs::default(),
-            xsave: Vec::new(),
-            xcrs: kvm_xcrs::default(),
-            debug: kvm_debugregs::default(),
-            lapic: kvm_lapic_state::default(),
-            msrs: vec![msr(IA32_TSC, u64::MAX), msr(IA32_TSC_DEADLINE, 7)],
-            events: kvm_vcpu_events::default(),
-            nested: None,
-        };
-        let after = |seconds| state.msrs_after(Duration::from_secs(seconds)).collect::<Vec<_>>();
-        assert_eq!(after(0), state.msrs);
-        assert_eq!(after(2), [msr(IA32_TSC, 5_000_000_000 - 1), msr(IA32_TSC_DEADLINE, 7)]);
+        let msrs = [msr(IA32_TSC_DEADLINE, 7), msr(IA32_TSC, 5), msr(0x174, 1)];
+        restore_timer(&timer, &msrs, &kvm_lapic_state::default()).unwrap();
+        assert_eq!(timer.0.borrow().deadline, 7);
     }
 }
