@@ -117,6 +117,21 @@ fn a_guest_that_switches_itself_off_says_so() {
 }
 
 #[test]
+fn a_64_bit_kernel_boots_wherever_in_memory_it_is() {
+    for address in [1 << 30, (5 << 29) + 0x1000, (4 << 30) + 0x20_0000] {
+        let mut kernel = power_off_guest();
+        kernel.segments[0].address = address;
+        kernel.entry = address;
+        kernel.pvh_entry = None;
+        // The last GiB of it lies above 4 GiB, behind the gap for devices.
+        let config = MachineConfig { mem_size_mib: 4096, ..MachineConfig::default() };
+        let Some(guest) = guest(&kernel, &config) else { return };
+        let _running = guest.machine.resume().unwrap();
+        assert_eq!(event(&guest.events), MachineEvent::PowerOff, "{address:#x}");
+    }
+}
+
+#[test]
 fn a_guest_that_resets_through_its_keyboard_controller_says_so() {
     let Some(guest) = guest(&elf::reset_guest(), &MachineConfig::default()) else { return };
     let _running = guest.machine.resume().unwrap();
