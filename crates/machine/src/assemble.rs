@@ -2,7 +2,7 @@
 //!
 //! Both go the same way; they differ in where a vCPU's registers and a device's state come from ([`Origin`]). The order is
 //! KVM's ([`crate::kvm`]), and then: interrupt controllers before vCPUs, because local APICs speak to them; vCPUs before devices, because a
-//! restored device interrupts at once and a vCPU that is given its state afterwards would forget it.
+//! restored device interrupts at once and a vCPU that is given its state afterwards would forget it; the timer chip last, for the same reason.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -65,7 +65,7 @@ pub(crate) fn assemble(
 
     if let Origin::State { cpuid, state, .. } = origin {
         check_processor(cpuid, state, &vcpu_fds)?;
-        state.chipset.restore(&vm.shared_fd())?;
+        state.chipset.restore_irqchips(&vm.shared_fd())?;
         let format = StateFormat::of(&kvm, &vm)?;
         let passed = state.chipset.time_passed(after, SystemTime::now());
         for (fd, state) in vcpu_fds.iter().zip(&state.vcpus) {
@@ -110,6 +110,7 @@ pub(crate) fn assemble(
     }
     if let Some(state) = saved {
         state.chipset.restore_clock(&vm.shared_fd(), after)?;
+        state.chipset.restore_pit(&vm.shared_fd())?;
     }
     Ok(Machine { page_watch: None, vcpus, devices, pump, serial, keyboard, vm, kvm })
 }
