@@ -23,7 +23,7 @@ use crate::generation::Generation;
 use crate::kvm::{Kvm, KvmError, Named, Vm};
 use crate::layout;
 use crate::legacy::console::{self, Pump};
-use crate::legacy::{BootTimer, I8042, Power, SerialPort, SerialPortState, SerialSetup, StartTimes};
+use crate::legacy::{BootTimer, Cmos, I8042, Power, SerialPort, SerialPortState, SerialSetup, StartTimes};
 use crate::machine::{Machine, StartError};
 use crate::state::MachineState;
 use crate::vcpu::{Buses, VcpuHandle};
@@ -90,9 +90,10 @@ pub(crate) fn assemble(
     if let Some(state) = saved {
         keyboard.restore(&state.keyboard);
     }
+    let cmos = Arc::new(Cmos::restore(saved.map(|state| state.cmos).unwrap_or_default()));
     let power = Arc::new(Power::new(clone_sink(&parts.events)?));
     let boot_timer = parts.boot_timer.map(|start| Arc::new(BootTimer::new(start)));
-    let mut buses = fill_buses(serial.clone(), keyboard.clone(), power, boot_timer);
+    let mut buses = fill_buses(serial.clone(), keyboard.clone(), cmos.clone(), power, boot_timer);
     let devices =
         Devices::attach(parts.devices, parts.places, saved.map(|state| &state.devices), &vm, &mut buses)?;
     let generation = Generation::new(vm.ram().clone(), irq_line(&vm, layout::GENERIC_EVENT_IRQ)?);
@@ -112,7 +113,7 @@ pub(crate) fn assemble(
         state.chipset.restore_clock(&vm.shared_fd(), after)?;
         state.chipset.restore_pit(&vm.shared_fd())?;
     }
-    Ok(Machine { page_watch: None, vcpus, devices, pump, serial, keyboard, vm, kvm })
+    Ok(Machine { page_watch: None, vcpus, devices, pump, serial, keyboard, cmos, vm, kvm })
 }
 
 /// A saved guest must find here what it knows of its processor.
@@ -160,6 +161,7 @@ fn clone_sink(events: &EventSink) -> Result<EventSink, StartError> {
 fn fill_buses(
     serial: Arc<SerialPort>,
     keyboard: Arc<I8042>,
+    cmos: Arc<Cmos>,
     power: Arc<Power>,
     boot_timer: Option<Arc<BootTimer>>,
 ) -> Buses {
@@ -168,6 +170,7 @@ fn fill_buses(
     let ports = [
         (port(layout::COM1)..port(layout::COM1) + 8, serial as Arc<dyn BusDevice>),
         (port(layout::I8042)..port(layout::I8042) + 5, keyboard),
+        (port(layout::CMOS)..port(layout::CMOS) + 2, cmos),
         (port(layout::ACPI_SLEEP_CONTROL)..port(layout::ACPI_RESET) + 1, power),
     ];
     for (range, device) in ports {

@@ -71,6 +71,8 @@ pub const GENERIC_EVENT_IRQ: u32 = 3;
 pub const I8042: u16 = 0x60;
 /// Its interrupt line.
 pub const I8042_IRQ: u32 = 1;
+/// CMOS clock: index at 0x70, data at 0x71.
+pub const CMOS: u16 = 0x70;
 /// ACPI sleep control register: one port. (The status register is the next one, reset the one after.)
 pub const ACPI_SLEEP_CONTROL: u16 = 0x600;
 /// ACPI sleep status register.
