@@ -2,7 +2,7 @@
 //!
 //! Both go the same way; they differ in where a vCPU's registers and a device's state come from ([`Origin`]). The order is
 //! KVM's ([`crate::kvm`]), and then: interrupt controllers before vCPUs, because local APICs speak to them; vCPUs before devices, because a
-//! restored device interrupts at once and a vCPU that is given its state afterwards would forget it.
+//! restored device interrupts at once and a vCPU that is given its state afterwards would forget it; the timer chip last, for the same reason.
 //!
 //! # Guest memory that is missing
 //!
@@ -36,7 +36,7 @@ use crate::generation::Generation;
 use crate::kvm::{Kvm, KvmError, Named, Vm};
 use crate::layout;
 use crate::legacy::console::{self, Pump};
-use crate::legacy::{BootTimer, I8042, Power, SerialPort, SerialPortState, SerialSetup, StartTimes};
+use crate::legacy::{BootTimer, Cmos, I8042, Power, SerialPort, SerialPortState, SerialSetup, StartTimes};
 use crate::machine::{Machine, StartError};
 use crate::state::MachineState;
 use crate::vcpu::{Buses, VcpuHandle};
@@ -94,7 +94,7 @@ pub(crate) fn assemble(
     let format = Arc::new(StateFormat::of(&kvm, &vm)?);
     if let Origin::State { cpuid, state, .. } = origin {
         check_processor(cpuid, state, &vcpu_fds)?;
-        state.chipset.restore(&vm.shared_fd())?;
+        state.chipset.restore_irqchips(&vm.shared_fd())?;
         for (fd, state) in vcpu_fds.iter().zip(&state.vcpus) {
             state.prepare(fd, &format)?;
         }
@@ -129,9 +129,10 @@ pub(crate) fn assemble(
     if let Some(state) = saved {
         keyboard.restore(&state.keyboard);
     }
+    let cmos = Arc::new(Cmos::restore(saved.map(|state| state.cmos).unwrap_or_default()));
     let power = Arc::new(Power::new(clone_sink(&parts.events)?));
     let boot_timer = parts.boot_timer.map(|start| Arc::new(BootTimer::new(start)));
-    let mut buses = fill_buses(serial.clone(), keyboard.clone(), power, boot_timer);
+    let mut buses = fill_buses(serial.clone(), keyboard.clone(), cmos.clone(), power, boot_timer);
     let devices =
         Devices::attach(parts.devices, parts.places, saved.map(|state| &state.devices), &vm, &mut buses)?;
     let generation = Generation::new(vm.ram().clone(), irq_line(&vm, layout::GENERIC_EVENT_IRQ)?);
@@ -140,7 +141,10 @@ pub(crate) fn assemble(
 
     let buses = Arc::new(buses);
     vcpus.iter().try_for_each(|vcpu| vcpu.connect(&buses))?;
-    Ok(Machine { page_watch: None, vcpus, devices, pump, serial, keyboard, vm, kvm })
+    if let Some(state) = saved {
+        state.chipset.restore_pit(&vm.shared_fd())?;
+    }
+    Ok(Machine { page_watch: None, vcpus, devices, pump, serial, keyboard, cmos, vm, kvm })
 }
 
 /// Gives the vCPUs their state, each on its own thread, and waits for all.
@@ -250,6 +254,7 @@ fn clone_sink(events: &EventSink) -> Result<EventSink, StartError> {
 fn fill_buses(
     serial: Arc<SerialPort>,
     keyboard: Arc<I8042>,
+    cmos: Arc<Cmos>,
     power: Arc<Power>,
     boot_timer: Option<Arc<BootTimer>>,
 ) -> Buses {
@@ -258,6 +263,7 @@ fn fill_buses(
     let ports = [
         (port(layout::COM1)..port(layout::COM1) + 8, serial as Arc<dyn BusDevice>),
         (port(layout::I8042)..port(layout::I8042) + 5, keyboard),
+        (port(layout::CMOS)..port(layout::CMOS) + 2, cmos),
         (port(layout::ACPI_SLEEP_CONTROL)..port(layout::ACPI_RESET) + 1, power),
     ];
     for (range, device) in ports {

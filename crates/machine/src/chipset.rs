@@ -1,13 +1,26 @@
 //! What KVM emulates for the machine as a whole: interrupt controllers, timer chip, paravirtual clock. Saved and restored.
+//!
+//! # PICs that no guest has programmed
+//!
+//! KVM creates its two PICs with every line enabled and vectors from 0 on, where exceptions have theirs, and the first vCPU's LINT0 takes
+//! what they deliver. A restored machine raises interrupts before its guest may have programmed the PICs: that of the generic event
+//! device always. So a PIC has all lines masked until the guest initialises it, as firmware leaves one, in a saved state from before too.
+//!
+//! # Order of a restore
+//!
+//! Interrupt controllers, then vCPUs with their local APICs, then the timer chip: it counts as soon as it has its state, and a local APIC
+//! that does not have its own yet would lose the interrupt.
 
+use std::mem::offset_of;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
-    kvm_pit_state2,
+    kvm_pic_state, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::kvm::{KvmError, Named};
 use crate::raw;
@@ -45,26 +58,28 @@ pub enum ClockAfter {
 impl ChipsetState {
     /// The state of `vm`, whose vCPUs are still.
     pub(crate) fn save(vm: &VmFd) -> Result<Self, KvmError> {
-        let irqchip = |chip_id| {
-            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-            vm.get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
-            Ok(chip)
-        };
         // The timer keeps running: an interrupt that it raises during the save is in the controllers' state.
         let pit = vm.get_pit2().named("KVM_GET_PIT2")?;
         Ok(ChipsetState {
-            irqchips: CHIPS.map(irqchip).into_iter().collect::<Result<_, KvmError>>()?,
+            irqchips: CHIPS.map(|id| get_irqchip(vm, id)).into_iter().collect::<Result<_, KvmError>>()?,
             pit,
             clock: vm.get_clock().named("KVM_GET_CLOCK")?,
         })
     }
 
-    /// Gives the chips of `vm` their state. Its vCPUs are there, and have not run.
-    pub(crate) fn restore(&self, vm: &VmFd) -> Result<(), KvmError> {
+    /// Restores the interrupt controllers of `vm`. Its vCPUs exist, have no state yet and have not run.
+    pub(crate) fn restore_irqchips(&self, vm: &VmFd) -> Result<(), KvmError> {
         self.check_chips()?;
         for chip in &self.irqchips {
-            vm.set_irqchip(chip).named("KVM_SET_IRQCHIP")?;
+            let mut chip = *chip;
+            mask_unprogrammed_pic(&mut chip);
+            vm.set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
         }
+        Ok(())
+    }
+
+    /// Restores and starts the timer chip. The vCPUs have their state.
+    pub(crate) fn restore_pit(&self, vm: &VmFd) -> Result<(), KvmError> {
         vm.set_pit2(&self.pit).named("KVM_SET_PIT2")
     }
 
@@ -103,35 +118,38 @@ impl ChipsetState {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn saved_at(realtime: u64, flags: u32) -> ChipsetState {
-        let clock = kvm_clock_data { realtime, flags, ..Default::default() };
-        ChipsetState { irqchips: Vec::new(), pit: kvm_pit_state2::default(), clock }
+/// Masks all lines of both PICs of `vm`, which no guest has programmed.
+pub(crate) fn mask_new_pics(vm: &VmFd) -> Result<(), KvmError> {
+    for id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut chip = get_irqchip(vm, id)?;
+        mask_unprogrammed_pic(&mut chip);
+        vm.set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
     }
+    Ok(())
+}
 
-    #[test]
-    fn a_state_without_all_interrupt_controllers_is_refused() {
-        let chips = |ids: &[u32]| ChipsetState {
-            irqchips: ids.iter().map(|id| kvm_irqchip { chip_id: *id, ..Default::default() }).collect(),
-            ..saved_at(0, 0)
-        };
-        assert!(chips(&CHIPS).check_chips().is_ok());
-        for ids in [&[0, 1][..], &[0, 1, 2, 2], &[0, 1, 3], &[]] {
-            let error = chips(ids).check_chips().unwrap_err().to_string();
-            assert!(error.contains(&format!("{ids:?}")), "{error}");
-        }
-    }
+fn get_irqchip(vm: &VmFd, chip_id: u32) -> Result<kvm_irqchip, KvmError> {
+    let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+    vm.get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
+    Ok(chip)
+}
 
-    #[test]
-    fn counters_move_on_by_the_time_that_passed_only_if_the_clock_is_to_catch_up_and_never_back() {
-        let now = UNIX_EPOCH + Duration::from_secs(100);
-        let passed = |at: u64, flags, after| saved_at(at * 1_000_000_000, flags).time_passed(after, now);
-        assert_eq!(passed(40, KVM_CLOCK_REALTIME, ClockAfter::CatchesUp), Duration::from_mins(1));
-        assert_eq!(passed(40, KVM_CLOCK_REALTIME, ClockAfter::Continues), Duration::ZERO);
-        assert_eq!(passed(140, KVM_CLOCK_REALTIME, ClockAfter::CatchesUp), Duration::ZERO);
-        assert_eq!(passed(40, 0, ClockAfter::CatchesUp), Duration::ZERO);
+/// Masks all lines of a PIC that is as KVM creates it. Changes no other chip.
+fn mask_unprogrammed_pic(chip: &mut kvm_irqchip) {
+    let Some(pic) = pic_state(chip) else { return };
+    // The first initialization word sets one of the first two, the second the third.
+    let programmed = pic.init4 != 0 || pic.init_state != 0 || pic.irq_base != 0;
+    if !programmed && pic.imr == 0 {
+        chip.chip.pic.imr = 0xff;
     }
 }
+
+/// The registers of a PIC; `None` for another chip.
+fn pic_state(chip: &kvm_irqchip) -> Option<kvm_pic_state> {
+    let is_pic = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE].contains(&chip.chip_id);
+    let registers = &chip.as_bytes()[offset_of!(kvm_irqchip, chip)..];
+    is_pic.then(|| kvm_pic_state::read_from_prefix(registers).expect("the union holds a PIC").0)
+}
+
+#[cfg(test)]
+mod tests;

@@ -25,7 +25,7 @@ use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use memory::GuestRam;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::layout;
+use crate::{chipset, layout};
 
 /// The version of the KVM API that this is written for; it has been 12 since 2007.
 const API_VERSION: i32 = 12;
@@ -225,9 +225,10 @@ pub struct VmWithMemory {
 }
 
 impl VmWithMemory {
-    /// Adds the interrupt controllers: two PICs, an I/O APIC, and a local APIC for each vCPU to come.
+    /// Adds the interrupt controllers: two PICs with all lines masked, an I/O APIC, and a local APIC for each vCPU to come.
     pub fn create_irqchip(self) -> Result<VmWithIrqchip, KvmError> {
         self.fd.create_irq_chip().named("KVM_CREATE_IRQCHIP")?;
+        chipset::mask_new_pics(&self.fd)?;
         Ok(VmWithIrqchip { fd: self.fd, ram: self.ram })
     }
 

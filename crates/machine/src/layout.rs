@@ -15,12 +15,10 @@ pub const PVH_MODULES: u64 = 0x6040;
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Top of the stack that a kernel is entered with.
 pub const BOOT_STACK: u64 = 0x8ff0;
-/// Page tables for the 64-bit entry: one page each of level 4, 3 and 2, mapping the first GiB onto itself.
+/// Page tables for the 64-bit entry: the level-4 table, then as many pages as needed up to [`BOOT_TABLES_END`].
 pub const BOOT_PML4: u64 = 0x9000;
-/// See [`BOOT_PML4`].
-pub const BOOT_PDPT: u64 = 0xa000;
-/// See [`BOOT_PML4`].
-pub const BOOT_PD: u64 = 0xb000;
+/// End of the page tables for the 64-bit entry, at the latest.
+pub const BOOT_TABLES_END: u64 = CMDLINE;
 /// Kernel command line.
 pub const CMDLINE: u64 = 0x2_0000;
 
@@ -73,6 +71,8 @@ pub const GENERIC_EVENT_IRQ: u32 = 3;
 pub const I8042: u16 = 0x60;
 /// Its interrupt line.
 pub const I8042_IRQ: u32 = 1;
+/// CMOS clock: index at 0x70, data at 0x71.
+pub const CMOS: u16 = 0x70;
 /// ACPI sleep control register: one port. (The status register is the next one, reset the one after.)
 pub const ACPI_SLEEP_CONTROL: u16 = 0x600;
 /// ACPI sleep status register.

@@ -19,7 +19,7 @@
 //! | [`devices`] | virtio devices: their places, their events, KVM's part in them |
 //! | [`chipset`] | what KVM emulates for the machine as a whole, saved and restored |
 //! | [`bus`] | which device is at an address |
-//! | [`legacy`] | serial port, keyboard controller, power registers, boot timer |
+//! | [`legacy`] | serial port, keyboard controller, CMOS clock, power registers, boot timer |
 //! | [`events`] | what a machine tells its owner |
 //! | [`probe`] | can this host's KVM run unmodified guests? |
 //! | [`layout`] | the guest's addresses, ports and interrupt lines |

@@ -25,7 +25,7 @@ use crate::devices::{DeviceError, DeviceSetup, Devices};
 use crate::events::EventSink;
 use crate::kvm::{Kvm, KvmError, Named, Vm};
 use crate::legacy::console::Pump;
-use crate::legacy::{I8042, KeyboardFull, SerialPort, SerialSetup, StartTimes};
+use crate::legacy::{Cmos, I8042, KeyboardFull, SerialPort, SerialSetup, StartTimes};
 use crate::page_watch::PageWatch;
 use crate::state::MachineState;
 use crate::vcpu::{VcpuGone, VcpuHandle, WaitError};
@@ -186,6 +186,7 @@ impl Paused {
             devices: self.devices.save(),
             serial: self.serial.save(),
             keyboard: self.keyboard.save(),
+            cmos: self.cmos.save(),
         })
     }
 
@@ -253,6 +254,7 @@ pub struct Machine {
     pub(crate) pump: Pump,
     pub(crate) serial: Arc<SerialPort>,
     pub(crate) keyboard: Arc<I8042>,
+    pub(crate) cmos: Arc<Cmos>,
     pub(crate) vm: Vm,
     pub(crate) kvm: Kvm,
 }

@@ -129,7 +129,7 @@ fn try_all() -> Result<Vec<(&'static str, String)>, KvmError> {
 }
 
 fn write_guest(ram: &GuestRam, trial: &Trial) {
-    write_page_tables(ram);
+    write_page_tables(ram, std::iter::empty()).expect("the first GiB is always mapped");
     registers::write_gdt(ram, true);
     let write = |addr: u64, bytes: &[u8]| {
         ram.memory().write_slice(bytes, GuestAddress(addr)).expect("4 MiB of RAM hold the probe");

@@ -3,7 +3,7 @@
 //! # What is in it
 //!
 //! Everything that a guest could notice but for its memory: vCPUs, what KVM emulates, virtio devices with their transports, serial port,
-//! keyboard. Requests in flight are in none of it: they were drained. Which interrupt or kick was on its way need not be in it
+//! keyboard, the CMOS clock's index. Requests in flight are in none of it: they were drained. Which interrupt or kick was on its way need not be in it
 //! either (see [`virtio`]).
 //!
 //! # What is not
@@ -17,7 +17,7 @@ use snapshot::Section;
 use crate::chipset::ChipsetState;
 use crate::cpu::VcpuState;
 use crate::devices::DevicesState;
-use crate::legacy::{KeyboardState, SerialPortState};
+use crate::legacy::{CmosState, KeyboardState, SerialPortState};
 
 /// The state of a machine that stands still.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -32,6 +32,9 @@ pub struct MachineState {
     pub serial: SerialPortState,
     /// The keyboard controller.
     pub keyboard: KeyboardState,
+    /// The CMOS clock; machines were saved that had none.
+    #[serde(default)]
+    pub cmos: CmosState,
 }
 
 impl Section for MachineState {

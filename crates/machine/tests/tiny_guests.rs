@@ -69,6 +69,13 @@ fn counting_guest() -> Elf {
     Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])
 }
 
+/// As [`counting_guest`], with interrupts enabled, and without having programmed an interrupt controller or a table of handlers: any
+/// interrupt ends it.
+fn open_guest() -> Elf {
+    // sti; mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
+    Elf::of(&[0xfb, 0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])
+}
+
 /// Switches itself off through ACPI's sleep control register.
 fn power_off_guest() -> Elf {
     // mov dx, 0x600; mov al, SLP_EN | 5 << 2; out dx, al; hlt
@@ -114,6 +121,21 @@ fn a_guest_that_switches_itself_off_says_so() {
     let Some(guest) = guest(&power_off_guest(), &MachineConfig::default()) else { return };
     let _running = guest.machine.resume().unwrap();
     assert_eq!(event(&guest.events), MachineEvent::PowerOff);
+}
+
+#[test]
+fn a_64_bit_kernel_boots_wherever_in_memory_it_is() {
+    for address in [1 << 30, (5 << 29) + 0x1000, (4 << 30) + 0x20_0000] {
+        let mut kernel = power_off_guest();
+        kernel.segments[0].address = address;
+        kernel.entry = address;
+        kernel.pvh_entry = None;
+        // The last GiB of it lies above 4 GiB, behind the gap for devices.
+        let config = MachineConfig { mem_size_mib: 4096, ..MachineConfig::default() };
+        let Some(guest) = guest(&kernel, &config) else { return };
+        let _running = guest.machine.resume().unwrap();
+        assert_eq!(event(&guest.events), MachineEvent::PowerOff, "{address:#x}");
+    }
 }
 
 #[test]
@@ -231,6 +253,19 @@ fn a_saved_machine_goes_on_where_it_stood_and_so_does_the_one_it_was_saved_from(
     }
     let bytes = fs::read(&guest.serial).unwrap();
     assert!(bytes.iter().enumerate().all(|(i, byte)| *byte == (i % 256) as u8));
+}
+
+#[test]
+fn a_guest_that_never_programmed_its_pic_is_restored() {
+    let config = MachineConfig { mem_size_mib: 8, ..MachineConfig::default() };
+    let Some(guest) = guest(&open_guest(), &config) else { return };
+    let mut machine = run_for(guest.machine, &guest.serial, 10);
+    for generation in 0..3 {
+        let serial = guest.serial.with_file_name(format!("serial{generation}"));
+        machine = run_for(clone_of(&machine, &config, &serial, ClockAfter::Continues), &serial, 10);
+        let bytes = fs::read(&serial).unwrap();
+        assert!(bytes.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1)), "{bytes:?}");
+    }
 }
 
 /// A register of the first vCPU.

@@ -27,6 +27,7 @@
 //! [`Interrupt::needs_reset`]. Nothing else of the machine is affected.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use memory::GuestRam;
@@ -83,8 +84,37 @@ pub mod feature {
     pub const RING_INDIRECT_DESC: u64 = 1 << 28;
     /// Both sides say at which index they want to be notified.
     pub const RING_EVENT_IDX: u64 = 1 << 29;
-    /// The device conforms to version 1 of the specification. Never negotiated away.
+    /// The device conforms to version 1 of the specification. Always offered; it does so for a driver that does not accept it too.
     pub const VERSION_1: u64 = 1 << 32;
+}
+
+/// A field of a device's configuration space that exists only with a feature.
+///
+/// Before `FEATURES_OK` a driver reads the fields of all features that are offered (2.5.1), afterwards those of the features that it
+/// accepted; all others read as 0. Drivers read past fields that they know, and take what they find there for a part of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigField {
+    /// Its bytes in the configuration space.
+    pub bytes: Range<u64>,
+    /// The feature bits, one of which it exists with.
+    pub feature: u64,
+    /// It only hints at what is quick, so that 0 is a valid value: it is 0 until the driver has accepted the feature.
+    pub hint: bool,
+}
+
+impl ConfigField {
+    /// The field `bytes`, which exists with `feature`.
+    pub const fn new(bytes: Range<u64>, feature: u64) -> Self {
+        ConfigField { bytes, feature, hint: false }
+    }
+
+    /// Sets the field to 0 in `data`, which was read at `offset`.
+    pub(crate) fn clear(&self, offset: u64, data: &mut [u8]) {
+        let place =
+            |at: u64| usize::try_from(at.saturating_sub(offset)).map_or(data.len(), |at| at.min(data.len()));
+        let range = place(self.bytes.start)..place(self.bytes.end);
+        data[range].fill(0);
+    }
 }
 
 /// The front of a device: what its driver can see and negotiate.
@@ -104,6 +134,11 @@ pub trait Device: Send {
     /// Fills `data` from the configuration space at `offset`. Any offset and length may come; bytes that do not exist
     /// read as 0. ([`read_bytes`] does this from a byte image.)
     fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// The fields of the configuration space that exist only with a feature. [`Device::read_config`] gives them in any case.
+    fn config_fields(&self) -> &'static [ConfigField] {
+        &[]
+    }
 
     /// Writes the configuration space. Any offset and length may come; what is not writable is ignored.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

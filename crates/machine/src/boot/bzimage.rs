@@ -117,7 +117,8 @@ pub(super) fn load(
     let placed = place(ram.regions()[0].size, len, &header)?;
     copy_to_guest(ram, file, placed.offset, placed.addr, placed.size, "kernel image")?;
     let entry = Entry::Linux64 { address: placed.addr + ENTRY_64, header: Some(header) };
-    Ok(LoadedKernel { entry, end: placed.addr + placed.needed, initrd_limit: placed.initrd_limit })
+    let end = placed.addr + placed.needed;
+    Ok(LoadedKernel { entry, used: vec![placed.addr..end], end, initrd_limit: placed.initrd_limit })
 }
 
 /// Where the protected-mode kernel lies in the file and goes in memory.

@@ -101,6 +101,12 @@ pub enum ElfError {
         /// The address.
         entry: u64,
     },
+    /// The PVH entry point lies where a processor in 32-bit mode cannot jump.
+    #[error("its PVH entry point is {entry:#x}: at most 0xffffffff, because it is entered in 32-bit mode")]
+    PvhEntry {
+        /// The address.
+        entry: u64,
+    },
 }
 
 /// `Elf64_Ehdr`.
@@ -175,15 +181,18 @@ pub(super) fn load(ram: &GuestRam, file: &mut File, len: u64) -> Result<LoadedKe
     let program_headers = read_program_headers(file, len, &header)?;
     let segments = check_segments(ram, &program_headers, len)?;
     let entry = match find_pvh_entry(file, len, &program_headers)? {
-        Some(entry) => Entry::Pvh(check_entry(&segments, "PVH", entry)?),
+        Some(entry) => Entry::Pvh(check_pvh_entry(&segments, entry)?),
         None => Entry::Linux64 { address: check_entry(&segments, "ELF", header.entry)?, header: None },
     };
     for segment in &segments {
         // What memory has beyond the file is zero already: fresh RAM is.
         copy_to_guest(ram, file, segment.offset, segment.addr, segment.file_size, "kernel image")?;
     }
-    let end = segments.iter().map(Segment::end).max().unwrap_or(0);
-    Ok(LoadedKernel { entry, end, initrd_limit: u64::MAX })
+    // An initrd lies in the first region, so that only segments there are in its way.
+    let first_region = ram.regions()[0].size;
+    let end = segments.iter().map(Segment::end).filter(|end| *end <= first_region).max().unwrap_or(0);
+    let used = segments.iter().map(|segment| segment.addr..segment.end()).collect();
+    Ok(LoadedKernel { entry, used, end, initrd_limit: u64::MAX })
 }
 
 fn read_file_header(file: &mut File, len: u64) -> Result<FileHeader, BootError> {
@@ -307,6 +316,14 @@ fn check_entry(segments: &[Segment], kind: &'static str, entry: u64) -> Result<u
     if segments.iter().any(|s| s.contains(entry)) { Ok(entry) } else { Err(ElfError::Entry { kind, entry }) }
 }
 
+/// As [`check_entry`], for an entry in 32-bit protected mode.
+fn check_pvh_entry(segments: &[Segment], entry: u64) -> Result<u64, ElfError> {
+    match check_entry(segments, "PVH", entry)? {
+        entry if entry > u32::MAX.into() => Err(ElfError::PvhEntry { entry }),
+        entry => Ok(entry),
+    }
+}
+
 fn check_in_file(what: &str, offset: u64, size: u64, len: u64) -> Result<(), ElfError> {
     match offset.checked_add(size) {
         Some(end) if end <= len => Ok(()),
@@ -399,6 +416,14 @@ mod tests {
         );
         let pvh = elf(0x10_0000, Some(0), &[(0x10_0000, b"k", 1)]);
         assert_eq!(elf_error(&pvh), ElfError::Entry { kind: "PVH", entry: 0 });
+    }
+
+    #[test]
+    fn pvh_entry_above_4_gib_is_refused() {
+        let segment = Segment { index: 0, addr: 1 << 20, mem_size: 8 << 30, offset: 0, file_size: 0 };
+        assert_eq!(check_pvh_entry(&[segment], 0xffff_ffff), Ok(0xffff_ffff));
+        let entry = 1 << 32;
+        assert_eq!(check_pvh_entry(&[segment], entry), Err(ElfError::PvhEntry { entry }));
     }
 
     #[test]

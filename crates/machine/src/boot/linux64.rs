@@ -1,4 +1,4 @@
-//! The Linux 64-bit boot protocol: the zero page that `%rsi` points to, and the page tables that a kernel is entered with.
+//! The Linux 64-bit boot protocol: the zero page that `%rsi` points to.
 
 use memory::GuestRam;
 
@@ -69,17 +69,6 @@ pub(super) fn write_zero_page(
         put(&mut page, at + 16, &range.kind.to_le_bytes());
     }
     write_boot_data(ram, layout::ZERO_PAGE, &page);
-}
-
-/// Maps the first GiB onto itself with 2 MiB pages.
-pub(crate) fn write_page_tables(ram: &GuestRam) {
-    const PRESENT_WRITABLE: u64 = 0b11;
-    const LARGE: u64 = 1 << 7;
-    write_boot_data(ram, layout::BOOT_PML4, &(layout::BOOT_PDPT | PRESENT_WRITABLE).to_le_bytes());
-    write_boot_data(ram, layout::BOOT_PDPT, &(layout::BOOT_PD | PRESENT_WRITABLE).to_le_bytes());
-    let directory: Vec<u8> =
-        (0..512u64).flat_map(|i| ((i << 21) | PRESENT_WRITABLE | LARGE).to_le_bytes()).collect();
-    write_boot_data(ram, layout::BOOT_PD, &directory);
 }
 
 fn put(page: &mut [u8; PAGE_SIZE], at: usize, bytes: &[u8]) {

@@ -5,8 +5,8 @@
 //! | file | protocol | entered in |
 //! |---|---|---|
 //! | ELF with a PVH note | PVH ([`pvh`]) | 32-bit protected mode, no paging |
-//! | other ELF (`vmlinux`) | Linux 64-bit ([`linux64`]) | long mode, first GiB mapped |
-//! | `bzImage` | Linux 64-bit ([`linux64`]) | long mode, first GiB mapped |
+//! | other ELF (`vmlinux`) | Linux 64-bit ([`linux64`]) | long mode, identity mapped ([`page_tables`]) |
+//! | `bzImage` | Linux 64-bit ([`linux64`]) | long mode, identity mapped ([`page_tables`]) |
 //!
 //! # Invariants
 //!
@@ -19,14 +19,17 @@
 //! [`BootError`]: names the file's part, the value and the bound.
 
 mod bzimage;
+mod cmdline;
 mod elf;
 mod linux64;
 mod memory_map;
 mod mp_table;
+mod page_tables;
 mod pvh;
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 
 use kvm_ioctls::VcpuFd;
 use memory::GuestRam;
@@ -36,7 +39,7 @@ use crate::cpu::registers;
 use crate::kvm::KvmError;
 use crate::layout;
 
-pub(crate) use linux64::write_page_tables;
+pub(crate) use page_tables::write_page_tables;
 
 /// What to boot: opened files and a command line that the configuration has checked.
 #[derive(Debug)]
@@ -100,6 +103,18 @@ pub enum BootError {
         /// Its length in bytes, with the closing NUL.
         len: usize,
     },
+    /// Kernel and initrd are so far apart or so large that the boot page tables cannot map them.
+    #[error(
+        "kernel image: it and its initrd lie in {gib} different GiB of memory up to {end:#x}: at most {max} can be mapped at its entry"
+    )]
+    TooFarApart {
+        /// How many GiB would have to be mapped.
+        gib: usize,
+        /// Where the highest of them ends.
+        end: u64,
+        /// How many can be.
+        max: usize,
+    },
     /// Memory below what any boot needs.
     #[error("mem_size_mib is {mib}: a guest needs at least 2 MiB to boot")]
     TooLittleMemory {
@@ -112,10 +127,12 @@ pub enum BootError {
 }
 
 /// A kernel in guest memory, and how to enter it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct LoadedKernel {
     entry: Entry,
-    /// One past the last byte that the kernel may use before it manages memory itself.
+    /// The memory that the kernel is in, and that it needs at its entry.
+    used: Vec<Range<u64>>,
+    /// One past the last byte of it in the first region of guest memory, where an initrd goes.
     end: u64,
     /// An initrd must end at or below this.
     initrd_limit: u64,
@@ -158,13 +175,14 @@ pub fn load(
     }
     let kernel = load_kernel(ram, &mut files.kernel)?;
     let initrd = files.initrd.as_mut().map(|file| load_initrd(ram, file, &kernel)).transpose()?;
-    let cmdline_len = write_cmdline(ram, &files.cmdline, device_args)?;
+    let cmdline_len = cmdline::write(ram, &files.cmdline, device_args)?;
     mp_table::write(ram, cpus);
     match kernel.entry {
         Entry::Pvh(_) => pvh::write_start_info(ram, initrd, rsdp),
         Entry::Linux64 { ref header, .. } => {
             linux64::write_zero_page(ram, header.as_ref(), initrd, cmdline_len, rsdp);
-            linux64::write_page_tables(ram);
+            let initrd = initrd.map(|initrd| initrd.start..initrd.start + initrd.len);
+            write_page_tables(ram, kernel.used.into_iter().chain(initrd))?;
         }
     }
     registers::write_gdt(ram, matches!(kernel.entry, Entry::Linux64 { .. }));
@@ -218,25 +236,6 @@ fn load_initrd(ram: &GuestRam, file: &mut File, kernel: &LoadedKernel) -> Result
     Ok(Initrd { start, len })
 }
 
-/// Writes the command line and gives its length without the closing NUL.
-///
-/// What devices add goes before a ` -- `, which ends the kernel's own part.
-fn write_cmdline(ram: &GuestRam, user: &str, devices: &str) -> Result<usize, BootError> {
-    let mut line = match user.split_once(" -- ") {
-        Some((kernel, init)) => format!("{} {} -- {}", kernel.trim(), devices.trim(), init.trim()),
-        None => format!("{} {}", user.trim(), devices.trim()),
-    }
-    .trim()
-    .to_owned()
-    .into_bytes();
-    line.push(0);
-    if line.len() > config::MAX_BOOT_ARGS_LEN {
-        return Err(BootError::CmdlineTooLong { len: line.len() });
-    }
-    write_boot_data(ram, layout::CMDLINE, &line);
-    Ok(line.len() - 1)
-}
-
 /// Writes into the first MiB, which every guest that is booted has.
 fn write_boot_data(ram: &GuestRam, addr: u64, data: &[u8]) {
     debug_assert!(addr + data.len() as u64 <= layout::HIGH_RAM);
@@ -281,36 +280,11 @@ mod tests {
         GuestRam::map(16, HugePages::None, false).unwrap()
     }
 
-    fn cmdline(ram: &GuestRam, len: usize) -> String {
-        let mut bytes = vec![0; len];
-        ram.memory().read_slice(&mut bytes, GuestAddress(layout::CMDLINE)).unwrap();
-        String::from_utf8(bytes).unwrap()
-    }
-
-    #[test]
-    fn devices_args_go_before_the_arguments_of_init() {
-        let ram = ram();
-        let len = write_cmdline(&ram, "quiet -- --login", "pci=off").unwrap();
-        assert_eq!(cmdline(&ram, len), "quiet pci=off -- --login");
-        let len = write_cmdline(&ram, "quiet", "pci=off").unwrap();
-        assert_eq!(cmdline(&ram, len), "quiet pci=off");
-        assert_eq!(write_cmdline(&ram, "", "").unwrap(), 0);
-    }
-
-    #[test]
-    fn command_line_that_devices_make_too_long_is_refused() {
-        let user = "x".repeat(config::MAX_BOOT_ARGS_LEN - 1);
-        assert!(write_cmdline(&ram(), &user, "").is_ok());
-        let len = config::MAX_BOOT_ARGS_LEN + 2;
-        assert!(
-            matches!(write_cmdline(&ram(), &user, "y"), Err(BootError::CmdlineTooLong { len: l }) if l == len)
-        );
-    }
-
     #[test]
     fn initrd_lies_at_the_top_and_never_over_the_kernel() {
         let ram = ram();
-        let kernel = LoadedKernel { entry: Entry::Pvh(0), end: 12 << 20, initrd_limit: u64::MAX };
+        let kernel =
+            LoadedKernel { entry: Entry::Pvh(0), used: Vec::new(), end: 12 << 20, initrd_limit: u64::MAX };
         let mut file = tempfile::tempfile().unwrap();
         file.set_len(5000).unwrap();
         let initrd = load_initrd(&ram, &mut file, &kernel).unwrap();

@@ -107,7 +107,7 @@ pub(crate) fn set_for_pvh(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError> {
     vcpu.set_regs(&regs).named("KVM_SET_REGS")
 }
 
-/// Linux 64-bit: long mode with the first GiB mapped, `%rsi` pointing to the zero page.
+/// Linux 64-bit: long mode with the boot page tables, `%rsi` pointing to the zero page.
 pub(crate) fn set_for_linux64(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError> {
     let mut sregs = flat_sregs(vcpu, true)?;
     sregs.cr3 = layout::BOOT_PML4;

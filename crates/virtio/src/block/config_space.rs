@@ -5,6 +5,7 @@ use zerocopy::{Immutable, IntoBytes, KnownLayout};
 
 use super::SECTOR;
 use super::request::{MAX_BUFFER, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
+use crate::device::ConfigField;
 
 /// Feature bits of a block device (5.2.3).
 pub(super) mod feature {
@@ -88,6 +89,18 @@ impl ConfigSpace {
     }
 }
 
+/// The fields that exist only with a feature. Topology is a hint: Unikraft's driver reads `blk_size` as 8 bytes, before it accepts
+/// anything, and takes what it finds in the topology for the upper half.
+pub(super) const FIELDS: [ConfigField; 7] = [
+    ConfigField::new(8..12, feature::SIZE_MAX),
+    ConfigField::new(12..16, feature::SEG_MAX),
+    ConfigField::new(20..24, feature::BLK_SIZE),
+    ConfigField { bytes: 24..32, feature: feature::TOPOLOGY, hint: true },
+    ConfigField::new(34..36, feature::MQ),
+    ConfigField::new(36..48, feature::DISCARD),
+    ConfigField::new(48..57, feature::WRITE_ZEROES),
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +119,21 @@ mod tests {
         assert_eq!(offset_of!(ConfigSpace, max_write_zeroes_sectors), 48);
         assert_eq!(offset_of!(ConfigSpace, write_zeroes_may_unmap), 56);
         assert_eq!(size_of::<ConfigSpace>(), 60);
+    }
+
+    #[test]
+    fn fields_that_depend_on_a_feature_are_those_of_the_specification() {
+        let starts = FIELDS.map(|field| field.bytes.start as usize);
+        let want = [
+            offset_of!(ConfigSpace, size_max),
+            offset_of!(ConfigSpace, seg_max),
+            offset_of!(ConfigSpace, blk_size),
+            offset_of!(ConfigSpace, physical_block_exp),
+            offset_of!(ConfigSpace, num_queues),
+            offset_of!(ConfigSpace, max_discard_sectors),
+            offset_of!(ConfigSpace, max_write_zeroes_sectors),
+        ];
+        assert_eq!(starts, want);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use super::SECTOR;
-use super::config_space::{ConfigSpace, feature};
+use super::config_space::{ConfigSpace, FIELDS, feature};
 use super::disk::{Disk, DiskError};
 use super::engine::Patience;
 use super::lane::{Lane, Replaced, parts};
@@ -22,7 +22,8 @@ use super::request::SERIAL_LEN;
 use super::stats::BlockStats;
 use super::task::{BlockTask, Setup};
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, Device, DeviceKind, DeviceState, Interrupt, read_bytes,
+    ActivateError, Activation, ActiveQueue, ConfigField, Device, DeviceKind, DeviceState, Interrupt,
+    read_bytes,
 };
 use crate::rate_limiter::{RateLimiter, RateLimiterConfig, RateLimiterState, RateLimiterUpdate};
 use crate::sync::locked;
@@ -267,6 +268,10 @@ impl Device for Block {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let space = self.config_space(&locked(&self.shared.front));
         read_bytes(space.as_bytes(), offset, data);
+    }
+
+    fn config_fields(&self) -> &'static [ConfigField] {
+        &FIELDS
     }
 
     fn config_generation(&self) -> u32 {

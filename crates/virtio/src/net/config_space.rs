@@ -3,6 +3,8 @@
 use zerocopy::little_endian::U16;
 use zerocopy::{Immutable, IntoBytes, KnownLayout};
 
+use crate::device::ConfigField;
+
 /// Feature bits of a network device (5.1.3).
 pub(super) mod feature {
     /// The guest may leave checksums to the device.
@@ -80,6 +82,13 @@ pub(super) struct ConfigSpace {
     pub(super) max_virtqueue_pairs: U16,
     pub(super) mtu: U16,
 }
+
+/// The fields that exist only with a feature. `mac` always exists.
+pub(super) const FIELDS: [ConfigField; 3] = [
+    ConfigField::new(6..8, feature::STATUS),
+    ConfigField::new(8..10, feature::MQ),
+    ConfigField::new(10..12, feature::MTU),
+];
 
 #[cfg(test)]
 mod tests {

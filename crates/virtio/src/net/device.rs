@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use super::backend::{Kind, Link, NetBackend};
-use super::config_space::{ANNOUNCE, ConfigSpace, LINK_UP, feature};
+use super::config_space::{ANNOUNCE, ConfigSpace, FIELDS, LINK_UP, feature};
 use super::ctrl::CtrlTask;
 use super::detour::Detour;
 use super::limits::Limits;
@@ -22,7 +22,8 @@ use super::vhost::VhostError;
 use super::vhost_task::{self, VhostTask};
 use crate::counter::Counter;
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, Device, DeviceKind, DeviceState, Interrupt, read_bytes,
+    ActivateError, Activation, ActiveQueue, ConfigField, Device, DeviceKind, DeviceState, Interrupt,
+    read_bytes,
 };
 use crate::eventfd::EventFd;
 use crate::rate_limiter::{RateLimiter, RateLimiterConfig, RateLimiterState, RateLimiterUpdate};
@@ -505,6 +506,10 @@ impl Device for Net {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let space = self.config_space(&locked(&self.shared.front));
         read_bytes(space.as_bytes(), offset, data);
+    }
+
+    fn config_fields(&self) -> &'static [ConfigField] {
+        &FIELDS
     }
 
     fn config_generation(&self) -> u32 {

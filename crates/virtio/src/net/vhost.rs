@@ -19,6 +19,7 @@ use memory::GuestRam;
 use rustix::io::Errno;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use crate::device::feature;
 use crate::eventfd::EventFd;
 use crate::queue::QueueState;
 
@@ -150,7 +151,7 @@ impl Vhost {
 
     /// Tells it what the driver accepted, and where guest memory is.
     pub(super) fn prepare(&self, features: u64, ram: &GuestRam) -> Result<(), VhostError> {
-        let mut features = features & self.features & !LOG_ALL;
+        let mut features = kernel_features(features, self.features);
         self.call("features", SET_FEATURES, &mut features)?;
         let mut table = Box::new(MemoryTable {
             nregions: 0,
@@ -232,6 +233,13 @@ impl Vhost {
     }
 }
 
+/// What the kernel is to do for a driver that accepted `accepted`, of what it `can`.
+///
+/// `VERSION_1` in any case: with it the kernel takes the header of a frame to be 12 bytes, as it is for every driver here.
+fn kernel_features(accepted: u64, can: u64) -> u64 {
+    (accepted | feature::VERSION_1) & can & !LOG_ALL
+}
+
 /// `VHOST_F_LOG_ALL`, which is no feature of the device.
 const LOG_ALL: u64 = 1 << 26;
 
@@ -258,6 +266,13 @@ mod tests {
         assert_eq!(SET_VRING_KICK as u32, 0x4008_af20);
         assert_eq!(NET_SET_BACKEND as u32, 0x4008_af30);
         assert_eq!(size_of::<MemoryRegion>(), 32);
+    }
+
+    #[test]
+    fn the_kernel_is_always_told_of_version_1() {
+        let can = feature::VERSION_1 | LOG_ALL | 1 << 15;
+        assert_eq!(kernel_features(1 << 15 | 1 << 5, can), feature::VERSION_1 | 1 << 15);
+        assert_eq!(kernel_features(0, can), feature::VERSION_1);
     }
 
     #[test]

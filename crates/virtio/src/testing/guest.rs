@@ -310,10 +310,14 @@ impl Guest {
 
     /// What a driver does up to `FEATURES_OK`, with all features but for `EVENT_IDX` if `event_idx` is false.
     pub fn negotiate(&mut self, event_idx: bool) -> u64 {
+        self.negotiate_without(if event_idx { 0 } else { feature::RING_EVENT_IDX })
+    }
+
+    /// What a driver does up to `FEATURES_OK`, with all features but for `without`. Returns those that it accepts.
+    pub fn negotiate_without(&mut self, without: u64) -> u64 {
         self.reset();
         self.set_status(Status::ACKNOWLEDGE);
         self.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
-        let without = if event_idx { 0 } else { feature::RING_EVENT_IDX };
         let features = self.device_features() & !without;
         self.set_driver_features(features);
         self.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK);
@@ -322,7 +326,12 @@ impl Guest {
 
     /// A whole driver: features, one queue of `size` at `base`, vectors, and `DRIVER_OK`.
     pub fn start(&mut self, base: u64, size: u16, event_idx: bool) -> DriverQueue {
-        let features = self.negotiate(event_idx);
+        self.start_without(base, size, if event_idx { 0 } else { feature::RING_EVENT_IDX })
+    }
+
+    /// As [`Guest::start`], with all features but for `without`.
+    pub fn start_without(&mut self, base: u64, size: u16, without: u64) -> DriverQueue {
+        let features = self.negotiate_without(without);
         let driver = DriverQueue::new(&self.ram, base, size, features);
         self.select_queue(0);
         self.set_up_queue(&driver.state());

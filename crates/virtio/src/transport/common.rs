@@ -202,9 +202,12 @@ impl Common {
         }
     }
 
-    /// Whether the driver accepted what was offered, and `VERSION_1`.
+    /// Whether the driver accepted nothing but what was offered.
+    ///
+    /// A driver should accept `VERSION_1` too, and those of some unikernels do not. For them the device stays as the specification has
+    /// it: registers, rings and the 12-byte header of a network frame are those of version 1, and x86 is little-endian either way.
     fn features_fit(&self) -> bool {
-        self.driver_features & !self.offered() == 0 && self.driver_features & feature::VERSION_1 != 0
+        self.driver_features & !self.offered() == 0
     }
 
     /// The number of queues.
@@ -278,8 +281,18 @@ impl Common {
         self.generation_base.wrapping_add(self.device.config_generation())
     }
 
+    /// Reads the configuration space, where a field that depends on a feature is 0 without it ([`ConfigField`]).
     pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
         self.device.read_config(offset, data);
+        let offered = self.offered();
+        let accepted = self.driver_features & offered;
+        let negotiated = self.status() & Status::FEATURES_OK != 0;
+        for field in self.device.config_fields() {
+            let features = if negotiated || field.hint { accepted } else { offered };
+            if features & field.feature == 0 {
+                field.clear(offset, data);
+            }
+        }
     }
 
     pub(super) fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -397,7 +410,7 @@ impl Common {
             return Err(RestoreError::Features { name: name(), missing });
         }
         let running = state.status & Status::DRIVER_OK != 0;
-        if running && (!negotiated || state.driver_features & feature::VERSION_1 == 0) {
+        if running && !negotiated {
             return Err(RestoreError::Impossible { name: name(), what: "it runs without features" });
         }
         self.driver_features = state.driver_features;

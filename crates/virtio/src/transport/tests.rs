@@ -9,14 +9,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::mmio::MmioTransport;
 use super::{IoEvents, KickMatch, RestoreError, Status};
-use crate::device::feature;
+use crate::device::{ActivateError, Activation, ConfigField, Device, DeviceKind, DeviceState, feature};
 use crate::eventfd::EventFd;
 use crate::queue::QueueState;
 use crate::testing::{
     DriverQueue, Echo, EchoControl, FakeIoEvents, Guest, Kind, RUNNING, TestWorker, TransportState, Used,
     reused_ram,
 };
-use crate::worker::Workers;
+use crate::worker::{Task, Workers};
 
 const BASE: u64 = 0x1000;
 const DATA: u64 = 0x10_0000;
@@ -78,8 +78,9 @@ fn ring_and_device_features_are_offered_and_nothing_else_is_accepted() {
         for (features, fits) in [
             (offered, true),
             (feature::VERSION_1, true),
-            (offered & !feature::VERSION_1, false),
-            (0, false),
+            (offered & !feature::VERSION_1, true),
+            (0, true),
+            (1, false),
             (feature::VERSION_1 | 1, false),
             (feature::VERSION_1 | 1 << 63, false),
             (u64::MAX, false),
@@ -93,6 +94,94 @@ fn ring_and_device_features_are_offered_and_nothing_else_is_accepted() {
             assert_eq!(guest.status() & Status::DRIVER_OK != 0, fits);
         }
         assert_eq!(control.counts().0, 0, "a device without its queue is not activated");
+    });
+}
+
+#[test]
+fn a_driver_without_version_1_is_served_and_restored() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64]);
+        let mut driver = guest.start_without(BASE, 64, feature::VERSION_1);
+        assert_eq!(guest.status(), RUNNING);
+        assert!(echoes(&mut guest, &mut driver));
+        let mut state = guest.save();
+        assert_eq!(state.common().driver_features & feature::VERSION_1, 0);
+        let mut copy = restored(kind, &guest, &state, &[64]);
+        assert!(echoes(&mut copy, &mut driver));
+        let mut again = copy.start_without(BASE, 64, u64::MAX);
+        assert!(echoes(&mut copy, &mut again), "without any feature");
+    });
+}
+
+/// An echo device with fields that depend on its two features.
+struct WithFields(Echo);
+
+impl Device for WithFields {
+    fn kind(&self) -> DeviceKind {
+        self.0.kind()
+    }
+    fn features(&self) -> u64 {
+        self.0.features()
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        self.0.queue_sizes()
+    }
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.0.read_config(offset, data);
+    }
+    fn config_fields(&self) -> &'static [ConfigField] {
+        const FIELDS: [ConfigField; 3] = [
+            ConfigField::new(2..6, 1 << 3),
+            ConfigField { bytes: 8..10, feature: 1 << 40, hint: true },
+            ConfigField::new(12..13, 1 << 50),
+        ];
+        &FIELDS
+    }
+    fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Task>>, ActivateError> {
+        self.0.activate(activation)
+    }
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+    fn save(&self) -> DeviceState {
+        self.0.save()
+    }
+}
+
+/// Which of the configuration space's 20 bytes are not 0.
+fn visible_bytes(guest: &mut Guest) -> Vec<usize> {
+    let mut bytes = [0; 24];
+    guest.read_config(0, &mut bytes);
+    for (offset, len) in (0..20).flat_map(|offset| [1, 2, 4, 8].map(|len| (offset, len))) {
+        let mut part = [0; 8];
+        guest.read_config(offset as u64, &mut part[..len]);
+        let end = (offset + len).min(bytes.len());
+        assert_eq!(part[..end - offset], bytes[offset..end], "{len} bytes at {offset}");
+    }
+    (0..20).filter(|at| bytes[*at] != 0).collect()
+}
+
+#[test]
+fn config_fields_of_features_that_are_not_accepted_are_0() {
+    on_both(|kind| {
+        let without = |hidden: &[usize]| (0..20).filter(|at| !hidden.contains(at)).collect::<Vec<_>>();
+        let (device, _) = Echo::new(&[64], OWN_FEATURES);
+        let mut guest = Guest::new(kind, Box::new(WithFields(device)));
+        assert_eq!(visible_bytes(&mut guest), without(&[8, 9, 12]), "offered, but for hints");
+        guest.negotiate_without(0);
+        assert_eq!(visible_bytes(&mut guest), without(&[12]));
+        guest.negotiate_without(1 << 3);
+        assert_eq!(visible_bytes(&mut guest), without(&[2, 3, 4, 5, 12]));
+        guest.start_without(BASE, 64, OWN_FEATURES);
+        let hidden = without(&[2, 3, 4, 5, 8, 9, 12]);
+        assert_eq!(visible_bytes(&mut guest), hidden);
+        let state = guest.save();
+        let (device, _) = Echo::new(&[64], OWN_FEATURES);
+        let mut copy = Guest::with(kind, Box::new(WithFields(device)), guest.ram.clone(), TestWorker::new());
+        copy.restore(&state).unwrap();
+        assert_eq!(visible_bytes(&mut copy), hidden, "restored");
+        copy.reset();
+        assert_eq!(visible_bytes(&mut copy), without(&[8, 9, 12]), "reset");
     });
 }
 

@@ -7,7 +7,7 @@ use super::*;
 use crate::block::{Block, BlockConfig, BlockError, BlockState};
 use crate::device::{Device, DeviceState};
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig};
-use crate::testing::TestWorker;
+use crate::testing::{self, Kind, TestWorker};
 
 fn capacity(block: &Block) -> u64 {
     let mut bytes = [0; 8];
@@ -38,6 +38,29 @@ fn a_driver_reads_and_writes_and_learns_the_serial_number() {
             drop(guest);
             assert_eq!(std::fs::read(&options.path).unwrap()[1024..2048], [9; 1024]);
         }
+    }
+}
+
+#[test]
+fn a_driver_that_reads_past_a_field_before_it_accepts_features_finds_0() {
+    for kind in [Kind::Mmio, Kind::Pci] {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+        let disk = Disk::open(&options).unwrap();
+        let (block, _) = Block::new(config(1, 1), disk, RateLimiterConfig::default(), vec![], 0).unwrap();
+        let mut guest = testing::Guest::new(kind, Box::new(block));
+        let read = |guest: &mut testing::Guest| {
+            let mut sector_size = [0; 8];
+            guest.read_config(20, &mut sector_size);
+            u64::from_le_bytes(sector_size)
+        };
+        assert_eq!(read(&mut guest), 512, "Unikraft's driver");
+        guest.negotiate_without(1 << 10);
+        assert_eq!(read(&mut guest), 512, "one that does not accept the topology");
+        guest.negotiate_without(0);
+        assert_eq!(read(&mut guest), 512 | 0x0001_0003 << 32, "Linux learns of 4 KiB blocks");
+        guest.negotiate_without(1 << 6 | 1 << 10);
+        assert_eq!(read(&mut guest), 0);
     }
 }
 

@@ -1,12 +1,13 @@
 //! Frames both ways.
 
-use super::guest::config;
+use super::guest::{config, wires};
 use super::*;
-use crate::device::feature::{RING_EVENT_IDX, RING_INDIRECT_DESC};
+use crate::device::feature::{RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1};
 use crate::net::config_space::feature;
 use crate::net::rx::PATIENCE;
+use crate::net::{NetBackend, NetSetup};
 use crate::rate_limiter::RateLimiterConfig;
-use crate::testing::Kind;
+use crate::testing::{Kind, RUNNING};
 
 const BOTH: [Kind; 2] = [Kind::Mmio, Kind::Pci];
 
@@ -35,6 +36,29 @@ fn frames_go_both_ways_with_their_headers() {
         let stats = guest.control.stats();
         assert_eq!((stats.tx_packets_count.get(), stats.tx_bytes_count.get()), (1, 1000));
         assert_eq!((stats.rx_packets_count.get(), stats.rx_bytes_count.get()), (1, 1000));
+    }
+}
+
+#[test]
+fn frames_have_a_12_byte_header_without_version_1() {
+    for (kind, accepts) in BOTH.into_iter().flat_map(|kind| [(kind, !VERSION_1), (kind, 0)]) {
+        let mut guest = NetGuest::new(kind);
+        guest.start_exactly(accepts);
+        for life in 0..2 {
+            assert_eq!((guest.guest.status(), guest.features & VERSION_1), (RUNNING, 0));
+            // Without offloads, what a header asks for does not matter.
+            let (header, out) = ([0; 12], frame(1000, 7));
+            assert!(guest.send_on(0, header, &out, &[12, 300]));
+            guest.publish(1);
+            assert_eq!(guest.sent_on(0).unwrap(), [&header[..], &out].concat());
+            guest.give(&[2000]);
+            assert!(guest.arrive_on(0, header, &out));
+            let came = guest.received_on(0).unwrap();
+            assert!(came.frame == out && came.header == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], "{life}");
+            let (tap, wires) = wires(1);
+            let setup = NetSetup { backend: NetBackend::tap(tap), detour: None };
+            guest.restore(None, setup, wires).unwrap();
+        }
     }
 }
 

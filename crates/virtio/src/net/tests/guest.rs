@@ -113,10 +113,15 @@ impl NetGuest {
 
     /// A whole driver, on all queues.
     pub(super) fn start(&mut self, accepts: u64) {
+        self.start_exactly(accepts | feature::VERSION_1);
+    }
+
+    /// As [`NetGuest::start`], with `VERSION_1` only if it is in `accepts`.
+    pub(super) fn start_exactly(&mut self, accepts: u64) {
         let guest = &mut self.guest;
         guest.reset();
         guest.set_status(Status::ACKNOWLEDGE | Status::DRIVER);
-        self.features = guest.device_features() & (accepts | feature::VERSION_1);
+        self.features = guest.device_features() & accepts;
         guest.set_driver_features(self.features);
         guest.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK);
         let pairs = if self.features & 1 << 22 == 0 { 1 } else { self.wires.len() };

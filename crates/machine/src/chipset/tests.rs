@@ -1,0 +1,205 @@
+//! Chips that no guest touches, and a guest of a few instructions that looks at its local APIC.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::time::Instant;
+
+use config::{HugePages, MachineConfig};
+use memory::GuestRam;
+use vesta_tests::elf::Elf;
+use virtio::rate_limiter::RateLimiterConfig;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::boot::BootFiles;
+use crate::kvm::Kvm;
+use crate::legacy::{Output, SerialSetup};
+use crate::{DeviceSetup, Paused, Restore, Setup, event_channel};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn pic(registers: kvm_pic_state) -> kvm_irqchip {
+    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_SLAVE, ..Default::default() };
+    chip.chip.pic = registers;
+    chip
+}
+
+#[test]
+fn only_a_pic_that_nobody_programmed_is_masked() {
+    let masked = |registers| {
+        let mut chip = pic(registers);
+        mask_unprogrammed_pic(&mut chip);
+        pic_state(&chip).unwrap()
+    };
+    let fresh = kvm_pic_state { elcr_mask: 0xde, irr: 8, ..Default::default() };
+    assert_eq!(masked(fresh), kvm_pic_state { imr: 0xff, ..fresh });
+    for programmed in [
+        kvm_pic_state { imr: 0xfe, ..fresh },
+        kvm_pic_state { init_state: 1, ..fresh },
+        kvm_pic_state { init4: 1, ..fresh },
+        kvm_pic_state { irq_base: 0x30, ..fresh },
+    ] {
+        assert_eq!(masked(programmed), programmed);
+    }
+}
+
+#[test]
+fn the_io_apic_is_not_mistaken_for_a_pic() {
+    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+    mask_unprogrammed_pic(&mut chip);
+    assert!(chip.as_bytes()[8..].iter().all(|byte| *byte == 0));
+}
+
+fn saved_at(realtime: u64, flags: u32) -> ChipsetState {
+    let clock = kvm_clock_data { realtime, flags, ..Default::default() };
+    ChipsetState { irqchips: Vec::new(), pit: kvm_pit_state2::default(), clock }
+}
+
+#[test]
+fn counters_move_on_by_the_time_that_passed_only_if_the_clock_is_to_catch_up_and_never_back() {
+    let now = UNIX_EPOCH + Duration::from_secs(100);
+    let passed = |at: u64, flags, after| saved_at(at * 1_000_000_000, flags).time_passed(after, now);
+    assert_eq!(passed(40, KVM_CLOCK_REALTIME, ClockAfter::CatchesUp), Duration::from_mins(1));
+    assert_eq!(passed(40, KVM_CLOCK_REALTIME, ClockAfter::Continues), Duration::ZERO);
+    assert_eq!(passed(140, KVM_CLOCK_REALTIME, ClockAfter::CatchesUp), Duration::ZERO);
+    assert_eq!(passed(40, 0, ClockAfter::CatchesUp), Duration::ZERO);
+}
+
+#[test]
+fn a_state_without_all_interrupt_controllers_is_refused() {
+    let chips = |ids: &[u32]| ChipsetState {
+        irqchips: ids.iter().map(|id| kvm_irqchip { chip_id: *id, ..Default::default() }).collect(),
+        ..saved_at(0, 0)
+    };
+    assert!(chips(&CHIPS).check_chips().is_ok());
+    for ids in [&[0, 1][..], &[0, 1, 2, 2], &[0, 1, 3], &[]] {
+        let error = chips(ids).check_chips().unwrap_err().to_string();
+        assert!(error.contains(&format!("{ids:?}")), "{error}");
+    }
+}
+
+/// Whether this host has a KVM; says so where it has not.
+fn kvm_is_here() -> bool {
+    let here = Path::new("/dev/kvm").exists();
+    if !here {
+        eprintln!("not run: there is no /dev/kvm here");
+    }
+    here
+}
+
+fn pics(vm: &VmFd) -> [kvm_pic_state; 2] {
+    [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE]
+        .map(|id| pic_state(&get_irqchip(vm, id).unwrap()).unwrap())
+}
+
+#[test]
+fn pics_are_masked_before_a_guest_runs_and_after_a_restore() {
+    if !kvm_is_here() {
+        return;
+    }
+    let ram = GuestRam::map(2, HugePages::None, false).unwrap();
+    let vm = Kvm::open().unwrap().create_vm().unwrap().map_ram(ram, false).unwrap();
+    let (vm, _vcpus) = vm.create_irqchip().unwrap().create_vcpus(1).unwrap();
+    assert_eq!(pics(&vm.shared_fd()).map(|pic| pic.imr), [0xff; 2]);
+
+    // As machines were saved that had them unmasked.
+    let mut state = ChipsetState::save(&vm.shared_fd()).unwrap();
+    for chip in &mut state.irqchips[..2] {
+        chip.chip.pic = kvm_pic_state { imr: 0, ..pic_state(chip).unwrap() };
+    }
+    state.restore_irqchips(&vm.shared_fd()).unwrap();
+    assert_eq!(pics(&vm.shared_fd()).map(|pic| pic.imr), [0xff; 2]);
+}
+
+/// Enables its local APIC, leads the timer chip's line to vector 0x40, and says over and over whether an interrupt with that vector
+/// is pending (0 or 1). Interrupts stay disabled, so that it stays pending.
+fn watching_guest() -> Elf {
+    let store = |address: u32, value: u32| {
+        // mov dword [address], value
+        [&[0xc7, 0x05][..], &address.to_le_bytes(), &value.to_le_bytes()].concat()
+    };
+    let code = [
+        store(0xfee0_00f0, 0x1ff),          // spurious vector register: enabled
+        store(0xfec0_0000, 0x11),           // I/O APIC, line 0, high half
+        store(0xfec0_0010, 0),              // to APIC 0
+        store(0xfec0_0000, 0x10),           // low half
+        store(0xfec0_0010, 0x40),           // vector 0x40, edge, not masked
+        vec![0x66, 0xba, 0xf8, 0x03],       // mov dx, 0x3f8
+        vec![0xa0, 0x20, 0x02, 0xe0, 0xfe], // again: mov al, [0xfee00220]
+        vec![0xee, 0xeb, 0xf8],             // out dx, al; jmp again
+    ];
+    Elf::of(&code.concat())
+}
+
+fn serial(path: &Path) -> SerialSetup {
+    SerialSetup {
+        output: Some(Output::open(path).unwrap()),
+        input: None,
+        limit: RateLimiterConfig::default(),
+    }
+}
+
+/// Waits until the guest has said something that `enough` accepts.
+fn wait_for(path: &Path, enough: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let said = fs::read(path).unwrap();
+        if enough(&said) {
+            return said;
+        }
+        assert!(Instant::now() < deadline, "it said {} bytes, the last {:?}", said.len(), said.last());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_timer_interrupt_right_after_a_restore_is_not_lost() {
+    if !kvm_is_here() {
+        return;
+    }
+    let config = MachineConfig { mem_size_mib: 4, ..MachineConfig::default() };
+    let dir = tempfile::tempdir().unwrap();
+    let mut kernel = tempfile::tempfile().unwrap();
+    kernel.write_all(&watching_guest().bytes()).unwrap();
+    let path = dir.path().join("first");
+    let (events, _source) = event_channel().unwrap();
+    let machine = Paused::build(Setup {
+        config: &config,
+        boot: BootFiles { kernel, initrd: None, cmdline: String::new() },
+        serial: serial(&path),
+        boot_timer: None,
+        devices: DeviceSetup::default(),
+        events,
+    })
+    .unwrap();
+    let running = machine.resume().unwrap();
+    assert_eq!(wait_for(&path, |said| !said.is_empty())[0], 0);
+    let paused = running.pause().unwrap();
+
+    // A single shot that is due at once when the timer chip gets its state.
+    let mut state = paused.save().unwrap();
+    let channel = &mut state.chipset.pit.channels[0];
+    (channel.mode, channel.count, channel.gate, channel.rw_mode) = (0, 1, 1, 3);
+    for round in 0..20 {
+        let ram = GuestRam::map(config.mem_size_mib, config.huge_pages, false).unwrap();
+        let mut bytes = vec![0; (config.mem_size_mib as usize) << 20];
+        paused.ram().memory().read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        ram.memory().write_slice(&bytes, GuestAddress(0)).unwrap();
+        let path = dir.path().join(format!("round{round}"));
+        let (events, _source) = event_channel().unwrap();
+        let restored = Paused::restore(Restore {
+            config: &config,
+            state: &state,
+            ram,
+            page_server: None,
+            serial: serial(&path),
+            devices: DeviceSetup::default(),
+            clock: ClockAfter::Continues,
+            events,
+        })
+        .unwrap();
+        let _running = restored.resume().unwrap();
+        wait_for(&path, |said| said.ends_with(&[1]));
+    }
+}
