@@ -162,7 +162,7 @@ pub struct BlockControl {
     patience: Patience,
     read_only: bool,
     flush: bool,
-    lanes: Vec<Arc<Lane>>,
+    pub(super) lanes: Vec<Arc<Lane>>,
     shared: Arc<Shared>,
 }
 

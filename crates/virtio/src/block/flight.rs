@@ -18,8 +18,8 @@ pub(super) struct Flying {
 pub(super) struct Flight {
     pub(super) ring: u16,
     pub(super) head: u16,
-    /// Bytes that the used ring tells.
-    pub(super) writable_len: u32,
+    /// Device-writable bytes before the status.
+    pub(super) data_len: u32,
     pub(super) status: GuestBuffer,
     pub(super) what: What,
     /// Bytes that the disk may have to move for it.
@@ -27,6 +27,8 @@ pub(super) struct Flight {
     /// How many answers of the disk are to come.
     pub(super) left: u32,
     pub(super) error: Option<Errno>,
+    /// The request is done, and the flush that makes it durable is with the disk: the driver does not flush itself.
+    pub(super) syncing: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,12 +39,16 @@ pub(super) enum What {
     Write {
         bytes: u64,
     },
-    /// A write that is done, and is being made durable.
-    WriteThrough {
-        bytes: u64,
-    },
     Flush,
+    /// A discard or a zeroing.
     Discard,
+}
+
+impl What {
+    /// Whether the request changes what the disk holds, so that it has something to make durable.
+    pub(super) fn changes_disk(self) -> bool {
+        matches!(self, What::Write { .. } | What::Discard)
+    }
 }
 
 impl Flying {

@@ -89,8 +89,16 @@ pub(super) struct Parsed<'a> {
     pub(super) command: Command<'a>,
     /// The byte for the status.
     pub(super) status: GuestBuffer,
-    /// How many writable bytes the chain has, the status included.
-    pub(super) writable_len: u32,
+    /// Device-writable bytes before the status.
+    pub(super) data_len: u32,
+}
+
+/// The `len` of the used element (2.7.8.2) for a request whose status was written behind `data_len` device-writable bytes, of which
+/// the device wrote the first `written`.
+///
+/// The driver may rely on each of the first `len` writable bytes. So the status counts only where no byte before it is missing.
+pub(super) fn used_len(data_len: u32, written: u32) -> u32 {
+    if written >= data_len { data_len + 1 } else { written }
 }
 
 /// What requests are checked against.
@@ -123,12 +131,11 @@ pub(super) fn parse<'a>(
 ) -> Result<Result<Parsed<'a>, NoStatus>, QueueError> {
     ranges.clear();
     let writable = chain.writable();
-    let writable_len = writable.len();
-    let split = writable_len.checked_sub(1).and_then(|data_len| writable.split_at(data_len));
+    let split = writable.len().checked_sub(1).and_then(|data_len| writable.split_at(data_len));
     let Some((to, status)) = split else { return Ok(Err(NoStatus)) };
     let Some(status) = status.iter().next() else { return Ok(Err(NoStatus)) };
     let command = command(chain.readable(), to, ram, limits, ranges)?;
-    Ok(Ok(Parsed { command, status, writable_len }))
+    Ok(Ok(Parsed { command, status, data_len: to.len() }))
 }
 
 fn command<'a>(

@@ -116,6 +116,7 @@ impl<T: Send + 'static> SyncEngine<T> {
 impl<T: Send + 'static> Drop for SyncEngine<T> {
     fn drop(&mut self) {
         if !self.owner.is_here() {
+            // In a fork. The share that the thread had of `shared` is never given back, so no descriptor is closed either.
             return;
         }
         self.shared.queues().stop = true;

@@ -60,7 +60,7 @@ pub(super) struct Setup {
     pub(super) memory: GuestRam,
     pub(super) interrupt: Arc<dyn Interrupt>,
     pub(super) read_only: bool,
-    /// Whether the driver expects that what it wrote is durable, because it does not flush.
+    /// Whether each change is made durable before it is answered, because the driver did not accept `VIRTIO_BLK_F_FLUSH`.
     pub(super) write_through: bool,
     pub(super) placement: Placement,
 }
@@ -263,7 +263,7 @@ impl BlockTask {
         let ring = &mut self.rings[index];
         let head = self.chain.head();
         let stats = &self.setup.shared.stats;
-        let Ok(Parsed { command, status, writable_len }) = parsed else {
+        let Ok(Parsed { command, status, data_len }) = parsed else {
             stats.invalid_reqs_count.add(1);
             ring.used = true;
             ring.queue.add_used(head, 0)?;
@@ -272,12 +272,13 @@ impl BlockTask {
         let flight = Flight {
             ring: index as u16,
             head,
-            writable_len,
+            data_len,
             status,
             what: What::Flush,
             bytes,
             left: 1,
             error: None,
+            syncing: false,
         };
         let disk = &mut part.queue;
         let ram = &self.setup.memory;
@@ -310,12 +311,12 @@ impl BlockTask {
                 }
             }
             Command::GetId { to } => {
-                to.write(ram, &self.setup.shared.serial)?;
-                answer(ring, ram, &flight, Status::Ok)?;
+                let written = to.write(ram, &self.setup.shared.serial)? as u32;
+                answer(ring, ram, &flight, Status::Ok, written)?;
             }
             Command::Fail(status) => {
                 stats.invalid_reqs_count.add(1);
-                answer(ring, ram, &flight, status)?;
+                answer(ring, ram, &flight, status, 0)?;
             }
         }
         Ok(true)
@@ -353,27 +354,29 @@ impl BlockTask {
         if flight.left > 0 {
             return Ok(());
         }
-        if let What::Write { bytes } = flight.what
+        if self.setup.write_through
+            && flight.what.changes_disk()
             && flight.error.is_none()
-            && self.setup.write_through
+            && !std::mem::replace(&mut flight.syncing, true)
         {
-            flight.what = What::WriteThrough { bytes };
             flight.left = 1;
             disk.start(token, 0, Request::Flush);
             return Ok(());
         }
         let flight = self.flying.remove(token);
-        let status = match flight.error {
-            None => {
-                self.count(flight.what);
-                Status::Ok
+        let (status, written) = match (flight.error, flight.what) {
+            (None, what) => {
+                self.count(what);
+                // A read fills all of its buffers. Nothing else writes to any but the status.
+                let written = if matches!(what, What::Read { .. }) { flight.data_len } else { 0 };
+                (Status::Ok, written)
             }
-            Some(errno) => {
-                self.report(flight.what, errno);
-                Status::IoError
+            (Some(errno), what) => {
+                self.report(what, errno);
+                (Status::IoError, 0)
             }
         };
-        answer(&mut self.rings[usize::from(flight.ring)], &self.setup.memory, &flight, status)
+        answer(&mut self.rings[usize::from(flight.ring)], &self.setup.memory, &flight, status, written)
     }
 
     fn count(&self, what: What) {
@@ -383,7 +386,7 @@ impl BlockTask {
                 stats.read_count.add(1);
                 stats.read_bytes.add(bytes);
             }
-            What::Write { bytes } | What::WriteThrough { bytes } => {
+            What::Write { bytes } => {
                 stats.write_count.add(1);
                 stats.write_bytes.add(bytes);
             }
@@ -402,7 +405,7 @@ impl BlockTask {
         if failures.is_power_of_two() {
             let what = match what {
                 What::Read { .. } => "read",
-                What::Write { .. } | What::WriteThrough { .. } => "write",
+                What::Write { .. } => "write",
                 What::Flush => "flush",
                 What::Discard => "discard",
             };
@@ -468,11 +471,18 @@ fn gather(
     Ok(buffers)
 }
 
-/// Writes the status of a request and puts it into the used ring.
-fn answer(ring: &mut Ring, ram: &GuestRam, flight: &Flight, status: Status) -> Result<(), QueueError> {
+/// Writes the status of a request and adds it to the used ring. `written` is how many bytes of data the device wrote, from the first
+/// device-writable byte on.
+fn answer(
+    ring: &mut Ring,
+    ram: &GuestRam,
+    flight: &Flight,
+    status: Status,
+    written: u32,
+) -> Result<(), QueueError> {
     flight.status.slice(ram)?.copy_from(&[status as u8]);
     ring.used = true;
-    ring.queue.add_used(flight.head, flight.writable_len)
+    ring.queue.add_used(flight.head, request::used_len(flight.data_len, written))
 }
 
 impl Task for BlockTask {

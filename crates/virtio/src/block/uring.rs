@@ -25,6 +25,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -83,7 +84,8 @@ pub enum UringError {
 
 /// An `io_uring` and the transfers that it works on.
 pub(super) struct Uring<T> {
-    ring: IoUring,
+    /// Left alone in a fork: see `Drop`.
+    ring: ManuallyDrop<IoUring>,
     /// By `user_data`: the transfers that the kernel works on or that wait for a place in the ring.
     slots: Vec<Option<Transfer<T>>>,
     free: Vec<u32>,
@@ -139,7 +141,7 @@ impl<T> Uring<T> {
 
         let in_memory = files.iter().map(|file| is_in_memory(file)).collect();
         Ok(Uring {
-            ring,
+            ring: ManuallyDrop::new(ring),
             slots: Vec::new(),
             free: Vec::new(),
             waiting: VecDeque::new(),
@@ -322,9 +324,12 @@ impl<T> Uring<T> {
 impl<T> Drop for Uring<T> {
     /// Waits for what the kernel works on, because it uses the segments. Then lets go of the files: the kernel takes a ring
     /// down some time later, and until then a block device would count as in use.
+    ///
+    /// In a fork the ring is still the parent's and its memory is not mapped. The addresses and the descriptor numbers may belong to
+    /// something else by now, so nothing is unmapped and nothing is closed.
     fn drop(&mut self) {
         if !self.owner.is_here() {
-            // In a fork the ring is still the parent's.
+            std::mem::forget(std::mem::take(&mut self.files));
             return;
         }
         let mut done = Vec::new();
@@ -335,6 +340,8 @@ impl<T> Drop for Uring<T> {
             done.clear();
         }
         let _ = self.ring.submitter().unregister_files();
+        // SAFETY: it is dropped once, here, and not used afterwards: `self` is gone when this returns.
+        unsafe { ManuallyDrop::drop(&mut self.ring) };
     }
 }
 
@@ -408,5 +415,75 @@ mod tests {
         assert!(!is_in_memory(&node));
         let memory = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         assert!(is_in_memory(&memory.into()));
+    }
+
+    /// The first address range of this process that maps a ring, and its length in bytes.
+    fn mapping_of_a_ring() -> (usize, usize) {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let line =
+            maps.lines().find(|line| line.ends_with("anon_inode:[io_uring]")).expect("a ring is mapped");
+        let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let [start, end] = [start, end].map(|addr| usize::from_str_radix(addr, 16).unwrap());
+        (start, end - start)
+    }
+
+    /// Runs `work` in a fork of this process, and waits for what it returns.
+    fn in_fork(work: impl FnOnce() -> bool) -> bool {
+        // SAFETY: the child runs `work` and ends without a destructor. It takes no lock of this process but the allocator's, which
+        // is made usable by `fork`.
+        match unsafe { libc::fork() } {
+            0 => {
+                let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(false);
+                // SAFETY: no precondition.
+                unsafe { libc::_exit(if done { 0 } else { 1 }) }
+            }
+            child => {
+                assert!(child > 0, "{}", io::Error::last_os_error());
+                let mut status = 0;
+                // SAFETY: `status` is valid for the write.
+                let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+                assert_eq!(waited, child);
+                libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
+            }
+        }
+    }
+
+    /// Other tests of this process have rings, too: this one has a process of its own.
+    #[test]
+    fn ring_dropped_in_a_fork_unmaps_and_closes_nothing() {
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "block::uring::tests::fork_in_its_own_process", "--ignored", "--nocapture"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("1 passed"), "{}: {said}{errors}", output.status);
+    }
+
+    #[test]
+    #[ignore = "started by ring_dropped_in_a_fork_unmaps_and_closes_nothing"]
+    fn fork_in_its_own_process() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let fds = [file.as_raw_fd()];
+        let ring = Uring::<()>::new(vec![file], Patience::None).unwrap();
+        let fds = [fds[0], ring.fd().as_raw_fd()];
+        let (addr, len) = mapping_of_a_ring();
+        assert!(in_fork(|| {
+            // What a child makes may get the addresses and the numbers that the ring had.
+            let (prot, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let wanted = std::ptr::without_provenance_mut(addr);
+            // SAFETY: with this flag nothing that is mapped is replaced.
+            let mapped = unsafe { libc::mmap(wanted, len, prot, flags | libc::MAP_FIXED_NOREPLACE, -1, 0) };
+            assert_eq!(mapped.addr(), addr, "{}", io::Error::last_os_error());
+            drop(ring);
+            // SAFETY: it asks for the state of a descriptor number.
+            let open = fds.iter().all(|&fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0);
+            let mut residency = vec![0; len / 4096];
+            // SAFETY: it tells whether the range is mapped, and writes a byte for each page of it.
+            let still_mapped = unsafe { libc::mincore(mapped, len, residency.as_mut_ptr()) } == 0;
+            assert!(open, "a descriptor was closed");
+            assert!(still_mapped, "memory was unmapped");
+            true
+        }));
     }
 }

@@ -1,5 +1,6 @@
 //! Disks of every kind against a model: a vector of bytes.
 
+mod answers;
 mod crash;
 mod device;
 mod device_model;
