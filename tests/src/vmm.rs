@@ -255,6 +255,8 @@ impl Drop for Vmm {
 /// A thread, as `/proc` shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Thread {
+    /// Its thread id.
+    pub id: u32,
     /// Its name.
     pub name: String,
     /// The processor time that it has used; for a vCPU, the guest's too. In steps of 10 ms where the kernel
@@ -266,14 +268,14 @@ impl Thread {
     /// Reads `/proc/PID/task/TID/stat`.
     fn parse(stat: &str) -> Option<Thread> {
         let (before, after) = stat.rsplit_once(')')?;
-        let (_, name) = before.split_once('(')?;
+        let (id, name) = before.split_once('(')?;
         let mut fields = after.split_whitespace();
         // proc(5) counts from 1 and the name is field 2: utime is field 14, stime 15.
         let user: u64 = fields.nth(11)?.parse().ok()?;
         let system: u64 = fields.next()?.parse().ok()?;
         let ticks_per_second = rustix::param::clock_ticks_per_second();
         let time = Duration::from_millis((user + system) * 1000 / ticks_per_second);
-        Some(Thread { name: name.to_owned(), time })
+        Some(Thread { id: id.trim().parse().ok()?, name: name.to_owned(), time })
     }
 }
 
