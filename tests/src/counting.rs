@@ -23,6 +23,11 @@ pub fn counting(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)
     run(&kernel(), machine)
 }
 
+/// As [`counting`], with the monitor of this builder, whose arguments may go on.
+pub fn counting_in(builder: VmmBuilder) -> Result<(Vmm, ApiClient, PathBuf)> {
+    run_in(builder, &kernel(), &json!({}), &[])
+}
+
 /// As [`counting`], with these drives, which it does not look at.
 pub fn counting_with(drives: &[serde_json::Value]) -> Result<(Vmm, ApiClient, PathBuf)> {
     run_with(&kernel(), &json!({}), drives)
@@ -103,7 +108,16 @@ fn run_with(
     machine: &serde_json::Value,
     drives: &[serde_json::Value],
 ) -> Result<(Vmm, ApiClient, PathBuf)> {
-    let vmm = VmmBuilder::new(&vmm_path())?.with_api().arg("--id").arg("parent").spawn()?;
+    run_in(VmmBuilder::new(&vmm_path())?, kernel, machine, drives)
+}
+
+fn run_in(
+    builder: VmmBuilder,
+    kernel: &Elf,
+    machine: &serde_json::Value,
+    drives: &[serde_json::Value],
+) -> Result<(Vmm, ApiClient, PathBuf)> {
+    let vmm = builder.with_api().arg("--id").arg("parent").spawn()?;
     let mut api = vmm.ready_client(SOON)?;
     let image = vmm.dir().join("kernel");
     fs::write(&image, kernel.bytes())?;

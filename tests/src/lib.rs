@@ -6,6 +6,7 @@
 //! - [`snapshots`]: saving guests, and going on with them in other monitors; [`page_server`]: their memory from another process;
 //!   [`busy`]: guests that have much to lose.
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
+//! - [`faults`]: threads of the monitor that break.
 //! - [`process`]: processes that nobody else waits for; [`said`]: what guests wrote to files.
 //! - [`stalls`]: how far the host's time can be relied on.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
@@ -22,6 +23,7 @@ pub mod counting;
 pub mod disks;
 pub mod elf;
 pub mod exchange;
+pub mod faults;
 pub mod guest;
 pub mod host_devices;
 pub mod host_net;

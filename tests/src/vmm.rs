@@ -26,8 +26,12 @@ pub struct VmmBuilder {
     inherited: Vec<OwnedFd>,
     name: Option<OsString>,
     show: bool,
+    stdout_to_file: bool,
     io_uring: bool,
 }
+
+/// The file in a monitor's directory that takes its standard output: see [`VmmBuilder::stdout_to_file`].
+pub const STDOUT: &str = "stdout";
 
 impl VmmBuilder {
     /// The monitor at this path, without arguments, in a new directory.
@@ -43,6 +47,7 @@ impl VmmBuilder {
             inherited: Vec::new(),
             name: None,
             show: true,
+            stdout_to_file: false,
             io_uring: true,
         })
     }
@@ -100,6 +105,15 @@ impl VmmBuilder {
         self
     }
 
+    /// Its standard output goes to the file [`STDOUT`] in its directory, which has nothing but what the guest says: its log goes to another.
+    pub fn stdout_to_file(mut self) -> Result<VmmBuilder> {
+        let log = self.dir.path().join("log");
+        // Some monitors do not make it.
+        std::fs::write(&log, "").with_context(|| log.display().to_string())?;
+        self.stdout_to_file = true;
+        Ok(self.arg("--log-path").arg(log))
+    }
+
     /// Runs as on a kernel without `io_uring`.
     #[must_use]
     pub fn without_io_uring(mut self) -> VmmBuilder {
@@ -115,6 +129,10 @@ impl VmmBuilder {
         }
         command.args(&self.args).current_dir(self.dir.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if self.stdout_to_file {
+            let file = self.dir.path().join(STDOUT);
+            command.stdout(std::fs::File::create(&file).with_context(|| file.display().to_string())?);
+        }
         die_with_parent(&mut command);
         if !self.io_uring {
             without_io_uring(&mut command);
@@ -122,7 +140,10 @@ impl VmmBuilder {
         let started = Instant::now();
         let mut child = command.spawn().with_context(|| format!("cannot run {}", self.program.display()))?;
         let label = |label| self.show.then_some(label);
-        let stdout = Transcript::of(child.stdout.take().context("it is a pipe")?, label("stdout"));
+        let stdout = match child.stdout.take() {
+            Some(pipe) => Transcript::of(pipe, label("stdout")),
+            None => Transcript::of(std::io::empty(), None),
+        };
         let stderr = Transcript::of(child.stderr.take().context("it is a pipe")?, label("stderr"));
         Ok(Vmm { child, started, stdout, stderr, dir: self.dir })
     }
@@ -255,6 +276,8 @@ impl Drop for Vmm {
 /// A thread, as `/proc` shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Thread {
+    /// Its thread id.
+    pub id: u32,
     /// Its name.
     pub name: String,
     /// The processor time that it has used; for a vCPU, the guest's too. In steps of 10 ms where the kernel
@@ -266,14 +289,14 @@ impl Thread {
     /// Reads `/proc/PID/task/TID/stat`.
     fn parse(stat: &str) -> Option<Thread> {
         let (before, after) = stat.rsplit_once(')')?;
-        let (_, name) = before.split_once('(')?;
+        let (id, name) = before.split_once('(')?;
         let mut fields = after.split_whitespace();
         // proc(5) counts from 1 and the name is field 2: utime is field 14, stime 15.
         let user: u64 = fields.nth(11)?.parse().ok()?;
         let system: u64 = fields.next()?.parse().ok()?;
         let ticks_per_second = rustix::param::clock_ticks_per_second();
         let time = Duration::from_millis((user + system) * 1000 / ticks_per_second);
-        Some(Thread { name: name.to_owned(), time })
+        Some(Thread { id: id.trim().parse().ok()?, name: name.to_owned(), time })
     }
 }
 

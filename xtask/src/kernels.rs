@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use vesta_tests::modules::{Modules, normal_name};
 
 use crate::apt;
-use crate::process::{cache_dir, output, root, run, say};
+use crate::process::{cache_dir, once_in, output, root, run};
 
 /// A kernel image on disk.
 #[derive(Debug, Clone)]
@@ -106,27 +106,9 @@ pub(crate) fn busybox() -> Result<PathBuf> {
     Ok(dir.join("busybox"))
 }
 
-/// The directory `kernels/NAME` of the cache, made by `make` where it is not there yet; one process makes it, others wait.
+/// The directory `kernels/NAME` of the cache: see [`once_in`].
 pub(crate) fn once(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-    let kernels = cache_dir()?.join("kernels");
-    let dir = kernels.join(name);
-    if dir.is_dir() {
-        return Ok(dir);
-    }
-    std::fs::create_dir_all(&kernels)?;
-    let lock = std::fs::File::create(kernels.join(".lock"))?;
-    lock.lock()?;
-    if !dir.is_dir() {
-        let part = kernels.join(format!("{name}.part"));
-        if part.exists() {
-            std::fs::remove_dir_all(&part)?;
-        }
-        std::fs::create_dir(&part)?;
-        make(&part).with_context(|| format!("cannot get {name}"))?;
-        std::fs::rename(&part, &dir)?;
-        say!("{name} is ready in {}", dir.display());
-    }
-    Ok(dir)
+    once_in("kernels", name, make)
 }
 
 /// Moves every module under `from` into `to`, by its normal name.

@@ -8,6 +8,7 @@ mod demo;
 mod guest_kernel;
 mod host;
 mod kernels;
+mod peers;
 mod process;
 mod python_disk;
 mod test;
@@ -28,16 +29,21 @@ cargo xtask COMMAND
 
   host [--cpus N] [--mem MIB] [--timeout S] [--pin CPU|none] [--modules A,B] [--kernel-log FILE] [--] CMD...
         Runs CMD where KVM runs ordinary guests: here if it does, else on the emulated host.
-  bench boot [--peer NAME=PATH]... [--runs N]
+  bench boot [--runs N] [PEERS]
         Measures starting, beside other monitors with the same API and QEMU's microvm where it is installed.
-  bench io [--peer NAME=PATH]... [--runs N] [--seconds S] [--disk FILE] [--pci] [--workload W]... [--only NAME]...
+  bench io [--runs N] [--seconds S] [--disk FILE] [--pci] [--workload W]... [--only NAME]... [PEERS]
         Measures disks in a guest, beside the same disks without one; overwrites FILE.
-  bench snapshot [--peer NAME=PATH]... [--runs N]
+  bench snapshot [--runs N] [PEERS]
         Measures saving, restoring, cloning and forking: guests of a few instructions, and Linux until it answers.
-  bench vsock [--peer NAME=PATH]... [--runs N] [--pci]
+  bench vsock [--runs N] [--pci] [PEERS]
         Measures round trips and throughput between host and guest.
-  bench net [--peer NAME=PATH]... [--runs N] [--seconds S] [--pci] [--only NAME]...
+  bench net [--runs N] [--seconds S] [--pci] [--only NAME]... [PEERS]
         Measures networks of a guest, beside the host's loopback.
+
+        PEERS: Firecracker where `peers` has fetched it, or none with --no-peers; with any number of --peer NAME=PATH more monitors,
+        older builds of vesta among them; with --peer firecracker, fetches it first.
+  peers
+        Fetches Firecracker's release binary, for benchmarks, and prints where it is.
   kernel
         Builds the tuned guest kernel from Debian's sources (about ten minutes).
 
@@ -83,6 +89,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "bench-snapshot-inner" => bench::snapshot_inner(&mut parser),
         "bench-vsock-inner" => bench::vsock_inner(&mut parser),
         "bench-net-inner" => bench::net_inner(&mut parser),
+        "peers" => peers::command(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),
         "demo" => demo::command(&mut parser),
         "demo-inner" => demo::inner(&mut parser),

@@ -136,6 +136,29 @@ pub(crate) fn cache_dir() -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// The directory `KIND/NAME` of the cache, made by `make` where it is not there yet. One process makes it, under a temporary name; others wait.
+pub(crate) fn once_in(kind: &str, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let parent = cache_dir()?.join(kind);
+    let dir = parent.join(name);
+    if dir.is_dir() {
+        return Ok(dir);
+    }
+    std::fs::create_dir_all(&parent)?;
+    let lock = std::fs::File::create(parent.join(".lock"))?;
+    lock.lock()?;
+    if !dir.is_dir() {
+        let part = parent.join(format!("{name}.part"));
+        if part.exists() {
+            std::fs::remove_dir_all(&part)?;
+        }
+        std::fs::create_dir(&part)?;
+        make(&part).with_context(|| format!("cannot get {name}"))?;
+        std::fs::rename(&part, &dir)?;
+        say!("{name} is ready in {}", dir.display());
+    }
+    Ok(dir)
+}
+
 /// The repository's root.
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a directory of the repository")

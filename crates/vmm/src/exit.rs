@@ -1,4 +1,5 @@
-//! The codes that this process exits with, and the way out. They are Firecracker's, which its clients read.
+//! The codes that this process exits with, and the way out. They are Firecracker's, which its clients read,
+//! and 128 plus a signal's number where a shell would report that.
 
 use crate::terminal;
 
@@ -9,6 +10,14 @@ pub(crate) enum ExitCode {
     Ok = 0,
     /// Something failed that has no code of its own.
     Generic = 1,
+    /// SIGINT, where it cannot take its default action: in process 1 of a PID namespace.
+    Interrupted = 128 + libc::SIGINT as isize,
+    /// SIGQUIT, likewise.
+    Quit = 128 + libc::SIGQUIT as isize,
+    /// SIGABRT, likewise.
+    Aborted = 128 + libc::SIGABRT as isize,
+    /// SIGTERM, likewise.
+    Terminated = 128 + libc::SIGTERM as isize,
     /// A system call that is not allowed (SIGSYS).
     BadSyscall = 148,
     /// SIGBUS.
@@ -27,6 +36,19 @@ pub(crate) enum ExitCode {
     HangUp = 156,
     /// SIGILL.
     IllegalInstruction = 157,
+}
+
+impl ExitCode {
+    /// The code of a signal that asked this process to end.
+    pub(crate) fn of_asking(signal: i32) -> ExitCode {
+        match signal {
+            libc::SIGHUP => ExitCode::HangUp,
+            libc::SIGINT => ExitCode::Interrupted,
+            libc::SIGQUIT => ExitCode::Quit,
+            libc::SIGTERM => ExitCode::Terminated,
+            _ => ExitCode::Generic,
+        }
+    }
 }
 
 /// Ends the process: the terminal as it was found, a line in the log.

@@ -4,19 +4,23 @@
 //! 2026-11-24T10:00:00.123456789 [id:thread:LEVEL:file:line] text
 //! ```
 //!
-//! A line that nobody takes is dropped and counted: a reader that stalls never stalls the monitor.
+//! A line that nobody takes is dropped and counted: a reader that stalls never stalls the monitor. A thread that breaks does not wait for the log's lock:
+//! [`error_without_waiting`] and [`write_if_free`].
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant, SystemTime};
 
 use config::LogLevel;
 use log::{LevelFilter, Log, Metadata, Record};
 use machine::legacy::Output;
 
 use crate::personality::Personality;
+
+/// How long a thread that panics tries to get the log, which another thread may be writing to, or it may hold itself.
+const PANIC_PATIENCE: Duration = Duration::from_millis(200);
 
 /// The one log of this process.
 static LOG: LogState = LogState { settings: Mutex::new(None), lost: AtomicU64::new(0) };
@@ -87,6 +91,36 @@ pub(crate) fn hold() -> impl Drop {
     Held(LOG.lock())
 }
 
+/// Writes an error as [`log::error!`] does, unless the log stays locked: the thread that panics may hold it.
+pub(crate) fn error_without_waiting(text: &str) {
+    let deadline = Instant::now() + PANIC_PATIENCE;
+    let settings = loop {
+        match LOG.try_lock() {
+            Some(settings) => break settings,
+            None if Instant::now() > deadline => return,
+            // Another thread that writes a line is done soon.
+            None => std::thread::sleep(Duration::from_millis(1)),
+        }
+    };
+    if let Some(settings) = settings.as_ref()
+        && log::max_level() >= LevelFilter::Error
+    {
+        let origin = Origin { level: log::Level::Error, file: file!(), line: line!() };
+        LOG.write(settings, &origin, text);
+    }
+}
+
+/// Writes these bytes as they are, unless the log is locked. A signal handler may call it: it allocates nothing, and tries the lock once.
+pub(crate) fn write_if_free(line: &[u8]) {
+    if let Some(settings) = LOG.try_lock()
+        && let Some(output) = settings.as_ref().and_then(|settings| settings.output.as_ref())
+        && log::max_level() >= LevelFilter::Error
+    {
+        // A destination that takes no more loses the line, which is said on standard error too.
+        let _ = output.write(line);
+    }
+}
+
 /// From now on lines are of the microVM `id`.
 pub(crate) fn rename(id: &str) {
     if let Some(settings) = LOG.lock().as_mut() {
@@ -127,7 +161,15 @@ struct Origin<'a> {
 impl LogState {
     fn lock(&self) -> MutexGuard<'_, Option<Settings>> {
         // Writing a line does not panic half-way through a change.
-        self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn try_lock(&self) -> Option<MutexGuard<'_, Option<Settings>>> {
+        match self.settings.try_lock() {
+            Ok(settings) => Some(settings),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     fn write(&self, settings: &Settings, origin: &Origin<'_>, text: &str) {
@@ -163,16 +205,21 @@ impl Log for LogState {
     }
 
     fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        // Before the lock is taken: an argument may log a line itself, or panic.
+        let text = record.args().to_string();
         let settings = self.lock();
         let Some(settings) = settings.as_ref() else { return };
         let wanted = settings.module.as_deref().is_none_or(|prefix| record.target().starts_with(prefix));
-        if self.enabled(record.metadata()) && wanted {
+        if wanted {
             let origin = Origin {
                 level: record.level(),
                 file: record.file().unwrap_or("-"),
                 line: record.line().unwrap_or(0),
             };
-            self.write(settings, &origin, &record.args().to_string());
+            self.write(settings, &origin, &text);
         }
     }
 

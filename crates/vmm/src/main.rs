@@ -1,7 +1,7 @@
 //! The binary `vesta-vmm`: one process, one microVM.
 //!
-//! Thin by design: arguments ([`args`]), the log ([`logger`]), signals ([`signals`]), the terminal ([`terminal`]), and the loop that
-//! gives commands to the controller ([`event_loop`]); what looks at snapshots and starts no microVM ([`snapshot_tool`]); and the beginning of a fork's children ([`child`]). What a microVM is and does lives in `control` and below.
+//! Thin by design: arguments ([`args`]), the log ([`logger`]), signals ([`signals`], [`fatal`]), panics ([`last_words`]), the terminal ([`terminal`]), and
+//! the loop that gives commands to the controller ([`event_loop`]); what looks at snapshots and starts no microVM ([`snapshot_tool`]); and the beginning of a fork's children ([`child`]). What a microVM is and does lives in `control` and below.
 //!
 //! Run under the name `firecracker`, it answers as that program does ([`personality`]).
 //!
@@ -15,15 +15,20 @@ mod child;
 mod descriptors;
 mod event_loop;
 mod exit;
+mod fatal;
+mod last_words;
 mod logger;
 mod personality;
 mod process;
 mod restore;
 mod signals;
 mod snapshot_tool;
+#[cfg(test)]
+mod subprocess;
 mod terminal;
 
 use std::fs;
+use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::path::Path;
 
@@ -41,26 +46,31 @@ use restore::Restore;
 
 fn main() -> ! {
     let start = StartTimes::now();
+    signals::end_init_at_once();
+    last_words::on_panic();
     let personality = Personality::of_this_process();
     let code = match args::parse(std::env::args_os()) {
-        Ok(Invocation::Help) => {
-            print!("{}", args::help(personality));
-            ExitCode::Ok
-        }
-        Ok(Invocation::Version) => {
-            print!("{}", personality.version_text());
-            ExitCode::Ok
-        }
-        Ok(Invocation::SnapshotVersion) => {
-            print!("{}", snapshot_tool::version_text());
-            ExitCode::Ok
-        }
+        Ok(Invocation::Help) => print(&args::help(personality)),
+        Ok(Invocation::Version) => print(&personality.version_text()),
+        Ok(Invocation::SnapshotVersion) => print(&snapshot_tool::version_text()),
         Ok(Invocation::DescribeSnapshot(state)) => snapshot_tool::describe(personality, &state),
         Ok(Invocation::SnapshotTool(tool)) => snapshot_tool::run(&tool),
         Ok(Invocation::Run(args)) => run(personality, &args, start),
         Err(error) => report(personality, &RunError::Args(error)),
     };
     exit::exit(code)
+}
+
+/// Prints a text on standard output, whose reader may have read enough.
+fn print(text: &str) -> ExitCode {
+    let mut stdout = std::io::stdout();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            last_words::to_stderr(format!("Error: cannot write to standard output: {error}\n").as_bytes());
+            ExitCode::Generic
+        }
+        _ => ExitCode::Ok,
+    }
 }
 
 /// Why the process ends with an error.
@@ -121,7 +131,7 @@ impl RunError {
 /// Says what went wrong, to whoever started this process and to the log, and gives the code to exit with.
 fn report(personality: Personality, error: &RunError) -> ExitCode {
     log::error!("{error}");
-    eprintln!("Error: {error}");
+    last_words::to_stderr(format!("Error: {error}\n").as_bytes());
     error.code(personality)
 }
 
@@ -144,12 +154,13 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     logger::install(&args.id, personality);
     set_up_logger(&args.logger)?;
     log::info!("{}", personality.banner());
-    let signals = signals::install()?;
-    terminal::restore_on_panic();
+    fatal::install()?;
 
-    // Read before the socket is there: a client that sees the socket may rely on the configuration.
+    // Read before the socket is there: a client that sees the socket may rely on the configuration. And before signals are handled: a file that
+    // never ends, such as a FIFO without a writer, can still be interrupted.
     let config = args.config_file.as_deref().map(read_config).transpose()?;
     let metadata = args.metadata.as_deref().map(read_metadata).transpose()?;
+    let signals = signals::install()?;
     let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
     let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
     let requests = api.map(ApiServer::spawn).transpose()?;

@@ -1,31 +1,25 @@
-//! Signals: those that ask this process to end, and those that say it is broken.
+//! Signals that ask this process to end: SIGTERM, SIGINT, SIGQUIT and SIGHUP.
 //!
-//! SIGTERM, SIGINT and SIGQUIT end it as they would end any program, but in order: the guest's output is carried out, its overlays closed, the
-//! socket removed, the terminal restored, and then the signal takes its default course, so that a parent sees it. SIGHUP does the same
-//! with an exit code of its own. The fatal ones end it at once with theirs.
+//! Before [`install`] there is nothing to clean up, and they end the process at once. From then on they end it in order: the guest's output is
+//! carried out, its overlays are closed, the socket is removed, the terminal is restored. Then the signal takes its default action, so that a
+//! parent sees which signal it was. SIGHUP has an exit code instead.
+//!
+//! The kernel does not apply default actions to process 1 of a PID namespace. There the process exits with 128 plus the signal's number, which is what a
+//! shell reports of a process that a signal ended: see [`end_init_at_once`] and [`end_by`].
+//!
+//! Signals that say this process is broken are in [`crate::fatal`].
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::event::{EventfdFlags, eventfd};
-use vmm_sys_util::signal::register_signal_handler;
 
 use crate::exit::ExitCode;
 use crate::terminal;
 
 /// Those that ask.
 const ASKING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
-
-/// Those that say something is broken, with the code to exit with.
-const FATAL: [(libc::c_int, ExitCode); 6] = [
-    (libc::SIGSYS, ExitCode::BadSyscall),
-    (libc::SIGBUS, ExitCode::BusError),
-    (libc::SIGSEGV, ExitCode::SegmentationFault),
-    (libc::SIGXFSZ, ExitCode::FileSize),
-    (libc::SIGXCPU, ExitCode::CpuTime),
-    (libc::SIGILL, ExitCode::IllegalInstruction),
-];
 
 /// The first asking signal that came; 0 for none.
 static ASKED: AtomicI32 = AtomicI32::new(0);
@@ -51,15 +45,44 @@ impl AsFd for Signals {
     }
 }
 
-/// Installs all handlers. Called once.
+/// A signal handler, as `SA_SIGINFO` calls it.
+pub(crate) type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+
+/// Installs a handler, which runs on the thread's alternate stack and is not interrupted by other signals.
+///
+/// The standard library gives each of its threads an alternate stack, which no other code replaces.
+pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<()> {
+    // SAFETY: a `sigaction` is plain numbers and an optional function, for which zero is a value.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as *const () as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    // SAFETY: the set is ours alone.
+    unsafe { libc::sigfillset(&raw mut action.sa_mask) };
+    // SAFETY: the action outlives the call. The handlers of this crate make system calls and use atomics, and nothing else.
+    if unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Whether this is process 1 of its PID namespace, to which the kernel does not apply default actions of signals.
+pub(crate) fn is_init() -> bool {
+    std::process::id() == 1
+}
+
+/// Makes the signals end the process at once if it is process 1 of its PID namespace. Others need nothing for that.
+pub(crate) fn end_init_at_once() {
+    if is_init() {
+        ASKING.into_iter().for_each(take_default_action);
+    }
+}
+
+/// Installs the handlers, so that the signals end the process in order. Called once.
 pub(crate) fn install() -> std::io::Result<Signals> {
     let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     let wake = WAKE.get_or_init(|| fd);
     for signal in ASKING {
-        register_signal_handler(signal, on_asking)?;
-    }
-    for (signal, _) in FATAL {
-        register_signal_handler(signal, on_fatal)?;
+        handle(signal, on_asking)?;
     }
     Ok(Signals(wake.as_fd()))
 }
@@ -113,11 +136,17 @@ pub(crate) fn renew() -> std::io::Result<Signals> {
 
 /// From now on signals that ask this process to end, end it.
 pub(crate) fn take_their_course() {
-    for signal in ASKING {
-        // SAFETY: restoring the default action of a valid signal has no precondition.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-    }
+    ASKING.into_iter().for_each(take_default_action);
     mask(libc::SIG_UNBLOCK);
+}
+
+/// Restores the default action of `signal`, which is to end the process. Process 1 of a PID namespace gets a handler that does.
+fn take_default_action(signal: libc::c_int) {
+    if is_init() && handle(signal, on_asking_at_once).is_ok() {
+        return;
+    }
+    // SAFETY: restoring the default action of a valid signal has no precondition.
+    unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
 
 /// The descriptor that the handlers write to.
@@ -132,100 +161,31 @@ extern "C" fn on_asking(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut li
     }
 }
 
-extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    terminal::restore();
-    let code = FATAL.iter().find(|(fatal, _)| *fatal == signal).map_or(ExitCode::Generic, |(_, code)| *code);
-    // Only what a signal handler may do: no allocation, no lock, one write.
-    let mut text = Line::default();
-    text.push(b"Error: this monitor is ended by signal ");
-    text.push_number(signal.unsigned_abs());
-    if signal == libc::SIGSYS {
-        text.push(b", after the forbidden system call ");
-        text.push_number(syscall_number(info));
-    }
-    text.push(b": exit_code=");
-    text.push_number((code as i32).unsigned_abs());
-    text.push(b"\n");
-    let _ = rustix::io::write(rustix::stdio::stderr(), text.as_bytes());
-    exit_now(code);
+extern "C" fn on_asking_at_once(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    exit_now(ExitCode::of_asking(signal))
 }
 
-/// Ends the process by `signal`, as a parent would see any program ended by it; SIGHUP has an exit code instead.
+/// Ends the process by `signal`, so that a parent sees which signal ended it. Returns the code to exit with where that is not possible: for
+/// SIGHUP, which has one, and in process 1 of a PID namespace.
 pub(crate) fn end_by(signal: i32) -> ExitCode {
     if signal != libc::SIGHUP {
         terminal::restore();
         log::info!("ended by signal {signal}");
-        raise_default(signal);
-    }
-    ExitCode::HangUp
-}
-
-/// A short text without allocation.
-struct Line {
-    bytes: [u8; 128],
-    len: usize,
-}
-
-impl Default for Line {
-    fn default() -> Self {
-        Line { bytes: [0; 128], len: 0 }
-    }
-}
-
-impl Line {
-    fn push(&mut self, text: &[u8]) {
-        let room = &mut self.bytes[self.len..];
-        let len = text.len().min(room.len());
-        room[..len].copy_from_slice(&text[..len]);
-        self.len += len;
-    }
-
-    fn push_number(&mut self, mut number: u32) {
-        let mut digits = [0; 10];
-        let mut at = digits.len();
-        loop {
-            at -= 1;
-            digits[at] = b'0' + (number % 10) as u8;
-            number /= 10;
-            if number == 0 {
-                break;
-            }
+        if !is_init() {
+            raise_default(signal);
         }
-        self.push(&digits[at..]);
     }
-
-    fn as_bytes(&self) -> &[u8] {
-        &self.bytes[..self.len]
-    }
+    ExitCode::of_asking(signal)
 }
 
-/// The system call that SIGSYS is about.
-fn syscall_number(info: *mut libc::siginfo_t) -> u32 {
-    if info.is_null() {
-        return 0;
-    }
-    // SAFETY: the kernel passes a whole `siginfo_t`, which for SIGSYS begins like this, to a handler with SA_SIGINFO.
-    unsafe { (*info.cast::<SigsysInfo>()).syscall }
-}
-
-/// The beginning of `siginfo_t` for SIGSYS.
-#[repr(C)]
-struct SigsysInfo {
-    signal: i32,
-    errno: i32,
-    code: i32,
-    call_addr: *const libc::c_void,
-    syscall: u32,
-}
-
-/// Ends the process without running anything else.
-fn exit_now(code: ExitCode) -> ! {
+/// Ends the process without running anything else. A signal handler may call it.
+pub(crate) fn exit_now(code: ExitCode) -> ! {
     // SAFETY: `_exit` has no precondition, and may be called from a signal handler.
     unsafe { libc::_exit(code as i32) }
 }
 
-/// Lets `signal` take its default course.
-fn raise_default(signal: i32) {
+/// Lets `signal` take its default action. Returns where the signal is blocked: then it does so later.
+pub(crate) fn raise_default(signal: i32) {
     // SAFETY: restoring the default action of a valid signal has no precondition.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
     // SAFETY: nor has raising it.
@@ -235,16 +195,37 @@ fn raise_default(signal: i32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::subprocess;
+
+    /// A live snapshot's writer: signals that came while it was forked wait until it takes their default action.
+    #[test]
+    fn asking_signals_end_a_writer_that_is_init_of_a_namespace() {
+        if subprocess::is_one() {
+            assert!(is_init());
+            install().unwrap();
+            let held = hold();
+            // SAFETY: raising a signal has no precondition.
+            unsafe { libc::raise(libc::SIGTERM) };
+            take_their_course();
+            drop(held);
+            return;
+        }
+        let ended = subprocess::again_as_init(
+            "signals::tests::asking_signals_end_a_writer_that_is_init_of_a_namespace",
+        );
+        assert_eq!(ended.status.code(), Some(128 + libc::SIGTERM), "{ended:?}");
+    }
 
     #[test]
-    fn a_line_holds_numbers_and_is_cut_at_its_end() {
-        let mut line = Line::default();
-        line.push(b"n=");
-        line.push_number(0);
-        line.push(b",");
-        line.push_number(u32::MAX);
-        assert_eq!(line.as_bytes(), b"n=0,4294967295");
-        line.push(&[b'x'; 200]);
-        assert_eq!(line.as_bytes().len(), 128);
+    fn asking_signals_end_init_before_anything_is_set_up() {
+        if subprocess::is_one() {
+            end_init_at_once();
+            // SAFETY: raising a signal has no precondition.
+            unsafe { libc::raise(libc::SIGINT) };
+            return;
+        }
+        let ended =
+            subprocess::again_as_init("signals::tests::asking_signals_end_init_before_anything_is_set_up");
+        assert_eq!(ended.status.code(), Some(128 + libc::SIGINT), "{ended:?}");
     }
 }

@@ -42,13 +42,3 @@ pub(crate) fn restore() {
 pub(crate) fn forget() {
     FORGOTTEN.store(true, Ordering::Relaxed);
 }
-
-/// Puts the terminal back, and the reason in the log, when this process panics.
-pub(crate) fn restore_on_panic() {
-    let default = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        restore();
-        log::error!("bug in this monitor: {info}");
-        default(info);
-    }));
-}

@@ -14,8 +14,9 @@ use vesta_tests::guest::{BOOT_ARGS, Guest};
 use vesta_tests::initramfs::Initramfs;
 
 use super::measure::{INIT, Life, Sign, life};
-use super::table::{Row, markdown};
-use super::{Monitor, MonitorKind, check_runs, describe, files, kind_for_null_guests, on_host, peer, today};
+use super::peers::Peers;
+use super::rounds::{Turn, interleaved};
+use super::{Monitor, MonitorKind, check_runs, describe, files, kind_for_null_guests, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Outcome};
 use crate::process::say;
@@ -39,12 +40,13 @@ enum GuestFiles {
 /// Fewest runs that a median is taken over.
 const FEWEST_RUNS: usize = 11;
 
-/// `cargo xtask bench boot [--peer NAME=PATH]... [--runs N]`.
+/// `cargo xtask bench boot [--runs N] [PEERS]`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs) = (Vec::new(), FEWEST_RUNS);
+    let (mut peers, mut runs) = (Peers::default(), FEWEST_RUNS);
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("peer") => peers.add(parser.value()?),
+            Long("no-peers") => peers.only_named(),
             Long("runs") => runs = parser.value()?.parse()?,
             _ => return Err(arg.unexpected().into()),
         }
@@ -52,8 +54,8 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm");
     let vmm = build_vmm(true)?;
-    let mut monitors = vec![Monitor::api("vesta", vmm)];
-    monitors.extend(peers);
+    let mut monitors = vec![Monitor::vesta(vmm)];
+    monitors.extend(peers.monitors()?);
     let dir = files()?;
 
     let (kind, why) = host::choose()?;
@@ -81,6 +83,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         name: "QEMU microvm".to_owned(),
         path,
         kind: MonitorKind::Qemu,
+        peer: true,
     }));
     println!("\n## Linux ({name}, initramfs with busybox; 128 MiB, 1 vCPU), on {}\n", describe(kind, &why));
     let orders = Orders { monitors, runs, guest: GuestFiles::Linux { kernel: kernel.image, initrd } };
@@ -108,45 +111,28 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             (guest, Sign::Init)
         }
     };
-    let mut lives: Vec<Vec<Life>> = vec![Vec::new(); orders.monitors.len()];
-    // One life first that does not count: it brings files into the page cache.
-    for run in 0..=orders.runs {
-        for (monitor, lives) in orders.monitors.iter().zip(&mut lives) {
-            let life = life(monitor, &guest, sign)?;
-            if run > 0 {
-                lives.push(life);
-            }
-        }
-    }
-    print!("{}", table(&orders.monitors, &lives, sign));
+    let turn =
+        |monitor: Monitor| Turn { name: monitor.name.clone(), may_fail: monitor.peer, contestant: monitor };
+    let turns = orders.monitors.into_iter().map(turn).collect();
+    let measured =
+        interleaved(turns, orders.runs, true, |monitor| Ok(values(&life(monitor, &guest, sign)?)))?;
+    print!("{}", measured.markdown(&columns(sign)));
     Ok(ExitCode::SUCCESS)
 }
 
-fn table(monitors: &[Monitor], lives: &[Vec<Life>], sign: Sign) -> String {
-    type Column = (&'static str, fn(&Life) -> Option<f64>);
-    let columns: [Column; 5] = match sign {
-        Sign::FirstInstruction => [
-            ("spawn to API, ms", |life| life.api_ms),
-            ("InstanceStart call, ms", |life| life.start_call_ms),
-            ("InstanceStart to first instruction, ms", |life| life.start_to_sign_ms),
-            ("spawn to first instruction, ms", |life| life.spawn_to_sign_ms),
-            ("resident above the guest's, KiB", |life| life.resident_kib),
-        ],
-        Sign::Init => [
-            ("spawn to API, ms", |life| life.api_ms),
-            ("InstanceStart call, ms", |life| life.start_call_ms),
-            ("InstanceStart to init, ms", |life| life.start_to_sign_ms),
-            ("spawn to init, ms", |life| life.spawn_to_sign_ms),
-            ("resident above the guest's, KiB", |life| life.resident_kib),
-        ],
+fn columns(sign: Sign) -> [&'static str; 5] {
+    let (start, spawn) = match sign {
+        Sign::FirstInstruction => {
+            ("InstanceStart to first instruction, ms", "spawn to first instruction, ms")
+        }
+        Sign::Init => ("InstanceStart to init, ms", "spawn to init, ms"),
     };
-    let rows: Vec<Row> = monitors
-        .iter()
-        .zip(lives)
-        .map(|(monitor, lives)| Row {
-            name: monitor.name.clone(),
-            samples: columns.iter().map(|(_, value)| lives.iter().filter_map(value).collect()).collect(),
-        })
-        .collect();
-    markdown(&columns.map(|(title, _)| title), &rows)
+    ["spawn to API, ms", "InstanceStart call, ms", start, spawn, "resident above the guest's, KiB"]
+}
+
+/// The values of the columns.
+fn values(life: &Life) -> Vec<Vec<f64>> {
+    [life.api_ms, life.start_call_ms, life.start_to_sign_ms, life.spawn_to_sign_ms, life.resident_kib]
+        .map(|value| value.into_iter().collect())
+        .into()
 }

@@ -20,7 +20,8 @@ use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_tests::load::Workload;
 
-use super::{Monitor, check_runs, check_seconds, files, on_host, peer, today};
+use super::peers::{Peers, lacking, not_measured};
+use super::{Monitor, check_runs, check_seconds, files, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind};
 use crate::process::say;
@@ -58,11 +59,12 @@ struct Orders {
 
 /// `cargo xtask bench io`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs, mut seconds, mut pci) = (Vec::new(), 9, 0.5, false);
+    let (mut peers, mut runs, mut seconds, mut pci) = (Peers::default(), 9, 0.5, false);
     let (mut disk, mut workloads, mut only) = (None, Vec::new(), Vec::new());
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("peer") => peers.add(parser.value()?),
+            Long("no-peers") => peers.only_named(),
             Long("runs") => runs = parser.value()?.parse()?,
             Long("seconds") => seconds = parser.value()?.parse()?,
             Long("pci") => pci = true,
@@ -83,8 +85,9 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 
     say!("building vesta-vmm and vesta-load");
     let load = build_load()?;
-    let vesta = Monitor::api("vesta", build_vmm(true)?);
-    let contestants: Vec<Contestant> = contestants(&load, &vesta, &peers, pci)
+    let mut monitors = vec![Monitor::vesta(build_vmm(true)?)];
+    monitors.extend(peers.monitors()?);
+    let contestants: Vec<Contestant> = contestants(&load, &monitors, pci)
         .into_iter()
         .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
         .collect();
@@ -115,6 +118,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         emulated.modules = vec!["null_blk".to_owned()];
     }
     let outcome = on_host(kind, "bench-io-inner", &orders, &emulated)?;
+    print!("{}", lacking(&monitors, if pci { "overlays and no virtio-pci" } else { "overlays" }));
     println!(
         "\n`cargo xtask bench io`, {}: medians over {runs} interleaved rounds of {seconds} s for each workload, in brackets the\n\
          least and the most. Host CPU: what the monitor's threads used (guest code is part of its vCPU), from schedstat.",
@@ -123,15 +127,15 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(outcome.report())
 }
 
-fn contestants(load: &Path, vesta: &Monitor, peers: &[Monitor], pci: bool) -> Vec<Contestant> {
+fn contestants(load: &Path, monitors: &[Monitor], pci: bool) -> Vec<Contestant> {
     let mut all = vec![Contestant::raw(load)];
-    for monitor in std::iter::once(vesta).chain(peers) {
-        for pci in [false, true].into_iter().filter(|&with| pci || !with) {
+    for monitor in monitors {
+        for pci in [false, true].into_iter().filter(|&with| !with || pci && monitor.is_vesta()) {
             for engine in [Engine::Async, Engine::Sync] {
                 all.push(Contestant::api(monitor, engine, false, pci));
             }
         }
-        if monitor.name == vesta.name {
+        if monitor.is_vesta() {
             all.push(Contestant::api(monitor, Engine::Async, true, false));
         }
     }
@@ -146,6 +150,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let disks = Disks::make(&orders.disks)?;
     let setup = sample::Setup::new(&orders.guest, &disks, &workloads, orders.seconds)?;
     let mut results = Results::new(orders.contestants);
+    let mut left_out = String::new();
     // One round first that does not count: it brings files into the page cache, and shows who cannot take part.
     for round in 0..=orders.runs {
         let mut index = 0;
@@ -155,7 +160,8 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
                 Ok(samples) if round > 0 => results.add(index, samples),
                 Ok(_) => {}
                 Err(error) if round == 0 && contestant.is_peer() => {
-                    say!("{} does not take part: {error:#}", contestant.name);
+                    say!("{} is not measured: {error:#}", contestant.name);
+                    left_out += &not_measured(&contestant.name, &format!("{error:#}"));
                     results.exclude(index);
                     continue;
                 }
@@ -167,6 +173,6 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             say!("round {round} of {} is done", orders.runs);
         }
     }
-    print!("{}", results.tables(disks.list(), &workloads));
+    print!("{}{left_out}", results.tables(disks.list(), &workloads));
     Ok(ExitCode::SUCCESS)
 }

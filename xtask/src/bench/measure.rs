@@ -44,7 +44,7 @@ pub(super) enum Sign {
 /// Starts the monitor and the guest, waits for the sign, measures, and ends it.
 pub(super) fn life(monitor: &Monitor, guest: &Guest, sign: Sign) -> Result<Life> {
     match monitor.kind {
-        MonitorKind::Api => with_api(&monitor.path, guest, sign),
+        MonitorKind::Vesta | MonitorKind::Firecracker => with_api(&monitor.path, guest, sign),
         MonitorKind::Qemu => with_qemu(&monitor.path, guest, sign),
     }
     .with_context(|| monitor.name.clone())

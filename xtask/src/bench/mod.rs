@@ -2,13 +2,15 @@
 //!
 //! Runs are interleaved (every monitor once, then every monitor again), so that what the host does meanwhile hits all
 //! alike. What is printed are medians. A number means something beside the others of its table only: each table names
-//! its host.
+//! its host. Who takes part beside vesta is in [`peers`].
 
 mod boot;
 mod io;
 mod measure;
 mod net;
+mod peers;
 mod qemu;
+mod rounds;
 mod serving_guest;
 mod snapshot;
 mod table;
@@ -35,22 +37,32 @@ pub(crate) use vsock::inner as vsock_inner;
 /// A monitor to measure.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Monitor {
+    /// What tables call it.
     name: String,
     path: PathBuf,
     kind: MonitorKind,
+    /// It is what vesta is compared with. One that cannot do what is asked is left out, with its reason.
+    peer: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum MonitorKind {
-    /// It has Firecracker's API and flags.
-    Api,
+    /// This one, or an older build of it.
+    Vesta,
+    /// It has Firecracker's API and flags, and nothing more.
+    Firecracker,
     /// QEMU with its `microvm` machine.
     Qemu,
 }
 
 impl Monitor {
-    fn api(name: &str, path: PathBuf) -> Monitor {
-        Monitor { name: name.to_owned(), path, kind: MonitorKind::Api }
+    /// The monitor that was just built.
+    fn vesta(path: PathBuf) -> Monitor {
+        Monitor { name: "vesta".to_owned(), path, kind: MonitorKind::Vesta, peer: false }
+    }
+
+    fn is_vesta(&self) -> bool {
+        self.kind == MonitorKind::Vesta
     }
 }
 
@@ -126,12 +138,4 @@ fn describe(kind: Kind, why: &str) -> String {
         Kind::Native => format!("{kind} (Linux {}; {why})", system.release().to_string_lossy()),
         Kind::Emulated => kind.to_string(),
     }
-}
-
-fn peer(text: OsString) -> Result<Monitor> {
-    let text = text.string()?;
-    let (name, path) =
-        text.split_once('=').with_context(|| format!("--peer is {text}: it must be NAME=PATH"))?;
-    let path = std::fs::canonicalize(path).with_context(|| format!("--peer {name}: {path}"))?;
-    Ok(Monitor::api(name, path))
 }

@@ -19,8 +19,9 @@ use vesta_tests::initramfs::Initramfs;
 use vesta_tests::net_load::Server;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-use super::table::{Row, markdown};
-use super::{Monitor, check_runs, check_seconds, on_host, peer, qemu, today};
+use super::peers::{Peers, lacking};
+use super::rounds::{Turn, interleaved};
+use super::{Monitor, check_runs, check_seconds, on_host, qemu, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind};
 use crate::process::say;
@@ -43,6 +44,8 @@ struct Contestant {
     name: String,
     path: PathBuf,
     how: How,
+    /// It may turn out that it cannot do what is asked.
+    peer: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,10 +86,11 @@ const COLUMNS: [&str; 11] = [
 
 /// `cargo xtask bench net`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs, mut seconds, mut pci, mut only) = (Vec::new(), 5, 1.0, false, Vec::new());
+    let (mut peers, mut runs, mut seconds, mut pci, mut only) = (Peers::default(), 5, 1.0, false, Vec::new());
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("peer") => peers.add(parser.value()?),
+            Long("no-peers") => peers.only_named(),
             Long("runs") => runs = parser.value()?.parse()?,
             Long("seconds") => seconds = parser.value()?.parse()?,
             Long("pci") => pci = true,
@@ -102,7 +106,9 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     apt::ensure(&[("ip", "iproute2"), ("ethtool", "ethtool")])?;
     say!("building vesta-vmm and net-tool");
     let tool = build_net_tool()?;
-    let contestants: Vec<Contestant> = contestants(&tool, &build_vmm(true)?, &peers, pci)
+    let mut monitors = vec![Monitor::vesta(build_vmm(true)?)];
+    monitors.extend(peers.monitors()?);
+    let contestants: Vec<Contestant> = contestants(&tool, &monitors, pci)
         .into_iter()
         .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
         .collect();
@@ -121,6 +127,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         emulated.modules = vec!["vhost_net".to_owned()];
     }
     let outcome = on_host(kind, "bench-net-inner", &orders, &emulated)?;
+    print!("{}", lacking(&monitors, if pci { "vhost and no virtio-pci" } else { "vhost" }));
     println!(
         "\n`cargo xtask bench net`, {}: medians over {runs} interleaved rounds of {seconds} s for each column, in brackets the least\n\
          and the most. TCP over a tap at MTU 1500; small packets are UDP with 64 bytes. CPU: what the monitor's threads other than vCPUs\n\
@@ -130,20 +137,22 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(outcome.report())
 }
 
-fn contestants(tool: &Path, vmm: &Path, peers: &[Monitor], pci: bool) -> Vec<Contestant> {
-    let one = |name: String, path: &Path, how| Contestant { name, path: path.to_owned(), how };
-    let mut all = vec![one("loopback, no guest".into(), tool, How::Loopback)];
-    for pci in [false, true].into_iter().filter(|&with| pci || !with) {
-        let bus = if pci { ", PCI" } else { "" };
-        all.push(one(format!("vesta{bus}"), vmm, How::Api { vhost: false, pci }));
-        all.push(one(format!("vesta, vhost{bus}"), vmm, How::Api { vhost: true, pci }));
+fn contestants(tool: &Path, monitors: &[Monitor], pci: bool) -> Vec<Contestant> {
+    let one = |name: String, path: &Path, how, peer| Contestant { name, path: path.to_owned(), how, peer };
+    let mut all = vec![one("loopback, no guest".into(), tool, How::Loopback, false)];
+    for Monitor { name, path, peer, .. } in monitors.iter().filter(|monitor| monitor.is_vesta()) {
+        for pci in [false, true].into_iter().filter(|&with| pci || !with) {
+            let bus = if pci { ", PCI" } else { "" };
+            all.push(one(format!("{name}{bus}"), path, How::Api { vhost: false, pci }, *peer));
+            all.push(one(format!("{name}, vhost{bus}"), path, How::Api { vhost: true, pci }, *peer));
+        }
     }
-    for peer in peers {
-        all.push(one(peer.name.clone(), &peer.path, How::Api { vhost: false, pci: false }));
+    for monitor in monitors.iter().filter(|monitor| !monitor.is_vesta()) {
+        all.push(one(monitor.name.clone(), &monitor.path, How::Api { vhost: false, pci: false }, true));
     }
     if let Some(qemu) = apt::find("qemu-system-x86_64") {
-        all.push(one("QEMU microvm".into(), &qemu, How::Qemu { vhost: false }));
-        all.push(one("QEMU microvm, vhost".into(), &qemu, How::Qemu { vhost: true }));
+        all.push(one("QEMU microvm".into(), &qemu, How::Qemu { vhost: false }, true));
+        all.push(one("QEMU microvm, vhost".into(), &qemu, How::Qemu { vhost: true }, true));
     }
     all
 }
@@ -154,28 +163,18 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let net = HostNet::new()?;
     net.tap("tap0", &format!("{HOST}/24"), "")?;
     let time = Duration::try_from_secs_f64(orders.seconds)?;
-    let mut rows: Vec<Row> = orders
-        .contestants
-        .iter()
-        .map(|contestant| Row { name: contestant.name.clone(), samples: vec![Vec::new(); COLUMNS.len()] })
-        .collect();
-    // One round first that does not count: it brings files into the page cache.
-    for round in 0..=orders.runs {
-        for (contestant, row) in orders.contestants.iter().zip(&mut rows) {
-            // The guest before had another address of its card.
-            net.ip("neighbour flush dev tap0")?;
-            let samples = turn(&orders, contestant, time).with_context(|| contestant.name.clone())?;
-            if round > 0 {
-                for (all, sample) in row.samples.iter_mut().zip(samples) {
-                    all.extend(sample);
-                }
-            }
-        }
-        if round > 0 {
-            say!("round {round} of {} is done", orders.runs);
-        }
-    }
-    print!("{}", markdown(&COLUMNS, &rows));
+    let turns = orders.contestants.iter().map(|contestant| Turn {
+        name: contestant.name.clone(),
+        may_fail: contestant.peer,
+        contestant,
+    });
+    let measured = interleaved(turns.collect(), orders.runs, true, |contestant| {
+        // The guest before had another address of its card.
+        net.ip("neighbour flush dev tap0")?;
+        let values = turn(&orders, contestant, time)?;
+        Ok(values.map(|value| value.into_iter().collect()).into())
+    })?;
+    print!("{}", measured.markdown(&COLUMNS));
     Ok(ExitCode::SUCCESS)
 }
 

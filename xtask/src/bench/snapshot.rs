@@ -18,9 +18,10 @@ use serde_json::json;
 use vesta_tests::api::ApiClient;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
+use super::peers::Peers;
+use super::rounds::Turn;
 use super::serving_guest::ServingGuest;
-use super::table::Row;
-use super::{Monitor, check_runs, describe, files, kind_for_null_guests, on_host, peer, today};
+use super::{Monitor, check_runs, describe, files, kind_for_null_guests, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Outcome};
 use crate::process::say;
@@ -46,18 +47,19 @@ struct Orders {
 
 /// `cargo xtask bench snapshot [--peer NAME=PATH]... [--runs N]`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs) = (Vec::new(), 9);
+    let (mut peers, mut runs) = (Peers::default(), 9);
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("peer") => peers.add(parser.value()?),
+            Long("no-peers") => peers.only_named(),
             Long("runs") => runs = parser.value()?.parse()?,
             _ => return Err(arg.unexpected().into()),
         }
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
-    let mut monitors = vec![Monitor::api("vesta", build_vmm(true)?)];
-    monitors.extend(peers);
+    let mut monitors = vec![Monitor::vesta(build_vmm(true)?)];
+    monitors.extend(peers.monitors()?);
     let dir = files()?;
     let guest = ServingGuest::make(&dir, "guest-vsock serve")?;
 
@@ -98,9 +100,14 @@ fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-/// Rows of as many columns, one for each name.
-fn rows<'a>(names: impl Iterator<Item = &'a str>, columns: usize) -> Vec<Row> {
-    names.map(|name| Row { name: name.to_owned(), samples: vec![Vec::new(); columns] }).collect()
+/// A turn for each of these monitors.
+fn turns<'a>(monitors: impl IntoIterator<Item = &'a Monitor>) -> Vec<Turn<&'a Monitor>> {
+    let turn = |monitor: &'a Monitor| Turn {
+        name: monitor.name.clone(),
+        may_fail: monitor.peer,
+        contestant: monitor,
+    };
+    monitors.into_iter().map(turn).collect()
 }
 
 /// Private memory of a process, in KiB.
@@ -117,7 +124,7 @@ fn private_kib(pid: u64) -> Result<f64> {
 /// Starts so many monitors, and does the same with all of them at once.
 fn all_at_once(program: &Path, count: usize, each: impl Fn(&Vmm) -> Result<()> + Sync) -> Result<Vec<Vmm>> {
     // Started from this thread, with which they end.
-    let spawn = |_| VmmBuilder::new(program)?.quiet().with_api().spawn();
+    let spawn = |_| VmmBuilder::new(program)?.quiet().with_api().stdout_to_file()?.spawn();
     let monitors = (0..count).map(spawn).collect::<Result<Vec<_>>>()?;
     std::thread::scope(|scope| {
         let threads: Vec<_> = monitors.iter().map(|monitor| scope.spawn(|| each(monitor))).collect();

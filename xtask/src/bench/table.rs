@@ -1,10 +1,21 @@
 //! Samples, their medians, and a table of them in Markdown.
 
 /// One row: a monitor.
+#[derive(Debug)]
 pub(super) struct Row {
     pub(super) name: String,
     /// For each column, every run's value. None where the monitor has no such thing.
     pub(super) samples: Vec<Vec<f64>>,
+}
+
+impl Row {
+    /// Adds values to each column.
+    pub(super) fn add(&mut self, values: Vec<Vec<f64>>) {
+        self.samples.resize(values.len().max(self.samples.len()), Vec::new());
+        for (samples, values) in self.samples.iter_mut().zip(values) {
+            samples.extend(values);
+        }
+    }
 }
 
 /// The value in the middle; the lower one of two.

@@ -18,9 +18,10 @@ use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{connect, port};
 
 use super::net::cpu_ns;
+use super::peers::{Peers, lacking, not_measured};
 use super::serving_guest::{SERVING, ServingGuest};
 use super::table::{Row, markdown, median};
-use super::{Monitor, check_runs, describe, files, on_host, peer, today};
+use super::{Monitor, check_runs, describe, files, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind, Outcome};
 use crate::process::say;
@@ -48,10 +49,11 @@ const FEWEST_RUNS: usize = 5;
 
 /// `cargo xtask bench vsock [--peer NAME=PATH]... [--runs N] [--pci]`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs, mut pci) = (Vec::new(), 11, false);
+    let (mut peers, mut runs, mut pci) = (Peers::default(), 11, false);
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("peer") => peers.push(peer(parser.value()?)?),
+            Long("peer") => peers.add(parser.value()?),
+            Long("no-peers") => peers.only_named(),
             Long("runs") => runs = parser.value()?.parse()?,
             Long("pci") => pci = true,
             _ => return Err(arg.unexpected().into()),
@@ -59,8 +61,9 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
-    let mut monitors = vec![Monitor::api("vesta", build_vmm(true)?)];
-    monitors.extend(peers);
+    let mut monitors = vec![Monitor::vesta(build_vmm(true)?)];
+    monitors.extend(peers.monitors()?);
+    let lacking = if pci { lacking(&monitors, "virtio-pci") } else { String::new() };
     let (kind, why) = host::choose()?;
     let (trips, bytes) = match kind {
         Kind::Native => (10_000, 1 << 30),
@@ -75,6 +78,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let orders = Orders { monitors, pci, runs, guest, disk, trips, bytes };
     let emulated = Emulated { timeout: Duration::from_mins(20), ..Emulated::default() };
     let outcome = on_host(kind, "bench-vsock-inner", &orders, &emulated)?;
+    print!("{lacking}");
     println!(
         "\n`cargo xtask bench vsock`, {}: medians over {runs} interleaved runs, in brackets the least and",
         today()?
@@ -111,23 +115,36 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let orders: Orders = super::orders(parser)?;
     let mut pair = Vec::new();
     let buses = [false, true].into_iter().filter(|pci| orders.pci || !pci);
-    let contestants: Vec<(&Monitor, bool)> =
-        buses.flat_map(|pci| orders.monitors.iter().map(move |monitor| (monitor, pci))).collect();
+    let mut contestants: Vec<(&Monitor, bool)> = buses
+        .flat_map(|pci| orders.monitors.iter().map(move |monitor| (monitor, pci)))
+        .filter(|(monitor, pci)| !pci || monitor.is_vesta())
+        .collect();
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); contestants.len()];
-    // One run first that does not count.
+    let mut left_out = String::new();
+    // One run first that does not count, and shows who cannot take part.
     for run in 0..=orders.runs {
         let alone = socket_pair(&orders)?;
         if run > 0 {
             pair.push(alone);
         }
-        for (&(monitor, pci), samples) in contestants.iter().zip(&mut samples) {
-            let sample = guest(monitor, pci, &orders).with_context(|| monitor.name.clone())?;
-            if run > 0 {
-                samples.push(sample);
+        let mut at = 0;
+        while let Some(&(monitor, pci)) = contestants.get(at) {
+            match guest(monitor, pci, &orders) {
+                Ok(sample) if run > 0 => samples[at].push(sample),
+                Ok(_) => {}
+                Err(error) if run == 0 && monitor.peer => {
+                    say!("{} is not measured: {error:#}", monitor.name);
+                    left_out += &not_measured(&monitor.name, &format!("{error:#}"));
+                    contestants.remove(at);
+                    samples.remove(at);
+                    continue;
+                }
+                Err(error) => return Err(error).with_context(|| monitor.name.clone()),
             }
+            at += 1;
         }
     }
-    print!("{}", table(&contestants, &pair, &samples));
+    print!("{}{left_out}", table(&contestants, &pair, &samples));
     Ok(ExitCode::SUCCESS)
 }
 

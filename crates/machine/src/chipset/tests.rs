@@ -196,6 +196,7 @@ fn a_timer_interrupt_right_after_a_restore_is_not_lost() {
             serial: serial(&path),
             devices: DeviceSetup::default(),
             clock: ClockAfter::Continues,
+            stop: None,
             events,
         })
         .unwrap();

@@ -20,6 +20,7 @@ use memory::image::{ImageError, Merged, RestoreError, merge, merge_in_place};
 use snapshot::{FORMAT_VERSION, ReadError, Snapshot};
 
 use crate::exit::ExitCode;
+use crate::last_words;
 use crate::personality::Personality;
 use info::Info;
 
@@ -83,7 +84,7 @@ fn end_of(done: Result<(), ToolError>) -> ExitCode {
         // Who reads has read enough.
         Err(ToolError::Output(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Ok,
         Err(error) => {
-            eprintln!("Error: {error}");
+            last_words::to_stderr(format!("Error: {error}\n").as_bytes());
             ExitCode::Generic
         }
     }

@@ -58,7 +58,7 @@ impl Contestant {
     pub(super) fn api(monitor: &Monitor, engine: Engine, overlay: bool, pci: bool) -> Contestant {
         let more = [(overlay, ", overlay"), (pci, ", PCI")].map(|(with, text)| if with { text } else { "" });
         let name = format!("{}, {engine:?}{}", monitor.name, more.concat());
-        let kind = Kind::Api { engine, overlay, pci, peer: monitor.name != "vesta" };
+        let kind = Kind::Api { engine, overlay, pci, peer: monitor.peer };
         Contestant { name, path: monitor.path.clone(), kind }
     }
 

@@ -16,10 +16,12 @@ use vesta_tests::process::Orphans;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{connect, port};
 
-use super::{FEWEST_RUNS, Orders, PATIENCE, all_at_once, ms, pause, private_kib, rows};
+use super::{FEWEST_RUNS, Orders, PATIENCE, all_at_once, ms, pause, private_kib};
 use crate::bench::Monitor;
+use crate::bench::peers::{lacking, not_measured};
+use crate::bench::rounds::{Turn, interleaved};
 use crate::bench::serving_guest::{SERVING, ServingGuest};
-use crate::bench::table::{Row, markdown};
+use crate::process::say;
 
 /// Where the guest's sockets are, in the directory of each monitor: clones need no override.
 const SOCKET: &str = "v.sock";
@@ -210,60 +212,70 @@ fn answer(socket: &Path) -> Result<()> {
 
 /// Prints the tables.
 pub(super) fn tables(orders: &Orders, guest: &ServingGuest) -> Result<()> {
-    let prepare = |monitor| Contestant::prepare(monitor, guest, &orders.dir);
-    let contestants = orders.monitors.iter().map(prepare).collect::<Result<Vec<_>>>()?;
+    let (mut contestants, mut left_out) = (Vec::new(), String::new());
+    for monitor in &orders.monitors {
+        match Contestant::prepare(monitor, guest, &orders.dir) {
+            Ok(contestant) => contestants.push(contestant),
+            Err(error) if monitor.peer => {
+                say!("{} is not measured: {error:#}", monitor.name);
+                left_out += &not_measured(&monitor.name, &format!("{error:#}"));
+            }
+            Err(error) => return Err(error).with_context(|| monitor.name.clone()),
+        }
+    }
     let measured = first_answers(orders, &contestants).and_then(|()| clones(&contestants));
     contestants.iter().for_each(Contestant::clean_up);
+    print!("{left_out}");
     measured
 }
 
 fn first_answers(orders: &Orders, contestants: &[Contestant<'_>]) -> Result<()> {
-    let mut turns: Vec<(&Contestant<'_>, Way, Row)> = Vec::new();
-    for (at, contestant) in contestants.iter().enumerate() {
-        let ways: &[Way] = if at == 0 { &Way::ALL } else { &Way::OF_PEERS };
-        for way in ways {
-            let name = format!("{}: {}", contestant.monitor.name, way.name());
-            turns.push((contestant, *way, Row { name, samples: vec![Vec::new(); 3] }));
+    let mut turns = Vec::new();
+    for contestant in contestants {
+        let Monitor { name, peer, .. } = contestant.monitor;
+        let is_vesta = contestant.monitor.is_vesta();
+        if is_vesta {
+            contestant.record().with_context(|| name.clone())?;
         }
+        let ways: &[Way] = if is_vesta { &Way::ALL } else { &Way::OF_PEERS };
+        turns.extend(ways.iter().map(|way| Turn {
+            name: format!("{name}: {}", way.name()),
+            may_fail: *peer,
+            contestant: (contestant, *way),
+        }));
     }
-    contestants[0].record()?;
-    // One round first that does not count: it brings files into the page cache.
-    for round in 0..=orders.runs {
-        for (contestant, way, row) in &mut turns {
-            let sample = contestant.sample(*way).with_context(|| row.name.clone())?;
-            if round > 0 {
-                row.samples[0].extend(sample.spawn_ms);
-                row.samples[1].extend(sample.call_ms);
-                row.samples[2].push(sample.own_kib);
-            }
-        }
-    }
+    let measured = interleaved(turns, orders.runs, true, |(contestant, way)| {
+        let sample = contestant.sample(*way)?;
+        let list = |value: Option<f64>| value.into_iter().collect();
+        Ok(vec![list(sample.spawn_ms), list(sample.call_ms), vec![sample.own_kib]])
+    })?;
     println!("## The first request that the guest answers\n");
     let columns =
         ["spawn to answer, ms", "call (InstanceStart, load, fork) to answer, ms", "own memory then, KiB"];
-    let rows: Vec<Row> = turns.into_iter().map(|(_, _, row)| row).collect();
-    println!("{}", markdown(&columns, &rows));
+    let lacking = lacking(&orders.monitors, "--restore, prefetch and forks");
+    println!("{}{lacking}", measured.markdown(&columns));
     Ok(())
 }
 
 fn clones(contestants: &[Contestant<'_>]) -> Result<()> {
     for count in CLONES {
-        let mut rows = rows(contestants.iter().map(|contestant| contestant.monitor.name.as_str()), 2);
-        for _ in 0..FEWEST_RUNS {
-            for (contestant, row) in contestants.iter().zip(&mut rows) {
-                let began = Instant::now();
-                let clones = all_at_once(&contestant.monitor.path, count, |clone| {
-                    contestant.load(clone, Way::Load)?;
-                    answer(&clone.dir().join(SOCKET))
-                })?;
-                row.samples[0].push(ms(began.elapsed()));
-                for clone in &clones {
-                    row.samples[1].push(private_kib(clone.pid().into())?);
-                }
-            }
-        }
+        let turns = contestants.iter().map(|contestant| Turn {
+            name: contestant.monitor.name.clone(),
+            may_fail: contestant.monitor.peer,
+            contestant,
+        });
+        let measured = interleaved(turns.collect(), FEWEST_RUNS, false, |contestant| {
+            let began = Instant::now();
+            let clones = all_at_once(&contestant.monitor.path, count, |clone| {
+                contestant.load(clone, Way::Load)?;
+                answer(&clone.dir().join(SOCKET))
+            })?;
+            let took = ms(began.elapsed());
+            let own = clones.iter().map(|clone| private_kib(clone.pid().into()));
+            Ok(vec![vec![took], own.collect::<Result<_>>()?])
+        })?;
         println!("## Clones: {count} at once\n");
-        println!("{}", markdown(&["until all have answered, ms", "own memory of each, KiB"], &rows));
+        println!("{}", measured.markdown(&["until all have answered, ms", "own memory of each, KiB"]));
     }
     Ok(())
 }

@@ -2,11 +2,11 @@
 //!
 //! They run wherever `/dev/kvm` opens, a software KVM included, so that what is measured is the monitor and its host's kernel at
 //! native speed. A guest writes a word to each page (or huge page) of a stretch of its memory and then says bytes on its serial port, for ever or
-//! once.
+//! once. Its serial port is the monitor's standard output, a file here: every monitor has that, saved and restored.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -15,10 +15,12 @@ use vesta_tests::api::ApiClient;
 use vesta_tests::elf::Elf;
 use vesta_tests::guest::Guest;
 use vesta_tests::process::Orphans;
-use vesta_tests::vmm::{Vmm, VmmBuilder};
+use vesta_tests::vmm::{STDOUT, Vmm, VmmBuilder};
 
-use super::{FEWEST_RUNS, Orders, PATIENCE, all_at_once, ms, pause, private_kib, rows};
-use crate::bench::table::markdown;
+use super::{FEWEST_RUNS, Orders, PATIENCE, all_at_once, ms, pause, private_kib, turns};
+use crate::bench::Monitor;
+use crate::bench::peers::lacking;
+use crate::bench::rounds::{Turn, interleaved};
 
 const PAGE: u32 = 4096;
 const HUGE_PAGE: u32 = 2 << 20;
@@ -30,6 +32,7 @@ pub(super) fn tables(orders: &Orders) -> Result<()> {
     creates(orders)?;
     restores(orders)?;
     clones(orders)?;
+    live(orders)?;
     forks(orders)
 }
 
@@ -56,27 +59,25 @@ struct Running {
 }
 
 fn start(program: &Path, kernel: &Elf, mib: u32, machine: Value) -> Result<Running> {
-    let vmm = VmmBuilder::new(program)?.quiet().with_api().spawn()?;
+    let vmm = spawn(program)?;
     let mut api = vmm.ready_client(PATIENCE)?;
     let image = vmm.dir().join("kernel");
     fs::write(&image, kernel.bytes())?;
     Guest { machine, ..Guest::bare(&image).mem_mib(mib) }.put(&mut api)?;
-    let serial = serial_to(&vmm, &mut api)?;
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
-    wait_for_bytes(&serial)?;
+    wait_for_bytes(&vmm)?;
     Ok(Running { vmm, api })
 }
 
-fn serial_to(vmm: &Vmm, api: &mut ApiClient) -> Result<PathBuf> {
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    Ok(serial)
+fn spawn(program: &Path) -> Result<Vmm> {
+    VmmBuilder::new(program)?.quiet().with_api().stdout_to_file()?.spawn()
 }
 
-/// Waits until something is written.
-fn wait_for_bytes(serial: &Path) -> Result<Instant> {
+/// Waits until the guest has said something.
+fn wait_for_bytes(vmm: &Vmm) -> Result<Instant> {
+    let serial = vmm.dir().join(STDOUT);
     let deadline = Instant::now() + PATIENCE;
-    while fs::metadata(serial).map_or(0, |file| file.len()) == 0 {
+    while fs::metadata(&serial).map_or(0, |file| file.len()) == 0 {
         if Instant::now() > deadline {
             bail!("the guest of {} says nothing", serial.display());
         }
@@ -105,19 +106,15 @@ fn forget(dir: &Path) {
 
 fn creates(orders: &Orders) -> Result<()> {
     for (title, mib, pages) in [("128 MiB, nothing touched", 128, 1), ("2 GiB, 10% touched", 2048, 52429)] {
-        let mut rows = rows(orders.monitors.iter().map(|m| m.name.as_str()), 2);
-        for _ in 0..orders.runs {
-            for (monitor, row) in orders.monitors.iter().zip(&mut rows) {
-                let mut guest = start(&monitor.path, &toucher(pages, PAGE, false), mib, json!({}))?;
-                pause(&mut guest.api)?;
-                let (took, space) = create(&mut guest.api, &orders.dir)?;
-                row.samples[0].push(took);
-                row.samples[1].push(space);
-                forget(&orders.dir);
-            }
-        }
+        let measured = interleaved(turns(&orders.monitors), orders.runs, false, |monitor| {
+            let mut guest = start(&monitor.path, &toucher(pages, PAGE, false), mib, json!({}))?;
+            pause(&mut guest.api)?;
+            let (took, space) = create(&mut guest.api, &orders.dir)?;
+            forget(&orders.dir);
+            Ok(vec![vec![took], vec![space]])
+        })?;
         println!("## Create: {title}\n");
-        println!("{}", markdown(&["PUT /snapshot/create, ms", "memory file, MiB"], &rows));
+        println!("{}", measured.markdown(&["PUT /snapshot/create, ms", "memory file, MiB"]));
     }
     Ok(())
 }
@@ -131,78 +128,61 @@ struct Restored {
 }
 
 fn restore(program: &Path, dir: &Path) -> Result<Restored> {
-    let vmm = VmmBuilder::new(program)?.quiet().with_api().spawn()?;
+    let vmm = spawn(program)?;
     let mut api = vmm.ready_client(PATIENCE)?;
     let api_ms = ms(vmm.started().elapsed());
-    let serial = serial_to(&vmm, &mut api)?;
-    let body = json!({
-        "snapshot_path": dir.join("bench.state"),
-        "mem_backend": {"backend_type": "File", "backend_path": dir.join("bench.memory")},
-        "resume_vm": true,
-    });
     let asked = Instant::now();
-    api.put("/snapshot/load", &body)?.ok()?;
+    load(&mut api, dir)?;
     let load_ms = ms(asked.elapsed());
-    let running_ms = ms(wait_for_bytes(&serial)?.saturating_duration_since(vmm.started()));
+    let running_ms = ms(wait_for_bytes(&vmm)?.saturating_duration_since(vmm.started()));
     Ok(Restored { vmm, api_ms, load_ms, running_ms })
 }
 
 fn restores(orders: &Orders) -> Result<()> {
-    let mut rows = rows(orders.monitors.iter().map(|m| m.name.as_str()), 3);
-    for _ in 0..orders.runs {
-        for (monitor, row) in orders.monitors.iter().zip(&mut rows) {
-            let mut guest = start(&monitor.path, &toucher(1, PAGE, true), 128, json!({}))?;
-            pause(&mut guest.api)?;
-            create(&mut guest.api, &orders.dir)?;
-            drop(guest);
-            let restored = restore(&monitor.path, &orders.dir)?;
-            for (sample, value) in
-                row.samples.iter_mut().zip([restored.api_ms, restored.load_ms, restored.running_ms])
-            {
-                sample.push(value);
-            }
-            drop(restored.vmm);
-            forget(&orders.dir);
-        }
-    }
+    let measured = interleaved(turns(&orders.monitors), orders.runs, false, |monitor| {
+        let mut guest = start(&monitor.path, &toucher(1, PAGE, true), 128, json!({}))?;
+        pause(&mut guest.api)?;
+        create(&mut guest.api, &orders.dir)?;
+        drop(guest);
+        let restored = restore(&monitor.path, &orders.dir)?;
+        let values = [restored.api_ms, restored.load_ms, restored.running_ms].map(|value| vec![value]);
+        drop(restored.vmm);
+        forget(&orders.dir);
+        Ok(values.into())
+    })?;
     println!("## Restore: 128 MiB, nothing touched\n");
     let columns = ["spawn to API, ms", "PUT /snapshot/load, ms", "spawn to first byte of the guest's, ms"];
-    println!("{}", markdown(&columns, &rows));
+    println!("{}", measured.markdown(&columns));
     Ok(())
 }
 
 fn clones(orders: &Orders) -> Result<()> {
     for count in [1, 10, 50] {
-        let mut rows = rows(orders.monitors.iter().map(|m| m.name.as_str()), 2);
-        for _ in 0..FEWEST_RUNS {
-            for (monitor, row) in orders.monitors.iter().zip(&mut rows) {
-                let mut guest = start(&monitor.path, &toucher(256, PAGE, false), 128, json!({}))?;
-                pause(&mut guest.api)?;
-                create(&mut guest.api, &orders.dir)?;
-                drop(guest);
-                let began = Instant::now();
-                let clones = all_at_once(&monitor.path, count, |clone| load_idle(clone, &orders.dir))?;
-                row.samples[0].push(ms(began.elapsed()));
-                for clone in &clones {
-                    row.samples[1].push(private_kib(clone.pid().into())?);
-                }
-                drop(clones);
-                forget(&orders.dir);
-            }
-        }
+        let measured = interleaved(turns(&orders.monitors), FEWEST_RUNS, false, |monitor| {
+            let mut guest = start(&monitor.path, &toucher(256, PAGE, false), 128, json!({}))?;
+            pause(&mut guest.api)?;
+            create(&mut guest.api, &orders.dir)?;
+            drop(guest);
+            let began = Instant::now();
+            let clones = all_at_once(&monitor.path, count, |clone| {
+                load(&mut clone.ready_client(PATIENCE)?, &orders.dir)
+            })?;
+            let took = ms(began.elapsed());
+            let own = clones.iter().map(|clone| private_kib(clone.pid().into()));
+            let values = vec![vec![took], own.collect::<Result<_>>()?];
+            drop(clones);
+            forget(&orders.dir);
+            Ok(values)
+        })?;
         println!("## Clones: {count} at once of 128 MiB, 1 MiB touched, idle\n");
-        println!(
-            "{}",
-            markdown(&["until all are restored and resumed, ms", "own memory of each, KiB"], &rows)
-        );
+        let columns = ["until all are restored and resumed, ms", "own memory of each, KiB"];
+        println!("{}", measured.markdown(&columns));
     }
     Ok(())
 }
 
-/// Makes a monitor go on with the snapshot in `dir`, whose guest has nothing to say.
-fn load_idle(vmm: &Vmm, dir: &Path) -> Result<()> {
-    let mut api = vmm.ready_client(PATIENCE)?;
-    serial_to(vmm, &mut api)?;
+/// Restores and resumes the guest of the snapshot in `dir`.
+fn load(api: &mut ApiClient, dir: &Path) -> Result<()> {
     let body = json!({
         "snapshot_path": dir.join("bench.state"),
         "mem_backend": {"backend_type": "File", "backend_path": dir.join("bench.memory")},
@@ -211,37 +191,81 @@ fn load_idle(vmm: &Vmm, dir: &Path) -> Result<()> {
     api.put("/snapshot/load", &body)?.ok().map(drop)
 }
 
+/// Only vesta saves a guest that runs on.
+fn live(orders: &Orders) -> Result<()> {
+    let vestas = orders.monitors.iter().filter(|monitor| monitor.is_vesta());
+    let measured = interleaved(turns(vestas), orders.runs, false, |monitor| {
+        let mut guest = start(&monitor.path, &toucher(52429, PAGE, false), 2048, json!({}))?;
+        let (state, memory) = (orders.dir.join("bench.state"), orders.dir.join("bench.memory"));
+        let body = json!({"snapshot_path": state, "mem_file_path": memory, "live": true});
+        let asked = Instant::now();
+        let job = guest.api.put("/snapshot/create", &body)?.ok()?.json()?;
+        let call = ms(asked.elapsed());
+        let written = wait_for_job(&mut guest.api, asked)?;
+        forget(&orders.dir);
+        Ok(vec![vec![millis(&job["pause_us"])?], vec![call], vec![written]])
+    })?;
+    println!("## Live snapshot: 2 GiB, 10% touched\n");
+    let columns = ["pause, ms", "PUT /snapshot/create, ms", "until all is written, ms"];
+    println!("{}{}", measured.markdown(&columns), lacking(&orders.monitors, "live snapshots"));
+    Ok(())
+}
+
+/// Waits until the live snapshot is done. How long after `asked` that is, in ms.
+fn wait_for_job(api: &mut ApiClient, asked: Instant) -> Result<f64> {
+    loop {
+        let job = api.get("/snapshot/job")?.ok()?.json()?;
+        match job["state"].as_str() {
+            Some("Done") => return Ok(ms(asked.elapsed())),
+            Some("Running") if asked.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(1)),
+            _ => bail!("the live snapshot is not done: {job}"),
+        }
+    }
+}
+
+/// A number of microseconds, in ms.
+fn millis(microseconds: &Value) -> Result<f64> {
+    microseconds.as_f64().map(|us| us / 1000.0).context("a number")
+}
+
+/// A guest that is forked: what people call it, its MiB, places that it touches, how far apart, and its pages.
+type Size = (&'static str, u32, u32, u32, &'static str);
+
 /// Only vesta forks.
 fn forks(orders: &Orders) -> Result<()> {
-    let sizes = [
+    const SIZES: [Size; 4] = [
         ("128 MiB", 128, 60, HUGE_PAGE, "Transparent"),
         ("1 GiB", 1024, 500, HUGE_PAGE, "Transparent"),
         ("2 GiB", 2048, 1020, HUGE_PAGE, "Transparent"),
         ("2 GiB, ordinary pages", 2048, 1020 * 512, PAGE, "None"),
     ];
-    let mut rows = rows(sizes.iter().map(|size| size.0), 4);
-    let vesta = orders.monitors.first().context("vesta is measured first")?;
-    for _ in 0..orders.runs {
-        for ((_, mib, count, step, pages), row) in sizes.iter().zip(&mut rows) {
-            let machine = json!({"huge_pages": pages});
-            let mut guest = start(&vesta.path, &toucher(*count, *step, false), *mib, machine)?;
-            let asked = Instant::now();
-            let reply = guest.api.put("/fork", &json!({"children": [{"id": "child"}]}))?.ok()?.json()?;
-            let call = ms(asked.elapsed());
-            let child = &reply["children"][0];
-            let pid = child["pid"].as_u64().with_context(|| reply.to_string())?;
-            let orphan = Orphans::of(&[pid]);
-            let number = |value: &Value| value.as_f64().map(|us| us / 1000.0).context("a number");
-            row.samples[0].push(number(&reply["pause_us"])?);
-            row.samples[1].push(number(&child["ready_us"])?);
-            row.samples[2].push(call);
-            row.samples[3].push(private_kib(pid)?);
-            drop(guest.vmm);
-            orphan.kill(PATIENCE)?;
-        }
-    }
+    let vestas: Vec<&Monitor> = orders.monitors.iter().filter(|monitor| monitor.is_vesta()).collect();
+    let turns = SIZES.iter().flat_map(|size| {
+        vestas.iter().map(move |&monitor| Turn {
+            name: format!("{}: {}", monitor.name, size.0),
+            may_fail: monitor.peer,
+            contestant: (monitor, size),
+        })
+    });
+    let measured =
+        interleaved(turns.collect(), orders.runs, false, |(monitor, size)| fork(&monitor.path, size))?;
     println!("## Fork: all memory touched, one child\n");
     let columns = ["pause, ms", "until the child runs, ms", "PUT /fork, ms", "idle child's own memory, KiB"];
-    println!("{}", markdown(&columns, &rows));
+    println!("{}{}", measured.markdown(&columns), lacking(&orders.monitors, "forks"));
     Ok(())
+}
+
+fn fork(program: &Path, &(_, mib, count, step, pages): &Size) -> Result<Vec<Vec<f64>>> {
+    let machine = json!({"huge_pages": pages});
+    let mut guest = start(program, &toucher(count, step, false), mib, machine)?;
+    let asked = Instant::now();
+    let reply = guest.api.put("/fork", &json!({"children": [{"id": "child"}]}))?.ok()?.json()?;
+    let call = ms(asked.elapsed());
+    let child = &reply["children"][0];
+    let pid = child["pid"].as_u64().with_context(|| reply.to_string())?;
+    let orphan = Orphans::of(&[pid]);
+    let values = [millis(&reply["pause_us"])?, millis(&child["ready_us"])?, call, private_kib(pid)?];
+    drop(guest.vmm);
+    orphan.kill(PATIENCE)?;
+    Ok(values.map(|value| vec![value]).into())
 }

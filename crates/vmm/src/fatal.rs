@@ -1,0 +1,284 @@
+//! Signals that say this process is broken: they end it at once, with an exit code of their own.
+//!
+//! Their handlers run on the alternate stack of the thread, so that an overflow of its own stack is reported too. They allocate nothing and
+//! wait for no lock: the thread that they interrupt may hold any.
+
+use std::ffi::CStr;
+
+use crate::exit::ExitCode;
+use crate::{last_words, signals, terminal};
+
+/// The signals, their names, and the code to exit with.
+const FATAL: [(libc::c_int, &str, ExitCode); 6] = [
+    (libc::SIGSYS, "SIGSYS", ExitCode::BadSyscall),
+    (libc::SIGBUS, "SIGBUS", ExitCode::BusError),
+    (libc::SIGSEGV, "SIGSEGV", ExitCode::SegmentationFault),
+    (libc::SIGXFSZ, "SIGXFSZ", ExitCode::FileSize),
+    (libc::SIGXCPU, "SIGXCPU", ExitCode::CpuTime),
+    (libc::SIGILL, "SIGILL", ExitCode::IllegalInstruction),
+];
+
+/// A fault this near to the stack pointer, in bytes, is an overflow of the stack: functions touch their frames page by page.
+const NEAR: usize = 4096;
+
+/// Installs the handlers.
+pub(crate) fn install() -> std::io::Result<()> {
+    for (signal, ..) in FATAL {
+        signals::handle(signal, on_fatal)?;
+    }
+    signals::handle(libc::SIGABRT, on_abort)
+}
+
+extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    terminal::restore();
+    let (name, code) = FATAL
+        .iter()
+        .find(|(fatal, ..)| *fatal == signal)
+        .map_or(("?", ExitCode::Generic), |(_, name, code)| (*name, *code));
+    let mut line = Line::default();
+    line.push(b"Error: signal ");
+    line.push_number(u64::from(signal.unsigned_abs()));
+    line.push(b" (");
+    line.push(name.as_bytes());
+    line.push(b") ended this monitor: thread ");
+    line.push(thread_name(&mut [0; 16]));
+    if let Some(fault) = Fault::read(signal, info, context) {
+        fault.describe(&mut line);
+    }
+    line.push(b"; exit_code=");
+    line.push_number(u64::from((code as i32).unsigned_abs()));
+    line.push(b"\n");
+    last_words::say(line.as_bytes());
+    signals::exit_now(code)
+}
+
+/// `abort` raises SIGABRT, which has its default action here. Where the kernel does not apply that, the process exits with the code that a shell reports.
+extern "C" fn on_abort(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    terminal::restore();
+    if signals::is_init() {
+        signals::exit_now(ExitCode::Aborted)
+    }
+    signals::raise_default(signal);
+}
+
+/// What the kernel says about a signal that it raised itself.
+enum Fault {
+    /// SIGSYS: the number of the forbidden system call.
+    SystemCall(u32),
+    /// SIGSEGV and SIGBUS: the address, and the stack pointer then.
+    Memory { address: usize, stack_pointer: usize },
+    /// SIGILL: the address of the instruction.
+    Instruction(usize),
+}
+
+impl Fault {
+    /// `None` for a signal that a process sent.
+    fn read(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) -> Option<Fault> {
+        if info.is_null() || context.is_null() {
+            return None;
+        }
+        // SAFETY: with SA_SIGINFO the kernel passes a whole `siginfo_t`.
+        let info_ref = unsafe { &*info };
+        if info_ref.si_code <= 0 {
+            return None;
+        }
+        if signal == libc::SIGSYS {
+            // SAFETY: as above; for SIGSYS it begins like this.
+            return Some(Fault::SystemCall(unsafe { (*info.cast::<SigsysInfo>()).syscall }));
+        }
+        // SAFETY: as above; the field is plain bytes for every signal, and means something for those below.
+        let address = unsafe { info_ref.si_addr() } as usize;
+        match signal {
+            libc::SIGSEGV | libc::SIGBUS => {
+                // SAFETY: with SA_SIGINFO the kernel passes a whole `ucontext_t`.
+                let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+                let stack_pointer = registers[libc::REG_RSP as usize].cast_unsigned() as usize;
+                Some(Fault::Memory { address, stack_pointer })
+            }
+            libc::SIGILL => Some(Fault::Instruction(address)),
+            _ => None,
+        }
+    }
+
+    fn describe(&self, line: &mut Line) {
+        match self {
+            Fault::SystemCall(number) => {
+                line.push(b", forbidden system call ");
+                line.push_number(u64::from(*number));
+            }
+            Fault::Memory { address, stack_pointer } => {
+                line.push(b", address 0x");
+                line.push_hex(*address as u64);
+                if address.abs_diff(*stack_pointer) <= NEAR {
+                    line.push(b", stack overflow");
+                }
+            }
+            Fault::Instruction(address) => {
+                line.push(b", instruction at 0x");
+                line.push_hex(*address as u64);
+            }
+        }
+    }
+}
+
+/// The beginning of `siginfo_t` for SIGSYS.
+#[repr(C)]
+struct SigsysInfo {
+    signal: i32,
+    errno: i32,
+    code: i32,
+    call_addr: *const libc::c_void,
+    syscall: u32,
+}
+
+/// The name of this thread, as the kernel has it.
+fn thread_name(buffer: &mut [u8; 16]) -> &[u8] {
+    // SAFETY: the kernel writes at most 16 bytes, its end included.
+    unsafe { libc::prctl(libc::PR_GET_NAME, buffer.as_mut_ptr()) };
+    CStr::from_bytes_until_nul(buffer).map_or(b"?", CStr::to_bytes)
+}
+
+/// A short text without allocation.
+struct Line {
+    bytes: [u8; 192],
+    len: usize,
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Line { bytes: [0; 192], len: 0 }
+    }
+}
+
+impl Line {
+    fn push(&mut self, text: &[u8]) {
+        let free = &mut self.bytes[self.len..];
+        let len = text.len().min(free.len());
+        free[..len].copy_from_slice(&text[..len]);
+        self.len += len;
+    }
+
+    fn push_number(&mut self, number: u64) {
+        self.push_in_base(number, 10);
+    }
+
+    fn push_hex(&mut self, number: u64) {
+        self.push_in_base(number, 16);
+    }
+
+    fn push_in_base(&mut self, mut number: u64, base: u64) {
+        let mut digits = [0; 20];
+        let mut at = digits.len();
+        loop {
+            at -= 1;
+            digits[at] = b"0123456789abcdef"[(number % base) as usize];
+            number /= base;
+            if number == 0 {
+                break;
+            }
+        }
+        self.push(&digits[at..]);
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{logger, personality::Personality, subprocess};
+
+    #[test]
+    fn a_line_holds_numbers_and_is_cut_at_its_end() {
+        let mut line = Line::default();
+        line.push(b"n=");
+        line.push_number(0);
+        line.push(b",");
+        line.push_number(u64::MAX);
+        line.push(b",");
+        line.push_hex(0xdead_beef);
+        assert_eq!(line.as_bytes(), b"n=0,18446744073709551615,deadbeef");
+        line.push(&[b'x'; 200]);
+        assert_eq!(line.as_bytes().len(), 192);
+    }
+
+    /// Uses all of this thread's stack. The address keeps each frame alive.
+    #[expect(unconditional_recursion, reason = "that is the point")]
+    fn overflow(above: &[u8; 512]) -> u8 {
+        let mut frame = *std::hint::black_box(above);
+        frame[0] = frame[0].wrapping_add(1);
+        overflow(std::hint::black_box(&frame)).wrapping_add(frame[1])
+    }
+
+    #[test]
+    fn a_stack_overflow_of_a_thread_is_reported() {
+        if subprocess::is_one() {
+            install().unwrap();
+            let io = std::thread::Builder::new().name("io 1".into()).stack_size(512 << 10);
+            io.spawn(|| overflow(&[0; 512])).unwrap().join().unwrap();
+            return;
+        }
+        let ended = subprocess::again("fatal::tests::a_stack_overflow_of_a_thread_is_reported");
+        assert_eq!(ended.status.code(), Some(ExitCode::SegmentationFault as i32), "{ended:?}");
+        let text = "Error: signal 11 (SIGSEGV) ended this monitor: thread io 1, address 0x";
+        assert!(ended.stderr.contains(text), "{ended:?}");
+        assert!(ended.stderr.contains(", stack overflow; exit_code=150\n"), "{ended:?}");
+    }
+
+    #[test]
+    fn a_fault_while_the_log_is_locked_is_reported() {
+        if subprocess::is_one() {
+            logger::install("a", Personality::Vesta);
+            install().unwrap();
+            let _held = logger::hold();
+            // SAFETY: raising a signal has no precondition.
+            unsafe { libc::raise(libc::SIGBUS) };
+            return;
+        }
+        let ended = subprocess::again("fatal::tests::a_fault_while_the_log_is_locked_is_reported");
+        assert_eq!(ended.status.code(), Some(ExitCode::BusError as i32), "{ended:?}");
+        assert!(ended.stderr.contains("signal 7 (SIGBUS) ended this monitor"), "{ended:?}");
+    }
+
+    #[test]
+    fn a_fault_is_in_the_log_file() {
+        if subprocess::is_one() {
+            logger::install("a", Personality::Vesta);
+            let path = std::env::var_os("LOG").unwrap().into();
+            logger::set_up(&config::Logger { log_path: Some(path), ..config::Logger::default() }).unwrap();
+            install().unwrap();
+            // SAFETY: raising a signal has no precondition.
+            unsafe { libc::raise(libc::SIGILL) };
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let ended = subprocess::again_with("fatal::tests::a_fault_is_in_the_log_file", "LOG", &log);
+        assert_eq!(ended.status.code(), Some(ExitCode::IllegalInstruction as i32), "{ended:?}");
+        let said = std::fs::read_to_string(log).unwrap();
+        assert!(said.contains("Error: signal 4 (SIGILL) ended this monitor"), "{said}");
+    }
+
+    #[test]
+    fn abort_ends_init_of_a_namespace_with_134() {
+        if subprocess::is_one() {
+            install().unwrap();
+            std::process::abort();
+        }
+        let ended = subprocess::again_as_init("fatal::tests::abort_ends_init_of_a_namespace_with_134");
+        assert_eq!(ended.status.code(), Some(134), "{ended:?}");
+    }
+
+    #[test]
+    fn abort_ends_other_processes_by_its_signal() {
+        use std::os::unix::process::ExitStatusExt;
+        if subprocess::is_one() {
+            install().unwrap();
+            std::process::abort();
+        }
+        let ended = subprocess::again("fatal::tests::abort_ends_other_processes_by_its_signal");
+        assert_eq!(ended.status.signal(), Some(libc::SIGABRT), "{ended:?}");
+    }
+}

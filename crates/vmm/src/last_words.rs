@@ -1,0 +1,115 @@
+//! What this process says when it breaks: in a panic, or by a fatal signal.
+//!
+//! Nothing here waits: not for the log, which the thread that breaks may itself hold, and not for a reader of standard error.
+//! So a process that breaks always ends.
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::panic::PanicHookInfo;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::{logger, terminal};
+
+/// A pipe or a terminal that is writable at all takes this many bytes at once.
+const CHUNK: usize = 4096;
+
+/// How long a reader of standard error may take to make room.
+const READER: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+
+/// Says a line in the log, if that is free, and on standard error. A signal handler may call it.
+pub(crate) fn say(line: &[u8]) {
+    logger::write_if_free(line);
+    to_stderr(line);
+}
+
+/// Writes to standard error. What no reader makes room for is lost.
+pub(crate) fn to_stderr(text: &[u8]) {
+    let stderr = rustix::stdio::stderr();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let mut fds = [PollFd::new(&stderr, PollFlags::OUT)];
+        if !poll(&mut fds, Some(&READER)).is_ok_and(|ready| ready > 0) {
+            return;
+        }
+        match rustix::io::write(stderr, &rest[..rest.len().min(CHUNK)]) {
+            Ok(written) if written > 0 => rest = &rest[written..],
+            _ => return,
+        }
+    }
+}
+
+/// Makes a panic restore the terminal, and say its reason in the log and on standard error.
+pub(crate) fn on_panic() {
+    std::panic::set_hook(Box::new(hook));
+}
+
+fn hook(info: &PanicHookInfo<'_>) {
+    terminal::restore();
+    logger::error_without_waiting(&format!("bug in this monitor: {info}"));
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("-");
+    let backtrace = Backtrace::capture();
+    let text = match backtrace.status() {
+        BacktraceStatus::Captured => format!("thread '{name}' {info}\n{backtrace}\n"),
+        _ => format!("thread '{name}' {info}\n"),
+    };
+    to_stderr(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt;
+
+    use super::*;
+    use crate::{personality::Personality, subprocess};
+
+    #[test]
+    fn a_panic_while_the_log_is_locked_is_reported() {
+        if subprocess::is_one() {
+            logger::install("a", Personality::Vesta);
+            on_panic();
+            let _held = logger::hold();
+            panic!("with the log locked");
+        }
+        let ended = subprocess::again("last_words::tests::a_panic_while_the_log_is_locked_is_reported");
+        assert_eq!(ended.status.code(), Some(101), "{ended:?}");
+        assert!(ended.stderr.contains("with the log locked"), "{ended:?}");
+    }
+
+    #[test]
+    fn a_panic_in_an_argument_of_a_log_line_is_reported() {
+        struct Bomb;
+        impl fmt::Display for Bomb {
+            fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+                panic!("in a line of the log")
+            }
+        }
+        if subprocess::is_one() {
+            logger::install("a", Personality::Vesta);
+            on_panic();
+            log::error!("{Bomb}");
+            return;
+        }
+        let ended = subprocess::again("last_words::tests::a_panic_in_an_argument_of_a_log_line_is_reported");
+        assert_eq!(ended.status.code(), Some(101), "{ended:?}");
+        assert!(ended.stdout.contains("bug in this monitor: panicked at"), "{ended:?}");
+        assert!(ended.stderr.contains("in a line of the log"), "{ended:?}");
+    }
+
+    #[test]
+    fn a_panic_does_not_wait_for_a_reader_of_standard_error() {
+        if subprocess::is_one() {
+            let (_reader, writer) = std::io::pipe().unwrap();
+            rustix::io::ioctl_fionbio(&writer, true).unwrap();
+            while rustix::io::write(&writer, &[0; CHUNK]).is_ok() {}
+            rustix::io::ioctl_fionbio(&writer, false).unwrap();
+            rustix::stdio::dup2_stderr(&writer).unwrap();
+            on_panic();
+            let panicked = std::thread::spawn(|| panic!("unheard")).join();
+            std::process::exit(if panicked.is_err() { 7 } else { 8 });
+        }
+        let ended =
+            subprocess::again("last_words::tests::a_panic_does_not_wait_for_a_reader_of_standard_error");
+        assert_eq!(ended.status.code(), Some(7), "{ended:?}");
+    }
+}

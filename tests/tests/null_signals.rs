@@ -1,0 +1,116 @@
+//! Signals that end the monitor: those that ask it to end, and those that say it is broken.
+//!
+//! In a PID namespace of its own the monitor is process 1, to which the kernel does not apply default actions.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
+use serde_json::json;
+use vesta_tests::counting::{counting_in, counting_with, wait_for};
+use vesta_tests::elf::null_guest;
+use vesta_tests::faults::use_up_stack;
+use vesta_tests::guest::{Guest, SOON, ignore, vmm_path};
+use vesta_tests::process::{Orphans, children};
+use vesta_tests::vmm::{Vmm, VmmBuilder};
+
+/// `unshare`, with what it needs to make a PID namespace here.
+fn unshare() -> Result<VmmBuilder> {
+    let options: &[&str] = if rustix::process::geteuid().is_root() {
+        &["--pid"]
+    } else {
+        &["--user", "--map-root-user", "--pid"]
+    };
+    let possible = Command::new("unshare").args(options).args(["--fork", "true"]).output();
+    if !possible.is_ok_and(|output| output.status.success()) {
+        ignore("no PID namespace can be made here (unshare --pid)");
+    }
+    let program = std::path::Path::new("/usr/bin/unshare");
+    Ok(options.iter().fold(VmmBuilder::new(program)?, VmmBuilder::arg))
+}
+
+/// A monitor that is process 1 of a PID namespace, with a guest that runs. What runs as [`Vmm`] is `unshare`, which ends as it does.
+fn init() -> Result<(Vmm, Orphans)> {
+    let builder =
+        unshare()?.arg("--fork").arg("--kill-child").arg(vmm_path()).arg("--no-api").arg("--boot-timer");
+    let kernel = builder.dir().join("kernel");
+    std::fs::write(&kernel, null_guest().bytes())?;
+    let vmm = builder.with_config(&Guest::bare(&kernel).config())?.spawn()?;
+    vmm.wait_for_output("Guest-boot-time", SOON)?;
+    let monitor = Orphans::of(&children(vmm.pid())?);
+    Ok((vmm, monitor))
+}
+
+#[test]
+fn init_of_a_namespace_exits_with_128_and_the_signal() -> Result<()> {
+    for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130), (Signal::QUIT, 131), (Signal::HUP, 156)] {
+        let (mut vmm, monitor) = init()?;
+        monitor.signal(signal)?;
+        let (status, said) = vmm.finish(SOON)?;
+        ensure!(status == code, "{signal:?}: exit status {status}; it said: {said}");
+        ensure!(said.contains(&format!("exit_code={code}")), "{signal:?}: {said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn fatal_signals_of_init_keep_their_exit_codes() -> Result<()> {
+    for (signal, code) in [(Signal::SEGV, 150), (Signal::BUS, 149), (Signal::SYS, 148), (Signal::ABORT, 134)]
+    {
+        let (mut vmm, monitor) = init()?;
+        monitor.signal(signal)?;
+        let (status, said) = vmm.finish(SOON)?;
+        ensure!(status == code, "{signal:?}: exit status {status}; it said: {said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_forks_child_of_init_ends_by_its_signal() -> Result<()> {
+    let builder = unshare()?.arg("--fork").arg("--kill-child").arg(vmm_path());
+    let (vmm, mut api, parents_serial) = counting_in(builder)?;
+    let (serial, log) = (vmm.dir().join("child.serial"), vmm.dir().join("child.log"));
+    let child = json!({
+        "id": "child",
+        "serial": {"serial_out_path": serial},
+        "logger": {"log_path": log},
+    });
+    api.put("/fork", &json!({"children": [child]}))?.ok()?;
+    // The number in the answer is that of the namespace.
+    let [monitor] = children(vmm.pid())?[..] else { bail!("unshare has one child") };
+    let child = Orphans::of(&children(u32::try_from(monitor)?)?);
+    ensure!(child.running()? == 1);
+    wait_for(&serial, 10)?;
+    child.signal(Signal::TERM)?;
+    child.wait(SOON)?;
+    let said = std::fs::read_to_string(&log)?;
+    ensure!(said.contains("ended by signal 15") && !said.contains("exit_code"), "{said}");
+    // The parent, which is process 1, goes on.
+    wait_for(&parents_serial, 10)?;
+    Ok(())
+}
+
+#[test]
+fn a_used_up_stack_is_reported_on_every_thread() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let disk = home.path().join("disk");
+    std::fs::File::create(&disk)?.set_len(1 << 20)?;
+    let drive = json!({"drive_id": "d", "path_on_host": disk, "is_root_device": false});
+    for name in ["main", "fc_api", "fc_vcpu 0", "io 1", "serial"] {
+        let (mut vmm, _api, _serial) = counting_with(std::slice::from_ref(&drive))?;
+        let threads = vmm.threads()?;
+        let named = |thread: &&vesta_tests::vmm::Thread| {
+            if name == "main" { thread.id == vmm.pid() } else { thread.name == name }
+        };
+        let thread = threads.iter().find(named).with_context(|| format!("{name} in {threads:?}"))?;
+        use_up_stack(i32::try_from(thread.id)?)?;
+        let status = vmm.exit_status(SOON)?;
+        ensure!(status.code() == Some(150), "{name}: {status}");
+        let said = vmm.stderr.wait_for_end(SOON)?;
+        ensure!(
+            said.contains(&format!("thread {}, address 0x100, stack overflow", thread.name)),
+            "{name}: {said}"
+        );
+    }
+    Ok(())
+}

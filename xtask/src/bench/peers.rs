@@ -1,0 +1,115 @@
+//! Which monitors are measured beside vesta: Firecracker where it has been fetched, and those that the command line names.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use super::{Monitor, MonitorKind};
+use crate::peers;
+use crate::process::say;
+
+/// What `--peer` calls the one that `cargo xtask peers` fetches.
+const FIRECRACKER: &str = "firecracker";
+
+/// What the command line says about peers.
+#[derive(Debug, Default)]
+pub(super) struct Peers {
+    named: Vec<OsString>,
+    none: bool,
+}
+
+impl Peers {
+    /// `--peer firecracker` or `--peer NAME=PATH`.
+    pub(super) fn add(&mut self, value: OsString) {
+        self.named.push(value);
+    }
+
+    /// `--no-peers`: only those that are named.
+    pub(super) fn only_named(&mut self) {
+        self.none = true;
+    }
+
+    /// The monitors, each found and asked for its version.
+    pub(super) fn monitors(self) -> Result<Vec<Monitor>> {
+        let mut monitors = Vec::new();
+        let is_named = self.named.iter().any(|name| name == FIRECRACKER);
+        if is_named {
+            monitors.push(monitor(None, peers::fetch()?)?);
+        } else if !self.none {
+            match peers::cached()? {
+                Some(path) => monitors.push(monitor(None, path)?),
+                None => say!("Firecracker is not measured: `cargo xtask peers` fetches it"),
+            }
+        }
+        for text in self.named.into_iter().filter(|name| name != FIRECRACKER) {
+            let text = text.to_str().with_context(|| format!("--peer is {}: not UTF-8", text.display()))?;
+            let (name, path) = text
+                .split_once('=')
+                .with_context(|| format!("--peer is {text}: it must be {FIRECRACKER} or NAME=PATH"))?;
+            let path = std::fs::canonicalize(path).with_context(|| format!("--peer {name}: {path}"))?;
+            monitors.push(monitor(Some(name), path)?);
+        }
+        for monitor in &monitors {
+            say!("{} takes part ({})", monitor.name, monitor.path.display());
+        }
+        Ok(monitors)
+    }
+}
+
+/// The monitor at this path, of the kind that its `--version` says.
+fn monitor(name: Option<&str>, path: PathBuf) -> Result<Monitor> {
+    let version = peers::version(&path)?;
+    let kind = kind(&version);
+    Ok(Monitor { name: shown(name, &version, kind), path, kind, peer: true })
+}
+
+fn kind(version: &str) -> MonitorKind {
+    if version.starts_with("vesta") { MonitorKind::Vesta } else { MonitorKind::Firecracker }
+}
+
+/// What tables call it: another monitor's name has its version in it.
+fn shown(name: Option<&str>, version: &str, kind: MonitorKind) -> String {
+    match name {
+        None => version.to_owned(),
+        Some(name) if kind == MonitorKind::Vesta => name.to_owned(),
+        Some(name) => format!("{name} ({version})"),
+    }
+}
+
+/// What is said of peers that lack something.
+pub(super) fn lacking(monitors: &[Monitor], what: &str) -> String {
+    let without = |monitor: &&Monitor| !monitor.is_vesta();
+    monitors
+        .iter()
+        .filter(without)
+        .map(|monitor| not_measured(&monitor.name, &format!("it has no {what}")))
+        .collect()
+}
+
+/// A line below a table.
+pub(super) fn not_measured(name: &str, why: &str) -> String {
+    format!("\nNot measured: {name}: {why}.\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_monitor_is_shown_with_its_version() {
+        let shown = |name, version| super::shown(name, version, kind(version));
+        assert_eq!(shown(None, "Firecracker v1.12.1"), "Firecracker v1.12.1");
+        assert_eq!(shown(Some("fc"), "Firecracker v1.13.0"), "fc (Firecracker v1.13.0)");
+        assert_eq!(shown(Some("old"), "vesta-vmm v0.1.0"), "old");
+    }
+
+    #[test]
+    fn a_peer_that_is_not_named_well_is_refused() {
+        let mut peers = Peers::default();
+        peers.only_named();
+        peers.add("old".into());
+        let error = peers.monitors().unwrap_err().to_string();
+        assert_eq!(error, "--peer is old: it must be firecracker or NAME=PATH");
+    }
+}

@@ -1,0 +1,115 @@
+//! Interleaved rounds: every contestant once, then every contestant again.
+
+use anyhow::{Context, Result};
+
+use super::peers::not_measured;
+use super::table::{Row, markdown};
+use crate::process::say;
+
+/// What one turn gave: for each column any number of values.
+pub(super) type Values = Vec<Vec<f64>>;
+
+/// What all turns gave.
+#[derive(Debug)]
+pub(super) struct Measured {
+    rows: Vec<Row>,
+    /// Who is left out, and why.
+    left_out: Vec<String>,
+}
+
+/// Who has a turn.
+pub(super) struct Turn<C> {
+    pub(super) name: String,
+    /// It may turn out in its first turn that it cannot do what is asked: then it is left out.
+    pub(super) may_fail: bool,
+    pub(super) contestant: C,
+}
+
+/// Lets all have their turns, in so many rounds. With `warm_up` a round before them does not count: it brings files into the page cache.
+pub(super) fn interleaved<C>(
+    mut turns: Vec<Turn<C>>,
+    rounds: usize,
+    warm_up: bool,
+    mut measure: impl FnMut(&C) -> Result<Values>,
+) -> Result<Measured> {
+    let mut rows: Vec<Row> =
+        turns.iter().map(|turn| Row { name: turn.name.clone(), samples: Vec::new() }).collect();
+    let mut left_out = Vec::new();
+    for round in 0..rounds + usize::from(warm_up) {
+        let mut at = 0;
+        while let Some(turn) = turns.get(at) {
+            match measure(&turn.contestant) {
+                Ok(_) if warm_up && round == 0 => {}
+                Ok(values) => rows[at].add(values),
+                Err(error) if round == 0 && turn.may_fail => {
+                    say!("{} is not measured: {error:#}", turn.name);
+                    left_out.push(not_measured(&turn.name, &format!("{error:#}")));
+                    turns.remove(at);
+                    rows.remove(at);
+                    continue;
+                }
+                Err(error) => return Err(error).with_context(|| turn.name.clone()),
+            }
+            at += 1;
+        }
+    }
+    Ok(Measured { rows, left_out })
+}
+
+impl Measured {
+    /// The table, and below it who is left out.
+    pub(super) fn markdown(&self, columns: &[&str]) -> String {
+        markdown(columns, &self.rows) + &self.left_out.concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    fn turn(name: &str, may_fail: bool, contestant: u32) -> Turn<u32> {
+        Turn { name: name.to_owned(), may_fail, contestant }
+    }
+
+    #[test]
+    fn turns_are_interleaved_and_the_first_round_does_not_count() {
+        let mut order = Vec::new();
+        let measured = interleaved(vec![turn("a", false, 1), turn("b", false, 2)], 2, true, |&who| {
+            order.push(who);
+            Ok(vec![vec![f64::from(who) * 10.0 + order.len() as f64], vec![]])
+        });
+        assert_eq!(
+            measured.unwrap().markdown(&["x", "y"]),
+            "| | x | y |\n|---|---:|---:|\n| a | 13.0 (13.0..15.0) | - |\n| b | 24.0 (24.0..26.0) | - |\n"
+        );
+        assert_eq!(order, [1, 2, 1, 2, 1, 2]);
+    }
+
+    #[test]
+    fn a_peer_that_fails_at_first_is_left_out_with_its_reason() {
+        let measure = |&who: &u32| if who == 2 { bail!("no such device") } else { Ok(vec![vec![7.0]]) };
+        let turns = || vec![turn("peer", true, 2), turn("ours", false, 1)];
+        let text = interleaved(turns(), 1, false, measure).unwrap().markdown(&["x"]);
+        assert!(
+            text.ends_with("| ours | 7.0 (7.0..7.0) |\n\nNot measured: peer: no such device.\n"),
+            "{text}"
+        );
+        let ours = vec![turn("ours", false, 2)];
+        assert!(interleaved(ours, 1, false, measure).is_err());
+    }
+
+    #[test]
+    fn a_peer_that_fails_later_is_an_error() {
+        let mut calls = 0;
+        let result = interleaved(vec![turn("peer", true, 1)], 3, true, |_| {
+            calls += 1;
+            if calls > 2 {
+                bail!("it died")
+            }
+            Ok(vec![vec![1.0]])
+        });
+        assert_eq!(format!("{:#}", result.unwrap_err()), "peer: it died");
+    }
+}
