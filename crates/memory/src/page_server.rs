@@ -41,6 +41,7 @@ use rustix::net::{
 };
 use serde::Serialize;
 
+use crate::image::Observer;
 use crate::layout::MemoryLayout;
 use crate::pages::{PAGE, PageSet};
 use crate::ram::{GuestRam, MapError};
@@ -113,6 +114,12 @@ pub enum FetchError {
     /// The server died before it had answered.
     #[error("the page server at {} is gone", path.display())]
     Gone {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The caller gave up waiting ([`Observer::cancelled`]).
+    #[error("waiting for the page server at {} was cancelled", path.display())]
+    Cancelled {
         /// The socket.
         path: PathBuf,
     },
@@ -241,9 +248,14 @@ impl PageServer {
         if sent == message.len() { Ok(()) } else { Err(failed(io::ErrorKind::WriteZero.into())) }
     }
 
-    /// Touches the pages at these guest addresses, and the guest's first, which makes the server answer faults, for at most `limit` each.
-    /// On an error the memory is released and of no use any more.
-    pub fn probe(&self, addresses: &[u64], limit: Duration) -> Result<(), PageServerError> {
+    /// Touches the pages at these guest addresses, and the guest's first, which makes the server answer faults, for at most `limit` each, or until
+    /// `observer` is cancelled. On an error the memory is released and of no use any more.
+    pub fn probe(
+        &self,
+        addresses: &[u64],
+        limit: Duration,
+        observer: &dyn Observer,
+    ) -> Result<(), PageServerError> {
         let mut pages = self.ram.no_pages();
         pages.insert(0, 0..1);
         for (index, region) in self.ram.regions().iter().enumerate() {
@@ -251,7 +263,7 @@ impl PageServer {
                 pages.insert(index, address / PAGE..address / PAGE + 1);
             }
         }
-        let fetched = self.connection.fetch(&self.ram, &pages, limit);
+        let fetched = self.connection.fetch(&self.ram, &pages, limit, observer);
         if fetched.is_err() {
             self.release();
         }
@@ -336,6 +348,7 @@ impl Connection {
         ram: &GuestRam,
         pages: &PageSet,
         patience: Duration,
+        observer: &dyn Observer,
     ) -> Result<(), FetchError> {
         let touched = Arc::new(AtomicU64::new(0));
         let given_up = Arc::new(AtomicBool::new(false));
@@ -370,6 +383,9 @@ impl Connection {
             }
             if self.is_gone() {
                 break FetchError::Gone { path: self.path.clone() };
+            }
+            if observer.cancelled() {
+                break FetchError::Cancelled { path: self.path.clone() };
             }
             let now = touched.load(Ordering::Relaxed);
             if now != last.0 {
