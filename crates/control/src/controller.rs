@@ -2,7 +2,8 @@
 //!
 //! # Invariants
 //!
-//! - The main thread has the only [`Controller`] and gives it one [`Command`] at a time; there is no lock.
+//! - The main thread has the only [`Controller`] and gives it one [`Command`] at a time; there is no lock. While a command takes long, questions of
+//!   API clients are answered ([`task`](crate::task)).
 //! - [`State`] is changed in [`Controller::start`] and [`Controller::set_vm_state`] and nowhere else.
 //! - A command that is refused leaves everything as it was: a start that fails can be tried again.
 //!
@@ -13,6 +14,7 @@
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +28,7 @@ use machine::devices::{DeviceSetup, VsockSetup, limits};
 use machine::legacy::{Output, SerialSetup, StartTimes};
 use machine::machine::{Machine, PauseError};
 use machine::{EventSink, MachineEvent, Paused, Running, Setup, VcpuFault};
+use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 use virtio::block::Replaced;
 use virtio::block::disk::{Disk, DiskOptions};
@@ -33,11 +36,13 @@ use virtio::net::NetBackend;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 
+use crate::api::Requests;
 use crate::fork::Family;
 use crate::fork::merging::Merges;
 use crate::metadata::Metadata;
 use crate::snapshot::ahead::Ahead;
 use crate::snapshot::job::Job;
+use crate::task::Token;
 use crate::vsock::VsockSockets;
 use crate::{Command, CommandError, Phase, Reply, phase};
 
@@ -130,6 +135,8 @@ pub struct Controller<H> {
     pub(crate) ahead: Option<Ahead>,
     /// The sockets of `config.vsock`, made when it was set.
     pub(crate) vsock: Option<VsockSockets>,
+    /// What clients of the API ask for, so that questions are answered while a command takes long.
+    pub(crate) requests: Option<Requests>,
     pub(crate) state: State,
 }
 
@@ -169,8 +176,24 @@ impl<H: Host> Controller<H> {
             job: None,
             ahead: None,
             vsock: None,
+            requests: None,
             state: State::Configured,
         }
+    }
+
+    /// Takes the requests of the API's clients: for [`Self::requests`], and for questions while a command takes long.
+    pub fn set_requests(&mut self, requests: Option<Requests>) {
+        self.requests = requests;
+    }
+
+    /// The requests of the API's clients, if there is an API.
+    pub fn requests(&self) -> Option<&Requests> {
+        self.requests.as_ref()
+    }
+
+    /// Gives the requests back: the process ends.
+    pub fn take_requests(&mut self) -> Option<Requests> {
+        self.requests.take()
     }
 
     /// Does everything that a configuration file says, and starts the guest.
@@ -211,14 +234,16 @@ impl<H: Host> Controller<H> {
     }
 
     fn carry_out(&mut self, command: Command) -> Result<Reply, CommandError> {
+        if let Some(answer) = self.answer(&command) {
+            return answer;
+        }
         match command {
-            Command::DescribeInstance => return Ok(Reply::Json(self.describe())),
-            Command::GetVersion => {
-                return Ok(Reply::Json(json!({ "firecracker_version": self.identity.api_version })));
-            }
-            Command::GetMachineConfig => return to_json(&self.config.machine_config),
-            Command::GetVmConfig => return to_json(&self.shown_config()),
-            Command::GetMmds => return self.metadata.get(self.has_started()).map(Reply::Json),
+            // Answered above.
+            Command::DescribeInstance
+            | Command::GetVersion
+            | Command::GetMachineConfig
+            | Command::GetVmConfig
+            | Command::GetMmds => {}
             Command::PutMachineConfig(config) => self.set_machine_config(config)?,
             Command::PatchMachineConfig(update) => {
                 let config = self.config.machine_config.updated(&update)?;
@@ -270,6 +295,20 @@ impl<H: Host> Controller<H> {
             }
         }
         Ok(Reply::Empty)
+    }
+
+    /// The answer to a question, which is possible in every phase and changes nothing; `None` for all other commands.
+    pub(crate) fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>> {
+        Some(match command {
+            Command::DescribeInstance => Ok(Reply::Json(self.describe())),
+            Command::GetVersion => {
+                Ok(Reply::Json(json!({ "firecracker_version": self.identity.api_version })))
+            }
+            Command::GetMachineConfig => to_json(&self.config.machine_config),
+            Command::GetVmConfig => to_json(&self.shown_config()),
+            Command::GetMmds => self.metadata.get(self.has_started()).map(Reply::Json),
+            _ => return None,
+        })
     }
 
     fn has_started(&self) -> bool {
@@ -533,15 +572,15 @@ impl<H: Host> Controller<H> {
             initrd: files.initrd.as_ref().map(|file| clone_file("initrd", file)).transpose()?,
             cmdline: source.boot_args().to_owned(),
         };
-        let setup = Setup {
-            config: &self.config.machine_config,
-            boot,
-            serial,
-            boot_timer: self.platform.boot_timer,
-            devices: devices(&self.config, self.back_ends(), self.platform.pci),
-            events: self.events.try_clone().map_err(|e| cannot_start(&e))?,
+        let machine_config = self.config.machine_config.clone();
+        let boot_timer = self.platform.boot_timer;
+        let devices = devices(&self.config, self.back_ends(), self.platform.pci);
+        let events = self.events.try_clone().map_err(|e| cannot_start(&e))?;
+        // It reads the kernel, from a file system that may take long.
+        let build = move |_: &Token| {
+            Paused::build(Setup { config: &machine_config, boot, serial, boot_timer, devices, events })
         };
-        let machine = Paused::build(setup).map_err(|e| cannot_start(&e))?;
+        let machine = self.task(None, build)?.map_err(|e| cannot_start(&e))?;
         self.host.guest_starts(self.serial_output.is_none());
         // The machine has them: whose network goes away closes it.
         self.networks.clear();
@@ -675,10 +714,27 @@ pub(crate) fn open_serial(path: &Path) -> Result<Output, CommandError> {
     })
 }
 
+/// Opens a file or block device that is to be read. Anything else at `path` is refused by name, without waiting for it: a FIFO has no writer yet, and a
+/// character device need not have an end.
 fn open(what: &str, path: &Path) -> Result<File, CommandError> {
-    File::open(path).map_err(|error| {
+    let failed = |error: &dyn std::fmt::Display| {
         CommandError::new(format_args!("cannot open the {what} {}: {error}", path.display()))
-    })
+    };
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|e| failed(&e))?);
+    let kind = file.metadata().map_err(|e| failed(&e))?.file_type();
+    let found = match kind {
+        _ if kind.is_file() || kind.is_block_device() => None,
+        _ if kind.is_dir() => Some("a directory"),
+        _ if kind.is_fifo() => Some("a FIFO"),
+        _ => Some("a character device"),
+    };
+    if let Some(found) = found {
+        return Err(failed(&format_args!("it is {found}; it must be a file or a block device")));
+    }
+    let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(&e))?;
+    rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| failed(&e))?;
+    Ok(file)
 }
 
 fn clone_file(what: &str, file: &File) -> Result<File, CommandError> {

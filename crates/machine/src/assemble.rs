@@ -10,7 +10,7 @@
 //! that accesses a missing page cannot be interrupted. So this thread accesses no guest memory but the pages that the load
 //! fetched before ([`crate::generation`]), and devices are paused until the machine runs. KVM accesses guest memory when a
 //! vCPU gets its state; each does so on its own thread, and this thread waits for all of them ([`restore_vcpus`]) only as long
-//! as pages arrive and nobody asks the process to end.
+//! as pages arrive and the restore is not cancelled.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -70,7 +70,7 @@ pub(crate) enum Origin<'a> {
 pub(crate) struct Wait<'a> {
     /// Sends the pages, if a server does.
     pub(crate) page_server: Option<&'a PageServer>,
-    /// Readable once the process is asked to end.
+    /// Readable once the restore is cancelled.
     pub(crate) stop: Option<BorrowedFd<'a>>,
 }
 
@@ -179,7 +179,7 @@ fn wait_restored(vcpus: &[VcpuHandle], wait: Wait<'_>) -> Result<(), StartError>
     let mut look = |turn: Duration| -> Result<bool, StartError> {
         while let Some(vcpu) = next {
             let Some(restored) = vcpu.poll_restored(turn)? else {
-                return if is_readable(wait.stop) { Err(StartError::AskedToEnd) } else { Ok(false) };
+                return if is_readable(wait.stop) { Err(StartError::Cancelled) } else { Ok(false) };
             };
             restored?;
             next = left.next();

@@ -67,7 +67,7 @@ pub struct Restore<'a> {
     pub clock: ClockAfter,
     /// Where the machine says that it wants to end.
     pub events: EventSink,
-    /// Readable once the process is asked to end: pages that do not arrive are not waited for any longer.
+    /// Readable once the restore is cancelled: pages that do not arrive are not waited for any longer.
     pub stop: Option<BorrowedFd<'a>>,
 }
 
@@ -114,9 +114,9 @@ pub enum StartError {
     /// The page server did not send pages that the vCPUs need.
     #[error(transparent)]
     PageServer(#[from] FetchError),
-    /// The process was asked to end while guest memory was waited for.
-    #[error("the process was asked to end while guest memory was loaded")]
-    AskedToEnd,
+    /// The restore was cancelled while it waited for guest memory.
+    #[error("the restore was cancelled while it waited for guest memory")]
+    Cancelled,
     /// A bug in this monitor.
     #[error(transparent)]
     Gone(#[from] VcpuGone),

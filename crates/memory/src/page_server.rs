@@ -42,6 +42,7 @@ use rustix::net::{
 };
 use serde::Serialize;
 
+use crate::image::Observer;
 use crate::layout::MemoryLayout;
 use crate::pages::{PAGE, PageSet};
 use crate::ram::{GuestRam, MapError};
@@ -117,6 +118,12 @@ pub enum FetchError {
     /// The server died before it had answered.
     #[error("the page server at {} is gone", path.display())]
     Gone {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The caller gave up waiting ([`Observer::cancelled`]).
+    #[error("waiting for the page server at {} was cancelled", path.display())]
+    Cancelled {
         /// The socket.
         path: PathBuf,
     },
@@ -245,9 +252,14 @@ impl PageServer {
         if sent == message.len() { Ok(()) } else { Err(failed(io::ErrorKind::WriteZero.into())) }
     }
 
-    /// Touches the pages at these guest addresses, and the guest's first, which makes the server answer faults, for at most `limit` each.
-    /// On an error the memory is released and of no use any more.
-    pub fn probe(&self, addresses: &[u64], limit: Duration) -> Result<(), PageServerError> {
+    /// Touches the pages at these guest addresses, and the guest's first, which makes the server answer faults, for at most `limit` each, or until
+    /// `observer` is cancelled. On an error the memory is released and of no use any more.
+    pub fn probe(
+        &self,
+        addresses: &[u64],
+        limit: Duration,
+        observer: &dyn Observer,
+    ) -> Result<(), PageServerError> {
         let mut pages = self.ram.no_pages();
         pages.insert(0, 0..1);
         for (index, region) in self.ram.regions().iter().enumerate() {
@@ -255,7 +267,7 @@ impl PageServer {
                 pages.insert(index, address / PAGE..address / PAGE + 1);
             }
         }
-        let fetched = self.connection.fetch(&self.ram, &pages, limit);
+        let fetched = self.connection.fetch(&self.ram, &pages, limit, observer);
         if fetched.is_err() {
             self.release();
         }
@@ -350,6 +362,7 @@ impl Connection {
         ram: &GuestRam,
         pages: &PageSet,
         patience: Duration,
+        observer: &dyn Observer,
     ) -> Result<(), FetchError> {
         let touched = Arc::new(AtomicU64::new(0));
         let given_up = Arc::new(AtomicBool::new(false));
@@ -377,6 +390,9 @@ impl Connection {
             patience,
             || touched.load(Ordering::Relaxed),
             |turn| {
+                if observer.cancelled() {
+                    return Err(FetchError::Cancelled { path: self.path.clone() });
+                }
                 match is_done.recv_timeout(turn) {
                     Ok(()) => Ok(true),
                     Err(RecvTimeoutError::Timeout) => Ok(false),

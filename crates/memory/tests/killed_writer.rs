@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use config::HugePages;
 use serde::{Deserialize, Serialize};
-use snapshot::{Header, Section, Snapshot, Writer};
+use snapshot::{AtomicFile, Header, Section, Snapshot, Writer};
 use vesta_memory::GuestRam;
 use vesta_memory::image::{ImageInfo, write_full};
 use vm_memory::{Bytes, GuestAddress};
@@ -34,7 +34,8 @@ fn writer_process() {
         let mut writer = Writer::new(&Header::new("microvm", "test", 0)).unwrap();
         writer.put(&Generation(generation)).unwrap();
         writer.put(&image.info).unwrap();
-        snapshot::commit_pair(image.file, writer.stage(&state).unwrap()).unwrap();
+        snapshot::commit_pair(image.file, writer.stage(AtomicFile::create(&state).unwrap()).unwrap())
+            .unwrap();
         println!("one more");
     }
 }

@@ -132,7 +132,7 @@ fn the_server_learns_where_each_region_is_and_serves_their_faults() {
         handler
     });
     let (ram, client) = connect(3 * 1024 + 2, &path);
-    client.probe(&[], LONG).unwrap();
+    client.probe(&[], LONG, &()).unwrap();
     assert_eq!(byte(&ram, 5), 6);
     assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(4 << 30)).unwrap(), ((3 << 18) % 251) as u8 + 1);
     let handler = server.join().unwrap();
@@ -185,7 +185,7 @@ fn an_image_whose_pages_are_not_sent_is_given_up_and_leaves_nothing() {
     let path = dir.path().join("uffd.sock");
     let mut child = server_process_at(&path);
     let (ram, client) = connect(1, &path);
-    client.probe(&[], LONG).unwrap();
+    client.probe(&[], LONG, &()).unwrap();
     let image = dir.path().join("mem");
     let target = image.clone();
     let written = std::thread::spawn(move || vesta_memory::image::write_full(&ram, &target, &()).map(drop));
@@ -207,7 +207,7 @@ fn the_probe_has_the_pages_sent_that_it_is_told() {
         (0..3).for_each(|_| handler.serve(&handler.event()));
     });
     let (ram, client) = connect(1, &path);
-    client.probe(&[5 * PAGE + 1, 9 * PAGE, 1 << 40], LONG).unwrap();
+    client.probe(&[5 * PAGE + 1, 9 * PAGE, 1 << 40], LONG, &()).unwrap();
     server.join().unwrap();
     assert_eq!((byte(&ram, 5), byte(&ram, 9)), (6, 10));
 }
@@ -228,7 +228,7 @@ fn a_server_that_never_answers_fails_the_probe() {
     let (_dir, path, listener) = listen();
     let (ram, client) = connect(1, &path);
     let _handler = Handler::accept(&listener);
-    let error = client.probe(&[], SHORT).unwrap_err();
+    let error = client.probe(&[], SHORT, &()).unwrap_err();
     assert!(matches!(error, PageServerError::Fetch(FetchError::Unanswered { .. })), "{error}");
     assert!(error.to_string().ends_with("did not answer a page fault within 100 ms"), "{error}");
     drop((client, ram));
@@ -298,7 +298,7 @@ fn a_server_that_dies_is_reported_and_its_guest_does_not_go_on_with_zeros() {
     let path = dir.path().join("uffd.sock");
     let mut child = server_process_at(&path);
     let (ram, mut client) = connect(1, &path);
-    client.probe(&[], LONG).unwrap();
+    client.probe(&[], LONG, &()).unwrap();
     let guest = std::thread::spawn(move || byte(&ram, 7));
     wait_for(&mut child, "fault read");
     let (read, _write) = no_stop();
@@ -324,6 +324,6 @@ fn a_server_that_dies_before_its_first_answer_fails_the_probe() {
     child.kill().unwrap();
     child.wait().unwrap();
     // Alive, it might have answered; killed before the probe began, it cannot.
-    let error = client.probe(&[], LONG).unwrap_err();
+    let error = client.probe(&[], LONG, &()).unwrap_err();
     assert!(matches!(error, PageServerError::Fetch(FetchError::Gone { .. })), "{error}");
 }

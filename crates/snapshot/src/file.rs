@@ -3,8 +3,15 @@
 //! An [`AtomicFile`] has no name while it is written (`O_TMPFILE`), so that a writer that is killed leaves nothing. Where
 //! the file system or a missing `/proc` does not allow that, it has a temporary name beside the final one,
 //! `NAME.ID.vesta-tmp`, which goes away with the value; only a killed writer leaves it behind, for the next one of that name to
-//! remove: a file is locked for as long as its writer lives. When all is written, the file gets the temporary name ([`AtomicFile::stage`]), is put on disk, and gets the final name by a
-//! rename ([`Staged::commit`]), which replaces an older file in one step.
+//! remove: a file is locked for as long as its writer lives. A file that is complete ([`AtomicFile::stage`]) is put on disk, gets the temporary name,
+//! and then the final name by a rename ([`Staged::commit`]), which replaces an older file in one step. A writer that is stuck in a sync, or is killed
+//! there, has therefore left no name behind.
+//!
+//! # Targets
+//!
+//! A file that cannot be renamed over is refused by [`AtomicFile::create`], before anything is written: a mount point (a bind mount in a jail), a file
+//! that is immutable, append-only or protected by a sticky directory, a symbolic link to nothing, anything that is not a regular file. Such a file is
+//! never written in place: half of it would be old when the host fails, and a guest that maps it would see the change.
 //!
 //! A snapshot is two files, and no file system renames two in one step. [`commit_pair`] makes the state file's rename the
 //! moment that counts: the memory file is staged under a name that holds its [`FileId`], the state file names that id,
@@ -18,7 +25,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags, Stat, StatxAttributes, StatxFlags,
+};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -95,7 +104,7 @@ pub struct AtomicFile {
     place: Place,
 }
 
-/// A file that is whole and has its temporary name. Dropping it removes it.
+/// A file that is complete and has no final name yet. Dropping it removes it.
 #[derive(Debug)]
 pub struct Staged {
     file: File,
@@ -115,8 +124,8 @@ struct Place {
 impl AtomicFile {
     /// Begins a file that will be `path`.
     ///
-    /// A symbolic link at `path` stays, and what it points to is replaced. What is there must be a regular file, whose
-    /// permissions the new one takes on.
+    /// A symbolic link at `path` stays, and what it points to is replaced. What is there must be a regular file that can be renamed over; the new
+    /// one takes on its permissions.
     pub fn create(path: &Path) -> Result<Self, FileError> {
         let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
         let failed =
@@ -135,19 +144,28 @@ impl AtomicFile {
         )
         .map_err(|e| failed(e.into()))?;
         let existing = match rustix::fs::statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => Some(stat.st_mode),
-            Ok(_) => return Err(invalid("what is there is not a regular file")),
+            Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
+                FileType::RegularFile => Some(stat),
+                FileType::Symlink => {
+                    return Err(invalid("it is a symbolic link to a file that does not exist"));
+                }
+                _ => return Err(invalid("what is there is not a regular file")),
+            },
             Err(Errno::NOENT) => None,
             Err(e) => return Err(failed(e.into())),
         };
+        let existing = existing.as_ref();
+        if let Some(reason) = existing.and_then(|stat| why_not_replaceable(&dir, &name, stat)) {
+            return Err(invalid(reason));
+        }
         let id = FileId::random().map_err(failed)?;
         let mut place = Place { path: path.to_path_buf(), dir, name, id, linked: false };
         let file = place.open().map_err(|e| failed(e.into()))?;
         // Whoever finds it locked leaves it alone. A file system without locks has no such finders either.
         let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
-        if let Some(mode) = existing {
+        if let Some(stat) = existing {
             // Who could read the old file can read the new one; where that is not for us to say, the default stays.
-            let _ = rustix::fs::fchmod(&file, Mode::from_raw_mode(mode));
+            let _ = rustix::fs::fchmod(&file, Mode::from_raw_mode(stat.st_mode));
         }
         Ok(AtomicFile { file, place })
     }
@@ -167,28 +185,23 @@ impl AtomicFile {
         &self.place.path
     }
 
-    /// All is written: gives the file its temporary name.
-    pub fn stage(self) -> Result<Staged, FileError> {
-        let AtomicFile { file, mut place } = self;
-        if !place.linked {
-            let temporary = place.temporary();
-            rustix::fs::linkat(CWD, proc_path(&file), &place.dir, &temporary, AtFlags::SYMLINK_FOLLOW)
-                .map_err(|e| place.error("name", e.into()))?;
-            place.linked = true;
-        }
-        Ok(Staged { file, place })
+    /// Declares the file complete: all is written.
+    pub fn stage(self) -> Staged {
+        let AtomicFile { file, place } = self;
+        Staged { file, place }
     }
 
     /// [`Self::stage`] and [`Staged::commit`].
     pub fn commit(self) -> Result<File, FileError> {
-        self.stage()?.commit()
+        self.stage().commit()
     }
 }
 
 impl Staged {
     /// Puts the file on disk, gives it its final name, in place of an older one, and puts the name on disk.
-    pub fn commit(self) -> Result<File, FileError> {
+    pub fn commit(mut self) -> Result<File, FileError> {
         self.sync()?;
+        self.link()?;
         let Staged { file, mut place } = self;
         place.rename()?;
         place.sync_dir()?;
@@ -204,6 +217,49 @@ impl Staged {
     fn sync(&self) -> Result<(), FileError> {
         self.file.sync_all().map_err(|source| self.place.error("write", source))
     }
+
+    /// Gives the file its temporary name, unless it has it already.
+    fn link(&mut self) -> Result<(), FileError> {
+        let Staged { file, place } = self;
+        if !place.linked {
+            let temporary = place.temporary();
+            rustix::fs::linkat(CWD, proc_path(file), &place.dir, &temporary, AtFlags::SYMLINK_FOLLOW)
+                .map_err(|e| place.error("name", e.into()))?;
+            place.linked = true;
+        }
+        Ok(())
+    }
+}
+
+/// Why no other file can take the place of `name` in `dir`, which `stat` describes; `None` where nothing is known against it.
+fn why_not_replaceable(dir: &OwnedFd, name: &OsStr, stat: &Stat) -> Option<&'static str> {
+    let attributes = |name: &OsStr, flags| {
+        // Linux before 4.11, or a filter: the rename finds out.
+        rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS).map(|file| file.stx_attributes)
+    };
+    if let Ok(file) = attributes(name, AtFlags::SYMLINK_NOFOLLOW) {
+        if file.contains(StatxAttributes::MOUNT_ROOT) {
+            return Some("it is a mount point, which no new file can replace; mount its directory instead");
+        }
+        if file.intersects(StatxAttributes::IMMUTABLE | StatxAttributes::APPEND) {
+            return Some("it is immutable or append-only (chattr), so that no new file can replace it");
+        }
+    }
+    if attributes(OsStr::new(""), AtFlags::EMPTY_PATH).is_ok_and(|dir| dir.contains(StatxAttributes::APPEND))
+    {
+        return Some("its directory is append-only (chattr), so that no new file can replace it");
+    }
+    let dir = rustix::fs::fstat(dir).ok()?;
+    let user = rustix::process::geteuid();
+    let is_sticky = Mode::from_raw_mode(dir.st_mode).contains(Mode::SVTX);
+    let owners = [dir.st_uid, stat.st_uid];
+    // Root has CAP_FOWNER unless it was taken away; then the rename finds out.
+    if is_sticky && !user.is_root() && !owners.contains(&user.as_raw()) {
+        return Some(
+            "it is another user's, in a directory with the sticky bit, so that no new file can replace it",
+        );
+    }
+    None
 }
 
 impl Place {
@@ -272,8 +328,9 @@ impl Place {
         }
     }
 
-    fn device(&self) -> Option<u64> {
-        rustix::fs::fstat(&self.dir).ok().map(|stat| stat.st_dev)
+    /// Which directory it is in.
+    fn directory(&self) -> Option<(u64, u64)> {
+        rustix::fs::fstat(&self.dir).ok().map(|stat| (stat.st_dev, stat.st_ino))
     }
 }
 
@@ -290,7 +347,7 @@ impl Drop for Place {
 ///
 /// On an error the old pair is there as before. The exception is a file system that cannot exchange two names: if the
 /// memory file's rename fails there, the new state stays, and its memory under the name that [`find`] knows.
-pub fn commit_pair(memory: Staged, state: Staged) -> Result<(), FileError> {
+pub fn commit_pair(mut memory: Staged, mut state: Staged) -> Result<(), FileError> {
     // At once: a file system makes one commit of its journal of both.
     std::thread::scope(|scope| {
         let other = std::thread::Builder::new().name("sync".into()).spawn_scoped(scope, || memory.sync());
@@ -300,10 +357,12 @@ pub fn commit_pair(memory: Staged, state: Staged) -> Result<(), FileError> {
             Err(_) => memory.sync(),
         }
     })?;
+    memory.link()?;
+    state.link()?;
     let mut memory = memory.place;
     let mut state = state.place;
-    // One file system keeps its renames in order. Two do not know of each other: each step is put on disk by itself.
-    let apart = memory.device() != state.device();
+    // A directory keeps its renames in order. Two do not know of each other: each step is put on disk by itself.
+    let apart = memory.directory() != state.directory();
     if apart {
         memory.sync_dir()?;
     }

@@ -15,7 +15,14 @@ fn names(dir: &Path) -> Vec<String> {
 fn staged(path: &Path, text: &str) -> Staged {
     let file = AtomicFile::create(path).unwrap();
     file.file().write_all(text.as_bytes()).unwrap();
-    file.stage().unwrap()
+    file.stage()
+}
+
+/// The same with its temporary name, as a writer leaves it that is killed before the final one.
+fn linked(path: &Path, text: &str) -> Staged {
+    let mut file = staged(path, text);
+    file.link().unwrap();
+    file
 }
 
 #[test]
@@ -36,6 +43,7 @@ fn a_dropped_file_leaves_nothing_at_any_stage() {
     let path = dir.path().join("state");
     drop(AtomicFile::create(&path).unwrap());
     drop(staged(&path, "whole"));
+    drop(linked(&path, "whole"));
     assert_eq!(names(dir.path()), Vec::<String>::new());
 }
 
@@ -66,6 +74,69 @@ fn a_symbolic_link_stays_and_what_it_points_to_is_replaced() {
 fn what_is_not_a_regular_file_is_refused_by_name() {
     let error = AtomicFile::create(Path::new("/dev/null")).unwrap_err();
     assert_eq!(error.to_string(), "cannot create /dev/null: what is there is not a regular file");
+}
+
+#[test]
+fn a_link_to_nothing_is_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    let error = AtomicFile::create(&link).unwrap_err().to_string();
+    assert!(error.contains("link: it is a symbolic link to a file that does not exist"), "{error}");
+    assert_eq!(names(dir.path()), ["link"]);
+}
+
+/// A file that is mounted on itself, as a jail has it. Unmounted with the value.
+struct BindMount(std::path::PathBuf);
+
+impl BindMount {
+    fn new(path: &Path) -> Self {
+        rustix::mount::mount_bind(path, path).expect("root can mount");
+        BindMount(path.to_owned())
+    }
+}
+
+impl Drop for BindMount {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}
+
+#[test]
+fn a_mount_point_is_refused_before_anything_is_written() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: mounting needs root");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mem");
+    std::fs::write(&path, "old").unwrap();
+    let _mount = BindMount::new(&path);
+    let error = AtomicFile::create(&path).unwrap_err().to_string();
+    assert!(error.contains("mem: it is a mount point"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"old");
+    assert_eq!(names(dir.path()), ["mem"]);
+}
+
+#[test]
+fn an_immutable_file_is_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mem");
+    std::fs::write(&path, "old").unwrap();
+    let file = File::open(&path).unwrap();
+    let set = |flags| rustix::fs::ioctl_setflags(&file, flags);
+    let Ok(before) = rustix::fs::ioctl_getflags(&file) else {
+        return eprintln!("not run: no such flags here");
+    };
+    for flag in [rustix::fs::IFlags::IMMUTABLE, rustix::fs::IFlags::APPEND] {
+        if set(before | flag).is_err() {
+            return eprintln!("not run: such flags need root");
+        }
+        let refused = AtomicFile::create(&path).map(drop).map_err(|e| e.to_string());
+        set(before).unwrap();
+        assert!(refused.unwrap_err().contains("mem: it is immutable or append-only"));
+        assert_eq!(names(dir.path()), ["mem"]);
+    }
 }
 
 #[test]
@@ -117,7 +188,7 @@ fn the_memory_of_a_state_is_found_where_its_writer_died() {
     let dir = tempfile::tempdir().unwrap();
     let memory = dir.path().join("memory");
     std::fs::write(&memory, "old").unwrap();
-    let new = staged(&memory, "new");
+    let new = linked(&memory, "new");
     let id = new.id();
     assert_eq!(std::fs::read(find(&memory, id)).unwrap(), b"new");
     new.commit().unwrap();
@@ -166,10 +237,8 @@ fn what_killed_writers_left_goes_with_the_next_file_of_that_name_and_what_living
     for name in left.iter().chain(&others) {
         std::fs::write(path(name), "half").unwrap();
     }
-    let alive = AtomicFile::create(&path("mem")).unwrap().stage().unwrap();
-    let memory = AtomicFile::create(&path("mem")).unwrap().stage().unwrap();
-    let state = AtomicFile::create(&path("state")).unwrap().stage().unwrap();
-    commit_pair(memory, state).unwrap();
+    let alive = linked(&path("mem"), "");
+    commit_pair(staged(&path("mem"), ""), staged(&path("state"), "")).unwrap();
     let staged = format!("mem.{}.vesta-tmp", alive.id());
     let mut expected = vec!["mem".to_owned(), "state".to_owned(), staged];
     expected.extend(others);

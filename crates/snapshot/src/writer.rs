@@ -115,19 +115,18 @@ impl Writer {
         Ok(bytes)
     }
 
-    /// Writes the file beside `path`: for [`commit_pair`](crate::commit_pair).
-    pub fn stage(self, path: &Path) -> Result<Staged, WriteError> {
+    /// Writes all of `file`: for [`commit_pair`](crate::commit_pair).
+    pub fn stage(self, file: AtomicFile) -> Result<Staged, WriteError> {
         let bytes = self.finish()?;
-        let file = AtomicFile::create(path)?;
         let failed =
-            |source| WriteError::Write { path: path.to_path_buf(), size: bytes.len() as u64, source };
+            |source| WriteError::Write { path: file.path().to_path_buf(), size: bytes.len() as u64, source };
         file.file().write_all(&bytes).map_err(failed)?;
-        Ok(file.stage()?)
+        Ok(file.stage())
     }
 
     /// Writes the file to `path`, in place of an older one, in one step.
     pub fn commit(self, path: &Path) -> Result<(), WriteError> {
-        self.stage(path)?.commit()?;
+        self.stage(AtomicFile::create(path)?)?.commit()?;
         Ok(())
     }
 }

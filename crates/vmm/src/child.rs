@@ -105,8 +105,9 @@ fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
     reporter.report(Ok(()));
     // Never dropped: the process ends with it, and its end waits for no thread.
     let mut controller = ManuallyDrop::new(controller);
-    let ended = event_loop::serve(&mut controller, requests.as_ref(), &source, &signals);
-    drop(requests);
+    controller.set_requests(requests);
+    let ended = event_loop::serve(&mut controller, &source, &signals);
+    drop(controller.take_requests());
     event_loop::end(&mut controller);
     end_of(Personality::of_this_process(), ended.map_err(crate::RunError::from))
 }

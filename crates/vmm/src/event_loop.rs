@@ -1,4 +1,6 @@
 //! The main thread's loop: commands from the API, the guest's end, signals.
+//!
+//! The controller has the API's requests. While it carries out a command that takes long it answers questions itself, and stops for a signal.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
@@ -36,12 +38,11 @@ pub(crate) enum Ended {
 /// Serves until the guest ends or a signal comes.
 pub(crate) fn serve<H: Host>(
     controller: &mut Controller<H>,
-    requests: Option<&Requests>,
     events: &EventSource,
     signals: &Signals,
 ) -> io::Result<Ended> {
     let ended = loop {
-        wait(requests, events, signals)?;
+        wait(controller.requests(), events, signals)?;
         if let Some(signal) = signals.asked() {
             break Ended::Signal(signal);
         }
@@ -49,7 +50,7 @@ pub(crate) fn serve<H: Host>(
             break guest_ended(&event);
         }
         // One at a time, so that an end is seen between them.
-        if let Some(Request { command, reply_to }) = requests.and_then(Requests::try_recv) {
+        if let Some(Request { command, reply_to }) = controller.requests().and_then(Requests::try_recv) {
             reply_to.send(controller.run(command));
         }
     };

@@ -182,10 +182,13 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     // Never dropped: the process ends with it, and its end waits for no thread.
     let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, platform, sink));
     descriptors::raise_limit();
+    controller.set_requests(requests);
     if let (Some(contents), Some(path)) = (metadata, &args.metadata) {
-        controller
-            .run(Command::PutMmds(contents))
-            .map_err(|e| RunError::Metadata { path: path.display().to_string(), reason: e.to_string() })?;
+        let put = controller.run(Command::PutMmds(contents));
+        if let Err(error) = put {
+            drop(controller.take_requests());
+            return Err(RunError::Metadata { path: path.display().to_string(), reason: error.to_string() });
+        }
     }
     let started = match (config, &args.config_file, &args.restore) {
         (Some(config), Some(path), _) => controller
@@ -197,9 +200,13 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
         }
         _ => Ok(()),
     };
-    let ended =
-        started.and_then(|()| Ok(event_loop::serve(&mut controller, requests.as_ref(), &source, &signals)?));
+    let ended = match started {
+        Ok(()) => event_loop::serve(&mut controller, &source, &signals).map_err(RunError::from),
+        // A start that a signal cancelled is no error.
+        Err(error) => signals.asked().map(Ended::Signal).ok_or(error),
+    };
     event_loop::end(&mut controller);
+    drop(controller.take_requests());
     ended
 }
 

@@ -4,6 +4,8 @@
 //! connections: each has at most one command out.
 
 use std::{
+    cell::RefCell,
+    collections::VecDeque,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc,
@@ -28,7 +30,9 @@ use crate::{Command, CommandError, Reply};
 #[derive(Debug)]
 pub struct Requests {
     inbox: mpsc::Receiver<Request>,
-    /// Counts what is in `inbox`.
+    /// Requests that were taken and put back; they come before those in `inbox`.
+    put_back: RefCell<VecDeque<Request>>,
+    /// Counts what is in `put_back` and `inbox`.
     arrived: Arc<OwnedFd>,
     api: Arc<Bell>,
     thread: Option<JoinHandle<()>>,
@@ -97,7 +101,8 @@ pub(super) fn channel(socket_file: SocketFile) -> Result<(Requests, Outbox), Err
     let (to_answer, answers) = mpsc::channel();
     let outbox =
         Outbox { commands, arrived: Arc::clone(&arrived), answers, to_answer, api: Arc::clone(&api) };
-    Ok((Requests { inbox, arrived, api, thread: None, socket_file: Some(socket_file) }, outbox))
+    let put_back = RefCell::default();
+    Ok((Requests { inbox, put_back, arrived, api, thread: None, socket_file: Some(socket_file) }, outbox))
 }
 
 impl Requests {
@@ -111,7 +116,20 @@ impl Requests {
         // One count is one request, and the request went in first.
         let mut count = [0; 8];
         rustix::io::read(&*self.arrived, &mut count).ok()?;
-        self.inbox.try_recv().ok()
+        let first = self.put_back.borrow_mut().pop_front();
+        first.or_else(|| self.inbox.try_recv().ok())
+    }
+
+    /// Puts requests back that came from [`Self::try_recv`] and have to wait: they are the next ones, in this order.
+    pub fn put_back(&self, requests: Vec<Request>) {
+        let count = requests.len() as u64;
+        if count == 0 {
+            return;
+        }
+        let mut waiting = self.put_back.borrow_mut();
+        requests.into_iter().rev().for_each(|request| waiting.push_front(request));
+        let written = rustix::io::write(&*self.arrived, &count.to_ne_bytes());
+        debug_assert!(written.is_ok(), "at most one count per connection");
     }
 }
 

@@ -152,16 +152,6 @@ impl<H: Host> Controller<H> {
         self.merges.keep(|path| self.has_overlay(path) || (begun && has_overlay(bases, path)));
     }
 
-    /// Lets the disks have what the guest wrote so far, so that little is left for the moment in which it stands still.
-    pub(crate) fn write_back_disks(&self) {
-        for (drive, disk) in self.config.drives.iter().zip(&self.disks) {
-            if let Err(error) = disk.write_back() {
-                // Who has to know finds it again, and says so to the user.
-                log::warn!("drive {}: {error}", drive.drive_id);
-            }
-        }
-    }
-
     /// Lets this microVM, which stands still, go on on its new overlays: on all of them, or, if one cannot be opened, on none. Overlays that hold
     /// nothing yet are kept instead.
     pub(crate) fn put_overlays(
@@ -202,10 +192,10 @@ impl<H: Host> Controller<H> {
     }
 
     /// Makes a drive's disk a base, and opens a new overlay on it.
-    fn open_on_top(&self, at: usize, base: &Drive, path: &Path) -> Result<(Drive, Disk), CommandError> {
+    fn open_on_top(&mut self, at: usize, base: &Drive, path: &Path) -> Result<(Drive, Disk), CommandError> {
         let drive = on_overlay(base, false, path)?;
-        let opened = self.disks[at].freeze().and_then(|()| Disk::open(&DiskOptions::of(&drive)));
-        match opened {
+        let (disk, options) = (self.disks[at].clone(), DiskOptions::of(&drive));
+        match self.task(None, move |_| disk.freeze().and_then(|()| Disk::open(&options)))? {
             Ok(disk) => Ok((drive, disk)),
             Err(error) => {
                 self.thaw(at);
@@ -243,6 +233,16 @@ impl<H: Host> Controller<H> {
     /// Whether one of the drives has the overlay at `path`, to write to or as a layer.
     pub(crate) fn has_overlay(&self, path: &Path) -> bool {
         has_overlay(&self.config.drives, path)
+    }
+}
+
+/// Lets the disks have what the guest wrote so far, so that little is left for the moment in which it stands still.
+pub(crate) fn write_back_disks(disks: &[(String, Disk)]) {
+    for (drive_id, disk) in disks {
+        if let Err(error) = disk.write_back() {
+            // Who has to know finds it again, and says so to the user.
+            log::warn!("drive {drive_id}: {error}");
+        }
     }
 }
 

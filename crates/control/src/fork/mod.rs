@@ -49,7 +49,7 @@ use crate::controller::{Controller, Host, Identity, Platform, State, devices, op
 use crate::metadata::Metadata;
 use crate::vsock::VsockSockets;
 use crate::{CommandError, Reply};
-use disks::{Plan, Planner};
+use disks::{Plan, Planner, write_back_disks};
 use files::NewFiles;
 pub use report::Reporter;
 use report::{Report, Reports};
@@ -140,7 +140,8 @@ impl<H: Host> Controller<H> {
 
         let bases = self.bases();
         plan.apply(&mut bases.clone(), &self.unwritten())?;
-        self.write_back_disks();
+        let disks = self.disks_by_id();
+        self.task(None, move |_| write_back_disks(&disks))?;
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(config::VmState::Paused)?;
@@ -152,7 +153,8 @@ impl<H: Host> Controller<H> {
         self.keep_merged(&bases, split.is_ok());
         split?;
 
-        let reports = reports.collect(fork.children.len(), PATIENCE, self.host.asked_to_end());
+        let count = fork.children.len();
+        let reports = self.task(None, move |token| reports.collect(count, PATIENCE, token))?;
         for (files, report) in files.into_iter().zip(&reports) {
             // One that has said nothing may still begin.
             if report.as_ref().is_none_or(|report| report.error.is_none()) {

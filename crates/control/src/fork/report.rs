@@ -10,6 +10,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde::{Deserialize, Serialize};
 
+use crate::task::Token;
+
 /// Longest text of an error. A line is written whole or not at all up to 4096 bytes (`PIPE_BUF`).
 const MAX_ERROR: usize = 2000;
 
@@ -79,21 +81,16 @@ impl Reports {
         Reporter { number, pipe: Arc::clone(&self.write) }
     }
 
-    /// Waits for `count` children, or until no child is left that could report, `stop` is readable, or `patience` is over. By number; `None` for those
+    /// Waits for `count` children, or until no child is left that could report, `token` is cancelled, or `patience` is over. By number; `None` for those
     /// that did not report.
-    pub(super) fn collect(
-        self,
-        count: usize,
-        patience: Duration,
-        stop: Option<BorrowedFd<'_>>,
-    ) -> Vec<Option<Report>> {
+    pub(super) fn collect(self, count: usize, patience: Duration, token: &Token) -> Vec<Option<Report>> {
         // This process's own end goes, so that the pipe ends with the last child.
         drop(self.write);
         let deadline = Instant::now() + patience;
         let mut reports = vec![None; count];
         let mut lines = BufReader::new(File::from(self.pipe));
         let mut left = count;
-        while left > 0 && (!lines.buffer().is_empty() || is_readable(lines.get_ref(), deadline, stop)) {
+        while left > 0 && (!lines.buffer().is_empty() || is_readable(lines.get_ref(), deadline, token)) {
             let mut text = String::new();
             // Lines arrive whole.
             if lines.read_line(&mut text).unwrap_or(0) == 0 {
@@ -109,12 +106,11 @@ impl Reports {
     }
 }
 
-fn is_readable(pipe: &File, deadline: Instant, stop: Option<BorrowedFd<'_>>) -> bool {
+fn is_readable(pipe: &File, deadline: Instant, token: &Token) -> bool {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = Timespec::try_from(left).expect("a minute fits");
-        let mut fds = vec![PollFd::new(pipe, PollFlags::IN)];
-        fds.extend(stop.map(|stop| PollFd::from_borrowed_fd(stop, PollFlags::IN)));
+        let mut fds = [PollFd::new(pipe, PollFlags::IN), PollFd::new(token, PollFlags::IN)];
         match poll(&mut fds, Some(&limit)) {
             Err(rustix::io::Errno::INTR) => {}
             Ok(_) => return !fds[0].revents().is_empty(),
@@ -135,7 +131,7 @@ mod tests {
         reports.reporter(0).report(Ok(()));
         drop(reports.reporter(1));
         reports.reporter(2).report(Err(&"x".repeat(100_000)));
-        let got = reports.collect(3, LONG, None);
+        let got = reports.collect(3, LONG, &Token::new().unwrap());
         assert_eq!(got[0].as_ref().unwrap().error, None);
         assert_eq!(got[1], None);
         assert!(got[2].as_ref().unwrap().error.as_ref().unwrap().starts_with("xxx"));
@@ -145,7 +141,7 @@ mod tests {
     fn a_child_that_hangs_is_waited_for_no_longer_than_asked() {
         let reports = Reports::new().unwrap();
         let _hangs = reports.reporter(0);
-        assert_eq!(reports.collect(1, Duration::ZERO, None), [None]);
+        assert_eq!(reports.collect(1, Duration::ZERO, &Token::new().unwrap()), [None]);
     }
 
     #[test]
@@ -153,9 +149,9 @@ mod tests {
         let reports = Reports::new().unwrap();
         let _hangs = reports.reporter(0);
         reports.reporter(1).report(Ok(()));
-        let (asked, ask) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-        rustix::io::write(&ask, b"x").unwrap();
-        let got = reports.collect(2, LONG, Some(asked.as_fd()));
+        let token = Token::new().unwrap();
+        token.cancel();
+        let got = reports.collect(2, LONG, &token);
         assert!(got[0].is_none() && got[1].is_some(), "what has been said counts");
     }
 }

@@ -1,19 +1,24 @@
 //! `PUT /snapshot/create`.
+//!
+//! Both targets are checked before anything is paused, synced or written. What waits for disks is a [task](crate::task): questions are answered
+//! meanwhile, and a snapshot that is cancelled leaves the guest, its dirty pages and the old files as they were.
 
 use std::os::fd::AsRawFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use config::{ConfigError, Drive, FullVmConfig, SnapshotCreate, SnapshotError, SnapshotType, VmState};
 use machine::{MachineState, Paused};
-use memory::image::{self, ImageInfo, Observer, Written};
+use memory::image::{self, ImageError, ImageInfo, Observer, Written};
 use memory::{GuestRam, PageSet};
 use snapshot::{AtomicFile, Header, Staged, Writer};
+use virtio::block::disk::Disk;
 
 use super::job::{self, Job, Worker};
 use super::{KIND, SavedConfig};
 use crate::controller::{Controller, Host, State};
-use crate::fork::disks::{Plan, Planner};
+use crate::fork::disks::{Plan, Planner, write_back_disks};
 use crate::fork::files::NewFiles;
+use crate::task::{self, Token};
 use crate::{CommandError, Reply};
 
 /// All that goes into a snapshot but the memory's contents.
@@ -35,32 +40,44 @@ impl<H: Host> Controller<H> {
                 "a live snapshot is being written: GET /snapshot/job tells how far it is",
             ));
         }
-        if snapshot::same_place(&create.snapshot_path, &create.mem_file_path) {
-            let path = create.snapshot_path.clone();
-            return Err(ConfigError::from(SnapshotError::OneFile { path }).into());
+        if !create.live && !matches!(self.state, State::Paused(_)) {
+            return Err(CommandError::new(format_args!(
+                "PUT /snapshot/create needs a paused microVM, and it is {} (live snapshots need not: \"live\": true)",
+                self.phase().name()
+            )));
         }
+        let drives = self.config.drives.clone();
+        let targets = create.clone();
+        // On a file system that does not answer, this waits as well.
+        self.task(Some(job_of(create)), move |_| check_targets(&targets, &drives))??;
         if create.live {
             let begun = self.begin_job(create);
             self.merge_many_layers();
             return begun;
         }
+        let disks = self.disks_by_id();
+        self.task(Some(job_of(create)), move |token| sync_disks(&disks, token))??;
         let State::Paused(machine) = &self.state else {
-            return Err(CommandError::new(format_args!(
-                "PUT /snapshot/create needs a paused microVM, and it is {} (live snapshots need not: \"live\": true)",
-                self.phase().name()
-            )));
+            return Err(CommandError::new("there is no machine to save"));
         };
-        self.sync_disks()?;
         let (picture, taken) =
             self.picture(machine, create.snapshot_type, self.config.clone(), Vec::new())?;
         let ram = machine.ram().clone();
-        let written = picture
-            .write(&ram, create, &())
-            .and_then(|(memory, state)| snapshot::commit_pair(memory, state).map_err(CommandError::new));
+        let (of_task, targets) = (ram.clone(), create.clone());
+        let written = self
+            .task(Some(job_of(create)), move |token| picture.write_and_commit(&of_task, &targets, token))
+            .map_err(CommandError::from)
+            .flatten();
         if let (Err(_), Some(taken)) = (&written, taken) {
             ram.put_back(&taken);
         }
         written.map(|()| Reply::Empty)
+    }
+
+    /// The disks of the drives, with the drives' ids: for a task.
+    pub(crate) fn disks_by_id(&self) -> Vec<(String, Disk)> {
+        let ids = self.config.drives.iter().map(|drive| drive.drive_id.clone());
+        ids.zip(self.disks.iter().cloned()).collect()
     }
 
     /// Begins a job: the guest stands still for a moment, and goes on as it was.
@@ -69,10 +86,6 @@ impl<H: Host> Controller<H> {
             machine.ram().fork_check().map_err(CommandError::new)?;
         }
         let paths = [&create.snapshot_path, &create.mem_file_path];
-        for path in paths {
-            // What cannot be written is found before anything is changed.
-            AtomicFile::create(path).map_err(CommandError::new)?;
-        }
         // Disks as they are at that moment become a base, as in a fork: this microVM goes on on overlays.
         let named = create.drives.iter().map(|overlay| &overlay.overlay).chain(paths).cloned();
         let mut files = NewFiles::default();
@@ -84,7 +97,8 @@ impl<H: Host> Controller<H> {
 
         let bases = self.bases();
         saved.apply(&mut bases.clone(), &self.unwritten())?;
-        self.write_back_disks();
+        let disks = self.disks_by_id();
+        self.task(None, move |_| write_back_disks(&disks))?;
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(VmState::Paused)?;
@@ -159,42 +173,80 @@ impl<H: Host> Controller<H> {
         let created_by = format!("{} {}", self.identity.app_name, self.identity.version);
         Ok((Picture { config, machine: state, created_by, pages }, taken))
     }
+}
 
-    /// Lets the disks' files hold what the guest wrote.
-    fn sync_disks(&self) -> Result<(), CommandError> {
-        for (drive, disk) in self.config.drives.iter().zip(&self.disks) {
-            disk.sync().map_err(|e| {
-                CommandError::new(format_args!("drive {}: cannot sync its disk: {e}", drive.drive_id))
-            })?;
-        }
-        Ok(())
+/// Lets the disks' files hold what the guest wrote.
+fn sync_disks(disks: &[(String, Disk)], token: &Token) -> Result<(), CommandError> {
+    for (id, disk) in disks {
+        token.check()?;
+        disk.sync().map_err(|e| CommandError::new(format_args!("drive {id}: cannot sync its disk: {e}")))?;
     }
+    Ok(())
+}
+
+/// What clients see of a snapshot that is being written.
+fn job_of(create: &SnapshotCreate) -> task::Job {
+    task::Job { snapshot_path: create.snapshot_path.clone(), mem_file_path: create.mem_file_path.clone() }
+}
+
+/// Refuses targets that cannot be written, or that are not to be: each must be possible as a new file, and neither may be the other or a disk.
+fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), CommandError> {
+    let SnapshotCreate { snapshot_path, mem_file_path, .. } = create;
+    if snapshot::same_place(snapshot_path, mem_file_path) {
+        return Err(ConfigError::from(SnapshotError::OneFile { path: snapshot_path.clone() }).into());
+    }
+    for (field, path) in [("snapshot_path", snapshot_path), ("mem_file_path", mem_file_path)] {
+        for drive in drives {
+            let overlay = drive.overlay.iter().flat_map(|o| std::iter::once(&o.path).chain(&o.layers));
+            if drive.path_on_host.iter().chain(overlay).any(|disk| snapshot::same_place(path, disk)) {
+                return Err(CommandError::new(format_args!(
+                    "{field} {}: it is a file of drive {}; name another file",
+                    path.display(),
+                    drive.drive_id
+                )));
+            }
+        }
+        if let Some(overlay) = create.drives.iter().find(|by| snapshot::same_place(path, &by.overlay)) {
+            return Err(CommandError::new(format_args!(
+                "{field} {}: it is also to be the overlay of drive {}; name another file",
+                path.display(),
+                overlay.drive_id
+            )));
+        }
+        AtomicFile::create(path).map_err(CommandError::new)?;
+    }
+    Ok(())
 }
 
 impl Picture {
-    /// Writes both files, whole and on disk, under temporary names.
-    pub(crate) fn write(
+    /// Writes both files, and gives them their names as one step.
+    pub(crate) fn write_and_commit(
         &self,
         ram: &GuestRam,
         create: &SnapshotCreate,
         observer: &dyn Observer,
-    ) -> Result<(Staged, Staged), CommandError> {
+    ) -> Result<(), CommandError> {
+        // Before the memory, which is the long part: a state that has no place is found now.
+        let state = AtomicFile::create(&create.snapshot_path).map_err(CommandError::new)?;
         let Written { file: memory, info, .. } = match &self.pages {
             None => image::write_full(ram, &create.mem_file_path, observer),
             Some(pages) => image::write_diff(ram, &create.mem_file_path, pages, observer),
         }
         .map_err(CommandError::new)?;
-        let state = self.stage_state(&info, create).map_err(CommandError::new)?;
-        Ok((memory, state))
+        let state = self.stage_state(&info, state).map_err(CommandError::new)?;
+        if observer.cancelled() {
+            return Err(CommandError::new(ImageError::Cancelled { path: create.mem_file_path.clone() }));
+        }
+        snapshot::commit_pair(memory, state).map_err(CommandError::new)
     }
 
-    fn stage_state(&self, info: &ImageInfo, create: &SnapshotCreate) -> Result<Staged, snapshot::WriteError> {
+    fn stage_state(&self, info: &ImageInfo, file: AtomicFile) -> Result<Staged, snapshot::WriteError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         let now = u64::try_from(now).unwrap_or(u64::MAX);
         let mut writer = Writer::new(&Header::new(KIND, &self.created_by, now))?;
         writer.put(&self.config)?;
         writer.put(info)?;
         writer.put(&self.machine)?;
-        writer.stage(&create.snapshot_path)
+        writer.stage(file)
     }
 }

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::create::Picture;
-use crate::{CommandError, Reply};
+use crate::Reply;
 
 /// The fork says how far it is whenever so many more bytes are written, or a [`STEPS`]th of all.
 const REPORT_EVERY: u64 = 16 << 20;
@@ -206,9 +206,7 @@ impl Worker {
 
     /// Writes the snapshot, and says how it went. Runs in the fork.
     pub(crate) fn run(self, picture: &Picture, ram: &GuestRam, create: &SnapshotCreate) -> bool {
-        let written = picture
-            .write(ram, create, &self)
-            .and_then(|(memory, state)| snapshot::commit_pair(memory, state).map_err(CommandError::new));
+        let written = picture.write_and_commit(ram, create, &self);
         let elapsed = micros(self.began);
         let line = match &written {
             Ok(()) => Line::Done(elapsed),

@@ -1,6 +1,10 @@
 //! `PUT /snapshot/load`.
+//!
+//! What waits for the host (files, networks, a page server, KVM) is a [task](crate::task): questions are answered meanwhile, and a load that is
+//! cancelled leaves a process that is ready for another.
 
 use std::collections::BTreeSet;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,12 +13,15 @@ use machine::chipset::ClockAfter;
 use machine::{Paused, Restore, layout};
 use memory::GuestRam;
 use memory::page_server::PageServer;
+use virtio::block::disk::Disk;
+use virtio::net::NetBackend;
 
 use super::Saved;
 use super::ahead::Ahead;
 use crate::CommandError;
 use crate::controller::{Controller, Host, Loaded, State, open_disks, open_networks};
 use crate::fork::files::NewFiles;
+use crate::task::{self, Token};
 use crate::vsock::VsockSockets;
 
 /// How long a page server may take to answer each of its first page faults.
@@ -28,21 +35,9 @@ impl<H: Host> Controller<H> {
                 "PUT /snapshot/load: {command} has configured a microVM to boot; load the snapshot in a new process"
             )));
         }
-        let saved = Saved::load(&load.snapshot_path).map_err(CommandError::new)?;
-        let mut config = saved.config(load, &self.config)?;
-        // Before the disks, so that it goes after them.
-        let mut files = NewFiles::default();
-        saved.make_fresh_overlays(load, &mut config, &mut files)?;
-        let disks = open_disks(&config.drives)?;
-        let networks = open_networks(&config.network_interfaces)?;
-        let (ram, page_server) = saved.memory(load, &config)?;
-        let mut ahead = match load.memory() {
-            (MemoryBackendType::File, path) if load.prefetch => {
-                let path = snapshot::find(path, saved.image.id);
-                Some(Ahead::begin(&ram, &path, &saved.image))
-            }
-            _ => None,
-        };
+        let (of_task, here) = (load.clone(), self.config.clone());
+        let opened = self.task(Some(job_of(load)), move |token| Opened::open(&of_task, &here, token))??;
+        let Opened { saved, config, files, disks, networks, ram, page_server, mut ahead } = opened;
         let serial = self.serial_for(&config)?;
         let events = self.events.try_clone().map_err(CommandError::new)?;
         // Those of this process, if it has set some up already.
@@ -54,20 +49,27 @@ impl<H: Host> Controller<H> {
         };
         let loaded = Loaded { config, disks, networks, vsock };
         let metadata = self.metadata.with_way(loaded.config.mmds_config.as_ref());
-        let restored = Paused::restore(Restore {
-            config: &loaded.config.machine_config,
-            state: &saved.machine,
-            ram,
-            page_server,
-            serial,
-            // Where the guest found its devices, whatever this process was told.
-            devices: loaded.devices(metadata.service(&self.identity.id), saved.config.pci),
-            clock: if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues },
-            events,
-            stop: self.host.asked_to_end(),
-        })
-        .map_err(|e| CommandError::new(format_args!("cannot go on with the saved microVM: {e}")));
-        let machine = match restored {
+        // Where the guest found its devices, whatever this process was told.
+        let pci = saved.config.pci;
+        let devices = loaded.devices(metadata.service(&self.identity.id), pci);
+        let machine_config = loaded.config.machine_config.clone();
+        let clock = if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues };
+        let restored = self.task(Some(job_of(load)), move |token| {
+            token.check()?;
+            Paused::restore(Restore {
+                config: &machine_config,
+                state: &saved.machine,
+                ram,
+                page_server,
+                serial,
+                devices,
+                clock,
+                events,
+                stop: Some(token.as_fd()),
+            })
+            .map_err(|e| CommandError::new(format_args!("cannot go on with the saved microVM: {e}")))
+        });
+        let machine = match restored.map_err(CommandError::from).flatten() {
             Ok(machine) => machine,
             Err(error) => {
                 if made_here {
@@ -84,7 +86,7 @@ impl<H: Host> Controller<H> {
             ahead.iter_mut().for_each(Ahead::guest_runs);
         }
         (self.metadata, self.ahead) = (metadata, ahead);
-        self.platform.pci = saved.config.pci;
+        self.platform.pci = pci;
         self.host.guest_starts(self.serial_output.is_none());
         self.state = if load.resume_vm {
             State::Running(machine.resume().map_err(CommandError::new)?)
@@ -93,6 +95,51 @@ impl<H: Host> Controller<H> {
         };
         log::info!("the guest of {} goes on", load.snapshot_path.display());
         Ok(())
+    }
+}
+
+/// What clients see of a load.
+fn job_of(load: &SnapshotLoad) -> task::Job {
+    let (_, memory) = load.memory();
+    task::Job { snapshot_path: load.snapshot_path.clone(), mem_file_path: memory.to_owned() }
+}
+
+/// A saved microVM with everything that it needs open, before there is a machine. Dropping it closes all of it and removes the overlays that were
+/// made for it.
+struct Opened {
+    saved: Saved,
+    config: FullVmConfig,
+    disks: Vec<Disk>,
+    // After the disks, so that the files are removed when they are closed.
+    files: NewFiles,
+    networks: Vec<NetBackend>,
+    ram: GuestRam,
+    page_server: Option<PageServer>,
+    ahead: Option<Ahead>,
+}
+
+impl Opened {
+    /// Reads the state file and opens what it and `load` name. `here` is what this process was told already.
+    fn open(load: &SnapshotLoad, here: &FullVmConfig, token: &Token) -> Result<Self, CommandError> {
+        let saved = Saved::load(&load.snapshot_path).map_err(CommandError::new)?;
+        token.check()?;
+        let mut config = saved.config(load, here)?;
+        // Before the disks, so that it goes after them.
+        let mut files = NewFiles::default();
+        saved.make_fresh_overlays(load, &mut config, &mut files)?;
+        let disks = open_disks(&config.drives)?;
+        let networks = open_networks(&config.network_interfaces)?;
+        token.check()?;
+        let (ram, page_server) = saved.memory(load, &config, token)?;
+        let ahead = match load.memory() {
+            (MemoryBackendType::File, path) if load.prefetch => {
+                let path = snapshot::find(path, saved.image.id);
+                Some(Ahead::begin(&ram, &path, &saved.image))
+            }
+            _ => None,
+        };
+        token.check()?;
+        Ok(Opened { saved, config, disks, files, networks, ram, page_server, ahead })
     }
 }
 
@@ -188,14 +235,15 @@ impl Saved {
         &self,
         load: &SnapshotLoad,
         config: &FullVmConfig,
+        token: &Token,
     ) -> Result<(GuestRam, Option<PageServer>), CommandError> {
         let (regions, track) = (&self.image.layout, load.track_dirty_pages);
         let huge_pages = config.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
                 let path = snapshot::find(path, self.image.id);
-                let ram =
-                    GuestRam::from_file(regions, &path, huge_pages, track).map_err(CommandError::new)?;
+                let ram = GuestRam::from_file_with(regions, &path, huge_pages, track, token)
+                    .map_err(CommandError::new)?;
                 Ok((ram, None))
             }
             (MemoryBackendType::Uffd, socket) => {
@@ -203,7 +251,7 @@ impl Saved {
                     .map_err(CommandError::new)?;
                 // Those that this thread comes to when it tells the guest that it is another one: it must not wait for them.
                 let here = [layout::VM_GENERATION_ID, layout::VMCLOCK];
-                server.probe(&here, PAGE_SERVER_PATIENCE).map_err(CommandError::new)?;
+                server.probe(&here, PAGE_SERVER_PATIENCE, token).map_err(CommandError::new)?;
                 Ok((ram, Some(server)))
             }
         }

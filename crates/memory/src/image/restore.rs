@@ -8,8 +8,8 @@ use std::sync::Arc;
 use config::HugePages;
 use rustix::fs::{Mode, OFlags};
 
-use super::file::extents;
-use super::{ImageInfo, partial};
+use super::file::{STEP, extents};
+use super::{ImageInfo, Observer, partial};
 use crate::layout::MemoryLayout;
 use crate::ram::{GuestRam, MapError};
 use crate::source::Source;
@@ -45,6 +45,12 @@ pub enum RestoreError {
     /// A Diff whose base is elsewhere.
     #[error("the memory image {} is a Diff that was not merged onto its base: see vesta-vmm snapshot merge", path.display())]
     Partial {
+        /// The file.
+        path: PathBuf,
+    },
+    /// [`Observer::cancelled`] said so.
+    #[error("reading the memory image {} was cancelled", path.display())]
+    Cancelled {
         /// The file.
         path: PathBuf,
     },
@@ -103,6 +109,17 @@ impl GuestRam {
         huge_pages: HugePages,
         track_dirty_pages: bool,
     ) -> Result<Self, RestoreError> {
+        Self::from_file_with(layout, path, huge_pages, track_dirty_pages, &())
+    }
+
+    /// [`Self::from_file`], which stops where `observer` is cancelled while the image is read.
+    pub fn from_file_with(
+        layout: &MemoryLayout,
+        path: &Path,
+        huge_pages: HugePages,
+        track_dirty_pages: bool,
+        observer: &dyn Observer,
+    ) -> Result<Self, RestoreError> {
         let read = |source| RestoreError::Read { path: path.to_path_buf(), source };
         let (file, found) = open(path)?;
         let needed = layout.file_size();
@@ -120,8 +137,17 @@ impl GuestRam {
         for (region, span) in layout.regions().iter().zip(ram.spans()) {
             for extent in extents(&file, region.offset..region.offset + region.size) {
                 let extent = extent.map_err(read)?;
-                let part = span.part(extent.start - region.offset..extent.end - region.offset);
-                guest_io::read_exact(&file, part, extent.start).map_err(read)?;
+                let mut at = extent.start;
+                while at < extent.end {
+                    if observer.cancelled() {
+                        return Err(RestoreError::Cancelled { path: path.to_path_buf() });
+                    }
+                    let end = extent.end.min(at + STEP);
+                    let part = span.part(at - region.offset..end - region.offset);
+                    guest_io::read_exact(&file, part, at).map_err(read)?;
+                    at = end;
+                    observer.progress(at, needed);
+                }
             }
         }
         Ok(ram)

@@ -107,7 +107,7 @@ fn open_base(path: &Path, size: u64) -> Result<Option<File>, ImageError> {
 
 fn finish(ram: &GuestRam, file: AtomicFile, kind: ImageKind, data_bytes: u64) -> Result<Written, ImageError> {
     let (layout, id, huge_pages) = (ram.layout().clone(), file.id(), ram.huge_pages());
-    Ok(Written { file: file.stage()?, info: ImageInfo { layout, kind, id, huge_pages }, data_bytes })
+    Ok(Written { file: file.stage(), info: ImageInfo { layout, kind, id, huge_pages }, data_bytes })
 }
 
 /// What to do with pages of zeros.
@@ -195,7 +195,7 @@ impl<'a> Job<'a> {
     fn put(&mut self, pages: &PageSet, zeros: Zeros) -> Result<(), ImageError> {
         if let Source::PageServer(connection) = self.ram.source() {
             // Before they are read here, where a page that does not come would be waited for for ever.
-            connection.fetch(self.ram, pages, FETCH_PATIENCE)?;
+            connection.fetch(self.ram, pages, FETCH_PATIENCE, self.target.observer)?;
         }
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
             let span = self.ram.spans()[index];

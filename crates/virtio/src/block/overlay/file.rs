@@ -2,10 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -65,6 +65,9 @@ pub(super) fn open(
     options: &OpenOptions,
     operation: FlockOperation,
 ) -> Result<Opened, OverlayError> {
+    // A FIFO without a writer must not hold us up; what is no file is refused below.
+    let mut options = options.clone();
+    options.custom_flags(OFlags::NONBLOCK.bits().cast_signed());
     let open = || options.open(path).map_err(|e| io_error("open", path, e));
     let look = |file: &File| file.metadata().map_err(|e| io_error("read the size of", path, e));
     let lock = open()?;
@@ -82,6 +85,10 @@ pub(super) fn open(
         // Somebody put another file there in this very moment.
         return Err(OverlayError::InUse { path: path.into() });
     }
+    // io_uring would not wait for a file that is opened like that.
+    rustix::fs::fcntl_getfl(&file)
+        .and_then(|flags| rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK))
+        .map_err(|e| io_error("open", path, e))?;
     Ok(Opened { len: metadata.len(), file, lock })
 }
 

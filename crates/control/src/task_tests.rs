@@ -1,0 +1,220 @@
+//! Tests of tasks with a real API socket. The test's thread is the main thread, and its clients are threads.
+
+use std::io::{Read, Write};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use config::Logger;
+use machine::legacy::SerialSetup;
+use serde_json::Value;
+
+use super::*;
+use crate::api::{ApiServer, Limits};
+use crate::fork::Family;
+use crate::{Identity, Platform};
+
+/// A process without a guest. Its end can be asked for.
+#[derive(Debug)]
+struct FakeHost {
+    stop: OwnedFd,
+}
+
+impl Host for FakeHost {
+    fn set_up_logger(&mut self, _: &Logger) -> Result<(), CommandError> {
+        Ok(())
+    }
+
+    fn standard_io(&mut self) -> std::io::Result<SerialSetup> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+
+    fn fork(&mut self, _: Family) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+
+    fn fork_writer(&mut self, _: Vec<RawFd>, _: Box<dyn FnOnce() -> bool>) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+
+    fn asked_to_end(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.stop.as_fd())
+    }
+
+    fn guest_starts(&mut self, _: bool) {}
+}
+
+struct Monitor {
+    controller: Controller<FakeHost>,
+    /// Written to, it asks for the end.
+    stop: OwnedFd,
+    dir: tempfile::TempDir,
+}
+
+impl Monitor {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let api = ApiServer::bind(&dir.path().join("api"), Limits::default()).unwrap();
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let host = FakeHost { stop: stop.try_clone().unwrap() };
+        let identity = Identity { id: "vm".into(), app_name: "test", version: "0", api_version: "0" };
+        let platform = Platform { boot_timer: None, pci: false, mmds_size_limit: 1024, max_payload: 1024 };
+        let (sink, _events) = machine::event_channel().unwrap();
+        let mut controller = Controller::new(identity, host, platform, sink);
+        controller.set_requests(Some(api.spawn().unwrap()));
+        Monitor { controller, stop, dir }
+    }
+
+    fn client(&self) -> UnixStream {
+        connect(self.dir.path())
+    }
+}
+
+fn connect(dir: &Path) -> UnixStream {
+    let client = UnixStream::connect(dir.join("api")).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    client
+}
+
+fn send(client: &mut UnixStream, request: &str, body: &str) {
+    let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
+    write!(client, "{request} HTTP/1.1\r\n{length}\r\n{body}").unwrap();
+}
+
+/// The status and the body.
+fn answer(client: &mut UnixStream) -> (String, Value) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        client.read_exact(&mut byte).unwrap();
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8(head).unwrap();
+    let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+    let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
+    client.read_exact(&mut body).unwrap();
+    let status = head.split(' ').nth(1).unwrap().to_owned();
+    (status, serde_json::from_slice(&body).unwrap_or_default())
+}
+
+fn ask(client: &mut UnixStream, request: &str) -> (String, Value) {
+    send(client, request, "");
+    answer(client)
+}
+
+fn job() -> Option<Job> {
+    Some(Job { snapshot_path: "s".into(), mem_file_path: "m".into() })
+}
+
+/// A syscall that does not return before the other end says so, or is gone.
+fn stuck() -> (Sender<()>, Receiver<()>) {
+    channel()
+}
+
+#[test]
+fn questions_are_answered_while_a_task_is_stuck() {
+    let mut monitor = Monitor::new();
+    let (release, is_released) = stuck();
+    let mut client = monitor.client();
+    let questions = std::thread::spawn(move || {
+        let instance = ask(&mut client, "GET /");
+        let config = ask(&mut client, "GET /machine-config");
+        let version = ask(&mut client, "GET /version");
+        let whole = ask(&mut client, "GET /vm/config");
+        let metadata = ask(&mut client, "GET /mmds");
+        release.send(()).unwrap();
+        [instance, config, version, whole, metadata]
+    });
+    let done = monitor.controller.task(None, move |_| is_released.recv().is_ok()).unwrap();
+    assert!(done, "it was released by the client that has all its answers");
+    let answers = questions.join().unwrap();
+    assert!(answers.iter().all(|(status, _)| status == "200"), "{answers:?}");
+    assert_eq!(answers[0].1["state"], "Not started");
+}
+
+#[test]
+fn other_commands_wait_for_a_task_in_order() {
+    let mut monitor = Monitor::new();
+    let (release, is_released) = stuck();
+    let mut clients: Vec<_> = (0..3).map(|_| monitor.client()).collect();
+    let dir = monitor.dir.path().to_owned();
+    let asking = std::thread::spawn(move || {
+        for (vcpus, client) in (1..).zip(&mut clients) {
+            send(client, "PUT /machine-config", &format!(r#"{{"vcpu_count":{vcpus},"mem_size_mib":8}}"#));
+            // Answered after the command above has arrived at the main thread.
+            let (_, config) = ask(&mut connect(&dir), "GET /machine-config");
+            assert_eq!(config["mem_size_mib"], 128, "nothing is carried out meanwhile");
+        }
+        release.send(()).unwrap();
+        clients
+    });
+    monitor.controller.task(None, move |_| is_released.recv()).unwrap().unwrap();
+    let clients = asking.join().unwrap();
+    let requests = monitor.controller.requests().unwrap();
+    let taken = std::iter::from_fn(|| requests.try_recv());
+    let vcpus: Vec<_> = taken
+        .map(|request| match request.command {
+            Command::PutMachineConfig(config) => config.vcpu_count,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(vcpus, [1, 2, 3]);
+    drop(clients);
+}
+
+#[test]
+fn a_signal_cancels_a_task_which_undoes_what_it_did() {
+    let mut monitor = Monitor::new();
+    rustix::io::write(&monitor.stop, &1_u64.to_ne_bytes()).unwrap();
+    let result = monitor.controller.task(None, |token| {
+        let mut fds = [PollFd::new(token, PollFlags::IN)];
+        poll(&mut fds, None).unwrap();
+        token.check()
+    });
+    let error = result.unwrap().unwrap_err().to_string();
+    assert_eq!(error, "the command was cancelled");
+}
+
+#[test]
+fn a_task_that_is_stuck_is_left_behind_at_a_signal() {
+    let mut monitor = Monitor::new();
+    rustix::io::write(&monitor.stop, &1_u64.to_ne_bytes()).unwrap();
+    let (release, is_released) = stuck();
+    let result = monitor.controller.task(None, move |_| is_released.recv());
+    assert!(matches!(result, Err(TaskError::Abandoned)), "{result:?}");
+    drop(release);
+}
+
+#[test]
+fn a_job_tells_how_far_it_is_and_can_be_cancelled() {
+    let mut monitor = Monitor::new();
+    let mut client = monitor.client();
+    let asking = std::thread::spawn(move || {
+        // The first question may come before the first step.
+        let progress = loop {
+            let (_, job) = ask(&mut client, "GET /snapshot/job");
+            if job["bytes_done"] != 0 {
+                break job;
+            }
+        };
+        (progress, ask(&mut client, "DELETE /snapshot/job").0)
+    });
+    let cancelled = monitor.controller.task(job(), |token| {
+        token.progress(1 << 20, 1 << 30);
+        let mut fds = [PollFd::new(token, PollFlags::IN)];
+        poll(&mut fds, None).unwrap();
+        token.check().is_err()
+    });
+    assert!(cancelled.unwrap());
+    let (progress, status) = asking.join().unwrap();
+    assert_eq!(progress["state"], "Running");
+    assert_eq!((&progress["bytes_done"], &progress["snapshot_path"]), (&json!(1 << 20), &json!("s")));
+    assert_eq!(status, "204");
+}
+
+#[test]
+#[should_panic(expected = "a bug")]
+fn a_panic_of_a_task_is_one_of_the_main_thread() {
+    let _ = Monitor::new().controller.task(None, |_| panic!("a bug"));
+}
