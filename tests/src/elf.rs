@@ -7,6 +7,8 @@
 pub const LOAD_ADDRESS: u32 = 0x10_0000;
 /// The guest-physical address of the boot timer, and what to write there.
 pub const BOOT_TIMER: (u32, u8) = (0xC000_0000, 123);
+/// Where Firecracker's versions up to 1.12 have it.
+const BOOT_TIMER_UNTIL_1_12: u32 = 0xD000_0000;
 /// A guest-physical address in the gap for devices where nothing answers.
 pub const NOTHING_THERE: u32 = 0xD000_0000;
 
@@ -87,6 +89,14 @@ impl Elf {
 /// Writes the boot timer's byte and halts.
 pub fn null_guest() -> Elf {
     let mut code = write_byte(BOOT_TIMER.0, BOOT_TIMER.1);
+    code.extend(HALT);
+    Elf::of(&code)
+}
+
+/// Writes the boot timer's byte to where each version of Firecracker has it, ours first, and halts. Where a monitor has none, it drops the byte.
+pub fn null_guest_of_any_monitor() -> Elf {
+    let mut code = write_byte(BOOT_TIMER.0, BOOT_TIMER.1);
+    code.extend(write_byte(BOOT_TIMER_UNTIL_1_12, BOOT_TIMER.1));
     code.extend(HALT);
     Elf::of(&code)
 }

@@ -8,6 +8,7 @@
 //! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
 //! - [`faults`]: threads of the monitor that break.
 //! - [`process`]: processes that nobody else waits for; [`said`]: what guests wrote to files.
+//! - [`soak`]: how often tests repeat what they do.
 //! - [`stalls`]: how far the host's time can be relied on.
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
 //! - [`host_net`]: networks of the host, and guests on them; [`net_script`]: what they do there; [`traffic`]: what they send; [`exchange`]: bytes to and fro
@@ -38,6 +39,7 @@ pub mod pattern;
 pub mod process;
 pub mod said;
 pub mod snapshots;
+pub mod soak;
 pub mod stalls;
 pub mod traffic;
 pub mod transcript;

@@ -2,12 +2,16 @@
 //!
 //! In a PID namespace of its own the monitor is process 1, to which the kernel does not apply default actions.
 
+use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{CWD, Mode, OFlags, mkfifoat};
 use rustix::process::Signal;
 use serde_json::json;
 use vesta_tests::counting::{counting_in, counting_with, wait_for};
+use vesta_tests::disks::{disk, drive};
 use vesta_tests::elf::null_guest;
 use vesta_tests::faults::use_up_stack;
 use vesta_tests::guest::{Guest, SOON, ignore, vmm_path};
@@ -65,6 +69,28 @@ fn fatal_signals_of_init_keep_their_exit_codes() -> Result<()> {
     Ok(())
 }
 
+/// There is nothing to clean up yet, so the signal takes its default action.
+#[test]
+fn sigterm_interrupts_reading_a_configuration_without_end() -> Result<()> {
+    let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--config-file");
+    let fifo = builder.dir().join("config");
+    mkfifoat(CWD, &fifo, Mode::RUSR | Mode::WUSR)?;
+    let mut vmm = builder.arg(&fifo).spawn()?;
+    let deadline = Instant::now() + SOON;
+    // Only a FIFO that is read can be opened like this.
+    let _writer = loop {
+        match rustix::fs::open(&fifo, OFlags::WRONLY | OFlags::NONBLOCK, Mode::empty()) {
+            Ok(writer) => break writer,
+            Err(_) if Instant::now() < deadline => std::thread::yield_now(),
+            Err(error) => bail!("the monitor does not read its configuration: {error}"),
+        }
+    };
+    vmm.signal(Signal::TERM)?;
+    let status = vmm.exit_status(SOON)?;
+    ensure!(status.signal() == Some(15), "{status}");
+    Ok(())
+}
+
 #[test]
 fn a_forks_child_of_init_ends_by_its_signal() -> Result<()> {
     let builder = unshare()?.arg("--fork").arg("--kill-child").arg(vmm_path());
@@ -93,9 +119,7 @@ fn a_forks_child_of_init_ends_by_its_signal() -> Result<()> {
 #[test]
 fn a_used_up_stack_is_reported_on_every_thread() -> Result<()> {
     let home = tempfile::tempdir()?;
-    let disk = home.path().join("disk");
-    std::fs::File::create(&disk)?.set_len(1 << 20)?;
-    let drive = json!({"drive_id": "d", "path_on_host": disk, "is_root_device": false});
+    let drive = drive("d", &disk(home.path(), "disk", 1)?);
     for name in ["main", "fc_api", "fc_vcpu 0", "io 1", "serial"] {
         let (mut vmm, _api, _serial) = counting_with(std::slice::from_ref(&drive))?;
         let threads = vmm.threads()?;

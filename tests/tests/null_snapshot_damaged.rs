@@ -11,6 +11,7 @@ use vesta_tests::counting::{kernel, wait_for};
 use vesta_tests::guest::{Guest, Transport, start};
 use vesta_tests::pattern::mix;
 use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::soak::rounds;
 use vesta_tests::vmm::Vmm;
 
 /// How many are tried on each transport.
@@ -132,7 +133,7 @@ vesta_tests::on_each_transport! {
         let bad = Files { state: home.path().join("bad.state"), memory: good.memory.clone() };
         let (mut loaded, mut refused) = (0, 0);
         let (mut vmm, mut api) = empty(transport)?;
-        for seed in 0..ROUNDS {
+        for seed in 0..rounds(ROUNDS) {
             damaged(&good, &bad, seed)?;
             let mut load = bad.load();
             load["resume_vm"] = json!(false);

@@ -13,6 +13,7 @@ use vesta_tests::guest::Transport;
 use vesta_tests::host_devices::SmallFs;
 use vesta_tests::pattern::mix;
 use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::soak::rounds;
 use vesta_tests::vmm::Vmm;
 
 /// How many monitors are killed.
@@ -68,7 +69,7 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
 
     let (mut old, mut new) = (0, 0);
-    for round in 0..ROUNDS {
+    for round in 0..rounds(ROUNDS) {
         wait_for(&serial, 2)?;
         pause(&mut api)?;
         let now = next(&fs::read(&serial)?);

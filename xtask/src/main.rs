@@ -11,6 +11,7 @@ mod kernels;
 mod peers;
 mod process;
 mod python_disk;
+mod soak;
 mod test;
 
 use std::ffi::OsString;
@@ -26,6 +27,8 @@ cargo xtask COMMAND
         Boots a microVM whose guest says hello, and shows its timeline.
   test [--lint] [--unit] [--system] [FILTER]
         Lints, unit tests and whole-system tests: all, or those layers and those tests whose name has FILTER in it.
+  soak [N] [--seed S]
+        What some tests repeat, N times as often (10): fuzz targets with inputs from seeds, models, killed and damaged snapshots.
 
   host [--cpus N] [--mem MIB] [--timeout S] [--pin CPU|none] [--modules A,B] [--kernel-log FILE] [--] CMD...
         Runs CMD where KVM runs ordinary guests: here if it does, else on the emulated host.
@@ -90,6 +93,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "bench-vsock-inner" => bench::vsock_inner(&mut parser),
         "bench-net-inner" => bench::net_inner(&mut parser),
         "peers" => peers::command(&mut parser),
+        "soak" => soak::command(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),
         "demo" => demo::command(&mut parser),
         "demo-inner" => demo::inner(&mut parser),

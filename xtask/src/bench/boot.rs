@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
-use vesta_tests::elf::null_guest;
+use vesta_tests::elf::null_guest_of_any_monitor;
 use vesta_tests::guest::{BOOT_ARGS, Guest};
 use vesta_tests::initramfs::Initramfs;
 
@@ -20,7 +20,6 @@ use super::{Monitor, MonitorKind, check_runs, describe, files, kind_for_null_gue
 use crate::host::emulated::Emulated;
 use crate::host::{self, Outcome};
 use crate::process::say;
-use crate::test::build_vmm;
 use crate::{apt, kernels};
 
 /// What runs on a host.
@@ -53,15 +52,14 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm");
-    let vmm = build_vmm(true)?;
-    let mut monitors = vec![Monitor::vesta(vmm)];
+    let mut monitors = vec![Monitor::vesta()?];
     monitors.extend(peers.monitors()?);
     let dir = files()?;
 
     let (kind, why) = host::choose()?;
     let null_kind = kind_for_null_guests(kind);
     let kernel = dir.join("null-guest");
-    std::fs::write(&kernel, null_guest().bytes())?;
+    std::fs::write(&kernel, null_guest_of_any_monitor().bytes())?;
     println!(
         "## A null guest (one instruction, then it halts; 128 MiB, 1 vCPU), on {}\n",
         describe(null_kind, &why)

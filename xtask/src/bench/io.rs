@@ -25,7 +25,7 @@ use super::{Monitor, check_runs, check_seconds, files, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind};
 use crate::process::say;
-use crate::test::{build_load, build_vmm};
+use crate::test::build_load;
 use crate::{apt, kernels};
 use contestant::{Contestant, Engine, GuestParts};
 use disks::{DiskPlan, Disks};
@@ -85,7 +85,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 
     say!("building vesta-vmm and vesta-load");
     let load = build_load()?;
-    let mut monitors = vec![Monitor::vesta(build_vmm(true)?)];
+    let mut monitors = vec![Monitor::vesta()?];
     monitors.extend(peers.monitors()?);
     let contestants: Vec<Contestant> = contestants(&load, &monitors, pci)
         .into_iter()

@@ -23,10 +23,12 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
+use vesta_tests::guest::env;
 
 use crate::host::emulated::Emulated;
 use crate::host::{self, Job, Kind, Outcome};
 use crate::process::{output, root};
+use crate::test::build_vmm;
 
 pub(crate) use boot::inner;
 pub(crate) use io::inner as io_inner;
@@ -56,9 +58,13 @@ enum MonitorKind {
 }
 
 impl Monitor {
-    /// The monitor that was just built.
-    fn vesta(path: PathBuf) -> Monitor {
-        Monitor { name: "vesta".to_owned(), path, kind: MonitorKind::Vesta, peer: false }
+    /// The monitor under test: the binary that `VESTA_VMM` names, else one that is built here.
+    fn vesta() -> Result<Monitor> {
+        let path = match std::env::var_os(env::VMM).map(PathBuf::from) {
+            Some(path) => path.canonicalize().with_context(|| format!("{}: {}", env::VMM, path.display()))?,
+            None => build_vmm(true)?,
+        };
+        Ok(Monitor { name: "vesta".to_owned(), path, kind: MonitorKind::Vesta, peer: false })
     }
 
     fn is_vesta(&self) -> bool {

@@ -25,7 +25,7 @@ use super::{Monitor, check_runs, check_seconds, on_host, qemu, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind};
 use crate::process::say;
-use crate::test::{build_net_tool, build_vmm};
+use crate::test::build_net_tool;
 use crate::{apt, kernels};
 
 /// Fewest rounds that a median is taken over.
@@ -106,7 +106,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     apt::ensure(&[("ip", "iproute2"), ("ethtool", "ethtool")])?;
     say!("building vesta-vmm and net-tool");
     let tool = build_net_tool()?;
-    let mut monitors = vec![Monitor::vesta(build_vmm(true)?)];
+    let mut monitors = vec![Monitor::vesta()?];
     monitors.extend(peers.monitors()?);
     let contestants: Vec<Contestant> = contestants(&tool, &monitors, pci)
         .into_iter()

@@ -87,8 +87,9 @@ pub(super) fn lacking(monitors: &[Monitor], what: &str) -> String {
         .collect()
 }
 
-/// A line below a table.
+/// A line below a table. An error may have many: the first says what was wrong.
 pub(super) fn not_measured(name: &str, why: &str) -> String {
+    let why = why.lines().next().unwrap_or_default();
     format!("\nNot measured: {name}: {why}.\n")
 }
 

@@ -76,9 +76,11 @@ mod tests {
     #[test]
     fn turns_are_interleaved_and_the_first_round_does_not_count() {
         let mut order = Vec::new();
+        let mut count = 0.0;
         let measured = interleaved(vec![turn("a", false, 1), turn("b", false, 2)], 2, true, |&who| {
             order.push(who);
-            Ok(vec![vec![f64::from(who) * 10.0 + order.len() as f64], vec![]])
+            count += 1.0;
+            Ok(vec![vec![f64::from(who) * 10.0 + count], vec![]])
         });
         assert_eq!(
             measured.unwrap().markdown(&["x", "y"]),

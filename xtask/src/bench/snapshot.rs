@@ -25,7 +25,6 @@ use super::{Monitor, check_runs, describe, files, kind_for_null_guests, on_host,
 use crate::host::emulated::Emulated;
 use crate::host::{self, Outcome};
 use crate::process::say;
-use crate::test::build_vmm;
 
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -58,7 +57,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
-    let mut monitors = vec![Monitor::vesta(build_vmm(true)?)];
+    let mut monitors = vec![Monitor::vesta()?];
     monitors.extend(peers.monitors()?);
     let dir = files()?;
     let guest = ServingGuest::make(&dir, "guest-vsock serve")?;

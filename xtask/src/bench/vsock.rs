@@ -25,7 +25,6 @@ use super::{Monitor, check_runs, describe, files, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind, Outcome};
 use crate::process::say;
-use crate::test::build_vmm;
 
 /// Longest wait for a guest.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -61,7 +60,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
-    let mut monitors = vec![Monitor::vesta(build_vmm(true)?)];
+    let mut monitors = vec![Monitor::vesta()?];
     monitors.extend(peers.monitors()?);
     let lacking = if pci { lacking(&monitors, "virtio-pci") } else { String::new() };
     let (kind, why) = host::choose()?;

@@ -11,7 +11,7 @@ mod record;
 mod system;
 mod unit;
 
-use std::process::{ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -132,24 +132,27 @@ fn succeeds(args: &[&str]) -> Result<bool> {
     Ok(cargo().args(args).status()?.success())
 }
 
-/// Checks the targets in `fuzz/`, a workspace of its own, without the fuzzer's runtime: a stand-in takes its place.
+/// Checks that the targets in `fuzz/` compile.
 fn fuzz_targets_compile() -> Result<bool> {
+    // It needs nothing that the workspace does not have. Where that is not there yet, cargo gets it.
+    let mut offline = fuzz_command("check")?;
+    if offline.arg("--offline").stderr(Stdio::null()).status()?.success() {
+        return Ok(true);
+    }
+    Ok(fuzz_command("check")?.status()?.success())
+}
+
+/// `cargo COMMAND` for `fuzz/`, a workspace of its own, without the fuzzer's runtime: a stand-in takes its place.
+pub(crate) fn fuzz_command(command: &str) -> Result<Command> {
     let (fuzz, lock) = (root().join("fuzz"), root().join("fuzz/Cargo.lock"));
     if !lock.exists() {
         // The versions that are here already.
         std::fs::copy(root().join("Cargo.lock"), &lock)?;
     }
     let stand_in = format!("patch.crates-io.libfuzzer-sys.path='{}'", fuzz.join("stand-in").display());
-    let (manifest, target) = (fuzz.join("Cargo.toml"), root().join("target/fuzz"));
-    let check = |more: &[&str]| {
-        let mut check = cargo();
-        check.args(["check", "--quiet", "--config", &stand_in, "--config", "profile.dev.debug=false"]);
-        check.arg("--manifest-path").arg(&manifest).arg("--target-dir").arg(&target).args(more);
-        check
-    };
-    // It needs nothing that the workspace does not have. Where that is not there yet, cargo gets it.
-    if check(&["--offline"]).stderr(Stdio::null()).status()?.success() {
-        return Ok(true);
-    }
-    Ok(check(&[]).status()?.success())
+    let mut cargo = cargo();
+    cargo.args([command, "--quiet", "--config", &stand_in, "--config", "profile.dev.debug=false"]);
+    cargo.arg("--manifest-path").arg(fuzz.join("Cargo.toml"));
+    cargo.arg("--target-dir").arg(root().join("target/fuzz"));
+    Ok(cargo)
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use vesta_tests::guest::env;
+use vesta_tests::soak;
 
 use super::inner::show;
 use super::record::{Plan, Record, Test, Verdict, read, unfinished};
@@ -113,6 +114,7 @@ impl Run<'_> {
         let program = std::env::current_exe()?;
         let dir = program.parent().context("this program is in no directory")?.join("system-tests");
         std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        let limit = limit * soak::factor();
         Ok(Run { kind, job, emulated: Emulated::default(), limit, dir })
     }
 
