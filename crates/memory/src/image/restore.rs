@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::file::extents;
 use super::{ImageInfo, partial};
-use crate::layout::MemoryLayout;
+use crate::layout::{MIB, MemoryLayout};
 use crate::ram::{GuestRam, MapError};
 use crate::source::Source;
 use crate::sys::guest_io;
@@ -117,10 +117,14 @@ impl GuestRam {
             return Ok(Self::build(layout.clone(), huge_pages, track_dirty_pages, source)?);
         }
         let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, Source::Zeros)?;
+        // The monitor writes there for the guest's new life, whatever the image has.
+        ram.populate(0, MIB)?;
         for (region, span) in layout.regions().iter().zip(ram.spans()) {
             for extent in extents(&file, region.offset..region.offset + region.size) {
                 let extent = extent.map_err(read)?;
                 let part = span.part(extent.start - region.offset..extent.end - region.offset);
+                let addr = region.guest_addr + (extent.start - region.offset);
+                ram.populate(addr, part.len())?;
                 guest_io::read_exact(&file, part, extent.start).map_err(read)?;
             }
         }
