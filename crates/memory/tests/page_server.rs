@@ -343,6 +343,7 @@ fn listening_process() {
     rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
     let mut server = test_process("serving_process");
     server.env("VESTA_TEST_LISTENER", listener.as_raw_fd().to_string());
+    #[expect(clippy::zombie_processes, reason = "it outlives this process")]
     server.stdin(Stdio::inherit()).stdout(Stdio::inherit()).spawn().unwrap();
     let mut byte = [0];
     std::io::stdin().read_exact(&mut byte).unwrap();
