@@ -330,7 +330,7 @@ impl FaultReads {
     /// Looks once; call it several times within the limit. Whether a fault has been unread for the limit, and no page has come in that time.
     /// With `orphaned`, faults that were read and not answered count as unread.
     fn look(&mut self, connection: &Connection, ram: &GuestRam, orphaned: bool) -> rustix::io::Result<bool> {
-        let pages = || ram.own_pages().map_or(0, |pages| pages.count());
+        let pages = || ram.page_progress();
         let ready = poll_fds(&[(connection.userfault.as_fd(), PollFlags::IN)], Duration::ZERO)?;
         if !ready[0].is_empty() {
             self.quiet = None;
