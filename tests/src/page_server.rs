@@ -1,11 +1,13 @@
 //! The page server of `page-server` (`tests/src/bin`), as a process.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
 use crate::process::die_with_parent;
 
@@ -15,27 +17,55 @@ pub struct PageServer {
     process: Child,
     socket: PathBuf,
     output: BufReader<ChildStdout>,
+    /// The process that serves, where it is another one.
+    serving: Option<OwnedFd>,
 }
 
 impl PageServer {
     /// Starts `program` with the memory file `image`, at a socket beside that. It answers `faults` faults: a number, `all`,
     /// `none`, or `except:OFFSET`.
     pub fn start(program: &str, image: &Path, faults: &str) -> Result<PageServer> {
-        let socket = image.with_extension(format!("pages-{faults}.sock"));
+        PageServer::spawn(program, image, &[faults])
+    }
+
+    /// The same with a process that listens and another one that serves.
+    pub fn start_forked(program: &str, image: &Path, faults: &str) -> Result<PageServer> {
+        PageServer::spawn(program, image, &[faults, "forked"])
+    }
+
+    fn spawn(program: &str, image: &Path, how: &[&str]) -> Result<PageServer> {
+        let socket = image.with_extension(format!("pages-{}.sock", how.join("-")));
         let mut command = Command::new(program);
-        command.arg(&socket).arg(image).arg(faults).stdout(Stdio::piped());
+        command.arg(&socket).arg(image).args(how).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = die_with_parent(&mut command).spawn().context("cannot run the page server")?;
         let output = BufReader::new(process.stdout.take().context("it is a pipe")?);
-        let mut server = PageServer { process, socket, output };
+        let mut server = PageServer { process, socket, output, serving: None };
         server.wait_for("LISTENING")?;
+        if how.contains(&"forked") {
+            let pid = Pid::from_raw(server.next_line()?.parse()?).context("the id of a process")?;
+            server.serving = Some(pidfd_open(pid, PidfdFlags::empty())?);
+        }
         Ok(server)
     }
 
     /// Waits until it says `line`, the next that it says.
     pub fn wait_for(&mut self, line: &str) -> Result<()> {
+        let said = self.next_line()?;
+        ensure!(said == line, "{said}");
+        Ok(())
+    }
+
+    /// The next line that it says.
+    fn next_line(&mut self) -> Result<String> {
         let mut said = String::new();
         self.output.read_line(&mut said)?;
-        ensure!(said.trim() == line, "{said}");
+        Ok(said.trim().to_owned())
+    }
+
+    /// Ends the process that listened, and waits for its end. The one that serves lives on.
+    pub fn end_listener(&mut self) -> Result<()> {
+        self.process.stdin.take().context("it is ended once")?.write_all(b"x")?;
+        ensure!(self.process.wait()?.success(), "the process that listened failed");
         Ok(())
     }
 
@@ -55,6 +85,10 @@ impl Drop for PageServer {
         // It may have ended by itself.
         let _ = self.process.kill();
         let _ = self.process.wait();
+        if let Some(serving) = &self.serving {
+            let _ = pidfd_send_signal(serving, Signal::KILL);
+            let _ = poll(&mut [PollFd::new(serving, PollFlags::IN)], None);
+        }
         let _ = std::fs::remove_file(&self.socket);
     }
 }

@@ -1,9 +1,14 @@
 //! What a guest has of its host: huge pages, clocks, a serial port that nobody may read.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::json;
-use vesta_tests::guest::{Guest, Kernel, vmm_path};
+use vesta_tests::counting::counting;
+use vesta_tests::elf::Elf;
+use vesta_tests::guest::{Guest, Kernel, ignore, start, vmm_path, vmm_with_api};
+use vesta_tests::snapshots::{Files, pause};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// Longest that a whole boot may take where a host is emulated.
@@ -35,23 +40,120 @@ fn huge_pages_of_both_kinds_are_taken_where_the_host_has_them() {
     });
     assert_eq!(vmm.exit_code(BOOT).unwrap(), 0);
 
-    // The pool of 2 MiB pages: enough for this guest, and given back afterwards.
-    let pool = "/proc/sys/vm/nr_hugepages";
-    let before = std::fs::read_to_string(pool).unwrap();
-    std::fs::write(pool, "80").unwrap();
-    let enough = std::fs::read_to_string(pool).unwrap().trim().parse::<u32>().unwrap() >= 64;
-    let code = enough.then(|| {
-        let mut vmm = boot(Kernel::quickest(), "poweroff -f", |guest| Guest {
-            machine: json!({ "huge_pages": "2M" }),
-            ..guest
-        });
-        vmm.exit_code(BOOT)
+    let Some(_pool) = Pool::of(64) else { ignore("the host has no 64 huge pages to give") };
+    let mut vmm = boot(Kernel::quickest(), "poweroff -f", |guest| Guest {
+        machine: json!({ "huge_pages": "2M" }),
+        ..guest
     });
-    std::fs::write(pool, before.trim()).unwrap();
-    match code {
-        Some(code) => assert_eq!(code.unwrap(), 0),
-        None => vesta_tests::guest::ignore("the host has no 64 huge pages to give"),
+    assert_eq!(vmm.exit_code(BOOT).unwrap(), 0);
+}
+
+/// The host's pool of 2 MiB pages with some pages in it, for as long as this lives.
+struct Pool(String);
+
+impl Pool {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn of(pages: u32) -> Option<Pool> {
+        let pool = Pool(fs::read_to_string(Pool::PATH).unwrap());
+        fs::write(Pool::PATH, (pages + 16).to_string()).unwrap();
+        let there: u32 = fs::read_to_string(Pool::PATH).unwrap().trim().parse().unwrap();
+        (there >= pages).then_some(pool)
     }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        fs::write(Pool::PATH, self.0.trim()).unwrap();
+    }
+}
+
+/// A cgroup whose use of huge pages is limited. Its processes must have ended when it is dropped.
+struct Group {
+    path: PathBuf,
+    /// The root group's children were not limited before.
+    enabled: bool,
+}
+
+impl Group {
+    const ROOT: &str = "/sys/fs/cgroup";
+
+    fn new() -> Option<Group> {
+        let root = Path::new(Group::ROOT);
+        let has = |file: &str| {
+            let controllers = fs::read_to_string(root.join(file)).unwrap_or_default();
+            controllers.split_whitespace().any(|controller| controller == "hugetlb")
+        };
+        if !has("cgroup.controllers") {
+            return None;
+        }
+        let enabled = !has("cgroup.subtree_control");
+        if enabled {
+            fs::write(root.join("cgroup.subtree_control"), "+hugetlb").unwrap();
+        }
+        let path = root.join(format!("vesta-test-{}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Some(Group { path, enabled })
+    }
+
+    fn limit(&self, pages: u64) {
+        fs::write(self.path.join("hugetlb.2MB.max"), (pages << 21).to_string()).unwrap();
+    }
+
+    fn take(&self, vmm: &Vmm) {
+        fs::write(self.path.join("cgroup.procs"), vmm.pid().to_string()).unwrap();
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        fs::remove_dir(&self.path).unwrap();
+        if self.enabled {
+            fs::write(Path::new(Group::ROOT).join("cgroup.subtree_control"), "-hugetlb").unwrap();
+        }
+    }
+}
+
+#[test]
+fn cgroup_limit_on_huge_pages_is_named() {
+    const LIMIT: &str = "hugetlb.2MB.max";
+    let Some(group) = Group::new() else { ignore("the host has no hugetlb controller of cgroup v2") };
+    let Some(_pool) = Pool::of(64) else { ignore("the host has no 64 huge pages to give") };
+
+    // The monitor's own first write to the guest's memory.
+    group.limit(0);
+    let (mut vmm, mut api) = vmm_with_api(&[]).unwrap();
+    group.take(&vmm);
+    let kernel = vmm.dir().join("kernel");
+    // mov edi, 0x1000000; page: mov [edi], edi; add edi, 4096; jmp page
+    let code = [0xbf, 0, 0, 0, 1, 0x89, 0x3f, 0x81, 0xc7, 0, 0x10, 0, 0, 0xeb, 0xf6];
+    fs::write(&kernel, Elf::of(&code).bytes()).unwrap();
+    let guest = Guest { machine: json!({ "huge_pages": "2M" }), ..Guest::bare(&kernel) };
+    guest.put(&mut api).unwrap();
+    let refused = api.put("/actions", &json!({ "action_type": "InstanceStart" })).unwrap();
+    assert!(refused.status == 400 && refused.fault().contains(LIMIT), "{refused:?}");
+    assert_eq!(api.get("/").unwrap().json().unwrap()["state"], "Not started");
+
+    // The guest, later.
+    group.limit(10);
+    start(&mut api).unwrap();
+    let (code, said) = vmm.finish(BOOT).unwrap();
+    assert!(code == 1 && said.contains(LIMIT), "{code} {said}");
+
+    // A load. Its memory file has ordinary pages.
+    let (saved, mut api, _serial) = counting(&json!({})).unwrap();
+    let files = Files::new(saved.dir(), "a");
+    pause(&mut api).unwrap();
+    api.put("/snapshot/create", &files.create("Full")).unwrap().ok().unwrap();
+    group.limit(0);
+    let (vmm, mut api) = vmm_with_api(&[]).unwrap();
+    group.take(&vmm);
+    let mut load = files.load();
+    load["huge_pages"] = json!("2M");
+    let refused = api.put("/snapshot/load", &load).unwrap();
+    assert!(refused.status == 400 && refused.fault().contains(LIMIT), "{refused:?}");
+    load["huge_pages"] = json!("None");
+    api.put("/snapshot/load", &load).unwrap().ok().unwrap();
 }
 
 #[test]

@@ -65,16 +65,36 @@ fn a_page_server_that_ends_ends_the_guest_which_never_sees_zeros_and_the_log_say
     let home = tempfile::tempdir()?;
     save(home.path())?;
     // It ends while the guest looks at its pages, of which it has seen some as they should be.
+    let mut ends = Vec::new();
     for faults in ["200", "500", "900"] {
         let server = start(home.path(), faults)?;
-        let (mut vmm, mut api, serial) = empty()?;
+        let (vmm, mut api, serial) = empty()?;
         api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?.ok()?;
+        ends.push((faults, server, vmm, serial));
+    }
+    for (faults, _server, vmm, serial) in &mut ends {
         let (code, said) = vmm.finish(SOON)?;
         ensure!(code == 1 && said.contains("the page server has ended"), "{code} {said}");
         // At a page of zeros it would have said that it is wrong, aloud.
-        let numbers = fs::read(&serial)?;
+        let numbers = fs::read(&*serial)?;
         ensure!(numbers.len() <= 1, "{faults}: it went on without its pages: {:?}", &numbers[..4]);
     }
+    Ok(())
+}
+
+#[test]
+fn guest_of_a_forked_page_server_outlives_the_process_that_listened() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    save(home.path())?;
+    let mut server = PageServer::start_forked(SERVER, &home.path().join("memory"), "all")?;
+    let (mut vmm, mut api, serial) = empty()?;
+    let mut body = load(home.path(), "Uffd", server.socket());
+    body["resume_vm"] = json!(false);
+    api.put("/snapshot/load", &body)?.ok()?;
+    server.end_listener()?;
+    api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+    ensure!(counts(&wait_for(&serial, 5)?));
+    ensure!(vmm.is_running()?, "{}", vmm.stdout.text());
     Ok(())
 }
 

@@ -1,8 +1,10 @@
 //! Watching the page server of a guest whose memory comes from one ([`memory::page_server`]).
 //!
-//! A guest whose server is gone stands still at its next missing page, for ever. So a thread waits for the server's end, and says so to the
-//! machine's owner, who ends the process. Until then nothing is let go: a vCPU or a disk would go on with zeros. An owner that does not hear, because it waits for
-//! a page itself, is ended with the process after [`UNHEARD`]. A server that only stalls is reported in the log: it may come to itself.
+//! A guest whose server is gone waits at its next missing page for ever. So a thread waits for the
+//! server's end ([`memory::page_server`] says what counts as one), and reports it to the machine's
+//! owner, who ends the process. Until then nothing is let go: a vCPU or a disk would go on with zeros.
+//! An owner that does not hear, because it waits for a page itself, is ended with the process after
+//! [`UNHEARD`]. A server that only stalls is reported in the log: it may come to itself.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::thread::JoinHandle;

@@ -36,6 +36,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use config::HugePages;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
@@ -360,10 +361,21 @@ impl Vcpu {
                 EntryError::Kicked => self.kicked(),
                 EntryError::Transient => Entered::Again,
                 EntryError::Fatal => {
-                    Entered::CannotGoOn(MachineEvent::Fatal(self.fault(format!("KVM_RUN failed: {e}"))))
+                    let reason = format!("KVM_RUN failed: {}", self.run_error(e.errno()));
+                    Entered::CannotGoOn(MachineEvent::Fatal(self.fault(reason)))
                 }
             },
         }
+    }
+
+    /// Why KVM does not run the guest any more, in words.
+    fn run_error(&self, errno: i32) -> String {
+        if errno == libc::EFAULT && self.ram.huge_pages() == HugePages::Hugetlbfs2M {
+            return "the host gives no huge page for memory that the guest uses (huge_pages 2M): the limit \
+                    hugetlb.2MB.max of the monitor's cgroup is reached"
+                .to_owned();
+        }
+        std::io::Error::from_raw_os_error(errno).to_string()
     }
 
     fn kicked(&mut self) -> Entered {
@@ -460,7 +472,8 @@ fn place(vcpu: &VcpuFd, ram: &GuestRam) -> Option<(u64, Vec<u8>)> {
         let byte = vcpu
             .translate_gva(linear)
             .ok()
-            .filter(|t| t.valid == 1)
+            // A huge page that the host refuses cannot be read either.
+            .filter(|t| t.valid == 1 && ram.populate(t.physical_address, 1).is_ok())
             .and_then(|t| ram.memory().read_obj::<u8>(GuestAddress(t.physical_address)).ok());
         match byte {
             Some(byte) => bytes.push(byte),

@@ -171,7 +171,7 @@ mod tests {
             let next = ram.take_writes(|region| Ok::<_, ()>(empty_log(&ram, region))).unwrap().unwrap();
             assert_eq!(next.runs(0).flatten().collect::<Vec<_>>(), [0, 9]);
             // The failed log may have been emptied.
-            assert_eq!(next.runs(1).collect::<Vec<_>>(), [0..256]);
+            assert_eq!(next.runs(1).flatten().count(), 256);
         }
     }
 

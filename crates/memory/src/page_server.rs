@@ -12,12 +12,22 @@
 //! # When the server fails
 //!
 //! The monitor keeps the descriptor as well. Without it, the server's death would close the last one, and the kernel would let
-//! the guest go on *with zeros*. So a guest whose server is gone stands still, and [`PageServer`] says so:
+//! the guest go on *with zeros*. So a guest whose server is gone waits for its page, and [`PageServer`] reports it:
 //!
 //! - [`PageServer::probe`] before the guest runs: does the server answer faults?
 //! - [`PageServer::wait_while_serving`] while vCPUs get their state, which KVM may need pages for.
-//! - [`PageServer::wait`] from then on, from a thread of the caller's: the process that listened is gone; or it closed the
-//!   connection (some servers do, and go on serving); or a fault stays unread for long.
+//! - [`PageServer::wait`] from then on, from a thread of the caller's.
+//!
+//! Nothing in the handshake says which process serves. The process that called `listen` may fork the one that accepts and end itself, and a
+//! server may close the connection and go on with the userfaultfd alone. So these are the signs of life, each of which is enough:
+//!
+//! 1. Somebody holds the other end of the connection.
+//! 2. The process that listened lives.
+//! 3. Somebody reads page faults.
+//!
+//! Where the first two are missing the server is an *orphan*, and the third decides: it is gone when a fault has been unread for the caller's
+//! limit and no page has come in that time. A fault that was read before the reader ended would not show, so threads that wait are made to fault
+//! again. Other servers only stall: they may recover.
 //!
 //! Threads that wait for a page can be killed but not interrupted, so nobody who has something else to do may wait for one: a thread
 //! touches the pages, and the others wait for *it*, as long as there is progress ([`Connection::fetch`]). A machine whose server is gone
@@ -115,7 +125,7 @@ pub enum FetchError {
         /// How long it had.
         waited: Duration,
     },
-    /// The server died before it had answered.
+    /// The server is an orphan, and nobody reads page faults.
     #[error("the page server at {} is gone", path.display())]
     Gone {
         /// The socket.
@@ -140,9 +150,9 @@ pub enum FetchError {
 /// What became of a page server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ServerEvent {
-    /// It closed the connection and its process lives on (or cannot be seen). It may go on serving: keep waiting.
+    /// It closed the connection. It may go on serving: keep waiting.
     Closed,
-    /// Its process is gone, or cannot be seen, and it has closed the connection and answers nothing. There are no more pages.
+    /// It has closed the connection, the process that listened has ended or cannot be seen, and nobody reads page faults. There are no more pages.
     Gone,
     /// Faults have been waiting unread for the whole of the time limit. It may come to itself: keep waiting, or give up.
     Stalled,
@@ -281,55 +291,42 @@ impl PageServer {
         patience: Duration,
         is_done: impl FnMut(Duration) -> Result<bool, E>,
     ) -> Result<(), E> {
-        self.connection.wait_while_serving(patience, || self.pages_here(), is_done)
+        self.connection.wait_while_serving(&self.ram, patience, || self.ram.page_progress(), is_done)
     }
 
     /// Waits until something happened to the server, or until `stop` is readable. A fault that is unread for `stall` is an
     /// event as well. Call it again after [`ServerEvent::Closed`] and [`ServerEvent::Stalled`].
     pub fn wait(&mut self, stop: BorrowedFd<'_>, stall: Duration) -> Result<ServerEvent, PageServerError> {
-        // Faults come and go; one that is unread at every look for this long stalls.
-        let Connection { userfault, socket, process, .. } = &*self.connection;
+        let watched = |e: rustix::io::Errno| PageServerError::Watch {
+            path: self.connection.path.clone(),
+            source: e.into(),
+        };
         let turn = (stall / 10).max(Duration::from_millis(1));
-        let mut unread: Option<(Instant, u64)> = None;
+        let mut reads = FaultReads::new(stall);
         loop {
-            let pending =
-                !self.poll_fds(&[(userfault.as_fd(), PollFlags::IN)], Duration::ZERO)?[0].is_empty();
-            unread = match unread {
-                _ if !pending => None,
-                None => Some((Instant::now(), self.pages_here())),
-                Some((since, before)) if since.elapsed() >= stall => match self.pages_here() {
-                    // Nobody is there to be seen, and nobody answers.
-                    here if here == before && self.closed && self.connection.process.is_none() => {
-                        return Ok(ServerEvent::Gone);
-                    }
-                    here if here == before => return Ok(ServerEvent::Stalled),
-                    // Busy, not stalled: there is always a fault waiting, not always the same.
-                    here => Some((Instant::now(), here)),
-                },
-                waiting => waiting,
-            };
-            let mut fds = vec![(stop, PollFlags::IN)];
-            fds.extend(process.as_ref().map(|process| (process.as_fd(), PollFlags::IN)));
-            if !self.closed {
-                fds.push((socket.as_fd(), PollFlags::RDHUP));
+            let orphaned = self.connection.is_orphaned();
+            if reads.look(&self.connection, &self.ram, orphaned).map_err(watched)? {
+                return Ok(if orphaned { ServerEvent::Gone } else { ServerEvent::Stalled });
             }
-            let ready = self.poll_fds(&fds, turn)?;
+            let mut fds = vec![(stop, PollFlags::IN)];
+            if !self.closed {
+                fds.push((self.connection.socket.as_fd(), PollFlags::RDHUP));
+            }
+            let ready = poll_fds(&fds, turn).map_err(watched)?;
             if !ready[0].is_empty() {
                 return Ok(ServerEvent::Stopped);
             }
-            if process.is_some() && !ready[1].is_empty() {
-                return Ok(ServerEvent::Gone);
-            }
-            if !self.closed && ready.last().is_some_and(|ready| !ready.is_empty()) {
+            if ready.get(1).is_some_and(|ready| !ready.is_empty()) {
                 self.closed = true;
                 return Ok(ServerEvent::Closed);
             }
         }
     }
 
-    /// Whether the server's process is known to be gone; if it cannot be seen, whether the connection is.
-    pub fn is_gone(&self) -> bool {
-        self.connection.is_gone()
+    /// Whether it has closed the connection and the process that listened has ended or cannot be seen. A process that kept the userfaultfd may
+    /// serve it all the same.
+    pub fn is_orphaned(&self) -> bool {
+        self.connection.is_orphaned()
     }
 
     /// Lets all threads go that wait for a page: missing pages are zero from now on. For a machine that is not to run.
@@ -338,19 +335,60 @@ impl PageServer {
             self.connection.release(*span);
         }
     }
+}
 
-    /// How many pages the guest has by now.
-    fn pages_here(&self) -> u64 {
-        self.ram.own_pages().map_or(0, |pages| pages.count())
+/// Whether somebody reads page faults.
+#[derive(Debug)]
+struct FaultReads {
+    /// How long a fault may stay unread while no page comes.
+    limit: Duration,
+    /// Since when each look found an unread fault, and how many pages there were then. Faults come and go: it need not be the same fault.
+    unread: Option<(Instant, u64)>,
+    /// When no fault was unread, and how many pages there were then.
+    quiet: Option<(Instant, u64)>,
+}
+
+impl FaultReads {
+    fn new(limit: Duration) -> Self {
+        FaultReads { limit, unread: None, quiet: None }
     }
 
-    fn poll_fds(
-        &self,
-        fds: &[(BorrowedFd<'_>, PollFlags)],
-        timeout: Duration,
-    ) -> Result<Vec<PollFlags>, PageServerError> {
-        let path = || self.connection.path.clone();
-        poll_fds(fds, timeout).map_err(|e| PageServerError::Watch { path: path(), source: e.into() })
+    /// Looks once; call it several times within the limit. Whether a fault has been unread for the limit, and no page has come in that time.
+    /// With `orphaned`, faults that were read and not answered count as unread.
+    fn look(&mut self, connection: &Connection, ram: &GuestRam, orphaned: bool) -> rustix::io::Result<bool> {
+        let pages = || ram.page_progress();
+        let ready = poll_fds(&[(connection.userfault.as_fd(), PollFlags::IN)], Duration::ZERO)?;
+        if !ready[0].is_empty() {
+            self.quiet = None;
+            match self.unread {
+                None => self.unread = Some((Instant::now(), pages())),
+                Some((since, before)) if since.elapsed() >= self.limit => {
+                    let here = pages();
+                    if here == before {
+                        return Ok(true);
+                    }
+                    // Busy, not stalled: there is always a fault waiting, not always the same.
+                    self.unread = Some((Instant::now(), here));
+                }
+                Some(_) => {}
+            }
+            return Ok(false);
+        }
+        self.unread = None;
+        match self.quiet {
+            _ if !orphaned => {}
+            None => self.quiet = Some((Instant::now(), pages())),
+            Some((since, before)) if since.elapsed() >= self.limit / 5 => {
+                let here = pages();
+                if here == before {
+                    // A server that is only slow reads the same fault twice, as when two vCPUs come to one page.
+                    ram.spans().iter().for_each(|span| connection.fault_again(*span));
+                }
+                self.quiet = Some((Instant::now(), here));
+            }
+            Some(_) => {}
+        }
+        Ok(false)
     }
 }
 
@@ -387,6 +425,7 @@ impl Connection {
         let thread = std::thread::Builder::new().name("page_fetch".into()).spawn(toucher);
         thread.map_err(|source| FetchError::Thread { path: self.path.clone(), source })?;
         let waited = self.wait_while_serving(
+            ram,
             patience,
             || touched.load(Ordering::Relaxed),
             |turn| {
@@ -408,6 +447,7 @@ impl Connection {
     /// Calls `is_done` until it returns true, while the server lives and `progress` changes at least once within `patience`.
     fn wait_while_serving<E: From<FetchError>>(
         &self,
+        ram: &GuestRam,
         patience: Duration,
         progress: impl Fn() -> u64,
         mut is_done: impl FnMut(Duration) -> Result<bool, E>,
@@ -417,8 +457,10 @@ impl Connection {
         let turn = TURN.min(look_every);
         let (mut progressed, mut looked) = (Instant::now(), Instant::now());
         let mut last = None;
+        let mut reads = FaultReads::new(patience / 2);
         while !is_done(turn)? {
-            if self.is_gone() {
+            // A server whose state cannot be seen is waited for, as long as there is patience.
+            if self.is_orphaned() && reads.look(self, ram, true).unwrap_or(false) {
                 return Err(FetchError::Gone { path: self.path.clone() }.into());
             }
             if looked.elapsed() >= look_every {
@@ -441,12 +483,18 @@ impl Connection {
         let _ = self.userfault.unregister(span);
     }
 
-    fn is_gone(&self) -> bool {
-        let (fd, flags) = match &self.process {
-            Some(process) => (process.as_fd(), PollFlags::IN),
-            None => (self.socket.as_fd(), PollFlags::RDHUP),
-        };
-        poll_fds(&[(fd, flags)], Duration::ZERO).is_ok_and(|ready| !ready[0].is_empty())
+    /// Lets threads that wait for a page of `span` fault again.
+    fn fault_again(&self, span: Span) {
+        // Of a span that was released there is nothing to wait for.
+        let _ = self.userfault.fault_again(span);
+    }
+
+    /// See [`PageServer::is_orphaned`].
+    fn is_orphaned(&self) -> bool {
+        let happened =
+            |fd, flags| poll_fds(&[(fd, flags)], Duration::ZERO).is_ok_and(|ready| !ready[0].is_empty());
+        happened(self.socket.as_fd(), PollFlags::RDHUP)
+            && self.process.as_ref().is_none_or(|process| happened(process.as_fd(), PollFlags::IN))
     }
 }
 

@@ -41,6 +41,28 @@ pub enum MapError {
         /// The kernel's reason.
         source: std::io::Error,
     },
+    /// Huge pages are reserved, and the kernel does not let this process use one.
+    #[error(
+        "huge_pages 2M: the host gives no page for the {len} bytes at guest address {addr:#x}{}; raise hugetlb.2MB.max of the \
+         monitor's cgroup, or set huge_pages to None",
+        named(source)
+    )]
+    Populate {
+        /// First guest-physical address.
+        addr: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The kernel's reason.
+        source: std::io::Error,
+    },
+}
+
+/// A reason that says something. `EFAULT` only says that the first use of a page would have been a SIGBUS.
+fn named(source: &std::io::Error) -> String {
+    if source.raw_os_error() == Some(rustix::io::Errno::FAULT.raw_os_error()) {
+        return String::new();
+    }
+    format!(": {source}")
 }
 
 /// Why pages could not be given back.
@@ -107,9 +129,14 @@ impl GuestRam {
     /// Maps private anonymous RAM of `mem_size_mib` mebibytes, untouched and unreserved.
     ///
     /// With [`HugePages::Hugetlbfs2M`] the pages are reserved from the kernel's pool at once, and too few of them is an
-    /// error here rather than a signal later. `track_dirty_pages` adds a bitmap of the pages that the monitor writes.
+    /// error here rather than a signal later. The first of them is also used, because a cgroup's limit counts use and not
+    /// reservations: see [`Self::populate`]. `track_dirty_pages` adds a bitmap of the pages that the monitor writes.
     pub fn map(mem_size_mib: u32, huge_pages: HugePages, track_dirty_pages: bool) -> Result<Self, MapError> {
-        Self::build(MemoryLayout::of_size(mem_size_mib), huge_pages, track_dirty_pages, Source::Zeros)
+        let layout = MemoryLayout::of_size(mem_size_mib);
+        let ram = Self::build(layout, huge_pages, track_dirty_pages, Source::Zeros)?;
+        // What the monitor writes itself before a guest runs lies in there, but for kernel and initrd.
+        ram.populate(0, MIB)?;
+        Ok(ram)
     }
 
     /// Maps RAM of this layout. Where `source` is a file, regions are private views of it.
@@ -184,6 +211,37 @@ impl GuestRam {
         self.memory()
             .find_region(GuestAddress(addr))
             .is_some_and(|r| len <= r.len() - (addr - r.start_addr().0))
+    }
+
+    /// Makes sure that the pages of a range can be written, where the first use of one may be refused: huge pages that were
+    /// reserved may still be over the limit of the process's cgroup, and a write would be a SIGBUS. Nothing happens to other
+    /// pages, to those of a page server, and beyond the end of a region. Kernels before 5.14 cannot tell.
+    pub fn populate(&self, addr: u64, len: u64) -> Result<(), MapError> {
+        if self.inner.huge_pages != HugePages::Hugetlbfs2M || !matches!(self.inner.source, Source::Zeros) {
+            return Ok(());
+        }
+        let page = self.page_size();
+        for (region, span) in self.inner.regions.iter().zip(&self.inner.spans) {
+            let start = addr.max(region.guest_addr);
+            let end = addr.saturating_add(len).min(region.guest_addr + region.size);
+            if start >= end {
+                continue;
+            }
+            let first = (start - region.guest_addr) / page * page;
+            let last = (end - region.guest_addr).next_multiple_of(page).min(region.size);
+            let part = span.part(first..last);
+            let populated = loop {
+                match part.advise(Harmless::PopulateWrite) {
+                    Err(rustix::io::Errno::INTR) => {}
+                    done => break done,
+                }
+            };
+            match populated {
+                Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+                Err(source) => return Err(MapError::Populate { addr, len, source: source.into() }),
+            }
+        }
+        Ok(())
     }
 
     /// What a fork must keep open to save this memory: the file that it came from.
@@ -330,6 +388,26 @@ mod tests {
         let ram = GuestRam::map(config::MAX_MEM_SIZE_MIB, HugePages::Transparent, false).unwrap();
         assert_eq!(ram.size(), 1 << 40);
         ram.memory().write_obj(1u8, GuestAddress(800 * GIB)).unwrap();
+    }
+
+    #[test]
+    fn refused_huge_page_is_named_with_the_cgroup_limit() {
+        let refused = |errno: rustix::io::Errno| {
+            MapError::Populate { addr: 2 << 20, len: 4096, source: errno.into() }.to_string()
+        };
+        let text = refused(rustix::io::Errno::FAULT);
+        assert!(
+            text.starts_with("huge_pages 2M: ") && text.contains("0x200000; raise hugetlb.2MB.max"),
+            "{text}"
+        );
+        assert!(refused(rustix::io::Errno::NOMEM).contains("0x200000: Cannot allocate memory"));
+    }
+
+    #[test]
+    fn only_huge_pages_are_populated() {
+        let ram = GuestRam::map(16, HugePages::None, false).unwrap();
+        ram.populate(0, u64::MAX).unwrap();
+        assert!(ram.own_pages().unwrap().is_empty());
     }
 
     #[test]

@@ -48,11 +48,25 @@ impl GuestRam {
         Ok(mapped)
     }
 
-    /// The same for a process without `/proc`, from `mincore`. It does not see what was swapped out: with swap, all pages count.
+    /// A number that changes when pages come, to see whether any did. Not how many there are: swapped-out pages may be missing.
+    pub(crate) fn page_progress(&self) -> u64 {
+        let pages = match Pagemap::open() {
+            Ok(pagemap) => self.mapped_pages(pagemap, Which::Private),
+            Err(_) => self.resident(),
+        };
+        pages.map_or(0, |pages| pages.count())
+    }
+
+    /// [`Self::own_pages`] for a process without `/proc`, from `mincore`. It does not see what was swapped out: with swap, all pages count.
     fn pages_in_core(&self) -> io::Result<PageSet> {
         if rustix::system::sysinfo().totalswap != 0 {
             return Ok(self.all_pages());
         }
+        self.resident()
+    }
+
+    /// The pages that `mincore` sees.
+    fn resident(&self) -> io::Result<PageSet> {
         let mut resident = self.no_pages();
         for (index, span) in self.spans().iter().enumerate() {
             pagemap::in_core(*span, &mut |run| resident.insert(index, run))?;
@@ -119,6 +133,14 @@ mod tests {
         let (ram, written) = touched();
         let own = ram.pages_in_core().unwrap();
         assert!(written.iter().all(|p| own.contains(0, *p)));
+    }
+
+    #[test]
+    fn page_progress_changes_when_a_page_comes() {
+        let (ram, _) = touched();
+        let before = (ram.page_progress(), ram.resident().unwrap().count());
+        ram.memory().write_obj(1u8, GuestAddress(100 * PAGE)).unwrap();
+        assert_eq!((ram.page_progress(), ram.resident().unwrap().count()), (before.0 + 1, before.1 + 1));
     }
 
     #[test]

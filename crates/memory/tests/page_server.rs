@@ -1,10 +1,10 @@
 //! Memory from a page server: the handshake as servers for Firecracker know it, and servers that fail.
 
-use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use config::HugePages;
@@ -243,7 +243,7 @@ fn a_closed_connection_and_then_a_stop_are_reported() {
     assert_eq!(client.wait(read.as_fd(), LONG).unwrap(), ServerEvent::Closed);
     drop(write);
     assert_eq!(client.wait(read.as_fd(), LONG).unwrap(), ServerEvent::Stopped);
-    assert!(!client.is_gone(), "this process listened, and is here");
+    assert!(!client.is_orphaned(), "this process listened, and is here");
 }
 
 #[test]
@@ -300,19 +300,26 @@ fn a_server_that_dies_is_reported_and_its_guest_does_not_go_on_with_zeros() {
     let (ram, mut client) = connect(1, &path);
     client.probe(&[], LONG, &()).unwrap();
     let guest = std::thread::spawn(move || byte(&ram, 7));
+    // The fault is not among the unread ones any more.
     wait_for(&mut child, "fault read");
-    let (read, _write) = no_stop();
     child.kill().unwrap();
     child.wait().unwrap();
-    let mut event = client.wait(read.as_fd(), LONG).unwrap();
-    if event == ServerEvent::Closed {
-        event = client.wait(read.as_fd(), LONG).unwrap();
-    }
-    assert_eq!(event, ServerEvent::Gone);
-    assert!(client.is_gone());
+    assert_eq!(end_of(&mut client), ServerEvent::Gone);
+    assert!(client.is_orphaned());
     assert!(!guest.is_finished(), "the guest went on without its page");
     client.release();
     guest.join().unwrap();
+}
+
+/// What the wait reports once the server has closed its connection.
+fn end_of(client: &mut PageServer) -> ServerEvent {
+    let (read, _write) = no_stop();
+    loop {
+        let event = client.wait(read.as_fd(), SHORT).unwrap();
+        if event != ServerEvent::Closed {
+            return event;
+        }
+    }
 }
 
 #[test]
@@ -324,6 +331,130 @@ fn a_server_that_dies_before_its_first_answer_fails_the_probe() {
     child.kill().unwrap();
     child.wait().unwrap();
     // Alive, it might have answered; killed before the probe began, it cannot.
-    let error = client.probe(&[], LONG, &()).unwrap_err();
+    let error = client.probe(&[], Duration::from_secs(2), &()).unwrap_err();
     assert!(matches!(error, PageServerError::Fetch(FetchError::Gone { .. })), "{error}");
+}
+
+/// Not a test: the process that listens, in the tests of servers that fork. It starts the process that serves, and ends when it is told to.
+#[test]
+fn listening_process() {
+    let Some(path) = std::env::var_os("VESTA_TEST_FORKING_SERVER") else { return };
+    let listener = UnixListener::bind(path).unwrap();
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
+    let mut server = test_process("serving_process");
+    server.env("VESTA_TEST_LISTENER", listener.as_raw_fd().to_string());
+    #[expect(clippy::zombie_processes, reason = "it outlives this process")]
+    server.stdin(Stdio::inherit()).stdout(Stdio::inherit()).spawn().unwrap();
+    let mut byte = [0];
+    std::io::stdin().read_exact(&mut byte).unwrap();
+}
+
+/// Not a test: the process that serves. It ends when its standard input does.
+#[test]
+fn serving_process() {
+    let Some(fd) = std::env::var_os("VESTA_TEST_LISTENER") else { return };
+    let fd = fd.to_str().unwrap().parse().unwrap();
+    // SAFETY: the descriptor was inherited for this process, and nothing else here owns it.
+    let listener = unsafe { UnixListener::from_raw_fd(fd) };
+    println!("listening");
+    let handler = Handler::accept(&listener);
+    if std::env::var_os("VESTA_TEST_CLOSES").is_some() {
+        handler.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    }
+    loop {
+        let (input, flags) = (std::io::stdin(), rustix::event::PollFlags::IN);
+        let mut polled = [
+            rustix::event::PollFd::new(&handler.userfault, flags),
+            // Only its end: what is written is for the process that listened.
+            rustix::event::PollFd::new(&input, rustix::event::PollFlags::empty()),
+        ];
+        rustix::event::poll(&mut polled, None).unwrap();
+        if polled[0].revents().contains(flags) {
+            handler.serve(&handler.event());
+        }
+        if !polled[1].revents().is_empty() {
+            return;
+        }
+    }
+}
+
+fn test_process(name: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", name, "--nocapture"]);
+    command
+}
+
+/// A server whose listening process has ended.
+struct Forked {
+    input: ChildStdin,
+    output: ChildStdout,
+}
+
+impl Forked {
+    /// Ends it, and waits until it has ended.
+    fn end(mut self) {
+        drop(self.input);
+        self.output.read_to_end(&mut Vec::new()).unwrap();
+    }
+}
+
+/// Connects to a server whose listening process then ends. `closes`: the server keeps only the userfaultfd.
+fn connect_to_forked(closes: bool) -> (GuestRam, PageServer, Forked) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("uffd.sock");
+    let mut command = test_process("listening_process");
+    command.env("VESTA_TEST_FORKING_SERVER", &path).stdin(Stdio::piped()).stdout(Stdio::piped());
+    if closes {
+        command.env("VESTA_TEST_CLOSES", "1");
+    }
+    let mut listening = command.spawn().unwrap();
+    wait_for(&mut listening, "listening");
+    let (ram, client) = connect(1, &path);
+    client.probe(&[], LONG, &()).unwrap();
+    let mut input = listening.stdin.take().unwrap();
+    input.write_all(b"x").unwrap();
+    listening.wait().unwrap();
+    (ram, client, Forked { input, output: listening.stdout.take().unwrap() })
+}
+
+/// Whether the server still serves, and the wait reports nothing while it does.
+fn assert_serves(ram: &GuestRam, client: &mut PageServer) {
+    let (read, write) = no_stop();
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| client.wait(read.as_fd(), LONG).unwrap());
+        for page in 100..120 {
+            assert_eq!(byte(ram, page), page as u8 + 1);
+        }
+        drop(write);
+        assert_eq!(waits.join().unwrap(), ServerEvent::Stopped);
+    });
+}
+
+#[test]
+fn server_that_was_forked_outlives_the_process_that_listened() {
+    let (ram, mut client, server) = connect_to_forked(false);
+    assert_serves(&ram, &mut client);
+    assert!(!client.is_orphaned(), "its end of the connection is open");
+    server.end();
+    let guest = std::thread::spawn(move || byte(&ram, 7));
+    assert_eq!(end_of(&mut client), ServerEvent::Gone);
+    assert!(!guest.is_finished(), "the guest went on without its page");
+    client.release();
+    guest.join().unwrap();
+}
+
+#[test]
+fn server_that_keeps_only_the_userfaultfd_is_alive() {
+    let (ram, mut client, server) = connect_to_forked(true);
+    let (read, _write) = no_stop();
+    assert_eq!(client.wait(read.as_fd(), LONG).unwrap(), ServerEvent::Closed);
+    assert!(client.is_orphaned());
+    assert_serves(&ram, &mut client);
+    client.probe(&[5 * PAGE, 9 * PAGE], LONG, &()).unwrap();
+    server.end();
+    let guest = std::thread::spawn(move || byte(&ram, 7));
+    assert_eq!(end_of(&mut client), ServerEvent::Gone);
+    assert!(!guest.is_finished(), "the guest went on without its page");
+    client.release();
+    guest.join().unwrap();
 }

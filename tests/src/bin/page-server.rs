@@ -3,16 +3,21 @@
 //! `page-server SOCKET IMAGE FAULTS` answers that many faults and ends; `all` answers them until the monitor is gone, `none` accepts the connection and
 //! does nothing more. `except:OFFSET` answers all faults but those in the page at that offset of the image. It says `LISTENING`
 //! when it does, and `WITHHELD` at a fault that it does not answer.
+//!
+//! `page-server SOCKET IMAGE FAULTS forked` listens and leaves the rest to a process of its own, whose id it says. It ends when a byte comes on standard
+//! input.
 
 use std::fs::File;
-use std::io::IoSliceMut;
+use std::io::{IoSliceMut, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::Value;
 
@@ -32,10 +37,34 @@ struct Message {
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [socket, image, faults] = args.as_slice() else { bail!("page-server SOCKET IMAGE FAULTS") };
-    let image = File::open(image).with_context(|| image.clone())?;
-    let listener = UnixListener::bind(socket).with_context(|| socket.clone())?;
-    println!("LISTENING");
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match *args.as_slice() {
+        [socket, image, faults] => {
+            let listener = UnixListener::bind(socket).with_context(|| socket.to_owned())?;
+            println!("LISTENING");
+            answer(&listener, image, faults)
+        }
+        [socket, image, faults, "forked"] => {
+            let listener = UnixListener::bind(socket).with_context(|| socket.to_owned())?;
+            fcntl_setfd(&listener, FdFlags::empty())?;
+            let fd = listener.as_raw_fd().to_string();
+            let serving =
+                Command::new(std::env::current_exe()?).args(["--inherited", &fd, image, faults]).spawn()?;
+            println!("LISTENING\n{}", serving.id());
+            std::io::stdin().read_exact(&mut [0]).context("nobody ends this process")
+        }
+        ["--inherited", fd, image, faults] => {
+            // SAFETY: the parent left the descriptor open for this process, and nothing else here owns it.
+            let listener = unsafe { UnixListener::from_raw_fd(fd.parse()?) };
+            answer(&listener, image, faults)
+        }
+        _ => bail!("page-server SOCKET IMAGE FAULTS [forked]"),
+    }
+}
+
+/// Accepts a monitor and answers so many of its faults.
+fn answer(listener: &UnixListener, image: &str, faults: &str) -> Result<()> {
+    let image = File::open(image).with_context(|| image.to_owned())?;
     let (stream, _) = listener.accept()?;
     if faults == "none" {
         // Until the monitor is gone, or somebody ends this process.

@@ -32,7 +32,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 
 use kvm_ioctls::VcpuFd;
-use memory::GuestRam;
+use memory::{GuestRam, MapError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::cpu::registers;
@@ -121,6 +121,9 @@ pub enum BootError {
         /// What was given.
         mib: u64,
     },
+    /// The host does not give the memory that is to be written.
+    #[error(transparent)]
+    Memory(#[from] MapError),
     /// Setting a vCPU's registers failed.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -263,6 +266,7 @@ fn copy_to_guest(
     what: &'static str,
 ) -> Result<(), BootError> {
     debug_assert!(ram.contains(addr, len));
+    ram.populate(addr, len)?;
     let failed = |source| BootError::Read { what, source };
     file.seek(SeekFrom::Start(offset)).map_err(failed)?;
     let mut guest = ram.memory().get_slice(GuestAddress(addr), len as usize).expect("the caller checked");

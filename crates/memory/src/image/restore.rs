@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::file::{STEP, extents};
 use super::{ImageInfo, Observer, partial};
-use crate::layout::MemoryLayout;
+use crate::layout::{MIB, MemoryLayout};
 use crate::ram::{GuestRam, MapError};
 use crate::source::Source;
 use crate::sys::guest_io;
@@ -134,6 +134,8 @@ impl GuestRam {
             return Ok(Self::build(layout.clone(), huge_pages, track_dirty_pages, source)?);
         }
         let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, Source::Zeros)?;
+        // The monitor writes there for the guest's new life, whatever the image has.
+        ram.populate(0, MIB)?;
         for (region, span) in layout.regions().iter().zip(ram.spans()) {
             for extent in extents(&file, region.offset..region.offset + region.size) {
                 let extent = extent.map_err(read)?;
@@ -144,6 +146,7 @@ impl GuestRam {
                     }
                     let end = extent.end.min(at + STEP);
                     let part = span.part(at - region.offset..end - region.offset);
+                    ram.populate(region.guest_addr + (at - region.offset), part.len())?;
                     guest_io::read_exact(&file, part, at).map_err(read)?;
                     at = end;
                     observer.progress(at, needed);

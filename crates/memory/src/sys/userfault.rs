@@ -18,6 +18,7 @@ const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 const USERFAULTFD_IOC_NEW: libc::Ioctl = opcode::none(UFFDIO, 0x00) as libc::Ioctl;
 const UFFDIO_API: libc::Ioctl = opcode::read_write::<Api>(UFFDIO, 0x3f) as libc::Ioctl;
 const UFFDIO_REGISTER: libc::Ioctl = opcode::read_write::<Register>(UFFDIO, 0x00) as libc::Ioctl;
+const UFFDIO_WAKE: libc::Ioctl = opcode::read::<Extent>(UFFDIO, 0x02) as libc::Ioctl;
 const UFFDIO_UNREGISTER: libc::Ioctl = opcode::read::<Extent>(UFFDIO, 0x01) as libc::Ioctl;
 
 /// `struct uffdio_api` of `linux/userfaultfd.h`.
@@ -68,6 +69,15 @@ impl Userfault {
         let mut register = Register { range, mode: UFFDIO_REGISTER_MODE_MISSING, ioctls: 0 };
         // SAFETY: the structure is the one that the call takes; the span is guest memory, whose reader may wait.
         let done = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
+        check(done)
+    }
+
+    /// Lets threads that wait for a page of `span` fault again. A fault that a reader took and never answered is then there to be
+    /// read once more.
+    pub(crate) fn fault_again(&self, span: Span) -> io::Result<()> {
+        let mut range = Extent { start: span.addr(), len: span.len() };
+        // SAFETY: the structure is the one that the call takes.
+        let done = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_WAKE, &raw mut range) };
         check(done)
     }
 
