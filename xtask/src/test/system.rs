@@ -24,6 +24,8 @@ const LIMIT_NATIVE: Duration = Duration::from_mins(1);
 const LIMIT_EMULATED: Duration = Duration::from_mins(3);
 /// The test binary whose guests have the disk with Python.
 const WITH_PYTHON: &str = "mmds";
+/// The test binary whose guests are not all Linux.
+const WITH_MEMTEST: &str = "other_guests";
 /// Test binaries of this kind run natively where `/dev/kvm` opens.
 const NULL_GUESTS: &str = "null_";
 /// How often the emulated host may die before the rest is given up.
@@ -69,6 +71,9 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     job.env.push((env::RUNNER.into(), "1".into()));
     if tests.iter().any(|test| test.suite == WITH_PYTHON) {
         job.env.push((env::PYTHON_DISK.into(), python_disk::image()?.into()));
+    }
+    if tests.iter().any(|test| test.suite == WITH_MEMTEST) {
+        job.env.push((env::MEMTEST.into(), kernels::memtest()?.into()));
     }
 
     let (kind, why) = host::choose()?;

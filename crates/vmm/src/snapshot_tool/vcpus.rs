@@ -18,11 +18,17 @@ pub(super) fn vcpus(machine: &MachineState) -> String {
 
 /// Everything but its vCPUs.
 pub(super) fn all_else(machine: &MachineState) -> String {
-    let MachineState { vcpus: _, chipset, devices, serial, keyboard } = machine;
-    [format!("{chipset:#?}"), format!("{devices:#?}"), format!("{serial:#?}"), format!("{keyboard:#?}")]
-        .iter()
-        .map(|part| folded(part) + "\n")
-        .collect()
+    let MachineState { vcpus: _, chipset, devices, serial, keyboard, cmos } = machine;
+    [
+        format!("{chipset:#?}"),
+        format!("{devices:#?}"),
+        format!("{serial:#?}"),
+        format!("{keyboard:#?}"),
+        format!("{cmos:#?}"),
+    ]
+    .iter()
+    .map(|part| folded(part) + "\n")
+    .collect()
 }
 
 /// Puts numbers that have a line each on common lines: thousands of bytes are not read one by one.
