@@ -77,7 +77,7 @@ pub fn kernel(transport: Transport) -> Elf {
     code.extend([0x75, 0xf7]); // jne wait
     code.extend([0x8d, 0x43, 0xff]); // lea eax, [ebx - 1]
     code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]); // mov dx, 0x3f8; out dx, al
-    let back = again as i32 - (code.len() as i32 + 5);
+    let back = again.wrapping_sub(code.len() + 5) as u32;
     code.push(0xe9); // jmp again
     code.extend(back.to_le_bytes());
     Elf::of(&code)

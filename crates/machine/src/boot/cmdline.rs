@@ -68,10 +68,7 @@ fn word(line: &[u8]) -> Word<'_> {
         is_space(*byte) && !quoted
     });
     let len = end.unwrap_or(line.len());
-    let text = match &line[..len] {
-        [QUOTE, text @ .., QUOTE] | [QUOTE, text @ ..] => text,
-        text => text,
-    };
+    let ([QUOTE, text @ .., QUOTE] | [QUOTE, text @ ..] | text) = &line[..len];
     Word { len, text, unclosed: quoted }
 }
 
