@@ -1,8 +1,10 @@
-//! A guest of a few instructions with a driver that accepts no feature at all, not even `VERSION_1`.
+//! A guest of a few instructions with a driver that accepts no feature at all, not even
+//! `VERSION_1`.
 //!
-//! It drives an entropy device, its machine's only one, with one buffer at a time and without interrupts, and counts the buffers that
-//! come back: it sends 0, 1, 2, ... over its serial port ([`crate::counting`]). On PCI it reaches the device through the window in its
-//! configuration space (4.1.4.9), because 32-bit code cannot map the BAR.
+//! It drives an entropy device, its machine's only one, with one buffer at a time and without
+//! interrupts, and counts the buffers that come back: it sends 0, 1, 2, ... over its serial port
+//! ([`crate::counting`]). On PCI it reaches the device through the window in its configuration
+//! space (4.1.4.9), because 32-bit code cannot map the BAR.
 
 use crate::elf::Elf;
 use crate::guest::Transport;

@@ -1,8 +1,9 @@
-//! The page tables that a 64-bit kernel is entered with: memory mapped onto itself, in pages of 2 MiB.
+//! The page tables that a 64-bit kernel is entered with: memory mapped onto itself, in pages of 2
+//! MiB.
 //!
-//! Mapped are the first GiB, where boot data is and nearly every kernel, and each GiB that the kernel or its initrd has a byte in. More
-//! is not, so that an ordinary guest has three pages of tables. A kernel that reaches for memory in between maps it itself, as the boot
-//! protocol has it.
+//! Mapped are the first GiB, where boot data is and nearly every kernel, and each GiB that the
+//! kernel or its initrd has a byte in. More is not, so that an ordinary guest has three pages of
+//! tables. A kernel that reaches for memory in between maps it itself, as the boot protocol has it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
