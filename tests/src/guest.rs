@@ -22,6 +22,8 @@ pub mod env {
     pub const DEBIAN_6_12: &str = "VESTA_KERNEL_DEBIAN_6_12";
     /// Busybox, static.
     pub const BUSYBOX: &str = "VESTA_BUSYBOX";
+    /// Debian's memtest86+ for x86_64, a `bzImage`; set where a chosen test needs it.
+    pub const MEMTEST: &str = "VESTA_MEMTEST";
     /// An ext4 image with curl, Python, the AWS SDK and cloud-init; set where a chosen test needs it.
     pub const PYTHON_DISK: &str = "VESTA_PYTHON_DISK";
     /// The example in Rust; set where a chosen test needs it.

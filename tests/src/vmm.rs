@@ -1,6 +1,7 @@
 //! The monitor under test, as a process.
 
 use std::ffi::{OsStr, OsString};
+use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ pub struct VmmBuilder {
     show: bool,
     stdout_to_file: bool,
     io_uring: bool,
+    input: bool,
 }
 
 /// The file in a monitor's directory that takes its standard output: see [`VmmBuilder::stdout_to_file`].
@@ -49,6 +51,7 @@ impl VmmBuilder {
             show: true,
             stdout_to_file: false,
             io_uring: true,
+            input: false,
         })
     }
 
@@ -121,6 +124,13 @@ impl VmmBuilder {
         self
     }
 
+    /// Lets the test write to the guest's serial port; see [`Vmm::type_in`].
+    #[must_use]
+    pub fn with_input(mut self) -> VmmBuilder {
+        self.input = true;
+        self
+    }
+
     /// Starts it.
     pub fn spawn(self) -> Result<Vmm> {
         let mut command = Command::new(&self.program);
@@ -128,7 +138,8 @@ impl VmmBuilder {
             std::os::unix::process::CommandExt::arg0(&mut command, name);
         }
         command.args(&self.args).current_dir(self.dir.path());
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let input = if self.input { Stdio::piped() } else { Stdio::null() };
+        command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
         if self.stdout_to_file {
             let file = self.dir.path().join(STDOUT);
             command.stdout(std::fs::File::create(&file).with_context(|| file.display().to_string())?);
@@ -245,6 +256,13 @@ impl Vmm {
     /// The processor time that one of its threads has used, by the thread's name. `None` where it has no such thread.
     pub fn thread_time(&self, name: &str) -> Result<Option<Duration>> {
         Ok(self.threads()?.into_iter().find(|thread| thread.name == name).map(|thread| thread.time))
+    }
+
+    /// Writes to its standard input, which is the guest's serial port; see
+    /// [`VmmBuilder::with_input`].
+    pub fn type_in(&mut self, bytes: &[u8]) -> Result<()> {
+        let input = self.child.stdin.as_mut().context("it was started without input")?;
+        input.write_all(bytes).context("cannot write to its standard input")
     }
 
     /// Its threads.

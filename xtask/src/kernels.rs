@@ -106,6 +106,19 @@ pub(crate) fn busybox() -> Result<PathBuf> {
     Ok(dir.join("busybox"))
 }
 
+/// Debian's memtest86+: a guest that is not Linux, in the form of a `bzImage`.
+pub(crate) fn memtest() -> Result<PathBuf> {
+    let dir = once("memtest86", |dir| {
+        let tree = dir.join("tree");
+        apt::unpack("memtest86+", &tree)?;
+        std::fs::rename(tree.join("boot/memtest86+x64.bin"), dir.join("memtest"))
+            .context("memtest86+ has no boot/memtest86+x64.bin")?;
+        std::fs::remove_dir_all(&tree)?;
+        Ok(())
+    })?;
+    Ok(dir.join("memtest"))
+}
+
 /// The directory `kernels/NAME` of the cache: see [`once_in`].
 pub(crate) fn once(name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     once_in("kernels", name, make)

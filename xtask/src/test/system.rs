@@ -27,6 +27,8 @@ const LIMIT_EMULATED: Duration = Duration::from_mins(3);
 const WITH_PYTHON: &str = "mmds";
 /// The test binary that runs the example in Rust.
 const WITH_EXAMPLE: &str = "examples";
+/// The test binary whose guests are not all Linux.
+const WITH_MEMTEST: &str = "other_guests";
 /// Test binaries of this kind run natively where `/dev/kvm` opens.
 const NULL_GUESTS: &str = "null_";
 /// How often the emulated host may die before the rest is given up.
@@ -73,6 +75,9 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     job.env.push((env::RUNNER.into(), "1".into()));
     if tests.iter().any(|test| test.suite == WITH_PYTHON) {
         job.env.push((env::PYTHON_DISK.into(), python_disk::image()?.into()));
+    }
+    if tests.iter().any(|test| test.suite == WITH_MEMTEST) {
+        job.env.push((env::MEMTEST.into(), kernels::memtest()?.into()));
     }
 
     if tests.iter().any(|test| test.suite == WITH_EXAMPLE) {
