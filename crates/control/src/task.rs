@@ -171,10 +171,7 @@ impl<H: Host> Controller<H> {
             requests.put_back(waiting);
         }
         if !has_ended {
-            log::error!(
-                "a command did not stop within {} s, and is left behind",
-                CANCEL_TIMEOUT.as_secs()
-            );
+            log::error!("a command did not stop within {} s, and is left behind", CANCEL_TIMEOUT.as_secs());
             return Err(TaskError::Abandoned);
         }
         Ok(running.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))

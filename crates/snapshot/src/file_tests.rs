@@ -125,7 +125,9 @@ fn an_immutable_file_is_refused_before_anything_is_written() {
     std::fs::write(&path, "old").unwrap();
     let file = File::open(&path).unwrap();
     let set = |flags| rustix::fs::ioctl_setflags(&file, flags);
-    let Ok(before) = rustix::fs::ioctl_getflags(&file) else { return eprintln!("not run: no such flags here") };
+    let Ok(before) = rustix::fs::ioctl_getflags(&file) else {
+        return eprintln!("not run: no such flags here");
+    };
     for flag in [rustix::fs::IFlags::IMMUTABLE, rustix::fs::IFlags::APPEND] {
         if set(before | flag).is_err() {
             return eprintln!("not run: such flags need root");

@@ -83,12 +83,7 @@ impl Reports {
 
     /// Waits for `count` children, or until no child is left that could report, `token` is cancelled, or `patience` is over. By number; `None` for those
     /// that did not report.
-    pub(super) fn collect(
-        self,
-        count: usize,
-        patience: Duration,
-        token: &Token,
-    ) -> Vec<Option<Report>> {
+    pub(super) fn collect(self, count: usize, patience: Duration, token: &Token) -> Vec<Option<Report>> {
         // This process's own end goes, so that the pipe ends with the last child.
         drop(self.write);
         let deadline = Instant::now() + patience;

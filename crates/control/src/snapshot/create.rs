@@ -134,6 +134,7 @@ impl<H: Host> Controller<H> {
         let fresh = saved.drive_ids(&config.drives);
         let (picture, taken) = self.picture(machine, create.snapshot_type, config, fresh)?;
         let ram = machine.ram().clone();
+        ram.will_be_shared();
         let mut kept = ram.descriptors();
         kept.extend(worker.descriptors().map(|fd| fd.as_raw_fd()));
         let (child_ram, child_create) = (ram.clone(), create.clone());
@@ -179,18 +180,14 @@ impl<H: Host> Controller<H> {
 fn sync_disks(disks: &[(String, Disk)], token: &Token) -> Result<(), CommandError> {
     for (id, disk) in disks {
         token.check()?;
-        disk.sync()
-            .map_err(|e| CommandError::new(format_args!("drive {id}: cannot sync its disk: {e}")))?;
+        disk.sync().map_err(|e| CommandError::new(format_args!("drive {id}: cannot sync its disk: {e}")))?;
     }
     Ok(())
 }
 
 /// What clients see of a snapshot that is being written.
 fn job_of(create: &SnapshotCreate) -> task::Job {
-    task::Job {
-        snapshot_path: create.snapshot_path.clone(),
-        mem_file_path: create.mem_file_path.clone(),
-    }
+    task::Job { snapshot_path: create.snapshot_path.clone(), mem_file_path: create.mem_file_path.clone() }
 }
 
 /// Refuses targets that cannot be written, or that are not to be: each must be possible as a new file, and neither may be the other or a disk.
@@ -199,7 +196,7 @@ fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), Comman
     if snapshot::same_place(snapshot_path, mem_file_path) {
         return Err(ConfigError::from(SnapshotError::OneFile { path: snapshot_path.clone() }).into());
     }
-    for (field, path) in [("snapshot_path", snapshot_path), ("mem_file_path", mem_file_path)] {
+    for (field, path) in [("mem_file_path", mem_file_path), ("snapshot_path", snapshot_path)] {
         for drive in drives {
             let overlay = drive.overlay.iter().flat_map(|o| std::iter::once(&o.path).chain(&o.layers));
             if drive.path_on_host.iter().chain(overlay).any(|disk| snapshot::same_place(path, disk)) {
@@ -241,7 +238,7 @@ impl Picture {
         if observer.cancelled() {
             return Err(CommandError::new(ImageError::Cancelled { path: create.mem_file_path.clone() }));
         }
-        snapshot::commit_pair(memory, state).map_err(CommandError::new)
+        memory.commit_with(state).map_err(CommandError::new)
     }
 
     fn stage_state(&self, info: &ImageInfo, file: AtomicFile) -> Result<Staged, snapshot::WriteError> {

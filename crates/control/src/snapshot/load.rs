@@ -11,6 +11,7 @@ use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check
 use machine::chipset::ClockAfter;
 use machine::{Paused, Restore, layout};
 use memory::GuestRam;
+use memory::image;
 use memory::page_server::PageServer;
 use virtio::block::disk::Disk;
 use virtio::net::NetBackend;
@@ -260,9 +261,10 @@ impl Saved {
         let huge_pages = config.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
+                image::settle(path, Some(self.image.id), token).map_err(CommandError::new)?;
                 let path = snapshot::find(path, self.image.id);
-                let ram =
-                    GuestRam::from_file_with(regions, &path, huge_pages, track, token).map_err(CommandError::new)?;
+                let ram = GuestRam::from_file_with(regions, &path, huge_pages, track, token)
+                    .map_err(CommandError::new)?;
                 Ok((ram, None))
             }
             (MemoryBackendType::Uffd, socket) => {
