@@ -164,9 +164,26 @@ impl<H: Host> Controller<H> {
         job: Option<Job>,
         work: impl FnOnce(&Token) -> T + Send + 'static,
     ) -> Result<T, TaskError> {
+        self.run_task(job, Some(CANCEL_TIMEOUT), work)
+    }
+
+    /// The same for work that takes bounded time by itself and must not be left behind: a signal cancels it, and waits for its end.
+    pub(crate) fn task_to_the_end<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&Token) -> T + Send + 'static,
+    ) -> Result<T, TaskError> {
+        self.run_task(None, None, work)
+    }
+
+    fn run_task<T: Send + 'static>(
+        &mut self,
+        job: Option<Job>,
+        limit: Option<Duration>,
+        work: impl FnOnce(&Token) -> T + Send + 'static,
+    ) -> Result<T, TaskError> {
         let running = Running::start(work).map_err(TaskError::Start)?;
         let mut waiting = Vec::new();
-        let has_ended = self.attend(job.as_ref(), &running.ended, &running.token, &mut waiting);
+        let has_ended = self.attend(job.as_ref(), limit, &running, &mut waiting);
         if let Some(requests) = &self.requests {
             requests.put_back(waiting);
         }
@@ -178,12 +195,19 @@ impl<H: Host> Controller<H> {
     }
 
     /// Serves until the task has ended, which is true, or is to be left behind. Requests that have to wait are `waiting` then.
-    fn attend(&self, job: Option<&Job>, ended: &OwnedFd, token: &Token, waiting: &mut Vec<Request>) -> bool {
+    fn attend<T>(
+        &self,
+        job: Option<&Job>,
+        limit: Option<Duration>,
+        running: &Running<T>,
+        waiting: &mut Vec<Request>,
+    ) -> bool {
+        let Running { ended, token, .. } = running;
         let begun = Instant::now();
-        let mut deadline: Option<Instant> = None;
+        let (mut is_ending, mut deadline) = (false, None::<Instant>);
         loop {
             // The signal's descriptor stays readable: whoever ends the process reads it.
-            let stop = if deadline.is_none() { self.host.asked_to_end() } else { None };
+            let stop = if is_ending { None } else { self.host.asked_to_end() };
             let mut fds = vec![PollFd::new(ended, PollFlags::IN)];
             fds.extend(stop.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             let stop_at = stop.map(|_| 1);
@@ -199,8 +223,9 @@ impl<H: Host> Controller<H> {
                 return true;
             }
             if stop_at.is_some_and(|at| !fds[at].revents().is_empty()) {
+                is_ending = true;
                 token.cancel();
-                deadline = Some(Instant::now() + CANCEL_TIMEOUT);
+                deadline = limit.map(|limit| Instant::now() + limit);
             }
             if left.is_some_and(|left| left.is_zero()) {
                 return false;

@@ -23,7 +23,6 @@ mod signals;
 mod snapshot_tool;
 mod terminal;
 
-use std::fs;
 use std::mem::ManuallyDrop;
 use std::path::Path;
 
@@ -38,6 +37,7 @@ use event_loop::{Ended, ProcessHost};
 use exit::ExitCode;
 use personality::Personality;
 use restore::Restore;
+use signals::Signals;
 
 fn main() -> ! {
     let start = StartTimes::now();
@@ -131,10 +131,22 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     log::info!("{}", personality.banner());
     let signals = signals::install()?;
     terminal::restore_on_panic();
+    match start_and_serve(personality, args, start, &signals) {
+        // A start that a signal cancelled is no error.
+        Err(error) => signals.asked().map(Ended::Signal).ok_or(error),
+        ended => ended,
+    }
+}
 
+fn start_and_serve(
+    personality: Personality,
+    args: &Args,
+    start: StartTimes,
+    signals: &Signals,
+) -> Result<Ended, RunError> {
     // Read before the socket is there: a client that sees the socket may rely on the configuration.
-    let config = args.config_file.as_deref().map(read_config).transpose()?;
-    let metadata = args.metadata.as_deref().map(read_metadata).transpose()?;
+    let config = args.config_file.as_deref().map(|path| read_config(path, signals)).transpose()?;
+    let metadata = args.metadata.as_deref().map(|path| read_metadata(path, signals)).transpose()?;
     let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
     let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
     let requests = api.map(ApiServer::spawn).transpose()?;
@@ -174,11 +186,7 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
         }
         _ => Ok(()),
     };
-    let ended = match started {
-        Ok(()) => event_loop::serve(&mut controller, &source, &signals).map_err(RunError::from),
-        // A start that a signal cancelled is no error.
-        Err(error) => signals.asked().map(Ended::Signal).ok_or(error),
-    };
+    let ended = started.and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals)?));
     event_loop::end(&mut controller);
     drop(controller.take_requests());
     ended
@@ -200,17 +208,19 @@ fn set_up_logger(logger: &Logger) -> Result<(), RunError> {
     })
 }
 
-fn read_config(path: &Path) -> Result<VmConfig, RunError> {
+fn read_config(path: &Path, signals: &Signals) -> Result<VmConfig, RunError> {
     let shown = || path.display().to_string();
-    let text = fs::read_to_string(path).map_err(|source| RunError::ReadConfig { path: shown(), source })?;
+    let text = signals::read_to_string(path, signals)
+        .map_err(|source| RunError::ReadConfig { path: shown(), source })?;
     let config: VmConfig =
         serde_json::from_str(&text).map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
     config.check().map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
     Ok(config)
 }
 
-fn read_metadata(path: &Path) -> Result<serde_json::Value, RunError> {
+fn read_metadata(path: &Path, signals: &Signals) -> Result<serde_json::Value, RunError> {
     let shown = || path.display().to_string();
-    let text = fs::read_to_string(path).map_err(|source| RunError::ReadMetadata { path: shown(), source })?;
+    let text = signals::read_to_string(path, signals)
+        .map_err(|source| RunError::ReadMetadata { path: shown(), source })?;
     serde_json::from_str(&text).map_err(|e| RunError::Metadata { path: shown(), reason: e.to_string() })
 }

@@ -4,11 +4,14 @@
 //! socket removed, the terminal restored, and then the signal takes its default course, so that a parent sees it. SIGHUP does the same
 //! with an exit code of its own. The fatal ones end it at once with theirs.
 
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fs::{Mode, OFlags};
 use vmm_sys_util::signal::register_signal_handler;
 
 use crate::exit::ExitCode;
@@ -49,6 +52,31 @@ impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0
     }
+}
+
+/// Reads a text file or FIFO, such as the shell's `<(...)`, unless a signal asks this process to end: then the error is `Interrupted`.
+pub(crate) fn read_to_string(path: &Path, signals: &Signals) -> std::io::Result<String> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let mut file = std::fs::File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    let mut bytes = Vec::new();
+    loop {
+        // Reading a FIFO that nobody writes to yet looks like its end. Waiting does not.
+        let mut fds = [PollFd::new(&file, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            ready => ready?,
+        };
+        if !fds[1].revents().is_empty() {
+            return Err(std::io::ErrorKind::Interrupted.into());
+        }
+        match file.read_to_end(&mut bytes) {
+            Ok(_) => break,
+            // There is more to come. What was read is in `bytes`.
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    String::from_utf8(bytes).map_err(|e| std::io::Error::new(std::io::ErrorKind::InvalidData, e))
 }
 
 /// Installs all handlers. Called once.
