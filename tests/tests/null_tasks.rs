@@ -1,4 +1,5 @@
-//! Commands that take long: the API answers meanwhile, and they can be cancelled, by a client and by the end of the process.
+//! Commands that take long: the API answers meanwhile, and they can be cancelled, by a client and
+//! by the end of the process.
 
 use std::fs;
 use std::io::Write as _;

@@ -2,9 +2,11 @@
 //!
 //! # Invariants
 //!
-//! - The main thread has the only [`Controller`] and gives it one [`Command`] at a time; there is no lock. While a command takes long, questions of
-//!   API clients are answered ([`task`](crate::task)).
-//! - [`State`] is changed in [`Controller::start`], [`Controller::set_vm_state`] and its variant in a task, and by a load or fork that begins. Nowhere else.
+//! - The main thread has the only [`Controller`] and gives it one [`Command`] at a time; there is
+//!   no lock. While a command takes long, questions of API clients are answered
+//!   ([`task`](crate::task)).
+//! - [`State`] is changed in [`Controller::start`], [`Controller::set_vm_state`] and its variant in
+//!   a task, and by a load or fork that begins. Nowhere else.
 //! - A command that is refused leaves everything as it was: a start that fails can be tried again.
 //!
 //! # Errors
@@ -180,7 +182,8 @@ impl<H: Host> Controller<H> {
         }
     }
 
-    /// Takes the requests of the API's clients: for [`Self::requests`], and for questions while a command takes long.
+    /// Takes the requests of the API's clients: for [`Self::requests`], and for questions while a
+    /// command takes long.
     pub fn set_requests(&mut self, requests: Option<Requests>) {
         self.requests = requests;
     }
@@ -230,12 +233,6 @@ impl<H: Host> Controller<H> {
             return answer;
         }
         match command {
-            // Answered above.
-            Command::DescribeInstance
-            | Command::GetVersion
-            | Command::GetMachineConfig
-            | Command::GetVmConfig
-            | Command::GetMmds => {}
             Command::PutMachineConfig(config) => self.set_machine_config(config)?,
             Command::PatchMachineConfig(update) => {
                 let config = self.config.machine_config.updated(&update)?;
@@ -260,8 +257,14 @@ impl<H: Host> Controller<H> {
             Command::PutMmds(contents) => self.metadata.put(contents, self.has_started())?,
             Command::PatchMmds(patch) => self.metadata.patch(patch, self.has_started())?,
             Command::Start => self.start()?,
-            // There is no destination for metrics yet, so nothing waits to be written.
-            Command::FlushMetrics => {}
+            // There is no destination for metrics yet, so nothing waits to be written. Questions
+            // are answered above.
+            Command::FlushMetrics
+            | Command::DescribeInstance
+            | Command::GetVersion
+            | Command::GetMachineConfig
+            | Command::GetVmConfig
+            | Command::GetMmds => {}
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
             Command::SetVmState(state) => {
                 match state {
@@ -292,7 +295,8 @@ impl<H: Host> Controller<H> {
         Ok(Reply::Empty)
     }
 
-    /// The answer to a question, which is possible in every phase and changes nothing; `None` for all other commands.
+    /// The answer to a question, which is possible in every phase and changes nothing; `None` for
+    /// all other commands.
     pub(crate) fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>> {
         Some(match command {
             Command::DescribeInstance => Ok(Reply::Json(self.describe())),
@@ -608,8 +612,9 @@ impl<H: Host> Controller<H> {
         self.machine().map_or(Ok(()), Machine::press_ctrl_alt_del).map_err(CommandError::new)
     }
 
-    /// Pauses a running machine on a thread of its own: requests in flight on a slow disk take seconds. A signal waits for it too, as the disks are
-    /// closed in order then; it takes no longer than [`machine::machine::DRAIN_PATIENCE`] and a little.
+    /// Pauses a running machine on a thread of its own: requests in flight on a slow disk take
+    /// seconds. A signal waits for it too, as the disks are closed in order then; it takes no
+    /// longer than [`machine::machine::DRAIN_PATIENCE`] and a little.
     fn pause_in_task(&mut self) -> Result<(), CommandError> {
         let machine = match std::mem::replace(&mut self.state, State::Pausing) {
             State::Running(machine) => machine,
@@ -758,8 +763,8 @@ pub(crate) fn open_serial(path: &Path) -> Result<Output, CommandError> {
     })
 }
 
-/// Opens a file or block device that is to be read. Anything else at `path` is refused by name, without waiting for it: a FIFO has no writer yet, and a
-/// character device need not have an end.
+/// Opens a file or block device that is to be read. Anything else at `path` is refused by name,
+/// without waiting for it: a FIFO has no writer yet, and a character device need not have an end.
 fn open(what: &str, path: &Path) -> Result<File, CommandError> {
     let failed = |error: &dyn std::fmt::Display| {
         CommandError::new(format_args!("cannot open the {what} {}: {error}", path.display()))

@@ -36,7 +36,8 @@ impl GuestRam {
         }
     }
 
-    /// Notes that this process is about to be forked: from now on, on both sides, the file that the memory was restored from may have another user.
+    /// Notes that this process is about to be forked: from now on, on both sides, the file that the
+    /// memory was restored from may have another user.
     pub fn will_be_shared(&self) {
         self.set_shared();
     }

@@ -1,23 +1,29 @@
 //! Files that appear under their name whole, or not at all.
 //!
-//! An [`AtomicFile`] has no name while it is written (`O_TMPFILE`), so that a writer that is killed leaves nothing. Where
-//! the file system or a missing `/proc` does not allow that, it has a temporary name beside the final one,
-//! `NAME.ID.vesta-tmp`, which goes away with the value; only a killed writer leaves it behind, for the next one of that name to
-//! remove: a file is locked for as long as its writer lives. A file that is complete ([`AtomicFile::stage`]) is put on disk, gets the temporary name,
-//! and then the final name by a rename ([`Staged::commit`]), which replaces an older file in one step. A writer that is stuck in a sync, or is killed
-//! there, has therefore left no name behind.
+//! An [`AtomicFile`] has no name while it is written (`O_TMPFILE`), so that a writer that is killed
+//! leaves nothing. Where the file system or a missing `/proc` does not allow that, it has a
+//! temporary name beside the final one, `NAME.ID.vesta-tmp`, which goes away with the value; only a
+//! killed writer leaves it behind, for the next one of that name to remove: a file is locked for as
+//! long as its writer lives. A file that is complete ([`AtomicFile::stage`]) is put on disk, gets
+//! the temporary name, and then the final name by a rename ([`Staged::commit`]), which replaces an
+//! older file in one step. A writer that is stuck in a sync, or is killed there, has therefore left
+//! no name behind.
 //!
 //! # Changes in place
 //!
-//! A few changes of a large file need not be a new file: they are first put into a redo log beside it, `NAME.ID.vesta-redo` ([`AtomicFile::create_redo`]).
-//! [`commit_redo`] makes the log and the state file that names its id appear as one step; from then on the file is what it holds together with the log.
-//! Whoever has the log's lock may then write the changes to the file, as often as it takes, and remove the log ([`RedoLog`]).
+//! A few changes of a large file need not be a new file: they are first put into a redo log beside
+//! it, `NAME.ID.vesta-redo` ([`AtomicFile::create_redo`]). [`commit_redo`] makes the log and the
+//! state file that names its id appear as one step; from then on the file is what it holds together
+//! with the log. The owner of the log's lock may then write the changes to the file, as often as it
+//! takes, and remove the log ([`RedoLog`]).
 //!
 //! # Targets
 //!
-//! A file that cannot be renamed over is refused by [`AtomicFile::create`], before anything is written: a mount point (a bind mount in a jail), a file
-//! that is immutable, append-only or protected by a sticky directory, a symbolic link to nothing, anything that is not a regular file. Such a file is
-//! never written in place: half of it would be old when the host fails, and a guest that maps it would see the change.
+//! A file that cannot be renamed over is refused by [`AtomicFile::create`], before anything is
+//! written: a mount point (a bind mount in a jail), a file that is immutable, append-only or
+//! protected by a sticky directory, a symbolic link to nothing, anything that is not a regular
+//! file. Such a file is never written in place: half of it would be old when the host fails, and a
+//! guest that maps it would see the change.
 //!
 //! A snapshot is two files, and no file system renames two in one step. [`commit_pair`] makes the state file's rename the
 //! moment that counts: the memory file is staged under a name that holds its [`FileId`], the state file names that id,
@@ -131,7 +137,8 @@ struct Place {
     linked: bool,
 }
 
-/// The redo log of a file, locked: see [the module](self#changes-in-place). It stays when the value is dropped.
+/// The redo log of a file, locked: see [the module](self#changes-in-place). It stays when the value
+/// is dropped.
 #[derive(Debug)]
 pub struct RedoLog {
     file: File,
@@ -141,8 +148,8 @@ pub struct RedoLog {
 impl AtomicFile {
     /// Begins a file that will be `path`.
     ///
-    /// A symbolic link at `path` stays, and what it points to is replaced. What is there must be a regular file that can be renamed over; the new
-    /// one takes on its permissions.
+    /// A symbolic link at `path` stays, and what it points to is replaced. What is there must be a
+    /// regular file that can be renamed over; the new one takes on its permissions.
     pub fn create(path: &Path) -> Result<Self, FileError> {
         Self::create_as(path, SUFFIX)
     }
@@ -247,7 +254,8 @@ impl Staged {
     }
 }
 
-/// Why no other file can take the place of `name` in `dir`, which `stat` describes; `None` where nothing is known against it.
+/// Why no other file can take the place of `name` in `dir`, which `stat` describes; `None` where
+/// nothing is known against it.
 fn why_not_replaceable(dir: &OwnedFd, name: &OsStr, stat: &Stat) -> Option<&'static str> {
     let attributes = |name: &OsStr, flags| {
         // Linux before 4.11, or a filter: the rename finds out.
@@ -311,7 +319,8 @@ impl Place {
         Ok(())
     }
 
-    /// Gives the file its final name, and keeps an older one under the temporary name where the file system can.
+    /// Gives the file its final name, and keeps an older one under the temporary name where the
+    /// file system can.
     fn put(&mut self) -> Result<Replaced, FileError> {
         match self.exchange() {
             Ok(()) => Ok(Replaced::Exchanged),
@@ -380,7 +389,8 @@ pub fn commit_pair(mut memory: Staged, mut state: Staged) -> Result<(), FileErro
     state.link()?;
     let mut memory = memory.place;
     let mut state = state.place;
-    // A directory keeps its renames in order. Two do not know of each other: each step is put on disk by itself.
+    // A directory keeps its renames in order. Two do not know of each other: each step is put on
+    // disk by itself.
     let apart = memory.directory() != state.directory();
     if apart {
         memory.sync_dir()?;
@@ -405,10 +415,12 @@ pub fn commit_pair(mut memory: Staged, mut state: Staged) -> Result<(), FileErro
     Ok(())
 }
 
-/// Makes a redo log and the state file that names its [`FileId`] appear as one step: whoever dies before leaves the old state, and after it the new
-/// one with the log. Without a state, the log alone appears.
+/// Makes a redo log and the state file that names its [`FileId`] appear as one step: a kill
+/// before it leaves the old state, and after it the new one with the log. Without a state, the log
+/// alone appears.
 ///
-/// On an error before that step the old state is there as before, and no log. The log is never removed after it.
+/// On an error before that step the old state is there as before, and no log. The log is never
+/// removed after it.
 pub fn commit_redo(mut redo: Staged, state: Option<Staged>) -> Result<RedoLog, FileError> {
     let Some(mut state) = state else {
         redo.sync()?;
@@ -452,7 +464,8 @@ impl Staged {
 }
 
 impl RedoLog {
-    /// Opens the redo log `id` of the file at `path`, if there is one. One that another process writes or applies is `WouldBlock`.
+    /// Opens the redo log `id` of the file at `path`, if there is one. One that another process
+    /// writes or applies is `WouldBlock`.
     pub fn open(path: &Path, id: FileId) -> Result<Option<Self>, FileError> {
         let failed = |source: Errno| FileError {
             action: "use the redo log of",

@@ -54,13 +54,14 @@ impl AsFd for Signals {
     }
 }
 
-/// Reads a text file or FIFO, such as the shell's `<(...)`, unless a signal asks this process to end: then the error is `Interrupted`.
+/// Reads a text file or FIFO, such as the shell's `<(...)`, unless a signal asks this process to
+/// end: then the error is `Interrupted`.
 pub(crate) fn read_to_string(path: &Path, signals: &Signals) -> std::io::Result<String> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut file = std::fs::File::from(rustix::fs::open(path, flags, Mode::empty())?);
     let mut bytes = Vec::new();
     loop {
-        // Reading a FIFO that nobody writes to yet looks like its end. Waiting does not.
+        // A read of a FIFO that has no writer yet returns its end. poll waits for a writer.
         let mut fds = [PollFd::new(&file, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
         match poll(&mut fds, None) {
             Err(rustix::io::Errno::INTR) => continue,

@@ -233,7 +233,8 @@ impl<H: Host> Controller<H> {
     }
 }
 
-/// Lets the disks have what the guest wrote so far, so that little is left for the moment in which it stands still.
+/// Lets the disks have what the guest wrote so far, so that little is left for the moment in which
+/// it stands still.
 pub(crate) fn write_back_disks(disks: &[(String, Disk)]) {
     for (drive_id, disk) in disks {
         if let Err(error) = disk.write_back() {

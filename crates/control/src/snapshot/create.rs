@@ -1,7 +1,8 @@
 //! `PUT /snapshot/create`.
 //!
-//! Both targets are checked before anything is paused, synced or written. What waits for disks is a [task](crate::task): questions are answered
-//! meanwhile, and a snapshot that is cancelled leaves the guest, its dirty pages and the old files as they were.
+//! Both targets are checked before anything is paused, synced or written. What waits for disks is a
+//! [task](crate::task): questions are answered meanwhile, and a snapshot that is cancelled leaves
+//! the guest, its dirty pages and the old files as they were.
 
 use std::os::fd::AsRawFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -49,14 +50,14 @@ impl<H: Host> Controller<H> {
         let drives = self.config.drives.clone();
         let targets = create.clone();
         // On a file system that does not answer, this waits as well.
-        self.task(Some(job_of(create)), move |_| check_targets(&targets, &drives))??;
+        self.task(Some(&job_of(create)), move |_| check_targets(&targets, &drives))??;
         if create.live {
             let begun = self.begin_job(create);
             self.merge_many_layers();
             return begun;
         }
         let disks = self.disks_by_id();
-        self.task(Some(job_of(create)), move |token| sync_disks(&disks, token))??;
+        self.task(Some(&job_of(create)), move |token| sync_disks(&disks, token))??;
         let State::Paused(machine) = &self.state else {
             return Err(CommandError::new("there is no machine to save"));
         };
@@ -65,7 +66,7 @@ impl<H: Host> Controller<H> {
         let ram = machine.ram().clone();
         let (of_task, targets) = (ram.clone(), create.clone());
         let written = self
-            .task(Some(job_of(create)), move |token| picture.write_and_commit(&of_task, &targets, token))
+            .task(Some(&job_of(create)), move |token| picture.write_and_commit(&of_task, &targets, token))
             .map_err(CommandError::from)
             .flatten();
         if let (Err(_), Some(taken)) = (&written, taken) {
@@ -190,7 +191,8 @@ fn job_of(create: &SnapshotCreate) -> task::Job {
     task::Job { snapshot_path: create.snapshot_path.clone(), mem_file_path: create.mem_file_path.clone() }
 }
 
-/// Refuses targets that cannot be written, or that are not to be: each must be possible as a new file, and neither may be the other or a disk.
+/// Refuses targets that cannot be written, or that are not to be: each must be possible as a new
+/// file, and neither may be the other or a disk.
 fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), CommandError> {
     let SnapshotCreate { snapshot_path, mem_file_path, .. } = create;
     if snapshot::same_place(snapshot_path, mem_file_path) {

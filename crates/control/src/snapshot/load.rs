@@ -1,7 +1,8 @@
 //! `PUT /snapshot/load`.
 //!
-//! What waits for the host (files, networks, a page server, KVM) is a [task](crate::task): questions are answered meanwhile, and a load that is
-//! cancelled leaves a process that is ready for another.
+//! What waits for the host (files, networks, a page server, KVM) is a [task](crate::task):
+//! questions are answered meanwhile, and a load that is cancelled leaves a process that is ready
+//! for another.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -36,7 +37,7 @@ impl<H: Host> Controller<H> {
             )));
         }
         let (of_task, here) = (load.clone(), self.config.clone());
-        let opened = self.task(Some(job_of(load)), move |token| Opened::open(&of_task, &here, token))??;
+        let opened = self.task(Some(&job_of(load)), move |token| Opened::open(&of_task, &here, token))??;
         let Opened { saved, config, files, disks, networks, ram, page_server, mut ahead } = opened;
         let serial = self.serial_for(&config)?;
         let events = self.events.try_clone().map_err(CommandError::new)?;
@@ -54,7 +55,7 @@ impl<H: Host> Controller<H> {
         let devices = loaded.devices(metadata.service(&self.identity.id), pci);
         let machine_config = loaded.config.machine_config.clone();
         let clock = if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues };
-        let restored = self.task(Some(job_of(load)), move |token| {
+        let restored = self.task(Some(&job_of(load)), move |token| {
             token.check()?;
             Paused::restore(Restore {
                 config: &machine_config,
@@ -124,8 +125,8 @@ fn job_of(load: &SnapshotLoad) -> task::Job {
     task::Job { snapshot_path: load.snapshot_path.clone(), mem_file_path: memory.to_owned() }
 }
 
-/// A saved microVM with everything that it needs open, before there is a machine. Dropping it closes all of it and removes the overlays that were
-/// made for it.
+/// A saved microVM with everything that it needs open, before there is a machine. Dropping it
+/// closes all of it and removes the overlays that were made for it.
 struct Opened {
     saved: Saved,
     config: FullVmConfig,
@@ -139,7 +140,8 @@ struct Opened {
 }
 
 impl Opened {
-    /// Reads the state file and opens what it and `load` name. `here` is what this process was told already.
+    /// Reads the state file and opens what it and `load` name. `here` is what this process was told
+    /// already.
     fn open(load: &SnapshotLoad, here: &FullVmConfig, token: &Token) -> Result<Self, CommandError> {
         let saved = Saved::load(&load.snapshot_path).map_err(CommandError::new)?;
         token.check()?;

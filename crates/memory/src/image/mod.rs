@@ -11,9 +11,10 @@
 //! pages that are still those of the file which the guest was restored from are copied from file to file (shared,
 //! where the file system can). Only with a page server all pages are fetched, as nobody else knows them.
 //!
-//! Images appear under their name when they are complete ([`snapshot::AtomicFile`]). Writing over the file that a guest runs on is
-//! therefore safe: its mapping keeps the old file. The exception is a Diff onto a base that nobody else has open or mapped: it is written into the
-//! base through a redo log ([`redo`]), which is as atomic.
+//! Images appear under their name when they are complete ([`snapshot::AtomicFile`]). Writing over
+//! the file that a guest runs on is therefore safe: its mapping keeps the old file. The exception
+//! is a Diff onto a base that no other process has open or mapped: it is written into the base
+//! through a redo log ([`redo`]), which is as atomic.
 //!
 //! # Errors
 //!

@@ -1,27 +1,31 @@
-//! A Diff that is written into its base: through a redo log, so that the image is the old one or the new one at any moment.
+//! A Diff that is written into its base: through a redo log, so that the image is the old one or
+//! the new one at any moment.
 //!
 //! # How
 //!
 //! ```text
-//! pages -> redo log beside the base           the base is untouched: a failure or a kill leaves the old image
+//! pages -> redo log beside the base    the base is untouched: a kill leaves the old image
 //! sync the log and the state file, rename the state file, which names the log's id
-//! ------------------------------------------- from here on the image is the base together with the log
+//! ------------------------------------ from here on the image is the base with the log
 //! mark the base, write the pages to it, sync it, remove the mark and the log
 //! ```
 //!
-//! A log that is found later (its writer was killed, or the base could not be written) is put into the image by [`settle`], which makes a new file: by
-//! then others may have the base open.
+//! A log that is found later (its writer was killed, or the base could not be written) is put into
+//! the image by [`settle`], which makes a new file: by then others may have the base open.
 //!
 //! # Who may
 //!
-//! A base is changed in place only if nobody else can see it change ([`open_base`]): it has one name, no other process has it open or mapped
-//! ([`lease`]), and it lies on a file system that is this host's alone and keeps promised space. A guest that was restored from the base itself counts as
-//! nobody else unless its memory is shared with a fork. In all other cases the base is copied, as [`write_diff`](super::write_diff) says.
+//! A base is changed in place only if no other process can see it change ([`open_base`]): it has
+//! one name, no other process has it open or mapped ([`lease`]), and it lies on a file system that
+//! is this host's alone and keeps promised space. A guest that was restored from the base itself
+//! does not count as another user unless its memory is shared with a fork. In all other cases the
+//! base is copied, as [`write_diff`](super::write_diff) says.
 //!
 //! # Format
 //!
-//! [`MAGIC`], then records: offset and length in the image (bytes, both of whole pages) and a kind, 8 bytes each, little-endian; after a `DATA` record so
-//! many bytes. An `END` record comes last. It is checked as anything that comes from a disk: no record reaches beyond the image.
+//! [`MAGIC`], then records: offset and length in the image (bytes, both of whole pages) and a kind,
+//! 8 bytes each, little-endian; after a `DATA` record so many bytes. An `END` record comes last. It
+//! is checked as anything that comes from a disk: no record reaches beyond the image.
 
 use std::fs::File;
 use std::io;
@@ -60,8 +64,8 @@ const MARK: &std::ffi::CStr = c"user.vesta.redo";
 /// How long a log that another process applies is waited for.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// File systems that are this host's alone, have extended attributes and keep space that was promised (fallocate). By the numbers of statfs(2):
-/// ext2 to ext4, XFS, tmpfs.
+/// File systems that are this host's alone, have extended attributes and keep space that was
+/// promised (fallocate). By the numbers of statfs(2): ext2 to ext4, XFS, tmpfs.
 const FILE_SYSTEMS: [i64; 3] = [0xef53, 0x5846_5342, 0x0102_1994];
 
 /// A Diff of `ram` in its redo log, for the base at `path`.
@@ -80,7 +84,8 @@ pub(super) fn open_base(ram: &GuestRam, path: &Path) -> Option<File> {
         Source::File(own) if own.metadata().is_ok_and(|own| same(&own)) => Some(own),
         _ => None,
     };
-    // The lease counts open files: of a base that the guest itself is mapped from, that one; else the one that writes.
+    // The lease counts open files: of a base that the guest itself is mapped from, that one; else
+    // the one that writes.
     if own.is_some_and(|own| ram.is_shared() || !lease::is_alone(own)) {
         return None;
     }
@@ -133,9 +138,11 @@ impl<'a> LogWriter<'a> {
         self.bytes(&words.map(u64::to_le_bytes).concat())
     }
 
-    /// Adds what `span` holds, for `range` of the image. The base has space for it when this returns.
+    /// Adds what `span` holds, for `range` of the image. The base has space for it when this
+    /// returns.
     pub(super) fn data(&mut self, range: Range<u64>, span: Span) -> Result<(), ImageError> {
-        // The base must not run out of space once the state names the log. Blocks that it has stay as they are.
+        // The base must not run out of space once the state names the log. Blocks that it has stay
+        // as they are.
         rustix::fs::fallocate(&self.base, FallocateFlags::KEEP_SIZE, range.start, range.end - range.start)
             .map_err(|e| self.error(e.into()))?;
         self.head(&range, DATA)?;
@@ -167,7 +174,7 @@ impl Patch {
         let Patch { log, ram, path } = self;
         let log = snapshot::commit_redo(log.stage(), state)?;
         let (redo, id) = (log.path(), log.id());
-        // Somebody may have opened the base since: then it is not changed any more.
+        // Another process may have opened the base since: then the base is left as it is.
         let written = match open_base(&ram, &path) {
             Some(base) => {
                 write_to_base(&base, &log, ram.layout().file_size()).and_then(|()| Ok(log.remove()?))
@@ -256,8 +263,9 @@ fn marked(path: &Path) -> Option<FileId> {
     std::str::from_utf8(id.get(..len)?).ok()?.parse().ok()
 }
 
-/// Completes the image at `path` if a Diff was to be written into it and is still in a redo log: the one that belongs to the state `id`, or the one that
-/// was begun. It is a new file then, so that whoever has the old one open is not disturbed. Does nothing where there is no log.
+/// Completes the image at `path` if a Diff was to be written into it and is still in a redo log:
+/// the one that belongs to the state `id`, or the one that was begun. It is a new file then, so
+/// that a process that has the old one open sees no change. Does nothing where there is no log.
 pub fn settle(path: &Path, id: Option<FileId>, observer: &dyn Observer) -> Result<(), ImageError> {
     let deadline = Instant::now() + LOCK_TIMEOUT;
     let candidates = id.into_iter().chain(marked(path));

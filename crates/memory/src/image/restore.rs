@@ -98,7 +98,7 @@ fn open(path: &Path) -> Result<(File, u64), RestoreError> {
     let mut tries = OPEN_TRIES;
     let file = loop {
         match rustix::fs::open(path, flags, Mode::empty()) {
-            // Somebody has a lease on it, as a Diff does that asks whether it may write into its base.
+            // Another process has a lease on it for a moment: see `lease`.
             Err(Errno::WOULDBLOCK) if tries > 0 => {
                 tries -= 1;
                 std::thread::sleep(std::time::Duration::from_millis(1));

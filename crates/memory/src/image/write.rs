@@ -92,13 +92,15 @@ pub fn write_full(ram: &GuestRam, path: &Path, observer: &dyn Observer) -> Resul
     };
     job.put(&pages, zeros)?;
     let written = job.written;
-    finish(ram, file, ImageKind::Full, written)
+    Ok(finish(ram, file, ImageKind::Full, written))
 }
 
-/// Writes `pages` of the guest's memory on top of what is at `path`: onto a file of the image's size (the base, or an older Diff
-/// of it), else into a new file that has only these pages. The base's blocks are shared where the file system can, and the base is replaced. Elsewhere
-/// the pages are written into the base, if nobody else has it ([`redo`](super::redo)); else it is copied and replaced. Without dirty
-/// tracking, `pages` are [`GuestRam::own_pages`]. Nobody may write the memory meanwhile.
+/// Writes `pages` of the guest's memory on top of what is at `path`: onto a file of the image's
+/// size (the base, or an older Diff of it), else into a new file that has only these pages. The
+/// base's blocks are shared where the file system can, and the base is replaced. Elsewhere the
+/// pages are written into the base, if it has no other user ([`redo`](super::redo)); else it is
+/// copied and replaced. Without dirty tracking, `pages` are [`GuestRam::own_pages`]. Nobody may
+/// write the memory meanwhile.
 pub fn write_diff(
     ram: &GuestRam,
     path: &Path,
@@ -109,7 +111,7 @@ pub fn write_diff(
     let mut base = open_base(path, ram.layout().file_size())?;
     let file = AtomicFile::create(path)?;
     let shared = base.as_ref().is_some_and(|base| share(base, file.file()));
-    // Its descriptor would count as somebody else's.
+    // This descriptor would count as another user of the base.
     if base.take_if(|_| !shared).is_some() {
         if let Some(writable) = redo::open_base(ram, path) {
             drop(file);
@@ -141,7 +143,7 @@ pub fn write_diff(
         partial::mark(file.file());
     }
     let written = job.written;
-    finish(ram, file, ImageKind::Diff, written)
+    Ok(finish(ram, file, ImageKind::Diff, written))
 }
 
 /// The file at `path`, if it is one of this size.
@@ -156,10 +158,10 @@ fn open_base(path: &Path, size: u64) -> Result<Option<File>, ImageError> {
     Ok((metadata.is_file() && metadata.size() == size).then_some(file))
 }
 
-fn finish(ram: &GuestRam, file: AtomicFile, kind: ImageKind, data_bytes: u64) -> Result<Written, ImageError> {
+fn finish(ram: &GuestRam, file: AtomicFile, kind: ImageKind, data_bytes: u64) -> Written {
     let (layout, id, huge_pages) = (ram.layout().clone(), file.id(), ram.huge_pages());
     let file = NewImage(Kind::File(file.stage()));
-    Ok(Written { file, info: ImageInfo { layout, kind, id, huge_pages }, data_bytes })
+    Written { file, info: ImageInfo { layout, kind, id, huge_pages }, data_bytes }
 }
 
 /// Writes `pages` to a redo log of `base`, in steps.
@@ -209,7 +211,8 @@ fn write_redo(
     Ok(Written { file: NewImage(Kind::Patch(patch)), info, data_bytes: written })
 }
 
-/// Has a page server send `pages` before they are read here, where a page that does not come would be waited for for ever.
+/// Has a page server send `pages` before they are read here, where a page that does not come would
+/// be waited for for ever.
 fn fetch(ram: &GuestRam, pages: &PageSet, observer: &dyn Observer) -> Result<(), ImageError> {
     if let Source::PageServer(connection) = ram.source() {
         connection.fetch(ram, pages, FETCH_PATIENCE, observer)?;
