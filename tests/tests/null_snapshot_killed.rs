@@ -46,7 +46,7 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name().into_string().ok().context("the name is text")?;
-        if !name.ends_with(".vesta-tmp") {
+        if !name.ends_with(".vesta-tmp") && !name.ends_with(".vesta-redo") {
             names.push(name);
         }
     }

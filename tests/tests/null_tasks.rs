@@ -1,4 +1,5 @@
-//! Commands that take long: the API answers meanwhile, and they can be cancelled, by a client and by the end of the process.
+//! Commands that take long: the API answers meanwhile, and they can be cancelled, by a client and
+//! by the end of the process.
 
 use std::fs;
 use std::io::Write as _;
@@ -8,12 +9,13 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vesta_tests::api::{ApiClient, Response, read_response};
 use vesta_tests::counting::{counts, sweeping, wait_for};
 use vesta_tests::elf::null_guest;
-use vesta_tests::guest::{SOON, Transport, vmm_path};
+use vesta_tests::guest::{Guest, SOON, Transport, vmm_path};
 use vesta_tests::host_devices::SmallFs;
 use vesta_tests::page_server::PageServer;
 use vesta_tests::snapshots::{Files, empty, pause};
@@ -47,12 +49,21 @@ fn begin(api: &ApiClient, path: &str, body: &Value) -> Result<UnixStream> {
 
 /// Waits until the monitor waits for its page server.
 fn wait_until_it_fetches(vmm: &Vmm) -> Result<()> {
+    wait_for_thread(vmm, "page_fetch")
+}
+
+fn wait_for_thread(vmm: &Vmm, name: &str) -> Result<()> {
     let begun = Instant::now();
-    while !vmm.threads()?.iter().any(|thread| thread.name == "page_fetch") {
-        ensure!(begun.elapsed() < SOON, "it asks its page server for nothing");
+    while !vmm.threads()?.iter().any(|thread| thread.name == name) {
+        ensure!(begun.elapsed() < SOON, "it has no thread {name}");
         std::thread::yield_now();
     }
     Ok(())
+}
+
+fn is_readable(connection: &UnixStream) -> Result<bool> {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    Ok(poll(&mut [PollFd::new(connection, PollFlags::IN)], Some(&now))? > 0)
 }
 
 fn ensure_cancelled(answer: &Response) -> Result<()> {
@@ -236,5 +247,67 @@ fn a_snapshot_never_replaces_a_file_of_a_drive() -> Result<()> {
         ensure!(refused.status == 400 && refused.fault().contains("drive data"), "{refused:?}");
         ensure!(fs::read(&disk)? == [7; 4096] && !other.exists());
     }
+    Ok(())
+}
+
+#[test]
+fn a_pause_that_waits_for_a_page_leaves_the_api_answering() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let files = save(home.path())?;
+    let (server, vmm, mut api) = stalled(&files)?;
+    let body = json!({"state": "Paused"}).to_string();
+    // The vCPU comes to a page that is missing soon, and then a pause to a vCPU that waits.
+    let begun = Instant::now();
+    let mut pausing = loop {
+        api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+        let mut pausing = api.connect()?;
+        write!(pausing, "PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+        while !vmm.threads()?.iter().any(|thread| thread.name == "task") && !is_readable(&pausing)? {
+            ensure!(begun.elapsed() < SOON, "it has no thread task");
+        }
+        if !is_readable(&pausing)? {
+            break pausing;
+        }
+        read_response(&mut pausing)?.ok()?;
+    };
+    // It may have been paused in this moment.
+    let state = api.get("/")?.json()?["state"].clone();
+    ensure!(state == "Running" || is_readable(&pausing)?, "{state}");
+    server.signal(Signal::CONT)?;
+    let answer = read_response(&mut pausing)?;
+    ensure!(answer.status == 204 || answer.fault().contains("does not stand still"), "{answer:?}");
+    api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+    ensure!(counts(&wait_for(&vmm.dir().join("serial"), 3)?));
+    Ok(())
+}
+
+#[test]
+fn sigterm_ends_a_start_whose_configuration_does_not_come() -> Result<()> {
+    let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
+    let fifo = builder.dir().join("config");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600))?;
+    let mut vmm = builder.arg("--config-file").arg(&fifo).spawn()?;
+    let begun = Instant::now();
+    let fds = format!("/proc/{}/fd", vmm.pid());
+    while !fs::read_dir(&fds)?.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|path| path == fifo)) {
+        ensure!(begun.elapsed() < SOON, "it does not open its configuration");
+        std::thread::yield_now();
+    }
+    vmm.signal(Signal::TERM)?;
+    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
+    Ok(())
+}
+
+#[test]
+fn a_configuration_can_come_through_a_fifo() -> Result<()> {
+    let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--boot-timer");
+    let (fifo, kernel) = (builder.dir().join("config"), builder.dir().join("kernel"));
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600))?;
+    fs::write(&kernel, null_guest().bytes())?;
+    let vmm = builder.arg("--config-file").arg(&fifo).spawn()?;
+    // Longer than what a FIFO holds, so that it comes in pieces.
+    let config = Guest::bare(&kernel).config().to_string() + &" ".repeat(200_000);
+    fs::write(&fifo, config)?;
+    vmm.wait_for_output("Guest-boot-time =", SOON)?;
     Ok(())
 }

@@ -2,9 +2,11 @@
 //!
 //! # Invariants
 //!
-//! - The main thread has the only [`Controller`] and gives it one [`Command`] at a time; there is no lock. While a command takes long, questions of
-//!   API clients are answered ([`task`](crate::task)).
-//! - [`State`] is changed in [`Controller::start`] and [`Controller::set_vm_state`] and nowhere else.
+//! - The main thread has the only [`Controller`] and gives it one [`Command`] at a time; there is
+//!   no lock. While a command takes long, questions of API clients are answered
+//!   ([`task`](crate::task)).
+//! - [`State`] is changed in [`Controller::start`], [`Controller::set_vm_state`] and its variant in
+//!   a task, and by a load or fork that begins. Nowhere else.
 //! - A command that is refused leaves everything as it was: a start that fails can be tried again.
 //!
 //! # Errors
@@ -16,7 +18,7 @@ use std::fs::File;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use config::{
@@ -145,6 +147,8 @@ pub struct Controller<H> {
 pub(crate) enum State {
     Configured,
     Running(Running),
+    /// A task pauses the machine, and has it.
+    Pausing,
     Paused(Paused),
     /// A bug in this monitor left no machine. An event was posted that ends the process.
     Lost,
@@ -181,7 +185,8 @@ impl<H: Host> Controller<H> {
         }
     }
 
-    /// Takes the requests of the API's clients: for [`Self::requests`], and for questions while a command takes long.
+    /// Takes the requests of the API's clients: for [`Self::requests`], and for questions while a
+    /// command takes long.
     pub fn set_requests(&mut self, requests: Option<Requests>) {
         self.requests = requests;
     }
@@ -238,12 +243,6 @@ impl<H: Host> Controller<H> {
             return answer;
         }
         match command {
-            // Answered above.
-            Command::DescribeInstance
-            | Command::GetVersion
-            | Command::GetMachineConfig
-            | Command::GetVmConfig
-            | Command::GetMmds => {}
             Command::PutMachineConfig(config) => self.set_machine_config(config)?,
             Command::PatchMachineConfig(update) => {
                 let config = self.config.machine_config.updated(&update)?;
@@ -268,11 +267,20 @@ impl<H: Host> Controller<H> {
             Command::PutMmds(contents) => self.metadata.put(contents, self.has_started())?,
             Command::PatchMmds(patch) => self.metadata.patch(patch, self.has_started())?,
             Command::Start => self.start()?,
-            // There is no destination for metrics yet, so nothing waits to be written.
-            Command::FlushMetrics => {}
+            // There is no destination for metrics yet, so nothing waits to be written. Questions
+            // are answered above.
+            Command::FlushMetrics
+            | Command::DescribeInstance
+            | Command::GetVersion
+            | Command::GetMachineConfig
+            | Command::GetVmConfig
+            | Command::GetMmds => {}
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
             Command::SetVmState(state) => {
-                self.set_vm_state(state)?;
+                match state {
+                    VmState::Paused => self.pause_in_task()?,
+                    VmState::Resumed => self.set_vm_state(state)?,
+                }
                 self.settle_disks();
                 if state == VmState::Paused {
                     // What a paused guest has written can be read; where nobody takes it, it waits as always.
@@ -297,7 +305,8 @@ impl<H: Host> Controller<H> {
         Ok(Reply::Empty)
     }
 
-    /// The answer to a question, which is possible in every phase and changes nothing; `None` for all other commands.
+    /// The answer to a question, which is possible in every phase and changes nothing; `None` for
+    /// all other commands.
     pub(crate) fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>> {
         Some(match command {
             Command::DescribeInstance => Ok(Reply::Json(self.describe())),
@@ -324,7 +333,7 @@ impl<H: Host> Controller<H> {
     pub fn phase(&self) -> Phase {
         match &self.state {
             State::Configured => Phase::Configured,
-            State::Running(_) => Phase::Running,
+            State::Running(_) | State::Pausing => Phase::Running,
             State::Paused(_) | State::Lost => Phase::Paused,
         }
     }
@@ -371,9 +380,13 @@ impl<H: Host> Controller<H> {
 
     fn set_boot_source(&mut self, source: BootSource) -> Result<(), CommandError> {
         source.check()?;
-        let kernel = open("kernel image", &source.kernel_image_path)?;
-        let initrd = source.initrd_path.as_deref().map(|path| open("initrd", path)).transpose()?;
-        self.boot_files = Some(OpenedBootFiles { kernel, initrd });
+        let (kernel, initrd) = (source.kernel_image_path.clone(), source.initrd_path.clone());
+        let opened = self.task(None, move |_| {
+            let kernel = open("kernel image", &kernel)?;
+            let initrd = initrd.as_deref().map(|path| open("initrd", path)).transpose()?;
+            Ok::<_, CommandError>(OpenedBootFiles { kernel, initrd })
+        });
+        self.boot_files = Some(opened??);
         self.config.boot_source = Some(source);
         Ok(())
     }
@@ -401,7 +414,10 @@ impl<H: Host> Controller<H> {
         }
         check_drives(&drives)?;
         match at {
-            None => self.disks.push(open_disk(drive)?),
+            None => {
+                let disk = self.open_disk(drive)?;
+                self.disks.push(disk);
+            }
             Some(at) => self.reopen_disk(at, drive)?,
         }
         self.config.drives = drives;
@@ -412,14 +428,15 @@ impl<H: Host> Controller<H> {
     /// and opened again should the new one fail.
     fn reopen_disk(&mut self, at: usize, drive: &Drive) -> Result<(), CommandError> {
         drop(self.disks.remove(at));
-        let error = match open_disk(drive) {
+        let error = match self.open_disk(drive) {
             Ok(disk) => {
                 self.disks.insert(at, disk);
                 return Ok(());
             }
             Err(error) => error,
         };
-        match open_disk(&self.config.drives[at]) {
+        let old = self.config.drives[at].clone();
+        match self.open_disk(&old) {
             Ok(disk) => self.disks.insert(at, disk),
             Err(gone) => {
                 log::error!("{gone}; there is no such drive any more");
@@ -427,6 +444,29 @@ impl<H: Host> Controller<H> {
             }
         }
         Err(error)
+    }
+
+    /// Opens the disk of a drive, on a file system that may take long.
+    fn open_disk(&mut self, drive: &Drive) -> Result<Disk, CommandError> {
+        let drive = drive.clone();
+        self.task(None, move |_| open_disk(&drive))?
+    }
+
+    /// Waits for requests in flight on disks that were replaced.
+    pub(crate) fn wait_for_replaced(&mut self, replaced: Vec<(String, Replaced)>) {
+        if replaced.is_empty() {
+            return;
+        }
+        let waited = self.task(None, move |_| {
+            for (drive_id, mut replaced) in replaced {
+                if let Err(still) = replaced.wait(REPLACE_PATIENCE) {
+                    log::warn!("drive {drive_id}: {still}; it is closed when they have ended");
+                }
+            }
+        });
+        if let Err(error) = waited {
+            log::warn!("the requests in flight on replaced disks are not waited for: {error}");
+        }
     }
 
     /// Adds the socket device, or sets it anew; its sockets are made now.
@@ -454,13 +494,11 @@ impl<H: Host> Controller<H> {
         let same = self.disks[at].has_overlay()
             && DiskOptions::of(&drive) == DiskOptions::of(&self.config.drives[at]);
         if (update.path_on_host.is_some() || update.overlay.is_some()) && !same {
-            let disk = open_disk(&drive)?;
-            let mut replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
+            let disk = self.open_disk(&drive)?;
+            let replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
             self.merges.give_up(&update.drive_id);
             self.disks[at] = disk;
-            if let Err(still) = replaced.wait(REPLACE_PATIENCE) {
-                log::warn!("drive {}: {still}; it is closed when they have ended", drive.drive_id);
-            }
+            self.wait_for_replaced(vec![(drive.drive_id.clone(), replaced)]);
         }
         if update.rate_limiter.is_some() {
             control.update_limits(limits(update.rate_limiter.as_ref()), monotonic());
@@ -543,7 +581,7 @@ impl<H: Host> Controller<H> {
         match &self.state {
             State::Running(machine) => Some(machine),
             State::Paused(machine) => Some(machine),
-            State::Configured | State::Lost => None,
+            State::Configured | State::Pausing | State::Lost => None,
         }
     }
 
@@ -593,16 +631,34 @@ impl<H: Host> Controller<H> {
         self.machine().map_or(Ok(()), Machine::press_ctrl_alt_del).map_err(CommandError::new)
     }
 
+    /// Pauses a running machine on a thread of its own: requests in flight on a slow disk take
+    /// seconds. A signal waits for it too, as the disks are closed in order then; it takes no
+    /// longer than [`machine::machine::DRAIN_PATIENCE`] and a little.
+    fn pause_in_task(&mut self) -> Result<(), CommandError> {
+        let machine = match std::mem::replace(&mut self.state, State::Pausing) {
+            State::Running(machine) => machine,
+            other => {
+                self.state = other;
+                return self.set_vm_state(VmState::Paused);
+            }
+        };
+        // The machine is not lost if there is no thread for it.
+        let machine = Arc::new(Mutex::new(Some(machine)));
+        let of_task = Arc::clone(&machine);
+        let take = |slot: &Mutex<Option<Running>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let paused = self.task_to_the_end(move |_| take(&of_task).map(Running::pause));
+        let (next, result) = match (paused, take(&machine)) {
+            (Ok(Some(paused)), _) => after_pause(paused, &self.events),
+            (Err(error), Some(machine)) => (State::Running(machine), Err(error.into())),
+            (Ok(None) | Err(_), _) => (State::Lost, Err(CommandError::new("there is no machine any more"))),
+        };
+        self.state = next;
+        result
+    }
+
     pub(crate) fn set_vm_state(&mut self, wanted: VmState) -> Result<(), CommandError> {
         let (next, result) = match (std::mem::replace(&mut self.state, State::Lost), wanted) {
-            (State::Running(machine), VmState::Paused) => match machine.pause() {
-                Ok(machine) => (State::Paused(machine), Ok(())),
-                Err(PauseError::Busy { machine, why }) => {
-                    let error = CommandError::new(format_args!("the microVM cannot be paused now: {why}"));
-                    (State::Running(machine), Err(error))
-                }
-                Err(PauseError::Gone(gone)) => lost(&gone, &self.events),
-            },
+            (State::Running(machine), VmState::Paused) => after_pause(machine.pause(), &self.events),
             (State::Paused(machine), VmState::Resumed) => {
                 self.ahead.iter_mut().for_each(Ahead::guest_runs);
                 match machine.resume() {
@@ -695,6 +751,18 @@ fn serial_limit(config: &FullVmConfig) -> RateLimiterConfig {
     limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }))
 }
 
+/// What a machine is after an attempt to pause it.
+fn after_pause(paused: Result<Paused, PauseError>, events: &EventSink) -> (State, Result<(), CommandError>) {
+    match paused {
+        Ok(machine) => (State::Paused(machine), Ok(())),
+        Err(PauseError::Busy { machine, why }) => {
+            let error = CommandError::new(format_args!("the microVM cannot be paused now: {why}"));
+            (State::Running(machine), Err(error))
+        }
+        Err(PauseError::Gone(gone)) => lost(&gone, events),
+    }
+}
+
 /// A bug in this monitor: there is no machine any more.
 fn lost(gone: &machine::vcpu::VcpuGone, events: &EventSink) -> (State, Result<(), CommandError>) {
     log::error!("{gone}");
@@ -714,8 +782,8 @@ pub(crate) fn open_serial(path: &Path) -> Result<Output, CommandError> {
     })
 }
 
-/// Opens a file or block device that is to be read. Anything else at `path` is refused by name, without waiting for it: a FIFO has no writer yet, and a
-/// character device need not have an end.
+/// Opens a file or block device that is to be read. Anything else at `path` is refused by name,
+/// without waiting for it: a FIFO has no writer yet, and a character device need not have an end.
 fn open(what: &str, path: &Path) -> Result<File, CommandError> {
     let failed = |error: &dyn std::fmt::Display| {
         CommandError::new(format_args!("cannot open the {what} {}: {error}", path.display()))

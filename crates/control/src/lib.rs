@@ -6,7 +6,8 @@
 //! - [`controller`]: the owner of configuration and machine, which carries commands out.
 //! - [`fork`]: children of a started microVM.
 //! - [`snapshot`]: saving a microVM to files, and going on with one.
-//! - `task`: the part of a long command that may wait for the host, on a thread of its own; questions are answered meanwhile.
+//! - `task`: the part of a long command that may wait for the host, on a thread of its own;
+//!   questions are answered meanwhile.
 //! - `vsock`: the host sockets of the vsock device.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and the way from there to the main thread and back.

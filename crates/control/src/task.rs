@@ -1,4 +1,5 @@
-//! Long commands: the part that may wait for the host runs on a thread of its own, and the main thread stays answerable.
+//! Long commands: the part that may wait for the host runs on a thread of its own, and the main
+//! thread stays answerable.
 //!
 //! # How
 //!
@@ -11,22 +12,26 @@
 //!   <------------------- its result ------------   ends
 //! ```
 //!
-//! The task owns all that it works with (clones of disks and memory, paths, saved state). It never has the [`Controller`]: that stays on the main
-//! thread, which answers questions from it ([`Controller::answer`]) while the task runs.
+//! The task owns all that it works with (clones of disks and memory, paths, saved state). It never
+//! has the [`Controller`]: that stays on the main thread, which answers questions from it
+//! ([`Controller::answer`]) while the task runs.
 //!
 //! # Invariants
 //!
-//! - One task at a time, and no other command is carried out meanwhile. Questions are answered at once. All other requests wait, and are taken
-//!   afterwards in the order in which they arrived.
-//! - A task is cancelled by a signal that ends the process, and, if it has a [`Job`], by `DELETE /snapshot/job`. A cancelled task stops at its next
-//!   step of at most a few MiB or one system call, and undoes what it did: its command is an error, and everything is as before.
-//! - A signal ends the process in bounded time. A task that has not ended [`CANCEL_TIMEOUT`] after the signal is stuck in a system call; it is left
-//!   behind ([`TaskError::Abandoned`]) and ends with the process. A stuck writer is no other than one that is killed: files that have no name yet
-//!   (see [`snapshot::AtomicFile`]) are gone with it.
+//! - One task at a time, and no other command is carried out meanwhile. Questions are answered at
+//!   once. All other requests wait, and are taken afterwards in the order in which they arrived.
+//! - A task is cancelled by a signal that ends the process, and, if it has a [`Job`], by `DELETE
+//!   /snapshot/job`. A cancelled task stops at its next step of at most a few MiB or one system
+//!   call, and undoes what it did: its command is an error, and everything is as before.
+//! - A signal ends the process in bounded time. A task that has not ended [`CANCEL_TIMEOUT`] after
+//!   the signal is stuck in a system call; it is left behind ([`TaskError::Abandoned`]) and ends
+//!   with the process. A stuck writer is like one that was killed: its files have no name
+//!   yet (see [`snapshot::AtomicFile`]) and go with it.
 //!
 //! # Errors
 //!
-//! [`TaskError`], where there is no result: the host has no thread, or the task was left behind. A panic of the task is one of the main thread.
+//! [`TaskError`], where there is no result: the host has no thread, or the task was left behind. A
+//! panic of the task is one of the main thread.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -75,7 +80,8 @@ impl Token {
         let _ = rustix::io::write(&self.0.stop, &1_u64.to_ne_bytes());
     }
 
-    /// An error if the task is to stop: for between two steps that cannot be told to stop themselves.
+    /// An error if the task is to stop: for between two steps that cannot be told to stop
+    /// themselves.
     pub(crate) fn check(&self) -> Result<(), CommandError> {
         if self.cancelled() { Err(CommandError::new("the command was cancelled")) } else { Ok(()) }
     }
@@ -161,12 +167,30 @@ impl<H: Host> Controller<H> {
     /// Runs `work` on a thread of its own, and answers questions until it has ended.
     pub(crate) fn task<T: Send + 'static>(
         &mut self,
-        job: Option<Job>,
+        job: Option<&Job>,
+        work: impl FnOnce(&Token) -> T + Send + 'static,
+    ) -> Result<T, TaskError> {
+        self.run_task(job, Some(CANCEL_TIMEOUT), work)
+    }
+
+    /// The same for work that takes bounded time by itself and must not be left behind: a signal
+    /// cancels it, and waits for its end.
+    pub(crate) fn task_to_the_end<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&Token) -> T + Send + 'static,
+    ) -> Result<T, TaskError> {
+        self.run_task(None, None, work)
+    }
+
+    fn run_task<T: Send + 'static>(
+        &mut self,
+        job: Option<&Job>,
+        limit: Option<Duration>,
         work: impl FnOnce(&Token) -> T + Send + 'static,
     ) -> Result<T, TaskError> {
         let running = Running::start(work).map_err(TaskError::Start)?;
         let mut waiting = Vec::new();
-        let has_ended = self.attend(job.as_ref(), &running.ended, &running.token, &mut waiting);
+        let has_ended = self.attend(job, limit, &running, &mut waiting);
         if let Some(requests) = &self.requests {
             requests.put_back(waiting);
         }
@@ -177,13 +201,21 @@ impl<H: Host> Controller<H> {
         Ok(running.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     }
 
-    /// Serves until the task has ended, which is true, or is to be left behind. Requests that have to wait are `waiting` then.
-    fn attend(&self, job: Option<&Job>, ended: &OwnedFd, token: &Token, waiting: &mut Vec<Request>) -> bool {
+    /// Serves until the task has ended, which is true, or is to be left behind. Requests that have
+    /// to wait are `waiting` then.
+    fn attend<T>(
+        &self,
+        job: Option<&Job>,
+        limit: Option<Duration>,
+        running: &Running<T>,
+        waiting: &mut Vec<Request>,
+    ) -> bool {
+        let Running { ended, token, .. } = running;
         let begun = Instant::now();
-        let mut deadline: Option<Instant> = None;
+        let (mut is_ending, mut deadline) = (false, None::<Instant>);
         loop {
-            // The signal's descriptor stays readable: whoever ends the process reads it.
-            let stop = if deadline.is_none() { self.host.asked_to_end() } else { None };
+            // The signal's descriptor stays readable: the event loop reads it.
+            let stop = if is_ending { None } else { self.host.asked_to_end() };
             let mut fds = vec![PollFd::new(ended, PollFlags::IN)];
             fds.extend(stop.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             let stop_at = stop.map(|_| 1);
@@ -199,8 +231,9 @@ impl<H: Host> Controller<H> {
                 return true;
             }
             if stop_at.is_some_and(|at| !fds[at].revents().is_empty()) {
+                is_ending = true;
                 token.cancel();
-                deadline = Some(Instant::now() + CANCEL_TIMEOUT);
+                deadline = limit.map(|limit| Instant::now() + limit);
             }
             if left.is_some_and(|left| left.is_zero()) {
                 return false;

@@ -1,4 +1,5 @@
-//! Tests of tasks with a real API socket. The test's thread is the main thread, and its clients are threads.
+//! Tests of tasks with a real API socket. The test's thread is the main thread, and its clients are
+//! threads.
 
 use std::io::{Read, Write};
 use std::os::fd::RawFd;
@@ -73,7 +74,7 @@ impl Monitor {
 
 fn connect(dir: &Path) -> UnixStream {
     let client = UnixStream::connect(dir.join("api")).unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    client.set_read_timeout(Some(Duration::from_mins(1))).unwrap();
     client
 }
 
@@ -103,8 +104,8 @@ fn ask(client: &mut UnixStream, request: &str) -> (String, Value) {
     answer(client)
 }
 
-fn job() -> Option<Job> {
-    Some(Job { snapshot_path: "s".into(), mem_file_path: "m".into() })
+fn job() -> Job {
+    Job { snapshot_path: "s".into(), mem_file_path: "m".into() }
 }
 
 /// A syscall that does not return before the other end says so, or is gone.
@@ -200,7 +201,7 @@ fn a_job_tells_how_far_it_is_and_can_be_cancelled() {
         };
         (progress, ask(&mut client, "DELETE /snapshot/job").0)
     });
-    let cancelled = monitor.controller.task(job(), |token| {
+    let cancelled = monitor.controller.task(Some(&job()), |token| {
         token.progress(1 << 20, 1 << 30);
         let mut fds = [PollFd::new(token, PollFlags::IN)];
         poll(&mut fds, None).unwrap();

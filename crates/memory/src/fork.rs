@@ -35,4 +35,10 @@ impl GuestRam {
             Source::Zeros | Source::File(_) => Ok(()),
         }
     }
+
+    /// Notes that this process is about to be forked: from now on, on both sides, the file that the
+    /// memory was restored from may have another user.
+    pub fn will_be_shared(&self) {
+        self.set_shared();
+    }
 }

@@ -262,8 +262,9 @@ impl PageServer {
         if sent == message.len() { Ok(()) } else { Err(failed(io::ErrorKind::WriteZero.into())) }
     }
 
-    /// Touches the pages at these guest addresses, and the guest's first, which makes the server answer faults, for at most `limit` each, or until
-    /// `observer` is cancelled. On an error the memory is released and of no use any more.
+    /// Touches the pages at these guest addresses, and the guest's first, which makes the server
+    /// answer faults, for at most `limit` each, or until `observer` is cancelled. On an error the
+    /// memory is released and of no use any more.
     pub fn probe(
         &self,
         addresses: &[u64],

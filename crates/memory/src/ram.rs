@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use config::HugePages;
@@ -123,6 +124,8 @@ struct Inner {
     source: Source,
     /// Pages that were given back. They were zero then, whatever they are at the source.
     discarded: Mutex<PageSet>,
+    /// A fork of this process may have the same memory.
+    shared: AtomicBool,
 }
 
 impl GuestRam {
@@ -172,7 +175,16 @@ impl GuestRam {
         let memory = GuestMemory::from_arc_regions(guest_regions).expect("regions are sorted and disjoint");
         let discarded = Mutex::new(PageSet::empty(layout.regions().iter().map(|r| r.size)));
         let spans = std::mem::take(&mut spans.0);
-        let inner = Inner { memory, regions, spans, layout, huge_pages, source, discarded };
+        let inner = Inner {
+            memory,
+            regions,
+            spans,
+            layout,
+            huge_pages,
+            source,
+            discarded,
+            shared: AtomicBool::new(false),
+        };
         Ok(GuestRam { inner: Arc::new(inner) })
     }
 
@@ -250,6 +262,16 @@ impl GuestRam {
             Source::File(file) => vec![file.as_raw_fd()],
             Source::Zeros | Source::PageServer(_) => Vec::new(),
         }
+    }
+
+    /// See [`Self::will_be_shared`].
+    pub(crate) fn set_shared(&self) {
+        self.inner.shared.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a fork of this process may have the same memory.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.inner.shared.load(Ordering::Relaxed)
     }
 
     /// The empty set of this guest's pages.

@@ -34,8 +34,7 @@ fn writer_process() {
         let mut writer = Writer::new(&Header::new("microvm", "test", 0)).unwrap();
         writer.put(&Generation(generation)).unwrap();
         writer.put(&image.info).unwrap();
-        snapshot::commit_pair(image.file, writer.stage(AtomicFile::create(&state).unwrap()).unwrap())
-            .unwrap();
+        image.file.commit_with(writer.stage(AtomicFile::create(&state).unwrap()).unwrap()).unwrap();
         println!("one more");
     }
 }

@@ -1,17 +1,29 @@
 //! Files that appear under their name whole, or not at all.
 //!
-//! An [`AtomicFile`] has no name while it is written (`O_TMPFILE`), so that a writer that is killed leaves nothing. Where
-//! the file system or a missing `/proc` does not allow that, it has a temporary name beside the final one,
-//! `NAME.ID.vesta-tmp`, which goes away with the value; only a killed writer leaves it behind, for the next one of that name to
-//! remove: a file is locked for as long as its writer lives. A file that is complete ([`AtomicFile::stage`]) is put on disk, gets the temporary name,
-//! and then the final name by a rename ([`Staged::commit`]), which replaces an older file in one step. A writer that is stuck in a sync, or is killed
-//! there, has therefore left no name behind.
+//! An [`AtomicFile`] has no name while it is written (`O_TMPFILE`), so that a writer that is killed
+//! leaves nothing. Where the file system or a missing `/proc` does not allow that, it has a
+//! temporary name beside the final one, `NAME.ID.vesta-tmp`, which goes away with the value; only a
+//! killed writer leaves it behind, for the next one of that name to remove: a file is locked for as
+//! long as its writer lives. A file that is complete ([`AtomicFile::stage`]) is put on disk, gets
+//! the temporary name, and then the final name by a rename ([`Staged::commit`]), which replaces an
+//! older file in one step. A writer that is stuck in a sync, or is killed there, has therefore left
+//! no name behind.
+//!
+//! # Changes in place
+//!
+//! A few changes of a large file need not be a new file: they are first put into a redo log beside
+//! it, `NAME.ID.vesta-redo` ([`AtomicFile::create_redo`]). [`commit_redo`] makes the log and the
+//! state file that names its id appear as one step; from then on the file is what it holds together
+//! with the log. The owner of the log's lock may then write the changes to the file, as often as it
+//! takes, and remove the log ([`RedoLog`]).
 //!
 //! # Targets
 //!
-//! A file that cannot be renamed over is refused by [`AtomicFile::create`], before anything is written: a mount point (a bind mount in a jail), a file
-//! that is immutable, append-only or protected by a sticky directory, a symbolic link to nothing, anything that is not a regular file. Such a file is
-//! never written in place: half of it would be old when the host fails, and a guest that maps it would see the change.
+//! A file that cannot be renamed over is refused by [`AtomicFile::create`], before anything is
+//! written: a mount point (a bind mount in a jail), a file that is immutable, append-only or
+//! protected by a sticky directory, a symbolic link to nothing, anything that is not a regular
+//! file. Such a file is never written in place: half of it would be old when the host fails, and a
+//! guest that maps it would see the change.
 //!
 //! A snapshot is two files, and no file system renames two in one step. [`commit_pair`] makes the state file's rename the
 //! moment that counts: the memory file is staged under a name that holds its [`FileId`], the state file names that id,
@@ -33,6 +45,8 @@ use serde::{Deserialize, Serialize};
 
 /// How temporary names end.
 const SUFFIX: &str = "vesta-tmp";
+/// How the names of redo logs end.
+const REDO_SUFFIX: &str = "vesta-redo";
 /// The longest file name that Linux takes.
 const NAME_MAX: usize = 255;
 /// Permissions of a new file, before the umask.
@@ -118,31 +132,40 @@ struct Place {
     dir: OwnedFd,
     name: OsString,
     id: FileId,
+    /// How the temporary name ends.
+    suffix: &'static str,
     linked: bool,
+}
+
+/// The redo log of a file, locked: see [the module](self#changes-in-place). It stays when the value
+/// is dropped.
+#[derive(Debug)]
+pub struct RedoLog {
+    file: File,
+    place: Place,
 }
 
 impl AtomicFile {
     /// Begins a file that will be `path`.
     ///
-    /// A symbolic link at `path` stays, and what it points to is replaced. What is there must be a regular file that can be renamed over; the new
-    /// one takes on its permissions.
+    /// A symbolic link at `path` stays, and what it points to is replaced. What is there must be a
+    /// regular file that can be renamed over; the new one takes on its permissions.
     pub fn create(path: &Path) -> Result<Self, FileError> {
+        Self::create_as(path, SUFFIX)
+    }
+
+    /// Begins a redo log of the file at `path`: for [`commit_redo`].
+    pub fn create_redo(path: &Path) -> Result<Self, FileError> {
+        Self::create_as(path, REDO_SUFFIX)
+    }
+
+    fn create_as(path: &Path, suffix: &'static str) -> Result<Self, FileError> {
         let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
         let failed =
             |source: std::io::Error| FileError { action: "create", path: path.to_path_buf(), source };
         let invalid = |text| failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, text));
         let name = target.file_name().ok_or_else(|| invalid("the path ends in no name"))?.to_os_string();
-        let parent = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let dir = rustix::fs::openat(
-            CWD,
-            parent,
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(|e| failed(e.into()))?;
+        let dir = open_dir(&target).map_err(|e| failed(e.into()))?;
         let existing = match rustix::fs::statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
                 FileType::RegularFile => Some(stat),
@@ -159,7 +182,7 @@ impl AtomicFile {
             return Err(invalid(reason));
         }
         let id = FileId::random().map_err(failed)?;
-        let mut place = Place { path: path.to_path_buf(), dir, name, id, linked: false };
+        let mut place = Place { path: path.to_path_buf(), dir, name, id, suffix, linked: false };
         let file = place.open().map_err(|e| failed(e.into()))?;
         // Whoever finds it locked leaves it alone. A file system without locks has no such finders either.
         let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
@@ -231,7 +254,8 @@ impl Staged {
     }
 }
 
-/// Why no other file can take the place of `name` in `dir`, which `stat` describes; `None` where nothing is known against it.
+/// Why no other file can take the place of `name` in `dir`, which `stat` describes; `None` where
+/// nothing is known against it.
 fn why_not_replaceable(dir: &OwnedFd, name: &OsStr, stat: &Stat) -> Option<&'static str> {
     let attributes = |name: &OsStr, flags| {
         // Linux before 4.11, or a filter: the rename finds out.
@@ -281,7 +305,7 @@ impl Place {
     }
 
     fn temporary(&self) -> OsString {
-        temporary_name(&self.name, self.id)
+        temporary_name(&self.name, self.id, self.suffix)
     }
 
     fn error(&self, action: &'static str, source: std::io::Error) -> FileError {
@@ -293,6 +317,16 @@ impl Place {
             .map_err(|e| self.error("replace", e.into()))?;
         self.linked = false;
         Ok(())
+    }
+
+    /// Gives the file its final name, and keeps an older one under the temporary name where the
+    /// file system can.
+    fn put(&mut self) -> Result<Replaced, FileError> {
+        match self.exchange() {
+            Ok(()) => Ok(Replaced::Exchanged),
+            Err(Errno::NOENT) => self.rename().map(|()| Replaced::Nothing),
+            Err(_) => self.rename().map(|()| Replaced::ForGood),
+        }
     }
 
     /// Swaps the temporary and the final name.
@@ -310,11 +344,13 @@ impl Place {
     fn collect(&self) {
         let Ok(entries) = Dir::read_from(&self.dir) else { return };
         for name in entries.flatten().map(|entry| entry.file_name().to_owned()) {
-            let id = OsStr::from_bytes(name.to_bytes()).to_str().and_then(|name| {
-                name.strip_suffix(SUFFIX)?.strip_suffix('.')?.rsplit('.').next()?.parse::<FileId>().ok()
-            });
-            let ours = id.is_some_and(|id| {
-                id != self.id && temporary_name(&self.name, id).as_bytes() == name.to_bytes()
+            let ours = [SUFFIX, REDO_SUFFIX].into_iter().any(|suffix| {
+                let id = OsStr::from_bytes(name.to_bytes()).to_str().and_then(|name| {
+                    name.strip_suffix(suffix)?.strip_suffix('.')?.rsplit('.').next()?.parse::<FileId>().ok()
+                });
+                id.is_some_and(|id| {
+                    id != self.id && temporary_name(&self.name, id, suffix).as_bytes() == name.to_bytes()
+                })
             });
             if !ours {
                 continue;
@@ -348,35 +384,18 @@ impl Drop for Place {
 /// On an error the old pair is there as before. The exception is a file system that cannot exchange two names: if the
 /// memory file's rename fails there, the new state stays, and its memory under the name that [`find`] knows.
 pub fn commit_pair(mut memory: Staged, mut state: Staged) -> Result<(), FileError> {
-    // At once: a file system makes one commit of its journal of both.
-    std::thread::scope(|scope| {
-        let other = std::thread::Builder::new().name("sync".into()).spawn_scoped(scope, || memory.sync());
-        state.sync()?;
-        match other {
-            Ok(other) => other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            Err(_) => memory.sync(),
-        }
-    })?;
+    sync_both(&memory, &state)?;
     memory.link()?;
     state.link()?;
     let mut memory = memory.place;
     let mut state = state.place;
-    // A directory keeps its renames in order. Two do not know of each other: each step is put on disk by itself.
+    // A directory keeps its renames in order. Two do not know of each other: each step is put on
+    // disk by itself.
     let apart = memory.directory() != state.directory();
     if apart {
         memory.sync_dir()?;
     }
-    let replaced = match state.exchange() {
-        Ok(()) => Replaced::Exchanged,
-        Err(Errno::NOENT) => {
-            state.rename()?;
-            Replaced::Nothing
-        }
-        Err(_) => {
-            state.rename()?;
-            Replaced::ForGood
-        }
-    };
+    let replaced = state.put()?;
     let renamed = if apart { state.sync_dir().and_then(|()| memory.rename()) } else { memory.rename() };
     if let Err(e) = renamed {
         match replaced {
@@ -394,6 +413,113 @@ pub fn commit_pair(mut memory: Staged, mut state: Staged) -> Result<(), FileErro
     memory.collect();
     state.collect();
     Ok(())
+}
+
+/// Makes a redo log and the state file that names its [`FileId`] appear as one step: a kill
+/// before it leaves the old state, and after it the new one with the log. Without a state, the log
+/// alone appears.
+///
+/// On an error before that step the old state is there as before, and no log. The log is never
+/// removed after it.
+pub fn commit_redo(mut redo: Staged, state: Option<Staged>) -> Result<RedoLog, FileError> {
+    let Some(mut state) = state else {
+        redo.sync()?;
+        redo.link()?;
+        redo.place.sync_dir()?;
+        return Ok(redo.into_log());
+    };
+    sync_both(&redo, &state)?;
+    redo.link()?;
+    state.link()?;
+    if redo.place.directory() != state.place.directory() {
+        redo.place.sync_dir()?;
+    }
+    state.place.put()?;
+    // The old state, if it was exchanged, has the temporary name now and goes with `state`.
+    let log = redo.into_log();
+    state.place.sync_dir()?;
+    state.place.collect();
+    Ok(log)
+}
+
+/// Puts both files on disk, at once: a file system makes one commit of its journal of both.
+fn sync_both(one: &Staged, other: &Staged) -> Result<(), FileError> {
+    std::thread::scope(|scope| {
+        let first = std::thread::Builder::new().name("sync".into()).spawn_scoped(scope, || one.sync());
+        other.sync()?;
+        match first {
+            Ok(first) => first.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(_) => one.sync(),
+        }
+    })
+}
+
+impl Staged {
+    /// From here on it stays.
+    fn into_log(self) -> RedoLog {
+        let Staged { file, mut place } = self;
+        place.linked = false;
+        RedoLog { file, place }
+    }
+}
+
+impl RedoLog {
+    /// Opens the redo log `id` of the file at `path`, if there is one. One that another process
+    /// writes or applies is `WouldBlock`.
+    pub fn open(path: &Path, id: FileId) -> Result<Option<Self>, FileError> {
+        let failed = |source: Errno| FileError {
+            action: "use the redo log of",
+            path: path.to_path_buf(),
+            source: source.into(),
+        };
+        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let Some(name) = target.file_name() else { return Ok(None) };
+        let dir = match open_dir(&target) {
+            Ok(dir) => dir,
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+            Err(e) => return Err(failed(e)),
+        };
+        let name = name.to_os_string();
+        let place = Place { path: path.to_path_buf(), dir, name, id, suffix: REDO_SUFFIX, linked: false };
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = match rustix::fs::openat(&place.dir, place.temporary(), flags, Mode::empty()) {
+            Ok(file) => File::from(file),
+            Err(Errno::NOENT) => return Ok(None),
+            Err(e) => return Err(failed(e)),
+        };
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            // A file system without locks has one user at a time, or none that could be asked.
+            Ok(()) | Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Err(e) => return Err(failed(e)),
+        }
+        // Who had the lock before may have removed it.
+        let links = rustix::fs::fstat(&file).map_err(failed)?.st_nlink;
+        Ok((links > 0).then_some(RedoLog { file, place }))
+    }
+
+    /// Its contents.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// What the state file calls the file together with this log.
+    pub fn id(&self) -> FileId {
+        self.place.id
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
+        self.place.path.with_file_name(self.place.temporary())
+    }
+
+    /// Removes it: the file holds its changes, on disk.
+    pub fn remove(self) -> Result<(), FileError> {
+        rustix::fs::unlinkat(&self.place.dir, self.place.temporary(), AtFlags::empty())
+            .map_err(|e| self.place.error("remove the redo log of", e.into()))?;
+        self.place.sync_dir()?;
+        self.place.collect();
+        Ok(())
+    }
 }
 
 /// What happened to the state file that was there before.
@@ -425,7 +551,7 @@ pub fn same_place(one: &Path, other: &Path) -> bool {
 pub fn find(path: &Path, id: FileId) -> PathBuf {
     let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
     if let Some(name) = target.file_name() {
-        let staged = target.with_file_name(temporary_name(name, id));
+        let staged = target.with_file_name(temporary_name(name, id, SUFFIX));
         if staged.exists() {
             return staged;
         }
@@ -433,13 +559,29 @@ pub fn find(path: &Path, id: FileId) -> PathBuf {
     path.to_path_buf()
 }
 
-fn temporary_name(name: &OsStr, id: FileId) -> OsString {
-    let ending = format!(".{id}.{SUFFIX}");
+/// Where the redo log `id` of the file at `path` is, if there is one.
+pub fn redo_path(path: &Path, id: FileId) -> Option<PathBuf> {
+    let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    let redo = target.with_file_name(temporary_name(target.file_name()?, id, REDO_SUFFIX));
+    redo.exists().then_some(redo)
+}
+
+fn temporary_name(name: &OsStr, id: FileId, suffix: &str) -> OsString {
+    let ending = format!(".{id}.{suffix}");
     let stem = name.as_bytes();
     let stem = &stem[..stem.len().min(NAME_MAX - ending.len())];
     let mut temporary = OsStr::from_bytes(stem).to_os_string();
     temporary.push(ending);
     temporary
+}
+
+/// The directory that `target` is in.
+fn open_dir(target: &Path) -> rustix::io::Result<OwnedFd> {
+    let parent = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    rustix::fs::openat(CWD, parent, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 fn proc_path(file: &File) -> String {

@@ -56,7 +56,9 @@ mod writer;
 
 pub use ciborium::Value;
 pub use describe::{Description, SectionDescription, describe, verify};
-pub use file::{AtomicFile, FileError, FileId, Staged, commit_pair, find, same_place};
+pub use file::{
+    AtomicFile, FileError, FileId, RedoLog, Staged, commit_pair, commit_redo, find, redo_path, same_place,
+};
 pub use format::{FORMAT_VERSION, Header, MAX_FILE_SIZE, MAX_NAME, MAX_SECTIONS};
 pub use reader::{ReadError, SectionInfo, Snapshot};
 pub use section::{MigrateError, Section, from_value};

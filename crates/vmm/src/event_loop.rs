@@ -1,6 +1,7 @@
 //! The main thread's loop: commands from the API, the guest's end, signals.
 //!
-//! The controller has the API's requests. While it carries out a command that takes long it answers questions itself, and stops for a signal.
+//! The controller has the API's requests. While it carries out a command that takes long it answers
+//! questions itself, and stops for a signal.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};

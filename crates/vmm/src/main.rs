@@ -43,6 +43,7 @@ use event_loop::{Ended, ProcessHost};
 use exit::ExitCode;
 use personality::Personality;
 use restore::Restore;
+use signals::Signals;
 
 fn main() -> ! {
     let start = StartTimes::now();
@@ -156,11 +157,26 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     log::info!("{}", personality.banner());
     fatal::install()?;
 
-    // Read before the socket is there: a client that sees the socket may rely on the configuration. And before signals are handled: a file that
-    // never ends, such as a FIFO without a writer, can still be interrupted.
+    // Read before the socket is there: a client that sees the socket may rely on the configuration.
+    // And before signals are handled: a read that never ends, such as that of a FIFO without a
+    // writer, can still be interrupted.
     let config = args.config_file.as_deref().map(read_config).transpose()?;
     let metadata = args.metadata.as_deref().map(read_metadata).transpose()?;
     let signals = signals::install()?;
+    match start_and_serve(personality, args, start, (config, metadata), &signals) {
+        // A start that a signal cancelled is no error.
+        Err(error) => signals.asked().map(Ended::Signal).ok_or(error),
+        ended => ended,
+    }
+}
+
+fn start_and_serve(
+    personality: Personality,
+    args: &Args,
+    start: StartTimes,
+    (config, metadata): (Option<VmConfig>, Option<serde_json::Value>),
+    signals: &Signals,
+) -> Result<Ended, RunError> {
     let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
     let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
     let requests = api.map(ApiServer::spawn).transpose()?;
@@ -200,11 +216,7 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
         }
         _ => Ok(()),
     };
-    let ended = match started {
-        Ok(()) => event_loop::serve(&mut controller, &source, &signals).map_err(RunError::from),
-        // A start that a signal cancelled is no error.
-        Err(error) => signals.asked().map(Ended::Signal).ok_or(error),
-    };
+    let ended = started.and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals)?));
     event_loop::end(&mut controller);
     drop(controller.take_requests());
     ended

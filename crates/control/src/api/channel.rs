@@ -120,7 +120,8 @@ impl Requests {
         first.or_else(|| self.inbox.try_recv().ok())
     }
 
-    /// Puts requests back that came from [`Self::try_recv`] and have to wait: they are the next ones, in this order.
+    /// Puts requests back that came from [`Self::try_recv`] and have to wait: they are the next
+    /// ones, in this order.
     pub fn put_back(&self, requests: Vec<Request>) {
         let count = requests.len() as u64;
         if count == 0 {

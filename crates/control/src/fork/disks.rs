@@ -14,7 +14,7 @@ use virtio::block::disk::{Disk, DiskOptions};
 
 use super::files::{NewFiles, with_number};
 use crate::CommandError;
-use crate::controller::{Controller, Host, REPLACE_PATIENCE, State};
+use crate::controller::{Controller, Host, State};
 
 /// Which drives go on on a new overlay: by their place in the configuration, the overlay's file.
 #[derive(Debug)]
@@ -223,11 +223,8 @@ impl<H: Host> Controller<H> {
             // They let go when they run again.
             return;
         }
-        for (drive_id, mut replaced) in self.settling.drain(..) {
-            if let Err(still) = replaced.wait(REPLACE_PATIENCE) {
-                log::warn!("drive {drive_id}: {still}; it is closed when they have ended");
-            }
-        }
+        let settling = std::mem::take(&mut self.settling);
+        self.wait_for_replaced(settling);
     }
 
     /// Whether one of the drives has the overlay at `path`, to write to or as a layer.
@@ -236,7 +233,8 @@ impl<H: Host> Controller<H> {
     }
 }
 
-/// Lets the disks have what the guest wrote so far, so that little is left for the moment in which it stands still.
+/// Lets the disks have what the guest wrote so far, so that little is left for the moment in which
+/// it stands still.
 pub(crate) fn write_back_disks(disks: &[(String, Disk)]) {
     for (drive_id, disk) in disks {
         if let Err(error) = disk.write_back() {

@@ -235,6 +235,7 @@ impl<H: Host> Controller<H> {
         if let Some(job) = &mut self.job {
             job.count_as_unsaved();
         }
+        ram.will_be_shared();
         let inheritance = Inheritance { state, ram };
         self.host.fork(Family { seeds, inheritance }).map_err(|e| cannot("fork this process", &e))
     }

@@ -81,8 +81,8 @@ impl Reports {
         Reporter { number, pipe: Arc::clone(&self.write) }
     }
 
-    /// Waits for `count` children, or until no child is left that could report, `token` is cancelled, or `patience` is over. By number; `None` for those
-    /// that did not report.
+    /// Waits for `count` children, or until no child is left that could report, `token` is
+    /// cancelled, or `patience` is over. By number; `None` for those that did not report.
     pub(super) fn collect(self, count: usize, patience: Duration, token: &Token) -> Vec<Option<Report>> {
         // This process's own end goes, so that the pipe ends with the last child.
         drop(self.write);

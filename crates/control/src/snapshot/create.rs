@@ -1,7 +1,8 @@
 //! `PUT /snapshot/create`.
 //!
-//! Both targets are checked before anything is paused, synced or written. What waits for disks is a [task](crate::task): questions are answered
-//! meanwhile, and a snapshot that is cancelled leaves the guest, its dirty pages and the old files as they were.
+//! Both targets are checked before anything is paused, synced or written. What waits for disks is a
+//! [task](crate::task): questions are answered meanwhile, and a snapshot that is cancelled leaves
+//! the guest, its dirty pages and the old files as they were.
 
 use std::os::fd::AsRawFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -49,14 +50,14 @@ impl<H: Host> Controller<H> {
         let drives = self.config.drives.clone();
         let targets = create.clone();
         // On a file system that does not answer, this waits as well.
-        self.task(Some(job_of(create)), move |_| check_targets(&targets, &drives))??;
+        self.task(Some(&job_of(create)), move |_| check_targets(&targets, &drives))??;
         if create.live {
             let begun = self.begin_job(create);
             self.merge_many_layers();
             return begun;
         }
         let disks = self.disks_by_id();
-        self.task(Some(job_of(create)), move |token| sync_disks(&disks, token))??;
+        self.task(Some(&job_of(create)), move |token| sync_disks(&disks, token))??;
         let State::Paused(machine) = &self.state else {
             return Err(CommandError::new("there is no machine to save"));
         };
@@ -65,7 +66,7 @@ impl<H: Host> Controller<H> {
         let ram = machine.ram().clone();
         let (of_task, targets) = (ram.clone(), create.clone());
         let written = self
-            .task(Some(job_of(create)), move |token| picture.write_and_commit(&of_task, &targets, token))
+            .task(Some(&job_of(create)), move |token| picture.write_and_commit(&of_task, &targets, token))
             .map_err(CommandError::from)
             .flatten();
         if let (Err(_), Some(taken)) = (&written, taken) {
@@ -134,6 +135,7 @@ impl<H: Host> Controller<H> {
         let fresh = saved.drive_ids(&config.drives);
         let (picture, taken) = self.picture(machine, create.snapshot_type, config, fresh)?;
         let ram = machine.ram().clone();
+        ram.will_be_shared();
         let mut kept = ram.descriptors();
         kept.extend(worker.descriptors().map(|fd| fd.as_raw_fd()));
         let (child_ram, child_create) = (ram.clone(), create.clone());
@@ -189,13 +191,14 @@ fn job_of(create: &SnapshotCreate) -> task::Job {
     task::Job { snapshot_path: create.snapshot_path.clone(), mem_file_path: create.mem_file_path.clone() }
 }
 
-/// Refuses targets that cannot be written, or that are not to be: each must be possible as a new file, and neither may be the other or a disk.
+/// Refuses targets that cannot be written, or that are not to be: each must be possible as a new
+/// file, and neither may be the other or a disk.
 fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), CommandError> {
     let SnapshotCreate { snapshot_path, mem_file_path, .. } = create;
     if snapshot::same_place(snapshot_path, mem_file_path) {
         return Err(ConfigError::from(SnapshotError::OneFile { path: snapshot_path.clone() }).into());
     }
-    for (field, path) in [("snapshot_path", snapshot_path), ("mem_file_path", mem_file_path)] {
+    for (field, path) in [("mem_file_path", mem_file_path), ("snapshot_path", snapshot_path)] {
         for drive in drives {
             let overlay = drive.overlay.iter().flat_map(|o| std::iter::once(&o.path).chain(&o.layers));
             if drive.path_on_host.iter().chain(overlay).any(|disk| snapshot::same_place(path, disk)) {
@@ -237,7 +240,7 @@ impl Picture {
         if observer.cancelled() {
             return Err(CommandError::new(ImageError::Cancelled { path: create.mem_file_path.clone() }));
         }
-        snapshot::commit_pair(memory, state).map_err(CommandError::new)
+        memory.commit_with(state).map_err(CommandError::new)
     }
 
     fn stage_state(&self, info: &ImageInfo, file: AtomicFile) -> Result<Staged, snapshot::WriteError> {

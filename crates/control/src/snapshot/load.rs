@@ -1,7 +1,8 @@
 //! `PUT /snapshot/load`.
 //!
-//! What waits for the host (files, networks, a page server, KVM) is a [task](crate::task): questions are answered meanwhile, and a load that is
-//! cancelled leaves a process that is ready for another.
+//! What waits for the host (files, networks, a page server, KVM) is a [task](crate::task):
+//! questions are answered meanwhile, and a load that is cancelled leaves a process that is ready
+//! for another.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -12,6 +13,7 @@ use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check
 use machine::chipset::ClockAfter;
 use machine::{Paused, Restore, layout};
 use memory::GuestRam;
+use memory::image;
 use memory::page_server::PageServer;
 use virtio::block::disk::Disk;
 use virtio::net::NetBackend;
@@ -36,7 +38,7 @@ impl<H: Host> Controller<H> {
             )));
         }
         let (of_task, here) = (load.clone(), self.config.clone());
-        let opened = self.task(Some(job_of(load)), move |token| Opened::open(&of_task, &here, token))??;
+        let opened = self.task(Some(&job_of(load)), move |token| Opened::open(&of_task, &here, token))??;
         let Opened { saved, config, files, disks, networks, ram, page_server, mut ahead } = opened;
         let serial = self.serial_for(&config)?;
         let events = self.events.try_clone().map_err(CommandError::new)?;
@@ -54,7 +56,7 @@ impl<H: Host> Controller<H> {
         let devices = loaded.devices(metadata.service(&self.identity.id), pci);
         let machine_config = loaded.config.machine_config.clone();
         let clock = if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues };
-        let restored = self.task(Some(job_of(load)), move |token| {
+        let restored = self.task(Some(&job_of(load)), move |token| {
             token.check()?;
             Paused::restore(Restore {
                 config: &machine_config,
@@ -104,8 +106,8 @@ fn job_of(load: &SnapshotLoad) -> task::Job {
     task::Job { snapshot_path: load.snapshot_path.clone(), mem_file_path: memory.to_owned() }
 }
 
-/// A saved microVM with everything that it needs open, before there is a machine. Dropping it closes all of it and removes the overlays that were
-/// made for it.
+/// A saved microVM with everything that it needs open, before there is a machine. Dropping it
+/// closes all of it and removes the overlays that were made for it.
 struct Opened {
     saved: Saved,
     config: FullVmConfig,
@@ -119,7 +121,8 @@ struct Opened {
 }
 
 impl Opened {
-    /// Reads the state file and opens what it and `load` name. `here` is what this process was told already.
+    /// Reads the state file and opens what it and `load` name. `here` is what this process was told
+    /// already.
     fn open(load: &SnapshotLoad, here: &FullVmConfig, token: &Token) -> Result<Self, CommandError> {
         let saved = Saved::load(&load.snapshot_path).map_err(CommandError::new)?;
         token.check()?;
@@ -241,6 +244,7 @@ impl Saved {
         let huge_pages = config.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
+                image::settle(path, Some(self.image.id), token).map_err(CommandError::new)?;
                 let path = snapshot::find(path, self.image.id);
                 let ram = GuestRam::from_file_with(regions, &path, huge_pages, track, token)
                     .map_err(CommandError::new)?;

@@ -2,7 +2,7 @@
 //!
 //! The state file has these sections, each described where its type is: `config` ([`SavedConfig`]), `machine`
 //! ([`machine::MachineState`]) and `memory` ([`memory::image::ImageInfo`]). The memory file is flat and sparse. Both appear under their
-//! names when both are whole.
+//! names when both are complete; of a Diff into its base, the state and a redo log do.
 //!
 //! # What is the user's
 //!

@@ -11,8 +11,10 @@
 //! pages that are still those of the file which the guest was restored from are copied from file to file (shared,
 //! where the file system can). Only with a page server all pages are fetched, as nobody else knows them.
 //!
-//! Images appear under their name when they are whole ([`snapshot::AtomicFile`]). Writing over the file that a guest runs on is
-//! therefore safe: its mapping keeps the old file.
+//! Images appear under their name when they are complete ([`snapshot::AtomicFile`]). Writing over
+//! the file that a guest runs on is therefore safe: its mapping keeps the old file. The exception
+//! is a Diff onto a base that no other process has open or mapped: it is written into the base
+//! through a redo log ([`redo`]), which is as atomic.
 //!
 //! # Errors
 //!
@@ -22,6 +24,7 @@ mod copy;
 mod file;
 mod merge;
 mod partial;
+mod redo;
 mod restore;
 mod write;
 
@@ -32,8 +35,9 @@ use serde::{Deserialize, Serialize};
 use snapshot::{FileError, FileId, Section};
 
 pub use merge::{Merged, merge, merge_in_place};
+pub use redo::settle;
 pub use restore::{ImageFile, RestoreError, examine};
-pub use write::{Written, write_diff, write_full};
+pub use write::{NewImage, Written, write_diff, write_full};
 
 use crate::layout::MemoryLayout;
 use crate::page_server::FetchError;
@@ -127,6 +131,18 @@ pub enum ImageError {
     SameFile {
         /// The file.
         path: PathBuf,
+    },
+    /// A Diff is on disk in its redo log and cannot be put into its base.
+    #[error(
+        "{source}; the last Diff is still in {}, and the next load puts it into the image (id {id})", redo.display()
+    )]
+    Unapplied {
+        /// The redo log.
+        redo: PathBuf,
+        /// What the state file calls the image with the Diff in it.
+        id: FileId,
+        /// Why.
+        source: Box<ImageError>,
     },
     /// The kernel does not say which pages there are.
     #[error(transparent)]

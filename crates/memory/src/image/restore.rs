@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use config::HugePages;
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 use super::file::{STEP, extents};
 use super::{ImageInfo, Observer, partial};
@@ -70,10 +71,13 @@ pub struct ImageFile {
     pub data_bytes: u64,
     /// It is a Diff that is to be merged onto its base.
     pub partial: bool,
+    /// Its last Diff is still in this redo log: see [`settle`](super::settle).
+    pub redo: Option<PathBuf>,
 }
 
 /// Looks at the image at `path` that a state file describes as `info`. It may have any size.
 pub fn examine(path: &Path, info: &ImageInfo) -> Result<ImageFile, RestoreError> {
+    let redo = snapshot::redo_path(path, info.id);
     let path = snapshot::find(path, info.id);
     let (file, size) = open(&path)?;
     let mut data_bytes = 0;
@@ -81,14 +85,27 @@ pub fn examine(path: &Path, info: &ImageInfo) -> Result<ImageFile, RestoreError>
         let extent = extent.map_err(|source| RestoreError::Read { path: path.clone(), source })?;
         data_bytes += extent.end - extent.start;
     }
-    Ok(ImageFile { path, size, data_bytes, partial: partial::is_marked(&file) })
+    Ok(ImageFile { path, size, data_bytes, partial: partial::is_marked(&file), redo })
 }
+
+/// How often a file with a lease is tried to be opened, a millisecond apart.
+const OPEN_TRIES: u32 = 1000;
 
 /// Opens an image, which is a regular file, and tells its size. A pipe or device there is refused without waiting for it.
 fn open(path: &Path) -> Result<(File, u64), RestoreError> {
     let read = |source| RestoreError::Read { path: path.to_path_buf(), source };
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(|e| read(e.into()))?);
+    let mut tries = OPEN_TRIES;
+    let file = loop {
+        match rustix::fs::open(path, flags, Mode::empty()) {
+            // Another process has a lease on it for a moment: see `lease`.
+            Err(Errno::WOULDBLOCK) if tries > 0 => {
+                tries -= 1;
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            opened => break File::from(opened.map_err(|e| read(e.into()))?),
+        }
+    };
     let metadata = file.metadata().map_err(read)?;
     if !metadata.is_file() {
         return Err(RestoreError::NotAFile { path: path.to_path_buf() });

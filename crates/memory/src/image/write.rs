@@ -11,6 +11,7 @@ use snapshot::{AtomicFile, Staged};
 
 use super::copy::copy;
 use super::file::{STEP, Target, extents, make_hole, share};
+use super::redo::{self, LogWriter, Patch};
 use super::{ImageError, ImageInfo, ImageKind, Observer, partial};
 use crate::pages::{PAGE, PageSet};
 use crate::ram::GuestRam;
@@ -21,15 +22,54 @@ use crate::sys::span::Span;
 /// How long a page server may send nothing while its pages are needed for an image.
 const FETCH_PATIENCE: Duration = Duration::from_secs(10);
 
-/// An image that is whole, but not under its final name yet: the state file is still to come.
+/// An image that is complete, but not under its final name yet: the state file is still to come.
 #[derive(Debug)]
 pub struct Written {
-    /// The file, for [`snapshot::commit_pair`] or [`Staged::commit`]. Dropped, it goes away.
-    pub file: Staged,
+    /// The file. Dropped, it goes away.
+    pub file: NewImage,
     /// What belongs into the state file.
     pub info: ImageInfo,
     /// Bytes that were written or copied: what is not a hole, and not shared with the base.
     pub data_bytes: u64,
+}
+
+/// A complete image: a file that takes the place of the old one, or a Diff that goes into it.
+#[derive(Debug)]
+pub struct NewImage(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    File(Staged),
+    Patch(Patch),
+}
+
+impl NewImage {
+    /// Makes this the image, and `state`, which names its id, the state, as one step.
+    pub fn commit_with(self, state: Staged) -> Result<(), ImageError> {
+        match self.0 {
+            Kind::File(file) => Ok(snapshot::commit_pair(file, state)?),
+            Kind::Patch(patch) => patch.commit(Some(state)),
+        }
+    }
+
+    /// Makes this the image, of which there is no state.
+    pub fn commit(self) -> Result<(), ImageError> {
+        match self.0 {
+            Kind::File(file) => Ok(file.commit().map(drop)?),
+            Kind::Patch(patch) => patch.commit(None),
+        }
+    }
+}
+
+#[cfg(test)]
+impl NewImage {
+    /// The Diff, if it goes into its base.
+    pub(super) fn into_patch(self) -> Option<Patch> {
+        match self.0 {
+            Kind::File(_) => None,
+            Kind::Patch(patch) => Some(patch),
+        }
+    }
 }
 
 /// Writes all of the guest's memory to a new file for `path`. Nobody may write the memory meanwhile: the machine is paused,
@@ -52,23 +92,36 @@ pub fn write_full(ram: &GuestRam, path: &Path, observer: &dyn Observer) -> Resul
     };
     job.put(&pages, zeros)?;
     let written = job.written;
-    finish(ram, file, ImageKind::Full, written)
+    Ok(finish(ram, file, ImageKind::Full, written))
 }
 
-/// Writes `pages` of the guest's memory on top of what is at `path`: onto a file of the image's size (the base, or an older Diff
-/// of it), which is copied or shared and then replaced, else into a new file that has only these pages. Without dirty
-/// tracking, `pages` are [`GuestRam::own_pages`]. Nobody may write the memory meanwhile.
+/// Writes `pages` of the guest's memory on top of what is at `path`: onto a file of the image's
+/// size (the base, or an older Diff of it), else into a new file that has only these pages. The
+/// base's blocks are shared where the file system can, and the base is replaced. Elsewhere the
+/// pages are written into the base, if it has no other user ([`redo`](super::redo)); else it is
+/// copied and replaced. Without dirty tracking, `pages` are [`GuestRam::own_pages`]. Nobody may
+/// write the memory meanwhile.
 pub fn write_diff(
     ram: &GuestRam,
     path: &Path,
     pages: &PageSet,
     observer: &dyn Observer,
 ) -> Result<Written, ImageError> {
-    let base = open_base(path, ram.layout().file_size())?;
+    redo::settle(path, None, observer)?;
+    let mut base = open_base(path, ram.layout().file_size())?;
     let file = AtomicFile::create(path)?;
+    let shared = base.as_ref().is_some_and(|base| share(base, file.file()));
+    // This descriptor would count as another user of the base.
+    if base.take_if(|_| !shared).is_some() {
+        if let Some(writable) = redo::open_base(ram, path) {
+            drop(file);
+            return write_redo(ram, path, writable, pages, observer);
+        }
+        base = open_base(path, ram.layout().file_size())?;
+    }
     let mut job = Job::new(ram, &file, pages, observer);
     match &base {
-        Some(base) if share(base, file.file()) => {}
+        Some(_) if shared => {}
         Some(base) => {
             job.target.set_size()?;
             for extent in extents(base, 0..job.target.size) {
@@ -90,7 +143,7 @@ pub fn write_diff(
         partial::mark(file.file());
     }
     let written = job.written;
-    finish(ram, file, ImageKind::Diff, written)
+    Ok(finish(ram, file, ImageKind::Diff, written))
 }
 
 /// The file at `path`, if it is one of this size.
@@ -105,9 +158,66 @@ fn open_base(path: &Path, size: u64) -> Result<Option<File>, ImageError> {
     Ok((metadata.is_file() && metadata.size() == size).then_some(file))
 }
 
-fn finish(ram: &GuestRam, file: AtomicFile, kind: ImageKind, data_bytes: u64) -> Result<Written, ImageError> {
+fn finish(ram: &GuestRam, file: AtomicFile, kind: ImageKind, data_bytes: u64) -> Written {
     let (layout, id, huge_pages) = (ram.layout().clone(), file.id(), ram.huge_pages());
-    Ok(Written { file: file.stage(), info: ImageInfo { layout, kind, id, huge_pages }, data_bytes })
+    let file = NewImage(Kind::File(file.stage()));
+    Written { file, info: ImageInfo { layout, kind, id, huge_pages }, data_bytes }
+}
+
+/// Writes `pages` to a redo log of `base`, in steps.
+fn write_redo(
+    ram: &GuestRam,
+    path: &Path,
+    base: File,
+    pages: &PageSet,
+    observer: &dyn Observer,
+) -> Result<Written, ImageError> {
+    fetch(ram, pages, observer)?;
+    let mut log = LogWriter::new(ram, base, path)?;
+    let (mut written, mut done, total) = (0, 0, pages.count() * PAGE);
+    for (index, region) in ram.layout().regions().iter().enumerate() {
+        let span = ram.spans()[index];
+        for run in pages.runs(index) {
+            let mut page = run.start;
+            while page < run.end {
+                let most = run.end.min(page + STEP / PAGE);
+                let zero = guest_io::is_zero(span, page * PAGE);
+                let end = (page + 1..most).find(|page| guest_io::is_zero(span, page * PAGE) != zero);
+                let end = end.unwrap_or(most);
+                let bytes = page * PAGE..end * PAGE;
+                let range = region.offset + bytes.start..region.offset + bytes.end;
+                if zero {
+                    log.zeros(range)?;
+                } else {
+                    written += bytes.end - bytes.start;
+                    log.data(range, span.part(bytes))?;
+                }
+                done += (end - page) * PAGE;
+                page = end;
+                observer.progress(done, total);
+                if observer.cancelled() {
+                    return Err(ImageError::Cancelled { path: path.to_path_buf() });
+                }
+            }
+        }
+    }
+    let patch = log.finish()?;
+    let info = ImageInfo {
+        layout: ram.layout().clone(),
+        kind: ImageKind::Diff,
+        id: patch.id(),
+        huge_pages: ram.huge_pages(),
+    };
+    Ok(Written { file: NewImage(Kind::Patch(patch)), info, data_bytes: written })
+}
+
+/// Has a page server send `pages` before they are read here, where a page that does not come would
+/// be waited for for ever.
+fn fetch(ram: &GuestRam, pages: &PageSet, observer: &dyn Observer) -> Result<(), ImageError> {
+    if let Source::PageServer(connection) = ram.source() {
+        connection.fetch(ram, pages, FETCH_PATIENCE, observer)?;
+    }
+    Ok(())
 }
 
 /// What to do with pages of zeros.
@@ -193,10 +303,7 @@ impl<'a> Job<'a> {
 
     /// Writes pages from memory.
     fn put(&mut self, pages: &PageSet, zeros: Zeros) -> Result<(), ImageError> {
-        if let Source::PageServer(connection) = self.ram.source() {
-            // Before they are read here, where a page that does not come would be waited for for ever.
-            connection.fetch(self.ram, pages, FETCH_PATIENCE, self.target.observer)?;
-        }
+        fetch(self.ram, pages, self.target.observer)?;
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
             let span = self.ram.spans()[index];
             for run in pages.runs(index) {

@@ -2,6 +2,7 @@
 //! about one call; what they export is safe to call with any mapped [`Span`](span::Span).
 
 pub(crate) mod guest_io;
+pub(crate) mod lease;
 pub(crate) mod pagemap;
 pub(crate) mod peer;
 pub(crate) mod span;

@@ -64,9 +64,10 @@ impl MicroVm {
     fn json(&self) -> Value {
         let MicroVm { config, image, machine, memory } = self;
         let file = memory.as_ref().map(|file: &ImageFile| {
-            let ImageFile { path, size, data_bytes, partial } = file;
+            let ImageFile { path, size, data_bytes, partial, redo } = file;
             let path = path.display().to_string();
-            json!({ "path": path, "size": size, "data_bytes": data_bytes, "partial": partial })
+            let redo = redo.as_ref().map(|redo| redo.display().to_string());
+            json!({ "path": path, "size": size, "data_bytes": data_bytes, "partial": partial, "redo": redo })
         });
         json!({
             "id": config.id,
@@ -133,13 +134,16 @@ impl fmt::Display for MicroVm {
             let end = region.guest_addr + region.size;
             writeln!(f, "region          {:#x} to {end:#x} at {:#x}", region.guest_addr, region.offset)?;
         }
-        if let Some(ImageFile { path, size, data_bytes, partial }) = memory {
+        if let Some(ImageFile { path, size, data_bytes, partial, redo }) = memory {
             let partial = if *partial { ", a Diff to be merged" } else { "" };
             writeln!(
                 f,
                 "found           {}: {size} bytes, {data_bytes} without holes{partial}",
                 path.display()
             )?;
+            if let Some(redo) = redo {
+                writeln!(f, "redo log        {}: the next load puts it in", redo.display())?;
+            }
         }
         writeln!(f, "transport       virtio-{}", if *pci { "pci" } else { "mmio" })?;
         config.drives.iter().try_for_each(|drive| show_drive(f, drive, fresh_overlays))?;

@@ -103,6 +103,9 @@ fn perform(tool: &Tool) -> Result<(), ToolError> {
             say(format_args!("{}: {} sections are good\n", state.display(), description.sections.len()))?;
             let Some(file) = verified.memory else { return Ok(()) };
             say(format_args!("{}: {} bytes, as they should be\n", file.path.display(), file.size))?;
+            if let Some(redo) = file.redo {
+                say(format_args!("Its last Diff is in {}; the next load puts it in.\n", redo.display()))?;
+            }
             if file.partial { say("This is a Diff that is to be merged onto its base.\n") } else { Ok(()) }
         }
         Tool::Merge { base, diff, output } => {
