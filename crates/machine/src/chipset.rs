@@ -31,6 +31,17 @@ pub struct ChipsetState {
     clock: kvm_clock_data,
 }
 
+/// The clock with the host's time, which KVM adds only where all of its clocks go by a stable counter. `now` is when it was read.
+fn with_real_time(clock: kvm_clock_data, now: SystemTime) -> kvm_clock_data {
+    if clock.flags & KVM_CLOCK_REALTIME != 0 {
+        return clock;
+    }
+    let since_epoch = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    // It fits until the year 2554.
+    let realtime = u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX);
+    kvm_clock_data { realtime, flags: clock.flags | KVM_CLOCK_REALTIME, ..clock }
+}
+
 /// What a guest's clock shows after it was saved and restored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ClockAfter {
@@ -55,7 +66,7 @@ impl ChipsetState {
         Ok(ChipsetState {
             irqchips: CHIPS.map(irqchip).into_iter().collect::<Result<_, KvmError>>()?,
             pit,
-            clock: vm.get_clock().named("KVM_GET_CLOCK")?,
+            clock: with_real_time(vm.get_clock().named("KVM_GET_CLOCK")?, SystemTime::now()),
         })
     }
 
@@ -123,6 +134,18 @@ mod tests {
             let error = chips(ids).check_chips().unwrap_err().to_string();
             assert!(error.contains(&format!("{ids:?}")), "{error}");
         }
+    }
+
+    #[test]
+    fn the_hosts_time_is_saved_also_where_kvm_does_not_add_it() {
+        let now = UNIX_EPOCH + Duration::from_secs(100);
+        let saved = |flags, realtime| {
+            let clock =
+                with_real_time(kvm_clock_data { flags, realtime, clock: 7, ..Default::default() }, now);
+            (clock.flags, clock.realtime, clock.clock)
+        };
+        assert_eq!(saved(KVM_CLOCK_REALTIME, 5), (KVM_CLOCK_REALTIME, 5, 7));
+        assert_eq!(saved(2, 0), (2 | KVM_CLOCK_REALTIME, 100_000_000_000, 7));
     }
 
     #[test]
