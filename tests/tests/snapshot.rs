@@ -86,8 +86,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// The clock of a guest that was saved a while ago goes on where it stood, or has caught up: as the load says. Its vCPUs
-    /// agree on the time all along, also in a fork's child.
+    /// The clock of a guest that was saved a while ago goes on where it stood, or has caught up: as
+    /// the load says. Its vCPUs agree on the time all along, also in a fork's child.
     fn the_guests_clock_goes_on_or_catches_up(transport) {
         let home = tempfile::tempdir()?;
         let script = "clock-tool & while :; do echo DATE $(date +%s) END; usleep 100000; done";

@@ -31,7 +31,8 @@ pub struct ChipsetState {
     clock: kvm_clock_data,
 }
 
-/// The clock with the host's time, which KVM adds only where all of its clocks go by a stable counter. `now` is when it was read.
+/// The clock with the host's time, which KVM adds only where all of its clocks go by a stable
+/// counter. `now` is when it was read.
 fn with_real_time(clock: kvm_clock_data, now: SystemTime) -> kvm_clock_data {
     if clock.flags & KVM_CLOCK_REALTIME != 0 {
         return clock;
@@ -61,7 +62,8 @@ impl ChipsetState {
             vm.get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
             Ok(chip)
         };
-        // The timer keeps running: an interrupt that it raises during the save is in the controllers' state.
+        // The timer keeps running: an interrupt that it raises during the save is in the
+        // controllers' state.
         let pit = vm.get_pit2().named("KVM_GET_PIT2")?;
         Ok(ChipsetState {
             irqchips: CHIPS.map(irqchip).into_iter().collect::<Result<_, KvmError>>()?,

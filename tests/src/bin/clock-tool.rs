@@ -1,10 +1,13 @@
-//! What runs in a guest to watch its clocks: a thread that moves from one vCPU to the next and reads them on each.
+//! What runs in a guest to watch its clocks: a thread that moves from one vCPU to the next and
+//! reads them on each.
 //!
-//! It says `WRONG CLOCK ...` if `CLOCK_MONOTONIC` or the time stamp counter is ever below what it was on the vCPU before, or
-//! if the kernel gives up its clock source, and `HOPPED N` after every N rounds over all vCPUs. It never ends.
+//! It says `WRONG CLOCK ...` if `CLOCK_MONOTONIC` or the time stamp counter is ever below what it
+//! was on the vCPU before, or if the kernel gives up its clock source, and `HOPPED N` after every N
+//! rounds over all vCPUs. It never ends.
 //!
-//! Where the host's own counter is not stable (an emulated host), KVM moves a vCPU's counter each time that the vCPU comes to
-//! another processor. If the counters disagree in the first rounds, they are not watched afterwards: `COUNTERS UNSTABLE`.
+//! Where the host's own counter is not stable (an emulated host), KVM moves a vCPU's counter each
+//! time that the vCPU comes to another processor. If the counters disagree in the first rounds,
+//! they are not watched afterwards: `COUNTERS UNSTABLE`.
 
 use std::fs;
 use std::io::{Result, Write};
@@ -60,11 +63,10 @@ fn monotonic() -> i128 {
 /// The time stamp counter, read after everything before it.
 #[expect(unsafe_code, reason = "instructions that have no safe form")]
 fn counter() -> u64 {
-    // SAFETY: each x86_64 processor has both instructions, and they access no memory.
-    unsafe {
-        std::arch::x86_64::_mm_lfence();
-        std::arch::x86_64::_rdtsc()
-    }
+    // SAFETY: each x86_64 processor has the instruction, and it accesses no memory.
+    unsafe { std::arch::x86_64::_mm_lfence() };
+    // SAFETY: as above.
+    unsafe { std::arch::x86_64::_rdtsc() }
 }
 
 fn clock_source() -> Result<String> {

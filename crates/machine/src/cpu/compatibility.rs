@@ -1,7 +1,8 @@
 //! Whether a guest that was saved can go on here: what its processor showed must be here too.
 //!
-//! Features that a guest could not use are none: AMX without the components of its state, which older versions of this
-//! monitor showed ([`super::cpuid`]). Nor are bits that say what the processor does not do.
+//! Features that a guest could not use are none: AMX without the components of its state, which
+//! older versions of this monitor showed ([`super::cpuid`]). Nor are bits that say what the
+//! processor does not do.
 //!
 //! Only leaves that are lists of features are compared. What else CPUID says (names, sizes, topology) a guest has from its saved state.
 

@@ -5,12 +5,15 @@
 //!
 //! # Units that are shown whole or not at all
 //!
-//! - **AMX** (tiles) needs a permission, because its state is large: [`super::xsave::request_amx`] asks for it before a vCPU
-//!   exists. A guest on a host that grants it has the unit, as with Firecracker; that costs 8 KiB of kernel memory and of
-//!   state file for each vCPU, and such a snapshot loads only where AMX is. Without the permission, kernels before 6.4 show
-//!   TILECFG without TILEDATA (a combination that XSETBV refuses, so that Linux dies), and later ones still the instructions.
-//! - **CET** (shadow stacks, indirect branch tracking) is hidden: the shadow stack pointer is not part of the registers that
-//!   this monitor saves, and a guest that was restored without it would die at its next return.
+//! - **AMX** (tiles) needs a permission, because its state is large: [`super::xsave::request_amx`]
+//!   asks for it before a vCPU exists. A guest on a host that grants it has the unit, as with
+//!   Firecracker; that costs 8 KiB of kernel memory and of state file for each vCPU, and such a
+//!   snapshot loads only where AMX is. Without the permission, kernels before 6.4 show TILECFG
+//!   without TILEDATA (a combination that XSETBV refuses, so that Linux dies), and later ones still
+//!   the instructions.
+//! - **CET** (shadow stacks, indirect branch tracking) is hidden: the shadow stack pointer is not
+//!   part of the registers that this monitor saves, and a guest that was restored without it would
+//!   die at its next return.
 
 use std::arch::x86_64::__cpuid_count;
 
@@ -46,8 +49,8 @@ const fn bits(leaf: u32, index: u32, register: usize, bits: u32) -> FeatureBits 
 const AMX_COMPONENTS: u32 = 3 << 17;
 const CET_COMPONENTS: u32 = 3 << 11;
 
-/// All that says that there is AMX, but for leaves of its own: BF16, TILE and INT8; FP16; COMPLEX; its components; and the
-/// trap at their first use (XFD), which nothing else has.
+/// All that says that there is AMX, but for leaves of its own: BF16, TILE and INT8; FP16; COMPLEX;
+/// its components; and the trap at their first use (XFD), which nothing else has.
 pub(super) const AMX: [FeatureBits; 5] = [
     bits(0x7, 0, 3, 1 << 22 | 1 << 24 | 1 << 25),
     bits(0x7, 1, 0, 1 << 21),
@@ -66,8 +69,9 @@ const CET: [FeatureBits; 4] = [
     bits(0xd, 1, 2, CET_COMPONENTS),
 ];
 
-/// Bits of leaf 7, ebx, that say what the x87 unit does *not* keep: the data pointer but for exceptions (FDP_EXCPTN_ONLY), and the
-/// selectors (ZERO_FCS_FDS). They are facts about the processor, which no KVM can change and not every KVM reports.
+/// Bits of leaf 7, ebx, that say what the x87 unit does *not* keep: the data pointer but for
+/// exceptions (FDP_EXCPTN_ONLY), and the selectors (ZERO_FCS_FDS). They are facts about the
+/// processor, which no KVM can change and not every KVM reports.
 pub(super) const X87_LIMITS: u32 = 1 << 6 | 1 << 13;
 
 /// Whether these leaves show AMX whole: with both of its components.
@@ -162,8 +166,8 @@ impl Cpuid {
         }
     }
 
-    /// Leaf 0xD, ecx: the size of the area with all components that XCR0 can have. (KVM itself fills in how large those are that
-    /// a guest has turned on.)
+    /// Leaf 0xD, ecx: the size of the area with all components that XCR0 can have. (KVM itself
+    /// fills in how large those are that a guest has turned on.)
     fn set_xsave_size(&mut self) {
         const LEGACY_AND_HEADER: u32 = 512 + 64;
         const SUPERVISOR: u32 = 1;

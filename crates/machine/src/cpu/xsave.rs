@@ -1,7 +1,8 @@
 //! The extended state of a vCPU (`KVM_GET_XSAVE2`, `KVM_SET_XSAVE`): as large as its processor's features make it.
 //!
-//! Unsafe code is here because the kernel reads and writes as many bytes as *it* finds right: the buffer must be that large. And
-//! because what a process may use of it ([`request_amx`]) is asked for by a system call that has no safe form.
+//! Unsafe code is here because the kernel reads and writes as many bytes as *it* finds right: the
+//! buffer must be that large. And because what a process may use of it ([`request_amx`]) is asked
+//! for by a system call that has no safe form.
 
 use std::sync::Once;
 
@@ -15,8 +16,9 @@ const LEGACY: usize = size_of::<kvm_xsave>();
 /// Most that an area can be; today's largest, with AMX, is 11 KiB.
 const MAX: usize = 64 << 10;
 
-/// Asks the kernel to let guests of this process have AMX, whose state is too large for every process to have it. It is asked
-/// once, before the first vCPU: afterwards the kernel grants no more. Whether it is granted, `KVM_GET_SUPPORTED_CPUID` shows.
+/// Asks the kernel to let guests of this process have AMX, whose state is too large for every
+/// process to have it. It is asked once, before the first vCPU: afterwards the kernel grants no
+/// more. Whether it is granted, `KVM_GET_SUPPORTED_CPUID` shows.
 pub(crate) fn request_amx() {
     static REQUEST: Once = Once::new();
     REQUEST.call_once(|| {
@@ -56,8 +58,9 @@ impl XsaveSize {
     pub(crate) fn get(self, vcpu: &VcpuFd) -> Result<Vec<u8>, KvmError> {
         let mut area = self.buffer();
         if self.extended {
-            // SAFETY: the buffer has the size that the kernel gave for this VM. Features that would make it larger
-            // (`request_amx`) are asked for before the process has a VM, and cannot be once it has a vCPU.
+            // SAFETY: the buffer has the size that the kernel gave for this VM. Features that would
+            // make it larger (`request_amx`) are asked for before the process has a VM, and cannot
+            // be once it has a vCPU.
             unsafe { vcpu.get_xsave2(&mut area) }.named("KVM_GET_XSAVE2")?;
         } else {
             // SAFETY: `get_xsave` returns a `kvm_xsave`, which is what the structure begins with; its length stays 0.
