@@ -78,10 +78,12 @@ pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)
     run(&Elf::of(&code), machine)
 }
 
-/// Where the guest of [`with_clocks`] has KVM's wall clock. It looks at it no more than at the other one.
+/// Where the guest of [`with_clocks`] has KVM's wall clock. It looks at it no more than at the
+/// other one.
 pub const WALL_CLOCK: u64 = 0x90_0000;
 
-/// As [`counting`], with KVM's two clocks, which KVM writes to guest memory when a vCPU gets its registers.
+/// As [`counting`], with KVM's two clocks, which KVM writes to guest memory when a vCPU gets its
+/// registers.
 pub fn with_clocks() -> Result<(Vmm, ApiClient, PathBuf)> {
     let code = [
         &[0x31, 0xd2][..],               // xor edx, edx

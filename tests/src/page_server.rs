@@ -22,8 +22,8 @@ pub struct PageServer {
 }
 
 impl PageServer {
-    /// Starts `program` with the memory file `image`, at a socket beside that. It answers `faults` faults: a number, `all`,
-    /// `none`, or `except:OFFSET`.
+    /// Starts `program` with the memory file `image`, at a socket beside that. It answers `faults`
+    /// faults: a number, `all`, `none`, or `except:OFFSET`.
     pub fn start(program: &str, image: &Path, faults: &str) -> Result<PageServer> {
         PageServer::spawn(program, image, &[faults])
     }

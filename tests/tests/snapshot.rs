@@ -16,6 +16,7 @@ use vesta_tests::snapshots::{Files, empty, go_on};
 use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
+const CLOCKS: &str = env!("CARGO_BIN_EXE_clock-tool");
 
 on_each_transport! {
     /// Two clones of one snapshot, on copies of its disks, and a fork of each: all have random numbers of their own, find their own
@@ -85,22 +86,32 @@ on_each_transport! {
         Ok(())
     }
 
-    /// The clock of a guest that was saved a while ago goes on where it stood, or has caught up: as the load says.
+    /// The clock of a guest that was saved a while ago goes on where it stood, or has caught up: as
+    /// the load says. Its vCPUs agree on the time all along, also in a fork's child.
     fn the_guests_clock_goes_on_or_catches_up(transport) {
         let home = tempfile::tempdir()?;
-        let script = "while :; do echo DATE $(date +%s) END; usleep 100000; done";
-        let vmm = DiskGuest::new(transport)?.run(script)?;
+        let script = "clock-tool & while :; do echo DATE $(date +%s) END; usleep 100000; done";
+        let vmm = DiskGuest::new(transport)?.program("clock-tool", CLOCKS).vcpus(4).run(script)?;
         let before = clock_behind(&vmm)?;
+        vmm.wait_for_output("HOPPED", BOOT)?;
         let files = Files::new(home.path(), "a");
         save_and_kill(vmm, &files, "Full")?;
         // It is time itself that is wanted here.
         std::thread::sleep(AWAY);
         for (catches_up, lag) in [(false, AWAY.as_secs_f64()), (true, 0.0)] {
             let load = with(files.load(), &json!({"clock_realtime": catches_up}));
-            let (vmm, _api) = go_on(transport, &load)?;
+            let (vmm, mut api) = go_on(transport, &load)?;
             let behind = clock_behind(&vmm)? - before;
             let right = if catches_up { (-3.0..3.0).contains(&behind) } else { behind > lag - 2.0 };
             ensure!(right, "clock_realtime {catches_up}: it is {behind} s behind after {lag} s");
+            vmm.stdout.wait_for_after(vmm.stdout.len(), "HOPPED", BOOT)?;
+            let serial = home.path().join(format!("serial-{catches_up}"));
+            let child = json!({"id": "child", "serial": {"serial_out_path": serial}});
+            let reply = api.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
+            let child = Orphans::of_fork(&reply)?;
+            let said = wait_for_text(&serial, "HOPPED", BOOT)? + &vmm.stdout.text();
+            ensure!(!said.contains("WRONG"), "clock_realtime {catches_up}: {said}");
+            drop(child);
         }
         Ok(())
     }

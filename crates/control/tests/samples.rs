@@ -169,7 +169,8 @@ fn a_kvm_structure_of_another_size_is_refused_by_name() {
                     assert!(error.contains("kvm_") && error.contains("saved size is"), "{field}: {error}");
                     refused.push(field);
                 }
-                // Of any length: extended state, which is checked against the host at a restore, and bytes for the serial port.
+                // Of any length: extended state, which is checked against the host at a restore,
+                // and bytes for the serial port.
                 Ok(_) => assert!(field == "xsave" || field == "received", "{field}"),
             }
         }

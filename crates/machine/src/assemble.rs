@@ -7,11 +7,12 @@
 //!
 //! # Guest memory that is missing
 //!
-//! The memory of a restored machine may come from a page server that stalls, or from a file on a disk that does. A thread
-//! that accesses a missing page cannot be interrupted. So this thread accesses no guest memory but the pages that the load
-//! fetched before ([`crate::generation`]), and devices are paused until the machine runs. KVM accesses guest memory when a
-//! vCPU gets its state; each does so on its own thread, and this thread waits for all of them ([`restore_vcpus`]) only as long
-//! as pages arrive and the restore is not cancelled.
+//! The memory of a restored machine may come from a page server that stalls, or from a file on a
+//! disk that does. A thread that accesses a missing page cannot be interrupted. So this thread
+//! accesses no guest memory but the pages that the load fetched before ([`crate::generation`]), and
+//! devices are paused until the machine runs. KVM accesses guest memory when a vCPU gets its state;
+//! each does so on its own thread, and this thread waits for all of them ([`restore_vcpus`]) only
+//! as long as pages arrive and the restore is not cancelled.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -150,8 +151,9 @@ pub(crate) fn assemble(
 
 /// Gives the vCPUs their state, each on its own thread, and waits for all.
 ///
-/// If pages do not arrive, the threads that wait for them are let go: with zeros where a page server was to send them (the
-/// memory is of no use then), or to wait on without this process's main thread.
+/// If pages do not arrive, the threads that wait for them are let go: with zeros where a page
+/// server was to send them (the memory is of no use then), or to wait on without the main thread
+/// of a process that ends.
 fn restore_vcpus(
     vcpus: Vec<VcpuHandle>,
     state: &MachineState,
@@ -164,9 +166,11 @@ fn restore_vcpus(
     match wait_restored(&vcpus, wait) {
         Ok(()) => Ok(vcpus),
         Err(error) => {
-            match wait.page_server {
-                Some(server) => server.release(),
-                None => vcpus.into_iter().for_each(VcpuHandle::abandon),
+            match (wait.page_server, &error) {
+                (Some(server), _) => server.release(),
+                (None, StartError::AskedToEnd) => vcpus.into_iter().for_each(VcpuHandle::abandon),
+                // A file's pages come, or the access fails.
+                (None, _) => {}
             }
             Err(error)
         }

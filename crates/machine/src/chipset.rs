@@ -46,6 +46,18 @@ pub struct ChipsetState {
     clock: kvm_clock_data,
 }
 
+/// The clock with the host's time, which KVM adds only where all of its clocks go by a stable
+/// counter. `now` is when it was read.
+fn with_real_time(clock: kvm_clock_data, now: SystemTime) -> kvm_clock_data {
+    if clock.flags & KVM_CLOCK_REALTIME != 0 {
+        return clock;
+    }
+    let since_epoch = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    // It fits until the year 2554.
+    let realtime = u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX);
+    kvm_clock_data { realtime, flags: clock.flags | KVM_CLOCK_REALTIME, ..clock }
+}
+
 /// What a guest's clock shows after it was saved and restored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ClockAfter {
@@ -60,12 +72,13 @@ pub enum ClockAfter {
 impl ChipsetState {
     /// The state of `vm`, whose vCPUs are still.
     pub(crate) fn save(vm: &VmFd) -> Result<Self, KvmError> {
-        // The timer keeps running: an interrupt that it raises during the save is in the controllers' state.
+        // The timer keeps running: an interrupt that it raises during the save is in the
+        // controllers' state.
         let pit = vm.get_pit2().named("KVM_GET_PIT2")?;
         Ok(ChipsetState {
             irqchips: CHIPS.map(|id| get_irqchip(vm, id)).into_iter().collect::<Result<_, KvmError>>()?,
             pit,
-            clock: vm.get_clock().named("KVM_GET_CLOCK")?,
+            clock: with_real_time(vm.get_clock().named("KVM_GET_CLOCK")?, SystemTime::now()),
         })
     }
 

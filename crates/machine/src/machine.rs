@@ -67,7 +67,8 @@ pub struct Restore<'a> {
     pub clock: ClockAfter,
     /// Where the machine says that it wants to end.
     pub events: EventSink,
-    /// Readable once the restore is cancelled: pages that do not arrive are not waited for any longer.
+    /// Readable once the restore is cancelled: pages that do not arrive are not waited for any
+    /// longer.
     pub stop: Option<BorrowedFd<'a>>,
 }
 
@@ -174,7 +175,8 @@ impl Paused {
     /// All its state but for its memory. It goes on standing still, and can be resumed or saved again.
     pub fn save(&self) -> Result<MachineState, SaveError> {
         let format = Arc::new(StateFormat::of(&self.kvm, &self.vm)?);
-        // Timers and interrupt controllers keep running. What one of them passes on to a vCPU during the save is in both.
+        // Timers and interrupt controllers keep running. What one of them passes on to a vCPU
+        // during the save is in both.
         let chipset = ChipsetState::save(&self.vm.shared_fd())?;
         self.vcpus.iter().try_for_each(|vcpu| vcpu.request_state(&format))?;
         // All are waited for, also when one fails: nothing may be left in their channels.

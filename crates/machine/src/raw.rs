@@ -1,13 +1,17 @@
 //! KVM structures in the state file: byte strings of exactly the structure's size.
 //!
-//! The encoding is a CBOR byte string, which carries its length. A length other than the structure's is an error that names
-//! the structure. `kvm-bindings` has a serde implementation with the same encoding, but it truncates a longer string and
-//! pads a shorter one with zeros: a state file from a build with another layout would load and mean something else. It also
-//! fails to load a structure above 4 KiB (nested state), because the decoder hands such strings out only as owned buffers.
+//! The encoding is a CBOR byte string, which carries its length. A length other than the
+//! structure's is an error that names the structure. `kvm-bindings` has a serde implementation with
+//! the same encoding, but it truncates a longer string and pads a shorter one with zeros: a state
+//! file from a build with another layout would load and mean something else. It also fails to load
+//! a structure above 4 KiB (nested state), because the decoder hands such strings out only as owned
+//! buffers.
 //!
-//! A structure that grows in a later `kvm-bindings` needs a migration of its section ([`snapshot::Section::migrate`]).
+//! A structure that grows in a later `kvm-bindings` needs a migration of its section
+//! ([`snapshot::Section::migrate`]).
 //!
-//! Use it as `#[serde(with = "raw")]`, `#[serde(with = "raw::list")]` or `#[serde(with = "raw::optional")]`.
+//! Use it as `#[serde(with = "raw")]`, `#[serde(with = "raw::list")]` or `#[serde(with =
+//! "raw::optional")]`.
 
 use std::any::type_name;
 use std::fmt;

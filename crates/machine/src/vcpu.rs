@@ -15,17 +15,18 @@
 //!  ended
 //! ```
 //!
-//! A paused thread answers `Save` with its vCPU's state and stays paused. One that never ran answers `Restore` when its vCPU
-//! has its saved state: that may wait for guest memory, which only this thread does. `Connect` gives it the buses, which are
-//! filled after the vCPUs have their state. Both come before the first `Resume`.
+//! A paused thread answers `Save` with its vCPU's state and stays paused. One that never ran
+//! answers `Restore` when its vCPU has its saved state: that may wait for guest memory, which only
+//! this thread does. `Connect` gives it the buses, which are filled after the vCPUs have their
+//! state. Both come before the first `Resume`.
 //!
 //! # Errors of `KVM_RUN`
 //!
 //! - `EINTR`: a kick.
 //! - `EAGAIN`: the vCPU was not ready to run (it waited for its start-up interrupt); entered again.
 //! - `ENOMEM`: see [`ENTRY_RETRIES`]; entered again a bounded number of times.
-//! - everything else ends the guest. `EFAULT` among them: KVM cannot access a page of guest memory (a bad sector under a
-//!   memory file, no free huge page), and would fail again.
+//! - everything else ends the guest. `EFAULT` among them: KVM cannot access a page of guest memory
+//!   (a bad sector under a memory file, no free huge page), and would fail again.
 //!
 //! On an exit the thread finds the address on a bus and touches registers only; nothing here waits for anything but the guest (and,
 //! for a bounded time, for a reset on virtio-mmio).
@@ -55,8 +56,9 @@ const KICK_AGAIN: Duration = Duration::from_millis(2);
 
 /// How often in a row `KVM_RUN` may answer `ENOMEM` before the guest ends.
 ///
-/// Linux 6.11 to 6.13 answer so at a VM's first entry if a signal is pending while KVM makes its huge page recovery thread,
-/// and a kick is such a signal. The signal is gone at the next try. A host that is out of memory answers so every time.
+/// Linux 6.11 to 6.13 answer so at a VM's first entry if a signal is pending while KVM makes its
+/// huge page recovery thread, and a kick is such a signal. The signal is gone at the next try. A
+/// host that is out of memory answers so every time.
 const ENTRY_RETRIES: u32 = 32;
 
 /// The buses that all vCPUs of a machine share.
@@ -121,8 +123,8 @@ pub(crate) struct VcpuHandle {
 }
 
 impl VcpuHandle {
-    /// Starts the thread, named `fc_vcpu {id}` (tools look for that), paused and without buses. With the vCPU goes the size of
-    /// the pages that it shares with KVM.
+    /// Starts the thread, named `fc_vcpu {id}` (tools look for that), paused and without buses.
+    /// With the vCPU goes the size of the pages that it shares with KVM.
     pub(crate) fn spawn(
         id: u8,
         (fd, run_size): (VcpuFd, usize),
@@ -140,8 +142,8 @@ impl VcpuHandle {
         Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread: Some(thread) })
     }
 
-    /// Asks a fresh vCPU, which is prepared, to take its saved state; [`Self::poll_restored`] says when it has. (Ask all, then
-    /// wait for all.)
+    /// Asks a fresh vCPU, which is prepared, to take its saved state; [`Self::poll_restored`] says
+    /// when it has. (Ask all, then wait for all.)
     pub(crate) fn request_restore(
         &self,
         state: VcpuState,
@@ -166,8 +168,8 @@ impl VcpuHandle {
         self.requests.send(Request::Connect(Arc::clone(buses))).map_err(|_| VcpuGone(self.id))
     }
 
-    /// Lets go of a thread that waits for guest memory which may never come. It ends by itself if the memory comes, or with
-    /// the process.
+    /// Lets go of a thread that waits for guest memory which may never come. It ends by itself if
+    /// the memory comes, or with the process.
     pub(crate) fn abandon(mut self) {
         self.request_stop();
         drop(self.thread.take());
@@ -392,7 +394,8 @@ impl Vcpu {
 
     fn restore_state(&self, state: &VcpuState, format: &StateFormat) {
         let restored = state.restore(&self.fd, format);
-        // The pause before the save told the watchdogs of the vCPU that was saved. KVM refuses it for a guest without such a clock.
+        // The pause before the save told the watchdogs of the vCPU that was saved. KVM refuses it
+        // for a guest without such a clock.
         let _ = self.fd.kvmclock_ctrl();
         let _ = self.answer.send(Answer::Restored(restored));
     }
@@ -435,8 +438,8 @@ struct EntryErrors {
 }
 
 impl EntryErrors {
-    /// Judges one more error. An entry that succeeds begins a new row; a kick does not, since KVM may answer it before it
-    /// allocates anything.
+    /// Judges one more error. An entry that succeeds begins a new row; a kick does not, since KVM
+    /// may answer it before it allocates anything.
     fn next(&mut self, errno: i32) -> EntryError {
         match errno {
             libc::EINTR => EntryError::Kicked,
@@ -488,7 +491,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_without_memory_is_tried_again_a_bounded_number_of_times() {
+    fn an_entry_without_memory_is_retried_within_a_bound() {
         let mut errors = EntryErrors::default();
         assert_eq!(errors.next(libc::ENOMEM), EntryError::Transient);
         for _ in 1..ENTRY_RETRIES {

@@ -285,8 +285,9 @@ impl PageServer {
         Ok(fetched?)
     }
 
-    /// Waits for other threads that need pages: calls `is_done` until it returns true. It may block for the time that it is
-    /// given. An error if it returns one, if the server is gone, or if no page has arrived for `patience`.
+    /// Waits for other threads that need pages: calls `is_done` until it returns true. It may block
+    /// for the time that it is given. An error if it returns one, if the server is gone, or if no
+    /// page has arrived for `patience`.
     pub fn wait_while_serving<E: From<FetchError>>(
         &self,
         patience: Duration,
@@ -445,7 +446,8 @@ impl Connection {
         waited
     }
 
-    /// Calls `is_done` until it returns true, while the server lives and `progress` changes at least once within `patience`.
+    /// Calls `is_done` until it returns true, while the server lives and `progress` changes at
+    /// least once within `patience`.
     fn wait_while_serving<E: From<FetchError>>(
         &self,
         ram: &GuestRam,

@@ -1,8 +1,8 @@
 //! A page server as they are written for Firecracker: it answers the page faults of a restored guest from its memory file.
 //!
 //! `page-server SOCKET IMAGE FAULTS` answers that many faults and ends; `all` answers them until the monitor is gone, `none` accepts the connection and
-//! does nothing more. `except:OFFSET` answers all faults but those in the page at that offset of the image. It says `LISTENING`
-//! when it does, and `WITHHELD` at a fault that it does not answer.
+//! does nothing more. `except:OFFSET` answers all faults but those in the page at that offset of
+//! the image. It says `LISTENING` when it does, and `WITHHELD` at a fault that it does not answer.
 //!
 //! `page-server SOCKET IMAGE FAULTS forked` listens and leaves the rest to a process of its own, whose id it says. It ends when a byte comes on standard
 //! input.

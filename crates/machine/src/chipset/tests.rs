@@ -57,6 +57,17 @@ fn saved_at(realtime: u64, flags: u32) -> ChipsetState {
 }
 
 #[test]
+fn the_hosts_time_is_saved_also_where_kvm_does_not_add_it() {
+    let now = UNIX_EPOCH + Duration::from_secs(100);
+    let saved = |flags, realtime| {
+        let clock = with_real_time(kvm_clock_data { flags, realtime, clock: 7, ..Default::default() }, now);
+        (clock.flags, clock.realtime, clock.clock)
+    };
+    assert_eq!(saved(KVM_CLOCK_REALTIME, 5), (KVM_CLOCK_REALTIME, 5, 7));
+    assert_eq!(saved(2, 0), (2 | KVM_CLOCK_REALTIME, 100_000_000_000, 7));
+}
+
+#[test]
 fn counters_move_on_by_the_time_that_passed_only_if_the_clock_is_to_catch_up_and_never_back() {
     let now = UNIX_EPOCH + Duration::from_secs(100);
     let passed = |at: u64, flags, after| saved_at(at * 1_000_000_000, flags).time_passed(after, now);

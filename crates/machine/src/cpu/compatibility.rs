@@ -1,11 +1,16 @@
 //! Whether a guest that was saved can go on here: what its processor showed must be here too.
 //!
+//! Features that a guest could not use are none: AMX without the components of its state, which
+//! older versions of this monitor showed ([`super::cpuid`]). Nor are bits that say what the
+//! processor does not do.
+//!
 //! Only leaves that are lists of features are compared. What else CPUID says (names, sizes, topology) a guest has from its saved state.
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VcpuFd;
 
 use super::Cpuid;
+use super::cpuid::{AMX, X87_LIMITS, shows_amx};
 use super::state::CpuidLeaf;
 use crate::kvm::{KvmError, Named};
 
@@ -30,7 +35,7 @@ const ALL: u32 = u32::MAX;
 /// See the Intel SDM, volume 2, CPUID; the AMD APM, volume 3, appendix E; and KVM's `cpuid.rst` for the last.
 const FEATURES: [FeatureLeaf; 11] = [
     FeatureLeaf { leaf: 0x1, index: 0, bits: [0, 0, !OSXSAVE, ALL] },
-    FeatureLeaf { leaf: 0x7, index: 0, bits: [0, ALL, !OSPKE, ALL] },
+    FeatureLeaf { leaf: 0x7, index: 0, bits: [0, !X87_LIMITS, !OSPKE, ALL] },
     FeatureLeaf { leaf: 0x7, index: 1, bits: [ALL, 0, 0, ALL] },
     FeatureLeaf { leaf: 0x7, index: 2, bits: [0, 0, 0, ALL] },
     FeatureLeaf { leaf: 0xd, index: 0, bits: [ALL, 0, 0, ALL] },
@@ -43,7 +48,7 @@ const FEATURES: [FeatureLeaf; 11] = [
 ];
 
 /// Names of the features that a guest is most likely to have used: leaf, index, register, bit.
-const NAMES: [(u32, u32, usize, u32, &str); 26] = [
+const NAMES: [(u32, u32, usize, u32, &str); 28] = [
     (0x1, 0, 2, 0, "sse3"),
     (0x1, 0, 2, 1, "pclmulqdq"),
     (0x1, 0, 2, 9, "ssse3"),
@@ -64,7 +69,9 @@ const NAMES: [(u32, u32, usize, u32, &str); 26] = [
     (0x7, 0, 1, 16, "avx512f"),
     (0x7, 0, 1, 18, "rdseed"),
     (0x7, 0, 1, 29, "sha_ni"),
+    (0x7, 0, 2, 7, "shstk"),
     (0x7, 0, 2, 9, "vaes"),
+    (0x7, 0, 3, 20, "ibt"),
     (0x7, 0, 3, 24, "amx_tile"),
     (0x8000_0001, 0, 3, 26, "pdpe1gb"),
     (0x8000_0001, 0, 3, 27, "rdtscp"),
@@ -98,10 +105,17 @@ fn missing(here: &[CpuidLeaf], saved: &[CpuidLeaf]) -> Vec<String> {
     if vendor(here) != vendor(saved) {
         missing.push(format!("a processor by {} (this one is by {})", vendor(saved), vendor(here)));
     }
+    let amx = shows_amx(values(saved, 0xd, 0)[0]);
+    // Bits that the guest saw and could not use.
+    let unusable = |leaf, index, register| {
+        let of = AMX.iter().filter(|f| !amx && (f.leaf, f.index, f.register) == (leaf, index, register));
+        of.fold(0, |bits, f| bits | f.bits)
+    };
     for FeatureLeaf { leaf, index, bits } in FEATURES {
         let (saved, here) = (values(saved, leaf, index), values(here, leaf, index));
         for register in 0..4 {
-            let lacking = saved[register] & bits[register] & !here[register];
+            let usable = bits[register] & !unusable(leaf, index, register);
+            let lacking = saved[register] & usable & !here[register];
             missing.extend((0..32).filter(|bit| lacking >> bit & 1 == 1).map(|bit| {
                 let place = format!("CPUID {leaf:#x}.{index} {} bit {bit}", REGISTERS[register]);
                 match NAMES.iter().find(|n| (n.0, n.1, n.2, n.3) == (leaf, index, register, bit)) {
@@ -164,6 +178,34 @@ mod tests {
             ]
         );
         assert_eq!(missing(&saved, &saved), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn amx_counts_only_if_the_guest_could_use_it() {
+        let index = |leaf, index, values| CpuidLeaf { leaf, index, flags: 0, values };
+        let saved = |components| {
+            [
+                index(7, 0, [0, 0, 0, 1 << 24]),
+                index(7, 1, [1 << 21, 0, 0, 0]),
+                index(0xd, 0, [components, 0, 0, 0]),
+            ]
+        };
+        assert_eq!(missing(&[], &saved(1 << 17)), [] as [&str; 0]);
+        assert_eq!(missing(&[], &saved(0)), [] as [&str; 0]);
+        assert_eq!(
+            missing(&[], &saved(3 << 17)),
+            [
+                "amx_tile (CPUID 0x7.0 edx bit 24)",
+                "CPUID 0x7.1 eax bit 21",
+                "CPUID 0xd.0 eax bit 17",
+                "CPUID 0xd.0 eax bit 18"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_the_processor_does_not_do_is_no_feature() {
+        assert_eq!(missing(&[], &[leaf(7, [0, X87_LIMITS, 0, 0])]), [] as [&str; 0]);
     }
 
     #[test]

@@ -2,10 +2,25 @@
 //! which vCPU is asked) or that a guest could not use (power management, performance counters).
 //!
 //! Leaves are those of the Intel SDM volume 2 and the AMD APM volume 3.
+//!
+//! # Units that are shown whole or not at all
+//!
+//! - **AMX** (tiles) needs a permission, because its state is large: [`super::xsave::request_amx`]
+//!   asks for it before a vCPU exists. A guest on a host that grants it has the unit, as with
+//!   Firecracker; that costs 8 KiB of kernel memory and of state file for each vCPU, and such a
+//!   snapshot loads only where AMX is. Without the permission, kernels before 6.4 show TILECFG
+//!   without TILEDATA (a combination that XSETBV refuses, so that Linux dies), and later ones still
+//!   the instructions.
+//! - **CET** (shadow stacks, indirect branch tracking) is hidden: the shadow stack pointer is not
+//!   part of the registers that this monitor saves, and a guest that was restored without it would
+//!   die at its next return.
+
+use std::arch::x86_64::__cpuid_count;
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use super::Topology;
+use super::xsave::request_amx;
 use crate::kvm::{Kvm, KvmError, Named};
 
 /// Who made the host's processor; some leaves mean different things.
@@ -14,6 +29,54 @@ enum Vendor {
     Intel,
     Amd,
     Other,
+}
+
+/// Bits of one register of a leaf.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct FeatureBits {
+    pub(super) leaf: u32,
+    pub(super) index: u32,
+    /// eax, ebx, ecx, edx.
+    pub(super) register: usize,
+    pub(super) bits: u32,
+}
+
+const fn bits(leaf: u32, index: u32, register: usize, bits: u32) -> FeatureBits {
+    FeatureBits { leaf, index, register, bits }
+}
+
+/// Components of the extended state (leaf 0xD): TILECFG and TILEDATA, and those of CET.
+const AMX_COMPONENTS: u32 = 3 << 17;
+const CET_COMPONENTS: u32 = 3 << 11;
+
+/// All that says that there is AMX, but for leaves of its own: BF16, TILE and INT8; FP16; COMPLEX;
+/// its components; and the trap at their first use (XFD), which nothing else has.
+pub(super) const AMX: [FeatureBits; 5] = [
+    bits(0x7, 0, 3, 1 << 22 | 1 << 24 | 1 << 25),
+    bits(0x7, 1, 0, 1 << 21),
+    bits(0x7, 1, 3, 1 << 8),
+    bits(0xd, 0, 0, AMX_COMPONENTS),
+    bits(0xd, 1, 0, 1 << 4),
+];
+/// The leaves of AMX's own: tiles, and what multiplies them.
+const AMX_LEAVES: [u32; 2] = [0x1d, 0x1e];
+
+/// All that says that there is CET: SHSTK; IBT; supervisor shadow stacks; its components.
+const CET: [FeatureBits; 4] = [
+    bits(0x7, 0, 2, 1 << 7),
+    bits(0x7, 0, 3, 1 << 20),
+    bits(0x7, 1, 3, 1 << 18),
+    bits(0xd, 1, 2, CET_COMPONENTS),
+];
+
+/// Bits of leaf 7, ebx, that say what the x87 unit does *not* keep: the data pointer but for
+/// exceptions (FDP_EXCPTN_ONLY), and the selectors (ZERO_FCS_FDS). They are facts about the
+/// processor, which no KVM can change and not every KVM reports.
+pub(super) const X87_LIMITS: u32 = 1 << 6 | 1 << 13;
+
+/// Whether these leaves show AMX whole: with both of its components.
+pub(super) fn shows_amx(components: u32) -> bool {
+    components & AMX_COMPONENTS == AMX_COMPONENTS
 }
 
 /// The leaves that are the same for all vCPUs of a microVM; each vCPU's own come from [`Cpuid::for_vcpu`].
@@ -27,13 +90,23 @@ pub(crate) struct Cpuid {
 impl Cpuid {
     /// What this host can show, arranged for `topology`.
     pub(crate) fn new(kvm: &Kvm, topology: Topology) -> Result<Self, KvmError> {
-        Ok(Self::from_supported(kvm.supported_cpuid()?.as_slice(), topology))
+        // KVM shows what is permitted, and permits nothing more once there is a vCPU.
+        request_amx();
+        let processor = __cpuid_count(0x7, 0).ebx;
+        Ok(Self::from_supported(kvm.supported_cpuid()?.as_slice(), processor & X87_LIMITS, topology))
     }
 
-    fn from_supported(supported: &[kvm_cpuid_entry2], topology: Topology) -> Self {
+    /// From the leaves that KVM supports and those of [`X87_LIMITS`] that the host's processor has.
+    fn from_supported(supported: &[kvm_cpuid_entry2], x87_limits: u32, topology: Topology) -> Self {
         let vendor = vendor(supported);
         let mut cpuid = Cpuid { entries: supported.to_vec(), vendor, topology };
+        cpuid.hide_incomplete_units();
         cpuid.normalize_features();
+        cpuid.for_each(0x7, |e| {
+            if e.index == 0 {
+                e.ebx = e.ebx & !X87_LIMITS | x87_limits;
+            }
+        });
         cpuid.set_brand_string();
         cpuid.normalize_topology();
         cpuid
@@ -65,6 +138,48 @@ impl Cpuid {
 
     fn for_each(&mut self, function: u32, mut change: impl FnMut(&mut kvm_cpuid_entry2)) {
         self.entries.iter_mut().filter(|e| e.function == function).for_each(&mut change);
+    }
+
+    fn hide_incomplete_units(&mut self) {
+        self.hide(&CET, CET_COMPONENTS);
+        let components = self.entries.iter().find(|e| (e.function, e.index) == (0xd, 0)).map_or(0, |e| e.eax);
+        if !shows_amx(components) {
+            self.hide(&AMX, AMX_COMPONENTS);
+            self.entries.retain(|e| !AMX_LEAVES.contains(&e.function));
+        }
+    }
+
+    /// Hides features and the components of their state.
+    fn hide(&mut self, features: &[FeatureBits], components: u32) {
+        for feature in features {
+            let of_feature =
+                |e: &&mut kvm_cpuid_entry2| (e.function, e.index) == (feature.leaf, feature.index);
+            for e in self.entries.iter_mut().filter(of_feature) {
+                let register = [&mut e.eax, &mut e.ebx, &mut e.ecx, &mut e.edx];
+                *register[feature.register] &= !feature.bits;
+            }
+        }
+        let before = self.entries.len();
+        self.entries.retain(|e| e.function != 0xd || e.index >= 32 || components >> e.index & 1 == 0);
+        if self.entries.len() < before {
+            self.set_xsave_size();
+        }
+    }
+
+    /// Leaf 0xD, ecx: the size of the area with all components that XCR0 can have. (KVM itself
+    /// fills in how large those are that a guest has turned on.)
+    fn set_xsave_size(&mut self) {
+        const LEGACY_AND_HEADER: u32 = 512 + 64;
+        const SUPERVISOR: u32 = 1;
+        let user = |e: &&kvm_cpuid_entry2| e.function == 0xd && e.index >= 2 && e.ecx & SUPERVISOR == 0;
+        // Offset and size.
+        let ends = self.entries.iter().filter(user).map(|e| e.ebx.saturating_add(e.eax));
+        let size = ends.max().unwrap_or(0).max(LEGACY_AND_HEADER);
+        self.for_each(0xd, |e| {
+            if e.index == 0 {
+                e.ecx = size;
+            }
+        });
     }
 
     /// Features that the microVM has whatever the host says, and those that it cannot have.
@@ -266,7 +381,7 @@ mod tests {
 
     #[test]
     fn each_vcpu_has_its_own_apic_id() {
-        let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), Topology::new(4, true));
+        let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), 0, Topology::new(4, true));
         for id in 0..4u8 {
             let apic_id = u32::from(id);
             assert_eq!(find(&cpuid, id, 1, 0).ebx >> 24, apic_id);
@@ -278,7 +393,7 @@ mod tests {
 
     #[test]
     fn topology_leaves_count_threads_and_cores() {
-        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), Topology::new(6, true));
+        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), 0, Topology::new(6, true));
         let (threads, cores) = (find(&cpuid, 0, 0x1f, 0), find(&cpuid, 0, 0x1f, 1));
         assert_eq!((threads.eax, threads.ebx, threads.ecx), (1, 2, 0x100));
         assert_eq!((cores.eax, cores.ebx, cores.ecx), (3, 6, 0x201));
@@ -289,14 +404,14 @@ mod tests {
 
     #[test]
     fn amd_counts_its_threads_in_its_own_leaf() {
-        let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), Topology::new(5, false));
+        let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), 0, Topology::new(5, false));
         assert_eq!(find(&cpuid, 0, 0x8000_0008, 0).ecx, 4 | 3 << 12 | 0x0f00);
         assert_eq!(find(&cpuid, 0, 0x8000_0000, 0).eax, 0x8000_001e);
     }
 
     #[test]
     fn features_that_every_guest_needs_are_on_and_counters_are_off() {
-        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), Topology::new(1, false));
+        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), 0, Topology::new(1, false));
         let features = find(&cpuid, 0, 1, 0);
         assert_eq!(features.ecx, 1 << 24 | 1 << 31);
         assert_eq!((features.ebx >> 8 & 0xff, features.edx >> 28 & 1), (8, 0));
@@ -306,10 +421,100 @@ mod tests {
 
     #[test]
     fn brand_name_keeps_the_frequency_and_not_the_model() {
-        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), Topology::new(1, false));
+        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), 0, Topology::new(1, false));
         assert_eq!(cpuid.brand_string(), "Intel(R) Xeon(R) Processor @ 2.50GHz");
-        let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), Topology::new(1, false));
+        let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), 0, Topology::new(1, false));
         assert_eq!(cpuid.brand_string(), "AMD EPYC");
+    }
+
+    /// An Intel host that shows everything, with the first components of XCR0 and these.
+    fn host_with(components: u32) -> Vec<kvm_cpuid_entry2> {
+        let mut leaves = host(b"GenuineIntel");
+        leaves.extend([
+            leaf(7, 0, [2, 1 << 5, 1 << 5 | 1 << 7 | 1 << 9, u32::MAX]),
+            leaf(7, 1, [1 << 4 | 1 << 21, 0, 0, 1 << 4 | 1 << 8 | 1 << 18]),
+            leaf(0xd, 0, [0xe7 | components, 0, 11_008, 0]),
+            leaf(0xd, 1, [0x1f, 0, CET_COMPONENTS | 1 << 8, 0]),
+            leaf(0xd, 2, [256, 576, 0, 0]),
+            leaf(0xd, 7, [1024, 1664, 0, 0]),
+            leaf(0xd, 11, [16, 0, 1, 0]),
+            leaf(0xd, 12, [24, 0, 1, 0]),
+            leaf(0x1d, 0, [1, 0, 0, 0]),
+            leaf(0x1d, 1, [8192 | 1024 << 16, 64 | 8 << 16, 16, 0]),
+            leaf(0x1e, 0, [0, 16 | 64 << 8, 0, 0]),
+        ]);
+        for (index, size, offset) in [(17, 64, 2752), (18, 8192, 2816)] {
+            if components >> index & 1 == 1 {
+                leaves.push(leaf(0xd, index, [size, offset, 2, 0]));
+            }
+        }
+        leaves
+    }
+
+    fn all_of(cpuid: &Cpuid, features: &[FeatureBits]) -> Vec<u32> {
+        let register = |f: &FeatureBits| {
+            let e = find(cpuid, 0, f.leaf, f.index);
+            [e.eax, e.ebx, e.ecx, e.edx][f.register] & f.bits
+        };
+        features.iter().map(register).collect()
+    }
+
+    fn has(cpuid: &Cpuid, function: u32, index: u32) -> bool {
+        cpuid.entries.iter().any(|e| (e.function, e.index) == (function, index))
+    }
+
+    #[test]
+    fn amx_is_shown_whole_where_it_is_permitted() {
+        let cpuid = Cpuid::from_supported(&host_with(AMX_COMPONENTS), 0, Topology::new(1, false));
+        assert_eq!(all_of(&cpuid, &AMX), AMX.map(|feature| feature.bits));
+        assert!(has(&cpuid, 0xd, 17) && has(&cpuid, 0xd, 18) && has(&cpuid, 0x1d, 1) && has(&cpuid, 0x1e, 0));
+        assert_eq!(find(&cpuid, 0, 0xd, 0).ecx, 11_008);
+    }
+
+    #[test]
+    fn amx_is_hidden_whole_where_it_is_not_permitted() {
+        // Kernels before 6.4 leave TILECFG, later ones neither component.
+        for components in [1 << 17, 0] {
+            let cpuid = Cpuid::from_supported(&host_with(components), 0, Topology::new(1, false));
+            assert_eq!(all_of(&cpuid, &AMX), [0; 5]);
+            for (leaf, index) in [(0xd, 17), (0xd, 18), (0x1d, 0), (0x1d, 1), (0x1e, 0)] {
+                assert!(!has(&cpuid, leaf, index), "{leaf:#x}.{index}");
+            }
+            let state = find(&cpuid, 0, 0xd, 0);
+            assert_eq!((state.eax, state.ecx), (0xe7, 1664 + 1024));
+            // Nothing else goes.
+            assert_eq!(find(&cpuid, 0, 0xd, 1).eax, 0xf);
+            assert_eq!(find(&cpuid, 0, 7, 1).eax, 1 << 4);
+            assert_eq!(find(&cpuid, 0, 7, 0).edx, !(1 << 20 | 1 << 22 | 1 << 24 | 1 << 25));
+        }
+    }
+
+    #[test]
+    fn cet_is_hidden_with_its_components() {
+        let cpuid = Cpuid::from_supported(&host_with(AMX_COMPONENTS), 0, Topology::new(1, false));
+        assert_eq!(all_of(&cpuid, &CET), [0; 4]);
+        assert!(!has(&cpuid, 0xd, 11) && !has(&cpuid, 0xd, 12));
+        // Other supervisor components and features stay.
+        assert_eq!(find(&cpuid, 0, 0xd, 1).ecx, 1 << 8);
+        assert_eq!(find(&cpuid, 0, 7, 0).ecx, 1 << 9);
+    }
+
+    #[test]
+    fn x87_limits_are_those_of_the_hosts_processor() {
+        for limits in [0, 1 << 6, 1 << 13, X87_LIMITS] {
+            for reported in [0, X87_LIMITS] {
+                let mut leaves = host_with(0);
+                leaves.iter_mut().filter(|e| (e.function, e.index) == (7, 0)).for_each(|e| e.ebx |= reported);
+                let cpuid = Cpuid::from_supported(&leaves, limits, Topology::new(1, false));
+                assert_eq!(find(&cpuid, 0, 7, 0).ebx, 1 << 5 | limits);
+            }
+        }
+    }
+
+    #[test]
+    fn a_host_without_extended_state_is_left_alone() {
+        let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), X87_LIMITS, Topology::new(1, false));
+        assert!(!has(&cpuid, 0xd, 0) && !has(&cpuid, 7, 0));
     }
 
     #[test]

@@ -3,14 +3,15 @@
 //! # Order
 //!
 //! Saving: the processor's state of running (`KVM_GET_MP_STATE`) first, because KVM then takes in what is pending, and the pending events
-//! last. The deadline timer keeps running while the vCPU is paused, and KVM may move its interrupt into the local APIC at any
-//! moment. So the registers are read before the local APIC ([`Timer`]).
+//! last. The deadline timer keeps running while the vCPU is paused, and KVM may move its interrupt
+//! into the local APIC at any moment. So the registers are read before the local APIC ([`Timer`]).
 //!
-//! Restoring has three steps. [`VcpuState::prepare`] sets CPUID, which decides which registers there are, and the frequency
-//! of the time stamp counter. Then the counters of all vCPUs are set together ([`super::tsc`]). [`VcpuState::restore`] sets
-//! the rest: the local APIC before the deadline timer, which is armed in its terms and in those of the counter; the events
-//! last. Only this third step makes KVM access guest memory (clock pages, page tables in PAE mode, nested state), so it may
-//! wait for a page server; it runs on the vCPU's own thread.
+//! Restoring has three steps. [`VcpuState::prepare`] sets CPUID, which decides which registers
+//! there are, and the frequency of the time stamp counter. Then the counters of all vCPUs are set
+//! together ([`super::tsc`]). [`VcpuState::restore`] sets the rest: the local APIC before the
+//! deadline timer, which is armed in its terms and in those of the counter; the events last. Only
+//! this third step makes KVM access guest memory (clock pages, page tables in PAE mode, nested
+//! state), so it may wait for a page server; it runs on the vCPU's own thread.
 //!
 //! The vCPU is still: its thread has left `KVM_RUN` with everything that it had begun done ([`crate::vcpu`]).
 
@@ -141,7 +142,8 @@ impl VcpuState {
         self.restore_tsc_frequency(vcpu, format)
     }
 
-    /// Sets everything else of a `vcpu` that is prepared and whose time stamp counter is set. KVM may access guest memory.
+    /// Sets everything else of a `vcpu` that is prepared and whose time stamp counter is set. KVM
+    /// may access guest memory.
     pub(crate) fn restore(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         vcpu.set_mp_state(self.mp_state).named("KVM_SET_MP_STATE")?;
         vcpu.set_regs(&self.regs).named("KVM_SET_REGS")?;
@@ -176,8 +178,9 @@ impl VcpuState {
 
 /// What the deadline timer and its interrupt are in: a register and the local APIC.
 ///
-/// KVM moves the interrupt of a deadline that is over from the register, which becomes zero, to the local APIC. It does that
-/// at any moment, also on a paused vCPU (`apic_timer_expired` with APICv). And setting the local APIC disarms the timer.
+/// KVM moves the interrupt of a deadline that is over from the register, which becomes zero, to the
+/// local APIC. It does that at any moment, also on a paused vCPU (`apic_timer_expired` with APICv).
+/// And setting the local APIC disarms the timer.
 trait Timer {
     /// Reads registers.
     fn msrs(&self, indices: &[u32]) -> Result<Vec<Msr>, KvmError>;
@@ -207,14 +210,16 @@ impl Timer for VcpuFd {
     }
 }
 
-/// Reads the registers and then the local APIC. A deadline that ends in between is in both: the guest gets one interrupt
-/// too many, which it takes for a late one. The other way round it would be in neither, and a guest without ticks stops.
+/// Reads the registers and then the local APIC. A deadline that ends in between is in both: the
+/// guest gets one interrupt too many, which it takes for a late one. The other way round it would
+/// be in neither, and a guest without ticks stops.
 fn save_timer(vcpu: &impl Timer, indices: &[u32]) -> Result<(Vec<Msr>, kvm_lapic_state), KvmError> {
     let msrs = vcpu.msrs(indices)?;
     Ok((msrs, vcpu.lapic()?))
 }
 
-/// Sets the local APIC, then the registers, the deadline last. The time stamp counter is set already and is left out.
+/// Sets the local APIC, then the registers, the deadline last. The time stamp counter is set
+/// already and is left out.
 fn restore_timer(vcpu: &impl Timer, msrs: &[Msr], lapic: &kvm_lapic_state) -> Result<(), KvmError> {
     vcpu.set_lapic(lapic)?;
     let set = msrs.iter().copied().filter(|msr| msr.index != IA32_TSC);
@@ -308,7 +313,8 @@ mod tests {
     use super::*;
     use std::cell::RefCell;
 
-    /// A deadline timer whose time is over as soon as one of its two halves was read, as KVM may have it.
+    /// A deadline timer whose time is over as soon as one of its two halves was read, as KVM may
+    /// have it.
     #[derive(Default)]
     struct FakeTimer(RefCell<Halves>);
 

@@ -1,18 +1,21 @@
 //! Restoring the time stamp counters of all vCPUs together.
 //!
-//! A guest relies on two things. The counters of its vCPUs agree: a thread that moves from one to another never sees time
-//! run backwards, and KVM publishes a stable clock ("master clock") only for vCPUs with one offset. And no counter is ever
-//! below a value that the guest has read, however often it was saved and restored.
+//! A guest relies on two things. The counters of its vCPUs agree: a thread that moves from one to
+//! another never sees time run backwards, and KVM publishes a stable clock ("master clock") only
+//! for vCPUs with one offset. And no counter is ever below a value that the guest has read, however
+//! often it was saved and restored.
 //!
-//! A saved state has each vCPU's counter, read at slightly different times, and each vCPU's offset from the host's counter
-//! (`KVM_VCPU_TSC_OFFSET`, Linux 5.16). The differences between the offsets are exact; the differences between the counters
-//! are noise up to [`SAME_COUNTER`]. So one counter is restored, to the latest value that was read, and the others get the
-//! same offset plus their lead.
+//! A saved state has each vCPU's counter, read at slightly different times, and each vCPU's offset
+//! from the host's counter (`KVM_VCPU_TSC_OFFSET`, Linux 5.16). The differences between the offsets
+//! are exact; the differences between the counters are noise up to [`SAME_COUNTER`]. So one counter
+//! is restored, to the latest value that was read, and the others get the same offset plus their
+//! lead.
 //!
-//! The offset to set follows from the offset and the counter that a fresh vCPU has: `offset + (wanted - counter)`. This
-//! holds with any scaling ratio, so that a guest from a host with another frequency needs no arithmetic of its own here
-//! ([`super::state`] sets the frequency first). It also avoids writes to `IA32_TSC`, which KVM takes for attempts to
-//! synchronize vCPUs and may replace by another value within a second. Only where KVM lacks the attribute is the register
+//! The offset to set follows from the offset and the counter that a fresh vCPU has: `offset +
+//! (wanted - counter)`. This holds with any scaling ratio, so that a guest from a host with another
+//! frequency needs no arithmetic of its own here ([`super::state`] sets the frequency first). It
+//! also avoids writes to `IA32_TSC`, which KVM takes for attempts to synchronize vCPUs and may
+//! replace by another value within a second. Only where KVM lacks the attribute is the register
 //! written, for all vCPUs in a row with one value: KVM then synchronizes them by that rule.
 //!
 //! Unsafe code is here because `kvm-ioctls` has no device attributes of vCPUs on x86.
@@ -30,7 +33,8 @@ use crate::kvm::{KvmError, Named};
 /// The counter's register.
 pub(super) const IA32_TSC: u32 = 0x10;
 
-/// Counters that differ by less were read from one counter at different times. It is what KVM takes for one counter too.
+/// Counters that differ by less were read from one counter at different times. It is what KVM takes
+/// for one counter too.
 const SAME_COUNTER: Duration = Duration::from_secs(1);
 
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
@@ -55,7 +59,8 @@ impl Counter for VcpuFd {
 
     fn set_offset(&self, offset: u64) -> Result<(), KvmError> {
         let attribute = tsc_offset_attribute((&raw const offset) as u64);
-        // SAFETY: the kernel reads the attribute and the eight bytes that it points to, which live until the call returns.
+        // SAFETY: the kernel reads the attribute and the eight bytes that it points to, which live
+        // until the call returns.
         let result = unsafe { ioctl_with_ref(self, KVM_SET_DEVICE_ATTR(), &attribute) };
         if result == 0 { Ok(()) } else { Err(kvm_ioctls::Error::last()).named("KVM_SET_DEVICE_ATTR") }
     }
@@ -69,11 +74,13 @@ impl Counter for VcpuFd {
     }
 }
 
-/// Offset of a vCPU's counter from the host's (scaled) counter; `None` where KVM lacks the attribute.
+/// Offset of a vCPU's counter from the host's (scaled) counter; `None` where KVM lacks the
+/// attribute.
 pub(super) fn offset(vcpu: &VcpuFd) -> Option<u64> {
     let mut offset = 0u64;
     let attribute = tsc_offset_attribute((&raw mut offset) as u64);
-    // SAFETY: the kernel reads the attribute and writes the eight bytes that it points to, which live until the call returns.
+    // SAFETY: the kernel reads the attribute and writes the eight bytes that it points to, which
+    // live until the call returns.
     let result = unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) };
     (result == 0).then_some(offset)
 }
@@ -82,7 +89,8 @@ fn tsc_offset_attribute(addr: u64) -> kvm_device_attr {
     kvm_device_attr { flags: 0, group: KVM_VCPU_TSC_CTRL, attr: KVM_VCPU_TSC_OFFSET.into(), addr }
 }
 
-/// Makes the counters of fresh `vcpus` what `states` say, `passed` later. Their frequencies are set.
+/// Makes the counters of fresh `vcpus` what `states` say, `passed` later. Their frequencies are
+/// set.
 pub(crate) fn restore_counters(
     vcpus: &[VcpuFd],
     states: &[VcpuState],

@@ -1,6 +1,10 @@
 //! The extended state of a vCPU (`KVM_GET_XSAVE2`, `KVM_SET_XSAVE`): as large as its processor's features make it.
 //!
-//! Unsafe code is here because the kernel reads and writes as many bytes as *it* finds right: the buffer must be that large.
+//! Unsafe code is here because the kernel reads and writes as many bytes as *it* finds right: the
+//! buffer must be that large. And because what a process may use of it ([`request_amx`]) is asked
+//! for by a system call that has no safe form.
+
+use std::sync::Once;
 
 use kvm_bindings::{Xsave, kvm_xsave};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
@@ -11,6 +15,23 @@ use crate::kvm::{KvmError, Named};
 const LEGACY: usize = size_of::<kvm_xsave>();
 /// Most that an area can be; today's largest, with AMX, is 11 KiB.
 const MAX: usize = 64 << 10;
+
+/// Asks the kernel to let guests of this process have AMX, whose state is too large for every
+/// process to have it. It is asked once, before the first vCPU: afterwards the kernel grants no
+/// more. Whether it is granted, `KVM_GET_SUPPORTED_CPUID` shows.
+pub(crate) fn request_amx() {
+    static REQUEST: Once = Once::new();
+    REQUEST.call_once(|| {
+        const ARCH_REQ_XCOMP_GUEST_PERM: libc::c_int = 0x1025;
+        const TILEDATA: libc::c_ulong = 18;
+        // SAFETY: two numbers are passed, and no memory is accessed.
+        let refused = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM, TILEDATA) };
+        if refused != 0 {
+            // No such unit (or an old kernel), in most cases.
+            log::debug!("guests cannot use AMX: {}", std::io::Error::last_os_error());
+        }
+    });
+}
 
 /// How large the area of this machine's vCPUs is, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,8 +58,9 @@ impl XsaveSize {
     pub(crate) fn get(self, vcpu: &VcpuFd) -> Result<Vec<u8>, KvmError> {
         let mut area = self.buffer();
         if self.extended {
-            // SAFETY: the buffer has the size that the kernel gave for this VM, and nothing in this process asks for
-            // features (`arch_prctl`) that would make it larger.
+            // SAFETY: the buffer has the size that the kernel gave for this VM. Features that would
+            // make it larger (`request_amx`) are asked for before the process has a VM, and cannot
+            // be once it has a vCPU.
             unsafe { vcpu.get_xsave2(&mut area) }.named("KVM_GET_XSAVE2")?;
         } else {
             // SAFETY: `get_xsave` returns a `kvm_xsave`, which is what the structure begins with; its length stays 0.
