@@ -168,7 +168,7 @@ fn restore_vcpus(
         Err(error) => {
             match (wait.page_server, &error) {
                 (Some(server), _) => server.release(),
-                (None, StartError::AskedToEnd) => vcpus.into_iter().for_each(VcpuHandle::abandon),
+                (None, StartError::Cancelled) => vcpus.into_iter().for_each(VcpuHandle::abandon),
                 // A file's pages come, or the access fails.
                 (None, _) => {}
             }
