@@ -64,7 +64,7 @@ fn main() -> ExitCode {
 
 fn serve() -> io::Result<()> {
     type Handler = fn(UnixStream) -> io::Result<()>;
-    let handlers: [(u32, i32, Handler); 7] = [
+    let handlers: [(u32, i32, Handler); 8] = [
         (port::ECHO, libc::SOCK_STREAM, echo),
         (port::SINK, libc::SOCK_STREAM, sink),
         (port::SOURCE, libc::SOCK_STREAM, source),
@@ -72,6 +72,7 @@ fn serve() -> io::Result<()> {
         (port::ANSWER, libc::SOCK_STREAM, answer),
         (port::LAZY, libc::SOCK_STREAM, lazy),
         (port::MESSAGES, libc::SOCK_SEQPACKET, echo),
+        (port::COUNTED, libc::SOCK_STREAM, counted),
     ];
     let mut threads = Vec::new();
     for (port, kind, handler) in handlers {
@@ -113,6 +114,21 @@ fn sink(mut stream: UnixStream) -> io::Result<()> {
             len => count += len as u64,
         }
     }
+}
+
+/// Takes as much as it is told, then says how much it was.
+fn counted(mut stream: UnixStream) -> io::Result<()> {
+    let mut length = [0; 8];
+    stream.read_exact(&mut length)?;
+    let (wanted, mut count) = (u64::from_le_bytes(length), 0);
+    let mut buffer = vec![0; 256 << 10];
+    while count < wanted {
+        match stream.read(&mut buffer)? {
+            0 => break,
+            len => count += len as u64,
+        }
+    }
+    stream.write_all(&count.to_le_bytes())
 }
 
 /// Sends as much as it is asked for.

@@ -181,10 +181,10 @@ fn guest(monitor: &Monitor, pci: bool, orders: &Orders) -> Result<Sample> {
     vmm.wait_for_output(SERVING, PATIENCE)?;
     let path = vmm.dir().join("v.sock");
     Ok(Sample {
-        round_trip_us: round_trips(&connect(&path, port::ECHO)?, orders.trips)?,
+        round_trip_us: round_trips(&connect(&path, port::ECHO)?, orders.trips).context("round trips")?,
         wake_us: Some(wake.trim().parse::<f64>()? / 1e3),
-        to_guest: throughput(&vmm, orders.bytes, || to_guest(&path, orders.bytes))?,
-        to_host: throughput(&vmm, orders.bytes, || to_host(&path, orders.bytes))?,
+        to_guest: throughput(&vmm, orders.bytes, || to_guest(&path, orders.bytes)).context("to the guest")?,
+        to_host: throughput(&vmm, orders.bytes, || to_host(&path, orders.bytes)).context("to the host")?,
     })
 }
 
@@ -213,10 +213,11 @@ fn round_trips(mut stream: &UnixStream, count: u32) -> Result<f64> {
 }
 
 fn to_guest(path: &Path, bytes: u64) -> Result<f64> {
-    let mut stream = connect(path, port::SINK)?;
+    // Not to the stream's end: not every device has half-closed connections.
+    let mut stream = connect(path, port::COUNTED)?;
     let begun = Instant::now();
+    stream.write_all(&bytes.to_le_bytes())?;
     send(&mut stream, bytes)?;
-    stream.shutdown(std::net::Shutdown::Write)?;
     let mut count = [0; 8];
     stream.read_exact(&mut count)?;
     anyhow::ensure!(u64::from_le_bytes(count) == bytes, "the guest got {} bytes", u64::from_le_bytes(count));

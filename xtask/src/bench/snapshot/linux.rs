@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -194,16 +193,22 @@ fn answered(vmm: &Vmm, asked: Option<Instant>) -> Result<Sample> {
     })
 }
 
-/// One byte there and back, as soon as somebody listens at the socket.
+/// One byte there and back, as soon as the guest's program answers.
+///
+/// Until then there may be no socket, no listener, or a connection that ends: a restored guest resets its connections, those too that were made
+/// before it has come to that.
 fn answer(socket: &Path) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    // Nobody tells when that is.
-    while let Err(error) = UnixStream::connect(socket) {
+    while let Err(error) = echo(socket) {
         if Instant::now() > deadline {
             return Err(error).with_context(|| socket.display().to_string());
         }
         std::thread::sleep(Duration::from_millis(1));
     }
+    Ok(())
+}
+
+fn echo(socket: &Path) -> Result<()> {
     let mut stream = connect(socket, port::ECHO)?;
     let mut byte = [7];
     stream.write_all(&byte)?;
