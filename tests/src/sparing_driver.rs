@@ -1,8 +1,10 @@
-//! A guest of a few instructions with a driver that accepts no feature at all, not even `VERSION_1`.
+//! A guest of a few instructions with a driver that accepts no feature at all, not even
+//! `VERSION_1`.
 //!
-//! It drives an entropy device, its machine's only one, with one buffer at a time and without interrupts, and counts the buffers that
-//! come back: it sends 0, 1, 2, ... over its serial port ([`crate::counting`]). On PCI it reaches the device through the window in its
-//! configuration space (4.1.4.9), because 32-bit code cannot map the BAR.
+//! It drives an entropy device, its machine's only one, with one buffer at a time and without
+//! interrupts, and counts the buffers that come back: it sends 0, 1, 2, ... over its serial port
+//! ([`crate::counting`]). On PCI it reaches the device through the window in its configuration
+//! space (4.1.4.9), because 32-bit code cannot map the BAR.
 
 use crate::elf::Elf;
 use crate::guest::Transport;
@@ -77,7 +79,7 @@ pub fn kernel(transport: Transport) -> Elf {
     code.extend([0x75, 0xf7]); // jne wait
     code.extend([0x8d, 0x43, 0xff]); // lea eax, [ebx - 1]
     code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]); // mov dx, 0x3f8; out dx, al
-    let back = again as i32 - (code.len() as i32 + 5);
+    let back = again.wrapping_sub(code.len() + 5) as u32;
     code.push(0xe9); // jmp again
     code.extend(back.to_le_bytes());
     Elf::of(&code)

@@ -237,7 +237,8 @@ impl Vmm {
         Ok(self.threads()?.into_iter().find(|thread| thread.name == name).map(|thread| thread.time))
     }
 
-    /// Writes to its standard input, which is the guest's serial port; see [`VmmBuilder::with_input`].
+    /// Writes to its standard input, which is the guest's serial port; see
+    /// [`VmmBuilder::with_input`].
     pub fn type_in(&mut self, bytes: &[u8]) -> Result<()> {
         let input = self.child.stdin.as_mut().context("it was started without input")?;
         input.write_all(bytes).context("cannot write to its standard input")

@@ -2,7 +2,8 @@
 //!
 //! Both go the same way; they differ in where a vCPU's registers and a device's state come from ([`Origin`]). The order is
 //! KVM's ([`crate::kvm`]), and then: interrupt controllers before vCPUs, because local APICs speak to them; vCPUs before devices, because a
-//! restored device interrupts at once and a vCPU that is given its state afterwards would forget it; the timer chip last, for the same reason.
+//! restored device interrupts at once and a vCPU that is given its state afterwards would forget
+//! it; the timer chip last, for the same reason.
 
 use std::sync::Arc;
 use std::time::SystemTime;

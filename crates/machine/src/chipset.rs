@@ -2,14 +2,16 @@
 //!
 //! # PICs that no guest has programmed
 //!
-//! KVM creates its two PICs with every line enabled and vectors from 0 on, where exceptions have theirs, and the first vCPU's LINT0 takes
-//! what they deliver. A restored machine raises interrupts before its guest may have programmed the PICs: that of the generic event
-//! device always. So a PIC has all lines masked until the guest initialises it, as firmware leaves one, in a saved state from before too.
+//! KVM creates its two PICs with every line enabled and vectors from 0 on, where exceptions have
+//! theirs, and the first vCPU's LINT0 takes what they deliver. A restored machine raises interrupts
+//! before its guest may have programmed the PICs: that of the generic event device always. So a PIC
+//! has all lines masked until the guest initialises it, as firmware leaves one, in a saved state
+//! from before too.
 //!
 //! # Order of a restore
 //!
-//! Interrupt controllers, then vCPUs with their local APICs, then the timer chip: it counts as soon as it has its state, and a local APIC
-//! that does not have its own yet would lose the interrupt.
+//! Interrupt controllers, then vCPUs with their local APICs, then the timer chip: it counts as soon
+//! as it has its state, and a local APIC that does not have its own yet would lose the interrupt.
 
 use std::mem::offset_of;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -61,7 +63,8 @@ impl ChipsetState {
         })
     }
 
-    /// Restores the interrupt controllers of `vm`. Its vCPUs exist, have no state yet and have not run.
+    /// Restores the interrupt controllers of `vm`. Its vCPUs exist, have no state yet and have not
+    /// run.
     pub(crate) fn restore_irqchips(&self, vm: &VmFd) -> Result<(), KvmError> {
         for chip in &self.irqchips {
             let mut chip = *chip;

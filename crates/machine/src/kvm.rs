@@ -219,7 +219,8 @@ pub struct VmWithMemory {
 }
 
 impl VmWithMemory {
-    /// Adds the interrupt controllers: two PICs with all lines masked, an I/O APIC, and a local APIC for each vCPU to come.
+    /// Adds the interrupt controllers: two PICs with all lines masked, an I/O APIC, and a local
+    /// APIC for each vCPU to come.
     pub fn create_irqchip(self) -> Result<VmWithIrqchip, KvmError> {
         self.fd.create_irq_chip().named("KVM_CREATE_IRQCHIP")?;
         chipset::mask_new_pics(&self.fd)?;

@@ -15,7 +15,8 @@ pub const PVH_MODULES: u64 = 0x6040;
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Top of the stack that a kernel is entered with.
 pub const BOOT_STACK: u64 = 0x8ff0;
-/// Page tables for the 64-bit entry: the level-4 table, then as many pages as needed up to [`BOOT_TABLES_END`].
+/// Page tables for the 64-bit entry: the level-4 table, then as many pages as needed up to
+/// [`BOOT_TABLES_END`].
 pub const BOOT_PML4: u64 = 0x9000;
 /// End of the page tables for the 64-bit entry, at the latest.
 pub const BOOT_TABLES_END: u64 = CMDLINE;

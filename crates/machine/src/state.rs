@@ -2,9 +2,10 @@
 //!
 //! # What is in it
 //!
-//! Everything that a guest could notice but for its memory: vCPUs, what KVM emulates, virtio devices with their transports, serial port,
-//! keyboard, the CMOS clock's index. Requests in flight are in none of it: they were drained. Which interrupt or kick was on its way need not be in it
-//! either (see [`virtio`]).
+//! Everything that a guest could notice but for its memory: vCPUs, what KVM emulates, virtio devices
+//! with their transports, serial port, keyboard, the CMOS clock's index. Requests in flight are in
+//! none of it: they were drained. Which interrupt or kick was on its way need not be in it either
+//! (see [`virtio`]).
 //!
 //! # What is not
 //!

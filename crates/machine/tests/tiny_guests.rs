@@ -69,8 +69,8 @@ fn counting_guest() -> Elf {
     Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])
 }
 
-/// As [`counting_guest`], with interrupts enabled, and without having programmed an interrupt controller or a table of handlers: any
-/// interrupt ends it.
+/// As [`counting_guest`], with interrupts enabled, and without having programmed an interrupt
+/// controller or a table of handlers: any interrupt ends it.
 fn open_guest() -> Elf {
     // sti; mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
     Elf::of(&[0xfb, 0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])

@@ -84,21 +84,24 @@ pub mod feature {
     pub const RING_INDIRECT_DESC: u64 = 1 << 28;
     /// Both sides say at which index they want to be notified.
     pub const RING_EVENT_IDX: u64 = 1 << 29;
-    /// The device conforms to version 1 of the specification. Always offered; it does so for a driver that does not accept it too.
+    /// The device conforms to version 1 of the specification. Always offered; it does so for a
+    /// driver that does not accept it too.
     pub const VERSION_1: u64 = 1 << 32;
 }
 
 /// A field of a device's configuration space that exists only with a feature.
 ///
-/// Before `FEATURES_OK` a driver reads the fields of all features that are offered (2.5.1), afterwards those of the features that it
-/// accepted; all others read as 0. Drivers read past fields that they know, and take what they find there for a part of them.
+/// Before `FEATURES_OK` a driver reads the fields of all features that are offered (2.5.1),
+/// afterwards those of the features that it accepted; all others read as 0. Drivers read past
+/// fields that they know, and take what they find there for a part of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigField {
     /// Its bytes in the configuration space.
     pub bytes: Range<u64>,
     /// The feature bits, one of which it exists with.
     pub feature: u64,
-    /// It only hints at what is quick, so that 0 is a valid value: it is 0 until the driver has accepted the feature.
+    /// It only hints at what is quick, so that 0 is a valid value: it is 0 until the driver has
+    /// accepted the feature.
     pub hint: bool,
 }
 
@@ -135,7 +138,8 @@ pub trait Device: Send {
     /// read as 0. ([`read_bytes`] does this from a byte image.)
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// The fields of the configuration space that exist only with a feature. [`Device::read_config`] gives them in any case.
+    /// The fields of the configuration space that exist only with a feature.
+    /// [`Device::read_config`] gives them in any case.
     fn config_fields(&self) -> &'static [ConfigField] {
         &[]
     }

@@ -32,7 +32,8 @@ const IOAPIC_ID: u8 = 0xfe;
 const BOOT_ARCH_8042: u16 = 1 << 1;
 /// `iapc_boot_arch`: there is no VGA.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
-/// `iapc_boot_arch`: there is no CMOS clock. There is one, for guests that look for it by themselves; Linux has a better clock.
+/// `iapc_boot_arch`: there is no CMOS clock. There is one, for guests that look for it by
+/// themselves; Linux has a better clock.
 const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
 
 /// What is written to the reset register to reset.

@@ -118,7 +118,12 @@ pub(super) fn load(
     copy_to_guest(ram, file, placed.offset, placed.addr, placed.size, "kernel image")?;
     let entry = Entry::Linux64 { address: placed.addr + ENTRY_64, header: Some(header) };
     let end = placed.addr + placed.needed;
-    Ok(LoadedKernel { entry, used: vec![placed.addr..end], end, initrd_limit: placed.initrd_limit })
+    Ok(LoadedKernel {
+        entry,
+        used: std::iter::once(placed.addr..end).collect(),
+        end,
+        initrd_limit: placed.initrd_limit,
+    })
 }
 
 /// Where the protected-mode kernel lies in the file and goes in memory.

@@ -1,8 +1,9 @@
 //! The kernel command line: the user's, with what the machine adds to it.
 //!
-//! Linux hands everything behind a parameter `--` to init and reads none of it, so that additions go before it. Where that parameter
-//! is depends on how Linux splits the line (its `next_arg`): at any white space that is not between double quotes; a parameter that
-//! begins with a quote loses that quote and a closing one.
+//! Linux hands everything behind a parameter `--` to init and reads none of it, so that additions
+//! go before it. Where that parameter is depends on how Linux splits the line (its `next_arg`): at
+//! any white space that is not between double quotes; a parameter that begins with a quote loses
+//! that quote and a closing one.
 
 use memory::GuestRam;
 
@@ -15,7 +16,8 @@ const QUOTE: u8 = b'"';
 
 /// Writes the command line and returns its length without the closing NUL.
 ///
-/// The parameters in `added` go behind those of the kernel in `user` and before the arguments of init.
+/// The parameters in `added` go behind those of the kernel in `user` and before the arguments of
+/// init.
 pub(super) fn write(ram: &GuestRam, user: &str, added: &str) -> Result<usize, BootError> {
     let mut line = join(user, added);
     line.push(0);
@@ -34,7 +36,8 @@ fn join(user: &str, added: &str) -> Vec<u8> {
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(&b' ')
 }
 
-/// The offset of the parameter `--`, or of a last parameter whose quotes are not closed (it would swallow what follows it), or the end.
+/// The offset of the parameter `--`, or of a last parameter whose quotes are not closed (it would
+/// swallow what follows it), or the end.
 fn insertion_point(line: &[u8]) -> usize {
     let mut at = 0;
     loop {
@@ -68,10 +71,7 @@ fn word(line: &[u8]) -> Word<'_> {
         is_space(*byte) && !quoted
     });
     let len = end.unwrap_or(line.len());
-    let text = match &line[..len] {
-        [QUOTE, text @ .., QUOTE] | [QUOTE, text @ ..] => text,
-        text => text,
-    };
+    let ([QUOTE, text @ .., QUOTE] | [QUOTE, text @ ..] | text) = &line[..len];
     Word { len, text, unclosed: quoted }
 }
 
@@ -134,7 +134,8 @@ mod tests {
         assert!(matches!(write(&ram, &user, "y"), Err(BootError::CmdlineTooLong { len: l }) if l == len));
     }
 
-    /// The kernel's own parameters, split the way that Linux documents: a state machine over single bytes.
+    /// The kernel's own parameters, split the way that Linux documents: a state machine over single
+    /// bytes.
     fn kernel_parameters(line: &str) -> Vec<String> {
         let mut parameters = vec![String::new()];
         let mut quoted = false;

@@ -1,8 +1,9 @@
-//! The page tables that a 64-bit kernel is entered with: memory mapped onto itself, in pages of 2 MiB.
+//! The page tables that a 64-bit kernel is entered with: memory mapped onto itself, in pages of 2
+//! MiB.
 //!
-//! Mapped are the first GiB, where boot data is and nearly every kernel, and each GiB that the kernel or its initrd has a byte in. More
-//! is not, so that an ordinary guest has three pages of tables. A kernel that reaches for memory in between maps it itself, as the boot
-//! protocol has it.
+//! Mapped are the first GiB, where boot data is and nearly every kernel, and each GiB that the
+//! kernel or its initrd has a byte in. More is not, so that an ordinary guest has three pages of
+//! tables. A kernel that reaches for memory in between maps it itself, as the boot protocol has it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -71,6 +72,10 @@ mod tests {
         GuestRam::map(2, HugePages::None, false).unwrap()
     }
 
+    fn map(ram: &GuestRam, used: Range<u64>) -> Result<(), BootError> {
+        write_page_tables(ram, std::iter::once(used))
+    }
+
     /// The physical address that the tables give for a virtual one.
     fn translate(ram: &GuestRam, addr: u64) -> Option<u64> {
         let mut table = layout::BOOT_PML4;
@@ -88,7 +93,7 @@ mod tests {
     #[test]
     fn an_ordinary_kernel_has_the_first_gib_in_three_tables() {
         let ram = ram();
-        write_page_tables(&ram, [16 << 20..64 << 20].into_iter()).unwrap();
+        map(&ram, 16 << 20..64 << 20).unwrap();
         for addr in [0, 0x7000, 123 << 20, GIB - 1] {
             assert_eq!(translate(&ram, addr), Some(addr));
         }
@@ -113,10 +118,10 @@ mod tests {
     #[test]
     fn what_the_tables_have_no_room_for_is_refused_with_the_bound() {
         let ram = ram();
-        write_page_tables(&ram, [20 * GIB..41 * GIB - GIB].into_iter()).unwrap();
-        let error = write_page_tables(&ram, [20 * GIB..41 * GIB].into_iter()).unwrap_err();
+        map(&ram, 20 * GIB..40 * GIB).unwrap();
+        let error = map(&ram, 20 * GIB..41 * GIB).unwrap_err();
         assert!(matches!(error, BootError::TooFarApart { gib: 22, max: 21, .. }), "{error}");
-        let error = write_page_tables(&ram, [0..1 << 50].into_iter()).unwrap_err();
+        let error = map(&ram, 0..1 << 50).unwrap_err();
         assert!(matches!(error, BootError::TooFarApart { .. }), "{error}");
     }
 }

@@ -99,8 +99,9 @@ fn pics_are_masked_before_a_guest_runs_and_after_a_restore() {
     assert_eq!(pics(&vm.shared_fd()).map(|pic| pic.imr), [0xff; 2]);
 }
 
-/// Enables its local APIC, leads the timer chip's line to vector 0x40, and says over and over whether an interrupt with that vector
-/// is pending (0 or 1). Interrupts stay disabled, so that it stays pending.
+/// Enables its local APIC, leads the timer chip's line to vector 0x40, and says over and over
+/// whether an interrupt with that vector is pending (0 or 1). Interrupts stay disabled, so that it
+/// stays pending.
 fn watching_guest() -> Elf {
     let store = |address: u32, value: u32| {
         // mov dword [address], value

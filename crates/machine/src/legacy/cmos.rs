@@ -1,13 +1,16 @@
-//! A CMOS clock (MC146818) on ports 0x70 and 0x71: the host's time in UTC, which a guest can read and not set.
+//! A CMOS clock (MC146818) on ports 0x70 and 0x71: the host's time in UTC, which a guest can read
+//! and not set.
 //!
-//! Guests other than Linux read the date from it, and some wait at their start until it says that no update is in progress. There are no
-//! alarms and no interrupts, and memory that keeps anything is not there either: every other register reads 0 and ignores writes. The
-//! ACPI tables go on saying that there is no such clock, so that Linux takes its time from the paravirtual one.
+//! Guests other than Linux read the date from it, and some wait at their start until it says that
+//! no update is in progress. There are no alarms and no interrupts, and memory that keeps anything
+//! is not there either: every other register reads 0 and ignores writes. The ACPI tables go on
+//! saying that there is no such clock, so that Linux takes its time from the paravirtual one.
 //!
 //! # One instant for a whole date
 //!
-//! A guest reads a date register by register once status A says that no update is in progress. All these registers show one instant:
-//! reading status A takes it, and so does reading a register a second time, or one second after.
+//! A guest reads a date register by register once status A says that no update is in progress. All
+//! these registers show one instant: reading status A takes it, and so does reading a register a
+//! second time, or one second after.
 //!
 //! # State
 //!

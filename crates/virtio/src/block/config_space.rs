@@ -89,8 +89,9 @@ impl ConfigSpace {
     }
 }
 
-/// The fields that exist only with a feature. Topology is a hint: Unikraft's driver reads `blk_size` as 8 bytes, before it accepts
-/// anything, and takes what it finds in the topology for the upper half.
+/// The fields that exist only with a feature. Topology is a hint: Unikraft's driver reads
+/// `blk_size` as 8 bytes, before it accepts anything, and takes what it finds in the topology for
+/// the upper half.
 pub(super) const FIELDS: [ConfigField; 7] = [
     ConfigField::new(8..12, feature::SIZE_MAX),
     ConfigField::new(12..16, feature::SEG_MAX),
@@ -122,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_that_depend_on_a_feature_are_those_of_the_specification() {
+    fn conditional_fields_are_those_of_the_specification() {
         let starts = FIELDS.map(|field| field.bytes.start as usize);
         let want = [
             offset_of!(ConfigSpace, size_max),

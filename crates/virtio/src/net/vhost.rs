@@ -235,7 +235,8 @@ impl Vhost {
 
 /// What the kernel is to do for a driver that accepted `accepted`, of what it `can`.
 ///
-/// `VERSION_1` in any case: with it the kernel takes the header of a frame to be 12 bytes, as it is for every driver here.
+/// `VERSION_1` in any case: with it the kernel takes the header of a frame to be 12 bytes, as it is
+/// for every driver here.
 fn kernel_features(accepted: u64, can: u64) -> u64 {
     (accepted | feature::VERSION_1) & can & !LOG_ALL
 }

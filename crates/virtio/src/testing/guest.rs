@@ -313,7 +313,8 @@ impl Guest {
         self.negotiate_without(if event_idx { 0 } else { feature::RING_EVENT_IDX })
     }
 
-    /// What a driver does up to `FEATURES_OK`, with all features but for `without`. Returns those that it accepts.
+    /// What a driver does up to `FEATURES_OK`, with all features but for `without`. Returns those
+    /// that it accepts.
     pub fn negotiate_without(&mut self, without: u64) -> u64 {
         self.reset();
         self.set_status(Status::ACKNOWLEDGE);

@@ -204,8 +204,9 @@ impl Common {
 
     /// Whether the driver accepted nothing but what was offered.
     ///
-    /// A driver should accept `VERSION_1` too, and those of some unikernels do not. For them the device stays as the specification has
-    /// it: registers, rings and the 12-byte header of a network frame are those of version 1, and x86 is little-endian either way.
+    /// A driver should accept `VERSION_1` too, and those of some unikernels do not. For them the
+    /// device stays as the specification has it: registers, rings and the 12-byte header of a
+    /// network frame are those of version 1, and x86 is little-endian either way.
     fn features_fit(&self) -> bool {
         self.driver_features & !self.offered() == 0
     }
@@ -281,7 +282,8 @@ impl Common {
         self.generation_base.wrapping_add(self.device.config_generation())
     }
 
-    /// Reads the configuration space, where a field that depends on a feature is 0 without it ([`ConfigField`]).
+    /// Reads the configuration space, where a field that depends on a feature is 0 without it
+    /// ([`ConfigField`]).
     pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
         self.device.read_config(offset, data);
         let offered = self.offered();

@@ -42,7 +42,7 @@ fn a_driver_reads_and_writes_and_learns_the_serial_number() {
 }
 
 #[test]
-fn a_driver_that_reads_past_a_field_before_it_accepts_features_finds_0() {
+fn a_driver_that_reads_past_the_sector_size_finds_0() {
     for kind in [Kind::Mmio, Kind::Pci] {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 64, IoEngine::Async);

@@ -80,7 +80,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// With interrupts enabled, and neither interrupt controllers nor a table of handlers programmed.
+    /// With interrupts enabled, and neither interrupt controllers nor a table of handlers
+    /// programmed.
     fn a_guest_saved_before_it_programs_its_pic_counts_on(transport) {
         // sti; mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
         let kernel = Elf::of(&[0xfb, 0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc]);
