@@ -84,9 +84,14 @@ pub fn connect(path: &Path, port: u32) -> Result<UnixStream> {
 
 /// As [`connect`]; `None` where the guest refuses.
 pub fn try_connect(path: &Path, port: u32) -> Result<Option<UnixStream>> {
+    try_connect_within(path, port, PATIENCE)
+}
+
+/// As [`try_connect`], with this limit for each wait on the connection.
+pub fn try_connect_within(path: &Path, port: u32, limit: Duration) -> Result<Option<UnixStream>> {
     let mut stream = UnixStream::connect(path).with_context(|| path.display().to_string())?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
     let mut line = Vec::new();
     let mut byte = [0];

@@ -151,7 +151,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let setup = sample::Setup::new(&orders.guest, &disks, &workloads, orders.seconds)?;
     let mut results = Results::new(orders.contestants);
     let mut left_out = String::new();
-    // One round first that does not count: it brings files into the page cache, and shows who cannot take part.
+    // One round first that does not count: it brings files into the page cache.
     for round in 0..=orders.runs {
         let mut index = 0;
         while let Some(contestant) = results.contestant(index) {
@@ -159,7 +159,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             match sample::turn(&setup, contestant) {
                 Ok(samples) if round > 0 => results.add(index, samples),
                 Ok(_) => {}
-                Err(error) if round == 0 && contestant.is_peer() => {
+                Err(error) if contestant.is_peer() => {
                     say!("{} is not measured: {error:#}", contestant.name);
                     left_out += &not_measured(&contestant.name, &format!("{error:#}"));
                     results.exclude(index);

@@ -4,7 +4,7 @@
 //! other: a boot, a restore in a new process, a child of a fork.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
 use vesta_tests::process::Orphans;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
-use vesta_tests::vsock::{connect, port};
+use vesta_tests::vsock::{port, try_connect_within};
 
 use super::{FEWEST_RUNS, Orders, PATIENCE, all_at_once, ms, pause, private_kib};
 use crate::bench::Monitor;
@@ -22,6 +22,8 @@ use crate::bench::rounds::{Turn, interleaved};
 use crate::bench::serving_guest::{SERVING, ServingGuest};
 use crate::process::say;
 
+/// Longest wait for an answer in the first attempt. Each that gets none is given twice as long.
+const FIRST_ATTEMPT: Duration = Duration::from_millis(500);
 /// Where the guest's sockets are, in the directory of each monitor: clones need no override.
 const SOCKET: &str = "v.sock";
 /// The children's.
@@ -195,21 +197,26 @@ fn answered(vmm: &Vmm, asked: Option<Instant>) -> Result<Sample> {
 
 /// One byte there and back, as soon as the guest's program answers.
 ///
-/// Until then there may be no socket, no listener, or a connection that ends: a restored guest resets its connections, those too that were made
-/// before it has come to that.
+/// Until then there may be no socket, no listener, or a connection that ends or answers nothing: a restored guest forgets its connections, those too
+/// that were made before it has come to that.
 fn answer(socket: &Path) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    while let Err(error) = echo(socket) {
+    let mut limit = FIRST_ATTEMPT;
+    while let Err(error) = echo(socket, limit) {
         if Instant::now() > deadline {
             return Err(error).with_context(|| socket.display().to_string());
+        }
+        if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            limit *= 2;
         }
         std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
 }
 
-fn echo(socket: &Path) -> Result<()> {
-    let mut stream = connect(socket, port::ECHO)?;
+fn echo(socket: &Path, limit: Duration) -> Result<()> {
+    let mut stream =
+        try_connect_within(socket, port::ECHO, limit)?.context("the guest refuses the connection")?;
     let mut byte = [7];
     stream.write_all(&byte)?;
     Ok(stream.read_exact(&mut byte)?)
