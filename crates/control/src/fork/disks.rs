@@ -152,14 +152,14 @@ impl<H: Host> Controller<H> {
         self.merges.keep(|path| self.has_overlay(path) || (begun && has_overlay(bases, path)));
     }
 
-    /// Lets the disks have what the guest wrote so far, so that little is left for the moment in which it stands still.
-    pub(crate) fn write_back_disks(&self) {
+    /// Lets the disks have what the guest wrote so far, so that little is left for the moment in which it stands still. Where that fails, the contents of
+    /// the disk are unknown: what it was for cannot be done.
+    pub(crate) fn write_back_disks(&self) -> Result<(), CommandError> {
         for (drive, disk) in self.config.drives.iter().zip(&self.disks) {
-            if let Err(error) = disk.write_back() {
-                // Who has to know finds it again, and says so to the user.
-                log::warn!("drive {}: {error}", drive.drive_id);
-            }
+            disk.write_back()
+                .map_err(|error| CommandError::new(format_args!("drive {}: {error}", drive.drive_id)))?;
         }
+        Ok(())
     }
 
     /// Lets this microVM, which stands still, go on on its new overlays: on all of them, or, if one cannot be opened, on none. Overlays that hold
@@ -204,7 +204,9 @@ impl<H: Host> Controller<H> {
     /// Makes a drive's disk a base, and opens a new overlay on it.
     fn open_on_top(&self, at: usize, base: &Drive, path: &Path) -> Result<(Drive, Disk), CommandError> {
         let drive = on_overlay(base, false, path)?;
-        let opened = self.disks[at].freeze().and_then(|()| Disk::open(&DiskOptions::of(&drive)));
+        // The file was made before the guest was paused, and its name made durable then.
+        let options = DiskOptions { name_is_durable: true, ..DiskOptions::of(&drive) };
+        let opened = self.disks[at].freeze().and_then(|()| Disk::open_with(&options, &self.disk_locks, None));
         match opened {
             Ok(disk) => Ok((drive, disk)),
             Err(error) => {

@@ -84,7 +84,7 @@ impl<H: Host> Controller<H> {
 
         let bases = self.bases();
         saved.apply(&mut bases.clone(), &self.unwritten())?;
-        self.write_back_disks();
+        self.write_back_disks()?;
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(VmState::Paused)?;
@@ -163,9 +163,7 @@ impl<H: Host> Controller<H> {
     /// Lets the disks' files hold what the guest wrote.
     fn sync_disks(&self) -> Result<(), CommandError> {
         for (drive, disk) in self.config.drives.iter().zip(&self.disks) {
-            disk.sync().map_err(|e| {
-                CommandError::new(format_args!("drive {}: cannot sync its disk: {e}", drive.drive_id))
-            })?;
+            disk.sync().map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))?;
         }
         Ok(())
     }

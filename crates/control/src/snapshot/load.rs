@@ -33,7 +33,7 @@ impl<H: Host> Controller<H> {
         // Before the disks, so that it goes after them.
         let mut files = NewFiles::default();
         saved.make_fresh_overlays(load, &mut config, &mut files)?;
-        let disks = open_disks(&config.drives)?;
+        let disks = open_disks(&config.drives, &self.disk_locks, false)?;
         let networks = open_networks(&config.network_interfaces)?;
         let (ram, page_server) = saved.memory(load, &config)?;
         let mut ahead = match load.memory() {
