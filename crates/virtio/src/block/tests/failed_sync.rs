@@ -40,7 +40,7 @@ fn after_any_failed_sync_nothing_vouches_for_the_disk() {
     for engine in ENGINES {
         for with_overlay in [false, true] {
             // A raw disk is not synced when it is closed.
-            for first in 0..if with_overlay { 4 } else { 3 } {
+            for first in SYNCS.iter().take(if with_overlay { 4 } else { 3 }) {
                 let dir = tempfile::tempdir().unwrap();
                 let (base, top) = (base_of(dir.path()), dir.path().join("top"));
                 let options = if with_overlay {
@@ -52,7 +52,7 @@ fn after_any_failed_sync_nothing_vouches_for_the_disk() {
                 rig.write(0, &[1; 512]).unwrap();
                 let written = if with_overlay { &top } else { &base };
                 let _failure = faults::fail(written);
-                let reason = cause(SYNCS[first](&rig.disk).unwrap_err());
+                let reason = cause(first(&rig.disk).unwrap_err());
                 assert_eq!((&reason.path, reason.errno), (written, Errno::IO));
                 for sync in SYNCS {
                     assert_eq!(cause(sync(&rig.disk).unwrap_err()), reason, "the first cause is named");
@@ -319,7 +319,7 @@ fn the_name_of_a_new_overlay_is_durable_when_it_opens() {
         let options = overlaid(&base, path.clone(), vec![], IoEngine::Sync);
         record::take();
         drop(Disk::open(&DiskOptions { name_is_durable, ..options }).unwrap());
-        record::take() == [path.canonicalize().unwrap()]
+        record::take() == [path]
     };
     assert!(names("new", false));
     assert!(names("newer", true), "nobody can have made it durable");
