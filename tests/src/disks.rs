@@ -201,6 +201,11 @@ impl OverlayFile {
         Ok(maps.into_iter().collect::<Result<Vec<_>>>()?.iter().any(|byte| byte[0] >> (sector % 8) & 1 == 1))
     }
 
+    /// Whether its first map, which speaks of durable data only, says that it has this sector.
+    pub fn is_durable(&self, sector: u64) -> Result<bool> {
+        Ok(bytes_at(&self.path, Self::MAPS + sector / 8, 1)?[0] >> (sector % 8) & 1 == 1)
+    }
+
     /// What it has there.
     pub fn bytes(&self, sector: u64, len: usize) -> Result<Vec<u8>> {
         let data = (Self::MAPS + 2 * self.map_len).next_multiple_of(MIB);

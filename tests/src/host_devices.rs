@@ -177,6 +177,33 @@ impl SmallFs {
     }
 }
 
+/// The file system of a block device, mounted nowhere.
+#[derive(Debug)]
+pub struct MountedFs(OwnedFd);
+
+impl MountedFs {
+    /// A new ext4 on `device`.
+    pub fn ext4(device: &Path) -> Result<MountedFs> {
+        only_for_root();
+        output(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(device))?;
+        Self::ext4_as_it_is(device)
+    }
+
+    /// The ext4 that is on `device`.
+    pub fn ext4_as_it_is(device: &Path) -> Result<MountedFs> {
+        only_for_root();
+        let fs = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&fs, "source", device)?;
+        fsconfig_create(&fs).with_context(|| format!("mount {}", device.display()))?;
+        Ok(MountedFs(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?))
+    }
+
+    /// A path to it for other processes, while this value lives.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()))
+    }
+}
+
 /// Waits for a file of `/sys` to go: the kernel takes a device down some time after its last user. Where it stays, the runner says so.
 fn wait_until_gone(path: &Path) {
     let deadline = Instant::now() + Duration::from_secs(10);

@@ -1,5 +1,5 @@
 //! Disks of the host that fail, shrink and fill up: the guest sees an I/O error, everything else goes on, and what is mended works
-//! again.
+//! again. But a flush that failed is final: only another disk can be flushed.
 
 use std::fs::File;
 use std::process::Command;
@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, MIB, disk, drive, with};
-use vesta_tests::guest::{BOOT, SOON};
-use vesta_tests::host_devices::{MappedDevice, SmallFs};
+use vesta_tests::disks::{DiskGuest, MIB, OverlayFile, disk, drive, with};
+use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::host_devices::{LoopDevice, MappedDevice, MountedFs, SmallFs};
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::Vmm;
 
@@ -52,8 +52,10 @@ on_each_transport! {
         let good = drive("good", &disk(guest.dir(), "good", 8)?);
         let writeback = json!({"cache_type": "Writeback"});
         let guest = guest.drive(with(drive("bad", device.path()), &writeback)).drive(good);
-        let write = "until ! dd if=/dev/zero of=/dev/vda bs=4096 seek=1600 count=4 conv=fsync 2>/dev/null; do :; done; echo WRITE FAILS\necho FAILS";
-        let mut vmm = guest.run(&WATCH.replace("echo FAILS", write))?;
+        let flush = "dd if=/dev/zero of=/dev/vda bs=4096 seek=1600 count=4 conv=fsync 2>/dev/null";
+        let write = format!("until ! {flush}; do :; done; echo WRITE FAILS\necho FAILS");
+        let again = format!("{flush} || echo FLUSH STILL FAILS\nuntil {flush}; do usleep 10000; done\ndisk-tool run vda");
+        let mut vmm = guest.run(&WATCH.replace("echo FAILS", &write).replace("disk-tool run vda", &again))?;
         vmm.wait_for_output("READY", BOOT)?;
         device.fail_from(8192)?;
         // What the host has read already, it would not read again.
@@ -62,8 +64,12 @@ on_each_transport! {
         vmm.wait_for_output("WRITE FAILS", BOOT)?;
         still_runs(&vmm)?;
         device.heal()?;
+        vmm.wait_for_output("FLUSH STILL FAILS", BOOT)?;
+        let fresh = disk(vmm.dir(), "fresh", 8)?;
+        vmm.ready_client(SOON)?.patch("/drives/bad", &json!({"drive_id": "bad", "path_on_host": fresh}))?.ok()?;
         let said = said(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
         ensure!(said.contains("drive bad: a read failed"), "the log does not say so: {said}");
+        ensure!(said.contains("its contents are unknown since a flush failed"), "the log does not say why: {said}");
         Ok(())
     }
 
@@ -169,6 +175,57 @@ on_each_transport! {
         said(&mut vmm, &marks.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(())
     }
+}
+
+/// The kernel takes what it could not write for written: with space again, the next sync succeeds. Data is lost then, and no overlay may say that it
+/// has it. Through both engines, on ext4 over a loop device over a file system that is full.
+#[test]
+fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
+    const SECTORS: u64 = 16 * MIB / 512;
+    let small = SmallFs::new(8 * MIB)?;
+    let device = LoopDevice::new(&disk(&small.path(), "device", 96)?)?;
+    let disks = MountedFs::ext4(device.path())?;
+    let mut guest = DiskGuest::new(Transport::Mmio)?;
+    let mut paths = Vec::new();
+    for engine in ["Sync", "Async"] {
+        let path = disks.path().join(engine);
+        let base = disk(guest.dir(), &format!("base{engine}"), 16)?;
+        let fields = json!({"io_engine": engine, "cache_type": "Writeback", "overlay": {"path": path}});
+        guest = guest.drive(with(drive(engine, &base), &fields));
+        paths.push(engine);
+    }
+    // Its size tells the guest that there is space.
+    let go = disk(guest.dir(), "go", 1)?;
+    guest = guest.drive(drive("go", &go));
+    let script = "\
+        tr '\\0' '\\252' < /dev/zero | head -c 16777216 > /data\n\
+        flush() { dd if=/data of=/dev/$1 bs=1M conv=fsync 2>/dev/null; }\n\
+        for d in vda vdb; do flush $d && echo WORKS $d; done\n\
+        echo READY; until [ $(cat /sys/block/vdc/size) = 4096 ]; do usleep 10000; done\n\
+        for d in vda vdb; do flush $d && echo WORKS $d; done\n\
+        echo TRIED; poweroff -f";
+    let mut vmm = guest.mem_mib(128).run(script)?;
+    vmm.wait_for_output("READY", BOOT)?;
+    small.resize(256 * MIB)?;
+    let space = disk(vmm.dir(), "space", 2)?;
+    vmm.ready_client(SOON)?.patch("/drives/go", &json!({"drive_id": "go", "path_on_host": space}))?.ok()?;
+    let said = vesta_tests::disks::said(&mut vmm)?;
+    ensure!(said.contains("TRIED") && !said.contains("WORKS"), "{said}");
+    drop(vmm);
+    // What is on the disk, and not what the host still has in memory.
+    drop(disks);
+    let disks = MountedFs::ext4_as_it_is(device.path())?;
+    for engine in paths {
+        let overlay = OverlayFile::open(&disks.path().join(engine))?;
+        ensure!(!overlay.is_closed()?, "{engine}: it is closed");
+        for sector in 0..SECTORS {
+            ensure!(
+                !overlay.is_durable(sector)? || overlay.bytes(sector, 512)? == [0o252; 512],
+                "{engine}: its durable map has sector {sector}, which does not hold the data"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Forgets what the host has read of a device.

@@ -22,7 +22,7 @@ pub const MAX_OVERLAY_LAYERS: usize = 32;
 
 /// A block device.
 ///
-/// `num_queues`, `io_threads`, `queue_size` and `overlay` are extensions; Firecracker has the other fields.
+/// `num_queues`, `io_threads`, `queue_size`, `overlay` and `lock` are extensions; Firecracker has the other fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
@@ -65,6 +65,10 @@ pub struct Drive {
     /// Where writes go, so that `path_on_host` is only read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
+    /// Whether other monitors are kept from writing to `path_on_host`, and from reading it while this one writes to it; true where absent. False is for
+    /// disks that several microVMs share on purpose, such as those of shared-disk file systems.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lock: Option<bool>,
 }
 
 /// A copy-on-write overlay of a drive.
@@ -203,6 +207,11 @@ impl Drive {
         self.queue_size.unwrap_or(DEFAULT_DRIVE_QUEUE_SIZE)
     }
 
+    /// Whether other monitors are kept from its disk.
+    pub fn lock(&self) -> bool {
+        self.lock.unwrap_or(true)
+    }
+
     /// This drive with the fields of `update` in place of its own, checked.
     ///
     /// Of a rate limiter only the buckets that `update` names are replaced.
@@ -300,6 +309,7 @@ mod tests {
         let drive = parse(r#"{"drive_id":"rootfs","is_root_device":true,"path_on_host":"/r.ext4"}"#);
         assert_eq!(drive.cache_type, CacheType::Unsafe);
         assert_eq!((drive.num_queues(), drive.io_threads(), drive.queue_size()), (1, 1, 256));
+        assert!(drive.lock());
         assert_eq!(
             serde_json::to_string(&drive).unwrap(),
             r#"{"drive_id":"rootfs","is_root_device":true,"partuuid":null,"cache_type":"Unsafe","is_read_only":false,"path_on_host":"/r.ext4","rate_limiter":null,"io_engine":null,"socket":null}"#
@@ -322,8 +332,9 @@ mod tests {
         let drive = parse(
             r#"{"drive_id":"d_1","is_root_device":false,"path_on_host":"x","is_read_only":true,"cache_type":"Writeback",
                 "io_engine":"Sync","partuuid":"0eaa91a0-01","num_queues":4,"io_threads":1,"queue_size":512,
-                "rate_limiter":{"ops":{"size":1,"refill_time":100}},"overlay":{"path":"o","layers":["a"],"size_mib":5}}"#,
+                "rate_limiter":{"ops":{"size":1,"refill_time":100}},"overlay":{"path":"o","layers":["a"],"size_mib":5},"lock":false}"#,
         );
+        assert!(!drive.lock());
         assert_eq!(drive.io_engine, Some(IoEngine::Sync));
         assert_eq!(drive.cache_type, CacheType::Writeback);
         assert_eq!(drive.overlay.unwrap().layers, [PathBuf::from("a")]);
@@ -383,14 +394,17 @@ mod tests {
             size in 4u32..=10,
             read_only: bool,
             writeback: bool,
+            lock: Option<bool>,
         ) {
             let mut drive = parse(r#"{"drive_id":"d","is_root_device":false,"path_on_host":"x"}"#);
             drive.num_queues = Some(queues);
             drive.queue_size = Some(1 << size);
             drive.is_read_only = read_only;
             drive.cache_type = if writeback { CacheType::Writeback } else { CacheType::Unsafe };
+            drive.lock = lock;
             drive.check().unwrap();
             let json = serde_json::to_string(&drive).unwrap();
+            prop_assert_eq!(json.contains("\"lock\""), lock.is_some());
             prop_assert_eq!(parse(&json), drive);
         }
     }

@@ -120,10 +120,13 @@ fn drive() -> impl Strategy<Value = Drive> {
     }));
     (
         (partuuid, cache_type, any::<bool>(), path(), rate_limiter()),
-        (io_engine, queues, prop::option::of(overlay())),
+        (io_engine, queues, prop::option::of(overlay()), any::<Option<bool>>()),
     )
         .prop_map(
-            |((partuuid, cache_type, is_read_only, path, rate_limiter), (io_engine, queues, overlay))| {
+            |(
+                (partuuid, cache_type, is_read_only, path, rate_limiter),
+                (io_engine, queues, overlay, lock),
+            )| {
                 let (num_queues, io_threads, queue_size) = match queues {
                     Some((queues, threads, size)) => (Some(queues), threads, size),
                     None => (None, None, None),
@@ -142,6 +145,7 @@ fn drive() -> impl Strategy<Value = Drive> {
                     io_threads: io_threads.filter(|_| overlay.is_none()),
                     queue_size,
                     overlay,
+                    lock,
                 }
             },
         )

@@ -19,7 +19,11 @@ impl<H: Host> Controller<H> {
     /// Disks without an overlay have what was written to them already; what the guest did not flush is the kernel's to write, as of any file.
     pub fn close_disks(&self, patience: Duration) {
         // Of a machine that was lost nobody knows what it still does.
-        if matches!(self.state, State::Lost) || !self.disks.iter().any(Disk::has_overlay) {
+        if matches!(self.state, State::Lost) {
+            return;
+        }
+        self.report_unknown_disks();
+        if !self.disks.iter().any(Disk::has_overlay) {
             return;
         }
         let begun = Instant::now();
@@ -30,7 +34,7 @@ impl<H: Host> Controller<H> {
         let (reply, replies) = mpsc::channel();
         let mut left: Vec<String> = Vec::new();
         for (drive, disk) in self.config.drives.iter().zip(&self.disks) {
-            if !disk.has_overlay() {
+            if !disk.has_overlay() || disk.check().is_err() {
                 continue;
             }
             let id = drive.drive_id.clone();
@@ -59,6 +63,15 @@ impl<H: Host> Controller<H> {
             log::error!(
                 "drive {id}: its overlay could not be closed in time; what was not flushed may be lost if the host goes down"
             );
+        }
+    }
+
+    /// Says which disks hold nobody knows what: they cannot be closed, and those without an overlay are not, but whoever uses them next has to know.
+    fn report_unknown_disks(&self) {
+        for (drive, disk) in self.config.drives.iter().zip(&self.disks) {
+            if let Err(unknown) = disk.check() {
+                log::error!("drive {}: {unknown}", drive.drive_id);
+            }
         }
     }
 }

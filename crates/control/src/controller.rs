@@ -33,7 +33,7 @@ use machine::{EventSink, MachineEvent, Paused, Running, Setup, VcpuFault};
 use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 use virtio::block::Replaced;
-use virtio::block::disk::{Disk, DiskOptions};
+use virtio::block::disk::{Disk, DiskOptions, FileLocks};
 use virtio::net::NetBackend;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
@@ -123,6 +123,8 @@ pub struct Controller<H> {
     pub(crate) serial_output: Option<Output>,
     /// The disks of `config.drives`, in the same order, opened when they were set.
     pub(crate) disks: Vec<Disk>,
+    /// What keeps other monitors from them.
+    pub(crate) disk_locks: FileLocks,
     /// What the guest can learn, and the way to it that `config.mmds_config` says.
     pub(crate) metadata: Metadata,
     /// The networks of `config.network_interfaces`, in the same order, opened when they were set.
@@ -173,6 +175,7 @@ impl<H: Host> Controller<H> {
             boot_files: None,
             serial_output: None,
             disks: Vec::new(),
+            disk_locks: FileLocks::default(),
             metadata: Metadata::new(platform.mmds_size_limit),
             networks: Vec::new(),
             settling: Vec::new(),
@@ -415,7 +418,7 @@ impl<H: Host> Controller<H> {
         check_drives(&drives)?;
         match at {
             None => {
-                let disk = self.open_disk(drive)?;
+                let disk = self.open_disk(drive, None)?;
                 self.disks.push(disk);
             }
             Some(at) => self.reopen_disk(at, drive)?,
@@ -428,7 +431,7 @@ impl<H: Host> Controller<H> {
     /// and opened again should the new one fail.
     fn reopen_disk(&mut self, at: usize, drive: &Drive) -> Result<(), CommandError> {
         drop(self.disks.remove(at));
-        let error = match self.open_disk(drive) {
+        let error = match self.open_disk(drive, None) {
             Ok(disk) => {
                 self.disks.insert(at, disk);
                 return Ok(());
@@ -436,7 +439,7 @@ impl<H: Host> Controller<H> {
             Err(error) => error,
         };
         let old = self.config.drives[at].clone();
-        match self.open_disk(&old) {
+        match self.open_disk(&old, None) {
             Ok(disk) => self.disks.insert(at, disk),
             Err(gone) => {
                 log::error!("{gone}; there is no such drive any more");
@@ -447,9 +450,9 @@ impl<H: Host> Controller<H> {
     }
 
     /// Opens the disk of a drive, on a file system that may take long.
-    fn open_disk(&mut self, drive: &Drive) -> Result<Disk, CommandError> {
-        let drive = drive.clone();
-        self.task(None, move |_| open_disk(&drive))?
+    fn open_disk(&mut self, drive: &Drive, replaces: Option<Disk>) -> Result<Disk, CommandError> {
+        let (drive, locks) = (drive.clone(), self.disk_locks.clone());
+        self.task(None, move |_| open_disk(&drive, &locks, replaces.as_ref()))?
     }
 
     /// Waits for requests in flight on disks that were replaced.
@@ -494,7 +497,7 @@ impl<H: Host> Controller<H> {
         let same = self.disks[at].has_overlay()
             && DiskOptions::of(&drive) == DiskOptions::of(&self.config.drives[at]);
         if (update.path_on_host.is_some() || update.overlay.is_some()) && !same {
-            let disk = self.open_disk(&drive)?;
+            let disk = self.open_disk(&drive, Some(self.disks[at].clone()))?;
             let replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
             self.merges.give_up(&update.drive_id);
             self.disks[at] = disk;
@@ -735,15 +738,24 @@ pub(crate) fn open_networks(networks: &[NetworkInterface]) -> Result<Vec<NetBack
     networks.iter().map(|network| NetBackend::open_existing(network).map_err(CommandError::new)).collect()
 }
 
-/// Opens the disk of a drive. The error names the drive.
-fn open_disk(drive: &Drive) -> Result<Disk, CommandError> {
+/// Opens the disk of a drive, in place of the one that it `replaces`. The error names the drive.
+fn open_disk(drive: &Drive, locks: &FileLocks, replaces: Option<&Disk>) -> Result<Disk, CommandError> {
     let named = |error| CommandError::new(format_args!("drive {}: {error}", drive.drive_id));
-    Disk::open(&DiskOptions::of(drive)).map_err(named)
+    Disk::open_with(&DiskOptions::of(drive), locks, replaces).map_err(named)
 }
 
-/// Opens the disks of these drives.
-pub(crate) fn open_disks(drives: &[Drive]) -> Result<Vec<Disk>, CommandError> {
-    drives.iter().map(open_disk).collect()
+/// Opens the disks of these drives. `names_are_durable` is whether the names of new, empty overlay files are.
+pub(crate) fn open_disks(
+    drives: &[Drive],
+    locks: &FileLocks,
+    names_are_durable: bool,
+) -> Result<Vec<Disk>, CommandError> {
+    let open = |drive: &Drive| {
+        let options = DiskOptions { name_is_durable: names_are_durable, ..DiskOptions::of(drive) };
+        Disk::open_with(&options, locks, None)
+            .map_err(|error| CommandError::new(format_args!("drive {}: {error}", drive.drive_id)))
+    };
+    drives.iter().map(open).collect()
 }
 
 fn serial_limit(config: &FullVmConfig) -> RateLimiterConfig {

@@ -70,6 +70,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     cache_type: CacheType::Unsafe,
                     engine: Some(engine),
                     overlay,
+                    io_threads: 1,
+                    lock: true,
+                    name_is_durable: true,
                 })?;
                 for depth in [1, 32] {
                     device(&name, &disk, patience, write, depth)?;

@@ -194,8 +194,12 @@ impl<H: Host> Controller<H> {
     /// Makes a drive's disk a base, and opens a new overlay on it.
     fn open_on_top(&mut self, at: usize, base: &Drive, path: &Path) -> Result<(Drive, Disk), CommandError> {
         let drive = on_overlay(base, false, path)?;
-        let (disk, options) = (self.disks[at].clone(), DiskOptions::of(&drive));
-        match self.task(None, move |_| disk.freeze().and_then(|()| Disk::open(&options)))? {
+        // The file was made before the guest was paused, and its name made durable then.
+        let options = DiskOptions { name_is_durable: true, ..DiskOptions::of(&drive) };
+        let (disk, locks) = (self.disks[at].clone(), self.disk_locks.clone());
+        let opened =
+            self.task(None, move |_| disk.freeze().and_then(|()| Disk::open_with(&options, &locks, None)))?;
+        match opened {
             Ok(disk) => Ok((drive, disk)),
             Err(error) => {
                 self.thaw(at);
@@ -233,15 +237,13 @@ impl<H: Host> Controller<H> {
     }
 }
 
-/// Lets the disks have what the guest wrote so far, so that little is left for the moment in which
-/// it stands still.
-pub(crate) fn write_back_disks(disks: &[(String, Disk)]) {
+/// Writes back what the guest wrote so far, so that little is left to sync while it is paused. Where
+/// that fails the contents of the disk are unknown, and what it was for fails as well.
+pub(crate) fn write_back_disks(disks: &[(String, Disk)]) -> Result<(), CommandError> {
     for (drive_id, disk) in disks {
-        if let Err(error) = disk.write_back() {
-            // Who has to know finds it again, and says so to the user.
-            log::warn!("drive {drive_id}: {error}");
-        }
+        disk.write_back().map_err(|error| CommandError::new(format_args!("drive {drive_id}: {error}")))?;
     }
+    Ok(())
 }
 
 fn has_overlay(drives: &[Drive], path: &Path) -> bool {

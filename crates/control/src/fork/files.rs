@@ -1,5 +1,5 @@
 //! Files for new overlays: made empty before anything stops, so that a name that cannot be had, or that another microVM takes in this very
-//! moment, is found then; removed again where they are not needed.
+//! moment, is found then; removed again where they are not needed. Their names are durable before anything names them: a configuration, a state file, an answer.
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
@@ -7,14 +7,29 @@ use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use virtio::block::disk::make_name_durable;
+
 use crate::CommandError;
 
 /// Most tries for a free name.
 const MAX_NAMES: u32 = 100_000;
 
+/// Makes the name of a file durable.
+type MakeDurable = fn(&Path) -> std::io::Result<()>;
+
 /// Files that were made for one command. Those that nobody keeps are removed with this value.
-#[derive(Debug, Default)]
-pub(crate) struct NewFiles(Vec<PathBuf>);
+#[derive(Debug)]
+pub(crate) struct NewFiles {
+    paths: Vec<PathBuf>,
+    /// Another one in tests.
+    make_durable: MakeDurable,
+}
+
+impl Default for NewFiles {
+    fn default() -> Self {
+        NewFiles { paths: Vec::new(), make_durable: make_name_durable }
+    }
+}
 
 impl NewFiles {
     /// A file at a path that the user named. An empty one may be there already.
@@ -25,7 +40,10 @@ impl NewFiles {
         match self.make(path) {
             Ok(()) => Ok(path.to_owned()),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => match std::fs::metadata(path) {
-                Ok(file) if file.is_file() && file.len() == 0 => Ok(path.to_owned()),
+                Ok(file) if file.is_file() && file.len() == 0 => match (self.make_durable)(path) {
+                    Ok(()) => Ok(path.to_owned()),
+                    Err(error) => Err(failed(&format_args!("cannot be made durable: {error}"))),
+                },
                 _ => Err(failed(&"exists already")),
             },
             Err(error) => Err(failed(&format_args!("cannot be made: {error}"))),
@@ -60,13 +78,13 @@ impl NewFiles {
 
     fn make(&mut self, path: &Path) -> std::io::Result<()> {
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-        self.0.push(path.to_owned());
-        Ok(())
+        self.paths.push(path.to_owned());
+        (self.make_durable)(path)
     }
 
     /// Leaves those that are `used`.
     pub(crate) fn keep(mut self, used: impl Fn(&Path) -> bool) {
-        self.0.retain(|path| !used(path));
+        self.paths.retain(|path| !used(path));
     }
 
     /// Leaves those that somebody has begun to use.
@@ -77,7 +95,7 @@ impl NewFiles {
 
 impl Drop for NewFiles {
     fn drop(&mut self) {
-        for path in &self.0 {
+        for path in &self.paths {
             // One that is gone is what is wanted.
             let _ = std::fs::remove_file(path);
         }
@@ -100,6 +118,40 @@ mod tests {
         let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
         names.sort();
         names
+    }
+
+    thread_local! {
+        static DURABLE: std::cell::RefCell<Vec<PathBuf>> = const { std::cell::RefCell::new(Vec::new()) };
+    }
+
+    #[test]
+    fn the_name_of_a_new_file_is_durable_before_it_is_given_out() {
+        let home = tempfile::tempdir().unwrap();
+        let note: MakeDurable = |path| {
+            assert!(path.exists());
+            DURABLE.with_borrow_mut(|names| names.push(path.to_owned()));
+            Ok(())
+        };
+        let mut files = NewFiles { paths: Vec::new(), make_durable: note };
+        let numbered = files.numbered("d", &home.path().join("disk"), &BTreeSet::new()).unwrap();
+        let given = files.given("d", &home.path().join("given")).unwrap();
+        let empty = home.path().join("empty");
+        std::fs::write(&empty, "").unwrap();
+        files.given("d", &empty).unwrap();
+        assert_eq!(DURABLE.take(), [numbered, given, empty]);
+    }
+
+    #[test]
+    fn a_file_whose_name_cannot_be_made_durable_is_refused_and_removed() {
+        let home = tempfile::tempdir().unwrap();
+        let fail: MakeDurable = |_| Err(std::io::Error::from_raw_os_error(5));
+        let mut files = NewFiles { paths: Vec::new(), make_durable: fail };
+        let stem = home.path().join("disk");
+        let error = files.numbered("d", &stem, &BTreeSet::new()).unwrap_err();
+        assert!(error.to_string().contains("os error 5"), "{error}");
+        assert!(files.given("d", &home.path().join("given")).is_err());
+        drop(files);
+        assert!(names(home.path()).is_empty());
     }
 
     #[test]

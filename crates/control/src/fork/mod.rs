@@ -20,6 +20,7 @@
 //!
 //! - What can be found wrong before the guest stands still is found then. What is found wrong later leaves this microVM running, on
 //!   its old disks or on overlays of them.
+//! - A disk whose contents are unknown, because a sync of it failed, is no base: nothing is forked before it is replaced.
 //! - A child that cannot begin ends, and its report says why. The others live, and its overlays are removed.
 //! - With dirty pages tracked, a child's first Diff has all that its parent's next one would have had, and more: what a live snapshot that is
 //!   being written has taken.
@@ -141,7 +142,7 @@ impl<H: Host> Controller<H> {
         let bases = self.bases();
         plan.apply(&mut bases.clone(), &self.unwritten())?;
         let disks = self.disks_by_id();
-        self.task(None, move |_| write_back_disks(&disks))?;
+        self.task(None, move |_| write_back_disks(&disks))??;
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(config::VmState::Paused)?;
@@ -264,7 +265,8 @@ impl<H: Host> Controller<H> {
         resume: bool,
     ) -> Result<(), CommandError> {
         let Inheritance { state, ram } = inheritance;
-        self.disks = open_disks(&self.config.drives)?;
+        // Its parent made the files of its overlays, and their names durable.
+        self.disks = open_disks(&self.config.drives, &self.disk_locks, true)?;
         self.vsock = self
             .config
             .vsock

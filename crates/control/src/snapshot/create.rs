@@ -99,7 +99,7 @@ impl<H: Host> Controller<H> {
         let bases = self.bases();
         saved.apply(&mut bases.clone(), &self.unwritten())?;
         let disks = self.disks_by_id();
-        self.task(None, move |_| write_back_disks(&disks))?;
+        self.task(None, move |_| write_back_disks(&disks))??;
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
         self.set_vm_state(VmState::Paused)?;
@@ -181,7 +181,7 @@ impl<H: Host> Controller<H> {
 fn sync_disks(disks: &[(String, Disk)], token: &Token) -> Result<(), CommandError> {
     for (id, disk) in disks {
         token.check()?;
-        disk.sync().map_err(|e| CommandError::new(format_args!("drive {id}: cannot sync its disk: {e}")))?;
+        disk.sync().map_err(|e| CommandError::new(format_args!("drive {id}: {e}")))?;
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ use machine::{Paused, Restore, layout};
 use memory::GuestRam;
 use memory::image;
 use memory::page_server::PageServer;
-use virtio::block::disk::Disk;
+use virtio::block::disk::{Disk, FileLocks};
 use virtio::net::NetBackend;
 
 use super::Saved;
@@ -38,7 +38,9 @@ impl<H: Host> Controller<H> {
             )));
         }
         let (of_task, here) = (load.clone(), self.config.clone());
-        let opened = self.task(Some(&job_of(load)), move |token| Opened::open(&of_task, &here, token))??;
+        let locks = self.disk_locks.clone();
+        let opened =
+            self.task(Some(&job_of(load)), move |token| Opened::open(&of_task, &here, &locks, token))??;
         let Opened { saved, config, files, disks, networks, ram, page_server, mut ahead } = opened;
         let serial = self.serial_for(&config)?;
         let events = self.events.try_clone().map_err(CommandError::new)?;
@@ -123,14 +125,19 @@ struct Opened {
 impl Opened {
     /// Reads the state file and opens what it and `load` name. `here` is what this process was told
     /// already.
-    fn open(load: &SnapshotLoad, here: &FullVmConfig, token: &Token) -> Result<Self, CommandError> {
+    fn open(
+        load: &SnapshotLoad,
+        here: &FullVmConfig,
+        locks: &FileLocks,
+        token: &Token,
+    ) -> Result<Self, CommandError> {
         let saved = Saved::load(&load.snapshot_path).map_err(CommandError::new)?;
         token.check()?;
         let mut config = saved.config(load, here)?;
         // Before the disks, so that it goes after them.
         let mut files = NewFiles::default();
         saved.make_fresh_overlays(load, &mut config, &mut files)?;
-        let disks = open_disks(&config.drives)?;
+        let disks = open_disks(&config.drives, locks, false)?;
         let networks = open_networks(&config.network_interfaces)?;
         token.check()?;
         let (ram, page_server) = saved.memory(load, &config, token)?;

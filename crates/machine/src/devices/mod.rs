@@ -399,6 +399,7 @@ mod tests {
             io_threads: None,
             queue_size: None,
             overlay: None,
+            lock: None,
         };
         let disk = Disk::open(&virtio::block::disk::DiskOptions::of(&drive)).unwrap();
         (drive, disk)

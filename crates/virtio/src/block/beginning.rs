@@ -4,7 +4,8 @@
 //! how far its map can be trusted should this session not be closed. So the first change waits until that is written (and durable,
 //! where flushes wait for the disk), and those that come meanwhile wait with it. A disk that is only opened changes nothing.
 //!
-//! An error is that of all changes that wait; the next one tries again.
+//! An error is that of all changes that wait; the next one tries again. But once a sync has failed, of this or of anything else, no session
+//! begins any more: it would take the place of what says that the contents are unknown.
 
 use rustix::io::Errno;
 
@@ -33,14 +34,29 @@ enum Phase {
 }
 
 impl Beginning {
-    /// Lets a change wait.
-    pub(super) fn wait(&mut self, change: Waiting, file: u8, top: &Top, engine: &mut Engine<Tag>) {
+    /// Lets a change wait. Gives it back where no session can begin any more.
+    pub(super) fn wait(
+        &mut self,
+        change: Waiting,
+        file: u8,
+        top: &Top,
+        engine: &mut Engine<Tag>,
+    ) -> Result<(), Waiting> {
+        if !top.health().is_known() && self.phase == Phase::Idle {
+            return Err(change);
+        }
         self.waiting.push(change);
         if self.phase == Phase::Idle {
             self.phase = Phase::Write;
             let (offset, bytes) = top.beginning();
             engine.push(Transfer::write_bytes(file, offset, bytes, Tag::Begin));
         }
+        Ok(())
+    }
+
+    /// Whether the session is being synced.
+    pub(super) fn is_syncing(&self) -> bool {
+        self.phase == Phase::Sync
     }
 
     /// Takes in the end of a step. When it was the last one: how that went, and the changes that waited.
@@ -51,12 +67,14 @@ impl Beginning {
         top: &Top,
         engine: &mut Engine<Tag>,
     ) -> Option<(Result<(), Errno>, Vec<Waiting>)> {
-        if result.is_ok() && self.phase == Phase::Write && top.waits_for_disk() {
+        if result.is_ok() && self.phase == Phase::Write && top.health().is_known() && top.waits_for_disk() {
             self.phase = Phase::Sync;
             engine.push(Transfer::sync(file, Tag::Begin));
             return None;
         }
         self.phase = Phase::Idle;
+        let known = if top.health().is_known() { Ok(()) } else { Err(Errno::IO) };
+        let result = result.and(known);
         if result.is_ok() {
             top.has_begun();
         }

@@ -15,6 +15,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::engine::{Done, Op, Progress, Transfer};
+use super::health::sync_data;
 
 /// Bytes that are moved before whoever waits for the first of them gets a chance to be told.
 pub(super) const TURN: u64 = 128 << 10;
@@ -64,7 +65,7 @@ pub(super) fn carry_out<T>(transfer: &mut Transfer<T>, files: &[Arc<File>]) -> R
     loop {
         let result = match transfer.op() {
             Op::Read | Op::Write => read_or_write(transfer, file),
-            Op::Sync => errno_of(rustix::fs::fdatasync(file)),
+            Op::Sync => errno_of(sync_data(file)),
             Op::PunchHole => {
                 let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 errno_of(rustix::fs::fallocate(file, mode, transfer.offset(), transfer.left()))

@@ -8,19 +8,23 @@
 //!
 //! `machine` opens disks, on main: when a drive is attached, and when its path is replaced.
 
+#[cfg(test)]
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use config::{CacheType, Drive, IoEngine};
-use rustix::fs::{OFlags, SeekFrom};
 
-use super::SECTOR;
+use super::base::Base;
 use super::direct::DirectEngine;
 use super::engine::{Engine, Patience};
-use super::overlay::{Lower, OverlayError, Top};
+pub use super::health::ContentsUnknown;
+use super::health::DiskHealth;
+use super::lock::Mode;
+pub use super::lock::{FileLocks, LockError};
+pub use super::name::make_name_durable;
+use super::overlay::{Lower, OverlayError, Top, TopOptions};
 use super::queue::{DiskQueue, Tag};
 #[cfg(any(test, feature = "testing"))]
 use super::settled::SettledRing;
@@ -54,6 +58,12 @@ pub enum DiskError {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// Another monitor uses it.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A sync of it failed before.
+    #[error(transparent)]
+    ContentsUnknown(#[from] ContentsUnknown),
     /// An overlay does not open.
     #[error(transparent)]
     Overlay(#[from] OverlayError),
@@ -78,6 +88,12 @@ pub struct DiskOptions {
     pub engine: Option<IoEngine>,
     /// Where writes go instead.
     pub overlay: Option<config::Overlay>,
+    /// Most queues that serve it at a time.
+    pub io_threads: u16,
+    /// Whether other monitors are kept from it while it is in use.
+    pub lock: bool,
+    /// Whether the directory entry of a new, empty overlay file is known to be durable. If not, it is made so.
+    pub name_is_durable: bool,
 }
 
 impl DiskOptions {
@@ -89,6 +105,9 @@ impl DiskOptions {
             cache_type: drive.cache_type,
             engine: drive.io_engine,
             overlay: drive.overlay.clone(),
+            io_threads: drive.io_threads(),
+            lock: drive.lock(),
+            name_is_durable: false,
         }
     }
 }
@@ -96,7 +115,6 @@ impl DiskOptions {
 /// An open disk.
 #[derive(Debug, Clone)]
 pub struct Disk {
-    path: PathBuf,
     stack: Arc<Stack>,
     read_only: bool,
     cache_type: CacheType,
@@ -107,24 +125,28 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens a disk and the overlays on it.
+    /// Opens a disk and the overlays on it, for a process that has no other disks.
     pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
-        let engine = match options.engine {
-            Some(IoEngine::Async) => {
-                Uring::<()>::new(Vec::new(), Patience::None)?;
-                IoEngine::Async
-            }
-            Some(IoEngine::Sync) => IoEngine::Sync,
-            None => match Uring::<()>::new(Vec::new(), Patience::None) {
-                Ok(_) => IoEngine::Async,
-                Err(error) => {
-                    log::info!("disks use io_engine Sync: {error}");
-                    IoEngine::Sync
-                }
-            },
-        };
-        let (base, size) = open_base(&options.path, options.read_only || options.overlay.is_some())?;
-        let mut stack = Stack::new(Arc::new(base), size);
+        Self::open_with(options, &FileLocks::default(), None)
+    }
+
+    /// Opens a disk and the overlays on it.
+    ///
+    /// `locks` are those of this process's disks. `replaces` is the disk in whose place it comes: where both are the same file, contents
+    /// that are unknown stay so.
+    pub fn open_with(
+        options: &DiskOptions,
+        locks: &FileLocks,
+        replaces: Option<&Disk>,
+    ) -> Result<Self, DiskError> {
+        let engine = engine_of(options)?;
+        let base = Arc::new(Base::open(options, locks)?);
+        let same = replaces.filter(|old| base.takes_writes_of(old.stack.base()));
+        let health = same.map_or_else(
+            || DiskHealth::new(options.overlay.as_ref().map_or(&options.path, |overlay| &overlay.path)),
+            |old| Arc::clone(old.stack.health()),
+        );
+        let mut stack = Stack::new(base, Arc::clone(&health));
         if let Some(overlay) = &options.overlay {
             let unreadable = |source| DiskError::Read { path: options.path.clone(), source };
             for path in &overlay.layers {
@@ -135,13 +157,17 @@ impl Disk {
             if options.read_only {
                 stack.push_lower(Lower::open(&overlay.path, beneath)?);
             } else {
-                let size = overlay.size_mib.map(|mib| mib << 20);
-                let wait_for_disk = options.cache_type == CacheType::Writeback;
-                stack.set_top(Top::open(&overlay.path, beneath, &stack.files(), size, wait_for_disk)?);
+                let options = TopOptions {
+                    below: &stack.files(),
+                    size: overlay.size_mib.map(|mib| mib << 20),
+                    wait_for_disk: options.cache_type == CacheType::Writeback,
+                    name_is_durable: options.name_is_durable,
+                    health,
+                };
+                stack.set_top(Top::open(&overlay.path, beneath, options)?);
             }
         }
         Ok(Disk {
-            path: options.path.clone(),
             stack: Arc::new(stack),
             read_only: options.read_only,
             cache_type: options.cache_type,
@@ -187,7 +213,7 @@ impl Disk {
 
     /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
     pub fn queue(&self, patience: Patience) -> Result<DiskQueue, DiskError> {
-        let files = self.files();
+        let files = self.stack.files_of_queue();
         #[cfg(any(test, feature = "testing"))]
         if self.settled && self.engine == IoEngine::Async {
             return Ok(self.queue_with(Engine::Settled(SettledRing::new(files)?)));
@@ -202,48 +228,72 @@ impl Disk {
         Ok(self.queue_with(engine))
     }
 
-    /// As [`queue`](Self::queue), with an engine for [`files`](Self::files).
+    /// As [`queue`](Self::queue), with an engine for the files of the stack.
     pub(super) fn queue_with(&self, engine: Engine<Tag>) -> DiskQueue {
         let flush = self.cache_type == CacheType::Writeback && !self.read_only;
         DiskQueue::new(Arc::clone(&self.stack), engine, flush)
     }
 
     /// The files that an engine works on, by number.
+    #[cfg(test)]
     pub(super) fn files(&self) -> Vec<Arc<File>> {
         self.stack.files()
     }
 
+    /// Fails once the disk's contents are unknown: a sync of it failed.
+    pub fn check(&self) -> Result<(), ContentsUnknown> {
+        self.stack.health().check()
+    }
+
+    /// The files for one more queue, by number.
+    #[cfg(test)]
+    pub(super) fn files_of_queue(&self) -> Vec<Arc<File>> {
+        self.stack.files_of_queue()
+    }
+
     /// Makes the files hold all that the disk does, and durable if flushes wait for the disk. Blocks; for the moments in which
     /// no request is in flight, such as a snapshot.
-    pub fn sync(&self) -> io::Result<()> {
-        if self.read_only {
-            return Ok(());
-        }
+    pub fn sync(&self) -> Result<(), DiskError> {
+        self.check()?;
         match self.stack.top() {
-            Some(top) => top.sync(),
-            None if self.cache_type == CacheType::Writeback => {
-                Ok(rustix::fs::fdatasync(&self.stack.files()[0])?)
+            Some(top) => Ok(top.sync("a sync of the paused microVM's disk")?),
+            None => self.sync_base("a sync of the paused microVM's disk"),
+        }
+    }
+
+    /// Makes what was written to a plain disk durable, if flushes wait for it.
+    fn sync_base(&self, what: &'static str) -> Result<(), DiskError> {
+        match self.stack.base().sync_file() {
+            Some(file) if self.cache_type == CacheType::Writeback => {
+                Ok(self.stack.health().sync(file, what)?)
             }
-            None => Ok(()),
+            _ => Ok(()),
         }
     }
 }
 
 impl Disk {
     /// Ends its use in order: an overlay is closed, so that it holds on any host what was written to it (durable, if flushes wait for the
-    /// disk). A plain disk has what was written to it already, as far as it is promised. Blocks. No request is in flight.
+    /// disk). A plain disk has what was written to it already, as far as it is promised. Blocks. No request is in flight. An error
+    /// if the disk's contents are unknown.
     pub fn close(&self) -> Result<(), DiskError> {
+        self.check()?;
         self.stack.top().map_or(Ok(()), |top| Ok(top.close()?))
     }
 
     /// Makes its files a base that others can put overlays on: they hold all that the disk does (durable if flushes wait for the
-    /// disk), and an overlay is let go. Blocks. No request is in flight, and none may come any more: whoever used this disk goes on with
+    /// disk), and may be read by others. Blocks. No request is in flight, and none may come any more: whoever used this disk goes on with
     /// an overlay on it.
     pub fn freeze(&self) -> Result<(), DiskError> {
-        match self.stack.top() {
-            Some(top) => Ok(top.freeze()?),
-            None => self.sync().map_err(|source| DiskError::Read { path: self.path.clone(), source }),
+        self.check()?;
+        if let Some(top) = self.stack.top() {
+            return Ok(top.freeze()?);
         }
+        self.sync_base("the sync of a disk that becomes a base")?;
+        if !self.read_only {
+            self.stack.base().set_lock(Mode::Shared)?;
+        }
+        Ok(())
     }
 
     /// Whether its writes go to an overlay that holds nothing yet: what lies below is all that there is.
@@ -253,51 +303,49 @@ impl Disk {
 
     /// The layers that are only read, to be merged into the blank file at `path` on another thread. Requests may come meanwhile.
     pub fn merge_layers(&self, path: &Path) -> Result<LayerMerge, DiskError> {
+        self.check()?;
         self.stack.merge_layers(path)
     }
 
     /// Lets the disk itself have what was written so far, if flushes wait for it, so that a freeze soon after waits for little. Blocks;
     /// requests may come meanwhile.
-    pub fn write_back(&self) -> io::Result<()> {
+    pub fn write_back(&self) -> Result<(), DiskError> {
+        self.check()?;
         if self.read_only || self.cache_type == CacheType::Unsafe {
             return Ok(());
         }
-        let (file, _) = self.stack.write_target();
-        Ok(rustix::fs::fdatasync(&self.stack.files()[usize::from(file)])?)
+        match self.stack.top() {
+            Some(top) => Ok(top.write_back()?),
+            None => self.sync_base("a write-back of what was written"),
+        }
     }
 
     /// Undoes [`Disk::freeze`]: it is written to again. Only if nobody has put an overlay on it.
     pub fn thaw(&self) -> Result<(), DiskError> {
-        self.stack.top().map_or(Ok(()), |top| Ok(top.thaw()?))
+        match self.stack.top() {
+            Some(top) => Ok(top.thaw()?),
+            None if self.read_only => Ok(()),
+            None => Ok(self.stack.base().set_lock(Mode::Exclusive)?),
+        }
     }
 }
 
-/// Opens a file or block device; its size, rounded down to a sector.
-fn open_base(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
-    let failed = |source| DiskError::Open { path: path.into(), source };
-    // A pipe without a writer must not hold us up; what is no disk is refused below.
-    let file = File::options()
-        .read(true)
-        .write(!read_only)
-        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-        .open(path)
-        .map_err(failed)?;
-    let kind = file.metadata().map_err(failed)?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(DiskError::NotADisk { path: path.into() });
+/// The engine that `options` ask for, or the best that the kernel has.
+fn engine_of(options: &DiskOptions) -> Result<IoEngine, UringError> {
+    match options.engine {
+        Some(IoEngine::Async) => {
+            Uring::<()>::new(Vec::new(), Patience::None)?;
+            Ok(IoEngine::Async)
+        }
+        Some(IoEngine::Sync) => Ok(IoEngine::Sync),
+        None => match Uring::<()>::new(Vec::new(), Patience::None) {
+            Ok(_) => Ok(IoEngine::Async),
+            Err(error) => {
+                log::info!("disks use io_engine Sync: {error}");
+                Ok(IoEngine::Sync)
+            }
+        },
     }
-    let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(e.into()))?;
-    rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
-    // The end of a block device is found like that of a file.
-    let size = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
-    let whole = size / SECTOR * SECTOR;
-    if whole != size {
-        log::warn!(
-            "disk {} has {size} bytes, which is no multiple of {SECTOR}: the guest sees the first {whole}",
-            path.display()
-        );
-    }
-    Ok((file, whole))
 }
 
 #[cfg(test)]
@@ -313,6 +361,9 @@ mod tests {
             cache_type: CacheType::Unsafe,
             engine: Some(engine),
             overlay: None,
+            io_threads: 1,
+            lock: true,
+            name_is_durable: false,
         });
         disk.unwrap().wants_own_workers()
     }

@@ -1,13 +1,15 @@
-//! The flush of an overlay: data first, then map A, each made durable.
+//! Flushes of a disk, one at a time. On an overlay: data first, then map A, each made durable.
 //!
 //! Map A must never speak of data that is not durable. So a round takes the words of the map that are to be written *before* it
 //! syncs the data: all that they speak of was written by then. After the sync they go to map A, and when the words of all rounds
 //! are there, a last sync makes them durable. A round takes a bounded share, so that a flush after a large discard needs no
-//! memory for all of the map.
+//! memory for all of the map. A plain disk has no map: its flush is one sync.
 //!
-//! One flush runs at a time. Those that come meanwhile wait, and share the next one.
+//! One flush runs at a time. Those that come meanwhile wait, and share the next one. (Two syncs of one open file share one report of a
+//! failed write-back: one of them could succeed wrongly. See [`health`](super::health).)
 //!
-//! An error ends the flush: whoever waited for it gets it, and all words are noted as missing in map A again.
+//! An error ends the flush: all who waited for it get it, and all words are noted as missing in map A again. After a failed sync, of
+//! whomever, no flush is tried any more, and map A is not written.
 
 use std::collections::VecDeque;
 
@@ -17,14 +19,14 @@ use super::engine::{Engine, Transfer};
 use super::overlay::Top;
 use super::overlay::map::Dirty;
 use super::queue::{Tag, Token};
+use super::stack::Stack;
 
 /// Most stretches of the map that one round writes; each is at most 4 KiB.
 const ROUND: usize = 64;
 
-/// The flushes of one overlay.
+/// The flushes of one disk's queue.
 #[derive(Debug, Default)]
 pub(super) struct Flush {
-    file: u8,
     phase: Phase,
     /// Who waits for the flush that runs.
     running: Vec<Token>,
@@ -52,12 +54,11 @@ enum Phase {
 }
 
 impl Flush {
-    /// A guest's flush, of the overlay `top`, which is file number `file` of the engine.
-    pub(super) fn start(&mut self, token: Token, file: u8, top: &Top, engine: &mut Engine<Tag>) {
-        self.file = file;
+    /// A guest's flush.
+    pub(super) fn start(&mut self, token: Token, stack: &Stack, engine: &mut Engine<Tag>) {
         if self.phase == Phase::Idle {
             self.running.push(token);
-            self.begin(top, engine);
+            self.begin(stack, engine);
         } else {
             self.next.push(token);
         }
@@ -68,44 +69,75 @@ impl Flush {
         self.finished.pop_front()
     }
 
-    /// Takes in the end of a transfer of the flush.
-    pub(super) fn step(&mut self, result: Result<(), Errno>, top: &Top, engine: &mut Engine<Tag>) {
+    /// Takes in the end of a transfer of the flush. True if it was a sync that failed.
+    #[must_use = "a sync that failed is for the disk's health"]
+    pub(super) fn step(
+        &mut self,
+        result: Result<(), Errno>,
+        stack: &Stack,
+        engine: &mut Engine<Tag>,
+    ) -> bool {
+        let is_sync = matches!(self.phase, Phase::Data | Phase::End);
+        if let (Err(errno), true) = (result, is_sync) {
+            // Before anything else is begun.
+            stack.health().sync_failed("a flush", errno);
+        }
+        // Whoever's sync failed: what this one says counts no more.
+        let result = result.and_then(|()| still_known(stack));
         match &mut self.phase {
             Phase::Idle => {}
-            Phase::Data => match result {
-                Err(errno) => self.end(Err(errno), top, engine),
-                Ok(()) if self.round.is_empty() => self.end(Ok(()), top, engine),
-                Ok(()) => {
+            Phase::Data => match (result, stack.top()) {
+                (Err(errno), _) => self.end(Err(errno), stack, engine),
+                (Ok(()), Some(top)) if !self.round.is_empty() => {
                     self.phase = Phase::Map { left: self.round.len(), failed: None };
+                    let file = stack.write_target().0;
                     for (offset, bytes) in self.round.drain(..) {
                         let offset = top.layout.map_a + offset;
-                        engine.push(Transfer::write_bytes(self.file, offset, bytes, Tag::Flush));
+                        engine.push(Transfer::write_bytes(file, offset, bytes, Tag::Flush));
                     }
                 }
+                (Ok(()), _) => self.end(Ok(()), stack, engine),
             },
             Phase::Map { left, failed } => {
                 *left -= 1;
                 *failed = failed.or(result.err());
                 match (*left, *failed) {
-                    (0, Some(errno)) => self.end(Err(errno), top, engine),
+                    (0, Some(errno)) => self.end(Err(errno), stack, engine),
                     (0, None) if self.missing.is_empty() => {
                         self.phase = Phase::End;
-                        engine.push(Transfer::sync(self.file, Tag::Flush));
+                        engine.push(Transfer::sync(stack.write_target().0, Tag::Flush));
                     }
-                    (0, None) => self.begin_round(top, engine),
+                    (0, None) => self.begin_round(stack, engine),
                     _ => {}
                 }
             }
-            Phase::End => self.end(result, top, engine),
+            Phase::End => self.end(result, stack, engine),
         }
+        is_sync && result.is_err()
     }
 
-    fn begin(&mut self, top: &Top, engine: &mut Engine<Tag>) {
-        self.missing = std::mem::take(&mut top.state().dirty_a);
-        self.begin_round(top, engine);
+    /// Begins a flush for those in `running`.
+    fn begin(&mut self, stack: &Stack, engine: &mut Engine<Tag>) {
+        if let Err(errno) = still_known(stack) {
+            self.finished.extend(self.running.drain(..).map(|token| (token, Err(errno))));
+            return;
+        }
+        if let Some(top) = stack.top() {
+            self.missing = std::mem::take(&mut top.state().dirty_a);
+        }
+        self.begin_round(stack, engine);
     }
 
-    fn begin_round(&mut self, top: &Top, engine: &mut Engine<Tag>) {
+    fn begin_round(&mut self, stack: &Stack, engine: &mut Engine<Tag>) {
+        if let Some(top) = stack.top() {
+            self.take_round(top);
+        }
+        self.phase = Phase::Data;
+        engine.push(Transfer::sync(stack.write_target().0, Tag::Flush));
+    }
+
+    /// Takes the words of one round.
+    fn take_round(&mut self, top: &Top) {
         let state = top.state();
         while self.round.len() < ROUND
             && let Some((page, words)) = self.missing.pop()
@@ -113,15 +145,13 @@ impl Flush {
             self.round.push(state.bytes(page, words.clone()));
             self.taken.mark_words(page, words);
         }
-        self.phase = Phase::Data;
-        engine.push(Transfer::sync(self.file, Tag::Flush));
     }
 
-    fn end(&mut self, result: Result<(), Errno>, top: &Top, engine: &mut Engine<Tag>) {
+    fn end(&mut self, result: Result<(), Errno>, stack: &Stack, engine: &mut Engine<Tag>) {
         let mut taken = std::mem::take(&mut self.taken);
         let mut missing = std::mem::take(&mut self.missing);
         self.round.clear();
-        if result.is_err() {
+        if let (Err(_), Some(top)) = (result, stack.top()) {
             let dirty = &mut top.state().dirty_a;
             while let Some((page, words)) = taken.pop().or_else(|| missing.pop()) {
                 dirty.mark_words(page, words);
@@ -131,7 +161,12 @@ impl Flush {
         self.phase = Phase::Idle;
         if !self.next.is_empty() {
             std::mem::swap(&mut self.running, &mut self.next);
-            self.begin(top, engine);
+            self.begin(stack, engine);
         }
     }
+}
+
+/// `EIO` once a sync of the disk has failed.
+fn still_known(stack: &Stack) -> Result<(), Errno> {
+    if stack.health().is_known() { Ok(()) } else { Err(Errno::IO) }
 }

@@ -27,6 +27,9 @@ pub fn overlay(data: &[u8]) {
         cache_type: if input.u8() & 1 == 0 { CacheType::Writeback } else { CacheType::Unsafe },
         engine: Some(IoEngine::Sync),
         overlay: Some(Overlay { path: path_of(&top), layers: vec![], size_mib: None }),
+        io_threads: 1,
+        lock: false,
+        name_is_durable: true,
     };
     let ram = reused_ram(1);
     let some_requests = |input: &mut Input<'_>, disk: &Disk| {
@@ -113,6 +116,9 @@ impl FuzzedDisk {
             cache_type: self.cache_type,
             engine: Some(self.engine),
             overlay: overlay_at,
+            io_threads: 1,
+            lock: false,
+            name_is_durable: true,
         };
         let mut disk = Disk::open(&options).expect("a file in memory can be opened");
         disk.settled = true;

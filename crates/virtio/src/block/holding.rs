@@ -7,6 +7,8 @@
 //! needs no memory for all of the map. What is changed meanwhile waits for the next run: changes that end together share one, and
 //! those of a few pages of the map need a few writes, however many they are. What changes sectors that map B has already waits for nothing.
 //!
+//! Once a sync of the overlay has failed, map B is not written any more ([`format`](super::overlay)), and no change waits for it.
+//!
 //! A stretch that cannot be written is noted as missing again, for the next run, and fails the changes that need it and no others.
 
 use rustix::io::Errno;
@@ -53,7 +55,9 @@ impl Holding {
     /// The `count` sectors from `sector`, which are not none, are in the file. Whether map B says so already; if not, the change
     /// waits.
     pub(super) fn changed(&mut self, token: Token, sector: u64, count: u64, top: &Top) -> bool {
-        if !top.hold(sector, count) && !self.about.meets(sector, count) {
+        let is_missing = top.hold(sector, count);
+        // Once a sync has failed, nobody is to believe map B.
+        if !top.health().is_known() || (!is_missing && !self.about.meets(sector, count)) {
             return true;
         }
         self.next.push(Change { token, sector, count });

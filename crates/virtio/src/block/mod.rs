@@ -5,7 +5,8 @@
 //!  task.rs     its work: chains in, requests out, used ring; flight.rs    config_space.rs, stats.rs
 //!      |       lane.rs: its part of the disk
 //!      |
-//!  queue.rs    requests -> transfers; parts, fallbacks                    disk.rs     opening a disk
+//!  queue.rs    requests -> transfers; parts, fallbacks                    disk.rs     opening a disk; base.rs, lock.rs: its file
+//!      |                                                                  health.rs   whether its contents are known; name.rs
 //!      |       overlay/ + stack.rs: which file holds a sector; beginning.rs, holding.rs, flush.rs: what an overlay's file says of it
 //!  engine.rs   transfers -> system calls: uring.rs, sync.rs, direct.rs    buffers.rs  stretches of guest memory
 //! ```
@@ -24,6 +25,7 @@
 //! together; what a guest makes available beyond that stays in its ring. A large request is worked off in parts of 1 MiB, so no guest
 //! keeps a worker to itself.
 
+mod base;
 mod beginning;
 pub mod buffers;
 mod config_space;
@@ -35,8 +37,11 @@ mod flight;
 mod flush;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod fuzz;
+mod health;
 mod holding;
 mod lane;
+mod lock;
+mod name;
 pub mod overlay;
 mod owner;
 pub mod queue;

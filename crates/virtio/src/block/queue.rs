@@ -14,7 +14,8 @@
 //!
 //! # Error model
 //!
-//! A request fails with an errno; others go on. `EIO` may mean that the file ended early: it shrank.
+//! A request fails with an errno; others go on. `EIO` may mean that the file ended early: it shrank. After a failed sync, of this queue or of
+//! anything else that syncs the disk, flushes fail with `EIO` and are not tried ([`health`](super::health)).
 
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
@@ -30,6 +31,7 @@ use super::engine::{Done, Engine, MAX_ZEROS, Transfer};
 use super::flush::Flush;
 use super::holding::Holding;
 use super::overlay::Top;
+use super::owner::Owner;
 use super::stack::Stack;
 
 /// Largest part of a request that is worked off at once, in bytes.
@@ -76,7 +78,8 @@ pub struct DiskQueue {
     free_split: Vec<u32>,
     beginning: Beginning,
     holding: Holding,
-    overlay_flush: Flush,
+    flushes: Flush,
+    owner: Owner,
     finished: VecDeque<(Token, Result<(), Errno>)>,
     in_flight: usize,
     /// Reused: completions of one round, and spent buffers.
@@ -99,8 +102,12 @@ pub(super) enum Tag {
     Part(u32),
     /// A step of the beginning of an overlay's session.
     Begin,
-    /// A step of an overlay's flush.
+    /// A step of a flush.
     Flush,
+    /// An overlay's file is to say that its contents are unknown; where it cannot, its map B is cleared.
+    GiveUp,
+    /// The clearing of map B.
+    ClearMapB,
     /// A stretch of an overlay's map B.
     MapB { page: u64, words: RangeInclusive<u16> },
 }
@@ -136,7 +143,8 @@ impl DiskQueue {
             free_split: Vec::new(),
             beginning: Beginning::default(),
             holding: Holding::default(),
-            overlay_flush: Flush::default(),
+            flushes: Flush::default(),
+            owner: Owner::here(),
             finished: VecDeque::new(),
             in_flight: 0,
             done: Vec::new(),
@@ -176,7 +184,10 @@ impl DiskQueue {
             (Request::Read(buffers), _) => self.read(token, offset, buffers),
             (change, Some(top)) if !top.is_begun() => {
                 let file = self.stack.write_target().0;
-                self.beginning.wait((token, offset, change), file, top, &mut self.engine);
+                let change = (token, offset, change);
+                if let Err((token, _, change)) = self.beginning.wait(change, file, top, &mut self.engine) {
+                    self.refuse(token, change, Errno::IO);
+                }
             }
             (change, _) => self.change(token, offset, change),
         }
@@ -305,13 +316,29 @@ impl DiskQueue {
         if !self.flush {
             return self.finish(token, Ok(()));
         }
-        match self.stack.top() {
-            None => self.engine.push(Transfer::sync(0, Tag::Whole(token))),
-            Some(top) => {
-                let file = self.stack.write_target().0;
-                self.overlay_flush.start(token, file, top, &mut self.engine);
-            }
+        self.flushes.start(token, &self.stack, &mut self.engine);
+        self.take_in_flushes();
+    }
+
+    fn take_in_flushes(&mut self) {
+        while let Some(finished) = self.flushes.finished() {
+            self.finished.push_back(finished);
         }
+    }
+
+    /// A sync of this queue failed, which the disk's health knows: lets an overlay say that its contents are unknown.
+    fn give_up(&mut self) {
+        let Some((offset, session)) = self.stack.top().and_then(Top::given_up) else { return };
+        let file = self.stack.write_target().0;
+        self.engine.push(Transfer::write_bytes(file, offset, session, Tag::GiveUp));
+    }
+
+    /// Ends a change that cannot be begun.
+    fn refuse(&mut self, token: Token, change: Request, errno: Errno) {
+        if let Request::Write(buffers) = change {
+            self.recycle(buffers);
+        }
+        self.finish(token, Err(errno));
     }
 
     /// Begins a request in parts.
@@ -418,10 +445,20 @@ impl DiskQueue {
             Tag::Part(index) => self.part_done(index, result),
             Tag::Begin => self.begun(result),
             Tag::Flush => {
-                let Some(top) = self.stack.top() else { return };
-                self.overlay_flush.step(result, top, &mut self.engine);
-                while let Some((token, result)) = self.overlay_flush.finished() {
-                    self.finished.push_back((token, result));
+                if self.flushes.step(result, &self.stack, &mut self.engine) {
+                    self.give_up();
+                }
+                self.take_in_flushes();
+            }
+            Tag::GiveUp => {
+                if let (Err(_), Some(top)) = (result, self.stack.top()) {
+                    let (file, (offset, len)) = (self.stack.write_target().0, top.map_b());
+                    self.engine.push(Transfer::zero(file, offset, len, false, Tag::ClearMapB));
+                }
+            }
+            Tag::ClearMapB => {
+                if let (Err(errno), Some(top)) = (result, self.stack.top()) {
+                    top.cannot_give_up(&errno);
                 }
             }
             Tag::MapB { page, words } => {
@@ -436,18 +473,31 @@ impl DiskQueue {
     fn begun(&mut self, result: Result<(), Errno>) {
         let Some(top) = self.stack.top() else { return };
         let file = self.stack.write_target().0;
+        if let (true, Err(errno)) = (self.beginning.is_syncing(), result) {
+            self.stack.health().sync_failed("the sync of the overlay's first change", errno);
+        }
         let Some((result, waiting)) = self.beginning.step(result, file, top, &mut self.engine) else {
             return;
         };
+        if !self.stack.health().is_known() {
+            // What was written took the place of a mark that another's failed sync may have made.
+            top.mark_again();
+            self.give_up();
+        }
         for (token, offset, change) in waiting {
-            match (result, change) {
-                (Ok(()), change) => self.change(token, offset, change),
-                (Err(errno), Request::Write(buffers)) => {
-                    self.recycle(buffers);
-                    self.finish(token, Err(errno));
-                }
-                (Err(errno), _) => self.finish(token, Err(errno)),
+            match result {
+                Ok(()) => self.change(token, offset, change),
+                Err(errno) => self.refuse(token, change, errno),
             }
+        }
+    }
+}
+
+impl Drop for DiskQueue {
+    /// Takes in what is in flight: the end of a sync that failed is not to be lost.
+    fn drop(&mut self) {
+        if self.owner.is_here() && self.engine.in_flight() > 0 {
+            self.drain();
         }
     }
 }

@@ -9,7 +9,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::SECTOR;
+use super::base::Base;
 use super::disk::DiskError;
+use super::health::DiskHealth;
 use super::overlay::merge::{Merged, Target};
 use super::overlay::{Beneath, Lower, Top, TopState};
 
@@ -19,8 +21,9 @@ const FINGERPRINT_BYTES: u64 = 64 << 10;
 /// The layers of a disk.
 #[derive(Debug)]
 pub(super) struct Stack {
-    base: Arc<File>,
-    base_size: u64,
+    base: Arc<Base>,
+    /// Whether what is written to holds what was written.
+    health: Arc<DiskHealth>,
     /// From the bottom up.
     lower: Vec<Arc<Lower>>,
     top: Option<Top>,
@@ -40,7 +43,7 @@ impl LayerMerge {
     /// is none. Blocks for as long as that takes; fails early when `goes_on` says no.
     pub fn run(self, goes_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
         let Some(topmost) = self.layers.lower.last() else { return Ok(()) };
-        let plain = Stack::new(Arc::clone(&self.layers.base), self.layers.base_size);
+        let plain = Stack::new(Arc::clone(&self.layers.base), Arc::clone(&self.layers.health));
         let beneath = plain
             .describe()
             .map_err(|source| DiskError::Read { path: self.target.path().to_owned(), source })?;
@@ -72,9 +75,19 @@ pub(super) struct Place {
 }
 
 impl Stack {
-    /// A plain disk of `size` bytes, a multiple of 512.
-    pub(super) fn new(base: Arc<File>, size: u64) -> Self {
-        Stack { base, base_size: size, lower: Vec::new(), top: None }
+    /// A plain disk.
+    pub(super) fn new(base: Arc<Base>, health: Arc<DiskHealth>) -> Self {
+        Stack { base, health, lower: Vec::new(), top: None }
+    }
+
+    /// The plain disk at the bottom.
+    pub(super) fn base(&self) -> &Base {
+        &self.base
+    }
+
+    /// Whether what is written to holds what was written.
+    pub(super) fn health(&self) -> &Arc<DiskHealth> {
+        &self.health
     }
 
     /// Puts an overlay that is only read on top.
@@ -93,15 +106,24 @@ impl Stack {
         match (&self.top, self.lower.last()) {
             (Some(top), _) => top.size,
             (None, Some(lower)) => lower.size,
-            (None, None) => self.base_size,
+            (None, None) => self.base.size(),
         }
     }
 
     /// The files, by number.
     pub(super) fn files(&self) -> Vec<Arc<File>> {
+        self.files_on(self.base.file())
+    }
+
+    /// The files for one more queue, by number.
+    pub(super) fn files_of_queue(&self) -> Vec<Arc<File>> {
+        self.files_on(self.base.file_of_queue())
+    }
+
+    fn files_on(&self, base: &Arc<File>) -> Vec<Arc<File>> {
         let lower = self.lower.iter().map(|lower| &lower.file);
         let top = self.top.iter().map(|top| &top.file);
-        std::iter::once(&self.base).chain(lower).chain(top).cloned().collect()
+        std::iter::once(base).chain(lower).chain(top).cloned().collect()
     }
 
     /// The overlay that is written to.
@@ -116,7 +138,7 @@ impl Stack {
 
     /// Whether what is written to is a file, and no block device.
     pub(super) fn writes_to_file(&self) -> bool {
-        self.top.is_some() || self.base.metadata().is_ok_and(|metadata| metadata.is_file())
+        self.top.is_some() || self.base.file().metadata().is_ok_and(|metadata| metadata.is_file())
     }
 
     fn top_file(&self) -> u8 {
@@ -167,7 +189,7 @@ impl Stack {
     pub(super) fn merge_layers(&self, path: &Path) -> Result<LayerMerge, DiskError> {
         let layers = Stack {
             base: Arc::clone(&self.base),
-            base_size: self.base_size,
+            health: Arc::clone(&self.health),
             lower: self.lower.clone(),
             top: None,
         };
@@ -193,7 +215,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::block::overlay::OverlayError;
+    use crate::block::overlay::{OverlayError, TopOptions};
 
     /// A plain disk, and layers on it, the last of them larger; each has written sectors of its own, over some of the others'.
     struct Family {
@@ -203,6 +225,11 @@ mod tests {
     }
 
     const SECTORS: u64 = 40_000;
+
+    fn options(size: Option<u64>, wait_for_disk: bool) -> TopOptions<'static> {
+        let health = DiskHealth::new("overlay");
+        TopOptions { below: &[], size, wait_for_disk, name_is_durable: true, health }
+    }
 
     impl Family {
         fn new() -> Self {
@@ -215,7 +242,7 @@ mod tests {
                 let path = family.dir.path().join(format!("layer{layer}"));
                 let beneath = family.stack().describe().unwrap();
                 let size = beneath.size + if layer == 3 { 4096 } else { 0 };
-                let top = Top::open(&path, beneath, &[], Some(size), layer % 2 == 0).unwrap();
+                let top = Top::open(&path, beneath, options(Some(size), layer % 2 == 0)).unwrap();
                 let (at, session) = top.beginning();
                 top.file.write_all_at(&session, at).unwrap();
                 top.has_begun();
@@ -239,7 +266,7 @@ mod tests {
         fn stack_on(base: &Path, layers: &[PathBuf]) -> Result<Stack, DiskError> {
             let file = File::open(base).unwrap();
             let size = file.metadata().unwrap().len();
-            let mut stack = Stack::new(Arc::new(file), size);
+            let mut stack = Stack::new(Base::of(file, size), DiskHealth::new(base));
             for path in layers {
                 let beneath = stack.describe().unwrap();
                 stack.push_lower(Lower::open(path, beneath)?);
@@ -263,7 +290,7 @@ mod tests {
         let family = Family::new();
         let old = family.stack();
         let on_top = family.dir.path().join("top");
-        drop(Top::open(&on_top, old.describe().unwrap(), &[], None, true).unwrap());
+        drop(Top::open(&on_top, old.describe().unwrap(), options(None, true)).unwrap());
         let merged = family.dir.path().join("merged");
         File::create(&merged).unwrap();
         old.merge_layers(&merged).unwrap().run(&|| true).unwrap();
@@ -294,14 +321,14 @@ mod tests {
         let mut stack = family.stack();
         let beneath = stack.describe().unwrap();
         let top = family.dir.path().join("top");
-        stack.set_top(Top::open(&top, beneath, &[], None, true).unwrap());
+        stack.set_top(Top::open(&top, beneath, options(None, true)).unwrap());
         let merged = family.dir.path().join("merged");
         File::create(&merged).unwrap();
         let merge = stack.merge_layers(&merged).unwrap();
         drop(stack);
-        Top::open(&top, beneath, &[], None, true).expect("it was closed");
+        Top::open(&top, beneath, options(None, true)).expect("it was closed");
         let below = Family::stack_on(&family.base, &family.layers[..3]).unwrap().describe().unwrap();
-        let write = || Top::open(&family.layers[3], below, &[], None, false);
+        let write = || Top::open(&family.layers[3], below, options(None, false));
         assert!(matches!(write(), Err(OverlayError::InUse { .. })));
         merge.run(&|| true).unwrap();
         write().expect("nobody reads it any more");

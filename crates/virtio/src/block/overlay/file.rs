@@ -15,6 +15,7 @@ use super::format::{
 use super::map::{Dirty, Map, PAGE_BYTES};
 use super::{Beneath, OverlayError};
 use crate::block::SECTOR;
+use crate::block::lock::Holder;
 
 /// A start of the host: page caches do not live longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +27,9 @@ pub(super) struct HostStart {
 }
 
 impl HostStart {
+    /// No start of any host: that of a session whose map B is not to be believed.
+    pub(super) const NONE: HostStart = HostStart { id: [0xff; 16], time: u64::MAX };
+
     pub(super) fn now() -> Self {
         let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
         let id = id.and_then(|text| u128::from_str_radix(&text.trim().replace('-', ""), 16).ok());
@@ -36,12 +40,21 @@ impl HostStart {
 
     /// Whether `session` was begun since this start.
     pub(super) fn is_of(&self, session: &Session) -> bool {
+        if is_given_up(session) {
+            return false;
+        }
         if self.id != [0; 16] && session.boot_id != [0; 16] {
             return self.id == session.boot_id;
         }
         // Both clocks are rounded to seconds. An earlier start lies further back than that: a host needs longer to start.
         self.time.abs_diff(session.boot_time.get()) <= 1
     }
+}
+
+/// Whether a sync of the overlay failed in this session.
+pub(super) fn is_given_up(session: &Session) -> bool {
+    let HostStart { id, time } = HostStart::NONE;
+    (session.boot_id, session.boot_time.get()) == (id, time)
 }
 
 pub(super) fn io_error(what: &'static str, path: &Path, source: impl Into<io::Error>) -> OverlayError {
@@ -53,10 +66,13 @@ pub(super) fn io_error(what: &'static str, path: &Path, source: impl Into<io::Er
 pub(super) struct Opened {
     /// For its contents.
     pub(super) file: File,
-    /// For the lock. The kernel may keep `file` for a while after its `io_uring` was closed, and must not keep the lock.
+    /// For the lock, and for syncs beside those of the disk's queue. The kernel may keep `file` for a while after its `io_uring` was
+    /// closed, and must not keep the lock.
     pub(super) lock: File,
     /// Its length in bytes.
     pub(super) len: u64,
+    /// Whether the file is new.
+    pub(super) is_new: bool,
 }
 
 /// Opens and locks the overlay at `path`.
@@ -69,11 +85,15 @@ pub(super) fn open(
     let mut options = options.clone();
     options.custom_flags(OFlags::NONBLOCK.bits().cast_signed());
     let open = || options.open(path).map_err(|e| io_error("open", path, e));
+    // One that appears in this very moment only counts as new.
+    let is_new = !path.exists();
     let look = |file: &File| file.metadata().map_err(|e| io_error("read the size of", path, e));
     let lock = open()?;
     match rustix::fs::flock(&lock, operation) {
         Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => return Err(OverlayError::InUse { path: path.into() }),
+        Err(Errno::WOULDBLOCK) => {
+            return Err(OverlayError::InUse { path: path.into(), holder: Holder::of(&lock) });
+        }
         Err(e) => return Err(io_error("lock", path, e)),
     }
     let file = open()?;
@@ -83,13 +103,13 @@ pub(super) fn open(
     }
     if (locked.dev(), locked.ino()) != (metadata.dev(), metadata.ino()) {
         // Somebody put another file there in this very moment.
-        return Err(OverlayError::InUse { path: path.into() });
+        return Err(OverlayError::InUse { path: path.into(), holder: Holder::Unknown });
     }
     // io_uring would not wait for a file that is opened like that.
     rustix::fs::fcntl_getfl(&file)
         .and_then(|flags| rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK))
         .map_err(|e| io_error("open", path, e))?;
-    Ok(Opened { len: metadata.len(), file, lock })
+    Ok(Opened { len: metadata.len(), file, lock, is_new })
 }
 
 /// Whether the file has no byte of data: a new overlay can be made in it.
@@ -246,6 +266,11 @@ pub(super) fn read_maps(
             }
         };
         for_each_page(file, layout.map_b, len, merge).map_err(unreadable)?;
+    } else if is_given_up(session) {
+        log::warn!(
+            "overlay {}: a sync failed when it was last in use: it holds what the guest had flushed before that",
+            path.display()
+        );
     } else {
         log::warn!(
             "overlay {} was not closed before the host went down: it holds what the guest had flushed",

@@ -21,6 +21,13 @@
 //! the host has not been started again since, or the session said from the start that it does not wait for disks (`cache_type` Unsafe).
 //!
 //! A session begins with the first change: until it says so, nothing is changed but map A, by what map B knows.
+//!
+//! # After a failed sync
+//!
+//! Once a sync fails, map B speaks of sectors that the host may lose at any time, for it takes them for written. So neither map is written
+//! any more, the session is never closed, and it is given the start [`HostStart::NONE`](super::file::HostStart::NONE), which is no start of any host. Whoever
+//! opens the overlay next believes map A alone, as after a crash of the host, on this host as well: what the guest had flushed. Where map B was all there
+//! was when the overlay was opened (its writer did not wait for disks), map A would be no disk at all: then the state is [`UNKNOWN`].
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -75,7 +82,7 @@ pub(super) struct Session {
     pub(super) boot_id: [u8; 16],
     /// When that start was, in seconds since 1970.
     pub(super) boot_time: U64,
-    /// [`OPEN`], [`OPEN_UNSAFE`] or [`CLOSED`].
+    /// [`OPEN`], [`OPEN_UNSAFE`], [`CLOSED`] or [`UNKNOWN`].
     pub(super) state: U32,
     /// CRC-32 of all fields above.
     pub(super) crc: U32,
@@ -87,6 +94,9 @@ pub(super) const OPEN: u32 = 1;
 pub(super) const OPEN_UNSAFE: u32 = 2;
 /// Closed in order: both maps together are true.
 pub(super) const CLOSED: u32 = 3;
+/// A sync failed before anything was durable: map B is all there is, and nobody knows whether it is true. (Versions before this state
+/// was defined take the session for damaged, and open such an overlay no more than this one.)
+pub(super) const UNKNOWN: u32 = 4;
 
 /// The checksum of a structure whose last four bytes hold it.
 fn checksum<T: IntoBytes + Immutable>(value: &T) -> U32 {
@@ -116,7 +126,7 @@ impl Session {
 
     /// Whether the checksum is right and the state is one there is.
     pub(super) fn is_sealed(&self) -> bool {
-        self.crc == checksum(self) && [OPEN, OPEN_UNSAFE, CLOSED].contains(&self.state.get())
+        self.crc == checksum(self) && [OPEN, OPEN_UNSAFE, CLOSED, UNKNOWN].contains(&self.state.get())
     }
 }
 
@@ -177,6 +187,7 @@ mod tests {
         }
         .sealed();
         assert!(header.is_sealed());
+        assert_eq!([OPEN, OPEN_UNSAFE, CLOSED, UNKNOWN], [1, 2, 3, 4]);
         assert_eq!(header.as_bytes()[16..24], [4, 3, 2, 1, 0, 0, 0, 0]);
         assert_eq!(header.as_bytes()[72..76], [0xef, 0xbe, 0xad, 0xde]);
         let mut broken = header;

@@ -1,7 +1,8 @@
 //! Merging layers: one overlay that holds what several hold together.
 //!
 //! The new file takes the place of the topmost of them. It says that it is that one, so what was made on that one goes on this one too; it
-//! lies on the plain disk itself. Until all of it is on the disk the file has no header, and is no overlay.
+//! lies on the plain disk itself. Until all of it is on the disk the file has no header, and is no overlay. A failed sync ends the merge: nothing
+//! tries another, which could succeed wrongly.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -18,6 +19,7 @@ use super::format::{CLOSED, Layout, SESSION_OFFSET, Session};
 use super::map::{Map, PAGE_BYTES};
 use super::{Beneath, Identity, OverlayError};
 use crate::block::SECTOR;
+use crate::block::health::sync_data;
 
 /// Longest piece that is copied at once.
 const CHUNK: u64 = 1 << 20;
@@ -51,7 +53,7 @@ impl Target {
     pub(in crate::block) fn open(path: &Path) -> Result<Self, OverlayError> {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
-        let Opened { file, lock, len } = open(path, &options, FlockOperation::NonBlockingLockExclusive)?;
+        let Opened { file, lock, len, .. } = open(path, &options, FlockOperation::NonBlockingLockExclusive)?;
         if !is_blank(&file, len) {
             return Err(io_error("make", path, io::Error::from(io::ErrorKind::AlreadyExists)));
         }
@@ -104,7 +106,7 @@ impl Target {
             crc: 0.into(),
         };
         let header = new_header(identity.uuid, beneath, size);
-        let durable = || Ok(rustix::fs::fdatasync(&self.file)?);
+        let durable = || Ok(sync_data(&self.file)?);
         // The header comes last: a file without it is no overlay.
         self.file
             .write_all_at(session.sealed().as_bytes(), SESSION_OFFSET)
@@ -147,7 +149,7 @@ impl Target {
             }
             at += piece.len() as u64;
             if self.unsynced >= SYNC_EVERY {
-                rustix::fs::fdatasync(&self.file)?;
+                sync_data(&self.file)?;
                 self.unsynced = 0;
             }
         }

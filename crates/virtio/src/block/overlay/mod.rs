@@ -24,7 +24,8 @@
 //!
 //! Opening fails with [`OverlayError`], which names the file. Nothing that a file says is believed before it is checked:
 //! a truncated file or a header that does not fit it is an error, not a wrong disk. Later errors are those of single
-//! requests: a full disk is `ENOSPC` for the write that found it so.
+//! requests: a full disk is `ENOSPC` for the write that found it so. After a failed sync the overlay is given up
+//! ([`health`](super::health), [`format`]): its maps are not written any more, and it is never closed.
 
 mod file;
 mod format;
@@ -33,7 +34,7 @@ pub(super) mod merge;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -45,9 +46,12 @@ use self::file::{
     HostStart, Opened, check_base, check_size, clear, create, io_error, is_blank, is_same_file, open,
     read_headers, read_maps,
 };
-use self::format::{CLOSED, Layout, OPEN, OPEN_UNSAFE, SESSION_OFFSET, Session, VERSION};
+use self::format::{CLOSED, Layout, OPEN, OPEN_UNSAFE, SESSION_OFFSET, Session, UNKNOWN, VERSION};
 use self::map::{Dirty, Map, PAGE_BYTES};
 use super::SECTOR;
+use super::health::{ContentsUnknown, DiskHealth};
+use super::lock::Holder;
+use super::name::make_name_durable;
 use super::owner::Owner;
 use crate::sync::locked;
 
@@ -65,8 +69,22 @@ pub enum OverlayError {
         source: io::Error,
     },
     /// Another process has it open and writes to it, or reads it as a layer while this one wants to write.
-    #[error("overlay {} is in use by another process", path.display())]
+    #[error("overlay {}: cannot be locked: {holder} has it locked; stop that one, or use another overlay", path.display())]
     InUse {
+        /// The overlay.
+        path: PathBuf,
+        /// Who has it.
+        holder: Holder,
+    },
+    /// A sync of it failed.
+    #[error(transparent)]
+    ContentsUnknown(#[from] ContentsUnknown),
+    /// A sync of it failed when it was opened before, and nobody knows what of it is on the disk.
+    #[error(
+        "overlay {}: its contents are unknown since a sync failed; use another overlay, or open it with cache_type Unsafe to save what can be read",
+        path.display()
+    )]
+    LeftUnknown {
         /// The overlay.
         path: PathBuf,
     },
@@ -178,8 +196,38 @@ pub(super) struct Top {
     state: Mutex<TopState>,
     /// Whether its session has begun: something may have changed since it was opened.
     begun: AtomicBool,
+    /// Whether the last attempt to close it failed, or it could not be opened: `Drop` leaves it as it is.
+    left_open: AtomicBool,
+    health: Arc<DiskHealth>,
+    /// What the file says of itself once its contents are unknown; `None` leaves what it says now.
+    mark: Mutex<Option<Mark>>,
     owner: Owner,
+    /// Also for all syncs but the queue's: see [`health`](super::health).
     lock: File,
+}
+
+/// How an overlay is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    /// Map A is true: map B is not to be believed.
+    OnlyA,
+    /// Map B is all there is: nothing is to be believed.
+    Unknown,
+}
+
+/// How an overlay is to be written to.
+#[derive(Debug)]
+pub(super) struct TopOptions<'a> {
+    /// The files that it lies on.
+    pub(super) below: &'a [Arc<File>],
+    /// Size of the disk in bytes; where absent, the existing overlay's or that of what lies beneath.
+    pub(super) size: Option<u64>,
+    /// Whether flushes of the guest wait for the disk (`cache_type` Writeback).
+    pub(super) wait_for_disk: bool,
+    /// Whether the directory entry of an existing empty file is known to be durable.
+    pub(super) name_is_durable: bool,
+    /// That of the disk.
+    pub(super) health: Arc<DiskHealth>,
 }
 
 /// What changes while an overlay is written to. Locked for moments, by the one worker that serves the disk.
@@ -187,7 +235,7 @@ pub(super) struct Top {
 pub(super) struct TopState {
     /// How often somebody has written to it, this session included once it has begun.
     sessions: u64,
-    /// Whether the file says that its last session was closed.
+    /// Whether there is nothing to close while no session has begun: the file's last one was closed, or its contents are unknown.
     closed: bool,
     below: u64,
     map: Map,
@@ -206,9 +254,12 @@ impl Lower {
     /// Opens the overlay at `path` to read it, on top of what `beneath` describes.
     pub(super) fn open(path: &Path, beneath: Beneath) -> Result<Self, OverlayError> {
         let opened = open(path, OpenOptions::new().read(true), FlockOperation::NonBlockingLockShared)?;
-        let Opened { file, lock, len } = opened;
+        let Opened { file, lock, len, .. } = opened;
         let (header, session) = read_headers(&file, path, len)?;
         check_base(&header, path, beneath)?;
+        if session.state.get() == UNKNOWN {
+            return Err(OverlayError::LeftUnknown { path: path.into() });
+        }
         let maps = read_maps(&file, path, &header, &session)?;
         Ok(Lower {
             layout: Layout::of(header.virtual_size.get()),
@@ -229,21 +280,22 @@ impl Lower {
 
 impl Top {
     /// Opens the overlay at `path`, or makes it if the file does not exist or is empty, on top of what `beneath` describes.
-    ///
-    /// `size` is that of the disk in bytes; where absent, the existing overlay's or that of what lies beneath.
-    /// `wait_for_disk` is whether flushes of the guest wait for the disk (`cache_type` Writeback). `below` are the files that it lies on.
-    pub(super) fn open(
-        path: &Path,
-        beneath: Beneath,
-        below: &[Arc<File>],
-        size: Option<u64>,
-        wait_for_disk: bool,
-    ) -> Result<Self, OverlayError> {
+    pub(super) fn open(path: &Path, beneath: Beneath, how: TopOptions<'_>) -> Result<Self, OverlayError> {
+        let TopOptions { below, size, wait_for_disk, name_is_durable, health } = how;
         // Before anything is made.
         check_size(path, beneath, size.unwrap_or(beneath.size))?;
+        // And before it is found locked, as what it is to lie on.
+        let is_beneath = std::fs::metadata(path).is_ok_and(|this| {
+            let others = below.iter().filter_map(|file| file.metadata().ok());
+            others.into_iter().any(|other| (this.dev(), this.ino()) == (other.dev(), other.ino()))
+        });
+        if is_beneath {
+            return Err(OverlayError::IsBeneath { path: path.into() });
+        }
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let Opened { file, lock, mut len } = open(path, &options, FlockOperation::NonBlockingLockExclusive)?;
+        let Opened { file, lock, mut len, is_new } =
+            open(path, &options, FlockOperation::NonBlockingLockExclusive)?;
         for other in below {
             if is_same_file(&file, other).map_err(|e| io_error("look at", path, e))? {
                 return Err(OverlayError::IsBeneath { path: path.into() });
@@ -251,6 +303,14 @@ impl Top {
         }
         if is_blank(&file, len) {
             len = create(&file, path, beneath, size.unwrap_or(beneath.size))?;
+            if (is_new || !name_is_durable)
+                && let Err(error) = make_name_durable(path)
+            {
+                if is_new {
+                    let _ = std::fs::remove_file(path);
+                }
+                return Err(io_error("make durable the name of", path, error));
+            }
         }
         let (header, session) = read_headers(&file, path, len)?;
         check_base(&header, path, beneath)?;
@@ -259,11 +319,27 @@ impl Top {
             let why = format!("it was made with {virtual_size} bytes");
             return Err(OverlayError::Size { path: path.into(), size, why });
         }
+        let left = session.state.get();
+        if left == UNKNOWN {
+            if wait_for_disk {
+                return Err(OverlayError::LeftUnknown { path: path.into() });
+            }
+            log::warn!("overlay {}: a sync of it failed: any of its sectors may be lost", path.display());
+        }
         let maps = read_maps(&file, path, &header, &session)?;
+        // What is to be said should the very first sync fail. Where nothing is waited for, nothing was promised.
+        let mark = match left {
+            OPEN => Some(Mark::OnlyA),
+            _ if wait_for_disk => Some(Mark::Unknown),
+            _ => None,
+        };
         let top = Top {
             file: Arc::new(file),
             owner: Owner::here(),
             begun: AtomicBool::new(false),
+            left_open: AtomicBool::new(false),
+            health,
+            mark: Mutex::new(mark),
             lock,
             layout: Layout::of(virtual_size),
             size: virtual_size,
@@ -271,14 +347,22 @@ impl Top {
             wait_for_disk,
             state: Mutex::new(TopState {
                 sessions: session.sessions.get(),
-                closed: session.state.get() == CLOSED,
+                closed: matches!(left, CLOSED | UNKNOWN),
                 below: beneath.size / SECTOR,
                 map: maps.map,
                 dirty_a: maps.missing_in_a,
                 dirty_b: Dirty::default(),
             }),
         };
-        top.settle(maps.trust_b).map_err(|e| io_error("write the map of", path, e))?;
+        if let Err(error) = top.settle(maps.trust_b) {
+            // To close it would say that the maps are as they should be.
+            top.left_open.store(true, Ordering::Release);
+            return Err(error);
+        }
+        if wait_for_disk {
+            // All that the overlay holds is in map A by now.
+            *locked(&top.mark) = Some(Mark::OnlyA);
+        }
         Ok(top)
     }
 
@@ -304,29 +388,99 @@ impl Top {
         self.wait_for_disk
     }
 
-    /// Makes the file say all that it holds, and durable if flushes wait for the disk. Blocks.
-    pub(super) fn sync(&self) -> io::Result<()> {
-        let mut state = self.state();
+    /// Makes the file say all that it holds, and durable if flushes wait for the disk, for `what`. Blocks.
+    pub(super) fn sync(&self, what: &'static str) -> Result<(), OverlayError> {
+        let written = |e| io_error("write the map of", &self.path, e);
         if !self.wait_for_disk {
-            return self.write_map(&mut state, Copy::B);
+            return self.write_map(&mut self.state(), Copy::B).map_err(written);
         }
-        rustix::fs::fdatasync(&self.file)?;
+        self.sync_file(what)?;
+        // Map A never speaks of what may not be on the disk.
+        let mut state = self.state();
         if !state.dirty_a.is_empty() {
-            self.write_map(&mut state, Copy::A)?;
-            rustix::fs::fdatasync(&self.file)?;
+            self.write_map(&mut state, Copy::A).map_err(written)?;
+            drop(state);
+            self.sync_file(what)?;
         }
         Ok(())
     }
 
+    /// Lets the disk itself have what was written so far. Blocks; requests may come meanwhile.
+    pub(super) fn write_back(&self) -> Result<(), OverlayError> {
+        self.sync_file("a write-back of what was written")
+    }
+
+    /// A sync beside those of the disk's queue. Where it fails, the overlay is given up.
+    fn sync_file(&self, what: &'static str) -> Result<(), OverlayError> {
+        let synced = self.health.sync(&self.lock, what);
+        if synced.is_err() {
+            self.give_up();
+        }
+        Ok(synced?)
+    }
+
+    /// Whether its contents are known.
+    pub(super) fn health(&self) -> &DiskHealth {
+        &self.health
+    }
+
+    /// What the file is to say now that its contents are unknown, and where; `None` if it says so already.
+    pub(super) fn given_up(&self) -> Option<(u64, Box<[u8]>)> {
+        let mark = locked(&self.mark).take()?;
+        let HostStart { id, time } = HostStart::NONE;
+        let state = match mark {
+            Mark::OnlyA => OPEN,
+            Mark::Unknown => UNKNOWN,
+        };
+        let session = Session {
+            sessions: self.state().sessions.into(),
+            boot_id: id,
+            boot_time: time.into(),
+            state: state.into(),
+            crc: 0.into(),
+        };
+        Some((SESSION_OFFSET, session.sealed().as_bytes().into()))
+    }
+
+    /// The file says something else again: [`given_up`](Self::given_up) is needed once more.
+    pub(super) fn mark_again(&self) {
+        *locked(&self.mark) = Some(Mark::OnlyA);
+    }
+
+    /// Where map B stands and how long it is. Cleared, it is as good a mark as [`given_up`](Self::given_up): map A alone is there to be believed.
+    pub(super) fn map_b(&self) -> (u64, u64) {
+        (self.layout.map_b, self.layout.data - self.layout.map_b)
+    }
+
+    /// Lets the file say that its contents are unknown. Blocks.
+    fn give_up(&self) {
+        let Some((offset, session)) = self.given_up() else { return };
+        let Err(error) = self.file.write_all_at(&session, offset) else { return };
+        let (offset, len) = self.map_b();
+        if clear(&self.file, offset, len).is_err() {
+            self.cannot_give_up(&error);
+        }
+    }
+
+    /// Says that the file does not say that its contents are unknown.
+    pub(super) fn cannot_give_up(&self, why: &dyn std::fmt::Display) {
+        log::error!(
+            "overlay {}: cannot note in it that its contents are unknown: {why}; do not use it again",
+            self.path.display()
+        );
+    }
+
     /// Lets the maps of a session that was not closed say what is believed of them. What the overlay holds stays the same.
-    fn settle(&self, trust_b: bool) -> io::Result<()> {
+    fn settle(&self, trust_b: bool) -> Result<(), OverlayError> {
+        let what = "the sync of the overlay when it was opened";
         if !trust_b {
-            clear(&self.file, self.layout.map_b, self.layout.data - self.layout.map_b)?;
-            rustix::fs::fdatasync(&self.file)?;
+            let (offset, len) = self.map_b();
+            clear(&self.file, offset, len).map_err(|e| io_error("clear the map of", &self.path, e))?;
+            self.sync_file(what)?;
         }
         if self.wait_for_disk && !self.state().dirty_a.is_empty() {
             // What only map B knew so far becomes as durable as the rest before map B's word is worth less.
-            self.sync()?;
+            self.sync(what)?;
         }
         Ok(())
     }
@@ -359,12 +513,16 @@ impl Top {
     }
 
     /// Ends the session: both maps together are true now, on whichever host. Nothing may be in flight, and what changes it from here on begins
-    /// another. Blocks.
+    /// another. Blocks. An overlay that cannot be closed stays as a killed monitor leaves it, or, where a sync failed, is given up.
     pub(super) fn close(&self) -> Result<(), OverlayError> {
-        self.end().map_err(|e| io_error("close", &self.path, e))
+        let closed = self.end();
+        self.left_open.store(closed.is_err(), Ordering::Release);
+        closed
     }
 
-    fn end(&self) -> io::Result<()> {
+    fn end(&self) -> Result<(), OverlayError> {
+        self.health.check()?;
+        let what = "the sync of the overlay when it was closed";
         let (sessions, closed) = {
             let state = self.state();
             (state.sessions, state.closed)
@@ -374,13 +532,15 @@ impl Top {
         }
         // One that never began speaks for another that was left open, which waited for the disk perhaps.
         let durable = self.wait_for_disk || !self.is_begun();
-        self.sync()?;
+        self.sync(what)?;
         if durable && !self.wait_for_disk {
-            rustix::fs::fdatasync(&self.file)?;
+            self.sync_file(what)?;
         }
-        self.file.write_all_at(Self::session(sessions, CLOSED).as_bytes(), SESSION_OFFSET)?;
+        self.file
+            .write_all_at(Self::session(sessions, CLOSED).as_bytes(), SESSION_OFFSET)
+            .map_err(|e| io_error("close", &self.path, e))?;
         if durable {
-            rustix::fs::fdatasync(&self.file)?;
+            self.sync_file(what)?;
         }
         self.state().closed = true;
         self.begun.store(false, Ordering::Release);
@@ -437,8 +597,10 @@ impl Top {
 
 impl Drop for Top {
     fn drop(&mut self) {
-        // In a fork the session is still the parent's.
+        // In a fork the session is still the parent's. What could not be closed is not tried again: a second sync may succeed wrongly.
         if self.owner.is_here()
+            && self.health.is_known()
+            && !self.left_open.load(Ordering::Acquire)
             && let Err(error) = self.end()
         {
             log::error!("cannot close overlay {} in order: {error}", self.path.display());

@@ -361,5 +361,5 @@ pub(super) fn disk(dir: &Path, sectors: u64, engine: IoEngine) -> (DiskOptions, 
     let content = pattern(0x77, 0, sectors * SECTOR);
     let path = dir.join("disk");
     std::fs::write(&path, &content).unwrap();
-    (raw(&path, engine), content)
+    (DiskOptions { lock: false, ..raw(&path, engine) }, content)
 }

@@ -5,6 +5,7 @@ mod crash;
 mod device;
 mod device_model;
 mod errors;
+mod failed_sync;
 mod full;
 mod guest;
 mod host_crash;
@@ -132,6 +133,9 @@ fn raw(path: &Path, engine: IoEngine) -> DiskOptions {
         cache_type: CacheType::Writeback,
         engine: Some(engine),
         overlay: None,
+        io_threads: 1,
+        lock: true,
+        name_is_durable: false,
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
@@ -20,10 +21,15 @@ pub(in crate::block) enum Deed {
     Write { offset: u64, bytes: Vec<u8> },
     /// All that was done before is durable now.
     Sync,
+    /// What was done since the last sync may be lost at any time, whatever later syncs say.
+    FailedSync,
 }
 
 /// Where the last of the files cannot be written.
 pub(in crate::block) type Broken = Arc<Mutex<Range<u64>>>;
+
+/// Whether the next sync of the last of the files fails.
+pub(in crate::block) type FailsSync = Arc<AtomicBool>;
 
 /// What was done, in order.
 pub(in crate::block) type Deeds = Arc<Mutex<Vec<Deed>>>;
@@ -34,6 +40,7 @@ pub(in crate::block) struct Recorder<T> {
     files: Vec<Arc<File>>,
     deeds: Deeds,
     pub(super) broken: Broken,
+    pub(super) fails_sync: FailsSync,
     noted: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
@@ -41,7 +48,8 @@ pub(in crate::block) struct Recorder<T> {
 impl<T> Recorder<T> {
     pub(super) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
         let broken = Broken::default();
-        Recorder { files, deeds, broken, noted: VecDeque::new(), done: Vec::new() }
+        let fails_sync = FailsSync::default();
+        Recorder { files, deeds, broken, fails_sync, noted: VecDeque::new(), done: Vec::new() }
     }
 
     pub(in crate::block) fn push(&mut self, transfer: Transfer<T>) {
@@ -54,7 +62,14 @@ impl<T> Recorder<T> {
         let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.left());
         let top = usize::from(transfer.file()) == self.files.len() - 1;
         let fails = top && op == Op::Write && locked(&self.broken).contains(&offset);
-        let result = if fails { Err(Errno::NOSPC) } else { carry_out(&mut transfer, &self.files) };
+        let result = if fails {
+            Err(Errno::NOSPC)
+        } else if top && op == Op::Sync && self.fails_sync.swap(false, Ordering::Relaxed) {
+            locked(&self.deeds).push(Deed::FailedSync);
+            Err(Errno::IO)
+        } else {
+            carry_out(&mut transfer, &self.files)
+        };
         if top && result.is_ok() {
             match op {
                 Op::Read => {}

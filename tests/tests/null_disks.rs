@@ -1,0 +1,159 @@
+//! Disks of guests of a few instructions: locks between monitors, and disks of the host that fail.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use vesta_tests::api::{ApiClient, Response};
+use vesta_tests::counting::counting_with;
+use vesta_tests::disks::{MIB, disk, drive, with};
+use vesta_tests::guest::{SOON, Transport};
+use vesta_tests::host_devices::{LoopDevice, SmallFs};
+use vesta_tests::process::Orphans;
+use vesta_tests::snapshots::{Files, empty, pause, resume};
+
+fn put(api: &mut ApiClient, drive: &Value) -> Result<Response> {
+    api.put("/drives/d", drive)
+}
+
+fn child(dir: &Path, id: &str) -> Value {
+    json!({"id": id, "serial": {"serial_out_path": dir.join(format!("{id}.serial"))}})
+}
+
+fn refused(response: &Response, said: &[&str]) -> Result<()> {
+    let fault = response.fault();
+    ensure!(response.status == 400, "{} {fault}", response.status);
+    ensure!(said.iter().all(|said| fault.contains(said)), "no {said:?} in: {fault}");
+    Ok(())
+}
+
+#[test]
+fn a_raw_disk_is_refused_to_other_monitors_by_holder() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let image = disk(home.path(), "disk.img", 1)?;
+    let raw = drive("d", &image);
+    let read_only = with(raw.clone(), &json!({"is_read_only": true}));
+    let overlay = home.path().join("top");
+    let overlaid = with(raw.clone(), &json!({"overlay": {"path": overlay}}));
+    let (mut writer, mut writers_api) = empty(Transport::Mmio)?;
+    put(&mut writers_api, &raw)?.ok()?;
+    // Set anew, and used by another drive of the same microVM.
+    put(&mut writers_api, &raw)?.ok()?;
+    writers_api.put("/drives/e", &with(raw.clone(), &json!({"drive_id": "e"})))?.ok()?;
+
+    let (other, mut api) = empty(Transport::Mmio)?;
+    let holder = format!("process {} (", writer.pid());
+    for drive in [&raw, &read_only, &overlaid] {
+        refused(&put(&mut api, drive)?, &["drive d", "disk.img", &holder, "\"lock\""])?;
+    }
+    ensure!(!overlay.exists(), "what is refused leaves nothing behind");
+    let shared = with(raw.clone(), &json!({"lock": false}));
+    put(&mut api, &shared)?.ok()?;
+    refused(&put(&mut api, &raw)?, &[&holder])?;
+    let config = api.get("/vm/config")?.ok()?.json()?;
+    ensure!(config["drives"][0]["lock"] == json!(false), "{config}");
+
+    writer.signal(Signal::KILL)?;
+    writer.exit_status(SOON)?;
+    put(&mut api, &raw)?.ok()?;
+    let config = api.get("/vm/config")?.ok()?.json()?;
+    ensure!(config["drives"][0].get("lock").is_none(), "{config}");
+    drop(other);
+
+    // Those that only read do not keep each other out.
+    let (_one, mut one) = empty(Transport::Mmio)?;
+    put(&mut one, &read_only)?.ok()?;
+    let (_two, mut two) = empty(Transport::Mmio)?;
+    put(&mut two, &overlaid)?.ok()?;
+    let (_three, mut three) = empty(Transport::Mmio)?;
+    refused(&put(&mut three, &raw)?, &["drive d", "for writing"])
+}
+
+#[test]
+fn a_forked_disk_is_a_base_to_all_and_written_by_none() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let image = disk(dir, "disk.img", 1)?;
+    let (none, raw) = (disk(dir, "none", 0)?, drive("d", &image));
+    let (parent, mut api, _serial) = counting_with(&[raw.clone(), drive("none", &none)])?;
+    // The same disk again, as for a file that has grown.
+    api.patch("/drives/d", &json!({"drive_id": "d", "path_on_host": image}))?.ok()?;
+    let (_other, mut other) = empty(Transport::Mmio)?;
+    let overlaid = with(raw.clone(), &json!({"overlay": {"path": dir.join("others")}}));
+    refused(&put(&mut other, &overlaid)?, &["disk.img"])?;
+    let children = json!({"children": [child(dir, "a"), child(dir, "b")]});
+    let orphans = Orphans::of_fork(&api.put("/fork", &children)?.ok()?.json()?)?;
+    put(&mut other, &overlaid)?.ok()?;
+    refused(&put(&mut other, &raw)?, &["disk.img"])?;
+    drop(parent);
+    let (_more, mut more) = empty(Transport::Mmio)?;
+    refused(&put(&mut more, &raw)?, &["disk.img"])?;
+    orphans.kill(SOON)?;
+    // `other` has it as a base itself: its own is no hindrance.
+    put(&mut other, &raw)?.ok().map(drop)
+}
+
+#[test]
+fn a_saved_disk_is_written_by_one_microvm_at_a_time() -> Result<()> {
+    let home = tempfile::tempdir()?;
+    let image = disk(home.path(), "disk.img", 1)?;
+    let (saved, mut api, _serial) = counting_with(&[drive("d", &image)])?;
+    let files = Files::new(home.path(), "vm");
+    pause(&mut api)?;
+    api.put("/snapshot/create", &files.create("Full"))?.ok()?;
+    resume(&mut api)?;
+    let (vmm, mut api) = empty(Transport::Mmio)?;
+    api.put("/serial", &json!({"serial_out_path": vmm.dir().join("serial")}))?.ok()?;
+    let holder = format!("process {} (", saved.pid());
+    refused(&api.put("/snapshot/load", &files.load())?, &["drive d", "disk.img", &holder])?;
+    drop(saved);
+    api.put("/snapshot/load", &files.load())?.ok().map(drop)
+}
+
+/// A disk larger than what it is on: a loop device over a file system in memory that is full.
+#[test]
+fn a_failed_write_back_refuses_forks_until_the_disk_is_replaced() -> Result<()> {
+    let small = SmallFs::new(4 * MIB)?;
+    let device = LoopDevice::new(&disk(&small.path(), "disk", 16)?)?;
+    let home = tempfile::tempdir()?;
+    let dir = home.path();
+    let writeback = json!({"cache_type": "Writeback"});
+    let (_vmm, mut api, _serial) = counting_with(&[with(drive("d", device.path()), &writeback)])?;
+    // As if the guest had: what is in the page cache knows no writer.
+    File::options().write(true).open(device.path())?.write_all_at(&vec![7; 8 << 20], 0)?;
+
+    let files = Files::new(dir, "vm");
+    let overlays = json!([{"drive_id": "d", "overlay": dir.join("top")}]);
+    let fork = |name: &str| {
+        let mut child = child(dir, name);
+        child["drives"] = json!([{"drive_id": "d", "overlay": dir.join(name)}]);
+        json!({"children": [child], "drives": overlays})
+    };
+    let unknown =
+        ["drive d", "contents are unknown since a write-back", "Input/output error", "replace the disk"];
+    let all_refused = |api: &mut ApiClient| -> Result<()> {
+        refused(&api.put("/fork", &fork("a"))?, &unknown)?;
+        let mut live = files.create("Full");
+        (live["live"], live["drives"]) = (json!(true), overlays.clone());
+        refused(&api.put("/snapshot/create", &live)?, &unknown)?;
+        pause(api)?;
+        refused(&api.put("/snapshot/create", &files.create("Full"))?, &unknown)?;
+        resume(api)?;
+        ensure!(std::fs::read_dir(dir)?.next().is_none(), "what is refused leaves nothing behind");
+        Ok(())
+    };
+    all_refused(&mut api)?;
+    // With space again the kernel's next sync succeeds: it takes what it lost for written.
+    small.resize(64 * MIB)?;
+    all_refused(&mut api)?;
+    let patch = |path: &Path| json!({"drive_id": "d", "path_on_host": path});
+    api.patch("/drives/d", &patch(device.path()))?.ok()?;
+    all_refused(&mut api)?;
+
+    let other = disk(&small.path(), "other", 16)?;
+    api.patch("/drives/d", &patch(&other))?.ok()?;
+    Orphans::of_fork(&api.put("/fork", &fork("b"))?.ok()?.json()?)?.kill(SOON)
+}
