@@ -10,6 +10,8 @@
 //!   a few at a time, so that it cannot keep a worker to itself.
 //! - Its [`event`](DiskQueue::event) is readable when `kick` has something to take in.
 //! - Requests in flight together have no order, as on any disk. A flush covers what had finished when it was started.
+//! - [`reserve`](DiskQueue::reserve) bounds what the disk still has to move ([`backlog`](super::backlog)).
+//! - A discard is a hint. What is left of it when its queue is to [drain](DiskQueue::set_draining) is not done.
 //! - What was told to be over survives the monitor's being killed, on an overlay as on a plain disk ([`holding`](super::holding)).
 //!
 //! # Error model
@@ -24,6 +26,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::SECTOR;
+use super::backlog::{Backlog, DistinctPages, dirtied};
 use super::beginning::Beginning;
 use super::buffers::GuestBuffers;
 use super::engine::{Done, Engine, MAX_ZEROS, Transfer};
@@ -31,11 +34,20 @@ use super::flush::Flush;
 use super::holding::Holding;
 use super::overlay::Top;
 use super::stack::Stack;
+use crate::eventfd::EventFd;
 
 /// Largest part of a request that is worked off at once, in bytes.
 const PART: u64 = 1 << 20;
 /// Most parts of one request in flight at a time.
 const MAX_PARTS: u32 = 4;
+/// Largest part of a discard, in bytes. Where the file allows it, parts end at multiples of it.
+pub(super) const DISCARD_PART: u64 = 4 << 20;
+/// Most dirty bytes that a discard or a zeroing by the file system leaves: the partial blocks at its ends, and metadata.
+const RANGE_DIRT: u64 = 64 << 10;
+/// Dirty bytes of an overlay's two maps for one change of sectors that they did not hold, at most, for each 16 MiB of it.
+const MAP_DIRT: u64 = 2 * 4096;
+/// The sync of the backlog, among the flushes of an overlay.
+const SYNC: Token = Token::MAX;
 
 /// What is to be done.
 #[derive(Debug)]
@@ -71,6 +83,18 @@ pub struct DiskQueue {
     stack: Arc<Stack>,
     /// Whether a flush does anything.
     flush: bool,
+    backlog: Arc<Backlog>,
+    /// The number of this queue among those of the backlog.
+    member: usize,
+    pages: DistinctPages,
+    /// Write-back is being started.
+    starting: bool,
+    /// Size of the request that waits for room.
+    held: u64,
+    /// A sync ended in the last `kick`: there may be room.
+    freed: bool,
+    /// Nothing is begun any more that need not be.
+    draining: bool,
     /// Requests in parts.
     split: Vec<Option<Split>>,
     free_split: Vec<u32>,
@@ -89,14 +113,18 @@ pub struct DiskQueue {
 pub(super) enum Tag {
     /// A whole request.
     Whole(Token),
-    /// A whole write to an overlay; it holds these sectors afterwards.
-    Hold { token: Token, sector: u64, count: u64 },
+    /// A whole write; an overlay holds these sectors afterwards.
+    Write { token: Token, sector: u64, count: u64 },
     /// A discard: one that the disk cannot do is done.
     Discard { token: Token, offset: u64, len: u64 },
     /// Zeroing of a range, by the file system; where it cannot, zeros are written.
     Zero { token: Token, offset: u64, len: u64 },
     /// A part of a request.
     Part(u32),
+    /// The sync that the backlog asked for.
+    Sync,
+    /// The start of write-back.
+    WriteBack,
     /// A step of the beginning of an overlay's session.
     Begin,
     /// A step of an overlay's flush.
@@ -119,11 +147,20 @@ struct Split {
     error: Option<Errno>,
 }
 
+impl Split {
+    /// Whether no part is started any more.
+    fn is_started(&self, draining: bool) -> bool {
+        let dropped = draining && matches!(self.what, SplitWhat::Discard);
+        self.started == self.len || self.error.is_some() || dropped
+    }
+}
+
 #[derive(Debug)]
 enum SplitWhat {
     Read(GuestBuffers),
     Write(GuestBuffers),
     Zeros,
+    Discard,
 }
 
 impl DiskQueue {
@@ -132,6 +169,13 @@ impl DiskQueue {
             engine,
             stack,
             flush,
+            backlog: Backlog::new(1),
+            member: 0,
+            pages: DistinctPages::default(),
+            starting: false,
+            held: 0,
+            freed: false,
+            draining: false,
             split: Vec::new(),
             free_split: Vec::new(),
             beginning: Beginning::default(),
@@ -141,6 +185,53 @@ impl DiskQueue {
             in_flight: 0,
             done: Vec::new(),
             spare: Vec::new(),
+        }
+    }
+
+    /// The same as number `member` of the queues that share `backlog`.
+    pub(super) fn with_backlog(mut self, backlog: Arc<Backlog>, member: usize) -> Self {
+        (self.backlog, self.member) = (backlog, member);
+        self
+    }
+
+    /// Signals `waker` when there is something to do because of another queue of the disk.
+    pub(super) fn set_waker(&self, waker: Arc<EventFd>) {
+        self.backlog.set_waker(self.member, waker);
+    }
+
+    /// Takes room in the backlog for a request that makes the disk move `bytes`. False if there is none: the waker is signalled, or
+    /// `kick` has something to do, when there may be.
+    pub(super) fn reserve(&mut self, bytes: u64) -> bool {
+        let fits = self.backlog.reserve(self.member, bytes);
+        self.held = if fits { 0 } else { bytes };
+        fits
+    }
+
+    /// Gives back the room of a request that is over.
+    pub(super) fn release(&self, bytes: u64) {
+        self.backlog.release(self.member, bytes);
+    }
+
+    /// Bytes that the disk has to move for a write of `len` bytes at `offset`.
+    pub(super) fn cost_of_write(&self, offset: u64, len: u64) -> u64 {
+        let (_, start) = self.stack.write_target();
+        dirtied(start.saturating_add(offset), len) + self.cost_of_maps(len)
+    }
+
+    /// Bytes that the disk has to move at a time for a discard of `len` bytes.
+    pub(super) fn cost_of_discard(len: u64) -> u64 {
+        len.min(u64::from(MAX_PARTS) * DISCARD_PART)
+    }
+
+    fn cost_of_maps(&self, len: u64) -> u64 {
+        if self.stack.top().is_some() { MAP_DIRT * (2 + len / (16 << 20)) } else { 0 }
+    }
+
+    /// Whether discards in flight are to end early, because a pause or a reset waits for this queue.
+    pub(super) fn set_draining(&mut self, draining: bool) {
+        self.draining = draining;
+        if draining {
+            self.held = 0;
         }
     }
 
@@ -195,6 +286,8 @@ impl DiskQueue {
     /// Sends off what was noted and takes in what is over. The caller tells what [`finished`](Self::finished) and, if then it
     /// [`has_more`](Self::has_more), comes back, now or after others had their turn.
     pub fn kick(&mut self) {
+        self.freed = false;
+        self.start_sync();
         self.engine.submit();
         let mut done = std::mem::take(&mut self.done);
         self.engine.reap(&mut done);
@@ -202,6 +295,9 @@ impl DiskQueue {
             self.take_in(done);
         }
         self.done = done;
+        if self.flush {
+            self.backlog.finished(self.member, &mut self.finished);
+        }
         if let Some(top) = self.stack.top() {
             let place = (self.stack.write_target().0, top);
             self.holding.go_on(place, &mut self.engine, &mut self.finished);
@@ -210,7 +306,7 @@ impl DiskQueue {
 
     /// Whether there is something to do or to tell at once, for which no event will come.
     pub fn has_more(&self) -> bool {
-        self.engine.has_more() || !self.finished.is_empty()
+        self.engine.has_more() || !self.finished.is_empty() || self.freed
     }
 
     /// The next request that is over, with how it went.
@@ -276,20 +372,17 @@ impl DiskQueue {
             return self.split(token, offset, len, SplitWhat::Write(buffers));
         }
         let (file, start) = self.stack.write_target();
-        let tag = self.tag_of_change(token, offset, len);
+        let tag = Tag::Write { token, sector: offset / SECTOR, count: len / SECTOR };
         self.engine.push(Transfer::write(file, start + offset, buffers, tag));
     }
 
-    /// The tag of a change to the whole range of a request.
-    fn tag_of_change(&self, token: Token, offset: u64, len: u64) -> Tag {
-        if self.stack.top().is_some() {
-            Tag::Hold { token, sector: offset / SECTOR, count: len / SECTOR }
-        } else {
-            Tag::Whole(token)
-        }
-    }
-
     fn discard(&mut self, token: Token, offset: u64, len: u64) {
+        if self.draining {
+            return self.finish(token, Ok(()));
+        }
+        if len > DISCARD_PART {
+            return self.split(token, offset, len, SplitWhat::Discard);
+        }
         let (file, start) = self.stack.write_target();
         let tag = Tag::Discard { token, offset, len };
         self.engine.push(Transfer::zero(file, start + offset, len, false, tag));
@@ -305,13 +398,56 @@ impl DiskQueue {
         if !self.flush {
             return self.finish(token, Ok(()));
         }
-        match self.stack.top() {
-            None => self.engine.push(Transfer::sync(0, Tag::Whole(token))),
-            Some(top) => {
-                let file = self.stack.write_target().0;
-                self.overlay_flush.start(token, file, top, &mut self.engine);
-            }
+        self.backlog.flush(self.member, token);
+        self.start_sync();
+    }
+
+    /// Starts a sync of the disk if it is due and none runs.
+    fn start_sync(&mut self) {
+        if !self.flush || !self.backlog.begin_sync(self.held) {
+            return;
         }
+        self.pages.sync_begins(&self.backlog);
+        let file = self.stack.write_target().0;
+        match self.stack.top() {
+            None => self.engine.push(Transfer::sync(file, Tag::Sync)),
+            Some(top) => self.overlay_flush.start(SYNC, file, top, &mut self.engine),
+        }
+    }
+
+    /// The sync that this queue started is over. This is the one place where a failed sync is seen.
+    fn sync_ended(&mut self, result: Result<(), Errno>) {
+        if result.is_ok() {
+            self.pages.sync_succeeded(&self.backlog);
+        }
+        self.backlog.sync_ended(self.member, result);
+        self.freed = true;
+        // Flushes that came meanwhile.
+        self.start_sync();
+    }
+
+    /// `len` bytes at `offset` of the disk were written, or some of them.
+    fn wrote(&mut self, offset: u64, len: u64) {
+        if self.flush && len > 0 {
+            let offset = self.stack.write_target().1 + offset;
+            self.pages.mark(offset, len, &self.backlog);
+            self.dirty(dirtied(offset, len) + self.cost_of_maps(len));
+        }
+    }
+
+    /// A range was discarded or zeroed without data being written.
+    fn cleared(&mut self, len: u64) {
+        if self.flush {
+            self.dirty(len.min(RANGE_DIRT) + self.cost_of_maps(len));
+        }
+    }
+
+    fn dirty(&mut self, bytes: u64) {
+        if self.backlog.add_dirty(bytes) && !self.starting {
+            self.starting = true;
+            self.engine.push(Transfer::write_back(self.stack.write_target().0, Tag::WriteBack));
+        }
+        self.start_sync();
     }
 
     /// Begins a request in parts.
@@ -332,7 +468,7 @@ impl DiskQueue {
         let Some(split) = &mut self.split[index as usize] else { return };
         let (target, target_start) = self.stack.write_target();
         let state = self.stack.top().map(Top::state);
-        while split.parts < MAX_PARTS && split.started < split.len && split.error.is_none() {
+        while split.parts < MAX_PARTS && !split.is_started(self.draining) {
             let offset = split.offset + split.started;
             let left = (split.len - split.started).min(PART);
             let (transfer, len) = match &split.what {
@@ -351,6 +487,12 @@ impl DiskQueue {
                     let left = left.min(MAX_ZEROS);
                     (Transfer::write_zeros(target, target_start + offset, left, Tag::Part(index)), left)
                 }
+                SplitWhat::Discard => {
+                    // A part that ends in the middle of a block gives back none of it.
+                    let to_boundary = DISCARD_PART - (target_start + offset) % DISCARD_PART;
+                    let len = (split.len - split.started).min(to_boundary);
+                    (Transfer::zero(target, target_start + offset, len, false, Tag::Part(index)), len)
+                }
             };
             self.engine.push(transfer);
             split.started += len;
@@ -365,8 +507,7 @@ impl DiskQueue {
         if let Err(errno) = result {
             split.error.get_or_insert(errno);
         }
-        let all_started = split.started == split.len || split.error.is_some();
-        if !all_started {
+        if !split.is_started(self.draining) {
             return self.start_parts(index);
         }
         if split.parts > 0 {
@@ -374,16 +515,34 @@ impl DiskQueue {
         }
         let Some(split) = self.split[index as usize].take() else { return };
         self.free_split.push(index);
-        let result = split.error.map_or(Ok(()), Err);
-        let changed = !matches!(split.what, SplitWhat::Read(_));
-        if let SplitWhat::Read(buffers) | SplitWhat::Write(buffers) = split.what {
-            self.recycle(buffers);
+        let Split { token, what, offset, len, started, error, .. } = split;
+        let result = error.map_or(Ok(()), Err);
+        match what {
+            SplitWhat::Read(buffers) => {
+                self.recycle(buffers);
+                self.finish(token, result);
+            }
+            SplitWhat::Write(buffers) => {
+                self.recycle(buffers);
+                self.wrote(offset, len);
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
+            }
+            SplitWhat::Zeros => {
+                self.wrote(offset, len);
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
+            }
+            SplitWhat::Discard => self.discarded(token, offset, started, result),
         }
-        if changed {
-            self.changed(split.token, split.offset / SECTOR, split.len / SECTOR, result);
-        } else {
-            self.finish(split.token, result);
+    }
+
+    /// A discard of `len` bytes from `offset` is over. One that the disk cannot do is done.
+    fn discarded(&mut self, token: Token, offset: u64, len: u64, result: Result<(), Errno>) {
+        if is_unsupported(result) || len == 0 {
+            return self.finish(token, Ok(()));
         }
+        self.cleared(len);
+        // What lies beneath an overlay must not show through: it holds zeros there.
+        self.changed(token, offset / SECTOR, len / SECTOR, result);
     }
 
     /// A change of `count` sectors from `sector` was made, or failed. It is over once the overlay, if there is one, says that it holds them.
@@ -403,25 +562,34 @@ impl DiskQueue {
         self.recycle(buffers);
         match tag {
             Tag::Whole(token) => self.finish(token, result),
-            Tag::Hold { token, sector, count } => self.changed(token, sector, count, result),
-            Tag::Discard { token, .. } if is_unsupported(result) => self.finish(token, Ok(())),
-            // What lies beneath an overlay must not show through: it holds zeros there.
-            Tag::Discard { token, offset, len } => {
-                self.changed(token, offset / SECTOR, len / SECTOR, result);
+            Tag::Write { token, sector, count } => {
+                self.wrote(sector * SECTOR, count * SECTOR);
+                self.changed(token, sector, count, result);
             }
+            Tag::Discard { token, offset, len } => self.discarded(token, offset, len, result),
             Tag::Zero { token, offset, len } => {
                 if is_unsupported(result) {
                     return self.split(token, offset, len, SplitWhat::Zeros);
                 }
+                self.cleared(len);
                 self.changed(token, offset / SECTOR, len / SECTOR, result);
             }
             Tag::Part(index) => self.part_done(index, result),
             Tag::Begin => self.begun(result),
+            Tag::Sync => self.sync_ended(result),
+            Tag::WriteBack => {
+                self.starting = false;
+                if let Err(errno) = result
+                    && !is_unsupported(Err(errno))
+                {
+                    self.backlog.write_back_failed(errno);
+                }
+            }
             Tag::Flush => {
                 let Some(top) = self.stack.top() else { return };
                 self.overlay_flush.step(result, top, &mut self.engine);
-                while let Some((token, result)) = self.overlay_flush.finished() {
-                    self.finished.push_back((token, result));
+                while let Some((_, result)) = self.overlay_flush.finished() {
+                    self.sync_ended(result);
                 }
             }
             Tag::MapB { page, words } => {

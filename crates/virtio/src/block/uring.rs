@@ -42,12 +42,13 @@ use super::owner::Owner;
 pub(super) const ENTRIES: u32 = 128;
 
 /// The operations that an engine uses.
-const OPCODES: [u8; 6] = [
+const OPCODES: [u8; 7] = [
     opcode::Read::CODE,
     opcode::Readv::CODE,
     opcode::Write::CODE,
     opcode::Writev::CODE,
     opcode::Fsync::CODE,
+    opcode::SyncFileRange::CODE,
     opcode::Fallocate::CODE,
 ];
 
@@ -193,7 +194,7 @@ impl<T> Uring<T> {
                 false
             }
             Op::Write => true,
-            Op::Sync | Op::PunchHole | Op::ZeroRange => false,
+            Op::Sync | Op::WriteBack | Op::PunchHole | Op::ZeroRange => false,
         }
     }
 
@@ -389,6 +390,7 @@ fn entry<T>(transfer: &Transfer<T>) -> squeue::Entry {
             opcode::Writev::new(file, many.as_ptr().cast(), many.len() as u32).offset(offset).build()
         }
         (Op::Sync, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+        (Op::WriteBack, _) => opcode::SyncFileRange::new(file, 0).flags(libc::SYNC_FILE_RANGE_WRITE).build(),
         (Op::PunchHole, _) => fallocate(file, transfer, libc::FALLOC_FL_PUNCH_HOLE),
         (Op::ZeroRange, _) => fallocate(file, transfer, libc::FALLOC_FL_ZERO_RANGE),
     }

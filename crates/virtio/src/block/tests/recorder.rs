@@ -4,7 +4,10 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, Ordering},
+};
 
 use rustix::io::Errno;
 
@@ -25,6 +28,17 @@ pub(in crate::block) enum Deed {
 /// Where the last of the files cannot be written.
 pub(in crate::block) type Broken = Arc<Mutex<Range<u64>>>;
 
+/// What goes wrong with the syncs of the last of the files, and what else was done to it.
+#[derive(Debug, Default)]
+pub(in crate::block) struct Syncs {
+    /// No sync and no discard comes to its end.
+    pub(in crate::block) stalled: AtomicBool,
+    /// What the next one fails with.
+    pub(in crate::block) error: Mutex<Option<Errno>>,
+    /// The lengths of the holes that were punched, in order.
+    pub(in crate::block) holes: Mutex<Vec<u64>>,
+}
+
 /// What was done, in order.
 pub(in crate::block) type Deeds = Arc<Mutex<Vec<Deed>>>;
 
@@ -32,8 +46,10 @@ pub(in crate::block) type Deeds = Arc<Mutex<Vec<Deed>>>;
 #[derive(Debug)]
 pub(in crate::block) struct Recorder<T> {
     files: Vec<Arc<File>>,
-    deeds: Deeds,
+    /// None if nobody asks.
+    deeds: Option<Deeds>,
     pub(super) broken: Broken,
+    pub(in crate::block) syncs: Arc<Syncs>,
     noted: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
@@ -41,7 +57,19 @@ pub(in crate::block) struct Recorder<T> {
 impl<T> Recorder<T> {
     pub(super) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
         let broken = Broken::default();
-        Recorder { files, deeds, broken, noted: VecDeque::new(), done: Vec::new() }
+        Recorder {
+            files,
+            deeds: Some(deeds),
+            broken,
+            syncs: Arc::default(),
+            noted: VecDeque::new(),
+            done: Vec::new(),
+        }
+    }
+
+    /// The same without a record.
+    pub(super) fn without_record(self) -> Self {
+        Recorder { deeds: None, ..self }
     }
 
     pub(in crate::block) fn push(&mut self, transfer: Transfer<T>) {
@@ -50,24 +78,36 @@ impl<T> Recorder<T> {
 
     /// Carries out one of those that were noted.
     pub(in crate::block) fn submit(&mut self) {
-        let Some(mut transfer) = self.noted.pop_back() else { return };
+        let Some(index) = self.noted.iter().rposition(|transfer| !self.is_stalled(transfer)) else { return };
+        let Some(mut transfer) = self.noted.remove(index) else { return };
         let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.left());
         let top = usize::from(transfer.file()) == self.files.len() - 1;
         let fails = top && op == Op::Write && locked(&self.broken).contains(&offset);
-        let result = if fails { Err(Errno::NOSPC) } else { carry_out(&mut transfer, &self.files) };
-        if top && result.is_ok() {
+        let sync_error = if op == Op::Sync { locked(&self.syncs.error).take() } else { None };
+        if op == Op::PunchHole {
+            locked(&self.syncs.holes).push(len);
+        }
+        let result = match sync_error {
+            Some(errno) => Err(errno),
+            None if fails => Err(Errno::NOSPC),
+            None => carry_out(&mut transfer, &self.files),
+        };
+        if top
+            && result.is_ok()
+            && let Some(deeds) = &self.deeds
+        {
             match op {
-                Op::Read => {}
+                Op::Read | Op::WriteBack => {}
                 Op::Write | Op::PunchHole | Op::ZeroRange => {
                     let mut bytes = vec![0; len as usize];
                     self.files[self.files.len() - 1].read_exact_at(&mut bytes, offset).unwrap();
                     // One sector each: that is what a disk writes whole.
                     for (index, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
                         let (offset, bytes) = (offset + index as u64 * SECTOR, bytes.to_vec());
-                        locked(&self.deeds).push(Deed::Write { offset, bytes });
+                        locked(deeds).push(Deed::Write { offset, bytes });
                     }
                 }
-                Op::Sync => locked(&self.deeds).push(Deed::Sync),
+                Op::Sync => locked(deeds).push(Deed::Sync),
             }
         }
         self.done.push(transfer.finish(result));
@@ -75,6 +115,15 @@ impl<T> Recorder<T> {
 
     pub(in crate::block) fn reap(&mut self, done: &mut Vec<Done<T>>) {
         done.append(&mut self.done);
+    }
+
+    fn is_stalled(&self, transfer: &Transfer<T>) -> bool {
+        matches!(transfer.op(), Op::Sync | Op::PunchHole) && self.syncs.stalled.load(Ordering::Relaxed)
+    }
+
+    /// Whether something can be carried out or is to be taken.
+    pub(in crate::block) fn has_more(&self) -> bool {
+        !self.done.is_empty() || self.noted.iter().any(|transfer| !self.is_stalled(transfer))
     }
 
     pub(in crate::block) fn in_flight(&self) -> usize {
