@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::disks::{DiskGuest, MIB, disk, drive, with};
-use vesta_tests::guest::{BOOT, SOON};
-use vesta_tests::host_devices::{MappedDevice, SmallFs};
+use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::host_devices::{MappedDevice, NullDevice, SmallFs};
 use vesta_tests::on_each_transport;
+use vesta_tests::snapshots::pause;
 use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
@@ -169,6 +170,24 @@ on_each_transport! {
         said(&mut vmm, &marks.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(())
     }
+}
+
+/// The guest writes more than the disk moves in the 10 seconds that a pause waits, then flushes: the pause does not fail.
+#[test]
+fn pause_behind_a_flush_of_a_slow_disk_succeeds() -> Result<()> {
+    let slow = NullDevice::new(256, 12)?;
+    let guest = DiskGuest::new(Transport::Mmio)?;
+    let guest = guest.drive(with(drive("slow", slow.path()), &json!({"cache_type": "Writeback"})));
+    let script = "\
+        dd if=/dev/zero of=/dev/vda bs=1M count=180 oflag=direct 2>/dev/null && echo WRITTEN\n\
+        dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null && echo FLUSHED\n\
+        sleep 1000";
+    let vmm = guest.run(script)?;
+    vmm.wait_for_output("WRITTEN", BOOT)?;
+    let mut api = vmm.ready_client(SOON)?;
+    pause(&mut api)?;
+    api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+    vmm.wait_for_output("FLUSHED", BOOT).map(drop)
 }
 
 /// Forgets what the host has read of a device.

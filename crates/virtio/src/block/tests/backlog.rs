@@ -193,3 +193,33 @@ fn large_discard_covers_all_of_its_ranges() {
         }
     }
 }
+
+/// Storage without `fallocate`: zeros are written, and a discard does nothing and is no error.
+#[test]
+fn zeroes_are_written_and_discards_ignored_without_fallocate() {
+    for with_overlay in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let (plain, content) = disk(dir.path(), 40_000, IoEngine::Sync);
+        let options = if with_overlay {
+            overlaid(&plain.path, dir.path().join("top"), vec![], IoEngine::Sync)
+        } else {
+            plain
+        };
+        let mut slow = Slow::new(&options, 1);
+        slow.syncs[0].no_ranges.store(true, Ordering::Relaxed);
+        let guest = &mut slow.guest;
+        for unmap in [0, 1] {
+            // More than one part of each.
+            let (zeroed, discarded) = (u64::from(unmap) * 9000, 18_001);
+            assert_eq!(guest.one(WRITE_ZEROES, 0, &ranges(&[(zeroed, 8000, unmap)]), 0).status, 0);
+            assert_eq!(guest.one(DISCARD, 0, &ranges(&[(discarded, 10_000, 0)]), 0).status, 0);
+            for (sector, zero) in
+                [(zeroed, true), (zeroed + 7999, true), (zeroed + 8000, false), (discarded, false)]
+            {
+                let at = sector as usize * 512;
+                let expected = if zero { vec![0; 512] } else { content[at..at + 512].to_vec() };
+                assert_eq!(guest.read(sector, 1), (0, expected), "sector {sector}, overlay {with_overlay}");
+            }
+        }
+    }
+}

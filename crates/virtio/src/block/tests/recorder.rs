@@ -35,6 +35,8 @@ pub(in crate::block) struct Syncs {
     pub(in crate::block) stalled: AtomicBool,
     /// What the next one fails with.
     pub(in crate::block) error: Mutex<Option<Errno>>,
+    /// The file system or device can neither punch holes nor zero ranges.
+    pub(in crate::block) no_ranges: AtomicBool,
     /// The lengths of the holes that were punched, in order.
     pub(in crate::block) holes: Mutex<Vec<u64>>,
 }
@@ -84,12 +86,14 @@ impl<T> Recorder<T> {
         let top = usize::from(transfer.file()) == self.files.len() - 1;
         let fails = top && op == Op::Write && locked(&self.broken).contains(&offset);
         let sync_error = if op == Op::Sync { locked(&self.syncs.error).take() } else { None };
+        let is_range = matches!(op, Op::PunchHole | Op::ZeroRange);
         if op == Op::PunchHole {
             locked(&self.syncs.holes).push(len);
         }
         let result = match sync_error {
             Some(errno) => Err(errno),
             None if fails => Err(Errno::NOSPC),
+            None if is_range && self.syncs.no_ranges.load(Ordering::Relaxed) => Err(Errno::OPNOTSUPP),
             None => carry_out(&mut transfer, &self.files),
         };
         if top
