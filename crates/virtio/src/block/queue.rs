@@ -86,9 +86,7 @@ pub struct DiskQueue {
     backlog: Arc<Backlog>,
     /// The number of this queue among those of the backlog.
     member: usize,
-    pages: DistinctPages,
-    /// Write-back is being started.
-    starting: bool,
+    write_back: WriteBack,
     /// Size of the request that waits for room.
     held: u64,
     /// A sync ended in the last `kick`: there may be room.
@@ -106,6 +104,14 @@ pub struct DiskQueue {
     /// Reused: completions of one round, and spent buffers.
     done: Vec<Done<Tag>>,
     spare: Vec<GuestBuffers>,
+}
+
+/// The early write-back that this queue does.
+#[derive(Debug, Default)]
+struct WriteBack {
+    pages: DistinctPages,
+    /// It is being started.
+    starting: bool,
 }
 
 /// What a transfer is for.
@@ -171,8 +177,7 @@ impl DiskQueue {
             flush,
             backlog: Backlog::new(1),
             member: 0,
-            pages: DistinctPages::default(),
-            starting: false,
+            write_back: WriteBack::default(),
             held: 0,
             freed: false,
             draining: false,
@@ -407,7 +412,7 @@ impl DiskQueue {
         if !self.flush || !self.backlog.begin_sync(self.held) {
             return;
         }
-        self.pages.sync_begins(&self.backlog);
+        self.write_back.pages.sync_begins(&self.backlog);
         let file = self.stack.write_target().0;
         match self.stack.top() {
             None => self.engine.push(Transfer::sync(file, Tag::Sync)),
@@ -418,7 +423,7 @@ impl DiskQueue {
     /// The sync that this queue started is over. This is the one place where a failed sync is seen.
     fn sync_ended(&mut self, result: Result<(), Errno>) {
         if result.is_ok() {
-            self.pages.sync_succeeded(&self.backlog);
+            self.write_back.pages.sync_succeeded(&self.backlog);
         }
         self.backlog.sync_ended(self.member, result);
         self.freed = true;
@@ -430,7 +435,7 @@ impl DiskQueue {
     fn wrote(&mut self, offset: u64, len: u64) {
         if self.flush && len > 0 {
             let offset = self.stack.write_target().1 + offset;
-            self.pages.mark(offset, len, &self.backlog);
+            self.write_back.pages.mark(offset, len, &self.backlog);
             self.dirty(dirtied(offset, len) + self.cost_of_maps(len));
         }
     }
@@ -443,8 +448,8 @@ impl DiskQueue {
     }
 
     fn dirty(&mut self, bytes: u64) {
-        if self.backlog.add_dirty(bytes) && !self.starting {
-            self.starting = true;
+        if self.backlog.add_dirty(bytes) && !self.write_back.starting {
+            self.write_back.starting = true;
             self.engine.push(Transfer::write_back(self.stack.write_target().0, Tag::WriteBack));
         }
         self.start_sync();
@@ -578,7 +583,7 @@ impl DiskQueue {
             Tag::Begin => self.begun(result),
             Tag::Sync => self.sync_ended(result),
             Tag::WriteBack => {
-                self.starting = false;
+                self.write_back.starting = false;
                 if let Err(errno) = result
                     && !is_unsupported(Err(errno))
                 {

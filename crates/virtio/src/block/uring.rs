@@ -108,7 +108,7 @@ pub(super) struct Uring<T> {
     in_flight: usize,
     owner: Owner,
     /// Kept open for as long as the kernel may use them.
-    files: Vec<Arc<File>>,
+    files: ManuallyDrop<Vec<Arc<File>>>,
 }
 
 impl<T> std::fmt::Debug for Uring<T> {
@@ -155,7 +155,7 @@ impl<T> Uring<T> {
             unsubmitted: 0,
             in_flight: 0,
             owner: Owner::here(),
-            files,
+            files: ManuallyDrop::new(files),
         })
     }
 
@@ -330,7 +330,6 @@ impl<T> Drop for Uring<T> {
     /// something else by now, so nothing is unmapped and nothing is closed.
     fn drop(&mut self) {
         if !self.owner.is_here() {
-            std::mem::forget(std::mem::take(&mut self.files));
             return;
         }
         let mut done = Vec::new();
@@ -343,6 +342,8 @@ impl<T> Drop for Uring<T> {
         let _ = self.ring.submitter().unregister_files();
         // SAFETY: it is dropped once, here, and not used afterwards: `self` is gone when this returns.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
+        // SAFETY: as above.
+        unsafe { ManuallyDrop::drop(&mut self.files) };
     }
 }
 
@@ -437,7 +438,7 @@ mod tests {
             0 => {
                 let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(false);
                 // SAFETY: no precondition.
-                unsafe { libc::_exit(if done { 0 } else { 1 }) }
+                unsafe { libc::_exit(i32::from(!done)) }
             }
             child => {
                 assert!(child > 0, "{}", io::Error::last_os_error());
