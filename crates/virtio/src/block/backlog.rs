@@ -4,7 +4,8 @@
 //! together, for all queues (I/O threads) of one disk:
 //!
 //! - *in flight*: bytes of requests that the device has taken and not answered;
-//! - *dirty*: bytes that were written and that no completed sync covers. Only disks whose flushes wait for the disk have any.
+//! - *dirty*: pages that were written and that no completed sync covers, each once however often it was written. Only disks whose
+//!   flushes wait for the disk have any.
 //!
 //! # Bounds
 //!
@@ -60,6 +61,8 @@ pub(super) struct Backlog {
     /// Whether flushes wait for the next sync, and how many answers of flushes are to be taken: they spare the lock, too.
     asked: AtomicBool,
     answers: AtomicUsize,
+    /// Counts the syncs that began; from 1, so that no page of a new table seems to be noted.
+    generation: AtomicU64,
     shared: Mutex<Shared>,
     clock: fn() -> Nanos,
 }
@@ -108,6 +111,7 @@ impl Backlog {
             waiting: AtomicBool::new(false),
             asked: AtomicBool::new(false),
             answers: AtomicUsize::new(0),
+            generation: AtomicU64::new(1),
             shared: Mutex::new(Shared { members, ..Shared::default() }),
             clock,
         })
@@ -203,6 +207,8 @@ impl Backlog {
         }
         self.asked.store(false, Ordering::SeqCst);
         let flushes = std::mem::take(&mut shared.next);
+        // Before the count: what is written from now on counts anew.
+        self.generation.fetch_add(1, Ordering::SeqCst);
         // Written by now, whoever did: the sync begins later.
         shared.running = Some(Running { flushes, bytes: self.dirty.load(Ordering::SeqCst) });
         true
@@ -272,40 +278,67 @@ pub(super) fn dirtied(offset: u64, len: u64) -> u64 {
     (offset + len).next_multiple_of(PAGE) - offset / PAGE * PAGE
 }
 
-/// Counts the distinct pages that one queue writes between two syncs: at least so many, however often each is written.
+/// Knows which pages one queue has written since a sync of the disk last began, so that a page counts once however often it is written.
 ///
-/// Each page has one bit, which it shares with pages 1 GiB away.
+/// It is a table without chains: a block of 64 pages has one place, which it shares with blocks 1 GiB away. A block whose place was taken
+/// counts anew. So the bytes that are counted as dirty are never too few, and those by which the disk's speed is measured never too many.
 #[derive(Debug, Default)]
 pub(super) struct DistinctPages {
     /// Empty until the first write.
-    bits: Vec<u64>,
+    blocks: Vec<Block>,
+    /// [`Backlog::generation`] of what is noted here.
+    generation: u64,
+    /// Pages that are noted.
+    count: u64,
     begin: Nanos,
     /// What the sync that runs covers.
     syncing: Option<(u64, Nanos)>,
 }
 
-impl DistinctPages {
-    const BITS: u64 = CEILING / PAGE;
+/// 64 pages.
+#[derive(Debug, Default, Clone)]
+struct Block {
+    /// Of what is noted: a number of the block and a generation.
+    tag: (u64, u64),
+    bits: u64,
+}
 
-    /// Notes the pages of `len` bytes at `offset`; `len` is not 0.
-    pub(super) fn mark(&mut self, offset: u64, len: u64, backlog: &Backlog) {
-        if self.bits.is_empty() {
-            self.bits = vec![0; (Self::BITS / 64) as usize];
-            self.begin = (backlog.clock)();
+impl DistinctPages {
+    const BLOCKS: u64 = CEILING / PAGE / 64;
+
+    /// Notes the pages of `len` bytes at `offset`; `len` is not 0. Returns how many bytes became dirty that were not.
+    pub(super) fn mark(&mut self, offset: u64, len: u64, backlog: &Backlog) -> u64 {
+        if self.blocks.is_empty() {
+            self.blocks = vec![Block::default(); Self::BLOCKS as usize];
+        }
+        let generation = backlog.generation.load(Ordering::SeqCst);
+        if self.generation != generation {
+            (self.generation, self.count, self.begin) = (generation, 0, (backlog.clock)());
         }
         let (first, last) = (offset / PAGE, (offset + len - 1) / PAGE);
-        for page in first..=last.min(first + Self::BITS) {
-            let bit = page % Self::BITS;
-            self.bits[(bit / 64) as usize] |= 1 << (bit % 64);
+        let mut fresh = 0;
+        for number in first / 64..=last / 64 {
+            let from = first.max(number * 64) % 64;
+            let to = last.min(number * 64 + 63) % 64;
+            let bits = (u64::MAX >> (63 - (to - from))) << from;
+            let block = &mut self.blocks[(number % Self::BLOCKS) as usize];
+            if block.tag != (number, generation) {
+                if block.tag.1 == generation {
+                    self.count -= u64::from(block.bits.count_ones());
+                }
+                *block = Block { tag: (number, generation), bits: 0 };
+            }
+            let new = u64::from((bits & !block.bits).count_ones());
+            block.bits |= bits;
+            self.count += new;
+            fresh += new;
         }
+        fresh * PAGE
     }
 
-    /// A sync begins: what was noted is what it has to move.
-    pub(super) fn sync_begins(&mut self, backlog: &Backlog) {
-        let pages: u64 = self.bits.iter().map(|word| u64::from(word.count_ones())).sum();
-        self.syncing = Some((pages * PAGE, self.begin));
-        self.bits.fill(0);
-        self.begin = (backlog.clock)();
+    /// A sync that this queue starts has begun: what was noted is what it has to move.
+    pub(super) fn sync_begins(&mut self) {
+        self.syncing = Some((self.count * PAGE, self.begin));
     }
 
     /// It has succeeded.
@@ -330,7 +363,8 @@ mod tests {
     }
 
     fn window_after(pages: &mut DistinctPages, backlog: &Backlog, seconds: Nanos) -> u64 {
-        pages.sync_begins(backlog);
+        pages.sync_begins();
+        backlog.generation.fetch_add(1, Ordering::SeqCst);
         NOW.set(NOW.get() + seconds * SECOND);
         pages.sync_succeeded(backlog);
         backlog.window.load(Ordering::Relaxed)
@@ -351,6 +385,24 @@ mod tests {
         assert_eq!(window_after(&mut pages, &backlog, 3), FLOOR);
         pages.mark(0, 900 * MIB, &backlog);
         assert_eq!(window_after(&mut pages, &backlog, 1), CEILING);
+    }
+
+    #[test]
+    fn page_counts_once_until_a_sync_begins() {
+        let backlog = Backlog::new(1);
+        let mut pages = DistinctPages::default();
+        assert_eq!(pages.mark(0, 512, &backlog), PAGE);
+        assert_eq!(pages.mark(4095, 2, &backlog), PAGE);
+        assert_eq!(pages.mark(0, MIB, &backlog), MIB - 2 * PAGE);
+        assert_eq!(pages.mark(512, MIB - 512, &backlog), 0);
+        assert_eq!(pages.mark(63 * PAGE, 2 * PAGE, &backlog), 0);
+        // It takes the place of another block, which then counts anew.
+        assert_eq!(pages.mark(CEILING, PAGE, &backlog), PAGE);
+        assert_eq!(pages.count, (MIB / PAGE) - 64 + 1);
+        assert_eq!(pages.mark(0, PAGE, &backlog), PAGE);
+        backlog.flush(0, 1);
+        assert!(backlog.begin_sync(0));
+        assert_eq!(pages.mark(0, MIB, &backlog), MIB);
     }
 
     #[test]

@@ -42,6 +42,8 @@ const PART: u64 = 1 << 20;
 const MAX_PARTS: u32 = 4;
 /// Largest part of a discard, in bytes. Where the file allows it, parts end at multiples of it.
 pub(super) const DISCARD_PART: u64 = 4 << 20;
+/// Most bytes of one discard that the disk works on at a time.
+pub(super) const DISCARD_AT_A_TIME: u64 = MAX_PARTS as u64 * DISCARD_PART;
 /// Most dirty bytes that a discard or a zeroing by the file system leaves: the partial blocks at its ends, and metadata.
 const RANGE_DIRT: u64 = 64 << 10;
 /// Dirty bytes of an overlay's two maps for one change of sectors that they did not hold, at most, for each 16 MiB of it.
@@ -223,11 +225,6 @@ impl DiskQueue {
         dirtied(start.saturating_add(offset), len) + self.cost_of_maps(len)
     }
 
-    /// Bytes that the disk has to move at a time for a discard of `len` bytes.
-    pub(super) fn cost_of_discard(len: u64) -> u64 {
-        len.min(u64::from(MAX_PARTS) * DISCARD_PART)
-    }
-
     fn cost_of_maps(&self, len: u64) -> u64 {
         if self.stack.top().is_some() { MAP_DIRT * (2 + len / (16 << 20)) } else { 0 }
     }
@@ -382,7 +379,7 @@ impl DiskQueue {
     }
 
     fn discard(&mut self, token: Token, offset: u64, len: u64) {
-        if self.draining {
+        if len > DISCARD_PART && self.draining {
             return self.finish(token, Ok(()));
         }
         if len > DISCARD_PART {
@@ -412,7 +409,7 @@ impl DiskQueue {
         if !self.flush || !self.backlog.begin_sync(self.held) {
             return;
         }
-        self.write_back.pages.sync_begins(&self.backlog);
+        self.write_back.pages.sync_begins();
         let file = self.stack.write_target().0;
         match self.stack.top() {
             None => self.engine.push(Transfer::sync(file, Tag::Sync)),
@@ -435,8 +432,9 @@ impl DiskQueue {
     fn wrote(&mut self, offset: u64, len: u64) {
         if self.flush && len > 0 {
             let offset = self.stack.write_target().1 + offset;
-            self.write_back.pages.mark(offset, len, &self.backlog);
-            self.dirty(dirtied(offset, len) + self.cost_of_maps(len));
+            let fresh = self.write_back.pages.mark(offset, len, &self.backlog);
+            let maps = if fresh > 0 { self.cost_of_maps(len) } else { 0 };
+            self.dirty(fresh + maps);
         }
     }
 
@@ -448,6 +446,9 @@ impl DiskQueue {
     }
 
     fn dirty(&mut self, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
         if self.backlog.add_dirty(bytes) && !self.write_back.starting {
             self.write_back.starting = true;
             self.engine.push(Transfer::write_back(self.stack.write_target().0, Tag::WriteBack));

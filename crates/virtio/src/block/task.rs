@@ -28,7 +28,7 @@ use super::buffers::{Direction, GuestBuffers};
 use super::device::Shared;
 use super::flight::{Flight, Flying, What};
 use super::lane::{Lane, Next, Part};
-use super::queue::{DiskQueue, Request, Token as DiskToken};
+use super::queue::{DISCARD_AT_A_TIME, DiskQueue, Request, Token as DiskToken};
 use super::request::{self, Command, Limits, Parsed, Range, Status};
 use crate::device::{ActiveQueue, Interrupt};
 use crate::eventfd::EventFd;
@@ -253,9 +253,9 @@ impl BlockTask {
             Ok(Command::WriteZeroes) => {
                 self.ranges.iter().map(|range| part.queue.cost_of_write(range.offset, range.len)).sum()
             }
-            // One range after the other.
+            // Ranges that are more together are discarded one after the other.
             Ok(Command::Discard) => {
-                self.ranges.iter().map(|range| DiskQueue::cost_of_discard(range.len)).max().unwrap_or(0)
+                self.ranges.iter().map(|range| range.len).sum::<u64>().min(DISCARD_AT_A_TIME)
             }
             _ => bytes,
         };
@@ -317,11 +317,16 @@ impl BlockTask {
                 disk.start(token, 0, Request::Flush);
             }
             Command::Discard => {
-                let mut later: Vec<Range> = self.ranges.iter().rev().copied().collect();
+                let all: u64 = self.ranges.iter().map(|range| range.len).sum();
                 // A command has one range at least.
-                let Some(Range { offset, len, .. }) = later.pop() else { return Ok(true) };
-                let token = self.flying.add(Flight { what: What::Discard, later, ..flight });
-                disk.start(token, offset, Request::Discard { len });
+                let at_once = if all > DISCARD_AT_A_TIME { 1 } else { self.ranges.len() };
+                let (now, later) = self.ranges.split_at(at_once);
+                let later = later.iter().rev().copied().collect();
+                let left = now.len() as u32;
+                let token = self.flying.add(Flight { what: What::Discard, left, later, ..flight });
+                for &Range { offset, len, .. } in now {
+                    disk.start(token, offset, Request::Discard { len });
+                }
             }
             Command::WriteZeroes => {
                 let left = self.ranges.len() as u32;

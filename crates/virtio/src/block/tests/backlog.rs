@@ -21,6 +21,7 @@ struct Slow {
     backlog: Arc<Backlog>,
     /// One for each I/O thread.
     syncs: Vec<Arc<Syncs>>,
+    writes: u64,
 }
 
 impl Slow {
@@ -37,7 +38,7 @@ impl Slow {
                 disk.queue_with(Engine::Recorded(recorder)).with_backlog(Arc::clone(&backlog), member);
             drop(lane.post(Part { queue, size: disk.size() }));
         }
-        let mut slow = Slow { guest, backlog, syncs };
+        let mut slow = Slow { guest, backlog, syncs, writes: 0 };
         slow.guest.worker.run();
         slow
     }
@@ -52,10 +53,12 @@ impl Slow {
         self.syncs.iter().for_each(|one| *locked(&one.error) = Some(Errno::IO));
     }
 
-    /// Puts a write of 4 MiB into `queue`. All of them write the same bytes to the same place.
+    /// Puts a write of 4 MiB into `queue`, each to another place. All of them write the same bytes.
     fn ask_write(&mut self, queue: usize) {
-        let (header, data, status) = (MIB, 2 * MIB, MIB + 64);
-        let out: Vec<u8> = [&OUT.to_le_bytes()[..], &[0; 12]].concat();
+        let (header, data, status) = (MIB + self.writes * 128, 2 * MIB, MIB + self.writes * 128 + 64);
+        let sector = self.writes * 4 * MIB / SECTOR;
+        self.writes += 1;
+        let out: Vec<u8> = [&OUT.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
         self.guest.ram.memory().write_slice(&out, GuestAddress(header)).unwrap();
         let added = self.guest.drivers[queue].add(&[(header, 16), (data, 4 << 20)], &[(status, 1)]);
         added.expect("room in the queue");
@@ -78,7 +81,7 @@ fn blank(dir: &Path, bytes: u64) -> DiskOptions {
 fn dirty_bytes_of_all_threads_are_bounded_while_syncs_stall() {
     for threads in [1, 2] {
         let dir = tempfile::tempdir().unwrap();
-        let mut slow = Slow::new(&blank(dir.path(), 8 * MIB), threads);
+        let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), threads);
         slow.stall(true);
         for queue in 0..usize::from(threads) {
             (0..20).for_each(|_| slow.ask_write(queue));
@@ -101,7 +104,7 @@ fn dirty_bytes_of_all_threads_are_bounded_while_syncs_stall() {
 #[test]
 fn reads_and_flushes_pass_while_writes_wait_for_room() {
     let dir = tempfile::tempdir().unwrap();
-    let mut slow = Slow::new(&blank(dir.path(), 8 * MIB), 2);
+    let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), 2);
     slow.stall(true);
     (0..20).for_each(|_| slow.ask_write(0));
     slow.kick();
@@ -118,7 +121,7 @@ fn reads_and_flushes_pass_while_writes_wait_for_room() {
 #[test]
 fn error_of_an_early_sync_fails_the_next_flush() {
     let dir = tempfile::tempdir().unwrap();
-    let mut slow = Slow::new(&blank(dir.path(), 8 * MIB), 1);
+    let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), 1);
     slow.fail_next_sync();
     (0..9).for_each(|_| slow.ask_write(0));
     slow.kick();
