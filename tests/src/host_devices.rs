@@ -17,6 +17,7 @@ use rustix::mount::{
 };
 
 use crate::guest::ignore;
+use crate::modules::Modules;
 
 /// Ends the test as one that cannot run here where it is not root's.
 fn only_for_root() {
@@ -147,6 +148,76 @@ fn dmsetup(args: &[&str], table: &str) -> Result<()> {
         .context("cannot run dmsetup")?;
     child.stdin.take().context("it is a pipe")?.write_all(table.as_bytes())?;
     ensure!(child.wait()?.success(), "dmsetup {args:?} failed");
+    Ok(())
+}
+
+/// A block device of the kernel's `null_blk`: it keeps its contents in memory, cannot discard, and can have a bound on its speed.
+#[derive(Debug)]
+pub struct NullDevice {
+    config: PathBuf,
+    path: PathBuf,
+    /// The mount that `config` is in, which no other process sees.
+    _configfs: OwnedFd,
+}
+
+impl Drop for NullDevice {
+    fn drop(&mut self) {
+        let _ = std::fs::write(self.config.join("power"), "0");
+        let _ = std::fs::remove_dir(&self.config);
+    }
+}
+
+impl NullDevice {
+    /// A device of so many MiB that moves so many MiB a second; 0 for any speed.
+    pub fn new(mib: u64, mib_per_second: u64) -> Result<NullDevice> {
+        only_for_root();
+        load_null_blk()?;
+        let fs = fsopen("configfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_create(&fs)?;
+        let configfs = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        let name = format!("vesta-test-{}-{mib}", std::process::id());
+        let root = format!("/proc/{}/fd/{}/nullb", std::process::id(), configfs.as_raw_fd());
+        let config = Path::new(&root).join(&name);
+        std::fs::create_dir(&config).with_context(|| config.display().to_string())?;
+        let mut device = NullDevice { config, path: PathBuf::new(), _configfs: configfs };
+        let (size, speed) = (mib.to_string(), mib_per_second.to_string());
+        for (attribute, value) in
+            [("size", &*size), ("memory_backed", "1"), ("mbps", &speed), ("blocksize", "512"), ("power", "1")]
+        {
+            let file = device.config.join(attribute);
+            std::fs::write(&file, value).with_context(|| format!("{} to {value}", file.display()))?;
+        }
+        // Newer kernels name it as it was made.
+        let named = Path::new("/dev").join(&name);
+        let index = std::fs::read_to_string(device.config.join("index"))?;
+        device.path =
+            if named.exists() { named } else { PathBuf::from(format!("/dev/nullb{}", index.trim())) };
+        Ok(device)
+    }
+
+    /// Its device node.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Loads `null_blk` without a device, from where the host has its modules.
+fn load_null_blk() -> Result<()> {
+    const OF_EMULATED_HOST: &str = "/run/vesta-host/modules";
+    if Path::new("/sys/module/null_blk").exists() {
+        return Ok(());
+    }
+    let modules = Modules::new(OF_EMULATED_HOST);
+    if !modules.file("null_blk").exists() {
+        return output(Command::new("modprobe").args(["null_blk", "nr_devices=0"])).map(drop);
+    }
+    for name in modules.load_order(&["null_blk"])? {
+        let params = if name == "null_blk" { c"nr_devices=0" } else { c"" };
+        match rustix::system::finit_module(File::open(modules.file(&name))?, params, 0) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot load the kernel module {name}")),
+        }
+    }
     Ok(())
 }
 

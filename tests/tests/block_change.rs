@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
 use vesta_tests::disks::{DiskGuest, MIB, bytes_at, disk, drive, said, space_of, with};
 use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, start, vmm_path};
+use vesta_tests::host_devices::{LoopDevice, NullDevice, SmallFs};
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::VmmBuilder;
 
@@ -177,5 +178,53 @@ fn devices_are_found_without_acpi() -> Result<()> {
     let mut vmm = guest.drive(drive("d", &path)).run("echo SIZE $(cat /sys/block/vda/size)\nreboot -f")?;
     let said = said(&mut vmm)?;
     ensure!(said.contains("SIZE 8192"), "{said}");
+    Ok(())
+}
+
+/// Case 13: block devices of the host without discard, loop devices, tmpfs and an overlay there. What is zeroed reads as zeros; what cannot be
+/// discarded is not an error; nothing beside it changes.
+#[test]
+fn zeroes_are_zeroes_on_any_host_storage() -> Result<()> {
+    let guest = DiskGuest::new(Transport::Mmio)?.tool(TOOL);
+    let null = NullDevice::new(8, 0)?;
+    let attached = LoopDevice::new(&disk(guest.dir(), "loop", 8)?)?;
+    let fs = SmallFs::new(32 * MIB)?;
+    let in_memory = disk(&fs.path(), "file", 8)?;
+    let overlay = json!({"overlay": {"path": fs.path().join("overlay")}});
+    let drives = [
+        drive("null", null.path()),
+        drive("loop", attached.path()),
+        drive("memory", &in_memory),
+        with(drive("overlaid", &disk(guest.dir(), "base", 8)?), &overlay),
+    ];
+    let mut guest = guest;
+    for (index, drive) in drives.into_iter().enumerate() {
+        let engine = ["Async", "Sync"][index % 2];
+        guest = guest.drive(with(drive, &json!({"io_engine": engine, "cache_type": "Writeback"})));
+    }
+    // Each MiB: zeroed keeping its space, as it was, zeroed giving it back, as it was, discarded; the rest gets a file system.
+    let script = "\
+        x() { dd if=/dev/$1 bs=1M skip=$2 count=1 iflag=direct 2>/dev/null | tr -d -c \"$3\" | wc -c; }\n\
+        for d in vda vdb vdc vdd; do\n\
+          dd if=/dev/zero bs=64k count=80 2>/dev/null | tr '\\0' x | dd of=/dev/$d bs=64k oflag=direct iflag=fullblock 2>/dev/null\n\
+          disk-tool zero $d 0 1048576 keep\n\
+          disk-tool zero $d 2097152 1048576 free\n\
+          blkdiscard -o 4194304 -l 1048576 /dev/$d && echo DISCARDED $d\n\
+          echo BYTES $d $(x $d 0 '\\0') $(x $d 1 x) $(x $d 2 '\\0') $(x $d 3 x) $(( $(x $d 4 x) + $(x $d 4 '\\0') ))\n\
+          mke2fs -F /dev/$d >/dev/null 2>&1; mkdir -p /m; mount -t ext2 /dev/$d /m || mount -t ext4 /dev/$d /m\n\
+          echo text > /m/file; sync; fstrim /m; echo TRIM $d $?; umount /m\n\
+          mount -t ext2 /dev/$d /m || mount -t ext4 /dev/$d /m; echo FOUND $d $(cat /m/file); umount /m\n\
+        done\n\
+        poweroff -f";
+    let said = said(&mut guest.run(script)?)?;
+    for dev in ["vda", "vdb", "vdc", "vdd"] {
+        for mark in ["ZEROED ", "DISCARDED ", "FOUND "] {
+            ensure!(said.contains(&format!("{mark}{dev}")), "no {mark}{dev}: {said}");
+        }
+        let bytes = [MIB; 5].map(|bytes| bytes.to_string()).join(" ");
+        ensure!(said.contains(&format!("BYTES {dev} {bytes}")), "{dev}: {said}");
+        ensure!(said.contains(&format!("FOUND {dev} text")), "{dev}: {said}");
+    }
+    ensure!(!said.contains("FAILED") && !said.contains("I/O error"), "{said}");
     Ok(())
 }

@@ -9,8 +9,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::disks::{DiskGuest, MIB, OverlayFile, disk, drive, with};
 use vesta_tests::guest::{BOOT, SOON, Transport};
-use vesta_tests::host_devices::{LoopDevice, MappedDevice, MountedFs, SmallFs};
+use vesta_tests::host_devices::{LoopDevice, MappedDevice, MountedFs, NullDevice, SmallFs};
 use vesta_tests::on_each_transport;
+use vesta_tests::snapshots::pause;
 use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
@@ -226,6 +227,24 @@ fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The guest writes more than the disk moves in the 10 seconds that a pause waits, then flushes: the pause does not fail.
+#[test]
+fn pause_behind_a_flush_of_a_slow_disk_succeeds() -> Result<()> {
+    let slow = NullDevice::new(256, 12)?;
+    let guest = DiskGuest::new(Transport::Mmio)?;
+    let guest = guest.drive(with(drive("slow", slow.path()), &json!({"cache_type": "Writeback"})));
+    let script = "\
+        dd if=/dev/zero of=/dev/vda bs=1M count=180 oflag=direct 2>/dev/null && echo WRITTEN\n\
+        dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null && echo FLUSHED\n\
+        sleep 1000";
+    let vmm = guest.run(script)?;
+    vmm.wait_for_output("WRITTEN", BOOT)?;
+    let mut api = vmm.ready_client(SOON)?;
+    pause(&mut api)?;
+    api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
+    vmm.wait_for_output("FLUSHED", BOOT).map(drop)
 }
 
 /// Forgets what the host has read of a device.

@@ -5,7 +5,7 @@ use serde_json::json;
 use vesta_tests::busy::{
     Place, Programs, all_is_right_after, ends_well, save_and_kill, wait_for_all_progress,
 };
-use vesta_tests::disks::with;
+use vesta_tests::disks::{DiskGuest, disk, drive, with};
 use vesta_tests::guest::{BOOT, Transport};
 use vesta_tests::on_each_transport;
 use vesta_tests::page_server::PageServer;
@@ -108,4 +108,37 @@ on_each_transport! {
         ensure!(home.path().join("a.memory.working-set").exists());
         Ok(())
     }
+}
+
+/// Rounds of the test below, for a soak.
+const ROUNDS: &str = "VESTA_TEST_ROUNDS";
+
+/// Case 10: eight programs write with `O_DIRECT` to a disk with `io_engine` Async, the guest is saved, and goes on in another monitor.
+#[test]
+fn direct_writers_continue_after_each_restore() -> Result<()> {
+    const WRITERS: usize = 8;
+    let rounds = std::env::var(ROUNDS).map_or(Ok(3), |rounds| rounds.parse()).context(ROUNDS)?;
+    let home = tempfile::tempdir()?;
+    let async_disk = with(drive("data", &disk(home.path(), "data", 64)?), &json!({"io_engine": "Async"}));
+    let script = format!(
+        "\
+        write() {{ n=0; while dd if=/dev/zero of=/dev/vda bs=64k count=16 seek=$((16 * $1)) oflag=direct conv=notrunc 2>/dev/null\n\
+          do n=$((n + 1)); echo WRITER $1 DID $n; done; echo WRITER $1 FAILED; }}\n\
+        for i in $(seq 0 {last}); do write $i & done; wait",
+        last = WRITERS - 1
+    );
+    let mut vmm = DiskGuest::new(Transport::Mmio)?.vcpus(2).drive(async_disk).run(&script)?;
+    for round in 0..=rounds {
+        for writer in 0..WRITERS {
+            vmm.wait_for_output(&format!("WRITER {writer} DID "), BOOT)
+                .with_context(|| format!("writer {writer} after {round} restores"))?;
+        }
+        ensure!(!vmm.stdout.text().contains("FAILED"), "{}", vmm.stdout.text());
+        if round < rounds {
+            let files = Files::new(home.path(), "saved");
+            save_and_kill(vmm, &files, "Full")?;
+            (vmm, _) = go_on(Transport::Mmio, &files.load())?;
+        }
+    }
+    Ok(())
 }

@@ -49,6 +49,8 @@ pub(super) enum Op {
     Write,
     /// Data and what is needed to find it again become durable (`fdatasync`).
     Sync,
+    /// The kernel starts to write dirty pages to the disk, and does not wait for them (`sync_file_range`).
+    WriteBack,
     /// The range reads as zeros and its space is given back.
     PunchHole,
     /// The range reads as zeros and keeps its space.
@@ -139,6 +141,11 @@ impl<T> Transfer<T> {
     /// Makes what was written to `file` durable.
     pub(super) fn sync(file: u8, tag: T) -> Self {
         Self::new(Op::Sync, file, 0, 0, Memory::Guest(GuestBuffers::new()), tag)
+    }
+
+    /// Starts write-back of all dirty pages of `file`.
+    pub(super) fn write_back(file: u8, tag: T) -> Self {
+        Self::new(Op::WriteBack, file, 0, 0, Memory::Guest(GuestBuffers::new()), tag)
     }
 
     /// Lets the `len` bytes from `offset` read as zeros; `keep_space` says whether their space stays reserved.
@@ -323,7 +330,7 @@ impl<T: Send + 'static> Engine<T> {
             #[cfg(any(test, feature = "testing"))]
             Engine::Settled(engine) => engine.in_flight() > 0,
             #[cfg(test)]
-            Engine::Recorded(engine) => engine.in_flight() > 0,
+            Engine::Recorded(engine) => engine.has_more(),
         }
     }
 

@@ -11,6 +11,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::backlog::Backlog;
 use super::device::BlockError;
 use super::disk::Disk;
 use super::engine::Patience;
@@ -25,7 +26,7 @@ pub(super) struct Lane {
     /// Whether `slot.next` is there: spares the lock where it is not.
     posted: AtomicBool,
     /// Wakes the task: something was posted, or limits changed.
-    pub(super) event: EventFd,
+    pub(super) event: Arc<EventFd>,
 }
 
 #[derive(Debug, Default)]
@@ -70,15 +71,18 @@ pub struct StillInUse {
 
 impl Lane {
     pub(super) fn new(part: Part) -> Result<Arc<Self>, BlockError> {
+        let event = Arc::new(EventFd::new().map_err(BlockError::Event)?);
+        part.queue.set_waker(Arc::clone(&event));
         Ok(Arc::new(Lane {
             slot: Mutex::new(Slot { parked: Some(Box::new(part)), next: None }),
             posted: AtomicBool::new(false),
-            event: EventFd::new().map_err(BlockError::Event)?,
+            event,
         }))
     }
 
     /// Gives the lane another part of a disk: at once if it is parked, else as soon as its task gets to it.
     pub(super) fn post(&self, part: Part) -> Receiver<Box<Part>> {
+        part.queue.set_waker(Arc::clone(&self.event));
         let part = Box::new(part);
         let (old, receiver) = mpsc::sync_channel(1);
         let mut slot = locked(&self.slot);
@@ -156,6 +160,10 @@ pub(super) fn parts(disk: &Disk, id: &str, lanes: u16, patience: Patience) -> Re
         return Err(BlockError::OverlayThreads { id: id.into(), threads: lanes });
     }
     let named = |source| BlockError::Disk { id: id.into(), source };
-    let part = |_| Ok(Part { queue: disk.queue(patience).map_err(named)?, size: disk.size() });
+    let backlog = Backlog::new(lanes.into());
+    let part = |lane: u16| {
+        let queue = disk.queue(patience).map_err(named)?.with_backlog(Arc::clone(&backlog), lane.into());
+        Ok(Part { queue, size: disk.size() })
+    };
     (0..lanes).map(part).collect()
 }

@@ -6,7 +6,8 @@
 //!      |       lane.rs: its part of the disk
 //!      |
 //!  queue.rs    requests -> transfers; parts, fallbacks                    disk.rs     opening a disk; base.rs, lock.rs: its file
-//!      |                                                                  health.rs   whether its contents are known; name.rs
+//!      |       backlog.rs: what the disk still has to move,             health.rs   whether its contents are known; name.rs
+//!      |       and its syncs
 //!      |       overlay/ + stack.rs: which file holds a sector; beginning.rs, holding.rs, flush.rs: what an overlay's file says of it
 //!  engine.rs   transfers -> system calls: uring.rs, sync.rs, direct.rs    buffers.rs  stretches of guest memory
 //! ```
@@ -21,10 +22,11 @@
 //!
 //! # Bounds
 //!
-//! Up to 256 requests per engine are in flight, each of at most 256 segments and 64 MiB, and no more are taken while they have 64 MiB
-//! together; what a guest makes available beyond that stays in its ring. A large request is worked off in parts of 1 MiB, so no guest
-//! keeps a worker to itself.
+//! Up to 256 requests per engine are in flight, each of at most 256 segments and 64 MiB. What they have together, and what was written and
+//! is not durable, is bounded for each disk (`backlog.rs`); what a guest makes available beyond that stays in its ring. A large
+//! request is worked off in parts of 1 MiB, a discard in parts of 4 MiB, so no guest keeps a worker to itself.
 
+mod backlog;
 mod base;
 mod beginning;
 pub mod buffers;

@@ -10,6 +10,8 @@
 //!   a few at a time, so that it cannot keep a worker to itself.
 //! - Its [`event`](DiskQueue::event) is readable when `kick` has something to take in.
 //! - Requests in flight together have no order, as on any disk. A flush covers what had finished when it was started.
+//! - [`reserve`](DiskQueue::reserve) bounds what the disk still has to move ([`backlog`](super::backlog)).
+//! - A discard is a hint. What is left of it when its queue is to [drain](DiskQueue::set_draining) is not done.
 //! - What was told to be over survives the monitor's being killed, on an overlay as on a plain disk ([`holding`](super::holding)).
 //!
 //! # Error model
@@ -25,6 +27,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::SECTOR;
+use super::backlog::{Backlog, DistinctPages, dirtied};
 use super::beginning::Beginning;
 use super::buffers::GuestBuffers;
 use super::engine::{Done, Engine, MAX_ZEROS, Transfer};
@@ -33,11 +36,22 @@ use super::holding::Holding;
 use super::overlay::Top;
 use super::owner::Owner;
 use super::stack::Stack;
+use crate::eventfd::EventFd;
 
 /// Largest part of a request that is worked off at once, in bytes.
 const PART: u64 = 1 << 20;
 /// Most parts of one request in flight at a time.
 const MAX_PARTS: u32 = 4;
+/// Largest part of a discard, in bytes. Where the file allows it, parts end at multiples of it.
+pub(super) const DISCARD_PART: u64 = 4 << 20;
+/// Most bytes of one discard that the disk works on at a time.
+pub(super) const DISCARD_AT_A_TIME: u64 = MAX_PARTS as u64 * DISCARD_PART;
+/// Most dirty bytes that a discard or a zeroing by the file system leaves: the partial blocks at its ends, and metadata.
+const RANGE_DIRT: u64 = 64 << 10;
+/// Dirty bytes of an overlay's two maps for one change of sectors that they did not hold, at most, for each 16 MiB of it.
+const MAP_DIRT: u64 = 2 * 4096;
+/// The sync of the backlog, as a flush of the disk.
+const SYNC: Token = Token::MAX;
 
 /// What is to be done.
 #[derive(Debug)]
@@ -73,6 +87,16 @@ pub struct DiskQueue {
     stack: Arc<Stack>,
     /// Whether a flush does anything.
     flush: bool,
+    backlog: Arc<Backlog>,
+    /// The number of this queue among those of the backlog.
+    member: usize,
+    write_back: WriteBack,
+    /// Size of the request that waits for room.
+    held: u64,
+    /// A sync ended in the last `kick`: there may be room.
+    freed: bool,
+    /// Nothing is begun any more that need not be.
+    draining: bool,
     /// Requests in parts.
     split: Vec<Option<Split>>,
     free_split: Vec<u32>,
@@ -87,19 +111,29 @@ pub struct DiskQueue {
     spare: Vec<GuestBuffers>,
 }
 
+/// The early write-back that this queue does.
+#[derive(Debug, Default)]
+struct WriteBack {
+    pages: DistinctPages,
+    /// It is being started.
+    starting: bool,
+}
+
 /// What a transfer is for.
 #[derive(Debug)]
 pub(super) enum Tag {
     /// A whole request.
     Whole(Token),
-    /// A whole write to an overlay; it holds these sectors afterwards.
-    Hold { token: Token, sector: u64, count: u64 },
+    /// A whole write; an overlay holds these sectors afterwards.
+    Write { token: Token, sector: u64, count: u64 },
     /// A discard: one that the disk cannot do is done.
     Discard { token: Token, offset: u64, len: u64 },
     /// Zeroing of a range, by the file system; where it cannot, zeros are written.
     Zero { token: Token, offset: u64, len: u64 },
     /// A part of a request.
     Part(u32),
+    /// The start of write-back.
+    WriteBack,
     /// A step of the beginning of an overlay's session.
     Begin,
     /// A step of a flush.
@@ -126,11 +160,20 @@ struct Split {
     error: Option<Errno>,
 }
 
+impl Split {
+    /// Whether no part is started any more.
+    fn is_started(&self, draining: bool) -> bool {
+        let dropped = draining && matches!(self.what, SplitWhat::Discard);
+        self.started == self.len || self.error.is_some() || dropped
+    }
+}
+
 #[derive(Debug)]
 enum SplitWhat {
     Read(GuestBuffers),
     Write(GuestBuffers),
     Zeros,
+    Discard,
 }
 
 impl DiskQueue {
@@ -139,6 +182,12 @@ impl DiskQueue {
             engine,
             stack,
             flush,
+            backlog: Backlog::new(1),
+            member: 0,
+            write_back: WriteBack::default(),
+            held: 0,
+            freed: false,
+            draining: false,
             split: Vec::new(),
             free_split: Vec::new(),
             beginning: Beginning::default(),
@@ -149,6 +198,48 @@ impl DiskQueue {
             in_flight: 0,
             done: Vec::new(),
             spare: Vec::new(),
+        }
+    }
+
+    /// The same as number `member` of the queues that share `backlog`.
+    pub(super) fn with_backlog(mut self, backlog: Arc<Backlog>, member: usize) -> Self {
+        (self.backlog, self.member) = (backlog, member);
+        self
+    }
+
+    /// Signals `waker` when there is something to do because of another queue of the disk.
+    pub(super) fn set_waker(&self, waker: Arc<EventFd>) {
+        self.backlog.set_waker(self.member, waker);
+    }
+
+    /// Takes room in the backlog for a request that makes the disk move `bytes`. False if there is none: the waker is signalled, or
+    /// `kick` has something to do, when there may be.
+    pub(super) fn reserve(&mut self, bytes: u64) -> bool {
+        let fits = self.backlog.reserve(self.member, bytes);
+        self.held = if fits { 0 } else { bytes };
+        fits
+    }
+
+    /// Gives back the room of a request that is over.
+    pub(super) fn release(&self, bytes: u64) {
+        self.backlog.release(self.member, bytes);
+    }
+
+    /// Bytes that the disk has to move for a write of `len` bytes at `offset`.
+    pub(super) fn cost_of_write(&self, offset: u64, len: u64) -> u64 {
+        let (_, start) = self.stack.write_target();
+        dirtied(start.saturating_add(offset), len) + self.cost_of_maps(len)
+    }
+
+    fn cost_of_maps(&self, len: u64) -> u64 {
+        if self.stack.top().is_some() { MAP_DIRT * (2 + len / (16 << 20)) } else { 0 }
+    }
+
+    /// Whether discards in flight are to end early, because a pause or a reset waits for this queue.
+    pub(super) fn set_draining(&mut self, draining: bool) {
+        self.draining = draining;
+        if draining {
+            self.held = 0;
         }
     }
 
@@ -206,6 +297,8 @@ impl DiskQueue {
     /// Sends off what was noted and takes in what is over. The caller tells what [`finished`](Self::finished) and, if then it
     /// [`has_more`](Self::has_more), comes back, now or after others had their turn.
     pub fn kick(&mut self) {
+        self.freed = false;
+        self.start_sync();
         self.engine.submit();
         let mut done = std::mem::take(&mut self.done);
         self.engine.reap(&mut done);
@@ -213,6 +306,9 @@ impl DiskQueue {
             self.take_in(done);
         }
         self.done = done;
+        if self.flush {
+            self.backlog.finished(self.member, &mut self.finished);
+        }
         if let Some(top) = self.stack.top() {
             let place = (self.stack.write_target().0, top);
             self.holding.go_on(place, &mut self.engine, &mut self.finished);
@@ -221,7 +317,7 @@ impl DiskQueue {
 
     /// Whether there is something to do or to tell at once, for which no event will come.
     pub fn has_more(&self) -> bool {
-        self.engine.has_more() || !self.finished.is_empty()
+        self.engine.has_more() || !self.finished.is_empty() || self.freed
     }
 
     /// The next request that is over, with how it went.
@@ -287,20 +383,17 @@ impl DiskQueue {
             return self.split(token, offset, len, SplitWhat::Write(buffers));
         }
         let (file, start) = self.stack.write_target();
-        let tag = self.tag_of_change(token, offset, len);
+        let tag = Tag::Write { token, sector: offset / SECTOR, count: len / SECTOR };
         self.engine.push(Transfer::write(file, start + offset, buffers, tag));
     }
 
-    /// The tag of a change to the whole range of a request.
-    fn tag_of_change(&self, token: Token, offset: u64, len: u64) -> Tag {
-        if self.stack.top().is_some() {
-            Tag::Hold { token, sector: offset / SECTOR, count: len / SECTOR }
-        } else {
-            Tag::Whole(token)
-        }
-    }
-
     fn discard(&mut self, token: Token, offset: u64, len: u64) {
+        if len > DISCARD_PART && self.draining {
+            return self.finish(token, Ok(()));
+        }
+        if len > DISCARD_PART {
+            return self.split(token, offset, len, SplitWhat::Discard);
+        }
         let (file, start) = self.stack.write_target();
         let tag = Tag::Discard { token, offset, len };
         self.engine.push(Transfer::zero(file, start + offset, len, false, tag));
@@ -316,14 +409,63 @@ impl DiskQueue {
         if !self.flush {
             return self.finish(token, Ok(()));
         }
-        self.flushes.start(token, &self.stack, &mut self.engine);
-        self.take_in_flushes();
+        self.backlog.flush(self.member, token);
+        self.start_sync();
     }
 
-    fn take_in_flushes(&mut self) {
-        while let Some(finished) = self.flushes.finished() {
-            self.finished.push_back(finished);
+    /// Starts a sync of the disk if it is due and none runs.
+    fn start_sync(&mut self) {
+        if !self.flush || !self.backlog.begin_sync(self.held) {
+            return;
         }
+        self.write_back.pages.sync_begins();
+        self.flushes.start(SYNC, &self.stack, &mut self.engine);
+        self.take_in_syncs();
+    }
+
+    fn take_in_syncs(&mut self) {
+        while let Some((_, result)) = self.flushes.finished() {
+            self.sync_ended(result);
+        }
+    }
+
+    /// The sync that this queue started is over, or was not tried because one has failed before.
+    fn sync_ended(&mut self, result: Result<(), Errno>) {
+        if result.is_ok() {
+            self.write_back.pages.sync_succeeded(&self.backlog);
+        }
+        self.backlog.sync_ended(self.member, result);
+        self.freed = true;
+        // Flushes that came meanwhile.
+        self.start_sync();
+    }
+
+    /// `len` bytes at `offset` of the disk were written, or some of them.
+    fn wrote(&mut self, offset: u64, len: u64) {
+        if self.flush && len > 0 {
+            let offset = self.stack.write_target().1 + offset;
+            let fresh = self.write_back.pages.mark(offset, len, &self.backlog);
+            let maps = if fresh > 0 { self.cost_of_maps(len) } else { 0 };
+            self.dirty(fresh + maps);
+        }
+    }
+
+    /// A range was discarded or zeroed without data being written.
+    fn cleared(&mut self, len: u64) {
+        if self.flush {
+            self.dirty(len.min(RANGE_DIRT) + self.cost_of_maps(len));
+        }
+    }
+
+    fn dirty(&mut self, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
+        if self.backlog.add_dirty(bytes) && !self.write_back.starting {
+            self.write_back.starting = true;
+            self.engine.push(Transfer::write_back(self.stack.write_target().0, Tag::WriteBack));
+        }
+        self.start_sync();
     }
 
     /// A sync of this queue failed, which the disk's health knows: lets an overlay say that its contents are unknown.
@@ -359,7 +501,7 @@ impl DiskQueue {
         let Some(split) = &mut self.split[index as usize] else { return };
         let (target, target_start) = self.stack.write_target();
         let state = self.stack.top().map(Top::state);
-        while split.parts < MAX_PARTS && split.started < split.len && split.error.is_none() {
+        while split.parts < MAX_PARTS && !split.is_started(self.draining) {
             let offset = split.offset + split.started;
             let left = (split.len - split.started).min(PART);
             let (transfer, len) = match &split.what {
@@ -378,6 +520,12 @@ impl DiskQueue {
                     let left = left.min(MAX_ZEROS);
                     (Transfer::write_zeros(target, target_start + offset, left, Tag::Part(index)), left)
                 }
+                SplitWhat::Discard => {
+                    // A part that ends in the middle of a block gives back none of it.
+                    let to_boundary = DISCARD_PART - (target_start + offset) % DISCARD_PART;
+                    let len = (split.len - split.started).min(to_boundary);
+                    (Transfer::zero(target, target_start + offset, len, false, Tag::Part(index)), len)
+                }
             };
             self.engine.push(transfer);
             split.started += len;
@@ -392,8 +540,7 @@ impl DiskQueue {
         if let Err(errno) = result {
             split.error.get_or_insert(errno);
         }
-        let all_started = split.started == split.len || split.error.is_some();
-        if !all_started {
+        if !split.is_started(self.draining) {
             return self.start_parts(index);
         }
         if split.parts > 0 {
@@ -401,16 +548,34 @@ impl DiskQueue {
         }
         let Some(split) = self.split[index as usize].take() else { return };
         self.free_split.push(index);
-        let result = split.error.map_or(Ok(()), Err);
-        let changed = !matches!(split.what, SplitWhat::Read(_));
-        if let SplitWhat::Read(buffers) | SplitWhat::Write(buffers) = split.what {
-            self.recycle(buffers);
+        let Split { token, what, offset, len, started, error, .. } = split;
+        let result = error.map_or(Ok(()), Err);
+        match what {
+            SplitWhat::Read(buffers) => {
+                self.recycle(buffers);
+                self.finish(token, result);
+            }
+            SplitWhat::Write(buffers) => {
+                self.recycle(buffers);
+                self.wrote(offset, len);
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
+            }
+            SplitWhat::Zeros => {
+                self.wrote(offset, len);
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
+            }
+            SplitWhat::Discard => self.discarded(token, offset, started, result),
         }
-        if changed {
-            self.changed(split.token, split.offset / SECTOR, split.len / SECTOR, result);
-        } else {
-            self.finish(split.token, result);
+    }
+
+    /// A discard of `len` bytes from `offset` is over. One that the disk cannot do is done.
+    fn discarded(&mut self, token: Token, offset: u64, len: u64, result: Result<(), Errno>) {
+        if is_unsupported(result) || len == 0 {
+            return self.finish(token, Ok(()));
         }
+        self.cleared(len);
+        // What lies beneath an overlay must not show through: it holds zeros there.
+        self.changed(token, offset / SECTOR, len / SECTOR, result);
     }
 
     /// A change of `count` sectors from `sector` was made, or failed. It is over once the overlay, if there is one, says that it holds them.
@@ -430,25 +595,35 @@ impl DiskQueue {
         self.recycle(buffers);
         match tag {
             Tag::Whole(token) => self.finish(token, result),
-            Tag::Hold { token, sector, count } => self.changed(token, sector, count, result),
-            Tag::Discard { token, .. } if is_unsupported(result) => self.finish(token, Ok(())),
-            // What lies beneath an overlay must not show through: it holds zeros there.
-            Tag::Discard { token, offset, len } => {
-                self.changed(token, offset / SECTOR, len / SECTOR, result);
+            Tag::Write { token, sector, count } => {
+                self.wrote(sector * SECTOR, count * SECTOR);
+                self.changed(token, sector, count, result);
             }
+            Tag::Discard { token, offset, len } => self.discarded(token, offset, len, result),
             Tag::Zero { token, offset, len } => {
                 if is_unsupported(result) {
                     return self.split(token, offset, len, SplitWhat::Zeros);
                 }
+                self.cleared(len);
                 self.changed(token, offset / SECTOR, len / SECTOR, result);
             }
             Tag::Part(index) => self.part_done(index, result),
             Tag::Begin => self.begun(result),
+            Tag::WriteBack => {
+                self.write_back.starting = false;
+                match result {
+                    Err(errno) if loses_data(errno) => {
+                        self.stack.health().sync_failed("early write-back", errno);
+                        self.give_up();
+                    }
+                    _ => {}
+                }
+            }
             Tag::Flush => {
                 if self.flushes.step(result, &self.stack, &mut self.engine) {
                     self.give_up();
                 }
-                self.take_in_flushes();
+                self.take_in_syncs();
             }
             Tag::GiveUp => {
                 if let (Err(_), Some(top)) = (result, self.stack.top()) {
@@ -500,6 +675,12 @@ impl Drop for DiskQueue {
             self.drain();
         }
     }
+}
+
+/// Whether an error of the start of write-back may mean that data is lost. Without memory nothing was
+/// started, and the next sync writes it.
+fn loses_data(errno: Errno) -> bool {
+    !is_unsupported(Err(errno)) && !matches!(errno, Errno::NOMEM | Errno::AGAIN | Errno::INTR)
 }
 
 /// Whether the file system or the device cannot do what was asked, at all or for this alignment.

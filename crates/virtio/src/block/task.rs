@@ -2,16 +2,16 @@
 //!
 //! # Bounds
 //!
-//! At most [`MAX_IN_FLIGHT`] requests are with the disk, and none is added while they are [`MAX_BYTES`] or more together: what is in flight has
-//! to end before the guest can be paused, so it must not be more than a disk can do in a moment. What else the driver makes available
-//! waits in its rings. A call takes at most
+//! At most [`MAX_IN_FLIGHT`] requests are with the disk, and none is added for which the disk's [backlog](super::backlog) has no room: what is
+//! in flight has to end before the guest can be paused, so it must not be more than a disk can do in a moment. What else the driver
+//! makes available waits in its rings. A pause does not wait for the rest of a large discard, which is a hint. A call takes at most
 //! [`ROUNDS`] rounds of at most [`BATCH`] requests before other tasks get their turn. Completions are told after each
 //! round, so that the driver works while the rest of a long queue is served.
 //!
 //! # A request's way
 //!
 //! ```text
-//! take   pop -> limiter (or rewind) -> parse -> DiskQueue::start   or, if it needs no disk, answered at once
+//! take   pop -> parse -> backlog, limiter (or rewind) -> DiskQueue::start   or, if it needs no disk, answered at once
 //! kick   DiskQueue::kick: one system call for all that were started
 //! tell   DiskQueue::finished -> status byte -> used ring -> publish -> interrupt
 //! ```
@@ -28,7 +28,7 @@ use super::buffers::{Direction, GuestBuffers};
 use super::device::Shared;
 use super::flight::{Flight, Flying, What};
 use super::lane::{Lane, Next, Part};
-use super::queue::{DiskQueue, Request, Token as DiskToken};
+use super::queue::{DISCARD_AT_A_TIME, DiskQueue, Request, Token as DiskToken};
 use super::request::{self, Command, Limits, Parsed, Range, Status};
 use crate::device::{ActiveQueue, Interrupt};
 use crate::eventfd::EventFd;
@@ -38,8 +38,6 @@ use crate::worker::{Context, Event, Interest, Placement, Task, Token};
 
 /// Most requests that are with the disk at a time.
 const MAX_IN_FLIGHT: usize = 256;
-/// No request is taken while those that are with the disk have as many bytes.
-const MAX_BYTES: u64 = 64 << 20;
 /// Most requests that are taken before the disk is asked.
 const BATCH: usize = 16;
 /// Most rounds of one call.
@@ -136,6 +134,7 @@ impl BlockTask {
         }
         if self.dead {
             // Nobody hears of it any more, but what is in flight must come to its end.
+            part.queue.release(self.flying.clear());
             part.queue.kick();
             while part.queue.finished().is_some() {}
             if part.queue.has_more() {
@@ -217,7 +216,7 @@ impl BlockTask {
                 self.first = index;
                 return Ok(Stop::Batch);
             }
-            if part.queue.in_flight() >= MAX_IN_FLIGHT || self.flying.bytes() >= MAX_BYTES {
+            if part.queue.in_flight() >= MAX_IN_FLIGHT {
                 self.first = index;
                 return Ok(Stop::Held);
             }
@@ -225,7 +224,7 @@ impl BlockTask {
             if !ring.empty {
                 if ring.queue.pop(&mut self.chain)? {
                     if !self.take_one(cx, part, index)? {
-                        // It is the next, so that no other ring takes what the limiter gives from now on.
+                        // It is the next, so that no other ring takes what the limiter or the backlog gives from now on.
                         self.first = index;
                         return Ok(Stop::Held);
                     }
@@ -239,7 +238,7 @@ impl BlockTask {
         Ok(Stop::Empty)
     }
 
-    /// Takes the request that was popped from ring `index`. False if the limiter holds it back.
+    /// Takes the request that was popped from ring `index`. False if the limiter or the backlog holds it back.
     fn take_one(&mut self, cx: &mut Context<'_>, part: &mut Part, index: usize) -> Result<bool, QueueError> {
         let limits = Limits { size: part.size, read_only: self.setup.read_only };
         let parsed = request::parse(&self.chain, &self.setup.memory, limits, &mut self.ranges)?;
@@ -249,11 +248,27 @@ impl BlockTask {
             Ok(Command::WriteZeroes) => self.ranges.iter().map(|range| range.len).sum(),
             _ => 0,
         };
+        let cost = match parsed.as_ref().map(|parsed| &parsed.command) {
+            Ok(Command::Write { offset, .. }) => part.queue.cost_of_write(*offset, bytes),
+            Ok(Command::WriteZeroes) => {
+                self.ranges.iter().map(|range| part.queue.cost_of_write(range.offset, range.len)).sum()
+            }
+            // Ranges that are more together are discarded one after the other.
+            Ok(Command::Discard) => {
+                self.ranges.iter().map(|range| range.len).sum::<u64>().min(DISCARD_AT_A_TIME)
+            }
+            _ => bytes,
+        };
+        if !part.queue.reserve(cost) {
+            self.rings[index].queue.rewind(&self.chain)?;
+            return Ok(false);
+        }
         let limited = self.setup.shared.limited.load(Ordering::Acquire);
         if limited && !allowed(&self.setup.shared, cx, bytes) {
             if !std::mem::replace(&mut self.throttled, true) {
                 self.setup.shared.stats.rate_limiter_throttled_events.add(1);
             }
+            part.queue.release(cost);
             self.rings[index].queue.rewind(&self.chain)?;
             return Ok(false);
         }
@@ -266,6 +281,7 @@ impl BlockTask {
         let Ok(Parsed { command, status, data_len }) = parsed else {
             stats.invalid_reqs_count.add(1);
             ring.used = true;
+            // Without a status byte nothing was written.
             ring.queue.add_used(head, 0)?;
             return Ok(true);
         };
@@ -275,8 +291,9 @@ impl BlockTask {
             data_len,
             status,
             what: What::Flush,
-            bytes,
+            bytes: cost,
             left: 1,
+            later: Vec::new(),
             error: None,
             syncing: false,
         };
@@ -299,15 +316,23 @@ impl BlockTask {
                 let token = self.flying.add(flight);
                 disk.start(token, 0, Request::Flush);
             }
-            Command::Discard | Command::WriteZeroes => {
+            Command::Discard => {
+                let all: u64 = self.ranges.iter().map(|range| range.len).sum();
+                // A command has one range at least.
+                let at_once = if all > DISCARD_AT_A_TIME { 1 } else { self.ranges.len() };
+                let (now, later) = self.ranges.split_at(at_once);
+                let later = later.iter().rev().copied().collect();
+                let left = now.len() as u32;
+                let token = self.flying.add(Flight { what: What::Discard, left, later, ..flight });
+                for &Range { offset, len, .. } in now {
+                    disk.start(token, offset, Request::Discard { len });
+                }
+            }
+            Command::WriteZeroes => {
                 let left = self.ranges.len() as u32;
                 let token = self.flying.add(Flight { what: What::Discard, left, ..flight });
                 for &Range { offset, len, unmap } in &self.ranges {
-                    let request = match command {
-                        Command::Discard => Request::Discard { len },
-                        _ => Request::WriteZeroes { len, unmap },
-                    };
-                    disk.start(token, offset, request);
+                    disk.start(token, offset, Request::WriteZeroes { len, unmap });
                 }
             }
             Command::GetId { to } => {
@@ -354,6 +379,14 @@ impl BlockTask {
         if flight.left > 0 {
             return Ok(());
         }
+        if flight.error.is_none()
+            && !self.quiet
+            && let Some(Range { offset, len, .. }) = flight.later.pop()
+        {
+            flight.left = 1;
+            disk.start(token, offset, Request::Discard { len });
+            return Ok(());
+        }
         if self.setup.write_through
             && flight.what.changes_disk()
             && flight.error.is_none()
@@ -364,6 +397,7 @@ impl BlockTask {
             return Ok(());
         }
         let flight = self.flying.remove(token);
+        disk.release(flight.bytes);
         let (status, written) = match (flight.error, flight.what) {
             (None, what) => {
                 self.count(what);
@@ -512,6 +546,9 @@ impl Task for BlockTask {
 
     fn quiesce(&mut self, cx: &mut Context<'_>) {
         self.quiet = true;
+        if let Some(part) = &mut self.part {
+            part.queue.set_draining(true);
+        }
         self.throttled = false;
         cx.clear_timer();
         // What is saved from now on is as of now.
@@ -537,6 +574,9 @@ impl Task for BlockTask {
             if let Err(error) = watched {
                 self.die(cx, &format_args!("cannot wait for the disk: {error}"));
             }
+        }
+        if let Some(part) = &mut self.part {
+            part.queue.set_draining(false);
         }
         self.work(cx);
     }

@@ -42,12 +42,13 @@ use super::owner::Owner;
 pub(super) const ENTRIES: u32 = 128;
 
 /// The operations that an engine uses.
-const OPCODES: [u8; 6] = [
+const OPCODES: [u8; 7] = [
     opcode::Read::CODE,
     opcode::Readv::CODE,
     opcode::Write::CODE,
     opcode::Writev::CODE,
     opcode::Fsync::CODE,
+    opcode::SyncFileRange::CODE,
     opcode::Fallocate::CODE,
 ];
 
@@ -107,7 +108,7 @@ pub(super) struct Uring<T> {
     in_flight: usize,
     owner: Owner,
     /// Kept open for as long as the kernel may use them.
-    files: Vec<Arc<File>>,
+    files: ManuallyDrop<Vec<Arc<File>>>,
 }
 
 impl<T> std::fmt::Debug for Uring<T> {
@@ -154,7 +155,7 @@ impl<T> Uring<T> {
             unsubmitted: 0,
             in_flight: 0,
             owner: Owner::here(),
-            files,
+            files: ManuallyDrop::new(files),
         })
     }
 
@@ -193,7 +194,7 @@ impl<T> Uring<T> {
                 false
             }
             Op::Write => true,
-            Op::Sync | Op::PunchHole | Op::ZeroRange => false,
+            Op::Sync | Op::WriteBack | Op::PunchHole | Op::ZeroRange => false,
         }
     }
 
@@ -329,7 +330,6 @@ impl<T> Drop for Uring<T> {
     /// something else by now, so nothing is unmapped and nothing is closed.
     fn drop(&mut self) {
         if !self.owner.is_here() {
-            std::mem::forget(std::mem::take(&mut self.files));
             return;
         }
         let mut done = Vec::new();
@@ -342,6 +342,8 @@ impl<T> Drop for Uring<T> {
         let _ = self.ring.submitter().unregister_files();
         // SAFETY: it is dropped once, here, and not used afterwards: `self` is gone when this returns.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
+        // SAFETY: as above.
+        unsafe { ManuallyDrop::drop(&mut self.files) };
     }
 }
 
@@ -389,6 +391,7 @@ fn entry<T>(transfer: &Transfer<T>) -> squeue::Entry {
             opcode::Writev::new(file, many.as_ptr().cast(), many.len() as u32).offset(offset).build()
         }
         (Op::Sync, _) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+        (Op::WriteBack, _) => opcode::SyncFileRange::new(file, 0).flags(libc::SYNC_FILE_RANGE_WRITE).build(),
         (Op::PunchHole, _) => fallocate(file, transfer, libc::FALLOC_FL_PUNCH_HOLE),
         (Op::ZeroRange, _) => fallocate(file, transfer, libc::FALLOC_FL_ZERO_RANGE),
     }
@@ -435,7 +438,7 @@ mod tests {
             0 => {
                 let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(false);
                 // SAFETY: no precondition.
-                unsafe { libc::_exit(if done { 0 } else { 1 }) }
+                unsafe { libc::_exit(i32::from(!done)) }
             }
             child => {
                 assert!(child > 0, "{}", io::Error::last_os_error());

@@ -204,13 +204,13 @@ fn no_session_begins_once_the_contents_are_unknown() {
 }
 
 /// A rig whose engine a test steps.
-fn recorded(options: &DiskOptions) -> (Rig, Arc<Mutex<Vec<Deed>>>, recorder::FailsSync, recorder::Broken) {
+fn recorded(options: &DiskOptions) -> (Rig, Arc<Mutex<Vec<Deed>>>, Arc<recorder::Syncs>, recorder::Broken) {
     let mut rig = Rig::open(options);
     let deeds = Arc::new(Mutex::new(Vec::new()));
     let recorder = Recorder::new(rig.disk.files(), Arc::clone(&deeds));
-    let (fails_sync, broken) = (Arc::clone(&recorder.fails_sync), Arc::clone(&recorder.broken));
+    let (faults, broken) = (Arc::clone(&recorder.syncs), Arc::clone(&recorder.broken));
     rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
-    (rig, deeds, fails_sync, broken)
+    (rig, deeds, faults, broken)
 }
 
 fn syncs(deeds: &Mutex<Vec<Deed>>) -> usize {
@@ -222,8 +222,8 @@ fn syncs(deeds: &Mutex<Vec<Deed>>) -> usize {
 fn flushes_run_one_at_a_time_and_share_the_next() {
     let dir = tempfile::tempdir().unwrap();
     for fails in [false, true] {
-        let (mut rig, deeds, fails_sync, _) = recorded(&raw(&base_of(dir.path()), IoEngine::Sync));
-        fails_sync.store(fails, std::sync::atomic::Ordering::Relaxed);
+        let (mut rig, deeds, faults, _) = recorded(&raw(&base_of(dir.path()), IoEngine::Sync));
+        *locked(&faults.error) = fails.then_some(Errno::IO);
         let tokens = [0; 3].map(|_| rig.start(0, Request::Flush));
         rig.queue.kick();
         assert_eq!(syncs(&deeds), 1);
@@ -239,10 +239,10 @@ fn a_session_that_cannot_be_marked_loses_its_second_map() {
     let dir = tempfile::tempdir().unwrap();
     let (base, top) = (base_of(dir.path()), dir.path().join("top"));
     let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
-    let (mut rig, _, fails_sync, broken) = recorded(&options);
+    let (mut rig, _, faults, broken) = recorded(&options);
     rig.write(0, &[1; 512]).unwrap();
     *locked(&broken) = 4096..4097;
-    fails_sync.store(true, std::sync::atomic::Ordering::Relaxed);
+    *locked(&faults.error) = Some(Errno::IO);
     rig.do_now(0, Request::Flush).unwrap_err();
     drop(rig);
     let mut rig = Rig::open(&options);

@@ -3,7 +3,6 @@
 //! And syncs fail: then the host loses any part of what was not synced before, at any time, whatever later syncs say, and whether it goes
 //! down or only the monitor is killed.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
@@ -96,7 +95,7 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
     let deeds = Arc::new(Mutex::new(Vec::new()));
     let has_failed = |deeds: &Deeds| locked(deeds).iter().any(|deed| matches!(deed, Deed::FailedSync));
     let recorder = Recorder::new(rig.disk.files(), Arc::clone(&deeds));
-    let fails_sync = Arc::clone(&recorder.fails_sync);
+    let syncs = Arc::clone(&recorder.syncs);
     rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
     let may_hold = (0..SECTORS).map(|sector| vec![(sector % 100) as u8 + 1]).collect();
     let mut model = Model { may_hold, flushes: vec![], writes: vec![] };
@@ -138,7 +137,7 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
                 let lens = lens.collect();
                 model.flushes.push((token, lens));
             }
-            Step::FailSync => fails_sync.store(true, Ordering::Relaxed),
+            Step::FailSync => *locked(&syncs.error) = Some(Errno::IO),
             Step::Some(count) => kicks = count,
         }
         for _ in 0..kicks {

@@ -1,6 +1,7 @@
 //! Disks of every kind against a model: a vector of bytes.
 
 mod answers;
+mod backlog;
 mod crash;
 mod device;
 mod device_model;

@@ -28,8 +28,18 @@ pub(in crate::block) enum Deed {
 /// Where the last of the files cannot be written.
 pub(in crate::block) type Broken = Arc<Mutex<Range<u64>>>;
 
-/// Whether the next sync of the last of the files fails.
-pub(in crate::block) type FailsSync = Arc<AtomicBool>;
+/// What goes wrong with the last of the files, and what else was done to it.
+#[derive(Debug, Default)]
+pub(in crate::block) struct Syncs {
+    /// No sync and no discard comes to its end.
+    pub(in crate::block) stalled: AtomicBool,
+    /// What the next sync fails with.
+    pub(in crate::block) error: Mutex<Option<Errno>>,
+    /// The file system or device can neither punch holes nor zero ranges.
+    pub(in crate::block) no_ranges: AtomicBool,
+    /// The lengths of the holes that were punched, in order.
+    pub(in crate::block) holes: Mutex<Vec<u64>>,
+}
 
 /// What was done, in order.
 pub(in crate::block) type Deeds = Arc<Mutex<Vec<Deed>>>;
@@ -38,9 +48,10 @@ pub(in crate::block) type Deeds = Arc<Mutex<Vec<Deed>>>;
 #[derive(Debug)]
 pub(in crate::block) struct Recorder<T> {
     files: Vec<Arc<File>>,
-    deeds: Deeds,
+    /// None if nobody asks.
+    deeds: Option<Deeds>,
     pub(super) broken: Broken,
-    pub(super) fails_sync: FailsSync,
+    pub(in crate::block) syncs: Arc<Syncs>,
     noted: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
@@ -48,8 +59,19 @@ pub(in crate::block) struct Recorder<T> {
 impl<T> Recorder<T> {
     pub(super) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
         let broken = Broken::default();
-        let fails_sync = FailsSync::default();
-        Recorder { files, deeds, broken, fails_sync, noted: VecDeque::new(), done: Vec::new() }
+        Recorder {
+            files,
+            deeds: Some(deeds),
+            broken,
+            syncs: Arc::default(),
+            noted: VecDeque::new(),
+            done: Vec::new(),
+        }
+    }
+
+    /// The same without a record.
+    pub(super) fn without_record(self) -> Self {
+        Recorder { deeds: None, ..self }
     }
 
     pub(in crate::block) fn push(&mut self, transfer: Transfer<T>) {
@@ -58,31 +80,43 @@ impl<T> Recorder<T> {
 
     /// Carries out one of those that were noted.
     pub(in crate::block) fn submit(&mut self) {
-        let Some(mut transfer) = self.noted.pop_back() else { return };
+        let Some(index) = self.noted.iter().rposition(|transfer| !self.is_stalled(transfer)) else { return };
+        let Some(mut transfer) = self.noted.remove(index) else { return };
         let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.left());
         let top = usize::from(transfer.file()) == self.files.len() - 1;
         let fails = top && op == Op::Write && locked(&self.broken).contains(&offset);
-        let result = if fails {
-            Err(Errno::NOSPC)
-        } else if top && op == Op::Sync && self.fails_sync.swap(false, Ordering::Relaxed) {
-            locked(&self.deeds).push(Deed::FailedSync);
-            Err(Errno::IO)
-        } else {
-            carry_out(&mut transfer, &self.files)
+        let sync_error = if top && op == Op::Sync { locked(&self.syncs.error).take() } else { None };
+        let is_range = matches!(op, Op::PunchHole | Op::ZeroRange);
+        if op == Op::PunchHole {
+            locked(&self.syncs.holes).push(len);
+        }
+        let result = match sync_error {
+            Some(errno) => {
+                if let Some(deeds) = &self.deeds {
+                    locked(deeds).push(Deed::FailedSync);
+                }
+                Err(errno)
+            }
+            None if fails => Err(Errno::NOSPC),
+            None if is_range && self.syncs.no_ranges.load(Ordering::Relaxed) => Err(Errno::OPNOTSUPP),
+            None => carry_out(&mut transfer, &self.files),
         };
-        if top && result.is_ok() {
+        if top
+            && result.is_ok()
+            && let Some(deeds) = &self.deeds
+        {
             match op {
-                Op::Read => {}
+                Op::Read | Op::WriteBack => {}
                 Op::Write | Op::PunchHole | Op::ZeroRange => {
                     let mut bytes = vec![0; len as usize];
                     self.files[self.files.len() - 1].read_exact_at(&mut bytes, offset).unwrap();
                     // One sector each: that is what a disk writes whole.
                     for (index, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
                         let (offset, bytes) = (offset + index as u64 * SECTOR, bytes.to_vec());
-                        locked(&self.deeds).push(Deed::Write { offset, bytes });
+                        locked(deeds).push(Deed::Write { offset, bytes });
                     }
                 }
-                Op::Sync => locked(&self.deeds).push(Deed::Sync),
+                Op::Sync => locked(deeds).push(Deed::Sync),
             }
         }
         self.done.push(transfer.finish(result));
@@ -90,6 +124,15 @@ impl<T> Recorder<T> {
 
     pub(in crate::block) fn reap(&mut self, done: &mut Vec<Done<T>>) {
         done.append(&mut self.done);
+    }
+
+    fn is_stalled(&self, transfer: &Transfer<T>) -> bool {
+        matches!(transfer.op(), Op::Sync | Op::PunchHole) && self.syncs.stalled.load(Ordering::Relaxed)
+    }
+
+    /// Whether something can be carried out or is to be taken.
+    pub(in crate::block) fn has_more(&self) -> bool {
+        !self.done.is_empty() || self.noted.iter().any(|transfer| !self.is_stalled(transfer))
     }
 
     pub(in crate::block) fn in_flight(&self) -> usize {
