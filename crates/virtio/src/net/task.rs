@@ -181,7 +181,7 @@ impl PairTask {
 
     fn serve(&mut self, cx: &mut Context<'_>) -> Result<Stop, QueueError> {
         let mut stop = Stop::Waits;
-        if self.tx_ready && !self.tx_blocked && self.tx_at.is_none() {
+        if self.may_send() {
             stop = self.send(cx)?;
         }
         if self.detour.is_some() {
@@ -191,7 +191,14 @@ impl PairTask {
             let received = self.receive(cx)?;
             stop = if received == Stop::Turn { received } else { stop };
         }
-        Ok(stop)
+        // The network went away while frames waited for it: they are dropped in the next turn. The
+        // driver does not kick again.
+        Ok(if self.may_send() { Stop::Turn } else { stop })
+    }
+
+    /// Whether the transmit queue can be served: nothing holds back what may be in it.
+    fn may_send(&self) -> bool {
+        self.tx_ready && !self.tx_blocked && self.tx_at.is_none()
     }
 
     /// The device is broken until it is reset.
