@@ -25,6 +25,11 @@ pub mod port {
     pub const MESSAGES: u32 = 7;
     /// Reads a length (64 bits, little-endian) and so many bytes, then sends that length back: for devices without half-closed connections.
     pub const COUNTED: u32 = 8;
+    /// Reads no message before the host listens at [`LATE_GATE`], then answers with their number
+    /// (32 bits, little-endian).
+    pub const LATE: u32 = 9;
+    /// See [`LATE`].
+    pub const LATE_GATE: u32 = 96;
     /// Nobody.
     pub const NOBODY: u32 = 99;
 }

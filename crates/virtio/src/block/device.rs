@@ -126,7 +126,8 @@ pub(super) struct Shared {
     pub(super) limits: Mutex<Limits>,
     /// Whether there are any: spares the lock where there are none.
     pub(super) limited: AtomicBool,
-    /// The configuration space is not what the guest saw before it was saved: it is to be told, once the device runs.
+    /// The configuration space is not what the guest saw before it was saved. The driver is
+    /// interrupted when the device is restored.
     pub(super) announce: AtomicBool,
     front: Mutex<Front>,
 }
@@ -304,6 +305,10 @@ impl Device for Block {
                 write_through: self.flush && features & feature::FLUSH == 0,
                 placement: self.workers.get(index).map_or(Placement::Shared, |&id| Placement::On(id)),
             })));
+        }
+        // Here, not when the task runs: a save before that keeps the interrupt pending.
+        if self.shared.announce.swap(false, Ordering::AcqRel) {
+            interrupt.config();
         }
         locked(&self.shared.front).interrupt = Some(interrupt);
         Ok(tasks)

@@ -562,9 +562,6 @@ impl Task for BlockTask {
 
     fn resume(&mut self, cx: &mut Context<'_>) {
         self.quiet = false;
-        if self.setup.shared.announce.swap(false, Ordering::AcqRel) {
-            self.setup.interrupt.config();
-        }
         if self.part.is_none() {
             self.part = self.setup.lane.take();
             let watched = match &self.part {

@@ -211,6 +211,26 @@ impl Link {
         }
     }
 
+    /// Takes the next frame from the network and drops it. [`Errno::AGAIN`]: there is none.
+    pub(super) fn discard(&mut self) -> Result<(), Errno> {
+        match self {
+            Link::Tap(tap, queue) => {
+                // The kernel drops what the buffer has no room for.
+                let mut head = [0; 64];
+                match rustix::io::retry_on_intr(|| rustix::io::read(tap.queue(*queue), &mut head[..]))? {
+                    // No tap gives that: it is the end of something else.
+                    0 => Err(Errno::NOTCONN),
+                    _ => Ok(()),
+                }
+            }
+            Link::Stream(stream) => {
+                stream.frame()?;
+                stream.consume();
+                Ok(())
+            }
+        }
+    }
+
     /// Lets go what was gathered.
     pub(super) fn flush(&mut self) -> Result<(), Errno> {
         match self {

@@ -10,7 +10,7 @@ use super::device::Shared;
 use crate::device::{ActiveQueue, Interrupt};
 use crate::eventfd::EventFd;
 use crate::queue::{Chain, Queue, QueueError};
-use crate::worker::{Context, Event, Task, Token};
+use crate::worker::{Context, Event, Nanos, Task, Token};
 
 /// `VIRTIO_NET_CTRL_ANNOUNCE`, `_ACK`
 const ANNOUNCE_ACK: [u8; 2] = [3, 0];
@@ -28,6 +28,16 @@ const ERR: u8 = 1;
 const TURN: u32 = 16;
 
 const KICK: Token = 0;
+
+/// How serving the queue ended.
+enum Served {
+    /// It is empty.
+    All,
+    /// There may be more, and other tasks get their turn.
+    Turn,
+    /// The next command would make the host's kernel take RTNL too often before then.
+    Until(Nanos),
+}
 
 /// Serves the control queue.
 pub(super) struct CtrlTask {
@@ -59,62 +69,79 @@ impl CtrlTask {
         if self.quiet || self.dead {
             return;
         }
-        match self.serve() {
-            Ok(false) => {}
-            Ok(true) => cx.call_again(),
+        let now = cx.now();
+        match self.serve(now) {
+            Ok(Served::All) => cx.clear_timer(),
+            Ok(Served::Turn) => cx.call_again(),
+            Ok(Served::Until(at)) => cx.set_timer(at),
             Err(error) => {
                 self.dead = true;
+                cx.clear_timer();
                 self.interrupt.needs_reset(&error);
             }
         }
     }
 
-    /// True if there is more.
-    fn serve(&mut self) -> Result<bool, QueueError> {
+    fn serve(&mut self, now: Nanos) -> Result<Served, QueueError> {
         let mut served = 0;
         loop {
             self.queue.disable_notifications()?;
+            let mut held_until = None;
             while served < TURN && self.queue.pop(&mut self.chain)? {
                 served += 1;
-                let answer = self.carry_out()?;
+                let answer = match self.carry_out(now)? {
+                    Ok(answer) => answer,
+                    Err(at) => {
+                        self.queue.rewind(&self.chain)?;
+                        held_until = Some(at);
+                        break;
+                    }
+                };
                 let written = self.chain.writable().write(&self.memory, &[answer])?;
                 self.queue.add_used(self.chain.head(), written as u32)?;
             }
             if self.queue.publish()? {
                 self.interrupt.queue(self.queue.index());
             }
+            if let Some(at) = held_until {
+                return Ok(Served::Until(at));
+            }
             if served >= TURN {
-                return Ok(true);
+                return Ok(Served::Turn);
             }
             if !self.queue.enable_notifications()? {
-                return Ok(false);
+                return Ok(Served::All);
             }
         }
     }
 
-    fn carry_out(&self) -> Result<u8, QueueError> {
+    /// Carries out the command that was popped. Its answer, or the time to try it again.
+    fn carry_out(&self, now: Nanos) -> Result<Result<u8, Nanos>, QueueError> {
         let mut command = [0; 10];
         let len = self.chain.readable().read(&self.memory, &mut command)?;
         let (what, data) = command[..len].split_at(len.min(2));
         let done = match (<[u8; 2]>::try_from(what), data) {
             (Ok(ANNOUNCE_ACK), _) if self.features & feature::GUEST_ANNOUNCE != 0 => {
                 self.shared.announced();
-                true
+                Ok(true)
             }
             (Ok(MQ_PAIRS_SET), &[low, high, ..]) if self.features & feature::MQ != 0 => {
-                self.shared.use_pairs(u16::from_le_bytes([low, high]))
+                self.shared.use_pairs(u16::from_le_bytes([low, high]), now)
             }
             (Ok(OFFLOADS_SET), data) if self.features & feature::CTRL_GUEST_OFFLOADS != 0 => {
                 let wanted = <[u8; 8]>::try_from(data).map(u64::from_le_bytes);
                 let may = self.features & feature::GUEST_OFFLOADS;
-                wanted.is_ok_and(|wanted| wanted & !may == 0 && self.shared.set_offloads(wanted))
+                match wanted {
+                    Ok(wanted) if wanted & !may == 0 => self.shared.set_offloads(wanted, now),
+                    _ => Ok(false),
+                }
             }
-            _ => false,
+            _ => Ok(false),
         };
-        if !done {
+        if done == Ok(false) {
             self.shared.stats.ctrl_fails.add(1);
         }
-        Ok(if done { OK } else { ERR })
+        Ok(done.map(|done| if done { OK } else { ERR }))
     }
 }
 
@@ -133,8 +160,9 @@ impl Task for CtrlTask {
         self.work(cx);
     }
 
-    fn quiesce(&mut self, _cx: &mut Context<'_>) {
+    fn quiesce(&mut self, cx: &mut Context<'_>) {
         self.quiet = true;
+        cx.clear_timer();
     }
 
     fn is_drained(&self) -> bool {

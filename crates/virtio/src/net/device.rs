@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use super::backend::{Kind, Link, NetBackend};
+use super::call_budget::CallBudget;
 use super::config_space::{ANNOUNCE, ConfigSpace, FIELDS, LINK_UP, feature};
 use super::ctrl::CtrlTask;
 use super::detour::Detour;
@@ -130,8 +131,9 @@ pub(super) struct Shared {
     /// Times that the kernel refused what the driver wanted.
     refusals: Counter,
     /// Held from what the driver wants to what the kernel was told: several tasks may be at it.
-    asking: Mutex<()>,
-    /// The configuration space is not what the guest saw before it was saved: it is to be told, once the device runs.
+    asking: Mutex<CallBudget>,
+    /// The configuration space is not what the guest saw before it was saved. The driver is
+    /// interrupted when the device is restored.
     changed: AtomicBool,
     front: Mutex<Front>,
 }
@@ -170,37 +172,47 @@ impl Shared {
         locked(&self.front).announce = false;
     }
 
-    /// The driver wants to use so many pairs of queues. False if it cannot.
-    pub(super) fn use_pairs(&self, pairs: u16) -> bool {
+    /// The driver wants to use so many pairs of queues. `Ok(false)` if it cannot; an error says
+    /// when to ask again.
+    pub(super) fn use_pairs(&self, pairs: u16, now: Nanos) -> Result<bool, Nanos> {
         if !(1..=self.pairs).contains(&pairs) {
-            return false;
+            return Ok(false);
         }
-        let _asking = locked(&self.asking);
+        let mut budget = locked(&self.asking);
+        if let Some(tap) = &self.tap {
+            budget.take(tap.changes(None, Some(pairs.into())), now)?;
+        }
         let done = self.tap.as_ref().map_or(Ok(()), |tap| tap.use_queues(pairs.into()));
-        self.ask("change the number of queues", done) && {
+        Ok(self.ask("change the number of queues", done) && {
             locked(&self.front).active_pairs = pairs;
             true
-        }
+        })
     }
 
-    /// The driver takes what these features leave to it. False if the kernel refuses.
-    pub(super) fn set_offloads(&self, offloads: u64) -> bool {
-        let _asking = locked(&self.asking);
+    /// The driver takes what these features leave to it. `Ok(false)` if the kernel refuses; an
+    /// error says when to ask again.
+    pub(super) fn set_offloads(&self, offloads: u64, now: Nanos) -> Result<bool, Nanos> {
+        let mut budget = locked(&self.asking);
+        if let Some(tap) = &self.tap {
+            budget.take(tap.changes(Some(offloads), None), now)?;
+        }
         let done = self.tap.as_ref().map_or(Ok(()), |tap| tap.set_offloads(offloads));
-        self.ask("change the offloads", done) && {
+        Ok(self.ask("change the offloads", done) && {
             locked(&self.front).offloads = offloads;
             true
-        }
+        })
     }
 
-    /// Tells the tap what the driver began with, or goes on with. It may wait for the kernel.
-    pub(super) fn tell_tap(&self) {
-        let Some(tap) = &self.tap else { return };
-        let _asking = locked(&self.asking);
+    /// Gives the tap the driver's offloads and number of queues. An error says when to ask again;
+    /// until then no frame may be received, which could be larger than the driver takes.
+    pub(super) fn tell_tap(&self, now: Nanos) -> Result<(), Nanos> {
+        let Some(tap) = &self.tap else { return Ok(()) };
+        let mut budget = locked(&self.asking);
         let (offloads, pairs) = {
             let front = locked(&self.front);
             (front.offloads, front.active_pairs)
         };
+        budget.take(tap.changes(Some(offloads), Some(pairs.into())), now)?;
         for (what, done) in [
             ("set the offloads", tap.set_offloads(offloads)),
             ("set the number of queues", tap.use_queues(pairs.into())),
@@ -211,13 +223,13 @@ impl Shared {
                 done => _ = self.ask(what, done),
             }
         }
+        Ok(())
     }
 
-    /// Tells the guest what changed while it did not run.
-    pub(super) fn tell_of_changes(&self) {
-        if self.changed.swap(false, Ordering::AcqRel) {
-            locked(&self.front).changed();
-        }
+    /// Whether a tap may be asked now whether it is still there, which takes RTNL, too. An error
+    /// says when to ask again.
+    pub(super) fn may_look(&self, now: Nanos) -> Result<(), Nanos> {
+        locked(&self.asking).take(1, now)
     }
 
     /// Says it where the kernel refused, ever more rarely: a driver may ask over and over.
@@ -388,7 +400,7 @@ impl Net {
             pairs: config.pairs,
             has_detour,
             refusals: Counter::default(),
-            asking: Mutex::new(()),
+            asking: Mutex::new(CallBudget::new(now)),
             changed: AtomicBool::new(false),
             front: Mutex::new(front),
         });
@@ -441,8 +453,7 @@ impl Net {
             match &self.vhost_tap {
                 None => {
                     let senders = senders.to_vec();
-                    let setup =
-                        task::Setup { shared, port, rx, tx, memory, interrupt, features, pair, senders };
+                    let setup = task::Setup { shared, port, rx, tx, memory, interrupt, features, senders };
                     tasks.push(Box::new(PairTask::new(setup)));
                 }
                 Some(tap) => {
@@ -536,6 +547,10 @@ impl Device for Net {
         front.can_announce = features & feature::GUEST_ANNOUNCE != 0;
         front.interrupt = Some(interrupt);
         front.kicks = kicks;
+        // Here, not when a task runs: a save before that keeps the interrupt pending.
+        if self.shared.changed.swap(false, Ordering::AcqRel) && resumed {
+            front.changed();
+        }
         Ok(tasks)
     }
 
@@ -594,6 +609,14 @@ impl NetControl {
         self.shared.tx_limits.update(tx, now);
         self.shared.stats.update_count.add(1);
         locked(&self.shared.front).kicks.iter().for_each(|kick| kick.signal());
+    }
+}
+
+#[cfg(test)]
+impl NetControl {
+    /// The tap, where the io workers serve one.
+    pub(super) fn tap(&self) -> &Tap {
+        self.shared.tap.as_ref().expect("the back end is a tap")
     }
 }
 

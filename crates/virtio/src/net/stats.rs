@@ -11,6 +11,8 @@ pub struct NetStats {
     pub rx_bytes_count: Counter,
     /// Frames for the guest that were dropped: too large for its buffers, or it gave none for too long.
     pub rx_fails: Counter,
+    /// Frames for the guest that were dropped: a limit would have delivered them too late.
+    pub rx_late_frames: Counter,
     /// Times that the guest had no receive buffers left.
     pub no_rx_avail_buffer: Counter,
     /// Kicks of receive queues.

@@ -24,6 +24,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -136,9 +137,12 @@ pub struct Tap {
     told: Mutex<Told>,
 }
 
-/// What the kernel was told last: it takes long over each change, so it is not told twice.
+/// The settings that the kernel has. Each change takes its RTNL lock, so an unchanged setting is
+/// not set again.
 #[derive(Debug)]
 struct Told {
+    /// Changes so far.
+    changes: u64,
     offloads: libc::c_uint,
     /// Queues in use; None where nobody knows.
     queues: Option<usize>,
@@ -165,7 +169,11 @@ impl Tap {
             rustix::io::ioctl_fionbio(queue, true)
                 .map_err(|source| setup("switch off the waiting", source))?;
         }
-        let told = Mutex::new(Told { offloads: libc::c_uint::MAX, queues: known.then_some(queues.len()) });
+        let told = Mutex::new(Told {
+            changes: 0,
+            offloads: libc::c_uint::MAX,
+            queues: known.then_some(queues.len()),
+        });
         let mut tap = Tap { name, queues, uso: true, real: true, silent, told };
         // What a former user left behind is switched off; the driver's wishes come later.
         tap.uso = tap.set_offloads(feature::GUEST_CSUM | feature::GUEST_USO4 | feature::GUEST_USO6).is_ok();
@@ -180,7 +188,7 @@ impl Tap {
     /// Something that behaves like a tap when it is read and written, for tests: one descriptor for each queue.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn pretend(queues: Vec<OwnedFd>) -> Self {
-        let told = Mutex::new(Told { offloads: 0, queues: None });
+        let told = Mutex::new(Told { changes: 0, offloads: 0, queues: None });
         Tap { name: "pretended".into(), queues, uso: true, real: false, silent: false, told }
     }
 
@@ -227,80 +235,115 @@ impl Tap {
         feature::OFFLOADS | feature::MRG_RXBUF | uso
     }
 
+    /// Number of ioctls under RTNL that [`Tap::set_offloads`] and [`Tap::use_queues`] would make; 0
+    /// where nothing changes.
+    pub(super) fn changes(&self, offloads: Option<u64>, queues: Option<usize>) -> u32 {
+        let told = locked(&self.told);
+        let offloads = offloads.is_some_and(|features| tap_offloads(features) != told.offloads);
+        let queues = queues.map_or(0, |count| self.queues_to_change(&told, count).len());
+        u32::from(offloads) + queues as u32
+    }
+
+    /// Indexes of the queues to attach or detach so that the first `count` are attached.
+    fn queues_to_change(&self, told: &Told, count: usize) -> Range<usize> {
+        let all = self.queues.len();
+        if all < 2 {
+            return 0..0;
+        }
+        // Where it is not known which are attached, all are set.
+        let (from, to) = told.queues.map_or((0, all), |known| (known.min(count), known.max(count)));
+        from.min(all)..to.min(all)
+    }
+
     /// Lets the kernel leave to the guest what the `GUEST_` features among these allow.
     pub(super) fn set_offloads(&self, features: u64) -> Result<(), Errno> {
-        if !self.real {
-            return Ok(());
-        }
-        let mut flags = 0;
-        for (bit, flag) in [
-            (feature::GUEST_CSUM, libc::TUN_F_CSUM),
-            (feature::GUEST_TSO4, libc::TUN_F_TSO4),
-            (feature::GUEST_TSO6, libc::TUN_F_TSO6),
-            (feature::GUEST_ECN, libc::TUN_F_TSO_ECN),
-            (feature::GUEST_UFO, libc::TUN_F_UFO),
-            (feature::GUEST_USO4, TUN_F_USO4),
-            (feature::GUEST_USO6, TUN_F_USO6),
-        ] {
-            if features & bit != 0 {
-                flags |= flag;
-            }
-        }
-        // The kernel takes both or none.
-        if flags & (TUN_F_USO4 | TUN_F_USO6) != TUN_F_USO4 | TUN_F_USO6 {
-            flags &= !(TUN_F_USO4 | TUN_F_USO6);
-        }
-        // It is about TCP, which has to be left to the guest for that.
-        if flags & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) == 0 {
-            flags &= !libc::TUN_F_TSO_ECN;
-        }
-        // All else means nothing without checksums.
-        if flags & libc::TUN_F_CSUM == 0 {
-            flags = 0;
-        }
+        let flags = tap_offloads(features);
         let mut told = locked(&self.told);
         if told.offloads == flags {
             return Ok(());
         }
-        // SAFETY: this request takes a number, not a pointer.
-        check(unsafe {
-            libc::ioctl(
-                self.queues[0].as_raw_fd(),
-                libc::TUNSETOFFLOAD as libc::Ioctl,
-                libc::c_ulong::from(flags),
-            )
-        })?;
+        if self.real {
+            // SAFETY: this request takes a number, not a pointer.
+            check(unsafe {
+                libc::ioctl(
+                    self.queues[0].as_raw_fd(),
+                    libc::TUNSETOFFLOAD as libc::Ioctl,
+                    libc::c_ulong::from(flags),
+                )
+            })?;
+        }
         told.offloads = flags;
+        told.changes += 1;
         Ok(())
     }
 
     /// Lets the kernel spread frames over the first `count` queues and no others.
     pub(super) fn use_queues(&self, count: usize) -> Result<(), Errno> {
-        if !self.real || self.queues.len() < 2 {
-            return Ok(());
-        }
         let mut told = locked(&self.told);
-        if told.queues.replace(count) == Some(count) {
-            return Ok(());
-        }
-        for (index, queue) in self.queues.iter().enumerate() {
+        let range = self.queues_to_change(&told, count);
+        told.changes += range.len() as u64;
+        told.queues = None;
+        for index in range {
             let flag = if index < count { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
-            let mut request = request("", flag);
-            // SAFETY: `request` is a `struct ifreq`, which this request reads.
-            let done = check(unsafe {
-                libc::ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE as libc::Ioctl, &raw mut request)
-            });
-            match done {
+            match self.set_queue(index, flag) {
                 // It is attached or detached already.
                 Ok(()) | Err(Errno::INVAL) => {}
-                Err(error) => {
-                    told.queues = None;
-                    return Err(error);
-                }
+                Err(error) => return Err(error),
             }
         }
+        told.queues = Some(count);
         Ok(())
     }
+
+    fn set_queue(&self, index: usize, flag: libc::c_int) -> Result<(), Errno> {
+        if !self.real {
+            return Ok(());
+        }
+        let mut request = request("", flag);
+        // SAFETY: `request` is a `struct ifreq`, which this request reads.
+        check(unsafe {
+            libc::ioctl(self.queues[index].as_raw_fd(), libc::TUNSETQUEUE as libc::Ioctl, &raw mut request)
+        })
+    }
+
+    /// Settings of a test's tap: features that are left to the guest as `TUN_F_` flags, queues, and
+    /// changes so far.
+    #[cfg(test)]
+    pub(super) fn settings(&self) -> (libc::c_uint, Option<usize>, u64) {
+        let told = locked(&self.told);
+        (told.offloads, told.queues, told.changes)
+    }
+}
+
+/// The `TUN_F_` flags of the `GUEST_` features among these.
+pub(super) fn tap_offloads(features: u64) -> libc::c_uint {
+    let mut flags = 0;
+    for (bit, flag) in [
+        (feature::GUEST_CSUM, libc::TUN_F_CSUM),
+        (feature::GUEST_TSO4, libc::TUN_F_TSO4),
+        (feature::GUEST_TSO6, libc::TUN_F_TSO6),
+        (feature::GUEST_ECN, libc::TUN_F_TSO_ECN),
+        (feature::GUEST_UFO, libc::TUN_F_UFO),
+        (feature::GUEST_USO4, TUN_F_USO4),
+        (feature::GUEST_USO6, TUN_F_USO6),
+    ] {
+        if features & bit != 0 {
+            flags |= flag;
+        }
+    }
+    // The kernel takes both or none.
+    if flags & (TUN_F_USO4 | TUN_F_USO6) != TUN_F_USO4 | TUN_F_USO6 {
+        flags &= !(TUN_F_USO4 | TUN_F_USO6);
+    }
+    // It is about TCP, which has to be left to the guest for that.
+    if flags & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) == 0 {
+        flags &= !libc::TUN_F_TSO_ECN;
+    }
+    // All else means nothing without checksums.
+    if flags & libc::TUN_F_CSUM == 0 {
+        flags = 0;
+    }
+    flags
 }
 
 /// Whether this error means that the interface behind a descriptor is gone for good.

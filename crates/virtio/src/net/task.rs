@@ -32,6 +32,7 @@ use super::backend::Link;
 use super::config_space::feature;
 use super::detour::Detour;
 use super::device::Shared;
+use super::late::Lateness;
 use super::port::{Parts, Port};
 use super::rx::{PATIENCE, Received, Rx};
 use super::tap::is_gone;
@@ -67,8 +68,6 @@ pub(super) struct Setup {
     pub(super) interrupt: Arc<dyn Interrupt>,
     /// What the driver accepted.
     pub(super) features: u64,
-    /// Which pair.
-    pub(super) pair: usize,
     /// Addresses that the guest may send from; none at all: any.
     pub(super) senders: Vec<[u8; 6]>,
 }
@@ -93,8 +92,6 @@ pub(super) struct PairTask {
     rx: Rx,
     tx: Tx,
     senders: Vec<[u8; 6]>,
-    /// The one among the device's tasks that speaks for all.
-    first: bool,
     /// The network may have frames.
     rx_ready: bool,
     /// The guest has no receive buffers; it was asked to kick.
@@ -108,12 +105,16 @@ pub(super) struct PairTask {
     /// When the limiter lets the next frame pass.
     rx_at: Option<Nanos>,
     tx_at: Option<Nanos>,
+    /// How long the receive limit has kept frames waiting.
+    lateness: Lateness,
     /// When a frame is dropped that waits for room.
     drop_at: Option<Nanos>,
     /// When the detour wants to be asked.
     detour_at: Option<Nanos>,
     /// When it is looked whether the network is still there.
     look_at: Option<Nanos>,
+    /// When the tap can be given the driver's settings. Until then no queue is served.
+    settings_at: Option<Nanos>,
     /// From `quiesce` to `resume`.
     quiet: bool,
     /// It was said that the device needs a reset.
@@ -131,7 +132,7 @@ enum Stop {
 
 impl PairTask {
     pub(super) fn new(setup: Setup) -> Self {
-        let Setup { shared, port, rx, tx, memory, interrupt, features, pair, senders } = setup;
+        let Setup { shared, port, rx, tx, memory, interrupt, features, senders } = setup;
         let mergeable = features & feature::MRG_RXBUF != 0;
         let large = features & feature::GUEST_LARGE != 0;
         PairTask {
@@ -147,7 +148,6 @@ impl PairTask {
             rx: Rx::new(rx.queue, mergeable, large),
             tx: Tx::new(tx.queue),
             senders,
-            first: pair == 0,
             rx_ready: true,
             rx_blocked: false,
             tx_ready: true,
@@ -156,9 +156,11 @@ impl PairTask {
             watches_out: false,
             rx_at: None,
             tx_at: None,
+            lateness: Lateness::default(),
             drop_at: None,
             detour_at: None,
             look_at: None,
+            settings_at: None,
             quiet: true,
             dead: false,
         }
@@ -168,6 +170,9 @@ impl PairTask {
     fn work(&mut self, cx: &mut Context<'_>) {
         if self.quiet || self.dead {
             return;
+        }
+        if self.settings_at.is_some() {
+            return self.set_timer(cx);
         }
         match self.serve(cx) {
             Ok(Stop::Waits) => self.set_timer(cx),
@@ -181,7 +186,7 @@ impl PairTask {
 
     fn serve(&mut self, cx: &mut Context<'_>) -> Result<Stop, QueueError> {
         let mut stop = Stop::Waits;
-        if self.tx_ready && !self.tx_blocked && self.tx_at.is_none() {
+        if self.may_send() {
             stop = self.send(cx)?;
         }
         if self.detour.is_some() {
@@ -191,7 +196,14 @@ impl PairTask {
             let received = self.receive(cx)?;
             stop = if received == Stop::Turn { received } else { stop };
         }
-        Ok(stop)
+        // The network went away while frames waited for it: they are dropped in the next turn. The
+        // driver does not kick again.
+        Ok(if self.may_send() { Stop::Turn } else { stop })
+    }
+
+    /// Whether the transmit queue can be served: nothing holds back what may be in it.
+    fn may_send(&self) -> bool {
+        self.tx_ready && !self.tx_blocked && self.tx_at.is_none()
     }
 
     /// The device is broken until it is reset.
@@ -205,7 +217,7 @@ impl PairTask {
     }
 
     fn set_timer(&mut self, cx: &mut Context<'_>) {
-        let times = [self.rx_at, self.tx_at, self.drop_at, self.detour_at, self.look_at];
+        let times = [self.rx_at, self.tx_at, self.drop_at, self.detour_at, self.look_at, self.settings_at];
         match times.into_iter().flatten().min() {
             Some(at) => cx.set_timer(at),
             None => cx.clear_timer(),
@@ -403,15 +415,19 @@ impl PairTask {
         self.rx.queue.disable_notifications()?;
         let (mut done, mut batch) = (0, 0);
         while done < TURN && !self.dead {
-            let shared = &self.shared;
-            let limited = shared.rx_limits.are_set();
+            let limited = self.shared.rx_limits.are_set();
             if limited
                 && !self.rx.has_waiting()
-                && let Err(at) = shared.rx_limits.may_come(cx.now())
+                && let Err(at) = self.shared.rx_limits.may_come(cx.now())
             {
-                shared.stats.rx_rate_limiter_throttled.add(1);
+                self.shared.stats.rx_rate_limiter_throttled.add(1);
                 // What is held back waits for its time, not for room.
                 (self.rx_at, self.drop_at) = (Some(at), None);
+                self.lateness.held(cx.now());
+                self.publish_received()?;
+                return Ok(Stop::Waits);
+            }
+            if limited && !self.rx.has_waiting() && !self.drop_late(cx) {
                 self.publish_received()?;
                 return Ok(Stop::Waits);
             }
@@ -419,6 +435,7 @@ impl PairTask {
                 Received::Frame(len) => {
                     if limited {
                         self.shared.rx_limits.owe(len);
+                        self.lateness.passed();
                     }
                     self.shared.stats.rx_packets_count.add(1);
                     self.shared.stats.rx_bytes_count.add(len as u64);
@@ -437,10 +454,12 @@ impl PairTask {
                 }
                 Received::Nothing => {
                     self.rx_ready = false;
+                    self.lateness.clear();
                     self.publish_received()?;
                     return Ok(Stop::Waits);
                 }
                 Received::NoRoom => {
+                    self.lateness.clear();
                     self.publish_received()?;
                     if !self.out_of_buffers(cx)? {
                         return Ok(Stop::Waits);
@@ -455,6 +474,28 @@ impl PairTask {
         }
         self.publish_received()?;
         Ok(if self.dead { Stop::Waits } else { Stop::Turn })
+    }
+
+    /// Drops frames that the receive limit would deliver too late. False if the network has no
+    /// frame left.
+    fn drop_late(&mut self, cx: &mut Context<'_>) -> bool {
+        for _ in 0..self.lateness.take_late(cx.now()) {
+            let Some(link) = &mut self.link else { break };
+            match link.discard() {
+                Ok(()) => _ = self.shared.stats.rx_late_frames.add(1),
+                Err(Errno::AGAIN) => {
+                    self.lateness.clear();
+                    self.rx_ready = false;
+                    return false;
+                }
+                Err(error) if is_gone(error) => {
+                    self.link_is_gone(cx, error);
+                    break;
+                }
+                Err(_) => _ = self.shared.stats.tap_read_fails.add(1),
+            }
+        }
+        true
     }
 
     /// One frame from the network to the guest.
@@ -544,6 +585,10 @@ impl PairTask {
         if !tap.is_silent() {
             return;
         }
+        if let Err(at) = self.shared.may_look(cx.now()) {
+            self.look_at = Some(at);
+            return;
+        }
         match tap.look() {
             Err(error) if is_gone(error) => self.link_is_gone(cx, error),
             _ => self.look_at = Some(cx.now().saturating_add(LOOK_EVERY)),
@@ -555,9 +600,6 @@ impl Task for PairTask {
     fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Parts { link, detour, .. } = self.port.take();
         (self.link, self.detour) = (link, detour);
-        if self.first {
-            self.shared.tell_tap();
-        }
         cx.watch_kick(RX_KICK, &self.rx_kick)?;
         cx.watch_kick(TX_KICK, &self.tx_kick)
     }
@@ -612,6 +654,9 @@ impl Task for PairTask {
         if self.look_at.take_if(|at| *at <= now).is_some() {
             self.look(cx);
         }
+        if self.settings_at.take_if(|at| *at <= now).is_some() {
+            self.settings_at = self.shared.tell_tap(now).err();
+        }
         self.work(cx);
     }
 
@@ -619,6 +664,8 @@ impl Task for PairTask {
         self.quiet = true;
         cx.clear_timer();
         (self.rx_at, self.tx_at, self.drop_at, self.detour_at, self.look_at) = (None, None, None, None, None);
+        // A pause makes nothing late.
+        self.lateness.clear();
         // What is saved from now on is as of now.
         self.shared.rx_limits.hold(cx.now());
         self.shared.tx_limits.hold(cx.now());
@@ -640,9 +687,8 @@ impl Task for PairTask {
         self.quiet = false;
         (self.rx_ready, self.tx_ready) = (true, true);
         (self.rx_blocked, self.tx_blocked) = (false, false);
-        if self.first {
-            self.shared.tell_of_changes();
-        }
+        // Every pair sees to it: another one's task may run on another worker, later.
+        self.settings_at = self.shared.tell_tap(cx.now()).err();
         self.look(cx);
         self.work(cx);
     }

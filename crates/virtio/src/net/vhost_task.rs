@@ -18,7 +18,7 @@ use super::task::LOOK_EVERY;
 use super::vhost::{Ring, Vhost, VhostError};
 use crate::device::{ActiveQueue, Interrupt};
 use crate::eventfd::EventFd;
-use crate::worker::{Context, Event, Interest, Task, Token};
+use crate::worker::{Context, Event, Interest, Nanos, Task, Token};
 
 /// The kernel has interrupts for the receive queue; for the other one the token is one more.
 const CALL: Token = 0;
@@ -40,6 +40,10 @@ pub(super) struct VhostTask {
     queues: [ActiveQueue; 2],
     calls: [EventFd; 2],
     error: EventFd,
+    /// When it is looked whether the tap is still there.
+    look_at: Option<Nanos>,
+    /// When the kernel can be started.
+    start_at: Option<Nanos>,
     running: bool,
     dead: bool,
 }
@@ -71,6 +75,8 @@ impl VhostTask {
             queues,
             calls: [EventFd::new()?, EventFd::new()?],
             error: EventFd::new()?,
+            look_at: None,
+            start_at: None,
             running: false,
             dead: false,
         })
@@ -83,15 +89,38 @@ impl VhostTask {
     }
 
     /// Sees whether the tap is still there.
-    fn look(&self, cx: &mut Context<'_>) {
+    fn look(&mut self, cx: &mut Context<'_>) {
+        if let Err(at) = self.shared.may_look(cx.now()) {
+            self.look_at = Some(at);
+            return;
+        }
         match self.tap.look() {
             Err(error) if is_gone(error) => {
                 self.shared.link_down(&format_args!("{}: {error}", self.tap.name()));
             }
-            _ => {
-                let at = cx.now().saturating_add(LOOK_EVERY);
-                cx.set_timer(at);
-            }
+            _ => self.look_at = Some(cx.now().saturating_add(LOOK_EVERY)),
+        }
+    }
+
+    /// Starts the kernel, once the tap has the driver's settings.
+    fn try_start(&mut self, cx: &mut Context<'_>) {
+        if self.dead || self.running {
+            return;
+        }
+        if let Err(at) = self.shared.tell_tap(cx.now()) {
+            self.start_at = Some(at);
+            return;
+        }
+        self.running = true;
+        if let Err(error) = self.start() {
+            self.die(&error);
+        }
+    }
+
+    fn set_timer(&self, cx: &mut Context<'_>) {
+        match [self.look_at, self.start_at].into_iter().flatten().min() {
+            Some(at) => cx.set_timer(at),
+            None => cx.clear_timer(),
         }
     }
 
@@ -129,9 +158,6 @@ impl Task for VhostTask {
         for (token, call) in (CALL..).zip(&self.calls) {
             cx.watch_edge(token, call, Interest::READ)?;
         }
-        if self.pair == 0 {
-            self.shared.tell_tap();
-        }
         cx.watch_edge(ERROR, &self.error, Interest::READ)
     }
 
@@ -145,10 +171,18 @@ impl Task for VhostTask {
     }
 
     fn timer(&mut self, cx: &mut Context<'_>) {
-        self.look(cx);
+        let now = cx.now();
+        if self.look_at.take_if(|at| *at <= now).is_some() {
+            self.look(cx);
+        }
+        if self.start_at.take_if(|at| *at <= now).is_some() {
+            self.try_start(cx);
+        }
+        self.set_timer(cx);
     }
 
     fn quiesce(&mut self, cx: &mut Context<'_>) {
+        (self.look_at, self.start_at) = (None, None);
         cx.clear_timer();
         if std::mem::take(&mut self.running)
             && let Err(error) = self.stop()
@@ -163,15 +197,10 @@ impl Task for VhostTask {
 
     fn resume(&mut self, cx: &mut Context<'_>) {
         if self.pair == 0 {
-            self.shared.tell_of_changes();
             self.look(cx);
         }
-        if self.dead || std::mem::replace(&mut self.running, true) {
-            return;
-        }
-        if let Err(error) = self.start() {
-            self.die(&error);
-        }
+        self.try_start(cx);
+        self.set_timer(cx);
     }
 
     fn detach(self: Box<Self>) {

@@ -397,7 +397,9 @@ impl Common {
     }
 
     /// Makes a fresh one what `state` says, and starts the device if it was running.
-    pub(super) fn restore(&mut self, state: &CommonState) -> Result<(), RestoreError> {
+    /// `config_pending`: the driver may not have handled the last configuration-change interrupt,
+    /// so it is raised again.
+    pub(super) fn restore(&mut self, state: &CommonState, config_pending: bool) -> Result<(), RestoreError> {
         let name = || self.health.name().to_owned();
         if state.queues.len() != self.queues.len() {
             return Err(RestoreError::Queues {
@@ -432,6 +434,10 @@ impl Common {
             for (index, _) in (0u16..).zip(&self.queues).filter(|(_, queue)| queue.state.ready) {
                 self.interrupt.queue(index);
             }
+        }
+        // Also for a device that needs a reset: this interrupt is how its driver learns it.
+        if running && config_pending {
+            self.interrupt.config();
         }
         Ok(())
     }

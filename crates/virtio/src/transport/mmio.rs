@@ -149,7 +149,7 @@ impl MmioTransport {
     /// device waits for them to resume.
     pub fn restore(&mut self, state: &MmioState) -> Result<(), RestoreError> {
         self.interrupt.status.store(state.interrupt_status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
-        self.common.restore(&state.common)
+        self.common.restore(&state.common, state.interrupt_status & CONFIG_CHANGE != 0)
     }
 
     /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it

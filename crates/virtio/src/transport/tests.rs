@@ -623,6 +623,35 @@ fn a_broken_device_is_restored_broken() {
 }
 
 #[test]
+fn a_pending_config_interrupt_is_raised_after_a_restore() {
+    on_both(|kind| {
+        let (mut guest, _) = echo(kind, &[64]);
+        let driver = guest.start(BASE, 64, true);
+        driver.set_avail_idx(1000);
+        guest.kick(0);
+        let state = guest.save();
+        // A second save, before the driver runs, keeps it pending.
+        let mut copy = restored(kind, &guest, &state, &[64]);
+        assert_eq!(copy.interrupts.take(), 1, "the driver has not handled the first one");
+        let state = copy.save();
+        let mut copy = restored(kind, &guest, &state, &[64]);
+        assert_eq!(copy.interrupts.take(), 1);
+        acknowledge_config_change(&mut copy);
+        let state = copy.save();
+        let copy = restored(kind, &guest, &state, &[64]);
+        assert_eq!(copy.interrupts.take(), 0, "the driver acknowledged it");
+    });
+}
+
+/// The driver acknowledges a configuration-change interrupt.
+fn acknowledge_config_change(guest: &mut Guest) {
+    match guest.kind() {
+        Kind::Mmio => _ = guest.mmio().write(0x64, &2u32.to_le_bytes()),
+        Kind::Pci => guest.pci().read_bar(0x2000, &mut [0]),
+    }
+}
+
+#[test]
 fn states_that_cannot_be_are_refused_by_name() {
     on_both(|kind| {
         let (mut guest, _) = echo(kind, &[64]);

@@ -32,6 +32,9 @@ pub(super) enum State {
     Dialing,
     /// The guest is asked and has not answered.
     Requested,
+    /// The guest took it, maybe before it handled a reset of all connections, which would end it:
+    /// the client is not answered yet.
+    Held,
     /// Data flows.
     Open,
     /// The host is done with it, the guest was told, and has not forgotten it yet.
@@ -172,9 +175,24 @@ impl Connection {
         (self.state == State::Open && flags & !self.told != 0).then_some(flags)
     }
 
+    /// How much data the guest may be sent now.
+    pub(super) fn sendable(&self) -> u32 {
+        match (self.kind, self.to_guest.0.len() as u32, self.to_guest.1) {
+            // The rest of a message follows, whatever it is cut into: no guest reads a message that
+            // is not whole.
+            (SocketKind::SeqPacket, _, 1..) => self.credit.payload(),
+            // A message begins when there is room for all of it, or when there will not be more.
+            (SocketKind::SeqPacket, len @ 1.., 0) => {
+                let window = self.credit.window();
+                if window.is_idle() || window.bytes(1) >= len { self.credit.payload() } else { 0 }
+            }
+            _ => self.credit.sendable(),
+        }
+    }
+
     /// Whether there is data that the guest has no room for.
     pub(super) fn is_stalled(&self) -> bool {
-        self.has_data() && self.credit.sendable() == 0
+        self.has_data() && self.sendable() == 0
     }
 
     /// Whether the guest should hear how much room it has.
@@ -187,8 +205,15 @@ impl Connection {
     pub(super) fn wants_turn(&self) -> bool {
         self.owed != Owed::default()
             || self.credit_update_due()
-            || (self.has_data() && self.credit.sendable() > 0)
+            || (self.has_data() && self.sendable() > 0)
             || self.shutdown_due().is_some()
+    }
+
+    /// Forgets all that the guest said on it: it will be asked for it again.
+    pub(super) fn begin_again(&mut self) {
+        self.to_host.clear();
+        self.credit = Credit::new(self.credit.promised());
+        self.owed = Owed::default();
     }
 
     /// The guest sends no more: a message that is not whole never will be.

@@ -3,11 +3,89 @@
 //! Each side counts what it has sent and tells in every header how much room it has in all (`buf_alloc`) and how much of what it got
 //! it has handed on (`fwd_cnt`). Counters wrap at 2^32. What the guest says about itself is its own business; what it must not do is
 //! send more than it was promised room for, or claim to have handed on what was never sent.
+//!
+//! Two limits are in no field of a packet:
+//!
+//! - A guest may hold back what it sends by its own `buf_alloc`, too (Linux since 2026). So it
+//!   hears of free room as soon as that is half of the smaller of the two buffers.
+//! - A guest may count memory for each packet that its program has not read (Linux since 6.12.92:
+//!   [`OVERHEAD`] bytes), and reset the connection or drop data beyond `buf_alloc`. So unread
+//!   packets are counted here, too, in groups ([`Unread`]).
+
+use std::collections::VecDeque;
 
 use super::packet::Header;
 
 /// The most bytes that are on their way to the guest, whatever it has room for: counters that wrap tell no more apart.
 const MAX_ON_THE_WAY: u32 = 1 << 30;
+
+/// Memory that a packet takes in a guest besides its data, in bytes: `SKB_TRUESIZE(0)` of a 64-bit
+/// Linux.
+const OVERHEAD: u32 = 576;
+
+/// Groups of unread packets.
+const GROUPS: u32 = 16;
+
+/// Packets that the guest was sent and has not handed on, as far as `fwd_cnt` tells: a group counts
+/// until all of it was.
+#[derive(Debug, Clone, Default)]
+struct Unread {
+    /// For each group, in order: the number of bytes that were sent up to its end, and its packets.
+    groups: VecDeque<(u32, u32)>,
+    packets: u32,
+}
+
+impl Unread {
+    /// A packet was sent; `sent` counts its bytes, too. A group takes up to `most` packets.
+    fn add(&mut self, sent: u32, most: u32) {
+        let is_full = self.groups.len() == GROUPS as usize;
+        match self.groups.back_mut() {
+            Some((end, packets)) if *packets < most || is_full => {
+                *end = sent;
+                *packets = packets.saturating_add(1);
+            }
+            _ => self.groups.push_back((sent, 1)),
+        }
+        self.packets = self.packets.saturating_add(1);
+    }
+
+    /// The guest handed on `forwarded` of the `sent` bytes.
+    fn forward(&mut self, sent: u32, forwarded: u32) {
+        let left = sent.wrapping_sub(forwarded);
+        while let Some(&(end, packets)) = self.groups.front()
+            && sent.wrapping_sub(end) >= left
+        {
+            self.groups.pop_front();
+            self.packets -= packets.min(self.packets);
+        }
+    }
+}
+
+/// How many bytes the guest may be sent now, by the number of packets that they come in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Window {
+    /// Room for data, whatever it comes in.
+    payload: u32,
+    /// Memory that unread packets take besides their data.
+    overhead: u32,
+    /// Memory that each further packet takes besides its data.
+    each: u32,
+    /// The guest has nothing unread: one packet may always be sent.
+    is_idle: bool,
+}
+
+impl Window {
+    /// Whether the guest has handed on all that it was sent.
+    pub(super) fn is_idle(&self) -> bool {
+        self.is_idle
+    }
+
+    /// Bytes that may be sent in so many packets, 1 or more.
+    pub(super) fn bytes(&self, packets: u32) -> u32 {
+        let overhead = self.overhead.saturating_add(packets.saturating_mul(self.each));
+        if self.is_idle && packets <= 1 { self.payload } else { self.payload.saturating_sub(overhead) }
+    }
+}
 
 /// Both sides' accounts of one connection.
 #[derive(Debug, Clone)]
@@ -26,6 +104,8 @@ pub(super) struct Credit {
     peer_forwarded: u32,
     /// What the guest was sent.
     sent: u32,
+    /// Packets of it that the guest has not handed on.
+    unread: Unread,
 }
 
 /// The guest broke the rules of credit.
@@ -35,7 +115,16 @@ pub(super) struct Violation;
 impl Credit {
     /// A new connection, of which nothing was sent yet. The guest has room for nothing until it says otherwise.
     pub(super) fn new(promised: u32) -> Self {
-        Credit { promised, received: 0, forwarded: 0, told: 0, peer_room: 0, peer_forwarded: 0, sent: 0 }
+        Credit {
+            promised,
+            received: 0,
+            forwarded: 0,
+            told: 0,
+            peer_room: 0,
+            peer_forwarded: 0,
+            sent: 0,
+            unread: Unread::default(),
+        }
     }
 
     /// What the guest was promised room for.
@@ -51,17 +140,36 @@ impl Credit {
         }
         self.peer_room = header.buf_alloc.get().min(MAX_ON_THE_WAY);
         self.peer_forwarded = forwarded;
+        self.unread.forward(self.sent, forwarded);
         Ok(())
     }
 
-    /// How much the guest may be sent now.
-    pub(super) fn sendable(&self) -> u32 {
+    /// How much data the guest has room for.
+    pub(super) fn payload(&self) -> u32 {
         self.peer_room.saturating_sub(self.sent.wrapping_sub(self.peer_forwarded))
     }
 
-    /// The guest is sent that much.
+    /// How much the guest may be sent now.
+    pub(super) fn window(&self) -> Window {
+        // A guest that counts packets could take none at all in less memory than one.
+        let each = if self.peer_room < OVERHEAD { 0 } else { OVERHEAD };
+        Window {
+            payload: self.payload(),
+            overhead: self.unread.packets.saturating_mul(each),
+            each,
+            is_idle: self.unread.packets == 0,
+        }
+    }
+
+    /// How much the guest may be sent now in one packet.
+    pub(super) fn sendable(&self) -> u32 {
+        self.window().bytes(1)
+    }
+
+    /// The guest is sent a packet with that much data, which is not 0.
     pub(super) fn send(&mut self, len: u32) {
         self.sent = self.sent.wrapping_add(len);
+        self.unread.add(self.sent, (self.peer_room / OVERHEAD / GROUPS).max(1));
     }
 
     /// The guest sent that much.
@@ -80,14 +188,15 @@ impl Credit {
         debug_assert!(self.received.wrapping_sub(self.forwarded) <= self.promised);
     }
 
-    /// Whether the guest should hear what was handed on: it believes that half of its room is taken which is free.
+    /// Whether the guest should hear what was handed on: it believes that half of its room is taken
+    /// which is free. Its room is the smaller of what it was promised and its own `buf_alloc`.
     ///
     /// In the middle of a message, which can be handed on only when it is whole, it hears of less once it believes that half is taken: it may
     /// have no room left for the end of the message.
     pub(super) fn is_update_due(&self, mid_message: bool) -> bool {
         let news = self.forwarded.wrapping_sub(self.told);
         let taken = self.received.wrapping_sub(self.told);
-        let half = self.promised / 2;
+        let half = (self.promised.min(self.peer_room) / 2).max(1);
         news >= half || (mid_message && news > 0 && taken >= half)
     }
 
@@ -114,13 +223,13 @@ mod tests {
         let mut credit = Credit::new(100);
         assert_eq!(credit.sendable(), 0);
         credit.learn(&says(10, 0)).unwrap();
-        assert_eq!(credit.sendable(), 10);
+        assert_eq!((credit.payload(), credit.sendable()), (10, 10));
         credit.send(10);
-        assert_eq!(credit.sendable(), 0);
+        assert_eq!((credit.payload(), credit.sendable()), (0, 0));
         credit.learn(&says(10, 4)).unwrap();
-        assert_eq!(credit.sendable(), 4);
+        assert_eq!(credit.payload(), 4);
         credit.learn(&says(5, 4)).unwrap();
-        assert_eq!(credit.sendable(), 0, "room that shrinks below what is on its way is no room");
+        assert_eq!(credit.payload(), 0, "room that shrinks below what is on its way is no room");
     }
 
     #[test]
@@ -136,14 +245,51 @@ mod tests {
     fn a_guest_may_have_more_room_than_counters_can_tell() {
         let mut credit = Credit::new(100);
         credit.learn(&says(u32::MAX, 0)).unwrap();
-        while credit.sendable() > 0 {
-            credit.send(credit.sendable().min(1 << 20));
+        while credit.payload() > 0 {
+            credit.send(credit.payload().min(1 << 20));
         }
         assert_eq!(credit.sent, MAX_ON_THE_WAY);
         assert_eq!(credit.learn(&says(u32::MAX, 0)), Ok(()), "what it has not read yet is no violation");
         assert_eq!(credit.learn(&says(u32::MAX, 5)), Ok(()));
-        assert_eq!(credit.sendable(), 5);
+        assert_eq!(credit.payload(), 5);
         assert_eq!(credit.learn(&says(u32::MAX, MAX_ON_THE_WAY + 1)), Err(Violation));
+    }
+
+    #[test]
+    fn small_unread_packets_use_up_the_guests_memory() {
+        let mut credit = Credit::new(100);
+        credit.learn(&says(256 << 10, 0)).unwrap();
+        let mut packets = 0;
+        while credit.sendable() >= 8 {
+            credit.send(8);
+            packets += 1;
+            // What the strictest Linux asks for.
+            assert!(packets * (OVERHEAD + 8) <= 256 << 10, "{packets}");
+        }
+        assert!(packets >= 440, "{packets}");
+        assert!(credit.payload() > 200 << 10);
+        // Half of them were read: about as many more may be sent.
+        credit.learn(&says(256 << 10, packets / 2 * 8)).unwrap();
+        let mut more = 0;
+        while credit.sendable() >= 8 {
+            credit.send(8);
+            more += 1;
+        }
+        assert!((packets / 2 - packets / GROUPS - 1..=packets / 2 + 1).contains(&more), "{more}");
+        credit.learn(&says(256 << 10, credit.sent)).unwrap();
+        assert_eq!(credit.unread.packets, 0);
+    }
+
+    #[test]
+    fn a_guest_with_a_tiny_buffer_gets_one_packet_at_a_time() {
+        let mut credit = Credit::new(100);
+        credit.learn(&says(1000, 0)).unwrap();
+        for sent in [500, 1000, 1500] {
+            assert_eq!(credit.sendable(), 1000);
+            credit.send(500);
+            assert_eq!(credit.sendable(), 0);
+            credit.learn(&says(1000, sent)).unwrap();
+        }
     }
 
     #[test]
@@ -161,6 +307,7 @@ mod tests {
     #[test]
     fn the_guest_hears_of_room_once_half_of_it_is_news() {
         let mut credit = Credit::new(100);
+        credit.learn(&says(1000, 0)).unwrap();
         credit.receive(80).unwrap();
         credit.forward(49);
         assert!(!credit.is_update_due(false));
@@ -175,6 +322,7 @@ mod tests {
     #[test]
     fn in_the_middle_of_a_message_the_guest_hears_of_any_room_before_it_has_none() {
         let mut credit = Credit::new(100);
+        credit.learn(&says(1000, 0)).unwrap();
         credit.receive(30).unwrap();
         credit.forward(1);
         assert!(!credit.is_update_due(true), "there is plenty left");
@@ -186,20 +334,23 @@ mod tests {
 
     proptest! {
         /// Two sides that keep to what they know of each other, with counters that begin anywhere, never violate and never
-        /// get stuck.
+        /// get stuck. The guest sends no more than its own buffer holds, as Linux does.
         #[test]
         fn two_honest_sides_never_violate_and_never_stall(
             start: u32,
             promised in 1u32..=1 << 18,
+            own in prop_oneof![1u32..=1 << 18, Just(u32::MAX)],
             steps in prop::collection::vec((any::<u16>(), any::<u16>()), 1..200),
         ) {
             let mut credit = Credit {
                 received: start, forwarded: start, told: start, ..Credit::new(promised)
             };
+            credit.learn(&says(own, 0)).unwrap();
+            let room = promised.min(own);
             // The guest's side: what it sent, and what it knows.
             let (mut sent, mut known) = (start, start);
             for (send, forward) in steps {
-                let free = promised - sent.wrapping_sub(known);
+                let free = room - sent.wrapping_sub(known);
                 let len = free.min(u32::from(send));
                 sent = sent.wrapping_add(len);
                 prop_assert_eq!(credit.receive(len), Ok(()));
@@ -216,7 +367,7 @@ mod tests {
             if credit.is_update_due(false) {
                 known = credit.forwarded;
             }
-            prop_assert!(promised - sent.wrapping_sub(known) > 0, "everything was handed on and the guest has no room");
+            prop_assert!(room - sent.wrapping_sub(known) > 0, "everything was handed on and the guest has no room");
         }
     }
 }

@@ -72,20 +72,25 @@ impl Switch {
             return None;
         }
         let state = connection.state;
-        if state == State::Open && connection.asked > 0 && connection.credit.sendable() > 0 {
+        if state == State::Open && connection.asked > 0 && connection.sendable() > 0 {
             connection.asked = 0;
             self.table.set_deadline(slot, None);
         }
         let connection = self.table.get(slot)?;
         match (op, state) {
-            (Op::Rw, State::Open) => return Some(slot),
-            (Op::Response, State::Requested) => self.opened(cx, slot),
-            (Op::CreditRequest, State::Open) => connection.owed.credit_update = true,
+            (Op::Rw, State::Open | State::Held) => return Some(slot),
+            (Op::Response, State::Requested) => self.taken(cx, slot),
+            (Op::CreditRequest, State::Open | State::Held) => connection.owed.credit_update = true,
+            (Op::Shutdown, State::Held) => {
+                // The guest ended it by itself: no reset will.
+                self.opened(cx, slot);
+                self.shutdown_by_guest(cx, slot, header.flags.get());
+            }
             (Op::Shutdown, State::Open | State::Requested | State::Closing) => {
                 self.shutdown_by_guest(cx, slot, header.flags.get());
             }
             // Its header said all; or it was sent before the guest heard that the host is done.
-            (Op::CreditUpdate, State::Open)
+            (Op::CreditUpdate, State::Open | State::Held)
             | (Op::Rw | Op::CreditUpdate | Op::CreditRequest, State::Closing) => {}
             _ => self.kill(cx, slot),
         }
@@ -185,6 +190,56 @@ impl Switch {
     }
 
     /// The guest took a host client's connection.
+    fn taken(&mut self, cx: &mut Context<'_>, slot: Slot) {
+        if !self.is_reset_pending {
+            return self.opened(cx, slot);
+        }
+        self.table.set_deadline(slot, None);
+        if let Some(connection) = self.table.get(slot) {
+            connection.state = State::Held;
+        }
+    }
+
+    /// The guest has handled the reset of all connections. Those that it took before that may have
+    /// ended with it: they are asked for again. Their clients have not been answered, and what they
+    /// sent is still in their sockets.
+    pub(super) fn ask_again(&mut self, cx: &mut Context<'_>) {
+        for slot in self.held() {
+            self.forget_attempt(slot);
+            let port = self.table.get(slot).and_then(|connection| connection.key).map(|key| key.guest_port);
+            self.table.forget_key(slot);
+            if let Some(port) = port {
+                self.ask(cx, slot, port);
+            }
+        }
+    }
+
+    /// The guest has not handled the reset for too long: connections that it took are as good as
+    /// any.
+    pub(super) fn open_held(&mut self, cx: &mut Context<'_>) {
+        for slot in self.held() {
+            self.opened(cx, slot);
+            self.queue(cx, slot);
+        }
+    }
+
+    fn held(&mut self) -> Vec<Slot> {
+        let mut slots = self.table.all();
+        slots.retain(|&slot| self.table.get(slot).is_some_and(|connection| connection.state == State::Held));
+        slots
+    }
+
+    /// Ends the guest's side of a connection that it took, if it still has it, and what was kept of
+    /// it.
+    fn forget_attempt(&mut self, slot: Slot) {
+        if let Some(connection) = self.table.get(slot) {
+            let reset = reset_of(connection);
+            connection.begin_again();
+            self.owe_reset(reset);
+        }
+    }
+
+    /// A host client is answered: it is connected.
     fn opened(&mut self, cx: &mut Context<'_>, slot: Slot) {
         self.table.set_deadline(slot, None);
         let Some(connection) = self.table.get(slot) else { return };
@@ -195,7 +250,12 @@ impl Switch {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         // Nothing was written to the socket so far: it has room.
         if send(socket, answer.as_bytes(), flags) != Ok(answer.len()) {
-            self.kill(cx, slot);
+            return self.kill(cx, slot);
+        }
+        // What the guest sent while it was held.
+        if !connection.is_flushed() {
+            let written = connection.flush();
+            self.written(cx, slot, written);
         }
     }
 
@@ -213,6 +273,14 @@ impl Switch {
             return Ok(());
         }
         self.shared.stats.tx_bytes_count.add(data.len().into());
+        if connection.state == State::Held {
+            copy(&mut self.scratch, &self.ram, data)?;
+            match connection.kind {
+                SocketKind::Stream => connection.keep(&self.scratch),
+                SocketKind::SeqPacket => connection.keep_message(&self.scratch, flags & END_OF_MESSAGE != 0),
+            }
+            return Ok(());
+        }
         let written = match connection.kind {
             _ if connection.host_deaf => {
                 connection.credit.forward(data.len());

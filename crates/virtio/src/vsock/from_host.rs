@@ -37,12 +37,12 @@ impl Switch {
         connection.hangup |= hangup;
         match connection.state {
             State::Greeting => self.greet(cx, slot),
-            State::Requested if hangup => {
+            State::Requested | State::Held if hangup => {
                 if connection.is_peer_gone() {
                     self.kill(cx, slot);
                 }
             }
-            State::Requested | State::Dialing | State::Closing => {}
+            State::Requested | State::Held | State::Dialing | State::Closing => {}
             State::Open | State::Lingering => {
                 connection.readable |= event.readable || hangup;
                 connection.settle();
@@ -123,16 +123,24 @@ impl Switch {
         let Some(socket) = &connection.socket else { return };
         match greeting::read(socket, connection.kind) {
             Greeting::Port(port) if connection.kind == SocketKind::Stream || self.with_messages => {
-                connection.state = State::Requested;
-                connection.owed.request = true;
-                let key = self.table.new_key(port, &self.shared.next_port);
-                self.table.set_key(slot, key);
-                let deadline = cx.now().saturating_add(ANSWER_PATIENCE);
-                self.table.set_deadline(slot, Some(deadline));
-                self.table.queue(slot);
+                self.ask(cx, slot, port);
             }
             Greeting::Partial if !connection.hangup => {}
             _ => self.kill(cx, slot),
         }
+    }
+
+    /// Asks the guest for a host client's connection to this port, in which nothing was sent so
+    /// far.
+    pub(super) fn ask(&mut self, cx: &mut Context<'_>, slot: Slot, port: u32) {
+        let key = self.table.new_key(port, &self.shared.next_port);
+        self.table.set_key(slot, key);
+        let deadline = cx.now().saturating_add(ANSWER_PATIENCE);
+        self.table.set_deadline(slot, Some(deadline));
+        if let Some(connection) = self.table.get(slot) {
+            connection.state = State::Requested;
+            connection.owed.request = true;
+        }
+        self.table.queue(slot);
     }
 }

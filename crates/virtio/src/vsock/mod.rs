@@ -42,9 +42,17 @@
 //!
 //! # Save and restore
 //!
-//! Connections are not saved: the host's ends belong to this process. A restored device tells its driver so
-//! (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), on which the driver resets its sockets and reads its CID again; until the driver has
-//! taken note, host clients wait. [`VsockControl::reset_connections`] does the same to a running device.
+//! Connections are not saved: the host's ends belong to this process. A restored device tells its
+//! driver so (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), on which the driver resets its sockets and
+//! reads its CID again. [`VsockControl::reset_connections`] does the same to a running device.
+//!
+//! The driver also resets a connection that it accepts before it handles the event, and tells
+//! nobody. Host clients do not wait for that: the event is shown first, the request for a
+//! connection right after it, and Linux handles them in that order. The driver has handled the
+//! event when it gives the event's buffer back. An acceptance that comes earlier is not passed on
+//! to the client: that connection is reset, and the guest is asked for another one, of a fresh
+//! port, when the driver has handled the event. No data is lost: the client's is still in its
+//! socket. A driver that never gives the buffer back lets its first clients wait for 10 seconds.
 
 mod backlog;
 mod connection;

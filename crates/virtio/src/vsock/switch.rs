@@ -72,6 +72,8 @@ pub(super) struct Switch {
     pub(super) waiting: Vec<bool>,
     /// Host clients are turned away: nobody serves them.
     pub(super) is_closed: bool,
+    /// The guest was told of a reset of all connections, and may not have handled it.
+    pub(super) is_reset_pending: bool,
     /// Descriptors ran out: when to accept again.
     pub(super) accept_at: Option<Nanos>,
     /// When to try servers again that had no time, and the one that was tried last.
@@ -102,6 +104,7 @@ impl Switch {
             waiting: vec![true; sockets.listeners.len()],
             sockets,
             is_closed: false,
+            is_reset_pending: false,
             accept_at: None,
             dial_at: None,
             dialed: None,

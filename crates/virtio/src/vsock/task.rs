@@ -24,7 +24,7 @@ const TURN: u32 = 1 << 20;
 /// A packet of the guest counts as so many bytes at least.
 const PACKET_COST: u32 = 1 << 10;
 
-/// How long host clients wait for a driver to take note of a reset.
+/// How long host clients whose connections the driver took wait for it to take note of a reset.
 const NOTE_PATIENCE: Nanos = 10_000_000_000;
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, as it stands in an event.
@@ -40,7 +40,8 @@ struct Note {
     due: bool,
     /// It was told, and had so many more buffers then; it puts the buffer back when it has taken note.
     told: Option<u16>,
-    /// Until it has taken note, or until then, no host client is let in: the driver would reset its connection, too.
+    /// Until it has taken note, or until then, host clients whose connections it takes are not
+    /// answered: it may reset these, too.
     hold_until: Option<Nanos>,
 }
 
@@ -130,7 +131,7 @@ impl VsockTask {
         loop {
             self.switch.timers(cx);
             self.reset_if_wanted(cx)?;
-            let waiting = self.note.hold_until.is_none() && self.switch.accept(cx);
+            let waiting = self.switch.accept(cx);
             self.from_guest.disable_notifications()?;
             self.take_packets(cx, &mut from_guest)?;
             self.to_guest.queue.disable_notifications()?;
@@ -158,7 +159,9 @@ impl VsockTask {
 
     /// Shows the driver what was used.
     fn publish(&mut self) -> Result<(), QueueError> {
-        for queue in [&mut self.to_guest.queue, &mut self.from_guest, &mut self.events] {
+        // Events first: Linux then handles a reset before the requests for connections that follow
+        // it.
+        for queue in [&mut self.events, &mut self.to_guest.queue, &mut self.from_guest] {
             if queue.publish()? {
                 self.interrupt.queue(queue.index());
             }
@@ -169,6 +172,9 @@ impl VsockTask {
     /// Takes the guest's packets.
     fn take_packets(&mut self, cx: &mut Context<'_>, budget: &mut u32) -> Result<(), QueueError> {
         while *budget > 0 && self.from_guest.pop(&mut self.chain)? {
+            // After the packet was seen: a driver that handled the reset before it sent this has
+            // shown so.
+            self.see_note(cx)?;
             self.take_packet(cx)?;
             *budget = budget.saturating_sub(self.chain.readable().len().max(PACKET_COST));
             self.from_guest.add_used(self.chain.head(), 0)?;
@@ -213,13 +219,24 @@ impl VsockTask {
             // Asked for before it is looked, so that none is missed.
             self.events.enable_notifications_of_more()?;
         }
+        self.see_note(cx)?;
+        if self.note.hold_until.is_some_and(|until| cx.now() >= until) {
+            self.note.hold_until = None;
+            self.switch.open_held(cx);
+        }
+        // A driver that has no buffer for the event handles none for now.
+        self.switch.is_reset_pending = self.note.told.is_some() && self.note.hold_until.is_some();
+        Ok(())
+    }
+
+    /// Sees whether the driver has taken note of a reset.
+    fn see_note(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
         if let Some(buffers) = self.note.told
             && self.events.available()? != buffers
         {
             (self.note.told, self.note.hold_until) = (None, None);
-        }
-        if self.note.hold_until.is_some_and(|until| cx.now() >= until) {
-            self.note.hold_until = None;
+            self.switch.is_reset_pending = false;
+            self.switch.ask_again(cx);
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use rustix::io::Errno;
 
+use super::credit::Window;
 use super::packet::{END_OF_MESSAGE, HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SocketKind};
 use super::switch::{Switch, message_room};
 use super::table::Slot;
@@ -163,7 +164,7 @@ impl ToGuest {
         let Some(connection) = switch.table.get(slot).filter(|c| c.has_data()) else {
             return Ok(Served::Done);
         };
-        if connection.credit.sendable() == 0 {
+        if connection.sendable() == 0 {
             return Ok(Served::Done);
         }
         match connection.kind {
@@ -182,8 +183,8 @@ impl ToGuest {
     ) -> Result<Served, QueueError> {
         let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
         connection.appetite = connection.appetite.clamp(LEAST_APPETITE, QUANTUM);
-        let limit = connection.credit.sendable().min(connection.appetite);
-        let count = self.take_chains(switch, limit, budget)?;
+        let (limit, window) = (connection.appetite, connection.credit.window());
+        let count = self.take_chains(switch, limit, window, budget)?;
         if count == 0 {
             return Ok(Served::Starved);
         }
@@ -214,10 +215,10 @@ impl ToGuest {
             header.len = len.into();
             self.write(used, &header)?;
             self.queue.add_used(self.chains[used].head(), HEADER_LEN + len)?;
+            connection.credit.send(len);
             (left, used) = (left - len, used + 1);
         }
-        connection.credit.send(got);
-        let more = connection.readable && connection.credit.sendable() > 0;
+        let more = connection.readable && connection.sendable() > 0;
         self.give_back(used, count)?;
         switch.shared.stats.rx_bytes_count.add(got.into());
         switch.shared.stats.rx_packets_count.add(used as u64);
@@ -272,9 +273,13 @@ impl ToGuest {
             }
         }
         let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
+        // Now that its length is known, it may have to wait.
+        let sendable = connection.sendable();
+        if sendable == 0 {
+            return Ok(Served::Done);
+        }
         let (message, sent) = std::mem::take(&mut connection.to_guest);
         let rest = &message[sent as usize..];
-        let sendable = connection.credit.sendable();
         let Some(room) = self.next_room(switch, budget)? else {
             if let Some(connection) = switch.table.get(slot) {
                 connection.to_guest = (message, sent);
@@ -294,21 +299,27 @@ impl ToGuest {
         spend(budget, len);
         let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
         connection.to_guest = if is_last { (Vec::new(), 0) } else { (message, sent + len) };
-        let more = connection.has_data() && connection.credit.sendable() > 0;
+        let more = connection.has_data() && connection.sendable() > 0;
         Ok(if more { Served::More } else { Served::Done })
     }
 
-    /// Takes chains until they have room for `limit` bytes of data, which becomes `switch.segments`. Returns how many. None: the guest
-    /// has none, or `budget` was spent on those that it threw away.
+    /// Takes chains until they have room for `limit` bytes of data, or as many as `window` allows
+    /// in so many packets, which becomes `switch.segments`. Returns how many. None: the guest has
+    /// none, or `budget` was spent on those that it threw away.
     fn take_chains(
         &mut self,
         switch: &mut Switch,
         limit: u32,
+        window: Window,
         budget: &mut u32,
     ) -> Result<usize, QueueError> {
         switch.segments.clear();
         let mut count = 0;
-        while count < MAX_CHAINS && switch.segments.len() < limit {
+        while count < MAX_CHAINS {
+            let limit = limit.min(window.bytes(count as u32 + 1));
+            if switch.segments.len() >= limit {
+                break;
+            }
             let chain = &mut self.chains[count];
             if !self.queue.pop(chain)? {
                 break;

@@ -1,9 +1,13 @@
 //! The control queue, several pairs, and the configuration space.
 
+use vm_memory::{Bytes, GuestAddress};
+
 use super::guest::{config, wires};
 use super::*;
 use crate::device::Device;
+use crate::net::call_budget::{BURST, REFILL_MS};
 use crate::net::config_space::feature;
+use crate::net::tap::tap_offloads;
 use crate::net::{Net, NetBackend, NetConfig, NetSetup};
 use crate::rate_limiter::{BucketConfig, RateLimiterConfig};
 use crate::testing::Kind;
@@ -90,4 +94,78 @@ fn states_are_plain_data() {
     let net = guest.state();
     let text = serde_json::to_string(&net).unwrap();
     assert_eq!(serde_json::from_str::<crate::net::NetState>(&text).unwrap(), net);
+}
+
+/// Ioctls under RTNL in `seconds`, at most.
+fn bound(seconds: u64) -> u64 {
+    BURST + seconds * 1000 * BURST / REFILL_MS
+}
+
+#[test]
+fn commands_in_a_loop_take_the_hosts_rtnl_a_bounded_number_of_times() {
+    const SECONDS: u64 = 10;
+    let mut guest = with_pairs(3);
+    let before = guest.control.tap().settings().2;
+    let last = guest.queues.len() - 1;
+    let memory = guest.guest.ram.memory().clone();
+    let commands: [&[u8]; 4] =
+        [&[5, 0, 2, 0, 0, 0, 0, 0, 0, 0], &[4, 0, 3, 0], &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[4, 0, 1, 0]];
+    let at = |index: usize| 0x70_0000 + 0x100 * index as u64;
+    for (index, command) in commands.iter().enumerate() {
+        memory.write_slice(command, GuestAddress(at(index))).unwrap();
+    }
+    let (mut next, mut answers) = (0, 0);
+    for _ in 0..SECONDS * 100 {
+        for _ in 0..100 {
+            let (command, len) = (at(next), commands[next].len() as u32);
+            if guest.queues[last].add(&[(command, len)], &[(command + 0x80, 1)]).is_none() {
+                break;
+            }
+            next = (next + 1) % commands.len();
+        }
+        guest.publish(last);
+        guest.guest.worker.run();
+        while guest.queues[last].take_used().is_some() {
+            let answer: u8 = memory.read_obj(GuestAddress(at(answers % commands.len()) + 0x80)).unwrap();
+            assert_eq!(answer, 0);
+            answers += 1;
+        }
+        guest.guest.worker.advance(10_000_000);
+    }
+    let changes = guest.control.tap().settings().2 - before;
+    assert!(changes <= bound(SECONDS), "{changes} ioctls for {answers} commands");
+    assert!(answers > 100, "commands are delayed, not lost");
+    // The driver stops: what it was answered last is what the host has.
+    for _ in 0..1000 {
+        guest.guest.worker.advance(100_000_000);
+        while guest.queues[last].take_used().is_some() {
+            answers += 1;
+        }
+    }
+    assert_eq!(answers % commands.len(), next, "each command was answered");
+    let state = guest.state();
+    let (offloads, queues, _) = guest.control.tap().settings();
+    assert_eq!((offloads, queues), (tap_offloads(state.offloads), Some(state.active_pairs.into())));
+}
+
+#[test]
+fn resets_in_a_loop_take_the_hosts_rtnl_a_bounded_number_of_times() {
+    let mut guest = with_pairs(2);
+    let before = guest.control.tap().settings().2;
+    for _ in 0..500 {
+        guest.start(u64::MAX);
+        guest.start(!feature::GUEST_OFFLOADS);
+    }
+    guest.start(u64::MAX);
+    guest.start(!feature::GUEST_OFFLOADS);
+    assert!(guest.control.tap().settings().2 - before <= bound(1));
+    // Frames wait until the tap has the last driver's settings.
+    guest.give(&[1536]);
+    guest.arrive(&frame(60, 1));
+    if guest.control.tap().settings().0 != 0 {
+        assert_eq!(guest.received(), None);
+    }
+    guest.guest.worker.advance(REFILL_MS * 1_000_000);
+    assert_eq!(guest.control.tap().settings().0, 0);
+    assert_eq!(guest.received().unwrap(), frame(60, 1));
 }

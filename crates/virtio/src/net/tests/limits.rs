@@ -50,6 +50,52 @@ fn passed(guest: &mut NetGuest, ms: u64, to_guest: bool) -> u64 {
 }
 
 #[test]
+fn a_flood_behind_a_slow_limit_delays_a_frame_by_a_second_at_most() {
+    let mut guest = NetGuest::with(Kind::Mmio, config(1), ops(50, 1000), NONE, u64::MAX);
+    let stamped = |ms: u64| {
+        let mut stamped = frame(60, 1);
+        stamped[20..28].copy_from_slice(&ms.to_le_bytes());
+        stamped
+    };
+    // The wire holds some hundred frames, and the flood fills it again as soon as there is room.
+    let (mut count, mut latest) = (0, 0);
+    for ms in 0..20_000u64 {
+        while guest.give_to(0, &[1536]) {}
+        guest.publish(0);
+        while guest.arrive_on(0, [0; 12], &stamped(ms)) {}
+        while let Some(frame) = guest.received() {
+            count += 1;
+            let sent = u64::from_le_bytes(frame[20..28].try_into().unwrap());
+            if ms > 2500 {
+                latest = latest.max(ms - sent);
+            }
+        }
+        guest.guest.worker.advance(MS);
+    }
+    assert!(latest <= 1100, "a frame was delivered {latest} ms late");
+    assert!((1000..1100).contains(&count), "the limit is kept: {count} frames");
+    assert!(guest.control.stats().rx_late_frames.get() > 1000);
+}
+
+#[test]
+fn a_burst_within_a_second_of_a_limit_is_delivered_whole() {
+    let mut guest = NetGuest::with(Kind::Mmio, config(1), ops(50, 1000), NONE, u64::MAX);
+    for seed in 0..90 {
+        assert!(guest.arrive_on(0, [0; 12], &frame(60, seed)));
+    }
+    let mut count = 0;
+    for _ in 0..1000 {
+        while guest.give_to(0, &[1536]) {}
+        guest.publish(0);
+        while guest.received().is_some() {
+            count += 1;
+        }
+        guest.guest.worker.advance(MS);
+    }
+    assert_eq!((count, guest.control.stats().rx_late_frames.get()), (90, 0));
+}
+
+#[test]
 fn either_direction_keeps_its_rate_in_bytes_and_in_frames() {
     for (limits, want) in
         [(bytes(100_000, 100), 100 + 3000), (ops(50, 100), 50 + 1500), (bytes(1000, 10), 301)]

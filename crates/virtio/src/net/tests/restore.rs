@@ -4,11 +4,13 @@ use std::os::fd::OwnedFd;
 
 use super::guest::{config, wires};
 use super::*;
+use crate::device::DeviceState;
 use crate::net::config_space::feature;
 use crate::net::stream::Stream;
+use crate::net::tap::tap_offloads;
 use crate::net::{Net, NetBackend, NetError, NetSetup};
 use crate::rate_limiter::RateLimiterConfig;
-use crate::testing::Kind;
+use crate::testing::{Guest, Kind, TestWorker};
 use crate::transport::RestoreError;
 
 const NONE: RateLimiterConfig = RateLimiterConfig { bandwidth: None, ops: None };
@@ -106,6 +108,42 @@ fn a_driver_without_a_control_queue_is_told_that_its_link_is_down() {
     assert_eq!(told[0] & 2, 2);
     assert_ne!(guest.guest.config_generation(), generation);
     assert_eq!(guest.status(), 0);
+}
+
+#[test]
+fn offloads_and_pairs_chosen_at_run_time_reach_the_new_tap() {
+    let mut guest = accepting(2, u64::MAX);
+    assert_eq!(guest.command(&[4, 0, 2, 0]), 0);
+    // `ethtool -K eth0 lro off`: checksums only.
+    assert_eq!(guest.command(&[5, 0, 2, 0, 0, 0, 0, 0, 0, 0]), 0);
+    for _ in 0..2 {
+        let (setup, wires) = tap(2);
+        guest.restore(None, setup, wires).unwrap();
+        let (offloads, queues, _) = guest.control.tap().settings();
+        assert_eq!((offloads, queues), (tap_offloads(feature::GUEST_CSUM), Some(2)));
+    }
+}
+
+#[test]
+fn a_link_change_survives_a_save_before_the_guest_runs() {
+    let mut guest =
+        NetGuest::with(Kind::Mmio, config(1), NONE, NONE, !(feature::CTRL_VQ | feature::GUEST_ANNOUNCE));
+    let state = guest.guest.save();
+    let mut state = {
+        let mut worker = TestWorker::new();
+        worker.pause();
+        let (paused, _control) = Net::restore(&guest.state(), None, unplugged(1), 1).unwrap();
+        let mut paused = Guest::with(Kind::Mmio, Box::new(paused), guest.guest.ram.clone(), worker);
+        paused.restore(&state).unwrap();
+        paused.save_paused()
+    };
+    let DeviceState::Net(own) = state.common().device.clone() else { unreachable!() };
+    let (copy, _control) = Net::restore(&own, None, unplugged(1), 1).unwrap();
+    let mut copy = Guest::with(Kind::Mmio, Box::new(copy), guest.guest.ram.clone(), TestWorker::new());
+    copy.restore(&state).unwrap();
+    let mut told = [0; 4];
+    copy.mmio().read(0x60, &mut told);
+    assert_eq!(told[0] & 2, 2, "the driver has not heard of its link");
 }
 
 #[test]

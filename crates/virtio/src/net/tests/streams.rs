@@ -87,6 +87,45 @@ fn a_peer_that_hangs_up_or_speaks_nonsense_takes_the_link_down() {
     }
 }
 
+/// Frames that the guest may have in its transmit queue at once.
+const TX_SLOTS: usize = 64;
+
+#[test]
+fn transmit_goes_on_after_a_full_peer_hangs_up() {
+    let (mut guest, mut peer) = guest();
+    // A second event without receive buffers ends the watch for reading. It begins again after that
+    // for writing, so that the kernel reports it first.
+    for seed in 1..=2 {
+        peer.write_all(&framed(&frame(60, seed))).unwrap();
+        guest.guest.worker.run();
+    }
+    let mut sent = 0;
+    let in_queue = loop {
+        while guest.queues[1].take_used().is_some() {
+            sent += 1;
+        }
+        let added = (0..TX_SLOTS).filter(|_| guest.send_on(0, [0; 12], &frame(1000, 1), &[])).count();
+        guest.publish(1);
+        guest.guest.worker.run();
+        if added == 0 {
+            break TX_SLOTS;
+        }
+    };
+    assert!(sent > 0);
+    for seed in 1..=2 {
+        guest.give(&[1536]);
+        assert_eq!(guest.received().unwrap(), frame(60, seed));
+    }
+    drop(peer);
+    guest.guest.worker.run();
+    assert!(!guest.control.link_is_up());
+    let used = std::iter::from_fn(|| guest.queues[1].take_used()).count();
+    assert_eq!(used, in_queue, "frames that waited for the peer are dropped, not kept");
+    guest.send(&frame(60, 2));
+    assert!(guest.queues[1].take_used().is_some());
+    assert_eq!(guest.control.stats().tap_write_fails.get(), in_queue as u64 + 1);
+}
+
 #[test]
 fn a_frame_that_never_fits_does_not_stop_those_behind_it() {
     let (mut guest, mut peer) = guest();

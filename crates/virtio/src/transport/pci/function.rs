@@ -188,7 +188,9 @@ impl PciTransport {
         }
         self.space.restore(&state.config);
         self.move_bar();
-        self.common.restore(&state.common)
+        // The driver acknowledges by reading ISR. One with MSI-X never does, so it gets one
+        // interrupt too many after a change.
+        self.common.restore(&state.common, state.isr & ISR_CONFIG != 0)
     }
 
     /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it

@@ -67,6 +67,58 @@ fn messages_stay_whole_both_ways() {
 }
 
 #[test]
+fn messages_wait_for_a_guest_with_too_many_unread_packets() {
+    const MESSAGES: u32 = 3000;
+    let mut rig = Rig::new(Kind::Mmio);
+    let (client, mut end) = open(&mut rig);
+    let message = |number: u32| format!("{number:08}").into_bytes();
+    let (mut written, mut read) = (0, 0);
+    while read < MESSAGES {
+        let mut unread = 0;
+        // The client writes whenever it can, and the guest reads nothing.
+        while let Some(packet) = {
+            while written < MESSAGES && write(&client, &message(written)).is_ok() {
+                written += 1;
+            }
+            rig.next().filter(|packet| packet.op() == Op::Rw)
+        } {
+            assert_eq!(packet.data, message(read + unread));
+            unread += 1;
+            assert!(
+                unread * (576 + 8) <= end.room,
+                "Linux resets the connection at {unread} unread messages"
+            );
+        }
+        assert!(unread > 0, "stuck after {read} messages");
+        read += unread;
+        end.forwarded += 8 * unread;
+        rig.send(&end, Op::CreditUpdate, 0);
+    }
+}
+
+#[test]
+fn a_message_as_long_as_the_guests_buffer_arrives() {
+    let mut rig = Rig::new(Kind::Pci);
+    let (client, mut end) = open(&mut rig);
+    end.room = 16 << 10;
+    rig.send(&end, Op::CreditUpdate, 0);
+    for len in [100, 16 << 10, 100] {
+        write(&client, &vec![7; len]).unwrap();
+    }
+    for len in [100, 16 << 10, 100] {
+        let mut got = 0;
+        while got < len {
+            let packet = rig.expect(Op::Rw);
+            got += packet.data.len();
+            assert_eq!(packet.flags() == END_OF_MESSAGE, got == len);
+        }
+        assert_eq!(rig.next(), None, "the next one has to wait until this one is read");
+        end.forwarded += len as u32;
+        rig.send(&end, Op::CreditUpdate, 0);
+    }
+}
+
+#[test]
 fn the_guest_reaches_a_server_of_messages_and_none_of_streams() {
     let mut rig = Rig::new(Kind::Pci);
     let (server, _file) = serve(&rig, 7);

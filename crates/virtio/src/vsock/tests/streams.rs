@@ -235,6 +235,56 @@ fn the_guest_hears_of_room_when_it_asks_and_when_half_of_it_is_free_again() {
 }
 
 #[test]
+fn a_guest_with_any_buffer_size_sends_a_mebibyte() {
+    for room in [1, 128, 16 << 10, 64 << 10, 1 << 20] {
+        let mut rig = Rig::new(Kind::Mmio);
+        let server = rig.serve(1);
+        let (mut peer, end) = rig.open_by_guest(&server, 1, 1);
+        // Linux since 2026 sends no more than its own buffer holds, too.
+        let end = End { room, ..end };
+        rig.send(&end, Op::CreditUpdate, 0);
+        let window = room.min(256 << 10);
+        let total = if room < 1024 { 10 * room } else { 1 << 20 };
+        let (mut sent, mut known, mut got) = (0, 0, 0);
+        while got < total {
+            let len = (window - (sent - known)).min(total - sent).min(64 << 10);
+            if len > 0 {
+                rig.send_data(&end, 0, &vec![7; len as usize]);
+                sent += len;
+            }
+            let read = read(&mut peer).len() as u32;
+            got += read;
+            let update = rig.next();
+            if let Some(update) = &update {
+                assert_eq!(update.op(), Op::CreditUpdate);
+                known = update.header.fwd_cnt.get();
+            }
+            assert!(len + read > 0 || update.is_some(), "{room}: stuck after {got} bytes");
+        }
+    }
+}
+
+#[test]
+fn small_writes_to_a_guest_that_does_not_read_are_coalesced() {
+    let mut rig = Rig::with(Kind::Mmio, 64, 4096 + 44);
+    let (mut client, mut end) = rig.open_by_host(1);
+    let (mut unread, mut bytes, mut written) = (0u32, 0, 0u32);
+    while client.write(b"8 bytes!").is_ok() {
+        written += 8;
+        while let Some(packet) = rig.next() {
+            assert_eq!(packet.op(), Op::Rw);
+            (unread, bytes) = (unread + 1, bytes + packet.data.len() as u32);
+            assert!(unread * 576 + bytes <= end.room, "{unread} packets");
+        }
+    }
+    assert!(unread > 400, "{unread}");
+    end.forwarded = bytes;
+    rig.send(&end, Op::CreditUpdate, 0);
+    let rest = rig.expect(Op::Rw).data.len() as u32;
+    assert!(rest > 1000 && bytes + rest <= written, "many writes are one packet: {rest} bytes");
+}
+
+#[test]
 fn a_greedy_stream_holds_up_none_of_a_thousand() {
     allow_connections(1001);
     let mut rig = Rig::with(Kind::Mmio, 32, 4096 + 44);
