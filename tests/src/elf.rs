@@ -93,7 +93,8 @@ pub fn null_guest() -> Elf {
     Elf::of(&code)
 }
 
-/// Writes the boot timer's byte to where each version of Firecracker has it, ours first, and halts. Where a monitor has none, it drops the byte.
+/// Writes the boot timer's byte to where each version of Firecracker has it, ours first, and halts.
+/// Where a monitor has none, it drops the byte.
 pub fn null_guest_of_any_monitor() -> Elf {
     let mut code = write_byte(BOOT_TIMER.0, BOOT_TIMER.1);
     code.extend(write_byte(BOOT_TIMER_UNTIL_1_12, BOOT_TIMER.1));

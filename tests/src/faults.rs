@@ -5,10 +5,12 @@ use std::io;
 
 use anyhow::{Context, Result, bail};
 
-/// Where the stack pointer is then, and the next instruction beside it: nothing is mapped in the lowest page.
+/// Where the stack pointer is then, and the next instruction beside it: nothing is mapped in the
+/// lowest page.
 const NOWHERE: u64 = 0x100;
 
-/// Lets a thread of a child of this process go on with its stack used up: it faults at once, and has no stack to handle that on.
+/// Lets a thread of a child of this process go on with its stack used up: it faults at once, and
+/// has no stack to handle that on.
 pub fn use_up_stack(thread: i32) -> Result<()> {
     request(libc::PTRACE_SEIZE, thread, 0).context("cannot seize the thread")?;
     request(libc::PTRACE_INTERRUPT, thread, 0).context("cannot interrupt the thread")?;
@@ -31,7 +33,8 @@ pub fn use_up_stack(thread: i32) -> Result<()> {
 }
 
 fn request(request: libc::c_uint, thread: i32, data: usize) -> io::Result<()> {
-    // SAFETY: of the requests above, those that read or write this process's memory are given registers that outlive the call.
+    // SAFETY: of the requests above, those that read or write this process's memory are given
+    // registers that outlive the call.
     let done = unsafe { libc::ptrace(request, thread, 0usize, data) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -32,7 +32,8 @@ pub struct VmmBuilder {
     input: bool,
 }
 
-/// The file in a monitor's directory that takes its standard output: see [`VmmBuilder::stdout_to_file`].
+/// The file in a monitor's directory that takes its standard output: see
+/// [`VmmBuilder::stdout_to_file`].
 pub const STDOUT: &str = "stdout";
 
 impl VmmBuilder {
@@ -108,7 +109,8 @@ impl VmmBuilder {
         self
     }
 
-    /// Its standard output goes to the file [`STDOUT`] in its directory, which has nothing but what the guest says: its log goes to another.
+    /// Its standard output goes to the file [`STDOUT`] in its directory, which has nothing but what
+    /// the guest says: its log goes to another.
     pub fn stdout_to_file(mut self) -> Result<VmmBuilder> {
         let log = self.dir.path().join("log");
         // Some monitors do not make it.

@@ -23,7 +23,8 @@ pub mod port {
     pub const LAZY: u32 = 6;
     /// Sends back messages.
     pub const MESSAGES: u32 = 7;
-    /// Reads a length (64 bits, little-endian) and so many bytes, then sends that length back: for devices without half-closed connections.
+    /// Reads a length (64 bits, little-endian) and so many bytes, then sends that length back: for
+    /// devices without half-closed connections.
     pub const COUNTED: u32 = 8;
     /// Reads no message before the host listens at [`LATE_GATE`], then answers with their number
     /// (32 bits, little-endian).

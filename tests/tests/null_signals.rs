@@ -1,6 +1,7 @@
 //! Signals that end the monitor: those that ask it to end, and those that say it is broken.
 //!
-//! In a PID namespace of its own the monitor is process 1, to which the kernel does not apply default actions.
+//! In a PID namespace of its own the monitor is process 1, to which the kernel does not apply
+//! default actions.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
@@ -33,7 +34,8 @@ fn unshare() -> Result<VmmBuilder> {
     Ok(options.iter().fold(VmmBuilder::new(program)?, VmmBuilder::arg))
 }
 
-/// A monitor that is process 1 of a PID namespace, with a guest that runs. What runs as [`Vmm`] is `unshare`, which ends as it does.
+/// A monitor that is process 1 of a PID namespace, with a guest that runs. What runs as [`Vmm`] is
+/// `unshare`, which ends as it does.
 fn init() -> Result<(Vmm, Orphans)> {
     let builder =
         unshare()?.arg("--fork").arg("--kill-child").arg(vmm_path()).arg("--no-api").arg("--boot-timer");

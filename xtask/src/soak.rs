@@ -1,8 +1,10 @@
-//! `cargo xtask soak`: what tests do some times, many times. It finds what is rare; `cargo xtask test` takes its place for a change.
+//! `cargo xtask soak`: what tests do some times, many times. It finds what is rare; `cargo xtask
+//! test` takes its place for a change.
 //!
 //! - Each fuzz target with inputs from seeds, without the fuzzer's runtime.
 //! - The tests of models, whose random cases differ in each run, again and again.
-//! - Whole-system tests that repeat something, each with so many times the rounds ([`vesta_tests::soak`]).
+//! - Whole-system tests that repeat something, each with so many times the rounds
+//!   ([`vesta_tests::soak`]).
 
 use std::process::{Command, ExitCode};
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -1,5 +1,5 @@
-//! The codes that this process exits with, and the way out. They are Firecracker's, which its clients read,
-//! and 128 plus a signal's number where a shell would report that.
+//! The codes that this process exits with, and the way out. They are Firecracker's, which its
+//! clients read, and 128 plus a signal's number where a shell would report that.
 
 use crate::terminal;
 

@@ -1,7 +1,8 @@
 //! Signals that say this process is broken: they end it at once, with an exit code of their own.
 //!
-//! Their handlers run on the alternate stack of the thread, so that an overflow of its own stack is reported too. They allocate nothing and
-//! wait for no lock: the thread that they interrupt may hold any.
+//! Their handlers run on the alternate stack of the thread, so that an overflow of its own stack is
+//! reported too. They allocate nothing and wait for no lock: the thread that they interrupt may
+//! hold any.
 
 use std::ffi::CStr;
 
@@ -18,7 +19,8 @@ const FATAL: [(libc::c_int, &str, ExitCode); 6] = [
     (libc::SIGILL, "SIGILL", ExitCode::IllegalInstruction),
 ];
 
-/// A fault this near to the stack pointer, in bytes, is an overflow of the stack: functions touch their frames page by page.
+/// A fault this near to the stack pointer, in bytes, is an overflow of the stack: functions touch
+/// their frames page by page.
 const NEAR: usize = 4096;
 
 /// Installs the handlers.
@@ -52,7 +54,8 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context:
     signals::exit_now(code)
 }
 
-/// `abort` raises SIGABRT, which has its default action here. Where the kernel does not apply that, the process exits with the code that a shell reports.
+/// `abort` raises SIGABRT, which has its default action here. Where the kernel does not apply that,
+/// the process exits with the code that a shell reports.
 extern "C" fn on_abort(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     terminal::restore();
     if signals::is_init() {
@@ -86,7 +89,8 @@ impl Fault {
             // SAFETY: as above; for SIGSYS it begins like this.
             return Some(Fault::SystemCall(unsafe { (*info.cast::<SigsysInfo>()).syscall }));
         }
-        // SAFETY: as above; the field is plain bytes for every signal, and means something for those below.
+        // SAFETY: as above; the field is plain bytes for every signal, and means something for
+        // those below.
         let address = unsafe { info_ref.si_addr() } as usize;
         match signal {
             libc::SIGSEGV | libc::SIGBUS => {

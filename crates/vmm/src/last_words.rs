@@ -1,7 +1,7 @@
 //! What this process says when it breaks: in a panic, or by a fatal signal.
 //!
-//! Nothing here waits: not for the log, which the thread that breaks may itself hold, and not for a reader of standard error.
-//! So a process that breaks always ends.
+//! Nothing here waits: not for the log, which the thread that breaks may itself hold, and not for a
+//! reader of standard error. So a process that breaks always ends.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::panic::PanicHookInfo;

@@ -4,8 +4,9 @@
 //! 2026-11-24T10:00:00.123456789 [id:thread:LEVEL:file:line] text
 //! ```
 //!
-//! A line that nobody takes is dropped and counted: a reader that stalls never stalls the monitor. A thread that breaks does not wait for the log's lock:
-//! [`error_without_waiting`] and [`write_if_free`].
+//! A line that nobody takes is dropped and counted: a reader that stalls never stalls the monitor.
+//! A thread that breaks does not wait for the log's lock: [`error_without_waiting`] and
+//! [`write_if_free`].
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -19,7 +20,8 @@ use machine::legacy::Output;
 
 use crate::personality::Personality;
 
-/// How long a thread that panics tries to get the log, which another thread may be writing to, or it may hold itself.
+/// How long a thread that panics tries to get the log, which another thread may be writing to, or
+/// it may hold itself.
 const PANIC_PATIENCE: Duration = Duration::from_millis(200);
 
 /// The one log of this process.
@@ -91,7 +93,8 @@ pub(crate) fn hold() -> impl Drop {
     Held(LOG.lock())
 }
 
-/// Writes an error as [`log::error!`] does, unless the log stays locked: the thread that panics may hold it.
+/// Writes an error as [`log::error!`] does, unless the log stays locked: the thread that panics may
+/// hold it.
 pub(crate) fn error_without_waiting(text: &str) {
     let deadline = Instant::now() + PANIC_PATIENCE;
     let settings = loop {
@@ -110,7 +113,8 @@ pub(crate) fn error_without_waiting(text: &str) {
     }
 }
 
-/// Writes these bytes as they are, unless the log is locked. A signal handler may call it: it allocates nothing, and tries the lock once.
+/// Writes these bytes as they are, unless the log is locked. A signal handler may call it: it
+/// allocates nothing, and tries the lock once.
 pub(crate) fn write_if_free(line: &[u8]) {
     if let Some(settings) = LOG.try_lock()
         && let Some(output) = settings.as_ref().and_then(|settings| settings.output.as_ref())

@@ -1,7 +1,10 @@
 //! The binary `vesta-vmm`: one process, one microVM.
 //!
-//! Thin by design: arguments ([`args`]), the log ([`logger`]), signals ([`signals`], [`fatal`]), panics ([`last_words`]), the terminal ([`terminal`]), and
-//! the loop that gives commands to the controller ([`event_loop`]); what looks at snapshots and starts no microVM ([`snapshot_tool`]); and the beginning of a fork's children ([`child`]). What a microVM is and does lives in `control` and below.
+//! Thin by design: arguments ([`args`]), the log ([`logger`]), signals ([`signals`], [`fatal`]),
+//! panics ([`last_words`]), the terminal ([`terminal`]), and the loop that gives commands to the
+//! controller ([`event_loop`]); what looks at snapshots and starts no microVM ([`snapshot_tool`]);
+//! and the beginning of a fork's children ([`child`]). What a microVM is and does lives in
+//! `control` and below.
 //!
 //! Run under the name `firecracker`, it answers as that program does ([`personality`]).
 //!

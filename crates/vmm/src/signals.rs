@@ -1,11 +1,13 @@
 //! Signals that ask this process to end: SIGTERM, SIGINT, SIGQUIT and SIGHUP.
 //!
-//! Before [`install`] there is nothing to clean up, and they end the process at once. From then on they end it in order: the guest's output is
-//! carried out, its overlays are closed, the socket is removed, the terminal is restored. Then the signal takes its default action, so that a
-//! parent sees which signal it was. SIGHUP has an exit code instead.
+//! Before [`install`] there is nothing to clean up, and they end the process at once. From then on
+//! they end it in order: the guest's output is carried out, its overlays are closed, the socket is
+//! removed, the terminal is restored. Then the signal takes its default action, so that a parent
+//! sees which signal it was. SIGHUP has an exit code instead.
 //!
-//! The kernel does not apply default actions to process 1 of a PID namespace. There the process exits with 128 plus the signal's number, which is what a
-//! shell reports of a process that a signal ended: see [`end_init_at_once`] and [`end_by`].
+//! The kernel does not apply default actions to process 1 of a PID namespace. There the process
+//! exits with 128 plus the signal's number, which is what a shell reports of a process that a
+//! signal ended: see [`end_init_at_once`] and [`end_by`].
 //!
 //! Signals that say this process is broken are in [`crate::fatal`].
 
@@ -48,7 +50,8 @@ impl AsFd for Signals {
 /// A signal handler, as `SA_SIGINFO` calls it.
 pub(crate) type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
-/// Installs a handler, which runs on the thread's alternate stack and is not interrupted by other signals.
+/// Installs a handler, which runs on the thread's alternate stack and is not interrupted by other
+/// signals.
 ///
 /// The standard library gives each of its threads an alternate stack, which no other code replaces.
 pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<()> {
@@ -58,19 +61,22 @@ pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<(
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
     // SAFETY: the set is ours alone.
     unsafe { libc::sigfillset(&raw mut action.sa_mask) };
-    // SAFETY: the action outlives the call. The handlers of this crate make system calls and use atomics, and nothing else.
+    // SAFETY: the action outlives the call. The handlers of this crate make system calls and use
+    // atomics, and nothing else.
     if unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) } < 0 {
         return Err(std::io::Error::last_os_error());
     }
     Ok(())
 }
 
-/// Whether this is process 1 of its PID namespace, to which the kernel does not apply default actions of signals.
+/// Whether this is process 1 of its PID namespace, to which the kernel does not apply default
+/// actions of signals.
 pub(crate) fn is_init() -> bool {
     std::process::id() == 1
 }
 
-/// Makes the signals end the process at once if it is process 1 of its PID namespace. Others need nothing for that.
+/// Makes the signals end the process at once if it is process 1 of its PID namespace. Others need
+/// nothing for that.
 pub(crate) fn end_init_at_once() {
     if is_init() {
         ASKING.into_iter().for_each(take_default_action);
@@ -140,7 +146,8 @@ pub(crate) fn take_their_course() {
     mask(libc::SIG_UNBLOCK);
 }
 
-/// Restores the default action of `signal`, which is to end the process. Process 1 of a PID namespace gets a handler that does.
+/// Restores the default action of `signal`, which is to end the process. Process 1 of a PID
+/// namespace gets a handler that does.
 fn take_default_action(signal: libc::c_int) {
     if is_init() && handle(signal, on_asking_at_once).is_ok() {
         return;
@@ -165,8 +172,9 @@ extern "C" fn on_asking_at_once(signal: libc::c_int, _: *mut libc::siginfo_t, _:
     exit_now(ExitCode::of_asking(signal))
 }
 
-/// Ends the process by `signal`, so that a parent sees which signal ended it. Returns the code to exit with where that is not possible: for
-/// SIGHUP, which has one, and in process 1 of a PID namespace.
+/// Ends the process by `signal`, so that a parent sees which signal ended it. Returns the code to
+/// exit with where that is not possible: for SIGHUP, which has one, and in process 1 of a PID
+/// namespace.
 pub(crate) fn end_by(signal: i32) -> ExitCode {
     if signal != libc::SIGHUP {
         terminal::restore();
@@ -184,7 +192,8 @@ pub(crate) fn exit_now(code: ExitCode) -> ! {
     unsafe { libc::_exit(code as i32) }
 }
 
-/// Lets `signal` take its default action. Returns where the signal is blocked: then it does so later.
+/// Lets `signal` take its default action. Returns where the signal is blocked: then it does so
+/// later.
 pub(crate) fn raise_default(signal: i32) {
     // SAFETY: restoring the default action of a valid signal has no precondition.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
@@ -197,7 +206,8 @@ mod tests {
     use super::*;
     use crate::subprocess;
 
-    /// A live snapshot's writer: signals that came while it was forked wait until it takes their default action.
+    /// A live snapshot's writer: signals that came while it was forked wait until it takes their
+    /// default action.
     #[test]
     fn asking_signals_end_a_writer_that_is_init_of_a_namespace() {
         if subprocess::is_one() {

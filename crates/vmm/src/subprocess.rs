@@ -1,4 +1,5 @@
-//! Unit tests that end a process: the test runs itself once more in a process of its own, and looks at how that ends.
+//! Unit tests that end a process: the test runs itself once more in a process of its own, and looks
+//! at how that ends.
 
 use std::ffi::OsStr;
 use std::io::Read;

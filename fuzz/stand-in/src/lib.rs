@@ -1,4 +1,5 @@
-//! `fuzz_target!` without libFuzzer: a target's body compiles for `cargo xtask test lint::fuzz`, and `cargo xtask soak` runs it with inputs from seeds.
+//! `fuzz_target!` without libFuzzer: a target's body compiles for `cargo xtask test lint::fuzz`,
+//! and `cargo xtask soak` runs it with inputs from seeds.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -19,7 +20,8 @@ macro_rules! fuzz_target {
 /// Longest input, in bytes.
 const LONGEST: u64 = 4096;
 
-/// `TARGET FIRST COUNT`: runs the body once for each of so many seeds. 1 where it panics, after saying with which seed.
+/// `TARGET FIRST COUNT`: runs the body once for each of so many seeds. 1 where it panics, after
+/// saying with which seed.
 pub fn run(body: impl Fn(&[u8])) -> i32 {
     let number = |text: String| text.parse::<u64>().ok();
     let mut args = std::env::args().skip(1);
@@ -37,7 +39,8 @@ pub fn run(body: impl Fn(&[u8])) -> i32 {
     0
 }
 
-/// The bytes of a seed. Short inputs are as frequent as long ones, and small values as large ones: most fields have few that mean something.
+/// The bytes of a seed. Short inputs are as frequent as long ones, and small values as large ones:
+/// most fields have few that mean something.
 fn input(seed: u64) -> Vec<u8> {
     let mut state = seed;
     let mut next = || {

@@ -43,7 +43,8 @@ struct Monitor {
     name: String,
     path: PathBuf,
     kind: MonitorKind,
-    /// It is what vesta is compared with. One that cannot do what is asked is left out, with its reason.
+    /// It is what vesta is compared with. One that cannot do what is asked is left out, with its
+    /// reason.
     peer: bool,
 }
 

@@ -1,4 +1,5 @@
-//! Which monitors are measured beside vesta: Firecracker where it has been fetched, and those that the command line names.
+//! Which monitors are measured beside vesta: Firecracker where it has been fetched, and those that
+//! the command line names.
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -25,7 +25,8 @@ pub(super) struct Turn<C> {
     pub(super) contestant: C,
 }
 
-/// Lets all have their turns, in so many rounds. With `warm_up` a round before them does not count: it brings files into the page cache.
+/// Lets all have their turns, in so many rounds. With `warm_up` a round before them does not count:
+/// it brings files into the page cache.
 pub(super) fn interleaved<C>(
     mut turns: Vec<Turn<C>>,
     rounds: usize,

@@ -134,7 +134,8 @@ fn succeeds(args: &[&str]) -> Result<bool> {
 
 /// Checks that the targets in `fuzz/` compile.
 fn fuzz_targets_compile() -> Result<bool> {
-    // It needs nothing that the workspace does not have. Where that is not there yet, cargo gets it.
+    // It needs nothing that the workspace does not have. Where that is not there yet, cargo gets
+    // it.
     let mut offline = fuzz_command("check")?;
     if offline.arg("--offline").stderr(Stdio::null()).status()?.success() {
         return Ok(true);
@@ -142,7 +143,8 @@ fn fuzz_targets_compile() -> Result<bool> {
     Ok(fuzz_command("check")?.status()?.success())
 }
 
-/// `cargo COMMAND` for `fuzz/`, a workspace of its own, without the fuzzer's runtime: a stand-in takes its place.
+/// `cargo COMMAND` for `fuzz/`, a workspace of its own, without the fuzzer's runtime: a stand-in
+/// takes its place.
 pub(crate) fn fuzz_command(command: &str) -> Result<Command> {
     let (fuzz, lock) = (root().join("fuzz"), root().join("fuzz/Cargo.lock"));
     if !lock.exists() {

@@ -197,8 +197,8 @@ fn answered(vmm: &Vmm, asked: Option<Instant>) -> Result<Sample> {
 
 /// One byte there and back, as soon as the guest's program answers.
 ///
-/// Until then there may be no socket, no listener, or a connection that ends or answers nothing: a restored guest forgets its connections, those too
-/// that were made before it has come to that.
+/// Until then there may be no socket, no listener, or a connection that ends or answers nothing: a
+/// restored guest forgets its connections, those too that were made before it has come to that.
 fn answer(socket: &Path) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let mut limit = FIRST_ATTEMPT;

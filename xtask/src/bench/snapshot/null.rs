@@ -1,8 +1,9 @@
 //! Guests of a few instructions: saved, restored, cloned and forked.
 //!
-//! They run wherever `/dev/kvm` opens, a software KVM included, so that what is measured is the monitor and its host's kernel at
-//! native speed. A guest writes a word to each page (or huge page) of a stretch of its memory and then says bytes on its serial port, for ever or
-//! once. Its serial port is the monitor's standard output, a file here: every monitor has that, saved and restored.
+//! They run wherever `/dev/kvm` opens, a software KVM included, so that what is measured is the
+//! monitor and its host's kernel at native speed. A guest writes a word to each page (or huge page)
+//! of a stretch of its memory and then says bytes on its serial port, for ever or once. Its serial
+//! port is the monitor's standard output, a file here: every monitor has that, saved and restored.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -228,7 +229,8 @@ fn millis(microseconds: &Value) -> Result<f64> {
     microseconds.as_f64().map(|us| us / 1000.0).context("a number")
 }
 
-/// A guest that is forked: what people call it, its MiB, places that it touches, how far apart, and its pages.
+/// A guest that is forked: what people call it, its MiB, places that it touches, how far apart, and
+/// its pages.
 type Size = (&'static str, u32, u32, u32, &'static str);
 
 /// Only vesta forks.
