@@ -23,6 +23,11 @@ pub mod port {
     pub const LAZY: u32 = 6;
     /// Sends back messages.
     pub const MESSAGES: u32 = 7;
+    /// Reads no message before the host listens at [`LATE_GATE`], then answers with their number
+    /// (32 bits, little-endian).
+    pub const LATE: u32 = 8;
+    /// See [`LATE`].
+    pub const LATE_GATE: u32 = 96;
     /// Nobody.
     pub const NOBODY: u32 = 99;
 }

@@ -15,12 +15,23 @@ use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, start, v
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::process::Orphans;
 use vesta_tests::said::wait_for_text;
+use vesta_tests::snapshots::{Files, empty, pause};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{self, FROM_GUEST, FROM_HOST, connect, port, receive, transmit, try_connect};
 use vesta_tests::{on_each_kernel, on_each_transport};
 
 /// A guest that serves, then runs `script`; its monitor's arguments have a vsock device.
 fn boot_with(kernel: Kernel, transport: Transport, script: &str, vsock: Value) -> Result<Vmm> {
+    boot_changed(kernel, transport, script, vsock, |guest| guest)
+}
+
+fn boot_changed(
+    kernel: Kernel,
+    transport: Transport,
+    script: &str,
+    vsock: Value,
+    change: fn(Guest) -> Guest,
+) -> Result<Vmm> {
     let builder = VmmBuilder::new(&vmm_path())?;
     let mut initramfs = Initramfs::new(&busybox())?;
     if let Some(modules) = kernel.modules() {
@@ -35,7 +46,7 @@ fn boot_with(kernel: Kernel, transport: Transport, script: &str, vsock: Value) -
     }
     initramfs.file("bin/guest-vsock", 0o755, &std::fs::read(env!("CARGO_BIN_EXE_guest-vsock"))?);
     let guest = Guest::with_initramfs(kernel, initramfs, script, builder.dir())?.mem_mib(256);
-    let mut config = guest.config();
+    let mut config = change(guest).config();
     config["vsock"] = vsock;
     let builder = transport.args().iter().fold(builder.arg("--id").arg("parent"), VmmBuilder::arg);
     builder.with_api().with_config(&config)?.spawn()
@@ -223,7 +234,8 @@ on_each_transport! {
     /// Messages keep their boundaries both ways.
     fn messages_stay_whole(transport) {
         let vsock = json!({"guest_cid": 77, "uds_path": "v.sock", "seqpacket_uds_path": "v.seq"});
-        let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\nguest-vsock burst 600\npoweroff -f";
+        let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\nguest-vsock burst 600\n\
+            guest-vsock small 16384 601 1048576\nguest-vsock small 65536 601 1048576\npoweroff -f";
         let mut vmm = boot_with(Kernel::Tuned, transport, script, vsock)?;
         vmm.wait_for_output("CID 77", BOOT)?;
         vmm.wait_for_output("SERVING", BOOT)?;
@@ -235,7 +247,23 @@ on_each_transport! {
             seqpacket::send(&client, &message)?;
             assert!(seqpacket::receive(&client)? == message, "a message of {len} bytes");
         }
+        // A guest that reads late gets all of many small messages, and holds them back meanwhile.
+        let client = seqpacket::connect(&vmm.dir().join("v.seq"))?;
+        seqpacket::send(&client, b"CONNECT 8\n")?;
+        assert!(seqpacket::receive(&client)?.starts_with(b"OK "));
+        // More than Linux keeps unread (455), less than it and the client's socket do together.
+        for _ in 0..700 {
+            seqpacket::send(&client, b"8 bytes!")?;
+        }
+        let _late = serve(&vmm, port::LATE_GATE)?;
+        for _ in 700..3000 {
+            seqpacket::send(&client, b"8 bytes!")?;
+        }
+        rustix::net::shutdown(&client, rustix::net::Shutdown::Write)?;
+        assert_eq!(seqpacket::receive(&client)?, 3000u32.to_le_bytes());
+
         let server = seqpacket::serve(&vmm.dir().join("v.sock_600"))?;
+        let small = serve(&vmm, 601)?;
         let _gate = serve(&vmm, 97)?;
         let peer = rustix::net::accept(&server)?;
         loop {
@@ -251,6 +279,12 @@ on_each_transport! {
         assert!(seqpacket::receive(&peer)? == vec![7; 65_536]);
         seqpacket::send(&peer, b"both came")?;
         vmm.wait_for_output("BURST both came", BOOT)?;
+        // A guest whose buffer is small sends any amount.
+        for _ in 0..2 {
+            let (stream, _) = small.accept()?;
+            stream.set_read_timeout(Some(BOOT))?;
+            receive(&stream, 0, FROM_GUEST, 1 << 20)?;
+        }
         assert_eq!(vmm.exit_code(BOOT)?, 0);
         Ok(())
     }
@@ -348,6 +382,41 @@ on_each_transport! {
         loaded.wait_for_output("LOST", BOOT)?;
         loaded.wait_for_output("CID 12", BOOT)?;
         assert_eq!(api.get("/vm/config")?.json()?["vsock"], json!({"guest_cid": 12, "uds_path": "new.sock"}));
+        Ok(())
+    }
+}
+
+on_each_transport! {
+    /// A restored guest whose vCPUs all write to the serial port without a break is reached by a
+    /// client that comes at once.
+    fn a_busy_restored_guest_is_reached_by_vsock(transport) {
+        let script = "guest-vsock serve &\nguest-vsock await 97\nyes flood > /dev/ttyS0 &\nyes flood > /dev/ttyS0";
+        let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
+        let vmm = boot_changed(Kernel::Tuned, transport, script, vsock, |guest| guest.vcpus(2))?;
+        vmm.wait_for_output("SERVING", BOOT)?;
+        let _gate = serve(&vmm, 97)?;
+        vmm.wait_for_output("flood", BOOT)?;
+        let mut api = vmm.ready_client(SOON)?;
+        let files = Files::new(vmm.dir(), "busy");
+        pause(&mut api)?;
+        api.put("/snapshot/create", &files.create("Full"))?.ok()?;
+        let (loaded, mut api) = empty(transport)?;
+        api.put("/snapshot/load", &files.load())?.ok()?;
+        // Nothing resets any of those that come at once.
+        let clients = (0..8).map(|_| {
+            let socket = path(&loaded);
+            thread::spawn(move || -> Result<()> {
+                let mut stream = connect(&socket, port::ECHO)?;
+                for byte in 0..4 {
+                    stream.write_all(&[byte])?;
+                    let mut back = [0xff];
+                    stream.read_exact(&mut back)?;
+                    assert_eq!(back, [byte]);
+                }
+                Ok(())
+            })
+        });
+        join_all(clients.collect())?;
         Ok(())
     }
 }

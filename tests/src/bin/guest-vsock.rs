@@ -11,6 +11,7 @@
 //! | `await PORT` | returns once somebody listens |
 //! | `half PORT` | asks, ends its half, prints the answer |
 //! | `messages PORT` | messages of several lengths, echoed |
+//! | `small SIZE PORT BYTES` | a stream with a buffer of that size (`SO_VM_SOCKETS_BUFFER_SIZE`) sends so many bytes |
 //! | `burst PORT` | a short message and at once the longest, then one from the other side |
 //! | `wake DISK COUNT` | the median time of so many reads of one sector of a disk, in nanoseconds |
 //! | `until FILE PORT` | sends bytes, which must come back, until there is such a file: see [`exchange::until`] |
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Some("await") => await_server(number(1)),
         Some("half") => half(number(1)),
         Some("messages") => messages(number(1)),
+        Some("small") => small(number(1), number(2), number(3)),
         Some("burst") => burst(number(1)),
         Some("wake") => wake(args.get(1).map_or("", String::as_str), number(2)),
         Some("until") => {
@@ -64,7 +66,7 @@ fn main() -> ExitCode {
 
 fn serve() -> io::Result<()> {
     type Handler = fn(UnixStream) -> io::Result<()>;
-    let handlers: [(u32, i32, Handler); 7] = [
+    let handlers: [(u32, i32, Handler); 8] = [
         (port::ECHO, libc::SOCK_STREAM, echo),
         (port::SINK, libc::SOCK_STREAM, sink),
         (port::SOURCE, libc::SOCK_STREAM, source),
@@ -72,6 +74,7 @@ fn serve() -> io::Result<()> {
         (port::ANSWER, libc::SOCK_STREAM, answer),
         (port::LAZY, libc::SOCK_STREAM, lazy),
         (port::MESSAGES, libc::SOCK_SEQPACKET, echo),
+        (port::LATE, libc::SOCK_SEQPACKET, late),
     ];
     let mut threads = Vec::new();
     for (port, kind, handler) in handlers {
@@ -163,6 +166,17 @@ fn lazy(stream: UnixStream) -> io::Result<()> {
     Ok(())
 }
 
+/// Reads nothing until the host listens at the port [`port::LATE_GATE`]; then all messages, and
+/// answers with how many there were.
+fn late(mut stream: UnixStream) -> io::Result<()> {
+    await_server(port::LATE_GATE)?;
+    let (mut count, mut message) = (0u32, [0; 64]);
+    while stream.read(&mut message)? > 0 {
+        count += 1;
+    }
+    stream.write_all(&count.to_le_bytes())
+}
+
 /// `IOCTL_VM_SOCKETS_GET_LOCAL_CID`.
 const GET_LOCAL_CID: libc::Ioctl = 0x7b9;
 
@@ -175,6 +189,26 @@ fn cid() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     println!("CID {cid}");
+    Ok(())
+}
+
+/// `SO_VM_SOCKETS_BUFFER_SIZE`, `SO_VM_SOCKETS_BUFFER_MIN_SIZE`.
+const BUFFER_SIZE: [i32; 2] = [0, 1];
+
+fn small(size: u32, port: u32, bytes: u32) -> io::Result<()> {
+    let size = u64::from(size);
+    let stream = connect_with(port, libc::SOCK_STREAM, |socket| {
+        BUFFER_SIZE.iter().rev().try_for_each(|&option| {
+            let len = size_of::<u64>() as libc::socklen_t;
+            // SAFETY: the option is a 64-bit number, and `size` is one.
+            let done = unsafe {
+                libc::setsockopt(socket.as_raw_fd(), libc::AF_VSOCK, option, (&raw const size).cast(), len)
+            };
+            if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        })
+    })?;
+    transmit(&stream, 0, vsock::FROM_GUEST, bytes)?;
+    println!("SENT {bytes} bytes");
     Ok(())
 }
 
@@ -326,9 +360,19 @@ fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
     address
 }
 
-/// The stream's system calls are those of any socket.
 fn connect(port: u32, kind: i32) -> io::Result<UnixStream> {
+    connect_with(port, kind, |_| Ok(()))
+}
+
+/// Connects a socket that `set_up` was called with. The stream's system calls are those of any
+/// socket.
+fn connect_with(
+    port: u32,
+    kind: i32,
+    set_up: impl FnOnce(&OwnedFd) -> io::Result<()>,
+) -> io::Result<UnixStream> {
     let (fd, address) = (socket(kind)?, address(libc::VMADDR_CID_HOST, port));
+    set_up(&fd)?;
     // SAFETY: the address is as long as it is said to be, and lives longer than the call.
     let done = unsafe {
         libc::connect(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
