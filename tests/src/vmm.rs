@@ -29,12 +29,19 @@ pub struct VmmBuilder {
     show: bool,
     stdout_to_file: bool,
     io_uring: bool,
-    input: bool,
+    input: Input,
 }
 
 /// The file in a monitor's directory that takes its standard output: see
 /// [`VmmBuilder::stdout_to_file`].
 pub const STDOUT: &str = "stdout";
+
+/// A monitor's standard input.
+#[derive(Debug, Clone, Copy)]
+enum Input {
+    None,
+    Pipe,
+}
 
 impl VmmBuilder {
     /// The monitor at this path, without arguments, in a new directory.
@@ -52,7 +59,7 @@ impl VmmBuilder {
             show: true,
             stdout_to_file: false,
             io_uring: true,
-            input: false,
+            input: Input::None,
         })
     }
 
@@ -129,7 +136,7 @@ impl VmmBuilder {
     /// Lets the test write to the guest's serial port; see [`Vmm::type_in`].
     #[must_use]
     pub fn with_input(mut self) -> VmmBuilder {
-        self.input = true;
+        self.input = Input::Pipe;
         self
     }
 
@@ -140,7 +147,10 @@ impl VmmBuilder {
             std::os::unix::process::CommandExt::arg0(&mut command, name);
         }
         command.args(&self.args).current_dir(self.dir.path());
-        let input = if self.input { Stdio::piped() } else { Stdio::null() };
+        let input = match self.input {
+            Input::None => Stdio::null(),
+            Input::Pipe => Stdio::piped(),
+        };
         command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
         if self.stdout_to_file {
             let file = self.dir.path().join(STDOUT);
