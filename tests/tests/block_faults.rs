@@ -236,7 +236,7 @@ fn pause_behind_a_flush_of_a_slow_disk_succeeds() -> Result<()> {
     let guest = DiskGuest::new(Transport::Mmio)?;
     let guest = guest.drive(with(drive("slow", slow.path()), &json!({"cache_type": "Writeback"})));
     let script = "\
-        dd if=/dev/zero of=/dev/vda bs=1M count=180 oflag=direct 2>/dev/null && echo WRITTEN\n\
+        dd if=/dev/zero of=/dev/vda bs=1M count=160 oflag=direct 2>/dev/null && echo WRITTEN\n\
         dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null && echo FLUSHED\n\
         sleep 1000";
     let vmm = guest.run(script)?;
