@@ -10,7 +10,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustix::net::SendFlags;
 use serde_json::{Value, json};
 use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, start, vmm_path};
 use vesta_tests::initramfs::Initramfs;
