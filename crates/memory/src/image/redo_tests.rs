@@ -193,8 +193,8 @@ fn a_diff_that_is_given_up_before_the_commit_leaves_the_base() {
 /// next one is killed at each step of completing it.
 #[test]
 fn a_kill_at_any_step_leaves_the_new_image_to_be_completed() {
-    let Some(place) = place() else { return };
     const STEPS: u64 = 8;
+    let Some(place) = place() else { return };
     for step in 0..STEPS {
         for by_mark in [false, true] {
             let saved = Saved::new(&place);

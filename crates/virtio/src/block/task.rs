@@ -242,23 +242,8 @@ impl BlockTask {
     fn take_one(&mut self, cx: &mut Context<'_>, part: &mut Part, index: usize) -> Result<bool, QueueError> {
         let limits = Limits { size: part.size, read_only: self.setup.read_only };
         let parsed = request::parse(&self.chain, &self.setup.memory, limits, &mut self.ranges)?;
-        let bytes = match parsed.as_ref().map(|parsed| &parsed.command) {
-            Ok(Command::Read { to: data, .. } | Command::Write { from: data, .. }) => data.len().into(),
-            // Where the disk has no quicker way, they are written.
-            Ok(Command::WriteZeroes) => self.ranges.iter().map(|range| range.len).sum(),
-            _ => 0,
-        };
-        let cost = match parsed.as_ref().map(|parsed| &parsed.command) {
-            Ok(Command::Write { offset, .. }) => part.queue.cost_of_write(*offset, bytes),
-            Ok(Command::WriteZeroes) => {
-                self.ranges.iter().map(|range| part.queue.cost_of_write(range.offset, range.len)).sum()
-            }
-            // Ranges that are more together are discarded one after the other.
-            Ok(Command::Discard) => {
-                self.ranges.iter().map(|range| range.len).sum::<u64>().min(DISCARD_AT_A_TIME)
-            }
-            _ => bytes,
-        };
+        let command = parsed.as_ref().ok().map(|parsed| &parsed.command);
+        let (bytes, cost) = weigh(command, &self.ranges, &part.queue);
         if !part.queue.reserve(cost) {
             self.rings[index].queue.rewind(&self.chain)?;
             return Ok(false);
@@ -302,13 +287,15 @@ impl BlockTask {
         match command {
             Command::Read { offset, to } => {
                 let what = What::Read { bytes: to.len().into() };
-                let buffers = gather(disk.buffers(), ram, to, Direction::ToGuest)?;
+                let buffers = gather(disk.buffers(), ram, to, Direction::ToGuest)
+                    .inspect_err(|_| disk.release(cost))?;
                 let token = self.flying.add(Flight { what, ..flight });
                 disk.start(token, offset, Request::Read(buffers));
             }
             Command::Write { offset, from } => {
                 let what = What::Write { bytes: from.len().into() };
-                let buffers = gather(disk.buffers(), ram, from, Direction::FromGuest)?;
+                let buffers = gather(disk.buffers(), ram, from, Direction::FromGuest)
+                    .inspect_err(|_| disk.release(cost))?;
                 let token = self.flying.add(Flight { what, ..flight });
                 disk.start(token, offset, Request::Write(buffers));
             }
@@ -490,6 +477,26 @@ fn allowed(shared: &Shared, cx: &mut Context<'_>, bytes: u64) -> bool {
         cx.set_timer(at);
     }
     false
+}
+
+/// Bytes that a request has for the limiter, and bytes that it makes the disk move.
+fn weigh(command: Option<&Command<'_>>, ranges: &[Range], queue: &DiskQueue) -> (u64, u64) {
+    let all = || ranges.iter().map(|range| range.len).sum::<u64>();
+    match command {
+        Some(Command::Read { to, .. }) => (to.len().into(), to.len().into()),
+        Some(Command::Write { offset, from }) => {
+            let bytes = from.len().into();
+            (bytes, queue.cost_of_write(*offset, bytes))
+        }
+        // Where the disk has no quicker way, they are written.
+        Some(Command::WriteZeroes) => {
+            let cost = ranges.iter().map(|range| queue.cost_of_write(range.offset, range.len)).sum();
+            (all(), cost)
+        }
+        // Ranges that are more together are discarded one after the other.
+        Some(Command::Discard) => (0, all().min(DISCARD_AT_A_TIME)),
+        _ => (0, 0),
+    }
 }
 
 /// The buffers of a request's data.
