@@ -212,7 +212,7 @@ fn sigterm_ends_a_load_whose_page_server_stalls() -> Result<()> {
     server.wait_for("WITHHELD")?;
     vmm.signal(Signal::TERM)?;
     let refused = loading.join().expect("it does not panic")?;
-    ensure!(refused.status == 400 && refused.fault().contains("was asked to end"), "{refused:?}");
+    ensure!(refused.status == 400 && refused.fault().contains("was cancelled"), "{refused:?}");
     ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
     Ok(())
 }

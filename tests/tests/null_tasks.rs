@@ -282,23 +282,6 @@ fn a_pause_that_waits_for_a_page_leaves_the_api_answering() -> Result<()> {
 }
 
 #[test]
-fn sigterm_ends_a_start_whose_configuration_does_not_come() -> Result<()> {
-    let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
-    let fifo = builder.dir().join("config");
-    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600))?;
-    let mut vmm = builder.arg("--config-file").arg(&fifo).spawn()?;
-    let begun = Instant::now();
-    let fds = format!("/proc/{}/fd", vmm.pid());
-    while !fs::read_dir(&fds)?.flatten().any(|fd| fs::read_link(fd.path()).is_ok_and(|path| path == fifo)) {
-        ensure!(begun.elapsed() < SOON, "it does not open its configuration");
-        std::thread::yield_now();
-    }
-    vmm.signal(Signal::TERM)?;
-    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
-    Ok(())
-}
-
-#[test]
 fn a_configuration_can_come_through_a_fifo() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--boot-timer");
     let (fifo, kernel) = (builder.dir().join("config"), builder.dir().join("kernel"));
