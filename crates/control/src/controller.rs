@@ -51,6 +51,9 @@ use crate::{Command, CommandError, Phase, Reply, phase};
 /// How long a change of a drive waits for requests in flight on its old disk.
 pub(crate) const REPLACE_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a pause may hold up the main thread, for the vCPUs and for the devices.
+const QUICK_PAUSE: Duration = Duration::from_millis(20);
+
 /// How long pausing waits for the serial port's output to be carried out.
 const PAUSE_OUTPUT: Duration = Duration::from_millis(100);
 
@@ -125,6 +128,8 @@ pub struct Controller<H> {
     pub(crate) disks: Vec<Disk>,
     /// What keeps other monitors from them.
     pub(crate) disk_locks: FileLocks,
+    /// A task was left behind and may still use what it was given. The process is ending.
+    pub(crate) left_behind: bool,
     /// What the guest can learn, and the way to it that `config.mmds_config` says.
     pub(crate) metadata: Metadata,
     /// The networks of `config.network_interfaces`, in the same order, opened when they were set.
@@ -176,6 +181,7 @@ impl<H: Host> Controller<H> {
             serial_output: None,
             disks: Vec::new(),
             disk_locks: FileLocks::default(),
+            left_behind: false,
             metadata: Metadata::new(platform.mmds_size_limit),
             networks: Vec::new(),
             settling: Vec::new(),
@@ -281,7 +287,7 @@ impl<H: Host> Controller<H> {
             Command::SendCtrlAltDel => self.press_ctrl_alt_del()?,
             Command::SetVmState(state) => {
                 match state {
-                    VmState::Paused => self.pause_in_task()?,
+                    VmState::Paused => self.pause()?,
                     VmState::Resumed => self.set_vm_state(state)?,
                 }
                 self.settle_disks();
@@ -352,8 +358,11 @@ impl<H: Host> Controller<H> {
     /// The configuration as its user sees it: each drive with the I/O engine in force, which `PUT /drives` takes back.
     fn shown_config(&self) -> FullVmConfig {
         let mut config = self.config.clone();
-        for (drive, disk) in config.drives.iter_mut().zip(&self.disks) {
-            drive.io_engine = Some(disk.engine());
+        // While a drive is opened anew there is one disk less than there are drives.
+        if self.disks.len() == config.drives.len() {
+            for (drive, disk) in config.drives.iter_mut().zip(&self.disks) {
+                drive.io_engine = Some(disk.engine());
+            }
         }
         config
     }
@@ -496,6 +505,11 @@ impl<H: Host> Controller<H> {
         // An overlay that is written to fits the disk that it was made on, and that one only: the same paths can be but the same disk.
         let same = self.disks[at].has_overlay()
             && DiskOptions::of(&drive) == DiskOptions::of(&self.config.drives[at]);
+        if same && (update.path_on_host.is_some() || update.overlay.is_some()) {
+            // It stays as it is, which is no way out of unknown contents.
+            let named = |error| CommandError::new(format_args!("drive {}: {error}", drive.drive_id));
+            self.disks[at].check().map_err(named)?;
+        }
         if (update.path_on_host.is_some() || update.overlay.is_some()) && !same {
             let disk = self.open_disk(&drive, Some(self.disks[at].clone()))?;
             let replaced = control.replace(disk.clone()).map_err(CommandError::new)?;
@@ -637,6 +651,35 @@ impl<H: Host> Controller<H> {
     /// Pauses a running machine on a thread of its own: requests in flight on a slow disk take
     /// seconds. A signal waits for it too, as the disks are closed in order then; it takes no
     /// longer than [`machine::machine::DRAIN_PATIENCE`] and a little.
+    /// Pauses the machine. The usual pause takes less than a millisecond, and a thread would add to
+    /// it; only one that takes longer is left to a task.
+    pub(crate) fn pause(&mut self) -> Result<(), CommandError> {
+        let machine = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Running(machine) => machine,
+            other => {
+                self.state = other;
+                return self.set_vm_state(VmState::Paused);
+            }
+        };
+        match machine.pause_within(QUICK_PAUSE, QUICK_PAUSE) {
+            Err(PauseError::Busy { machine, .. }) => {
+                self.state = State::Running(machine);
+                self.pause_in_task()
+            }
+            paused => {
+                let (next, result) = after_pause(paused, &self.events);
+                self.state = next;
+                result
+            }
+        }
+    }
+
+    /// Lets a machine that a fork or a live snapshot paused run on. Not once a task was left behind:
+    /// that may still work with its disks.
+    pub(crate) fn resume_after_pause(&mut self) -> Result<(), CommandError> {
+        if self.left_behind { Ok(()) } else { self.set_vm_state(VmState::Resumed) }
+    }
+
     fn pause_in_task(&mut self) -> Result<(), CommandError> {
         let machine = match std::mem::replace(&mut self.state, State::Pausing) {
             State::Running(machine) => machine,

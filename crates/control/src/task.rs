@@ -25,8 +25,9 @@
 //!   call, and undoes what it did: its command is an error, and everything is as before.
 //! - A signal ends the process in bounded time. A task that has not ended [`CANCEL_TIMEOUT`] after
 //!   the signal is stuck in a system call; it is left behind ([`TaskError::Abandoned`]) and ends
-//!   with the process. A stuck writer is like one that was killed: its files have no name
-//!   yet (see [`snapshot::AtomicFile`]) and go with it.
+//!   with the process. A stuck writer is like one that was killed: a snapshot's files have
+//!   no name yet (see [`snapshot::AtomicFile`]) and go with it, and a Diff in place is completed by the
+//!   next command that reads it. An empty overlay that was made for a load stays behind.
 //!
 //! # Errors
 //!
@@ -120,6 +121,9 @@ pub(crate) enum TaskError {
     /// The host is out of threads or descriptors; nothing was done.
     #[error("cannot start a thread for this command: {0}")]
     Start(#[source] std::io::Error),
+    /// The task was cancelled. What it returned is dropped: its command has done nothing.
+    #[error("the command was cancelled")]
+    Cancelled,
     /// The process ends, and the task did not stop in time.
     #[error("the command was cancelled: the microVM is ending, and the host did not answer within {} s", CANCEL_TIMEOUT.as_secs())]
     Abandoned,
@@ -164,13 +168,25 @@ impl<T: Send + 'static> Running<T> {
 }
 
 impl<H: Host> Controller<H> {
-    /// Runs `work` on a thread of its own, and answers questions until it has ended.
+    /// Runs `work` on a thread of its own, and answers questions until it has ended. If it was
+    /// cancelled meanwhile, that is the result, whether or not the work has noticed.
     pub(crate) fn task<T: Send + 'static>(
         &mut self,
         job: Option<&Job>,
         work: impl FnOnce(&Token) -> T + Send + 'static,
     ) -> Result<T, TaskError> {
         self.run_task(job, Some(CANCEL_TIMEOUT), work)
+            .and_then(|(result, cancelled)| if cancelled { Err(TaskError::Cancelled) } else { Ok(result) })
+    }
+
+    /// The same for work that changes something that its end does not undo. It asks the token itself
+    /// before that, and its result counts.
+    pub(crate) fn task_that_commits<T: Send + 'static>(
+        &mut self,
+        job: Option<&Job>,
+        work: impl FnOnce(&Token) -> T + Send + 'static,
+    ) -> Result<T, TaskError> {
+        self.run_task(job, Some(CANCEL_TIMEOUT), work).map(|(result, _)| result)
     }
 
     /// The same for work that takes bounded time by itself and must not be left behind: a signal
@@ -179,15 +195,26 @@ impl<H: Host> Controller<H> {
         &mut self,
         work: impl FnOnce(&Token) -> T + Send + 'static,
     ) -> Result<T, TaskError> {
-        self.run_task(None, None, work)
+        self.run_task(None, None, work).map(|(result, _)| result)
     }
 
+    /// Fails once a signal has asked this process to end: for between two steps of a command.
+    pub(crate) fn check_not_ending(&self) -> Result<(), TaskError> {
+        let Some(fd) = self.host.asked_to_end() else { return Ok(()) };
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        // A poll that fails tells nothing: the next step looks again.
+        let ending = poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0);
+        if ending { Err(TaskError::Cancelled) } else { Ok(()) }
+    }
+
+    /// What the work returns, and whether it was cancelled by its end.
     fn run_task<T: Send + 'static>(
         &mut self,
         job: Option<&Job>,
         limit: Option<Duration>,
         work: impl FnOnce(&Token) -> T + Send + 'static,
-    ) -> Result<T, TaskError> {
+    ) -> Result<(T, bool), TaskError> {
         let running = Running::start(work).map_err(TaskError::Start)?;
         let mut waiting = Vec::new();
         let has_ended = self.attend(job, limit, &running, &mut waiting);
@@ -196,9 +223,11 @@ impl<H: Host> Controller<H> {
         }
         if !has_ended {
             log::error!("a command did not stop within {} s, and is left behind", CANCEL_TIMEOUT.as_secs());
+            self.left_behind = true;
             return Err(TaskError::Abandoned);
         }
-        Ok(running.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        let result = running.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok((result, running.token.cancelled()))
     }
 
     /// Serves until the task has ended, which is true, or is to be left behind. Requests that have

@@ -115,7 +115,7 @@ impl ChipsetState {
             .saturating_sub(Duration::from_nanos(self.clock.realtime))
     }
 
-    /// Sets the guest's clock. The vCPUs have their state.
+    /// Sets the guest's clock. The time stamp counters are set, and the vCPUs have no other state yet.
     pub(crate) fn restore_clock(&self, vm: &VmFd, after: ClockAfter) -> Result<(), KvmError> {
         let flags = match after {
             ClockAfter::Continues => 0,

@@ -209,8 +209,13 @@ impl Running {
     /// A disk may take its time, and so may a page server that a vCPU waits for; where they take longer than [`DRAIN_PATIENCE`] and
     /// [`VCPU_PATIENCE`], the machine runs on.
     pub fn pause(self) -> Result<Paused, PauseError> {
+        self.pause_within(VCPU_PATIENCE, DRAIN_PATIENCE)
+    }
+
+    /// The same with at most this long for the vCPUs, and then for the devices.
+    pub fn pause_within(self, vcpus: Duration, devices: Duration) -> Result<Paused, PauseError> {
         self.0.vcpus.iter().try_for_each(VcpuHandle::request_pause)?;
-        let deadline = Instant::now() + VCPU_PATIENCE;
+        let deadline = Instant::now() + vcpus;
         match self.0.vcpus.iter().try_for_each(|vcpu| vcpu.wait_paused(deadline)) {
             Ok(()) => {}
             Err(WaitError::Gone(gone)) => return Err(gone.into()),
@@ -220,7 +225,7 @@ impl Running {
                 return Err(PauseError::Busy { machine: self, why: busy.to_string() });
             }
         }
-        let drained = self.0.devices.workers().map_or(Ok(()), |workers| workers.pause(DRAIN_PATIENCE));
+        let drained = self.0.devices.workers().map_or(Ok(()), |workers| workers.pause(devices));
         let paused = Paused(self.0);
         match drained {
             Ok(()) => Ok(paused),

@@ -22,17 +22,17 @@ pub(crate) struct Plan(Vec<(usize, PathBuf)>);
 
 /// Who makes a plan, and with what.
 #[derive(Debug)]
-pub(crate) struct Planner<'a> {
-    drives: &'a [Drive],
-    disks: &'a [Disk],
+pub(crate) struct Planner {
+    drives: Vec<Drive>,
+    disks: Vec<Disk>,
     /// Paths that the user gave to files, so that none of them is chosen for another.
     named: BTreeSet<PathBuf>,
 }
 
-impl<'a> Planner<'a> {
+impl Planner {
     /// For these drives and their disks. All files that the command names are `named`.
-    pub(crate) fn new(drives: &'a [Drive], disks: &'a [Disk], named: impl Iterator<Item = PathBuf>) -> Self {
-        Planner { drives, disks, named: named.collect() }
+    pub(crate) fn new(drives: &[Drive], disks: &[Disk], named: impl Iterator<Item = PathBuf>) -> Self {
+        Planner { drives: drives.to_vec(), disks: disks.to_vec(), named: named.collect() }
     }
 
     /// How the microVM `id` goes on, or begins.
@@ -66,7 +66,7 @@ impl<'a> Planner<'a> {
 
     /// Drives that have to go on on a new overlay. What nobody writes to is shared as it is; so is a disk without a size.
     fn writable(&self) -> impl Iterator<Item = (usize, &Drive)> {
-        let drives = self.drives.iter().zip(self.disks).enumerate();
+        let drives = self.drives.iter().zip(&self.disks).enumerate();
         drives
             .filter(|(_, (_, disk))| !disk.is_read_only() && disk.size() > 0)
             .map(|(at, (drive, _))| (at, drive))
@@ -165,6 +165,8 @@ impl<H: Host> Controller<H> {
         for (at, path) in moving {
             match self.open_on_top(*at, &bases[*at], path) {
                 Ok((drive, disk)) => opened.push((*at, drive, disk)),
+                // What was left behind may still freeze a disk, or hold up this thread.
+                Err(error) if self.left_behind => return Err(error),
                 Err(error) => {
                     opened.drain(..).for_each(|(at, _, disk)| self.write_again(at, disk));
                     return Err(error);
@@ -197,8 +199,9 @@ impl<H: Host> Controller<H> {
         // The file was made before the guest was paused, and its name made durable then.
         let options = DiskOptions { name_is_durable: true, ..DiskOptions::of(&drive) };
         let (disk, locks) = (self.disks[at].clone(), self.disk_locks.clone());
-        let opened =
-            self.task(None, move |_| disk.freeze().and_then(|()| Disk::open_with(&options, &locks, None)))?;
+        let opened = self.task_that_commits(None, move |_| {
+            disk.freeze().and_then(|()| Disk::open_with(&options, &locks, None))
+        })?;
         match opened {
             Ok(disk) => Ok((drive, disk)),
             Err(error) => {

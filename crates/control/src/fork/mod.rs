@@ -113,6 +113,20 @@ impl Seed {
     }
 }
 
+/// How the parent and each of its children go on, with the files that were made for that.
+type Plans = ((Plan, NewFiles), Vec<(Plan, NewFiles)>);
+
+fn plans(planner: &Planner, id: &str, fork: &Fork) -> Result<Plans, CommandError> {
+    let mut own_files = NewFiles::default();
+    let own = planner.plan(id, &fork.drives, &mut own_files)?;
+    let of_child = |child| {
+        let mut files = NewFiles::default();
+        planner.of_child(child, &mut files).map(|plan| (plan, files))
+    };
+    let children = fork.children.iter().map(of_child).collect::<Result<_, _>>()?;
+    Ok(((own, own_files), children))
+}
+
 impl<H: Host> Controller<H> {
     /// Makes the children. The guest goes on as it was, running or paused.
     pub(crate) fn fork(&mut self, fork: &Fork) -> Result<Reply, CommandError> {
@@ -128,13 +142,12 @@ impl<H: Host> Controller<H> {
         let named = fork.children.iter().flat_map(|child| &child.drives).chain(&fork.drives);
         let named = named.map(|overlay| overlay.overlay.clone());
         let planner = Planner::new(&self.config.drives, &self.disks, named);
-        let mut own_files = NewFiles::default();
-        let plan = planner.plan(&self.identity.id, &fork.drives, &mut own_files)?;
+        let (id, of_task) = (self.identity.id.clone(), fork.clone());
+        // The names of new files are made durable, for which a disk may need long.
+        let ((plan, own_files), plans) = self.task(None, move |_| plans(&planner, &id, &of_task))??;
         let reports = Reports::new().map_err(|e| cannot("make a pipe", &e))?;
         let (mut seeds, mut files) = (Vec::new(), Vec::new());
-        for (number, child) in (0..).zip(&fork.children) {
-            let mut childs_files = NewFiles::default();
-            let plan = planner.of_child(child, &mut childs_files)?;
+        for (number, (child, (plan, childs_files))) in (0..).zip(fork.children.iter().zip(plans)) {
             seeds.push(self.seed(child, plan, reports.reporter(number))?);
             files.push(childs_files);
         }
@@ -145,9 +158,9 @@ impl<H: Host> Controller<H> {
         self.task(None, move |_| write_back_disks(&disks))??;
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
-        self.set_vm_state(config::VmState::Paused)?;
+        self.pause()?;
         let split = self.split(&plan, seeds, &bases);
-        let pause = if was_running { self.set_vm_state(config::VmState::Resumed) } else { Ok(()) };
+        let pause = if was_running { self.resume_after_pause() } else { Ok(()) };
         let paused_for = begin.elapsed();
         own_files.keep(|path| self.has_overlay(path));
         self.settle_disks();
@@ -155,7 +168,17 @@ impl<H: Host> Controller<H> {
         split?;
 
         let count = fork.children.len();
-        let reports = self.task(None, move |token| reports.collect(count, PATIENCE, token))?;
+        let reports = self.task_that_commits(None, move |token| reports.collect(count, PATIENCE, token));
+        let reports = match reports {
+            Ok(reports) => reports,
+            Err(error) => {
+                // The children exist, and their files are theirs.
+                for files in files {
+                    files.keep(|_| true);
+                }
+                return Err(error.into());
+            }
+        };
         for (files, report) in files.into_iter().zip(&reports) {
             // One that has said nothing may still begin.
             if report.as_ref().is_none_or(|report| report.error.is_none()) {
@@ -236,6 +259,7 @@ impl<H: Host> Controller<H> {
         if let Some(job) = &mut self.job {
             job.count_as_unsaved();
         }
+        self.check_not_ending()?;
         ram.will_be_shared();
         let inheritance = Inheritance { state, ram };
         self.host.fork(Family { seeds, inheritance }).map_err(|e| cannot("fork this process", &e))

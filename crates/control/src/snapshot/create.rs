@@ -7,7 +7,7 @@
 use std::os::fd::AsRawFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use config::{ConfigError, Drive, FullVmConfig, SnapshotCreate, SnapshotError, SnapshotType, VmState};
+use config::{ConfigError, Drive, FullVmConfig, SnapshotCreate, SnapshotError, SnapshotType};
 use machine::{MachineState, Paused};
 use memory::image::{self, ImageError, ImageInfo, Observer, Written};
 use memory::{GuestRam, PageSet};
@@ -66,7 +66,9 @@ impl<H: Host> Controller<H> {
         let ram = machine.ram().clone();
         let (of_task, targets) = (ram.clone(), create.clone());
         let written = self
-            .task(Some(&job_of(create)), move |token| picture.write_and_commit(&of_task, &targets, token))
+            .task_that_commits(Some(&job_of(create)), move |token| {
+                picture.write_and_commit(&of_task, &targets, token)
+            })
             .map_err(CommandError::from)
             .flatten();
         if let (Err(_), Some(taken)) = (&written, taken) {
@@ -89,9 +91,12 @@ impl<H: Host> Controller<H> {
         let paths = [&create.snapshot_path, &create.mem_file_path];
         // Disks as they are at that moment become a base, as in a fork: this microVM goes on on overlays.
         let named = create.drives.iter().map(|overlay| &overlay.overlay).chain(paths).cloned();
-        let mut files = NewFiles::default();
         let planner = Planner::new(&self.config.drives, &self.disks, named);
-        let plan = planner.plan(&self.identity.id, &create.drives, &mut files)?;
+        let (id, of_task) = (self.identity.id.clone(), create.drives.clone());
+        let (plan, files) = self.task(None, move |_| {
+            let mut files = NewFiles::default();
+            planner.plan(&id, &of_task, &mut files).map(|plan| (plan, files))
+        })??;
         let saved = Plan::of_saved(&self.config.drives, &plan, &create.snapshot_path);
         let ends =
             job::pair(create).map_err(|e| CommandError::new(format_args!("cannot make a pipe: {e}")))?;
@@ -102,9 +107,9 @@ impl<H: Host> Controller<H> {
         self.task(None, move |_| write_back_disks(&disks))??;
         let was_running = matches!(self.state, State::Running(_));
         let begin = Instant::now();
-        self.set_vm_state(VmState::Paused)?;
+        self.pause()?;
         let job = self.split_job(create, ends, (&plan, &saved), bases.clone());
-        let resumed = if was_running { self.set_vm_state(VmState::Resumed) } else { Ok(()) };
+        let resumed = if was_running { self.resume_after_pause() } else { Ok(()) };
         let pause_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
         files.keep(|path| self.has_overlay(path));
         self.settle_disks();

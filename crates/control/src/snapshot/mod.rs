@@ -12,7 +12,7 @@
 //! # Invariants
 //!
 //! - A snapshot that fails leaves the machine as it was, the old files as they were, and no part of the new ones; the next Diff has what this one
-//!   would have had.
+//!   would have had. But a Diff in place whose base cannot be written after its commit is complete together with its log; the error names that.
 //! - A load that fails leaves a process that was not configured yet, ready for another try.
 
 pub(crate) mod ahead;

@@ -110,8 +110,9 @@ impl BusDevice for Cmos {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let (INDEX, Some(last)) = (offset, data.last()) {
-            self.lock().index = last & INDEX_MASK;
+        // Of a wider write the first byte is for this port, and the next one for the other.
+        if let (INDEX, Some(index)) = (offset, data.first()) {
+            self.lock().index = index & INDEX_MASK;
         }
     }
 }

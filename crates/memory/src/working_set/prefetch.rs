@@ -95,11 +95,10 @@ impl Prefetch {
 }
 
 impl Drop for Prefetch {
+    /// Stops it as [`stop`](Self::stop) does, and waits for nothing: the disk under the memory file
+    /// may not answer. The thread has a share of the memory until its end.
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        if self.thread.is_some() {
-            self.join();
-        }
     }
 }
 

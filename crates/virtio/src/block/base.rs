@@ -92,6 +92,11 @@ impl Base {
             && is_same(self.file(), other.file()).is_ok_and(|same| same)
     }
 
+    /// Whether both are one file or device.
+    pub(super) fn is_same_disk(&self, other: &Base) -> bool {
+        is_same(self.file(), other.file()).is_ok_and(|same| same)
+    }
+
     /// Changes the lock: shared for a base that others may put overlays on, exclusive for a disk that is written to.
     pub(super) fn set_lock(&self, mode: Mode) -> Result<(), LockError> {
         let mode = if self.size == 0 { Mode::Shared } else { mode };

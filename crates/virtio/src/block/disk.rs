@@ -141,6 +141,14 @@ impl Disk {
     ) -> Result<Self, DiskError> {
         let engine = engine_of(options)?;
         let base = Arc::new(Base::open(options, locks)?);
+        if let Some(old) = replaces
+            && options.overlay.is_some()
+            && base.is_same_disk(old.stack.base())
+            && old.stack.top().is_none()
+        {
+            // What lies beneath the overlay would be what is unknown.
+            old.check()?;
+        }
         let same = replaces.filter(|old| base.takes_writes_of(old.stack.base()));
         let health = same.map_or_else(
             || DiskHealth::new(options.overlay.as_ref().map_or(&options.path, |overlay| &overlay.path)),
@@ -254,7 +262,7 @@ impl Disk {
     /// Makes the files hold all that the disk does, and durable if flushes wait for the disk. Blocks; for the moments in which
     /// no request is in flight, such as a snapshot.
     pub fn sync(&self) -> Result<(), DiskError> {
-        self.check()?;
+        let _one = self.stack.health().begin()?;
         match self.stack.top() {
             Some(top) => Ok(top.sync("a sync of the paused microVM's disk")?),
             None => self.sync_base("a sync of the paused microVM's disk"),
@@ -277,7 +285,7 @@ impl Disk {
     /// disk). A plain disk has what was written to it already, as far as it is promised. Blocks. No request is in flight. An error
     /// if the disk's contents are unknown.
     pub fn close(&self) -> Result<(), DiskError> {
-        self.check()?;
+        let _one = self.stack.health().begin()?;
         self.stack.top().map_or(Ok(()), |top| Ok(top.close()?))
     }
 
@@ -285,7 +293,7 @@ impl Disk {
     /// disk), and may be read by others. Blocks. No request is in flight, and none may come any more: whoever used this disk goes on with
     /// an overlay on it.
     pub fn freeze(&self) -> Result<(), DiskError> {
-        self.check()?;
+        let _one = self.stack.health().begin()?;
         if let Some(top) = self.stack.top() {
             return Ok(top.freeze()?);
         }
@@ -310,7 +318,7 @@ impl Disk {
     /// Lets the disk itself have what was written so far, if flushes wait for it, so that a freeze soon after waits for little. Blocks;
     /// requests may come meanwhile.
     pub fn write_back(&self) -> Result<(), DiskError> {
-        self.check()?;
+        let _one = self.stack.health().begin()?;
         if self.read_only || self.cache_type == CacheType::Unsafe {
             return Ok(());
         }

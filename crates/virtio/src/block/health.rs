@@ -14,7 +14,7 @@
 //! | who syncs                                        | which open file                                        |
 //! |--------------------------------------------------|--------------------------------------------------------|
 //! | a [`DiskQueue`](super::queue::DiskQueue)         | its own, one sync at a time ([`flush`](super::flush))  |
-//! | main, and the end of the monitor, one at a time  | one that no queue has                                  |
+//! | main, its tasks and the end of the monitor       | one that no queue has, one at a time ([`DiskHealth::begin`]) |
 //! | a merge of layers                                | the merged file's, which nothing else has              |
 //!
 //! A fork of the process (a child, the writer of a live snapshot) syncs none of its parent's files: a child opens its own, on
@@ -23,9 +23,11 @@
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use rustix::io::Errno;
+
+use crate::sync::locked;
 
 /// A disk whose contents are unknown, because a sync of it failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -46,12 +48,14 @@ pub struct ContentsUnknown {
 pub(super) struct DiskHealth {
     path: PathBuf,
     failed: OnceLock<ContentsUnknown>,
+    /// Held by the operation that syncs beside the queues. See [`DiskHealth::begin`].
+    operation: Mutex<()>,
 }
 
 impl DiskHealth {
     /// The health of the disk whose writes go to `path`: its contents are known.
     pub(super) fn new(path: impl Into<PathBuf>) -> Arc<Self> {
-        Arc::new(DiskHealth { path: path.into(), failed: OnceLock::new() })
+        Arc::new(DiskHealth { path: path.into(), failed: OnceLock::new(), operation: Mutex::new(()) })
     }
 
     /// Notes that the sync for `what` failed. The first failure is kept and logged.
@@ -71,6 +75,15 @@ impl DiskHealth {
     /// Fails once a sync has failed.
     pub(super) fn check(&self) -> Result<(), ContentsUnknown> {
         self.failed.get().map_or(Ok(()), |failed| Err(failed.clone()))
+    }
+
+    /// Begins an operation that syncs and vouches beside the queues: a sync, a write-back, a freeze, a
+    /// close. Waits for one that runs on another thread, since two syncs of their open file would share
+    /// one report. Fails once a sync has failed, that of the operation it waited for included.
+    pub(super) fn begin(&self) -> Result<MutexGuard<'_, ()>, ContentsUnknown> {
+        let operation = locked(&self.operation);
+        self.check()?;
+        Ok(operation)
     }
 
     /// Makes what was written to `file` durable, for `what`. Blocks. Not tried once a sync has failed.

@@ -76,6 +76,7 @@ impl Holding {
         }
         std::mem::swap(&mut self.running, &mut self.next);
         self.missing = std::mem::take(&mut top.state().dirty_b);
+        self.forget_if_unknown(top);
         self.about = self.missing.clone();
         if self.missing.is_empty() {
             // They waited for the run before, which wrote what they need.
@@ -99,11 +100,19 @@ impl Holding {
             self.failed.get_or_insert_with(|| (Dirty::default(), errno)).0.mark_words(page, words);
         }
         if self.in_flight == 0 {
+            self.forget_if_unknown(top);
             if self.missing.is_empty() {
                 finished.extend(self.end(top));
             } else {
                 self.round(file, top, engine);
             }
+        }
+    }
+
+    /// Once a sync has failed map B is not to be believed, and nothing more is written to it.
+    fn forget_if_unknown(&mut self, top: &Top) {
+        if !top.health().is_known() {
+            self.missing = Dirty::default();
         }
     }
 

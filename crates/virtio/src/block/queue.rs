@@ -27,7 +27,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::SECTOR;
-use super::backlog::{Backlog, DistinctPages, dirtied};
+use super::backlog::{Backlog, DistinctPages, READ_EXTRA, dirtied};
 use super::beginning::Beginning;
 use super::buffers::GuestBuffers;
 use super::engine::{Done, Engine, MAX_ZEROS, Transfer};
@@ -214,8 +214,10 @@ impl DiskQueue {
 
     /// Takes room in the backlog for a request that makes the disk move `bytes`. False if there is none: the waker is signalled, or
     /// `kick` has something to do, when there may be.
-    pub(super) fn reserve(&mut self, bytes: u64) -> bool {
-        let fits = self.backlog.reserve(self.member, bytes);
+    /// Reads may exceed it a little, so that they do not wait for what was written.
+    pub(super) fn reserve(&mut self, bytes: u64, is_read: bool) -> bool {
+        let extra = if is_read { READ_EXTRA } else { 0 };
+        let fits = self.backlog.reserve(self.member, bytes, extra);
         self.held = if fits { 0 } else { bytes };
         fits
     }
@@ -410,6 +412,8 @@ impl DiskQueue {
             return self.finish(token, Ok(()));
         }
         self.backlog.flush(self.member, token);
+        // It may be answered already.
+        self.freed = true;
         self.start_sync();
     }
 
@@ -418,7 +422,7 @@ impl DiskQueue {
         if !self.flush || !self.backlog.begin_sync(self.held) {
             return;
         }
-        self.write_back.pages.sync_begins();
+        self.write_back.pages.sync_begins(&self.backlog);
         self.flushes.start(SYNC, &self.stack, &mut self.engine);
         self.take_in_syncs();
     }

@@ -244,7 +244,8 @@ impl BlockTask {
         let parsed = request::parse(&self.chain, &self.setup.memory, limits, &mut self.ranges)?;
         let command = parsed.as_ref().ok().map(|parsed| &parsed.command);
         let (bytes, cost) = weigh(command, &self.ranges, &part.queue);
-        if !part.queue.reserve(cost) {
+        let is_read = matches!(command, Some(Command::Read { .. }));
+        if !part.queue.reserve(cost, is_read) {
             self.rings[index].queue.rewind(&self.chain)?;
             return Ok(false);
         }

@@ -108,6 +108,10 @@ fn reads_and_flushes_pass_while_writes_wait_for_room() {
     slow.stall(true);
     (0..20).for_each(|_| slow.ask_write(0));
     slow.kick();
+    let read = slow.guest.ask(1, IN, 0, &[], 4096);
+    slow.kick();
+    let used = slow.guest.wait(1, 1)[0];
+    assert_eq!(slow.guest.answer(&read, used).status, 0);
     let flush = slow.guest.ask(1, FLUSH, 0, &[], 0);
     slow.kick();
     assert!(slow.guest.drivers[1].take_used().is_none(), "it waits for the disk");

@@ -291,7 +291,8 @@ fn the_same_file_opened_anew_stays_unknown_and_another_does_not() {
     let new = Disk::open_with(&DiskOptions { path: other, ..options.clone() }, &locks, Some(&old)).unwrap();
     new.freeze().unwrap();
     let overlaid = overlaid(&base, dir.path().join("top"), vec![], IoEngine::Sync);
-    assert!(Disk::open_with(&overlaid, &locks, Some(&old)).unwrap().check().is_ok());
+    let beneath = Disk::open_with(&overlaid, &locks, Some(&old));
+    assert!(matches!(beneath, Err(DiskError::ContentsUnknown(_))), "its pages would be the overlay's");
 }
 
 #[test]
