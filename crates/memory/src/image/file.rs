@@ -1,17 +1,39 @@
-//! Sparse files: where their data is, holes, and copies that share.
+//! Image files: how they are opened, where their data is, holes, and copies that share.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::{ImageError, Observer};
 
 /// How much is copied or written between two questions whether to stop.
 pub(super) const STEP: u64 = 4 << 20;
+
+/// How often a file with a lease is tried to be opened, a millisecond apart.
+const OPEN_TRIES: u32 = 1000;
+
+/// Opens the file at `path` for `access` (`RDONLY`, `RDWR`). Never waits for a FIFO or a device,
+/// which the caller refuses. Waits up to a second for a process that has a lease on the file: see
+/// [`lease`](crate::sys::lease).
+pub(super) fn open_image(path: &Path, access: OFlags) -> io::Result<File> {
+    let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let mut tries = OPEN_TRIES;
+    loop {
+        match rustix::fs::open(path, flags, Mode::empty()) {
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) if tries > 0 => {
+                tries -= 1;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            opened => return Ok(File::from(opened?)),
+        }
+    }
+}
 
 /// The stretches of `file` that may hold something, from `start` to `end`. A file system without holes has one stretch.
 pub(super) fn extents(file: &File, range: Range<u64>) -> Extents<'_> {

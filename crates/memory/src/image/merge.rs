@@ -4,12 +4,13 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use snapshot::{AtomicFile, FileId};
 
 use super::copy::copy;
 use super::file::{STEP, Target, extents, make_hole, share};
-use super::{ImageError, Observer, partial, settle};
+use super::redo::open_whole;
+use super::{ImageError, Observer, partial};
 use crate::pages::PAGE;
 
 /// What a merge did.
@@ -26,10 +27,8 @@ pub struct Merged {
 /// Puts the Diff at `diff` onto the image at `base`, which is changed. A merge that was cut short can be done again; until then
 /// the base is neither old nor new, so [`merge`] is for those who need it whole at any moment. No guest may run on it.
 pub fn merge_in_place(base: &Path, diff: &Path, observer: &dyn Observer) -> Result<Merged, ImageError> {
-    settle_both(base, diff, observer)?;
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = open_with(base, flags)?;
-    let (diff_file, size) = open_diff(&file, base, diff)?;
+    let file = open_whole(base, OFlags::RDWR, observer)?;
+    let (diff_file, size) = open_diff(&file, base, diff, observer)?;
     let target = Target { file: &file, path: base, size, observer };
     let merged = apply(&diff_file, diff, &target)?;
     file.sync_all().map_err(|e| target.error(0, e))?;
@@ -39,9 +38,8 @@ pub fn merge_in_place(base: &Path, diff: &Path, observer: &dyn Observer) -> Resu
 /// Puts the Diff at `diff` onto the image at `base` and makes that the file `output`, which may be either of them. It is there
 /// when it is whole. Blocks of the base are shared where the file system can.
 pub fn merge(base: &Path, diff: &Path, output: &Path, observer: &dyn Observer) -> Result<Merged, ImageError> {
-    settle_both(base, diff, observer)?;
-    let base_file = open_with(base, READ_ONLY)?;
-    let (diff_file, size) = open_diff(&base_file, base, diff)?;
+    let base_file = open_whole(base, OFlags::RDONLY, observer)?;
+    let (diff_file, size) = open_diff(&base_file, base, diff, observer)?;
     let file = AtomicFile::create(output)?;
     let target = Target { file: file.file(), path: output, size, observer };
     if !share(&base_file, file.file()) {
@@ -59,23 +57,14 @@ pub fn merge(base: &Path, diff: &Path, output: &Path, observer: &dyn Observer) -
     Ok(merged)
 }
 
-/// For reading. What is no regular file is refused later, without waiting for it.
-const READ_ONLY: OFlags = OFlags::RDONLY.union(OFlags::NONBLOCK).union(OFlags::NOCTTY).union(OFlags::CLOEXEC);
-
-fn open_with(path: &Path, flags: OFlags) -> Result<File, ImageError> {
-    let opened = rustix::fs::open(path, flags, Mode::empty());
-    opened.map(File::from).map_err(|e| ImageError::read(path)(e.into()))
-}
-
-/// Completes both images, where a redo log of theirs was left.
-fn settle_both(base: &Path, diff: &Path, observer: &dyn Observer) -> Result<(), ImageError> {
-    settle(base, None, observer)?;
-    settle(diff, None, observer)
-}
-
 /// Opens a Diff that fits its base.
-fn open_diff(base_file: &File, base: &Path, diff: &Path) -> Result<(File, u64), ImageError> {
-    let file = open_with(diff, READ_ONLY)?;
+fn open_diff(
+    base_file: &File,
+    base: &Path,
+    diff: &Path,
+    observer: &dyn Observer,
+) -> Result<(File, u64), ImageError> {
+    let file = open_whole(diff, OFlags::RDONLY, observer)?;
     let base_is = base_file.metadata().map_err(ImageError::read(base))?;
     let diff_is = file.metadata().map_err(ImageError::read(diff))?;
     let irregular = || std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is not a regular file");

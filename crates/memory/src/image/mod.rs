@@ -14,7 +14,8 @@
 //! Images appear under their name when they are complete ([`snapshot::AtomicFile`]). Writing over
 //! the file that a guest runs on is therefore safe: its mapping keeps the old file. The exception
 //! is a Diff onto a base that no other process has open or mapped: it is written into the base
-//! through a redo log ([`redo`]), which is as atomic.
+//! through a redo log ([`redo`]), which is as atomic. Whoever reads an image opens it by
+//! `redo::open_whole`, which looks for such a writer.
 //!
 //! # Errors
 //!
@@ -22,6 +23,7 @@
 
 mod copy;
 mod file;
+mod mark;
 mod merge;
 mod partial;
 mod redo;

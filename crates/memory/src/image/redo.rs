@@ -7,7 +7,8 @@
 //! pages -> redo log beside the base    the base is untouched: a kill leaves the old image
 //! sync the log and the state file, rename the state file, which names the log's id
 //! ------------------------------------ from here on the image is the base with the log
-//! mark the base, write the pages to it, sync it, remove the mark and the log
+//! mark the base, check that it has no other user, write the pages to it, sync it,
+//! remove the mark, remove the log
 //! ```
 //!
 //! A log that is found later (its writer was killed, or the base could not be written) is put into
@@ -15,11 +16,55 @@
 //!
 //! # Who may
 //!
-//! A base is changed in place only if no other process can see it change ([`open_base`]): it has
+//! A base is changed in place only if no other process can see it change ([`Candidate`]): it has
 //! one name, no other process has it open or mapped ([`lease`]), and it lies on a file system that
 //! is this host's alone and keeps promised space. A guest that was restored from the base itself
 //! does not count as another user unless its memory is shared with a fork. In all other cases the
 //! base is copied, as [`write_diff`](super::write_diff) says.
+//!
+//! # One writer and its readers
+//!
+//! The writer and a reader (a restore, a merge, a copy for another image) each announce themselves
+//! first and look for the other second:
+//!
+//! ```text
+//! writer                                      reader
+//! W1 commit the log (locked) and the state    R1 open the base
+//! W2 open the base                            R2 look at the mark
+//! W3 mark the base with the log's id          R3 no mark: use the file
+//! W4 check that no other process has it open     mark and log: close the file, wait for the log or
+//! W5 write and sync the base                        complete the image (settle), start at R1
+//! W6 remove the mark                             mark, no log: use the file if it still has its
+//! W7 remove the log                                 name, else start at R1
+//! ```
+//!
+//! A reader therefore never uses a file that changes, and never a half-written one:
+//!
+//! - R1 before W4, the file still open at W4: the kernel counts the reader, so W4 fails. The writer
+//!   removes the mark and completes the image into a new file. The reader's file stays the old
+//!   image, whether the reader looked before W3, after the mark was removed, or in between (then
+//!   the reader closes it and opens the new one).
+//! - R1 after W4: W3 came before, so R2 sees the mark until W6, and W5 was before W6. With a mark,
+//!   the reader waits for the log's lock, which the writer holds until W7. Without one, the file is
+//!   the whole new image, and the reader is counted by the next writer.
+//! - R2 sees the mark, R3 no log. Either the writer reached W7, so the file is whole; or the writer
+//!   was killed and another process completed the image, which gives the name to a new file before
+//!   it removes the log. R3 tells the two apart by the name. A mark that a crash or a copy left
+//!   without a log is thus ignored, and the next writer replaces it.
+//!
+//! Two writers: a writer that finds a mark with a log at W2 leaves both alone and completes its own
+//! image as a reader of the other's. Two writers between W2 and W4 may overwrite or remove each
+//! other's mark, but both have the base open. So W4 also checks that the mark is still its own and
+//! the file still at its path: at that moment no other process has the base open, and one that
+//! opens it later sees the mark and does not touch it.
+//!
+//! Killed before W3, or with the mark removed after a failed W4: the base is the old image, and the
+//! state names the log. Killed from W3 to W6: the mark and the state name the log; the mark is on
+//! disk before the first page is. Killed after W6: the base is whole, and applying the log again
+//! changes nothing.
+//!
+//! Programs that ignore the mark are protected only by W4: a copy that another program begins
+//! between W4 and W6 may hold half of a Diff.
 //!
 //! # Format
 //!
@@ -27,20 +72,20 @@
 //! 8 bytes each, little-endian; after a `DATA` record so many bytes. An `END` record comes last. It
 //! is checked as anything that comes from a disk: no record reaches beyond the image.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, Mode, OFlags, XattrFlags, fgetxattr, fremovexattr, fsetxattr};
+use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 use snapshot::{AtomicFile, FileId, RedoLog, Staged};
 
 use super::copy::copy;
-use super::file::{STEP, Target, extents, make_hole, share};
-use super::{ImageError, Observer, partial};
+use super::file::{STEP, Target, extents, make_hole, open_image, share};
+use super::{ImageError, Observer, mark, partial};
 use crate::pages::PAGE;
 use crate::ram::GuestRam;
 use crate::source::Source;
@@ -58,11 +103,11 @@ const ZERO: u64 = 1;
 /// There are no more records.
 const END: u64 = 2;
 
-/// On a base that is being written: the id of its redo log.
-const MARK: &std::ffi::CStr = c"user.vesta.redo";
-
 /// How long a log that another process applies is waited for.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How many times a reader opens a base that it finds marked each time.
+const SETTLE_TRIES: u32 = 16;
 
 /// File systems that are this host's alone, have extended attributes and keep space that was
 /// promised (fallocate). By the numbers of statfs(2): ext2 to ext4, XFS, tmpfs.
@@ -76,31 +121,105 @@ pub(super) struct Patch {
     path: PathBuf,
 }
 
-/// Opens the base at `path` for a change in place, if `ram` may make one now.
+/// A base that may be changed in place if no other process has it open. It holds the one file
+/// that the lease counts.
+enum Candidate<'a> {
+    /// The file that the guest is mapped from.
+    Mapped(&'a File),
+    /// A file for writing, of a base that the guest is not mapped from.
+    Writable(File),
+}
+
+impl<'a> Candidate<'a> {
+    /// Opens the base at `path`, if all but its other users allow a change in place.
+    fn open(ram: &'a GuestRam, path: &Path) -> Option<Self> {
+        let candidate = match ram.source() {
+            Source::File(own) if is_at(own, path) => Candidate::Mapped(own),
+            _ => Candidate::Writable(open_image(path, OFlags::RDWR).ok()?),
+        };
+        let file_system = rustix::fs::fstatfs(candidate.file()).ok()?.f_type;
+        let shared = matches!(candidate, Candidate::Mapped(_)) && ram.is_shared();
+        (!shared && candidate.has_one_name(path) && FILE_SYSTEMS.contains(&file_system)).then_some(candidate)
+    }
+
+    fn file(&self) -> &File {
+        match self {
+            Candidate::Mapped(file) => file,
+            Candidate::Writable(file) => file,
+        }
+    }
+
+    /// Whether it is a regular file at `path` and nowhere else.
+    fn has_one_name(&self, path: &Path) -> bool {
+        let file = self.file();
+        file.metadata().is_ok_and(|is| is.is_file() && is.nlink() == 1) && is_at(file, path)
+    }
+
+    /// The file for writing, if no other process has the base open and it is still at `path`.
+    fn into_writable(self, path: &Path) -> Option<File> {
+        if !lease::is_alone(self.file()) || !self.has_one_name(path) {
+            return None;
+        }
+        match self {
+            Candidate::Writable(file) => Some(file),
+            // Only now: the lease would have counted this one.
+            Candidate::Mapped(own) => {
+                let file = open_image(path, OFlags::RDWR).ok()?;
+                is_same(&file.metadata().ok()?, &own.metadata().ok()?).then_some(file)
+            }
+        }
+    }
+}
+
+fn is_same(one: &Metadata, other: &Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
+/// Whether `file` is what `path` names.
+fn is_at(file: &File, path: &Path) -> bool {
+    let (Ok(is), Ok(there)) = (file.metadata(), std::fs::metadata(path)) else { return false };
+    is_same(&is, &there)
+}
+
+/// Opens the base at `path` for a redo log, if `ram` could change it in place now.
 pub(super) fn open_base(ram: &GuestRam, path: &Path) -> Option<File> {
-    let wanted = std::fs::metadata(path).ok()?;
-    let same = |other: &std::fs::Metadata| (other.dev(), other.ino()) == (wanted.dev(), wanted.ino());
-    let own = match ram.source() {
-        Source::File(own) if own.metadata().is_ok_and(|own| same(&own)) => Some(own),
-        _ => None,
-    };
-    // The lease counts open files: of a base that the guest itself is mapped from, that one; else
-    // the one that writes.
-    if own.is_some_and(|own| ram.is_shared() || !lease::is_alone(own)) {
+    let candidate = Candidate::open(ram, path)?;
+    mark::is_possible(candidate.file()).then(|| candidate.into_writable(path))?
+}
+
+/// A step of [`Patch::commit`] that is done: W1 to W6 of [the module](self).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    Committed,
+    Opened,
+    Marked,
+    Alone,
+    Written,
+    Unmarked,
+}
+
+/// Marks the base at `path` with `log`, and opens it for writing if no other process has it open:
+/// W2 to W4 of [the module](self). On `None` the base is as it was.
+fn begin(ram: &GuestRam, path: &Path, log: FileId, reached: &mut dyn FnMut(Step)) -> Option<File> {
+    let candidate = Candidate::open(ram, path)?;
+    reached(Step::Opened);
+    if mark::get(candidate.file()).ok()?.is_some_and(|other| snapshot::redo_path(path, other).is_some()) {
         return None;
     }
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::open(path, flags, Mode::empty()).ok()?);
-    let is = file.metadata().ok()?;
-    let file_system = rustix::fs::fstatfs(&file).ok()?.f_type;
-    if !is.is_file() || !same(&is) || is.nlink() != 1 || !FILE_SYSTEMS.contains(&file_system) {
+    // A mark that says nothing to anyone else can be removed through any descriptor.
+    let marked = candidate.file().try_clone().ok()?;
+    let is_marked = mark::set(&marked, log).is_ok();
+    reached(Step::Marked);
+    let base = candidate.into_writable(path).filter(|_| is_marked);
+    // Another writer may have replaced or removed the mark until then.
+    let base = base.filter(|base| mark::get(base).is_ok_and(|found| found == Some(log)));
+    if base.is_none() {
+        // A mark that stays here is harmless: its log is complete, and removed last.
+        let _ = mark::clear(&marked);
         return None;
     }
-    let alone = own.is_some() || lease::is_alone(&file);
-    // A first mark shows that there can be one.
-    let markable = fsetxattr(&file, c"user.vesta.probe", b"1", XattrFlags::empty())
-        .and_then(|()| fremovexattr(&file, c"user.vesta.probe"));
-    (alone && markable.is_ok()).then_some(file)
+    reached(Step::Alone);
+    base
 }
 
 /// Writes a redo log, record by record.
@@ -171,13 +290,19 @@ impl Patch {
 
     /// Makes the log and the state appear as one step, and writes the Diff to the base.
     pub(super) fn commit(self, state: Option<Staged>) -> Result<(), ImageError> {
+        self.commit_in_steps(state, &mut |_| {})
+    }
+
+    /// [`Self::commit`], which says how far it is.
+    fn commit_in_steps(self, state: Option<Staged>, reached: &mut dyn FnMut(Step)) -> Result<(), ImageError> {
         let Patch { log, ram, path } = self;
         let log = snapshot::commit_redo(log.stage(), state)?;
         let (redo, id) = (log.path(), log.id());
+        reached(Step::Committed);
         // Another process may have opened the base since: then the base is left as it is.
-        let written = match open_base(&ram, &path) {
+        let written = match begin(&ram, &path, id, reached) {
             Some(base) => {
-                write_to_base(&base, &log, ram.layout().file_size()).and_then(|()| Ok(log.remove()?))
+                write_to_base(&base, &log, ram.layout().file_size(), reached).and_then(|()| Ok(log.remove()?))
             }
             None => complete(&path, log, &()),
         };
@@ -193,16 +318,24 @@ impl Patch {
     }
 }
 
-fn write_to_base(base: &File, log: &RedoLog, size: u64) -> Result<(), ImageError> {
+/// Writes the log to `base`, which is marked: W5 and W6 of [the module](self).
+fn write_to_base(
+    base: &File,
+    log: &RedoLog,
+    size: u64,
+    reached: &mut dyn FnMut(Step),
+) -> Result<(), ImageError> {
     let path = log.path();
     let target = Target { file: base, path: &path, size, observer: &() };
-    let failed = |e: Errno| target.error(0, e.into());
-    fsetxattr(base, MARK, log.id().to_string().as_bytes(), XattrFlags::empty()).map_err(failed)?;
+    // The mark is on disk before the first page is.
     base.sync_all().map_err(|e| target.error(0, e))?;
     apply(log.file(), &path, &target)?;
     base.sync_all().map_err(|e| target.error(0, e))?;
+    reached(Step::Written);
     // The log goes after it: a mark without a log says nothing.
-    fremovexattr(base, MARK).map_err(failed)
+    mark::clear(base).map_err(|e: Errno| target.error(0, e.into()))?;
+    reached(Step::Unmarked);
+    Ok(())
 }
 
 /// Puts what the log at `path` holds into `target`. It may be done again after it was cut short.
@@ -255,47 +388,99 @@ fn apply(log: &File, path: &Path, target: &Target<'_>) -> Result<(), ImageError>
 }
 
 /// The log that the file at `path` is marked with, if there is a file and a mark.
-fn marked(path: &Path) -> Option<FileId> {
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = rustix::fs::open(path, flags, Mode::empty()).ok()?;
-    let mut id = [0; 16];
-    let len = fgetxattr(&file, MARK, &mut id[..]).ok()?;
-    std::str::from_utf8(id.get(..len)?).ok()?.parse().ok()
+fn marked(path: &Path) -> Result<Option<FileId>, ImageError> {
+    match open_image(path, OFlags::RDONLY) {
+        Ok(file) => mark::get(&file).map_err(ImageError::read(path)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(ImageError::read(path)(e)),
+    }
 }
 
 /// Completes the image at `path` if a Diff was to be written into it and is still in a redo log:
 /// the one that belongs to the state `id`, or the one that was begun. It is a new file then, so
 /// that a process that has the old one open sees no change. Does nothing where there is no log.
 pub fn settle(path: &Path, id: Option<FileId>, observer: &dyn Observer) -> Result<(), ImageError> {
+    if let Some(id) = id {
+        settle_log(path, id, observer)?;
+    }
+    marked(path)?.map_or(Ok(()), |id| settle_log(path, id, observer))
+}
+
+/// Waits for the writer of the log `id`, or completes the image if that writer is gone.
+fn settle_log(path: &Path, id: FileId, observer: &dyn Observer) -> Result<(), ImageError> {
     let deadline = Instant::now() + LOCK_TIMEOUT;
-    let candidates = id.into_iter().chain(marked(path));
-    for id in candidates {
-        let log = loop {
-            match RedoLog::open(path, id) {
-                // Its writer lives, and is about to write it to the image.
-                Err(e) if e.source.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
-                    if observer.cancelled() {
-                        return Err(ImageError::Cancelled { path: path.to_path_buf() });
-                    }
-                    std::thread::sleep(Duration::from_millis(10));
+    let log = loop {
+        match RedoLog::open(path, id) {
+            // Its writer lives, and is about to write it to the image.
+            Err(e) if e.source.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+                if observer.cancelled() {
+                    return Err(ImageError::Cancelled { path: path.to_path_buf() });
                 }
-                other => break other?,
+                std::thread::sleep(Duration::from_millis(10));
             }
-        };
-        if let Some(log) = log {
-            let redo = log.path();
-            complete(path, log, observer).map_err(|source| match source {
-                cancelled @ ImageError::Cancelled { .. } => cancelled,
-                source => ImageError::Unapplied { redo, id, source: Box::new(source) },
-            })?;
+            other => break other?,
+        }
+    };
+    let Some(log) = log else { return Ok(()) };
+    let redo = log.path();
+    complete(path, log, observer).map_err(|source| match source {
+        cancelled @ ImageError::Cancelled { .. } => cancelled,
+        source => ImageError::Unapplied { redo, id, source: Box::new(source) },
+    })
+}
+
+/// What a reader that has opened an image sees: R2 and R3 of [the module](self).
+#[derive(Debug, PartialEq, Eq)]
+enum Seen {
+    /// It is whole, and stays as it is while it is open.
+    Whole,
+    /// It is being written from this log, or its writer was killed.
+    Marked(FileId),
+    /// Its writer was killed, and another file has taken its place.
+    Replaced,
+}
+
+fn look(file: &File, path: &Path) -> io::Result<Seen> {
+    Ok(match mark::get(file)? {
+        None => Seen::Whole,
+        Some(id) if snapshot::redo_path(path, id).is_some() => Seen::Marked(id),
+        Some(_) if is_at(file, path) => Seen::Whole,
+        Some(_) => Seen::Replaced,
+    })
+}
+
+/// Opens the image at `path` as a reader: no other process changes it while the file is open, and
+/// it is whole. Completes it first if its writer was killed.
+pub(super) fn open_whole(path: &Path, access: OFlags, observer: &dyn Observer) -> Result<File, ImageError> {
+    open_for(path, access, None, observer)
+}
+
+/// [`open_whole`], for the owner of the log `own`: that log may be half in the image.
+fn open_for(
+    path: &Path,
+    access: OFlags,
+    own: Option<FileId>,
+    observer: &dyn Observer,
+) -> Result<File, ImageError> {
+    for _ in 0..SETTLE_TRIES {
+        let file = open_image(path, access).map_err(ImageError::read(path))?;
+        match look(&file, path).map_err(ImageError::read(path))? {
+            Seen::Whole => return Ok(file),
+            Seen::Marked(id) if Some(id) == own => return Ok(file),
+            Seen::Marked(id) => {
+                drop(file);
+                settle_log(path, id, observer)?;
+            }
+            Seen::Replaced => {}
         }
     }
-    Ok(())
+    let busy = format!("other processes are writing to it: still so after {SETTLE_TRIES} tries");
+    Err(ImageError::read(path)(io::Error::new(io::ErrorKind::ResourceBusy, busy)))
 }
 
 /// Makes a new image at `path` of the one that is there and a log, which is removed.
 fn complete(path: &Path, log: RedoLog, observer: &dyn Observer) -> Result<(), ImageError> {
-    let base = File::open(path).map_err(ImageError::read(path))?;
+    let base = open_for(path, OFlags::RDONLY, Some(log.id()), observer)?;
     let size = base.metadata().map_err(ImageError::read(path))?.size();
     let file = AtomicFile::create(path)?;
     let target = Target { file: file.file(), path, size, observer };

@@ -1,5 +1,6 @@
 //! Tests of Diffs that are written into their base: what is there at any moment, and who may write.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use config::HugePages;
@@ -8,7 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::PageSet;
-use crate::image::{Written, write_diff, write_full};
+use crate::image::{RestoreError, Written, merge, write_diff, write_full};
+use crate::sys::lease::Held;
 
 const MIB: u32 = 4;
 
@@ -38,7 +40,7 @@ fn place() -> Option<PathBuf> {
         let [one, other] = [(); 2].map(|()| tempfile::tempfile_in(dir).ok());
         let (Some(one), Some(other)) = (one, other) else { return false };
         let known = rustix::fs::fstatfs(&one).is_ok_and(|fs| FILE_SYSTEMS.contains(&fs.f_type));
-        known && !share(&one, &other) && fsetxattr(&one, MARK, b"1", XattrFlags::empty()).is_ok()
+        known && !share(&one, &other) && mark::is_possible(&one)
     };
     let found = [std::env::temp_dir(), "/dev/shm".into()].into_iter().find(usable);
     if found.is_none() {
@@ -129,7 +131,7 @@ fn a_diff_is_written_into_a_base_without_other_users() {
         assert_eq!(saved.inode(), before, "the base was copied");
         assert_eq!(saved.contents(), saved.new);
         assert_eq!(all(&saved.ram), saved.new);
-        assert_eq!((saved.names(), marked(&saved.path)), (1, None));
+        assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None));
     }
 }
 
@@ -189,8 +191,8 @@ fn a_diff_that_is_given_up_before_the_commit_leaves_the_base() {
     assert_eq!(saved.names(), 1);
 }
 
-/// The host goes down, or the monitor is killed, after each step of writing to the base, and the
-/// next one is killed at each step of completing it.
+/// The monitor is killed within the pages of writing to the base, and the next one at each step of
+/// completing it.
 #[test]
 fn a_kill_at_any_step_leaves_the_new_image_to_be_completed() {
     const STEPS: u64 = 8;
@@ -201,23 +203,263 @@ fn a_kill_at_any_step_leaves_the_new_image_to_be_completed() {
             let written = saved.write();
             let id = written.info.id;
             // What `NewImage::commit` does, as far as it comes.
-            let base = open_base(&saved.ram, &saved.path).unwrap();
             let size = saved.new.len() as u64;
             let log = written.file.into_patch().unwrap().into_log();
-            fsetxattr(&base, MARK, id.to_string().as_bytes(), XattrFlags::empty()).unwrap();
+            let base = begin(&saved.ram, &saved.path, id, &mut |_| {}).unwrap();
             let observer = StopAfter(AtomicU64::new(step));
             let target = Target { file: &base, path: &saved.path, size, observer: &observer };
             let _ = apply(log.file(), &log.path(), &target);
             drop((base, log));
             // The mark says that half of it is no image.
-            assert!(saved.names() == 2 && marked(&saved.path) == Some(id));
+            assert!(saved.names() == 2 && marked(&saved.path).unwrap() == Some(id));
             let id = (!by_mark).then_some(id);
             let stopped = settle(&saved.path, id, &StopAfter(AtomicU64::new(step)));
             assert!(stopped.is_ok() || saved.names() == 2, "the log is gone, and so is the image");
             settle(&saved.path, id, &()).unwrap();
             assert_eq!(saved.contents(), saved.new, "{step}");
-            assert_eq!((saved.names(), marked(&saved.path)), (1, None));
+            assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None));
         }
+    }
+}
+
+const ALL_STEPS: [Step; 6] =
+    [Step::Committed, Step::Opened, Step::Marked, Step::Alone, Step::Written, Step::Unmarked];
+
+impl Saved {
+    /// Writes and commits the Diff, and calls `at` after each step.
+    fn commit(&self, mut at: impl FnMut(Step)) -> FileId {
+        let written = self.write();
+        let id = written.info.id;
+        written.file.into_patch().unwrap().commit_in_steps(None, &mut at).unwrap();
+        id
+    }
+
+    fn map(&self) -> Result<GuestRam, RestoreError> {
+        GuestRam::from_file(self.ram.layout(), &self.path, HugePages::None, false)
+    }
+}
+
+#[test]
+fn a_commit_killed_after_any_step_leaves_a_whole_image() {
+    let Some(place) = place() else { return };
+    for make in [Saved::new, Saved::restored] {
+        for last in ALL_STEPS {
+            let saved = make(&place);
+            let written = saved.write();
+            let id = written.info.id;
+            let patch = written.file.into_patch().unwrap();
+            let mut at = |step| {
+                if step == last {
+                    resume_unwind(Box::new(step));
+                }
+            };
+            let killed = catch_unwind(AssertUnwindSafe(|| patch.commit_in_steps(None, &mut at)));
+            assert!(killed.is_err(), "{last:?} was not reached");
+            let is_marked = [Step::Marked, Step::Alone, Step::Written].contains(&last);
+            assert_eq!(marked(&saved.path).unwrap(), is_marked.then_some(id), "{last:?}");
+            // Without the state, a reader goes by the mark.
+            let reader = saved.map().unwrap();
+            let is_new = is_marked || last == Step::Unmarked;
+            assert_eq!(all(&reader) == saved.new, is_new, "{last:?}");
+            assert_eq!(all(&reader) == saved.old, !is_new, "{last:?}");
+            settle(&saved.path, Some(id), &()).unwrap();
+            assert_eq!(all(&saved.map().unwrap()), saved.new, "{last:?}");
+            assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None), "{last:?}");
+        }
+    }
+}
+
+/// A reader opens the base after one step of the writer and looks at the mark after the same or a
+/// later one. What it then uses is whole, and does not change.
+#[test]
+fn a_reader_at_any_step_gets_an_image_that_stays() {
+    let Some(place) = place() else { return };
+    let read = |file: &File| {
+        let mut bytes = vec![0; (MIB as usize) << 20];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    for make in [Saved::new, Saved::restored] {
+        for (first, opens_at) in ALL_STEPS.into_iter().enumerate() {
+            let copied = opens_at < Step::Alone;
+            for looks_at in ALL_STEPS.into_iter().skip(first) {
+                let saved = make(&place);
+                let case = format!("open at {opens_at:?}, look at {looks_at:?}");
+                let (mut file, mut used, mut seen) = (None, None, None);
+                saved.commit(|step| {
+                    if step == opens_at {
+                        file = Some(open_image(&saved.path, OFlags::RDONLY).unwrap());
+                    }
+                    if step == looks_at {
+                        let file = file.take().unwrap();
+                        seen = Some(look(&file, &saved.path).unwrap());
+                        used = (seen == Some(Seen::Whole)).then(|| (read(&file), file));
+                    }
+                });
+                // The writer went on to a new file before it reached that step.
+                if seen.is_none() {
+                    assert!(copied && looks_at >= Step::Alone, "{case}");
+                    let file = file.unwrap();
+                    assert_eq!(read(&file), saved.old, "{case}");
+                    assert_eq!(look(&file, &saved.path).unwrap(), Seen::Whole, "{case}");
+                }
+                if let Some((bytes, file)) = used {
+                    assert_eq!(read(&file), bytes, "{case}: it changed");
+                    assert!(bytes == saved.old || bytes == saved.new, "{case}: it is torn");
+                }
+                assert_eq!(all(&saved.map().unwrap()), saved.new, "{case}");
+                assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None), "{case}");
+            }
+        }
+    }
+}
+
+/// Says when it is asked, which a reader does when it waits for a writer.
+struct Asked(std::sync::Mutex<std::sync::mpsc::Sender<()>>);
+
+impl Observer for Asked {
+    fn cancelled(&self) -> bool {
+        let _ = self.0.lock().unwrap().send(());
+        false
+    }
+}
+
+#[test]
+fn a_clone_or_merge_waits_for_a_base_being_written() {
+    let Some(place) = place() else { return };
+    for step in [Step::Marked, Step::Alone, Step::Written] {
+        let saved = Saved::new(&place);
+        let (diff, output) = (saved.dir.path().join("diff"), saved.dir.path().join("output"));
+        let mut page = saved.ram.no_pages();
+        page.insert(0, 1..2);
+        write_diff(&saved.ram, &diff, &page, &()).unwrap().file.commit().unwrap();
+        std::thread::scope(|scope| {
+            let mut readers = Vec::new();
+            saved.commit(|reached| {
+                if reached != step {
+                    return;
+                }
+                let (sender, asked) = std::sync::mpsc::channel();
+                let observer = Asked(std::sync::Mutex::new(sender));
+                let (saved, layout) = (&saved, saved.ram.layout());
+                readers.push(scope.spawn(move || {
+                    all(&GuestRam::from_file_with(layout, &saved.path, HugePages::None, false, &observer)
+                        .unwrap())
+                }));
+                asked.recv().expect("the clone did not wait");
+                let (sender, asked) = std::sync::mpsc::channel();
+                let observer = Asked(std::sync::Mutex::new(sender));
+                let (diff, output) = (&diff, &output);
+                readers.push(scope.spawn(move || {
+                    merge(&saved.path, diff, output, &observer).unwrap();
+                    std::fs::read(output).unwrap()
+                }));
+                asked.recv().expect("the merge did not wait");
+            });
+            assert_eq!(readers.len(), 2, "{step:?} was not reached");
+            for reader in readers {
+                assert_eq!(reader.join().unwrap(), saved.new, "{step:?}");
+            }
+        });
+    }
+}
+
+#[test]
+fn a_second_writer_leaves_the_base_of_the_first_alone() {
+    let Some(place) = place() else { return };
+    for other_at in [Step::Opened, Step::Marked, Step::Alone, Step::Written] {
+        let saved = Saved::new(&place);
+        let before = saved.inode();
+        let id = saved.commit(|step| {
+            if step == other_at {
+                let other = FileId::random().unwrap();
+                assert!(begin(&saved.ram, &saved.path, other, &mut |_| {}).is_none(), "{step:?}");
+            }
+        });
+        assert_eq!((saved.inode(), saved.contents()), (before, saved.new.clone()), "{other_at:?}");
+        assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None), "{id}");
+    }
+}
+
+#[test]
+fn a_writer_whose_mark_or_base_was_replaced_copies() {
+    let Some(place) = place() else { return };
+    let other = FileId::random().unwrap();
+    let replaced = |path: &Path| {
+        let copy = path.with_file_name("copy");
+        std::fs::copy(path, &copy).unwrap();
+        std::fs::rename(copy, path).unwrap();
+    };
+    let changes: [&dyn Fn(&Path); 3] = [
+        &|path| mark::clear(&File::open(path).unwrap()).unwrap(),
+        &|path| mark::set(&File::open(path).unwrap(), other).unwrap(),
+        &replaced,
+    ];
+    for change in changes {
+        let saved = Saved::new(&place);
+        saved.commit(|step| {
+            assert!(step < Step::Alone, "the base was written");
+            if step == Step::Marked {
+                change(&saved.path);
+            }
+        });
+        assert_eq!(saved.contents(), saved.new);
+        assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None));
+    }
+}
+
+#[test]
+fn a_mark_without_a_log_is_harmless() {
+    let Some(place) = place() else { return };
+    let saved = Saved::new(&place);
+    mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
+    assert_eq!(all(&saved.map().unwrap()), saved.old);
+    let before = saved.inode();
+    saved.write().file.commit().unwrap();
+    assert_eq!((saved.inode(), saved.contents()), (before, saved.new.clone()));
+    assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None));
+}
+
+/// A killed writer's half-written base, which a reader has opened and another process completes.
+#[test]
+fn a_reader_does_not_use_a_base_that_was_completed() {
+    let Some(place) = place() else { return };
+    let saved = Saved::new(&place);
+    let log = saved.write().file.into_patch().unwrap().into_log();
+    let base = begin(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap();
+    base.write_all_at(&[2; PAGE as usize], PAGE).unwrap();
+    drop((base, log));
+    let reader = open_image(&saved.path, OFlags::RDONLY).unwrap();
+    assert!(matches!(look(&reader, &saved.path).unwrap(), Seen::Marked(_)));
+    settle(&saved.path, None, &()).unwrap();
+    assert_eq!(look(&reader, &saved.path).unwrap(), Seen::Replaced);
+    assert_eq!(all(&saved.map().unwrap()), saved.new);
+}
+
+#[test]
+fn a_lease_that_is_given_back_delays_any_opener() {
+    type Opener = fn(&Saved);
+    let openers: [(&str, Opener); 5] = [
+        ("a mark is seen", |saved| assert!(marked(&saved.path).unwrap().is_some())),
+        ("a restore", |saved| assert_eq!(all(&saved.map().unwrap()), saved.old)),
+        ("a base to change", |saved| assert!(open_base(&saved.ram, &saved.path).is_some())),
+        ("a base to copy", |saved| drop(saved.write())),
+        ("a merge", |saved| {
+            let missing = saved.dir.path().join("missing");
+            let error = merge(&saved.path, &missing, &missing, &()).unwrap_err();
+            assert!(matches!(error, ImageError::Read { path, .. } if path == missing));
+        }),
+    ];
+    let Some(place) = place() else { return };
+    for (name, open) in openers {
+        let saved = Saved::new(&place);
+        mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
+        let lease = Held::take(&saved.path);
+        std::thread::scope(|scope| {
+            let opener = scope.spawn(|| open(&saved));
+            lease.release_to_opener();
+            opener.join().unwrap_or_else(|_| panic!("{name} failed"));
+        });
     }
 }
 
@@ -241,10 +483,8 @@ fn a_diff_onto_a_half_written_base_completes_it_first() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let written = saved.write();
-    let base = open_base(&saved.ram, &saved.path).unwrap();
     let log = written.file.into_patch().unwrap().into_log();
-    fsetxattr(&base, MARK, log.id().to_string().as_bytes(), XattrFlags::empty()).unwrap();
-    drop((base, log));
+    drop((begin(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap(), log));
     put(&saved.ram, 50, 9);
     let mut pages = saved.ram.no_pages();
     pages.insert(0, 50..51);

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use config::HugePages;
-use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
+use rustix::fs::OFlags;
 
-use super::file::{STEP, extents};
-use super::{ImageInfo, Observer, partial};
+use super::file::{STEP, extents, open_image};
+use super::redo::open_whole;
+use super::{ImageError, ImageInfo, Observer, partial};
 use crate::layout::{MIB, MemoryLayout};
 use crate::ram::{GuestRam, MapError};
 use crate::source::Source;
@@ -55,6 +55,9 @@ pub enum RestoreError {
         /// The file.
         path: PathBuf,
     },
+    /// Its last Diff is in a redo log and cannot be put into it.
+    #[error(transparent)]
+    Unsettled(ImageError),
     /// The kernel refused the mapping.
     #[error(transparent)]
     Map(#[from] MapError),
@@ -79,43 +82,41 @@ pub struct ImageFile {
 pub fn examine(path: &Path, info: &ImageInfo) -> Result<ImageFile, RestoreError> {
     let redo = snapshot::redo_path(path, info.id);
     let path = snapshot::find(path, info.id);
-    let (file, size) = open(&path)?;
+    let read = |source| RestoreError::Read { path: path.clone(), source };
+    let file = open_image(&path, OFlags::RDONLY).map_err(read)?;
+    let size = regular_size(&file, &path)?;
     let mut data_bytes = 0;
     for extent in extents(&file, 0..size) {
-        let extent = extent.map_err(|source| RestoreError::Read { path: path.clone(), source })?;
+        let extent = extent.map_err(read)?;
         data_bytes += extent.end - extent.start;
     }
     Ok(ImageFile { path, size, data_bytes, partial: partial::is_marked(&file), redo })
 }
 
-/// How often a file with a lease is tried to be opened, a millisecond apart.
-const OPEN_TRIES: u32 = 1000;
-
-/// Opens an image, which is a regular file, and tells its size. A pipe or device there is refused without waiting for it.
-fn open(path: &Path) -> Result<(File, u64), RestoreError> {
-    let read = |source| RestoreError::Read { path: path.to_path_buf(), source };
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let mut tries = OPEN_TRIES;
-    let file = loop {
-        match rustix::fs::open(path, flags, Mode::empty()) {
-            // Another process has a lease on it for a moment: see `lease`.
-            Err(Errno::WOULDBLOCK) if tries > 0 => {
-                tries -= 1;
-                std::thread::sleep(std::time::Duration::from_millis(1));
-            }
-            opened => break File::from(opened.map_err(|e| read(e.into()))?),
-        }
-    };
-    let metadata = file.metadata().map_err(read)?;
+/// The size of an image, which must be a regular file.
+fn regular_size(file: &File, path: &Path) -> Result<u64, RestoreError> {
+    let metadata =
+        file.metadata().map_err(|source| RestoreError::Read { path: path.to_path_buf(), source })?;
     if !metadata.is_file() {
         return Err(RestoreError::NotAFile { path: path.to_path_buf() });
     }
-    Ok((file, metadata.size()))
+    Ok(metadata.size())
+}
+
+impl From<ImageError> for RestoreError {
+    fn from(error: ImageError) -> Self {
+        match error {
+            ImageError::Read { path, source } => RestoreError::Read { path, source },
+            ImageError::Cancelled { path } => RestoreError::Cancelled { path },
+            other => RestoreError::Unsettled(other),
+        }
+    }
 }
 
 impl GuestRam {
     /// Maps the image at `path` as the RAM of a guest. Nothing is read: pages come from the page cache, which all clones share,
-    /// when the guest touches them, and are copied when it writes. The file is opened for reading only and never changed;
+    /// when the guest touches them, and are copied when it writes. The file is opened for reading only and never changed
+    /// (if a writer was killed while it changed the file in place, a completed one takes its place first);
     /// who truncates it takes the guest's memory away (`SIGBUS`), replacing it by a rename does no harm.
     ///
     /// With [`HugePages::Hugetlbfs2M`] the image is read into pages of the pool at once, as these cannot be mapped from an
@@ -138,7 +139,8 @@ impl GuestRam {
         observer: &dyn Observer,
     ) -> Result<Self, RestoreError> {
         let read = |source| RestoreError::Read { path: path.to_path_buf(), source };
-        let (file, found) = open(path)?;
+        let file = open_whole(path, OFlags::RDONLY, observer)?;
+        let found = regular_size(&file, path)?;
         let needed = layout.file_size();
         if found < needed {
             return Err(RestoreError::TooShort { path: path.to_path_buf(), found, needed });

@@ -1,12 +1,13 @@
 //! Writing images.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use snapshot::{AtomicFile, Staged};
 
 use super::copy::copy;
@@ -107,8 +108,7 @@ pub fn write_diff(
     pages: &PageSet,
     observer: &dyn Observer,
 ) -> Result<Written, ImageError> {
-    redo::settle(path, None, observer)?;
-    let mut base = open_base(path, ram.layout().file_size())?;
+    let mut base = open_base(path, ram.layout().file_size(), observer)?;
     let file = AtomicFile::create(path)?;
     let shared = base.as_ref().is_some_and(|base| share(base, file.file()));
     // This descriptor would count as another user of the base.
@@ -117,7 +117,7 @@ pub fn write_diff(
             drop(file);
             return write_redo(ram, path, writable, pages, observer);
         }
-        base = open_base(path, ram.layout().file_size())?;
+        base = open_base(path, ram.layout().file_size(), observer)?;
     }
     let mut job = Job::new(ram, &file, pages, observer);
     match &base {
@@ -147,12 +147,11 @@ pub fn write_diff(
 }
 
 /// The file at `path`, if it is one of this size.
-fn open_base(path: &Path, size: u64) -> Result<Option<File>, ImageError> {
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(file) => File::from(file),
-        Err(rustix::io::Errno::NOENT) => return Ok(None),
-        Err(e) => return Err(ImageError::read(path)(e.into())),
+fn open_base(path: &Path, size: u64, observer: &dyn Observer) -> Result<Option<File>, ImageError> {
+    let file = match redo::open_whole(path, OFlags::RDONLY, observer) {
+        Ok(file) => file,
+        Err(ImageError::Read { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e),
     };
     let metadata = file.metadata().map_err(ImageError::read(path))?;
     Ok((metadata.is_file() && metadata.size() == size).then_some(file))

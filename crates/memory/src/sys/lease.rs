@@ -32,6 +32,59 @@ pub(crate) fn is_alone(file: &File) -> bool {
     granted
 }
 
+/// A lease that a test holds until another opener runs into it.
+#[cfg(test)]
+pub(crate) struct Held(File);
+
+#[cfg(test)]
+impl Held {
+    /// Takes a write lease on the file at `path`. Its signal comes to this thread, blocked.
+    pub(crate) fn take(path: &std::path::Path) -> Self {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let fd = file.as_raw_fd();
+        let signals = Self::signals();
+        // SAFETY: the set lives beyond the call, and no old one is asked for.
+        let blocked =
+            unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut()) };
+        // SAFETY: fcntl with a number; it touches no memory.
+        let chosen = unsafe { libc::fcntl(fd, F_SETSIG, libc::SIGURG) };
+        // SAFETY: as above.
+        let leased = unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_WRLCK) };
+        // SAFETY: gettid has no preconditions.
+        let thread = unsafe { libc::gettid() };
+        // `struct f_owner_ex` of asm-generic/fcntl.h: F_OWNER_TID, and the thread's id.
+        let owner = [0, thread];
+        // SAFETY: the kernel reads the two words, which live beyond the call.
+        let owned = unsafe { libc::fcntl(fd, F_SETOWN_EX, owner.as_ptr()) };
+        assert_eq!([blocked, chosen, leased, owned], [0; 4], "{}", std::io::Error::last_os_error());
+        Held(file)
+    }
+
+    /// Waits for an opener, which gets `EWOULDBLOCK` or waits, and lets it in.
+    pub(crate) fn release_to_opener(self) {
+        let (signals, limit) = (Self::signals(), libc::timespec { tv_sec: 60, tv_nsec: 0 });
+        // SAFETY: the set and the limit live beyond the call, and no details are asked for.
+        let signal =
+            unsafe { libc::sigtimedwait(&raw const signals, std::ptr::null_mut(), &raw const limit) };
+        assert_eq!(signal, libc::SIGURG, "no opener came");
+        drop(self.0);
+    }
+
+    fn signals() -> libc::sigset_t {
+        let mut signals = std::mem::MaybeUninit::uninit();
+        // SAFETY: the set is written, which needs no earlier value.
+        unsafe { libc::sigemptyset(signals.as_mut_ptr()) };
+        // SAFETY: the set was initialised above.
+        unsafe { libc::sigaddset(signals.as_mut_ptr(), libc::SIGURG) };
+        // SAFETY: as above.
+        unsafe { signals.assume_init() }
+    }
+}
+
+/// `F_SETOWN_EX` of linux/fcntl.h.
+#[cfg(test)]
+const F_SETOWN_EX: libc::c_int = 15;
+
 #[cfg(test)]
 mod tests {
     use super::*;
