@@ -60,7 +60,12 @@ impl Switch {
         let found = self.table.find(key);
         let found = found.filter(|&slot| self.table.get(slot).is_some_and(|c| c.kind == kind));
         let Some((slot, connection)) = found.and_then(|slot| Some((slot, self.table.get(slot)?))) else {
-            self.refuse(header);
+            // The event ends a connection from before the reset, with an error. A reset of it here
+            // would look like an orderly end to a program that reads, should the driver handle it
+            // first.
+            if !self.is_reset_pending {
+                self.refuse(header);
+            }
             return None;
         };
         if op == Op::Rst {

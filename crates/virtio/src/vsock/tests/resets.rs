@@ -30,6 +30,21 @@ fn a_restored_guest_is_asked_for_a_connection_at_once() {
 }
 
 #[test]
+fn old_connections_end_by_the_reset_event_and_not_before() {
+    for kind in [Kind::Mmio, Kind::Pci] {
+        let mut rig = Rig::new(kind);
+        let (_client, old) = rig.open_by_host(1);
+        let mut rig = rig.restored(kind, None);
+        rig.send_data(&old, 0, b"?");
+        assert_eq!(rig.next(), None, "a program that reads would see an orderly end");
+        assert_eq!(rig.take_event(), Some([0; 4]));
+        rig.give_event_buffer();
+        rig.send_data(&old, 0, b"?");
+        rig.expect(Op::Rst);
+    }
+}
+
+#[test]
 fn a_connection_accepted_before_the_reset_event_is_replaced() {
     for kind in [Kind::Mmio, Kind::Pci] {
         let rig = Rig::new(kind);
