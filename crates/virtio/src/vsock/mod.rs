@@ -47,9 +47,9 @@
 //! reads its CID again. [`VsockControl::reset_connections`] does the same to a running device.
 //!
 //! The driver also resets a connection that it accepts before it handles the event, and tells
-//! nobody. Host clients do not wait for that: the event is shown first, the request for a
-//! connection right after it, and Linux handles them in that order. The driver has handled the
-//! event when it gives the event's buffer back. An acceptance that comes earlier is not passed on
+//! nobody. So host clients wait until it has, which it shows by giving the event's buffer back, but
+//! for 250 ms at most: a busy guest could stretch it. From then on the guest is asked for their
+//! connections, and an acceptance that comes before the driver has handled the event is not passed on
 //! to the client: that connection is reset, and the guest is asked for another one, of a fresh
 //! port, when the driver has handled the event. No data is lost: the client's is still in its
 //! socket. A driver that never gives the buffer back lets its first clients wait for 10 seconds.

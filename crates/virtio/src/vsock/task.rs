@@ -27,6 +27,11 @@ const PACKET_COST: u32 = 1 << 10;
 /// How long host clients whose connections the driver took wait for it to take note of a reset.
 const NOTE_PATIENCE: Nanos = 10_000_000_000;
 
+/// How long host clients wait for the driver to take note of a reset before the guest is asked for
+/// their connections all the same. A driver that is not busy takes note in this time, and then no
+/// connection has to be asked for twice.
+const ENTRY_PATIENCE: Nanos = 250_000_000;
+
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, as it stands in an event.
 const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
@@ -43,6 +48,8 @@ struct Note {
     /// Until it has taken note, or until then, host clients whose connections it takes are not
     /// answered: it may reset these, too.
     hold_until: Option<Nanos>,
+    /// Until it has taken note, or until then, the guest is not asked for connections.
+    let_in_at: Option<Nanos>,
 }
 
 pub(super) struct VsockTask {
@@ -122,7 +129,7 @@ impl VsockTask {
     }
 
     fn next_timer(&self) -> Option<Nanos> {
-        [self.note.hold_until, self.switch.next_timer()].into_iter().flatten().min()
+        [self.note.hold_until, self.note.let_in_at, self.switch.next_timer()].into_iter().flatten().min()
     }
 
     /// Everything that there is to do, until there is nothing or it has had its turn.
@@ -131,7 +138,7 @@ impl VsockTask {
         loop {
             self.switch.timers(cx);
             self.reset_if_wanted(cx)?;
-            let waiting = self.switch.accept(cx);
+            let waiting = self.note.let_in_at.is_none() && self.switch.accept(cx);
             self.from_guest.disable_notifications()?;
             self.take_packets(cx, &mut from_guest)?;
             self.to_guest.queue.disable_notifications()?;
@@ -207,7 +214,8 @@ impl VsockTask {
         if self.switch.shared.reset_wanted.swap(false, Ordering::Acquire) {
             self.switch.clear(cx);
             let hold_until = Some(cx.now().saturating_add(NOTE_PATIENCE));
-            self.note = Note { due: true, told: None, hold_until };
+            let let_in_at = Some(cx.now().saturating_add(ENTRY_PATIENCE));
+            self.note = Note { due: true, told: None, hold_until, let_in_at };
         }
         if self.note.due && self.events.pop(&mut self.chain)? {
             let written = self.chain.writable().write(self.events.ram(), &TRANSPORT_RESET)?;
@@ -220,6 +228,7 @@ impl VsockTask {
             self.events.enable_notifications_of_more()?;
         }
         self.see_note(cx)?;
+        self.note.let_in_at.take_if(|at| cx.now() >= *at);
         if self.note.hold_until.is_some_and(|until| cx.now() >= until) {
             self.note.hold_until = None;
             self.switch.open_held(cx);
@@ -234,7 +243,7 @@ impl VsockTask {
         if let Some(buffers) = self.note.told
             && self.events.available()? != buffers
         {
-            (self.note.told, self.note.hold_until) = (None, None);
+            self.note = Note::default();
             self.switch.is_reset_pending = false;
             self.switch.ask_again(cx);
         }
@@ -292,7 +301,9 @@ impl Task for VsockTask {
         if let Some(since) = self.still_since.take() {
             let still = cx.now().saturating_sub(since);
             self.switch.postpone(still);
-            self.note.hold_until = self.note.hold_until.map(|until| until.saturating_add(still));
+            for at in [&mut self.note.hold_until, &mut self.note.let_in_at] {
+                *at = at.map(|at| at.saturating_add(still));
+            }
         }
         self.switch.look_at_all(cx);
         self.work(cx);

@@ -6,8 +6,11 @@ use super::guest::{End, MS, Rig, is_at_end, read};
 use crate::testing::{Kind, RUNNING};
 use crate::vsock::packet::{Op, SocketKind};
 
+/// When the guest is asked for connections although it has not handled a reset.
+const ENTRY: u64 = 250 * MS;
+
 #[test]
-fn a_restored_guest_is_asked_for_a_connection_at_once() {
+fn a_restored_guest_is_asked_when_it_has_handled_the_reset() {
     for kind in [Kind::Mmio, Kind::Pci] {
         let mut rig = Rig::new(kind);
         let (mut client, old) = rig.open_by_host(1);
@@ -15,10 +18,10 @@ fn a_restored_guest_is_asked_for_a_connection_at_once() {
         assert!(is_at_end(&mut client), "its process is gone");
         assert_eq!(rig.guest.status(), RUNNING);
         let mut new = rig.dial(2);
-        let asked = rig.expect(Op::Request).header;
-        // The driver handles the event first.
+        assert_eq!(rig.next(), None, "a connection that it accepts now is reset");
         assert_eq!(rig.take_event(), Some([0; 4]));
         rig.give_event_buffer();
+        let asked = rig.expect(Op::Request).header;
         assert_eq!(rig.take_event(), None);
         // What a socket of before still sends is answered as anything unknown.
         rig.send_data(&old, 0, b"?");
@@ -45,10 +48,27 @@ fn old_connections_end_by_the_reset_event_and_not_before() {
 }
 
 #[test]
+fn an_acceptance_with_the_former_cid_is_replaced() {
+    let rig = Rig::new(Kind::Mmio);
+    let mut rig = rig.restored(Kind::Mmio, Some(77));
+    rig.guest.worker.advance(ENTRY);
+    let _client = rig.dial(2);
+    let host_port = rig.expect(Op::Request).header.src_port.get();
+    // The driver sends with the CID that it had.
+    let first = End { port: 2, host_port, kind: SocketKind::Stream, room: 1 << 18, forwarded: 0 };
+    rig.send(&first, Op::Response, 0);
+    assert_eq!(rig.take_event(), Some([0; 4]));
+    rig.give_event_buffer();
+    assert_eq!(rig.expect(Op::Rst).header.src_port.get(), host_port);
+    assert_ne!(rig.expect(Op::Request).header.src_port.get(), host_port);
+}
+
+#[test]
 fn a_connection_accepted_before_the_reset_event_is_replaced() {
     for kind in [Kind::Mmio, Kind::Pci] {
         let rig = Rig::new(kind);
         let mut rig = rig.restored(kind, None);
+        rig.guest.worker.advance(ENTRY);
         let mut client = rig.dial(2);
         client.write_all(b"early").unwrap();
         let asked = rig.expect(Op::Request).header;
@@ -83,6 +103,7 @@ fn a_connection_accepted_before_the_reset_event_is_replaced() {
 fn a_guest_that_ends_a_held_connection_itself_has_it_served() {
     let rig = Rig::new(Kind::Pci);
     let mut rig = rig.restored(Kind::Pci, None);
+    rig.guest.worker.advance(ENTRY);
     let mut client = rig.dial(2);
     let asked = rig.expect(Op::Request).header;
     let end =
@@ -99,6 +120,7 @@ fn a_guest_that_ends_a_held_connection_itself_has_it_served() {
 fn a_held_client_that_leaves_is_forgotten_by_the_guest() {
     let rig = Rig::new(Kind::Mmio);
     let mut rig = rig.restored(Kind::Mmio, None);
+    rig.guest.worker.advance(ENTRY);
     let client = rig.dial(2);
     let asked = rig.expect(Op::Request).header;
     let end =
@@ -180,6 +202,7 @@ fn the_first_client_after_a_restore_has_another_port_than_any_before_it() {
 fn a_driver_that_never_handles_the_reset_delays_its_first_clients() {
     let rig = Rig::new(Kind::Mmio);
     let mut rig = rig.restored(Kind::Mmio, None);
+    rig.guest.worker.advance(ENTRY);
     let mut client = rig.dial(2);
     let asked = rig.expect(Op::Request).header;
     let end =
