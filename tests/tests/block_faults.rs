@@ -183,7 +183,8 @@ on_each_transport! {
 #[test]
 fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
     const SECTORS: u64 = 16 * MIB / 512;
-    let small = SmallFs::new(8 * MIB)?;
+    // Room for the file system and the beginning of both overlays, and not for their data.
+    let small = SmallFs::new(20 * MIB)?;
     let device = LoopDevice::new(&disk(&small.path(), "device", 96)?)?;
     let disks = MountedFs::ext4(device.path())?;
     let mut guest = DiskGuest::new(Transport::Mmio)?;
@@ -217,7 +218,8 @@ fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
     drop(disks);
     let disks = MountedFs::ext4_as_it_is(device.path())?;
     for engine in paths {
-        let overlay = OverlayFile::open(&disks.path().join(engine))?;
+        // One whose header is not on the disk vouches for nothing.
+        let Ok(overlay) = OverlayFile::open(&disks.path().join(engine)) else { continue };
         ensure!(!overlay.is_closed()?, "{engine}: it is closed");
         for sector in 0..SECTORS {
             ensure!(
