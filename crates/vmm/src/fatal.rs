@@ -69,7 +69,7 @@ enum Fault {
     /// SIGSYS: the number of the forbidden system call.
     SystemCall(u32),
     /// SIGSEGV and SIGBUS: the address, and the stack pointer then.
-    Memory { address: usize, stack_pointer: usize },
+    Memory { address: usize, stack_pointer: usize, is_bus_error: bool },
     /// SIGILL: the address of the instruction.
     Instruction(usize),
 }
@@ -97,7 +97,7 @@ impl Fault {
                 // SAFETY: with SA_SIGINFO the kernel passes a whole `ucontext_t`.
                 let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
                 let stack_pointer = registers[libc::REG_RSP as usize].cast_unsigned() as usize;
-                Some(Fault::Memory { address, stack_pointer })
+                Some(Fault::Memory { address, stack_pointer, is_bus_error: signal == libc::SIGBUS })
             }
             libc::SIGILL => Some(Fault::Instruction(address)),
             _ => None,
@@ -110,11 +110,15 @@ impl Fault {
                 line.push(b", forbidden system call ");
                 line.push_number(u64::from(*number));
             }
-            Fault::Memory { address, stack_pointer } => {
+            Fault::Memory { address, stack_pointer, is_bus_error } => {
                 line.push(b", address 0x");
                 line.push_hex(*address as u64);
                 if address.abs_diff(*stack_pointer) <= NEAR {
                     line.push(b", stack overflow");
+                }
+                if *is_bus_error {
+                    // What guest memory may lack: a page that was promised, or its contents.
+                    line.push(b", no huge page within the pool and hugetlb.2MB.max of its cgroup, or a disk error under a memory file");
                 }
             }
             Fault::Instruction(address) => {
@@ -144,13 +148,13 @@ fn thread_name(buffer: &mut [u8; 16]) -> &[u8] {
 
 /// A short text without allocation.
 struct Line {
-    bytes: [u8; 192],
+    bytes: [u8; 320],
     len: usize,
 }
 
 impl Default for Line {
     fn default() -> Self {
-        Line { bytes: [0; 192], len: 0 }
+        Line { bytes: [0; 320], len: 0 }
     }
 }
 
@@ -204,8 +208,8 @@ mod tests {
         line.push(b",");
         line.push_hex(0xdead_beef);
         assert_eq!(line.as_bytes(), b"n=0,18446744073709551615,deadbeef");
-        line.push(&[b'x'; 200]);
-        assert_eq!(line.as_bytes().len(), 192);
+        line.push(&[b'x'; 400]);
+        assert_eq!(line.as_bytes().len(), 320);
     }
 
     /// Uses all of this thread's stack. The address keeps each frame alive.
@@ -244,6 +248,26 @@ mod tests {
         let ended = subprocess::again("fatal::tests::a_fault_while_the_log_is_locked_is_reported");
         assert_eq!(ended.status.code(), Some(ExitCode::BusError as i32), "{ended:?}");
         assert!(ended.stderr.contains("signal 7 (SIGBUS) ended this monitor"), "{ended:?}");
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_had_names_what_may_lack() {
+        if subprocess::is_one() {
+            install().unwrap();
+            let file = tempfile::tempfile().unwrap();
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            let page =
+                unsafe { libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, fd, 0) };
+            assert_ne!(page, libc::MAP_FAILED);
+            // SAFETY: it is mapped. The file is empty, so that the access raises SIGBUS.
+            unsafe { std::ptr::read_volatile(page.cast::<u8>()) };
+            return;
+        }
+        let ended = subprocess::again("fatal::tests::a_page_that_cannot_be_had_names_what_may_lack");
+        assert_eq!(ended.status.code(), Some(ExitCode::BusError as i32), "{ended:?}");
+        assert!(ended.stderr.contains("hugetlb.2MB.max"), "{ended:?}");
+        assert!(ended.stderr.contains("exit_code=149"), "{ended:?}");
     }
 
     #[test]
