@@ -783,8 +783,7 @@ pub(crate) fn open_networks(networks: &[NetworkInterface]) -> Result<Vec<NetBack
 
 /// Opens the disk of a drive, in place of the one that it `replaces`. The error names the drive.
 fn open_disk(drive: &Drive, locks: &FileLocks, replaces: Option<&Disk>) -> Result<Disk, CommandError> {
-    let named = |error| CommandError::new(format_args!("drive {}: {error}", drive.drive_id));
-    Disk::open_with(&DiskOptions::of(drive), locks, replaces).map_err(named)
+    open_disk_with(drive, &DiskOptions::of(drive), locks, replaces)
 }
 
 /// Opens the disks of these drives. `names_are_durable` is whether the names of new, empty overlay files are.
@@ -795,10 +794,19 @@ pub(crate) fn open_disks(
 ) -> Result<Vec<Disk>, CommandError> {
     let open = |drive: &Drive| {
         let options = DiskOptions { name_is_durable: names_are_durable, ..DiskOptions::of(drive) };
-        Disk::open_with(&options, locks, None)
-            .map_err(|error| CommandError::new(format_args!("drive {}: {error}", drive.drive_id)))
+        open_disk_with(drive, &options, locks, None)
     };
     drives.iter().map(open).collect()
+}
+
+fn open_disk_with(
+    drive: &Drive,
+    options: &DiskOptions,
+    locks: &FileLocks,
+    replaces: Option<&Disk>,
+) -> Result<Disk, CommandError> {
+    let named = |error| CommandError::new(format_args!("drive {}: {error}", drive.drive_id));
+    Disk::open_with(options, locks, replaces).map_err(named)
 }
 
 fn serial_limit(config: &FullVmConfig) -> RateLimiterConfig {
