@@ -1,5 +1,5 @@
-//! See `vesta_virtio::fuzz::block`.
+//! See `vesta_block::fuzz::device`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| virtio::fuzz::block(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| block::fuzz::device(data));

@@ -1,5 +1,5 @@
-//! See `vesta_virtio::fuzz::entropy`.
+//! See `vesta_entropy::fuzz::device`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| virtio::fuzz::entropy(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| entropy::fuzz::device(data));

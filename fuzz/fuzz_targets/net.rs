@@ -1,5 +1,5 @@
-//! See `vesta_virtio::fuzz::net`.
+//! See `vesta_net::fuzz::device`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| virtio::fuzz::net(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| net::fuzz::device(data));

@@ -1,5 +1,5 @@
-//! See `vesta_virtio::fuzz::overlay`.
+//! See `vesta_block::fuzz::overlay`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| virtio::fuzz::overlay(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| block::fuzz::overlay(data));

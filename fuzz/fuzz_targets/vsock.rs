@@ -1,5 +1,5 @@
-//! See `vesta_virtio::fuzz::vsock`.
+//! See `vesta_vsock::fuzz::device`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| virtio::fuzz::vsock(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vsock::fuzz::device(data));

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtio::block::disk::Disk;
+use block::disk::Disk;
 
 use crate::controller::State;
 use crate::{Controller, Host};

@@ -21,6 +21,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use block::Replaced;
+use block::disk::{Disk, DiskOptions, FileLocks};
 use config::{
     BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, MmdsConfig,
     NetworkInterface, NetworkInterfaceUpdate, Serial, VmConfig, VmState, Vsock, check_drives, check_networks,
@@ -30,11 +32,9 @@ use machine::devices::{DeviceSetup, VsockSetup, limits};
 use machine::legacy::{Output, SerialSetup, StartTimes};
 use machine::machine::{Machine, PauseError};
 use machine::{EventSink, MachineEvent, Paused, Running, Setup, VcpuFault};
+use net::NetBackend;
 use rustix::fs::{Mode, OFlags};
 use serde_json::json;
-use virtio::block::Replaced;
-use virtio::block::disk::{Disk, DiskOptions, FileLocks};
-use virtio::net::NetBackend;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::worker::monotonic;
 

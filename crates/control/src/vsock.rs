@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use config::Vsock;
-use virtio::vsock::{BindError, HostSockets, Listener, SocketFile, SocketKind, socket_is_possible};
+use vsock::{BindError, HostSockets, Listener, SocketFile, SocketKind, socket_is_possible};
 
 /// A socket that listens, its file, and where it is.
 #[derive(Debug)]

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use sync::EventFd;
 use vesta_virtio::device::{Activation, ActiveQueue, Device, Interrupt, feature};
-use vesta_virtio::eventfd::EventFd;
 use vesta_virtio::queue::{Chain, Queue};
 use vesta_virtio::testing::{DriverQueue, Echo, guest_ram};
 use vesta_virtio::worker::{Workers, WorkersConfig};

@@ -26,6 +26,8 @@
 //! A device that cannot go on (its back end is gone, its driver broke the rules of a queue) calls
 //! [`Interrupt::needs_reset`]. Nothing else of the machine is affected.
 
+mod state;
+
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -33,13 +35,11 @@ use std::sync::Arc;
 use memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
-use crate::block::BlockState;
-use crate::entropy::EntropyState;
-use crate::eventfd::EventFd;
-use crate::net::NetState;
 use crate::queue::Queue;
-use crate::vsock::VsockState;
 use crate::worker::Task;
+use sync::EventFd;
+
+pub use state::{DecodeError, DeviceData, DeviceState};
 
 /// The kinds of devices, by their number in chapter 5 of the specification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -63,19 +63,6 @@ pub enum DeviceKind {
     Fs = 26,
     /// Persistent memory.
     Pmem = 27,
-}
-
-/// The state of one device, plain data. One variant per kind that can be saved.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum DeviceState {
-    /// A disk.
-    Block(BlockState),
-    /// A source of entropy.
-    Entropy(EntropyState),
-    /// A socket device.
-    Vsock(VsockState),
-    /// A network card.
-    Net(NetState),
 }
 
 /// Feature bits that belong to the ring and the transport (chapter 6), not to a device.

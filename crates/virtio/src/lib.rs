@@ -90,23 +90,16 @@
 //! a test steps by hand; [`fuzz`] has the entry points of the targets under `fuzz/`. The order of memory accesses between device and driver
 //! ([`queue`]) and between workers and a guest that masks vectors is checked by `loom` on the code that runs in production.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
-pub mod block;
-pub mod counter;
 pub mod device;
-pub mod entropy;
-pub mod eventfd;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
 #[cfg(test)]
 mod model;
-pub mod net;
 pub mod queue;
 pub mod rate_limiter;
-mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod transport;
-pub mod vsock;
 pub mod worker;

@@ -15,15 +15,20 @@ use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::device::Interrupt;
-use crate::sync::locked;
 use crate::worker::testing::{Clock, Command, Mailbox, Runner};
-use crate::worker::{Nanos, Task, Workers};
+use crate::worker::{Nanos, Task, WorkerId, Workers};
+use sync::locked;
 
 pub use driver::{DriverQueue, INDIRECT, NEXT, Used, WRITE, write_descriptor};
 pub use echo::{Echo, EchoControl};
 pub use guest::{
     BAR, FakeIoEvents, Guest, Interrupts, Kind, MMIO, RUNNING, TransportState, WINDOW, find_capability,
 };
+
+/// The id of the worker `index`, for a device that is given workers of its own.
+pub fn worker(index: usize) -> WorkerId {
+    WorkerId(index)
+}
 
 /// RAM of a guest, for a test.
 pub fn guest_ram(mib: u32) -> GuestRam {

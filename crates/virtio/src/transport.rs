@@ -41,9 +41,9 @@ use std::time::Duration;
 use memory::GuestRam;
 
 use crate::device::{ActivateError, Device};
-use crate::eventfd::EventFd;
 use crate::queue::QueueError;
 use crate::worker::Workers;
+use sync::EventFd;
 
 pub use common::CommonState;
 pub use health::Status;

@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use block::disk::{Disk, DiskOptions};
 use config::{Child, Drive, DriveOverlay, Overlay};
-use virtio::block::disk::{Disk, DiskOptions};
 
 use super::files::{NewFiles, with_number};
 use crate::CommandError;

@@ -7,7 +7,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use virtio::block::disk::make_name_durable;
+use block::disk::make_name_durable;
 
 use crate::CommandError;
 

@@ -22,8 +22,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use block::disk::{Disk, LayerMerge};
 use config::Drive;
-use virtio::block::disk::{Disk, LayerMerge};
 
 use super::disks::stem;
 use super::files::NewFiles;
@@ -206,9 +206,9 @@ mod tests {
     use std::fs::File;
     use std::os::unix::fs::FileExt;
 
+    use block::disk::DiskOptions;
     use config::{IoEngine, Overlay};
     use tempfile::TempDir;
-    use virtio::block::disk::DiskOptions;
 
     use super::*;
 

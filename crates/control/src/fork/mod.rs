@@ -42,8 +42,8 @@ use config::{Child, Drive, Fork, FullVmConfig, Logger, NetworkInterface, Vsock, 
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
+use net::NetBackend;
 use serde_json::json;
-use virtio::net::NetBackend;
 
 use crate::api::{ApiServer, Limits};
 use crate::controller::{Controller, Host, Identity, Platform, State, devices, open_disks, open_networks};

@@ -7,12 +7,12 @@
 use std::os::fd::AsRawFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use block::disk::Disk;
 use config::{ConfigError, Drive, FullVmConfig, SnapshotCreate, SnapshotError, SnapshotType};
 use machine::{MachineState, Paused};
 use memory::image::{self, ImageError, ImageInfo, Observer, Written};
 use memory::{GuestRam, PageSet};
 use snapshot::{AtomicFile, Header, Staged, Writer};
-use virtio::block::disk::Disk;
 
 use super::job::{self, Job, Worker};
 use super::{KIND, SavedConfig};

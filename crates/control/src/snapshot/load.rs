@@ -9,14 +9,14 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use block::disk::{Disk, FileLocks};
 use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, override_networks};
 use machine::chipset::ClockAfter;
 use machine::{Paused, Restore, layout};
 use memory::GuestRam;
 use memory::image;
 use memory::page_server::PageServer;
-use virtio::block::disk::{Disk, FileLocks};
-use virtio::net::NetBackend;
+use net::NetBackend;
 
 use super::Saved;
 use super::ahead::Ahead;

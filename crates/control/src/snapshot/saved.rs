@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use config::ConfigError;
 use machine::MachineState;
+use machine::devices::DeviceError;
 use memory::MemoryLayout;
 use memory::image::{ImageFile, ImageInfo, RestoreError, examine};
 use memory::layout::MIB;
@@ -63,6 +64,14 @@ pub enum VerifyError {
         section: &'static str,
         /// Its number.
         found: u64,
+    },
+    /// The state of a device cannot be decoded.
+    #[error("{}: section machine: {source}", path.display())]
+    Device {
+        /// The state file.
+        path: PathBuf,
+        /// Which device, and what is wrong with its state.
+        source: Box<DeviceError>,
     },
     /// The memory lies where it does not for a guest of that size.
     #[error("{}: section memory: its regions are not those of a microVM with {mem_size_mib} MiB", path.display())]
@@ -130,7 +139,8 @@ impl Saved {
         if *layout != MemoryLayout::of_size(mem_size_mib) {
             return Err(VerifyError::Layout { path: path(), mem_size_mib });
         }
-        Ok(())
+        let devices = self.machine.devices.check();
+        devices.map_err(|source| VerifyError::Device { path: path(), source: Box::new(source) })
     }
 }
 
@@ -158,16 +168,16 @@ pub fn verify(state: &Path, memory: Option<&Path>) -> Result<Verified, VerifyErr
 
 #[cfg(test)]
 mod tests {
+    use block::{BlockConfig, BlockState};
     use config::FullVmConfig;
+    use entropy::EntropyState;
+    use net::{NetConfig, NetState};
     use proptest::prelude::*;
     use serde::{Deserialize, Serialize};
     use snapshot::{Header, Section, Value, Writer};
-    use virtio::block::{BlockConfig, BlockState};
-    use virtio::device::DeviceState;
-    use virtio::entropy::EntropyState;
-    use virtio::net::{NetConfig, NetState};
+    use virtio::device::{DeviceData, DeviceState};
     use virtio::rate_limiter::{BucketConfig, BucketState, RateLimiterState};
-    use virtio::vsock::VsockState;
+    use vsock::VsockState;
 
     use super::*;
 
@@ -254,7 +264,7 @@ mod tests {
             });
         (config, any::<(u64, bool, bool, u32)>(), limiter()).prop_map(
             |(config, (capacity, read_only, flush, generation), limiter)| {
-                DeviceState::Block(BlockState { config, capacity, read_only, flush, generation, limiter })
+                DeviceState::of(&BlockState { config, capacity, read_only, flush, generation, limiter })
             },
         )
     }
@@ -265,7 +275,7 @@ mod tests {
         let rest = any::<(u64, u16, u64, bool, bool, u32, Vec<Option<[u8; 6]>>)>();
         (config, rest, limiter(), limiter()).prop_map(|(config, rest, rx_limiter, tx_limiter)| {
             let (features, active_pairs, offloads, link_up, can_announce, generation, former_macs) = rest;
-            DeviceState::Net(NetState {
+            DeviceState::of(&NetState {
                 config,
                 features,
                 active_pairs,
@@ -284,18 +294,31 @@ mod tests {
         prop_oneof![
             block(),
             net(),
-            limiter().prop_map(|limiter| DeviceState::Entropy(EntropyState { limiter })),
-            any::<(u32, u32)>().prop_map(|(guest_cid, next_port)| {
-                DeviceState::Vsock(VsockState { guest_cid, next_port })
-            }),
+            limiter().prop_map(|limiter| DeviceState::of(&EntropyState { limiter })),
+            any::<(u32, u32)>()
+                .prop_map(|(guest_cid, next_port)| { DeviceState::of(&VsockState { guest_cid, next_port }) }),
         ]
+    }
+
+    fn decoded_and_encoded(state: &DeviceState) -> DeviceState {
+        fn by<D: DeviceData>(state: &DeviceState) -> DeviceState {
+            DeviceState::of(&state.decode::<D>().unwrap())
+        }
+        match state.name() {
+            BlockState::NAME => by::<BlockState>(state),
+            NetState::NAME => by::<NetState>(state),
+            EntropyState::NAME => by::<EntropyState>(state),
+            _ => by::<VsockState>(state),
+        }
     }
 
     proptest! {
         #[test]
         fn every_device_state_survives_save_and_load(devices in prop::collection::vec(device(), 0..6)) {
             let devices = Devices(devices);
-            prop_assert_eq!(saved_and_read(&devices), devices);
+            let read = saved_and_read(&devices);
+            prop_assert_eq!(&read, &devices);
+            prop_assert_eq!(Devices(read.0.iter().map(decoded_and_encoded).collect()), devices);
         }
 
         #[test]

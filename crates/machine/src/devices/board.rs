@@ -43,7 +43,7 @@ enum Transport {
 }
 
 /// All virtio devices of a machine, as saved.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DevicesState {
     /// The PCI bus, where there is one.
     pub pci: Option<PciRootState>,
@@ -52,7 +52,7 @@ pub struct DevicesState {
 }
 
 /// A device, as saved.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SavedDevice {
     /// What it is called.
     pub name: String,
@@ -61,7 +61,7 @@ pub struct SavedDevice {
 }
 
 /// A transport with its device, as saved.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum SavedTransport {
     /// On virtio-mmio.
     Mmio(MmioState),

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use virtio::eventfd::EventFd as VirtioEventFd;
+use sync::EventFd as VirtioEventFd;
 use virtio::transport::{IoEvents, KickMatch};
 use vmm_sys_util::eventfd::EventFd;
 

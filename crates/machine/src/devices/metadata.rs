@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use config::NetworkInterface;
 use mmds::{Service, Stack};
-use virtio::net::Detour;
+use net::Detour;
 use virtio::worker::Nanos;
 
 /// The way from `network` to `service`, if it has one.

@@ -36,16 +36,16 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use block::disk::Disk;
+use block::{Block, BlockConfig, BlockControl, BlockError, BlockState};
 use config::{Drive, Entropy, NetworkInterface, TokenBucket};
-use virtio::block::disk::Disk;
-use virtio::block::{Block, BlockConfig, BlockControl, BlockError};
-use virtio::device::DeviceState;
-use virtio::entropy::{self, EntropyControl};
-use virtio::net::{Net, NetBackend, NetConfig, NetControl, NetError, NetSetup};
+use entropy::{EntropyControl, EntropyState};
+use net::{Net, NetBackend, NetConfig, NetControl, NetError, NetSetup, NetState};
+use virtio::device::{DecodeError, DeviceData};
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 use virtio::transport::RestoreError;
-use virtio::vsock::{HostSockets, Vsock, VsockControl};
 use virtio::worker::{WorkerId, Workers, WorkersConfig, monotonic};
+use vsock::{HostSockets, Vsock, VsockControl, VsockState};
 
 use crate::kvm::{KvmError, Vm};
 use crate::vcpu::Buses;
@@ -111,11 +111,21 @@ pub enum DeviceError {
         /// This process puts them on PCI.
         pci: bool,
     },
-    /// A saved device is of another kind than its name says.
-    #[error("the saved state of {name} is not that of such a device")]
-    OtherKind {
+    /// The saved state of a device is that of another kind of device, or damaged.
+    #[error("{name}: {source}")]
+    State {
         /// The device.
         name: String,
+        /// What is wrong with the state.
+        source: DecodeError,
+    },
+    /// A saved device is of a kind that this version does not have.
+    #[error("{name}: the saved state is that of a {kind} device, which this version does not have")]
+    UnknownKind {
+        /// The device.
+        name: String,
+        /// The kind of device that was saved.
+        kind: String,
     },
     /// A saved device cannot be made again.
     #[error(transparent)]
@@ -227,9 +237,8 @@ impl Devices {
         let now = monotonic();
         for ((drive, disk), own) in drives.into_iter().zip(own) {
             let name = format!("drive {}", drive.drive_id);
-            let (block, control) = match saved.and_then(|saved| saved.device(&name)) {
-                Some(DeviceState::Block(state)) => Block::restore(state, disk, own, now)?,
-                Some(_) => return Err(DeviceError::OtherKind { name }),
+            let (block, control) = match saved_state::<BlockState>(saved, &name)? {
+                Some(state) => Block::restore(&state, disk, own, now)?,
                 None => {
                     let limits = limits(drive.rate_limiter.as_ref());
                     Block::new(BlockConfig::of(&drive), disk, limits, own, now)?
@@ -245,11 +254,8 @@ impl Devices {
             }
             let name = format!("net {}", network.iface_id);
             let setup = NetSetup { backend, detour };
-            let (net, control) = match saved.and_then(|saved| saved.device(&name)) {
-                Some(DeviceState::Net(state)) => {
-                    Net::restore(state, network.guest_mac.map(|mac| mac.0), setup, now)?
-                }
-                Some(_) => return Err(DeviceError::OtherKind { name }),
+            let (net, control) = match saved_state::<NetState>(saved, &name)? {
+                Some(state) => Net::restore(&state, network.guest_mac.map(|mac| mac.0), setup, now)?,
                 None => {
                     let rx = limits(network.rx_rate_limiter.as_ref());
                     let tx = limits(network.tx_rate_limiter.as_ref());
@@ -261,9 +267,8 @@ impl Devices {
         }
         if let Some(config) = setup.entropy {
             let name = "entropy".to_owned();
-            let (device, control) = match saved.and_then(|saved| saved.device(&name)) {
-                Some(DeviceState::Entropy(state)) => entropy::Entropy::restore(state, now),
-                Some(_) => return Err(DeviceError::OtherKind { name }),
+            let (device, control) = match saved_state::<EntropyState>(saved, &name)? {
+                Some(state) => entropy::Entropy::restore(&state, now),
                 None => entropy::Entropy::new(limits(config.rate_limiter.as_ref()), now),
             };
             board.plug(name, Box::new(device), vm, buses)?;
@@ -271,9 +276,8 @@ impl Devices {
         }
         if let Some(VsockSetup { guest_cid, sockets }) = setup.vsock {
             let name = "vsock".to_owned();
-            let (device, control) = match saved.and_then(|saved| saved.device(&name)) {
-                Some(DeviceState::Vsock(state)) => Vsock::restore(state, Some(guest_cid), sockets),
-                Some(_) => return Err(DeviceError::OtherKind { name }),
+            let (device, control) = match saved_state::<VsockState>(saved, &name)? {
+                Some(state) => Vsock::restore(&state, Some(guest_cid), sockets),
                 None => Vsock::new(guest_cid, sockets),
             };
             board.plug(name, Box::new(device), vm, buses)?;
@@ -340,17 +344,45 @@ impl DeviceSetup {
     }
 }
 
+/// The saved state of the device `name`, if there is a saved machine that has it.
+fn saved_state<D: DeviceData>(saved: Option<&DevicesState>, name: &str) -> Result<Option<D>, DeviceError> {
+    let Some(state) = saved.and_then(|saved| saved.device(name)) else { return Ok(None) };
+    let decoded = state.decode();
+    decoded.map(Some).map_err(|source| DeviceError::State { name: name.to_owned(), source })
+}
+
+impl DevicesState {
+    /// Whether the state of each device can be decoded.
+    pub fn check(&self) -> Result<(), DeviceError> {
+        for saved in &self.devices {
+            let state = saved.device();
+            let decoded = match state.name() {
+                BlockState::NAME => state.decode::<BlockState>().map(drop),
+                NetState::NAME => state.decode::<NetState>().map(drop),
+                EntropyState::NAME => state.decode::<EntropyState>().map(drop),
+                VsockState::NAME => state.decode::<VsockState>().map(drop),
+                kind => {
+                    return Err(DeviceError::UnknownKind { name: saved.name.clone(), kind: kind.to_owned() });
+                }
+            };
+            decoded.map_err(|source| DeviceError::State { name: saved.name.clone(), source })?;
+        }
+        Ok(())
+    }
+}
+
 /// For each drive the workers that serve it and nothing else, if it is the better for them: one for each of its I/O threads.
 fn own_workers(
     drives: &[(Drive, Disk)],
     saved: Option<&DevicesState>,
     workers: &Workers,
 ) -> Result<Vec<Vec<WorkerId>>, DeviceError> {
-    let threads =
-        |drive: &Drive| match saved.and_then(|saved| saved.device(&format!("drive {}", drive.drive_id))) {
-            Some(DeviceState::Block(state)) => state.config.check().map(|()| state.config.io_threads),
-            _ => Ok(drive.io_threads()),
-        };
+    let threads = |drive: &Drive| -> Result<u16, DeviceError> {
+        match saved_state::<BlockState>(saved, &format!("drive {}", drive.drive_id))? {
+            Some(state) => Ok(state.config.check().map(|()| state.config.io_threads)?),
+            None => Ok(drive.io_threads()),
+        }
+    };
     let own = |(drive, disk): &(Drive, Disk)| {
         let count = if disk.wants_own_workers() { threads(drive)? } else { 0 };
         let made = (0..count).map(|_| workers.dedicated()).collect::<io::Result<_>>();
@@ -401,7 +433,7 @@ mod tests {
             overlay: None,
             lock: None,
         };
-        let disk = Disk::open(&virtio::block::disk::DiskOptions::of(&drive)).unwrap();
+        let disk = Disk::open(&block::disk::DiskOptions::of(&drive)).unwrap();
         (drive, disk)
     }
 

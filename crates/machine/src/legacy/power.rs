@@ -1,6 +1,6 @@
 //! ACPI's sleep control, sleep status and reset registers, as ports.
 
-use virtio::counter::Counter;
+use sync::Counter;
 
 use crate::acpi::{RESET_VALUE, SLEEP_TYPE_S5};
 use crate::bus::BusDevice;

@@ -10,10 +10,10 @@ use virtio_queue::{Queue as OracleQueue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::eventfd::EventFd;
 use crate::testing::{
     DriverQueue, INDIRECT, NEXT, WRITE, guest_ram, reused_ram, tracked_guest_ram, write_descriptor,
 };
+use sync::EventFd;
 
 const BASE: u64 = 0x1000;
 const DATA: u64 = 0x10_0000;

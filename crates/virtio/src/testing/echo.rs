@@ -5,18 +5,27 @@ use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
+
 use crate::device::{
-    ActivateError, Activation, ActiveQueue, Device, DeviceKind, DeviceState, Interrupt, read_bytes,
+    ActivateError, Activation, ActiveQueue, Device, DeviceData, DeviceKind, DeviceState, Interrupt,
+    read_bytes,
 };
-use crate::entropy::EntropyState;
-use crate::eventfd::EventFd;
 use crate::queue::{Chain, QueueError};
-use crate::rate_limiter::RateLimiterState;
-use crate::sync::locked;
 use crate::worker::{Context, Event, Interest, Task, Token};
+use sync::EventFd;
+use sync::locked;
 
 /// Its configuration space in bytes; a driver may write all of it.
 const CONFIG_SIZE: usize = 20;
+
+/// Its saved state, which is empty.
+#[derive(Debug, Serialize, Deserialize)]
+struct EchoState {}
+
+impl DeviceData for EchoState {
+    const NAME: &'static str = "Echo";
+}
 
 /// The front. One task for all queues.
 #[derive(Debug)]
@@ -129,8 +138,7 @@ impl Device for Echo {
     }
 
     fn save(&self) -> DeviceState {
-        // It has nothing of its own to save; what it says is any state.
-        DeviceState::Entropy(EntropyState { limiter: RateLimiterState::default() })
+        DeviceState::of(&EchoState {})
     }
 }
 

@@ -10,12 +10,12 @@ use memory::GuestRam;
 
 use super::{DriverQueue, TestWorker};
 use crate::device::{Device, feature};
-use crate::eventfd::EventFd;
 use crate::queue::QueueState;
-use crate::sync::locked;
 use crate::transport::mmio::{IrqLine, MmioState, MmioTransport};
 use crate::transport::pci::{MsiMessage, MsiVectors, PciRoot, PciState, PciTransport};
 use crate::transport::{Attachment, CommonState, IoEvents, KickMatch, RestoreError, Status};
+use sync::EventFd;
+use sync::locked;
 
 /// Where the device is on mmio.
 pub const MMIO: u64 = 0xc000_1000;
@@ -122,7 +122,7 @@ enum Transport {
 }
 
 /// A transport's state, whichever it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum TransportState {
     /// virtio-mmio's.
     Mmio(MmioState),

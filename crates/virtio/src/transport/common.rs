@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 use super::health::{Health, Status};
 use super::{Attachment, Resetting, RestoreError};
 use crate::device::{Activation, ActiveQueue, Device, DeviceState, Interrupt, feature};
-use crate::eventfd::EventFd;
 use crate::queue::{Position, Queue, QueueError, QueueState};
 use crate::worker::{TaskHandle, Workers};
+use sync::EventFd;
 
 /// A transport's registers that do not depend on which transport it is, and its device. Plain data.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CommonState {
     /// Bits of [`Status`].
     pub status: u8,

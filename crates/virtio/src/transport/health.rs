@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use crate::counter::Counter;
+use sync::Counter;
 
 /// Bits of the device status (2.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

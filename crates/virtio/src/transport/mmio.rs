@@ -56,7 +56,7 @@ pub trait IrqLine: Send + Sync {
 }
 
 /// What a transport saves.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MmioState {
     /// What it has in common with other transports, and its device.
     pub common: CommonState,

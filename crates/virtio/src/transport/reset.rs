@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 use super::RESET_PATIENCE;
-use crate::sync::locked;
 use crate::worker::{Removal, Removed, TaskHandle};
+use sync::locked;
 
 /// A reset that is under way. Clones are the same.
 #[derive(Clone)]

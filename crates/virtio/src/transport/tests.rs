@@ -10,13 +10,13 @@ use vm_memory::{Bytes, GuestAddress};
 use super::mmio::MmioTransport;
 use super::{IoEvents, KickMatch, RestoreError, Status};
 use crate::device::{ActivateError, Activation, ConfigField, Device, DeviceKind, DeviceState, feature};
-use crate::eventfd::EventFd;
 use crate::queue::QueueState;
 use crate::testing::{
     DriverQueue, Echo, EchoControl, FakeIoEvents, Guest, Kind, RUNNING, TestWorker, TransportState, Used,
     reused_ram,
 };
 use crate::worker::{Task, Workers};
+use sync::EventFd;
 
 const BASE: u64 = 0x1000;
 const DATA: u64 = 0x10_0000;

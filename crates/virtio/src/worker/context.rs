@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use super::{Nanos, Token};
-use crate::eventfd::EventFd;
+use sync::EventFd;
 
 /// What to wait for on a descriptor. Level-triggered: an event comes as long as the condition holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

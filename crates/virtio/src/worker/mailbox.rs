@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use super::Task;
 use crate::device::Interrupt;
-use crate::eventfd::EventFd;
-use crate::sync::locked;
+use sync::EventFd;
+use sync::locked;
 
 /// Names a task for as long as its machine lives.
 pub(crate) type TaskKey = u64;

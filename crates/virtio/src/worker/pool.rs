@@ -12,7 +12,7 @@ use super::mailbox::{Command, Mailbox, TaskKey};
 use super::runner::Runner;
 use super::{Placement, Task, WorkerId};
 use crate::device::Interrupt;
-use crate::sync::locked;
+use sync::locked;
 
 /// Stack of a worker, in bytes. Only what is used takes memory.
 const STACK: usize = 512 << 10;

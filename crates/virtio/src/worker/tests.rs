@@ -7,9 +7,9 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use super::*;
-use crate::eventfd::EventFd;
-use crate::sync::locked;
 use crate::testing::{CountingInterrupt, TestWorker};
+use sync::EventFd;
+use sync::locked;
 
 /// For things that take microseconds.
 const PATIENCE: Duration = Duration::from_secs(20);

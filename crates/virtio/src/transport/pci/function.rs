@@ -30,7 +30,7 @@ const ISR_CONFIG: u8 = 2;
 pub(super) const NOT_DECODED: u64 = u64::MAX;
 
 /// What a function saves.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PciState {
     /// What it has in common with other transports, and its device.
     pub common: CommonState,

@@ -13,10 +13,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use super::layout;
-use crate::eventfd::EventFd;
-use crate::sync::locked;
 use crate::transport::health::Health;
 use crate::transport::{IoEvents, KickMatch};
+use sync::EventFd;
+use sync::locked;
 
 /// Names a function in the table.
 pub(super) type FunctionKey = u64;

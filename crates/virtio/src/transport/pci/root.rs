@@ -15,8 +15,8 @@ use super::config_space::{ConfigSpace, ConfigState, Identity};
 use super::function::{NOT_DECODED, PciTransport};
 use super::kicks::Kicks;
 use super::{BAR_SIZE, BarWindow};
-use crate::sync::locked;
 use crate::transport::IoEvents;
+use sync::locked;
 
 /// The most devices: slots 1 to 31 of the one bus.
 pub const MAX_DEVICES: usize = 31;

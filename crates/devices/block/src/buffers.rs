@@ -1,0 +1,188 @@
+//! Stretches of guest memory that the kernel reads from or writes to.
+//!
+//! # Invariant
+//!
+//! Every segment of a [`GuestBuffers`] lies in guest RAM: it came out of `vm-memory`'s checked lookup. Guest RAM is
+//! never unmapped while the process lives (see [`memory::GuestRam`]), so a segment stays valid for as long as anybody
+//! holds it. Nothing here follows the addresses: they go to the kernel as they are, and the guest may change the
+//! memory meanwhile as it likes.
+
+use memory::GuestRam;
+use vm_memory::bitmap::Bitmap;
+
+use virtio::queue::{GuestBuffer, QueueError};
+
+/// A stretch of this process's memory, in the layout of `struct iovec`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Segment {
+    /// First host address.
+    pub(super) addr: usize,
+    /// Length in bytes; never 0.
+    pub(super) len: usize,
+}
+
+/// What the device does with a stretch of guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// It reads it: a disk write.
+    FromGuest,
+    /// It writes it: a disk read.
+    ToGuest,
+}
+
+/// The data of one request, as stretches of guest memory in order.
+///
+/// Made to be used again: [`clear`](Self::clear) keeps the allocation.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct GuestBuffers {
+    segments: Vec<Segment>,
+    len: u64,
+}
+
+impl GuestBuffers {
+    /// No stretches.
+    pub fn new() -> Self {
+        GuestBuffers::default()
+    }
+
+    /// Adds `buffer`, which must be in `ram`.
+    ///
+    /// A stretch that goes [`ToGuest`](Direction::ToGuest) counts as written from now on: where the monitor's writes are
+    /// tracked, its pages are marked dirty here, because the kernel's writes would go unseen.
+    pub fn push(
+        &mut self,
+        ram: &GuestRam,
+        buffer: GuestBuffer,
+        direction: Direction,
+    ) -> Result<(), QueueError> {
+        let slice = buffer.slice(ram)?;
+        if direction == Direction::ToGuest {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+        let addr = slice.ptr_guard_mut().as_ptr().expose_provenance();
+        match self.segments.last_mut() {
+            // Buffers in adjacent pages are often adjacent.
+            Some(last) if last.addr + last.len == addr => last.len += slice.len(),
+            _ => self.segments.push(Segment { addr, len: slice.len() }),
+        }
+        self.len += slice.len() as u64;
+        Ok(())
+    }
+
+    /// Length of all stretches together, in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets the stretches and keeps the space for new ones.
+    pub fn clear(&mut self) {
+        self.segments.clear();
+        self.len = 0;
+    }
+
+    /// The stretches.
+    pub(super) fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The stretches, for an engine to step over what is done.
+    pub(super) fn segments_mut(&mut self) -> &mut [Segment] {
+        &mut self.segments
+    }
+
+    /// Appends the `len` bytes that begin `offset` bytes into `from`, which must hold that many.
+    pub(super) fn push_part(&mut self, from: &GuestBuffers, offset: u64, len: u64) {
+        debug_assert!(offset + len <= from.len);
+        let (mut skip, mut left) = (offset as usize, len as usize);
+        for segment in &from.segments {
+            if left == 0 {
+                break;
+            }
+            if skip >= segment.len {
+                skip -= segment.len;
+                continue;
+            }
+            let take = left.min(segment.len - skip);
+            self.segments.push(Segment { addr: segment.addr + skip, len: take });
+            left -= take;
+            skip = 0;
+        }
+        self.len += len;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use memory::layout::MIB;
+    use virtio::testing::{guest_ram, tracked_guest_ram};
+    use vm_memory::GuestMemoryBackend;
+
+    fn at(addr: u64, len: u32) -> GuestBuffer {
+        GuestBuffer { addr, len }
+    }
+
+    #[test]
+    fn neighbours_become_one_segment() {
+        let ram = guest_ram(1);
+        let mut buffers = GuestBuffers::new();
+        for buffer in [at(4096, 4096), at(8192, 512), at(4096, 512)] {
+            buffers.push(&ram, buffer, Direction::FromGuest).unwrap();
+        }
+        let host = ram.regions()[0].host_addr as usize;
+        assert_eq!(
+            buffers.segments(),
+            [Segment { addr: host + 4096, len: 4608 }, Segment { addr: host + 4096, len: 512 }]
+        );
+        assert_eq!(buffers.len(), 5120);
+    }
+
+    #[test]
+    fn a_stretch_that_leaves_memory_is_refused() {
+        let ram = guest_ram(1);
+        let mut buffers = GuestBuffers::new();
+        for (addr, len) in [(MIB, 1), (MIB - 1, 2), (u64::MAX, 1), (u64::MAX - 1, u32::MAX), (0, u32::MAX)] {
+            let refused = buffers.push(&ram, at(addr, len), Direction::FromGuest);
+            assert_eq!(refused, Err(QueueError::BufferOutsideRam { addr, len }));
+        }
+        assert!(buffers.is_empty());
+    }
+
+    #[test]
+    fn only_what_goes_to_the_guest_is_marked_dirty() {
+        let ram = tracked_guest_ram(1);
+        let mut buffers = GuestBuffers::new();
+        buffers.push(&ram, at(0, 4096), Direction::FromGuest).unwrap();
+        buffers.push(&ram, at(8192 - 1, 2), Direction::ToGuest).unwrap();
+        let region = ram.memory().iter().next().unwrap();
+        let dirty = |page: usize| vm_memory::GuestMemoryRegion::bitmap(region).dirty_at(page * 4096);
+        assert_eq!([dirty(0), dirty(1), dirty(2), dirty(3)], [false, true, true, false]);
+    }
+
+    #[test]
+    fn parts_cut_segments_where_they_must() {
+        let ram = guest_ram(1);
+        let host = ram.regions()[0].host_addr as usize;
+        let mut all = GuestBuffers::new();
+        for addr in [0, 8192, 16384] {
+            all.push(&ram, at(addr, 1000), Direction::FromGuest).unwrap();
+        }
+        let mut part = GuestBuffers::new();
+        part.push_part(&all, 500, 2000);
+        assert_eq!(
+            part.segments(),
+            [
+                Segment { addr: host + 500, len: 500 },
+                Segment { addr: host + 8192, len: 1000 },
+                Segment { addr: host + 16384, len: 500 }
+            ]
+        );
+        assert_eq!(part.len(), 2000);
+    }
+}

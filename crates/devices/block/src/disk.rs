@@ -1,0 +1,386 @@
+//! Opening a disk: a file or a block device, and the overlays on it.
+//!
+//! A [`Disk`] is what a drive's paths name, opened once. It is cheap to clone, and each clone is the same disk; the
+//! [`DiskQueue`]s that serve its requests come from it. Opening is where everything is checked that can be: what is
+//! left are errors of single requests.
+//!
+//! # Callers
+//!
+//! `machine` opens disks, on main: when a drive is attached, and when its path is replaced.
+
+#[cfg(test)]
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use config::{CacheType, Drive, IoEngine};
+
+use super::base::Base;
+use super::direct::DirectEngine;
+use super::engine::{Engine, Patience};
+pub use super::health::ContentsUnknown;
+use super::health::DiskHealth;
+use super::lock::Mode;
+pub use super::lock::{FileLocks, LockError};
+pub use super::name::make_name_durable;
+use super::overlay::{Lower, OverlayError, Top, TopOptions};
+use super::queue::{DiskQueue, Tag};
+#[cfg(any(test, feature = "testing"))]
+use super::settled::SettledRing;
+pub use super::stack::LayerMerge;
+use super::stack::Stack;
+use super::sync_engine::SyncEngine;
+use super::uring::{Uring, UringError};
+
+/// Why a disk cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The kernel does not open it.
+    #[error("cannot open disk {}: {source}", path.display())]
+    Open {
+        /// The disk.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// It is a directory, a pipe or another thing that cannot be a disk.
+    #[error("disk {} is neither a file nor a block device", path.display())]
+    NotADisk {
+        /// What was named.
+        path: PathBuf,
+    },
+    /// It could be opened but not read or synced.
+    #[error("cannot use disk {}: {source}", path.display())]
+    Read {
+        /// The disk.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// Another monitor uses it.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A sync of it failed before.
+    #[error(transparent)]
+    ContentsUnknown(#[from] ContentsUnknown),
+    /// An overlay does not open.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// `io_engine` is Async and there is none.
+    #[error("io_engine Async: {0}")]
+    Async(#[from] UringError),
+    /// The thread of the synchronous engine does not start.
+    #[error("cannot start the thread of io_engine Sync: {0}")]
+    Sync(#[source] io::Error),
+}
+
+/// What a disk is made of, and how it is to be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// Whether the guest cannot write.
+    pub read_only: bool,
+    /// Whether the guest's flushes wait for the disk.
+    pub cache_type: CacheType,
+    /// How it is read and written; the best that the kernel has where absent.
+    pub engine: Option<IoEngine>,
+    /// Where writes go instead.
+    pub overlay: Option<config::Overlay>,
+    /// Most queues that serve it at a time.
+    pub io_threads: u16,
+    /// Whether other monitors are kept from it while it is in use.
+    pub lock: bool,
+    /// Whether the directory entry of a new, empty overlay file is known to be durable. If not, it is made so.
+    pub name_is_durable: bool,
+}
+
+impl DiskOptions {
+    /// What `drive` asks for; a drive that was checked has a path.
+    pub fn of(drive: &Drive) -> Self {
+        DiskOptions {
+            path: drive.path_on_host.clone().unwrap_or_default(),
+            read_only: drive.is_read_only,
+            cache_type: drive.cache_type,
+            engine: drive.io_engine,
+            overlay: drive.overlay.clone(),
+            io_threads: drive.io_threads(),
+            lock: drive.lock(),
+            name_is_durable: false,
+        }
+    }
+}
+
+/// An open disk.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    stack: Arc<Stack>,
+    read_only: bool,
+    cache_type: CacheType,
+    engine: IoEngine,
+    /// For fuzzing: requests are over when they are submitted, with [`IoEngine::Async`] too.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) settled: bool,
+}
+
+impl Disk {
+    /// Opens a disk and the overlays on it, for a process that has no other disks.
+    pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
+        Self::open_with(options, &FileLocks::default(), None)
+    }
+
+    /// Opens a disk and the overlays on it.
+    ///
+    /// `locks` are those of this process's disks. `replaces` is the disk in whose place it comes: where both are the same file, contents
+    /// that are unknown stay so.
+    pub fn open_with(
+        options: &DiskOptions,
+        locks: &FileLocks,
+        replaces: Option<&Disk>,
+    ) -> Result<Self, DiskError> {
+        let engine = engine_of(options)?;
+        let base = Arc::new(Base::open(options, locks)?);
+        if let Some(old) = replaces
+            && options.overlay.is_some()
+            && base.is_same_disk(old.stack.base())
+            && old.stack.top().is_none()
+        {
+            // What lies beneath the overlay would be what is unknown.
+            old.check()?;
+        }
+        let same = replaces.filter(|old| base.takes_writes_of(old.stack.base()));
+        let health = same.map_or_else(
+            || DiskHealth::new(options.overlay.as_ref().map_or(&options.path, |overlay| &overlay.path)),
+            |old| Arc::clone(old.stack.health()),
+        );
+        let mut stack = Stack::new(base, Arc::clone(&health));
+        if let Some(overlay) = &options.overlay {
+            let unreadable = |source| DiskError::Read { path: options.path.clone(), source };
+            for path in &overlay.layers {
+                let beneath = stack.describe().map_err(unreadable)?;
+                stack.push_lower(Lower::open(path, beneath)?);
+            }
+            let beneath = stack.describe().map_err(unreadable)?;
+            if options.read_only {
+                stack.push_lower(Lower::open(&overlay.path, beneath)?);
+            } else {
+                let options = TopOptions {
+                    below: &stack.files(),
+                    size: overlay.size_mib.map(|mib| mib << 20),
+                    wait_for_disk: options.cache_type == CacheType::Writeback,
+                    name_is_durable: options.name_is_durable,
+                    health,
+                };
+                stack.set_top(Top::open(&overlay.path, beneath, options)?);
+            }
+        }
+        Ok(Disk {
+            stack: Arc::new(stack),
+            read_only: options.read_only,
+            cache_type: options.cache_type,
+            engine,
+            #[cfg(any(test, feature = "testing"))]
+            settled: false,
+        })
+    }
+
+    /// Size in bytes, a multiple of 512.
+    pub fn size(&self) -> u64 {
+        self.stack.size()
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether the guest's flushes wait for the disk.
+    pub fn cache_type(&self) -> CacheType {
+        self.cache_type
+    }
+
+    /// How it is read and written.
+    pub fn engine(&self) -> IoEngine {
+        self.engine
+    }
+
+    /// Whether writes go to an overlay, so that only one [`DiskQueue`] may be in use at a time.
+    pub fn has_overlay(&self) -> bool {
+        self.stack.top().is_some()
+    }
+
+    /// Whether workers of its own make it quicker, ones that may wait for it ([`Patience::MayWait`]): where a request would
+    /// otherwise go to another thread and back, though most are but copies into the page cache. Writes to a file do (most file
+    /// systems cannot tell `io_uring` beforehand that they will not wait), and everything with [`IoEngine::Sync`].
+    ///
+    /// A disk of no size counts as well: it stands for one that takes its place later, when workers cannot be made any more.
+    pub fn wants_own_workers(&self) -> bool {
+        self.engine == IoEngine::Sync || (!self.read_only && self.stack.writes_to_file())
+    }
+
+    /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
+    pub fn queue(&self, patience: Patience) -> Result<DiskQueue, DiskError> {
+        let files = self.stack.files_of_queue();
+        #[cfg(any(test, feature = "testing"))]
+        if self.settled && self.engine == IoEngine::Async {
+            return Ok(self.queue_with(Engine::Settled(SettledRing::new(files)?)));
+        }
+        let engine = match (self.engine, patience) {
+            (IoEngine::Async, _) => Engine::Uring(Box::new(Uring::new(files, patience)?)),
+            (IoEngine::Sync, Patience::None) => {
+                Engine::Sync(SyncEngine::new(files).map_err(DiskError::Sync)?)
+            }
+            (IoEngine::Sync, Patience::MayWait) => Engine::Direct(DirectEngine::new(files)),
+        };
+        Ok(self.queue_with(engine))
+    }
+
+    /// As [`queue`](Self::queue), with an engine for the files of the stack.
+    pub(super) fn queue_with(&self, engine: Engine<Tag>) -> DiskQueue {
+        let flush = self.cache_type == CacheType::Writeback && !self.read_only;
+        DiskQueue::new(Arc::clone(&self.stack), engine, flush)
+    }
+
+    /// The files that an engine works on, by number.
+    #[cfg(test)]
+    pub(super) fn files(&self) -> Vec<Arc<File>> {
+        self.stack.files()
+    }
+
+    /// Fails once the disk's contents are unknown: a sync of it failed.
+    pub fn check(&self) -> Result<(), ContentsUnknown> {
+        self.stack.health().check()
+    }
+
+    /// The files for one more queue, by number.
+    #[cfg(test)]
+    pub(super) fn files_of_queue(&self) -> Vec<Arc<File>> {
+        self.stack.files_of_queue()
+    }
+
+    /// Makes the files hold all that the disk does, and durable if flushes wait for the disk. Blocks; for the moments in which
+    /// no request is in flight, such as a snapshot.
+    pub fn sync(&self) -> Result<(), DiskError> {
+        let _one = self.stack.health().begin()?;
+        match self.stack.top() {
+            Some(top) => Ok(top.sync("a sync of the paused microVM's disk")?),
+            None => self.sync_base("a sync of the paused microVM's disk"),
+        }
+    }
+
+    /// Makes what was written to a plain disk durable, if flushes wait for it.
+    fn sync_base(&self, what: &'static str) -> Result<(), DiskError> {
+        match self.stack.base().sync_file() {
+            Some(file) if self.cache_type == CacheType::Writeback => {
+                Ok(self.stack.health().sync(file, what)?)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Disk {
+    /// Ends its use in order: an overlay is closed, so that it holds on any host what was written to it (durable, if flushes wait for the
+    /// disk). A plain disk has what was written to it already, as far as it is promised. Blocks. No request is in flight. An error
+    /// if the disk's contents are unknown.
+    pub fn close(&self) -> Result<(), DiskError> {
+        let _one = self.stack.health().begin()?;
+        self.stack.top().map_or(Ok(()), |top| Ok(top.close()?))
+    }
+
+    /// Makes its files a base that others can put overlays on: they hold all that the disk does (durable if flushes wait for the
+    /// disk), and may be read by others. Blocks. No request is in flight, and none may come any more: whoever used this disk goes on with
+    /// an overlay on it.
+    pub fn freeze(&self) -> Result<(), DiskError> {
+        let _one = self.stack.health().begin()?;
+        if let Some(top) = self.stack.top() {
+            return Ok(top.freeze()?);
+        }
+        self.sync_base("the sync of a disk that becomes a base")?;
+        if !self.read_only {
+            self.stack.base().set_lock(Mode::Shared)?;
+        }
+        Ok(())
+    }
+
+    /// Whether its writes go to an overlay that holds nothing yet: what lies below is all that there is.
+    pub fn is_unwritten(&self) -> bool {
+        self.stack.top().is_some_and(Top::is_unwritten)
+    }
+
+    /// The layers that are only read, to be merged into the blank file at `path` on another thread. Requests may come meanwhile.
+    pub fn merge_layers(&self, path: &Path) -> Result<LayerMerge, DiskError> {
+        self.check()?;
+        self.stack.merge_layers(path)
+    }
+
+    /// Lets the disk itself have what was written so far, if flushes wait for it, so that a freeze soon after waits for little. Blocks;
+    /// requests may come meanwhile.
+    pub fn write_back(&self) -> Result<(), DiskError> {
+        let _one = self.stack.health().begin()?;
+        if self.read_only || self.cache_type == CacheType::Unsafe {
+            return Ok(());
+        }
+        match self.stack.top() {
+            Some(top) => Ok(top.write_back()?),
+            None => self.sync_base("a write-back of what was written"),
+        }
+    }
+
+    /// Undoes [`Disk::freeze`]: it is written to again. Only if nobody has put an overlay on it.
+    pub fn thaw(&self) -> Result<(), DiskError> {
+        match self.stack.top() {
+            Some(top) => Ok(top.thaw()?),
+            None if self.read_only => Ok(()),
+            None => Ok(self.stack.base().set_lock(Mode::Exclusive)?),
+        }
+    }
+}
+
+/// The engine that `options` ask for, or the best that the kernel has.
+fn engine_of(options: &DiskOptions) -> Result<IoEngine, UringError> {
+    match options.engine {
+        Some(IoEngine::Async) => {
+            Uring::<()>::new(Vec::new(), Patience::None)?;
+            Ok(IoEngine::Async)
+        }
+        Some(IoEngine::Sync) => Ok(IoEngine::Sync),
+        None => match Uring::<()>::new(Vec::new(), Patience::None) {
+            Ok(_) => Ok(IoEngine::Async),
+            Err(error) => {
+                log::info!("disks use io_engine Sync: {error}");
+                Ok(IoEngine::Sync)
+            }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wants(bytes: u64, read_only: bool, engine: IoEngine) -> bool {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        let disk = Disk::open(&DiskOptions {
+            path: file.path().into(),
+            read_only,
+            cache_type: CacheType::Unsafe,
+            engine: Some(engine),
+            overlay: None,
+            io_threads: 1,
+            lock: true,
+            name_is_durable: false,
+        });
+        disk.unwrap().wants_own_workers()
+    }
+
+    #[test]
+    fn who_would_go_through_another_thread_wants_workers_of_its_own() {
+        assert!(wants(4096, false, IoEngine::Async), "writes to a file");
+        assert!(!wants(4096, true, IoEngine::Async), "reads go through the ring");
+        assert!(wants(4096, true, IoEngine::Sync), "all waits");
+        assert!(wants(0, false, IoEngine::Async), "what is to take its place may be written to");
+    }
+}

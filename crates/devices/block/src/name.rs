@@ -1,0 +1,100 @@
+//! Making the name of a new file durable: a file that is on disk is lost with the host if its directory's entry is not.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+
+/// Most symbolic links that are followed, as the kernel follows them.
+const MAX_LINKS: usize = 40;
+
+/// Makes the directory entry of the file at `path` durable. Blocks. The entry of a symbolic link's target, where it is one.
+///
+/// To be called before anything names the file: a configuration, a state file, an answer.
+pub fn make_name_durable(path: &Path) -> io::Result<()> {
+    if std::fs::metadata(path)?.nlink() == 0 {
+        // It has no name: it was inherited, and is named by its descriptor.
+        return Ok(());
+    }
+    let file = target_of(path);
+    #[cfg(test)]
+    record::note(&file);
+    let dir = match file.parent() {
+        Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
+        Some(dir) => dir,
+        None => Path::new("/"),
+    };
+    match File::open(dir) {
+        Ok(dir) => match rustix::fs::fsync(&dir) {
+            // A file system that cannot sync directories.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(()),
+            result => Ok(result?),
+        },
+        // Files can be made in a directory that cannot be read, and a descriptor's link names one that may not be there. Then the file system is
+        // synced as a whole.
+        Err(_) => Ok(rustix::fs::syncfs(File::open(path)?)?),
+    }
+}
+
+/// The file that `path` is, whose directory has its entry. The links of `/proc` in the middle of a path mean more than their text, so
+/// the directory is left as it is named.
+fn target_of(path: &Path) -> PathBuf {
+    let mut target = path.to_owned();
+    for _ in 0..MAX_LINKS {
+        let Ok(link) = std::fs::read_link(&target) else { break };
+        target = target.parent().unwrap_or(Path::new("/")).join(link);
+    }
+    target
+}
+
+/// Which names were made durable, for tests.
+#[cfg(test)]
+pub(super) mod record {
+    use std::cell::RefCell;
+    use std::path::{Path, PathBuf};
+
+    thread_local! {
+        static NAMES: RefCell<Vec<PathBuf>> = const { RefCell::new(Vec::new()) };
+    }
+
+    pub(super) fn note(path: &Path) {
+        NAMES.with_borrow_mut(|names| names.push(path.into()));
+    }
+
+    /// Those that this thread has made durable since the last call.
+    pub(crate) fn take() -> Vec<PathBuf> {
+        NAMES.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_directory_of_a_links_target_is_the_one_that_is_synced() {
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join("dir/file");
+        std::fs::create_dir(home.path().join("dir")).unwrap();
+        File::create(&file).unwrap();
+        let link = home.path().join("link");
+        std::os::unix::fs::symlink("dir/file", &link).unwrap();
+        make_name_durable(&link).unwrap();
+        assert_eq!(record::take(), [file]);
+        assert!(make_name_durable(&home.path().join("missing")).is_err());
+    }
+
+    /// Directories that have no path but that of a descriptor, and files that have no name.
+    #[test]
+    fn files_that_only_a_descriptor_names_are_made_durable() {
+        use std::os::fd::AsRawFd;
+        let home = tempfile::tempdir().unwrap();
+        File::create(home.path().join("file")).unwrap();
+        let dir = File::open(home.path()).unwrap();
+        make_name_durable(Path::new(&format!("/proc/self/fd/{}/file", dir.as_raw_fd()))).unwrap();
+        let unnamed = tempfile::tempfile().unwrap();
+        make_name_durable(Path::new(&format!("/proc/self/fd/{}", unnamed.as_raw_fd()))).unwrap();
+    }
+}

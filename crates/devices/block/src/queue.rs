@@ -1,0 +1,693 @@
+//! Serving requests for a disk: what the tasks of the device talk to.
+//!
+//! # Contract
+//!
+//! - The caller has checked that a request lies within the disk, in whole sectors. What reaches past the end all the same is
+//!   answered with `EINVAL`; nothing panics.
+//! - [`start`](DiskQueue::start) notes requests, [`kick`](DiskQueue::kick) sends them off and takes in what is over, and
+//!   [`finished`](DiskQueue::finished) tells one by one which are. None of them waits for a disk (but for a worker with
+//!   [`Patience`](super::engine::Patience)), nor does any take long: a request larger than [`PART`] is worked off in parts,
+//!   a few at a time, so that it cannot keep a worker to itself.
+//! - Its [`event`](DiskQueue::event) is readable when `kick` has something to take in.
+//! - Requests in flight together have no order, as on any disk. A flush covers what had finished when it was started.
+//! - [`reserve`](DiskQueue::reserve) bounds what the disk still has to move ([`backlog`](super::backlog)).
+//! - A discard is a hint. What is left of it when its queue is to [drain](DiskQueue::set_draining) is not done.
+//! - What was told to be over survives the monitor's being killed, on an overlay as on a plain disk ([`holding`](super::holding)).
+//!
+//! # Error model
+//!
+//! A request fails with an errno; others go on. `EIO` may mean that the file ended early: it shrank. After a failed sync, of this queue or of
+//! anything else that syncs the disk, flushes fail with `EIO` and are not tried ([`health`](super::health)).
+
+use std::collections::VecDeque;
+use std::ops::RangeInclusive;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::SECTOR;
+use super::backlog::{Backlog, DistinctPages, READ_EXTRA, dirtied};
+use super::beginning::Beginning;
+use super::buffers::GuestBuffers;
+use super::engine::{Done, Engine, MAX_ZEROS, Transfer};
+use super::flush::Flush;
+use super::holding::Holding;
+use super::overlay::Top;
+use super::owner::Owner;
+use super::stack::Stack;
+use sync::EventFd;
+
+/// Largest part of a request that is worked off at once, in bytes.
+const PART: u64 = 1 << 20;
+/// Most parts of one request in flight at a time.
+const MAX_PARTS: u32 = 4;
+/// Largest part of a discard, in bytes. Where the file allows it, parts end at multiples of it.
+pub(super) const DISCARD_PART: u64 = 4 << 20;
+/// Most bytes of one discard that the disk works on at a time.
+pub(super) const DISCARD_AT_A_TIME: u64 = MAX_PARTS as u64 * DISCARD_PART;
+/// Most dirty bytes that a discard or a zeroing by the file system leaves: the partial blocks at its ends, and metadata.
+const RANGE_DIRT: u64 = 64 << 10;
+/// Dirty bytes of an overlay's two maps for one change of sectors that they did not hold, at most, for each 16 MiB of it.
+const MAP_DIRT: u64 = 2 * 4096;
+/// The sync of the backlog, as a flush of the disk.
+const SYNC: Token = Token::MAX;
+
+/// What is to be done.
+#[derive(Debug)]
+pub enum Request {
+    /// Fill the buffers from `offset` on.
+    Read(GuestBuffers),
+    /// Write the buffers from `offset` on.
+    Write(GuestBuffers),
+    /// The `len` bytes are not needed any more; they read as zeros where the disk can give their space back.
+    Discard {
+        /// Length in bytes.
+        len: u64,
+    },
+    /// The `len` bytes read as zeros.
+    WriteZeroes {
+        /// Length in bytes.
+        len: u64,
+        /// Whether their space may be given back.
+        unmap: bool,
+    },
+    /// What was written becomes durable. Nothing is done where flushes do not wait for the disk.
+    Flush,
+}
+
+/// How the caller tells its requests apart.
+pub type Token = u32;
+
+/// Serves requests for one [`Disk`](super::disk::Disk).
+#[derive(Debug)]
+pub struct DiskQueue {
+    /// First, so that it is dropped first: it waits for what is in flight.
+    engine: Engine<Tag>,
+    stack: Arc<Stack>,
+    /// Whether a flush does anything.
+    flush: bool,
+    backlog: Arc<Backlog>,
+    /// The number of this queue among those of the backlog.
+    member: usize,
+    write_back: WriteBack,
+    /// Size of the request that waits for room.
+    held: u64,
+    /// A sync ended in the last `kick`: there may be room.
+    freed: bool,
+    /// Nothing is begun any more that need not be.
+    draining: bool,
+    /// Requests in parts.
+    split: Vec<Option<Split>>,
+    free_split: Vec<u32>,
+    beginning: Beginning,
+    holding: Holding,
+    flushes: Flush,
+    owner: Owner,
+    finished: VecDeque<(Token, Result<(), Errno>)>,
+    in_flight: usize,
+    /// Reused: completions of one round, and spent buffers.
+    done: Vec<Done<Tag>>,
+    spare: Vec<GuestBuffers>,
+}
+
+/// The early write-back that this queue does.
+#[derive(Debug, Default)]
+struct WriteBack {
+    pages: DistinctPages,
+    /// It is being started.
+    starting: bool,
+}
+
+/// What a transfer is for.
+#[derive(Debug)]
+pub(super) enum Tag {
+    /// A whole request.
+    Whole(Token),
+    /// A whole write; an overlay holds these sectors afterwards.
+    Write { token: Token, sector: u64, count: u64 },
+    /// A discard: one that the disk cannot do is done.
+    Discard { token: Token, offset: u64, len: u64 },
+    /// Zeroing of a range, by the file system; where it cannot, zeros are written.
+    Zero { token: Token, offset: u64, len: u64 },
+    /// A part of a request.
+    Part(u32),
+    /// The start of write-back.
+    WriteBack,
+    /// A step of the beginning of an overlay's session.
+    Begin,
+    /// A step of a flush.
+    Flush,
+    /// An overlay's file is to say that its contents are unknown; where it cannot, its map B is cleared.
+    GiveUp,
+    /// The clearing of map B.
+    ClearMapB,
+    /// A stretch of an overlay's map B.
+    MapB { page: u64, words: RangeInclusive<u16> },
+}
+
+/// A request that is worked off in parts.
+#[derive(Debug)]
+struct Split {
+    token: Token,
+    what: SplitWhat,
+    /// Where on the disk it begins.
+    offset: u64,
+    len: u64,
+    /// How much of it was started.
+    started: u64,
+    parts: u32,
+    error: Option<Errno>,
+}
+
+impl Split {
+    /// Whether no part is started any more.
+    fn is_started(&self, draining: bool) -> bool {
+        let dropped = draining && matches!(self.what, SplitWhat::Discard);
+        self.started == self.len || self.error.is_some() || dropped
+    }
+}
+
+#[derive(Debug)]
+enum SplitWhat {
+    Read(GuestBuffers),
+    Write(GuestBuffers),
+    Zeros,
+    Discard,
+}
+
+impl DiskQueue {
+    pub(super) fn new(stack: Arc<Stack>, engine: Engine<Tag>, flush: bool) -> Self {
+        DiskQueue {
+            engine,
+            stack,
+            flush,
+            backlog: Backlog::new(1),
+            member: 0,
+            write_back: WriteBack::default(),
+            held: 0,
+            freed: false,
+            draining: false,
+            split: Vec::new(),
+            free_split: Vec::new(),
+            beginning: Beginning::default(),
+            holding: Holding::default(),
+            flushes: Flush::default(),
+            owner: Owner::here(),
+            finished: VecDeque::new(),
+            in_flight: 0,
+            done: Vec::new(),
+            spare: Vec::new(),
+        }
+    }
+
+    /// The same as number `member` of the queues that share `backlog`.
+    pub(super) fn with_backlog(mut self, backlog: Arc<Backlog>, member: usize) -> Self {
+        (self.backlog, self.member) = (backlog, member);
+        self
+    }
+
+    /// Signals `waker` when there is something to do because of another queue of the disk.
+    pub(super) fn set_waker(&self, waker: Arc<EventFd>) {
+        self.backlog.set_waker(self.member, waker);
+    }
+
+    /// Takes room in the backlog for a request that makes the disk move `bytes`. False if there is none: the waker is signalled, or
+    /// `kick` has something to do, when there may be.
+    /// Reads may exceed it a little, so that they do not wait for what was written.
+    pub(super) fn reserve(&mut self, bytes: u64, is_read: bool) -> bool {
+        let extra = if is_read { READ_EXTRA } else { 0 };
+        let fits = self.backlog.reserve(self.member, bytes, extra);
+        self.held = if fits { 0 } else { bytes };
+        fits
+    }
+
+    /// Gives back the room of a request that is over.
+    pub(super) fn release(&self, bytes: u64) {
+        self.backlog.release(self.member, bytes);
+    }
+
+    /// Bytes that the disk has to move for a write of `len` bytes at `offset`.
+    pub(super) fn cost_of_write(&self, offset: u64, len: u64) -> u64 {
+        let (_, start) = self.stack.write_target();
+        dirtied(start.saturating_add(offset), len) + self.cost_of_maps(len)
+    }
+
+    fn cost_of_maps(&self, len: u64) -> u64 {
+        if self.stack.top().is_some() { MAP_DIRT * (2 + len / (16 << 20)) } else { 0 }
+    }
+
+    /// Whether discards in flight are to end early, because a pause or a reset waits for this queue.
+    pub(super) fn set_draining(&mut self, draining: bool) {
+        self.draining = draining;
+        if draining {
+            self.held = 0;
+        }
+    }
+
+    /// Empty buffers, for a request to come; used ones, if there are any.
+    pub fn buffers(&mut self) -> GuestBuffers {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// Takes back buffers that were not used after all.
+    pub fn recycle(&mut self, mut buffers: GuestBuffers) {
+        if self.spare.len() < 64 {
+            buffers.clear();
+            self.spare.push(buffers);
+        }
+    }
+
+    /// Notes a request; `offset` is in bytes, and of no matter for a flush.
+    pub fn start(&mut self, token: Token, offset: u64, request: Request) {
+        self.in_flight += 1;
+        let len = match &request {
+            Request::Read(buffers) | Request::Write(buffers) => buffers.len(),
+            Request::Discard { len } | Request::WriteZeroes { len, .. } => *len,
+            Request::Flush => return self.start_flush(token),
+        };
+        let end = offset.checked_add(len).filter(|&end| end <= self.stack.size());
+        if end.is_none() || !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
+            return self.finish(token, Err(Errno::INVAL));
+        }
+        if len == 0 {
+            return self.finish(token, Ok(()));
+        }
+        match (request, self.stack.top()) {
+            (Request::Read(buffers), _) => self.read(token, offset, buffers),
+            (change, Some(top)) if !top.is_begun() => {
+                let file = self.stack.write_target().0;
+                let change = (token, offset, change);
+                if let Err((token, _, change)) = self.beginning.wait(change, file, top, &mut self.engine) {
+                    self.refuse(token, change, Errno::IO);
+                }
+            }
+            (change, _) => self.change(token, offset, change),
+        }
+    }
+
+    /// Starts a request that changes the disk.
+    fn change(&mut self, token: Token, offset: u64, request: Request) {
+        match request {
+            Request::Write(buffers) => self.write(token, offset, buffers),
+            Request::Discard { len } => self.discard(token, offset, len),
+            Request::WriteZeroes { len, unmap } => self.zero(token, offset, len, !unmap),
+            Request::Read(_) | Request::Flush => {}
+        }
+    }
+
+    /// Sends off what was noted and takes in what is over. The caller tells what [`finished`](Self::finished) and, if then it
+    /// [`has_more`](Self::has_more), comes back, now or after others had their turn.
+    pub fn kick(&mut self) {
+        self.freed = false;
+        self.start_sync();
+        self.engine.submit();
+        let mut done = std::mem::take(&mut self.done);
+        self.engine.reap(&mut done);
+        for done in done.drain(..) {
+            self.take_in(done);
+        }
+        self.done = done;
+        if self.flush {
+            self.backlog.finished(self.member, &mut self.finished);
+        }
+        if let Some(top) = self.stack.top() {
+            let place = (self.stack.write_target().0, top);
+            self.holding.go_on(place, &mut self.engine, &mut self.finished);
+        }
+    }
+
+    /// Whether there is something to do or to tell at once, for which no event will come.
+    pub fn has_more(&self) -> bool {
+        self.engine.has_more() || !self.finished.is_empty() || self.freed
+    }
+
+    /// The next request that is over, with how it went.
+    pub fn finished(&mut self) -> Option<(Token, Result<(), Errno>)> {
+        let finished = self.finished.pop_front();
+        if finished.is_some() {
+            self.in_flight -= 1;
+        }
+        finished
+    }
+
+    /// Requests that were started and not yet told to be over.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether nothing is in flight, not even what nobody waits for.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight == 0 && self.engine.in_flight() == 0
+    }
+
+    /// Readable while [`kick`](Self::kick) has something to take in. None if nothing is ever left to wait for.
+    pub fn event(&self) -> Option<BorrowedFd<'_>> {
+        self.engine.event()
+    }
+
+    /// Waits until all that was started is over; [`finished`](Self::finished) tells how it went. For threads that may block.
+    pub fn drain(&mut self) {
+        loop {
+            self.kick();
+            if self.engine.in_flight() == 0 {
+                return;
+            }
+            self.engine.wait();
+        }
+    }
+
+    /// Waits until there is something to take in.
+    #[cfg(test)]
+    pub(super) fn wait_for_tests(&mut self) {
+        self.engine.wait();
+    }
+
+    fn finish(&mut self, token: Token, result: Result<(), Errno>) {
+        self.finished.push_back((token, result));
+    }
+
+    fn read(&mut self, token: Token, offset: u64, buffers: GuestBuffers) {
+        let state = self.stack.top().map(Top::state);
+        let len = buffers.len();
+        let place = self.stack.locate(state.as_deref(), offset, len);
+        drop(state);
+        if place.len == len && len <= PART {
+            self.engine.push(Transfer::read(place.file, place.offset, buffers, Tag::Whole(token)));
+        } else {
+            self.split(token, offset, len, SplitWhat::Read(buffers));
+        }
+    }
+
+    fn write(&mut self, token: Token, offset: u64, buffers: GuestBuffers) {
+        let len = buffers.len();
+        if len > PART {
+            return self.split(token, offset, len, SplitWhat::Write(buffers));
+        }
+        let (file, start) = self.stack.write_target();
+        let tag = Tag::Write { token, sector: offset / SECTOR, count: len / SECTOR };
+        self.engine.push(Transfer::write(file, start + offset, buffers, tag));
+    }
+
+    fn discard(&mut self, token: Token, offset: u64, len: u64) {
+        if len > DISCARD_PART && self.draining {
+            return self.finish(token, Ok(()));
+        }
+        if len > DISCARD_PART {
+            return self.split(token, offset, len, SplitWhat::Discard);
+        }
+        let (file, start) = self.stack.write_target();
+        let tag = Tag::Discard { token, offset, len };
+        self.engine.push(Transfer::zero(file, start + offset, len, false, tag));
+    }
+
+    fn zero(&mut self, token: Token, offset: u64, len: u64, keep_space: bool) {
+        let (file, start) = self.stack.write_target();
+        let tag = Tag::Zero { token, offset, len };
+        self.engine.push(Transfer::zero(file, start + offset, len, keep_space, tag));
+    }
+
+    fn start_flush(&mut self, token: Token) {
+        if !self.flush {
+            return self.finish(token, Ok(()));
+        }
+        self.backlog.flush(self.member, token);
+        // It may be answered already.
+        self.freed = true;
+        self.start_sync();
+    }
+
+    /// Starts a sync of the disk if it is due and none runs.
+    fn start_sync(&mut self) {
+        if !self.flush || !self.backlog.begin_sync(self.held) {
+            return;
+        }
+        self.write_back.pages.sync_begins(&self.backlog);
+        self.flushes.start(SYNC, &self.stack, &mut self.engine);
+        self.take_in_syncs();
+    }
+
+    fn take_in_syncs(&mut self) {
+        while let Some((_, result)) = self.flushes.finished() {
+            self.sync_ended(result);
+        }
+    }
+
+    /// The sync that this queue started is over, or was not tried because one has failed before.
+    fn sync_ended(&mut self, result: Result<(), Errno>) {
+        if result.is_ok() {
+            self.write_back.pages.sync_succeeded(&self.backlog);
+        }
+        self.backlog.sync_ended(self.member, result);
+        self.freed = true;
+        // Flushes that came meanwhile.
+        self.start_sync();
+    }
+
+    /// `len` bytes at `offset` of the disk were written, or some of them.
+    fn wrote(&mut self, offset: u64, len: u64) {
+        if self.flush && len > 0 {
+            let offset = self.stack.write_target().1 + offset;
+            let fresh = self.write_back.pages.mark(offset, len, &self.backlog);
+            let maps = if fresh > 0 { self.cost_of_maps(len) } else { 0 };
+            self.dirty(fresh + maps);
+        }
+    }
+
+    /// A range was discarded or zeroed without data being written.
+    fn cleared(&mut self, len: u64) {
+        if self.flush {
+            self.dirty(len.min(RANGE_DIRT) + self.cost_of_maps(len));
+        }
+    }
+
+    fn dirty(&mut self, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
+        if self.backlog.add_dirty(bytes) && !self.write_back.starting {
+            self.write_back.starting = true;
+            self.engine.push(Transfer::write_back(self.stack.write_target().0, Tag::WriteBack));
+        }
+        self.start_sync();
+    }
+
+    /// A sync of this queue failed, which the disk's health knows: lets an overlay say that its contents are unknown.
+    fn give_up(&mut self) {
+        let Some((offset, session)) = self.stack.top().and_then(Top::given_up) else { return };
+        let file = self.stack.write_target().0;
+        self.engine.push(Transfer::write_bytes(file, offset, session, Tag::GiveUp));
+    }
+
+    /// Ends a change that cannot be begun.
+    fn refuse(&mut self, token: Token, change: Request, errno: Errno) {
+        if let Request::Write(buffers) = change {
+            self.recycle(buffers);
+        }
+        self.finish(token, Err(errno));
+    }
+
+    /// Begins a request in parts.
+    fn split(&mut self, token: Token, offset: u64, len: u64, what: SplitWhat) {
+        let split = Split { token, what, offset, len, started: 0, parts: 0, error: None };
+        let index = if let Some(index) = self.free_split.pop() {
+            self.split[index as usize] = Some(split);
+            index
+        } else {
+            self.split.push(Some(split));
+            (self.split.len() - 1) as u32
+        };
+        self.start_parts(index);
+    }
+
+    /// Starts parts of a request, as many as may be in flight.
+    fn start_parts(&mut self, index: u32) {
+        let Some(split) = &mut self.split[index as usize] else { return };
+        let (target, target_start) = self.stack.write_target();
+        let state = self.stack.top().map(Top::state);
+        while split.parts < MAX_PARTS && !split.is_started(self.draining) {
+            let offset = split.offset + split.started;
+            let left = (split.len - split.started).min(PART);
+            let (transfer, len) = match &split.what {
+                SplitWhat::Read(all) => {
+                    let place = self.stack.locate(state.as_deref(), offset, left);
+                    let mut buffers = self.spare.pop().unwrap_or_default();
+                    buffers.push_part(all, split.started, place.len);
+                    (Transfer::read(place.file, place.offset, buffers, Tag::Part(index)), place.len)
+                }
+                SplitWhat::Write(all) => {
+                    let mut buffers = self.spare.pop().unwrap_or_default();
+                    buffers.push_part(all, split.started, left);
+                    (Transfer::write(target, target_start + offset, buffers, Tag::Part(index)), left)
+                }
+                SplitWhat::Zeros => {
+                    let left = left.min(MAX_ZEROS);
+                    (Transfer::write_zeros(target, target_start + offset, left, Tag::Part(index)), left)
+                }
+                SplitWhat::Discard => {
+                    // A part that ends in the middle of a block gives back none of it.
+                    let to_boundary = DISCARD_PART - (target_start + offset) % DISCARD_PART;
+                    let len = (split.len - split.started).min(to_boundary);
+                    (Transfer::zero(target, target_start + offset, len, false, Tag::Part(index)), len)
+                }
+            };
+            self.engine.push(transfer);
+            split.started += len;
+            split.parts += 1;
+        }
+    }
+
+    /// Takes in the end of a part.
+    fn part_done(&mut self, index: u32, result: Result<(), Errno>) {
+        let Some(split) = &mut self.split[index as usize] else { return };
+        split.parts -= 1;
+        if let Err(errno) = result {
+            split.error.get_or_insert(errno);
+        }
+        if !split.is_started(self.draining) {
+            return self.start_parts(index);
+        }
+        if split.parts > 0 {
+            return;
+        }
+        let Some(split) = self.split[index as usize].take() else { return };
+        self.free_split.push(index);
+        let Split { token, what, offset, len, started, error, .. } = split;
+        let result = error.map_or(Ok(()), Err);
+        match what {
+            SplitWhat::Read(buffers) => {
+                self.recycle(buffers);
+                self.finish(token, result);
+            }
+            SplitWhat::Write(buffers) => {
+                self.recycle(buffers);
+                self.wrote(offset, len);
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
+            }
+            SplitWhat::Zeros => {
+                self.wrote(offset, len);
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
+            }
+            SplitWhat::Discard => self.discarded(token, offset, started, result),
+        }
+    }
+
+    /// A discard of `len` bytes from `offset` is over. One that the disk cannot do is done.
+    fn discarded(&mut self, token: Token, offset: u64, len: u64, result: Result<(), Errno>) {
+        if is_unsupported(result) || len == 0 {
+            return self.finish(token, Ok(()));
+        }
+        self.cleared(len);
+        // What lies beneath an overlay must not show through: it holds zeros there.
+        self.changed(token, offset / SECTOR, len / SECTOR, result);
+    }
+
+    /// A change of `count` sectors from `sector` was made, or failed. It is over once the overlay, if there is one, says that it holds them.
+    fn changed(&mut self, token: Token, sector: u64, count: u64, result: Result<(), Errno>) {
+        match self.stack.top() {
+            Some(top) if result.is_ok() => {
+                if self.holding.changed(token, sector, count, top) {
+                    self.finish(token, Ok(()));
+                }
+            }
+            _ => self.finish(token, result),
+        }
+    }
+
+    fn take_in(&mut self, done: Done<Tag>) {
+        let Done { tag, result, buffers } = done;
+        self.recycle(buffers);
+        match tag {
+            Tag::Whole(token) => self.finish(token, result),
+            Tag::Write { token, sector, count } => {
+                self.wrote(sector * SECTOR, count * SECTOR);
+                self.changed(token, sector, count, result);
+            }
+            Tag::Discard { token, offset, len } => self.discarded(token, offset, len, result),
+            Tag::Zero { token, offset, len } => {
+                if is_unsupported(result) {
+                    return self.split(token, offset, len, SplitWhat::Zeros);
+                }
+                self.cleared(len);
+                self.changed(token, offset / SECTOR, len / SECTOR, result);
+            }
+            Tag::Part(index) => self.part_done(index, result),
+            Tag::Begin => self.begun(result),
+            Tag::WriteBack => {
+                self.write_back.starting = false;
+                match result {
+                    Err(errno) if loses_data(errno) => {
+                        self.stack.health().sync_failed("early write-back", errno);
+                        self.give_up();
+                    }
+                    _ => {}
+                }
+            }
+            Tag::Flush => {
+                if self.flushes.step(result, &self.stack, &mut self.engine) {
+                    self.give_up();
+                }
+                self.take_in_syncs();
+            }
+            Tag::GiveUp => {
+                if let (Err(_), Some(top)) = (result, self.stack.top()) {
+                    let (file, (offset, len)) = (self.stack.write_target().0, top.map_b());
+                    self.engine.push(Transfer::zero(file, offset, len, false, Tag::ClearMapB));
+                }
+            }
+            Tag::ClearMapB => {
+                if let (Err(errno), Some(top)) = (result, self.stack.top()) {
+                    top.cannot_give_up(&errno);
+                }
+            }
+            Tag::MapB { page, words } => {
+                let Some(top) = self.stack.top() else { return };
+                let place = (self.stack.write_target().0, top);
+                self.holding.step((page, words), result, place, &mut self.engine, &mut self.finished);
+            }
+        }
+    }
+
+    /// A step of the beginning of the overlay's session is over.
+    fn begun(&mut self, result: Result<(), Errno>) {
+        let Some(top) = self.stack.top() else { return };
+        let file = self.stack.write_target().0;
+        if let (true, Err(errno)) = (self.beginning.is_syncing(), result) {
+            self.stack.health().sync_failed("the sync of the overlay's first change", errno);
+        }
+        let Some((result, waiting)) = self.beginning.step(result, file, top, &mut self.engine) else {
+            return;
+        };
+        if !self.stack.health().is_known() {
+            // What was written took the place of a mark that another's failed sync may have made.
+            top.mark_again();
+            self.give_up();
+        }
+        for (token, offset, change) in waiting {
+            match result {
+                Ok(()) => self.change(token, offset, change),
+                Err(errno) => self.refuse(token, change, errno),
+            }
+        }
+    }
+}
+
+impl Drop for DiskQueue {
+    /// Takes in what is in flight: the end of a sync that failed is not to be lost.
+    fn drop(&mut self) {
+        if self.owner.is_here() && self.engine.in_flight() > 0 {
+            self.drain();
+        }
+    }
+}
+
+/// Whether an error of the start of write-back may mean that data is lost. Without memory nothing was
+/// started, and the next sync writes it.
+fn loses_data(errno: Errno) -> bool {
+    !is_unsupported(Err(errno)) && !matches!(errno, Errno::NOMEM | Errno::AGAIN | Errno::INTR)
+}
+
+/// Whether the file system or the device cannot do what was asked, at all or for this alignment.
+fn is_unsupported(result: Result<(), Errno>) -> bool {
+    matches!(result, Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL))
+}

@@ -1,0 +1,231 @@
+//! What a guest asks for, parsed and checked (5.2.6).
+//!
+//! A request is a chain whose readable bytes are a header of 16 bytes and the data to write, and whose writable bytes are the
+//! data to read and, last, one byte of status. How these bytes are cut into buffers is the driver's business.
+//!
+//! # Error model
+//!
+//! A chain without room for the status cannot be answered: [`NoStatus`]. All else that a guest gets wrong is a [`Command::Fail`],
+//! answered with a status; the disk is not asked. A command that is not `Fail` lies within the disk, in whole sectors.
+
+use memory::GuestRam;
+
+use super::SECTOR;
+use virtio::queue::{Buffers, Chain, GuestBuffer, QueueError};
+
+/// Length of the header.
+const HEADER_LEN: u32 = 16;
+/// Length of a serial number.
+pub(super) const SERIAL_LEN: u32 = 20;
+/// Length of the description of one range.
+const RANGE_LEN: u32 = 16;
+
+/// Most ranges of one discard or zeroing.
+pub(super) const MAX_RANGES: u32 = 16;
+/// Most sectors of one range of a discard: 1 GiB.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Most sectors of one range of a zeroing: 4 MiB, so that all of them together are not more than [`MAX_DATA`]. They may have to be written.
+pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 13;
+/// Most bytes of one buffer that a driver which knows of a bound makes: with all the buffers there may be, less than [`MAX_DATA`].
+pub(super) const MAX_BUFFER: u32 = 256 << 10;
+/// Most bytes of one request's data: no request may take a disk long, since all that were begun must end before the guest can be paused.
+const MAX_DATA: u64 = 64 << 20;
+/// Most buffers of one request's data.
+pub(super) const MAX_BUFFERS: usize = 256;
+
+/// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`.
+const UNMAP: u32 = 1;
+
+/// How a request went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Status {
+    /// `VIRTIO_BLK_S_OK`
+    Ok = 0,
+    /// `VIRTIO_BLK_S_IOERR`
+    IoError = 1,
+    /// `VIRTIO_BLK_S_UNSUPP`
+    Unsupported = 2,
+}
+
+/// The chain has no byte for the status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct NoStatus;
+
+/// A stretch of the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Range {
+    /// In bytes, a multiple of 512.
+    pub(super) offset: u64,
+    /// In bytes, a multiple of 512.
+    pub(super) len: u64,
+    /// Whether the guest allows its space to be given back.
+    pub(super) unmap: bool,
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub(super) enum Command<'a> {
+    /// Read from `offset` into the buffers.
+    Read { offset: u64, to: Buffers<'a> },
+    /// Write the buffers from `offset` on.
+    Write { offset: u64, from: Buffers<'a> },
+    /// Make what was written durable.
+    Flush,
+    /// Tell the serial number.
+    GetId { to: Buffers<'a> },
+    /// Discard the ranges that were parsed.
+    Discard,
+    /// Zero the ranges that were parsed.
+    WriteZeroes,
+    /// Answer with this.
+    Fail(Status),
+}
+
+/// A request.
+#[derive(Debug)]
+pub(super) struct Parsed<'a> {
+    /// What is to be done.
+    pub(super) command: Command<'a>,
+    /// The byte for the status.
+    pub(super) status: GuestBuffer,
+    /// Device-writable bytes before the status.
+    pub(super) data_len: u32,
+}
+
+/// The `len` of the used element (2.7.8.2) for a request whose status was written behind `data_len` device-writable bytes, of which
+/// the device wrote the first `written`.
+///
+/// The driver may rely on each of the first `len` writable bytes. So the status counts only where no byte before it is missing.
+pub(super) fn used_len(data_len: u32, written: u32) -> u32 {
+    if written >= data_len { data_len + 1 } else { written }
+}
+
+/// What requests are checked against.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Size of the disk in bytes, a multiple of 512.
+    pub(super) size: u64,
+    /// Whether writes are refused.
+    pub(super) read_only: bool,
+}
+
+/// The types of requests.
+mod kind {
+    pub(super) const IN: u32 = 0;
+    pub(super) const OUT: u32 = 1;
+    pub(super) const FLUSH: u32 = 4;
+    pub(super) const GET_ID: u32 = 8;
+    pub(super) const DISCARD: u32 = 11;
+    pub(super) const WRITE_ZEROES: u32 = 13;
+}
+
+/// Parses `chain`. The ranges of a discard or zeroing go to `ranges`, which is cleared first.
+///
+/// The error of the queue never comes for memory that the chain was popped with.
+pub(super) fn parse<'a>(
+    chain: &'a Chain,
+    ram: &GuestRam,
+    limits: Limits,
+    ranges: &mut Vec<Range>,
+) -> Result<Result<Parsed<'a>, NoStatus>, QueueError> {
+    ranges.clear();
+    let writable = chain.writable();
+    let split = writable.len().checked_sub(1).and_then(|data_len| writable.split_at(data_len));
+    let Some((to, status)) = split else { return Ok(Err(NoStatus)) };
+    let Some(status) = status.iter().next() else { return Ok(Err(NoStatus)) };
+    let command = command(chain.readable(), to, ram, limits, ranges)?;
+    Ok(Ok(Parsed { command, status, data_len: to.len() }))
+}
+
+fn command<'a>(
+    readable: Buffers<'a>,
+    to: Buffers<'a>,
+    ram: &GuestRam,
+    limits: Limits,
+    ranges: &mut Vec<Range>,
+) -> Result<Command<'a>, QueueError> {
+    let failed = Ok(Command::Fail(Status::IoError));
+    let Some((header, from)) = readable.split_at(HEADER_LEN) else { return failed };
+    let mut bytes = [0; HEADER_LEN as usize];
+    header.read(ram, &mut bytes)?;
+    let (kind, sector) = (le_u32(&bytes[0..4]), le_u64(&bytes[8..16]));
+    match kind {
+        kind::OUT | kind::DISCARD | kind::WRITE_ZEROES if limits.read_only => failed,
+        kind::IN => Ok(match limits.range_of_data(sector, to) {
+            Some(offset) => Command::Read { offset, to },
+            None => Command::Fail(Status::IoError),
+        }),
+        kind::OUT => Ok(match limits.range_of_data(sector, from) {
+            Some(offset) => Command::Write { offset, from },
+            None => Command::Fail(Status::IoError),
+        }),
+        kind::FLUSH => Ok(Command::Flush),
+        kind::GET_ID if to.len() < SERIAL_LEN => failed,
+        kind::GET_ID => Ok(Command::GetId { to }),
+        kind::DISCARD | kind::WRITE_ZEROES => {
+            let status = parse_ranges(from, ram, limits, kind, ranges)?;
+            Ok(match (status, kind) {
+                (Status::Ok, kind::DISCARD) => Command::Discard,
+                (Status::Ok, _) => Command::WriteZeroes,
+                (status, _) => Command::Fail(status),
+            })
+        }
+        _ => Ok(Command::Fail(Status::Unsupported)),
+    }
+}
+
+/// Parses the ranges of a discard or zeroing; how that went.
+fn parse_ranges(
+    mut from: Buffers<'_>,
+    ram: &GuestRam,
+    limits: Limits,
+    kind: u32,
+    ranges: &mut Vec<Range>,
+) -> Result<Status, QueueError> {
+    let count = from.len() / RANGE_LEN;
+    let max_sectors = if kind == kind::WRITE_ZEROES { MAX_ZEROES_SECTORS } else { MAX_DISCARD_SECTORS };
+    if count == 0 || count > MAX_RANGES || !from.len().is_multiple_of(RANGE_LEN) {
+        return Ok(Status::IoError);
+    }
+    while let Some((one, rest)) = from.split_at(RANGE_LEN) {
+        let mut bytes = [0; RANGE_LEN as usize];
+        one.read(ram, &mut bytes)?;
+        let (sector, count, flags) = (le_u64(&bytes[0..8]), le_u32(&bytes[8..12]), le_u32(&bytes[12..16]));
+        let known = if kind == kind::WRITE_ZEROES { UNMAP } else { 0 };
+        if flags & !known != 0 {
+            return Ok(Status::Unsupported);
+        }
+        let len = u64::from(count) * SECTOR;
+        let Some(offset) = limits.range(sector, len).filter(|_| count <= max_sectors) else {
+            return Ok(Status::IoError);
+        };
+        ranges.push(Range { offset, len, unmap: flags & UNMAP != 0 });
+        from = rest;
+    }
+    Ok(Status::Ok)
+}
+
+impl Limits {
+    /// The offset of `sector` in bytes, if the `len` bytes from there are on the disk.
+    fn range(self, sector: u64, len: u64) -> Option<u64> {
+        let offset = sector.checked_mul(SECTOR)?;
+        let end = offset.checked_add(len)?;
+        (end <= self.size).then_some(offset)
+    }
+
+    /// As `range`, for data, which must be whole sectors, not too many, and in not too many buffers.
+    fn range_of_data(self, sector: u64, data: Buffers<'_>) -> Option<u64> {
+        let len = u64::from(data.len());
+        let whole = len > 0 && len <= MAX_DATA && len.is_multiple_of(SECTOR);
+        self.range(sector, len).filter(|_| whole && data.iter().nth(MAX_BUFFERS).is_none())
+    }
+}
+
+fn le_u32(bytes: &[u8]) -> u32 {
+    u32::from_le_bytes(bytes.try_into().expect("four bytes"))
+}
+
+fn le_u64(bytes: &[u8]) -> u64 {
+    u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
+}

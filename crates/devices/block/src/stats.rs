@@ -1,0 +1,34 @@
+//! What a block device counts.
+
+use sync::Counter;
+
+/// Counters that only grow.
+#[derive(Debug, Default)]
+pub struct BlockStats {
+    /// Reads that succeeded.
+    pub read_count: Counter,
+    /// Bytes that they read.
+    pub read_bytes: Counter,
+    /// Writes that succeeded.
+    pub write_count: Counter,
+    /// Bytes that they wrote.
+    pub write_bytes: Counter,
+    /// Flushes that succeeded.
+    pub flush_count: Counter,
+    /// Discards and zeroings that succeeded.
+    pub discard_count: Counter,
+    /// Requests that the disk failed.
+    pub execute_fails: Counter,
+    /// Requests that made no sense.
+    pub invalid_reqs_count: Counter,
+    /// Kicks of the driver.
+    pub queue_event_count: Counter,
+    /// Times that the limiter held a request back.
+    pub rate_limiter_throttled_events: Counter,
+    /// Times that the limiter's timer came.
+    pub rate_limiter_event_count: Counter,
+    /// Disks and limits that were replaced.
+    pub update_count: Counter,
+    /// Activations that failed.
+    pub activate_fails: Counter,
+}

@@ -1,0 +1,167 @@
+//! What an answer promises: the used length covers only bytes that were written, and a change is durable where the driver does not
+//! flush.
+
+use proptest::prelude::*;
+
+use super::guest::*;
+use super::recorder::{Deed, Deeds, Recorder};
+use super::*;
+use crate::engine::Engine;
+use crate::lane::Part;
+use sync::locked;
+use virtio::rate_limiter::RateLimiterConfig;
+
+const SECTORS: u64 = 64;
+/// What [`Guest::ask_cut`] fills device-writable buffers with. No disk here holds it, and it is no status.
+const UNWRITTEN: u8 = 0xee;
+
+/// A disk without a byte that is [`UNWRITTEN`].
+fn plain_disk(dir: &Path, engine: IoEngine) -> DiskOptions {
+    let (options, content) = disk(dir, SECTORS, engine);
+    std::fs::write(&options.path, content.into_iter().map(|byte| byte % UNWRITTEN).collect::<Vec<_>>())
+        .unwrap();
+    options
+}
+
+#[derive(Debug, Clone)]
+struct Asking {
+    kind: u32,
+    sector: u64,
+    data: Vec<u8>,
+    read_len: u32,
+    cuts: Vec<u32>,
+    indirect: bool,
+}
+
+fn asking() -> impl Strategy<Value = Asking> {
+    let kind = prop_oneof![
+        4 => Just(IN),
+        2 => Just(OUT),
+        1 => Just(FLUSH),
+        2 => Just(GET_ID),
+        1 => Just(DISCARD),
+        1 => Just(WRITE_ZEROES),
+        1 => 14..20u32,
+    ];
+    let range = (0..SECTORS + 4, 0..4u32, 0..3u32).prop_map(|one| ranges(&[one]));
+    let data = prop_oneof![
+        2 => Just(vec![]),
+        2 => (0..4usize).prop_map(|sectors| vec![7; sectors * 512]),
+        2 => range,
+        1 => prop::collection::vec(0..UNWRITTEN, 0..600),
+    ];
+    let read_len = prop_oneof![
+        2 => Just(0),
+        3 => (1..5u32).prop_map(|sectors| sectors * 512),
+        1 => Just(20),
+        1 => 0..40u32,
+        1 => 0..3000u32,
+    ];
+    let cuts = prop_oneof![Just(vec![u32::MAX]), prop::collection::vec(1..700u32, 1..6)];
+    (kind, 0..SECTORS + 4, data, read_len, cuts, any::<bool>()).prop_map(
+        |(kind, sector, data, read_len, cuts, indirect)| Asking {
+            kind,
+            sector,
+            data,
+            read_len,
+            cuts,
+            indirect,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    #[test]
+    fn used_length_covers_only_written_bytes(
+        askings in prop::collection::vec(asking(), 1..40),
+        read_only: bool,
+        shrunk: bool,
+        engine in 0..2usize,
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let options = plain_disk(dir.path(), ENGINES[engine]);
+        let mut guest = Guest::new(&DiskOptions { read_only, ..options.clone() });
+        if shrunk {
+            // Reads and writes of the upper half fail, or fill a part of their buffers.
+            std::fs::File::options().write(true).open(&options.path).unwrap().set_len(SECTORS * 256).unwrap();
+        }
+        for Asking { kind, sector, data, read_len, cuts, indirect } in &askings {
+            guest.forget();
+            let asked = guest.ask_cut(0, (*kind, *sector), data, *read_len, cuts, *indirect);
+            // The queue has no room for so many buffers.
+            let Some(asked) = asked else { continue };
+            guest.kick(0);
+            let used = guest.wait(0, 1)[0];
+            let answer = guest.answer(&asked, used);
+            let begun = answer.data.iter().take_while(|&&byte| byte != UNWRITTEN).count() as u32;
+            let written = if begun == *read_len { begun + 1 } else { begun };
+            prop_assert!(
+                answer.written <= written,
+                "kind {kind}, status {}: {} bytes claimed, {written} written", answer.status, answer.written
+            );
+            // And what was written is claimed.
+            match (*kind, answer.status) {
+                (IN, 0) => prop_assert_eq!(answer.written, read_len + 1),
+                (GET_ID, 0) => prop_assert_eq!(answer.written, if *read_len == 20 { 21 } else { 20 }),
+                _ if *read_len == 0 => prop_assert_eq!(answer.written, 1),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Case 21: the status is the only byte that is written, and it is not the first.
+#[test]
+fn failed_write_with_writable_data_claims_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut guest = Guest::new(&plain_disk(dir.path(), IoEngine::Async));
+    let answer = guest.one(OUT, 0, &[], 512);
+    assert_eq!((answer.status, answer.written), (1, 0));
+}
+
+/// A guest on an engine that records what it does, and the record.
+fn recorded(options: &DiskOptions, accepts: u64) -> (Guest, Deeds) {
+    let guest = Guest::with(options, config(1, 1), RateLimiterConfig::default(), Patience::None, accepts);
+    let disk = guest.control.disk();
+    let deeds = Deeds::default();
+    let engine = Engine::Recorded(Recorder::new(disk.files(), deeds.clone()));
+    let part = Part { queue: disk.queue_with(engine), size: disk.size() };
+    drop(guest.control.lanes[0].post(part));
+    (guest, deeds)
+}
+
+/// Whether something was done to the file since the last sync of it.
+fn is_volatile(deeds: &Deeds) -> bool {
+    matches!(locked(deeds).last(), Some(Deed::Write { .. }))
+}
+
+#[test]
+fn changes_are_durable_if_the_driver_cannot_flush() {
+    const NO_FLUSH: u64 = !(1 << 9);
+    let three = ranges(&[(1, 2, 0), (9, 1, 0), (63, 1, 0)]);
+    let unmapped = ranges(&[(1, 2, 1), (9, 1, 1), (63, 1, 1)]);
+    for (kind, data) in
+        [(OUT, vec![1; 1024]), (DISCARD, three.clone()), (WRITE_ZEROES, three), (WRITE_ZEROES, unmapped)]
+    {
+        for with_overlay in [false, true] {
+            for (accepts, durable) in [(NO_FLUSH, true), (u64::MAX, false)] {
+                let dir = tempfile::tempdir().unwrap();
+                let plain = plain_disk(dir.path(), IoEngine::Sync);
+                let options = if with_overlay {
+                    overlaid(&plain.path, dir.path().join("top"), vec![], IoEngine::Sync)
+                } else {
+                    plain
+                };
+                let (mut guest, deeds) = recorded(&options, accepts);
+                for _ in 0..2 {
+                    assert_eq!(guest.one(kind, 0, &data, 0).status, 0);
+                    assert!(!locked(&deeds).is_empty());
+                    assert_eq!(is_volatile(&deeds), !durable, "kind {kind}, overlay {with_overlay}");
+                }
+                assert_eq!(guest.control.stats().flush_count.get(), 0);
+            }
+        }
+    }
+}

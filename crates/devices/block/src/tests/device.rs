@@ -1,0 +1,496 @@
+//! The device as its driver sees it.
+
+use std::time::Duration;
+
+use super::guest::*;
+use super::*;
+use crate::{Block, BlockConfig, BlockError, BlockState};
+use virtio::device::Device;
+use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
+use virtio::testing::{self, Kind, TestWorker};
+
+fn capacity(block: &Block) -> u64 {
+    let mut bytes = [0; 8];
+    block.read_config(0, &mut bytes);
+    u64::from_le_bytes(bytes)
+}
+
+#[test]
+fn a_driver_reads_and_writes_and_learns_the_serial_number() {
+    for engine in ENGINES {
+        for patience in [Patience::None, Patience::MayWait] {
+            let dir = tempfile::tempdir().unwrap();
+            let (options, content) = disk(dir.path(), 64, engine);
+            let mut guest =
+                Guest::with(&options, config(1, 1), RateLimiterConfig::default(), patience, u64::MAX);
+            assert_eq!(capacity(&guest.block), 64);
+            assert_eq!(guest.read(1, 3), (0, content[512..2048].to_vec()));
+            assert_eq!(guest.write(2, &[9; 1024]), 0);
+            assert_eq!(guest.read(2, 2), (0, vec![9; 1024]));
+            assert_eq!(guest.one(FLUSH, 0, &[], 0).status, 0);
+            let id = guest.one(GET_ID, 0, &[], 20);
+            assert_eq!((id.status, &id.data[..]), (0, &b"disk_1\0\0\0\0\0\0\0\0\0\0\0\0\0\0"[..]));
+            let stats = guest.control.stats();
+            assert_eq!((stats.read_count.get(), stats.read_bytes.get()), (2, 5 * 512));
+            assert_eq!((stats.write_count.get(), stats.write_bytes.get()), (1, 1024));
+            assert_eq!(stats.flush_count.get(), 1);
+            assert_eq!(guest.interrupt.take_queue(0), 5);
+            drop(guest);
+            assert_eq!(std::fs::read(&options.path).unwrap()[1024..2048], [9; 1024]);
+        }
+    }
+}
+
+#[test]
+fn a_driver_that_reads_past_the_sector_size_finds_0() {
+    for kind in [Kind::Mmio, Kind::Pci] {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+        let disk = Disk::open(&options).unwrap();
+        let (block, _) = Block::new(config(1, 1), disk, RateLimiterConfig::default(), vec![], 0).unwrap();
+        let mut guest = testing::Guest::new(kind, Box::new(block));
+        let read = |guest: &mut testing::Guest| {
+            let mut sector_size = [0; 8];
+            guest.read_config(20, &mut sector_size);
+            u64::from_le_bytes(sector_size)
+        };
+        assert_eq!(read(&mut guest), 512, "Unikraft's driver");
+        guest.negotiate_without(1 << 10);
+        assert_eq!(read(&mut guest), 512, "one that does not accept the topology");
+        guest.negotiate_without(0);
+        assert_eq!(read(&mut guest), 512 | 0x0001_0003 << 32, "Linux learns of 4 KiB blocks");
+        guest.negotiate_without(1 << 6 | 1 << 10);
+        assert_eq!(read(&mut guest), 0);
+    }
+}
+
+#[test]
+fn what_is_offered_follows_from_the_drive() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let features = |options: &DiskOptions, queues| {
+        let disk = Disk::open(options).unwrap();
+        let limits = RateLimiterConfig::default();
+        Block::new(config(queues, 1), disk, limits, vec![], 0).unwrap().0.features()
+    };
+    let bit = |features: u64, bit: u32| features >> bit & 1 == 1;
+    let plain = features(&DiskOptions { cache_type: CacheType::Unsafe, ..options.clone() }, 1);
+    assert!(!bit(plain, 5) && !bit(plain, 9) && !bit(plain, 12) && bit(plain, 13) && bit(plain, 14));
+    let rich = features(&options, 4);
+    assert!(bit(rich, 9) && bit(rich, 12));
+    let read_only = features(&DiskOptions { read_only: true, ..options }, 1);
+    assert!(bit(read_only, 5) && !bit(read_only, 13) && !bit(read_only, 14));
+}
+
+#[test]
+fn requests_that_make_no_sense_get_an_error_and_nothing_else_happens() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, content) = disk(dir.path(), 64, IoEngine::Async);
+    let mut guest = Guest::new(&options);
+    let (ok, ioerr, unsupp) = (0, 1, 2);
+    // Past the end, in every way.
+    for sector in [64, 63, u64::MAX, u64::MAX / 512, u64::MAX / 512 + 1] {
+        assert_eq!(guest.read(sector, 2).0, ioerr, "sector {sector}");
+        assert_eq!(guest.write(sector, &[1; 1024]), ioerr, "sector {sector}");
+    }
+    // No whole sectors, or none.
+    assert_eq!(guest.one(IN, 0, &[], 513).status, ioerr);
+    assert_eq!(guest.one(IN, 0, &[], 0).status, ioerr);
+    assert_eq!(guest.one(OUT, 0, &[1; 511], 0).status, ioerr);
+    assert_eq!(guest.one(OUT, 0, &[], 0).status, ioerr);
+    // Unknown.
+    for kind in [2, 3, 5, 6, 7, 9, 10, 12, 14, 16, u32::MAX] {
+        assert_eq!(guest.one(kind, 0, &[], 512).status, unsupp, "type {kind}");
+    }
+    assert_eq!(guest.one(GET_ID, 0, &[], 19).status, ioerr);
+    // Ranges.
+    for kind in [DISCARD, WRITE_ZEROES] {
+        let mut status = |payload: &[u8]| guest.one(kind, 0, payload, 0).status;
+        assert_eq!(status(&[]), ioerr);
+        assert_eq!(status(&[0; 15]), ioerr);
+        assert_eq!(status(&ranges(&[(0, 1, 0); 17])), ioerr);
+        assert_eq!(status(&ranges(&[(64, 1, 0)])), ioerr);
+        assert_eq!(status(&ranges(&[(1, 64, 0)])), ioerr);
+        assert_eq!(status(&ranges(&[(u64::MAX, u32::MAX, 0)])), ioerr);
+        assert_eq!(status(&ranges(&[(0, (1 << 21) + 1, 0)])), ioerr);
+        assert_eq!(status(&ranges(&[(0, 1, 2)])), unsupp);
+        assert_eq!(status(&ranges(&[(0, 1, 0), (0, 1, 1 << 31)])), unsupp);
+        assert_eq!(status(&ranges(&[(0, 0, 0)])), ok);
+    }
+    assert_eq!(guest.one(DISCARD, 0, &ranges(&[(0, 1, 1)]), 0).status, unsupp);
+    assert_eq!(guest.read(0, 64), (ok, content));
+    assert!(guest.control.stats().invalid_reqs_count.get() > 30);
+    assert!(guest.interrupt.broken().is_empty());
+}
+
+#[test]
+fn a_chain_without_room_for_the_status_comes_back_unanswered() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let mut guest = Guest::new(&options);
+    let head = guest.drivers[0].add(&[(1 << 20, 16)], &[]).unwrap();
+    guest.kick(0);
+    let used = guest.wait(0, 1)[0];
+    assert_eq!((used.head, used.written), (head, 0));
+    // A header that is too short, but room for the status.
+    guest.drivers[0].add(&[(1 << 20, 15)], &[(2 << 20, 1)]).unwrap();
+    guest.kick(0);
+    guest.wait(0, 1);
+    assert_eq!(guest.read(0, 1).0, 0);
+}
+
+#[test]
+fn a_request_in_more_buffers_than_are_allowed_gets_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let mut guest = Guest::new(&options);
+    for (count, status) in [(256, 0), (257, 1)] {
+        let header = (1 << 20, 16);
+        guest.ram.memory().write_slice(&[0; 16], GuestAddress(header.0)).unwrap();
+        let mut writable: Vec<_> = (0..count - 1).map(|index| ((2 << 20) + index * 8, 2)).collect();
+        writable.push((3 << 20, 1024 - 2 * (count as u32 - 1)));
+        writable.push((4 << 20, 1));
+        guest.drivers[0].add_indirect(5 << 20, &[header], &writable).unwrap();
+        guest.kick(0);
+        guest.wait(0, 1);
+        assert_eq!(guest.ram.memory().read_obj::<u8>(GuestAddress(4 << 20)).unwrap(), status);
+    }
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, content) = disk(dir.path(), 64, IoEngine::Async);
+    let mut guest = Guest::new(&DiskOptions { read_only: true, ..options });
+    assert_eq!(guest.write(0, &[1; 512]), 1);
+    assert_eq!(guest.one(DISCARD, 0, &ranges(&[(0, 1, 0)]), 0).status, 1);
+    assert_eq!(guest.one(WRITE_ZEROES, 0, &ranges(&[(0, 1, 0)]), 0).status, 1);
+    assert_eq!(guest.one(FLUSH, 0, &[], 0).status, 0);
+    assert_eq!(guest.read(0, 64), (0, content));
+}
+
+#[test]
+fn several_ranges_are_zeroed_by_one_request() {
+    for engine in ENGINES {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, mut content) = disk(dir.path(), 64, engine);
+        let mut guest = Guest::new(&options);
+        assert_eq!(guest.one(WRITE_ZEROES, 0, &ranges(&[(1, 2, 0), (9, 1, 1), (63, 1, 0)]), 0).status, 0);
+        assert_eq!(guest.one(DISCARD, 0, &ranges(&[(16, 8, 0), (32, 8, 0)]), 0).status, 0);
+        for (sector, count) in [(1, 2), (9, 1), (63, 1), (16, 8), (32, 8)] {
+            content[sector * 512..(sector + count) * 512].fill(0);
+        }
+        assert_eq!(guest.read(0, 64), (0, content));
+        assert_eq!(guest.control.stats().discard_count.get(), 2);
+    }
+}
+
+#[test]
+fn a_driver_that_does_not_flush_gets_writes_that_are_durable() {
+    for engine in ENGINES {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, _) = disk(dir.path(), 64, engine);
+        let without_flush = !(1 << 9);
+        let limits = RateLimiterConfig::default();
+        let mut guest = Guest::with(&options, config(1, 1), limits, Patience::None, without_flush);
+        assert_eq!(guest.write(0, &[1; 512]), 0);
+        let stats = guest.control.stats();
+        assert_eq!((stats.write_count.get(), stats.flush_count.get()), (1, 0));
+        assert_eq!(guest.read(0, 1), (0, vec![1; 512]));
+    }
+}
+
+#[test]
+fn a_disk_that_fails_gives_errors_and_goes_on() {
+    for engine in ENGINES {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, content) = disk(dir.path(), 64, engine);
+        let mut guest = Guest::new(&options);
+        std::fs::File::options().write(true).open(&options.path).unwrap().set_len(512 * 10).unwrap();
+        assert_eq!(guest.read(20, 1).0, 1);
+        assert_eq!(guest.read(9, 2).0, 1);
+        assert_eq!(guest.read(0, 10), (0, content[..5120].to_vec()));
+        assert_eq!(guest.control.stats().execute_fails.get(), 2);
+    }
+}
+
+#[test]
+fn queues_are_served_by_as_many_tasks_as_there_are_threads() {
+    for engine in ENGINES {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, _) = disk(dir.path(), 4096, engine);
+        let limits = RateLimiterConfig::default();
+        let mut guest = Guest::with(&options, config(5, 2), limits, Patience::None, u64::MAX);
+        for round in 0..4u8 {
+            let mut asked = Vec::new();
+            for queue in 0..5 {
+                for slot in 0..8u64 {
+                    let sector = queue as u64 * 512 + slot * 8;
+                    asked.push(guest.ask(queue, OUT, sector, &[round + queue as u8 * 10; 4096], 0));
+                }
+                guest.kick(queue);
+            }
+            for queue in 0..5 {
+                guest.wait(queue, 8);
+                assert!(guest.interrupt.take_queue(queue as u16) > 0);
+            }
+            guest.forget();
+        }
+        for queue in 0..5u8 {
+            assert_eq!(guest.read(u64::from(queue) * 512, 64), (0, vec![3 + queue * 10; 64 * 512]));
+        }
+    }
+}
+
+#[test]
+fn a_pause_lets_requests_end_and_takes_no_new_ones() {
+    for engine in ENGINES {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, content) = disk(dir.path(), 4096, engine);
+        let mut guest = Guest::new(&options);
+        for slot in 0..16 {
+            guest.ask(0, IN, slot * 8, &[], 4096);
+        }
+        guest.kick(0);
+        let still = guest.worker.pause();
+        guest.worker.run_until(|| still.try_recv().is_ok());
+        let before = std::iter::from_fn(|| guest.drivers[0].take_used()).count();
+        assert_eq!(guest.control.stats().read_count.get(), before as u64);
+        let late = guest.ask(0, IN, 100, &[], 512);
+        guest.kick(0);
+        guest.worker.run();
+        assert!(guest.drivers[0].take_used().is_none());
+        guest.worker.resume();
+        let rest = guest.wait(0, 17 - before);
+        let used = rest.into_iter().find(|used| used.head == late.head).unwrap();
+        assert_eq!(guest.answer(&late, used).data, content[51200..51712]);
+    }
+}
+
+#[test]
+fn a_reset_in_the_middle_of_io_drains_and_the_device_begins_anew() {
+    for engine in ENGINES {
+        for with_overlay in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let (plain, content) = disk(dir.path(), 4096, engine);
+            let options = if with_overlay {
+                overlaid(&plain.path, dir.path().join("top"), vec![], engine)
+            } else {
+                plain
+            };
+            let mut guest = Guest::new(&options);
+            for round in 0..20u64 {
+                for slot in 0..16 {
+                    guest.ask(0, OUT, slot * 8, &[round as u8; 4096], 0);
+                }
+                guest.kick(0);
+                let tasks = guest.begin_reset();
+                guest.end_reset(tasks);
+                // The queue as the driver left it: what was taken was answered, nothing is half done.
+                let answered = u64::from(guest.drivers[0].used_idx());
+                assert!(guest.control.stats().write_count.get() >= answered);
+                guest.activate();
+            }
+            assert_eq!(guest.read(2048, 8), (0, content[2048 * 512..2056 * 512].to_vec()));
+            let (status, data) = guest.read(0, 16 * 8);
+            assert_eq!(status, 0);
+            for sector in data.chunks(512) {
+                assert!(sector.iter().all(|&byte| byte == sector[0]) || sector[1] != sector[0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_driver_that_breaks_the_rules_kills_the_device_until_it_is_reset() {
+    for engine in ENGINES {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, content) = disk(dir.path(), 64, engine);
+        let mut guest = Guest::new(&options);
+        for slot in 0..8 {
+            guest.ask(0, IN, slot, &[], 512);
+        }
+        // A buffer outside memory, behind good requests.
+        guest.drivers[0].add(&[(1 << 20, 16)], &[(u64::MAX - 10, 512)]).unwrap();
+        guest.kick(0);
+        guest.worker.run();
+        assert_eq!(guest.interrupt.broken().len(), 1);
+        guest.ask(0, IN, 0, &[], 512);
+        guest.kick(0);
+        guest.worker.run();
+        let tasks = guest.begin_reset();
+        guest.end_reset(tasks);
+        guest.activate();
+        assert_eq!(guest.read(3, 1), (0, content[3 * 512..4 * 512].to_vec()));
+        assert_eq!(guest.interrupt.broken().len(), 1);
+    }
+}
+
+#[test]
+fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
+    for engine in ENGINES {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, _) = disk(dir.path(), 64, engine);
+        let other = dir.path().join("other");
+        std::fs::write(&other, pattern(0x11, 0, 128 * 512)).unwrap();
+        let limits = RateLimiterConfig::default();
+        let mut guest = Guest::with(&options, config(2, 2), limits, Patience::None, u64::MAX);
+        let generation = guest.block.config_generation();
+        for slot in 0..16 {
+            guest.ask(0, OUT, slot, &[5; 512], 0);
+            guest.ask(1, OUT, 16 + slot, &[6; 512], 0);
+        }
+        guest.kick(0);
+        guest.kick(1);
+        let new = Disk::open(&DiskOptions { path: other.clone(), ..options.clone() }).unwrap();
+        let mut replaced = guest.control.replace(new).unwrap();
+        assert_eq!(capacity(&guest.block), 128);
+        assert_ne!(guest.block.config_generation(), generation);
+        assert_eq!(guest.interrupt.configs(), 1);
+        let asked = guest.ask(0, IN, 127, &[], 512);
+        guest.kick(0);
+        guest.wait(1, 16);
+        let used = guest.wait(0, 17);
+        let used = used.into_iter().find(|used| used.head == asked.head).unwrap();
+        let answer = guest.answer(&asked, used);
+        assert_eq!((answer.status, answer.data), (0, pattern(0x11, 127 * 512, 512)));
+        replaced.wait(Duration::ZERO).unwrap();
+        // Each write is on one of the two, whole.
+        let (old, new) = (std::fs::read(&options.path).unwrap(), std::fs::read(&other).unwrap());
+        for slot in 0..32 {
+            let place = slot * 512..(slot + 1) * 512;
+            let expected = if slot < 16 { [5; 512] } else { [6; 512] };
+            assert!(old[place.clone()] == expected || new[place] == expected, "slot {slot}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let mut guest = Guest::new(&DiskOptions { cache_type: CacheType::Unsafe, ..options.clone() });
+    let other = |name: &str, sectors: u64| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, pattern(sectors as u8, 0, sectors * 512)).unwrap();
+        Disk::open(&DiskOptions { path, cache_type: CacheType::Unsafe, ..options.clone() }).unwrap()
+    };
+    let tasks = guest.begin_reset();
+    guest.end_reset(tasks);
+    guest.control.replace(other("b", 10)).unwrap().wait(Duration::ZERO).unwrap();
+    guest.activate();
+    assert_eq!(guest.read(9, 1), (0, pattern(10, 9 * 512, 512)));
+    assert_eq!(guest.read(10, 1).0, 1);
+
+    let still = guest.worker.pause();
+    guest.worker.run_until(|| still.try_recv().is_ok());
+    // Twice: the first of them is never used.
+    let mut first = guest.control.replace(other("c", 11)).unwrap();
+    let mut second = guest.control.replace(other("d", 12)).unwrap();
+    first.wait(Duration::ZERO).unwrap();
+    guest.worker.resume();
+    second.wait(Duration::ZERO).unwrap();
+    assert_eq!(guest.read(11, 1), (0, pattern(12, 11 * 512, 512)));
+
+    // A disk of no size, as a drive without a disk has it.
+    let mut empty = guest.control.replace(other("e", 0)).unwrap();
+    guest.worker.run();
+    empty.wait(Duration::ZERO).unwrap();
+    assert_eq!(capacity(&guest.block), 0);
+    assert_eq!(guest.read(0, 1).0, 1);
+    assert_eq!(guest.control.stats().update_count.get(), 4);
+}
+
+#[test]
+fn a_disk_that_the_driver_could_not_work_with_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let guest = Guest::new(&options);
+    for other in [
+        DiskOptions { read_only: true, ..options.clone() },
+        DiskOptions { cache_type: CacheType::Unsafe, ..options.clone() },
+    ] {
+        let error = guest.control.replace(Disk::open(&other).unwrap()).unwrap_err();
+        assert!(matches!(error, BlockError::Differs { .. }), "{error}");
+    }
+    let overlay =
+        Disk::open(&overlaid(&options.path, dir.path().join("top"), vec![], IoEngine::Sync)).unwrap();
+    let error = Block::new(config(2, 2), overlay, RateLimiterConfig::default(), vec![], 0).unwrap_err();
+    assert!(matches!(error, BlockError::OverlayThreads { threads: 2, .. }), "{error}");
+}
+
+#[test]
+fn a_saved_device_goes_on_where_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, content) = disk(dir.path(), 64, IoEngine::Async);
+    let ops = BucketConfig { size: 5, refill_time_ms: 1000, one_time_burst: 0 };
+    let limits = RateLimiterConfig { bandwidth: None, ops: Some(ops) };
+    let mut guest = Guest::with(&options, config(2, 1), limits, Patience::None, u64::MAX);
+    assert_eq!(guest.read(0, 1).0, 0);
+    assert_eq!(guest.read(0, 1).0, 0);
+    let still = guest.worker.pause();
+    guest.worker.run_until(|| still.try_recv().is_ok());
+    let state: BlockState = guest.block.save().decode().expect("the state is this device's");
+    let json = serde_json::to_string(&state).unwrap();
+    let (features, generation) = (guest.block.features(), guest.block.config_generation());
+    drop(guest);
+
+    // Somewhere else, with a disk that has grown.
+    let state = serde_json::from_str(&json).unwrap();
+    std::fs::File::options().append(true).open(&options.path).unwrap().set_len(100 * 512).unwrap();
+    let worker = TestWorker::new();
+    let (block, control) =
+        Block::restore(&state, Disk::open(&options).unwrap(), vec![], worker.now()).unwrap();
+    assert_eq!(block.features(), features);
+    assert_ne!(block.config_generation(), generation);
+    let mut guest = Guest::around(block, control, worker, u64::MAX);
+    assert_eq!(guest.interrupt.configs(), 1, "the guest has to hear of the new size");
+    assert_eq!(guest.read(1, 2), (0, content[512..1536].to_vec()));
+    assert_eq!(guest.read(99, 1), (0, vec![0; 512]));
+    assert_eq!(guest.read(0, 1).0, 0);
+    guest.ask(0, IN, 0, &[], 512);
+    guest.kick(0);
+    guest.worker.run();
+    assert!(guest.worker.next_timer().is_some(), "the limiter remembers what was used up");
+
+    let read_only = Disk::open(&DiskOptions { read_only: true, ..options }).unwrap();
+    assert!(matches!(Block::restore(&state, read_only, vec![], 0), Err(BlockError::Differs { .. })));
+}
+
+#[test]
+fn a_saved_device_that_cannot_be_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let guest = Guest::new(&options);
+    let good: BlockState = guest.block.save().decode().expect("the state is this device's");
+    let with = |num_queues, io_threads, queue_size| BlockState {
+        config: BlockConfig { num_queues, queue_size, io_threads, ..good.config.clone() },
+        ..good.clone()
+    };
+    for state in [with(0, 0, 64), with(1, 0, 64), with(u16::MAX, u16::MAX, 64), with(1, 1, 1), with(1, 1, 65)]
+    {
+        let error = Block::restore(&state, Disk::open(&options).unwrap(), vec![], 0).unwrap_err();
+        assert!(matches!(error, BlockError::State { .. }), "{error}");
+        assert!(error.to_string().contains("disk_1"), "{error}");
+    }
+}
+
+#[test]
+fn config_space_can_be_read_at_any_offset_and_length() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let guest = Guest::new(&options);
+    let mut whole = [0xaa; 80];
+    guest.block.read_config(0, &mut whole);
+    assert_eq!(whole[60..], [0; 20]);
+    for offset in 0..70 {
+        for len in [1usize, 2, 4, 8] {
+            let mut part = vec![0xaa; len];
+            guest.block.read_config(offset as u64, &mut part);
+            assert_eq!(part, whole[offset..offset + len]);
+        }
+    }
+    let mut data = [0xaa; 8];
+    guest.block.read_config(u64::MAX - 3, &mut data);
+    assert_eq!(data, [0; 8]);
+}

@@ -1,0 +1,385 @@
+//! Syncs that fail: after the first, nothing vouches for the disk any more. And new files whose names are to last.
+
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+
+use super::crash::as_if_host_crashed;
+use super::recorder::{Deed, Recorder};
+use super::*;
+use crate::disk::{ContentsUnknown, DiskError, FileLocks, LockError};
+use crate::engine::Engine;
+use crate::health::faults;
+use crate::name::record;
+use crate::overlay::OverlayError;
+use sync::locked;
+
+const SIZE: u64 = 1 << 20;
+
+fn base_of(dir: &Path) -> PathBuf {
+    let path = dir.join("base");
+    std::fs::write(&path, pattern(0x55, 0, SIZE)).unwrap();
+    path
+}
+
+/// What failed first, as an error of the disk says.
+fn cause(error: DiskError) -> ContentsUnknown {
+    match error {
+        DiskError::ContentsUnknown(cause) | DiskError::Overlay(OverlayError::ContentsUnknown(cause)) => cause,
+        other => panic!("{other}"),
+    }
+}
+
+/// A sync of the disk.
+type Sync = fn(&Disk) -> Result<(), DiskError>;
+
+/// Everything that syncs a disk beside its queues.
+const SYNCS: [Sync; 4] = [Disk::write_back, Disk::sync, Disk::freeze, Disk::close];
+
+#[test]
+fn after_any_failed_sync_nothing_vouches_for_the_disk() {
+    for engine in ENGINES {
+        for with_overlay in [false, true] {
+            // A raw disk is not synced when it is closed.
+            for first in SYNCS.iter().take(if with_overlay { 4 } else { 3 }) {
+                let dir = tempfile::tempdir().unwrap();
+                let (base, top) = (base_of(dir.path()), dir.path().join("top"));
+                let options = if with_overlay {
+                    overlaid(&base, top.clone(), vec![], engine)
+                } else {
+                    raw(&base, engine)
+                };
+                let mut rig = Rig::open(&options);
+                rig.write(0, &[1; 512]).unwrap();
+                let written = if with_overlay { &top } else { &base };
+                let _failure = faults::fail(written);
+                let reason = cause(first(&rig.disk).unwrap_err());
+                assert_eq!((&reason.path, reason.errno), (written, Errno::IO));
+                for sync in SYNCS {
+                    assert_eq!(cause(sync(&rig.disk).unwrap_err()), reason, "the first cause is named");
+                }
+                assert!(rig.disk.merge_layers(&dir.path().join("merged")).is_err());
+                assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
+                // The disk itself goes on, as well as it can.
+                rig.write(512, &[2; 512]).unwrap();
+                assert_eq!(rig.read(0, 1024).unwrap(), [[1; 512], [2; 512]].concat());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failed_flush_is_not_tried_again_and_fails_what_comes_later() {
+    for patience in [Patience::None, Patience::MayWait] {
+        for with_overlay in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let (base, top) = (base_of(dir.path()), dir.path().join("top"));
+            let options = if with_overlay {
+                overlaid(&base, top.clone(), vec![], IoEngine::Sync)
+            } else {
+                raw(&base, IoEngine::Sync)
+            };
+            let mut rig = Rig::open_with(&options, patience);
+            rig.write(0, &[1; 512]).unwrap();
+            let failure = faults::fail(if with_overlay { &top } else { &base });
+            assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
+            drop(failure);
+            assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
+            for sync in SYNCS {
+                assert_eq!(cause(sync(&rig.disk).unwrap_err()).what, "a flush");
+            }
+        }
+    }
+}
+
+/// What an overlay's file says of its session: the state, and the start of the host.
+fn session(path: &Path) -> (u8, [u8; 16]) {
+    let bytes = std::fs::read(path).unwrap();
+    (bytes[4096 + 32], bytes[4096 + 8..4096 + 24].try_into().unwrap())
+}
+
+#[test]
+fn an_overlay_whose_sync_failed_holds_what_was_flushed_before() {
+    for fails_in_queue in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, top) = (base_of(dir.path()), dir.path().join("top"));
+        let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+        let mut rig = Rig::open(&options);
+        rig.write(0, &[1; 512]).unwrap();
+        rig.do_now(0, Request::Flush).unwrap();
+        let map_a = std::fs::read(&top).unwrap()[8192..12288].to_vec();
+        rig.write(512, &[2; 512]).unwrap();
+        let failure = faults::fail(&top);
+        if fails_in_queue {
+            rig.do_now(0, Request::Flush).unwrap_err();
+        } else {
+            rig.disk.close().unwrap_err();
+        }
+        drop(failure);
+        rig.write(1024, &[3; 512]).unwrap();
+        let killed = dir.path().join("killed");
+        std::fs::copy(&top, &killed).unwrap();
+        drop(rig);
+        for left in [top, killed] {
+            assert_eq!(session(&left), (1, [0xff; 16]), "it is not closed");
+            assert_eq!(std::fs::read(&left).unwrap()[8192..12288], map_a);
+            // On this start of the host as on any other.
+            let mut rig = Rig::open(&overlaid(&base, left.clone(), vec![], IoEngine::Sync));
+            assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
+            assert_eq!(rig.read(512, 1024).unwrap(), pattern(0x55, 512, 1024));
+            drop(rig);
+            assert_eq!(session(&left).0, 3, "what is left of it is whole again");
+        }
+    }
+}
+
+#[test]
+fn an_overlay_that_cannot_be_settled_is_not_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
+    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let mut rig = Rig::open(&options);
+    rig.write(0, &[1; 512]).unwrap();
+    rig.do_now(0, Request::Flush).unwrap();
+    rig.write(512, &[2; 512]).unwrap();
+    for host_crashed in [false, true] {
+        let left = dir.path().join(format!("left{host_crashed}"));
+        std::fs::copy(&top, &left).unwrap();
+        if host_crashed {
+            as_if_host_crashed(&left);
+        }
+        let again = overlaid(&base, left.clone(), vec![], IoEngine::Sync);
+        let failure = faults::fail(&left);
+        cause(Disk::open(&again).unwrap_err());
+        drop(failure);
+        assert_eq!(session(&left), (1, [0xff; 16]));
+        let mut rig = Rig::open(&again);
+        assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
+        assert_eq!(rig.read(512, 512).unwrap(), pattern(0x55, 512, 512));
+    }
+}
+
+/// All that such an overlay knows is in map B: without that it would be another disk.
+#[test]
+fn an_overlay_of_unknown_durability_is_refused_not_emptied() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
+    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let unsafe_options = DiskOptions { cache_type: CacheType::Unsafe, ..options.clone() };
+    Rig::open(&unsafe_options).write(0, &[1; 512]).unwrap();
+    let failure = faults::fail(&top);
+    cause(Disk::open(&options).unwrap_err());
+    drop(failure);
+    let as_layer = overlaid(&base, dir.path().join("on_top"), vec![top.clone()], IoEngine::Sync);
+    for refused in [&options, &as_layer, &DiskOptions { read_only: true, ..options.clone() }] {
+        let error = Disk::open(refused).unwrap_err();
+        assert!(matches!(error, DiskError::Overlay(OverlayError::LeftUnknown { .. })), "{error}");
+        assert!(error.to_string().contains("top: its contents are unknown"), "{error}");
+    }
+    // What can be read can be saved, and that alone changes nothing.
+    let mut rig = Rig::open(&unsafe_options);
+    assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
+    drop(rig);
+    assert!(Disk::open(&options).is_err());
+}
+
+#[test]
+fn no_session_begins_once_the_contents_are_unknown() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
+    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let mut rig = Rig::open(&options);
+    let failure = faults::fail(&top);
+    rig.disk.write_back().unwrap_err();
+    assert_eq!(rig.write(0, &[1; 512]), Err(Errno::IO));
+    assert_eq!(rig.do_now(0, Request::Discard { len: 512 }), Err(Errno::IO));
+    drop(rig);
+    drop(failure);
+    let mut rig = Rig::open(&options);
+    let failure = faults::fail(&top);
+    assert_eq!(rig.write(0, &[1; 512]), Err(Errno::IO), "the sync of the session fails");
+    assert_eq!(cause(rig.disk.close().unwrap_err()).what, "the sync of the overlay's first change");
+    drop(rig);
+    drop(failure);
+    assert_eq!(session(&top), (1, [0xff; 16]));
+}
+
+/// A rig whose engine a test steps.
+fn recorded(options: &DiskOptions) -> (Rig, Arc<Mutex<Vec<Deed>>>, Arc<recorder::Syncs>, recorder::Broken) {
+    let mut rig = Rig::open(options);
+    let deeds = Arc::new(Mutex::new(Vec::new()));
+    let recorder = Recorder::new(rig.disk.files(), Arc::clone(&deeds));
+    let (faults, broken) = (Arc::clone(&recorder.syncs), Arc::clone(&recorder.broken));
+    rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
+    (rig, deeds, faults, broken)
+}
+
+fn syncs(deeds: &Mutex<Vec<Deed>>) -> usize {
+    locked(deeds).iter().filter(|deed| matches!(deed, Deed::Sync | Deed::FailedSync)).count()
+}
+
+/// Two at a time would share the kernel's one report of a failure.
+#[test]
+fn flushes_run_one_at_a_time_and_share_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    for fails in [false, true] {
+        let (mut rig, deeds, faults, _) = recorded(&raw(&base_of(dir.path()), IoEngine::Sync));
+        *locked(&faults.error) = fails.then_some(Errno::IO);
+        let tokens = [0; 3].map(|_| rig.start(0, Request::Flush));
+        rig.queue.kick();
+        assert_eq!(syncs(&deeds), 1);
+        let results = rig.finish();
+        let wanted = if fails { Err(Errno::IO) } else { Ok(()) };
+        assert_eq!(results, tokens.map(|token| (token, wanted)));
+        assert_eq!(syncs(&deeds), if fails { 1 } else { 2 });
+    }
+}
+
+#[test]
+fn a_session_that_cannot_be_marked_loses_its_second_map() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
+    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let (mut rig, _, faults, broken) = recorded(&options);
+    rig.write(0, &[1; 512]).unwrap();
+    *locked(&broken) = 4096..4097;
+    *locked(&faults.error) = Some(Errno::IO);
+    rig.do_now(0, Request::Flush).unwrap_err();
+    drop(rig);
+    let mut rig = Rig::open(&options);
+    assert_eq!(rig.read(0, 512).unwrap(), pattern(0x55, 0, 512));
+}
+
+#[test]
+fn a_sync_in_flight_when_its_queue_goes_is_not_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let top = dir.path().join("top");
+    let options = overlaid(&base_of(dir.path()), top.clone(), vec![], IoEngine::Sync);
+    let mut rig = Rig::open(&options);
+    rig.write(0, &[1; 512]).unwrap();
+    let failure = faults::fail(&top);
+    rig.start(0, Request::Flush);
+    rig.queue.kick();
+    drop(rig);
+    drop(failure);
+    assert_eq!(session(&top).0, 1, "an overlay whose flush failed is not closed");
+}
+
+#[test]
+fn each_queue_of_a_disk_has_an_open_file_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = DiskOptions { io_threads: 3, ..raw(&base_of(dir.path()), IoEngine::Sync) };
+    let disk = Disk::open(&options).unwrap();
+    let mut files: Vec<_> = (0..3).map(|_| Arc::as_ptr(&disk.files_of_queue()[0])).collect();
+    files.sort();
+    files.dedup();
+    assert_eq!(files.len(), 3);
+}
+
+#[test]
+fn the_same_file_opened_anew_stays_unknown_and_another_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_of(dir.path());
+    let other = dir.path().join("other");
+    std::fs::copy(&base, &other).unwrap();
+    let options = raw(&base, IoEngine::Sync);
+    let locks = FileLocks::default();
+    let old = Disk::open_with(&options, &locks, None).unwrap();
+    let _failure = faults::fail(&base);
+    old.write_back().unwrap_err();
+    let same = Disk::open_with(&options, &locks, Some(&old)).unwrap();
+    assert!(same.check().is_err());
+    let new = Disk::open_with(&DiskOptions { path: other, ..options.clone() }, &locks, Some(&old)).unwrap();
+    new.freeze().unwrap();
+    let overlaid = overlaid(&base, dir.path().join("top"), vec![], IoEngine::Sync);
+    let beneath = Disk::open_with(&overlaid, &locks, Some(&old));
+    assert!(matches!(beneath, Err(DiskError::ContentsUnknown(_))), "its pages would be the overlay's");
+}
+
+#[test]
+fn a_merge_whose_sync_fails_makes_no_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_of(dir.path());
+    let (layer, merged) = (dir.path().join("layer"), dir.path().join("merged"));
+    Rig::open(&overlaid(&base, layer.clone(), vec![], IoEngine::Sync)).write(0, &[1; 512]).unwrap();
+    let on_top = overlaid(&base, dir.path().join("top"), vec![layer], IoEngine::Sync);
+    let disk = Disk::open(&on_top).unwrap();
+    std::fs::write(&merged, "").unwrap();
+    let merge = disk.merge_layers(&merged).unwrap();
+    let failure = faults::fail(&merged);
+    merge.run(&|| true).unwrap_err();
+    drop(failure);
+    assert!(Disk::open(&overlaid(&base, dir.path().join("top2"), vec![merged], IoEngine::Sync)).is_err());
+}
+
+#[test]
+fn the_name_of_a_new_overlay_is_durable_when_it_opens() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_of(dir.path());
+    let names = |name: &str, name_is_durable| {
+        let path = dir.path().join(name);
+        let options = overlaid(&base, path.clone(), vec![], IoEngine::Sync);
+        record::take();
+        drop(Disk::open(&DiskOptions { name_is_durable, ..options }).unwrap());
+        record::take() == [path]
+    };
+    assert!(names("new", false));
+    assert!(names("newer", true), "nobody can have made it durable");
+    assert!(!names("new", false), "it is not new any more");
+    for (name, name_is_durable) in [("empty", false), ("durable", true)] {
+        std::fs::write(dir.path().join(name), "").unwrap();
+        assert_eq!(names(name, name_is_durable), !name_is_durable);
+    }
+}
+
+#[test]
+fn a_raw_disk_has_one_writer_or_any_number_of_readers() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_of(dir.path());
+    let write = raw(&base, IoEngine::Sync);
+    let read = DiskOptions { read_only: true, ..write.clone() };
+    let overlay = |name| overlaid(&base, dir.path().join(name), vec![], IoEngine::Sync);
+    let is_locked =
+        |options: &DiskOptions| matches!(Disk::open(options), Err(DiskError::Lock(LockError::InUse { .. })));
+    let writer = Disk::open(&write).unwrap();
+    assert!(is_locked(&write) && is_locked(&read) && is_locked(&overlay("o")));
+    assert!(!dir.path().join("o").exists(), "what is refused leaves nothing behind");
+    // Who asks for none is not kept from it, and keeps nobody from it.
+    drop(Disk::open(&DiskOptions { lock: false, ..write.clone() }).unwrap());
+    // A base, as a fork makes it.
+    writer.freeze().unwrap();
+    let readers = [Disk::open(&read).unwrap(), Disk::open(&overlay("a")).unwrap()];
+    assert!(is_locked(&write));
+    assert!(matches!(writer.thaw(), Err(DiskError::Lock(LockError::InUse { .. }))));
+    drop(readers);
+    writer.thaw().unwrap();
+    assert!(is_locked(&read));
+    drop(writer);
+    let reader = Disk::open(&read).unwrap();
+    assert!(is_locked(&write));
+    drop(reader);
+    Disk::open(&write).unwrap();
+}
+
+/// A disk of no size stands for one to come: a fork and its children share it, and no guest can write to it.
+#[test]
+fn a_disk_of_no_size_is_shared() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("none");
+    std::fs::write(&path, "").unwrap();
+    let options = raw(&path, IoEngine::Sync);
+    let (_one, _other) = (Disk::open(&options).unwrap(), Disk::open(&options).unwrap());
+}
+
+/// The kernel has one report for each open file, and `fdatasync` of one takes it.
+#[test]
+fn the_files_of_a_disk_are_open_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_of(dir.path());
+    let disk = Disk::open(&raw(&base, IoEngine::Sync)).unwrap();
+    let _failure = faults::fail(&base);
+    disk.write_back().unwrap_err();
+    // The queue's own file has its own report.
+    let file = &disk.files()[0];
+    assert!(crate::health::sync_data(file).is_err());
+    file.read_exact_at(&mut [0; 512], 0).unwrap();
+}

@@ -1,0 +1,66 @@
+//! Disks that are full.
+//!
+//! What makes them so is a limit on how far files may be written, which needs no rights. It holds for a whole process, and to reach it is a signal
+//! that ends the process where it is not ignored: the test has a process of its own, which ignores it.
+
+use std::fs::File;
+use std::process::Command;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::guest::Guest;
+use super::*;
+
+const MIB: u64 = 1 << 20;
+const PROCESS: &str = "tests::full::in_a_process_of_its_own";
+
+#[test]
+fn a_disk_that_is_full_fails_writes_and_nothing_else_until_there_is_space() {
+    let ignoring = "trap '' XFSZ; exec \"$@\"";
+    let output = Command::new("sh")
+        .args(["-c", ignoring, "sh"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", PROCESS, "--ignored", "--nocapture"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("1 passed"), "{}: {said}{errors}", output.status);
+}
+
+/// From now on no file of this process is written past so many bytes.
+fn limit_files(to: Option<u64>) {
+    setrlimit(Resource::Fsize, Rlimit { current: to, ..getrlimit(Resource::Fsize) }).unwrap();
+}
+
+#[test]
+#[ignore = "started by a_disk_that_is_full_fails_writes_and_nothing_else_until_there_is_space"]
+fn in_a_process_of_its_own() {
+    for engine in ENGINES {
+        for (cache_type, with_overlay) in
+            [(CacheType::Unsafe, true), (CacheType::Writeback, true), (CacheType::Writeback, false)]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            let base = dir.path().join("base");
+            File::create(&base).unwrap().set_len(64 * MIB).unwrap();
+            let kind = if with_overlay {
+                overlaid(&base, dir.path().join("top"), vec![], engine)
+            } else {
+                raw(&base, engine)
+            };
+            let mut guest = Guest::new(&DiskOptions { cache_type, ..kind });
+            limit_files(Some(20 * MIB));
+            let data = vec![7; 1 << 20];
+            let statuses: Vec<u8> = (0..40).map(|mib| guest.write(mib * 2048, &data)).collect();
+            assert_eq!(statuses[0], 0);
+            assert_eq!(*statuses.last().unwrap(), 1, "{statuses:?}");
+            assert_eq!(guest.read(2047, 1), (0, vec![7; 512]));
+            assert_eq!(guest.read(63 * 2048, 1), (0, vec![0; 512]));
+            assert!(guest.control.stats().execute_fails.get() > 0);
+            limit_files(None);
+            assert_eq!(guest.write(39 * 2048, &data), 0);
+            assert_eq!(guest.read(40 * 2048 - 1, 1), (0, vec![7; 512]));
+            assert_eq!(guest.read(2047, 1), (0, vec![7; 512]));
+        }
+    }
+}

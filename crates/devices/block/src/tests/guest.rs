@@ -1,0 +1,365 @@
+//! A guest with one block device: a driver that puts requests into queues, on a worker that the test steps.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+use config::IoEngine;
+use memory::GuestRam;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::engine::Patience;
+use crate::{Block, BlockConfig, BlockControl};
+use sync::EventFd;
+use virtio::device::{Activation, ActiveQueue, Device};
+use virtio::queue::{Position, Queue};
+use virtio::rate_limiter::RateLimiterConfig;
+use virtio::testing::{CountingInterrupt, DriverQueue, TestWorker, Used};
+use virtio::worker::Task;
+
+pub(super) const IN: u32 = 0;
+pub(super) const OUT: u32 = 1;
+pub(super) const FLUSH: u32 = 4;
+pub(super) const GET_ID: u32 = 8;
+pub(super) const DISCARD: u32 = 11;
+pub(super) const WRITE_ZEROES: u32 = 13;
+
+/// Where the queues begin.
+const QUEUES: u64 = 0x1000;
+/// Where requests begin.
+const ARENA: u64 = 1 << 20;
+/// Memory of the guest, in MiB.
+const RAM_MIB: u32 = 32;
+
+/// A request that the device has.
+pub(super) struct Asked {
+    pub(super) head: u16,
+    /// Where the writable bytes are: data, then status.
+    writable: Vec<(u64, u32)>,
+}
+
+/// What came back.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Answer {
+    pub(super) status: u8,
+    pub(super) data: Vec<u8>,
+    pub(super) written: u32,
+}
+
+pub(super) struct Guest {
+    pub(super) ram: GuestRam,
+    pub(super) worker: TestWorker,
+    pub(super) interrupt: Arc<CountingInterrupt>,
+    pub(super) block: Block,
+    pub(super) control: BlockControl,
+    pub(super) drivers: Vec<DriverQueue>,
+    /// How far the device is in each queue.
+    pub(super) positions: Vec<Arc<Position>>,
+    kicks: Vec<Arc<EventFd>>,
+    tasks: Vec<u64>,
+    next_addr: u64,
+    features: u64,
+}
+
+pub(super) fn config(num_queues: u16, io_threads: u16) -> BlockConfig {
+    BlockConfig { id: "disk_1".into(), num_queues, queue_size: 64, io_threads }
+}
+
+impl Guest {
+    pub(super) fn new(options: &DiskOptions) -> Guest {
+        Self::with(options, config(1, 1), RateLimiterConfig::default(), Patience::None, u64::MAX)
+    }
+
+    /// A guest whose driver accepts the features that are in `accepts` and are offered.
+    pub(super) fn with(
+        options: &DiskOptions,
+        config: BlockConfig,
+        limits: RateLimiterConfig,
+        patience: Patience,
+        accepts: u64,
+    ) -> Guest {
+        let worker = TestWorker::new();
+        let threads = config.io_threads;
+        let workers = match patience {
+            Patience::None => vec![],
+            Patience::MayWait => (0..threads).map(|index| virtio::testing::worker(index.into())).collect(),
+        };
+        let disk = Disk::open(options).unwrap();
+        let (block, control) = Block::new(config, disk, limits, workers, worker.now()).unwrap();
+        Self::around(block, control, worker, accepts)
+    }
+
+    /// A guest with this device.
+    pub(super) fn around(block: Block, control: BlockControl, worker: TestWorker, accepts: u64) -> Guest {
+        let ring = virtio::device::feature::RING_EVENT_IDX | virtio::device::feature::RING_INDIRECT_DESC;
+        let features = (block.features() | ring) & accepts;
+        let mut guest = Guest {
+            ram: guest_ram(RAM_MIB),
+            worker,
+            interrupt: CountingInterrupt::new(),
+            block,
+            control,
+            drivers: vec![],
+            positions: vec![],
+            kicks: vec![],
+            tasks: vec![],
+            next_addr: ARENA,
+            features,
+        };
+        guest.activate();
+        guest
+    }
+
+    /// The driver begins: fresh queues, `DRIVER_OK`.
+    pub(super) fn activate(&mut self) {
+        let sizes = self.block.queue_sizes().to_vec();
+        let mut base = QUEUES;
+        self.drivers.clear();
+        self.kicks.clear();
+        self.positions.clear();
+        let mut queues = Vec::new();
+        for (index, size) in sizes.into_iter().enumerate() {
+            let driver = DriverQueue::new(&self.ram, base, size, self.features);
+            base += DriverQueue::bytes(size).next_multiple_of(4096);
+            let position = Arc::new(Position::default());
+            let queue = Queue::new(
+                index as u16,
+                size,
+                &driver.state(),
+                self.features,
+                &self.ram,
+                Arc::clone(&position),
+            )
+            .unwrap();
+            self.positions.push(position);
+            let kick = Arc::new(EventFd::new().unwrap());
+            queues.push(ActiveQueue { queue, kick: Arc::clone(&kick) });
+            self.drivers.push(driver);
+            self.kicks.push(kick);
+        }
+        let activation = Activation {
+            memory: self.ram.clone(),
+            queues,
+            interrupt: Arc::clone(&self.interrupt) as _,
+            features: self.features,
+            resumed: false,
+        };
+        let tasks = self.block.activate(activation).unwrap();
+        self.tasks = tasks.into_iter().map(|task| self.worker.add(task, self.interrupt.clone())).collect();
+        self.worker.run();
+    }
+
+    /// Asks for the tasks back, as a reset does first.
+    pub(super) fn begin_reset(&mut self) -> Vec<Receiver<Box<dyn Task>>> {
+        let tasks = std::mem::take(&mut self.tasks);
+        tasks.into_iter().map(|task| self.worker.remove(task)).collect()
+    }
+
+    /// Waits for the tasks and resets the device.
+    pub(super) fn end_reset(&mut self, tasks: Vec<Receiver<Box<dyn Task>>>) {
+        for task in tasks {
+            let mut back = None;
+            self.worker.run_until(|| {
+                back = back.take().or_else(|| task.try_recv().ok());
+                back.is_some()
+            });
+            back.unwrap().detach();
+        }
+        self.block.reset();
+        self.next_addr = ARENA;
+    }
+
+    /// Memory for `len` bytes that touches no other.
+    fn room(&mut self, len: u32) -> u64 {
+        let addr = self.next_addr;
+        self.next_addr += u64::from(len) + 8;
+        assert!(self.next_addr < u64::from(RAM_MIB) << 20, "too much at once for the guest's memory");
+        addr
+    }
+
+    /// How much memory requests in flight take.
+    pub(super) fn arena_used(&self) -> u64 {
+        self.next_addr - ARENA
+    }
+
+    /// Cuts `len` bytes into buffers whose lengths are `cuts`, over and over; into 100 at most.
+    fn cut(&mut self, len: u32, cuts: &[u32]) -> Vec<(u64, u32)> {
+        let shortest = len.div_ceil(100).max(1);
+        let mut buffers = Vec::new();
+        let mut left = len;
+        for &cut in cuts.iter().cycle() {
+            if left == 0 {
+                break;
+            }
+            let take = cut.max(shortest).min(left);
+            buffers.push((self.room(take), take));
+            left -= take;
+        }
+        buffers
+    }
+
+    fn put(&self, buffers: &[(u64, u32)], bytes: &[u8]) {
+        let mut at = 0;
+        for &(addr, len) in buffers {
+            self.ram.memory().write_slice(&bytes[at..at + len as usize], GuestAddress(addr)).unwrap();
+            at += len as usize;
+        }
+    }
+
+    fn get(&self, buffers: &[(u64, u32)]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for &(addr, len) in buffers {
+            let mut part = vec![0; len as usize];
+            self.ram.memory().read_slice(&mut part, GuestAddress(addr)).unwrap();
+            bytes.extend(part);
+        }
+        bytes
+    }
+
+    /// Puts a request into queue `queue`, in buffers of lengths `cuts`. None if there is no room for it. No kick.
+    pub(super) fn ask_cut(
+        &mut self,
+        queue: usize,
+        (kind, sector): (u32, u64),
+        data: &[u8],
+        read_len: u32,
+        cuts: &[u32],
+        indirect: bool,
+    ) -> Option<Asked> {
+        let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes(), data].concat();
+        let readable = self.cut(header.len() as u32, cuts);
+        self.put(&readable, &header);
+        let writable = self.cut(read_len + 1, cuts);
+        self.put(&writable, &vec![0xee; read_len as usize + 1]);
+        let head = if indirect {
+            let table = self.room(16 * (readable.len() + writable.len()) as u32);
+            self.drivers[queue].add_indirect(table, &readable, &writable)
+        } else {
+            self.drivers[queue].add(&readable, &writable)
+        }?;
+        Some(Asked { head, writable })
+    }
+
+    /// Puts a request into queue `queue` in the usual three buffers. No kick.
+    pub(super) fn ask(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Asked {
+        let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
+        let mut readable = vec![(self.room(16), 16)];
+        self.put(&readable, &header);
+        if !data.is_empty() {
+            let buffer = [(self.room(data.len() as u32), data.len() as u32)];
+            self.put(&buffer, data);
+            readable.extend(buffer);
+        }
+        let mut writable = Vec::new();
+        if read_len > 0 {
+            writable.push((self.room(read_len), read_len));
+        }
+        writable.push((self.room(1), 1));
+        self.put(&writable[writable.len() - 1..], &[0xee]);
+        let head = self.drivers[queue].add(&readable, &writable).expect("room in the queue");
+        Asked { head, writable }
+    }
+
+    /// Shows the device what was added, and kicks if it wants that.
+    pub(super) fn kick(&mut self, queue: usize) {
+        self.drivers[queue].enable_interrupts();
+        if self.drivers[queue].publish() {
+            self.kicks[queue].signal();
+        }
+    }
+
+    /// What came back for `asked`.
+    pub(super) fn answer(&self, asked: &Asked, used: Used) -> Answer {
+        assert_eq!(used.head, asked.head);
+        let mut data = self.get(&asked.writable);
+        let status = data.pop().unwrap();
+        Answer { status, data, written: used.written }
+    }
+
+    /// Lets the worker work until queue `queue` has `count` answers; takes them.
+    pub(super) fn wait(&mut self, queue: usize, count: usize) -> Vec<Used> {
+        let driver = &mut self.drivers[queue];
+        let mut got = Vec::new();
+        self.worker.run_until(|| {
+            while got.len() < count
+                && let Some(used) = driver.take_used()
+            {
+                got.push(used);
+            }
+            got.len() == count
+        });
+        got
+    }
+
+    /// As [`Guest::wait`], while the clock goes on: for devices with limits.
+    pub(super) fn wait_in_time(&mut self, queue: usize, count: usize) -> Vec<Used> {
+        let mut got = Vec::new();
+        loop {
+            self.worker.run();
+            assert_eq!(self.interrupt.broken(), Vec::<String>::new());
+            got.extend(std::iter::from_fn(|| self.drivers[queue].take_used()));
+            if got.len() >= count {
+                assert_eq!(got.len(), count);
+                return got;
+            }
+            match self.worker.next_timer() {
+                Some(at) => self.worker.advance(at.saturating_sub(self.worker.now())),
+                None => got.extend(self.wait(queue, 1)),
+            }
+        }
+    }
+
+    /// As [`Guest::read`], while the clock goes on.
+    pub(super) fn read_in_time(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
+        let asked = self.ask(0, IN, sector, &[], count * 512);
+        self.kick(0);
+        let used = self.wait_in_time(0, 1)[0];
+        let answer = self.answer(&asked, used);
+        self.forget();
+        (answer.status, answer.data)
+    }
+
+    /// One request, from beginning to end.
+    pub(super) fn one(&mut self, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Answer {
+        let asked = self.ask(0, kind, sector, data, read_len);
+        self.kick(0);
+        let used = self.wait(0, 1)[0];
+        let answer = self.answer(&asked, used);
+        self.next_addr = ARENA;
+        answer
+    }
+
+    pub(super) fn read(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
+        let answer = self.one(IN, sector, &[], count * 512);
+        assert_eq!(answer.written, if answer.status == 0 { count * 512 + 1 } else { 0 });
+        (answer.status, answer.data)
+    }
+
+    pub(super) fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
+        let answer = self.one(OUT, sector, data, 0);
+        assert_eq!(answer.written, 1);
+        answer.status
+    }
+
+    /// Forgets the memory of requests, none of which may be in flight.
+    pub(super) fn forget(&mut self) {
+        assert!(self.drivers.iter().all(|driver| driver.out() == 0));
+        self.next_addr = ARENA;
+    }
+}
+
+/// The payload of a discard or zeroing.
+pub(super) fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
+    let one = |&(sector, count, flags): &(u64, u32, u32)| {
+        [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
+    };
+    ranges.iter().flat_map(one).collect()
+}
+
+/// A file of `sectors` sectors with a pattern, and how to open it.
+pub(super) fn disk(dir: &Path, sectors: u64, engine: IoEngine) -> (DiskOptions, Vec<u8>) {
+    let content = pattern(0x77, 0, sectors * SECTOR);
+    let path = dir.join("disk");
+    std::fs::write(&path, &content).unwrap();
+    (DiskOptions { lock: false, ..raw(&path, engine) }, content)
+}

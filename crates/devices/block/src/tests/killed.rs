@@ -1,0 +1,199 @@
+//! What an overlay holds when its monitor is killed at any moment: all that was answered.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use rustix::fs::SeekFrom;
+
+use super::recorder::{Deeds, Recorder};
+use super::*;
+use crate::engine::Engine;
+use sync::locked;
+
+/// Of one page of the map.
+const PAGE: u64 = 16 << 20;
+
+/// Where map B begins.
+const MAP_B: u64 = 8192 + PAGES * 4096;
+
+/// More pages than a run writes at a time.
+const PAGES: u64 = 70;
+
+fn rig(dir: &Path, engine: IoEngine, patience: Patience, cache_type: CacheType) -> (Rig, DiskOptions) {
+    let base = dir.join("base");
+    let file = File::create(&base).unwrap();
+    file.set_len(PAGES * PAGE).unwrap();
+    let options = DiskOptions { cache_type, ..overlaid(&base, dir.join("top"), vec![], engine) };
+    (Rig::open_with(&options, patience), options)
+}
+
+/// The session and both maps, as a process that is killed now leaves them, over the data as it is: that is written before.
+fn as_left_by_a_kill_now(options: &DiskOptions) -> Vec<u8> {
+    let top = &options.overlay.as_ref().unwrap().path;
+    let mut bytes = vec![0; 1 << 20];
+    File::open(top).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// Copies a file with its holes.
+fn copy(from: &Path, to: &Path) {
+    let (from, to) = (File::open(from).unwrap(), File::create(to).unwrap());
+    to.set_len(from.metadata().unwrap().len()).unwrap();
+    let mut at = 0;
+    while let Ok(data) = rustix::fs::seek(&from, SeekFrom::Data(at)) {
+        at = rustix::fs::seek(&from, SeekFrom::Hole(data)).unwrap();
+        let mut bytes = vec![0; (at - data) as usize];
+        from.read_exact_at(&mut bytes, data).unwrap();
+        to.write_all_at(&bytes, data).unwrap();
+    }
+}
+
+/// Whether map B in `left` has the first sector of a page.
+fn map_b_has(left: &[u8], page: u64) -> bool {
+    left[(MAP_B + page * 4096) as usize] & 1 == 1
+}
+
+#[test]
+fn whatever_was_answered_the_file_says_it_holds_however_many_pages_the_map_has() {
+    for engine in ENGINES {
+        for patience in [Patience::None, Patience::MayWait] {
+            for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
+                let dir = tempfile::tempdir().unwrap();
+                let (mut rig, options) = rig(dir.path(), engine, patience, cache_type);
+                let mut pages = Vec::new();
+                for page in 0..PAGES {
+                    pages.push((rig.start_write(page * PAGE, &[page as u8 + 1; 512], u64::MAX), page));
+                }
+                let mut answered = 0;
+                while answered < PAGES {
+                    rig.queue.kick();
+                    let told: Vec<_> = std::iter::from_fn(|| rig.queue.finished()).collect();
+                    let left = as_left_by_a_kill_now(&options);
+                    for (token, result) in told {
+                        result.unwrap();
+                        let page = pages.iter().find(|asked| asked.0 == token).unwrap().1;
+                        assert!(
+                            map_b_has(&left, page),
+                            "page {page}, {engine:?} {patience:?} {cache_type:?}"
+                        );
+                        answered += 1;
+                    }
+                    if !rig.queue.has_more() {
+                        rig.queue.wait_for_tests();
+                    }
+                }
+                // And the copy is believed.
+                let killed = dir.path().join("killed");
+                let overlay = options.overlay.as_ref().unwrap();
+                copy(&overlay.path, &killed);
+                let again = overlaid(&options.path, killed, vec![], engine);
+                let mut again = Rig::open(&DiskOptions { cache_type, ..again });
+                for page in 0..PAGES {
+                    assert_eq!(again.read(page * PAGE, 512).unwrap(), [page as u8 + 1; 512], "page {page}");
+                }
+            }
+        }
+    }
+}
+
+/// The second write to a sector must not be told before the first one's place in the map was written.
+#[test]
+fn writes_to_the_same_sectors_at_once_are_all_there() {
+    for patience in [Patience::None, Patience::MayWait] {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut rig, options) = rig(dir.path(), IoEngine::Async, patience, CacheType::Unsafe);
+        let tokens: Vec<_> = (0..100)
+            .map(|number| (rig.start_write(number / 10 * PAGE, &[7; 512], u64::MAX), number / 10))
+            .collect();
+        let mut answered = 0;
+        while answered < tokens.len() {
+            rig.queue.kick();
+            let told: Vec<_> = std::iter::from_fn(|| rig.queue.finished()).collect();
+            let left = as_left_by_a_kill_now(&options);
+            for (token, result) in told {
+                result.unwrap();
+                let page = tokens.iter().find(|asked| asked.0 == token).unwrap().1;
+                assert!(map_b_has(&left, page));
+                answered += 1;
+            }
+            if !rig.queue.has_more() {
+                rig.queue.wait_for_tests();
+            }
+        }
+    }
+}
+
+/// A large zeroing covers more of the map than is written at a time.
+#[test]
+fn a_discard_of_all_of_a_large_disk_is_told_when_all_of_its_map_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Patience::MayWait, CacheType::Unsafe);
+    rig.do_now(0, Request::Discard { len: PAGES * PAGE }).unwrap();
+    let left = as_left_by_a_kill_now(&options);
+    for page in 0..PAGES {
+        assert!(map_b_has(&left, page), "page {page}");
+    }
+}
+
+/// A flush of more of the map than one round of it writes, and then a crash of the host.
+#[test]
+fn a_flush_of_many_pages_of_the_map_survives_the_host() {
+    for patience in [Patience::None, Patience::MayWait] {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut rig, options) = rig(dir.path(), IoEngine::Async, patience, CacheType::Writeback);
+        for page in 0..PAGES {
+            rig.start_write(page * PAGE + 4096, &[9; 512], u64::MAX);
+        }
+        rig.finish();
+        rig.do_now(0, Request::Flush).unwrap();
+        let crashed = dir.path().join("crashed");
+        copy(&options.overlay.as_ref().unwrap().path, &crashed);
+        super::crash::as_if_host_crashed(&crashed);
+        let mut again = Rig::open(&overlaid(&options.path, crashed, vec![], IoEngine::Async));
+        for page in 0..PAGES {
+            assert_eq!(again.read(page * PAGE + 4096, 512).unwrap(), [9; 512], "page {page}");
+        }
+    }
+}
+
+/// A page of the map that has no room on the host's disk fails the changes that it is needed for, until there is some.
+#[test]
+fn a_change_that_the_map_cannot_take_in_fails_and_others_do_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Patience::MayWait, CacheType::Unsafe);
+    let recorder = Recorder::new(rig.disk.files(), Deeds::default());
+    let broken = Arc::clone(&recorder.broken);
+    rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
+    *locked(&broken) = MAP_B + 4096..MAP_B + 8192;
+    let good = rig.start_write(0, &[1; 512], u64::MAX);
+    let bad = rig.start_write(PAGE, &[2; 512], u64::MAX);
+    let mut results = rig.finish();
+    results.sort_unstable_by_key(|result| result.0);
+    assert_eq!(results, [(good, Ok(())), (bad, Err(Errno::NOSPC))]);
+    assert_eq!(rig.write(2 * PAGE, &[3; 512]), Ok(()), "it needs another page");
+    // Tried again, and still not told before it is true.
+    assert_eq!(rig.write(PAGE, &[2; 512]), Err(Errno::NOSPC));
+    *locked(&broken) = 0..0;
+    assert_eq!(rig.write(PAGE, &[2; 512]), Ok(()));
+    let left = as_left_by_a_kill_now(&options);
+    assert!((0..3).all(|page| map_b_has(&left, page)));
+}
+
+/// Nothing may be changed before the file says that somebody changes it.
+#[test]
+fn a_change_fails_while_the_session_cannot_be_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Patience::MayWait, CacheType::Writeback);
+    let recorder = Recorder::new(rig.disk.files(), Deeds::default());
+    let broken = Arc::clone(&recorder.broken);
+    rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
+    *locked(&broken) = 4096..4097;
+    rig.start_write(0, &[1; 512], u64::MAX);
+    rig.start(PAGE, Request::Discard { len: 512 });
+    assert!(rig.finish().iter().all(|result| result.1 == Err(Errno::NOSPC)));
+    assert_eq!(rig.read(0, 512).unwrap(), [0; 512]);
+    *locked(&broken) = 0..0;
+    rig.write(0, &[1; 512]).unwrap();
+    assert_eq!(as_left_by_a_kill_now(&options)[4096], 1, "one session");
+}

@@ -1,0 +1,119 @@
+//! What holds requests back: limits that the user sets, and the bounds of what is in flight.
+
+use super::guest::*;
+use super::*;
+use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
+
+const MS: u64 = 1_000_000;
+
+#[test]
+fn a_limit_holds_requests_back_until_the_timer_and_no_timer_is_set_without_need() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let ops = BucketConfig { size: 2, refill_time_ms: 100, one_time_burst: 0 };
+    let limits = RateLimiterConfig { bandwidth: None, ops: Some(ops) };
+    let mut guest = Guest::with(&options, config(1, 1), limits, Patience::MayWait, u64::MAX);
+    assert_eq!(guest.worker.next_timer(), None);
+    for sector in 0..5 {
+        guest.ask(0, IN, sector, &[], 512);
+    }
+    guest.kick(0);
+    guest.wait(0, 2);
+    assert_eq!(guest.worker.next_timer(), Some(guest.worker.now() + 50 * MS));
+    assert_eq!(guest.control.stats().rate_limiter_throttled_events.get(), 1);
+    guest.worker.advance(49 * MS);
+    assert_eq!(guest.drivers[0].out(), 3);
+    guest.worker.advance(MS);
+    guest.wait(0, 1);
+    // Without limits they come at once, and the timer goes.
+    let none = BucketConfig { size: 0, refill_time_ms: 0, one_time_burst: 0 };
+    guest.control.update_limits(RateLimiterConfig { bandwidth: None, ops: Some(none) }, guest.worker.now());
+    guest.wait(0, 2);
+    assert_eq!(guest.worker.next_timer(), None);
+}
+
+/// What the limiter gives goes to both queues, although there is always one that could take all of it.
+#[test]
+fn a_limit_is_shared_by_queues_that_are_all_full() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let ops = BucketConfig { size: 10, refill_time_ms: 1000, one_time_burst: 0 };
+    let limits = RateLimiterConfig { bandwidth: None, ops: Some(ops) };
+    let mut guest = Guest::with(&options, config(2, 1), limits, Patience::MayWait, u64::MAX);
+    for queue in 0..2 {
+        for _ in 0..20 {
+            guest.ask(queue, IN, 0, &[], 512);
+        }
+        guest.kick(queue);
+    }
+    guest.worker.run();
+    for _ in 0..10 {
+        guest.worker.advance(100 * MS);
+    }
+    let answered = [0, 1].map(|queue: usize| guest.drivers[queue].used_idx());
+    assert_eq!(answered, [10, 10]);
+}
+
+/// What is in flight has to end before the guest can be paused: it is not more than a disk can do soon.
+#[test]
+fn not_more_bytes_are_in_flight_than_end_soon() {
+    const BYTES: u32 = 8 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Sync);
+    std::fs::File::options().append(true).open(&options.path).unwrap().set_len(u64::from(BYTES)).unwrap();
+    let mut guest = Guest::new(&options);
+    // One buffer for all of them: what a guest reads where is its own business.
+    let (header, data, status) = (1 << 20, 2 << 20, (1 << 20) + 64);
+    for _ in 0..20 {
+        guest.drivers[0].add(&[(header, 16)], &[(data, BYTES), (status, 1)]).expect("room in the queue");
+    }
+    guest.kick(0);
+    let mut answered = 0;
+    while answered < 20 {
+        guest.worker.run();
+        let (taken, used) = guest.positions[0].get();
+        assert!(u32::from(taken - used) * BYTES <= 64 << 20, "{} at once", taken - used);
+        answered += guest.wait(0, 1).len();
+    }
+}
+
+#[test]
+fn a_request_for_more_bytes_than_may_be_in_flight_gets_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    std::fs::File::options().append(true).open(&options.path).unwrap().set_len(1 << 30).unwrap();
+    let mut guest = Guest::new(&options);
+    let read = |guest: &mut Guest, bytes: u32| {
+        let buffers: Vec<_> =
+            (0..bytes / (8 << 20)).map(|_| (2 << 20, 8 << 20)).chain([(1 << 19, 1)]).collect();
+        guest.drivers[0].add(&[(1 << 20, 16)], &buffers).expect("room in the queue");
+        guest.kick(0);
+        guest.wait(0, 1);
+        guest.ram.memory().read_obj::<u8>(GuestAddress(1 << 19)).unwrap()
+    };
+    assert_eq!(read(&mut guest, 64 << 20), 0);
+    assert_eq!(read(&mut guest, 72 << 20), 1);
+    let sectors = (4 << 20) / 512;
+    assert_eq!(guest.one(WRITE_ZEROES, 0, &ranges(&[(0, sectors, 0); 16]), 0).status, 0);
+    assert_eq!(guest.one(WRITE_ZEROES, 0, &ranges(&[(0, sectors + 1, 0)]), 0).status, 1);
+    assert_eq!(guest.one(DISCARD, 0, &ranges(&[(0, sectors + 1, 0)]), 0).status, 0);
+}
+
+#[test]
+fn bytes_are_counted_for_reads_writes_and_zeroings_and_not_for_what_moves_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let (options, _) = disk(dir.path(), 64, IoEngine::Async);
+    let bandwidth = BucketConfig { size: 4096, refill_time_ms: 1000, one_time_burst: 1024 };
+    let limits = RateLimiterConfig { bandwidth: Some(bandwidth), ops: None };
+    let mut guest = Guest::with(&options, config(1, 1), limits, Patience::MayWait, u64::MAX);
+    assert_eq!(guest.one(FLUSH, 0, &[], 0).status, 0);
+    assert_eq!(guest.one(GET_ID, 0, &[], 512).status, 0);
+    assert_eq!(guest.one(DISCARD, 0, &ranges(&[(0, 64, 0)]), 0).status, 0);
+    assert_eq!(guest.write(0, &[1; 512]), 0);
+    assert_eq!(guest.one(WRITE_ZEROES, 0, &ranges(&[(8, 1, 0)]), 0).status, 0);
+    assert_eq!(guest.read(0, 8).0, 0);
+    guest.ask(0, IN, 0, &[], 512);
+    guest.kick(0);
+    guest.worker.run();
+    assert_eq!(guest.worker.next_timer(), Some(guest.worker.now() + 125 * MS));
+}

@@ -1,0 +1,141 @@
+//! An engine that tells what it did to the last of its files, in order.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use rustix::io::Errno;
+
+use crate::direct::carry_out;
+use crate::engine::{Done, Op, Transfer};
+use crate::tests::SECTOR;
+use sync::locked;
+
+/// Something that was done to a file.
+#[derive(Debug, Clone)]
+pub(crate) enum Deed {
+    /// These bytes stand at this offset now.
+    Write { offset: u64, bytes: Vec<u8> },
+    /// All that was done before is durable now.
+    Sync,
+    /// What was done since the last sync may be lost at any time, whatever later syncs say.
+    FailedSync,
+}
+
+/// Where the last of the files cannot be written.
+pub(crate) type Broken = Arc<Mutex<Range<u64>>>;
+
+/// What goes wrong with the last of the files, and what else was done to it.
+#[derive(Debug, Default)]
+pub(crate) struct Syncs {
+    /// No sync and no discard comes to its end.
+    pub(crate) stalled: AtomicBool,
+    /// What the next sync fails with.
+    pub(crate) error: Mutex<Option<Errno>>,
+    /// The file system or device can neither punch holes nor zero ranges.
+    pub(crate) no_ranges: AtomicBool,
+    /// The lengths of the holes that were punched, in order.
+    pub(crate) holes: Mutex<Vec<u64>>,
+}
+
+/// What was done, in order.
+pub(crate) type Deeds = Arc<Mutex<Vec<Deed>>>;
+
+/// Carries transfers out one after the other, the latest first: nobody may rely on their order.
+#[derive(Debug)]
+pub(crate) struct Recorder<T> {
+    files: Vec<Arc<File>>,
+    /// None if nobody asks.
+    deeds: Option<Deeds>,
+    pub(super) broken: Broken,
+    pub(crate) syncs: Arc<Syncs>,
+    noted: VecDeque<Transfer<T>>,
+    done: Vec<Done<T>>,
+}
+
+impl<T> Recorder<T> {
+    pub(super) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
+        let broken = Broken::default();
+        Recorder {
+            files,
+            deeds: Some(deeds),
+            broken,
+            syncs: Arc::default(),
+            noted: VecDeque::new(),
+            done: Vec::new(),
+        }
+    }
+
+    /// The same without a record.
+    pub(super) fn without_record(self) -> Self {
+        Recorder { deeds: None, ..self }
+    }
+
+    pub(crate) fn push(&mut self, transfer: Transfer<T>) {
+        self.noted.push_back(transfer);
+    }
+
+    /// Carries out one of those that were noted.
+    pub(crate) fn submit(&mut self) {
+        let Some(index) = self.noted.iter().rposition(|transfer| !self.is_stalled(transfer)) else { return };
+        let Some(mut transfer) = self.noted.remove(index) else { return };
+        let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.left());
+        let top = usize::from(transfer.file()) == self.files.len() - 1;
+        let fails = top && op == Op::Write && locked(&self.broken).contains(&offset);
+        let sync_error = if top && op == Op::Sync { locked(&self.syncs.error).take() } else { None };
+        let is_range = matches!(op, Op::PunchHole | Op::ZeroRange);
+        if op == Op::PunchHole {
+            locked(&self.syncs.holes).push(len);
+        }
+        let result = match sync_error {
+            Some(errno) => {
+                if let Some(deeds) = &self.deeds {
+                    locked(deeds).push(Deed::FailedSync);
+                }
+                Err(errno)
+            }
+            None if fails => Err(Errno::NOSPC),
+            None if is_range && self.syncs.no_ranges.load(Ordering::Relaxed) => Err(Errno::OPNOTSUPP),
+            None => carry_out(&mut transfer, &self.files),
+        };
+        if top
+            && result.is_ok()
+            && let Some(deeds) = &self.deeds
+        {
+            match op {
+                Op::Read | Op::WriteBack => {}
+                Op::Write | Op::PunchHole | Op::ZeroRange => {
+                    let mut bytes = vec![0; len as usize];
+                    self.files[self.files.len() - 1].read_exact_at(&mut bytes, offset).unwrap();
+                    // One sector each: that is what a disk writes whole.
+                    for (index, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
+                        let (offset, bytes) = (offset + index as u64 * SECTOR, bytes.to_vec());
+                        locked(deeds).push(Deed::Write { offset, bytes });
+                    }
+                }
+                Op::Sync => locked(deeds).push(Deed::Sync),
+            }
+        }
+        self.done.push(transfer.finish(result));
+    }
+
+    pub(crate) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+        done.append(&mut self.done);
+    }
+
+    fn is_stalled(&self, transfer: &Transfer<T>) -> bool {
+        matches!(transfer.op(), Op::Sync | Op::PunchHole) && self.syncs.stalled.load(Ordering::Relaxed)
+    }
+
+    /// Whether something can be carried out or is to be taken.
+    pub(crate) fn has_more(&self) -> bool {
+        !self.done.is_empty() || self.noted.iter().any(|transfer| !self.is_stalled(transfer))
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.noted.len() + self.done.len()
+    }
+}

@@ -1,0 +1,171 @@
+//! The control queue, several pairs, and the configuration space.
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::guest::{config, wires};
+use super::*;
+use crate::call_budget::{BURST, REFILL_MS};
+use crate::config_space::feature;
+use crate::tap::tap_offloads;
+use crate::{Net, NetBackend, NetConfig, NetSetup};
+use virtio::device::Device;
+use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
+use virtio::testing::Kind;
+
+const NONE: RateLimiterConfig = RateLimiterConfig { bandwidth: None, ops: None };
+
+fn with_pairs(pairs: u16) -> NetGuest {
+    NetGuest::with(Kind::Pci, config(pairs), NONE, NONE, u64::MAX)
+}
+
+#[test]
+fn the_guest_reads_its_address_mtu_link_and_pairs() {
+    let mut guest = with_pairs(3);
+    let mut space = [0xaa; 14];
+    guest.guest.read_config(0, &mut space);
+    assert_eq!(space[..6], MAC);
+    assert_eq!(space[6..], [1, 0, 3, 0, 0xdc, 5, 0, 0]);
+}
+
+#[test]
+fn only_what_there_is_is_offered() {
+    let offered = |config: NetConfig| {
+        let pairs = config.pairs;
+        let setup = NetSetup { backend: NetBackend::tap(wires(pairs).0), detour: None };
+        Net::new(config, setup, NONE, NONE, 1).unwrap().0.features()
+    };
+    let all = feature::MAC | feature::MTU | feature::MQ;
+    assert_eq!(offered(config(2)) & all, all);
+    let bare = offered(NetConfig { mac: None, mtu: None, ..config(1) });
+    assert_eq!(bare & all, 0);
+    assert_eq!(bare & feature::OFFLOADS, feature::OFFLOADS);
+}
+
+#[test]
+fn pairs_of_queues_work_side_by_side() {
+    let mut guest = with_pairs(3);
+    assert_eq!(guest.command(&[4, 0, 3, 0]), 0);
+    for pair in 0..3 {
+        assert!(guest.give_to(pair, &[1536]));
+        guest.publish(2 * pair);
+        assert!(guest.arrive_on(pair, [0; 12], &frame(100, pair as u8)));
+        assert_eq!(guest.received_on(pair).unwrap().frame, frame(100, pair as u8));
+        assert!(guest.send_on(pair, [0; 12], &frame(200, pair as u8), &[]));
+        guest.publish(2 * pair + 1);
+        assert_eq!(guest.sent_on(pair).unwrap()[12..], frame(200, pair as u8));
+    }
+}
+
+#[test]
+fn a_driver_that_uses_one_pair_finds_the_control_queue_behind_it() {
+    let mut guest = NetGuest::with(Kind::Mmio, config(3), NONE, NONE, !feature::MQ);
+    assert_eq!(guest.queues.len(), 3);
+    assert_eq!(guest.command(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]), 0);
+    guest.send(&frame(60, 1));
+    assert_eq!(guest.sent().unwrap(), frame(60, 1));
+}
+
+#[test]
+fn commands_that_make_no_sense_are_answered_and_counted() {
+    let mut guest = with_pairs(2);
+    let unknown_offload = [5, 0, 0, 0, 0, 0, 0, 0, 0, 0x80];
+    for bad in [
+        &[4, 0, 0, 0][..],
+        &[4, 0, 3, 0],
+        &[4, 0, 1],
+        &[4, 1, 1, 0],
+        &[9, 9, 9],
+        &[4],
+        &[5, 0, 1],
+        &unknown_offload,
+    ] {
+        assert_eq!(guest.command(bad), 1, "{bad:?}");
+    }
+    assert_eq!(guest.control.stats().ctrl_fails.get(), 8);
+    assert_eq!(guest.command(&[4, 0, 1, 0]), 0);
+    assert_eq!(guest.guest.broken_count(), 0);
+}
+
+#[test]
+fn states_are_plain_data() {
+    let bucket = BucketConfig { size: 100, refill_time_ms: 100, one_time_burst: 5 };
+    let limits = RateLimiterConfig { bandwidth: Some(bucket), ops: None };
+    let mut guest = NetGuest::with(Kind::Mmio, config(1), limits, NONE, u64::MAX);
+    let net = guest.state();
+    let text = serde_json::to_string(&net).unwrap();
+    assert_eq!(serde_json::from_str::<crate::NetState>(&text).unwrap(), net);
+}
+
+/// Ioctls under RTNL in `seconds`, at most.
+fn bound(seconds: u64) -> u64 {
+    BURST + seconds * 1000 * BURST / REFILL_MS
+}
+
+#[test]
+fn commands_in_a_loop_take_the_hosts_rtnl_a_bounded_number_of_times() {
+    const SECONDS: u64 = 10;
+    let mut guest = with_pairs(3);
+    let before = guest.control.tap().settings().2;
+    let last = guest.queues.len() - 1;
+    let memory = guest.guest.ram.memory().clone();
+    let commands: [&[u8]; 4] =
+        [&[5, 0, 2, 0, 0, 0, 0, 0, 0, 0], &[4, 0, 3, 0], &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[4, 0, 1, 0]];
+    let at = |index: usize| 0x70_0000 + 0x100 * index as u64;
+    for (index, command) in commands.iter().enumerate() {
+        memory.write_slice(command, GuestAddress(at(index))).unwrap();
+    }
+    let (mut next, mut answers) = (0, 0);
+    for _ in 0..SECONDS * 100 {
+        for _ in 0..100 {
+            let (command, len) = (at(next), commands[next].len() as u32);
+            if guest.queues[last].add(&[(command, len)], &[(command + 0x80, 1)]).is_none() {
+                break;
+            }
+            next = (next + 1) % commands.len();
+        }
+        guest.publish(last);
+        guest.guest.worker.run();
+        while guest.queues[last].take_used().is_some() {
+            let answer: u8 = memory.read_obj(GuestAddress(at(answers % commands.len()) + 0x80)).unwrap();
+            assert_eq!(answer, 0);
+            answers += 1;
+        }
+        guest.guest.worker.advance(10_000_000);
+    }
+    let changes = guest.control.tap().settings().2 - before;
+    assert!(changes <= bound(SECONDS), "{changes} ioctls for {answers} commands");
+    assert!(answers > 100, "commands are delayed, not lost");
+    // The driver stops: what it was answered last is what the host has.
+    for _ in 0..1000 {
+        guest.guest.worker.advance(100_000_000);
+        while guest.queues[last].take_used().is_some() {
+            answers += 1;
+        }
+    }
+    assert_eq!(answers % commands.len(), next, "each command was answered");
+    let state = guest.state();
+    let (offloads, queues, _) = guest.control.tap().settings();
+    assert_eq!((offloads, queues), (tap_offloads(state.offloads), Some(state.active_pairs.into())));
+}
+
+#[test]
+fn resets_in_a_loop_take_the_hosts_rtnl_a_bounded_number_of_times() {
+    let mut guest = with_pairs(2);
+    let before = guest.control.tap().settings().2;
+    for _ in 0..500 {
+        guest.start(u64::MAX);
+        guest.start(!feature::GUEST_OFFLOADS);
+    }
+    guest.start(u64::MAX);
+    guest.start(!feature::GUEST_OFFLOADS);
+    assert!(guest.control.tap().settings().2 - before <= bound(1));
+    // Frames wait until the tap has the last driver's settings.
+    guest.give(&[1536]);
+    guest.arrive(&frame(60, 1));
+    if guest.control.tap().settings().0 != 0 {
+        assert_eq!(guest.received(), None);
+    }
+    guest.guest.worker.advance(REFILL_MS * 1_000_000);
+    assert_eq!(guest.control.tap().settings().0, 0);
+    assert_eq!(guest.received().unwrap(), frame(60, 1));
+}
