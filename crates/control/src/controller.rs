@@ -21,7 +21,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use block::Replaced;
+use block::DiskSwap;
 use block::disk::{Disk, DiskOptions, FileLocks};
 use config::{
     BootSource, CpuTemplate, Drive, DriveUpdate, FullVmConfig, Logger, MachineConfig, MmdsConfig,
@@ -135,7 +135,7 @@ pub struct Controller<H> {
     /// The networks of `config.network_interfaces`, in the same order, opened when they were set.
     pub(crate) networks: Vec<NetBackend>,
     /// Disks that were replaced and may still be in use, by their drives' ids.
-    pub(crate) settling: Vec<(String, Replaced)>,
+    pub(crate) settling: Vec<(String, DiskSwap)>,
     /// Layers of the disks that are being merged.
     pub(crate) merges: Merges,
     /// The live snapshot that is being written, or was last.
@@ -465,7 +465,7 @@ impl<H: Host> Controller<H> {
     }
 
     /// Waits for requests in flight on disks that were replaced.
-    pub(crate) fn wait_for_replaced(&mut self, replaced: Vec<(String, Replaced)>) {
+    pub(crate) fn wait_for_replaced(&mut self, replaced: Vec<(String, DiskSwap)>) {
         if replaced.is_empty() {
             return;
         }

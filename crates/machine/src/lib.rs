@@ -28,7 +28,7 @@
 //!
 //! - A [`Paused`] machine is still: no vCPU runs, and every access that one had begun is done.
 //! - A vCPU thread touches registers only. Nothing that can take long happens on it, but for one wait: a driver that resets a device on
-//!   virtio-mmio while requests are in flight goes on when they are done, or after [`virtio::transport::RESET_PATIENCE`].
+//!   virtio-mmio while requests are in flight goes on when they are done, or after [`virtio::transport::RESET_TIMEOUT`].
 //! - The owner's thread accesses no guest memory that may be missing. What needs some while a
 //!   machine is restored runs on the vCPUs' threads, and the owner stops waiting if pages do not
 //!   arrive (`assemble`).

@@ -83,7 +83,7 @@ fn round_trips() -> Vec<Duration> {
         queues: vec![ActiveQueue { queue, kick: Arc::clone(&kick) }],
         interrupt: Arc::clone(&irq) as Arc<dyn Interrupt>,
         features: FEATURES,
-        resumed: false,
+        restored: false,
     };
     let workers = Workers::start(WorkersConfig::default()).expect("a thread can be made");
     for task in device.activate(activation).expect("it has its queue") {

@@ -163,7 +163,7 @@ pub struct Activation {
     /// The features that the driver accepted, [`feature`]s included.
     pub features: u64,
     /// A saved driver goes on, and what the device has restored is its. Else a driver begins anew.
-    pub resumed: bool,
+    pub restored: bool,
 }
 
 /// A queue that the driver enabled.

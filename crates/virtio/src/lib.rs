@@ -40,7 +40,7 @@
 //!
 //! | trait | with | note |
 //! |---|---|---|
-//! | [`IoEvents`](transport::IoEvents) | `KVM_IOEVENTFD` on MMIO | [`Any`](transport::KickMatch::Any): length 0, no datamatch; [`U32`](transport::KickMatch::U32): length 4 and datamatch |
+//! | [`IoEventFds`](transport::IoEventFds) | `KVM_IOEVENTFD` on MMIO | [`Any`](transport::NotifyMatch::Any): length 0, no datamatch; [`U32`](transport::NotifyMatch::U32): length 4 and datamatch |
 //! | [`IrqLine`](transport::mmio::IrqLine) | an eventfd that is the GSI's irqfd, edge-triggered | one GSI of [`IRQ_LINES`](transport::mmio::IRQ_LINES) per device; the value is moved in, so that lines are not shared |
 //! | [`MsiVectors`](transport::pci::MsiVectors) | an irqfd and a route per vector, or `KVM_SIGNAL_MSI` in `trigger` | `set` comes once per message, on a vCPU thread; `trigger` on workers and, when a vector is unmasked, on vCPU threads |
 //!
@@ -59,7 +59,7 @@
 //!    0xcf8 to 0xcff and the window of BARs to the root. The lock is for registers: neither kicks nor interrupts take it.
 //!
 //! **Pause.** Stop the vCPUs first (any of them may be waiting for a reset on mmio, for
-//! [`RESET_PATIENCE`](transport::RESET_PATIENCE) at most and all at the same time), then [`Workers::pause`](worker::Workers::pause). It returns when nothing is in
+//! [`RESET_TIMEOUT`](transport::RESET_TIMEOUT) at most and all at the same time), then [`Workers::pause`](worker::Workers::pause). It returns when nothing is in
 //! flight, or says which worker is not done; [`resume`](worker::Workers::resume) undoes it in either case. Devices are still now; control handles
 //! may be used meanwhile and take effect on resume.
 //!

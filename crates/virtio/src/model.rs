@@ -34,7 +34,7 @@ enum Mistake {
     None,
     /// The machine is saved as soon as it was asked to pause.
     SavesBeforeTheAnswer,
-    /// A task that is resumed waits for a kick.
+    /// A task that is restored waits for a kick.
     ResumesWithoutALook,
     /// Completions are not heard while a task drains.
     DeafWhileItDrains,

@@ -22,7 +22,7 @@ use sync::locked;
 pub use driver::{DriverQueue, INDIRECT, NEXT, Used, WRITE, write_descriptor};
 pub use echo::{Echo, EchoControl};
 pub use guest::{
-    BAR, FakeIoEvents, Guest, Interrupts, Kind, MMIO, RUNNING, TransportState, WINDOW, find_capability,
+    BAR, FakeIoEventFds, Guest, Interrupts, Kind, MMIO, RUNNING, TransportState, WINDOW, find_capability,
 };
 
 /// The id of the worker `index`, for a device that is given workers of its own.

@@ -12,7 +12,7 @@
 //! # Locks
 //!
 //! A transport is used under its owner's lock, by vCPU threads, for registers only. The hot path does not come by: kicks
-//! go through ioeventfds ([`IoEvents`]) to the workers, and workers raise interrupts over atomics
+//! go through ioeventfds ([`IoEventFds`]) to the workers, and workers raise interrupts over atomics
 //! ([`Interrupt`](crate::device::Interrupt)) and what the machine does in [`IrqLine::trigger`](mmio::IrqLine::trigger) or
 //! [`MsiVectors::trigger`](pci::MsiVectors::trigger).
 //!
@@ -20,12 +20,12 @@
 //!
 //! A driver that writes 0 to the status takes the device's tasks off their workers, each once it has drained. Until then the status
 //! does not read 0 and all other writes are ignored. On PCI the driver polls for it (4.1.4.3.2). On mmio drivers do not, so the vCPU
-//! waits in the write ([`Resetting`]), without the lock and until [`RESET_PATIENCE`] after the reset began at most; a driver that goes on
+//! waits in the write ([`Resetting`]), without the lock and until [`RESET_TIMEOUT`] after the reset began at most; a driver that goes on
 //! too early finds its writes ignored and gives up on the device.
 //!
 //! # What the machine supplies
 //!
-//! [`IoEvents`] for kicks, and [`IrqLine`](mmio::IrqLine) or [`MsiVectors`](pci::MsiVectors) for interrupts.
+//! [`IoEventFds`] for kicks, and [`IrqLine`](mmio::IrqLine) or [`MsiVectors`](pci::MsiVectors) for interrupts.
 
 mod common;
 mod health;
@@ -50,7 +50,7 @@ pub use health::Status;
 pub use reset::Resetting;
 
 /// How long after its beginning a reset is waited for, where drivers do not poll.
-pub const RESET_PATIENCE: Duration = Duration::from_secs(5);
+pub const RESET_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What every transport is made from.
 pub struct Attachment {
@@ -66,7 +66,7 @@ pub struct Attachment {
 
 /// Which writes to an address are a kick.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum KickMatch {
+pub enum NotifyMatch {
     /// Any write, of any length.
     Any,
     /// A 32-bit write of this value.
@@ -74,12 +74,12 @@ pub enum KickMatch {
 }
 
 /// Turns guest writes into signals without leaving the kernel (KVM's ioeventfd).
-pub trait IoEvents: Send + Sync {
+pub trait IoEventFds: Send + Sync {
     /// From now on writes at guest-physical `addr` that match signal `event`, and do not reach the transport. Where this fails,
     /// they do, and the transport signals it: slower, not wrong.
-    fn register(&self, addr: u64, matching: KickMatch, event: &EventFd) -> io::Result<()>;
-    /// Undoes [`IoEvents::register`] with the same arguments.
-    fn unregister(&self, addr: u64, matching: KickMatch, event: &EventFd);
+    fn register(&self, addr: u64, matching: NotifyMatch, event: &EventFd) -> io::Result<()>;
+    /// Undoes [`IoEventFds::register`] with the same arguments.
+    fn unregister(&self, addr: u64, matching: NotifyMatch, event: &EventFd);
 }
 
 /// Why a saved transport cannot be made again.

@@ -23,7 +23,7 @@
 //! A task never blocks (one that must, asks for a worker of its own: [`Placement::On`]), never panics over what a guest says,
 //! and never takes the lock of a transport: a vCPU thread may be waiting for the task with that lock held. What a guest may make
 //! a task do in one call is bounded by the size of its queues; a task that has more to do asks to be called again
-//! ([`Context::call_again`]) so that others get their turn.
+//! ([`Context::reschedule`]) so that others get their turn.
 //!
 //! # Cost
 //!
@@ -83,7 +83,7 @@ pub trait Task: Send {
     /// A descriptor that was registered by [`Context::watch`] is ready.
     fn ready(&mut self, cx: &mut Context<'_>, event: Event);
 
-    /// The time that was set by [`Context::set_timer`] has come (it is not set any more), or [`Context::call_again`] is due.
+    /// The time that was set by [`Context::set_timer`] has come (it is not set any more), or [`Context::reschedule`] is due.
     fn timer(&mut self, _cx: &mut Context<'_>) {}
 
     /// Take no new request from now on. What is in flight completes.

@@ -175,7 +175,7 @@ fn device(
         queues: vec![ActiveQueue { queue, kick: Arc::clone(&kick) }],
         interrupt: Arc::clone(&irq) as Arc<dyn Interrupt>,
         features: FEATURES,
-        resumed: false,
+        restored: false,
     };
     for task in block.activate(activation)? {
         workers.add(task, Arc::clone(&irq) as Arc<dyn Interrupt>);

@@ -49,7 +49,7 @@ impl Base {
         let again = || {
             let again = open().map_err(failed)?;
             let same = is_same(&again, &file).map_err(failed)?;
-            same.then_some(again).ok_or_else(|| LockError::Replaced { path: path.into() }.into())
+            same.then_some(again).ok_or_else(|| LockError::DiskSwap { path: path.into() }.into())
         };
         let sync = writable.then(again).transpose()?;
         let more = if writable { usize::from(options.io_threads.max(1)) - 1 } else { 0 };

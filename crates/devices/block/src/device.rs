@@ -3,7 +3,7 @@
 //! # Replacing the disk
 //!
 //! [`BlockControl::replace`] gives each [lane](super::lane) its part of the new disk, then changes the capacity and interrupts. The
-//! old disk is free when [`Replaced::wait`] says so.
+//! old disk is free when [`DiskSwap::wait`] says so.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +17,7 @@ use super::SECTOR;
 use super::config_space::{ConfigSpace, FIELDS, feature};
 use super::disk::{Disk, DiskError};
 use super::engine::Patience;
-use super::lane::{Lane, Replaced, parts};
+use super::lane::{DiskSwap, Lane, parts};
 use super::request::SERIAL_LEN;
 use super::stats::BlockStats;
 use super::task::{BlockTask, Setup};
@@ -371,7 +371,7 @@ impl BlockControl {
     /// Goes on with `disk`. The guest sees its capacity at once.
     ///
     /// On an error nothing has changed. A disk with an overlay must not be the one in use, which has it locked.
-    pub fn replace(&self, disk: Disk) -> Result<Replaced, BlockError> {
+    pub fn replace(&self, disk: Disk) -> Result<DiskSwap, BlockError> {
         let differs = |was| BlockError::Differs { id: self.shared.id.clone(), was };
         if disk.is_read_only() != self.read_only {
             return Err(differs(if self.read_only { "read-only" } else { "writable" }));
@@ -390,7 +390,7 @@ impl BlockControl {
         }
         drop(front);
         self.shared.stats.update_count.add(1);
-        Ok(Replaced::new(old_disk, old))
+        Ok(DiskSwap::new(old_disk, old))
     }
 }
 

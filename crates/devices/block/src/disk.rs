@@ -17,7 +17,7 @@ use std::sync::Arc;
 use config::{CacheType, Drive, IoEngine};
 
 use super::base::Base;
-use super::direct::DirectEngine;
+use super::blocking::BlockingEngine;
 use super::engine::{Engine, Patience};
 pub use super::health::ContentsUnknown;
 use super::health::DiskHealth;
@@ -231,7 +231,7 @@ impl Disk {
             (IoEngine::Sync, Patience::None) => {
                 Engine::Sync(SyncEngine::new(files).map_err(DiskError::Sync)?)
             }
-            (IoEngine::Sync, Patience::MayWait) => Engine::Direct(DirectEngine::new(files)),
+            (IoEngine::Sync, Patience::MayWait) => Engine::Direct(BlockingEngine::new(files)),
         };
         Ok(self.queue_with(engine))
     }

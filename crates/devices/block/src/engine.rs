@@ -21,8 +21,8 @@ use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 
+use super::blocking::BlockingEngine;
 use super::buffers::{GuestBuffers, Segment};
-use super::direct::DirectEngine;
 #[cfg(any(test, feature = "testing"))]
 use super::settled::SettledRing;
 use super::sync_engine::SyncEngine;
@@ -259,7 +259,7 @@ pub(super) enum Engine<T: Send + 'static> {
     /// A thread does one after the other.
     Sync(SyncEngine<T>),
     /// The worker itself does.
-    Direct(DirectEngine<T>),
+    Direct(BlockingEngine<T>),
     /// As `Uring`, and all is over when `submit` returns: for fuzzing.
     #[cfg(any(test, feature = "testing"))]
     Settled(SettledRing<T>),

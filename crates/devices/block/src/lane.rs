@@ -4,7 +4,7 @@
 //! device, so that activating it makes nothing and cannot fail for want of anything. While its task is not at work (the
 //! device is not active, is being reset, or is paused), the lane's part of the disk is parked here, and that of a new disk takes its
 //! place at once. While the task is at work, the new part is posted: the task finishes what it has in flight, takes nothing new
-//! meanwhile, changes over, and hands the old part back to [`Replaced`].
+//! meanwhile, changes over, and hands the old part back to [`DiskSwap`].
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
@@ -55,7 +55,7 @@ pub(super) struct Next {
 /// A disk that is being replaced.
 #[derive(Debug)]
 #[must_use = "the old disk is in use until it was waited for"]
-pub struct Replaced {
+pub struct DiskSwap {
     old: Vec<Receiver<Box<Part>>>,
     /// Last, so that the old disk is closed by whoever waits.
     _disk: Disk,
@@ -98,7 +98,7 @@ impl Lane {
         drop(slot);
         self.event.signal();
         if let Some(Next { part, old }) = unused {
-            // Replaced before it was ever used.
+            // DiskSwap before it was ever used.
             let _ = old.send(part);
         }
         receiver
@@ -135,9 +135,9 @@ impl Lane {
     }
 }
 
-impl Replaced {
+impl DiskSwap {
     pub(super) fn new(disk: Disk, old: Vec<Receiver<Box<Part>>>) -> Self {
-        Replaced { old, _disk: disk }
+        DiskSwap { old, _disk: disk }
     }
 
     /// Waits until nothing uses the old disk any more, at most `patience` (none is fine). It is closed when this is dropped.

@@ -9,7 +9,7 @@
 //!      |       backlog.rs: what the disk still has to move,             health.rs   whether its contents are known; name.rs
 //!      |       and its syncs
 //!      |       overlay/ + stack.rs: which file holds a sector; beginning.rs, holding.rs, flush.rs: what an overlay's file says of it
-//!  engine.rs   transfers -> system calls: uring.rs, sync.rs, direct.rs    buffers.rs  stretches of guest memory
+//!  engine.rs   transfers -> system calls: uring.rs, sync.rs, blocking.rs    buffers.rs  stretches of guest memory
 //! ```
 //!
 //! # Back ends
@@ -31,10 +31,10 @@
 mod backlog;
 mod base;
 mod beginning;
+mod blocking;
 pub mod buffers;
 mod config_space;
 mod device;
-mod direct;
 pub mod disk;
 pub mod engine;
 mod flight;
@@ -61,7 +61,7 @@ mod tests;
 pub mod uring;
 
 pub use device::{Block, BlockConfig, BlockControl, BlockError, BlockState};
-pub use lane::{Replaced, StillInUse};
+pub use lane::{DiskSwap, StillInUse};
 pub use stats::BlockStats;
 pub use sync::Counter;
 

@@ -54,7 +54,7 @@ pub enum LockError {
     },
     /// The name was given to another file while it was opened.
     #[error("disk {}: the file was replaced while it was opened; try again", path.display())]
-    Replaced {
+    DiskSwap {
         /// The disk.
         path: PathBuf,
     },
@@ -197,7 +197,7 @@ impl FileLocks {
         }
         let file = open().map_err(failed)?;
         if !is_same(&file.metadata().map_err(failed)?, &wanted) {
-            return Err(LockError::Replaced { path: path.into() });
+            return Err(LockError::DiskSwap { path: path.into() });
         }
         let held = Arc::new(Held {
             path: path.into(),
@@ -403,7 +403,7 @@ mod tests {
         let other = File::create(&path).unwrap();
         let open = || File::open(&path);
         let refused = FileLocks::default().lock(&path, &data, Mode::Shared, &open);
-        assert!(matches!(refused, Err(LockError::Replaced { .. })));
+        assert!(matches!(refused, Err(LockError::DiskSwap { .. })));
         drop(other);
     }
 

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use super::direct::carry_out;
+use super::blocking::carry_out;
 use super::engine::{Done, Transfer};
 use super::owner::Owner;
 use sync::EventFd;

@@ -188,7 +188,7 @@ impl BlockTask {
             // Only descriptors are heard of then.
             self.setup.lane.event.signal();
         } else {
-            cx.call_again();
+            cx.reschedule();
         }
     }
 
@@ -443,7 +443,7 @@ impl BlockTask {
         if let Some(next) = self.setup.lane.take_next()
             && let Some(Next { part, old }) = self.next.replace(next)
         {
-            // Replaced before it was ever used. Who waits for it gets it; if nobody does, it ends here.
+            // DiskSwap before it was ever used. Who waits for it gets it; if nobody does, it ends here.
             let _ = old.send(part);
         }
         if self.next.is_none() || !part.queue.is_idle() {

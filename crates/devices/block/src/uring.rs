@@ -34,7 +34,7 @@ use io_uring::squeue::Flags;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, register::Restriction, squeue};
 
-use super::direct::{TURN, carry_out};
+use super::blocking::{TURN, carry_out};
 use super::engine::{Done, Op, Patience, Progress, Transfer};
 use super::owner::Owner;
 

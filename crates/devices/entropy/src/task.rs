@@ -70,7 +70,7 @@ impl EntropyTask {
         }
         match self.serve(cx) {
             Ok(Stop::Empty | Stop::Throttled) => {}
-            Ok(Stop::Turn) => cx.call_again(),
+            Ok(Stop::Turn) => cx.reschedule(),
             Err(fault) => {
                 self.dead = true;
                 cx.clear_timer();

@@ -72,7 +72,7 @@ impl CtrlTask {
         let now = cx.now();
         match self.serve(now) {
             Ok(Served::All) => cx.clear_timer(),
-            Ok(Served::Turn) => cx.call_again(),
+            Ok(Served::Turn) => cx.reschedule(),
             Ok(Served::Until(at)) => cx.set_timer(at),
             Err(error) => {
                 self.dead = true;

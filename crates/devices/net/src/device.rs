@@ -13,7 +13,7 @@ use super::backend::{Kind, Link, NetBackend};
 use super::call_budget::CallBudget;
 use super::config_space::{ANNOUNCE, ConfigSpace, FIELDS, LINK_UP, feature};
 use super::ctrl::CtrlTask;
-use super::detour::Detour;
+use super::interceptor::FrameInterceptor;
 use super::limits::Limits;
 use super::port::{Parts, Port};
 use super::stats::NetStats;
@@ -279,7 +279,7 @@ pub struct NetSetup {
     /// What it is connected to.
     pub backend: NetBackend,
     /// What answers some frames in the network's place.
-    pub detour: Option<Box<dyn Detour>>,
+    pub interceptor: Option<Box<dyn FrameInterceptor>>,
 }
 
 impl Net {
@@ -355,15 +355,15 @@ impl Net {
         front: Front,
         now: Nanos,
     ) -> Result<(Self, NetControl), NetError> {
-        let NetSetup { backend, detour } = setup;
+        let NetSetup { backend, interceptor } = setup;
         let mut front = front;
-        front.link_up &= detour.is_some() || !matches!(backend.kind, Kind::Unplugged(_));
+        front.link_up &= interceptor.is_some() || !matches!(backend.kind, Kind::Unplugged(_));
         let id = || config.id.clone();
         if backend.pairs() != usize::from(config.pairs) {
             return Err(NetError::Pairs { id: id(), wanted: config.pairs, has: backend.pairs() });
         }
         if backend.is_vhost() {
-            if detour.is_some() {
+            if interceptor.is_some() {
                 return Err(NetError::Vhost { id: id(), what: "the metadata service" });
             }
             if !rx.is_unlimited() || !tx.is_unlimited() {
@@ -391,9 +391,9 @@ impl Net {
                 (None, None, vec![Parts { link: Some(Link::Stream(stream)), ..Parts::default() }])
             }
         };
-        let has_detour = detour.is_some();
+        let has_detour = interceptor.is_some();
         if let Some(first) = ports.first_mut() {
-            first.detour = detour;
+            first.interceptor = interceptor;
         }
         let shared = Arc::new(Shared {
             id: config.id.clone(),
@@ -534,17 +534,17 @@ impl Device for Net {
     fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Task>>, ActivateError> {
         let (interrupt, features) = (Arc::clone(&activation.interrupt), activation.features);
         let kicks = activation.queues.iter().map(|queue| Arc::clone(&queue.kick)).collect();
-        let resumed = activation.resumed;
-        let former = if resumed { locked(&self.shared.front).former_macs.clone() } else { Vec::new() };
+        let restored = activation.restored;
+        let former = if restored { locked(&self.shared.front).former_macs.clone() } else { Vec::new() };
         let senders = senders(self.config.mac, &former);
         let tasks = self.tasks(activation, &senders).inspect_err(|_| {
             self.shared.stats.activate_fails.add(1);
         })?;
         let mut front = locked(&self.shared.front);
         // What the tap is told of it, the first task tells it: this thread may not wait.
-        let offloads = if resumed { front.offloads } else { u64::MAX };
+        let offloads = if restored { front.offloads } else { u64::MAX };
         front.offloads = offloads & features & feature::GUEST_OFFLOADS;
-        if !resumed || features & feature::MQ == 0 {
+        if !restored || features & feature::MQ == 0 {
             front.active_pairs = 1;
         }
         front.former_macs = former;
@@ -552,7 +552,7 @@ impl Device for Net {
         front.interrupt = Some(interrupt);
         front.kicks = kicks;
         // Here, not when a task runs: a save before that keeps the interrupt pending.
-        if self.shared.changed.swap(false, Ordering::AcqRel) && resumed {
+        if self.shared.changed.swap(false, Ordering::AcqRel) && restored {
             front.changed();
         }
         Ok(tasks)
@@ -567,8 +567,8 @@ impl Device for Net {
         drop(front);
         for port in &self.ports {
             let mut parts = port.take();
-            if let Some(detour) = &mut parts.detour {
-                detour.reset();
+            if let Some(interceptor) = &mut parts.interceptor {
+                interceptor.reset();
             }
             port.put(parts);
         }

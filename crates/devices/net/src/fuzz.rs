@@ -8,7 +8,7 @@ use virtio::rate_limiter::RateLimiterUpdate;
 use virtio::testing::{DriverQueue, Guest, Kind, TestWorker};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::detour::{Detour, HEAD_LEN};
+use super::interceptor::{FrameInterceptor, HEAD_LEN};
 use super::stream::Stream;
 use super::tap::Tap;
 use super::{NetBackend, NetSetup};
@@ -35,8 +35,8 @@ pub(crate) fn network(stream: bool, pairs: u16, with_service: bool) -> (NetSetup
     } else {
         NetBackend::tap(Tap::pretend(ours))
     };
-    let detour = with_service.then(|| Box::<Service>::default() as Box<dyn Detour>);
-    (NetSetup { backend, detour }, theirs)
+    let interceptor = with_service.then(|| Box::<Service>::default() as Box<dyn FrameInterceptor>);
+    (NetSetup { backend, interceptor }, theirs)
 }
 
 /// Takes frames to addresses that begin with an odd byte, and sends each back, once at once and once later.
@@ -45,7 +45,7 @@ struct Service {
     answers: VecDeque<(Nanos, Vec<u8>)>,
 }
 
-impl Detour for Service {
+impl FrameInterceptor for Service {
     fn wants(&self, head: &[u8]) -> bool {
         assert!(head.len() <= HEAD_LEN);
         head.first().is_some_and(|byte| byte & 1 != 0)

@@ -9,7 +9,7 @@ pub(super) const NUM_BUFFERS: usize = 10;
 pub(super) const ETHERNET_LEN: usize = 14;
 
 /// The most bytes of header and frame in one. A tap takes and gives packets of IP's greatest length with a VLAN tag.
-pub(super) const MAX_LEN: usize = HEADER_LEN + super::detour::MAX_FRAME;
+pub(super) const MAX_LEN: usize = HEADER_LEN + super::interceptor::MAX_FRAME;
 
 /// The sender's address in a frame that begins with `head`.
 pub(super) fn source_mac(head: &[u8]) -> Option<[u8; 6]> {

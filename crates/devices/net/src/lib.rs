@@ -4,7 +4,7 @@
 //!  device.rs   the front: features, configuration space, activation     config_space, header, stats, limits, late
 //!      |       port.rs: where a back end waits between two drivers
 //!      |
-//!  task.rs     one pair of queues: rx.rs (network -> guest), tx.rs (guest -> network), detour.rs (what answers in its place)
+//!  task.rs     one pair of queues: rx.rs (network -> guest), tx.rs (guest -> network), interceptor.rs (what answers in its place)
 //!  ctrl.rs     the control queue     call_budget.rs  how often it makes the kernel take RTNL
 //!  vhost_task.rs   one pair of queues that the kernel serves
 //!      |
@@ -13,7 +13,7 @@
 //!
 //! # Back ends
 //!
-//! | back end | frames move by                                   | offloads            | queues   | limits, detour, address check |
+//! | back end | frames move by                                   | offloads            | queues   | limits, interceptor, address check |
 //! |----------|--------------------------------------------------|---------------------|----------|-------------------------------|
 //! | tap      | `readv` and `writev` on guest memory, no copies  | all that it has     | several  | yes                           |
 //! | vhost    | a thread of the kernel's                         | all that it has     | several  | no                            |
@@ -41,11 +41,11 @@ mod backend;
 mod call_budget;
 mod config_space;
 mod ctrl;
-pub mod detour;
 mod device;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
 mod header;
+pub mod interceptor;
 mod late;
 mod limits;
 mod links;
@@ -63,6 +63,6 @@ pub mod vhost;
 mod vhost_task;
 
 pub use backend::{NetBackend, OpenError, OpenErrorKind};
-pub use detour::Detour;
 pub use device::{Net, NetConfig, NetControl, NetError, NetSetup, NetState};
+pub use interceptor::FrameInterceptor;
 pub use stats::NetStats;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use super::backend::Link;
-use super::detour::Detour;
+use super::interceptor::FrameInterceptor;
 use super::vhost::Vhost;
 use sync::locked;
 
@@ -18,7 +18,7 @@ pub(super) struct Port {
 pub(super) struct Parts {
     pub(super) link: Option<Link>,
     pub(super) vhost: Option<Arc<Vhost>>,
-    pub(super) detour: Option<Box<dyn Detour>>,
+    pub(super) interceptor: Option<Box<dyn FrameInterceptor>>,
 }
 
 impl Port {

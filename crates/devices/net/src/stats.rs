@@ -38,7 +38,7 @@ pub struct NetStats {
     pub tx_queue_event_count: Counter,
     /// Times that the limiter held a frame of the guest back.
     pub tx_rate_limiter_throttled: Counter,
-    /// Frames that a [detour](super::Detour) took.
+    /// Frames that a [interceptor](super::FrameInterceptor) took.
     pub detour_tx_count: Counter,
     /// Frames from it that the guest received.
     pub detour_rx_count: Counter,

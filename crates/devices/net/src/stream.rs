@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::detour::MAX_FRAME;
+use super::interceptor::MAX_FRAME;
 use super::segments::Segments;
 
 /// Bytes of the length before a frame.

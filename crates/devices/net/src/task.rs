@@ -3,8 +3,8 @@
 //! # A turn
 //!
 //! ```text
-//! send     transmit queue -> detour?  spoofed?  limiter -> writev to the tap     used ring, interrupt: once per batch
-//! answer   detour -> receive queue
+//! send     transmit queue -> interceptor?  spoofed?  limiter -> writev to the tap     used ring, interrupt: once per batch
+//! answer   interceptor -> receive queue
 //! receive  readv from the tap into the receive queue's buffers                   used ring, interrupt: once per batch
 //! ```
 //!
@@ -30,8 +30,8 @@ use rustix::io::Errno;
 
 use super::backend::Link;
 use super::config_space::feature;
-use super::detour::Detour;
 use super::device::Shared;
+use super::interceptor::FrameInterceptor;
 use super::late::Lateness;
 use super::port::{Parts, Port};
 use super::rx::{PATIENCE, Received, Rx};
@@ -86,8 +86,8 @@ pub(super) struct PairTask {
     tx_kick: Arc<EventFd>,
     /// None: it is gone, or the task is not attached.
     link: Option<Link>,
-    detour: Option<Box<dyn Detour>>,
-    /// A frame of the detour that the guest has no room for yet; empty if there is none.
+    interceptor: Option<Box<dyn FrameInterceptor>>,
+    /// A frame of the interceptor that the guest has no room for yet; empty if there is none.
     answer: Vec<u8>,
     rx: Rx,
     tx: Tx,
@@ -109,7 +109,7 @@ pub(super) struct PairTask {
     lateness: Lateness,
     /// When a frame is dropped that waits for room.
     drop_at: Option<Nanos>,
-    /// When the detour wants to be asked.
+    /// When the interceptor wants to be asked.
     detour_at: Option<Nanos>,
     /// When it is looked whether the network is still there.
     look_at: Option<Nanos>,
@@ -143,7 +143,7 @@ impl PairTask {
             rx_kick: rx.kick,
             tx_kick: tx.kick,
             link: None,
-            detour: None,
+            interceptor: None,
             answer: Vec::new(),
             rx: Rx::new(rx.queue, mergeable, large),
             tx: Tx::new(tx.queue),
@@ -178,7 +178,7 @@ impl PairTask {
             Ok(Stop::Waits) => self.set_timer(cx),
             Ok(Stop::Turn) => {
                 self.set_timer(cx);
-                cx.call_again();
+                cx.reschedule();
             }
             Err(error) => self.die(cx, &error),
         }
@@ -189,7 +189,7 @@ impl PairTask {
         if self.may_send() {
             stop = self.send(cx)?;
         }
-        if self.detour.is_some() {
+        if self.interceptor.is_some() {
             self.answer(cx)?;
         }
         if self.rx_ready && !self.rx_blocked && self.rx_at.is_none() {
@@ -259,8 +259,8 @@ impl PairTask {
     fn send_one(&mut self, cx: &mut Context<'_>) -> Result<Option<usize>, QueueError> {
         let shared = Arc::clone(&self.shared);
         let stats = &shared.stats;
-        let detours = self.detour.is_some();
-        let len = match self.tx.look(&self.memory, detours || !self.senders.is_empty())? {
+        let interceptors = self.interceptor.is_some();
+        let len = match self.tx.look(&self.memory, interceptors || !self.senders.is_empty())? {
             Outgoing::Frame(len) => len,
             Outgoing::Malformed => {
                 stats.tx_malformed_frames.add(1);
@@ -268,10 +268,10 @@ impl PairTask {
                 return Ok(Some(0));
             }
         };
-        if let Some(detour) = &mut self.detour
-            && detour.wants(self.tx.head())
+        if let Some(interceptor) = &mut self.interceptor
+            && interceptor.wants(self.tx.head())
         {
-            detour.push(self.tx.whole_frame(), cx.now());
+            interceptor.push(self.tx.whole_frame(), cx.now());
             stats.detour_tx_count.add(1);
             self.tx.done()?;
             return Ok(Some(len));
@@ -369,14 +369,14 @@ impl PairTask {
         }
     }
 
-    /// Gives the guest what the detour has for it.
+    /// Gives the guest what the interceptor has for it.
     fn answer(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
         let now = cx.now();
         let mut done = 0;
-        while let Some(detour) = &mut self.detour {
-            if self.answer.is_empty() && !detour.pop(&mut self.answer, now) {
+        while let Some(interceptor) = &mut self.interceptor {
+            if self.answer.is_empty() && !interceptor.pop(&mut self.answer, now) {
                 self.answer.clear();
-                self.detour_at = detour.deadline(now);
+                self.detour_at = interceptor.deadline(now);
                 break;
             }
             if self.rx_blocked || done >= TURN {
@@ -598,8 +598,8 @@ impl PairTask {
 
 impl Task for PairTask {
     fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        let Parts { link, detour, .. } = self.port.take();
-        (self.link, self.detour) = (link, detour);
+        let Parts { link, interceptor, .. } = self.port.take();
+        (self.link, self.interceptor) = (link, interceptor);
         cx.watch_kick(RX_KICK, &self.rx_kick)?;
         cx.watch_kick(TX_KICK, &self.tx_kick)
     }
@@ -694,6 +694,6 @@ impl Task for PairTask {
     }
 
     fn detach(self: Box<Self>) {
-        self.port.put(Parts { link: self.link, detour: self.detour, vhost: None });
+        self.port.put(Parts { link: self.link, interceptor: self.interceptor, vhost: None });
     }
 }

@@ -1,14 +1,14 @@
 //! Frames from the guest: out of its buffers, right into the network.
 //!
-//! What is looked at (the sender's address, what a detour wants to see) is copied once, and the copy is what is sent: a guest that
+//! What is looked at (the sender's address, what a interceptor wants to see) is copied once, and the copy is what is sent: a guest that
 //! changes a frame in between changes nothing of what was checked.
 
 use memory::GuestRam;
 use rustix::io::Errno;
 
 use super::backend::Link;
-use super::detour::HEAD_LEN;
 use super::header::{ETHERNET_LEN, HEADER_LEN, MAX_LEN, source_mac};
+use super::interceptor::HEAD_LEN;
 use super::segments::{Access, Segments};
 use virtio::queue::{Chain, Queue, QueueError};
 
@@ -22,7 +22,7 @@ pub(super) struct Tx {
     head_len: usize,
     /// What follows the head.
     rest: Segments,
-    /// A whole frame, for the detour.
+    /// A whole frame, for the interceptor.
     whole: Vec<u8>,
     /// Bytes that the limiter has let pass of the frame that is to be popped next; None if it was not asked.
     paid: Option<usize>,

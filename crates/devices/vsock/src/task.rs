@@ -124,7 +124,7 @@ impl VsockTask {
     fn turn_away(&mut self, cx: &mut Context<'_>) {
         self.switch.timers(cx);
         if self.switch.accept(cx) {
-            cx.call_again();
+            cx.reschedule();
         }
     }
 
@@ -146,7 +146,7 @@ impl VsockTask {
             self.publish()?;
             self.starved = filled == Filled::Starved;
             if from_guest == 0 || to_guest == 0 || waiting || filled == Filled::Turn {
-                cx.call_again();
+                cx.reschedule();
                 return Ok(());
             }
             if !self.arm_queues()? {
@@ -278,7 +278,7 @@ impl Task for VsockTask {
         if self.running {
             self.switch.ready(cx, event);
             // Once for all events of this wake-up.
-            cx.call_again();
+            cx.reschedule();
         }
     }
 

@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use virtio::device::{Device, DeviceState};
 use virtio::transport::mmio::{MmioState, MmioTransport};
 use virtio::transport::pci::{PciRoot, PciRootState, PciState, PciTransport};
-use virtio::transport::{Attachment, IoEvents};
+use virtio::transport::{Attachment, IoEventFds};
 use virtio::worker::Workers;
 
-use super::io_events::KvmIoEvents;
+use super::io_events::KvmIoEventFds;
 use super::place::{Places, Window};
 use super::{DeviceError, mmio, pci};
 use crate::kvm::Vm;
@@ -27,7 +27,7 @@ pub(super) struct Board {
 
 /// The places that are not taken yet.
 enum Free {
-    Mmio { windows: std::vec::IntoIter<Window>, io_events: Arc<dyn IoEvents> },
+    Mmio { windows: std::vec::IntoIter<Window>, io_events: Arc<dyn IoEventFds> },
     Pci { root: Arc<PciRoot>, next_slot: u8 },
 }
 
@@ -89,7 +89,7 @@ impl DevicesState {
 impl Board {
     /// An empty one with these places, for devices that `workers` run.
     pub(super) fn new(places: Places, vm: &Vm, buses: &mut Buses, workers: Workers) -> Self {
-        let io_events = Arc::new(KvmIoEvents(vm.shared_fd()));
+        let io_events = Arc::new(KvmIoEventFds(vm.shared_fd()));
         let places = match places {
             Places::Mmio(windows) => Free::Mmio { windows: windows.into_iter(), io_events },
             Places::Pci(_) => Free::Pci { root: pci::root(buses, io_events), next_slot: 1 },

@@ -6,32 +6,38 @@ use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use sync::EventFd as VirtioEventFd;
-use virtio::transport::{IoEvents, KickMatch};
+use virtio::transport::{IoEventFds, NotifyMatch};
 use vmm_sys_util::eventfd::EventFd;
 
 /// KVM's ioeventfds on memory-mapped addresses.
-pub(super) struct KvmIoEvents(pub(super) Arc<VmFd>);
+pub(super) struct KvmIoEventFds(pub(super) Arc<VmFd>);
 
-impl KvmIoEvents {
-    fn call(&self, addr: u64, matching: KickMatch, event: &VirtioEventFd, register: bool) -> io::Result<()> {
+impl KvmIoEventFds {
+    fn call(
+        &self,
+        addr: u64,
+        matching: NotifyMatch,
+        event: &VirtioEventFd,
+        register: bool,
+    ) -> io::Result<()> {
         let event = to_kvm(event)?;
         let addr = IoEventAddress::Mmio(addr);
         let result = match (matching, register) {
-            (KickMatch::Any, true) => self.0.register_ioevent(&event, &addr, NoDatamatch),
-            (KickMatch::Any, false) => self.0.unregister_ioevent(&event, &addr, NoDatamatch),
-            (KickMatch::U32(value), true) => self.0.register_ioevent(&event, &addr, value),
-            (KickMatch::U32(value), false) => self.0.unregister_ioevent(&event, &addr, value),
+            (NotifyMatch::Any, true) => self.0.register_ioevent(&event, &addr, NoDatamatch),
+            (NotifyMatch::Any, false) => self.0.unregister_ioevent(&event, &addr, NoDatamatch),
+            (NotifyMatch::U32(value), true) => self.0.register_ioevent(&event, &addr, value),
+            (NotifyMatch::U32(value), false) => self.0.unregister_ioevent(&event, &addr, value),
         };
         Ok(result?)
     }
 }
 
-impl IoEvents for KvmIoEvents {
-    fn register(&self, addr: u64, matching: KickMatch, event: &VirtioEventFd) -> io::Result<()> {
+impl IoEventFds for KvmIoEventFds {
+    fn register(&self, addr: u64, matching: NotifyMatch, event: &VirtioEventFd) -> io::Result<()> {
         self.call(addr, matching, event, true)
     }
 
-    fn unregister(&self, addr: u64, matching: KickMatch, event: &VirtioEventFd) {
+    fn unregister(&self, addr: u64, matching: NotifyMatch, event: &VirtioEventFd) {
         if let Err(error) = self.call(addr, matching, event, false) {
             log::error!("cannot unregister the ioeventfd at {addr:#x}: {error}");
         }

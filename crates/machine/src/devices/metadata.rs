@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use config::NetworkInterface;
 use mmds::{Service, Stack};
-use net::Detour;
+use net::FrameInterceptor;
 use virtio::worker::Nanos;
 
 /// The way from `network` to `service`, if it has one.
-pub(super) fn detour(
+pub(super) fn interceptor(
     service: Option<&Arc<Service>>,
     network: &NetworkInterface,
     now: Nanos,
-) -> Option<Box<dyn Detour>> {
+) -> Option<Box<dyn FrameInterceptor>> {
     let stack = service?.stack(&network.iface_id, network.mtu, Duration::from_nanos(now))?;
     Some(Box::new(Metadata(stack)))
 }
@@ -21,7 +21,7 @@ pub(super) fn detour(
 /// The service as a network device knows it: the same calls, with another measure of time.
 struct Metadata(Stack);
 
-impl Detour for Metadata {
+impl FrameInterceptor for Metadata {
     fn wants(&self, head: &[u8]) -> bool {
         self.0.wants(head)
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtio::transport::mmio::{IrqLine, MmioTransport, WINDOW_SIZE};
-use virtio::transport::{Attachment, IoEvents};
+use virtio::transport::{Attachment, IoEventFds};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::DeviceError;
@@ -16,7 +16,7 @@ pub(super) fn plug(
     attachment: Attachment,
     window: Window,
     vm: &Vm,
-    io_events: Arc<dyn IoEvents>,
+    io_events: Arc<dyn IoEventFds>,
     bus: &mut Bus,
 ) -> Result<Arc<Mutex<MmioTransport>>, DeviceError> {
     let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)

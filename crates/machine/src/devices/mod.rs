@@ -52,7 +52,7 @@ use crate::vcpu::Buses;
 
 use board::Board;
 pub use board::{DevicesState, SavedDevice, SavedTransport};
-use io_events::KvmIoEvents;
+use io_events::KvmIoEventFds;
 pub(crate) use place::{Places, Window};
 
 /// How long new workers may take to say that they are there.
@@ -217,7 +217,7 @@ impl Devices {
         if setup.count() == 0 {
             // The bus is there all the same.
             if setup.pci {
-                pci::root(buses, Arc::new(KvmIoEvents(vm.shared_fd())));
+                pci::root(buses, Arc::new(KvmIoEventFds(vm.shared_fd())));
             }
             return Ok(devices);
         }
@@ -248,12 +248,12 @@ impl Devices {
             devices.drives.insert(drive.drive_id, control);
         }
         for (network, backend) in setup.networks {
-            let detour = metadata::detour(setup.metadata.as_ref(), &network, now);
+            let interceptor = metadata::interceptor(setup.metadata.as_ref(), &network, now);
             if backend.is_vhost() && vm.ram().tracks_dirty_pages() {
                 return Err(DeviceError::VhostTracked { id: network.iface_id });
             }
             let name = format!("net {}", network.iface_id);
-            let setup = NetSetup { backend, detour };
+            let setup = NetSetup { backend, interceptor };
             let (net, control) = match saved_state::<NetState>(saved, &name)? {
                 Some(state) => Net::restore(&state, network.guest_mac.map(|mac| mac.0), setup, now)?,
                 None => {

@@ -13,7 +13,7 @@ use kvm_ioctls::VmFd;
 use virtio::transport::pci::{
     CONFIG_ADDRESS, ECAM_SIZE, MAX_DEVICES, MsiMessage, MsiVectors, PciRoot, PciTransport,
 };
-use virtio::transport::{Attachment, IoEvents};
+use virtio::transport::{Attachment, IoEventFds};
 
 use super::DeviceError;
 use super::place::first_bar;
@@ -23,7 +23,7 @@ use crate::layout;
 use crate::vcpu::Buses;
 
 /// The bus, reachable for the guest.
-pub(super) fn root(buses: &mut Buses, io_events: Arc<dyn IoEvents>) -> Arc<PciRoot> {
+pub(super) fn root(buses: &mut Buses, io_events: Arc<dyn IoEventFds>) -> Arc<PciRoot> {
     let root = Arc::new(PciRoot::new(layout::PCI_BARS, io_events));
     let mut mmio = |range: std::ops::Range<u64>, device| {
         buses.mmio.add(range, device).expect("the layout sets PCI's addresses aside");

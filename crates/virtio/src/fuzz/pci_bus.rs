@@ -4,9 +4,9 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use super::{Input, MAX_ACTS, RAM_MIB, SIZE};
-use crate::testing::{Echo, FakeIoEvents, TestWorker, WINDOW, reused_ram};
+use crate::testing::{Echo, FakeIoEventFds, TestWorker, WINDOW, reused_ram};
 use crate::transport::pci::{BAR_SIZE, MsiMessage, MsiVectors, PciRoot, PciTransport};
-use crate::transport::{Attachment, IoEvents, KickMatch};
+use crate::transport::{Attachment, IoEventFds, NotifyMatch};
 
 /// Queues of the functions in slots 1, 2 and 3.
 const QUEUES: [u64; 3] = [1, 3, 2];
@@ -25,8 +25,8 @@ impl MsiVectors for NoVectors {
 /// and each function is where it should be, with its kicks.
 pub fn pci_bus(data: &[u8]) {
     let mut input = Input(data);
-    let (mut worker, kernel) = (TestWorker::new(), Arc::<FakeIoEvents>::default());
-    let root = PciRoot::new(WINDOW, Arc::clone(&kernel) as Arc<dyn IoEvents>);
+    let (mut worker, kernel) = (TestWorker::new(), Arc::<FakeIoEventFds>::default());
+    let root = PciRoot::new(WINDOW, Arc::clone(&kernel) as Arc<dyn IoEventFds>);
     let bar = |place: u64| WINDOW.start + place * BAR_SIZE;
     for (place, queues) in (0..).zip(QUEUES) {
         let (device, _) = Echo::new(&vec![SIZE; queues as usize], 0);
@@ -68,7 +68,7 @@ pub fn pci_bus(data: &[u8]) {
     let mut registered: Vec<_> = kernel.registered();
     registered.sort_by_key(|(addr, _)| *addr);
     wanted.sort_unstable();
-    assert_eq!(registered, wanted.into_iter().map(|addr| (addr, KickMatch::Any)).collect::<Vec<_>>());
+    assert_eq!(registered, wanted.into_iter().map(|addr| (addr, NotifyMatch::Any)).collect::<Vec<_>>());
 }
 
 fn act(input: &mut Input<'_>, root: &PciRoot) {

@@ -13,7 +13,7 @@ use crate::device::{Device, feature};
 use crate::queue::QueueState;
 use crate::transport::mmio::{IrqLine, MmioState, MmioTransport};
 use crate::transport::pci::{MsiMessage, MsiVectors, PciRoot, PciState, PciTransport};
-use crate::transport::{Attachment, CommonState, IoEvents, KickMatch, RestoreError, Status};
+use crate::transport::{Attachment, CommonState, IoEventFds, NotifyMatch, RestoreError, Status};
 use sync::EventFd;
 use sync::locked;
 
@@ -79,30 +79,30 @@ impl MsiVectors for Vectors {
 
 /// The kernel's table of kicks.
 #[derive(Debug, Default)]
-pub struct FakeIoEvents {
-    events: Mutex<Vec<(u64, KickMatch, EventFd)>>,
+pub struct FakeIoEventFds {
+    events: Mutex<Vec<(u64, NotifyMatch, EventFd)>>,
 }
 
-impl FakeIoEvents {
+impl FakeIoEventFds {
     /// A guest's write. True if it was a kick, and the transport never sees it.
     pub fn write(&self, addr: u64, value: u32) -> bool {
         let events = locked(&self.events);
         let hit = events.iter().find(|(at, matching, _)| {
             *at == addr
-                && matches!(matching, KickMatch::Any | KickMatch::U32(_))
-                && (*matching == KickMatch::Any || *matching == KickMatch::U32(value))
+                && matches!(matching, NotifyMatch::Any | NotifyMatch::U32(_))
+                && (*matching == NotifyMatch::Any || *matching == NotifyMatch::U32(value))
         });
         hit.inspect(|(_, _, event)| event.signal()).is_some()
     }
 
     /// What is registered: addresses and values.
-    pub fn registered(&self) -> Vec<(u64, KickMatch)> {
+    pub fn registered(&self) -> Vec<(u64, NotifyMatch)> {
         locked(&self.events).iter().map(|(addr, matching, _)| (*addr, *matching)).collect()
     }
 }
 
-impl IoEvents for FakeIoEvents {
-    fn register(&self, addr: u64, matching: KickMatch, event: &EventFd) -> io::Result<()> {
+impl IoEventFds for FakeIoEventFds {
+    fn register(&self, addr: u64, matching: NotifyMatch, event: &EventFd) -> io::Result<()> {
         let mut events = locked(&self.events);
         if events.iter().any(|(at, other, _)| (*at, *other) == (addr, matching)) {
             return Err(io::ErrorKind::AlreadyExists.into());
@@ -111,7 +111,7 @@ impl IoEvents for FakeIoEvents {
         Ok(())
     }
 
-    fn unregister(&self, addr: u64, matching: KickMatch, _event: &EventFd) {
+    fn unregister(&self, addr: u64, matching: NotifyMatch, _event: &EventFd) {
         locked(&self.events).retain(|(at, other, _)| (*at, *other) != (addr, matching));
     }
 }
@@ -150,7 +150,7 @@ pub struct Guest {
     /// What reached the guest.
     pub interrupts: Arc<Interrupts>,
     /// What the kernel would do.
-    pub io_events: Arc<FakeIoEvents>,
+    pub io_events: Arc<FakeIoEventFds>,
 }
 
 /// The registers that both transports have: offset and width on mmio, and on PCI.
@@ -179,10 +179,10 @@ impl Guest {
 
     /// As [`Guest::new`], with this memory and worker.
     pub fn with(kind: Kind, device: Box<dyn Device>, ram: GuestRam, worker: TestWorker) -> Self {
-        let (interrupts, io_events) = (Arc::new(Interrupts::default()), Arc::new(FakeIoEvents::default()));
+        let (interrupts, io_events) = (Arc::new(Interrupts::default()), Arc::new(FakeIoEventFds::default()));
         let attachment =
             Attachment { name: "test".into(), device, memory: ram.clone(), workers: worker.workers() };
-        let events = Arc::clone(&io_events) as Arc<dyn IoEvents>;
+        let events = Arc::clone(&io_events) as Arc<dyn IoEventFds>;
         let transport = match kind {
             Kind::Mmio => {
                 let line = Box::new(Line(Arc::clone(&interrupts)));

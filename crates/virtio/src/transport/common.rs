@@ -310,7 +310,7 @@ impl Common {
         }
     }
 
-    fn try_activate(&mut self, resumed: bool) -> Result<(), RestoreError> {
+    fn try_activate(&mut self, restored: bool) -> Result<(), RestoreError> {
         let mut queues = Vec::with_capacity(self.queues.len());
         for (index, setup) in (0u16..).zip(&self.queues) {
             if setup.state.ready {
@@ -332,7 +332,7 @@ impl Common {
             queues,
             interrupt: Arc::clone(&self.interrupt),
             features: self.driver_features,
-            resumed,
+            restored,
         };
         let tasks = self
             .device

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::common::{Area, Common, CommonState, Half};
 use super::health::Health;
-use super::{Attachment, IoEvents, KickMatch, Resetting, RestoreError};
+use super::{Attachment, IoEventFds, NotifyMatch, Resetting, RestoreError};
 use crate::device::Interrupt;
 
 /// Size of a device's window in bytes.
@@ -98,7 +98,7 @@ impl Interrupt for MmioInterrupt {
 pub struct MmioTransport {
     common: Common,
     interrupt: Arc<MmioInterrupt>,
-    io_events: Arc<dyn IoEvents>,
+    io_events: Arc<dyn IoEventFds>,
     /// Which queues' kicks the kernel took.
     kicks_taken: Vec<bool>,
     addr: u64,
@@ -110,7 +110,7 @@ impl MmioTransport {
         attachment: Attachment,
         addr: u64,
         line: Box<dyn IrqLine>,
-        io_events: Arc<dyn IoEvents>,
+        io_events: Arc<dyn IoEventFds>,
     ) -> io::Result<Self> {
         let health = Health::new(attachment.name.clone());
         let interrupt =
@@ -118,7 +118,7 @@ impl MmioTransport {
         let common = Common::new(attachment, health, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
         let mut kicks_taken = Vec::with_capacity(common.queue_count().into());
         for (index, kick) in (0..).zip(common.kicks()) {
-            let taken = io_events.register(addr + QUEUE_NOTIFY, KickMatch::U32(index), kick);
+            let taken = io_events.register(addr + QUEUE_NOTIFY, NotifyMatch::U32(index), kick);
             if let Err(error) = &taken {
                 interrupt.health.complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
             }
@@ -161,7 +161,7 @@ impl MmioTransport {
             let addr = self.addr + QUEUE_NOTIFY;
             for ((index, kick), taken) in (0..).zip(self.common.kicks()).zip(&mut self.kicks_taken) {
                 if std::mem::take(taken) {
-                    self.io_events.unregister(addr, KickMatch::U32(index), kick);
+                    self.io_events.unregister(addr, NotifyMatch::U32(index), kick);
                 }
             }
         }

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
-use super::RESET_PATIENCE;
+use super::RESET_TIMEOUT;
 use crate::worker::{Removal, Removed, TaskHandle};
 use sync::locked;
 
@@ -27,10 +27,10 @@ impl Resetting {
         Resetting(Arc::new(Drain { begun: Instant::now(), removals }))
     }
 
-    /// Waits until nothing is in flight any more, until [`RESET_PATIENCE`] after the reset began at most. The next access to the
+    /// Waits until nothing is in flight any more, until [`RESET_TIMEOUT`] after the reset began at most. The next access to the
     /// transport then finds the device reset.
     pub fn wait(&self) {
-        self.wait_until(self.until(RESET_PATIENCE));
+        self.wait_until(self.until(RESET_TIMEOUT));
     }
 
     /// When the reset is older than `patience`.

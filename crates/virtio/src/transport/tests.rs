@@ -8,11 +8,11 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::mmio::MmioTransport;
-use super::{IoEvents, KickMatch, RestoreError, Status};
+use super::{IoEventFds, NotifyMatch, RestoreError, Status};
 use crate::device::{ActivateError, Activation, ConfigField, Device, DeviceKind, DeviceState, feature};
 use crate::queue::QueueState;
 use crate::testing::{
-    DriverQueue, Echo, EchoControl, FakeIoEvents, Guest, Kind, RUNNING, TestWorker, TransportState, Used,
+    DriverQueue, Echo, EchoControl, FakeIoEventFds, Guest, Kind, RUNNING, TestWorker, TransportState, Used,
     reused_ram,
 };
 use crate::worker::{Task, Workers};
@@ -398,7 +398,7 @@ fn a_reset_in_the_middle_of_io_waits_until_the_device_has_drained() {
 }
 
 /// A device on mmio whose worker is a thread, with a request in flight that does not end until `control` says so.
-fn busy_on_mmio(events: Arc<dyn IoEvents>) -> (MmioTransport, Arc<EchoControl>, Workers) {
+fn busy_on_mmio(events: Arc<dyn IoEventFds>) -> (MmioTransport, Arc<EchoControl>, Workers) {
     use super::Attachment;
     use super::mmio::IrqLine;
     use crate::worker::WorkersConfig;
@@ -443,7 +443,7 @@ fn busy_on_mmio(events: Arc<dyn IoEvents>) -> (MmioTransport, Arc<EchoControl>, 
 
 #[test]
 fn who_resets_on_mmio_can_wait_without_the_transport_until_the_reset_is_done() {
-    let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEvents>::default());
+    let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEventFds>::default());
     let resetting = mmio.write(0x70, &[0; 4]).expect("a request is in flight");
     let waiting = std::thread::spawn(move || resetting.wait());
     let mut read = |register: u64| {
@@ -462,11 +462,11 @@ fn who_resets_on_mmio_can_wait_without_the_transport_until_the_reset_is_done() {
 #[test]
 fn a_device_whose_kicks_the_kernel_does_not_take_works_all_the_same() {
     struct Full;
-    impl IoEvents for Full {
-        fn register(&self, _: u64, _: KickMatch, _: &EventFd) -> io::Result<()> {
+    impl IoEventFds for Full {
+        fn register(&self, _: u64, _: NotifyMatch, _: &EventFd) -> io::Result<()> {
             Err(io::ErrorKind::StorageFull.into())
         }
-        fn unregister(&self, _: u64, _: KickMatch, _: &EventFd) {
+        fn unregister(&self, _: u64, _: NotifyMatch, _: &EventFd) {
             panic!("it has none")
         }
     }
@@ -479,7 +479,7 @@ fn a_device_whose_kicks_the_kernel_does_not_take_works_all_the_same() {
 
 #[test]
 fn who_asks_for_a_reset_again_waits_no_longer_than_who_asked_first() {
-    let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEvents>::default());
+    let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEventFds>::default());
     let mut reset = || mmio.write(0x70, &[0; 4]);
     let first = reset().expect("a request is in flight");
     let deadline = first.until(Duration::from_millis(1));
@@ -501,8 +501,8 @@ fn kicks_bypass_the_transport_and_reach_it_where_the_kernel_does_not_take_them()
         let (mut guest, _) = echo(kind, &[64, 64]);
         let registered = guest.io_events.registered();
         let want = match kind {
-            Kind::Mmio => [(0xc000_1050, KickMatch::U32(0)), (0xc000_1050, KickMatch::U32(1))],
-            Kind::Pci => [(0x40_0000_6000, KickMatch::Any), (0x40_0000_6004, KickMatch::Any)],
+            Kind::Mmio => [(0xc000_1050, NotifyMatch::U32(0)), (0xc000_1050, NotifyMatch::U32(1))],
+            Kind::Pci => [(0x40_0000_6000, NotifyMatch::Any), (0x40_0000_6004, NotifyMatch::Any)],
         };
         assert_eq!(registered, want);
         let mut driver = guest.start(BASE, 64, true);

@@ -195,7 +195,7 @@ impl Context<'_> {
     }
 
     /// Calls [`Task::timer`](super::Task::timer) again after others had their turn.
-    pub fn call_again(&mut self) {
+    pub fn reschedule(&mut self) {
         self.seat.again = true;
     }
 

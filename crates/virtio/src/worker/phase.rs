@@ -76,7 +76,7 @@ impl Course {
         self.phase == Phase::Still
     }
 
-    /// It may work. True if it is to be resumed.
+    /// It may work. True if it is to be restored.
     pub(crate) fn start(&mut self) -> bool {
         let starts = self.phase != Phase::Running && !self.leaving && !self.failed;
         if starts {

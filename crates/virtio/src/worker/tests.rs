@@ -299,7 +299,7 @@ fn a_task_that_wants_more_lets_others_have_their_turn() {
                 locked(&order).push(name);
                 left -= 1;
                 if left > 0 {
-                    cx.call_again();
+                    cx.reschedule();
                 }
             }
         });
@@ -541,7 +541,7 @@ fn a_worker_that_falls_asleep_now_and_then_misses_no_request() {
             queues: vec![ActiveQueue { queue, kick: Arc::clone(&kick) }],
             interrupt: Arc::clone(&irq) as Arc<dyn Interrupt>,
             features,
-            resumed: false,
+            restored: false,
         };
         let workers = Workers::start(WorkersConfig::default()).unwrap();
         for task in device.activate(activation).unwrap() {

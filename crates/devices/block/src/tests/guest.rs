@@ -142,7 +142,7 @@ impl Guest {
             queues,
             interrupt: Arc::clone(&self.interrupt) as _,
             features: self.features,
-            resumed: false,
+            restored: false,
         };
         let tasks = self.block.activate(activation).unwrap();
         self.tasks = tasks.into_iter().map(|task| self.worker.add(task, self.interrupt.clone())).collect();

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
-use crate::direct::carry_out;
+use crate::blocking::carry_out;
 use crate::engine::{Done, Op, Transfer};
 use crate::tests::SECTOR;
 use sync::locked;

@@ -31,7 +31,7 @@ fn the_guest_reads_its_address_mtu_link_and_pairs() {
 fn only_what_there_is_is_offered() {
     let offered = |config: NetConfig| {
         let pairs = config.pairs;
-        let setup = NetSetup { backend: NetBackend::tap(wires(pairs).0), detour: None };
+        let setup = NetSetup { backend: NetBackend::tap(wires(pairs).0), interceptor: None };
         Net::new(config, setup, NONE, NONE, 1).unwrap().0.features()
     };
     let all = feature::MAC | feature::MTU | feature::MQ;

@@ -56,7 +56,7 @@ fn frames_have_a_12_byte_header_without_version_1() {
             let came = guest.received_on(0).unwrap();
             assert!(came.frame == out && came.header == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], "{life}");
             let (tap, wires) = wires(1);
-            let setup = NetSetup { backend: NetBackend::tap(tap), detour: None };
+            let setup = NetSetup { backend: NetBackend::tap(tap), interceptor: None };
             guest.restore(None, setup, wires).unwrap();
         }
     }
@@ -299,7 +299,7 @@ fn a_pause_gives_back_what_was_taken_ahead_and_a_copy_goes_on_with_it() {
     assert_eq!(guest.received().unwrap(), frame(100, 2));
 
     let (tap, wires) = guest::wires(1);
-    let setup = crate::NetSetup { backend: crate::NetBackend::tap(tap), detour: None };
+    let setup = crate::NetSetup { backend: crate::NetBackend::tap(tap), interceptor: None };
     let (copy, control) = crate::Net::restore(&net, None, setup, 1).unwrap();
     let worker = virtio::testing::TestWorker::new();
     let mut other = virtio::testing::Guest::with(Kind::Pci, Box::new(copy), guest.guest.ram.clone(), worker);

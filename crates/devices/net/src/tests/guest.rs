@@ -84,7 +84,7 @@ impl NetGuest {
         accepts: u64,
     ) -> Self {
         let (tap, wires) = wires(config.pairs);
-        let setup = NetSetup { backend: NetBackend::tap(tap), detour: None };
+        let setup = NetSetup { backend: NetBackend::tap(tap), interceptor: None };
         let (net, control) = Net::new(config, setup, rx, tx, 1).unwrap();
         Self::around(kind, net, control, wires, accepts)
     }

@@ -1,9 +1,9 @@
 //! The device as its driver sees it.
 
 mod control;
-mod detours;
 mod frames;
 mod guest;
+mod interceptors;
 mod limits;
 mod model;
 mod restore;

@@ -22,17 +22,17 @@ fn accepting(pairs: u16, accepts: u64) -> NetGuest {
 
 fn tap(pairs: u16) -> (NetSetup, Vec<OwnedFd>) {
     let (tap, wires) = wires(pairs);
-    (NetSetup { backend: NetBackend::tap(tap), detour: None }, wires)
+    (NetSetup { backend: NetBackend::tap(tap), interceptor: None }, wires)
 }
 
 fn unplugged(pairs: u16) -> NetSetup {
-    NetSetup { backend: NetBackend::unplugged(pairs), detour: None }
+    NetSetup { backend: NetBackend::unplugged(pairs), interceptor: None }
 }
 
 fn stream() -> (NetSetup, OwnedFd) {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let backend = NetBackend::stream(Stream::new("test".into(), ours.into()));
-    (NetSetup { backend, detour: None }, theirs.into())
+    (NetSetup { backend, interceptor: None }, theirs.into())
 }
 
 /// A frame from this address.

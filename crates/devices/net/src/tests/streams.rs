@@ -20,7 +20,7 @@ fn limited(rx: RateLimiterConfig) -> (NetGuest, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
     let setup =
-        NetSetup { backend: NetBackend::stream(Stream::new("test".into(), ours.into())), detour: None };
+        NetSetup { backend: NetBackend::stream(Stream::new("test".into(), ours.into())), interceptor: None };
     let none = RateLimiterConfig::default();
     let (net, control) = Net::new(config(1), setup, rx, none, 1).unwrap();
     (NetGuest::around(Kind::Mmio, net, control, vec![], u64::MAX), theirs)

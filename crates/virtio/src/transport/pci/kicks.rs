@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use super::layout;
 use crate::transport::health::Health;
-use crate::transport::{IoEvents, KickMatch};
+use crate::transport::{IoEventFds, NotifyMatch};
 use sync::EventFd;
 use sync::locked;
 
@@ -23,7 +23,7 @@ pub(super) type FunctionKey = u64;
 
 /// The kicks of all functions of a bus.
 pub(super) struct Kicks {
-    io_events: Arc<dyn IoEvents>,
+    io_events: Arc<dyn IoEventFds>,
     functions: Mutex<Functions>,
 }
 
@@ -44,7 +44,7 @@ struct Function {
 }
 
 impl Kicks {
-    pub(super) fn new(io_events: Arc<dyn IoEvents>) -> Self {
+    pub(super) fn new(io_events: Arc<dyn IoEventFds>) -> Self {
         Kicks { io_events, functions: Mutex::default() }
     }
 
@@ -111,7 +111,7 @@ impl Kicks {
         self.withdraw(function);
         function.placed = Some(bar);
         for (addr, (event, taken)) in addrs(bar).zip(&mut function.events) {
-            match self.io_events.register(addr, KickMatch::Any, event) {
+            match self.io_events.register(addr, NotifyMatch::Any, event) {
                 Ok(()) => *taken = true,
                 Err(error) => {
                     function.health.complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
@@ -125,7 +125,7 @@ impl Kicks {
         let bar = function.placed.take()?;
         for (addr, (event, taken)) in addrs(bar).zip(&mut function.events) {
             if std::mem::take(taken) {
-                self.io_events.unregister(addr, KickMatch::Any, event);
+                self.io_events.unregister(addr, NotifyMatch::Any, event);
             }
         }
         Some(bar)
@@ -149,13 +149,13 @@ fn addrs(bar: u64) -> impl Iterator<Item = u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::FakeIoEvents;
+    use crate::testing::FakeIoEventFds;
     use proptest::prelude::*;
 
     /// A table with functions of 2, 1 and 3 queues, first at bars 0, 1 and 2.
     struct Bus {
         kicks: Kicks,
-        kernel: Arc<FakeIoEvents>,
+        kernel: Arc<FakeIoEventFds>,
         functions: Vec<(FunctionKey, Vec<Arc<EventFd>>)>,
     }
 
@@ -167,8 +167,8 @@ mod tests {
 
     impl Bus {
         fn new() -> Self {
-            let kernel = Arc::<FakeIoEvents>::default();
-            let kicks = Kicks::new(Arc::clone(&kernel) as Arc<dyn IoEvents>);
+            let kernel = Arc::<FakeIoEventFds>::default();
+            let kicks = Kicks::new(Arc::clone(&kernel) as Arc<dyn IoEventFds>);
             let functions = (0..).zip(QUEUES).map(|(n, queues)| {
                 let events: Vec<_> = (0..queues).map(|_| Arc::new(EventFd::new().unwrap())).collect();
                 (kicks.add(bar(n), events.iter().cloned(), Health::new("test".into())), events)

@@ -15,7 +15,7 @@ use super::config_space::{ConfigSpace, ConfigState, Identity};
 use super::function::{NOT_DECODED, PciTransport};
 use super::kicks::Kicks;
 use super::{BAR_SIZE, BarWindow};
-use crate::transport::IoEvents;
+use crate::transport::IoEventFds;
 use sync::locked;
 
 /// The most devices: slots 1 to 31 of the one bus.
@@ -76,7 +76,7 @@ struct Target {
 
 impl PciRoot {
     /// A bus with a host bridge and no devices, whose BARs are in `window` and whose kicks `io_events` takes.
-    pub fn new(window: BarWindow, io_events: Arc<dyn IoEvents>) -> Self {
+    pub fn new(window: BarWindow, io_events: Arc<dyn IoEventFds>) -> Self {
         let bridge = ConfigSpace::new(&Identity {
             // A host bridge that guests know and need no driver for.
             vendor: 0x8086,

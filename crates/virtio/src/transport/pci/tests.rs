@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use super::*;
 use crate::device::Device;
 use crate::testing::{
-    BAR, DriverQueue, Echo, FakeIoEvents, Guest, Kind, TestWorker, WINDOW, find_capability, guest_ram,
+    BAR, DriverQueue, Echo, FakeIoEventFds, Guest, Kind, TestWorker, WINDOW, find_capability, guest_ram,
 };
-use crate::transport::{Attachment, IoEvents, KickMatch};
+use crate::transport::{Attachment, IoEventFds, NotifyMatch};
 
 const DATA: u64 = 0x10_0000;
 
@@ -111,7 +111,7 @@ fn a_bar_that_moves_takes_its_kicks_along_but_not_out_of_the_window() {
     set_decoding(&mut guest, true);
     let moved = BAR + 4 * BAR_SIZE;
     guest.pci().write_config(0x10, &moved.to_le_bytes());
-    let kicks = |at: u64| vec![(at + 0x6000, KickMatch::Any), (at + 0x6004, KickMatch::Any)];
+    let kicks = |at: u64| vec![(at + 0x6000, NotifyMatch::Any), (at + 0x6004, NotifyMatch::Any)];
     assert_eq!(guest.io_events.registered(), kicks(moved));
     for outside in [0, 0x1000_0000, WINDOW.start - BAR_SIZE, WINDOW.end, !0 << 19] {
         guest.pci().write_config(0x10, &outside.to_le_bytes());
@@ -286,9 +286,9 @@ fn registers_are_written_whole() {
     assert_eq!(whole[0x12], 2, "reads may have any size");
 }
 
-fn root() -> (PciRoot, Arc<FakeIoEvents>) {
-    let io_events = Arc::<FakeIoEvents>::default();
-    (PciRoot::new(WINDOW, Arc::clone(&io_events) as Arc<dyn IoEvents>), io_events)
+fn root() -> (PciRoot, Arc<FakeIoEventFds>) {
+    let io_events = Arc::<FakeIoEventFds>::default();
+    (PciRoot::new(WINDOW, Arc::clone(&io_events) as Arc<dyn IoEventFds>), io_events)
 }
 
 fn function(bar: u64, root: &PciRoot) -> Arc<Mutex<PciTransport>> {
@@ -389,7 +389,7 @@ fn two_functions_in_one_place_answer_as_one() {
     let mut status = [0];
     assert!(root.read_bar(BAR + 0x14, &mut status));
     assert_eq!(status, [1]);
-    assert_eq!(io_events.registered(), [(BAR + 0x6000, KickMatch::Any)], "only one can have the kicks");
+    assert_eq!(io_events.registered(), [(BAR + 0x6000, NotifyMatch::Any)], "only one can have the kicks");
     // It gets its kicks once it is alone.
     root.write_ecam(2 << 15 | 0x10, &(BAR + BAR_SIZE).to_le_bytes());
     assert_eq!(io_events.registered().len(), 2);
@@ -397,7 +397,7 @@ fn two_functions_in_one_place_answer_as_one() {
 
 #[test]
 fn functions_whose_guest_exchanged_their_places_have_their_kicks_there_and_so_when_restored() {
-    fn enabled(root: &PciRoot, io_events: &FakeIoEvents) -> [bool; 3] {
+    fn enabled(root: &PciRoot, io_events: &FakeIoEventFds) -> [bool; 3] {
         // Writing a kick: to the kernel's table, or to the function that decodes the address.
         [0, 1, 2].map(|n| {
             io_events.write(BAR + n * BAR_SIZE + 0x6000, 0) && {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use super::guest::{config, wires};
 use super::*;
-use crate::detour::Detour;
+use crate::interceptor::FrameInterceptor;
 use crate::{Net, NetBackend, NetError, NetSetup};
 use sync::locked;
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
@@ -23,7 +23,7 @@ struct Mirror {
 
 const SERVICE: [u8; 6] = [6, 1, 0x23, 0x45, 0x67, 1];
 
-impl Detour for Mirror {
+impl FrameInterceptor for Mirror {
     fn wants(&self, head: &[u8]) -> bool {
         head.starts_with(&SERVICE)
     }
@@ -58,7 +58,7 @@ impl Detour for Mirror {
 
 fn guest(mirror: Mirror, limits: RateLimiterConfig) -> NetGuest {
     let (tap, wires) = wires(1);
-    let setup = NetSetup { backend: NetBackend::tap(tap), detour: Some(Box::new(mirror)) };
+    let setup = NetSetup { backend: NetBackend::tap(tap), interceptor: Some(Box::new(mirror)) };
     let (net, control) = Net::new(config(1), setup, limits, limits, 1).unwrap();
     NetGuest::around(Kind::Mmio, net, control, wires, u64::MAX)
 }
@@ -141,7 +141,7 @@ fn a_new_driver_means_new_connections() {
 fn it_cannot_be_had_where_the_kernel_moves_the_frames() {
     // Without vhost-net there is nothing to try.
     let Ok(backend) = NetBackend::vhost(wires(1).0) else { return };
-    let setup = NetSetup { backend, detour: Some(Box::new(Mirror::default())) };
+    let setup = NetSetup { backend, interceptor: Some(Box::new(Mirror::default())) };
     let none = RateLimiterConfig::default();
     assert!(matches!(Net::new(config(1), setup, none, none, 1), Err(NetError::Vhost { .. })));
 }
@@ -152,7 +152,7 @@ fn it_is_reached_over_a_link_that_stays_up_where_there_is_no_network() {
         let (tap, wires) = wires(1);
         let backend = if gone { NetBackend::tap(tap) } else { NetBackend::unplugged(1) };
         let mirror = Mirror { copies: 1, ..Mirror::default() };
-        let setup = NetSetup { backend, detour: Some(Box::new(mirror)) };
+        let setup = NetSetup { backend, interceptor: Some(Box::new(mirror)) };
         let none = RateLimiterConfig::default();
         let (net, control) = Net::new(config(1), setup, none, none, 1).unwrap();
         let mut guest = NetGuest::around(Kind::Mmio, net, control, wires, u64::MAX);

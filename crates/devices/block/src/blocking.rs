@@ -22,16 +22,16 @@ pub(super) const TURN: u64 = 128 << 10;
 
 /// The synchronous engine of a worker that serves nothing but this disk: it may wait for the disk, so it does.
 #[derive(Debug)]
-pub(super) struct DirectEngine<T> {
+pub(super) struct BlockingEngine<T> {
     files: Vec<Arc<File>>,
     noted: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
 
-impl<T> DirectEngine<T> {
+impl<T> BlockingEngine<T> {
     /// An engine for `files`; a transfer's file is an index into them.
     pub(super) fn new(files: Vec<Arc<File>>) -> Self {
-        DirectEngine { files, noted: VecDeque::new(), done: Vec::new() }
+        BlockingEngine { files, noted: VecDeque::new(), done: Vec::new() }
     }
 
     pub(super) fn push(&mut self, transfer: Transfer<T>) {

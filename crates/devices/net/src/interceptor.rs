@@ -7,7 +7,7 @@
 //! # Who calls
 //!
 //! The task that serves the interface's first pair of queues, and nobody else: one call at a time, always from an io worker. No method may
-//! wait for anything. Between [`Detour::push`] and the guest's reading of the answer no other thread is involved.
+//! wait for anything. Between [`FrameInterceptor::push`] and the guest's reading of the answer no other thread is involved.
 //!
 //! # Frames
 //!
@@ -18,7 +18,7 @@
 
 use virtio::worker::Nanos;
 
-/// Bytes of a frame that [`Detour::wants`] is shown, as far as the frame has them: the headers of Ethernet, and of ARP or of IPv4
+/// Bytes of a frame that [`FrameInterceptor::wants`] is shown, as far as the frame has them: the headers of Ethernet, and of ARP or of IPv4
 /// with its addresses.
 pub const HEAD_LEN: usize = 64;
 
@@ -26,7 +26,7 @@ pub const HEAD_LEN: usize = 64;
 pub const MAX_FRAME: usize = 18 + 65535;
 
 /// Something that takes some of a guest's frames and answers them. See the module.
-pub trait Detour: Send {
+pub trait FrameInterceptor: Send {
     /// Whether the frame that begins with `head` is for it. The others go to the network.
     ///
     /// It is asked with the first [`HEAD_LEN`] bytes, before the source address of the frame is checked.
@@ -37,12 +37,12 @@ pub trait Detour: Send {
 
     /// Writes the next frame for the guest to `frame`, which is empty, and says whether there was one.
     ///
-    /// Called until it says no, after each [`push`](Detour::push), when [`deadline`](Detour::deadline) has come, and when the guest has
+    /// Called until it says no, after each [`push`](FrameInterceptor::push), when [`deadline`](FrameInterceptor::deadline) has come, and when the guest has
     /// given new receive buffers after it had none. While the guest has no room nothing is asked for.
     fn pop(&mut self, frame: &mut Vec<u8>, now: Nanos) -> bool;
 
-    /// When [`pop`](Detour::pop) is to be called even if nothing happens before: a retransmission, a time limit. None: not at all.
-    /// Asked each time after [`pop`](Detour::pop) said no.
+    /// When [`pop`](FrameInterceptor::pop) is to be called even if nothing happens before: a retransmission, a time limit. None: not at all.
+    /// Asked each time after [`pop`](FrameInterceptor::pop) said no.
     fn deadline(&mut self, now: Nanos) -> Option<Nanos>;
 
     /// The guest's driver has begun anew, or another guest goes on from a saved state: its connections are gone.
