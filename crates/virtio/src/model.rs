@@ -1,7 +1,7 @@
 //! A model of one queue's life under pauses, saves, forks and removals, checked in every order of events.
 //!
-//! What decides is production code: the device's side of the rings ([`Ring`]), a task's way through its protocol ([`Course`]) and
-//! its worker's ([`Halt`]). Around them stand a driver, a disk that completes in any order, and the thread that pauses the machine,
+//! What decides is production code: the device's side of the rings ([`Ring`]), a task's way through its protocol ([`TaskState`]) and
+//! its worker's ([`WorkerState`]). Around them stand a driver, a disk that completes in any order, and the thread that pauses the machine,
 //! in the steps in which `machine` takes them: vCPUs stop, workers are asked to pause, and once they answer the machine is
 //! saved; a child is made of what was saved alone. The task is the smallest that keeps the rules of [`crate::worker`].
 //!
@@ -21,7 +21,7 @@ use stateright::{Checker, Model, Property};
 
 use crate::queue::QueueError;
 use crate::queue::ring::{Ring, RingMemory};
-use crate::worker::phase::{Course, Halt, Leave, Settled};
+use crate::worker::phase::{DrainOutcome, RemoveAction, TaskState, WorkerState};
 
 /// Requests that the driver makes.
 const REQUESTS: usize = 3;
@@ -212,13 +212,13 @@ struct Vm {
     interrupt: bool,
     owner: Owner,
 
-    halt: Halt,
+    worker_state: WorkerState,
     mail: Vec<Mail>,
     /// Who waits for a pause to be answered: pauses by their number.
-    pausers: Vec<u8>,
+    pause_waiters: Vec<u8>,
     /// The last pause was answered.
     answered: bool,
-    task: Option<(Course, Task)>,
+    task: Option<(TaskState, Task)>,
     /// Where the queue was when its task was given back; it is on nobody's worker.
     back: Option<(u16, u16)>,
     /// Events that the worker has not heard of yet.
@@ -263,7 +263,7 @@ enum Step {
 impl Vm {
     /// The task is called; then the worker sees whether that was what it waited for.
     fn call(&mut self, call: impl FnOnce(&mut Task)) {
-        let Some((course, task)) = &mut self.task else { return };
+        let Some((state, task)) = &mut self.task else { return };
         call(task);
         let view = View(Cell::new(self.memory));
         match task.work(&view) {
@@ -271,10 +271,10 @@ impl Vm {
             Err(_) => self.broken = Some("the device finds its queue broken"),
         }
         self.memory = view.0.get();
-        match course.called(|| task.is_drained()) {
+        match state.called(|| task.is_drained()) {
             None => {}
-            Some(Settled::Stays) => self.answer(),
-            Some(Settled::Leaves) => self.give_back(),
+            Some(DrainOutcome::Stays) => self.answer(),
+            Some(DrainOutcome::Leaves) => self.give_back(),
         }
     }
 
@@ -283,7 +283,7 @@ impl Vm {
             if task.in_flight() > 0 {
                 self.broken = Some("a task with requests in flight is given back");
             }
-            self.back = Some(task.ring.position());
+            self.back = Some(task.ring.progress());
             // It watches nothing any more.
             (self.kicked, self.completed) = (false, false);
         }
@@ -291,15 +291,15 @@ impl Vm {
     }
 
     fn answer(&mut self) {
-        if self.halt.is_over(self.task.iter().map(|(course, _)| *course)) {
+        if self.worker_state.is_over(self.task.iter().map(|(state, _)| *state)) {
             // Who gave up waiting does not hear it.
-            self.answered |= std::mem::take(&mut self.pausers).contains(&self.pauses);
+            self.answered |= std::mem::take(&mut self.pause_waiters).contains(&self.pauses);
         }
     }
 
     fn start(&mut self, life: &Life) {
-        if let Some((course, task)) = &mut self.task
-            && course.start()
+        if let Some((state, task)) = &mut self.task
+            && state.start()
         {
             if life.mistake == Mistake::ResumesWithoutALook {
                 task.quiet = false;
@@ -310,8 +310,8 @@ impl Vm {
     }
 
     fn quiesce(&mut self) {
-        if let Some((course, _)) = &mut self.task
-            && course.quiesce()
+        if let Some((state, _)) = &mut self.task
+            && state.quiesce()
         {
             self.call(|task| task.quiet = true);
         }
@@ -320,29 +320,29 @@ impl Vm {
     fn read(&mut self, life: &Life, mail: Mail) {
         match mail {
             Mail::Pause(number) => {
-                self.pausers.push(number);
-                self.halt.pause();
+                self.pause_waiters.push(number);
+                self.worker_state.pause();
                 self.quiesce();
                 self.answer();
             }
             Mail::Resume => {
-                if self.halt.resume() {
-                    self.pausers.clear();
+                if self.worker_state.resume() {
+                    self.pause_waiters.clear();
                     self.start(life);
                 }
             }
             Mail::Remove => {
-                let Some((course, _)) = &mut self.task else { return };
-                match course.leave() {
-                    Leave::Quiesce => self.quiesce(),
-                    Leave::Wait => {}
-                    Leave::Now => self.give_back(),
+                let Some((state, _)) = &mut self.task else { return };
+                match state.leave() {
+                    RemoveAction::Quiesce => self.quiesce(),
+                    RemoveAction::Wait => {}
+                    RemoveAction::Now => self.give_back(),
                 }
             }
             Mail::Add => {
                 let Some(position) = self.back.take() else { return };
-                self.task = Some((Course::new(), Task::new(life.event_idx, position)));
-                if self.halt.lets_work() {
+                self.task = Some((TaskState::new(), Task::new(life.event_idx, position)));
+                if self.worker_state.lets_work() {
                     self.start(life);
                 }
             }
@@ -352,23 +352,23 @@ impl Vm {
     /// Another machine, of what is saved of this one: its memory, its driver's mind, positions. An interrupt that was on its way is in no
     /// state (`transport::common`), so a restored device gives its driver one.
     fn child(&self, life: &Life) -> Vm {
-        let mut halt = Halt::default();
+        let mut worker_state = WorkerState::default();
         // Its worker is paused before it gets its tasks.
-        halt.pause();
+        worker_state.pause();
         let (mut task, mut broken) = (None, self.broken);
         if let Some((_, parents)) = &self.task {
             if parents.in_flight() > 0 {
                 broken = Some("a task with requests in flight is saved");
             }
-            let (avail, used) = parents.ring.position();
-            task = Some((Course::new(), Task::new(life.event_idx, (avail, used))));
+            let (avail, used) = parents.ring.progress();
+            task = Some((TaskState::new(), Task::new(life.event_idx, (avail, used))));
         }
         Vm {
-            halt,
+            worker_state,
             task,
             broken,
             mail: Vec::new(),
-            pausers: Vec::new(),
+            pause_waiters: Vec::new(),
             answered: false,
             kicked: false,
             completed: false,
@@ -394,9 +394,9 @@ impl Model for Life {
             driver: Driver::default(),
             interrupt: false,
             owner: Owner::Runs,
-            halt: Halt::default(),
+            worker_state: WorkerState::default(),
             mail: Vec::new(),
-            pausers: Vec::new(),
+            pause_waiters: Vec::new(),
             answered: false,
             task: None,
             back: Some((0, 0)),
@@ -486,15 +486,15 @@ impl Model for Life {
             }
             Step::HearKick => {
                 vm.kicked = false;
-                if vm.task.as_ref().is_some_and(|(course, _)| course.is_running()) {
+                if vm.task.as_ref().is_some_and(|(state, _)| state.is_running()) {
                     vm.call(|_| {});
                 }
             }
             Step::HearDisk => {
                 vm.completed = false;
                 let deaf = self.mistake == Mistake::DeafWhileItDrains;
-                let hears = |course: Course| if deaf { course.is_running() } else { course.hears_events() };
-                if vm.task.as_ref().is_some_and(|(course, _)| hears(*course)) {
+                let hears = |state: TaskState| if deaf { state.is_running() } else { state.hears_events() };
+                if vm.task.as_ref().is_some_and(|(state, _)| hears(*state)) {
                     vm.call(|_| {});
                 }
             }
@@ -537,15 +537,15 @@ impl Model for Life {
             }),
             Property::always("a still machine is still", |_, vm: &Vm| {
                 vm.owner != Owner::Still
-                    || vm.task.as_ref().is_none_or(|(course, task)| {
-                        course.is_still() && task.in_flight() == 0 && task.unpublished == 0
+                    || vm.task.as_ref().is_none_or(|(state, task)| {
+                        state.is_still() && task.in_flight() == 0 && task.unpublished == 0
                     })
             }),
             Property::always("nothing breaks", |_, vm: &Vm| vm.broken.is_none()),
             // That there is something to check.
             Property::sometimes("a child finds a request that its parent did not take", |_, vm: &Vm| {
                 vm.births > 0 && vm.owner == Owner::Still && {
-                    let next = vm.task.as_ref().map(|(_, task)| task.ring.position().0);
+                    let next = vm.task.as_ref().map(|(_, task)| task.ring.progress().0);
                     next.is_some_and(|next| next != vm.memory.avail_idx)
                 }
             }),
@@ -557,7 +557,7 @@ impl Model for Life {
             ),
             Property::sometimes("a machine goes on while its task still drains", |_, vm: &Vm| {
                 vm.owner == Owner::Runs
-                    && vm.task.as_ref().is_some_and(|(course, _)| !course.is_running() && !course.is_still())
+                    && vm.task.as_ref().is_some_and(|(state, _)| !state.is_running() && !state.is_still())
             }),
             Property::sometimes("a task is given back in a pause", |_, vm: &Vm| {
                 vm.owner == Owner::Waits && vm.back.is_some()

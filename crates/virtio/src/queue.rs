@@ -27,13 +27,13 @@
 //! # How it is built
 //!
 //! `ring` has the protocol of indices and notifications, and nothing else: it runs over guest memory here, and over a model
-//! checker's memory in its tests. `parts` is the guest memory that it runs on. `chain` follows descriptors. The formats are those of
+//! checker's memory in its tests. `ring_area` is the guest memory that it runs on. `chain` follows descriptors. The formats are those of
 //! rust-vmm's `virtio-queue`, which is also the oracle that property tests compare this queue with.
 
 mod chain;
 mod error;
-mod parts;
 pub(crate) mod ring;
+mod ring_area;
 #[cfg(test)]
 mod tests;
 
@@ -45,8 +45,8 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::desc::split::Descriptor;
 
 use crate::device::feature;
-use parts::{Part, Rings};
 use ring::Ring;
+use ring_area::{RingArea, Rings};
 
 pub use chain::{Buffers, Chain, GuestBuffer, GuestSlice, MAX_CHAIN_LEN};
 pub use error::QueueError;
@@ -73,11 +73,11 @@ pub struct QueueState {
     pub next_used: u16,
 }
 
-/// How far the device got in a queue, for whoever saves it: a still queue's position is what its task last did.
+/// How far the device got in a queue, for whoever saves it: a still queue's progress is what its task last did.
 #[derive(Debug, Default)]
-pub struct Position(AtomicU32);
+pub struct QueueProgress(AtomicU32);
 
-impl Position {
+impl QueueProgress {
     /// `(next_avail, next_used)`.
     pub fn get(&self) -> (u16, u16) {
         let both = self.0.load(Ordering::Acquire);
@@ -129,33 +129,33 @@ pub struct Queue {
     state: QueueState,
     indirect: bool,
     ram: GuestRam,
-    table: Part,
+    table: RingArea,
     rings: Rings,
     ring: Ring,
     in_flight: InFlight,
-    position: Arc<Position>,
+    progress: Arc<QueueProgress>,
     dead: Option<QueueError>,
 }
 
 impl Queue {
     /// The queue `index` as its driver set it up. `max_size` is what the device offers, `features` what the driver accepted.
-    /// `position` shows how far the queue is.
+    /// `progress` shows how far the queue is.
     pub fn new(
         index: u16,
         max_size: u16,
         state: &QueueState,
         features: u64,
         ram: &GuestRam,
-        position: Arc<Position>,
+        progress: Arc<QueueProgress>,
     ) -> Result<Self, QueueError> {
         let size = state.size;
         if !size.is_power_of_two() || size > max_size.min(MAX_QUEUE_SIZE) {
             return Err(QueueError::Size { size, max: max_size });
         }
-        let table = Part::new(ram, "descriptor table", state.desc_table, 16 * u64::from(size), 16)?;
+        let table = RingArea::new(ram, "descriptor table", state.desc_table, 16 * u64::from(size), 16)?;
         let rings = Rings::new(ram, size, state.avail_ring, state.used_ring)?;
         let event_idx = features & feature::RING_EVENT_IDX != 0;
-        position.set(state.next_avail, state.next_used);
+        progress.set(state.next_avail, state.next_used);
         Ok(Queue {
             index,
             state: *state,
@@ -165,7 +165,7 @@ impl Queue {
             rings,
             ring: Ring::new(size, event_idx, state.next_avail, state.next_used),
             in_flight: InFlight::default(),
-            position,
+            progress,
             dead: None,
         })
     }
@@ -182,7 +182,7 @@ impl Queue {
 
     /// What the driver set up, and how far the device is.
     pub fn state(&self) -> QueueState {
-        let (next_avail, next_used) = self.ring.position();
+        let (next_avail, next_used) = self.ring.progress();
         QueueState { next_avail, next_used, ..self.state }
     }
 
@@ -191,7 +191,7 @@ impl Queue {
         self.rings.used_idx()
     }
 
-    /// Somebody else (the kernel) has served the queue, and came to this position. Nothing is in flight.
+    /// Somebody else (the kernel) has served the queue, and came to this progress. Nothing is in flight.
     pub fn set_position(&mut self, next_avail: u16, next_used: u16) {
         self.ring = Ring::new(self.ring.size(), self.ring.event_idx(), next_avail, next_used);
         self.show_position();
@@ -307,7 +307,7 @@ impl Queue {
     /// Follows the chain from `head` on, through at most one indirect table.
     #[inline]
     fn walk(&self, chain: &mut Chain, head: u16) -> Result<(), QueueError> {
-        let mut indirect: Option<Part<&GuestRegion>> = None;
+        let mut indirect: Option<RingArea<&GuestRegion>> = None;
         let mut table_len = u32::from(self.size());
         let mut index = u32::from(head);
         // The descriptor of the indirect table is not counted as one of the chain.
@@ -330,9 +330,9 @@ impl Queue {
                 if indirect.is_some() {
                     return Err(QueueError::Indirect("is inside an indirect table"));
                 }
-                let part = self.indirect_table(descriptor)?;
+                let area = self.indirect_table(descriptor)?;
                 (table_len, index, in_table) = (descriptor.len() / 16, 0, 0);
-                indirect = Some(part);
+                indirect = Some(area);
                 continue;
             }
             if chain.descriptors() == MAX_CHAIN_LEN {
@@ -348,7 +348,7 @@ impl Queue {
     }
 
     /// Checks an indirect table (2.7.5.3).
-    fn indirect_table(&self, descriptor: Descriptor) -> Result<Part<&GuestRegion>, QueueError> {
+    fn indirect_table(&self, descriptor: Descriptor) -> Result<RingArea<&GuestRegion>, QueueError> {
         if !self.indirect {
             return Err(QueueError::Indirect("was not negotiated"));
         }
@@ -358,13 +358,13 @@ impl Queue {
         if descriptor.len() == 0 || !descriptor.len().is_multiple_of(16) {
             return Err(QueueError::Indirect("is empty or ends within a descriptor"));
         }
-        Part::borrowed(&self.ram, "indirect table", descriptor.addr().0, descriptor.len().into(), 1)
+        RingArea::borrowed(&self.ram, "indirect table", descriptor.addr().0, descriptor.len().into(), 1)
             .map_err(|_| QueueError::Indirect("is not in guest memory"))
     }
 
     fn show_position(&self) {
-        let (next_avail, next_used) = self.ring.position();
-        self.position.set(next_avail, next_used);
+        let (next_avail, next_used) = self.ring.progress();
+        self.progress.set(next_avail, next_used);
     }
 
     #[inline]

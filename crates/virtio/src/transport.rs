@@ -4,7 +4,7 @@
 //!        MmioTransport            PciTransport --- PciRoot (ECAM, 0xcf8, BARs)
 //!          registers 4.2             capabilities 4.1, MSI-X
 //!               \\                      /
-//!                +----- Common -------+      status, features, queues, reset, save: written once
+//!                +----- TransportCore -------+      status, features, queues, reset, save: written once
 //!                         |
 //!                      dyn Device
 //! ```
@@ -27,8 +27,8 @@
 //!
 //! [`IoEventFds`] for kicks, and [`IrqLine`](mmio::IrqLine) or [`MsiVectors`](pci::MsiVectors) for interrupts.
 
-mod common;
-mod health;
+mod core;
+mod device_status;
 pub mod mmio;
 pub mod pci;
 mod reset;
@@ -45,8 +45,8 @@ use crate::queue::QueueError;
 use crate::worker::Workers;
 use sync::EventFd;
 
-pub use common::CommonState;
-pub use health::Status;
+pub use core::CommonState;
+pub use device_status::Status;
 pub use reset::Resetting;
 
 /// How long after its beginning a reset is waited for, where drivers do not poll.

@@ -31,10 +31,10 @@
 //! to do sleeps; the timer is armed only while a task asks for it.
 
 mod context;
+mod event_loop;
 mod mailbox;
 pub(crate) mod phase;
 mod pool;
-mod runner;
 #[cfg(test)]
 mod tests;
 
@@ -47,8 +47,8 @@ pub use pool::{OnStart, PauseError, Removal, Removed, TaskHandle, Workers, Worke
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod testing {
     pub(crate) use super::context::Clock;
+    pub(crate) use super::event_loop::EventLoop;
     pub(crate) use super::mailbox::{Command, Mailbox};
-    pub(crate) use super::runner::Runner;
 }
 
 /// Nanoseconds of the monotonic clock.

@@ -148,10 +148,10 @@ impl<'a> Buffers<'a> {
         let (mut skip, mut left) = (self.skip, self.len);
         self.list.iter().map_while(move |buffer| {
             let len = (buffer.len - skip).min(left);
-            let part = GuestBuffer { addr: buffer.addr + u64::from(skip), len };
+            let area = GuestBuffer { addr: buffer.addr + u64::from(skip), len };
             left -= len;
             skip = 0;
-            (len > 0).then_some(part)
+            (len > 0).then_some(area)
         })
     }
 

@@ -14,20 +14,20 @@ pub enum QueueError {
         max: u16,
     },
     /// A ring or table is not aligned as 2.7 demands.
-    #[error("the {part} is at {addr:#x}, which is not a multiple of {align}")]
+    #[error("the {area} is at {addr:#x}, which is not a multiple of {align}")]
     Unaligned {
         /// Which one.
-        part: &'static str,
+        area: &'static str,
         /// Where the driver put it.
         addr: u64,
         /// What it must be a multiple of.
         align: u64,
     },
     /// A ring or table is not all in RAM.
-    #[error("the {part} at {addr:#x} ({len} bytes) is not in guest memory")]
+    #[error("the {area} at {addr:#x} ({len} bytes) is not in guest memory")]
     RingOutsideRam {
         /// Which one.
-        part: &'static str,
+        area: &'static str,
         /// Where the driver put it.
         addr: u64,
         /// How long it is.

@@ -85,7 +85,7 @@ impl Ring {
     }
 
     /// `(next_avail, next_used)`.
-    pub(crate) fn position(&self) -> (u16, u16) {
+    pub(crate) fn progress(&self) -> (u16, u16) {
         (self.next_avail, self.next_used)
     }
 

@@ -79,20 +79,20 @@ fn sizes_and_places_of_rings_are_checked() {
     for size in [0, 3, 255, 512, 1024, 0x8000, 0xffff] {
         assert_eq!(new(QueueState { size, ..good }), Err(QueueError::Size { size, max: 256 }));
     }
-    for (state, part) in [
+    for (state, area) in [
         (QueueState { desc_table: BASE + 8, ..good }, "descriptor table"),
         (QueueState { avail_ring: BASE + 1, ..good }, "available ring"),
         (QueueState { used_ring: BASE + 2, ..good }, "used ring"),
     ] {
-        assert!(matches!(new(state), Err(QueueError::Unaligned { part: p, .. }) if p == part));
+        assert!(matches!(new(state), Err(QueueError::Unaligned { area: p, .. }) if p == area));
     }
     for addr in [RAM_END - 16, RAM_END, 0xffff_ffff_ffff_fff0] {
-        for (state, part) in [
+        for (state, area) in [
             (QueueState { desc_table: addr, ..good }, "descriptor table"),
             (QueueState { avail_ring: addr, ..good }, "available ring"),
             (QueueState { used_ring: addr, ..good }, "used ring"),
         ] {
-            assert!(matches!(new(state), Err(QueueError::RingOutsideRam { part: p, .. }) if p == part));
+            assert!(matches!(new(state), Err(QueueError::RingOutsideRam { area: p, .. }) if p == area));
         }
     }
     // To the last byte.
@@ -586,11 +586,11 @@ proptest! {
         let features = feature::RING_INDIRECT_DESC | if event_idx { feature::RING_EVENT_IDX } else { 0 };
         let ram = reused_ram(RAM_MIB);
         let mut driver = DriverQueue::starting_at(&ram, BASE, size, features, start);
-        let position = Arc::<Position>::default();
-        let new = |position: &Arc<Position>, state: &QueueState| {
-            Queue::new(0, MAX_QUEUE_SIZE, state, features, &ram, Arc::clone(position)).unwrap()
+        let progress = Arc::<QueueProgress>::default();
+        let new = |progress: &Arc<QueueProgress>, state: &QueueState| {
+            Queue::new(0, MAX_QUEUE_SIZE, state, features, &ram, Arc::clone(progress)).unwrap()
         };
-        let mut queue = new(&position, &driver.state());
+        let mut queue = new(&progress, &driver.state());
         let mut given: VecDeque<Given> = VecDeque::new();
         let mut visible = 0;
         let mut held: Vec<(u16, u32)> = Vec::new();
@@ -669,8 +669,8 @@ proptest! {
                     }
                 }
                 Step::Save if held.is_empty() => {
-                    let (next_avail, next_used) = position.get();
-                    queue = new(&position, &QueueState { next_avail, next_used, ..driver.state() });
+                    let (next_avail, next_used) = progress.get();
+                    queue = new(&progress, &QueueState { next_avail, next_used, ..driver.state() });
                     // As a transport does: everything is looked at, and everybody is told.
                     (awake, driver_awake) = (true, true);
                 }

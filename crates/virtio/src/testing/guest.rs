@@ -358,7 +358,7 @@ impl Guest {
         }
     }
 
-    /// Kicks a queue, through the kernel as long as it would see it.
+    /// Doorbells a queue, through the kernel as long as it would see it.
     pub fn kick(&mut self, index: u32) {
         let addr = match &self.transport {
             Transport::Mmio(_) => MMIO + 0x50,

@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::common::{Area, Common, CommonState, Half};
-use super::health::Health;
+use super::core::{Area, CommonState, Half, TransportCore};
+use super::device_status::DeviceStatus;
 use super::{Attachment, IoEventFds, NotifyMatch, Resetting, RestoreError};
 use crate::device::Interrupt;
 
@@ -66,7 +66,7 @@ pub struct MmioState {
 
 /// The part that workers use.
 struct MmioInterrupt {
-    health: Arc<Health>,
+    device_status: Arc<DeviceStatus>,
     status: AtomicU32,
     line: Box<dyn IrqLine>,
 }
@@ -88,7 +88,7 @@ impl Interrupt for MmioInterrupt {
     }
 
     fn needs_reset(&self, why: &dyn fmt::Display) {
-        if self.health.needs_reset(why) {
+        if self.device_status.needs_reset(why) {
             self.config();
         }
     }
@@ -96,7 +96,7 @@ impl Interrupt for MmioInterrupt {
 
 /// A device on virtio-mmio.
 pub struct MmioTransport {
-    common: Common,
+    common: TransportCore,
     interrupt: Arc<MmioInterrupt>,
     io_events: Arc<dyn IoEventFds>,
     /// Which queues' kicks the kernel took.
@@ -112,15 +112,21 @@ impl MmioTransport {
         line: Box<dyn IrqLine>,
         io_events: Arc<dyn IoEventFds>,
     ) -> io::Result<Self> {
-        let health = Health::new(attachment.name.clone());
-        let interrupt =
-            Arc::new(MmioInterrupt { health: Arc::clone(&health), status: AtomicU32::new(0), line });
-        let common = Common::new(attachment, health, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
+        let device_status = DeviceStatus::new(attachment.name.clone());
+        let interrupt = Arc::new(MmioInterrupt {
+            device_status: Arc::clone(&device_status),
+            status: AtomicU32::new(0),
+            line,
+        });
+        let common =
+            TransportCore::new(attachment, device_status, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
         let mut kicks_taken = Vec::with_capacity(common.queue_count().into());
         for (index, kick) in (0..).zip(common.kicks()) {
             let taken = io_events.register(addr + QUEUE_NOTIFY, NotifyMatch::U32(index), kick);
             if let Err(error) = &taken {
-                interrupt.health.complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
+                interrupt
+                    .device_status
+                    .complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
             }
             kicks_taken.push(taken.is_ok());
         }

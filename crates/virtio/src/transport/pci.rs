@@ -18,18 +18,18 @@
 //!
 //! # Where the BAR is
 //!
-//! The guest may move it, within the machine's window for 64-bit BARs. It decodes while the command register says so. Kicks stay
+//! The guest may move it, within the machine's window for 64-bit BARs. It decodes while the command register says so. Doorbells stay
 //! registered where it last decoded, until another function decodes there (`kicks`).
 
 mod capabilities;
 mod config_space;
+mod doorbells;
 mod function;
-mod gate;
-mod kicks;
 mod msix;
 mod root;
 #[cfg(test)]
 mod tests;
+mod vector_mask;
 
 pub use config_space::ConfigState;
 pub use function::{PciState, PciTransport};
@@ -43,7 +43,7 @@ use crate::device::DeviceKind;
 /// Size of a device's BAR 0 in bytes, and what it is aligned to.
 pub const BAR_SIZE: u64 = 512 << 10;
 
-/// The parts of the BAR.
+/// The ring_area of the BAR.
 mod layout {
     pub(super) const COMMON: u32 = 0x0000;
     pub(super) const ISR: u32 = 0x2000;

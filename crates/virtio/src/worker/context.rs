@@ -50,7 +50,7 @@ pub struct Event {
 
 /// A place on a worker: what one task watches and when it wants to be called.
 #[derive(Debug, Default)]
-pub(crate) struct Seat {
+pub(crate) struct Registrations {
     /// Where the worker keeps the task, and how often the place was taken before: stale events are told apart by it.
     pub(super) slot: u16,
     pub(super) life: u16,
@@ -59,9 +59,9 @@ pub(crate) struct Seat {
     pub(super) again: bool,
 }
 
-impl Seat {
+impl Registrations {
     /// The task goes: events that are still on their way are not for the next one.
-    pub(super) fn vacate(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.life = self.life.wrapping_add(1);
         self.timer = None;
         self.again = false;
@@ -124,7 +124,7 @@ impl EventKey {
 #[derive(Debug)]
 pub struct Context<'a> {
     pub(super) epoll: BorrowedFd<'a>,
-    pub(super) seat: &'a mut Seat,
+    pub(super) registrations: &'a mut Registrations,
     pub(super) clock: &'a mut Clock,
 }
 
@@ -164,14 +164,15 @@ impl Context<'_> {
     }
 
     fn modify(&mut self, token: Token, flags: EventFlags) -> io::Result<()> {
-        let watched = self.seat.watches.get(&token).ok_or(io::ErrorKind::NotFound)?;
-        let key = EventKey { slot: self.seat.slot, life: self.seat.life, kick: false, token };
+        let watched = self.registrations.watches.get(&token).ok_or(io::ErrorKind::NotFound)?;
+        let key =
+            EventKey { slot: self.registrations.slot, life: self.registrations.life, kick: false, token };
         Ok(epoll::modify(self.epoll, watched, EventData::new_u64(key.to_bits()), flags)?)
     }
 
     /// Watches `token` no more. An event that is on its way may still come.
     pub fn unwatch(&mut self, token: Token) {
-        if let Some(watched) = self.seat.watches.remove(&token) {
+        if let Some(watched) = self.registrations.watches.remove(&token) {
             let deleted = epoll::delete(self.epoll, &watched);
             debug_assert!(deleted.is_ok(), "a watched descriptor can be unwatched: {deleted:?}");
         }
@@ -179,24 +180,24 @@ impl Context<'_> {
 
     /// Watches nothing any more.
     pub(super) fn unwatch_all(&mut self) {
-        while let Some((&token, _)) = self.seat.watches.first_key_value() {
+        while let Some((&token, _)) = self.registrations.watches.first_key_value() {
             self.unwatch(token);
         }
     }
 
     /// Calls [`Task::timer`](super::Task::timer) at `at` (once; a later call moves it). At or before now means soon.
     pub fn set_timer(&mut self, at: Nanos) {
-        self.seat.timer = Some(at);
+        self.registrations.timer = Some(at);
     }
 
     /// No timer.
     pub fn clear_timer(&mut self) {
-        self.seat.timer = None;
+        self.registrations.timer = None;
     }
 
     /// Calls [`Task::timer`](super::Task::timer) again after others had their turn.
     pub fn reschedule(&mut self) {
-        self.seat.again = true;
+        self.registrations.again = true;
     }
 
     /// The monotonic clock, read at most once per wake-up of the worker.
@@ -208,12 +209,12 @@ impl Context<'_> {
         if token > MAX_TOKEN {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        if self.seat.watches.contains_key(&token) {
+        if self.registrations.watches.contains_key(&token) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        let key = EventKey { slot: self.seat.slot, life: self.seat.life, kick, token };
+        let key = EventKey { slot: self.registrations.slot, life: self.registrations.life, kick, token };
         epoll::add(self.epoll, &watched, EventData::new_u64(key.to_bits()), flags)?;
-        self.seat.watches.insert(token, watched);
+        self.registrations.watches.insert(token, watched);
         Ok(())
     }
 }

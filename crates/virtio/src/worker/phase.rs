@@ -1,7 +1,7 @@
 //! What a worker decides: who is called when, when all are still, and who is told.
 //!
 //! Plain state machines without descriptors, threads or tasks, so that a model checker can run these very transitions
-//! (`crate::model`). The runner holds a [`Course`] for each task and a [`Halt`] for itself, asks them what to do, and does it.
+//! (`crate::model`). The event_loop holds a [`TaskState`] for each task and a [`WorkerState`] for itself, asks them what to do, and does it.
 //!
 //! # Invariants
 //!
@@ -23,7 +23,7 @@ pub(crate) enum Phase {
 
 /// One task's way through its protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Course {
+pub(crate) struct TaskState {
     phase: Phase,
     /// It could not be attached: it is never called again.
     failed: bool,
@@ -33,7 +33,7 @@ pub(crate) struct Course {
 
 /// What became of a task that was drained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Settled {
+pub(crate) enum DrainOutcome {
     /// It stays, still.
     Stays,
     /// It is to be given back.
@@ -42,7 +42,7 @@ pub(crate) enum Settled {
 
 /// What to do with a task that is wanted back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Leave {
+pub(crate) enum RemoveAction {
     /// Ask it to quiesce.
     Quiesce,
     /// It is draining already.
@@ -51,10 +51,10 @@ pub(crate) enum Leave {
     Now,
 }
 
-impl Course {
+impl TaskState {
     /// A task that was just added.
     pub(crate) fn new() -> Self {
-        Course { phase: Phase::Still, failed: false, leaving: false }
+        TaskState { phase: Phase::Still, failed: false, leaving: false }
     }
 
     /// It could not be attached.
@@ -95,33 +95,33 @@ impl Course {
     }
 
     /// Somebody wants it back.
-    pub(crate) fn leave(&mut self) -> Leave {
+    pub(crate) fn leave(&mut self) -> RemoveAction {
         self.leaving = true;
         match self.phase {
-            Phase::Running => Leave::Quiesce,
-            Phase::Draining => Leave::Wait,
-            Phase::Still => Leave::Now,
+            Phase::Running => RemoveAction::Quiesce,
+            Phase::Draining => RemoveAction::Wait,
+            Phase::Still => RemoveAction::Now,
         }
     }
 
     /// It was called, and says whether it is drained. `Some` if that was what it was waited for.
-    pub(crate) fn called(&mut self, is_drained: impl FnOnce() -> bool) -> Option<Settled> {
+    pub(crate) fn called(&mut self, is_drained: impl FnOnce() -> bool) -> Option<DrainOutcome> {
         if self.phase != Phase::Draining || !is_drained() {
             return None;
         }
         self.phase = Phase::Still;
-        Some(if self.leaving { Settled::Leaves } else { Settled::Stays })
+        Some(if self.leaving { DrainOutcome::Leaves } else { DrainOutcome::Stays })
     }
 }
 
 /// Whether a worker's tasks may work.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Halt {
+pub(crate) struct WorkerState {
     paused: bool,
     stopping: bool,
 }
 
-impl Halt {
+impl WorkerState {
     /// All tasks shall be still.
     pub(crate) fn pause(&mut self) {
         self.paused = true;
@@ -147,12 +147,12 @@ impl Halt {
     }
 
     /// Whether those who wait for a pause are told now.
-    pub(crate) fn is_over(self, mut tasks: impl Iterator<Item = Course>) -> bool {
-        self.paused && tasks.all(Course::is_still)
+    pub(crate) fn is_over(self, mut tasks: impl Iterator<Item = TaskState>) -> bool {
+        self.paused && tasks.all(TaskState::is_still)
     }
 
     /// Whether the worker ends now.
-    pub(crate) fn ends(self, mut tasks: impl Iterator<Item = Course>) -> bool {
-        self.stopping && tasks.all(Course::is_still)
+    pub(crate) fn ends(self, mut tasks: impl Iterator<Item = TaskState>) -> bool {
+        self.stopping && tasks.all(TaskState::is_still)
     }
 }

@@ -8,8 +8,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::context::Clock;
+use super::event_loop::EventLoop;
 use super::mailbox::{Command, Mailbox, TaskKey};
-use super::runner::Runner;
 use super::{Placement, Task, WorkerId};
 use crate::device::Interrupt;
 use sync::locked;
@@ -163,14 +163,14 @@ impl Pool {
         let mut workers = locked(&self.workers);
         let number = workers.len();
         let mailbox = Mailbox::new()?;
-        let mut runner = Runner::new(Arc::clone(&mailbox), Clock::monotonic())?;
+        let mut event_loop = EventLoop::new(Arc::clone(&mailbox), Clock::monotonic())?;
         let on_start = self.config.on_start.clone();
         let thread =
             std::thread::Builder::new().name(format!("io {number}")).stack_size(STACK).spawn(move || {
                 if let Some(on_start) = on_start {
                     on_start(number);
                 }
-                runner.run();
+                event_loop.run();
             })?;
         workers.push(Worker { mailbox, shared, thread: Some(thread) });
         Ok(WorkerId(number))

@@ -10,12 +10,12 @@ use serde::{Deserialize, Serialize};
 
 use super::capabilities::{self, Places};
 use super::config_space::{ConfigSpace, ConfigState, Identity};
-use super::kicks::{FunctionKey, Kicks};
+use super::doorbells::{Doorbells, FunctionKey};
 use super::msix::{Gates, MsiVectors, Msix, MsixState};
 use super::{BAR_SIZE, BarWindow, DEVICE_BASE, PciRoot, VENDOR, class_code, layout};
 use crate::device::Interrupt;
-use crate::transport::common::{Area, Common, CommonState, Half};
-use crate::transport::health::Health;
+use crate::transport::core::{Area, CommonState, Half, TransportCore};
+use crate::transport::device_status::DeviceStatus;
 use crate::transport::{Attachment, RestoreError};
 
 /// Not mapped to a vector.
@@ -48,7 +48,7 @@ pub struct PciState {
 
 /// The part that workers use.
 struct PciInterrupt {
-    health: Arc<Health>,
+    device_status: Arc<DeviceStatus>,
     isr: AtomicU8,
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
@@ -79,7 +79,7 @@ impl Interrupt for PciInterrupt {
     }
 
     fn needs_reset(&self, why: &dyn fmt::Display) {
-        if self.health.needs_reset(why) {
+        if self.device_status.needs_reset(why) {
             self.config();
         }
     }
@@ -87,7 +87,7 @@ impl Interrupt for PciInterrupt {
 
 /// A device on virtio-pci.
 pub struct PciTransport {
-    common: Common,
+    common: TransportCore,
     interrupt: Arc<PciInterrupt>,
     msix: Msix,
     space: ConfigSpace,
@@ -96,7 +96,7 @@ pub struct PciTransport {
     /// Where the BAR is decoded, for the root to find it without a lock.
     decoded: Arc<AtomicU64>,
     /// Where the kicks are registered, and its name there.
-    kicks: Arc<Kicks>,
+    doorbells: Arc<Doorbells>,
     key: FunctionKey,
 }
 
@@ -111,10 +111,10 @@ impl PciTransport {
     ) -> io::Result<Self> {
         let kind = attachment.device.kind();
         let queues = attachment.device.queue_sizes().len();
-        let health = Health::new(attachment.name.clone());
-        let msix = Msix::new((queues + 1).min(layout::MAX_VECTORS), vectors, Arc::clone(&health));
+        let device_status = DeviceStatus::new(attachment.name.clone());
+        let msix = Msix::new((queues + 1).min(layout::MAX_VECTORS), vectors, Arc::clone(&device_status));
         let interrupt = Arc::new(PciInterrupt {
-            health: Arc::clone(&health),
+            device_status: Arc::clone(&device_status),
             isr: AtomicU8::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
@@ -130,10 +130,13 @@ impl PciTransport {
         });
         space.add_bar(bar, BAR_SIZE);
         let places = capabilities::add(&mut space, msix.control());
-        let common =
-            Common::new(attachment, Arc::clone(&health), Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
-        let kicks = root.kicks();
-        let key = kicks.add(bar, common.kicks().cloned(), health);
+        let common = TransportCore::new(
+            attachment,
+            Arc::clone(&device_status),
+            Arc::clone(&interrupt) as Arc<dyn Interrupt>,
+        )?;
+        let doorbells = root.doorbells();
+        let key = doorbells.add(bar, common.kicks().cloned(), device_status);
         Ok(PciTransport {
             common,
             interrupt,
@@ -142,7 +145,7 @@ impl PciTransport {
             places,
             window: root.window(),
             decoded: Arc::new(AtomicU64::new(NOT_DECODED)),
-            kicks,
+            doorbells,
             key,
         })
     }
@@ -174,7 +177,8 @@ impl PciTransport {
     /// Makes this (fresh) one what `state` says. The interrupt controller has its state already; if the workers are paused, the
     /// device waits for them to resume.
     pub fn restore(&mut self, state: &PciState) -> Result<(), RestoreError> {
-        let impossible = |what| RestoreError::Impossible { name: self.interrupt.health.name().into(), what };
+        let impossible =
+            |what| RestoreError::Impossible { name: self.interrupt.device_status.name().into(), what };
         if state.queue_vectors.len() != self.interrupt.queue_vectors.len() {
             return Err(impossible("it has another number of vectors for queues"));
         }
@@ -199,7 +203,7 @@ impl PciTransport {
         self.common.drain(patience);
         let done = self.finish_reset();
         if done {
-            self.kicks.remove(self.key);
+            self.doorbells.remove(self.key);
             self.decoded.store(NOT_DECODED, Ordering::Release);
         }
         done
@@ -390,7 +394,7 @@ impl PciTransport {
         };
         let bar = self.space.decoded_bar().filter(fits);
         self.decoded.store(bar.unwrap_or(NOT_DECODED), Ordering::Release);
-        self.kicks.moved(self.key, bar);
+        self.doorbells.moved(self.key, bar);
     }
 }
 

@@ -1,7 +1,7 @@
 //! MSI-X (PCI 6.1.4): the table of messages, masks and pending bits.
 //!
 //! Two kinds of threads meet here. The guest changes the table and the masks, on vCPU threads, under the transport's lock.
-//! Workers raise vectors, under no lock. What they share is a [`Gate`] for each vector.
+//! Workers raise vectors, under no lock. What they share is a [`VectorMask`] for each vector.
 
 use std::io;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use super::gate::Gate;
-use crate::transport::health::Health;
+use super::vector_mask::VectorMask;
+use crate::transport::device_status::DeviceStatus;
 
 /// Where a vector's interrupt goes: a write of `data` to `addr`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -69,15 +69,15 @@ struct Vector {
 
 /// The workers' side: raising vectors.
 pub(super) struct Gates {
-    gates: Vec<Gate<AtomicBool>>,
+    gates: Vec<VectorMask<AtomicBool>>,
     vectors: Box<dyn MsiVectors>,
 }
 
 impl Gates {
     /// Raises `vector`: sends its message, or remembers it.
     pub(super) fn raise(&self, vector: u16) {
-        if let Some(gate) = self.gates.get(usize::from(vector))
-            && gate.raise()
+        if let Some(vector_mask) = self.gates.get(usize::from(vector))
+            && vector_mask.raise()
         {
             self.vectors.trigger(vector);
         }
@@ -99,8 +99,8 @@ impl Gates {
 
     /// Forgets what is owed: the device was reset.
     pub(super) fn clear_pending(&self) {
-        for gate in &self.gates {
-            gate.set_pending(false);
+        for vector_mask in &self.gates {
+            vector_mask.set_pending(false);
         }
     }
 }
@@ -108,7 +108,7 @@ impl Gates {
 /// The guest's side: the table and the control register.
 pub(super) struct Msix {
     gates: Arc<Gates>,
-    health: Arc<Health>,
+    device_status: Arc<DeviceStatus>,
     table: Vec<Vector>,
     enabled: bool,
     function_masked: bool,
@@ -116,12 +116,12 @@ pub(super) struct Msix {
 
 impl Msix {
     /// `count` vectors (at most 2048), all masked, none enabled.
-    pub(super) fn new(count: usize, vectors: Box<dyn MsiVectors>, health: Arc<Health>) -> Self {
-        let gates = (0..count).map(|_| Gate::default()).collect();
+    pub(super) fn new(count: usize, vectors: Box<dyn MsiVectors>, device_status: Arc<DeviceStatus>) -> Self {
+        let gates = (0..count).map(|_| VectorMask::default()).collect();
         let blank = Vector { message: MsiMessage { addr: 0, data: 0 }, masked: true, sent: None };
         Msix {
             gates: Arc::new(Gates { gates, vectors }),
-            health,
+            device_status,
             table: vec![blank; count],
             enabled: false,
             function_masked: false,
@@ -163,7 +163,7 @@ impl Msix {
             // Between two messages nothing may be sent.
             self.gates.close(vector);
             if let Err(error) = self.gates.vectors.set(vector, entry.message) {
-                self.health
+                self.device_status
                     .complain(&format_args!("cannot route vector {vector} as {:x?}: {error}", entry.message));
                 return;
             }
@@ -242,9 +242,10 @@ impl Msix {
         if state.vectors.len() != self.table.len() {
             return false;
         }
-        for ((vector, gate), state) in self.table.iter_mut().zip(&self.gates.gates).zip(&state.vectors) {
+        for ((vector, vector_mask), state) in self.table.iter_mut().zip(&self.gates.gates).zip(&state.vectors)
+        {
             (vector.message, vector.masked) = (state.message, state.masked);
-            gate.set_pending(state.pending);
+            vector_mask.set_pending(state.pending);
         }
         (self.enabled, self.function_masked) = (state.enabled, state.function_masked);
         for vector in 0..self.count() {

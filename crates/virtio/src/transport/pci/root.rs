@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use serde::{Deserialize, Serialize};
 
 use super::config_space::{ConfigSpace, ConfigState, Identity};
+use super::doorbells::Doorbells;
 use super::function::{NOT_DECODED, PciTransport};
-use super::kicks::Kicks;
 use super::{BAR_SIZE, BarWindow};
 use crate::transport::IoEventFds;
 use sync::locked;
@@ -62,7 +62,7 @@ pub struct PciRoot {
     slots: RwLock<[Option<Slot>; MAX_DEVICES]>,
     address: AtomicU32,
     window: BarWindow,
-    kicks: Arc<Kicks>,
+    doorbells: Arc<Doorbells>,
 }
 
 /// Which function, and where in its configuration space.
@@ -91,7 +91,7 @@ impl PciRoot {
             slots: RwLock::default(),
             address: AtomicU32::new(0),
             window,
-            kicks: Arc::new(Kicks::new(io_events)),
+            doorbells: Arc::new(Doorbells::new(io_events)),
         }
     }
 
@@ -169,8 +169,8 @@ impl PciRoot {
     }
 
     /// The kicks of all its functions.
-    pub(super) fn kicks(&self) -> Arc<Kicks> {
-        Arc::clone(&self.kicks)
+    pub(super) fn doorbells(&self) -> Arc<Doorbells> {
+        Arc::clone(&self.doorbells)
     }
 
     /// The state of the bus itself.

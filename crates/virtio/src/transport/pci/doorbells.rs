@@ -6,14 +6,14 @@
 //!
 //! # Invariant
 //!
-//! Kicks at an address go to a function that decodes it, if any does. (Where a guest put two in one place it is one of them. The other's
+//! Doorbells at an address go to a function that decodes it, if any does. (Where a guest put two in one place it is one of them. The other's
 //! reach the transport once it is alone, at the latest when its BAR is placed again.)
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use super::layout;
-use crate::transport::health::Health;
+use crate::transport::device_status::DeviceStatus;
 use crate::transport::{IoEventFds, NotifyMatch};
 use sync::EventFd;
 use sync::locked;
@@ -22,7 +22,7 @@ use sync::locked;
 pub(super) type FunctionKey = u64;
 
 /// The kicks of all functions of a bus.
-pub(super) struct Kicks {
+pub(super) struct Doorbells {
     io_events: Arc<dyn IoEventFds>,
     functions: Mutex<Functions>,
 }
@@ -34,7 +34,7 @@ struct Functions {
 }
 
 struct Function {
-    health: Arc<Health>,
+    device_status: Arc<DeviceStatus>,
     /// The queues' events, and which of them the kernel took.
     events: Vec<(Arc<EventFd>, bool)>,
     /// Where its BAR is decoded.
@@ -43,9 +43,9 @@ struct Function {
     placed: Option<u64>,
 }
 
-impl Kicks {
+impl Doorbells {
     pub(super) fn new(io_events: Arc<dyn IoEventFds>) -> Self {
-        Kicks { io_events, functions: Mutex::default() }
+        Doorbells { io_events, functions: Mutex::default() }
     }
 
     /// Adds a function whose BAR will be at `bar`, most likely; it does not decode yet.
@@ -53,13 +53,13 @@ impl Kicks {
         &self,
         bar: u64,
         events: impl Iterator<Item = Arc<EventFd>>,
-        health: Arc<Health>,
+        device_status: Arc<DeviceStatus>,
     ) -> FunctionKey {
         let functions = &mut *locked(&self.functions);
         let key = functions.next;
         functions.next += 1;
         let events = events.map(|event| (event, false)).collect();
-        functions.by_key.insert(key, Function { health, events, decoded: None, placed: None });
+        functions.by_key.insert(key, Function { device_status, events, decoded: None, placed: None });
         self.place(functions, key, bar);
         key
     }
@@ -98,7 +98,7 @@ impl Kicks {
             Some((_, holder)) if holder.decoded == Some(bar) => {
                 if let Some(function) = functions.by_key.get_mut(&key) {
                     self.withdraw(function);
-                    function.health.complain(&format_args!("another function is at {bar:#x}, too"));
+                    function.device_status.complain(&format_args!("another function is at {bar:#x}, too"));
                 }
                 return;
             }
@@ -114,7 +114,9 @@ impl Kicks {
             match self.io_events.register(addr, NotifyMatch::Any, event) {
                 Ok(()) => *taken = true,
                 Err(error) => {
-                    function.health.complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
+                    function
+                        .device_status
+                        .complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
                 }
             }
         }
@@ -154,7 +156,7 @@ mod tests {
 
     /// A table with functions of 2, 1 and 3 queues, first at bars 0, 1 and 2.
     struct Bus {
-        kicks: Kicks,
+        doorbells: Doorbells,
         kernel: Arc<FakeIoEventFds>,
         functions: Vec<(FunctionKey, Vec<Arc<EventFd>>)>,
     }
@@ -168,20 +170,20 @@ mod tests {
     impl Bus {
         fn new() -> Self {
             let kernel = Arc::<FakeIoEventFds>::default();
-            let kicks = Kicks::new(Arc::clone(&kernel) as Arc<dyn IoEventFds>);
+            let doorbells = Doorbells::new(Arc::clone(&kernel) as Arc<dyn IoEventFds>);
             let functions = (0..).zip(QUEUES).map(|(n, queues)| {
                 let events: Vec<_> = (0..queues).map(|_| Arc::new(EventFd::new().unwrap())).collect();
-                (kicks.add(bar(n), events.iter().cloned(), Health::new("test".into())), events)
+                (doorbells.add(bar(n), events.iter().cloned(), DeviceStatus::new("test".into())), events)
             });
             let functions = functions.collect();
-            Bus { kicks, kernel, functions }
+            Bus { doorbells, kernel, functions }
         }
 
         fn moved(&self, function: usize, to: Option<u64>) {
-            self.kicks.moved(self.functions[function].0, to.map(bar));
+            self.doorbells.moved(self.functions[function].0, to.map(bar));
         }
 
-        /// Kicks queue `queue` of whatever is at a bar. Which function hears it, if the kernel takes it.
+        /// Doorbells queue `queue` of whatever is at a bar. Which function hears it, if the kernel takes it.
         fn kick(&self, at: u64, queue: u64) -> Option<usize> {
             let took = self.kernel.write(bar(at) + 0x6000 + 4 * queue, 0);
             let mut heard = None;
@@ -227,9 +229,9 @@ mod tests {
         assert_eq!(bus.kick(1, 0), Some(1));
         bus.moved(1, Some(0));
         assert_eq!((bus.kick(0, 0), bus.kick(1, 0), bus.kick(1, 1)), (Some(1), Some(0), Some(0)));
-        bus.kicks.remove(bus.functions[0].0);
-        bus.kicks.remove(bus.functions[1].0);
-        bus.kicks.remove(bus.functions[2].0);
+        bus.doorbells.remove(bus.functions[0].0);
+        bus.doorbells.remove(bus.functions[1].0);
+        bus.doorbells.remove(bus.functions[2].0);
         assert_eq!(bus.kernel.registered(), []);
     }
 

@@ -1,6 +1,6 @@
 //! A vector between the worker that raises it and the guest that masks it.
 //!
-//! No interrupt is lost: a worker that finds the gate closed says that one is pending and then looks again; who opens it
+//! No interrupt is lost: a worker that finds the vector_mask closed says that one is pending and then looks again; who opens it
 //! opens it first and then takes what is pending. Between the two steps on either side stands a full fence, so in any order one of
 //! them sees the other. And none is sent twice: `pending` is taken by exactly one of them.
 //!
@@ -40,12 +40,12 @@ impl Flag for AtomicBool {
 
 /// Whether a vector may be sent, and whether it is owed. Closed at first.
 #[derive(Debug, Default)]
-pub(super) struct Gate<F> {
+pub(super) struct VectorMask<F> {
     open: F,
     pending: F,
 }
 
-impl<F: Flag> Gate<F> {
+impl<F: Flag> VectorMask<F> {
     /// Something happened. True if the message is to be sent now.
     #[inline]
     pub(super) fn raise(&self) -> bool {
@@ -107,28 +107,28 @@ mod tests {
     #[test]
     fn in_every_order_an_interrupt_that_is_raised_while_the_guest_unmasks_is_sent_once() {
         loom::model(|| {
-            let gate = Arc::new(Gate::<loom::sync::atomic::AtomicBool>::default());
+            let vector_mask = Arc::new(VectorMask::<loom::sync::atomic::AtomicBool>::default());
             let worker = {
-                let gate = Arc::clone(&gate);
-                loom::thread::spawn(move || u32::from(gate.raise()))
+                let vector_mask = Arc::clone(&vector_mask);
+                loom::thread::spawn(move || u32::from(vector_mask.raise()))
             };
-            let opened = u32::from(gate.open());
+            let opened = u32::from(vector_mask.open());
             assert_eq!(opened + worker.join().unwrap(), 1);
-            assert!(!gate.is_pending());
+            assert!(!vector_mask.is_pending());
         });
     }
 
     #[test]
     fn in_every_order_masking_keeps_what_is_not_sent() {
         loom::model(|| {
-            let gate = Arc::new(Gate::<loom::sync::atomic::AtomicBool>::default());
-            gate.open();
+            let vector_mask = Arc::new(VectorMask::<loom::sync::atomic::AtomicBool>::default());
+            vector_mask.open();
             let worker = {
-                let gate = Arc::clone(&gate);
-                loom::thread::spawn(move || u32::from(gate.raise()))
+                let vector_mask = Arc::clone(&vector_mask);
+                loom::thread::spawn(move || u32::from(vector_mask.raise()))
             };
-            gate.close();
-            let later = u32::from(gate.open());
+            vector_mask.close();
+            let later = u32::from(vector_mask.open());
             assert_eq!(later + worker.join().unwrap(), 1);
         });
     }

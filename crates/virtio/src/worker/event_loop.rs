@@ -10,9 +10,9 @@ use std::sync::mpsc::SyncSender;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
-use super::context::{Clock, Context, Event, EventKey, Seat};
+use super::context::{Clock, Context, Event, EventKey, Registrations};
 use super::mailbox::{Command, Mailbox, TaskKey};
-use super::phase::{Course, Halt, Leave, Settled};
+use super::phase::{DrainOutcome, RemoveAction, TaskState, WorkerState};
 use super::{Nanos, Task};
 use crate::device::Interrupt;
 
@@ -24,10 +24,10 @@ const TIMER: u32 = 1;
 /// Events that are taken from the kernel at once.
 const BATCH: usize = 64;
 
-struct Occupant {
+struct TaskEntry {
     key: TaskKey,
     task: Box<dyn Task>,
-    course: Course,
+    state: TaskState,
     /// Who gets it when it is drained.
     leaving: Option<SyncSender<Box<dyn Task>>>,
     interrupt: Arc<dyn Interrupt>,
@@ -35,25 +35,25 @@ struct Occupant {
 
 #[derive(Default)]
 struct Slot {
-    seat: Seat,
-    occupant: Option<Occupant>,
+    registrations: Registrations,
+    entry: Option<TaskEntry>,
 }
 
-/// A worker's state. One thread owns it and calls [`Runner::run`].
-pub(crate) struct Runner {
+/// A worker's state. One thread owns it and calls [`EventLoop::run`].
+pub(crate) struct EventLoop {
     epoll: OwnedFd,
     timer: OwnedFd,
     /// What the timer is set to.
     armed: Option<Nanos>,
     mailbox: Arc<Mailbox>,
     slots: Vec<Slot>,
-    halt: Halt,
+    worker_state: WorkerState,
     /// Who waits until all tasks are still.
-    pausers: Vec<SyncSender<()>>,
+    pause_waiters: Vec<SyncSender<()>>,
     clock: Clock,
 }
 
-impl Runner {
+impl EventLoop {
     pub(crate) fn new(mailbox: Arc<Mailbox>, clock: Clock) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let timer = rustix::time::timerfd_create(
@@ -65,14 +65,14 @@ impl Runner {
             let key = EventKey { slot: OWN_SLOT, life: 0, kick: false, token };
             epoll::add(&epoll, fd, EventData::new_u64(key.to_bits()), EventFlags::IN | EventFlags::ET)?;
         }
-        Ok(Runner {
+        Ok(EventLoop {
             epoll,
             timer,
             armed: None,
             mailbox,
             slots: Vec::new(),
-            halt: Halt::default(),
-            pausers: Vec::new(),
+            worker_state: WorkerState::default(),
+            pause_waiters: Vec::new(),
             clock,
         })
     }
@@ -80,13 +80,13 @@ impl Runner {
     /// Works until it is told to stop and every task has drained.
     pub(super) fn run(&mut self) {
         while !self.is_finished() {
-            self.turn(!self.again_wanted());
+            self.poll_once(!self.has_rescheduled());
         }
         self.finish();
     }
 
     /// Takes what events there are (or, to `wait`, at least one) and calls the tasks that they are for. Returns how many.
-    pub(crate) fn turn(&mut self, wait: bool) -> usize {
+    pub(crate) fn poll_once(&mut self, wait: bool) -> usize {
         let mut buffer = [MaybeUninit::uninit(); BATCH];
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let events: &[epoll::Event] =
@@ -103,14 +103,14 @@ impl Runner {
             self.dispatch(EventKey::from_bits(event.data.u64()), event.flags);
         }
         let count = events.len();
-        self.run_again();
+        self.run_rescheduled();
         self.rearm();
         count
     }
 
     /// Whether it was stopped and all tasks are still.
     pub(super) fn is_finished(&self) -> bool {
-        self.halt.ends(self.courses())
+        self.worker_state.ends(self.task_states())
     }
 
     fn dispatch(&mut self, key: EventKey, flags: EventFlags) {
@@ -122,13 +122,13 @@ impl Runner {
             return;
         }
         let at = usize::from(key.slot);
-        let Some(Slot { seat, occupant: Some(occupant) }) = self.slots.get(at) else { return };
+        let Some(Slot { registrations, entry: Some(entry) }) = self.slots.get(at) else { return };
         // An event of a task that had the place before, or one that was in the same batch as its end.
-        if seat.life != key.life || !occupant.course.hears_events() {
+        if registrations.life != key.life || !entry.state.hears_events() {
             return;
         }
         if key.kick {
-            if occupant.course.is_running() {
+            if entry.state.is_running() {
                 self.call(at, |task, cx| task.kicked(cx, key.token));
             }
             return;
@@ -139,52 +139,52 @@ impl Runner {
             writable: flags.intersects(EventFlags::OUT),
             hangup: flags.intersects(EventFlags::HUP | EventFlags::RDHUP | EventFlags::ERR),
         };
-        if seat.is_watching(key.token) {
+        if registrations.is_watching(key.token) {
             self.call(at, |task, cx| task.ready(cx, event));
         }
     }
 
     /// Calls the task at `at`, then sees whether that was the last it had in flight.
     fn call<R>(&mut self, at: usize, f: impl FnOnce(&mut dyn Task, &mut Context<'_>) -> R) -> Option<R> {
-        let Slot { seat, occupant } = self.slots.get_mut(at)?;
-        let occupant = occupant.as_mut()?;
-        let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock };
-        let result = f(occupant.task.as_mut(), &mut cx);
-        match occupant.course.called(|| occupant.task.is_drained()) {
+        let Slot { registrations, entry } = self.slots.get_mut(at)?;
+        let entry = entry.as_mut()?;
+        let mut cx = Context { epoll: self.epoll.as_fd(), registrations, clock: &mut self.clock };
+        let result = f(entry.task.as_mut(), &mut cx);
+        match entry.state.called(|| entry.task.is_drained()) {
             None => {}
-            Some(Settled::Stays) => self.answer_pausers(),
-            Some(Settled::Leaves) => self.give_back(at),
+            Some(DrainOutcome::Stays) => self.answer_pause_waiters(),
+            Some(DrainOutcome::Leaves) => self.give_back(at),
         }
         Some(result)
     }
 
     /// The task at `at` is still, and goes to who wants it back.
     fn give_back(&mut self, at: usize) {
-        let Some(Slot { seat, occupant: place }) = self.slots.get_mut(at) else { return };
-        let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock };
+        let Some(Slot { registrations, entry: place }) = self.slots.get_mut(at) else { return };
+        let mut cx = Context { epoll: self.epoll.as_fd(), registrations, clock: &mut self.clock };
         cx.unwatch_all();
-        seat.vacate();
-        if let Some(Occupant { task, leaving: Some(reply), .. }) = place.take() {
+        registrations.clear();
+        if let Some(TaskEntry { task, leaving: Some(reply), .. }) = place.take() {
             self.mailbox.load.fetch_sub(1, Ordering::Relaxed);
             // Nobody waits for it any more: then it ends here.
             if let Err(unsent) = reply.send(task) {
                 unsent.0.detach();
             }
         }
-        self.answer_pausers();
+        self.answer_pause_waiters();
     }
 
-    fn answer_pausers(&mut self) {
-        if self.halt.is_over(self.courses()) {
-            for pauser in self.pausers.drain(..) {
+    fn answer_pause_waiters(&mut self) {
+        if self.worker_state.is_over(self.task_states()) {
+            for waiter in self.pause_waiters.drain(..) {
                 // Who gave up waiting does not need the answer.
-                let _ = pauser.send(());
+                let _ = waiter.send(());
             }
         }
     }
 
-    fn courses(&self) -> impl Iterator<Item = Course> {
-        self.slots.iter().filter_map(|slot| slot.occupant.as_ref()).map(|occupant| occupant.course)
+    fn task_states(&self) -> impl Iterator<Item = TaskState> {
+        self.slots.iter().filter_map(|slot| slot.entry.as_ref()).map(|entry| entry.state)
     }
 
     fn read_mail(&mut self) {
@@ -193,13 +193,13 @@ impl Runner {
                 Command::Add { key, task, interrupt } => self.add(key, task, interrupt),
                 Command::Remove { key, reply } => self.remove(key, reply),
                 Command::Pause { reply } => {
-                    self.pausers.push(reply);
-                    self.halt.pause();
+                    self.pause_waiters.push(reply);
+                    self.worker_state.pause();
                     self.quiesce_all();
                 }
                 Command::Resume => self.resume(),
                 Command::Stop => {
-                    self.halt.stop();
+                    self.worker_state.stop();
                     self.quiesce_all();
                 }
             }
@@ -207,34 +207,34 @@ impl Runner {
     }
 
     fn add(&mut self, key: TaskKey, task: Box<dyn Task>, interrupt: Arc<dyn Interrupt>) {
-        let at = self.slots.iter().position(|slot| slot.occupant.is_none()).unwrap_or_else(|| {
+        let at = self.slots.iter().position(|slot| slot.entry.is_none()).unwrap_or_else(|| {
             self.slots.push(Slot::default());
             self.slots.len() - 1
         });
-        let occupant = Occupant { key, task, course: Course::new(), leaving: None, interrupt };
-        self.slots[at].occupant = Some(occupant);
+        let entry = TaskEntry { key, task, state: TaskState::new(), leaving: None, interrupt };
+        self.slots[at].entry = Some(entry);
         let attached = match u16::try_from(at) {
             Ok(slot) if slot != OWN_SLOT => {
-                self.slots[at].seat.slot = slot;
+                self.slots[at].registrations.slot = slot;
                 self.call(at, |task, cx| task.attach(cx)).unwrap_or(Ok(()))
             }
             _ => Err(io::Error::other("too many tasks on one worker")),
         };
-        if let (Err(error), Some(occupant)) = (attached, self.slots[at].occupant.as_mut()) {
-            occupant.course.fail();
-            occupant.interrupt.needs_reset(&format_args!("cannot wait for its events: {error}"));
+        if let (Err(error), Some(entry)) = (attached, self.slots[at].entry.as_mut()) {
+            entry.state.fail();
+            entry.interrupt.needs_reset(&format_args!("cannot wait for its events: {error}"));
             // Nobody would hear what it did register, and some of it would come over and over.
-            let seat = &mut self.slots[at].seat;
-            Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock }.unwatch_all();
-        } else if self.halt.lets_work() {
+            let registrations = &mut self.slots[at].registrations;
+            Context { epoll: self.epoll.as_fd(), registrations, clock: &mut self.clock }.unwatch_all();
+        } else if self.worker_state.lets_work() {
             self.start(at);
         }
     }
 
     /// Lets the task at `at` work.
     fn start(&mut self, at: usize) {
-        if let Some(occupant) = &mut self.slots[at].occupant
-            && occupant.course.start()
+        if let Some(entry) = &mut self.slots[at].entry
+            && entry.state.start()
         {
             self.call(at, |task, cx| task.resume(cx));
         }
@@ -242,22 +242,22 @@ impl Runner {
 
     /// Asks the task at `at` to drain.
     fn quiesce(&mut self, at: usize) {
-        if let Some(occupant) = &mut self.slots[at].occupant
-            && occupant.course.quiesce()
+        if let Some(entry) = &mut self.slots[at].entry
+            && entry.state.quiesce()
         {
             self.call(at, |task, cx| task.quiesce(cx));
         }
     }
 
     fn remove(&mut self, key: TaskKey, reply: SyncSender<Box<dyn Task>>) {
-        let found = self.slots.iter().position(|slot| slot.occupant.as_ref().is_some_and(|o| o.key == key));
+        let found = self.slots.iter().position(|slot| slot.entry.as_ref().is_some_and(|o| o.key == key));
         let Some(at) = found else { return };
-        let Some(occupant) = &mut self.slots[at].occupant else { return };
-        occupant.leaving = Some(reply);
-        match occupant.course.leave() {
-            Leave::Quiesce => self.quiesce(at),
-            Leave::Wait => {}
-            Leave::Now => self.give_back(at),
+        let Some(entry) = &mut self.slots[at].entry else { return };
+        entry.leaving = Some(reply);
+        match entry.state.leave() {
+            RemoveAction::Quiesce => self.quiesce(at),
+            RemoveAction::Wait => {}
+            RemoveAction::Now => self.give_back(at),
         }
     }
 
@@ -265,15 +265,15 @@ impl Runner {
         for at in 0..self.slots.len() {
             self.quiesce(at);
         }
-        self.answer_pausers();
+        self.answer_pause_waiters();
     }
 
     fn resume(&mut self) {
-        if !self.halt.resume() {
+        if !self.worker_state.resume() {
             return;
         }
         // A pause that was overtaken is not answered: its reply is dropped.
-        self.pausers.clear();
+        self.pause_waiters.clear();
         for at in 0..self.slots.len() {
             self.start(at);
         }
@@ -281,8 +281,8 @@ impl Runner {
 
     fn finish(&mut self) {
         for slot in &mut self.slots {
-            if let Some(occupant) = slot.occupant.take() {
-                occupant.task.detach();
+            if let Some(entry) = slot.entry.take() {
+                entry.task.detach();
             }
         }
         for command in self.mailbox.close() {
@@ -297,23 +297,23 @@ impl Runner {
         self.armed = None;
         for at in 0..self.slots.len() {
             let due = self.slots[at].is_running()
-                && self.slots[at].seat.timer.is_some_and(|when| when <= self.clock.now());
+                && self.slots[at].registrations.timer.is_some_and(|when| when <= self.clock.now());
             if due {
-                self.slots[at].seat.timer = None;
+                self.slots[at].registrations.timer = None;
                 self.call(at, |task, cx| task.timer(cx));
             }
         }
     }
 
-    pub(crate) fn again_wanted(&self) -> bool {
-        self.slots.iter().any(|slot| slot.seat.again && slot.is_running())
+    pub(crate) fn has_rescheduled(&self) -> bool {
+        self.slots.iter().any(|slot| slot.registrations.again && slot.is_running())
     }
 
     /// Calls the tasks that asked to be called again, once each.
-    fn run_again(&mut self) {
+    fn run_rescheduled(&mut self) {
         for at in 0..self.slots.len() {
-            if self.slots[at].seat.again && self.slots[at].is_running() {
-                self.slots[at].seat.again = false;
+            if self.slots[at].registrations.again && self.slots[at].is_running() {
+                self.slots[at].registrations.again = false;
                 self.call(at, |task, cx| task.timer(cx));
             }
         }
@@ -321,7 +321,7 @@ impl Runner {
 
     /// The first time that a running task waits for.
     pub(crate) fn next_timer(&self) -> Option<Nanos> {
-        self.slots.iter().filter(|slot| slot.is_running()).filter_map(|slot| slot.seat.timer).min()
+        self.slots.iter().filter(|slot| slot.is_running()).filter_map(|slot| slot.registrations.timer).min()
     }
 
     /// Sets the timer to it.
@@ -347,6 +347,6 @@ impl Runner {
 
 impl Slot {
     fn is_running(&self) -> bool {
-        self.occupant.as_ref().is_some_and(|occupant| occupant.course.is_running())
+        self.entry.as_ref().is_some_and(|entry| entry.state.is_running())
     }
 }

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
-use super::health::{Health, Status};
+use super::device_status::{DeviceStatus, Status};
 use super::{Attachment, Resetting, RestoreError};
 use crate::device::{Activation, ActiveQueue, Device, DeviceState, Interrupt, feature};
-use crate::queue::{Position, Queue, QueueError, QueueState};
+use crate::queue::{Queue, QueueError, QueueProgress, QueueState};
 use crate::worker::{TaskHandle, Workers};
 use sync::EventFd;
 
@@ -40,13 +40,13 @@ struct QueueSetup {
     state: QueueState,
     kick: Arc<EventFd>,
     /// How far the task that has the queue is.
-    position: Arc<Position>,
+    progress: Arc<QueueProgress>,
 }
 
 impl QueueSetup {
     fn new(max_size: u16) -> std::io::Result<Self> {
-        let (kick, position) = (Arc::new(EventFd::new()?), Arc::default());
-        Ok(QueueSetup { max_size, state: fresh(max_size), kick, position })
+        let (kick, progress) = (Arc::new(EventFd::new()?), Arc::default());
+        Ok(QueueSetup { max_size, state: fresh(max_size), kick, progress })
     }
 }
 
@@ -74,8 +74,8 @@ pub(super) enum Half {
 }
 
 /// Status, features, queues and device.
-pub(super) struct Common {
-    pub(super) health: Arc<Health>,
+pub(super) struct TransportCore {
+    pub(super) device_status: Arc<DeviceStatus>,
     interrupt: Arc<dyn Interrupt>,
     device: Box<dyn Device>,
     memory: GuestRam,
@@ -94,17 +94,17 @@ pub(super) struct Common {
     resetting: Option<Resetting>,
 }
 
-impl Common {
+impl TransportCore {
     pub(super) fn new(
         attachment: Attachment,
-        health: Arc<Health>,
+        device_status: Arc<DeviceStatus>,
         interrupt: Arc<dyn Interrupt>,
     ) -> std::io::Result<Self> {
         let Attachment { device, memory, workers, .. } = attachment;
         let queues =
             device.queue_sizes().iter().map(|&size| QueueSetup::new(size)).collect::<Result<_, _>>()?;
-        Ok(Common {
-            health,
+        Ok(TransportCore {
+            device_status,
             interrupt,
             device,
             memory,
@@ -127,7 +127,7 @@ impl Common {
 
     /// How often the device was found broken.
     pub(super) fn broken_count(&self) -> u64 {
-        self.health.broken_count()
+        self.device_status.broken_count()
     }
 
     /// All feature bits that are offered.
@@ -159,7 +159,7 @@ impl Common {
     }
 
     pub(super) fn status(&self) -> u8 {
-        self.health.status()
+        self.device_status.status()
     }
 
     /// Whether writes count: not while tasks are on their way back.
@@ -172,7 +172,7 @@ impl Common {
         self.resetting.clone()
     }
 
-    /// The driver writes the status. 0 begins a reset; [`Common::finish_reset`] says when that is done.
+    /// The driver writes the status. 0 begins a reset; [`TransportCore::finish_reset`] says when that is done.
     pub(super) fn set_status(&mut self, value: u8) {
         if value == 0 {
             if self.resetting.is_none() {
@@ -195,7 +195,7 @@ impl Common {
             if bit == Status::FEATURES_OK && !self.features_fit() {
                 continue;
             }
-            self.health.add_status(bit);
+            self.device_status.add_status(bit);
             if bit == Status::DRIVER_OK {
                 self.activate();
             }
@@ -314,14 +314,14 @@ impl Common {
         let mut queues = Vec::with_capacity(self.queues.len());
         for (index, setup) in (0u16..).zip(&self.queues) {
             if setup.state.ready {
-                let position = Arc::clone(&setup.position);
+                let progress = Arc::clone(&setup.progress);
                 let made = Queue::new(
                     index,
                     setup.max_size,
                     &setup.state,
                     self.driver_features,
                     &self.memory,
-                    position,
+                    progress,
                 );
                 let queue = made.map_err(|source| self.queue_error(index, source))?;
                 queues.push(ActiveQueue { queue, kick: Arc::clone(&setup.kick) });
@@ -334,10 +334,10 @@ impl Common {
             features: self.driver_features,
             restored,
         };
-        let tasks = self
-            .device
-            .activate(activation)
-            .map_err(|source| RestoreError::Activate { name: self.health.name().to_owned(), source })?;
+        let tasks = self.device.activate(activation).map_err(|source| RestoreError::Activate {
+            name: self.device_status.name().to_owned(),
+            source,
+        })?;
         self.activated = true;
         self.tasks =
             tasks.into_iter().map(|task| self.workers.add(task, Arc::clone(&self.interrupt))).collect();
@@ -345,7 +345,7 @@ impl Common {
     }
 
     fn queue_error(&self, index: u16, source: QueueError) -> RestoreError {
-        RestoreError::Queue { name: self.health.name().to_owned(), index, source }
+        RestoreError::Queue { name: self.device_status.name().to_owned(), index, source }
     }
 
     /// Sees whether the tasks are back, if they are on their way. True once the device is reset.
@@ -363,7 +363,7 @@ impl Common {
             }
             (self.driver_features, self.queue_select) = (0, 0);
             (self.device_feature_select, self.driver_feature_select) = (0, 0);
-            self.health.set_status(0);
+            self.device_status.set_status(0);
         }
         true
     }
@@ -381,7 +381,7 @@ impl Common {
     /// The state. The workers are paused and no reset is under way.
     pub(super) fn save(&self) -> CommonState {
         let queues = self.queues.iter().map(|queue| {
-            let (next_avail, next_used) = queue.position.get();
+            let (next_avail, next_used) = queue.progress.get();
             if self.activated { QueueState { next_avail, next_used, ..queue.state } } else { queue.state }
         });
         CommonState {
@@ -400,7 +400,7 @@ impl Common {
     /// `config_pending`: the driver may not have handled the last configuration-change interrupt,
     /// so it is raised again.
     pub(super) fn restore(&mut self, state: &CommonState, config_pending: bool) -> Result<(), RestoreError> {
-        let name = || self.health.name().to_owned();
+        let name = || self.device_status.name().to_owned();
         if state.queues.len() != self.queues.len() {
             return Err(RestoreError::Queues {
                 name: name(),
@@ -427,7 +427,7 @@ impl Common {
         for (queue, state) in self.queues.iter_mut().zip(&state.queues) {
             queue.state = *state;
         }
-        self.health.set_status(state.status);
+        self.device_status.set_status(state.status);
         if running && state.status & Status::DEVICE_NEEDS_RESET == 0 {
             self.try_activate(true)?;
             // An interrupt that was on its way when it was saved is in no state. One too many does no harm.

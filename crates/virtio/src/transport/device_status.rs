@@ -27,7 +27,7 @@ impl Status {
 
 /// What workers and the transport share without a lock.
 #[derive(Debug)]
-pub(super) struct Health {
+pub(super) struct DeviceStatus {
     name: String,
     status: AtomicU8,
     /// Whether something was said about the host's refusals.
@@ -36,9 +36,9 @@ pub(super) struct Health {
     broken: Counter,
 }
 
-impl Health {
+impl DeviceStatus {
     pub(super) fn new(name: String) -> Arc<Self> {
-        Arc::new(Health {
+        Arc::new(DeviceStatus {
             name,
             status: AtomicU8::new(0),
             complained: AtomicBool::new(false),
