@@ -188,7 +188,7 @@ enum Owner {
     /// The vCPUs stand still, and the worker was asked to pause.
     Waits,
     /// The worker has answered.
-    Still,
+    Quiesced,
     /// The worker was told to go on; the vCPUs come next.
     Resumes,
 }
@@ -291,7 +291,7 @@ impl Vm {
     }
 
     fn answer(&mut self) {
-        if self.worker_state.is_over(self.task.iter().map(|(state, _)| *state)) {
+        if self.worker_state.pause_is_complete(self.task.iter().map(|(state, _)| *state)) {
             // Who gave up waiting does not hear it.
             self.answered |= std::mem::take(&mut self.pause_waiters).contains(&self.pauses);
         }
@@ -342,7 +342,7 @@ impl Vm {
             Mail::Add => {
                 let Some(position) = self.back.take() else { return };
                 self.task = Some((TaskState::new(), Task::new(life.event_idx, position)));
-                if self.worker_state.lets_work() {
+                if self.worker_state.may_run() {
                     self.start(life);
                 }
             }
@@ -440,7 +440,7 @@ impl Model for Life {
                 may(vm.answered || early, Step::Answered);
                 may(!vm.answered, Step::GiveUp);
             }
-            Owner::Still => {
+            Owner::Quiesced => {
                 may(vm.births < self.births && vm.back.is_none(), Step::Follow);
                 may(true, Step::Resume);
             }
@@ -493,7 +493,8 @@ impl Model for Life {
             Step::HearDisk => {
                 vm.completed = false;
                 let deaf = self.mistake == Mistake::DeafWhileItDrains;
-                let hears = |state: TaskState| if deaf { state.is_running() } else { state.hears_events() };
+                let hears =
+                    |state: TaskState| if deaf { state.is_running() } else { state.gets_backend_events() };
                 if vm.task.as_ref().is_some_and(|(state, _)| hears(*state)) {
                     vm.call(|_| {});
                 }
@@ -508,7 +509,7 @@ impl Model for Life {
                 vm.answered = false;
                 vm.mail.push(Mail::Pause(vm.pauses));
             }
-            Step::Answered => vm.owner = Owner::Still,
+            Step::Answered => vm.owner = Owner::Quiesced,
             Step::GiveUp | Step::Resume => {
                 vm.owner = Owner::Resumes;
                 vm.mail.push(Mail::Resume);
@@ -536,15 +537,15 @@ impl Model for Life {
                 !steps.is_empty() || vm.is_done()
             }),
             Property::always("a still machine is still", |_, vm: &Vm| {
-                vm.owner != Owner::Still
+                vm.owner != Owner::Quiesced
                     || vm.task.as_ref().is_none_or(|(state, task)| {
-                        state.is_still() && task.in_flight() == 0 && task.unpublished == 0
+                        state.is_quiesced() && task.in_flight() == 0 && task.unpublished == 0
                     })
             }),
             Property::always("nothing breaks", |_, vm: &Vm| vm.broken.is_none()),
             // That there is something to check.
             Property::sometimes("a child finds a request that its parent did not take", |_, vm: &Vm| {
-                vm.births > 0 && vm.owner == Owner::Still && {
+                vm.births > 0 && vm.owner == Owner::Quiesced && {
                     let next = vm.task.as_ref().map(|(_, task)| task.ring.progress().0);
                     next.is_some_and(|next| next != vm.memory.avail_idx)
                 }
@@ -552,12 +553,12 @@ impl Model for Life {
             Property::sometimes(
                 "a child has a completion of which only its parent was told",
                 |_, vm: &Vm| {
-                    vm.births > 0 && vm.owner == Owner::Still && vm.driver.seen != vm.memory.used_idx
+                    vm.births > 0 && vm.owner == Owner::Quiesced && vm.driver.seen != vm.memory.used_idx
                 },
             ),
             Property::sometimes("a machine goes on while its task still drains", |_, vm: &Vm| {
                 vm.owner == Owner::Runs
-                    && vm.task.as_ref().is_some_and(|(state, _)| !state.is_running() && !state.is_still())
+                    && vm.task.as_ref().is_some_and(|(state, _)| !state.is_running() && !state.is_quiesced())
             }),
             Property::sometimes("a task is given back in a pause", |_, vm: &Vm| {
                 vm.owner == Owner::Waits && vm.back.is_some()

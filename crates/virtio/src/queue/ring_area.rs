@@ -1,4 +1,4 @@
-//! The ring_area of a queue in guest memory: found once when the queue is made, then accessed without looking them up again.
+//! The areas of a queue in guest memory. They are looked up once, when the queue is created.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -13,7 +13,8 @@ use super::QueueError;
 use super::chain::GuestSlice;
 use super::ring::{RingMemory, order};
 
-/// A stretch of guest memory in one region, which is kept (`Arc`, for as long as there is a queue) or borrowed (for one look).
+/// A range of guest memory in one region. The region is kept (`Arc`, for the life of the queue) or
+/// borrowed (for one access).
 #[derive(Debug)]
 pub(super) struct RingArea<R = Arc<GuestRegion>> {
     name: &'static str,
@@ -26,7 +27,7 @@ pub(super) struct RingArea<R = Arc<GuestRegion>> {
 }
 
 impl RingArea {
-    /// Finds and keeps the `len` bytes (not 0) at `addr`, which must be a multiple of `align`.
+    /// Looks up the `len` bytes (not 0) at `addr`, a multiple of `align`, and keeps their region.
     pub(super) fn new(
         ram: &GuestRam,
         name: &'static str,
@@ -36,14 +37,14 @@ impl RingArea {
     ) -> Result<Self, QueueError> {
         let area = RingArea::borrowed(ram, name, addr, len, align)?;
         let (start, size) = (area.region.start_addr(), area.region.len());
-        // The way to the counted reference of a region is to take it out of a copy of the list of regions.
+        // `vm-memory` gives out the `Arc` of a region only by removing it from (a copy of) the list.
         let (_, region) = ram.memory().remove_region(start, size).map_err(|_| area.outside())?;
         Ok(RingArea { name, region, addr, offset: area.offset, len })
     }
 }
 
 impl<'a> RingArea<&'a GuestRegion> {
-    /// Finds the `len` bytes (not 0) at `addr`, which must be a multiple of `align`.
+    /// Looks up the `len` bytes (not 0) at `addr`, a multiple of `align`.
     pub(super) fn borrowed(
         ram: &'a GuestRam,
         name: &'static str,
@@ -64,7 +65,7 @@ impl<'a> RingArea<&'a GuestRegion> {
 }
 
 impl<R: Deref<Target = GuestRegion>> RingArea<R> {
-    /// The error for an access that `new` ruled out.
+    /// The error of an access outside the area, which `new` ruled out.
     fn outside(&self) -> QueueError {
         QueueError::RingOutsideRam { area: self.name, addr: self.addr, len: self.len }
     }
@@ -75,7 +76,7 @@ impl<R: Deref<Target = GuestRegion>> RingArea<R> {
         self.region.get_slice(MemoryRegionAddress(self.offset + at), len).map_err(|_| self.outside())
     }
 
-    /// Reads a value, not atomically: what the driver must not change now.
+    /// Reads a value that the driver must not change now. Not atomic.
     #[inline]
     pub(super) fn read<T: ByteValued>(&self, at: u64) -> Result<T, QueueError> {
         self.slice(at, size_of::<T>())?.read_obj(0).map_err(|_| self.outside())
@@ -115,7 +116,7 @@ impl Rings {
         })
     }
 
-    /// The used index that the driver sees.
+    /// The used index in the ring.
     pub(super) fn used_idx(&self) -> Result<u16, QueueError> {
         self.used.load(2, Ordering::Acquire)
     }

@@ -253,18 +253,18 @@ fn indirect_tables_are_followed_only_where_they_may_be() {
     assert_eq!(table(BOTH, 32, INDIRECT, NEXT), Ok(16));
     // The write flag of the table's descriptor means nothing (2.7.5.3.2).
     assert_eq!(table(BOTH, 32, INDIRECT | WRITE, NEXT), Ok(16));
-    assert_eq!(table(0, 32, INDIRECT, NEXT), Err(QueueError::Indirect("was not negotiated")));
+    assert_eq!(table(0, 32, INDIRECT, NEXT), Err(QueueError::Indirect("not negotiated")));
     assert_eq!(
         table(BOTH, 32, INDIRECT | NEXT, 0),
-        Err(QueueError::Indirect("is not the last of its chain"))
+        Err(QueueError::Indirect("not the last descriptor of its chain"))
     );
-    assert_eq!(table(BOTH, 32, INDIRECT, INDIRECT), Err(QueueError::Indirect("is inside an indirect table")));
+    assert_eq!(table(BOTH, 32, INDIRECT, INDIRECT), Err(QueueError::Indirect("inside another one")));
     for len in [0, 1, 15, 17, 31] {
-        let error = QueueError::Indirect("is empty or ends within a descriptor");
+        let error = QueueError::Indirect("invalid size");
         assert_eq!(table(BOTH, len, INDIRECT, 0), Err(error));
     }
     assert_eq!(table(BOTH, 16, INDIRECT, NEXT), Err(QueueError::DescriptorIndex { index: 1, len: 1 }));
-    assert_eq!(table(BOTH, 1 << 30, INDIRECT, 0), Err(QueueError::Indirect("is not in guest memory")));
+    assert_eq!(table(BOTH, 1 << 30, INDIRECT, 0), Err(QueueError::Indirect("not in guest memory")));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The loop of a worker.
+//! The event loop of a worker.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -16,19 +16,19 @@ use super::phase::{DrainOutcome, RemoveAction, TaskState, WorkerState};
 use super::{Nanos, Task};
 use crate::device::Interrupt;
 
-/// Events that the worker's own descriptors give; no task has this slot.
+/// The slot of the worker's own descriptors. No task has it.
 const OWN_SLOT: u16 = u16::MAX;
 const MAIL: u32 = 0;
 const TIMER: u32 = 1;
 
-/// Events that are taken from the kernel at once.
+/// The most events of one `epoll_wait`.
 const BATCH: usize = 64;
 
 struct TaskEntry {
     key: TaskKey,
     task: Box<dyn Task>,
     state: TaskState,
-    /// Who gets it when it is drained.
+    /// Receives the task when it is drained.
     leaving: Option<SyncSender<Box<dyn Task>>>,
     interrupt: Arc<dyn Interrupt>,
 }
@@ -39,16 +39,16 @@ struct Slot {
     entry: Option<TaskEntry>,
 }
 
-/// A worker's state. One thread owns it and calls [`EventLoop::run`].
+/// The event loop of a worker. One thread owns it and calls [`EventLoop::run`].
 pub(crate) struct EventLoop {
     epoll: OwnedFd,
     timer: OwnedFd,
-    /// What the timer is set to.
+    /// The time that `timer` is set to.
     armed: Option<Nanos>,
     mailbox: Arc<Mailbox>,
     slots: Vec<Slot>,
     worker_state: WorkerState,
-    /// Who waits until all tasks are still.
+    /// Callers that wait for a pause.
     pause_waiters: Vec<SyncSender<()>>,
     clock: Clock,
 }
@@ -60,7 +60,7 @@ impl EventLoop {
             TimerfdClockId::Monotonic,
             TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
         )?;
-        // Edge-triggered: neither is ever read.
+        // Edge-triggered, so that neither has to be read.
         for (fd, token) in [(mailbox.wake.as_fd(), MAIL), (timer.as_fd(), TIMER)] {
             let key = EventKey { slot: OWN_SLOT, life: 0, kick: false, token };
             epoll::add(&epoll, fd, EventData::new_u64(key.to_bits()), EventFlags::IN | EventFlags::ET)?;
@@ -77,7 +77,7 @@ impl EventLoop {
         })
     }
 
-    /// Works until it is told to stop and every task has drained.
+    /// Runs until the worker is stopped and every task has drained.
     pub(super) fn run(&mut self) {
         while !self.is_finished() {
             self.poll_once(!self.has_rescheduled());
@@ -85,14 +85,14 @@ impl EventLoop {
         self.finish();
     }
 
-    /// Takes what events there are (or, to `wait`, at least one) and calls the tasks that they are for. Returns how many.
+    /// Handles the events that are there, or waits for one first (`wait`). Returns their number.
     pub(crate) fn poll_once(&mut self, wait: bool) -> usize {
         let mut buffer = [MaybeUninit::uninit(); BATCH];
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let events: &[epoll::Event] =
             match epoll::wait(&self.epoll, &mut buffer[..], (!wait).then_some(&zero)) {
                 Ok((events, _)) => events,
-                // The only error that a wait can give here: it was interrupted.
+                // EINTR is the only error that is possible here.
                 Err(error) => {
                     debug_assert_eq!(error, rustix::io::Errno::INTR);
                     &[]
@@ -108,7 +108,7 @@ impl EventLoop {
         count
     }
 
-    /// Whether it was stopped and all tasks are still.
+    /// Whether the worker was stopped and all tasks are drained.
     pub(super) fn is_finished(&self) -> bool {
         self.worker_state.ends(self.task_states())
     }
@@ -123,8 +123,8 @@ impl EventLoop {
         }
         let at = usize::from(key.slot);
         let Some(Slot { registrations, entry: Some(entry) }) = self.slots.get(at) else { return };
-        // An event of a task that had the place before, or one that was in the same batch as its end.
-        if registrations.life != key.life || !entry.state.hears_events() {
+        // An event of a former task in this slot, or one of the batch in which the task was removed.
+        if registrations.life != key.life || !entry.state.gets_backend_events() {
             return;
         }
         if key.kick {
@@ -144,7 +144,7 @@ impl EventLoop {
         }
     }
 
-    /// Calls the task at `at`, then sees whether that was the last it had in flight.
+    /// Calls the task at `at`, then checks whether it has drained.
     fn call<R>(&mut self, at: usize, f: impl FnOnce(&mut dyn Task, &mut Context<'_>) -> R) -> Option<R> {
         let Slot { registrations, entry } = self.slots.get_mut(at)?;
         let entry = entry.as_mut()?;
@@ -158,7 +158,7 @@ impl EventLoop {
         Some(result)
     }
 
-    /// The task at `at` is still, and goes to who wants it back.
+    /// Gives the drained task at `at` back to the caller that removes it.
     fn give_back(&mut self, at: usize) {
         let Some(Slot { registrations, entry: place }) = self.slots.get_mut(at) else { return };
         let mut cx = Context { epoll: self.epoll.as_fd(), registrations, clock: &mut self.clock };
@@ -166,7 +166,7 @@ impl EventLoop {
         registrations.clear();
         if let Some(TaskEntry { task, leaving: Some(reply), .. }) = place.take() {
             self.mailbox.load.fetch_sub(1, Ordering::Relaxed);
-            // Nobody waits for it any more: then it ends here.
+            // The caller has stopped waiting: the task ends here.
             if let Err(unsent) = reply.send(task) {
                 unsent.0.detach();
             }
@@ -175,9 +175,9 @@ impl EventLoop {
     }
 
     fn answer_pause_waiters(&mut self) {
-        if self.worker_state.is_over(self.task_states()) {
+        if self.worker_state.pause_is_complete(self.task_states()) {
             for waiter in self.pause_waiters.drain(..) {
-                // Who gave up waiting does not need the answer.
+                // The waiter may have timed out; ignore the send error.
                 let _ = waiter.send(());
             }
         }
@@ -223,15 +223,15 @@ impl EventLoop {
         if let (Err(error), Some(entry)) = (attached, self.slots[at].entry.as_mut()) {
             entry.state.fail();
             entry.interrupt.needs_reset(&format_args!("cannot wait for its events: {error}"));
-            // Nobody would hear what it did register, and some of it would come over and over.
+            // The task is not called again, so level-triggered events would repeat for ever.
             let registrations = &mut self.slots[at].registrations;
             Context { epoll: self.epoll.as_fd(), registrations, clock: &mut self.clock }.unwatch_all();
-        } else if self.worker_state.lets_work() {
+        } else if self.worker_state.may_run() {
             self.start(at);
         }
     }
 
-    /// Lets the task at `at` work.
+    /// Lets the task at `at` run.
     fn start(&mut self, at: usize) {
         if let Some(entry) = &mut self.slots[at].entry
             && entry.state.start()
@@ -272,7 +272,7 @@ impl EventLoop {
         if !self.worker_state.resume() {
             return;
         }
-        // A pause that was overtaken is not answered: its reply is dropped.
+        // A pause that was resumed before it was complete fails: its reply channel is dropped.
         self.pause_waiters.clear();
         for at in 0..self.slots.len() {
             self.start(at);
@@ -292,7 +292,7 @@ impl EventLoop {
         }
     }
 
-    /// Calls the tasks whose time has come.
+    /// Calls the tasks whose timer has expired.
     pub(crate) fn run_timers(&mut self) {
         self.armed = None;
         for at in 0..self.slots.len() {
@@ -309,7 +309,7 @@ impl EventLoop {
         self.slots.iter().any(|slot| slot.registrations.again && slot.is_running())
     }
 
-    /// Calls the tasks that asked to be called again, once each.
+    /// Calls each task that asked to be called again.
     fn run_rescheduled(&mut self) {
         for at in 0..self.slots.len() {
             if self.slots[at].registrations.again && self.slots[at].is_running() {
@@ -319,19 +319,19 @@ impl EventLoop {
         }
     }
 
-    /// The first time that a running task waits for.
+    /// The earliest timer of a running task.
     pub(crate) fn next_timer(&self) -> Option<Nanos> {
         self.slots.iter().filter(|slot| slot.is_running()).filter_map(|slot| slot.registrations.timer).min()
     }
 
-    /// Sets the timer to it.
+    /// Sets the timerfd to the earliest timer.
     fn rearm(&mut self) {
         let first = self.next_timer();
         if first == self.armed || !self.clock.ticks {
             return;
         }
         self.armed = first;
-        // Time 0 would disarm it; a time in the past fires at once.
+        // 0 would disarm it. A time in the past expires at once.
         let at = first.map_or(0, |at| at.max(1));
         let (tv_sec, tv_nsec) = ((at / 1_000_000_000).cast_signed(), (at % 1_000_000_000).cast_signed());
         let it_value = Timespec { tv_sec, tv_nsec };
