@@ -2,13 +2,13 @@
 //!
 //! # Interrupts
 //!
-//! The line is edge-triggered and belongs to one device alone: an edge says nothing about whose it is. That bounds the devices by
-//! the interrupt lines that are free, [`MAX_DEVICES`].
+//! The line is edge-triggered and not shared: an edge does not tell which device raised it. So the
+//! free interrupt lines bound the number of devices, [`MAX_DEVICES`].
 //!
 //! # Accesses
 //!
-//! Registers are 32 bits wide and aligned; any other access to them reads as 0 and writes nothing. The configuration space
-//! from 0x100 on takes accesses of any size at any offset.
+//! Registers are 32 bits wide and aligned. Any other access to them reads as 0 and writes nothing.
+//! The configuration space, from 0x100 on, takes accesses of any size at any offset.
 
 use std::fmt;
 use std::io;
@@ -24,19 +24,19 @@ use super::device_status::DeviceStatus;
 use super::{Attachment, IoEventFds, NotifyMatch, Resetting, RestoreError};
 use crate::device::Interrupt;
 
-/// Size of a device's window in bytes.
+/// The size of a device's register window in bytes.
 pub const WINDOW_SIZE: u64 = 0x1000;
 
-/// The interrupt lines (GSIs) that devices may have: those of the IOAPIC above the legacy devices.
+/// The interrupt lines (GSIs) for devices: those of the IOAPIC above the legacy devices.
 pub const IRQ_LINES: RangeInclusive<u32> = 5..=23;
 
-/// The most devices on this transport, if nothing else takes a line.
+/// The most devices on this transport: one for each interrupt line.
 pub const MAX_DEVICES: usize = 19;
 
-/// Offset of the register that a kick writes; the value is the queue's index.
+/// Offset of `QueueNotify`. The value written is the queue's index.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 
-/// Offset of the register that is the device status; writing 0 to it resets.
+/// Offset of `Status`. Writing 0 resets the device.
 const STATUS: u64 = 0x70;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -49,22 +49,22 @@ const USED_BUFFER: u32 = 1;
 /// Interrupt status: the configuration changed.
 const CONFIG_CHANGE: u32 = 2;
 
-/// The device's interrupt line. Not shared: it is moved into the transport.
+/// The device's interrupt line. It is moved into the transport, because it is not shared.
 pub trait IrqLine: Send + Sync {
-    /// Raises an edge. Never blocks.
+    /// Raises an edge. Does not block.
     fn trigger(&self);
 }
 
-/// What a transport saves.
+/// The saved state of a transport and its device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MmioState {
-    /// What it has in common with other transports, and its device.
+    /// The state that both transports have, with the device's.
     pub common: CommonState,
     /// Interrupts that the driver has not acknowledged.
     pub interrupt_status: u32,
 }
 
-/// The part that workers use.
+/// The interrupt side, which the workers use.
 struct MmioInterrupt {
     device_status: Arc<DeviceStatus>,
     status: AtomicU32,
@@ -99,13 +99,13 @@ pub struct MmioTransport {
     common: TransportCore,
     interrupt: Arc<MmioInterrupt>,
     io_events: Arc<dyn IoEventFds>,
-    /// Which queues' kicks the kernel took.
+    /// For each queue, whether its kicks have an ioeventfd.
     kicks_taken: Vec<bool>,
     addr: u64,
 }
 
 impl MmioTransport {
-    /// Puts a device in the window at guest-physical `addr`, with `line` as its interrupt.
+    /// Creates a transport whose registers are at guest-physical `addr`, with interrupt `line`.
     pub fn new(
         attachment: Attachment,
         addr: u64,
@@ -133,35 +133,35 @@ impl MmioTransport {
         Ok(MmioTransport { common, interrupt, io_events, kicks_taken, addr })
     }
 
-    /// How often the device was found broken.
+    /// How often the device needed a reset.
     pub fn broken_count(&self) -> u64 {
         self.common.broken_count()
     }
 
-    /// The guest-physical address of its window.
+    /// The guest-physical address of the registers.
     pub fn addr(&self) -> u64 {
         self.addr
     }
 
-    /// The state. The workers are paused.
+    /// Returns the state. The workers are paused.
     pub fn save(&mut self) -> MmioState {
-        // Paused workers have given back every task that was asked for.
+        // Paused workers have given back every removed task.
         self.finish_reset();
         let common = self.common.save();
         MmioState { common, interrupt_status: self.interrupt.status.load(Ordering::SeqCst) }
     }
 
-    /// Makes this (fresh) one what `state` says. The interrupt controller has its state already; if the workers are paused, the
-    /// device waits for them to resume.
+    /// Restores this new transport from `state`. The interrupt controller must be restored already. An
+    /// active device starts when the workers resume.
     pub fn restore(&mut self, state: &MmioState) -> Result<(), RestoreError> {
         self.interrupt.status.store(state.interrupt_status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
         self.common.restore(&state.common, state.interrupt_status & CONFIG_CHANGE != 0)
     }
 
-    /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it
-    /// is still there, and this may be called again.
-    pub fn unplug(&mut self, patience: Duration) -> bool {
-        self.common.drain(patience);
+    /// Drains the device and removes its ioeventfds. Returns false if it did not drain within `timeout`:
+    /// then nothing was removed, and the call may be repeated.
+    pub fn unplug(&mut self, timeout: Duration) -> bool {
+        self.common.drain(timeout);
         let done = self.finish_reset();
         if done {
             let addr = self.addr + QUEUE_NOTIFY;
@@ -174,7 +174,7 @@ impl MmioTransport {
         done
     }
 
-    /// A guest's read of `data.len()` bytes at `offset` in the window.
+    /// Handles a guest's read of `data.len()` bytes at `offset`.
     pub fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG) {
             self.common.read_config(offset, data);
@@ -186,10 +186,10 @@ impl MmioTransport {
         }
     }
 
-    /// A guest's write of `data` at `offset` in the window.
+    /// Handles a guest's write of `data` at `offset`.
     ///
-    /// With an answer, it was a reset that is not done yet. Drivers do not look for its end: let go of the transport,
-    /// [wait](Resetting::wait), and only then let the guest go on.
+    /// `Some` is a reset that has not completed. Drivers do not poll for its end: unlock the transport,
+    /// [wait](Resetting::wait), and only then resume the vCPU.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Option<Resetting> {
         if let Some(offset) = offset.checked_sub(CONFIG) {
             self.common.write_config(offset, data);
@@ -205,7 +205,7 @@ impl MmioTransport {
         None
     }
 
-    /// Sees whether a reset is done, if there is one; false if not yet.
+    /// Completes a reset, if there is one and its tasks have drained. Returns whether none is left.
     fn finish_reset(&mut self) -> bool {
         if !self.common.is_resetting() {
             return true;
@@ -230,7 +230,7 @@ impl MmioTransport {
             0x044 => common.selected().map_or(0, |(queue, _)| queue.ready.into()),
             0x060 => self.interrupt.status.load(Ordering::SeqCst),
             STATUS => common.status().into(),
-            // Shared memory regions: there are none, which is a length and an address of all ones (4.2.2).
+            // No shared memory region exists: its length and address read as all ones (4.2.2).
             0x0b0..=0x0bc => u32::MAX,
             0x0fc => common.config_generation(),
             _ => 0,
@@ -246,7 +246,7 @@ impl MmioTransport {
             0x014 => common.device_feature_select = value,
             0x020 => common.set_driver_features(value),
             0x024 => common.driver_feature_select = value,
-            // A queue that cannot be selected is one that does not exist.
+            // No such queue exists.
             0x030 => common.queue_select = u16::try_from(value).unwrap_or(u16::MAX),
             0x038 => common.set_queue_size(u16::try_from(value).unwrap_or(0)),
             0x044 => common.set_queue_ready(value == 1),
@@ -254,7 +254,7 @@ impl MmioTransport {
             0x064 => {
                 self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
             }
-            // It has 8 bits; what else is written means nothing, and certainly not 0.
+            // The status has 8 bits. A larger value is ignored and not taken for 0.
             STATUS => {
                 if let Ok(value) = u8::try_from(value) {
                     common.set_status(value);

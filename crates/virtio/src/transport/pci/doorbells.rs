@@ -1,13 +1,15 @@
-//! Where the kernel takes which function's kicks.
+//! The ioeventfds of all functions of a bus.
 //!
-//! A function's kicks are registered where its BAR is decoded, or was last: a guest that sizes a BAR turns decoding off and on again, and
-//! should not cost dozens of changes in the kernel. But an address that one function has left may become another's, and the kernel would
-//! still signal the first. So all functions of a bus share this table.
+//! A function's doorbells are registered at the address where its BAR is decoded, or was last. They
+//! stay when decoding is disabled: a guest that sizes a BAR disables and enables it, which would cost
+//! dozens of changes in the kernel. But another function may move to an address that one has left,
+//! and the kernel would still signal the first. So all functions of a bus share this table.
 //!
 //! # Invariant
 //!
-//! Doorbells at an address go to a function that decodes it, if any does. (Where a guest put two in one place it is one of them. The other's
-//! reach the transport once it is alone, at the latest when its BAR is placed again.)
+//! Kicks at an address signal a function that decodes it, if there is one. If a guest puts two BARs
+//! at one address, it is one of the two. The other's kicks reach its transport when it is alone at an
+//! address, at the latest when its BAR is moved.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -18,10 +20,10 @@ use crate::transport::{IoEventFds, NotifyMatch};
 use sync::EventFd;
 use sync::locked;
 
-/// Names a function in the table.
+/// The id of a function in the table.
 pub(super) type FunctionKey = u64;
 
-/// The kicks of all functions of a bus.
+/// The ioeventfds of all functions of a bus.
 pub(super) struct Doorbells {
     io_events: Arc<dyn IoEventFds>,
     functions: Mutex<Functions>,
@@ -35,11 +37,11 @@ struct Functions {
 
 struct Function {
     device_status: Arc<DeviceStatus>,
-    /// The queues' events, and which of them the kernel took.
+    /// The kick eventfds of the queues, and whether each is registered.
     events: Vec<(Arc<EventFd>, bool)>,
-    /// Where its BAR is decoded.
+    /// The address at which its BAR is decoded.
     decoded: Option<u64>,
-    /// The BAR that its kicks are registered for.
+    /// The address of the BAR for which its kicks are registered.
     placed: Option<u64>,
 }
 
@@ -48,7 +50,8 @@ impl Doorbells {
         Doorbells { io_events, functions: Mutex::default() }
     }
 
-    /// Adds a function whose BAR will be at `bar`, most likely; it does not decode yet.
+    /// Adds a function, which does not decode its BAR yet. `bar` is the address where it will most
+    /// likely do.
     pub(super) fn add(
         &self,
         bar: u64,
@@ -64,7 +67,7 @@ impl Doorbells {
         key
     }
 
-    /// A function's BAR is decoded at `to`, or not at all any more.
+    /// Handles a change of a function's BAR: it is decoded at `to`, or no longer decoded.
     pub(super) fn moved(&self, key: FunctionKey, to: Option<u64>) {
         let functions = &mut *locked(&self.functions);
         let Some(function) = functions.by_key.get_mut(&key) else { return };
@@ -80,7 +83,7 @@ impl Doorbells {
         }
     }
 
-    /// A function is gone.
+    /// Removes a function.
     pub(super) fn remove(&self, key: FunctionKey) {
         let functions = &mut *locked(&self.functions);
         if let Some(mut function) = functions.by_key.remove(&key)
@@ -90,7 +93,8 @@ impl Doorbells {
         }
     }
 
-    /// Registers a function's kicks for a BAR at `bar`, unless another decodes it and has it.
+    /// Registers a function's kicks for a BAR at `bar`, unless another function decodes that address
+    /// and is registered there.
     fn place(&self, functions: &mut Functions, key: FunctionKey, bar: u64) {
         let holder = functions.by_key.iter_mut().find(|(_, function)| function.placed == Some(bar));
         match holder {
@@ -122,7 +126,7 @@ impl Doorbells {
         }
     }
 
-    /// Takes a function's kicks from the kernel. Returns where they were.
+    /// Unregisters a function's kicks. Returns the address of the BAR for which they were registered.
     fn withdraw(&self, function: &mut Function) -> Option<u64> {
         let bar = function.placed.take()?;
         for (addr, (event, taken)) in addrs(bar).zip(&mut function.events) {
@@ -133,7 +137,7 @@ impl Doorbells {
         Some(bar)
     }
 
-    /// Whoever decodes `bar` and could not have it has it now.
+    /// Registers a function that decodes `bar` and was not registered there.
     fn hand_over(&self, functions: &mut Functions, bar: u64) {
         let waits = |function: &Function| function.decoded == Some(bar) && function.placed != Some(bar);
         let waiting = functions.by_key.iter().find(|(_, function)| waits(function)).map(|(&key, _)| key);
@@ -143,7 +147,7 @@ impl Doorbells {
     }
 }
 
-/// Where the kicks of a BAR at `bar` are.
+/// The addresses of the doorbells of a BAR at `bar`.
 fn addrs(bar: u64) -> impl Iterator<Item = u64> {
     (bar + u64::from(layout::NOTIFY)..).step_by(layout::NOTIFY_MULTIPLIER as usize)
 }
@@ -183,7 +187,7 @@ mod tests {
             self.doorbells.moved(self.functions[function].0, to.map(bar));
         }
 
-        /// Doorbells queue `queue` of whatever is at a bar. Which function hears it, if the kernel takes it.
+        /// Kicks queue `queue` of the function at a BAR. Returns the function that the kernel signals.
         fn kick(&self, at: u64, queue: u64) -> Option<usize> {
             let took = self.kernel.write(bar(at) + 0x6000 + 4 * queue, 0);
             let mut heard = None;
@@ -204,7 +208,7 @@ mod tests {
         let bus = Bus::new();
         bus.moved(0, Some(1));
         assert_eq!((bus.kick(1, 0), bus.kick(1, 1)), (Some(0), Some(0)));
-        // The other one, enabled afterwards, somewhere else.
+        // The other function, enabled later, at another address.
         bus.moved(1, Some(0));
         assert_eq!((bus.kick(0, 0), bus.kick(0, 1), bus.kick(1, 0)), (Some(1), None, Some(0)));
     }
@@ -224,7 +228,7 @@ mod tests {
     fn places_that_are_exchanged_one_after_the_other_end_up_right() {
         let bus = Bus::new();
         (0..3).for_each(|n| bus.moved(n, Some(n as u64)));
-        // For a moment two are in one place.
+        // Two functions share an address for a while.
         bus.moved(0, Some(1));
         assert_eq!(bus.kick(1, 0), Some(1));
         bus.moved(1, Some(0));
@@ -236,7 +240,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever a guest does with its BARs: a kick goes to a function that decodes the address, and to that one if it is the only one.
+        /// A kick signals a function that decodes the address, whatever a guest does with its BARs.
         #[test]
         fn kicks_go_to_who_decodes_the_address(
             moves in prop::collection::vec((0usize..3, prop::option::of(0u64..4)), 0..30)

@@ -1,14 +1,15 @@
-//! A vector between the worker that raises it and the guest that masks it.
+//! The mask and the pending bit of a vector, which a worker raises while the guest masks it.
 //!
-//! No interrupt is lost: a worker that finds the vector_mask closed says that one is pending and then looks again; who opens it
-//! opens it first and then takes what is pending. Between the two steps on either side stands a full fence, so in any order one of
-//! them sees the other. And none is sent twice: `pending` is taken by exactly one of them.
+//! No interrupt is lost. A worker that finds the vector masked sets `pending` and then reads the mask
+//! again. A vCPU that unmasks clears the mask and then takes `pending`. Each side has a full fence
+//! between its two steps, so that in any order one sees the other. No interrupt is sent twice:
+//! exactly one side takes `pending`.
 //!
-//! Written over [`Flag`], so that a model checker can run this very code.
+//! The code is generic over [`Flag`], so that a model checker can run it.
 
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 
-/// A boolean that threads share.
+/// An atomic boolean.
 pub(super) trait Flag: Default {
     /// With acquire order.
     fn get(&self) -> bool;
@@ -38,43 +39,43 @@ impl Flag for AtomicBool {
     }
 }
 
-/// Whether a vector may be sent, and whether it is owed. Closed at first.
+/// The mask and the pending bit of a vector. Masked at first.
 #[derive(Debug, Default)]
 pub(super) struct VectorMask<F> {
-    open: F,
+    unmasked: F,
     pending: F,
 }
 
 impl<F: Flag> VectorMask<F> {
-    /// Something happened. True if the message is to be sent now.
+    /// Raises the vector. Returns whether the message must be sent now.
     #[inline]
     pub(super) fn raise(&self) -> bool {
-        if self.open.get() {
+        if self.unmasked.get() {
             return true;
         }
         self.pending.set(true);
         F::full_fence();
-        self.open.get() && self.pending.take()
+        self.unmasked.get() && self.pending.take()
     }
 
-    /// Messages may be sent from now on. True if one is to be sent now.
-    pub(super) fn open(&self) -> bool {
-        self.open.set(true);
+    /// Unmasks the vector. Returns whether a message must be sent now.
+    pub(super) fn unmask(&self) -> bool {
+        self.unmasked.set(true);
         F::full_fence();
         self.pending.take()
     }
 
-    /// Messages are kept from now on. (One whose raising has begun may still be sent.)
-    pub(super) fn close(&self) {
-        self.open.set(false);
+    /// Masks the vector. A message whose raising has begun may still be sent.
+    pub(super) fn mask(&self) {
+        self.unmasked.set(false);
     }
 
-    /// Whether one is kept.
+    /// Whether an interrupt is pending.
     pub(super) fn is_pending(&self) -> bool {
         self.pending.get()
     }
 
-    /// Says whether one is kept.
+    /// Sets the pending bit.
     pub(super) fn set_pending(&self, pending: bool) {
         self.pending.set(pending);
     }
@@ -112,8 +113,8 @@ mod tests {
                 let vector_mask = Arc::clone(&vector_mask);
                 loom::thread::spawn(move || u32::from(vector_mask.raise()))
             };
-            let opened = u32::from(vector_mask.open());
-            assert_eq!(opened + worker.join().unwrap(), 1);
+            let at_unmask = u32::from(vector_mask.unmask());
+            assert_eq!(at_unmask + worker.join().unwrap(), 1);
             assert!(!vector_mask.is_pending());
         });
     }
@@ -122,13 +123,13 @@ mod tests {
     fn in_every_order_masking_keeps_what_is_not_sent() {
         loom::model(|| {
             let vector_mask = Arc::new(VectorMask::<loom::sync::atomic::AtomicBool>::default());
-            vector_mask.open();
+            vector_mask.unmask();
             let worker = {
                 let vector_mask = Arc::clone(&vector_mask);
                 loom::thread::spawn(move || u32::from(vector_mask.raise()))
             };
-            vector_mask.close();
-            let later = u32::from(vector_mask.open());
+            vector_mask.mask();
+            let later = u32::from(vector_mask.unmask());
             assert_eq!(later + worker.join().unwrap(), 1);
         });
     }
