@@ -19,8 +19,8 @@
 //! # Save and restore
 //!
 //! [`Device::save`] is called while all tasks are quiesced, or there are none. It does not save the
-//! progress of the queues: the transport does. A device is restored by its own constructor, from its
-//! state and its backends. The transport then activates it by the same path as for a driver.
+//! progress of the queues: the transport does. A device is restored by its own constructor, from
+//! its state and its backends. The transport then activates it by the same path as for a driver.
 //!
 //! # Errors
 //!
@@ -72,7 +72,8 @@ pub mod feature {
     pub const RING_INDIRECT_DESC: u64 = 1 << 28;
     /// `VIRTIO_F_EVENT_IDX`: each side sets the index at which it wants a notification.
     pub const RING_EVENT_IDX: u64 = 1 << 29;
-    /// `VIRTIO_F_VERSION_1`. Always offered. A driver that does not accept it is served in the same way.
+    /// `VIRTIO_F_VERSION_1`. Always offered. A driver that does not accept it is served in the same
+    /// way.
     pub const VERSION_1: u64 = 1 << 32;
 }
 
@@ -124,19 +125,19 @@ pub trait Device: Send {
     /// space read as 0 ([`read_bytes`] does this).
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// The fields of the configuration space that exist only with a feature. The transport hides them;
-    /// [`Device::read_config`] returns them in any case.
+    /// The fields of the configuration space that exist only with a feature. The transport hides
+    /// them; [`Device::read_config`] returns them in any case.
     fn config_fields(&self) -> &'static [ConfigField] {
         &[]
     }
 
-    /// Writes the configuration space at `offset`. Any offset and length may come. Writes to bytes that
-    /// are not writable are ignored.
+    /// Writes the configuration space at `offset`. Any offset and length may come. Writes to bytes
+    /// that are not writable are ignored.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// The generation of the configuration space (2.5.1). It changes with the space, *under the same
-    /// lock*: a driver that reads the same generation before and after a field of several words has
-    /// not read a mix of old and new.
+    /// The generation of the configuration space (2.5.1). It changes with the space, *under the
+    /// same lock*: a driver that reads the same generation before and after a field of several
+    /// words has not read a mix of old and new.
     fn config_generation(&self) -> u32 {
         0
     }
@@ -209,8 +210,8 @@ pub trait Interrupt: Send + Sync {
     fn queue(&self, index: u16);
     /// The configuration space has changed (2.3).
     fn config(&self);
-    /// Sets `DEVICE_NEEDS_RESET` and notifies the driver (2.1.2). Each call is counted. `why` is logged
-    /// for the first, second, fourth, eighth, … call.
+    /// Sets `DEVICE_NEEDS_RESET` and notifies the driver (2.1.2). Each call is counted. `why` is
+    /// logged for the first, second, fourth, eighth, … call.
     fn needs_reset(&self, why: &dyn fmt::Display);
 }
 

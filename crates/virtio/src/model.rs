@@ -1,17 +1,21 @@
-//! A model of one queue's life under pauses, saves, forks and removals, checked in every order of events.
+//! A model of one queue's life under pauses, saves, forks and removals, checked in every order of
+//! events.
 //!
-//! What decides is production code: the device's side of the rings ([`Ring`]), a task's way through its protocol ([`TaskState`]) and
-//! its worker's ([`WorkerState`]). Around them stand a driver, a disk that completes in any order, and the thread that pauses the machine,
-//! in the steps in which `machine` takes them: vCPUs stop, workers are asked to pause, and once they answer the machine is
-//! saved; a child is made of what was saved alone. The task is the smallest that keeps the rules of [`crate::worker`].
+//! What decides is production code: the device's side of the rings ([`Ring`]), a task's way through
+//! its protocol ([`TaskState`]) and its worker's ([`WorkerState`]). Around them stand a driver, a
+//! disk that completes in any order, and the thread that pauses the machine, in the steps in which
+//! `machine` takes them: vCPUs stop, workers are asked to pause, and once they answer the machine
+//! is saved; a child is made of what was saved alone. The task is the smallest that keeps the rules
+//! of [`crate::worker`].
 //!
-//! Parent and child share nothing from the fork on. So a fork is a choice whom to follow: all that can become of either is looked at.
+//! Parent and child share nothing from the fork on. So a fork is a choice whom to follow: all that
+//! can become of either is looked at.
 //!
 //! # What is checked
 //!
-//! Each request that the driver makes is completed once and never again, and the driver learns of it, whatever happens in between;
-//! a machine that is said to be still is; what is saved has nothing in flight. That the checker would find a mistake is shown
-//! by making some.
+//! Each request that the driver makes is completed once and never again, and the driver learns of
+//! it, whatever happens in between; a machine that is said to be still is; what is saved has
+//! nothing in flight. That the checker would find a mistake is shown by making some.
 
 use std::cell::Cell;
 use std::fmt;
@@ -64,8 +68,8 @@ struct Memory {
     avail_event: u16,
 }
 
-/// The same for [`Ring`], which changes it through a shared reference. Each step of the model is one thread's alone; the orders of
-/// single accesses are what `loom` looks at, beside the ring.
+/// The same for [`Ring`], which changes it through a shared reference. Each step of the model is
+/// one thread's alone; the orders of single accesses are what `loom` looks at, beside the ring.
 struct View(Cell<Memory>);
 
 impl View {
@@ -349,8 +353,9 @@ impl Vm {
         }
     }
 
-    /// Another machine, of what is saved of this one: its memory, its driver's mind, positions. An interrupt that was on its way is in no
-    /// state (`transport::common`), so a restored device gives its driver one.
+    /// Another machine, of what is saved of this one: its memory, its driver's mind, positions. An
+    /// interrupt that was on its way is in no state (`transport::common`), so a restored device
+    /// gives its driver one.
     fn child(&self, life: &Life) -> Vm {
         let mut worker_state = WorkerState::default();
         // Its worker is paused before it gets its tasks.
@@ -461,7 +466,8 @@ impl Model for Life {
                 };
                 memory.avail_idx += 1;
                 vm.driver.made += 1;
-                // The kick of a queue that nobody watches is lost: who comes to watch it looks by itself.
+                // The kick of a queue that nobody watches is lost: who comes to watch it looks by
+                // itself.
                 vm.kicked |= wants && vm.task.is_some();
             }
             Step::Interrupt => {

@@ -19,23 +19,23 @@
 //! A popped chain is sound, whatever the rings contain:
 //!
 //! - Each buffer is RAM and lies in one region.
-//! - There are at most [`MAX_CHAIN_LEN`] buffers, with less than 2^32 bytes in all. Readable buffers
-//!   come before writable ones.
+//! - There are at most [`MAX_CHAIN_LEN`] buffers, with less than 2^32 bytes in all. Readable
+//!   buffers come before writable ones.
 //! - No more chains are in flight than the queue has descriptors.
 //!
 //! Everything else is a [`QueueError`], and the queue is dead from then on: every call returns the
 //! same error, the rings are neither read nor written, and the device must call
 //! [`Interrupt::needs_reset`](crate::device::Interrupt).
 //!
-//! Each descriptor is read once. A driver that changes a chain in flight changes the data in its own
-//! buffers, but not which buffers the device uses.
+//! Each descriptor is read once. A driver that changes a chain in flight changes the data in its
+//! own buffers, but not which buffers the device uses.
 //!
 //! # How it is built
 //!
 //! `ring` is the protocol of indices and notifications alone: it runs over guest memory here, and
-//! over a model checker's memory in its tests. `ring_area` is the guest memory of the rings. `chain`
-//! holds a chain of descriptors. The descriptor formats come from rust-vmm's `virtio-queue`, which is
-//! also the oracle of the property tests.
+//! over a model checker's memory in its tests. `ring_area` is the guest memory of the rings.
+//! `chain` holds a chain of descriptors. The descriptor formats come from rust-vmm's
+//! `virtio-queue`, which is also the oracle of the property tests.
 
 mod chain;
 mod error;
@@ -147,8 +147,8 @@ pub struct Queue {
 impl Queue {
     /// Creates the queue `index` from its driver's set-up.
     ///
-    /// `max_size` is the size that the device offers. `features` are those that the driver accepted.
-    /// `progress` follows the queue.
+    /// `max_size` is the size that the device offers. `features` are those that the driver
+    /// accepted. `progress` follows the queue.
     pub fn new(
         index: u16,
         max_size: u16,
@@ -229,7 +229,8 @@ impl Queue {
         self.unpop(chain.head())
     }
 
-    /// As [`Queue::rewind`], for a caller that has popped several chains: last popped, first rewound.
+    /// As [`Queue::rewind`], for a caller that has popped several chains: last popped, first
+    /// rewound.
     pub fn unpop(&mut self, head: u16) -> Result<(), QueueError> {
         let done = self.alive().and_then(|()| {
             if !self.in_flight.remove(head) {
@@ -255,7 +256,8 @@ impl Queue {
         self.keep(added)
     }
 
-    /// Makes the added entries visible to the driver. Returns whether it wants an interrupt for them.
+    /// Makes the added entries visible to the driver. Returns whether it wants an interrupt for
+    /// them.
     #[inline]
     #[must_use = "the driver may be waiting for the interrupt"]
     pub fn publish(&mut self) -> Result<bool, QueueError> {
@@ -270,8 +272,8 @@ impl Queue {
         self.keep(done)
     }
 
-    /// Asks the driver to kick when it adds a chain. Returns true if a chain was added meanwhile, for
-    /// which no kick may come: the device must go on polling.
+    /// Asks the driver to kick when it adds a chain. Returns true if a chain was added meanwhile,
+    /// for which no kick may come: the device must go on polling.
     pub fn enable_notifications(&mut self) -> Result<bool, QueueError> {
         let more =
             self.alive().and_then(|()| self.ring.enable_notifications(&self.rings, self.in_flight.count));
@@ -285,8 +287,8 @@ impl Queue {
         self.keep(more)
     }
 
-    /// As [`Queue::enable_notifications`], for a device that leaves available chains in the ring: the
-    /// driver must kick when it adds another one.
+    /// As [`Queue::enable_notifications`], for a device that leaves available chains in the ring:
+    /// the driver must kick when it adds another one.
     pub fn enable_notifications_of_more(&mut self) -> Result<bool, QueueError> {
         let in_flight = self.in_flight.count;
         let more = self.alive().and_then(|()| self.ring.enable_notifications_of_more(&self.rings, in_flight));

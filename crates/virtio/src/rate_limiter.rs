@@ -1,17 +1,18 @@
 //! Rate limits: two token buckets, one for bytes and one for operations.
 //!
 //! A bucket holds up to `size` tokens and refills from empty to full in `refill_time`. Refilling is
-//! continuous: time counts in nanoseconds and fractions of tokens are kept, so that over any span the
-//! tokens given out are exactly those of the rate. A one-time burst is spent first and not refilled.
+//! continuous: time counts in nanoseconds and fractions of tokens are kept, so that over any span
+//! the tokens given out are exactly those of the rate. A one-time burst is spent first and not
+//! refilled.
 //!
 //! A request passes if the bucket holds enough tokens. A request larger than the bucket passes when
-//! there is no debt, and the missing tokens become a debt that refills first: later requests wait in
-//! proportion. So every request passes some time, and the rate holds.
+//! there is no debt, and the missing tokens become a debt that refills first: later requests wait
+//! in proportion. So every request passes some time, and the rate holds.
 //!
-//! A timer wakes a request that waits, and timers are late. The tokens that flow in between the time
-//! at which the request could have passed and the time at which it asks again count even if the
-//! bucket is full, up to [`LATENESS`]. Otherwise a bucket of the size of one request would give less
-//! than its rate.
+//! A timer wakes a request that waits, and timers are late. The tokens that flow in between the
+//! time at which the request could have passed and the time at which it asks again count even if
+//! the bucket is full, up to [`LATENESS`]. Otherwise a bucket of the size of one request would give
+//! less than its rate.
 //!
 //! There is no clock here: the caller passes the time, and [`RateLimiter::next_allowed_at`] returns
 //! when to ask again.
@@ -43,8 +44,8 @@ pub struct RateLimiterConfig {
     pub ops: Option<BucketConfig>,
 }
 
-/// A change of limits. `None` keeps a bucket. Size 0 or refill time 0 removes it. Any other replaces it
-/// by a full bucket.
+/// A change of limits. `None` keeps a bucket. Size 0 or refill time 0 removes it. Any other
+/// replaces it by a full bucket.
 pub type RateLimiterUpdate = RateLimiterConfig;
 
 /// The saved state of a bucket.
@@ -120,8 +121,8 @@ impl RateLimiter {
         self.bandwidth.is_none() && self.ops.is_none()
     }
 
-    /// Takes the tokens of one request of `bytes`, if both buckets allow it. Otherwise neither bucket
-    /// changes; [`RateLimiter::next_allowed_at`] returns when to ask again.
+    /// Takes the tokens of one request of `bytes`, if both buckets allow it. Otherwise neither
+    /// bucket changes; [`RateLimiter::next_allowed_at`] returns when to ask again.
     pub fn try_take(&mut self, bytes: u64, now: Nanos) -> bool {
         if self.next_allowed_at(bytes, now).is_some() {
             return false;
@@ -130,8 +131,8 @@ impl RateLimiter {
         true
     }
 
-    /// Takes the tokens of one request of `bytes` in any case, for requests whose size is known only
-    /// afterwards. Missing tokens become a debt.
+    /// Takes the tokens of one request of `bytes` in any case, for requests whose size is known
+    /// only afterwards. Missing tokens become a debt.
     pub fn charge(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bandwidth {
             bucket.take(bytes);
@@ -141,8 +142,8 @@ impl RateLimiter {
         }
     }
 
-    /// The earliest time, rounded up to a nanosecond, at which a request of `bytes` may pass if no other
-    /// passes before. `None` if it may pass now.
+    /// The earliest time, rounded up to a nanosecond, at which a request of `bytes` may pass if no
+    /// other passes before. `None` if it may pass now.
     pub fn next_allowed_at(&mut self, bytes: u64, now: Nanos) -> Option<Nanos> {
         let bandwidth = self.bandwidth.as_mut().and_then(|bucket| bucket.allowed_at(bytes, now));
         let ops = self.ops.as_mut().and_then(|bucket| bucket.allowed_at(1, now));
@@ -152,8 +153,9 @@ impl RateLimiter {
 
 /// A bucket with fractions of tokens.
 ///
-/// `level` is in tokens times `refill_ns`. It grows by `size` per nanosecond, so nothing is rounded. It
-/// saturates where it would overflow (a bucket of 2^63 tokens that refills in centuries).
+/// `level` is in tokens times `refill_ns`. It grows by `size` per nanosecond, so nothing is
+/// rounded. It saturates where it would overflow (a bucket of 2^63 tokens that refills in
+/// centuries).
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
     config: BucketConfig,
@@ -268,8 +270,8 @@ mod tests {
         RateLimiterConfig { bandwidth: Some(config), ops: None }
     }
 
-    /// Takes `bytes` at a time for `span`, as a device with a timer does. Returns the total, and how
-    /// often it waited.
+    /// Takes `bytes` at a time for `span`, as a device with a timer does. Returns the total, and
+    /// how often it waited.
     fn run(limiter: &mut RateLimiter, bytes: u64, from: Nanos, span: Nanos, late: Nanos) -> (u64, u64) {
         let (mut now, mut passed, mut waits) = (from, 0, 0);
         while now < from + span {

@@ -1,4 +1,5 @@
-//! For tests and fuzz targets: the driver's side of a queue, an interrupt that counts, and a worker without a thread.
+//! For tests and fuzz targets: the driver's side of a queue, an interrupt that counts, and a worker
+//! without a thread.
 
 mod driver;
 mod echo;
@@ -39,8 +40,8 @@ thread_local! {
     static REUSED: RefCell<BTreeMap<u32, GuestRam>> = const { RefCell::new(BTreeMap::new()) };
 }
 
-/// As [`guest_ram`], for tests that need it thousands of times: the same RAM each time on this thread, full of zeros again. Whoever had
-/// it before must be done with it.
+/// As [`guest_ram`], for tests that need it thousands of times: the same RAM each time on this
+/// thread, full of zeros again. Whoever had it before must be done with it.
 pub fn reused_ram(mib: u32) -> GuestRam {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let ram = REUSED.with_borrow_mut(|reused| reused.entry(mib).or_insert_with(|| guest_ram(mib)).clone());
@@ -111,7 +112,8 @@ thread_local! {
     static NOW: Cell<Nanos> = const { Cell::new(1) };
 }
 
-/// A worker that runs on the thread of its test, one step at a time, with a clock that the test sets.
+/// A worker that runs on the thread of its test, one step at a time, with a clock that the test
+/// sets.
 pub struct TestWorker {
     event_loop: EventLoop,
     mailbox: Arc<Mailbox>,
@@ -128,7 +130,8 @@ impl TestWorker {
         TestWorker { event_loop, mailbox, tasks: 0 }
     }
 
-    /// Adds a task; it runs with the next [`TestWorker::run`]. Returns its number for [`TestWorker::remove`].
+    /// Adds a task; it runs with the next [`TestWorker::run`]. Returns its number for
+    /// [`TestWorker::remove`].
     pub fn add(&mut self, task: Box<dyn Task>, interrupt: Arc<dyn Interrupt>) -> u64 {
         self.tasks += 1;
         self.post(Command::Add { key: self.tasks, task, interrupt });

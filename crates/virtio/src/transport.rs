@@ -14,19 +14,21 @@
 //! vCPU threads use a transport for register accesses, under its owner's lock. Kicks and interrupts
 //! do not take that lock: kicks go through ioeventfds ([`IoEventFds`]) to the workers, and workers
 //! raise interrupts through atomics ([`Interrupt`](crate::device::Interrupt)) and the machine's
-//! [`IrqLine::trigger`](mmio::IrqLine::trigger) or [`MsiVectors::trigger`](pci::MsiVectors::trigger).
+//! [`IrqLine::trigger`](mmio::IrqLine::trigger) or
+//! [`MsiVectors::trigger`](pci::MsiVectors::trigger).
 //!
 //! # Reset
 //!
 //! When the driver writes 0 to the status, the device's tasks are removed from their workers, each
 //! when it has drained. Until then the status does not read 0, and all other writes are ignored. On
-//! PCI the driver polls the status (4.1.4.3.2). On mmio drivers do not poll, so the vCPU waits in the
-//! write ([`Resetting`]), without the lock and at most until [`RESET_TIMEOUT`] after the reset began.
-//! A driver that continues before the reset is complete finds its writes ignored.
+//! PCI the driver polls the status (4.1.4.3.2). On mmio drivers do not poll, so the vCPU waits in
+//! the write ([`Resetting`]), without the lock and at most until [`RESET_TIMEOUT`] after the reset
+//! began. A driver that continues before the reset is complete finds its writes ignored.
 //!
 //! # What the machine provides
 //!
-//! [`IoEventFds`] for kicks, and [`IrqLine`](mmio::IrqLine) or [`MsiVectors`](pci::MsiVectors) for interrupts.
+//! [`IoEventFds`] for kicks, and [`IrqLine`](mmio::IrqLine) or [`MsiVectors`](pci::MsiVectors) for
+//! interrupts.
 
 mod core;
 mod device_status;

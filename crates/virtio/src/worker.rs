@@ -14,9 +14,9 @@
 //! - [`Task::attach`] registers descriptors and does nothing else. [`Task::resume`] starts work *as
 //!   if every queue had been kicked*. `add` calls both (`resume` only when the workers are not
 //!   paused).
-//! - From [`Task::quiesce`] to [`Task::resume`] the task gets no kick and no timer, and takes no new
-//!   request. Other events (completions) are delivered until [`Task::is_drained`], which is asked
-//!   after each event of the task.
+//! - From [`Task::quiesce`] to [`Task::resume`] the task gets no kick and no timer, and takes no
+//!   new request. Other events (completions) are delivered until [`Task::is_drained`], which is
+//!   asked after each event of the task.
 //! - Draining is asynchronous: the other tasks of the worker run meanwhile.
 //! - A removed task is drained, watches nothing, and goes back to the caller.
 //!
@@ -78,8 +78,8 @@ pub enum Placement {
 pub trait Task: Send {
     /// Registers the descriptors that the task watches: kicks, and those of the backend.
     ///
-    /// After an error the device needs a reset. The task stays on the worker and is not called again
-    /// until it is removed.
+    /// After an error the device needs a reset. The task stays on the worker and is not called
+    /// again until it is removed.
     fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()>;
 
     /// The queue that was registered with `token` by [`Context::watch_kick`] was kicked.
@@ -88,8 +88,8 @@ pub trait Task: Send {
     /// A descriptor that was registered by [`Context::watch`] is ready.
     fn ready(&mut self, cx: &mut Context<'_>, event: Event);
 
-    /// The timer of [`Context::set_timer`] expired (it is no longer set), or the task asked for this
-    /// call by [`Context::reschedule`].
+    /// The timer of [`Context::set_timer`] expired (it is no longer set), or the task asked for
+    /// this call by [`Context::reschedule`].
     fn timer(&mut self, _cx: &mut Context<'_>) {}
 
     /// Take no new requests. Requests in flight complete.

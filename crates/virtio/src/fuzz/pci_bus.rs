@@ -21,8 +21,8 @@ impl MsiVectors for NoVectors {
     fn trigger(&self, _: u16) {}
 }
 
-/// A hostile guest on a bus: configuration spaces by either way, BARs anywhere, also in one place. At the end it assigns them by the book,
-/// and each function is where it should be, with its kicks.
+/// A hostile guest on a bus: configuration spaces by either way, BARs anywhere, also in one place.
+/// At the end it assigns them by the book, and each function is where it should be, with its kicks.
 pub fn pci_bus(data: &[u8]) {
     let mut input = Input(data);
     let (mut worker, kernel) = (TestWorker::new(), Arc::<FakeIoEventFds>::default());

@@ -9,8 +9,8 @@ use super::QueueError;
 
 /// The most descriptors of a chain, those of an indirect table included.
 ///
-/// A driver must not exceed the size of the queue (2.7.5.3.1). This is the largest size, for drivers
-/// that count an indirect table as one descriptor.
+/// A driver must not exceed the size of the queue (2.7.5.3.1). This is the largest size, for
+/// drivers that count an indirect table as one descriptor.
 pub const MAX_CHAIN_LEN: usize = super::MAX_QUEUE_SIZE as usize;
 
 /// A chain that was longer than this frees its memory before it is reused.
@@ -19,8 +19,8 @@ const KEPT_CAPACITY: usize = 160;
 /// The bytes of a buffer, for volatile access. Writes through it mark the pages dirty.
 pub type GuestSlice<'a> = VolatileSlice<'a, BS<'a, Option<AtomicBitmap>>>;
 
-/// A buffer in guest memory. It is not empty and lies in one region: [`Queue::pop`](super::Queue::pop)
-/// checked it.
+/// A buffer in guest memory. It is not empty and lies in one region:
+/// [`Queue::pop`](super::Queue::pop) checked it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GuestBuffer {
     /// Guest-physical address.
@@ -32,8 +32,8 @@ pub struct GuestBuffer {
 impl GuestBuffer {
     /// The bytes in `ram`, which must be the memory of the queue (other memory may give an error).
     ///
-    /// The slice is valid as long as a clone of `ram` lives. A caller that lets the kernel write through
-    /// its pointer must mark the pages: `slice.bitmap().mark_dirty(0, written)`.
+    /// The slice is valid as long as a clone of `ram` lives. A caller that lets the kernel write
+    /// through its pointer must mark the pages: `slice.bitmap().mark_dirty(0, written)`.
     pub fn slice<'a>(&self, ram: &'a GuestRam) -> Result<GuestSlice<'a>, QueueError> {
         ram.memory()
             .get_slice(GuestAddress(self.addr), self.len as usize)
@@ -41,7 +41,8 @@ impl GuestBuffer {
     }
 }
 
-/// A chain of descriptors that the driver made available: first the buffers to read, then the buffers to write.
+/// A chain of descriptors that the driver made available: first the buffers to read, then the
+/// buffers to write.
 ///
 /// The device allocates it once; [`Queue::pop`](super::Queue::pop) fills it again and again.
 #[derive(Debug, Default)]
@@ -174,7 +175,8 @@ impl<'a> Buffers<'a> {
         Some((first, Buffers { list, skip: skip as u32, len: rest }))
     }
 
-    /// Copies from the start of the range to `data`. Returns the number of bytes: the shorter length.
+    /// Copies from the start of the range to `data`. Returns the number of bytes: the shorter
+    /// length.
     pub fn read(&self, ram: &GuestRam, data: &mut [u8]) -> Result<usize, QueueError> {
         let mut done = 0;
         for buffer in self.iter() {

@@ -159,7 +159,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Stores the used index after the added entries. Returns whether the driver wants an interrupt.
+    /// Stores the used index after the added entries. Returns whether the driver wants an
+    /// interrupt.
     #[inline]
     pub(crate) fn publish(&mut self, memory: &impl RingMemory) -> Result<bool, QueueError> {
         let (old, new) = (self.published, self.next_used);
@@ -178,8 +179,8 @@ impl Ring {
         }
     }
 
-    /// Asks for no kicks. With `event_idx` there is nothing to do: the last index that was asked for
-    /// has passed.
+    /// Asks for no kicks. With `event_idx` there is nothing to do: the last index that was asked
+    /// for has passed.
     #[inline]
     pub(crate) fn disable_notifications(&mut self, memory: &impl RingMemory) -> Result<(), QueueError> {
         if !self.event_idx && !self.quiet {
@@ -207,7 +208,8 @@ impl Ring {
         Ok(self.seen_avail != self.next_avail)
     }
 
-    /// As [`Ring::enable_notifications`], for the entry after those that are there and not taken yet.
+    /// As [`Ring::enable_notifications`], for the entry after those that are there and not taken
+    /// yet.
     pub(super) fn enable_notifications_of_more(
         &mut self,
         memory: &impl RingMemory,
@@ -294,7 +296,8 @@ mod tests {
     }
 
     impl Modelled {
-        /// The driver makes `head` available as entry `idx`. Returns whether the device wants a kick.
+        /// The driver makes `head` available as entry `idx`. Returns whether the device wants a
+        /// kick.
         fn add(&self, event_idx: bool, idx: u16, head: u16) -> bool {
             self.avail[usize::from(idx % SIZE)].store(head, Ordering::Relaxed);
             self.avail_idx.store(idx + 1, Ordering::Release);
@@ -306,7 +309,8 @@ mod tests {
             }
         }
 
-        /// The driver asks for an interrupt at used entry `idx`. Returns whether it is there already.
+        /// The driver asks for an interrupt at used entry `idx`. Returns whether it is there
+        /// already.
         fn wants_interrupt(&self, event_idx: bool, idx: u16) -> bool {
             if event_idx {
                 self.used_event.store(idx, Ordering::Relaxed);
@@ -361,7 +365,8 @@ mod tests {
         no_kick_is_lost(false);
     }
 
-    /// The use of vsock's event queue: an entry stays in the ring, and the device waits for another.
+    /// The use of vsock's event queue: an entry stays in the ring, and the device waits for
+    /// another.
     fn no_kick_for_more_is_lost(event_idx: bool) {
         loom::model(move || {
             let memory = Arc::new(Modelled::default());

@@ -37,7 +37,8 @@ impl RingArea {
     ) -> Result<Self, QueueError> {
         let area = RingArea::borrowed(ram, name, addr, len, align)?;
         let (start, size) = (area.region.start_addr(), area.region.len());
-        // `vm-memory` gives out the `Arc` of a region only by removing it from (a copy of) the list.
+        // `vm-memory` gives out the `Arc` of a region only by removing it from (a copy of) the
+        // list.
         let (_, region) = ram.memory().remove_region(start, size).map_err(|_| area.outside())?;
         Ok(RingArea { name, region, addr, offset: area.offset, len })
     }

@@ -474,7 +474,8 @@ fn write_table(ram: &GuestRam, at: u64, table: &[Entry]) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Whatever is in the descriptors: what the specification allows is popped as it says, anything else is an error.
+    /// Whatever is in the descriptors: what the specification allows is popped as it says, anything
+    /// else is an error.
     #[test]
     fn any_table_gives_what_the_specification_says(
         table in prop::collection::vec(entry(8), 8),
@@ -519,7 +520,8 @@ proptest! {
         }
     }
 
-    /// Garbage everywhere: an error or a chain, never a panic, and never more in flight than the queue has room for.
+    /// Garbage everywhere: an error or a chain, never a panic, and never more in flight than the
+    /// queue has room for.
     #[test]
     fn garbage_in_the_rings_breaks_nothing(
         garbage in prop::collection::vec(any::<u8>(), 300),
@@ -574,8 +576,8 @@ type Given = (u16, Vec<Buffer>, Vec<Buffer>);
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
-    /// A driver by the book, a device in any rhythm: chains arrive whole and in order, every one comes back with its length, and
-    /// whoever sleeps is woken.
+    /// A driver by the book, a device in any rhythm: chains arrive whole and in order, every one
+    /// comes back with its length, and whoever sleeps is woken.
     #[test]
     fn nothing_is_lost_changed_or_forgotten(
         size in prop_oneof![Just(1u16), Just(2), Just(8), Just(64)],

@@ -308,7 +308,8 @@ impl Guest {
         self.write(QUEUE_READY, 1);
     }
 
-    /// What a driver does up to `FEATURES_OK`, with all features but for `EVENT_IDX` if `event_idx` is false.
+    /// What a driver does up to `FEATURES_OK`, with all features but for `EVENT_IDX` if `event_idx`
+    /// is false.
     pub fn negotiate(&mut self, event_idx: bool) -> u64 {
         self.negotiate_without(if event_idx { 0 } else { feature::RING_EVENT_IDX })
     }
@@ -342,7 +343,8 @@ impl Guest {
         driver
     }
 
-    /// On PCI, enables MSI-X with a vector for the configuration (0) and the selected queue (1), all of them open.
+    /// On PCI, enables MSI-X with a vector for the configuration (0) and the selected queue (1),
+    /// all of them open.
     pub fn map_vectors(&mut self) {
         if let Transport::Pci(pci) = &mut self.transport {
             for vector in 0..2u64 {

@@ -172,7 +172,8 @@ impl TransportCore {
         self.resetting.clone()
     }
 
-    /// Handles a write of the status. 0 begins a reset, which [`TransportCore::finish_reset`] completes.
+    /// Handles a write of the status. 0 begins a reset, which [`TransportCore::finish_reset`]
+    /// completes.
     pub(super) fn set_status(&mut self, value: u8) {
         if value == 0 {
             if self.resetting.is_none() {
@@ -205,8 +206,8 @@ impl TransportCore {
     /// Whether the driver accepted only offered features.
     ///
     /// A driver must accept `VERSION_1` too, but those of some unikernels do not. For them the
-    /// device behaves the same: registers, rings and the 12-byte header of a network frame are those
-    /// of version 1, and x86 is little-endian either way.
+    /// device behaves the same: registers, rings and the 12-byte header of a network frame are
+    /// those of version 1, and x86 is little-endian either way.
     fn features_fit(&self) -> bool {
         self.driver_features & !self.offered() == 0
     }
@@ -221,7 +222,8 @@ impl TransportCore {
         self.queues.get(usize::from(self.queue_select)).map(|queue| (&queue.state, queue.max_size))
     }
 
-    /// Changes the set-up of the selected queue. Only between `FEATURES_OK` and `DRIVER_OK` (3.1.1).
+    /// Changes the set-up of the selected queue. Only between `FEATURES_OK` and `DRIVER_OK`
+    /// (3.1.1).
     fn set_up(&mut self, change: impl FnOnce(&mut QueueState)) {
         let status = self.status();
         if status & Status::FEATURES_OK == 0 || status & Status::DRIVER_OK != 0 || self.is_resetting() {

@@ -70,8 +70,8 @@ impl DeviceStatus {
         self.status.store(status, Ordering::SeqCst);
     }
 
-    /// Logs a failure of the host that makes the device slower. Only the first: a guest can cause it at
-    /// will.
+    /// Logs a failure of the host that makes the device slower. Only the first: a guest can cause
+    /// it at will.
     pub(super) fn complain(&self, what: &dyn fmt::Display) {
         if !self.complained.swap(true, Ordering::Relaxed) {
             log::warn!("{}: {what}", self.name);

@@ -151,15 +151,15 @@ impl MmioTransport {
         MmioState { common, interrupt_status: self.interrupt.status.load(Ordering::SeqCst) }
     }
 
-    /// Restores this new transport from `state`. The interrupt controller must be restored already. An
-    /// active device starts when the workers resume.
+    /// Restores this new transport from `state`. The interrupt controller must be restored already.
+    /// An active device starts when the workers resume.
     pub fn restore(&mut self, state: &MmioState) -> Result<(), RestoreError> {
         self.interrupt.status.store(state.interrupt_status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
         self.common.restore(&state.common, state.interrupt_status & CONFIG_CHANGE != 0)
     }
 
-    /// Drains the device and removes its ioeventfds. Returns false if it did not drain within `timeout`:
-    /// then nothing was removed, and the call may be repeated.
+    /// Drains the device and removes its ioeventfds. Returns false if it did not drain within
+    /// `timeout`: then nothing was removed, and the call may be repeated.
     pub fn unplug(&mut self, timeout: Duration) -> bool {
         self.common.drain(timeout);
         let done = self.finish_reset();
@@ -188,8 +188,8 @@ impl MmioTransport {
 
     /// Handles a guest's write of `data` at `offset`.
     ///
-    /// `Some` is a reset that has not completed. Drivers do not poll for its end: unlock the transport,
-    /// [wait](Resetting::wait), and only then resume the vCPU.
+    /// `Some` is a reset that has not completed. Drivers do not poll for its end: unlock the
+    /// transport, [wait](Resetting::wait), and only then resume the vCPU.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Option<Resetting> {
         if let Some(offset) = offset.checked_sub(CONFIG) {
             self.common.write_config(offset, data);

@@ -1,4 +1,5 @@
-//! virtio over PCI, modern (4.1): a type-0 function with its registers in one 64-bit BAR, and MSI-X.
+//! virtio over PCI, modern (4.1): a type-0 function with its registers in one 64-bit BAR, and
+//! MSI-X.
 //!
 //! # The BAR
 //!
@@ -13,8 +14,8 @@
 //!
 //! # Interrupts
 //!
-//! There is one MSI-X vector for each queue and one for configuration changes. The driver maps them.
-//! There are no pin interrupts: a driver without MSI-X must poll.
+//! There is one MSI-X vector for each queue and one for configuration changes. The driver maps
+//! them. There are no pin interrupts: a driver without MSI-X must poll.
 //!
 //! # The address of the BAR
 //!

@@ -1,7 +1,7 @@
 //! A reset in progress: the device's tasks drain and come back from their workers.
 //!
-//! vCPUs wait for it without the transport's lock, so that others reach the registers meanwhile. All
-//! have the same deadline, however many wait and however often the driver writes the status.
+//! vCPUs wait for it without the transport's lock, so that others reach the registers meanwhile.
+//! All have the same deadline, however many wait and however often the driver writes the status.
 
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
@@ -27,8 +27,8 @@ impl Resetting {
         Resetting(Arc::new(Drain { begun: Instant::now(), removals }))
     }
 
-    /// Waits until nothing is in flight, at most until [`RESET_TIMEOUT`] after the reset began. The next
-    /// access to the transport completes the reset.
+    /// Waits until nothing is in flight, at most until [`RESET_TIMEOUT`] after the reset began. The
+    /// next access to the transport completes the reset.
     pub fn wait(&self) {
         self.wait_until(self.until(RESET_TIMEOUT));
     }
@@ -55,8 +55,8 @@ impl Resetting {
     }
 }
 
-/// Detaches the tasks that are back, and waits for the others as long as there is time `left`. Returns
-/// whether all are back.
+/// Detaches the tasks that are back, and waits for the others as long as there is time `left`.
+/// Returns whether all are back.
 fn take_back(removals: &mut Vec<Removal>, left: impl Fn() -> Duration) -> bool {
     while let Some(removal) = removals.last() {
         let left = left();

@@ -397,7 +397,8 @@ fn a_reset_in_the_middle_of_io_waits_until_the_device_has_drained() {
     });
 }
 
-/// A device on mmio whose worker is a thread, with a request in flight that does not end until `control` says so.
+/// A device on mmio whose worker is a thread, with a request in flight that does not end until
+/// `control` says so.
 fn busy_on_mmio(events: Arc<dyn IoEventFds>) -> (MmioTransport, Arc<EchoControl>, Workers) {
     use super::Attachment;
     use super::mmio::IrqLine;
@@ -723,7 +724,8 @@ fn act() -> impl Strategy<Value = Act> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// At any moment of any driver's life: what is saved and restored is the same device, also to the driver that goes on with it.
+    /// At any moment of any driver's life: what is saved and restored is the same device, also to
+    /// the driver that goes on with it.
     #[test]
     fn a_device_that_is_saved_at_any_moment_comes_back_the_same(
         acts in prop::collection::vec(act(), 1..40),

@@ -130,7 +130,8 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// Calls [`Task::kicked`](super::Task::kicked) with `token` when `kick` is signalled. The counter is never read.
+    /// Calls [`Task::kicked`](super::Task::kicked) with `token` when `kick` is signalled. The
+    /// counter is never read.
     pub fn watch_kick(&mut self, token: Token, kick: &Arc<EventFd>) -> io::Result<()> {
         self.add(token, Watched::Kick(Arc::clone(kick)), EventFlags::IN | EventFlags::ET, true)
     }
@@ -150,14 +151,14 @@ impl Context<'_> {
         self.add(token, Watched::Fd(fd), interest.flags() | EventFlags::ET, false)
     }
 
-    /// As [`Context::watch_edge`], but shares `fd` with the task instead of copying it, for tasks with
-    /// thousands of descriptors.
+    /// As [`Context::watch_edge`], but shares `fd` with the task instead of copying it, for tasks
+    /// with thousands of descriptors.
     pub fn watch_shared(&mut self, token: Token, fd: &Arc<OwnedFd>, interest: Interest) -> io::Result<()> {
         self.add(token, Watched::Shared(Arc::clone(fd)), interest.flags() | EventFlags::ET, false)
     }
 
-    /// Changes the conditions of the edge-triggered descriptor `token`. One that holds already gives
-    /// an event.
+    /// Changes the conditions of the edge-triggered descriptor `token`. One that holds already
+    /// gives an event.
     pub fn change_edge(&mut self, token: Token, interest: Interest) -> io::Result<()> {
         self.modify(token, interest.flags() | EventFlags::ET)
     }
@@ -189,8 +190,8 @@ impl Context<'_> {
         }
     }
 
-    /// Calls [`Task::timer`](super::Task::timer) once at `at`, or soon if `at` has passed. A later call
-    /// replaces the time.
+    /// Calls [`Task::timer`](super::Task::timer) once at `at`, or soon if `at` has passed. A later
+    /// call replaces the time.
     pub fn set_timer(&mut self, at: Nanos) {
         self.registrations.timer = Some(at);
     }

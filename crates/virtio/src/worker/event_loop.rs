@@ -123,7 +123,8 @@ impl EventLoop {
         }
         let at = usize::from(key.slot);
         let Some(Slot { registrations, entry: Some(entry) }) = self.slots.get(at) else { return };
-        // An event of a former task in this slot, or one of the batch in which the task was removed.
+        // An event of a former task in this slot, or one of the batch in which the task was
+        // removed.
         if registrations.life != key.life || !entry.state.gets_backend_events() {
             return;
         }

@@ -8,7 +8,8 @@
 //!
 //! - A task is asked to quiesce only while it runs, and to resume only while it does not. It may
 //!   still be draining then: a pause that takes too long is undone.
-//! - A task is [`Phase::Quiesced`] only if it was drained since it last ran. Only then it is given back.
+//! - A task is [`Phase::Quiesced`] only if it was drained since it last ran. Only then it is given
+//!   back.
 //! - A pause is answered only while it lasts, and only when every task is drained.
 
 /// The phase of a task in its protocol.

@@ -31,8 +31,8 @@ pub struct WorkersConfig {
 
 /// All workers of a machine. Clones share them.
 ///
-/// When the last clone is dropped, the workers end after their tasks have drained. The drop does not
-/// wait for that; [`Workers::stop`] does.
+/// When the last clone is dropped, the workers end after their tasks have drained. The drop does
+/// not wait for that; [`Workers::stop`] does.
 #[derive(Clone)]
 pub struct Workers {
     pool: Arc<Pool>,
@@ -99,10 +99,11 @@ impl Workers {
         TaskHandle { key, mailbox }
     }
 
-    /// Quiesces all tasks and waits until nothing is in flight, for at most `timeout`. Tasks that are
-    /// added from now on do not run.
+    /// Quiesces all tasks and waits until nothing is in flight, for at most `timeout`. Tasks that
+    /// are added from now on do not run.
     ///
-    /// After an error the tasks continue to drain. [`Workers::resume`] undoes the pause in any case.
+    /// After an error the tasks continue to drain. [`Workers::resume`] undoes the pause in any
+    /// case.
     pub fn pause(&self, timeout: Duration) -> Result<(), PauseError> {
         let begun = Instant::now();
         let replies: Vec<_> = locked(&self.pool.workers)
@@ -140,7 +141,8 @@ impl Workers {
         join(thread);
     }
 
-    /// Ends all workers after their tasks have drained, and waits for them. Their tasks are detached.
+    /// Ends all workers after their tasks have drained, and waits for them. Their tasks are
+    /// detached.
     pub fn stop(self) {
         let threads: Vec<_> = {
             let mut workers = locked(&self.pool.workers);

@@ -415,7 +415,8 @@ fn what_a_removed_task_watched_wakes_nobody() {
 fn tokens_are_watched_once_and_can_be_changed_and_dropped() {
     let mut worker = TestWorker::new();
     let checked = Arc::new(AtomicBool::new(false));
-    // An eventfd can always be written: the event comes again and again until it is not wanted any more.
+    // An eventfd can always be written: the event comes again and again until it is not wanted any
+    // more.
     let (watcher, watcher_hand) = probe({
         let mut count = 0;
         move |cx, did| {

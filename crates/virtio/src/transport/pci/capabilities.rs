@@ -44,7 +44,8 @@ impl Window {
         self.at + 16
     }
 
-    /// The access to the BAR that an access to the data stands for. `None` if the set-up is invalid.
+    /// The access to the BAR that an access to the data stands for. `None` if the set-up is
+    /// invalid.
     pub(super) fn access(self, space: &ConfigSpace) -> Option<WindowAccess> {
         let [bar] = space.bytes(self.at + 4);
         let offset = u64::from(u32::from_le_bytes(space.bytes(self.at + 8)));

@@ -1,7 +1,7 @@
 //! The configuration space of a PCI function (type 0 header), with one 64-bit memory BAR or none.
 //!
-//! It is an image of 256 bytes with a mask of the writable bits. The function handles registers with
-//! side effects (MSI-X control, the configuration access capability) after the write.
+//! It is an image of 256 bytes with a mask of the writable bits. The function handles registers
+//! with side effects (MSI-X control, the configuration access capability) after the write.
 
 use serde::{Deserialize, Serialize};
 
@@ -78,7 +78,8 @@ impl ConfigSpace {
         self.allow(BAR0, &(!(size - 1)).to_le_bytes());
     }
 
-    /// Adds a capability: `id`, then `body`, whose bits in `writable` are writable. Returns its offset.
+    /// Adds a capability: `id`, then `body`, whose bits in `writable` are writable. Returns its
+    /// offset.
     pub(super) fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
         let at = self.end;
         self.bytes[self.last_link] = at as u8;

@@ -1,15 +1,15 @@
 //! The ioeventfds of all functions of a bus.
 //!
 //! A function's doorbells are registered at the address where its BAR is decoded, or was last. They
-//! stay when decoding is disabled: a guest that sizes a BAR disables and enables it, which would cost
-//! dozens of changes in the kernel. But another function may move to an address that one has left,
-//! and the kernel would still signal the first. So all functions of a bus share this table.
+//! stay when decoding is disabled: a guest that sizes a BAR disables and enables it, which would
+//! cost dozens of changes in the kernel. But another function may move to an address that one has
+//! left, and the kernel would still signal the first. So all functions of a bus share this table.
 //!
 //! # Invariant
 //!
 //! Kicks at an address signal a function that decodes it, if there is one. If a guest puts two BARs
-//! at one address, it is one of the two. The other's kicks reach its transport when it is alone at an
-//! address, at the latest when its BAR is moved.
+//! at one address, it is one of the two. The other's kicks reach its transport when it is alone at
+//! an address, at the latest when its BAR is moved.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -93,8 +93,8 @@ impl Doorbells {
         }
     }
 
-    /// Registers a function's kicks for a BAR at `bar`, unless another function decodes that address
-    /// and is registered there.
+    /// Registers a function's kicks for a BAR at `bar`, unless another function decodes that
+    /// address and is registered there.
     fn place(&self, functions: &mut Functions, key: FunctionKey, bar: u64) {
         let holder = functions.by_key.iter_mut().find(|(_, function)| function.placed == Some(bar));
         match holder {
@@ -126,7 +126,8 @@ impl Doorbells {
         }
     }
 
-    /// Unregisters a function's kicks. Returns the address of the BAR for which they were registered.
+    /// Unregisters a function's kicks. Returns the address of the BAR for which they were
+    /// registered.
     fn withdraw(&self, function: &mut Function) -> Option<u64> {
         let bar = function.placed.take()?;
         for (addr, (event, taken)) in addrs(bar).zip(&mut function.events) {
@@ -187,7 +188,8 @@ mod tests {
             self.doorbells.moved(self.functions[function].0, to.map(bar));
         }
 
-        /// Kicks queue `queue` of the function at a BAR. Returns the function that the kernel signals.
+        /// Kicks queue `queue` of the function at a BAR. Returns the function that the kernel
+        /// signals.
         fn kick(&self, at: u64, queue: u64) -> Option<usize> {
             let took = self.kernel.write(bar(at) + 0x6000 + 4 * queue, 0);
             let mut heard = None;

@@ -101,8 +101,8 @@ pub struct PciTransport {
 }
 
 impl PciTransport {
-    /// Creates a function for `root`, to be plugged there. Its BAR is at `bar` in the root's window, a
-    /// multiple of [`BAR_SIZE`]. It has one vector more than queues.
+    /// Creates a function for `root`, to be plugged there. Its BAR is at `bar` in the root's
+    /// window, a multiple of [`BAR_SIZE`]. It has one vector more than queues.
     pub fn new(
         attachment: Attachment,
         bar: u64,
@@ -174,8 +174,8 @@ impl PciTransport {
         }
     }
 
-    /// Restores this new function from `state`. The interrupt controller must be restored already. An
-    /// active device starts when the workers resume.
+    /// Restores this new function from `state`. The interrupt controller must be restored already.
+    /// An active device starts when the workers resume.
     pub fn restore(&mut self, state: &PciState) -> Result<(), RestoreError> {
         let impossible =
             |what| RestoreError::Impossible { name: self.interrupt.device_status.name().into(), what };
@@ -197,8 +197,8 @@ impl PciTransport {
         self.common.restore(&state.common, state.isr & ISR_CONFIG != 0)
     }
 
-    /// Drains the device and removes its ioeventfds. Returns false if it did not drain within `timeout`:
-    /// then nothing was removed, and the call may be repeated.
+    /// Drains the device and removes its ioeventfds. Returns false if it did not drain within
+    /// `timeout`: then nothing was removed, and the call may be repeated.
     pub fn unplug(&mut self, timeout: Duration) -> bool {
         self.common.drain(timeout);
         let done = self.finish_reset();

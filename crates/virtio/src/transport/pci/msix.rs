@@ -190,7 +190,8 @@ impl Msix {
         }
     }
 
-    /// Writes the table at `offset`. Other than aligned writes of 4 or 8 bytes are ignored (PCI 6.1.4.2).
+    /// Writes the table at `offset`. Other than aligned writes of 4 or 8 bytes are ignored (PCI
+    /// 6.1.4.2).
     pub(super) fn write_table(&mut self, offset: u64, data: &[u8]) {
         if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
             return;
@@ -210,8 +211,8 @@ impl Msix {
             8 => entry.message.data = word,
             _ => entry.masked = word & 1 != 0,
         }
-        // The message of an unmasked vector changes at once. For the guest the result of an interrupt
-        // meanwhile is undefined; here it is harmless.
+        // The message of an unmasked vector changes at once. For the guest the result of an
+        // interrupt meanwhile is undefined; here it is harmless.
         self.refresh(vector);
     }
 

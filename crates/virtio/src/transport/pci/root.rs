@@ -1,6 +1,7 @@
 //! The PCI root: a host bridge at 00:00.0, 31 slots for devices, and the guest's accesses to them.
 //!
-//! - **ECAM**: 4 KiB of configuration space for each function, in memory (PCI Express 7.2.2). One bus: 1 MiB.
+//! - **ECAM**: 4 KiB of configuration space for each function, in memory (PCI Express 7.2.2). One
+//!   bus: 1 MiB.
 //! - **Ports 0xcf8 and 0xcfc** (PCI 3.2.2.3.2), for software without ECAM.
 //! - **BARs**: an access in the machine's window goes to the function that decodes the address.
 //!
@@ -149,8 +150,8 @@ impl PciRoot {
         }
     }
 
-    /// Handles a read at guest-physical `addr`. Returns false if no function decodes it; `data` is then
-    /// all ones.
+    /// Handles a read at guest-physical `addr`. Returns false if no function decodes it; `data` is
+    /// then all ones.
     pub fn read_bar(&self, addr: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);
         let Some((function, offset)) = self.decode(addr) else { return false };

@@ -1,9 +1,9 @@
 //! The mask and the pending bit of a vector, which a worker raises while the guest masks it.
 //!
-//! No interrupt is lost. A worker that finds the vector masked sets `pending` and then reads the mask
-//! again. A vCPU that unmasks clears the mask and then takes `pending`. Each side has a full fence
-//! between its two steps, so that in any order one sees the other. No interrupt is sent twice:
-//! exactly one side takes `pending`.
+//! No interrupt is lost. A worker that finds the vector masked sets `pending` and then reads the
+//! mask again. A vCPU that unmasks clears the mask and then takes `pending`. Each side has a full
+//! fence between its two steps, so that in any order one sees the other. No interrupt is sent
+//! twice: exactly one side takes `pending`.
 //!
 //! The code is generic over [`Flag`], so that a model checker can run it.
 
