@@ -40,6 +40,8 @@ use crate::queue::Queue;
 use crate::worker::Task;
 use sync::EventFd;
 
+pub use crate::feature;
+pub use crate::interrupt::Interrupt;
 pub use state::{DecodeError, DeviceData, DeviceState};
 
 /// The device id (chapter 5).
@@ -64,17 +66,6 @@ pub enum DeviceKind {
     Fs = 26,
     /// Persistent memory device.
     Pmem = 27,
-}
-
-/// Feature bits of the ring and the transport (chapter 6).
-pub mod feature {
-    /// `VIRTIO_F_INDIRECT_DESC`: the driver may use indirect descriptors.
-    pub const RING_INDIRECT_DESC: u64 = 1 << 28;
-    /// `VIRTIO_F_EVENT_IDX`: each side sets the index at which it wants a notification.
-    pub const RING_EVENT_IDX: u64 = 1 << 29;
-    /// `VIRTIO_F_VERSION_1`. Always offered. A driver that does not accept it is served in the same
-    /// way.
-    pub const VERSION_1: u64 = 1 << 32;
 }
 
 /// A field of the configuration space that exists only with a feature.
@@ -201,20 +192,6 @@ pub enum ActivateError {
     },
 }
 
-/// A device's notifications to its driver. The transports implement it.
-///
-/// The calls do not wait. They take no lock of a transport, and only locks that are held for a few
-/// instructions.
-pub trait Interrupt: Send + Sync {
-    /// Queue `index` has used buffers (2.3).
-    fn queue(&self, index: u16);
-    /// The configuration space has changed (2.3).
-    fn config(&self);
-    /// Sets `DEVICE_NEEDS_RESET` and notifies the driver (2.1.2). Each call is counted. `why` is
-    /// logged for the first, second, fourth, eighth, … call.
-    fn needs_reset(&self, why: &dyn fmt::Display);
-}
-
 /// Fills `data` from `image` at `offset`. Bytes beyond the image read as 0.
 pub fn read_bytes(image: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
@@ -240,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn config_reads_of_any_size_at_any_offset_give_the_image_and_zeros() {
+    fn config_reads_return_the_image_and_zeros() {
         let image = [1, 2, 3, 4];
         for (offset, want) in
             [(0, [1, 2, 3]), (2, [3, 4, 0]), (4, [0, 0, 0]), (u64::MAX, [0, 0, 0]), (u64::MAX - 1, [0, 0, 0])]

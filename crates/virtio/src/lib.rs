@@ -58,7 +58,7 @@
 //!    runs on vCPU threads.
 //! 2. For each device: create it, wrap it in an [`Attachment`](transport::Attachment), and pass
 //!    that to [`MmioTransport::new`](transport::mmio::MmioTransport::new) or
-//!    [`PciTransport::new`](transport::pci::PciTransport::new) (and plug that into the
+//!    [`PciRoot::new_function`](transport::pci::PciRoot::new_function) (and plug that into the
 //!    [`PciRoot`](transport::pci::PciRoot)). This registers the ioeventfds, so vCPUs and memory
 //!    slots come first. Later changes (limits, the file of a disk) go through the control handle
 //!    that the device's constructor returned, not through the transport.
@@ -110,8 +110,10 @@
 #![forbid(unsafe_code)]
 
 pub mod device;
+pub mod feature;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
+mod interrupt;
 #[cfg(test)]
 mod model;
 pub mod queue;

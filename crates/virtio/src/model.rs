@@ -589,12 +589,12 @@ fn no_completion_is_lost_or_delivered_twice(event_idx: bool) {
 }
 
 #[test]
-fn whatever_pauses_forks_and_removals_no_completion_is_lost_or_delivered_twice_with_event_idx() {
+fn each_completion_is_delivered_once_with_event_idx() {
     no_completion_is_lost_or_delivered_twice(true);
 }
 
 #[test]
-fn whatever_pauses_forks_and_removals_no_completion_is_lost_or_delivered_twice_with_flags() {
+fn each_completion_is_delivered_once_with_flags() {
     no_completion_is_lost_or_delivered_twice(false);
 }
 

@@ -39,6 +39,7 @@
 
 mod chain;
 mod error;
+mod limits;
 pub(crate) mod ring;
 mod ring_area;
 #[cfg(test)]
@@ -51,15 +52,13 @@ use memory::{GuestRam, GuestRegion};
 use serde::{Deserialize, Serialize};
 use virtio_queue::desc::split::Descriptor;
 
-use crate::device::feature;
+use crate::feature;
 use ring::Ring;
 use ring_area::{RingArea, Rings};
 
-pub use chain::{Buffers, Chain, GuestBuffer, GuestSlice, MAX_CHAIN_LEN};
+pub use chain::{Buffers, Chain, GuestBuffer, GuestSlice};
 pub use error::QueueError;
-
-/// The largest queue that a device may offer.
-pub const MAX_QUEUE_SIZE: u16 = 1024;
+pub use limits::{MAX_CHAIN_LEN, MAX_QUEUE_SIZE};
 
 /// The set-up of one queue by its driver and the device's progress in it, as plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_timer_that_comes_late_costs_nothing_even_if_the_bucket_holds_one_request() {
+    fn late_timer_costs_no_tokens_of_a_one_request_bucket() {
         for (size, refill_time_ms, request, late) in [
             (1_000_000, 10, 4096, 200_000),
             (1, 1, 1, 80_000),
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_larger_than_the_bucket_passes_and_then_blocks_in_proportion() {
+    fn request_larger_than_the_bucket_delays_later_ones() {
         let mut limiter = RateLimiter::new(bytes_only(bucket(100, 1000)), 0);
         assert!(limiter.try_take(350, 0));
         // The debt is 250, and the next request needs 50 more: 3 seconds.

@@ -5,13 +5,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use super::QueueError;
-
-/// The most descriptors of a chain, those of an indirect table included.
-///
-/// A driver must not exceed the size of the queue (2.7.5.3.1). This is the largest size, for
-/// drivers that count an indirect table as one descriptor.
-pub const MAX_CHAIN_LEN: usize = super::MAX_QUEUE_SIZE as usize;
+use super::error::QueueError;
 
 /// A chain that was longer than this frees its memory before it is reused.
 const KEPT_CAPACITY: usize = 160;

@@ -1,6 +1,6 @@
 //! Errors of a virtqueue.
 
-use super::MAX_CHAIN_LEN;
+use super::limits::MAX_CHAIN_LEN;
 
 /// How the driver broke the rules of a queue (2.7). The queue is dead from then on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -11,7 +11,7 @@
 //! steps on each side, at least one of them sees the other's store: either the driver kicks or the
 //! device continues. For interrupts the sides are exchanged.
 
-use super::QueueError;
+use super::error::QueueError;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver wants no interrupts (2.7.7).
 const NO_INTERRUPT: u16 = 1;
@@ -387,12 +387,12 @@ mod tests {
     }
 
     #[test]
-    fn in_every_order_a_device_that_waits_for_another_entry_is_kicked_with_event_idx() {
+    fn device_that_waits_for_another_entry_is_kicked_event_idx() {
         no_kick_for_more_is_lost(true);
     }
 
     #[test]
-    fn in_every_order_a_device_that_waits_for_another_entry_is_kicked_with_flags() {
+    fn device_that_waits_for_another_entry_is_kicked_flags() {
         no_kick_for_more_is_lost(false);
     }
 
@@ -420,12 +420,12 @@ mod tests {
     }
 
     #[test]
-    fn in_every_order_a_driver_that_sleeps_is_interrupted_with_event_idx() {
+    fn sleeping_driver_is_interrupted_with_event_idx() {
         no_interrupt_is_lost(true);
     }
 
     #[test]
-    fn in_every_order_a_driver_that_sleeps_is_interrupted_with_flags() {
+    fn sleeping_driver_is_interrupted_with_flags() {
         no_interrupt_is_lost(false);
     }
 }

@@ -9,8 +9,8 @@ use vm_memory::{
     ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
 };
 
-use super::QueueError;
 use super::chain::GuestSlice;
+use super::error::QueueError;
 use super::ring::{RingMemory, order};
 
 /// A range of guest memory in one region. The region is kept (`Arc`, for the life of the queue) or

@@ -193,8 +193,7 @@ impl Guest {
             Kind::Pci => {
                 let vectors = Box::new(Vectors(Arc::clone(&interrupts)));
                 let root = PciRoot::new(WINDOW, events);
-                let pci =
-                    PciTransport::new(attachment, BAR, vectors, &root).expect("a device can be attached");
+                let pci = root.new_function(attachment, BAR, vectors).expect("a device can be attached");
                 Transport::Pci(Box::new(pci))
             }
         };

@@ -7,8 +7,11 @@ use std::sync::Arc;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 
-use super::{Nanos, Token};
+use super::clock::{Clock, Nanos};
 use sync::EventFd;
+
+/// A task's number for a descriptor that it watches. Unique within the task.
+pub type Token = u32;
 
 /// The conditions to wait for on a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,14 +133,14 @@ pub struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// Calls [`Task::kicked`](super::Task::kicked) with `token` when `kick` is signalled. The
+    /// Calls [`Task::kicked`](super::task::Task::kicked) with `token` when `kick` is signalled. The
     /// counter is never read.
     pub fn watch_kick(&mut self, token: Token, kick: &Arc<EventFd>) -> io::Result<()> {
         self.add(token, Watched::Kick(Arc::clone(kick)), EventFlags::IN | EventFlags::ET, true)
     }
 
-    /// Calls [`Task::ready`](super::Task::ready) with `token` as long as a condition of `interest`
-    /// holds (level-triggered), until [`Context::unwatch`].
+    /// Calls [`Task::ready`](super::task::Task::ready) with `token` as long as a condition of
+    /// `interest` holds (level-triggered), until [`Context::unwatch`].
     ///
     /// The worker keeps a copy of `fd`, so that the peer sees a close only after `unwatch`.
     pub fn watch(&mut self, token: Token, fd: impl AsFd, interest: Interest) -> io::Result<()> {
@@ -190,8 +193,8 @@ impl Context<'_> {
         }
     }
 
-    /// Calls [`Task::timer`](super::Task::timer) once at `at`, or soon if `at` has passed. A later
-    /// call replaces the time.
+    /// Calls [`Task::timer`](super::task::Task::timer) once at `at`, or soon if `at` has passed. A
+    /// later call replaces the time.
     pub fn set_timer(&mut self, at: Nanos) {
         self.registrations.timer = Some(at);
     }
@@ -201,7 +204,7 @@ impl Context<'_> {
         self.registrations.timer = None;
     }
 
-    /// Calls [`Task::timer`](super::Task::timer) after the other tasks had their turn.
+    /// Calls [`Task::timer`](super::task::Task::timer) after the other tasks had their turn.
     pub fn reschedule(&mut self) {
         self.registrations.again = true;
     }
@@ -223,42 +226,4 @@ impl Context<'_> {
         self.registrations.watches.insert(token, watched);
         Ok(())
     }
-}
-
-/// The clock of a worker. It is read at most once per wake-up.
-#[derive(Debug)]
-pub(crate) struct Clock {
-    source: fn() -> Nanos,
-    now: Option<Nanos>,
-    /// Whether it is the kernel's clock, which its timers follow.
-    pub(super) ticks: bool,
-}
-
-impl Clock {
-    /// The kernel's monotonic clock.
-    pub(super) fn monotonic() -> Self {
-        Clock { source: monotonic, now: None, ticks: true }
-    }
-
-    /// A clock that a test sets.
-    #[cfg(any(test, feature = "testing"))]
-    pub(crate) fn manual(source: fn() -> Nanos) -> Self {
-        Clock { source, now: None, ticks: false }
-    }
-
-    /// The time of this wake-up.
-    pub(super) fn now(&mut self) -> Nanos {
-        *self.now.get_or_insert_with(self.source)
-    }
-
-    /// Begins a wake-up.
-    pub(super) fn forget(&mut self) {
-        self.now = None;
-    }
-}
-
-/// Reads the kernel's monotonic clock.
-pub fn monotonic() -> Nanos {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }

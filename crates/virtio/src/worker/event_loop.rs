@@ -10,11 +10,12 @@ use std::sync::mpsc::SyncSender;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
-use super::context::{Clock, Context, Event, EventKey, Registrations};
+use super::clock::{Clock, Nanos};
+use super::context::{Context, Event, EventKey, Registrations};
 use super::mailbox::{Command, Mailbox, TaskKey};
 use super::phase::{DrainOutcome, RemoveAction, TaskState, WorkerState};
-use super::{Nanos, Task};
-use crate::device::Interrupt;
+use super::task::Task;
+use crate::interrupt::Interrupt;
 
 /// The slot of the worker's own descriptors. No task has it.
 const OWN_SLOT: u16 = u16::MAX;

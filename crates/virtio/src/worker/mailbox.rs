@@ -5,8 +5,8 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
 
-use super::Task;
-use crate::device::Interrupt;
+use super::task::Task;
+use crate::interrupt::Interrupt;
 use sync::EventFd;
 use sync::locked;
 

@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::context::Clock;
+use super::clock::Clock;
 use super::event_loop::EventLoop;
 use super::mailbox::{Command, Mailbox, TaskKey};
-use super::{Placement, Task, WorkerId};
-use crate::device::Interrupt;
+use super::task::{Placement, Task, WorkerId};
+use crate::interrupt::Interrupt;
 use sync::locked;
 
 /// The stack of a worker in bytes. Only pages that are used take memory.

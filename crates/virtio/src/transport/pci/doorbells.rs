@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_function_that_comes_where_another_was_first_has_the_kicks_there() {
+    fn function_at_a_left_address_gets_the_kicks_there() {
         let bus = Bus::new();
         bus.moved(0, Some(1));
         assert_eq!((bus.kick(1, 0), bus.kick(1, 1)), (Some(0), Some(0)));

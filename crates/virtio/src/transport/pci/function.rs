@@ -12,7 +12,7 @@ use super::capabilities::{self, Places};
 use super::config_space::{ConfigSpace, ConfigState, Identity};
 use super::doorbells::{Doorbells, FunctionKey};
 use super::msix::{MsiVectors, Msix, MsixState, VectorMasks};
-use super::{BAR_SIZE, BarWindow, DEVICE_BASE, PciRoot, VENDOR, class_code, layout};
+use super::{BAR_SIZE, BarWindow, DEVICE_BASE, VENDOR, class_code, layout};
 use crate::device::Interrupt;
 use crate::transport::core::{Area, CommonState, Half, TransportCore};
 use crate::transport::device_status::DeviceStatus;
@@ -101,13 +101,13 @@ pub struct PciTransport {
 }
 
 impl PciTransport {
-    /// Creates a function for `root`, to be plugged there. Its BAR is at `bar` in the root's
-    /// window, a multiple of [`BAR_SIZE`]. It has one vector more than queues.
-    pub fn new(
+    /// See [`PciRoot::new_function`](super::PciRoot::new_function).
+    pub(super) fn new(
         attachment: Attachment,
         bar: u64,
         vectors: Box<dyn MsiVectors>,
-        root: &PciRoot,
+        doorbells: Arc<Doorbells>,
+        window: BarWindow,
     ) -> io::Result<Self> {
         let kind = attachment.device.kind();
         let queues = attachment.device.queue_sizes().len();
@@ -135,7 +135,6 @@ impl PciTransport {
             Arc::clone(&device_status),
             Arc::clone(&interrupt) as Arc<dyn Interrupt>,
         )?;
-        let doorbells = root.doorbells();
         let key = doorbells.add(bar, common.kicks().cloned(), device_status);
         Ok(PciTransport {
             common,
@@ -143,7 +142,7 @@ impl PciTransport {
             msix,
             space,
             places,
-            window: root.window(),
+            window,
             decoded: Arc::new(AtomicU64::new(NOT_DECODED)),
             doorbells,
             key,

@@ -7,6 +7,7 @@
 //!
 //! All vCPU threads use the root at once. An access takes only the lock of the function it is for.
 
+use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -15,8 +16,9 @@ use serde::{Deserialize, Serialize};
 use super::config_space::{ConfigSpace, ConfigState, Identity};
 use super::doorbells::Doorbells;
 use super::function::{NOT_DECODED, PciTransport};
+use super::msix::MsiVectors;
 use super::{BAR_SIZE, BarWindow};
-use crate::transport::IoEventFds;
+use crate::transport::{Attachment, IoEventFds};
 use sync::locked;
 
 /// The most devices: slots 1 to 31 of the one bus.
@@ -171,9 +173,15 @@ impl PciRoot {
         self.window.clone()
     }
 
-    /// The doorbells of all functions.
-    pub(super) fn doorbells(&self) -> Arc<Doorbells> {
-        Arc::clone(&self.doorbells)
+    /// Creates a function for this root; [`PciRoot::plug`] makes it visible. Its BAR is at `bar` in
+    /// the root's window, a multiple of [`BAR_SIZE`]. It has one vector more than queues.
+    pub fn new_function(
+        &self,
+        attachment: Attachment,
+        bar: u64,
+        vectors: Box<dyn MsiVectors>,
+    ) -> io::Result<PciTransport> {
+        PciTransport::new(attachment, bar, vectors, Arc::clone(&self.doorbells), self.window())
     }
 
     /// Returns the state of the root.

@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn in_every_order_an_interrupt_that_is_raised_while_the_guest_unmasks_is_sent_once() {
+    fn interrupt_raised_during_an_unmask_is_sent_once() {
         loom::model(|| {
             let vector_mask = Arc::new(VectorMask::<loom::sync::atomic::AtomicBool>::default());
             let worker = {
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn in_every_order_masking_keeps_what_is_not_sent() {
+    fn masked_interrupt_stays_pending() {
         loom::model(|| {
             let vector_mask = Arc::new(VectorMask::<loom::sync::atomic::AtomicBool>::default());
             vector_mask.unmask();
