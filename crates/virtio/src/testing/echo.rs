@@ -1,4 +1,5 @@
-//! A device for tests of what is around devices: it copies what it reads to where it may write, at once or when it is told.
+//! A device for tests of what is around devices: it copies what it reads to where it may write, at
+//! once or when it is told.
 
 use std::collections::VecDeque;
 use std::io;

@@ -1,4 +1,4 @@
-//! What both transports are inside: the device's status, its features and its queues (2.1 to 2.4, 3.1).
+//! The part that both transports share: device status, features, queues (2.1 to 2.4, 3.1).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,56 +6,56 @@ use std::time::{Duration, Instant};
 use memory::GuestRam;
 use serde::{Deserialize, Serialize};
 
-use super::health::{Health, Status};
+use super::device_status::{DeviceStatus, Status};
 use super::{Attachment, Resetting, RestoreError};
 use crate::device::{Activation, ActiveQueue, Device, DeviceState, Interrupt, feature};
-use crate::queue::{Position, Queue, QueueError, QueueState};
+use crate::queue::{Queue, QueueError, QueueProgress, QueueState};
 use crate::worker::{TaskHandle, Workers};
 use sync::EventFd;
 
-/// A transport's registers that do not depend on which transport it is, and its device. Plain data.
+/// The saved state that both transports share, with that of the device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CommonState {
     /// Bits of [`Status`].
     pub status: u8,
     /// The features that the driver accepted.
     pub driver_features: u64,
-    /// Which 32 device features are visible.
+    /// The selected half of the device features.
     pub device_feature_select: u32,
-    /// Which 32 driver features are visible.
+    /// The selected half of the driver features.
     pub driver_feature_select: u32,
-    /// Which queue is visible.
+    /// The selected queue.
     pub queue_select: u16,
     /// All queues.
     pub queues: Vec<QueueState>,
-    /// The generation that the configuration space had.
+    /// The generation of the configuration space.
     pub config_generation: u32,
-    /// The device's own.
+    /// The device's own state.
     pub device: DeviceState,
 }
 
-/// A queue as the driver sets it up.
+/// The set-up of one queue by the driver.
 struct QueueSetup {
     max_size: u16,
     state: QueueState,
     kick: Arc<EventFd>,
-    /// How far the task that has the queue is.
-    position: Arc<Position>,
+    /// The progress of the task that serves the queue.
+    progress: Arc<QueueProgress>,
 }
 
 impl QueueSetup {
     fn new(max_size: u16) -> std::io::Result<Self> {
-        let (kick, position) = (Arc::new(EventFd::new()?), Arc::default());
-        Ok(QueueSetup { max_size, state: fresh(max_size), kick, position })
+        let (kick, progress) = (Arc::new(EventFd::new()?), Arc::default());
+        Ok(QueueSetup { max_size, state: fresh(max_size), kick, progress })
     }
 }
 
-/// A queue that nobody set up.
+/// A queue that was not set up.
 fn fresh(size: u16) -> QueueState {
     QueueState { size, ready: false, desc_table: 0, avail_ring: 0, used_ring: 0, next_avail: 0, next_used: 0 }
 }
 
-/// Parts of a queue that have an address.
+/// The areas of a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Area {
     /// Descriptor table.
@@ -66,7 +66,7 @@ pub(super) enum Area {
     Device,
 }
 
-/// Half of a 64-bit register.
+/// A half of a 64-bit register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Half {
     Low,
@@ -74,8 +74,8 @@ pub(super) enum Half {
 }
 
 /// Status, features, queues and device.
-pub(super) struct Common {
-    pub(super) health: Arc<Health>,
+pub(super) struct TransportCore {
+    pub(super) device_status: Arc<DeviceStatus>,
     interrupt: Arc<dyn Interrupt>,
     device: Box<dyn Device>,
     memory: GuestRam,
@@ -85,26 +85,26 @@ pub(super) struct Common {
     pub(super) queue_select: u16,
     driver_features: u64,
     queues: Vec<QueueSetup>,
-    /// What the generation counts from: a restored device begins a new one.
+    /// Added to the device's generation, so that a restored device has a new one.
     generation_base: u32,
     tasks: Vec<TaskHandle>,
-    /// The device is active, or was and is being reset.
+    /// The device is active, or a reset of it has not completed.
     activated: bool,
-    /// A reset that is not done.
+    /// A reset that has not completed.
     resetting: Option<Resetting>,
 }
 
-impl Common {
+impl TransportCore {
     pub(super) fn new(
         attachment: Attachment,
-        health: Arc<Health>,
+        device_status: Arc<DeviceStatus>,
         interrupt: Arc<dyn Interrupt>,
     ) -> std::io::Result<Self> {
         let Attachment { device, memory, workers, .. } = attachment;
         let queues =
             device.queue_sizes().iter().map(|&size| QueueSetup::new(size)).collect::<Result<_, _>>()?;
-        Ok(Common {
-            health,
+        Ok(TransportCore {
+            device_status,
             interrupt,
             device,
             memory,
@@ -125,33 +125,33 @@ impl Common {
         self.device.as_ref()
     }
 
-    /// How often the device was found broken.
+    /// How often the device needed a reset.
     pub(super) fn broken_count(&self) -> u64 {
-        self.health.broken_count()
+        self.device_status.broken_count()
     }
 
-    /// All feature bits that are offered.
+    /// All offered feature bits.
     pub(super) fn offered(&self) -> u64 {
         self.device.features() | feature::VERSION_1 | feature::RING_EVENT_IDX | feature::RING_INDIRECT_DESC
     }
 
-    /// The 32 offered features that are selected.
+    /// The selected half of the offered features.
     pub(super) fn device_features(&self) -> u32 {
         half_of(self.offered(), self.device_feature_select)
     }
 
-    /// The 32 accepted features that are selected.
+    /// The selected half of the accepted features.
     pub(super) fn driver_features(&self) -> u32 {
         half_of(self.driver_features, self.driver_feature_select)
     }
 
-    /// The driver accepts features. Only before `FEATURES_OK` (3.1.1).
+    /// Sets the selected half of the accepted features. Only before `FEATURES_OK` (3.1.1).
     pub(super) fn set_driver_features(&mut self, value: u32) {
         if self.status() & Status::FEATURES_OK == 0 {
             self.driver_features = match self.driver_feature_select {
                 0 => self.driver_features & !0xffff_ffff | u64::from(value),
                 1 => self.driver_features & 0xffff_ffff | u64::from(value) << 32,
-                // Bits that do not exist: accepting one is an error that the driver will notice at FEATURES_OK.
+                // Bits that do not exist. The driver notices at FEATURES_OK.
                 _ if value != 0 => u64::MAX,
                 _ => self.driver_features,
             };
@@ -159,20 +159,21 @@ impl Common {
     }
 
     pub(super) fn status(&self) -> u8 {
-        self.health.status()
+        self.device_status.status()
     }
 
-    /// Whether writes count: not while tasks are on their way back.
+    /// Whether register writes have an effect: not during a reset.
     pub(super) fn is_resetting(&self) -> bool {
         self.resetting.is_some()
     }
 
-    /// The reset that is under way.
+    /// The reset that has not completed.
     pub(super) fn resetting(&self) -> Option<Resetting> {
         self.resetting.clone()
     }
 
-    /// The driver writes the status. 0 begins a reset; [`Common::finish_reset`] says when that is done.
+    /// Handles a write of the status. 0 begins a reset, which [`TransportCore::finish_reset`]
+    /// completes.
     pub(super) fn set_status(&mut self, value: u8) {
         if value == 0 {
             if self.resetting.is_none() {
@@ -180,7 +181,7 @@ impl Common {
             }
             return;
         }
-        // In this order, each only after the one before (3.1.1). A bit that the driver leaves out stays set.
+        // Each bit only after the one before (3.1.1). Bits that the driver leaves out stay set.
         for (bit, needs) in [
             (Status::ACKNOWLEDGE, 0),
             (Status::DRIVER, Status::ACKNOWLEDGE),
@@ -195,18 +196,18 @@ impl Common {
             if bit == Status::FEATURES_OK && !self.features_fit() {
                 continue;
             }
-            self.health.add_status(bit);
+            self.device_status.add_status(bit);
             if bit == Status::DRIVER_OK {
                 self.activate();
             }
         }
     }
 
-    /// Whether the driver accepted nothing but what was offered.
+    /// Whether the driver accepted only offered features.
     ///
-    /// A driver should accept `VERSION_1` too, and those of some unikernels do not. For them the
-    /// device stays as the specification has it: registers, rings and the 12-byte header of a
-    /// network frame are those of version 1, and x86 is little-endian either way.
+    /// A driver must accept `VERSION_1` too, but those of some unikernels do not. For them the
+    /// device behaves the same: registers, rings and the 12-byte header of a network frame are
+    /// those of version 1, and x86 is little-endian either way.
     fn features_fit(&self) -> bool {
         self.driver_features & !self.offered() == 0
     }
@@ -216,12 +217,13 @@ impl Common {
         self.queues.len() as u16
     }
 
-    /// The queue that is selected, as it is set up; None if there is none.
+    /// The set-up and the largest size of the selected queue, if it exists.
     pub(super) fn selected(&self) -> Option<(&QueueState, u16)> {
         self.queues.get(usize::from(self.queue_select)).map(|queue| (&queue.state, queue.max_size))
     }
 
-    /// Changes the selected queue, while it can be: features are agreed on and the driver is not ready (3.1.1).
+    /// Changes the set-up of the selected queue. Only between `FEATURES_OK` and `DRIVER_OK`
+    /// (3.1.1).
     fn set_up(&mut self, change: impl FnOnce(&mut QueueState)) {
         let status = self.status();
         if status & Status::FEATURES_OK == 0 || status & Status::DRIVER_OK != 0 || self.is_resetting() {
@@ -232,7 +234,7 @@ impl Common {
         }
     }
 
-    /// The driver chooses the size of the selected queue.
+    /// Sets the size of the selected queue.
     pub(super) fn set_queue_size(&mut self, size: u16) {
         self.set_up(|queue| {
             if !queue.ready {
@@ -241,12 +243,12 @@ impl Common {
         });
     }
 
-    /// The driver enables the selected queue, or (until it is ready itself) disables it.
+    /// Enables or (before `DRIVER_OK`) disables the selected queue.
     pub(super) fn set_queue_ready(&mut self, ready: bool) {
         self.set_up(|queue| queue.ready = ready);
     }
 
-    /// The driver places a part of the selected queue.
+    /// Sets half of the address of an area of the selected queue.
     pub(super) fn set_queue_addr(&mut self, area: Area, half: Half, value: u32) {
         self.set_up(|queue| {
             if queue.ready {
@@ -264,7 +266,7 @@ impl Common {
         });
     }
 
-    /// A kick that did not come through the kernel.
+    /// Handles a kick that came as a register write and not through an ioeventfd.
     pub(super) fn kick(&self, index: u32) {
         if self.status() & Status::DRIVER_OK != 0
             && let Some(queue) = self.queues.get(index as usize)
@@ -273,7 +275,7 @@ impl Common {
         }
     }
 
-    /// The eventfds of the queues, in order.
+    /// The kick eventfds of the queues, in order.
     pub(super) fn kicks(&self) -> impl Iterator<Item = &Arc<EventFd>> {
         self.queues.iter().map(|queue| &queue.kick)
     }
@@ -282,7 +284,7 @@ impl Common {
         self.generation_base.wrapping_add(self.device.config_generation())
     }
 
-    /// Reads the configuration space, where a field that depends on a feature is 0 without it
+    /// Reads the configuration space. Fields of other features than the driver's are 0
     /// ([`ConfigField`]).
     pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
         self.device.read_config(offset, data);
@@ -303,7 +305,7 @@ impl Common {
         }
     }
 
-    /// `DRIVER_OK`: starts the device, or breaks it.
+    /// Activates the device at `DRIVER_OK`. If that fails, the device needs a reset.
     fn activate(&mut self) {
         if let Err(error) = self.try_activate(false) {
             self.interrupt.needs_reset(&error);
@@ -314,14 +316,14 @@ impl Common {
         let mut queues = Vec::with_capacity(self.queues.len());
         for (index, setup) in (0u16..).zip(&self.queues) {
             if setup.state.ready {
-                let position = Arc::clone(&setup.position);
+                let progress = Arc::clone(&setup.progress);
                 let made = Queue::new(
                     index,
                     setup.max_size,
                     &setup.state,
                     self.driver_features,
                     &self.memory,
-                    position,
+                    progress,
                 );
                 let queue = made.map_err(|source| self.queue_error(index, source))?;
                 queues.push(ActiveQueue { queue, kick: Arc::clone(&setup.kick) });
@@ -334,10 +336,10 @@ impl Common {
             features: self.driver_features,
             restored,
         };
-        let tasks = self
-            .device
-            .activate(activation)
-            .map_err(|source| RestoreError::Activate { name: self.health.name().to_owned(), source })?;
+        let tasks = self.device.activate(activation).map_err(|source| RestoreError::Activate {
+            name: self.device_status.name().to_owned(),
+            source,
+        })?;
         self.activated = true;
         self.tasks =
             tasks.into_iter().map(|task| self.workers.add(task, Arc::clone(&self.interrupt))).collect();
@@ -345,10 +347,10 @@ impl Common {
     }
 
     fn queue_error(&self, index: u16, source: QueueError) -> RestoreError {
-        RestoreError::Queue { name: self.health.name().to_owned(), index, source }
+        RestoreError::Queue { name: self.device_status.name().to_owned(), index, source }
     }
 
-    /// Sees whether the tasks are back, if they are on their way. True once the device is reset.
+    /// Completes a reset whose tasks have drained. Returns false if one has not drained.
     pub(super) fn finish_reset(&mut self) -> bool {
         if let Some(resetting) = &self.resetting {
             if !resetting.is_done() {
@@ -363,25 +365,25 @@ impl Common {
             }
             (self.driver_features, self.queue_select) = (0, 0);
             (self.device_feature_select, self.driver_feature_select) = (0, 0);
-            self.health.set_status(0);
+            self.device_status.set_status(0);
         }
         true
     }
 
-    /// Begins a reset, and waits up to `patience` until nothing is in flight.
-    pub(super) fn drain(&mut self, patience: Duration) {
+    /// Begins a reset, and waits until nothing is in flight, for at most `timeout`.
+    pub(super) fn drain(&mut self, timeout: Duration) {
         self.set_status(0);
         if let Some(resetting) = &self.resetting
-            && let Some(deadline) = Instant::now().checked_add(patience)
+            && let Some(deadline) = Instant::now().checked_add(timeout)
         {
             resetting.wait_until(deadline);
         }
     }
 
-    /// The state. The workers are paused and no reset is under way.
+    /// Returns the state. The workers are paused, and no reset is in progress.
     pub(super) fn save(&self) -> CommonState {
         let queues = self.queues.iter().map(|queue| {
-            let (next_avail, next_used) = queue.position.get();
+            let (next_avail, next_used) = queue.progress.get();
             if self.activated { QueueState { next_avail, next_used, ..queue.state } } else { queue.state }
         });
         CommonState {
@@ -396,11 +398,11 @@ impl Common {
         }
     }
 
-    /// Makes a fresh one what `state` says, and starts the device if it was running.
+    /// Restores a new transport from `state`, and activates the device if it was active.
     /// `config_pending`: the driver may not have handled the last configuration-change interrupt,
     /// so it is raised again.
     pub(super) fn restore(&mut self, state: &CommonState, config_pending: bool) -> Result<(), RestoreError> {
-        let name = || self.health.name().to_owned();
+        let name = || self.device_status.name().to_owned();
         if state.queues.len() != self.queues.len() {
             return Err(RestoreError::Queues {
                 name: name(),
@@ -421,21 +423,21 @@ impl Common {
         self.device_feature_select = state.device_feature_select;
         self.driver_feature_select = state.driver_feature_select;
         self.queue_select = state.queue_select;
-        // A driver that was in the middle of reading the configuration reads it again.
+        // A driver that was reading the configuration space when it was saved reads it again.
         self.generation_base =
             state.config_generation.wrapping_add(1).wrapping_sub(self.device.config_generation());
         for (queue, state) in self.queues.iter_mut().zip(&state.queues) {
             queue.state = *state;
         }
-        self.health.set_status(state.status);
+        self.device_status.set_status(state.status);
         if running && state.status & Status::DEVICE_NEEDS_RESET == 0 {
             self.try_activate(true)?;
-            // An interrupt that was on its way when it was saved is in no state. One too many does no harm.
+            // An interrupt in flight at the save is in no state. A spurious one does no harm.
             for (index, _) in (0u16..).zip(&self.queues).filter(|(_, queue)| queue.state.ready) {
                 self.interrupt.queue(index);
             }
         }
-        // Also for a device that needs a reset: this interrupt is how its driver learns it.
+        // Also for a device that needs a reset: the interrupt tells its driver.
         if running && config_pending {
             self.interrupt.config();
         }
@@ -443,7 +445,7 @@ impl Common {
     }
 }
 
-/// The low (0) or high (1) half of 64 feature bits; there are no more.
+/// The low (0) or high (1) half of 64 feature bits. Other halves are 0.
 fn half_of(bits: u64, select: u32) -> u32 {
     match select {
         0 => bits as u32,

@@ -1,4 +1,4 @@
-//! The parts of a queue in guest memory: found once when the queue is made, then accessed without looking them up again.
+//! The areas of a queue in guest memory. They are looked up once, when the queue is created.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -9,13 +9,14 @@ use vm_memory::{
     ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
 };
 
-use super::QueueError;
 use super::chain::GuestSlice;
+use super::error::QueueError;
 use super::ring::{RingMemory, order};
 
-/// A stretch of guest memory in one region, which is kept (`Arc`, for as long as there is a queue) or borrowed (for one look).
+/// A range of guest memory in one region. The region is kept (`Arc`, for the life of the queue) or
+/// borrowed (for one access).
 #[derive(Debug)]
-pub(super) struct Part<R = Arc<GuestRegion>> {
+pub(super) struct RingArea<R = Arc<GuestRegion>> {
     name: &'static str,
     region: R,
     /// Guest-physical address.
@@ -25,8 +26,8 @@ pub(super) struct Part<R = Arc<GuestRegion>> {
     len: u64,
 }
 
-impl Part {
-    /// Finds and keeps the `len` bytes (not 0) at `addr`, which must be a multiple of `align`.
+impl RingArea {
+    /// Looks up the `len` bytes (not 0) at `addr`, a multiple of `align`, and keeps their region.
     pub(super) fn new(
         ram: &GuestRam,
         name: &'static str,
@@ -34,16 +35,17 @@ impl Part {
         len: u64,
         align: u64,
     ) -> Result<Self, QueueError> {
-        let part = Part::borrowed(ram, name, addr, len, align)?;
-        let (start, size) = (part.region.start_addr(), part.region.len());
-        // The way to the counted reference of a region is to take it out of a copy of the list of regions.
-        let (_, region) = ram.memory().remove_region(start, size).map_err(|_| part.outside())?;
-        Ok(Part { name, region, addr, offset: part.offset, len })
+        let area = RingArea::borrowed(ram, name, addr, len, align)?;
+        let (start, size) = (area.region.start_addr(), area.region.len());
+        // `vm-memory` gives out the `Arc` of a region only by removing it from (a copy of) the
+        // list.
+        let (_, region) = ram.memory().remove_region(start, size).map_err(|_| area.outside())?;
+        Ok(RingArea { name, region, addr, offset: area.offset, len })
     }
 }
 
-impl<'a> Part<&'a GuestRegion> {
-    /// Finds the `len` bytes (not 0) at `addr`, which must be a multiple of `align`.
+impl<'a> RingArea<&'a GuestRegion> {
+    /// Looks up the `len` bytes (not 0) at `addr`, a multiple of `align`.
     pub(super) fn borrowed(
         ram: &'a GuestRam,
         name: &'static str,
@@ -52,21 +54,21 @@ impl<'a> Part<&'a GuestRegion> {
         align: u64,
     ) -> Result<Self, QueueError> {
         if !addr.is_multiple_of(align) {
-            return Err(QueueError::Unaligned { part: name, addr, align });
+            return Err(QueueError::Unaligned { area: name, addr, align });
         }
-        let outside = QueueError::RingOutsideRam { part: name, addr, len };
+        let outside = QueueError::RingOutsideRam { area: name, addr, len };
         if !ram.contains(addr, len) {
             return Err(outside);
         }
         let region = ram.memory().find_region(GuestAddress(addr)).ok_or(outside)?;
-        Ok(Part { name, region, addr, offset: addr - region.start_addr().0, len })
+        Ok(RingArea { name, region, addr, offset: addr - region.start_addr().0, len })
     }
 }
 
-impl<R: Deref<Target = GuestRegion>> Part<R> {
-    /// The error for an access that `new` ruled out.
+impl<R: Deref<Target = GuestRegion>> RingArea<R> {
+    /// The error of an access outside the area, which `new` ruled out.
     fn outside(&self) -> QueueError {
-        QueueError::RingOutsideRam { part: self.name, addr: self.addr, len: self.len }
+        QueueError::RingOutsideRam { area: self.name, addr: self.addr, len: self.len }
     }
 
     #[inline]
@@ -75,7 +77,7 @@ impl<R: Deref<Target = GuestRegion>> Part<R> {
         self.region.get_slice(MemoryRegionAddress(self.offset + at), len).map_err(|_| self.outside())
     }
 
-    /// Reads a value, not atomically: what the driver must not change now.
+    /// Reads a value that the driver must not change now. Not atomic.
     #[inline]
     pub(super) fn read<T: ByteValued>(&self, at: u64) -> Result<T, QueueError> {
         self.slice(at, size_of::<T>())?.read_obj(0).map_err(|_| self.outside())
@@ -100,8 +102,8 @@ impl<R: Deref<Target = GuestRegion>> Part<R> {
 /// Both rings in guest memory (2.7.6, 2.7.8).
 #[derive(Debug)]
 pub(super) struct Rings {
-    avail: Part,
-    used: Part,
+    avail: RingArea,
+    used: RingArea,
     size: u16,
 }
 
@@ -109,13 +111,13 @@ impl Rings {
     pub(super) fn new(ram: &GuestRam, size: u16, avail: u64, used: u64) -> Result<Self, QueueError> {
         let n = u64::from(size);
         Ok(Rings {
-            avail: Part::new(ram, "available ring", avail, 6 + 2 * n, 2)?,
-            used: Part::new(ram, "used ring", used, 6 + 8 * n, 4)?,
+            avail: RingArea::new(ram, "available ring", avail, 6 + 2 * n, 2)?,
+            used: RingArea::new(ram, "used ring", used, 6 + 8 * n, 4)?,
             size,
         })
     }
 
-    /// The used index that the driver sees.
+    /// The used index in the ring.
     pub(super) fn used_idx(&self) -> Result<u16, QueueError> {
         self.used.load(2, Ordering::Acquire)
     }

@@ -1,4 +1,4 @@
-//! The loop of a worker.
+//! The event loop of a worker.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -10,89 +10,90 @@ use std::sync::mpsc::SyncSender;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 
-use super::context::{Clock, Context, Event, EventKey, Seat};
+use super::clock::{Clock, Nanos};
+use super::context::{Context, Event, EventKey, Registrations};
 use super::mailbox::{Command, Mailbox, TaskKey};
-use super::phase::{Course, Halt, Leave, Settled};
-use super::{Nanos, Task};
-use crate::device::Interrupt;
+use super::phase::{DrainOutcome, RemoveAction, TaskState, WorkerState};
+use super::task::Task;
+use crate::interrupt::Interrupt;
 
-/// Events that the worker's own descriptors give; no task has this slot.
+/// The slot of the worker's own descriptors. No task has it.
 const OWN_SLOT: u16 = u16::MAX;
 const MAIL: u32 = 0;
 const TIMER: u32 = 1;
 
-/// Events that are taken from the kernel at once.
+/// The most events of one `epoll_wait`.
 const BATCH: usize = 64;
 
-struct Occupant {
+struct TaskEntry {
     key: TaskKey,
     task: Box<dyn Task>,
-    course: Course,
-    /// Who gets it when it is drained.
+    state: TaskState,
+    /// Receives the task when it is drained.
     leaving: Option<SyncSender<Box<dyn Task>>>,
     interrupt: Arc<dyn Interrupt>,
 }
 
 #[derive(Default)]
 struct Slot {
-    seat: Seat,
-    occupant: Option<Occupant>,
+    registrations: Registrations,
+    entry: Option<TaskEntry>,
 }
 
-/// A worker's state. One thread owns it and calls [`Runner::run`].
-pub(crate) struct Runner {
+/// The event loop of a worker. One thread owns it and calls [`EventLoop::run`].
+pub(crate) struct EventLoop {
     epoll: OwnedFd,
     timer: OwnedFd,
-    /// What the timer is set to.
+    /// The time that `timer` is set to.
     armed: Option<Nanos>,
     mailbox: Arc<Mailbox>,
     slots: Vec<Slot>,
-    halt: Halt,
-    /// Who waits until all tasks are still.
-    pausers: Vec<SyncSender<()>>,
+    worker_state: WorkerState,
+    /// Callers that wait for a pause.
+    pause_waiters: Vec<SyncSender<()>>,
     clock: Clock,
 }
 
-impl Runner {
+impl EventLoop {
     pub(crate) fn new(mailbox: Arc<Mailbox>, clock: Clock) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let timer = rustix::time::timerfd_create(
             TimerfdClockId::Monotonic,
             TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
         )?;
-        // Edge-triggered: neither is ever read.
+        // Edge-triggered, so that neither has to be read.
         for (fd, token) in [(mailbox.wake.as_fd(), MAIL), (timer.as_fd(), TIMER)] {
             let key = EventKey { slot: OWN_SLOT, life: 0, kick: false, token };
             epoll::add(&epoll, fd, EventData::new_u64(key.to_bits()), EventFlags::IN | EventFlags::ET)?;
         }
-        Ok(Runner {
+        Ok(EventLoop {
             epoll,
             timer,
             armed: None,
             mailbox,
             slots: Vec::new(),
-            halt: Halt::default(),
-            pausers: Vec::new(),
+            worker_state: WorkerState::default(),
+            pause_waiters: Vec::new(),
             clock,
         })
     }
 
-    /// Works until it is told to stop and every task has drained.
+    /// Runs until the worker is stopped and every task has drained.
     pub(super) fn run(&mut self) {
         while !self.is_finished() {
-            self.turn(!self.again_wanted());
+            self.poll_once(!self.has_rescheduled());
         }
         self.finish();
     }
 
-    /// Takes what events there are (or, to `wait`, at least one) and calls the tasks that they are for. Returns how many.
-    pub(crate) fn turn(&mut self, wait: bool) -> usize {
+    /// Handles the events that are there, or waits for one first (`wait`). Returns their number.
+    pub(crate) fn poll_once(&mut self, wait: bool) -> usize {
         let mut buffer = [MaybeUninit::uninit(); BATCH];
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let events: &[epoll::Event] =
             match epoll::wait(&self.epoll, &mut buffer[..], (!wait).then_some(&zero)) {
                 Ok((events, _)) => events,
-                // The only error that a wait can give here: it was interrupted.
+                // EINTR is the only error that is possible here.
                 Err(error) => {
                     debug_assert_eq!(error, rustix::io::Errno::INTR);
                     &[]
@@ -103,14 +104,14 @@ impl Runner {
             self.dispatch(EventKey::from_bits(event.data.u64()), event.flags);
         }
         let count = events.len();
-        self.run_again();
+        self.run_rescheduled();
         self.rearm();
         count
     }
 
-    /// Whether it was stopped and all tasks are still.
+    /// Whether the worker was stopped and all tasks are drained.
     pub(super) fn is_finished(&self) -> bool {
-        self.halt.ends(self.courses())
+        self.worker_state.ends(self.task_states())
     }
 
     fn dispatch(&mut self, key: EventKey, flags: EventFlags) {
@@ -122,13 +123,14 @@ impl Runner {
             return;
         }
         let at = usize::from(key.slot);
-        let Some(Slot { seat, occupant: Some(occupant) }) = self.slots.get(at) else { return };
-        // An event of a task that had the place before, or one that was in the same batch as its end.
-        if seat.life != key.life || !occupant.course.hears_events() {
+        let Some(Slot { registrations, entry: Some(entry) }) = self.slots.get(at) else { return };
+        // An event of a former task in this slot, or one of the batch in which the task was
+        // removed.
+        if registrations.life != key.life || !entry.state.gets_backend_events() {
             return;
         }
         if key.kick {
-            if occupant.course.is_running() {
+            if entry.state.is_running() {
                 self.call(at, |task, cx| task.kicked(cx, key.token));
             }
             return;
@@ -139,52 +141,52 @@ impl Runner {
             writable: flags.intersects(EventFlags::OUT),
             hangup: flags.intersects(EventFlags::HUP | EventFlags::RDHUP | EventFlags::ERR),
         };
-        if seat.is_watching(key.token) {
+        if registrations.is_watching(key.token) {
             self.call(at, |task, cx| task.ready(cx, event));
         }
     }
 
-    /// Calls the task at `at`, then sees whether that was the last it had in flight.
+    /// Calls the task at `at`, then checks whether it has drained.
     fn call<R>(&mut self, at: usize, f: impl FnOnce(&mut dyn Task, &mut Context<'_>) -> R) -> Option<R> {
-        let Slot { seat, occupant } = self.slots.get_mut(at)?;
-        let occupant = occupant.as_mut()?;
-        let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock };
-        let result = f(occupant.task.as_mut(), &mut cx);
-        match occupant.course.called(|| occupant.task.is_drained()) {
+        let Slot { registrations, entry } = self.slots.get_mut(at)?;
+        let entry = entry.as_mut()?;
+        let mut cx = Context { epoll: self.epoll.as_fd(), registrations, clock: &mut self.clock };
+        let result = f(entry.task.as_mut(), &mut cx);
+        match entry.state.called(|| entry.task.is_drained()) {
             None => {}
-            Some(Settled::Stays) => self.answer_pausers(),
-            Some(Settled::Leaves) => self.give_back(at),
+            Some(DrainOutcome::Stays) => self.answer_pause_waiters(),
+            Some(DrainOutcome::Leaves) => self.give_back(at),
         }
         Some(result)
     }
 
-    /// The task at `at` is still, and goes to who wants it back.
+    /// Gives the drained task at `at` back to the caller that removes it.
     fn give_back(&mut self, at: usize) {
-        let Some(Slot { seat, occupant: place }) = self.slots.get_mut(at) else { return };
-        let mut cx = Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock };
+        let Some(Slot { registrations, entry: place }) = self.slots.get_mut(at) else { return };
+        let mut cx = Context { epoll: self.epoll.as_fd(), registrations, clock: &mut self.clock };
         cx.unwatch_all();
-        seat.vacate();
-        if let Some(Occupant { task, leaving: Some(reply), .. }) = place.take() {
+        registrations.clear();
+        if let Some(TaskEntry { task, leaving: Some(reply), .. }) = place.take() {
             self.mailbox.load.fetch_sub(1, Ordering::Relaxed);
-            // Nobody waits for it any more: then it ends here.
+            // The caller has stopped waiting: the task ends here.
             if let Err(unsent) = reply.send(task) {
                 unsent.0.detach();
             }
         }
-        self.answer_pausers();
+        self.answer_pause_waiters();
     }
 
-    fn answer_pausers(&mut self) {
-        if self.halt.is_over(self.courses()) {
-            for pauser in self.pausers.drain(..) {
-                // Who gave up waiting does not need the answer.
-                let _ = pauser.send(());
+    fn answer_pause_waiters(&mut self) {
+        if self.worker_state.pause_is_complete(self.task_states()) {
+            for waiter in self.pause_waiters.drain(..) {
+                // The waiter may have timed out; ignore the send error.
+                let _ = waiter.send(());
             }
         }
     }
 
-    fn courses(&self) -> impl Iterator<Item = Course> {
-        self.slots.iter().filter_map(|slot| slot.occupant.as_ref()).map(|occupant| occupant.course)
+    fn task_states(&self) -> impl Iterator<Item = TaskState> {
+        self.slots.iter().filter_map(|slot| slot.entry.as_ref()).map(|entry| entry.state)
     }
 
     fn read_mail(&mut self) {
@@ -193,13 +195,13 @@ impl Runner {
                 Command::Add { key, task, interrupt } => self.add(key, task, interrupt),
                 Command::Remove { key, reply } => self.remove(key, reply),
                 Command::Pause { reply } => {
-                    self.pausers.push(reply);
-                    self.halt.pause();
+                    self.pause_waiters.push(reply);
+                    self.worker_state.pause();
                     self.quiesce_all();
                 }
                 Command::Resume => self.resume(),
                 Command::Stop => {
-                    self.halt.stop();
+                    self.worker_state.stop();
                     self.quiesce_all();
                 }
             }
@@ -207,34 +209,34 @@ impl Runner {
     }
 
     fn add(&mut self, key: TaskKey, task: Box<dyn Task>, interrupt: Arc<dyn Interrupt>) {
-        let at = self.slots.iter().position(|slot| slot.occupant.is_none()).unwrap_or_else(|| {
+        let at = self.slots.iter().position(|slot| slot.entry.is_none()).unwrap_or_else(|| {
             self.slots.push(Slot::default());
             self.slots.len() - 1
         });
-        let occupant = Occupant { key, task, course: Course::new(), leaving: None, interrupt };
-        self.slots[at].occupant = Some(occupant);
+        let entry = TaskEntry { key, task, state: TaskState::new(), leaving: None, interrupt };
+        self.slots[at].entry = Some(entry);
         let attached = match u16::try_from(at) {
             Ok(slot) if slot != OWN_SLOT => {
-                self.slots[at].seat.slot = slot;
+                self.slots[at].registrations.slot = slot;
                 self.call(at, |task, cx| task.attach(cx)).unwrap_or(Ok(()))
             }
             _ => Err(io::Error::other("too many tasks on one worker")),
         };
-        if let (Err(error), Some(occupant)) = (attached, self.slots[at].occupant.as_mut()) {
-            occupant.course.fail();
-            occupant.interrupt.needs_reset(&format_args!("cannot wait for its events: {error}"));
-            // Nobody would hear what it did register, and some of it would come over and over.
-            let seat = &mut self.slots[at].seat;
-            Context { epoll: self.epoll.as_fd(), seat, clock: &mut self.clock }.unwatch_all();
-        } else if self.halt.lets_work() {
+        if let (Err(error), Some(entry)) = (attached, self.slots[at].entry.as_mut()) {
+            entry.state.fail();
+            entry.interrupt.needs_reset(&format_args!("cannot wait for its events: {error}"));
+            // The task is not called again, so level-triggered events would repeat for ever.
+            let registrations = &mut self.slots[at].registrations;
+            Context { epoll: self.epoll.as_fd(), registrations, clock: &mut self.clock }.unwatch_all();
+        } else if self.worker_state.may_run() {
             self.start(at);
         }
     }
 
-    /// Lets the task at `at` work.
+    /// Lets the task at `at` run.
     fn start(&mut self, at: usize) {
-        if let Some(occupant) = &mut self.slots[at].occupant
-            && occupant.course.start()
+        if let Some(entry) = &mut self.slots[at].entry
+            && entry.state.start()
         {
             self.call(at, |task, cx| task.resume(cx));
         }
@@ -242,22 +244,22 @@ impl Runner {
 
     /// Asks the task at `at` to drain.
     fn quiesce(&mut self, at: usize) {
-        if let Some(occupant) = &mut self.slots[at].occupant
-            && occupant.course.quiesce()
+        if let Some(entry) = &mut self.slots[at].entry
+            && entry.state.quiesce()
         {
             self.call(at, |task, cx| task.quiesce(cx));
         }
     }
 
     fn remove(&mut self, key: TaskKey, reply: SyncSender<Box<dyn Task>>) {
-        let found = self.slots.iter().position(|slot| slot.occupant.as_ref().is_some_and(|o| o.key == key));
+        let found = self.slots.iter().position(|slot| slot.entry.as_ref().is_some_and(|o| o.key == key));
         let Some(at) = found else { return };
-        let Some(occupant) = &mut self.slots[at].occupant else { return };
-        occupant.leaving = Some(reply);
-        match occupant.course.leave() {
-            Leave::Quiesce => self.quiesce(at),
-            Leave::Wait => {}
-            Leave::Now => self.give_back(at),
+        let Some(entry) = &mut self.slots[at].entry else { return };
+        entry.leaving = Some(reply);
+        match entry.state.leave() {
+            RemoveAction::Quiesce => self.quiesce(at),
+            RemoveAction::Wait => {}
+            RemoveAction::Now => self.give_back(at),
         }
     }
 
@@ -265,15 +267,15 @@ impl Runner {
         for at in 0..self.slots.len() {
             self.quiesce(at);
         }
-        self.answer_pausers();
+        self.answer_pause_waiters();
     }
 
     fn resume(&mut self) {
-        if !self.halt.resume() {
+        if !self.worker_state.resume() {
             return;
         }
-        // A pause that was overtaken is not answered: its reply is dropped.
-        self.pausers.clear();
+        // A pause that was resumed before it was complete fails: its reply channel is dropped.
+        self.pause_waiters.clear();
         for at in 0..self.slots.len() {
             self.start(at);
         }
@@ -281,8 +283,8 @@ impl Runner {
 
     fn finish(&mut self) {
         for slot in &mut self.slots {
-            if let Some(occupant) = slot.occupant.take() {
-                occupant.task.detach();
+            if let Some(entry) = slot.entry.take() {
+                entry.task.detach();
             }
         }
         for command in self.mailbox.close() {
@@ -292,46 +294,46 @@ impl Runner {
         }
     }
 
-    /// Calls the tasks whose time has come.
+    /// Calls the tasks whose timer has expired.
     pub(crate) fn run_timers(&mut self) {
         self.armed = None;
         for at in 0..self.slots.len() {
             let due = self.slots[at].is_running()
-                && self.slots[at].seat.timer.is_some_and(|when| when <= self.clock.now());
+                && self.slots[at].registrations.timer.is_some_and(|when| when <= self.clock.now());
             if due {
-                self.slots[at].seat.timer = None;
+                self.slots[at].registrations.timer = None;
                 self.call(at, |task, cx| task.timer(cx));
             }
         }
     }
 
-    pub(crate) fn again_wanted(&self) -> bool {
-        self.slots.iter().any(|slot| slot.seat.again && slot.is_running())
+    pub(crate) fn has_rescheduled(&self) -> bool {
+        self.slots.iter().any(|slot| slot.registrations.again && slot.is_running())
     }
 
-    /// Calls the tasks that asked to be called again, once each.
-    fn run_again(&mut self) {
+    /// Calls each task that asked to be called again.
+    fn run_rescheduled(&mut self) {
         for at in 0..self.slots.len() {
-            if self.slots[at].seat.again && self.slots[at].is_running() {
-                self.slots[at].seat.again = false;
+            if self.slots[at].registrations.again && self.slots[at].is_running() {
+                self.slots[at].registrations.again = false;
                 self.call(at, |task, cx| task.timer(cx));
             }
         }
     }
 
-    /// The first time that a running task waits for.
+    /// The earliest timer of a running task.
     pub(crate) fn next_timer(&self) -> Option<Nanos> {
-        self.slots.iter().filter(|slot| slot.is_running()).filter_map(|slot| slot.seat.timer).min()
+        self.slots.iter().filter(|slot| slot.is_running()).filter_map(|slot| slot.registrations.timer).min()
     }
 
-    /// Sets the timer to it.
+    /// Sets the timerfd to the earliest timer.
     fn rearm(&mut self) {
         let first = self.next_timer();
         if first == self.armed || !self.clock.ticks {
             return;
         }
         self.armed = first;
-        // Time 0 would disarm it; a time in the past fires at once.
+        // 0 would disarm it. A time in the past expires at once.
         let at = first.map_or(0, |at| at.max(1));
         let (tv_sec, tv_nsec) = ((at / 1_000_000_000).cast_signed(), (at % 1_000_000_000).cast_signed());
         let it_value = Timespec { tv_sec, tv_nsec };
@@ -347,6 +349,6 @@ impl Runner {
 
 impl Slot {
     fn is_running(&self) -> bool {
-        self.occupant.as_ref().is_some_and(|occupant| occupant.course.is_running())
+        self.entry.as_ref().is_some_and(|entry| entry.state.is_running())
     }
 }

@@ -1,28 +1,30 @@
-//! Where the kernel takes which function's kicks.
+//! The ioeventfds of all functions of a bus.
 //!
-//! A function's kicks are registered where its BAR is decoded, or was last: a guest that sizes a BAR turns decoding off and on again, and
-//! should not cost dozens of changes in the kernel. But an address that one function has left may become another's, and the kernel would
-//! still signal the first. So all functions of a bus share this table.
+//! A function's doorbells are registered at the address where its BAR is decoded, or was last. They
+//! stay when decoding is disabled: a guest that sizes a BAR disables and enables it, which would
+//! cost dozens of changes in the kernel. But another function may move to an address that one has
+//! left, and the kernel would still signal the first. So all functions of a bus share this table.
 //!
 //! # Invariant
 //!
-//! Kicks at an address go to a function that decodes it, if any does. (Where a guest put two in one place it is one of them. The other's
-//! reach the transport once it is alone, at the latest when its BAR is placed again.)
+//! Kicks at an address signal a function that decodes it, if there is one. If a guest puts two BARs
+//! at one address, it is one of the two. The other's kicks reach its transport when it is alone at
+//! an address, at the latest when its BAR is moved.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use super::layout;
-use crate::transport::health::Health;
+use crate::transport::device_status::DeviceStatus;
 use crate::transport::{IoEventFds, NotifyMatch};
 use sync::EventFd;
 use sync::locked;
 
-/// Names a function in the table.
+/// The id of a function in the table.
 pub(super) type FunctionKey = u64;
 
-/// The kicks of all functions of a bus.
-pub(super) struct Kicks {
+/// The ioeventfds of all functions of a bus.
+pub(super) struct Doorbells {
     io_events: Arc<dyn IoEventFds>,
     functions: Mutex<Functions>,
 }
@@ -34,37 +36,38 @@ struct Functions {
 }
 
 struct Function {
-    health: Arc<Health>,
-    /// The queues' events, and which of them the kernel took.
+    device_status: Arc<DeviceStatus>,
+    /// The kick eventfds of the queues, and whether each is registered.
     events: Vec<(Arc<EventFd>, bool)>,
-    /// Where its BAR is decoded.
+    /// The address at which its BAR is decoded.
     decoded: Option<u64>,
-    /// The BAR that its kicks are registered for.
+    /// The address of the BAR for which its kicks are registered.
     placed: Option<u64>,
 }
 
-impl Kicks {
+impl Doorbells {
     pub(super) fn new(io_events: Arc<dyn IoEventFds>) -> Self {
-        Kicks { io_events, functions: Mutex::default() }
+        Doorbells { io_events, functions: Mutex::default() }
     }
 
-    /// Adds a function whose BAR will be at `bar`, most likely; it does not decode yet.
+    /// Adds a function, which does not decode its BAR yet. `bar` is the address where it will most
+    /// likely do.
     pub(super) fn add(
         &self,
         bar: u64,
         events: impl Iterator<Item = Arc<EventFd>>,
-        health: Arc<Health>,
+        device_status: Arc<DeviceStatus>,
     ) -> FunctionKey {
         let functions = &mut *locked(&self.functions);
         let key = functions.next;
         functions.next += 1;
         let events = events.map(|event| (event, false)).collect();
-        functions.by_key.insert(key, Function { health, events, decoded: None, placed: None });
+        functions.by_key.insert(key, Function { device_status, events, decoded: None, placed: None });
         self.place(functions, key, bar);
         key
     }
 
-    /// A function's BAR is decoded at `to`, or not at all any more.
+    /// Handles a change of a function's BAR: it is decoded at `to`, or no longer decoded.
     pub(super) fn moved(&self, key: FunctionKey, to: Option<u64>) {
         let functions = &mut *locked(&self.functions);
         let Some(function) = functions.by_key.get_mut(&key) else { return };
@@ -80,7 +83,7 @@ impl Kicks {
         }
     }
 
-    /// A function is gone.
+    /// Removes a function.
     pub(super) fn remove(&self, key: FunctionKey) {
         let functions = &mut *locked(&self.functions);
         if let Some(mut function) = functions.by_key.remove(&key)
@@ -90,7 +93,8 @@ impl Kicks {
         }
     }
 
-    /// Registers a function's kicks for a BAR at `bar`, unless another decodes it and has it.
+    /// Registers a function's kicks for a BAR at `bar`, unless another function decodes that
+    /// address and is registered there.
     fn place(&self, functions: &mut Functions, key: FunctionKey, bar: u64) {
         let holder = functions.by_key.iter_mut().find(|(_, function)| function.placed == Some(bar));
         match holder {
@@ -98,7 +102,7 @@ impl Kicks {
             Some((_, holder)) if holder.decoded == Some(bar) => {
                 if let Some(function) = functions.by_key.get_mut(&key) {
                     self.withdraw(function);
-                    function.health.complain(&format_args!("another function is at {bar:#x}, too"));
+                    function.device_status.complain(&format_args!("another function is at {bar:#x}, too"));
                 }
                 return;
             }
@@ -114,13 +118,16 @@ impl Kicks {
             match self.io_events.register(addr, NotifyMatch::Any, event) {
                 Ok(()) => *taken = true,
                 Err(error) => {
-                    function.health.complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
+                    function
+                        .device_status
+                        .complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
                 }
             }
         }
     }
 
-    /// Takes a function's kicks from the kernel. Returns where they were.
+    /// Unregisters a function's kicks. Returns the address of the BAR for which they were
+    /// registered.
     fn withdraw(&self, function: &mut Function) -> Option<u64> {
         let bar = function.placed.take()?;
         for (addr, (event, taken)) in addrs(bar).zip(&mut function.events) {
@@ -131,7 +138,7 @@ impl Kicks {
         Some(bar)
     }
 
-    /// Whoever decodes `bar` and could not have it has it now.
+    /// Registers a function that decodes `bar` and was not registered there.
     fn hand_over(&self, functions: &mut Functions, bar: u64) {
         let waits = |function: &Function| function.decoded == Some(bar) && function.placed != Some(bar);
         let waiting = functions.by_key.iter().find(|(_, function)| waits(function)).map(|(&key, _)| key);
@@ -141,7 +148,7 @@ impl Kicks {
     }
 }
 
-/// Where the kicks of a BAR at `bar` are.
+/// The addresses of the doorbells of a BAR at `bar`.
 fn addrs(bar: u64) -> impl Iterator<Item = u64> {
     (bar + u64::from(layout::NOTIFY)..).step_by(layout::NOTIFY_MULTIPLIER as usize)
 }
@@ -154,7 +161,7 @@ mod tests {
 
     /// A table with functions of 2, 1 and 3 queues, first at bars 0, 1 and 2.
     struct Bus {
-        kicks: Kicks,
+        doorbells: Doorbells,
         kernel: Arc<FakeIoEventFds>,
         functions: Vec<(FunctionKey, Vec<Arc<EventFd>>)>,
     }
@@ -168,20 +175,21 @@ mod tests {
     impl Bus {
         fn new() -> Self {
             let kernel = Arc::<FakeIoEventFds>::default();
-            let kicks = Kicks::new(Arc::clone(&kernel) as Arc<dyn IoEventFds>);
+            let doorbells = Doorbells::new(Arc::clone(&kernel) as Arc<dyn IoEventFds>);
             let functions = (0..).zip(QUEUES).map(|(n, queues)| {
                 let events: Vec<_> = (0..queues).map(|_| Arc::new(EventFd::new().unwrap())).collect();
-                (kicks.add(bar(n), events.iter().cloned(), Health::new("test".into())), events)
+                (doorbells.add(bar(n), events.iter().cloned(), DeviceStatus::new("test".into())), events)
             });
             let functions = functions.collect();
-            Bus { kicks, kernel, functions }
+            Bus { doorbells, kernel, functions }
         }
 
         fn moved(&self, function: usize, to: Option<u64>) {
-            self.kicks.moved(self.functions[function].0, to.map(bar));
+            self.doorbells.moved(self.functions[function].0, to.map(bar));
         }
 
-        /// Kicks queue `queue` of whatever is at a bar. Which function hears it, if the kernel takes it.
+        /// Kicks queue `queue` of the function at a BAR. Returns the function that the kernel
+        /// signals.
         fn kick(&self, at: u64, queue: u64) -> Option<usize> {
             let took = self.kernel.write(bar(at) + 0x6000 + 4 * queue, 0);
             let mut heard = None;
@@ -198,11 +206,11 @@ mod tests {
     }
 
     #[test]
-    fn a_function_that_comes_where_another_was_first_has_the_kicks_there() {
+    fn function_at_a_left_address_gets_the_kicks_there() {
         let bus = Bus::new();
         bus.moved(0, Some(1));
         assert_eq!((bus.kick(1, 0), bus.kick(1, 1)), (Some(0), Some(0)));
-        // The other one, enabled afterwards, somewhere else.
+        // The other function, enabled later, at another address.
         bus.moved(1, Some(0));
         assert_eq!((bus.kick(0, 0), bus.kick(0, 1), bus.kick(1, 0)), (Some(1), None, Some(0)));
     }
@@ -222,19 +230,19 @@ mod tests {
     fn places_that_are_exchanged_one_after_the_other_end_up_right() {
         let bus = Bus::new();
         (0..3).for_each(|n| bus.moved(n, Some(n as u64)));
-        // For a moment two are in one place.
+        // Two functions share an address for a while.
         bus.moved(0, Some(1));
         assert_eq!(bus.kick(1, 0), Some(1));
         bus.moved(1, Some(0));
         assert_eq!((bus.kick(0, 0), bus.kick(1, 0), bus.kick(1, 1)), (Some(1), Some(0), Some(0)));
-        bus.kicks.remove(bus.functions[0].0);
-        bus.kicks.remove(bus.functions[1].0);
-        bus.kicks.remove(bus.functions[2].0);
+        bus.doorbells.remove(bus.functions[0].0);
+        bus.doorbells.remove(bus.functions[1].0);
+        bus.doorbells.remove(bus.functions[2].0);
         assert_eq!(bus.kernel.registered(), []);
     }
 
     proptest! {
-        /// Whatever a guest does with its BARs: a kick goes to a function that decodes the address, and to that one if it is the only one.
+        /// A kick signals a function that decodes the address, whatever a guest does with its BARs.
         #[test]
         fn kicks_go_to_who_decodes_the_address(
             moves in prop::collection::vec((0usize..3, prop::option::of(0u64..4)), 0..30)

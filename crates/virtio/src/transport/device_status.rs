@@ -1,4 +1,4 @@
-//! The device status (2.1), which workers may change too, and what is said and counted about a device.
+//! The device status (2.1), which the transport and the workers share, with its log and counter.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,34 +11,34 @@ use sync::Counter;
 pub struct Status;
 
 impl Status {
-    /// The guest has seen the device.
+    /// The guest found the device.
     pub const ACKNOWLEDGE: u8 = 1;
     /// The guest has a driver for it.
     pub const DRIVER: u8 = 2;
-    /// The driver is set up.
+    /// The driver is ready.
     pub const DRIVER_OK: u8 = 4;
-    /// Both agree on the features.
+    /// Feature negotiation is complete.
     pub const FEATURES_OK: u8 = 8;
-    /// The device is broken until it is reset.
+    /// The device has failed until it is reset.
     pub const DEVICE_NEEDS_RESET: u8 = 64;
     /// The driver gave up.
     pub const FAILED: u8 = 128;
 }
 
-/// What workers and the transport share without a lock.
+/// The status register, shared without a lock.
 #[derive(Debug)]
-pub(super) struct Health {
+pub(super) struct DeviceStatus {
     name: String,
     status: AtomicU8,
-    /// Whether something was said about the host's refusals.
+    /// A failure of the host was logged.
     complained: AtomicBool,
-    /// How often something was broken.
+    /// How often the device needed a reset.
     broken: Counter,
 }
 
-impl Health {
+impl DeviceStatus {
     pub(super) fn new(name: String) -> Arc<Self> {
-        Arc::new(Health {
+        Arc::new(DeviceStatus {
             name,
             status: AtomicU8::new(0),
             complained: AtomicBool::new(false),
@@ -50,7 +50,7 @@ impl Health {
         &self.name
     }
 
-    /// How often the device was found broken.
+    /// How often the device needed a reset.
     pub(super) fn broken_count(&self) -> u64 {
         self.broken.get()
     }
@@ -70,18 +70,19 @@ impl Health {
         self.status.store(status, Ordering::SeqCst);
     }
 
-    /// Says what the host refused, which makes the device slower or deaf, not wrong. Once: a guest can bring it about at will.
+    /// Logs a failure of the host that makes the device slower. Only the first: a guest can cause
+    /// it at will.
     pub(super) fn complain(&self, what: &dyn fmt::Display) {
         if !self.complained.swap(true, Ordering::Relaxed) {
             log::warn!("{}: {what}", self.name);
         }
     }
 
-    /// Sets `DEVICE_NEEDS_RESET`. True if the driver must hear of it.
+    /// Sets `DEVICE_NEEDS_RESET`. Returns whether the driver must be notified.
     pub(super) fn needs_reset(&self, why: &dyn fmt::Display) -> bool {
-        // A guest that breaks its device over and over must not fill the log.
+        // A guest can cause this at will, and must not fill the log.
         if let Some(times) = self.broken.rarely() {
-            log::warn!("{}: {why}. The device is dead until its driver resets it ({times})", self.name);
+            log::warn!("{}: {why}; the device needs a reset (time {times})", self.name);
         }
         let before = self.status.fetch_or(Status::DEVICE_NEEDS_RESET, Ordering::SeqCst);
         before & Status::DRIVER_OK != 0
