@@ -216,7 +216,7 @@ fn pause_timeout_names_the_worker_and_can_be_undone() {
     hand.drained.store(false, Ordering::SeqCst);
     let error = workers.pause(Duration::from_millis(1)).unwrap_err();
     assert_eq!(error.worker, 0);
-    assert!(error.to_string().starts_with("io worker 0 still has requests in flight after"), "{error}");
+    assert!(error.to_string().starts_with("io worker 0: requests are still in flight after"), "{error}");
     workers.resume();
     assert_eq!((hand.next(), hand.next()), (Did::Quiesce, Did::Resume));
     hand.drained.store(true, Ordering::SeqCst);
