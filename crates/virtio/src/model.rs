@@ -1,21 +1,20 @@
-//! A model of one queue's life under pauses, saves, forks and removals, checked in every order of
-//! events.
+//! A model of one queue under pauses, saves, forks and removals, checked in every order of events.
 //!
-//! What decides is production code: the device's side of the rings ([`Ring`]), a task's way through
-//! its protocol ([`TaskState`]) and its worker's ([`WorkerState`]). Around them stand a driver, a
-//! disk that completes in any order, and the thread that pauses the machine, in the steps in which
-//! `machine` takes them: vCPUs stop, workers are asked to pause, and once they answer the machine
-//! is saved; a child is made of what was saved alone. The task is the smallest that keeps the rules
-//! of [`crate::worker`].
+//! The decisions are made by production code: the device's side of the rings ([`Ring`]) and the
+//! states of a task ([`TaskState`]) and of its worker ([`WorkerState`]). The model adds a driver, a
+//! disk that completes requests in any order, and the thread that pauses the machine with the steps
+//! of `machine`: it stops the vCPUs, asks the workers to pause, and saves when they have answered. A
+//! child is built from the saved state alone. The task is a minimal one that keeps the rules of
+//! [`crate::worker`].
 //!
-//! Parent and child share nothing from the fork on. So a fork is a choice whom to follow: all that
-//! can become of either is looked at.
+//! Parent and child share nothing after the fork. So a fork is a choice of which one to follow, and
+//! the checker follows both.
 //!
 //! # What is checked
 //!
-//! Each request that the driver makes is completed once and never again, and the driver learns of
-//! it, whatever happens in between; a machine that is said to be still is; what is saved has
-//! nothing in flight. That the checker would find a mistake is shown by making some.
+//! Each request of the driver completes exactly once, and the driver is notified of it. A machine
+//! whose pause was answered is drained. A saved state has nothing in flight. Tests with deliberate
+//! mistakes show that the checker finds them.
 
 use std::cell::Cell;
 use std::fmt;
@@ -189,11 +188,11 @@ impl Task {
 enum Owner {
     /// The vCPUs run.
     Runs,
-    /// The vCPUs stand still, and the worker was asked to pause.
+    /// The vCPUs are stopped, and the worker was asked to pause.
     Waits,
     /// The worker has answered.
     Quiesced,
-    /// The worker was told to go on; the vCPUs come next.
+    /// The worker was asked to resume; the vCPUs come next.
     Resumes,
 }
 
@@ -223,7 +222,7 @@ struct Vm {
     /// The last pause was answered.
     answered: bool,
     task: Option<(TaskState, Task)>,
-    /// Where the queue was when its task was given back; it is on nobody's worker.
+    /// The progress of the queue while its task is on no worker.
     back: Option<(u16, u16)>,
     /// Events that the worker has not heard of yet.
     kicked: bool,
@@ -466,8 +465,7 @@ impl Model for Life {
                 };
                 memory.avail_idx += 1;
                 vm.driver.made += 1;
-                // The kick of a queue that nobody watches is lost: who comes to watch it looks by
-                // itself.
+                // The kick of a queue without a task is lost: a task that is added polls the queue.
                 vm.kicked |= wants && vm.task.is_some();
             }
             Step::Interrupt => {

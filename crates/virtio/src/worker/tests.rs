@@ -29,7 +29,7 @@ enum Did {
 
 type Act = Box<dyn FnMut(&mut Context<'_>, Did) + Send>;
 
-/// A task that tells what happens to it, and does as it is told.
+/// A task that reports its calls, and does what the test says.
 struct Probe {
     says: mpsc::Sender<Did>,
     kick: Arc<EventFd>,

@@ -129,8 +129,8 @@ proptest! {
         }
     }
 
-    /// Garbage everywhere: an error or a chain, never a panic, and never more in flight than the
-    /// queue has room for.
+    /// With any bytes in the rings, `pop` returns an error or a chain and does not panic, and no more
+    /// chains are in flight than the queue has descriptors.
     #[test]
     fn garbage_in_the_rings_kills_only_the_queue(
         garbage in prop::collection::vec(any::<u8>(), 300),
@@ -185,8 +185,8 @@ type Given = (u16, Vec<Buffer>, Vec<Buffer>);
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
-    /// A driver by the book, a device in any rhythm: chains arrive whole and in order, every one
-    /// comes back with its length, and whoever sleeps is woken.
+    /// With a correct driver and a device that polls at any time, chains arrive whole and in order,
+    /// each comes back with its length, and a side that sleeps is woken.
     #[test]
     fn each_chain_comes_back_once_with_its_buffers(
         size in prop_oneof![Just(1u16), Just(2), Just(8), Just(64)],
@@ -282,7 +282,7 @@ proptest! {
                 Step::Save if held.is_empty() => {
                     let (next_avail, next_used) = progress.get();
                     queue = new(&progress, &QueueState { next_avail, next_used, ..driver.state() });
-                    // As a transport does: everything is looked at, and everybody is told.
+                    // As after a restore: every queue is polled, and the driver is interrupted.
                     (awake, driver_awake) = (true, true);
                 }
                 _ => {}

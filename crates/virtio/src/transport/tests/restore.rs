@@ -164,8 +164,7 @@ fn act() -> impl Strategy<Value = Act> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// At any moment of any driver's life: what is saved and restored is the same device, also to
-    /// the driver that goes on with it.
+    /// A device that is saved and restored at any time is the same device, also for its driver.
     #[test]
     fn device_saved_at_any_time_is_restored_unchanged(
         acts in prop::collection::vec(act(), 1..40),
