@@ -5,8 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use config::{MmdsConfig, MmdsVersion};
+use vesta_http::{Response, decimal};
 
-use crate::http::{Head, Method, Response, TtlHeader, decimal};
+use crate::http::response::{found, text};
+use crate::http::{Method, Request, TtlHeader};
 use crate::stack::Stack;
 use crate::stats::Stats;
 use crate::store::{Format, Store, StoreError, Unreadable, segments};
@@ -89,32 +91,31 @@ impl Service {
     }
 
     /// The answer to a request at the time `now`.
-    pub(crate) fn answer(&self, request: &Head, now: Duration) -> Response {
+    pub(crate) fn answer(&self, request: &Request, now: Duration) -> Response {
         match request.method {
             Method::Get => self.get(request, now),
             Method::Put => self.put(request, now),
             Method::Head | Method::Other => {
-                Response::text(405, "Not allowed HTTP method.").with("Allow", "GET, PUT".to_owned())
+                let header = Some(("Allow", "GET, PUT".to_owned()));
+                Response { header, ..text(405, "Not allowed HTTP method.") }
             }
         }
     }
 
-    fn get(&self, request: &Head, now: Duration) -> Response {
+    fn get(&self, request: &Request, now: Duration) -> Response {
         if let Err(refusal) = self.check_token(request, now) {
             return refusal;
         }
         let format = if self.config.imds_compat { Format::Text } else { request.format };
         match self.store.lock().read(&request.path, format) {
-            Ok(body) => Response::found(body, content_type(format)),
+            Ok(body) => found(body, content_type(format)),
             Err(Unreadable::Missing) => not_found(request),
-            Err(Unreadable::NoText) => {
-                Response::text(501, "Cannot retrieve value. The value has an unsupported type.")
-            }
+            Err(Unreadable::NoText) => text(501, "Cannot retrieve value. The value has an unsupported type."),
         }
     }
 
     /// Version 2 needs a token; version 1 takes one, counts a bad one, and answers all the same.
-    fn check_token(&self, request: &Head, now: Duration) -> Result<(), Response> {
+    fn check_token(&self, request: &Request, now: Duration) -> Result<(), Response> {
         let refusal = match &request.token {
             Some(token) if self.tokens.is_valid(token, now) => return Ok(()),
             Some(_) => {
@@ -128,42 +129,36 @@ impl Service {
         };
         match self.config.version {
             MmdsVersion::V1 => Ok(()),
-            MmdsVersion::V2 => Err(Response::text(401, refusal)),
+            MmdsVersion::V2 => Err(text(401, refusal)),
         }
     }
 
-    fn put(&self, request: &Head, now: Duration) -> Response {
+    fn put(&self, request: &Request, now: Duration) -> Response {
         if !segments(&request.path).eq(["latest", "api", "token"]) {
             return not_found(request);
         }
         // A request that a proxy passed on is not the guest's own: its token would leave the guest.
         if request.is_forwarded {
-            return Response::text(400, "Invalid header. Reason: X-Forwarded-For is not allowed here.");
+            return text(400, "Invalid header. Reason: X-Forwarded-For is not allowed here.");
         }
         let Some((header, value)) = &request.ttl else {
-            let own = TtlHeader::Own.name();
-            return Response::text(
-                400,
-                &format!("Token time to live value not found. Give it in the header {own}."),
-            );
+            let own = TtlHeader::Mmds.name();
+            return text(400, &format!("Token time to live value not found. Give it in the header {own}."));
         };
         let bounds = MIN_TTL_SECONDS..=MAX_TTL_SECONDS;
         let ttl = decimal(value).and_then(|ttl| u32::try_from(ttl).ok()).filter(|ttl| bounds.contains(ttl));
         let Some(ttl) = ttl else {
             let given = String::from_utf8_lossy(value);
             let bounds = format!("between {MIN_TTL_SECONDS} and {MAX_TTL_SECONDS} seconds");
-            return Response::text(
-                400,
-                &format!("Invalid time to live value: {given}. It must be {bounds}."),
-            );
+            return text(400, &format!("Invalid time to live value: {given}. It must be {bounds}."));
         };
-        Response::found(self.tokens.issue(ttl, now), content_type(Format::Text))
-            .with(header.name(), ttl.to_string())
+        let token = found(self.tokens.issue(ttl, now), content_type(Format::Text));
+        Response { header: Some((header.name(), ttl.to_string())), ..token }
     }
 }
 
-fn not_found(request: &Head) -> Response {
-    Response::text(404, &format!("Resource not found: {}.", request.path))
+fn not_found(request: &Request) -> Response {
+    text(404, &format!("Resource not found: {}.", request.path))
 }
 
 fn content_type(format: Format) -> &'static str {
@@ -177,6 +172,8 @@ fn content_type(format: Format) -> &'static str {
 mod tests {
     use serde_json::json;
 
+    use vesta_http::Version;
+
     use super::*;
 
     const NOW: Duration = Duration::from_secs(100);
@@ -189,8 +186,8 @@ mod tests {
         Service::new(config, store, "vm", &[1; 32])
     }
 
-    fn request(method: Method, path: &str) -> Head {
-        Head {
+    fn request(method: Method, path: &str) -> Request {
+        Request {
             method,
             path: path.to_owned(),
             format: Format::Text,
@@ -198,22 +195,30 @@ mod tests {
             ttl: None,
             is_forwarded: false,
             keep_alive: true,
-            is_http10: false,
+            version: Version::Http11,
             body_len: 0,
         }
     }
 
-    fn token_request(ttl: &str) -> Head {
+    fn token_request(ttl: &str) -> Request {
         let ttl = Some((TtlHeader::Ec2, ttl.as_bytes().to_vec()));
-        Head { ttl, ..request(Method::Put, "/latest/api/token") }
+        Request { ttl, ..request(Method::Put, "/latest/api/token") }
     }
 
-    fn get(path: &str, format: Format) -> Head {
-        Head { format, ..request(Method::Get, path) }
+    fn get(path: &str, format: Format) -> Request {
+        Request { format, ..request(Method::Get, path) }
+    }
+
+    fn body(response: &Response) -> &str {
+        &response.content.as_ref().unwrap().1
+    }
+
+    fn header(response: &Response) -> Option<(&str, &str)> {
+        response.header.as_ref().map(|(name, value)| (*name, value.as_str()))
     }
 
     fn outcome(response: &Response) -> (u16, &str) {
-        (response.status(), response.body())
+        (response.status, body(response))
     }
 
     #[test]
@@ -246,24 +251,25 @@ mod tests {
     fn version_2_answers_only_who_shows_a_living_token() {
         let service = service(MmdsVersion::V2, false);
         let ask = |token: Option<&str>, now| {
-            let head = Head { token: token.map(|t| t.as_bytes().to_vec()), ..get("/latest", Format::Text) };
-            service.answer(&head, now).status()
+            let head =
+                Request { token: token.map(|t| t.as_bytes().to_vec()), ..get("/latest", Format::Text) };
+            service.answer(&head, now).status
         };
         assert_eq!(ask(None, NOW), 401);
         assert_eq!(ask(Some("guess"), NOW), 401);
         let answer = service.answer(&token_request("10"), NOW);
-        assert_eq!(answer.header(), Some(("X-aws-ec2-metadata-token-ttl-seconds", "10")));
-        assert_eq!(ask(Some(answer.body()), NOW + Duration::from_secs(9)), 200);
-        assert_eq!(ask(Some(answer.body()), NOW + Duration::from_secs(10)), 401);
+        assert_eq!(header(&answer), Some(("X-aws-ec2-metadata-token-ttl-seconds", "10")));
+        assert_eq!(ask(Some(body(&answer)), NOW + Duration::from_secs(9)), 200);
+        assert_eq!(ask(Some(body(&answer)), NOW + Duration::from_secs(10)), 401);
         assert_eq!((service.stats().rx_no_token.get(), service.stats().rx_invalid_token.get()), (1, 2));
     }
 
     #[test]
     fn version_1_gives_tokens_and_needs_none() {
         let service = service(MmdsVersion::V1, false);
-        assert_eq!(service.answer(&token_request("10"), NOW).status(), 200);
-        let head = Head { token: Some(b"guess".to_vec()), ..get("/latest", Format::Text) };
-        assert_eq!(service.answer(&head, NOW).status(), 200);
+        assert_eq!(service.answer(&token_request("10"), NOW).status, 200);
+        let head = Request { token: Some(b"guess".to_vec()), ..get("/latest", Format::Text) };
+        assert_eq!(service.answer(&head, NOW).status, 200);
         assert_eq!(service.stats().rx_invalid_token.get(), 1);
     }
 
@@ -271,17 +277,17 @@ mod tests {
     fn a_token_request_says_for_how_long_and_comes_from_the_guest_itself() {
         let service = service(MmdsVersion::V2, false);
         for ttl in ["1", "21600"] {
-            assert_eq!(service.answer(&token_request(ttl), NOW).status(), 200, "{ttl}");
+            assert_eq!(service.answer(&token_request(ttl), NOW).status, 200, "{ttl}");
         }
         for ttl in ["0", "21601", "-1", "", "1.5", "99999999999999999999", "+5"] {
-            assert_eq!(service.answer(&token_request(ttl), NOW).status(), 400, "{ttl}");
+            assert_eq!(service.answer(&token_request(ttl), NOW).status, 400, "{ttl}");
         }
-        let without = Head { ttl: None, ..token_request("1") };
-        assert_eq!(service.answer(&without, NOW).status(), 400);
-        let forwarded = Head { is_forwarded: true, ..token_request("1") };
-        assert_eq!(service.answer(&forwarded, NOW).status(), 400);
-        let elsewhere = Head { path: "/latest/api".into(), ..token_request("1") };
-        assert_eq!(service.answer(&elsewhere, NOW).status(), 404);
+        let without = Request { ttl: None, ..token_request("1") };
+        assert_eq!(service.answer(&without, NOW).status, 400);
+        let forwarded = Request { is_forwarded: true, ..token_request("1") };
+        assert_eq!(service.answer(&forwarded, NOW).status, 400);
+        let elsewhere = Request { path: "/latest/api".into(), ..token_request("1") };
+        assert_eq!(service.answer(&elsewhere, NOW).status, 404);
     }
 
     #[test]
@@ -294,6 +300,6 @@ mod tests {
     #[test]
     fn other_methods_are_not_allowed() {
         let answer = service(MmdsVersion::V1, false).answer(&request(Method::Other, "/latest"), NOW);
-        assert_eq!((answer.status(), answer.header()), (405, Some(("Allow", "GET, PUT"))));
+        assert_eq!((answer.status, header(&answer)), (405, Some(("Allow", "GET, PUT"))));
     }
 }

@@ -39,7 +39,7 @@ pub(crate) fn listener(port: u16) -> Socket<'static> {
 impl Connection {
     /// A connection whose first segment arrives at `now`.
     pub(crate) fn new(handle: SocketHandle, now: Duration) -> Connection {
-        Connection { handle, session: Session::default(), moved: now, on_the_way: 0 }
+        Connection { handle, session: Session::new(), moved: now, on_the_way: 0 }
     }
 
     /// When it is dropped if nothing moves.
@@ -75,7 +75,7 @@ impl Connection {
             }
             let session = &mut self.session;
             let taken = socket.recv(|bytes| {
-                let taken = session.take(bytes, |request| {
+                let taken = session.consume(bytes, |request| {
                     moved = true;
                     service.answer(request, now)
                 });
