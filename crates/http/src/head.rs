@@ -2,8 +2,8 @@
 
 use super::Version;
 
-/// An empty slot for a header. The caller of [`HeadParser::parse`] passes an array of these: as many
-/// as a request may have headers.
+/// An empty slot for a header. The caller of [`HeadParser::parse`] passes an array of these: as
+/// many as a request may have headers.
 pub const NO_HEADER: httparse::Header<'static> = httparse::EMPTY_HEADER;
 
 /// Why a request head is refused.

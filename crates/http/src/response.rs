@@ -23,7 +23,8 @@ impl Response {
         Response { status, reason, header: None, content: None, head_only: false }
     }
 
-    /// Appends the bytes of the response to `out`: the headers that Firecracker sends, in its order.
+    /// Appends the bytes of the response to `out`: the headers that Firecracker sends, in its
+    /// order.
     pub fn put(&self, version: Version, keep_alive: bool, out: &mut Vec<u8>) {
         let (version, status, reason) = (version.name(), self.status, self.reason);
         let connection = if keep_alive { "keep-alive" } else { "close" };

@@ -114,8 +114,8 @@ impl Decoder {
         Decoder { max_body, input: Vec::new(), head_parser, state: State::Head }
     }
 
-    /// Adds bytes that arrived. Call it only after [`Decoder::next`] returned [`Decoded::NeedMore`]:
-    /// that bounds the memory of the decoder.
+    /// Adds bytes that arrived. Call it only after [`Decoder::next`] returned
+    /// [`Decoded::NeedMore`]: that bounds the memory of the decoder.
     pub fn push(&mut self, bytes: &[u8]) {
         if !matches!(self.state, State::Dead) {
             self.input.extend_from_slice(bytes);
@@ -234,8 +234,8 @@ mod tests {
     const MAX_HEAD: usize = 512;
     const MAX_BODY: usize = 100;
 
-    /// Decodes `pieces`. Returns all but interim responses, and the most bytes the decoder held at a
-    /// time.
+    /// Decodes `pieces`. Returns all but interim responses, and the most bytes the decoder held at
+    /// a time.
     fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<Result<Request, Refusal>>, usize) {
         let mut decoder = Decoder::new(MAX_HEAD, MAX_BODY);
         let (mut out, mut most) = (Vec::new(), 0);

@@ -1,8 +1,8 @@
 //! The HTTP/1.x of the metadata service. Bytes in, bytes out.
 //!
-//! A [`Session`] is one connection. It reads one request at a time and accepts no further byte until
-//! its response has been sent. A guest that sends and does not read fills the window of its TCP
-//! connection, not memory here.
+//! A [`Session`] is one connection. It reads one request at a time and accepts no further byte
+//! until its response has been sent. A guest that sends and does not read fills the window of its
+//! TCP connection, not memory here.
 //!
 //! # Bounds
 //!

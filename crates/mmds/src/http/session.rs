@@ -113,8 +113,8 @@ mod tests {
     use super::*;
     use crate::http::response;
 
-    /// Feeds `pieces` to a session and reads responses at once. Returns the responses, whose body is
-    /// the path of the request, and the most bytes the session held at a time.
+    /// Feeds `pieces` to a session and reads responses at once. Returns the responses, whose body
+    /// is the path of the request, and the most bytes the session held at a time.
     fn exchange<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (String, usize) {
         let (mut session, mut out, mut most) = (Session::new(), Vec::new(), 0);
         for mut piece in pieces {
