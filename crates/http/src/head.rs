@@ -1,6 +1,6 @@
 //! Request heads: the request line and the headers.
 
-use super::Version;
+use crate::version::Version;
 
 /// An empty slot for a header. The caller of [`HeadParser::parse`] passes an array of these: as
 /// many as a request may have headers.

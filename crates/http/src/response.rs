@@ -1,6 +1,6 @@
 //! Responses as bytes.
 
-use super::Version;
+use crate::version::Version;
 
 /// A response. [`Response::put`] writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -21,37 +21,6 @@
 mod request;
 mod response;
 
-pub use request::{Decoded, Decoder, MAX_HEADERS, ProtocolError, Refusal, Request};
+pub use request::{Decoded, Decoder, MAX_HEADERS, Method, ProtocolError, Refusal, Request};
 pub use response::{Response, TOO_MANY_CONNECTIONS, put_continue};
 pub use vesta_http::Version;
-
-/// Method of a request. The doc of each says what the API uses it for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Method {
-    /// Return a resource.
-    Get,
-    /// Create or replace a resource, or start an action.
-    Put,
-    /// Change parts of a resource.
-    Patch,
-    /// Remove a resource.
-    Delete,
-}
-
-impl Method {
-    /// Its name on the wire.
-    pub fn name(self) -> &'static str {
-        match self {
-            Method::Get => "GET",
-            Method::Put => "PUT",
-            Method::Patch => "PATCH",
-            Method::Delete => "DELETE",
-        }
-    }
-
-    fn from_name(name: &str) -> Option<Method> {
-        [Method::Get, Method::Put, Method::Patch, Method::Delete]
-            .into_iter()
-            .find(|method| method.name() == name)
-    }
-}

@@ -4,10 +4,39 @@ use std::mem;
 
 use vesta_http::{Framing, HeadError, HeadParser, NO_HEADER, Version};
 
-use super::Method;
-
 /// Most headers of one request.
 pub const MAX_HEADERS: usize = 64;
+
+/// Method of a request. The doc of each says what the API uses it for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Return a resource.
+    Get,
+    /// Create or replace a resource, or start an action.
+    Put,
+    /// Change parts of a resource.
+    Patch,
+    /// Remove a resource.
+    Delete,
+}
+
+impl Method {
+    /// Its name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Get => "GET",
+            Method::Put => "PUT",
+            Method::Patch => "PATCH",
+            Method::Delete => "DELETE",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Method> {
+        [Method::Get, Method::Put, Method::Patch, Method::Delete]
+            .into_iter()
+            .find(|method| method.name() == name)
+    }
+}
 
 /// One whole request.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use vesta_http::Version;
 
-use super::ProtocolError;
+use super::request::ProtocolError;
 
 /// Response to a client that connects while the most connections are open. Firecracker's bytes.
 pub const TOO_MANY_CONNECTIONS: &[u8] = b"HTTP/1.1 503\r\n\

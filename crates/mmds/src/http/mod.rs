@@ -6,20 +6,17 @@
 //!
 //! # Bounds
 //!
-//! A request head is at most [`MAX_HEAD`] bytes and [`MAX_HEADERS`] headers. Bodies are skipped and
-//! never stored: no request to this service needs one. A request that is malformed or whose end is
-//! uncertain gets an error, and the connection closes.
+//! A request head is at most [`MAX_HEAD`](limits::MAX_HEAD) bytes and
+//! [`MAX_HEADERS`](limits::MAX_HEADERS) headers. Bodies are skipped and never stored: no request to
+//! this service needs one. A request that is malformed or whose end is uncertain gets an error, and
+//! the connection closes.
 
+mod limits;
 mod request;
 pub(crate) mod response;
 mod session;
 
+#[cfg(any(test, feature = "testing"))]
+pub(crate) use limits::MAX_HEAD;
 pub(crate) use request::{Method, Request, TtlHeader};
 pub(crate) use session::Session;
-
-/// Longest request line and headers together, in bytes.
-pub(crate) const MAX_HEAD: usize = 4096;
-/// Most headers of one request.
-pub(crate) const MAX_HEADERS: usize = 64;
-/// Longest body that is skipped, in bytes.
-pub(crate) const MAX_BODY: u64 = 64 << 10;

@@ -2,7 +2,8 @@
 
 use vesta_http::{HeadError, RequestHead, Response, Version};
 
-use super::{MAX_BODY, response};
+use super::limits::MAX_BODY;
+use super::response;
 use crate::store::Format;
 
 /// Method of a request.
@@ -153,7 +154,7 @@ mod tests {
     use vesta_http::{HeadParser, NO_HEADER};
 
     use super::*;
-    use crate::http::{MAX_HEAD, MAX_HEADERS};
+    use crate::http::limits::{MAX_HEAD, MAX_HEADERS};
 
     fn parse(text: &str) -> Result<Request, Response> {
         let mut headers = [NO_HEADER; MAX_HEADERS];

@@ -2,8 +2,8 @@
 
 use vesta_http::{HeadParser, NO_HEADER, Response, Version};
 
+use super::limits::{MAX_HEAD, MAX_HEADERS};
 use super::request::{Method, Request, refusal};
-use super::{MAX_HEAD, MAX_HEADERS};
 
 /// HTTP state of one connection.
 #[derive(Debug)]
