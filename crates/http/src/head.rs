@@ -188,7 +188,9 @@ mod tests {
     }
 
     fn framing(head: &str) -> Result<Framing, HeadError> {
-        parse(head.as_bytes(), |head| head.framing()).unwrap().unwrap()
+        let mut headers = [NO_HEADER; MAX_HEADERS];
+        let head = HeadParser::new(MAX_LEN).parse(head.as_bytes(), &mut headers);
+        head.unwrap().unwrap().framing()
     }
 
     /// Outcome, as text, of a head that arrives in `pieces`.

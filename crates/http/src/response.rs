@@ -28,21 +28,20 @@ impl Response {
     pub fn put(&self, version: Version, keep_alive: bool, out: &mut Vec<u8>) {
         let (version, status, reason) = (version.name(), self.status, self.reason);
         let connection = if keep_alive { "keep-alive" } else { "close" };
-        let mut text =
-            format!("{version} {status} {reason}\r\nServer: Firecracker API\r\nConnection: {connection}\r\n");
+        let mut put = |text: &str| out.extend_from_slice(text.as_bytes());
+        put(&format!(
+            "{version} {status} {reason}\r\nServer: Firecracker API\r\nConnection: {connection}\r\n"
+        ));
         if let Some((name, value)) = &self.header {
-            text += &format!("{name}: {value}\r\n");
+            put(&format!("{name}: {value}\r\n"));
         }
-        let mut sent_body = "";
         if let Some((media_type, body)) = &self.content {
-            text += &format!("Content-Type: {media_type}\r\nContent-Length: {}\r\n", body.len());
-            if !self.head_only {
-                sent_body = body;
-            }
+            put(&format!("Content-Type: {media_type}\r\nContent-Length: {}\r\n", body.len()));
         }
-        text += "\r\n";
-        out.extend_from_slice(text.as_bytes());
-        out.extend_from_slice(sent_body.as_bytes());
+        put("\r\n");
+        if let (Some((_, body)), false) = (&self.content, self.head_only) {
+            put(body);
+        }
     }
 }
 
