@@ -38,7 +38,7 @@ mod report;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use config::{Child, Drive, Fork, FullVmConfig, Logger, NetworkInterface, Vsock, override_networks};
+use config::{Child, Drive, Fork, FullVmConfig, Logger, NetworkInterface, Vsock, apply_network_overrides};
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
@@ -227,8 +227,8 @@ impl<H: Host> Controller<H> {
         child: &Child,
         networks: &mut [NetworkInterface],
     ) -> Result<Vec<NetBackend>, CommandError> {
-        networks.iter_mut().for_each(NetworkInterface::unplug);
-        override_networks(networks, &child.network_overrides)?;
+        networks.iter_mut().for_each(NetworkInterface::clear_host_endpoint);
+        apply_network_overrides(networks, &child.network_overrides)?;
         let parents = self.config.network_interfaces.iter().flat_map(|network| network.fds.iter().flatten());
         let parents: Vec<_> = parents.collect();
         if let Some(fd) =

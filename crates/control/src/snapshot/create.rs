@@ -201,7 +201,7 @@ fn job_of(create: &SnapshotCreate) -> task::Job {
 fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), CommandError> {
     let SnapshotCreate { snapshot_path, mem_file_path, .. } = create;
     if snapshot::same_place(snapshot_path, mem_file_path) {
-        return Err(ConfigError::from(SnapshotError::OneFile { path: snapshot_path.clone() }).into());
+        return Err(ConfigError::from(SnapshotError::SameFile { path: snapshot_path.clone() }).into());
     }
     for (field, path) in [("mem_file_path", mem_file_path), ("snapshot_path", snapshot_path)] {
         for drive in drives {

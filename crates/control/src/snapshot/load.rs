@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use block::disk::{Disk, FileLocks};
-use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, override_networks};
+use config::{
+    DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, apply_network_overrides, check_drives,
+};
 use machine::chipset::ClockAfter;
 use machine::{Paused, Restore, layout};
 use memory::GuestRam;
@@ -190,7 +192,7 @@ impl Saved {
         };
         // What was saved may be a fork's child without sockets; what is said now must be a path.
         load.vsock_override.as_ref().and(config.vsock.as_ref()).map_or(Ok(()), config::Vsock::check)?;
-        override_networks(&mut config.network_interfaces, &load.network_overrides)?;
+        apply_network_overrides(&mut config.network_interfaces, &load.network_overrides)?;
         Ok(config)
     }
 
