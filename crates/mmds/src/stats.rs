@@ -1,22 +1,6 @@
 //! Counters of the metadata service, named as in Firecracker's metrics.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// A counter that only grows.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// Adds `count`.
-    pub fn add(&self, count: u64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-
-    /// The current count.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
+use sync::Counter;
 
 /// Counters of one microVM's metadata service, summed over its interfaces.
 #[derive(Debug, Default)]

@@ -3,8 +3,8 @@
 //! The decisions are made by production code: the device's side of the rings ([`Ring`]) and the
 //! states of a task ([`TaskState`]) and of its worker ([`WorkerState`]). The model adds a driver, a
 //! disk that completes requests in any order, and the thread that pauses the machine with the steps
-//! of `machine`: it stops the vCPUs, asks the workers to pause, and saves when they have answered. A
-//! child is built from the saved state alone. The task is a minimal one that keeps the rules of
+//! of `machine`: it stops the vCPUs, asks the workers to pause, and saves when they have answered.
+//! A child is built from the saved state alone. The task is a minimal one that keeps the rules of
 //! [`crate::worker`].
 //!
 //! Parent and child share nothing after the fork. So a fork is a choice of which one to follow, and

@@ -129,8 +129,8 @@ proptest! {
         }
     }
 
-    /// With any bytes in the rings, `pop` returns an error or a chain and does not panic, and no more
-    /// chains are in flight than the queue has descriptors.
+    /// With any bytes in the rings, `pop` returns an error or a chain and does not panic, and no
+    /// more chains are in flight than the queue has descriptors.
     #[test]
     fn garbage_in_the_rings_kills_only_the_queue(
         garbage in prop::collection::vec(any::<u8>(), 300),
