@@ -39,6 +39,7 @@
 mod dirty;
 mod fork;
 pub mod image;
+pub mod iovec;
 pub mod layout;
 pub mod page_server;
 pub mod pages;
