@@ -33,7 +33,7 @@ fn measure(name: &str, dir: &Path, ram: &GuestRam) {
     let (mut scan, mut write, mut sync, mut restore, mut bytes) = (vec![], vec![], vec![], vec![], 0);
     for _ in 0..ROUNDS {
         let start = Instant::now();
-        ram.own_pages().expect("the page tables can be read");
+        ram.changed_pages().expect("the page tables can be read");
         scan.push(start.elapsed());
         let start = Instant::now();
         let image = write_full(ram, &path, &()).expect("the disk has space");

@@ -1,15 +1,15 @@
-//! Which pages were written since they were last asked for.
+//! PageFilter pages were written since they were last asked for.
 //!
 //! Two know a part each: KVM's log has what the guest wrote, the bitmaps in [`GuestMemory`](crate::GuestMemory) what the monitor
 //! wrote for it (device output, and pages that it gave back). A Diff snapshot needs both:
 //!
 //! ```text
-//! let dirty = ram.take_writes(|region| KVM_GET_DIRTY_LOG of the region's slot)?;   // and forgets them
-//! write_diff(&ram, &dirty, ..) -> on an error: ram.put_back(&dirty)
+//! let dirty = ram.take_dirty_pages(|region| KVM_GET_DIRTY_LOG of the region's slot)?;   // and forgets them
+//! write_diff(&ram, &dirty, ..) -> on an error: ram.mark_dirty_again(&dirty)
 //! ```
 //!
-//! Both are emptied by reading them. So after a snapshot that failed, [`GuestRam::put_back`] makes all of those pages the
-//! monitor's: the next Diff has them. [`GuestRam::take_writes`] does the same when it fails itself.
+//! Both are emptied by reading them. So after a snapshot that failed, [`GuestRam::mark_dirty_again`] makes all of those pages the
+//! monitor's: the next Diff has them. [`GuestRam::take_dirty_pages`] does the same when it fails itself.
 
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegion;
@@ -19,9 +19,9 @@ use crate::GuestRegion;
 use crate::pages::{PAGE, PageSet, PageSetError};
 use crate::ram::GuestRam;
 
-/// Why [`GuestRam::take_writes`] failed. No page was forgotten.
+/// Why [`GuestRam::take_dirty_pages`] failed. No page was forgotten.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum TakeWritesError<E> {
+pub enum TakeDirtyError<E> {
     /// The guest's log of a region cannot be read.
     #[error(transparent)]
     Log(E),
@@ -37,8 +37,8 @@ impl GuestRam {
     }
 
     /// The pages that the monitor wrote, which are then forgotten; none where that is not tracked.
-    pub fn take_monitor_writes(&self) -> Option<PageSet> {
-        let mut taken = self.no_pages();
+    pub fn take_monitor_dirty_pages(&self) -> Option<PageSet> {
+        let mut taken = self.empty_page_set();
         for (index, region) in self.memory().iter().enumerate() {
             let words = tracked(region)?.get_and_reset();
             taken.insert_words(index, &words).expect("a bitmap has a bit for each page");
@@ -50,17 +50,17 @@ impl GuestRam {
     ///
     /// `guest_log` reads and empties the log of one region. If it fails for any of them, no page is forgotten. Of the region
     /// that failed all pages count as written from then on: the log may have been emptied before the failure.
-    pub fn take_writes<E>(
+    pub fn take_dirty_pages<E>(
         &self,
         mut guest_log: impl FnMut(usize) -> Result<Vec<u64>, E>,
-    ) -> Result<Option<PageSet>, TakeWritesError<E>> {
-        let Some(mut taken) = self.take_monitor_writes() else { return Ok(None) };
+    ) -> Result<Option<PageSet>, TakeDirtyError<E>> {
+        let Some(mut taken) = self.take_monitor_dirty_pages() else { return Ok(None) };
         for region in 0..taken.regions() {
-            let log = guest_log(region).map_err(TakeWritesError::Log);
+            let log = guest_log(region).map_err(TakeDirtyError::Log);
             let added = log.and_then(|words| Ok(taken.insert_words(region, &words)?));
             if let Err(error) = added {
                 taken.insert(region, 0..taken.pages(region));
-                self.put_back(&taken);
+                self.mark_dirty_again(&taken);
                 return Err(error);
             }
         }
@@ -68,7 +68,7 @@ impl GuestRam {
     }
 
     /// Forgets what the monitor wrote: from now on counts.
-    pub fn reset_monitor_writes(&self) {
+    pub fn reset_monitor_dirty_pages(&self) {
         for region in self.memory().iter() {
             if let Some(bitmap) = tracked(region) {
                 bitmap.reset();
@@ -77,7 +77,7 @@ impl GuestRam {
     }
 
     /// Counts `pages` as written by the monitor, so that they are not lost to the next Diff after one that failed.
-    pub fn put_back(&self, pages: &PageSet) {
+    pub fn mark_dirty_again(&self, pages: &PageSet) {
         for index in 0..pages.regions() {
             for run in pages.runs(index) {
                 self.mark_written(index, run.start * PAGE, (run.end - run.start) * PAGE);
@@ -105,7 +105,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     fn written(ram: &GuestRam) -> Vec<u64> {
-        ram.take_monitor_writes().unwrap().runs(0).flatten().collect()
+        ram.take_monitor_dirty_pages().unwrap().runs(0).flatten().collect()
     }
 
     #[test]
@@ -120,11 +120,11 @@ mod tests {
     fn a_failed_snapshot_puts_its_pages_back() {
         let ram = GuestRam::map(16, HugePages::None, true).unwrap();
         ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
-        let mut dirty = ram.take_monitor_writes().unwrap();
+        let mut dirty = ram.take_monitor_dirty_pages().unwrap();
         let mut log = vec![0; 16 * 256 / 64];
         log[1] = 2;
         dirty.insert_words(0, &log).unwrap();
-        ram.put_back(&dirty);
+        ram.mark_dirty_again(&dirty);
         assert_eq!(written(&ram), [0, 65]);
     }
 
@@ -138,7 +138,7 @@ mod tests {
     }
 
     fn empty_log(ram: &GuestRam, region: usize) -> Vec<u64> {
-        vec![0; ram.no_pages().pages(region).div_ceil(64) as usize]
+        vec![0; ram.empty_page_set().pages(region).div_ceil(64) as usize]
     }
 
     fn log_with_page(ram: &GuestRam, region: usize, page: u64) -> Vec<u64> {
@@ -150,25 +150,26 @@ mod tests {
     #[test]
     fn take_writes_joins_guest_and_monitor_writes() {
         let ram = two_regions();
-        let taken = ram.take_writes(|region| Ok::<_, ()>(log_with_page(&ram, region, 9))).unwrap().unwrap();
+        let taken =
+            ram.take_dirty_pages(|region| Ok::<_, ()>(log_with_page(&ram, region, 9))).unwrap().unwrap();
         let pages = |region| taken.runs(region).flatten().collect::<Vec<_>>();
         assert_eq!([pages(0), pages(1)], [[0, 9], [0, 9]]);
-        let again = ram.take_writes(|region| Ok::<_, ()>(empty_log(&ram, region))).unwrap().unwrap();
+        let again = ram.take_dirty_pages(|region| Ok::<_, ()>(empty_log(&ram, region))).unwrap().unwrap();
         assert!(again.is_empty());
     }
 
     #[test]
     fn take_writes_forgets_nothing_when_one_log_fails() {
         type Read = fn(&GuestRam) -> Result<Vec<u64>, &'static str>;
-        let failures: [(Read, TakeWritesError<&'static str>); 2] = [
-            (|_| Err("ENOMEM"), TakeWritesError::Log("ENOMEM")),
+        let failures: [(Read, TakeDirtyError<&'static str>); 2] = [
+            (|_| Err("ENOMEM"), TakeDirtyError::Log("ENOMEM")),
             (|_| Ok(vec![0; 1]), PageSetError { region: 1, needed: 4, found: 1 }.into()),
         ];
         for (fail, error) in failures {
             let ram = two_regions();
             let read = |region| if region == 1 { fail(&ram) } else { Ok(log_with_page(&ram, 0, 9)) };
-            assert_eq!(ram.take_writes(read), Err(error));
-            let next = ram.take_writes(|region| Ok::<_, ()>(empty_log(&ram, region))).unwrap().unwrap();
+            assert_eq!(ram.take_dirty_pages(read), Err(error));
+            let next = ram.take_dirty_pages(|region| Ok::<_, ()>(empty_log(&ram, region))).unwrap().unwrap();
             assert_eq!(next.runs(0).flatten().collect::<Vec<_>>(), [0, 9]);
             // The failed log may have been emptied.
             assert_eq!(next.runs(1).flatten().count(), 256);
@@ -179,7 +180,7 @@ mod tests {
     fn forgotten_writes_do_not_count() {
         let ram = GuestRam::map(16, HugePages::None, true).unwrap();
         ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
-        ram.reset_monitor_writes();
+        ram.reset_monitor_dirty_pages();
         assert!(written(&ram).is_empty());
     }
 
@@ -187,15 +188,15 @@ mod tests {
     fn untracked_memory_has_no_answer() {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         assert!(!ram.tracks_dirty_pages());
-        assert_eq!(ram.take_monitor_writes(), None);
-        ram.put_back(&ram.all_pages());
+        assert_eq!(ram.take_monitor_dirty_pages(), None);
+        ram.mark_dirty_again(&ram.all_pages());
     }
 
     #[test]
     fn pages_that_were_given_back_count_as_written_and_are_zero() {
         let ram = GuestRam::map(16, HugePages::None, true).unwrap();
         ram.memory().write_obj(7u8, GuestAddress(PAGE)).unwrap();
-        ram.reset_monitor_writes();
+        ram.reset_monitor_dirty_pages();
         ram.discard(PAGE, 2 * PAGE).unwrap();
         assert_eq!(written(&ram), [1, 2]);
         assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(PAGE)).unwrap(), 0);

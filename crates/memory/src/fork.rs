@@ -8,8 +8,8 @@
 
 use config::HugePages;
 
+use crate::backing::Backing;
 use crate::ram::GuestRam;
-use crate::source::Source;
 
 /// Why this memory cannot be forked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -30,15 +30,15 @@ impl GuestRam {
         if self.huge_pages() == HugePages::Hugetlbfs2M {
             return Err(ForkError::HugePagePool);
         }
-        match self.source() {
-            Source::PageServer(_) => Err(ForkError::PageServer),
-            Source::Zeros | Source::File(_) => Ok(()),
+        match self.backing() {
+            Backing::PageServer(_) => Err(ForkError::PageServer),
+            Backing::Anonymous | Backing::File(_) => Ok(()),
         }
     }
 
     /// Notes that this process is about to be forked: from now on, on both sides, the file that the
     /// memory was restored from may have another user.
-    pub fn will_be_shared(&self) {
+    pub fn note_fork(&self) {
         self.set_shared();
     }
 }

@@ -426,7 +426,7 @@ mod tests {
     }
 
     fn dirty(ram: &GuestRam) -> Vec<u64> {
-        ram.take_monitor_writes().unwrap().runs(0).flatten().collect()
+        ram.take_monitor_dirty_pages().unwrap().runs(0).flatten().collect()
     }
 
     fn datagrams() -> (UnixDatagram, UnixDatagram) {
@@ -495,7 +495,7 @@ mod tests {
         let high = ram.regions()[1].guest_addr;
         let list = list(&ram, &[(high + 2 * PAGE, 1), (4 * PAGE, 1)]);
         list.mark_dirty(&ram, 2);
-        let taken = ram.take_monitor_writes().unwrap();
+        let taken = ram.take_monitor_dirty_pages().unwrap();
         let pages = |region| taken.runs(region).flatten().collect::<Vec<_>>();
         assert_eq!([pages(0), pages(1)], [[4], [2]]);
     }

@@ -10,7 +10,7 @@
 //! |---|---|
 //! | [`layout`] | where RAM is in the guest, and in an image |
 //! | [`GuestRam`] | RAM that is mapped: new ([`GuestRam::map`]), from an image ([`GuestRam::from_file`]), from a page server ([`GuestRam::from_page_server`]) |
-//! | [`pages`] | sets of pages: [`GuestRam::own_pages`] finds those in use, [`GuestRam::take_writes`] those that were written |
+//! | [`pages`] | sets of pages: [`GuestRam::changed_pages`] finds those in use, [`GuestRam::take_dirty_pages`] those that were written |
 //! | [`image`] | images on disk: written, full or in part, and merged |
 //! | [`page_server`] | another process that fills memory in, and what if it dies |
 //! | [`working_set`] | what a guest needs first: recorded, kept, filled in |
@@ -36,6 +36,7 @@
 //!
 //! `machine` builds it, registers it with KVM, and has its images written; `virtio` reads and writes through it.
 
+mod backing;
 mod dirty;
 mod fork;
 pub mod image;
@@ -45,11 +46,10 @@ pub mod page_server;
 pub mod pages;
 mod ram;
 mod resident;
-mod source;
 mod sys;
 pub mod working_set;
 
-pub use dirty::TakeWritesError;
+pub use dirty::TakeDirtyError;
 pub use fork::ForkError;
 pub use layout::{ImageRegion, LayoutError, MemoryLayout};
 pub use pages::{PageSet, PageSetError};

@@ -52,14 +52,14 @@ use rustix::net::{
 };
 use serde::Serialize;
 
+use crate::backing::Backing;
 use crate::image::Observer;
 use crate::layout::MemoryLayout;
 use crate::pages::{PAGE, PageSet};
 use crate::ram::{GuestRam, MapError};
-use crate::source::Source;
-use crate::sys::guest_io;
 use crate::sys::peer;
 use crate::sys::span::Span;
+use crate::sys::span_io;
 use crate::sys::userfault::Userfault;
 
 /// How long who waits for pages waits before it looks at the server.
@@ -204,8 +204,8 @@ impl GuestRam {
         let socket = self::connect(socket).map_err(connect)?;
         let process = peer::process(socket.as_fd());
         let connection = Arc::new(Connection { path, userfault, socket, process });
-        let source = Source::PageServer(Arc::clone(&connection));
-        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, source)?;
+        let backing = Backing::PageServer(Arc::clone(&connection));
+        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, backing)?;
         for span in ram.spans() {
             let size = span.len();
             let register = connection.userfault.register(*span);
@@ -271,7 +271,7 @@ impl PageServer {
         limit: Duration,
         observer: &dyn Observer,
     ) -> Result<(), PageServerError> {
-        let mut pages = self.ram.no_pages();
+        let mut pages = self.ram.empty_page_set();
         pages.insert(0, 0..1);
         for (index, region) in self.ram.regions().iter().enumerate() {
             for address in addresses.iter().filter_map(|address| address.checked_sub(region.guest_addr)) {
@@ -416,7 +416,7 @@ impl Connection {
                         if given_up.load(Ordering::Relaxed) {
                             return;
                         }
-                        guest_io::touch(span.part(page * PAGE..(page + 1) * PAGE));
+                        span_io::touch(span.subspan(page * PAGE..(page + 1) * PAGE));
                         touched.fetch_add(1, Ordering::Relaxed);
                     }
                 }

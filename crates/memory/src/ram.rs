@@ -10,10 +10,10 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::backing::Backing;
 use crate::layout::{MIB, MemoryLayout};
 use crate::pages::{PAGE, PageSet};
-use crate::source::Source;
-use crate::sys::span::{Harmless, Kind, Span};
+use crate::sys::span::{Span, SpanAdvice, SpanKind};
 use crate::{GuestMemory, GuestRegion};
 
 /// The size of the page that dirty pages are counted in.
@@ -46,7 +46,7 @@ pub enum MapError {
     #[error(
         "huge_pages 2M: the host gives no page for the {len} bytes at guest address {addr:#x}{}; raise hugetlb.2MB.max of the \
          monitor's cgroup, or set huge_pages to None",
-        named(source)
+        suffix(source)
     )]
     Populate {
         /// First guest-physical address.
@@ -59,7 +59,7 @@ pub enum MapError {
 }
 
 /// A reason that says something. `EFAULT` only says that the first use of a page would have been a SIGBUS.
-fn named(source: &std::io::Error) -> String {
+fn suffix(source: &std::io::Error) -> String {
     if source.raw_os_error() == Some(rustix::io::Errno::FAULT.raw_os_error()) {
         return String::new();
     }
@@ -121,7 +121,7 @@ struct Inner {
     spans: Vec<Span>,
     layout: MemoryLayout,
     huge_pages: HugePages,
-    source: Source,
+    backing: Backing,
     /// Pages that were given back. They were zero then, whatever they are at the source.
     discarded: Mutex<PageSet>,
     /// A fork of this process may have the same memory.
@@ -136,7 +136,7 @@ impl GuestRam {
     /// reservations: see [`Self::populate`]. `track_dirty_pages` adds a bitmap of the pages that the monitor writes.
     pub fn map(mem_size_mib: u32, huge_pages: HugePages, track_dirty_pages: bool) -> Result<Self, MapError> {
         let layout = MemoryLayout::of_size(mem_size_mib);
-        let ram = Self::build(layout, huge_pages, track_dirty_pages, Source::Zeros)?;
+        let ram = Self::build(layout, huge_pages, track_dirty_pages, Backing::Anonymous)?;
         // What the monitor writes itself before a guest runs lies in there, but for kernel and initrd.
         ram.populate(0, MIB)?;
         Ok(ram)
@@ -147,15 +147,15 @@ impl GuestRam {
         layout: MemoryLayout,
         huge_pages: HugePages,
         track_dirty_pages: bool,
-        source: Source,
+        backing: Backing,
     ) -> Result<Self, MapError> {
         let (mut regions, mut guest_regions) = (Vec::new(), Vec::new());
-        let mut spans = Fresh(Vec::new());
+        let mut spans = UnownedSpans(Vec::new());
         for region in layout.regions() {
-            let kind = match (&source, huge_pages) {
-                (Source::File(file), _) => Kind::File(file, region.offset),
-                (_, HugePages::Hugetlbfs2M) => Kind::Hugetlb,
-                _ => Kind::Anonymous,
+            let kind = match (&backing, huge_pages) {
+                (Backing::File(file), _) => SpanKind::File(file, region.offset),
+                (_, HugePages::Hugetlbfs2M) => SpanKind::Hugetlb,
+                _ => SpanKind::Anonymous,
             };
             let span = map_span(region.size, kind, huge_pages)?;
             spans.0.push(span);
@@ -181,7 +181,7 @@ impl GuestRam {
             spans,
             layout,
             huge_pages,
-            source,
+            backing,
             discarded,
             shared: AtomicBool::new(false),
         };
@@ -229,7 +229,9 @@ impl GuestRam {
     /// reserved may still be over the limit of the process's cgroup, and a write would be a SIGBUS. Nothing happens to other
     /// pages, to those of a page server, and beyond the end of a region. Kernels before 5.14 cannot tell.
     pub fn populate(&self, addr: u64, len: u64) -> Result<(), MapError> {
-        if self.inner.huge_pages != HugePages::Hugetlbfs2M || !matches!(self.inner.source, Source::Zeros) {
+        if self.inner.huge_pages != HugePages::Hugetlbfs2M
+            || !matches!(self.inner.backing, Backing::Anonymous)
+        {
             return Ok(());
         }
         let page = self.page_size();
@@ -241,9 +243,9 @@ impl GuestRam {
             }
             let first = (start - region.guest_addr) / page * page;
             let last = (end - region.guest_addr).next_multiple_of(page).min(region.size);
-            let part = span.part(first..last);
+            let part = span.subspan(first..last);
             let populated = loop {
-                match part.advise(Harmless::PopulateWrite) {
+                match part.advise(SpanAdvice::PopulateWrite) {
                     Err(rustix::io::Errno::INTR) => {}
                     done => break done,
                 }
@@ -258,13 +260,13 @@ impl GuestRam {
 
     /// What a fork must keep open to save this memory: the file that it came from.
     pub fn descriptors(&self) -> Vec<RawFd> {
-        match &self.inner.source {
-            Source::File(file) => vec![file.as_raw_fd()],
-            Source::Zeros | Source::PageServer(_) => Vec::new(),
+        match &self.inner.backing {
+            Backing::File(file) => vec![file.as_raw_fd()],
+            Backing::Anonymous | Backing::PageServer(_) => Vec::new(),
         }
     }
 
-    /// See [`Self::will_be_shared`].
+    /// See [`Self::note_fork`].
     pub(crate) fn set_shared(&self) {
         self.inner.shared.store(true, Ordering::Relaxed);
     }
@@ -275,7 +277,7 @@ impl GuestRam {
     }
 
     /// The empty set of this guest's pages.
-    pub fn no_pages(&self) -> PageSet {
+    pub fn empty_page_set(&self) -> PageSet {
         PageSet::empty(self.inner.regions.iter().map(|r| r.size))
     }
 
@@ -300,14 +302,14 @@ impl GuestRam {
             return Ok(());
         }
         let start = addr - self.inner.regions[index].guest_addr;
-        let part = self.inner.spans[index].part(start..start + len);
+        let part = self.inner.spans[index].subspan(start..start + len);
         // Marked first: a page that is marked and kept its contents is written once too often, not lost.
         self.mark_written(index, start, len);
         self.inner.discarded().insert(index, start / PAGE..(start + len) / PAGE);
-        let done = match self.inner.source {
+        let done = match self.inner.backing {
             // Without its mapping a page of a file would come back as it was in the file.
-            Source::File(_) => part.replace_by_zeros(),
-            Source::Zeros | Source::PageServer(_) => part.drop_pages(),
+            Backing::File(_) => part.remap_anonymous(),
+            Backing::Anonymous | Backing::PageServer(_) => part.drop_pages(),
         };
         done.map_err(|e| DiscardError::Kernel { addr, len, source: e.into() })
     }
@@ -317,8 +319,8 @@ impl GuestRam {
         &self.inner.spans
     }
 
-    pub(crate) fn source(&self) -> &Source {
-        &self.inner.source
+    pub(crate) fn backing(&self) -> &Backing {
+        &self.inner.backing
     }
 
     /// Pages that were given back, written again since or not.
@@ -335,12 +337,12 @@ impl Inner {
 }
 
 /// Regions that belong to nobody yet. What is not taken out is given back: pages of the pool are reserved by the mapping itself.
-struct Fresh(Vec<Span>);
+struct UnownedSpans(Vec<Span>);
 
-impl Drop for Fresh {
+impl Drop for UnownedSpans {
     fn drop(&mut self) {
         for span in &self.0 {
-            let replaced = span.replace_by_zeros();
+            let replaced = span.remap_anonymous();
             debug_assert!(replaced.is_ok(), "private memory can be given back: {replaced:?}");
         }
     }
@@ -349,16 +351,16 @@ impl Drop for Fresh {
 impl Drop for Inner {
     fn drop(&mut self) {
         for span in &self.spans {
-            if let Source::PageServer(connection) = &self.source {
+            if let Backing::PageServer(connection) = &self.backing {
                 // First out of the page server's hands: nobody may be there any more to hear of the removal.
                 connection.release(*span);
             }
-            let dropped = match &self.source {
-                Source::Zeros | Source::PageServer(_) if self.huge_pages != HugePages::Hugetlbfs2M => {
+            let dropped = match &self.backing {
+                Backing::Anonymous | Backing::PageServer(_) if self.huge_pages != HugePages::Hugetlbfs2M => {
                     span.drop_pages()
                 }
                 // Not the pages alone: the mapping keeps the file, or what it has reserved of the pool.
-                _ => span.replace_by_zeros(),
+                _ => span.remap_anonymous(),
             };
             debug_assert!(dropped.is_ok(), "private memory can be given back: {dropped:?}");
         }
@@ -366,7 +368,7 @@ impl Drop for Inner {
 }
 
 /// Maps one region at a host address aligned to 2 MiB.
-fn map_span(size: u64, kind: Kind<'_>, huge_pages: HugePages) -> Result<Span, MapError> {
+fn map_span(size: u64, kind: SpanKind<'_>, huge_pages: HugePages) -> Result<Span, MapError> {
     let size_mib = size / MIB;
     let pages = match huge_pages {
         HugePages::None => "4 KiB pages",
@@ -380,9 +382,9 @@ fn map_span(size: u64, kind: Kind<'_>, huge_pages: HugePages) -> Result<Span, Ma
     })?;
     let advised = |source: rustix::io::Errno| MapError::Advise { size_mib, pages, source: source.into() };
     // A crash dump of the monitor must not carry a tenant's memory.
-    span.advise(Harmless::DontDump).map_err(advised)?;
+    span.advise(SpanAdvice::DontDump).map_err(advised)?;
     if huge_pages == HugePages::Transparent {
-        span.advise(Harmless::HugePages).map_err(advised)?;
+        span.advise(SpanAdvice::HugePages).map_err(advised)?;
     }
     Ok(span)
 }
@@ -429,7 +431,7 @@ mod tests {
     fn only_huge_pages_are_populated() {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         ram.populate(0, u64::MAX).unwrap();
-        assert!(ram.own_pages().unwrap().is_empty());
+        assert!(ram.changed_pages().unwrap().is_empty());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use config::HugePages;
 use proptest::prelude::*;
 use vesta_memory::image::{
-    ImageError, ImageInfo, ImageKind, Observer, RestoreError, Written, examine, merge, merge_in_place,
+    ImageError, ImageInfo, ImageKind, Observer, RestoreError, WrittenImage, examine, merge, merge_in_place,
     write_diff, write_full,
 };
 use vesta_memory::pages::PAGE;
@@ -32,13 +32,13 @@ fn all(ram: &GuestRam) -> Vec<u8> {
 }
 
 fn full(ram: &GuestRam, path: &Path) -> ImageInfo {
-    let Written { file, info, .. } = write_full(ram, path, &()).unwrap();
+    let WrittenImage { file, info, .. } = write_full(ram, path, &()).unwrap();
     file.commit().unwrap();
     info
 }
 
 fn diff(ram: &GuestRam, path: &Path, pages: &PageSet) -> ImageInfo {
-    let Written { file, info, .. } = write_diff(ram, path, pages, &()).unwrap();
+    let WrittenImage { file, info, .. } = write_diff(ram, path, pages, &()).unwrap();
     file.commit().unwrap();
     info
 }
@@ -48,7 +48,7 @@ fn restore(info: &ImageInfo, path: &Path) -> GuestRam {
 }
 
 fn pages(ram: &GuestRam, list: &[u64]) -> PageSet {
-    let mut set = ram.no_pages();
+    let mut set = ram.empty_page_set();
     for page in list {
         set.insert(0, *page..page + 1);
     }
@@ -78,12 +78,12 @@ fn a_full_image_is_the_memory_and_only_as_large_as_what_was_used() {
         put(&ram, 1, 2);
         put(&ram, 2, 0);
         put(&ram, 700, 3);
-        let before = ram.own_pages().unwrap();
+        let before = ram.changed_pages().unwrap();
         let written = write_full(&ram, &path, &()).unwrap();
         assert_eq!(written.data_bytes, 3 * PAGE);
         assert_eq!(written.info.kind, ImageKind::Full);
         written.file.commit().unwrap();
-        assert_eq!(ram.own_pages().unwrap(), before, "writing touched pages");
+        assert_eq!(ram.changed_pages().unwrap(), before, "writing touched pages");
         assert_eq!(path.metadata().unwrap().len(), ram.size());
         assert!(blocks(&path) <= 4 * PAGE, "{} bytes on disk", blocks(&path));
         assert_eq!(std::fs::read(&path).unwrap(), all(&ram));
@@ -125,7 +125,7 @@ fn only_what_a_restored_guest_changed_is_its_own() {
     let _ = all(&clone);
     put(&clone, 5, 2);
     clone.discard(9 * PAGE, PAGE).unwrap();
-    assert_eq!(clone.own_pages().unwrap(), pages(&clone, &[5, 9]));
+    assert_eq!(clone.changed_pages().unwrap(), pages(&clone, &[5, 9]));
 }
 
 #[test]
@@ -318,7 +318,7 @@ fn memory_of_the_huge_page_pool_is_written_restored_and_not_forked() {
     let path = dir.path().join("mem");
     let ram = GuestRam::map(MIB, HugePages::Hugetlbfs2M, true).unwrap();
     put(&ram, 600, 1);
-    assert_eq!(ram.own_pages().unwrap().count(), 512);
+    assert_eq!(ram.changed_pages().unwrap().count(), 512);
     let info = full(&ram, &path);
     assert_eq!(info.huge_pages, HugePages::Hugetlbfs2M);
     assert!(blocks(&path) <= PAGE, "{} bytes on disk", blocks(&path));
@@ -509,7 +509,7 @@ proptest! {
         let mut ram = GuestRam::map(1, HugePages::None, true).unwrap();
         let mut model = vec![0u8; 1 << 20];
         let mut info = full(&ram, &image);
-        ram.reset_monitor_writes();
+        ram.reset_monitor_dirty_pages();
         for act in acts {
             match act {
                 Act::Write(page, len, byte) => {
@@ -521,12 +521,12 @@ proptest! {
                     model[(page * PAGE) as usize..((page + len) * PAGE) as usize].fill(0);
                 }
                 Act::Full => {
-                    ram.reset_monitor_writes();
+                    ram.reset_monitor_dirty_pages();
                     info = full(&ram, &image);
                 }
                 // Onto the image itself, or apart and then merged.
                 Act::Diff => {
-                    let dirty = ram.take_monitor_writes().unwrap();
+                    let dirty = ram.take_monitor_dirty_pages().unwrap();
                     if dirty.count().is_multiple_of(2) {
                         diff(&ram, &image, &dirty);
                     } else {
@@ -536,18 +536,18 @@ proptest! {
                     }
                 }
                 Act::UntrackedDiff => {
-                    ram.reset_monitor_writes();
-                    diff(&ram, &image, &ram.own_pages().unwrap());
+                    ram.reset_monitor_dirty_pages();
+                    diff(&ram, &image, &ram.changed_pages().unwrap());
                 }
                 Act::Restore => {
-                    let dirty = ram.take_monitor_writes().unwrap();
+                    let dirty = ram.take_monitor_dirty_pages().unwrap();
                     diff(&ram, &image, &dirty);
                     ram = restore(&info, &image);
                 }
             }
             prop_assert!(all(&ram) == model, "the guest's memory");
         }
-        diff(&ram, &image, &ram.take_monitor_writes().unwrap());
+        diff(&ram, &image, &ram.take_monitor_dirty_pages().unwrap());
         prop_assert!(std::fs::read(&image).unwrap() == model, "the image");
         prop_assert!(all(&restore(&info, &image)) == model, "a restored guest");
     }

@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 const MIB: u32 = 2;
 
-/// Which of the writer's snapshots it is: all of its memory has this byte.
+/// PageFilter of the writer's snapshots it is: all of its memory has this byte.
 #[derive(Serialize, Deserialize)]
 struct Generation(u8);
 
@@ -62,7 +62,7 @@ fn start(dir: &Path) -> Child {
 
 fn check(dir: &Path) {
     let state = Snapshot::open(&dir.join("state")).unwrap();
-    state.expect("microvm").unwrap();
+    state.expect_kind("microvm").unwrap();
     let Generation(generation) = state.get().unwrap();
     let info: ImageInfo = state.get().unwrap();
     let memory = snapshot::find(&dir.join("mem"), info.id);

@@ -533,7 +533,7 @@ enum Replaced {
 }
 
 /// Whether two paths are to be the same file, however they are spelt: the same name in the same directory, links followed.
-pub fn same_place(one: &Path, other: &Path) -> bool {
+pub fn is_same_path(one: &Path, other: &Path) -> bool {
     let place = |path: &Path| {
         let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
         let parent = match target.parent() {

@@ -212,19 +212,19 @@ fn two_spellings_of_a_file_are_the_same_place_whether_it_is_there_or_not() {
     std::fs::create_dir(path("sub")).unwrap();
     std::os::unix::fs::symlink(dir.path(), path("link")).unwrap();
     for there in [false, true] {
-        assert!(same_place(&path("s"), &path("s")));
-        assert!(same_place(&path("s"), &path("./s")));
-        assert!(same_place(&path("s"), &path("sub/../s")));
-        assert!(same_place(&path("s"), &path("link/s")));
-        assert!(!same_place(&path("s"), &path("sub/s")));
-        assert!(!same_place(&path("s"), &path("t")));
+        assert!(is_same_path(&path("s"), &path("s")));
+        assert!(is_same_path(&path("s"), &path("./s")));
+        assert!(is_same_path(&path("s"), &path("sub/../s")));
+        assert!(is_same_path(&path("s"), &path("link/s")));
+        assert!(!is_same_path(&path("s"), &path("sub/s")));
+        assert!(!is_same_path(&path("s"), &path("t")));
         if !there {
             std::fs::write(path("s"), "").unwrap();
         }
     }
     std::os::unix::fs::symlink("s", path("alias")).unwrap();
-    assert!(same_place(&path("s"), &path("alias")));
-    assert!(!same_place(Path::new("/nowhere/s"), Path::new("/nowhere/s")), "nobody can write there");
+    assert!(is_same_path(&path("s"), &path("alias")));
+    assert!(!is_same_path(Path::new("/nowhere/s"), Path::new("/nowhere/s")), "nobody can write there");
 }
 
 #[test]

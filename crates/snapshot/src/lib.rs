@@ -57,7 +57,7 @@ mod writer;
 pub use ciborium::Value;
 pub use describe::{Description, SectionDescription, describe, verify};
 pub use file::{
-    AtomicFile, FileError, FileId, RedoLog, Staged, commit_pair, commit_redo, find, redo_path, same_place,
+    AtomicFile, FileError, FileId, RedoLog, Staged, commit_pair, commit_redo, find, is_same_path, redo_path,
 };
 pub use format::{FORMAT_VERSION, Header, MAX_FILE_SIZE, MAX_NAME, MAX_SECTIONS};
 pub use reader::{ReadError, SectionInfo, Snapshot};

@@ -234,7 +234,7 @@ impl Snapshot {
     }
 
     /// Refuses a file of another kind or from another architecture. Whoever restores from it asks this first.
-    pub fn expect(&self, kind: &str) -> Result<(), ReadError> {
+    pub fn expect_kind(&self, kind: &str) -> Result<(), ReadError> {
         let path = self.path.clone();
         if self.header.kind != kind {
             let (found, wanted) = (self.header.kind.clone(), kind.to_owned());

@@ -129,7 +129,7 @@ fn what_is_written_is_read_back() {
     assert_eq!(file.get_instance::<Queue>("a").unwrap(), queue());
     assert_eq!(file.get_instance::<Queue>("b").unwrap().mode, Mode::Off);
     assert_eq!(file.instances::<Queue>().collect::<Vec<_>>(), ["a", "b"]);
-    file.expect("microvm").unwrap();
+    file.expect_kind("microvm").unwrap();
 }
 
 #[test]
@@ -220,13 +220,13 @@ fn what_is_no_state_file_is_called_that() {
 fn another_architecture_can_be_described_but_not_used() {
     let file = header_with(|h| h.architecture = "aarch64".into());
     assert_eq!(file.describe().header.architecture, "aarch64");
-    let error = file.expect("microvm").unwrap_err().to_string();
+    let error = file.expect_kind("microvm").unwrap_err().to_string();
     assert_eq!(error, "a.state was made on aarch64; this machine is x86_64");
 }
 
 #[test]
 fn another_kind_of_file_is_refused() {
-    let error = parse(&sample()).unwrap().expect("working-set").unwrap_err().to_string();
+    let error = parse(&sample()).unwrap().expect_kind("working-set").unwrap_err().to_string();
     assert_eq!(error, "a.state holds \"microvm\", not \"working-set\"");
 }
 

@@ -8,12 +8,12 @@ use std::os::unix::fs::FileExt;
 use rustix::io::Errno;
 
 use super::ImageError;
-use super::file::{STEP, Target};
+use super::file::{CHUNK, ImageTarget};
 
 /// Copies `range` of `from` to the same place of `target`, within the kernel where it can.
 pub(super) fn copy(
     from: &File,
-    target: &Target<'_>,
+    target: &ImageTarget<'_>,
     range: Range<u64>,
     mut stepped: impl FnMut(u64) -> Result<(), ImageError>,
 ) -> Result<(), ImageError> {
@@ -21,7 +21,7 @@ pub(super) fn copy(
     let mut by_kernel = true;
     let mut buffer = Vec::new();
     while at < range.end {
-        let len = (range.end - at).min(STEP) as usize;
+        let len = (range.end - at).min(CHUNK) as usize;
         let (mut source, mut sink) = (at, at);
         let copied = if by_kernel {
             match rustix::fs::copy_file_range(from, Some(&mut source), target.file, Some(&mut sink), len) {

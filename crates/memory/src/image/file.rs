@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::{ImageError, Observer};
 
 /// How much is copied or written between two questions whether to stop.
-pub(super) const STEP: u64 = 4 << 20;
+pub(super) const CHUNK: u64 = 4 << 20;
 
 /// How often a file with a lease is tried to be opened, a millisecond apart.
 const OPEN_TRIES: u32 = 1000;
@@ -36,18 +36,18 @@ pub(super) fn open_image(path: &Path, access: OFlags) -> io::Result<File> {
 }
 
 /// The stretches of `file` that may hold something, from `start` to `end`. A file system without holes has one stretch.
-pub(super) fn extents(file: &File, range: Range<u64>) -> Extents<'_> {
-    Extents { file, at: range.start, end: range.end }
+pub(super) fn data_extents(file: &File, range: Range<u64>) -> DataExtents<'_> {
+    DataExtents { file, at: range.start, end: range.end }
 }
 
-/// See [`extents`].
-pub(super) struct Extents<'a> {
+/// See [`data_extents`].
+pub(super) struct DataExtents<'a> {
     file: &'a File,
     at: u64,
     end: u64,
 }
 
-impl Iterator for Extents<'_> {
+impl Iterator for DataExtents<'_> {
     type Item = io::Result<Range<u64>>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -87,14 +87,14 @@ impl Iterator for Extents<'_> {
 }
 
 /// Makes `range` of `file` a hole; where the file system cannot, zeros.
-pub(super) fn make_hole(file: &File, range: Range<u64>) -> io::Result<()> {
+pub(super) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
     use std::os::unix::fs::FileExt;
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     match rustix::fs::fallocate(file, flags, range.start, range.end - range.start) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
         done => return done.map_err(Into::into),
     }
-    let zeros = vec![0; (range.end - range.start).min(STEP) as usize];
+    let zeros = vec![0; (range.end - range.start).min(CHUNK) as usize];
     let mut at = range.start;
     while at < range.end {
         let len = (range.end - at).min(zeros.len() as u64);
@@ -105,13 +105,13 @@ pub(super) fn make_hole(file: &File, range: Range<u64>) -> io::Result<()> {
 }
 
 /// Makes all of `to` what `from` is, sharing its blocks. False where the file system cannot.
-pub(super) fn share(from: &File, to: &File) -> bool {
+pub(super) fn reflink(from: &File, to: &File) -> bool {
     rustix::fs::ioctl_ficlone(to, from).is_ok()
 }
 
 /// A file that is being written, with all that an error or a question needs.
 #[derive(Clone, Copy)]
-pub(super) struct Target<'a> {
+pub(super) struct ImageTarget<'a> {
     pub(super) file: &'a File,
     pub(super) path: &'a Path,
     /// Its size in bytes when whole.
@@ -119,7 +119,7 @@ pub(super) struct Target<'a> {
     pub(super) observer: &'a dyn Observer,
 }
 
-impl Target<'_> {
+impl ImageTarget<'_> {
     pub(super) fn error(&self, offset: u64, source: io::Error) -> ImageError {
         ImageError::Write { path: self.path.to_path_buf(), size: self.size, offset, source }
     }
@@ -129,7 +129,7 @@ impl Target<'_> {
     }
 
     /// Reports progress, and stops where that is wanted.
-    pub(super) fn step(&self, done: u64, total: u64) -> Result<(), ImageError> {
+    pub(super) fn report(&self, done: u64, total: u64) -> Result<(), ImageError> {
         self.observer.progress(done, total);
         if self.observer.cancelled() {
             return Err(ImageError::Cancelled { path: PathBuf::from(self.path) });

@@ -15,7 +15,7 @@
 //! the file that a guest runs on is therefore safe: its mapping keeps the old file. The exception
 //! is a Diff onto a base that no other process has open or mapped: it is written into the base
 //! through a redo log ([`redo`]), which is as atomic. Whoever reads an image opens it by
-//! `redo::open_whole`, which looks for such a writer.
+//! `redo::open_consistent`, which looks for such a writer.
 //!
 //! # Errors
 //!
@@ -23,10 +23,10 @@
 
 mod copy;
 mod file;
-mod mark;
 mod merge;
 mod partial;
 mod redo;
+mod redo_mark;
 mod restore;
 mod write;
 
@@ -36,10 +36,10 @@ use config::HugePages;
 use serde::{Deserialize, Serialize};
 use snapshot::{FileError, FileId, Section};
 
-pub use merge::{Merged, merge, merge_in_place};
-pub use redo::settle;
+pub use merge::{MergeStats, merge, merge_in_place};
+pub use redo::recover;
 pub use restore::{ImageFile, RestoreError, examine};
-pub use write::{NewImage, Written, write_diff, write_full};
+pub use write::{StagedImage, WrittenImage, write_diff, write_full};
 
 use crate::layout::MemoryLayout;
 use crate::page_server::FetchError;
@@ -52,7 +52,7 @@ pub struct ImageInfo {
     pub layout: MemoryLayout,
     /// The whole memory, or pages on top of a base.
     pub kind: ImageKind,
-    /// Which file it is: for [`snapshot::find`].
+    /// PageFilter file it is: for [`snapshot::find`].
     pub id: FileId,
     /// The kind of pages that backed the memory: what a restore with `"huge_pages": "Snapshot"` takes.
     pub huge_pages: HugePages,

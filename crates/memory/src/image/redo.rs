@@ -12,11 +12,11 @@
 //! ```
 //!
 //! A log that is found later (its writer was killed, or the base could not be written) is put into
-//! the image by [`settle`], which makes a new file: by then others may have the base open.
+//! the image by [`recover`], which makes a new file: by then others may have the base open.
 //!
 //! # Who may
 //!
-//! A base is changed in place only if no other process can see it change ([`Candidate`]): it has
+//! A base is changed in place only if no other process can see it change ([`BaseCandidate`]): it has
 //! one name, no other process has it open or mapped ([`lease`]), and it lies on a file system that
 //! is this host's alone and keeps promised space. A guest that was restored from the base itself
 //! does not count as another user unless its memory is shared with a fork. In all other cases the
@@ -33,7 +33,7 @@
 //! W2 open the base                            R2 look at the mark
 //! W3 mark the base with the log's id          R3 no mark: use the file
 //! W4 check that no other process has it open     mark and log: close the file, wait for the log or
-//! W5 write and sync the base                        complete the image (settle), start at R1
+//! W5 write and sync the base                        complete the image (recover), start at R1
 //! W6 remove the mark                             mark, no log: use the file if it still has its
 //! W7 remove the log                                 name, else start at R1
 //! ```
@@ -84,14 +84,14 @@ use rustix::io::Errno;
 use snapshot::{AtomicFile, FileId, RedoLog, Staged};
 
 use super::copy::copy;
-use super::file::{STEP, Target, extents, make_hole, open_image, share};
-use super::{ImageError, Observer, mark, partial};
+use super::file::{CHUNK, ImageTarget, data_extents, open_image, punch_hole, reflink};
+use super::{ImageError, Observer, partial, redo_mark};
+use crate::backing::Backing;
 use crate::pages::PAGE;
 use crate::ram::GuestRam;
-use crate::source::Source;
-use crate::sys::guest_io;
 use crate::sys::lease;
 use crate::sys::span::Span;
+use crate::sys::span_io;
 
 const MAGIC: [u8; 8] = *b"VESTREDO";
 /// Bytes of a record's head.
@@ -107,7 +107,7 @@ const END: u64 = 2;
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How many times a reader opens a base that it finds marked each time.
-const SETTLE_TRIES: u32 = 16;
+const RECOVER_TRIES: u32 = 16;
 
 /// File systems that are this host's alone, have extended attributes and keep space that was
 /// promised (fallocate). By the numbers of statfs(2): ext2 to ext4, XFS, tmpfs.
@@ -115,7 +115,7 @@ const FILE_SYSTEMS: [i64; 3] = [0xef53, 0x5846_5342, 0x0102_1994];
 
 /// A Diff of `ram` in its redo log, for the base at `path`.
 #[derive(Debug)]
-pub(super) struct Patch {
+pub(super) struct RedoDiff {
     log: AtomicFile,
     ram: GuestRam,
     path: PathBuf,
@@ -123,47 +123,47 @@ pub(super) struct Patch {
 
 /// A base that may be changed in place if no other process has it open. It holds the one file
 /// that the lease counts.
-enum Candidate<'a> {
+enum BaseCandidate<'a> {
     /// The file that the guest is mapped from.
     Mapped(&'a File),
     /// A file for writing, of a base that the guest is not mapped from.
     Writable(File),
 }
 
-impl<'a> Candidate<'a> {
+impl<'a> BaseCandidate<'a> {
     /// Opens the base at `path`, if all but its other users allow a change in place.
     fn open(ram: &'a GuestRam, path: &Path) -> Option<Self> {
-        let candidate = match ram.source() {
-            Source::File(own) if is_at(own, path) => Candidate::Mapped(own),
-            _ => Candidate::Writable(open_image(path, OFlags::RDWR).ok()?),
+        let candidate = match ram.backing() {
+            Backing::File(own) if is_at_path(own, path) => BaseCandidate::Mapped(own),
+            _ => BaseCandidate::Writable(open_image(path, OFlags::RDWR).ok()?),
         };
         let file_system = rustix::fs::fstatfs(candidate.file()).ok()?.f_type;
-        let shared = matches!(candidate, Candidate::Mapped(_)) && ram.is_shared();
+        let shared = matches!(candidate, BaseCandidate::Mapped(_)) && ram.is_shared();
         (!shared && candidate.has_one_name(path) && FILE_SYSTEMS.contains(&file_system)).then_some(candidate)
     }
 
     fn file(&self) -> &File {
         match self {
-            Candidate::Mapped(file) => file,
-            Candidate::Writable(file) => file,
+            BaseCandidate::Mapped(file) => file,
+            BaseCandidate::Writable(file) => file,
         }
     }
 
     /// Whether it is a regular file at `path` and nowhere else.
     fn has_one_name(&self, path: &Path) -> bool {
         let file = self.file();
-        file.metadata().is_ok_and(|is| is.is_file() && is.nlink() == 1) && is_at(file, path)
+        file.metadata().is_ok_and(|is| is.is_file() && is.nlink() == 1) && is_at_path(file, path)
     }
 
     /// The file for writing, if no other process has the base open and it is still at `path`.
     fn into_writable(self, path: &Path) -> Option<File> {
-        if !lease::is_alone(self.file()) || !self.has_one_name(path) {
+        if !lease::is_sole_user(self.file()) || !self.has_one_name(path) {
             return None;
         }
         match self {
-            Candidate::Writable(file) => Some(file),
+            BaseCandidate::Writable(file) => Some(file),
             // Only now: the lease would have counted this one.
-            Candidate::Mapped(own) => {
+            BaseCandidate::Mapped(own) => {
                 let file = open_image(path, OFlags::RDWR).ok()?;
                 is_same(&file.metadata().ok()?, &own.metadata().ok()?).then_some(file)
             }
@@ -176,20 +176,20 @@ fn is_same(one: &Metadata, other: &Metadata) -> bool {
 }
 
 /// Whether `file` is what `path` names.
-fn is_at(file: &File, path: &Path) -> bool {
+fn is_at_path(file: &File, path: &Path) -> bool {
     let (Ok(is), Ok(there)) = (file.metadata(), std::fs::metadata(path)) else { return false };
     is_same(&is, &there)
 }
 
 /// Opens the base at `path` for a redo log, if `ram` could change it in place now.
 pub(super) fn open_base(ram: &GuestRam, path: &Path) -> Option<File> {
-    let candidate = Candidate::open(ram, path)?;
-    mark::is_possible(candidate.file()).then(|| candidate.into_writable(path))?
+    let candidate = BaseCandidate::open(ram, path)?;
+    redo_mark::is_possible(candidate.file()).then(|| candidate.into_writable(path))?
 }
 
-/// A step of [`Patch::commit`] that is done: W1 to W6 of [the module](self).
+/// A step of [`RedoDiff::commit`] that is done: W1 to W6 of [the module](self).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Step {
+enum CommitStep {
     Committed,
     Opened,
     Marked,
@@ -200,25 +200,26 @@ enum Step {
 
 /// Marks the base at `path` with `log`, and opens it for writing if no other process has it open:
 /// W2 to W4 of [the module](self). On `None` the base is as it was.
-fn begin(ram: &GuestRam, path: &Path, log: FileId, reached: &mut dyn FnMut(Step)) -> Option<File> {
-    let candidate = Candidate::open(ram, path)?;
-    reached(Step::Opened);
-    if mark::get(candidate.file()).ok()?.is_some_and(|other| snapshot::redo_path(path, other).is_some()) {
+fn mark_base(ram: &GuestRam, path: &Path, log: FileId, reached: &mut dyn FnMut(CommitStep)) -> Option<File> {
+    let candidate = BaseCandidate::open(ram, path)?;
+    reached(CommitStep::Opened);
+    if redo_mark::get(candidate.file()).ok()?.is_some_and(|other| snapshot::redo_path(path, other).is_some())
+    {
         return None;
     }
     // A mark that says nothing to anyone else can be removed through any descriptor.
     let marked = candidate.file().try_clone().ok()?;
-    let is_marked = mark::set(&marked, log).is_ok();
-    reached(Step::Marked);
+    let is_marked = redo_mark::set(&marked, log).is_ok();
+    reached(CommitStep::Marked);
     let base = candidate.into_writable(path).filter(|_| is_marked);
     // Another writer may have replaced or removed the mark until then.
-    let base = base.filter(|base| mark::get(base).is_ok_and(|found| found == Some(log)));
+    let base = base.filter(|base| redo_mark::get(base).is_ok_and(|found| found == Some(log)));
     if base.is_none() {
         // A mark that stays here is harmless: its log is complete, and removed last.
-        let _ = mark::clear(&marked);
+        let _ = redo_mark::clear(&marked);
         return None;
     }
-    reached(Step::Alone);
+    reached(CommitStep::Alone);
     base
 }
 
@@ -265,7 +266,7 @@ impl<'a> LogWriter<'a> {
         rustix::fs::fallocate(&self.base, FallocateFlags::KEEP_SIZE, range.start, range.end - range.start)
             .map_err(|e| self.error(e.into()))?;
         self.head(&range, DATA)?;
-        guest_io::write_all(self.log.file(), span, self.at).map_err(|e| self.error(e))?;
+        span_io::write_all(self.log.file(), span, self.at).map_err(|e| self.error(e))?;
         self.at += range.end - range.start;
         Ok(())
     }
@@ -276,13 +277,13 @@ impl<'a> LogWriter<'a> {
     }
 
     /// The log is complete.
-    pub(super) fn finish(mut self) -> Result<Patch, ImageError> {
+    pub(super) fn finish(mut self) -> Result<RedoDiff, ImageError> {
         self.head(&(0..0), END)?;
-        Ok(Patch { log: self.log, ram: self.ram.clone(), path: self.path.to_path_buf() })
+        Ok(RedoDiff { log: self.log, ram: self.ram.clone(), path: self.path.to_path_buf() })
     }
 }
 
-impl Patch {
+impl RedoDiff {
     /// What the state file calls the image with this Diff in it.
     pub(super) fn id(&self) -> FileId {
         self.log.id()
@@ -294,24 +295,28 @@ impl Patch {
     }
 
     /// [`Self::commit`], which says how far it is.
-    fn commit_in_steps(self, state: Option<Staged>, reached: &mut dyn FnMut(Step)) -> Result<(), ImageError> {
-        let Patch { log, ram, path } = self;
+    fn commit_in_steps(
+        self,
+        state: Option<Staged>,
+        reached: &mut dyn FnMut(CommitStep),
+    ) -> Result<(), ImageError> {
+        let RedoDiff { log, ram, path } = self;
         let log = snapshot::commit_redo(log.stage(), state)?;
         let (redo, id) = (log.path(), log.id());
-        reached(Step::Committed);
+        reached(CommitStep::Committed);
         // Another process may have opened the base since: then the base is left as it is.
-        let written = match begin(&ram, &path, id, reached) {
+        let written = match mark_base(&ram, &path, id, reached) {
             Some(base) => {
                 write_to_base(&base, &log, ram.layout().file_size(), reached).and_then(|()| Ok(log.remove()?))
             }
-            None => complete(&path, log, &()),
+            None => recover_to_new_file(&path, log, &()),
         };
         written.map_err(|source| ImageError::Unapplied { redo, id, source: Box::new(source) })
     }
 }
 
 #[cfg(test)]
-impl Patch {
+impl RedoDiff {
     /// Commits the log, and nothing more.
     fn into_log(self) -> RedoLog {
         snapshot::commit_redo(self.log.stage(), None).unwrap()
@@ -323,23 +328,23 @@ fn write_to_base(
     base: &File,
     log: &RedoLog,
     size: u64,
-    reached: &mut dyn FnMut(Step),
+    reached: &mut dyn FnMut(CommitStep),
 ) -> Result<(), ImageError> {
     let path = log.path();
-    let target = Target { file: base, path: &path, size, observer: &() };
+    let target = ImageTarget { file: base, path: &path, size, observer: &() };
     // The mark is on disk before the first page is.
     base.sync_all().map_err(|e| target.error(0, e))?;
     apply(log.file(), &path, &target)?;
     base.sync_all().map_err(|e| target.error(0, e))?;
-    reached(Step::Written);
+    reached(CommitStep::Written);
     // The log goes after it: a mark without a log says nothing.
-    mark::clear(base).map_err(|e: Errno| target.error(0, e.into()))?;
-    reached(Step::Unmarked);
+    redo_mark::clear(base).map_err(|e: Errno| target.error(0, e.into()))?;
+    reached(CommitStep::Unmarked);
     Ok(())
 }
 
 /// Puts what the log at `path` holds into `target`. It may be done again after it was cut short.
-fn apply(log: &File, path: &Path, target: &Target<'_>) -> Result<(), ImageError> {
+fn apply(log: &File, path: &Path, target: &ImageTarget<'_>) -> Result<(), ImageError> {
     let read = |source| ImageError::read(path)(source);
     let damaged = || read(io::Error::new(io::ErrorKind::InvalidData, "the redo log is damaged"));
     let mut magic = [0; MAGIC.len()];
@@ -361,10 +366,10 @@ fn apply(log: &File, path: &Path, target: &Target<'_>) -> Result<(), ImageError>
         };
         let (offset, len, kind) = (word(0), word(1), word(2));
         if kind == END {
-            return target.step(target.size, target.size);
+            return target.report(target.size, target.size);
         }
         let end = offset.checked_add(len).filter(|end| *end <= target.size).ok_or_else(damaged)?;
-        if len == 0 || len > STEP || !offset.is_multiple_of(PAGE) {
+        if len == 0 || len > CHUNK || !offset.is_multiple_of(PAGE) {
             return Err(damaged());
         }
         let written = match kind {
@@ -374,7 +379,7 @@ fn apply(log: &File, path: &Path, target: &Target<'_>) -> Result<(), ImageError>
                 at += len;
                 target.file.write_all_at(&buffer, offset)
             }
-            ZERO if holes => make_hole(target.file, offset..end),
+            ZERO if holes => punch_hole(target.file, offset..end),
             ZERO => {
                 buffer.clear();
                 buffer.resize(len as usize, 0);
@@ -383,14 +388,14 @@ fn apply(log: &File, path: &Path, target: &Target<'_>) -> Result<(), ImageError>
             _ => return Err(damaged()),
         };
         written.map_err(|e| target.error(offset, e))?;
-        target.step(end, target.size)?;
+        target.report(end, target.size)?;
     }
 }
 
 /// The log that the file at `path` is marked with, if there is a file and a mark.
 fn marked(path: &Path) -> Result<Option<FileId>, ImageError> {
     match open_image(path, OFlags::RDONLY) {
-        Ok(file) => mark::get(&file).map_err(ImageError::read(path)),
+        Ok(file) => redo_mark::get(&file).map_err(ImageError::read(path)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(ImageError::read(path)(e)),
     }
@@ -399,15 +404,15 @@ fn marked(path: &Path) -> Result<Option<FileId>, ImageError> {
 /// Completes the image at `path` if a Diff was to be written into it and is still in a redo log:
 /// the one that belongs to the state `id`, or the one that was begun. It is a new file then, so
 /// that a process that has the old one open sees no change. Does nothing where there is no log.
-pub fn settle(path: &Path, id: Option<FileId>, observer: &dyn Observer) -> Result<(), ImageError> {
+pub fn recover(path: &Path, id: Option<FileId>, observer: &dyn Observer) -> Result<(), ImageError> {
     if let Some(id) = id {
-        settle_log(path, id, observer)?;
+        recover_log(path, id, observer)?;
     }
-    marked(path)?.map_or(Ok(()), |id| settle_log(path, id, observer))
+    marked(path)?.map_or(Ok(()), |id| recover_log(path, id, observer))
 }
 
 /// Waits for the writer of the log `id`, or completes the image if that writer is gone.
-fn settle_log(path: &Path, id: FileId, observer: &dyn Observer) -> Result<(), ImageError> {
+fn recover_log(path: &Path, id: FileId, observer: &dyn Observer) -> Result<(), ImageError> {
     let deadline = Instant::now() + LOCK_TIMEOUT;
     let log = loop {
         match RedoLog::open(path, id) {
@@ -423,7 +428,7 @@ fn settle_log(path: &Path, id: FileId, observer: &dyn Observer) -> Result<(), Im
     };
     let Some(log) = log else { return Ok(()) };
     let redo = log.path();
-    complete(path, log, observer).map_err(|source| match source {
+    recover_to_new_file(path, log, observer).map_err(|source| match source {
         cancelled @ ImageError::Cancelled { .. } => cancelled,
         source => ImageError::Unapplied { redo, id, source: Box::new(source) },
     })
@@ -431,7 +436,7 @@ fn settle_log(path: &Path, id: FileId, observer: &dyn Observer) -> Result<(), Im
 
 /// What a reader that has opened an image sees: R2 and R3 of [the module](self).
 #[derive(Debug, PartialEq, Eq)]
-enum Seen {
+enum BaseState {
     /// It is whole, and stays as it is while it is open.
     Whole,
     /// It is being written from this log, or its writer was killed.
@@ -440,54 +445,58 @@ enum Seen {
     Replaced,
 }
 
-fn look(file: &File, path: &Path) -> io::Result<Seen> {
-    Ok(match mark::get(file)? {
-        None => Seen::Whole,
-        Some(id) if snapshot::redo_path(path, id).is_some() => Seen::Marked(id),
-        Some(_) if is_at(file, path) => Seen::Whole,
-        Some(_) => Seen::Replaced,
+fn inspect(file: &File, path: &Path) -> io::Result<BaseState> {
+    Ok(match redo_mark::get(file)? {
+        None => BaseState::Whole,
+        Some(id) if snapshot::redo_path(path, id).is_some() => BaseState::Marked(id),
+        Some(_) if is_at_path(file, path) => BaseState::Whole,
+        Some(_) => BaseState::Replaced,
     })
 }
 
 /// Opens the image at `path` as a reader: no other process changes it while the file is open, and
 /// it is whole. Completes it first if its writer was killed.
-pub(super) fn open_whole(path: &Path, access: OFlags, observer: &dyn Observer) -> Result<File, ImageError> {
-    open_for(path, access, None, observer)
+pub(super) fn open_consistent(
+    path: &Path,
+    access: OFlags,
+    observer: &dyn Observer,
+) -> Result<File, ImageError> {
+    open_consistent_for(path, access, None, observer)
 }
 
-/// [`open_whole`], for the owner of the log `own`: that log may be half in the image.
-fn open_for(
+/// [`open_consistent`], for the owner of the log `own`: that log may be half in the image.
+fn open_consistent_for(
     path: &Path,
     access: OFlags,
     own: Option<FileId>,
     observer: &dyn Observer,
 ) -> Result<File, ImageError> {
-    for _ in 0..SETTLE_TRIES {
+    for _ in 0..RECOVER_TRIES {
         let file = open_image(path, access).map_err(ImageError::read(path))?;
-        match look(&file, path).map_err(ImageError::read(path))? {
-            Seen::Whole => return Ok(file),
-            Seen::Marked(id) if Some(id) == own => return Ok(file),
-            Seen::Marked(id) => {
+        match inspect(&file, path).map_err(ImageError::read(path))? {
+            BaseState::Whole => return Ok(file),
+            BaseState::Marked(id) if Some(id) == own => return Ok(file),
+            BaseState::Marked(id) => {
                 drop(file);
-                settle_log(path, id, observer)?;
+                recover_log(path, id, observer)?;
             }
-            Seen::Replaced => {}
+            BaseState::Replaced => {}
         }
     }
-    let busy = format!("other processes are writing to it: still so after {SETTLE_TRIES} tries");
+    let busy = format!("other processes are writing to it: still so after {RECOVER_TRIES} tries");
     Err(ImageError::read(path)(io::Error::new(io::ErrorKind::ResourceBusy, busy)))
 }
 
 /// Makes a new image at `path` of the one that is there and a log, which is removed.
-fn complete(path: &Path, log: RedoLog, observer: &dyn Observer) -> Result<(), ImageError> {
-    let base = open_for(path, OFlags::RDONLY, Some(log.id()), observer)?;
+fn recover_to_new_file(path: &Path, log: RedoLog, observer: &dyn Observer) -> Result<(), ImageError> {
+    let base = open_consistent_for(path, OFlags::RDONLY, Some(log.id()), observer)?;
     let size = base.metadata().map_err(ImageError::read(path))?.size();
     let file = AtomicFile::create(path)?;
-    let target = Target { file: file.file(), path, size, observer };
-    if !share(&base, file.file()) {
+    let target = ImageTarget { file: file.file(), path, size, observer };
+    if !reflink(&base, file.file()) {
         target.set_size()?;
-        for extent in extents(&base, 0..size) {
-            copy(&base, &target, extent.map_err(ImageError::read(path))?, |_| target.step(0, size))?;
+        for extent in data_extents(&base, 0..size) {
+            copy(&base, &target, extent.map_err(ImageError::read(path))?, |_| target.report(0, size))?;
         }
     }
     if partial::is_marked(&base) {

@@ -9,8 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::PageSet;
-use crate::image::{RestoreError, Written, merge, write_diff, write_full};
-use crate::sys::lease::Held;
+use crate::image::{RestoreError, WrittenImage, merge, write_diff, write_full};
+use crate::sys::lease::HeldLease;
 
 const MIB: u32 = 4;
 
@@ -40,7 +40,7 @@ fn place() -> Option<PathBuf> {
         let [one, other] = [(); 2].map(|()| tempfile::tempfile_in(dir).ok());
         let (Some(one), Some(other)) = (one, other) else { return false };
         let known = rustix::fs::fstatfs(&one).is_ok_and(|fs| FILE_SYSTEMS.contains(&fs.f_type));
-        known && !share(&one, &other) && mark::is_possible(&one)
+        known && !reflink(&one, &other) && redo_mark::is_possible(&one)
     };
     let found = [std::env::temp_dir(), "/dev/shm".into()].into_iter().find(usable);
     if found.is_none() {
@@ -68,7 +68,7 @@ impl Saved {
 
     fn changed(dir: TempDir, path: PathBuf, ram: GuestRam) -> Self {
         let old = std::fs::read(&path).unwrap();
-        let mut pages = ram.no_pages();
+        let mut pages = ram.empty_page_set();
         // Data over data, data in a hole, zeros over data, zeros in a hole.
         for (page, byte) in [(1, 2), (2, 3), (7, 4), (500, 5), (8, 0), (9, 0), (600, 0)] {
             put(&ram, page, byte);
@@ -78,7 +78,7 @@ impl Saved {
         Saved { dir, path, ram, pages, old, new }
     }
 
-    fn write(&self) -> Written {
+    fn write(&self) -> WrittenImage {
         write_diff(&self.ram, &self.path, &self.pages, &()).unwrap()
     }
 
@@ -175,7 +175,7 @@ fn a_base_with_another_name_or_a_forked_user_is_copied() {
     assert_eq!(saved.contents(), saved.new);
 
     let saved = Saved::restored(&place);
-    saved.ram.will_be_shared();
+    saved.ram.note_fork();
     saved.assert_copied(());
 }
 
@@ -202,35 +202,41 @@ fn a_kill_at_any_step_leaves_the_new_image_to_be_completed() {
             let saved = Saved::new(&place);
             let written = saved.write();
             let id = written.info.id;
-            // What `NewImage::commit` does, as far as it comes.
+            // What `StagedImage::commit` does, as far as it comes.
             let size = saved.new.len() as u64;
-            let log = written.file.into_patch().unwrap().into_log();
-            let base = begin(&saved.ram, &saved.path, id, &mut |_| {}).unwrap();
+            let log = written.file.into_redo_diff().unwrap().into_log();
+            let base = mark_base(&saved.ram, &saved.path, id, &mut |_| {}).unwrap();
             let observer = StopAfter(AtomicU64::new(step));
-            let target = Target { file: &base, path: &saved.path, size, observer: &observer };
+            let target = ImageTarget { file: &base, path: &saved.path, size, observer: &observer };
             let _ = apply(log.file(), &log.path(), &target);
             drop((base, log));
             // The mark says that half of it is no image.
             assert!(saved.names() == 2 && marked(&saved.path).unwrap() == Some(id));
             let id = (!by_mark).then_some(id);
-            let stopped = settle(&saved.path, id, &StopAfter(AtomicU64::new(step)));
+            let stopped = recover(&saved.path, id, &StopAfter(AtomicU64::new(step)));
             assert!(stopped.is_ok() || saved.names() == 2, "the log is gone, and so is the image");
-            settle(&saved.path, id, &()).unwrap();
+            recover(&saved.path, id, &()).unwrap();
             assert_eq!(saved.contents(), saved.new, "{step}");
             assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None));
         }
     }
 }
 
-const ALL_STEPS: [Step; 6] =
-    [Step::Committed, Step::Opened, Step::Marked, Step::Alone, Step::Written, Step::Unmarked];
+const ALL_STEPS: [CommitStep; 6] = [
+    CommitStep::Committed,
+    CommitStep::Opened,
+    CommitStep::Marked,
+    CommitStep::Alone,
+    CommitStep::Written,
+    CommitStep::Unmarked,
+];
 
 impl Saved {
     /// Writes and commits the Diff, and calls `at` after each step.
-    fn commit(&self, mut at: impl FnMut(Step)) -> FileId {
+    fn commit(&self, mut at: impl FnMut(CommitStep)) -> FileId {
         let written = self.write();
         let id = written.info.id;
-        written.file.into_patch().unwrap().commit_in_steps(None, &mut at).unwrap();
+        written.file.into_redo_diff().unwrap().commit_in_steps(None, &mut at).unwrap();
         id
     }
 
@@ -247,7 +253,7 @@ fn a_commit_killed_after_any_step_leaves_a_whole_image() {
             let saved = make(&place);
             let written = saved.write();
             let id = written.info.id;
-            let patch = written.file.into_patch().unwrap();
+            let patch = written.file.into_redo_diff().unwrap();
             let mut at = |step| {
                 if step == last {
                     resume_unwind(Box::new(step));
@@ -255,14 +261,14 @@ fn a_commit_killed_after_any_step_leaves_a_whole_image() {
             };
             let killed = catch_unwind(AssertUnwindSafe(|| patch.commit_in_steps(None, &mut at)));
             assert!(killed.is_err(), "{last:?} was not reached");
-            let is_marked = [Step::Marked, Step::Alone, Step::Written].contains(&last);
+            let is_marked = [CommitStep::Marked, CommitStep::Alone, CommitStep::Written].contains(&last);
             assert_eq!(marked(&saved.path).unwrap(), is_marked.then_some(id), "{last:?}");
             // Without the state, a reader goes by the mark.
             let reader = saved.map().unwrap();
-            let is_new = is_marked || last == Step::Unmarked;
+            let is_new = is_marked || last == CommitStep::Unmarked;
             assert_eq!(all(&reader) == saved.new, is_new, "{last:?}");
             assert_eq!(all(&reader) == saved.old, !is_new, "{last:?}");
-            settle(&saved.path, Some(id), &()).unwrap();
+            recover(&saved.path, Some(id), &()).unwrap();
             assert_eq!(all(&saved.map().unwrap()), saved.new, "{last:?}");
             assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None), "{last:?}");
         }
@@ -281,7 +287,7 @@ fn a_reader_at_any_step_gets_an_image_that_stays() {
     };
     for make in [Saved::new, Saved::restored] {
         for (first, opens_at) in ALL_STEPS.into_iter().enumerate() {
-            let copied = opens_at < Step::Alone;
+            let copied = opens_at < CommitStep::Alone;
             for looks_at in ALL_STEPS.into_iter().skip(first) {
                 let saved = make(&place);
                 let case = format!("open at {opens_at:?}, look at {looks_at:?}");
@@ -292,16 +298,16 @@ fn a_reader_at_any_step_gets_an_image_that_stays() {
                     }
                     if step == looks_at {
                         let file = file.take().unwrap();
-                        seen = Some(look(&file, &saved.path).unwrap());
-                        used = (seen == Some(Seen::Whole)).then(|| (read(&file), file));
+                        seen = Some(inspect(&file, &saved.path).unwrap());
+                        used = (seen == Some(BaseState::Whole)).then(|| (read(&file), file));
                     }
                 });
                 // The writer went on to a new file before it reached that step.
                 if seen.is_none() {
-                    assert!(copied && looks_at >= Step::Alone, "{case}");
+                    assert!(copied && looks_at >= CommitStep::Alone, "{case}");
                     let file = file.unwrap();
                     assert_eq!(read(&file), saved.old, "{case}");
-                    assert_eq!(look(&file, &saved.path).unwrap(), Seen::Whole, "{case}");
+                    assert_eq!(inspect(&file, &saved.path).unwrap(), BaseState::Whole, "{case}");
                 }
                 if let Some((bytes, file)) = used {
                     assert_eq!(read(&file), bytes, "{case}: it changed");
@@ -327,10 +333,10 @@ impl Observer for Asked {
 #[test]
 fn a_clone_or_merge_waits_for_a_base_being_written() {
     let Some(place) = place() else { return };
-    for step in [Step::Marked, Step::Alone, Step::Written] {
+    for step in [CommitStep::Marked, CommitStep::Alone, CommitStep::Written] {
         let saved = Saved::new(&place);
         let (diff, output) = (saved.dir.path().join("diff"), saved.dir.path().join("output"));
-        let mut page = saved.ram.no_pages();
+        let mut page = saved.ram.empty_page_set();
         page.insert(0, 1..2);
         write_diff(&saved.ram, &diff, &page, &()).unwrap().file.commit().unwrap();
         std::thread::scope(|scope| {
@@ -367,13 +373,13 @@ fn a_clone_or_merge_waits_for_a_base_being_written() {
 #[test]
 fn a_second_writer_leaves_the_base_of_the_first_alone() {
     let Some(place) = place() else { return };
-    for other_at in [Step::Opened, Step::Marked, Step::Alone, Step::Written] {
+    for other_at in [CommitStep::Opened, CommitStep::Marked, CommitStep::Alone, CommitStep::Written] {
         let saved = Saved::new(&place);
         let before = saved.inode();
         let id = saved.commit(|step| {
             if step == other_at {
                 let other = FileId::random().unwrap();
-                assert!(begin(&saved.ram, &saved.path, other, &mut |_| {}).is_none(), "{step:?}");
+                assert!(mark_base(&saved.ram, &saved.path, other, &mut |_| {}).is_none(), "{step:?}");
             }
         });
         assert_eq!((saved.inode(), saved.contents()), (before, saved.new.clone()), "{other_at:?}");
@@ -391,15 +397,15 @@ fn a_writer_whose_mark_or_base_was_replaced_copies() {
         std::fs::rename(copy, path).unwrap();
     };
     let changes: [&dyn Fn(&Path); 3] = [
-        &|path| mark::clear(&File::open(path).unwrap()).unwrap(),
-        &|path| mark::set(&File::open(path).unwrap(), other).unwrap(),
+        &|path| redo_mark::clear(&File::open(path).unwrap()).unwrap(),
+        &|path| redo_mark::set(&File::open(path).unwrap(), other).unwrap(),
         &replaced,
     ];
     for change in changes {
         let saved = Saved::new(&place);
         saved.commit(|step| {
-            assert!(step < Step::Alone, "the base was written");
-            if step == Step::Marked {
+            assert!(step < CommitStep::Alone, "the base was written");
+            if step == CommitStep::Marked {
                 change(&saved.path);
             }
         });
@@ -412,7 +418,7 @@ fn a_writer_whose_mark_or_base_was_replaced_copies() {
 fn a_mark_without_a_log_is_harmless() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
-    mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
+    redo_mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
     assert_eq!(all(&saved.map().unwrap()), saved.old);
     let before = saved.inode();
     saved.write().file.commit().unwrap();
@@ -425,14 +431,14 @@ fn a_mark_without_a_log_is_harmless() {
 fn a_reader_does_not_use_a_base_that_was_completed() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
-    let log = saved.write().file.into_patch().unwrap().into_log();
-    let base = begin(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap();
+    let log = saved.write().file.into_redo_diff().unwrap().into_log();
+    let base = mark_base(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap();
     base.write_all_at(&[2; PAGE as usize], PAGE).unwrap();
     drop((base, log));
     let reader = open_image(&saved.path, OFlags::RDONLY).unwrap();
-    assert!(matches!(look(&reader, &saved.path).unwrap(), Seen::Marked(_)));
-    settle(&saved.path, None, &()).unwrap();
-    assert_eq!(look(&reader, &saved.path).unwrap(), Seen::Replaced);
+    assert!(matches!(inspect(&reader, &saved.path).unwrap(), BaseState::Marked(_)));
+    recover(&saved.path, None, &()).unwrap();
+    assert_eq!(inspect(&reader, &saved.path).unwrap(), BaseState::Replaced);
     assert_eq!(all(&saved.map().unwrap()), saved.new);
 }
 
@@ -453,8 +459,8 @@ fn a_lease_that_is_given_back_delays_any_opener() {
     let Some(place) = place() else { return };
     for (name, open) in openers {
         let saved = Saved::new(&place);
-        mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
-        let lease = Held::take(&saved.path);
+        redo_mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
+        let lease = HeldLease::take(&saved.path);
         std::thread::scope(|scope| {
             let opener = scope.spawn(|| open(&saved));
             lease.release_to_opener();
@@ -469,11 +475,11 @@ fn a_diff_that_is_killed_at_its_commit_is_found_by_its_state() {
     let saved = Saved::new(&place);
     let written = saved.write();
     let id = written.info.id;
-    drop(written.file.into_patch().unwrap().into_log());
+    drop(written.file.into_redo_diff().unwrap().into_log());
     assert_eq!(saved.contents(), saved.old);
-    settle(&saved.path, Some(FileId::random().unwrap()), &()).unwrap();
+    recover(&saved.path, Some(FileId::random().unwrap()), &()).unwrap();
     assert_eq!(saved.contents(), saved.old, "another state's");
-    settle(&saved.path, Some(id), &()).unwrap();
+    recover(&saved.path, Some(id), &()).unwrap();
     assert_eq!(saved.contents(), saved.new);
     assert_eq!(saved.names(), 1);
 }
@@ -483,10 +489,10 @@ fn a_diff_onto_a_half_written_base_completes_it_first() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let written = saved.write();
-    let log = written.file.into_patch().unwrap().into_log();
-    drop((begin(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap(), log));
+    let log = written.file.into_redo_diff().unwrap().into_log();
+    drop((mark_base(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap(), log));
     put(&saved.ram, 50, 9);
-    let mut pages = saved.ram.no_pages();
+    let mut pages = saved.ram.empty_page_set();
     pages.insert(0, 50..51);
     write_diff(&saved.ram, &saved.path, &pages, &()).unwrap().file.commit().unwrap();
     assert_eq!(saved.contents(), all(&saved.ram));
@@ -499,7 +505,7 @@ fn a_damaged_log_is_an_error_and_changes_nothing() {
     let saved = Saved::new(&place);
     let written = saved.write();
     let id = written.info.id;
-    let log = written.file.into_patch().unwrap().into_log();
+    let log = written.file.into_redo_diff().unwrap().into_log();
     let path = log.path();
     drop(log);
     let good = std::fs::read(&path).unwrap();
@@ -520,13 +526,13 @@ fn a_damaged_log_is_an_error_and_changes_nothing() {
     ];
     for bad in cases {
         std::fs::write(&path, bad).unwrap();
-        let error = settle(&saved.path, Some(id), &()).unwrap_err();
+        let error = recover(&saved.path, Some(id), &()).unwrap_err();
         assert!(error.to_string().contains("vesta-redo"), "{error}");
         assert_eq!(saved.contents(), saved.old);
         assert_eq!(saved.names(), 2);
     }
     std::fs::write(&path, good).unwrap();
-    settle(&saved.path, Some(id), &()).unwrap();
+    recover(&saved.path, Some(id), &()).unwrap();
     assert_eq!(saved.contents(), saved.new);
 }
 
@@ -535,7 +541,7 @@ fn a_diff_without_a_base_below_it_keeps_its_zeros_as_data() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let diff = saved.dir.path().join("diff");
-    let mut some = saved.ram.no_pages();
+    let mut some = saved.ram.empty_page_set();
     some.insert(0, 500..502);
     write_diff(&saved.ram, &diff, &some, &()).unwrap().file.commit().unwrap();
     assert!(partial::is_marked(&File::open(&diff).unwrap()));

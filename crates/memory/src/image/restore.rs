@@ -8,13 +8,13 @@ use std::sync::Arc;
 use config::HugePages;
 use rustix::fs::OFlags;
 
-use super::file::{STEP, extents, open_image};
-use super::redo::open_whole;
+use super::file::{CHUNK, data_extents, open_image};
+use super::redo::open_consistent;
 use super::{ImageError, ImageInfo, Observer, partial};
+use crate::backing::Backing;
 use crate::layout::{MIB, MemoryLayout};
 use crate::ram::{GuestRam, MapError};
-use crate::source::Source;
-use crate::sys::guest_io;
+use crate::sys::span_io;
 
 /// Why memory cannot come from an image.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +57,7 @@ pub enum RestoreError {
     },
     /// Its last Diff is in a redo log and cannot be put into it.
     #[error(transparent)]
-    Unsettled(ImageError),
+    Recover(ImageError),
     /// The kernel refused the mapping.
     #[error(transparent)]
     Map(#[from] MapError),
@@ -74,7 +74,7 @@ pub struct ImageFile {
     pub data_bytes: u64,
     /// It is a Diff that is to be merged onto its base.
     pub partial: bool,
-    /// Its last Diff is still in this redo log: see [`settle`](super::settle).
+    /// Its last Diff is still in this redo log: see [`recover`](super::recover).
     pub redo: Option<PathBuf>,
 }
 
@@ -86,7 +86,7 @@ pub fn examine(path: &Path, info: &ImageInfo) -> Result<ImageFile, RestoreError>
     let file = open_image(&path, OFlags::RDONLY).map_err(read)?;
     let size = regular_size(&file, &path)?;
     let mut data_bytes = 0;
-    for extent in extents(&file, 0..size) {
+    for extent in data_extents(&file, 0..size) {
         let extent = extent.map_err(read)?;
         data_bytes += extent.end - extent.start;
     }
@@ -108,13 +108,13 @@ impl From<ImageError> for RestoreError {
         match error {
             ImageError::Read { path, source } => RestoreError::Read { path, source },
             ImageError::Cancelled { path } => RestoreError::Cancelled { path },
-            other => RestoreError::Unsettled(other),
+            other => RestoreError::Recover(other),
         }
     }
 }
 
 impl GuestRam {
-    /// Maps the image at `path` as the RAM of a guest. Nothing is read: pages come from the page cache, which all clones share,
+    /// Maps the image at `path` as the RAM of a guest. Nothing is read: pages come from the page cache, which all clones reflink,
     /// when the guest touches them, and are copied when it writes. The file is opened for reading only and never changed
     /// (if a writer was killed while it changed the file in place, a completed one takes its place first);
     /// who truncates it takes the guest's memory away (`SIGBUS`), replacing it by a rename does no harm.
@@ -139,7 +139,7 @@ impl GuestRam {
         observer: &dyn Observer,
     ) -> Result<Self, RestoreError> {
         let read = |source| RestoreError::Read { path: path.to_path_buf(), source };
-        let file = open_whole(path, OFlags::RDONLY, observer)?;
+        let file = open_consistent(path, OFlags::RDONLY, observer)?;
         let found = regular_size(&file, path)?;
         let needed = layout.file_size();
         if found < needed {
@@ -149,24 +149,24 @@ impl GuestRam {
             return Err(RestoreError::Partial { path: path.to_path_buf() });
         }
         if huge_pages != HugePages::Hugetlbfs2M {
-            let source = Source::File(Arc::new(file));
-            return Ok(Self::build(layout.clone(), huge_pages, track_dirty_pages, source)?);
+            let backing = Backing::File(Arc::new(file));
+            return Ok(Self::build(layout.clone(), huge_pages, track_dirty_pages, backing)?);
         }
-        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, Source::Zeros)?;
+        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, Backing::Anonymous)?;
         // The monitor writes there for the guest's new life, whatever the image has.
         ram.populate(0, MIB)?;
         for (region, span) in layout.regions().iter().zip(ram.spans()) {
-            for extent in extents(&file, region.offset..region.offset + region.size) {
+            for extent in data_extents(&file, region.offset..region.offset + region.size) {
                 let extent = extent.map_err(read)?;
                 let mut at = extent.start;
                 while at < extent.end {
                     if observer.cancelled() {
                         return Err(RestoreError::Cancelled { path: path.to_path_buf() });
                     }
-                    let end = extent.end.min(at + STEP);
-                    let part = span.part(at - region.offset..end - region.offset);
+                    let end = extent.end.min(at + CHUNK);
+                    let part = span.subspan(at - region.offset..end - region.offset);
                     ram.populate(region.guest_addr + (at - region.offset), part.len())?;
-                    guest_io::read_exact(&file, part, at).map_err(read)?;
+                    span_io::read_exact(&file, part, at).map_err(read)?;
                     at = end;
                     observer.progress(at, needed);
                 }

@@ -15,7 +15,7 @@ use std::os::fd::AsRawFd;
 const F_SETSIG: libc::c_int = 10;
 
 /// Whether `file` is the only open file description of its file on this host.
-pub(crate) fn is_alone(file: &File) -> bool {
+pub(crate) fn is_sole_user(file: &File) -> bool {
     let fd = file.as_raw_fd();
     // An open in this moment breaks the lease by a signal. SIGIO would end the process; SIGURG is
     // ignored by default.
@@ -34,10 +34,10 @@ pub(crate) fn is_alone(file: &File) -> bool {
 
 /// A lease that a test holds until another opener runs into it.
 #[cfg(test)]
-pub(crate) struct Held(File);
+pub(crate) struct HeldLease(File);
 
 #[cfg(test)]
-impl Held {
+impl HeldLease {
     /// Takes a write lease on the file at `path`. Its signal comes to this thread, blocked.
     pub(crate) fn take(path: &std::path::Path) -> Self {
         let file = File::options().read(true).write(true).open(path).unwrap();
@@ -57,7 +57,7 @@ impl Held {
         // SAFETY: the kernel reads the two words, which live beyond the call.
         let owned = unsafe { libc::fcntl(fd, F_SETOWN_EX, owner.as_ptr()) };
         assert_eq!([blocked, chosen, leased, owned], [0; 4], "{}", std::io::Error::last_os_error());
-        Held(file)
+        HeldLease(file)
     }
 
     /// Waits for an opener, which gets `EWOULDBLOCK` or waits, and lets it in.
@@ -92,10 +92,10 @@ mod tests {
     #[test]
     fn a_file_that_is_open_twice_is_not_alone() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(is_alone(file.as_file()));
+        assert!(is_sole_user(file.as_file()));
         let other = File::open(file.path()).unwrap();
-        assert!(!is_alone(file.as_file()) && !is_alone(&other));
+        assert!(!is_sole_user(file.as_file()) && !is_sole_user(&other));
         drop(other);
-        assert!(is_alone(file.as_file()));
+        assert!(is_sole_user(file.as_file()));
     }
 }

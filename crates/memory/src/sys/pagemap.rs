@@ -1,4 +1,4 @@
-//! Which pages of a span are there, asked without touching them.
+//! PageFilter pages of a span are there, asked without touching them.
 //!
 //! `PAGEMAP_SCAN` (Linux 6.7) walks the page tables that exist and skips the rest; `/proc/self/pagemap` of older kernels has one
 //! entry for each page; without `/proc` (a jail) there is `mincore`.
@@ -51,9 +51,9 @@ struct PageRegion {
     categories: u64,
 }
 
-/// Which pages to report.
+/// PageFilter pages to report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Which {
+pub(crate) enum PageFilter {
     /// Pages that are mapped here or swapped out, whatever is in them, but not the shared page of zeros.
     Mapped,
     /// Of these, the ones that this process has for itself: not a file's page in the page cache.
@@ -86,7 +86,7 @@ impl Pagemap {
     pub(crate) fn walk(
         &mut self,
         span: Span,
-        which: Which,
+        which: PageFilter,
         found: &mut dyn FnMut(Range<u64>),
     ) -> io::Result<()> {
         if self.scan {
@@ -99,12 +99,17 @@ impl Pagemap {
         self.walk_entries(span, which, found)
     }
 
-    fn walk_by_scan(&self, span: Span, which: Which, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+    fn walk_by_scan(
+        &self,
+        span: Span,
+        which: PageFilter,
+        found: &mut dyn FnMut(Range<u64>),
+    ) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); 1024];
         let not = match which {
-            Which::Mapped => PAGE_IS_PFNZERO,
-            Which::Private => PAGE_IS_PFNZERO | PAGE_IS_FILE,
-            Which::PrivateOrZeros => PAGE_IS_FILE,
+            PageFilter::Mapped => PAGE_IS_PFNZERO,
+            PageFilter::Private => PAGE_IS_PFNZERO | PAGE_IS_FILE,
+            PageFilter::PrivateOrZeros => PAGE_IS_FILE,
         };
         let end = span.addr() + span.len();
         let mut start = span.addr();
@@ -132,7 +137,12 @@ impl Pagemap {
         Ok(())
     }
 
-    fn walk_entries(&self, span: Span, which: Which, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+    fn walk_entries(
+        &self,
+        span: Span,
+        which: PageFilter,
+        found: &mut dyn FnMut(Range<u64>),
+    ) -> io::Result<()> {
         let mut buffer = vec![0u8; 64 << 10];
         let pages = span.len() / PAGE;
         let mut run = 0..0;
@@ -143,7 +153,7 @@ impl Pagemap {
             for entry in buffer[..len].chunks_exact(8) {
                 let entry = u64::from_ne_bytes(entry.try_into().expect("8 bytes"));
                 let there = entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
-                if there && (which == Which::Mapped || entry & ENTRY_FILE == 0) {
+                if there && (which == PageFilter::Mapped || entry & ENTRY_FILE == 0) {
                     extend(&mut run, page, found);
                 }
                 page += 1;
@@ -158,14 +168,14 @@ impl Pagemap {
 
 /// Calls `found` with runs of pages of `span` that are in memory, by `mincore`: for a file's private mapping that
 /// includes pages that are only in the page cache. Swapped-out pages are missing; the caller sees to that.
-pub(crate) fn in_core(span: Span, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+pub(crate) fn walk_mincore(span: Span, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
     let pages = span.len() / PAGE;
     let mut vector = vec![0u8; 64 << 10];
     let mut run = 0..0;
     let mut page = 0;
     while page < pages {
         let count = (vector.len() as u64).min(pages - page);
-        let part = span.part(page * PAGE..(page + count) * PAGE);
+        let part = span.subspan(page * PAGE..(page + count) * PAGE);
         // SAFETY: `part` is mapped, and `vector` has a byte for each of its pages.
         let asked = unsafe { libc::mincore(part.as_ptr().cast(), part.len() as usize, vector.as_mut_ptr()) };
         if asked != 0 {

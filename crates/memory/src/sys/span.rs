@@ -22,7 +22,7 @@ pub(crate) struct Span {
 
 /// What backs a new span.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Kind<'a> {
+pub(crate) enum SpanKind<'a> {
     /// Ordinary pages, all zero.
     Anonymous,
     /// 2 MiB pages from the pool, all zero.
@@ -32,13 +32,13 @@ pub(crate) enum Kind<'a> {
 }
 
 impl Span {
-    /// Maps `len` bytes at an address aligned to 2 MiB. Nothing is touched; only [`Kind::Hugetlb`] reserves its pages.
-    pub(crate) fn map(len: usize, kind: Kind<'_>) -> rustix::io::Result<Span> {
+    /// Maps `len` bytes at an address aligned to 2 MiB. Nothing is touched; only [`SpanKind::Hugetlb`] reserves its pages.
+    pub(crate) fn map(len: usize, kind: SpanKind<'_>) -> rustix::io::Result<Span> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let (flags, slack) = match kind {
-            Kind::Anonymous | Kind::File(..) => (MapFlags::PRIVATE | MapFlags::NORESERVE, ALIGNMENT),
+            SpanKind::Anonymous | SpanKind::File(..) => (MapFlags::PRIVATE | MapFlags::NORESERVE, ALIGNMENT),
             // The pool's pages are aligned as they are.
-            Kind::Hugetlb => (MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB, 0),
+            SpanKind::Hugetlb => (MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB, 0),
         };
         // Mappings may lie anywhere: ask for more and give the ends back.
         let total = len.checked_add(slack).ok_or(Errno::NOMEM)?;
@@ -49,7 +49,7 @@ impl Span {
         let span = Span { start: host as usize, len };
         unmap(start as usize, head);
         unmap(span.start + len, slack - head);
-        if let Kind::File(file, offset) = kind {
+        if let SpanKind::File(file, offset) = kind {
             // SAFETY: the range is the mapping just made, which nobody knows yet.
             let mapped = unsafe {
                 rustix::mm::mmap(host.cast(), len, protection, flags | MapFlags::FIXED, file, offset)
@@ -77,19 +77,19 @@ impl Span {
     }
 
     /// A part of the span, in bytes from its start. Panics if the range is not in it.
-    pub(crate) fn part(self, range: Range<u64>) -> Span {
+    pub(crate) fn subspan(self, range: Range<u64>) -> Span {
         assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of {self:?}");
         Span { start: self.start + range.start as usize, len: (range.end - range.start) as usize }
     }
 
     /// Gives advice that keeps contents, or fills in pages before they are asked for.
-    pub(crate) fn advise(self, advice: Harmless) -> rustix::io::Result<()> {
+    pub(crate) fn advise(self, advice: SpanAdvice) -> rustix::io::Result<()> {
         let advice = match advice {
-            Harmless::DontDump => Advice::LinuxDontDump,
-            Harmless::HugePages => Advice::LinuxHugepage,
-            Harmless::SmallPages => Advice::LinuxNoHugepage,
-            Harmless::PopulateRead => Advice::LinuxPopulateRead,
-            Harmless::PopulateWrite => Advice::LinuxPopulateWrite,
+            SpanAdvice::DontDump => Advice::LinuxDontDump,
+            SpanAdvice::HugePages => Advice::LinuxHugepage,
+            SpanAdvice::SmallPages => Advice::LinuxNoHugepage,
+            SpanAdvice::PopulateRead => Advice::LinuxPopulateRead,
+            SpanAdvice::PopulateWrite => Advice::LinuxPopulateWrite,
         };
         // SAFETY: the span is mapped (type invariant), and none of these changes what it contains.
         unsafe { rustix::mm::madvise(self.as_ptr().cast(), self.len, advice) }
@@ -102,18 +102,18 @@ impl Span {
     }
 
     /// Replaces what is mapped there by ordinary pages that are zero.
-    pub(crate) fn replace_by_zeros(self) -> rustix::io::Result<()> {
+    pub(crate) fn remap_anonymous(self) -> rustix::io::Result<()> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         // SAFETY: the span is guest memory (type invariant), into which nobody holds a Rust reference; it stays mapped.
         unsafe { rustix::mm::mmap_anonymous(self.as_ptr().cast(), self.len, protection, flags) }?;
-        self.advise(Harmless::DontDump)
+        self.advise(SpanAdvice::DontDump)
     }
 }
 
 /// Advice that changes no contents.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Harmless {
+pub(crate) enum SpanAdvice {
     /// Leave it out of crash dumps.
     DontDump,
     /// Use transparent huge pages.

@@ -72,13 +72,13 @@ pub enum WorkingSetError {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkingSet {
     image: FileId,
-    runs: Vec<Run>,
+    runs: Vec<PageRun>,
 }
 
 /// A run of pages of one region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "(u32, u64, u64, bool)", into = "(u32, u64, u64, bool)")]
-pub struct Run {
+pub struct PageRun {
     /// The region's number.
     pub region: u32,
     /// The first page, counted from the region's start.
@@ -89,21 +89,21 @@ pub struct Run {
     pub written: bool,
 }
 
-impl From<(u32, u64, u64, bool)> for Run {
+impl From<(u32, u64, u64, bool)> for PageRun {
     fn from((region, first, count, written): (u32, u64, u64, bool)) -> Self {
-        Run { region, first, count, written }
+        PageRun { region, first, count, written }
     }
 }
 
-impl From<Run> for (u32, u64, u64, bool) {
-    fn from(run: Run) -> Self {
+impl From<PageRun> for (u32, u64, u64, bool) {
+    fn from(run: PageRun) -> Self {
         (run.region, run.first, run.count, run.written)
     }
 }
 
-impl Run {
+impl PageRun {
     fn new(region: usize, pages: Range<u64>, written: bool) -> Self {
-        Run { region: region as u32, first: pages.start, count: pages.end - pages.start, written }
+        PageRun { region: region as u32, first: pages.start, count: pages.end - pages.start, written }
     }
 }
 
@@ -120,7 +120,7 @@ impl WorkingSet {
     }
 
     /// The runs in order.
-    pub fn runs(&self) -> &[Run] {
+    pub fn runs(&self) -> &[PageRun] {
         &self.runs
     }
 
@@ -140,7 +140,7 @@ impl WorkingSet {
     /// Reads it from `path`, for a guest that is restored from the image `info`.
     pub fn load(path: &Path, info: &ImageInfo) -> Result<Self, WorkingSetError> {
         let file = Snapshot::open(path)?;
-        file.expect(KIND)?;
+        file.expect_kind(KIND)?;
         let set: WorkingSet = file.get()?;
         let path = path.to_path_buf();
         if set.image != info.id {
@@ -181,8 +181,8 @@ mod tests {
         ImageInfo { layout, kind: ImageKind::Full, id, huge_pages: HugePages::None }
     }
 
-    fn run(region: u32, first: u64, count: u64) -> Run {
-        Run { region, first, count, written: first.is_multiple_of(2) }
+    fn run(region: u32, first: u64, count: u64) -> PageRun {
+        PageRun { region, first, count, written: first.is_multiple_of(2) }
     }
 
     #[test]

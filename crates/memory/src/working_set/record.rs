@@ -17,13 +17,13 @@ use std::time::{Duration, Instant};
 use rustix::fs::Advice;
 use snapshot::FileId;
 
-use super::{Run, WorkingSet, WorkingSetError};
+use super::{PageRun, WorkingSet, WorkingSetError};
+use crate::backing::Backing;
 use crate::pages::PageSet;
 use crate::ram::GuestRam;
 use crate::resident::ResidentError;
-use crate::source::Source;
-use crate::sys::pagemap::{Pagemap, Which};
-use crate::sys::span::Harmless;
+use crate::sys::pagemap::{PageFilter, Pagemap};
+use crate::sys::span::SpanAdvice;
 
 /// How a guest is watched.
 #[derive(Debug, Clone, Copy)]
@@ -50,15 +50,15 @@ pub struct Recorder {
 impl Recorder {
     /// Begins to watch. Call it before the guest runs: what is mapped already is not recorded.
     pub fn start(ram: &GuestRam, image: FileId, options: RecordOptions) -> Result<Self, WorkingSetError> {
-        if let Source::File(file) = ram.source() {
+        if let Backing::File(file) = ram.backing() {
             // Advice, which a file system in memory does not follow; the set is coarser there.
             let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
             for span in ram.spans() {
                 // A kernel without huge pages has nothing to refuse.
-                let _ = span.advise(Harmless::SmallPages);
+                let _ = span.advise(SpanAdvice::SmallPages);
             }
         }
-        let mut watch = Watch::begin(ram)?;
+        let mut log = TouchLog::start(ram)?;
         let (stop, stopped) = sync_channel::<()>(1);
         let thread = std::thread::Builder::new().name("working_set".into()).spawn(move || {
             let start = Instant::now();
@@ -67,11 +67,11 @@ impl Recorder {
                 && matches!(stopped.recv_timeout(pause), Err(RecvTimeoutError::Timeout))
             {
                 let began = Instant::now();
-                watch.look()?;
+                log.scan()?;
                 // At most a fifth of one processor.
                 pause = options.interval.max(began.elapsed() * 4);
             }
-            watch.end(image)
+            log.finish(image)
         });
         Ok(Recorder { stop: Some(stop), thread: Some(thread.map_err(WorkingSetError::Thread)?) })
     }
@@ -100,19 +100,19 @@ impl Drop for Recorder {
 }
 
 /// What was seen so far.
-struct Watch {
+struct TouchLog {
     ram: GuestRam,
     seen: PageSet,
     order: Vec<(usize, std::ops::Range<u64>)>,
 }
 
-impl Watch {
-    fn begin(ram: &GuestRam) -> Result<Self, WorkingSetError> {
-        Ok(Watch { ram: ram.clone(), seen: mapped(ram, Which::Mapped)?, order: Vec::new() })
+impl TouchLog {
+    fn start(ram: &GuestRam) -> Result<Self, WorkingSetError> {
+        Ok(TouchLog { ram: ram.clone(), seen: mapped(ram, PageFilter::Mapped)?, order: Vec::new() })
     }
 
-    fn look(&mut self) -> Result<(), WorkingSetError> {
-        let mut new = mapped(&self.ram, Which::Mapped)?;
+    fn scan(&mut self) -> Result<(), WorkingSetError> {
+        let mut new = mapped(&self.ram, PageFilter::Mapped)?;
         new.remove_all(&self.seen);
         for region in 0..new.regions() {
             self.order.extend(new.runs(region).map(|run| (region, run)));
@@ -121,17 +121,17 @@ impl Watch {
         Ok(())
     }
 
-    fn end(mut self, image: FileId) -> Result<WorkingSet, WorkingSetError> {
-        self.look()?;
-        let written = mapped(&self.ram, Which::Private)?;
-        let mut runs: Vec<Run> = Vec::new();
+    fn finish(mut self, image: FileId) -> Result<WorkingSet, WorkingSetError> {
+        self.scan()?;
+        let written = mapped(&self.ram, PageFilter::Private)?;
+        let mut runs: Vec<PageRun> = Vec::new();
         for (region, pages) in self.order {
             let mut start = pages.start;
             while start < pages.end {
                 let kind = written.contains(region, start);
                 let end = (start..pages.end).find(|page| written.contains(region, *page) != kind);
                 let end = end.unwrap_or(pages.end);
-                runs.push(Run::new(region, start..end, kind));
+                runs.push(PageRun::new(region, start..end, kind));
                 start = end;
             }
         }
@@ -139,7 +139,7 @@ impl Watch {
     }
 }
 
-fn mapped(ram: &GuestRam, which: Which) -> Result<PageSet, ResidentError> {
+fn mapped(ram: &GuestRam, which: PageFilter) -> Result<PageSet, ResidentError> {
     Ok(ram.mapped_pages(Pagemap::open()?, which)?)
 }
 
@@ -159,14 +159,14 @@ mod tests {
     fn pages_come_in_the_order_of_the_looks_that_found_them() {
         let ram = GuestRam::map(1, HugePages::None, false).unwrap();
         write(&ram, 1);
-        let mut watch = Watch::begin(&ram).unwrap();
+        let mut log = TouchLog::start(&ram).unwrap();
         write(&ram, 200);
-        watch.look().unwrap();
+        log.scan().unwrap();
         write(&ram, 3);
         write(&ram, 4);
         write(&ram, 200);
-        let set = watch.end(FileId::random().unwrap()).unwrap();
-        assert_eq!(set.runs(), [Run::new(0, 200..201, true), Run::new(0, 3..5, true)]);
+        let set = log.finish(FileId::random().unwrap()).unwrap();
+        assert_eq!(set.runs(), [PageRun::new(0, 200..201, true), PageRun::new(0, 3..5, true)]);
     }
 
     #[test]
@@ -176,12 +176,12 @@ mod tests {
         std::fs::write(&path, vec![7; 1 << 20]).unwrap();
         let layout = crate::MemoryLayout::of_size(1);
         let ram = GuestRam::from_file(&layout, &path, HugePages::None, false).unwrap();
-        let watch = Watch::begin(&ram).unwrap();
+        let log = TouchLog::start(&ram).unwrap();
         ram.memory().read_obj::<u8>(GuestAddress(0)).unwrap();
         write(&ram, 100);
-        let set = watch.end(FileId::random().unwrap()).unwrap();
+        let set = log.finish(FileId::random().unwrap()).unwrap();
         let written: Vec<_> = set.runs().iter().filter(|r| r.written).copied().collect();
-        assert_eq!(written, [Run::new(0, 100..101, true)]);
+        assert_eq!(written, [PageRun::new(0, 100..101, true)]);
         // The kernel maps the neighbours of a page that is read as well.
         assert!(set.runs().iter().any(|r| !r.written && r.first == 0), "{:?}", set.runs());
     }
@@ -208,6 +208,6 @@ mod tests {
         let recorder = Recorder::start(&ram, FileId::random().unwrap(), options).unwrap();
         write(&ram, 9);
         assert!(!recorder.is_finished());
-        assert_eq!(recorder.finish().unwrap().runs(), [Run::new(0, 9..10, true)]);
+        assert_eq!(recorder.finish().unwrap().runs(), [PageRun::new(0, 9..10, true)]);
     }
 }

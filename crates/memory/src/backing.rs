@@ -7,9 +7,9 @@ use crate::page_server::Connection;
 
 /// What an untouched page of RAM is.
 #[derive(Debug, Clone)]
-pub(crate) enum Source {
+pub(crate) enum Backing {
     /// Zeros.
-    Zeros,
+    Anonymous,
     /// The bytes of a memory image, at the offsets of the layout.
     File(Arc<File>),
     /// What a page server sends.

@@ -14,7 +14,7 @@ use crate::sys::span::Span;
 pub(crate) fn write_all(file: &File, span: Span, offset: u64) -> io::Result<()> {
     let mut done = 0;
     while done < span.len() {
-        let rest = span.part(done..span.len());
+        let rest = span.subspan(done..span.len());
         // SAFETY: `rest` is mapped (type invariant of `Span`); the kernel only reads it.
         let n = unsafe {
             libc::pwrite(
@@ -33,7 +33,7 @@ pub(crate) fn write_all(file: &File, span: Span, offset: u64) -> io::Result<()> 
 pub(crate) fn read_exact(file: &File, span: Span, offset: u64) -> io::Result<()> {
     let mut done = 0;
     while done < span.len() {
-        let rest = span.part(done..span.len());
+        let rest = span.subspan(done..span.len());
         // SAFETY: `rest` is mapped and is guest memory (type invariant of `Span`), into which nobody holds a reference.
         let n = unsafe {
             libc::pread(
@@ -62,7 +62,7 @@ fn progressed(n: isize, end: io::ErrorKind) -> io::Result<u64> {
 
 /// Whether the page at `offset` in `span` is all zero. Touches it.
 pub(crate) fn is_zero(span: Span, offset: u64) -> bool {
-    let page = span.part(offset..offset + PAGE);
+    let page = span.subspan(offset..offset + PAGE);
     let start = page.addr() as usize;
     // A cache line at a time: most pages that are not zero say so in the first.
     (0..PAGE as usize / 64).all(|line| {
