@@ -1,17 +1,17 @@
-//! Where pages come from that nobody has touched yet.
+//! What backs pages of guest RAM that were not touched yet.
 
 use std::fs::File;
 use std::sync::Arc;
 
-use crate::page_server::Connection;
+use crate::server_link::ServerLink;
 
-/// What an untouched page of RAM is.
+/// Where the contents of an untouched page come from.
 #[derive(Debug, Clone)]
 pub(crate) enum Backing {
-    /// Zeros.
+    /// Anonymous memory: the page is zero.
     Anonymous,
-    /// The bytes of a memory image, at the offsets of the layout.
+    /// A memory image, mapped privately, at the offsets of the layout.
     File(Arc<File>),
-    /// What a page server sends.
-    PageServer(Arc<Connection>),
+    /// A page server, which answers the page fault.
+    PageServer(Arc<ServerLink>),
 }

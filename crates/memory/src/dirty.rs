@@ -15,9 +15,8 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::GuestRegion;
 use crate::pages::{PAGE, PageSet, PageSetError};
-use crate::ram::GuestRam;
+use crate::ram::{GuestRam, GuestRegion};
 
 /// Why [`GuestRam::take_dirty_pages`] failed. No page was forgotten.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -190,23 +189,5 @@ mod tests {
         assert!(!ram.tracks_dirty_pages());
         assert_eq!(ram.take_monitor_dirty_pages(), None);
         ram.mark_dirty_again(&ram.all_pages());
-    }
-
-    #[test]
-    fn pages_that_were_given_back_count_as_written_and_are_zero() {
-        let ram = GuestRam::map(16, HugePages::None, true).unwrap();
-        ram.memory().write_obj(7u8, GuestAddress(PAGE)).unwrap();
-        ram.reset_monitor_dirty_pages();
-        ram.discard(PAGE, 2 * PAGE).unwrap();
-        assert_eq!(written(&ram), [1, 2]);
-        assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(PAGE)).unwrap(), 0);
-    }
-
-    #[test]
-    fn only_whole_pages_of_ram_can_be_given_back() {
-        let ram = GuestRam::map(16, HugePages::None, false).unwrap();
-        for (addr, len) in [(1, PAGE), (0, 1), (16 << 20, PAGE), (0, 17 << 20), (PAGE, u64::MAX - 4095)] {
-            assert!(ram.discard(addr, len).is_err(), "{addr:#x} {len:#x}");
-        }
     }
 }

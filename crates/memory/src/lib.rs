@@ -38,26 +38,23 @@
 
 mod backing;
 mod dirty;
+mod discard;
 mod fork;
 pub mod image;
 pub mod iovec;
 pub mod layout;
+mod observer;
 pub mod page_server;
 pub mod pages;
 mod ram;
 mod resident;
+mod server_link;
 mod sys;
 pub mod working_set;
 
 pub use dirty::TakeDirtyError;
+pub use discard::DiscardError;
 pub use fork::ForkError;
 pub use layout::{ImageRegion, LayoutError, MemoryLayout};
 pub use pages::{PageSet, PageSetError};
-pub use ram::{DiscardError, GuestRam, MapError, RamRegion};
-
-/// The guest's memory as `vm-memory` sees it: regions that never change while a machine lives, each with an optional
-/// bitmap of the pages that the *monitor* wrote (KVM keeps the log of what the guest wrote).
-pub type GuestMemory = vm_memory::GuestMemoryMmap<Option<vm_memory::bitmap::AtomicBitmap>>;
-
-/// One region of [`GuestMemory`].
-pub type GuestRegion = vm_memory::GuestRegionMmap<Option<vm_memory::bitmap::AtomicBitmap>>;
+pub use ram::{GuestMemory, GuestRam, GuestRegion, MapError, RamRegion};

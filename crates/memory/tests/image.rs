@@ -239,7 +239,7 @@ fn files_of_different_guests_are_not_merged() {
     File::create(&path).unwrap().set_len(4096).unwrap();
     let error = merge_in_place(&base, &path, &()).unwrap_err().to_string();
     assert!(
-        error.contains("has 8192 bytes and ") && error.contains("has 4096: they are not of one guest"),
+        error.contains("it has 8192 bytes, ") && error.contains("has 4096: they are not of one guest"),
         "{error}"
     );
     assert!(matches!(merge_in_place(&base, &base, &()), Err(ImageError::SameFile { .. })));
@@ -428,7 +428,10 @@ fn a_disk_that_fills_up_leaves_the_old_file_and_an_error_with_path_and_size() {
     for result in [write_full(&ram, &path, &()), write_diff(&ram, &path, &ram.all_pages(), &())] {
         let error = result.unwrap_err();
         assert!(matches!(error, ImageError::Write { size: 4_194_304, .. }), "{error}");
-        let wanted = format!("cannot write {} (4194304 bytes) at offset 0: No space left", path.display());
+        let wanted = format!(
+            "memory image {}: cannot write at offset 0 of 4194304 bytes: No space left",
+            path.display()
+        );
         assert!(error.to_string().starts_with(&wanted), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         assert_eq!(files(disk.0.path()), std::slice::from_ref(&path));

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
 
-use super::ImageError;
+use super::error::ImageError;
 use super::file::{CHUNK, ImageTarget};
 
 /// Copies `range` of `from` to the same place of `target`, within the kernel where it can.

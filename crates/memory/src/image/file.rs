@@ -9,7 +9,8 @@ use std::time::Duration;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::{ImageError, Observer};
+use super::error::ImageError;
+use crate::observer::Observer;
 
 /// How much is copied or written between two questions whether to stop.
 pub(super) const CHUNK: u64 = 4 << 20;

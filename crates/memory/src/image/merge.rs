@@ -8,9 +8,11 @@ use rustix::fs::OFlags;
 use snapshot::{AtomicFile, FileId};
 
 use super::copy::copy;
+use super::error::ImageError;
 use super::file::{CHUNK, ImageTarget, data_extents, punch_hole, reflink};
+use super::partial;
 use super::redo::open_consistent;
-use super::{ImageError, Observer, partial};
+use crate::observer::Observer;
 use crate::pages::PAGE;
 
 /// What a merge did.

@@ -84,9 +84,11 @@ use rustix::io::Errno;
 use snapshot::{AtomicFile, FileId, RedoLog, Staged};
 
 use super::copy::copy;
+use super::error::ImageError;
 use super::file::{CHUNK, ImageTarget, data_extents, open_image, punch_hole, reflink};
-use super::{ImageError, Observer, partial, redo_mark};
+use super::{partial, redo_mark};
 use crate::backing::Backing;
+use crate::observer::Observer;
 use crate::pages::PAGE;
 use crate::ram::GuestRam;
 use crate::sys::lease;

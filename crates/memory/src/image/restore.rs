@@ -8,11 +8,14 @@ use std::sync::Arc;
 use config::HugePages;
 use rustix::fs::OFlags;
 
+use super::error::ImageError;
 use super::file::{CHUNK, data_extents, open_image};
+use super::info::ImageInfo;
+use super::partial;
 use super::redo::open_consistent;
-use super::{ImageError, ImageInfo, Observer, partial};
 use crate::backing::Backing;
 use crate::layout::{MIB, MemoryLayout};
+use crate::observer::Observer;
 use crate::ram::{GuestRam, MapError};
 use crate::sys::span_io;
 

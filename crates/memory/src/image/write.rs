@@ -11,10 +11,14 @@ use rustix::fs::OFlags;
 use snapshot::{AtomicFile, Staged};
 
 use super::copy::copy;
+use super::error::ImageError;
 use super::file::{CHUNK, ImageTarget, data_extents, punch_hole, reflink};
+use super::info::{ImageInfo, ImageKind};
+use super::partial;
 use super::redo::{self, LogWriter, RedoDiff};
-use super::{ImageError, ImageInfo, ImageKind, Observer, partial};
 use crate::backing::Backing;
+use crate::observer::Observer;
+use crate::page_server;
 use crate::pages::{PAGE, PageSet};
 use crate::ram::GuestRam;
 use crate::sys::span::Span;
@@ -213,8 +217,8 @@ fn write_redo(
 /// Has a page server send `pages` before they are read here, where a page that does not come would
 /// be waited for for ever.
 fn fetch(ram: &GuestRam, pages: &PageSet, observer: &dyn Observer) -> Result<(), ImageError> {
-    if let Backing::PageServer(connection) = ram.backing() {
-        connection.fetch(ram, pages, FETCH_TIMEOUT, observer)?;
+    if let Backing::PageServer(link) = ram.backing() {
+        page_server::fetch(link, ram, pages, FETCH_TIMEOUT, observer)?;
     }
     Ok(())
 }

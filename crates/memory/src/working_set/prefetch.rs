@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use rustix::fs::Advice;
 use rustix::io::Errno;
 
-use super::{PageRun, WorkingSet, WorkingSetError};
+use super::set::{PageRun, WorkingSet, WorkingSetError};
 use crate::backing::Backing;
 use crate::pages::PAGE;
 use crate::ram::GuestRam;

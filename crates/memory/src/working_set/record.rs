@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::Advice;
 use snapshot::FileId;
 
-use super::{PageRun, WorkingSet, WorkingSetError};
+use super::set::{PageRun, WorkingSet, WorkingSetError};
 use crate::backing::Backing;
 use crate::pages::PageSet;
 use crate::ram::GuestRam;
