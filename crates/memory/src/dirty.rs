@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_are_taken_once() {
+    fn monitor_writes_are_taken_once() {
         let ram = GuestRam::map(16, HugePages::None, true).unwrap();
         ram.memory().write_slice(&[1; 5000], GuestAddress(3 * PAGE)).unwrap();
         assert_eq!(written(&ram), [3, 4]);
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_snapshot_puts_its_pages_back() {
+    fn pages_marked_dirty_again_are_in_the_next_diff() {
         let ram = GuestRam::map(16, HugePages::None, true).unwrap();
         ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
         let mut dirty = ram.take_monitor_dirty_pages().unwrap();
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn take_writes_joins_guest_and_monitor_writes() {
+    fn take_dirty_pages_joins_guest_and_monitor_writes() {
         let ram = two_regions();
         let taken =
             ram.take_dirty_pages(|region| Ok::<_, ()>(log_with_page(&ram, region, 9))).unwrap().unwrap();
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn take_writes_forgets_nothing_when_one_log_fails() {
+    fn take_dirty_pages_loses_no_page_if_one_log_fails() {
         type Read = fn(&GuestRam) -> Result<Vec<u64>, &'static str>;
         let failures: [(Read, TakeDirtyError<&'static str>); 2] = [
             (|_| Err("ENOMEM"), TakeDirtyError::Log("ENOMEM")),
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn forgotten_writes_do_not_count() {
+    fn reset_monitor_dirty_pages_clears_the_bitmap() {
         let ram = GuestRam::map(16, HugePages::None, true).unwrap();
         ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
         ram.reset_monitor_dirty_pages();
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn untracked_memory_has_no_answer() {
+    fn untracked_memory_has_no_dirty_set() {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         assert!(!ram.tracks_dirty_pages());
         assert_eq!(ram.take_monitor_dirty_pages(), None);

@@ -193,12 +193,12 @@ mod tests {
     }
 
     #[test]
-    fn exactly_three_gib_needs_no_second_span() {
+    fn three_gib_fit_below_the_32_bit_hole() {
         assert_eq!(ram_spans(3 * 1024), [RamSpan { start: 0, size: 3 * GIB }]);
     }
 
     #[test]
-    fn the_image_of_a_large_guest_has_its_regions_one_after_the_other() {
+    fn image_regions_are_consecutive() {
         let layout = MemoryLayout::of_size(5 * 1024);
         let second = ImageRegion { guest_addr: 4 * GIB, size: 2 * GIB, offset: 3 * GIB };
         assert_eq!(layout.regions()[1], second);
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn unsound_layouts_are_refused_by_region_and_reason() {
+    fn invalid_layout_error_has_region_and_reason() {
         let region = |guest_addr, size, offset| ImageRegion { guest_addr, size, offset };
         let good = region(0, MIB, 0);
         for (regions, reason) in [
@@ -231,14 +231,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_guests_layout_is_sound(mib in 1..=config::MAX_MEM_SIZE_MIB) {
+        fn layout_of_any_size_is_valid(mib in 1..=config::MAX_MEM_SIZE_MIB) {
             let layout = MemoryLayout::of_size(mib);
             prop_assert_eq!(layout.ram_size(), u64::from(mib) * MIB);
             prop_assert_eq!(MemoryLayout::try_from(Vec::from(layout.clone())), Ok(layout));
         }
 
         #[test]
-        fn spans_hold_all_ram_in_order_outside_the_holes(mib in 1..=config::MAX_MEM_SIZE_MIB) {
+        fn spans_cover_all_ram_in_order_outside_the_holes(mib in 1..=config::MAX_MEM_SIZE_MIB) {
             let spans = ram_spans(mib);
             prop_assert_eq!(spans.iter().map(|s| s.size).sum::<u64>(), u64::from(mib) * MIB);
             for s in &spans {

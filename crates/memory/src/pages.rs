@@ -184,14 +184,14 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn bits_of_another_region_are_refused() {
+    fn bitmap_of_wrong_length_is_refused() {
         let mut set = PageSet::empty([65 * PAGE]);
         let error = set.insert_words(0, &[1]).unwrap_err();
         assert_eq!(error.to_string(), "region 0 has 2 words of page bits, not 1");
     }
 
     #[test]
-    fn bits_beyond_the_region_do_not_count() {
+    fn bits_beyond_the_region_are_ignored() {
         let mut set = PageSet::empty([65 * PAGE]);
         set.insert_words(0, &[u64::MAX, u64::MAX]).unwrap();
         assert_eq!(set, PageSet::full([65 * PAGE]));

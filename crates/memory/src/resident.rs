@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn written_pages_are_found_and_untouched_ones_stay_untouched() {
+    fn scan_finds_written_pages_and_touches_none() {
         let (ram, written) = touched();
         assert_eq!(list(&ram.private_pages().unwrap()), written);
         assert_eq!(list(&ram.private_pages().unwrap()), written, "looking changed what is there");
@@ -116,27 +116,27 @@ mod tests {
 
     /// The kernel maps the page of zeros in place of a page that was written when it splits a huge page that has zeros.
     #[test]
-    fn a_page_that_may_have_become_zero_has_changed() {
+    fn zero_pages_count_as_changed() {
         let (ram, written) = touched();
         assert_eq!(list(&ram.changed_pages().unwrap()), [&written[..2], &[7], &written[2..]].concat());
     }
 
     #[test]
-    fn an_older_kernels_page_map_says_the_same_and_counts_the_page_of_zeros() {
+    fn pagemap_entries_find_the_same_pages_and_the_zero_page() {
         let (ram, written) = touched();
         let own = ram.mapped_pages(Pagemap::open().unwrap().without_scan(), PageFilter::Private).unwrap();
         assert_eq!(list(&own), [&written[..2], &[7], &written[2..]].concat());
     }
 
     #[test]
-    fn without_proc_the_answer_includes_the_written_pages() {
+    fn mincore_finds_written_pages_without_proc() {
         let (ram, written) = touched();
         let own = ram.pages_by_mincore().unwrap();
         assert!(written.iter().all(|p| own.contains(0, *p)));
     }
 
     #[test]
-    fn page_progress_changes_when_a_page_comes() {
+    fn page_progress_changes_when_a_page_arrives() {
         let (ram, _) = touched();
         let before = (ram.page_progress(), ram.mincore_pages().unwrap().count());
         ram.memory().write_obj(1u8, GuestAddress(100 * PAGE)).unwrap();
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_map_of_a_tebibyte_is_read_at_once() {
+    fn scanning_a_sparse_tebibyte_is_fast() {
         let ram = small_pages(config::MAX_MEM_SIZE_MIB);
         ram.memory().write_obj(1u8, GuestAddress(900 << 30)).unwrap();
         assert_eq!(ram.changed_pages().unwrap().count(), 1);

@@ -70,7 +70,7 @@ fn two_file_systems() -> [tempfile::TempDir; 2] {
 }
 
 #[test]
-fn a_full_image_is_the_memory_and_only_as_large_as_what_was_used() {
+fn full_image_is_the_memory_and_sparse() {
     for dir in two_file_systems() {
         let path = dir.path().join("mem");
         let ram = ram();
@@ -91,7 +91,7 @@ fn a_full_image_is_the_memory_and_only_as_large_as_what_was_used() {
 }
 
 #[test]
-fn a_restored_guest_reads_what_the_image_has_and_never_changes_it() {
+fn restored_guest_reads_the_image_and_never_changes_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let first = ram();
@@ -105,7 +105,7 @@ fn a_restored_guest_reads_what_the_image_has_and_never_changes_it() {
 }
 
 #[test]
-fn a_restored_guests_regions_are_aligned_to_huge_pages() {
+fn restored_regions_are_aligned_to_huge_pages() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let layout = MemoryLayout::of_size(3 * 1024 + 5);
@@ -116,7 +116,7 @@ fn a_restored_guests_regions_are_aligned_to_huge_pages() {
 }
 
 #[test]
-fn only_what_a_restored_guest_changed_is_its_own() {
+fn changed_pages_of_a_restored_guest_exclude_read_pages() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let first = ram();
@@ -129,7 +129,7 @@ fn only_what_a_restored_guest_changed_is_its_own() {
 }
 
 #[test]
-fn an_image_of_a_restored_guest_has_both_its_own_pages_and_those_of_its_file() {
+fn image_of_a_restored_guest_has_changed_and_unchanged_pages() {
     for here in two_file_systems() {
         for there in two_file_systems() {
             let path = here.path().join("mem");
@@ -150,7 +150,7 @@ fn an_image_of_a_restored_guest_has_both_its_own_pages_and_those_of_its_file() {
 }
 
 #[test]
-fn a_restored_guest_can_be_written_over_its_own_file() {
+fn restored_guest_can_be_saved_over_its_own_image() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let first = ram();
@@ -166,7 +166,7 @@ fn a_restored_guest_can_be_written_over_its_own_file() {
 }
 
 #[test]
-fn a_diff_has_its_pages_and_a_page_of_zeros_is_data_in_it() {
+fn zero_page_is_data_in_a_diff_and_a_hole_after_merge() {
     for dir in two_file_systems() {
         let (base, path) = (dir.path().join("base"), dir.path().join("diff"));
         let ram = ram();
@@ -186,7 +186,7 @@ fn a_diff_has_its_pages_and_a_page_of_zeros_is_data_in_it() {
 }
 
 #[test]
-fn a_diff_onto_a_file_of_its_size_is_merged_and_the_old_file_lives_on_for_who_has_it() {
+fn diff_onto_a_base_leaves_open_readers_the_old_file() {
     for dir in two_file_systems() {
         let path = dir.path().join("mem");
         let ram = ram();
@@ -204,7 +204,7 @@ fn a_diff_onto_a_file_of_its_size_is_merged_and_the_old_file_lives_on_for_who_ha
 }
 
 #[test]
-fn a_diff_onto_a_file_of_another_size_replaces_it() {
+fn diff_onto_a_file_of_another_size_replaces_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     std::fs::write(&path, "something else").unwrap();
@@ -215,7 +215,7 @@ fn a_diff_onto_a_file_of_another_size_replaces_it() {
 }
 
 #[test]
-fn a_merge_into_a_new_file_leaves_base_and_diff_alone() {
+fn merge_into_a_new_file_leaves_base_and_diff_unchanged() {
     for dir in two_file_systems() {
         let [base, path, out] = ["base", "diff", "out"].map(|name| dir.path().join(name));
         let ram = ram();
@@ -232,7 +232,7 @@ fn a_merge_into_a_new_file_leaves_base_and_diff_alone() {
 }
 
 #[test]
-fn files_of_different_guests_are_not_merged() {
+fn images_of_different_guests_are_not_merged() {
     let dir = tempfile::tempdir().unwrap();
     let (base, path) = (dir.path().join("base"), dir.path().join("diff"));
     File::create(&base).unwrap().set_len(8192).unwrap();
@@ -247,7 +247,7 @@ fn files_of_different_guests_are_not_merged() {
 }
 
 #[test]
-fn a_short_image_is_refused_with_both_sizes() {
+fn short_image_error_has_both_sizes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     File::create(&path).unwrap().set_len(4096).unwrap();
@@ -257,7 +257,7 @@ fn a_short_image_is_refused_with_both_sizes() {
 }
 
 #[test]
-fn what_is_no_image_is_refused_without_waiting() {
+fn fifo_and_directory_are_refused_without_blocking() {
     let dir = tempfile::tempdir().unwrap();
     let fifo = dir.path().join("fifo");
     let mode = rustix::fs::Mode::from_raw_mode(0o600);
@@ -287,7 +287,7 @@ impl Observer for StopAfter {
 }
 
 #[test]
-fn progress_goes_up_to_the_total_and_a_cancelled_image_leaves_no_file() {
+fn progress_reaches_the_total_and_cancel_leaves_no_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let ram = GuestRam::map(32, HugePages::None, false).unwrap();
@@ -309,7 +309,7 @@ fn free_huge_pages() -> u64 {
 }
 
 #[test]
-fn memory_of_the_huge_page_pool_is_written_restored_and_not_forked() {
+fn hugetlb_memory_is_saved_and_restored_but_not_forked() {
     if free_huge_pages() < 4 {
         eprintln!("not run: it needs four free pages in the pool (/proc/sys/vm/nr_hugepages)");
         return;
@@ -332,7 +332,7 @@ fn memory_of_the_huge_page_pool_is_written_restored_and_not_forked() {
 }
 
 #[test]
-fn memory_of_the_huge_page_pool_that_is_not_wanted_any_more_is_back_in_the_pool() {
+fn dropped_hugetlb_memory_returns_to_the_pool() {
     let pool = free_huge_pages();
     if pool < 4 {
         eprintln!("not run: it needs four free pages in the pool (/proc/sys/vm/nr_hugepages)");
@@ -347,7 +347,7 @@ fn memory_of_the_huge_page_pool_that_is_not_wanted_any_more_is_back_in_the_pool(
 }
 
 #[test]
-fn a_diff_that_lacks_what_its_base_has_is_no_memory_before_it_is_merged() {
+fn unmerged_diff_is_refused_until_it_has_all_pages() {
     let dir = tempfile::tempdir().unwrap();
     let [base, alone, second, merged, whole] =
         ["base", "alone", "second", "merged", "whole"].map(|name| dir.path().join(name));
@@ -380,7 +380,7 @@ fn a_diff_that_lacks_what_its_base_has_is_no_memory_before_it_is_merged() {
 }
 
 #[test]
-fn a_guest_above_the_hole_keeps_its_regions_apart() {
+fn regions_on_both_sides_of_the_hole_are_restored() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let ram = GuestRam::map(3 * 1024 + 2, HugePages::None, false).unwrap();
@@ -415,7 +415,7 @@ impl Drop for SmallDisk {
 }
 
 #[test]
-fn a_disk_that_fills_up_leaves_the_old_file_and_an_error_with_path_and_size() {
+fn full_disk_leaves_the_old_image() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("not run: mounting a small file system needs root");
         return;
@@ -461,7 +461,7 @@ fn full_in_child(ram: &GuestRam, path: &Path, meanwhile: impl FnOnce()) {
 }
 
 #[test]
-fn a_forks_image_is_the_memory_at_the_fork() {
+fn image_written_by_a_fork_is_the_memory_at_the_fork() {
     let dir = tempfile::tempdir().unwrap();
     let (base, path) = (dir.path().join("base"), dir.path().join("mem"));
     let new = ram();
@@ -506,7 +506,7 @@ proptest! {
 
     /// A guest of 1 MiB and a model of its memory: after any history its images, Diffs merged, are the model.
     #[test]
-    fn any_history_of_writes_snapshots_and_restores_keeps_the_memory(acts in acts(), on_tmpfs: bool) {
+    fn any_history_of_snapshots_and_restores_keeps_memory(acts in acts(), on_tmpfs: bool) {
         let dir = two_file_systems().into_iter().nth(usize::from(on_tmpfs)).unwrap();
         let [image, part] = ["image", "part"].map(|name| dir.path().join(name));
         let mut ram = GuestRam::map(1, HugePages::None, true).unwrap();

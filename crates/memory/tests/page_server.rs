@@ -124,7 +124,7 @@ fn no_stop() -> (OwnedFd, OwnedFd) {
 }
 
 #[test]
-fn the_server_learns_where_each_region_is_and_serves_their_faults() {
+fn server_gets_all_regions_and_serves_their_faults() {
     let (_dir, path, listener) = listen();
     let server = std::thread::spawn(move || {
         let handler = Handler::accept(&listener);
@@ -145,7 +145,7 @@ fn the_server_learns_where_each_region_is_and_serves_their_faults() {
 }
 
 #[test]
-fn the_server_hears_of_pages_that_the_guest_gave_back() {
+fn server_gets_remove_events_for_discarded_pages() {
     let (_dir, path, listener) = listen();
     let server = std::thread::spawn(move || {
         let handler = Handler::accept(&listener);
@@ -165,7 +165,7 @@ fn the_server_hears_of_pages_that_the_guest_gave_back() {
 }
 
 #[test]
-fn an_image_of_served_memory_has_all_pages() {
+fn image_of_served_memory_has_all_pages() {
     let (dir, path, listener) = listen();
     std::thread::spawn(move || {
         let handler = Handler::accept(&listener);
@@ -180,7 +180,7 @@ fn an_image_of_served_memory_has_all_pages() {
 }
 
 #[test]
-fn an_image_whose_pages_are_not_sent_is_given_up_and_leaves_nothing() {
+fn image_fails_and_leaves_no_file_if_its_server_dies() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("uffd.sock");
     let mut child = server_process_at(&path);
@@ -200,7 +200,7 @@ fn an_image_whose_pages_are_not_sent_is_given_up_and_leaves_nothing() {
 }
 
 #[test]
-fn the_probe_has_the_pages_sent_that_it_is_told() {
+fn probe_fetches_the_given_pages() {
     let (_dir, path, listener) = listen();
     let server = std::thread::spawn(move || {
         let handler = Handler::accept(&listener);
@@ -213,7 +213,7 @@ fn the_probe_has_the_pages_sent_that_it_is_told() {
 }
 
 #[test]
-fn nobody_listening_is_an_error_that_names_the_socket() {
+fn connect_error_names_the_socket() {
     let layout = MemoryLayout::of_size(1);
     let error =
         GuestRam::from_page_server(&layout, Path::new("/no/sock"), HugePages::None, false).unwrap_err();
@@ -221,7 +221,7 @@ fn nobody_listening_is_an_error_that_names_the_socket() {
 }
 
 #[test]
-fn a_server_that_never_answers_fails_the_probe() {
+fn probe_times_out_if_the_server_never_answers() {
     let (_dir, path, listener) = listen();
     let (ram, client) = connect(1, &path);
     let _handler = Handler::accept(&listener);
@@ -232,7 +232,7 @@ fn a_server_that_never_answers_fails_the_probe() {
 }
 
 #[test]
-fn a_closed_connection_and_then_a_stop_are_reported() {
+fn wait_reports_a_closed_connection_and_then_the_stop() {
     let (_dir, path, listener) = listen();
     let (_ram, mut client) = connect(1, &path);
     drop(Handler::accept(&listener));
@@ -244,7 +244,7 @@ fn a_closed_connection_and_then_a_stop_are_reported() {
 }
 
 #[test]
-fn a_fault_that_stays_unread_is_a_stall_and_released_threads_go_on() {
+fn wait_reports_a_stall_and_release_unblocks_threads() {
     let (_dir, path, listener) = listen();
     let (ram, mut client) = connect(1, &path);
     let _handler = Handler::accept(&listener);
@@ -290,7 +290,7 @@ fn wait_for(child: &mut Child, text: &str) {
 }
 
 #[test]
-fn a_server_that_dies_is_reported_and_its_guest_does_not_go_on_with_zeros() {
+fn guest_of_a_dead_server_does_not_continue_with_zeros() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("uffd.sock");
     let mut child = server_process_at(&path);
@@ -320,7 +320,7 @@ fn end_of(client: &mut PageServer) -> ServerEvent {
 }
 
 #[test]
-fn a_server_that_dies_before_its_first_answer_fails_the_probe() {
+fn probe_fails_if_the_server_dies_before_it_answers() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("uffd.sock");
     let mut child = server_process_at(&path);
@@ -428,7 +428,7 @@ fn assert_serves(ram: &GuestRam, client: &mut PageServer) {
 }
 
 #[test]
-fn server_that_was_forked_outlives_the_process_that_listened() {
+fn forked_server_outlives_the_process_that_listened() {
     let (ram, mut client, server) = connect_to_forked(false);
     assert_serves(&ram, &mut client);
     assert!(!client.is_orphaned(), "its end of the connection is open");

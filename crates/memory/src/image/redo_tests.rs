@@ -120,7 +120,7 @@ impl Observer for StopAfter {
 }
 
 #[test]
-fn a_diff_is_written_into_a_base_without_other_users() {
+fn diff_is_written_in_place_if_the_base_has_no_other_user() {
     let Some(place) = place() else { return };
     for saved in [Saved::new(&place), Saved::restored(&place)] {
         let before = saved.inode();
@@ -136,7 +136,7 @@ fn a_diff_is_written_into_a_base_without_other_users() {
 }
 
 #[test]
-fn a_base_that_a_clone_or_page_server_has_open_is_copied() {
+fn base_open_in_another_process_is_copied() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let reader = File::open(&saved.path).unwrap();
@@ -152,7 +152,7 @@ fn a_base_that_a_clone_or_page_server_has_open_is_copied() {
 }
 
 #[test]
-fn a_base_that_is_opened_before_the_commit_is_copied() {
+fn base_opened_before_the_commit_is_copied() {
     let Some(place) = place() else { return };
     for saved in [Saved::new(&place), Saved::restored(&place)] {
         let written = saved.write();
@@ -165,7 +165,7 @@ fn a_base_that_is_opened_before_the_commit_is_copied() {
 }
 
 #[test]
-fn a_base_with_another_name_or_a_forked_user_is_copied() {
+fn base_with_a_second_link_or_a_forked_user_is_copied() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let other = saved.dir.path().join("other");
@@ -180,7 +180,7 @@ fn a_base_with_another_name_or_a_forked_user_is_copied() {
 }
 
 #[test]
-fn a_diff_that_is_given_up_before_the_commit_leaves_the_base() {
+fn diff_dropped_before_the_commit_leaves_the_base() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     drop(saved.write());
@@ -194,7 +194,7 @@ fn a_diff_that_is_given_up_before_the_commit_leaves_the_base() {
 /// The monitor is killed within the pages of writing to the base, and the next one at each step of
 /// completing it.
 #[test]
-fn a_kill_at_any_step_leaves_the_new_image_to_be_completed() {
+fn kill_during_apply_or_recovery_is_recovered() {
     const STEPS: u64 = 8;
     let Some(place) = place() else { return };
     for step in 0..STEPS {
@@ -246,7 +246,7 @@ impl Saved {
 }
 
 #[test]
-fn a_commit_killed_after_any_step_leaves_a_whole_image() {
+fn commit_killed_after_any_step_leaves_a_whole_image() {
     let Some(place) = place() else { return };
     for make in [Saved::new, Saved::restored] {
         for last in ALL_STEPS {
@@ -278,7 +278,7 @@ fn a_commit_killed_after_any_step_leaves_a_whole_image() {
 /// A reader opens the base after one step of the writer and looks at the mark after the same or a
 /// later one. What it then uses is whole, and does not change.
 #[test]
-fn a_reader_at_any_step_gets_an_image_that_stays() {
+fn reader_at_any_commit_step_gets_a_stable_image() {
     let Some(place) = place() else { return };
     let read = |file: &File| {
         let mut bytes = vec![0; (MIB as usize) << 20];
@@ -331,7 +331,7 @@ impl Observer for Asked {
 }
 
 #[test]
-fn a_clone_or_merge_waits_for_a_base_being_written() {
+fn clone_and_merge_wait_while_the_base_is_written() {
     let Some(place) = place() else { return };
     for step in [CommitStep::Marked, CommitStep::Alone, CommitStep::Written] {
         let saved = Saved::new(&place);
@@ -371,7 +371,7 @@ fn a_clone_or_merge_waits_for_a_base_being_written() {
 }
 
 #[test]
-fn a_second_writer_leaves_the_base_of_the_first_alone() {
+fn second_writer_leaves_a_marked_base_alone() {
     let Some(place) = place() else { return };
     for other_at in [CommitStep::Opened, CommitStep::Marked, CommitStep::Alone, CommitStep::Written] {
         let saved = Saved::new(&place);
@@ -388,7 +388,7 @@ fn a_second_writer_leaves_the_base_of_the_first_alone() {
 }
 
 #[test]
-fn a_writer_whose_mark_or_base_was_replaced_copies() {
+fn writer_copies_if_its_mark_or_base_was_replaced() {
     let Some(place) = place() else { return };
     let other = FileId::random().unwrap();
     let replaced = |path: &Path| {
@@ -415,7 +415,7 @@ fn a_writer_whose_mark_or_base_was_replaced_copies() {
 }
 
 #[test]
-fn a_mark_without_a_log_is_harmless() {
+fn mark_without_a_log_is_ignored() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     redo_mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
@@ -428,7 +428,7 @@ fn a_mark_without_a_log_is_harmless() {
 
 /// A killed writer's half-written base, which a reader has opened and another process completes.
 #[test]
-fn a_reader_does_not_use_a_base_that_was_completed() {
+fn reader_reopens_a_base_that_was_recovered() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let log = saved.write().file.into_redo_diff().unwrap().into_log();
@@ -443,7 +443,7 @@ fn a_reader_does_not_use_a_base_that_was_completed() {
 }
 
 #[test]
-fn a_lease_that_is_given_back_delays_any_opener() {
+fn every_opener_waits_for_a_lease_to_end() {
     type Opener = fn(&Saved);
     let openers: [(&str, Opener); 5] = [
         ("a mark is seen", |saved| assert!(marked(&saved.path).unwrap().is_some())),
@@ -470,7 +470,7 @@ fn a_lease_that_is_given_back_delays_any_opener() {
 }
 
 #[test]
-fn a_diff_that_is_killed_at_its_commit_is_found_by_its_state() {
+fn diff_killed_at_its_commit_is_recovered_by_the_state_id() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let written = saved.write();
@@ -485,7 +485,7 @@ fn a_diff_that_is_killed_at_its_commit_is_found_by_its_state() {
 }
 
 #[test]
-fn a_diff_onto_a_half_written_base_completes_it_first() {
+fn diff_onto_a_half_written_base_recovers_it_first() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let written = saved.write();
@@ -500,7 +500,7 @@ fn a_diff_onto_a_half_written_base_completes_it_first() {
 }
 
 #[test]
-fn a_damaged_log_is_an_error_and_changes_nothing() {
+fn damaged_log_is_an_error_and_changes_nothing() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let written = saved.write();
@@ -537,7 +537,7 @@ fn a_damaged_log_is_an_error_and_changes_nothing() {
 }
 
 #[test]
-fn a_diff_without_a_base_below_it_keeps_its_zeros_as_data() {
+fn diff_onto_an_unmerged_diff_keeps_zero_pages_as_data() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let diff = saved.dir.path().join("diff");

@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_is_open_twice_is_not_alone() {
+    fn file_open_twice_has_no_sole_user() {
         let file = tempfile::NamedTempFile::new().unwrap();
         assert!(is_sole_user(file.as_file()));
         let other = File::open(file.path()).unwrap();

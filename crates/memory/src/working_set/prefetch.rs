@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_is_filled_in_and_only_written_pages_are_copied() {
+    fn prefetch_maps_all_pages_and_copies_only_written_ones() {
         let dir = tempfile::tempdir().unwrap();
         let ram = restored(&dir);
         let set = set(vec![PageRun::new(0, 900..1000, true), PageRun::new(0, 0..600, false)]);
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn copies_can_be_left_to_the_guest() {
+    fn copying_written_pages_can_be_disabled() {
         let dir = tempfile::tempdir().unwrap();
         let ram = restored(&dir);
         let set = set(vec![PageRun::new(0, 0..10, true)]);
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stopped_prefetch_ends() {
+    fn stopped_prefetch_ends() {
         let ram = GuestRam::map(64, HugePages::None, false).unwrap();
         let set = set(vec![PageRun::new(0, 0..16384, true)]);
         let prefetch = Prefetch::start(&ram, set, PrefetchOptions::default()).unwrap();
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn long_runs_are_cut_into_steps() {
+    fn long_runs_are_split_into_steps() {
         let cut: Vec<_> = steps(PageRun::new(0, 5..1034, true)).map(|r| (r.first, r.count)).collect();
         assert_eq!(cut, [(5, 512), (517, 512), (1029, 5)]);
     }

@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_come_in_the_order_of_the_looks_that_found_them() {
+    fn pages_are_ordered_by_the_scan_that_found_them() {
         let ram = GuestRam::map(1, HugePages::None, false).unwrap();
         write(&ram, 1);
         let mut log = TouchLog::start(&ram).unwrap();
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn read_and_written_pages_of_an_image_are_told_apart() {
+    fn read_and_written_pages_are_distinguished() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mem");
         std::fs::write(&path, vec![7; 1 << 20]).unwrap();
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_was_just_written_is_no_reason_to_record_all_of_it() {
+    fn page_cache_of_a_new_image_is_not_recorded() {
         // On a disk: in /dev/shm there is no cache to drop.
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = dir.path().join("mem");
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watched_guests_pages_are_in_the_set_when_the_watch_is_ended_early() {
+    fn recorder_finished_early_has_the_touched_pages() {
         let ram = GuestRam::map(1, HugePages::None, false).unwrap();
         let options = RecordOptions { duration: Duration::from_hours(1), ..RecordOptions::default() };
         let recorder = Recorder::start(&ram, FileId::random().unwrap(), options).unwrap();
