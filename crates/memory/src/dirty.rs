@@ -1,15 +1,17 @@
-//! PageFilter pages were written since they were last asked for.
+//! Dirty pages: those that were written since the last snapshot.
 //!
-//! Two know a part each: KVM's log has what the guest wrote, the bitmaps in [`GuestMemory`](crate::GuestMemory) what the monitor
-//! wrote for it (device output, and pages that it gave back). A Diff snapshot needs both:
+//! They are tracked in two places. KVM's dirty log has what the guest wrote. The bitmaps in
+//! [`GuestMemory`](crate::GuestMemory) have what the monitor wrote: device output and discarded
+//! pages. A Diff snapshot needs both:
 //!
 //! ```text
-//! let dirty = ram.take_dirty_pages(|region| KVM_GET_DIRTY_LOG of the region's slot)?;   // and forgets them
+//! let dirty = ram.take_dirty_pages(|region| KVM_GET_DIRTY_LOG of the region's slot)?;
 //! write_diff(&ram, &dirty, ..) -> on an error: ram.mark_dirty_again(&dirty)
 //! ```
 //!
-//! Both are emptied by reading them. So after a snapshot that failed, [`GuestRam::mark_dirty_again`] makes all of those pages the
-//! monitor's: the next Diff has them. [`GuestRam::take_dirty_pages`] does the same when it fails itself.
+//! Reading either of them clears it. So after a failed snapshot [`GuestRam::mark_dirty_again`]
+//! marks all of its pages as written by the monitor, and the next Diff has them.
+//! [`GuestRam::take_dirty_pages`] does the same if it fails itself.
 
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegion;
@@ -18,24 +20,25 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::pages::{PAGE, PageSet, PageSetError};
 use crate::ram::{GuestRam, GuestRegion};
 
-/// Why [`GuestRam::take_dirty_pages`] failed. No page was forgotten.
+/// Why [`GuestRam::take_dirty_pages`] failed. No dirty page is lost.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum TakeDirtyError<E> {
-    /// The guest's log of a region cannot be read.
+    /// The dirty log of a region cannot be read.
     #[error(transparent)]
     Log(E),
-    /// The log is not as long as its region.
+    /// The dirty log has the wrong length for its region.
     #[error(transparent)]
     Length(#[from] PageSetError),
 }
 
 impl GuestRam {
-    /// Whether the monitor's writes are tracked: decided when the memory was mapped.
+    /// Whether the monitor's writes are tracked, as chosen when the memory was mapped.
     pub fn tracks_dirty_pages(&self) -> bool {
         self.memory().iter().any(|r| tracked(r).is_some())
     }
 
-    /// The pages that the monitor wrote, which are then forgotten; none where that is not tracked.
+    /// Returns the pages that the monitor wrote and clears their dirty bits. `None` if they are not
+    /// tracked.
     pub fn take_monitor_dirty_pages(&self) -> Option<PageSet> {
         let mut taken = self.empty_page_set();
         for (index, region) in self.memory().iter().enumerate() {
@@ -45,10 +48,12 @@ impl GuestRam {
         Some(taken)
     }
 
-    /// The pages that the guest or the monitor wrote, which are then forgotten; `None` where the monitor's are not tracked.
+    /// Returns the pages that the guest or the monitor wrote and clears their dirty bits. `None` if
+    /// the monitor's writes are not tracked.
     ///
-    /// `guest_log` reads and empties the log of one region. If it fails for any of them, no page is forgotten. Of the region
-    /// that failed all pages count as written from then on: the log may have been emptied before the failure.
+    /// `guest_log` reads and clears the dirty log of one region. If it fails, all pages that were
+    /// taken so far are marked dirty again. So are all pages of the region that failed, because its
+    /// log may have been cleared before the failure.
     pub fn take_dirty_pages<E>(
         &self,
         mut guest_log: impl FnMut(usize) -> Result<Vec<u64>, E>,
@@ -66,7 +71,7 @@ impl GuestRam {
         Ok(Some(taken))
     }
 
-    /// Forgets what the monitor wrote: from now on counts.
+    /// Clears the dirty bits of the monitor's writes.
     pub fn reset_monitor_dirty_pages(&self) {
         for region in self.memory().iter() {
             if let Some(bitmap) = tracked(region) {
@@ -75,7 +80,8 @@ impl GuestRam {
         }
     }
 
-    /// Counts `pages` as written by the monitor, so that they are not lost to the next Diff after one that failed.
+    /// Marks `pages` as written by the monitor, so that the next Diff has them after one that
+    /// failed.
     pub fn mark_dirty_again(&self, pages: &PageSet) {
         for index in 0..pages.regions() {
             for run in pages.runs(index) {
@@ -84,14 +90,14 @@ impl GuestRam {
         }
     }
 
-    /// Counts a part of a region as written by the monitor.
+    /// Marks a part of a region as written by the monitor.
     pub(crate) fn mark_written(&self, region: usize, start: u64, len: u64) {
         let region = self.memory().iter().nth(region).expect("one memory region for each");
         region.bitmap().mark_dirty(start as usize, len as usize);
     }
 }
 
-/// A region's own bitmap. (As a `GuestMemoryRegion` it shows a slice of it only.)
+/// A region's bitmap. (The `GuestMemoryRegion` trait gives only a slice of it.)
 fn tracked(region: &GuestRegion) -> Option<&AtomicBitmap> {
     let mapping: &MmapRegion<Option<AtomicBitmap>> = region;
     mapping.bitmap().as_ref()
@@ -127,7 +133,7 @@ mod tests {
         assert_eq!(written(&ram), [0, 65]);
     }
 
-    /// Memory of two regions, of which the monitor wrote the first page of each.
+    /// Memory of two regions. The monitor wrote the first page of each.
     fn two_regions() -> GuestRam {
         let ram = GuestRam::map(3 * 1024 + 1, HugePages::None, true).unwrap();
         for region in ram.regions() {
@@ -170,7 +176,7 @@ mod tests {
             assert_eq!(ram.take_dirty_pages(read), Err(error));
             let next = ram.take_dirty_pages(|region| Ok::<_, ()>(empty_log(&ram, region))).unwrap().unwrap();
             assert_eq!(next.runs(0).flatten().collect::<Vec<_>>(), [0, 9]);
-            // The failed log may have been emptied.
+            // The failed log may have been cleared.
             assert_eq!(next.runs(1).flatten().count(), 256);
         }
     }

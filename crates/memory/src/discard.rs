@@ -31,8 +31,8 @@ pub enum DiscardError {
 
 impl GuestRam {
     /// Returns the pages of a range to the host, as a balloon does. They use no memory and read as
-    /// zero, even if they came from an image. The range must be whole pages ([`Self::page_size`]) of
-    /// one region. The pages count as written by the monitor.
+    /// zero, even if they came from an image. The range must be whole pages ([`Self::page_size`])
+    /// of one region. The pages count as written by the monitor.
     ///
     /// A page server is notified by `UFFD_EVENT_REMOVE`, and the call blocks until the server has
     /// read the event.

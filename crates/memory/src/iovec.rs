@@ -8,9 +8,9 @@
 //! # Invariant
 //!
 //! Each entry of a [`GuestIoVec`] lies in guest RAM. `push` takes it from `vm-memory`'s checked
-//! lookup; all other methods only shorten, copy or remove entries. Guest RAM is never unmapped while
-//! the process lives (see [`GuestRam`]), so an entry stays valid even if the guest's RAM is dropped.
-//! The guest may change the memory at any time; no Rust reference into it exists.
+//! lookup; all other methods only shorten, copy or remove entries. Guest RAM is never unmapped
+//! while the process lives (see [`GuestRam`]), so an entry stays valid even if the guest's RAM is
+//! dropped. The guest may change the memory at any time; no Rust reference into it exists.
 //!
 //! # Dirty pages
 //!
@@ -228,8 +228,8 @@ impl GuestIoVec {
         }
     }
 
-    /// Marks the pages of the first `len` bytes as written by the monitor. `ram` is what the buffers
-    /// were pushed from.
+    /// Marks the pages of the first `len` bytes as written by the monitor. `ram` is what the
+    /// buffers were pushed from.
     pub fn mark_dirty(&self, ram: &GuestRam, len: u64) {
         let mut left = len;
         for entry in self.entries() {
@@ -295,8 +295,8 @@ impl GuestIoVec {
         read
     }
 
-    /// Receives from the socket `fd` into the entries, without waiting (`recvmsg`). Marks no page as
-    /// dirty: see [`Self::mark_dirty`].
+    /// Receives from the socket `fd` into the entries, without waiting (`recvmsg`). Marks no page
+    /// as dirty: see [`Self::mark_dirty`].
     pub fn receive(&self, fd: BorrowedFd<'_>) -> Result<Received, Errno> {
         let mut message = self.message();
         // SAFETY: the message has no name and no control data. Its entries are guest RAM (invariant
@@ -325,8 +325,8 @@ impl GuestIoVec {
         message
     }
 
-    /// Copies `data` to the entries from byte `offset` on. What does not fit is not copied. Marks no
-    /// page as dirty.
+    /// Copies `data` to the entries from byte `offset` on. What does not fit is not copied. Marks
+    /// no page as dirty.
     pub fn copy_in(&self, offset: usize, data: &[u8]) {
         let mut rest = data;
         self.for_each_slice(offset, |slice| {
@@ -525,7 +525,7 @@ mod tests {
     #[test]
     fn long_list_frees_its_memory() {
         let ram = ram();
-        let mut list = list(&ram, &[(0, 1); 3 * MAX_ENTRIES]);
+        let mut list = list(&ram, &vec![(0, 1); 3 * MAX_ENTRIES]);
         list.drop_front(2 * MAX_ENTRIES);
         assert!(list.list.capacity() < 2 * MAX_ENTRIES && list.entries().len() == MAX_ENTRIES);
         let capacity = list.list.capacity();

@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use config::HugePages;
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::backing::Backing;
@@ -88,8 +87,8 @@ pub struct RamRegion {
 /// All RAM of one guest. Cheap to clone: clones are the same memory.
 ///
 /// When the last clone is dropped, the pages are returned to the kernel. The addresses stay mapped,
-/// so a remaining [`GuestMemory`] reads zeros and never another mapping. A process runs one machine,
-/// so what is left is address space, not memory.
+/// so a remaining [`GuestMemory`] reads zeros and never another mapping. A process runs one
+/// machine, so what is left is address space, not memory.
 #[derive(Debug, Clone)]
 pub struct GuestRam {
     inner: Arc<Inner>,
@@ -112,9 +111,9 @@ struct Inner {
 impl GuestRam {
     /// Maps private anonymous RAM of `mem_size_mib` mebibytes. Nothing is touched or reserved.
     ///
-    /// With [`HugePages::Hugetlbfs2M`] the pages are reserved from the kernel's pool at once, so that
-    /// too few of them are an error here rather than a signal later. The first page is also used,
-    /// because a cgroup's limit counts use and not reservations: see [`Self::populate`].
+    /// With [`HugePages::Hugetlbfs2M`] the pages are reserved from the kernel's pool at once, so
+    /// that too few of them are an error here rather than a signal later. The first page is also
+    /// used, because a cgroup's limit counts use and not reservations: see [`Self::populate`].
     /// `track_dirty_pages` adds a bitmap of the pages that the monitor writes.
     pub fn map(mem_size_mib: u32, huge_pages: HugePages, track_dirty_pages: bool) -> Result<Self, MapError> {
         let layout = MemoryLayout::of_size(mem_size_mib);
@@ -142,12 +141,7 @@ impl GuestRam {
             let span = map_span(region.size, kind, huge_pages)?;
             spans.0.push(span);
             let bitmap = track_dirty_pages.then(|| AtomicBitmap::new(region.size as usize, PAGE_SIZE));
-            // SAFETY: the span is a mapping of exactly this size that is never unmapped.
-            let builder = unsafe {
-                MmapRegionBuilder::new_with_bitmap(region.size as usize, bitmap)
-                    .with_raw_mmap_pointer(span.as_ptr())
-            };
-            let mapping = builder.build().expect("the mapping is page-aligned");
+            let mapping = span.into_region(bitmap);
             guest_regions.push(Arc::new(
                 GuestRegion::new(mapping, GuestAddress(region.guest_addr)).expect("regions end below 2^64"),
             ));

@@ -1,4 +1,4 @@
-//! PageFilter pages of a guest hold something, found without touching any.
+//! Finding the pages of a guest that are in use, without touching any.
 
 use std::io;
 
@@ -6,9 +6,9 @@ use crate::pages::PageSet;
 use crate::ram::GuestRam;
 use crate::sys::pagemap::{self, PageFilter, Pagemap};
 
-/// Why nobody knows which pages are there.
+/// Why the pages in use cannot be found.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot find out which pages of the guest's memory are in use: {0}")]
+#[error("guest memory: cannot find the pages in use: {0}")]
 pub struct ResidentError(
     /// The kernel's reason.
     #[from]
@@ -16,39 +16,42 @@ pub struct ResidentError(
 );
 
 impl GuestRam {
-    /// The pages that this guest has for itself: touched, and not (any more) those of a snapshot's file. All others are what they
-    /// were at the start: zero, or as in the file, or with the page server.
+    /// The pages that changed since the guest was started or restored, with or without dirty
+    /// tracking. All others are as at the start: zero, as in the image, or not sent by the page
+    /// server.
     ///
-    /// Relative to what the guest was restored from this is what has changed, with or without dirty tracking: swapped-out
-    /// pages and pages that were given back are in it, and pages of zeros that the kernel has taken back by itself. The set may be too large
-    /// (without `/proc`, and by pages that were only read), never too small.
+    /// The set includes swapped-out pages, discarded pages, and written pages that the kernel
+    /// replaced by the zero page. It may be too large (without `/proc`, or by pages that were only
+    /// read), but never too small.
     pub fn changed_pages(&self) -> Result<PageSet, ResidentError> {
-        let mut own = self.private_by(PageFilter::PrivateOrZeros)?;
+        let mut own = self.scan_private(PageFilter::PrivateOrZeros)?;
         own.insert_all(&self.discarded());
         Ok(own)
     }
 
-    /// [`Self::changed_pages`] without those that are zero, and known to be without looking.
+    /// [`Self::changed_pages`] without discarded pages and pages mapped to the zero page.
     pub(crate) fn private_pages(&self) -> Result<PageSet, ResidentError> {
-        self.private_by(PageFilter::Private)
+        self.scan_private(PageFilter::Private)
     }
 
-    fn private_by(&self, which: PageFilter) -> Result<PageSet, ResidentError> {
+    fn scan_private(&self, filter: PageFilter) -> Result<PageSet, ResidentError> {
         Ok(match Pagemap::open() {
-            Ok(pagemap) => self.mapped_pages(pagemap, which)?,
+            Ok(pagemap) => self.mapped_pages(pagemap, filter)?,
             Err(_) => self.pages_by_mincore()?,
         })
     }
 
-    pub(crate) fn mapped_pages(&self, mut pagemap: Pagemap, which: PageFilter) -> io::Result<PageSet> {
+    /// The pages in the page tables that pass `filter`.
+    pub(crate) fn mapped_pages(&self, mut pagemap: Pagemap, filter: PageFilter) -> io::Result<PageSet> {
         let mut mapped = self.empty_page_set();
         for (index, span) in self.spans().iter().enumerate() {
-            pagemap.walk(*span, which, &mut |run| mapped.insert(index, run))?;
+            pagemap.walk(*span, filter, &mut |run| mapped.insert(index, run))?;
         }
         Ok(mapped)
     }
 
-    /// A number that changes when pages come, to see whether any did. Not how many there are: swapped-out pages may be missing.
+    /// A number that changes when pages arrive. It is not the number of pages: swapped-out pages
+    /// may be missing.
     pub(crate) fn page_progress(&self) -> u64 {
         let pages = match Pagemap::open() {
             Ok(pagemap) => self.mapped_pages(pagemap, PageFilter::Private),
@@ -57,7 +60,8 @@ impl GuestRam {
         pages.map_or(0, |pages| pages.count())
     }
 
-    /// [`Self::changed_pages`] for a process without `/proc`, from `mincore`. It does not see what was swapped out: with swap, all pages count.
+    /// [`Self::private_pages`] for a process without `/proc`, by `mincore`, which does not see
+    /// swapped-out pages. On a host with swap it returns all pages.
     fn pages_by_mincore(&self) -> io::Result<PageSet> {
         if rustix::system::sysinfo().totalswap != 0 {
             return Ok(self.all_pages());
@@ -65,7 +69,7 @@ impl GuestRam {
         self.mincore_pages()
     }
 
-    /// The pages that `mincore` sees.
+    /// The pages that `mincore` reports.
     fn mincore_pages(&self) -> io::Result<PageSet> {
         let mut resident = self.empty_page_set();
         for (index, span) in self.spans().iter().enumerate() {
@@ -84,7 +88,7 @@ mod tests {
     use crate::pages::PAGE;
     use crate::sys::span::SpanAdvice;
 
-    /// Memory of small pages, also on a host that uses huge ones for everyone.
+    /// Memory of small pages, even on a host whose default is huge pages.
     fn small_pages(mib: u32) -> GuestRam {
         let ram = GuestRam::map(mib, HugePages::None, false).unwrap();
         for span in ram.spans() {
@@ -111,10 +115,10 @@ mod tests {
     fn scan_finds_written_pages_and_touches_none() {
         let (ram, written) = touched();
         assert_eq!(list(&ram.private_pages().unwrap()), written);
-        assert_eq!(list(&ram.private_pages().unwrap()), written, "looking changed what is there");
+        assert_eq!(list(&ram.private_pages().unwrap()), written, "the scan touched a page");
     }
 
-    /// The kernel maps the page of zeros in place of a page that was written when it splits a huge page that has zeros.
+    /// When the kernel splits a huge page, it maps the zero page in place of parts that are zero.
     #[test]
     fn zero_pages_count_as_changed() {
         let (ram, written) = touched();

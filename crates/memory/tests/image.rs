@@ -1,4 +1,4 @@
-//! Memory images: what a guest had is what its clones get, whatever happens on the way.
+//! Memory images: clones get the memory of their guest, after full snapshots, Diffs and failures.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -55,7 +55,7 @@ fn pages(ram: &GuestRam, list: &[u64]) -> PageSet {
     set
 }
 
-/// Bytes on disk.
+/// The size of a file on disk in bytes.
 fn blocks(path: &Path) -> u64 {
     path.metadata().unwrap().blocks() * 512
 }
@@ -64,7 +64,8 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect()
 }
 
-/// Directories on the file system of temporary files and on tmpfs, which differ in what they can.
+/// Directories on the file system of temporary files and on tmpfs, which support different
+/// operations.
 fn two_file_systems() -> [tempfile::TempDir; 2] {
     [tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap()]
 }
@@ -268,10 +269,7 @@ fn fifo_and_directory_are_refused_without_blocking() {
         assert!(matches!(error, RestoreError::NotAFile { .. }), "{error}");
     }
     let missing = GuestRam::from_file(&layout, Path::new("/no/mem"), HugePages::None, false).unwrap_err();
-    assert!(
-        missing.to_string().starts_with("cannot read the memory image /no/mem: No such file"),
-        "{missing}"
-    );
+    assert!(missing.to_string().starts_with("memory image /no/mem: cannot read: No such file"), "{missing}");
 }
 
 struct StopAfter(u32, Mutex<Vec<(u64, u64)>>);
@@ -338,7 +336,7 @@ fn dropped_hugetlb_memory_returns_to_the_pool() {
         eprintln!("not run: it needs four free pages in the pool (/proc/sys/vm/nr_hugepages)");
         return;
     }
-    // More than half of it, so that there is no room for a second while the first is reserved.
+    // More than half of the pool, so that a second guest does not fit while the first is reserved.
     let mib = u32::try_from(pool / 2 + 1).unwrap() * 2;
     for byte in 1..4 {
         let ram = GuestRam::map(mib, HugePages::Hugetlbfs2M, false).unwrap();
@@ -362,7 +360,7 @@ fn unmerged_diff_is_refused_until_it_has_all_pages() {
     };
     diff(&ram, &alone, &pages(&ram, &[5]));
     refused(&alone);
-    // Onto another that lacks the base it still does.
+    // A Diff onto an unmerged Diff is still unmerged.
     std::fs::remove_file(&alone).unwrap();
     diff(&ram, &alone, &pages(&ram, &[7]));
     diff(&ram, &alone, &pages(&ram, &[5]));
@@ -370,7 +368,7 @@ fn unmerged_diff_is_refused_until_it_has_all_pages() {
     diff(&ram, &second, &pages(&ram, &[5]));
     merge(&alone, &second, &merged, &()).unwrap();
     refused(&merged);
-    // Onto the base it does not, nor does one that has all that there is.
+    // A Diff on the base is merged, and a Diff with all pages in use needs no base.
     merge(&base, &alone, &merged, &()).unwrap();
     diff(&ram, &base, &pages(&ram, &[5]));
     diff(&ram, &whole, &pages(&ram, &[3, 5]));
@@ -438,24 +436,25 @@ fn full_disk_leaves_the_old_image() {
     }
 }
 
-/// Writes an image in a child process, as a live snapshot does, and waits for it; `meanwhile` runs in the parent first.
+/// Writes an image in a child process, as a live snapshot does, and waits for it. `meanwhile` runs
+/// in the parent first.
 fn full_in_child(ram: &GuestRam, path: &Path, meanwhile: impl FnOnce()) {
     let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-    // SAFETY: the child writes the image and leaves; it takes no lock that another thread may have held.
+    // SAFETY: the child writes the image and exits. It takes no lock that another thread may hold.
     let child = unsafe { libc::fork() };
     if child == 0 {
         drop(write);
-        // Until the parent is through.
+        // Wait until the parent is done.
         let _ = rustix::io::read(&read, &mut [0; 1]);
         let done = write_full(ram, path, &()).is_ok_and(|image| image.file.commit().is_ok());
-        // SAFETY: ends the child without running anything of the parent's.
+        // SAFETY: exits the child without running the parent's exit handlers.
         unsafe { libc::_exit(i32::from(!done)) };
     }
     assert!(child > 0);
     meanwhile();
     drop(write);
     let mut status = 0;
-    // SAFETY: waits for our own child.
+    // SAFETY: waits for a child of this process.
     let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
     assert_eq!((waited, status), (child, 0));
 }
@@ -477,7 +476,7 @@ fn image_written_by_a_fork_is_the_memory_at_the_fork() {
     }
 }
 
-/// What a history does to a guest.
+/// One operation of a history.
 #[derive(Debug, Clone)]
 enum Act {
     Write(u64, u64, u8),
@@ -504,7 +503,8 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
 
-    /// A guest of 1 MiB and a model of its memory: after any history its images, Diffs merged, are the model.
+    /// A guest of 1 MiB and a model of its memory. After any history its image, with the Diffs
+    /// merged, is the model.
     #[test]
     fn any_history_of_snapshots_and_restores_keeps_memory(acts in acts(), on_tmpfs: bool) {
         let dir = two_file_systems().into_iter().nth(usize::from(on_tmpfs)).unwrap();
@@ -527,7 +527,7 @@ proptest! {
                     ram.reset_monitor_dirty_pages();
                     info = full(&ram, &image);
                 }
-                // Onto the image itself, or apart and then merged.
+                // Onto the image itself, or to a file of its own that is then merged.
                 Act::Diff => {
                     let dirty = ram.take_monitor_dirty_pages().unwrap();
                     if dirty.count().is_multiple_of(2) {

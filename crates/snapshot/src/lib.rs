@@ -31,9 +31,9 @@
 //! # Invariants
 //!
 //! - A file under its final name is complete: see [`AtomicFile`].
-//! - Reading allocates in proportion to the file. Lengths are compared with the bytes that are there
-//!   before anything is allocated, and data is checked once ([`ReadError::Malformed`]) before a
-//!   decoder reads it. Files larger than [`MAX_FILE_SIZE`] are refused.
+//! - Reading allocates in proportion to the file. Lengths are compared with the bytes that are
+//!   there before anything is allocated, and data is checked once ([`ReadError::Malformed`]) before
+//!   a decoder reads it. Files larger than [`MAX_FILE_SIZE`] are refused.
 //! - A [`Snapshot`] has passed every checksum. Only the meaning of its data can still be wrong.
 //!
 //! # Errors
@@ -43,8 +43,8 @@
 //!
 //! # Callers
 //!
-//! `machine` and `control` write and read state files. `memory` writes its images as [`AtomicFile`]s
-//! and its working sets in this format.
+//! `machine` and `control` write and read state files. `memory` writes its images as
+//! [`AtomicFile`]s and its working sets in this format.
 
 #![forbid(unsafe_code)]
 

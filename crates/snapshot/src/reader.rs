@@ -234,7 +234,8 @@ impl Snapshot {
         &self.sections
     }
 
-    /// Checks that the file has this kind and this host's architecture. To be called before a restore.
+    /// Checks that the file has this kind and this host's architecture. To be called before a
+    /// restore.
     pub fn expect_kind(&self, kind: &str) -> Result<(), ReadError> {
         let path = self.path.clone();
         if self.header.kind != kind {

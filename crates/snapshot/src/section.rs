@@ -32,13 +32,14 @@ pub fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T, MigrateError>
 ///
 /// A `Vec<u8>` is stored as a CBOR array unless its field is encoded as bytes (`serde_bytes`).
 pub trait Section: Serialize + DeserializeOwned {
-    /// The section's name, such as `device/net`. A section that exists several times has its instance
-    /// appended: `device/net/eth0`.
+    /// The section's name, such as `device/net`. A section that exists several times has its
+    /// instance appended: `device/net/eth0`.
     const NAME: &'static str;
     /// The version of the data in this struct, from 1.
     const VERSION: u16 = 1;
 
-    /// Converts data of version `from`, which is lower than [`Self::VERSION`], to the current version.
+    /// Converts data of version `from`, which is lower than [`Self::VERSION`], to the current
+    /// version.
     ///
     /// The default is an error, which is correct while there is only one version.
     fn migrate(from: u16, value: Value) -> Result<Value, MigrateError> {

@@ -2,7 +2,8 @@
 //!
 //! A decoder trusts the lengths in its input when it allocates. After this check they are true:
 //! every item that an array or map announces is there, every string has its length, nesting is
-//! bounded, and the item ends where the data ends. So a decoder allocates in proportion to the data.
+//! bounded, and the item ends where the data ends. So a decoder allocates in proportion to the
+//! data.
 
 /// The deepest nesting of arrays, maps and tags. Plain structs need a dozen levels.
 const MAX_DEPTH: usize = 64;

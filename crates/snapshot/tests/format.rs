@@ -7,7 +7,8 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_snapshot::{Header, MigrateError, ReadError, Section, Snapshot, Value, WriteError, Writer};
 
-/// A file in version 1 of the format, with the contents of [`sample`]. It must always stay readable.
+/// A file in version 1 of the format, with the contents of [`sample`]. It must always stay
+/// readable.
 const SAMPLE_V1: &[u8] = include_bytes!("samples/format-1.state");
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

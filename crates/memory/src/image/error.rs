@@ -49,7 +49,7 @@ pub enum ImageError {
         diff_size: u64,
     },
     /// The base and the Diff are one file.
-    #[error("memory image {}: it is both base and Diff", path.display())]
+    #[error("memory image {}: it is both base and diff", path.display())]
     SameFile {
         /// The file.
         path: PathBuf,

@@ -1,4 +1,4 @@
-//! Putting a Diff onto its base.
+//! Merging a Diff onto its base.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -18,16 +18,17 @@ use crate::pages::PAGE;
 /// What a merge did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MergeStats {
-    /// Bytes that the Diff had.
+    /// Bytes of data in the Diff.
     pub data_bytes: u64,
-    /// Of these, zeros that became holes.
+    /// Of these, bytes of zero pages, which became holes.
     pub zero_bytes: u64,
-    /// The new file's id; none for a merge in place.
+    /// The id of the new file; none for a merge in place.
     pub id: Option<FileId>,
 }
 
-/// Puts the Diff at `diff` onto the image at `base`, which is changed. A merge that was cut short can be done again; until then
-/// the base is neither old nor new, so [`merge`] is for those who need it whole at any moment. No guest may run on it.
+/// Merges the Diff at `diff` into the image at `base` in place. No guest may be mapped from the
+/// base. An interrupted merge can be repeated. Until then the base is neither the old nor the new
+/// image; [`merge`] is atomic.
 pub fn merge_in_place(base: &Path, diff: &Path, observer: &dyn Observer) -> Result<MergeStats, ImageError> {
     let file = open_consistent(base, OFlags::RDWR, observer)?;
     let (diff_file, size) = open_diff(&file, base, diff, observer)?;
@@ -37,8 +38,9 @@ pub fn merge_in_place(base: &Path, diff: &Path, observer: &dyn Observer) -> Resu
     Ok(merged)
 }
 
-/// Puts the Diff at `diff` onto the image at `base` and makes that the file `output`, which may be either of them. It is there
-/// when it is whole. Blocks of the base are shared where the file system can.
+/// Merges the Diff at `diff` onto the image at `base` into the file `output`, which may be either
+/// of them. It appears when it is complete. It shares the blocks of the base if the file system
+/// supports it.
 pub fn merge(
     base: &Path,
     diff: &Path,
@@ -64,7 +66,7 @@ pub fn merge(
     Ok(merged)
 }
 
-/// Opens a Diff that fits its base.
+/// Opens the Diff at `diff` and checks that it fits the base. Returns it and its size.
 fn open_diff(
     base_file: &File,
     base: &Path,
@@ -94,6 +96,8 @@ fn open_diff(
     Ok((file, base_is.size()))
 }
 
+/// Copies all data of the Diff to `target`.
+/// Copies all data of the Diff to `target`.
 fn apply(diff: &File, diff_path: &Path, target: &ImageTarget<'_>) -> Result<MergeStats, ImageError> {
     let mut merged = MergeStats { data_bytes: 0, zero_bytes: 0, id: None };
     let mut buffer = vec![0; CHUNK as usize];
@@ -113,7 +117,7 @@ fn apply(diff: &File, diff_path: &Path, target: &ImageTarget<'_>) -> Result<Merg
     Ok(merged)
 }
 
-/// Writes `data` to `at`, its pages of zeros as holes. Returns their bytes.
+/// Writes `data` at offset `at`, zero pages as holes. Returns the bytes of zero pages.
 fn put(data: &[u8], target: &ImageTarget<'_>, at: u64) -> Result<u64, ImageError> {
     const ZERO: [u8; PAGE as usize] = [0; PAGE as usize];
     let is_zero = |page: &[u8]| *page == ZERO[..page.len()];

@@ -13,15 +13,16 @@
 //! blocks, if the file system supports it). Only with a page server all pages are fetched, because
 //! only the server has them.
 //!
-//! Images appear under their name when they are complete ([`snapshot::AtomicFile`]). So writing over
-//! the file that a guest is mapped from is safe: its mapping keeps the old file. The exception is a
-//! Diff onto a base that no other process has open or mapped: it is written into the base through a
-//! redo log ([`redo`]), which is atomic as well. All readers of images open them by
+//! Images appear under their name when they are complete ([`snapshot::AtomicFile`]). So writing
+//! over the file that a guest is mapped from is safe: its mapping keeps the old file. The exception
+//! is a Diff onto a base that no other process has open or mapped: it is written into the base
+//! through a redo log ([`redo`]), which is atomic as well. All readers of images open them by
 //! `redo::open_consistent`, which detects such a writer.
 //!
 //! # Errors
 //!
-//! [`ImageError`] names the file, its full size, and where writing stopped. No partial file is left.
+//! [`ImageError`] names the file, its full size, and where writing stopped. No partial file is
+//! left.
 
 mod copy;
 mod error;
@@ -30,7 +31,6 @@ mod info;
 mod merge;
 mod partial;
 mod redo;
-mod redo_mark;
 mod restore;
 mod write;
 

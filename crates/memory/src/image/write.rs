@@ -1,4 +1,4 @@
-//! Writing images.
+//! Writing images of guest RAM.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -24,21 +24,22 @@ use crate::ram::GuestRam;
 use crate::sys::span::Span;
 use crate::sys::span_io;
 
-/// How long a page server may send nothing while its pages are needed for an image.
+/// How long a page server may send no page while an image needs its pages.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An image that is complete, but not under its final name yet: the state file is still to come.
+/// A complete image without its final name, which it gets together with the state file.
 #[derive(Debug)]
 pub struct WrittenImage {
-    /// The file. Dropped, it goes away.
+    /// The file. Dropping it removes it.
     pub file: StagedImage,
-    /// What belongs into the state file.
+    /// The section for the state file.
     pub info: ImageInfo,
-    /// Bytes that were written or copied: what is not a hole, and not shared with the base.
+    /// Bytes that were written or copied: neither holes nor blocks shared with the base.
     pub data_bytes: u64,
 }
 
-/// A complete image: a file that takes the place of the old one, or a Diff that goes into it.
+/// A complete image that is not committed: a file that replaces the old one, or a Diff in a redo
+/// log.
 #[derive(Debug)]
 pub struct StagedImage(StagedKind);
 
@@ -49,7 +50,7 @@ enum StagedKind {
 }
 
 impl StagedImage {
-    /// Makes this the image, and `state`, which names its id, the state, as one step.
+    /// Commits the image and `state`, which names its id, as one step.
     pub fn commit_with(self, state: Staged) -> Result<(), ImageError> {
         match self.0 {
             StagedKind::File(file) => Ok(snapshot::commit_pair(file, state)?),
@@ -57,7 +58,7 @@ impl StagedImage {
         }
     }
 
-    /// Makes this the image, of which there is no state.
+    /// Commits the image without a state file.
     pub fn commit(self) -> Result<(), ImageError> {
         match self.0 {
             StagedKind::File(file) => Ok(file.commit().map(drop)?),
@@ -68,7 +69,7 @@ impl StagedImage {
 
 #[cfg(test)]
 impl StagedImage {
-    /// The Diff, if it goes into its base.
+    /// The Diff, if it is in a redo log.
     pub(super) fn into_redo_diff(self) -> Option<RedoDiff> {
         match self.0 {
             StagedKind::File(_) => None,
@@ -77,11 +78,11 @@ impl StagedImage {
     }
 }
 
-/// Writes all of the guest's memory to a new file for `path`. Nobody may write the memory meanwhile: the machine is paused,
-/// or this is a fork of it.
+/// Writes all of the guest's memory to a new file for `path`. The memory must not change meanwhile:
+/// the machine is paused, or this process is a fork of it.
 pub fn write_full(ram: &GuestRam, path: &Path, observer: &dyn Observer) -> Result<WrittenImage, ImageError> {
     let pages = match ram.backing() {
-        // What the server has not sent yet only it knows.
+        // Only the server has the pages that are not sent yet.
         Backing::PageServer(_) => ram.all_pages(),
         Backing::Anonymous => ram.private_pages()?,
         Backing::File(_) => ram.changed_pages()?,
@@ -100,12 +101,14 @@ pub fn write_full(ram: &GuestRam, path: &Path, observer: &dyn Observer) -> Resul
     Ok(finish(ram, file, ImageKind::Full, written))
 }
 
-/// Writes `pages` of the guest's memory on top of what is at `path`: onto a file of the image's
-/// size (the base, or an older Diff of it), else into a new file that has only these pages. The
-/// base's blocks are shared where the file system can, and the base is replaced. Elsewhere the
-/// pages are written into the base, if it has no other user ([`redo`](super::redo)); else it is
-/// copied and replaced. Without dirty tracking, `pages` are [`GuestRam::changed_pages`]. Nobody may
-/// write the memory meanwhile.
+/// Writes `pages` of the guest's memory as a Diff to `path`. If a file of the image's size is there
+/// (the base, or an older Diff of it), the pages are merged onto it. Otherwise the new file has
+/// only these pages. The memory must not change meanwhile. Without dirty tracking, `pages` are
+/// [`GuestRam::changed_pages`].
+///
+/// If the file system can share blocks, the base is replaced by a file that shares its blocks.
+/// Otherwise the pages are written into the base in place if it has no other user
+/// ([`redo`](super::redo)), or else into a full copy that replaces it.
 pub fn write_diff(
     ram: &GuestRam,
     path: &Path,
@@ -115,7 +118,7 @@ pub fn write_diff(
     let mut base = open_base(path, ram.layout().file_size(), observer)?;
     let file = AtomicFile::create(path)?;
     let shared = base.as_ref().is_some_and(|base| reflink(base, file.file()));
-    // This descriptor would count as another user of the base.
+    // Close it: this descriptor would count as another user of the base.
     if base.take_if(|_| !shared).is_some() {
         if let Some(writable) = redo::open_base(ram, path) {
             drop(file);
@@ -150,7 +153,7 @@ pub fn write_diff(
     Ok(finish(ram, file, ImageKind::Diff, written))
 }
 
-/// The file at `path`, if it is one of this size.
+/// Opens the file at `path`, if it is a regular file of this size.
 fn open_base(path: &Path, size: u64, observer: &dyn Observer) -> Result<Option<File>, ImageError> {
     let file = match redo::open_consistent(path, OFlags::RDONLY, observer) {
         Ok(file) => file,
@@ -167,7 +170,7 @@ fn finish(ram: &GuestRam, file: AtomicFile, kind: ImageKind, data_bytes: u64) ->
     WrittenImage { file, info: ImageInfo { layout, kind, id, huge_pages }, data_bytes }
 }
 
-/// Writes `pages` to a redo log of `base`, in steps.
+/// Writes `pages` to a redo log of `base`.
 fn write_redo(
     ram: &GuestRam,
     path: &Path,
@@ -214,8 +217,8 @@ fn write_redo(
     Ok(WrittenImage { file: StagedImage(StagedKind::RedoDiff(diff)), info, data_bytes: written })
 }
 
-/// Has a page server send `pages` before they are read here, where a page that does not come would
-/// be waited for for ever.
+/// Fetches `pages` from the page server, if there is one. Reading a page that never arrives would
+/// block for ever.
 fn fetch(ram: &GuestRam, pages: &PageSet, observer: &dyn Observer) -> Result<(), ImageError> {
     if let Backing::PageServer(link) = ram.backing() {
         page_server::fetch(link, ram, pages, FETCH_TIMEOUT, observer)?;
@@ -223,22 +226,23 @@ fn fetch(ram: &GuestRam, pages: &PageSet, observer: &dyn Observer) -> Result<(),
     Ok(())
 }
 
-/// What to do with pages of zeros.
+/// What to do with zero pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ZeroPages {
-    /// They are written: in a Diff a hole means something else.
+    /// Write them: in a Diff a hole means "as in the base".
     Write,
-    /// The file is new, so they are holes already.
+    /// Skip them: in a new file they are holes already.
     Skip,
-    /// The file has something there: a hole is made.
+    /// Punch a hole: the file may have data there.
     PunchHole,
 }
 
+/// Writes an image into a new file.
 struct ImageWriter<'a> {
     ram: &'a GuestRam,
     target: ImageTarget<'a>,
     written: u64,
-    /// Bytes that are dealt with, of `total`.
+    /// Bytes that are complete, of `total`.
     done: u64,
     total: u64,
 }
@@ -250,8 +254,9 @@ impl<'a> ImageWriter<'a> {
         ImageWriter { ram, target, written: 0, done: 0, total: pages.count() * PAGE }
     }
 
-    /// Begins an image with what the guest still shares with the file that it was restored from: all but `own`.
-    fn start_from(&mut self, base: &File, own: &PageSet) -> Result<ZeroPages, ImageError> {
+    /// Fills the new file with the unchanged pages of the image that the guest was restored from:
+    /// all but `changed`. Returns how to write zero pages.
+    fn start_from(&mut self, base: &File, changed: &PageSet) -> Result<ZeroPages, ImageError> {
         if reflink(base, self.target.file) {
             // The file may be longer than the image.
             self.target.set_size()?;
@@ -259,7 +264,7 @@ impl<'a> ImageWriter<'a> {
         }
         self.target.set_size()?;
         let mut rest = self.data_pages(base)?;
-        rest.remove_all(own);
+        rest.remove_all(changed);
         self.total += rest.count() * PAGE;
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
             for run in rest.runs(index) {
@@ -269,7 +274,7 @@ impl<'a> ImageWriter<'a> {
         Ok(ZeroPages::Skip)
     }
 
-    /// The pages that `file` may have something for.
+    /// The pages for which `file` may have data.
     fn data_pages(&self, file: &File) -> Result<PageSet, ImageError> {
         let mut pages = self.ram.empty_page_set();
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
@@ -282,7 +287,7 @@ impl<'a> ImageWriter<'a> {
         Ok(pages)
     }
 
-    /// Whether the guest has anything in other pages than these.
+    /// Whether pages other than these may have data.
     fn is_missing_pages(&self, pages: &PageSet) -> Result<bool, ImageError> {
         let mut others = match self.ram.backing() {
             Backing::PageServer(_) => self.ram.all_pages(),
@@ -304,7 +309,7 @@ impl<'a> ImageWriter<'a> {
         copy(from, &target, range, |copied| target.report(before + copied, total))
     }
 
-    /// Writes pages from memory.
+    /// Writes pages of the guest's memory.
     fn write_pages(&mut self, pages: &PageSet, zeros: ZeroPages) -> Result<(), ImageError> {
         fetch(self.ram, pages, self.target.observer)?;
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
@@ -321,7 +326,8 @@ impl<'a> ImageWriter<'a> {
         Ok(())
     }
 
-    /// Writes some pages: those that are not zero in as few calls as can be.
+    /// Writes the pages of one chunk, with one call for each run of pages that are all zero or all
+    /// not.
     fn write_chunk(
         &mut self,
         span: Span,
@@ -350,8 +356,9 @@ impl<'a> ImageWriter<'a> {
         self.target.report(self.done, self.total)
     }
 
-    /// Some file systems cannot tell one page from its neighbours (large blocks, huge pages of tmpfs): where a Diff has one,
-    /// they show all as data. So that a merge does not put zeros there, the neighbours are written as well.
+    /// Writes the neighbours of written pages that the file system reports as data. With large
+    /// blocks, or huge pages of tmpfs, one written page makes its whole block data, and a merge
+    /// would write zeros there.
     fn fill_coarse_extents(&mut self, written: &PageSet) -> Result<(), ImageError> {
         let mut written = written.clone();
         loop {

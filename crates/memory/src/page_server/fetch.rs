@@ -17,8 +17,8 @@ use crate::sys::span_io;
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Makes the server send those of `pages` that are missing, and waits for them. Gives up once no
-/// page has arrived for `timeout`; then the thread that touches the pages is left behind, which does
-/// nothing else.
+/// page has arrived for `timeout`; then the thread that touches the pages is left behind, which
+/// does nothing else.
 pub(crate) fn fetch(
     link: &ServerLink,
     ram: &GuestRam,

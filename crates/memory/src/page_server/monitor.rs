@@ -66,9 +66,9 @@ impl PageServer {
         Ok(fetched?)
     }
 
-    /// Waits for other threads that need pages: calls `is_done` until it returns true. `is_done` may
-    /// block for the time that it is given. Fails if `is_done` fails, if the server is gone, or if
-    /// no page has arrived for `timeout`.
+    /// Waits for other threads that need pages: calls `is_done` until it returns true. `is_done`
+    /// may block for the time that it is given. Fails if `is_done` fails, if the server is gone, or
+    /// if no page has arrived for `timeout`.
     pub fn wait_while_serving<E: From<FetchError>>(
         &self,
         timeout: Duration,

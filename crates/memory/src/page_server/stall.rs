@@ -13,8 +13,8 @@ pub(super) struct StallDetector {
     /// Since when every poll found an unread fault, and [`GuestRam::page_progress`] then. It need
     /// not be the same fault each time.
     unread: Option<(Instant, u64)>,
-    /// Since when no poll found an unread fault, and [`GuestRam::page_progress`] then. Restarts each
-    /// time that threads are made to fault again.
+    /// Since when no poll found an unread fault, and [`GuestRam::page_progress`] then. Restarts
+    /// each time that threads are made to fault again.
     none_unread: Option<(Instant, u64)>,
 }
 

@@ -10,7 +10,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 pub(crate) fn listener_pidfd(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
     let mut fd: libc::c_int = -1;
     if socket_option(socket, libc::SO_PEERPIDFD, &mut fd) && fd >= 0 {
-        // SAFETY: the kernel has just created the descriptor for this process; nothing else owns it.
+        // SAFETY: the kernel has just created the descriptor for this process; nothing else owns
+        // it.
         return Some(unsafe { OwnedFd::from_raw_fd(fd) });
     }
     let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };

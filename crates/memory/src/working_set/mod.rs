@@ -7,7 +7,8 @@
 //! same order ([`Prefetch`]).
 //!
 //! A working set is advice. A wrong one costs time and memory, never correctness, because a page is
-//! filled in with what it contains anyway. Nevertheless the working set of another image is refused.
+//! filled in with what it contains anyway. Nevertheless the working set of another image is
+//! refused.
 //!
 //! # The file
 //!

@@ -15,18 +15,18 @@ use crate::ram::GuestRam;
 use crate::sys::span::SpanAdvice;
 use crate::sys::span_io;
 
-/// Pages that are filled in at once: between two of these the thread can be stopped.
+/// Pages that are filled in per step. The thread can be stopped between two steps.
 const STEP_PAGES: u64 = 512;
-/// How far the disk reads ahead of what is filled in, in pages.
+/// How many pages the disk reads ahead of the pages that are filled in.
 const READ_AHEAD_PAGES: u64 = 4096;
-/// How much the guest's threads go before this one.
+/// The niceness of the thread, so that the guest's threads have priority.
 const NICENESS: i32 = 10;
 
-/// How a working set is filled in.
+/// Options of a prefetch.
 #[derive(Debug, Clone, Copy)]
 pub struct PrefetchOptions {
-    /// Copy the pages that the recorded guest wrote. It saves the guest the faults; each clone has these pages for itself then,
-    /// whether it comes to write them or not.
+    /// Copy the pages that the recorded guest wrote. It saves the guest the faults. But each clone
+    /// then has private copies of these pages, even if it never writes them.
     pub copy_written: bool,
 }
 
@@ -36,16 +36,16 @@ impl Default for PrefetchOptions {
     }
 }
 
-/// What a prefetch did.
+/// The result of a prefetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prefetched {
-    /// Pages that were filled in (or were there).
+    /// Pages that were filled in, or were present already.
     pub pages: u64,
-    /// Why it ended before the end of the set: not enough memory, most often. The guest itself will see to the rest.
+    /// Why it ended early: usually not enough memory. The guest faults in the rest itself.
     pub error: Option<Errno>,
 }
 
-/// A thread of low priority that fills in a working set. Dropping it stops it.
+/// A low-priority thread that fills in a working set. Dropping it stops the thread.
 #[derive(Debug)]
 pub struct Prefetch {
     stop: Arc<AtomicBool>,
@@ -54,7 +54,7 @@ pub struct Prefetch {
 }
 
 impl Prefetch {
-    /// Begins to fill in `set`, which was loaded for the image that `ram` comes from.
+    /// Starts filling in `set`, which was loaded for the image that `ram` comes from.
     pub fn start(ram: &GuestRam, set: WorkingSet, options: PrefetchOptions) -> Result<Self, WorkingSetError> {
         let stop = Arc::new(AtomicBool::new(false));
         let pages = Arc::new(AtomicU64::new(0));
@@ -64,23 +64,24 @@ impl Prefetch {
         Ok(Prefetch { stop, pages, thread: Some(thread.map_err(WorkingSetError::Thread)?) })
     }
 
-    /// Pages that are filled in so far.
+    /// The number of pages that are filled in so far.
     pub fn pages(&self) -> u64 {
         self.pages.load(Ordering::Relaxed)
     }
 
-    /// Whether all is done.
+    /// Whether the thread has ended.
     pub fn is_finished(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Waits for the end.
+    /// Waits until the thread has ended.
     pub fn finish(mut self) -> Prefetched {
         self.join()
     }
 
-    /// Stops it, after at most 2 MiB more. With a page server that does not answer, that waits for the server (or for
-    /// [`PageServer::release`](crate::page_server::PageServer::release)).
+    /// Stops the thread after at most 2 MiB more, and waits for it. If a page server does not
+    /// answer, it waits for the server, or for
+    /// [`PageServer::release`](crate::page_server::PageServer::release).
     pub fn stop(mut self) -> Prefetched {
         self.stop.store(true, Ordering::Relaxed);
         self.join()
@@ -96,13 +97,14 @@ impl Prefetch {
 }
 
 impl Drop for Prefetch {
-    /// Stops it as [`stop`](Self::stop) does, and waits for nothing: the disk under the memory file
-    /// may not answer. The thread has a share of the memory until its end.
+    /// Stops the thread as [`stop`](Self::stop) does, but does not wait for it: the disk of the
+    /// memory file may hang. The thread holds a clone of the RAM until it ends.
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 }
 
+/// The state of the thread.
 struct Filler {
     ram: GuestRam,
     set: WorkingSet,
@@ -113,7 +115,7 @@ struct Filler {
 
 impl Filler {
     fn run(self) -> Option<Errno> {
-        // Of this thread only, on Linux. Without the right to be nice it goes on as it is.
+        // On Linux this affects only this thread. If it fails, the priority stays as it is.
         let _ = rustix::process::nice(NICENESS);
         let steps: Vec<_> = self.set.runs().iter().flat_map(|run| steps(*run)).collect();
         let (mut advised, mut ahead) = (0, 0);
@@ -135,12 +137,12 @@ impl Filler {
         None
     }
 
-    /// Has the disk read what will be filled in soon.
+    /// Makes the disk read pages that will be filled in soon.
     fn read_ahead(&self, run: &PageRun) {
         if let Backing::File(file) = self.ram.backing() {
             let region = self.ram.layout().regions()[run.region as usize];
             let len = std::num::NonZeroU64::new(run.count * PAGE);
-            // Advice: without it the pages are read when they are filled in.
+            // If it fails, the pages are read when they are filled in.
             let _ = rustix::fs::fadvise(file, region.offset + run.first * PAGE, len, Advice::WillNeed);
         }
     }
@@ -150,7 +152,7 @@ impl Filler {
         let span = self.ram.spans()[run.region as usize].subspan(bytes);
         let copy = run.written && self.options.copy_written;
         match span.advise(if copy { SpanAdvice::PopulateWrite } else { SpanAdvice::PopulateRead }) {
-            // Before Linux 5.14 there is only touching.
+            // Before Linux 5.14: touch each page instead.
             Err(Errno::INVAL) => {
                 for page in 0..run.count {
                     span_io::touch(span.subspan(page * PAGE..(page + 1) * PAGE));
@@ -162,10 +164,12 @@ impl Filler {
     }
 }
 
+/// The byte range of a run in its region.
 fn bytes(run: &PageRun) -> Range<u64> {
     run.first * PAGE..(run.first + run.count) * PAGE
 }
 
+/// Splits a run into steps.
 fn steps(run: PageRun) -> impl Iterator<Item = PageRun> {
     (0..run.count.div_ceil(STEP_PAGES)).map(move |n| PageRun {
         first: run.first + n * STEP_PAGES,

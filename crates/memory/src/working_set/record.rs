@@ -1,14 +1,16 @@
-//! Watching which pages a guest touches.
+//! Recording which pages a guest touches.
 //!
-//! A thread looks at the page tables every few milliseconds. What is new since the last look was touched in between: coarse, but
-//! the guest is not slowed down, and the order within a few milliseconds does not matter to who reads ahead. Looking costs in
-//! proportion to what is mapped; where a look takes long, the next one comes later.
+//! A thread scans the page tables every few milliseconds. Pages that are new since the last scan
+//! were touched in between. This is coarse, but it does not slow the guest down, and the order
+//! within a few milliseconds does not matter for reading ahead. A scan costs time in proportion to
+//! the mapped pages; after a long scan the next one comes later.
 //!
-//! The kernel maps more of a file than was asked for: up to 16 pages around it, and the whole of a huge page that the page cache
-//! has. The first is fine, neighbours are needed together; the second makes all of memory a working set. An image that was just
-//! written is in the page cache by huge pages. So for a watched guest the image is dropped from the page cache, and mapped by
-//! small pages: the watched restore reads from the disk, as most first restores do. Where other guests have the image mapped it
-//! stays in the page cache, and the set may be coarse.
+//! The kernel maps more of a file than the guest touches: up to 16 pages around a page, and all of
+//! a huge page in the page cache. The first is harmless, because neighbours are usually needed
+//! together. The second would make all of memory a working set, because a new image is in the page
+//! cache as huge pages. So the image of a recorded guest is dropped from the page cache and mapped
+//! by small pages: the recorded restore reads from the disk, as most first restores do. If other
+//! guests have the image mapped, it stays in the page cache, and the set may be coarse.
 
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -25,12 +27,12 @@ use crate::resident::ResidentError;
 use crate::sys::pagemap::{PageFilter, Pagemap};
 use crate::sys::span::SpanAdvice;
 
-/// How a guest is watched.
+/// Options of a recording.
 #[derive(Debug, Clone, Copy)]
 pub struct RecordOptions {
-    /// Time between two looks.
+    /// The time between two scans.
     pub interval: Duration,
-    /// How long. What a guest touches later is not for reading ahead.
+    /// The duration of the recording. Pages that are touched later need no reading ahead.
     pub duration: Duration,
 }
 
@@ -40,7 +42,7 @@ impl Default for RecordOptions {
     }
 }
 
-/// A guest is being watched. Dropping it ends that.
+/// A recording in progress. Dropping it ends the recording.
 #[derive(Debug)]
 pub struct Recorder {
     stop: Option<SyncSender<()>>,
@@ -48,13 +50,14 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Begins to watch. Call it before the guest runs: what is mapped already is not recorded.
+    /// Starts a recording. To be called before the guest runs: pages that are mapped already are
+    /// not recorded.
     pub fn start(ram: &GuestRam, image: FileId, options: RecordOptions) -> Result<Self, WorkingSetError> {
         if let Backing::File(file) = ram.backing() {
-            // Advice, which a file system in memory does not follow; the set is coarser there.
+            // A file system in memory ignores it, and the set is coarser.
             let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
             for span in ram.spans() {
-                // A kernel without huge pages has nothing to refuse.
+                // It fails on a kernel without huge pages, which needs no such advice.
                 let _ = span.advise(SpanAdvice::SmallPages);
             }
         }
@@ -68,7 +71,7 @@ impl Recorder {
             {
                 let began = Instant::now();
                 log.scan()?;
-                // At most a fifth of one processor.
+                // Use at most a fifth of one CPU.
                 pause = options.interval.max(began.elapsed() * 4);
             }
             log.finish(image)
@@ -76,12 +79,13 @@ impl Recorder {
         Ok(Recorder { stop: Some(stop), thread: Some(thread.map_err(WorkingSetError::Thread)?) })
     }
 
-    /// Whether the time is over: [`Self::finish`] will not wait, nor cut it short.
+    /// Whether the recording has ended by itself: [`Self::finish`] then neither waits nor cuts it
+    /// short.
     pub fn is_finished(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Ends the watch, with one last look.
+    /// Ends the recording with a last scan.
     pub fn finish(mut self) -> Result<WorkingSet, WorkingSetError> {
         self.stop = None;
         let thread = self.thread.take().expect("the thread is there until it is joined");
@@ -93,16 +97,18 @@ impl Drop for Recorder {
     fn drop(&mut self) {
         self.stop = None;
         if let Some(thread) = self.thread.take() {
-            // Whoever drops it does not want the result.
+            // The result is not needed.
             let _ = thread.join();
         }
     }
 }
 
-/// What was seen so far.
+/// The pages that were found so far.
 struct TouchLog {
     ram: GuestRam,
+    /// All pages that were mapped at the last scan.
     seen: PageSet,
+    /// Region and pages of each new run, in the order of the scans.
     order: Vec<(usize, std::ops::Range<u64>)>,
 }
 
@@ -182,13 +188,13 @@ mod tests {
         let set = log.finish(FileId::random().unwrap()).unwrap();
         let written: Vec<_> = set.runs().iter().filter(|r| r.written).copied().collect();
         assert_eq!(written, [PageRun::new(0, 100..101, true)]);
-        // The kernel maps the neighbours of a page that is read as well.
+        // The kernel also maps the neighbours of a page that is read.
         assert!(set.runs().iter().any(|r| !r.written && r.first == 0), "{:?}", set.runs());
     }
 
     #[test]
     fn page_cache_of_a_new_image_is_not_recorded() {
-        // On a disk: in /dev/shm there is no cache to drop.
+        // On a disk: /dev/shm has no cache to drop.
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = dir.path().join("mem");
         std::fs::write(&path, vec![7; 16 << 20]).unwrap();

@@ -133,7 +133,8 @@ impl WorkingSet {
         }
     }
 
-    /// The first run that is outside the guest's memory, or that makes the set larger than the guest.
+    /// The first run that is outside the guest's memory, or that makes the set larger than the
+    /// guest.
     fn out_of_bounds(&self, layout: &MemoryLayout) -> Option<usize> {
         let mut left = layout.ram_size() / PAGE;
         self.runs.iter().position(|run| {

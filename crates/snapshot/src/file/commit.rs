@@ -6,13 +6,13 @@ use super::atomic::Staged;
 use super::destination::{FileError, Replaced};
 use super::redo_log::RedoLog;
 
-/// Gives a memory file and the state file that names its [`FileId`](super::FileId) their final names
-/// as one step. A crash in between leaves the old pair, or the new state whose memory file
+/// Gives a memory file and the state file that names its [`FileId`](super::FileId) their final
+/// names as one step. A crash in between leaves the old pair, or the new state whose memory file
 /// [`find`](super::find) finds.
 ///
-/// After an error the old pair is unchanged. The exception is a file system that cannot exchange two
-/// names: if the memory file's rename fails there, the new state stays, and its memory file keeps
-/// the temporary name, which [`find`](super::find) knows.
+/// After an error the old pair is unchanged. The exception is a file system that cannot exchange
+/// two names: if the memory file's rename fails there, the new state stays, and its memory file
+/// keeps the temporary name, which [`find`](super::find) knows.
 pub fn commit_pair(mut memory: Staged, mut state: Staged) -> Result<(), FileError> {
     sync_both(&memory, &state)?;
     memory.link()?;
@@ -31,7 +31,7 @@ pub fn commit_pair(mut memory: Staged, mut state: Staged) -> Result<(), FileErro
         match replaced {
             // Undo the exchange. Dropping `state` and `memory` then removes the new files.
             Replaced::Exchanged => {
-                state.exchange().map_err(|e| state.error("restore the old file", e.into()))?
+                state.exchange().map_err(|e| state.error("restore the old file", e.into()))?;
             }
             Replaced::Nothing => rustix::fs::unlinkat(&state.dir, &state.name, AtFlags::empty())
                 .map_err(|e| state.error("remove", e.into()))?,
@@ -47,8 +47,8 @@ pub fn commit_pair(mut memory: Staged, mut state: Staged) -> Result<(), FileErro
     Ok(())
 }
 
-/// Makes a redo log and the state file that names its [`FileId`](super::FileId) appear as one step. A
-/// kill before that step leaves the old state, and a kill after it leaves the new state with the
+/// Makes a redo log and the state file that names its [`FileId`](super::FileId) appear as one step.
+/// A kill before that step leaves the old state, and a kill after it leaves the new state with the
 /// log. Without a state, only the log appears.
 ///
 /// After an error before that step the old state is unchanged and there is no log. After that step

@@ -60,7 +60,8 @@ impl Destination {
                 return Ok(file);
             }
         }
-        // If O_TMPFILE failed for another reason than missing support, this fails too and reports it.
+        // If O_TMPFILE failed for another reason than missing support, this fails too and reports
+        // it.
         let file =
             rustix::fs::openat(&self.dir, self.temporary(), flags | OFlags::CREATE | OFlags::EXCL, mode)?;
         self.linked = true;

@@ -1,26 +1,43 @@
-//! Tests of Diffs that are written into their base: what is there at any moment, and who may write.
+//! Tests of Diffs that are written in place: the image after each step, and who may write.
 
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use config::HugePages;
+use rustix::fs::OFlags;
+use snapshot::FileId;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::base::{CommitStep, FILE_SYSTEMS, mark_base};
+use super::log::apply;
+use super::reader::{BaseState, inspect, marked};
 use super::*;
 use crate::PageSet;
+use crate::image::error::ImageError;
+use crate::image::file::{ImageTarget, open_image, reflink};
+use crate::image::partial;
 use crate::image::{RestoreError, WrittenImage, merge, write_diff, write_full};
+use crate::observer::Observer;
+use crate::pages::PAGE;
+use crate::ram::GuestRam;
 use crate::sys::lease::HeldLease;
 
 const MIB: u32 = 4;
 
-/// A guest that was saved, and has written other pages since.
+/// A guest that was saved and has written pages since.
 struct Saved {
     dir: TempDir,
     path: PathBuf,
     ram: GuestRam,
+    /// The pages that were written since.
     pages: PageSet,
+    /// The saved image.
     old: Vec<u8>,
+    /// The guest's memory now.
     new: Vec<u8>,
 }
 
@@ -34,13 +51,13 @@ fn put(ram: &GuestRam, page: u64, byte: u8) {
     ram.memory().write_slice(&[byte; PAGE as usize], GuestAddress(page * PAGE)).unwrap();
 }
 
-/// A directory on a file system where a base can be written in place: one that shares no blocks.
+/// A directory on a file system where a base is written in place, because it cannot share blocks.
 fn place() -> Option<PathBuf> {
     let usable = |dir: &PathBuf| {
         let [one, other] = [(); 2].map(|()| tempfile::tempfile_in(dir).ok());
         let (Some(one), Some(other)) = (one, other) else { return false };
         let known = rustix::fs::fstatfs(&one).is_ok_and(|fs| FILE_SYSTEMS.contains(&fs.f_type));
-        known && !reflink(&one, &other) && redo_mark::is_possible(&one)
+        known && !reflink(&one, &other) && mark::is_possible(&one)
     };
     let found = [std::env::temp_dir(), "/dev/shm".into()].into_iter().find(usable);
     if found.is_none() {
@@ -59,7 +76,7 @@ impl Saved {
         Self::changed(dir, path, ram)
     }
 
-    /// The same, gone on from its own image.
+    /// The same guest, restored from its own image.
     fn restored(place: &Path) -> Self {
         let Saved { dir, path, ram, .. } = Self::new(place);
         let ram = GuestRam::from_file(ram.layout(), &path, HugePages::None, true).unwrap();
@@ -94,7 +111,7 @@ impl Saved {
         std::fs::read_dir(self.dir.path()).unwrap().count()
     }
 
-    /// Writes the Diff while `meanwhile` lives, which must not be done in place.
+    /// Writes the Diff while `meanwhile` lives, and checks that it is not written in place.
     fn assert_copied<T>(&self, meanwhile: T) {
         let before = self.inode();
         self.write().file.commit().unwrap();
@@ -105,7 +122,7 @@ impl Saved {
     }
 }
 
-/// Stops after so many steps, as a kill would.
+/// Cancels after so many steps, in place of a kill.
 struct StopAfter(AtomicU64);
 
 impl Observer for StopAfter {
@@ -126,7 +143,7 @@ fn diff_is_written_in_place_if_the_base_has_no_other_user() {
         let before = saved.inode();
         let written = saved.write();
         assert_eq!(written.data_bytes, 4 * PAGE, "only what is not zero");
-        assert_eq!(saved.contents(), saved.old, "it is not committed");
+        assert_eq!(saved.contents(), saved.old, "the base changed before the commit");
         written.file.commit().unwrap();
         assert_eq!(saved.inode(), before, "the base was copied");
         assert_eq!(saved.contents(), saved.new);
@@ -191,8 +208,7 @@ fn diff_dropped_before_the_commit_leaves_the_base() {
     assert_eq!(saved.names(), 1);
 }
 
-/// The monitor is killed within the pages of writing to the base, and the next one at each step of
-/// completing it.
+/// The monitor is killed while it applies the log, and the next one at each step of the recovery.
 #[test]
 fn kill_during_apply_or_recovery_is_recovered() {
     const STEPS: u64 = 8;
@@ -202,7 +218,7 @@ fn kill_during_apply_or_recovery_is_recovered() {
             let saved = Saved::new(&place);
             let written = saved.write();
             let id = written.info.id;
-            // What `StagedImage::commit` does, as far as it comes.
+            // The steps of `StagedImage::commit` until the kill.
             let size = saved.new.len() as u64;
             let log = written.file.into_redo_diff().unwrap().into_log();
             let base = mark_base(&saved.ram, &saved.path, id, &mut |_| {}).unwrap();
@@ -210,11 +226,11 @@ fn kill_during_apply_or_recovery_is_recovered() {
             let target = ImageTarget { file: &base, path: &saved.path, size, observer: &observer };
             let _ = apply(log.file(), &log.path(), &target);
             drop((base, log));
-            // The mark says that half of it is no image.
+            // The mark shows that the base is not a complete image.
             assert!(saved.names() == 2 && marked(&saved.path).unwrap() == Some(id));
             let id = (!by_mark).then_some(id);
             let stopped = recover(&saved.path, id, &StopAfter(AtomicU64::new(step)));
-            assert!(stopped.is_ok() || saved.names() == 2, "the log is gone, and so is the image");
+            assert!(stopped.is_ok() || saved.names() == 2, "the log is gone, but the image is not recovered");
             recover(&saved.path, id, &()).unwrap();
             assert_eq!(saved.contents(), saved.new, "{step}");
             assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None));
@@ -263,7 +279,7 @@ fn commit_killed_after_any_step_leaves_a_whole_image() {
             assert!(killed.is_err(), "{last:?} was not reached");
             let is_marked = [CommitStep::Marked, CommitStep::Alone, CommitStep::Written].contains(&last);
             assert_eq!(marked(&saved.path).unwrap(), is_marked.then_some(id), "{last:?}");
-            // Without the state, a reader goes by the mark.
+            // Without the state file, a reader uses the mark.
             let reader = saved.map().unwrap();
             let is_new = is_marked || last == CommitStep::Unmarked;
             assert_eq!(all(&reader) == saved.new, is_new, "{last:?}");
@@ -275,8 +291,8 @@ fn commit_killed_after_any_step_leaves_a_whole_image() {
     }
 }
 
-/// A reader opens the base after one step of the writer and looks at the mark after the same or a
-/// later one. What it then uses is whole, and does not change.
+/// A reader opens the base after one step of the writer and reads the mark after the same or a
+/// later one. The file that it then uses is complete and does not change.
 #[test]
 fn reader_at_any_commit_step_gets_a_stable_image() {
     let Some(place) = place() else { return };
@@ -302,7 +318,7 @@ fn reader_at_any_commit_step_gets_a_stable_image() {
                         used = (seen == Some(BaseState::Whole)).then(|| (read(&file), file));
                     }
                 });
-                // The writer went on to a new file before it reached that step.
+                // The writer used a new file and never reached that step.
                 if seen.is_none() {
                     assert!(copied && looks_at >= CommitStep::Alone, "{case}");
                     let file = file.unwrap();
@@ -311,7 +327,7 @@ fn reader_at_any_commit_step_gets_a_stable_image() {
                 }
                 if let Some((bytes, file)) = used {
                     assert_eq!(read(&file), bytes, "{case}: it changed");
-                    assert!(bytes == saved.old || bytes == saved.new, "{case}: it is torn");
+                    assert!(bytes == saved.old || bytes == saved.new, "{case}: it is half written");
                 }
                 assert_eq!(all(&saved.map().unwrap()), saved.new, "{case}");
                 assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None), "{case}");
@@ -320,7 +336,7 @@ fn reader_at_any_commit_step_gets_a_stable_image() {
     }
 }
 
-/// Says when it is asked, which a reader does when it waits for a writer.
+/// Reports each call, which a reader makes while it waits for a writer.
 struct Asked(std::sync::Mutex<std::sync::mpsc::Sender<()>>);
 
 impl Observer for Asked {
@@ -397,8 +413,8 @@ fn writer_copies_if_its_mark_or_base_was_replaced() {
         std::fs::rename(copy, path).unwrap();
     };
     let changes: [&dyn Fn(&Path); 3] = [
-        &|path| redo_mark::clear(&File::open(path).unwrap()).unwrap(),
-        &|path| redo_mark::set(&File::open(path).unwrap(), other).unwrap(),
+        &|path| mark::clear(&File::open(path).unwrap()).unwrap(),
+        &|path| mark::set(&File::open(path).unwrap(), other).unwrap(),
         &replaced,
     ];
     for change in changes {
@@ -418,7 +434,7 @@ fn writer_copies_if_its_mark_or_base_was_replaced() {
 fn mark_without_a_log_is_ignored() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
-    redo_mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
+    mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
     assert_eq!(all(&saved.map().unwrap()), saved.old);
     let before = saved.inode();
     saved.write().file.commit().unwrap();
@@ -426,7 +442,7 @@ fn mark_without_a_log_is_ignored() {
     assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None));
 }
 
-/// A killed writer's half-written base, which a reader has opened and another process completes.
+/// A reader has opened the half-written base of a killed writer, and another process recovers it.
 #[test]
 fn reader_reopens_a_base_that_was_recovered() {
     let Some(place) = place() else { return };
@@ -446,7 +462,7 @@ fn reader_reopens_a_base_that_was_recovered() {
 fn every_opener_waits_for_a_lease_to_end() {
     type Opener = fn(&Saved);
     let openers: [(&str, Opener); 5] = [
-        ("a mark is seen", |saved| assert!(marked(&saved.path).unwrap().is_some())),
+        ("reading a mark", |saved| assert!(marked(&saved.path).unwrap().is_some())),
         ("a restore", |saved| assert_eq!(all(&saved.map().unwrap()), saved.old)),
         ("a base to change", |saved| assert!(open_base(&saved.ram, &saved.path).is_some())),
         ("a base to copy", |saved| drop(saved.write())),
@@ -459,7 +475,7 @@ fn every_opener_waits_for_a_lease_to_end() {
     let Some(place) = place() else { return };
     for (name, open) in openers {
         let saved = Saved::new(&place);
-        redo_mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
+        mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
         let lease = HeldLease::take(&saved.path);
         std::thread::scope(|scope| {
             let opener = scope.spawn(|| open(&saved));
@@ -478,7 +494,7 @@ fn diff_killed_at_its_commit_is_recovered_by_the_state_id() {
     drop(written.file.into_redo_diff().unwrap().into_log());
     assert_eq!(saved.contents(), saved.old);
     recover(&saved.path, Some(FileId::random().unwrap()), &()).unwrap();
-    assert_eq!(saved.contents(), saved.old, "another state's");
+    assert_eq!(saved.contents(), saved.old, "the log of another state was applied");
     recover(&saved.path, Some(id), &()).unwrap();
     assert_eq!(saved.contents(), saved.new);
     assert_eq!(saved.names(), 1);
@@ -550,5 +566,5 @@ fn diff_onto_an_unmerged_diff_keeps_zero_pages_as_data() {
     assert_eq!(diff.metadata().unwrap().ino(), before, "it was copied");
     assert!(partial::is_marked(&File::open(&diff).unwrap()));
     crate::image::merge_in_place(&saved.path, &diff, &()).unwrap();
-    assert_eq!(saved.contents(), saved.new, "a page of zeros was taken for a hole");
+    assert_eq!(saved.contents(), saved.new, "a zero page was taken for a hole");
 }
