@@ -21,6 +21,7 @@
 //! # Unsafe code
 //!
 //! This is a leaf module: its unsafe blocks are the system calls and the volatile copies.
+#![expect(unsafe_code, reason = "the system calls take the addresses of guest memory")]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 

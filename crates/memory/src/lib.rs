@@ -40,8 +40,10 @@
 //!
 //! # Callers
 //!
-//! `machine` builds guest RAM and registers it with KVM, `control` has its images written, and the
-//! devices read and write through it.
+//! `machine` maps the RAM of new guests and registers all RAM with KVM. `control` restores RAM from
+//! snapshots and writes its images. The devices read and write guest memory through it.
+
+#![deny(unsafe_code)]
 
 mod backing;
 mod dirty;

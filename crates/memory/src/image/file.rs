@@ -124,12 +124,10 @@ pub(super) struct ImageTarget<'a> {
 
 impl ImageTarget<'_> {
     /// A write error at `offset`.
-    /// A write error at `offset`.
     pub(super) fn error(&self, offset: u64, source: io::Error) -> ImageError {
         ImageError::Write { path: self.path.to_path_buf(), size: self.size, offset, source }
     }
 
-    /// Sets the file to its full size.
     /// Sets the file to its full size.
     pub(super) fn set_size(&self) -> Result<(), ImageError> {
         self.file.set_len(self.size).map_err(|e| self.error(0, e))

@@ -97,7 +97,6 @@ fn open_diff(
 }
 
 /// Copies all data of the Diff to `target`.
-/// Copies all data of the Diff to `target`.
 fn apply(diff: &File, diff_path: &Path, target: &ImageTarget<'_>) -> Result<MergeStats, ImageError> {
     let mut merged = MergeStats { data_bytes: 0, zero_bytes: 0, id: None };
     let mut buffer = vec![0; CHUNK as usize];

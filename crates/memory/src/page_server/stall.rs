@@ -14,7 +14,7 @@ pub(super) struct StallDetector {
     /// not be the same fault each time.
     unread: Option<(Instant, u64)>,
     /// Since when no poll found an unread fault, and [`GuestRam::page_progress`] then. Restarts
-    /// each time that threads are made to fault again.
+    /// after each fifth of the limit.
     none_unread: Option<(Instant, u64)>,
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, Stat, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
-use super::destination::{Destination, FileError, REDO_SUFFIX, SUFFIX, open_dir, proc_path};
+use super::destination::{Destination, FileError, REDO_SUFFIX, SUFFIX, open_dir, proc_path, resolve};
 use super::id::FileId;
 
 /// A file that is being written and has no final name yet. Dropping it removes it.
@@ -40,7 +40,7 @@ impl AtomicFile {
     }
 
     fn create_as(path: &Path, suffix: &'static str) -> Result<Self, FileError> {
-        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let target = resolve(path);
         let failed =
             |source: std::io::Error| FileError { action: "create", path: path.to_path_buf(), source };
         let invalid = |text| failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, text));
@@ -64,7 +64,7 @@ impl AtomicFile {
         let id = FileId::random().map_err(failed)?;
         let mut destination = Destination { path: path.to_path_buf(), dir, name, id, suffix, linked: false };
         let file = destination.open().map_err(|e| failed(e.into()))?;
-        // A locked file is not removed as a leftover. Without locks, neither is an unlocked one.
+        // A locked file is not removed as a leftover. On a file system without locks no file is.
         let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
         if let Some(stat) = existing {
             // Keep the old file's permissions. If this process may not set them, the default stays.

@@ -166,13 +166,27 @@ pub(super) fn temporary_name(name: &OsStr, id: FileId, suffix: &str) -> OsString
     temporary
 }
 
-/// Opens the directory of `target`.
-pub(super) fn open_dir(target: &Path) -> rustix::io::Result<OwnedFd> {
-    let parent = match target.parent() {
+/// `path` with symbolic links resolved; `path` itself if it does not exist.
+pub(super) fn resolve(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf())
+}
+
+/// The directory of `target`.
+pub(super) fn parent_of(target: &Path) -> &Path {
+    match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
-    rustix::fs::openat(CWD, parent, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+    }
+}
+
+/// Opens the directory of `target`.
+pub(super) fn open_dir(target: &Path) -> rustix::io::Result<OwnedFd> {
+    rustix::fs::openat(
+        CWD,
+        parent_of(target),
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
 }
 
 /// The name of an open file under `/proc`.

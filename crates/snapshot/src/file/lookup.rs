@@ -2,19 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use super::destination::{REDO_SUFFIX, SUFFIX, temporary_name};
+use super::destination::{REDO_SUFFIX, SUFFIX, parent_of, resolve, temporary_name};
 use super::id::FileId;
 
 /// Whether two paths name the same file, which need not exist: the same name in the same directory,
 /// with symbolic links followed.
 pub fn is_same_path(one: &Path, other: &Path) -> bool {
     let location = |path: &Path| {
-        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-        let parent = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let dir = rustix::fs::stat(parent).ok()?;
+        let target = resolve(path);
+        let dir = rustix::fs::stat(parent_of(&target)).ok()?;
         Some((dir.st_dev, dir.st_ino, target.file_name()?.to_os_string()))
     };
     // A path whose directory cannot be read fails, by name, when it is opened.
@@ -24,7 +20,7 @@ pub fn is_same_path(one: &Path, other: &Path) -> bool {
 /// The path of the file `id` that belongs at `path`: `path`, or the temporary name beside it if its
 /// writer died within [`commit_pair`](super::commit_pair).
 pub fn find(path: &Path, id: FileId) -> PathBuf {
-    let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    let target = resolve(path);
     if let Some(name) = target.file_name() {
         let staged = target.with_file_name(temporary_name(name, id, SUFFIX));
         if staged.exists() {
@@ -36,7 +32,7 @@ pub fn find(path: &Path, id: FileId) -> PathBuf {
 
 /// The path of the redo log `id` of the file at `path`, if there is one.
 pub fn redo_path(path: &Path, id: FileId) -> Option<PathBuf> {
-    let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    let target = resolve(path);
     let redo = target.with_file_name(temporary_name(target.file_name()?, id, REDO_SUFFIX));
     redo.exists().then_some(redo)
 }

@@ -7,7 +7,7 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::atomic::Staged;
-use super::destination::{Destination, FileError, REDO_SUFFIX, open_dir};
+use super::destination::{Destination, FileError, REDO_SUFFIX, open_dir, resolve};
 use super::id::FileId;
 
 /// The locked redo log of a file: see [the module](super#changes-in-place). Dropping the value
@@ -34,7 +34,7 @@ impl RedoLog {
             path: path.to_path_buf(),
             source: source.into(),
         };
-        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let target = resolve(path);
         let Some(name) = target.file_name() else { return Ok(None) };
         let dir = match open_dir(&target) {
             Ok(dir) => dir,

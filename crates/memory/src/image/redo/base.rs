@@ -17,8 +17,8 @@ use crate::sys::lease;
 /// numbers of statfs(2): ext2 to ext4, XFS, tmpfs.
 pub(super) const FILE_SYSTEMS: [i64; 3] = [0xef53, 0x5846_5342, 0x0102_1994];
 
-/// A base that may be changed in place if no other process has it open. It holds the only open file
-/// of this process, because the lease counts all of them.
+/// A base that may be changed in place if no other process has it open. It holds this
+/// process's only open file description of the base, because the lease counts all of them.
 enum BaseCandidate<'a> {
     /// The file that the guest is mapped from.
     Mapped(&'a File),
