@@ -7,8 +7,8 @@
 //! # Modules
 //!
 //! - [`layout`]: where RAM is in the guest and in an image.
-//! - [`GuestRam`]: mapped RAM. It is new ([`GuestRam::map`]), from an image ([`GuestRam::from_file`])
-//!   or from a page server ([`GuestRam::from_page_server`]).
+//! - [`GuestRam`]: mapped RAM. It is new ([`GuestRam::map`]), from an image
+//!   ([`GuestRam::from_file`]) or from a page server ([`GuestRam::from_page_server`]).
 //! - [`pages`]: sets of pages. [`GuestRam::changed_pages`] finds those in use,
 //!   [`GuestRam::take_dirty_pages`] those that were written.
 //! - [`iovec`]: guest buffers as lists of `struct iovec`.

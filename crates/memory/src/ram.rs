@@ -109,8 +109,8 @@ struct Inner {
 }
 
 impl GuestRam {
-    /// Maps private anonymous RAM of `mem_size_mib` mebibytes, untouched and, except for huge pages of
-    /// the pool, unreserved.
+    /// Maps private anonymous RAM of `mem_size_mib` mebibytes, untouched and, except for huge pages
+    /// of the pool, unreserved.
     ///
     /// With [`HugePages::Hugetlbfs2M`] the pages are reserved from the kernel's pool at once, so
     /// that too few of them are an error here rather than a signal later. The first page is also

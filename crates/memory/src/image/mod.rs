@@ -5,8 +5,8 @@
 //! sparse: a page of zeros is a hole.
 //!
 //! A *Full* image is the whole memory. A *Diff* has the pages of a set, and holes elsewhere. In a
-//! Diff a page of zeros is data, because a hole means "as in the base". [`merge`] puts a Diff onto
-//! its base. A Diff that was not merged cannot be restored ([`RestoreError::Partial`]).
+//! Diff a page of zeros is data, because a hole means "as in the base". [`merge()`] puts a Diff
+//! onto its base. A Diff that was not merged cannot be restored ([`RestoreError::Partial`]).
 //!
 //! Writing an image faults in no page of the guest. The page tables show which pages were never
 //! touched. Pages that are unchanged since a restore are copied from the restored file (as shared
@@ -16,7 +16,7 @@
 //! Images appear under their name when they are complete ([`snapshot::AtomicFile`]). So writing
 //! over the file that a guest is mapped from is safe: its mapping keeps the old file. The exception
 //! is a Diff onto a base that no other process has open or mapped: it is written into the base
-//! through a redo log ([`redo`]), which is atomic as well. All readers of images open them by
+//! through a redo log (`redo`), which is atomic as well. All readers of images open them by
 //! `redo::open_consistent`, which detects such a writer.
 //!
 //! # Errors

@@ -108,7 +108,7 @@ pub fn write_full(ram: &GuestRam, path: &Path, observer: &dyn Observer) -> Resul
 ///
 /// If the file system can share blocks, the base is replaced by a file that shares its blocks.
 /// Otherwise the pages are written into the base in place if it has no other user
-/// ([`redo`](super::redo)), or else into a full copy that replaces it.
+/// (`redo`), or else into a full copy that replaces it.
 pub fn write_diff(
     ram: &GuestRam,
     path: &Path,

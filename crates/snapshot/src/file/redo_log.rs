@@ -10,7 +10,7 @@ use super::atomic::Staged;
 use super::destination::{Destination, FileError, REDO_SUFFIX, open_dir, resolve};
 use super::id::FileId;
 
-/// The locked redo log of a file: see [the module](super#changes-in-place). Dropping the value
+/// The locked redo log of a file: see `file`, "Changes in place". Dropping the value
 /// unlocks it and leaves it on disk.
 #[derive(Debug)]
 pub struct RedoLog {

@@ -1,5 +1,5 @@
 //! The mark of a base that is being changed in place: an extended attribute with the id of its redo
-//! log. [`redo`](super::redo) says who sets it, who reads it and in which order.
+//! log. [`redo`](super) says who sets it, who reads it and in which order.
 
 use std::ffi::CStr;
 use std::fs::File;
