@@ -254,13 +254,13 @@ impl<H: Host> Controller<H> {
         let ram = machine.ram().clone();
         // KVM's log stays here; what the monitor knows, both sides know.
         if let Some(written) = machine.take_dirty_pages().map_err(|e| cannot("read the dirty pages", &e))? {
-            ram.put_back(&written);
+            ram.mark_dirty_again(&written);
         }
         if let Some(job) = &mut self.job {
             job.count_as_unsaved();
         }
         self.check_not_ending()?;
-        ram.will_be_shared();
+        ram.note_fork();
         let inheritance = Inheritance { state, ram };
         self.host.fork(Family { seeds, inheritance }).map_err(|e| cannot("fork this process", &e))
     }

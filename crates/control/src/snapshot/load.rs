@@ -253,7 +253,7 @@ impl Saved {
         let huge_pages = config.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
-                image::settle(path, Some(self.image.id), token).map_err(CommandError::new)?;
+                image::recover(path, Some(self.image.id), token).map_err(CommandError::new)?;
                 let path = snapshot::find(path, self.image.id);
                 let ram = GuestRam::from_file_with(regions, &path, huge_pages, track, token)
                     .map_err(CommandError::new)?;

@@ -1,5 +1,5 @@
-//! Guest memory to and from files, and whether a page is zero. The kernel does the copying, so no Rust reference into guest
-//! memory exists.
+//! Copying guest memory to and from files, and checking pages for zeros. The kernel copies, so no
+//! Rust reference into guest memory exists.
 
 use std::fs::File;
 use std::io;
@@ -9,12 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::pages::PAGE;
 use crate::sys::span::Span;
 
-/// Writes all of `span` to `file` at `offset`. On an error the number of bytes that went before is lost; the caller drops
-/// the file anyway.
+/// Writes all of `span` to `file` at `offset`. After an error the file may hold a part of it.
 pub(crate) fn write_all(file: &File, span: Span, offset: u64) -> io::Result<()> {
     let mut done = 0;
     while done < span.len() {
-        let rest = span.part(done..span.len());
+        let rest = span.subspan(done..span.len());
         // SAFETY: `rest` is mapped (type invariant of `Span`); the kernel only reads it.
         let n = unsafe {
             libc::pwrite(
@@ -33,8 +32,9 @@ pub(crate) fn write_all(file: &File, span: Span, offset: u64) -> io::Result<()> 
 pub(crate) fn read_exact(file: &File, span: Span, offset: u64) -> io::Result<()> {
     let mut done = 0;
     while done < span.len() {
-        let rest = span.part(done..span.len());
-        // SAFETY: `rest` is mapped and is guest memory (type invariant of `Span`), into which nobody holds a reference.
+        let rest = span.subspan(done..span.len());
+        // SAFETY: `rest` is mapped guest memory (type invariant of `Span`), into which no reference
+        // exists.
         let n = unsafe {
             libc::pread(
                 file.as_raw_fd(),
@@ -48,7 +48,8 @@ pub(crate) fn read_exact(file: &File, span: Span, offset: u64) -> io::Result<()>
     Ok(())
 }
 
-/// What a read or write says: bytes, nothing (which is `end`), an interruption (0 bytes, again), or an error.
+/// The bytes that a read or write moved. `end` is the error for none. An interrupted call moved 0
+/// and is to be repeated.
 fn progressed(n: isize, end: io::ErrorKind) -> io::Result<u64> {
     match u64::try_from(n) {
         Ok(0) => Err(end.into()),
@@ -60,17 +61,17 @@ fn progressed(n: isize, end: io::ErrorKind) -> io::Result<u64> {
     }
 }
 
-/// Whether the page at `offset` in `span` is all zero. Touches it.
+/// Whether the page at `offset` in `span` is all zeros. Faults the page in.
 pub(crate) fn is_zero(span: Span, offset: u64) -> bool {
-    let page = span.part(offset..offset + PAGE);
+    let page = span.subspan(offset..offset + PAGE);
     let start = page.addr() as usize;
-    // A cache line at a time: most pages that are not zero say so in the first.
+    // One cache line at a time: most pages that are not zero differ in the first one.
     (0..PAGE as usize / 64).all(|line| {
         let mut all = 0;
         for word in 0..8 {
             let word = (start + line * 64 + word * 8) as *mut u64;
-            // SAFETY: within the page, which is mapped (`Span`) and page-aligned; guests and monitor threads write it through
-            // raw pointers and atomics only.
+            // SAFETY: the address is within the page, which is mapped (`Span`) and aligned. Guests
+            // and monitor threads write it only through raw pointers and atomics.
             let word = unsafe { AtomicU64::from_ptr(word) };
             all |= word.load(Ordering::Relaxed);
         }
@@ -78,9 +79,9 @@ pub(crate) fn is_zero(span: Span, offset: u64) -> bool {
     })
 }
 
-/// Reads one byte, which brings its page in.
+/// Reads the first byte, which faults its page in.
 pub(crate) fn touch(span: Span) -> u8 {
     assert!(span.len() > 0, "an empty span has no byte");
-    // SAFETY: mapped (`Span`) and not empty; a volatile read of a byte races with nothing that Rust knows of.
+    // SAFETY: the span is mapped (`Span`) and not empty. A volatile read of a byte takes any value.
     unsafe { std::ptr::read_volatile(span.as_ptr()) }
 }

@@ -1,5 +1,5 @@
-//! The mark of a base that is being changed in place: an extended attribute that holds the id of
-//! its redo log. Who sets it, who looks at it and in which order is in [`redo`](super::redo).
+//! The mark of a base that is being changed in place: an extended attribute with the id of its redo
+//! log. [`redo`](super) says who sets it, who reads it and in which order.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use snapshot::FileId;
 
 const ATTRIBUTE: &CStr = c"user.vesta.redo";
-/// Shows that there can be a mark.
+/// The attribute that tests whether the file system supports marks.
 const PROBE: &CStr = c"user.vesta.probe";
 
 /// Whether `file` can be marked.
@@ -18,7 +18,7 @@ pub(super) fn is_possible(file: &File) -> bool {
     fsetxattr(file, PROBE, b"1", XattrFlags::empty()).and_then(|()| fremovexattr(file, PROBE)).is_ok()
 }
 
-/// Marks `file`, which may be open for reading only, with its redo log. Replaces an older mark.
+/// Marks `file` with its redo log. Replaces an older mark. The file may be open read-only.
 pub(super) fn set(file: &File, log: FileId) -> rustix::io::Result<()> {
     fsetxattr(file, ATTRIBUTE, log.to_string().as_bytes(), XattrFlags::empty())
 }
@@ -33,7 +33,7 @@ pub(super) fn get(file: &File) -> io::Result<Option<FileId>> {
     let mut id = [0; 16];
     match fgetxattr(file, ATTRIBUTE, &mut id[..]) {
         Ok(len) => Ok(id.get(..len).and_then(|id| std::str::from_utf8(id).ok()?.parse().ok())),
-        // None, none possible on this file system, or one that is too long to be an id.
+        // There is none, the file system supports none, or it is too long to be an id.
         Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS | Errno::RANGE) => Ok(None),
         Err(e) => Err(e.into()),
     }

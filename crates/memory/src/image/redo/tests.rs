@@ -1,26 +1,43 @@
-//! Tests of Diffs that are written into their base: what is there at any moment, and who may write.
+//! Tests of Diffs that are written in place: the image after each step, and who may write.
 
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use config::HugePages;
+use rustix::fs::OFlags;
+use snapshot::FileId;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::base::{CommitStep, FILE_SYSTEMS, mark_base};
+use super::log::apply;
+use super::reader::{BaseState, inspect, marked};
 use super::*;
 use crate::PageSet;
-use crate::image::{RestoreError, Written, merge, write_diff, write_full};
-use crate::sys::lease::Held;
+use crate::image::error::ImageError;
+use crate::image::file::{ImageTarget, open_image, reflink};
+use crate::image::partial;
+use crate::image::{RestoreError, WrittenImage, merge, write_diff, write_full};
+use crate::observer::Observer;
+use crate::pages::PAGE;
+use crate::ram::GuestRam;
+use crate::sys::lease::HeldLease;
 
 const MIB: u32 = 4;
 
-/// A guest that was saved, and has written other pages since.
+/// A guest that was saved and has written pages since.
 struct Saved {
     dir: TempDir,
     path: PathBuf,
     ram: GuestRam,
+    /// The pages that were written since.
     pages: PageSet,
+    /// The saved image.
     old: Vec<u8>,
+    /// The guest's memory now.
     new: Vec<u8>,
 }
 
@@ -34,13 +51,13 @@ fn put(ram: &GuestRam, page: u64, byte: u8) {
     ram.memory().write_slice(&[byte; PAGE as usize], GuestAddress(page * PAGE)).unwrap();
 }
 
-/// A directory on a file system where a base can be written in place: one that shares no blocks.
+/// A directory on a file system where a base is written in place, because it cannot share blocks.
 fn place() -> Option<PathBuf> {
     let usable = |dir: &PathBuf| {
         let [one, other] = [(); 2].map(|()| tempfile::tempfile_in(dir).ok());
         let (Some(one), Some(other)) = (one, other) else { return false };
         let known = rustix::fs::fstatfs(&one).is_ok_and(|fs| FILE_SYSTEMS.contains(&fs.f_type));
-        known && !share(&one, &other) && mark::is_possible(&one)
+        known && !reflink(&one, &other) && mark::is_possible(&one)
     };
     let found = [std::env::temp_dir(), "/dev/shm".into()].into_iter().find(usable);
     if found.is_none() {
@@ -59,7 +76,7 @@ impl Saved {
         Self::changed(dir, path, ram)
     }
 
-    /// The same, gone on from its own image.
+    /// The same guest, restored from its own image.
     fn restored(place: &Path) -> Self {
         let Saved { dir, path, ram, .. } = Self::new(place);
         let ram = GuestRam::from_file(ram.layout(), &path, HugePages::None, true).unwrap();
@@ -68,7 +85,7 @@ impl Saved {
 
     fn changed(dir: TempDir, path: PathBuf, ram: GuestRam) -> Self {
         let old = std::fs::read(&path).unwrap();
-        let mut pages = ram.no_pages();
+        let mut pages = ram.empty_page_set();
         // Data over data, data in a hole, zeros over data, zeros in a hole.
         for (page, byte) in [(1, 2), (2, 3), (7, 4), (500, 5), (8, 0), (9, 0), (600, 0)] {
             put(&ram, page, byte);
@@ -78,7 +95,7 @@ impl Saved {
         Saved { dir, path, ram, pages, old, new }
     }
 
-    fn write(&self) -> Written {
+    fn write(&self) -> WrittenImage {
         write_diff(&self.ram, &self.path, &self.pages, &()).unwrap()
     }
 
@@ -94,7 +111,7 @@ impl Saved {
         std::fs::read_dir(self.dir.path()).unwrap().count()
     }
 
-    /// Writes the Diff while `meanwhile` lives, which must not be done in place.
+    /// Writes the Diff while `meanwhile` lives, and checks that it is not written in place.
     fn assert_copied<T>(&self, meanwhile: T) {
         let before = self.inode();
         self.write().file.commit().unwrap();
@@ -105,7 +122,7 @@ impl Saved {
     }
 }
 
-/// Stops after so many steps, as a kill would.
+/// Cancels after so many steps, in place of a kill.
 struct StopAfter(AtomicU64);
 
 impl Observer for StopAfter {
@@ -120,13 +137,13 @@ impl Observer for StopAfter {
 }
 
 #[test]
-fn a_diff_is_written_into_a_base_without_other_users() {
+fn diff_is_written_in_place_if_the_base_has_no_other_user() {
     let Some(place) = place() else { return };
     for saved in [Saved::new(&place), Saved::restored(&place)] {
         let before = saved.inode();
         let written = saved.write();
         assert_eq!(written.data_bytes, 4 * PAGE, "only what is not zero");
-        assert_eq!(saved.contents(), saved.old, "it is not committed");
+        assert_eq!(saved.contents(), saved.old, "the base changed before the commit");
         written.file.commit().unwrap();
         assert_eq!(saved.inode(), before, "the base was copied");
         assert_eq!(saved.contents(), saved.new);
@@ -136,7 +153,7 @@ fn a_diff_is_written_into_a_base_without_other_users() {
 }
 
 #[test]
-fn a_base_that_a_clone_or_page_server_has_open_is_copied() {
+fn base_open_in_another_process_is_copied() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let reader = File::open(&saved.path).unwrap();
@@ -152,7 +169,7 @@ fn a_base_that_a_clone_or_page_server_has_open_is_copied() {
 }
 
 #[test]
-fn a_base_that_is_opened_before_the_commit_is_copied() {
+fn base_opened_before_the_commit_is_copied() {
     let Some(place) = place() else { return };
     for saved in [Saved::new(&place), Saved::restored(&place)] {
         let written = saved.write();
@@ -165,7 +182,7 @@ fn a_base_that_is_opened_before_the_commit_is_copied() {
 }
 
 #[test]
-fn a_base_with_another_name_or_a_forked_user_is_copied() {
+fn base_with_a_second_link_or_a_forked_user_is_copied() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let other = saved.dir.path().join("other");
@@ -175,12 +192,12 @@ fn a_base_with_another_name_or_a_forked_user_is_copied() {
     assert_eq!(saved.contents(), saved.new);
 
     let saved = Saved::restored(&place);
-    saved.ram.will_be_shared();
+    saved.ram.note_fork();
     saved.assert_copied(());
 }
 
 #[test]
-fn a_diff_that_is_given_up_before_the_commit_leaves_the_base() {
+fn diff_dropped_before_the_commit_leaves_the_base() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     drop(saved.write());
@@ -191,10 +208,9 @@ fn a_diff_that_is_given_up_before_the_commit_leaves_the_base() {
     assert_eq!(saved.names(), 1);
 }
 
-/// The monitor is killed within the pages of writing to the base, and the next one at each step of
-/// completing it.
+/// The monitor is killed while it applies the log, and the next one at each step of the recovery.
 #[test]
-fn a_kill_at_any_step_leaves_the_new_image_to_be_completed() {
+fn kill_during_apply_or_recovery_is_recovered() {
     const STEPS: u64 = 8;
     let Some(place) = place() else { return };
     for step in 0..STEPS {
@@ -202,35 +218,41 @@ fn a_kill_at_any_step_leaves_the_new_image_to_be_completed() {
             let saved = Saved::new(&place);
             let written = saved.write();
             let id = written.info.id;
-            // What `NewImage::commit` does, as far as it comes.
+            // The steps of `StagedImage::commit` until the kill.
             let size = saved.new.len() as u64;
-            let log = written.file.into_patch().unwrap().into_log();
-            let base = begin(&saved.ram, &saved.path, id, &mut |_| {}).unwrap();
+            let log = written.file.into_redo_diff().unwrap().into_log();
+            let base = mark_base(&saved.ram, &saved.path, id, &mut |_| {}).unwrap();
             let observer = StopAfter(AtomicU64::new(step));
-            let target = Target { file: &base, path: &saved.path, size, observer: &observer };
+            let target = ImageTarget { file: &base, path: &saved.path, size, observer: &observer };
             let _ = apply(log.file(), &log.path(), &target);
             drop((base, log));
-            // The mark says that half of it is no image.
+            // The mark shows that the base is not a complete image.
             assert!(saved.names() == 2 && marked(&saved.path).unwrap() == Some(id));
             let id = (!by_mark).then_some(id);
-            let stopped = settle(&saved.path, id, &StopAfter(AtomicU64::new(step)));
-            assert!(stopped.is_ok() || saved.names() == 2, "the log is gone, and so is the image");
-            settle(&saved.path, id, &()).unwrap();
+            let stopped = recover(&saved.path, id, &StopAfter(AtomicU64::new(step)));
+            assert!(stopped.is_ok() || saved.names() == 2, "the log is gone, but the image is not recovered");
+            recover(&saved.path, id, &()).unwrap();
             assert_eq!(saved.contents(), saved.new, "{step}");
             assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None));
         }
     }
 }
 
-const ALL_STEPS: [Step; 6] =
-    [Step::Committed, Step::Opened, Step::Marked, Step::Alone, Step::Written, Step::Unmarked];
+const ALL_STEPS: [CommitStep; 6] = [
+    CommitStep::Committed,
+    CommitStep::Opened,
+    CommitStep::Marked,
+    CommitStep::Alone,
+    CommitStep::Written,
+    CommitStep::Unmarked,
+];
 
 impl Saved {
     /// Writes and commits the Diff, and calls `at` after each step.
-    fn commit(&self, mut at: impl FnMut(Step)) -> FileId {
+    fn commit(&self, mut at: impl FnMut(CommitStep)) -> FileId {
         let written = self.write();
         let id = written.info.id;
-        written.file.into_patch().unwrap().commit_in_steps(None, &mut at).unwrap();
+        written.file.into_redo_diff().unwrap().commit_in_steps(None, &mut at).unwrap();
         id
     }
 
@@ -240,14 +262,14 @@ impl Saved {
 }
 
 #[test]
-fn a_commit_killed_after_any_step_leaves_a_whole_image() {
+fn commit_killed_after_any_step_leaves_a_whole_image() {
     let Some(place) = place() else { return };
     for make in [Saved::new, Saved::restored] {
         for last in ALL_STEPS {
             let saved = make(&place);
             let written = saved.write();
             let id = written.info.id;
-            let patch = written.file.into_patch().unwrap();
+            let patch = written.file.into_redo_diff().unwrap();
             let mut at = |step| {
                 if step == last {
                     resume_unwind(Box::new(step));
@@ -255,24 +277,24 @@ fn a_commit_killed_after_any_step_leaves_a_whole_image() {
             };
             let killed = catch_unwind(AssertUnwindSafe(|| patch.commit_in_steps(None, &mut at)));
             assert!(killed.is_err(), "{last:?} was not reached");
-            let is_marked = [Step::Marked, Step::Alone, Step::Written].contains(&last);
+            let is_marked = [CommitStep::Marked, CommitStep::Alone, CommitStep::Written].contains(&last);
             assert_eq!(marked(&saved.path).unwrap(), is_marked.then_some(id), "{last:?}");
-            // Without the state, a reader goes by the mark.
+            // Without the state file, a reader uses the mark.
             let reader = saved.map().unwrap();
-            let is_new = is_marked || last == Step::Unmarked;
+            let is_new = is_marked || last == CommitStep::Unmarked;
             assert_eq!(all(&reader) == saved.new, is_new, "{last:?}");
             assert_eq!(all(&reader) == saved.old, !is_new, "{last:?}");
-            settle(&saved.path, Some(id), &()).unwrap();
+            recover(&saved.path, Some(id), &()).unwrap();
             assert_eq!(all(&saved.map().unwrap()), saved.new, "{last:?}");
             assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None), "{last:?}");
         }
     }
 }
 
-/// A reader opens the base after one step of the writer and looks at the mark after the same or a
-/// later one. What it then uses is whole, and does not change.
+/// A reader opens the base after one step of the writer and reads the mark after the same or a
+/// later one. The file that it then uses is complete and does not change.
 #[test]
-fn a_reader_at_any_step_gets_an_image_that_stays() {
+fn reader_at_any_commit_step_gets_a_stable_image() {
     let Some(place) = place() else { return };
     let read = |file: &File| {
         let mut bytes = vec![0; (MIB as usize) << 20];
@@ -281,7 +303,7 @@ fn a_reader_at_any_step_gets_an_image_that_stays() {
     };
     for make in [Saved::new, Saved::restored] {
         for (first, opens_at) in ALL_STEPS.into_iter().enumerate() {
-            let copied = opens_at < Step::Alone;
+            let copied = opens_at < CommitStep::Alone;
             for looks_at in ALL_STEPS.into_iter().skip(first) {
                 let saved = make(&place);
                 let case = format!("open at {opens_at:?}, look at {looks_at:?}");
@@ -292,20 +314,20 @@ fn a_reader_at_any_step_gets_an_image_that_stays() {
                     }
                     if step == looks_at {
                         let file = file.take().unwrap();
-                        seen = Some(look(&file, &saved.path).unwrap());
-                        used = (seen == Some(Seen::Whole)).then(|| (read(&file), file));
+                        seen = Some(inspect(&file, &saved.path).unwrap());
+                        used = (seen == Some(BaseState::Whole)).then(|| (read(&file), file));
                     }
                 });
-                // The writer went on to a new file before it reached that step.
+                // The writer used a new file and never reached that step.
                 if seen.is_none() {
-                    assert!(copied && looks_at >= Step::Alone, "{case}");
+                    assert!(copied && looks_at >= CommitStep::Alone, "{case}");
                     let file = file.unwrap();
                     assert_eq!(read(&file), saved.old, "{case}");
-                    assert_eq!(look(&file, &saved.path).unwrap(), Seen::Whole, "{case}");
+                    assert_eq!(inspect(&file, &saved.path).unwrap(), BaseState::Whole, "{case}");
                 }
                 if let Some((bytes, file)) = used {
                     assert_eq!(read(&file), bytes, "{case}: it changed");
-                    assert!(bytes == saved.old || bytes == saved.new, "{case}: it is torn");
+                    assert!(bytes == saved.old || bytes == saved.new, "{case}: it is half written");
                 }
                 assert_eq!(all(&saved.map().unwrap()), saved.new, "{case}");
                 assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None), "{case}");
@@ -314,7 +336,7 @@ fn a_reader_at_any_step_gets_an_image_that_stays() {
     }
 }
 
-/// Says when it is asked, which a reader does when it waits for a writer.
+/// Reports each call, which a reader makes while it waits for a writer.
 struct Asked(std::sync::Mutex<std::sync::mpsc::Sender<()>>);
 
 impl Observer for Asked {
@@ -325,12 +347,12 @@ impl Observer for Asked {
 }
 
 #[test]
-fn a_clone_or_merge_waits_for_a_base_being_written() {
+fn clone_and_merge_wait_while_the_base_is_written() {
     let Some(place) = place() else { return };
-    for step in [Step::Marked, Step::Alone, Step::Written] {
+    for step in [CommitStep::Marked, CommitStep::Alone, CommitStep::Written] {
         let saved = Saved::new(&place);
         let (diff, output) = (saved.dir.path().join("diff"), saved.dir.path().join("output"));
-        let mut page = saved.ram.no_pages();
+        let mut page = saved.ram.empty_page_set();
         page.insert(0, 1..2);
         write_diff(&saved.ram, &diff, &page, &()).unwrap().file.commit().unwrap();
         std::thread::scope(|scope| {
@@ -365,15 +387,15 @@ fn a_clone_or_merge_waits_for_a_base_being_written() {
 }
 
 #[test]
-fn a_second_writer_leaves_the_base_of_the_first_alone() {
+fn second_writer_leaves_a_marked_base_alone() {
     let Some(place) = place() else { return };
-    for other_at in [Step::Opened, Step::Marked, Step::Alone, Step::Written] {
+    for other_at in [CommitStep::Opened, CommitStep::Marked, CommitStep::Alone, CommitStep::Written] {
         let saved = Saved::new(&place);
         let before = saved.inode();
         let id = saved.commit(|step| {
             if step == other_at {
                 let other = FileId::random().unwrap();
-                assert!(begin(&saved.ram, &saved.path, other, &mut |_| {}).is_none(), "{step:?}");
+                assert!(mark_base(&saved.ram, &saved.path, other, &mut |_| {}).is_none(), "{step:?}");
             }
         });
         assert_eq!((saved.inode(), saved.contents()), (before, saved.new.clone()), "{other_at:?}");
@@ -382,7 +404,7 @@ fn a_second_writer_leaves_the_base_of_the_first_alone() {
 }
 
 #[test]
-fn a_writer_whose_mark_or_base_was_replaced_copies() {
+fn writer_copies_if_its_mark_or_base_was_replaced() {
     let Some(place) = place() else { return };
     let other = FileId::random().unwrap();
     let replaced = |path: &Path| {
@@ -398,8 +420,8 @@ fn a_writer_whose_mark_or_base_was_replaced_copies() {
     for change in changes {
         let saved = Saved::new(&place);
         saved.commit(|step| {
-            assert!(step < Step::Alone, "the base was written");
-            if step == Step::Marked {
+            assert!(step < CommitStep::Alone, "the base was written");
+            if step == CommitStep::Marked {
                 change(&saved.path);
             }
         });
@@ -409,7 +431,7 @@ fn a_writer_whose_mark_or_base_was_replaced_copies() {
 }
 
 #[test]
-fn a_mark_without_a_log_is_harmless() {
+fn mark_without_a_log_is_ignored() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
@@ -420,27 +442,27 @@ fn a_mark_without_a_log_is_harmless() {
     assert_eq!((saved.names(), marked(&saved.path).unwrap()), (1, None));
 }
 
-/// A killed writer's half-written base, which a reader has opened and another process completes.
+/// A reader has opened the half-written base of a killed writer, and another process recovers it.
 #[test]
-fn a_reader_does_not_use_a_base_that_was_completed() {
+fn reader_reopens_a_base_that_was_recovered() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
-    let log = saved.write().file.into_patch().unwrap().into_log();
-    let base = begin(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap();
+    let log = saved.write().file.into_redo_diff().unwrap().into_log();
+    let base = mark_base(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap();
     base.write_all_at(&[2; PAGE as usize], PAGE).unwrap();
     drop((base, log));
     let reader = open_image(&saved.path, OFlags::RDONLY).unwrap();
-    assert!(matches!(look(&reader, &saved.path).unwrap(), Seen::Marked(_)));
-    settle(&saved.path, None, &()).unwrap();
-    assert_eq!(look(&reader, &saved.path).unwrap(), Seen::Replaced);
+    assert!(matches!(inspect(&reader, &saved.path).unwrap(), BaseState::Marked(_)));
+    recover(&saved.path, None, &()).unwrap();
+    assert_eq!(inspect(&reader, &saved.path).unwrap(), BaseState::Replaced);
     assert_eq!(all(&saved.map().unwrap()), saved.new);
 }
 
 #[test]
-fn a_lease_that_is_given_back_delays_any_opener() {
+fn every_opener_waits_for_a_lease_to_end() {
     type Opener = fn(&Saved);
     let openers: [(&str, Opener); 5] = [
-        ("a mark is seen", |saved| assert!(marked(&saved.path).unwrap().is_some())),
+        ("reading a mark", |saved| assert!(marked(&saved.path).unwrap().is_some())),
         ("a restore", |saved| assert_eq!(all(&saved.map().unwrap()), saved.old)),
         ("a base to change", |saved| assert!(open_base(&saved.ram, &saved.path).is_some())),
         ("a base to copy", |saved| drop(saved.write())),
@@ -454,7 +476,7 @@ fn a_lease_that_is_given_back_delays_any_opener() {
     for (name, open) in openers {
         let saved = Saved::new(&place);
         mark::set(&File::open(&saved.path).unwrap(), FileId::random().unwrap()).unwrap();
-        let lease = Held::take(&saved.path);
+        let lease = HeldLease::take(&saved.path);
         std::thread::scope(|scope| {
             let opener = scope.spawn(|| open(&saved));
             lease.release_to_opener();
@@ -464,29 +486,29 @@ fn a_lease_that_is_given_back_delays_any_opener() {
 }
 
 #[test]
-fn a_diff_that_is_killed_at_its_commit_is_found_by_its_state() {
+fn diff_killed_at_its_commit_is_recovered_by_the_state_id() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let written = saved.write();
     let id = written.info.id;
-    drop(written.file.into_patch().unwrap().into_log());
+    drop(written.file.into_redo_diff().unwrap().into_log());
     assert_eq!(saved.contents(), saved.old);
-    settle(&saved.path, Some(FileId::random().unwrap()), &()).unwrap();
-    assert_eq!(saved.contents(), saved.old, "another state's");
-    settle(&saved.path, Some(id), &()).unwrap();
+    recover(&saved.path, Some(FileId::random().unwrap()), &()).unwrap();
+    assert_eq!(saved.contents(), saved.old, "the log of another state was applied");
+    recover(&saved.path, Some(id), &()).unwrap();
     assert_eq!(saved.contents(), saved.new);
     assert_eq!(saved.names(), 1);
 }
 
 #[test]
-fn a_diff_onto_a_half_written_base_completes_it_first() {
+fn diff_onto_a_half_written_base_recovers_it_first() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let written = saved.write();
-    let log = written.file.into_patch().unwrap().into_log();
-    drop((begin(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap(), log));
+    let log = written.file.into_redo_diff().unwrap().into_log();
+    drop((mark_base(&saved.ram, &saved.path, log.id(), &mut |_| {}).unwrap(), log));
     put(&saved.ram, 50, 9);
-    let mut pages = saved.ram.no_pages();
+    let mut pages = saved.ram.empty_page_set();
     pages.insert(0, 50..51);
     write_diff(&saved.ram, &saved.path, &pages, &()).unwrap().file.commit().unwrap();
     assert_eq!(saved.contents(), all(&saved.ram));
@@ -494,12 +516,12 @@ fn a_diff_onto_a_half_written_base_completes_it_first() {
 }
 
 #[test]
-fn a_damaged_log_is_an_error_and_changes_nothing() {
+fn damaged_log_is_an_error_and_changes_nothing() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let written = saved.write();
     let id = written.info.id;
-    let log = written.file.into_patch().unwrap().into_log();
+    let log = written.file.into_redo_diff().unwrap().into_log();
     let path = log.path();
     drop(log);
     let good = std::fs::read(&path).unwrap();
@@ -520,22 +542,22 @@ fn a_damaged_log_is_an_error_and_changes_nothing() {
     ];
     for bad in cases {
         std::fs::write(&path, bad).unwrap();
-        let error = settle(&saved.path, Some(id), &()).unwrap_err();
+        let error = recover(&saved.path, Some(id), &()).unwrap_err();
         assert!(error.to_string().contains("vesta-redo"), "{error}");
         assert_eq!(saved.contents(), saved.old);
         assert_eq!(saved.names(), 2);
     }
     std::fs::write(&path, good).unwrap();
-    settle(&saved.path, Some(id), &()).unwrap();
+    recover(&saved.path, Some(id), &()).unwrap();
     assert_eq!(saved.contents(), saved.new);
 }
 
 #[test]
-fn a_diff_without_a_base_below_it_keeps_its_zeros_as_data() {
+fn diff_onto_an_unmerged_diff_keeps_zero_pages_as_data() {
     let Some(place) = place() else { return };
     let saved = Saved::new(&place);
     let diff = saved.dir.path().join("diff");
-    let mut some = saved.ram.no_pages();
+    let mut some = saved.ram.empty_page_set();
     some.insert(0, 500..502);
     write_diff(&saved.ram, &diff, &some, &()).unwrap().file.commit().unwrap();
     assert!(partial::is_marked(&File::open(&diff).unwrap()));
@@ -544,5 +566,5 @@ fn a_diff_without_a_base_below_it_keeps_its_zeros_as_data() {
     assert_eq!(diff.metadata().unwrap().ino(), before, "it was copied");
     assert!(partial::is_marked(&File::open(&diff).unwrap()));
     crate::image::merge_in_place(&saved.path, &diff, &()).unwrap();
-    assert_eq!(saved.contents(), saved.new, "a page of zeros was taken for a hole");
+    assert_eq!(saved.contents(), saved.new, "a zero page was taken for a hole");
 }

@@ -1,8 +1,11 @@
-//! Tests of files that appear whole or not at all.
+//! Tests of atomic files, pairs and leftovers.
 
+use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
+use super::destination::{NAME_MAX, SUFFIX};
 use super::*;
 
 fn names(dir: &Path) -> Vec<String> {
@@ -18,7 +21,7 @@ fn staged(path: &Path, text: &str) -> Staged {
     file.stage()
 }
 
-/// The same with its temporary name, as a writer leaves it that is killed before the final one.
+/// [`staged`] with its temporary name, as a writer leaves it that is killed before the rename.
 fn linked(path: &Path, text: &str) -> Staged {
     let mut file = staged(path, text);
     file.link().unwrap();
@@ -26,7 +29,7 @@ fn linked(path: &Path, text: &str) -> Staged {
 }
 
 #[test]
-fn a_file_has_no_final_name_before_it_is_committed() {
+fn file_has_no_final_name_before_its_commit() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("state");
     let file = AtomicFile::create(&path).unwrap();
@@ -38,7 +41,7 @@ fn a_file_has_no_final_name_before_it_is_committed() {
 }
 
 #[test]
-fn a_dropped_file_leaves_nothing_at_any_stage() {
+fn dropped_file_leaves_nothing_at_any_stage() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("state");
     drop(AtomicFile::create(&path).unwrap());
@@ -48,7 +51,7 @@ fn a_dropped_file_leaves_nothing_at_any_stage() {
 }
 
 #[test]
-fn an_older_file_is_replaced_and_its_permissions_stay() {
+fn replacing_a_file_keeps_its_permissions() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("state");
     std::fs::write(&path, "old").unwrap();
@@ -59,7 +62,7 @@ fn an_older_file_is_replaced_and_its_permissions_stay() {
 }
 
 #[test]
-fn a_symbolic_link_stays_and_what_it_points_to_is_replaced() {
+fn symlink_stays_and_its_target_is_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("target");
     let link = dir.path().join("link");
@@ -71,22 +74,25 @@ fn a_symbolic_link_stays_and_what_it_points_to_is_replaced() {
 }
 
 #[test]
-fn what_is_not_a_regular_file_is_refused_by_name() {
+fn non_regular_file_is_refused_by_name() {
     let error = AtomicFile::create(Path::new("/dev/null")).unwrap_err();
-    assert_eq!(error.to_string(), "cannot create /dev/null: what is there is not a regular file");
+    assert_eq!(error.to_string(), "file /dev/null: cannot create: it is not a regular file");
 }
 
 #[test]
-fn a_link_to_nothing_is_refused_before_anything_is_written() {
+fn dangling_symlink_is_refused_before_any_write() {
     let dir = tempfile::tempdir().unwrap();
     let link = dir.path().join("link");
     std::os::unix::fs::symlink("nowhere", &link).unwrap();
     let error = AtomicFile::create(&link).unwrap_err().to_string();
-    assert!(error.contains("link: it is a symbolic link to a file that does not exist"), "{error}");
+    assert!(
+        error.contains("link: cannot create: it is a symbolic link to a file that does not exist"),
+        "{error}"
+    );
     assert_eq!(names(dir.path()), ["link"]);
 }
 
-/// A file that is mounted on itself, as a jail has it. Unmounted with the value.
+/// A file that is bind-mounted onto itself, as in a jail. Unmounted on drop.
 struct BindMount(std::path::PathBuf);
 
 impl BindMount {
@@ -103,7 +109,7 @@ impl Drop for BindMount {
 }
 
 #[test]
-fn a_mount_point_is_refused_before_anything_is_written() {
+fn mount_point_is_refused_before_any_write() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("not run: mounting needs root");
         return;
@@ -113,13 +119,13 @@ fn a_mount_point_is_refused_before_anything_is_written() {
     std::fs::write(&path, "old").unwrap();
     let _mount = BindMount::new(&path);
     let error = AtomicFile::create(&path).unwrap_err().to_string();
-    assert!(error.contains("mem: it is a mount point"), "{error}");
+    assert!(error.contains("mem: cannot create: it is a mount point"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"old");
     assert_eq!(names(dir.path()), ["mem"]);
 }
 
 #[test]
-fn an_immutable_file_is_refused_before_anything_is_written() {
+fn immutable_file_is_refused_before_any_write() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     std::fs::write(&path, "old").unwrap();
@@ -134,19 +140,22 @@ fn an_immutable_file_is_refused_before_anything_is_written() {
         }
         let refused = AtomicFile::create(&path).map(drop).map_err(|e| e.to_string());
         set(before).unwrap();
-        assert!(refused.unwrap_err().contains("mem: it is immutable or append-only"));
+        assert!(refused.unwrap_err().contains("mem: cannot create: it is immutable or append-only"));
         assert_eq!(names(dir.path()), ["mem"]);
     }
 }
 
 #[test]
-fn a_missing_directory_is_named() {
+fn missing_directory_error_names_the_path() {
     let error = AtomicFile::create(Path::new("/no/such/place/state")).unwrap_err();
-    assert!(error.to_string().starts_with("cannot create /no/such/place/state: No such file"), "{error}");
+    assert!(
+        error.to_string().starts_with("file /no/such/place/state: cannot create: No such file"),
+        "{error}"
+    );
 }
 
 #[test]
-fn the_longest_name_works() {
+fn longest_file_name_works() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("n".repeat(NAME_MAX));
     staged(&path, "x").commit().unwrap();
@@ -154,7 +163,7 @@ fn the_longest_name_works() {
 }
 
 #[test]
-fn a_pair_replaces_an_older_pair_and_leaves_no_other_name() {
+fn pair_replaces_an_older_pair_and_leaves_no_leftovers() {
     let dir = tempfile::tempdir().unwrap();
     let (memory, state) = (dir.path().join("memory"), dir.path().join("state"));
     for text in ["one", "two"] {
@@ -166,7 +175,7 @@ fn a_pair_replaces_an_older_pair_and_leaves_no_other_name() {
 }
 
 #[test]
-fn a_pair_whose_memory_cannot_be_placed_leaves_the_old_state() {
+fn pair_restores_the_old_state_if_the_memory_rename_fails() {
     for old in [None, Some("old")] {
         let dir = tempfile::tempdir().unwrap();
         let (memory, state) = (dir.path().join("memory"), dir.path().join("state"));
@@ -174,7 +183,7 @@ fn a_pair_whose_memory_cannot_be_placed_leaves_the_old_state() {
             std::fs::write(&state, old).unwrap();
         }
         let (new_memory, new_state) = (staged(&memory, "new"), staged(&state, "new"));
-        // A directory in the way: no file can replace it.
+        // No file can replace a directory.
         std::fs::create_dir(&memory).unwrap();
         let error = commit_pair(new_memory, new_state).unwrap_err();
         assert_eq!(error.path, memory);
@@ -184,7 +193,7 @@ fn a_pair_whose_memory_cannot_be_placed_leaves_the_old_state() {
 }
 
 #[test]
-fn the_memory_of_a_state_is_found_where_its_writer_died() {
+fn find_returns_the_temporary_name_of_a_killed_writer() {
     let dir = tempfile::tempdir().unwrap();
     let memory = dir.path().join("memory");
     std::fs::write(&memory, "old").unwrap();
@@ -197,7 +206,7 @@ fn the_memory_of_a_state_is_found_where_its_writer_died() {
 }
 
 #[test]
-fn an_id_survives_text_and_nothing_else_is_one() {
+fn file_id_parses_only_its_own_text() {
     let id = FileId(0x00ab);
     assert_eq!(id.to_string().parse(), Ok(id));
     for bad in ["", "12", "00000000000000zz", "+0000000000000ab", "000000000000000ab"] {
@@ -206,29 +215,29 @@ fn an_id_survives_text_and_nothing_else_is_one() {
 }
 
 #[test]
-fn two_spellings_of_a_file_are_the_same_place_whether_it_is_there_or_not() {
+fn is_same_path_sees_through_links_and_dots() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     std::fs::create_dir(path("sub")).unwrap();
     std::os::unix::fs::symlink(dir.path(), path("link")).unwrap();
     for there in [false, true] {
-        assert!(same_place(&path("s"), &path("s")));
-        assert!(same_place(&path("s"), &path("./s")));
-        assert!(same_place(&path("s"), &path("sub/../s")));
-        assert!(same_place(&path("s"), &path("link/s")));
-        assert!(!same_place(&path("s"), &path("sub/s")));
-        assert!(!same_place(&path("s"), &path("t")));
+        assert!(is_same_path(&path("s"), &path("s")));
+        assert!(is_same_path(&path("s"), &path("./s")));
+        assert!(is_same_path(&path("s"), &path("sub/../s")));
+        assert!(is_same_path(&path("s"), &path("link/s")));
+        assert!(!is_same_path(&path("s"), &path("sub/s")));
+        assert!(!is_same_path(&path("s"), &path("t")));
         if !there {
             std::fs::write(path("s"), "").unwrap();
         }
     }
     std::os::unix::fs::symlink("s", path("alias")).unwrap();
-    assert!(same_place(&path("s"), &path("alias")));
-    assert!(!same_place(Path::new("/nowhere/s"), Path::new("/nowhere/s")), "nobody can write there");
+    assert!(is_same_path(&path("s"), &path("alias")));
+    assert!(!is_same_path(Path::new("/nowhere/s"), Path::new("/nowhere/s")), "the directory does not exist");
 }
 
 #[test]
-fn what_killed_writers_left_goes_with_the_next_file_of_that_name_and_what_living_ones_write_stays() {
+fn commit_removes_leftovers_of_killed_writers_only() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     let id = "0123456789abcdef";
