@@ -23,7 +23,7 @@ use kvm_ioctls::{Cap, VcpuFd};
 use memory::GuestRam;
 use memory::page_server::PageServer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmm_sys_util::eventfd::EventFd;
+use sync::EventFd;
 
 use crate::boot::Loaded;
 use crate::bus::{Bus, BusDevice};
@@ -32,10 +32,10 @@ use crate::cpu::registers::{set_fpu, set_lapic};
 use crate::cpu::{
     Cpuid, StateFormat, XsaveSize, missing_features, restore_counters, set_boot_msrs, unlisted_msrs,
 };
-use crate::devices::{DeviceSetup, Devices, Places};
+use crate::devices::{DeviceAddresses, DeviceSetup, Devices};
 use crate::events::EventSink;
 use crate::generation::Generation;
-use crate::kvm::{Kvm, KvmError, Named, Vm};
+use crate::kvm::{Ioctl, Kvm, KvmError, Vm};
 use crate::layout;
 use crate::legacy::console::{self, Pump};
 use crate::legacy::{BootTimer, Cmos, I8042, Power, SerialPort, SerialPortState, SerialSetup, StartTimes};
@@ -53,7 +53,7 @@ const TURN: Duration = Duration::from_millis(20);
 pub(crate) struct Parts {
     pub(crate) ram: GuestRam,
     pub(crate) devices: DeviceSetup,
-    pub(crate) places: Places,
+    pub(crate) addresses: DeviceAddresses,
     pub(crate) serial: SerialSetup,
     pub(crate) boot_timer: Option<StartTimes>,
     pub(crate) events: EventSink,
@@ -107,7 +107,7 @@ pub(crate) fn assemble(
     if let Origin::Boot { cpuid, loaded } = origin {
         for (id, fd) in (0..).zip(&vcpu_fds) {
             // CPUID first: what it shows decides which registers there are.
-            fd.set_cpuid2(&cpuid.for_vcpu(id)?).named("KVM_SET_CPUID2")?;
+            fd.set_cpuid2(&cpuid.for_vcpu(id)?).ioctl("KVM_SET_CPUID2")?;
             set_boot_msrs(fd)?;
             loaded.set_up_vcpu(fd)?;
             set_fpu(fd)?;
@@ -136,7 +136,7 @@ pub(crate) fn assemble(
     let boot_timer = parts.boot_timer.map(|start| Arc::new(BootTimer::new(start)));
     let mut buses = fill_buses(serial.clone(), keyboard.clone(), cmos.clone(), power, boot_timer);
     let devices =
-        Devices::attach(parts.devices, parts.places, saved.map(|state| &state.devices), &vm, &mut buses)?;
+        Devices::attach(parts.devices, parts.addresses, saved.map(|state| &state.devices), &vm, &mut buses)?;
     let generation = Generation::new(vm.ram().clone(), irq_line(&vm, layout::GENERIC_EVENT_IRQ)?);
     let lives = if saved.is_some() { generation.advance() } else { generation.begin() };
     lives.map_err(|source| StartError::Host { what: "a VM generation id", source })?;
@@ -245,8 +245,7 @@ fn start_console(
 
 /// A descriptor that raises interrupt line `gsi` when written to.
 fn irq_line(vm: &Vm, gsi: u32) -> Result<EventFd, StartError> {
-    let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-        .map_err(|source| StartError::Host { what: "an interrupt line", source })?;
+    let event = EventFd::new().map_err(|source| StartError::Host { what: "an interrupt line", source })?;
     vm.register_irqfd(&event, gsi)?;
     Ok(event)
 }

@@ -13,18 +13,16 @@
 //! Interrupt controllers, then vCPUs with their local APICs, then the timer chip: it counts as soon
 //! as it has its state, and a local APIC that does not have its own yet would lose the interrupt.
 
-use std::mem::offset_of;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
-    kvm_pic_state, kvm_pit_state2,
+    kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
-use zerocopy::{FromBytes, IntoBytes};
 
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError, get_irqchip, mask_unprogrammed_pic};
 use crate::raw;
 
 /// `kvm_clock_data::flags`: `realtime` is valid, or is to be gone by.
@@ -74,11 +72,11 @@ impl ChipsetState {
     pub(crate) fn save(vm: &VmFd) -> Result<Self, KvmError> {
         // The timer keeps running: an interrupt that it raises during the save is in the
         // controllers' state.
-        let pit = vm.get_pit2().named("KVM_GET_PIT2")?;
+        let pit = vm.get_pit2().ioctl("KVM_GET_PIT2")?;
         Ok(ChipsetState {
             irqchips: CHIPS.map(|id| get_irqchip(vm, id)).into_iter().collect::<Result<_, KvmError>>()?,
             pit,
-            clock: with_real_time(vm.get_clock().named("KVM_GET_CLOCK")?, SystemTime::now()),
+            clock: with_real_time(vm.get_clock().ioctl("KVM_GET_CLOCK")?, SystemTime::now()),
         })
     }
 
@@ -89,14 +87,14 @@ impl ChipsetState {
         for chip in &self.irqchips {
             let mut chip = *chip;
             mask_unprogrammed_pic(&mut chip);
-            vm.set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
+            vm.set_irqchip(&chip).ioctl("KVM_SET_IRQCHIP")?;
         }
         Ok(())
     }
 
     /// Restores and starts the timer chip. The vCPUs have their state.
     pub(crate) fn restore_pit(&self, vm: &VmFd) -> Result<(), KvmError> {
-        vm.set_pit2(&self.pit).named("KVM_SET_PIT2")
+        vm.set_pit2(&self.pit).ioctl("KVM_SET_PIT2")
     }
 
     /// A chip that is missing would start as after a reset.
@@ -130,41 +128,8 @@ impl ChipsetState {
             flags,
             ..Default::default()
         };
-        vm.set_clock(&clock).named("KVM_SET_CLOCK")
+        vm.set_clock(&clock).ioctl("KVM_SET_CLOCK")
     }
-}
-
-/// Masks all lines of both PICs of `vm`, which no guest has programmed.
-pub(crate) fn mask_new_pics(vm: &VmFd) -> Result<(), KvmError> {
-    for id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
-        let mut chip = get_irqchip(vm, id)?;
-        mask_unprogrammed_pic(&mut chip);
-        vm.set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
-    }
-    Ok(())
-}
-
-fn get_irqchip(vm: &VmFd, chip_id: u32) -> Result<kvm_irqchip, KvmError> {
-    let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-    vm.get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
-    Ok(chip)
-}
-
-/// Masks all lines of a PIC that is as KVM creates it. Changes no other chip.
-fn mask_unprogrammed_pic(chip: &mut kvm_irqchip) {
-    let Some(pic) = pic_state(chip) else { return };
-    // The first initialization word sets one of the first two, the second the third.
-    let programmed = pic.init4 != 0 || pic.init_state != 0 || pic.irq_base != 0;
-    if !programmed && pic.imr == 0 {
-        chip.chip.pic.imr = 0xff;
-    }
-}
-
-/// The registers of a PIC; `None` for another chip.
-fn pic_state(chip: &kvm_irqchip) -> Option<kvm_pic_state> {
-    let is_pic = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE].contains(&chip.chip_id);
-    let registers = &chip.as_bytes()[offset_of!(kvm_irqchip, chip)..];
-    is_pic.then(|| kvm_pic_state::read_from_prefix(registers).expect("the union holds a PIC").0)
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use crate::chipset::{ChipsetState, ClockAfter};
 use crate::cpu::{Cpuid, StateFormat, Topology};
 use crate::devices::{DeviceError, DeviceSetup, Devices};
 use crate::events::EventSink;
-use crate::kvm::{Kvm, KvmError, Named, Vm};
+use crate::kvm::{Ioctl, Kvm, KvmError, Vm};
 use crate::legacy::console::Pump;
 use crate::legacy::{Cmos, I8042, KeyboardFull, SerialPort, SerialSetup, StartTimes};
 use crate::page_watch::PageWatch;
@@ -293,7 +293,7 @@ impl Machine {
             let size = usize::try_from(regions[index].size).unwrap_or(usize::MAX);
             // One memory slot for each region, in their order.
             let slot = u32::try_from(index).unwrap_or(u32::MAX);
-            self.vm.shared_fd().get_dirty_log(slot, size).named("KVM_GET_DIRTY_LOG")
+            self.vm.shared_fd().get_dirty_log(slot, size).ioctl("KVM_GET_DIRTY_LOG")
         });
         taken.map_err(|error| match error {
             TakeWritesError::Log(error) => error,
@@ -320,16 +320,16 @@ impl Machine {
         check_address_width(&ram, setup.devices.pci, cpuid.physical_address_bits())?;
 
         // The files first: they are what fails most often, and nothing of KVM exists yet.
-        let places = setup.devices.places()?;
-        let rsdp = acpi::write_tables(&ram, config.vcpu_count, &places);
-        let device_args = setup.devices.boot_args(&places);
+        let addresses = setup.devices.addresses()?;
+        let rsdp = acpi::write_tables(&ram, config.vcpu_count, &addresses);
+        let device_args = setup.devices.boot_args(&addresses);
         let loaded = boot::load(&ram, setup.boot, &device_args, config.vcpu_count, rsdp)?;
         log::debug!("kernel loaded, to be entered by the {} protocol", loaded.protocol());
 
         let parts = Parts {
             ram,
             devices: setup.devices,
-            places,
+            addresses,
             serial: setup.serial,
             boot_timer: setup.boot_timer,
             events: setup.events,
@@ -347,7 +347,7 @@ impl Machine {
         let cpuid = Cpuid::new(&kvm, Topology::new(config.vcpu_count, config.smt))?;
         check_address_width(&restore.ram, restore.devices.pci, cpuid.physical_address_bits())?;
         let parts = Parts {
-            places: restore.devices.places()?,
+            addresses: restore.devices.addresses()?,
             ram: restore.ram,
             devices: restore.devices,
             serial: restore.serial,

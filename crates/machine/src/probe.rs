@@ -16,7 +16,7 @@ use crate::boot::write_page_tables;
 use crate::cpu::registers;
 use crate::cpu::{Cpuid, Topology};
 use crate::kick::{self, Kickable};
-use crate::kvm::{Kvm, KvmError, Named};
+use crate::kvm::{Ioctl, Kvm, KvmError};
 use crate::layout;
 use crate::vcpu::internal_error;
 
@@ -107,20 +107,20 @@ pub fn probe() -> Report {
 
 fn try_all() -> Result<Vec<(&'static str, String)>, KvmError> {
     let kvm = Kvm::open()?;
-    kick::install_handler().map_err(|e| kvm_ioctls::Error::new(e.errno())).named("sigaction")?;
+    kick::install_handler().map_err(|e| kvm_ioctls::Error::new(e.errno())).ioctl("sigaction")?;
     let cpuid = Cpuid::new(&kvm, Topology::new(1, false))?;
     let mut failed = Vec::new();
     for trial in &TRIALS {
         let ram = GuestRam::map(4, HugePages::None, false)
             .map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))
-            .named("mmap")?;
+            .ioctl("mmap")?;
         write_guest(&ram, trial);
         let (vm, vcpu) = kvm.create_vm()?.map_ram(ram, false)?.create_lone_vcpu()?;
-        vcpu.set_cpuid2(&cpuid.for_vcpu(0)?).named("KVM_SET_CPUID2")?;
+        vcpu.set_cpuid2(&cpuid.for_vcpu(0)?).ioctl("KVM_SET_CPUID2")?;
         registers::set_for_linux64(&vcpu, layout::HIGH_RAM)?;
-        let mut sregs = vcpu.get_sregs().named("KVM_GET_SREGS")?;
+        let mut sregs = vcpu.get_sregs().ioctl("KVM_GET_SREGS")?;
         (sregs.idt.base, sregs.idt.limit) = (IDT, 4 * 16 - 1);
-        vcpu.set_sregs(&sregs).named("KVM_SET_SREGS")?;
+        vcpu.set_sregs(&sregs).ioctl("KVM_SET_SREGS")?;
         if let Err(what) = run(vcpu, vm.shared_fd().run_size()) {
             failed.push((trial.instruction, what));
         }

@@ -10,12 +10,12 @@ use acpi_tables::{Aml, AmlSink};
 use virtio::transport::pci::{CONFIG_ADDRESS, ECAM_SIZE};
 
 use super::{OEM_ID, OEM_REVISION, SLEEP_TYPE_S5};
-use crate::devices::{Places, Window};
+use crate::devices::{DeviceAddresses, MmioWindow};
 use crate::generation::VMCLOCK_SIZE;
 use crate::layout;
 
 /// The whole table.
-pub(super) fn table(devices: &Places) -> impl Aml {
+pub(super) fn table(devices: &DeviceAddresses) -> impl Aml {
     let mut body = Vec::new();
     Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
         .to_aml_bytes(&mut body);
@@ -23,12 +23,12 @@ pub(super) fn table(devices: &Places) -> impl Aml {
     keyboard(&mut body);
     generation(&mut body);
     match devices {
-        Places::Mmio(windows) => {
+        DeviceAddresses::Mmio(windows) => {
             for (number, window) in (0..).zip(windows) {
                 virtio_device(&mut body, number, *window);
             }
         }
-        Places::Pci(_) => pci_bus(&mut body),
+        DeviceAddresses::Pci(_) => pci_bus(&mut body),
     }
 
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, *b"VSTADSDT", OEM_REVISION);
@@ -141,7 +141,7 @@ fn generation(sink: &mut dyn AmlSink) {
 }
 
 /// A virtio-mmio device: Linux knows the id `LNRO0005`.
-fn virtio_device(sink: &mut dyn AmlSink, number: u32, window: Window) {
+fn virtio_device(sink: &mut dyn AmlSink, number: u32, window: MmioWindow) {
     let registers = Memory32Fixed::new(true, window.addr as u32, 0x1000);
     Scope::new(
         "_SB_".into(),

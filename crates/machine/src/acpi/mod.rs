@@ -17,7 +17,7 @@ use acpi_tables::xsdt::XSDT;
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::devices::Places;
+use crate::devices::DeviceAddresses;
 use crate::layout;
 
 const OEM_ID: [u8; 6] = *b"VESTA ";
@@ -42,7 +42,7 @@ pub(crate) const RESET_VALUE: u8 = 1;
 pub(crate) const SLEEP_TYPE_S5: u8 = 5;
 
 /// Writes all tables for `cpus` vCPUs and these virtio devices, and gives the address of the root pointer.
-pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &Places) -> u64 {
+pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &DeviceAddresses) -> u64 {
     let mut writer = Writer { ram, next: layout::ACPI_TABLES };
     let dsdt = writer.add(&dsdt::table(devices));
     let fadt = writer.add(&fadt(dsdt));
@@ -50,7 +50,7 @@ pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &Places) -> u64 {
     let mut xsdt = XSDT::new(OEM_ID, *b"VSTAXSDT", OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
-    if let Places::Pci(_) = devices {
+    if let DeviceAddresses::Pci(_) = devices {
         xsdt.add_entry(writer.add(&mcfg()));
     }
     let xsdt = writer.add(&xsdt);
@@ -123,7 +123,7 @@ fn mcfg() -> impl Aml {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::devices::Window;
+    use crate::devices::MmioWindow;
     use config::HugePages;
 
     fn read(ram: &GuestRam, addr: u64, len: usize) -> Vec<u8> {
@@ -142,7 +142,7 @@ mod tests {
     }
 
     /// The names of all tables, each of which sums to zero.
-    fn tables(devices: &Places) -> Vec<String> {
+    fn tables(devices: &DeviceAddresses) -> Vec<String> {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         let rsdp = read(&ram, write_tables(&ram, 128, devices), 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
@@ -158,8 +158,11 @@ mod tests {
 
     #[test]
     fn root_pointer_leads_to_every_table_and_each_sums_to_zero() {
-        let window = |n: u64| Window { addr: 0xc000_1000 + n * 0x1000, irq: 5 + n as u32 };
-        assert_eq!(tables(&Places::Mmio((0..19).map(window).collect())), ["FACP", "APIC", "DSDT", "XSDT"]);
-        assert_eq!(tables(&Places::Pci(31)), ["FACP", "APIC", "MCFG", "DSDT", "XSDT"]);
+        let window = |n: u64| MmioWindow { addr: 0xc000_1000 + n * 0x1000, irq: 5 + n as u32 };
+        assert_eq!(
+            tables(&DeviceAddresses::Mmio((0..19).map(window).collect())),
+            ["FACP", "APIC", "DSDT", "XSDT"]
+        );
+        assert_eq!(tables(&DeviceAddresses::Pci(31)), ["FACP", "APIC", "MCFG", "DSDT", "XSDT"]);
     }
 }

@@ -11,45 +11,15 @@ use vesta_tests::elf::Elf;
 use virtio::rate_limiter::RateLimiterConfig;
 use vm_memory::{Bytes, GuestAddress};
 
+use kvm_bindings::kvm_pic_state;
+
 use super::*;
 use crate::boot::BootFiles;
-use crate::kvm::Kvm;
+use crate::kvm::{Kvm, pic_state};
 use crate::legacy::{Output, SerialSetup};
 use crate::{DeviceSetup, Paused, Restore, Setup, event_channel};
 
 const PATIENCE: Duration = Duration::from_secs(20);
-
-fn pic(registers: kvm_pic_state) -> kvm_irqchip {
-    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_SLAVE, ..Default::default() };
-    chip.chip.pic = registers;
-    chip
-}
-
-#[test]
-fn only_a_pic_that_nobody_programmed_is_masked() {
-    let masked = |registers| {
-        let mut chip = pic(registers);
-        mask_unprogrammed_pic(&mut chip);
-        pic_state(&chip).unwrap()
-    };
-    let fresh = kvm_pic_state { elcr_mask: 0xde, irr: 8, ..Default::default() };
-    assert_eq!(masked(fresh), kvm_pic_state { imr: 0xff, ..fresh });
-    for programmed in [
-        kvm_pic_state { imr: 0xfe, ..fresh },
-        kvm_pic_state { init_state: 1, ..fresh },
-        kvm_pic_state { init4: 1, ..fresh },
-        kvm_pic_state { irq_base: 0x30, ..fresh },
-    ] {
-        assert_eq!(masked(programmed), programmed);
-    }
-}
-
-#[test]
-fn the_io_apic_is_not_mistaken_for_a_pic() {
-    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
-    mask_unprogrammed_pic(&mut chip);
-    assert!(chip.as_bytes()[8..].iter().all(|byte| *byte == 0));
-}
 
 fn saved_at(realtime: u64, flags: u32) -> ChipsetState {
     let clock = kvm_clock_data { realtime, flags, ..Default::default() };

@@ -12,7 +12,7 @@ use kvm_ioctls::VcpuFd;
 use super::Cpuid;
 use super::cpuid::{AMX, X87_LIMITS, shows_amx};
 use super::state::CpuidLeaf;
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError};
 
 /// The registers of a leaf, in order.
 const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
@@ -87,8 +87,8 @@ pub(crate) fn missing_features(
     vcpu: &VcpuFd,
     saved: &[CpuidLeaf],
 ) -> Result<Vec<String>, KvmError> {
-    vcpu.set_cpuid2(&host.for_vcpu(0)?).named("KVM_SET_CPUID2")?;
-    let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
+    vcpu.set_cpuid2(&host.for_vcpu(0)?).ioctl("KVM_SET_CPUID2")?;
+    let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).ioctl("KVM_GET_CPUID2")?;
     let here: Vec<_> = here.as_slice().iter().map(CpuidLeaf::from).collect();
     Ok(missing(&here, saved))
 }

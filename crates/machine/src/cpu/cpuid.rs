@@ -21,7 +21,7 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use super::Topology;
 use super::xsave::request_amx;
-use crate::kvm::{Kvm, KvmError, Named};
+use crate::kvm::{Ioctl, Kvm, KvmError};
 
 /// Who made the host's processor; some leaves mean different things.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,7 +133,7 @@ impl Cpuid {
                 _ => {}
             }
         }
-        CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG)).named("KVM_SET_CPUID2")
+        CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG)).ioctl("KVM_SET_CPUID2")
     }
 
     fn for_each(&mut self, function: u32, mut change: impl FnMut(&mut kvm_cpuid_entry2)) {

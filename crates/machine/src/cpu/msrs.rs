@@ -3,7 +3,7 @@
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_SYSENTER_CS: u32 = 0x174;
@@ -53,11 +53,11 @@ const BOOT_MSRS: [(u32, u64); 11] = [
 pub(crate) fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
     let entries = BOOT_MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
     let msrs = Msrs::from_entries(&entries).expect("eleven registers are few enough");
-    let set = vcpu.set_msrs(&msrs).named("KVM_SET_MSRS")?;
+    let set = vcpu.set_msrs(&msrs).ioctl("KVM_SET_MSRS")?;
     if set == entries.len() {
         return Ok(());
     }
     // KVM stops at the first that it refuses.
     log::error!("KVM refused to set the register {:#x} of a vCPU", entries[set].index);
-    Err(kvm_ioctls::Error::new(libc::EINVAL)).named("KVM_SET_MSRS")
+    Err(kvm_ioctls::Error::new(libc::EINVAL)).ioctl("KVM_SET_MSRS")
 }

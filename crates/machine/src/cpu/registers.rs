@@ -5,7 +5,7 @@ use kvm_ioctls::VcpuFd;
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError};
 use crate::layout;
 
 const CR0_PE: u64 = 1;
@@ -84,7 +84,7 @@ pub(crate) fn write_gdt(ram: &GuestRam, long: bool) {
 
 /// Segments and tables that both protocols share.
 fn flat_sregs(vcpu: &VcpuFd, long: bool) -> Result<kvm_sregs, KvmError> {
-    let mut sregs = vcpu.get_sregs().named("KVM_GET_SREGS")?;
+    let mut sregs = vcpu.get_sregs().ioctl("KVM_GET_SREGS")?;
     let [code, data, task] = segments(long);
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -102,9 +102,9 @@ pub(crate) fn set_for_pvh(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError> {
     sregs.cr0 = CR0_PE | CR0_ET;
     sregs.cr4 = 0;
     sregs.efer = 0;
-    vcpu.set_sregs(&sregs).named("KVM_SET_SREGS")?;
+    vcpu.set_sregs(&sregs).ioctl("KVM_SET_SREGS")?;
     let regs = kvm_regs { rflags: RFLAGS, rip: entry, rbx: layout::PVH_START_INFO, ..Default::default() };
-    vcpu.set_regs(&regs).named("KVM_SET_REGS")
+    vcpu.set_regs(&regs).ioctl("KVM_SET_REGS")
 }
 
 /// Linux 64-bit: long mode with the boot page tables, `%rsi` pointing to the zero page.
@@ -114,7 +114,7 @@ pub(crate) fn set_for_linux64(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError>
     sregs.cr4 = CR4_PAE;
     sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
     sregs.efer = EFER_LME | EFER_LMA;
-    vcpu.set_sregs(&sregs).named("KVM_SET_SREGS")?;
+    vcpu.set_sregs(&sregs).ioctl("KVM_SET_SREGS")?;
     let regs = kvm_regs {
         rflags: RFLAGS,
         rip: entry,
@@ -123,21 +123,21 @@ pub(crate) fn set_for_linux64(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError>
         rsi: layout::ZERO_PAGE,
         ..Default::default()
     };
-    vcpu.set_regs(&regs).named("KVM_SET_REGS")
+    vcpu.set_regs(&regs).ioctl("KVM_SET_REGS")
 }
 
 /// The floating-point unit as after `FNINIT`, with all exceptions masked.
 pub(crate) fn set_fpu(vcpu: &VcpuFd) -> Result<(), KvmError> {
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
-    vcpu.set_fpu(&fpu).named("KVM_SET_FPU")
+    vcpu.set_fpu(&fpu).ioctl("KVM_SET_FPU")
 }
 
 /// The local APIC's two pins as a BIOS leaves them: the PIC's interrupts on one, NMIs on the other.
 pub(crate) fn set_lapic(vcpu: &VcpuFd) -> Result<(), KvmError> {
-    let mut lapic = vcpu.get_lapic().named("KVM_GET_LAPIC")?;
+    let mut lapic = vcpu.get_lapic().ioctl("KVM_GET_LAPIC")?;
     set_delivery(&mut lapic, LAPIC_LVT_LINT0, DELIVER_EXT_INT);
     set_delivery(&mut lapic, LAPIC_LVT_LINT1, DELIVER_NMI);
-    vcpu.set_lapic(&lapic).named("KVM_SET_LAPIC")
+    vcpu.set_lapic(&lapic).ioctl("KVM_SET_LAPIC")
 }
 
 fn set_delivery(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {

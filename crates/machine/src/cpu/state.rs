@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use super::tsc::{self, IA32_TSC};
 use super::xsave::XsaveSize;
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError};
 use crate::raw;
 
 /// Armed in terms of the local APIC and the time stamp counter, so restored after both.
@@ -113,8 +113,8 @@ pub(crate) struct StateFormat {
 impl VcpuState {
     /// The state of `vcpu`.
     pub(crate) fn save(vcpu: &VcpuFd, format: &StateFormat) -> Result<Self, KvmError> {
-        let mp_state = vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
-        let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
+        let mp_state = vcpu.get_mp_state().ioctl("KVM_GET_MP_STATE")?;
+        let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).ioctl("KVM_GET_CPUID2")?;
         let nested = if format.nested { nested_state(vcpu)? } else { None };
         let (msrs, lapic) = save_timer(vcpu, &format.msrs)?;
         Ok(VcpuState {
@@ -122,15 +122,15 @@ impl VcpuState {
             tsc_khz: vcpu.get_tsc_khz().ok().filter(|khz| *khz != 0),
             tsc_offset: tsc::offset(vcpu),
             mp_state,
-            regs: vcpu.get_regs().named("KVM_GET_REGS")?,
-            sregs: vcpu.get_sregs().named("KVM_GET_SREGS")?,
+            regs: vcpu.get_regs().ioctl("KVM_GET_REGS")?,
+            sregs: vcpu.get_sregs().ioctl("KVM_GET_SREGS")?,
             xsave: format.xsave.get(vcpu)?,
-            xcrs: vcpu.get_xcrs().named("KVM_GET_XCRS")?,
-            debug: vcpu.get_debug_regs().named("KVM_GET_DEBUGREGS")?,
+            xcrs: vcpu.get_xcrs().ioctl("KVM_GET_XCRS")?,
+            debug: vcpu.get_debug_regs().ioctl("KVM_GET_DEBUGREGS")?,
             lapic,
             msrs,
             nested,
-            events: vcpu.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?,
+            events: vcpu.get_vcpu_events().ioctl("KVM_GET_VCPU_EVENTS")?,
         })
     }
 
@@ -138,28 +138,28 @@ impl VcpuState {
     pub(crate) fn prepare(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         let leaves: Vec<_> = self.cpuid.iter().map(kvm_cpuid_entry2::from).collect();
         let cpuid = CpuId::from_entries(&leaves).map_err(|_| KvmError::StateTooLarge("leaves of CPUID"))?;
-        vcpu.set_cpuid2(&cpuid).named("KVM_SET_CPUID2")?;
+        vcpu.set_cpuid2(&cpuid).ioctl("KVM_SET_CPUID2")?;
         self.restore_tsc_frequency(vcpu, format)
     }
 
     /// Sets everything else of a `vcpu` that is prepared and whose time stamp counter is set. KVM
     /// may access guest memory.
     pub(crate) fn restore(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
-        vcpu.set_mp_state(self.mp_state).named("KVM_SET_MP_STATE")?;
-        vcpu.set_regs(&self.regs).named("KVM_SET_REGS")?;
-        vcpu.set_sregs(&self.sregs).named("KVM_SET_SREGS")?;
+        vcpu.set_mp_state(self.mp_state).ioctl("KVM_SET_MP_STATE")?;
+        vcpu.set_regs(&self.regs).ioctl("KVM_SET_REGS")?;
+        vcpu.set_sregs(&self.sregs).ioctl("KVM_SET_SREGS")?;
         // The control registers say what the extended state may hold.
-        vcpu.set_xcrs(&self.xcrs).named("KVM_SET_XCRS")?;
+        vcpu.set_xcrs(&self.xcrs).ioctl("KVM_SET_XCRS")?;
         format.xsave.set(vcpu, &self.xsave)?;
-        vcpu.set_debug_regs(&self.debug).named("KVM_SET_DEBUGREGS")?;
+        vcpu.set_debug_regs(&self.debug).ioctl("KVM_SET_DEBUGREGS")?;
         restore_timer(vcpu, &self.msrs, &self.lapic)?;
         if let Some(nested) = &self.nested {
             if nested.size as usize > size_of::<KvmNestedStateBuffer>() {
                 return Err(KvmError::StateTooLarge("bytes of nested state"));
             }
-            vcpu.set_nested_state(nested).named("KVM_SET_NESTED_STATE")?;
+            vcpu.set_nested_state(nested).ioctl("KVM_SET_NESTED_STATE")?;
         }
-        vcpu.set_vcpu_events(&self.events).named("KVM_SET_VCPU_EVENTS")
+        vcpu.set_vcpu_events(&self.events).ioctl("KVM_SET_VCPU_EVENTS")
     }
 
     /// A guest goes on at the frequency that it knows. Where the host's is another one, the hardware has to scale.
@@ -202,11 +202,11 @@ impl Timer for VcpuFd {
     }
 
     fn lapic(&self) -> Result<kvm_lapic_state, KvmError> {
-        self.get_lapic().named("KVM_GET_LAPIC")
+        self.get_lapic().ioctl("KVM_GET_LAPIC")
     }
 
     fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), KvmError> {
-        VcpuFd::set_lapic(self, lapic).named("KVM_SET_LAPIC")
+        VcpuFd::set_lapic(self, lapic).ioctl("KVM_SET_LAPIC")
     }
 }
 
@@ -230,7 +230,7 @@ fn restore_timer(vcpu: &impl Timer, msrs: &[Msr], lapic: &kvm_lapic_state) -> Re
 
 fn nested_state(vcpu: &VcpuFd) -> Result<Option<Box<KvmNestedStateBuffer>>, KvmError> {
     let mut buffer = Box::new(KvmNestedStateBuffer::empty());
-    let length = vcpu.nested_state(&mut buffer).named("KVM_GET_NESTED_STATE")?;
+    let length = vcpu.nested_state(&mut buffer).ioctl("KVM_GET_NESTED_STATE")?;
     Ok(length.map(|_| buffer))
 }
 
@@ -241,7 +241,7 @@ pub(super) fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmEr
     while !left.is_empty() {
         let batch = &left[..left.len().min(MSRS_AT_ONCE)];
         let mut msrs = to_kvm(batch.iter().map(|index| Msr { index: *index, value: 0 }));
-        let count = vcpu.get_msrs(&mut msrs).named("KVM_GET_MSRS")?;
+        let count = vcpu.get_msrs(&mut msrs).ioctl("KVM_GET_MSRS")?;
         got.extend(msrs.as_slice()[..count].iter().map(|msr| Msr { index: msr.index, value: msr.data }));
         // KVM stops at the first that there is not.
         let refused = usize::from(count < batch.len());
@@ -255,7 +255,7 @@ pub(super) fn set_msrs(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), KvmError> {
     let mut left = msrs;
     while !left.is_empty() {
         let batch = &left[..left.len().min(MSRS_AT_ONCE)];
-        let count = vcpu.set_msrs(&to_kvm(batch.iter().copied())).named("KVM_SET_MSRS")?;
+        let count = vcpu.set_msrs(&to_kvm(batch.iter().copied())).ioctl("KVM_SET_MSRS")?;
         left = &left[count..];
         if count < batch.len() {
             let refused = left[0];

@@ -28,7 +28,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use super::state::{Msr, VcpuState, get_msrs, set_msrs};
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError};
 
 /// The counter's register.
 pub(super) const IA32_TSC: u32 = 0x10;
@@ -62,7 +62,7 @@ impl Counter for VcpuFd {
         // SAFETY: the kernel reads the attribute and the eight bytes that it points to, which live
         // until the call returns.
         let result = unsafe { ioctl_with_ref(self, KVM_SET_DEVICE_ATTR(), &attribute) };
-        if result == 0 { Ok(()) } else { Err(kvm_ioctls::Error::last()).named("KVM_SET_DEVICE_ATTR") }
+        if result == 0 { Ok(()) } else { Err(kvm_ioctls::Error::last()).ioctl("KVM_SET_DEVICE_ATTR") }
     }
 
     fn read(&self) -> Result<Option<u64>, KvmError> {

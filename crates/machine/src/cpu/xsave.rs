@@ -9,7 +9,7 @@ use std::sync::Once;
 use kvm_bindings::{Xsave, kvm_xsave};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError};
 
 /// Size of the area that every KVM knows.
 const LEGACY: usize = size_of::<kvm_xsave>();
@@ -61,10 +61,10 @@ impl XsaveSize {
             // SAFETY: the buffer has the size that the kernel gave for this VM. Features that would
             // make it larger (`request_amx`) are asked for before the process has a VM, and cannot
             // be once it has a vCPU.
-            unsafe { vcpu.get_xsave2(&mut area) }.named("KVM_GET_XSAVE2")?;
+            unsafe { vcpu.get_xsave2(&mut area) }.ioctl("KVM_GET_XSAVE2")?;
         } else {
             // SAFETY: `get_xsave` returns a `kvm_xsave`, which is what the structure begins with; its length stays 0.
-            unsafe { area.as_mut_fam_struct() }.xsave = vcpu.get_xsave().named("KVM_GET_XSAVE")?;
+            unsafe { area.as_mut_fam_struct() }.xsave = vcpu.get_xsave().ioctl("KVM_GET_XSAVE")?;
         }
         let mut bytes = Vec::with_capacity(self.bytes);
         let words = area.as_fam_struct_ref().xsave.region.iter().chain(area.as_slice());
@@ -95,6 +95,6 @@ impl XsaveSize {
         }
         // SAFETY: the buffer has the size that the kernel gave for this VM (see `get`), or that of a `kvm_xsave`, which is
         // all that a kernel without the extension reads.
-        unsafe { vcpu.set_xsave2(&area) }.named("KVM_SET_XSAVE")
+        unsafe { vcpu.set_xsave2(&area) }.ioctl("KVM_SET_XSAVE")
     }
 }

@@ -333,8 +333,8 @@ mod tests {
     use crate::bus::BusDevice;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
+    use sync::EventFd;
     use virtio::rate_limiter::BucketConfig;
-    use vmm_sys_util::eventfd::EventFd;
 
     const DATA: u64 = 0;
     const LINE_STATUS: u64 = 5;
@@ -348,7 +348,7 @@ mod tests {
         input: Option<OwnedFd>,
         limit: RateLimiterConfig,
     ) -> (Pump, Arc<SerialPort>) {
-        let interrupt = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let interrupt = EventFd::new().unwrap();
         start(SerialSetup { output, input, limit }, |console| Ok(SerialPort::new(interrupt, console)))
             .unwrap()
     }

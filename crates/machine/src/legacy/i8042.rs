@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::EventFd;
+use sync::{EventFd, locked};
 
 use crate::bus::BusDevice;
 use crate::events::{EventSink, MachineEvent};
@@ -78,7 +78,7 @@ impl I8042 {
 
     /// Its registers.
     pub(crate) fn save(&self) -> KeyboardState {
-        self.lock().clone()
+        locked(&self.state).clone()
     }
 
     /// Makes a fresh one what `state` says.
@@ -86,21 +86,17 @@ impl I8042 {
         let mut restored = state.clone();
         restored.buffer.truncate(BUFFER);
         self.interrupt_if_full(&restored);
-        *self.lock() = restored;
+        *locked(&self.state) = restored;
     }
 
     /// Presses Ctrl+Alt+Del.
     pub(crate) fn press_ctrl_alt_del(&self) -> Result<(), KeyboardFull> {
-        let mut state = self.lock();
+        let mut state = locked(&self.state);
         if state.buffer.len() + CTRL_ALT_DEL.len() > BUFFER {
             return Err(KeyboardFull(state.buffer.len()));
         }
         self.give(&mut state, &CTRL_ALT_DEL);
         Ok(())
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, KeyboardState> {
-        self.state.lock().expect("no holder of this lock panics")
     }
 
     /// Puts bytes where the guest reads them.
@@ -112,8 +108,7 @@ impl I8042 {
 
     fn interrupt_if_full(&self, state: &KeyboardState) {
         if !state.buffer.is_empty() && state.control & CONTROL_KEYBOARD_INTERRUPT != 0 {
-            // It fails only when its counter is full, and then the interrupt is on its way.
-            let _ = self.interrupt.write(1);
+            self.interrupt.signal();
         }
     }
 
@@ -145,7 +140,7 @@ impl I8042 {
 
 impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut state = self.lock();
+        let mut state = locked(&self.state);
         // The registers are a byte each: a string instruction is several accesses to the same one.
         for byte in data {
             *byte = match offset {
@@ -164,7 +159,7 @@ impl BusDevice for I8042 {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let mut state = self.lock();
+        let mut state = locked(&self.state);
         for &value in data {
             match offset {
                 DATA => self.data(&mut state, value),
@@ -183,7 +178,7 @@ mod tests {
 
     fn controller() -> (I8042, EventSource) {
         let (sink, source) = event_channel().unwrap();
-        (I8042::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), sink), source)
+        (I8042::new(EventFd::new().unwrap(), sink), source)
     }
 
     fn read(device: &I8042, offset: u64) -> u8 {
@@ -215,10 +210,10 @@ mod tests {
         let (device, _events) = controller();
         device.press_ctrl_alt_del().unwrap();
         for code in CTRL_ALT_DEL {
-            assert_eq!(device.interrupt.read().unwrap(), 1);
+            assert_eq!(device.interrupt.take(), 1);
             assert_eq!(read(&device, DATA), code);
         }
-        assert!(device.interrupt.read().is_err(), "nothing more to read, no interrupt");
+        assert_eq!(device.interrupt.take(), 0, "nothing more to read, no interrupt");
     }
 
     #[test]
@@ -246,7 +241,7 @@ mod tests {
             let (device, _events) = controller();
             for (write, offset, mut data) in ops {
                 if write { device.write(offset, &data) } else { device.read(offset, &mut data) }
-                prop_assert!(device.lock().buffer.len() <= BUFFER);
+                prop_assert!(locked(&device.state).buffer.len() <= BUFFER);
             }
         }
     }

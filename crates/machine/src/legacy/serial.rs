@@ -4,9 +4,9 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
+use sync::EventFd;
 use vm_superio::serial::{Serial, SerialEvents};
 use vm_superio::{SerialState, Trigger};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::console::{Console, ConsoleWriter};
 use crate::bus::BusDevice;
@@ -127,7 +127,8 @@ impl Trigger for Interrupt {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        self.0.signal();
+        Ok(())
     }
 }
 
