@@ -52,12 +52,11 @@ pub mod state;
 pub mod vcpu;
 
 mod acpi;
-mod assemble;
 mod cpu;
-mod generation;
-mod kick;
 mod page_watch;
 mod raw;
+mod vcpu_signal;
+mod vm_gen_id;
 
 pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};

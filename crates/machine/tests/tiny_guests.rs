@@ -154,7 +154,7 @@ fn a_triple_fault_is_reported_with_its_place() {
     let Some(guest) = guest(&kernel, &MachineConfig::default()) else { return };
     let _running = guest.machine.resume().unwrap();
     let MachineEvent::TripleFault(fault) = event(&guest.events) else { panic!("another event") };
-    let (rip, bytes) = fault.place.unwrap();
+    let (rip, bytes) = fault.instruction.unwrap();
     assert!(
         (rip, &bytes[..2]) == (address.into(), &[0x0f, 0x0b]) || rip == RESET_VECTOR,
         "{rip:#x} {bytes:x?}"
@@ -344,6 +344,6 @@ fn a_guest_that_saw_more_than_this_processor_has_is_refused_by_what_is_missing()
     let Err(error) = restored(&guest.machine, &state, &config, &serial, ClockAfter::Continues) else {
         panic!("it goes on without a feature that no processor has")
     };
-    assert!(matches!(&error, StartError::OtherProcessor { missing } if missing.len() == 1), "{error}");
+    assert!(matches!(&error, StartError::MissingCpuFeatures { missing } if missing.len() == 1), "{error}");
     assert!(error.to_string().contains("CPUID 0x7.0 edx bit 5"), "{error}");
 }

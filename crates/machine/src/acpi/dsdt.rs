@@ -9,15 +9,15 @@ use acpi_tables::{Aml, AmlSink};
 
 use virtio::transport::pci::{CONFIG_ADDRESS, ECAM_SIZE};
 
-use super::{OEM_ID, OEM_REVISION, SLEEP_TYPE_S5};
+use super::oem::{OEM_ID, OEM_REVISION};
 use crate::devices::{DeviceAddresses, MmioWindow};
-use crate::generation::VMCLOCK_SIZE;
 use crate::layout;
+use crate::vm_gen_id::VMCLOCK_SIZE;
 
 /// The whole table.
 pub(super) fn table(devices: &DeviceAddresses) -> impl Aml {
     let mut body = Vec::new();
-    Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
+    Name::new("_S5_".into(), &Package::new(vec![&layout::ACPI_SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
         .to_aml_bytes(&mut body);
     serial_port(&mut body);
     keyboard(&mut body);
@@ -86,7 +86,7 @@ fn keyboard(sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
-/// The two devices that tell a guest of another life ([`crate::generation`]), and the generic event device (ACPI 6.5, 5.6.9) whose
+/// The two devices that tell a guest of another life ([`crate::vm_gen_id`]), and the generic event device (ACPI 6.5, 5.6.9) whose
 /// interrupt makes the guest look at both.
 fn generation(sink: &mut dyn AmlSink) {
     const DEVICE_SPECIFIC_CHANGE: u8 = 0x80;

@@ -6,6 +6,7 @@
 //! All tables lie in the reserved part of the first MiB, between [`layout::ACPI_TABLES`] and [`layout::ACPI_TABLES_END`].
 
 mod dsdt;
+mod oem;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -20,8 +21,8 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::devices::DeviceAddresses;
 use crate::layout;
 
-const OEM_ID: [u8; 6] = *b"VESTA ";
-const OEM_REVISION: u32 = 1;
+use oem::{OEM_ID, OEM_REVISION};
+
 /// Which hypervisor this is, for whoever asks the FADT.
 const HYPERVISOR_ID: [u8; 8] = *b"VESTAKVM";
 
@@ -35,11 +36,6 @@ const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 /// `iapc_boot_arch`: there is no CMOS clock. There is one, for guests that look for it by
 /// themselves; Linux has a better clock.
 const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
-
-/// What is written to the reset register to reset.
-pub(crate) const RESET_VALUE: u8 = 1;
-/// The type of sleep that is power-off (S5), as `_S5_` tells the guest.
-pub(crate) const SLEEP_TYPE_S5: u8 = 5;
 
 /// Writes all tables for `cpus` vCPUs and these virtio devices, and gives the address of the root pointer.
 pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &DeviceAddresses) -> u64 {
@@ -95,7 +91,7 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (BOOT_ARCH_8042 | BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_CMOS_RTC).into();
     fadt.reset_reg = port(layout::ACPI_RESET);
-    fadt.reset_value = RESET_VALUE;
+    fadt.reset_value = layout::ACPI_RESET_VALUE;
     fadt.sleep_control_reg = port(layout::ACPI_SLEEP_CONTROL);
     fadt.sleep_status_reg = port(layout::ACPI_SLEEP_STATUS);
     fadt.hypervisor_vendor_identity = u64::from_le_bytes(HYPERVISOR_ID).into();

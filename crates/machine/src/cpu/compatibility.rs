@@ -9,8 +9,7 @@
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VcpuFd;
 
-use super::Cpuid;
-use super::cpuid::{AMX, X87_LIMITS, shows_amx};
+use super::cpuid::{AMX, Cpuid, X87_LIMITS, shows_amx};
 use super::state::CpuidLeaf;
 use crate::kvm::{Ioctl, KvmError};
 

@@ -19,7 +19,7 @@ use std::arch::x86_64::__cpuid_count;
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-use super::Topology;
+use super::topology::Topology;
 use super::xsave::request_amx;
 use crate::kvm::{Ioctl, Kvm, KvmError};
 

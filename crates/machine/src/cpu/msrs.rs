@@ -2,10 +2,12 @@
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
 
 use crate::kvm::{Ioctl, KvmError};
 
-const IA32_TSC: u32 = 0x10;
+/// The time stamp counter.
+pub(super) const IA32_TSC: u32 = 0x10;
 const IA32_SYSENTER_CS: u32 = 0x174;
 const IA32_SYSENTER_ESP: u32 = 0x175;
 const IA32_SYSENTER_EIP: u32 = 0x176;
@@ -16,6 +18,9 @@ const LSTAR: u32 = 0xc000_0082;
 const CSTAR: u32 = 0xc000_0083;
 const SYSCALL_MASK: u32 = 0xc000_0084;
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
+
+/// The most registers that KVM takes at once.
+const MSRS_AT_ONCE: usize = 256;
 
 /// `REP MOVS` is fast.
 const FAST_STRINGS: u64 = 1;
@@ -28,6 +33,15 @@ const MTRR_VARIABLE: std::ops::Range<u32> = 0x200..0x210;
 const MTRR_FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f];
 /// Machine check banks, four registers for each of KVM's 32.
 const MACHINE_CHECK_BANKS: std::ops::Range<u32> = 0x400..0x480;
+
+/// A model-specific register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Msr {
+    /// Its number.
+    pub index: u32,
+    /// What is in it.
+    pub value: u64,
+}
 
 /// Registers that KVM has and gives, and that `KVM_GET_MSR_INDEX_LIST` leaves out.
 pub(crate) fn unlisted_msrs() -> impl Iterator<Item = u32> {
@@ -60,4 +74,44 @@ pub(crate) fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
     // KVM stops at the first that it refuses.
     log::error!("KVM refused to set the register {:#x} of a vCPU", entries[set].index);
     Err(kvm_ioctls::Error::new(libc::EINVAL)).ioctl("KVM_SET_MSRS")
+}
+
+/// The registers as they are. One that KVM lists and this vCPU does not have is left out.
+pub(super) fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
+    let mut got = Vec::with_capacity(indices.len());
+    let mut left = indices;
+    while !left.is_empty() {
+        let batch = &left[..left.len().min(MSRS_AT_ONCE)];
+        let mut msrs = to_kvm(batch.iter().map(|index| Msr { index: *index, value: 0 }));
+        let count = vcpu.get_msrs(&mut msrs).ioctl("KVM_GET_MSRS")?;
+        got.extend(msrs.as_slice()[..count].iter().map(|msr| Msr { index: msr.index, value: msr.data }));
+        // KVM stops at the first that there is not.
+        let refused = usize::from(count < batch.len());
+        left = &left[count + refused..];
+    }
+    Ok(got)
+}
+
+/// Sets the registers. One that KVM refuses must have its value already.
+pub(super) fn set_msrs(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), KvmError> {
+    let mut left = msrs;
+    while !left.is_empty() {
+        let batch = &left[..left.len().min(MSRS_AT_ONCE)];
+        let count = vcpu.set_msrs(&to_kvm(batch.iter().copied())).ioctl("KVM_SET_MSRS")?;
+        left = &left[count..];
+        if count < batch.len() {
+            let refused = left[0];
+            if get_msrs(vcpu, &[refused.index])? != [refused] {
+                return Err(KvmError::Msr { index: refused.index, value: refused.value });
+            }
+            left = &left[1..];
+        }
+    }
+    Ok(())
+}
+
+fn to_kvm(msrs: impl Iterator<Item = Msr>) -> Msrs {
+    let entries: Vec<_> =
+        msrs.map(|msr| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() }).collect();
+    Msrs::from_entries(&entries).expect("a batch is as many as KVM takes")
 }

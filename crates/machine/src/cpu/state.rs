@@ -16,21 +16,20 @@
 //! The vCPU is still: its thread has left `KVM_RUN` with everything that it had begun done ([`crate::vcpu`]).
 
 use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
-use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd};
+use kvm_ioctls::{Cap, KvmNestedStateBuffer, VcpuFd};
 use serde::{Deserialize, Serialize};
 
-use super::tsc::{self, IA32_TSC};
+use super::msrs::{IA32_TSC, Msr, get_msrs, set_msrs, unlisted_msrs};
+use super::tsc::{self, SavedCounter};
 use super::xsave::XsaveSize;
-use crate::kvm::{Ioctl, KvmError};
+use crate::kvm::{Ioctl, Kvm, KvmError, Vm};
 use crate::raw;
 
 /// Armed in terms of the local APIC and the time stamp counter, so restored after both.
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// The most registers that KVM takes at once.
-const MSRS_AT_ONCE: usize = 256;
 /// Two clocks that differ by less are the same: a part in 4000, which a guest's own clock discipline makes good.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
@@ -88,26 +87,31 @@ pub struct CpuidLeaf {
     pub values: [u32; 4],
 }
 
-/// A model-specific register.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Msr {
-    /// Its number.
-    pub index: u32,
-    /// What is in it.
-    pub value: u64,
-}
-
 /// What saving and restoring need to know of the host.
 #[derive(Debug, Clone)]
 pub(crate) struct StateFormat {
     /// The registers that KVM can save.
-    pub(crate) msrs: Vec<u32>,
+    msrs: Vec<u32>,
     /// Size of the extended state.
-    pub(crate) xsave: XsaveSize,
-    /// KVM can save the state of a nested guest.
-    pub(crate) nested: bool,
-    /// The hardware can run a guest's time stamp counter at another frequency than the host's.
-    pub(crate) scales_tsc: bool,
+    xsave: XsaveSize,
+    /// Whether KVM can save the state of nested virtualization.
+    nested: bool,
+    /// Whether the CPU can scale a guest's time stamp counter to another frequency.
+    scales_tsc: bool,
+}
+
+impl StateFormat {
+    /// Asks KVM what it can save of the vCPUs of `vm`.
+    pub(crate) fn of(kvm: &Kvm, vm: &Vm) -> Result<Self, KvmError> {
+        let mut msrs = kvm.msr_indices()?;
+        msrs.extend(unlisted_msrs().filter(|index| !msrs.contains(index)).collect::<Vec<_>>());
+        Ok(StateFormat {
+            msrs,
+            xsave: XsaveSize::of(&vm.shared_fd()),
+            nested: kvm.saves_nested_state(),
+            scales_tsc: vm.shared_fd().check_extension(Cap::TscControl),
+        })
+    }
 }
 
 impl VcpuState {
@@ -132,6 +136,12 @@ impl VcpuState {
             nested,
             events: vcpu.get_vcpu_events().ioctl("KVM_GET_VCPU_EVENTS")?,
         })
+    }
+
+    /// The saved time stamp counter.
+    pub(crate) fn counter(&self) -> SavedCounter {
+        let counter = self.msrs.iter().find(|msr| msr.index == IA32_TSC).map(|msr| msr.value);
+        SavedCounter { counter, offset: self.tsc_offset, khz: self.tsc_khz }
     }
 
     /// Sets what a fresh `vcpu` has before its time stamp counter. No guest memory is accessed.
@@ -232,46 +242,6 @@ fn nested_state(vcpu: &VcpuFd) -> Result<Option<Box<KvmNestedStateBuffer>>, KvmE
     let mut buffer = Box::new(KvmNestedStateBuffer::empty());
     let length = vcpu.nested_state(&mut buffer).ioctl("KVM_GET_NESTED_STATE")?;
     Ok(length.map(|_| buffer))
-}
-
-/// The registers as they are. One that KVM lists and this vCPU does not have is left out.
-pub(super) fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
-    let mut got = Vec::with_capacity(indices.len());
-    let mut left = indices;
-    while !left.is_empty() {
-        let batch = &left[..left.len().min(MSRS_AT_ONCE)];
-        let mut msrs = to_kvm(batch.iter().map(|index| Msr { index: *index, value: 0 }));
-        let count = vcpu.get_msrs(&mut msrs).ioctl("KVM_GET_MSRS")?;
-        got.extend(msrs.as_slice()[..count].iter().map(|msr| Msr { index: msr.index, value: msr.data }));
-        // KVM stops at the first that there is not.
-        let refused = usize::from(count < batch.len());
-        left = &left[count + refused..];
-    }
-    Ok(got)
-}
-
-/// Sets the registers. One that KVM refuses must have its value already.
-pub(super) fn set_msrs(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), KvmError> {
-    let mut left = msrs;
-    while !left.is_empty() {
-        let batch = &left[..left.len().min(MSRS_AT_ONCE)];
-        let count = vcpu.set_msrs(&to_kvm(batch.iter().copied())).ioctl("KVM_SET_MSRS")?;
-        left = &left[count..];
-        if count < batch.len() {
-            let refused = left[0];
-            if get_msrs(vcpu, &[refused.index])? != [refused] {
-                return Err(KvmError::Msr { index: refused.index, value: refused.value });
-            }
-            left = &left[1..];
-        }
-    }
-    Ok(())
-}
-
-fn to_kvm(msrs: impl Iterator<Item = Msr>) -> Msrs {
-    let entries: Vec<_> =
-        msrs.map(|msr| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() }).collect();
-    Msrs::from_entries(&entries).expect("a batch is as many as KVM takes")
 }
 
 impl std::fmt::Debug for VcpuState {

@@ -27,11 +27,8 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
-use super::state::{Msr, VcpuState, get_msrs, set_msrs};
+use super::msrs::{IA32_TSC, Msr, get_msrs, set_msrs};
 use crate::kvm::{Ioctl, KvmError};
-
-/// The counter's register.
-pub(super) const IA32_TSC: u32 = 0x10;
 
 /// Counters that differ by less were read from one counter at different times. It is what KVM takes
 /// for one counter too.
@@ -89,14 +86,14 @@ fn tsc_offset_attribute(addr: u64) -> kvm_device_attr {
     kvm_device_attr { flags: 0, group: KVM_VCPU_TSC_CTRL, attr: KVM_VCPU_TSC_OFFSET.into(), addr }
 }
 
-/// Makes the counters of fresh `vcpus` what `states` say, `passed` later. Their frequencies are
-/// set.
+/// Restores the counters of new `vcpus`, moved on by the time that `passed`. The frequencies of the
+/// vCPUs are set already.
 pub(crate) fn restore_counters(
     vcpus: &[VcpuFd],
-    states: &[VcpuState],
+    saved: &[SavedCounter],
     passed: Duration,
 ) -> Result<(), KvmError> {
-    match Plan::of(&states.iter().map(Saved::of).collect::<Vec<_>>(), passed) {
+    match Plan::of(saved, passed) {
         Some(plan) => plan.apply(vcpus),
         None => Ok(()),
     }
@@ -104,25 +101,23 @@ pub(crate) fn restore_counters(
 
 /// What was saved of one vCPU's counter.
 #[derive(Debug, Clone, Copy)]
-struct Saved {
-    counter: Option<u64>,
-    offset: Option<u64>,
-    khz: Option<u32>,
+pub(crate) struct SavedCounter {
+    /// The counter's value.
+    pub(super) counter: Option<u64>,
+    /// The offset from the host's counter.
+    pub(super) offset: Option<u64>,
+    /// The frequency.
+    pub(super) khz: Option<u32>,
 }
 
-impl Saved {
-    fn of(state: &VcpuState) -> Self {
-        let counter = state.msrs.iter().find(|msr| msr.index == IA32_TSC).map(|msr| msr.value);
-        Saved { counter, offset: state.tsc_offset, khz: state.tsc_khz }
-    }
-
+impl SavedCounter {
     /// Ticks in this time, modulo 2^64 as the counter.
     fn ticks(self, time: Duration) -> u64 {
         (time.as_nanos() * u128::from(self.khz.unwrap_or(0)) / 1_000_000) as u64
     }
 
     /// How far this counter is ahead of the one of `first` at any one moment.
-    fn lead(self, first: Saved) -> u64 {
+    fn lead(self, first: SavedCounter) -> u64 {
         if let (Some(own), Some(other)) = (self.offset, first.offset) {
             return own.wrapping_sub(other);
         }
@@ -143,7 +138,7 @@ struct Plan {
 
 impl Plan {
     /// `None` where no counter was saved.
-    fn of(saved: &[Saved], passed: Duration) -> Option<Self> {
+    fn of(saved: &[SavedCounter], passed: Duration) -> Option<Self> {
         let first = *saved.first()?;
         let leads: Vec<_> = saved.iter().map(|vcpu| vcpu.lead(first)).collect();
         let start = first.counter?;
@@ -178,11 +173,11 @@ mod tests {
     const SECOND: u64 = 2_000_000_000;
     const NOW: Duration = Duration::ZERO;
 
-    fn saved(counter: u64, offset: Option<u64>) -> Saved {
-        Saved { counter: Some(counter), offset, khz: Some(KHZ) }
+    fn saved(counter: u64, offset: Option<u64>) -> SavedCounter {
+        SavedCounter { counter: Some(counter), offset, khz: Some(KHZ) }
     }
 
-    fn plan(saved: &[Saved], passed: Duration) -> Plan {
+    fn plan(saved: &[SavedCounter], passed: Duration) -> Plan {
         Plan::of(saved, passed).unwrap()
     }
 
@@ -214,7 +209,7 @@ mod tests {
     #[test]
     fn a_state_without_counters_restores_none() {
         assert_eq!(Plan::of(&[], NOW), None);
-        assert_eq!(Plan::of(&[Saved { counter: None, offset: None, khz: None }], NOW), None);
+        assert_eq!(Plan::of(&[SavedCounter { counter: None, offset: None, khz: None }], NOW), None);
     }
 
     /// A host whose counter advances with every call, at a frequency that is scaled for the guest.

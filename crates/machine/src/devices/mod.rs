@@ -56,8 +56,8 @@ use net::NetControl;
 use virtio::worker::{WorkerId, Workers, WorkersConfig, monotonic};
 use vsock::VsockControl;
 
+use crate::bus::Buses;
 use crate::kvm::Vm;
-use crate::vcpu::Buses;
 
 use adapter::{BuildContext, IoWorkers};
 use io_event_fds::KvmIoEventFds;

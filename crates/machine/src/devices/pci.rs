@@ -20,9 +20,9 @@ use virtio::transport::{Attachment, IoEventFds};
 use super::address::first_bar;
 use super::error::DeviceError;
 use crate::bus::BusDevice;
+use crate::bus::Buses;
 use crate::kvm::Vm;
 use crate::layout;
-use crate::vcpu::Buses;
 
 /// Creates the PCI bus and puts its registers on the machine's buses.
 pub(super) fn add_root(buses: &mut Buses, io_event_fds: Arc<dyn IoEventFds>) -> Arc<PciRoot> {

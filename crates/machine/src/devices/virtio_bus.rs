@@ -15,8 +15,8 @@ use super::error::DeviceError;
 use super::io_event_fds::KvmIoEventFds;
 use super::state::{DevicesState, SavedDevice, SavedTransport};
 use super::{mmio, pci};
+use crate::bus::Buses;
 use crate::kvm::Vm;
-use crate::vcpu::Buses;
 
 /// All virtio devices of a machine.
 pub(super) struct VirtioBus {
