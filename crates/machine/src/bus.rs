@@ -1,22 +1,22 @@
 //! The buses of a machine: they find the device at a port or at a memory address.
 //!
-//! A bus is filled while a machine is built. Afterwards all vCPU threads read it; each device does its
-//! own locking.
+//! A bus is filled while a machine is built. Afterwards all vCPU threads read it; each device does
+//! its own locking.
 //!
-//! As on hardware, a read that hits no device returns all ones, and a write that hits none is ignored.
-//! An access that begins in a device's range goes to that device with its full length, also if it
-//! ends behind the range.
+//! As on hardware, a read that hits no device returns all ones, and a write that hits none is
+//! ignored. An access that begins in a device's range goes to that device with its full length,
+//! also if it ends behind the range.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A device on a bus. Offsets count from the start of the device's range. `data` is little-endian and
-/// not empty.
+/// A device on a bus. Offsets count from the start of the device's range. `data` is little-endian
+/// and not empty.
 ///
-/// A device accepts any length. MMIO accesses have 1 to 8 bytes. On the port bus, KVM passes a string
-/// instruction (`rep ins`, `rep outs`) as one access with all its bytes. Devices with registers of one
-/// byte treat it as hardware does, as several accesses to the one port. Other devices treat it as an
-/// access that is too wide.
+/// A device accepts any length. MMIO accesses have 1 to 8 bytes. On the port bus, KVM passes a
+/// string instruction (`rep ins`, `rep outs`) as one access with all its bytes. Devices with
+/// registers of one byte treat it as hardware does, as several accesses to the one port. Other
+/// devices treat it as an access that is too wide.
 pub trait BusDevice: Send + Sync {
     /// Reads registers; fills all of `data`.
     fn read(&self, offset: u64, data: &mut [u8]);

@@ -2,8 +2,8 @@
 //!
 //! Threads post events; the owner takes them. A descriptor is readable while an event waits.
 //!
-//! The first event decides. While it waits to be taken, later ones are dropped, so that a guest that
-//! keeps asking for its end uses no memory.
+//! The first event decides. While it waits to be taken, later ones are dropped, so that a guest
+//! that keeps asking for its end uses no memory.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};

@@ -1,11 +1,11 @@
 //! Watches the page server of a guest whose memory comes from one ([`memory::page_server`]).
 //!
-//! A guest whose server has ended would wait for ever at its next missing page. So a thread waits for
-//! the server's end ([`memory::page_server`] says what counts as one) and reports it to the machine's
-//! owner, which ends the process. Until then no waiting thread is released: a vCPU or a disk would
-//! continue with zeros. If the owner does not react within [`OWNER_TIMEOUT`], because it waits for a
-//! page itself, this thread ends the process. A server that only stalls is reported in the log: it may
-//! recover.
+//! A guest whose server has ended would wait for ever at its next missing page. So a thread waits
+//! for the server's end ([`memory::page_server`] says what counts as one) and reports it to the
+//! machine's owner, which ends the process. Until then no waiting thread is released: a vCPU or a
+//! disk would continue with zeros. If the owner does not react within [`OWNER_TIMEOUT`], because it
+//! waits for a page itself, this thread ends the process. A server that only stalls is reported in
+//! the log: it may recover.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 //! Whether this host's KVM runs unmodified guests.
 //!
-//! A software KVM (PVM) has no hardware virtualization: it interprets a guest's kernel, and stops at
-//! the first instruction that it does not know. So the probe runs tiny guests, with instructions that
-//! every kernel executes and a software KVM cannot.
+//! A software KVM (PVM) has no hardware virtualization: it interprets a guest's kernel, and stops
+//! at the first instruction that it does not know. So the probe runs tiny guests, with instructions
+//! that every kernel executes and a software KVM cannot.
 
 use std::thread;
 use std::time::Duration;

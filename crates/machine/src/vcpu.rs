@@ -3,37 +3,37 @@
 //! # Protocol
 //!
 //! A thread starts paused. Its owner sends [`Request`]s. A running thread reads them only when
-//! `KVM_RUN` has returned `EINTR`, which a [signal](vcpu_signal) causes. By then KVM has completed any port
-//! or MMIO access that this process had answered. So the registers of a vCPU that has acknowledged a
-//! pause are consistent.
+//! `KVM_RUN` has returned `EINTR`, which a [signal](vcpu_signal) causes. By then KVM has completed
+//! any port or MMIO access that this process had answered. So the registers of a vCPU that has
+//! acknowledged a pause are consistent.
 //!
 //! ```text
 //!            Resume                signal -> EINTR -> Pause
 //!  Paused -----------> Running --------------------------------> Paused (acknowledged)
 //!    |                    |  KVM cannot run the guest: event posted
-//!    | Stop               +-------------------------------------> Halted: Paused, but ignores Resume
+//!    | Stop               +-------------------------------------> Halted (ignores Resume)
 //!    v
 //!  ended
 //! ```
 //!
-//! A paused thread answers `Save` with its vCPU's state and stays paused. One that never ran answers
-//! `Restore` when its vCPU has its saved state, for which it may wait for guest memory. `Connect`
-//! gives it the buses, which are filled after the vCPUs have their state. Both come before the first
-//! `Resume`.
+//! A paused thread answers `Save` with its vCPU's state and stays paused. One that never ran
+//! answers `Restore` when its vCPU has its saved state, for which it may wait for guest memory.
+//! `Connect` gives it the buses, which are filled after the vCPUs have their state. Both come
+//! before the first `Resume`.
 //!
 //! # Exits
 //!
-//! On a port or MMIO exit the thread finds the address on a bus and accesses registers. It waits for
-//! nothing else, but for one bounded wait: a driver's reset of a device on virtio-mmio.
+//! On a port or MMIO exit the thread finds the address on a bus and accesses registers. It waits
+//! for nothing else, but for one bounded wait: a driver's reset of a device on virtio-mmio.
 //!
 //! # Errors of `KVM_RUN`
 //!
 //! - `EINTR`: a signal.
-//! - `EAGAIN`: the vCPU was not ready to run (it waited for its start-up interrupt). The thread enters
-//!   the guest again.
+//! - `EAGAIN`: the vCPU was not ready to run (it waited for its start-up interrupt). The thread
+//!   enters the guest again.
 //! - `ENOMEM`: see [`ENTRY_RETRIES`]. The thread enters again, a bounded number of times.
-//! - Any other error ends the guest. `EFAULT` is one: KVM cannot access a page of guest memory (a bad
-//!   sector under a memory file, no free huge page), and would fail again.
+//! - Any other error ends the guest. `EFAULT` is one: KVM cannot access a page of guest memory (a
+//!   bad sector under a memory file, no free huge page), and would fail again.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -61,8 +61,8 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(2);
 /// How often in a row `KVM_RUN` may return `ENOMEM` before the guest ends.
 ///
 /// Linux 6.11 to 6.13 return it at a VM's first entry if a signal is pending while KVM creates its
-/// huge page recovery thread. The signal that stops a vCPU may be that signal; it is gone at the next
-/// try. A host that is out of memory returns `ENOMEM` every time.
+/// huge page recovery thread. The signal that stops a vCPU may be that signal; it has passed at the
+/// next try. A host that is out of memory returns `ENOMEM` every time.
 const ENTRY_RETRIES: u32 = 32;
 
 /// What the owner asks of a vCPU thread.
@@ -119,7 +119,8 @@ pub(crate) struct VcpuHandle {
 
 impl VcpuHandle {
     /// Starts the thread, paused and without buses. Its name is `fc_vcpu {id}`, which tools look
-    /// for. `run_size` is the size of the mapping that the vCPU shares with KVM (`kvm_run`), in bytes.
+    /// for. `run_size` is the size of the mapping that the vCPU shares with KVM (`kvm_run`), in
+    /// bytes.
     pub(crate) fn spawn(
         id: u8,
         (fd, run_size): (VcpuFd, usize),
@@ -178,7 +179,8 @@ impl VcpuHandle {
         self.requests.send(Request::Resume).map_err(|_| VcpuThreadDied(self.id))
     }
 
-    /// Asks the vCPU to pause; [`Self::wait_paused`] waits until it has. (Ask all, then wait for all.)
+    /// Asks the vCPU to pause; [`Self::wait_paused`] waits until it has. (Ask all, then wait for
+    /// all.)
     pub(crate) fn request_pause(&self) -> Result<(), VcpuThreadDied> {
         self.requests.send(Request::Pause).map_err(|_| VcpuThreadDied(self.id))?;
         self.pauses.set(self.pauses.get() + 1);
@@ -186,9 +188,9 @@ impl VcpuHandle {
         Ok(())
     }
 
-    /// Waits until the vCPU has paused as requested, at most until `deadline`. After the deadline it
-    /// still pauses later. A caller that gives up resumes the vCPU, which then runs on after that
-    /// pause.
+    /// Waits until the vCPU has paused as requested, at most until `deadline`. After the deadline
+    /// it still pauses later. A caller that gives up resumes the vCPU, which then runs on after
+    /// that pause.
     pub(crate) fn wait_paused(&self, deadline: Instant) -> Result<(), PauseWaitError> {
         // Pauses that earlier callers gave up are acknowledged first.
         while self.pauses.get() > 0 {
@@ -208,8 +210,8 @@ impl VcpuHandle {
         self.send_signal();
     }
 
-    /// Asks the paused vCPU for its state; [`Self::take_state`] waits for it. (Ask all, then wait for
-    /// all.)
+    /// Asks the paused vCPU for its state; [`Self::take_state`] waits for it. (Ask all, then wait
+    /// for all.)
     pub(crate) fn request_state(&self, format: &Arc<StateFormat>) -> Result<(), VcpuThreadDied> {
         self.requests.send(Request::Save(Arc::clone(format))).map_err(|_| VcpuThreadDied(self.id))
     }
@@ -225,7 +227,8 @@ impl VcpuHandle {
 
     /// Waits until the thread answers or has ended, at most until `deadline`, and keeps sending
     /// signals. One is not enough with a software KVM (PVM): it continues from one exit to the next
-    /// without reading `immediate_exit`, and notices a signal only while it interprets instructions.
+    /// without reading `immediate_exit`, and notices a signal only while it interprets
+    /// instructions.
     fn wait(&self, deadline: Option<Instant>) -> Result<Answer, RecvTimeoutError> {
         loop {
             match self.answers.recv_timeout(SIGNAL_INTERVAL) {
@@ -387,8 +390,8 @@ impl Vcpu {
     }
 
     fn acknowledge_pause(&self) {
-        // Tells the guest's watchdogs that time will jump. KVM refuses it for a guest that has set up
-        // no such clock.
+        // Tells the guest's watchdogs that time will jump. KVM refuses it for a guest that has set
+        // up no such clock.
         let _ = self.fd.kvmclock_ctrl();
         // If the owner is gone, no one waits for the answer.
         let _ = self.answer.send(Answer::Paused);

@@ -1,12 +1,14 @@
 //! The signal that makes a vCPU thread leave `KVM_RUN`.
 //!
 //! A signal alone may come too early: just before the thread enters the guest, where it would then
-//! stay. So the handler, which runs on the vCPU's own thread, sets `immediate_exit` in the `kvm_run`
-//! mapping that the thread shares with KVM. The next `KVM_RUN` then completes a pending port or MMIO
-//! access and returns at once.
+//! stay. So the handler, which runs on the vCPU's own thread, sets `immediate_exit` in the
+//! `kvm_run` mapping that the thread shares with KVM. The next `KVM_RUN` then completes a pending
+//! port or MMIO access and returns at once.
 //!
-//! The thread makes its vCPU [`ThreadVcpu`] before its first `KVM_RUN`. Unsafe code is here because the
-//! signal handler reaches the mapping through a raw pointer.
+//! The thread makes its vCPU [`ThreadVcpu`] before its first `KVM_RUN`. Unsafe code is here because
+//! the signal handler reaches the mapping through a raw pointer.
+
+#![expect(unsafe_code, reason = "a signal handler writes to the mapping that a vCPU shares with KVM")]
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -31,8 +33,8 @@ fn signal_number() -> libc::c_int {
 
 extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     if let Some(flag) = NonNull::new(IMMEDIATE_EXIT.get()) {
-        // SAFETY: the pointer is into the mapping of the `ThreadVcpu` of this thread. `ThreadVcpu` clears
-        // it before its mapping is unmapped.
+        // SAFETY: the pointer is into the mapping of the `ThreadVcpu` of this thread. `ThreadVcpu`
+        // clears it before its mapping is unmapped.
         unsafe { flag.as_ptr().write_volatile(1) };
     }
 }
@@ -52,16 +54,15 @@ pub(crate) struct ThreadVcpu {
 }
 
 impl ThreadVcpu {
-    /// Makes this thread the one that runs the vCPU, whose `kvm_run` mapping has `run_size` bytes. A
-    /// thread runs at most one vCPU.
+    /// Makes this thread the one that runs the vCPU, whose `kvm_run` mapping has `run_size` bytes.
+    /// A thread runs at most one vCPU.
     pub(crate) fn new(mut fd: VcpuFd, run_size: usize) -> Self {
         debug_assert!(IMMEDIATE_EXIT.get().is_null());
         let run = fd.get_kvm_run();
         IMMEDIATE_EXIT.set(&raw mut run.immediate_exit);
-        // A fork of this process must not inherit the mapping: it would keep this guest alive in the
-        // kernel after its own process has ended.
-        // SAFETY: the range is the mapping of `fd`, whose size the kernel reported. The advice does
-        // not change the memory of this process.
+        // A fork of this process must not inherit the mapping: it would keep this guest alive in
+        // the kernel after its own process has ended. SAFETY: the range is the mapping of `fd`,
+        // whose size the kernel reported. The advice does not change the memory of this process.
         let kept = unsafe { rustix::mm::madvise((&raw mut *run).cast(), run_size, Advice::LinuxDontFork) };
         debug_assert!(kept.is_ok(), "a mapping takes the advice: {kept:?}");
         ThreadVcpu { fd, not_send: PhantomData }

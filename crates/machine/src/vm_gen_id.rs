@@ -2,13 +2,13 @@
 //!
 //! Two ACPI devices, each with a page of guest memory:
 //!
-//! - the **VM generation ID**: 16 random bytes, which change at each restore and fork. A Linux guest
-//!   then reseeds its random number generator;
-//! - the **VMClock** (UAPI.13): a counter of disruptions and one of VM generations. It does not tell the
-//!   time.
+//! - the **VM generation ID**: 16 random bytes, which change at each restore and fork. A Linux
+//!   guest then reseeds its random number generator;
+//! - the **VMClock** (UAPI.13): a counter of disruptions and one of VM generations. It does not
+//!   tell the time.
 //!
-//! The interrupt of a generic event device announces a change of both ([`crate::acpi`]). The pages are
-//! written while the vCPUs are paused, so the guest never sees half a change.
+//! The interrupt of a generic event device announces a change of both ([`crate::acpi`]). The pages
+//! are written while the vCPUs are paused, so the guest never sees half a change.
 
 use memory::GuestRam;
 use sync::EventFd;

@@ -1,19 +1,24 @@
 //! All state of a vCPU that KVM has, as plain data.
 //!
-//! # Order
+//! The vCPU is paused: its thread has left `KVM_RUN`, and no access of the guest is half done
+//! ([`crate::vcpu`]).
 //!
-//! Saving: the processor's state of running (`KVM_GET_MP_STATE`) first, because KVM then takes in what is pending, and the pending events
-//! last. The deadline timer keeps running while the vCPU is paused, and KVM may move its interrupt
-//! into the local APIC at any moment. So the registers are read before the local APIC ([`Timer`]).
+//! # Order of a save
 //!
-//! Restoring has three steps. [`VcpuState::prepare`] sets CPUID, which decides which registers
-//! there are, and the frequency of the time stamp counter. Then the counters of all vCPUs are set
-//! together ([`super::tsc`]). [`VcpuState::restore`] sets the rest: the local APIC before the
-//! deadline timer, which is armed in its terms and in those of the counter; the events last. Only
-//! this third step makes KVM access guest memory (clock pages, page tables in PAE mode, nested
-//! state), so it may wait for a page server; it runs on the vCPU's own thread.
+//! The run state (`KVM_GET_MP_STATE`) is read first, because this call makes KVM apply pending
+//! events. The events are read last. The deadline timer keeps running while the vCPU is paused, and
+//! KVM may move its interrupt into the local APIC at any moment. So MSRs are read before the local
+//! APIC ([`Timer`]).
 //!
-//! The vCPU is still: its thread has left `KVM_RUN` with everything that it had begun done ([`crate::vcpu`]).
+//! # Order of a restore
+//!
+//! 1. [`VcpuState::prepare`] sets CPUID, which decides which registers a vCPU has, and the
+//!    frequency of the time stamp counter.
+//! 2. The counters of all vCPUs are set together ([`super::tsc`]).
+//! 3. [`VcpuState::restore`] sets the rest: the local APIC before the deadline timer, which depends
+//!    on it and on the counter; the events last. Only in this step KVM accesses guest memory (clock
+//!    pages, page tables in PAE mode, nested state). It may wait for a page server, so it runs on
+//!    the vCPU's own thread.
 
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs,
@@ -28,22 +33,23 @@ use super::xsave::XsaveSize;
 use crate::kvm::{Ioctl, Kvm, KvmError, Vm};
 use crate::raw;
 
-/// Armed in terms of the local APIC and the time stamp counter, so restored after both.
+/// Depends on the local APIC and on the time stamp counter, so it is restored after both.
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// Two clocks that differ by less are the same: a part in 4000, which a guest's own clock discipline makes good.
+/// Frequencies that differ by less count as the same. The guest's clock discipline corrects this
+/// error of 1 in 4000.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
-/// What a vCPU is at one moment.
+/// All state of a vCPU.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VcpuState {
-    /// What CPUID shows.
+    /// The leaves of CPUID.
     pub cpuid: Vec<CpuidLeaf>,
-    /// Frequency of the time stamp counter; `None` where KVM did not say.
+    /// Frequency of the time stamp counter in kHz; `None` if KVM does not report it.
     pub tsc_khz: Option<u32>,
-    /// Offset of the time stamp counter from the host's; `None` where KVM does not tell.
+    /// Offset of the time stamp counter from the host's; `None` if KVM does not report it.
     #[serde(default)]
     pub tsc_offset: Option<u64>,
-    /// Whether it runs, waits for an interrupt, or for its start.
+    /// Whether the vCPU runs, waits for an interrupt, or waits to be started.
     #[serde(with = "raw")]
     mp_state: kvm_mp_state,
     /// General registers.
@@ -52,7 +58,7 @@ pub struct VcpuState {
     /// Segments and control registers.
     #[serde(with = "raw")]
     sregs: kvm_sregs,
-    /// Floating point and everything after it.
+    /// The extended state: floating point and vector registers, and what else XSAVE covers.
     #[serde(with = "serde_bytes")]
     xsave: Vec<u8>,
     /// Extended control registers.
@@ -66,10 +72,10 @@ pub struct VcpuState {
     lapic: kvm_lapic_state,
     /// Model-specific registers.
     pub msrs: Vec<Msr>,
-    /// Exceptions and interrupts on their way.
+    /// Pending exceptions and interrupts.
     #[serde(with = "raw")]
     events: kvm_vcpu_events,
-    /// The state of a guest of the guest.
+    /// The state of nested virtualization.
     #[serde(default, with = "raw::optional")]
     nested: Option<Box<KvmNestedStateBuffer>>,
 }
@@ -77,9 +83,9 @@ pub struct VcpuState {
 /// A leaf of CPUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuidLeaf {
-    /// Its number.
+    /// The leaf's number.
     pub leaf: u32,
-    /// Its index, where it has several.
+    /// The index (ecx), if the leaf has several.
     pub index: u32,
     /// KVM's flags.
     pub flags: u32,
@@ -87,10 +93,10 @@ pub struct CpuidLeaf {
     pub values: [u32; 4],
 }
 
-/// What saving and restoring need to know of the host.
+/// What this host's KVM can save of a vCPU.
 #[derive(Debug, Clone)]
 pub(crate) struct StateFormat {
-    /// The registers that KVM can save.
+    /// The MSRs that KVM can save.
     msrs: Vec<u32>,
     /// Size of the extended state.
     xsave: XsaveSize,
@@ -115,7 +121,7 @@ impl StateFormat {
 }
 
 impl VcpuState {
-    /// The state of `vcpu`.
+    /// Saves the state of `vcpu`.
     pub(crate) fn save(vcpu: &VcpuFd, format: &StateFormat) -> Result<Self, KvmError> {
         let mp_state = vcpu.get_mp_state().ioctl("KVM_GET_MP_STATE")?;
         let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).ioctl("KVM_GET_CPUID2")?;
@@ -144,7 +150,7 @@ impl VcpuState {
         SavedCounter { counter, offset: self.tsc_offset, khz: self.tsc_khz }
     }
 
-    /// Sets what a fresh `vcpu` has before its time stamp counter. No guest memory is accessed.
+    /// Restores CPUID and the counter's frequency of a new `vcpu`. KVM accesses no guest memory.
     pub(crate) fn prepare(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         let leaves: Vec<_> = self.cpuid.iter().map(kvm_cpuid_entry2::from).collect();
         let cpuid = CpuId::from_entries(&leaves).map_err(|_| KvmError::StateTooLarge("leaves of CPUID"))?;
@@ -152,13 +158,13 @@ impl VcpuState {
         self.restore_tsc_frequency(vcpu, format)
     }
 
-    /// Sets everything else of a `vcpu` that is prepared and whose time stamp counter is set. KVM
-    /// may access guest memory.
+    /// Restores the rest of a `vcpu` that is prepared and whose time stamp counter is set. KVM may
+    /// access guest memory.
     pub(crate) fn restore(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         vcpu.set_mp_state(self.mp_state).ioctl("KVM_SET_MP_STATE")?;
         vcpu.set_regs(&self.regs).ioctl("KVM_SET_REGS")?;
         vcpu.set_sregs(&self.sregs).ioctl("KVM_SET_SREGS")?;
-        // The control registers say what the extended state may hold.
+        // Before the extended state: these registers say what it may contain.
         vcpu.set_xcrs(&self.xcrs).ioctl("KVM_SET_XCRS")?;
         format.xsave.set(vcpu, &self.xsave)?;
         vcpu.set_debug_regs(&self.debug).ioctl("KVM_SET_DEBUGREGS")?;
@@ -172,8 +178,9 @@ impl VcpuState {
         vcpu.set_vcpu_events(&self.events).ioctl("KVM_SET_VCPU_EVENTS")
     }
 
-    /// A guest goes on at the frequency that it knows. Where the host's is another one, the hardware has to scale.
-    /// (Without that KVM would imitate a higher frequency by jumps, at other moments on each vCPU.)
+    /// Restores the counter's frequency, which the guest knows. If the host's differs, the CPU must
+    /// be able to scale it. (Without scaling, KVM would emulate a higher frequency by jumps, at
+    /// different moments on each vCPU.)
     fn restore_tsc_frequency(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         let (Some(saved), Ok(here)) = (self.tsc_khz, vcpu.get_tsc_khz()) else { return Ok(()) };
         let difference = u64::from(saved.abs_diff(here));
@@ -186,15 +193,15 @@ impl VcpuState {
     }
 }
 
-/// What the deadline timer and its interrupt are in: a register and the local APIC.
+/// The deadline timer of a vCPU. Its deadline is in an MSR, its interrupt in the local APIC.
 ///
-/// KVM moves the interrupt of a deadline that is over from the register, which becomes zero, to the
-/// local APIC. It does that at any moment, also on a paused vCPU (`apic_timer_expired` with APICv).
-/// And setting the local APIC disarms the timer.
+/// When the deadline has passed, KVM sets the MSR to 0 and raises the interrupt in the local APIC.
+/// It may do so at any moment, also on a paused vCPU (`apic_timer_expired` with APICv). Setting the
+/// local APIC disarms the timer.
 trait Timer {
-    /// Reads registers.
+    /// Reads MSRs.
     fn msrs(&self, indices: &[u32]) -> Result<Vec<Msr>, KvmError>;
-    /// Sets registers.
+    /// Writes MSRs.
     fn set_msrs(&self, msrs: &[Msr]) -> Result<(), KvmError>;
     /// Reads the local APIC.
     fn lapic(&self) -> Result<kvm_lapic_state, KvmError>;
@@ -220,16 +227,16 @@ impl Timer for VcpuFd {
     }
 }
 
-/// Reads the registers and then the local APIC. A deadline that ends in between is in both: the
-/// guest gets one interrupt too many, which it takes for a late one. The other way round it would
-/// be in neither, and a guest without ticks stops.
+/// Reads the MSRs, then the local APIC. A deadline that passes in between is in both: the guest
+/// gets one interrupt too many, which it treats as a late one. In the other order it could be in
+/// neither, and a tickless guest would stop.
 fn save_timer(vcpu: &impl Timer, indices: &[u32]) -> Result<(Vec<Msr>, kvm_lapic_state), KvmError> {
     let msrs = vcpu.msrs(indices)?;
     Ok((msrs, vcpu.lapic()?))
 }
 
-/// Sets the local APIC, then the registers, the deadline last. The time stamp counter is set
-/// already and is left out.
+/// Sets the local APIC, then the MSRs, the deadline last. Leaves out the time stamp counter, which
+/// is set already.
 fn restore_timer(vcpu: &impl Timer, msrs: &[Msr], lapic: &kvm_lapic_state) -> Result<(), KvmError> {
     vcpu.set_lapic(lapic)?;
     let set = msrs.iter().copied().filter(|msr| msr.index != IA32_TSC);
@@ -283,8 +290,8 @@ mod tests {
     use super::*;
     use std::cell::RefCell;
 
-    /// A deadline timer whose time is over as soon as one of its two halves was read, as KVM may
-    /// have it.
+    /// A deadline timer whose deadline passes as soon as one of its two halves was read, which KVM
+    /// allows.
     #[derive(Default)]
     struct FakeTimer(RefCell<Halves>);
 

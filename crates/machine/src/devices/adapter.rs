@@ -1,7 +1,7 @@
 //! What the device table needs to know of each kind of device.
 //!
-//! An adapter has no state. It says how devices of its kind are called, which I/O workers they need,
-//! and how the device's own crate builds and restores one.
+//! An adapter has no state. It says how devices of its kind are called, which I/O workers they
+//! need, and how the device's own crate builds and restores one.
 
 use std::error::Error;
 use std::sync::Arc;

@@ -19,9 +19,9 @@
 //! them in this order (`vda`, `vdb`, ...; `eth0`, `eth1`, ...).
 //!
 //! - On virtio-mmio, device `n` has the `n`-th window of 4 KiB from
-//!   [`layout::VIRTIO_MMIO`](crate::layout::VIRTIO_MMIO) on and the `n`-th interrupt line from 5 on.
-//!   A guest with ACPI finds it in the DSDT, one without by `virtio_mmio.device=` on its command
-//!   line.
+//!   [`layout::VIRTIO_MMIO`](crate::layout::VIRTIO_MMIO) on and the `n`-th interrupt line from 5
+//!   on. A guest with ACPI finds it in the DSDT, one without by `virtio_mmio.device=` on its
+//!   command line.
 //! - On virtio-pci, device `n` is in slot `n + 1` of bus 0. A guest with ACPI finds the bus in the
 //!   DSDT and the MCFG, one without by probing.
 //!
@@ -96,8 +96,8 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Builds the devices and puts each at its address on the buses. With a saved state, the devices
-    /// are those that were saved, and their workers are paused.
+    /// Builds the devices and puts each at its address on the buses. With a saved state, the
+    /// devices are those that were saved, and their workers are paused.
     pub(crate) fn attach(
         mut setup: DeviceSetup,
         addresses: DeviceAddresses,

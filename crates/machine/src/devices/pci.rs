@@ -1,10 +1,11 @@
-//! Devices on virtio-pci: one bus, reached through ECAM, ports 0xcf8 to 0xcff and the window of BARs.
+//! Devices on virtio-pci: one bus, reached through ECAM, ports 0xcf8 to 0xcff and the window of
+//! BARs.
 //!
 //! # Interrupts
 //!
-//! The worker that raises an interrupt sends its message with `KVM_SIGNAL_MSI`. An irqfd with a route
-//! for each vector would cost a descriptor per vector. It would also cost a grace period of the
-//! kernel for each message that a guest writes while it sets up its devices.
+//! The worker that raises an interrupt sends its message with `KVM_SIGNAL_MSI`. An irqfd with a
+//! route for each vector would cost a descriptor per vector. It would also cost a grace period of
+//! the kernel for each message that a guest writes while it sets up its devices.
 
 use std::io;
 use std::sync::{Arc, Mutex};

@@ -1,10 +1,10 @@
 //! The device table: every kind of virtio device that a machine can have, one row each.
 //!
-//! A row names the field of [`DeviceSetup`] by which a machine's owner asks for devices of the kind,
-//! the type of that field, and the [adapter](super::adapters) of the kind. Everything else follows
-//! from the row: the order and the names of devices, their addresses, how saved states are found,
-//! decoded and checked, how many I/O workers run, and where the typed control handles are kept
-//! ([`Controls`]).
+//! A row names the field of [`DeviceSetup`] by which a machine's owner asks for devices of the
+//! kind, the type of that field, and the [adapter](super::adapters) of the kind. Everything else
+//! follows from the row: the order and the names of devices, their addresses, how saved states are
+//! found, decoded and checked, how many I/O workers run, and where the typed control handles are
+//! kept ([`Controls`]).
 //!
 //! To add a device: write its crate under `crates/devices` and its structs in `config`, then an
 //! adapter and a row here. Rows are in the order in which devices are numbered, which a saved guest
@@ -161,8 +161,8 @@ fn plan_kind<A: DeviceAdapter>(
     devices.into_iter().map(plan).collect()
 }
 
-/// Takes all devices out of `setup`, in the order in which they are numbered. With a saved machine's
-/// devices, they are the same ones by name.
+/// Takes all devices out of `setup`, in the order in which they are numbered. With a saved
+/// machine's devices, they are the same ones by name.
 pub(super) fn plan(
     setup: &mut DeviceSetup,
     saved: Option<&DevicesState>,

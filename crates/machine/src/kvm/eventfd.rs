@@ -2,6 +2,8 @@
 //!
 //! Everything else in this crate uses [`sync::EventFd`].
 
+#![expect(unsafe_code, reason = "a descriptor is lent to the type of another crate")]
+
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;

@@ -1,8 +1,8 @@
 //! KVM, with the order of its calls in the types.
 //!
-//! Since Linux 6.18, adding a memory slot after an interrupt chip, a PIT or an ioeventfd waits for a
-//! grace period of the kernel: 6 to 25 ms instead of microseconds. So a VM is created in one order,
-//! and each step returns the type that has the next step:
+//! Since Linux 6.18, adding a memory slot after an interrupt chip, a PIT or an ioeventfd waits for
+//! a grace period of the kernel: 6 to 25 ms instead of microseconds. So a VM is created in one
+//! order, and each step returns the type that has the next step:
 //!
 //! ```text
 //! Kvm::create_vm -> VmWithoutMemory --map_ram--> VmWithMemory --create_irqchip--> VmWithIrqchip
@@ -15,20 +15,19 @@
 //! | module | what it is about |
 //! |---|---|
 //! | `error` | [`KvmError`], and the names of ioctls in it |
+//! | `memory_slot` | guest RAM as KVM knows it |
 //! | `eventfd` | eventfds as `kvm-ioctls` takes them |
 //! | `pic` | the PICs, before a guest programs them |
 
 mod error;
 mod eventfd;
+mod memory_slot;
 mod pic;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
-};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use memory::GuestRam;
 use sync::EventFd;
@@ -122,19 +121,7 @@ impl VmWithoutMemory {
     pub fn map_ram(self, ram: GuestRam, log_dirty: bool) -> Result<VmWithMemory, KvmError> {
         // KVM on Intel keeps three pages of its own in the guest's address space, in another slot.
         self.fd.set_tss_address(layout::KVM_TSS).ioctl("KVM_SET_TSS_ADDR")?;
-        let flags = if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-        for (slot, region) in (0..).zip(ram.regions()) {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags,
-                guest_phys_addr: region.guest_addr,
-                memory_size: region.size,
-                userspace_addr: region.host_addr,
-            };
-            // SAFETY: the region is guest RAM of exactly this size. The addresses of a `GuestRam` are
-            // never unmapped, so the slot may outlive it. Its regions do not overlap.
-            unsafe { self.fd.set_user_memory_region(region) }.ioctl("KVM_SET_USER_MEMORY_REGION")?;
-        }
+        memory_slot::add_all(&self.fd, &ram, log_dirty)?;
         Ok(VmWithMemory { fd: self.fd, ram })
     }
 }

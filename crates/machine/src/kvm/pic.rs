@@ -1,10 +1,10 @@
 //! The two PICs, before a guest programs them.
 //!
-//! KVM creates its PICs with every line enabled and with interrupt vectors from 0 on, which are those
-//! of exceptions. The first vCPU's LINT0 takes what they deliver. A restored machine raises
-//! interrupts before its guest may have programmed the PICs: always that of the generic event device.
-//! So all lines of a PIC are masked until the guest initialises it, as firmware leaves a PIC. This
-//! includes a PIC in a state that was saved without the mask.
+//! KVM creates its PICs with every line enabled and with interrupt vectors from 0 on, which are
+//! those of exceptions. The first vCPU's LINT0 takes what they deliver. A restored machine raises
+//! interrupts before its guest may have programmed the PICs: always that of the generic event
+//! device. So all lines of a PIC are masked until the guest initialises it, as firmware leaves a
+//! PIC. This includes a PIC in a state that was saved without the mask.
 
 use std::mem::offset_of;
 

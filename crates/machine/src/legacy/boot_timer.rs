@@ -18,8 +18,8 @@ const MAX_LINES: u32 = 64;
 pub struct StartTimes {
     /// The monotonic clock.
     pub wall_us: u64,
-    /// The CPU time that this process had used, which does not count. Less the time that a parent had
-    /// used, which does, it can be negative.
+    /// The CPU time that this process had used, which does not count. Less the time that a parent
+    /// had used, which does, it can be negative.
     pub cpu_us: i64,
 }
 

@@ -1,10 +1,10 @@
-//! A CMOS clock (MC146818) on ports 0x70 and 0x71. It shows the host's time in UTC; a guest cannot set
-//! it.
+//! A CMOS clock (MC146818) on ports 0x70 and 0x71. It shows the host's time in UTC; a guest cannot
+//! set it.
 //!
-//! Guests other than Linux read the date from it, and some wait at boot until it says that no update
-//! is in progress. There are no alarms, no interrupts and no CMOS memory: every other register reads 0
-//! and ignores writes. The ACPI tables say that there is no CMOS clock, so that Linux uses the
-//! paravirtual clock.
+//! Guests other than Linux read the date from it, and some wait at boot until it says that no
+//! update is in progress. There are no alarms, no interrupts and no CMOS memory: every other
+//! register reads 0 and ignores writes. The ACPI tables say that there is no CMOS clock, so that
+//! Linux uses the paravirtual clock.
 //!
 //! # One instant for a whole date
 //!

@@ -2,9 +2,9 @@
 //!
 //! # Invariant
 //!
-//! A vCPU never waits for the host side. The guest's output goes into a buffer of [`OUTPUT_MAX`] bytes,
-//! which a [thread](super::console_thread) writes to its destination. While the destination takes
-//! nothing and the buffer is full, new bytes are dropped and counted. The thread is woken a
+//! A vCPU never waits for the host side. The guest's output goes into a buffer of [`OUTPUT_MAX`]
+//! bytes, which a [thread](super::console_thread) writes to its destination. While the destination
+//! takes nothing and the buffer is full, new bytes are dropped and counted. The thread is woken a
 //! millisecond after the first byte (at 115200 baud a real port would have sent eleven), so that a
 //! line costs one write and not eighty.
 

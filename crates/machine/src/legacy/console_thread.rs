@@ -2,8 +2,8 @@
 //!
 //! # Errors
 //!
-//! A destination that fails is closed with a line in the log. Input that ends or fails is closed. The
-//! guest notices neither.
+//! A destination that fails is closed with a line in the log. Input that ends or fails is closed.
+//! The guest notices neither.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

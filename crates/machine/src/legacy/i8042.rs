@@ -39,8 +39,8 @@ const KEYBOARD_ID: [u8; 2] = [0xab, 0x83];
 /// Scan codes (set 2) for pressing left Ctrl, left Alt and Delete.
 const CTRL_ALT_DEL: [u8; 4] = [0x14, 0x11, 0xe0, 0x71];
 
-/// Bytes that the controller holds for the guest. As on hardware, bytes that arrive while it is full
-/// are lost.
+/// Bytes that the controller holds for the guest. As on hardware, bytes that arrive while it is
+/// full are lost.
 const BUFFER: usize = 16;
 
 /// Ctrl+Alt+Del cannot be pressed: the guest does not read its keyboard.

@@ -1,4 +1,5 @@
-//! The legacy devices: the few that are not virtio, which a kernel needs before it finds anything else.
+//! The legacy devices: the few that are not virtio, which a kernel needs before it finds anything
+//! else.
 //!
 //! | module | device |
 //! |---|---|

@@ -1,5 +1,5 @@
-//! A destination for bytes that never makes its writer wait: a terminal, pipe, socket or file, whose
-//! reader may have stopped.
+//! A destination for bytes that never makes its writer wait: a terminal, pipe, socket or file,
+//! whose reader may have stopped.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,8 +22,8 @@ pub struct Output {
 /// How to write without waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A file, to which a write does not wait for readers, or an open file description of this process
-    /// alone that has `O_NONBLOCK`.
+    /// A file, to which a write does not wait for readers, or an open file description of this
+    /// process alone that has `O_NONBLOCK`.
     NonBlocking,
     /// A shared socket: each call has `MSG_DONTWAIT`.
     Socket,
@@ -38,8 +38,8 @@ impl Output {
         Self::from_shared(rustix::stdio::stdout())
     }
 
-    /// A destination that other processes may share. The mode of the shared open file description is
-    /// not changed.
+    /// A destination that other processes may share. The mode of the shared open file description
+    /// is not changed.
     fn from_shared(fd: BorrowedFd<'_>) -> io::Result<Self> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
         match kind {
@@ -54,8 +54,8 @@ impl Output {
         }
     }
 
-    /// Opens a file, which is created if it is missing and appended to, or a FIFO, which may have no
-    /// reader yet.
+    /// Opens a file, which is created if it is missing and appended to, or a FIFO, which may have
+    /// no reader yet.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::RDWR
             | OFlags::CREATE
@@ -72,7 +72,8 @@ impl Output {
         Ok(Output { fd: self.fd.try_clone()?, kind: self.kind })
     }
 
-    /// Writes as many bytes as fit now; returns how many. [`io::ErrorKind::WouldBlock`] if none fits.
+    /// Writes as many bytes as fit now; returns how many. [`io::ErrorKind::WouldBlock`] if none
+    /// fits.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let written = match self.kind {
             Kind::NonBlocking => rustix::io::write(&self.fd, bytes),

@@ -28,8 +28,8 @@ impl Power {
         Power { events, refused: Counter::default() }
     }
 
-    /// Counts a request for an unsupported sleep type. Returns a line for the log, ever more rarely:
-    /// a guest may ask in a loop.
+    /// Counts a request for an unsupported sleep type. Returns a line for the log, ever more
+    /// rarely: a guest may ask in a loop.
     fn refuse(&self, kind: u8) -> Option<String> {
         let times = self.refused.rarely()?;
         Some(format!("the guest asked for sleep type {kind}, which is not supported ({times} times)"))

@@ -21,8 +21,8 @@ pub(crate) struct SerialPort {
     registers: Mutex<Registers>,
 }
 
-/// What the serial port saves: its registers, by their names in the 16550's data sheet, and the input
-/// that the guest has not read yet.
+/// What the serial port saves: its registers, by their names in the 16550's data sheet, and the
+/// input that the guest has not read yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialPortState {
     /// Divisor latch, low and high byte.
@@ -99,15 +99,16 @@ impl SerialPort {
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut registers = locked(&self.registers);
-        // Registers have one byte: a wider access or a string instruction is several accesses to one.
+        // Registers have one byte: a wider access or a string instruction is several accesses to
+        // one.
         data.fill_with(|| registers.read(offset as u8));
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         let mut registers = locked(&self.registers);
         for byte in data {
-            // It does not fail: the console takes every byte or counts it as dropped, and signalling
-            // the eventfd always succeeds.
+            // It does not fail: the console takes every byte or counts it as dropped, and
+            // signalling the eventfd always succeeds.
             let _ = registers.write(offset as u8, *byte);
         }
     }

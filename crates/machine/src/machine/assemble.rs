@@ -1,11 +1,11 @@
 //! The steps that building and restoring a machine have in common.
 //!
-//! They differ in where the state of vCPUs and devices comes from ([`VmSource`]). The order is that of
-//! KVM's calls ([`crate::kvm`]), and:
+//! They differ in where the state of vCPUs and devices comes from ([`VmSource`]). The order is that
+//! of KVM's calls ([`crate::kvm`]), and:
 //!
 //! 1. interrupt controllers before vCPUs, because local APICs talk to them;
-//! 2. vCPUs before devices, because a restored device raises an interrupt at once, which would be lost
-//!    in a vCPU that gets its state afterwards;
+//! 2. vCPUs before devices, because a restored device raises an interrupt at once, which would be
+//!    lost in a vCPU that gets its state afterwards;
 //! 3. the timer chip last, for the same reason.
 //!
 //! # Guest memory that is missing
@@ -13,9 +13,9 @@
 //! The memory of a restored machine may come from a page server that stalls, or from a file on a
 //! disk that does. A thread that accesses a missing page cannot be interrupted. So this thread
 //! accesses no guest memory but pages that the load has fetched before ([`crate::vm_gen_id`]), and
-//! devices stay paused until the machine runs. KVM accesses guest memory when a vCPU gets its state;
-//! each vCPU does so on its own thread. This thread waits for all of them ([`restore_vcpus`]) only as
-//! long as pages arrive and the restore is not cancelled.
+//! devices stay paused until the machine runs. KVM accesses guest memory when a vCPU gets its
+//! state; each vCPU does so on its own thread. This thread waits for all of them
+//! ([`restore_vcpus`]) only as long as pages arrive and the restore is not cancelled.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -155,9 +155,9 @@ pub(super) fn assemble(
 
 /// Restores the state of the vCPUs, each on its own thread, and waits for all.
 ///
-/// After an error, threads that wait for a page server get zeros instead and end: the memory is of no
-/// use any more. If the restore is cancelled while pages of a file do not arrive, the threads are
-/// abandoned: the process is about to end.
+/// After an error, threads that wait for a page server get zeros instead and end: the memory is of
+/// no use any more. If the restore is cancelled while pages of a file do not arrive, the threads
+/// are abandoned: the process is about to end.
 fn restore_vcpus(
     vcpus: Vec<VcpuHandle>,
     state: &MachineState,

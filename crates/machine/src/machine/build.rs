@@ -91,7 +91,7 @@ mod tests {
     use config::HugePages;
 
     #[test]
-    fn memory_and_bars_beyond_the_physical_address_width_are_refused() {
+    fn ram_and_bars_beyond_the_address_width_are_refused() {
         let ram = GuestRam::map(5 * 1024, HugePages::None, false).unwrap();
         assert!(check_address_width(&ram, false, 32).is_err());
         assert!(check_address_width(&ram, false, 36).is_ok());

@@ -16,7 +16,8 @@ use crate::vcpu::VcpuHandle;
 /// Its fields are dropped in order. Before that, all vCPU threads are asked to stop.
 #[derive(Debug)]
 pub struct Machine {
-    /// First: its drop lets go of vCPU threads that wait for a page, which the drop of `vcpus` joins.
+    /// First: its drop lets go of vCPU threads that wait for a page, which the drop of `vcpus`
+    /// joins.
     pub(super) page_watch: Option<PageWatch>,
     pub(super) vcpus: Vec<VcpuHandle>,
     pub(super) devices: Devices,
@@ -46,8 +47,8 @@ impl Machine {
         self.vm.ram()
     }
 
-    /// The pages that the guest or its devices wrote since the last call; `None` if the machine does
-    /// not track them.
+    /// The pages that the guest or its devices wrote since the last call; `None` if the machine
+    /// does not track them.
     ///
     /// The pages count as not written from now on. A caller that fails to save them calls
     /// [`GuestRam::put_back`]. After an error all of them still count as written.

@@ -54,7 +54,8 @@ impl Paused {
         build::restore(restore).map(|machine| Paused(Box::new(machine)))
     }
 
-    /// Saves all state but guest memory. The machine stays paused; it can be resumed or saved again.
+    /// Saves all state but guest memory. The machine stays paused; it can be resumed or saved
+    /// again.
     pub fn save(&self) -> Result<MachineState, SaveError> {
         let format = Arc::new(StateFormat::of(&self.kvm, &self.vm)?);
         // Timers and interrupt controllers keep running. An interrupt that the chipset passes to a

@@ -11,8 +11,8 @@
 //! ```
 //!
 //! [`Paused`] and [`Running`] own the same [`Machine`]. A step from one to the other consumes the
-//! one and returns the other. Only [`Paused`] can be saved. Both dereference to [`Machine`] for what
-//! is possible in either state.
+//! one and returns the other. Only [`Paused`] can be saved. Both dereference to [`Machine`] for
+//! what is possible in either state.
 //!
 //! | module | what it is about |
 //! |---|---|
@@ -26,7 +26,8 @@
 //!
 //! [`StartError`] names what could not be built; no thread, descriptor or memory of the machine is
 //! left, but for vCPU threads that wait for guest memory (`assemble`). [`PauseError::Busy`] returns
-//! the machine, which runs. [`VcpuThreadDied`](crate::vcpu::VcpuThreadDied) is a bug in this monitor.
+//! the machine, which runs. [`VcpuThreadDied`](crate::vcpu::VcpuThreadDied) is a bug in this
+//! monitor.
 
 mod assemble;
 mod build;

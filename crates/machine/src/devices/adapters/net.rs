@@ -9,7 +9,8 @@ use crate::devices::adapter::{BuildContext, Built, DeviceAdapter, limits};
 /// Adapts network interfaces.
 pub(crate) struct NetAdapter;
 
-/// vhost cannot be combined with dirty page tracking: the kernel's writes to guest memory are not logged.
+/// vhost cannot be combined with dirty page tracking: the kernel's writes to guest memory are not
+/// logged.
 #[derive(Debug, thiserror::Error)]
 #[error("network interface {0}: backend vhost cannot be combined with track_dirty_pages")]
 struct VhostTracked(String);
