@@ -28,7 +28,7 @@ impl<H: Host> Controller<H> {
         }
         let begun = Instant::now();
         // Half of it for requests in flight: a disk that hangs must not keep others from being closed.
-        if let Some(Err(busy)) = self.machine().map(|machine| machine.devices().still(patience / 2)) {
+        if let Some(Err(busy)) = self.machine().map(|machine| machine.devices().quiesce(patience / 2)) {
             log::warn!("{busy}");
         }
         let (reply, replies) = mpsc::channel();

@@ -650,7 +650,7 @@ impl<H: Host> Controller<H> {
 
     /// Pauses a running machine on a thread of its own: requests in flight on a slow disk take
     /// seconds. A signal waits for it too, as the disks are closed in order then; it takes no
-    /// longer than [`machine::machine::DRAIN_PATIENCE`] and a little.
+    /// longer than [`machine::machine::DRAIN_TIMEOUT`] and a little.
     /// Pauses the machine. The usual pause takes less than a millisecond, and a thread would add to
     /// it; only one that takes longer is left to a task.
     pub(crate) fn pause(&mut self) -> Result<(), CommandError> {
@@ -822,14 +822,14 @@ fn after_pause(paused: Result<Paused, PauseError>, events: &EventSink) -> (State
             let error = CommandError::new(format_args!("the microVM cannot be paused now: {why}"));
             (State::Running(machine), Err(error))
         }
-        Err(PauseError::Gone(gone)) => lost(&gone, events),
+        Err(PauseError::ThreadDied(gone)) => lost(&gone, events),
     }
 }
 
 /// A bug in this monitor: there is no machine any more.
-fn lost(gone: &machine::vcpu::VcpuGone, events: &EventSink) -> (State, Result<(), CommandError>) {
+fn lost(gone: &machine::vcpu::VcpuThreadDied, events: &EventSink) -> (State, Result<(), CommandError>) {
     log::error!("{gone}");
-    let fault = VcpuFault { vcpu: gone.0, reason: gone.to_string(), place: None };
+    let fault = VcpuFault { vcpu: gone.0, reason: gone.to_string(), instruction: None };
     events.post(MachineEvent::Fatal(fault));
     (State::Lost, Err(CommandError::new(gone)))
 }

@@ -1,4 +1,4 @@
-//! A network interface's way to the metadata service.
+//! The metadata service as a network device knows it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,20 +8,21 @@ use mmds::{Service, Stack};
 use net::FrameInterceptor;
 use virtio::worker::Nanos;
 
-/// The way from `network` to `service`, if it has one.
+/// Answers the frames of `network` that are for `service`. `None` if the interface does not lead to
+/// the service.
 pub(super) fn interceptor(
     service: Option<&Arc<Service>>,
     network: &NetworkInterface,
     now: Nanos,
 ) -> Option<Box<dyn FrameInterceptor>> {
     let stack = Stack::for_interface(service?, &network.iface_id, network.mtu, Duration::from_nanos(now))?;
-    Some(Box::new(Metadata(stack)))
+    Some(Box::new(MmdsInterceptor(stack)))
 }
 
-/// The service as a network device knows it: the same calls, with another measure of time.
-struct Metadata(Stack);
+/// Passes calls on to the TCP/IP stack, which measures time by `Duration` instead of [`Nanos`].
+struct MmdsInterceptor(Stack);
 
-impl FrameInterceptor for Metadata {
+impl FrameInterceptor for MmdsInterceptor {
     fn wants(&self, head: &[u8]) -> bool {
         self.0.wants(head)
     }

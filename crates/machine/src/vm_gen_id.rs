@@ -1,16 +1,18 @@
-//! Telling a guest that it is not the only one with its past: after a restore and in a fork.
+//! Tells a guest that it was restored or forked, so that it is not the only one with its past.
 //!
-//! Two devices of ACPI, each a page of memory that the guest knows:
+//! Two ACPI devices, each with a page of guest memory:
 //!
-//! - the **VM generation id**: 16 random bytes, other ones in each life; a Linux guest reseeds its random generator when they change;
-//! - the **VMClock** (UAPI.13): a counter of disruptions and one of generations. It says nothing about what time it is.
+//! - the **VM generation ID**: 16 random bytes, which change at each restore and fork. A Linux
+//!   guest then reseeds its random number generator;
+//! - the **VMClock** (UAPI.13): a counter of disruptions and one of VM generations. It does not
+//!   tell the time.
 //!
-//! Both announce a change by the interrupt of a generic event device ([`crate::acpi`]). The pages are written while the guest stands
-//! still, so it never sees half a change.
+//! The interrupt of a generic event device announces a change of both ([`crate::acpi`]). The pages
+//! are written while the vCPUs are paused, so the guest never sees half a change.
 
 use memory::GuestRam;
+use sync::EventFd;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 
@@ -19,12 +21,12 @@ pub(crate) const VMCLOCK_SIZE: u32 = 0x1000;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"VCLK");
 const VERSION: u16 = 1;
-/// No counter is described.
+/// The page describes no counter.
 const COUNTER_INVALID: u8 = 0xff;
 const FLAG_VM_GEN_COUNTER_PRESENT: u64 = 1 << 8;
 const FLAG_NOTIFICATION_PRESENT: u64 = 1 << 9;
 
-/// Where the VMClock's fields are.
+/// Offsets of the VMClock's fields.
 mod field {
     pub(super) const MAGIC: u64 = 0x00;
     pub(super) const SIZE: u64 = 0x04;
@@ -36,22 +38,22 @@ mod field {
     pub(super) const VM_GENERATION_COUNTER: u64 = 0x68;
 }
 
-/// The two devices.
+/// Both devices.
 #[derive(Debug)]
-pub(crate) struct Generation {
+pub(crate) struct VmGenId {
     ram: GuestRam,
     /// Raises the generic event device's interrupt.
     interrupt: EventFd,
 }
 
-impl Generation {
-    /// The devices of a guest in `ram`, whose pages are as they are.
+impl VmGenId {
+    /// The devices of the guest whose memory is `ram`. Does not write their pages.
     pub(crate) fn new(ram: GuestRam, interrupt: EventFd) -> Self {
-        Generation { ram, interrupt }
+        VmGenId { ram, interrupt }
     }
 
     /// Fills the pages for a guest that has never run.
-    pub(crate) fn begin(&self) -> std::io::Result<()> {
+    pub(crate) fn init(&self) -> std::io::Result<()> {
         self.new_id()?;
         let clock = |offset| GuestAddress(layout::VMCLOCK + offset);
         let memory = self.ram.memory();
@@ -67,20 +69,22 @@ impl Generation {
         Ok(())
     }
 
-    /// Begins another life of a guest that has run, and that stands still: new identities, and an interrupt once it runs.
-    pub(crate) fn advance(&self) -> std::io::Result<()> {
+    /// Changes the ID and the counters of a saved guest, and raises the interrupt. The vCPUs are
+    /// paused.
+    pub(crate) fn change(&self) -> std::io::Result<()> {
         self.new_id()?;
         self.bump(field::DISRUPTION_MARKER);
         self.bump(field::VM_GENERATION_COUNTER);
-        // Even, as between two changes.
+        // Even: no change is under way.
         let seq = self.read::<u32>(field::SEQ_COUNT);
         self.write(field::SEQ_COUNT, (seq | 1).wrapping_add(1));
-        self.interrupt.write(1)
+        self.interrupt.signal();
+        Ok(())
     }
 
     fn new_id(&self) -> std::io::Result<()> {
         let mut id = [0; 16];
-        // Sixteen bytes come whole.
+        // The kernel returns up to 256 bytes whole.
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
         self.ram
             .memory()
@@ -109,26 +113,26 @@ mod tests {
     use super::*;
     use config::HugePages;
 
-    fn page(generation: &Generation, addr: u64, len: usize) -> Vec<u8> {
+    fn page(device: &VmGenId, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        generation.ram.memory().read_slice(&mut bytes, GuestAddress(addr)).unwrap();
+        device.ram.memory().read_slice(&mut bytes, GuestAddress(addr)).unwrap();
         bytes
     }
 
-    fn begun() -> Generation {
+    fn initialised() -> VmGenId {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
-        let generation = Generation::new(ram, EventFd::new(libc::EFD_NONBLOCK).unwrap());
-        generation.begin().unwrap();
-        generation
+        let device = VmGenId::new(ram, EventFd::new().unwrap());
+        device.init().unwrap();
+        device
     }
 
     #[test]
-    fn each_life_has_another_id() {
-        let generation = begun();
-        let mut ids = vec![page(&generation, layout::VM_GENERATION_ID, 16)];
+    fn id_differs_after_each_change() {
+        let device = initialised();
+        let mut ids = vec![page(&device, layout::VM_GENERATION_ID, 16)];
         for _ in 0..3 {
-            generation.advance().unwrap();
-            ids.push(page(&generation, layout::VM_GENERATION_ID, 16));
+            device.change().unwrap();
+            ids.push(page(&device, layout::VM_GENERATION_ID, 16));
         }
         ids.push(vec![0; 16]);
         ids.sort();
@@ -137,15 +141,15 @@ mod tests {
     }
 
     #[test]
-    fn a_new_life_counts_on_keeps_the_sequence_even_and_interrupts_once() {
-        let generation = begun();
-        assert!(generation.interrupt.read().is_err(), "a guest that has not run need not be told");
-        generation.advance().unwrap();
-        generation.advance().unwrap();
-        assert_eq!(generation.read::<u64>(field::VM_GENERATION_COUNTER), 2);
-        assert_eq!(generation.read::<u64>(field::DISRUPTION_MARKER), 2);
-        assert_eq!(generation.read::<u32>(field::SEQ_COUNT), 4);
-        assert_eq!(generation.interrupt.read().unwrap(), 2);
-        assert_eq!(page(&generation, layout::VMCLOCK, 4), b"VCLK");
+    fn each_change_counts_up_and_raises_one_interrupt() {
+        let device = initialised();
+        assert_eq!(device.interrupt.take(), 0, "a new guest needs no interrupt");
+        device.change().unwrap();
+        device.change().unwrap();
+        assert_eq!(device.read::<u64>(field::VM_GENERATION_COUNTER), 2);
+        assert_eq!(device.read::<u64>(field::DISRUPTION_MARKER), 2);
+        assert_eq!(device.read::<u32>(field::SEQ_COUNT), 4);
+        assert_eq!(device.interrupt.take(), 2);
+        assert_eq!(page(&device, layout::VMCLOCK, 4), b"VCLK");
     }
 }
