@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn probe_of_this_host_comes_to_an_end() {
+    fn probe_of_this_host_ends() {
         println!("{}", probe());
     }
 }

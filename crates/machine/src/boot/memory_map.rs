@@ -41,7 +41,7 @@ mod tests {
     use memory::layout::GIB;
 
     #[test]
-    fn map_covers_all_ram_above_the_first_mib_and_overlaps_nowhere() {
+    fn map_covers_all_ram_without_overlaps() {
         let ram = GuestRam::map(5 * 1024, HugePages::None, false).unwrap();
         let ranges = ranges(&ram);
         assert!(ranges.windows(2).all(|w| w[0].start + w[0].size <= w[1].start), "{ranges:x?}");

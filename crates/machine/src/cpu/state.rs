@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_that_ends_during_a_save_is_in_the_state() {
+    fn deadline_that_passes_during_a_save_is_in_the_state() {
         let timer = FakeTimer::armed();
         let (msrs, lapic) = save_timer(&timer, &[IA32_TSC_DEADLINE]).unwrap();
         assert_eq!(timer.0.borrow().reads, 2);
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_deadline_stays_armed() {
+    fn restored_deadline_stays_armed() {
         let timer = FakeTimer::default();
         let msr = |index, value| Msr { index, value };
         let msrs = [msr(IA32_TSC_DEADLINE, 7), msr(IA32_TSC, 5), msr(0x174, 1)];

@@ -34,7 +34,7 @@ struct DeviceKind {
     /// What goes on the kernel's command line for devices of the kind.
     kernel_args: fn(&DeviceSetup) -> Vec<String>,
     /// Takes the devices of the kind out of a setup, in their order.
-    plan: fn(&mut DeviceSetup, Option<&DevicesState>) -> Result<Vec<Box<dyn PlannedDevice>>, DeviceError>,
+    plan: fn(&mut DeviceSetup, Option<&DevicesState>) -> Result<PlannedDevices, DeviceError>,
 }
 
 /// The control handles of one kind by device ID. A kind without IDs has one, at [`NO_ID`].
@@ -109,6 +109,9 @@ pub(super) trait PlannedDevice {
     ) -> Result<Box<dyn Device>, DeviceError>;
 }
 
+/// Devices that are to be built, in order.
+pub(super) type PlannedDevices = Vec<Box<dyn PlannedDevice>>;
+
 struct Planned<A: DeviceAdapter> {
     name: String,
     setup: A::Setup,
@@ -146,7 +149,7 @@ fn plan_kind<A: DeviceAdapter>(
     devices: impl IntoIterator<Item = A::Setup>,
     saved: Option<&DevicesState>,
     handles: fn(&mut Controls) -> &mut Handles<A::Control>,
-) -> Result<Vec<Box<dyn PlannedDevice>>, DeviceError> {
+) -> Result<PlannedDevices, DeviceError> {
     let mut devices: Vec<_> = devices.into_iter().collect();
     devices.sort_by_key(|setup| !A::is_first(setup));
     let plan = |setup| {
@@ -166,7 +169,7 @@ fn plan_kind<A: DeviceAdapter>(
 pub(super) fn plan(
     setup: &mut DeviceSetup,
     saved: Option<&DevicesState>,
-) -> Result<Vec<Box<dyn PlannedDevice>>, DeviceError> {
+) -> Result<PlannedDevices, DeviceError> {
     let mut planned = Vec::new();
     for kind in TABLE {
         planned.extend((kind.plan)(setup, saved)?);

@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_date_is_of_the_instant_at_which_status_a_was_read() {
+    fn date_is_of_the_instant_at_which_status_a_was_read() {
         let midnight = 1_798_761_600; // 1 January 2027
         let mut registers = Registers::default();
         read_at(&mut registers, register::STATUS_A, at(midnight) - Duration::from_nanos(1));

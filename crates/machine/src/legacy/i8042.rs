@@ -135,7 +135,7 @@ impl I8042 {
             None => match value {
                 KEYBOARD_RESET => self.send_to_guest(state, &[KEYBOARD_ACK, KEYBOARD_SELF_TEST_PASSED]),
                 KEYBOARD_IDENTIFY => {
-                    self.send_to_guest(state, &[KEYBOARD_ACK, KEYBOARD_ID[0], KEYBOARD_ID[1]])
+                    self.send_to_guest(state, &[KEYBOARD_ACK, KEYBOARD_ID[0], KEYBOARD_ID[1]]);
                 }
                 _ => self.send_to_guest(state, &[KEYBOARD_ACK]),
             },
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn ctrl_alt_del_is_refused_when_nobody_reads() {
+    fn ctrl_alt_del_is_refused_while_the_buffer_is_full() {
         let (device, _events) = controller();
         for _ in 0..4 {
             device.press_ctrl_alt_del().unwrap();
