@@ -1,4 +1,5 @@
-//! What the fuzz target of this device connects it to: networks made of sockets, and a service that answers in their place.
+//! What the fuzz target of this device connects it to: networks made of sockets, and a service that
+//! answers in their place.
 
 use crate::{Net, NetConfig, NetState};
 use std::collections::VecDeque;
@@ -8,10 +9,10 @@ use virtio::rate_limiter::RateLimiterUpdate;
 use virtio::testing::{DriverQueue, Guest, Kind, TestWorker};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::interceptor::{FrameInterceptor, HEAD_LEN};
-use super::stream::Stream;
-use super::tap::Tap;
-use super::{NetBackend, NetSetup};
+use crate::backend::stream::Stream;
+use crate::backend::tap::Tap;
+use crate::interceptor::{FrameInterceptor, HEAD_LEN};
+use crate::{NetBackend, NetSetup};
 use virtio::worker::Nanos;
 
 /// The network takes what there is.
@@ -33,13 +34,14 @@ pub(crate) fn network(stream: bool, pairs: u16, with_service: bool) -> (NetSetup
     let backend = if stream {
         NetBackend::stream(Stream::new("fuzzed".into(), ours.swap_remove(0)))
     } else {
-        NetBackend::tap(Tap::pretend(ours))
+        NetBackend::tap(Tap::fake(ours))
     };
     let interceptor = with_service.then(|| Box::<Service>::default() as Box<dyn FrameInterceptor>);
     (NetSetup { backend, interceptor }, theirs)
 }
 
-/// Takes frames to addresses that begin with an odd byte, and sends each back, once at once and once later.
+/// Takes frames to addresses that begin with an odd byte, and sends each back, once at once and
+/// once later.
 #[derive(Default)]
 struct Service {
     answers: VecDeque<(Nanos, Vec<u8>)>,
@@ -74,8 +76,9 @@ impl FrameInterceptor for Service {
     }
 }
 
-/// A hostile guest on a network card, and a hostile network. The first byte chooses the transport, the address check, what the driver accepts,
-/// and the network: something like a tap with one queue or two, or a stream; with a service in its place or without.
+/// A hostile guest on a network card, and a hostile network. The first byte chooses the transport,
+/// the address check, what the driver accepts, and the network: something like a tap with one queue
+/// or two, or a stream; with a service in its place or without.
 ///
 /// The network is made of sockets: nothing of the host is touched.
 pub fn device(data: &[u8]) {

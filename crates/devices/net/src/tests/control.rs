@@ -4,9 +4,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::guest::{config, wires};
 use super::*;
-use crate::call_budget::{BURST, REFILL_MS};
+use crate::backend::tap::tap_offloads;
 use crate::config_space::feature;
-use crate::tap::tap_offloads;
+use crate::rtnl_budget::{BURST, REFILL_MS};
 use crate::{Net, NetBackend, NetConfig, NetSetup};
 use virtio::device::Device;
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};

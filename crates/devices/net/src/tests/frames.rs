@@ -3,7 +3,7 @@
 use super::guest::{config, wires};
 use super::*;
 use crate::config_space::feature;
-use crate::rx::PATIENCE;
+use crate::pair::BUFFER_TIMEOUT;
 use crate::{NetBackend, NetSetup};
 use virtio::device::feature::{RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1};
 use virtio::rate_limiter::RateLimiterConfig;
@@ -166,7 +166,7 @@ fn a_frame_for_which_no_room_comes_is_dropped_in_the_end() {
     guest.give(&[1000]);
     guest.arrive(&frame(2500, 1));
     guest.arrive(&frame(100, 2));
-    guest.guest.worker.advance(PATIENCE - 1);
+    guest.guest.worker.advance(BUFFER_TIMEOUT - 1);
     assert_eq!(guest.received(), None);
     guest.guest.worker.advance(1);
     assert_eq!(guest.received().unwrap(), frame(100, 2));

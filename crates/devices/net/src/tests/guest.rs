@@ -1,4 +1,5 @@
-//! A guest with one network device: a driver on a transport, on a worker that the test steps, and the other end of its network.
+//! A guest with one network device: a driver on a transport, on a worker that the test steps, and
+//! the other end of its network.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -6,7 +7,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::tap::Tap;
+use crate::backend::tap::Tap;
 use crate::{Net, NetBackend, NetConfig, NetControl, NetSetup, NetState};
 use virtio::device::feature;
 use virtio::rate_limiter::RateLimiterConfig;
@@ -67,7 +68,7 @@ pub(super) fn wires(pairs: u16) -> (Tap, Vec<OwnedFd>) {
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
     };
     let (ours, theirs): (Vec<_>, Vec<_>) = (0..pairs).map(pair).unzip();
-    (Tap::pretend(ours), theirs)
+    (Tap::fake(ours), theirs)
 }
 
 impl NetGuest {
@@ -233,7 +234,8 @@ impl NetGuest {
         self.received_on(0).map(|came| came.frame)
     }
 
-    /// Makes a frame available on pair `pair`, cut into buffers at these lengths (the last takes the rest). False if the queue is full.
+    /// Makes a frame available on pair `pair`, cut into buffers at these lengths (the last takes
+    /// the rest). False if the queue is full.
     pub(super) fn send_on(&mut self, pair: usize, header: [u8; 12], frame: &[u8], cuts: &[usize]) -> bool {
         let bytes = [&header[..], frame].concat();
         if self.next_tx + bytes.len() as u64 > TX_END {

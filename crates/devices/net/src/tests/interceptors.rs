@@ -81,7 +81,7 @@ fn frames_that_it_wants_never_reach_the_network_and_its_answers_reach_the_guest(
     let came = guest.received_on(0).unwrap();
     assert_eq!((came.frame, came.header), (request(1000, 1), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0].to_vec()));
     let stats = guest.control.stats();
-    assert_eq!((stats.detour_tx_count.get(), stats.detour_rx_count.get()), (1, 1));
+    assert_eq!((stats.intercepted_tx_count.get(), stats.intercepted_rx_count.get()), (1, 1));
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! Any traffic over any buffers: what arrives is what was sent, in order, and what is missing was counted.
+//! Any traffic over any buffers: what arrives is what was sent, in order, and what is missing was
+//! counted.
 
 use std::collections::VecDeque;
 
@@ -79,7 +80,7 @@ proptest! {
                     guest.give_to(0, &parts);
                     guest.publish(0);
                 }
-                Act::Wait => guest.guest.worker.advance(crate::rx::PATIENCE),
+                Act::Wait => guest.guest.worker.advance(crate::pair::BUFFER_TIMEOUT),
                 Act::Pause => {
                     let still = guest.guest.worker.pause();
                     prop_assert!(still.try_recv().is_ok());

@@ -4,9 +4,9 @@ use std::os::fd::OwnedFd;
 
 use super::guest::{config, wires};
 use super::*;
+use crate::backend::stream::Stream;
+use crate::backend::tap::tap_offloads;
 use crate::config_space::feature;
-use crate::stream::Stream;
-use crate::tap::tap_offloads;
 use crate::{Net, NetBackend, NetError, NetSetup};
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::testing::{Guest, Kind, TestWorker};

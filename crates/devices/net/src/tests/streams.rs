@@ -5,8 +5,8 @@ use std::os::unix::net::UnixStream;
 
 use super::guest::config;
 use super::*;
+use crate::backend::stream::Stream;
 use crate::config_space::feature;
-use crate::stream::Stream;
 use crate::{Net, NetBackend, NetSetup};
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 use virtio::testing::Kind;
@@ -133,7 +133,7 @@ fn a_frame_that_never_fits_does_not_stop_those_behind_it() {
     peer.write_all(&[framed(&frame(2000, 1)), framed(&frame(60, 2))].concat()).unwrap();
     guest.guest.worker.run();
     assert_eq!(guest.received(), None);
-    guest.guest.worker.advance(crate::rx::PATIENCE);
+    guest.guest.worker.advance(crate::pair::BUFFER_TIMEOUT);
     assert_eq!(guest.received().unwrap(), frame(60, 2));
     assert_eq!(guest.control.stats().rx_fails.get(), 1);
 }
@@ -146,7 +146,7 @@ fn frames_wait_for_a_guest_that_has_given_no_buffers_yet() {
     }
     for _ in 0..10 {
         guest.guest.worker.run();
-        guest.guest.worker.advance(crate::rx::PATIENCE);
+        guest.guest.worker.advance(crate::pair::BUFFER_TIMEOUT);
     }
     for seed in 0..20 {
         guest.give(&[1536]);
@@ -168,10 +168,10 @@ fn a_frame_that_a_limiter_holds_back_is_not_one_that_has_no_room() {
     }
     assert_eq!(guest.received().unwrap(), frame(500, 1));
     for _ in 0..99 {
-        guest.guest.worker.advance(crate::rx::PATIENCE);
+        guest.guest.worker.advance(crate::pair::BUFFER_TIMEOUT);
         assert_eq!(guest.received(), None);
     }
-    guest.guest.worker.advance(2 * crate::rx::PATIENCE);
+    guest.guest.worker.advance(2 * crate::pair::BUFFER_TIMEOUT);
     assert_eq!(guest.received().unwrap(), frame(500, 2));
     assert_eq!(guest.control.stats().rx_fails.get(), 0);
 }
