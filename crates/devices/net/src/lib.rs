@@ -18,11 +18,11 @@
 //!
 //! # Backends
 //!
-//! | backend | frames are moved by             | offloads       | queue pairs | limits, checks (1) |
-//! |---------|---------------------------------|----------------|-------------|--------------------|
-//! | tap     | `readv`, `writev`, without copy | all of the tap | several     | yes                |
-//! | vhost   | a thread of the kernel          | all of the tap | several     | no                 |
-//! | stream  | a Unix socket, one copy         | none           | one         | yes                |
+//! | backend | frames are moved by              | offloads     | queue pairs | checks (1) |
+//! |---------|----------------------------------|--------------|-------------|------------|
+//! | tap     | `readv` and `writev`, no copy    | all of a tap | several     | yes        |
+//! | vhost   | a thread of the kernel           | all of a tap | several     | no         |
+//! | stream  | a Unix socket, one copy each way | none         | one         | yes        |
 //!
 //! (1) Rate limits, an interceptor, and the check of the source MAC.
 //!

@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interfaces_are_found_by_name() {
+    fn find_returns_interfaces_by_name() {
         assert_eq!(find("lo"), Ok(Some(LinkInfo { queues: 0 })));
         assert_eq!(find("nosuchlink"), Ok(None));
     }
