@@ -1,5 +1,4 @@
-//! What the fuzz target of this device connects it to: networks made of sockets, and a service that
-//! answers in their place.
+//! Entry point of the fuzz target: a hostile guest and a hostile network on the network device.
 
 use crate::{Net, NetConfig, NetState};
 use std::collections::VecDeque;

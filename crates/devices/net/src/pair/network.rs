@@ -1,7 +1,5 @@
 //! The network end of a queue pair, as its task watches it.
 
-use std::sync::Arc;
-
 use rustix::io::Errno;
 
 use super::context::PairError;
@@ -109,7 +107,7 @@ impl Network {
 
     /// Checks whether a macvtap still exists, and closes the link if not. Returns when to check
     /// again. Other links report by themselves that they are gone.
-    pub(super) fn probe(&mut self, shared: &Arc<Shared>, cx: &mut Context<'_>) -> Option<Nanos> {
+    pub(super) fn probe(&mut self, shared: &Shared, cx: &mut Context<'_>) -> Option<Nanos> {
         let Some(Link::Tap(tap, _)) = &self.link else { return None };
         if !tap.is_macvtap() {
             return None;

@@ -1,4 +1,4 @@
-//! Any traffic over any buffers: what arrives is what was sent, in order, and what is missing was
+//! Property test: with any traffic and any buffers, frames arrive in order, and missing ones are
 //! counted.
 
 use std::collections::VecDeque;
