@@ -1,12 +1,15 @@
-//! User networking without any right: frames over a Unix stream socket, as `passt` speaks them.
+//! The stream backend: frames over a Unix stream socket, in the protocol of `passt`. It needs no
+//! privileges.
 //!
-//! Each frame is preceded by its length, four bytes with the most significant first. There are no offloads. What arrives is read in
-//! large pieces and handed on frame by frame; what goes out is gathered and written once per batch.
+//! Each frame follows its length, a big-endian 32-bit integer. There are no offloads. Received
+//! bytes are read in large pieces and delivered frame by frame. Sent frames are buffered and
+//! written once per batch.
 //!
 //! # Errors
 //!
-//! The other side may close the connection, and may send a length that no frame has. Either ends the connection: [`Errno::NOTCONN`].
-//! A side that does not read makes [`Stream::send`] say [`Errno::AGAIN`] once [`OUT_LIMIT`] bytes wait.
+//! [`Errno::NOTCONN`] ends the connection: the peer has closed it, or has sent a length greater
+//! than [`MAX_FRAME`]. While the peer does not read, [`Stream::send`] returns [`Errno::AGAIN`] once
+//! [`OUT_LIMIT`] bytes are buffered.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,48 +21,50 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::interceptor::MAX_FRAME;
-use super::segments::Segments;
+use crate::interceptor::MAX_FRAME;
+use crate::segments::Segments;
 
-/// Bytes of the length before a frame.
+/// Bytes of the length field before a frame.
 const PREFIX: usize = 4;
-/// Bytes that are read at once.
+/// Size of the receive buffer in bytes.
 const IN_SIZE: usize = 256 << 10;
-/// Bytes that may wait to be written before no more are taken.
+/// Once this many bytes are buffered, no more frames are accepted.
 const OUT_LIMIT: usize = 256 << 10;
-/// How long a server that is full may take to accept: the caller waits.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long [`Stream::connect`] blocks while the server's backlog is full.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The server's socket cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot connect to {path}: {source}")]
 pub struct StreamError {
-    /// Its path.
+    /// Path of the socket.
     pub path: PathBuf,
     /// The kernel's reason.
     pub source: io::Error,
 }
 
-/// A connection to a network in another process.
+/// A connection to another process that serves a network.
 #[derive(Debug, Clone)]
 pub struct Stream {
     name: String,
     socket: Arc<OwnedFd>,
-    /// What was read: `start..end` is not handed on yet. Allocated with the first read.
+    /// Received bytes: `start..end` is not consumed yet. Allocated by the first read.
     incoming: Vec<u8>,
     start: usize,
     end: usize,
-    /// What is to be written, from `written` on.
+    /// Bytes to send. The first `written` of them are sent.
     outgoing: Vec<u8>,
     written: usize,
 }
 
 impl Stream {
-    /// Connects to the server that listens at `path`, which accepts within [`CONNECT_PATIENCE`] or is an error.
+    /// Connects to the server that listens at `path`. Blocks for [`CONNECT_TIMEOUT`] at most.
     pub fn connect(path: &Path) -> Result<Self, StreamError> {
         let failed = |errno: Errno| {
             let source = match errno {
-                Errno::AGAIN => io::Error::new(io::ErrorKind::WouldBlock, "its server accepts no connection"),
+                Errno::AGAIN => {
+                    io::Error::new(io::ErrorKind::WouldBlock, "the server does not accept connections")
+                }
                 errno => errno.into(),
             };
             StreamError { path: path.to_owned(), source }
@@ -68,14 +73,14 @@ impl Stream {
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
         let address = SocketAddrUnix::new(path).map_err(failed)?;
-        // A server that has just been asked by somebody else may be full for a moment: passt lets one wait.
-        set_socket_timeout(&socket, Timeout::Send, Some(CONNECT_PATIENCE)).map_err(failed)?;
+        // passt lets one client wait: its backlog is full for a moment while another one connects.
+        set_socket_timeout(&socket, Timeout::Send, Some(CONNECT_TIMEOUT)).map_err(failed)?;
         rustix::net::connect(&socket, &address).map_err(failed)?;
         rustix::io::ioctl_fionbio(&socket, true).map_err(failed)?;
         Ok(Self::new(path.display().to_string(), socket))
     }
 
-    pub(super) fn new(name: String, socket: OwnedFd) -> Self {
+    pub(crate) fn new(name: String, socket: OwnedFd) -> Self {
         Stream {
             name,
             socket: Arc::new(socket),
@@ -87,7 +92,7 @@ impl Stream {
         }
     }
 
-    /// What the user calls it.
+    /// The socket's path, for log messages.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
@@ -96,10 +101,11 @@ impl Stream {
         self.socket.as_fd()
     }
 
-    /// The next frame, which stays the next until [`Stream::consume`]. [`Errno::AGAIN`] if there is none.
-    pub(super) fn frame(&mut self) -> Result<&[u8], Errno> {
+    /// Returns the next frame and keeps it until [`Stream::consume`]. [`Errno::AGAIN`]: there is
+    /// none.
+    pub(crate) fn frame(&mut self) -> Result<&[u8], Errno> {
         loop {
-            if let Some(len) = self.complete()? {
+            if let Some(len) = self.complete_len()? {
                 let begin = self.start + PREFIX;
                 return Ok(&self.incoming[begin..begin + len]);
             }
@@ -107,17 +113,17 @@ impl Stream {
         }
     }
 
-    /// Lets go of the frame that [`Stream::frame`] showed.
-    pub(super) fn consume(&mut self) {
-        if let Ok(Some(len)) = self.complete() {
+    /// Drops the frame that [`Stream::frame`] returned.
+    pub(crate) fn consume(&mut self) {
+        if let Ok(Some(len)) = self.complete_len() {
             self.start += PREFIX + len;
         }
     }
 
-    /// Length of the next frame, if all of it is here.
-    fn complete(&self) -> Result<Option<usize>, Errno> {
-        let there = &self.incoming[self.start..self.end];
-        let Some((prefix, rest)) = there.split_first_chunk::<PREFIX>() else { return Ok(None) };
+    /// Length of the next frame, if all of it is received.
+    fn complete_len(&self) -> Result<Option<usize>, Errno> {
+        let received = &self.incoming[self.start..self.end];
+        let Some((prefix, rest)) = received.split_first_chunk::<PREFIX>() else { return Ok(None) };
         let len = u32::from_be_bytes(*prefix) as usize;
         if len > MAX_FRAME {
             return Err(Errno::NOTCONN);
@@ -129,7 +135,7 @@ impl Stream {
         if self.incoming.is_empty() {
             self.incoming.resize(IN_SIZE, 0);
         }
-        // What is left is less than a frame, and the buffer holds several.
+        // Less than one frame is left, and the buffer holds several.
         self.incoming.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         let (got, _) = rustix::io::retry_on_intr(|| {
@@ -142,7 +148,8 @@ impl Stream {
         Ok(())
     }
 
-    /// Takes a frame: `head`, and the segments. It goes out with [`Stream::flush`].
+    /// Buffers a frame, which [`Stream::flush`] writes: `head`, and `rest` without its first
+    /// `offset` bytes.
     pub(super) fn send(&mut self, head: &[u8], rest: &Segments, offset: usize) -> Result<(), Errno> {
         if self.outgoing.len() - self.written >= OUT_LIMIT {
             self.flush()?;
@@ -157,14 +164,14 @@ impl Stream {
         Ok(())
     }
 
-    /// Writes what waits, as far as the other side takes it.
+    /// Writes buffered bytes until the socket is full.
     pub(super) fn flush(&mut self) -> Result<(), Errno> {
         while self.has_unsent() {
             let rest = &self.outgoing[self.written..];
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, rest, flags)) {
                 Ok(count) => self.written += count,
-                // Not now, or no memory for it now: later.
+                // The socket is full, or the kernel is short of memory: try again later.
                 Err(Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) => break,
                 Err(error) => return Err(error),
             }
@@ -174,7 +181,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Whether the other side has not hung up.
+    /// Whether the peer is still connected.
     pub(super) fn is_there(&self) -> bool {
         let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
         match rustix::net::recv(&self.socket, &mut [0; 1], flags) {
@@ -183,13 +190,13 @@ impl Stream {
         }
     }
 
-    /// Ends the connection, whoever else has its descriptor.
-    pub(super) fn hang_up(&self) {
-        // It may have ended already.
+    /// Ends the connection, also where another process has a copy of the descriptor.
+    pub(super) fn shutdown(&self) {
+        // An error means that it has ended already.
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
 
-    /// Whether something waits to be written.
+    /// Whether buffered bytes are not written yet.
     pub(super) fn has_unsent(&self) -> bool {
         self.written < self.outgoing.len()
     }
@@ -214,23 +221,23 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_cut_out_of_the_stream_however_it_comes() {
+    fn frames_are_parsed_from_a_stream_in_any_pieces() {
         let (mut stream, mut peer) = pair();
         let frames: Vec<Vec<u8>> = [60, 1, 1500, 65000].iter().map(|&len| vec![len as u8; len]).collect();
         let bytes: Vec<u8> = frames.iter().flat_map(|frame| framed(frame)).collect();
-        let mut got = Vec::new();
+        let mut received = Vec::new();
         for piece in bytes.chunks(997) {
             peer.write_all(piece).unwrap();
             while let Ok(frame) = stream.frame() {
-                got.push(frame.to_vec());
+                received.push(frame.to_vec());
                 stream.consume();
             }
         }
-        assert_eq!(got, frames);
+        assert_eq!(received, frames);
     }
 
     #[test]
-    fn a_server_that_accepts_nobody_is_an_error_and_not_waited_for() {
+    fn connect_to_a_server_with_a_full_backlog_times_out() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("full");
         let flags = SocketFlags::CLOEXEC;
@@ -240,11 +247,11 @@ mod tests {
         let waiting: Vec<_> = std::iter::from_fn(|| Stream::connect(&path).ok()).take(10).collect();
         assert!(waiting.len() < 10);
         let refused = Stream::connect(&path).unwrap_err().to_string();
-        assert!(refused.contains("full") && refused.contains("accepts no connection"), "{refused}");
+        assert!(refused.contains("full") && refused.contains("does not accept connections"), "{refused}");
     }
 
     #[test]
-    fn a_frame_stays_until_it_is_consumed() {
+    fn frame_is_kept_until_consumed() {
         let (mut stream, mut peer) = pair();
         peer.write_all(&framed(b"one")).unwrap();
         assert_eq!(stream.frame(), Ok(&b"one"[..]));
@@ -254,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_length_that_no_frame_has_and_an_end_break_the_connection() {
+    fn too_long_frame_or_hangup_ends_the_connection() {
         let (mut stream, mut peer) = pair();
         peer.write_all(&(MAX_FRAME as u32 + 1).to_be_bytes()).unwrap();
         assert_eq!(stream.frame(), Err(Errno::NOTCONN));
@@ -264,14 +271,14 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_does_not_read_holds_frames_back_and_then_gets_them_all() {
+    fn peer_that_stops_reading_gets_all_frames_later() {
         let (mut stream, mut peer) = pair();
         let empty = Segments::new();
         let mut sent = 0;
         while stream.send(&[7; 1000], &empty, 0) == Ok(()) {
             stream.flush().unwrap();
             sent += 1;
-            assert!(sent < 100_000, "somebody takes it all");
+            assert!(sent < 100_000, "the socket never is full");
         }
         assert!(stream.has_unsent());
         let mut got = Vec::new();

@@ -1,4 +1,4 @@
-//! The limits of one direction, which the tasks of all queues share.
+//! The rate limiter of one direction, which the tasks of all queue pairs share.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,9 +7,10 @@ use sync::locked;
 use virtio::rate_limiter::{RateLimiter, RateLimiterConfig, RateLimiterState, RateLimiterUpdate};
 use virtio::worker::Nanos;
 
+/// A rate limiter that several tasks use.
 #[derive(Debug)]
-pub(super) struct Limits {
-    /// Whether there are any: spares the lock where there are none.
+pub(crate) struct SharedLimiter {
+    /// Whether any limit is set. Without one, the tasks take no lock.
     limited: AtomicBool,
     inner: Mutex<Inner>,
 }
@@ -17,25 +18,25 @@ pub(super) struct Limits {
 #[derive(Debug)]
 struct Inner {
     limiter: RateLimiter,
-    /// The last time that anybody told.
+    /// The latest time that a caller passed. The state is saved as of this time.
     now: Nanos,
 }
 
-impl Limits {
-    pub(super) fn new(limiter: RateLimiter, now: Nanos) -> Self {
-        Limits {
+impl SharedLimiter {
+    pub(crate) fn new(limiter: RateLimiter, now: Nanos) -> Self {
+        SharedLimiter {
             limited: AtomicBool::new(!limiter.is_unlimited()),
             inner: Mutex::new(Inner { limiter, now }),
         }
     }
 
-    /// Whether there is any limit.
-    pub(super) fn are_set(&self) -> bool {
+    /// Whether any limit is set.
+    pub(crate) fn is_limited(&self) -> bool {
         self.limited.load(Ordering::Acquire)
     }
 
-    /// Lets a frame of `bytes` pass, or says when to ask again.
-    pub(super) fn take(&self, bytes: usize, now: Nanos) -> Result<(), Nanos> {
+    /// Takes tokens for a frame of `bytes`. The error is the time at which to try again.
+    pub(crate) fn take(&self, bytes: usize, now: Nanos) -> Result<(), Nanos> {
         let mut inner = locked(&self.inner);
         inner.now = now;
         if inner.limiter.try_take(bytes as u64, now) {
@@ -44,35 +45,37 @@ impl Limits {
         inner.limiter.next_allowed_at(bytes as u64, now).map_or(Ok(()), Err)
     }
 
-    /// Whether a frame may come whose size nobody knows yet, or when to ask again.
-    pub(super) fn may_come(&self, now: Nanos) -> Result<(), Nanos> {
+    /// Whether a frame of unknown size may pass. The error is the time at which to try again.
+    ///
+    /// Takes no tokens: [`SharedLimiter::charge`] does, when the size is known.
+    pub(crate) fn check(&self, now: Nanos) -> Result<(), Nanos> {
         let mut inner = locked(&self.inner);
         inner.now = now;
         inner.limiter.next_allowed_at(1, now).map_or(Ok(()), Err)
     }
 
-    /// `bytes` have passed in a frame, whether there was enough left for it or not: what is missing is owed.
-    pub(super) fn owe(&self, bytes: usize) {
+    /// Takes tokens for a frame of `bytes` that has passed. Missing tokens become a debt.
+    pub(crate) fn charge(&self, bytes: usize) {
         locked(&self.inner).limiter.charge(bytes as u64);
     }
 
-    /// What is saved from now on is as of `now`.
-    pub(super) fn hold(&self, now: Nanos) {
+    /// Sets the time as of which the state is saved.
+    pub(crate) fn set_time(&self, now: Nanos) {
         locked(&self.inner).now = now;
     }
 
-    pub(super) fn config(&self) -> RateLimiterConfig {
+    pub(crate) fn config(&self) -> RateLimiterConfig {
         locked(&self.inner).limiter.config()
     }
 
-    pub(super) fn update(&self, update: RateLimiterUpdate, now: Nanos) {
+    pub(crate) fn update(&self, update: RateLimiterUpdate, now: Nanos) {
         let mut inner = locked(&self.inner);
         inner.limiter.update(update, now);
         inner.now = now;
         self.limited.store(!inner.limiter.is_unlimited(), Ordering::Release);
     }
 
-    pub(super) fn save(&self) -> RateLimiterState {
+    pub(crate) fn save(&self) -> RateLimiterState {
         let inner = locked(&self.inner);
         inner.limiter.save(inner.now)
     }

@@ -1,12 +1,13 @@
-//! The control queue (5.1.6.5): how many queues are used, what may be left to the guest, that it has announced itself.
+//! The task of the control queue (5.1.6.5): commands for the number of queue pairs, the offloads,
+//! and the acknowledgement of an announcement.
 
 use std::io;
 use std::sync::Arc;
 
 use memory::GuestRam;
 
-use super::config_space::feature;
-use super::device::Shared;
+use crate::config_space::feature;
+use crate::shared::Shared;
 use sync::EventFd;
 use virtio::device::{ActiveQueue, Interrupt};
 use virtio::queue::{Chain, Queue, QueueError};
@@ -24,23 +25,23 @@ const OK: u8 = 0;
 /// `VIRTIO_NET_ERR`
 const ERR: u8 = 1;
 
-/// Commands in one call: each may ask the kernel something.
-const TURN: u32 = 16;
+/// Most commands in one call, because each may take an ioctl.
+const COMMANDS_PER_CALL: u32 = 16;
 
 const KICK: Token = 0;
 
-/// How serving the queue ended.
-enum Served {
-    /// It is empty.
-    All,
-    /// There may be more, and other tasks get their turn.
-    Turn,
-    /// The next command would make the host's kernel take RTNL too often before then.
-    Until(Nanos),
+/// Why a call ended.
+enum Progress {
+    /// The queue is empty.
+    Waiting,
+    /// The queue may have more commands, for the next call.
+    MoreWork,
+    /// The budget of RTNL ioctls delays the next command until this time.
+    Delayed(Nanos),
 }
 
 /// Serves the control queue.
-pub(super) struct CtrlTask {
+pub(crate) struct ControlTask {
     shared: Arc<Shared>,
     memory: GuestRam,
     interrupt: Arc<dyn Interrupt>,
@@ -48,12 +49,22 @@ pub(super) struct CtrlTask {
     kick: Arc<EventFd>,
     features: u64,
     chain: Chain,
-    quiet: bool,
-    dead: bool,
+    phase: Phase,
 }
 
-impl CtrlTask {
-    pub(super) fn new(
+/// Whether the task serves its queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// No: from `quiesce` to `resume`, and before the first `resume`.
+    Quiesced,
+    /// Yes.
+    Running,
+    /// No, until the driver resets the device.
+    Failed,
+}
+
+impl ControlTask {
+    pub(crate) fn new(
         shared: Arc<Shared>,
         queue: ActiveQueue,
         memory: GuestRam,
@@ -62,77 +73,78 @@ impl CtrlTask {
     ) -> Self {
         let ActiveQueue { queue, kick } = queue;
         let chain = Chain::new();
-        CtrlTask { shared, memory, interrupt, queue, kick, features, chain, quiet: true, dead: false }
+        let phase = Phase::Quiesced;
+        ControlTask { shared, memory, interrupt, queue, kick, features, chain, phase }
     }
 
     fn work(&mut self, cx: &mut Context<'_>) {
-        if self.quiet || self.dead {
+        if self.phase != Phase::Running {
             return;
         }
         let now = cx.now();
         match self.serve(now) {
-            Ok(Served::All) => cx.clear_timer(),
-            Ok(Served::Turn) => cx.reschedule(),
-            Ok(Served::Until(at)) => cx.set_timer(at),
+            Ok(Progress::Waiting) => cx.clear_timer(),
+            Ok(Progress::MoreWork) => cx.reschedule(),
+            Ok(Progress::Delayed(at)) => cx.set_timer(at),
             Err(error) => {
-                self.dead = true;
+                self.phase = Phase::Failed;
                 cx.clear_timer();
                 self.interrupt.needs_reset(&error);
             }
         }
     }
 
-    fn serve(&mut self, now: Nanos) -> Result<Served, QueueError> {
+    fn serve(&mut self, now: Nanos) -> Result<Progress, QueueError> {
         let mut served = 0;
         loop {
             self.queue.disable_notifications()?;
-            let mut held_until = None;
-            while served < TURN && self.queue.pop(&mut self.chain)? {
+            let mut delayed_until = None;
+            while served < COMMANDS_PER_CALL && self.queue.pop(&mut self.chain)? {
                 served += 1;
-                let answer = match self.carry_out(now)? {
-                    Ok(answer) => answer,
+                let status = match self.execute(now)? {
+                    Ok(status) => status,
                     Err(at) => {
                         self.queue.rewind(&self.chain)?;
-                        held_until = Some(at);
+                        delayed_until = Some(at);
                         break;
                     }
                 };
-                let written = self.chain.writable().write(&self.memory, &[answer])?;
+                let written = self.chain.writable().write(&self.memory, &[status])?;
                 self.queue.add_used(self.chain.head(), written as u32)?;
             }
             if self.queue.publish()? {
                 self.interrupt.queue(self.queue.index());
             }
-            if let Some(at) = held_until {
-                return Ok(Served::Until(at));
+            if let Some(at) = delayed_until {
+                return Ok(Progress::Delayed(at));
             }
-            if served >= TURN {
-                return Ok(Served::Turn);
+            if served >= COMMANDS_PER_CALL {
+                return Ok(Progress::MoreWork);
             }
             if !self.queue.enable_notifications()? {
-                return Ok(Served::All);
+                return Ok(Progress::Waiting);
             }
         }
     }
 
-    /// Carries out the command that was popped. Its answer, or the time to try it again.
-    fn carry_out(&self, now: Nanos) -> Result<Result<u8, Nanos>, QueueError> {
+    /// Executes the command that was popped. Returns its status, or the time at which to try again.
+    fn execute(&self, now: Nanos) -> Result<Result<u8, Nanos>, QueueError> {
         let mut command = [0; 10];
         let len = self.chain.readable().read(&self.memory, &mut command)?;
-        let (what, data) = command[..len].split_at(len.min(2));
-        let done = match (<[u8; 2]>::try_from(what), data) {
+        let (class, data) = command[..len].split_at(len.min(2));
+        let done = match (<[u8; 2]>::try_from(class), data) {
             (Ok(ANNOUNCE_ACK), _) if self.features & feature::GUEST_ANNOUNCE != 0 => {
-                self.shared.announced();
+                self.shared.acknowledge_announce();
                 Ok(true)
             }
             (Ok(MQ_PAIRS_SET), &[low, high, ..]) if self.features & feature::MQ != 0 => {
-                self.shared.use_pairs(u16::from_le_bytes([low, high]), now)
+                self.shared.set_active_pairs(u16::from_le_bytes([low, high]), now)
             }
             (Ok(OFFLOADS_SET), data) if self.features & feature::CTRL_GUEST_OFFLOADS != 0 => {
                 let wanted = <[u8; 8]>::try_from(data).map(u64::from_le_bytes);
-                let may = self.features & feature::GUEST_OFFLOADS;
+                let allowed = self.features & feature::GUEST_OFFLOADS;
                 match wanted {
-                    Ok(wanted) if wanted & !may == 0 => self.shared.set_offloads(wanted, now),
+                    Ok(wanted) if wanted & !allowed == 0 => self.shared.set_offloads(wanted, now),
                     _ => Ok(false),
                 }
             }
@@ -145,7 +157,7 @@ impl CtrlTask {
     }
 }
 
-impl Task for CtrlTask {
+impl Task for ControlTask {
     fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         cx.watch_kick(KICK, &self.kick)
     }
@@ -161,7 +173,9 @@ impl Task for CtrlTask {
     }
 
     fn quiesce(&mut self, cx: &mut Context<'_>) {
-        self.quiet = true;
+        if self.phase == Phase::Running {
+            self.phase = Phase::Quiesced;
+        }
         cx.clear_timer();
     }
 
@@ -170,7 +184,9 @@ impl Task for CtrlTask {
     }
 
     fn resume(&mut self, cx: &mut Context<'_>) {
-        self.quiet = false;
+        if self.phase == Phase::Quiesced {
+            self.phase = Phase::Running;
+        }
         self.work(cx);
     }
 

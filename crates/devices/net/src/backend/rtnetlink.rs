@@ -1,7 +1,8 @@
-//! What the kernel says of a network interface by name (rtnetlink): whether it is there, and who uses it if it is a tap.
+//! Looks up a network interface of the host by name (rtnetlink): whether it exists, and how many
+//! queues are attached if it is a tap.
 //!
-//! A tap that was made with `multi_queue` lets anybody attach who may open it: the kernel then spreads frames over all of their queues. Only this
-//! count tells that somebody else is there.
+//! Any process that may open a tap with `multi_queue` can attach more queues to it. The kernel then
+//! spreads the frames over the queues of all processes. Only this count shows another user.
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
@@ -15,31 +16,32 @@ const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_DATA: u16 = 2;
 const IFLA_TUN_NUM_QUEUES: u16 = 8;
 const IFLA_TUN_NUM_DISABLED_QUEUES: u16 = 9;
-/// The bits of an attribute's type that are no flags.
+/// The type of an attribute without its flag bits.
 const NLA_TYPE_MASK: u16 = 0x3fff;
 /// `struct nlmsghdr`
 const HEADER_LEN: usize = 16;
 /// `struct ifinfomsg`
 const IFINFO_LEN: usize = 16;
-/// Longer than what the kernel says of an interface, by far.
-const ANSWER_LEN: usize = 64 << 10;
+/// Much longer than the kernel's reply for one interface.
+const REPLY_LEN: usize = 64 << 10;
 
-/// An interface.
+/// A network interface of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LinkInfo {
-    /// Queues that are attached to it, those that are switched off included, where it is a tap with several; 0 elsewhere.
+    /// Number of queues attached to a tap with `multi_queue`, disabled ones included. 0 for any
+    /// other interface.
     pub(super) queues: u32,
 }
 
-/// The interface `name` of this process's network namespace; None if there is none.
+/// Finds the interface `name` in this process's network namespace.
 pub(super) fn find(name: &str) -> Result<Option<LinkInfo>, Errno> {
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
     rustix::net::send(&socket, &request(name), SendFlags::empty())?;
-    let mut answer = vec![0; ANSWER_LEN];
+    let mut reply = vec![0; REPLY_LEN];
     let (len, _) =
-        rustix::io::retry_on_intr(|| rustix::net::recv(&socket, &mut answer[..], RecvFlags::empty()))?;
-    read(&answer[..len])
+        rustix::io::retry_on_intr(|| rustix::net::recv(&socket, &mut reply[..], RecvFlags::empty()))?;
+    parse(&reply[..len])
 }
 
 fn request(name: &str) -> Vec<u8> {
@@ -59,9 +61,9 @@ fn request(name: &str) -> Vec<u8> {
     request
 }
 
-fn read(answer: &[u8]) -> Result<Option<LinkInfo>, Errno> {
-    let number = |at: usize| answer.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
-    let kind = answer.get(4..6).map(|bytes| u16::from_ne_bytes([bytes[0], bytes[1]]));
+fn parse(reply: &[u8]) -> Result<Option<LinkInfo>, Errno> {
+    let number = |at: usize| reply.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+    let kind = reply.get(4..6).map(|bytes| u16::from_ne_bytes([bytes[0], bytes[1]]));
     match kind {
         Some(RTM_NEWLINK) => {}
         Some(NLMSG_ERROR) => {
@@ -73,18 +75,18 @@ fn read(answer: &[u8]) -> Result<Option<LinkInfo>, Errno> {
         }
         _ => return Err(Errno::PROTO),
     }
-    let attributes = answer.get(HEADER_LEN + IFINFO_LEN..).unwrap_or_default();
-    let tun = find_in(attributes, IFLA_LINKINFO).and_then(|info| find_in(info, IFLA_INFO_DATA));
+    let attributes = reply.get(HEADER_LEN + IFINFO_LEN..).unwrap_or_default();
+    let tun = attribute(attributes, IFLA_LINKINFO).and_then(|info| attribute(info, IFLA_INFO_DATA));
     let count = |kind| {
-        let bytes = find_in(tun?, kind)?.first_chunk()?;
+        let bytes = attribute(tun?, kind)?.first_chunk()?;
         Some(u32::from_ne_bytes(*bytes))
     };
     let queues = [IFLA_TUN_NUM_QUEUES, IFLA_TUN_NUM_DISABLED_QUEUES].map(|kind| count(kind).unwrap_or(0));
     Ok(Some(LinkInfo { queues: queues[0].saturating_add(queues[1]) }))
 }
 
-/// The contents of the first attribute of this type.
-fn find_in(attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+/// Payload of the first attribute of the type `wanted`.
+fn attribute(attributes: &[u8], wanted: u16) -> Option<&[u8]> {
     let mut rest = attributes;
     loop {
         let len = usize::from(u16::from_ne_bytes(*rest.first_chunk()?));
@@ -102,20 +104,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interfaces_are_found_by_name() {
+    fn find_returns_interfaces_by_name() {
         assert_eq!(find("lo"), Ok(Some(LinkInfo { queues: 0 })));
         assert_eq!(find("nosuchlink"), Ok(None));
     }
 
     #[test]
-    fn answers_that_make_no_sense_are_errors() {
-        for answer in [&[][..], &[0; 4], &[0; 64], &[0xff; 64]] {
-            assert!(read(answer).is_err());
+    fn malformed_replies_are_errors() {
+        for reply in [&[][..], &[0; 4], &[0; 64], &[0xff; 64]] {
+            assert!(parse(reply).is_err());
         }
         let mut cut = [0; 48];
         cut[4] = RTM_NEWLINK as u8;
         cut[32] = 200;
         cut[34] = IFLA_LINKINFO as u8;
-        assert_eq!(read(&cut), Ok(Some(LinkInfo { queues: 0 })));
+        assert_eq!(parse(&cut), Ok(Some(LinkInfo { queues: 0 })));
     }
 }
