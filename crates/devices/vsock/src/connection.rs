@@ -7,10 +7,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sendmsg, shutdown};
 
-use super::backlog::Backlog;
+use super::tx_buf::TxBuf;
 use super::credit::Credit;
 use super::packet::{HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind};
-use super::table::Server;
+use super::table::ServerKey;
 use virtio::worker::Nanos;
 
 /// Longest message, either way. It has to be whole before it goes on.
@@ -27,26 +27,26 @@ pub(super) struct Key {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
     /// A host client is there and has not said where it wants to go.
-    Greeting,
+    AwaitingConnect,
     /// The guest wants it, and whoever serves the port has no time yet.
-    Dialing,
-    /// The guest is asked and has not answered.
+    Connecting,
+    /// The guest is credit_requests and has not answered.
     Requested,
     /// The guest took it, maybe before it handled a reset of all connections, which would end it:
     /// the client is not answered yet.
     Held,
     /// Data flows.
-    Open,
-    /// The host is done with it, the guest was told, and has not forgotten it yet.
+    Established,
+    /// The host is done with it, the guest was sent_shutdown, and has not forgotten it yet.
     Closing,
     /// The guest is done with it; the host still takes what the guest has sent.
     Lingering,
 }
 
-/// Packets without data that the guest is owed.
-#[expect(clippy::struct_excessive_bools, reason = "each is a packet, and any of them may be owed")]
+/// Packets without data that the guest is pending.
+#[expect(clippy::struct_excessive_bools, reason = "each is a packet, and any of them may be pending")]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Owed {
+pub(super) struct PendingPackets {
     pub(super) request: bool,
     pub(super) response: bool,
     pub(super) credit_update: bool,
@@ -55,11 +55,11 @@ pub(super) struct Owed {
 
 /// What came of writing to a host socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Written {
+pub(super) enum WriteOutcome {
     /// So many bytes went; the socket takes no more for now if it is fewer than there were.
     Bytes(u32),
     /// Whoever is there takes nothing any more.
-    Deaf,
+    PeerClosed,
     /// It is broken.
     Failed,
 }
@@ -73,15 +73,15 @@ pub(super) struct Connection {
     pub(super) key: Option<Key>,
     pub(super) credit: Credit,
     pub(super) deadline: Option<Nanos>,
-    /// Its turn at the server that it waits for.
-    pub(super) turn: Option<u64>,
+    /// Its ticket at the server that it waits for.
+    pub(super) ticket: Option<u64>,
     /// None where there is none yet or any more.
     pub(super) socket: Option<Arc<OwnedFd>>,
-    pub(super) owed: Owed,
+    pub(super) pending: PendingPackets,
     /// What the guest sent and the socket has not taken.
-    to_host: Backlog,
+    tx_buf: TxBuf,
     /// A message that the guest gets in pieces, and how much of it went.
-    pub(super) to_guest: (Vec<u8>, u32),
+    pub(super) rx_message: (Vec<u8>, u32),
     /// The socket takes nothing for now, and is watched for when it does.
     pub(super) blocked: bool,
     /// The socket may have something to read.
@@ -89,19 +89,19 @@ pub(super) struct Connection {
     /// Its peer hung up, wholly or in part, which a read will tell after what it sent.
     pub(super) hangup: bool,
     /// How much to read at once: what the last reads were like.
-    pub(super) appetite: u32,
+    pub(super) read_size: u32,
     /// The host sends no more, and all it sent was given to the guest.
-    pub(super) host_done: bool,
+    pub(super) host_send_shut: bool,
     /// The host takes no more.
-    pub(super) host_deaf: bool,
+    pub(super) host_recv_shut: bool,
     /// The guest sends no more.
-    pub(super) guest_done: bool,
+    pub(super) guest_send_shut: bool,
     /// The guest takes no more.
-    pub(super) guest_deaf: bool,
-    /// How often in a row the guest was asked for room.
-    pub(super) asked: u32,
+    pub(super) guest_recv_shut: bool,
+    /// How often in a row the guest was credit_requests for room.
+    pub(super) credit_requests: u32,
     /// Flags of the last `SHUTDOWN` that the guest got.
-    pub(super) told: u32,
+    pub(super) sent_shutdown: u32,
 }
 
 impl Connection {
@@ -112,32 +112,32 @@ impl Connection {
             key: None,
             credit: Credit::new(promised),
             deadline: None,
-            turn: None,
+            ticket: None,
             socket: None,
-            owed: Owed::default(),
-            to_host: Backlog::new(promised),
-            to_guest: (Vec::new(), 0),
+            pending: PendingPackets::default(),
+            tx_buf: TxBuf::new(promised),
+            rx_message: (Vec::new(), 0),
             blocked: false,
             readable: false,
             hangup: false,
-            appetite: 0,
-            host_done: false,
-            host_deaf: false,
-            guest_done: false,
-            guest_deaf: false,
-            asked: 0,
-            told: 0,
+            read_size: 0,
+            host_send_shut: false,
+            host_recv_shut: false,
+            guest_send_shut: false,
+            guest_recv_shut: false,
+            credit_requests: 0,
+            sent_shutdown: 0,
         }
     }
 
     /// The host server that a connection of the guest goes to.
-    pub(super) fn server(&self) -> Option<Server> {
+    pub(super) fn server(&self) -> Option<ServerKey> {
         self.key.map(|key| (key.host_port, self.kind))
     }
 
     /// The most bytes that it can be made to keep.
-    pub(super) fn most_kept(&self) -> u64 {
-        let from_guest = u64::from(self.credit.promised());
+    pub(super) fn max_buffered(&self) -> u64 {
+        let from_guest = u64::from(self.credit.buf_alloc());
         match self.kind {
             SocketKind::Stream => from_guest,
             // With the lengths of messages, and one that the guest gets in pieces.
@@ -157,34 +157,34 @@ impl Connection {
             op: (op as u16).into(),
             ..Header::default()
         };
-        self.credit.tell(&mut header);
+        self.credit.fill_header(&mut header);
         header
     }
 
     /// Whether there is data for the guest, as far as is known, that may be sent.
     pub(super) fn has_data(&self) -> bool {
-        let more = !self.to_guest.0.is_empty() || (self.readable && !self.host_done);
-        self.state == State::Open && more && !self.guest_deaf
+        let more = !self.rx_message.0.is_empty() || (self.readable && !self.host_send_shut);
+        self.state == State::Established && more && !self.guest_recv_shut
     }
 
     /// The flags of the `SHUTDOWN` that the guest should get, if it has not got them.
     pub(super) fn shutdown_due(&self) -> Option<u32> {
-        let send = if self.host_done { SHUTDOWN_SEND } else { 0 };
-        let receive = if self.host_deaf { SHUTDOWN_RECEIVE } else { 0 };
+        let send = if self.host_send_shut { SHUTDOWN_SEND } else { 0 };
+        let receive = if self.host_recv_shut { SHUTDOWN_RECEIVE } else { 0 };
         let flags = send | receive;
-        (self.state == State::Open && flags & !self.told != 0).then_some(flags)
+        (self.state == State::Established && flags & !self.sent_shutdown != 0).then_some(flags)
     }
 
     /// How much data the guest may be sent now.
     pub(super) fn sendable(&self) -> u32 {
-        match (self.kind, self.to_guest.0.len() as u32, self.to_guest.1) {
+        match (self.kind, self.rx_message.0.len() as u32, self.rx_message.1) {
             // The rest of a message follows, whatever it is cut into: no guest reads a message that
             // is not whole.
-            (SocketKind::SeqPacket, _, 1..) => self.credit.payload(),
+            (SocketKind::SeqPacket, _, 1..) => self.credit.free(),
             // A message begins when there is room for all of it, or when there will not be more.
             (SocketKind::SeqPacket, len @ 1.., 0) => {
                 let window = self.credit.window();
-                if window.is_idle() || window.bytes(1) >= len { self.credit.payload() } else { 0 }
+                if window.is_idle() || window.bytes(1) >= len { self.credit.free() } else { 0 }
             }
             _ => self.credit.sendable(),
         }
@@ -197,92 +197,92 @@ impl Connection {
 
     /// Whether the guest should hear how much room it has.
     pub(super) fn credit_update_due(&self) -> bool {
-        let due = self.owed.credit_update || self.credit.is_update_due(self.to_host.has_partial());
-        self.state == State::Open && due
+        let due = self.pending.credit_update || self.credit.is_update_due(self.tx_buf.has_partial());
+        self.state == State::Established && due
     }
 
-    /// Whether the guest is owed anything that it could get now.
-    pub(super) fn wants_turn(&self) -> bool {
-        self.owed != Owed::default()
+    /// Whether the guest is pending anything that it could get now.
+    pub(super) fn has_packets(&self) -> bool {
+        self.pending != PendingPackets::default()
             || self.credit_update_due()
             || (self.has_data() && self.sendable() > 0)
             || self.shutdown_due().is_some()
     }
 
-    /// Forgets all that the guest said on it: it will be asked for it again.
-    pub(super) fn begin_again(&mut self) {
-        self.to_host.clear();
-        self.credit = Credit::new(self.credit.promised());
-        self.owed = Owed::default();
+    /// Forgets all that the guest said on it: it will be credit_requests for it again.
+    pub(super) fn restart(&mut self) {
+        self.tx_buf.clear();
+        self.credit = Credit::new(self.credit.buf_alloc());
+        self.pending = PendingPackets::default();
     }
 
     /// The guest sends no more: a message that is not whole never will be.
-    pub(super) fn end_of_guest(&mut self) {
-        self.guest_done = true;
-        self.credit.forward(self.to_host.remove_partial());
+    pub(super) fn shut_guest_send(&mut self) {
+        self.guest_send_shut = true;
+        self.credit.record_forwarded(self.tx_buf.remove_partial());
     }
 
     /// Whether the socket may have more after a read of nothing: that was an empty message then, and not the end.
     pub(super) fn may_have_more(&self) -> bool {
         let Some(socket) = &self.socket else { return false };
         // What the peer sent before it was done is still there.
-        !peer_is_done(socket) || ioctl_fionread(socket).is_ok_and(|left| left > 0)
+        !is_peer_send_shut(socket) || ioctl_fionread(socket).is_ok_and(|left| left > 0)
     }
 
     /// Whether all that the guest sent went to the host.
     pub(super) fn is_flushed(&self) -> bool {
-        self.to_host.is_empty()
+        self.tx_buf.is_empty()
     }
 
     /// Whether there is a message to write.
     pub(super) fn has_whole_message(&self) -> bool {
-        self.to_host.has_message()
+        self.tx_buf.has_message()
     }
 
     /// Keeps what the socket did not take.
-    pub(super) fn keep(&mut self, data: &[u8]) {
-        self.to_host.add(data);
+    pub(super) fn buffer(&mut self, data: &[u8]) {
+        self.tx_buf.add(data);
     }
 
     /// Keeps a piece of a message, which may be its last.
-    pub(super) fn keep_message(&mut self, data: &[u8], is_last: bool) {
-        self.to_host.add_piece(data, is_last);
+    pub(super) fn buffer_message(&mut self, data: &[u8], is_last: bool) {
+        self.tx_buf.add_piece(data, is_last);
     }
 
     /// Writes what was kept, as far as the socket takes it.
-    pub(super) fn flush(&mut self) -> Written {
+    pub(super) fn flush(&mut self) -> WriteOutcome {
         let mut sent = 0;
         while let Some(len) = self.next_write() {
             match self.write(len) {
                 Ok(0) | Err(Errno::AGAIN) => break,
                 Ok(written) => {
                     match self.kind {
-                        SocketKind::Stream => self.to_host.remove(written),
-                        SocketKind::SeqPacket => self.to_host.remove_message(),
+                        SocketKind::Stream => self.tx_buf.remove(written),
+                        SocketKind::SeqPacket => self.tx_buf.remove_message(),
                     }
                     sent += written as u32;
                 }
-                Err(Errno::PIPE) => return self.deafen(),
-                Err(_) => return Written::Failed,
+                Err(Errno::PIPE) => return self.shut_host_recv(),
+                Err(_) => return WriteOutcome::Failed,
             }
         }
-        self.credit.forward(sent);
-        Written::Bytes(sent)
+        self.credit.record_forwarded(sent);
+        WriteOutcome::Bytes(sent)
     }
 
     /// Forgets what is kept for a host that does not want it.
-    pub(super) fn deafen(&mut self) -> Written {
-        self.host_deaf = true;
-        self.credit.forward(self.to_host.clear());
-        Written::Deaf
+    pub(super) fn shut_host_recv(&mut self) -> WriteOutcome {
+        self.host_recv_shut = true;
+        self.credit.record_forwarded(self.tx_buf.clear());
+        WriteOutcome::PeerClosed
     }
 
     /// Where the host is gone and nothing that it sent is left or wanted, both its directions are over.
-    pub(super) fn settle(&mut self) {
-        let is_read = self.host_done || self.guest_deaf;
-        if self.hangup && is_read && !self.host_deaf && self.is_peer_gone() {
-            self.host_done = true;
-            self.deafen();
+    pub(super) fn close_if_peer_gone(&mut self) {
+        let is_read = self.host_send_shut || self.guest_recv_shut;
+        if self.hangup && is_read && !self.host_recv_shut && self.is_peer_gone() {
+            self.host_send_shut = true;
+            self.shut_host_recv();
         }
     }
 
@@ -294,14 +294,14 @@ impl Connection {
     /// How many of the bytes that are kept go in one write.
     fn next_write(&self) -> Option<usize> {
         match self.kind {
-            SocketKind::Stream => Some(self.to_host.len()).filter(|&len| len > 0),
-            SocketKind::SeqPacket => self.to_host.first_message(),
+            SocketKind::Stream => Some(self.tx_buf.len()).filter(|&len| len > 0),
+            SocketKind::SeqPacket => self.tx_buf.first_message(),
         }
     }
 
     fn write(&self, len: usize) -> Result<usize, Errno> {
         let socket = self.socket.as_ref().ok_or(Errno::PIPE)?;
-        let slices = self.to_host.first(len);
+        let slices = self.tx_buf.first(len);
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), flags)
     }
@@ -311,7 +311,7 @@ impl Connection {
         let socket = self.socket.as_ref().ok_or(Errno::NOTCONN)?;
         let (_, len) = recv(socket, &mut *scratch, RecvFlags::DONTWAIT | RecvFlags::TRUNC)?;
         let message = scratch.get(..len).ok_or(Errno::MSGSIZE)?;
-        self.to_guest = (message.to_vec(), 0);
+        self.rx_message = (message.to_vec(), 0);
         Ok((len > 0).then_some(()))
     }
 
@@ -330,7 +330,7 @@ fn peer_is_gone(socket: impl AsFd) -> bool {
 }
 
 /// Whether whoever is at the other end sends no more.
-pub(super) fn peer_is_done(socket: impl AsFd) -> bool {
+pub(super) fn is_peer_send_shut(socket: impl AsFd) -> bool {
     state_of(socket).intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
 }
 

@@ -4,27 +4,27 @@ use memory::GuestRam;
 use rustix::io::Errno;
 use rustix::net::{SendFlags, Shutdown, send};
 
-use super::connection::{Connection, Key, Owed, State, Written};
+use super::connection::{Connection, Key, PendingPackets, State, WriteOutcome};
 use super::guest_io::Segments;
 use super::packet::{
     END_OF_MESSAGE, HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind,
 };
-use super::switch::{Reset, Switch, reset_of};
+use super::muxer::{Reset, Muxer, reset_of};
 use super::table::Slot;
 use virtio::queue::{Buffers, QueueError};
 use virtio::worker::{Context, Nanos};
 
 const MS: Nanos = 1_000_000;
 /// How long a host server may take for a connection of the guest.
-const DIAL_PATIENCE: Nanos = 5_000 * MS;
+const CONNECT_TIMEOUT: Nanos = 5_000 * MS;
 /// A host server that has no time is tried again after that.
-const DIAL_AGAIN: Nanos = 10 * MS;
+const CONNECT_RETRY_INTERVAL: Nanos = 10 * MS;
 /// How often servers are tried again in one go.
-const DIALS: usize = 64;
+const CONNECTS_PER_RETRY: usize = 64;
 /// How long the host may take for what the guest sent before it was done.
-const LINGER_PATIENCE: Nanos = 60_000 * MS;
+const LINGER_TIMEOUT: Nanos = 60_000 * MS;
 
-impl Switch {
+impl Muxer {
     /// Handles a packet of the guest; `data` is as long as the header says.
     pub(super) fn packet(
         &mut self,
@@ -50,7 +50,7 @@ impl Switch {
     fn signal(&mut self, cx: &mut Context<'_>, header: &Header) -> Option<Slot> {
         let op = Op::of(header.op.get());
         let kind = SocketKind::of(header.kind.get())
-            .filter(|&kind| kind == SocketKind::Stream || self.with_messages);
+            .filter(|&kind| kind == SocketKind::Stream || self.seqpacket);
         let key = Key { host_port: header.dst_port.get(), guest_port: header.src_port.get() };
         let (Some(op), Some(kind), HOST_CID) = (op, kind, header.dst_cid.get()) else {
             self.refuse(header);
@@ -75,34 +75,34 @@ impl Switch {
             self.reset_by_guest(cx, slot);
             return None;
         }
-        if connection.credit.learn(header).is_err() {
+        if connection.credit.update_peer(header).is_err() {
             self.kill(cx, slot);
             return None;
         }
         let state = connection.state;
-        if state == State::Open && connection.asked > 0 && connection.sendable() > 0 {
-            connection.asked = 0;
+        if state == State::Established && connection.credit_requests > 0 && connection.sendable() > 0 {
+            connection.credit_requests = 0;
             self.table.set_deadline(slot, None);
         }
         let connection = self.table.get(slot)?;
         match (op, state) {
-            (Op::Rw, State::Open | State::Held) => return Some(slot),
+            (Op::Rw, State::Established | State::Held) => return Some(slot),
             (Op::Response, State::Requested) => self.taken(cx, slot),
-            (Op::CreditRequest, State::Open | State::Held) => connection.owed.credit_update = true,
+            (Op::CreditRequest, State::Established | State::Held) => connection.pending.credit_update = true,
             (Op::Shutdown, State::Held) => {
                 // The guest ended it by itself: no reset will.
                 self.opened(cx, slot);
                 self.shutdown_by_guest(cx, slot, header.flags.get());
             }
-            (Op::Shutdown, State::Open | State::Requested | State::Closing) => {
+            (Op::Shutdown, State::Established | State::Requested | State::Closing) => {
                 self.shutdown_by_guest(cx, slot, header.flags.get());
             }
             // Its header said all; or it was sent before the guest heard that the host is done.
-            (Op::CreditUpdate, State::Open | State::Held)
+            (Op::CreditUpdate, State::Established | State::Held)
             | (Op::Rw | Op::CreditUpdate | Op::CreditRequest, State::Closing) => {}
             _ => self.kill(cx, slot),
         }
-        self.queue(cx, slot);
+        self.schedule(cx, slot);
         None
     }
 
@@ -118,7 +118,7 @@ impl Switch {
     /// Answers a packet to something that does not exist. Resets are not answered.
     fn refuse(&mut self, header: &Header) {
         if header.op.get() != Op::Rst as u16 {
-            self.owe_reset(Reset {
+            self.queue_reset(Reset {
                 src_cid: header.dst_cid.get(),
                 key: Key { host_port: header.dst_port.get(), guest_port: header.src_port.get() },
                 kind: header.kind.get(),
@@ -132,33 +132,33 @@ impl Switch {
             // It has forgotten the connection that it had.
             return self.kill(cx, slot);
         }
-        let Some(slot) = self.table.add(kind, State::Dialing) else {
+        let Some(slot) = self.table.add(kind, State::Connecting) else {
             self.shared.stats.conns_refused.add(1);
             return self.refuse(header);
         };
         self.shared.stats.conns_added.add(1);
         self.table.set_key(slot, key);
         if let Some(connection) = self.table.get(slot)
-            && connection.credit.learn(header).is_err()
+            && connection.credit.update_peer(header).is_err()
         {
             return self.kill(cx, slot);
         }
         // Who waits already comes first.
         if self.table.first_waiting((key.host_port, kind)).is_some() || !self.dial(cx, slot) {
-            self.table.wait(slot);
+            self.table.wait_for_server(slot);
             let now = cx.now();
-            self.table.set_deadline(slot, Some(now.saturating_add(DIAL_PATIENCE)));
-            self.dial_at = self.dial_at.or(Some(now.saturating_add(DIAL_AGAIN)));
+            self.table.set_deadline(slot, Some(now.saturating_add(CONNECT_TIMEOUT)));
+            self.connect_retry_at = self.connect_retry_at.or(Some(now.saturating_add(CONNECT_RETRY_INTERVAL)));
         }
     }
 
     /// Tries servers again that had no time: for each of them, those that wait in their order, until it has none again.
-    pub(super) fn dial_again(&mut self, cx: &mut Context<'_>) {
-        let mut left = DIALS;
+    pub(super) fn retry_connects(&mut self, cx: &mut Context<'_>) {
+        let mut left = CONNECTS_PER_RETRY;
         for _ in 0..self.table.servers() {
             // Where there are many, each has its turn.
-            let Some(server) = self.table.server_after(self.dialed).filter(|_| left > 0) else { break };
-            self.dialed = Some(server);
+            let Some(server) = self.table.next_server_after(self.last_retried).filter(|_| left > 0) else { break };
+            self.last_retried = Some(server);
             while left > 0
                 && let Some(slot) = self.table.first_waiting(server)
             {
@@ -168,8 +168,8 @@ impl Switch {
                 }
             }
         }
-        let again = cx.now().saturating_add(DIAL_AGAIN);
-        self.dial_at = (self.table.servers() > 0).then_some(again);
+        let again = cx.now().saturating_add(CONNECT_RETRY_INTERVAL);
+        self.connect_retry_at = (self.table.servers() > 0).then_some(again);
     }
 
     /// Tries to reach whoever serves the port that the guest wants. False if they have no time for it.
@@ -177,22 +177,22 @@ impl Switch {
         let Some(connection) = self.table.get(slot) else { return true };
         let Some((port, kind)) = connection.server() else { return true };
         match self.sockets.dial(port, kind) {
-            Ok(socket) if self.is_affordable(&socket) => {
+            Ok(socket) if self.is_below_fd_limit(&socket) => {
                 if self.adopt(cx, slot, socket) {
                     self.table.stop_waiting(slot);
                     self.table.set_deadline(slot, None);
                     if let Some(connection) = self.table.get(slot) {
-                        connection.state = State::Open;
-                        connection.owed.response = true;
+                        connection.state = State::Established;
+                        connection.pending.response = true;
                         connection.readable = true;
                     }
-                    self.table.queue(slot);
+                    self.table.enqueue(slot);
                 } else {
                     self.kill(cx, slot);
                 }
             }
             Err(Errno::AGAIN) => return false,
-            _ => self.turn_down(cx, slot),
+            _ => self.refuse_connection(cx, slot),
         }
         true
     }
@@ -211,9 +211,9 @@ impl Switch {
     /// The guest has handled the reset of all connections. Those that it took before that may have
     /// ended with it: they are asked for again. Their clients have not been answered, and what they
     /// sent is still in their sockets.
-    pub(super) fn ask_again(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn request_again(&mut self, cx: &mut Context<'_>) {
         for slot in self.held() {
-            self.forget_attempt(slot);
+            self.abandon_attempt(slot);
             let port = self.table.get(slot).and_then(|connection| connection.key).map(|key| key.guest_port);
             self.table.forget_key(slot);
             if let Some(port) = port {
@@ -224,10 +224,10 @@ impl Switch {
 
     /// The guest has not handled the reset for too long: connections that it took are as good as
     /// any.
-    pub(super) fn open_held(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn release_held(&mut self, cx: &mut Context<'_>) {
         for slot in self.held() {
             self.opened(cx, slot);
-            self.queue(cx, slot);
+            self.schedule(cx, slot);
         }
     }
 
@@ -239,11 +239,11 @@ impl Switch {
 
     /// Ends the guest's side of a connection that it took, if it still has it, and what was kept of
     /// it.
-    fn forget_attempt(&mut self, slot: Slot) {
+    fn abandon_attempt(&mut self, slot: Slot) {
         if let Some(connection) = self.table.get(slot) {
             let reset = reset_of(connection);
-            connection.begin_again();
-            self.owe_reset(reset);
+            connection.restart();
+            self.queue_reset(reset);
         }
     }
 
@@ -251,7 +251,7 @@ impl Switch {
     fn opened(&mut self, cx: &mut Context<'_>, slot: Slot) {
         self.table.set_deadline(slot, None);
         let Some(connection) = self.table.get(slot) else { return };
-        connection.state = State::Open;
+        connection.state = State::Established;
         connection.readable = true;
         let (Some(key), Some(socket)) = (connection.key, &connection.socket) else { return };
         let answer = format!("OK {}\n", key.host_port);
@@ -276,7 +276,7 @@ impl Switch {
         flags: u32,
     ) -> Result<(), QueueError> {
         let Some(connection) = self.table.get(slot) else { return Ok(()) };
-        if connection.guest_done || connection.credit.receive(data.len()).is_err() {
+        if connection.guest_send_shut || connection.credit.record_received(data.len()).is_err() {
             self.kill(cx, slot);
             return Ok(());
         }
@@ -284,25 +284,25 @@ impl Switch {
         if connection.state == State::Held {
             copy(&mut self.scratch, &self.ram, data)?;
             match connection.kind {
-                SocketKind::Stream => connection.keep(&self.scratch),
-                SocketKind::SeqPacket => connection.keep_message(&self.scratch, flags & END_OF_MESSAGE != 0),
+                SocketKind::Stream => connection.buffer(&self.scratch),
+                SocketKind::SeqPacket => connection.buffer_message(&self.scratch, flags & END_OF_MESSAGE != 0),
             }
             return Ok(());
         }
         let written = match connection.kind {
-            _ if connection.host_deaf => {
-                connection.credit.forward(data.len());
-                Written::Deaf
+            _ if connection.host_recv_shut => {
+                connection.credit.record_forwarded(data.len());
+                WriteOutcome::PeerClosed
             }
             SocketKind::Stream => stream(connection, &mut self.segments, &mut self.scratch, &self.ram, data)?,
             SocketKind::SeqPacket => {
                 copy(&mut self.scratch, &self.ram, data)?;
-                connection.keep_message(&self.scratch, flags & END_OF_MESSAGE != 0);
-                if connection.blocked { Written::Bytes(0) } else { connection.flush() }
+                connection.buffer_message(&self.scratch, flags & END_OF_MESSAGE != 0);
+                if connection.blocked { WriteOutcome::Bytes(0) } else { connection.flush() }
             }
         };
         self.written(cx, slot, written);
-        self.queue(cx, slot);
+        self.schedule(cx, slot);
         Ok(())
     }
 
@@ -310,24 +310,24 @@ impl Switch {
     fn shutdown_by_guest(&mut self, cx: &mut Context<'_>, slot: Slot, flags: u32) {
         let Some(connection) = self.table.get(slot) else { return };
         if flags & SHUTDOWN_SEND != 0 {
-            connection.end_of_guest();
+            connection.shut_guest_send();
         }
-        connection.guest_deaf |= flags & SHUTDOWN_RECEIVE != 0;
-        if connection.guest_done && connection.guest_deaf {
+        connection.guest_recv_shut |= flags & SHUTDOWN_RECEIVE != 0;
+        if connection.guest_send_shut && connection.guest_recv_shut {
             let reset = reset_of(connection);
-            self.owe_reset(reset);
+            self.queue_reset(reset);
             return self.linger(cx, slot);
         }
         if flags & SHUTDOWN_BOTH != 0 && connection.state == State::Requested {
             return self.kill(cx, slot);
         }
-        if connection.guest_done && connection.is_flushed() {
+        if connection.guest_send_shut && connection.is_flushed() {
             connection.shut(Shutdown::Write);
         }
-        if connection.guest_deaf {
+        if connection.guest_recv_shut {
             connection.shut(Shutdown::Read);
-            connection.to_guest = (Vec::new(), 0);
-            connection.settle();
+            connection.rx_message = (Vec::new(), 0);
+            connection.close_if_peer_gone();
         }
     }
 
@@ -335,7 +335,7 @@ impl Switch {
     fn reset_by_guest(&mut self, cx: &mut Context<'_>, slot: Slot) {
         match self.table.get(slot) {
             // It ended its direction in good order before.
-            Some(connection) if connection.guest_done => self.linger(cx, slot),
+            Some(connection) if connection.guest_send_shut => self.linger(cx, slot),
             _ => self.remove(cx, slot),
         }
     }
@@ -343,12 +343,12 @@ impl Switch {
     /// The guest is done with a connection; what it sent still goes to the host.
     fn linger(&mut self, cx: &mut Context<'_>, slot: Slot) {
         self.table.forget_key(slot);
-        let deadline = cx.now().saturating_add(LINGER_PATIENCE);
+        let deadline = cx.now().saturating_add(LINGER_TIMEOUT);
         match self.table.get(slot) {
             Some(connection) if !connection.is_flushed() && connection.socket.is_some() => {
                 connection.state = State::Lingering;
-                connection.owed = Owed::default();
-                connection.to_guest = (Vec::new(), 0);
+                connection.pending = PendingPackets::default();
+                connection.rx_message = (Vec::new(), 0);
                 self.table.set_deadline(slot, Some(deadline));
             }
             _ => self.remove(cx, slot),
@@ -363,28 +363,28 @@ fn stream(
     scratch: &mut Vec<u8>,
     ram: &GuestRam,
     data: &Buffers<'_>,
-) -> Result<Written, QueueError> {
+) -> Result<WriteOutcome, QueueError> {
     let mut sent = 0;
     if connection.is_flushed() && !data.is_empty() {
         segments.clear();
         segments.push(data, data.len())?;
-        let Some(socket) = &connection.socket else { return Ok(Written::Failed) };
+        let Some(socket) = &connection.socket else { return Ok(WriteOutcome::Failed) };
         match segments.send(socket) {
             Ok(taken) => sent = taken,
             Err(Errno::AGAIN) => {}
             Err(Errno::PIPE) => {
-                connection.credit.forward(data.len());
-                return Ok(connection.deafen());
+                connection.credit.record_forwarded(data.len());
+                return Ok(connection.shut_host_recv());
             }
-            Err(_) => return Ok(Written::Failed),
+            Err(_) => return Ok(WriteOutcome::Failed),
         }
-        connection.credit.forward(sent);
+        connection.credit.record_forwarded(sent);
     }
     if let Some((_, rest)) = data.split_at(sent).filter(|(_, rest)| !rest.is_empty()) {
         copy(scratch, ram, &rest)?;
-        connection.keep(scratch);
+        connection.buffer(scratch);
     }
-    Ok(Written::Bytes(sent))
+    Ok(WriteOutcome::Bytes(sent))
 }
 
 /// Copies a packet's data to `scratch`. It is no more than the guest has credit for.

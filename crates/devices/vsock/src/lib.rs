@@ -16,10 +16,10 @@
 //! One task on one io worker has all three queues. Descriptors are watched edge-triggered, so that a connection costs one `epoll_ctl`
 //! when it begins and one whenever its host socket is full.
 //!
-//! - [`packet`]: the header. [`credit`]: who may send how much. [`greeting`]: what host clients say first. [`socket`]: Unix sockets.
-//! - [`connection`]: one connection, and what goes on between it and its socket. [`backlog`]: what its socket has not taken yet.
+//! - [`packet`]: the header. [`credit`]: who may send how much. [`connect_request`]: what host clients say first. [`socket`]: Unix sockets.
+//! - [`connection`]: one connection, and what goes on between it and its socket. [`tx_buf`]: what its socket has not taken yet.
 //! - [`table`]: all connections: by ports, by deadline, and the line of those that have something for the guest.
-//! - [`switch`]: all of it together, and how connections begin and end. [`from_guest`], [`from_host`]: what packets and events do to them.
+//! - [`muxer`]: all of it together, and how connections begin and end. [`from_guest`], [`from_host`]: what packets and events do to them.
 //! - [`to_guest`]: filling the guest's buffers.
 //! - [`task`]: the queues, and the order of work.
 //!
@@ -29,7 +29,7 @@
 //!
 //! # Invariants
 //!
-//! - Memory is bounded: [`MAX_CONNECTIONS`], [`MAX_KEPT`] bytes of data for all of them together, and a bounded number of
+//! - Memory is bounded: [`MAX_CONNECTIONS`], [`MAX_BUFFERED`] bytes of data for all of them together, and a bounded number of
 //!   resets that wait to be told.
 //! - No connection waits for another: those with something for the guest take turns of at most [`to_guest::QUANTUM`] bytes; the guest's packets are
 //!   taken whether or not the guest takes ours (5.10.6.1).
@@ -56,19 +56,19 @@
 
 #![deny(unsafe_code)]
 
-mod backlog;
+mod tx_buf;
 mod connection;
 mod credit;
 mod from_guest;
 mod from_host;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
-mod greeting;
+mod connect_request;
 mod guest_io;
 mod packet;
-mod socket;
+mod listener;
 mod stats;
-mod switch;
+mod muxer;
 mod table;
 mod task;
 #[cfg(test)]
@@ -87,11 +87,11 @@ use virtio::device::{ActivateError, Activation, Device, DeviceData, DeviceKind, 
 use virtio::worker::Task;
 
 pub use packet::SocketKind;
-pub use socket::{
+pub use listener::{
     BindError, HostSockets, Listener, MAX_PATH_LEN, Occupant, SocketFile, is_possible as socket_is_possible,
 };
 pub use stats::{Counter, VsockStats};
-pub use table::{MAX_CONNECTIONS, MAX_KEPT};
+pub use table::{MAX_CONNECTIONS, MAX_BUFFERED};
 
 /// Descriptors in each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -217,16 +217,16 @@ impl Device for Vsock {
             return Err(ActivateError::Host { doing: "take the host's sockets", source });
         };
         *locked(&self.shared.waker) = Some(Arc::clone(&event.kick));
-        let with_messages = activation.features & F_SEQPACKET != 0;
+        let seqpacket = activation.features & F_SEQPACKET != 0;
         let task = VsockTask::new(
             [rx, tx, event],
-            task::Surroundings {
+            task::VsockContext {
                 memory: activation.memory,
                 interrupt: activation.interrupt,
                 shared: Arc::clone(&self.shared),
                 sockets,
                 guest_cid: self.guest_cid,
-                with_messages,
+                seqpacket,
             },
         );
         Ok(vec![Box::new(task)])

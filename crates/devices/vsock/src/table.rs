@@ -1,9 +1,9 @@
-//! All connections: by ports, by deadline, and the lines of those that have something for the guest and of those that wait for a host server.
+//! All connections: by ports, by deadline, and the lines of those that have something for the guest and of those that wait_for_server for a host server.
 //!
 //! # Invariants
 //!
 //! - A slot is in the line for the guest at most once, whoever has it. Only a connection that there is waits for a server.
-//! - `kept` is the sum of what all connections can be made to keep.
+//! - `reserved` is the sum of what all connections can be made to keep.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Bound;
@@ -17,7 +17,7 @@ use virtio::worker::Nanos;
 pub const MAX_CONNECTIONS: usize = 4096;
 
 /// The most bytes that all connections together can be made to keep.
-pub const MAX_KEPT: u64 = 128 << 20;
+pub const MAX_BUFFERED: u64 = 128 << 20;
 
 /// Credit of a stream while there is plenty.
 const FULL_CREDIT: u32 = 256 << 10;
@@ -33,7 +33,7 @@ const PORTS: u32 = 1 << 30;
 pub(super) type Slot = u32;
 
 /// Whoever serves a port on the host.
-pub(super) type Server = (u32, SocketKind);
+pub(super) type ServerKey = (u32, SocketKind);
 
 /// The connections.
 #[derive(Debug, Default)]
@@ -41,29 +41,29 @@ pub(super) struct Table {
     slots: Vec<Option<Connection>>,
     free: Vec<Slot>,
     /// Which slots are in the line.
-    queued: Vec<bool>,
-    line: VecDeque<Slot>,
+    in_ready_queue: Vec<bool>,
+    ready_queue: VecDeque<Slot>,
     keys: HashMap<Key, Slot>,
     deadlines: BTreeSet<(Nanos, Slot)>,
     /// For each server that has no time, who waits for it, by their turn.
-    waiting: BTreeMap<Server, BTreeMap<u64, Slot>>,
-    next_turn: u64,
-    kept: u64,
+    waiting: BTreeMap<ServerKey, BTreeMap<u64, Slot>>,
+    next_ticket: u64,
+    reserved: u64,
 }
 
 impl Table {
     /// Adds a connection; None if there is no room.
     pub(super) fn add(&mut self, kind: SocketKind, state: State) -> Option<Slot> {
         let credit = match kind {
-            SocketKind::Stream if self.kept + u64::from(FULL_CREDIT) <= PLENTY => FULL_CREDIT,
+            SocketKind::Stream if self.reserved + u64::from(FULL_CREDIT) <= PLENTY => FULL_CREDIT,
             SocketKind::Stream => SMALL_CREDIT,
             SocketKind::SeqPacket => MAX_MESSAGE,
         };
         let connection = Connection::new(kind, state, credit);
-        if self.len() == MAX_CONNECTIONS || self.kept + connection.most_kept() > MAX_KEPT {
+        if self.len() == MAX_CONNECTIONS || self.reserved + connection.max_buffered() > MAX_BUFFERED {
             return None;
         }
-        self.kept += connection.most_kept();
+        self.reserved += connection.max_buffered();
         let connection = Some(connection);
         Some(match self.free.pop() {
             Some(slot) => {
@@ -72,7 +72,7 @@ impl Table {
             }
             None => {
                 self.slots.push(connection);
-                self.queued.push(false);
+                self.in_ready_queue.push(false);
                 self.slots.len() as Slot - 1
             }
         })
@@ -100,7 +100,7 @@ impl Table {
         self.set_deadline(slot, None);
         let connection = self.slots.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
-        self.kept -= connection.most_kept();
+        self.reserved -= connection.max_buffered();
         Some(connection)
     }
 
@@ -170,20 +170,20 @@ impl Table {
         }
     }
 
-    /// Lets a connection, which has a name, wait for the server that it wants.
-    pub(super) fn wait(&mut self, slot: Slot) {
-        let turn = self.next_turn;
+    /// Lets a connection, which has a name, wait_for_server for the server that it wants.
+    pub(super) fn wait_for_server(&mut self, slot: Slot) {
+        let turn = self.next_ticket;
         let Some(connection) = self.get(slot) else { return };
-        let Some(server) = connection.server().filter(|_| connection.turn.is_none()) else { return };
-        connection.turn = Some(turn);
-        self.next_turn += 1;
+        let Some(server) = connection.server().filter(|_| connection.ticket.is_none()) else { return };
+        connection.ticket = Some(turn);
+        self.next_ticket += 1;
         self.waiting.entry(server).or_default().insert(turn, slot);
     }
 
     /// A connection waits no more.
     pub(super) fn stop_waiting(&mut self, slot: Slot) {
         let Some(connection) = self.get(slot) else { return };
-        let (Some(server), Some(turn)) = (connection.server(), connection.turn.take()) else { return };
+        let (Some(server), Some(turn)) = (connection.server(), connection.ticket.take()) else { return };
         if let Some(line) = self.waiting.get_mut(&server) {
             line.remove(&turn);
             if line.is_empty() {
@@ -193,7 +193,7 @@ impl Table {
     }
 
     /// Who waits for this server, and came first.
-    pub(super) fn first_waiting(&self, server: Server) -> Option<Slot> {
+    pub(super) fn first_waiting(&self, server: ServerKey) -> Option<Slot> {
         self.waiting.get(&server)?.values().next().copied()
     }
 
@@ -203,40 +203,40 @@ impl Table {
     }
 
     /// The next server that is waited for after this one, in a circle.
-    pub(super) fn server_after(&self, last: Option<Server>) -> Option<Server> {
+    pub(super) fn next_server_after(&self, last: Option<ServerKey>) -> Option<ServerKey> {
         let after =
             last.and_then(|last| self.waiting.range((Bound::Excluded(last), Bound::Unbounded)).next());
         after.or_else(|| self.waiting.first_key_value()).map(|(server, _)| *server)
     }
 
     /// Puts a connection at the end of the line, unless it stands in it.
-    pub(super) fn queue(&mut self, slot: Slot) {
-        let queued = &mut self.queued[slot as usize];
-        if !*queued {
-            *queued = true;
-            self.line.push_back(slot);
+    pub(super) fn enqueue(&mut self, slot: Slot) {
+        let in_ready_queue = &mut self.in_ready_queue[slot as usize];
+        if !*in_ready_queue {
+            *in_ready_queue = true;
+            self.ready_queue.push_back(slot);
         }
     }
 
     /// Puts a connection back where it came from.
-    pub(super) fn queue_first(&mut self, slot: Slot) {
-        let queued = &mut self.queued[slot as usize];
-        if !*queued {
-            *queued = true;
-            self.line.push_front(slot);
+    pub(super) fn enqueue_front(&mut self, slot: Slot) {
+        let in_ready_queue = &mut self.in_ready_queue[slot as usize];
+        if !*in_ready_queue {
+            *in_ready_queue = true;
+            self.ready_queue.push_front(slot);
         }
     }
 
     /// Whose turn it is. The connection may be gone.
-    pub(super) fn next(&mut self) -> Option<Slot> {
-        let slot = self.line.pop_front()?;
-        self.queued[slot as usize] = false;
+    pub(super) fn dequeue(&mut self) -> Option<Slot> {
+        let slot = self.ready_queue.pop_front()?;
+        self.in_ready_queue[slot as usize] = false;
         Some(slot)
     }
 
     /// Whether anybody stands in line.
-    pub(super) fn has_line(&self) -> bool {
-        !self.line.is_empty()
+    pub(super) fn has_ready(&self) -> bool {
+        !self.ready_queue.is_empty()
     }
 }
 
@@ -245,7 +245,7 @@ mod tests {
     use super::*;
 
     fn stream(table: &mut Table) -> Option<Slot> {
-        table.add(SocketKind::Stream, State::Greeting)
+        table.add(SocketKind::Stream, State::AwaitingConnect)
     }
 
     #[test]
@@ -253,15 +253,15 @@ mod tests {
         let mut table = Table::default();
         let slots: Vec<_> = (0..MAX_CONNECTIONS).map(|_| stream(&mut table).unwrap()).collect();
         assert_eq!(stream(&mut table), None);
-        assert_eq!(table.get(slots[0]).unwrap().credit.promised(), FULL_CREDIT);
-        assert_eq!(table.get(slots[MAX_CONNECTIONS - 1]).unwrap().credit.promised(), SMALL_CREDIT);
-        assert!(table.kept <= MAX_KEPT);
+        assert_eq!(table.get(slots[0]).unwrap().credit.buf_alloc(), FULL_CREDIT);
+        assert_eq!(table.get(slots[MAX_CONNECTIONS - 1]).unwrap().credit.buf_alloc(), SMALL_CREDIT);
+        assert!(table.reserved <= MAX_BUFFERED);
         for slot in slots {
             table.remove(slot).unwrap();
         }
-        assert_eq!((table.len(), table.kept), (0, 0));
+        assert_eq!((table.len(), table.reserved), (0, 0));
         let messages =
-            (0..MAX_CONNECTIONS).filter_map(|_| table.add(SocketKind::SeqPacket, State::Greeting)).count();
+            (0..MAX_CONNECTIONS).filter_map(|_| table.add(SocketKind::SeqPacket, State::AwaitingConnect)).count();
         assert_eq!(messages, 682, "each keeps messages both ways, and the lengths of those from the guest");
     }
 
@@ -291,17 +291,17 @@ mod tests {
         let mut table = Table::default();
         for _ in 0..3 {
             let slot = stream(&mut table).unwrap();
-            table.queue(slot);
+            table.enqueue(slot);
             table.remove(slot);
         }
-        assert_eq!((table.next(), table.next()), (Some(0), None));
+        assert_eq!((table.dequeue(), table.dequeue()), (Some(0), None));
         let (a, b) = (stream(&mut table).unwrap(), stream(&mut table).unwrap());
-        table.queue(a);
-        table.queue(b);
-        assert_eq!(table.next(), Some(a));
-        table.queue_first(a);
-        table.queue(a);
-        assert_eq!((table.next(), table.next(), table.next()), (Some(a), Some(b), None));
+        table.enqueue(a);
+        table.enqueue(b);
+        assert_eq!(table.dequeue(), Some(a));
+        table.enqueue_front(a);
+        table.enqueue(a);
+        assert_eq!((table.dequeue(), table.dequeue(), table.dequeue()), (Some(a), Some(b), None));
     }
 
     #[test]
@@ -323,27 +323,27 @@ mod tests {
     #[test]
     fn who_came_first_is_the_first_that_waits_and_servers_come_in_a_circle() {
         let mut table = Table::default();
-        let wait = |table: &mut Table, host_port, guest_port| {
+        let wait_for_server = |table: &mut Table, host_port, guest_port| {
             let slot = stream(table).unwrap();
             table.set_key(slot, Key { host_port, guest_port });
-            table.wait(slot);
-            table.wait(slot);
+            table.wait_for_server(slot);
+            table.wait_for_server(slot);
             slot
         };
-        let (a, b, c) = (wait(&mut table, 5, 1), wait(&mut table, 5, 2), wait(&mut table, 7, 1));
+        let (a, b, c) = (wait_for_server(&mut table, 5, 1), wait_for_server(&mut table, 5, 2), wait_for_server(&mut table, 7, 1));
         let [five, seven] = [5, 7].map(|port| (port, SocketKind::Stream));
         assert_eq!((table.first_waiting(five), table.first_waiting(seven)), (Some(a), Some(c)));
         table.remove(a);
         // It has the slot that was free, and comes after the other.
-        let d = wait(&mut table, 5, 3);
+        let d = wait_for_server(&mut table, 5, 3);
         assert_eq!((d, table.first_waiting(five)), (a, Some(b)));
         assert_eq!(
-            [None, Some(five), Some(seven)].map(|last| table.server_after(last)),
+            [None, Some(five), Some(seven)].map(|last| table.next_server_after(last)),
             [Some(five), Some(seven), Some(five)]
         );
         for slot in [b, c, d] {
             table.stop_waiting(slot);
         }
-        assert_eq!((table.servers(), table.server_after(Some(five))), (0, None));
+        assert_eq!((table.servers(), table.next_server_after(Some(five))), (0, None));
     }
 }

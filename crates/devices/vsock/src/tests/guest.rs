@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::packet::{HEADER_LEN, HOST_CID, Header, Op, SocketKind};
-use crate::socket::{HostSockets, Listener, SocketFile};
+use crate::listener::{HostSockets, Listener, SocketFile};
 use crate::{Vsock, VsockControl};
 use virtio::testing::{DriverQueue, Guest, Kind, RUNNING, TestWorker, TransportState, WRITE, guest_ram};
 

@@ -170,13 +170,13 @@ proptest! {
         is_pci: bool,
         buffers in 1u64..64,
         rx_len in 64u32..5000,
-        rooms in prop::array::uniform2(65_536u32..300_000),
+        capacities in prop::array::uniform2(65_536u32..300_000),
         acts in prop::collection::vec(act(), 1..60),
     ) {
         let mut rig = Rig::with(if is_pci { Kind::Pci } else { Kind::Mmio }, buffers, rx_len);
         let (server, _file) = serve(&rig, 50);
         let mut ends: Vec<Connection> = Vec::new();
-        for room in rooms {
+        for room in capacities {
             let mut end = End { port: 9, host_port: 50, kind: SocketKind::SeqPacket, room, forwarded: 0 };
             let (socket, first) = if ends.is_empty() {
                 rig.send(&end, Op::Request, 0);

@@ -136,7 +136,7 @@ proptest! {
         is_pci: bool,
         buffers in 1u64..64,
         rx_len in 64u32..5000,
-        rooms in prop::array::uniform3(1u32..300_000),
+        capacities in prop::array::uniform3(1u32..300_000),
         acts in prop::collection::vec(act(), 1..60),
     ) {
         let mut rig = Rig::with(if is_pci { Kind::Pci } else { Kind::Mmio }, buffers, rx_len);
@@ -148,7 +148,7 @@ proptest! {
             } else {
                 rig.open_by_host(2000 + number as u32)
             };
-            end.room = rooms[number];
+            end.room = capacities[number];
             rig.send(&end, Op::CreditUpdate, 0);
             Stream {
                 number, socket, end, sent: 0, received: 0, told: (0, 0), written: 0, taken: 0, read: 0, ended: 0,

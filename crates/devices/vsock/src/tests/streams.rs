@@ -193,7 +193,7 @@ fn a_guest_without_room_is_asked_less_and_less_often() {
     rig.send(&end, Op::CreditUpdate, 0);
     client.write_all(b"01234567").unwrap();
     assert_eq!(rig.expect(Op::Rw).data, b"0123");
-    let asked_for = |rig: &mut Rig, end: &End, seconds: u64| {
+    let requests_in = |rig: &mut Rig, end: &End, seconds: u64| {
         let mut asked = 0;
         for _ in 0..seconds * 10 {
             rig.guest.worker.advance(100 * MS);
@@ -205,7 +205,7 @@ fn a_guest_without_room_is_asked_less_and_less_often() {
         }
         asked
     };
-    let (first, later) = (asked_for(&mut rig, &end, 60), asked_for(&mut rig, &end, 600));
+    let (first, later) = (requests_in(&mut rig, &end, 60), requests_in(&mut rig, &end, 600));
     assert!((4..10).contains(&first) && (5..15).contains(&later), "{first} and {later}");
     // Once it had some, it is as at the beginning.
     end.forwarded = 3;

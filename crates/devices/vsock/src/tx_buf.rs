@@ -16,7 +16,7 @@ const KEPT_CAPACITY: usize = 4096;
 const BITS: u32 = 7;
 
 #[derive(Debug)]
-pub(super) struct Backlog {
+pub(super) struct TxBuf {
     bytes: VecDeque<u8>,
     /// The lengths of messages that are whole, the lowest bits of each first.
     lengths: VecDeque<u8>,
@@ -25,10 +25,10 @@ pub(super) struct Backlog {
     most: usize,
 }
 
-impl Backlog {
+impl TxBuf {
     /// Nothing so far, and at most so many bytes.
     pub(super) fn new(most: u32) -> Self {
-        Backlog { bytes: VecDeque::new(), lengths: VecDeque::new(), partial: 0, most: most as usize }
+        TxBuf { bytes: VecDeque::new(), lengths: VecDeque::new(), partial: 0, most: most as usize }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -114,7 +114,7 @@ impl Backlog {
     /// Forgets everything; how many bytes it was.
     pub(super) fn clear(&mut self) -> u32 {
         let len = self.bytes.len() as u32;
-        *self = Backlog::new(self.most as u32);
+        *self = TxBuf::new(self.most as u32);
         len
     }
 
@@ -151,25 +151,25 @@ mod tests {
 
     const MOST: u32 = 64 << 10;
 
-    fn first(backlog: &Backlog) -> Option<Vec<u8>> {
-        let len = backlog.first_message()?;
-        Some(backlog.first(len).iter().flat_map(|slice| slice.to_vec()).collect())
+    fn first(tx_buf: &TxBuf) -> Option<Vec<u8>> {
+        let len = tx_buf.first_message()?;
+        Some(tx_buf.first(len).iter().flat_map(|slice| slice.to_vec()).collect())
     }
 
     #[test]
     fn memory_is_bounded_whatever_the_messages_are_like() {
         for len in [1, 2, 127, 128, 1000, 16_384, MOST] {
-            let mut backlog = Backlog::new(MOST);
+            let mut tx_buf = TxBuf::new(MOST);
             for _ in 0..MOST / len {
-                backlog.add_piece(&vec![7; len as usize], true);
+                tx_buf.add_piece(&vec![7; len as usize], true);
             }
-            assert!(backlog.memory() <= 2 * MOST as usize, "{} for messages of {len}", backlog.memory());
-            while backlog.has_message() {
-                backlog.remove_message();
+            assert!(tx_buf.memory() <= 2 * MOST as usize, "{} for messages of {len}", tx_buf.memory());
+            while tx_buf.has_message() {
+                tx_buf.remove_message();
             }
-            assert!(backlog.is_empty() && backlog.memory() <= 2 * KEPT_CAPACITY);
+            assert!(tx_buf.is_empty() && tx_buf.memory() <= 2 * KEPT_CAPACITY);
         }
-        let mut stream = Backlog::new(MOST);
+        let mut stream = TxBuf::new(MOST);
         for _ in 0..MOST / 100 {
             stream.add(&[7; 100]);
         }
@@ -178,27 +178,27 @@ mod tests {
 
     #[test]
     fn a_message_that_never_becomes_whole_can_be_forgotten_alone() {
-        let mut backlog = Backlog::new(100);
-        backlog.add_piece(b"whole", true);
-        backlog.add_piece(b"not ", false);
-        assert!(backlog.has_partial());
-        assert_eq!((backlog.remove_partial(), backlog.remove_partial()), (4, 0));
-        assert_eq!((first(&backlog), backlog.len()), (Some(b"whole".to_vec()), 5));
-        backlog.add_piece(b"x", false);
-        assert_eq!((backlog.clear(), backlog.has_message(), backlog.has_partial()), (6, false, false));
+        let mut tx_buf = TxBuf::new(100);
+        tx_buf.add_piece(b"whole", true);
+        tx_buf.add_piece(b"not ", false);
+        assert!(tx_buf.has_partial());
+        assert_eq!((tx_buf.remove_partial(), tx_buf.remove_partial()), (4, 0));
+        assert_eq!((first(&tx_buf), tx_buf.len()), (Some(b"whole".to_vec()), 5));
+        tx_buf.add_piece(b"x", false);
+        assert_eq!((tx_buf.clear(), tx_buf.has_message(), tx_buf.has_partial()), (6, false, false));
     }
 
     proptest! {
         #[test]
         fn messages_come_out_as_they_went_in(lens in prop::collection::vec(0usize..40_000, 0..20), taken in 0usize..20) {
-            let mut backlog = Backlog::new(u32::MAX);
+            let mut tx_buf = TxBuf::new(u32::MAX);
             let message = |i: usize| vec![i as u8; lens[i]];
             for (i, len) in lens.iter().enumerate() {
                 let (one, other) = (len / 3, len - len / 3);
-                backlog.add_piece(&message(i)[..one], false);
-                backlog.add_piece(&message(i)[one..][..other], true);
-                if i == taken && backlog.has_message() {
-                    backlog.remove_message();
+                tx_buf.add_piece(&message(i)[..one], false);
+                tx_buf.add_piece(&message(i)[one..][..other], true);
+                if i == taken && tx_buf.has_message() {
+                    tx_buf.remove_message();
                 }
             }
             let mut expected: Vec<_> = (0..lens.len()).filter(|&i| lens[i] > 0).map(message).collect();
@@ -206,10 +206,10 @@ mod tests {
                 expected.remove(0);
             }
             for message in expected {
-                prop_assert_eq!(first(&backlog), Some(message));
-                backlog.remove_message();
+                prop_assert_eq!(first(&tx_buf), Some(message));
+                tx_buf.remove_message();
             }
-            prop_assert!(backlog.is_empty() && !backlog.has_message());
+            prop_assert!(tx_buf.is_empty() && !tx_buf.has_message());
         }
     }
 }

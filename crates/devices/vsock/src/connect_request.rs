@@ -15,7 +15,7 @@ pub(super) const MAX_LEN: usize = 32;
 
 /// What there is of a greeting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Greeting {
+pub(super) enum ConnectRequest {
     /// All of it: the client wants this port of the guest.
     Port(u32),
     /// Not all of it yet.
@@ -25,26 +25,26 @@ pub(super) enum Greeting {
 }
 
 /// Reads a greeting from `socket` without waiting.
-pub(super) fn read(socket: impl AsFd, kind: SocketKind) -> Greeting {
+pub(super) fn read(socket: impl AsFd, kind: SocketKind) -> ConnectRequest {
     let socket = socket.as_fd();
     // One byte more than a message may have.
     let mut bytes = [0; MAX_LEN + 1];
     let len = match recv(socket, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-        Ok((0, _)) => return Greeting::Bad,
+        Ok((0, _)) => return ConnectRequest::Bad,
         Ok((len, _)) => len,
-        Err(Errno::AGAIN) => return Greeting::Partial,
-        Err(_) => return Greeting::Bad,
+        Err(Errno::AGAIN) => return ConnectRequest::Partial,
+        Err(_) => return ConnectRequest::Bad,
     };
     let line = match (bytes[..len.min(MAX_LEN)].iter().position(|&byte| byte == b'\n'), kind) {
         (Some(end), SocketKind::Stream) => end + 1,
         (Some(_) | None, SocketKind::SeqPacket) if len <= MAX_LEN => len,
-        (None, SocketKind::Stream) if len < MAX_LEN => return Greeting::Partial,
-        _ => return Greeting::Bad,
+        (None, SocketKind::Stream) if len < MAX_LEN => return ConnectRequest::Partial,
+        _ => return ConnectRequest::Bad,
     };
-    let Some(port) = parse(&bytes[..line]) else { return Greeting::Bad };
+    let Some(port) = parse(&bytes[..line]) else { return ConnectRequest::Bad };
     match recv(socket, &mut bytes[..line], RecvFlags::DONTWAIT) {
-        Ok((taken, _)) if taken == line => Greeting::Port(port),
-        _ => Greeting::Bad,
+        Ok((taken, _)) if taken == line => ConnectRequest::Port(port),
+        _ => ConnectRequest::Bad,
     }
 }
 
@@ -65,7 +65,7 @@ mod tests {
 
     use super::*;
 
-    fn greet(text: &[u8]) -> (Greeting, UnixStream, UnixStream) {
+    fn read_connect_request(text: &[u8]) -> (ConnectRequest, UnixStream, UnixStream) {
         let (mut client, server) = UnixStream::pair().unwrap();
         client.write_all(text).unwrap();
         (read(&server, SocketKind::Stream), client, server)
@@ -73,8 +73,8 @@ mod tests {
 
     #[test]
     fn a_port_is_read_and_what_follows_the_line_stays() {
-        let (greeting, client, mut server) = greet(b"CONNECT 1024\nhello\n");
-        assert_eq!(greeting, Greeting::Port(1024));
+        let (greeting, client, mut server) = read_connect_request(b"CONNECT 1024\nhello\n");
+        assert_eq!(greeting, ConnectRequest::Port(1024));
         drop(client);
         let mut rest = String::new();
         server.read_to_string(&mut rest).unwrap();
@@ -83,18 +83,18 @@ mod tests {
 
     #[test]
     fn the_word_may_be_in_any_case_and_the_line_end_in_cr_lf() {
-        assert_eq!(greet(b"connect 4294967295\n").0, Greeting::Port(u32::MAX));
-        assert_eq!(greet(b"Connect 0\r\n").0, Greeting::Port(0));
+        assert_eq!(read_connect_request(b"connect 4294967295\n").0, ConnectRequest::Port(u32::MAX));
+        assert_eq!(read_connect_request(b"Connect 0\r\n").0, ConnectRequest::Port(0));
     }
 
     #[test]
     fn a_line_that_comes_in_pieces_is_waited_for() {
-        let (greeting, mut client, server) = greet(b"CONN");
-        assert_eq!(greeting, Greeting::Partial);
+        let (greeting, mut client, server) = read_connect_request(b"CONN");
+        assert_eq!(greeting, ConnectRequest::Partial);
         client.write_all(b"ECT 7").unwrap();
-        assert_eq!(read(&server, SocketKind::Stream), Greeting::Partial);
+        assert_eq!(read(&server, SocketKind::Stream), ConnectRequest::Partial);
         client.write_all(b"\n").unwrap();
-        assert_eq!(read(&server, SocketKind::Stream), Greeting::Port(7));
+        assert_eq!(read(&server, SocketKind::Stream), ConnectRequest::Port(7));
     }
 
     #[test]
@@ -111,20 +111,20 @@ mod tests {
             b"CONNECT                         1\n",
             &[b'x'; 40],
         ] {
-            assert_eq!(greet(text).0, Greeting::Bad, "{}", String::from_utf8_lossy(text));
+            assert_eq!(read_connect_request(text).0, ConnectRequest::Bad, "{}", String::from_utf8_lossy(text));
         }
-        let (_, client, server) = greet(b"CONN");
+        let (_, client, server) = read_connect_request(b"CONN");
         drop(client);
         let mut rest = [0; 4];
         (&server).read_exact(&mut rest).unwrap();
-        assert_eq!(read(&server, SocketKind::Stream), Greeting::Bad);
+        assert_eq!(read(&server, SocketKind::Stream), ConnectRequest::Bad);
     }
 
     #[test]
     fn the_longest_line_is_taken_and_one_byte_more_is_not() {
         let longest = format!("CONNECT 1{}\n", " ".repeat(MAX_LEN - 10));
-        assert_eq!((longest.len(), greet(longest.as_bytes()).0), (MAX_LEN, Greeting::Port(1)));
+        assert_eq!((longest.len(), read_connect_request(longest.as_bytes()).0), (MAX_LEN, ConnectRequest::Port(1)));
         let longer = format!("CONNECT 1{}\n", " ".repeat(MAX_LEN - 9));
-        assert_eq!(greet(longer.as_bytes()).0, Greeting::Bad);
+        assert_eq!(read_connect_request(longer.as_bytes()).0, ConnectRequest::Bad);
     }
 }

@@ -12,18 +12,18 @@ use rustix::net::Shutdown;
 use rustix::process::{Resource, getrlimit};
 
 use super::Shared;
-use super::connection::{Connection, Key, MAX_MESSAGE, State, Written};
+use super::connection::{Connection, Key, MAX_MESSAGE, State, WriteOutcome};
 use super::guest_io::Segments;
 use super::packet::{HOST_CID, Header, Op, SocketKind};
-use super::socket::HostSockets;
-use super::table::{MAX_CONNECTIONS, Server, Slot, Table};
+use super::listener::HostSockets;
+use super::table::{MAX_CONNECTIONS, ServerKey, Slot, Table};
 use virtio::worker::{Context, Interest, Nanos};
 
 const MS: Nanos = 1_000_000;
 /// How long the guest may take to forget a connection that the host is done with.
-const CLOSE_PATIENCE: Nanos = 10_000 * MS;
-/// How long a guest may have no room before it is asked for some; each time twice as long as before.
-const STALL_PATIENCE: Nanos = 200 * MS;
+const CLOSE_TIMEOUT: Nanos = 10_000 * MS;
+/// How long a guest may have no room before it is requests for some; each time twice as long as before.
+const CREDIT_REQUEST_DELAY: Nanos = 200 * MS;
 /// How often that gets longer.
 const MAX_DOUBLINGS: u32 = 8;
 
@@ -58,7 +58,7 @@ impl Reset {
 }
 
 /// Everything but the queues.
-pub(super) struct Switch {
+pub(super) struct Muxer {
     pub(super) guest_cid: u64,
     pub(super) shared: Arc<Shared>,
     pub(super) sockets: HostSockets,
@@ -67,7 +67,7 @@ pub(super) struct Switch {
     pub(super) segments: Segments,
     pub(super) scratch: Vec<u8>,
     pub(super) ram: GuestRam,
-    pub(super) with_messages: bool,
+    pub(super) seqpacket: bool,
     /// For each listener, whether somebody may wait at it.
     pub(super) waiting: Vec<bool>,
     /// Host clients are turned away: nobody serves them.
@@ -75,24 +75,24 @@ pub(super) struct Switch {
     /// The guest was told of a reset of all connections, and may not have handled it.
     pub(super) is_reset_pending: bool,
     /// Descriptors ran out: when to accept again.
-    pub(super) accept_at: Option<Nanos>,
+    pub(super) accept_retry_at: Option<Nanos>,
     /// When to try servers again that had no time, and the one that was tried last.
-    pub(super) dial_at: Option<Nanos>,
-    pub(super) dialed: Option<Server>,
+    pub(super) connect_retry_at: Option<Nanos>,
+    pub(super) last_retried: Option<ServerKey>,
     /// Descriptors from this number on are not for connections.
     fd_limit: u64,
 }
 
-impl Switch {
+impl Muxer {
     pub(super) fn new(
         guest_cid: u32,
         shared: Arc<Shared>,
         sockets: HostSockets,
         ram: GuestRam,
-        with_messages: bool,
+        seqpacket: bool,
     ) -> Self {
         let fd_limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        Switch {
+        Muxer {
             guest_cid: guest_cid.into(),
             shared,
             table: Table::default(),
@@ -100,45 +100,45 @@ impl Switch {
             segments: Segments::new(ram.clone()),
             scratch: Vec::new(),
             ram,
-            with_messages,
+            seqpacket,
             waiting: vec![true; sockets.listeners.len()],
             sockets,
             is_closed: false,
             is_reset_pending: false,
-            accept_at: None,
-            dial_at: None,
-            dialed: None,
+            accept_retry_at: None,
+            connect_retry_at: None,
+            last_retried: None,
             fd_limit: fd_limit.saturating_sub(RESERVED_FDS),
         }
     }
 
     /// Puts a connection in line if there is anything for the guest.
-    pub(super) fn queue(&mut self, cx: &mut Context<'_>, slot: Slot) {
-        if self.table.get(slot).is_some_and(|connection| connection.wants_turn()) {
-            self.table.queue(slot);
+    pub(super) fn schedule(&mut self, cx: &mut Context<'_>, slot: Slot) {
+        if self.table.get(slot).is_some_and(|connection| connection.has_packets()) {
+            self.table.enqueue(slot);
         }
         self.watch_stall(cx, slot);
     }
 
-    /// A guest that has no room usually says when it has some. If it does not, it will be asked.
+    /// A guest that has no room usually says when it has some. If it does not, it will be requests.
     pub(super) fn watch_stall(&mut self, cx: &mut Context<'_>, slot: Slot) {
         let stalled = self.table.get(slot).filter(|c| c.deadline.is_none() && c.is_stalled());
-        if let Some(asked) = stalled.map(|c| c.asked) {
-            let deadline = cx.now().saturating_add(STALL_PATIENCE << asked.min(MAX_DOUBLINGS));
+        if let Some(requests) = stalled.map(|c| c.credit_requests) {
+            let deadline = cx.now().saturating_add(CREDIT_REQUEST_DELAY << requests.min(MAX_DOUBLINGS));
             self.table.set_deadline(slot, Some(deadline));
         }
     }
 
     /// The guest had no room for some time.
-    fn ask_for_credit(&mut self, cx: &mut Context<'_>, slot: Slot) {
+    fn request_credit(&mut self, cx: &mut Context<'_>, slot: Slot) {
         if let Some(connection) = self.table.get(slot).filter(|c| c.is_stalled()) {
-            connection.owed.credit_request = true;
-            connection.asked = connection.asked.saturating_add(1);
-            self.queue(cx, slot);
+            connection.pending.credit_request = true;
+            connection.credit_requests = connection.credit_requests.saturating_add(1);
+            self.schedule(cx, slot);
         }
     }
 
-    pub(super) fn owe_reset(&mut self, reset: Reset) {
+    pub(super) fn queue_reset(&mut self, reset: Reset) {
         // A guest that asks for resets and does not take them does without.
         if self.resets.len() < MAX_RESETS {
             self.resets.push_back(reset);
@@ -146,13 +146,13 @@ impl Switch {
     }
 
     /// What follows from a write to a host socket.
-    pub(super) fn written(&mut self, cx: &mut Context<'_>, slot: Slot, written: Written) {
+    pub(super) fn written(&mut self, cx: &mut Context<'_>, slot: Slot, written: WriteOutcome) {
         let Some(connection) = self.table.get(slot) else { return };
-        if written == Written::Failed {
+        if written == WriteOutcome::Failed {
             self.shared.stats.tx_write_fails.add(1);
             return self.kill(cx, slot);
         }
-        let blocked = !connection.is_flushed() && !is_waiting_for_more(connection);
+        let blocked = !connection.is_flushed() && !has_partial_message_only(connection);
         if blocked != connection.blocked {
             connection.blocked = blocked;
             let interest = if blocked { Interest::BOTH } else { Interest::READ };
@@ -163,7 +163,7 @@ impl Switch {
         if connection.is_flushed() {
             if connection.state == State::Lingering {
                 self.remove(cx, slot);
-            } else if connection.guest_done {
+            } else if connection.guest_send_shut {
                 connection.shut(Shutdown::Write);
             }
         }
@@ -172,26 +172,26 @@ impl Switch {
     /// What is due by now.
     pub(super) fn timers(&mut self, cx: &mut Context<'_>) {
         let now = cx.now();
-        if self.accept_at.is_some_and(|at| at <= now) {
-            self.accept_at = None;
+        if self.accept_retry_at.is_some_and(|at| at <= now) {
+            self.accept_retry_at = None;
         }
-        if self.dial_at.is_some_and(|at| at <= now) {
-            self.dial_again(cx);
+        if self.connect_retry_at.is_some_and(|at| at <= now) {
+            self.retry_connects(cx);
         }
         while let Some(slot) = self.table.expired(now) {
             match self.table.get(slot).map(|connection| connection.state) {
-                Some(State::Dialing) => self.turn_down(cx, slot),
-                Some(State::Open) => self.ask_for_credit(cx, slot),
+                Some(State::Connecting) => self.refuse_connection(cx, slot),
+                Some(State::Established) => self.request_credit(cx, slot),
                 Some(_) => self.kill(cx, slot),
                 None => {}
             }
         }
     }
 
-    /// When [`Switch::timers`] is to be called.
+    /// When [`Muxer::timers`] is to be called.
     pub(super) fn next_timer(&self) -> Option<Nanos> {
-        let dial_at = self.dial_at.filter(|_| self.table.servers() > 0);
-        [self.accept_at, dial_at, self.table.next_deadline()].into_iter().flatten().min()
+        let connect_retry_at = self.connect_retry_at.filter(|_| self.table.servers() > 0);
+        [self.accept_retry_at, connect_retry_at, self.table.next_deadline()].into_iter().flatten().min()
     }
 
     /// Time in which nobody could do anything is over.
@@ -200,7 +200,7 @@ impl Switch {
     }
 
     /// Whether there are descriptors left for connections.
-    pub(super) fn is_affordable(&self, socket: &OwnedFd) -> bool {
+    pub(super) fn is_below_fd_limit(&self, socket: &OwnedFd) -> bool {
         u64::from(socket.as_raw_fd().cast_unsigned()) < self.fd_limit
     }
 
@@ -227,7 +227,7 @@ impl Switch {
     /// The guest was told that the host is done: it has some time to forget the connection.
     pub(super) fn close(&mut self, cx: &mut Context<'_>, slot: Slot) {
         self.close_socket(cx, slot);
-        let deadline = cx.now().saturating_add(CLOSE_PATIENCE);
+        let deadline = cx.now().saturating_add(CLOSE_TIMEOUT);
         self.table.set_deadline(slot, Some(deadline));
         if let Some(connection) = self.table.get(slot) {
             connection.state = State::Closing;
@@ -241,7 +241,7 @@ impl Switch {
     }
 
     /// The guest does not get the connection that it wants.
-    pub(super) fn turn_down(&mut self, cx: &mut Context<'_>, slot: Slot) {
+    pub(super) fn refuse_connection(&mut self, cx: &mut Context<'_>, slot: Slot) {
         self.shared.stats.conns_refused.add(1);
         self.end(cx, slot);
     }
@@ -249,10 +249,10 @@ impl Switch {
     fn end(&mut self, cx: &mut Context<'_>, slot: Slot) {
         if let Some(connection) = self.table.get(slot)
             && connection.key.is_some()
-            && !connection.owed.request
+            && !connection.pending.request
         {
             let reset = reset_of(connection);
-            self.owe_reset(reset);
+            self.queue_reset(reset);
         }
         self.remove(cx, slot);
     }
@@ -263,7 +263,7 @@ impl Switch {
         if self.table.remove(slot).is_some() {
             self.shared.stats.conns_removed.add(1);
             // There is a descriptor more.
-            self.accept_at = None;
+            self.accept_retry_at = None;
         }
     }
 
@@ -283,12 +283,12 @@ pub(super) fn reset_of(connection: &Connection) -> Reset {
 }
 
 /// Whether all that is kept is the beginning of a message.
-fn is_waiting_for_more(connection: &Connection) -> bool {
+fn has_partial_message_only(connection: &Connection) -> bool {
     connection.kind == SocketKind::SeqPacket && !connection.has_whole_message()
 }
 
 /// Room for the longest message.
-pub(super) fn message_room(scratch: &mut Vec<u8>) -> &mut [u8] {
+pub(super) fn message_buffer(scratch: &mut Vec<u8>) -> &mut [u8] {
     scratch.resize(MAX_MESSAGE as usize, 0);
     scratch
 }
