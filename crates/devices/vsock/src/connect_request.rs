@@ -1,54 +1,55 @@
-//! What a host client says first: `CONNECT port\n`.
+//! The request that a host client sends first: `CONNECT port\n`.
 //!
-//! The line is looked at in the socket's own buffer and taken out when all of it is there, so that what follows it stays for the
-//! connection to read. On a socket of messages it is the first message.
+//! The line is peeked at in the socket's buffer, and read once it is complete. So the data after it
+//! stays in the socket for the connection to read. On a `SOCK_SEQPACKET` socket it is the first
+//! message, and its line end is optional.
 
 use std::os::fd::AsFd;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use super::packet::SocketKind;
+use crate::packet::SocketKind;
 
-/// Longest line in bytes, its end included.
-pub(super) const MAX_LEN: usize = 32;
+/// Longest line in bytes, including its line end.
+pub(crate) const MAX_LEN: usize = 32;
 
-/// What there is of a greeting.
+/// What has arrived of a host client's request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ConnectRequest {
-    /// All of it: the client wants this port of the guest.
+pub(crate) enum ConnectRequest {
+    /// A complete request for this port of the guest.
     Port(u32),
-    /// Not all of it yet.
+    /// The beginning of a request, or nothing yet.
     Partial,
-    /// It is none, or its client is gone.
-    Bad,
+    /// No valid request can follow, or the client has closed the socket.
+    Invalid,
 }
 
-/// Reads a greeting from `socket` without waiting.
-pub(super) fn read(socket: impl AsFd, kind: SocketKind) -> ConnectRequest {
+/// Reads a request from `socket` without waiting.
+pub(crate) fn read(socket: impl AsFd, kind: SocketKind) -> ConnectRequest {
     let socket = socket.as_fd();
-    // One byte more than a message may have.
+    // One byte more than a message may have, to find out if it is longer.
     let mut bytes = [0; MAX_LEN + 1];
     let len = match recv(socket, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-        Ok((0, _)) => return ConnectRequest::Bad,
+        Ok((0, _)) => return ConnectRequest::Invalid,
         Ok((len, _)) => len,
         Err(Errno::AGAIN) => return ConnectRequest::Partial,
-        Err(_) => return ConnectRequest::Bad,
+        Err(_) => return ConnectRequest::Invalid,
     };
     let line = match (bytes[..len.min(MAX_LEN)].iter().position(|&byte| byte == b'\n'), kind) {
         (Some(end), SocketKind::Stream) => end + 1,
         (Some(_) | None, SocketKind::SeqPacket) if len <= MAX_LEN => len,
         (None, SocketKind::Stream) if len < MAX_LEN => return ConnectRequest::Partial,
-        _ => return ConnectRequest::Bad,
+        _ => return ConnectRequest::Invalid,
     };
-    let Some(port) = parse(&bytes[..line]) else { return ConnectRequest::Bad };
+    let Some(port) = parse(&bytes[..line]) else { return ConnectRequest::Invalid };
     match recv(socket, &mut bytes[..line], RecvFlags::DONTWAIT) {
         Ok((taken, _)) if taken == line => ConnectRequest::Port(port),
-        _ => ConnectRequest::Bad,
+        _ => ConnectRequest::Invalid,
     }
 }
 
-/// The port in a line.
+/// Parses a line: `connect` in any case, then a decimal port.
 fn parse(line: &[u8]) -> Option<u32> {
     let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
     let (word, port) = (words.next()?, words.next()?);
@@ -65,16 +66,16 @@ mod tests {
 
     use super::*;
 
-    fn read_connect_request(text: &[u8]) -> (ConnectRequest, UnixStream, UnixStream) {
+    fn send(text: &[u8]) -> (ConnectRequest, UnixStream, UnixStream) {
         let (mut client, server) = UnixStream::pair().unwrap();
         client.write_all(text).unwrap();
         (read(&server, SocketKind::Stream), client, server)
     }
 
     #[test]
-    fn a_port_is_read_and_what_follows_the_line_stays() {
-        let (greeting, client, mut server) = read_connect_request(b"CONNECT 1024\nhello\n");
-        assert_eq!(greeting, ConnectRequest::Port(1024));
+    fn data_after_the_line_stays_in_the_socket() {
+        let (request, client, mut server) = send(b"CONNECT 1024\nhello\n");
+        assert_eq!(request, ConnectRequest::Port(1024));
         drop(client);
         let mut rest = String::new();
         server.read_to_string(&mut rest).unwrap();
@@ -82,15 +83,15 @@ mod tests {
     }
 
     #[test]
-    fn the_word_may_be_in_any_case_and_the_line_end_in_cr_lf() {
-        assert_eq!(read_connect_request(b"connect 4294967295\n").0, ConnectRequest::Port(u32::MAX));
-        assert_eq!(read_connect_request(b"Connect 0\r\n").0, ConnectRequest::Port(0));
+    fn any_case_and_cr_lf_are_accepted() {
+        assert_eq!(send(b"connect 4294967295\n").0, ConnectRequest::Port(u32::MAX));
+        assert_eq!(send(b"Connect 0\r\n").0, ConnectRequest::Port(0));
     }
 
     #[test]
-    fn a_line_that_comes_in_pieces_is_waited_for() {
-        let (greeting, mut client, server) = read_connect_request(b"CONN");
-        assert_eq!(greeting, ConnectRequest::Partial);
+    fn a_line_in_pieces_is_partial_until_complete() {
+        let (request, mut client, server) = send(b"CONN");
+        assert_eq!(request, ConnectRequest::Partial);
         client.write_all(b"ECT 7").unwrap();
         assert_eq!(read(&server, SocketKind::Stream), ConnectRequest::Partial);
         client.write_all(b"\n").unwrap();
@@ -98,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_greeting_is_told_at_once() {
+    fn invalid_requests_are_detected_at_once() {
         for text in [
             &b"GET / HTTP/1.1\r\n"[..],
             b"CONNECT\n",
@@ -111,20 +112,20 @@ mod tests {
             b"CONNECT                         1\n",
             &[b'x'; 40],
         ] {
-            assert_eq!(read_connect_request(text).0, ConnectRequest::Bad, "{}", String::from_utf8_lossy(text));
+            assert_eq!(send(text).0, ConnectRequest::Invalid, "{}", String::from_utf8_lossy(text));
         }
-        let (_, client, server) = read_connect_request(b"CONN");
+        let (_, client, server) = send(b"CONN");
         drop(client);
         let mut rest = [0; 4];
         (&server).read_exact(&mut rest).unwrap();
-        assert_eq!(read(&server, SocketKind::Stream), ConnectRequest::Bad);
+        assert_eq!(read(&server, SocketKind::Stream), ConnectRequest::Invalid);
     }
 
     #[test]
-    fn the_longest_line_is_taken_and_one_byte_more_is_not() {
+    fn the_longest_line_is_accepted_and_one_byte_more_is_not() {
         let longest = format!("CONNECT 1{}\n", " ".repeat(MAX_LEN - 10));
-        assert_eq!((longest.len(), read_connect_request(longest.as_bytes()).0), (MAX_LEN, ConnectRequest::Port(1)));
+        assert_eq!((longest.len(), send(longest.as_bytes()).0), (MAX_LEN, ConnectRequest::Port(1)));
         let longer = format!("CONNECT 1{}\n", " ".repeat(MAX_LEN - 9));
-        assert_eq!(read_connect_request(longer.as_bytes()).0, ConnectRequest::Bad);
+        assert_eq!(send(longer.as_bytes()).0, ConnectRequest::Invalid);
     }
 }

@@ -1,67 +1,75 @@
-//! Filling the guest's buffers: resets, then whoever stands in line, one turn each.
+//! Filling the guest's buffers: resets first, then a turn for each connection in the ready queue.
 
 use rustix::io::Errno;
-
-use super::credit::Window;
-use super::packet::{END_OF_MESSAGE, HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SocketKind};
-use super::muxer::{Muxer, message_buffer};
-use super::table::Slot;
 use virtio::queue::{Chain, Queue, QueueError};
 use virtio::worker::Context;
 use zerocopy::IntoBytes;
 
-/// Bytes of data that a connection gets rid of in one turn.
-pub(super) const QUANTUM: u32 = 64 << 10;
-/// Bytes that are read at first from a connection of which nothing is known.
-const MIN_READ: u32 = 4 << 10;
-/// Chains that one read fills at most.
-const MAX_CHAINS: usize = 32;
-/// A packet without data counts as so many bytes of a turn, and so does a buffer that is thrown away: the guest may make new ones meanwhile.
-const PACKET_COST: u32 = 1 << 10;
+use crate::credit::Window;
+use crate::muxer::{Muxer, message_buffer};
+use crate::packet::{END_OF_MESSAGE, HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SocketKind};
+use crate::table::Slot;
 
-/// How filling ended.
+/// Maximum number of bytes that a connection sends in one turn.
+pub(crate) const QUANTUM: u32 = 64 << 10;
+/// Minimum number of bytes to read at once, and what the first read asks for.
+const MIN_READ: u32 = 4 << 10;
+/// Maximum number of chains that one read fills.
+const MAX_CHAINS: usize = 32;
+/// Minimum cost of a packet, in bytes of the budget. A discarded buffer costs as much, as the guest
+/// may add new ones meanwhile.
+pub(crate) const PACKET_COST: u32 = 1 << 10;
+
+/// Why filling has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum FillOutcome {
-    /// Nobody has anything for the guest.
+pub(crate) enum FillOutcome {
+    /// There are no more packets.
     Idle,
-    /// There is more, and the guest has no buffer for it.
+    /// There are more packets, and the guest has no buffer for them.
     NoBuffers,
-    /// There is more, and others of the worker should get their turn.
+    /// There are more packets, and other tasks of the worker should run first.
     Yield,
 }
 
-/// How one connection's turn ended.
+/// How the turn of one connection has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ServeOutcome {
-    /// It has nothing more, for now.
+    /// It has no more packets for now.
     Done,
-    /// It has more.
+    /// It has more packets.
     More,
     /// The guest has no buffer.
     NoBuffers,
 }
 
-/// The queue to the guest.
-pub(super) struct ToGuest {
-    pub(super) queue: Queue,
+/// The RX queue.
+pub(crate) struct ToGuest {
+    pub(crate) queue: Queue,
+    /// Chains that were taken for one packet or one read. Reused.
     chains: Vec<Chain>,
+    /// Bytes of data that each of them takes.
     capacities: [u32; MAX_CHAINS],
 }
 
 impl ToGuest {
-    pub(super) fn new(queue: Queue) -> Self {
-        ToGuest { queue, chains: (0..MAX_CHAINS).map(|_| Chain::new()).collect(), capacities: [0; MAX_CHAINS] }
+    pub(crate) fn new(queue: Queue) -> Self {
+        ToGuest {
+            queue,
+            chains: (0..MAX_CHAINS).map(|_| Chain::new()).collect(),
+            capacities: [0; MAX_CHAINS],
+        }
     }
 
-    /// Gives the guest what there is for it, as far as it has buffers and `budget` (bytes) goes.
-    pub(super) fn fill(
+    /// Sends the guest packets until there are no more, it has no buffers or `budget` (bytes) is
+    /// spent.
+    pub(crate) fn fill(
         &mut self,
         muxer: &mut Muxer,
         cx: &mut Context<'_>,
         budget: &mut u32,
     ) -> Result<FillOutcome, QueueError> {
         let filled = self.fill_in_order(muxer, cx, budget)?;
-        // Who found no buffer because the budget was spent on bad ones goes on in the next turn.
+        // If the budget was spent on unusable buffers, there may be usable ones.
         Ok(if filled == FillOutcome::NoBuffers && *budget == 0 { FillOutcome::Yield } else { filled })
     }
 
@@ -97,11 +105,11 @@ impl ToGuest {
                 }
             }
         }
-        // A connection that was served may have been reset over it.
+        // Serving a connection may have reset it.
         Ok(if muxer.resets.is_empty() { FillOutcome::Idle } else { FillOutcome::Yield })
     }
 
-    /// One connection's turn.
+    /// Gives one connection its turn.
     fn serve(
         &mut self,
         muxer: &mut Muxer,
@@ -120,11 +128,11 @@ impl ToGuest {
             }
             spend(budget, 0);
         }
-        let mut more = self.data(muxer, cx, slot, budget)?;
+        let mut more = self.send_data(muxer, cx, slot, budget)?;
         if more == ServeOutcome::NoBuffers {
             return Ok(more);
         }
-        // After the data, whose headers tell the credit, too.
+        // After the data, because its headers carry the credit, too.
         while let Some((op, flags)) = muxer.table.get(slot).and_then(|connection| {
             if connection.credit_update_due() {
                 return Some((Op::CreditUpdate, 0));
@@ -153,8 +161,8 @@ impl ToGuest {
         Ok(more)
     }
 
-    /// Data of one connection, at most a turn's.
-    fn data(
+    /// Sends data of one connection, for at most one turn.
+    fn send_data(
         &mut self,
         muxer: &mut Muxer,
         cx: &mut Context<'_>,
@@ -168,13 +176,13 @@ impl ToGuest {
             return Ok(ServeOutcome::Done);
         }
         match connection.kind {
-            SocketKind::Stream => self.stream(muxer, cx, slot, budget),
-            SocketKind::SeqPacket => self.message(muxer, cx, slot, budget),
+            SocketKind::Stream => self.send_stream(muxer, cx, slot, budget),
+            SocketKind::SeqPacket => self.send_message(muxer, cx, slot, budget),
         }
     }
 
-    /// Reads from a stream straight into the guest's buffers, as many of them as one read may fill.
-    fn stream(
+    /// Reads from a stream socket directly into the guest's buffers, several of them at once.
+    fn send_stream(
         &mut self,
         muxer: &mut Muxer,
         cx: &mut Context<'_>,
@@ -226,8 +234,8 @@ impl ToGuest {
         Ok(if more { ServeOutcome::More } else { ServeOutcome::Done })
     }
 
-    /// There was no data to read: none yet, none any more, or the socket is broken.
-    #[expect(clippy::unused_self, reason = "it is a step of the same work")]
+    /// Handles a read that returned no data: an empty socket, the end, or an error.
+    #[expect(clippy::unused_self, reason = "a step of sending, next to the others")]
     fn no_data(
         &self,
         muxer: &mut Muxer,
@@ -240,7 +248,7 @@ impl ToGuest {
         match result {
             Err(Errno::AGAIN) => {}
             Ok(()) => {
-                // Here is its end, whether or not the event has come.
+                // The end, even if its event has not arrived yet.
                 (connection.host_send_shut, connection.hangup) = (true, true);
                 connection.close_if_peer_gone();
             }
@@ -252,8 +260,8 @@ impl ToGuest {
         ServeOutcome::Done
     }
 
-    /// Sends the guest a piece of a message.
-    fn message(
+    /// Sends the guest one packet of a message.
+    fn send_message(
         &mut self,
         muxer: &mut Muxer,
         cx: &mut Context<'_>,
@@ -261,7 +269,7 @@ impl ToGuest {
         budget: &mut u32,
     ) -> Result<ServeOutcome, QueueError> {
         let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
-        if connection.rx_message.0.is_empty() {
+        if connection.rx_message.data.is_empty() {
             match connection.read_message(message_buffer(&mut muxer.scratch)) {
                 Ok(Some(())) => {}
                 // An empty message, not the end.
@@ -273,20 +281,20 @@ impl ToGuest {
             }
         }
         let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
-        // Now that its length is known, it may have to wait.
+        // Its length is known now, and there may be too little credit for it.
         let sendable = connection.sendable();
         if sendable == 0 {
             return Ok(ServeOutcome::Done);
         }
-        let (message, sent) = std::mem::take(&mut connection.rx_message);
-        let rest = &message[sent as usize..];
-        let Some(room) = self.next_data_chain(muxer, budget)? else {
+        let mut message = std::mem::take(&mut connection.rx_message);
+        let Some(capacity) = self.next_data_chain(muxer, budget)? else {
             if let Some(connection) = muxer.table.get(slot) {
-                connection.rx_message = (message, sent);
+                connection.rx_message = message;
             }
             return Ok(ServeOutcome::NoBuffers);
         };
-        let len = room.min(sendable).min(rest.len() as u32);
+        let rest = &message.data[message.sent as usize..];
+        let len = capacity.min(sendable).min(rest.len() as u32);
         let piece = &rest[..len as usize];
         let is_last = piece.len() == rest.len();
         let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
@@ -298,14 +306,17 @@ impl ToGuest {
         muxer.shared.stats.rx_bytes_count.add(len.into());
         spend(budget, len);
         let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
-        connection.rx_message = if is_last { (Vec::new(), 0) } else { (message, sent + len) };
+        if !is_last {
+            message.sent += len;
+            connection.rx_message = message;
+        }
         let more = connection.has_data() && connection.sendable() > 0;
         Ok(if more { ServeOutcome::More } else { ServeOutcome::Done })
     }
 
-    /// Takes chains until they have room for `limit` bytes of data, or as many as `window` allows
-    /// in so many packets, which becomes `muxer.segments`. Returns how many. None: the guest has
-    /// none, or `budget` was spent on those that it threw away.
+    /// Takes chains until they hold `limit` bytes of data, or as many as `window` allows in that
+    /// number of packets. `muxer.segments` becomes their space for data. Returns the number of
+    /// chains. It is 0 if the guest has none, or `budget` was spent on discarded ones.
     fn take_chains(
         &mut self,
         muxer: &mut Muxer,
@@ -325,12 +336,13 @@ impl ToGuest {
                 break;
             }
             let payload = chain.writable().split_at(HEADER_LEN).map(|(_, payload)| payload);
-            let room = match payload {
+            let capacity = match payload {
                 Some(payload) => muxer.segments.push(&payload, limit - muxer.segments.len())?,
                 None => 0,
             };
-            if room == 0 {
-                // Too small, or too scattered for one read. Chains go back in order, so it is thrown away only as the first.
+            if capacity == 0 {
+                // Too small, or in too many pieces for one read. Chains are returned in order, so
+                // it is discarded only if it is the first.
                 if count > 0 {
                     self.queue.rewind(&self.chains[count])?;
                     break;
@@ -341,33 +353,30 @@ impl ToGuest {
                 }
                 continue;
             }
-            self.capacities[count] = room;
+            self.capacities[count] = capacity;
             count += 1;
         }
         Ok(count)
     }
 
-    /// Gives the chains from `used` to `count` back, last first.
+    /// Puts the chains from `used` to `count` back in the queue, last first.
     fn return_chains(&mut self, used: usize, count: usize) -> Result<(), QueueError> {
         self.chains[used..count].iter().rev().try_for_each(|chain| self.queue.rewind(chain))
     }
 
-    /// Takes the next chain that has room for data; how much. It is `self.chains[0]`.
+    /// Takes the next chain that holds data into `self.chains[0]`. Returns how many bytes it holds.
     fn next_data_chain(&mut self, muxer: &Muxer, budget: &mut u32) -> Result<Option<u32>, QueueError> {
-        self.next_chain(muxer, HEADER_LEN + 1, budget).map(|room| room.map(|room| room - HEADER_LEN))
+        self.next_chain(muxer, HEADER_LEN + 1, budget)
+            .map(|capacity| capacity.map(|capacity| capacity - HEADER_LEN))
     }
 
-    /// Takes the next chain with room for `least` bytes, throwing smaller ones away as far as `budget` goes.
-    fn next_chain(
-        &mut self,
-        muxer: &Muxer,
-        least: u32,
-        budget: &mut u32,
-    ) -> Result<Option<u32>, QueueError> {
+    /// Takes the next chain of at least `least` bytes into `self.chains[0]`. Discards smaller ones,
+    /// within `budget`. Returns its length.
+    fn next_chain(&mut self, muxer: &Muxer, least: u32, budget: &mut u32) -> Result<Option<u32>, QueueError> {
         while self.queue.pop(&mut self.chains[0])? {
-            let room = self.chains[0].writable().len();
-            if room >= least {
-                return Ok(Some(room));
+            let capacity = self.chains[0].writable().len();
+            if capacity >= least {
+                return Ok(Some(capacity));
             }
             self.discard_chain(muxer, budget)?;
             if *budget == 0 {
@@ -377,14 +386,15 @@ impl ToGuest {
         Ok(None)
     }
 
-    /// Gives the guest the chain that was taken, with nothing in it.
+    /// Returns `self.chains[0]` to the guest unused.
     fn discard_chain(&mut self, muxer: &Muxer, budget: &mut u32) -> Result<(), QueueError> {
         muxer.shared.stats.malformed_count.add(1);
         spend(budget, 0);
         self.queue.add_used(self.chains[0].head(), 0)
     }
 
-    /// Sends a packet without data. False if the guest has no buffer; then the header is not made, which tells our account of credit.
+    /// Sends a packet without data. False if the guest has no buffer. In that case no header is
+    /// made, as making one records the credit in it as sent.
     fn send(
         &mut self,
         muxer: &mut Muxer,
@@ -403,7 +413,7 @@ impl ToGuest {
         Ok(true)
     }
 
-    /// Fills the chain that was taken.
+    /// Writes a packet to `self.chains[0]`.
     fn write_packet(&mut self, muxer: &Muxer, header: &Header, data: &[u8]) -> Result<(), QueueError> {
         self.write(0, header)?;
         if let Some((_, payload)) = self.chains[0].writable().split_at(HEADER_LEN) {
@@ -419,7 +429,7 @@ impl ToGuest {
     }
 }
 
-/// Takes what `bytes` of data cost off a turn's budget.
+/// Subtracts the cost of a packet with `bytes` of data from the budget.
 fn spend(budget: &mut u32, bytes: u32) {
     *budget = budget.saturating_sub(bytes.max(PACKET_COST));
 }
