@@ -548,7 +548,7 @@ impl<H: Host> Controller<H> {
     /// Whether the network that is open for an interface is the one that `network` names, too. A tap that the monitor made would go with its
     /// last user, and a server of one connection with that.
     fn serves(&self, at: usize, network: &NetworkInterface) -> bool {
-        self.config.network_interfaces[at].has_same_network(network) && self.networks[at].is_there()
+        self.config.network_interfaces[at].has_same_host_endpoint(network) && self.networks[at].is_there()
     }
 
     /// Opens another network for an interface that has one. The old one is closed when the new one is there; or before that, where both

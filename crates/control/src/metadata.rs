@@ -70,7 +70,7 @@ impl Metadata {
                 "mmds is given, and the guest cannot reach MMDS: it had no /mmds/config",
             ));
         }
-        let store = self.store.detached();
+        let store = self.store.deep_clone();
         contents.map_or(Ok(()), |contents| store.put(contents)).map_err(refused)?;
         Ok(Metadata { store, config: self.config.clone() })
     }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use config::MachineConfig;
 use memory::page_server::{FetchError, PageServer};
-use memory::{GuestRam, MapError, PageSet, TakeWritesError};
+use memory::{GuestRam, MapError, PageSet, TakeDirtyError};
 
 use crate::assemble::{Origin, Parts, Wait, assemble};
 use crate::boot::{self, BootError, BootFiles};
@@ -285,19 +285,19 @@ impl Machine {
     }
 
     /// The pages that were written, by the guest or for it, since they were last asked for; `None` where that is not tracked.
-    /// From here on they count as not written: a caller that fails to save them calls [`GuestRam::put_back`]. After an error
+    /// From here on they count as not written: a caller that fails to save them calls [`GuestRam::mark_dirty_again`]. After an error
     /// all of them still count as written.
     pub fn take_dirty_pages(&self) -> Result<Option<PageSet>, KvmError> {
         let regions = self.ram().regions();
-        let taken = self.ram().take_writes(|index| {
+        let taken = self.ram().take_dirty_pages(|index| {
             let size = usize::try_from(regions[index].size).unwrap_or(usize::MAX);
             // One memory slot for each region, in their order.
             let slot = u32::try_from(index).unwrap_or(u32::MAX);
             self.vm.shared_fd().get_dirty_log(slot, size).named("KVM_GET_DIRTY_LOG")
         });
         taken.map_err(|error| match error {
-            TakeWritesError::Log(error) => error,
-            TakeWritesError::Length(_) => KvmError::StateTooLarge("dirty pages"),
+            TakeDirtyError::Log(error) => error,
+            TakeDirtyError::Length(_) => KvmError::StateTooLarge("dirty pages"),
         })
     }
 

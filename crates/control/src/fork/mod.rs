@@ -38,7 +38,7 @@ mod report;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use config::{Child, Drive, Fork, FullVmConfig, Logger, NetworkInterface, Vsock, override_networks};
+use config::{Child, Drive, Fork, FullVmConfig, Logger, NetworkInterface, Vsock, apply_network_overrides};
 use machine::chipset::ClockAfter;
 use machine::{EventSink, MachineState, Paused, Restore};
 use memory::GuestRam;
@@ -227,8 +227,8 @@ impl<H: Host> Controller<H> {
         child: &Child,
         networks: &mut [NetworkInterface],
     ) -> Result<Vec<NetBackend>, CommandError> {
-        networks.iter_mut().for_each(NetworkInterface::unplug);
-        override_networks(networks, &child.network_overrides)?;
+        networks.iter_mut().for_each(NetworkInterface::clear_host_endpoint);
+        apply_network_overrides(networks, &child.network_overrides)?;
         let parents = self.config.network_interfaces.iter().flat_map(|network| network.fds.iter().flatten());
         let parents: Vec<_> = parents.collect();
         if let Some(fd) =
@@ -254,13 +254,13 @@ impl<H: Host> Controller<H> {
         let ram = machine.ram().clone();
         // KVM's log stays here; what the monitor knows, both sides know.
         if let Some(written) = machine.take_dirty_pages().map_err(|e| cannot("read the dirty pages", &e))? {
-            ram.put_back(&written);
+            ram.mark_dirty_again(&written);
         }
         if let Some(job) = &mut self.job {
             job.count_as_unsaved();
         }
         self.check_not_ending()?;
-        ram.will_be_shared();
+        ram.note_fork();
         let inheritance = Inheritance { state, ram };
         self.host.fork(Family { seeds, inheritance }).map_err(|e| cannot("fork this process", &e))
     }

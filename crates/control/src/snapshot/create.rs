@@ -10,7 +10,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use block::disk::Disk;
 use config::{ConfigError, Drive, FullVmConfig, SnapshotCreate, SnapshotError, SnapshotType};
 use machine::{MachineState, Paused};
-use memory::image::{self, ImageError, ImageInfo, Observer, Written};
+use memory::image::{self, ImageError, ImageInfo, Observer, WrittenImage};
 use memory::{GuestRam, PageSet};
 use snapshot::{AtomicFile, Header, Staged, Writer};
 
@@ -72,7 +72,7 @@ impl<H: Host> Controller<H> {
             .map_err(CommandError::from)
             .flatten();
         if let (Err(_), Some(taken)) = (&written, taken) {
-            ram.put_back(&taken);
+            ram.mark_dirty_again(&taken);
         }
         written.map(|()| Reply::Empty)
     }
@@ -140,7 +140,7 @@ impl<H: Host> Controller<H> {
         let fresh = saved.drive_ids(&config.drives);
         let (picture, taken) = self.picture(machine, create.snapshot_type, config, fresh)?;
         let ram = machine.ram().clone();
-        ram.will_be_shared();
+        ram.note_fork();
         let mut kept = ram.descriptors();
         kept.extend(worker.descriptors().map(|fd| fd.as_raw_fd()));
         let (child_ram, child_create) = (ram.clone(), create.clone());
@@ -149,7 +149,7 @@ impl<H: Host> Controller<H> {
         if let Some(pages) = taken {
             match &forked {
                 Ok(()) => job.has_taken(ram, pages),
-                Err(_) => ram.put_back(&pages),
+                Err(_) => ram.mark_dirty_again(&pages),
             }
         }
         match forked {
@@ -173,7 +173,7 @@ impl<H: Host> Controller<H> {
         let pages = match (kind, &taken) {
             (SnapshotType::Full, _) => None,
             (SnapshotType::Diff, Some(taken)) => Some(taken.clone()),
-            (SnapshotType::Diff, None) => Some(machine.ram().own_pages().map_err(CommandError::new)?),
+            (SnapshotType::Diff, None) => Some(machine.ram().changed_pages().map_err(CommandError::new)?),
         };
         let config =
             SavedConfig { config, pci: self.platform.pci, id: self.identity.id.clone(), fresh_overlays };
@@ -200,13 +200,13 @@ fn job_of(create: &SnapshotCreate) -> task::Job {
 /// file, and neither may be the other or a disk.
 fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), CommandError> {
     let SnapshotCreate { snapshot_path, mem_file_path, .. } = create;
-    if snapshot::same_place(snapshot_path, mem_file_path) {
-        return Err(ConfigError::from(SnapshotError::OneFile { path: snapshot_path.clone() }).into());
+    if snapshot::is_same_path(snapshot_path, mem_file_path) {
+        return Err(ConfigError::from(SnapshotError::SameFile { path: snapshot_path.clone() }).into());
     }
     for (field, path) in [("mem_file_path", mem_file_path), ("snapshot_path", snapshot_path)] {
         for drive in drives {
             let overlay = drive.overlay.iter().flat_map(|o| std::iter::once(&o.path).chain(&o.layers));
-            if drive.path_on_host.iter().chain(overlay).any(|disk| snapshot::same_place(path, disk)) {
+            if drive.path_on_host.iter().chain(overlay).any(|disk| snapshot::is_same_path(path, disk)) {
                 return Err(CommandError::new(format_args!(
                     "{field} {}: it is a file of drive {}; name another file",
                     path.display(),
@@ -214,7 +214,7 @@ fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), Comman
                 )));
             }
         }
-        if let Some(overlay) = create.drives.iter().find(|by| snapshot::same_place(path, &by.overlay)) {
+        if let Some(overlay) = create.drives.iter().find(|by| snapshot::is_same_path(path, &by.overlay)) {
             return Err(CommandError::new(format_args!(
                 "{field} {}: it is also to be the overlay of drive {}; name another file",
                 path.display(),
@@ -236,7 +236,7 @@ impl Picture {
     ) -> Result<(), CommandError> {
         // Before the memory, which is the long part: a state that has no place is found now.
         let state = AtomicFile::create(&create.snapshot_path).map_err(CommandError::new)?;
-        let Written { file: memory, info, .. } = match &self.pages {
+        let WrittenImage { file: memory, info, .. } = match &self.pages {
             None => image::write_full(ram, &create.mem_file_path, observer),
             Some(pages) => image::write_diff(ram, &create.mem_file_path, pages, observer),
         }

@@ -113,7 +113,7 @@ impl Job {
         if self.is_running()
             && let Some((ram, pages)) = &self.taken
         {
-            ram.put_back(pages);
+            ram.mark_dirty_again(pages);
         }
     }
 
@@ -187,7 +187,7 @@ impl Job {
             self.end = Some(End::Failed(micros(self.began), "its process ended before it was done".into()));
         }
         match (&self.end, self.taken.take()) {
-            (Some(End::Cancelled(_) | End::Failed(..)), Some((ram, pages))) => ram.put_back(&pages),
+            (Some(End::Cancelled(_) | End::Failed(..)), Some((ram, pages))) => ram.mark_dirty_again(&pages),
             (None, taken) => self.taken = taken,
             _ => {}
         }
@@ -291,7 +291,7 @@ mod tests {
         job.taken = Some((ram.clone(), ram.all_pages()));
         drop(worker);
         assert_eq!(state(&mut job)["state"], "Failed");
-        assert_eq!(ram.take_monitor_writes().unwrap().count(), 4096);
+        assert_eq!(ram.take_monitor_dirty_pages().unwrap().count(), 4096);
     }
 
     #[test]
@@ -311,10 +311,10 @@ mod tests {
         let (mut job, worker) = job();
         job.has_taken(ram.clone(), ram.all_pages());
         job.count_as_unsaved();
-        assert_eq!(ram.take_monitor_writes().unwrap().count(), 4096);
+        assert_eq!(ram.take_monitor_dirty_pages().unwrap().count(), 4096);
         worker.say(&Line::Done(1));
         job.count_as_unsaved();
-        assert_eq!(ram.take_monitor_writes().unwrap().count(), 0, "it is saved");
+        assert_eq!(ram.take_monitor_dirty_pages().unwrap().count(), 0, "it is saved");
     }
 
     #[test]

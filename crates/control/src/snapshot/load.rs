@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use block::disk::{Disk, FileLocks};
-use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, override_networks};
+use config::{
+    DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, apply_network_overrides, check_drives,
+};
 use machine::chipset::ClockAfter;
 use machine::{Paused, Restore, layout};
 use memory::GuestRam;
@@ -190,7 +192,7 @@ impl Saved {
         };
         // What was saved may be a fork's child without sockets; what is said now must be a path.
         load.vsock_override.as_ref().and(config.vsock.as_ref()).map_or(Ok(()), config::Vsock::check)?;
-        override_networks(&mut config.network_interfaces, &load.network_overrides)?;
+        apply_network_overrides(&mut config.network_interfaces, &load.network_overrides)?;
         Ok(config)
     }
 
@@ -251,7 +253,7 @@ impl Saved {
         let huge_pages = config.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
-                image::settle(path, Some(self.image.id), token).map_err(CommandError::new)?;
+                image::recover(path, Some(self.image.id), token).map_err(CommandError::new)?;
                 let path = snapshot::find(path, self.image.id);
                 let ram = GuestRam::from_file_with(regions, &path, huge_pages, track, token)
                     .map_err(CommandError::new)?;

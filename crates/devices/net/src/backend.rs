@@ -66,7 +66,7 @@ impl NetBackend {
     /// Opens what `network` names and is there: the network of a guest that goes on is no new one that leads nowhere. Where it names
     /// nothing, there is none.
     pub fn open_existing(network: &NetworkInterface) -> Result<Self, OpenError> {
-        if !network.names_a_network() {
+        if !network.has_host_endpoint() {
             return Ok(Self::unplugged(network.num_queues()));
         }
         if let (Some(name), None) = (&network.host_dev_name, &network.fds)

@@ -239,7 +239,7 @@ impl Shared {
     /// Says it where the kernel refused, ever more rarely: a driver may ask over and over.
     fn ask(&self, what: &str, done: Result<(), Errno>) -> bool {
         if let Err(error) = done {
-            let times = self.refusals.add(1) + 1;
+            let times = self.refusals.increment();
             if times.is_power_of_two() {
                 log::warn!("network interface {}: cannot {what}: {error} ({times})", self.id);
             }

@@ -278,7 +278,7 @@ impl PairTask {
         }
         let known = |mac| self.senders.contains(&mac);
         if !self.senders.is_empty() && !self.tx.source_mac().is_some_and(known) {
-            let times = stats.tx_spoofed_mac_count.add(1) + 1;
+            let times = stats.tx_spoofed_mac_count.increment();
             if times.is_power_of_two() {
                 log::warn!(
                     "network interface {}: a frame from an address that is not the guest's was dropped ({times})",

@@ -14,7 +14,7 @@ pub(super) fn interceptor(
     network: &NetworkInterface,
     now: Nanos,
 ) -> Option<Box<dyn FrameInterceptor>> {
-    let stack = service?.stack(&network.iface_id, network.mtu, Duration::from_nanos(now))?;
+    let stack = Stack::for_interface(service?, &network.iface_id, network.mtu, Duration::from_nanos(now))?;
     Some(Box::new(Metadata(stack)))
 }
 

@@ -48,7 +48,8 @@ pub(super) fn plug(
     debug_assert!((1..=MAX_DEVICES).contains(&slot.into()));
     let queues = attachment.device.queue_sizes().len();
     let vectors = Box::new(Messages::new(vm.shared_fd(), queues + 1));
-    let function = PciTransport::new(attachment, first_bar(slot), vectors, root)
+    let function = root
+        .new_function(attachment, first_bar(slot), vectors)
         .map_err(|source| DeviceError::Host { what: "a virtio device", source })?;
     let function = Arc::new(Mutex::new(function));
     root.plug(Some(slot), Arc::clone(&function)).expect("each device was given a slot of its own");
