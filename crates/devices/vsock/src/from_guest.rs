@@ -1,13 +1,16 @@
 //! Packets from the guest: what they do to connections.
 
+use std::os::fd::AsFd;
+
 use memory::GuestRam;
+use memory::iovec::{Access, GuestIoVec};
 use rustix::io::Errno;
 use rustix::net::Shutdown;
 use virtio::queue::{Buffers, QueueError};
 use virtio::worker::{Context, Nanos};
 
 use crate::connection::{Connection, Key, PendingPackets, RxMessage, State, WriteOutcome};
-use crate::guest_io::Segments;
+use crate::guest_io;
 use crate::muxer::{MS, Muxer, reset_of};
 use crate::packet::{
     END_OF_MESSAGE, HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind,
@@ -138,7 +141,7 @@ impl Muxer {
                 WriteOutcome::PeerClosed
             }
             SocketKind::Stream => {
-                write_stream(connection, &mut self.segments, &mut self.scratch, &self.ram, data)?
+                write_stream(connection, &mut self.iovec, &mut self.scratch, &self.ram, data)?
             }
             SocketKind::SeqPacket => {
                 copy(&mut self.scratch, &self.ram, data)?;
@@ -205,18 +208,18 @@ impl Muxer {
 /// does not take.
 fn write_stream(
     connection: &mut Connection,
-    segments: &mut Segments,
+    iovec: &mut GuestIoVec,
     scratch: &mut Vec<u8>,
     ram: &GuestRam,
     data: &Buffers<'_>,
 ) -> Result<WriteOutcome, QueueError> {
     let mut sent = 0;
     if connection.is_flushed() && !data.is_empty() {
-        segments.clear();
-        segments.push(data, data.len())?;
+        iovec.clear();
+        guest_io::push(iovec, ram, data, data.len(), Access::Read)?;
         let Some(socket) = &connection.socket else { return Ok(WriteOutcome::Failed) };
-        match segments.send(socket) {
-            Ok(taken) => sent = taken,
+        match iovec.send(socket.as_fd()) {
+            Ok(taken) => sent = taken as u32,
             Err(Errno::AGAIN) => {}
             Err(Errno::PIPE) => {
                 connection.credit.record_forwarded(data.len());

@@ -34,7 +34,7 @@
 //! | [`packet`] | the packet header |
 //! | [`connect_request`] | the `CONNECT` line of host clients |
 //! | [`host_sockets`], [`listener`], [`socket_file`] | Unix sockets |
-//! | [`guest_io`] | socket I/O on guest memory; the only unsafe code |
+//! | [`guest_io`] | guest buffers for a socket call |
 //!
 //! Stream data is not copied: a host socket is read directly into the guest's buffers (as many at
 //! once as the guest has credit for), and the guest's packets are written directly to the socket.
@@ -71,7 +71,7 @@
 //! again from a new host port. No data is lost, as the client's data is still in its socket. A
 //! driver that never returns the buffer delays its first clients by 10 seconds.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 mod accepted;
 mod connect;

@@ -8,12 +8,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use memory::GuestRam;
+use memory::iovec::GuestIoVec;
 use rustix::net::Shutdown;
 use rustix::process::{Resource, getrlimit};
 use virtio::worker::{Context, Interest, Nanos};
 
 use crate::connection::{Connection, Key, MAX_MESSAGE, ServerKey, State, WriteOutcome};
-use crate::guest_io::Segments;
 use crate::host_sockets::HostSockets;
 use crate::packet::{HOST_CID, Header, Op, SocketKind};
 use crate::shared::Shared;
@@ -67,7 +67,7 @@ pub(crate) struct Muxer {
     /// Resets that wait to be sent.
     pub(crate) resets: VecDeque<Reset>,
     /// Guest buffers for one socket call. Reused.
-    pub(crate) segments: Segments,
+    pub(crate) iovec: GuestIoVec,
     /// Buffer for copies of data. Reused.
     pub(crate) scratch: Vec<u8>,
     pub(crate) ram: GuestRam,
@@ -103,7 +103,7 @@ impl Muxer {
             shared,
             table: Table::default(),
             resets: VecDeque::new(),
-            segments: Segments::new(ram.clone()),
+            iovec: GuestIoVec::new(),
             scratch: Vec::new(),
             ram,
             seqpacket,

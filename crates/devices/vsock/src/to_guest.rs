@@ -1,11 +1,15 @@
 //! Filling the guest's buffers: resets first, then a turn for each connection in the ready queue.
 
+use std::os::fd::AsFd;
+
+use memory::iovec::Access;
 use rustix::io::Errno;
 use virtio::queue::{Chain, Queue, QueueError};
 use virtio::worker::Context;
 use zerocopy::IntoBytes;
 
 use crate::credit::Window;
+use crate::guest_io;
 use crate::muxer::{Muxer, message_buffer};
 use crate::packet::{END_OF_MESSAGE, HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SocketKind};
 use crate::table::Slot;
@@ -196,19 +200,21 @@ impl ToGuest {
         if count == 0 {
             return Ok(ServeOutcome::NoBuffers);
         }
-        let offered = muxer.segments.len();
+        let offered = muxer.iovec.len() as u32;
         let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
         let received = match &connection.socket {
-            Some(socket) => muxer.segments.receive(socket),
+            Some(socket) => muxer.iovec.receive(socket.as_fd()),
             None => Err(Errno::NOTCONN),
         };
         let (got, may_be_more) = match received {
-            Ok((got @ 1.., may_be_more)) => (got, may_be_more),
+            // The kernel stops before data that follows passed descriptors, which are dropped.
+            Ok(received) if received.len > 0 => (received.len as u32, received.dropped_descriptors),
             other => {
                 self.return_chains(0, count)?;
                 return Ok(self.no_data(muxer, cx, slot, other.map(drop)));
             }
         };
+        muxer.iovec.mark_dirty(&muxer.ram, got.into());
         connection.readable = may_be_more || got == offered || connection.hangup;
         if got == offered {
             connection.read_size = (connection.read_size * 4).min(QUANTUM);
@@ -315,7 +321,7 @@ impl ToGuest {
     }
 
     /// Takes chains until they hold `limit` bytes of data, or as many as `window` allows in that
-    /// number of packets. `muxer.segments` becomes their space for data. Returns the number of
+    /// number of packets. `muxer.iovec` becomes their space for data. Returns the number of
     /// chains. It is 0 if the guest has none, or `budget` was spent on discarded ones.
     fn take_chains(
         &mut self,
@@ -324,11 +330,11 @@ impl ToGuest {
         window: Window,
         budget: &mut u32,
     ) -> Result<usize, QueueError> {
-        muxer.segments.clear();
+        muxer.iovec.clear();
         let mut count = 0;
         while count < MAX_CHAINS {
             let limit = limit.min(window.bytes(count as u32 + 1));
-            if muxer.segments.len() >= limit {
+            if muxer.iovec.len() as u32 >= limit {
                 break;
             }
             let chain = &mut self.chains[count];
@@ -337,7 +343,11 @@ impl ToGuest {
             }
             let payload = chain.writable().split_at(HEADER_LEN).map(|(_, payload)| payload);
             let capacity = match payload {
-                Some(payload) => muxer.segments.push(&payload, limit - muxer.segments.len())?,
+                Some(payload) => {
+                    let limit = limit - muxer.iovec.len() as u32;
+                    let access = Access::WriteUnmarked;
+                    guest_io::push(&mut muxer.iovec, &muxer.ram, &payload, limit, access)?
+                }
                 None => 0,
             };
             if capacity == 0 {
