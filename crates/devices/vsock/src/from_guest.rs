@@ -130,7 +130,7 @@ impl Muxer {
             match connection.kind {
                 SocketKind::Stream => connection.buffer(&self.scratch),
                 SocketKind::SeqPacket => {
-                    connection.buffer_message(&self.scratch, flags & END_OF_MESSAGE != 0)
+                    connection.buffer_message(&self.scratch, flags & END_OF_MESSAGE != 0);
                 }
             }
             return Ok(());

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use config::HugePages;
+use memory::GuestRam;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
@@ -15,9 +17,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::packet::{HEADER_LEN, HOST_CID, Header, Op, SocketKind};
 use crate::{HostSockets, Listener, SocketFile, Vsock, VsockControl, VsockState};
-use virtio::testing::{
-    BAR, DriverQueue, Guest, Kind, MMIO, RUNNING, TestWorker, TransportState, WRITE, guest_ram,
-};
+use virtio::testing::{BAR, DriverQueue, Guest, Kind, MMIO, RUNNING, TestWorker, TransportState, WRITE};
 
 pub(super) const MS: u64 = 1_000_000;
 pub(super) const CID: u64 = 3;
@@ -29,7 +29,7 @@ const TX: u64 = 0x5_0000;
 /// Distance of the buffers for packets to the device, so that several can be in flight.
 const TX_STEP: u64 = 0x2_0000;
 const TX_BUFFERS: u64 = 16;
-const RX: u64 = 0x30_0000;
+pub(super) const RX: u64 = 0x30_0000;
 const RX_STEP: u64 = 0x2000;
 
 /// A packet that the guest has received.
@@ -90,7 +90,8 @@ impl Rig {
         let dir = tempfile::tempdir().unwrap();
         let (sockets, files) = sockets(&dir);
         let (device, control) = Vsock::new(CID as u32, sockets);
-        let guest = Guest::with(kind, Box::new(device), guest_ram(8), TestWorker::new());
+        let ram = GuestRam::map(8, HugePages::None, true).expect("8 MiB can be mapped");
+        let guest = Guest::with(kind, Box::new(device), ram, TestWorker::new());
         let queues = QUEUES.map(|base| DriverQueue::new(&guest.ram, base, SIZE, 1 << 29));
         let [rx, tx, events] = queues;
         let mut rig = Rig {

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 
-use super::guest::{CID, End, MS, Rig, allow_connections, is_at_end, read};
+use super::guest::{CID, End, MS, RX, Rig, allow_connections, is_at_end, read};
 use crate::packet::{HOST_CID, Op, SocketKind};
 use virtio::testing::Kind;
 
@@ -158,6 +158,20 @@ fn a_long_stream_fills_buffers_in_order() {
         got.extend(packet.data);
     }
     assert!(got == data, "{} bytes of {}", got.len(), data.len());
+}
+
+#[test]
+fn pages_that_the_kernel_writes_are_marked_dirty() {
+    // Data of 4096 bytes begins 44 bytes into a page, so only `recvmsg` writes to the next page.
+    let mut rig = Rig::with(Kind::Mmio, 1, 4096 + 44);
+    let (mut client, _) = rig.open_by_host(1);
+    rig.next();
+    rig.guest.ram.take_monitor_dirty_pages().unwrap();
+    client.write_all(&[7; 4096]).unwrap();
+    assert_eq!(rig.expect(Op::Rw).data, [7; 4096]);
+    let pages = rig.guest.ram.take_monitor_dirty_pages().unwrap();
+    let first = RX / 4096;
+    assert!(pages.contains(0, first) && pages.contains(0, first + 1) && !pages.contains(0, first + 2));
 }
 
 #[test]
