@@ -114,7 +114,7 @@ impl Rig {
 
     /// Starts the driver, again if it has been started before.
     pub(super) fn start(&mut self) {
-        self.rx_free.extend(self.rx_out.drain(..).map(|(_, place)| place));
+        self.rx_free.extend(self.rx_out.drain(..).map(|(_, addr)| addr));
         let features = self.guest.negotiate(true);
         let queues = QUEUES.map(|base| DriverQueue::new(&self.guest.ram, base, SIZE, features));
         for (index, queue) in (0..).zip(&queues) {
@@ -135,16 +135,16 @@ impl Rig {
 
     /// Gives the device all free RX buffers.
     pub(super) fn give_buffers(&mut self) {
-        while let Some(place) = self.rx_free.pop() {
+        while let Some(addr) = self.rx_free.pop() {
             let (header, data) =
-                ((place, HEADER_LEN), (place + u64::from(HEADER_LEN), self.rx_len - HEADER_LEN));
+                ((addr, HEADER_LEN), (addr + u64::from(HEADER_LEN), self.rx_len - HEADER_LEN));
             // Every second chain has the header in a descriptor of its own.
-            let head = if place & RX_STEP == 0 {
+            let head = if addr & RX_STEP == 0 {
                 self.rx.add(&[], &[header, data])
             } else {
-                self.rx.add(&[], &[(place, self.rx_len)])
+                self.rx.add(&[], &[(addr, self.rx_len)])
             };
-            self.rx_out.push_back((head.expect("the queue has free descriptors"), place));
+            self.rx_out.push_back((head.expect("the queue has free descriptors"), addr));
         }
         if self.rx.publish() {
             self.guest.kick(0);
@@ -155,14 +155,14 @@ impl Rig {
     fn take_packets(&mut self) {
         while let Some(used) = self.rx.take_used() {
             let at = self.rx_out.iter().position(|(head, _)| *head == used.head).unwrap();
-            let (_, place) = self.rx_out.remove(at).unwrap();
-            self.rx_free.push(place);
+            let (_, addr) = self.rx_out.remove(at).unwrap();
+            self.rx_free.push(addr);
             assert!(used.written >= HEADER_LEN, "a packet has a header");
             let mut header = Header::new_zeroed();
-            self.guest.ram.memory().read_slice(header.as_mut_bytes(), GuestAddress(place)).unwrap();
+            self.guest.ram.memory().read_slice(header.as_mut_bytes(), GuestAddress(addr)).unwrap();
             assert_eq!(header.len.get(), used.written - HEADER_LEN, "the length is that of the data");
             let mut data = vec![0; header.len.get() as usize];
-            let at = GuestAddress(place + u64::from(HEADER_LEN));
+            let at = GuestAddress(addr + u64::from(HEADER_LEN));
             self.guest.ram.memory().read_slice(&mut data, at).unwrap();
             self.received.push_back(Packet { header, data });
         }
@@ -208,17 +208,17 @@ impl Rig {
 
     /// Adds a packet to the TX queue without publishing it.
     pub(super) fn post(&mut self, header: &[u8], data: &[u8]) {
-        let place = TX + TX_STEP * self.tx_next;
+        let addr = TX + TX_STEP * self.tx_next;
         self.tx_next = (self.tx_next + 1) % TX_BUFFERS;
         let memory = self.guest.ram.memory();
-        memory.write_slice(header, GuestAddress(place)).unwrap();
-        memory.write_slice(data, GuestAddress(place + 64)).unwrap();
-        let mut buffers = vec![(place, header.len() as u32)];
+        memory.write_slice(header, GuestAddress(addr)).unwrap();
+        memory.write_slice(data, GuestAddress(addr + 64)).unwrap();
+        let mut buffers = vec![(addr, header.len() as u32)];
         // In two pieces, like a driver that sends pages.
         let middle = data.len() as u32 / 2;
         for (at, len) in [(0, middle), (middle, data.len() as u32 - middle)] {
             if len > 0 {
-                buffers.push((place + 64 + u64::from(at), len));
+                buffers.push((addr + 64 + u64::from(at), len));
             }
         }
         self.tx.add(&buffers, &[]).expect("the queue has free descriptors");
