@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use config::Vsock;
-use vsock::{BindError, HostSockets, Listener, SocketFile, SocketKind, socket_is_possible};
+use vsock::{BindError, HostSockets, Listener, SocketFile, SocketKind, check_socket_path};
 
 /// A socket that listens, its file, and where it is.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ impl VsockSockets {
     /// Whether `config`'s sockets could be made now, as far as can be seen without making them.
     pub(crate) fn are_possible(config: &Vsock) -> Result<(), BindError> {
         let paths = [Some(&config.uds_path), config.seqpacket_uds_path.as_ref()];
-        paths.into_iter().flatten().try_for_each(|path| socket_is_possible(path))
+        paths.into_iter().flatten().try_for_each(|path| check_socket_path(path))
     }
 
     /// The sockets as the device takes them.
