@@ -1,14 +1,9 @@
 //! The one list of what a microVM can be told, wherever it comes from.
 
-use std::fmt;
-
 use config::{
-    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
-    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState,
-    Vsock,
+    BootSource, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate, MmdsConfig,
+    NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState, Vsock,
 };
-
-use crate::PhaseError;
 
 /// Something to do or to tell, checked in form and bounds. The main thread runs one at a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,41 +125,4 @@ pub enum Reply {
     Empty,
     /// What was asked for: 200.
     Json(serde_json::Value),
-}
-
-/// A command that was not carried out, and left everything as it was: 400, or 413, with this message.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct CommandError {
-    message: String,
-    is_too_large: bool,
-}
-
-impl CommandError {
-    /// An error that tells the user `message`: what was wrong, with its name, its value and the bound.
-    pub fn new(message: impl fmt::Display) -> CommandError {
-        CommandError { message: message.to_string(), is_too_large: false }
-    }
-
-    /// An error whose reason is that something given is too large to be kept.
-    pub fn too_large(message: impl fmt::Display) -> CommandError {
-        CommandError { is_too_large: true, ..CommandError::new(message) }
-    }
-
-    /// Whether something given was too large to be kept.
-    pub fn is_too_large(&self) -> bool {
-        self.is_too_large
-    }
-}
-
-impl From<ConfigError> for CommandError {
-    fn from(error: ConfigError) -> CommandError {
-        CommandError::new(error)
-    }
-}
-
-impl From<PhaseError> for CommandError {
-    fn from(error: PhaseError) -> CommandError {
-        CommandError::new(error)
-    }
 }

@@ -18,7 +18,7 @@ use vesta_control::{
 };
 
 /// Longer than anything here takes; a test that waits so long fails.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 const FAULT_HEAD: &str = "HTTP/1.1 400 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\
                           Content-Type: application/json\r\nContent-Length: ";
@@ -43,8 +43,8 @@ impl Api {
 
     fn connect(&self) -> Client {
         let stream = UnixStream::connect(&self.path).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        stream.set_write_timeout(Some(TIMEOUT)).unwrap();
         Client { stream }
     }
 
@@ -64,8 +64,8 @@ impl Api {
 
 fn wait_for(requests: &Requests) {
     let mut fds = [PollFd::new(requests, PollFlags::IN)];
-    let patience = Timespec::try_from(PATIENCE).unwrap();
-    assert_eq!(poll(&mut fds, Some(&patience)).unwrap(), 1, "no request came");
+    let timeout = Timespec::try_from(TIMEOUT).unwrap();
+    assert_eq!(poll(&mut fds, Some(&timeout)).unwrap(), 1, "no request came");
 }
 
 struct Client {
@@ -129,8 +129,9 @@ fn answers_are_firecrackers_to_the_byte() {
     assert_eq!(client.answer(), (head.into(), r#"{"firecracker_version":"1.17.0"}"#.into()));
 
     client.send("PATCH /vm HTTP/1.1\r\nContent-Length: 18\r\n\r\n{\"state\":\"Paused\"}");
-    api.expect(&Command::SetVmState(VmState::Paused), Err(CommandError::new("no")));
-    assert_eq!(client.answer(), (format!("{FAULT_HEAD}22\r\n\r\n"), r#"{"fault_message":"no"}"#.into()));
+    api.expect(&Command::SetVmState(VmState::Paused), Err(CommandError::NoMachine));
+    let body = r#"{"fault_message":"there is no machine any more"}"#;
+    assert_eq!(client.answer(), (format!("{FAULT_HEAD}{}\r\n\r\n", body.len()), body.into()));
 }
 
 #[test]

@@ -8,22 +8,22 @@ use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use control::api::{ApiServer, Request, Requests};
-use control::fork::Family;
-use control::{CommandError, Controller, Host};
+use control::fork::ForkPlan;
+use control::{Controller, Host};
 use machine::legacy::{Output, SerialSetup};
 use machine::{EventSource, MachineEvent};
 use rustix::event::{PollFd, PollFlags, poll};
 use virtio::rate_limiter::RateLimiterConfig;
 
-use crate::process::{self, Side};
+use crate::process::{self, ForkResult};
 use crate::signals::Signals;
 use crate::{child, logger, signals, terminal};
 
-/// How long the guest's last output may take to be carried out when the process ends.
-const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// How long the guest's last serial output may take when the process ends.
+const SERIAL_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long the last writes to the guest's overlays may take when the process ends.
-const LAST_WRITES: Duration = Duration::from_secs(5);
+/// How long closing the guest's overlays may take when the process ends.
+pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What ended the loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,15 +55,8 @@ pub(crate) fn serve<H: Host>(
             reply_to.send(controller.run(command));
         }
     };
-    controller.drain_serial(LAST_OUTPUT);
+    controller.drain_serial(SERIAL_DRAIN_TIMEOUT);
     Ok(ended)
-}
-
-/// What is left to do for a microVM when the process ends, whether it was ever started or not.
-pub(crate) fn end<H: Host>(controller: &mut Controller<H>) {
-    controller.give_up_merges();
-    controller.close_disks(LAST_WRITES);
-    controller.remove_socket_files();
 }
 
 /// Waits until any of them has something.
@@ -107,11 +100,8 @@ fn guest_ended(event: &MachineEvent) -> Ended {
 pub(crate) struct ProcessHost;
 
 impl Host for ProcessHost {
-    fn set_up_logger(&mut self, wanted: &config::Logger) -> Result<(), CommandError> {
-        logger::set_up(wanted).map_err(|error| {
-            let path = wanted.log_path.as_deref().unwrap_or("".as_ref());
-            CommandError::new(format_args!("cannot open the log {}: {error}", path.display()))
-        })
+    fn set_up_logger(&mut self, wanted: &config::Logger) -> io::Result<()> {
+        logger::set_up(wanted)
     }
 
     fn standard_io(&mut self) -> io::Result<SerialSetup> {
@@ -122,18 +112,19 @@ impl Host for ProcessHost {
         })
     }
 
-    fn fork(&mut self, family: Family) -> io::Result<()> {
+    fn fork(&mut self, plan: ForkPlan) -> io::Result<()> {
         process::reap_automatically();
         let _signals = signals::hold();
         let log = logger::hold();
         match process::fork()? {
-            Side::Child => {
+            ForkResult::Child => {
                 drop(log);
-                // Signals wait on until the child has its own way to be told of them: it never comes back to where this would end.
-                child::live(family)
+                // `_signals` is never dropped here: signals stay blocked until the child handles them
+                // itself.
+                child::run(plan)
             }
-            Side::Parent => {
-                family.seeds.into_iter().filter_map(|seed| seed.api).for_each(ApiServer::leave_to_fork);
+            ForkResult::Parent => {
+                plan.children.into_iter().filter_map(|child| child.api).for_each(ApiServer::leave_to_fork);
                 Ok(())
             }
         }
@@ -144,11 +135,11 @@ impl Host for ProcessHost {
         let _signals = signals::hold();
         let log = logger::hold();
         match process::fork()? {
-            Side::Child => {
+            ForkResult::Child => {
                 drop(log);
                 child::write(kept, work)
             }
-            Side::Parent => Ok(()),
+            ForkResult::Parent => Ok(()),
         }
     }
 

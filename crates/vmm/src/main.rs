@@ -220,7 +220,7 @@ fn start_and_serve(
         _ => Ok(()),
     };
     let ended = started.and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals)?));
-    event_loop::end(&mut controller);
+    controller.shut_down(event_loop::CLOSE_TIMEOUT);
     drop(controller.take_requests());
     ended
 }

@@ -57,9 +57,6 @@ pub struct ReplyTo {
     answered: bool,
 }
 
-/// What a client is told whose command gets no answer.
-pub(super) const NO_ANSWER: &str = "the command got no answer: the microVM is ending";
-
 /// What the API thread gets back.
 #[derive(Debug)]
 pub(super) struct Answer {
@@ -171,7 +168,7 @@ impl ReplyTo {
 impl Drop for ReplyTo {
     fn drop(&mut self) {
         if !self.answered {
-            self.answer(Err(CommandError::new(NO_ANSWER)));
+            self.answer(Err(CommandError::NoAnswer));
         }
     }
 }

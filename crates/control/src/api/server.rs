@@ -19,7 +19,7 @@ use rustix::{
 
 use super::{
     Limits,
-    channel::{NO_ANSWER, Outbox},
+    channel::Outbox,
     connection::{Connection, Next},
 };
 use crate::{CommandError, http::TOO_MANY_CONNECTIONS};
@@ -95,7 +95,7 @@ impl Server {
     /// Tells those who still wait for an answer that there will be none.
     fn give_up(&mut self) {
         for slot in self.slots.iter_mut().flatten() {
-            slot.connection.answer(Err(CommandError::new(NO_ANSWER)));
+            slot.connection.answer(Err(CommandError::NoAnswer));
             slot.connection.advance(|_| ());
         }
     }
