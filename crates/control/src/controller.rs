@@ -2,15 +2,15 @@
 //!
 //! # Invariants
 //!
-//! - The main thread has the only [`Controller`] and gives it one [`Command`] at a time; there is no
-//!   lock. While a command takes long, the [task](crate::task) module answers questions of API
+//! - The main thread has the only [`Controller`] and gives it one [`Command`] at a time; there is
+//!   no lock. While a command takes long, the [task](crate::task) module answers questions of API
 //!   clients from the same [`MicroVm`].
 //! - The phase is changed by [`lifecycle`](crate::lifecycle) alone.
 //!
 //! # Errors
 //!
-//! [`CommandError`], for the user. An event that ends the guest is sent to the receiver of the event
-//! channel, not returned here.
+//! [`CommandError`], for the user. An event that ends the guest is sent to the receiver of the
+//! event channel, not returned here.
 
 use std::time::Duration;
 
@@ -166,7 +166,8 @@ impl<H: Host> Controller<H> {
             }
             Command::SetVmState(VmState::Paused) => {
                 pause::pause(vm, tasks)?;
-                // The output of a paused guest can be read. If its reader stalls, it waits as always.
+                // The output of a paused guest can be read. If its reader stalls, it waits as
+                // always.
                 let machine = vm.lifecycle.machine();
                 let _ = machine.is_none_or(|machine| machine.drain_serial(SERIAL_DRAIN_TIMEOUT));
             }
@@ -201,8 +202,9 @@ impl<H: Host> Controller<H> {
         }
     }
 
-    /// Does what is left to do for the microVM when the process ends, whether it was started or not:
-    /// closes its overlays, which may take `limit`, and removes the sockets of its vsock device.
+    /// Does what is left to do for the microVM when the process ends, whether it was started or
+    /// not: closes its overlays, which may take `limit`, and removes the sockets of its vsock
+    /// device.
     pub fn shut_down(&mut self, limit: Duration) {
         self.vm.backends.drives.give_up_merges();
         shutdown::close_disks(&self.vm, limit);

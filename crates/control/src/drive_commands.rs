@@ -104,8 +104,8 @@ pub(crate) fn patch<H: Host>(
     Ok(())
 }
 
-/// Waits for the requests in flight on disks that were replaced, if the guest runs: the workers give
-/// an old disk back only then.
+/// Waits for the requests in flight on disks that were replaced, if the guest runs: the workers
+/// give an old disk back only then.
 pub(crate) fn settle_swaps<H: Host>(vm: &mut MicroVm, tasks: &mut Tasks<H>) {
     if vm.lifecycle.is_running() {
         let swaps = vm.backends.drives.take_swaps();
@@ -140,8 +140,8 @@ pub(crate) fn write_back<H: Host>(vm: &MicroVm, tasks: &mut Tasks<H>) -> Result<
     })?
 }
 
-/// Switches the drives of a paused guest to the new overlays of `plan`: all of them or, if one cannot
-/// be opened, none. Overlays that hold nothing yet (`unwritten`, by drive) are kept instead.
+/// Switches the drives of a paused guest to the new overlays of `plan`: all of them or, if one
+/// cannot be opened, none. Overlays that hold nothing yet (`unwritten`, by drive) are kept instead.
 ///
 /// `bases` are the drives' configurations that the new overlays are put on.
 pub(crate) fn switch_to_overlays<H: Host>(

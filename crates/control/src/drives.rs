@@ -142,7 +142,8 @@ impl Drives {
         self.merges = Merges::default();
     }
 
-    /// Starts to merge the layers of drives that have many, for the microVM `vm_id`. Returns at once.
+    /// Starts to merge the layers of drives that have many, for the microVM `vm_id`. Returns at
+    /// once.
     pub(crate) fn merge_many_layers(&mut self, vm_id: &str) {
         for slot in &self.slots {
             if let Some(disk) = &slot.disk {
@@ -162,8 +163,8 @@ impl Drives {
         self.slots.iter().map(|slot| slot.disk.as_ref().is_some_and(Disk::is_unwritten)).collect()
     }
 
-    /// The configurations that overlay plans are applied to: each drive as it is, with merged layers
-    /// in the place of those that they hold.
+    /// The configurations that overlay plans are applied to: each drive as it is, with merged
+    /// layers in the place of those that they hold.
     pub(crate) fn bases(&self) -> Vec<Drive> {
         self.slots.iter().map(|slot| self.merges.applied_to(&slot.config)).collect()
     }

@@ -20,8 +20,8 @@
 //!
 //! - A [`Command`] that came from [`api`] has passed the bounds of `config` that can be checked
 //!   without the microVM. It may still be impossible in the present phase, or on this host.
-//! - The API thread never touches the machine, and waits for nothing but its `epoll`. A command that
-//!   takes long and a client that stalls delay no other client.
+//! - The API thread never touches the machine, and waits for nothing but its `epoll`. A command
+//!   that takes long and a client that stalls delay no other client.
 //! - What a client can make the process hold is bounded by [`api::Limits`].
 
 #![forbid(unsafe_code)]

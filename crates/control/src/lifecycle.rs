@@ -9,8 +9,8 @@
 //!
 //! # Invariants
 //!
-//! - Nothing else changes the phase: the state is private here. Which commands are possible in which
-//!   phase is in [`phase`](crate::phase).
+//! - Nothing else changes the phase: the state is private here. Which commands are possible in
+//!   which phase is in [`phase`](crate::phase).
 //! - The machine is owned by its state. [`Paused`] and [`Running`] are types, so that only a paused
 //!   machine can be saved or forked.
 //!
@@ -98,8 +98,8 @@ impl Lifecycle {
         self.events.try_clone()
     }
 
-    /// Starts a machine that was built or restored, and lets it run if `resume`. On an error there is
-    /// no machine, as before.
+    /// Starts a machine that was built or restored, and lets it run if `resume`. On an error there
+    /// is no machine, as before.
     pub(crate) fn start(&mut self, machine: Paused, resume: bool) -> Result<(), VcpuGone> {
         self.state = if resume { State::Running(machine.resume()?) } else { State::Paused(machine) };
         Ok(())
@@ -124,8 +124,8 @@ impl Lifecycle {
         }
     }
 
-    /// Gives out a running machine to be paused elsewhere. [`Self::end_pause`], [`Self::abort_pause`]
-    /// or [`Self::lose_paused`] has to follow. `None` if no machine runs.
+    /// Gives out a running machine to be paused elsewhere. [`Self::end_pause`],
+    /// [`Self::abort_pause`] or [`Self::lose_paused`] has to follow. `None` if no machine runs.
     pub(crate) fn begin_pause(&mut self) -> Option<Running> {
         match std::mem::replace(&mut self.state, State::Pausing) {
             State::Running(machine) => Some(machine),

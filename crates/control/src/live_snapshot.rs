@@ -3,9 +3,9 @@
 //!
 //! # How
 //!
-//! The guest is paused for as long as the fork takes. The forked process has the guest's memory as it
-//! was, copy-on-write. It writes the snapshot and ends ([`SnapshotWriter`]). It reports its progress
-//! through one pipe, and reads from another one: a byte there tells it to stop.
+//! The guest is paused for as long as the fork takes. The forked process has the guest's memory as
+//! it was, copy-on-write. It writes the snapshot and ends ([`SnapshotWriter`]). It reports its
+//! progress through one pipe, and reads from another one: a byte there tells it to stop.
 //!
 //! # Invariants
 //!
@@ -31,9 +31,9 @@ use crate::{CommandError, Reply};
 
 /// The writer reports its progress after so many bytes, or a [`STEPS`]th of all if that is more.
 const REPORT_EVERY: u64 = 16 << 20;
-/// Most reports of progress. Their lines and the last one fit into 4096 bytes, the smallest pipe that
-/// the kernel creates (for a user who has many). So a writer whose parent does not read still writes
-/// its snapshot, and ends.
+/// Most reports of progress. Their lines and the last one fit into 4096 bytes, the smallest pipe
+/// that the kernel creates (for a user who has many). So a writer whose parent does not read still
+/// writes its snapshot, and ends.
 const STEPS: u64 = 32;
 /// Longest text of an error, in characters of at most four bytes.
 const MAX_ERROR: usize = 400;
@@ -110,8 +110,8 @@ impl LiveSnapshotJob {
         self
     }
 
-    /// Marks the pages that a running job has taken as dirty again. For a fork of the guest, which does
-    /// not learn how the job ends.
+    /// Marks the pages that a running job has taken as dirty again. For a fork of the guest, which
+    /// does not learn how the job ends.
     pub(crate) fn mark_unsaved(&mut self) {
         if self.is_running()
             && let Some((ram, pages)) = &self.taken
@@ -208,8 +208,8 @@ impl SnapshotWriter {
         [self.lines.as_fd(), self.cancel.as_fd()]
     }
 
-    /// Runs `write`, which writes the snapshot at `path`, and reports how it went. Called in the forked
-    /// process.
+    /// Runs `write`, which writes the snapshot at `path`, and reports how it went. Called in the
+    /// forked process.
     pub(crate) fn run(
         self,
         path: &Path,

@@ -1,8 +1,8 @@
 //! [`Metadata`]: the metadata service as its user sees it. Contents can be set at any time, the way
 //! to them only before the guest starts.
 //!
-//! The contents belong to the process, not to the machine. They can be set before anything else, and
-//! no snapshot has them.
+//! The contents belong to the process, not to the machine. They can be set before anything else,
+//! and no snapshot has them.
 
 use std::sync::Arc;
 

@@ -140,7 +140,8 @@ impl Networks {
     }
 }
 
-/// Opens the backends of a restored or forked guest. A missing tap is an error; it is never created.
+/// Opens the backends of a restored or forked guest. A missing tap is an error; it is never
+/// created.
 pub(crate) fn open_existing(networks: &[NetworkInterface]) -> Result<Vec<NetBackend>, CommandError> {
     networks.iter().map(|network| Ok(NetBackend::open_existing(network)?)).collect()
 }

@@ -16,14 +16,14 @@ const QUICK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Pauses the guest. A guest that is paused already is left alone.
 ///
-/// The usual pause takes less than a millisecond, and a thread would add to it. So only a pause that
-/// takes longer than [`QUICK_PAUSE`] becomes a task.
+/// The usual pause takes less than a millisecond, and a thread would add to it. So only a pause
+/// that takes longer than [`QUICK_PAUSE`] becomes a task.
 pub(crate) fn pause<H: Host>(vm: &mut MicroVm, tasks: &mut Tasks<H>) -> Result<(), CommandError> {
     if vm.lifecycle.pause_within(QUICK_PAUSE)? { Ok(()) } else { pause_in_task(vm, tasks) }
 }
 
-/// Pauses the guest on a thread of its own: requests in flight on a slow disk take seconds. A signal
-/// waits for it too, because the disks are closed in order then. It takes no longer than
+/// Pauses the guest on a thread of its own: requests in flight on a slow disk take seconds. A
+/// signal waits for it too, because the disks are closed in order then. It takes no longer than
 /// [`VCPU_PATIENCE`](machine::machine::VCPU_PATIENCE) and
 /// [`DRAIN_PATIENCE`](machine::machine::DRAIN_PATIENCE) together, and a little.
 fn pause_in_task<H: Host>(vm: &mut MicroVm, tasks: &mut Tasks<H>) -> Result<(), CommandError> {

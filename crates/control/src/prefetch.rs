@@ -1,9 +1,10 @@
 //! [`WorkingSetTask`]: recording and prefetching the working set of a restored guest
 //! (`"prefetch": true`, an extension).
 //!
-//! The first restore of a memory file records which pages the guest touches in the first second that
-//! it runs, in `MEMORY.working-set` beside the file. Later restores read and map these pages in that
-//! order while the guest runs already. A guest needs neither in order to run, so errors go to the log.
+//! The first restore of a memory file records which pages the guest touches in the first second
+//! that it runs, in `MEMORY.working-set` beside the file. Later restores read and map these pages
+//! in that order while the guest runs already. A guest needs neither in order to run, so errors go
+//! to the log.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};

@@ -1,9 +1,9 @@
-//! The end of the disks when the process ends in order: overlays are closed, so that they hold on any
-//! host what was written to them.
+//! The end of the disks when the process ends in order: overlays are closed, so that they hold on
+//! any host what was written to them.
 //!
-//! The end waits for a disk only for a limited time. An overlay that cannot be closed in time is left
-//! as a killed monitor leaves it: what was flushed is not lost, and the rest is lost only if the host
-//! goes down.
+//! The end waits for a disk only for a limited time. An overlay that cannot be closed in time is
+//! left as a killed monitor leaves it: what was flushed is not lost, and the rest is lost only if
+//! the host goes down.
 
 use std::sync::mpsc;
 use std::thread;
@@ -68,8 +68,8 @@ pub(crate) fn close_disks(vm: &MicroVm, limit: Duration) {
     }
 }
 
-/// Logs the disks whose contents are unknown, also those without an overlay: the next user of such a
-/// disk has to know it.
+/// Logs the disks whose contents are unknown, also those without an overlay: the next user of such
+/// a disk has to know it.
 fn report_unknown_contents(drives: &Drives) {
     for (drive, disk) in drives.iter() {
         if let Err(unknown) = disk.check() {

@@ -6,7 +6,7 @@
 //! ```text
 //! main thread                                    task thread ("task")
 //!   Tasks::run(questions, paths, work) --spawns-->  work(&Token)
-//!   poll: the task's end                              reads, writes, syncs, waits for a page server
+//!   poll: the task's end                              reads, writes, syncs, waits for a server
 //!         requests of API clients                     asks the token at each step whether to stop
 //!         a signal that ends the process
 //!   <------------------- its result ------------    ends
@@ -119,8 +119,8 @@ impl<H: Host> Tasks<H> {
         self.left_behind
     }
 
-    /// Runs `work` on a thread of its own, and answers questions until it has ended. Fails if it was
-    /// cancelled, even where the work has not noticed.
+    /// Runs `work` on a thread of its own, and answers questions until it has ended. Fails if it
+    /// was cancelled, even where the work has not noticed.
     pub(crate) fn run<T: Send + 'static>(
         &mut self,
         questions: &dyn Questions,

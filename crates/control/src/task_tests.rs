@@ -11,8 +11,6 @@ use config::Logger;
 use machine::legacy::SerialSetup;
 use serde_json::Value;
 
-use rustix::event::{EventfdFlags, eventfd};
-
 use super::*;
 use crate::api::{ApiServer, Limits};
 use crate::child::ForkPlan;
@@ -61,7 +59,7 @@ impl Monitor {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let api = ApiServer::bind(&dir.path().join("api"), Limits::default()).unwrap();
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let stop = OwnedFd::from(EventFd::new().unwrap());
         let host = FakeHost { stop: stop.try_clone().unwrap() };
         let identity = Identity { id: "vm".into(), app_name: "test", version: "0", api_version: "0" };
         let platform = Platform { boot_timer: None, pci: false, mmds_size_limit: 1024, max_payload: 1024 };

@@ -1,12 +1,13 @@
 //! A forked process, from fork(2) to its end.
 //!
 //! It runs on the stack of the command that forked it and never returns there: the frames below
-//! belong to its parent. A child of a fork keeps the memory of its guest, its API socket, its networks
-//! and the log, and creates everything else again. It leaves its parent's session, process group and
-//! standard streams, except standard output and error if its log is there.
+//! belong to its parent. A child of a fork keeps the memory of its guest, its API socket, its
+//! networks and the log, and creates everything else again. It leaves its parent's session, process
+//! group and standard streams, except standard output and error if its log is there.
 //!
 //! A panic here ends the process. (Where panics unwind, as in tests, they are caught, because the
-//! frames below are the parent's.) Either way the parent sees that the child ended without a report.
+//! frames below are the parent's.) Either way the parent sees that the child ended without a
+//! report.
 
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
@@ -56,8 +57,8 @@ pub(crate) fn run(mut plan: ForkPlan) -> ! {
 pub(crate) fn write(mut kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> ! {
     let done = catch_unwind(AssertUnwindSafe(|| {
         kept.extend(logger::descriptors());
-        terminal::forget();
-        signals::take_their_course();
+        terminal::leave_to_parent();
+        signals::restore_default_actions();
         let left = process::detach_standard_io(logger::is_on_standard_output())
             .and_then(|()| process::close_all_but(kept));
         match left {
@@ -83,8 +84,8 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     // Without a reporter, the parent sees that this child has ended.
     let Ok(reporter) = spec.reporter.take_over() else { return ExitCode::Generic };
     spec.reporter = reporter;
-    terminal::forget();
-    logger::rename(&spec.identity.id);
+    terminal::leave_to_parent();
+    logger::set_id(&spec.identity.id);
     let begun = detach(&spec, &parent).and_then(|()| set_up(&mut spec)).and_then(|process| {
         let (sink, source) = event_channel()?;
         Ok((process, sink, source))

@@ -1,7 +1,7 @@
 //! The main thread's loop: commands from the API, the guest's end, signals.
 //!
-//! The controller has the API's requests. While it carries out a command that takes long it answers
-//! questions itself, and stops for a signal.
+//! The controller has the API's requests. While it runs a command that takes long, it answers
+//! questions itself, and a signal cancels the command.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
@@ -25,14 +25,14 @@ const SERIAL_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long closing the guest's overlays may take when the process ends.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What ended the loop.
+/// Why the loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// The guest, by itself.
+    /// The guest ended by itself.
     Guest,
-    /// The guest, because it could not be run any further.
+    /// The guest cannot be run any further.
     Fault,
-    /// A signal.
+    /// A signal asked the process to end.
     Signal(i32),
 }
 
@@ -44,13 +44,13 @@ pub(crate) fn serve<H: Host>(
 ) -> io::Result<Ended> {
     let ended = loop {
         wait(controller.requests(), events, signals)?;
-        if let Some(signal) = signals.asked() {
+        if let Some(signal) = signals.arrived() {
             break Ended::Signal(signal);
         }
         if let Some(event) = events.take() {
             break guest_ended(&event);
         }
-        // One at a time, so that an end is seen between them.
+        // One at a time, so that an event or a signal is seen between them.
         if let Some(Request { command, reply_to }) = controller.requests().and_then(Requests::try_recv) {
             reply_to.send(controller.run(command));
         }
@@ -59,7 +59,7 @@ pub(crate) fn serve<H: Host>(
     Ok(ended)
 }
 
-/// Waits until any of them has something.
+/// Waits until there is a request, an event or a signal.
 fn wait(requests: Option<&Requests>, events: &EventSource, signals: &Signals) -> io::Result<()> {
     let mut fds = vec![PollFd::new(events, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
     fds.extend(requests.map(|r| PollFd::from_borrowed_fd(r.as_fd(), PollFlags::IN)));
@@ -72,14 +72,14 @@ fn wait(requests: Option<&Requests>, events: &EventSource, signals: &Signals) ->
 fn guest_ended(event: &MachineEvent) -> Ended {
     match event {
         MachineEvent::PowerOff => {
-            log::info!("the guest switched itself off");
+            log::info!("the guest powered off");
             Ended::Guest
         }
         MachineEvent::Reset => {
             log::info!("the guest reset itself, which ends it");
             Ended::Guest
         }
-        // A guest may reboot by a triple fault, so it is no failure of the monitor's.
+        // Some guests reboot by a triple fault, so it is no failure of the monitor.
         MachineEvent::TripleFault(fault) => {
             log::error!("the guest ended by {fault}");
             Ended::Guest
@@ -95,7 +95,7 @@ fn guest_ended(event: &MachineEvent) -> Ended {
     }
 }
 
-/// This process, as the controller uses it.
+/// This process, as the controller sees it.
 #[derive(Debug)]
 pub(crate) struct ProcessHost;
 
@@ -114,13 +114,13 @@ impl Host for ProcessHost {
 
     fn fork(&mut self, plan: ForkPlan) -> io::Result<()> {
         process::reap_automatically();
-        let _signals = signals::hold();
+        let _signals = signals::block();
         let log = logger::hold();
         match process::fork()? {
             ForkResult::Child => {
                 drop(log);
-                // `_signals` is never dropped here: signals stay blocked until the child handles them
-                // itself.
+                // `_signals` is never dropped here: signals stay blocked until the child handles
+                // them itself.
                 child::run(plan)
             }
             ForkResult::Parent => {
@@ -132,7 +132,7 @@ impl Host for ProcessHost {
 
     fn fork_writer(&mut self, kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> io::Result<()> {
         process::reap_automatically();
-        let _signals = signals::hold();
+        let _signals = signals::block();
         let log = logger::hold();
         match process::fork()? {
             ForkResult::Child => {

@@ -1,25 +1,29 @@
 //! The binary `vesta-vmm`: one process, one microVM.
 //!
-//! Thin by design: arguments ([`args`]), the log ([`logger`]), signals ([`signals`], [`fatal`]),
-//! panics ([`last_words`]), the terminal ([`terminal`]), and the loop that gives commands to the
-//! controller ([`event_loop`]); what looks at snapshots and starts no microVM ([`snapshot_tool`]);
-//! and the beginning of a fork's children ([`child`]). What a microVM is and does lives in
-//! `control` and below.
+//! Thin by design. A microVM itself is in `control` and below. Here are:
 //!
-//! Run under the name `firecracker`, it answers as that program does ([`personality`]).
+//! - [`args`] and [`restore`]: the command line. [`personality`]: under the name `firecracker` the
+//!   program answers as Firecracker does.
+//! - [`event_loop`]: the main thread's loop, which gives commands to the controller.
+//! - [`signals`], [`fatal`], [`crash_report`], [`exit`]: how the process ends.
+//! - [`child`] and [`process`]: forked processes.
+//! - [`logger`], [`terminal`], [`descriptors`]: what the process has.
+//! - [`snapshot_tool`]: the tools that read and merge snapshots, and start no microVM.
 //!
-//! # Ways out
+//! # The end of the process
 //!
-//! Every way out passes through [`main`] or a signal handler, restores the terminal and ends with an [`ExitCode`] that
-//! clients of Firecracker know. The API socket is removed on all but the fatal signals.
+//! The process ends in [`main`], in a signal handler, in the fault handler of the event channel, or
+//! as a forked child. It restores the terminal, and ends with an [`ExitCode`] that clients of
+//! Firecracker know, or by the signal that asked it to end. The API socket is removed, except after
+//! a fatal signal or a panic.
 
 mod args;
 mod child;
+mod crash_report;
 mod descriptors;
 mod event_loop;
 mod exit;
 mod fatal;
-mod last_words;
 mod logger;
 mod personality;
 mod process;
@@ -51,7 +55,7 @@ use signals::Signals;
 fn main() -> ! {
     let start = StartTimes::now();
     signals::end_init_at_once();
-    last_words::on_panic();
+    crash_report::install_panic_hook();
     let personality = Personality::of_this_process();
     let code = match args::parse(std::env::args_os()) {
         Ok(Invocation::Help) => print(&args::help(personality)),
@@ -65,12 +69,12 @@ fn main() -> ! {
     exit::exit(code)
 }
 
-/// Prints a text on standard output, whose reader may have read enough.
+/// Prints a text on standard output. A reader that has closed the pipe is no error.
 fn print(text: &str) -> ExitCode {
     let mut stdout = std::io::stdout();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            last_words::to_stderr(format!("Error: cannot write to standard output: {error}\n").as_bytes());
+            crash_report::to_stderr(format!("Error: cannot write to standard output: {error}\n").as_bytes());
             ExitCode::Generic
         }
         _ => ExitCode::Ok,
@@ -86,11 +90,11 @@ enum RunError {
     Log { path: String, source: std::io::Error },
     #[error("cannot read the configuration file {path}: {source}")]
     ReadConfig { path: String, source: std::io::Error },
-    #[error("the configuration file {path} is not right: {reason}")]
+    #[error("invalid configuration file {path}: {reason}")]
     Config { path: String, reason: String },
     #[error("cannot read the metadata file {path}: {source}")]
     ReadMetadata { path: String, source: std::io::Error },
-    #[error("the metadata file {path} is not right: {reason}")]
+    #[error("invalid metadata file {path}: {reason}")]
     Metadata { path: String, reason: String },
     #[error("cannot start the microVM from the configuration file {path}: {reason}")]
     Start { path: String, reason: String },
@@ -103,7 +107,7 @@ enum RunError {
 }
 
 impl RunError {
-    /// The exit status. Under Firecracker's name it is the one that Firecracker has for the same mistake.
+    /// The exit status. Under Firecracker's name it is Firecracker's for the same error.
     fn code(&self, personality: Personality) -> ExitCode {
         match self {
             RunError::Args(ArgsError::Value { name: "level", .. })
@@ -132,10 +136,10 @@ impl RunError {
     }
 }
 
-/// Says what went wrong, to whoever started this process and to the log, and gives the code to exit with.
+/// Writes an error to the log and to standard error, and returns its exit status.
 fn report(personality: Personality, error: &RunError) -> ExitCode {
     log::error!("{error}");
-    last_words::to_stderr(format!("Error: {error}\n").as_bytes());
+    crash_report::to_stderr(format!("Error: {error}\n").as_bytes());
     error.code(personality)
 }
 
@@ -143,7 +147,7 @@ fn run(personality: Personality, args: &Args, start: StartTimes) -> ExitCode {
     end_of(personality, set_up_and_serve(personality, args, start))
 }
 
-/// The code to exit with. May end the process by a signal instead.
+/// The exit status. May end the process by a signal instead.
 fn end_of(personality: Personality, ended: Result<Ended, RunError>) -> ExitCode {
     match ended {
         Ok(Ended::Guest) => ExitCode::Ok,
@@ -160,15 +164,15 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     log::info!("{}", personality.banner());
     fatal::install()?;
 
-    // Read before the socket is there: a client that sees the socket may rely on the configuration.
+    // Read before the socket exists: a client that sees the socket may rely on the configuration.
     // And before signals are handled: a read that never ends, such as that of a FIFO without a
     // writer, can still be interrupted.
     let config = args.config_file.as_deref().map(read_config).transpose()?;
     let metadata = args.metadata.as_deref().map(read_metadata).transpose()?;
     let signals = signals::install()?;
     match start_and_serve(personality, args, start, (config, metadata), &signals) {
-        // A start that a signal cancelled is no error.
-        Err(error) => signals.asked().map(Ended::Signal).ok_or(error),
+        // A start that was cancelled by a signal is no error.
+        Err(error) => signals.arrived().map(Ended::Signal).ok_or(error),
         ended => ended,
     }
 }
@@ -198,7 +202,7 @@ fn start_and_serve(
         mmds_size_limit: args.mmds_size_limit,
         max_payload: args.max_payload,
     };
-    // Never dropped: the process ends with it, and its end waits for no thread.
+    // Never dropped: the process ends with it, without waiting for its threads.
     let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, platform, sink));
     descriptors::raise_limit();
     controller.set_requests(requests);
@@ -225,7 +229,7 @@ fn start_and_serve(
     ended
 }
 
-/// Goes on with a microVM, by the commands that a client of the API would give.
+/// Restores a microVM, by the commands that a client of the API would send.
 fn restore<H: Host>(controller: &mut Controller<H>, from: &Restore) -> Result<(), CommandError> {
     if let Some(serial) = &from.serial {
         controller.run(Command::PutSerial(serial.clone()))?;
@@ -233,7 +237,7 @@ fn restore<H: Host>(controller: &mut Controller<H>, from: &Restore) -> Result<()
     controller.run(Command::LoadSnapshot(from.load.clone())).map(drop)
 }
 
-/// The command line's part of the log.
+/// Applies the log options of the command line.
 fn set_up_logger(logger: &Logger) -> Result<(), RunError> {
     logger::set_up(logger).map_err(|source| RunError::Log {
         path: logger.log_path.as_deref().unwrap_or(Path::new("standard output")).display().to_string(),

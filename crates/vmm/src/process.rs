@@ -15,10 +15,10 @@ pub(crate) enum ForkResult {
 
 /// Forks this process. Returns in both.
 ///
-/// The child has this thread only. The data of other threads stays as it was at that moment, perhaps
-/// in the middle of a change. So the child must not touch what it shares with them. It uses only what
-/// it was given by value, the log (whose lock the caller holds) and the allocator (which takes its own
-/// locks around a fork).
+/// The child has this thread only. The data of other threads stays as it was at that moment,
+/// perhaps in the middle of a change. So the child must not touch what it shares with them. It uses
+/// only what it was given by value, the log (whose lock the caller holds) and the allocator (which
+/// takes its own locks around a fork).
 pub(crate) fn fork() -> io::Result<ForkResult> {
     // SAFETY: the call itself touches no memory of this process. The callers keep to the rule above
     // for what the child does afterwards. A breach of it could meet a lock that is never released,
@@ -36,15 +36,15 @@ pub(crate) fn reap_automatically() {
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
 }
 
-/// Starts a session and process group of its own, so that signals to the parent's, or the end of its
-/// terminal, do not reach this process.
+/// Starts a session and process group of its own, so that signals to the parent's, or the end of
+/// its terminal, do not reach this process.
 pub(crate) fn new_session() -> io::Result<()> {
     rustix::process::setsid()?;
     Ok(())
 }
 
-/// Replaces standard input by `/dev/null`, and standard output and error too unless `keep_output`. So
-/// a reader of these sees them end with the parent.
+/// Replaces standard input by `/dev/null`, and standard output and error too unless `keep_output`.
+/// So a reader of these sees them end with the parent.
 pub(crate) fn detach_standard_io(keep_output: bool) -> io::Result<()> {
     let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
@@ -57,8 +57,8 @@ pub(crate) fn detach_standard_io(keep_output: bool) -> io::Result<()> {
 
 /// Closes all descriptors from 3 on, except `kept`.
 ///
-/// Their owners in this process do not learn of it. So this is for a forked child that never returns
-/// to its parent's code: nothing that owned a descriptor is used or dropped any more.
+/// Their owners in this process do not learn of it. So this is for a forked child that never
+/// returns to its parent's code: nothing that owned a descriptor is used or dropped any more.
 pub(crate) fn close_all_but(mut kept: Vec<RawFd>) -> io::Result<()> {
     kept.retain(|fd| *fd > 2);
     kept.sort_unstable();

@@ -49,8 +49,8 @@ struct Line {
 }
 
 impl Reporter {
-    /// The same with another descriptor. The caller closes the old one by its number: after a fork it
-    /// has owners that never drop it.
+    /// The same with another descriptor. The caller closes the old one by its number: after a fork
+    /// it has owners that never drop it.
     pub fn take_over(self) -> std::io::Result<Self> {
         Ok(Reporter { number: self.number, pipe: Arc::new(self.pipe.try_clone()?) })
     }
@@ -84,8 +84,8 @@ impl Reports {
     }
 
     /// Waits for the reports of `count` children. Stops once no child is left that could report,
-    /// `token` is cancelled, or `timeout` is over. Returns the reports by number; `None` for children
-    /// that did not report.
+    /// `token` is cancelled, or `timeout` is over. Returns the reports by number; `None` for
+    /// children that did not report.
     pub(crate) fn collect(self, count: usize, timeout: Duration, token: &Token) -> Vec<Option<Report>> {
         // This process's write end is closed, so that the pipe ends with the last child.
         drop(self.write);

@@ -22,8 +22,8 @@
 //!
 //! # Invariants
 //!
-//! - Errors that can be found before the guest is paused are found then. An error that is found later
-//!   leaves this microVM running, on its old disks or on overlays of them.
+//! - Errors that can be found before the guest is paused are found then. An error that is found
+//!   later leaves this microVM running, on its old disks or on overlays of them.
 //! - A disk whose contents are unknown, because a sync of it failed, is no base: a fork fails until
 //!   the disk is replaced.
 //! - A child that cannot start ends, its report says why, and its overlays are removed. The other

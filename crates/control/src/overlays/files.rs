@@ -1,8 +1,9 @@
 //! [`NewFiles`]: the empty files of new overlays.
 //!
 //! They are created before the guest is paused. So a name that cannot be created, or that another
-//! microVM takes at the same moment, is found then. Files that are not needed are removed again. The
-//! directory entry of a file is durable before a configuration, a state file or an answer names it.
+//! microVM takes at the same moment, is found then. Files that are not needed are removed again.
+//! The directory entry of a file is durable before a configuration, a state file or an answer names
+//! it.
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;

@@ -2,22 +2,23 @@
 //!
 //! # How
 //!
-//! After each fork or live snapshot, also one that failed, a thread copies what the layers of a drive
-//! hold into a new file, if there are [`MANY_LAYERS`] or more. Forks and live snapshots add layers
-//! meanwhile. The first one after the copy is complete puts the new file in the place of exactly the
-//! copied layers, for the microVM and for its children or loads. Where the microVM keeps its overlay,
-//! because it has not written to it, it keeps the layers too, until a later fork or live snapshot.
+//! After each fork or live snapshot, also one that failed, a thread copies what the layers of a
+//! drive hold into a new file, if there are [`MANY_LAYERS`] or more. Forks and live snapshots add
+//! layers meanwhile. The first one after the copy is complete puts the new file in the place of
+//! exactly the copied layers, for the microVM and for its children or loads. Where the microVM
+//! keeps its overlay, because it has not written to it, it keeps the layers too, until a later fork
+//! or live snapshot.
 //!
 //! # Invariants
 //!
-//! - A configuration, here, of a child or in a snapshot, names the new file only once it is complete
-//!   and on the disk.
-//! - A file that no configuration names is removed: by the thread when the copy fails, else with the
-//!   [`Merge`]. It is removed under the lock of its [`Progress`], so that a name is never removed
-//!   twice, when it may already be the name of another file.
-//! - fork(2) copies the lock and not the thread. So a child never looks at its parent's merges: they
-//!   are in its parent's `Drives`, which it leaves alone and never drops. A child starts with no
-//!   merges, and merges its own layers.
+//! - A configuration, here, of a child or in a snapshot, names the new file only once it is
+//!   complete and on the disk.
+//! - A file that no configuration names is removed: by the thread when the copy fails, else with
+//!   the [`Merge`]. It is removed under the lock of its [`Progress`], so that a name is never
+//!   removed twice, when it may already be the name of another file.
+//! - fork(2) copies the lock and not the thread. So a child never looks at its parent's merges:
+//!   they are in its parent's `Drives`, which it leaves alone and never drops. A child starts with
+//!   no merges, and merges its own layers.
 //! - The thread keeps the layers and the new file open, which nothing else writes to or closes. Its
 //!   errors go to the log: no guest needs the merge.
 
@@ -101,8 +102,8 @@ impl Merges {
         self.0.retain(|merge| merge.drive_id != drive_id);
     }
 
-    /// Starts to merge the layers of `drive` of the microVM `vm_id`, if there are many, and they are
-    /// not being merged already.
+    /// Starts to merge the layers of `drive` of the microVM `vm_id`, if there are many, and they
+    /// are not being merged already.
     pub(crate) fn begin(&mut self, vm_id: &str, drive: &Drive, disk: &Disk) {
         self.0.retain(|merge| merge.drive_id != drive.drive_id || (merge.is_of(drive) && !merge.is_gone()));
         let is_known = self.0.iter().any(|merge| merge.drive_id == drive.drive_id);
@@ -198,7 +199,8 @@ mod tests {
 
     use super::*;
 
-    /// A disk of 1 MiB with `count` layers, each of which holds the first sectors, below an overlay.
+    /// A disk of 1 MiB with `count` layers, each of which holds the first sectors, below an
+    /// overlay.
     struct Layered {
         dir: TempDir,
         drive: Drive,

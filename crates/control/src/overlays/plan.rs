@@ -1,8 +1,8 @@
 //! [`OverlayPlan`]: on which new overlays a microVM, its children or later loads continue.
 //!
 //! An overlay that nothing was written to yet becomes no base: its owner keeps it, and the others
-//! continue on what lies below it. So a microVM that writes nothing can be forked and saved live any
-//! number of times. One that writes gets a layer each time; many layers are
+//! continue on what lies below it. So a microVM that writes nothing can be forked and saved live
+//! any number of times. One that writes gets a layer each time; many layers are
 //! [merged](super::merging) into one while the guest runs.
 
 use std::collections::BTreeSet;
@@ -68,8 +68,8 @@ impl Planner {
 }
 
 impl OverlayPlan {
-    /// The overlays of a microVM that is restored from the live snapshot at `state`, whose drives are
-    /// `drives` and whose parent continues as `parents` says.
+    /// The overlays of a microVM that is restored from the live snapshot at `state`, whose drives
+    /// are `drives` and whose parent continues as `parents` says.
     ///
     /// They lie beside the parent's overlays. Each load chooses their numbers.
     pub(crate) fn of_saved(drives: &[Drive], parents: &OverlayPlan, state: &Path) -> Self {
@@ -122,8 +122,8 @@ pub(crate) fn on_overlay(drive: &Drive, unwritten: bool, path: &Path) -> Result<
     Ok(drive)
 }
 
-/// The beginning of the names of new overlays: the disk's name and the id of the microVM that writes
-/// to them. They lie beside the overlay that takes writes now, else beside the disk.
+/// The beginning of the names of new overlays: the disk's name and the id of the microVM that
+/// writes to them. They lie beside the overlay that takes writes now, else beside the disk.
 pub(super) fn stem(drive: &Drive, id: &str) -> Result<PathBuf, CommandError> {
     let disk = drive.path_on_host.as_deref().unwrap_or(Path::new(""));
     let mut name = disk.file_name().unwrap_or_default().to_owned();

@@ -160,8 +160,8 @@ fn fork_writer<H: Host>(
 
 /// Saves the state of a paused machine.
 ///
-/// Also returns the pages that were written so far, if that is tracked. They count as saved from now
-/// on: a caller that fails to save them marks them dirty again.
+/// Also returns the pages that were written so far, if that is tracked. They count as saved from
+/// now on: a caller that fails to save them marks them dirty again.
 fn capture(
     vm: &MicroVm,
     machine: &Paused,
@@ -196,8 +196,8 @@ fn paths_of(create: &SnapshotCreate) -> SnapshotPaths {
     SnapshotPaths { snapshot_path: create.snapshot_path.clone(), mem_file_path: create.mem_file_path.clone() }
 }
 
-/// Checks that both targets can be created as new files, and that neither is the other one or a file
-/// of a drive.
+/// Checks that both targets can be created as new files, and that neither is the other one or a
+/// file of a drive.
 fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), CommandError> {
     let SnapshotCreate { snapshot_path, mem_file_path, .. } = create;
     if snapshot::same_place(snapshot_path, mem_file_path) {

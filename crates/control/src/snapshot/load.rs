@@ -1,7 +1,8 @@
 //! `PUT /snapshot/load`.
 //!
-//! What waits for the host (files, networks, a page server, KVM) is a [task](crate::task): questions
-//! are answered meanwhile. A load that is cancelled leaves a process that is ready for another one.
+//! What waits for the host (files, networks, a page server, KVM) is a [task](crate::task):
+//! questions are answered meanwhile. A load that is cancelled leaves a process that is ready for
+//! another one.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
@@ -153,8 +154,8 @@ impl Opened {
 }
 
 impl Saved {
-    /// The configuration of the restored microVM: the saved one, with the overrides of `load` and with
-    /// the log, serial port and vsock device of this process.
+    /// The configuration of the restored microVM: the saved one, with the overrides of `load` and
+    /// with the log, serial port and vsock device of this process.
     fn config(&self, load: &SnapshotLoad, here: &Settings) -> Result<FullVmConfig, CommandError> {
         let mut config = self.config.config.clone();
         config.logger.clone_from(&here.logger);
@@ -261,8 +262,8 @@ impl Saved {
             (MemoryBackendType::Uffd, socket) => {
                 let (ram, server) = GuestRam::from_page_server(regions, socket, huge_pages, track)
                     .map_err(CommandError::snapshot)?;
-                // The pages that this thread writes to tell the guest that it was cloned. It must not wait
-                // for them later.
+                // The pages that this thread writes to tell the guest that it was cloned. It must
+                // not wait for them later.
                 let here = [layout::VM_GENERATION_ID, layout::VMCLOCK];
                 server.probe(&here, PAGE_SERVER_TIMEOUT, token).map_err(CommandError::snapshot)?;
                 Ok((ram, Some(server)))

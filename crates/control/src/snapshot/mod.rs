@@ -1,15 +1,15 @@
 //! Saving a microVM to two files, and restoring one from them.
 //!
 //! The state file has these sections, each described where its type is: `config` ([`SavedConfig`]),
-//! `machine` ([`machine::MachineState`]) and `memory` ([`memory::image::ImageInfo`]). The memory file
-//! is flat and sparse. Both get their names when both are complete. A Diff into its base gives the
-//! state and a redo log their names.
+//! `machine` ([`machine::MachineState`]) and `memory` ([`memory::image::ImageInfo`]). The memory
+//! file is flat and sparse. Both get their names when both are complete. A Diff into its base gives
+//! the state and a redo log their names.
 //!
 //! # What is left to the user
 //!
-//! Disks are synced, so that their files hold all that the guest flushed, or for overlays all that it
-//! wrote. The state names them. Copying them is left to the user. The log, metrics and the contents
-//! of the metadata service are not saved.
+//! Disks are synced, so that their files hold all that the guest flushed, or for overlays all that
+//! it wrote. The state names them. Copying them is left to the user. The log, metrics and the
+//! contents of the metadata service are not saved.
 //!
 //! # Invariants
 //!
@@ -44,9 +44,9 @@ pub struct SavedConfig {
     pub pci: bool,
     /// Its id when it was saved.
     pub id: String,
-    /// The drives for which each load creates an overlay, because the snapshot was live: their disks
-    /// are bases that are only read. Their `overlay.path` is the overlay's name with a number; each
-    /// load chooses another number.
+    /// The drives for which each load creates an overlay, because the snapshot was live: their
+    /// disks are bases that are only read. Their `overlay.path` is the overlay's name with a
+    /// number; each load chooses another number.
     pub fresh_overlays: Vec<String>,
 }
 

@@ -114,15 +114,16 @@ impl Saved {
 }
 
 impl Saved {
-    /// Reads the state file at `path` for a microVM to be restored, and checks that its sections agree.
+    /// Reads the state file at `path` for a microVM to be restored, and checks that its sections
+    /// agree.
     pub fn load(path: &Path) -> Result<Self, VerifyError> {
         let saved = Self::open(path)?;
         saved.check(path)?;
         Ok(saved)
     }
 
-    /// Checks that the sections describe one microVM. The checksums do not say that: anyone can write
-    /// a file whose checksums are right.
+    /// Checks that the sections describe one microVM. The checksums do not say that: anyone can
+    /// write a file whose checksums are right.
     fn check(&self, path: &Path) -> Result<(), VerifyError> {
         let path = || path.to_path_buf();
         let machine = &self.config.config.machine_config;
@@ -145,8 +146,8 @@ impl Saved {
     }
 }
 
-/// Checks the state file at `state`: all checksums, that every section decodes, and that they agree.
-/// Checks that the memory file has the size that the state file says; it has no checksums.
+/// Checks the state file at `state`: all checksums, that every section decodes, and that they
+/// agree. Checks that the memory file has the size that the state file says; it has no checksums.
 pub fn verify(state: &Path, memory: Option<&Path>) -> Result<Verified, VerifyError> {
     let snapshot = Snapshot::open(state)?;
     // Also of sections that this version does not know.

@@ -7,101 +7,21 @@
 //! is, not the device.
 
 use std::ffi::OsString;
-use std::fs;
-use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, socket_with,
-};
+use rustix::net::{SocketFlags, accept_with};
+use socket_file::SocketType;
+pub use socket_file::{BindError, MAX_PATH_LEN, Occupant, SocketFile};
 
 use super::packet::SocketKind;
 
-/// Longest path of a Unix socket in bytes: `sun_path` less the closing NUL.
-pub const MAX_PATH_LEN: usize = 107;
-
-/// Connections that wait for the device, as far as the host's kernel allows (`net.core.somaxconn`).
-const BACKLOG: i32 = 4096;
+/// The name of the sockets in errors.
+const WHAT: &str = "vsock socket";
 
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
-
-/// Why a socket of the device cannot be made.
-#[derive(Debug, thiserror::Error)]
-pub enum BindError {
-    /// The path is empty or does not fit in a socket address.
-    #[error("the vsock path {} is {len} bytes long: it must have 1 to {MAX_PATH_LEN}", path.display())]
-    PathLength {
-        /// The path given.
-        path: PathBuf,
-        /// Its length in bytes.
-        len: usize,
-    },
-    /// There is something at the path.
-    #[error("the vsock path {} is in use: {occupant}", path.display())]
-    InUse {
-        /// The path given.
-        path: PathBuf,
-        /// What is there.
-        occupant: Occupant,
-    },
-    /// Anything else.
-    #[error("cannot make the vsock socket {}: {source}", path.display())]
-    Io {
-        /// The path given.
-        path: PathBuf,
-        /// What the kernel says.
-        source: io::Error,
-    },
-}
-
-/// What is at the path of a socket to be made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Occupant {
-    /// A socket on which a process answers, or of which it cannot be told.
-    Socket,
-    /// A socket on which nobody answers, left behind by a process that is gone.
-    Leftover,
-    /// Something that is no socket.
-    OtherFile,
-}
-
-impl std::fmt::Display for Occupant {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Occupant::Socket => "it is the socket of another process",
-            Occupant::Leftover => "it is a socket on which nobody answers, so it can be removed",
-            Occupant::OtherFile => "it is no socket",
-        })
-    }
-}
-
-/// A socket file that is removed with this value, unless something else has taken its place or this is a fork of the process that made it.
-#[derive(Debug)]
-pub struct SocketFile {
-    path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
-    owner: u32,
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let present = identity(&self.path).is_ok_and(|present| present == self.identity);
-        if present && self.owner == std::process::id() {
-            // If it cannot be removed, it stays: nobody could be told.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
-}
 
 /// A socket that takes connections and never waits for them. Clones are the same socket.
 #[derive(Debug, Clone)]
@@ -111,25 +31,9 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Makes a socket at `path`, where nothing may be.
+    /// Creates a socket at `path`, where nothing may exist.
     pub fn bind(path: &Path, kind: SocketKind) -> Result<(Listener, SocketFile), BindError> {
-        let len = path.as_os_str().as_bytes().len();
-        if !(1..=MAX_PATH_LEN).contains(&len) {
-            return Err(BindError::PathLength { path: path.to_owned(), len });
-        }
-        let io_error = |source: io::Error| BindError::Io { path: path.to_owned(), source };
-        let fd = socket(kind).map_err(|e| io_error(e.into()))?;
-        let address = SocketAddrUnix::new(path).map_err(|e| io_error(e.into()))?;
-        match bind(&fd, &address) {
-            Ok(()) => {}
-            Err(Errno::ADDRINUSE) => {
-                return Err(BindError::InUse { path: path.to_owned(), occupant: occupant(path) });
-            }
-            Err(error) => return Err(io_error(error.into())),
-        }
-        let identity = identity(path).map_err(io_error)?;
-        let file = SocketFile { path: path.to_owned(), identity, owner: std::process::id() };
-        listen(&fd, BACKLOG).map_err(|e| io_error(e.into()))?;
+        let (fd, file) = socket_file::bind(WHAT, path, socket_type(kind))?;
         Ok((Listener { fd: Arc::new(fd), kind }, file))
     }
 
@@ -149,46 +53,16 @@ impl Listener {
     }
 }
 
-/// Whether nothing stands in the way of a socket at `path`, as far as can be seen without making one.
+/// Checks that a socket could be created at `path`, as far as can be seen without creating it.
 pub fn is_possible(path: &Path) -> Result<(), BindError> {
-    let len = path.as_os_str().as_bytes().len();
-    if !(1..=MAX_PATH_LEN).contains(&len) {
-        return Err(BindError::PathLength { path: path.to_owned(), len });
-    }
-    if fs::symlink_metadata(path).is_ok() {
-        return Err(BindError::InUse { path: path.to_owned(), occupant: occupant(path) });
-    }
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match fs::metadata(directory) {
-        Ok(_) => Ok(()),
-        Err(source) => Err(BindError::Io { path: path.to_owned(), source }),
-    }
+    socket_file::check_possible(WHAT, path)
 }
 
-/// What is at `path`, which is in use.
-fn occupant(path: &Path) -> Occupant {
-    if !fs::metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
-        return Occupant::OtherFile;
-    }
-    match dial(path, SocketKind::Stream) {
-        Err(Errno::CONNREFUSED) => Occupant::Leftover,
-        _ => Occupant::Socket,
-    }
-}
-
-fn socket(kind: SocketKind) -> Result<OwnedFd, Errno> {
-    let kind = match kind {
+fn socket_type(kind: SocketKind) -> SocketType {
+    match kind {
         SocketKind::Stream => SocketType::STREAM,
         SocketKind::SeqPacket => SocketType::SEQPACKET,
-    };
-    socket_with(AddressFamily::UNIX, kind, FLAGS, None)
-}
-
-/// Connects to the socket at `path` without waiting. `AGAIN`: its queue is full now.
-fn dial(path: &Path, kind: SocketKind) -> Result<OwnedFd, Errno> {
-    let fd = socket(kind)?;
-    connect(&fd, &SocketAddrUnix::new(path)?)?;
-    Ok(fd)
+    }
 }
 
 /// The sockets of a device. By default it has none, and all connections of the guest are refused.
@@ -205,12 +79,13 @@ impl HostSockets {
     pub(super) fn dial(&self, port: u32, kind: SocketKind) -> Result<OwnedFd, Errno> {
         let mut path = OsString::from(self.path.as_ref().ok_or(Errno::NOENT)?);
         path.push(format!("_{port}"));
-        dial(Path::new(&path), kind)
+        socket_file::dial(Path::new(&path), socket_type(kind))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
@@ -242,7 +117,7 @@ mod tests {
             occupant
         };
         let listener = UnixListener::bind(&path).unwrap();
-        assert_eq!(refusal(), Occupant::Socket);
+        assert_eq!(refusal(), Occupant::Process);
         drop(listener);
         assert_eq!(refusal(), Occupant::Leftover);
         fs::remove_file(&path).unwrap();
