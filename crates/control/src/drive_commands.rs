@@ -160,7 +160,9 @@ pub(crate) fn switch_to_overlays<H: Host>(
             Err(error) if tasks.left_behind() => return Err(error),
             Err(error) => {
                 let drives = &vm.backends.drives;
-                opened.into_iter().for_each(|(at, _, disk)| undo_open_on_top(drives, at, disk));
+                for (at, _, disk) in opened {
+                    undo_open_on_top(drives, at, disk);
+                }
                 return Err(error);
             }
         }

@@ -7,8 +7,8 @@
 //!
 //! - A drive has its disk open, but for the time in which [`Drives::close`] has closed it so that
 //!   another one can be opened.
-//! - A disk that was replaced is in `swaps` until its requests in flight have ended or were waited
-//!   for.
+//! - A disk that was replaced while the guest was paused is in `swaps` until the guest runs again
+//!   and its requests in flight were waited for.
 
 use std::path::{Path, PathBuf};
 

@@ -1,10 +1,11 @@
 //! [`Lifecycle`]: the machine of a microVM, in the phase that it is in.
 //!
 //! ```text
-//!               start                   pause
-//! Configured ----------> Running <----------------> Paused      a bug left no machine: Stopped
-//!      '------------------------------------------> Paused
-//!                 start, not resumed
+//!                 start              pause
+//! Configured --------------> Running -------> Paused      (a bug left no machine: Stopped)
+//!      |                        ^               | ^
+//!      |                        '--- resume ----' |
+//!      '------- load or fork, not resumed --------'
 //! ```
 //!
 //! # Invariants

@@ -9,6 +9,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use machine::machine::Machine;
+
 use crate::drives::Drives;
 use crate::microvm::MicroVm;
 
@@ -28,7 +30,7 @@ pub(crate) fn close_disks(vm: &MicroVm, limit: Duration) {
         return;
     }
     let begun = Instant::now();
-    let devices = vm.lifecycle.machine().map(|machine| machine.devices());
+    let devices = vm.lifecycle.machine().map(Machine::devices);
     // Half of it for requests in flight: a disk that hangs must not keep others from being closed.
     if let Some(Err(busy)) = devices.map(|devices| devices.still(limit / 2)) {
         log::warn!("{busy}");

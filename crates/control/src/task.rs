@@ -21,7 +21,8 @@
 //!   once. All other requests wait, and are taken afterwards in the order in which they arrived.
 //! - A task is cancelled by a signal that ends the process, and, if it has [`SnapshotPaths`], by
 //!   `DELETE /snapshot/job`. A cancelled task stops at its next step of at most a few MiB or one
-//!   system call, and undoes what it did.
+//!   system call, and undoes what it did. A task that commits something checks its token before,
+//!   and its result counts from then on ([`Tasks::run_committing`]).
 //! - A signal ends the process in bounded time. A task that has not ended [`CANCEL_TIMEOUT`] after
 //!   the signal is stuck in a system call: it is left behind ([`TaskError::Abandoned`]) and ends
 //!   with the process. A stuck writer is like one that was killed. A snapshot's files have no name

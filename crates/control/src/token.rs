@@ -17,7 +17,7 @@ pub enum TaskError {
     /// The host is out of threads or descriptors. Nothing was done.
     #[error("cannot start a thread for this command: {0}")]
     Start(#[source] std::io::Error),
-    /// The task was cancelled, and has undone what it did.
+    /// The task was cancelled. Dropping its result undid what it did.
     #[error("the command was cancelled")]
     Cancelled,
     /// The process ends, and the task did not stop in time.

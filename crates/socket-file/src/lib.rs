@@ -1,4 +1,5 @@
-//! Listening Unix sockets and their files, once for the API socket and the sockets of vsock devices.
+//! Listening Unix sockets and their files, once for the API socket and the sockets of vsock
+//! devices.
 //!
 //! [`bind`] creates a socket at a path where nothing exists, and never replaces a file. The
 //! [`SocketFile`] removes the file when it is dropped.
@@ -106,8 +107,8 @@ impl SocketFile {
         Ok(SocketFile { path: path.to_owned(), identity: identity(path)?, owner: Some(std::process::id()) })
     }
 
-    /// Leaves the file to a forked process, which has a copy of this value and [adopts](Self::adopt)
-    /// it.
+    /// Leaves the file to a forked process, which has a copy of this value and
+    /// [adopts](Self::adopt) it.
     pub fn leave(mut self) {
         self.owner = None;
     }

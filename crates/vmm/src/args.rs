@@ -7,6 +7,7 @@ use config::{InstanceId, LogLevel, Logger};
 use lexopt::prelude::*;
 use machine::legacy::StartTimes;
 
+use crate::flags::{ArgsError, once, text};
 use crate::personality::Personality;
 use crate::restore::{self, Restore};
 use crate::snapshot_tool::Tool;
@@ -65,27 +66,6 @@ impl Args {
             cpu_us: self.start_time_cpu_us.map_or(now.cpu_us, u64::cast_signed) - parent_cpu.cast_signed(),
         }
     }
-}
-
-/// Why a command line is invalid.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ArgsError {
-    #[error(transparent)]
-    Parse(#[from] lexopt::Error),
-    #[error("--{0} is given twice")]
-    Duplicate(&'static str),
-    #[error("--{name} is \"{value}\": {reason}")]
-    Value { name: &'static str, value: String, reason: String },
-    #[error("--no-api needs --config-file or --restore: without them there is nothing to run")]
-    NoApiWithoutConfig,
-    #[error("--config-file cannot be combined with --restore")]
-    TwoStarts,
-    #[error("--{0} needs --restore")]
-    OnlyWithRestore(&'static str),
-    #[error("{0} is missing")]
-    Missing(&'static str),
-    #[error("--{0} is Firecracker's and not supported by this version")]
-    NotSupported(&'static str),
 }
 
 /// The flags of Firecracker that this version does not support.
@@ -251,21 +231,6 @@ impl RawArgs {
             parent_cpu_time_us: self.parent_cpu_time_us,
         })
     }
-}
-
-pub(crate) fn once<T>(slot: &mut Option<T>, name: &'static str, value: T) -> Result<(), ArgsError> {
-    match slot.replace(value) {
-        None => Ok(()),
-        Some(_) => Err(ArgsError::Duplicate(name)),
-    }
-}
-
-pub(crate) fn text(name: &'static str, value: OsString) -> Result<String, ArgsError> {
-    value.into_string().map_err(|value| ArgsError::Value {
-        name,
-        value: value.to_string_lossy().into_owned(),
-        reason: "it must be UTF-8".to_owned(),
-    })
 }
 
 fn number(name: &'static str, value: OsString) -> Result<u64, ArgsError> {

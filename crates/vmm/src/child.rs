@@ -1,7 +1,7 @@
-//! A forked process, from fork(2) to its end.
+//! A child of a fork, from fork(2) to its end.
 //!
 //! It runs on the stack of the command that forked it and never returns there: the frames below
-//! belong to its parent. A child of a fork keeps the memory of its guest, its API socket, its
+//! belong to its parent. The child keeps the memory of its guest, its API socket, its
 //! networks and the log, and creates everything else again. It leaves its parent's session, process
 //! group and standard streams, except standard output and error if its log is there.
 //!
@@ -10,18 +10,20 @@
 //! report.
 
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use control::Controller;
 use control::fork::{ChildSpec, ForkPlan, ParentState};
 use machine::event_channel;
 
-use crate::event_loop::{self, ProcessHost};
+use crate::event_loop;
 use crate::exit::{self, ExitCode};
+use crate::host::ProcessHost;
 use crate::personality::Personality;
 use crate::process::{self, ForkResult, fork};
-use crate::{end_of, logger, signals, terminal};
+use crate::run_error::RunError;
+use crate::{logger, signals, terminal};
 
 /// Runs the first child of a fork, which forks the others.
 pub(crate) fn run(mut plan: ForkPlan) -> ! {
@@ -53,25 +55,6 @@ pub(crate) fn run(mut plan: ForkPlan) -> ! {
     exit::exit(code.unwrap_or(ExitCode::Generic))
 }
 
-/// Runs a forked process that does `work` and ends. It keeps the descriptors `kept` and the log's.
-pub(crate) fn write(mut kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> ! {
-    let done = catch_unwind(AssertUnwindSafe(|| {
-        kept.extend(logger::descriptors());
-        terminal::leave_to_parent();
-        signals::restore_default_actions();
-        let left = process::detach_standard_io(logger::is_on_standard_output())
-            .and_then(|()| process::close_all_but(kept));
-        match left {
-            Ok(()) => work(),
-            Err(error) => {
-                log::error!("a fork of this process cannot close its parent's descriptors: {error}");
-                false
-            }
-        }
-    }));
-    std::process::exit(if done.unwrap_or(false) { ExitCode::Ok as i32 } else { ExitCode::Generic as i32 })
-}
-
 /// Drops the specification of another child, which has its own copy. Its API socket stays.
 fn leave(spec: ChildSpec) {
     if let Some(api) = spec.api {
@@ -97,7 +80,7 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
             return ExitCode::Generic;
         }
     };
-    let (reporter, started) = Controller::start_child(ProcessHost, spec, parent, sink);
+    let (reporter, started) = Controller::start_child(ProcessHost::new(run), spec, parent, sink);
     let controller = match started {
         Ok(controller) => controller,
         Err(error) => {
@@ -113,7 +96,7 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     let ended = event_loop::serve(&mut controller, &source, &signals);
     drop(controller.take_requests());
     controller.shut_down(event_loop::CLOSE_TIMEOUT);
-    end_of(Personality::of_this_process(), ended.map_err(crate::RunError::from))
+    event_loop::exit_code(Personality::of_this_process(), ended.map_err(RunError::from))
 }
 
 /// Closes all descriptors that are the parent's, and leaves its session.

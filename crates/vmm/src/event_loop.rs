@@ -4,20 +4,18 @@
 //! questions itself, and a signal cancels the command.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
-use control::api::{ApiServer, Request, Requests};
-use control::fork::ForkPlan;
+use control::api::{Request, Requests};
 use control::{Controller, Host};
-use machine::legacy::{Output, SerialSetup};
 use machine::{EventSource, MachineEvent};
 use rustix::event::{PollFd, PollFlags, poll};
-use virtio::rate_limiter::RateLimiterConfig;
 
-use crate::process::{self, ForkResult};
-use crate::signals::Signals;
-use crate::{child, logger, signals, terminal};
+use crate::exit::ExitCode;
+use crate::personality::Personality;
+use crate::run_error::{RunError, report};
+use crate::signals::{self, Signals};
 
 /// How long the guest's last serial output may take when the process ends.
 const SERIAL_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -95,61 +93,12 @@ fn guest_ended(event: &MachineEvent) -> Ended {
     }
 }
 
-/// This process, as the controller sees it.
-#[derive(Debug)]
-pub(crate) struct ProcessHost;
-
-impl Host for ProcessHost {
-    fn set_up_logger(&mut self, wanted: &config::Logger) -> io::Result<()> {
-        logger::set_up(wanted)
-    }
-
-    fn standard_io(&mut self) -> io::Result<SerialSetup> {
-        Ok(SerialSetup {
-            output: Some(Output::stdout()?),
-            input: Some(rustix::stdio::stdin().as_fd().try_clone_to_owned()?),
-            limit: RateLimiterConfig::default(),
-        })
-    }
-
-    fn fork(&mut self, plan: ForkPlan) -> io::Result<()> {
-        process::reap_automatically();
-        let _signals = signals::block();
-        let log = logger::hold();
-        match process::fork()? {
-            ForkResult::Child => {
-                drop(log);
-                // `_signals` is never dropped here: signals stay blocked until the child handles
-                // them itself.
-                child::run(plan)
-            }
-            ForkResult::Parent => {
-                plan.children.into_iter().filter_map(|child| child.api).for_each(ApiServer::leave_to_fork);
-                Ok(())
-            }
-        }
-    }
-
-    fn fork_writer(&mut self, kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> io::Result<()> {
-        process::reap_automatically();
-        let _signals = signals::block();
-        let log = logger::hold();
-        match process::fork()? {
-            ForkResult::Child => {
-                drop(log);
-                child::write(kept, work)
-            }
-            ForkResult::Parent => Ok(()),
-        }
-    }
-
-    fn asked_to_end(&self) -> Option<BorrowedFd<'_>> {
-        signals::descriptor()
-    }
-
-    fn guest_starts(&mut self, with_standard_io: bool) {
-        if with_standard_io {
-            terminal::set_raw();
-        }
+/// The exit status. May end the process by a signal instead.
+pub(crate) fn exit_code(personality: Personality, ended: Result<Ended, RunError>) -> ExitCode {
+    match ended {
+        Ok(Ended::Guest) => ExitCode::Ok,
+        Ok(Ended::Fault) => ExitCode::Generic,
+        Ok(Ended::Signal(signal)) => signals::end_by(signal),
+        Err(error) => report(personality, &error),
     }
 }

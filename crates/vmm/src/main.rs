@@ -2,11 +2,12 @@
 //!
 //! Thin by design. A microVM itself is in `control` and below. Here are:
 //!
-//! - [`args`] and [`restore`]: the command line. [`personality`]: under the name `firecracker` the
-//!   program answers as Firecracker does.
+//! - [`args`], [`restore`] and [`flags`]: the command line. [`personality`]: under the name
+//!   `firecracker` the program answers as Firecracker does.
 //! - [`event_loop`]: the main thread's loop, which gives commands to the controller.
 //! - [`signals`], [`fatal`], [`crash_report`], [`exit`]: how the process ends.
-//! - [`child`] and [`process`]: forked processes.
+//! - [`host`]: this process, as the controller sees it. [`process`], [`child`], [`writer`]: forked
+//!   processes.
 //! - [`logger`], [`terminal`], [`descriptors`]: what the process has.
 //! - [`snapshot_tool`]: the tools that read and merge snapshots, and start no microVM.
 //!
@@ -24,15 +25,19 @@ mod descriptors;
 mod event_loop;
 mod exit;
 mod fatal;
+mod flags;
+mod host;
 mod logger;
 mod personality;
 mod process;
 mod restore;
+mod run_error;
 mod signals;
 mod snapshot_tool;
 #[cfg(test)]
 mod subprocess;
 mod terminal;
+mod writer;
 
 use std::fs;
 use std::io::Write;
@@ -40,16 +45,18 @@ use std::mem::ManuallyDrop;
 use std::path::Path;
 
 use config::{Logger, VmConfig};
-use control::api::{ApiServer, BindError, Limits};
+use control::api::{ApiServer, Limits};
 use control::{Command, CommandError, Controller, Host, Identity, Platform};
 use machine::event_channel;
 use machine::legacy::StartTimes;
 
-use args::{Args, ArgsError, Invocation};
-use event_loop::{Ended, ProcessHost};
+use args::{Args, Invocation};
+use event_loop::Ended;
 use exit::ExitCode;
+use host::ProcessHost;
 use personality::Personality;
 use restore::Restore;
+use run_error::{RunError, report};
 use signals::Signals;
 
 fn main() -> ! {
@@ -81,80 +88,8 @@ fn print(text: &str) -> ExitCode {
     }
 }
 
-/// Why the process ends with an error.
-#[derive(Debug, thiserror::Error)]
-enum RunError {
-    #[error("{0} (try --help)")]
-    Args(#[from] ArgsError),
-    #[error("cannot open the log {path}: {source}")]
-    Log { path: String, source: std::io::Error },
-    #[error("cannot read the configuration file {path}: {source}")]
-    ReadConfig { path: String, source: std::io::Error },
-    #[error("invalid configuration file {path}: {reason}")]
-    Config { path: String, reason: String },
-    #[error("cannot read the metadata file {path}: {source}")]
-    ReadMetadata { path: String, source: std::io::Error },
-    #[error("invalid metadata file {path}: {reason}")]
-    Metadata { path: String, reason: String },
-    #[error("cannot start the microVM from the configuration file {path}: {reason}")]
-    Start { path: String, reason: String },
-    #[error("cannot restore the microVM from {path}: {reason}")]
-    Restore { path: String, reason: CommandError },
-    #[error("cannot serve the API: {0}")]
-    Bind(#[from] BindError),
-    #[error("cannot set up this process: {0}")]
-    Host(#[from] std::io::Error),
-}
-
-impl RunError {
-    /// The exit status. Under Firecracker's name it is Firecracker's for the same error.
-    fn code(&self, personality: Personality) -> ExitCode {
-        match self {
-            RunError::Args(ArgsError::Value { name: "level", .. })
-                if personality == Personality::Firecracker =>
-            {
-                ExitCode::BadConfiguration
-            }
-            RunError::Args(_) => ExitCode::ArgParsing,
-            RunError::ReadConfig { .. }
-            | RunError::Config { .. }
-            | RunError::ReadMetadata { .. }
-            | RunError::Metadata { .. }
-            | RunError::Start { .. }
-                if personality == Personality::Firecracker =>
-            {
-                ExitCode::Generic
-            }
-            RunError::ReadConfig { .. }
-            | RunError::Config { .. }
-            | RunError::ReadMetadata { .. }
-            | RunError::Metadata { .. }
-            | RunError::Start { .. }
-            | RunError::Restore { .. } => ExitCode::BadConfiguration,
-            RunError::Log { .. } | RunError::Bind(_) | RunError::Host(_) => ExitCode::Generic,
-        }
-    }
-}
-
-/// Writes an error to the log and to standard error, and returns its exit status.
-fn report(personality: Personality, error: &RunError) -> ExitCode {
-    log::error!("{error}");
-    crash_report::to_stderr(format!("Error: {error}\n").as_bytes());
-    error.code(personality)
-}
-
 fn run(personality: Personality, args: &Args, start: StartTimes) -> ExitCode {
-    end_of(personality, set_up_and_serve(personality, args, start))
-}
-
-/// The exit status. May end the process by a signal instead.
-fn end_of(personality: Personality, ended: Result<Ended, RunError>) -> ExitCode {
-    match ended {
-        Ok(Ended::Guest) => ExitCode::Ok,
-        Ok(Ended::Fault) => ExitCode::Generic,
-        Ok(Ended::Signal(signal)) => signals::end_by(signal),
-        Err(error) => report(personality, &error),
-    }
+    event_loop::exit_code(personality, set_up_and_serve(personality, args, start))
 }
 
 fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) -> Result<Ended, RunError> {
@@ -203,7 +138,8 @@ fn start_and_serve(
         max_payload: args.max_payload,
     };
     // Never dropped: the process ends with it, without waiting for its threads.
-    let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, platform, sink));
+    let mut controller =
+        ManuallyDrop::new(Controller::new(identity, ProcessHost::new(child::run), platform, sink));
     descriptors::raise_limit();
     controller.set_requests(requests);
     if let (Some(contents), Some(path)) = (metadata, &args.metadata) {

@@ -9,7 +9,7 @@ use config::{
 };
 use serde_json::{Value, json};
 
-use crate::args::{ArgsError, once, text};
+use crate::flags::{ArgsError, once, text};
 
 /// A snapshot to restore.
 #[derive(Debug, Clone, PartialEq, Eq)]

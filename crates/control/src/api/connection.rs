@@ -8,7 +8,8 @@ use rustix::{
     net::{RecvFlags, SendFlags, recv, send},
 };
 
-use super::{Limits, route};
+use super::limits::Limits;
+use super::routes::route;
 use crate::{
     Command, CommandError, Reply,
     http::{Decoded, Decoder, Request, Response, Version, put_continue},

@@ -23,6 +23,7 @@
 
 mod channel;
 mod connection;
+mod limits;
 mod replay;
 mod routes;
 mod server;
@@ -35,6 +36,7 @@ use std::{
 };
 
 pub use channel::{ReplyTo, Request, Requests};
+pub use limits::Limits;
 pub use replay::{Replayed, replay};
 pub use routes::{RouteError, Routed, route};
 pub use socket_file::{BindError, Occupant};
@@ -46,23 +48,6 @@ pub const THREAD_NAME: &str = "fc_api";
 /// The thread's stack: enough for `serde_json`'s deepest recursion in an unoptimized build. Pages
 /// that are never touched take no memory.
 const STACK_SIZE: usize = 512 << 10;
-
-/// The bounds of what clients may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Most connections at a time. One more is answered with status 503 and closed.
-    pub max_connections: usize,
-    /// Most bytes of one request's body.
-    pub max_payload: usize,
-    /// Most bytes of one request's first line and headers together.
-    pub max_head: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits { max_connections: 10, max_payload: 51200, max_head: 8192 }
-    }
-}
 
 /// The API socket, before it is served. Clients can connect, and wait.
 #[derive(Debug)]

@@ -1,7 +1,8 @@
 //! [`replay`]: turns the bytes of a connection into commands without a socket or threads, for
 //! fuzzing.
 
-use super::{Limits, RouteError, Routed, route};
+use super::limits::Limits;
+use super::routes::{RouteError, Routed, route};
 use crate::http::{Decoded, Decoder, Refusal};
 
 /// The outcome of one request.

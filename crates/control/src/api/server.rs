@@ -15,9 +15,9 @@ use rustix::{
 };
 
 use super::{
-    Limits,
     channel::Outbox,
     connection::{Connection, Next},
+    limits::Limits,
 };
 use crate::{CommandError, http::TOO_MANY_CONNECTIONS};
 

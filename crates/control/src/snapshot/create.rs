@@ -14,7 +14,7 @@ use memory::image::{self, ImageError, ImageInfo, Observer, Written};
 use memory::{GuestRam, PageSet};
 use snapshot::{AtomicFile, Header, Staged, Writer};
 
-use super::{KIND, SavedConfig};
+use super::config::{KIND, SavedConfig};
 use crate::drive_commands::{settle_swaps, switch_to_overlays, write_back};
 use crate::host::Host;
 use crate::live_snapshot::{self, LiveSnapshotJob, SnapshotWriter};

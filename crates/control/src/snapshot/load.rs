@@ -17,7 +17,7 @@ use memory::GuestRam;
 use memory::image;
 use memory::page_server::PageServer;
 
-use super::Saved;
+use super::saved::Saved;
 use crate::CommandError;
 use crate::backends::Backends;
 use crate::boot::serial_setup;

@@ -10,7 +10,7 @@ use memory::image::{ImageFile, ImageInfo, RestoreError, examine};
 use memory::layout::MIB;
 use snapshot::{Description, ReadError, Snapshot};
 
-use super::{KIND, SavedConfig};
+use super::config::{KIND, SavedConfig};
 
 /// The state file of a microVM of this architecture, every section that this version knows decoded.
 #[derive(Debug, Clone)]

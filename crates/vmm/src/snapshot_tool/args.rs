@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use lexopt::prelude::*;
 
 use super::Tool;
-use crate::args::{ArgsError, once};
+use crate::flags::{ArgsError, once};
 
 /// What `vesta-vmm snapshot --help` prints.
 const HELP: &str = "\
