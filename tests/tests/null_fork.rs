@@ -116,7 +116,10 @@ fn what_cannot_be_forked_is_refused_by_name_and_the_guest_goes_on() -> Result<()
         (json!({"children": [{"id": "a"}, {"id": "parent"}]}), "child parent: this is the id of the microVM"),
         (json!({"children": [{"id": "a", "api_socket": taken}]}), "in use"),
         (json!({"children": [{"id": "a", "api_socket": "/nowhere/a.sock"}]}), "/nowhere/a.sock"),
-        (json!({"children": [{"id": "a", "drives": [{"drive_id": "d", "overlay": "/o"}]}]}), "no drive d"),
+        (
+            json!({"children": [{"id": "a", "drives": [{"drive_id": "d", "overlay": "/o"}]}]}),
+            "drive d: there is no such drive",
+        ),
         (
             json!({"children": [{"id": "a", "cgroup": "/nowhere"}]}),
             "child a: cannot move to the cgroup /nowhere",

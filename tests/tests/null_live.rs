@@ -175,7 +175,10 @@ fn what_cannot_be_saved_is_refused_before_anything_is_changed() -> Result<()> {
     for (create, named) in [
         (changed(json!({"snapshot_path": "/nowhere/state"})), "/nowhere/state"),
         (changed(json!({"mem_file_path": "/nowhere/memory"})), "/nowhere/memory"),
-        (changed(json!({"drives": [{"drive_id": "e", "overlay": dir.join("o")}]})), "no drive e"),
+        (
+            changed(json!({"drives": [{"drive_id": "e", "overlay": dir.join("o")}]})),
+            "drive e: there is no such drive",
+        ),
         (changed(json!({"drives": [{"drive_id": "d", "overlay": image}]})), "disk.img exists already"),
         (changed(json!({"drives": [{"drive_id": "d", "overlay": "/nowhere/o"}]})), "/nowhere/o"),
         (changed(json!({"live": false, "drives": [{"drive_id": "d", "overlay": dir.join("o")}]})), "live"),

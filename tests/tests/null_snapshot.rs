@@ -219,7 +219,7 @@ fn a_first_restore_records_what_the_guest_touches_and_later_ones_fill_it_in() ->
     ensure!(home.path().join("a.memory.working-set").exists(), "{}", first.stdout.text());
     let (second, mut api, serial) = empty()?;
     api.put("/snapshot/load", &body)?.ok()?;
-    second.wait_for_output("pages are filled in ahead of the guest", SOON)?;
+    second.wait_for_output("pages are prefetched", SOON)?;
     ensure!(counts(&wait_for(&serial, 10)?));
     body["mem_backend"]["backend_type"] = json!("Uffd");
     let (_third, mut api, _serial) = empty()?;

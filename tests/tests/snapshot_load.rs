@@ -97,7 +97,7 @@ on_each_transport! {
         wait_for_all_progress(&vmm)?;
         let files = Files::new(home.path(), "a");
         save_and_kill(vmm, &files, "Full")?;
-        for (name, sign) in [("tap1", "is recorded"), ("tap2", "pages are filled in ahead")] {
+        for (name, sign) in [("tap1", "is recorded"), ("tap2", "pages are prefetched")] {
             let (copies, drives) = place.disks.copies(home.path(), name)?;
             let load = with(files.load(), &json!({"drives": drives, "prefetch": true}));
             let vmm = place.go_on_elsewhere(transport, name, &load)?;

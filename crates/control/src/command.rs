@@ -1,53 +1,49 @@
-//! The one list of what a microVM can be told, wherever it comes from.
-
-use std::fmt;
+//! [`Command`]: the one list of commands to a microVM, from the API, the command line and the
+//! configuration file.
 
 use config::{
-    BootSource, ConfigError, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
-    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState,
-    Vsock,
+    BootSource, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate, MmdsConfig,
+    NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState, Vsock,
 };
 
-use crate::PhaseError;
-
-/// Something to do or to tell, checked in form and bounds. The main thread runs one at a time.
+/// A command, checked in form and bounds. The main thread runs one at a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    /// Who and in which state: `GET /`.
+    /// Describe the microVM and its state: `GET /`.
     DescribeInstance,
-    /// Which version: `GET /version`.
+    /// Tell the version: `GET /version`.
     GetVersion,
-    /// Processors and memory as they are set: `GET /machine-config`.
+    /// Show the settings of processors and memory: `GET /machine-config`.
     GetMachineConfig,
-    /// Set processors and memory; what is not given returns to its default.
+    /// Set processors and memory; absent fields return to their defaults.
     PutMachineConfig(MachineConfig),
-    /// Change processors and memory; what is not given stays.
+    /// Change processors and memory; absent fields stay.
     PatchMachineConfig(MachineConfigUpdate),
-    /// Set what to boot.
+    /// Set the kernel, initrd and boot arguments.
     PutBootSource(BootSource),
-    /// Set how the monitor logs.
+    /// Configure the monitor's log.
     PutLogger(Logger),
-    /// Set where the serial console goes.
+    /// Set the host end of the serial console.
     PutSerial(Serial),
-    /// Add a drive, or set it anew.
+    /// Add a drive, or replace the one with this id.
     PutDrive(Drive),
-    /// Change a drive of a started guest: its disk, its limits.
+    /// Change the disk or the rate limits of a drive of a started guest.
     PatchDrive(DriveUpdate),
-    /// Add a network interface, or set it anew.
+    /// Add a network interface, or replace the one with this id.
     PutNetwork(NetworkInterface),
-    /// Change the limits of a network interface of a started guest.
+    /// Change the rate limits of a network interface of a started guest.
     PatchNetwork(NetworkInterfaceUpdate),
-    /// Add the entropy device, or set it anew.
+    /// Add or replace the entropy device.
     PutEntropy(Entropy),
-    /// Add the socket device, or set it anew.
+    /// Add or replace the vsock device.
     PutVsock(Vsock),
-    /// Set through what and how the guest reaches the metadata service.
+    /// Set the interfaces and the protocol by which the guest reaches the metadata service.
     PutMmdsConfig(MmdsConfig),
-    /// What the guest can learn: `GET /mmds`.
+    /// Show the contents of the metadata service: `GET /mmds`.
     GetMmds,
-    /// Set what the guest can learn.
+    /// Replace the contents of the metadata service.
     PutMmds(serde_json::Value),
-    /// Change what the guest can learn (RFC 7396).
+    /// Merge into the contents of the metadata service (RFC 7396).
     PatchMmds(serde_json::Value),
     /// Boot the guest.
     Start,
@@ -55,25 +51,26 @@ pub enum Command {
     FlushMetrics,
     /// Press Ctrl+Alt+Del on the guest's keyboard.
     SendCtrlAltDel,
-    /// Pause or resume; the present state again is no error.
+    /// Pause or resume. No error if the guest is in that state already.
     SetVmState(VmState),
-    /// The whole configuration: `GET /vm/config`.
+    /// Show the whole configuration: `GET /vm/config`.
     GetVmConfig,
-    /// Save the guest.
+    /// Save the microVM to a snapshot.
     CreateSnapshot(SnapshotCreate),
-    /// How far a live snapshot is: `GET /snapshot/job`, an extension.
+    /// Show the progress of a live snapshot: `GET /snapshot/job`, an extension.
     DescribeJob,
-    /// Give a live snapshot up: `DELETE /snapshot/job`, an extension.
+    /// Cancel a live snapshot: `DELETE /snapshot/job`, an extension.
     CancelJob,
-    /// Go on with a guest that was saved.
+    /// Restore a microVM from a snapshot.
     LoadSnapshot(SnapshotLoad),
-    /// Make children of the guest as it is: `PUT /fork`, an extension.
+    /// Fork the microVM into children: `PUT /fork`, an extension.
     Fork(Fork),
 }
 
 impl Command {
-    /// Whether it describes a machine to boot, which a snapshot cannot then be loaded into. `PUT /vsock` does not: before a
-    /// load it says where the sockets are.
+    /// Whether the command describes a microVM to boot, after which no snapshot can be loaded.
+    ///
+    /// `PUT /vsock` does not: before a load it sets the paths of the sockets.
     pub fn describes_boot(&self) -> bool {
         matches!(
             self,
@@ -87,7 +84,7 @@ impl Command {
         )
     }
 
-    /// What its user calls it, for messages.
+    /// The name of the command in messages.
     pub fn name(&self) -> &'static str {
         match self {
             Command::DescribeInstance => "GET /",
@@ -123,48 +120,11 @@ impl Command {
     }
 }
 
-/// The answer to a command that was carried out.
+/// The answer to a command that succeeded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
-    /// Done, and there is nothing to say: 204.
+    /// Nothing: HTTP status 204.
     Empty,
-    /// What was asked for: 200.
+    /// A JSON value: HTTP status 200.
     Json(serde_json::Value),
-}
-
-/// A command that was not carried out, and left everything as it was: 400, or 413, with this message.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct CommandError {
-    message: String,
-    is_too_large: bool,
-}
-
-impl CommandError {
-    /// An error that tells the user `message`: what was wrong, with its name, its value and the bound.
-    pub fn new(message: impl fmt::Display) -> CommandError {
-        CommandError { message: message.to_string(), is_too_large: false }
-    }
-
-    /// An error whose reason is that something given is too large to be kept.
-    pub fn too_large(message: impl fmt::Display) -> CommandError {
-        CommandError { is_too_large: true, ..CommandError::new(message) }
-    }
-
-    /// Whether something given was too large to be kept.
-    pub fn is_too_large(&self) -> bool {
-        self.is_too_large
-    }
-}
-
-impl From<ConfigError> for CommandError {
-    fn from(error: ConfigError) -> CommandError {
-        CommandError::new(error)
-    }
-}
-
-impl From<PhaseError> for CommandError {
-    fn from(error: PhaseError) -> CommandError {
-        CommandError::new(error)
-    }
 }

@@ -1,20 +1,20 @@
-//! The phases of a microVM as its user sees them, and which command is possible in which.
+//! The phases of a microVM as its user sees them, and the phases in which each command is possible.
 
 use crate::Command;
 
-/// Where a microVM is in its life. (Stopped is no phase: the process ends.)
+/// The phase of a microVM. There is no phase for a stopped one: its process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// It is being described; there is no guest yet.
+    /// The microVM is being configured. There is no guest yet.
     Configured,
     /// The guest runs.
     Running,
-    /// The guest stands still.
+    /// The guest is paused.
     Paused,
 }
 
 impl Phase {
-    /// Its name in `GET /`.
+    /// The name of the phase in `GET /`.
     pub fn name(self) -> &'static str {
         match self {
             Phase::Configured => "Not started",
@@ -24,28 +24,28 @@ impl Phase {
     }
 }
 
-/// A command at a time when it is not possible.
+/// A command that is not possible in the present phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PhaseError {
-    /// It describes the machine to be, and the machine is there already.
+    /// The command configures a microVM before its start, and it has started.
     #[error("{command} is possible only before the microVM starts, and it is {}", phase.name())]
     OnlyBeforeStart {
         /// [`Command::name`].
         command: &'static str,
-        /// The phase it met.
+        /// The present phase.
         phase: Phase,
     },
-    /// It acts on a guest, and there is none yet.
+    /// The command acts on a guest, and there is none yet.
     #[error("{command} needs a started microVM, and it is {}", phase.name())]
     OnlyAfterStart {
         /// [`Command::name`].
         command: &'static str,
-        /// The phase it met.
+        /// The present phase.
         phase: Phase,
     },
 }
 
-/// When a command is possible.
+/// The phases in which a command is possible.
 enum When {
     Always,
     BeforeStart,
@@ -88,7 +88,7 @@ fn when(command: &Command) -> When {
     }
 }
 
-/// Whether `command` is possible in `phase`.
+/// Checks that `command` is possible in `phase`.
 pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
     match (when(command), phase) {
         (When::Always, _)
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn questions_are_answered_in_every_phase() {
+    fn questions_are_possible_in_every_phase() {
         for command in
             [Command::DescribeInstance, Command::GetVersion, Command::GetMachineConfig, Command::GetVmConfig]
         {
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_comes_at_any_time_and_the_way_to_it_before_the_start() {
+    fn metadata_changes_in_every_phase_and_its_config_before_start() {
         for command in [Command::GetMmds, Command::PutMmds(json!({})), Command::PatchMmds(json!({}))] {
             assert_possible(&command, [true, true, true]);
         }
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn what_describes_the_machine_comes_before_the_start() {
+    fn configuration_is_possible_only_before_the_start() {
         let boot_source =
             BootSource { kernel_image_path: "vmlinux".into(), initrd_path: None, boot_args: None };
         for command in [
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_acts_on_the_guest_comes_after_the_start() {
+    fn commands_to_the_guest_are_possible_only_after_the_start() {
         for command in [
             Command::FlushMetrics,
             Command::SendCtrlAltDel,
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_the_command_and_the_phase() {
+    fn error_names_the_command_and_the_phase() {
         let error = check(&Command::Start, Phase::Paused).unwrap_err().to_string();
         assert!(error.contains("InstanceStart") && error.contains("Paused"), "{error}");
         let error = check(&Command::SendCtrlAltDel, Phase::Configured).unwrap_err().to_string();

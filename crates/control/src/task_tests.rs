@@ -2,7 +2,7 @@
 //! threads.
 
 use std::io::{Read, Write};
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -13,17 +13,18 @@ use serde_json::Value;
 
 use super::*;
 use crate::api::{ApiServer, Limits};
-use crate::fork::Family;
+use crate::child::ForkPlan;
+use crate::microvm::MicroVm;
 use crate::{Identity, Platform};
 
-/// A process without a guest. Its end can be asked for.
+/// A process without a guest.
 #[derive(Debug)]
 struct FakeHost {
     stop: OwnedFd,
 }
 
 impl Host for FakeHost {
-    fn set_up_logger(&mut self, _: &Logger) -> Result<(), CommandError> {
+    fn set_up_logger(&mut self, _: &Logger) -> std::io::Result<()> {
         Ok(())
     }
 
@@ -31,7 +32,7 @@ impl Host for FakeHost {
         Err(std::io::ErrorKind::Unsupported.into())
     }
 
-    fn fork(&mut self, _: Family) -> std::io::Result<()> {
+    fn fork(&mut self, _: ForkPlan) -> std::io::Result<()> {
         Err(std::io::ErrorKind::Unsupported.into())
     }
 
@@ -47,8 +48,9 @@ impl Host for FakeHost {
 }
 
 struct Monitor {
-    controller: Controller<FakeHost>,
-    /// Written to, it asks for the end.
+    vm: MicroVm,
+    tasks: Tasks<FakeHost>,
+    /// A write to it is a signal that asks the process to end.
     stop: OwnedFd,
     dir: tempfile::TempDir,
 }
@@ -57,14 +59,22 @@ impl Monitor {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let api = ApiServer::bind(&dir.path().join("api"), Limits::default()).unwrap();
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let stop = OwnedFd::from(EventFd::new().unwrap());
         let host = FakeHost { stop: stop.try_clone().unwrap() };
         let identity = Identity { id: "vm".into(), app_name: "test", version: "0", api_version: "0" };
         let platform = Platform { boot_timer: None, pci: false, mmds_size_limit: 1024, max_payload: 1024 };
         let (sink, _events) = machine::event_channel().unwrap();
-        let mut controller = Controller::new(identity, host, platform, sink);
-        controller.set_requests(Some(api.spawn().unwrap()));
-        Monitor { controller, stop, dir }
+        let mut tasks = Tasks::new(host);
+        tasks.requests = Some(api.spawn().unwrap());
+        Monitor { vm: MicroVm::new(identity, platform, sink), tasks, stop, dir }
+    }
+
+    fn run<T: Send + 'static>(
+        &mut self,
+        paths: Option<&SnapshotPaths>,
+        work: impl FnOnce(&Token) -> T + Send + 'static,
+    ) -> Result<T, TaskError> {
+        self.tasks.run(&self.vm, paths, work)
     }
 
     fn client(&self) -> UnixStream {
@@ -104,11 +114,11 @@ fn ask(client: &mut UnixStream, request: &str) -> (String, Value) {
     answer(client)
 }
 
-fn job() -> Job {
-    Job { snapshot_path: "s".into(), mem_file_path: "m".into() }
+fn paths() -> SnapshotPaths {
+    SnapshotPaths { snapshot_path: "s".into(), mem_file_path: "m".into() }
 }
 
-/// A syscall that does not return before the other end says so, or is gone.
+/// Stands for a system call that returns once the other end sends, or is dropped.
 fn stuck() -> (Sender<()>, Receiver<()>) {
     channel()
 }
@@ -127,8 +137,8 @@ fn questions_are_answered_while_a_task_is_stuck() {
         release.send(()).unwrap();
         [instance, config, version, whole, metadata]
     });
-    let done = monitor.controller.task(None, move |_| is_released.recv().is_ok()).unwrap();
-    assert!(done, "it was released by the client that has all its answers");
+    let done = monitor.run(None, move |_| is_released.recv().is_ok()).unwrap();
+    assert!(done, "the client released it after all its answers");
     let answers = questions.join().unwrap();
     assert!(answers.iter().all(|(status, _)| status == "200"), "{answers:?}");
     assert_eq!(answers[0].1["state"], "Not started");
@@ -145,14 +155,14 @@ fn other_commands_wait_for_a_task_in_order() {
             send(client, "PUT /machine-config", &format!(r#"{{"vcpu_count":{vcpus},"mem_size_mib":8}}"#));
             // Answered after the command above has arrived at the main thread.
             let (_, config) = ask(&mut connect(&dir), "GET /machine-config");
-            assert_eq!(config["mem_size_mib"], 128, "nothing is carried out meanwhile");
+            assert_eq!(config["mem_size_mib"], 128, "no command runs meanwhile");
         }
         release.send(()).unwrap();
         clients
     });
-    monitor.controller.task(None, move |_| is_released.recv()).unwrap().unwrap();
+    monitor.run(None, move |_| is_released.recv()).unwrap().unwrap();
     let clients = asking.join().unwrap();
-    let requests = monitor.controller.requests().unwrap();
+    let requests = monitor.tasks.requests.as_ref().unwrap();
     let taken = std::iter::from_fn(|| requests.try_recv());
     let vcpus: Vec<_> = taken
         .map(|request| match request.command {
@@ -165,10 +175,10 @@ fn other_commands_wait_for_a_task_in_order() {
 }
 
 #[test]
-fn a_signal_cancels_a_task_which_undoes_what_it_did() {
+fn signal_cancels_a_task() {
     let mut monitor = Monitor::new();
     rustix::io::write(&monitor.stop, &1_u64.to_ne_bytes()).unwrap();
-    let result = monitor.controller.task(None, |token| {
+    let result = monitor.run(None, |token| {
         let mut fds = [PollFd::new(token, PollFlags::IN)];
         poll(&mut fds, None).unwrap();
         token.check()
@@ -177,30 +187,30 @@ fn a_signal_cancels_a_task_which_undoes_what_it_did() {
 }
 
 #[test]
-fn a_cancelled_task_is_cancelled_also_if_its_work_succeeds() {
+fn cancelled_task_is_an_error_although_its_work_succeeds() {
     let mut monitor = Monitor::new();
     rustix::io::write(&monitor.stop, &1_u64.to_ne_bytes()).unwrap();
     let wait_and_succeed = |token: &Token| {
         let mut fds = [PollFd::new(token, PollFlags::IN)];
         poll(&mut fds, None).unwrap();
     };
-    let result = monitor.controller.task(None, wait_and_succeed);
+    let result = monitor.run(None, wait_and_succeed);
     assert!(matches!(result, Err(TaskError::Cancelled)), "{result:?}");
-    monitor.controller.task_that_commits(None, wait_and_succeed).unwrap();
+    monitor.tasks.run_committing(&monitor.vm, None, wait_and_succeed).unwrap();
 }
 
 #[test]
-fn a_task_that_is_stuck_is_left_behind_at_a_signal() {
+fn stuck_task_is_left_behind_at_a_signal() {
     let mut monitor = Monitor::new();
     rustix::io::write(&monitor.stop, &1_u64.to_ne_bytes()).unwrap();
     let (release, is_released) = stuck();
-    let result = monitor.controller.task(None, move |_| is_released.recv());
+    let result = monitor.run(None, move |_| is_released.recv());
     assert!(matches!(result, Err(TaskError::Abandoned)), "{result:?}");
     drop(release);
 }
 
 #[test]
-fn a_job_tells_how_far_it_is_and_can_be_cancelled() {
+fn task_with_paths_shows_progress_and_can_be_cancelled() {
     let mut monitor = Monitor::new();
     let mut client = monitor.client();
     let asking = std::thread::spawn(move || {
@@ -213,7 +223,7 @@ fn a_job_tells_how_far_it_is_and_can_be_cancelled() {
         };
         (progress, ask(&mut client, "DELETE /snapshot/job").0)
     });
-    let cancelled = monitor.controller.task(Some(&job()), |token| {
+    let cancelled = monitor.run(Some(&paths()), |token| {
         token.progress(1 << 20, 1 << 30);
         let mut fds = [PollFd::new(token, PollFlags::IN)];
         poll(&mut fds, None).unwrap();
@@ -228,6 +238,6 @@ fn a_job_tells_how_far_it_is_and_can_be_cancelled() {
 
 #[test]
 #[should_panic(expected = "a bug")]
-fn a_panic_of_a_task_is_one_of_the_main_thread() {
-    let _ = Monitor::new().controller.task(None, |_| panic!("a bug"));
+fn panic_of_a_task_is_one_of_the_main_thread() {
+    let _ = Monitor::new().run(None, |_| panic!("a bug"));
 }

@@ -1,17 +1,24 @@
-//! The host sockets of the vsock device: made when the device is configured, removed when it is configured anew or the process ends.
+//! The host sockets of the vsock device: created when the device is configured, removed when it is
+//! configured again or the process ends.
 
 use std::path::{Path, PathBuf};
 
 use config::Vsock;
 use vsock::{BindError, HostSockets, Listener, SocketFile, SocketKind, check_socket_path};
 
-/// A socket that listens, its file, and where it is.
+use crate::CommandError;
+use crate::reopen::{Reopened, open_or_reopen};
+
+/// A socket that listens, its file, and its path.
 #[derive(Debug)]
 struct Bound {
     path: PathBuf,
     listener: Listener,
     _file: SocketFile,
 }
+
+/// The paths of the sockets of one device: for streams, and for messages if there is one.
+type Paths = (PathBuf, Option<PathBuf>);
 
 /// The sockets of one device.
 #[derive(Debug)]
@@ -21,45 +28,53 @@ pub(crate) struct VsockSockets {
 }
 
 impl VsockSockets {
-    /// Makes the sockets that `config` asks for and puts them in `place`. What was there goes first, as the new ones may have its paths; if the
-    /// new ones cannot be made, it comes back.
-    pub(crate) fn make(place: &mut Option<VsockSockets>, config: &Vsock) -> Result<(), BindError> {
-        let paths = |sockets: &VsockSockets| {
-            (sockets.stream.path.clone(), sockets.messages.as_ref().map(|bound| bound.path.clone()))
+    /// Creates the sockets that `config` asks for, in the place of those in `slot`.
+    ///
+    /// The old sockets are closed first, because the new ones may have their paths. If the new ones
+    /// cannot be created, the old ones are created again.
+    pub(crate) fn replace(slot: &mut Option<Self>, config: &Vsock) -> Result<(), CommandError> {
+        let wanted = paths(config);
+        let Some(old) = slot.as_ref().map(VsockSockets::paths) else {
+            *slot = Some(Self::bind(&wanted)?);
+            return Ok(());
         };
-        let wanted = (config.uds_path.clone(), config.seqpacket_uds_path.clone());
-        let old = place.as_ref().map(paths);
-        // A client may be waiting at the very socket.
-        if old.as_ref() == Some(&wanted) {
+        // A client may be waiting in the queue of the very socket.
+        if old == wanted {
             return Ok(());
         }
-        *place = None;
-        match Self::at(&wanted) {
-            Ok(sockets) => {
-                *place = Some(sockets);
+        *slot = None;
+        match open_or_reopen(&wanted, &old, |paths| Ok(Self::bind(paths)?)) {
+            Reopened::New(sockets) => {
+                *slot = Some(sockets);
                 Ok(())
             }
-            Err(error) => {
-                *place = old.and_then(|old| {
-                    let again = Self::at(&old);
-                    again
-                        .inspect_err(|gone| log::error!("the vsock device has lost its sockets: {gone}"))
-                        .ok()
-                });
+            Reopened::Old(sockets, error) => {
+                *slot = Some(sockets);
+                Err(error)
+            }
+            Reopened::Nothing { error, lost } => {
+                log::error!("the vsock device has lost its sockets: {lost}");
                 Err(error)
             }
         }
     }
 
-    /// The sockets that `config` asks for; none for the device of a fork's child that was given none.
-    pub(crate) fn of(config: &Vsock) -> Result<Option<Self>, BindError> {
-        if config.uds_path.as_os_str().is_empty() {
-            return Ok(None);
-        }
-        Self::at(&(config.uds_path.clone(), config.seqpacket_uds_path.clone())).map(Some)
+    fn paths(&self) -> Paths {
+        (self.stream.path.clone(), self.messages.as_ref().map(|bound| bound.path.clone()))
     }
 
-    fn at((stream, messages): &(PathBuf, Option<PathBuf>)) -> Result<Self, BindError> {
+    /// Creates the sockets that `config` asks for.
+    ///
+    /// `None` where there is no device, or its path is empty: the child of a fork has such a device
+    /// if its sockets were not overridden.
+    pub(crate) fn create(config: Option<&Vsock>) -> Result<Option<Self>, BindError> {
+        match config {
+            Some(config) if !config.uds_path.as_os_str().is_empty() => Self::bind(&paths(config)).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn bind((stream, messages): &Paths) -> Result<Self, BindError> {
         let bind = |path: &Path, kind| {
             let (listener, file) = Listener::bind(path, kind)?;
             Ok(Bound { path: path.to_owned(), listener, _file: file })
@@ -70,13 +85,14 @@ impl VsockSockets {
         })
     }
 
-    /// Whether `config`'s sockets could be made now, as far as can be seen without making them.
-    pub(crate) fn are_possible(config: &Vsock) -> Result<(), BindError> {
+    /// Checks whether the sockets of `config` could be created now, as far as can be seen without
+    /// creating them.
+    pub(crate) fn check_possible(config: &Vsock) -> Result<(), BindError> {
         let paths = [Some(&config.uds_path), config.seqpacket_uds_path.as_ref()];
         paths.into_iter().flatten().try_for_each(|path| check_socket_path(path))
     }
 
-    /// The sockets as the device takes them.
+    /// The sockets in the form that the device takes.
     pub(crate) fn for_device(&self) -> HostSockets {
         let listeners = [Some(&self.stream), self.messages.as_ref()]
             .into_iter()
@@ -84,6 +100,10 @@ impl VsockSockets {
             .map(|bound| bound.listener.clone());
         HostSockets { listeners: listeners.collect(), path: Some(self.stream.path.clone()) }
     }
+}
+
+fn paths(config: &Vsock) -> Paths {
+    (config.uds_path.clone(), config.seqpacket_uds_path.clone())
 }
 
 #[cfg(test)]
@@ -102,27 +122,27 @@ mod tests {
     }
 
     #[test]
-    fn another_configuration_takes_the_place_of_the_old_one_and_the_same_one_stays() {
+    fn new_paths_replace_the_sockets_and_the_same_paths_keep_them() {
         let dir = tempfile::tempdir().unwrap();
-        let mut place = None;
-        VsockSockets::make(&mut place, &config(dir.path(), "a", None)).unwrap();
+        let mut slot = None;
+        VsockSockets::replace(&mut slot, &config(dir.path(), "a", None)).unwrap();
         let _waiting = UnixStream::connect(dir.path().join("a")).unwrap();
-        VsockSockets::make(&mut place, &config(dir.path(), "a", None)).unwrap();
-        assert_eq!(place.as_ref().unwrap().for_device().listeners.len(), 1);
-        VsockSockets::make(&mut place, &config(dir.path(), "b", Some("a"))).unwrap();
-        assert_eq!(place.as_ref().unwrap().for_device().listeners.len(), 2);
+        VsockSockets::replace(&mut slot, &config(dir.path(), "a", None)).unwrap();
+        assert_eq!(slot.as_ref().unwrap().for_device().listeners.len(), 1);
+        VsockSockets::replace(&mut slot, &config(dir.path(), "b", Some("a"))).unwrap();
+        assert_eq!(slot.as_ref().unwrap().for_device().listeners.len(), 2);
         assert!(dir.path().join("a").exists() && dir.path().join("b").exists());
-        drop(place);
+        drop(slot);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
-    fn a_configuration_that_cannot_be_leaves_the_old_one() {
+    fn sockets_that_cannot_be_created_leave_the_old_ones() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("taken"), "").unwrap();
-        let mut place = None;
-        VsockSockets::make(&mut place, &config(dir.path(), "a", None)).unwrap();
-        VsockSockets::make(&mut place, &config(dir.path(), "b", Some("taken"))).unwrap_err();
+        let mut slot = None;
+        VsockSockets::replace(&mut slot, &config(dir.path(), "a", None)).unwrap();
+        VsockSockets::replace(&mut slot, &config(dir.path(), "b", Some("taken"))).unwrap_err();
         UnixStream::connect(dir.path().join("a")).unwrap();
         assert!(!dir.path().join("b").exists());
         assert_eq!(std::fs::read(dir.path().join("taken")).unwrap(), b"");

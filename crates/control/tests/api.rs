@@ -18,7 +18,7 @@ use vesta_control::{
 };
 
 /// Longer than anything here takes; a test that waits so long fails.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 const FAULT_HEAD: &str = "HTTP/1.1 400 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\
                           Content-Type: application/json\r\nContent-Length: ";
@@ -43,8 +43,8 @@ impl Api {
 
     fn connect(&self) -> Client {
         let stream = UnixStream::connect(&self.path).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        stream.set_write_timeout(Some(TIMEOUT)).unwrap();
         Client { stream }
     }
 
@@ -64,8 +64,8 @@ impl Api {
 
 fn wait_for(requests: &Requests) {
     let mut fds = [PollFd::new(requests, PollFlags::IN)];
-    let patience = Timespec::try_from(PATIENCE).unwrap();
-    assert_eq!(poll(&mut fds, Some(&patience)).unwrap(), 1, "no request came");
+    let timeout = Timespec::try_from(TIMEOUT).unwrap();
+    assert_eq!(poll(&mut fds, Some(&timeout)).unwrap(), 1, "no request came");
 }
 
 struct Client {
@@ -113,7 +113,7 @@ const GET: &str = "GET /version HTTP/1.1\r\n\r\n";
 const GET_AND_CLOSE: &str = "GET /version HTTP/1.1\r\nConnection: close\r\n\r\n";
 
 #[test]
-fn answers_are_firecrackers_to_the_byte() {
+fn answers_equal_firecrackers_byte_for_byte() {
     let api = Api::start();
     let mut client = api.connect();
 
@@ -129,12 +129,13 @@ fn answers_are_firecrackers_to_the_byte() {
     assert_eq!(client.answer(), (head.into(), r#"{"firecracker_version":"1.17.0"}"#.into()));
 
     client.send("PATCH /vm HTTP/1.1\r\nContent-Length: 18\r\n\r\n{\"state\":\"Paused\"}");
-    api.expect(&Command::SetVmState(VmState::Paused), Err(CommandError::new("no")));
-    assert_eq!(client.answer(), (format!("{FAULT_HEAD}22\r\n\r\n"), r#"{"fault_message":"no"}"#.into()));
+    api.expect(&Command::SetVmState(VmState::Paused), Err(CommandError::NoMachine));
+    let body = r#"{"fault_message":"there is no machine any more"}"#;
+    assert_eq!(client.answer(), (format!("{FAULT_HEAD}{}\r\n\r\n", body.len()), body.into()));
 }
 
 #[test]
-fn a_deprecated_field_is_told_in_a_header() {
+fn deprecated_field_sets_a_header() {
     let api = Api::start();
     let mut client = api.connect();
     client.put("/machine-config", r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":"T2"}"#);
@@ -145,7 +146,7 @@ fn a_deprecated_field_is_told_in_a_header() {
 }
 
 #[test]
-fn what_the_api_does_not_know_never_reaches_the_main_thread() {
+fn unknown_requests_never_reach_the_main_thread() {
     let api = Api::start();
     let mut client = api.connect();
     client.send("GET /nowhere HTTP/1.1\r\n\r\n");
@@ -159,7 +160,7 @@ fn what_the_api_does_not_know_never_reaches_the_main_thread() {
 }
 
 #[test]
-fn the_eleventh_client_is_turned_away_until_one_leaves() {
+fn eleventh_client_is_refused_until_another_leaves() {
     let api = Api::start();
     let mut clients: Vec<Client> = (0..10).map(|_| api.connect()).collect();
     let expected = "HTTP/1.1 503\r\nServer: Firecracker API\r\nConnection: close\r\nContent-Length: 40\r\n\r\n\
@@ -179,7 +180,7 @@ fn the_eleventh_client_is_turned_away_until_one_leaves() {
 }
 
 #[test]
-fn pipelined_requests_are_carried_out_and_answered_in_order() {
+fn pipelined_requests_are_answered_in_order() {
     let api = Api::start();
     let mut client = api.connect();
     client.send("GET / HTTP/1.1\r\n\r\nGET /nowhere HTTP/1.1\r\n\r\nGET /version HTTP/1.1\r\n\r\n");
@@ -194,7 +195,7 @@ fn pipelined_requests_are_carried_out_and_answered_in_order() {
 }
 
 #[test]
-fn a_request_may_come_byte_by_byte() {
+fn request_may_arrive_byte_by_byte() {
     let api = Api::start();
     let mut client = api.connect();
     for byte in "PATCH /vm HTTP/1.1\r\nContent-Length: 19\r\n\r\n{\"state\":\"Resumed\"}".chars() {
@@ -205,7 +206,7 @@ fn a_request_may_come_byte_by_byte() {
 }
 
 #[test]
-fn a_client_that_asks_first_is_told_to_go_on() {
+fn expect_100_continue_is_answered() {
     let api = Api::start();
     let mut client = api.connect();
     client.send("PATCH /vm HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 18\r\n\r\n");
@@ -216,7 +217,7 @@ fn a_client_that_asks_first_is_told_to_go_on() {
 }
 
 #[test]
-fn a_body_over_the_limit_is_refused_and_the_connection_stays() {
+fn body_over_the_limit_is_refused_and_connection_stays() {
     let api = Api::start_with(Limits { max_payload: 250, ..Limits::default() });
     let mut client = api.connect();
     client.put("/logger", &"x".repeat(260));
@@ -229,7 +230,7 @@ fn a_body_over_the_limit_is_refused_and_the_connection_stays() {
 }
 
 #[test]
-fn a_body_at_the_limit_arrives_whole() {
+fn body_at_the_limit_is_accepted() {
     let api = Api::start();
     let mut client = api.connect();
     let module = "m".repeat(Limits::default().max_payload - r#"{"module":""}"#.len());
@@ -240,7 +241,7 @@ fn a_body_at_the_limit_arrives_whole() {
 }
 
 #[test]
-fn noise_is_refused_and_the_connection_closed() {
+fn malformed_input_is_refused_and_closes_the_connection() {
     let api = Api::start();
     for noise in
         ["hello\r\n".to_owned(), "x".repeat(20_000), format!("GET / HTTP/1.1\r\nA: {}", "a".repeat(9000))]
@@ -257,7 +258,7 @@ fn noise_is_refused_and_the_connection_closed() {
 }
 
 #[test]
-fn a_dropped_reply_is_an_error_and_not_silence() {
+fn dropped_reply_is_answered_with_an_error() {
     let api = Api::start();
     let mut client = api.connect();
     client.send(GET);
@@ -267,7 +268,7 @@ fn a_dropped_reply_is_an_error_and_not_silence() {
 }
 
 #[test]
-fn commands_of_several_clients_are_out_at_once_and_answered_in_any_order() {
+fn commands_of_several_clients_are_answered_in_any_order() {
     let api = Api::start();
     let mut clients: Vec<Client> = (0..10).map(|_| api.connect()).collect();
     let mut out = Vec::new();
@@ -284,7 +285,7 @@ fn commands_of_several_clients_are_out_at_once_and_answered_in_any_order() {
 }
 
 #[test]
-fn a_client_that_does_not_read_delays_nobody_and_loses_nothing() {
+fn client_that_does_not_read_delays_no_other() {
     let api = Api::start();
     let mut stuck = api.connect();
     stuck.send(&GET.repeat(1000));
@@ -307,7 +308,7 @@ fn a_client_that_does_not_read_delays_nobody_and_loses_nothing() {
 }
 
 #[test]
-fn a_client_that_stops_in_the_middle_delays_nobody() {
+fn client_that_sends_half_a_request_delays_no_other() {
     let api = Api::start();
     let mut stuck = api.connect();
     stuck.send("PUT /logger HTTP/1.1\r\nContent-Length: 100\r\n\r\n{");
@@ -318,7 +319,7 @@ fn a_client_that_stops_in_the_middle_delays_nobody() {
 }
 
 #[test]
-fn a_client_that_hangs_up_keeps_its_place_until_its_command_is_answered() {
+fn hung_up_client_counts_until_its_command_is_answered() {
     let api = Api::start_with(Limits { max_connections: 1, ..Limits::default() });
     let mut gone = api.connect();
     gone.send(GET);
@@ -326,7 +327,7 @@ fn a_client_that_hangs_up_keeps_its_place_until_its_command_is_answered() {
     drop(gone);
     assert!(api.connect().rest().starts_with("HTTP/1.1 503"));
     request.reply_to.send(Ok(Reply::Empty));
-    // When the place is free, nobody says: ask until it is.
+    // Nothing reports when the slot is free: try until it is.
     loop {
         let mut next = api.connect();
         let _ = next.stream.write_all(b"GET /nowhere HTTP/1.1\r\nConnection: close\r\n\r\n");
@@ -337,7 +338,7 @@ fn a_client_that_hangs_up_keeps_its_place_until_its_command_is_answered() {
 }
 
 #[test]
-fn a_client_that_has_said_all_gets_all_answers() {
+fn client_that_shuts_down_sending_gets_all_answers() {
     let api = Api::start();
     let mut client = api.connect();
     client.send(&GET.repeat(2));
@@ -349,7 +350,7 @@ fn a_client_that_has_said_all_gets_all_answers() {
 }
 
 #[test]
-fn a_connection_closes_when_the_client_asks_or_speaks_http_1_0() {
+fn connection_closes_on_request_and_with_http_1_0() {
     let api = Api::start();
     for (request, answer) in [
         (GET_AND_CLOSE, "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: close\r\n\r\n"),
@@ -366,7 +367,7 @@ fn a_connection_closes_when_the_client_asks_or_speaks_http_1_0() {
 }
 
 #[test]
-fn the_end_removes_the_socket_and_leaves_nobody_waiting() {
+fn dropping_requests_removes_socket_and_answers_all_clients() {
     let Api { requests, path, _dir } = Api::start();
     let connect = || Client { stream: UnixStream::connect(&path).unwrap() };
     let (mut answered, mut taken, mut waiting) = (connect(), connect(), connect());
@@ -390,7 +391,7 @@ fn the_end_removes_the_socket_and_leaves_nobody_waiting() {
 }
 
 #[test]
-fn the_thread_has_the_name_that_tools_look_for() {
+fn api_thread_has_the_name_that_tools_look_for() {
     let api = Api::start();
     // It has its name once it does anything.
     let mut client = api.connect();
@@ -403,7 +404,7 @@ fn the_thread_has_the_name_that_tools_look_for() {
 }
 
 #[test]
-fn many_clients_at_once_each_get_their_own_answers() {
+fn concurrent_clients_get_their_own_answers() {
     const CLIENTS: usize = 10;
     const ROUNDS: usize = 200;
     let api = Api::start();

@@ -22,7 +22,7 @@ fn samples() -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 #[test]
-fn samples_of_every_format_can_be_read_with_all_their_sections() {
+fn samples_of_every_format_are_read_with_all_sections() {
     let samples = samples();
     assert!(samples.len() >= 2, "there are samples of both transports");
     for (path, _) in samples {
@@ -35,7 +35,7 @@ fn samples_of_every_format_can_be_read_with_all_their_sections() {
 }
 
 #[test]
-fn a_state_file_that_is_cut_or_has_a_byte_changed_is_refused_by_name() {
+fn truncated_or_changed_state_file_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("damaged.state");
     for (_, bytes) in samples() {
@@ -67,7 +67,7 @@ fn write(saved: &Saved, path: &Path) {
 }
 
 #[test]
-fn a_state_file_whose_sections_cannot_be_of_one_microvm_is_refused_by_a_load_and_by_verify() {
+fn state_file_with_inconsistent_sections_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("crafted.state");
     let sample = Saved::open(&samples()[0].0).unwrap();
@@ -142,7 +142,7 @@ impl MachineTree {
 }
 
 #[test]
-fn a_kvm_structure_of_another_size_is_refused_by_name() {
+fn kvm_structure_of_another_size_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("crafted.state");
     let sample = Saved::open(&samples()[0].0).unwrap();
@@ -184,7 +184,7 @@ fn a_kvm_structure_of_another_size_is_refused_by_name() {
 
 /// Larger than what the decoder lends out as a slice.
 #[test]
-fn the_state_of_a_nested_guest_can_be_read() {
+fn state_of_a_nested_guest_is_read() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("nested.state");
     let sample = Saved::open(&samples()[0].0).unwrap();

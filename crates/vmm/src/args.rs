@@ -1,4 +1,4 @@
-//! The command line, Firecracker's: `--name value` or `--name=value`, each at most once.
+//! The command line, which is Firecracker's: `--name value` or `--name=value`, each at most once.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -7,12 +7,13 @@ use config::{InstanceId, LogLevel, Logger};
 use lexopt::prelude::*;
 use machine::legacy::StartTimes;
 
+use crate::flags::{ArgsError, once, text};
 use crate::personality::Personality;
 use crate::restore::{self, Restore};
 use crate::snapshot_tool::Tool;
 use crate::snapshot_tool::args as tool;
 
-/// Where clients look for the API where they are not told.
+/// The API socket if no flag names one.
 const DEFAULT_API_SOCKET: &str = "/run/firecracker.socket";
 const DEFAULT_ID: &str = "anonymous-instance";
 const DEFAULT_MAX_PAYLOAD: usize = 51200;
@@ -25,30 +26,30 @@ pub(crate) enum Invocation {
     Version,
     /// Print the version of the state files' format.
     SnapshotVersion,
-    /// Print that of this state file, and what is in it.
+    /// Print the version of this state file's format, and its contents.
     DescribeSnapshot(PathBuf),
-    /// Do something with a snapshot, and without a microVM.
+    /// Run a snapshot tool, without a microVM.
     SnapshotTool(Tool),
 }
 
-/// How to run.
+/// The options of a microVM's process.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Args {
-    /// Where to serve the API; `None` for not at all.
+    /// The API socket; `None` for no API.
     pub(crate) api_socket: Option<PathBuf>,
     pub(crate) config_file: Option<PathBuf>,
-    /// The snapshot to go on from; never together with `config_file`.
+    /// The snapshot to restore; never together with `config_file`.
     pub(crate) restore: Option<Restore>,
     pub(crate) id: String,
     pub(crate) logger: Logger,
     pub(crate) boot_timer: bool,
-    /// Devices on virtio-pci instead of virtio-mmio.
+    /// Whether devices are on virtio-pci instead of virtio-mmio.
     pub(crate) pci: bool,
-    /// Most bytes of a request's body.
+    /// Largest body of an API request, in bytes.
     pub(crate) max_payload: usize,
-    /// The metadata service's first contents.
+    /// The file with the first contents of the metadata service.
     pub(crate) metadata: Option<PathBuf>,
-    /// Most bytes of the metadata service's contents.
+    /// Largest contents of the metadata service, in bytes of JSON.
     pub(crate) mmds_size_limit: usize,
     start_time_us: Option<u64>,
     start_time_cpu_us: Option<u64>,
@@ -56,7 +57,8 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// Since when the boot timer counts: what a parent measured before it started this process counts too.
+    /// The start times for the boot timer. A parent's measurements before it started this process
+    /// take precedence over `now`.
     pub(crate) fn start_times(&self, now: StartTimes) -> StartTimes {
         let parent_cpu = self.parent_cpu_time_us.unwrap_or(0);
         StartTimes {
@@ -66,28 +68,7 @@ impl Args {
     }
 }
 
-/// What is wrong with a command line.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ArgsError {
-    #[error(transparent)]
-    Parse(#[from] lexopt::Error),
-    #[error("--{0} is given twice")]
-    Duplicate(&'static str),
-    #[error("--{name} is \"{value}\": {reason}")]
-    Value { name: &'static str, value: String, reason: String },
-    #[error("--no-api needs --config-file or --restore: nothing else could tell what to run")]
-    NoApiWithoutConfig,
-    #[error("--config-file and --restore are both given: a microVM boots or goes on, not both")]
-    TwoStarts,
-    #[error("--{0} needs --restore")]
-    OnlyWithRestore(&'static str),
-    #[error("{0} is missing")]
-    Missing(&'static str),
-    #[error("--{0} is Firecracker's and not supported by this version")]
-    NotSupported(&'static str),
-}
-
-/// Firecracker's flags that this version does not have, by name.
+/// The flags of Firecracker that this version does not support.
 const NOT_SUPPORTED: [&str; 2] = ["seccomp-filter", "metrics-path"];
 
 /// The flags, for `--help`.
@@ -98,8 +79,8 @@ const FLAGS: [(&str, &str); 20] = [
     ("--id ID", "the microVM's id: 1 to 64 letters, digits and hyphens (anonymous-instance)"),
     ("--boot-timer", "give the guest a boot timer; log when it writes to it"),
     ("--log-path PATH", "log to this file or FIFO instead of standard output"),
-    ("--level LEVEL", "log this level and graver ones: Off, Trace, Debug, Info, Warn, Error (Info)"),
-    ("--module MODULE", "log only what modules with this prefix say"),
+    ("--level LEVEL", "log this level and more severe ones: Off, Trace, Debug, Info, Warn, Error (Info)"),
+    ("--module MODULE", "log only lines of modules with this prefix"),
     ("--show-level", "show the level in each line of the log"),
     ("--show-log-origin", "show the source file and line in each line of the log"),
     ("--http-api-max-payload-size N", "largest body of an API request, in bytes (51200)"),
@@ -112,10 +93,10 @@ const FLAGS: [(&str, &str); 20] = [
     ("--no-seccomp", "accepted; this version installs no filters"),
     (
         "--start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N",
-        "since when the boot timer counts, set by a jailer",
+        "start times for the boot timer, set by a jailer",
     ),
     ("--snapshot-version", "print the version of the state files that this version writes, and exit"),
-    ("--describe-snapshot FILE", "print the version of a state file and what is in it, and exit"),
+    ("--describe-snapshot FILE", "print the version and the contents of a state file, and exit"),
     ("--version", "print the version and exit"),
     ("--help", "print this and exit"),
 ];
@@ -126,7 +107,7 @@ pub(crate) fn help(personality: Personality) -> String {
         flags.iter().flat_map(|(flag, what)| ["  ", *flag, "\n        ", *what, "\n"]).collect()
     };
     format!(
-        "{}\nOne process, one microVM on Linux/KVM.\n\n{}\nGoing on from a snapshot:\n\n{}\nTools for snapshots: vesta-vmm snapshot --help\n",
+        "{}\nOne process, one microVM on Linux/KVM.\n\n{}\nRestoring a snapshot:\n\n{}\nTools for snapshots: vesta-vmm snapshot --help\n",
         personality.version_text().trim_end(),
         listed(&FLAGS),
         listed(&restore::FLAGS)
@@ -139,7 +120,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
     if let Some(program) = tool::Program::named(parser.bin_name()) {
         return program.parse(parser).map(Invocation::SnapshotTool);
     }
-    let mut given = Given::default();
+    let mut raw = RawArgs::default();
     let mut first = true;
     while let Some(arg) = parser.next()? {
         match arg {
@@ -150,37 +131,37 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Value(word) if first && word == "snapshot" => {
                 return tool::parse(parser).map(Invocation::SnapshotTool);
             }
-            Long("api-sock") => once(&mut given.api_socket, "api-sock", parser.value()?.into())?,
-            Long("config-file") => once(&mut given.config_file, "config-file", parser.value()?.into())?,
-            Long("id") => once(&mut given.id, "id", text("id", parser.value()?)?)?,
-            Long("log-path") => once(&mut given.logger.log_path, "log-path", parser.value()?.into())?,
-            Long("level") => once(&mut given.logger.level, "level", level(parser.value()?)?)?,
-            Long("module") => once(&mut given.logger.module, "module", text("module", parser.value()?)?)?,
-            Long("show-level") => once(&mut given.logger.show_level, "show-level", true)?,
-            Long("show-log-origin") => once(&mut given.logger.show_log_origin, "show-log-origin", true)?,
-            Long("no-api") => once(&mut given.no_api, "no-api", ())?,
-            Long("boot-timer") => once(&mut given.boot_timer, "boot-timer", ())?,
-            Long("enable-pci") => once(&mut given.pci, "enable-pci", ())?,
-            Long("no-seccomp") => once(&mut given.no_seccomp, "no-seccomp", ())?,
-            Long("metadata") => once(&mut given.metadata, "metadata", parser.value()?.into())?,
+            Long("api-sock") => once(&mut raw.api_socket, "api-sock", parser.value()?.into())?,
+            Long("config-file") => once(&mut raw.config_file, "config-file", parser.value()?.into())?,
+            Long("id") => once(&mut raw.id, "id", text("id", parser.value()?)?)?,
+            Long("log-path") => once(&mut raw.logger.log_path, "log-path", parser.value()?.into())?,
+            Long("level") => once(&mut raw.logger.level, "level", level(parser.value()?)?)?,
+            Long("module") => once(&mut raw.logger.module, "module", text("module", parser.value()?)?)?,
+            Long("show-level") => once(&mut raw.logger.show_level, "show-level", true)?,
+            Long("show-log-origin") => once(&mut raw.logger.show_log_origin, "show-log-origin", true)?,
+            Long("no-api") => once(&mut raw.no_api, "no-api", ())?,
+            Long("boot-timer") => once(&mut raw.boot_timer, "boot-timer", ())?,
+            Long("enable-pci") => once(&mut raw.pci, "enable-pci", ())?,
+            Long("no-seccomp") => once(&mut raw.no_seccomp, "no-seccomp", ())?,
+            Long("metadata") => once(&mut raw.metadata, "metadata", parser.value()?.into())?,
             Long("mmds-size-limit") => {
                 const NAME: &str = "mmds-size-limit";
-                once(&mut given.mmds_size_limit, NAME, number(NAME, parser.value()?)?)?;
+                once(&mut raw.mmds_size_limit, NAME, number(NAME, parser.value()?)?)?;
             }
             Long("http-api-max-payload-size") => {
                 const NAME: &str = "http-api-max-payload-size";
-                once(&mut given.max_payload, NAME, number(NAME, parser.value()?)?)?;
+                once(&mut raw.max_payload, NAME, number(NAME, parser.value()?)?)?;
             }
             Long("start-time-us") => {
-                once(&mut given.start_time_us, "start-time-us", number("start-time-us", parser.value()?)?)?;
+                once(&mut raw.start_time_us, "start-time-us", number("start-time-us", parser.value()?)?)?;
             }
             Long("start-time-cpu-us") => {
                 const NAME: &str = "start-time-cpu-us";
-                once(&mut given.start_time_cpu_us, NAME, number(NAME, parser.value()?)?)?;
+                once(&mut raw.start_time_cpu_us, NAME, number(NAME, parser.value()?)?)?;
             }
             Long("parent-cpu-time-us") => {
                 const NAME: &str = "parent-cpu-time-us";
-                once(&mut given.parent_cpu_time_us, NAME, number(NAME, parser.value()?)?)?;
+                once(&mut raw.parent_cpu_time_us, NAME, number(NAME, parser.value()?)?)?;
             }
             Long(name) if NOT_SUPPORTED.contains(&name) => {
                 let known = NOT_SUPPORTED.iter().find(|n| **n == name).unwrap_or(&"");
@@ -188,7 +169,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             }
             Long(name) => {
                 let name = name.to_owned();
-                if !given.restore.take(&name, &mut parser)? {
+                if !raw.restore.take(&name, &mut parser)? {
                     return Err(Long(&name).unexpected().into());
                 }
             }
@@ -196,15 +177,15 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
         }
         first = false;
     }
-    given.into_args().map(|args| Invocation::Run(Box::new(args)))
+    raw.into_args().map(|args| Invocation::Run(Box::new(args)))
 }
 
-/// What has been given so far.
+/// The flags that were read so far.
 #[derive(Default)]
-struct Given {
+struct RawArgs {
     api_socket: Option<PathBuf>,
     config_file: Option<PathBuf>,
-    restore: restore::Given,
+    restore: restore::RawRestoreArgs,
     id: Option<String>,
     logger: Logger,
     no_api: Option<()>,
@@ -219,7 +200,7 @@ struct Given {
     parent_cpu_time_us: Option<u64>,
 }
 
-impl Given {
+impl RawArgs {
     fn into_args(self) -> Result<Args, ArgsError> {
         let restore = self.restore.into_restore()?;
         match (&self.config_file, &restore) {
@@ -250,21 +231,6 @@ impl Given {
             parent_cpu_time_us: self.parent_cpu_time_us,
         })
     }
-}
-
-pub(crate) fn once<T>(slot: &mut Option<T>, name: &'static str, value: T) -> Result<(), ArgsError> {
-    match slot.replace(value) {
-        None => Ok(()),
-        Some(_) => Err(ArgsError::Duplicate(name)),
-    }
-}
-
-pub(crate) fn text(name: &'static str, value: OsString) -> Result<String, ArgsError> {
-    value.into_string().map_err(|value| ArgsError::Value {
-        name,
-        value: value.to_string_lossy().into_owned(),
-        reason: "it must be UTF-8".to_owned(),
-    })
 }
 
 fn number(name: &'static str, value: OsString) -> Result<u64, ArgsError> {
@@ -311,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_meant_is_named() {
+    fn invalid_flags_are_named() {
         for (line, named) in [
             ("--nonsense", "--nonsense"),
             ("stray", "stray"),
@@ -331,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_may_be_as_long_as_a_request_unless_told_otherwise() {
+    fn metadata_limit_defaults_to_the_request_limit() {
         let limits = |line| {
             let args = args(line).unwrap();
             (args.max_payload, args.mmds_size_limit)
@@ -343,12 +309,12 @@ mod tests {
     }
 
     #[test]
-    fn no_api_with_a_configuration_serves_none() {
+    fn no_api_needs_a_configuration_file_and_has_no_socket() {
         assert_eq!(args("--no-api --config-file c").unwrap().api_socket, None);
     }
 
     #[test]
-    fn what_a_parent_spent_counts_for_the_boot_timer() {
+    fn parents_times_count_for_the_boot_timer() {
         let now = StartTimes { wall_us: 1000, cpu_us: 100 };
         assert_eq!(args("").unwrap().start_times(now), now);
         let args = args("--start-time-us 500 --start-time-cpu-us 40 --parent-cpu-time-us 50").unwrap();

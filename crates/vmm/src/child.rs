@@ -1,143 +1,131 @@
-//! A child of a fork, from its first moment to its end.
+//! A child of a fork, from fork(2) to its end.
 //!
-//! It runs on the stack of the command that made it and never goes back there: what lies beneath belongs to its parent. It keeps the memory of its
-//! guest, its API socket and the log, makes everything else anew, and ends with the process. It leaves its parent's session, process group and standard
-//! streams, but for standard output and error where its log goes there.
+//! It runs on the stack of the command that forked it and never returns there: the frames below
+//! belong to its parent. The child keeps the memory of its guest, its API socket, its
+//! networks and the log, and creates everything else again. It leaves its parent's session, process
+//! group and standard streams, except standard output and error if its log is there.
 //!
-//! A panic here ends the process. (Where panics unwind, as in tests, they are caught: the stack beneath is the parent's.) Its parent sees either way that
-//! it has ended without a report.
+//! A panic here ends the process. (Where panics unwind, as in tests, they are caught, because the
+//! frames below are the parent's.) Either way the parent sees that the child ended without a
+//! report.
 
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use control::Controller;
-use control::fork::{Family, Inheritance, Seed};
+use control::fork::{ChildSpec, ForkPlan, ParentState};
 use machine::event_channel;
 
-use crate::event_loop::{self, ProcessHost};
+use crate::event_loop;
 use crate::exit::{self, ExitCode};
+use crate::host::ProcessHost;
 use crate::personality::Personality;
-use crate::process::{self, Side, fork};
-use crate::{end_of, logger, signals, terminal};
+use crate::process::{self, ForkResult, fork};
+use crate::run_error::RunError;
+use crate::{logger, signals, terminal};
 
-/// The first child: it makes the others, and lives.
-pub(crate) fn live(mut family: Family) -> ! {
+/// Runs the first child of a fork, which forks the others.
+pub(crate) fn run(mut plan: ForkPlan) -> ! {
     let code = catch_unwind(AssertUnwindSafe(|| {
-        let seed = loop {
-            let Some(seed) = family.seeds.pop() else { return ExitCode::Generic };
-            if family.seeds.is_empty() {
-                break seed;
+        let spec = loop {
+            let Some(spec) = plan.children.pop() else { return ExitCode::Generic };
+            if plan.children.is_empty() {
+                break spec;
             }
             match fork() {
-                // The next child makes the rest.
-                Ok(Side::Child) => {
-                    leave(seed);
+                // The next child forks the rest.
+                Ok(ForkResult::Child) => {
+                    leave(spec);
                 }
-                Ok(Side::Parent) => {
-                    family.seeds.drain(..).for_each(leave);
-                    break seed;
+                Ok(ForkResult::Parent) => {
+                    plan.children.drain(..).for_each(leave);
+                    break spec;
                 }
                 Err(error) => {
-                    for unborn in family.seeds.drain(..) {
-                        unborn.reporter.report(Err(&format_args!("cannot fork this process: {error}")));
+                    for other in plan.children.drain(..) {
+                        other.reporter.report(Err(&format_args!("cannot fork this process: {error}")));
                     }
-                    break seed;
+                    break spec;
                 }
             }
         };
-        be(seed, family.inheritance)
+        run_one(spec, plan.parent)
     }));
     exit::exit(code.unwrap_or(ExitCode::Generic))
 }
 
-/// A child that is there for one piece of work: with these descriptors, the log and the signals' own, and no thread but this one.
-pub(crate) fn write(mut kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> ! {
-    let done = catch_unwind(AssertUnwindSafe(|| {
-        kept.extend(logger::descriptors());
-        terminal::forget();
-        signals::take_their_course();
-        let left = process::leave_standard_io(logger::is_on_standard_output())
-            .and_then(|()| process::close_all_but(kept));
-        match left {
-            Ok(()) => work(),
-            Err(error) => {
-                log::error!("a fork of this process cannot let go of what is its parent's: {error}");
-                false
-            }
-        }
-    }));
-    std::process::exit(if done.unwrap_or(false) { ExitCode::Ok as i32 } else { ExitCode::Generic as i32 })
-}
-
-/// Another child's seed: that child has it.
-fn leave(seed: Seed) {
-    if let Some(api) = seed.api {
+/// Drops the specification of another child, which has its own copy. Its API socket stays.
+fn leave(spec: ChildSpec) {
+    if let Some(api) = spec.api {
         api.leave_to_fork();
     }
 }
 
-fn be(mut seed: Seed, inheritance: Inheritance) -> ExitCode {
-    // Without one, the parent sees that it has ended.
-    let Ok(reporter) = seed.reporter.take_over() else { return ExitCode::Generic };
-    seed.reporter = reporter;
-    terminal::forget();
-    logger::rename(&seed.identity.id);
-    let begun = let_go(&seed, &inheritance).and_then(|()| begin(&mut seed)).and_then(|process| {
+/// Runs one child, until its guest ends.
+fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
+    // Without a reporter, the parent sees that this child has ended.
+    let Ok(reporter) = spec.reporter.take_over() else { return ExitCode::Generic };
+    spec.reporter = reporter;
+    terminal::leave_to_parent();
+    logger::set_id(&spec.identity.id);
+    let begun = detach(&spec, &parent).and_then(|()| set_up(&mut spec)).and_then(|process| {
         let (sink, source) = event_channel()?;
         Ok((process, sink, source))
     });
     let ((signals, requests), sink, source) = match begun {
         Ok(begun) => begun,
         Err(error) => {
-            seed.reporter.report(Err(&error));
+            spec.reporter.report(Err(&error));
             return ExitCode::Generic;
         }
     };
-    let (controller, reporter) = match Controller::born(ProcessHost, seed, inheritance, sink) {
-        Ok(born) => born,
-        Err((error, reporter)) => {
+    let (reporter, started) = Controller::start_child(ProcessHost::new(run), spec, parent, sink);
+    let controller = match started {
+        Ok(controller) => controller,
+        Err(error) => {
             log::error!("{error}");
             reporter.report(Err(&error));
             return ExitCode::Generic;
         }
     };
     reporter.report(Ok(()));
-    // Never dropped: the process ends with it, and its end waits for no thread.
+    // Never dropped: the process ends with it, without waiting for its threads.
     let mut controller = ManuallyDrop::new(controller);
     controller.set_requests(requests);
     let ended = event_loop::serve(&mut controller, &source, &signals);
     drop(controller.take_requests());
-    event_loop::end(&mut controller);
-    end_of(Personality::of_this_process(), ended.map_err(crate::RunError::from))
+    controller.shut_down(event_loop::CLOSE_TIMEOUT);
+    event_loop::exit_code(Personality::of_this_process(), ended.map_err(RunError::from))
 }
 
-/// Lets go of all that is the parent's.
-fn let_go(seed: &Seed, inheritance: &Inheritance) -> std::io::Result<()> {
+/// Closes all descriptors that are the parent's, and leaves its session.
+fn detach(spec: &ChildSpec, parent: &ParentState) -> std::io::Result<()> {
     let mut kept = logger::descriptors();
-    kept.extend(seed.descriptors());
+    kept.extend(spec.descriptors());
     kept.extend(signals::descriptor().map(|fd| fd.as_raw_fd()));
-    kept.extend(inheritance.descriptors());
+    kept.extend(parent.descriptors());
     process::close_all_but(kept)?;
-    process::leave_session()
+    process::new_session()
 }
 
-/// What a process needs before it has a machine.
+/// What a child needs before it has a machine.
 type Process = (signals::Signals, Option<control::api::Requests>);
 
-fn begin(seed: &mut Seed) -> std::io::Result<Process> {
-    if let Some(cgroup) = &seed.cgroup {
+/// Moves to the cgroup, opens the log, and starts to handle signals and to serve the API.
+fn set_up(spec: &mut ChildSpec) -> std::io::Result<Process> {
+    if let Some(cgroup) = &spec.cgroup {
         let named = |e: std::io::Error| {
             std::io::Error::new(e.kind(), format!("cannot move to the cgroup {}: {e}", cgroup.display()))
         };
         std::fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).map_err(named)?;
     }
-    if let Some(logger) = &seed.logger {
+    if let Some(logger) = &spec.logger {
         logger::set_up(logger)
             .map_err(|e| std::io::Error::new(e.kind(), format!("cannot open the log: {e}")))?;
     }
-    process::leave_standard_io(logger::is_on_standard_output())?;
+    process::detach_standard_io(logger::is_on_standard_output())?;
     let signals = signals::renew()?;
-    let requests = seed.api.take().map(control::api::ApiServer::spawn).transpose()?;
+    let requests = spec.api.take().map(control::api::ApiServer::spawn).transpose()?;
     Ok((signals, requests))
 }

@@ -1,12 +1,12 @@
-//! How many descriptors this process may have.
+//! The limit of open descriptors of this process.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Enough for all connections of a vsock device and everything else.
 const ENOUGH: u64 = 8192;
 
-/// Raises the limit to what the process may take by itself, as far as it needs: the usual 1024 is there for programs that use
-/// `select(2)`.
+/// Raises the soft limit to [`ENOUGH`], or to the hard limit if that is lower. The usual 1024
+/// exists for programs that use `select(2)`.
 pub(crate) fn raise_limit() {
     let limit = getrlimit(Resource::Nofile);
     let most = limit.maximum.unwrap_or(u64::MAX).min(ENOUGH);

@@ -1,38 +1,36 @@
 //! The main thread's loop: commands from the API, the guest's end, signals.
 //!
-//! The controller has the API's requests. While it carries out a command that takes long it answers
-//! questions itself, and stops for a signal.
+//! The controller has the API's requests. While it runs a command that takes long, it answers
+//! questions itself, and a signal cancels the command.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
-use control::api::{ApiServer, Request, Requests};
-use control::fork::Family;
-use control::{CommandError, Controller, Host};
-use machine::legacy::{Output, SerialSetup};
+use control::api::{Request, Requests};
+use control::{Controller, Host};
 use machine::{EventSource, MachineEvent};
 use rustix::event::{PollFd, PollFlags, poll};
-use virtio::rate_limiter::RateLimiterConfig;
 
-use crate::process::{self, Side};
-use crate::signals::Signals;
-use crate::{child, logger, signals, terminal};
+use crate::exit::ExitCode;
+use crate::personality::Personality;
+use crate::run_error::{RunError, report};
+use crate::signals::{self, Signals};
 
-/// How long the guest's last output may take to be carried out when the process ends.
-const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// How long the guest's last serial output may take when the process ends.
+const SERIAL_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long the last writes to the guest's overlays may take when the process ends.
-const LAST_WRITES: Duration = Duration::from_secs(5);
+/// How long closing the guest's overlays may take when the process ends.
+pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What ended the loop.
+/// Why the loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// The guest, by itself.
+    /// The guest ended by itself.
     Guest,
-    /// The guest, because it could not be run any further.
+    /// The guest cannot be run any further.
     Fault,
-    /// A signal.
+    /// A signal asked the process to end.
     Signal(i32),
 }
 
@@ -44,29 +42,22 @@ pub(crate) fn serve<H: Host>(
 ) -> io::Result<Ended> {
     let ended = loop {
         wait(controller.requests(), events, signals)?;
-        if let Some(signal) = signals.asked() {
+        if let Some(signal) = signals.arrived() {
             break Ended::Signal(signal);
         }
         if let Some(event) = events.take() {
             break guest_ended(&event);
         }
-        // One at a time, so that an end is seen between them.
+        // One at a time, so that an event or a signal is seen between them.
         if let Some(Request { command, reply_to }) = controller.requests().and_then(Requests::try_recv) {
             reply_to.send(controller.run(command));
         }
     };
-    controller.drain_serial(LAST_OUTPUT);
+    controller.drain_serial(SERIAL_DRAIN_TIMEOUT);
     Ok(ended)
 }
 
-/// What is left to do for a microVM when the process ends, whether it was ever started or not.
-pub(crate) fn end<H: Host>(controller: &mut Controller<H>) {
-    controller.give_up_merges();
-    controller.close_disks(LAST_WRITES);
-    controller.remove_socket_files();
-}
-
-/// Waits until any of them has something.
+/// Waits until there is a request, an event or a signal.
 fn wait(requests: Option<&Requests>, events: &EventSource, signals: &Signals) -> io::Result<()> {
     let mut fds = vec![PollFd::new(events, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
     fds.extend(requests.map(|r| PollFd::from_borrowed_fd(r.as_fd(), PollFlags::IN)));
@@ -79,14 +70,14 @@ fn wait(requests: Option<&Requests>, events: &EventSource, signals: &Signals) ->
 fn guest_ended(event: &MachineEvent) -> Ended {
     match event {
         MachineEvent::PowerOff => {
-            log::info!("the guest switched itself off");
+            log::info!("the guest powered off");
             Ended::Guest
         }
         MachineEvent::Reset => {
             log::info!("the guest reset itself, which ends it");
             Ended::Guest
         }
-        // A guest may reboot by a triple fault, so it is no failure of the monitor's.
+        // Some guests reboot by a triple fault, so it is no failure of the monitor.
         MachineEvent::TripleFault(fault) => {
             log::error!("the guest ended by {fault}");
             Ended::Guest
@@ -102,63 +93,12 @@ fn guest_ended(event: &MachineEvent) -> Ended {
     }
 }
 
-/// This process, as the controller uses it.
-#[derive(Debug)]
-pub(crate) struct ProcessHost;
-
-impl Host for ProcessHost {
-    fn set_up_logger(&mut self, wanted: &config::Logger) -> Result<(), CommandError> {
-        logger::set_up(wanted).map_err(|error| {
-            let path = wanted.log_path.as_deref().unwrap_or("".as_ref());
-            CommandError::new(format_args!("cannot open the log {}: {error}", path.display()))
-        })
-    }
-
-    fn standard_io(&mut self) -> io::Result<SerialSetup> {
-        Ok(SerialSetup {
-            output: Some(Output::stdout()?),
-            input: Some(rustix::stdio::stdin().as_fd().try_clone_to_owned()?),
-            limit: RateLimiterConfig::default(),
-        })
-    }
-
-    fn fork(&mut self, family: Family) -> io::Result<()> {
-        process::reap_automatically();
-        let _signals = signals::hold();
-        let log = logger::hold();
-        match process::fork()? {
-            Side::Child => {
-                drop(log);
-                // Signals wait on until the child has its own way to be told of them: it never comes back to where this would end.
-                child::live(family)
-            }
-            Side::Parent => {
-                family.seeds.into_iter().filter_map(|seed| seed.api).for_each(ApiServer::leave_to_fork);
-                Ok(())
-            }
-        }
-    }
-
-    fn fork_writer(&mut self, kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> io::Result<()> {
-        process::reap_automatically();
-        let _signals = signals::hold();
-        let log = logger::hold();
-        match process::fork()? {
-            Side::Child => {
-                drop(log);
-                child::write(kept, work)
-            }
-            Side::Parent => Ok(()),
-        }
-    }
-
-    fn asked_to_end(&self) -> Option<BorrowedFd<'_>> {
-        signals::descriptor()
-    }
-
-    fn guest_starts(&mut self, with_standard_io: bool) {
-        if with_standard_io {
-            terminal::set_raw();
-        }
+/// The exit status. May end the process by a signal instead.
+pub(crate) fn exit_code(personality: Personality, ended: Result<Ended, RunError>) -> ExitCode {
+    match ended {
+        Ok(Ended::Guest) => ExitCode::Ok,
+        Ok(Ended::Fault) => ExitCode::Generic,
+        Ok(Ended::Signal(signal)) => signals::end_by(signal),
+        Err(error) => report(personality, &error),
     }
 }

@@ -1,14 +1,14 @@
-//! The codes that this process exits with, and the way out. They are Firecracker's, which its
-//! clients read, and 128 plus a signal's number where a shell would report that.
+//! The exit codes of this process, and [`exit`]. The codes are Firecracker's, which its clients
+//! read, and 128 plus a signal's number where a shell would report that.
 
 use crate::terminal;
 
 /// An exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ExitCode {
-    /// The guest ended, or there was nothing to do but answer.
+    /// The guest ended, or the command line only asked for information.
     Ok = 0,
-    /// Something failed that has no code of its own.
+    /// An error that has no code of its own.
     Generic = 1,
     /// SIGINT, where it cannot take its default action: in process 1 of a PID namespace.
     Interrupted = 128 + libc::SIGINT as isize,
@@ -26,9 +26,9 @@ pub(crate) enum ExitCode {
     SegmentationFault = 150,
     /// SIGXFSZ.
     FileSize = 151,
-    /// The configuration file is wrong, or a microVM cannot be started from it.
+    /// The configuration file is invalid, or a microVM cannot be started from it.
     BadConfiguration = 152,
-    /// The command line is wrong.
+    /// The command line is invalid.
     ArgParsing = 153,
     /// SIGXCPU.
     CpuTime = 154,
@@ -39,8 +39,8 @@ pub(crate) enum ExitCode {
 }
 
 impl ExitCode {
-    /// The code of a signal that asked this process to end.
-    pub(crate) fn of_asking(signal: i32) -> ExitCode {
+    /// The code for a signal that asked this process to end.
+    pub(crate) fn of_signal(signal: i32) -> ExitCode {
         match signal {
             libc::SIGHUP => ExitCode::HangUp,
             libc::SIGINT => ExitCode::Interrupted,
@@ -51,7 +51,7 @@ impl ExitCode {
     }
 }
 
-/// Ends the process: the terminal as it was found, a line in the log.
+/// Restores the terminal, logs the code, and ends the process.
 pub(crate) fn exit(code: ExitCode) -> ! {
     terminal::restore();
     let status = code as i32;

@@ -1,13 +1,13 @@
-//! Signals that say this process is broken: they end it at once, with an exit code of their own.
+//! Fatal signals: each ends the process at once, with an exit code of its own.
 //!
-//! Their handlers run on the alternate stack of the thread, so that an overflow of its own stack is
-//! reported too. They allocate nothing and wait for no lock: the thread that they interrupt may
-//! hold any.
+//! The handlers run on the alternate stack of the thread, so that an overflow of its own stack is
+//! reported too. They allocate nothing and wait for no lock, because the thread that they interrupt
+//! may hold any.
 
 use std::ffi::CStr;
 
 use crate::exit::ExitCode;
-use crate::{last_words, signals, terminal};
+use crate::{crash_report, signals, terminal};
 
 /// The signals, their names, and the code to exit with.
 const FATAL: [(libc::c_int, &str, ExitCode); 6] = [
@@ -19,9 +19,9 @@ const FATAL: [(libc::c_int, &str, ExitCode); 6] = [
     (libc::SIGILL, "SIGILL", ExitCode::IllegalInstruction),
 ];
 
-/// A fault this near to the stack pointer, in bytes, is an overflow of the stack: functions touch
+/// A fault at most this many bytes from the stack pointer is a stack overflow: functions touch
 /// their frames page by page.
-const NEAR: usize = 4096;
+const STACK_FAULT_DISTANCE: usize = 4096;
 
 /// Installs the handlers.
 pub(crate) fn install() -> std::io::Result<()> {
@@ -50,7 +50,7 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context:
     line.push(b"; exit_code=");
     line.push_number(u64::from((code as i32).unsigned_abs()));
     line.push(b"\n");
-    last_words::say(line.as_bytes());
+    crash_report::write(line.as_bytes());
     signals::exit_now(code)
 }
 
@@ -64,7 +64,7 @@ extern "C" fn on_abort(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut lib
     signals::raise_default(signal);
 }
 
-/// What the kernel says about a signal that it raised itself.
+/// The cause of a signal that the kernel raised.
 enum Fault {
     /// SIGSYS: the number of the forbidden system call.
     SystemCall(u32),
@@ -113,11 +113,12 @@ impl Fault {
             Fault::Memory { address, stack_pointer, is_bus_error } => {
                 line.push(b", address 0x");
                 line.push_hex(*address as u64);
-                if address.abs_diff(*stack_pointer) <= NEAR {
+                if address.abs_diff(*stack_pointer) <= STACK_FAULT_DISTANCE {
                     line.push(b", stack overflow");
                 }
                 if *is_bus_error {
-                    // What guest memory may lack: a page that was promised, or its contents.
+                    // The causes for guest memory: there is no huge page, or its contents cannot be
+                    // read.
                     line.push(b", no huge page within the pool and hugetlb.2MB.max of its cgroup, or a disk error under a memory file");
                 }
             }
@@ -139,14 +140,14 @@ struct SigsysInfo {
     syscall: u32,
 }
 
-/// The name of this thread, as the kernel has it.
+/// The name of this thread in the kernel.
 fn thread_name(buffer: &mut [u8; 16]) -> &[u8] {
     // SAFETY: the kernel writes at most 16 bytes, its end included.
     unsafe { libc::prctl(libc::PR_GET_NAME, buffer.as_mut_ptr()) };
     CStr::from_bytes_until_nul(buffer).map_or(b"?", CStr::to_bytes)
 }
 
-/// A short text without allocation.
+/// A line of text in a fixed buffer, without allocation. Text that does not fit is cut off.
 struct Line {
     bytes: [u8; 320],
     len: usize,
@@ -199,7 +200,7 @@ mod tests {
     use crate::{logger, personality::Personality, subprocess};
 
     #[test]
-    fn a_line_holds_numbers_and_is_cut_at_its_end() {
+    fn line_has_numbers_and_is_cut_off_at_its_capacity() {
         let mut line = Line::default();
         line.push(b"n=");
         line.push_number(0);
@@ -221,14 +222,14 @@ mod tests {
     }
 
     #[test]
-    fn a_stack_overflow_of_a_thread_is_reported() {
+    fn stack_overflow_of_a_thread_is_reported() {
         if subprocess::is_one() {
             install().unwrap();
             let io = std::thread::Builder::new().name("io 1".into()).stack_size(512 << 10);
             io.spawn(|| overflow(&[0; 512])).unwrap().join().unwrap();
             return;
         }
-        let ended = subprocess::again("fatal::tests::a_stack_overflow_of_a_thread_is_reported");
+        let ended = subprocess::again("fatal::tests::stack_overflow_of_a_thread_is_reported");
         assert_eq!(ended.status.code(), Some(ExitCode::SegmentationFault as i32), "{ended:?}");
         let text = "Error: signal 11 (SIGSEGV) ended this monitor: thread io 1, address 0x";
         assert!(ended.stderr.contains(text), "{ended:?}");
@@ -236,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_while_the_log_is_locked_is_reported() {
+    fn fault_while_the_log_is_locked_is_reported() {
         if subprocess::is_one() {
             logger::install("a", Personality::Vesta);
             install().unwrap();
@@ -245,13 +246,13 @@ mod tests {
             unsafe { libc::raise(libc::SIGBUS) };
             return;
         }
-        let ended = subprocess::again("fatal::tests::a_fault_while_the_log_is_locked_is_reported");
+        let ended = subprocess::again("fatal::tests::fault_while_the_log_is_locked_is_reported");
         assert_eq!(ended.status.code(), Some(ExitCode::BusError as i32), "{ended:?}");
         assert!(ended.stderr.contains("signal 7 (SIGBUS) ended this monitor"), "{ended:?}");
     }
 
     #[test]
-    fn a_page_that_cannot_be_had_names_what_may_lack() {
+    fn bus_error_names_its_likely_causes() {
         if subprocess::is_one() {
             install().unwrap();
             let file = tempfile::tempfile().unwrap();
@@ -264,14 +265,14 @@ mod tests {
             unsafe { std::ptr::read_volatile(page.cast::<u8>()) };
             return;
         }
-        let ended = subprocess::again("fatal::tests::a_page_that_cannot_be_had_names_what_may_lack");
+        let ended = subprocess::again("fatal::tests::bus_error_names_its_likely_causes");
         assert_eq!(ended.status.code(), Some(ExitCode::BusError as i32), "{ended:?}");
         assert!(ended.stderr.contains("hugetlb.2MB.max"), "{ended:?}");
         assert!(ended.stderr.contains("exit_code=149"), "{ended:?}");
     }
 
     #[test]
-    fn a_fault_is_in_the_log_file() {
+    fn fault_is_written_to_the_log_file() {
         if subprocess::is_one() {
             logger::install("a", Personality::Vesta);
             let path = std::env::var_os("LOG").unwrap().into();
@@ -283,10 +284,10 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
-        let ended = subprocess::again_with("fatal::tests::a_fault_is_in_the_log_file", "LOG", &log);
+        let ended = subprocess::again_with("fatal::tests::fault_is_written_to_the_log_file", "LOG", &log);
         assert_eq!(ended.status.code(), Some(ExitCode::IllegalInstruction as i32), "{ended:?}");
-        let said = std::fs::read_to_string(log).unwrap();
-        assert!(said.contains("Error: signal 4 (SIGILL) ended this monitor"), "{said}");
+        let text = std::fs::read_to_string(log).unwrap();
+        assert!(text.contains("Error: signal 4 (SIGILL) ended this monitor"), "{text}");
     }
 
     #[test]

@@ -1,28 +1,29 @@
-//! The monitor's own log, in Firecracker's form:
+//! The monitor's log, in Firecracker's format:
 //!
 //! ```text
 //! 2026-11-24T10:00:00.123456789 [id:thread:LEVEL:file:line] text
 //! ```
 //!
-//! A line that nobody takes is dropped and counted: a reader that stalls never stalls the monitor.
-//! A thread that breaks does not wait for the log's lock: [`error_without_waiting`] and
-//! [`write_if_free`].
+//! A line that the destination does not take is dropped and counted: a reader that stalls never
+//! stalls the monitor. A thread that crashes does not wait long for the log's lock:
+//! [`error_without_waiting`] and [`write_if_free`].
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant, SystemTime};
 
 use config::LogLevel;
 use log::{LevelFilter, Log, Metadata, Record};
 use machine::legacy::Output;
+use sync::locked;
 
 use crate::personality::Personality;
 
-/// How long a thread that panics tries to get the log, which another thread may be writing to, or
-/// it may hold itself.
-const PANIC_PATIENCE: Duration = Duration::from_millis(200);
+/// How long a thread that panics tries to lock the log. Another thread may be writing to it, or the
+/// thread may hold the lock itself.
+const PANIC_LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The one log of this process.
 static LOG: LogState = LogState { settings: Mutex::new(None), lost: AtomicU64::new(0) };
@@ -30,15 +31,15 @@ static LOG: LogState = LogState { settings: Mutex::new(None), lost: AtomicU64::n
 struct LogState {
     /// `None` until [`install`].
     settings: Mutex<Option<Settings>>,
-    /// Lines that nobody took.
+    /// Lines that were dropped.
     lost: AtomicU64,
 }
 
 struct Settings {
     id: String,
-    /// The first line of every destination, whatever the level.
+    /// The first line of every file, whatever the level.
     banner: String,
-    /// `None` where standard output is closed.
+    /// `None` if standard output is closed.
     output: Option<Output>,
     /// Whether `output` is standard output.
     is_standard: bool,
@@ -47,7 +48,7 @@ struct Settings {
     module: Option<String>,
 }
 
-/// Makes this the process's log, on standard output.
+/// Installs the log of this process, on standard output.
 pub(crate) fn install(id: &str, personality: Personality) {
     *LOG.lock() = Some(Settings {
         id: id.to_owned(),
@@ -58,12 +59,12 @@ pub(crate) fn install(id: &str, personality: Personality) {
         show_origin: false,
         module: None,
     });
-    // It fails only where there is a logger already, and this is the only one.
+    // It fails only if there is a logger already, as in a second call.
     let _ = log::set_logger(&LOG);
     log::set_max_level(LevelFilter::Info);
 }
 
-/// Makes the log as `logger` says. What it does not say stays, but for the level, which is then Info.
+/// Configures the log. Absent fields stay as they are, except the level, which becomes Info.
 pub(crate) fn set_up(logger: &config::Logger) -> io::Result<()> {
     let output = logger.log_path.as_deref().map(Output::open).transpose()?;
     let mut settings = LOG.lock();
@@ -84,7 +85,8 @@ pub(crate) fn set_up(logger: &config::Logger) -> io::Result<()> {
     Ok(())
 }
 
-/// Keeps all threads from the log as long as this lives, so that a fork finds it unlocked.
+/// Locks the log as long as the returned value lives, so that no other thread holds the lock at a
+/// fork.
 pub(crate) fn hold() -> impl Drop {
     struct Held(#[expect(dead_code, reason = "held, not read")] MutexGuard<'static, Option<Settings>>);
     impl Drop for Held {
@@ -96,12 +98,12 @@ pub(crate) fn hold() -> impl Drop {
 /// Writes an error as [`log::error!`] does, unless the log stays locked: the thread that panics may
 /// hold it.
 pub(crate) fn error_without_waiting(text: &str) {
-    let deadline = Instant::now() + PANIC_PATIENCE;
+    let deadline = Instant::now() + PANIC_LOCK_TIMEOUT;
     let settings = loop {
         match LOG.try_lock() {
             Some(settings) => break settings,
             None if Instant::now() > deadline => return,
-            // Another thread that writes a line is done soon.
+            // Another thread that is writing a line ends soon.
             None => std::thread::sleep(Duration::from_millis(1)),
         }
     };
@@ -113,20 +115,20 @@ pub(crate) fn error_without_waiting(text: &str) {
     }
 }
 
-/// Writes these bytes as they are, unless the log is locked. A signal handler may call it: it
+/// Writes these bytes unchanged, unless the log is locked. A signal handler may call it: it
 /// allocates nothing, and tries the lock once.
 pub(crate) fn write_if_free(line: &[u8]) {
     if let Some(settings) = LOG.try_lock()
         && let Some(output) = settings.as_ref().and_then(|settings| settings.output.as_ref())
         && log::max_level() >= LevelFilter::Error
     {
-        // A destination that takes no more loses the line, which is said on standard error too.
+        // If the destination takes no more, the line is lost here. It is on standard error too.
         let _ = output.write(line);
     }
 }
 
-/// From now on lines are of the microVM `id`.
-pub(crate) fn rename(id: &str) {
+/// Sets the microVM's id that lines have from now on.
+pub(crate) fn set_id(id: &str) {
     if let Some(settings) = LOG.lock().as_mut() {
         id.clone_into(&mut settings.id);
     }
@@ -155,7 +157,7 @@ fn filter(level: LogLevel) -> LevelFilter {
     }
 }
 
-/// Where a line comes from.
+/// The origin of a line in the source.
 struct Origin<'a> {
     level: log::Level,
     file: &'a str,
@@ -164,8 +166,8 @@ struct Origin<'a> {
 
 impl LogState {
     fn lock(&self) -> MutexGuard<'_, Option<Settings>> {
-        // Writing a line does not panic half-way through a change.
-        self.settings.lock().unwrap_or_else(PoisonError::into_inner)
+        // Each change of the settings is whole at every step.
+        locked(&self.settings)
     }
 
     fn try_lock(&self) -> Option<MutexGuard<'_, Option<Settings>>> {
@@ -252,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_have_the_form_that_tools_read() {
+    fn lines_have_the_format_that_tools_read() {
         assert_eq!(line(false, false), "2026-01-01T00:00:00.000000005 [vm-1:T] text\n");
         assert_eq!(line(true, false), "2026-01-01T00:00:00.000000005 [vm-1:T:WARN] text\n");
         assert_eq!(line(true, true), "2026-01-01T00:00:00.000000005 [vm-1:T:WARN:a.rs:7] text\n");

@@ -1,34 +1,43 @@
 //! The binary `vesta-vmm`: one process, one microVM.
 //!
-//! Thin by design: arguments ([`args`]), the log ([`logger`]), signals ([`signals`], [`fatal`]),
-//! panics ([`last_words`]), the terminal ([`terminal`]), and the loop that gives commands to the
-//! controller ([`event_loop`]); what looks at snapshots and starts no microVM ([`snapshot_tool`]);
-//! and the beginning of a fork's children ([`child`]). What a microVM is and does lives in
-//! `control` and below.
+//! Thin by design. A microVM itself is in `control` and below. Here are:
 //!
-//! Run under the name `firecracker`, it answers as that program does ([`personality`]).
+//! - [`args`], [`restore`] and [`flags`]: the command line. [`personality`]: under the name
+//!   `firecracker` the program answers as Firecracker does.
+//! - [`event_loop`]: the main thread's loop, which gives commands to the controller.
+//! - [`signals`], [`fatal`], [`crash_report`], [`exit`]: how the process ends.
+//! - [`host`]: this process, as the controller sees it. [`process`], [`child`], [`writer`]: forked
+//!   processes.
+//! - [`logger`], [`terminal`], [`descriptors`]: what the process has.
+//! - [`snapshot_tool`]: the tools that read and merge snapshots, and start no microVM.
 //!
-//! # Ways out
+//! # The end of the process
 //!
-//! Every way out passes through [`main`] or a signal handler, restores the terminal and ends with an [`ExitCode`] that
-//! clients of Firecracker know. The API socket is removed on all but the fatal signals.
+//! The process ends in [`main`], in a signal handler, in the fault handler of the event channel, or
+//! as a forked child. It restores the terminal, and ends with an [`ExitCode`] that clients of
+//! Firecracker know, or by the signal that asked it to end. The API socket is removed, except after
+//! a fatal signal or a panic.
 
 mod args;
 mod child;
+mod crash_report;
 mod descriptors;
 mod event_loop;
 mod exit;
 mod fatal;
-mod last_words;
+mod flags;
+mod host;
 mod logger;
 mod personality;
 mod process;
 mod restore;
+mod run_error;
 mod signals;
 mod snapshot_tool;
 #[cfg(test)]
 mod subprocess;
 mod terminal;
+mod writer;
 
 use std::fs;
 use std::io::Write;
@@ -36,22 +45,24 @@ use std::mem::ManuallyDrop;
 use std::path::Path;
 
 use config::{Logger, VmConfig};
-use control::api::{ApiServer, BindError, Limits};
+use control::api::{ApiServer, Limits};
 use control::{Command, CommandError, Controller, Host, Identity, Platform};
 use machine::event_channel;
 use machine::legacy::StartTimes;
 
-use args::{Args, ArgsError, Invocation};
-use event_loop::{Ended, ProcessHost};
+use args::{Args, Invocation};
+use event_loop::Ended;
 use exit::ExitCode;
+use host::ProcessHost;
 use personality::Personality;
 use restore::Restore;
+use run_error::{RunError, report};
 use signals::Signals;
 
 fn main() -> ! {
     let start = StartTimes::now();
     signals::end_init_at_once();
-    last_words::on_panic();
+    crash_report::install_panic_hook();
     let personality = Personality::of_this_process();
     let code = match args::parse(std::env::args_os()) {
         Ok(Invocation::Help) => print(&args::help(personality)),
@@ -65,92 +76,20 @@ fn main() -> ! {
     exit::exit(code)
 }
 
-/// Prints a text on standard output, whose reader may have read enough.
+/// Prints a text on standard output. A reader that has closed the pipe is no error.
 fn print(text: &str) -> ExitCode {
     let mut stdout = std::io::stdout();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            last_words::to_stderr(format!("Error: cannot write to standard output: {error}\n").as_bytes());
+            crash_report::to_stderr(format!("Error: cannot write to standard output: {error}\n").as_bytes());
             ExitCode::Generic
         }
         _ => ExitCode::Ok,
     }
 }
 
-/// Why the process ends with an error.
-#[derive(Debug, thiserror::Error)]
-enum RunError {
-    #[error("{0} (try --help)")]
-    Args(#[from] ArgsError),
-    #[error("cannot open the log {path}: {source}")]
-    Log { path: String, source: std::io::Error },
-    #[error("cannot read the configuration file {path}: {source}")]
-    ReadConfig { path: String, source: std::io::Error },
-    #[error("the configuration file {path} is not right: {reason}")]
-    Config { path: String, reason: String },
-    #[error("cannot read the metadata file {path}: {source}")]
-    ReadMetadata { path: String, source: std::io::Error },
-    #[error("the metadata file {path} is not right: {reason}")]
-    Metadata { path: String, reason: String },
-    #[error("cannot start the microVM from the configuration file {path}: {reason}")]
-    Start { path: String, reason: String },
-    #[error("cannot restore the microVM from {path}: {reason}")]
-    Restore { path: String, reason: CommandError },
-    #[error("cannot serve the API: {0}")]
-    Bind(#[from] BindError),
-    #[error("cannot set up this process: {0}")]
-    Host(#[from] std::io::Error),
-}
-
-impl RunError {
-    /// The exit status. Under Firecracker's name it is the one that Firecracker has for the same mistake.
-    fn code(&self, personality: Personality) -> ExitCode {
-        match self {
-            RunError::Args(ArgsError::Value { name: "level", .. })
-                if personality == Personality::Firecracker =>
-            {
-                ExitCode::BadConfiguration
-            }
-            RunError::Args(_) => ExitCode::ArgParsing,
-            RunError::ReadConfig { .. }
-            | RunError::Config { .. }
-            | RunError::ReadMetadata { .. }
-            | RunError::Metadata { .. }
-            | RunError::Start { .. }
-                if personality == Personality::Firecracker =>
-            {
-                ExitCode::Generic
-            }
-            RunError::ReadConfig { .. }
-            | RunError::Config { .. }
-            | RunError::ReadMetadata { .. }
-            | RunError::Metadata { .. }
-            | RunError::Start { .. }
-            | RunError::Restore { .. } => ExitCode::BadConfiguration,
-            RunError::Log { .. } | RunError::Bind(_) | RunError::Host(_) => ExitCode::Generic,
-        }
-    }
-}
-
-/// Says what went wrong, to whoever started this process and to the log, and gives the code to exit with.
-fn report(personality: Personality, error: &RunError) -> ExitCode {
-    log::error!("{error}");
-    last_words::to_stderr(format!("Error: {error}\n").as_bytes());
-    error.code(personality)
-}
-
 fn run(personality: Personality, args: &Args, start: StartTimes) -> ExitCode {
-    end_of(personality, set_up_and_serve(personality, args, start))
-}
-
-/// The code to exit with. May end the process by a signal instead.
-fn end_of(personality: Personality, ended: Result<Ended, RunError>) -> ExitCode {
-    match ended {
-        Ok(Ended::Guest) => ExitCode::Ok,
-        Ok(Ended::Fault) => ExitCode::Generic,
-        Ok(Ended::Signal(signal)) => signals::end_by(signal),
-        Err(error) => report(personality, &error),
-    }
+    event_loop::exit_code(personality, set_up_and_serve(personality, args, start))
 }
 
 fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) -> Result<Ended, RunError> {
@@ -160,15 +99,15 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     log::info!("{}", personality.banner());
     fatal::install()?;
 
-    // Read before the socket is there: a client that sees the socket may rely on the configuration.
+    // Read before the socket exists: a client that sees the socket may rely on the configuration.
     // And before signals are handled: a read that never ends, such as that of a FIFO without a
     // writer, can still be interrupted.
     let config = args.config_file.as_deref().map(read_config).transpose()?;
     let metadata = args.metadata.as_deref().map(read_metadata).transpose()?;
     let signals = signals::install()?;
     match start_and_serve(personality, args, start, (config, metadata), &signals) {
-        // A start that a signal cancelled is no error.
-        Err(error) => signals.asked().map(Ended::Signal).ok_or(error),
+        // A start that was cancelled by a signal is no error.
+        Err(error) => signals.arrived().map(Ended::Signal).ok_or(error),
         ended => ended,
     }
 }
@@ -198,8 +137,9 @@ fn start_and_serve(
         mmds_size_limit: args.mmds_size_limit,
         max_payload: args.max_payload,
     };
-    // Never dropped: the process ends with it, and its end waits for no thread.
-    let mut controller = ManuallyDrop::new(Controller::new(identity, ProcessHost, platform, sink));
+    // Never dropped: the process ends with it, without waiting for its threads.
+    let mut controller =
+        ManuallyDrop::new(Controller::new(identity, ProcessHost::new(child::run), platform, sink));
     descriptors::raise_limit();
     controller.set_requests(requests);
     if let (Some(contents), Some(path)) = (metadata, &args.metadata) {
@@ -220,12 +160,12 @@ fn start_and_serve(
         _ => Ok(()),
     };
     let ended = started.and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals)?));
-    event_loop::end(&mut controller);
+    controller.shut_down(event_loop::CLOSE_TIMEOUT);
     drop(controller.take_requests());
     ended
 }
 
-/// Goes on with a microVM, by the commands that a client of the API would give.
+/// Restores a microVM, by the commands that a client of the API would send.
 fn restore<H: Host>(controller: &mut Controller<H>, from: &Restore) -> Result<(), CommandError> {
     if let Some(serial) = &from.serial {
         controller.run(Command::PutSerial(serial.clone()))?;
@@ -233,7 +173,7 @@ fn restore<H: Host>(controller: &mut Controller<H>, from: &Restore) -> Result<()
     controller.run(Command::LoadSnapshot(from.load.clone())).map(drop)
 }
 
-/// The command line's part of the log.
+/// Applies the log options of the command line.
 fn set_up_logger(logger: &Logger) -> Result<(), RunError> {
     logger::set_up(logger).map_err(|source| RunError::Log {
         path: logger.log_path.as_deref().unwrap_or(Path::new("standard output")).display().to_string(),

@@ -1,4 +1,4 @@
-//! Which program this is taken for: its name decides what it calls itself.
+//! [`Personality`]: the program that this process answers as, by the name it was started under.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 /// The version of Firecracker whose interface this program has.
 pub(crate) const API_VERSION: &str = "1.17.0";
 
-/// What this program answers as.
+/// The program that this process answers as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Personality {
     /// Itself.
@@ -16,7 +16,7 @@ pub(crate) enum Personality {
 }
 
 impl Personality {
-    /// By the name that the process was started under.
+    /// The personality of this process.
     pub(crate) fn of_this_process() -> Self {
         Self::named(std::env::args_os().next().as_deref())
     }
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn name_decides_wherever_the_program_lies() {
+    fn file_name_decides_in_every_directory() {
         let named = |name: &str| Personality::named(Some(OsStr::new(name)));
         assert_eq!(named("/usr/bin/firecracker"), Personality::Firecracker);
         assert_eq!(named("firecracker"), Personality::Firecracker);
@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn tools_find_firecrackers_version_where_they_look() {
+    fn firecrackers_version_is_the_second_word() {
         let text = Personality::Firecracker.version_text();
         assert_eq!(text.lines().next().unwrap().split(' ').nth(1), Some("v1.17.0"));
     }

@@ -1,4 +1,4 @@
-//! The command line's part of restoring: `--restore` and the flags that go with it.
+//! `--restore` and the flags that belong to it.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -9,37 +9,40 @@ use config::{
 };
 use serde_json::{Value, json};
 
-use crate::args::{ArgsError, once, text};
+use crate::flags::{ArgsError, once, text};
 
-/// A microVM that goes on from a snapshot.
+/// A snapshot to restore.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Restore {
     pub(crate) load: SnapshotLoad,
-    /// Where its serial port leads, if not to standard input and output.
+    /// The host end of its serial port, if not standard input and output.
     pub(crate) serial: Option<Serial>,
 }
 
 /// The flags, for `--help`.
 pub(crate) const FLAGS: [(&str, &str); 14] = [
-    ("--restore STATE", "go on with the microVM of this snapshot, at once; needs --memory or --page-server"),
+    (
+        "--restore STATE",
+        "restore the microVM of this snapshot and let it run; needs --memory or --page-server",
+    ),
     ("--memory FILE", "the memory file of the snapshot"),
     ("--page-server SOCKET", "the snapshot's memory comes from the page server at this socket"),
-    ("--paused", "the microVM of the snapshot stands still until it is resumed"),
-    ("--tap ID=TAP", "a network interface of the snapshot is on this tap now; may be given for each"),
-    ("--vsock SOCKET", "the vsock device of the snapshot has its socket here now"),
-    ("--prefetch", "record the pages that the snapshot's guest comes to first, or fill them in ahead of it"),
-    ("--overrides JSON", "all else that PUT /snapshot/load takes, as an object; flags go before it"),
-    ("--drive ID=PATH", "a drive of the snapshot is here now; may be given for each"),
-    ("--overlay ID=PATH", "writes to a drive of the snapshot go here now; may be given for each"),
-    ("--serial FILE", "the serial port of the snapshot leads to this file or FIFO"),
-    ("--track-dirty-pages", "log what the guest writes, for Diff snapshots"),
-    ("--clock-realtime", "let the guest's clock catch up with the time that has passed"),
-    ("--huge-pages KIND", "back memory with Snapshot (as it was), None, Transparent or 2M"),
+    ("--paused", "leave the restored microVM paused until it is resumed"),
+    ("--tap ID=TAP", "put a network interface of the snapshot on this tap; may be given for each"),
+    ("--vsock SOCKET", "create the socket of the snapshot's vsock device here"),
+    ("--prefetch", "record the pages that the guest touches first, or load them ahead of it"),
+    ("--overrides JSON", "other fields of PUT /snapshot/load, as an object; flags take precedence"),
+    ("--drive ID=PATH", "use this disk for a drive of the snapshot; may be given for each"),
+    ("--overlay ID=PATH", "write to this overlay for a drive of the snapshot; may be given for each"),
+    ("--serial FILE", "connect the serial port to this file or FIFO"),
+    ("--track-dirty-pages", "track the pages that the guest writes, for Diff snapshots"),
+    ("--clock-realtime", "advance the guest's clock by the time that has passed"),
+    ("--huge-pages KIND", "pages that back memory: Snapshot (as saved), None, Transparent or 2M"),
 ];
 
-/// What has been given so far.
+/// The flags that were read so far.
 #[derive(Debug, Default)]
-pub(crate) struct Given {
+pub(crate) struct RawRestoreArgs {
     state: Option<PathBuf>,
     memory: Option<PathBuf>,
     page_server: Option<PathBuf>,
@@ -53,12 +56,12 @@ pub(crate) struct Given {
     track_dirty_pages: Option<()>,
     clock_realtime: Option<()>,
     huge_pages: Option<SnapshotHugePages>,
-    /// The last flag that only means something with `--restore`.
+    /// The last flag that needs `--restore`.
     dependent: Option<&'static str>,
 }
 
-impl Given {
-    /// Takes the flag `name`, if it is one of these.
+impl RawRestoreArgs {
+    /// Reads the flag `name`. False if it is none of these.
     pub(crate) fn take(&mut self, name: &str, parser: &mut lexopt::Parser) -> Result<bool, ArgsError> {
         let dependent = match name {
             "restore" => {
@@ -130,7 +133,7 @@ impl Given {
         Ok(true)
     }
 
-    /// The restore that was asked for, if any.
+    /// The snapshot to restore, if the flags name one.
     pub(crate) fn into_restore(self) -> Result<Option<Restore>, ArgsError> {
         let Some(state) = self.state else {
             return self.dependent.map_or(Ok(None), |name| Err(ArgsError::OnlyWithRestore(name)));
@@ -166,7 +169,7 @@ impl Given {
         Ok(Some(Restore { load, serial }))
     }
 
-    /// What is changed of a drive.
+    /// The override of a drive, to which the flag `name` adds.
     fn drive(&mut self, name: &'static str, drive_id: String) -> Result<&mut DriveOverride, ArgsError> {
         let at = match self.drives.iter().position(|drive| drive.drive_id == drive_id) {
             Some(at) => at,
@@ -179,7 +182,8 @@ impl Given {
     }
 }
 
-/// The load that `overrides` describes: the body of `PUT /snapshot/load` without what flags say.
+/// The load that `overrides` describes: the body of `PUT /snapshot/load` without the fields that
+/// have a flag.
 fn overridden(
     state: PathBuf,
     memory: MemoryBackend,
@@ -191,7 +195,7 @@ fn overridden(
     let refused = |reason| ArgsError::Value { name: "overrides", value: overrides.to_string(), reason };
     for (field, flag) in FIELDS_WITH_FLAGS {
         if overrides.get(field).is_some() {
-            return Err(refused(format!("{field} is what {flag} says")));
+            return Err(refused(format!("{field} is set by {flag}")));
         }
     }
     let text = overrides.to_string();
@@ -206,7 +210,7 @@ fn overridden(
     Ok(load)
 }
 
-/// Fields that a load cannot do without, or that begin with another value here.
+/// Fields that a load requires, or whose default is another one here, and their flags.
 const FIELDS_WITH_FLAGS: [(&str, &str); 4] = [
     ("snapshot_path", "--restore"),
     ("mem_backend", "--memory or --page-server"),
@@ -214,7 +218,7 @@ const FIELDS_WITH_FLAGS: [(&str, &str); 4] = [
     ("resume_vm", "--paused"),
 ];
 
-/// An interface that is on this tap now.
+/// An override that puts an interface on this tap.
 fn on_tap(iface_id: &str, tap: &str) -> Result<NetworkOverride, ArgsError> {
     let fields = json!({"iface_id": iface_id, "host_dev_name": tap});
     serde_json::from_value(fields).map_err(|e| ArgsError::Value {
@@ -224,7 +228,7 @@ fn on_tap(iface_id: &str, tap: &str) -> Result<NetworkOverride, ArgsError> {
     })
 }
 
-/// A vsock device whose socket is here now.
+/// An override that puts the vsock device's socket at `path`.
 fn at_socket(path: &Path) -> Result<VsockOverride, ArgsError> {
     serde_json::from_value(json!({ "uds_path": path })).map_err(|e| ArgsError::Value {
         name: "vsock",
@@ -233,7 +237,7 @@ fn at_socket(path: &Path) -> Result<VsockOverride, ArgsError> {
     })
 }
 
-/// A JSON object.
+/// Parses a JSON object.
 fn object(name: &'static str, value: OsString) -> Result<Value, ArgsError> {
     let value = text(name, value)?;
     match serde_json::from_str(&value) {
@@ -243,7 +247,7 @@ fn object(name: &'static str, value: OsString) -> Result<Value, ArgsError> {
     }
 }
 
-/// `ID=VALUE`.
+/// Parses `ID=VALUE`.
 fn assignment(name: &'static str, value: OsString) -> Result<(String, String), ArgsError> {
     let value = text(name, value)?;
     match value.split_once('=') {
@@ -277,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_guest_runs_at_once_and_is_as_it_was() {
+    fn restored_guest_runs_at_once_without_overrides() {
         let restore = restore("--restore s --memory m --no-api").unwrap();
         let wanted = SnapshotLoad { resume_vm: true, ..SnapshotLoad::from_files("s".into(), "m".into()) };
         assert_eq!(restore, Restore { load: wanted, serial: None });
@@ -285,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_elsewhere_now_is_told_by_drive() {
+    fn drive_flags_override_each_drive() {
         let line = "--restore=s --memory=m --drive a=/x=y --overlay a=/o --drive b=/z --serial c --huge-pages 2M \
                     --track-dirty-pages --clock-realtime";
         let Restore { load, serial } = restore(line).unwrap();
@@ -303,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_a_load_takes_can_be_said_and_flags_go_before_overrides() {
+    fn overrides_take_all_fields_and_flags_take_precedence() {
         let json = r#"{"network_overrides":[{"iface_id":"a","host_dev_name":"t1"},{"iface_id":"b","host_dev_name":"t2"}],"huge_pages":"None","enable_diff_snapshots":true}"#;
         let line = format!(
             "--restore s --page-server p --overrides {json} --tap a=t3 --vsock v.sock --huge-pages Transparent --paused"
@@ -323,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_meant_is_named() {
+    fn invalid_flags_are_named() {
         for (line, named) in [
             ("--restore s", "--memory"),
             ("--restore s --memory m --page-server p", "--page-server"),

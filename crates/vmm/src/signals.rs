@@ -1,7 +1,7 @@
 //! Signals that ask this process to end: SIGTERM, SIGINT, SIGQUIT and SIGHUP.
 //!
 //! Before [`install`] there is nothing to clean up, and they end the process at once. From then on
-//! they end it in order: the guest's output is carried out, its overlays are closed, the socket is
+//! they end it in order: the guest's output is written, its overlays are closed, the sockets are
 //! removed, the terminal is restored. Then the signal takes its default action, so that a parent
 //! sees which signal it was. SIGHUP has an exit code instead.
 //!
@@ -9,41 +9,41 @@
 //! exits with 128 plus the signal's number, which is what a shell reports of a process that a
 //! signal ended: see [`end_init_at_once`] and [`end_by`].
 //!
-//! Signals that say this process is broken are in [`crate::fatal`].
+//! Fatal signals are in [`crate::fatal`].
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use rustix::event::{EventfdFlags, eventfd};
+use sync::EventFd;
 
 use crate::exit::ExitCode;
 use crate::terminal;
 
-/// Those that ask.
-const ASKING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
+/// The signals.
+const END_SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
 
-/// The first asking signal that came; 0 for none.
-static ASKED: AtomicI32 = AtomicI32::new(0);
-/// Written to when one came.
-static WAKE: OnceLock<OwnedFd> = OnceLock::new();
+/// The first of the signals that arrived; 0 for none.
+static ARRIVED: AtomicI32 = AtomicI32::new(0);
+/// Signalled when one arrived.
+static WAKE: OnceLock<EventFd> = OnceLock::new();
 
-/// Becomes readable when a signal asked this process to end.
+/// Readable once a signal has asked this process to end.
 #[derive(Debug)]
-pub(crate) struct Signals(BorrowedFd<'static>);
+pub(crate) struct Signals(&'static EventFd);
 
 impl Signals {
-    /// Which signal came, if one did.
-    pub(crate) fn asked(&self) -> Option<i32> {
-        // First what wakes, so that what is taken here is seen below: a handler notes its signal before it wakes.
-        let _ = rustix::io::read(self.0, &mut [0; 8]);
-        Some(ASKED.load(Ordering::Acquire)).filter(|signal| *signal != 0)
+    /// The signal that arrived, if one did.
+    pub(crate) fn arrived(&self) -> Option<i32> {
+        // In this order: a handler stores its signal before it signals the eventfd.
+        self.0.take();
+        Some(ARRIVED.load(Ordering::Acquire)).filter(|signal| *signal != 0)
     }
 }
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0
+        self.0.as_fd()
     }
 }
 
@@ -59,7 +59,7 @@ pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<(
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handler as *const () as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: the set is ours alone.
+    // SAFETY: the set is a local variable that nothing else refers to.
     unsafe { libc::sigfillset(&raw mut action.sa_mask) };
     // SAFETY: the action outlives the call. The handlers of this crate make system calls and use
     // atomics, and nothing else.
@@ -79,101 +79,107 @@ pub(crate) fn is_init() -> bool {
 /// nothing for that.
 pub(crate) fn end_init_at_once() {
     if is_init() {
-        ASKING.into_iter().for_each(take_default_action);
+        END_SIGNALS.into_iter().for_each(take_default_action);
     }
 }
 
 /// Installs the handlers, so that the signals end the process in order. Called once.
 pub(crate) fn install() -> std::io::Result<Signals> {
-    let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    let wake = WAKE.get_or_init(|| fd);
-    for signal in ASKING {
-        handle(signal, on_asking)?;
+    let event = EventFd::new()?;
+    let wake = WAKE.get_or_init(|| event);
+    for signal in END_SIGNALS {
+        handle(signal, note_signal)?;
     }
-    Ok(Signals(wake.as_fd()))
+    Ok(Signals(wake))
 }
 
-/// Signals that ask wait, for this thread and forks that it makes, as long as this lives. So none that is meant for a fork comes while the
-/// fork would still tell its parent of it: it waits for [`renew`] or [`take_their_course`].
-pub(crate) fn hold() -> Held {
-    Held(mask(libc::SIG_BLOCK))
+/// Blocks the signals for this thread, and for processes that it forks, as long as the returned
+/// value lives.
+///
+/// A forked process shares the eventfd with its parent, and would report a signal there. So its
+/// signals stay pending until [`renew`] or [`restore_default_actions`].
+pub(crate) fn block() -> Blocked {
+    Blocked(mask(libc::SIG_BLOCK))
 }
 
-/// Lets signals come again, as they did before, when it is dropped. In a fork it is not dropped.
+/// Restores the signal mask when it is dropped. In a forked process it is never dropped.
 #[derive(Debug)]
-pub(crate) struct Held(libc::sigset_t);
+pub(crate) struct Blocked(libc::sigset_t);
 
-impl Drop for Held {
+impl Drop for Blocked {
     fn drop(&mut self) {
-        // SAFETY: the set is one that the kernel filled in; the old one is not asked for.
+        // SAFETY: the kernel filled in the set. A null pointer for the old set is allowed.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut()) };
     }
 }
 
-/// Blocks the asking signals or lets them through (`how`); what was blocked before.
+/// Blocks or unblocks the signals (`how`). Returns the mask from before.
 fn mask(how: libc::c_int) -> libc::sigset_t {
-    // SAFETY: a `sigset_t` is plain numbers, for which zero is a value; the calls below fill both in.
-    let (mut asking, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
-    // SAFETY: `asking` is ours alone.
-    unsafe { libc::sigemptyset(&raw mut asking) };
-    for signal in ASKING {
-        // SAFETY: as above, and the signal is one there is.
-        unsafe { libc::sigaddset(&raw mut asking, signal) };
+    // SAFETY: a `sigset_t` is plain numbers, for which zero is a value; the calls below fill both
+    // in.
+    let (mut set, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a local variable that nothing else refers to.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    for signal in END_SIGNALS {
+        // SAFETY: as above, and the number is that of a signal.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
     }
     // SAFETY: both sets outlive the call, which can only fail for a wrong `how`.
-    unsafe { libc::pthread_sigmask(how, &raw const asking, &raw mut before) };
+    unsafe { libc::pthread_sigmask(how, &raw const set, &raw mut before) };
     before
 }
 
-/// In a fork: signals are this process's own from here on, those too that came since it was made. The handlers are there already.
+/// For a forked process: handles its own signals from now on, also those that arrived since the
+/// fork. The handlers are inherited.
 pub(crate) fn renew() -> std::io::Result<Signals> {
-    ASKED.store(0, Ordering::Release);
+    ARRIVED.store(0, Ordering::Release);
     let Some(wake) = WAKE.get() else { return install() };
-    // In place of the parent's, under the same number: a handler may come at any time.
-    let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-    // SAFETY: `wake` stays an open descriptor of the same owner, which never closes it; only what it refers to changes.
-    let replaced = unsafe { libc::dup3(fd.as_raw_fd(), wake.as_raw_fd(), libc::O_CLOEXEC) };
+    // In the place of the parent's, under the same number: a handler may run at any time.
+    let event = EventFd::new()?;
+    // SAFETY: `wake` stays an open descriptor of the same owner, which never closes it. Only the
+    // file that it refers to changes.
+    let replaced = unsafe { libc::dup3(event.as_raw_fd(), wake.as_raw_fd(), libc::O_CLOEXEC) };
     if replaced < 0 {
         return Err(std::io::Error::last_os_error());
     }
     mask(libc::SIG_UNBLOCK);
-    Ok(Signals(wake.as_fd()))
+    Ok(Signals(wake))
 }
 
-/// From now on signals that ask this process to end, end it.
-pub(crate) fn take_their_course() {
-    ASKING.into_iter().for_each(take_default_action);
+/// For a forked process: the signals end it at once from now on.
+pub(crate) fn restore_default_actions() {
+    END_SIGNALS.into_iter().for_each(take_default_action);
     mask(libc::SIG_UNBLOCK);
 }
 
 /// Restores the default action of `signal`, which is to end the process. Process 1 of a PID
 /// namespace gets a handler that does.
 fn take_default_action(signal: libc::c_int) {
-    if is_init() && handle(signal, on_asking_at_once).is_ok() {
+    if is_init() && handle(signal, exit_at_once).is_ok() {
         return;
     }
     // SAFETY: restoring the default action of a valid signal has no precondition.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
 
-/// The descriptor that the handlers write to.
+/// The eventfd that the handlers signal.
 pub(crate) fn descriptor() -> Option<BorrowedFd<'static>> {
     WAKE.get().map(AsFd::as_fd)
 }
 
-extern "C" fn on_asking(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let _ = ASKED.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Relaxed);
+extern "C" fn note_signal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let _ = ARRIVED.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Relaxed);
     if let Some(wake) = WAKE.get() {
-        let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
+        wake.signal();
     }
 }
 
-extern "C" fn on_asking_at_once(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    exit_now(ExitCode::of_asking(signal))
+extern "C" fn exit_at_once(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    exit_now(ExitCode::of_signal(signal))
 }
 
-/// Ends the process by `signal`, so that a parent sees which signal ended it. Returns the code to
-/// exit with where that is not possible: for SIGHUP, which has one, and in process 1 of a PID
+/// Ends the process by `signal`, so that a parent sees which signal ended it. Returns the exit code
+/// where that is not possible: for SIGHUP, which has a code of its own, and in process 1 of a PID
 /// namespace.
 pub(crate) fn end_by(signal: i32) -> ExitCode {
     if signal != libc::SIGHUP {
@@ -183,7 +189,7 @@ pub(crate) fn end_by(signal: i32) -> ExitCode {
             raise_default(signal);
         }
     }
-    ExitCode::of_asking(signal)
+    ExitCode::of_signal(signal)
 }
 
 /// Ends the process without running anything else. A signal handler may call it.
@@ -197,7 +203,7 @@ pub(crate) fn exit_now(code: ExitCode) -> ! {
 pub(crate) fn raise_default(signal: i32) {
     // SAFETY: restoring the default action of a valid signal has no precondition.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
-    // SAFETY: nor has raising it.
+    // SAFETY: raising a valid signal has no precondition.
     unsafe { libc::raise(signal) };
 }
 
@@ -206,28 +212,26 @@ mod tests {
     use super::*;
     use crate::subprocess;
 
-    /// A live snapshot's writer: signals that came while it was forked wait until it takes their
-    /// default action.
+    /// As the writer of a live snapshot: signals that arrive while it is forked stay pending until
+    /// their default action is restored.
     #[test]
-    fn asking_signals_end_a_writer_that_is_init_of_a_namespace() {
+    fn pending_signal_ends_a_writer_that_is_init() {
         if subprocess::is_one() {
             assert!(is_init());
             install().unwrap();
-            let held = hold();
+            let blocked = block();
             // SAFETY: raising a signal has no precondition.
             unsafe { libc::raise(libc::SIGTERM) };
-            take_their_course();
-            drop(held);
+            restore_default_actions();
+            drop(blocked);
             return;
         }
-        let ended = subprocess::again_as_init(
-            "signals::tests::asking_signals_end_a_writer_that_is_init_of_a_namespace",
-        );
+        let ended = subprocess::again_as_init("signals::tests::pending_signal_ends_a_writer_that_is_init");
         assert_eq!(ended.status.code(), Some(128 + libc::SIGTERM), "{ended:?}");
     }
 
     #[test]
-    fn asking_signals_end_init_before_anything_is_set_up() {
+    fn signal_ends_init_before_handlers_are_installed() {
         if subprocess::is_one() {
             end_init_at_once();
             // SAFETY: raising a signal has no precondition.
@@ -235,7 +239,7 @@ mod tests {
             return;
         }
         let ended =
-            subprocess::again_as_init("signals::tests::asking_signals_end_init_before_anything_is_set_up");
+            subprocess::again_as_init("signals::tests::signal_ends_init_before_handlers_are_installed");
         assert_eq!(ended.status.code(), Some(128 + libc::SIGINT), "{ended:?}");
     }
 }

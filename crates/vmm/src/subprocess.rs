@@ -1,5 +1,5 @@
-//! Unit tests that end a process: the test runs itself once more in a process of its own, and looks
-//! at how that ends.
+//! For unit tests that end a process: the test runs itself again in a subprocess, and checks how
+//! that ends.
 
 use std::ffi::OsStr;
 use std::io::Read;
@@ -9,13 +9,13 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-/// Set in such a process.
+/// The environment variable that is set in the subprocess.
 const MARK: &str = "VESTA_TEST_SUBPROCESS";
 
-/// Longest that such a process may take: one that hangs fails its test.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// How long a subprocess may take. One that hangs fails its test.
+const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// How such a process ended.
+/// How a subprocess ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
@@ -23,12 +23,12 @@ pub(crate) struct Ended {
     pub(crate) stderr: String,
 }
 
-/// Whether this is such a process.
+/// Whether this process is the subprocess.
 pub(crate) fn is_one() -> bool {
     std::env::var_os(MARK).is_some()
 }
 
-/// Runs the test `name` of this program in a process of its own, on that process's main thread.
+/// Runs the test `name` of this program in a subprocess, on its main thread.
 pub(crate) fn again(name: &str) -> Ended {
     run(Command::new(this_program()), name)
 }
@@ -40,7 +40,8 @@ pub(crate) fn again_with(name: &str, variable: &str, value: impl AsRef<OsStr>) -
     run(command, name)
 }
 
-/// The same, as process 1 of a PID namespace. Who is not root needs a user namespace for that.
+/// The same, as process 1 of a PID namespace. A user who is not root needs a user namespace for
+/// that.
 pub(crate) fn again_as_init(name: &str) -> Ended {
     let mut command = Command::new("unshare");
     if !rustix::process::geteuid().is_root() {
@@ -79,9 +80,9 @@ fn read(from: &mut impl Read) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Whether it ends in time.
+/// Waits for the end of the subprocess. False if it takes too long.
 fn wait(child: &Child) -> bool {
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).unwrap();
-    let limit = Timespec::try_from(PATIENCE).unwrap();
+    let limit = Timespec::try_from(TIMEOUT).unwrap();
     poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit)).unwrap() > 0
 }

@@ -1,11 +1,12 @@
-//! Between the API thread and the main thread: commands one way, answers the other.
+//! The channel between the API thread and the main thread: commands one way, answers the other.
 //!
-//! Each way is a queue and an eventfd that wakes its reader. The queue of commands is bounded by the number of
-//! connections: each has at most one command out.
+//! Each way is a queue and an eventfd that wakes its reader. The queue of commands is bounded by
+//! the number of connections: each has at most one command with the main thread.
 
 use std::{
     cell::RefCell,
     collections::VecDeque,
+    io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc,
@@ -15,55 +16,51 @@ use std::{
     thread::JoinHandle,
 };
 
-use rustix::{
-    event::{EventfdFlags, eventfd},
-    io::Errno,
-};
+use rustix::event::{EventfdFlags, eventfd};
+use sync::EventFd;
 
-use super::socket::SocketFile;
 use crate::{Command, CommandError, Reply};
+use socket_file::SocketFile;
 
 /// The main thread's end: the commands that clients sent, in the order in which they arrived.
 ///
-/// Poll its descriptor for reading: it is readable exactly as long as [`Requests::try_recv`] has something to give.
-/// Dropping it ends the API thread, which refuses what was not answered, and removes the socket file.
+/// Its descriptor is readable exactly as long as [`Requests::try_recv`] has a request to return.
+/// Dropping it removes the socket file and ends the API thread, which answers the open requests
+/// with an error.
 #[derive(Debug)]
 pub struct Requests {
     inbox: mpsc::Receiver<Request>,
-    /// Requests that were taken and put back; they come before those in `inbox`.
-    put_back: RefCell<VecDeque<Request>>,
-    /// Counts what is in `put_back` and `inbox`.
+    /// Requests that were taken and put back. They come before those in `inbox`.
+    mark_dirty_again: RefCell<VecDeque<Request>>,
+    /// A semaphore that counts the requests in `mark_dirty_again` and `inbox`.
     arrived: Arc<OwnedFd>,
-    api: Arc<Bell>,
+    api: Arc<Waker>,
     thread: Option<JoinHandle<()>>,
     socket_file: Option<SocketFile>,
 }
 
-/// A command from a client that waits for the answer.
+/// A command of a client that waits for the answer.
 #[derive(Debug)]
 pub struct Request {
-    /// What to do.
+    /// The command.
     pub command: Command,
-    /// Where the answer goes.
+    /// The way back to the client.
     pub reply_to: ReplyTo,
 }
 
-/// The way back to the client. Dropped without an answer, it tells the client that there is none.
+/// The way back to the client. Dropping it without an answer sends [`CommandError::NoAnswer`].
 #[derive(Debug)]
 pub struct ReplyTo {
     slot: usize,
     answers: mpsc::Sender<Answer>,
-    api: Arc<Bell>,
+    api: Arc<Waker>,
     answered: bool,
 }
 
-/// What a client is told whose command gets no answer.
-pub(super) const NO_ANSWER: &str = "the command got no answer: the microVM is ending";
-
-/// What the API thread gets back.
+/// An answer of the main thread.
 #[derive(Debug)]
 pub(super) struct Answer {
-    /// Which connection asked.
+    /// The slot of the connection that asked.
     pub(super) slot: usize,
     pub(super) result: Result<Reply, CommandError>,
 }
@@ -75,59 +72,55 @@ pub(super) struct Outbox {
     arrived: Arc<OwnedFd>,
     answers: mpsc::Receiver<Answer>,
     to_answer: mpsc::Sender<Answer>,
-    api: Arc<Bell>,
+    api: Arc<Waker>,
 }
 
-/// What wakes the API thread, and tells it when to end.
+/// Wakes the API thread, and tells it when to end.
 #[derive(Debug)]
-struct Bell {
-    wake: OwnedFd,
+struct Waker {
+    event: EventFd,
     stop: AtomicBool,
 }
 
-impl Bell {
-    fn ring(&self) {
-        // It can fail only by a counter that is at its limit: then the thread is awake as it is.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-    }
-}
-
 /// Both ends, with no thread between them yet.
-pub(super) fn channel(socket_file: SocketFile) -> Result<(Requests, Outbox), Errno> {
+pub(super) fn channel(socket_file: SocketFile) -> io::Result<(Requests, Outbox)> {
     let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
     let arrived = Arc::new(eventfd(0, flags | EventfdFlags::SEMAPHORE)?);
-    let api = Arc::new(Bell { wake: eventfd(0, flags)?, stop: AtomicBool::new(false) });
+    let api = Arc::new(Waker { event: EventFd::new()?, stop: AtomicBool::new(false) });
     let (commands, inbox) = mpsc::channel();
     let (to_answer, answers) = mpsc::channel();
     let outbox =
         Outbox { commands, arrived: Arc::clone(&arrived), answers, to_answer, api: Arc::clone(&api) };
-    let put_back = RefCell::default();
-    Ok((Requests { inbox, put_back, arrived, api, thread: None, socket_file: Some(socket_file) }, outbox))
+    let mark_dirty_again = RefCell::default();
+    Ok((
+        Requests { inbox, mark_dirty_again, arrived, api, thread: None, socket_file: Some(socket_file) },
+        outbox,
+    ))
 }
 
 impl Requests {
-    /// The thread to wait for at the end.
+    /// Sets the API thread, which is joined at the end.
     pub(super) fn set_thread(&mut self, thread: JoinHandle<()>) {
         self.thread = Some(thread);
     }
 
-    /// The next request, if there is one. Never waits.
+    /// The next request, if there is one. Does not wait.
     pub fn try_recv(&self) -> Option<Request> {
         // One count is one request, and the request went in first.
         let mut count = [0; 8];
         rustix::io::read(&*self.arrived, &mut count).ok()?;
-        let first = self.put_back.borrow_mut().pop_front();
+        let first = self.mark_dirty_again.borrow_mut().pop_front();
         first.or_else(|| self.inbox.try_recv().ok())
     }
 
-    /// Puts requests back that came from [`Self::try_recv`] and have to wait: they are the next
+    /// Puts requests back that [`Self::try_recv`] returned and that have to wait. They are the next
     /// ones, in this order.
-    pub fn put_back(&self, requests: Vec<Request>) {
+    pub fn mark_dirty_again(&self, requests: Vec<Request>) {
         let count = requests.len() as u64;
         if count == 0 {
             return;
         }
-        let mut waiting = self.put_back.borrow_mut();
+        let mut waiting = self.mark_dirty_again.borrow_mut();
         requests.into_iter().rev().for_each(|request| waiting.push_front(request));
         let written = rustix::io::write(&*self.arrived, &count.to_ne_bytes());
         debug_assert!(written.is_ok(), "at most one count per connection");
@@ -142,28 +135,28 @@ impl AsFd for Requests {
 
 impl Drop for Requests {
     fn drop(&mut self) {
-        // First nobody new; then the thread, which sends out the last answers and refuses the rest.
+        // First no new clients. Then the thread, which sends the last answers and refuses the rest.
         self.socket_file = None;
         self.api.stop.store(true, Ordering::Release);
-        self.api.ring();
+        self.api.event.signal();
         if let Some(thread) = self.thread.take() {
-            // It panicked if this fails, and has said so.
+            // An error is a panic of the thread, which was logged.
             let _ = thread.join();
         }
     }
 }
 
 impl ReplyTo {
-    /// Answers the client. It never waits, and the client may be gone.
+    /// Answers the client, which may have hung up. Does not wait.
     pub fn send(mut self, result: Result<Reply, CommandError>) {
         self.answer(result);
     }
 
     fn answer(&mut self, result: Result<Reply, CommandError>) {
         self.answered = true;
-        // It fails only when the API thread has ended, and the connection with it.
+        // It fails only if the API thread has ended, and the connection with it.
         if self.answers.send(Answer { slot: self.slot, result }).is_ok() {
-            self.api.ring();
+            self.api.event.signal();
         }
     }
 }
@@ -171,17 +164,17 @@ impl ReplyTo {
 impl Drop for ReplyTo {
     fn drop(&mut self) {
         if !self.answered {
-            self.answer(Err(CommandError::new(NO_ANSWER)));
+            self.answer(Err(CommandError::NoAnswer));
         }
     }
 }
 
 impl Outbox {
-    /// Sends `command` to the main thread. The answer comes under `slot`, always.
+    /// Sends `command` to the main thread. An answer for `slot` always follows.
     pub(super) fn send(&self, slot: usize, command: Command) {
         let reply_to =
             ReplyTo { slot, answers: self.to_answer.clone(), api: Arc::clone(&self.api), answered: false };
-        // If nobody is there to take it, dropping it answers it.
+        // If the main thread has dropped its end, the dropped request answers itself.
         if self.commands.send(Request { command, reply_to }).is_ok() {
             let written = rustix::io::write(&*self.arrived, &1_u64.to_ne_bytes());
             debug_assert!(written.is_ok(), "at most one count per connection");
@@ -193,15 +186,14 @@ impl Outbox {
         self.answers.try_recv().ok()
     }
 
-    /// What is readable when there may be an answer, or the thread is to end.
+    /// A descriptor that is readable when there may be an answer, or the thread is to end.
     pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.api.wake.as_fd()
+        self.api.event.as_fd()
     }
 
-    /// Makes [`Outbox::wake_fd`] quiet until the next ring.
-    pub(super) fn hush(&self) {
-        let mut count = [0; 8];
-        let _ = rustix::io::read(&self.api.wake, &mut count);
+    /// Makes [`Outbox::wake_fd`] unreadable until the next wake-up.
+    pub(super) fn clear_wake(&self) {
+        self.api.event.take();
     }
 
     /// Whether the thread is to end.

@@ -1,4 +1,4 @@
-//! One client's connection: reads what it can use, sends what it has, and never waits.
+//! One client's connection: reads and sends without waiting.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -8,17 +8,19 @@ use rustix::{
     net::{RecvFlags, SendFlags, recv, send},
 };
 
-use super::{Limits, route};
+use super::limits::Limits;
+use super::routes::route;
 use crate::{
     Command, CommandError, Reply,
     http::{Decoded, Decoder, Request, Response, Version, put_continue},
 };
 
-/// Bytes read at once.
+/// Most bytes of one read.
 const READ_LEN: usize = 4096;
-/// A buffer that grew above this is given back when it is empty.
+/// A buffer that grew above this capacity is shrunk when it is empty.
 const KEEP_CAPACITY: usize = 4096;
-/// Most steps (a read, a request, an answer) at one go, so that one busy client does not keep others waiting.
+/// Most steps (a read, a request, an answer) in one call, so that one busy client does not delay
+/// others.
 const STEPS_AT_A_TIME: usize = 64;
 
 /// A client's connection.
@@ -26,18 +28,18 @@ const STEPS_AT_A_TIME: usize = 64;
 pub(super) struct Connection {
     socket: OwnedFd,
     decoder: Decoder,
-    /// The answer on its way out, of which `sent` bytes are gone.
+    /// The answer that is being sent, of which `sent` bytes are sent.
     output: Vec<u8>,
     sent: usize,
     /// How to answer the request that is with the main thread, if there is one.
     awaited: Option<Awaited>,
-    /// Whether the client sends no more.
+    /// Whether the client has shut down its sending side.
     input_ended: bool,
-    /// Whether the connection closes when the output is gone.
+    /// Whether the connection closes when the output is sent.
     closing: bool,
 }
 
-/// How to answer a request.
+/// How to answer the request that is with the main thread.
 #[derive(Debug)]
 struct Awaited {
     version: Version,
@@ -45,24 +47,25 @@ struct Awaited {
     deprecated: bool,
 }
 
-/// How a connection goes on.
+/// When to call [`Connection::advance`] again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
-    /// When its socket is ready for this; if for nothing, when the main thread has answered.
+    /// When the socket is ready for these events. If there are none, when the main thread has
+    /// answered.
     When(EventFlags),
-    /// At once, after the others had their turn.
+    /// Soon, after the other connections.
     Again,
-    /// Not at all.
+    /// Never: the connection is closed.
     Close,
 }
 
-/// What one attempt to read or to write came to.
+/// The outcome of an attempt to read or to write.
 enum Moved {
     /// There may be more to do.
     All,
     /// The socket is not ready.
     Blocked,
-    /// The client is gone.
+    /// The client has closed the connection, or it failed.
     Broken,
 }
 
@@ -80,8 +83,8 @@ impl Connection {
         }
     }
 
-    /// Does what can be done now. A command that comes up goes to `dispatch`; its answer comes by
-    /// [`Connection::answer`].
+    /// Does what can be done without waiting. A complete command goes to `dispatch`; its answer
+    /// comes through [`Connection::answer`].
     pub(super) fn advance(&mut self, mut dispatch: impl FnMut(Command)) -> Next {
         for _ in 0..STEPS_AT_A_TIME {
             match self.flush() {
@@ -113,7 +116,7 @@ impl Connection {
         Next::Again
     }
 
-    /// Takes the main thread's answer. What is left to do, [`Connection::advance`] does.
+    /// Takes the main thread's answer. [`Connection::advance`] sends it.
     pub(super) fn answer(&mut self, result: Result<Reply, CommandError>) {
         let Some(Awaited { version, keep_alive, deprecated }) = self.awaited.take() else { return };
         let response = match result {
@@ -141,7 +144,7 @@ impl Connection {
         self.closing |= !keep_alive;
     }
 
-    /// Sends what there is to send.
+    /// Sends the output.
     fn flush(&mut self) -> Moved {
         while self.sent < self.output.len() {
             match send(&self.socket, &self.output[self.sent..], SendFlags::NOSIGNAL) {
@@ -157,13 +160,13 @@ impl Connection {
         Moved::All
     }
 
-    /// Reads a piece.
+    /// Reads at most [`READ_LEN`] bytes.
     fn fill(&mut self) -> Moved {
-        let mut piece = [0; READ_LEN];
+        let mut buffer = [0; READ_LEN];
         loop {
-            match recv(&self.socket, &mut piece, RecvFlags::empty()) {
+            match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
                 Ok((0, _)) => self.input_ended = true,
-                Ok((len, _)) => self.decoder.push(&piece[..len]),
+                Ok((len, _)) => self.decoder.push(&buffer[..len]),
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => return Moved::Blocked,
                 Err(_) => return Moved::Broken,

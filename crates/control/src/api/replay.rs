@@ -1,20 +1,22 @@
-//! A client's bytes as commands, without socket or threads: what a fuzzer drives.
+//! [`replay`]: turns the bytes of a connection into commands without a socket or threads, for
+//! fuzzing.
 
-use super::{Limits, RouteError, Routed, route};
+use super::limits::Limits;
+use super::routes::{RouteError, Routed, route};
 use crate::http::{Decoded, Decoder, Refusal};
 
-/// What the API makes of one request.
+/// The outcome of one request.
 #[derive(Debug)]
 pub enum Replayed {
     /// A command for the main thread.
     Command(Routed),
-    /// Nothing that the API knows: a fault.
+    /// A request that the API does not know: a fault.
     Fault(RouteError),
-    /// Nothing that it can read: a protocol error.
+    /// Bytes that are not HTTP: a protocol error.
     Refused(Refusal),
 }
 
-/// What the API makes of a connection on which `pieces` arrive one after the other.
+/// The outcomes of a connection on which `pieces` arrive one after the other.
 pub fn replay<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, limits: &Limits) -> Vec<Replayed> {
     let mut decoder = Decoder::new(limits.max_head, limits.max_payload);
     let mut out = Vec::new();
@@ -43,7 +45,7 @@ mod tests {
     use crate::Command;
 
     #[test]
-    fn a_connection_becomes_commands_and_refusals_in_order() {
+    fn connection_becomes_commands_and_errors_in_order() {
         let bytes = b"GET /version HTTP/1.1\r\n\r\nGET /nowhere HTTP/1.1\r\n\r\nnonsense\r\n";
         let out = replay([&bytes[..]], &Limits::default());
         let [Replayed::Command(routed), Replayed::Fault(_), Replayed::Refused(_)] = out.as_slice() else {
@@ -54,7 +56,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..64), 0..16)) {
+        fn no_bytes_cause_a_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..64), 0..16)) {
             replay(pieces.iter().map(Vec::as_slice), &Limits::default());
         }
     }

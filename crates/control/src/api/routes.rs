@@ -1,7 +1,7 @@
-//! Which request is which [`Command`].
+//! [`route`]: the table of endpoints, which turns a request into a [`Command`].
 //!
-//! A new endpoint is a line in [`route`]'s table. Paths are read as Firecracker reads them: several leading slashes are one, a
-//! trailing one is ignored, and so are segments after those that name the endpoint.
+//! Paths are read as Firecracker reads them: several leading slashes count as one, a trailing one
+//! is ignored, and so are segments after those that name the endpoint.
 
 use config::{
     Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
@@ -15,19 +15,19 @@ use crate::{
     http::{Method, Request},
 };
 
-/// What a request asks for.
+/// A request that was understood.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Routed {
-    /// The command, its bounds checked.
+    /// The command. All bounds that need no microVM are checked.
     pub command: Command,
-    /// Whether it used something deprecated, which the answer says in a header.
+    /// Whether the request used a deprecated field. The answer then has a header that says so.
     pub deprecated: bool,
 }
 
-/// A request that asks for nothing that there is.
+/// Why a request is no command.
 #[derive(Debug, thiserror::Error)]
 pub enum RouteError {
-    /// No such path, or not with this method.
+    /// There is no such path, or not with this method.
     #[error("there is no {method} {path} in this API")]
     NotFound {
         /// The method given.
@@ -35,17 +35,17 @@ pub enum RouteError {
         /// The path given.
         path: String,
     },
-    /// An endpoint of Firecracker's for something that this version does not have.
+    /// An endpoint of Firecracker that this version does not support.
     #[error("{method} {path}: this version does not support {what}")]
     Unsupported {
         /// The method given.
         method: &'static str,
         /// The path given.
         path: String,
-        /// What is not there.
+        /// What is not supported.
         what: &'static str,
     },
-    /// A body where none is read.
+    /// A body where none is expected.
     #[error("{method} {path} takes no body, and this one has {len} bytes")]
     UnexpectedBody {
         /// The method given.
@@ -55,7 +55,7 @@ pub enum RouteError {
         /// The body's length.
         len: usize,
     },
-    /// No body where one is needed.
+    /// No body where one is required.
     #[error("{method} {path} needs a JSON body, with its Content-Length")]
     MissingBody {
         /// The method given.
@@ -63,17 +63,17 @@ pub enum RouteError {
         /// The path given.
         path: String,
     },
-    /// A body that is not the JSON that belongs there.
+    /// A body that is not valid JSON for this endpoint.
     #[error("the body of {method} {path} cannot be read: {error}")]
     BadBody {
         /// The method given.
         method: &'static str,
         /// The path given.
         path: String,
-        /// The field, and where: line and column.
+        /// The field, and its line and column.
         error: serde_json::Error,
     },
-    /// A change of nothing.
+    /// An update without any field.
     #[error("PATCH {path} names no field to change")]
     EmptyUpdate {
         /// The path given.
@@ -82,12 +82,12 @@ pub enum RouteError {
     /// A value out of bounds.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// An id in the path that is none.
+    /// An id in the path that is not well-formed.
     #[error("the path names no resource: {0}")]
     Id(#[from] IdError),
 }
 
-/// The command that `request` stands for.
+/// Turns `request` into its command.
 pub fn route(request: &Request) -> Result<Routed, RouteError> {
     let Some(path) = request.path.strip_prefix('/') else { return Err(not_found(request)) };
     let segments: Vec<&str> = path.trim_start_matches('/').split_terminator('/').collect();
@@ -143,7 +143,7 @@ fn put_machine_config(request: &Request) -> Result<Routed, RouteError> {
     Ok(Routed { deprecated: config.cpu_template.is_some(), command: Command::PutMachineConfig(config) })
 }
 
-/// Whether the change fits what it changes, only the main thread knows: it checks the bounds.
+/// The main thread checks the bounds, because only it knows the present configuration.
 fn patch_machine_config(request: &Request) -> Result<Routed, RouteError> {
     let update: MachineConfigUpdate = body(request)?;
     if update.is_empty() {
@@ -171,7 +171,7 @@ fn put_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
     Ok(plain(Command::PutDrive(drive)))
 }
 
-/// Whether the change fits the drive, only the main thread knows.
+/// The main thread checks whether the update fits the drive.
 fn patch_drive(request: &Request, id: &str) -> Result<Routed, RouteError> {
     let update: DriveUpdate = body(request)?;
     check_drive_id(id, &update.drive_id)?;
@@ -188,7 +188,7 @@ fn put_network(request: &Request, id: &str) -> Result<Routed, RouteError> {
     Ok(plain(Command::PutNetwork(network)))
 }
 
-/// Whether the change fits the interface, only the main thread knows.
+/// The main thread checks whether the update fits the interface.
 fn patch_network(request: &Request, id: &str) -> Result<Routed, RouteError> {
     let update: NetworkInterfaceUpdate = body(request)?;
     check_iface_id(id, &update.iface_id)?;
@@ -207,7 +207,7 @@ fn put_vsock(request: &Request) -> Result<Routed, RouteError> {
     Ok(Routed { deprecated: vsock.vsock_id.is_some(), command: Command::PutVsock(vsock) })
 }
 
-/// Whether its interfaces are there, only the main thread knows.
+/// The main thread checks whether the interfaces exist.
 fn put_mmds_config(request: &Request) -> Result<Routed, RouteError> {
     let config: MmdsConfig = body(request)?;
     config.check()?;
@@ -233,7 +233,7 @@ fn put_fork(request: &Request) -> Result<Routed, RouteError> {
     Ok(plain(Command::Fork(fork)))
 }
 
-/// The id in a path is well-formed, and the body's.
+/// Checks that the id in the path is well-formed, and that it is the body's.
 fn check_drive_id(path: &str, body: &str) -> Result<(), RouteError> {
     check_id(path, body, |path, body| DriveError::IdMismatch { body, path })
 }
@@ -262,12 +262,12 @@ fn put_action(request: &Request) -> Result<Routed, RouteError> {
     }))
 }
 
-/// A command by something that is not deprecated.
+/// A command without deprecated fields.
 fn plain(command: Command) -> Routed {
     Routed { command, deprecated: false }
 }
 
-/// A command that a request without a body stands for.
+/// A command whose request must have no body.
 fn question(request: &Request, command: Command) -> Result<Routed, RouteError> {
     if request.body.is_empty() {
         return Ok(plain(command));
@@ -276,7 +276,7 @@ fn question(request: &Request, command: Command) -> Result<Routed, RouteError> {
     Err(RouteError::UnexpectedBody { method, path, len: request.body.len() })
 }
 
-/// The body of a request that must have one.
+/// Parses the body of a request that must have one.
 fn body<T: DeserializeOwned>(request: &Request) -> Result<T, RouteError> {
     let (method, path) = name(request);
     if request.body.is_empty() {
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn questions_are_known() {
+    fn get_requests_become_commands() {
         for (path, expected) in [
             ("/", Command::DescribeInstance),
             ("/version", Command::GetVersion),
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn put_machine_config_is_known_with_all_its_fields() {
+    fn put_machine_config_reads_all_fields() {
         let body =
             r#"{"vcpu_count":4,"mem_size_mib":512,"smt":true,"track_dirty_pages":true,"huge_pages":"2M"}"#;
         let expected = MachineConfig {
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn patch_machine_config_is_known_and_may_not_be_empty() {
+    fn patch_machine_config_must_not_be_empty() {
         let expected = MachineConfigUpdate { vcpu_count: Some(2), ..MachineConfigUpdate::default() };
         assert_eq!(
             command(Method::Patch, "/machine-config", r#"{"vcpu_count":2}"#),
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cpu_template_is_deprecated_and_nothing_else_is() {
+    fn only_cpu_template_is_deprecated_in_machine_config() {
         let put = r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":"T2"}"#;
         let routed = route(&request(Method::Put, "/machine-config", put)).unwrap();
         assert!(routed.deprecated);
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn put_boot_source_is_known() {
+    fn put_boot_source_reads_all_fields() {
         let body = r#"{"kernel_image_path":"vmlinux","initrd_path":"initrd","boot_args":"quiet"}"#;
         let expected = BootSource {
             kernel_image_path: "vmlinux".into(),
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn put_logger_is_known() {
+    fn put_logger_reads_all_fields() {
         let body =
             r#"{"log_path":"log","level":"warn","show_level":true,"show_log_origin":false,"module":"m"}"#;
         let expected = Logger {
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn put_serial_is_known() {
+    fn put_serial_reads_all_fields() {
         let body = r#"{"serial_out_path":"out","rate_limiter":{"size":1,"refill_time":2}}"#;
         let bucket = TokenBucket { size: 1, one_time_burst: None, refill_time: 2 };
         let expected = Serial { serial_out_path: Some("out".into()), rate_limiter: Some(bucket) };
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn put_vsock_is_known_and_its_id_is_deprecated() {
+    fn put_vsock_reads_all_fields_and_its_id_is_deprecated() {
         let body = r#"{"guest_cid":3,"uds_path":"/v.sock"}"#;
         let expected =
             Vsock { guest_cid: 3, uds_path: "/v.sock".into(), vsock_id: None, seqpacket_uds_path: None };
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_is_set_changed_and_told() {
+    fn mmds_requests_become_commands() {
         assert_eq!(command(Method::Get, "/mmds", ""), Command::GetMmds);
         let contents = serde_json::json!({"a":{"b":null}});
         let body = contents.to_string();
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_version_of_the_metadata_service_is_deprecated() {
+    fn mmds_version_1_is_deprecated() {
         for (version, deprecated) in [(r#","version":"V1""#, true), ("", true), (r#","version":"V2""#, false)]
         {
             let body = format!(r#"{{"network_interfaces":["eth0"]{version}}}"#);
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn actions_are_known() {
+    fn actions_become_commands() {
         for (action, expected) in [
             ("InstanceStart", Command::Start),
             ("FlushMetrics", Command::FlushMetrics),
@@ -445,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn patch_vm_is_known() {
+    fn patch_vm_pauses_and_resumes() {
         for (state, expected) in [("Paused", VmState::Paused), ("Resumed", VmState::Resumed)] {
             let body = format!(r#"{{"state":"{state}"}}"#);
             assert_eq!(command(Method::Patch, "/vm", &body), Command::SetVmState(expected));
@@ -523,7 +523,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_is_needed_to_set_and_refused_to_ask() {
+    fn put_needs_a_body_and_get_must_not_have_one() {
         for (method, path) in [
             (Method::Put, "/machine-config"),
             (Method::Patch, "/machine-config"),
@@ -544,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_body_is_refused_with_field_line_and_column() {
+    fn malformed_body_is_refused_with_field_line_and_column() {
         let error = refusal(Method::Put, "/machine-config", "{\n\"vcpu_count\":1,\n\"cpus\":2}");
         assert!(error.contains("`cpus`") && error.contains("line 3 column"), "{error}");
         let error = refusal(Method::Put, "/machine-config", r#"{"mem_size_mib":128}"#);

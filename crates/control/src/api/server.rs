@@ -1,10 +1,7 @@
-//! The API thread: one `epoll` over the listener, the connections and the main thread's bell.
+//! The API thread: one `epoll` over the listener, the connections and the main thread's wake-ups.
 
 use std::{
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixListener,
-    },
+    os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
 
@@ -18,47 +15,47 @@ use rustix::{
 };
 
 use super::{
-    Limits,
-    channel::{NO_ANSWER, Outbox},
+    channel::Outbox,
     connection::{Connection, Next},
+    limits::Limits,
 };
 use crate::{CommandError, http::TOO_MANY_CONNECTIONS};
 
-/// Events taken from the kernel at once.
+/// Most events of one `epoll_wait`.
 const EVENTS_AT_A_TIME: usize = 16;
-/// How long new connections wait when the process has no descriptor or memory for them.
+/// How long new connections wait if the process has no descriptor or memory for them.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The kernel's name for the listener; connections have the number of their slot.
+/// The epoll data of the listener. Connections have the number of their slot.
 const LISTENER: u64 = u64::MAX;
-/// The kernel's name for the main thread's bell.
-const BELL: u64 = u64::MAX - 1;
+/// The epoll data of the main thread's wake-ups.
+const WAKE: u64 = u64::MAX - 1;
 
 /// The API thread's state.
 pub(super) struct Server {
     epoll: OwnedFd,
-    listener: UnixListener,
-    /// Whether the listener is watched; not for a while after it could not accept.
+    listener: OwnedFd,
+    /// Whether the listener is watched. It is not for [`ACCEPT_PAUSE`] after an accept failed.
     accepting: bool,
     outbox: Outbox,
     limits: Limits,
-    /// At most `limits.max_connections` of them, made when first needed.
+    /// The connections: at most `limits.max_connections`, allocated when first needed.
     slots: Vec<Option<Slot>>,
 }
 
 struct Slot {
     connection: Connection,
-    /// What the kernel watches it for; if nothing, it does not know it.
+    /// The events that epoll watches it for. If there are none, it is not in the epoll.
     watched: EventFlags,
-    /// Whether it goes on without an event.
+    /// Whether it is advanced again without an event.
     again: bool,
 }
 
 impl Server {
-    pub(super) fn new(listener: UnixListener, outbox: Outbox, limits: Limits) -> Result<Server, Errno> {
+    pub(super) fn new(listener: OwnedFd, outbox: Outbox, limits: Limits) -> Result<Server, Errno> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
-        epoll::add(&epoll, outbox.wake_fd(), EventData::new_u64(BELL), EventFlags::IN)?;
+        epoll::add(&epoll, outbox.wake_fd(), EventData::new_u64(WAKE), EventFlags::IN)?;
         Ok(Server { epoll, listener, accepting: true, outbox, limits, slots: Vec::new() })
     }
 
@@ -73,7 +70,7 @@ impl Server {
             for event in &events[..count] {
                 match event.data.u64() {
                     LISTENER => self.accept(),
-                    BELL => self.outbox.hush(),
+                    WAKE => self.outbox.clear_wake(),
                     slot => self.advance(slot as usize),
                 }
             }
@@ -89,18 +86,18 @@ impl Server {
                 }
             }
         }
-        self.give_up();
+        self.refuse_all();
     }
 
-    /// Tells those who still wait for an answer that there will be none.
-    fn give_up(&mut self) {
+    /// Answers the connections that still wait with an error.
+    fn refuse_all(&mut self) {
         for slot in self.slots.iter_mut().flatten() {
-            slot.connection.answer(Err(CommandError::new(NO_ANSWER)));
+            slot.connection.answer(Err(CommandError::NoAnswer));
             slot.connection.advance(|_| ());
         }
     }
 
-    /// Waits for events, and says how many there are.
+    /// Waits for events. Returns how many there are.
     fn wait(&mut self, events: &mut [Event]) -> usize {
         let timeout = if self.slots.iter().flatten().any(|slot| slot.again) {
             Some(Duration::ZERO)
@@ -122,15 +119,15 @@ impl Server {
         count
     }
 
-    /// Takes one client that waits for a connection; if more wait, the kernel says so again.
+    /// Accepts one client. The listener stays readable if more wait.
     fn accept(&mut self) {
         match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => self.open(socket),
             Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                // It would be ready at once, again and again.
+                // The listener would be readable again at once.
                 self.accepting = epoll::delete(&self.epoll, &self.listener).is_err();
             }
-            // Somebody came and went.
+            // The client hung up meanwhile.
             Err(_) => (),
         }
     }
@@ -138,7 +135,8 @@ impl Server {
     fn open(&mut self, socket: OwnedFd) {
         let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
         if free >= self.limits.max_connections {
-            // A new connection has room for this. If not, the client learns it from the close.
+            // The empty send buffer of a new connection takes this. Otherwise the client sees the
+            // close.
             let _ = send(&socket, TOO_MANY_CONNECTIONS, SendFlags::NOSIGNAL);
             return;
         }
@@ -147,18 +145,18 @@ impl Server {
             self.slots.push(None);
         }
         self.slots[free] = Some(Slot { connection, watched: EventFlags::empty(), again: false });
-        self.go_on(free, Next::When(EventFlags::IN));
+        self.schedule(free, Next::When(EventFlags::IN));
     }
 
-    /// Does what a connection can do now. A slot that was emptied in the same round is none.
+    /// Advances a connection. A slot that was emptied by an earlier event is skipped.
     fn advance(&mut self, number: usize) {
         let Some(slot) = self.slots.get_mut(number).and_then(Option::as_mut) else { return };
         let next = slot.connection.advance(|command| self.outbox.send(number, command));
-        self.go_on(number, next);
+        self.schedule(number, next);
     }
 
-    /// Sees to it that a connection goes on as `next` says.
-    fn go_on(&mut self, number: usize, next: Next) {
+    /// Schedules the next step of a connection.
+    fn schedule(&mut self, number: usize, next: Next) {
         let Some(slot) = self.slots.get_mut(number).and_then(Option::as_mut) else { return };
         let kept = match next {
             Next::Close => false,
@@ -174,8 +172,8 @@ impl Server {
     }
 }
 
-/// Has the kernel watch a connection for `flags`. For nothing means not at all: a client that hung up would otherwise be
-/// reported again and again while its command is with the main thread.
+/// Sets the events that epoll watches a connection for. With no events it is removed: a client that
+/// hung up would otherwise be reported again and again while its command is with the main thread.
 fn watch(epoll: &OwnedFd, number: usize, slot: &mut Slot, flags: EventFlags) -> Result<(), Errno> {
     let socket = slot.connection.as_fd();
     let data = EventData::new_u64(number as u64);

@@ -1,8 +1,8 @@
 //! `PUT /snapshot/create`.
 //!
 //! Both targets are checked before anything is paused, synced or written. What waits for disks is a
-//! [task](crate::task): questions are answered meanwhile, and a snapshot that is cancelled leaves
-//! the guest, its dirty pages and the old files as they were.
+//! [task](crate::task): questions are answered meanwhile. A snapshot that is cancelled leaves the
+//! guest, its dirty pages and the old files as they were.
 
 use std::os::fd::AsRawFd;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -14,238 +14,236 @@ use memory::image::{self, ImageError, ImageInfo, Observer, WrittenImage};
 use memory::{GuestRam, PageSet};
 use snapshot::{AtomicFile, Header, Staged, Writer};
 
-use super::job::{self, Job, Worker};
-use super::{KIND, SavedConfig};
-use crate::controller::{Controller, Host, State};
-use crate::fork::disks::{Plan, Planner, write_back_disks};
-use crate::fork::files::NewFiles;
-use crate::task::{self, Token};
+use super::config::{KIND, SavedConfig};
+use crate::drive_commands::{settle_swaps, switch_to_overlays, write_back};
+use crate::host::Host;
+use crate::live_snapshot::{self, LiveSnapshotJob, SnapshotWriter};
+use crate::microvm::MicroVm;
+use crate::overlays::files::NewFiles;
+use crate::overlays::plan::OverlayPlan;
+use crate::pause::{pause, resume_after_pause};
+use crate::task::{SnapshotPaths, Tasks};
+use crate::token::Token;
 use crate::{CommandError, Reply};
 
-/// All that goes into a snapshot but the memory's contents.
-pub(crate) struct Picture {
-    pub(crate) config: SavedConfig,
-    pub(crate) machine: MachineState,
-    pub(crate) created_by: String,
+/// Everything that goes into a snapshot, without the memory's contents.
+struct SnapshotContents {
+    config: SavedConfig,
+    machine: MachineState,
+    created_by: String,
     /// The pages of a Diff; `None` for a Full snapshot.
-    pub(crate) pages: Option<PageSet>,
+    pages: Option<PageSet>,
 }
 
-impl<H: Host> Controller<H> {
-    /// Saves the microVM: a paused one at once, a live one in a job.
-    pub(crate) fn create_snapshot(&mut self, create: &SnapshotCreate) -> Result<Reply, CommandError> {
-        if let Some(job) = &mut self.job
-            && job.is_running()
-        {
-            return Err(CommandError::new(
-                "a live snapshot is being written: GET /snapshot/job tells how far it is",
-            ));
-        }
-        if !create.live && !matches!(self.state, State::Paused(_)) {
-            return Err(CommandError::new(format_args!(
-                "PUT /snapshot/create needs a paused microVM, and it is {} (live snapshots need not: \"live\": true)",
-                self.phase().name()
-            )));
-        }
-        let drives = self.config.drives.clone();
-        let targets = create.clone();
-        // On a file system that does not answer, this waits as well.
-        self.task(Some(&job_of(create)), move |_| check_targets(&targets, &drives))??;
-        if create.live {
-            let begun = self.begin_job(create);
-            self.merge_many_layers();
-            return begun;
-        }
-        let disks = self.disks_by_id();
-        self.task(Some(&job_of(create)), move |token| sync_disks(&disks, token))??;
-        let State::Paused(machine) = &self.state else {
-            return Err(CommandError::new("there is no machine to save"));
-        };
-        let (picture, taken) =
-            self.picture(machine, create.snapshot_type, self.config.clone(), Vec::new())?;
-        let ram = machine.ram().clone();
-        let (of_task, targets) = (ram.clone(), create.clone());
-        let written = self
-            .task_that_commits(Some(&job_of(create)), move |token| {
-                picture.write_and_commit(&of_task, &targets, token)
-            })
-            .map_err(CommandError::from)
-            .flatten();
-        if let (Err(_), Some(taken)) = (&written, taken) {
-            ram.mark_dirty_again(&taken);
-        }
-        written.map(|()| Reply::Empty)
+/// Saves the microVM: a paused one at once, a live one in a job.
+pub(crate) fn create<H: Host>(
+    vm: &mut MicroVm,
+    tasks: &mut Tasks<H>,
+    create: &SnapshotCreate,
+) -> Result<Reply, CommandError> {
+    if vm.live_snapshot.as_mut().is_some_and(LiveSnapshotJob::is_running) {
+        return Err(CommandError::SnapshotJobRunning);
     }
-
-    /// The disks of the drives, with the drives' ids: for a task.
-    pub(crate) fn disks_by_id(&self) -> Vec<(String, Disk)> {
-        let ids = self.config.drives.iter().map(|drive| drive.drive_id.clone());
-        ids.zip(self.disks.iter().cloned()).collect()
+    if !create.live && vm.lifecycle.paused().is_none() {
+        return Err(CommandError::SnapshotNotPaused { phase: vm.lifecycle.phase().name() });
     }
-
-    /// Begins a job: the guest stands still for a moment, and goes on as it was.
-    fn begin_job(&mut self, create: &SnapshotCreate) -> Result<Reply, CommandError> {
-        if let Some(machine) = self.machine() {
-            machine.ram().fork_check().map_err(CommandError::new)?;
-        }
-        let paths = [&create.snapshot_path, &create.mem_file_path];
-        // Disks as they are at that moment become a base, as in a fork: this microVM goes on on overlays.
-        let named = create.drives.iter().map(|overlay| &overlay.overlay).chain(paths).cloned();
-        let planner = Planner::new(&self.config.drives, &self.disks, named);
-        let (id, of_task) = (self.identity.id.clone(), create.drives.clone());
-        let (plan, files) = self.task(None, move |_| {
-            let mut files = NewFiles::default();
-            planner.plan(&id, &of_task, &mut files).map(|plan| (plan, files))
-        })??;
-        let saved = Plan::of_saved(&self.config.drives, &plan, &create.snapshot_path);
-        let ends =
-            job::pair(create).map_err(|e| CommandError::new(format_args!("cannot make a pipe: {e}")))?;
-
-        let bases = self.bases();
-        saved.apply(&mut bases.clone(), &self.unwritten())?;
-        let disks = self.disks_by_id();
-        self.task(None, move |_| write_back_disks(&disks))??;
-        let was_running = matches!(self.state, State::Running(_));
-        let begin = Instant::now();
-        self.pause()?;
-        let job = self.split_job(create, ends, (&plan, &saved), bases.clone());
-        let resumed = if was_running { self.resume_after_pause() } else { Ok(()) };
-        let pause_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
-        files.keep(|path| self.has_overlay(path));
-        self.settle_disks();
-        self.keep_merged(&bases, job.is_ok());
-        let mut job = job?;
-        job.set_pause(pause_us);
-        let reply = job.describe();
-        self.job = Some(job);
-        resumed?;
-        Ok(reply)
+    let (targets, drives) = (create.clone(), vm.backends.drives.configs());
+    // On a file system that does not answer, this waits as well.
+    tasks.run(vm, Some(&paths_of(create)), move |_| check_targets(&targets, &drives))??;
+    if !create.live {
+        return create_paused(vm, tasks, create);
     }
+    let created = create_live(vm, tasks, create);
+    vm.backends.drives.merge_many_layers(&vm.identity.id);
+    created
+}
 
-    /// What happens while the guest stands still.
-    fn split_job(
-        &mut self,
-        create: &SnapshotCreate,
-        (mut job, worker): (Job, Worker),
-        (plan, saved): (&Plan, &Plan),
-        bases: Vec<Drive>,
-    ) -> Result<Job, CommandError> {
-        let unwritten = self.unwritten();
-        self.put_overlays(plan, &unwritten, &bases)?;
-        let mut config = FullVmConfig { drives: bases, ..self.config.clone() };
-        saved.apply(&mut config.drives, &unwritten)?;
-        let State::Paused(machine) = &self.state else {
-            return Err(CommandError::new("there is no machine to save"));
-        };
-        let fresh = saved.drive_ids(&config.drives);
-        let (picture, taken) = self.picture(machine, create.snapshot_type, config, fresh)?;
-        let ram = machine.ram().clone();
-        ram.note_fork();
-        let mut kept = ram.descriptors();
-        kept.extend(worker.descriptors().map(|fd| fd.as_raw_fd()));
-        let (child_ram, child_create) = (ram.clone(), create.clone());
-        let write = Box::new(move || worker.run(&picture, &child_ram, &child_create));
-        let forked = self.host.fork_writer(kept, write);
-        if let Some(pages) = taken {
-            match &forked {
-                Ok(()) => job.has_taken(ram, pages),
-                Err(_) => ram.mark_dirty_again(&pages),
+fn create_paused<H: Host>(
+    vm: &MicroVm,
+    tasks: &mut Tasks<H>,
+    create: &SnapshotCreate,
+) -> Result<Reply, CommandError> {
+    let paths = paths_of(create);
+    let disks = vm.backends.drives.disks_by_id();
+    tasks.run(vm, Some(&paths), move |token| sync_disks(&disks, token))??;
+    let machine = vm.lifecycle.paused().ok_or(CommandError::NoMachine)?;
+    let (contents, taken) = capture(vm, machine, create.snapshot_type, vm.backends.config(), Vec::new())?;
+    let ram = machine.ram().clone();
+    let (of_task, targets) = (ram.clone(), create.clone());
+    let written = tasks
+        .run_committing(vm, Some(&paths), move |token| contents.write_and_commit(&of_task, &targets, token))
+        .map_err(CommandError::from)
+        .flatten();
+    if let (Err(_), Some(taken)) = (&written, taken) {
+        ram.mark_dirty_again(&taken);
+    }
+    written.map(|()| Reply::Empty)
+}
+
+/// Starts a job. The guest is paused for a moment, and then runs or is paused as before.
+fn create_live<H: Host>(
+    vm: &mut MicroVm,
+    tasks: &mut Tasks<H>,
+    create: &SnapshotCreate,
+) -> Result<Reply, CommandError> {
+    if let Some(machine) = vm.lifecycle.machine() {
+        machine.ram().fork_check()?;
+    }
+    let paths = [&create.snapshot_path, &create.mem_file_path];
+    // The disks as they are at that moment become bases, as in a fork. This microVM continues on
+    // overlays.
+    let named = create.drives.iter().map(|overlay| &overlay.overlay).chain(paths).cloned();
+    let planner = vm.backends.drives.planner(named);
+    let (id, overlays) = (vm.identity.id.clone(), create.drives.clone());
+    let (plan, files) = tasks.run(vm, None, move |_| {
+        let mut files = NewFiles::default();
+        planner.plan(&id, &overlays, &mut files).map(|plan| (plan, files))
+    })??;
+    let saved = OverlayPlan::of_saved(&vm.backends.drives.configs(), &plan, &create.snapshot_path);
+    let (job, writer) = live_snapshot::pair(create).map_err(CommandError::fork("create a pipe"))?;
+
+    let bases = vm.backends.drives.bases();
+    saved.apply(&mut bases.clone(), &vm.backends.drives.unwritten())?;
+    write_back(vm, tasks)?;
+    let was_running = vm.lifecycle.is_running();
+    let begin = Instant::now();
+    pause(vm, tasks)?;
+    let forked = fork_writer(vm, tasks, create, writer, (&plan, &saved), bases.clone());
+    let resumed = if was_running { resume_after_pause(vm, tasks) } else { Ok(()) };
+    let pause_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+    files.keep(|path| vm.backends.drives.uses_overlay(path));
+    settle_swaps(vm, tasks);
+    vm.backends.drives.keep_merged(&bases, forked.is_ok());
+    let mut job = job.started(pause_us, forked?);
+    let reply = job.describe();
+    vm.live_snapshot = Some(job);
+    resumed?;
+    Ok(reply)
+}
+
+/// The part of a live snapshot for which the guest is paused. Returns the pages that count as saved
+/// if the job succeeds.
+fn fork_writer<H: Host>(
+    vm: &mut MicroVm,
+    tasks: &mut Tasks<H>,
+    create: &SnapshotCreate,
+    writer: SnapshotWriter,
+    (plan, saved): (&OverlayPlan, &OverlayPlan),
+    bases: Vec<Drive>,
+) -> Result<Option<(GuestRam, PageSet)>, CommandError> {
+    let unwritten = vm.backends.drives.unwritten();
+    switch_to_overlays(vm, tasks, plan, &unwritten, &bases)?;
+    let mut config = FullVmConfig { drives: bases, ..vm.backends.config() };
+    saved.apply(&mut config.drives, &unwritten)?;
+    let machine = vm.lifecycle.paused().ok_or(CommandError::NoMachine)?;
+    let fresh = saved.drive_ids(&config.drives);
+    let (contents, taken) = capture(vm, machine, create.snapshot_type, config, fresh)?;
+    let ram = machine.ram().clone();
+    ram.note_fork();
+    let mut kept = ram.descriptors();
+    kept.extend(writer.descriptors().map(|fd| fd.as_raw_fd()));
+    let (childs_ram, create) = (ram.clone(), create.clone());
+    let write = Box::new(move || {
+        writer
+            .run(&create.snapshot_path, |observer| contents.write_and_commit(&childs_ram, &create, observer))
+    });
+    match tasks.host.fork_writer(kept, write) {
+        Ok(()) => Ok(taken.map(|pages| (ram, pages))),
+        Err(error) => {
+            if let Some(pages) = taken {
+                ram.mark_dirty_again(&pages);
             }
+            Err(CommandError::fork("fork this process")(error))
         }
-        match forked {
-            Ok(()) => Ok(job),
-            Err(error) => Err(CommandError::new(format_args!("cannot fork this process: {error}"))),
-        }
-    }
-
-    /// Takes the picture of a machine that stands still. The pages that were written so far (second) count as saved from here on: whoever fails
-    /// to save them puts them back.
-    fn picture(
-        &self,
-        machine: &Paused,
-        kind: SnapshotType,
-        config: FullVmConfig,
-        fresh_overlays: Vec<String>,
-    ) -> Result<(Picture, Option<PageSet>), CommandError> {
-        let state = machine.save().map_err(CommandError::new)?;
-        // Also for a Full snapshot: the next Diff is on top of this one.
-        let taken = machine.take_dirty_pages().map_err(CommandError::new)?;
-        let pages = match (kind, &taken) {
-            (SnapshotType::Full, _) => None,
-            (SnapshotType::Diff, Some(taken)) => Some(taken.clone()),
-            (SnapshotType::Diff, None) => Some(machine.ram().changed_pages().map_err(CommandError::new)?),
-        };
-        let config =
-            SavedConfig { config, pci: self.platform.pci, id: self.identity.id.clone(), fresh_overlays };
-        let created_by = format!("{} {}", self.identity.app_name, self.identity.version);
-        Ok((Picture { config, machine: state, created_by, pages }, taken))
     }
 }
 
-/// Lets the disks' files hold what the guest wrote.
+/// Saves the state of a paused machine.
+///
+/// Also returns the pages that were written so far, if that is tracked. They count as saved from
+/// now on: a caller that fails to save them marks them dirty again.
+fn capture(
+    vm: &MicroVm,
+    machine: &Paused,
+    kind: SnapshotType,
+    config: FullVmConfig,
+    fresh_overlays: Vec<String>,
+) -> Result<(SnapshotContents, Option<PageSet>), CommandError> {
+    let state = machine.save().map_err(CommandError::snapshot)?;
+    // Also for a Full snapshot: the next Diff is on top of this one.
+    let taken = machine.take_dirty_pages().map_err(CommandError::snapshot)?;
+    let pages = match (kind, &taken) {
+        (SnapshotType::Full, _) => None,
+        (SnapshotType::Diff, Some(taken)) => Some(taken.clone()),
+        (SnapshotType::Diff, None) => Some(machine.ram().changed_pages().map_err(CommandError::snapshot)?),
+    };
+    let config = SavedConfig { config, pci: vm.platform.pci, id: vm.identity.id.clone(), fresh_overlays };
+    let created_by = format!("{} {}", vm.identity.app_name, vm.identity.version);
+    Ok((SnapshotContents { config, machine: state, created_by, pages }, taken))
+}
+
+/// Syncs the disks, so that their files hold what the guest wrote.
 fn sync_disks(disks: &[(String, Disk)], token: &Token) -> Result<(), CommandError> {
     for (id, disk) in disks {
         token.check()?;
-        disk.sync().map_err(|e| CommandError::new(format_args!("drive {id}: {e}")))?;
+        disk.sync().map_err(|error| CommandError::drive(id, error))?;
     }
     Ok(())
 }
 
-/// What clients see of a snapshot that is being written.
-fn job_of(create: &SnapshotCreate) -> task::Job {
-    task::Job { snapshot_path: create.snapshot_path.clone(), mem_file_path: create.mem_file_path.clone() }
+/// The files that clients see in `GET /snapshot/job` while the snapshot is written.
+fn paths_of(create: &SnapshotCreate) -> SnapshotPaths {
+    SnapshotPaths { snapshot_path: create.snapshot_path.clone(), mem_file_path: create.mem_file_path.clone() }
 }
 
-/// Refuses targets that cannot be written, or that are not to be: each must be possible as a new
-/// file, and neither may be the other or a disk.
+/// Checks that both targets can be created as new files, and that neither is the other one or a
+/// file of a drive.
 fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), CommandError> {
     let SnapshotCreate { snapshot_path, mem_file_path, .. } = create;
     if snapshot::is_same_path(snapshot_path, mem_file_path) {
         return Err(ConfigError::from(SnapshotError::SameFile { path: snapshot_path.clone() }).into());
     }
     for (field, path) in [("mem_file_path", mem_file_path), ("snapshot_path", snapshot_path)] {
+        let taken = |role, drive_id: &str| CommandError::SnapshotTarget {
+            field,
+            path: path.clone(),
+            role,
+            drive_id: drive_id.to_owned(),
+        };
         for drive in drives {
             let overlay = drive.overlay.iter().flat_map(|o| std::iter::once(&o.path).chain(&o.layers));
             if drive.path_on_host.iter().chain(overlay).any(|disk| snapshot::is_same_path(path, disk)) {
-                return Err(CommandError::new(format_args!(
-                    "{field} {}: it is a file of drive {}; name another file",
-                    path.display(),
-                    drive.drive_id
-                )));
+                return Err(taken("a file of", &drive.drive_id));
             }
         }
         if let Some(overlay) = create.drives.iter().find(|by| snapshot::is_same_path(path, &by.overlay)) {
-            return Err(CommandError::new(format_args!(
-                "{field} {}: it is also to be the overlay of drive {}; name another file",
-                path.display(),
-                overlay.drive_id
-            )));
+            return Err(taken("also to be the overlay of", &overlay.drive_id));
         }
-        AtomicFile::create(path).map_err(CommandError::new)?;
+        AtomicFile::create(path).map_err(CommandError::snapshot)?;
     }
     Ok(())
 }
 
-impl Picture {
-    /// Writes both files, and gives them their names as one step.
+impl SnapshotContents {
+    /// Writes both files, and gives them their names in one step.
     pub(crate) fn write_and_commit(
         &self,
         ram: &GuestRam,
         create: &SnapshotCreate,
         observer: &dyn Observer,
     ) -> Result<(), CommandError> {
-        // Before the memory, which is the long part: a state that has no place is found now.
-        let state = AtomicFile::create(&create.snapshot_path).map_err(CommandError::new)?;
+        // Before the memory, which takes long: a state file that cannot be created is found now.
+        let state = AtomicFile::create(&create.snapshot_path).map_err(CommandError::snapshot)?;
         let WrittenImage { file: memory, info, .. } = match &self.pages {
             None => image::write_full(ram, &create.mem_file_path, observer),
             Some(pages) => image::write_diff(ram, &create.mem_file_path, pages, observer),
         }
-        .map_err(CommandError::new)?;
-        let state = self.stage_state(&info, state).map_err(CommandError::new)?;
+        .map_err(CommandError::snapshot)?;
+        let state = self.stage_state(&info, state).map_err(CommandError::snapshot)?;
         if observer.cancelled() {
-            return Err(CommandError::new(ImageError::Cancelled { path: create.mem_file_path.clone() }));
+            return Err(CommandError::snapshot(ImageError::Cancelled { path: create.mem_file_path.clone() }));
         }
-        memory.commit_with(state).map_err(CommandError::new)
+        memory.commit_with(state).map_err(CommandError::snapshot)
     }
 
     fn stage_state(&self, info: &ImageInfo, file: AtomicFile) -> Result<Staged, snapshot::WriteError> {

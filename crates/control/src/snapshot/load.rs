@@ -1,15 +1,15 @@
 //! `PUT /snapshot/load`.
 //!
 //! What waits for the host (files, networks, a page server, KVM) is a [task](crate::task):
-//! questions are answered meanwhile, and a load that is cancelled leaves a process that is ready
-//! for another.
+//! questions are answered meanwhile. A load that is cancelled leaves a process that is ready for
+//! another one.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use block::disk::{Disk, FileLocks};
+use block::disk::FileLocks;
 use config::{
     DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, apply_network_overrides, check_drives,
 };
@@ -18,146 +18,147 @@ use machine::{Paused, Restore, layout};
 use memory::GuestRam;
 use memory::image;
 use memory::page_server::PageServer;
-use net::NetBackend;
 
-use super::Saved;
-use super::ahead::Ahead;
+use super::saved::Saved;
 use crate::CommandError;
-use crate::controller::{Controller, Host, Loaded, State, open_disks, open_networks};
-use crate::fork::files::NewFiles;
-use crate::task::{self, Token};
+use crate::backends::Backends;
+use crate::boot::serial_setup;
+use crate::drives::Drives;
+use crate::host::Host;
+use crate::microvm::MicroVm;
+use crate::networks::{Networks, open_existing};
+use crate::overlays::files::NewFiles;
+use crate::prefetch::WorkingSetTask;
+use crate::settings::Settings;
+use crate::task::{SnapshotPaths, Tasks};
+use crate::token::Token;
 use crate::vsock::VsockSockets;
 
 /// How long a page server may take to answer each of its first page faults.
-const PAGE_SERVER_PATIENCE: Duration = Duration::from_secs(10);
+const PAGE_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
 
-impl<H: Host> Controller<H> {
-    /// Goes on with a microVM that was saved.
-    pub(crate) fn load_snapshot(&mut self, load: &SnapshotLoad) -> Result<(), CommandError> {
-        if let Some(command) = self.boot_command {
-            return Err(CommandError::new(format_args!(
-                "PUT /snapshot/load: {command} has configured a microVM to boot; load the snapshot in a new process"
-            )));
-        }
-        let (of_task, here) = (load.clone(), self.config.clone());
-        let locks = self.disk_locks.clone();
-        let opened =
-            self.task(Some(&job_of(load)), move |token| Opened::open(&of_task, &here, &locks, token))??;
-        let Opened { saved, config, files, disks, networks, ram, page_server, mut ahead } = opened;
-        let serial = self.serial_for(&config)?;
-        let events = self.events.try_clone().map_err(CommandError::new)?;
-        // Those of this process, if it has set some up already.
-        let made_here = self.config.vsock.is_some() && load.vsock_override.is_none();
-        let vsock = if made_here {
-            self.vsock.take()
-        } else {
-            config.vsock.as_ref().map(VsockSockets::of).transpose().map_err(CommandError::new)?.flatten()
-        };
-        let loaded = Loaded { config, disks, networks, vsock };
-        let metadata = self.metadata.with_way(loaded.config.mmds_config.as_ref());
-        // Where the guest found its devices, whatever this process was told.
-        let pci = saved.config.pci;
-        let devices = loaded.devices(metadata.service(&self.identity.id), pci);
-        let machine_config = loaded.config.machine_config.clone();
-        let clock = if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues };
-        let restored = self.task(Some(&job_of(load)), move |token| {
-            token.check()?;
-            Paused::restore(Restore {
-                config: &machine_config,
-                state: &saved.machine,
-                ram,
-                page_server,
-                serial,
-                devices,
-                clock,
-                events,
-                stop: Some(token.as_fd()),
-            })
-            .map_err(|e| CommandError::new(format_args!("cannot go on with the saved microVM: {e}")))
-        });
-        let machine = match restored.map_err(CommandError::from).flatten() {
-            Ok(machine) => machine,
-            Err(error) => {
-                if made_here {
-                    self.vsock = loaded.vsock;
-                }
-                return Err(error);
+/// Restores a saved microVM, in a process that has none.
+pub(crate) fn load<H: Host>(
+    vm: &mut MicroVm,
+    tasks: &mut Tasks<H>,
+    load: &SnapshotLoad,
+) -> Result<(), CommandError> {
+    let paths = paths_of(load);
+    let (of_task, here) = (load.clone(), vm.backends.settings.clone());
+    let locks = vm.backends.drives.locks();
+    let opened = tasks.run(vm, Some(&paths), move |token| Opened::open(&of_task, &here, &locks, token))??;
+    // In this order, so that the files are dropped after the disks.
+    let Opened { saved, files, mut backends, ram, page_server, mut working_set } = opened;
+    let serial = serial_setup(vm, &mut tasks.host, &backends.settings)?;
+    let events = vm.lifecycle.events().map_err(CommandError::snapshot)?;
+    // The sockets of an earlier PUT /vsock, if there was one.
+    let configured_here = vm.backends.settings.vsock.is_some() && load.vsock_override.is_none();
+    backends.vsock = if configured_here {
+        vm.backends.vsock.take()
+    } else {
+        VsockSockets::create(backends.settings.vsock.as_ref())?
+    };
+    let metadata = vm.metadata.with_config(backends.settings.mmds_config.as_ref());
+    // Where the guest found its devices, whatever the command line says.
+    let pci = saved.config.pci;
+    let devices = backends.device_setup(metadata.service(&vm.identity.id), pci);
+    let machine_config = backends.settings.machine_config.clone();
+    let clock = if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues };
+    let restored = tasks.run(vm, Some(&paths), move |token| {
+        token.check()?;
+        Paused::restore(Restore {
+            config: &machine_config,
+            state: &saved.machine,
+            ram,
+            page_server,
+            serial,
+            devices,
+            clock,
+            events,
+            stop: Some(token.as_fd()),
+        })
+        .map_err(|error| CommandError::Restore(error.into()))
+    });
+    let machine = match restored.map_err(CommandError::from).flatten() {
+        Ok(machine) => machine,
+        Err(error) => {
+            if configured_here {
+                vm.backends.vsock = backends.vsock;
             }
-        };
-        // The machine has the networks: whose network goes away closes it.
-        let Loaded { config, disks, vsock, .. } = loaded;
-        (self.config, self.disks, self.vsock) = (config, disks, vsock);
-        files.keep(|path| self.has_overlay(path));
-        if load.resume_vm {
-            ahead.iter_mut().for_each(Ahead::guest_runs);
+            return Err(error);
         }
-        (self.metadata, self.ahead) = (metadata, ahead);
-        self.platform.pci = pci;
-        self.host.guest_starts(self.serial_output.is_none());
-        self.state = if load.resume_vm {
-            State::Running(machine.resume().map_err(CommandError::new)?)
-        } else {
-            State::Paused(machine)
-        };
-        log::info!("the guest of {} goes on", load.snapshot_path.display());
-        Ok(())
+    };
+    backends.networks.release();
+    vm.backends = backends;
+    files.keep(|path| vm.backends.drives.uses_overlay(path));
+    if load.resume_vm {
+        working_set.iter_mut().for_each(WorkingSetTask::guest_runs);
     }
+    (vm.metadata, vm.working_set) = (metadata, working_set);
+    vm.platform.pci = pci;
+    tasks.host.guest_starts(vm.serial_output.is_none());
+    vm.lifecycle.start(machine, load.resume_vm).map_err(CommandError::snapshot)?;
+    log::info!("the microVM of {} is restored", load.snapshot_path.display());
+    Ok(())
 }
 
-/// What clients see of a load.
-fn job_of(load: &SnapshotLoad) -> task::Job {
+/// The files that clients see in `GET /snapshot/job` during a load.
+fn paths_of(load: &SnapshotLoad) -> SnapshotPaths {
     let (_, memory) = load.memory();
-    task::Job { snapshot_path: load.snapshot_path.clone(), mem_file_path: memory.to_owned() }
+    SnapshotPaths { snapshot_path: load.snapshot_path.clone(), mem_file_path: memory.to_owned() }
 }
 
-/// A saved microVM with everything that it needs open, before there is a machine. Dropping it
-/// closes all of it and removes the overlays that were made for it.
+/// A saved microVM with everything open that it needs, before it has a machine. Dropping it closes
+/// all of it, and removes the overlays that were created for it.
 struct Opened {
     saved: Saved,
-    config: FullVmConfig,
-    disks: Vec<Disk>,
-    // After the disks, so that the files are removed when they are closed.
+    /// Without the sockets of the vsock device.
+    backends: Backends,
+    // After the disks, so that these are closed when the files are removed.
     files: NewFiles,
-    networks: Vec<NetBackend>,
     ram: GuestRam,
     page_server: Option<PageServer>,
-    ahead: Option<Ahead>,
+    working_set: Option<WorkingSetTask>,
 }
 
 impl Opened {
-    /// Reads the state file and opens what it and `load` name. `here` is what this process was told
-    /// already.
+    /// Reads the state file, and opens what it and `load` name. `here` are the settings of this
+    /// process.
     fn open(
         load: &SnapshotLoad,
-        here: &FullVmConfig,
+        here: &Settings,
         locks: &FileLocks,
         token: &Token,
     ) -> Result<Self, CommandError> {
-        let saved = Saved::load(&load.snapshot_path).map_err(CommandError::new)?;
+        let saved = Saved::load(&load.snapshot_path).map_err(CommandError::snapshot)?;
         token.check()?;
         let mut config = saved.config(load, here)?;
-        // Before the disks, so that it goes after them.
+        // Before the disks, so that it is dropped after them.
         let mut files = NewFiles::default();
-        saved.make_fresh_overlays(load, &mut config, &mut files)?;
-        let disks = open_disks(&config.drives, locks, false)?;
-        let networks = open_networks(&config.network_interfaces)?;
+        saved.create_fresh_overlays(load, &mut config, &mut files)?;
+        let (settings, drives, networks) = Settings::split(config);
+        let drives = Drives::open(drives, locks, false)?;
+        let opened = open_existing(&networks)?;
+        let networks = Networks::with_backends(networks, opened);
         token.check()?;
-        let (ram, page_server) = saved.memory(load, &config, token)?;
-        let ahead = match load.memory() {
+        let (ram, page_server) = saved.memory(load, &settings, token)?;
+        let working_set = match load.memory() {
             (MemoryBackendType::File, path) if load.prefetch => {
                 let path = snapshot::find(path, saved.image.id);
-                Some(Ahead::begin(&ram, &path, &saved.image))
+                Some(WorkingSetTask::start(&ram, &path, &saved.image))
             }
             _ => None,
         };
         token.check()?;
-        Ok(Opened { saved, config, disks, files, networks, ram, page_server, ahead })
+        let backends = Backends { settings, drives, networks, vsock: None };
+        Ok(Opened { saved, backends, files, ram, page_server, working_set })
     }
 }
 
 impl Saved {
-    /// What the microVM is now: as it was saved, with what `load` says and what this process was told already.
-    fn config(&self, load: &SnapshotLoad, here: &FullVmConfig) -> Result<FullVmConfig, CommandError> {
+    /// The configuration of the restored microVM: the saved one, with the overrides of `load` and
+    /// with the log, serial port and vsock device of this process.
+    fn config(&self, load: &SnapshotLoad, here: &Settings) -> Result<FullVmConfig, CommandError> {
         let mut config = self.config.config.clone();
         config.logger.clone_from(&here.logger);
         config.serial.clone_from(&here.serial);
@@ -167,7 +168,7 @@ impl Saved {
         for DriveOverride { drive_id, path_on_host, overlay } in &load.drives {
             let drive = config.drives.iter_mut().find(|drive| drive.drive_id == *drive_id);
             let drive = drive.ok_or_else(|| {
-                CommandError::new(format_args!("drives: the saved microVM has no drive {drive_id}"))
+                CommandError::NotInSnapshot(format!("drives: the saved microVM has no drive {drive_id}"))
             })?;
             if let Some(path) = path_on_host {
                 drive.path_on_host = Some(path.clone());
@@ -175,7 +176,7 @@ impl Saved {
             if let Some(overlay) = overlay {
                 let mut overlay = overlay.clone();
                 if overlay.layers.is_empty() && path_on_host.is_none() && self.is_fresh(drive_id) {
-                    // It is the disk's own contents that are in them.
+                    // The saved layers hold contents of the disk itself.
                     overlay.layers = drive.overlay.take().map(|saved| saved.layers).unwrap_or_default();
                 }
                 drive.overlay = Some(overlay);
@@ -188,22 +189,25 @@ impl Saved {
             // PUT /vsock before a load says where the device's sockets are.
             (Some(_), None, Some(here)) => Some(here.clone()),
             (saved, None, None) => saved.clone(),
-            (None, ..) => return Err(CommandError::new("vsock: the saved microVM has no such device")),
+            (None, ..) => {
+                let error = "vsock: the saved microVM has no such device".to_owned();
+                return Err(CommandError::NotInSnapshot(error));
+            }
         };
-        // What was saved may be a fork's child without sockets; what is said now must be a path.
+        // The saved microVM may be a fork's child without sockets. An override must be a path.
         load.vsock_override.as_ref().and(config.vsock.as_ref()).map_or(Ok(()), config::Vsock::check)?;
         apply_network_overrides(&mut config.network_interfaces, &load.network_overrides)?;
         Ok(config)
     }
 
-    /// Whether a drive begins on an overlay that is made at the load.
+    /// Whether the load creates the overlay of a drive.
     fn is_fresh(&self, drive_id: &str) -> bool {
         self.config.fresh_overlays.iter().any(|fresh| fresh == drive_id)
     }
 
-    /// Makes the files of overlays that are made at the load. Each load has others, whose number is the first that is free: what an earlier one's
-    /// guest wrote does not belong to the memory that this one goes on with.
-    fn make_fresh_overlays(
+    /// Creates the files of the overlays that belong to this load, each with the first free number.
+    /// An overlay of an earlier load has that guest's writes, which do not fit the saved memory.
+    fn create_fresh_overlays(
         &self,
         load: &SnapshotLoad,
         config: &mut FullVmConfig,
@@ -223,7 +227,7 @@ impl Saved {
         Ok(())
     }
 
-    /// An overlay that held the guest's writes must be there: one that was made anew would be another disk.
+    /// Checks that the overlays with the guest's writes exist. An empty one would be another disk.
     fn check_overlays(&self, load: &SnapshotLoad, config: &FullVmConfig) -> Result<(), CommandError> {
         for drive in &config.drives {
             let Some(overlay) = &drive.overlay else { continue };
@@ -233,38 +237,37 @@ impl Saved {
                 continue;
             }
             if !std::fs::metadata(&overlay.path).is_ok_and(|file| file.len() > 0) {
-                return Err(CommandError::new(format_args!(
-                    "drive {id}: its overlay {} is missing or empty",
-                    overlay.path.display()
-                )));
+                let source = format!("its overlay {} is missing or empty", overlay.path.display());
+                return Err(CommandError::drive(id, source));
             }
         }
         Ok(())
     }
 
-    /// The memory, and who sends it.
+    /// Maps the guest's memory. With a page server, connects to it.
     fn memory(
         &self,
         load: &SnapshotLoad,
-        config: &FullVmConfig,
+        settings: &Settings,
         token: &Token,
     ) -> Result<(GuestRam, Option<PageServer>), CommandError> {
         let (regions, track) = (&self.image.layout, load.track_dirty_pages);
-        let huge_pages = config.machine_config.huge_pages;
+        let huge_pages = settings.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
-                image::recover(path, Some(self.image.id), token).map_err(CommandError::new)?;
+                image::recover(path, Some(self.image.id), token).map_err(CommandError::snapshot)?;
                 let path = snapshot::find(path, self.image.id);
                 let ram = GuestRam::from_file_with(regions, &path, huge_pages, track, token)
-                    .map_err(CommandError::new)?;
+                    .map_err(CommandError::snapshot)?;
                 Ok((ram, None))
             }
             (MemoryBackendType::Uffd, socket) => {
                 let (ram, server) = GuestRam::from_page_server(regions, socket, huge_pages, track)
-                    .map_err(CommandError::new)?;
-                // Those that this thread comes to when it tells the guest that it is another one: it must not wait for them.
+                    .map_err(CommandError::snapshot)?;
+                // The pages that this thread writes to tell the guest that it was cloned. It must
+                // not wait for them later.
                 let here = [layout::VM_GENERATION_ID, layout::VMCLOCK];
-                server.probe(&here, PAGE_SERVER_PATIENCE, token).map_err(CommandError::new)?;
+                server.probe(&here, PAGE_SERVER_TIMEOUT, token).map_err(CommandError::snapshot)?;
                 Ok((ram, Some(server)))
             }
         }
@@ -285,7 +288,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_number_at_the_end_of_a_name_is_left_out() {
+    fn only_a_number_at_the_end_of_a_name_is_removed() {
         for (path, stem) in
             [("d/disk.img.s.state.12", "d/disk.img.s.state"), ("d/disk.img", "d/disk.img"), ("disk", "disk")]
         {

@@ -1,4 +1,4 @@
-//! A state file's contents, and whether they and the memory file can be what they say.
+//! [`Saved`]: the contents of a state file, and the checks of a snapshot's two files.
 
 use std::path::{Path, PathBuf};
 
@@ -10,27 +10,27 @@ use memory::image::{ImageFile, ImageInfo, RestoreError, examine};
 use memory::layout::MIB;
 use snapshot::{Description, ReadError, Snapshot};
 
-use super::{KIND, SavedConfig};
+use super::config::{KIND, SavedConfig};
 
 /// The state file of a microVM of this architecture, every section that this version knows decoded.
 #[derive(Debug, Clone)]
 pub struct Saved {
-    /// The file in summary.
+    /// The summary of the file.
     pub description: Description,
-    /// What the microVM was told to be.
+    /// The configuration of the microVM.
     pub config: SavedConfig,
-    /// What its memory file is.
+    /// The description of its memory file.
     pub image: ImageInfo,
-    /// The machine.
+    /// The state of the machine.
     pub machine: MachineState,
 }
 
-/// A snapshot that was found good.
+/// A snapshot that passed all checks.
 #[derive(Debug, Clone)]
 pub struct Verified {
-    /// What the state file holds.
+    /// The contents of the state file.
     pub saved: Saved,
-    /// The memory file, where one was to be looked at.
+    /// The memory file, if one was checked.
     pub memory: Option<ImageFile>,
 }
 
@@ -43,7 +43,7 @@ pub enum VerifyError {
     /// The memory file cannot be read.
     #[error(transparent)]
     Memory(#[from] RestoreError),
-    /// The configuration in the state file is none that a microVM can have.
+    /// The configuration in the state file is invalid.
     #[error("{}: section config: {source}", path.display())]
     Config {
         /// The state file.
@@ -73,7 +73,7 @@ pub enum VerifyError {
         /// Which device, and what is wrong with its state.
         source: Box<DeviceError>,
     },
-    /// The memory lies where it does not for a guest of that size.
+    /// The memory regions are not those of a guest of that size.
     #[error("{}: section memory: its regions are not those of a microVM with {mem_size_mib} MiB", path.display())]
     Layout {
         /// The state file.
@@ -81,7 +81,7 @@ pub enum VerifyError {
         /// The configured size.
         mem_size_mib: u32,
     },
-    /// The memory file is another guest's, or was cut off.
+    /// The memory file is another guest's, or was truncated.
     #[error("the memory image {} has {found} bytes; the one of {} has {wanted}", path.display(), state.display())]
     MemorySize {
         /// The memory file.
@@ -114,14 +114,16 @@ impl Saved {
 }
 
 impl Saved {
-    /// Reads the state file at `path` for a microVM that is to go on with it: its sections agree.
+    /// Reads the state file at `path` for a microVM to be restored, and checks that its sections
+    /// agree.
     pub fn load(path: &Path) -> Result<Self, VerifyError> {
         let saved = Self::open(path)?;
         saved.check(path)?;
         Ok(saved)
     }
 
-    /// Whether this can be a microVM. The checksums do not say that: anyone can make a file whose checksums are right.
+    /// Checks that the sections describe one microVM. The checksums do not say that: anyone can
+    /// write a file whose checksums are right.
     fn check(&self, path: &Path) -> Result<(), VerifyError> {
         let path = || path.to_path_buf();
         let machine = &self.config.config.machine_config;
@@ -144,11 +146,11 @@ impl Saved {
     }
 }
 
-/// Checks the state file at `state`: all checksums, that every section decodes, and that they agree. Of the memory file, that it is there and
-/// as large as the state file says; it has no checksums.
+/// Checks the state file at `state`: all checksums, that every section decodes, and that they
+/// agree. Checks that the memory file has the size that the state file says; it has no checksums.
 pub fn verify(state: &Path, memory: Option<&Path>) -> Result<Verified, VerifyError> {
     let snapshot = Snapshot::open(state)?;
-    // Those, too, that nobody here knows.
+    // Also of sections that this version does not know.
     snapshot.verify()?;
     let saved = Saved::of(&snapshot)?;
     saved.check(state)?;
@@ -181,7 +183,7 @@ mod tests {
 
     use super::*;
 
-    /// What a state file with this section reads back as.
+    /// `saved`, written to a state file and read back.
     fn saved_and_read<S: Section>(saved: &S) -> S {
         let mut writer = Writer::new(&Header::new(KIND, "test", 0)).unwrap();
         writer.put(saved).unwrap();
@@ -189,7 +191,7 @@ mod tests {
         file.get().unwrap()
     }
 
-    /// The configuration with one key of its section replaced.
+    /// The section of a default configuration, with one key replaced.
     fn with_key(key: &str, value: Value) -> Value {
         let saved = SavedConfig {
             config: FullVmConfig::default(),

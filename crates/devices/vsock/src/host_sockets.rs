@@ -37,7 +37,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
-    use crate::error::MAX_PATH_LEN;
+    use socket_file::MAX_PATH_LEN;
 
     #[test]
     fn guest_connections_go_to_the_socket_of_their_port_and_type() {

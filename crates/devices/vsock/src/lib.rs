@@ -33,7 +33,7 @@
 //! | [`credit`] | flow control |
 //! | [`packet`] | the packet header |
 //! | [`connect_request`] | the `CONNECT` line of host clients |
-//! | [`host_sockets`], [`listener`], [`socket_file`] | Unix sockets |
+//! | [`host_sockets`], [`listener`] | Unix sockets |
 //! | [`guest_io`] | guest buffers for a socket call |
 //!
 //! Stream data is not copied: a host socket is read directly into the guest's buffers (as many at
@@ -79,7 +79,6 @@ mod connect_request;
 mod connection;
 mod credit;
 mod device;
-mod error;
 mod from_guest;
 mod from_host;
 #[cfg(any(test, feature = "testing"))]
@@ -90,7 +89,6 @@ mod listener;
 mod muxer;
 mod packet;
 mod shared;
-mod socket_file;
 mod state;
 mod stats;
 mod table;
@@ -101,12 +99,11 @@ mod timers;
 mod to_guest;
 mod tx_buf;
 
+pub use ::socket_file::{BindError, MAX_PATH_LEN, Occupant, SocketFile};
 pub use device::{Vsock, VsockControl};
-pub use error::{BindError, ExistingFile, MAX_PATH_LEN};
 pub use host_sockets::HostSockets;
 pub use listener::{Listener, check_socket_path};
 pub use packet::SocketKind;
-pub use socket_file::SocketFile;
 pub use state::VsockState;
 pub use stats::VsockStats;
 pub use table::{MAX_BUFFERED, MAX_CONNECTIONS};

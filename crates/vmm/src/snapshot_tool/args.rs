@@ -6,22 +6,22 @@ use std::path::PathBuf;
 use lexopt::prelude::*;
 
 use super::Tool;
-use crate::args::{ArgsError, once};
+use crate::flags::{ArgsError, once};
 
 /// What `vesta-vmm snapshot --help` prints.
 const HELP: &str = "\
 vesta-vmm snapshot info STATE [MEMORY] [--json]
-        show what is in a snapshot
+        show the contents of a snapshot
 vesta-vmm snapshot verify STATE [MEMORY]
         check the state file's checksums and contents, and the memory file's size; exit status 0 or 1
 vesta-vmm snapshot merge --base FILE --diff FILE [--out FILE]
-        put the memory file of a Diff onto its base, in place or into a new file
+        merge the memory file of a Diff into its base, in place or into a new file
 ";
 
 /// What `snapshot-editor --help` prints.
 const EDITOR_HELP: &str = "\
 snapshot-editor edit-memory rebase --memory-path FILE --diff-path FILE
-        put the memory file of a Diff onto its base, in place
+        merge the memory file of a Diff into its base, in place
 snapshot-editor info-vmstate version --vmstate-path FILE
         print the version of a state file's format
 snapshot-editor info-vmstate vcpu-states --vmstate-path FILE
@@ -33,10 +33,10 @@ snapshot-editor info-vmstate vm-state --vmstate-path FILE
 /// What `rebase-snap --help` prints.
 const REBASE_HELP: &str = "\
 rebase-snap --base-file FILE --diff-file FILE
-        put the memory file of a Diff onto its base, in place
+        merge the memory file of a Diff into its base, in place
 ";
 
-/// A program that this one answers as, for a tool's sake.
+/// A program that this one answers as, if it is started under its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
     /// `snapshot-editor`.
@@ -77,7 +77,7 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
     }
 }
 
-/// The next word, or a wish for help instead.
+/// The next word of the command line, or a request for help.
 enum Word {
     Is(OsString),
     Help(Tool),
@@ -92,7 +92,7 @@ fn word(parser: &mut lexopt::Parser, help: &'static str, what: &'static str) -> 
     }
 }
 
-/// `STATE [MEMORY]`, and `--json` for information.
+/// Parses `STATE [MEMORY]`, and `--json` for `info`.
 fn files(mut parser: lexopt::Parser, info: bool) -> Result<Tool, ArgsError> {
     let (mut state, mut memory, mut json) = (None, None, None);
     while let Some(arg) = parser.next()? {
@@ -124,7 +124,7 @@ fn merge(mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
     Ok(Tool::Merge { base, diff, output })
 }
 
-/// A merge in place, by the names that the two files have elsewhere.
+/// Parses a merge in place, with these names for the two files.
 fn rebase(
     mut parser: lexopt::Parser,
     help: &'static str,
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_too_much_is_named() {
+    fn missing_and_unexpected_arguments_are_named() {
         for (line, named) in [
             ("vesta-vmm snapshot", "info, verify or merge"),
             ("vesta-vmm snapshot eat s", "eat"),

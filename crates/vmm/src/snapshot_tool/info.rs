@@ -1,4 +1,4 @@
-//! What `vesta-vmm snapshot info` shows.
+//! [`Info`]: what `vesta-vmm snapshot info` shows.
 
 use std::fmt;
 use std::path::Path;
@@ -13,11 +13,11 @@ use snapshot::{Description, Snapshot};
 
 use super::ToolError;
 
-/// A state file, as far as it can be read here.
+/// The contents of a state file, as far as this version can decode them.
 #[derive(Debug)]
 pub(super) struct Info {
     file: Description,
-    /// None for files that hold something else.
+    /// `None` for files of another kind.
     microvm: Option<MicroVm>,
 }
 
@@ -26,13 +26,13 @@ pub(super) struct Info {
 struct MicroVm {
     config: SavedConfig,
     image: ImageInfo,
-    /// None where it is another architecture's.
+    /// `None` if it is of another architecture.
     machine: Option<MachineState>,
     memory: Option<ImageFile>,
 }
 
 impl Info {
-    /// Reads a state file; of a memory file, only its size and holes.
+    /// Reads a state file. Of a memory file, reads only its size and holes.
     pub(super) fn read(state: &Path, memory: Option<&Path>) -> Result<Self, ToolError> {
         let snapshot = Snapshot::open(state)?;
         let file = snapshot.describe();
@@ -105,7 +105,7 @@ impl fmt::Display for Info {
     }
 }
 
-/// The end of the year 9999, which is the last that has a text.
+/// The end of the year 9999, the last that RFC 3339 can write.
 const LAST_YEAR_MS: u64 = 253_402_300_800_000;
 
 impl fmt::Display for MicroVm {

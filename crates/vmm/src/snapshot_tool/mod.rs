@@ -1,11 +1,12 @@
-//! Looking at snapshots and merging them, without a microVM: `vesta-vmm snapshot ...`, and what answers under the names
-//! `snapshot-editor` and `rebase-snap`.
+//! Tools that read and merge snapshots, without a microVM: `vesta-vmm snapshot ...`, and the
+//! programs `snapshot-editor` and `rebase-snap`.
 //!
 //! - [`args`]: the command lines of all three.
 //! - [`info`]: a state file as text and as JSON.
-//! - [`vcpus`]: processors and the machine around them, for reading.
+//! - [`vcpus`]: the state of vCPUs and of the rest of the machine as text.
 //!
-//! Results go to standard output, errors to standard error with exit status 1. Files are never changed but by merging.
+//! Results go to standard output, errors to standard error with exit status 1. Only a merge changes
+//! files.
 
 pub(crate) mod args;
 mod info;
@@ -19,15 +20,15 @@ use control::snapshot::{Saved, VerifyError, verify};
 use memory::image::{ImageError, MergeStats, RestoreError, merge, merge_in_place};
 use snapshot::{FORMAT_VERSION, ReadError, Snapshot};
 
+use crate::crash_report;
 use crate::exit::ExitCode;
-use crate::last_words;
 use crate::personality::Personality;
 use info::Info;
 
-/// What to do with a snapshot.
+/// A tool and its arguments.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Tool {
-    /// Print this.
+    /// Print this text.
     Help(&'static str),
     /// Show a state file, and its memory file where one is given.
     Info { state: PathBuf, memory: Option<PathBuf>, json: bool },
@@ -43,7 +44,7 @@ pub(crate) enum Tool {
     Machine { state: PathBuf },
 }
 
-/// Why it could not be done.
+/// Why a tool failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ToolError {
     #[error(transparent)]
@@ -58,22 +59,23 @@ pub(crate) enum ToolError {
     Output(#[from] std::io::Error),
 }
 
-/// Does it. What went wrong is on standard error then.
+/// Runs a tool. Errors are on standard error.
 pub(crate) fn run(tool: &Tool) -> ExitCode {
     end_of(perform(tool))
 }
 
-/// `--describe-snapshot`: the version of the file's format, and for those who do not expect Firecracker, what is in it.
+/// `--describe-snapshot`: prints the version of the file's format and, unless under Firecracker's
+/// name, its contents.
 pub(crate) fn describe(personality: Personality, state: &Path) -> ExitCode {
     end_of(described(personality, state))
 }
 
-/// `--snapshot-version`: the format that this version writes, and the newest that it loads.
+/// `--snapshot-version`: the format that this version writes, which is the newest that it loads.
 pub(crate) fn version_text() -> String {
     version(FORMAT_VERSION)
 }
 
-/// Formats have one number. Tools of Firecracker expect three.
+/// The version as text. Formats have one number; tools of Firecracker expect three.
 fn version(format: u32) -> String {
     format!("v{format}.0.0\n")
 }
@@ -81,10 +83,10 @@ fn version(format: u32) -> String {
 fn end_of(done: Result<(), ToolError>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::Ok,
-        // Who reads has read enough.
+        // The reader has closed the pipe, and needs no more.
         Err(ToolError::Output(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Ok,
         Err(error) => {
-            last_words::to_stderr(format!("Error: {error}\n").as_bytes());
+            crash_report::to_stderr(format!("Error: {error}\n").as_bytes());
             ExitCode::Generic
         }
     }
@@ -102,7 +104,7 @@ fn perform(tool: &Tool) -> Result<(), ToolError> {
             let description = &verified.saved.description;
             say(format_args!("{}: {} sections are good\n", state.display(), description.sections.len()))?;
             let Some(file) = verified.memory else { return Ok(()) };
-            say(format_args!("{}: {} bytes, as they should be\n", file.path.display(), file.size))?;
+            say(format_args!("{}: {} bytes, as the state file says\n", file.path.display(), file.size))?;
             if let Some(redo) = file.redo {
                 say(format_args!("Its last Diff is in {}; the next load puts it in.\n", redo.display()))?;
             }

@@ -1,4 +1,4 @@
-//! A machine's state for reading, down to the registers.
+//! The state of a machine as text, down to the registers.
 
 use std::fmt::Write as _;
 
@@ -7,7 +7,7 @@ use machine::MachineState;
 /// The longest line of numbers, in characters.
 const WIDTH: usize = 120;
 
-/// Its vCPUs.
+/// The state of the vCPUs.
 pub(super) fn vcpus(machine: &MachineState) -> String {
     let mut text = String::new();
     for (number, vcpu) in machine.vcpus.iter().enumerate() {
@@ -16,7 +16,7 @@ pub(super) fn vcpus(machine: &MachineState) -> String {
     text
 }
 
-/// Everything but its vCPUs.
+/// The state of everything but the vCPUs.
 pub(super) fn all_else(machine: &MachineState) -> String {
     let MachineState { vcpus: _, chipset, devices, serial, keyboard, cmos } = machine;
     let parts = [
@@ -29,7 +29,7 @@ pub(super) fn all_else(machine: &MachineState) -> String {
     parts.iter().map(|part| folded(part) + "\n").collect()
 }
 
-/// Puts numbers that have a line each on common lines: thousands of bytes are not read one by one.
+/// Joins lines that have one number each, so that thousands of bytes can be read.
 fn folded(text: &str) -> String {
     let mut lines: Vec<String> = Vec::new();
     let mut numbers = false;

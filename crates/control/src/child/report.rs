@@ -1,4 +1,5 @@
-//! How children tell their parent that they have begun: a line each through a pipe that they share.
+//! How children report to their parent that they have started: one line each, through a pipe that
+//! they share.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -10,33 +11,34 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde::{Deserialize, Serialize};
 
-use crate::task::Token;
+use crate::token::Token;
 
-/// Longest text of an error. A line is written whole or not at all up to 4096 bytes (`PIPE_BUF`).
-const MAX_ERROR: usize = 2000;
+/// Longest text of an error, in characters of at most four bytes. The kernel writes a line of up to
+/// 4096 bytes (`PIPE_BUF`) whole or not at all.
+const MAX_ERROR: usize = 500;
 
-/// A child's end. The pipe ends for the parent when no child has one any more.
+/// A child's end of the pipe. The parent reads the end of the file once no child has one.
 #[derive(Debug)]
 pub struct Reporter {
     number: usize,
     pipe: Arc<OwnedFd>,
 }
 
-/// The parent's end.
+/// The parent's end of the pipe.
 #[derive(Debug)]
-pub(super) struct Reports {
+pub(crate) struct Reports {
     pipe: OwnedFd,
     write: Arc<OwnedFd>,
 }
 
-/// What a child said.
+/// A child's report.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Report {
-    pub(super) pid: u32,
-    /// Why it ended instead.
-    pub(super) error: Option<String>,
-    /// When.
-    pub(super) at: Instant,
+pub(crate) struct Report {
+    pub(crate) pid: u32,
+    /// Why it could not start.
+    pub(crate) error: Option<String>,
+    /// When the report arrived.
+    pub(crate) at: Instant,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -47,19 +49,19 @@ struct Line {
 }
 
 impl Reporter {
-    /// The same, with a descriptor of its own. Of the one before, a fork has owners that never let go of it: whoever makes this one closes that by its
-    /// number.
+    /// The same with another descriptor. The caller closes the old one by its number: after a fork
+    /// it has owners that never drop it.
     pub fn take_over(self) -> std::io::Result<Self> {
         Ok(Reporter { number: self.number, pipe: Arc::new(self.pipe.try_clone()?) })
     }
 
-    /// Says that this child has begun, or why it has not.
+    /// Reports that this child has started, or why it cannot.
     pub fn report(self, result: Result<(), &dyn std::fmt::Display>) {
-        let error = result.err().map(|error| error.to_string().chars().take(MAX_ERROR / 4).collect());
+        let error = result.err().map(|error| error.to_string().chars().take(MAX_ERROR).collect());
         let line = Line { child: self.number, pid: std::process::id(), error };
         let Ok(mut text) = serde_json::to_string(&line) else { return };
         text.push('\n');
-        // A parent that is gone does not wait.
+        // The parent may have ended; ignore the error.
         let _ = rustix::io::write(&self.pipe, text.as_bytes());
     }
 }
@@ -71,22 +73,23 @@ impl AsFd for Reporter {
 }
 
 impl Reports {
-    pub(super) fn new() -> std::io::Result<Self> {
+    pub(crate) fn new() -> std::io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
         Ok(Reports { pipe: read, write: Arc::new(write) })
     }
 
-    /// The end of child `number`.
-    pub(super) fn reporter(&self, number: usize) -> Reporter {
+    /// The pipe's end for child `number`.
+    pub(crate) fn reporter(&self, number: usize) -> Reporter {
         Reporter { number, pipe: Arc::clone(&self.write) }
     }
 
-    /// Waits for `count` children, or until no child is left that could report, `token` is
-    /// cancelled, or `patience` is over. By number; `None` for those that did not report.
-    pub(super) fn collect(self, count: usize, patience: Duration, token: &Token) -> Vec<Option<Report>> {
-        // This process's own end goes, so that the pipe ends with the last child.
+    /// Waits for the reports of `count` children. Stops once no child is left that could report,
+    /// `token` is cancelled, or `timeout` is over. Returns the reports by number; `None` for
+    /// children that did not report.
+    pub(crate) fn collect(self, count: usize, timeout: Duration, token: &Token) -> Vec<Option<Report>> {
+        // This process's write end is closed, so that the pipe ends with the last child.
         drop(self.write);
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         let mut reports = vec![None; count];
         let mut lines = BufReader::new(File::from(self.pipe));
         let mut left = count;
@@ -126,7 +129,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(1000);
 
     #[test]
-    fn reports_come_by_number_and_those_that_do_not_are_missed_without_waiting() {
+    fn reports_are_ordered_and_missing_ones_are_not_waited_for() {
         let reports = Reports::new().unwrap();
         reports.reporter(0).report(Ok(()));
         drop(reports.reporter(1));
@@ -138,20 +141,20 @@ mod tests {
     }
 
     #[test]
-    fn a_child_that_hangs_is_waited_for_no_longer_than_asked() {
+    fn child_that_hangs_is_waited_for_until_the_timeout() {
         let reports = Reports::new().unwrap();
         let _hangs = reports.reporter(0);
         assert_eq!(reports.collect(1, Duration::ZERO, &Token::new().unwrap()), [None]);
     }
 
     #[test]
-    fn whoever_is_asked_to_end_waits_for_nobody() {
+    fn cancelled_wait_returns_the_reports_so_far() {
         let reports = Reports::new().unwrap();
         let _hangs = reports.reporter(0);
         reports.reporter(1).report(Ok(()));
         let token = Token::new().unwrap();
         token.cancel();
         let got = reports.collect(2, LONG, &token);
-        assert!(got[0].is_none() && got[1].is_some(), "what has been said counts");
+        assert!(got[0].is_none() && got[1].is_some(), "a report that has arrived counts");
     }
 }

@@ -1,71 +1,80 @@
-//! Merging a drive's layers into one, beside a guest that runs on: nobody waits for it.
+//! Merging the layers of a drive into one file, while the guest runs and without pausing it.
 //!
 //! # How
 //!
-//! After a fork or a live snapshot, whether it was refused or not, a thread copies what the layers of a drive hold into a new file, if they are
-//! [`MANY_LAYERS`] or more. Forks and live snapshots go on stacking. The first one after the copy is complete puts the new file in the place of
-//! exactly those layers, for the microVM and for its children or loads. Where the microVM keeps its overlay, because it has not written to that, it keeps
-//! the layers until a later one.
+//! After each fork or live snapshot, also one that failed, a thread copies what the layers of a
+//! drive hold into a new file, if there are [`MANY_LAYERS`] or more. Forks and live snapshots add
+//! layers meanwhile. The first one after the copy is complete puts the new file in the place of
+//! exactly the copied layers, for the microVM and for its children or loads. Where the microVM
+//! keeps its overlay, because it has not written to it, it keeps the layers too, until a later fork
+//! or live snapshot.
 //!
 //! # Invariants
 //!
-//! - A configuration, here, of a child or in a snapshot, names the new file only once it is complete and on the disk.
-//! - A file that no configuration names is removed: by the thread when the copy fails, else with the [`Merge`]. Whoever removes it holds the lock on
-//!   its [`Progress`], so that a name is never removed twice, when it may be another's file already.
-//! - fork(2) copies the lock and not the thread. So a child never looks at its parent's merges: they are in its parent's [`Controller`], which it leaves
-//!   alone and never drops. It begins with none, and merges its own layers.
-//! - The thread keeps open the layers and the new file, and nothing that anybody writes to or closes. What it finds wrong goes to the log: no
-//!   guest needs it.
+//! - A configuration, here, of a child or in a snapshot, names the new file only once it is
+//!   complete and on the disk.
+//! - A file that no configuration names is removed: by the thread when the copy fails, else with
+//!   the [`Merge`]. It is removed under the lock of its [`Progress`], so that a name is never
+//!   removed twice, when it may already be the name of another file.
+//! - fork(2) copies the lock and not the thread. So a child never looks at its parent's merges:
+//!   they are in its parent's `Drives`, which it leaves alone and never drops. A child starts with
+//!   no merges, and merges its own layers.
+//! - The thread keeps the layers and the new file open, which nothing else writes to or closes. Its
+//!   errors go to the log: no guest needs the merge.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use block::disk::{Disk, LayerMerge};
 use config::Drive;
+use sync::locked;
 
-use super::disks::stem;
 use super::files::NewFiles;
+use super::plan::stem;
 use crate::CommandError;
-use crate::controller::Controller;
 
-/// So many layers are merged: each of them takes memory, and time at each request.
+/// The number of layers from which on they are merged: each of them takes memory, and time at each
+/// request.
 const MANY_LAYERS: usize = 16;
 
 /// The merges of a microVM, at most one of each drive.
 #[derive(Debug, Default)]
 pub(crate) struct Merges(Vec<Merge>);
 
-/// One drive's merge. Dropped, it is given up, and its file removed unless somebody uses it.
+/// The merge of one drive's layers. Dropping it gives it up, and removes its file unless a
+/// configuration names it.
 #[derive(Debug)]
 struct Merge {
-    /// The drive as it was when this began.
+    /// The drive's id and disk when the merge started.
     drive_id: String,
     disk: Option<PathBuf>,
-    /// What is merged, from the bottom up.
+    /// The layers that are merged, from the bottom up.
     layers: Vec<PathBuf>,
     /// The new file.
     path: PathBuf,
     progress: Arc<Mutex<Progress>>,
 }
 
-/// How far it is. A thread that ended without a word leaves `Copying`, which nobody ever uses.
+/// How far a merge is. Its lock is never held across code that can panic.
+///
+/// A thread that panicked leaves `Copying`, and the file is never used.
 #[derive(Debug)]
 enum Progress {
-    /// The file is no overlay yet.
+    /// The file is no complete overlay yet.
     Copying(NewFiles),
-    /// It is complete, and nobody uses it.
+    /// The file is complete, and no configuration names it.
     Complete(NewFiles),
-    /// It is complete, and configurations name it.
+    /// The file is complete, and configurations name it.
     Used,
-    /// It failed or was given up, and the file is removed.
+    /// The merge failed or was given up, and the file is removed.
     Gone,
 }
 
 impl Merges {
-    /// `drive`, with the file of a complete merge in the place of the layers that it holds.
-    pub(super) fn applied_to(&self, drive: &Drive) -> Drive {
+    /// Returns `drive` with the file of a complete merge in the place of the layers that it holds.
+    pub(crate) fn applied_to(&self, drive: &Drive) -> Drive {
         let mut drive = drive.clone();
         let merge = self.0.iter().find(|merge| merge.is_of(&drive) && merge.is_complete());
         if let (Some(merge), Some(overlay)) = (merge, &mut drive.overlay) {
@@ -74,7 +83,7 @@ impl Merges {
         drive
     }
 
-    /// Leaves the files that are named by a configuration from now on.
+    /// Keeps the complete files that a configuration names from now on.
     pub(crate) fn keep(&self, is_named: impl Fn(&Path) -> bool) {
         for merge in self.0.iter().filter(|merge| is_named(&merge.path)) {
             let mut progress = locked(&merge.progress);
@@ -93,41 +102,38 @@ impl Merges {
         self.0.retain(|merge| merge.drive_id != drive_id);
     }
 
-    /// Begins to merge the layers of the microVM `id`'s `drive`, if they are many, and not being merged.
-    fn begin(&mut self, id: &str, drive: &Drive, disk: &Disk) {
+    /// Starts to merge the layers of `drive` of the microVM `vm_id`, if there are many, and they
+    /// are not being merged already.
+    pub(crate) fn begin(&mut self, vm_id: &str, drive: &Drive, disk: &Disk) {
         self.0.retain(|merge| merge.drive_id != drive.drive_id || (merge.is_of(drive) && !merge.is_gone()));
         let is_known = self.0.iter().any(|merge| merge.drive_id == drive.drive_id);
         if is_known || disk.is_read_only() || layers(drive).len() < MANY_LAYERS {
             return;
         }
-        match Merge::begin(id, drive, disk) {
+        match Merge::begin(vm_id, drive, disk) {
             Ok(merge) => self.0.push(merge),
-            Err(error) => log::warn!("its layers are not merged: {error}"),
+            Err(error) => log::warn!("{error}; its layers are not merged"),
         }
     }
 }
 
 impl Merge {
-    fn begin(id: &str, drive: &Drive, disk: &Disk) -> Result<Self, CommandError> {
-        let (merge, copy) = Self::prepare(id, drive, disk)?;
+    fn begin(vm_id: &str, drive: &Drive, disk: &Disk) -> Result<Self, CommandError> {
+        let (merge, copy) = Self::prepare(vm_id, drive, disk)?;
         let (drive_id, path, progress) =
             (drive.drive_id.clone(), merge.path.clone(), Arc::clone(&merge.progress));
         thread::Builder::new()
             .name("io merge".into())
             .spawn(move || run(&drive_id, &path, copy, &progress))
-            .map_err(|e| {
-                CommandError::new(format_args!("drive {}: cannot start a thread: {e}", drive.drive_id))
-            })?;
+            .map_err(|e| CommandError::drive(&drive.drive_id, format!("cannot start a thread: {e}")))?;
         Ok(merge)
     }
 
-    /// What is to be copied is open when this returns, and so is where to.
-    fn prepare(id: &str, drive: &Drive, disk: &Disk) -> Result<(Self, LayerMerge), CommandError> {
+    /// Opens all layers and the new file. Nothing is copied yet.
+    fn prepare(vm_id: &str, drive: &Drive, disk: &Disk) -> Result<(Self, LayerMerge), CommandError> {
         let mut files = NewFiles::default();
-        let path = files.numbered(&drive.drive_id, &stem(drive, id)?, &BTreeSet::new())?;
-        let copy = disk
-            .merge_layers(&path)
-            .map_err(|e| CommandError::new(format_args!("drive {}: {e}", drive.drive_id)))?;
+        let path = files.numbered(&drive.drive_id, &stem(drive, vm_id)?, &BTreeSet::new())?;
+        let copy = disk.merge_layers(&path).map_err(|e| CommandError::drive(&drive.drive_id, e))?;
         let merge = Merge {
             drive_id: drive.drive_id.clone(),
             disk: drive.path_on_host.clone(),
@@ -138,7 +144,7 @@ impl Merge {
         Ok((merge, copy))
     }
 
-    /// Whether `drive` lies on what this merges.
+    /// Whether the lowest layers of `drive` are those of this merge.
     fn is_of(&self, drive: &Drive) -> bool {
         self.drive_id == drive.drive_id
             && self.disk == drive.path_on_host
@@ -156,12 +162,12 @@ impl Merge {
 
 impl Drop for Merge {
     fn drop(&mut self) {
-        // The thread sees it before its next piece.
+        // The thread sees it before it copies its next piece.
         *locked(&self.progress) = Progress::Gone;
     }
 }
 
-/// What the thread does.
+/// The body of the thread.
 fn run(drive_id: &str, path: &Path, copy: LayerMerge, progress: &Mutex<Progress>) {
     let shown = path.display();
     let copied = copy.run(&|| matches!(*locked(progress), Progress::Copying(_)));
@@ -178,27 +184,8 @@ fn run(drive_id: &str, path: &Path, copy: LayerMerge, progress: &Mutex<Progress>
     }
 }
 
-impl<H> Controller<H> {
-    /// Begins to merge what are many layers by now. Returns at once.
-    pub(crate) fn merge_many_layers(&mut self) {
-        for (drive, disk) in self.config.drives.iter().zip(&self.disks) {
-            self.merges.begin(&self.identity.id, drive, disk);
-        }
-    }
-
-    /// Gives up what is being merged. For the end of the process, which waits for no thread.
-    pub fn give_up_merges(&mut self) {
-        self.merges = Merges::default();
-    }
-}
-
 fn layers(drive: &Drive) -> &[PathBuf] {
     drive.overlay.as_ref().map_or(&[], |overlay| &overlay.layers)
-}
-
-/// Nothing that is done under this lock panics.
-fn locked(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
-    progress.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -212,7 +199,8 @@ mod tests {
 
     use super::*;
 
-    /// A disk of 1 MiB with so many layers, each of which holds the first sectors, below an overlay.
+    /// A disk of 1 MiB with `count` layers, each of which holds the first sectors, below an
+    /// overlay.
     struct Layered {
         dir: TempDir,
         drive: Drive,
@@ -247,7 +235,7 @@ mod tests {
             Disk::open(&DiskOptions::of(drive)).unwrap()
         }
 
-        /// A merge and what its thread is to do.
+        /// A merge and the body of its thread.
         fn prepared(&self) -> (Merges, impl FnOnce() + use<>) {
             let (merge, copy) = Merge::prepare("vm", &self.drive, &self.disk).unwrap();
             let (path, progress) = (merge.path.clone(), Arc::clone(&merge.progress));
@@ -266,11 +254,11 @@ mod tests {
     }
 
     #[test]
-    fn a_complete_merge_takes_the_place_of_exactly_the_layers_that_it_holds() {
+    fn complete_merge_replaces_exactly_its_layers() {
         let layered = Layered::new(3);
         let (merges, thread) = layered.prepared();
         let drive = &layered.drive;
-        assert_eq!(merges.applied_to(drive), *drive, "it is not complete");
+        assert_eq!(merges.applied_to(drive), *drive, "the merge is not complete");
         thread();
         let merged = layered.merged();
         assert_eq!(layers(&merges.applied_to(drive)), std::slice::from_ref(&merged));
@@ -287,34 +275,34 @@ mod tests {
         ] {
             assert_eq!(merges.applied_to(&other), other);
         }
-        // And what was made on the layers goes on.
+        // The overlay that was created on the layers still opens.
         drop(layered.disk);
         Disk::open(&DiskOptions::of(&merges.applied_to(drive))).unwrap();
     }
 
     #[test]
-    fn the_file_stays_once_it_is_named_and_is_removed_otherwise() {
+    fn merged_file_is_kept_if_named_and_removed_otherwise() {
         let layered = Layered::new(3);
         let merged = layered.merged();
         let (merges, thread) = layered.prepared();
         thread();
         merges.keep(|_| false);
         drop(merges);
-        assert!(!merged.exists(), "nobody used it");
+        assert!(!merged.exists(), "no configuration named it");
         let (merges, thread) = layered.prepared();
         thread();
         merges.keep(|path| path == merged);
         assert_eq!(
             layers(&merges.applied_to(&layered.drive)),
             std::slice::from_ref(&merged),
-            "who has not yet may use it"
+            "others may still use it"
         );
         drop(merges);
         assert!(merged.exists());
     }
 
     #[test]
-    fn a_merge_that_is_given_up_leaves_whatever_has_its_name_now() {
+    fn abandoned_merge_leaves_a_new_file_of_the_same_name() {
         let layered = Layered::new(3);
         let merged = layered.merged();
         let (mut merges, thread) = layered.prepared();
@@ -328,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_merge_that_fails_leaves_no_file_and_is_tried_again_after_the_next_fork() {
+    fn failed_merge_leaves_no_file_and_is_tried_again() {
         let layered = Layered::new(MANY_LAYERS);
         let (mut merges, thread) = layered.prepared();
         let base = File::options().write(true).open(layered.drive.path_on_host.as_ref().unwrap()).unwrap();
@@ -342,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn many_layers_are_merged_once_and_few_are_not() {
+    fn only_many_layers_are_merged_and_only_once() {
         let few = Layered::new(MANY_LAYERS - 1);
         let mut merges = Merges::default();
         merges.begin("vm", &few.drive, &few.disk);
@@ -352,8 +340,8 @@ mod tests {
         assert_eq!(merges.0[0].path, many.merged());
         let more = with_layers(&many.drive, &[layers(&many.drive), &["x".into()]].concat());
         merges.begin("vm", &more, &many.disk);
-        assert_eq!(merges.0.len(), 1, "it is being merged");
-        // One that lies on the new file lies on few.
+        assert_eq!(merges.0.len(), 1, "the drive is being merged already");
+        // A drive on the merged file has few layers.
         merges.begin("vm", &with_layers(&many.drive, &[many.merged(), "x".into()]), &many.disk);
         assert!(merges.0.is_empty());
     }

@@ -1,17 +1,21 @@
-//! A snapshot that a fork of this process writes while the guest runs on (`"live": true`, an extension).
+//! [`LiveSnapshotJob`]: a snapshot that a fork of this process writes while the guest runs
+//! (`"live": true`, an extension).
 //!
 //! # How
 //!
-//! The machine stands still for as long as a fork takes. The fork has the guest's memory as it was, copy-on-write, and nothing else to do
-//! than to write it and end. It says how far it is through a pipe; closing the other pipe with a byte in it tells it to stop.
+//! The guest is paused for as long as the fork takes. The forked process has the guest's memory as
+//! it was, copy-on-write. It writes the snapshot and ends ([`SnapshotWriter`]). It reports its
+//! progress through one pipe, and reads from another one: a byte there tells it to stop.
 //!
 //! # Invariants
 //!
-//! - One job at a time. Its files appear when they are whole; a job that is cancelled, fails or is killed leaves none.
-//! - What a Diff would have saved is put back when its job fails.
+//! - One job at a time. Its files get their names when they are complete. A job that is cancelled,
+//!   fails or is killed leaves none.
+//! - The pages that a Diff would have saved are marked dirty again when the job fails.
 
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -23,31 +27,31 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::create::Picture;
-use crate::Reply;
+use crate::{CommandError, Reply};
 
-/// The fork says how far it is whenever so many more bytes are written, or a [`STEPS`]th of all.
+/// The writer reports its progress after so many bytes, or a [`STEPS`]th of all if that is more.
 const REPORT_EVERY: u64 = 16 << 20;
-/// Most steps. Their lines and the last one fit into the smallest pipe that the kernel gives a user who has many, of 4096 bytes: so a fork
-/// that nobody listens to writes its snapshot all the same, and ends.
+/// Most reports of progress. Their lines and the last one fit into 4096 bytes, the smallest pipe
+/// that the kernel creates (for a user who has many). So a writer whose parent does not read still
+/// writes its snapshot, and ends.
 const STEPS: u64 = 32;
 /// Longest text of an error, in characters of at most four bytes.
 const MAX_ERROR: usize = 400;
 
-/// A job, as the microVM's own process knows it.
+/// The job, in the microVM's own process.
 #[derive(Debug)]
-pub(crate) struct Job {
+pub(crate) struct LiveSnapshotJob {
     create: SnapshotCreate,
     began: Instant,
-    /// How long the guest stood still, in microseconds.
+    /// How long the guest was paused, in microseconds.
     pause_us: u64,
     lines: std::fs::File,
-    /// What of a line has come.
+    /// The beginning of a line whose rest has not arrived.
     partial: Vec<u8>,
     cancel: Option<OwnedFd>,
     progress: (u64, u64),
     end: Option<End>,
-    /// Pages that count as saved if it succeeds.
+    /// The pages that count as saved if the job succeeds.
     taken: Option<(GuestRam, PageSet)>,
 }
 
@@ -59,7 +63,7 @@ enum End {
     Failed(u64, String),
 }
 
-/// What the fork says: how far it is, or how it ended and after how long in microseconds.
+/// A line of the writer: bytes done and in total, or how it ended after how many microseconds.
 #[derive(Debug, Serialize, Deserialize)]
 enum Line {
     Progress(u64, u64),
@@ -68,22 +72,22 @@ enum Line {
     Failed(u64, String),
 }
 
-/// The fork's ends.
+/// The job's end in the forked process.
 #[derive(Debug)]
-pub(crate) struct Worker {
+pub(crate) struct SnapshotWriter {
     lines: OwnedFd,
     cancel: OwnedFd,
     began: Instant,
     reported: AtomicU64,
 }
 
-/// A job and its fork's ends, not begun yet.
-pub(crate) fn pair(create: &SnapshotCreate) -> std::io::Result<(Job, Worker)> {
+/// A job and its writer, before the fork.
+pub(crate) fn pair(create: &SnapshotCreate) -> std::io::Result<(LiveSnapshotJob, SnapshotWriter)> {
     let (lines, to_parent) = pipe_with(PipeFlags::CLOEXEC)?;
     rustix::io::ioctl_fionbio(&lines, true)?;
     let (cancelled, cancel) = pipe_with(PipeFlags::CLOEXEC)?;
     let began = Instant::now();
-    let job = Job {
+    let job = LiveSnapshotJob {
         create: create.clone(),
         began,
         pause_us: 0,
@@ -94,22 +98,21 @@ pub(crate) fn pair(create: &SnapshotCreate) -> std::io::Result<(Job, Worker)> {
         end: None,
         taken: None,
     };
-    Ok((job, Worker { lines: to_parent, cancel: cancelled, began, reported: AtomicU64::new(0) }))
+    Ok((job, SnapshotWriter { lines: to_parent, cancel: cancelled, began, reported: AtomicU64::new(0) }))
 }
 
-impl Job {
-    /// Says how long the guest stood still.
-    pub(crate) fn set_pause(&mut self, pause_us: u64) {
+impl LiveSnapshotJob {
+    /// The job after the fork: the guest was paused for `pause_us` microseconds, and the pages in
+    /// `taken` count as saved from now on, unless the job fails.
+    pub(crate) fn started(mut self, pause_us: u64, taken: Option<(GuestRam, PageSet)>) -> Self {
         self.pause_us = pause_us;
+        self.taken = taken;
+        self
     }
 
-    /// These pages count as saved from here on, unless it fails.
-    pub(crate) fn has_taken(&mut self, ram: GuestRam, pages: PageSet) {
-        self.taken = Some((ram, pages));
-    }
-
-    /// Lets the pages that it has taken count as not saved, if it goes on: a fork of the guest does not learn how it ends.
-    pub(crate) fn count_as_unsaved(&mut self) {
+    /// Marks the pages that a running job has taken as dirty again. For a fork of the guest, which
+    /// does not learn how the job ends.
+    pub(crate) fn mark_unsaved(&mut self) {
         if self.is_running()
             && let Some((ram, pages)) = &self.taken
         {
@@ -117,23 +120,23 @@ impl Job {
         }
     }
 
-    /// Whether it goes on. Takes in what the fork has said.
+    /// Whether the job is still running. Reads the writer's lines.
     pub(crate) fn is_running(&mut self) -> bool {
-        self.take_in();
+        self.read_lines();
         self.end.is_none()
     }
 
-    /// Tells the fork to stop.
+    /// Tells the writer to stop.
     pub(crate) fn cancel(&mut self) {
         if let Some(cancel) = self.cancel.take() {
-            // A fork that has ended does not listen.
+            // The writer may have ended; ignore the error.
             let _ = rustix::io::write(&cancel, b"x");
         }
     }
 
-    /// What the user is told.
+    /// The answer to `GET /snapshot/job`.
     pub(crate) fn describe(&mut self) -> Reply {
-        self.take_in();
+        self.read_lines();
         let (state, elapsed, error) = match &self.end {
             None => ("Running", micros(self.began), None),
             Some(End::Done(us)) => ("Done", *us, None),
@@ -156,7 +159,8 @@ impl Job {
         Reply::Json(description)
     }
 
-    fn take_in(&mut self) {
+    /// Reads the lines that have arrived.
+    fn read_lines(&mut self) {
         if self.end.is_some() {
             return;
         }
@@ -198,15 +202,20 @@ fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
-impl Worker {
-    /// The descriptors that the fork keeps.
+impl SnapshotWriter {
+    /// The descriptors that the forked process keeps.
     pub(crate) fn descriptors(&self) -> [BorrowedFd<'_>; 2] {
         [self.lines.as_fd(), self.cancel.as_fd()]
     }
 
-    /// Writes the snapshot, and says how it went. Runs in the fork.
-    pub(crate) fn run(self, picture: &Picture, ram: &GuestRam, create: &SnapshotCreate) -> bool {
-        let written = picture.write_and_commit(ram, create, &self);
+    /// Runs `write`, which writes the snapshot at `path`, and reports how it went. Called in the
+    /// forked process.
+    pub(crate) fn run(
+        self,
+        path: &Path,
+        write: impl FnOnce(&dyn Observer) -> Result<(), CommandError>,
+    ) -> bool {
+        let written = write(&self);
         let elapsed = micros(self.began);
         let line = match &written {
             Ok(()) => Line::Done(elapsed),
@@ -214,36 +223,36 @@ impl Worker {
             Err(error) => Line::Failed(elapsed, error.to_string().chars().take(MAX_ERROR).collect()),
         };
         match &written {
-            Ok(()) => log::info!("the live snapshot {} is written", create.snapshot_path.display()),
-            Err(error) => log::error!("the live snapshot {}: {error}", create.snapshot_path.display()),
+            Ok(()) => log::info!("the live snapshot {} is written", path.display()),
+            Err(error) => log::error!("the live snapshot {}: {error}", path.display()),
         }
-        self.say(&line);
+        self.report(&line);
         written.is_ok()
     }
 
-    fn say(&self, line: &Line) {
+    fn report(&self, line: &Line) {
         if let Ok(mut text) = serde_json::to_string(line) {
             text.push('\n');
-            // A parent that is gone does not wait; the snapshot is written all the same.
+            // The parent may have ended. The snapshot is written all the same.
             let _ = rustix::io::write(&self.lines, text.as_bytes());
         }
     }
 }
 
-impl Observer for Worker {
+impl Observer for SnapshotWriter {
     fn progress(&self, done: u64, total: u64) {
         let step = REPORT_EVERY.max(total / STEPS);
         let before = self.reported.load(Ordering::Relaxed);
         if before == 0 || done >= before + step {
             self.reported.store(done.max(1), Ordering::Relaxed);
-            self.say(&Line::Progress(done, total));
+            self.report(&Line::Progress(done, total));
         }
     }
 
     fn cancelled(&self) -> bool {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let mut fds = [PollFd::new(&self.cancel, PollFlags::IN)];
-        // A parent that is gone (hang-up) is no reason to stop.
+        // A parent that has ended (hang-up) is no reason to stop.
         poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0) && fds[0].revents().contains(PollFlags::IN)
     }
 }
@@ -252,7 +261,7 @@ impl Observer for Worker {
 mod tests {
     use super::*;
 
-    fn job() -> (Job, Worker) {
+    fn job() -> (LiveSnapshotJob, SnapshotWriter) {
         let create = SnapshotCreate {
             snapshot_path: "s".into(),
             mem_file_path: "m".into(),
@@ -263,69 +272,69 @@ mod tests {
         pair(&create).unwrap()
     }
 
-    fn state(job: &mut Job) -> serde_json::Value {
+    fn state(job: &mut LiveSnapshotJob) -> serde_json::Value {
         let Reply::Json(description) = job.describe() else { panic!("no description") };
         description
     }
 
     #[test]
-    fn a_job_tells_how_far_it_is_and_how_it_ends() {
-        let (mut job, worker) = job();
+    fn job_describes_its_progress_and_its_end() {
+        let (mut job, writer) = job();
         assert_eq!(state(&mut job)["state"], "Running");
-        worker.progress(1 << 20, 1 << 30);
+        writer.progress(1 << 20, 1 << 30);
         assert_eq!(state(&mut job)["bytes_done"], 1 << 20);
-        worker.say(&Line::Done(7));
+        writer.report(&Line::Done(7));
         let end = state(&mut job);
         assert_eq!(
             (&end["state"], &end["elapsed_us"]),
             (&"Done".into(), &7.into()),
-            "when it ended, not when it was asked"
+            "the time of the end, not of the question"
         );
         assert!(!job.is_running());
     }
 
     #[test]
-    fn a_process_that_ends_without_a_word_has_failed_and_its_pages_are_put_back() {
+    fn writer_that_dies_fails_the_job_and_its_pages_are_dirty() {
         let ram = GuestRam::map(16, config::HugePages::None, true).unwrap();
-        let (mut job, worker) = job();
+        let (mut job, writer) = job();
         job.taken = Some((ram.clone(), ram.all_pages()));
-        drop(worker);
+        drop(writer);
         assert_eq!(state(&mut job)["state"], "Failed");
         assert_eq!(ram.take_monitor_dirty_pages().unwrap().count(), 4096);
     }
 
     #[test]
-    fn cancelling_is_seen_and_a_parent_that_ends_is_not_taken_for_it() {
-        let (mut first, worker) = job();
-        assert!(!worker.cancelled());
+    fn writer_stops_when_cancelled_and_not_when_its_parent_ends() {
+        let (mut first, writer) = job();
+        assert!(!writer.cancelled());
         first.cancel();
-        assert!(worker.cancelled());
-        let (second, worker) = job();
+        assert!(writer.cancelled());
+        let (second, writer) = job();
         drop(second);
-        assert!(!worker.cancelled());
+        assert!(!writer.cancelled());
     }
 
     #[test]
-    fn a_fork_of_the_guest_counts_what_a_job_has_taken_as_unsaved() {
+    fn pages_of_a_running_job_are_marked_dirty_for_a_fork() {
         let ram = GuestRam::map(16, config::HugePages::None, true).unwrap();
-        let (mut job, worker) = job();
-        job.has_taken(ram.clone(), ram.all_pages());
-        job.count_as_unsaved();
+        let (job, writer) = job();
+        let mut job = job.started(0, Some((ram.clone(), ram.all_pages())));
+        job.mark_unsaved();
         assert_eq!(ram.take_monitor_dirty_pages().unwrap().count(), 4096);
-        worker.say(&Line::Done(1));
-        job.count_as_unsaved();
+        writer.report(&Line::Done(1));
+        job.mark_unsaved();
         assert_eq!(ram.take_monitor_dirty_pages().unwrap().count(), 0, "it is saved");
     }
 
     #[test]
-    fn a_parent_that_does_not_look_does_not_hold_up_the_writer_however_small_the_pipe() {
-        let (mut job, worker) = job();
-        rustix::pipe::fcntl_setpipe_size(&worker.lines, 4096).unwrap();
+    fn writer_never_waits_for_a_parent_that_does_not_read() {
+        let (mut job, writer) = job();
+        rustix::pipe::fcntl_setpipe_size(&writer.lines, 4096).unwrap();
         let total = 1 << 40;
         for done in (0..=total).step_by(1 << 26) {
-            worker.progress(done, total);
+            writer.progress(done, total);
         }
-        worker.say(&Line::Failed(u64::MAX, "\u{10ffff}".repeat(MAX_ERROR)));
+        writer.report(&Line::Failed(u64::MAX, "\u{10ffff}".repeat(MAX_ERROR)));
         assert_eq!(state(&mut job)["state"], "Failed");
     }
 }

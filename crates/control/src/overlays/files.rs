@@ -1,5 +1,9 @@
-//! Files for new overlays: made empty before anything stops, so that a name that cannot be had, or that another microVM takes in this very
-//! moment, is found then; removed again where they are not needed. Their names are durable before anything names them: a configuration, a state file, an answer.
+//! [`NewFiles`]: the empty files of new overlays.
+//!
+//! They are created before the guest is paused. So a name that cannot be created, or that another
+//! microVM takes at the same moment, is found then. Files that are not needed are removed again.
+//! The directory entry of a file is durable before a configuration, a state file or an answer names
+//! it.
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
@@ -11,17 +15,17 @@ use block::disk::make_name_durable;
 
 use crate::CommandError;
 
-/// Most tries for a free name.
+/// Most names that are tried.
 const MAX_NAMES: u32 = 100_000;
 
-/// Makes the name of a file durable.
+/// Makes the directory entry of a file durable.
 type MakeDurable = fn(&Path) -> std::io::Result<()>;
 
-/// Files that were made for one command. Those that nobody keeps are removed with this value.
+/// Files that were created for one command. Those that were not kept are removed with this value.
 #[derive(Debug)]
 pub(crate) struct NewFiles {
     paths: Vec<PathBuf>,
-    /// Another one in tests.
+    /// Replaced in tests.
     make_durable: MakeDurable,
 }
 
@@ -32,12 +36,12 @@ impl Default for NewFiles {
 }
 
 impl NewFiles {
-    /// A file at a path that the user named. An empty one may be there already.
+    /// Creates a file at a path that the user named. It may exist already if it is empty.
     pub(crate) fn given(&mut self, drive_id: &str, path: &Path) -> Result<PathBuf, CommandError> {
         let failed = |why: &dyn std::fmt::Display| {
-            CommandError::new(format_args!("drive {drive_id}: the overlay {} {why}", path.display()))
+            CommandError::drive(drive_id, format!("the overlay {} {why}", path.display()))
         };
-        match self.make(path) {
+        match self.create(path) {
             Ok(()) => Ok(path.to_owned()),
             Err(error) if error.kind() == ErrorKind::AlreadyExists => match std::fs::metadata(path) {
                 Ok(file) if file.is_file() && file.len() == 0 => match (self.make_durable)(path) {
@@ -46,11 +50,12 @@ impl NewFiles {
                 },
                 _ => Err(failed(&"exists already")),
             },
-            Err(error) => Err(failed(&format_args!("cannot be made: {error}"))),
+            Err(error) => Err(failed(&format_args!("cannot be created: {error}"))),
         }
     }
 
-    /// A file at the first of `STEM.1`, `STEM.2`, ... that does not exist and is not in `named`.
+    /// Creates a file at the first of `STEM.1`, `STEM.2`, ... that does not exist and is not in
+    /// `named`.
     pub(crate) fn numbered(
         &mut self,
         drive_id: &str,
@@ -58,37 +63,35 @@ impl NewFiles {
         named: &BTreeSet<PathBuf>,
     ) -> Result<PathBuf, CommandError> {
         let failed = |why: &dyn std::fmt::Display| {
-            CommandError::new(format_args!(
-                "drive {drive_id}: no overlay can be made beside {}: {why}",
-                stem.display()
-            ))
+            let source = format!("cannot create an overlay beside {}: {why}", stem.display());
+            CommandError::drive(drive_id, source)
         };
         for path in (1..MAX_NAMES).map(|number| with_number(stem, number)) {
             if named.contains(&path) {
                 continue;
             }
-            match self.make(&path) {
+            match self.create(&path) {
                 Ok(()) => return Ok(path),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(failed(&error)),
             }
         }
-        Err(failed(&format_args!("there are {MAX_NAMES} of them")))
+        Err(failed(&format_args!("all names up to number {} are taken", MAX_NAMES - 1)))
     }
 
-    fn make(&mut self, path: &Path) -> std::io::Result<()> {
+    fn create(&mut self, path: &Path) -> std::io::Result<()> {
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
         self.paths.push(path.to_owned());
         (self.make_durable)(path)
     }
 
-    /// Leaves those that are `used`.
+    /// Keeps the files that are `used`, and removes the others.
     pub(crate) fn keep(mut self, used: impl Fn(&Path) -> bool) {
         self.paths.retain(|path| !used(path));
     }
 
-    /// Leaves those that somebody has begun to use.
-    pub(crate) fn keep_begun(self) {
+    /// Keeps the files that have contents, because a monitor has started to use them.
+    pub(crate) fn keep_started(self) {
         self.keep(|path| std::fs::metadata(path).is_ok_and(|file| file.len() > 0));
     }
 }
@@ -96,7 +99,7 @@ impl NewFiles {
 impl Drop for NewFiles {
     fn drop(&mut self) {
         for path in &self.paths {
-            // One that is gone is what is wanted.
+            // A file that is missing already needs no removal.
             let _ = std::fs::remove_file(path);
         }
     }
@@ -125,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn the_name_of_a_new_file_is_durable_before_it_is_given_out() {
+    fn name_of_a_new_file_is_durable_before_it_is_returned() {
         let home = tempfile::tempdir().unwrap();
         let note: MakeDurable = |path| {
             assert!(path.exists());
@@ -142,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_whose_name_cannot_be_made_durable_is_refused_and_removed() {
+    fn file_whose_name_cannot_be_made_durable_is_removed() {
         let home = tempfile::tempdir().unwrap();
         let fail: MakeDurable = |_| Err(std::io::Error::from_raw_os_error(5));
         let mut files = NewFiles { paths: Vec::new(), make_durable: fail };
@@ -155,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn two_that_ask_for_a_name_get_two_and_what_is_not_kept_is_removed() {
+    fn numbered_names_are_unique_and_unkept_files_are_removed() {
         let home = tempfile::tempdir().unwrap();
         let stem = home.path().join("disk.vm");
         let named = BTreeSet::from([with_number(&stem, 2)]);
@@ -169,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_was_given_may_hold_an_empty_file_and_nothing_else() {
+    fn given_path_may_be_an_empty_file_and_nothing_else() {
         let home = tempfile::tempdir().unwrap();
         let [empty, full, missing] = ["empty", "full", "missing"].map(|name| home.path().join(name));
         std::fs::write(&empty, "").unwrap();
@@ -179,9 +182,9 @@ mod tests {
         assert!(files.given("d", &full).unwrap_err().to_string().contains("full exists already"));
         assert!(files.given("d", Path::new("/nowhere/o")).unwrap_err().to_string().contains("/nowhere/o"));
         assert!(files.given("d", home.path()).is_err());
-        let begun = files.given("d", &missing).unwrap();
-        std::fs::write(&begun, "x").unwrap();
-        files.keep_begun();
+        let started = files.given("d", &missing).unwrap();
+        std::fs::write(&started, "x").unwrap();
+        files.keep_started();
         assert_eq!(names(home.path()), ["empty", "full", "missing"], "what was there stays");
     }
 }

@@ -1,0 +1,71 @@
+//! The start of a fork's child, in its own process: its machine as it was saved, around the memory
+//! that the kernel gave it.
+
+use block::disk::FileLocks;
+use config::Drive;
+use machine::chipset::ClockAfter;
+use machine::{EventSink, Paused, Restore};
+
+use crate::backends::Backends;
+use crate::boot::open_serial;
+use crate::child::{ChildSpec, ParentState, Reporter};
+use crate::drives::Drives;
+use crate::host::Host;
+use crate::microvm::MicroVm;
+use crate::networks::Networks;
+use crate::settings::Settings;
+use crate::vsock::VsockSockets;
+use crate::{CommandError, Platform};
+
+/// Builds the child and starts it. The reporter is returned either way.
+pub(crate) fn start<H: Host>(
+    host: &H,
+    spec: ChildSpec,
+    parent: ParentState,
+    events: EventSink,
+) -> (Reporter, Result<MicroVm, CommandError>) {
+    let ChildSpec { identity, platform, config, metadata, networks, resume, reporter, .. } = spec;
+    let platform = Platform { boot_timer: None, ..platform };
+    let mut vm = MicroVm::new(identity, platform, events);
+    vm.metadata = metadata;
+    let (settings, drives, interfaces) = Settings::split(config);
+    vm.backends.settings = settings;
+    vm.backends.networks = Networks::with_backends(interfaces, networks);
+    let started = open(&mut vm, drives).and_then(|()| restore(&mut vm, host, parent, resume));
+    (reporter, started.map(|()| vm))
+}
+
+/// Opens the rest of the child's backends.
+fn open(vm: &mut MicroVm, drives: Vec<Drive>) -> Result<(), CommandError> {
+    let Backends { settings, drives: disks, vsock, .. } = &mut vm.backends;
+    // The parent created the files of the overlays, and made their directory entries durable.
+    *disks = Drives::open(drives, &FileLocks::default(), true)?;
+    *vsock = VsockSockets::create(settings.vsock.as_ref())?;
+    let serial_path = settings.serial.as_ref().and_then(|serial| serial.serial_out_path.as_deref());
+    vm.serial_output = serial_path.map(open_serial).transpose()?;
+    Ok(())
+}
+
+fn restore<H: Host>(
+    vm: &mut MicroVm,
+    host: &H,
+    parent: ParentState,
+    resume: bool,
+) -> Result<(), CommandError> {
+    let ParentState { state, ram } = parent;
+    let settings = &vm.backends.settings;
+    let machine = Paused::restore(Restore {
+        config: &settings.machine_config,
+        state: &state,
+        ram,
+        page_server: None,
+        serial: vm.serial_to_file(settings).map_err(CommandError::Serial)?,
+        devices: vm.device_setup(),
+        clock: ClockAfter::Continues,
+        events: vm.lifecycle.events().map_err(CommandError::start)?,
+        stop: host.asked_to_end(),
+    })
+    .map_err(CommandError::start)?;
+    vm.backends.networks.release();
+    vm.lifecycle.start(machine, resume).map_err(CommandError::start)
+}

@@ -1,0 +1,109 @@
+//! [`MicroVm`]: everything that one microVM consists of, and the answers to questions about it.
+
+use config::FullVmConfig;
+use machine::EventSink;
+use machine::devices::{DeviceSetup, limits};
+use machine::legacy::{Output, SerialSetup};
+use serde::Serialize;
+use serde_json::json;
+use virtio::rate_limiter::RateLimiterConfig;
+
+use crate::backends::Backends;
+use crate::lifecycle::Lifecycle;
+use crate::live_snapshot::LiveSnapshotJob;
+use crate::metadata::Metadata;
+use crate::prefetch::WorkingSetTask;
+use crate::settings::Settings;
+use crate::task::Questions;
+use crate::{Command, CommandError, Identity, Platform, Reply};
+
+/// One microVM: its identity, its configuration with open backends, and its machine.
+#[derive(Debug)]
+pub(crate) struct MicroVm {
+    pub(crate) identity: Identity,
+    pub(crate) platform: Platform,
+    pub(crate) backends: Backends,
+    /// The file or FIFO of `settings.serial`, opened when it was set.
+    pub(crate) serial_output: Option<Output>,
+    /// The contents of the metadata service, and how the guest reaches it.
+    pub(crate) metadata: Metadata,
+    pub(crate) lifecycle: Lifecycle,
+    /// The live snapshot that is being written, or was written last.
+    pub(crate) live_snapshot: Option<LiveSnapshotJob>,
+    /// Records or prefetches the working set of a restored guest.
+    pub(crate) working_set: Option<WorkingSetTask>,
+}
+
+impl MicroVm {
+    /// A microVM that is not configured yet.
+    pub(crate) fn new(identity: Identity, platform: Platform, events: EventSink) -> Self {
+        MicroVm {
+            identity,
+            platform,
+            backends: Backends::default(),
+            serial_output: None,
+            metadata: Metadata::new(platform.mmds_size_limit),
+            lifecycle: Lifecycle::new(events),
+            live_snapshot: None,
+            working_set: None,
+        }
+    }
+
+    /// The devices to build, with clones of their backends.
+    pub(crate) fn device_setup(&self) -> DeviceSetup {
+        self.backends.device_setup(self.metadata.service(&self.identity.id), self.platform.pci)
+    }
+
+    /// The host end of the serial port for a guest with these settings: the file that was set, else
+    /// none. There is no input.
+    pub(crate) fn serial_to_file(&self, settings: &Settings) -> std::io::Result<SerialSetup> {
+        let output = self.serial_output.as_ref().map(Output::try_clone).transpose()?;
+        Ok(SerialSetup { output, input: None, limit: serial_limit(settings) })
+    }
+
+    /// Resumes the guest, if it is paused.
+    pub(crate) fn resume(&mut self) -> Result<(), CommandError> {
+        self.working_set.iter_mut().for_each(WorkingSetTask::guest_runs);
+        self.lifecycle.resume()
+    }
+
+    /// The configuration as `GET /vm/config` shows it.
+    fn shown_config(&self) -> FullVmConfig {
+        let Backends { settings, drives, networks, .. } = &self.backends;
+        settings.with(drives.shown(), networks.configs())
+    }
+
+    fn describe(&self) -> serde_json::Value {
+        json!({
+            "id": self.identity.id,
+            "state": self.lifecycle.phase().name(),
+            "vmm_version": self.identity.version,
+            "app_name": self.identity.app_name,
+        })
+    }
+}
+
+impl Questions for MicroVm {
+    fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>> {
+        Some(match command {
+            Command::DescribeInstance => Ok(Reply::Json(self.describe())),
+            Command::GetVersion => {
+                Ok(Reply::Json(json!({ "firecracker_version": self.identity.api_version })))
+            }
+            Command::GetMachineConfig => to_json(&self.backends.settings.machine_config),
+            Command::GetVmConfig => to_json(&self.shown_config()),
+            Command::GetMmds => self.metadata.get(self.lifecycle.has_started()).map(Reply::Json),
+            _ => return None,
+        })
+    }
+}
+
+fn to_json(value: &impl Serialize) -> Result<Reply, CommandError> {
+    serde_json::to_value(value).map(Reply::Json).map_err(CommandError::Json)
+}
+
+/// The rate limit of the serial port's output.
+pub(crate) fn serial_limit(settings: &Settings) -> RateLimiterConfig {
+    let bucket = settings.serial.as_ref().and_then(|serial| serial.rate_limiter);
+    limits(Some(&config::RateLimiter { bandwidth: bucket, ops: None }))
+}
