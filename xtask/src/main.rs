@@ -8,6 +8,7 @@ mod demo;
 mod guest_kernel;
 mod host;
 mod kernels;
+mod lint;
 mod peers;
 mod process;
 mod python_disk;
@@ -27,6 +28,9 @@ cargo xtask COMMAND
         Boots a microVM whose guest says hello, and shows its timeline.
   test [--lint] [--unit] [--system] [FILTER]
         Lints, unit tests and whole-system tests: all, or those layers and those tests whose name has FILTER in it.
+  lint [NAME] [PATH...]
+        Checks the sources without compiling them: all, or one of columns, test_names, file_size,
+        module_cycles; of the whole repository, or of the files below each PATH.
   soak [N] [--seed S]
         What some tests repeat, N times as often (10): fuzz targets with inputs from seeds, models, killed and damaged snapshots.
 
@@ -93,6 +97,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "bench-vsock-inner" => bench::vsock_inner(&mut parser),
         "bench-net-inner" => bench::net_inner(&mut parser),
         "peers" => peers::command(&mut parser),
+        "lint" => lint::command(&mut parser),
         "soak" => soak::command(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),
         "demo" => demo::command(&mut parser),

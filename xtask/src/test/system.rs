@@ -10,9 +10,10 @@ use anyhow::{Context, Result, bail};
 use vesta_tests::guest::env;
 use vesta_tests::soak;
 
+use super::build;
 use super::inner::show;
 use super::record::{Plan, Record, Test, Verdict, read, unfinished};
-use super::{Tally, build};
+use super::tally::Tally;
 use crate::apt;
 use crate::host::emulated::{Emulated, Watch};
 use crate::host::{self, Job, Kind, Outcome};

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
-use super::Tally;
+use super::tally::Tally;
 use crate::process::{cargo, output, say};
 
 /// All but the whole-system tests.

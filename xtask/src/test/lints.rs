@@ -1,0 +1,67 @@
+//! The lints, each as a test.
+
+use std::process::{Command, Stdio};
+
+use anyhow::Result;
+
+use super::tally::Tally;
+use crate::lint::{LINTS, Sources, report};
+use crate::process::{cargo, root, say};
+
+/// Runs the lints whose name has the filter in it.
+pub(super) fn run(filter: &str) -> Tally {
+    let mut tally = Tally::default();
+    let mut run = |name: &str, check: &dyn Fn() -> Result<bool>| {
+        let name = format!("lint::{name}");
+        if !name.contains(filter) {
+            tally.filtered_out += 1;
+            return;
+        }
+        say!("{name}");
+        match check() {
+            Ok(true) => tally.passed += 1,
+            Ok(false) => tally.add(Tally::failure(format!("failed: {name}"))),
+            Err(error) => tally.add(Tally::failure(format!("failed: {name}: {error:#}"))),
+        }
+    };
+    run("fmt", &|| succeeds(&["fmt", "--all", "--check"]));
+    for lint in &LINTS {
+        run(lint.name, &|| Ok(report(lint, &Sources::find(root(), &[])?)? == 0));
+    }
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+    run("clippy", &|| succeeds(&clippy));
+    run("fuzz", &fuzz_targets_compile);
+    tally
+}
+
+fn succeeds(args: &[&str]) -> Result<bool> {
+    say!("cargo {}", args.join(" "));
+    Ok(cargo().args(args).status()?.success())
+}
+
+/// Checks that the targets in `fuzz/` compile.
+fn fuzz_targets_compile() -> Result<bool> {
+    // It needs nothing that the workspace does not have. Where that is not there yet, cargo gets
+    // it.
+    let mut offline = fuzz_command("check")?;
+    if offline.arg("--offline").stderr(Stdio::null()).status()?.success() {
+        return Ok(true);
+    }
+    Ok(fuzz_command("check")?.status()?.success())
+}
+
+/// `cargo COMMAND` for `fuzz/`, a workspace of its own, without the fuzzer's runtime: a stand-in
+/// takes its place.
+pub(crate) fn fuzz_command(command: &str) -> Result<Command> {
+    let (fuzz, lock) = (root().join("fuzz"), root().join("fuzz/Cargo.lock"));
+    if !lock.exists() {
+        // The versions that are here already.
+        std::fs::copy(root().join("Cargo.lock"), &lock)?;
+    }
+    let stand_in = format!("patch.crates-io.libfuzzer-sys.path='{}'", fuzz.join("stand-in").display());
+    let mut cargo = cargo();
+    cargo.args([command, "--quiet", "--config", &stand_in, "--config", "profile.dev.debug=false"]);
+    cargo.arg("--manifest-path").arg(fuzz.join("Cargo.toml"));
+    cargo.arg("--target-dir").arg(root().join("target/fuzz"));
+    Ok(cargo)
+}

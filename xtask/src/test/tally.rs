@@ -1,0 +1,26 @@
+//! How many tests passed, failed and so on.
+
+/// What came of some tests.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    pub(super) passed: usize,
+    pub(super) failed: usize,
+    pub(super) ignored: usize,
+    pub(super) filtered_out: usize,
+    /// What failed, by name, and what to know about those that did not count.
+    pub(super) notes: Vec<String>,
+}
+
+impl Tally {
+    pub(super) fn add(&mut self, other: Tally) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+        self.filtered_out += other.filtered_out;
+        self.notes.extend(other.notes);
+    }
+
+    pub(super) fn failure(note: String) -> Tally {
+        Tally { failed: 1, notes: vec![note], ..Tally::default() }
+    }
+}
