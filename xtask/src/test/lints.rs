@@ -4,33 +4,37 @@ use std::process::{Command, Stdio};
 
 use anyhow::Result;
 
+use super::deny;
+use super::record::Verdict;
 use super::tally::Tally;
 use crate::lint::{LINTS, Sources, report};
 use crate::process::{cargo, root, say};
 
 /// Runs the lints whose name has the filter in it.
 pub(super) fn run(filter: &str) -> Tally {
+    let passed = |check: Result<bool>| {
+        check
+            .map(|passed| if passed { Verdict::Passed } else { Verdict::Failed("see its output".to_owned()) })
+    };
     let mut tally = Tally::default();
-    let mut run = |name: &str, check: &dyn Fn() -> Result<bool>| {
+    let mut lint = |name: &str, run: &dyn Fn() -> Result<Verdict>| {
         let name = format!("lint::{name}");
         if !name.contains(filter) {
             tally.filtered_out += 1;
             return;
         }
         say!("{name}");
-        match check() {
-            Ok(true) => tally.passed += 1,
-            Ok(false) => tally.add(Tally::failure(format!("failed: {name}"))),
-            Err(error) => tally.add(Tally::failure(format!("failed: {name}: {error:#}"))),
-        }
+        tally.count(&name, &run().unwrap_or_else(|error| Verdict::Failed(format!("{error:#}"))));
     };
-    run("fmt", &|| succeeds(&["fmt", "--all", "--check"]));
-    for lint in &LINTS {
-        run(lint.name, &|| Ok(report(lint, &Sources::find(root(), &[])?)? == 0));
+    lint("fmt", &|| passed(succeeds(&["fmt", "--all", "--check"])));
+    for sources in &LINTS {
+        lint(sources.name, &|| passed(Ok(report(sources, &Sources::find(root(), &[])?)? == 0)));
     }
+    lint("deny", &|| passed(deny::dependencies()));
+    lint("advisories", &deny::advisories);
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"];
-    run("clippy", &|| succeeds(&clippy));
-    run("fuzz", &fuzz_targets_compile);
+    lint("clippy", &|| passed(succeeds(&clippy)));
+    lint("fuzz", &|| passed(fuzz_targets_compile()));
     tally
 }
 

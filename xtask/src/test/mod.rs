@@ -6,6 +6,7 @@
 //! - A filter is a part of a test's name, on all layers; the lints are called `lint::NAME`.
 
 mod build;
+mod deny;
 pub(crate) mod inner;
 mod lints;
 mod record;

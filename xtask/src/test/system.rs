@@ -133,7 +133,7 @@ impl Run<'_> {
             let (records, outcome) = self.some(&tests)?;
             for record in &records {
                 if let Record::Ended { title, verdict, .. } = record {
-                    count(&mut tally, title, verdict);
+                    tally.count(title, verdict);
                     tests.retain(|test| test.title() != *title);
                 }
             }
@@ -152,14 +152,14 @@ impl Run<'_> {
                 } else {
                     let verdict = Verdict::Failed("the host died during it, twice".to_owned());
                     show(&title, &verdict, Duration::ZERO, "");
-                    count(&mut tally, &title, &verdict);
+                    tally.count(&title, &verdict);
                     tests.retain(|test| test.title() != title);
                 }
             }
             if deaths > MOST_DEATHS {
                 for test in &tests {
                     let verdict = Verdict::Failed("not run: too many hosts died".to_owned());
-                    count(&mut tally, &test.title(), &verdict);
+                    tally.count(&test.title(), &verdict);
                 }
                 break;
             }
@@ -189,18 +189,4 @@ impl Run<'_> {
 
 fn inner(plan: &Path, records: &Path) -> Result<Vec<OsString>> {
     Ok(vec![std::env::current_exe()?.into(), "test-inner".into(), plan.into(), records.into()])
-}
-
-fn count(tally: &mut Tally, title: &str, verdict: &Verdict) {
-    match verdict {
-        Verdict::Passed => tally.passed += 1,
-        Verdict::Failed(reason) => {
-            tally.failed += 1;
-            tally.notes.push(format!("failed: {title}: {reason}"));
-        }
-        Verdict::Ignored(reason) => {
-            tally.ignored += 1;
-            tally.notes.push(format!("ignored: {title}: {reason}"));
-        }
-    }
 }

@@ -1,5 +1,7 @@
 //! How many tests passed, failed and so on.
 
+use super::record::Verdict;
+
 /// What came of some tests.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Tally {
@@ -22,5 +24,20 @@ impl Tally {
 
     pub(super) fn failure(note: String) -> Tally {
         Tally { failed: 1, notes: vec![note], ..Tally::default() }
+    }
+
+    /// Counts one test.
+    pub(super) fn count(&mut self, title: &str, verdict: &Verdict) {
+        match verdict {
+            Verdict::Passed => self.passed += 1,
+            Verdict::Failed(reason) => {
+                self.failed += 1;
+                self.notes.push(format!("failed: {title}: {reason}"));
+            }
+            Verdict::Ignored(reason) => {
+                self.ignored += 1;
+                self.notes.push(format!("ignored: {title}: {reason}"));
+            }
+        }
     }
 }
