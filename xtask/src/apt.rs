@@ -61,7 +61,7 @@ fn with_update<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
 }
 
 /// The package that stands behind a meta-package (`linux-image-6.12-cloud-amd64` means the newest build of it).
-pub(crate) fn behind(meta: &str) -> Result<String> {
+pub(crate) fn resolve_meta(meta: &str) -> Result<String> {
     with_update(|| {
         let depends = output(Command::new("apt-cache").args(["depends", meta]))?;
         let dependency = |line: &str| line.trim().strip_prefix("Depends: ").map(str::to_owned);
@@ -101,7 +101,7 @@ pub(crate) fn unpack_all(packages: &[String], target: &Path) -> Result<()> {
 }
 
 /// These packages and all that they depend on, whatever is installed here.
-pub(crate) fn closure(packages: &[&str]) -> Result<Vec<String>> {
+pub(crate) fn with_dependencies(packages: &[&str]) -> Result<Vec<String>> {
     with_update(|| {
         let mut command = Command::new("apt-get");
         command.args(["install", "--simulate", "-o", "Dir::State::status=/dev/null"]);

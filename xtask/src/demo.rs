@@ -35,7 +35,7 @@ const STARTED: &str = "the guest has started";
 const FIRST_LINES: usize = 5;
 const LAST_LINES: usize = 10;
 /// Longest wait for the guest's end.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// `cargo xtask demo`.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
@@ -69,9 +69,9 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     guest.initrd = Some(initrd.into());
     let builder = VmmBuilder::new(Path::new(&vmm))?.quiet().arg("--no-api").arg("--boot-timer");
     let mut vmm = builder.with_config(&guest.config())?.spawn()?;
-    let code = vmm.exit_code(PATIENCE);
+    let code = vmm.exit_code(TIMEOUT);
     let ended = Instant::now();
-    vmm.stdout.wait_for_end(PATIENCE)?;
+    vmm.stdout.wait_for_end(TIMEOUT)?;
     let lines = vmm.stdout.lines();
     println!("\nWhat vesta-vmm and the guest's serial console say:\n\n{}", console(&lines));
     eprint!("{}", vmm.stderr.text());
@@ -94,27 +94,27 @@ fn console(lines: &[Line]) -> String {
     shown.join("\n")
 }
 
-/// The stations of a short life, each with its time since the monitor was started.
+/// The events of a short life, each with its time since the monitor was started.
 fn timeline(started: Instant, lines: &[Line], ended: Instant, code: i32) -> String {
     let first = |text: &str| lines.iter().find(|line| line.text.contains(text));
     let mut text = String::from("\n");
-    let mut station = |at: Instant, what: &str| {
+    let mut event = |at: Instant, what: &str| {
         // Infallible: it writes to a String.
         let _ = writeln!(text, "{:>10.1} ms  {what}", at.duration_since(started).as_secs_f64() * 1e3);
     };
-    station(started, "vesta-vmm is started");
+    event(started, "vesta-vmm is started");
     if let Some(line) = first(STARTED) {
-        station(line.at, "the machine is built; the guest runs its first instruction");
+        event(line.at, "the machine is built; the guest runs its first instruction");
     }
     if let Some(line) = first(BOOT_TIMER) {
         let told =
             line.text.split_once(BOOT_TIMER).map_or("", |(_, told)| told.trim_start_matches([' ', '=']));
-        station(line.at, &format!("the guest's first process runs (boot timer: {told})"));
+        event(line.at, &format!("the guest's first process runs (boot timer: {told})"));
     }
     if let Some(line) = first(HELLO) {
-        station(line.at, "the guest says hello");
+        event(line.at, "the guest says hello");
     }
-    station(ended, &format!("the guest powered off; vesta-vmm ended with status {code}"));
+    event(ended, &format!("the guest powered off; vesta-vmm ended with status {code}"));
     text
 }
 
@@ -149,9 +149,9 @@ mod tests {
             Line { at: at(20), text: "hello from Linux 6.12".to_owned() },
         ];
         let text = timeline(started, &lines, at(25), 0);
-        let stations: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
-        assert_eq!(stations.len(), 4, "{text}");
-        assert!(stations[1].contains("5.0 ms  the machine is built"), "{text}");
+        let events: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+        assert_eq!(events.len(), 4, "{text}");
+        assert!(events[1].contains("5.0 ms  the machine is built"), "{text}");
         assert!(!text.contains("boot timer"), "{text}");
     }
 }

@@ -30,7 +30,7 @@ pub(crate) const DEBIAN_6_12: &str = "linux-image-6.12-cloud-amd64";
 pub(crate) fn debian(meta: &str) -> Result<Kernel> {
     let dir = once(meta, |dir| {
         apt::ensure(&[("xz", "xz-utils")])?;
-        let package = apt::behind(meta)?;
+        let package = apt::resolve_meta(meta)?;
         let tree = dir.join("tree");
         apt::unpack(&package, &tree)?;
         let release = package.trim_start_matches("linux-image-");

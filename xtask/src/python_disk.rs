@@ -39,7 +39,7 @@ pub(crate) fn image() -> Result<PathBuf> {
         apt::ensure(&[("mke2fs", "e2fsprogs")])?;
         let tree = dir.join("tree");
         std::fs::create_dir(&tree)?;
-        let mut packages = apt::closure(&PACKAGES)?;
+        let mut packages = apt::with_dependencies(&PACKAGES)?;
         packages.push(ALONE.to_owned());
         apt::unpack_all(&packages, &tree)?;
         thin(&tree)?;

@@ -10,6 +10,7 @@ mod contestant;
 mod disks;
 mod report;
 mod sample;
+mod setup;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -20,21 +21,23 @@ use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_tests::load::Workload;
 
+use super::common::{check_runs, check_seconds, describe, files, on_host, today};
+use super::monitor::Monitor;
 use super::peers::{Peers, lacking, not_measured};
-use super::{Monitor, check_runs, check_seconds, files, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind};
 use crate::process::say;
 use crate::test::build_load;
 use crate::{apt, kernels};
-use contestant::{Contestant, Engine, GuestParts};
+use contestant::{Contestant, Engine};
 use disks::{DiskPlan, Disks};
 use report::Results;
+use setup::{GuestParts, Setup};
 
 /// Fewest rounds that a median is taken over.
 const FEWEST_RUNS: usize = 5;
 /// Longest that all of it may take.
-const PATIENCE: Duration = Duration::from_hours(1);
+const HOST_TIMEOUT: Duration = Duration::from_hours(1);
 
 /// What is measured on each disk.
 const WORKLOADS: [&str; 6] = [
@@ -48,7 +51,7 @@ const WORKLOADS: [&str; 6] = [
 
 /// What runs on the host.
 #[derive(Debug, Serialize, Deserialize)]
-struct Orders {
+struct RunSpec {
     contestants: Vec<Contestant>,
     runs: usize,
     seconds: f64,
@@ -107,17 +110,14 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         load,
     };
     let disks = DiskPlan { emulated: kind == Kind::Emulated, given: disk, dir };
-    let orders = Orders { contestants, runs, seconds, workloads, guest, disks };
-    println!(
-        "## Disks, as {kernel_name} with one vCPU and 128 MiB sees them, on {}\n",
-        super::describe(kind, &why)
-    );
-    let mut emulated = Emulated { timeout: PATIENCE, pin: host::default_pin()?, ..Emulated::default() };
+    let spec = RunSpec { contestants, runs, seconds, workloads, guest, disks };
+    println!("## Disks, as {kernel_name} with one vCPU and 128 MiB sees them, on {}\n", describe(kind, &why));
+    let mut emulated = Emulated { timeout: HOST_TIMEOUT, pin: host::default_pin()?, ..Emulated::default() };
     if kind == Kind::Emulated {
         apt::ensure(&[("mkfs.ext4", "e2fsprogs")])?;
         emulated.modules = vec!["null_blk".to_owned()];
     }
-    let outcome = on_host(kind, "bench-io-inner", &orders, &emulated)?;
+    let outcome = on_host(kind, "bench-io-inner", &spec, &emulated)?;
     print!("{}", lacking(&monitors, if pci { "overlays and no virtio-pci" } else { "overlays" }));
     println!(
         "\n`cargo xtask bench io`, {}: medians over {runs} interleaved rounds of {seconds} s for each workload, in brackets the\n\
@@ -145,18 +145,18 @@ fn contestants(load: &Path, monitors: &[Monitor], pci: bool) -> Vec<Contestant> 
 
 /// `bench-io-inner ORDERS`: runs on the host, and prints the tables.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders: Orders = super::orders(parser)?;
-    let workloads: Vec<Workload> = orders.workloads.iter().map(|text| text.parse()).collect::<Result<_>>()?;
-    let disks = Disks::make(&orders.disks)?;
-    let setup = sample::Setup::new(&orders.guest, &disks, &workloads, orders.seconds)?;
-    let mut results = Results::new(orders.contestants);
+    let spec: RunSpec = super::common::spec(parser)?;
+    let workloads: Vec<Workload> = spec.workloads.iter().map(|text| text.parse()).collect::<Result<_>>()?;
+    let disks = Disks::make(&spec.disks)?;
+    let setup = Setup::new(&spec.guest, &disks, &workloads, spec.seconds)?;
+    let mut results = Results::new(spec.contestants);
     let mut left_out = String::new();
     // One round first that does not count: it brings files into the page cache.
-    for round in 0..=orders.runs {
+    for round in 0..=spec.runs {
         let mut index = 0;
         while let Some(contestant) = results.contestant(index) {
             disks.forget()?;
-            match sample::turn(&setup, contestant) {
+            match sample::measure(&setup, contestant) {
                 Ok(samples) if round > 0 => results.add(index, samples),
                 Ok(_) => {}
                 Err(error) if contestant.is_peer() => {
@@ -170,7 +170,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             index += 1;
         }
         if round > 0 {
-            say!("round {round} of {} is done", orders.runs);
+            say!("round {round} of {} is done", spec.runs);
         }
     }
     print!("{}{left_out}", results.tables(disks.list(), &workloads));

@@ -8,10 +8,11 @@ use serde_json::json;
 use vesta_tests::guest::Guest;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-use super::{Monitor, MonitorKind, qemu};
+use super::monitor::{Monitor, MonitorKind};
+use super::qemu;
 
-/// Longest wait for a station of a life.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// Longest wait for a station of a sample.
+const TIMEOUT: Duration = Duration::from_mins(1);
 /// The boot timer's line, of every monitor that has Firecracker's interface.
 const BOOT_TIMER: &str = "Guest-boot-time";
 /// What the guest's first process says.
@@ -19,71 +20,71 @@ pub(super) const INIT: &str = "vesta-bench: init";
 
 /// What one life took. Absent where the monitor has no such thing.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Life {
+pub(super) struct BootSample {
     /// From the process's start until the API answers.
     pub(super) api_ms: Option<f64>,
     /// How long the `InstanceStart` request took.
     pub(super) start_call_ms: Option<f64>,
-    /// From the process's start until the guest's sign of life, what the API is told in between included.
-    pub(super) spawn_to_sign_ms: Option<f64>,
-    /// From the sending of `InstanceStart` until the guest's sign of life.
-    pub(super) start_to_sign_ms: Option<f64>,
+    /// From the process's start until the guest's milestone of boot_once, what the API is told in between included.
+    pub(super) spawn_to_milestone_ms: Option<f64>,
+    /// From the sending of `InstanceStart` until the guest's milestone of sample.
+    pub(super) start_to_milestone_ms: Option<f64>,
     /// Resident memory of the monitor at that moment, its guest's memory left out.
     pub(super) resident_kib: Option<f64>,
 }
 
-/// The guest's sign of life that is waited for.
+/// The guest's milestone of life that is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Sign {
+pub(super) enum Milestone {
     /// Its first instruction: it writes to the boot timer.
     FirstInstruction,
     /// Its first process: it says [`INIT`] on the serial console.
     Init,
 }
 
-/// Starts the monitor and the guest, waits for the sign, measures, and ends it.
-pub(super) fn life(monitor: &Monitor, guest: &Guest, sign: Sign) -> Result<Life> {
+/// Starts the monitor and the guest, waits for the milestone, measures, and ends it.
+pub(super) fn boot_once(monitor: &Monitor, guest: &Guest, milestone: Milestone) -> Result<BootSample> {
     match monitor.kind {
-        MonitorKind::Vesta | MonitorKind::Firecracker => with_api(&monitor.path, guest, sign),
-        MonitorKind::Qemu => with_qemu(&monitor.path, guest, sign),
+        MonitorKind::Vesta | MonitorKind::Firecracker => boot_with_api(&monitor.path, guest, milestone),
+        MonitorKind::Qemu => boot_with_qemu(&monitor.path, guest, milestone),
     }
     .with_context(|| monitor.name.clone())
 }
 
-fn with_api(program: &Path, guest: &Guest, sign: Sign) -> Result<Life> {
+fn boot_with_api(program: &Path, guest: &Guest, milestone: Milestone) -> Result<BootSample> {
     let vmm = VmmBuilder::new(program)?.quiet().with_api().arg("--boot-timer").spawn()?;
     let mut api = vmm.client();
-    api.wait_ready(PATIENCE)?;
+    api.wait_ready(TIMEOUT)?;
     let answered = Instant::now();
     guest.put(&mut api)?;
     let asked = Instant::now();
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
     let started = Instant::now();
-    let text = match sign {
-        Sign::FirstInstruction => BOOT_TIMER,
-        Sign::Init => INIT,
+    let text = match milestone {
+        Milestone::FirstInstruction => BOOT_TIMER,
+        Milestone::Init => INIT,
     };
-    let line = vmm.wait_for_line(text, PATIENCE)?;
-    Ok(Life {
+    let line = vmm.wait_for_line(text, TIMEOUT)?;
+    Ok(BootSample {
         api_ms: Some(ms(answered - vmm.started())),
         start_call_ms: Some(ms(started - asked)),
-        spawn_to_sign_ms: Some(ms(line.at - vmm.started())),
+        spawn_to_milestone_ms: Some(ms(line.at - vmm.started())),
         // Another thread reads the line, and may do so before the answer is read here.
-        start_to_sign_ms: Some(ms(line.at.saturating_duration_since(asked))),
+        start_to_milestone_ms: Some(ms(line.at.saturating_duration_since(asked))),
         resident_kib: Some(resident_kib(&vmm, guest)?),
     })
 }
 
-fn with_qemu(program: &Path, guest: &Guest, sign: Sign) -> Result<Life> {
-    if sign != Sign::Init {
+fn boot_with_qemu(program: &Path, guest: &Guest, milestone: Milestone) -> Result<BootSample> {
+    if milestone != Milestone::Init {
         bail!("QEMU has no boot timer");
     }
     let vmm = qemu::microvm(VmmBuilder::new(program)?.quiet(), guest).spawn()?;
-    let line = vmm.wait_for_line(INIT, PATIENCE)?;
-    Ok(Life {
-        spawn_to_sign_ms: Some(ms(line.at - vmm.started())),
+    let line = vmm.wait_for_line(INIT, TIMEOUT)?;
+    Ok(BootSample {
+        spawn_to_milestone_ms: Some(ms(line.at - vmm.started())),
         resident_kib: Some(resident_kib(&vmm, guest)?),
-        ..Life::default()
+        ..BootSample::default()
     })
 }
 

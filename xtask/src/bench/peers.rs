@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use super::{Monitor, MonitorKind};
+use super::monitor::{Monitor, MonitorKind};
 use crate::peers;
 use crate::process::say;
 

@@ -17,21 +17,22 @@ use serde_json::json;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{connect, port};
 
-use super::net::cpu_ns;
+use super::common::{check_runs, describe, files, on_host, today};
+use super::cpu_time::cpu_ns;
+use super::monitor::Monitor;
 use super::peers::{Peers, lacking, not_measured};
 use super::serving_guest::{SERVING, ServingGuest};
 use super::table::{Row, markdown, median};
-use super::{Monitor, check_runs, describe, files, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind, Outcome};
 use crate::process::say;
 
 /// Longest wait for a guest.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// What runs on a host.
 #[derive(Debug, Serialize, Deserialize)]
-struct Orders {
+struct RunSpec {
     monitors: Vec<Monitor>,
     /// Each also with its devices on PCI.
     pci: bool,
@@ -74,9 +75,9 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let disk = dir.join("vsock-disk");
     std::fs::File::create(&disk)?.set_len(1 << 20)?;
     println!("\n## vsock ({}; 256 MiB, 1 vCPU), on {}\n", guest.kernel_name, describe(kind, &why));
-    let orders = Orders { monitors, pci, runs, guest, disk, trips, bytes };
+    let spec = RunSpec { monitors, pci, runs, guest, disk, trips, bytes };
     let emulated = Emulated { timeout: Duration::from_mins(20), ..Emulated::default() };
-    let outcome = on_host(kind, "bench-vsock-inner", &orders, &emulated)?;
+    let outcome = on_host(kind, "bench-vsock-inner", &spec, &emulated)?;
     print!("{lacking}");
     println!(
         "\n`cargo xtask bench vsock`, {}: medians over {runs} interleaved runs, in brackets the least and",
@@ -112,24 +113,24 @@ struct Throughput {
 
 /// `bench-vsock-inner ORDERS`: runs on the host, and prints the table.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders: Orders = super::orders(parser)?;
+    let spec: RunSpec = super::common::spec(parser)?;
     let mut pair = Vec::new();
-    let buses = [false, true].into_iter().filter(|pci| orders.pci || !pci);
+    let buses = [false, true].into_iter().filter(|pci| spec.pci || !pci);
     let mut contestants: Vec<(&Monitor, bool)> = buses
-        .flat_map(|pci| orders.monitors.iter().map(move |monitor| (monitor, pci)))
+        .flat_map(|pci| spec.monitors.iter().map(move |monitor| (monitor, pci)))
         .filter(|(monitor, pci)| !pci || monitor.is_vesta())
         .collect();
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); contestants.len()];
     let mut left_out = String::new();
     // One run first that does not count, and shows who cannot take part.
-    for run in 0..=orders.runs {
-        let alone = socket_pair(&orders)?;
+    for run in 0..=spec.runs {
+        let alone = socket_pair(&spec)?;
         if run > 0 {
             pair.push(alone);
         }
         let mut at = 0;
         while let Some(&(monitor, pci)) = contestants.get(at) {
-            match guest(monitor, pci, &orders) {
+            match guest(monitor, pci, &spec) {
                 Ok(sample) if run > 0 => samples[at].push(sample),
                 Ok(_) => {}
                 Err(error) if monitor.peer => {
@@ -149,7 +150,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         if wrong > 0 {
             let why = format!(
                 "from guest to host, in {wrong} of {} runs: other bytes came than were sent",
-                orders.runs
+                spec.runs
             );
             left_out += &not_measured(&monitor.name, &why);
         }
@@ -159,37 +160,37 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 }
 
 /// Two threads with a pair of sockets between them.
-fn socket_pair(orders: &Orders) -> Result<Sample> {
+fn socket_pair(spec: &RunSpec) -> Result<Sample> {
     let (near, far) = UnixStream::pair()?;
     let echo = std::thread::spawn(move || echo(far));
-    let round_trip_us = round_trips(&near, orders.trips)?;
+    let round_trip_us = round_trips(&near, spec.trips)?;
     drop(near);
     echo.join().expect("it does not panic")?;
     let (mut near, far) = UnixStream::pair()?;
     let sink = std::thread::spawn(move || sink(far));
     let begun = Instant::now();
-    send(&mut near, orders.bytes)?;
+    send(&mut near, spec.bytes)?;
     drop(near);
     sink.join().expect("it does not panic")?;
-    let both = Throughput { mb_per_s: rate(orders.bytes, begun), cpu_s_per_gb: None };
+    let both = Throughput { mb_per_s: rate(spec.bytes, begun), cpu_s_per_gb: None };
     Ok(Sample { round_trip_us, wake_us: None, to_guest: both, to_host: Some(both) })
 }
 
 /// A guest that serves.
-fn guest(monitor: &Monitor, pci: bool, orders: &Orders) -> Result<Sample> {
+fn guest(monitor: &Monitor, pci: bool, spec: &RunSpec) -> Result<Sample> {
     let builder = VmmBuilder::new(&monitor.path)?.quiet().with_api();
     let vmm = if pci { builder.arg("--enable-pci") } else { builder }.spawn()?;
-    let mut api = vmm.ready_client(PATIENCE)?;
-    let guest = orders.guest.guest().mem_mib(256);
+    let mut api = vmm.ready_client(TIMEOUT)?;
+    let guest = spec.guest.guest().mem_mib(256);
     guest.put(&mut api)?;
     let drive =
-        json!({"drive_id": "d", "path_on_host": orders.disk, "is_root_device": false, "is_read_only": true});
+        json!({"drive_id": "d", "path_on_host": spec.disk, "is_root_device": false, "is_read_only": true});
     api.put("/drives/d", &drive)?.ok()?;
     api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "v.sock"}))?.ok()?;
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
-    let wake = vmm.wait_for_output("WAKE ", PATIENCE)?;
+    let wake = vmm.wait_for_output("WAKE ", TIMEOUT)?;
     let wake = wake.split("WAKE ").nth(1).context("the guest says how long a wake-up takes")?;
-    vmm.wait_for_output(SERVING, PATIENCE)?;
+    vmm.wait_for_output(SERVING, TIMEOUT)?;
     let path = vmm.dir().join("v.sock");
     let carried = |sent: Result<Throughput>| match sent {
         Err(error) if monitor.peer => {
@@ -199,10 +200,10 @@ fn guest(monitor: &Monitor, pci: bool, orders: &Orders) -> Result<Sample> {
         sent => sent.map(Some),
     };
     Ok(Sample {
-        round_trip_us: round_trips(&connect(&path, port::ECHO)?, orders.trips).context("round trips")?,
+        round_trip_us: round_trips(&connect(&path, port::ECHO)?, spec.trips).context("round trips")?,
         wake_us: Some(wake.trim().parse::<f64>()? / 1e3),
-        to_guest: throughput(&vmm, orders.bytes, || to_guest(&path, orders.bytes)).context("to the guest")?,
-        to_host: carried(throughput(&vmm, orders.bytes, || to_host(&path, orders.bytes)))?,
+        to_guest: throughput(&vmm, spec.bytes, || to_guest(&path, spec.bytes)).context("to the guest")?,
+        to_host: carried(throughput(&vmm, spec.bytes, || to_host(&path, spec.bytes)))?,
     })
 }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Job, Outcome};
+use super::job::{Job, Outcome};
 use crate::apt;
 use crate::kernels::{self, Kernel};
 use crate::process::{ScratchDir, cache_dir, die_with_us, root};
@@ -82,7 +82,7 @@ impl Default for Emulated {
 
 /// What the init inside is told.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Orders {
+pub(super) struct JobSpec {
     pub(super) argv: Vec<OsString>,
     pub(super) env: Vec<(OsString, OsString)>,
     pub(super) cwd: OsString,
@@ -100,7 +100,7 @@ pub(super) struct Orders {
 
 /// What the init inside answers.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Ending {
+pub(super) enum JobEnd {
     Exited(u8),
     Signaled(i32),
     /// The job could not be started.
@@ -129,12 +129,12 @@ impl Emulated {
             std::fs::copy(&log, keep).with_context(|| format!("cannot write {}", keep.display()))?;
         }
         match ending {
-            Ok(Ending::Exited(status)) => Ok(Outcome::Exited(status)),
-            Ok(Ending::Signaled(signal)) => Ok(Outcome::Signaled(signal)),
-            Ok(Ending::Failed(reason)) => bail!("on the emulated host: {reason}"),
-            Err(NoEnding::TimedOut) => Ok(Outcome::TimedOut),
-            Err(NoEnding::Died) => died(&scratch, "it died"),
-            Err(NoEnding::Hung) => died(&scratch, "it hung"),
+            Ok(JobEnd::Exited(status)) => Ok(Outcome::Exited(status)),
+            Ok(JobEnd::Signaled(signal)) => Ok(Outcome::Signaled(signal)),
+            Ok(JobEnd::Failed(reason)) => bail!("on the emulated host: {reason}"),
+            Err(Failure::TimedOut) => Ok(Outcome::TimedOut),
+            Err(Failure::Died) => died(&scratch, "it died"),
+            Err(Failure::Hung) => died(&scratch, "it hung"),
         }
     }
 
@@ -143,8 +143,8 @@ impl Emulated {
         let init = program.to_str().filter(|path| !path.contains([' ', '"'])).with_context(|| {
             format!("{}: a kernel's command line cannot hold this path", program.display())
         })?;
-        let orders_file = scratch.path().join("orders");
-        self.write_orders(job, kernel, &program, &orders_file)?;
+        let spec_file = scratch.path().join("spec");
+        self.write_spec(job, kernel, &program, &spec_file)?;
 
         let socket = scratch.path().join("fs.sock");
         // Listening before either side starts: nobody has to wait for the other.
@@ -183,7 +183,7 @@ impl Emulated {
         qemu.arg("-append").arg(format!(
             "console=ttyS0 quiet panic=-1 oops=panic mitigations=off rootfstype=virtiofs root={ROOT_TAG} rw \
              init={init} -- host-init {}",
-            orders_file.display()
+            spec_file.display()
         ));
         let log = std::fs::File::create(scratch.path().join("qemu"))?;
         qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -194,7 +194,7 @@ impl Emulated {
         let mut port = || ports.next().expect("one was made for each name");
         let out = pump(port(), std::io::stdout());
         let err = pump(port(), std::io::stderr());
-        let (said, endings) = channel();
+        let (said, results) = channel();
         let mut status = port();
         std::thread::spawn(move || {
             let mut line = String::new();
@@ -202,14 +202,14 @@ impl Emulated {
             let _ = status.read_to_string_until_newline(&mut line);
             let _ = said.send(line);
         });
-        Ok(Machine { children: vec![qemu, files], output: vec![out, err], endings })
+        Ok(Machine { children: vec![qemu, files], output: vec![out, err], results })
     }
 
-    fn write_orders(&self, job: &Job, kernel: &Kernel, program: &Path, file: &Path) -> Result<()> {
+    fn write_spec(&self, job: &Job, kernel: &Kernel, program: &Path, file: &Path) -> Result<()> {
         let modules = kernel.modules.as_ref().context("the emulated host's kernel has no modules")?;
         let stat =
             |fd: std::os::fd::BorrowedFd<'_>| rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino));
-        let orders = Orders {
+        let spec = JobSpec {
             argv: job.argv.clone(),
             env: job.env.clone(),
             cwd: job.cwd.clone().into(),
@@ -226,7 +226,7 @@ impl Emulated {
             ],
             program: program.to_owned(),
         };
-        std::fs::write(file, serde_json::to_vec(&orders)?)?;
+        std::fs::write(file, serde_json::to_vec(&spec)?)?;
         Ok(())
     }
 }
@@ -246,28 +246,28 @@ impl ReadLine for UnixStream {
 struct Machine {
     children: Vec<Child>,
     output: Vec<JoinHandle<()>>,
-    endings: Receiver<String>,
+    results: Receiver<String>,
 }
 
-enum NoEnding {
+enum Failure {
     TimedOut,
     Died,
     Hung,
 }
 
 impl Machine {
-    fn wait(&mut self, limits: &Emulated) -> Result<Ending, NoEnding> {
+    fn wait(&mut self, limits: &Emulated) -> Result<JobEnd, Failure> {
         let started = Instant::now();
         let size = || {
             limits.watch.as_ref().and_then(|watch| std::fs::metadata(&watch.file).ok()).map(|file| file.len())
         };
         let mut last = (size(), Instant::now());
         loop {
-            match self.endings.recv_timeout(Duration::from_secs(1)) {
-                Ok(line) => return serde_json::from_str(&line).map_err(|_| NoEnding::Died),
-                Err(RecvTimeoutError::Disconnected) => return Err(NoEnding::Died),
+            match self.results.recv_timeout(Duration::from_secs(1)) {
+                Ok(line) => return serde_json::from_str(&line).map_err(|_| Failure::Died),
+                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Died),
                 Err(RecvTimeoutError::Timeout) if started.elapsed() > limits.timeout => {
-                    return Err(NoEnding::TimedOut);
+                    return Err(Failure::TimedOut);
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -275,7 +275,7 @@ impl Machine {
                 last = (size(), Instant::now());
             }
             if limits.watch.as_ref().is_some_and(|watch| last.1.elapsed() > watch.quiet) {
-                return Err(NoEnding::Hung);
+                return Err(Failure::Hung);
             }
         }
     }

@@ -21,7 +21,7 @@ use rustix::process::{Pid, Resource, Rlimit, WaitOptions, setrlimit};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use vesta_tests::modules::{Modules, normal_name};
 
-use super::emulated::{Ending, Orders, PORT_ERR, PORT_OUT, PORT_STATUS};
+use super::emulated::{JobEnd, JobSpec, PORT_ERR, PORT_OUT, PORT_STATUS};
 
 /// Where the kernel finds its `modprobe`, and `modprobe` its modules.
 const MODPROBE: &str = "/run/vesta-host/modprobe";
@@ -36,8 +36,8 @@ pub(crate) fn main(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if std::process::id() != 1 {
         bail!("this is the emulated host's first process; it is not for people");
     }
-    let orders = parser.value().context("no orders are given")?;
-    match live(Path::new(&orders)) {
+    let spec = parser.value().context("no spec are given")?;
+    match run_host(Path::new(&spec)) {
         Ok(()) => unreachable!("the machine was powered off"),
         Err(error) => {
             // Level 0: shown whatever the kernel keeps quiet about.
@@ -47,17 +47,17 @@ pub(crate) fn main(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
 }
 
-fn live(orders: &Path) -> Result<()> {
-    let orders = std::fs::read(orders).with_context(|| format!("cannot read {}", orders.display()))?;
-    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
-    mount_all(&orders.keep)?;
+fn run_host(spec: &Path) -> Result<()> {
+    let spec = std::fs::read(spec).with_context(|| format!("cannot read {}", spec.display()))?;
+    let spec: JobSpec = serde_json::from_slice(&spec).context("the spec")?;
+    mount_all(&spec.keep)?;
     let mut status = port(PORT_STATUS)?;
-    let ending = set_up(&orders)
+    let ending = set_up(&spec)
         .and_then(|()| {
-            let _guest = guest_that_stays()?;
-            run_job(&orders)
+            let _guest = idle_guest()?;
+            run_job(&spec)
         })
-        .unwrap_or_else(|error| Ending::Failed(format!("{error:#}")));
+        .unwrap_or_else(|error| JobEnd::Failed(format!("{error:#}")));
     rustix::fs::sync();
     let mut line = serde_json::to_vec(&ending)?;
     line.push(b'\n');
@@ -133,15 +133,15 @@ fn port(name: &str) -> Result<File> {
     }
 }
 
-fn set_up(orders: &Orders) -> Result<()> {
+fn set_up(spec: &JobSpec) -> Result<()> {
     std::fs::create_dir_all("/run/vesta-host")?;
-    std::os::unix::fs::symlink(&orders.program, MODPROBE)?;
-    std::os::unix::fs::symlink(&orders.modules_dir, MODULES)?;
-    std::os::unix::fs::symlink(&orders.aliases, ALIASES)?;
+    std::os::unix::fs::symlink(&spec.program, MODPROBE)?;
+    std::os::unix::fs::symlink(&spec.modules_dir, MODULES)?;
+    std::os::unix::fs::symlink(&spec.aliases, ALIASES)?;
     std::fs::write("/proc/sys/kernel/modprobe", MODPROBE)?;
     make_nodes(&std::fs::read_to_string(ALIASES).context(ALIASES)?)?;
     let names: Vec<&str> =
-        std::iter::once("kvm_amd").chain(orders.modules.iter().map(String::as_str)).collect();
+        std::iter::once("kvm_amd").chain(spec.modules.iter().map(String::as_str)).collect();
     load(&Modules::new(MODULES), &names)?;
     rustix::system::sethostname(b"emulated-host")?;
     // The kernel gives the loopback its address when it comes up.
@@ -176,7 +176,7 @@ fn make_nodes(aliases: &str) -> Result<()> {
 
 /// A guest that never runs. With the first guest and with the last KVM patches the scheduler's code, and now and then the emulated
 /// processors trip over code that changes under them (an `int3` in `__schedule`); while this one is there, none is the first or the last.
-fn guest_that_stays() -> Result<kvm_ioctls::VmFd> {
+fn idle_guest() -> Result<kvm_ioctls::VmFd> {
     let kvm = kvm_ioctls::Kvm::new().context("cannot open /dev/kvm")?;
     kvm.create_vm().context("cannot make a guest")
 }
@@ -221,19 +221,14 @@ pub(crate) fn modprobe(args: impl Iterator<Item = OsString>) -> Result<ExitCode>
 }
 
 /// Runs the job to its end, and until all that it said is passed on.
-fn run_job(orders: &Orders) -> Result<Ending> {
-    let (program, args) = orders.argv.split_first().context("no command is given")?;
+fn run_job(spec: &JobSpec) -> Result<JobEnd> {
+    let (program, args) = spec.argv.split_first().context("no command is given")?;
     let mut command = Command::new(program);
-    command
-        .args(args)
-        .env_clear()
-        .envs(orders.env.iter().cloned())
-        .current_dir(&orders.cwd)
-        .stdin(Stdio::null());
+    command.args(args).env_clear().envs(spec.env.iter().cloned()).current_dir(&spec.cwd).stdin(Stdio::null());
     let (over, ended) = std::io::pipe()?;
     let mut pumps = Vec::new();
     let (reader, writer) = std::io::pipe()?;
-    if orders.merge {
+    if spec.merge {
         command.stderr(writer.try_clone()?);
     } else {
         let (reader, writer) = std::io::pipe()?;
@@ -243,7 +238,7 @@ fn run_job(orders: &Orders) -> Result<Ending> {
     command.stdout(writer);
     pumps.push(pump(reader, port(PORT_OUT)?, over.try_clone()?));
 
-    let pid = spawn_pinned(command, orders.pin)
+    let pid = spawn_pinned(command, spec.pin)
         .with_context(|| format!("cannot run {}", program.to_string_lossy()))?;
     let ending = reap_until(pid)?;
     drop(ended);
@@ -269,17 +264,17 @@ fn spawn_pinned(mut command: Command, pin: Option<usize>) -> Result<Pid> {
 }
 
 /// Collects ended processes, ours and those that lost their parents, until this one ends.
-fn reap_until(pid: Pid) -> Result<Ending> {
+fn reap_until(pid: Pid) -> Result<JobEnd> {
     loop {
         let Some((ended, status)) = rustix::process::wait(WaitOptions::empty())? else { continue };
         if ended != pid {
             continue;
         }
         if let Some(code) = status.exit_status() {
-            return Ok(Ending::Exited(u8::try_from(code).unwrap_or(u8::MAX)));
+            return Ok(JobEnd::Exited(u8::try_from(code).unwrap_or(u8::MAX)));
         }
         if let Some(signal) = status.terminating_signal() {
-            return Ok(Ending::Signaled(signal));
+            return Ok(JobEnd::Signaled(signal));
         }
     }
 }

@@ -2,12 +2,11 @@
 
 pub(crate) mod emulated;
 pub(crate) mod init;
+mod job;
 mod local_kvm;
 
-use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
@@ -16,11 +15,7 @@ use lexopt::prelude::*;
 
 use crate::process::{die_with_us, say};
 use emulated::Emulated;
-
-/// `host` ends with this status where CMD took longer than its time limit.
-const STATUS_TIMED_OUT: u8 = 124;
-/// `host` ends with this status where the emulated host died before CMD ended.
-const STATUS_HOST_DIED: u8 = 125;
+pub(crate) use job::{Job, Outcome};
 
 /// Which host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,60 +46,6 @@ pub(crate) fn choose() -> Result<(Kind, String)> {
     let local = local_kvm::local_kvm();
     let kind = if local.runs_guests { Kind::Native } else { Kind::Emulated };
     Ok((kind, local.in_words))
-}
-
-/// What to run.
-#[derive(Debug, Clone)]
-pub(crate) struct Job {
-    /// The program and its arguments.
-    pub(crate) argv: Vec<OsString>,
-    /// Its environment, whole.
-    pub(crate) env: Vec<(OsString, OsString)>,
-    /// Its directory.
-    pub(crate) cwd: PathBuf,
-}
-
-impl Job {
-    /// A job with this process's environment and directory.
-    pub(crate) fn here(argv: Vec<OsString>) -> Result<Job> {
-        let cwd = std::env::current_dir().context("the current directory")?;
-        Ok(Job { argv, env: std::env::vars_os().collect(), cwd })
-    }
-}
-
-/// How a job ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    /// It ran and ended with this status.
-    Exited(u8),
-    /// A signal ended it.
-    Signaled(i32),
-    /// It ran longer than it may; it is gone.
-    TimedOut,
-    /// The emulated host died under it. The end of its kernel's log, and the file that holds all of it.
-    HostDied { log: PathBuf, tail: String },
-}
-
-impl Outcome {
-    /// The status that a shell would give; says on standard error what a status cannot.
-    pub(crate) fn report(&self) -> ExitCode {
-        match self {
-            Outcome::Exited(status) => ExitCode::from(*status),
-            Outcome::Signaled(signal) => ExitCode::from(u8::try_from(128 + signal).unwrap_or(u8::MAX)),
-            Outcome::TimedOut => {
-                say!("the command took longer than its time limit and was ended");
-                ExitCode::from(STATUS_TIMED_OUT)
-            }
-            Outcome::HostDied { log, tail } => {
-                say!(
-                    "the emulated host died before the command ended; its kernel log is {}; its end:",
-                    log.display()
-                );
-                eprintln!("{tail}");
-                ExitCode::from(STATUS_HOST_DIED)
-            }
-        }
-    }
 }
 
 /// Runs a job on the host of that kind.

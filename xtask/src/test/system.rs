@@ -92,11 +92,11 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     let (native, elsewhere) = if kvm_opens { (null, linux) } else { (vec![], [null, linux].concat()) };
     if !native.is_empty() {
         say!("whole-system tests with null guests: {} on this machine", native.len());
-        tally.add(Run::new(Kind::Native, &job)?.all(native)?);
+        tally.add(Run::new(Kind::Native, &job)?.run_all(native)?);
     }
     if !elsewhere.is_empty() {
         say!("whole-system tests: {} on {kind}: {why}", elsewhere.len());
-        tally.add(Run::new(kind, &job)?.all(elsewhere)?);
+        tally.add(Run::new(kind, &job)?.run_all(elsewhere)?);
     }
     Ok(tally)
 }
@@ -125,12 +125,12 @@ impl Run<'_> {
     }
 
     /// Runs all of them, however many hosts that takes.
-    fn all(mut self, mut tests: Vec<Test>) -> Result<Tally> {
+    fn run_all(mut self, mut tests: Vec<Test>) -> Result<Tally> {
         let mut tally = Tally::default();
         let mut suspects = BTreeSet::new();
         let mut deaths = 0;
         while !tests.is_empty() {
-            let (records, outcome) = self.some(&tests)?;
+            let (records, outcome) = self.run_on_host(&tests)?;
             for record in &records {
                 if let Record::Ended { title, verdict, .. } = record {
                     tally.count(title, verdict);
@@ -169,7 +169,7 @@ impl Run<'_> {
     }
 
     /// Runs them on one host, as far as it comes.
-    fn some(&mut self, tests: &[Test]) -> Result<(Vec<Record>, Outcome)> {
+    fn run_on_host(&mut self, tests: &[Test]) -> Result<(Vec<Record>, Outcome)> {
         let (plan, records) = (self.dir.join("plan"), self.dir.join("records"));
         std::fs::write(&records, "")?;
         let machine_is_ours = self.kind == Kind::Emulated;

@@ -1,29 +1,17 @@
 //! Who takes part, and how each is started.
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use vesta_tests::guest::{BOOT_ARGS, Guest, start};
-use vesta_tests::initramfs::Initramfs;
-use vesta_tests::modules::Modules;
+use vesta_tests::guest::start;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-use super::super::{Monitor, qemu};
+use super::super::monitor::Monitor;
+use super::super::qemu;
 use super::disks::{Disk, SLOW};
-use super::sample::{PATIENCE, Setup};
-
-/// What the guest is made of.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct GuestParts {
-    pub(super) kernel: PathBuf,
-    pub(super) modules: Option<PathBuf>,
-    pub(super) busybox: PathBuf,
-    /// The load generator.
-    pub(super) load: PathBuf,
-}
+use super::setup::{Setup, TIMEOUT};
 
 /// `io_engine` of a drive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,7 +78,7 @@ impl Contestant {
         let Kind::Api { engine, overlay, pci, .. } = self.kind else { bail!("{} has no API", self.name) };
         let builder = builder.with_api();
         let vmm = if pci { builder.arg("--enable-pci") } else { builder }.spawn()?;
-        let mut api = vmm.ready_client(PATIENCE)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         setup.guest.put(&mut api)?;
         for disk in setup.disks.list().iter().filter(|disk| self.uses(disk)) {
             let mut body = json!({
@@ -117,35 +105,6 @@ impl Contestant {
 pub(super) const QEMU: &str = "QEMU microvm";
 /// The host's own way to the disk.
 pub(super) const RAW: &str = "no guest";
-
-/// The guest: it finds its disks by their sizes.
-pub(super) fn guest(
-    parts: &GuestParts,
-    setup: &[(String, u64)],
-    load_args: &str,
-    dir: &Path,
-) -> Result<Guest> {
-    let mut disk = Initramfs::new(&parts.busybox)?;
-    if let Some(modules) = &parts.modules {
-        disk.modules(&Modules::new(modules), &["virtio_mmio", "virtio_pci", "virtio_blk"])?;
-    }
-    let load = std::fs::read(&parts.load).with_context(|| parts.load.display().to_string())?;
-    disk.file("bin/vesta-load", 0o755, &load);
-    let mut cases = String::new();
-    for (label, bytes) in setup {
-        // Infallible: it writes to a String.
-        let _ = write!(cases, "{}) disks=\"$disks {label}=/dev/${{d##*/}}\" ;; ", bytes / 512);
-    }
-    let script = format!(
-        "for d in /sys/block/vd*; do case $(cat $d/size) in {cases} esac; done\n\
-         vesta-load --direct {load_args} $disks || echo vesta-load: failed\nsleep 1000"
-    );
-    let initrd = dir.join("initramfs");
-    std::fs::write(&initrd, disk.finish(&script))?;
-    let mut guest = Guest::bare(&parts.kernel).boot_args(BOOT_ARGS);
-    guest.initrd = Some(initrd);
-    Ok(guest)
-}
 
 fn start_qemu(builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {
     let mut args = vec!["-object".to_owned(), "iothread,id=io0".to_owned()];

@@ -2,29 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
-use vesta_tests::guest::Guest;
 use vesta_tests::load::{self, Report, Workload};
 
-use super::contestant::{Contestant, GuestParts, guest};
-use super::disks::Disks;
-use crate::process::ScratchDir;
-
-/// Longest wait for a guest or a workload, beside the workload's own time.
-pub(super) const PATIENCE: Duration = Duration::from_mins(1);
-
-/// What all contestants have alike.
-pub(super) struct Setup<'a> {
-    pub(super) guest: Guest,
-    pub(super) disks: &'a Disks,
-    /// The load generator's arguments on the host.
-    pub(super) load_args: Vec<String>,
-    workloads: &'a [Workload],
-    time: Duration,
-    _scratch: ScratchDir,
-}
+use super::contestant::Contestant;
+use super::setup::{Setup, TIMEOUT};
 
 /// One workload on one disk.
 #[derive(Debug, Clone, Copy)]
@@ -48,35 +31,15 @@ pub(super) struct KvmCounts {
 /// The samples of one turn, by disk and workload.
 pub(super) type Samples = Vec<(String, Workload, Sample)>;
 
-impl<'a> Setup<'a> {
-    pub(super) fn new(
-        parts: &GuestParts,
-        disks: &'a Disks,
-        workloads: &'a [Workload],
-        seconds: f64,
-    ) -> Result<Self> {
-        let scratch = ScratchDir::new()?;
-        let list: Vec<String> = workloads.iter().map(Workload::to_string).collect();
-        let args = format!("--seconds {seconds} {}", list.join(" "));
-        let sizes: Vec<(String, u64)> =
-            disks.list().iter().map(|disk| (disk.label.clone(), disk.bytes)).collect();
-        let guest = guest(parts, &sizes, &args, scratch.path())?;
-        let mut load_args: Vec<String> = args.split(' ').map(str::to_owned).collect();
-        load_args.extend(disks.list().iter().map(|disk| format!("{}={}", disk.label, disk.path.display())));
-        let time = Duration::try_from_secs_f64(seconds)?;
-        Ok(Setup { guest, disks, load_args, workloads, time, _scratch: scratch })
-    }
-}
-
 /// Lets a contestant run all workloads on all disks.
-pub(super) fn turn(setup: &Setup<'_>, contestant: &Contestant) -> Result<Samples> {
+pub(super) fn measure(setup: &Setup<'_>, contestant: &Contestant) -> Result<Samples> {
     let vmm = contestant.start(setup)?;
     let mut samples = Vec::new();
     for disk in setup.disks.list().iter().filter(|disk| contestant.uses(disk)) {
         for &workload in setup.workloads {
-            vmm.wait_for_line(&load::begin_line(&disk.label, workload), PATIENCE)?;
+            vmm.wait_for_line(&load::begin_line(&disk.label, workload), TIMEOUT)?;
             let before = Counters::read(vmm.pid())?;
-            let line = vmm.wait_for_line(&load::end_line(&disk.label, workload), PATIENCE + setup.time)?;
+            let line = vmm.wait_for_line(&load::end_line(&disk.label, workload), TIMEOUT + setup.time)?;
             let after = Counters::read(vmm.pid())?;
             samples.push((disk.label.clone(), workload, before.until(&after, load::report(&line.text)?)));
         }

@@ -1,0 +1,77 @@
+//! What all benchmarks share: their files, how they get onto a host, and how they describe it.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::host::emulated::Emulated;
+use crate::host::{self, Job, Kind, Outcome};
+use crate::process::{output, root};
+
+/// Where the benchmarks' files are: beside the binaries, a place that an emulated host shares.
+pub(super) fn files() -> Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    let dir = program.parent().context("this program is in no directory")?.join("bench");
+    std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    Ok(dir)
+}
+
+/// Runs this program's command `inner` on the host, with a file of these spec.
+pub(super) fn on_host(
+    kind: Kind,
+    inner: &str,
+    spec: &impl Serialize,
+    emulated: &Emulated,
+) -> Result<Outcome> {
+    let file = files()?.join(format!("{inner}-spec"));
+    std::fs::write(&file, serde_json::to_vec(spec)?)?;
+    let argv: [OsString; 3] = [std::env::current_exe()?.into(), inner.into(), file.into()];
+    let mut job = Job::here(argv.to_vec())?;
+    root().clone_into(&mut job.cwd);
+    let outcome = host::run(kind, &job, emulated)?;
+    outcome.report();
+    Ok(outcome)
+}
+
+/// The spec that [`on_host`] wrote.
+pub(super) fn spec<T: for<'de> Deserialize<'de>>(parser: &mut lexopt::Parser) -> Result<T> {
+    let file = std::fs::read(PathBuf::from(parser.value()?))?;
+    serde_json::from_slice(&file).context("the spec")
+}
+
+/// Whether a median of so many runs says anything.
+pub(super) fn check_runs(runs: usize, fewest: usize) -> Result<()> {
+    if runs < fewest {
+        bail!("--runs is {runs}: a median is taken over at least {fewest}");
+    }
+    Ok(())
+}
+
+/// Whether so long a measurement says anything.
+pub(super) fn check_seconds(seconds: f64) -> Result<()> {
+    if !(0.05..=60.0).contains(&seconds) {
+        bail!("--seconds is {seconds}: it must be between 0.05 and 60");
+    }
+    Ok(())
+}
+
+/// Where guests of a few instructions run: here wherever `/dev/kvm` opens, since a software KVM runs them at native speed.
+pub(super) fn kind_for_null_guests(kind: Kind) -> Kind {
+    let kvm_opens = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    if kvm_opens { Kind::Native } else { kind }
+}
+
+pub(super) fn today() -> Result<String> {
+    Ok(output(Command::new("date").arg("--iso-8601"))?.trim().to_owned())
+}
+
+pub(super) fn describe(kind: Kind, why: &str) -> String {
+    let system = rustix::system::uname();
+    match kind {
+        Kind::Native => format!("{kind} (Linux {}; {why})", system.release().to_string_lossy()),
+        Kind::Emulated => kind.to_string(),
+    }
+}
