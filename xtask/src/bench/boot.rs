@@ -1,7 +1,8 @@
-//! `bench boot`: from nothing to an API, to a guest's first instruction, and to its first process.
+//! `bench boot`: time from spawn to the API, to a guest's first instruction and to its first
+//! process.
 //!
-//! Two tables, each on the host that says most: the null guest where `/dev/kvm` opens at all (a software KVM runs it
-//! at native speed), Linux where unmodified kernels run.
+//! Two tables, each on the host that suits it: the null guest wherever `/dev/kvm` opens (a software
+//! KVM runs it at native speed), Linux where unmodified kernels run.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,7 +24,7 @@ use crate::host::{self, Outcome};
 use crate::process::say;
 use crate::{apt, kernels};
 
-/// What runs on a host.
+/// What to measure on the host.
 #[derive(Debug, Serialize, Deserialize)]
 struct RunSpec {
     monitors: Vec<Monitor>,
@@ -68,10 +69,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let spec = RunSpec { monitors: monitors.clone(), runs, guest: GuestFiles::Null { kernel } };
     let null = on_host(null_kind, "bench-inner", &spec, &Emulated::default())?;
 
-    let (kernel, name) = match kernels::tuned()? {
-        Some(kernel) => (kernel, "the tuned 6.12 kernel"),
-        None => (kernels::debian(kernels::DEBIAN_6_12)?, "Debian's 6.12 cloud kernel"),
-    };
+    let (kernel, name) = kernels::preferred()?;
     let initrd = dir.join("initramfs");
     std::fs::write(
         &initrd,
@@ -88,18 +86,16 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let spec = RunSpec { monitors, runs, guest: GuestFiles::Linux { kernel: kernel.image, initrd } };
     let linux = on_host(kind, "bench-inner", &spec, &Emulated::default())?;
     println!(
-        "\n`cargo xtask bench boot`, {}: medians over {runs} interleaved runs, in brackets the least and",
+        "\n`cargo xtask bench boot`, {}: medians over {runs} interleaved runs, in brackets the least\n\
+         and the most. Resident memory: the sum of Rss in /proc/PID/smaps, without mappings as large as\n\
+         guest memory, at the guest's first instruction or process.",
         today()?
     );
-    println!(
-        "the most. Resident memory: the sum of Rss in /proc/PID/smaps, without mappings as large as the guest's"
-    );
-    println!("memory, at the guest's milestone of sample.");
     let good = [null, linux].iter().all(|outcome| *outcome == Outcome::Exited(0));
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// `bench-inner ORDERS`: runs on the host, and prints the table.
+/// `bench-inner SPEC`: runs on the host, and prints the table.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let spec: RunSpec = super::common::spec(parser)?;
     let (guest, milestone) = match &spec.guest {

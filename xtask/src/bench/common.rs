@@ -1,4 +1,4 @@
-//! What all benchmarks share: their files, how they get onto a host, and how they describe it.
+//! What all benchmarks share: their files, running on a host, and the description of the host.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use crate::host::emulated::Emulated;
 use crate::host::{self, Job, Kind, Outcome};
 use crate::process::{output, root};
 
-/// Where the benchmarks' files are: beside the binaries, a place that an emulated host shares.
+/// The directory for the benchmarks' files: beside the binaries, which an emulated host shares.
 pub(super) fn files() -> Result<PathBuf> {
     let program = std::env::current_exe()?;
     let dir = program.parent().context("this program is in no directory")?.join("bench");
@@ -19,7 +19,7 @@ pub(super) fn files() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Runs this program's command `inner` on the host, with a file of these spec.
+/// Runs this program's command `inner` on the host, with a file that holds the specification.
 pub(super) fn on_host(
     kind: Kind,
     inner: &str,
@@ -36,29 +36,30 @@ pub(super) fn on_host(
     Ok(outcome)
 }
 
-/// The spec that [`on_host`] wrote.
+/// Reads the specification that [`on_host`] wrote.
 pub(super) fn spec<T: for<'de> Deserialize<'de>>(parser: &mut lexopt::Parser) -> Result<T> {
     let file = std::fs::read(PathBuf::from(parser.value()?))?;
     serde_json::from_slice(&file).context("the spec")
 }
 
-/// Whether a median of so many runs says anything.
+/// Refuses fewer runs than a median needs.
 pub(super) fn check_runs(runs: usize, fewest: usize) -> Result<()> {
     if runs < fewest {
-        bail!("--runs is {runs}: a median is taken over at least {fewest}");
+        bail!("--runs is {runs}; at least {fewest}");
     }
     Ok(())
 }
 
-/// Whether so long a measurement says anything.
+/// Refuses measurements that are too short to mean anything, or too long to wait for.
 pub(super) fn check_seconds(seconds: f64) -> Result<()> {
     if !(0.05..=60.0).contains(&seconds) {
-        bail!("--seconds is {seconds}: it must be between 0.05 and 60");
+        bail!("--seconds is {seconds}; between 0.05 and 60");
     }
     Ok(())
 }
 
-/// Where guests of a few instructions run: here wherever `/dev/kvm` opens, since a software KVM runs them at native speed.
+/// The host for guests of a few instructions: this machine wherever `/dev/kvm` opens, because even
+/// a software KVM runs them at native speed.
 pub(super) fn kind_for_null_guests(kind: Kind) -> Kind {
     let kvm_opens = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
     if kvm_opens { Kind::Native } else { kind }

@@ -1,10 +1,12 @@
-//! `bench io`: how fast a guest's disk is, and what it costs the host, beside the same file without a guest.
+//! `bench io`: speed and host CPU cost of a guest's disk, beside the same file without a guest.
 //!
-//! Every contestant boots the same guest with the same disks, and in it runs the same load generator (`vesta-load`) as runs on the
-//! bare file. It is a small static program of ours and not `fio`, which brings forty libraries and takes longer to start on an emulated host
-//! than all that it would measure; and one generator on both sides makes the guest and the host comparable.
+//! Every contestant boots the same guest with the same disks. The guest runs the load generator
+//! (`vesta-load`) that also runs on the bare file, so guest and host can be compared. `fio` is not
+//! used: it needs forty libraries, and starting it on an emulated host takes longer than the
+//! measurements.
 //!
-//! [`disks`] makes the disks, [`contestant`] starts who takes part, [`sample`] takes one measurement, [`report`] prints.
+//! [`disks`] makes the disks, [`contestant`] starts a monitor, [`sample`] takes one measurement and
+//! [`report`] prints the tables.
 
 mod contestant;
 mod disks;
@@ -36,10 +38,10 @@ use setup::{GuestParts, Setup};
 
 /// Fewest rounds that a median is taken over.
 const FEWEST_RUNS: usize = 5;
-/// Longest that all of it may take.
+/// Longest time for all measurements.
 const HOST_TIMEOUT: Duration = Duration::from_hours(1);
 
-/// What is measured on each disk.
+/// The workloads on each disk.
 const WORKLOADS: [&str; 6] = [
     "randread:4096:1",
     "randwrite:4096:1",
@@ -49,7 +51,7 @@ const WORKLOADS: [&str; 6] = [
     "write:131072:4",
 ];
 
-/// What runs on the host.
+/// What to measure on the host.
 #[derive(Debug, Serialize, Deserialize)]
 struct RunSpec {
     contestants: Vec<Contestant>,
@@ -95,14 +97,11 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
         .collect();
     if contestants.is_empty() {
-        bail!("--only leaves nobody to measure");
+        bail!("--only {}: no contestant has this name", only.join(", "));
     }
     let dir = files()?;
     let (kind, why) = host::choose()?;
-    let (kernel, kernel_name) = match kernels::tuned()? {
-        Some(kernel) => (kernel, "the tuned 6.12 kernel"),
-        None => (kernels::debian(kernels::DEBIAN_6_12)?, "Debian's 6.12 cloud kernel"),
-    };
+    let (kernel, kernel_name) = kernels::preferred()?;
     let guest = GuestParts {
         kernel: kernel.image,
         modules: kernel.modules.map(|modules| modules.dir().to_owned()),
@@ -120,8 +119,9 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let outcome = on_host(kind, "bench-io-inner", &spec, &emulated)?;
     print!("{}", lacking(&monitors, if pci { "overlays and no virtio-pci" } else { "overlays" }));
     println!(
-        "\n`cargo xtask bench io`, {}: medians over {runs} interleaved rounds of {seconds} s for each workload, in brackets the\n\
-         least and the most. Host CPU: what the monitor's threads used (guest code is part of its vCPU), from schedstat.",
+        "\n`cargo xtask bench io`, {}: medians over {runs} interleaved rounds of {seconds} s for each\n\
+         workload, in brackets the least and the most. Host CPU: what the monitor's threads used (guest\n\
+         code is part of its vCPU), from schedstat.",
         today()?
     );
     Ok(outcome.report())
@@ -143,7 +143,7 @@ fn contestants(load: &Path, monitors: &[Monitor], pci: bool) -> Vec<Contestant> 
     all
 }
 
-/// `bench-io-inner ORDERS`: runs on the host, and prints the tables.
+/// `bench-io-inner SPEC`: runs on the host, and prints the tables.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let spec: RunSpec = super::common::spec(parser)?;
     let workloads: Vec<Workload> = spec.workloads.iter().map(|text| text.parse()).collect::<Result<_>>()?;
@@ -151,7 +151,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let setup = Setup::new(&spec.guest, &disks, &workloads, spec.seconds)?;
     let mut results = Results::new(spec.contestants);
     let mut left_out = String::new();
-    // One round first that does not count: it brings files into the page cache.
+    // The first round is not counted: it brings files into the page cache.
     for round in 0..=spec.runs {
         let mut index = 0;
         while let Some(contestant) = results.contestant(index) {

@@ -1,8 +1,8 @@
-//! `cargo xtask bench`: how long things take, beside what others take for them on the same host in the same run.
+//! `cargo xtask bench`: measures vesta beside other monitors, on the same host and in the same run.
 //!
-//! Runs are interleaved (every monitor once, then every monitor again), so that what the host does meanwhile hits all
-//! alike. What is printed are medians. A number means something beside the others of its table only: each table names
-//! its host. Who takes part beside vesta is in [`peers`].
+//! Runs are interleaved (every monitor once, then every monitor again), so that other load on the
+//! host affects all of them. Tables show medians. Numbers can only be compared within one table;
+//! each table names its host. [`peers`] chooses the other monitors.
 
 mod boot;
 mod common;
@@ -32,14 +32,14 @@ pub(crate) use vsock::inner as vsock_inner;
 
 /// `cargo xtask bench boot|io|net|snapshot|vsock ...`.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    const THERE_ARE: &str = "there are boot, io, net, snapshot and vsock";
-    let what = parser.value().with_context(|| format!("which benchmark? {THERE_ARE}"))?.string()?;
+    const BENCHMARKS: &str = "one of boot, io, net, snapshot, vsock";
+    let what = parser.value().with_context(|| format!("no benchmark is given; {BENCHMARKS}"))?.string()?;
     match what.as_str() {
         "boot" => boot::command(parser),
         "io" => io::command(parser),
         "net" => net::command(parser),
         "snapshot" => snapshot::command(parser),
         "vsock" => vsock::command(parser),
-        other => bail!("there is no benchmark {other}: {THERE_ARE}"),
+        other => bail!("benchmark {other}: unknown; {BENCHMARKS}"),
     }
 }

@@ -11,27 +11,26 @@ use crate::test::build_vmm;
 /// A monitor to measure.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Monitor {
-    /// What tables call it.
+    /// Its name in tables.
     pub(super) name: String,
     pub(super) path: PathBuf,
     pub(super) kind: MonitorKind,
-    /// It is what vesta is compared with. One that cannot do what is asked is left out, with its
-    /// reason.
+    /// Whether vesta is compared with it. A peer that fails is left out, with the reason.
     pub(super) peer: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum MonitorKind {
-    /// This one, or an older build of it.
+    /// vesta, perhaps an older build.
     Vesta,
-    /// It has Firecracker's API and flags, and nothing more.
+    /// A monitor with Firecracker's API and flags only.
     Firecracker,
     /// QEMU with its `microvm` machine.
     Qemu,
 }
 
 impl Monitor {
-    /// The monitor under test: the binary that `VESTA_VMM` names, else one that is built here.
+    /// The monitor under test: the binary that `VESTA_VMM` names, else a new build.
     pub(super) fn vesta() -> Result<Monitor> {
         let path = match std::env::var_os(env::VMM).map(PathBuf::from) {
             Some(path) => path.canonicalize().with_context(|| format!("{}: {}", env::VMM, path.display()))?,

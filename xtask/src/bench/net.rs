@@ -1,8 +1,9 @@
-//! `bench net`: how fast a guest's network is, and what it costs the host, beside the host's own loopback.
+//! `bench net`: speed and host CPU cost of a guest's network, beside the host's own loopback.
 //!
-//! Every contestant boots the same guest on the same tap, with the same server in it ([`vesta_tests::net_load`]), and the same clients on the host
-//! load it. It is a small static program of ours on both sides and not `iperf3`, for the reasons that [`super::io`] has: it starts at once where the host
-//! is emulated, and measures latency and small packets as well.
+//! Every contestant boots the same guest on the same tap. The guest runs a server
+//! ([`vesta_tests::net_load`]), and the same clients on the host load it. It is a small static
+//! program and not `iperf3`: it starts at once on an emulated host, and measures latency and small
+//! packets too.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,7 @@ use crate::{apt, kernels};
 
 /// Fewest rounds that a median is taken over.
 const FEWEST_RUNS: usize = 5;
-/// Longest that all of it may take.
+/// Longest time for all measurements.
 const HOST_TIMEOUT: Duration = Duration::from_hours(1);
 /// Longest wait for a guest.
 const TIMEOUT: Duration = Duration::from_mins(1);
@@ -41,19 +42,19 @@ const TIMEOUT: Duration = Duration::from_mins(1);
 const HOST: &str = "10.99.0.1";
 const GUEST: &str = "10.99.0.2";
 
-/// One who takes part.
+/// One row of the table: a monitor with one configuration of its network.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Contestant {
     name: String,
     path: PathBuf,
     mode: Mode,
-    /// It may turn out that it cannot do what is asked.
+    /// Whether a failure leaves it out instead of ending the benchmark.
     peer: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Mode {
-    /// The server on the host itself.
+    /// The server on the host, without a guest.
     Loopback,
     /// A monitor with Firecracker's API.
     Api { vhost: bool, pci: bool },
@@ -61,7 +62,7 @@ enum Mode {
     Qemu { vhost: bool },
 }
 
-/// What runs on the host.
+/// What to measure on the host.
 #[derive(Debug, Serialize, Deserialize)]
 struct RunSpec {
     contestants: Vec<Contestant>,
@@ -72,7 +73,7 @@ struct RunSpec {
     tool: PathBuf,
 }
 
-/// One measurement's title, and what it is measured in.
+/// The titles of the columns, with their units.
 const COLUMNS: [&str; 11] = [
     "guest to host, Gb/s",
     "10 streams",
@@ -116,7 +117,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
         .collect();
     if contestants.is_empty() {
-        bail!("--only leaves nobody to measure");
+        bail!("--only {}: no contestant has this name", only.join(", "));
     }
     let (kind, why) = host::choose()?;
     println!(
@@ -132,9 +133,10 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let outcome = on_host(kind, "bench-net-inner", &spec, &emulated)?;
     print!("{}", lacking(&monitors, if pci { "vhost and no virtio-pci" } else { "vhost" }));
     println!(
-        "\n`cargo xtask bench net`, {}: medians over {runs} interleaved rounds of {seconds} s for each column, in brackets the least\n\
-         and the most. TCP over a tap at MTU 1500; small packets are UDP with 64 bytes. CPU: what the monitor's threads other than vCPUs\n\
-         used (vhost's included), from schedstat, with one stream.",
+        "\n`cargo xtask bench net`, {}: medians over {runs} interleaved rounds of {seconds} s for each\n\
+         column, in brackets the least and the most. TCP over a tap at MTU 1500; small packets are UDP\n\
+         with 64 bytes. CPU: what the monitor's threads other than vCPUs used (vhost's included), from\n\
+         schedstat, with one stream.",
         today()?
     );
     Ok(outcome.report())
@@ -160,7 +162,7 @@ fn contestants(tool: &Path, monitors: &[Monitor], pci: bool) -> Vec<Contestant> 
     all
 }
 
-/// `bench-net-inner ORDERS`: runs on the host, and prints the table.
+/// `bench-net-inner SPEC`: runs on the host, and prints the table.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let spec: RunSpec = super::common::spec(parser)?;
     let net = HostNet::new()?;
@@ -172,7 +174,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         contestant,
     });
     let measured = interleaved(entries.collect(), spec.runs, true, |contestant| {
-        // The guest before had another address of its card.
+        // The guest before had another MAC address.
         net.ip("neighbour flush dev tap0")?;
         let values = measure(&spec, contestant, time)?;
         Ok(values.map(|value| value.into_iter().collect()).into())
@@ -181,14 +183,14 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// One contestant's turn: a value for each column, where there is one.
+/// Measures one contestant: a value for each column that it has.
 fn measure(spec: &RunSpec, contestant: &Contestant, time: Duration) -> Result<[Option<f64>; 11]> {
     let vmm = boot(spec, contestant)?;
     vmm.wait_for_output("SERVING", TIMEOUT)?;
     let loopback = contestant.mode == Mode::Loopback;
     let address: IpAddr = if loopback { HOST } else { GUEST }.parse()?;
     let server = Server(address);
-    // Connections for nothing: addresses are resolved, windows grow.
+    // Warm-up: addresses are resolved, TCP windows grow.
     let begun = Instant::now();
     while let Err(error) = server.throughput(true, 1, time / 4) {
         if begun.elapsed() > TIMEOUT {
@@ -201,7 +203,7 @@ fn measure(spec: &RunSpec, contestant: &Contestant, time: Duration) -> Result<[O
         let (rate, bytes) = server.throughput(to_guest, 1, time)?;
         let used = cpu_ns(vmm.pid())?.saturating_sub(before);
         // Nanoseconds per byte are seconds per gigabyte.
-        #[expect(clippy::cast_precision_loss, reason = "neither is known to the last digit")]
+        #[expect(clippy::cast_precision_loss, reason = "neither is precise to the last digit")]
         let cpu = used as f64 / bytes as f64;
         Ok((rate * 8e-9, (!loopback).then_some(cpu)))
     };
@@ -269,6 +271,6 @@ fn boot(spec: &RunSpec, contestant: &Contestant) -> Result<Vmm> {
             let builder = qemu::microvm(builder, &guest).arg("-netdev").arg(tap);
             builder.arg("-device").arg("virtio-net-device,netdev=n0").spawn()
         }
-        Mode::Loopback => bail!("it has no guest"),
+        Mode::Loopback => bail!("{} has no guest", contestant.name),
     }
 }

@@ -1,4 +1,4 @@
-//! Interleaved rounds: every contestant once, then every contestant again.
+//! Interleaved rounds: every entry once, then every entry again.
 
 use anyhow::{Context, Result};
 
@@ -6,18 +6,18 @@ use super::peers::not_measured;
 use super::table::{Row, markdown};
 use crate::process::say;
 
-/// What one entry gave: for each column any number of values.
+/// The values of one measurement: any number for each column.
 pub(super) type Values = Vec<Vec<f64>>;
 
-/// What all entries gave.
+/// The values of all entries.
 #[derive(Debug)]
 pub(super) struct Measurements {
     rows: Vec<Row>,
-    /// Who is left out, and why.
+    /// A line for each entry that is left out, with the reason.
     left_out: Vec<String>,
 }
 
-/// Who has a entry.
+/// One row of the table to be.
 pub(super) struct Entry<C> {
     pub(super) name: String,
     /// It may entry out that it cannot do what is asked: then it is left out, with all its entries.
@@ -25,7 +25,7 @@ pub(super) struct Entry<C> {
     pub(super) contestant: C,
 }
 
-/// Lets all have their entries, in so many rounds. With `warm_up` a round before them does not count:
+/// Measures all entries in each of the rounds. With `warm_up`, a round before them is not counted:
 /// it brings files into the page cache.
 pub(super) fn interleaved<C>(
     mut entries: Vec<Entry<C>>,
@@ -58,7 +58,7 @@ pub(super) fn interleaved<C>(
 }
 
 impl Measurements {
-    /// The table, and below it who is left out.
+    /// The table, and below it the entries that are left out.
     pub(super) fn markdown(&self, columns: &[&str]) -> String {
         markdown(columns, &self.rows) + &self.left_out.concat()
     }
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_fails_later_is_left_out_with_all_its_turns() {
+    fn a_peer_that_fails_later_is_left_out_with_all_its_values() {
         let mut calls = 0;
         let entries = vec![entry("peer", true, 1), entry("ours", false, 2)];
         let measured = interleaved(entries, 2, false, |who| {

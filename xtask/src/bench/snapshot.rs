@@ -1,7 +1,9 @@
-//! `bench snapshot`: saving, restoring, cloning and forking.
+//! `bench snapshot`: time to save, restore, clone and fork guests.
 //!
-//! - [`null`]: guests of a few instructions, wherever `/dev/kvm` opens: what the monitor and its host's kernel take.
-//! - [`linux`]: Linux guests, where unmodified kernels run: how long until a program in the guest answers.
+//! - [`null`]: guests of a few instructions, wherever `/dev/kvm` opens: the cost of the monitor and
+//!   the host's kernel.
+//! - [`linux`]: Linux guests, where unmodified kernels run: time until a program in the guest
+//!   answers.
 
 mod common;
 mod linux;
@@ -22,7 +24,7 @@ use crate::host::emulated::Emulated;
 use crate::host::{self, Outcome};
 use crate::process::say;
 
-/// Longest that the measurements on one host may take.
+/// Longest time for the measurements on one host.
 const HOST_TIMEOUT: Duration = Duration::from_mins(30);
 /// `cargo xtask bench snapshot [--peer NAME=PATH]... [--runs N]`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
@@ -53,15 +55,16 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let linux = on_host(kind, "bench-snapshot-inner", &spec, &emulated)?;
 
     println!(
-        "\n`cargo xtask bench snapshot`, {}: medians over {runs} interleaved runs ({FEWEST_RUNS} of clones), in brackets the",
+        "\n`cargo xtask bench snapshot`, {}: medians over {runs} interleaved runs ({FEWEST_RUNS} of\n\
+         clones), in brackets the least and the most. Own memory: private pages in\n\
+         /proc/PID/smaps_rollup.",
         today()?
     );
-    println!("least and the most. Own memory: private pages in /proc/PID/smaps_rollup.");
     let good = [null, linux].iter().all(|outcome| *outcome == Outcome::Exited(0));
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// `bench-snapshot-inner ORDERS`: runs on the host, and prints the tables.
+/// `bench-snapshot-inner SPEC`: runs on the host, and prints the tables.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let spec: RunSpec = super::common::spec(parser)?;
     match &spec.linux {

@@ -8,19 +8,19 @@ use anyhow::{Context, Result};
 
 use crate::process::say;
 
-/// `host` ends with this status where CMD took longer than its time limit.
+/// The status of `host` where CMD took longer than its time limit.
 const STATUS_TIMED_OUT: u8 = 124;
-/// `host` ends with this status where the emulated host died before CMD ended.
+/// The status of `host` where the emulated host died before CMD ended.
 const STATUS_HOST_DIED: u8 = 125;
 
-/// What to run.
+/// A command to run on a host.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
     /// The program and its arguments.
     pub(crate) argv: Vec<OsString>,
-    /// Its environment, whole.
+    /// Its complete environment.
     pub(crate) env: Vec<(OsString, OsString)>,
-    /// Its directory.
+    /// Its working directory.
     pub(crate) cwd: PathBuf,
 }
 
@@ -35,18 +35,18 @@ impl Job {
 /// How a job ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// It ran and ended with this status.
+    /// It exited with this status.
     Exited(u8),
     /// A signal ended it.
     Signaled(i32),
-    /// It ran longer than it may; it is gone.
+    /// It took longer than its time limit and was killed.
     TimedOut,
-    /// The emulated host died under it. The end of its kernel's log, and the file that holds all of it.
+    /// The emulated host died. `log` is a file with the logs, `tail` their relevant lines.
     HostDied { log: PathBuf, tail: String },
 }
 
 impl Outcome {
-    /// The status that a shell would give; says on standard error what a status cannot.
+    /// The status that a shell would return. Prints what a status cannot express.
     pub(crate) fn report(&self) -> ExitCode {
         match self {
             Outcome::Exited(status) => ExitCode::from(*status),

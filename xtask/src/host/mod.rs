@@ -1,4 +1,4 @@
-//! The host that guests run on: this machine where its KVM runs ordinary guests, else an emulated one.
+//! The host for guests: this machine if its KVM runs ordinary guests, else an emulated machine.
 
 pub(crate) mod emulated;
 pub(crate) mod init;
@@ -17,7 +17,7 @@ use crate::process::{die_with_us, say};
 use emulated::Emulated;
 pub(crate) use job::{Job, Outcome};
 
-/// Which host.
+/// The kind of host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// This machine.
@@ -35,12 +35,12 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Chooses the host, and says why in one line.
+/// Chooses the host. Returns also the reason, in one line.
 pub(crate) fn choose() -> Result<(Kind, String)> {
     match std::env::var("VESTA_HOST").as_deref() {
-        Ok("native") => return Ok((Kind::Native, "VESTA_HOST says so".to_owned())),
-        Ok("emulated") => return Ok((Kind::Emulated, "VESTA_HOST says so".to_owned())),
-        Ok(other) => bail!("VESTA_HOST is {other}: it must be native or emulated"),
+        Ok("native") => return Ok((Kind::Native, "VESTA_HOST is native".to_owned())),
+        Ok("emulated") => return Ok((Kind::Emulated, "VESTA_HOST is emulated".to_owned())),
+        Ok(other) => bail!("VESTA_HOST is {other}; native or emulated"),
         Err(_) => {}
     }
     let local = local_kvm::local_kvm();
@@ -48,7 +48,7 @@ pub(crate) fn choose() -> Result<(Kind, String)> {
     Ok((kind, local.in_words))
 }
 
-/// Runs a job on the host of that kind.
+/// Runs a job on a host of that kind.
 pub(crate) fn run(kind: Kind, job: &Job, emulated: &Emulated) -> Result<Outcome> {
     match kind {
         Kind::Native => run_native(job, emulated.timeout),
@@ -106,7 +106,7 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(run(kind, &Job::here(argv)?, &emulated)?.report())
 }
 
-/// The emulated processor that jobs are pinned to, where nothing else is said.
+/// The emulated processor that jobs are pinned to by default.
 pub(crate) fn default_pin() -> Result<Option<usize>> {
     match std::env::var("VESTA_HOST_PIN") {
         Ok(pin) => parse_pin(&pin),
@@ -117,8 +117,8 @@ pub(crate) fn default_pin() -> Result<Option<usize>> {
 fn parse_pin(text: &str) -> Result<Option<usize>> {
     match text {
         "" | "none" => Ok(None),
-        cpu => Ok(Some(
-            cpu.parse().with_context(|| format!("the processor to pin to is {cpu}: a number or none"))?,
-        )),
+        cpu => {
+            Ok(Some(cpu.parse().with_context(|| format!("processor to pin to is {cpu}; a number or none"))?))
+        }
     }
 }

@@ -45,8 +45,7 @@ fn succeeds(args: &[&str]) -> Result<bool> {
 
 /// Checks that the targets in `fuzz/` compile.
 fn fuzz_targets_compile() -> Result<bool> {
-    // It needs nothing that the workspace does not have. Where that is not there yet, cargo gets
-    // it.
+    // Its dependencies are the workspace's, so it usually needs no network.
     let mut offline = fuzz_command("check")?;
     if offline.arg("--offline").stderr(Stdio::null()).status()?.success() {
         return Ok(true);
@@ -54,12 +53,11 @@ fn fuzz_targets_compile() -> Result<bool> {
     Ok(fuzz_command("check")?.status()?.success())
 }
 
-/// `cargo COMMAND` for `fuzz/`, a workspace of its own, without the fuzzer's runtime: a stand-in
-/// takes its place.
+/// `cargo COMMAND` for `fuzz/`, a workspace of its own, with a stand-in for the fuzzer's runtime.
 pub(crate) fn fuzz_command(command: &str) -> Result<Command> {
     let (fuzz, lock) = (root().join("fuzz"), root().join("fuzz/Cargo.lock"));
     if !lock.exists() {
-        // The versions that are here already.
+        // The same versions as in the workspace.
         std::fs::copy(root().join("Cargo.lock"), &lock)?;
     }
     let stand_in = format!("patch.crates-io.libfuzzer-sys.path='{}'", fuzz.join("stand-in").display());

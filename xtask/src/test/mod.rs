@@ -1,9 +1,9 @@
-//! `cargo xtask test`: lints, unit tests and whole-system tests, and one line that sums them up.
+//! `cargo xtask test`: runs lints, unit tests and whole-system tests, and prints one summary line.
 //!
 //! - Lints and unit tests run natively.
-//! - Whole-system tests run on the [host](crate::host). Those of binaries called `null_*` use guests of a few
-//!   instructions, which run natively wherever `/dev/kvm` opens, a software KVM included.
-//! - A filter is a part of a test's name, on all layers; the lints are called `lint::NAME`.
+//! - Whole-system tests run on the [host](crate::host). Tests in `null_*` binaries use guests of a
+//!   few instructions, which run natively wherever `/dev/kvm` opens, also on a software KVM.
+//! - A filter is a part of a test's name, in all layers. Lints are called `lint::NAME`.
 
 mod build;
 mod deny;
@@ -53,7 +53,7 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     let started = Instant::now();
     let mut tally = Tally::default();
-    // A layer that cannot run at all is a failure of its own, and the others still run.
+    // A layer that cannot run counts as one failure, and the other layers still run.
     let mut layer = |wanted: bool, name: &str, run: &dyn Fn(&str) -> Result<Tally>| {
         if wanted {
             tally.add(run(&filter).unwrap_or_else(|error| Tally::failure(format!("{name}: {error:#}"))));

@@ -2,14 +2,14 @@
 
 use super::record::Verdict;
 
-/// What came of some tests.
+/// The results of some tests.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Tally {
     pub(super) passed: usize,
     pub(super) failed: usize,
     pub(super) ignored: usize,
     pub(super) filtered_out: usize,
-    /// What failed, by name, and what to know about those that did not count.
+    /// Lines for the summary: the names of failed and ignored tests, with the reason.
     pub(super) notes: Vec<String>,
 }
 
@@ -22,6 +22,7 @@ impl Tally {
         self.notes.extend(other.notes);
     }
 
+    /// One failed test.
     pub(super) fn failure(note: String) -> Tally {
         Tally { failed: 1, notes: vec![note], ..Tally::default() }
     }

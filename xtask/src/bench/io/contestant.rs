@@ -1,4 +1,4 @@
-//! Who takes part, and how each is started.
+//! The contestants of `bench io`, and how each is started.
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,7 @@ pub(super) enum Engine {
     Sync,
 }
 
-/// One who takes part.
+/// One row of the tables: a monitor with one configuration of its disks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Contestant {
     pub(super) name: String,
@@ -30,7 +30,7 @@ pub(super) struct Contestant {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 enum Kind {
-    /// The load generator on the host itself.
+    /// The load generator on the host, without a guest.
     Raw,
     /// A monitor with Firecracker's API.
     Api { engine: Engine, overlay: bool, pci: bool, peer: bool },
@@ -54,17 +54,18 @@ impl Contestant {
         Contestant { name: QEMU.to_owned(), path: path.to_owned(), kind: Kind::Qemu }
     }
 
-    /// Whether it may turn out that it cannot do what is asked.
+    /// Whether a failure leaves it out instead of ending the benchmark.
     pub(super) fn is_peer(&self) -> bool {
         matches!(self.kind, Kind::Api { peer: true, .. })
     }
 
-    /// Whether it is measured on that disk. Overlays are files, whatever they lie on: one kind of disk says it all.
+    /// Whether it is measured on that disk. Overlays are files whatever their base is, so they are
+    /// measured on one disk only.
     pub(super) fn uses(&self, disk: &Disk) -> bool {
         disk.label != SLOW || !matches!(self.kind, Kind::Api { overlay: true, .. })
     }
 
-    /// Starts it with the disks; the load generator runs as soon as it can.
+    /// Starts it with the disks. The load generator starts by itself.
     pub(super) fn start(&self, setup: &Setup<'_>) -> Result<Vmm> {
         let builder = VmmBuilder::new(&self.path)?.quiet();
         match self.kind {
@@ -90,7 +91,7 @@ impl Contestant {
             });
             if overlay {
                 let path = setup.disks.dir().join("overlay");
-                // That of the round before.
+                // The overlay of the round before.
                 let _ = std::fs::remove_file(&path);
                 body["overlay"] = json!({ "path": path });
             }
@@ -101,9 +102,9 @@ impl Contestant {
     }
 }
 
-/// What the others are compared with.
+/// The name of the monitor that ratios are relative to.
 pub(super) const QEMU: &str = "QEMU microvm";
-/// The host's own way to the disk.
+/// The name of the measurement on the host.
 pub(super) const RAW: &str = "no guest";
 
 fn start_qemu(builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {

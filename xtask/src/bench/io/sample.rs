@@ -1,4 +1,4 @@
-//! One turn of one contestant, measured from outside: what its guest says, and what the host's counters say meanwhile.
+//! One measurement of one contestant: what its guest reports, and the host's counters meanwhile.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,10 +13,10 @@ use super::setup::{Setup, TIMEOUT};
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sample {
     pub(super) report: Report,
-    /// Nanoseconds of processor time of vCPU threads, and of all others.
+    /// Processor time of vCPU threads and of all other threads, in nanoseconds.
     pub(super) vcpu_ns: u64,
     pub(super) other_ns: u64,
-    /// Exits from the guest, interrupts to it, and its halts, where the host tells.
+    /// KVM's counters, where the host shows them.
     pub(super) kvm: Option<KvmCounts>,
 }
 
@@ -28,10 +28,10 @@ pub(super) struct KvmCounts {
     pub(super) halts: u64,
 }
 
-/// The samples of one turn, by disk and workload.
+/// The samples of one contestant in one round, by disk and workload.
 pub(super) type Samples = Vec<(String, Workload, Sample)>;
 
-/// Lets a contestant run all workloads on all disks.
+/// Runs all workloads on all disks of one contestant.
 pub(super) fn measure(setup: &Setup<'_>, contestant: &Contestant) -> Result<Samples> {
     let vmm = contestant.start(setup)?;
     let mut samples = Vec::new();
@@ -84,7 +84,7 @@ impl Counters {
     }
 }
 
-/// From debugfs, which has a directory for each guest, named after the process and a descriptor.
+/// Reads debugfs, which has a directory for each guest, named after the process and a descriptor.
 fn kvm_counts(pid: u32) -> Option<KvmCounts> {
     let prefix = format!("{pid}-");
     let dir: PathBuf = std::fs::read_dir("/sys/kernel/debug/kvm")
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn time_is_told_apart_by_vcpu_and_threads_that_come_and_go_do_no_harm() {
+    fn processor_time_is_split_by_vcpu_and_other_threads() {
         let before = counters(&[("1", false, 100), ("2", true, 1000), ("3", false, 70)]);
         let after = counters(&[("1", false, 130), ("2", true, 1500), ("4", false, 7)]);
         let report = Report { ops: 1, nanos: 1, median_ns: None, p99_ns: None };

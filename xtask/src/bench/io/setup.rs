@@ -14,7 +14,7 @@ use vesta_tests::modules::Modules;
 use super::disks::Disks;
 use crate::process::ScratchDir;
 
-/// Longest wait for a guest or a workload, beside the workload's own time.
+/// Longest wait for a guest or a workload, in addition to the workload's own time.
 pub(super) const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// What the guest is made of.
@@ -27,7 +27,7 @@ pub(super) struct GuestParts {
     pub(super) load: PathBuf,
 }
 
-/// What all contestants have alike.
+/// What all contestants share.
 pub(super) struct Setup<'a> {
     pub(super) guest: Guest,
     pub(super) disks: &'a Disks,
@@ -58,7 +58,7 @@ impl<'a> Setup<'a> {
     }
 }
 
-/// The guest: it finds its disks by their sizes.
+/// Makes the guest. It tells its disks apart by their sizes.
 fn guest(parts: &GuestParts, setup: &[(String, u64)], load_args: &str, dir: &Path) -> Result<Guest> {
     let mut disk = Initramfs::new(&parts.busybox)?;
     if let Some(modules) = &parts.modules {

@@ -19,14 +19,14 @@ pub(super) const TIMEOUT: Duration = Duration::from_mins(1);
 /// Fewest runs that a median is taken over.
 pub(super) const FEWEST_RUNS: usize = 5;
 
-/// What runs on a host.
+/// What to measure on the host.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct RunSpec {
     pub(super) monitors: Vec<Monitor>,
     pub(super) runs: usize,
-    /// Where snapshots are written.
+    /// The directory for snapshots.
     pub(super) dir: PathBuf,
-    /// The Linux guest; none: guests of a few instructions.
+    /// The Linux guest; `None` for guests of a few instructions.
     pub(super) linux: Option<ServingGuest>,
 }
 
@@ -38,7 +38,7 @@ pub(super) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-/// A entry for each of these monitors.
+/// An entry for each of these monitors.
 pub(super) fn entries<'a>(monitors: impl IntoIterator<Item = &'a Monitor>) -> Vec<Entry<&'a Monitor>> {
     let entry = |monitor: &'a Monitor| Entry {
         name: monitor.name.clone(),
@@ -59,13 +59,13 @@ pub(super) fn private_kib(pid: u64) -> Result<f64> {
     Ok(kib.into())
 }
 
-/// Starts so many monitors, and does the same with all of them at once.
+/// Starts so many monitors, and calls `each` for all of them at once.
 pub(super) fn all_at_once(
     program: &Path,
     count: usize,
     each: impl Fn(&Vmm) -> Result<()> + Sync,
 ) -> Result<Vec<Vmm>> {
-    // Started from this thread, with which they end.
+    // Started from this thread: they are killed when the thread that started them ends.
     let spawn = |_| VmmBuilder::new(program)?.quiet().with_api().stdout_to_file()?.spawn();
     let monitors = (0..count).map(spawn).collect::<Result<Vec<_>>>()?;
     std::thread::scope(|scope| {

@@ -1,7 +1,7 @@
-//! Linux guests: how long until a program in the guest answers its first request.
+//! Linux guests: time until a program in the guest answers its first request.
 //!
-//! The request is one byte through vsock, which the guest's program sends back. All methods to a guest that answers are measured beside each
-//! other: a boot, a restore in a new process, a child of a fork.
+//! The request is one byte through vsock, which the guest's program sends back. A boot, restores in
+//! a new process and a child of a fork are measured beside each other.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -22,29 +22,30 @@ use crate::bench::rounds::{Entry, interleaved};
 use crate::bench::serving_guest::{SERVING, ServingGuest};
 use crate::process::say;
 
-/// Longest wait for an answer in the first attempt. Each that gets none is given twice as long.
+/// Longest wait for an answer in the first attempt. It doubles after each attempt without an
+/// answer.
 const FIRST_ATTEMPT: Duration = Duration::from_millis(500);
-/// Where the guest's sockets are, in the directory of each monitor: clones need no override.
+/// The guest's vsock socket, relative to the directory of each monitor, so clones need no override.
 const SOCKET: &str = "v.sock";
-/// The children's.
+/// The same for a child of a fork.
 const CHILD_SOCKET: &str = "child.sock";
-/// How many clones are made at once.
+/// How many clones are started at once.
 const CLONES: [usize; 2] = [10, 50];
 
-/// A method to a guest that answers.
+/// How a guest is started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum StartMethod {
     Boot,
     Load,
-    /// Pages that the first restore came to are read ahead of the guest.
+    /// The pages that the first restore used are read ahead of the guest.
     Prefetch,
-    /// `--restore`: nothing is asked of the API.
+    /// `--restore`, without an API call.
     Flag,
     Fork,
 }
 
 impl StartMethod {
-    /// Those that every monitor has, and then our own.
+    /// All methods; the first two are in every monitor.
     const ALL: [StartMethod; 5] =
         [StartMethod::Boot, StartMethod::Load, StartMethod::Prefetch, StartMethod::Flag, StartMethod::Fork];
     const OF_PEERS: [StartMethod; 2] = [StartMethod::Boot, StartMethod::Load];
@@ -60,12 +61,12 @@ impl StartMethod {
     }
 }
 
-/// One guest that has answered.
+/// The figures of one guest that has answered.
 #[derive(Debug, Default)]
 struct Sample {
-    /// From the process's start; none for a fork.
+    /// From the process's start; `None` for a fork.
     spawn_ms: Option<f64>,
-    /// From the request that makes it run; none where there is none.
+    /// From the request that starts the guest; `None` where there is none.
     call_ms: Option<f64>,
     own_kib: f64,
 }
@@ -76,7 +77,7 @@ struct Contestant<'a> {
     guest: &'a ServingGuest,
     state: PathBuf,
     memory: PathBuf,
-    /// It stands still but while it is forked.
+    /// It is paused except while it is forked.
     parent: Vmm,
 }
 
@@ -109,7 +110,7 @@ impl<'a> Contestant<'a> {
         Ok(asked)
     }
 
-    /// The first restore with prefetching writes down which pages the guest comes to.
+    /// Restores once with prefetching, which records the pages that the guest uses.
     fn record(&self) -> Result<()> {
         let vmm = VmmBuilder::new(&self.monitor.path)?.quiet().with_api().spawn()?;
         self.load(&vmm, StartMethod::Prefetch)?;
@@ -160,7 +161,7 @@ impl<'a> Contestant<'a> {
         let own_kib = private_kib(pid)?;
         pause(&mut api)?;
         orphan.kill(TIMEOUT)?;
-        // Killed, it leaves its socket behind.
+        // A killed monitor leaves its socket behind.
         fs::remove_file(&socket)?;
         Ok(Sample { spawn_ms: None, call_ms, own_kib })
     }
@@ -169,13 +170,13 @@ impl<'a> Contestant<'a> {
         let mut working_set = self.memory.clone().into_os_string();
         working_set.push(".working-set");
         for path in [&self.state, &self.memory, Path::new(&working_set)] {
-            // Not all have been made.
+            // Not all of them exist.
             let _ = fs::remove_file(path);
         }
     }
 }
 
-/// A guest that serves, and when it was told to start.
+/// Boots a guest that serves. Returns also the time at which it was started.
 fn boot(monitor: &Monitor, guest: &ServingGuest) -> Result<(Vmm, ApiClient, Instant)> {
     let vmm = VmmBuilder::new(&monitor.path)?.quiet().with_api().spawn()?;
     let mut api = vmm.ready_client(TIMEOUT)?;
@@ -196,10 +197,10 @@ fn measure_answer(vmm: &Vmm, asked: Option<Instant>) -> Result<Sample> {
     })
 }
 
-/// One byte there and back, as soon as the guest's program answers.
+/// Sends one byte and receives it again, as soon as the guest's program answers.
 ///
-/// Until then there may be no socket, no listener, or a connection that ends or answers nothing: a
-/// restored guest forgets its connections, those too that were made before it has come to that.
+/// Until then there may be no socket, no listener, or a connection that ends or gets no answer: a
+/// restored guest resets its connections, also those made before it has handled the reset event.
 fn wait_for_answer(socket: &Path) -> Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     let mut limit = FIRST_ATTEMPT;

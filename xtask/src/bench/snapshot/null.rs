@@ -1,9 +1,9 @@
 //! Guests of a few instructions: saved, restored, cloned and forked.
 //!
-//! They run wherever `/dev/kvm` opens, a software KVM included, so that what is measured is the
-//! monitor and its host's kernel at native speed. A guest writes a word to each page (or huge page)
-//! of a stretch of its memory and then says bytes on its serial port, for ever or once. Its serial
-//! port is the monitor's standard output, a file here: every monitor has that, saved and restored.
+//! They run wherever `/dev/kvm` opens, also on a software KVM, so the monitor and the host's kernel
+//! are measured at native speed. A guest writes to each page (or huge page) of a range of its
+//! memory and then writes bytes to its serial port, once or endlessly. Its serial port is the
+//! monitor's standard output, which is a file here.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -25,7 +25,7 @@ use crate::bench::rounds::{Entry, interleaved};
 
 const PAGE: u32 = 4096;
 const HUGE_PAGE: u32 = 2 << 20;
-/// Where the guests' stretch of memory begins.
+/// Where the guests' range of memory begins.
 const TOUCH_FROM: u32 = 4 << 20;
 
 /// Prints the tables.
@@ -37,7 +37,8 @@ pub(super) fn tables(spec: &RunSpec) -> Result<()> {
     forks(spec)
 }
 
-/// A guest that writes to `count` places, `step` apart, and then says bytes: one and halts, or one after the other for ever.
+/// A guest that writes to `count` addresses, `step` bytes apart, and then to its serial port: one
+/// byte before it halts, or bytes without end.
 fn toucher(count: u32, step: u32, for_ever: bool) -> Elf {
     let mut code = vec![0xbf];
     code.extend(TOUCH_FROM.to_le_bytes()); // mov edi, TOUCH_FROM
@@ -74,20 +75,21 @@ fn spawn(program: &Path) -> Result<Vmm> {
     VmmBuilder::new(program)?.quiet().with_api().stdout_to_file()?.spawn()
 }
 
-/// Waits until the guest has said something.
+/// Waits until the guest has written to its serial port.
 fn wait_for_bytes(vmm: &Vmm) -> Result<Instant> {
     let serial = vmm.dir().join(STDOUT);
     let deadline = Instant::now() + TIMEOUT;
     while fs::metadata(&serial).map_or(0, |file| file.len()) == 0 {
         if Instant::now() > deadline {
-            bail!("the guest of {} says nothing", serial.display());
+            bail!("the guest has written nothing to {}", serial.display());
         }
         std::thread::sleep(Duration::from_micros(50));
     }
     Ok(Instant::now())
 }
 
-/// Saves a paused guest to `dir`. How long that took, in ms, and the space of the memory file, in MiB.
+/// Saves a paused guest to `dir`. Returns the time in ms and the size of the memory file on disk,
+/// in MiB.
 fn create(api: &mut ApiClient, dir: &Path) -> Result<(f64, f64)> {
     let (state, memory) = (dir.join("bench.state"), dir.join("bench.memory"));
     let body = json!({"snapshot_path": state, "mem_file_path": memory});
@@ -120,7 +122,7 @@ fn creates(spec: &RunSpec) -> Result<()> {
     Ok(())
 }
 
-/// A process that was started and has loaded the snapshot in `dir`.
+/// A new process that has restored a snapshot.
 struct Restored {
     vmm: Vmm,
     api_ms: f64,
@@ -152,7 +154,7 @@ fn restores(spec: &RunSpec) -> Result<()> {
         Ok(values.into())
     })?;
     println!("## Restore: 128 MiB, nothing touched\n");
-    let columns = ["spawn to API, ms", "PUT /snapshot/load, ms", "spawn to first byte of the guest's, ms"];
+    let columns = ["spawn to API, ms", "PUT /snapshot/load, ms", "spawn to the guest's first byte, ms"];
     println!("{}", measured.markdown(&columns));
     Ok(())
 }
@@ -192,7 +194,7 @@ fn load(api: &mut ApiClient, dir: &Path) -> Result<()> {
     api.put("/snapshot/load", &body)?.ok().map(drop)
 }
 
-/// Only vesta saves a guest that runs on.
+/// Live snapshots, which only vesta has.
 fn live(spec: &RunSpec) -> Result<()> {
     let vestas = spec.monitors.iter().filter(|monitor| monitor.is_vesta());
     let measured = interleaved(entries(vestas), spec.runs, false, |monitor| {
@@ -212,7 +214,7 @@ fn live(spec: &RunSpec) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the live snapshot is done. How long after `asked` that is, in ms.
+/// Waits until the live snapshot is done. Returns the time since `asked`, in ms.
 fn wait_for_job(api: &mut ApiClient, asked: Instant) -> Result<f64> {
     loop {
         let job = api.get("/snapshot/job")?.ok()?.json()?;
@@ -229,11 +231,11 @@ fn millis(microseconds: &Value) -> Result<f64> {
     microseconds.as_f64().map(|us| us / 1000.0).context("a number")
 }
 
-/// A guest that is forked: what people call it, its MiB, places that it touches, how far apart, and
-/// its pages.
+/// A guest that is forked: its name in the table, its MiB, the number of addresses that it touches,
+/// the bytes between them, and its `huge_pages`.
 type Size = (&'static str, u32, u32, u32, &'static str);
 
-/// Only vesta forks.
+/// Forks, which only vesta has.
 fn forks(spec: &RunSpec) -> Result<()> {
     const SIZES: [Size; 4] = [
         ("128 MiB", 128, 60, HUGE_PAGE, "Transparent"),
