@@ -31,7 +31,7 @@ use crate::host::{self, Kind};
 use crate::process::say;
 use crate::test::build_load;
 use crate::{apt, kernels};
-use contestant::{Contestant, Engine};
+use contestant::{Contestant, Drive, Engine};
 use disks::{DiskPlan, Disks};
 use report::Results;
 use setup::{GuestParts, Setup};
@@ -42,9 +42,11 @@ const FEWEST_RUNS: usize = 5;
 const HOST_TIMEOUT: Duration = Duration::from_hours(1);
 
 /// The workloads on each disk.
-const WORKLOADS: [&str; 6] = [
+const WORKLOADS: [&str; 7] = [
     "randread:4096:1",
     "randwrite:4096:1",
+    // A flush after every 64 writes.
+    "randwrite:4096:1:64",
     "randread:4096:32",
     "randwrite:4096:32",
     "read:131072:4",
@@ -132,11 +134,12 @@ fn contestants(load: &Path, monitors: &[Monitor], pci: bool) -> Vec<Contestant> 
     for monitor in monitors {
         for pci in [false, true].into_iter().filter(|&with| !with || pci && monitor.is_vesta()) {
             for engine in [Engine::Async, Engine::Sync] {
-                all.push(Contestant::api(monitor, engine, false, pci));
+                all.push(Contestant::api(monitor, Drive { engine, ..Drive::default() }, pci));
             }
         }
+        all.push(Contestant::api(monitor, Drive { writeback: true, ..Drive::default() }, false));
         if monitor.is_vesta() {
-            all.push(Contestant::api(monitor, Engine::Async, true, false));
+            all.push(Contestant::api(monitor, Drive { overlay: true, ..Drive::default() }, false));
         }
     }
     all.extend(apt::find("qemu-system-x86_64").map(|path| Contestant::qemu(&path)));

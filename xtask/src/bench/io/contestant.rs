@@ -14,10 +14,20 @@ use super::disks::{Disk, SLOW};
 use super::setup::{Setup, TIMEOUT};
 
 /// `io_engine` of a drive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Engine {
+    #[default]
     Async,
     Sync,
+}
+
+/// The configuration of the drives of a monitor with Firecracker's API.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Drive {
+    pub(super) engine: Engine,
+    /// `cache_type` is `Writeback`: the guest can flush.
+    pub(super) writeback: bool,
+    pub(super) overlay: bool,
 }
 
 /// One row of the tables: a monitor with one configuration of its disks.
@@ -33,7 +43,7 @@ enum Kind {
     /// The load generator on the host, without a guest.
     Raw,
     /// A monitor with Firecracker's API.
-    Api { engine: Engine, overlay: bool, pci: bool, peer: bool },
+    Api { drive: Drive, pci: bool, peer: bool },
     /// QEMU's `microvm`, with `io_uring` and an iothread.
     Qemu,
 }
@@ -43,10 +53,11 @@ impl Contestant {
         Contestant { name: RAW.to_owned(), path: load.to_owned(), kind: Kind::Raw }
     }
 
-    pub(super) fn api(monitor: &Monitor, engine: Engine, overlay: bool, pci: bool) -> Contestant {
-        let more = [(overlay, ", overlay"), (pci, ", PCI")].map(|(with, text)| if with { text } else { "" });
-        let name = format!("{}, {engine:?}{}", monitor.name, more.concat());
-        let kind = Kind::Api { engine, overlay, pci, peer: monitor.peer };
+    pub(super) fn api(monitor: &Monitor, drive: Drive, pci: bool) -> Contestant {
+        let more = [(drive.writeback, ", Writeback"), (drive.overlay, ", overlay"), (pci, ", PCI")]
+            .map(|(with, text)| if with { text } else { "" });
+        let name = format!("{}, {:?}{}", monitor.name, drive.engine, more.concat());
+        let kind = Kind::Api { drive, pci, peer: monitor.peer };
         Contestant { name, path: monitor.path.clone(), kind }
     }
 
@@ -62,7 +73,7 @@ impl Contestant {
     /// Whether it is measured on that disk. Overlays are files whatever their base is, so they are
     /// measured on one disk only.
     pub(super) fn uses(&self, disk: &Disk) -> bool {
-        disk.label != SLOW || !matches!(self.kind, Kind::Api { overlay: true, .. })
+        disk.label != SLOW || !matches!(self.kind, Kind::Api { drive: Drive { overlay: true, .. }, .. })
     }
 
     /// Starts it with the disks. The load generator starts by itself.
@@ -76,7 +87,7 @@ impl Contestant {
     }
 
     fn start_api(&self, builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {
-        let Kind::Api { engine, overlay, pci, .. } = self.kind else { bail!("{} has no API", self.name) };
+        let Kind::Api { drive, pci, .. } = self.kind else { bail!("{} has no API", self.name) };
         let builder = builder.with_api();
         let vmm = if pci { builder.arg("--enable-pci") } else { builder }.spawn()?;
         let mut api = vmm.ready_client(TIMEOUT)?;
@@ -87,9 +98,10 @@ impl Contestant {
                 "path_on_host": disk.path,
                 "is_root_device": false,
                 "is_read_only": false,
-                "io_engine": format!("{engine:?}"),
+                "io_engine": format!("{:?}", drive.engine),
+                "cache_type": if drive.writeback { "Writeback" } else { "Unsafe" },
             });
-            if overlay {
+            if drive.overlay {
                 let path = setup.disks.dir().join("overlay");
                 // The overlay of the round before.
                 let _ = std::fs::remove_file(&path);

@@ -137,10 +137,10 @@ fn series(
     of_workload.into_iter().flatten().filter_map(|sample| figure(workload, sample)).collect()
 }
 
-/// The speed in the workload's unit: latency for a depth of one, else transfers per second, or MiB
-/// per second for large blocks.
+/// The speed in the workload's unit: latency for a depth of one without flushes, else transfers per
+/// second, or MiB per second for large blocks.
 fn speed(workload: Workload, sample: &Sample) -> Option<f64> {
-    if workload.depth == 1 {
+    if workload.depth == 1 && workload.flush.is_none() {
         return sample.report.median_ns.map(|nanos| float(nanos) / 1e3);
     }
     let large = workload.block >= LARGE;
@@ -152,7 +152,7 @@ const LARGE: u32 = 64 << 10;
 
 fn title(workload: Workload) -> String {
     let unit = match workload {
-        Workload { depth: 1, .. } => "us",
+        Workload { depth: 1, flush: None, .. } => "us",
         Workload { block: LARGE.., .. } => "MiB/s",
         _ => "IOPS",
     };
@@ -164,7 +164,8 @@ fn short_title(workload: Workload) -> String {
         Direction::Read => "read",
         Direction::Write => "write",
     };
-    format!("{} KiB {direction}, QD{}", workload.block / 1024, workload.depth)
+    let flush = workload.flush.map_or_else(String::new, |writes| format!(", flush after {writes}"));
+    format!("{} KiB {direction}, QD{}{flush}", workload.block / 1024, workload.depth)
 }
 
 fn per_second(sample: &Sample) -> f64 {
@@ -193,6 +194,7 @@ mod tests {
         for (workload, unit, value) in [
             ("randread:4096:1", "us", 7.5),
             ("randwrite:4096:32", "IOPS", 4000.0),
+            ("randwrite:4096:1:64", "IOPS", 4000.0),
             ("read:131072:4", "MiB/s", 500.0),
         ] {
             let workload: Workload = workload.parse().unwrap();
