@@ -1,7 +1,7 @@
 //! Guests that have much to lose: busy with processors, disks, networks, sockets, timers and random numbers, and checking all of it
 //! as they go, until a disk of theirs tells them to stop.
 //!
-//! [`Disks`] are what the least of them needs; a [`Place`] has a network and a socket device as well. What a guest says:
+//! [`Disks`] are what the least of them needs; a [`BusyHost`] has a network and a socket device as well. What a guest says:
 //! `WRONG ...` or `FAILED ...` where something is not as it was, `VERIFIED ...` for each part that was right to its end, and at last
 //! `RANDOM`, `RESEEDED` (how often its kernel heard that it is in another life) and `LAST`.
 
@@ -13,13 +13,13 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::api::ApiClient;
-use crate::disks::{DiskGuest, disk, drive, said, with};
+use crate::disks::{DiskGuest, disk, drive, output_of, with};
 use crate::exchange;
-use crate::guest::{BOOT, SOON, Transport};
+use crate::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use crate::host_net::HostNet;
 use crate::process::Orphans;
-use crate::said::{wait_for_text_after, word};
-use crate::snapshots::{Files, copy, go_on, pause, resume};
+use crate::serial_file::{wait_for_text_after, word};
+use crate::snapshots::{Files, copy, pause, restore, resume};
 use crate::vmm::Vmm;
 use crate::vsock::{connect, port};
 
@@ -46,7 +46,7 @@ disk-tool until /stop vdb 8 2 &
 "#;
 
 /// Keeps a connection over the network and one over vsock busy, and serves connections of the host's.
-const LOAD_OF_NETWORKS: &str = "
+const NETWORK_LOAD: &str = "
 ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up
 net-tool until /stop 10.0.0.1:7 &
 guest-vsock until /stop 700 &
@@ -66,9 +66,9 @@ echo LAST
 poweroff -f"#;
 
 /// What such a guest says again and again while all is well.
-const SIGNS: [&str; 5] = ["SUM ", "TICK ", "NUMBER", "FLUSHED vda", "FLUSHED vdb"];
+const PROGRESS_MARKS: [&str; 5] = ["SUM ", "TICK ", "NUMBER", "FLUSHED vda", "FLUSHED vdb"];
 /// The same for networks.
-const SIGNS_OF_NETWORKS: [&str; 2] = ["EXCHANGED net", "EXCHANGED vsock"];
+const NETWORK_PROGRESS_MARKS: [&str; 2] = ["EXCHANGED net", "EXCHANGED vsock"];
 
 /// The programs of `tests/src/bin` that such guests run, each by its path.
 #[derive(Debug, Clone, Copy)]
@@ -148,7 +148,7 @@ impl Disks {
 
 /// What a guest that is busy with everything has on its host. This thread is in the place's network.
 #[derive(Debug)]
-pub struct Place {
+pub struct BusyHost {
     /// Its disks.
     pub disks: Disks,
     /// The directory that all of it is in.
@@ -156,18 +156,18 @@ pub struct Place {
     net: HostNet,
 }
 
-impl Place {
+impl BusyHost {
     /// The address and the port that the guest's network load goes to.
     const ADDRESS: (&str, u16) = ("10.0.0.1", 7);
     /// The port of the host that its vsock load goes to.
     const PORT: u32 = 700;
 
     /// A new one, in a directory that is there for it alone.
-    pub fn new(dir: &Path) -> Result<Place> {
-        let place = Place { disks: Disks::new(dir)?, dir: dir.to_owned(), net: HostNet::new()? };
+    pub fn new(dir: &Path) -> Result<BusyHost> {
+        let place = BusyHost { disks: Disks::new(dir)?, dir: dir.to_owned(), net: HostNet::new()? };
         let (address, port) = Self::ADDRESS;
         place.net.tap("tap0", &format!("{address}/24"), "")?;
-        place.net.same_neighbour("tap0")?;
+        place.net.use_common_mac("tap0")?;
         place.net.echo(&format!("{address}:{port}"))?;
         place.sockets("v")?;
         Ok(place)
@@ -181,14 +181,14 @@ impl Place {
             .device("network-interfaces", json!([{"iface_id": "eth0", "host_dev_name": "tap0"}]))
             .device("vsock", json!({"guest_cid": 3, "uds_path": self.socket("v")}));
         let guest = self.disks.add_to(guest, programs.disk_tool, machine);
-        guest.run(&format!("ip link set lo up{LOAD}{LOAD_OF_NETWORKS}{END}"))
+        guest.run(&format!("ip link set lo up{LOAD}{NETWORK_LOAD}{END}"))
     }
 
     /// Sockets and a tap of that name for another life of the guest: what a load or a child has to be told.
-    /// Call [`Place::settle`] before it runs.
-    fn another(&self, name: &str) -> Result<Value> {
+    /// Call [`BusyHost::move_tap`] before it runs.
+    fn overrides(&self, name: &str) -> Result<Value> {
         self.net.tap(name, "", "")?;
-        self.net.same_neighbour(name)?;
+        self.net.use_common_mac(name)?;
         Ok(json!({
             "network_overrides": [{"iface_id": "eth0", "host_dev_name": name}],
             "vsock_override": {"uds_path": self.sockets(name)?},
@@ -196,16 +196,16 @@ impl Place {
     }
 
     /// Moves that life's tap to a network of its own, with the same addresses.
-    fn settle(&self, name: &str) -> Result<()> {
+    fn move_tap(&self, name: &str) -> Result<()> {
         let (address, port) = Self::ADDRESS;
-        self.net.apart(name, &format!("{address}/24"), port)
+        self.net.isolate_tap(name, &format!("{address}/24"), port)
     }
 
     /// Loads a snapshot so that its guest runs in another network, in a monitor of its own.
-    pub fn go_on_elsewhere(&self, transport: Transport, name: &str, load: &Value) -> Result<Vmm> {
-        let load = with(with(load.clone(), &self.another(name)?), &json!({"resume_vm": false}));
-        let (vmm, mut api) = go_on(transport, &load)?;
-        self.settle(name)?;
+    pub fn restore_elsewhere(&self, transport: Transport, name: &str, load: &Value) -> Result<Vmm> {
+        let load = with(with(load.clone(), &self.overrides(name)?), &json!({"resume_vm": false}));
+        let (vmm, mut api) = restore(transport, &load)?;
+        self.move_tap(name)?;
         resume(&mut api)?;
         connect(&self.socket(name), port::ECHO).context("the guest in another network")?;
         Ok(vmm)
@@ -228,16 +228,16 @@ impl Place {
 
 /// A child of a fork of such a guest.
 #[derive(Debug)]
-pub struct Offspring {
+pub struct ForkedGuest {
     /// What its guest says.
     pub serial: PathBuf,
     /// Its API.
     pub api: ApiClient,
 }
 
-impl Place {
+impl BusyHost {
     /// Forks the microVM of that API while it runs. The child has that id, and a network and sockets of its own.
-    pub fn fork(&self, parent: &mut ApiClient, id: &str) -> Result<(Offspring, Orphans)> {
+    pub fn fork(&self, parent: &mut ApiClient, id: &str) -> Result<(ForkedGuest, Orphans)> {
         let path = |what: &str| self.dir.join(format!("{id}.{what}"));
         let (serial, api) = (path("serial"), path("api"));
         // It runs when its tap is where it belongs.
@@ -247,30 +247,30 @@ impl Place {
             "serial": {"serial_out_path": serial},
             "resume": false,
         });
-        let child = with(child, &self.another(id)?);
+        let child = with(child, &self.overrides(id)?);
         let reply = parent.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
         let orphans = Orphans::of_fork(&reply)?;
-        self.settle(id)?;
+        self.move_tap(id)?;
         let mut api = ApiClient::new(&api);
         resume(&mut api)?;
-        Ok((Offspring { serial, api }, orphans))
+        Ok((ForkedGuest { serial, api }, orphans))
     }
 }
 
 /// Waits until all that keeps the guest busy has gone on.
 pub fn wait_for_progress(vmm: &Vmm) -> Result<()> {
-    wait_for_signs(vmm, &SIGNS)
+    wait_for_signs(vmm, &PROGRESS_MARKS)
 }
 
 /// The same for a guest that has networks.
 pub fn wait_for_all_progress(vmm: &Vmm) -> Result<()> {
-    wait_for_signs(vmm, &[&SIGNS[..], &SIGNS_OF_NETWORKS].concat())
+    wait_for_signs(vmm, &[&PROGRESS_MARKS[..], &NETWORK_PROGRESS_MARKS].concat())
 }
 
 fn wait_for_signs(vmm: &Vmm, signs: &[&str]) -> Result<()> {
     let from = vmm.stdout.len();
     for sign in signs {
-        vmm.stdout.wait_for_after(from, sign, BOOT)?;
+        vmm.stdout.wait_for_after(from, sign, BOOT_TIMEOUT)?;
     }
     Ok(())
 }
@@ -278,15 +278,15 @@ fn wait_for_signs(vmm: &Vmm, signs: &[&str]) -> Result<()> {
 /// The same for a guest that has networks and speaks to a file.
 pub fn wait_for_all_progress_in(serial: &Path) -> Result<()> {
     let from = fs::read(serial)?.len();
-    for sign in SIGNS.iter().chain(&SIGNS_OF_NETWORKS) {
-        wait_for_text_after(serial, from, sign, BOOT)?;
+    for sign in PROGRESS_MARKS.iter().chain(&NETWORK_PROGRESS_MARKS) {
+        wait_for_text_after(serial, from, sign, BOOT_TIMEOUT)?;
     }
     Ok(())
 }
 
 /// Saves the guest and ends its monitor, so that its disks stay as they were.
 pub fn save_and_kill(vmm: Vmm, files: &Files, kind: &str) -> Result<()> {
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     pause(&mut api)?;
     api.put("/snapshot/create", &files.create(kind))?.ok()?;
     drop(vmm);
@@ -294,34 +294,34 @@ pub fn save_and_kill(vmm: Vmm, files: &Files, kind: &str) -> Result<()> {
 }
 
 /// Lets the guest come to its end, where it must find all as it was. All that it said.
-pub fn ends_well(mut vmm: Vmm, disks: &Disks) -> Result<String> {
+pub fn finish_and_check(mut vmm: Vmm, disks: &Disks) -> Result<String> {
     disks.stop()?;
-    let said = said(&mut vmm)?;
-    all_is_right(&said)?;
-    Ok(said)
+    let output = output_of(&mut vmm)?;
+    check_output(&output)?;
+    Ok(output)
 }
 
 /// Whether a guest that has come to its end found all as it was.
-pub fn all_is_right(said: &str) -> Result<()> {
+pub fn check_output(output: &str) -> Result<()> {
     for mark in ["VERIFIED vda", "VERIFIED vdb", "LAST"] {
-        ensure!(said.contains(mark), "no {mark}: {said}");
+        ensure!(output.contains(mark), "no {mark}: {output}");
     }
     for mark in ["WRONG", "FAILED", "Call Trace"] {
-        ensure!(!said.contains(mark), "{mark}: {said}");
+        ensure!(!output.contains(mark), "{mark}: {output}");
     }
     Ok(())
 }
 
 /// Whether a guest that has networks found all as it was, in its so many lives, after which it has lost so many TCP connections. Of
 /// vsock connections it loses one in each.
-pub fn all_is_right_after(said: &str, lives: u32, tcp_losses: u32) -> Result<()> {
-    all_is_right(said)?;
+pub fn check_output_after(output: &str, lives: u32, tcp_losses: u32) -> Result<()> {
+    check_output(output)?;
     for (mark, right) in [("RESEEDED ", lives), ("LOSSES vsock ", lives), ("LOSSES net ", tcp_losses)] {
-        let found = word(said, mark)?;
-        ensure!(found == right.to_string(), "{mark}is {found}, not {right}: {said}");
+        let found = word(output, mark)?;
+        ensure!(found == right.to_string(), "{mark}is {found}, not {right}: {output}");
     }
     for mark in ["VERIFIED net", "VERIFIED vsock"] {
-        ensure!(said.contains(mark), "no {mark}: {said}");
+        ensure!(output.contains(mark), "no {mark}: {output}");
     }
     Ok(())
 }

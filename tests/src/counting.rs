@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::api::ApiClient;
 use crate::elf::Elf;
-use crate::guest::{Guest, SOON, start, vmm_path};
+use crate::guest::{Guest, TIMEOUT, start, vmm_path};
 use crate::vmm::{Vmm, VmmBuilder};
 
 /// The kernel of a guest that sends 0, 1, 2, ... over its serial port for ever.
@@ -120,7 +120,7 @@ fn run_in(
     drives: &[serde_json::Value],
 ) -> Result<(Vmm, ApiClient, PathBuf)> {
     let vmm = builder.with_api().arg("--id").arg("parent").spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let image = vmm.dir().join("kernel");
     fs::write(&image, kernel.bytes())?;
     let guest = Guest { machine: machine.clone(), ..Guest::bare(&image).mem_mib(16) };
@@ -132,15 +132,15 @@ fn run_in(
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     start(&mut api)?;
-    wait_for(&serial, 10)?;
+    wait_for_bytes(&serial, 10)?;
     Ok((vmm, api, serial))
 }
 
 /// Waits until the guest has written that many bytes more to its serial port; all that it wrote.
-pub fn wait_for(serial: &Path, more: usize) -> Result<Vec<u8>> {
+pub fn wait_for_bytes(serial: &Path, more: usize) -> Result<Vec<u8>> {
     let written = || fs::read(serial).unwrap_or_default();
     let wanted = written().len() + more;
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while written().len() < wanted {
         if Instant::now() > deadline {
             bail!("the guest of {} stands still", serial.display());
@@ -151,6 +151,6 @@ pub fn wait_for(serial: &Path, more: usize) -> Result<Vec<u8>> {
 }
 
 /// Whether each byte is one more than the one before.
-pub fn counts(bytes: &[u8]) -> bool {
+pub fn is_consecutive(bytes: &[u8]) -> bool {
     bytes.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1))
 }

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::guest::{BOOT, BOOT_ARGS, Guest, Kernel, Transport, busybox, vmm_path};
+use crate::guest::{BOOT_ARGS, BOOT_TIMEOUT, Guest, Kernel, Transport, busybox, vmm_path};
 use crate::initramfs::Initramfs;
 use crate::pattern::Stream;
 use crate::vmm::{Vmm, VmmBuilder};
@@ -129,10 +129,10 @@ impl DiskGuest {
 }
 
 /// What the guest said, once it has ended well.
-pub fn said(vmm: &mut Vmm) -> Result<String> {
-    let (code, said) = vmm.finish(BOOT)?;
-    ensure!(code == 0, "it ended with {code}; it said:\n{said}");
-    Ok(said)
+pub fn output_of(vmm: &mut Vmm) -> Result<String> {
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    ensure!(code == 0, "it ended with {code}; it said:\n{output}");
+    Ok(output)
 }
 
 /// A sparse file of `mib` MiB.
@@ -232,10 +232,10 @@ pub fn check_file(path: &Path, seed: u64, counts: &[u64]) -> Result<()> {
 }
 
 /// How many writes of each stream `disk-tool run DEV` has said to be over and flushed.
-pub fn flushed(said: &str, dev: &str, writers: usize) -> Vec<u64> {
+pub fn flushed(output: &str, dev: &str, writers: usize) -> Vec<u64> {
     let mut counts = vec![0; writers];
     let mark = format!("FLUSHED {dev} ");
-    for line in said.lines().filter_map(|line| line.split_once(&mark)) {
+    for line in output.lines().filter_map(|line| line.split_once(&mark)) {
         let mut numbers = line.1.split_whitespace().map(str::parse::<u64>);
         // A line that the monitor's end has cut is not whole.
         if let (Some(Ok(stream)), Some(Ok(count))) = (numbers.next(), numbers.next())

@@ -7,11 +7,11 @@ use anyhow::{Context, Result, bail};
 
 /// Where the stack pointer is then, and the next instruction beside it: nothing is mapped in the
 /// lowest page.
-const NOWHERE: u64 = 0x100;
+const UNMAPPED: u64 = 0x100;
 
 /// Lets a thread of a child of this process go on with its stack used up: it faults at once, and
 /// has no stack to handle that on.
-pub fn use_up_stack(thread: i32) -> Result<()> {
+pub fn exhaust_stack(thread: i32) -> Result<()> {
     request(libc::PTRACE_SEIZE, thread, 0).context("cannot seize the thread")?;
     request(libc::PTRACE_INTERRUPT, thread, 0).context("cannot interrupt the thread")?;
     let mut status = 0;
@@ -24,8 +24,8 @@ pub fn use_up_stack(thread: i32) -> Result<()> {
     let mut registers: libc::user_regs_struct = unsafe { std::mem::zeroed() };
     request(libc::PTRACE_GETREGS, thread, (&raw mut registers).addr())
         .context("cannot read the registers")?;
-    registers.rsp = NOWHERE;
-    registers.rip = NOWHERE;
+    registers.rsp = UNMAPPED;
+    registers.rip = UNMAPPED;
     // It does not start the system call again that it was in.
     registers.orig_rax = u64::MAX;
     request(libc::PTRACE_SETREGS, thread, (&raw mut registers).addr()).context("cannot set the registers")?;

@@ -49,7 +49,7 @@ pub fn ignore(reason: &str) -> ! {
 }
 
 /// A file that the runner names. Panics where it does not: whole-system tests need the runner.
-pub fn given(name: &str) -> PathBuf {
+pub fn required_path(name: &str) -> PathBuf {
     std::env::var_os(name)
         .unwrap_or_else(|| panic!("{name} is not set: run this through `cargo xtask test`"))
         .into()
@@ -57,12 +57,12 @@ pub fn given(name: &str) -> PathBuf {
 
 /// The monitor under test.
 pub fn vmm_path() -> PathBuf {
-    given(env::VMM)
+    required_path(env::VMM)
 }
 
 /// Busybox, linked statically.
 pub fn busybox() -> PathBuf {
-    given(env::BUSYBOX)
+    required_path(env::BUSYBOX)
 }
 
 /// The guest kernels.
@@ -83,9 +83,9 @@ impl Kernel {
             Kernel::Tuned if std::env::var_os(env::TUNED).is_none() => {
                 ignore("there is no tuned kernel here")
             }
-            Kernel::Tuned => given(env::TUNED),
-            Kernel::Debian6_1 => given(env::DEBIAN_6_1),
-            Kernel::Debian6_12 => given(env::DEBIAN_6_12),
+            Kernel::Tuned => required_path(env::TUNED),
+            Kernel::Debian6_1 => required_path(env::DEBIAN_6_1),
+            Kernel::Debian6_12 => required_path(env::DEBIAN_6_12),
         }
     }
 
@@ -224,15 +224,15 @@ pub fn start(api: &mut ApiClient) -> Result<()> {
 }
 
 /// Time enough for a Linux guest to come up and do something small, on an emulated host with others beside it.
-pub const BOOT: std::time::Duration = std::time::Duration::from_mins(2);
+pub const BOOT_TIMEOUT: std::time::Duration = std::time::Duration::from_mins(2);
 /// Time enough for anything that needs no Linux guest.
-pub const SOON: std::time::Duration = std::time::Duration::from_secs(30);
+pub const TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// The monitor with its API, once it answers.
 pub fn vmm_with_api(args: &[&str]) -> Result<(Vmm, ApiClient)> {
     let builder = args.iter().fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
     let vmm = builder.spawn()?;
-    let api = vmm.ready_client(SOON)?;
+    let api = vmm.ready_client(TIMEOUT)?;
     Ok((vmm, api))
 }
 

@@ -20,7 +20,7 @@ use crate::guest::ignore;
 use crate::modules::Modules;
 
 /// Ends the test as one that cannot run here where it is not root's.
-fn only_for_root() {
+fn require_root() {
     if !rustix::process::geteuid().is_root() {
         ignore("it needs root, for block devices and file systems of the host");
     }
@@ -45,7 +45,7 @@ impl Drop for LoopDevice {
 impl LoopDevice {
     /// Attaches `file`.
     pub fn new(file: &Path) -> Result<LoopDevice> {
-        only_for_root();
+        require_root();
         let path = output(Command::new("losetup").args(["--find", "--show"]).arg(file))?;
         let path = PathBuf::from(path.trim());
         let open = File::options().read(true).write(true).open(&path);
@@ -170,7 +170,7 @@ impl Drop for NullDevice {
 impl NullDevice {
     /// A device of so many MiB that moves so many MiB a second; 0 for any speed.
     pub fn new(mib: u64, mib_per_second: u64) -> Result<NullDevice> {
-        only_for_root();
+        require_root();
         load_null_blk()?;
         let fs = fsopen("configfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_create(&fs)?;
@@ -228,7 +228,7 @@ pub struct SmallFs(OwnedFd);
 impl SmallFs {
     /// One with room for so many bytes.
     pub fn new(bytes: u64) -> Result<SmallFs> {
-        only_for_root();
+        require_root();
         let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_set_string(&fs, "size", bytes.to_string())?;
         fsconfig_create(&fs)?;
@@ -255,14 +255,14 @@ pub struct MountedFs(OwnedFd);
 impl MountedFs {
     /// A new ext4 on `device`.
     pub fn ext4(device: &Path) -> Result<MountedFs> {
-        only_for_root();
+        require_root();
         output(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(device))?;
         Self::ext4_as_it_is(device)
     }
 
     /// The ext4 that is on `device`.
     pub fn ext4_as_it_is(device: &Path) -> Result<MountedFs> {
-        only_for_root();
+        require_root();
         let fs = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_set_string(&fs, "source", device)?;
         fsconfig_create(&fs).with_context(|| format!("mount {}", device.display()))?;

@@ -102,7 +102,7 @@ impl HostNet {
 
     /// Gives a tap the hardware address that all taps have which were given one: a guest that comes to another network still knows its
     /// neighbour's, and would send to nobody until it asks anew.
-    pub fn same_neighbour(&self, tap: &str) -> Result<()> {
+    pub fn use_common_mac(&self, tap: &str) -> Result<()> {
         self.ip(&format!("link set {tap} address 02:00:00:00:00:01"))
     }
 
@@ -115,7 +115,7 @@ impl HostNet {
 
     /// Moves a tap, which may be in use, to a namespace of its own, where it has this address (`10.0.0.1/24`), and `port` sends back
     /// what comes: a network with the same addresses as another. The namespace goes with this process.
-    pub fn apart(&self, tap: &str, address: &str, port: u16) -> Result<()> {
+    pub fn isolate_tap(&self, tap: &str, address: &str, port: u16) -> Result<()> {
         let ((at, there), (arrive, arrived), (serve, serves)) = (channel(), channel(), channel());
         let (name, address) = (tap.to_owned(), address.to_owned());
         std::thread::spawn(move || {

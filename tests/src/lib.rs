@@ -13,7 +13,7 @@
 //! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
 //! - [`host_net`]: networks of the host, and guests on them; [`net_script`]: what they do there; [`traffic`]: what they send; [`exchange`]: bytes to and fro
 //!   for as long as a guest is busy; [`passt`]: a network that needs no rights; [`unprivileged`]: programs that have none.
-//! - [`elf`]: guests of a few instructions, and broken ones; [`sparing_driver`]: one whose driver accepts no feature.
+//! - [`elf`]: guests of a few instructions, and broken ones; [`minimal_driver`]: one whose driver accepts no feature.
 //!
 //! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
 #![deny(unsafe_code)]
@@ -30,6 +30,7 @@ pub mod host_devices;
 pub mod host_net;
 pub mod initramfs;
 pub mod load;
+pub mod minimal_driver;
 pub mod modules;
 pub mod net_load;
 pub mod net_script;
@@ -37,10 +38,9 @@ pub mod page_server;
 pub mod passt;
 pub mod pattern;
 pub mod process;
-pub mod said;
+pub mod serial_file;
 pub mod snapshots;
 pub mod soak;
-pub mod sparing_driver;
 pub mod stalls;
 pub mod traffic;
 pub mod transcript;

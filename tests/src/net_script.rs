@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::guest::BOOT;
+use crate::guest::BOOT_TIMEOUT;
 use crate::host_net::HostNet;
 use crate::vmm::Vmm;
 
@@ -31,16 +31,16 @@ pub fn both_ways(bytes: u64) -> String {
 }
 
 /// That it was.
-pub fn check_both_ways(said: &str) -> Result<()> {
-    ensure!(said.contains("UPLOADED 10.0.0.1:7000 1"), "{said}");
-    ensure!(said.contains("DOWNLOADED 10.0.0.1:7000 2"), "{said}");
+pub fn check_both_ways(output: &str) -> Result<()> {
+    ensure!(output.contains("UPLOADED 10.0.0.1:7000 1"), "{output}");
+    ensure!(output.contains("DOWNLOADED 10.0.0.1:7000 2"), "{output}");
     Ok(())
 }
 
 /// What the guest said, once it has ended well.
-pub fn said(mut vmm: Vmm) -> Result<String> {
-    let (code, said) = vmm.finish(BOOT)?;
-    ensure!(code == 0, "exit code {code}: {said}");
-    ensure!(!said.contains("FAILED"), "{said}");
-    Ok(said)
+pub fn output_of(mut vmm: Vmm) -> Result<String> {
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    ensure!(code == 0, "exit code {code}: {output}");
+    ensure!(!output.contains("FAILED"), "{output}");
+    Ok(output)
 }

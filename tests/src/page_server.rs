@@ -50,16 +50,16 @@ impl PageServer {
 
     /// Waits until it says `line`, the next that it says.
     pub fn wait_for(&mut self, line: &str) -> Result<()> {
-        let said = self.next_line()?;
-        ensure!(said == line, "{said}");
+        let printed = self.next_line()?;
+        ensure!(printed == line, "{printed}");
         Ok(())
     }
 
     /// The next line that it says.
     fn next_line(&mut self) -> Result<String> {
-        let mut said = String::new();
-        self.output.read_line(&mut said)?;
-        Ok(said.trim().to_owned())
+        let mut printed = String::new();
+        self.output.read_line(&mut printed)?;
+        Ok(printed.trim().to_owned())
     }
 
     /// Ends the process that listened, and waits for its end. The one that serves lives on.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::guest::SOON;
+use crate::guest::TIMEOUT;
 use crate::unprivileged;
 
 /// How often it is looked whether it listens: nobody tells.
@@ -25,7 +25,7 @@ impl Passt {
         let passt = Passt(command.spawn().context("cannot run passt")?);
         let begun = Instant::now();
         while !listens(socket)? {
-            ensure!(begun.elapsed() < SOON, "passt does not listen");
+            ensure!(begun.elapsed() < TIMEOUT, "passt does not listen");
             std::thread::sleep(LOOK_EVERY);
         }
         Ok(passt)

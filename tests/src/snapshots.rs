@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::api::{ApiClient, Response};
-use crate::guest::{SOON, Transport, vmm_path};
+use crate::guest::{TIMEOUT, Transport, vmm_path};
 use crate::vmm::{Vmm, VmmBuilder};
 
 /// Where a snapshot is: two files.
@@ -52,16 +52,16 @@ pub fn resume(api: &mut ApiClient) -> Result<()> {
 }
 
 /// A monitor that has nothing yet, for guests with devices on that transport.
-pub fn empty(transport: Transport) -> Result<(Vmm, ApiClient)> {
+pub fn unconfigured(transport: Transport) -> Result<(Vmm, ApiClient)> {
     let args = transport.args().iter();
     let vmm = args.fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg).spawn()?;
-    let api = vmm.ready_client(SOON)?;
+    let api = vmm.ready_client(TIMEOUT)?;
     Ok((vmm, api))
 }
 
 /// A new monitor that goes on with a snapshot. Its guest speaks to its standard output.
-pub fn go_on(transport: Transport, load: &Value) -> Result<(Vmm, ApiClient)> {
-    let (vmm, mut api) = empty(transport)?;
+pub fn restore(transport: Transport, load: &Value) -> Result<(Vmm, ApiClient)> {
+    let (vmm, mut api) = unconfigured(transport)?;
     api.put("/snapshot/load", load).and_then(Response::ok).context("/snapshot/load")?;
     Ok((vmm, api))
 }

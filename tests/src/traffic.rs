@@ -64,7 +64,7 @@ pub fn serve(listener: &TcpListener) {
 }
 
 fn answer(mut stream: TcpStream) -> Result<()> {
-    patient(&stream)?;
+    set_timeouts(&stream)?;
     let mut request = [0; 17];
     stream.read_exact(&mut request)?;
     let number =
@@ -83,11 +83,11 @@ fn answer(mut stream: TcpStream) -> Result<()> {
 fn connect(to: impl ToSocketAddrs) -> Result<TcpStream> {
     let address = to.to_socket_addrs()?.next().ok_or(ErrorKind::AddrNotAvailable)?;
     let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    patient(&stream)?;
+    set_timeouts(&stream)?;
     Ok(stream)
 }
 
-fn patient(stream: &TcpStream) -> Result<()> {
+fn set_timeouts(stream: &TcpStream) -> Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))
 }

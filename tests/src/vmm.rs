@@ -342,8 +342,8 @@ mod tests {
 
     #[test]
     fn all_that_it_said_is_there_with_its_status() {
-        let (code, said) = shell("echo out; echo err >&2; exit 152").finish(LONG).unwrap();
-        assert_eq!((code, said.as_str()), (152, "out\nerr\n"));
+        let (code, printed) = shell("echo out; echo err >&2; exit 152").finish(LONG).unwrap();
+        assert_eq!((code, printed.as_str()), (152, "out\nerr\n"));
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub mod port {
     /// See [`LATE`].
     pub const LATE_GATE: u32 = 96;
     /// Nobody.
-    pub const NOBODY: u32 = 99;
+    pub const UNUSED: u32 = 99;
 }
 
 /// The way of bytes that the guest sends.

@@ -7,8 +7,8 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::disks::{DiskGuest, MIB, bytes_at, disk, drive, said, space_of, with};
-use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, start, vmm_path};
+use vesta_tests::disks::{DiskGuest, MIB, bytes_at, disk, drive, output_of, space_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, TIMEOUT, Transport, start, vmm_path};
 use vesta_tests::host_devices::{LoopDevice, NullDevice, SmallFs};
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::VmmBuilder;
@@ -37,8 +37,8 @@ on_each_transport! {
         let guest = DiskGuest::new(transport)?;
         let empty = disk(guest.dir(), "empty", 0)?;
         let mut vmm = guest.drive(drive("pool", &empty)).drive(drive("other", &empty)).run(script)?;
-        vmm.wait_for_output("EMPTY", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("EMPTY", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let missing = api.patch("/drives/pool", &json!({"drive_id": "pool", "path_on_host": "/nowhere"}))?;
         ensure!(missing.status == 400 && missing.fault().contains("/nowhere"), "{missing:?}");
         let (first, second) = (disk(vmm.dir(), "first", 4)?, disk(vmm.dir(), "second", 1)?);
@@ -46,21 +46,21 @@ on_each_transport! {
             File::options().write(true).open(path)?.write_all(text.as_bytes())?;
         }
         change(&mut api, "pool", &first)?;
-        vmm.wait_for_output("FIRST HELLO", BOOT)?;
+        vmm.wait_for_output("FIRST HELLO", BOOT_TIMEOUT)?;
         change(&mut api, "pool", &second)?;
-        vmm.wait_for_output("SECOND WORLDS", BOOT)?;
+        vmm.wait_for_output("SECOND WORLDS", BOOT_TIMEOUT)?;
         // The same path again makes a new size known.
         File::options().write(true).open(&second)?.set_len(8 * MIB)?;
         change(&mut api, "pool", &second)?;
-        vmm.wait_for_output("GROWN", BOOT)?;
+        vmm.wait_for_output("GROWN", BOOT_TIMEOUT)?;
         // And one with an overlay takes the place of one without.
         let base = vmm.dir().join("base");
         fs::write(&base, b"BASE".repeat(512 << 10))?;
         let overlay = vmm.dir().join("overlay");
         let overlaid = json!({"drive_id": "pool", "path_on_host": base, "overlay": {"path": overlay}});
         api.patch("/drives/pool", &overlaid)?.ok()?;
-        vmm.wait_for_output("OVERLAID BASE", BOOT)?;
-        vmm.wait_for_output("HOLDS NEW", BOOT)?;
+        vmm.wait_for_output("OVERLAID BASE", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("HOLDS NEW", BOOT_TIMEOUT)?;
         // The same disk again is no change.
         api.patch("/drives/pool", &overlaid)?.ok()?;
         change(&mut api, "pool", &base)?;
@@ -70,8 +70,8 @@ on_each_transport! {
         ensure!(refused.status == 400 && refused.fault().contains("overlay"), "{refused:?}");
         ensure!(fs::read(&base)? == b"BASE".repeat(512 << 10), "the base has changed");
         change(&mut api, "other", &first)?;
-        let said = said(&mut vmm)?;
-        ensure!(said.contains("STILL NEW") && said.contains("LATER HELLO"), "{said}");
+        let output = output_of(&mut vmm)?;
+        ensure!(output.contains("STILL NEW") && output.contains("LATER HELLO"), "{output}");
         Ok(())
     }
 
@@ -89,12 +89,12 @@ on_each_transport! {
         fs::write(&first, vec![b'1'; 4 << 20])?;
         fs::write(&second, vec![b'2'; 1 << 20])?;
         let mut vmm = guest.drive(with(drive("ro", &first), &json!({"is_read_only": true}))).run(script)?;
-        vmm.wait_for_output("NOT DISCARDED", BOOT)?;
-        change(&mut vmm.ready_client(SOON)?, "ro", &second)?;
+        vmm.wait_for_output("NOT DISCARDED", BOOT_TIMEOUT)?;
+        change(&mut vmm.ready_client(TIMEOUT)?, "ro", &second)?;
         let unchanged = [(first, b'1'), (second, b'2')];
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         for mark in ["RO 1", "REFUSED", "NOT DISCARDED", "RO AGAIN 1", "REFUSED AGAIN"] {
-            ensure!(said.contains(mark), "no {mark}: {said}");
+            ensure!(output.contains(mark), "no {mark}: {output}");
         }
         for (path, byte) in unchanged {
             ensure!(fs::read(&path)?.iter().all(|&found| found == byte), "{} has changed", path.display());
@@ -126,12 +126,12 @@ on_each_transport! {
             }
             guest = guest.drive(with(drive(id, &path), &fields));
         }
-        let said = said(&mut guest.run(&script)?)?;
+        let output = output_of(&mut guest.run(&script)?)?;
         for (dev, zeros) in [("vda", 4), ("vdb", 4), ("vdc", 4), ("vdd", 4), ("vde", 1)] {
-            ensure!(said.contains(&format!("FULL {dev} 4194304")), "{said}");
-            ensure!(said.contains(&format!("ZEROS {dev} {}", zeros * MIB)), "{said}");
+            ensure!(output.contains(&format!("FULL {dev} 4194304")), "{output}");
+            ensure!(output.contains(&format!("ZEROS {dev} {}", zeros * MIB)), "{output}");
         }
-        ensure!(!said.contains("LIMITS 0") && !said.contains(" 0\r"), "{said}");
+        ensure!(!output.contains("LIMITS 0") && !output.contains(" 0\r"), "{output}");
         let space = |name| space_of(&keep.path().join(name));
         ensure!(space("a")? < MIB, "a discarded file takes {} bytes", space("a")?);
         ensure!(space("b")? >= 4 * MIB, "a zeroed file that was to keep its space takes {} bytes", space("b")?);
@@ -148,7 +148,7 @@ on_each_transport! {
         let script = "echo SIZE $(cat /sys/block/vda/size)\npoweroff -f";
         let guest = Guest::linux(Kernel::Tuned, script, builder.dir())?;
         let mut vmm = builder.with_api().spawn()?;
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         guest.put(&mut api)?;
         let good = disk(vmm.dir(), "good", 4)?;
         api.put("/drives/d", &with(drive("d", &good), &json!({"rate_limiter": {}})))?.ok()?;
@@ -165,8 +165,8 @@ on_each_transport! {
         let config = api.get("/vm/config")?.json()?;
         ensure!(config["drives"][0]["path_on_host"] == json!(good), "{config}");
         start(&mut api)?;
-        let said = said(&mut vmm)?;
-        ensure!(said.contains("SIZE 8192"), "{said}");
+        let output = output_of(&mut vmm)?;
+        ensure!(output.contains("SIZE 8192"), "{output}");
         Ok(())
     }
 }
@@ -176,8 +176,8 @@ fn devices_are_found_without_acpi() -> Result<()> {
     let guest = DiskGuest::new(Transport::Mmio)?.more_boot_args("acpi=off");
     let path = disk(guest.dir(), "d", 4)?;
     let mut vmm = guest.drive(drive("d", &path)).run("echo SIZE $(cat /sys/block/vda/size)\nreboot -f")?;
-    let said = said(&mut vmm)?;
-    ensure!(said.contains("SIZE 8192"), "{said}");
+    let output = output_of(&mut vmm)?;
+    ensure!(output.contains("SIZE 8192"), "{output}");
     Ok(())
 }
 
@@ -216,15 +216,15 @@ fn zeroes_are_zeroes_on_any_host_storage() -> Result<()> {
           mount -t ext2 /dev/$d /m || mount -t ext4 /dev/$d /m; echo FOUND $d $(cat /m/file); umount /m\n\
         done\n\
         poweroff -f";
-    let said = said(&mut guest.run(script)?)?;
+    let output = output_of(&mut guest.run(script)?)?;
     for dev in ["vda", "vdb", "vdc", "vdd"] {
         for mark in ["ZEROED ", "DISCARDED ", "FOUND "] {
-            ensure!(said.contains(&format!("{mark}{dev}")), "no {mark}{dev}: {said}");
+            ensure!(output.contains(&format!("{mark}{dev}")), "no {mark}{dev}: {output}");
         }
         let bytes = [MIB; 5].map(|bytes| bytes.to_string()).join(" ");
-        ensure!(said.contains(&format!("BYTES {dev} {bytes}")), "{dev}: {said}");
-        ensure!(said.contains(&format!("FOUND {dev} text")), "{dev}: {said}");
+        ensure!(output.contains(&format!("BYTES {dev} {bytes}")), "{dev}: {output}");
+        ensure!(output.contains(&format!("FOUND {dev} text")), "{dev}: {output}");
     }
-    ensure!(!said.contains("FAILED") && !said.contains("I/O error"), "{said}");
+    ensure!(!output.contains("FAILED") && !output.contains("I/O error"), "{output}");
     Ok(())
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::disks::{DiskGuest, check_file, disk, drive, flushed, said, with};
-use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::disks::{DiskGuest, check_file, disk, drive, flushed, output_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::Vmm;
 
@@ -42,7 +42,7 @@ fn says_more(vmm: &Vmm, mark: &str, from: &mut usize, ends: &[String]) -> Result
             *from = text.len();
             return Ok(true);
         }
-        vmm.stdout.wait_for_more_than(text.len(), BOOT)?;
+        vmm.stdout.wait_for_more_than(text.len(), BOOT_TIMEOUT)?;
     }
 }
 
@@ -62,7 +62,7 @@ on_each_transport! {
         }
         let script = "for d in a b c d; do disk-tool run vd$d 17 2 400 & done; wait; poweroff -f";
         let mut vmm = guest.run(script)?;
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let ends = ["vda", "vdb", "vdc", "vdd"].map(|dev| format!("VERIFIED {dev}"));
         let (mut from, mut round) = (0, 0);
         while says_more(&vmm, "FLUSHED", &mut from, &ends)? {
@@ -87,10 +87,10 @@ on_each_transport! {
             }
             round += 1;
         }
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         eprintln!("{round} rounds of changes");
         ensure!(round >= 8, "there were only {round} rounds of changes: the writes were too few");
-        ensure!(!said.contains("WRONG"), "{said}");
+        ensure!(!output.contains("WRONG"), "{output}");
         for name in ["raw-Sync", "raw-Async"] {
             check_file(&vmm.dir().join(name), 17, &[400; WRITERS])?;
         }
@@ -118,13 +118,13 @@ on_each_transport! {
             done\n\
             poweroff -f";
         let mut vmm = guest.run(script)?;
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         for dev in ["vda", "vdb", "vdc", "vdd"] {
             for mark in ["FELL", "CHECKED", "AGAIN"] {
-                ensure!(said.contains(&format!("{mark} {dev}")), "no {mark} {dev}: {said}");
+                ensure!(output.contains(&format!("{mark} {dev}")), "no {mark} {dev}: {output}");
             }
         }
-        ensure!(!said.contains("WRONG"), "{said}");
+        ensure!(!output.contains("WRONG"), "{output}");
         Ok(())
     }
 
@@ -150,13 +150,13 @@ on_each_transport! {
             wait $second; cat /log; echo ENDED\n\
             while :; do sleep 1; done");
         let vmm = guest.run(&script)?;
-        vmm.wait_for_output("FLUSHED vda 1", BOOT)?;
-        vmm.wait_for_output("RESET 0", BOOT)?;
-        vmm.wait_for_output("ENDED", BOOT)?;
-        let said = vmm.stdout.text();
-        ensure!(said.contains("VERIFIED vdb"), "{said}");
-        check_file(&first, 17, &flushed(&said, "vda", WRITERS))?;
-        ensure!(vmm.ready_client(SOON)?.get("/")?.json()?["state"] == "Running", "the machine does not run");
+        vmm.wait_for_output("FLUSHED vda 1", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("RESET 0", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("ENDED", BOOT_TIMEOUT)?;
+        let output = vmm.stdout.text();
+        ensure!(output.contains("VERIFIED vdb"), "{output}");
+        check_file(&first, 17, &flushed(&output, "vda", WRITERS))?;
+        ensure!(vmm.ready_client(TIMEOUT)?.get("/")?.json()?["state"] == "Running", "the machine does not run");
         Ok(())
     }
 
@@ -169,14 +169,14 @@ on_each_transport! {
         };
         let vmm = boot("for d in a b c d; do disk-tool run vd$d 17 2 1000000 & done; wait")?;
         for dev in ["vda", "vdb", "vdc", "vdd"] {
-            vmm.wait_for_output(&format!("FLUSHED {dev} 1 160"), BOOT)?;
+            vmm.wait_for_output(&format!("FLUSHED {dev} 1 160"), BOOT_TIMEOUT)?;
         }
         let stdout = vmm.stdout.clone();
         // Without warning.
         drop(vmm);
-        let said = stdout.wait_for_end(SOON)?;
-        ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
-        let counts = |dev| flushed(&said, dev, WRITERS);
+        let output = stdout.wait_for_end(TIMEOUT)?;
+        ensure!(!output.contains("WRONG") && !output.contains("FAILED"), "{output}");
+        let counts = |dev| flushed(&output, dev, WRITERS);
         check_file(&keep.path().join("raw-Sync"), 17, &counts("vda"))?;
         check_file(&keep.path().join("raw-Async"), 17, &counts("vdc"))?;
         let checks = ["vda", "vdb", "vdc", "vdd"].map(|dev| {
@@ -184,9 +184,9 @@ on_each_transport! {
             format!("disk-tool check {dev} 17 {WRITERS} {}", counts.join(" "))
         });
         let mut again = boot(&format!("{}\npoweroff -f", checks.join("\n")))?;
-        let said = vesta_tests::disks::said(&mut again)?;
+        let output = vesta_tests::disks::output_of(&mut again)?;
         for dev in ["vda", "vdb", "vdc", "vdd"] {
-            ensure!(said.contains(&format!("CHECKED {dev}")), "{dev}: {said}");
+            ensure!(output.contains(&format!("CHECKED {dev}")), "{dev}: {output}");
         }
         Ok(())
     }

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, OverlayFile, disk, drive, said, with};
-use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::disks::{DiskGuest, OverlayFile, disk, drive, output_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::wait_for_text;
+use vesta_tests::serial_file::wait_for_text;
 use vesta_tests::vmm::Vmm;
 
 /// Places that the guest writes to, and how far apart they are in sectors: each has a page of the overlay's map to itself.
@@ -62,8 +62,8 @@ fn check_closed(overlays: &[PathBuf; 2]) -> Result<()> {
 fn written(transport: Transport, home: &Path) -> Result<(Vmm, [PathBuf; 2])> {
     let (guest, overlays) = guest(transport, home)?;
     let vmm = guest.run(&format!("{WRITE}\nwhile :; do sleep 1; done"))?;
-    let said = vmm.wait_for_output("WRITTEN", BOOT)?;
-    ensure!(!said.contains("FAILED"), "{said}");
+    let output = vmm.wait_for_output("WRITTEN", BOOT_TIMEOUT)?;
+    ensure!(!output.contains("FAILED"), "{output}");
     Ok((vmm, overlays))
 }
 
@@ -72,8 +72,8 @@ on_each_transport! {
         for end in ["poweroff -f", "reboot -f"] {
             let home = tempfile::tempdir()?;
             let (guest, overlays) = guest(transport, home.path())?;
-            let said = said(&mut guest.run(&format!("{WRITE}\n{end}"))?)?;
-            ensure!(said.contains("WRITTEN") && !said.contains("FAILED"), "{said}");
+            let output = output_of(&mut guest.run(&format!("{WRITE}\n{end}"))?)?;
+            ensure!(output.contains("WRITTEN") && !output.contains("FAILED"), "{output}");
             check_closed(&overlays)?;
         }
         Ok(())
@@ -84,10 +84,10 @@ on_each_transport! {
             let home = tempfile::tempdir()?;
             let (mut vmm, overlays) = written(transport, home.path())?;
             if paused {
-                vmm.ready_client(SOON)?.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+                vmm.ready_client(TIMEOUT)?.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
             }
             vmm.signal(signal)?;
-            vmm.exit_status(SOON)?;
+            vmm.exit_status(TIMEOUT)?;
             check_closed(&overlays)?;
         }
         Ok(())
@@ -97,7 +97,7 @@ on_each_transport! {
         let home = tempfile::tempdir()?;
         let (mut vmm, overlays) = written(transport, home.path())?;
         vmm.signal(Signal::KILL)?;
-        vmm.exit_status(SOON)?;
+        vmm.exit_status(TIMEOUT)?;
         for path in &overlays {
             ensure!(!OverlayFile::open(path)?.is_closed()?, "nobody closed {}", path.display());
         }
@@ -111,7 +111,7 @@ on_each_transport! {
         let write = "dd if=/x of=/dev/vd$d bs=4096 count=1 seek=1 conv=notrunc oflag=direct 2>/dev/null";
         let script = format!("{WRITE}\nwhile :; do for d in a b; do {write} || echo FAILED; done; echo AGAIN; done");
         let vmm = guest.run(&script)?;
-        vmm.wait_for_output("AGAIN", BOOT)?;
+        vmm.wait_for_output("AGAIN", BOOT_TIMEOUT)?;
         let serial = home.path().join("serial");
         let overlays = ["a", "b"].map(|name| home.path().join(format!("child.{name}")));
         let drives: Vec<_> = ["Unsafe", "Writeback"]
@@ -120,15 +120,15 @@ on_each_transport! {
             .map(|(id, path)| json!({"drive_id": id, "overlay": path}))
             .collect();
         let child = json!({"id": "child", "serial": {"serial_out_path": serial}, "drives": drives});
-        let reply = vmm.ready_client(SOON)?.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
+        let reply = vmm.ready_client(TIMEOUT)?.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
         let alive = Orphans::of_fork(&reply)?;
         let pid = reply["children"][0]["pid"].as_u64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
         let pid = pid.context("the child's pid")?;
         // Twice, so that it has written to both since it is there.
-        let said = wait_for_text(&serial, "AGAIN\r\nAGAIN", BOOT)?;
-        ensure!(!said.contains("FAILED"), "{said}");
+        let output = wait_for_text(&serial, "AGAIN\r\nAGAIN", BOOT_TIMEOUT)?;
+        ensure!(!output.contains("FAILED"), "{output}");
         kill_process(pid, Signal::TERM)?;
-        alive.wait(SOON)?;
+        alive.wait(TIMEOUT)?;
         for path in &overlays {
             let overlay = OverlayFile::open(path)?;
             ensure!(overlay.is_closed()? && overlay.holds(8)?, "{}", path.display());

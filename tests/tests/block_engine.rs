@@ -2,8 +2,8 @@
 
 use anyhow::{Result, ensure};
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, check_file, disk, drive, said, with};
-use vesta_tests::guest::{SOON, Transport, vmm_path};
+use vesta_tests::disks::{DiskGuest, check_file, disk, drive, output_of, with};
+use vesta_tests::guest::{TIMEOUT, Transport, vmm_path};
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::VmmBuilder;
 
@@ -26,9 +26,9 @@ on_each_transport! {
             echo ZEROS $(dd if=/dev/vdc bs=64k iflag=direct 2>/dev/null | wc -c)\n\
             poweroff -f";
         let mut vmm = guest.run(script)?;
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         for mark in ["VERIFIED vda", "VERIFIED vdb", "ZEROS 1048576", "io_engine Sync: io_uring is not available"] {
-            ensure!(said.contains(mark), "no {mark:?}: {said}");
+            ensure!(output.contains(mark), "no {mark:?}: {output}");
         }
         check_file(&raw, 17, &[100; 2])
     }
@@ -39,7 +39,7 @@ fn io_engine_async_is_refused_by_name_on_a_kernel_without_io_uring_and_the_drive
 -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api().without_io_uring();
     let vmm = builder.spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let path = disk(vmm.dir(), "disk", 1)?;
     let wanted = |engine| with(drive("scratch", &path), &json!({"io_engine": engine}));
     for put_before in [false, true] {
@@ -57,8 +57,8 @@ fn io_engine_async_is_refused_by_name_on_a_kernel_without_io_uring_and_the_drive
     // In a configuration file it ends the monitor before the guest begins.
     let guest = DiskGuest::new(Transport::Mmio)?.without_io_uring();
     let mut vmm = guest.drive(wanted("Async")).run("echo BEGUN; poweroff -f")?;
-    let (code, said) = vmm.finish(SOON)?;
-    ensure!(code != 0 && !said.contains("BEGUN"), "it ended with {code}: {said}");
-    ensure!(said.contains("drive scratch: io_engine Async: io_uring is not available"), "{said}");
+    let (code, output) = vmm.finish(TIMEOUT)?;
+    ensure!(code != 0 && !output.contains("BEGUN"), "it ended with {code}: {output}");
+    ensure!(output.contains("drive scratch: io_engine Async: io_uring is not available"), "{output}");
     Ok(())
 }

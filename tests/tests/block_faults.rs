@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::disks::{DiskGuest, MIB, OverlayFile, disk, drive, with};
-use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use vesta_tests::host_devices::{LoopDevice, MappedDevice, MountedFs, NullDevice, SmallFs};
 use vesta_tests::on_each_transport;
 use vesta_tests::snapshots::pause;
@@ -32,18 +32,18 @@ const WATCH: &str = "\
 
 /// Checks that the API answers, and that the machine runs.
 fn still_runs(vmm: &Vmm) -> Result<()> {
-    let state = vmm.ready_client(SOON)?.get("/")?.json()?;
+    let state = vmm.ready_client(TIMEOUT)?.get("/")?.json()?;
     ensure!(state["state"] == "Running", "{state}");
     Ok(())
 }
 
-fn said(vmm: &mut Vmm, marks: &[&str]) -> Result<String> {
-    let said = vesta_tests::disks::said(vmm)?;
+fn output_of(vmm: &mut Vmm, marks: &[&str]) -> Result<String> {
+    let output = vesta_tests::disks::output_of(vmm)?;
     for mark in marks {
-        ensure!(said.contains(mark), "no {mark}: {said}");
+        ensure!(output.contains(mark), "no {mark}: {output}");
     }
-    ensure!(!said.contains("WRONG"), "{said}");
-    Ok(said)
+    ensure!(!output.contains("WRONG"), "{output}");
+    Ok(output)
 }
 
 on_each_transport! {
@@ -57,20 +57,20 @@ on_each_transport! {
         let write = format!("until ! {flush}; do :; done; echo WRITE FAILS\necho FAILS");
         let again = format!("{flush} || echo FLUSH STILL FAILS\nuntil {flush}; do usleep 10000; done\ndisk-tool run vda");
         let mut vmm = guest.run(&WATCH.replace("echo FAILS", &write).replace("disk-tool run vda", &again))?;
-        vmm.wait_for_output("READY", BOOT)?;
+        vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
         device.fail_from(8192)?;
         // What the host has read already, it would not read again.
         drop_cache(&device)?;
-        vmm.wait_for_output("FAILS", BOOT)?;
-        vmm.wait_for_output("WRITE FAILS", BOOT)?;
+        vmm.wait_for_output("FAILS", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("WRITE FAILS", BOOT_TIMEOUT)?;
         still_runs(&vmm)?;
         device.heal()?;
-        vmm.wait_for_output("FLUSH STILL FAILS", BOOT)?;
+        vmm.wait_for_output("FLUSH STILL FAILS", BOOT_TIMEOUT)?;
         let fresh = disk(vmm.dir(), "fresh", 8)?;
-        vmm.ready_client(SOON)?.patch("/drives/bad", &json!({"drive_id": "bad", "path_on_host": fresh}))?.ok()?;
-        let said = said(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
-        ensure!(said.contains("drive bad: a read failed"), "the log does not say so: {said}");
-        ensure!(said.contains("its contents are unknown since a flush failed"), "the log does not say why: {said}");
+        vmm.ready_client(TIMEOUT)?.patch("/drives/bad", &json!({"drive_id": "bad", "path_on_host": fresh}))?.ok()?;
+        let output = output_of(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
+        ensure!(output.contains("drive bad: a read failed"), "the log does not say so: {output}");
+        ensure!(output.contains("its contents are unknown since a flush failed"), "the log does not say why: {output}");
         Ok(())
     }
 
@@ -78,12 +78,12 @@ on_each_transport! {
         let guest = DiskGuest::new(transport)?.tool(TOOL);
         let (bad, good) = (disk(guest.dir(), "bad", 8)?, disk(guest.dir(), "good", 8)?);
         let mut vmm = guest.drive(drive("bad", &bad)).drive(drive("good", &good)).run(WATCH)?;
-        vmm.wait_for_output("READY", BOOT)?;
+        vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
         File::options().write(true).open(&bad)?.set_len(4 * MIB)?;
-        vmm.wait_for_output("FAILS", BOOT)?;
+        vmm.wait_for_output("FAILS", BOOT_TIMEOUT)?;
         still_runs(&vmm)?;
         File::options().write(true).open(&bad)?.set_len(8 * MIB)?;
-        said(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
+        output_of(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
         Ok(())
     }
 
@@ -103,17 +103,17 @@ on_each_transport! {
             echo READY; until [ $(cat /sys/block/vdc/size) = 32768 ]; do usleep 10000; done\n\
             go vda & go vdb & disk-tool rate vdc read 4096";
         let vmm = guest.drive(drive("quick", &quick)).run(script)?;
-        vmm.wait_for_output("READY", BOOT)?;
+        vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
         for device in &devices {
             device.slow_down(300)?;
             drop_cache(device)?;
         }
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let begin = disk(vmm.dir(), "begin", 16)?;
         api.patch("/drives/quick", &json!({"drive_id": "quick", "path_on_host": begin}))?.ok()?;
         for dev in ["vda", "vdb"] {
-            let one = vmm.wait_for_line(&format!("{dev} DID 2"), BOOT)?.at;
-            let other = vmm.wait_for_line(&format!("{dev} DID 7"), BOOT)?.at;
+            let one = vmm.wait_for_line(&format!("{dev} DID 2"), BOOT_TIMEOUT)?.at;
+            let other = vmm.wait_for_line(&format!("{dev} DID 7"), BOOT_TIMEOUT)?.at;
             ensure!(other - one >= Duration::from_millis(1500), "{dev} is not slow: 5 requests took {:?}", other - one);
             // What the quick disk did meanwhile.
             let lines = vmm.stdout.lines();
@@ -166,14 +166,14 @@ on_each_transport! {
             wait $good; tail -n 1 /good\n\
             poweroff -f";
         let mut vmm = guest.run(script)?;
-        vmm.wait_for_output("ALL FULL", BOOT)?;
+        vmm.wait_for_output("ALL FULL", BOOT_TIMEOUT)?;
         still_runs(&vmm)?;
         small.resize(64 * MIB)?;
         let mut marks = vec!["VERIFIED vde".to_owned()];
         for dev in ["vda", "vdb", "vdc", "vdd"] {
             marks.extend(["FULL", "CHECKED", "ZEROED", "VERIFIED"].map(|mark| format!("{mark} {dev}")));
         }
-        said(&mut vmm, &marks.iter().map(String::as_str).collect::<Vec<_>>())?;
+        output_of(&mut vmm, &marks.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(())
     }
 }
@@ -207,12 +207,14 @@ fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
         for d in vda vdb; do flush $d && echo WORKS $d; done\n\
         echo TRIED; poweroff -f";
     let mut vmm = guest.mem_mib(128).run(script)?;
-    vmm.wait_for_output("READY", BOOT)?;
+    vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
     small.resize(256 * MIB)?;
     let space = disk(vmm.dir(), "space", 2)?;
-    vmm.ready_client(SOON)?.patch("/drives/go", &json!({"drive_id": "go", "path_on_host": space}))?.ok()?;
-    let said = vesta_tests::disks::said(&mut vmm)?;
-    ensure!(said.contains("TRIED") && !said.contains("WORKS"), "{said}");
+    vmm.ready_client(TIMEOUT)?
+        .patch("/drives/go", &json!({"drive_id": "go", "path_on_host": space}))?
+        .ok()?;
+    let output = vesta_tests::disks::output_of(&mut vmm)?;
+    ensure!(output.contains("TRIED") && !output.contains("WORKS"), "{output}");
     drop(vmm);
     // What is on the disk, and not what the host still has in memory.
     drop(disks);
@@ -242,11 +244,11 @@ fn pause_behind_a_flush_of_a_slow_disk_succeeds() -> Result<()> {
         dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null && echo FLUSHED\n\
         sleep 1000";
     let vmm = guest.run(script)?;
-    vmm.wait_for_output("WRITTEN", BOOT)?;
-    let mut api = vmm.ready_client(SOON)?;
+    vmm.wait_for_output("WRITTEN", BOOT_TIMEOUT)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     pause(&mut api)?;
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    vmm.wait_for_output("FLUSHED", BOOT).map(drop)
+    vmm.wait_for_output("FLUSHED", BOOT_TIMEOUT).map(drop)
 }
 
 /// Forgets what the host has read of a device.

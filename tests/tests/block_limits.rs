@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use vesta_tests::disks::{DiskGuest, MIB, disk, drive, with};
-use vesta_tests::guest::{BOOT, SOON};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT};
 use vesta_tests::on_each_transport;
 use vesta_tests::stalls::Stalls;
 use vesta_tests::vmm::Vmm;
@@ -45,7 +45,7 @@ fn marks(vmm: &Vmm, dev: &str) -> Result<Vec<Mark>> {
 
 /// The first thing that it says of the disk with so many requests or more, at that time of the host or later.
 fn wait_for(vmm: &Vmm, dev: &str, requests: u64, from: Instant) -> Result<Mark> {
-    let deadline = Instant::now() + BOOT;
+    let deadline = Instant::now() + BOOT_TIMEOUT;
     loop {
         let len = vmm.stdout.len();
         let mark = marks(vmm, dev)?.into_iter().find(|mark| mark.requests >= requests && mark.at >= from);
@@ -57,7 +57,7 @@ fn wait_for(vmm: &Vmm, dev: &str, requests: u64, from: Instant) -> Result<Mark> 
             "{dev} does not get to {requests} requests:\n{}",
             vmm.stdout.text()
         );
-        vmm.stdout.wait_for_more_than(len, BOOT)?;
+        vmm.stdout.wait_for_more_than(len, BOOT_TIMEOUT)?;
     }
 }
 
@@ -147,7 +147,7 @@ on_each_transport! {
         }
         let stalls = Stalls::watch();
         let vmm = guest.run(&(script + "wait"))?;
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         // The burst and what was in the bucket pass at once: 4 MiB and 64 KiB. The next request waits for a second, as all after it.
         let waited = wait_for(&vmm, "vde", 66, vmm.started())?;
         let seconds = Duration::from_nanos(waited.guest_ns).as_secs_f64();

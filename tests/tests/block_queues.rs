@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, MIB, check_file, disk, drive, flushed, said, with};
-use vesta_tests::guest::BOOT;
+use vesta_tests::disks::{DiskGuest, MIB, check_file, disk, drive, flushed, output_of, with};
+use vesta_tests::guest::BOOT_TIMEOUT;
 use vesta_tests::on_each_transport;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
@@ -32,14 +32,14 @@ on_each_transport! {
             echo DONE\n\
             while :; do sleep 1; done";
         let vmm = guest.run(script)?;
-        vmm.wait_for_output("DONE", BOOT)?;
-        let said = vmm.stdout.text();
+        vmm.wait_for_output("DONE", BOOT_TIMEOUT)?;
+        let output = vmm.stdout.text();
         for dev in ["vda", "vdb", "vdc"] {
-            ensure!(said.contains(&format!("QUEUES {dev} 0 1 2 3")), "{said}");
-            ensure!(said.contains(&format!("VERIFIED {dev}")), "{said}");
+            ensure!(output.contains(&format!("QUEUES {dev} 0 1 2 3")), "{output}");
+            ensure!(output.contains(&format!("VERIFIED {dev}")), "{output}");
         }
         for cpu in 0..4 {
-            ensure!(said.contains(&format!("READ {cpu}")), "{said}");
+            ensure!(output.contains(&format!("READ {cpu}")), "{output}");
         }
         for path in &paths {
             check_file(path, 17, &[150; 4])?;
@@ -74,14 +74,14 @@ on_each_transport! {
             cat /logvd?\n\
             poweroff -f";
         let mut vmm = guest.run(script)?;
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         for (i, (letter, path)) in ('a'..='p').zip(&paths).enumerate() {
             let dev = format!("vd{letter}");
             let disk = format!("DISK disk{i} {} {dev}", 2048 + 8 * i);
-            ensure!(said.contains(&disk), "no {disk}: {said}");
-            ensure!(said.contains(&format!("VERIFIED {dev}")), "{dev}: {said}");
-            let counts = flushed(&said, &dev, 1);
-            ensure!(counts[0] > 0, "nothing was flushed to {dev}: {said}");
+            ensure!(output.contains(&disk), "no {disk}: {output}");
+            ensure!(output.contains(&format!("VERIFIED {dev}")), "{dev}: {output}");
+            let counts = flushed(&output, &dev, 1);
+            ensure!(counts[0] > 0, "nothing was flushed to {dev}: {output}");
             check_file(path, 17, &counts)?;
         }
         Ok(())

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
-use vesta_tests::disks::{DiskGuest, drive, partitioned, root_disk, root_drive, said, with};
-use vesta_tests::guest::{SOON, Transport, vmm_path};
+use vesta_tests::disks::{DiskGuest, drive, output_of, partitioned, root_disk, root_drive, with};
+use vesta_tests::guest::{TIMEOUT, Transport, vmm_path};
 use vesta_tests::host_devices::LoopDevice;
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
@@ -50,8 +50,8 @@ fn on_layers(drive: Value, dir: &Path, top: &str, layers: &[&str]) -> Value {
 
 on_each_transport! {
     fn a_root_disk_is_mounted_and_written(transport) {
-        let said = said(&mut boot(transport, WRITE, |image| Ok(root_drive(&image)))?)?;
-        ensure!(said.contains("ROOT /dev/root / ext4 rw") && said.contains("WROTE"), "{said}");
+        let output = output_of(&mut boot(transport, WRITE, |image| Ok(root_drive(&image)))?)?;
+        ensure!(output.contains("ROOT /dev/root / ext4 rw") && output.contains("WROTE"), "{output}");
         Ok(())
     }
 
@@ -60,8 +60,8 @@ on_each_transport! {
                       /bin/busybox mount -o remount,rw / || echo REFUSED\n\
                       /bin/busybox poweroff -f";
         let read_only = json!({"is_read_only": true});
-        let said = said(&mut boot(transport, script, |image| Ok(with(root_drive(&image), &read_only)))?)?;
-        ensure!(said.contains("ext4 ro") && said.contains("REFUSED"), "{said}");
+        let output = output_of(&mut boot(transport, script, |image| Ok(with(root_drive(&image), &read_only)))?)?;
+        ensure!(output.contains("ext4 ro") && output.contains("REFUSED"), "{output}");
         Ok(())
     }
 
@@ -70,8 +70,8 @@ on_each_transport! {
             let disk = partitioned(&image, 0x5ee4_0b1d)?;
             Ok(with(root_drive(&disk), &json!({"partuuid": "5ee40b1d-01"})))
         };
-        let said = said(&mut boot(transport, WRITE, root)?)?;
-        ensure!(said.contains("ROOT /dev/root / ext4 rw") && said.contains("WROTE"), "{said}");
+        let output = output_of(&mut boot(transport, WRITE, root)?)?;
+        ensure!(output.contains("ROOT /dev/root / ext4 rw") && output.contains("WROTE"), "{output}");
         Ok(())
     }
 
@@ -81,8 +81,8 @@ on_each_transport! {
             let attached = device.insert(LoopDevice::new(&image)?);
             Ok(root_drive(attached.path()))
         })?;
-        let said = said(&mut vmm)?;
-        ensure!(said.contains("ROOT /dev/root / ext4 rw") && said.contains("WROTE"), "{said}");
+        let output = output_of(&mut vmm)?;
+        ensure!(output.contains("ROOT /dev/root / ext4 rw") && output.contains("WROTE"), "{output}");
         Ok(())
     }
 
@@ -96,8 +96,8 @@ on_each_transport! {
             let overlay = image.with_file_name("overlay");
             Ok(with(root_drive(&image), &json!({"overlay": {"path": overlay}})))
         })?;
-        let said = said(&mut vmm)?;
-        ensure!(said.contains("HAS kept"), "{said}");
+        let output = output_of(&mut vmm)?;
+        ensure!(output.contains("HAS kept"), "{output}");
         let (base, before) = base.expect("it was made");
         ensure!(fs::read(&base)? == before, "the base has changed");
         ensure!(fs::metadata(base.with_file_name("overlay"))?.len() > 0, "the overlay is empty");
@@ -133,8 +133,8 @@ on_each_transport! {
             // Both engines read the layers.
             let engine = ["Async", "Sync"][index % 2];
             let data = with(data, &json!({"io_engine": engine, "cache_type": "Writeback"}));
-            let said = said(&mut DiskGuest::new(transport)?.drive(root).drive(data).boot()?)?;
-            ensure!(said.contains(sees), "guest {}: no {sees}: {said}", index + 1);
+            let output = output_of(&mut DiskGuest::new(transport)?.drive(root).drive(data).boot()?)?;
+            ensure!(output.contains(sees), "guest {}: no {sees}: {output}", index + 1);
             // What it was put on is as it was.
             let now = beneath[..2 * (index + 2).min(3)].iter().map(|name| fs::read(dir.join(name)));
             let now = now.collect::<Result<Vec<_>, _>>()?;
@@ -160,11 +160,12 @@ fn a_layer_that_does_not_fit_is_refused_by_name_and_a_drive_whose_layers_fit_is_
     let write =
         "dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct 2>/dev/null && echo WROTE\npoweroff -f";
     for (top, layers) in [("first", vec![]), ("second", vec!["first"])] {
-        let said = said(&mut DiskGuest::new(Transport::Mmio)?.drive(on("base", top, &layers)).run(write)?)?;
-        ensure!(said.contains("WROTE"), "{said}");
+        let output =
+            output_of(&mut DiskGuest::new(Transport::Mmio)?.drive(on("base", top, &layers)).run(write)?)?;
+        ensure!(output.contains("WROTE"), "{output}");
     }
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let refused: [(&str, &[&str], &str, &str); 6] = [
         ("base", &["second", "first"], "second", "was not made on this disk"),
         ("base", &["second"], "second", "was not made on this disk"),

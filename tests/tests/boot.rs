@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use vesta_tests::guest::{BOOT, BOOT_ARGS, Guest, Kernel, start, vmm_path, vmm_with_api};
+use vesta_tests::guest::{BOOT_ARGS, BOOT_TIMEOUT, Guest, Kernel, start, vmm_path, vmm_with_api};
 use vesta_tests::on_each_kernel;
 use vesta_tests::vmm::VmmBuilder;
 
@@ -16,8 +16,8 @@ fn says_hello(kernel: Kernel, vcpus: u32, mem_mib: u32) -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
     let guest = Guest::linux(kernel, HELLO, builder.dir())?.vcpus(vcpus).mem_mib(mem_mib);
     let mut vmm = builder.with_config(&guest.config())?.spawn()?;
-    check_hello(&vmm.wait_for_output("hello from", BOOT)?, vcpus, mem_mib)?;
-    assert_eq!(vmm.exit_code(BOOT)?, 0, "after the guest powered off");
+    check_hello(&vmm.wait_for_output("hello from", BOOT_TIMEOUT)?, vcpus, mem_mib)?;
+    assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0, "after the guest powered off");
     Ok(())
 }
 
@@ -53,8 +53,8 @@ on_each_kernel! {
         let (mut vmm, mut api) = vmm_with_api(&[])?;
         Guest::linux(kernel, HELLO, vmm.dir())?.put(&mut api)?;
         start(&mut api)?;
-        check_hello(&vmm.wait_for_output("hello from", BOOT)?, 1, 128)?;
-        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        check_hello(&vmm.wait_for_output("hello from", BOOT_TIMEOUT)?, 1, 128)?;
+        assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
         Ok(())
     }
 
@@ -71,8 +71,8 @@ fn ends_with_0(kernel: Kernel, boot_args: &str, script: &str) -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
     let guest = Guest::linux(kernel, &format!("echo ending\n{script}"), builder.dir())?.boot_args(boot_args);
     let mut vmm = builder.with_config(&guest.config())?.spawn()?;
-    vmm.wait_for_output("ending", BOOT)?;
-    assert_eq!(vmm.exit_code(BOOT)?, 0);
+    vmm.wait_for_output("ending", BOOT_TIMEOUT)?;
+    assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
     Ok(())
 }
 
@@ -84,8 +84,8 @@ fn boots_without_acpi() -> Result<()> {
         .boot_args(&format!("{BOOT_ARGS} acpi=off"))
         .vcpus(2);
     let mut vmm = builder.with_config(&guest.config())?.spawn()?;
-    check_hello(&vmm.wait_for_output("hello from", BOOT)?, 2, 128)?;
-    assert_eq!(vmm.exit_code(BOOT)?, 0);
+    check_hello(&vmm.wait_for_output("hello from", BOOT_TIMEOUT)?, 2, 128)?;
+    assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
     Ok(())
 }
 
@@ -96,7 +96,7 @@ fn the_guest_gets_its_command_line_as_it_is() -> Result<()> {
     let guest = Guest::linux(Kernel::quickest(), "cat /proc/cmdline; reboot -f", builder.dir())?
         .boot_args(&boot_args);
     let vmm = builder.with_config(&guest.config())?.spawn()?;
-    let line = vmm.wait_for_output("vesta.last", BOOT)?;
+    let line = vmm.wait_for_output("vesta.last", BOOT_TIMEOUT)?;
     ensure!(line.starts_with(&boot_args), "the guest's command line is {line}");
     Ok(())
 }
@@ -108,8 +108,8 @@ fn boots_with_the_default_command_line() -> Result<()> {
     let script = "echo 'on no console'; devmem 0xc0000000 8 123; reboot -f";
     let guest = Guest { boot_args: None, ..Guest::linux(Kernel::quickest(), script, builder.dir())? };
     let mut vmm = builder.with_config(&guest.config())?.spawn()?;
-    vmm.wait_for_output("Guest-boot-time =", BOOT)?;
-    assert_eq!(vmm.exit_code(BOOT)?, 0);
+    vmm.wait_for_output("Guest-boot-time =", BOOT_TIMEOUT)?;
+    assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
     assert!(!vmm.stdout.text().contains("on no console"), "the serial port is off");
     Ok(())
 }
@@ -124,7 +124,7 @@ reboot -f";
     let mut guest = Guest::linux(Kernel::quickest(), script, builder.dir())?.vcpus(4);
     guest.machine = json!({"smt": true});
     let vmm = builder.with_config(&guest.config())?.spawn()?;
-    assert_eq!(vmm.wait_for_output("siblings:", BOOT)?, "siblings: 0-1 2-3");
+    assert_eq!(vmm.wait_for_output("siblings:", BOOT_TIMEOUT)?, "siblings: 0-1 2-3");
     Ok(())
 }
 
@@ -137,7 +137,7 @@ echo \"clocks: $(cat available_clocksource)\"
 reboot -f";
     let guest = Guest::linux(Kernel::quickest(), script, builder.dir())?;
     let vmm = builder.with_config(&guest.config())?.spawn()?;
-    let line = vmm.wait_for_output("clocks:", BOOT)?;
+    let line = vmm.wait_for_output("clocks:", BOOT_TIMEOUT)?;
     ensure!(line.contains("kvm-clock"), "{line}");
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, ensure};
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, said};
+use vesta_tests::disks::{DiskGuest, output_of};
 use vesta_tests::on_each_transport;
 
 on_each_transport! {
@@ -13,10 +13,10 @@ on_each_transport! {
             echo FROM $(cat /sys/class/misc/hw_random/rng_current)\n\
             for i in 1 2; do echo BYTES $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | hexdump -v -e '/1 \"%02x\"'); done\n\
             poweroff -f";
-        let said = said(&mut DiskGuest::new(transport)?.entropy(json!({})).run(script)?)?;
-        ensure!(said.contains("FROM virtio_rng"), "{said}");
-        let bytes: Vec<_> = said.lines().filter_map(|line| line.split("BYTES ").nth(1)).collect();
-        ensure!(bytes.len() == 2 && bytes[0].len() == 32 && bytes[0] != bytes[1], "{said}");
+        let output = output_of(&mut DiskGuest::new(transport)?.entropy(json!({})).run(script)?)?;
+        ensure!(output.contains("FROM virtio_rng"), "{output}");
+        let bytes: Vec<_> = output.lines().filter_map(|line| line.split("BYTES ").nth(1)).collect();
+        ensure!(bytes.len() == 2 && bytes[0].len() == 32 && bytes[0] != bytes[1], "{output}");
         Ok(())
     }
 
@@ -34,10 +34,10 @@ on_each_transport! {
               echo BYTES $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | hexdump -v -e '/1 \"%02x\"')\n\
             done\n\
             poweroff -f";
-        let said = said(&mut DiskGuest::new(transport)?.entropy(json!({})).run(script)?)?;
-        ensure!(said.matches("GONE none").count() == 3, "{said}");
-        let bytes: BTreeSet<_> = said.lines().filter_map(|line| line.split("BYTES ").nth(1)).collect();
-        ensure!(bytes.len() == 3 && bytes.iter().all(|bytes| bytes.len() == 32), "{said}");
+        let output = output_of(&mut DiskGuest::new(transport)?.entropy(json!({})).run(script)?)?;
+        ensure!(output.matches("GONE none").count() == 3, "{output}");
+        let bytes: BTreeSet<_> = output.lines().filter_map(|line| line.split("BYTES ").nth(1)).collect();
+        ensure!(bytes.len() == 3 && bytes.iter().all(|bytes| bytes.len() == 32), "{output}");
         Ok(())
     }
 
@@ -50,8 +50,8 @@ on_each_transport! {
             read after rest < /proc/uptime\n\
             echo TOOK $before $after\n\
             poweroff -f";
-        let said = said(&mut DiskGuest::new(transport)?.entropy(limit).run(script)?)?;
-        let line = said.lines().find_map(|line| line.split_once("TOOK ")).context("no TOOK")?.1;
+        let output = output_of(&mut DiskGuest::new(transport)?.entropy(limit).run(script)?)?;
+        let line = output.lines().find_map(|line| line.split_once("TOOK ")).context("no TOOK")?.1;
         let (before, after) = line.trim().split_once(' ').context("the line has two numbers")?;
         let took = after.parse::<f64>()? - before.parse::<f64>()?;
         // The clock has steps of 10 ms.

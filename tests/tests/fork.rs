@@ -9,13 +9,13 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::disks::{DiskGuest, disk, drive, said, with};
-use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::disks::{DiskGuest, disk, drive, output_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use vesta_tests::host_devices::LoopDevice;
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::{wait_for_text, word};
-use vesta_tests::snapshots::{Files, go_on};
+use vesta_tests::serial_file::{wait_for_text, word};
+use vesta_tests::snapshots::{Files, restore};
 use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
@@ -37,8 +37,8 @@ on_each_transport! {
             echo RESEEDED $(dmesg | grep -c 'crng reseeded due to virtual machine fork')\n\
             echo LAST\npoweroff -f";
         let mut vmm = guest.run(script)?;
-        vmm.wait_for_output("FLUSHED", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("FLUSHED", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
 
         let (mut children, mut alive) = (Vec::new(), Vec::new());
         for generation in 0..2 {
@@ -52,19 +52,19 @@ on_each_transport! {
             let reply = api.put("/fork", &json!({"children": bodies}))?.ok()?.json()?;
             alive.push(Orphans::of_fork(&reply)?);
         }
-        let parent = said(&mut vmm)?;
+        let parent = output_of(&mut vmm)?;
         ensure!(parent.contains("VERIFIED vda") && parent.contains("VERIFIED vdb"), "{parent}");
         ensure!(word(&parent, "RESEEDED")? == "0", "the parent is the same guest as before: {parent}");
         let mut random = BTreeSet::from([word(&parent, "RANDOM")?.to_owned()]);
         for child in &children {
-            let said = wait_for_text(child, "LAST", BOOT)?;
-            ensure!(said.contains("VERIFIED vda") && said.contains("VERIFIED vdb"), "{said}");
-            ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
-            ensure!(word(&said, "RESEEDED")? != "0", "{said}");
-            random.insert(word(&said, "RANDOM")?.to_owned());
+            let output = wait_for_text(child, "LAST", BOOT_TIMEOUT)?;
+            ensure!(output.contains("VERIFIED vda") && output.contains("VERIFIED vdb"), "{output}");
+            ensure!(!output.contains("WRONG") && !output.contains("FAILED"), "{output}");
+            ensure!(word(&output, "RESEEDED")? != "0", "{output}");
+            random.insert(word(&output, "RANDOM")?.to_owned());
         }
         ensure!(random.len() == 5, "random numbers are repeated: {random:?}");
-        alive.into_iter().try_for_each(|children| children.wait(SOON))?;
+        alive.into_iter().try_for_each(|children| children.wait(TIMEOUT))?;
         Ok(())
     }
 }
@@ -84,7 +84,8 @@ fn fork_when_it_can_be(api: &mut ApiClient, fork: &Value) -> Result<Value> {
     let begun = Instant::now();
     loop {
         let reply = api.put("/fork", fork)?;
-        if reply.status != 400 || !reply.fault().contains("overlay.layers") || begun.elapsed() > BOOT {
+        if reply.status != 400 || !reply.fault().contains("overlay.layers") || begun.elapsed() > BOOT_TIMEOUT
+        {
             return reply.ok()?.json();
         }
         std::thread::yield_now();
@@ -113,18 +114,18 @@ on_each_transport! {
             guest = guest.drive(with(drive(name, &disk(home.path(), name, 4)?), &fields));
         }
         let mut vmm = guest.drive(with(drive("control", &control), &json!({"is_read_only": true}))).run(WRITES)?;
-        vmm.wait_for_output("FLUSHED", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("FLUSHED", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let (mut layers, mut merged) = ([0; 2], [false; 2]);
         // Layers are merged some time after there are many of them.
         for round in 0.. {
             let from = vmm.stdout.len();
             for mark in ["FLUSHED vda", "FLUSHED vdb"] {
-                vmm.stdout.wait_for_after(from, mark, BOOT)?;
+                vmm.stdout.wait_for_after(from, mark, BOOT_TIMEOUT)?;
             }
             let child = json!({"id": format!("c{round}"), "resume": false});
             let reply = fork_when_it_can_be(&mut api, &json!({"children": [child]}))?;
-            Orphans::of_fork(&reply)?.kill(SOON)?;
+            Orphans::of_fork(&reply)?.kill(TIMEOUT)?;
             let config = api.get("/vm/config")?.json()?;
             for drive in 0..2 {
                 let now = config["drives"][drive]["overlay"]["layers"].as_array().map_or(0, Vec::len);
@@ -143,16 +144,16 @@ on_each_transport! {
         wait_for_job(&mut api)?;
 
         File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
-        let verified = |said: &str| {
-            ensure!(said.contains("VERIFIED vda") && said.contains("VERIFIED vdb"), "{said}");
-            ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
+        let verified = |output: &str| {
+            ensure!(output.contains("VERIFIED vda") && output.contains("VERIFIED vdb"), "{output}");
+            ensure!(!output.contains("WRONG") && !output.contains("FAILED"), "{output}");
             Ok(())
         };
-        verified(&said(&mut vmm)?)?;
+        verified(&output_of(&mut vmm)?)?;
         // The second begins when the first has written, and ended.
         for _load in 0..2 {
-            let (mut clone, _api) = go_on(transport, &files.load())?;
-            verified(&said(&mut clone)?)?;
+            let (mut clone, _api) = restore(transport, &files.load())?;
+            verified(&output_of(&mut clone)?)?;
         }
         Ok(())
     }
@@ -173,14 +174,14 @@ fn on_block_device(dir: &Path) -> Result<(LoopDevice, PathBuf, Vmm, ApiClient)> 
     let guest = DiskGuest::new(Transport::Mmio)?.tool(TOOL).drive(drive("device", device.path()));
     let vmm =
         guest.drive(with(drive("control", &control), &json!({"is_read_only": true}))).run(WRITES_TO_ONE)?;
-    vmm.wait_for_output("FLUSHED", BOOT)?;
-    let api = vmm.ready_client(SOON)?;
+    vmm.wait_for_output("FLUSHED", BOOT_TIMEOUT)?;
+    let api = vmm.ready_client(TIMEOUT)?;
     Ok((device, control, vmm, api))
 }
 
-fn check_verified(said: &str) -> Result<()> {
-    ensure!(said.contains("VERIFIED vda"), "{said}");
-    ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
+fn check_verified(output: &str) -> Result<()> {
+    ensure!(output.contains("VERIFIED vda"), "{output}");
+    ensure!(!output.contains("WRONG") && !output.contains("FAILED"), "{output}");
     Ok(())
 }
 
@@ -198,9 +199,9 @@ fn a_block_device_is_forked_onto_overlays_that_are_named() -> Result<()> {
     let orphans = Orphans::of_fork(&reply)?;
     let base = fs::read(device.path())?;
     File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
-    check_verified(&said(&mut vmm)?)?;
-    check_verified(&wait_for_text(&serial, "LAST", BOOT)?)?;
-    orphans.wait(SOON)?;
+    check_verified(&output_of(&mut vmm)?)?;
+    check_verified(&wait_for_text(&serial, "LAST", BOOT_TIMEOUT)?)?;
+    orphans.wait(TIMEOUT)?;
     ensure!(fs::read(device.path())? == base, "somebody has written to the base");
     Ok(())
 }
@@ -220,10 +221,10 @@ fn a_block_device_is_saved_live_onto_an_overlay_that_is_named_and_each_load_has_
     let base = fs::read(device.path())?;
     wait_for_job(&mut api)?;
     File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
-    check_verified(&said(&mut vmm)?)?;
+    check_verified(&output_of(&mut vmm)?)?;
     for _load in 0..2 {
-        let (mut clone, _api) = go_on(Transport::Mmio, &files.load())?;
-        check_verified(&said(&mut clone)?)?;
+        let (mut clone, _api) = restore(Transport::Mmio, &files.load())?;
+        check_verified(&output_of(&mut clone)?)?;
     }
     ensure!(fs::read(device.path())? == base, "somebody has written to the base");
     Ok(())

@@ -12,7 +12,7 @@ use vesta_tests::snapshots::{Files, pause};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// Longest that a whole boot may take where a host is emulated.
-const BOOT: Duration = Duration::from_mins(1);
+const BOOT_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Boots without the API; the guest runs `script`.
 fn boot(kernel: Kernel, script: &str, shape: impl FnOnce(Guest) -> Guest) -> Vmm {
@@ -25,10 +25,10 @@ fn boot(kernel: Kernel, script: &str, shape: impl FnOnce(Guest) -> Guest) -> Vmm
 fn the_guest_has_kvms_clock_x2apic_and_the_deadline_timer() {
     let what = "dmesg | grep -iE 'kvm-clock|x2apic|deadline'\npoweroff -f";
     let mut vmm = boot(Kernel::quickest(), what, |guest| guest);
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert_eq!(code, 0, "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert_eq!(code, 0, "{output}");
     for feature in ["clocksource kvm-clock", "x2apic", "TSC deadline timer"] {
-        assert!(said.contains(feature), "{feature} is missing: {said}");
+        assert!(output.contains(feature), "{feature} is missing: {output}");
     }
 }
 
@@ -38,14 +38,14 @@ fn huge_pages_of_both_kinds_are_taken_where_the_host_has_them() {
         machine: json!({ "huge_pages": "Transparent" }),
         ..guest
     });
-    assert_eq!(vmm.exit_code(BOOT).unwrap(), 0);
+    assert_eq!(vmm.exit_code(BOOT_TIMEOUT).unwrap(), 0);
 
     let Some(_pool) = Pool::of(64) else { ignore("the host has no 64 huge pages to give") };
     let mut vmm = boot(Kernel::quickest(), "poweroff -f", |guest| Guest {
         machine: json!({ "huge_pages": "2M" }),
         ..guest
     });
-    assert_eq!(vmm.exit_code(BOOT).unwrap(), 0);
+    assert_eq!(vmm.exit_code(BOOT_TIMEOUT).unwrap(), 0);
 }
 
 /// The host's pool of 2 MiB pages with some pages in it, for as long as this lives.
@@ -137,8 +137,8 @@ fn cgroup_limit_on_huge_pages_is_named() {
     // The guest, later.
     group.limit(10);
     start(&mut api).unwrap();
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert!(code == 1 && said.contains(LIMIT), "{code} {said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert!(code == 1 && output.contains(LIMIT), "{code} {output}");
 
     // A load. Its memory file has ordinary pages.
     let (saved, mut api, _serial) = counting(&json!({})).unwrap();
@@ -161,9 +161,9 @@ fn reboot_by_triple_fault_ends_with_status_0_and_is_reported() {
     let mut vmm = boot(Kernel::quickest(), "reboot -f", |guest| {
         guest.boot_args("console=ttyS0 quiet panic=-1 reboot=t")
     });
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert_eq!(code, 0, "{said}");
-    assert!(said.contains("triple fault") && said.contains("RIP"), "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("triple fault") && output.contains("RIP"), "{output}");
 }
 
 #[test]
@@ -179,9 +179,9 @@ fn a_serial_fifo_that_nobody_reads_does_not_stop_the_guest() {
     let mut config = guest.config();
     config["serial"] = json!({"serial_out_path": fifo});
     let mut vmm = builder.arg("--no-api").with_config(&config).unwrap().spawn().unwrap();
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert_eq!(code, 0, "{said}");
-    assert!(said.contains("bytes dropped"), "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("bytes dropped"), "{output}");
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn a_guest_that_writes_to_the_boot_timer_is_timed() {
     let guest = Guest::linux(Kernel::Tuned, "devmem 0xC0000000 8 123\npoweroff -f", builder.dir()).unwrap();
     let mut vmm =
         builder.arg("--no-api").arg("--boot-timer").with_config(&guest.config()).unwrap().spawn().unwrap();
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert_eq!(code, 0, "{said}");
-    assert!(said.contains("Guest-boot-time ="), "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("Guest-boot-time ="), "{output}");
 }

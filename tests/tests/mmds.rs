@@ -6,13 +6,13 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
 use vesta_tests::guest::{
-    BOOT, BOOT_ARGS, Guest, Kernel, SOON, Transport, busybox, env, given, start, vmm_path,
+    BOOT_ARGS, BOOT_TIMEOUT, Guest, Kernel, TIMEOUT, Transport, busybox, env, required_path, start, vmm_path,
 };
 use vesta_tests::host_net::HostNet;
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::wait_for_text;
+use vesta_tests::serial_file::wait_for_text;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// Any address will do; a route to the service is all that the guest needs.
@@ -78,10 +78,10 @@ impl Setup<'_> {
         let guest = Guest::with_initramfs(Kernel::Tuned, initramfs, &script, builder.dir())?.mem_mib(256);
         let guest = guest.boot_args(&format!("{BOOT_ARGS} {}", self.boot_args));
         let vmm = builder.spawn()?;
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         guest.put(&mut api)?;
         if self.disk {
-            let image = given(env::PYTHON_DISK);
+            let image = required_path(env::PYTHON_DISK);
             let drive = json!({"drive_id": "python", "path_on_host": image, "is_root_device": false, "is_read_only": true});
             api.put("/drives/python", &drive)?.ok()?;
         }
@@ -99,23 +99,23 @@ impl Setup<'_> {
     }
 
     /// The same, and what the guest said when it has ended.
-    fn said(self, contents: &Value) -> Result<String> {
+    fn output_of(self, contents: &Value) -> Result<String> {
         let (mut vmm, _api) = self.start(contents)?;
-        said(&mut vmm)
+        output_of(&mut vmm)
     }
 }
 
-fn said(vmm: &mut Vmm) -> Result<String> {
-    let (code, said) = vmm.finish(BOOT)?;
-    assert_eq!(code, 0, "{said}");
-    Ok(said)
+fn output_of(vmm: &mut Vmm) -> Result<String> {
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    assert_eq!(code, 0, "{output}");
+    Ok(output)
 }
 
 /// What stands between `<NAME>` and `</NAME>` in what the guest said.
-fn part(said: &str, name: &str) -> String {
+fn part(output: &str, name: &str) -> String {
     let (open, close) = (format!("<{name}>"), format!("</{name}>"));
-    let inner = said.split_once(&open).and_then(|(_, rest)| Some(rest.split_once(&close)?.0));
-    inner.unwrap_or_else(|| panic!("there is no {name} in {said}")).replace('\r', "")
+    let inner = output.split_once(&open).and_then(|(_, rest)| Some(rest.split_once(&close)?.0));
+    inner.unwrap_or_else(|| panic!("there is no {name} in {output}")).replace('\r', "")
 }
 
 fn contents() -> Value {
@@ -144,14 +144,14 @@ on_each_transport! {
              i=0; while [ $i -lt 60 ]; do wget -q -O - {AT}/latest/meta-data/ami-id; i=$((i+1)); done > /tmp/many\n\
              echo \"<many>$(wc -c < /tmp/many)</many>\""
         );
-        let said = Setup { transport, script: &script, ..Setup::default() }.said(&contents())?;
-        assert_eq!(part(&said, "value"), "ami-1234");
-        assert_eq!(part(&said, "list"), "ami-id\ncpus\ninstance-id\nnetwork/");
-        assert_eq!(serde_json::from_str::<Value>(&part(&said, "json"))?, contents()["latest"]["meta-data"]);
-        assert_eq!(part(&said, "lines"), "#!/bin/sh\necho \"hello\"");
-        assert!(part(&said, "missing").contains("404"), "{said}");
-        assert!(part(&said, "number").contains("501"), "{said}");
-        assert_eq!(part(&said, "many"), (60 * "ami-1234".len()).to_string());
+        let output = Setup { transport, script: &script, ..Setup::default() }.output_of(&contents())?;
+        assert_eq!(part(&output, "value"), "ami-1234");
+        assert_eq!(part(&output, "list"), "ami-id\ncpus\ninstance-id\nnetwork/");
+        assert_eq!(serde_json::from_str::<Value>(&part(&output, "json"))?, contents()["latest"]["meta-data"]);
+        assert_eq!(part(&output, "lines"), "#!/bin/sh\necho \"hello\"");
+        assert!(part(&output, "missing").contains("404"), "{output}");
+        assert!(part(&output, "number").contains("501"), "{output}");
+        assert_eq!(part(&output, "many"), (60 * "ami-1234".len()).to_string());
         Ok(())
     }
 
@@ -175,19 +175,19 @@ on_each_transport! {
              get port http://169.254.169.254:81/"
         );
         let mmds = json!({"network_interfaces": ["eth0"], "version": "V2"});
-        let said = Setup { transport, script: &script, disk: true, mmds, ..Setup::default() }.said(&contents())?;
+        let output = Setup { transport, script: &script, disk: true, mmds, ..Setup::default() }.output_of(&contents())?;
         for (name, status) in [
             ("none", "401"), ("guess", "401"), ("no-life", "400"), ("long-life", "400"), ("proxy", "400"),
             ("post", "405"), ("own", "200"), ("other", "200"), ("life", "200"), ("over", "401"),
         ] {
-            assert!(part(&said, name).ends_with(&format!("|{status}")), "{name}: {said}");
+            assert!(part(&output, name).ends_with(&format!("|{status}")), "{name}: {output}");
         }
-        assert_eq!(part(&said, "own"), "ami-1234|200");
-        assert_eq!(part(&said, "other"), "\"i-5678\"|200");
-        assert!(part(&said, "post").contains("Allow: GET, PUT"), "{said}");
-        assert!(part(&said, "life").contains("X-aws-ec2-metadata-token-ttl-seconds: 21600"), "{said}");
+        assert_eq!(part(&output, "own"), "ami-1234|200");
+        assert_eq!(part(&output, "other"), "\"i-5678\"|200");
+        assert!(part(&output, "post").contains("Allow: GET, PUT"), "{output}");
+        assert!(part(&output, "life").contains("X-aws-ec2-metadata-token-ttl-seconds: 21600"), "{output}");
         // Refused at once, not given up on.
-        assert!(part(&said, "port").contains("refused") || part(&said, "port").contains("Couldn't connect"), "{said}");
+        assert!(part(&output, "port").contains("refused") || part(&output, "port").contains("Couldn't connect"), "{output}");
         Ok(())
     }
 
@@ -213,8 +213,8 @@ on_each_transport! {
             mmds: json!({"network_interfaces": ["eth0"], "version": "V2", "imds_compat": true}),
             ..Setup::default()
         };
-        let said = setup.said(&contents)?;
-        assert_eq!(part(&said, "sdk"), "iam-role AKIDEXAMPLE secret/example session-token");
+        let output = setup.output_of(&contents)?;
+        assert_eq!(part(&output, "sdk"), "iam-role AKIDEXAMPLE secret/example session-token");
         Ok(())
     }
 
@@ -231,20 +231,20 @@ on_each_transport! {
         );
         let (mut vmm, mut api) = Setup { transport, script: &script, ..Setup::default() }
             .start(&json!({"round": "begin", "gone": {"soon": "x"}}))?;
-        vmm.wait_for_output("<sawbegin>", BOOT)?;
+        vmm.wait_for_output("<sawbegin>", BOOT_TIMEOUT)?;
         for round in 0..10 {
             api.patch("/mmds", &json!({"round": round.to_string()}))?.ok()?;
-            vmm.wait_for_output(&format!("<saw{round}>"), BOOT)?;
+            vmm.wait_for_output(&format!("<saw{round}>"), BOOT_TIMEOUT)?;
         }
         // Also across a pause.
         api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
         api.patch("/mmds", &json!({"round": "resumed"}))?.ok()?;
         api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-        vmm.wait_for_output("<sawresumed>", BOOT)?;
+        vmm.wait_for_output("<sawresumed>", BOOT_TIMEOUT)?;
         api.patch("/mmds", &json!({"round": "end", "gone": null}))?.ok()?;
-        let said = said(&mut vmm)?;
-        assert!(!said.contains("LOST"), "{said}");
-        assert_eq!(part(&said, "all"), r#"{"round":"end"}"#);
+        let output = output_of(&mut vmm)?;
+        assert!(!output.contains("LOST"), "{output}");
+        assert_eq!(part(&output, "all"), r#"{"round":"end"}"#);
         Ok(())
     }
 }
@@ -283,11 +283,11 @@ fn cloud_init_reads_its_ec2_data_source() -> Result<()> {
         mmds: json!({"network_interfaces": ["eth0"], "version": "V2"}),
         ..Setup::default()
     };
-    let said = setup.said(&contents)?;
-    assert_eq!(part(&said, "id"), "i-cloudinit");
-    assert_eq!(part(&said, "macs"), "06:00:00:00:00:01");
-    assert_eq!(part(&said, "user"), "#cloud-config\npackages: []");
-    assert_eq!(part(&said, "token"), "True");
+    let output = setup.output_of(&contents)?;
+    assert_eq!(part(&output, "id"), "i-cloudinit");
+    assert_eq!(part(&output, "macs"), "06:00:00:00:00:01");
+    assert_eq!(part(&output, "user"), "#cloud-config\npackages: []");
+    assert_eq!(part(&output, "token"), "True");
     Ok(())
 }
 
@@ -317,11 +317,11 @@ fn cloud_init_reads_its_no_cloud_data_source() -> Result<()> {
         boot_args: "ds=nocloud-net;s=http://169.254.169.254/latest/",
         ..Setup::default()
     };
-    let said = setup.said(&contents)?;
-    assert_eq!(part(&said, "id"), "i-nocloud");
-    assert_eq!(part(&said, "name"), "tester");
-    assert_eq!(part(&said, "user"), "#cloud-config\npackages: []");
-    assert!(part(&said, "seed").contains("http://169.254.169.254/latest/"), "{said}");
+    let output = setup.output_of(&contents)?;
+    assert_eq!(part(&output, "id"), "i-nocloud");
+    assert_eq!(part(&output, "name"), "tester");
+    assert_eq!(part(&output, "user"), "#cloud-config\npackages: []");
+    assert!(part(&output, "seed").contains("http://169.254.169.254/latest/"), "{output}");
     Ok(())
 }
 
@@ -340,8 +340,8 @@ fn every_interface_that_is_named_leads_there() -> Result<()> {
     api.put("/network-interfaces/eth1", &interface("eth1"))?.ok()?;
     api.put("/mmds/config", &json!({"network_interfaces": ["eth0", "eth1"]}))?.ok()?;
     start(&mut api)?;
-    let said = said(&mut vmm)?;
-    assert_eq!((part(&said, "first"), part(&said, "second")), ("found".to_owned(), "found".to_owned()));
+    let output = output_of(&mut vmm)?;
+    assert_eq!((part(&output, "first"), part(&output, "second")), ("found".to_owned(), "found".to_owned()));
     Ok(())
 }
 
@@ -364,9 +364,9 @@ fn an_interface_that_is_not_named_does_not_lead_there() -> Result<()> {
     api.put("/network-interfaces/eth1", &interface("eth1"))?.ok()?;
     api.put("/mmds/config", &mmds)?.ok()?;
     start(&mut api)?;
-    let said = said(&mut vmm)?;
-    assert_eq!(part(&said, "second"), "found");
-    assert!(!part(&said, "first").contains("found"), "{said}");
+    let output = output_of(&mut vmm)?;
+    assert_eq!(part(&output, "second"), "found");
+    assert!(!part(&output, "first").contains("found"), "{output}");
     Ok(())
 }
 
@@ -383,7 +383,7 @@ fn a_configuration_file_and_a_metadata_file_are_enough() -> Result<()> {
     std::fs::write(&file, contents().to_string())?;
     let builder = builder.arg("--no-api").arg("--metadata").arg(&file).with_config(&config)?;
     let mut vmm = builder.spawn()?;
-    assert_eq!(part(&said(&mut vmm)?, "id"), "ami-1234");
+    assert_eq!(part(&output_of(&mut vmm)?, "id"), "ami-1234");
     Ok(())
 }
 
@@ -396,8 +396,8 @@ fn a_configuration_file_may_name_no_interface_for_it() -> Result<()> {
     let file = builder.dir().join("metadata.json");
     std::fs::write(&file, contents().to_string())?;
     let builder = builder.arg("--no-api").arg("--metadata").arg(&file).with_config(&config)?;
-    let said = said(&mut builder.spawn()?)?;
-    assert!(said.contains("UP"), "{said}");
+    let output = output_of(&mut builder.spawn()?)?;
+    assert!(output.contains("UP"), "{output}");
     Ok(())
 }
 
@@ -410,13 +410,13 @@ fn a_metadata_file_that_cannot_be_used_ends_the_monitor() -> Result<()> {
         let file = builder.dir().join("metadata.json");
         std::fs::write(&file, text)?;
         let builder = builder.arg("--metadata").arg(&file).arg("--mmds-size-limit").arg(limit);
-        let (code, said) = builder.spawn()?.finish(SOON)?;
-        assert_eq!(code, 152, "{said}");
-        assert!(said.contains(named) && said.contains("metadata.json"), "{said}");
+        let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
+        assert_eq!(code, 152, "{output}");
+        assert!(output.contains(named) && output.contains("metadata.json"), "{output}");
     }
-    let (code, said) =
-        VmmBuilder::new(&vmm_path())?.with_api().arg("--metadata=/nowhere").spawn()?.finish(SOON)?;
-    assert!(code == 152 && said.contains("/nowhere"), "{said}");
+    let (code, output) =
+        VmmBuilder::new(&vmm_path())?.with_api().arg("--metadata=/nowhere").spawn()?.finish(TIMEOUT)?;
+    assert!(code == 152 && output.contains("/nowhere"), "{output}");
     Ok(())
 }
 
@@ -456,7 +456,7 @@ fn the_api_says_what_it_does_not_do() -> Result<()> {
     let shown = api.get("/vm/config")?.ok()?.json()?;
     assert_eq!(shown["mmds-config"]["version"], "V2");
     start(&mut api)?;
-    vmm.wait_for_output("UP", BOOT)?;
+    vmm.wait_for_output("UP", BOOT_TIMEOUT)?;
     let late = api.put("/mmds/config", &json!({"network_interfaces": ["eth0"]}))?;
     assert!(late.status == 400 && late.fault().contains("before the microVM starts"), "{late:?}");
     api.patch("/mmds", &json!({"a": null, "b": "2"}))?.ok()?;
@@ -470,7 +470,7 @@ fn a_guest_without_a_way_to_it_has_no_contents() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api();
     let guest = Guest::linux(Kernel::Tuned, "echo UP; sleep 1000", builder.dir())?;
     let vmm = builder.spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let early = api.patch("/mmds", &json!({"a": "1"}))?;
     assert!(early.status == 400 && early.fault().contains("not initialized"), "{early:?}");
     assert_eq!(api.get("/mmds")?.ok()?.json()?, json!({}));
@@ -502,7 +502,7 @@ fn a_forks_child_reads_its_own_contents() -> Result<()> {
     );
     let (mut vmm, mut api) =
         Setup { script: &script, ..Setup::default() }.start(&json!({"round": "begin", "same": "1"}))?;
-    vmm.wait_for_output("<sawbegin>", BOOT)?;
+    vmm.wait_for_output("<sawbegin>", BOOT_TIMEOUT)?;
     let home = tempfile::tempdir()?;
     let path = |name: &str| home.path().join(name);
     let child = |id: &str, more: Value| {
@@ -518,25 +518,25 @@ fn a_forks_child_reads_its_own_contents() -> Result<()> {
     let children = [child("own", json!({"round": "own"})), child("same", Value::Null)];
     let reply = api.put("/fork", &json!({"children": children}))?.ok()?.json()?;
     let orphans = Orphans::of_fork(&reply)?;
-    wait_for_text(&path("own.serial"), "<sawown>", BOOT)?;
+    wait_for_text(&path("own.serial"), "<sawown>", BOOT_TIMEOUT)?;
     // Each is told something else, and none hears what the others are told.
     let mut clients = ["own", "same"].map(|id| ApiClient::new(&path(id)));
     assert_eq!(clients[0].get("/mmds")?.ok()?.json()?, json!({"round": "own"}));
     assert_eq!(clients[1].get("/mmds")?.ok()?.json()?, json!({"round": "begin", "same": "1"}));
     api.patch("/mmds", &json!({"round": "parent"}))?.ok()?;
     clients[1].patch("/mmds", &json!({"round": "changed"}))?.ok()?;
-    vmm.wait_for_output("<sawparent>", BOOT)?;
-    wait_for_text(&path("same.serial"), "<sawchanged>", BOOT)?;
+    vmm.wait_for_output("<sawparent>", BOOT_TIMEOUT)?;
+    wait_for_text(&path("same.serial"), "<sawchanged>", BOOT_TIMEOUT)?;
     for api in clients.iter_mut().chain([&mut api]) {
         api.patch("/mmds", &json!({"round": "end"}))?.ok()?;
     }
-    let parent = said(&mut vmm)?;
+    let parent = output_of(&mut vmm)?;
     assert!(!parent.contains("<sawown>") && !parent.contains("<sawchanged>"), "{parent}");
     for (id, others) in [("own", ["<sawparent>", "<sawchanged>"]), ("same", ["<sawparent>", "<sawown>"])] {
-        let said = wait_for_text(&path(&format!("{id}.serial")), "LAST", BOOT)?;
-        assert!(others.iter().all(|other| !said.contains(other)), "{id}: {said}");
+        let output = wait_for_text(&path(&format!("{id}.serial")), "LAST", BOOT_TIMEOUT)?;
+        assert!(others.iter().all(|other| !output.contains(other)), "{id}: {output}");
     }
-    orphans.wait(SOON)
+    orphans.wait(TIMEOUT)
 }
 
 /// An interface whose frames the monitor does not see, or not all of them, leads nowhere: said when it is configured.
@@ -555,9 +555,9 @@ fn an_interface_that_cannot_lead_there_is_refused() -> Result<()> {
         "network-interfaces": [vhost],
         "mmds-config": {"network_interfaces": ["eth0"]},
     });
-    let (code, said) =
-        VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config(&config)?.spawn()?.finish(SOON)?;
-    assert!(code == 152 && said.contains("with the back end vhost"), "{said}");
+    let (code, output) =
+        VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config(&config)?.spawn()?.finish(TIMEOUT)?;
+    assert!(code == 152 && output.contains("with the back end vhost"), "{output}");
     Ok(())
 }
 
@@ -576,23 +576,23 @@ fn a_restored_guest_reads_what_its_new_monitor_has() -> Result<()> {
     let files = tempfile::tempdir()?;
     let (state, memory) = (files.path().join("state"), files.path().join("memory"));
     let (vmm, mut api) = Setup { script: &script, ..Setup::default() }.start(&json!({"round": "begin"}))?;
-    vmm.wait_for_output("<sawbegin>", BOOT)?;
+    vmm.wait_for_output("<sawbegin>", BOOT_TIMEOUT)?;
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
     api.put("/snapshot/create", &json!({"snapshot_path": state, "mem_file_path": memory}))?.ok()?;
     drop(vmm);
 
     let mut vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     api.put("/mmds", &json!({"round": "restored"}))?.ok()?;
     let load = json!({
         "snapshot_path": state, "resume_vm": true,
         "mem_backend": {"backend_type": "File", "backend_path": memory},
     });
     api.put("/snapshot/load", &load)?.ok()?;
-    vmm.wait_for_output("<sawrestored>", BOOT)?;
+    vmm.wait_for_output("<sawrestored>", BOOT_TIMEOUT)?;
     assert_eq!(api.get("/vm/config")?.ok()?.json()?["mmds-config"]["network_interfaces"], json!(["eth0"]));
     api.patch("/mmds", &json!({"round": "end"}))?.ok()?;
-    let said = said(&mut vmm)?;
-    assert!(!said.contains("<sawbegin>") && said.contains("<sawend>"), "{said}");
+    let output = output_of(&mut vmm)?;
+    assert!(!output.contains("<sawbegin>") && output.contains("<sawend>"), "{output}");
     Ok(())
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, MIB, disk, drive, said};
-use vesta_tests::guest::{BOOT, Transport};
+use vesta_tests::disks::{DiskGuest, MIB, disk, drive, output_of};
+use vesta_tests::guest::{BOOT_TIMEOUT, Transport};
 
 /// `count` disks of 1 MiB and an entropy device.
 fn guest(count: u64) -> Result<DiskGuest> {
@@ -29,10 +29,10 @@ fn all_lines_interrupt(guest: DiskGuest) -> Result<()> {
         dd if=/dev/hwrng of=/dev/null bs=16 count=1 2>/dev/null || echo FAILED hwrng\n\
         grep virtio /proc/interrupts\n\
         reboot -f";
-    let said = said(&mut guest.run(script)?)?;
-    ensure!(!said.contains("FAILED"), "{said}");
+    let output = output_of(&mut guest.run(script)?)?;
+    ensure!(!output.contains("FAILED"), "{output}");
     for number in 0..18 {
-        ensure!(said.contains(&format!("DISK disk{number} {}", 2048 + number)), "disk{number}: {said}");
+        ensure!(output.contains(&format!("DISK disk{number} {}", 2048 + number)), "disk{number}: {output}");
     }
     // 23:    5   IO-APIC  23-edge   virtio18
     let line = |text: &str| {
@@ -41,8 +41,8 @@ fn all_lines_interrupt(guest: DiskGuest) -> Result<()> {
         let line = words.iter().find_map(|word| word.strip_suffix("-edge"))?.parse::<u32>().ok()?;
         (count > 0).then_some(line)
     };
-    let lines: BTreeSet<_> = said.lines().filter(|text| text.contains("virtio")).filter_map(line).collect();
-    ensure!(lines == (5..=23).collect(), "{lines:?}: {said}");
+    let lines: BTreeSet<_> = output.lines().filter(|text| text.contains("virtio")).filter_map(line).collect();
+    ensure!(lines == (5..=23).collect(), "{lines:?}: {output}");
     Ok(())
 }
 
@@ -59,8 +59,8 @@ fn all_19_lines_can_be_taken_without_acpi() -> Result<()> {
 
 #[test]
 fn one_device_more_than_lines_is_refused_with_the_bound() -> Result<()> {
-    let (code, said) = guest(19)?.run("")?.finish(BOOT)?;
+    let (code, output) = guest(19)?.run("")?.finish(BOOT_TIMEOUT)?;
     assert_eq!(code, 152);
-    ensure!(said.contains("20 devices are too many: there are 19 interrupt lines"), "{said}");
+    ensure!(output.contains("20 devices are too many: there are 19 interrupt lines"), "{output}");
     Ok(())
 }

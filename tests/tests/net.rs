@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::api::ApiClient;
-use vesta_tests::guest::{BOOT, SOON, Transport, ignore, vmm_path};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport, ignore, vmm_path};
 use vesta_tests::host_net::{HostNet, NetGuest};
-use vesta_tests::net_script::{UP, both_ways, check_both_ways, host, host_with_queues, said};
+use vesta_tests::net_script::{UP, both_ways, check_both_ways, host, host_with_queues, output_of};
 use vesta_tests::on_each_transport;
-use vesta_tests::said::word;
+use vesta_tests::serial_file::word;
 use vesta_tests::stalls::Stalls;
 use vesta_tests::traffic;
 use vesta_tests::vmm::VmmBuilder;
@@ -27,9 +27,9 @@ on_each_transport! {
         let vmm = NetGuest::new(transport, TOOL)?
             .tap("tap0", json!({"guest_mac": "06:00:AC:10:00:02"}))
             .boot(&format!("{UP}\necho MAC $(cat /sys/class/net/eth0/address)\n{}\npoweroff -f", both_ways(8 * MIB)))?;
-        let said = said(vmm)?;
-        ensure!(said.contains("MAC 06:00:ac:10:00:02"), "{said}");
-        check_both_ways(&said)
+        let output = output_of(vmm)?;
+        ensure!(output.contains("MAC 06:00:ac:10:00:02"), "{output}");
+        check_both_ways(&output)
     }
 
     /// The guest's checksums and segmentation are its own business, and so is the MTU.
@@ -46,10 +46,10 @@ on_each_transport! {
                  ip link set eth0 mtu 1400\n{both}\npoweroff -f",
                 both = both_ways(2 * MIB)
             ))?;
-        let said = said(vmm)?;
-        ensure!(said.contains("MTU 9000"), "{said}");
-        ensure!(said.contains("tcp-segmentation-offload: on") && said.contains("rx-checksumming: on"), "{said}");
-        ensure!(said.matches("UPLOADED").count() == 3 && said.matches("DOWNLOADED").count() == 3, "{said}");
+        let output = output_of(vmm)?;
+        ensure!(output.contains("MTU 9000"), "{output}");
+        ensure!(output.contains("tcp-segmentation-offload: on") && output.contains("rx-checksumming: on"), "{output}");
+        ensure!(output.matches("UPLOADED").count() == 3 && output.matches("DOWNLOADED").count() == 3, "{output}");
         Ok(())
     }
 
@@ -65,12 +65,12 @@ on_each_transport! {
                  for i in 1 2 3 4 5 6; do net-tool upload 10.0.0.1:7000 $i {MIB} & net-tool download 10.0.0.1:7000 $i {MIB} & done; wait\n\
                  ethtool -S eth0 | grep kicks | sed 's/^ */COUNT /'\npoweroff -f"
             ))?;
-        let said = said(vmm)?;
-        ensure!(said.contains("QUEUES 2"), "{said}");
-        ensure!(said.matches("UPLOADED").count() == 6 && said.matches("DOWNLOADED").count() == 6, "{said}");
+        let output = output_of(vmm)?;
+        ensure!(output.contains("QUEUES 2"), "{output}");
+        ensure!(output.matches("UPLOADED").count() == 6 && output.matches("DOWNLOADED").count() == 6, "{output}");
         // A kick of a transmit queue is a frame in it.
-        let kicks = |queue: &str| word(&said, &format!("COUNT {queue}_kicks: "))?.parse::<u64>().context("a number");
-        ensure!(kicks("tx0")? > 0 && kicks("tx1")? > 0, "{said}");
+        let kicks = |queue: &str| word(&output, &format!("COUNT {queue}_kicks: "))?.parse::<u64>().context("a number");
+        ensure!(kicks("tx0")? > 0 && kicks("tx1")? > 0, "{output}");
         Ok(())
     }
 
@@ -83,14 +83,14 @@ on_each_transport! {
              {UP}\n{both}\npoweroff -f",
             both = both_ways(4 * MIB)
         ))?;
-        vmm.wait_for_output("GOING", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("GOING", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         for _ in 0..10 {
             api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
             api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
         }
-        let said = said(vmm)?;
-        ensure!(said.matches("UPLOADED").count() == 2 && said.matches("DOWNLOADED").count() == 2, "{said}");
+        let output = output_of(vmm)?;
+        ensure!(output.matches("UPLOADED").count() == 2 && output.matches("DOWNLOADED").count() == 2, "{output}");
         Ok(())
     }
 
@@ -119,9 +119,9 @@ on_each_transport! {
                  {as_other}\nping -c 2 -w 2 10.0.0.1 > /dev/null || echo SILENT\n\
                  {as_itself}\nping -c 1 -w 10 10.0.0.1 > /dev/null && echo LAST\npoweroff -f"
             ))?;
-        let said = said(vmm)?;
-        ensure!(said.contains("FIRST") && said.contains("SILENT") && said.contains("LAST"), "{said}");
-        ensure!(said.contains("not the guest's"), "it is said: {said}");
+        let output = output_of(vmm)?;
+        ensure!(output.contains("FIRST") && output.contains("SILENT") && output.contains("LAST"), "{output}");
+        ensure!(output.contains("not the guest's"), "it is said: {output}");
         Ok(())
     }
 }
@@ -134,12 +134,12 @@ fn a_deleted_tap_is_noticed(transport: Transport, backend: &str) -> Result<()> {
              ping -c 2 -w 2 10.0.0.1 | tail -n 2\necho ALIVE\npoweroff -f",
         both_ways(MIB)
     ))?;
-    vmm.wait_for_output("READY", BOOT)?;
+    vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
     net.ip("link delete tap0")?;
-    vmm.wait_for_output("ALIVE", BOOT)?;
-    let (code, said) = vmm.finish(BOOT)?;
-    ensure!(code == 0, "{said}");
-    ensure!(said.contains("the link is down") && said.contains("100% packet loss"), "{said}");
+    vmm.wait_for_output("ALIVE", BOOT_TIMEOUT)?;
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    ensure!(code == 0, "{output}");
+    ensure!(output.contains("the link is down") && output.contains("100% packet loss"), "{output}");
     Ok(())
 }
 
@@ -169,7 +169,7 @@ fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
     let vmm = NetGuest::new(Transport::Mmio, TOOL)?
         .tap("tap0", json!({"rx_rate_limiter": limit(MIB), "tx_rate_limiter": limit(MIB / 4)}))
         .boot(&format!("{UP}\nnet-tool serve 7000"))?;
-    vmm.wait_for_output("SERVING", BOOT)?;
+    vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
     let guest = "10.0.0.2:7000";
     traffic::upload(guest, 1, 1000)?;
     let stalls = Stalls::watch();
@@ -178,7 +178,7 @@ fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
     assert_takes(&stalls, seconds(4 * MIB, MIB), || traffic::upload(guest, 2, 4 * MIB))?;
     assert_takes(&stalls, seconds(MIB, MIB / 4), || traffic::download(guest, 3, MIB))?;
 
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let off = json!({"bandwidth": {"size": 0, "refill_time": 0}});
     let patch = json!({"iface_id": "eth0", "rx_rate_limiter": limit(2 * MIB), "tx_rate_limiter": off});
     api.patch("/network-interfaces/eth0", &patch)?.ok()?;
@@ -208,9 +208,9 @@ fn two_microvms_on_one_bridge_reach_each_other() -> Result<()> {
             .boot(&format!("ip address add {own}/24 dev eth0; ip link set eth0 up\n{script}"))
     };
     let server = boot("tap1", "10.0.0.1", "net-tool serve 7000")?;
-    server.wait_for_output("SERVING", BOOT)?;
+    server.wait_for_output("SERVING", BOOT_TIMEOUT)?;
     let client = boot("tap2", "10.0.0.2", &format!("{}\npoweroff -f", both_ways(2 * MIB)))?;
-    check_both_ways(&said(client)?)
+    check_both_ways(&output_of(client)?)
 }
 
 fn put(api: &mut ApiClient, id: &str, body: &serde_json::Value) -> Result<vesta_tests::api::Response> {
@@ -223,7 +223,7 @@ fn interfaces_are_set_over_the_api_and_bad_ones_change_nothing() -> Result<()> {
     net.tap("tap0", "10.0.0.1/24", "")?;
     net.tap("tap1", "", "")?;
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let good = json!({"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": null, "rx_rate_limiter": {}, "tx_rate_limiter": {}});
     put(&mut api, "eth0", &good)?.ok()?;
     // The same again, on its own tap, replaces it.

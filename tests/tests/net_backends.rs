@@ -8,13 +8,13 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::json;
 use tempfile::TempDir;
-use vesta_tests::guest::{BOOT, SOON, Transport, ignore};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport, ignore};
 use vesta_tests::host_net::{HostNet, NetGuest};
-use vesta_tests::net_script::{UP, both_ways, check_both_ways, host, host_with_queues, said};
+use vesta_tests::net_script::{UP, both_ways, check_both_ways, host, host_with_queues, output_of};
 use vesta_tests::on_each_transport;
 use vesta_tests::passt::Passt;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::{wait_for_text, word};
+use vesta_tests::serial_file::{wait_for_text, word};
 use vesta_tests::snapshots::{pause, resume};
 use vesta_tests::traffic;
 use vesta_tests::unprivileged::{self, KvmAccess};
@@ -69,12 +69,12 @@ on_each_transport! {
             "{PASST_UP}\nnet-tool upload 192.0.2.1:7000 1 1000000\nnet-tool download 192.0.2.1:7000 2 1000000\n\
              net-tool serve 7001"
         ))?;
-        vmm.wait_for_output("UPLOADED 192.0.2.1:7000 1", BOOT)?;
+        vmm.wait_for_output("UPLOADED 192.0.2.1:7000 1", BOOT_TIMEOUT)?;
         unprivileged::check_is_nobody(passt.pid())?;
         unprivileged::check_is_nobody(vmm.pid())?;
         unprivileged::check_has_no_capability(vmm.pid())?;
-        vmm.wait_for_output("DOWNLOADED 192.0.2.1:7000 2", BOOT)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("DOWNLOADED 192.0.2.1:7000 2", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         traffic::upload("127.0.0.1:7001", 3, 1_000_000)?;
         traffic::download("127.0.0.1:7001", 4, 1_000_000)?;
         Ok(())
@@ -87,15 +87,15 @@ on_each_transport! {
         let vmm = NetGuest::new(transport, TOOL)?
             .tap("tap0", json!({"backend": "vhost"}))
             .boot(&format!("{UP}\n{both}\necho AGAIN\n{both}\npoweroff -f", both = both_ways(8 * MIB)))?;
-        vmm.wait_for_output("AGAIN", BOOT)?;
+        vmm.wait_for_output("AGAIN", BOOT_TIMEOUT)?;
         // In the middle of it.
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         for _ in 0..5 {
             pause(&mut api)?;
             resume(&mut api)?;
         }
-        let said = said(vmm)?;
-        ensure!(said.matches("UPLOADED").count() == 2 && said.matches("DOWNLOADED").count() == 2, "{said}");
+        let output = output_of(vmm)?;
+        ensure!(output.matches("UPLOADED").count() == 2 && output.matches("DOWNLOADED").count() == 2, "{output}");
         Ok(())
     }
 
@@ -117,16 +117,16 @@ on_each_transport! {
                 on_each_cpu(MIB / 4),
                 kicks("LAST"),
             ))?;
-        vmm.wait_for_output("GOING", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("GOING", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         for _ in 0..5 {
             pause(&mut api)?;
             resume(&mut api)?;
         }
-        let said = said(vmm)?;
-        check_each_pair_sent(&said, "FIRST", "MIDDLE")?;
-        check_each_pair_sent(&said, "MIDDLE", "LAST")?;
-        ensure!(said.matches("UPLOADED").count() == 5 && said.matches("DOWNLOADED").count() == 5, "{said}");
+        let output = output_of(vmm)?;
+        check_each_pair_sent(&output, "FIRST", "MIDDLE")?;
+        check_each_pair_sent(&output, "MIDDLE", "LAST")?;
+        ensure!(output.matches("UPLOADED").count() == 5 && output.matches("DOWNLOADED").count() == 5, "{output}");
         Ok(())
     }
 }
@@ -143,12 +143,12 @@ fn kicks(mark: &str) -> String {
 }
 
 /// Sees that the guest has sent through each queue between two marks. A kick of a transmit queue is a frame in it.
-fn check_each_pair_sent(said: &str, before: &str, after: &str) -> Result<()> {
+fn check_each_pair_sent(output: &str, before: &str, after: &str) -> Result<()> {
     for queue in ["tx0", "tx1"] {
         let kicks = |mark| -> Result<u64> {
-            word(said, &format!("{mark} {queue}_kicks: "))?.parse().context("a number of kicks")
+            word(output, &format!("{mark} {queue}_kicks: "))?.parse().context("a number of kicks")
         };
-        ensure!(kicks(before)? < kicks(after)?, "{queue} was not used from {before} to {after}: {said}");
+        ensure!(kicks(before)? < kicks(after)?, "{queue} was not used from {before} to {after}: {output}");
     }
     Ok(())
 }
@@ -170,12 +170,12 @@ fn without_root_bytes_go_both_ways_over_inherited_queues() -> Result<()> {
             kicks("LAST"),
             both_ways(MIB / 4),
         ))?;
-    vmm.wait_for_output("UPLOADED", BOOT)?;
+    vmm.wait_for_output("UPLOADED", BOOT_TIMEOUT)?;
     unprivileged::check_is_nobody(vmm.pid())?;
     unprivileged::check_has_no_capability(vmm.pid())?;
-    let said = said(vmm)?;
-    check_each_pair_sent(&said, "FIRST", "LAST")?;
-    ensure!(said.matches("UPLOADED").count() == 3 && said.matches("DOWNLOADED").count() == 3, "{said}");
+    let output = output_of(vmm)?;
+    check_each_pair_sent(&output, "FIRST", "LAST")?;
+    ensure!(output.matches("UPLOADED").count() == 3 && output.matches("DOWNLOADED").count() == 3, "{output}");
     Ok(())
 }
 
@@ -190,11 +190,11 @@ fn bytes_go_both_ways_over_a_macvtap_until_it_is_deleted() -> Result<()> {
         "{UP}\n{}\necho READY\nuntil [ $(cat /sys/class/net/eth0/carrier) = 0 ]; do sleep 0.1; done\npoweroff -f",
         both_ways(MIB)
     ))?;
-    vmm.wait_for_output("READY", BOOT)?;
+    vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
     net.ip("link delete mv0")?;
-    let said = said(vmm)?;
-    check_both_ways(&said)?;
-    ensure!(said.contains("the link is down") && said.contains(&device), "{said}");
+    let output = output_of(vmm)?;
+    check_both_ways(&output)?;
+    ensure!(output.contains("the link is down") && output.contains(&device), "{output}");
     Ok(())
 }
 
@@ -209,16 +209,16 @@ fn a_passt_that_dies_takes_its_link_down_and_nothing_else() -> Result<()> {
          echo CARRIERS $(cat /sys/class/net/eth0/carrier) $(cat /sys/class/net/eth1/carrier)\npoweroff -f",
         both_ways(MIB / 4)
     ))?;
-    vmm.wait_for_output("READY", BOOT)?;
+    vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
     passt.signal(Signal::KILL)?;
-    vmm.wait_for_output("DOWN", SOON)?;
-    let mut api = vmm.ready_client(SOON)?;
+    vmm.wait_for_output("DOWN", TIMEOUT)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     pause(&mut api)?;
     resume(&mut api)?;
-    let said = said(vmm)?;
-    check_both_ways(&said)?;
-    ensure!(word(&said, "CARRIERS ")? == "0 1" && said.contains("SILENT"), "{said}");
-    ensure!(said.contains("the link is down") && said.contains("passt.sock"), "{said}");
+    let output = output_of(vmm)?;
+    check_both_ways(&output)?;
+    ensure!(word(&output, "CARRIERS ")? == "0 1" && output.contains("SILENT"), "{output}");
+    ensure!(output.contains("the link is down") && output.contains("passt.sock"), "{output}");
     Ok(())
 }
 
@@ -229,21 +229,21 @@ fn a_passt_that_stops_reading_holds_up_nothing_else() -> Result<()> {
         "{PASST_UP}\n{TAP_UP}\nnet-tool serve 7000 &\nnet-tool upload 192.0.2.1:7000 7 100000\n\
          echo READY\nnet-tool flood 192.0.2.1:9\nnet-tool upload 192.0.2.1:7000 8 100000\npoweroff -f"
     ))?;
-    vmm.wait_for_output("READY", BOOT)?;
+    vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
     passt.signal(Signal::STOP)?;
     // Not even the guest's queue takes more.
-    vmm.wait_for_output("STUFFED", BOOT)?;
+    vmm.wait_for_output("STUFFED", BOOT_TIMEOUT)?;
     traffic::upload("10.0.0.2:7000", 3, 2 * MIB).context("the other network")?;
     traffic::download("10.0.0.2:7000", 4, 2 * MIB).context("the other network")?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     pause(&mut api)?;
     resume(&mut api)?;
     traffic::upload("10.0.0.2:7000", 5, MIB).context("the other network, after a pause")?;
     ensure!(!vmm.stdout.text().contains("192.0.2.1:7000 8"), "{}", vmm.stdout.text());
     passt.signal(Signal::CONT)?;
-    let said = said(vmm)?;
-    ensure!(said.contains("UPLOADED 192.0.2.1:7000 8"), "{said}");
-    ensure!(!said.contains("the link is down"), "{said}");
+    let output = output_of(vmm)?;
+    ensure!(output.contains("UPLOADED 192.0.2.1:7000 8"), "{output}");
+    ensure!(!output.contains("the link is down"), "{output}");
     Ok(())
 }
 
@@ -261,11 +261,11 @@ fn parent_and_child_of_a_fork_each_have_the_descriptor_that_they_were_given() ->
          until dmesg | grep -q 'virtual machine fork'; do sleep 0.1; done\n\
          net-tool upload 10.0.1.1:7000 1 1000000\nnet-tool download 10.0.1.1:7000 2 1000000\necho LAST\npoweroff -f"
     ))?;
-    vmm.wait_for_output("SERVING", BOOT)?;
+    vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
     traffic::upload("10.0.0.2:7000", 3, MIB)?;
     let home = tempfile::tempdir()?;
     let serial: PathBuf = home.path().join("serial");
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let child = json!({
         "id": "child",
         "serial": {"serial_out_path": serial},
@@ -273,11 +273,11 @@ fn parent_and_child_of_a_fork_each_have_the_descriptor_that_they_were_given() ->
     });
     let reply = api.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
     let children = Orphans::of_fork(&reply)?;
-    let said = wait_for_text(Path::new(&serial), "LAST", BOOT)?;
+    let output = wait_for_text(Path::new(&serial), "LAST", BOOT_TIMEOUT)?;
     for done in ["UPLOADED 10.0.1.1:7000 1", "DOWNLOADED 10.0.1.1:7000 2"] {
-        ensure!(said.contains(done), "{said}");
+        ensure!(output.contains(done), "{output}");
     }
-    children.wait(SOON)?;
+    children.wait(TIMEOUT)?;
     traffic::download("10.0.0.2:7000", 4, MIB).context("the parent goes on")?;
     Ok(())
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::read_response;
 use vesta_tests::elf::null_guest;
-use vesta_tests::guest::{Guest, SOON, start, vmm_path, vmm_with_api};
+use vesta_tests::guest::{Guest, TIMEOUT, start, vmm_path, vmm_with_api};
 use vesta_tests::vmm::VmmBuilder;
 
 #[test]
@@ -144,18 +144,18 @@ fn the_log_goes_where_it_is_told() -> Result<()> {
 #[test]
 fn under_firecrackers_name_it_answers_as_such() -> Result<()> {
     let mut vmm = VmmBuilder::new(&vmm_path())?.with_name("firecracker").arg("--version").spawn()?;
-    let (code, said) = vmm.finish(SOON)?;
+    let (code, output) = vmm.finish(TIMEOUT)?;
     assert_eq!(code, 0);
-    ensure!(said.starts_with("Firecracker v1.17.0"), "{said}");
+    ensure!(output.starts_with("Firecracker v1.17.0"), "{output}");
     Ok(())
 }
 
 #[test]
 fn version_and_help_are_told_without_a_guest() -> Result<()> {
     for flag in ["--version", "--help"] {
-        let (code, said) = VmmBuilder::new(&vmm_path())?.arg(flag).spawn()?.finish(SOON)?;
+        let (code, output) = VmmBuilder::new(&vmm_path())?.arg(flag).spawn()?.finish(TIMEOUT)?;
         assert_eq!(code, 0, "{flag}");
-        ensure!(!said.trim().is_empty(), "{flag} says nothing");
+        ensure!(!output.trim().is_empty(), "{flag} says nothing");
     }
     Ok(())
 }
@@ -172,7 +172,7 @@ fn starts_from_file(config: impl FnOnce(&Path) -> Result<Value>) -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--boot-timer");
     let config = config(builder.dir())?;
     let vmm = builder.with_config(&config)?.spawn()?;
-    vmm.wait_for_output("Guest-boot-time =", SOON).map(drop)
+    vmm.wait_for_output("Guest-boot-time =", TIMEOUT).map(drop)
 }
 
 #[test]

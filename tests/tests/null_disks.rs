@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use vesta_tests::api::{ApiClient, Response};
 use vesta_tests::counting::counting_with;
 use vesta_tests::disks::{MIB, disk, drive, with};
-use vesta_tests::guest::{SOON, Transport};
+use vesta_tests::guest::{TIMEOUT, Transport};
 use vesta_tests::host_devices::{LoopDevice, SmallFs};
 use vesta_tests::process::Orphans;
-use vesta_tests::snapshots::{Files, empty, pause, resume};
+use vesta_tests::snapshots::{Files, pause, resume, unconfigured};
 
 fn put(api: &mut ApiClient, drive: &Value) -> Result<Response> {
     api.put("/drives/d", drive)
@@ -23,10 +23,10 @@ fn child(dir: &Path, id: &str) -> Value {
     json!({"id": id, "serial": {"serial_out_path": dir.join(format!("{id}.serial"))}})
 }
 
-fn refused(response: &Response, said: &[&str]) -> Result<()> {
+fn refused(response: &Response, printed: &[&str]) -> Result<()> {
     let fault = response.fault();
     ensure!(response.status == 400, "{} {fault}", response.status);
-    ensure!(said.iter().all(|said| fault.contains(said)), "no {said:?} in: {fault}");
+    ensure!(printed.iter().all(|printed| fault.contains(printed)), "no {printed:?} in: {fault}");
     Ok(())
 }
 
@@ -38,13 +38,13 @@ fn a_raw_disk_is_refused_to_other_monitors_by_holder() -> Result<()> {
     let read_only = with(raw.clone(), &json!({"is_read_only": true}));
     let overlay = home.path().join("top");
     let overlaid = with(raw.clone(), &json!({"overlay": {"path": overlay}}));
-    let (mut writer, mut writers_api) = empty(Transport::Mmio)?;
+    let (mut writer, mut writers_api) = unconfigured(Transport::Mmio)?;
     put(&mut writers_api, &raw)?.ok()?;
     // Set anew, and used by another drive of the same microVM.
     put(&mut writers_api, &raw)?.ok()?;
     writers_api.put("/drives/e", &with(raw.clone(), &json!({"drive_id": "e"})))?.ok()?;
 
-    let (other, mut api) = empty(Transport::Mmio)?;
+    let (other, mut api) = unconfigured(Transport::Mmio)?;
     let holder = format!("process {} (", writer.pid());
     for drive in [&raw, &read_only, &overlaid] {
         refused(&put(&mut api, drive)?, &["drive d", "disk.img", &holder, "\"lock\""])?;
@@ -57,18 +57,18 @@ fn a_raw_disk_is_refused_to_other_monitors_by_holder() -> Result<()> {
     ensure!(config["drives"][0]["lock"] == json!(false), "{config}");
 
     writer.signal(Signal::KILL)?;
-    writer.exit_status(SOON)?;
+    writer.exit_status(TIMEOUT)?;
     put(&mut api, &raw)?.ok()?;
     let config = api.get("/vm/config")?.ok()?.json()?;
     ensure!(config["drives"][0].get("lock").is_none(), "{config}");
     drop(other);
 
     // Those that only read do not keep each other out.
-    let (_one, mut one) = empty(Transport::Mmio)?;
+    let (_one, mut one) = unconfigured(Transport::Mmio)?;
     put(&mut one, &read_only)?.ok()?;
-    let (_two, mut two) = empty(Transport::Mmio)?;
+    let (_two, mut two) = unconfigured(Transport::Mmio)?;
     put(&mut two, &overlaid)?.ok()?;
-    let (_three, mut three) = empty(Transport::Mmio)?;
+    let (_three, mut three) = unconfigured(Transport::Mmio)?;
     refused(&put(&mut three, &raw)?, &["drive d", "for writing"])
 }
 
@@ -81,7 +81,7 @@ fn a_forked_disk_is_a_base_to_all_and_written_by_none() -> Result<()> {
     let (parent, mut api, _serial) = counting_with(&[raw.clone(), drive("none", &none)])?;
     // The same disk again, as for a file that has grown.
     api.patch("/drives/d", &json!({"drive_id": "d", "path_on_host": image}))?.ok()?;
-    let (_other, mut other) = empty(Transport::Mmio)?;
+    let (_other, mut other) = unconfigured(Transport::Mmio)?;
     let overlaid = with(raw.clone(), &json!({"overlay": {"path": dir.join("others")}}));
     refused(&put(&mut other, &overlaid)?, &["disk.img"])?;
     let children = json!({"children": [child(dir, "a"), child(dir, "b")]});
@@ -89,9 +89,9 @@ fn a_forked_disk_is_a_base_to_all_and_written_by_none() -> Result<()> {
     put(&mut other, &overlaid)?.ok()?;
     refused(&put(&mut other, &raw)?, &["disk.img"])?;
     drop(parent);
-    let (_more, mut more) = empty(Transport::Mmio)?;
+    let (_more, mut more) = unconfigured(Transport::Mmio)?;
     refused(&put(&mut more, &raw)?, &["disk.img"])?;
-    orphans.kill(SOON)?;
+    orphans.kill(TIMEOUT)?;
     // `other` has it as a base itself: its own is no hindrance.
     put(&mut other, &raw)?.ok().map(drop)
 }
@@ -105,7 +105,7 @@ fn a_saved_disk_is_written_by_one_microvm_at_a_time() -> Result<()> {
     pause(&mut api)?;
     api.put("/snapshot/create", &files.create("Full"))?.ok()?;
     resume(&mut api)?;
-    let (vmm, mut api) = empty(Transport::Mmio)?;
+    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     api.put("/serial", &json!({"serial_out_path": vmm.dir().join("serial")}))?.ok()?;
     let holder = format!("process {} (", saved.pid());
     refused(&api.put("/snapshot/load", &files.load())?, &["drive d", "disk.img", &holder])?;
@@ -155,5 +155,5 @@ fn a_failed_write_back_refuses_forks_until_the_disk_is_replaced() -> Result<()> 
 
     let other = disk(&small.path(), "other", 16)?;
     api.patch("/drives/d", &patch(&other))?.ok()?;
-    Orphans::of_fork(&api.put("/fork", &fork("b"))?.ok()?.json()?)?.kill(SOON)
+    Orphans::of_fork(&api.put("/fork", &fork("b"))?.ok()?.json()?)?.kill(TIMEOUT)
 }

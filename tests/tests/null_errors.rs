@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::{ApiClient, Response};
 use vesta_tests::elf::{Elf, LOAD_ADDRESS, Segment, null_guest};
-use vesta_tests::guest::{Guest, SOON, ignore, start, vmm_path, vmm_with_api};
+use vesta_tests::guest::{Guest, TIMEOUT, ignore, start, vmm_path, vmm_with_api};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// The exit codes of Firecracker's that matter here.
@@ -28,9 +28,9 @@ fn refused_from_file(config: impl FnOnce(&Path) -> Result<Value>) -> Result<Stri
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
     let config = config(builder.dir())?;
     let mut vmm = builder.with_config(&config)?.spawn()?;
-    let (code, said) = vmm.finish(SOON)?;
-    assert_eq!(code, BAD_CONFIGURATION, "it said: {said}");
-    Ok(said)
+    let (code, output) = vmm.finish(TIMEOUT)?;
+    assert_eq!(code, BAD_CONFIGURATION, "it said: {output}");
+    Ok(output)
 }
 
 /// Puts a boot source and starts it. One of the two must be refused; returns with which words.
@@ -57,7 +57,7 @@ fn still_starts(vmm: &Vmm, api: &mut ApiClient) -> Result<()> {
     assert_eq!(api.get("/")?.json()?["state"], "Not started");
     Guest::bare(&good_kernel(vmm.dir())?).put(api)?;
     start(api)?;
-    vmm.wait_for_output("Guest-boot-time =", SOON)?;
+    vmm.wait_for_output("Guest-boot-time =", TIMEOUT)?;
     Ok(())
 }
 
@@ -174,8 +174,8 @@ fn an_initrd_that_does_not_fit_is_refused_with_both_sizes() -> Result<()> {
     // No more than a hole.
     File::create(&initrd)?.set_len(200 << 20)?;
     guest.initrd = Some(initrd);
-    let said = refused_start(&mut api, &guest)?;
-    ensure!(said.contains("initrd") && said.contains(&(200 << 20).to_string()), "{said}");
+    let output = refused_start(&mut api, &guest)?;
+    ensure!(output.contains("initrd") && output.contains(&(200 << 20).to_string()), "{output}");
     still_starts(&vmm, &mut api)
 }
 
@@ -183,11 +183,11 @@ fn an_initrd_that_does_not_fit_is_refused_with_both_sizes() -> Result<()> {
 fn a_command_line_that_is_too_long_is_refused_with_the_bound() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let guest = Guest::bare(&good_kernel(vmm.dir())?).boot_args(&"x".repeat(2049));
-    let said = fault(&api.put("/boot-source", &guest.boot_source())?)?;
-    ensure!(said.contains("2048") && said.contains("2049"), "{said}");
+    let output = fault(&api.put("/boot-source", &guest.boot_source())?)?;
+    ensure!(output.contains("2048") && output.contains("2049"), "{output}");
     still_starts(&vmm, &mut api)?;
-    let said = refused_from_file(|_| Ok(guest.config()))?;
-    ensure!(said.contains("2048"), "{said}");
+    let output = refused_from_file(|_| Ok(guest.config()))?;
+    ensure!(output.contains("2048"), "{output}");
     Ok(())
 }
 
@@ -196,10 +196,10 @@ fn numbers_of_vcpus_out_of_bounds_are_refused_with_the_bounds() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     for vcpus in [0, 129, 255] {
         let guest = Guest::bare(&good_kernel(vmm.dir())?).vcpus(vcpus);
-        let said = fault(&api.put("/machine-config", &guest.machine_config())?)?;
-        ensure!(said.contains("vcpu_count") && said.contains("128"), "{said}");
-        let said = refused_from_file(|_| Ok(guest.config()))?;
-        ensure!(said.contains("vcpu_count") && said.contains("128"), "{said}");
+        let output = fault(&api.put("/machine-config", &guest.machine_config())?)?;
+        ensure!(output.contains("vcpu_count") && output.contains("128"), "{output}");
+        let output = refused_from_file(|_| Ok(guest.config()))?;
+        ensure!(output.contains("vcpu_count") && output.contains("128"), "{output}");
     }
     assert_eq!(api.get("/machine-config")?.json()?["vcpu_count"], 1);
     still_starts(&vmm, &mut api)
@@ -210,8 +210,8 @@ fn sizes_of_memory_out_of_bounds_are_refused_with_the_bounds() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     for mem_mib in [0, (1 << 20) + 1] {
         let guest = Guest::bare(&good_kernel(vmm.dir())?).mem_mib(mem_mib);
-        let said = fault(&api.put("/machine-config", &guest.machine_config())?)?;
-        ensure!(said.contains("mem_size_mib") && said.contains(&(1 << 20).to_string()), "{said}");
+        let output = fault(&api.put("/machine-config", &guest.machine_config())?)?;
+        ensure!(output.contains("mem_size_mib") && output.contains(&(1 << 20).to_string()), "{output}");
     }
     assert_eq!(api.get("/machine-config")?.json()?["mem_size_mib"], 128);
     still_starts(&vmm, &mut api)
@@ -229,30 +229,33 @@ fn memory_that_cannot_be_had_is_refused_and_the_monitor_goes_on() -> Result<()> 
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let mut guest = Guest::bare(&good_kernel(vmm.dir())?);
     guest.machine = json!({"huge_pages": "2M"});
-    let said = refused_start(&mut api, &guest)?;
-    ensure!(said.contains("128") || said.contains(&(128 << 20).to_string()), "the size is not in: {said}");
+    let output = refused_start(&mut api, &guest)?;
+    ensure!(
+        output.contains("128") || output.contains(&(128 << 20).to_string()),
+        "the size is not in: {output}"
+    );
     still_starts(&vmm, &mut api)
 }
 
 #[test]
 fn an_unknown_key_of_a_configuration_file_is_named() -> Result<()> {
-    let said = refused_from_file(|dir| {
+    let output = refused_from_file(|dir| {
         let mut config = Guest::bare(&good_kernel(dir)?).config();
         config["machine-confg"] = json!({});
         Ok(config)
     })?;
-    ensure!(said.contains("machine-confg"), "{said}");
+    ensure!(output.contains("machine-confg"), "{output}");
     Ok(())
 }
 
 #[test]
 fn an_unknown_key_within_a_section_is_named() -> Result<()> {
-    let said = refused_from_file(|dir| {
+    let output = refused_from_file(|dir| {
         let mut config = Guest::bare(&good_kernel(dir)?).config();
         config["boot-source"]["boot_arg"] = json!("quiet");
         Ok(config)
     })?;
-    ensure!(said.contains("boot_arg"), "{said}");
+    ensure!(output.contains("boot_arg"), "{output}");
     Ok(())
 }
 
@@ -260,9 +263,9 @@ fn an_unknown_key_within_a_section_is_named() -> Result<()> {
 fn a_configuration_file_that_is_no_json_is_refused_with_the_place() -> Result<()> {
     let builder =
         VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config_text("{\n\"boot-source\": nonsense}")?;
-    let (code, said) = builder.spawn()?.finish(SOON)?;
-    assert_eq!(code, BAD_CONFIGURATION, "it said: {said}");
-    ensure!(said.contains("line 2"), "{said}");
+    let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
+    assert_eq!(code, BAD_CONFIGURATION, "it said: {output}");
+    ensure!(output.contains("line 2"), "{output}");
     Ok(())
 }
 
@@ -270,9 +273,9 @@ fn a_configuration_file_that_is_no_json_is_refused_with_the_place() -> Result<()
 fn a_missing_configuration_file_is_named() -> Result<()> {
     let builder =
         VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--config-file").arg("/nonexistent/config.json");
-    let (code, said) = builder.spawn()?.finish(SOON)?;
+    let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
     assert_ne!(code, 0);
-    ensure!(said.contains("/nonexistent/config.json"), "{said}");
+    ensure!(output.contains("/nonexistent/config.json"), "{output}");
     Ok(())
 }
 
@@ -280,8 +283,8 @@ fn a_missing_configuration_file_is_named() -> Result<()> {
 fn an_unknown_key_over_the_api_is_named() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let body = json!({"vcpu_count": 1, "mem_size_mib": 128, "memory": 1});
-    let said = fault(&api.put("/machine-config", &body)?)?;
-    ensure!(said.contains("memory"), "{said}");
+    let output = fault(&api.put("/machine-config", &body)?)?;
+    ensure!(output.contains("memory"), "{output}");
     still_starts(&vmm, &mut api)
 }
 
@@ -313,9 +316,10 @@ fn what_needs_a_running_guest_is_refused_before_the_start() -> Result<()> {
 fn a_socket_that_is_in_use_is_named_and_left_alone() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&[])?;
     let socket = vmm.dir().join("api.sock");
-    let (code, said) = VmmBuilder::new(&vmm_path())?.arg("--api-sock").arg(&socket).spawn()?.finish(SOON)?;
-    assert_eq!(code, GENERIC_ERROR, "it said: {said}");
-    ensure!(said.contains(&socket.display().to_string()), "{said}");
+    let (code, output) =
+        VmmBuilder::new(&vmm_path())?.arg("--api-sock").arg(&socket).spawn()?.finish(TIMEOUT)?;
+    assert_eq!(code, GENERIC_ERROR, "it said: {output}");
+    ensure!(output.contains(&socket.display().to_string()), "{output}");
     api.get("/")?.ok()?;
     Ok(())
 }
@@ -331,9 +335,9 @@ fn arguments_that_mean_nothing_are_named() -> Result<()> {
     ];
     for (args, word) in cases {
         let builder = args.iter().fold(VmmBuilder::new(&vmm_path())?, VmmBuilder::arg);
-        let (code, said) = builder.spawn()?.finish(SOON)?;
-        assert_eq!(code, ARG_PARSING, "{args:?}: it said: {said}");
-        ensure!(said.contains(word), "{args:?}: {said}");
+        let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
+        assert_eq!(code, ARG_PARSING, "{args:?}: it said: {output}");
+        ensure!(output.contains(word), "{args:?}: {output}");
     }
     Ok(())
 }
@@ -360,9 +364,9 @@ fn exit_status_is_firecrackers_under_its_name() -> Result<()> {
         for (name, status) in [("vesta-vmm", own), ("firecracker", firecrackers)] {
             let builder = VmmBuilder::new(&vmm_path())?.with_name(name);
             let builder = args.iter().fold(builder, VmmBuilder::arg);
-            let (code, said) = builder.spawn()?.finish(SOON)?;
-            assert_eq!(code, status, "{name} {args:?}: it said: {said}");
-            ensure!(said.contains(named), "{args:?}: {said}");
+            let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
+            assert_eq!(code, status, "{name} {args:?}: it said: {output}");
+            ensure!(output.contains(named), "{args:?}: {output}");
         }
     }
     Ok(())

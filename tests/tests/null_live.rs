@@ -8,11 +8,11 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counting_with, counts, filled, wait_for};
+use vesta_tests::counting::{counting_with, filled, is_consecutive, wait_for_bytes};
 use vesta_tests::disks::{disk, drive, with};
-use vesta_tests::guest::{SOON, Transport};
+use vesta_tests::guest::{TIMEOUT, Transport};
 use vesta_tests::host_devices::SmallFs;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::snapshots::{Files, pause, unconfigured};
 use vesta_tests::vmm::Vmm;
 
 fn live(files: &Files, kind: &str) -> Value {
@@ -23,7 +23,7 @@ fn live(files: &Files, kind: &str) -> Value {
 
 /// Waits until the live snapshot is over; how it is described then.
 fn job_end(api: &mut ApiClient) -> Result<Value> {
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         let job = api.get("/snapshot/job")?.ok()?.json()?;
         if job["state"] != json!("Running") {
@@ -42,12 +42,12 @@ fn save(api: &mut ApiClient, create: &Value) -> Result<()> {
 }
 
 /// A monitor that goes on with `load`.
-fn go_on(load: &Value) -> Result<(Vmm, ApiClient)> {
-    let (vmm, mut api) = empty(Transport::Mmio)?;
+fn restore(load: &Value) -> Result<(Vmm, ApiClient)> {
+    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     api.put("/snapshot/load", load)?.ok()?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok((vmm, api))
 }
 
@@ -76,19 +76,19 @@ fn each_load_of_a_live_snapshot_begins_on_an_overlay_of_its_own() -> Result<()> 
     save(&mut api, &live(&files, "Full"))?;
     ensure!(overlay(&mut api)? == (dir.join("disk.img.parent.1"), Vec::new()));
 
-    let (first, mut first_api) = go_on(&files.load())?;
+    let (first, mut first_api) = restore(&files.load())?;
     ensure!(overlay(&mut first_api)? == (dir.join("disk.img.parent.2"), Vec::new()));
-    let (_second, mut second_api) = go_on(&files.load())?;
+    let (_second, mut second_api) = restore(&files.load())?;
     ensure!(overlay(&mut second_api)? == (dir.join("disk.img.parent.3"), Vec::new()));
     // What the first has written is no part of the snapshot, though it has ended.
     drop(first);
     write_to(&dir.join("disk.img.parent.2"))?;
-    let (_third, mut third_api) = go_on(&files.load())?;
+    let (_third, mut third_api) = restore(&files.load())?;
     ensure!(overlay(&mut third_api)? == (dir.join("disk.img.parent.4"), Vec::new()));
     // Nor can it be asked for.
     let mut load = files.load();
     load["drives"] = json!([{"drive_id": "d", "overlay": {"path": dir.join("disk.img.parent.2")}}]);
-    let (_fourth, mut fourth_api) = empty(Transport::Mmio)?;
+    let (_fourth, mut fourth_api) = unconfigured(Transport::Mmio)?;
     let refused = fourth_api.put("/snapshot/load", &load)?;
     ensure!(
         refused.status == 400 && refused.fault().contains("disk.img.parent.2 exists already"),
@@ -109,7 +109,7 @@ fn a_load_that_fails_leaves_no_overlay() -> Result<()> {
     let files = Files::new(dir, "s");
     save(&mut api, &live(&files, "Full"))?;
     fs::rename(&files.memory, dir.join("elsewhere"))?;
-    let (_clone, mut clone) = empty(Transport::Mmio)?;
+    let (_clone, mut clone) = unconfigured(Transport::Mmio)?;
     let refused = clone.put("/snapshot/load", &files.load())?;
     ensure!(refused.status == 400 && refused.fault().contains("s.memory"), "{refused:?}");
     ensure!(!dir.join("disk.img.s.state.1").exists());
@@ -137,12 +137,12 @@ fn what_was_written_before_is_a_layer_of_the_microvm_and_of_each_load() -> Resul
     save(&mut api, &create)?;
     ensure!(overlay(&mut api)? == (own, vec![top.clone()]));
     // Beside the overlay of the microVM that was saved.
-    let (_clone, mut clone) = go_on(&files.load())?;
+    let (_clone, mut clone) = restore(&files.load())?;
     ensure!(overlay(&mut clone)? == (dir.join("disk.img.s.state.1"), vec![top.clone()]));
     // Another overlay does not take the layers from the disk.
     let mut load = files.load();
     load["drives"] = json!([{"drive_id": "d", "overlay": {"path": dir.join("mine")}}]);
-    let (_other, mut other) = go_on(&load)?;
+    let (_other, mut other) = restore(&load)?;
     ensure!(overlay(&mut other)? == (dir.join("mine"), vec![top]));
     Ok(())
 }
@@ -185,7 +185,7 @@ fn what_cannot_be_saved_is_refused_before_anything_is_changed() -> Result<()> {
         ensure!(fs::read_dir(dir)?.count() == 1, "{named}: something was left behind");
         ensure!(api.get("/vm/config")?.json()?["drives"][0]["overlay"].is_null(), "{named}");
     }
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok(())
 }
 
@@ -232,6 +232,6 @@ fn a_live_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on() ->
     let end = job_end(&mut api)?;
     ensure!(end["state"] == json!("Failed") && end["error"].to_string().contains("No space left"), "{end}");
     ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok(())
 }

@@ -8,8 +8,8 @@ use anyhow::{Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{WALL_CLOCK, counts, sweeping, wait_for, with_clocks};
-use vesta_tests::guest::{SOON, vmm_path};
+use vesta_tests::counting::{WALL_CLOCK, is_consecutive, sweeping, wait_for_bytes, with_clocks};
+use vesta_tests::guest::{TIMEOUT, vmm_path};
 use vesta_tests::page_server::PageServer;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
@@ -32,7 +32,7 @@ fn save_guest((_vmm, mut api, _serial): (Vmm, ApiClient, PathBuf), dir: &Path) -
 
 fn empty() -> Result<(Vmm, ApiClient, PathBuf)> {
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     Ok((vmm, api, serial))
@@ -54,7 +54,7 @@ fn a_guest_goes_on_with_what_its_page_server_sends() -> Result<()> {
     let (_vmm, mut api, serial) = empty()?;
     api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?.ok()?;
     // It says a number only if all its pages are right.
-    ensure!(counts(&wait_for(&serial, 5)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 5)?));
     let refused = api.put("/fork", &json!({"children": [{"id": "a"}]}))?;
     ensure!(refused.status == 400 && refused.fault().contains("page server"), "{refused:?}");
     Ok(())
@@ -73,8 +73,8 @@ fn a_page_server_that_ends_ends_the_guest_which_never_sees_zeros_and_the_log_say
         ends.push((faults, server, vmm, serial));
     }
     for (faults, _server, vmm, serial) in &mut ends {
-        let (code, said) = vmm.finish(SOON)?;
-        ensure!(code == 1 && said.contains("the page server has ended"), "{code} {said}");
+        let (code, output) = vmm.finish(TIMEOUT)?;
+        ensure!(code == 1 && output.contains("the page server has ended"), "{code} {output}");
         // At a page of zeros it would have said that it is wrong, aloud.
         let numbers = fs::read(&*serial)?;
         ensure!(numbers.len() <= 1, "{faults}: it went on without its pages: {:?}", &numbers[..4]);
@@ -93,7 +93,7 @@ fn guest_of_a_forked_page_server_outlives_the_process_that_listened() -> Result<
     api.put("/snapshot/load", &body)?.ok()?;
     server.end_listener()?;
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    ensure!(counts(&wait_for(&serial, 5)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 5)?));
     ensure!(vmm.is_running()?, "{}", vmm.stdout.text());
     Ok(())
 }
@@ -114,8 +114,8 @@ fn a_page_server_that_ends_while_its_guest_is_saved_leaves_the_old_snapshot() ->
         json!({"snapshot_path": home.path().join("state"), "mem_file_path": home.path().join("memory")});
     let refused = api.put("/snapshot/create", &body)?;
     ensure!(refused.status == 400 && refused.fault().contains("pages-300.sock"), "{refused:?}");
-    let (code, said) = vmm.finish(SOON)?;
-    ensure!(code == 1 && said.contains("the page server has ended"), "{code} {said}");
+    let (code, output) = vmm.finish(TIMEOUT)?;
+    ensure!(code == 1 && output.contains("the page server has ended"), "{code} {output}");
     let [now_state, now_memory] = files();
     ensure!(now_state? == state && now_memory? == memory, "the snapshot is another one");
     Ok(())
@@ -145,7 +145,7 @@ fn a_page_server_that_stalls_leaves_the_monitor_answering_and_the_guest_can_be_s
     }
     server.signal(Signal::CONT)?;
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    ensure!(counts(&wait_for(&serial, 3)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
     api.put("/snapshot/create", &create)?.ok()?;
     drop(vmm);
@@ -163,7 +163,7 @@ fn a_page_server_that_is_not_there_or_never_answers_is_refused_and_another_load_
     let refused = api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?;
     ensure!(refused.status == 400 && refused.fault().contains("pages-none.sock"), "{refused:?}");
     api.put("/snapshot/load", &load(home.path(), "File", &home.path().join("memory")))?.ok()?;
-    ensure!(counts(&wait_for(&serial, 5)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 5)?));
     Ok(())
 }
 
@@ -179,7 +179,7 @@ fn a_load_fails_if_the_page_of_a_vcpus_clock_never_comes() -> Result<()> {
     ensure!(api.get("/")?.json()?["state"] == json!("Not started"));
     // Nothing is left of it that another load would come across.
     api.put("/snapshot/load", &load(home.path(), "File", &home.path().join("memory")))?.ok()?;
-    ensure!(counts(&wait_for(&serial, 5)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 5)?));
     Ok(())
 }
 
@@ -197,7 +197,7 @@ fn a_load_whose_page_server_ends_under_a_vcpu_fails() -> Result<()> {
     let refused = loading.join().expect("it does not panic")?;
     ensure!(refused.status == 400 && refused.fault().contains("is gone"), "{refused:?}");
     api.put("/snapshot/load", &load(home.path(), "File", &home.path().join("memory")))?.ok()?;
-    ensure!(counts(&wait_for(&serial, 5)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 5)?));
     Ok(())
 }
 
@@ -213,6 +213,6 @@ fn sigterm_ends_a_load_whose_page_server_stalls() -> Result<()> {
     vmm.signal(Signal::TERM)?;
     let refused = loading.join().expect("it does not panic")?;
     ensure!(refused.status == 400 && refused.fault().contains("was cancelled"), "{refused:?}");
-    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
+    ensure!(vmm.exit_status(TIMEOUT)?.signal() == Some(Signal::TERM.as_raw()));
     Ok(())
 }

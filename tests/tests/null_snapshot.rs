@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counting, counts, wait_for};
-use vesta_tests::guest::{SOON, vmm_path};
+use vesta_tests::counting::{counting, is_consecutive, wait_for_bytes};
+use vesta_tests::guest::{TIMEOUT, vmm_path};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// A monitor that loaded nothing yet, whose guest will write to the file that is returned.
 fn empty() -> Result<(Vmm, ApiClient, PathBuf)> {
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     Ok((vmm, api, serial))
@@ -51,13 +51,16 @@ fn a_restored_guest_goes_on_where_it_was_saved_and_so_do_its_clones_three_genera
         let saved = fs::read(&*serial)?;
         api.put("/snapshot/create", &create(home.path(), generation, "Full"))?.ok()?;
         resume(api)?;
-        ensure!(counts(&wait_for(serial, 10)?), "{generation}");
+        ensure!(is_consecutive(&wait_for_bytes(serial, 10)?), "{generation}");
         for _clone in 0..2 {
             let (vmm, mut api, serial) = empty()?;
             api.put("/snapshot/load", &load(home.path(), generation, generation))?.ok()?;
-            let said = wait_for(&serial, 10)?;
+            let output = wait_for_bytes(&serial, 10)?;
             let next = saved.last().map(|byte| byte.wrapping_add(1));
-            ensure!(counts(&said) && said.first().copied() == next, "{generation}: after {next:?} {said:?}");
+            ensure!(
+                is_consecutive(&output) && output.first().copied() == next,
+                "{generation}: after {next:?} {output:?}"
+            );
             family.push((vmm, api, serial));
         }
     }
@@ -83,18 +86,18 @@ fn a_diff_is_what_was_written_since_with_and_without_tracking() -> Result<()> {
         pause(&mut api)?;
         api.put("/snapshot/create", &create(dir, "base", "Full"))?.ok()?;
         resume(&mut api)?;
-        wait_for(&serial, 10)?;
+        wait_for_bytes(&serial, 10)?;
         pause(&mut api)?;
-        let said = wait_for(&serial, 0)?;
+        let output = wait_for_bytes(&serial, 0)?;
         // Onto the base, in place.
         let mut diff = create(dir, "diff", "Diff");
         diff["mem_file_path"] = json!(dir.join("base.memory"));
         api.put("/snapshot/create", &diff)?.ok()?;
         let (_clone, mut clone, clone_serial) = empty()?;
         clone.put("/snapshot/load", &load(dir, "diff", "base"))?.ok()?;
-        let went_on = wait_for(&clone_serial, 10)?;
+        let went_on = wait_for_bytes(&clone_serial, 10)?;
         ensure!(
-            counts(&went_on) && went_on[0] == said.last().copied().unwrap_or(0).wrapping_add(1),
+            is_consecutive(&went_on) && went_on[0] == output.last().copied().unwrap_or(0).wrapping_add(1),
             "{tracked}"
         );
     }
@@ -135,7 +138,7 @@ fn what_cannot_be_loaded_is_refused_by_name_and_can_be_tried_again() -> Result<(
     let refused = clone.put("/snapshot/load", &unknown_drive)?;
     ensure!(refused.status == 400 && refused.fault().contains("no drive d"), "{refused:?}");
     clone.put("/snapshot/load", &load(dir, "good", "good"))?.ok()?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     let again = clone.put("/snapshot/load", &load(dir, "good", "good"))?;
     ensure!(again.status == 400, "{again:?}");
     Ok(())
@@ -161,13 +164,13 @@ fn what_cannot_be_saved_is_refused_and_leaves_nothing_and_the_guest_goes_on() ->
         ensure!(fs::read_dir(dir)?.next().is_none(), "{named}: something was left behind");
     }
     resume(&mut api)?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok(())
 }
 
 /// Waits until the live snapshot is over; how it is described then.
 fn job_end(api: &mut ApiClient) -> Result<Value> {
-    let deadline = std::time::Instant::now() + SOON;
+    let deadline = std::time::Instant::now() + TIMEOUT;
     loop {
         let job = api.get("/snapshot/job")?.json()?;
         if job["state"] != json!("Running") {
@@ -190,16 +193,16 @@ fn a_live_snapshot_is_of_the_moment_it_was_asked_for_and_the_guest_runs_on() -> 
         ensure!(api.get("/")?.json()?["state"] == json!("Running"));
         let end = job_end(&mut api)?;
         ensure!(end["state"] == json!("Done") && end["bytes_total"].is_u64(), "{end}");
-        let parent = wait_for(&serial, 10)?;
-        ensure!(counts(&parent), "{kind}");
+        let parent = wait_for_bytes(&serial, 10)?;
+        ensure!(is_consecutive(&parent), "{kind}");
 
         let (_clone, mut clone, clone_serial) = empty()?;
         clone.put("/snapshot/load", &load(vmm.dir(), "live", "live"))?.ok()?;
-        let said = wait_for(&clone_serial, 10)?;
-        ensure!(counts(&said), "{kind}");
+        let output = wait_for_bytes(&clone_serial, 10)?;
+        ensure!(is_consecutive(&output), "{kind}");
         // It begins somewhere between where the parent was before and after.
-        let began_at = (before..parent.len()).find(|at| parent[*at] == said[0]);
-        ensure!(began_at.is_some() || parent.len() - before > 255, "{kind}: {before} {}", said[0]);
+        let began_at = (before..parent.len()).find(|at| parent[*at] == output[0]);
+        ensure!(began_at.is_some() || parent.len() - before > 255, "{kind}: {before} {}", output[0]);
     }
     Ok(())
 }
@@ -214,13 +217,13 @@ fn a_first_restore_records_what_the_guest_touches_and_later_ones_fill_it_in() ->
     body["prefetch"] = json!(true);
     let (first, mut api, serial) = empty()?;
     api.put("/snapshot/load", &body)?.ok()?;
-    ensure!(counts(&wait_for(&serial, 10)?));
-    first.wait_for_output("working set", SOON)?;
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
+    first.wait_for_output("working set", TIMEOUT)?;
     ensure!(home.path().join("a.memory.working-set").exists(), "{}", first.stdout.text());
     let (second, mut api, serial) = empty()?;
     api.put("/snapshot/load", &body)?.ok()?;
-    second.wait_for_output("pages are filled in ahead of the guest", SOON)?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+    second.wait_for_output("pages are filled in ahead of the guest", TIMEOUT)?;
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     body["mem_backend"]["backend_type"] = json!("Uffd");
     let (_third, mut api, _serial) = empty()?;
     let refused = api.put("/snapshot/load", &body)?;
@@ -242,7 +245,7 @@ fn load_after_a_put_that_describes_a_boot_is_refused() -> Result<()> {
     api.put("/logger", &json!({"level": "Info"}))?.ok()?;
     api.put("/mmds", &json!({"a": 1}))?.ok()?;
     api.put("/snapshot/load", &body)?.ok()?;
-    ensure!(counts(&wait_for(&serial, 3)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
 
     let (_clone, mut api, _serial) = empty()?;
     // The defaults: the configuration is what it was.

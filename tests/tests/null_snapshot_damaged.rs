@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use snapshot::{Section, Snapshot, Value, Writer};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{kernel, wait_for};
+use vesta_tests::counting::{kernel, wait_for_bytes};
 use vesta_tests::guest::{Guest, Transport, start};
 use vesta_tests::pattern::mix;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::snapshots::{Files, pause, unconfigured};
 use vesta_tests::soak::rounds;
 use vesta_tests::vmm::Vmm;
 
@@ -112,7 +112,7 @@ fn save(transport: Transport, vmm: &Vmm, api: &mut ApiClient) -> Result<Files> {
     api.put("/vsock", &json!({"guest_cid": 3, "uds_path": dir.join("vsock")}))?.ok()?;
     Guest { machine: json!({"vcpu_count": 2}), ..Guest::bare(&dir.join("kernel")).mem_mib(16) }.put(api)?;
     start(api)?;
-    wait_for(&dir.join("serial"), 2)?;
+    wait_for_bytes(&dir.join("serial"), 2)?;
     pause(api)?;
     let files = Files::new(dir, "good");
     api.put("/snapshot/create", &files.create("Full"))?.ok().with_context(|| format!("{transport:?}"))?;
@@ -122,7 +122,7 @@ fn save(transport: Transport, vmm: &Vmm, api: &mut ApiClient) -> Result<Files> {
 vesta_tests::on_each_transport! {
     fn a_state_file_with_any_value_changed_is_refused_or_gives_a_microvm(transport) {
         let (good, home) = {
-            let (vmm, mut api) = empty(transport)?;
+            let (vmm, mut api) = unconfigured(transport)?;
             let files = save(transport, &vmm, &mut api)?;
             let home = tempfile::tempdir()?;
             for file in [&files.state, &files.memory, &vmm.dir().join("disk"), &vmm.dir().join("overlay")] {
@@ -132,7 +132,7 @@ vesta_tests::on_each_transport! {
         };
         let bad = Files { state: home.path().join("bad.state"), memory: good.memory.clone() };
         let (mut loaded, mut refused) = (0, 0);
-        let (mut vmm, mut api) = empty(transport)?;
+        let (mut vmm, mut api) = unconfigured(transport)?;
         for seed in 0..rounds(ROUNDS) {
             damaged(&good, &bad, seed)?;
             let mut load = bad.load();
@@ -144,7 +144,7 @@ vesta_tests::on_each_transport! {
             match answer.status {
                 204 => {
                     loaded += 1;
-                    (vmm, api) = empty(transport)?;
+                    (vmm, api) = unconfigured(transport)?;
                 }
                 400 => refused += 1,
                 _ => ensure!(false, "round {seed}: {answer:?}"),

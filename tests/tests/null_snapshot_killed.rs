@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::api::{ApiClient, read_response};
-use vesta_tests::counting::{counts, sweeping, wait_for};
+use vesta_tests::counting::{is_consecutive, sweeping, wait_for_bytes};
 use vesta_tests::guest::Transport;
 use vesta_tests::host_devices::SmallFs;
 use vesta_tests::pattern::mix;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::snapshots::{Files, pause, unconfigured};
 use vesta_tests::soak::rounds;
 use vesta_tests::vmm::Vmm;
 
@@ -20,8 +20,8 @@ use vesta_tests::vmm::Vmm;
 const ROUNDS: u64 = 60;
 
 /// A monitor that goes on with the snapshot, and where its guest speaks to.
-fn go_on(files: &Files) -> Result<(Vmm, ApiClient, PathBuf)> {
-    let (vmm, mut api) = empty(Transport::Mmio)?;
+fn restore(files: &Files) -> Result<(Vmm, ApiClient, PathBuf)> {
+    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     api.put("/snapshot/load", &files.load())?.ok()?;
@@ -70,7 +70,7 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
 
     let (mut old, mut new) = (0, 0);
     for round in 0..rounds(ROUNDS) {
-        wait_for(&serial, 2)?;
+        wait_for_bytes(&serial, 2)?;
         pause(&mut api)?;
         let now = next(&fs::read(&serial)?);
         let connection = begin_create(&api, &files, kind)?;
@@ -82,10 +82,13 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
         drop(vmm);
         drop(connection);
         ensure!(names(home.path())? == ["a.memory", "a.state"], "{:?}", names(home.path())?);
-        (vmm, api, serial) = go_on(&files).with_context(|| format!("round {round}, after {wait:?}"))?;
-        let said = wait_for(&serial, 2)?;
-        let first = said.first().copied();
-        ensure!(counts(&said) && (first == saved || first == now), "{round}: {first:?}: {saved:?} {now:?}");
+        (vmm, api, serial) = restore(&files).with_context(|| format!("round {round}, after {wait:?}"))?;
+        let output = wait_for_bytes(&serial, 2)?;
+        let first = output.first().copied();
+        ensure!(
+            is_consecutive(&output) && (first == saved || first == now),
+            "{round}: {first:?}: {saved:?} {now:?}"
+        );
         if first == now && now != saved {
             new += 1;
             saved = now;
@@ -128,8 +131,8 @@ fn killed_while_it_saves_for_the_first_time_it_leaves_a_whole_snapshot_or_none()
         drop((vmm, connection));
         // The state's name is the last to appear.
         if files.state.exists() {
-            let (_vmm, _api, serial) = go_on(&files)?;
-            ensure!(counts(&wait_for(&serial, 2)?), "round {round}");
+            let (_vmm, _api, serial) = restore(&files)?;
+            ensure!(is_consecutive(&wait_for_bytes(&serial, 2)?), "round {round}");
         } else {
             ensure!(!files.memory.exists(), "round {round}: there is memory without a state");
         }
@@ -154,23 +157,23 @@ fn a_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on_and_the_n
     );
     ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     pause(&mut api)?;
     small.resize(16 << 20)?;
     let saved = next(&fs::read(&serial)?);
     api.put("/snapshot/create", &files.create("Full"))?.ok()?;
-    let (_clone, mut clone, clone_serial) = go_on(&files)?;
-    let said = wait_for(&clone_serial, 2)?;
-    ensure!(counts(&said) && said.first().copied() == saved, "{said:?} after {saved:?}");
+    let (_clone, mut clone, clone_serial) = restore(&files)?;
+    let output = wait_for_bytes(&clone_serial, 2)?;
+    ensure!(is_consecutive(&output) && output.first().copied() == saved, "{output:?} after {saved:?}");
     // A Diff that finds no space either keeps what it would have saved for the next.
     pause(&mut clone)?;
-    let said = next(&fs::read(&clone_serial)?);
+    let output = next(&fs::read(&clone_serial)?);
     small.resize(5 << 20)?;
     let refused = clone.put("/snapshot/create", &Files::new(&small.path(), "b").create("Diff"))?;
     ensure!(refused.status == 400 && refused.fault().contains("No space left"), "{refused:?}");
     small.resize(16 << 20)?;
     clone.put("/snapshot/create", &files.create("Diff"))?.ok()?;
-    let (_third, _api, serial) = go_on(&files)?;
-    ensure!(wait_for(&serial, 2)?.first().copied() == said, "the Diff lacks something");
+    let (_third, _api, serial) = restore(&files)?;
+    ensure!(wait_for_bytes(&serial, 2)?.first().copied() == output, "the Diff lacks something");
     Ok(())
 }

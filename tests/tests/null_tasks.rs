@@ -13,12 +13,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vesta_tests::api::{ApiClient, Response, read_response};
-use vesta_tests::counting::{counts, sweeping, wait_for};
+use vesta_tests::counting::{is_consecutive, sweeping, wait_for_bytes};
 use vesta_tests::elf::null_guest;
-use vesta_tests::guest::{Guest, SOON, Transport, vmm_path};
+use vesta_tests::guest::{Guest, TIMEOUT, Transport, vmm_path};
 use vesta_tests::host_devices::SmallFs;
 use vesta_tests::page_server::PageServer;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::snapshots::{Files, pause, unconfigured};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_page-server");
@@ -55,7 +55,7 @@ fn wait_until_it_fetches(vmm: &Vmm) -> Result<()> {
 fn wait_for_thread(vmm: &Vmm, name: &str) -> Result<()> {
     let begun = Instant::now();
     while !vmm.threads()?.iter().any(|thread| thread.name == name) {
-        ensure!(begun.elapsed() < SOON, "it has no thread {name}");
+        ensure!(begun.elapsed() < TIMEOUT, "it has no thread {name}");
         std::thread::yield_now();
     }
     Ok(())
@@ -76,7 +76,7 @@ fn a_load_that_waits_can_be_watched_and_cancelled() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let server = PageServer::start(SERVER, &files.memory, "none")?;
-    let (vmm, mut api) = empty(Transport::Mmio)?;
+    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     let mut load = begin(&api, "/snapshot/load", &load_from(&files, &server))?;
@@ -88,7 +88,7 @@ fn a_load_that_waits_can_be_watched_and_cancelled() -> Result<()> {
     ensure_cancelled(&read_response(&mut load)?)?;
     // It is ready for another one.
     api.put("/snapshot/load", &files.load())?.ok()?;
-    ensure!(counts(&wait_for(&serial, 3)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
     Ok(())
 }
 
@@ -97,13 +97,13 @@ fn sigterm_ends_a_load_that_waits_for_its_page_server() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let server = PageServer::start(SERVER, &files.memory, "none")?;
-    let (mut vmm, api) = empty(Transport::Mmio)?;
+    let (mut vmm, api) = unconfigured(Transport::Mmio)?;
     let mut load = begin(&api, "/snapshot/load", &load_from(&files, &server))?;
     wait_until_it_fetches(&vmm)?;
     vmm.signal(Signal::TERM)?;
     // After the 10 s of a page server that does not answer, it would say so.
     ensure_cancelled(&read_response(&mut load)?)?;
-    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
+    ensure!(vmm.exit_status(TIMEOUT)?.signal() == Some(Signal::TERM.as_raw()));
     Ok(())
 }
 
@@ -115,9 +115,9 @@ fn sigterm_ends_a_restore_from_the_command_line() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api().arg("--restore").arg(&files.state);
     let mut vmm = builder.arg("--page-server").arg(server.socket()).spawn()?;
     wait_until_it_fetches(&vmm)?;
-    ensure!(vmm.ready_client(SOON)?.get("/")?.json()?["state"] == "Not started");
+    ensure!(vmm.ready_client(TIMEOUT)?.get("/")?.json()?["state"] == "Not started");
     vmm.signal(Signal::TERM)?;
-    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
+    ensure!(vmm.exit_status(TIMEOUT)?.signal() == Some(Signal::TERM.as_raw()));
     ensure!(!vmm.stderr.text().contains("did not answer"), "{}", vmm.stderr.text());
     ensure!(!vmm.dir().join("api.sock").exists());
     Ok(())
@@ -126,7 +126,7 @@ fn sigterm_ends_a_restore_from_the_command_line() -> Result<()> {
 /// A paused guest whose page server stands still, so that a snapshot of it waits.
 fn stalled(files: &Files) -> Result<(PageServer, Vmm, ApiClient)> {
     let server = PageServer::start(SERVER, &files.memory, "all")?;
-    let (vmm, mut api) = empty(Transport::Mmio)?;
+    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     api.put("/snapshot/load", &load_from(files, &server))?.ok()?;
@@ -153,7 +153,7 @@ fn a_create_that_waits_can_be_watched_and_cancelled() -> Result<()> {
     server.signal(Signal::CONT)?;
     api.put("/snapshot/create", &new.create("Full"))?.ok()?;
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    ensure!(counts(&wait_for(&vmm.dir().join("serial"), 3)?));
+    ensure!(is_consecutive(&wait_for_bytes(&vmm.dir().join("serial"), 3)?));
     Ok(())
 }
 
@@ -167,14 +167,14 @@ fn sigterm_ends_a_create_that_waits_and_leaves_no_file() -> Result<()> {
     wait_until_it_fetches(&vmm)?;
     vmm.signal(Signal::TERM)?;
     ensure_cancelled(&read_response(&mut create)?)?;
-    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
+    ensure!(vmm.exit_status(TIMEOUT)?.signal() == Some(Signal::TERM.as_raw()));
     ensure!(fs::read_dir(out.path())?.next().is_none(), "something was left behind");
     Ok(())
 }
 
 #[test]
 fn what_is_neither_file_nor_block_device_is_refused_at_once() -> Result<()> {
-    let (vmm, mut api) = empty(Transport::Mmio)?;
+    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let dir = vmm.dir().to_owned();
     let fifo = dir.join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600))?;
@@ -209,7 +209,7 @@ fn what_is_neither_file_nor_block_device_is_refused_at_once() -> Result<()> {
 fn snapshot_targets_are_checked_before_memory_is_written() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (_vmm, mut api, serial) = sweeping(&json!({}))?;
-    wait_for(&serial, 2)?;
+    wait_for_bytes(&serial, 2)?;
     // The memory does not fit in here, which is found when it is written.
     let small = SmallFs::new(1 << 20)?;
     let memory = small.path().join("memory");
@@ -263,7 +263,7 @@ fn a_pause_that_waits_for_a_page_leaves_the_api_answering() -> Result<()> {
         let mut pausing = api.connect()?;
         write!(pausing, "PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
         while !vmm.threads()?.iter().any(|thread| thread.name == "task") && !is_readable(&pausing)? {
-            ensure!(begun.elapsed() < SOON, "it has no thread task");
+            ensure!(begun.elapsed() < TIMEOUT, "it has no thread task");
         }
         if !is_readable(&pausing)? {
             break pausing;
@@ -277,7 +277,7 @@ fn a_pause_that_waits_for_a_page_leaves_the_api_answering() -> Result<()> {
     let answer = read_response(&mut pausing)?;
     ensure!(answer.status == 204 || answer.fault().contains("does not stand still"), "{answer:?}");
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    ensure!(counts(&wait_for(&vmm.dir().join("serial"), 3)?));
+    ensure!(is_consecutive(&wait_for_bytes(&vmm.dir().join("serial"), 3)?));
     Ok(())
 }
 
@@ -291,6 +291,6 @@ fn a_configuration_can_come_through_a_fifo() -> Result<()> {
     // Longer than what a FIFO holds, so that it comes in pieces.
     let config = Guest::bare(&kernel).config().to_string() + &" ".repeat(200_000);
     fs::write(&fifo, config)?;
-    vmm.wait_for_output("Guest-boot-time =", SOON)?;
+    vmm.wait_for_output("Guest-boot-time =", TIMEOUT)?;
     Ok(())
 }

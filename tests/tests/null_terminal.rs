@@ -40,10 +40,10 @@ fn run(kernel: &Elf, dir: &Path, terminal: &OwnedFd) -> Child {
 
 /// Reads what the program says until `text` has come.
 fn wait_for(user: &mut File, text: &str) {
-    let (mut said, mut chunk) = (String::new(), [0; 1000]);
-    while !said.contains(text) {
-        let len = user.read(&mut chunk).unwrap_or_else(|e| panic!("{e}, after {said}"));
-        said += &String::from_utf8_lossy(&chunk[..len]);
+    let (mut output, mut chunk) = (String::new(), [0; 1000]);
+    while !output.contains(text) {
+        let len = user.read(&mut chunk).unwrap_or_else(|e| panic!("{e}, after {output}"));
+        output += &String::from_utf8_lossy(&chunk[..len]);
     }
 }
 

@@ -7,18 +7,18 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counts, wait_for};
+use vesta_tests::counting::{is_consecutive, wait_for_bytes};
 use vesta_tests::elf::{Elf, reset_guest};
-use vesta_tests::guest::{Guest, SOON, Transport, start, vmm_with_api};
+use vesta_tests::guest::{Guest, TIMEOUT, Transport, start, vmm_with_api};
+use vesta_tests::minimal_driver;
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
-use vesta_tests::snapshots::{Files, empty, pause, resume};
-use vesta_tests::sparing_driver;
+use vesta_tests::snapshots::{Files, pause, resume, unconfigured};
 use vesta_tests::vmm::Vmm;
 
 /// A guest with an entropy device that counts aloud into the file that is returned.
 fn counting_guest(kernel: &Elf, transport: Transport) -> Result<(Vmm, ApiClient, PathBuf)> {
-    let (vmm, mut api) = empty(transport)?;
+    let (vmm, mut api) = unconfigured(transport)?;
     let (image, serial) = (vmm.dir().join("kernel"), vmm.dir().join("serial"));
     fs::write(&image, kernel.bytes())?;
     Guest::bare(&image).mem_mib(16).put(&mut api)?;
@@ -30,12 +30,12 @@ fn counting_guest(kernel: &Elf, transport: Transport) -> Result<(Vmm, ApiClient,
 
 /// Sees a guest count on from a snapshot, in another monitor.
 fn counts_on_from(files: &Files, transport: Transport) -> Result<()> {
-    let (vmm, mut api) = empty(transport)?;
+    let (vmm, mut api) = unconfigured(transport)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     api.put("/snapshot/load", &files.load())?.ok()?;
-    let said = wait_for(&serial, 20)?;
-    ensure!(counts(&said), "{said:?}");
+    let output = wait_for_bytes(&serial, 20)?;
+    ensure!(is_consecutive(&output), "{output:?}");
     Ok(())
 }
 
@@ -45,9 +45,9 @@ fn counts_on_in_a_child(api: &mut ApiClient, dir: &Path, id: &str) -> Result<()>
     let child = json!({"id": id, "serial": {"serial_out_path": serial}});
     let reply = api.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
     let orphans = Orphans::of_fork(&reply)?;
-    let said = wait_for(&serial, 20)?;
-    ensure!(counts(&said), "{said:?}");
-    orphans.kill(SOON)
+    let output = wait_for_bytes(&serial, 20)?;
+    ensure!(is_consecutive(&output), "{output:?}");
+    orphans.kill(TIMEOUT)
 }
 
 /// Waits until the live snapshot is over.
@@ -67,16 +67,16 @@ fn live_snapshot(api: &mut ApiClient, files: &Files) -> Result<()> {
 
 on_each_transport! {
     fn a_driver_that_accepts_no_feature_is_served(transport) {
-        let (vmm, mut api, serial) = counting_guest(&sparing_driver::kernel(transport), transport)?;
-        let said = wait_for(&serial, 300)?;
-        ensure!(counts(&said) && said[0] == 0, "{said:?}");
+        let (vmm, mut api, serial) = counting_guest(&minimal_driver::kernel(transport), transport)?;
+        let output = wait_for_bytes(&serial, 300)?;
+        ensure!(is_consecutive(&output) && output[0] == 0, "{output:?}");
         let files = Files::new(vmm.dir(), "saved");
         pause(&mut api)?;
         api.put("/snapshot/create", &files.create("Full"))?.ok()?;
         counts_on_from(&files, transport)?;
         resume(&mut api)?;
         counts_on_in_a_child(&mut api, vmm.dir(), "child")?;
-        ensure!(counts(&wait_for(&serial, 300)?), "the parent counts on");
+        ensure!(is_consecutive(&wait_for_bytes(&serial, 300)?), "the parent counts on");
         Ok(())
     }
 
@@ -87,7 +87,7 @@ on_each_transport! {
         let kernel = Elf::of(&[0xfb, 0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc]);
         let (vmm, mut api, serial) = counting_guest(&kernel, transport)?;
         for moment in 0..6 {
-            wait_for(&serial, moment * 7)?;
+            wait_for_bytes(&serial, moment * 7)?;
             let files = Files::new(vmm.dir(), &moment.to_string());
             match moment % 3 {
                 0 => {
@@ -103,7 +103,7 @@ on_each_transport! {
                 _ => counts_on_in_a_child(&mut api, vmm.dir(), &format!("child{moment}"))?,
             }
         }
-        ensure!(counts(&wait_for(&serial, 10)?));
+        ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
         Ok(())
     }
 }
@@ -128,12 +128,12 @@ fn a_guest_that_waits_for_its_cmos_clock_reads_the_date() -> Result<()> {
     let seconds = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let before = seconds();
     start(&mut api)?;
-    assert_eq!(vmm.exit_code(SOON)?, 0);
+    assert_eq!(vmm.exit_code(TIMEOUT)?, 0);
     let after = seconds();
-    let said: Vec<u64> =
+    let output: Vec<u64> =
         fs::read(&serial)?.iter().map(|byte| u64::from(byte >> 4) * 10 + u64::from(byte & 15)).collect();
-    let [century, year, month, day, hours, minutes, seconds] = said[..] else {
-        anyhow::bail!("it said {said:?}")
+    let [century, year, month, day, hours, minutes, seconds] = output[..] else {
+        anyhow::bail!("it said {output:?}")
     };
     // Days of the months before, in a year that begins in March.
     let (y, m) = (century * 100 + year - u64::from(month < 3), (month + 9) % 12);

@@ -5,9 +5,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::api::ApiClient;
-use vesta_tests::guest::{BOOT, Guest, Kernel, Transport, env, given, start, vmm_path};
+use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, Transport, env, required_path, start, vmm_path};
 use vesta_tests::on_each_transport;
-use vesta_tests::snapshots::{Files, empty, go_on, pause, resume};
+use vesta_tests::snapshots::{Files, pause, restore, resume, unconfigured};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// What memtest86+ shows of a machine with two processors that it found and uses both of.
@@ -30,15 +30,16 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 #[test]
 fn memtest86_tests_memory_on_two_vcpus_and_resets() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").with_input().quiet();
-    let guest = Guest::bare(&given(env::MEMTEST)).vcpus(2).mem_mib(8).boot_args("console=ttyS0,115200");
+    let guest =
+        Guest::bare(&required_path(env::MEMTEST)).vcpus(2).mem_mib(8).boot_args("console=ttyS0,115200");
     let mut vmm = builder.with_config(&guest.config())?.spawn()?;
     // It draws on a screen, without line breaks.
     while !vmm.stdout.text().contains(A_TEST) {
-        vmm.stdout.wait_for_more_than(vmm.stdout.len(), BOOT)?;
+        vmm.stdout.wait_for_more_than(vmm.stdout.len(), BOOT_TIMEOUT)?;
     }
     vmm.type_in(ESCAPE)?;
-    let (code, said) = vmm.finish(BOOT)?;
-    ensure!(said.contains(BOTH_PROCESSORS) && said.contains("Errors: 0"), "{said:?}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    ensure!(output.contains(BOTH_PROCESSORS) && output.contains("Errors: 0"), "{output:?}");
     assert_eq!(code, 0);
     Ok(())
 }
@@ -57,7 +58,7 @@ fn seeded(count: u32) -> Vec<u32> {
 
 /// A Linux guest at its very beginning.
 fn booting(transport: Transport) -> Result<(Vmm, ApiClient)> {
-    let (vmm, mut api) = empty(transport)?;
+    let (vmm, mut api) = unconfigured(transport)?;
     Guest::linux(Kernel::quickest(), &format!("echo {INIT}; poweroff -f"), vmm.dir())?.put(&mut api)?;
     api.put("/entropy", &json!({}))?.ok()?;
     start(&mut api)?;
@@ -97,7 +98,7 @@ on_each_transport! {
     /// then boots to its end.
     fn a_guest_saved_at_any_boot_moment_reaches_init(transport) {
         let (vmm, _api) = booting(transport)?;
-        vmm.wait_for_output(INIT, BOOT)?;
+        vmm.wait_for_output(INIT, BOOT_TIMEOUT)?;
         let whole_boot = progress(&vmm)?.context("a vCPU")?;
         drop(vmm);
 
@@ -119,12 +120,12 @@ on_each_transport! {
             saved.push((moment, files));
         }
         ensure!(!saved.is_empty(), "it reached init before its first moment");
-        vmm.wait_for_output(INIT, BOOT)?;
-        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        vmm.wait_for_output(INIT, BOOT_TIMEOUT)?;
+        assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
         for (moment, files) in saved {
             let context = || format!("saved after {moment} thousandths of its boot");
-            let (mut clone, _api) = go_on(transport, &files.load()).with_context(context)?;
-            let (code, text) = clone.finish(BOOT).with_context(context)?;
+            let (mut clone, _api) = restore(transport, &files.load()).with_context(context)?;
+            let (code, text) = clone.finish(BOOT_TIMEOUT).with_context(context)?;
             ensure!(code == 0 && text.contains(INIT), "{}: exit {code}:\n{text}", context());
         }
         Ok(())

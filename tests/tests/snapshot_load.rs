@@ -3,13 +3,13 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::busy::{
-    Place, Programs, all_is_right_after, ends_well, save_and_kill, wait_for_all_progress,
+    BusyHost, Programs, check_output_after, finish_and_check, save_and_kill, wait_for_all_progress,
 };
 use vesta_tests::disks::{DiskGuest, disk, drive, with};
-use vesta_tests::guest::{BOOT, Transport};
+use vesta_tests::guest::{BOOT_TIMEOUT, Transport};
 use vesta_tests::on_each_transport;
 use vesta_tests::page_server::PageServer;
-use vesta_tests::snapshots::{Files, go_on};
+use vesta_tests::snapshots::{Files, restore};
 use vesta_tests::vsock::{connect, port};
 
 const PROGRAMS: Programs = Programs {
@@ -31,7 +31,7 @@ struct How {
 /// loaded once more at the end, with the disks as they were then, in another network.
 fn three_generations(transport: Transport, how: &How) -> Result<()> {
     let home = tempfile::tempdir()?;
-    let place = Place::new(home.path())?;
+    let place = BusyHost::new(home.path())?;
     let track = json!({"track_dirty_pages": how.tracked});
     let mut vmm = place.guest(transport, PROGRAMS, &track)?;
     let (mut first, mut page_server) = (None, None);
@@ -56,19 +56,19 @@ fn three_generations(transport: Transport, how: &How) -> Result<()> {
         }
         // The killed monitor's.
         std::fs::remove_file(place.socket("v"))?;
-        let (next, _api) = go_on(transport, &load)?;
+        let (next, _api) = restore(transport, &load)?;
         // What the guest serves can be reached, whatever became of older connections.
         connect(&place.socket("v"), port::ECHO).context("the guest after a load")?;
         vmm = next;
     }
     wait_for_all_progress(&vmm)?;
-    all_is_right_after(&ends_well(vmm, &place.disks)?, 3, 0)?;
+    check_output_after(&finish_and_check(vmm, &place.disks)?, 3, 0)?;
 
     let Some(((copies, drives), files)) = first else { return Ok(()) };
     let load = with(files.load(), &json!({"drives": drives}));
-    let vmm = place.go_on_elsewhere(transport, "tap1", &load)?;
+    let vmm = place.restore_elsewhere(transport, "tap1", &load)?;
     wait_for_all_progress(&vmm)?;
-    all_is_right_after(&ends_well(vmm, &copies)?, 1, 1)
+    check_output_after(&finish_and_check(vmm, &copies)?, 1, 1)
 }
 
 on_each_transport! {
@@ -92,7 +92,7 @@ on_each_transport! {
     /// Where the memory is read ahead of the guest, it finds it as it was.
     fn a_guest_under_load_goes_on_with_its_memory_read_ahead(transport) {
         let home = tempfile::tempdir()?;
-        let place = Place::new(home.path())?;
+        let place = BusyHost::new(home.path())?;
         let vmm = place.guest(transport, PROGRAMS, &json!({}))?;
         wait_for_all_progress(&vmm)?;
         let files = Files::new(home.path(), "a");
@@ -100,10 +100,10 @@ on_each_transport! {
         for (name, sign) in [("tap1", "is recorded"), ("tap2", "pages are filled in ahead")] {
             let (copies, drives) = place.disks.copies(home.path(), name)?;
             let load = with(files.load(), &json!({"drives": drives, "prefetch": true}));
-            let vmm = place.go_on_elsewhere(transport, name, &load)?;
-            vmm.wait_for_output(sign, BOOT)?;
+            let vmm = place.restore_elsewhere(transport, name, &load)?;
+            vmm.wait_for_output(sign, BOOT_TIMEOUT)?;
             wait_for_all_progress(&vmm)?;
-            all_is_right_after(&ends_well(vmm, &copies)?, 1, 1)?;
+            check_output_after(&finish_and_check(vmm, &copies)?, 1, 1)?;
         }
         ensure!(home.path().join("a.memory.working-set").exists());
         Ok(())
@@ -130,14 +130,14 @@ fn direct_writers_continue_after_each_restore() -> Result<()> {
     let mut vmm = DiskGuest::new(Transport::Mmio)?.vcpus(2).drive(async_disk).run(&script)?;
     for round in 0..=rounds {
         for writer in 0..WRITERS {
-            vmm.wait_for_output(&format!("WRITER {writer} DID "), BOOT)
+            vmm.wait_for_output(&format!("WRITER {writer} DID "), BOOT_TIMEOUT)
                 .with_context(|| format!("writer {writer} after {round} restores"))?;
         }
         ensure!(!vmm.stdout.text().contains("FAILED"), "{}", vmm.stdout.text());
         if round < rounds {
             let files = Files::new(home.path(), "saved");
             save_and_kill(vmm, &files, "Full")?;
-            (vmm, _) = go_on(Transport::Mmio, &files.load())?;
+            (vmm, _) = restore(Transport::Mmio, &files.load())?;
         }
     }
     Ok(())

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, start, vmm_path};
+use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, TIMEOUT, Transport, busybox, start, vmm_path};
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::wait_for_text;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::serial_file::wait_for_text;
+use vesta_tests::snapshots::{Files, pause, unconfigured};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{self, FROM_GUEST, FROM_HOST, connect, port, receive, transmit, try_connect};
 use vesta_tests::{on_each_kernel, on_each_transport};
@@ -59,7 +59,7 @@ fn boot(transport: Transport, script: &str) -> Result<Vmm> {
 /// A guest that serves; returns when it does.
 fn serving(transport: Transport) -> Result<Vmm> {
     let vmm = boot(transport, "guest-vsock serve")?;
-    vmm.wait_for_output("SERVING", BOOT)?;
+    vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
     Ok(vmm)
 }
 
@@ -130,7 +130,7 @@ on_each_transport! {
         let mut vmm = boot(transport, &format!(
             "guest-vsock serve &\nguest-vsock await 801\nguest-vsock duplex 800 {STREAMS} {BYTES}\nguest-vsock cid\nreboot -f"
         ))?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let host = path(&vmm);
         join_all((0..STREAMS).map(|index| {
             let host = host.clone();
@@ -152,10 +152,10 @@ on_each_transport! {
             }))
         }).collect::<Result<_>>()?;
         join_all(threads)?;
-        let (code, said) = vmm.finish(BOOT)?;
-        assert_eq!(code, 0, "{said}");
-        assert!(said.contains(&format!("DUPLEX {STREAMS} streams of {BYTES} bytes")), "{said}");
-        assert!(said.contains("CID 3"), "{said}");
+        let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+        assert_eq!(code, 0, "{output}");
+        assert!(output.contains(&format!("DUPLEX {STREAMS} streams of {BYTES} bytes")), "{output}");
+        assert!(output.contains("CID 3"), "{output}");
         assert!(!host.exists(), "the socket file goes with the monitor");
         Ok(())
     }
@@ -197,15 +197,15 @@ on_each_transport! {
     /// Refusals reach the other side at once, from the guest and from the host.
     fn a_refusal_closes_at_once(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock refused 98\nguest-vsock await 97\npoweroff -f")?;
-        vmm.wait_for_output("REFUSED ConnectionReset quickly true", BOOT)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("REFUSED ConnectionReset quickly true", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let begun = Instant::now();
         for _ in 0..20 {
-            assert!(try_connect(&path(&vmm), port::NOBODY)?.is_none());
+            assert!(try_connect(&path(&vmm), port::UNUSED)?.is_none());
         }
         assert!(begun.elapsed() < Duration::from_secs(4), "{:?} for 20 refusals", begun.elapsed());
         let _gate = serve(&vmm, 97)?;
-        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
         Ok(())
     }
 
@@ -213,7 +213,7 @@ on_each_transport! {
     fn halves_end_one_by_one(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock half 700\npoweroff -f")?;
         let server = serve(&vmm, 700)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let mut client = connect(&path(&vmm), port::ANSWER)?;
         client.write_all(b"a question of the host's")?;
         client.shutdown(Shutdown::Write)?;
@@ -226,8 +226,8 @@ on_each_transport! {
         peer.read_to_string(&mut question)?;
         peer.write_all(format!("it said: {question}").as_bytes())?;
         drop(peer);
-        vmm.wait_for_output("ANSWER it said: a question of the guest's", BOOT)?;
-        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        vmm.wait_for_output("ANSWER it said: a question of the guest's", BOOT_TIMEOUT)?;
+        assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
         Ok(())
     }
 
@@ -237,8 +237,8 @@ on_each_transport! {
         let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\nguest-vsock burst 600\n\
             guest-vsock small 16384 601 1048576\nguest-vsock small 65536 601 1048576\npoweroff -f";
         let mut vmm = boot_with(Kernel::Tuned, transport, script, vsock)?;
-        vmm.wait_for_output("CID 77", BOOT)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("CID 77", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let client = seqpacket::connect(&vmm.dir().join("v.seq"))?;
         seqpacket::send(&client, b"CONNECT 7\n")?;
         assert!(seqpacket::receive(&client)?.starts_with(b"OK "));
@@ -273,19 +273,19 @@ on_each_transport! {
             }
             seqpacket::send(&peer, &message)?;
         }
-        vmm.wait_for_output("MESSAGES echoed", BOOT)?;
+        vmm.wait_for_output("MESSAGES echoed", BOOT_TIMEOUT)?;
         let peer = rustix::net::accept(&server)?;
         assert_eq!(seqpacket::receive(&peer)?, b"x");
         assert!(seqpacket::receive(&peer)? == vec![7; 65_536]);
         seqpacket::send(&peer, b"both came")?;
-        vmm.wait_for_output("BURST both came", BOOT)?;
+        vmm.wait_for_output("BURST both came", BOOT_TIMEOUT)?;
         // A guest whose buffer is small sends any amount.
         for _ in 0..2 {
             let (stream, _) = small.accept()?;
-            stream.set_read_timeout(Some(BOOT))?;
+            stream.set_read_timeout(Some(BOOT_TIMEOUT))?;
             receive(&stream, 0, FROM_GUEST, 1 << 20)?;
         }
-        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
         Ok(())
     }
 }
@@ -294,10 +294,10 @@ on_each_transport! {
     /// The parent's connections go on, and the child begins without: its programs hear of it, and it is reached at a socket of its own.
     fn a_forks_child_has_connections_of_its_own(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let (held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
         let (mut held, _) = held.accept()?;
-        vmm.wait_for_output("HELD", BOOT)?;
+        vmm.wait_for_output("HELD", BOOT_TIMEOUT)?;
         let mut before = connect(&path(&vmm), port::ECHO)?;
 
         // The child outlives its parent, and its directory.
@@ -306,7 +306,7 @@ on_each_transport! {
         let child = |id: &str, vsock: Value| json!({
             "id": id, "serial": {"serial_out_path": serial}, "vsock_override": vsock,
         });
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         for (vsock, named) in [
             (json!({"uds_path": path(&vmm)}), "socket of another process"),
             (json!({"uds_path": ""}), "uds_path"),
@@ -329,21 +329,21 @@ on_each_transport! {
         let mut back = [0; 11];
         new.read_exact(&mut back)?;
         assert_eq!(&back, b"hello child");
-        wait_for_text(&serial, "LOST", BOOT)?;
-        wait_for_text(&serial, "CID 9", BOOT)?;
+        wait_for_text(&serial, "LOST", BOOT_TIMEOUT)?;
+        wait_for_text(&serial, "CID 9", BOOT_TIMEOUT)?;
         assert!(!vmm.stdout.text().contains("LOST"), "the parent's connections go on");
 
         // Nobody else has the parent's ends of its connections.
         vmm.signal(rustix::process::Signal::KILL)?;
-        vmm.exit_status(SOON)?;
+        vmm.exit_status(TIMEOUT)?;
         for stream in [&mut before, &mut held] {
-            stream.set_read_timeout(Some(SOON))?;
+            stream.set_read_timeout(Some(TIMEOUT))?;
             assert!(matches!(stream.read(&mut back), Ok(0)), "it is at its end");
         }
         new.write_all(b"still there")?;
         new.read_exact(&mut back)?;
         assert_eq!(orphans.running()?, 2);
-        orphans.kill(SOON)
+        orphans.kill(TIMEOUT)
     }
 }
 
@@ -351,10 +351,10 @@ on_each_transport! {
     /// A microVM that is loaded has its guest's programs hear that their connections are gone, and is reached at another socket.
     fn a_loaded_microvm_is_reached_at_another_socket(transport) {
         let vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let (_held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
-        vmm.wait_for_output("HELD", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("HELD", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let files = tempfile::tempdir()?;
         let (state, memory) = (files.path().join("state"), files.path().join("memory"));
         api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
@@ -362,7 +362,7 @@ on_each_transport! {
 
         let builder = transport.args().iter().fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
         let loaded = builder.spawn()?;
-        let mut api = loaded.ready_client(SOON)?;
+        let mut api = loaded.ready_client(TIMEOUT)?;
         let load = |more: Value| {
             let mut body = json!({
                 "snapshot_path": state, "mem_backend": {"backend_type": "File", "backend_path": memory}, "resume_vm": true,
@@ -379,8 +379,8 @@ on_each_transport! {
         let mut back = [0; 11];
         stream.read_exact(&mut back)?;
         assert_eq!(&back, b"hello again");
-        loaded.wait_for_output("LOST", BOOT)?;
-        loaded.wait_for_output("CID 12", BOOT)?;
+        loaded.wait_for_output("LOST", BOOT_TIMEOUT)?;
+        loaded.wait_for_output("CID 12", BOOT_TIMEOUT)?;
         assert_eq!(api.get("/vm/config")?.json()?["vsock"], json!({"guest_cid": 12, "uds_path": "new.sock"}));
         Ok(())
     }
@@ -393,14 +393,14 @@ on_each_transport! {
         let script = "guest-vsock serve &\nguest-vsock await 97\nyes flood > /dev/ttyS0 &\nyes flood > /dev/ttyS0";
         let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
         let vmm = boot_changed(Kernel::Tuned, transport, script, vsock, |guest| guest.vcpus(2))?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let _gate = serve(&vmm, 97)?;
-        vmm.wait_for_output("flood", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("flood", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let files = Files::new(vmm.dir(), "busy");
         pause(&mut api)?;
         api.put("/snapshot/create", &files.create("Full"))?.ok()?;
-        let (loaded, mut api) = empty(transport)?;
+        let (loaded, mut api) = unconfigured(transport)?;
         api.put("/snapshot/load", &files.load())?.ok()?;
         // Nothing resets any of those that come at once.
         let clients = (0..8).map(|_| {
@@ -486,10 +486,10 @@ fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Resu
         }
         Ok(())
     });
-    let (code, said) = vmm.finish(BOOT)?;
-    assert_eq!(code, 0, "{said}");
-    assert_eq!(said.matches("CROWD 1000").count(), 2, "{said}");
-    assert!(said.contains("ABANDONED 1000"), "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    assert_eq!(code, 0, "{output}");
+    assert_eq!(output.matches("CROWD 1000").count(), 2, "{output}");
+    assert!(output.contains("ABANDONED 1000"), "{output}");
     echoes.join().expect("it does not panic")
 }
 
@@ -528,7 +528,7 @@ fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
 #[test]
 fn a_paused_guests_connections_go_on_when_it_does() -> Result<()> {
     let vmm = serving(Transport::Pci)?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let mut before = connect(&path(&vmm), port::ECHO)?;
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
     before.write_all(b"while it stands still")?;
@@ -553,13 +553,13 @@ on_each_kernel! {
         let transport = if kernel == Kernel::Debian6_1 { Transport::Pci } else { Transport::Mmio };
         let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
         let vmm = boot_with(kernel, transport, "guest-vsock serve", vsock)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         for index in 0..3 {
             let mut stream = connect(&path(&vmm), port::DUPLEX)?;
             stream.write_all(&[index, 300_001u32].map(u32::to_le_bytes).concat())?;
             both_ways(&stream, index, 300_001)?;
         }
-        assert!(vsock::try_connect(&path(&vmm), port::NOBODY)?.is_none());
+        assert!(vsock::try_connect(&path(&vmm), port::UNUSED)?.is_none());
         Ok(())
     }
 }
@@ -569,7 +569,7 @@ fn the_api_takes_what_clients_send_and_refuses_what_cannot_be() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?;
     let guest = Guest::linux(Kernel::quickest(), "sleep 1000", builder.dir())?;
     let mut vmm = builder.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     guest.put(&mut api)?;
     std::fs::write(vmm.dir().join("file"), "mine")?;
     for (body, named) in [
@@ -602,7 +602,7 @@ fn the_api_takes_what_clients_send_and_refuses_what_cannot_be() -> Result<()> {
     let late = api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "late.sock"}))?;
     assert!(late.status == 400 && late.fault().contains("before the microVM starts"), "{late:?}");
     vmm.signal(rustix::process::Signal::TERM)?;
-    vmm.exit_status(SOON)?;
+    vmm.exit_status(TIMEOUT)?;
     assert!(!path(&vmm).exists(), "a monitor that ends in good order takes its socket with it");
     Ok(())
 }

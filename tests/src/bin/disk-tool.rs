@@ -206,7 +206,7 @@ fn rate(dev: &str, write: bool, size: u64) -> bool {
         let (mut file, sectors) = open(dev, write)?;
         let per_pass = sectors * SECTOR as u64 / size;
         let mut buffer = Buffer::new(size as usize);
-        let (begun, mut said, mut count) = (Instant::now(), Duration::ZERO, 0_u64);
+        let (begun, mut reported, mut count) = (Instant::now(), Duration::ZERO, 0_u64);
         loop {
             if count.is_multiple_of(per_pass) {
                 file.seek(SeekFrom::Start(0))?;
@@ -219,8 +219,8 @@ fn rate(dev: &str, write: bool, size: u64) -> bool {
             }
             count += 1;
             let now = begun.elapsed();
-            if now > said + Duration::from_millis(200) {
-                said = now;
+            if now > reported + Duration::from_millis(200) {
+                reported = now;
                 say(&format!("RATE {dev} {count} {}", now.as_nanos()));
             }
         }

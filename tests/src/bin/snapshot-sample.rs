@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::json;
-use vesta_tests::counting::{kernel, wait_for};
-use vesta_tests::guest::{SOON, Transport, start, vmm_path};
+use vesta_tests::counting::{kernel, wait_for_bytes};
+use vesta_tests::guest::{TIMEOUT, Transport, start, vmm_path};
 use vesta_tests::vmm::VmmBuilder;
 
 fn main() -> Result<()> {
@@ -33,7 +33,7 @@ fn sample(transport: Transport, path: &Path) -> Result<()> {
         builder = builder.arg(arg);
     }
     let vmm = builder.quiet().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     fs::write(vmm.dir().join("kernel"), kernel().bytes())?;
     File::create(vmm.dir().join("disk"))?.set_len(1 << 20)?;
     let limiter = json!({"bandwidth": {"size": 1 << 20, "refill_time": 100}});
@@ -56,7 +56,7 @@ fn sample(transport: Transport, path: &Path) -> Result<()> {
         api.put(path, &body)?.ok()?;
     }
     start(&mut api)?;
-    wait_for(&vmm.dir().join("serial"), 10)?;
+    wait_for_bytes(&vmm.dir().join("serial"), 10)?;
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
     api.put("/snapshot/create", &json!({"snapshot_path": "state", "mem_file_path": "memory"}))?.ok()?;
     fs::copy(vmm.dir().join("state"), path).with_context(|| path.display().to_string())?;

@@ -18,17 +18,17 @@ pub fn wait_for_text(file: &Path, text: &str, patience: Duration) -> Result<Stri
 pub fn wait_for_text_after(file: &Path, from: usize, text: &str, patience: Duration) -> Result<String> {
     let deadline = Instant::now() + patience;
     loop {
-        let said = fs::read_to_string(file).unwrap_or_default();
-        if said.get(from..).is_some_and(|said| said.contains(text)) {
-            return Ok(said);
+        let output = fs::read_to_string(file).unwrap_or_default();
+        if output.get(from..).is_some_and(|output| output.contains(text)) {
+            return Ok(output);
         }
-        ensure!(Instant::now() < deadline, "{} does not say {text}; it says:\n{said}", file.display());
+        ensure!(Instant::now() < deadline, "{} does not say {text}; it says:\n{output}", file.display());
         std::thread::sleep(LOOK_EVERY);
     }
 }
 
 /// What follows `mark` on its line.
-pub fn word<'a>(said: &'a str, mark: &str) -> Result<&'a str> {
-    let rest = said.lines().find_map(|line| line.split(mark).nth(1));
-    Ok(rest.with_context(|| format!("no {mark} in:\n{said}"))?.trim())
+pub fn word<'a>(output: &'a str, mark: &str) -> Result<&'a str> {
+    let rest = output.lines().find_map(|line| line.split(mark).nth(1));
+    Ok(rest.with_context(|| format!("no {mark} in:\n{output}"))?.trim())
 }
