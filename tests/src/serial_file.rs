@@ -1,4 +1,4 @@
-//! What guests said, where it was not read as it came: in files that serial ports lead to.
+//! Output of guests whose serial port goes to a file.
 
 use std::fs;
 use std::path::Path;
@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-/// How often a file is looked at: nobody tells that something was written to it.
+/// The interval of polling a file.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
-/// Waits until the file has `text` in it; all that it has then.
+/// Waits until the file contains `text`. Returns its content.
 pub fn wait_for_text(file: &Path, text: &str, patience: Duration) -> Result<String> {
     wait_for_text_after(file, 0, text, patience)
 }
 
-/// The same, looking only at what comes after the first `from` bytes.
+/// The same, without the first `from` bytes.
 pub fn wait_for_text_after(file: &Path, from: usize, text: &str, patience: Duration) -> Result<String> {
     let deadline = Instant::now() + patience;
     loop {
@@ -27,7 +27,7 @@ pub fn wait_for_text_after(file: &Path, from: usize, text: &str, patience: Durat
     }
 }
 
-/// What follows `mark` on its line.
+/// The text after `mark` on its line.
 pub fn word<'a>(output: &'a str, mark: &str) -> Result<&'a str> {
     let rest = output.lines().find_map(|line| line.split(mark).nth(1));
     Ok(rest.with_context(|| format!("no {mark} in:\n{output}"))?.trim())

@@ -1,10 +1,12 @@
-//! Makes the samples of saved microVMs that every later version must go on reading (`crates/control/tests/samples`):
+//! Makes samples of saved microVMs (`crates/control/tests/samples`), which every later version must
+//! read:
 //!
 //! ```text
 //! VESTA_VMM=target/debug/vesta-vmm cargo run -p vesta-tests --bin snapshot-sample -- crates/control/tests/samples NAME
 //! ```
 //!
-//! writes `NAME-mmio.state` and `NAME-pci.state`. A sample is never made anew: a new format, or a new device, has a new name.
+//! This writes `NAME-mmio.state` and `NAME-pci.state`. A sample is never replaced: a new format, or
+//! a new device, has a new name.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -17,7 +19,7 @@ use vesta_tests::vmm::VmmBuilder;
 
 fn main() -> Result<()> {
     let mut args = std::env::args_os().skip(1);
-    let (dir, name) = args.next().zip(args.next()).context("a directory and a name must be given")?;
+    let (dir, name) = args.next().zip(args.next()).context("usage: snapshot-sample DIRECTORY NAME")?;
     for (transport, ending) in [(Transport::Mmio, "mmio"), (Transport::Pci, "pci")] {
         let path = PathBuf::from(&dir).join(format!("{}-{ending}.state", name.display()));
         sample(transport, &path)?;
@@ -26,7 +28,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Paths in it are relative: it names no machine's directories.
+/// Makes one sample. Paths in it are relative, so that it names no directory of this machine.
 fn sample(transport: Transport, path: &Path) -> Result<()> {
     let mut builder = VmmBuilder::new(&vmm_path())?.with_api().arg("--id").arg("sample");
     for arg in transport.args() {
