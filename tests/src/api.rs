@@ -123,6 +123,16 @@ impl ApiClient {
         Ok(response)
     }
 
+    /// Sends `PUT path` on another connection, without waiting for the response: see
+    /// [`read_response`].
+    pub fn begin_put(&self, path: &str, body: &Value) -> Result<UnixStream> {
+        let (body, mut connection) = (body.to_string(), self.connect()?);
+        let length = body.len();
+        write!(connection, "PUT {path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}")
+            .context("cannot send")?;
+        Ok(connection)
+    }
+
     /// Opens another connection.
     pub fn connect(&self) -> Result<UnixStream> {
         let connection = UnixStream::connect(&self.socket)

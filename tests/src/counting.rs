@@ -138,6 +138,22 @@ fn run_in(
     Ok((vmm, api, serial))
 }
 
+/// A monitor without a configured guest, whose guest's output will be in the returned file.
+pub fn unconfigured() -> Result<(Vmm, ApiClient, PathBuf)> {
+    let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
+    let serial = vmm.dir().join("serial");
+    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
+    Ok((vmm, api, serial))
+}
+
+/// Restores a snapshot in a new monitor, with the guest's output in the returned file.
+pub fn restored(load: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
+    let (vmm, mut api, serial) = unconfigured()?;
+    api.put("/snapshot/load", load)?.ok()?;
+    Ok((vmm, api, serial))
+}
+
 /// Waits until the guest has written that many more bytes to its serial port. Returns all bytes.
 pub fn wait_for_bytes(serial: &Path, more: usize) -> Result<Vec<u8>> {
     let written = || fs::read(serial).unwrap_or_default();

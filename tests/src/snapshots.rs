@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::api::{ApiClient, Response};
-use crate::guest::{TIMEOUT, Transport, vmm_path};
+use crate::disks::with;
+use crate::guest::{BOOT_TIMEOUT, TIMEOUT, Transport, vmm_path};
 use crate::vmm::{Vmm, VmmBuilder};
 
 /// The two files of a snapshot.
@@ -64,6 +66,28 @@ pub fn restore(transport: Transport, load: &Value) -> Result<(Vmm, ApiClient)> {
     let (vmm, mut api) = unconfigured(transport)?;
     api.put("/snapshot/load", load).and_then(Response::ok).context("/snapshot/load")?;
     Ok((vmm, api))
+}
+
+/// Waits until the live snapshot has ended. Returns its last description.
+pub fn wait_for_live_snapshot(api: &mut ApiClient) -> Result<Value> {
+    let deadline = Instant::now() + BOOT_TIMEOUT;
+    loop {
+        let job = api.get("/snapshot/job")?.ok()?.json()?;
+        if job["state"] != "Running" {
+            return Ok(job);
+        }
+        ensure!(Instant::now() < deadline, "the live snapshot has not ended: {job}");
+        // There is no notification.
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// Saves a running guest, and waits until that is done.
+pub fn save_live(api: &mut ApiClient, create: &Value) -> Result<()> {
+    api.put("/snapshot/create", &with(create.clone(), &json!({"live": true})))?.ok()?;
+    let job = wait_for_live_snapshot(api)?;
+    ensure!(job["state"] == "Done", "{job}");
+    Ok(())
 }
 
 /// A copy of a file with its holes.

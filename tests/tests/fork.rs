@@ -15,7 +15,7 @@ use vesta_tests::host_devices::LoopDevice;
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
 use vesta_tests::serial_file::{wait_for_text, word};
-use vesta_tests::snapshots::{Files, restore};
+use vesta_tests::snapshots::{Files, restore, save_live, wait_for_live_snapshot};
 use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
@@ -67,16 +67,6 @@ on_each_transport! {
         alive.into_iter().try_for_each(|children| children.wait(TIMEOUT))?;
         Ok(())
     }
-}
-
-/// Waits until the live snapshot is written.
-fn wait_for_job(api: &mut ApiClient) -> Result<()> {
-    while api.get("/snapshot/job")?.ok()?.json()?["state"] == json!("Running") {
-        std::thread::yield_now();
-    }
-    let job = api.get("/snapshot/job")?.json()?;
-    ensure!(job["state"] == json!("Done"), "{job}");
-    Ok(())
 }
 
 /// Forks, if need be when some of so many layers were merged that there can be no more.
@@ -138,10 +128,7 @@ on_each_transport! {
             ensure!(round < 40, "there are {layers:?} layers, {merged:?}");
         }
         let files = Files::new(home.path(), "live");
-        let mut create = files.create("Full");
-        create["live"] = json!(true);
-        api.put("/snapshot/create", &create)?.ok()?;
-        wait_for_job(&mut api)?;
+        save_live(&mut api, &files.create("Full"))?;
 
         File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
         let verified = |output: &str| {
@@ -219,7 +206,8 @@ fn a_block_device_is_saved_live_onto_an_overlay_that_is_named_and_each_load_has_
     create["drives"] = json!([{"drive_id": "device", "overlay": home.path().join("parents")}]);
     api.put("/snapshot/create", &create)?.ok()?;
     let base = fs::read(device.path())?;
-    wait_for_job(&mut api)?;
+    let job = wait_for_live_snapshot(&mut api)?;
+    ensure!(job["state"] == "Done", "{job}");
     File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
     check_verified(&output_of(&mut vmm)?)?;
     for _load in 0..2 {

@@ -1,11 +1,8 @@
 //! Forks and live snapshots of Linux guests under load: each side goes on with a past that it shares with the others, and nothing
 //! that comes after it.
 
-use std::time::Instant;
-
-use anyhow::{Result, ensure};
-use serde_json::{Value, json};
-use vesta_tests::api::ApiClient;
+use anyhow::ensure;
+use serde_json::json;
 use vesta_tests::busy::{
     BusyHost, Programs, check_output_after, wait_for_all_progress, wait_for_all_progress_in,
 };
@@ -13,27 +10,13 @@ use vesta_tests::disks::{output_of, with};
 use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT};
 use vesta_tests::on_each_transport;
 use vesta_tests::serial_file::wait_for_text;
-use vesta_tests::snapshots::Files;
+use vesta_tests::snapshots::{Files, wait_for_live_snapshot};
 
 const PROGRAMS: Programs = Programs {
     disk_tool: env!("CARGO_BIN_EXE_disk-tool"),
     net_tool: env!("CARGO_BIN_EXE_net-tool"),
     guest_vsock: env!("CARGO_BIN_EXE_guest-vsock"),
 };
-
-/// Waits for the end of a live snapshot; what is said of it then.
-fn job_ends(api: &mut ApiClient) -> Result<Value> {
-    let deadline = Instant::now() + BOOT_TIMEOUT;
-    loop {
-        let job = api.get("/snapshot/job")?.ok()?.json()?;
-        if job["state"] != "Running" {
-            return Ok(job);
-        }
-        ensure!(Instant::now() < deadline, "{job}");
-        // Nobody tells when it is over.
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
-}
 
 on_each_transport! {
     /// A child, and a child of that one, all under load at the same time. The parent's connections go on, the others begin without any.
@@ -70,7 +53,7 @@ on_each_transport! {
         let begun = api.put("/snapshot/create", &with(files.create("Full"), &json!({"live": true})))?;
         ensure!(begun.ok()?.json()?["state"] == "Running");
         wait_for_all_progress(&vmm)?;
-        let job = job_ends(&mut api)?;
+        let job = wait_for_live_snapshot(&mut api)?;
         ensure!(job["state"] == "Done", "{job}");
         let mut loaded = place.restore_elsewhere(transport, "tap1", &files.load())?;
         wait_for_all_progress(&loaded)?;

@@ -1,23 +1,12 @@
 //! Diffs onto an existing memory file, which may have other users.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 use serde_json::json;
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{is_consecutive, sweeping, wait_for_bytes};
-use vesta_tests::guest::Transport;
-use vesta_tests::snapshots::{Files, pause, resume, unconfigured};
-use vesta_tests::vmm::Vmm;
-
-/// A monitor that goes on with the snapshot, and where its guest speaks to.
-fn restore(files: &Files) -> Result<(Vmm, ApiClient, PathBuf)> {
-    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    api.put("/snapshot/load", &files.load())?.ok()?;
-    Ok((vmm, api, serial))
-}
+use vesta_tests::counting::{is_consecutive, restored, sweeping, wait_for_bytes};
+use vesta_tests::snapshots::{Files, pause, resume};
 
 /// A guest that finds one of its 1024 pages changed says the same number for ever.
 fn ensure_it_counts_on(serial: &Path) -> Result<()> {
@@ -44,7 +33,7 @@ fn a_diff_onto_its_base_never_changes_a_running_clone() -> Result<()> {
     for _ in 0..3 {
         ensure_it_counts_on(&output)?;
         diff(&mut parent, &files)?;
-        clones.push(restore(&files)?);
+        clones.push(restored(&files.load())?);
     }
     for (_, api, serial) in &mut clones {
         // One that others use, and one that the clone itself was restored from.
@@ -66,7 +55,7 @@ fn a_diff_onto_its_base_never_changes_a_forks_child() -> Result<()> {
         pause(&mut api)?;
         api.put("/snapshot/create", &files.create("Full"))?.ok()?;
     }
-    let (_parent, mut parent, output) = restore(&files)?;
+    let (_parent, mut parent, output) = restored(&files.load())?;
     wait_for_bytes(&output, 2)?;
     // In place, before there is a child; and then with one.
     diff(&mut parent, &files)?;

@@ -3,16 +3,15 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counting_with, filled, is_consecutive, wait_for_bytes};
+use vesta_tests::counting::{counting_with, filled, is_consecutive, restored, wait_for_bytes};
 use vesta_tests::disks::{disk, drive, with};
-use vesta_tests::guest::{TIMEOUT, Transport};
+use vesta_tests::guest::Transport;
 use vesta_tests::host_devices::SmallFs;
-use vesta_tests::snapshots::{Files, pause, unconfigured};
+use vesta_tests::snapshots::{Files, pause, save_live, unconfigured, wait_for_live_snapshot};
 use vesta_tests::vmm::Vmm;
 
 fn live(files: &Files, kind: &str) -> Value {
@@ -21,32 +20,9 @@ fn live(files: &Files, kind: &str) -> Value {
     create
 }
 
-/// Waits until the live snapshot is over; how it is described then.
-fn job_end(api: &mut ApiClient) -> Result<Value> {
-    let deadline = Instant::now() + TIMEOUT;
-    loop {
-        let job = api.get("/snapshot/job")?.ok()?.json()?;
-        if job["state"] != json!("Running") {
-            return Ok(job);
-        }
-        ensure!(Instant::now() < deadline, "it does not end: {job}");
-        std::thread::yield_now();
-    }
-}
-
-fn save(api: &mut ApiClient, create: &Value) -> Result<()> {
-    api.put("/snapshot/create", create)?.ok()?;
-    let end = job_end(api)?;
-    ensure!(end["state"] == json!("Done"), "{end}");
-    Ok(())
-}
-
 /// A monitor that goes on with `load`.
 fn restore(load: &Value) -> Result<(Vmm, ApiClient)> {
-    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    api.put("/snapshot/load", load)?.ok()?;
+    let (vmm, api, serial) = restored(load)?;
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok((vmm, api))
 }
@@ -73,7 +49,7 @@ fn each_load_of_a_live_snapshot_begins_on_an_overlay_of_its_own() -> Result<()> 
     let (_vmm, mut api, _serial) = counting_with(&[drive("d", &image)])?;
     // The state is called as the microVM, which makes the names of their overlays alike.
     let files = Files { state: dir.join("parent"), memory: dir.join("memory") };
-    save(&mut api, &live(&files, "Full"))?;
+    save_live(&mut api, &files.create("Full"))?;
     ensure!(overlay(&mut api)? == (dir.join("disk.img.parent.1"), Vec::new()));
 
     let (first, mut first_api) = restore(&files.load())?;
@@ -107,7 +83,7 @@ fn a_load_that_fails_leaves_no_overlay() -> Result<()> {
     let image = disk(dir, "disk.img", 1)?;
     let (_vmm, mut api, _serial) = counting_with(&[drive("d", &image)])?;
     let files = Files::new(dir, "s");
-    save(&mut api, &live(&files, "Full"))?;
+    save_live(&mut api, &files.create("Full"))?;
     fs::rename(&files.memory, dir.join("elsewhere"))?;
     let (_clone, mut clone) = unconfigured(Transport::Mmio)?;
     let refused = clone.put("/snapshot/load", &files.load())?;
@@ -134,7 +110,7 @@ fn what_was_written_before_is_a_layer_of_the_microvm_and_of_each_load() -> Resul
     let mut create = live(&files, "Full");
     let own = dir.join("own");
     create["drives"] = json!([{"drive_id": "d", "overlay": own}]);
-    save(&mut api, &create)?;
+    save_live(&mut api, &create)?;
     ensure!(overlay(&mut api)? == (own, vec![top.clone()]));
     // Beside the overlay of the microVM that was saved.
     let (_clone, mut clone) = restore(&files.load())?;
@@ -156,7 +132,7 @@ fn a_guest_that_writes_nothing_can_be_saved_live_any_number_of_times() -> Result
     let files = Files::new(dir, "s");
     // More often than an overlay can have layers.
     for _round in 0..40 {
-        save(&mut api, &live(&files, "Full"))?;
+        save_live(&mut api, &files.create("Full"))?;
         ensure!(overlay(&mut api)? == (dir.join("disk.img.parent.1"), Vec::new()));
     }
     Ok(())
@@ -201,7 +177,7 @@ fn a_live_snapshot_that_is_given_up_leaves_no_file_and_its_pages_to_the_next_dif
         let files = Files::new(dir, &format!("s{round}"));
         api.put("/snapshot/create", &live(&files, "Full"))?.ok()?;
         api.delete("/snapshot/job")?.ok()?;
-        let end = job_end(&mut api)?;
+        let end = wait_for_live_snapshot(&mut api)?;
         cancelled = end["state"] == json!("Cancelled");
         if cancelled {
             ensure!(end["error"].is_null(), "{end}");
@@ -229,7 +205,7 @@ fn a_live_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on() ->
     let small = SmallFs::new(8 << 20)?;
     let files = Files::new(&small.path(), "s");
     api.put("/snapshot/create", &live(&files, "Full"))?.ok()?;
-    let end = job_end(&mut api)?;
+    let end = wait_for_live_snapshot(&mut api)?;
     ensure!(end["state"] == json!("Failed") && end["error"].to_string().contains("No space left"), "{end}");
     ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));

@@ -8,10 +8,12 @@ use anyhow::{Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{WALL_CLOCK, is_consecutive, sweeping, wait_for_bytes, with_clocks};
-use vesta_tests::guest::{TIMEOUT, vmm_path};
+use vesta_tests::counting::{
+    WALL_CLOCK, is_consecutive, sweeping, unconfigured, wait_for_bytes, with_clocks,
+};
+use vesta_tests::guest::TIMEOUT;
 use vesta_tests::page_server::PageServer;
-use vesta_tests::vmm::{Vmm, VmmBuilder};
+use vesta_tests::vmm::Vmm;
 
 const SERVER: &str = env!("CARGO_BIN_EXE_page-server");
 
@@ -30,14 +32,6 @@ fn save_guest((_vmm, mut api, _serial): (Vmm, ApiClient, PathBuf), dir: &Path) -
     api.put("/snapshot/create", &body)?.ok().map(drop)
 }
 
-fn empty() -> Result<(Vmm, ApiClient, PathBuf)> {
-    let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(TIMEOUT)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    Ok((vmm, api, serial))
-}
-
 fn load(dir: &Path, kind: &str, path: &Path) -> Value {
     json!({
         "snapshot_path": dir.join("state"),
@@ -51,7 +45,7 @@ fn a_guest_goes_on_with_what_its_page_server_sends() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
     let server = start(home.path(), "all")?;
-    let (_vmm, mut api, serial) = empty()?;
+    let (_vmm, mut api, serial) = unconfigured()?;
     api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?.ok()?;
     // It says a number only if all its pages are right.
     ensure!(is_consecutive(&wait_for_bytes(&serial, 5)?));
@@ -68,7 +62,7 @@ fn a_page_server_that_ends_ends_the_guest_which_never_sees_zeros_and_the_log_say
     let mut ends = Vec::new();
     for faults in ["200", "500", "900"] {
         let server = start(home.path(), faults)?;
-        let (vmm, mut api, serial) = empty()?;
+        let (vmm, mut api, serial) = unconfigured()?;
         api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?.ok()?;
         ends.push((faults, server, vmm, serial));
     }
@@ -87,7 +81,7 @@ fn guest_of_a_forked_page_server_outlives_the_process_that_listened() -> Result<
     let home = tempfile::tempdir()?;
     save(home.path())?;
     let mut server = PageServer::start_forked(SERVER, &home.path().join("memory"), "all")?;
-    let (mut vmm, mut api, serial) = empty()?;
+    let (mut vmm, mut api, serial) = unconfigured()?;
     let mut body = load(home.path(), "Uffd", server.socket());
     body["resume_vm"] = json!(false);
     api.put("/snapshot/load", &body)?.ok()?;
@@ -106,7 +100,7 @@ fn a_page_server_that_ends_while_its_guest_is_saved_leaves_the_old_snapshot() ->
     let [state, memory] = files();
     let (state, memory) = (state?, memory?);
     let server = start(home.path(), "300")?;
-    let (mut vmm, mut api, _serial) = empty()?;
+    let (mut vmm, mut api, _serial) = unconfigured()?;
     let mut body = load(home.path(), "Uffd", server.socket());
     body["resume_vm"] = json!(false);
     api.put("/snapshot/load", &body)?.ok()?;
@@ -126,7 +120,7 @@ fn a_page_server_that_stalls_leaves_the_monitor_answering_and_the_guest_can_be_s
     let home = tempfile::tempdir()?;
     save(home.path())?;
     let server = start(home.path(), "all")?;
-    let (vmm, mut api, serial) = empty()?;
+    let (vmm, mut api, serial) = unconfigured()?;
     let mut body = load(home.path(), "Uffd", server.socket());
     body["resume_vm"] = json!(false);
     api.put("/snapshot/load", &body)?.ok()?;
@@ -156,7 +150,7 @@ fn a_page_server_that_stalls_leaves_the_monitor_answering_and_the_guest_can_be_s
 fn a_page_server_that_is_not_there_or_never_answers_is_refused_and_another_load_works() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
-    let (_vmm, mut api, serial) = empty()?;
+    let (_vmm, mut api, serial) = unconfigured()?;
     let refused = api.put("/snapshot/load", &load(home.path(), "Uffd", Path::new("/nowhere/pages.sock")))?;
     ensure!(refused.status == 400 && refused.fault().contains("/nowhere/pages.sock"), "{refused:?}");
     let server = start(home.path(), "none")?;
@@ -172,7 +166,7 @@ fn a_load_fails_if_the_page_of_a_vcpus_clock_never_comes() -> Result<()> {
     let home = tempfile::tempdir()?;
     save_guest(with_clocks()?, home.path())?;
     let mut server = start(home.path(), &format!("except:{WALL_CLOCK}"))?;
-    let (_vmm, mut api, serial) = empty()?;
+    let (_vmm, mut api, serial) = unconfigured()?;
     let refused = api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?;
     server.wait_for("WITHHELD")?;
     ensure!(refused.status == 400 && refused.fault().contains("did not answer a page fault"), "{refused:?}");
@@ -188,7 +182,7 @@ fn a_load_whose_page_server_ends_under_a_vcpu_fails() -> Result<()> {
     let home = tempfile::tempdir()?;
     save_guest(with_clocks()?, home.path())?;
     let mut server = start(home.path(), &format!("except:{WALL_CLOCK}"))?;
-    let (vmm, mut api, serial) = empty()?;
+    let (vmm, mut api, serial) = unconfigured()?;
     let body = load(home.path(), "Uffd", server.socket());
     let mut other = vmm.client();
     let loading = std::thread::spawn(move || other.put("/snapshot/load", &body));
@@ -206,7 +200,7 @@ fn sigterm_ends_a_load_whose_page_server_stalls() -> Result<()> {
     let home = tempfile::tempdir()?;
     save_guest(with_clocks()?, home.path())?;
     let mut server = start(home.path(), &format!("except:{WALL_CLOCK}"))?;
-    let (mut vmm, mut api, _serial) = empty()?;
+    let (mut vmm, mut api, _serial) = unconfigured()?;
     let body = load(home.path(), "Uffd", server.socket());
     let loading = std::thread::spawn(move || api.put("/snapshot/load", &body));
     server.wait_for("WITHHELD")?;

@@ -2,31 +2,13 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counting, is_consecutive, wait_for_bytes};
-use vesta_tests::guest::{TIMEOUT, vmm_path};
-use vesta_tests::vmm::{Vmm, VmmBuilder};
-
-/// A monitor that loaded nothing yet, whose guest will write to the file that is returned.
-fn empty() -> Result<(Vmm, ApiClient, PathBuf)> {
-    let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(TIMEOUT)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    Ok((vmm, api, serial))
-}
-
-fn pause(api: &mut ApiClient) -> Result<()> {
-    api.patch("/vm", &json!({"state": "Paused"}))?.ok().map(drop)
-}
-
-fn resume(api: &mut ApiClient) -> Result<()> {
-    api.patch("/vm", &json!({"state": "Resumed"}))?.ok().map(drop)
-}
+use vesta_tests::counting::{counting, is_consecutive, unconfigured, wait_for_bytes};
+use vesta_tests::guest::TIMEOUT;
+use vesta_tests::snapshots::{pause, resume, wait_for_live_snapshot};
 
 fn create(dir: &Path, name: &str, kind: &str) -> Value {
     let [state, memory] = ["state", "memory"].map(|part| dir.join(format!("{name}.{part}")));
@@ -53,7 +35,7 @@ fn a_restored_guest_goes_on_where_it_was_saved_and_so_do_its_clones_three_genera
         resume(api)?;
         ensure!(is_consecutive(&wait_for_bytes(serial, 10)?), "{generation}");
         for _clone in 0..2 {
-            let (vmm, mut api, serial) = empty()?;
+            let (vmm, mut api, serial) = unconfigured()?;
             api.put("/snapshot/load", &load(home.path(), generation, generation))?.ok()?;
             let output = wait_for_bytes(&serial, 10)?;
             let next = saved.last().map(|byte| byte.wrapping_add(1));
@@ -93,7 +75,7 @@ fn a_diff_is_what_was_written_since_with_and_without_tracking() -> Result<()> {
         let mut diff = create(dir, "diff", "Diff");
         diff["mem_file_path"] = json!(dir.join("base.memory"));
         api.put("/snapshot/create", &diff)?.ok()?;
-        let (_clone, mut clone, clone_serial) = empty()?;
+        let (_clone, mut clone, clone_serial) = unconfigured()?;
         clone.put("/snapshot/load", &load(dir, "diff", "base"))?.ok()?;
         let went_on = wait_for_bytes(&clone_serial, 10)?;
         ensure!(
@@ -120,7 +102,7 @@ fn what_cannot_be_loaded_is_refused_by_name_and_can_be_tried_again() -> Result<(
     fs::write(dir.join("other.state"), b"something else")?;
     File::create(dir.join("short.memory"))?.set_len(4096)?;
 
-    let (_clone, mut clone, serial) = empty()?;
+    let (_clone, mut clone, serial) = unconfigured()?;
     for (state, memory, named) in [
         ("missing", "good", "missing.state"),
         ("short", "good", "short.state"),
@@ -168,19 +150,6 @@ fn what_cannot_be_saved_is_refused_and_leaves_nothing_and_the_guest_goes_on() ->
     Ok(())
 }
 
-/// Waits until the live snapshot is over; how it is described then.
-fn job_end(api: &mut ApiClient) -> Result<Value> {
-    let deadline = std::time::Instant::now() + TIMEOUT;
-    loop {
-        let job = api.get("/snapshot/job")?.json()?;
-        if job["state"] != json!("Running") {
-            return Ok(job);
-        }
-        ensure!(std::time::Instant::now() < deadline, "it does not end: {job}");
-        std::thread::yield_now();
-    }
-}
-
 #[test]
 fn a_live_snapshot_is_of_the_moment_it_was_asked_for_and_the_guest_runs_on() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
@@ -191,12 +160,12 @@ fn a_live_snapshot_is_of_the_moment_it_was_asked_for_and_the_guest_runs_on() -> 
         let begun = api.put("/snapshot/create", &live)?.ok()?.json()?;
         ensure!(begun["pause_us"].as_u64().context("a pause")? > 0, "{begun}");
         ensure!(api.get("/")?.json()?["state"] == json!("Running"));
-        let end = job_end(&mut api)?;
+        let end = wait_for_live_snapshot(&mut api)?;
         ensure!(end["state"] == json!("Done") && end["bytes_total"].is_u64(), "{end}");
         let parent = wait_for_bytes(&serial, 10)?;
         ensure!(is_consecutive(&parent), "{kind}");
 
-        let (_clone, mut clone, clone_serial) = empty()?;
+        let (_clone, mut clone, clone_serial) = unconfigured()?;
         clone.put("/snapshot/load", &load(vmm.dir(), "live", "live"))?.ok()?;
         let output = wait_for_bytes(&clone_serial, 10)?;
         ensure!(is_consecutive(&output), "{kind}");
@@ -215,17 +184,17 @@ fn a_first_restore_records_what_the_guest_touches_and_later_ones_fill_it_in() ->
     api.put("/snapshot/create", &create(home.path(), "a", "Full"))?.ok()?;
     let mut body = load(home.path(), "a", "a");
     body["prefetch"] = json!(true);
-    let (first, mut api, serial) = empty()?;
+    let (first, mut api, serial) = unconfigured()?;
     api.put("/snapshot/load", &body)?.ok()?;
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     first.wait_for_output("working set", TIMEOUT)?;
     ensure!(home.path().join("a.memory.working-set").exists(), "{}", first.stdout.text());
-    let (second, mut api, serial) = empty()?;
+    let (second, mut api, serial) = unconfigured()?;
     api.put("/snapshot/load", &body)?.ok()?;
     second.wait_for_output("pages are filled in ahead of the guest", TIMEOUT)?;
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     body["mem_backend"]["backend_type"] = json!("Uffd");
-    let (_third, mut api, _serial) = empty()?;
+    let (_third, mut api, _serial) = unconfigured()?;
     let refused = api.put("/snapshot/load", &body)?;
     ensure!(refused.status == 400 && refused.fault().contains("prefetch"), "{refused:?}");
     Ok(())
@@ -239,7 +208,7 @@ fn load_after_a_put_that_describes_a_boot_is_refused() -> Result<()> {
     api.put("/snapshot/create", &create(home.path(), "a", "Full"))?.ok()?;
     let body = load(home.path(), "a", "a");
 
-    let (_clone, mut api, serial) = empty()?;
+    let (_clone, mut api, serial) = unconfigured()?;
     // A PUT that was refused described nothing, and neither do these.
     ensure!(api.put("/machine-config", &json!({"vcpu_count": 0, "mem_size_mib": 1}))?.status == 400);
     api.put("/logger", &json!({"level": "Info"}))?.ok()?;
@@ -247,7 +216,7 @@ fn load_after_a_put_that_describes_a_boot_is_refused() -> Result<()> {
     api.put("/snapshot/load", &body)?.ok()?;
     ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
 
-    let (_clone, mut api, _serial) = empty()?;
+    let (_clone, mut api, _serial) = unconfigured()?;
     // The defaults: the configuration is what it was.
     let defaults = api.get("/machine-config")?.ok()?.json()?;
     api.put("/machine-config", &defaults)?.ok()?;

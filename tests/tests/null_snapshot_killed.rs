@@ -1,44 +1,24 @@
 //! A monitor that is killed while it saves: the snapshot that was there is whole, or the new one is.
 
 use std::fs;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use vesta_tests::api::{ApiClient, read_response};
-use vesta_tests::counting::{is_consecutive, sweeping, wait_for_bytes};
-use vesta_tests::guest::Transport;
+use vesta_tests::api::read_response;
+use vesta_tests::counting::{is_consecutive, restored, sweeping, wait_for_bytes};
 use vesta_tests::host_devices::SmallFs;
 use vesta_tests::pattern::mix;
-use vesta_tests::snapshots::{Files, pause, unconfigured};
+use vesta_tests::snapshots::{Files, pause};
 use vesta_tests::soak::rounds;
-use vesta_tests::vmm::Vmm;
 
 /// How many monitors are killed.
 const ROUNDS: u64 = 60;
 
-/// A monitor that goes on with the snapshot, and where its guest speaks to.
-fn restore(files: &Files) -> Result<(Vmm, ApiClient, PathBuf)> {
-    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    api.put("/snapshot/load", &files.load())?.ok()?;
-    Ok((vmm, api, serial))
-}
-
 /// The first number that a guest says which goes on after one that said `bytes`.
 fn next(bytes: &[u8]) -> Option<u8> {
     bytes.last().map(|last| last.wrapping_add(1))
-}
-
-fn begin_create(api: &ApiClient, files: &Files, kind: &str) -> Result<std::os::unix::net::UnixStream> {
-    let body = files.create(kind).to_string();
-    let mut connection = api.connect()?;
-    let length = body.len();
-    write!(connection, "PUT /snapshot/create HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}")?;
-    Ok(connection)
 }
 
 /// The names in a directory, without the temporary ones.
@@ -62,7 +42,7 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
     let (mut vmm, mut api, mut serial) = sweeping(machine)?;
     pause(&mut api)?;
     let begun = Instant::now();
-    read_response(&mut begin_create(&api, &files, "Full")?)?.ok()?;
+    read_response(&mut api.begin_put("/snapshot/create", &files.create("Full"))?)?.ok()?;
     // The moments are within this. A create takes longer or shorter later on, so it follows them.
     let mut span = begun.elapsed() * 3 / 2;
     let mut saved = next(&fs::read(&serial)?);
@@ -73,7 +53,7 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
         wait_for_bytes(&serial, 2)?;
         pause(&mut api)?;
         let now = next(&fs::read(&serial)?);
-        let connection = begin_create(&api, &files, kind)?;
+        let connection = api.begin_put("/snapshot/create", &files.create(kind))?;
         let wait = span * u32::try_from(mix(round) % 1000).unwrap_or(0) / 1000;
         let begun = Instant::now();
         while begun.elapsed() < wait {
@@ -82,7 +62,8 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
         drop(vmm);
         drop(connection);
         ensure!(names(home.path())? == ["a.memory", "a.state"], "{:?}", names(home.path())?);
-        (vmm, api, serial) = restore(&files).with_context(|| format!("round {round}, after {wait:?}"))?;
+        (vmm, api, serial) =
+            restored(&files.load()).with_context(|| format!("round {round}, after {wait:?}"))?;
         let output = wait_for_bytes(&serial, 2)?;
         let first = output.first().copied();
         ensure!(
@@ -123,7 +104,7 @@ fn killed_while_it_saves_for_the_first_time_it_leaves_a_whole_snapshot_or_none()
         let files = Files::new(&dir, "a");
         let (vmm, mut api, _serial) = sweeping(&json!({}))?;
         pause(&mut api)?;
-        let connection = begin_create(&api, &files, "Full")?;
+        let connection = api.begin_put("/snapshot/create", &files.create("Full"))?;
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_micros(mix(round) % 20_000) {
             std::hint::spin_loop();
@@ -131,7 +112,7 @@ fn killed_while_it_saves_for_the_first_time_it_leaves_a_whole_snapshot_or_none()
         drop((vmm, connection));
         // The state's name is the last to appear.
         if files.state.exists() {
-            let (_vmm, _api, serial) = restore(&files)?;
+            let (_vmm, _api, serial) = restored(&files.load())?;
             ensure!(is_consecutive(&wait_for_bytes(&serial, 2)?), "round {round}");
         } else {
             ensure!(!files.memory.exists(), "round {round}: there is memory without a state");
@@ -162,7 +143,7 @@ fn a_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on_and_the_n
     small.resize(16 << 20)?;
     let saved = next(&fs::read(&serial)?);
     api.put("/snapshot/create", &files.create("Full"))?.ok()?;
-    let (_clone, mut clone, clone_serial) = restore(&files)?;
+    let (_clone, mut clone, clone_serial) = restored(&files.load())?;
     let output = wait_for_bytes(&clone_serial, 2)?;
     ensure!(is_consecutive(&output) && output.first().copied() == saved, "{output:?} after {saved:?}");
     // A Diff that finds no space either keeps what it would have saved for the next.
@@ -173,7 +154,7 @@ fn a_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on_and_the_n
     ensure!(refused.status == 400 && refused.fault().contains("No space left"), "{refused:?}");
     small.resize(16 << 20)?;
     clone.put("/snapshot/create", &files.create("Diff"))?.ok()?;
-    let (_third, _api, serial) = restore(&files)?;
+    let (_third, _api, serial) = restored(&files.load())?;
     ensure!(wait_for_bytes(&serial, 2)?.first().copied() == output, "the Diff lacks something");
     Ok(())
 }

@@ -39,14 +39,6 @@ fn load_from(files: &Files, server: &PageServer) -> Value {
     })
 }
 
-/// Sends a command that is not answered soon.
-fn begin(api: &ApiClient, path: &str, body: &Value) -> Result<UnixStream> {
-    let body = body.to_string();
-    let mut connection = api.connect()?;
-    write!(connection, "PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
-    Ok(connection)
-}
-
 /// Waits until the monitor waits for its page server.
 fn wait_until_it_fetches(vmm: &Vmm) -> Result<()> {
     wait_for_thread(vmm, "page_fetch")
@@ -79,7 +71,7 @@ fn a_load_that_waits_can_be_watched_and_cancelled() -> Result<()> {
     let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    let mut load = begin(&api, "/snapshot/load", &load_from(&files, &server))?;
+    let mut load = api.begin_put("/snapshot/load", &load_from(&files, &server))?;
     wait_until_it_fetches(&vmm)?;
     ensure!(api.get("/")?.json()?["state"] == "Not started");
     let job = api.get("/snapshot/job")?.json()?;
@@ -98,7 +90,7 @@ fn sigterm_ends_a_load_that_waits_for_its_page_server() -> Result<()> {
     let files = save(home.path())?;
     let server = PageServer::start(SERVER, &files.memory, "none")?;
     let (mut vmm, api) = unconfigured(Transport::Mmio)?;
-    let mut load = begin(&api, "/snapshot/load", &load_from(&files, &server))?;
+    let mut load = api.begin_put("/snapshot/load", &load_from(&files, &server))?;
     wait_until_it_fetches(&vmm)?;
     vmm.signal(Signal::TERM)?;
     // After the 10 s of a page server that does not answer, it would say so.
@@ -141,7 +133,7 @@ fn a_create_that_waits_can_be_watched_and_cancelled() -> Result<()> {
     let (server, vmm, mut api) = stalled(&files)?;
     let out = tempfile::tempdir()?;
     let new = Files::new(out.path(), "b");
-    let mut create = begin(&api, "/snapshot/create", &new.create("Full"))?;
+    let mut create = api.begin_put("/snapshot/create", &new.create("Full"))?;
     wait_until_it_fetches(&vmm)?;
     ensure!(api.get("/")?.json()?["state"] == "Paused");
     let job = api.get("/snapshot/job")?.json()?;
@@ -163,7 +155,7 @@ fn sigterm_ends_a_create_that_waits_and_leaves_no_file() -> Result<()> {
     let files = save(home.path())?;
     let (_server, mut vmm, api) = stalled(&files)?;
     let out = tempfile::tempdir()?;
-    let mut create = begin(&api, "/snapshot/create", &Files::new(out.path(), "b").create("Full"))?;
+    let mut create = api.begin_put("/snapshot/create", &Files::new(out.path(), "b").create("Full"))?;
     wait_until_it_fetches(&vmm)?;
     vmm.signal(Signal::TERM)?;
     ensure_cancelled(&read_response(&mut create)?)?;

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
+use anyhow::{Result, ensure};
+use serde_json::json;
 use vesta_tests::api::ApiClient;
 use vesta_tests::counting::{is_consecutive, wait_for_bytes};
 use vesta_tests::elf::{Elf, reset_guest};
@@ -13,7 +13,7 @@ use vesta_tests::guest::{Guest, TIMEOUT, Transport, start, vmm_with_api};
 use vesta_tests::minimal_driver;
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
-use vesta_tests::snapshots::{Files, pause, resume, unconfigured};
+use vesta_tests::snapshots::{Files, pause, resume, save_live, unconfigured};
 use vesta_tests::vmm::Vmm;
 
 /// A guest with an entropy device that counts aloud into the file that is returned.
@@ -50,21 +50,6 @@ fn counts_on_in_a_child(api: &mut ApiClient, dir: &Path, id: &str) -> Result<()>
     orphans.kill(TIMEOUT)
 }
 
-/// Waits until the live snapshot is over.
-fn live_snapshot(api: &mut ApiClient, files: &Files) -> Result<()> {
-    let mut create = files.create("Full");
-    create["live"] = json!(true);
-    api.put("/snapshot/create", &create)?.ok()?;
-    loop {
-        let job: Value = api.get("/snapshot/job")?.ok()?.json()?;
-        match job["state"].as_str().context("a state")? {
-            "Running" => std::thread::yield_now(),
-            "Done" => return Ok(()),
-            _ => anyhow::bail!("{job}"),
-        }
-    }
-}
-
 on_each_transport! {
     fn a_driver_that_accepts_no_feature_is_served(transport) {
         let (vmm, mut api, serial) = counting_guest(&minimal_driver::kernel(transport), transport)?;
@@ -97,7 +82,7 @@ on_each_transport! {
                     counts_on_from(&files, transport)?;
                 }
                 1 => {
-                    live_snapshot(&mut api, &files)?;
+                    save_live(&mut api, &files.create("Full"))?;
                     counts_on_from(&files, transport)?;
                 }
                 _ => counts_on_in_a_child(&mut api, vmm.dir(), &format!("child{moment}"))?,

@@ -7,7 +7,7 @@ use serde_json::json;
 use vesta_tests::api::ApiClient;
 use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, Transport, env, required_path, start, vmm_path};
 use vesta_tests::on_each_transport;
-use vesta_tests::snapshots::{Files, pause, restore, resume, unconfigured};
+use vesta_tests::snapshots::{Files, pause, restore, resume, save_live, unconfigured};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// What memtest86+ shows of a machine with two processors that it found and uses both of.
@@ -82,17 +82,6 @@ fn waits_until(vmm: &Vmm, moment: Duration) -> Result<bool> {
     }
 }
 
-/// Saves a guest while it runs.
-fn save_live(api: &mut ApiClient, files: &Files) -> Result<()> {
-    let mut create = files.create("Full");
-    create["live"] = json!(true);
-    api.put("/snapshot/create", &create)?.ok()?;
-    while api.get("/snapshot/job")?.ok()?.json()?["state"] == json!("Running") {
-        std::thread::sleep(LOOK_EVERY);
-    }
-    Ok(())
-}
-
 on_each_transport! {
     /// One boot, saved at many moments in turn with it paused and with it running; each of them
     /// then boots to its end.
@@ -115,7 +104,7 @@ on_each_transport! {
                 api.put("/snapshot/create", &files.create("Full"))?.ok()?;
                 resume(&mut api)?;
             } else {
-                save_live(&mut api, &files)?;
+                save_live(&mut api, &files.create("Full"))?;
             }
             saved.push((moment, files));
         }
