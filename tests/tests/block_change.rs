@@ -22,7 +22,7 @@ fn change(api: &mut ApiClient, id: &str, path: &Path) -> Result<()> {
 
 on_each_transport! {
     /// As a pool of empty drives is used: one that has no size yet becomes a real one, and that another, and that grows.
-    fn a_patched_path_is_another_disk_at_once(transport) {
+    fn a_patched_path_takes_effect_at_once(transport) {
         let script = "\
             is() { until [ $(cat /sys/block/vda/size) = $1 ]; do usleep 10000; done; }\n\
             is 0; echo EMPTY\n\
@@ -75,7 +75,7 @@ on_each_transport! {
         Ok(())
     }
 
-    fn a_read_only_drive_is_read_only_and_stays_so_with_another_disk(transport) {
+    fn a_read_only_drive_stays_read_only_with_another_disk(transport) {
         let script = "\
             echo RO $(cat /sys/block/vda/ro)\n\
             dd if=/dev/zero of=/dev/vda bs=512 count=1 oflag=direct 2>/dev/null || echo REFUSED\n\
@@ -103,7 +103,7 @@ on_each_transport! {
     }
 
     /// Raw files and overlays. What is discarded of an overlay reads as zeros, not as what lies beneath.
-    fn what_the_guest_discards_is_given_back_to_the_host_and_reads_as_zeros(transport) {
+    fn discarded_sectors_free_host_space_and_read_as_zeros(transport) {
         let fill = "dd if=/dev/zero bs=64k count=64 2>/dev/null | tr '\\0' x | dd of=/dev/vd$d bs=64k oflag=direct iflag=fullblock 2>/dev/null\n\
                     echo FULL vd$d $(dd if=/dev/vd$d bs=64k iflag=direct 2>/dev/null | tr -d -c x | wc -c)";
         let script = format!("\
@@ -143,7 +143,7 @@ on_each_transport! {
         Ok(())
     }
 
-    fn drives_are_set_over_the_api_and_bad_ones_change_nothing(transport) {
+    fn drives_are_set_over_the_api_and_invalid_ones_refused(transport) {
         let builder = transport.args().iter().fold(VmmBuilder::new(&vmm_path())?, VmmBuilder::arg);
         let script = "echo SIZE $(cat /sys/block/vda/size)\npoweroff -f";
         let guest = Guest::linux(Kernel::Tuned, script, builder.dir())?;
@@ -184,7 +184,7 @@ fn devices_are_found_without_acpi() -> Result<()> {
 /// Case 13: block devices of the host without discard, loop devices, tmpfs and an overlay there. What is zeroed reads as zeros; what cannot be
 /// discarded is not an error; nothing beside it changes.
 #[test]
-fn zeroes_are_zeroes_on_any_host_storage() -> Result<()> {
+fn zeroed_sectors_read_as_zeros_on_any_host_storage() -> Result<()> {
     let guest = DiskGuest::new(Transport::Mmio)?.tool(TOOL);
     let null = NullDevice::new(8, 0)?;
     let attached = LoopDevice::new(&disk(guest.dir(), "loop", 8)?)?;

@@ -52,7 +52,7 @@ fn patch(api: &mut ApiClient, path: &str, body: &Value) -> Result<()> {
 
 on_each_transport! {
     /// Pauses, new limits and new paths of the same disk come all the while.
-    fn what_is_written_is_read_back_while_the_host_pauses_the_guest_and_changes_the_disk(transport) {
+    fn writes_are_read_back_across_pauses_and_disk_patches(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2);
         for fields in four_disks(guest.dir(), 4)? {
             guest = guest.drive(fields);
@@ -98,7 +98,7 @@ on_each_transport! {
     }
 
     /// The driver goes while writes are on their way, and comes back: to the same disk, with all that it had been told is there.
-    fn a_driver_that_goes_in_the_middle_of_writes_finds_them_when_it_comes_back(transport) {
+    fn writes_survive_a_driver_unbind_and_rebind(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
         for fields in four_disks(guest.dir(), 4)? {
             guest = guest.drive(fields);
@@ -129,7 +129,7 @@ on_each_transport! {
     }
 
     /// Somebody in the guest resets the device behind its driver's back, in the middle of I/O.
-    fn a_reset_behind_the_drivers_back_loses_nothing_that_was_flushed_and_stops_no_other_disk(transport) {
+    fn flushed_writes_survive_an_unexpected_device_reset(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL);
         let writeback = json!({"cache_type": "Writeback"});
         let (first, second) = (disk(guest.dir(), "first", 4)?, disk(guest.dir(), "second", 4)?);
@@ -161,7 +161,7 @@ on_each_transport! {
     }
 
     /// `kill -9`, of raw disks and overlays, with both engines: what was flushed is there, and what was not is old or new.
-    fn what_was_flushed_outlives_a_killed_monitor(transport) {
+    fn flushed_writes_survive_a_killed_monitor(transport) {
         let keep = tempfile::tempdir()?;
         let drives = four_disks(keep.path(), 4)?;
         let boot = |script: &str| {

@@ -68,7 +68,7 @@ fn written(transport: Transport, home: &Path) -> Result<(Vmm, [PathBuf; 2])> {
 }
 
 on_each_transport! {
-    fn overlays_are_closed_when_the_guest_ends_by_itself(transport) {
+    fn overlays_are_closed_when_the_guest_ends(transport) {
         for end in ["poweroff -f", "reboot -f"] {
             let home = tempfile::tempdir()?;
             let (guest, overlays) = guest(transport, home.path())?;
@@ -79,7 +79,7 @@ on_each_transport! {
         Ok(())
     }
 
-    fn overlays_are_closed_when_a_signal_asks_the_monitor_to_end_also_of_a_guest_that_is_paused(transport) {
+    fn sigterm_closes_overlays_of_running_and_paused_guests(transport) {
         for (signal, paused) in [(Signal::TERM, false), (Signal::HUP, false), (Signal::TERM, true)] {
             let home = tempfile::tempdir()?;
             let (mut vmm, overlays) = written(transport, home.path())?;
@@ -93,7 +93,7 @@ on_each_transport! {
         Ok(())
     }
 
-    fn a_killed_monitor_leaves_all_that_the_guest_was_told_is_written(transport) {
+    fn overlay_keeps_acknowledged_writes_after_sigkill(transport) {
         let home = tempfile::tempdir()?;
         let (mut vmm, overlays) = written(transport, home.path())?;
         vmm.signal(Signal::KILL)?;
@@ -105,7 +105,7 @@ on_each_transport! {
     }
 
     /// The child's overlays lie on its parent's. It writes to them until it is told to end.
-    fn overlays_of_a_child_are_closed_when_it_ends(transport) {
+    fn overlays_of_a_forked_child_are_closed_when_it_ends(transport) {
         let home = tempfile::tempdir()?;
         let (guest, _) = guest(transport, home.path())?;
         let write = "dd if=/x of=/dev/vd$d bs=4096 count=1 seek=1 conv=notrunc oflag=direct 2>/dev/null";

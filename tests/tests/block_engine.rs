@@ -11,7 +11,7 @@ const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
 on_each_transport! {
     /// Raw, overlaid and read-only ones, none of which says which engine it wants.
-    fn drives_work_on_a_kernel_without_io_uring_and_the_log_says_how(transport) {
+    fn drives_work_without_io_uring_and_the_log_says_how(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL).without_io_uring();
         let (raw, base) = (disk(guest.dir(), "raw", 4)?, disk(guest.dir(), "base", 4)?);
         let read_only = disk(guest.dir(), "ro", 1)?;
@@ -35,8 +35,7 @@ on_each_transport! {
 }
 
 #[test]
-fn io_engine_async_is_refused_by_name_on_a_kernel_without_io_uring_and_the_drive_may_be_set_otherwise()
--> Result<()> {
+fn io_engine_async_is_refused_without_io_uring() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api().without_io_uring();
     let vmm = builder.spawn()?;
     let mut api = vmm.ready_client(TIMEOUT)?;

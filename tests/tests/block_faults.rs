@@ -47,7 +47,7 @@ fn output_of(vmm: &mut Vmm, marks: &[&str]) -> Result<String> {
 }
 
 on_each_transport! {
-    fn a_disk_with_errors_gives_them_to_the_guest_and_stops_nothing_else(transport) {
+    fn disk_errors_reach_the_guest_and_affect_no_other_disk(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL);
         let device = MappedDevice::new(&disk(guest.dir(), "file", 8)?)?;
         let good = drive("good", &disk(guest.dir(), "good", 8)?);
@@ -74,7 +74,7 @@ on_each_transport! {
         Ok(())
     }
 
-    fn a_file_that_shrinks_gives_errors_where_it_ends_and_works_when_it_has_grown_again(transport) {
+    fn a_truncated_file_gives_errors_until_it_has_grown_again(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL);
         let (bad, good) = (disk(guest.dir(), "bad", 8)?, disk(guest.dir(), "good", 8)?);
         let mut vmm = guest.drive(drive("bad", &bad)).drive(drive("good", &good)).run(WATCH)?;
@@ -88,7 +88,7 @@ on_each_transport! {
     }
 
     /// Requests of both engines take 300 ms each. Meanwhile others get their turn, and the machine can be paused.
-    fn a_slow_disk_holds_up_no_other_and_no_pause(transport) {
+    fn a_slow_disk_delays_no_other_disk_and_no_pause(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
         let mut devices = Vec::new();
         for engine in ["Sync", "Async"] {
@@ -135,7 +135,7 @@ on_each_transport! {
     }
 
     /// Sparse disks promise more than the file system beneath them has: raw ones and overlays, with both engines.
-    fn a_full_file_system_fails_writes_and_loses_none_that_were_over_and_recovers_with_space(transport) {
+    fn a_full_file_system_loses_no_completed_write_and_recovers(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
         let small = SmallFs::new(8 * MIB)?;
         for engine in ["Sync", "Async"] {
@@ -181,7 +181,7 @@ on_each_transport! {
 /// The kernel takes what it could not write for written: with space again, the next sync succeeds. Data is lost then, and no overlay may say that it
 /// has it. Through both engines, on ext4 over a loop device over a file system that is full.
 #[test]
-fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
+fn an_overlay_never_trusts_data_lost_by_a_failed_flush() -> Result<()> {
     const SECTORS: u64 = 16 * MIB / 512;
     // Room for the file system and the beginning of both overlays, and not for their data.
     let small = SmallFs::new(20 * MIB)?;
@@ -235,7 +235,7 @@ fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
 
 /// The guest writes more than the disk moves in the 10 seconds that a pause waits, then flushes: the pause does not fail.
 #[test]
-fn pause_behind_a_flush_of_a_slow_disk_succeeds() -> Result<()> {
+fn pause_succeeds_during_a_flush_of_a_slow_disk() -> Result<()> {
     let slow = NullDevice::new(256, 12)?;
     let guest = DiskGuest::new(Transport::Mmio)?;
     let guest = guest.drive(with(drive("slow", slow.path()), &json!({"cache_type": "Writeback"})));

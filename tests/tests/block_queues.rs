@@ -12,7 +12,7 @@ use vesta_tests::on_each_transport;
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
 on_each_transport! {
-    fn each_vcpu_has_a_queue_of_its_own_and_several_threads_serve_them(transport) {
+    fn each_vcpu_has_its_own_queue_and_several_threads_serve_them(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(4);
         let mut paths = Vec::new();
         for (engine, threads) in [("Async", 4), ("Async", 2), ("Sync", 3)] {
@@ -54,7 +54,7 @@ on_each_transport! {
     }
 
     /// One after the other has said that it works before the first of them stops.
-    fn sixteen_disks_work_at_once_and_are_told_apart_by_their_serial_numbers(transport) {
+    fn sixteen_disks_with_serial_numbers_work_at_once(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2);
         let mut paths = Vec::new();
         for i in 0..16 {

@@ -65,7 +65,7 @@ on_each_transport! {
         Ok(())
     }
 
-    fn a_root_partition_is_found_by_its_uuid_on_whichever_disk(transport) {
+    fn a_root_partition_is_found_by_its_uuid_on_any_disk(transport) {
         let root = |image: PathBuf| {
             let disk = partitioned(&image, 0x5ee4_0b1d)?;
             Ok(with(root_drive(&disk), &json!({"partuuid": "5ee40b1d-01"})))
@@ -75,7 +75,7 @@ on_each_transport! {
         Ok(())
     }
 
-    fn a_root_disk_may_be_a_block_device_of_the_host(transport) {
+    fn a_root_disk_can_be_a_block_device_of_the_host(transport) {
         let mut device = None;
         let mut vmm = boot(transport, WRITE, |image| {
             let attached = device.insert(LoopDevice::new(&image)?);
@@ -86,7 +86,7 @@ on_each_transport! {
         Ok(())
     }
 
-    fn a_root_overlay_takes_the_writes_and_the_base_stays_as_it_is(transport) {
+    fn a_root_overlay_takes_all_writes_and_keeps_the_base(transport) {
         let script = "echo kept > /kept; /bin/busybox sync\n\
                       echo HAS $(/bin/busybox cat /kept)\n\
                       /bin/busybox poweroff -f";
@@ -105,7 +105,7 @@ on_each_transport! {
     }
 
     /// Root and data drive, whose layers two guests have made before.
-    fn a_guest_on_two_layers_sees_what_each_was_given_and_none_of_them_changes(transport) {
+    fn a_guest_reads_from_two_layers_and_changes_neither(transport) {
         let keep = tempfile::tempdir()?;
         let dir = keep.path();
         let root = root_disk(dir, GENERATION)?;
@@ -148,7 +148,7 @@ on_each_transport! {
 }
 
 #[test]
-fn a_layer_that_does_not_fit_is_refused_by_name_and_a_drive_whose_layers_fit_is_not() -> Result<()> {
+fn a_layer_that_does_not_fit_is_refused_by_name() -> Result<()> {
     let keep = tempfile::tempdir()?;
     let dir = keep.path();
     for (name, byte) in [("base", b'1'), ("other", b'2')] {

@@ -90,7 +90,7 @@ fn boots_without_acpi() -> Result<()> {
 }
 
 #[test]
-fn the_guest_gets_its_command_line_as_it_is() -> Result<()> {
+fn the_guest_gets_its_command_line_unchanged() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
     let boot_args = format!("{BOOT_ARGS} vesta.word=\"two words\" vesta.last");
     let guest = Guest::linux(Kernel::quickest(), "cat /proc/cmdline; reboot -f", builder.dir())?
@@ -129,7 +129,7 @@ reboot -f";
 }
 
 #[test]
-fn the_guest_keeps_time_by_its_host() -> Result<()> {
+fn guest_time_agrees_with_host_time() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
     let script = "\
 cd /sys/devices/system/clocksource/clocksource0

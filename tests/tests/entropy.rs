@@ -8,7 +8,7 @@ use vesta_tests::disks::{DiskGuest, output_of};
 use vesta_tests::on_each_transport;
 
 on_each_transport! {
-    fn the_guest_draws_random_bytes_from_its_host(transport) {
+    fn the_guest_reads_random_bytes(transport) {
         let script = "\
             echo FROM $(cat /sys/class/misc/hw_random/rng_current)\n\
             for i in 1 2; do echo BYTES $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | hexdump -v -e '/1 \"%02x\"'); done\n\
@@ -21,7 +21,7 @@ on_each_transport! {
     }
 
     /// It goes while somebody reads, and what comes back is the same device.
-    fn a_driver_that_goes_and_comes_back_draws_random_bytes_again(transport) {
+    fn the_guest_reads_random_bytes_after_a_driver_rebind(transport) {
         let script = "\
             cd /sys/bus/virtio/drivers/virtio_rng\n\
             id=$(basename $(ls -d virtio*))\n\
@@ -42,7 +42,7 @@ on_each_transport! {
     }
 
     /// 4 KiB are there at once, 12 more come at 4 KiB a second. The guest's kernel draws some for itself meanwhile.
-    fn a_limit_makes_the_guest_wait_for_its_random_bytes(transport) {
+    fn a_rate_limit_delays_random_bytes(transport) {
         let limit = json!({"rate_limiter": {"bandwidth": {"size": 4096, "refill_time": 1000}}});
         let script = "\
             read before rest < /proc/uptime\n\

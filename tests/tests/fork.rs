@@ -22,7 +22,7 @@ const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
 on_each_transport! {
     /// Raw disks and overlays, through both engines, forked twice in the middle of writes that are read back.
-    fn each_side_of_a_fork_finds_on_its_disks_what_it_wrote_itself(transport) {
+    fn parent_and_child_each_read_their_own_writes_after_a_fork(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2).entropy(json!({}));
         let home = tempfile::tempdir()?;
         for (name, fields) in [
@@ -93,7 +93,7 @@ poweroff -f";
 on_each_transport! {
     /// Forked after each of so many writes that layers are merged, then saved live: whoever goes on from there finds on its disks what was
     /// written, as often as one likes.
-    fn a_guest_that_writes_is_forked_any_number_of_times_and_each_load_of_it_goes_on_by_itself(transport) {
+    fn a_writing_guest_is_forked_many_times_and_restored_each_time(transport) {
         let home = tempfile::tempdir()?;
         let control = disk(home.path(), "control", 1)?;
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
@@ -173,7 +173,7 @@ fn check_verified(output: &str) -> Result<()> {
 }
 
 #[test]
-fn a_block_device_is_forked_onto_overlays_that_are_named() -> Result<()> {
+fn a_block_device_is_forked_onto_named_overlays() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (device, control, mut vmm, mut api) = on_block_device(home.path())?;
     let on = |name: &str| json!([{"drive_id": "device", "overlay": home.path().join(name)}]);
@@ -194,8 +194,7 @@ fn a_block_device_is_forked_onto_overlays_that_are_named() -> Result<()> {
 }
 
 #[test]
-fn a_block_device_is_saved_live_onto_an_overlay_that_is_named_and_each_load_has_one_beside_it() -> Result<()>
-{
+fn a_block_device_is_saved_live_onto_a_named_overlay() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (device, control, mut vmm, mut api) = on_block_device(home.path())?;
     let files = Files::new(home.path(), "live");

@@ -52,7 +52,7 @@ fn child(dir: &Path, clone: u32) -> Value {
 }
 
 on_each_transport! {
-    fn fifty_clones_of_one_guest_are_fifty_guests(transport) {
+    fn fifty_clones_of_one_guest_run_independently(transport) {
         let home = tempfile::tempdir()?;
         let dir = home.path();
         let vmm = DiskGuest::new(transport)?

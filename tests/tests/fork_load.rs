@@ -20,7 +20,7 @@ const PROGRAMS: Programs = Programs {
 
 on_each_transport! {
     /// A child, and a child of that one, all under load at the same time. The parent's connections go on, the others begin without any.
-    fn parent_child_and_grandchild_each_find_what_they_wrote_and_sent(transport) {
+    fn parent_child_and_grandchild_keep_their_data_under_load(transport) {
         let home = tempfile::tempdir()?;
         let place = BusyHost::new(home.path())?;
         let mut vmm = place.guest(transport, PROGRAMS, &json!({}))?;
@@ -43,7 +43,7 @@ on_each_transport! {
     }
 
     /// The guest goes on while it is saved, and beside the one that goes on from what was saved.
-    fn a_live_snapshot_and_its_original_each_find_what_they_wrote_and_sent(transport) {
+    fn a_live_snapshot_and_its_original_keep_their_data_under_load(transport) {
         let home = tempfile::tempdir()?;
         let place = BusyHost::new(home.path())?;
         let mut vmm = place.guest(transport, PROGRAMS, &json!({}))?;

@@ -22,7 +22,7 @@ fn boot(kernel: Kernel, script: &str, shape: impl FnOnce(Guest) -> Guest) -> Vmm
 }
 
 #[test]
-fn the_guest_has_kvms_clock_x2apic_and_the_deadline_timer() {
+fn the_guest_has_kvmclock_x2apic_and_the_tsc_deadline_timer() {
     let what = "dmesg | grep -iE 'kvm-clock|x2apic|deadline'\npoweroff -f";
     let mut vmm = boot(Kernel::quickest(), what, |guest| guest);
     let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
@@ -33,7 +33,7 @@ fn the_guest_has_kvms_clock_x2apic_and_the_deadline_timer() {
 }
 
 #[test]
-fn huge_pages_of_both_kinds_are_taken_where_the_host_has_them() {
+fn both_kinds_of_huge_pages_are_used_if_available() {
     let mut vmm = boot(Kernel::quickest(), "poweroff -f", |guest| Guest {
         machine: json!({ "huge_pages": "Transparent" }),
         ..guest
@@ -157,7 +157,7 @@ fn cgroup_limit_on_huge_pages_is_named() {
 }
 
 #[test]
-fn reboot_by_triple_fault_ends_with_status_0_and_is_reported() {
+fn a_triple_fault_is_reported_and_ends_with_status_0() {
     let mut vmm = boot(Kernel::quickest(), "reboot -f", |guest| {
         guest.boot_args("console=ttyS0 quiet panic=-1 reboot=t")
     });
@@ -167,7 +167,7 @@ fn reboot_by_triple_fault_ends_with_status_0_and_is_reported() {
 }
 
 #[test]
-fn a_serial_fifo_that_nobody_reads_does_not_stop_the_guest() {
+fn a_serial_fifo_without_reader_does_not_block_the_guest() {
     let builder = VmmBuilder::new(&vmm_path()).unwrap();
     // More than the monitor and the FIFO hold together.
     let script = "i=0; while [ $i -lt 1100 ]; do echo 0123456789012345678901234567890123456789012345678901234567890123456789; i=$((i+1)); done\npoweroff -f";
@@ -185,7 +185,7 @@ fn a_serial_fifo_that_nobody_reads_does_not_stop_the_guest() {
 }
 
 #[test]
-fn a_guest_that_writes_to_the_boot_timer_is_timed() {
+fn a_write_to_the_boot_timer_logs_the_boot_time() {
     let builder = VmmBuilder::new(&vmm_path()).unwrap();
     let guest = Guest::linux(Kernel::Tuned, "devmem 0xC0000000 8 123\npoweroff -f", builder.dir()).unwrap();
     let mut vmm =

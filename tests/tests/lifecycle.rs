@@ -45,7 +45,7 @@ fn state(api: &mut ApiClient) -> Result<String> {
 }
 
 #[test]
-fn a_paused_guest_stands_still_and_goes_on_when_resumed() -> Result<()> {
+fn a_paused_guest_uses_no_cpu_until_it_is_resumed() -> Result<()> {
     let (vmm, mut api) = running(Kernel::quickest(), BUSY)?;
     vmm.wait_for_output("tick 2", BOOT_TIMEOUT)?;
     assert_eq!(state(&mut api)?, "Running");
@@ -71,7 +71,7 @@ fn a_paused_guest_stands_still_and_goes_on_when_resumed() -> Result<()> {
 }
 
 #[test]
-fn a_guest_can_be_paused_again_and_again() -> Result<()> {
+fn a_guest_can_be_paused_many_times() -> Result<()> {
     let (vmm, mut api) = running(Kernel::quickest(), BUSY)?;
     for _ in 0..20 {
         set_state(&mut api, "Paused")?;
@@ -110,7 +110,7 @@ fn ctrl_alt_del_reaches_init_of_debian_6_12() -> Result<()> {
 }
 
 #[test]
-fn a_signal_to_end_ends_it_at_once() -> Result<()> {
+fn sigterm_ends_the_monitor_at_once() -> Result<()> {
     let (mut vmm, _api) = running(Kernel::quickest(), BUSY)?;
     vmm.signal(Signal::TERM)?;
     let status = vmm.exit_status(Duration::from_secs(5))?;
@@ -119,7 +119,7 @@ fn a_signal_to_end_ends_it_at_once() -> Result<()> {
 }
 
 #[test]
-fn what_is_for_before_the_start_is_refused_after_it_and_the_guest_goes_on() -> Result<()> {
+fn preboot_requests_are_refused_after_the_start() -> Result<()> {
     let (vmm, mut api) = running(Kernel::quickest(), BUSY)?;
     let refused = [
         api.put("/actions", &json!({"action_type": "InstanceStart"}))?,
@@ -139,7 +139,7 @@ fn what_is_for_before_the_start_is_refused_after_it_and_the_guest_goes_on() -> R
 }
 
 #[test]
-fn the_serial_port_can_write_to_a_file() -> Result<()> {
+fn serial_output_can_go_to_a_file() -> Result<()> {
     let (mut vmm, mut api) = vmm_with_api(&[])?;
     let file = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": file}))?.ok()?;

@@ -156,7 +156,7 @@ on_each_transport! {
     }
 
     /// Version 2, by curl, under the names of both headers.
-    fn a_guest_shows_a_token_or_is_sent_away(transport) {
+    fn a_guest_without_a_valid_token_is_refused(transport) {
         let script = format!(
             "get() {{ name=$1; shift; echo \"<$name>$(in_disk curl -sS -m 20 -w '|%{{http_code}}' \"$@\" 2>&1)</$name>\"; }}\n\
              get none {AT}/latest/meta-data/ami-id\n\
@@ -192,7 +192,7 @@ on_each_transport! {
     }
 
     /// boto3 finds its credentials as it would on EC2: a token, the role's name, the role.
-    fn the_aws_sdk_finds_its_credentials(transport) {
+    fn the_aws_sdk_reads_its_credentials(transport) {
         let program = "import boto3\n\
             credentials = boto3.Session().get_credentials()\n\
             frozen = credentials.get_frozen_credentials()\n\
@@ -219,7 +219,7 @@ on_each_transport! {
     }
 
     /// The contents change under a guest that reads them all the time, and each of its answers is whole.
-    fn what_the_user_patches_the_guest_reads(transport) {
+    fn a_guest_reads_patched_contents(transport) {
         let script = format!(
             "echo READING\n\
              while :; do\n\
@@ -327,7 +327,7 @@ fn cloud_init_reads_its_no_cloud_data_source() -> Result<()> {
 
 /// Two interfaces lead to it.
 #[test]
-fn every_interface_that_is_named_leads_there() -> Result<()> {
+fn every_configured_interface_reaches_the_service() -> Result<()> {
     let script = format!(
         "ip link set eth1 up; ip addr add 192.168.78.2/24 dev eth1\n\
          ask() {{ echo \"<$1>$(wget -q -O - {AT}/a 2>&1)</$1>\"; }}\n\
@@ -347,7 +347,7 @@ fn every_interface_that_is_named_leads_there() -> Result<()> {
 
 /// One of two interfaces leads to it, at an address of its own.
 #[test]
-fn an_interface_that_is_not_named_does_not_lead_there() -> Result<()> {
+fn other_interfaces_do_not_reach_the_service() -> Result<()> {
     let script = "ip link set eth1 up; ip addr add 192.168.78.2/24 dev eth1\n\
         ip route add 169.254.42.1 dev eth1\n\
         ask() { echo \"<$1>$(wget -q -O - http://169.254.42.1/a 2>&1)</$1>\"; }\n\
@@ -372,7 +372,7 @@ fn an_interface_that_is_not_named_does_not_lead_there() -> Result<()> {
 
 /// As flintlock does it: a configuration file, a metadata file, no API.
 #[test]
-fn a_configuration_file_and_a_metadata_file_are_enough() -> Result<()> {
+fn the_service_works_from_configuration_and_metadata_files() -> Result<()> {
     let script =
         format!("{NETWORK}echo \"<id>$(wget -q -O - {AT}/latest/meta-data/ami-id)</id>\"\npoweroff -f");
     let builder = VmmBuilder::new(&vmm_path())?;
@@ -389,7 +389,7 @@ fn a_configuration_file_and_a_metadata_file_are_enough() -> Result<()> {
 
 /// And for a guest without a network: its configuration file names no interface for the service then.
 #[test]
-fn a_configuration_file_may_name_no_interface_for_it() -> Result<()> {
+fn a_configuration_file_can_name_no_interface() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?;
     let mut config = Guest::linux(Kernel::Tuned, "echo UP; poweroff -f", builder.dir())?.config();
     config["mmds-config"] = json!({"version": "V1"});
@@ -402,7 +402,7 @@ fn a_configuration_file_may_name_no_interface_for_it() -> Result<()> {
 }
 
 #[test]
-fn a_metadata_file_that_cannot_be_used_ends_the_monitor() -> Result<()> {
+fn an_unusable_metadata_file_ends_the_monitor() -> Result<()> {
     for (text, limit, named) in
         [("{", "100", "EOF"), ("[]", "100", "an array"), (r#"{"a":"long"}"#, "11", "at most 11")]
     {
@@ -422,7 +422,7 @@ fn a_metadata_file_that_cannot_be_used_ends_the_monitor() -> Result<()> {
 
 /// Statuses and messages, before and after the start.
 #[test]
-fn the_api_says_what_it_does_not_do() -> Result<()> {
+fn the_api_names_unsupported_settings() -> Result<()> {
     let setup =
         Setup { script: "echo UP; sleep 1000", args: &["--mmds-size-limit", "50"], ..Setup::default() };
     let (vmm, mut api) = setup.configure(&json!({"a": "1"}))?;
@@ -466,7 +466,7 @@ fn the_api_says_what_it_does_not_do() -> Result<()> {
 
 /// Contents that no interface leads to are refused once that cannot change any more.
 #[test]
-fn a_guest_without_a_way_to_it_has_no_contents() -> Result<()> {
+fn a_guest_without_an_interface_for_it_has_no_contents() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api();
     let guest = Guest::linux(Kernel::Tuned, "echo UP; sleep 1000", builder.dir())?;
     let vmm = builder.spawn()?;
@@ -488,7 +488,7 @@ fn a_guest_without_a_way_to_it_has_no_contents() -> Result<()> {
 
 /// Each side of a fork reads what its own user says, from the moment of the fork on.
 #[test]
-fn a_forks_child_reads_its_own_contents() -> Result<()> {
+fn a_forked_child_reads_its_own_contents() -> Result<()> {
     let net = HostNet::new()?;
     for tap in ["vesta-own", "vesta-same"] {
         net.tap(tap, "", "")?;
@@ -541,7 +541,7 @@ fn a_forks_child_reads_its_own_contents() -> Result<()> {
 
 /// An interface whose frames the monitor does not see, or not all of them, leads nowhere: said when it is configured.
 #[test]
-fn an_interface_that_cannot_lead_there_is_refused() -> Result<()> {
+fn an_unsuitable_interface_is_refused() -> Result<()> {
     let (_vmm, mut api) = Setup::default().configure(&json!({}))?;
     let mut several = interface("eth0");
     several["num_queues"] = json!(2);
@@ -563,7 +563,7 @@ fn an_interface_that_cannot_lead_there_is_refused() -> Result<()> {
 
 /// A snapshot has the way to the service and none of its contents: whoever loads it says what the guest reads now.
 #[test]
-fn a_restored_guest_reads_what_its_new_monitor_has() -> Result<()> {
+fn a_restored_guest_reads_contents_of_its_new_monitor() -> Result<()> {
     // A load takes a tap that is there and makes none.
     HostNet::new()?.tap("vesta-eth0", "", "")?;
     let script = format!(

@@ -47,18 +47,18 @@ fn all_lines_interrupt(guest: DiskGuest) -> Result<()> {
 }
 
 #[test]
-fn all_19_lines_can_be_taken() -> Result<()> {
+fn all_19_interrupt_lines_can_be_used() -> Result<()> {
     all_lines_interrupt(guest(18)?)
 }
 
 /// It finds them in the MP table and on its command line.
 #[test]
-fn all_19_lines_can_be_taken_without_acpi() -> Result<()> {
+fn all_19_interrupt_lines_can_be_used_without_acpi() -> Result<()> {
     all_lines_interrupt(guest(18)?.more_boot_args("acpi=off"))
 }
 
 #[test]
-fn one_device_more_than_lines_is_refused_with_the_bound() -> Result<()> {
+fn more_devices_than_interrupt_lines_are_refused() -> Result<()> {
     let (code, output) = guest(19)?.run("")?.finish(BOOT_TIMEOUT)?;
     assert_eq!(code, 152);
     ensure!(output.contains("20 devices are too many: there are 19 interrupt lines"), "{output}");

@@ -22,7 +22,7 @@ const MIB: u64 = 1 << 20;
 
 on_each_transport! {
     /// What is sent arrives, both ways at the same time.
-    fn bytes_go_both_ways_over_a_tap(transport) {
+    fn data_crosses_a_tap_in_both_directions(transport) {
         let _net = host()?;
         let vmm = NetGuest::new(transport, TOOL)?
             .tap("tap0", json!({"guest_mac": "06:00:AC:10:00:02"}))
@@ -33,7 +33,7 @@ on_each_transport! {
     }
 
     /// The guest's checksums and segmentation are its own business, and so is the MTU.
-    fn bytes_go_both_ways_without_offloads_and_at_other_mtus(transport) {
+    fn data_crosses_without_offloads_and_at_other_mtus(transport) {
         let net = host()?;
         net.ip("link set tap0 mtu 9000")?;
         let vmm = NetGuest::new(transport, TOOL)?
@@ -54,7 +54,7 @@ on_each_transport! {
     }
 
     /// All of them carry data.
-    fn several_pairs_of_queues_share_the_work(transport) {
+    fn queue_pairs_share_the_load(transport) {
         let _net = host_with_queues()?;
         let vmm = NetGuest::new(transport, TOOL)?
             .vcpus(2)
@@ -75,7 +75,7 @@ on_each_transport! {
     }
 
     /// A pause and a reset of the driver lose nothing that TCP would not send again.
-    fn pauses_and_rebound_drivers_do_no_harm(transport) {
+    fn traffic_survives_pauses_and_driver_rebinds(transport) {
         let _net = host()?;
         let vmm = NetGuest::new(transport, TOOL)?.tap("tap0", json!({})).boot(&format!(
             "{UP}\necho GOING\n{both}\ndev=$(basename $(readlink /sys/class/net/eth0/device))\n\
@@ -95,12 +95,12 @@ on_each_transport! {
     }
 
     /// The guest is told, the monitor goes on.
-    fn a_tap_that_is_deleted_takes_the_link_down(transport) {
+    fn deleting_a_tap_takes_the_link_down(transport) {
         a_deleted_tap_is_noticed(transport, "tap")
     }
 
     /// The guest is told, and the kernel told nobody.
-    fn a_tap_of_vhost_that_is_deleted_takes_the_link_down(transport) {
+    fn deleting_a_tap_takes_the_vhost_link_down(transport) {
         if File::open("/dev/vhost-net").is_err() {
             ignore("there is no vhost-net here");
         }
@@ -162,7 +162,7 @@ fn assert_takes(
 }
 
 #[test]
-fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
+fn rate_limits_hold_in_each_direction_and_can_be_patched() -> Result<()> {
     let _net = host()?;
     // 1 MiB a second to the guest, a quarter of that from it; the buckets are small, so that the rate is what counts.
     let limit = |bytes: u64| json!({"bandwidth": {"size": bytes / 10, "refill_time": 100}});
@@ -218,7 +218,7 @@ fn put(api: &mut ApiClient, id: &str, body: &serde_json::Value) -> Result<vesta_
 }
 
 #[test]
-fn interfaces_are_set_over_the_api_and_bad_ones_change_nothing() -> Result<()> {
+fn interfaces_are_set_over_the_api_and_invalid_ones_refused() -> Result<()> {
     let net = HostNet::new()?;
     net.tap("tap0", "10.0.0.1/24", "")?;
     net.tap("tap1", "", "")?;

@@ -58,7 +58,7 @@ fn needs_vhost() {
 
 on_each_transport! {
     /// Neither the monitor nor passt has any right, and the kernel says so.
-    fn without_root_a_guest_reaches_the_hosts_loopback_and_is_reached(transport) {
+    fn passt_connects_guest_and_host_loopback_without_root(transport) {
         let net = HostNet::new()?;
         serve_behind_passt(&net)?;
         let kvm = KvmAccess::new()?;
@@ -81,7 +81,7 @@ on_each_transport! {
     }
 
     /// Queues and interrupts are the kernel's; the monitor starts and stops them.
-    fn bytes_go_both_ways_with_vhost(transport) {
+    fn data_crosses_vhost_in_both_directions(transport) {
         needs_vhost();
         let _net = host()?;
         let vmm = NetGuest::new(transport, TOOL)?
@@ -100,7 +100,7 @@ on_each_transport! {
     }
 
     /// All of them carry data, also after pauses, and after the guest has used fewer.
-    fn several_pairs_of_vhost_share_the_work(transport) {
+    fn vhost_queue_pairs_share_the_load(transport) {
         needs_vhost();
         let _net = host_with_queues()?;
         let vmm = NetGuest::new(transport, TOOL)?
@@ -155,7 +155,7 @@ fn check_each_pair_sent(output: &str, before: &str, after: &str) -> Result<()> {
 
 /// Both pairs carry data, and who has no right to open a tap may use one.
 #[test]
-fn without_root_bytes_go_both_ways_over_inherited_queues() -> Result<()> {
+fn data_crosses_inherited_tap_queues_without_root() -> Result<()> {
     let net = host_with_queues()?;
     let kvm = KvmAccess::new()?;
     let queues = net.open_tap("tap0", 2)?;
@@ -181,7 +181,7 @@ fn without_root_bytes_go_both_ways_over_inherited_queues() -> Result<()> {
 
 /// The guest has its address. Deleted, it takes the link down, though its device goes on as if nothing had happened.
 #[test]
-fn bytes_go_both_ways_over_a_macvtap_until_it_is_deleted() -> Result<()> {
+fn data_crosses_a_macvtap_until_it_is_deleted() -> Result<()> {
     let net = HostNet::new()?;
     let device = net.macvtap("mv0", MAC, "10.0.0.1/24")?;
     net.serve("10.0.0.1:7000")?;
@@ -199,7 +199,7 @@ fn bytes_go_both_ways_over_a_macvtap_until_it_is_deleted() -> Result<()> {
 }
 
 #[test]
-fn a_passt_that_dies_takes_its_link_down_and_nothing_else() -> Result<()> {
+fn a_dead_passt_takes_only_its_own_link_down() -> Result<()> {
     let (guest, passt, _home, _net) = guest_with_passt_and_tap()?;
     let vmm = guest.boot(&format!(
         "{PASST_UP}\n{TAP_UP}\nnet-tool upload 192.0.2.1:7000 7 100000\n\
@@ -223,7 +223,7 @@ fn a_passt_that_dies_takes_its_link_down_and_nothing_else() -> Result<()> {
 }
 
 #[test]
-fn a_passt_that_stops_reading_holds_up_nothing_else() -> Result<()> {
+fn a_stalled_passt_delays_nothing_else() -> Result<()> {
     let (guest, passt, _home, _net) = guest_with_passt_and_tap()?;
     let vmm = guest.boot(&format!(
         "{PASST_UP}\n{TAP_UP}\nnet-tool serve 7000 &\nnet-tool upload 192.0.2.1:7000 7 100000\n\
@@ -248,7 +248,7 @@ fn a_passt_that_stops_reading_holds_up_nothing_else() -> Result<()> {
 }
 
 #[test]
-fn parent_and_child_of_a_fork_each_have_the_descriptor_that_they_were_given() -> Result<()> {
+fn parent_and_forked_child_use_their_own_tap_descriptors() -> Result<()> {
     let net = HostNet::new()?;
     net.tap("tap0", "10.0.0.1/24", "")?;
     net.tap("tap1", "10.0.1.1/24", "")?;

@@ -34,7 +34,7 @@ fn host() -> Result<HostNet> {
 
 on_each_transport! {
     /// The tap that it had is missed by name, and not made anew.
-    fn a_restored_guest_goes_on_over_another_tap_and_with_another_address(transport) {
+    fn a_restored_guest_uses_another_tap_and_mac_address(transport) {
         let net = host()?;
         let vmm = NetGuest::new(transport, TOOL)?.tap("tap0", json!({"guest_mac": OLD_MAC})).boot(&format!(
             "{UP}\nnet-tool serve 7000 &\nuntil {IS_ANOTHER}; do sleep 0.1; done\n\
@@ -75,13 +75,13 @@ on_each_transport! {
         Ok(())
     }
 
-    fn each_child_of_a_fork_has_the_networks_that_it_was_given_and_the_metadata_service(transport) {
+    fn forked_children_use_their_own_networks_and_mmds(transport) {
         children_have_their_networks(transport, "tap")
     }
 }
 
 #[test]
-fn children_of_a_fork_can_be_served_by_vhost() -> Result<()> {
+fn forked_children_can_use_vhost() -> Result<()> {
     if std::fs::File::open("/dev/vhost-net").is_err() {
         ignore("there is no vhost-net here");
     }

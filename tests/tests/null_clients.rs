@@ -10,7 +10,7 @@ use vesta_tests::vmm::VmmBuilder;
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 #[test]
-fn under_the_name_firecracker_it_answers_as_such() {
+fn the_name_firecracker_selects_firecrackers_identity() {
     let mut vmm =
         VmmBuilder::new(&vmm_path()).unwrap().with_name("firecracker").arg("--version").spawn().unwrap();
     let (code, output) = vmm.finish(TIMEOUT).unwrap();
@@ -82,7 +82,7 @@ fn the_whole_configuration_can_be_read_back() {
 }
 
 #[test]
-fn a_client_that_stalls_delays_nobody_else() {
+fn a_stalled_client_delays_no_other_client() {
     use std::io::Write;
     let vmm = VmmBuilder::new(&vmm_path()).unwrap().with_api().spawn().unwrap();
     let mut api = vmm.ready_client(TIMEOUT).unwrap();

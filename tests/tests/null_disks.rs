@@ -31,7 +31,7 @@ fn refused(response: &Response, printed: &[&str]) -> Result<()> {
 }
 
 #[test]
-fn a_raw_disk_is_refused_to_other_monitors_by_holder() -> Result<()> {
+fn a_raw_disk_in_use_is_refused_and_its_holder_named() -> Result<()> {
     let home = tempfile::tempdir()?;
     let image = disk(home.path(), "disk.img", 1)?;
     let raw = drive("d", &image);
@@ -73,7 +73,7 @@ fn a_raw_disk_is_refused_to_other_monitors_by_holder() -> Result<()> {
 }
 
 #[test]
-fn a_forked_disk_is_a_base_to_all_and_written_by_none() -> Result<()> {
+fn a_forked_disk_is_a_shared_base_that_no_one_can_write() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;

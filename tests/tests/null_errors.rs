@@ -116,12 +116,12 @@ fn a_text_is_no_kernel() -> Result<()> {
 }
 
 #[test]
-fn a_kernel_cut_within_its_headers_is_refused() -> Result<()> {
+fn a_kernel_with_truncated_headers_is_refused() -> Result<()> {
     kernel_is_refused(&null_guest().bytes()[..70], &[])
 }
 
 #[test]
-fn a_segment_that_the_file_does_not_hold_is_refused() -> Result<()> {
+fn a_segment_beyond_the_file_is_refused() -> Result<()> {
     let mut elf = null_guest();
     elf.segments[0].claimed_size = Some(1 << 20);
     kernel_is_refused(&elf.bytes(), &[])
@@ -136,7 +136,7 @@ fn a_segment_outside_memory_is_refused_with_its_address() -> Result<()> {
 }
 
 #[test]
-fn a_segment_that_reaches_beyond_memory_is_refused() -> Result<()> {
+fn a_segment_that_crosses_the_end_of_memory_is_refused() -> Result<()> {
     let mut elf = null_guest();
     elf.segments.push(Segment { memory_size: 1 << 40, ..Segment::new(0x20_0000, &[0xf4]) });
     kernel_is_refused(&elf.bytes(), &["0x200000"])
@@ -180,7 +180,7 @@ fn an_initrd_that_does_not_fit_is_refused_with_both_sizes() -> Result<()> {
 }
 
 #[test]
-fn a_command_line_that_is_too_long_is_refused_with_the_bound() -> Result<()> {
+fn a_too_long_command_line_is_refused_with_the_bound() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let guest = Guest::bare(&good_kernel(vmm.dir())?).boot_args(&"x".repeat(2049));
     let output = fault(&api.put("/boot-source", &guest.boot_source())?)?;
@@ -192,7 +192,7 @@ fn a_command_line_that_is_too_long_is_refused_with_the_bound() -> Result<()> {
 }
 
 #[test]
-fn numbers_of_vcpus_out_of_bounds_are_refused_with_the_bounds() -> Result<()> {
+fn invalid_vcpu_counts_are_refused_with_the_bounds() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     for vcpus in [0, 129, 255] {
         let guest = Guest::bare(&good_kernel(vmm.dir())?).vcpus(vcpus);
@@ -206,7 +206,7 @@ fn numbers_of_vcpus_out_of_bounds_are_refused_with_the_bounds() -> Result<()> {
 }
 
 #[test]
-fn sizes_of_memory_out_of_bounds_are_refused_with_the_bounds() -> Result<()> {
+fn invalid_memory_sizes_are_refused_with_the_bounds() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     for mem_mib in [0, (1 << 20) + 1] {
         let guest = Guest::bare(&good_kernel(vmm.dir())?).mem_mib(mem_mib);
@@ -218,7 +218,7 @@ fn sizes_of_memory_out_of_bounds_are_refused_with_the_bounds() -> Result<()> {
 }
 
 #[test]
-fn memory_that_cannot_be_had_is_refused_and_the_monitor_goes_on() -> Result<()> {
+fn unavailable_memory_is_refused_and_the_monitor_continues() -> Result<()> {
     let info = std::fs::read_to_string("/proc/meminfo")?;
     let free = info.lines().find_map(|line| line.strip_prefix("HugePages_Free:")).map(str::trim);
     match free {
@@ -260,7 +260,7 @@ fn an_unknown_key_within_a_section_is_named() -> Result<()> {
 }
 
 #[test]
-fn a_configuration_file_that_is_no_json_is_refused_with_the_place() -> Result<()> {
+fn an_invalid_json_file_is_refused_with_line_and_column() -> Result<()> {
     let builder =
         VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config_text("{\n\"boot-source\": nonsense}")?;
     let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
@@ -296,7 +296,7 @@ fn a_start_without_a_kernel_is_refused() -> Result<()> {
 }
 
 #[test]
-fn a_second_start_is_refused_and_the_guest_goes_on() -> Result<()> {
+fn a_second_start_is_refused_and_the_guest_continues() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     still_starts(&vmm, &mut api)?;
     fault(&api.put("/actions", &json!({"action_type": "InstanceStart"}))?)?;
@@ -305,7 +305,7 @@ fn a_second_start_is_refused_and_the_guest_goes_on() -> Result<()> {
 }
 
 #[test]
-fn what_needs_a_running_guest_is_refused_before_the_start() -> Result<()> {
+fn requests_for_a_running_guest_are_refused_before_the_start() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     fault(&api.patch("/vm", &json!({"state": "Paused"}))?)?;
     fault(&api.put("/actions", &json!({"action_type": "SendCtrlAltDel"}))?)?;
@@ -313,7 +313,7 @@ fn what_needs_a_running_guest_is_refused_before_the_start() -> Result<()> {
 }
 
 #[test]
-fn a_socket_that_is_in_use_is_named_and_left_alone() -> Result<()> {
+fn a_socket_in_use_is_named_and_not_removed() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&[])?;
     let socket = vmm.dir().join("api.sock");
     let (code, output) =
@@ -325,7 +325,7 @@ fn a_socket_that_is_in_use_is_named_and_left_alone() -> Result<()> {
 }
 
 #[test]
-fn arguments_that_mean_nothing_are_named() -> Result<()> {
+fn invalid_arguments_are_named() -> Result<()> {
     let cases: [(&[&str], &str); 5] = [
         (&["--no-such-flag"], "no-such-flag"),
         (&["--api-sock"], "api-sock"),

@@ -36,7 +36,7 @@ fn client(dir: &Path, id: &str) -> ApiClient {
 }
 
 #[test]
-fn children_and_parent_go_on_independently_from_the_same_moment() -> Result<()> {
+fn children_and_parent_continue_from_the_same_state() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
     // The children outlive their parent, and its directory.
     let home = tempfile::tempdir()?;
@@ -64,7 +64,7 @@ fn children_and_parent_go_on_independently_from_the_same_moment() -> Result<()> 
 }
 
 #[test]
-fn a_fork_of_a_fork_works_and_a_paused_one_stays_paused() -> Result<()> {
+fn a_child_can_be_forked_and_a_paused_guest_stays_paused() -> Result<()> {
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let dir = home.path();
@@ -91,7 +91,7 @@ fn a_fork_of_a_fork_works_and_a_paused_one_stays_paused() -> Result<()> {
 }
 
 #[test]
-fn fifty_children_of_one_call_all_begin() -> Result<()> {
+fn one_call_starts_fifty_children() -> Result<()> {
     let (_vmm, mut api, serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let dir = home.path();
@@ -107,7 +107,7 @@ fn fifty_children_of_one_call_all_begin() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_forked_is_refused_by_name_and_the_guest_goes_on() -> Result<()> {
+fn invalid_forks_are_refused_by_name_and_the_guest_continues() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
     let taken = vmm.dir().join("api.sock");
     for (body, named) in [
@@ -196,7 +196,7 @@ fn answer(asking: JoinHandle<Result<Response>>) -> Result<Response> {
 }
 
 #[test]
-fn a_child_that_dies_without_a_word_holds_up_nobody() -> Result<()> {
+fn a_child_that_dies_while_it_starts_delays_no_other() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let stuck = Stuck::new()?;
@@ -217,7 +217,7 @@ fn a_child_that_dies_without_a_word_holds_up_nobody() -> Result<()> {
 }
 
 #[test]
-fn a_signal_to_a_child_that_is_being_born_is_the_childs_and_not_its_parents() -> Result<()> {
+fn a_signal_to_a_starting_child_does_not_reach_its_parent() -> Result<()> {
     let (mut vmm, mut api, serial) = counting(&json!({}))?;
     let stuck = Stuck::new()?;
     let (asking, orphans) = begin_fork(&vmm, vec![stuck.child("a")])?;
@@ -231,7 +231,7 @@ fn a_signal_to_a_child_that_is_being_born_is_the_childs_and_not_its_parents() ->
 }
 
 #[test]
-fn a_parent_that_is_asked_to_end_does_not_wait_for_children_that_begin() -> Result<()> {
+fn a_parent_that_gets_sigterm_does_not_wait_for_children() -> Result<()> {
     let (mut vmm, _api, _serial) = counting(&json!({}))?;
     let stuck = Stuck::new()?;
     let (asking, orphans) = begin_fork(&vmm, vec![stuck.child("a")])?;
@@ -243,7 +243,7 @@ fn a_parent_that_is_asked_to_end_does_not_wait_for_children_that_begin() -> Resu
 }
 
 #[test]
-fn children_live_in_a_session_of_their_own_and_keep_no_stream_of_their_parents() -> Result<()> {
+fn children_have_their_own_session_and_no_inherited_streams() -> Result<()> {
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let [plain, mut logs] = ["plain", "logs"].map(|id| child(home.path(), id));
@@ -265,7 +265,7 @@ fn children_live_in_a_session_of_their_own_and_keep_no_stream_of_their_parents()
 }
 
 #[test]
-fn a_child_moves_to_the_cgroup_that_it_is_given() -> Result<()> {
+fn a_child_moves_to_its_configured_cgroup() -> Result<()> {
     let mounts = fs::read_to_string("/proc/mounts")?;
     let root = mounts.lines().find_map(|line| {
         let mut words = line.split(' ').skip(1);
@@ -309,7 +309,7 @@ fn overlay(api: &mut ApiClient, drive: usize) -> Result<(PathBuf, Vec<PathBuf>)>
 }
 
 #[test]
-fn a_guest_that_writes_nothing_can_be_forked_any_number_of_times() -> Result<()> {
+fn an_idle_guest_can_be_forked_any_number_of_times() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -328,7 +328,7 @@ fn a_guest_that_writes_nothing_can_be_forked_any_number_of_times() -> Result<()>
 }
 
 #[test]
-fn what_was_written_before_a_fork_is_a_layer_of_both_sides() -> Result<()> {
+fn writes_before_a_fork_are_a_layer_of_both_sides() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -381,7 +381,7 @@ fn layered(dir: &Path, count: usize) -> Result<(Value, Vec<PathBuf>)> {
 }
 
 #[test]
-fn many_layers_are_merged_beside_the_guest_for_those_who_begin_later() -> Result<()> {
+fn many_layers_are_merged_in_the_background_for_later_forks() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (drive, layers) = layered(dir, 16)?;
@@ -413,7 +413,7 @@ fn many_layers_are_merged_beside_the_guest_for_those_who_begin_later() -> Result
 }
 
 #[test]
-fn a_fork_that_finds_as_many_layers_as_there_can_be_is_possible_once_they_are_merged() -> Result<()> {
+fn a_fork_at_the_layer_limit_works_once_layers_are_merged() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (drive, layers) = layered(dir, 32)?;
@@ -434,7 +434,7 @@ fn a_fork_that_finds_as_many_layers_as_there_can_be_is_possible_once_they_are_me
 }
 
 #[test]
-fn a_merge_that_nobody_uses_is_gone_when_the_monitor_has_ended() -> Result<()> {
+fn an_unused_merge_is_removed_when_the_monitor_ends() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (drive, _) = layered(dir, 16)?;
@@ -450,7 +450,7 @@ fn a_merge_that_nobody_uses_is_gone_when_the_monitor_has_ended() -> Result<()> {
 }
 
 #[test]
-fn one_child_that_cannot_begin_takes_its_overlay_with_it_and_the_others_live() -> Result<()> {
+fn a_child_that_cannot_start_removes_only_its_own_overlay() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -472,7 +472,7 @@ fn one_child_that_cannot_begin_takes_its_overlay_with_it_and_the_others_live() -
 }
 
 #[test]
-fn a_childs_diff_has_what_was_written_between_its_parents_snapshot_and_the_fork() -> Result<()> {
+fn a_childs_diff_includes_its_parents_writes_before_the_fork() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (_vmm, mut api, serial) = sweeping(&json!({"track_dirty_pages": true}))?;

@@ -68,7 +68,7 @@ fn the_api_answers_beside_a_guest_from_a_file() -> Result<()> {
 }
 
 #[test]
-fn without_its_flag_there_is_no_boot_timer() -> Result<()> {
+fn without_its_option_there_is_no_boot_timer() -> Result<()> {
     let (mut vmm, mut api) = vmm_with_api(&[])?;
     let mut elf = null_guest();
     // The same write, then the end: the write is over when the monitor is.
@@ -83,7 +83,7 @@ fn without_its_flag_there_is_no_boot_timer() -> Result<()> {
 }
 
 #[test]
-fn what_the_guest_says_on_its_serial_port_is_on_standard_output() -> Result<()> {
+fn serial_output_goes_to_standard_output() -> Result<()> {
     let (mut vmm, _api) = started(&serial_guest(b"hello by serial\r\n"))?;
     vmm.wait_for_output("hello by serial", TIMEOUT)?;
     assert_eq!(vmm.exit_code(TIMEOUT)?, 0);
@@ -91,7 +91,7 @@ fn what_the_guest_says_on_its_serial_port_is_on_standard_output() -> Result<()> 
 }
 
 #[test]
-fn what_the_guest_says_on_its_serial_port_goes_to_the_file_that_was_asked_for() -> Result<()> {
+fn serial_output_goes_to_the_configured_file() -> Result<()> {
     let (mut vmm, mut api) = vmm_with_api(&[])?;
     let file = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": file}))?.ok()?;
@@ -112,7 +112,7 @@ fn a_reset_by_the_keyboard_controller_ends_with_0() -> Result<()> {
 }
 
 #[test]
-fn every_vcpu_has_a_thread_of_its_name() -> Result<()> {
+fn every_vcpu_has_a_named_thread() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     put(&vmm, &mut api, &null_guest())?;
     api.patch("/machine-config", &json!({"vcpu_count": 4}))?.ok()?;
@@ -158,7 +158,7 @@ fn a_guest_that_never_exits_ends_at_once_with_its_monitor() -> Result<()> {
 ///
 /// Where the processor's own state is lost with the fault (AMD's is undefined then), a monitor can only say so.
 #[test]
-fn a_triple_fault_is_reported_with_where_it_was() -> Result<()> {
+fn a_triple_fault_is_reported_with_its_address() -> Result<()> {
     let (elf, fault_at) = triple_fault_guest();
     let (mut vmm, _api) = started(&elf)?;
     let (code, printed) = vmm.finish(TIMEOUT)?;
@@ -173,7 +173,7 @@ fn a_triple_fault_is_reported_with_where_it_was() -> Result<()> {
 }
 
 #[test]
-fn an_instruction_that_kvm_cannot_emulate_is_reported_with_its_bytes() -> Result<()> {
+fn an_unemulated_instruction_is_reported_with_its_bytes() -> Result<()> {
     let (elf, instruction) = unemulatable_guest();
     let (mut vmm, _api) = started(&elf)?;
     let (code, printed) = vmm.finish(TIMEOUT)?;

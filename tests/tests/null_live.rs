@@ -42,7 +42,7 @@ fn write_to(overlay: &Path) -> Result<()> {
 }
 
 #[test]
-fn each_load_of_a_live_snapshot_begins_on_an_overlay_of_its_own() -> Result<()> {
+fn each_load_of_a_live_snapshot_gets_its_own_overlay() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -77,7 +77,7 @@ fn each_load_of_a_live_snapshot_begins_on_an_overlay_of_its_own() -> Result<()> 
 }
 
 #[test]
-fn a_load_that_fails_leaves_no_overlay() -> Result<()> {
+fn a_failed_load_leaves_no_overlay() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -96,7 +96,7 @@ fn a_load_that_fails_leaves_no_overlay() -> Result<()> {
 }
 
 #[test]
-fn what_was_written_before_is_a_layer_of_the_microvm_and_of_each_load() -> Result<()> {
+fn writes_before_a_live_snapshot_are_a_layer_of_all() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -124,7 +124,7 @@ fn what_was_written_before_is_a_layer_of_the_microvm_and_of_each_load() -> Resul
 }
 
 #[test]
-fn a_guest_that_writes_nothing_can_be_saved_live_any_number_of_times() -> Result<()> {
+fn an_idle_guest_can_be_saved_live_any_number_of_times() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -139,7 +139,7 @@ fn a_guest_that_writes_nothing_can_be_saved_live_any_number_of_times() -> Result
 }
 
 #[test]
-fn what_cannot_be_saved_is_refused_before_anything_is_changed() -> Result<()> {
+fn an_invalid_live_snapshot_is_refused_without_a_change() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -166,7 +166,7 @@ fn what_cannot_be_saved_is_refused_before_anything_is_changed() -> Result<()> {
 }
 
 #[test]
-fn a_live_snapshot_that_is_given_up_leaves_no_file_and_its_pages_to_the_next_diff() -> Result<()> {
+fn a_cancelled_live_snapshot_leaves_its_pages_to_the_next_diff() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     // It takes a while to write so much; a round in which it was done before it could be given up does not count.
@@ -200,7 +200,7 @@ fn a_live_snapshot_that_is_given_up_leaves_no_file_and_its_pages_to_the_next_dif
 }
 
 #[test]
-fn a_live_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on() -> Result<()> {
+fn a_live_snapshot_without_space_leaves_no_file() -> Result<()> {
     let (_vmm, mut api, serial) = filled(64, &json!({}))?;
     let small = SmallFs::new(8 << 20)?;
     let files = Files::new(&small.path(), "s");

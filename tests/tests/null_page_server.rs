@@ -41,7 +41,7 @@ fn load(dir: &Path, kind: &str, path: &Path) -> Value {
 }
 
 #[test]
-fn a_guest_goes_on_with_what_its_page_server_sends() -> Result<()> {
+fn a_guest_resumes_with_pages_of_its_page_server() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
     let server = start(home.path(), "all")?;
@@ -55,7 +55,7 @@ fn a_guest_goes_on_with_what_its_page_server_sends() -> Result<()> {
 }
 
 #[test]
-fn a_page_server_that_ends_ends_the_guest_which_never_sees_zeros_and_the_log_says_so() -> Result<()> {
+fn a_guest_ends_with_its_page_server_and_never_sees_zeros() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
     // It ends while the guest looks at its pages, of which it has seen some as they should be.
@@ -77,7 +77,7 @@ fn a_page_server_that_ends_ends_the_guest_which_never_sees_zeros_and_the_log_say
 }
 
 #[test]
-fn guest_of_a_forked_page_server_outlives_the_process_that_listened() -> Result<()> {
+fn a_forked_page_server_outlives_its_listening_process() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
     let mut server = PageServer::start_forked(SERVER, &home.path().join("memory"), "all")?;
@@ -93,7 +93,7 @@ fn guest_of_a_forked_page_server_outlives_the_process_that_listened() -> Result<
 }
 
 #[test]
-fn a_page_server_that_ends_while_its_guest_is_saved_leaves_the_old_snapshot() -> Result<()> {
+fn the_old_snapshot_survives_a_page_server_that_ends() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
     let files = || [home.path().join("state"), home.path().join("memory")].map(fs::read);
@@ -116,7 +116,7 @@ fn a_page_server_that_ends_while_its_guest_is_saved_leaves_the_old_snapshot() ->
 }
 
 #[test]
-fn a_page_server_that_stalls_leaves_the_monitor_answering_and_the_guest_can_be_saved_later() -> Result<()> {
+fn the_api_answers_while_the_page_server_stalls() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
     let server = start(home.path(), "all")?;
@@ -147,7 +147,7 @@ fn a_page_server_that_stalls_leaves_the_monitor_answering_and_the_guest_can_be_s
 }
 
 #[test]
-fn a_page_server_that_is_not_there_or_never_answers_is_refused_and_another_load_works() -> Result<()> {
+fn an_unreachable_page_server_is_refused_and_a_retry_works() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
     let (_vmm, mut api, serial) = unconfigured()?;
@@ -162,7 +162,7 @@ fn a_page_server_that_is_not_there_or_never_answers_is_refused_and_another_load_
 }
 
 #[test]
-fn a_load_fails_if_the_page_of_a_vcpus_clock_never_comes() -> Result<()> {
+fn a_load_fails_without_the_page_of_a_vcpus_clock() -> Result<()> {
     let home = tempfile::tempdir()?;
     save_guest(with_clocks()?, home.path())?;
     let mut server = start(home.path(), &format!("except:{WALL_CLOCK}"))?;

@@ -73,7 +73,7 @@ fn fatal_signals_of_init_keep_their_exit_codes() -> Result<()> {
 
 /// There is nothing to clean up yet, so the signal takes its default action.
 #[test]
-fn sigterm_interrupts_reading_a_configuration_without_end() -> Result<()> {
+fn sigterm_interrupts_reading_an_endless_configuration() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--config-file");
     let fifo = builder.dir().join("config");
     mkfifoat(CWD, &fifo, Mode::RUSR | Mode::WUSR)?;
@@ -94,7 +94,7 @@ fn sigterm_interrupts_reading_a_configuration_without_end() -> Result<()> {
 }
 
 #[test]
-fn a_forks_child_of_init_ends_by_its_signal() -> Result<()> {
+fn a_forked_child_of_init_is_killed_by_its_signal() -> Result<()> {
     let builder = unshare()?.arg("--fork").arg("--kill-child").arg(vmm_path());
     let (vmm, mut api, parents_serial) = counting_in(builder)?;
     let (serial, log) = (vmm.dir().join("child.serial"), vmm.dir().join("child.log"));
@@ -119,7 +119,7 @@ fn a_forks_child_of_init_ends_by_its_signal() -> Result<()> {
 }
 
 #[test]
-fn a_used_up_stack_is_reported_on_every_thread() -> Result<()> {
+fn an_exhausted_stack_is_reported_on_every_thread() -> Result<()> {
     let home = tempfile::tempdir()?;
     let drive = drive("d", &disk(home.path(), "disk", 1)?);
     for name in ["main", "fc_api", "fc_vcpu 0", "io 1", "serial"] {

@@ -24,7 +24,7 @@ fn load(dir: &Path, state: &str, memory: &str) -> Value {
 }
 
 #[test]
-fn a_restored_guest_goes_on_where_it_was_saved_and_so_do_its_clones_three_generations_deep() -> Result<()> {
+fn restored_guests_resume_where_they_were_saved() -> Result<()> {
     let home = tempfile::tempdir()?;
     let mut family = vec![counting(&json!({}))?];
     for generation in ["one", "two", "three"] {
@@ -50,7 +50,7 @@ fn a_restored_guest_goes_on_where_it_was_saved_and_so_do_its_clones_three_genera
 }
 
 #[test]
-fn a_snapshot_of_a_small_guest_takes_little_space() -> Result<()> {
+fn a_snapshot_of_a_small_guest_is_a_sparse_file() -> Result<()> {
     let (vmm, mut api, _serial) = counting(&json!({"mem_size_mib": 1024}))?;
     pause(&mut api)?;
     api.put("/snapshot/create", &create(vmm.dir(), "a", "Full"))?.ok()?;
@@ -61,7 +61,7 @@ fn a_snapshot_of_a_small_guest_takes_little_space() -> Result<()> {
 }
 
 #[test]
-fn a_diff_is_what_was_written_since_with_and_without_tracking() -> Result<()> {
+fn a_diff_has_only_pages_written_since_the_last_snapshot() -> Result<()> {
     for tracked in [true, false] {
         let (vmm, mut api, serial) = counting(&json!({"track_dirty_pages": tracked}))?;
         let dir = vmm.dir();
@@ -87,7 +87,7 @@ fn a_diff_is_what_was_written_since_with_and_without_tracking() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_loaded_is_refused_by_name_and_can_be_tried_again() -> Result<()> {
+fn an_invalid_load_is_refused_by_name_and_can_be_retried() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
@@ -127,7 +127,7 @@ fn what_cannot_be_loaded_is_refused_by_name_and_can_be_tried_again() -> Result<(
 }
 
 #[test]
-fn what_cannot_be_saved_is_refused_and_leaves_nothing_and_the_guest_goes_on() -> Result<()> {
+fn an_invalid_create_is_refused_and_leaves_no_file() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (_vmm, mut api, serial) = counting(&json!({}))?;
@@ -151,7 +151,7 @@ fn what_cannot_be_saved_is_refused_and_leaves_nothing_and_the_guest_goes_on() ->
 }
 
 #[test]
-fn a_live_snapshot_is_of_the_moment_it_was_asked_for_and_the_guest_runs_on() -> Result<()> {
+fn a_live_snapshot_has_the_state_at_its_request() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
     for kind in ["Full", "Diff"] {
         let mut live = create(vmm.dir(), "live", kind);
@@ -177,7 +177,7 @@ fn a_live_snapshot_is_of_the_moment_it_was_asked_for_and_the_guest_runs_on() -> 
 }
 
 #[test]
-fn a_first_restore_records_what_the_guest_touches_and_later_ones_fill_it_in() -> Result<()> {
+fn a_restore_records_pages_that_later_restores_prefetch() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
     pause(&mut api)?;
@@ -201,7 +201,7 @@ fn a_first_restore_records_what_the_guest_touches_and_later_ones_fill_it_in() ->
 }
 
 #[test]
-fn load_after_a_put_that_describes_a_boot_is_refused() -> Result<()> {
+fn a_load_after_boot_configuration_is_refused() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
     pause(&mut api)?;

@@ -120,7 +120,7 @@ fn save(transport: Transport, vmm: &Vmm, api: &mut ApiClient) -> Result<Files> {
 }
 
 vesta_tests::on_each_transport! {
-    fn a_state_file_with_any_value_changed_is_refused_or_gives_a_microvm(transport) {
+    fn a_damaged_state_file_is_refused_or_gives_a_valid_microvm(transport) {
         let (good, home) = {
             let (vmm, mut api) = unconfigured(transport)?;
             let files = save(transport, &vmm, &mut api)?;

@@ -85,18 +85,18 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
 }
 
 #[test]
-fn killed_while_it_saves_all_of_the_memory_it_leaves_the_old_snapshot_or_the_new_one() -> Result<()> {
+fn a_killed_full_save_leaves_the_old_or_the_new_snapshot() -> Result<()> {
     killed_while_it_saves("Full", &json!({}))
 }
 
 #[test]
-fn killed_while_it_saves_a_diff_in_place_it_leaves_the_old_snapshot_or_the_new_one() -> Result<()> {
+fn a_killed_diff_in_place_leaves_the_old_or_the_new_snapshot() -> Result<()> {
     killed_while_it_saves("Diff", &json!({}))
 }
 
 /// Nothing but whole files has a name, so a first snapshot that was not finished is none.
 #[test]
-fn killed_while_it_saves_for_the_first_time_it_leaves_a_whole_snapshot_or_none() -> Result<()> {
+fn a_killed_first_save_leaves_a_complete_snapshot_or_none() -> Result<()> {
     let home = tempfile::tempdir()?;
     for round in 0..20 {
         let dir = home.path().join(round.to_string());
@@ -122,8 +122,7 @@ fn killed_while_it_saves_for_the_first_time_it_leaves_a_whole_snapshot_or_none()
 }
 
 #[test]
-fn a_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on_and_the_next_one_works() -> Result<()>
-{
+fn a_snapshot_without_space_leaves_no_file_and_can_be_retried() -> Result<()> {
     let (_vmm, mut api, serial) = sweeping(&json!({}))?;
     // Half of what the guest has written.
     let small = SmallFs::new(2 << 20)?;

@@ -53,7 +53,7 @@ fn goes_on(state: &Path, memory: &Path, more: &[&str], next: Option<u8>) -> Resu
 }
 
 #[test]
-fn a_diff_is_merged_by_each_tool_and_restored_by_the_command_line_alone() -> Result<()> {
+fn a_merged_diff_is_restored_by_command_line_options() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (base, diff, next) = base_and_diff(home.path())?;
     let [whole, state, alone] = [&base.memory, &diff.state, &diff.memory].map(|path| text(path));
@@ -85,7 +85,7 @@ fn a_diff_is_merged_by_each_tool_and_restored_by_the_command_line_alone() -> Res
 }
 
 #[test]
-fn a_snapshot_is_described_under_each_name() -> Result<()> {
+fn a_snapshot_is_described_under_each_tool_name() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (base, ..) = base_and_diff(home.path())?;
     let (state, memory) = (text(&base.state)?, text(&base.memory)?);
@@ -108,7 +108,7 @@ fn a_snapshot_is_described_under_each_name() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_restored_or_described_ends_with_an_exit_code_and_a_reason() -> Result<()> {
+fn an_invalid_snapshot_gives_an_exit_code_and_a_reason() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (base, ..) = base_and_diff(home.path())?;
     let (state, memory) = (text(&base.state)?, text(&base.memory)?);

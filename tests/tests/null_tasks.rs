@@ -64,7 +64,7 @@ fn ensure_cancelled(answer: &Response) -> Result<()> {
 }
 
 #[test]
-fn a_load_that_waits_can_be_watched_and_cancelled() -> Result<()> {
+fn a_waiting_load_can_be_observed_and_cancelled() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let server = PageServer::start(SERVER, &files.memory, "none")?;
@@ -127,7 +127,7 @@ fn stalled(files: &Files) -> Result<(PageServer, Vmm, ApiClient)> {
 }
 
 #[test]
-fn a_create_that_waits_can_be_watched_and_cancelled() -> Result<()> {
+fn a_waiting_create_can_be_observed_and_cancelled() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let (server, vmm, mut api) = stalled(&files)?;
@@ -150,7 +150,7 @@ fn a_create_that_waits_can_be_watched_and_cancelled() -> Result<()> {
 }
 
 #[test]
-fn sigterm_ends_a_create_that_waits_and_leaves_no_file() -> Result<()> {
+fn sigterm_ends_a_waiting_create_and_leaves_no_file() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let (_server, mut vmm, api) = stalled(&files)?;
@@ -165,7 +165,7 @@ fn sigterm_ends_a_create_that_waits_and_leaves_no_file() -> Result<()> {
 }
 
 #[test]
-fn what_is_neither_file_nor_block_device_is_refused_at_once() -> Result<()> {
+fn neither_file_nor_block_device_is_refused_at_once() -> Result<()> {
     let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let dir = vmm.dir().to_owned();
     let fifo = dir.join("fifo");
@@ -243,7 +243,7 @@ fn a_snapshot_never_replaces_a_file_of_a_drive() -> Result<()> {
 }
 
 #[test]
-fn a_pause_that_waits_for_a_page_leaves_the_api_answering() -> Result<()> {
+fn the_api_answers_while_a_pause_waits_for_a_page() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let (server, vmm, mut api) = stalled(&files)?;
@@ -274,7 +274,7 @@ fn a_pause_that_waits_for_a_page_leaves_the_api_answering() -> Result<()> {
 }
 
 #[test]
-fn a_configuration_can_come_through_a_fifo() -> Result<()> {
+fn a_configuration_file_can_be_a_fifo() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--boot-timer");
     let (fifo, kernel) = (builder.dir().join("config"), builder.dir().join("kernel"));
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600))?;

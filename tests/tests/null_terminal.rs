@@ -52,7 +52,7 @@ fn is_raw(settings: &Termios) -> bool {
 }
 
 #[test]
-fn it_is_raw_while_the_guest_runs_and_restored_by_sigterm() {
+fn the_terminal_is_raw_until_sigterm_restores_it() {
     let dir = tempfile::tempdir().unwrap();
     let (mut user, program) = terminal();
     let before = tcgetattr(&program).unwrap();
@@ -68,7 +68,7 @@ fn it_is_raw_while_the_guest_runs_and_restored_by_sigterm() {
 }
 
 #[test]
-fn it_is_restored_when_the_guest_ends() {
+fn the_terminal_is_restored_when_the_guest_ends() {
     let dir = tempfile::tempdir().unwrap();
     let (_user, program) = terminal();
     let before = tcgetattr(&program).unwrap();
@@ -78,7 +78,7 @@ fn it_is_restored_when_the_guest_ends() {
 }
 
 #[test]
-fn what_is_typed_reaches_the_guest() {
+fn terminal_input_reaches_the_guest() {
     let dir = tempfile::tempdir().unwrap();
     let (mut user, program) = terminal();
     // Waits for a byte on the serial port and sends it back plus one.

@@ -51,7 +51,7 @@ fn counts_on_in_a_child(api: &mut ApiClient, dir: &Path, id: &str) -> Result<()>
 }
 
 on_each_transport! {
-    fn a_driver_that_accepts_no_feature_is_served(transport) {
+    fn a_driver_that_accepts_no_feature_works(transport) {
         let (vmm, mut api, serial) = counting_guest(&minimal_driver::kernel(transport), transport)?;
         let output = wait_for_bytes(&serial, 300)?;
         ensure!(is_consecutive(&output) && output[0] == 0, "{output:?}");
@@ -67,7 +67,7 @@ on_each_transport! {
 
     /// With interrupts enabled, and neither interrupt controllers nor a table of handlers
     /// programmed.
-    fn a_guest_saved_before_it_programs_its_pic_counts_on(transport) {
+    fn a_guest_saved_before_it_programs_its_pic_resumes(transport) {
         // sti; mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
         let kernel = Elf::of(&[0xfb, 0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc]);
         let (vmm, mut api, serial) = counting_guest(&kernel, transport)?;
@@ -94,7 +94,7 @@ on_each_transport! {
 }
 
 #[test]
-fn a_guest_that_waits_for_its_cmos_clock_reads_the_date() -> Result<()> {
+fn a_guest_that_polls_its_cmos_clock_reads_the_date() -> Result<()> {
     let read = |register: u8| [0xb0, register, 0xe6, 0x70, 0xe4, 0x71];
     let mut code = read(0x0a).to_vec();
     // again while an update is in progress: test al, 0x80; jnz to the start

@@ -56,7 +56,7 @@ fn output_of(mut vmm: Vmm) -> Result<String> {
 
 on_each_kernel! {
     /// The drivers are the kernel's own, and interrupts are messages.
-    fn the_guest_finds_its_devices_on_the_bus_and_uses_them(kernel) {
+    fn the_guest_uses_its_devices_on_the_pci_bus(kernel) {
         let script = "echo CLASSES $(cat /sys/bus/pci/devices/*/class)\n\
                       echo SIZES $(cat /sys/block/vda/size) $(cat /sys/block/vdb/size)\n\
                       echo written | dd of=/dev/vdb bs=512 seek=7 conv=sync,fsync 2>/dev/null\n\
@@ -74,7 +74,7 @@ on_each_kernel! {
 }
 
 #[test]
-fn all_31_slots_can_be_taken() -> Result<()> {
+fn all_31_slots_can_be_used() -> Result<()> {
     let script = "for d in /sys/block/vd*; do echo DISK $(cat $d/serial) $(cat $d/size); done\npoweroff -f";
     let output = output_of(boot(Kernel::Tuned, script, 31, "")?)?;
     for number in 0..31 {
@@ -84,7 +84,7 @@ fn all_31_slots_can_be_taken() -> Result<()> {
 }
 
 #[test]
-fn one_device_more_than_slots_is_refused_with_the_bound() -> Result<()> {
+fn more_devices_than_slots_are_refused_with_the_bound() -> Result<()> {
     let (code, output) = boot(Kernel::Tuned, "", 32, "")?.finish(BOOT_TIMEOUT)?;
     assert_eq!(code, 152);
     assert!(output.contains("32 devices are too many: there are 31 PCI slots"), "{output}");

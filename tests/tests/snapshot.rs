@@ -21,7 +21,7 @@ const CLOCKS: &str = env!("CARGO_BIN_EXE_clock-tool");
 on_each_transport! {
     /// Two clones of one snapshot, on copies of its disks, and a fork of each: all have random numbers of their own, find their own
     /// data, and outlive the others.
-    fn clones_and_their_forks_have_random_numbers_and_disks_of_their_own(transport) {
+    fn clones_and_their_forks_have_own_random_numbers_and_disks(transport) {
         let home = tempfile::tempdir()?;
         let disks = Disks::new(home.path())?;
         let vmm = disks.guest(transport, TOOL, &json!({}))?;
@@ -61,7 +61,7 @@ on_each_transport! {
         orphans.into_iter().try_for_each(|child| child.wait(TIMEOUT))
     }
 
-    fn a_disk_that_is_missing_at_a_load_is_named_and_the_next_try_works(transport) {
+    fn a_missing_disk_is_named_by_a_load_that_can_be_retried(transport) {
         let home = tempfile::tempdir()?;
         let disks = Disks::new(home.path())?;
         let vmm = disks.guest(transport, TOOL, &json!({}))?;
@@ -88,7 +88,7 @@ on_each_transport! {
 
     /// The clock of a guest that was saved a while ago goes on where it stood, or has caught up: as
     /// the load says. Its vCPUs agree on the time all along, also in a fork's child.
-    fn the_guests_clock_goes_on_or_catches_up(transport) {
+    fn the_guest_clock_continues_or_catches_up(transport) {
         let home = tempfile::tempdir()?;
         let script = "clock-tool & while :; do echo DATE $(date +%s) END; usleep 100000; done";
         let vmm = DiskGuest::new(transport)?.program("clock-tool", CLOCKS).vcpus(4).run(script)?;
@@ -128,7 +128,7 @@ fn clock_behind(vmm: &Vmm) -> Result<f64> {
 }
 
 #[test]
-fn a_snapshot_is_loaded_on_the_transport_that_it_was_saved_on_whatever_the_process_was_told() -> Result<()> {
+fn a_snapshot_keeps_the_transport_that_it_was_saved_with() -> Result<()> {
     let home = tempfile::tempdir()?;
     let vmm = DiskGuest::new(Transport::Pci)?
         .entropy(json!({}))

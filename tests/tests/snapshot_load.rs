@@ -72,25 +72,25 @@ fn three_generations(transport: Transport, how: &How) -> Result<()> {
 }
 
 on_each_transport! {
-    fn a_guest_under_load_goes_on_through_three_full_snapshots(transport) {
+    fn a_guest_under_load_survives_three_full_snapshots(transport) {
         three_generations(transport, &How::default())
     }
 
-    fn a_guest_under_load_goes_on_through_three_diffs_of_tracked_pages(transport) {
+    fn a_guest_under_load_survives_three_diffs_of_tracked_pages(transport) {
         three_generations(transport, &How { diff: true, tracked: true, ..How::default() })
     }
 
-    fn a_guest_under_load_goes_on_through_three_diffs_without_tracking(transport) {
+    fn a_guest_under_load_survives_three_diffs_without_tracking(transport) {
         three_generations(transport, &How { diff: true, ..How::default() })
     }
 
     /// Each time all of its memory comes from another process, page by page.
-    fn a_guest_under_load_goes_on_through_three_page_servers(transport) {
+    fn a_guest_under_load_survives_three_page_servers(transport) {
         three_generations(transport, &How { diff: true, page_server: true, ..How::default() })
     }
 
     /// Where the memory is read ahead of the guest, it finds it as it was.
-    fn a_guest_under_load_goes_on_with_its_memory_read_ahead(transport) {
+    fn a_guest_under_load_survives_a_prefetching_restore(transport) {
         let home = tempfile::tempdir()?;
         let place = BusyHost::new(home.path())?;
         let vmm = place.guest(transport, PROGRAMS, &json!({}))?;

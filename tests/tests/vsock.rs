@@ -124,7 +124,7 @@ fn join_all<T>(threads: Vec<thread::JoinHandle<Result<T>>>) -> Result<Vec<T>> {
 
 on_each_transport! {
     /// 50 streams at once to the guest and 50 from it, each carrying other bytes both ways at the same time.
-    fn bytes_cross_fifty_streams_both_ways_unharmed(transport) {
+    fn fifty_streams_carry_data_in_both_directions(transport) {
         const STREAMS: u32 = 50;
         const BYTES: u32 = 200_003;
         let mut vmm = boot(transport, &format!(
@@ -161,7 +161,7 @@ on_each_transport! {
     }
 
     /// 1,000 connections to the guest, all of them open at once; closed, and done again beside one that never stops; and abandoned.
-    fn a_thousand_clients_at_once_are_served(transport) {
+    fn a_thousand_clients_are_served_at_once(transport) {
         let vmm = serving(transport)?;
         for round in 0..2u32 {
             let mut clients = Vec::new();
@@ -210,7 +210,7 @@ on_each_transport! {
     }
 
     /// Each side ends its half and still hears the other.
-    fn halves_end_one_by_one(transport) {
+    fn each_half_of_a_stream_closes_by_itself(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock half 700\npoweroff -f")?;
         let server = serve(&vmm, 700)?;
         vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
@@ -232,7 +232,7 @@ on_each_transport! {
     }
 
     /// Messages keep their boundaries both ways.
-    fn messages_stay_whole(transport) {
+    fn messages_keep_their_boundaries(transport) {
         let vsock = json!({"guest_cid": 77, "uds_path": "v.sock", "seqpacket_uds_path": "v.seq"});
         let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\nguest-vsock burst 600\n\
             guest-vsock small 16384 601 1048576\nguest-vsock small 65536 601 1048576\npoweroff -f";
@@ -292,7 +292,7 @@ on_each_transport! {
 
 on_each_transport! {
     /// The parent's connections go on, and the child begins without: its programs hear of it, and it is reached at a socket of its own.
-    fn a_forks_child_has_connections_of_its_own(transport) {
+    fn a_forked_child_has_its_own_connections(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
         vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let (held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
@@ -349,7 +349,7 @@ on_each_transport! {
 
 on_each_transport! {
     /// A microVM that is loaded has its guest's programs hear that their connections are gone, and is reached at another socket.
-    fn a_loaded_microvm_is_reached_at_another_socket(transport) {
+    fn a_restored_microvm_is_reached_at_another_socket(transport) {
         let vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
         vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let (_held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
@@ -389,7 +389,7 @@ on_each_transport! {
 on_each_transport! {
     /// A restored guest whose vCPUs all write to the serial port without a break is reached by a
     /// client that comes at once.
-    fn a_busy_restored_guest_is_reached_by_vsock(transport) {
+    fn a_busy_restored_guest_accepts_connections_at_once(transport) {
         let script = "guest-vsock serve &\nguest-vsock await 97\nyes flood > /dev/ttyS0 &\nyes flood > /dev/ttyS0";
         let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
         let vmm = boot_changed(Kernel::Tuned, transport, script, vsock, |guest| guest.vcpus(2))?;
@@ -460,7 +460,7 @@ mod seqpacket {
 }
 
 #[test]
-fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Result<()> {
+fn a_thousand_guest_connections_are_served_or_abandoned() -> Result<()> {
     let script =
         "guest-vsock crowd 900 1000\nguest-vsock abandon 900 1000\nguest-vsock crowd 900 1000\npoweroff -f";
     let mut vmm = boot(Transport::Mmio, &format!("guest-vsock await 901\n{script}"))?;
@@ -494,7 +494,7 @@ fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Resu
 }
 
 #[test]
-fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
+fn a_stalled_or_dead_peer_delays_no_other_connection() -> Result<()> {
     let vmm = serving(Transport::Mmio)?;
     // The guest does not read: the host's writes stop, and nothing else does.
     let lazy = connect(&path(&vmm), port::LAZY)?;
@@ -526,7 +526,7 @@ fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
 }
 
 #[test]
-fn a_paused_guests_connections_go_on_when_it_does() -> Result<()> {
+fn connections_survive_a_pause_of_the_guest() -> Result<()> {
     let vmm = serving(Transport::Pci)?;
     let mut api = vmm.ready_client(TIMEOUT)?;
     let mut before = connect(&path(&vmm), port::ECHO)?;
@@ -549,7 +549,7 @@ fn a_paused_guests_connections_go_on_when_it_does() -> Result<()> {
 
 on_each_kernel! {
     /// Drivers of several years: with a buffer in two pieces, and in one.
-    fn every_kernels_driver_gets_along(kernel) {
+    fn the_driver_of_every_kernel_works(kernel) {
         let transport = if kernel == Kernel::Debian6_1 { Transport::Pci } else { Transport::Mmio };
         let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
         let vmm = boot_with(kernel, transport, "guest-vsock serve", vsock)?;
@@ -565,7 +565,7 @@ on_each_kernel! {
 }
 
 #[test]
-fn the_api_takes_what_clients_send_and_refuses_what_cannot_be() -> Result<()> {
+fn the_api_accepts_clients_requests_and_refuses_invalid_ones() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?;
     let guest = Guest::linux(Kernel::quickest(), "sleep 1000", builder.dir())?;
     let mut vmm = builder.with_api().spawn()?;
