@@ -1,4 +1,5 @@
-//! Drives that are set, changed and emptied: the API, new disks under a running guest, read-only ones, and space that is given back.
+//! Drives that are set, patched and emptied: the API, new disks under a running guest, read-only
+//! drives and discards.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -15,13 +16,13 @@ use vesta_tests::vmm::VmmBuilder;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
-/// PATCHes a drive to this path.
+/// Patches a drive to this path.
 fn change(api: &mut ApiClient, id: &str, path: &Path) -> Result<()> {
     api.patch(&format!("/drives/{id}"), &json!({"drive_id": id, "path_on_host": path}))?.ok().map(drop)
 }
 
 on_each_transport! {
-    /// As a pool of empty drives is used: one that has no size yet becomes a real one, and that another, and that grows.
+    /// A drive without a size gets a real disk, then another disk, then one that has grown.
     fn a_patched_path_takes_effect_at_once(transport) {
         let script = "\
             is() { until [ $(cat /sys/block/vda/size) = $1 ]; do usleep 10000; done; }\n\
@@ -49,11 +50,11 @@ on_each_transport! {
         vmm.wait_for_output("FIRST HELLO", BOOT_TIMEOUT)?;
         change(&mut api, "pool", &second)?;
         vmm.wait_for_output("SECOND WORLDS", BOOT_TIMEOUT)?;
-        // The same path again makes a new size known.
+        // The same path again reports a new size.
         File::options().write(true).open(&second)?.set_len(8 * MIB)?;
         change(&mut api, "pool", &second)?;
         vmm.wait_for_output("GROWN", BOOT_TIMEOUT)?;
-        // And one with an overlay takes the place of one without.
+        // A disk with an overlay replaces one without.
         let base = vmm.dir().join("base");
         fs::write(&base, b"BASE".repeat(512 << 10))?;
         let overlay = vmm.dir().join("overlay");
@@ -64,7 +65,7 @@ on_each_transport! {
         // The same disk again is no change.
         api.patch("/drives/pool", &overlaid)?.ok()?;
         change(&mut api, "pool", &base)?;
-        // It is in use: another drive cannot have it, and what was there stays.
+        // The disk is in use: another drive cannot use it, and keeps its own.
         let other = json!({"drive_id": "other", "path_on_host": base, "overlay": {"path": overlay}});
         let refused = api.patch("/drives/other", &other)?;
         ensure!(refused.status == 400 && refused.fault().contains("overlay"), "{refused:?}");
@@ -102,7 +103,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Raw files and overlays. What is discarded of an overlay reads as zeros, not as what lies beneath.
+    /// Raw files and overlays. Discarded sectors of an overlay read as zeros, not as the base.
     fn discarded_sectors_free_host_space_and_read_as_zeros(transport) {
         let fill = "dd if=/dev/zero bs=64k count=64 2>/dev/null | tr '\\0' x | dd of=/dev/vd$d bs=64k oflag=direct iflag=fullblock 2>/dev/null\n\
                     echo FULL vd$d $(dd if=/dev/vd$d bs=64k iflag=direct 2>/dev/null | tr -d -c x | wc -c)";
@@ -181,8 +182,9 @@ fn devices_are_found_without_acpi() -> Result<()> {
     Ok(())
 }
 
-/// Case 13: block devices of the host without discard, loop devices, tmpfs and an overlay there. What is zeroed reads as zeros; what cannot be
-/// discarded is not an error; nothing beside it changes.
+/// Case 13: block devices of the host without discard, loop devices, and an overlay on tmpfs.
+/// Zeroed sectors read as zeros, a discard that the host does not support is no error, and other
+/// sectors do not change.
 #[test]
 fn zeroed_sectors_read_as_zeros_on_any_host_storage() -> Result<()> {
     let guest = DiskGuest::new(Transport::Mmio)?.tool(TOOL);
@@ -202,7 +204,8 @@ fn zeroed_sectors_read_as_zeros_on_any_host_storage() -> Result<()> {
         let engine = ["Async", "Sync"][index % 2];
         guest = guest.drive(with(drive, &json!({"io_engine": engine, "cache_type": "Writeback"})));
     }
-    // Each MiB: zeroed keeping its space, as it was, zeroed giving it back, as it was, discarded; the rest gets a file system.
+    // Each MiB in turn: zeroed and allocated, untouched, zeroed and freed, untouched, discarded.
+    // The rest has a file system.
     let script = "\
         x() { dd if=/dev/$1 bs=1M skip=$2 count=1 iflag=direct 2>/dev/null | tr -d -c \"$3\" | wc -c; }\n\
         for d in vda vdb vdc vdd; do\n\

@@ -1,4 +1,4 @@
-//! Data is where it was written, whatever happens meanwhile to the device, its driver and the monitor.
+//! Data on disks survives events in the device, the driver and the monitor.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 /// How many streams write to each disk at once.
 const WRITERS: usize = 2;
 
-/// Four disks: raw and overlay, each through both engines. All can be flushed.
+/// Four disks: raw and overlay, each through both engines. All of them support flushes.
 fn four_disks(dir: &Path, mib: u64) -> Result<Vec<Value>> {
     let mut drives = Vec::new();
     for engine in ["Sync", "Async"] {
@@ -30,7 +30,8 @@ fn four_disks(dir: &Path, mib: u64) -> Result<Vec<Value>> {
     Ok(drives)
 }
 
-/// Waits until `vmm` says something more with `mark` in it. False once it has said all of `ends` instead.
+/// Waits until `vmm` prints another line with `mark`. False if it has printed all of `ends`
+/// instead.
 fn says_more(vmm: &Vmm, mark: &str, from: &mut usize, ends: &[String]) -> Result<bool> {
     loop {
         let text = vmm.stdout.text();
@@ -51,7 +52,7 @@ fn patch(api: &mut ApiClient, path: &str, body: &Value) -> Result<()> {
 }
 
 on_each_transport! {
-    /// Pauses, new limits and new paths of the same disk come all the while.
+    /// The host pauses the guest, changes limits and patches paths of the same disks all the while.
     fn writes_are_read_back_across_pauses_and_disk_patches(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2);
         for fields in four_disks(guest.dir(), 4)? {
@@ -72,7 +73,7 @@ on_each_transport! {
             let (raw, overlay) = (format!("raw{engine}"), format!("overlay{engine}"));
             let limit = json!({"size": 1 << 20, "refill_time": 500});
             let (limits, none) = (json!({"bandwidth": limit}), json!({"bandwidth": {"size": 0, "refill_time": 0}}));
-            // The guest may end before us: then the monitor does not answer any more.
+            // The guest may end first, and the monitor with it.
             let changed = match round % 2 {
                 0 => patch(&mut api, "/vm", &json!({"state": "Paused"}))
                     .and_then(|()| patch(&mut api, &format!("/drives/{raw}"), &json!({"drive_id": raw, "path_on_host": path})))
@@ -97,7 +98,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// The driver goes while writes are on their way, and comes back: to the same disk, with all that it had been told is there.
+    /// The driver is unbound during writes, and bound again: the same disk has all acknowledged
+    /// writes.
     fn writes_survive_a_driver_unbind_and_rebind(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
         for fields in four_disks(guest.dir(), 4)? {
@@ -128,13 +130,13 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Somebody in the guest resets the device behind its driver's back, in the middle of I/O.
+    /// A program in the guest resets the device without its driver, during I/O.
     fn flushed_writes_survive_an_unexpected_device_reset(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL);
         let writeback = json!({"cache_type": "Writeback"});
         let (first, second) = (disk(guest.dir(), "first", 4)?, disk(guest.dir(), "second", 4)?);
         let guest = guest.drive(with(drive("first", &first), &writeback)).drive(with(drive("second", &second), &writeback));
-        // Where the device's status register is.
+        // The address of the device's status register.
         let status = match transport {
             Transport::Mmio => "$((0x$(grep -i 'virtio-mmio\\|LNRO0005' /proc/iomem | head -n 1 | sed 's/^ *//;s/-.*//') + 0x70))",
             Transport::Pci => "$(( $(grep -m 1 '^0x[0-9a-f]*[1-9a-f]' $(readlink -f /sys/block/vda/device)/../resource | cut -d ' ' -f 1) + 0x14 ))",
@@ -160,7 +162,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// `kill -9`, of raw disks and overlays, with both engines: what was flushed is there, and what was not is old or new.
+    /// After `kill -9`, raw disks and overlays with both engines have all flushed data; later
+    /// writes are old or new.
     fn flushed_writes_survive_a_killed_monitor(transport) {
         let keep = tempfile::tempdir()?;
         let drives = four_disks(keep.path(), 4)?;
@@ -172,7 +175,7 @@ on_each_transport! {
             vmm.wait_for_output(&format!("FLUSHED {dev} 1 160"), BOOT_TIMEOUT)?;
         }
         let stdout = vmm.stdout.clone();
-        // Without warning.
+        // SIGKILL.
         drop(vmm);
         let output = stdout.wait_for_end(TIMEOUT)?;
         ensure!(!output.contains("WRONG") && !output.contains("FAILED"), "{output}");

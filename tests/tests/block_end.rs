@@ -1,5 +1,5 @@
-//! However a monitor ends, what the guest was told is written is in its overlays; and after an orderly end they are closed, so that it is there on
-//! any host.
+//! However a monitor ends, its overlays have all writes that it acknowledged. After an orderly end
+//! they are closed, so the data is also safe from a crash of the host.
 
 use std::path::{Path, PathBuf};
 
@@ -13,18 +13,19 @@ use vesta_tests::process::Orphans;
 use vesta_tests::serial_file::wait_for_text;
 use vesta_tests::vmm::Vmm;
 
-/// Places that the guest writes to, and how far apart they are in sectors: each has a page of the overlay's map to itself.
+/// The number of sectors that the guest writes, and the distance between them. Each has its own
+/// page of the overlay's map.
 const PLACES: u64 = 40;
 const APART: u64 = 32768;
 
-/// Writes to all places of both disks at once, past the guest's own cache, and flushes nothing.
+/// Writes all those sectors of both disks at once with `O_DIRECT`, and flushes nothing.
 const WRITE: &str = "yes vesta | head -c 4096 > /x\n\
     for d in a b; do i=0; while [ $i -lt 40 ]; do\n\
       dd if=/x of=/dev/vd$d bs=4096 count=1 seek=$((i * 4096)) conv=notrunc oflag=direct 2>/dev/null || echo FAILED &\n\
       i=$((i + 1))\n\
     done; done; wait; echo WRITTEN";
 
-/// A guest with an overlay that does not wait for disks, as is the default, and one that does.
+/// A guest with two overlays: one with `cache_type` Unsafe, the default, and one with Writeback.
 fn guest(transport: Transport, home: &Path) -> Result<(DiskGuest, [PathBuf; 2])> {
     let mut guest = DiskGuest::new(transport)?;
     let overlays = ["Unsafe", "Writeback"].map(|cache_type| home.join(format!("{cache_type}.overlay")));
@@ -58,7 +59,7 @@ fn check_closed(overlays: &[PathBuf; 2]) -> Result<()> {
     check_all_is_there(overlays)
 }
 
-/// A guest that has written and goes on doing nothing.
+/// A guest that has written and is now idle.
 fn written(transport: Transport, home: &Path) -> Result<(Vmm, [PathBuf; 2])> {
     let (guest, overlays) = guest(transport, home)?;
     let vmm = guest.run(&format!("{WRITE}\nwhile :; do sleep 1; done"))?;
@@ -104,7 +105,7 @@ on_each_transport! {
         check_all_is_there(&overlays)
     }
 
-    /// The child's overlays lie on its parent's. It writes to them until it is told to end.
+    /// The child's overlays have its parent's as layers. It writes to them until it is told to end.
     fn overlays_of_a_forked_child_are_closed_when_it_ends(transport) {
         let home = tempfile::tempdir()?;
         let (guest, _) = guest(transport, home.path())?;
@@ -124,7 +125,7 @@ on_each_transport! {
         let alive = Orphans::of_fork(&reply)?;
         let pid = reply["children"][0]["pid"].as_u64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
         let pid = pid.context("the child's pid")?;
-        // Twice, so that it has written to both since it is there.
+        // Two lines, so that it has written to both since the fork.
         let output = wait_for_text(&serial, "AGAIN\r\nAGAIN", BOOT_TIMEOUT)?;
         ensure!(!output.contains("FAILED"), "{output}");
         kill_process(pid, Signal::TERM)?;

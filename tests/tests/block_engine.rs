@@ -1,4 +1,4 @@
-//! Which engine a drive has: what it asks for, and what the kernel has.
+//! The I/O engine of a drive, as configured and as the host's kernel supports it.
 
 use anyhow::{Result, ensure};
 use serde_json::json;
@@ -10,7 +10,7 @@ use vesta_tests::vmm::VmmBuilder;
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
 on_each_transport! {
-    /// Raw, overlaid and read-only ones, none of which says which engine it wants.
+    /// Raw, overlaid and read-only drives without `io_engine`.
     fn drives_work_without_io_uring_and_the_log_says_how(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL).without_io_uring();
         let (raw, base) = (disk(guest.dir(), "raw", 4)?, disk(guest.dir(), "base", 4)?);
@@ -53,7 +53,7 @@ fn io_engine_async_is_refused_without_io_uring() -> Result<()> {
         ensure!(drives[0]["io_engine"] == left[0]["io_engine"], "{drives}");
         api.put("/drives/scratch", &wanted("Sync"))?.ok()?;
     }
-    // In a configuration file it ends the monitor before the guest begins.
+    // In a configuration file it ends the monitor before the guest starts.
     let guest = DiskGuest::new(Transport::Mmio)?.without_io_uring();
     let mut vmm = guest.drive(wanted("Async")).run("echo BEGUN; poweroff -f")?;
     let (code, output) = vmm.finish(TIMEOUT)?;

@@ -1,5 +1,6 @@
-//! Disks of the host that fail, shrink and fill up: the guest sees an I/O error, everything else goes on, and what is mended works
-//! again. But a flush that failed is final: only another disk can be flushed.
+//! Disks of the host that fail, shrink or fill up: the guest sees I/O errors, everything else
+//! continues, and a repaired disk works again. But a failed flush is final: only another disk can
+//! be flushed.
 
 use std::fs::File;
 use std::process::Command;
@@ -16,8 +17,8 @@ use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
-/// Lets a good disk (vdb) work all the while, and looks at the bad one (vda) around its middle: waits until that fails, says so,
-/// waits until it works, and checks all of it.
+/// A good disk (vdb) works all the time. At about the middle of the bad one (vda), waits until it
+/// fails, prints that, waits until it works, and checks all of it.
 const WATCH: &str = "\
     disk-tool run vdb 17 2 600 > /good & good=$!\n\
     middle() { dd if=/dev/vda of=/dev/null bs=512 skip=12000 count=16 iflag=direct 2>/dev/null; }\n\
@@ -30,7 +31,7 @@ const WATCH: &str = "\
     wait $good; tail -n 1 /good\n\
     poweroff -f";
 
-/// Checks that the API answers, and that the machine runs.
+/// Checks that the API responds, and that the microVM runs.
 fn still_runs(vmm: &Vmm) -> Result<()> {
     let state = vmm.ready_client(TIMEOUT)?.get("/")?.json()?;
     ensure!(state["state"] == "Running", "{state}");
@@ -59,7 +60,7 @@ on_each_transport! {
         let mut vmm = guest.run(&WATCH.replace("echo FAILS", &write).replace("disk-tool run vda", &again))?;
         vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
         device.fail_from(8192)?;
-        // What the host has read already, it would not read again.
+        // The host would not read again what is in its page cache.
         drop_cache(&device)?;
         vmm.wait_for_output("FAILS", BOOT_TIMEOUT)?;
         vmm.wait_for_output("WRITE FAILS", BOOT_TIMEOUT)?;
@@ -87,7 +88,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Requests of both engines take 300 ms each. Meanwhile others get their turn, and the machine can be paused.
+    /// Requests of both engines take 300 ms each. Meanwhile other disks make progress, and the
+    /// microVM can be paused.
     fn a_slow_disk_delays_no_other_disk_and_no_pause(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
         let mut devices = Vec::new();
@@ -97,7 +99,7 @@ on_each_transport! {
             devices.push(device);
         }
         let quick = disk(guest.dir(), "quick", 8)?;
-        // Far apart, so that the host does not read ahead what comes next.
+        // Far apart, so that the host does not read ahead.
         let script = "\
             go() { i=0; while dd if=/dev/$1 of=/dev/null bs=512 skip=$((i * 7919 % 131072)) count=1 iflag=direct 2>/dev/null; do i=$((i+1)); echo $1 DID $i; done; }\n\
             echo READY; until [ $(cat /sys/block/vdc/size) = 32768 ]; do usleep 10000; done\n\
@@ -115,7 +117,7 @@ on_each_transport! {
             let one = vmm.wait_for_line(&format!("{dev} DID 2"), BOOT_TIMEOUT)?.at;
             let other = vmm.wait_for_line(&format!("{dev} DID 7"), BOOT_TIMEOUT)?.at;
             ensure!(other - one >= Duration::from_millis(1500), "{dev} is not slow: 5 requests took {:?}", other - one);
-            // What the quick disk did meanwhile.
+            // What the fast disk did meanwhile.
             let lines = vmm.stdout.lines();
             let between = lines.iter().filter(|line| (one..other).contains(&line.at));
             let counts = between.filter_map(|line| line.text.split("RATE vdc ").nth(1)?.split(' ').next()?.parse().ok());
@@ -134,7 +136,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Sparse disks promise more than the file system beneath them has: raw ones and overlays, with both engines.
+    /// Sparse disks are larger than the file system below them: raw ones and overlays, with both
+    /// engines.
     fn a_full_file_system_loses_no_completed_write_and_recovers(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
         let small = SmallFs::new(8 * MIB)?;
@@ -178,12 +181,13 @@ on_each_transport! {
     }
 }
 
-/// The kernel takes what it could not write for written: with space again, the next sync succeeds. Data is lost then, and no overlay may say that it
-/// has it. Through both engines, on ext4 over a loop device over a file system that is full.
+/// The kernel treats data that it failed to write as clean: with space again, the next sync
+/// succeeds and the data is lost. No overlay may then claim to have it. Both engines, on ext4 on a
+/// loop device on a full file system.
 #[test]
 fn an_overlay_never_trusts_data_lost_by_a_failed_flush() -> Result<()> {
     const SECTORS: u64 = 16 * MIB / 512;
-    // Room for the file system and the beginning of both overlays, and not for their data.
+    // Space for the file system and the headers of both overlays, but not for their data.
     let small = SmallFs::new(20 * MIB)?;
     let device = LoopDevice::new(&disk(&small.path(), "device", 96)?)?;
     let disks = MountedFs::ext4(device.path())?;
@@ -216,11 +220,11 @@ fn an_overlay_never_trusts_data_lost_by_a_failed_flush() -> Result<()> {
     let output = vesta_tests::disks::output_of(&mut vmm)?;
     ensure!(output.contains("TRIED") && !output.contains("WORKS"), "{output}");
     drop(vmm);
-    // What is on the disk, and not what the host still has in memory.
+    // Drops the page cache, to read what is on the disk.
     drop(disks);
     let disks = MountedFs::ext4_as_it_is(device.path())?;
     for engine in paths {
-        // One whose header is not on the disk vouches for nothing.
+        // An overlay whose header is not on the disk claims nothing.
         let Ok(overlay) = OverlayFile::open(&disks.path().join(engine)) else { continue };
         ensure!(!overlay.is_closed()?, "{engine}: it is closed");
         for sector in 0..SECTORS {
@@ -233,7 +237,8 @@ fn an_overlay_never_trusts_data_lost_by_a_failed_flush() -> Result<()> {
     Ok(())
 }
 
-/// The guest writes more than the disk moves in the 10 seconds that a pause waits, then flushes: the pause does not fail.
+/// The guest writes more than the disk can write in the 10 seconds that a pause waits, then
+/// flushes. The pause does not fail.
 #[test]
 fn pause_succeeds_during_a_flush_of_a_slow_disk() -> Result<()> {
     let slow = NullDevice::new(256, 12)?;
@@ -251,7 +256,7 @@ fn pause_succeeds_during_a_flush_of_a_slow_disk() -> Result<()> {
     vmm.wait_for_output("FLUSHED", BOOT_TIMEOUT).map(drop)
 }
 
-/// Forgets what the host has read of a device.
+/// Drops a device from the host's page cache.
 fn drop_cache(device: &MappedDevice) -> Result<()> {
     let status = Command::new("blockdev").arg("--flushbufs").arg(device.path()).status();
     ensure!(status.context("blockdev")?.success(), "blockdev failed");

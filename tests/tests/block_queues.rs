@@ -44,7 +44,7 @@ on_each_transport! {
         for path in &paths {
             check_file(path, 17, &[150; 4])?;
         }
-        // Drives in files have threads of their own: 4, 2 and 3, after the one that all others would share.
+        // Drives in configuration files have their own threads: 4, 2 and 3, after the shared one.
         for thread in 1..=9 {
             let time = vmm.thread_time(&format!("io {thread}"))?;
             ensure!(time.is_some_and(|time| time > Duration::ZERO), "io {thread} has worked {time:?}");
@@ -53,7 +53,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// One after the other has said that it works before the first of them stops.
+    /// All report that they work before the first of them stops.
     fn sixteen_disks_with_serial_numbers_work_at_once(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2);
         let mut paths = Vec::new();

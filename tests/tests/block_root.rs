@@ -11,22 +11,22 @@ use vesta_tests::host_devices::LoopDevice;
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// Says how the root file system is mounted, and writes to it.
+/// Prints how the root file system is mounted, and writes to it.
 const WRITE: &str = "echo ROOT $(/bin/busybox grep ' / ' /proc/mounts)\n\
                      /bin/busybox touch /written && echo WROTE\n\
                      /bin/busybox sync\n\
                      /bin/busybox poweroff -f";
 
-/// Boots from a root disk, without an initial RAM disk.
+/// Boots from a root disk, without an initramfs.
 fn boot(transport: Transport, script: &str, root: impl FnOnce(PathBuf) -> Result<Value>) -> Result<Vmm> {
     let guest = DiskGuest::new(transport)?;
     let image = root_disk(guest.dir(), script)?;
     guest.drive(root(image)?).boot()
 }
 
-/// One of several guests after each other, each on what those before it have left. It adds a file to its root, changes one that all
-/// change, and writes its number over the inner part of what the one before it wrote to its data disk, which held `b` everywhere. Then it
-/// says what it sees.
+/// One of several guests in sequence, each on the layers of those before it. It adds a file to its
+/// root, changes a file that all change, and overwrites the inner part of what the previous guest
+/// wrote to the data disk, which held `b` everywhere. Then it prints what it sees.
 const GENERATION: &str = "\
     b=/bin/busybox\n\
     $b mount -t tmpfs none /tmp\n\
@@ -104,7 +104,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Root and data drive, whose layers two guests have made before.
+    /// A root and a data drive with layers that two guests have written.
     fn a_guest_reads_from_two_layers_and_changes_neither(transport) {
         let keep = tempfile::tempdir()?;
         let dir = keep.path();
@@ -135,7 +135,7 @@ on_each_transport! {
             let data = with(data, &json!({"io_engine": engine, "cache_type": "Writeback"}));
             let output = output_of(&mut DiskGuest::new(transport)?.drive(root).drive(data).boot()?)?;
             ensure!(output.contains(sees), "guest {}: no {sees}: {output}", index + 1);
-            // What it was put on is as it was.
+            // The lower layers are unchanged.
             let now = beneath[..2 * (index + 2).min(3)].iter().map(|name| fs::read(dir.join(name)));
             let now = now.collect::<Result<Vec<_>, _>>()?;
             for (name, (old, new)) in beneath.iter().zip(before.iter().zip(&now)) {
@@ -184,7 +184,7 @@ fn a_layer_that_does_not_fit_is_refused_by_name() -> Result<()> {
         ensure!(!dir.join("top").exists(), "{layers:?} on {base}: an overlay was made");
     }
     api.put("/drives/d", &on("base", "top", &["first", "second"]))?.ok()?;
-    // And an overlay is not put on fewer layers than it was made on.
+    // And an overlay is refused on fewer layers than it was created on.
     let answer = api.put("/drives/e", &with(on("base", "second", &[]), &json!({"drive_id": "e"})))?;
     ensure!(answer.status == 400 && answer.fault().contains("second"), "{answer:?}");
     Ok(())

@@ -1,4 +1,4 @@
-//! Linux comes up: three kernels, processors, memory, and every way to end.
+//! Linux boots: three kernels, processors, memory, and every way to end.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -6,12 +6,12 @@ use vesta_tests::guest::{BOOT_ARGS, BOOT_TIMEOUT, Guest, Kernel, start, vmm_path
 use vesta_tests::on_each_kernel;
 use vesta_tests::vmm::VmmBuilder;
 
-/// Says what the guest is made of, and powers off.
+/// Prints the guest's resources, and powers off.
 const HELLO: &str = "\
 echo \"hello from $(uname -r): $(nproc) vcpus, $(awk '/^MemTotal/ {print $2}' /proc/meminfo) KiB\"
 poweroff -f";
 
-/// Boots from a configuration file, and checks what the guest finds and how it ends.
+/// Boots from a configuration file, and checks what the guest prints and how it ends.
 fn says_hello(kernel: Kernel, vcpus: u32, mem_mib: u32) -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
     let guest = Guest::linux(kernel, HELLO, builder.dir())?.vcpus(vcpus).mem_mib(mem_mib);
@@ -26,7 +26,7 @@ fn check_hello(line: &str, vcpus: u32, mem_mib: u32) -> Result<()> {
     let (found_vcpus, found_kib) = found.split_once(" vcpus, ").context("the line has two numbers")?;
     assert_eq!(found_vcpus, vcpus.to_string());
     let found_kib: u32 = found_kib.trim_end_matches(" KiB").parse()?;
-    // The kernel counts what it keeps for itself (its image, a descriptor for each page) as not there.
+    // The kernel does not count memory that it uses itself (its image, a descriptor for each page).
     let most = mem_mib * 1024;
     let least = most - most / 20 - 64 * 1024;
     ensure!(
@@ -101,7 +101,8 @@ fn the_guest_gets_its_command_line_unchanged() -> Result<()> {
     Ok(())
 }
 
-/// The default command line turns the serial port off; what is left to see is the boot timer.
+/// The default command line turns the serial port off; only the boot timer shows that the guest
+/// runs.
 #[test]
 fn boots_with_the_default_command_line() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--boot-timer");

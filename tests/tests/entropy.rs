@@ -1,4 +1,4 @@
-//! Entropy in real guests.
+//! Entropy devices of real guests.
 
 use std::collections::BTreeSet;
 
@@ -20,7 +20,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// It goes while somebody reads, and what comes back is the same device.
+    /// The driver is unbound during a read and bound again to the same device.
     fn the_guest_reads_random_bytes_after_a_driver_rebind(transport) {
         let script = "\
             cd /sys/bus/virtio/drivers/virtio_rng\n\
@@ -41,7 +41,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// 4 KiB are there at once, 12 more come at 4 KiB a second. The guest's kernel draws some for itself meanwhile.
+    /// 4 KiB are available at once, 12 more at 4 KiB per second. The guest's kernel reads some
+    /// itself meanwhile.
     fn a_rate_limit_delays_random_bytes(transport) {
         let limit = json!({"rate_limiter": {"bandwidth": {"size": 4096, "refill_time": 1000}}});
         let script = "\

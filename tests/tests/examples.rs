@@ -1,4 +1,4 @@
-//! The examples do what they say, with a real guest.
+//! The examples work with a real guest.
 
 use std::process::{Command, Output};
 

@@ -1,4 +1,5 @@
-//! Forks of Linux guests: children and parent go on from the same moment, each with a past and disks of its own.
+//! Forks of Linux guests: children and parent continue from the same state, each with its own
+//! disks.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -21,7 +22,7 @@ use vesta_tests::vmm::Vmm;
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
 on_each_transport! {
-    /// Raw disks and overlays, through both engines, forked twice in the middle of writes that are read back.
+    /// Raw disks and overlays, through both engines, forked twice during writes that are read back.
     fn parent_and_child_each_read_their_own_writes_after_a_fork(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2).entropy(json!({}));
         let home = tempfile::tempdir()?;
@@ -69,7 +70,7 @@ on_each_transport! {
     }
 }
 
-/// Forks, if need be when some of so many layers were merged that there can be no more.
+/// Forks, after waiting for a merge of layers if there are too many.
 fn fork_when_it_can_be(api: &mut ApiClient, fork: &Value) -> Result<Value> {
     let begun = Instant::now();
     loop {
@@ -91,8 +92,8 @@ echo LAST
 poweroff -f";
 
 on_each_transport! {
-    /// Forked after each of so many writes that layers are merged, then saved live: whoever goes on from there finds on its disks what was
-    /// written, as often as one likes.
+    /// Forked after each of so many writes that layers are merged, then saved live. Each restore
+    /// finds on its disks what was written.
     fn a_writing_guest_is_forked_many_times_and_restored_each_time(transport) {
         let home = tempfile::tempdir()?;
         let control = disk(home.path(), "control", 1)?;
@@ -137,7 +138,7 @@ on_each_transport! {
             Ok(())
         };
         verified(&output_of(&mut vmm)?)?;
-        // The second begins when the first has written, and ended.
+        // The second begins when the first has written and ended.
         for _load in 0..2 {
             let (mut clone, _api) = restore(transport, &files.load())?;
             verified(&output_of(&mut clone)?)?;
@@ -154,7 +155,7 @@ wait
 echo LAST
 poweroff -f";
 
-/// A guest that writes to a block device of the host, until that file says stop.
+/// A guest that writes to a block device of the host until that file says stop.
 fn on_block_device(dir: &Path) -> Result<(LoopDevice, PathBuf, Vmm, ApiClient)> {
     let device = LoopDevice::new(&disk(dir, "backing", 4)?)?;
     let control = disk(dir, "control", 1)?;
@@ -179,7 +180,7 @@ fn a_block_device_is_forked_onto_named_overlays() -> Result<()> {
     let on = |name: &str| json!([{"drive_id": "device", "overlay": home.path().join(name)}]);
     let serial = home.path().join("serial");
     let child = json!({"id": "c", "serial": {"serial_out_path": serial}, "drives": on("childs")});
-    // Nothing can be made beside it.
+    // No overlay can be created beside it.
     let refused = api.put("/fork", &json!({"children": [child]}))?;
     ensure!(refused.status == 400 && refused.fault().contains("drives[].overlay"), "{refused:?}");
     let reply = api.put("/fork", &json!({"children": [child], "drives": on("parents")}))?.ok()?.json()?;

@@ -16,11 +16,11 @@ use vesta_tests::vsock::{connect, port};
 
 const TOOL: &str = env!("CARGO_BIN_EXE_guest-vsock");
 const CLONES: u32 = 50;
-/// The first clone's CID.
+/// The CID of the first clone.
 const FIRST_CID: u32 = 100;
 
-/// Says who it is once it is another than it was: what its kernel, its monitor and its host make random, and the 16 bytes of the VM
-/// generation id, which are where the monitor has its page (0xde000).
+/// Prints its identity once it is a clone: what its kernel, its monitor and its host make random,
+/// and the 16 bytes of the VM generation ID, which are in the monitor's page at 0xde000.
 const WHO_AM_I: &str = r#"
 hex() { hexdump -v -e '/1 "%02x"'; }
 generation() { dd if=/dev/mem bs=16 skip=$((0xde00)) count=1 2>/dev/null | hex; }
@@ -35,7 +35,7 @@ guest-vsock cid
 echo LAST
 sleep 100000"#;
 
-/// What is to be another in each.
+/// What must differ in each.
 const DISTINCT: [&str; 5] = ["KERNEL ", "DEVICE ", "UUID ", "GENERATION ", "CID "];
 
 fn path(dir: &Path, clone: u32, what: &str) -> std::path::PathBuf {
@@ -88,7 +88,7 @@ on_each_transport! {
     }
 }
 
-/// Whether a program in the guest behind that socket answers.
+/// Whether a program in the guest behind that socket responds.
 fn is_answered(socket: &Path) -> Result<()> {
     let mut stream = connect(socket, port::ECHO)?;
     stream.write_all(b"who is there")?;

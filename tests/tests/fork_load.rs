@@ -1,5 +1,5 @@
-//! Forks and live snapshots of Linux guests under load: each side goes on with a past that it shares with the others, and nothing
-//! that comes after it.
+//! Forks and live snapshots of Linux guests under load: all continue from a common past and share
+//! nothing after it.
 
 use anyhow::ensure;
 use serde_json::json;
@@ -19,7 +19,8 @@ const PROGRAMS: Programs = Programs {
 };
 
 on_each_transport! {
-    /// A child, and a child of that one, all under load at the same time. The parent's connections go on, the others begin without any.
+    /// A child, and a child of that child, all under load at the same time. The parent keeps its
+    /// connections, the others start without any.
     fn parent_child_and_grandchild_keep_their_data_under_load(transport) {
         let home = tempfile::tempdir()?;
         let place = BusyHost::new(home.path())?;
@@ -32,7 +33,7 @@ on_each_transport! {
         wait_for_all_progress_in(&child.serial)?;
         wait_for_all_progress(&vmm)?;
 
-        // They all look at the same disk for this.
+        // All of them poll the same disk.
         place.disks.stop()?;
         check_output_after(&output_of(&mut vmm)?, 0, 0)?;
         for (guest, lives) in [(child, 1), (grandchild, 2)] {
@@ -42,7 +43,7 @@ on_each_transport! {
         of_child.wait(TIMEOUT)
     }
 
-    /// The guest goes on while it is saved, and beside the one that goes on from what was saved.
+    /// The guest runs while it is saved, and beside the restored one.
     fn a_live_snapshot_and_its_original_keep_their_data_under_load(transport) {
         let home = tempfile::tempdir()?;
         let place = BusyHost::new(home.path())?;

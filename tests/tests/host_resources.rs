@@ -1,4 +1,4 @@
-//! What a guest has of its host: huge pages, clocks, a serial port that nobody may read.
+//! Resources of the host in a guest: huge pages, clocks, and a serial port without a reader.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use vesta_tests::guest::{Guest, Kernel, ignore, start, vmm_path, vmm_with_api};
 use vesta_tests::snapshots::{Files, pause};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// Longest that a whole boot may take where a host is emulated.
+/// The longest boot on an emulated host.
 const BOOT_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Boots without the API; the guest runs `script`.
@@ -48,7 +48,7 @@ fn both_kinds_of_huge_pages_are_used_if_available() {
     assert_eq!(vmm.exit_code(BOOT_TIMEOUT).unwrap(), 0);
 }
 
-/// The host's pool of 2 MiB pages with some pages in it, for as long as this lives.
+/// Pages in the host's pool of 2 MiB pages, as long as this value lives.
 struct Pool(String);
 
 impl Pool {
@@ -68,10 +68,10 @@ impl Drop for Pool {
     }
 }
 
-/// A cgroup whose use of huge pages is limited. Its processes must have ended when it is dropped.
+/// A cgroup with a limit on huge pages. Its processes must have ended when it is dropped.
 struct Group {
     path: PathBuf,
-    /// The root group's children were not limited before.
+    /// Whether the root group's children had no limits before.
     enabled: bool,
 }
 
@@ -120,7 +120,7 @@ fn cgroup_limit_on_huge_pages_is_named() {
     let Some(group) = Group::new() else { ignore("the host has no hugetlb controller of cgroup v2") };
     let Some(_pool) = Pool::of(64) else { ignore("the host has no 64 huge pages to give") };
 
-    // The monitor's own first write to the guest's memory.
+    // The limit is hit by the monitor's own first write to guest memory.
     group.limit(0);
     let (mut vmm, mut api) = vmm_with_api(&[]).unwrap();
     group.take(&vmm);
@@ -134,13 +134,13 @@ fn cgroup_limit_on_huge_pages_is_named() {
     assert!(refused.status == 400 && refused.fault().contains(LIMIT), "{refused:?}");
     assert_eq!(api.get("/").unwrap().json().unwrap()["state"], "Not started");
 
-    // The guest, later.
+    // The limit is hit by the guest, later.
     group.limit(10);
     start(&mut api).unwrap();
     let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
     assert!(code == 1 && output.contains(LIMIT), "{code} {output}");
 
-    // A load. Its memory file has ordinary pages.
+    // The limit is hit by a load. Its memory file has ordinary pages.
     let (saved, mut api, _serial) = counting(&json!({})).unwrap();
     let files = Files::new(saved.dir(), "a");
     pause(&mut api).unwrap();
@@ -169,7 +169,7 @@ fn a_triple_fault_is_reported_and_ends_with_status_0() {
 #[test]
 fn a_serial_fifo_without_reader_does_not_block_the_guest() {
     let builder = VmmBuilder::new(&vmm_path()).unwrap();
-    // More than the monitor and the FIFO hold together.
+    // More than the monitor and the FIFO buffer together.
     let script = "i=0; while [ $i -lt 1100 ]; do echo 0123456789012345678901234567890123456789012345678901234567890123456789; i=$((i+1)); done\npoweroff -f";
     let guest = Guest::linux(Kernel::quickest(), script, builder.dir()).unwrap();
     let fifo = builder.dir().join("fifo");

@@ -1,4 +1,4 @@
-//! A running Linux guest: pause and resume, Ctrl+Alt+Del, signals, and what is refused while it runs.
+//! A running Linux guest: pause and resume, Ctrl+Alt+Del, signals, and requests that are refused.
 
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use vesta_tests::api::ApiClient;
 use vesta_tests::guest::{BOOT_ARGS, BOOT_TIMEOUT, Guest, Kernel, TIMEOUT, start, vmm_with_api};
 use vesta_tests::vmm::Vmm;
 
-/// Works all the time, and says so again and again.
+/// Works all the time, and prints a line again and again.
 const BUSY: &str = "\
 n=0
 while :; do
@@ -20,7 +20,7 @@ while :; do
   echo \"tick $n\"
 done";
 
-/// A guest that runs `script`, once the script said `ready`.
+/// A guest that runs `script`, once the script has printed `ready`.
 fn running(kernel: Kernel, script: &str) -> Result<(Vmm, ApiClient)> {
     let (vmm, mut api) = vmm_with_api(&[])?;
     let guest = Guest::linux(kernel, &format!("echo ready\n{script}"), vmm.dir())?;
@@ -52,7 +52,7 @@ fn a_paused_guest_uses_no_cpu_until_it_is_resumed() -> Result<()> {
 
     set_state(&mut api, "Paused")?;
     assert_eq!(state(&mut api)?, "Paused");
-    // What was said before the pause may still be on its way through the pipe.
+    // Output from before the pause may still be in the pipe.
     std::thread::sleep(Duration::from_millis(300));
     let (printed, used) = (vmm.stdout.len(), vcpu_time(&vmm)?);
     // The second that is measured.
@@ -63,7 +63,7 @@ fn a_paused_guest_uses_no_cpu_until_it_is_resumed() -> Result<()> {
     set_state(&mut api, "Resumed")?;
     vmm.stdout.wait_for_more_than(printed, TIMEOUT)?;
     assert_eq!(state(&mut api)?, "Running");
-    // The shell counts on where it was.
+    // The shell counts on from where it was.
     let ticks: Vec<u64> =
         vmm.stdout.lines().iter().filter_map(|line| line.text.strip_prefix("tick ")?.parse().ok()).collect();
     ensure!(ticks.windows(2).all(|pair| pair[1] == pair[0] + 1), "ticks are missing: {ticks:?}");
@@ -84,7 +84,7 @@ fn a_guest_can_be_paused_many_times() -> Result<()> {
     vmm.stdout.wait_for_more_than(printed, TIMEOUT)
 }
 
-/// A kernel without virtual terminals (`CONFIG_VT`), as the tuned one is, does nothing on Ctrl+Alt+Del.
+/// A kernel without virtual terminals (`CONFIG_VT`), like the tuned one, ignores Ctrl+Alt+Del.
 fn ctrl_alt_del_reaches_init_of(kernel: Kernel) -> Result<()> {
     let script = "\
 echo 0 > /proc/sys/kernel/ctrl-alt-del

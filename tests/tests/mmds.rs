@@ -1,6 +1,6 @@
-//! The metadata service, as programs in real guests meet it.
+//! The metadata service as programs in real guests use it.
 //!
-//! The guest's network leads nowhere: its tap is connected to nothing, and whatever answers is the monitor.
+//! The guest's tap is connected to nothing, so all responses come from the monitor.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -15,11 +15,11 @@ use vesta_tests::process::Orphans;
 use vesta_tests::serial_file::wait_for_text;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// Any address will do; a route to the service is all that the guest needs.
+/// Any address works; the guest only needs a route to the service.
 const NETWORK: &str = "ip link set lo up; ip link set eth0 up\n\
     ip addr add 192.168.77.2/24 dev eth0; ip route add 169.254.169.254 dev eth0\n";
 
-/// Mounts the disk with curl and Python; `in_disk` runs a program of it.
+/// Mounts the disk with curl and Python. `in_disk` runs a program of it.
 const DISK: &str = "mkdir /disk; mount -t ext4 -o ro /dev/vda /disk\n\
     mount -t tmpfs none /disk/tmp; mount -t devtmpfs none /disk/dev; mount -t proc none /disk/proc\n\
     cp /programs/* /disk/tmp/ 2>/dev/null\n\
@@ -28,10 +28,10 @@ const DISK: &str = "mkdir /disk; mount -t ext4 -o ro /dev/vda /disk\n\
 
 const AT: &str = "http://169.254.169.254";
 
-/// What a guest is like.
+/// The configuration of a guest.
 struct Setup<'a> {
     transport: Transport,
-    /// What its shell runs, after the network is up.
+    /// What its shell runs once the network is up.
     script: &'a str,
     /// Whether it has the disk with curl and Python.
     disk: bool,
@@ -39,7 +39,7 @@ struct Setup<'a> {
     programs: &'a [(&'a str, &'a str)],
     mmds: Value,
     args: &'a [&'a str],
-    /// More of the kernel's command line.
+    /// Additions to the kernel command line.
     boot_args: &'a str,
 }
 
@@ -58,12 +58,12 @@ impl Default for Setup<'_> {
 }
 
 fn interface(id: &str) -> Value {
-    // The kernel takes the tap down when the monitor ends. Tests run one after the other.
+    // The kernel removes the tap when the monitor ends. Tests run one after the other.
     json!({"iface_id": id, "host_dev_name": format!("vesta-{id}"), "guest_mac": null})
 }
 
 impl Setup<'_> {
-    /// Configures a guest over the API, with these contents, and does not start it.
+    /// Configures a guest over the API with these contents, and does not start it.
     fn configure(self, contents: &Value) -> Result<(Vmm, ApiClient)> {
         let mut builder = VmmBuilder::new(&vmm_path())?.with_api();
         for arg in self.transport.args().iter().chain(self.args) {
@@ -98,7 +98,7 @@ impl Setup<'_> {
         Ok((vmm, api))
     }
 
-    /// The same, and what the guest said when it has ended.
+    /// The same, and the guest's output when it has ended.
     fn output_of(self, contents: &Value) -> Result<String> {
         let (mut vmm, _api) = self.start(contents)?;
         output_of(&mut vmm)
@@ -111,7 +111,7 @@ fn output_of(vmm: &mut Vmm) -> Result<String> {
     Ok(output)
 }
 
-/// What stands between `<NAME>` and `</NAME>` in what the guest said.
+/// The text between `<NAME>` and `</NAME>` in the guest's output.
 fn part(output: &str, name: &str) -> String {
     let (open, close) = (format!("<{name}>"), format!("</{name}>"));
     let inner = output.split_once(&open).and_then(|(_, rest)| Some(rest.split_once(&close)?.0));
@@ -131,7 +131,7 @@ fn contents() -> Value {
 }
 
 on_each_transport! {
-    /// Version 1, by busybox's wget: no token, any form.
+    /// Version 1, with busybox's wget: no token, both formats.
     fn a_guest_reads_values_lists_and_json(transport) {
         let script = format!(
             "get() {{ echo \"<$1>$(wget -q -O - \"$2\" --header \"Accept: $3\" 2>&1)</$1>\"; }}\n\
@@ -155,7 +155,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Version 2, by curl, under the names of both headers.
+    /// Version 2, with curl, with both names of the headers.
     fn a_guest_without_a_valid_token_is_refused(transport) {
         let script = format!(
             "get() {{ name=$1; shift; echo \"<$name>$(in_disk curl -sS -m 20 -w '|%{{http_code}}' \"$@\" 2>&1)</$name>\"; }}\n\
@@ -186,12 +186,12 @@ on_each_transport! {
         assert_eq!(part(&output, "other"), "\"i-5678\"|200");
         assert!(part(&output, "post").contains("Allow: GET, PUT"), "{output}");
         assert!(part(&output, "life").contains("X-aws-ec2-metadata-token-ttl-seconds: 21600"), "{output}");
-        // Refused at once, not given up on.
+        // The connection is refused at once, instead of a timeout.
         assert!(part(&output, "port").contains("refused") || part(&output, "port").contains("Couldn't connect"), "{output}");
         Ok(())
     }
 
-    /// boto3 finds its credentials as it would on EC2: a token, the role's name, the role.
+    /// boto3 finds its credentials as on EC2: a token, the role's name, the role.
     fn the_aws_sdk_reads_its_credentials(transport) {
         let program = "import boto3\n\
             credentials = boto3.Session().get_credentials()\n\
@@ -218,7 +218,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// The contents change under a guest that reads them all the time, and each of its answers is whole.
+    /// The contents change under a guest that reads them all the time. Each response is consistent.
     fn a_guest_reads_patched_contents(transport) {
         let script = format!(
             "echo READING\n\
@@ -249,7 +249,7 @@ on_each_transport! {
     }
 }
 
-/// cloud-init's own data source crawls it, with a token as on EC2.
+/// cloud-init's data source reads it, with a token as on EC2.
 #[test]
 fn cloud_init_reads_its_ec2_data_source() -> Result<()> {
     let program = "import logging, sys\n\
@@ -291,8 +291,8 @@ fn cloud_init_reads_its_ec2_data_source() -> Result<()> {
     Ok(())
 }
 
-/// As flintlock's guests find it: the data source that the kernel's command line names, without a token, with YAML in strings. The disk
-/// has no tool to look for seeds on other disks.
+/// As in flintlock's guests: the kernel command line names the data source, without a token, with
+/// YAML in strings. The disk has no tool to search other disks for seeds.
 #[test]
 fn cloud_init_reads_its_no_cloud_data_source() -> Result<()> {
     let program = "from cloudinit import helpers\n\
@@ -325,7 +325,7 @@ fn cloud_init_reads_its_no_cloud_data_source() -> Result<()> {
     Ok(())
 }
 
-/// Two interfaces lead to it.
+/// Two interfaces reach the service.
 #[test]
 fn every_configured_interface_reaches_the_service() -> Result<()> {
     let script = format!(
@@ -345,7 +345,7 @@ fn every_configured_interface_reaches_the_service() -> Result<()> {
     Ok(())
 }
 
-/// One of two interfaces leads to it, at an address of its own.
+/// One of two interfaces reaches the service, at its own address.
 #[test]
 fn other_interfaces_do_not_reach_the_service() -> Result<()> {
     let script = "ip link set eth1 up; ip addr add 192.168.78.2/24 dev eth1\n\
@@ -370,7 +370,7 @@ fn other_interfaces_do_not_reach_the_service() -> Result<()> {
     Ok(())
 }
 
-/// As flintlock does it: a configuration file, a metadata file, no API.
+/// As flintlock does: a configuration file, a metadata file and no API.
 #[test]
 fn the_service_works_from_configuration_and_metadata_files() -> Result<()> {
     let script =
@@ -387,7 +387,8 @@ fn the_service_works_from_configuration_and_metadata_files() -> Result<()> {
     Ok(())
 }
 
-/// And for a guest without a network: its configuration file names no interface for the service then.
+/// The same for a guest without a network: its configuration file names no interface for the
+/// service.
 #[test]
 fn a_configuration_file_can_name_no_interface() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?;
@@ -464,7 +465,7 @@ fn the_api_names_unsupported_settings() -> Result<()> {
     Ok(())
 }
 
-/// Contents that no interface leads to are refused once that cannot change any more.
+/// Contents that no interface reaches are refused once that cannot change.
 #[test]
 fn a_guest_without_an_interface_for_it_has_no_contents() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api();
@@ -486,7 +487,7 @@ fn a_guest_without_an_interface_for_it_has_no_contents() -> Result<()> {
     Ok(())
 }
 
-/// Each side of a fork reads what its own user says, from the moment of the fork on.
+/// Each side of a fork reads the contents that its own user sets after the fork.
 #[test]
 fn a_forked_child_reads_its_own_contents() -> Result<()> {
     let net = HostNet::new()?;
@@ -519,7 +520,7 @@ fn a_forked_child_reads_its_own_contents() -> Result<()> {
     let reply = api.put("/fork", &json!({"children": children}))?.ok()?.json()?;
     let orphans = Orphans::of_fork(&reply)?;
     wait_for_text(&path("own.serial"), "<sawown>", BOOT_TIMEOUT)?;
-    // Each is told something else, and none hears what the others are told.
+    // Each has its own contents, and none of the others'.
     let mut clients = ["own", "same"].map(|id| ApiClient::new(&path(id)));
     assert_eq!(clients[0].get("/mmds")?.ok()?.json()?, json!({"round": "own"}));
     assert_eq!(clients[1].get("/mmds")?.ok()?.json()?, json!({"round": "begin", "same": "1"}));
@@ -539,7 +540,8 @@ fn a_forked_child_reads_its_own_contents() -> Result<()> {
     orphans.wait(TIMEOUT)
 }
 
-/// An interface whose frames the monitor does not see, or not all of them, leads nowhere: said when it is configured.
+/// An interface whose frames the monitor does not see, or not all of them, is refused when it is
+/// configured.
 #[test]
 fn an_unsuitable_interface_is_refused() -> Result<()> {
     let (_vmm, mut api) = Setup::default().configure(&json!({}))?;
@@ -547,7 +549,7 @@ fn an_unsuitable_interface_is_refused() -> Result<()> {
     several["num_queues"] = json!(2);
     let refused = api.put("/network-interfaces/eth0", &several)?;
     assert!(refused.status == 400 && refused.fault().contains("num_queues 2"), "{refused:?}");
-    // A configuration file is checked before anything that it names is opened.
+    // A configuration file is checked before any file that it names is opened.
     let mut vhost = interface("eth0");
     vhost["backend"] = json!("vhost");
     let config = json!({
@@ -561,10 +563,11 @@ fn an_unsuitable_interface_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// A snapshot has the way to the service and none of its contents: whoever loads it says what the guest reads now.
+/// A snapshot has the configuration of the service and none of its contents: the user of the
+/// restored guest sets them.
 #[test]
 fn a_restored_guest_reads_contents_of_its_new_monitor() -> Result<()> {
-    // A load takes a tap that is there and makes none.
+    // A load uses an existing tap and creates none.
     HostNet::new()?.tap("vesta-eth0", "", "")?;
     let script = format!(
         "while :; do\n\

@@ -1,4 +1,4 @@
-//! What is virtio-mmio's own: a window and an interrupt line for each device.
+//! virtio-mmio: a window and an interrupt line for each device.
 
 use std::collections::BTreeSet;
 
@@ -19,7 +19,7 @@ fn guest(count: u64) -> Result<DiskGuest> {
     Ok(guest)
 }
 
-/// Lines 5 to 23, each of which interrupts for its device.
+/// Lines 5 to 23, each with interrupts for its device.
 fn all_lines_interrupt(guest: DiskGuest) -> Result<()> {
     let script = "\
         for d in /sys/block/vd*; do\n\
@@ -34,7 +34,7 @@ fn all_lines_interrupt(guest: DiskGuest) -> Result<()> {
     for number in 0..18 {
         ensure!(output.contains(&format!("DISK disk{number} {}", 2048 + number)), "disk{number}: {output}");
     }
-    // 23:    5   IO-APIC  23-edge   virtio18
+    // For example: `23:    5   IO-APIC  23-edge   virtio18`.
     let line = |text: &str| {
         let words: Vec<_> = text.split_whitespace().collect();
         let count: u32 = words.get(1)?.parse().ok()?;
@@ -51,7 +51,7 @@ fn all_19_interrupt_lines_can_be_used() -> Result<()> {
     all_lines_interrupt(guest(18)?)
 }
 
-/// It finds them in the MP table and on its command line.
+/// The guest finds them in the MP table and on its command line.
 #[test]
 fn all_19_interrupt_lines_can_be_used_without_acpi() -> Result<()> {
     all_lines_interrupt(guest(18)?.more_boot_args("acpi=off"))

@@ -1,5 +1,5 @@
-//! Networks of real guests on taps: data both ways on either transport, limits, what goes wrong, and the API. Other back ends are in
-//! `net_backends`.
+//! Networks of real guests on taps: data in both directions on either transport, limits, failures
+//! and the API. Other backends are in `net_backends`.
 
 use std::fs::File;
 use std::io;
@@ -21,7 +21,7 @@ const TOOL: &str = env!("CARGO_BIN_EXE_net-tool");
 const MIB: u64 = 1 << 20;
 
 on_each_transport! {
-    /// What is sent arrives, both ways at the same time.
+    /// Data arrives in both directions at the same time.
     fn data_crosses_a_tap_in_both_directions(transport) {
         let _net = host()?;
         let vmm = NetGuest::new(transport, TOOL)?
@@ -32,7 +32,7 @@ on_each_transport! {
         check_both_ways(&output)
     }
 
-    /// The guest's checksums and segmentation are its own business, and so is the MTU.
+    /// Checksum and segmentation offloads are negotiable, and so is the MTU.
     fn data_crosses_without_offloads_and_at_other_mtus(transport) {
         let net = host()?;
         net.ip("link set tap0 mtu 9000")?;
@@ -53,7 +53,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// All of them carry data.
+    /// All queue pairs carry data.
     fn queue_pairs_share_the_load(transport) {
         let _net = host_with_queues()?;
         let vmm = NetGuest::new(transport, TOOL)?
@@ -68,13 +68,13 @@ on_each_transport! {
         let output = output_of(vmm)?;
         ensure!(output.contains("QUEUES 2"), "{output}");
         ensure!(output.matches("UPLOADED").count() == 6 && output.matches("DOWNLOADED").count() == 6, "{output}");
-        // A kick of a transmit queue is a frame in it.
+        // Each kick of a transmit queue comes with a frame.
         let kicks = |queue: &str| word(&output, &format!("COUNT {queue}_kicks: "))?.parse::<u64>().context("a number");
         ensure!(kicks("tx0")? > 0 && kicks("tx1")? > 0, "{output}");
         Ok(())
     }
 
-    /// A pause and a reset of the driver lose nothing that TCP would not send again.
+    /// TCP recovers all that a pause or a reset of the driver loses.
     fn traffic_survives_pauses_and_driver_rebinds(transport) {
         let _net = host()?;
         let vmm = NetGuest::new(transport, TOOL)?.tap("tap0", json!({})).boot(&format!(
@@ -94,12 +94,12 @@ on_each_transport! {
         Ok(())
     }
 
-    /// The guest is told, the monitor goes on.
+    /// The guest sees the link go down, and the monitor continues.
     fn deleting_a_tap_takes_the_link_down(transport) {
         a_deleted_tap_is_noticed(transport, "tap")
     }
 
-    /// The guest is told, and the kernel told nobody.
+    /// The same with vhost, where the kernel notifies nobody of the deletion.
     fn deleting_a_tap_takes_the_vhost_link_down(transport) {
         if File::open("/dev/vhost-net").is_err() {
             ignore("there is no vhost-net here");
@@ -107,7 +107,7 @@ on_each_transport! {
         a_deleted_tap_is_noticed(transport, "vhost")
     }
 
-    /// Frames of the guest's own address go on.
+    /// Frames with the guest's own address pass.
     fn frames_from_another_address_are_dropped(transport) {
         let _net = host()?;
         let as_other = "ip link set eth0 down; ip link set eth0 address 06:00:ac:10:00:99; ip link set eth0 up";
@@ -143,8 +143,8 @@ fn a_deleted_tap_is_noticed(transport: Transport, backend: &str) -> Result<()> {
     Ok(())
 }
 
-/// How long a transfer takes that is to take `want`: within a fifth, with half a second for the guest itself. What the host stood still
-/// meanwhile may come on top: what a full bucket would have got then is lost.
+/// The time of a transfer that should take `want`, within a fifth and half a second for the guest
+/// itself. Stalls of the host are allowed on top: a full bucket gains nothing during a stall.
 fn assert_takes(
     stalls: &Stalls,
     want: Duration,
@@ -164,7 +164,8 @@ fn assert_takes(
 #[test]
 fn rate_limits_hold_in_each_direction_and_can_be_patched() -> Result<()> {
     let _net = host()?;
-    // 1 MiB a second to the guest, a quarter of that from it; the buckets are small, so that the rate is what counts.
+    // 1 MiB per second to the guest, a quarter of that from it. The buckets are small, so the rate
+    // dominates.
     let limit = |bytes: u64| json!({"bandwidth": {"size": bytes / 10, "refill_time": 100}});
     let vmm = NetGuest::new(Transport::Mmio, TOOL)?
         .tap("tap0", json!({"rx_rate_limiter": limit(MIB), "tx_rate_limiter": limit(MIB / 4)}))
@@ -226,7 +227,7 @@ fn interfaces_are_set_over_the_api_and_invalid_ones_refused() -> Result<()> {
     let mut api = vmm.ready_client(TIMEOUT)?;
     let good = json!({"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": null, "rx_rate_limiter": {}, "tx_rate_limiter": {}});
     put(&mut api, "eth0", &good)?.ok()?;
-    // The same again, on its own tap, replaces it.
+    // The same interface again, on its own tap, replaces the old one.
     put(&mut api, "eth0", &good)?.ok()?;
     for (id, body, named) in [
         ("eth1", json!({"iface_id": "eth1", "host_dev_name": "tap0"}), "tap0"),
@@ -242,7 +243,7 @@ fn interfaces_are_set_over_the_api_and_invalid_ones_refused() -> Result<()> {
             "/nowhere/passt",
         ),
         ("eth1", json!({"iface_id": "eth1", "fds": [0]}), "descriptor 0"),
-        // It keeps its tap when the new one cannot be had.
+        // It keeps its tap if the new one cannot be opened.
         ("eth0", json!({"iface_id": "eth0", "host_dev_name": "/dev/nosuchtap"}), "/dev/nosuchtap"),
     ] {
         let refused = put(&mut api, id, &body)?;
@@ -264,7 +265,7 @@ fn interfaces_are_set_over_the_api_and_invalid_ones_refused() -> Result<()> {
     let early = api.patch("/network-interfaces/eth0", &json!({"iface_id": "eth0"}))?;
     ensure!(early.status == 400, "{early:?}");
 
-    // One that the monitor made is kept as long as it is wanted.
+    // A tap that the monitor created exists as long as the interface uses it.
     let own = json!({"iface_id": "eth2", "host_dev_name": "own2"});
     put(&mut api, "eth2", &own)?.ok()?;
     net.ip("address add 10.0.2.1/24 dev own2")?;

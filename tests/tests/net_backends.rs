@@ -1,5 +1,5 @@
-//! The other back ends of real guests' networks: passt, vhost, macvtaps and descriptors that the monitor inherits, with the rights of
-//! root and without any. Taps by name are in `net`.
+//! Other network backends of real guests: passt, vhost, macvtaps and inherited descriptors, with
+//! and without root. Taps by name are in `net`.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -23,20 +23,20 @@ const TOOL: &str = env!("CARGO_BIN_EXE_net-tool");
 const MIB: u64 = 1 << 20;
 const MAC: &str = "06:00:ac:10:00:02";
 
-/// What a guest of passt does to have the host's address; the host's loopback is at 192.0.2.1.
+/// Gives a guest of passt the host's address. The host's loopback is at 192.0.2.1.
 const PASST_UP: &str =
     "ip address add 192.0.2.2/24 dev eth0; ip link set eth0 up; ip route add default via 192.0.2.1";
-/// What a guest with a tap beside that does.
+/// The same for a guest that also has a tap.
 const TAP_UP: &str = "ip address add 10.0.0.2/24 dev eth1; ip link set eth1 up";
 
-/// What passt shows its guest is an interface with a default route. A server is on the loopback.
+/// passt gives its guest an interface with a default route. A server listens on the loopback.
 fn serve_behind_passt(net: &HostNet) -> Result<()> {
     net.tap("out0", "192.0.2.2/24", "")?;
     net.ip("route add default via 192.0.2.1")?;
     net.serve("127.0.0.1:7000")
 }
 
-/// A passt, and a guest to be with it and with a tap. They go in this order.
+/// A passt, and a guest with it and a tap. They are dropped in this order.
 fn guest_with_passt_and_tap() -> Result<(NetGuest, Passt, TempDir, HostNet)> {
     let net = host()?;
     serve_behind_passt(&net)?;
@@ -57,7 +57,7 @@ fn needs_vhost() {
 }
 
 on_each_transport! {
-    /// Neither the monitor nor passt has any right, and the kernel says so.
+    /// Neither the monitor nor passt has any privilege, as the kernel confirms.
     fn passt_connects_guest_and_host_loopback_without_root(transport) {
         let net = HostNet::new()?;
         serve_behind_passt(&net)?;
@@ -80,7 +80,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Queues and interrupts are the kernel's; the monitor starts and stops them.
+    /// The kernel serves queues and interrupts; the monitor starts and stops them.
     fn data_crosses_vhost_in_both_directions(transport) {
         needs_vhost();
         let _net = host()?;
@@ -88,7 +88,7 @@ on_each_transport! {
             .tap("tap0", json!({"backend": "vhost"}))
             .boot(&format!("{UP}\n{both}\necho AGAIN\n{both}\npoweroff -f", both = both_ways(8 * MIB)))?;
         vmm.wait_for_output("AGAIN", BOOT_TIMEOUT)?;
-        // In the middle of it.
+        // During a transfer.
         let mut api = vmm.ready_client(TIMEOUT)?;
         for _ in 0..5 {
             pause(&mut api)?;
@@ -99,7 +99,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// All of them carry data, also after pauses, and after the guest has used fewer.
+    /// All queue pairs carry data, also after pauses, and after the guest has used fewer.
     fn vhost_queue_pairs_share_the_load(transport) {
         needs_vhost();
         let _net = host_with_queues()?;
@@ -131,18 +131,19 @@ on_each_transport! {
     }
 }
 
-/// How the guest sends and receives on each of its two processors: each has a pair of queues.
+/// The guest sends and receives on each of its two processors, which have a queue pair each.
 fn on_each_cpu(bytes: u64) -> String {
     let tool = |what| format!("taskset $cpu net-tool {what} 10.0.0.1:7000 $cpu {bytes} &");
     format!("for cpu in 1 2; do {} {} done; wait", tool("upload"), tool("download"))
 }
 
-/// The guest says, after `mark`, how often it has kicked each queue.
+/// Makes the guest print, after `mark`, the number of kicks of each queue.
 fn kicks(mark: &str) -> String {
     format!("ethtool -S eth0 | grep kicks | sed 's/^ */{mark} /'")
 }
 
-/// Sees that the guest has sent through each queue between two marks. A kick of a transmit queue is a frame in it.
+/// Checks that the guest has sent through each queue between two marks. Each kick of a transmit
+/// queue comes with a frame.
 fn check_each_pair_sent(output: &str, before: &str, after: &str) -> Result<()> {
     for queue in ["tx0", "tx1"] {
         let kicks = |mark| -> Result<u64> {
@@ -153,7 +154,7 @@ fn check_each_pair_sent(output: &str, before: &str, after: &str) -> Result<()> {
     Ok(())
 }
 
-/// Both pairs carry data, and who has no right to open a tap may use one.
+/// Both queue pairs carry data, and a monitor that may not open a tap can use an inherited one.
 #[test]
 fn data_crosses_inherited_tap_queues_without_root() -> Result<()> {
     let net = host_with_queues()?;
@@ -179,7 +180,8 @@ fn data_crosses_inherited_tap_queues_without_root() -> Result<()> {
     Ok(())
 }
 
-/// The guest has its address. Deleted, it takes the link down, though its device goes on as if nothing had happened.
+/// The guest has the macvtap's address. Deleting the macvtap takes the link down, though its
+/// device file gives no error.
 #[test]
 fn data_crosses_a_macvtap_until_it_is_deleted() -> Result<()> {
     let net = HostNet::new()?;
@@ -231,7 +233,7 @@ fn a_stalled_passt_delays_nothing_else() -> Result<()> {
     ))?;
     vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
     passt.signal(Signal::STOP)?;
-    // Not even the guest's queue takes more.
+    // Even the guest's own queue is full.
     vmm.wait_for_output("STUFFED", BOOT_TIMEOUT)?;
     traffic::upload("10.0.0.2:7000", 3, 2 * MIB).context("the other network")?;
     traffic::download("10.0.0.2:7000", 4, 2 * MIB).context("the other network")?;

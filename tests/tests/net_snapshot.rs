@@ -1,4 +1,4 @@
-//! Networks of guests that go on elsewhere: after a restore and in a fork's child.
+//! Networks of guests after a restore, and of a fork's child.
 
 use std::path::Path;
 
@@ -18,10 +18,10 @@ const UP: &str = "ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up";
 const OLD_MAC: &str = "06:00:ac:10:00:02";
 const NEW_MAC: &str = "06:00:ac:10:00:77";
 
-/// A guest that goes on knows by its random generator, which was told.
+/// A restored guest knows by its reseeded random generator.
 const IS_ANOTHER: &str = "dmesg | grep -q 'virtual machine fork'";
 
-/// What a guest does to meet its network card anew.
+/// Makes the guest rebind the driver of its network card.
 const REBIND: &str = "dev=$(basename $(readlink /sys/class/net/eth0/device))\n\
     echo $dev > /sys/bus/virtio/drivers/virtio_net/unbind; echo $dev > /sys/bus/virtio/drivers/virtio_net/bind\n";
 
@@ -33,7 +33,7 @@ fn host() -> Result<HostNet> {
 }
 
 on_each_transport! {
-    /// The tap that it had is missed by name, and not made anew.
+    /// The error names the tap that the guest had, which is not created.
     fn a_restored_guest_uses_another_tap_and_mac_address(transport) {
         let net = host()?;
         let vmm = NetGuest::new(transport, TOOL)?.tap("tap0", json!({"guest_mac": OLD_MAC})).boot(&format!(
@@ -88,7 +88,8 @@ fn forked_children_can_use_vhost() -> Result<()> {
     children_have_their_networks(Transport::Mmio, "vhost")
 }
 
-/// A parent with a network and the metadata service; a child with another network and address, one without any.
+/// A parent with a network and the metadata service; a child with another network and address, one
+/// without any.
 fn children_have_their_networks(transport: Transport, backend: &str) -> Result<()> {
     let net = host()?;
     net.tap("tap1", "10.0.1.1/24", "")?;

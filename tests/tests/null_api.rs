@@ -1,4 +1,4 @@
-//! The HTTP API as its clients see it, through the real binary.
+//! The HTTP API as its clients see it, with the real binary.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -71,7 +71,7 @@ fn an_unknown_path_is_refused_by_name() -> Result<()> {
     let response = api.get("/nowhere")?;
     assert_eq!(response.status, 400);
     ensure!(response.fault().contains("nowhere"), "{}", response.body);
-    // The same connection goes on.
+    // The same connection stays usable.
     api.get("/")?.ok()?;
     Ok(())
 }
@@ -113,7 +113,7 @@ fn a_too_long_body_is_refused_with_the_bound() -> Result<()> {
         api.request("PUT", "/machine-config", Some(&format!("{{\"x\": \"{}\"}}", "x".repeat(400))))?;
     assert_eq!(response.status, 400);
     ensure!(response.body.contains("300"), "{}", response.body);
-    // Its connection may be closed; others are served.
+    // Its connection may be closed; other clients are served.
     vmm.client().get("/")?.ok()?;
     Ok(())
 }
@@ -160,7 +160,7 @@ fn version_and_help_need_no_guest() -> Result<()> {
     Ok(())
 }
 
-/// A null guest's kernel in `dir`.
+/// The null guest's kernel in `dir`.
 fn kernel(dir: &Path) -> Result<PathBuf> {
     let kernel = dir.join("kernel");
     std::fs::write(&kernel, null_guest().bytes())?;

@@ -1,4 +1,4 @@
-//! What clients of Firecracker do and read.
+//! The requests of Firecracker's clients, and the responses that they read.
 
 use std::time::Duration;
 

@@ -8,7 +8,7 @@ use vesta_tests::api::ApiClient;
 use vesta_tests::counting::{is_consecutive, restored, sweeping, wait_for_bytes};
 use vesta_tests::snapshots::{Files, pause, resume};
 
-/// A guest that finds one of its 1024 pages changed says the same number for ever.
+/// A guest that finds one of its 1024 pages changed repeats a number instead of counting.
 fn ensure_it_counts_on(serial: &Path) -> Result<()> {
     ensure!(is_consecutive(&wait_for_bytes(serial, 3)?), "a page of it was changed");
     Ok(())
@@ -57,7 +57,7 @@ fn a_diff_onto_its_base_never_changes_a_forks_child() -> Result<()> {
     }
     let (_parent, mut parent, output) = restored(&files.load())?;
     wait_for_bytes(&output, 2)?;
-    // In place, before there is a child; and then with one.
+    // In place, first without and then with a child.
     diff(&mut parent, &files)?;
     let child = home.path().join("child");
     let socket = home.path().join("child.sock");

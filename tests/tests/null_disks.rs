@@ -1,4 +1,4 @@
-//! Disks of guests of a few instructions: locks between monitors, and disks of the host that fail.
+//! Disks of guests of a few instructions: locks between monitors, and failing disks of the host.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -40,7 +40,7 @@ fn a_raw_disk_in_use_is_refused_and_its_holder_named() -> Result<()> {
     let overlaid = with(raw.clone(), &json!({"overlay": {"path": overlay}}));
     let (mut writer, mut writers_api) = unconfigured(Transport::Mmio)?;
     put(&mut writers_api, &raw)?.ok()?;
-    // Set anew, and used by another drive of the same microVM.
+    // Set again, and used by another drive of the same microVM.
     put(&mut writers_api, &raw)?.ok()?;
     writers_api.put("/drives/e", &with(raw.clone(), &json!({"drive_id": "e"})))?.ok()?;
 
@@ -63,7 +63,7 @@ fn a_raw_disk_in_use_is_refused_and_its_holder_named() -> Result<()> {
     ensure!(config["drives"][0].get("lock").is_none(), "{config}");
     drop(other);
 
-    // Those that only read do not keep each other out.
+    // Readers do not exclude each other.
     let (_one, mut one) = unconfigured(Transport::Mmio)?;
     put(&mut one, &read_only)?.ok()?;
     let (_two, mut two) = unconfigured(Transport::Mmio)?;
@@ -92,7 +92,7 @@ fn a_forked_disk_is_a_shared_base_that_no_one_can_write() -> Result<()> {
     let (_more, mut more) = unconfigured(Transport::Mmio)?;
     refused(&put(&mut more, &raw)?, &["disk.img"])?;
     orphans.kill(TIMEOUT)?;
-    // `other` has it as a base itself: its own is no hindrance.
+    // `other` uses it as a base itself, which does not conflict with its own drive.
     put(&mut other, &raw)?.ok().map(drop)
 }
 
@@ -113,7 +113,7 @@ fn a_saved_disk_is_written_by_one_microvm_at_a_time() -> Result<()> {
     api.put("/snapshot/load", &files.load())?.ok().map(drop)
 }
 
-/// A disk larger than what it is on: a loop device over a file system in memory that is full.
+/// A disk larger than the file system below it: a loop device on a full file system in memory.
 #[test]
 fn a_failed_write_back_refuses_forks_until_the_disk_is_replaced() -> Result<()> {
     let small = SmallFs::new(4 * MIB)?;
@@ -122,7 +122,7 @@ fn a_failed_write_back_refuses_forks_until_the_disk_is_replaced() -> Result<()> 
     let dir = home.path();
     let writeback = json!({"cache_type": "Writeback"});
     let (_vmm, mut api, _serial) = counting_with(&[with(drive("d", device.path()), &writeback)])?;
-    // As if the guest had: what is in the page cache knows no writer.
+    // As if the guest had written: the page cache does not record the writer.
     File::options().write(true).open(device.path())?.write_all_at(&vec![7; 8 << 20], 0)?;
 
     let files = Files::new(dir, "vm");
@@ -146,7 +146,7 @@ fn a_failed_write_back_refuses_forks_until_the_disk_is_replaced() -> Result<()> 
         Ok(())
     };
     all_refused(&mut api)?;
-    // With space again the kernel's next sync succeeds: it takes what it lost for written.
+    // With space again the kernel's next sync succeeds, because it treats the lost data as written.
     small.resize(64 * MIB)?;
     all_refused(&mut api)?;
     let patch = |path: &Path| json!({"drive_id": "d", "path_on_host": path});

@@ -1,5 +1,5 @@
-//! What bad input gets: an error that names the thing and the bound, and a monitor that still does what it could
-//! before. Only guests of a few instructions, so these run on a software KVM too.
+//! Errors for invalid input: each names the thing and the bound, and the monitor stays usable. All
+//! guests have a few instructions, so these tests run on a software KVM too.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -11,19 +11,19 @@ use vesta_tests::elf::{Elf, LOAD_ADDRESS, Segment, null_guest};
 use vesta_tests::guest::{Guest, TIMEOUT, ignore, start, vmm_path, vmm_with_api};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// The exit codes of Firecracker's that matter here.
+/// Exit codes of Firecracker.
 const GENERIC_ERROR: i32 = 1;
 const BAD_CONFIGURATION: i32 = 152;
 const ARG_PARSING: i32 = 153;
 
-/// A good guest's kernel in the monitor's directory.
+/// A valid guest's kernel in the monitor's directory.
 fn good_kernel(dir: &Path) -> Result<PathBuf> {
     let kernel = dir.join("good-kernel");
     std::fs::write(&kernel, null_guest().bytes())?;
     Ok(kernel)
 }
 
-/// What a monitor with this configuration file says; it must end with [`BAD_CONFIGURATION`].
+/// The output of a monitor with this configuration file. It must end with [`BAD_CONFIGURATION`].
 fn refused_from_file(config: impl FnOnce(&Path) -> Result<Value>) -> Result<String> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
     let config = config(builder.dir())?;
@@ -33,7 +33,7 @@ fn refused_from_file(config: impl FnOnce(&Path) -> Result<Value>) -> Result<Stri
     Ok(output)
 }
 
-/// Puts a boot source and starts it. One of the two must be refused; returns with which words.
+/// Puts a boot source and starts it. One of the two must be refused; returns the error.
 fn refused_start(api: &mut ApiClient, guest: &Guest) -> Result<String> {
     let mut response = api.put("/machine-config", &guest.machine_config())?;
     if response.status == 204 {
@@ -52,7 +52,7 @@ fn fault(response: &Response) -> Result<String> {
     Ok(fault)
 }
 
-/// After an error the monitor is what it was: not started, and able to start a good guest.
+/// After an error the monitor is not started, and can start a valid guest.
 fn still_starts(vmm: &Vmm, api: &mut ApiClient) -> Result<()> {
     assert_eq!(api.get("/")?.json()?["state"], "Not started");
     Guest::bare(&good_kernel(vmm.dir())?).put(api)?;
@@ -61,7 +61,8 @@ fn still_starts(vmm: &Vmm, api: &mut ApiClient) -> Result<()> {
     Ok(())
 }
 
-/// A kernel with this content is refused over the API and from a file, with a text that has all of `words`.
+/// A kernel with this content is refused over the API and from a file, with a text that has all
+/// `words`.
 fn kernel_is_refused(content: &[u8], words: &[&str]) -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let kernel = vmm.dir().join("bad-kernel");
@@ -171,7 +172,7 @@ fn an_initrd_that_does_not_fit_is_refused_with_both_sizes() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let mut guest = Guest::bare(&good_kernel(vmm.dir())?);
     let initrd = vmm.dir().join("initrd");
-    // No more than a hole.
+    // A sparse file.
     File::create(&initrd)?.set_len(200 << 20)?;
     guest.initrd = Some(initrd);
     let output = refused_start(&mut api, &guest)?;

@@ -38,7 +38,7 @@ fn client(dir: &Path, id: &str) -> ApiClient {
 #[test]
 fn children_and_parent_continue_from_the_same_state() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
-    // The children outlive their parent, and its directory.
+    // The children outlive their parent and its directory.
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let reply = fork(&mut api, &[child(dir, "a"), child(dir, "b")])?;
@@ -53,12 +53,12 @@ fn children_and_parent_continue_from_the_same_state() -> Result<()> {
         assert_eq!(client(dir, id).get("/")?.json()?["id"], json!(id));
     }
     assert_eq!(firsts[0], firsts[1], "both begin at the same moment");
-    // Killing one leaves the others.
+    // Killing one does not affect the others.
     Orphans::of(&[reply["children"][0]["pid"].as_u64().context("a pid")?]).kill(TIMEOUT)?;
     wait_for_bytes(&dir.join("b.serial"), 10)?;
     wait_for_bytes(&serial, 10)?;
     drop(vmm);
-    // Nor do children end with their parent.
+    // Children do not end with their parent.
     assert_eq!(client(dir, "b").get("/")?.json()?["state"], json!("Running"));
     orphans.kill(TIMEOUT)
 }
@@ -140,7 +140,7 @@ fn invalid_forks_are_refused_by_name_and_the_guest_continues() -> Result<()> {
     Ok(())
 }
 
-/// A child that does not begin before somebody reads the pipe that it takes for its cgroup's list.
+/// A child that does not start before the pipe which it uses as its cgroup's list is read.
 struct Stuck {
     dir: TempDir,
 }
@@ -158,13 +158,14 @@ impl Stuck {
         child
     }
 
-    /// Lets it begin; its process id.
+    /// Lets it start; returns its process id.
     fn let_go(&self) -> Result<u64> {
         Ok(fs::read_to_string(self.dir.path().join("cgroup.procs"))?.trim().parse()?)
     }
 }
 
-/// Sends a fork of these children, and waits until that many processes are there. What becomes of the request is found in the thread.
+/// Sends a fork of these children, and waits until that many processes exist. The thread returns
+/// the response.
 fn begin_fork(vmm: &Vmm, children: Vec<Value>) -> Result<(JoinHandle<Result<Response>>, Orphans)> {
     let mut api = vmm.client();
     let count = children.len();
@@ -200,7 +201,7 @@ fn a_child_that_dies_while_it_starts_delays_no_other() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let stuck = Stuck::new()?;
-    // The first lives, and must not keep its parent waiting for the second.
+    // The first child survives, and must not make its parent wait for the second.
     let begin = Instant::now();
     let (asking, orphans) = begin_fork(&vmm, vec![child(home.path(), "good"), stuck.child("bad")])?;
     client(home.path(), "good").wait_ready(TIMEOUT)?;
@@ -237,7 +238,7 @@ fn a_parent_that_gets_sigterm_does_not_wait_for_children() -> Result<()> {
     let (asking, orphans) = begin_fork(&vmm, vec![stuck.child("a")])?;
     vmm.signal(Signal::TERM)?;
     vmm.exit_status(TIMEOUT)?;
-    // It may have answered, or not.
+    // It may have responded or not.
     let _ = answer(asking);
     orphans.kill(TIMEOUT)
 }
@@ -299,7 +300,7 @@ fn a_child_moves_to_its_configured_cgroup() -> Result<()> {
     moved
 }
 
-/// What `GET /vm/config` says of the first drive's overlay: the file and the layers below.
+/// The overlay of the first drive in `GET /vm/config`: its file and its layers.
 fn overlay(api: &mut ApiClient, drive: usize) -> Result<(PathBuf, Vec<PathBuf>)> {
     let config = api.get("/vm/config")?.ok()?.json()?;
     let overlay = &config["drives"][drive]["overlay"];
@@ -343,7 +344,7 @@ fn writes_before_a_fork_are_a_layer_of_both_sides() -> Result<()> {
     let (_vmm, mut api, _serial) = counting_with(&[on_top, other])?;
     let reply = fork(&mut api, &[child(dir, "a")])?;
     let orphans = Orphans::of_fork(&reply)?;
-    // Beside the overlay: the image may lie where nobody can write.
+    // Beside the overlay, because the image's directory may be read-only.
     let name = |name: &str| dir.join("writes").join(name);
     let layers = vec![top];
     ensure!(overlay(&mut api, 0)? == (name("disk.img.parent.1"), layers.clone()));
@@ -351,7 +352,7 @@ fn writes_before_a_fork_are_a_layer_of_both_sides() -> Result<()> {
     let mut child_api = client(dir, "a");
     ensure!(overlay(&mut child_api, 0)? == (name("disk.img.a.1"), layers.clone()));
     ensure!(overlay(&mut child_api, 1)? == (name("disk.img.a.2"), Vec::new()));
-    // A child has written nothing yet: its own children begin where it did.
+    // A child that has written nothing forks from the same layers.
     let grandchild = fork(&mut child_api, &[child(dir, "b")])?;
     let more = Orphans::of_fork(&grandchild)?;
     ensure!(overlay(&mut client(dir, "b"), 0)? == (name("disk.img.b.1"), layers));
@@ -365,14 +366,14 @@ fn with_layers(dir: &Path, top: &Path, layers: &[PathBuf]) -> Value {
     with(disk, &json!({"overlay": {"path": top, "layers": layers}}))
 }
 
-/// Makes a disk and so many layers on it that were each written to. The next overlay on them is, too.
+/// Makes a disk and so many written layers on it. The next overlay on them is written too.
 fn layered(dir: &Path, count: usize) -> Result<(Value, Vec<PathBuf>)> {
     disk(dir, "disk.img", 1)?;
     let mut layers = Vec::new();
     for number in 0..=count {
         let top = dir.join(format!("layer{number}"));
         drop(counting_with(&[with_layers(dir, &top, &layers)])?);
-        // As if the guest had written a few sectors, each time others.
+        // As if the guest had written other sectors in each layer.
         File::options().write(true).open(&top)?.write_all_at(&[0xff], 8192 + number as u64)?;
         layers.push(top);
     }
@@ -388,7 +389,7 @@ fn many_layers_are_merged_in_the_background_for_later_forks() -> Result<()> {
     let (mut vmm, mut api, serial) = counting_with(&[drive])?;
     let begun = Instant::now();
     let merged = [dir.join("disk.img.parent.2")];
-    // Nobody waits for it. Children that end while it goes on, or later, do not touch it.
+    // Nothing waits for the merge. Children that end during it, or later, do not affect it.
     for round in 0.. {
         let id = format!("c{round}");
         let reply = fork(&mut api, &[child(dir, &id)])?;
@@ -396,7 +397,7 @@ fn many_layers_are_merged_in_the_background_for_later_forks() -> Result<()> {
         let (_, childs) = overlay(&mut client(dir, &id), 0)?;
         orphans.signal(Signal::TERM)?;
         orphans.wait(TIMEOUT)?;
-        // The parent, which has not written since, stays on what it has.
+        // The parent, which has not written since, keeps its layers.
         ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.1"), layers.clone()));
         ensure!(merged[0].exists(), "{round}");
         if childs == merged {
@@ -405,7 +406,7 @@ fn many_layers_are_merged_in_the_background_for_later_forks() -> Result<()> {
         ensure!(childs == layers && begun.elapsed() < TIMEOUT, "{round}: {childs:?}");
     }
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
-    // It is used: it outlives the monitor, and who begins with it finds nothing wrong with it.
+    // The merge is used: it outlives the monitor, and a guest on it finds correct data.
     vmm.signal(Signal::TERM)?;
     vmm.exit_status(TIMEOUT)?;
     counting_with(&[with_layers(dir, &dir.join("other"), &merged)])?;
@@ -442,7 +443,7 @@ fn an_unused_merge_is_removed_when_the_monitor_ends() -> Result<()> {
     let orphans = Orphans::of_fork(&fork(&mut api, &[child(dir, "a")])?)?;
     let merged = dir.join("disk.img.parent.2");
     ensure!(merged.exists());
-    // Whether it is complete by now or not.
+    // Whether or not it is complete by now.
     vmm.signal(Signal::TERM)?;
     vmm.exit_status(TIMEOUT)?;
     ensure!(!merged.exists());
@@ -490,7 +491,7 @@ fn a_childs_diff_includes_its_parents_writes_before_the_fork() -> Result<()> {
     let serial = vmm.dir().join("serial");
     clone.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     clone.put("/snapshot/load", &files.load())?.ok()?;
-    // It says nothing if a page of its memory is not what it wrote.
+    // The guest prints nothing if a page of its memory is wrong.
     ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
     orphans.kill(TIMEOUT)
 }

@@ -1,4 +1,4 @@
-//! Guests of a few instructions: the monitor itself, without Linux. These run on a software KVM too.
+//! The monitor without Linux: guests of a few instructions, which run on a software KVM too.
 
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
@@ -36,7 +36,7 @@ fn put(vmm: &Vmm, api: &mut ApiClient, elf: &Elf) -> Result<()> {
 fn the_first_instruction_runs_when_started_over_the_api() -> Result<()> {
     let (vmm, _api) = started(&null_guest())?;
     let line = vmm.wait_for_output(BOOTED, TIMEOUT)?;
-    // Guest-boot-time = N us M ms, X CPU us Y CPU ms
+    // `Guest-boot-time = N us M ms, X CPU us Y CPU ms`
     let numbers: Vec<u64> = line.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
     ensure!(numbers.len() >= 4, "the boot timer's line is {line}");
     Ok(())
@@ -71,7 +71,7 @@ fn the_api_answers_beside_a_guest_from_a_file() -> Result<()> {
 fn without_its_option_there_is_no_boot_timer() -> Result<()> {
     let (mut vmm, mut api) = vmm_with_api(&[])?;
     let mut elf = null_guest();
-    // The same write, then the end: the write is over when the monitor is.
+    // The same write, then the end: the write has been handled when the monitor ends.
     elf.segments[0].content.truncate(BOOT_TIMER_WRITE);
     elf.segments[0].content.extend(&reset_guest().segments[0].content);
     put(&vmm, &mut api, &elf)?;
@@ -154,9 +154,10 @@ fn a_guest_that_never_exits_ends_at_once_with_its_monitor() -> Result<()> {
     Ok(())
 }
 
-/// Some kernels reboot this way (`reboot=t`), so it is no failure of the monitor's.
+/// Some kernels reboot this way (`reboot=t`), so it is no failure of the monitor.
 ///
-/// Where the processor's own state is lost with the fault (AMD's is undefined then), a monitor can only say so.
+/// If the processor's state is lost with the fault (on AMD it is undefined), the monitor can only
+/// say so.
 #[test]
 fn a_triple_fault_is_reported_with_its_address() -> Result<()> {
     let (elf, fault_at) = triple_fault_guest();
@@ -166,7 +167,7 @@ fn a_triple_fault_is_reported_with_its_address() -> Result<()> {
     let printed = printed.to_lowercase();
     ensure!(printed.contains("rip"), "no RIP in: {printed}");
     let real = printed.contains(&format!("{fault_at:x}"));
-    // After a shutdown, kvm-amd resets the vCPU before it tells anybody.
+    // After a shutdown, kvm-amd resets the vCPU before it reports the exit.
     let reset = printed.contains("fff0");
     ensure!(real || reset, "neither {fault_at:#x} nor the reset vector in: {printed}");
     Ok(())
@@ -183,7 +184,7 @@ fn an_unemulated_instruction_is_reported_with_its_bytes() -> Result<()> {
         printed.contains("rip") && printed.contains(&format!("{LOAD_ADDRESS:x}")),
         "no RIP in: {printed}"
     );
-    // However the bytes are set apart.
+    // However the bytes are separated.
     let digits: String = printed.replace("0x", "").chars().filter(char::is_ascii_hexdigit).collect();
     let bytes = instruction.iter().rev().fold(String::new(), |after, byte| format!("{byte:02x}{after}"));
     ensure!(digits.contains(&bytes), "the instruction {bytes} is not in: {printed}");

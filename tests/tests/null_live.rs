@@ -1,4 +1,4 @@
-//! Live snapshots of guests of a few instructions: their disks, their end before their time, and what is refused.
+//! Live snapshots of guests of a few instructions: their disks, cancellation, and invalid requests.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -20,14 +20,14 @@ fn live(files: &Files, kind: &str) -> Value {
     create
 }
 
-/// A monitor that goes on with `load`.
+/// Restores a snapshot in a new monitor, and checks that its guest counts.
 fn restore(load: &Value) -> Result<(Vmm, ApiClient)> {
     let (vmm, api, serial) = restored(load)?;
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok((vmm, api))
 }
 
-/// The file that the first drive's writes go to, and the layers below.
+/// The overlay of the first drive: its file and its layers.
 fn overlay(api: &mut ApiClient) -> Result<(PathBuf, Vec<PathBuf>)> {
     let config = api.get("/vm/config")?.ok()?.json()?;
     let overlay = &config["drives"][0]["overlay"];
@@ -36,7 +36,8 @@ fn overlay(api: &mut ApiClient) -> Result<(PathBuf, Vec<PathBuf>)> {
     Ok((path(&overlay["path"]).with_context(|| format!("an overlay in {config}"))?, layers))
 }
 
-/// As if a guest that has ended had written the first sectors: their bits in the overlay's first map.
+/// As if a guest that has ended had written the first sectors: their bits in the overlay's first
+/// map.
 fn write_to(overlay: &Path) -> Result<()> {
     Ok(File::options().write(true).open(overlay)?.write_all_at(&[0xff], 8192)?)
 }
@@ -47,7 +48,7 @@ fn each_load_of_a_live_snapshot_gets_its_own_overlay() -> Result<()> {
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
     let (_vmm, mut api, _serial) = counting_with(&[drive("d", &image)])?;
-    // The state is called as the microVM, which makes the names of their overlays alike.
+    // The state file has the microVM's name, which makes the names of their overlays alike.
     let files = Files { state: dir.join("parent"), memory: dir.join("memory") };
     save_live(&mut api, &files.create("Full"))?;
     ensure!(overlay(&mut api)? == (dir.join("disk.img.parent.1"), Vec::new()));
@@ -56,12 +57,12 @@ fn each_load_of_a_live_snapshot_gets_its_own_overlay() -> Result<()> {
     ensure!(overlay(&mut first_api)? == (dir.join("disk.img.parent.2"), Vec::new()));
     let (_second, mut second_api) = restore(&files.load())?;
     ensure!(overlay(&mut second_api)? == (dir.join("disk.img.parent.3"), Vec::new()));
-    // What the first has written is no part of the snapshot, though it has ended.
+    // What the first has written is no part of the snapshot, though the first has ended.
     drop(first);
     write_to(&dir.join("disk.img.parent.2"))?;
     let (_third, mut third_api) = restore(&files.load())?;
     ensure!(overlay(&mut third_api)? == (dir.join("disk.img.parent.4"), Vec::new()));
-    // Nor can it be asked for.
+    // And it cannot be named as an overlay.
     let mut load = files.load();
     load["drives"] = json!([{"drive_id": "d", "overlay": {"path": dir.join("disk.img.parent.2")}}]);
     let (_fourth, mut fourth_api) = unconfigured(Transport::Mmio)?;
@@ -115,7 +116,7 @@ fn writes_before_a_live_snapshot_are_a_layer_of_all() -> Result<()> {
     // Beside the overlay of the microVM that was saved.
     let (_clone, mut clone) = restore(&files.load())?;
     ensure!(overlay(&mut clone)? == (dir.join("disk.img.s.state.1"), vec![top.clone()]));
-    // Another overlay does not take the layers from the disk.
+    // Another overlay does not remove the layers from the disk.
     let mut load = files.load();
     load["drives"] = json!([{"drive_id": "d", "overlay": {"path": dir.join("mine")}}]);
     let (_other, mut other) = restore(&load)?;
@@ -169,7 +170,8 @@ fn an_invalid_live_snapshot_is_refused_without_a_change() -> Result<()> {
 fn a_cancelled_live_snapshot_leaves_its_pages_to_the_next_diff() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
-    // It takes a while to write so much; a round in which it was done before it could be given up does not count.
+    // Writing so much takes a while. A round in which it ended before it was cancelled does not
+    // count.
     let (_vmm, mut api, _serial) = filled(128, &json!({"track_dirty_pages": true}))?;
     let base = Files::new(dir, "base");
     let mut cancelled = false;

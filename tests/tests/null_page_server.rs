@@ -21,7 +21,7 @@ fn start(dir: &Path, faults: &str) -> Result<PageServer> {
     PageServer::start(SERVER, &dir.join("memory"), faults)
 }
 
-/// A snapshot of a guest that looks at 1024 of its pages again and again, in `dir`.
+/// Saves a guest that checks 1024 of its pages again and again to `dir`.
 fn save(dir: &Path) -> Result<()> {
     save_guest(sweeping(&json!({}))?, dir)
 }
@@ -47,7 +47,7 @@ fn a_guest_resumes_with_pages_of_its_page_server() -> Result<()> {
     let server = start(home.path(), "all")?;
     let (_vmm, mut api, serial) = unconfigured()?;
     api.put("/snapshot/load", &load(home.path(), "Uffd", server.socket()))?.ok()?;
-    // It says a number only if all its pages are right.
+    // The guest counts only if all its pages are right.
     ensure!(is_consecutive(&wait_for_bytes(&serial, 5)?));
     let refused = api.put("/fork", &json!({"children": [{"id": "a"}]}))?;
     ensure!(refused.status == 400 && refused.fault().contains("page server"), "{refused:?}");
@@ -58,7 +58,7 @@ fn a_guest_resumes_with_pages_of_its_page_server() -> Result<()> {
 fn a_guest_ends_with_its_page_server_and_never_sees_zeros() -> Result<()> {
     let home = tempfile::tempdir()?;
     save(home.path())?;
-    // It ends while the guest looks at its pages, of which it has seen some as they should be.
+    // The server ends while the guest checks its pages, some of which it has already seen.
     let mut ends = Vec::new();
     for faults in ["200", "500", "900"] {
         let server = start(home.path(), faults)?;
@@ -69,7 +69,7 @@ fn a_guest_ends_with_its_page_server_and_never_sees_zeros() -> Result<()> {
     for (faults, _server, vmm, serial) in &mut ends {
         let (code, output) = vmm.finish(TIMEOUT)?;
         ensure!(code == 1 && output.contains("the page server has ended"), "{code} {output}");
-        // At a page of zeros it would have said that it is wrong, aloud.
+        // At a page of zeros the guest would have printed an error.
         let numbers = fs::read(&*serial)?;
         ensure!(numbers.len() <= 1, "{faults}: it went on without its pages: {:?}", &numbers[..4]);
     }
@@ -125,7 +125,7 @@ fn the_api_answers_while_the_page_server_stalls() -> Result<()> {
     body["resume_vm"] = json!(false);
     api.put("/snapshot/load", &body)?.ok()?;
     server.signal(Signal::STOP)?;
-    // The vCPU comes to a page that is missing at once, and the pause to a vCPU that waits.
+    // The vCPU soon accesses a missing page, and the pause waits for the vCPU.
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
     let paused = api.patch("/vm", &json!({"state": "Paused"}))?;
     ensure!(paused.status == 204 || paused.fault().contains("does not stand still"), "{paused:?}");
@@ -171,7 +171,7 @@ fn a_load_fails_without_the_page_of_a_vcpus_clock() -> Result<()> {
     server.wait_for("WITHHELD")?;
     ensure!(refused.status == 400 && refused.fault().contains("did not answer a page fault"), "{refused:?}");
     ensure!(api.get("/")?.json()?["state"] == json!("Not started"));
-    // Nothing is left of it that another load would come across.
+    // The failed load leaves nothing that disturbs another one.
     api.put("/snapshot/load", &load(home.path(), "File", &home.path().join("memory")))?.ok()?;
     ensure!(is_consecutive(&wait_for_bytes(&serial, 5)?));
     Ok(())

@@ -1,7 +1,7 @@
-//! Signals that end the monitor: those that ask it to end, and those that say it is broken.
+//! Signals that end the monitor: requests to end, and fatal errors.
 //!
-//! In a PID namespace of its own the monitor is process 1, to which the kernel does not apply
-//! default actions.
+//! In its own PID namespace the monitor is process 1, to which the kernel applies no default
+//! actions.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
@@ -19,7 +19,7 @@ use vesta_tests::guest::{Guest, TIMEOUT, ignore, vmm_path};
 use vesta_tests::process::{Orphans, children};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// `unshare`, with what it needs to make a PID namespace here.
+/// `unshare`, with the options for a PID namespace on this host.
 fn unshare() -> Result<VmmBuilder> {
     let options: &[&str] = if rustix::process::geteuid().is_root() {
         &["--pid"]
@@ -34,8 +34,8 @@ fn unshare() -> Result<VmmBuilder> {
     Ok(options.iter().fold(VmmBuilder::new(program)?, VmmBuilder::arg))
 }
 
-/// A monitor that is process 1 of a PID namespace, with a guest that runs. What runs as [`Vmm`] is
-/// `unshare`, which ends as it does.
+/// A monitor that is process 1 of a PID namespace, with a running guest. The process of the [`Vmm`]
+/// is `unshare`, which ends as the monitor does.
 fn init() -> Result<(Vmm, Orphans)> {
     let builder =
         unshare()?.arg("--fork").arg("--kill-child").arg(vmm_path()).arg("--no-api").arg("--boot-timer");
@@ -79,7 +79,7 @@ fn sigterm_interrupts_reading_an_endless_configuration() -> Result<()> {
     mkfifoat(CWD, &fifo, Mode::RUSR | Mode::WUSR)?;
     let mut vmm = builder.arg(&fifo).spawn()?;
     let deadline = Instant::now() + TIMEOUT;
-    // Only a FIFO that is read can be opened like this.
+    // Only a FIFO with a reader can be opened like this.
     let _writer = loop {
         match rustix::fs::open(&fifo, OFlags::WRONLY | OFlags::NONBLOCK, Mode::empty()) {
             Ok(writer) => break writer,
@@ -104,7 +104,7 @@ fn a_forked_child_of_init_is_killed_by_its_signal() -> Result<()> {
         "logger": {"log_path": log},
     });
     api.put("/fork", &json!({"children": [child]}))?.ok()?;
-    // The number in the answer is that of the namespace.
+    // The number in the response is that of the namespace.
     let [monitor] = children(vmm.pid())?[..] else { bail!("unshare has one child") };
     let child = Orphans::of(&children(u32::try_from(monitor)?)?);
     ensure!(child.running()? == 1);
@@ -113,7 +113,7 @@ fn a_forked_child_of_init_is_killed_by_its_signal() -> Result<()> {
     child.wait(TIMEOUT)?;
     let printed = std::fs::read_to_string(&log)?;
     ensure!(printed.contains("ended by signal 15") && !printed.contains("exit_code"), "{printed}");
-    // The parent, which is process 1, goes on.
+    // The parent, which is process 1, continues.
     wait_for_bytes(&parents_serial, 10)?;
     Ok(())
 }

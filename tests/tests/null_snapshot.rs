@@ -169,7 +169,7 @@ fn a_live_snapshot_has_the_state_at_its_request() -> Result<()> {
         clone.put("/snapshot/load", &load(vmm.dir(), "live", "live"))?.ok()?;
         let output = wait_for_bytes(&clone_serial, 10)?;
         ensure!(is_consecutive(&output), "{kind}");
-        // It begins somewhere between where the parent was before and after.
+        // Its first number is between the parent's before and after the request.
         let began_at = (before..parent.len()).find(|at| parent[*at] == output[0]);
         ensure!(began_at.is_some() || parent.len() - before > 255, "{kind}: {before} {}", output[0]);
     }
@@ -209,7 +209,7 @@ fn a_load_after_boot_configuration_is_refused() -> Result<()> {
     let body = load(home.path(), "a", "a");
 
     let (_clone, mut api, serial) = unconfigured()?;
-    // A PUT that was refused described nothing, and neither do these.
+    // A PUT that was refused configures nothing, and neither do these.
     ensure!(api.put("/machine-config", &json!({"vcpu_count": 0, "mem_size_mib": 1}))?.status == 400);
     api.put("/logger", &json!({"level": "Info"}))?.ok()?;
     api.put("/mmds", &json!({"a": 1}))?.ok()?;
@@ -217,7 +217,7 @@ fn a_load_after_boot_configuration_is_refused() -> Result<()> {
     ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
 
     let (_clone, mut api, _serial) = unconfigured()?;
-    // The defaults: the configuration is what it was.
+    // The defaults: the configuration is unchanged.
     let defaults = api.get("/machine-config")?.ok()?.json()?;
     api.put("/machine-config", &defaults)?.ok()?;
     let refused = api.put("/snapshot/load", &body)?;

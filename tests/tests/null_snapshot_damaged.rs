@@ -1,4 +1,5 @@
-//! State files that somebody changed and gave right checksums: each is refused or gives a microVM, and never ends the monitor.
+//! Changed state files with valid checksums: each is refused or gives a microVM, and none crashes
+//! the monitor.
 
 use std::fs::File;
 
@@ -17,7 +18,7 @@ use vesta_tests::vmm::Vmm;
 /// How many are tried on each transport.
 const ROUNDS: u64 = 150;
 
-/// A section as it is, whatever is in it.
+/// A section with unparsed content.
 macro_rules! raw_section {
     ($type:ident, $name:literal) => {
         #[derive(Serialize, Deserialize)]
@@ -44,7 +45,8 @@ fn nodes<'a>(value: &'a mut Value, found: &mut dyn FnMut(&mut Value)) {
     }
 }
 
-/// Changes one value in it: a number to one at a bound, a list to a shorter or longer one, anything to something else.
+/// Changes one value: a number to one at a bound, a list to a shorter or longer one, anything to
+/// another type.
 fn damage(value: &mut Value, seed: u64) {
     let mut count = 0;
     nodes(value, &mut |_| count += 1);
@@ -79,7 +81,8 @@ fn field<'a>(value: &'a mut Value, name: &str) -> Result<&'a mut Value> {
     Ok(&mut found.with_context(|| format!("a field {name}"))?.1)
 }
 
-/// Writes the file `from` to `to`, with one value changed. What goes to KVM as it is stays as it is: that is for the kernel to check.
+/// Copies the file `from` to `to`, with one value changed. Values that go to KVM unchecked stay:
+/// the kernel checks them.
 fn damaged(from: &Files, to: &Files, seed: u64) -> Result<()> {
     let good = Snapshot::open(&from.state)?;
     let mut config = good.value(Config::NAME)?;
@@ -98,7 +101,7 @@ fn damaged(from: &Files, to: &Files, seed: u64) -> Result<()> {
     Ok(writer.commit(&to.state)?)
 }
 
-/// A snapshot of a guest with devices, whose paths are of `vmm`'s directory.
+/// Saves a guest with devices, whose paths are in `vmm`'s directory.
 fn save(transport: Transport, vmm: &Vmm, api: &mut ApiClient) -> Result<Files> {
     let dir = vmm.dir();
     std::fs::write(dir.join("kernel"), kernel().bytes())?;
@@ -151,7 +154,7 @@ vesta_tests::on_each_transport! {
             }
             ensure!(vmm.is_running()?, "round {seed}");
         }
-        // Otherwise nothing was damaged, or nothing came as far as the devices.
+        // Otherwise nothing was damaged, or nothing got as far as the devices.
         ensure!(loaded > 0 && refused > 0, "{loaded} were loaded and {refused} refused");
         Ok(())
     }

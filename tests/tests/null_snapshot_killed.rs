@@ -1,4 +1,4 @@
-//! A monitor that is killed while it saves: the snapshot that was there is whole, or the new one is.
+//! A monitor that is killed while it saves: either the old snapshot or the new one is complete.
 
 use std::fs;
 use std::path::Path;
@@ -16,12 +16,12 @@ use vesta_tests::soak::rounds;
 /// How many monitors are killed.
 const ROUNDS: u64 = 60;
 
-/// The first number that a guest says which goes on after one that said `bytes`.
+/// The first number of a guest that resumes after one that printed `bytes`.
 fn next(bytes: &[u8]) -> Option<u8> {
     bytes.last().map(|last| last.wrapping_add(1))
 }
 
-/// The names in a directory, without the temporary ones.
+/// The names in a directory, without temporary files.
 fn names(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir)? {
@@ -34,8 +34,8 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Kills monitors at moments that are spread over about the time that a create takes. Each time the pair is loaded, and must be the old
-/// or the new one; the guest that comes of it is the next to be saved.
+/// Kills monitors at times spread over the duration of a create. Each time the pair of files is
+/// loaded, and must be the old or the new one; the restored guest is saved next.
 fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = Files::new(home.path(), "a");
@@ -43,7 +43,7 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
     pause(&mut api)?;
     let begun = Instant::now();
     read_response(&mut api.begin_put("/snapshot/create", &files.create("Full"))?)?.ok()?;
-    // The moments are within this. A create takes longer or shorter later on, so it follows them.
+    // The times are within this span. The duration of a create varies, so the span follows it.
     let mut span = begun.elapsed() * 3 / 2;
     let mut saved = next(&fs::read(&serial)?);
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
@@ -79,7 +79,7 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
             span = span * 9 / 8;
         }
     }
-    // Otherwise the moments were none of a create.
+    // Otherwise no monitor was killed during a create.
     ensure!(old > 0 && new > 0, "{old} old ones and {new} new ones");
     Ok(())
 }
@@ -94,7 +94,7 @@ fn a_killed_diff_in_place_leaves_the_old_or_the_new_snapshot() -> Result<()> {
     killed_while_it_saves("Diff", &json!({}))
 }
 
-/// Nothing but whole files has a name, so a first snapshot that was not finished is none.
+/// Only complete files have a name, so an unfinished first snapshot does not exist.
 #[test]
 fn a_killed_first_save_leaves_a_complete_snapshot_or_none() -> Result<()> {
     let home = tempfile::tempdir()?;
@@ -110,7 +110,7 @@ fn a_killed_first_save_leaves_a_complete_snapshot_or_none() -> Result<()> {
             std::hint::spin_loop();
         }
         drop((vmm, connection));
-        // The state's name is the last to appear.
+        // The state file is the last to get its name.
         if files.state.exists() {
             let (_vmm, _api, serial) = restored(&files.load())?;
             ensure!(is_consecutive(&wait_for_bytes(&serial, 2)?), "round {round}");
@@ -145,7 +145,7 @@ fn a_snapshot_without_space_leaves_no_file_and_can_be_retried() -> Result<()> {
     let (_clone, mut clone, clone_serial) = restored(&files.load())?;
     let output = wait_for_bytes(&clone_serial, 2)?;
     ensure!(is_consecutive(&output) && output.first().copied() == saved, "{output:?} after {saved:?}");
-    // A Diff that finds no space either keeps what it would have saved for the next.
+    // A Diff without space also keeps its pages for the next one.
     pause(&mut clone)?;
     let output = next(&fs::read(&clone_serial)?);
     small.resize(5 << 20)?;

@@ -1,4 +1,5 @@
-//! Restoring by the command line alone, and the tools that look at snapshots, check them and merge them, under all their names.
+//! Restoring by command line options, and the tools that describe, check and merge snapshots, under
+//! all their names.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +11,7 @@ use vesta_tests::guest::{TIMEOUT, Transport, vmm_path};
 use vesta_tests::snapshots::{Files, pause, resume, unconfigured};
 use vesta_tests::vmm::VmmBuilder;
 
-/// Runs the monitor's binary under a name. Its exit code, and what it said.
+/// Runs the monitor's binary under a name. Returns its exit code and its output.
 fn tool(name: &str, args: &[&str]) -> Result<(i32, String)> {
     let builder = VmmBuilder::new(&vmm_path())?.with_name(name).quiet();
     args.iter().fold(builder, VmmBuilder::arg).spawn()?.finish(TIMEOUT)
@@ -27,7 +28,8 @@ fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is text")
 }
 
-/// A counting guest's snapshot `a`, and `b`, a Diff beside it with nothing of the rest; the number that comes next after that.
+/// Snapshot `a` of a counting guest, and `b`, a Diff in a file of its own. Returns also the next
+/// number of the guest.
 fn base_and_diff(dir: &Path) -> Result<(Files, Files, Option<u8>)> {
     let (_vmm, mut api, serial) = counting(&json!({"track_dirty_pages": true}))?;
     let (base, diff) = (Files::new(dir, "a"), Files::new(dir, "b"));
@@ -41,7 +43,7 @@ fn base_and_diff(dir: &Path) -> Result<(Files, Files, Option<u8>)> {
     Ok((base, diff, next))
 }
 
-/// Whether a monitor that is told no more than this on its command line goes on with the guest at `next`.
+/// Checks that a monitor with only these options resumes the guest at `next`.
 fn goes_on(state: &Path, memory: &Path, more: &[&str], next: Option<u8>) -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?;
     let serial = builder.dir().join("serial");

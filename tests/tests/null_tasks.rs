@@ -1,5 +1,5 @@
-//! Commands that take long: the API answers meanwhile, and they can be cancelled, by a client and
-//! by the end of the process.
+//! Long commands: the API responds meanwhile, and a client or the end of the process can cancel
+//! them.
 
 use std::fs;
 use std::io::Write as _;
@@ -23,7 +23,7 @@ use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_page-server");
 
-/// A snapshot of a guest that looks at 1024 of its pages again and again.
+/// Saves a guest that checks 1024 of its pages again and again.
 fn save(dir: &Path) -> Result<Files> {
     let files = Files::new(dir, "a");
     let (_vmm, mut api, _serial) = sweeping(&json!({}))?;
@@ -78,7 +78,7 @@ fn a_waiting_load_can_be_observed_and_cancelled() -> Result<()> {
     ensure!(job["state"] == "Running" && job["snapshot_path"] == json!(files.state), "{job}");
     api.delete("/snapshot/job")?.ok()?;
     ensure_cancelled(&read_response(&mut load)?)?;
-    // It is ready for another one.
+    // It accepts another load.
     api.put("/snapshot/load", &files.load())?.ok()?;
     ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
     Ok(())
@@ -93,7 +93,7 @@ fn sigterm_ends_a_load_that_waits_for_its_page_server() -> Result<()> {
     let mut load = api.begin_put("/snapshot/load", &load_from(&files, &server))?;
     wait_until_it_fetches(&vmm)?;
     vmm.signal(Signal::TERM)?;
-    // After the 10 s of a page server that does not answer, it would say so.
+    // After 10 s without a response of the page server it would fail by itself.
     ensure_cancelled(&read_response(&mut load)?)?;
     ensure!(vmm.exit_status(TIMEOUT)?.signal() == Some(Signal::TERM.as_raw()));
     Ok(())
@@ -115,7 +115,7 @@ fn sigterm_ends_a_restore_from_the_command_line() -> Result<()> {
     Ok(())
 }
 
-/// A paused guest whose page server stands still, so that a snapshot of it waits.
+/// A paused guest whose page server is stopped, so that a snapshot of it waits.
 fn stalled(files: &Files) -> Result<(PageServer, Vmm, ApiClient)> {
     let server = PageServer::start(SERVER, &files.memory, "all")?;
     let (vmm, mut api) = unconfigured(Transport::Mmio)?;
@@ -141,7 +141,7 @@ fn a_waiting_create_can_be_observed_and_cancelled() -> Result<()> {
     api.delete("/snapshot/job")?.ok()?;
     ensure_cancelled(&read_response(&mut create)?)?;
     ensure!(fs::read_dir(out.path())?.next().is_none(), "something was left behind");
-    // The guest is as it was, and can be saved.
+    // The guest is unchanged and can be saved.
     server.signal(Signal::CONT)?;
     api.put("/snapshot/create", &new.create("Full"))?.ok()?;
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
@@ -202,7 +202,7 @@ fn snapshot_targets_are_checked_before_memory_is_written() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (_vmm, mut api, serial) = sweeping(&json!({}))?;
     wait_for_bytes(&serial, 2)?;
-    // The memory does not fit in here, which is found when it is written.
+    // Memory does not fit, which is detected when it is written.
     let small = SmallFs::new(1 << 20)?;
     let memory = small.path().join("memory");
     let link = home.path().join("link");
@@ -248,7 +248,7 @@ fn the_api_answers_while_a_pause_waits_for_a_page() -> Result<()> {
     let files = save(home.path())?;
     let (server, vmm, mut api) = stalled(&files)?;
     let body = json!({"state": "Paused"}).to_string();
-    // The vCPU comes to a page that is missing soon, and then a pause to a vCPU that waits.
+    // The vCPU soon accesses a missing page, and then a pause waits for the vCPU.
     let begun = Instant::now();
     let mut pausing = loop {
         api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
@@ -262,7 +262,7 @@ fn the_api_answers_while_a_pause_waits_for_a_page() -> Result<()> {
         }
         read_response(&mut pausing)?.ok()?;
     };
-    // It may have been paused in this moment.
+    // It may have been paused at this moment.
     let state = api.get("/")?.json()?["state"].clone();
     ensure!(state == "Running" || is_readable(&pausing)?, "{state}");
     server.signal(Signal::CONT)?;
@@ -280,7 +280,7 @@ fn a_configuration_file_can_be_a_fifo() -> Result<()> {
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600))?;
     fs::write(&kernel, null_guest().bytes())?;
     let vmm = builder.arg("--config-file").arg(&fifo).spawn()?;
-    // Longer than what a FIFO holds, so that it comes in pieces.
+    // Longer than a FIFO's buffer, so that it arrives in pieces.
     let config = Guest::bare(&kernel).config().to_string() + &" ".repeat(200_000);
     fs::write(&fifo, config)?;
     vmm.wait_for_output("Guest-boot-time =", TIMEOUT)?;

@@ -1,4 +1,4 @@
-//! What guests that are not Linux do, done by guests of a few instructions.
+//! What guests other than Linux do, done by guests of a few instructions.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use vesta_tests::process::Orphans;
 use vesta_tests::snapshots::{Files, pause, resume, save_live, unconfigured};
 use vesta_tests::vmm::Vmm;
 
-/// A guest with an entropy device that counts aloud into the file that is returned.
+/// A guest with an entropy device that counts into the returned file.
 fn counting_guest(kernel: &Elf, transport: Transport) -> Result<(Vmm, ApiClient, PathBuf)> {
     let (vmm, mut api) = unconfigured(transport)?;
     let (image, serial) = (vmm.dir().join("kernel"), vmm.dir().join("serial"));
@@ -28,7 +28,7 @@ fn counting_guest(kernel: &Elf, transport: Transport) -> Result<(Vmm, ApiClient,
     Ok((vmm, api, serial))
 }
 
-/// Sees a guest count on from a snapshot, in another monitor.
+/// Checks that a guest resumes counting from a snapshot, in another monitor.
 fn counts_on_from(files: &Files, transport: Transport) -> Result<()> {
     let (vmm, mut api) = unconfigured(transport)?;
     let serial = vmm.dir().join("serial");
@@ -39,7 +39,7 @@ fn counts_on_from(files: &Files, transport: Transport) -> Result<()> {
     Ok(())
 }
 
-/// Sees a guest count on in a child of a fork.
+/// Checks that a guest continues counting in a child of a fork.
 fn counts_on_in_a_child(api: &mut ApiClient, dir: &Path, id: &str) -> Result<()> {
     let serial = dir.join(format!("{id}.serial"));
     let child = json!({"id": id, "serial": {"serial_out_path": serial}});
@@ -65,7 +65,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// With interrupts enabled, and neither interrupt controllers nor a table of handlers
+    /// Interrupts are enabled, but neither the interrupt controllers nor the descriptor table are
     /// programmed.
     fn a_guest_saved_before_it_programs_its_pic_resumes(transport) {
         // sti; mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again

@@ -1,4 +1,4 @@
-//! Guests that are not Linux, and Linux before it is ready for anything.
+//! Guests other than Linux, and Linux during its boot.
 
 use std::time::Duration;
 
@@ -10,21 +10,20 @@ use vesta_tests::on_each_transport;
 use vesta_tests::snapshots::{Files, pause, restore, resume, save_live, unconfigured};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// What memtest86+ shows of a machine with two processors that it found and uses both of.
+/// What memtest86+ shows of a machine with two processors in use.
 const BOTH_PROCESSORS: &str = "SMP: 2T (PAR)";
-/// What it shows of a test that has begun.
+/// What it shows of a test that has started.
 const A_TEST: &str = "[Address test";
 /// The Escape key, which ends memtest86+ with a reset.
 const ESCAPE: &[u8] = b"\x1b";
 
-/// At how many moments of its boot a guest is saved, where [`MOMENTS_VARIABLE`] does not say.
+/// At how many moments of its boot a guest is saved, unless [`MOMENTS_VARIABLE`] is set.
 const MOMENTS: u32 = 5;
-/// More for a longer look: `VESTA_BOOT_MOMENTS=40 cargo xtask test --system boot_moment`.
+/// More moments: `VESTA_BOOT_MOMENTS=40 cargo xtask test --system boot_moment`.
 const MOMENTS_VARIABLE: &str = "VESTA_BOOT_MOMENTS";
-/// What the guest says when its first program runs.
+/// What the guest prints when its first program runs.
 const INIT: &str = "INIT-RUNS";
-/// How often it is looked at how far a guest has come: nothing tells when a vCPU has used so much
-/// time.
+/// The interval of polling a guest's progress.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 #[test]
@@ -44,7 +43,7 @@ fn memtest86_tests_memory_on_two_vcpus_and_resets() -> Result<()> {
     Ok(())
 }
 
-/// Numbers from 0 to 1000 that are the same in each run, in order.
+/// Numbers from 0 to 1000, in order and the same in each run.
 fn seeded(count: u32) -> Vec<u32> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let next = |_| {
@@ -56,7 +55,7 @@ fn seeded(count: u32) -> Vec<u32> {
     numbers
 }
 
-/// A Linux guest at its very beginning.
+/// A Linux guest that has just started.
 fn booting(transport: Transport) -> Result<(Vmm, ApiClient)> {
     let (vmm, mut api) = unconfigured(transport)?;
     Guest::linux(Kernel::quickest(), &format!("echo {INIT}; poweroff -f"), vmm.dir())?.put(&mut api)?;
@@ -65,7 +64,7 @@ fn booting(transport: Transport) -> Result<(Vmm, ApiClient)> {
     Ok((vmm, api))
 }
 
-/// The time that its vCPU has run; none once the monitor has ended.
+/// The time that its vCPU has run; `None` once the monitor has ended.
 fn progress(vmm: &Vmm) -> Result<Option<Duration>> {
     vmm.thread_time("fc_vcpu 0")
 }
@@ -83,8 +82,8 @@ fn waits_until(vmm: &Vmm, moment: Duration) -> Result<bool> {
 }
 
 on_each_transport! {
-    /// One boot, saved at many moments in turn with it paused and with it running; each of them
-    /// then boots to its end.
+    /// One boot, saved at many moments, paused and running in turn. Each snapshot then boots to its
+    /// end.
     fn a_guest_saved_at_any_boot_moment_reaches_init(transport) {
         let (vmm, _api) = booting(transport)?;
         vmm.wait_for_output(INIT, BOOT_TIMEOUT)?;

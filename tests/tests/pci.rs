@@ -1,4 +1,4 @@
-//! Devices on virtio-pci: how guests find them, and how many there can be.
+//! virtio-pci: how guests find devices, and how many there can be.
 
 use std::fs::File;
 use std::path::Path;
@@ -10,12 +10,12 @@ use vesta_tests::initramfs::Initramfs;
 use vesta_tests::on_each_kernel;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// Where busybox is, for initial RAM disks that need more than a script.
+/// The path of busybox, for initramfs images that need more than a script.
 fn busybox() -> std::path::PathBuf {
     std::env::var_os(vesta_tests::guest::env::BUSYBOX).expect("the runner names it").into()
 }
 
-/// `count` disks of 1 MiB and 512 bytes for each that came before.
+/// `count` disks of 1 MiB, each 512 bytes larger than the one before.
 fn disks(dir: &Path, count: u64) -> Result<Value> {
     let disk = |number: u64| {
         let path = dir.join(format!("disk{number}"));
@@ -55,7 +55,7 @@ fn output_of(mut vmm: Vmm) -> Result<String> {
 }
 
 on_each_kernel! {
-    /// The drivers are the kernel's own, and interrupts are messages.
+    /// The kernel's own drivers are bound, and interrupts are MSI-X.
     fn the_guest_uses_its_devices_on_the_pci_bus(kernel) {
         let script = "echo CLASSES $(cat /sys/bus/pci/devices/*/class)\n\
                       echo SIZES $(cat /sys/block/vda/size) $(cat /sys/block/vdb/size)\n\

@@ -1,4 +1,5 @@
-//! Snapshots of Linux guests: their clones are told apart, their clocks go on, and what cannot be loaded is named.
+//! Snapshots of Linux guests: their clones differ, their clocks continue, and errors of loads name
+//! the cause.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,8 +20,8 @@ const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 const CLOCKS: &str = env!("CARGO_BIN_EXE_clock-tool");
 
 on_each_transport! {
-    /// Two clones of one snapshot, on copies of its disks, and a fork of each: all have random numbers of their own, find their own
-    /// data, and outlive the others.
+    /// Two clones of one snapshot, on copies of its disks, and a fork of each: all have their own
+    /// random numbers, find their own data, and outlive the others.
     fn clones_and_their_forks_have_own_random_numbers_and_disks(transport) {
         let home = tempfile::tempdir()?;
         let disks = Disks::new(home.path())?;
@@ -46,7 +47,7 @@ on_each_transport! {
                 ensure!(word(&output, "RESEEDED")? == "1", "{output}");
                 random.insert(word(&output, "RANDOM")?.to_owned());
             } else {
-                // Its child has a life of its own.
+                // Its child outlives it.
                 drop(vmm);
                 copies.stop()?;
             }
@@ -86,8 +87,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// The clock of a guest that was saved a while ago goes on where it stood, or has caught up: as
-    /// the load says. Its vCPUs agree on the time all along, also in a fork's child.
+    /// The clock of a guest that was saved a while ago continues from its old time or has caught
+    /// up, as the load requests. Its vCPUs agree on the time all along, also in a fork's child.
     fn the_guest_clock_continues_or_catches_up(transport) {
         let home = tempfile::tempdir()?;
         let script = "clock-tool & while :; do echo DATE $(date +%s) END; usleep 100000; done";
@@ -96,7 +97,7 @@ on_each_transport! {
         vmm.wait_for_output("HOPPED", BOOT_TIMEOUT)?;
         let files = Files::new(home.path(), "a");
         save_and_kill(vmm, &files, "Full")?;
-        // It is time itself that is wanted here.
+        // Real time has to pass.
         std::thread::sleep(AWAY);
         for (catches_up, lag) in [(false, AWAY.as_secs_f64()), (true, 0.0)] {
             let load = with(files.load(), &json!({"clock_realtime": catches_up}));
@@ -117,10 +118,10 @@ on_each_transport! {
     }
 }
 
-/// How long a guest is not there.
+/// How long the guest does not exist.
 const AWAY: Duration = Duration::from_secs(8);
 
-/// How far the guest's clock is behind the host's, in seconds, when it next says.
+/// How far the guest's clock is behind the host's, in seconds, at its next line.
 fn clock_behind(vmm: &Vmm) -> Result<f64> {
     let line = vmm.stdout.wait_for_after(vmm.stdout.len(), "END", BOOT_TIMEOUT)?;
     let output: f64 = word(&line.text, "DATE ")?.trim_end_matches("END").trim().parse()?;

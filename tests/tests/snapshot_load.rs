@@ -1,4 +1,4 @@
-//! Snapshots of Linux guests under load: they go on in other monitors as if nothing had happened.
+//! Snapshots of Linux guests under load, which resume in other monitors with all data intact.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -27,8 +27,8 @@ struct How {
     page_server: bool,
 }
 
-/// A guest under load is saved and goes on in a new monitor, three times, with its network where it was. A first Full snapshot is
-/// loaded once more at the end, with the disks as they were then, in another network.
+/// A guest under load is saved and restored in a new monitor, three times, with the same network. A
+/// first Full snapshot is loaded again at the end, with the disks of that time, in another network.
 fn three_generations(transport: Transport, how: &How) -> Result<()> {
     let home = tempfile::tempdir()?;
     let place = BusyHost::new(home.path())?;
@@ -37,7 +37,7 @@ fn three_generations(transport: Transport, how: &How) -> Result<()> {
     let (mut first, mut page_server) = (None, None);
     for generation in 0..3 {
         wait_for_all_progress(&vmm)?;
-        // A Diff goes onto the memory that is there, a Full one anew.
+        // A Diff goes onto the existing memory file, a Full one into a new file.
         let full = !how.diff || generation == 0;
         let mut files = Files::new(home.path(), &format!("generation{generation}"));
         if how.diff {
@@ -49,15 +49,15 @@ fn three_generations(transport: Transport, how: &How) -> Result<()> {
         }
         let mut load = with(files.load(), &track);
         if how.page_server {
-            // Whose guest is gone.
+            // Its guest has ended.
             drop(page_server.take());
             let server = page_server.insert(PageServer::start(PAGE_SERVER, &files.memory, "all")?);
             load["mem_backend"] = json!({"backend_type": "Uffd", "backend_path": server.socket()});
         }
-        // The killed monitor's.
+        // The sockets of the killed monitor.
         std::fs::remove_file(place.socket("v"))?;
         let (next, _api) = restore(transport, &load)?;
-        // What the guest serves can be reached, whatever became of older connections.
+        // The guest's servers can be reached, whatever happened to older connections.
         connect(&place.socket("v"), port::ECHO).context("the guest after a load")?;
         vmm = next;
     }
@@ -84,12 +84,12 @@ on_each_transport! {
         three_generations(transport, &How { diff: true, ..How::default() })
     }
 
-    /// Each time all of its memory comes from another process, page by page.
+    /// Each time, all of its memory comes from another process, page by page.
     fn a_guest_under_load_survives_three_page_servers(transport) {
         three_generations(transport, &How { diff: true, page_server: true, ..How::default() })
     }
 
-    /// Where the memory is read ahead of the guest, it finds it as it was.
+    /// Memory that is read ahead of the guest is intact.
     fn a_guest_under_load_survives_a_prefetching_restore(transport) {
         let home = tempfile::tempdir()?;
         let place = BusyHost::new(home.path())?;
@@ -110,10 +110,11 @@ on_each_transport! {
     }
 }
 
-/// Rounds of the test below, for a soak.
+/// The variable for the rounds of the test below, for a soak.
 const ROUNDS: &str = "VESTA_TEST_ROUNDS";
 
-/// Case 10: eight programs write with `O_DIRECT` to a disk with `io_engine` Async, the guest is saved, and goes on in another monitor.
+/// Case 10: eight programs write with `O_DIRECT` to a disk with `io_engine` Async, and the guest is
+/// saved and restored in another monitor.
 #[test]
 fn direct_writers_continue_after_each_restore() -> Result<()> {
     const WRITERS: usize = 8;

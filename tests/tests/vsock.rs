@@ -1,4 +1,4 @@
-//! Connections between real guests and programs on the host.
+//! vsock connections between real guests and programs on the host.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -20,7 +20,7 @@ use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{self, FROM_GUEST, FROM_HOST, connect, port, receive, transmit, try_connect};
 use vesta_tests::{on_each_kernel, on_each_transport};
 
-/// A guest that serves, then runs `script`; its monitor's arguments have a vsock device.
+/// A guest that runs `script`, with this vsock device.
 fn boot_with(kernel: Kernel, transport: Transport, script: &str, vsock: Value) -> Result<Vmm> {
     boot_changed(kernel, transport, script, vsock, |guest| guest)
 }
@@ -37,7 +37,7 @@ fn boot_changed(
     if let Some(modules) = kernel.modules() {
         let bus = match transport {
             Transport::Mmio => "virtio_mmio",
-            // Newer kernels have it built in.
+            // Built into newer kernels.
             Transport::Pci => "virtio_pci",
         };
         let drivers = [bus, "vmw_vsock_virtio_transport"];
@@ -56,7 +56,7 @@ fn boot(transport: Transport, script: &str) -> Result<Vmm> {
     boot_with(Kernel::Tuned, transport, script, json!({"guest_cid": 3, "uds_path": "v.sock"}))
 }
 
-/// A guest that serves; returns when it does.
+/// A guest that serves; returns once it does.
 fn serving(transport: Transport) -> Result<Vmm> {
     let vmm = boot(transport, "guest-vsock serve")?;
     vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
@@ -67,12 +67,12 @@ fn path(vmm: &Vmm) -> PathBuf {
     vmm.dir().join("v.sock")
 }
 
-/// A server on the host, for the guest's port.
+/// A server on the host, for the guest's connections to this port.
 fn serve(vmm: &Vmm, port: u32) -> Result<UnixListener> {
     Ok(UnixListener::bind(vmm.dir().join(format!("v.sock_{port}")))?)
 }
 
-/// Sends its own bytes, ends its half, and compares what comes.
+/// Sends bytes and shuts down its half, and compares the bytes that it receives.
 fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> Result<()> {
     let sender = stream.try_clone()?;
     let sending = thread::spawn(move || -> Result<()> {
@@ -83,7 +83,7 @@ fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> Result<()> {
     sending.join().expect("it does not panic")
 }
 
-/// A client that sends as much as the guest takes.
+/// A client that sends as much as the guest accepts.
 struct Greedy {
     stop: Arc<AtomicBool>,
     thread: thread::JoinHandle<Result<u64>>,
@@ -107,7 +107,7 @@ impl Greedy {
         Ok(Greedy { stop, thread, stream })
     }
 
-    /// All that it sent came to the guest.
+    /// Stops, and checks that the guest received all that was sent.
     fn stop(mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         let sent = self.thread.join().expect("it does not panic")?;
@@ -123,7 +123,7 @@ fn join_all<T>(threads: Vec<thread::JoinHandle<Result<T>>>) -> Result<Vec<T>> {
 }
 
 on_each_transport! {
-    /// 50 streams at once to the guest and 50 from it, each carrying other bytes both ways at the same time.
+    /// 50 streams to the guest and 50 from it at once, each with its own data in both directions.
     fn fifty_streams_carry_data_in_both_directions(transport) {
         const STREAMS: u32 = 50;
         const BYTES: u32 = 200_003;
@@ -141,7 +141,7 @@ on_each_transport! {
             })
         }).collect())?;
         let server = serve(&vmm, 800)?;
-        // The guest goes on when somebody listens here.
+        // The guest continues when this listens.
         let _gate = serve(&vmm, 801)?;
         let threads = (0..STREAMS).map(|_| {
             let (mut stream, _) = server.accept()?;
@@ -160,7 +160,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// 1,000 connections to the guest, all of them open at once; closed, and done again beside one that never stops; and abandoned.
+    /// 1,000 connections to the guest, open at once. They are closed, opened again beside a
+    /// continuous one, and abandoned.
     fn a_thousand_clients_are_served_at_once(transport) {
         let vmm = serving(transport)?;
         for round in 0..2u32 {
@@ -179,7 +180,7 @@ on_each_transport! {
             }
             greedy.map_or(Ok(()), Greedy::stop)?;
         }
-        // Opened and left: some before they say anything, some before they are answered.
+        // Opened and abandoned: some before they send, some before they get an answer.
         for index in 0..1000 {
             let mut client = UnixStream::connect(path(&vmm))?;
             if index % 2 == 0 {
@@ -209,7 +210,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Each side ends its half and still hears the other.
+    /// Each side shuts down its half and still receives.
     fn each_half_of_a_stream_closes_by_itself(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock half 700\npoweroff -f")?;
         let server = serve(&vmm, 700)?;
@@ -231,7 +232,7 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Messages keep their boundaries both ways.
+    /// Messages keep their boundaries in both directions.
     fn messages_keep_their_boundaries(transport) {
         let vsock = json!({"guest_cid": 77, "uds_path": "v.sock", "seqpacket_uds_path": "v.seq"});
         let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\nguest-vsock burst 600\n\
@@ -247,11 +248,12 @@ on_each_transport! {
             seqpacket::send(&client, &message)?;
             assert!(seqpacket::receive(&client)? == message, "a message of {len} bytes");
         }
-        // A guest that reads late gets all of many small messages, and holds them back meanwhile.
+        // A guest that reads late gets all of many small messages, and applies backpressure
+        // meanwhile.
         let client = seqpacket::connect(&vmm.dir().join("v.seq"))?;
         seqpacket::send(&client, format!("CONNECT {}\n", port::LATE).as_bytes())?;
         assert!(seqpacket::receive(&client)?.starts_with(b"OK "));
-        // More than Linux keeps unread (455), far less than it and the client's socket do together.
+        // More than Linux queues unread (455), far less than it and the client's socket together.
         for _ in 0..500 {
             seqpacket::send(&client, b"8 bytes!")?;
         }
@@ -279,7 +281,7 @@ on_each_transport! {
         assert!(seqpacket::receive(&peer)? == vec![7; 65_536]);
         seqpacket::send(&peer, b"both came")?;
         vmm.wait_for_output("BURST both came", BOOT_TIMEOUT)?;
-        // A guest whose buffer is small sends any amount.
+        // A guest with a small buffer sends any amount.
         for _ in 0..2 {
             let (stream, _) = small.accept()?;
             stream.set_read_timeout(Some(BOOT_TIMEOUT))?;
@@ -291,7 +293,8 @@ on_each_transport! {
 }
 
 on_each_transport! {
-    /// The parent's connections go on, and the child begins without: its programs hear of it, and it is reached at a socket of its own.
+    /// The parent's connections continue. The child starts without connections: its programs see
+    /// resets, and it has its own socket.
     fn a_forked_child_has_its_own_connections(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
         vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
@@ -300,7 +303,7 @@ on_each_transport! {
         vmm.wait_for_output("HELD", BOOT_TIMEOUT)?;
         let mut before = connect(&path(&vmm), port::ECHO)?;
 
-        // The child outlives its parent, and its directory.
+        // The child outlives its parent and the parent's directory.
         let home = tempfile::tempdir()?;
         let (its_socket, serial) = (home.path().join("child.sock"), home.path().join("serial"));
         let child = |id: &str, vsock: Value| json!({
@@ -333,7 +336,7 @@ on_each_transport! {
         wait_for_text(&serial, "CID 9", BOOT_TIMEOUT)?;
         assert!(!vmm.stdout.text().contains("LOST"), "the parent's connections go on");
 
-        // Nobody else has the parent's ends of its connections.
+        // No other process has the parent's ends of its connections.
         vmm.signal(rustix::process::Signal::KILL)?;
         vmm.exit_status(TIMEOUT)?;
         for stream in [&mut before, &mut held] {
@@ -348,7 +351,8 @@ on_each_transport! {
 }
 
 on_each_transport! {
-    /// A microVM that is loaded has its guest's programs hear that their connections are gone, and is reached at another socket.
+    /// Programs in a restored guest see their connections reset, and the guest is reached at
+    /// another socket.
     fn a_restored_microvm_is_reached_at_another_socket(transport) {
         let vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
         vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
@@ -370,7 +374,7 @@ on_each_transport! {
             body["vsock_override"] = more;
             body
         };
-        // Where it was, the first one still has it.
+        // The first guest still has the old socket.
         let in_use = api.put("/snapshot/load", &load(json!({"uds_path": path(&vmm)})))?;
         assert!(in_use.status == 400 && in_use.fault().contains("socket of another process"), "{in_use:?}");
         api.put("/snapshot/load", &load(json!({"uds_path": "new.sock", "guest_cid": 12})))?.ok()?;
@@ -387,8 +391,8 @@ on_each_transport! {
 }
 
 on_each_transport! {
-    /// A restored guest whose vCPUs all write to the serial port without a break is reached by a
-    /// client that comes at once.
+    /// A restored guest whose vCPUs all write to the serial port without a pause accepts a client
+    /// that connects at once.
     fn a_busy_restored_guest_accepts_connections_at_once(transport) {
         let script = "guest-vsock serve &\nguest-vsock await 97\nyes flood > /dev/ttyS0 &\nyes flood > /dev/ttyS0";
         let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
@@ -402,7 +406,7 @@ on_each_transport! {
         api.put("/snapshot/create", &files.create("Full"))?.ok()?;
         let (loaded, mut api) = unconfigured(transport)?;
         api.put("/snapshot/load", &files.load())?.ok()?;
-        // Nothing resets any of those that come at once.
+        // None of the immediate connections is reset.
         let clients = (0..8).map(|_| {
             let socket = path(&loaded);
             thread::spawn(move || -> Result<()> {
@@ -421,7 +425,7 @@ on_each_transport! {
     }
 }
 
-/// Sockets of messages on the host.
+/// Seqpacket sockets on the host.
 mod seqpacket {
     use std::os::fd::OwnedFd;
     use std::path::Path;
@@ -480,7 +484,7 @@ fn a_thousand_guest_connections_are_served_or_abandoned() -> Result<()> {
             };
             threads.push(thread::Builder::new().stack_size(64 << 10).spawn(echo)?);
         }
-        // Every connection comes to its end.
+        // Every connection ends.
         for thread in threads {
             thread.join().expect("it does not panic");
         }
@@ -496,7 +500,7 @@ fn a_thousand_guest_connections_are_served_or_abandoned() -> Result<()> {
 #[test]
 fn a_stalled_or_dead_peer_delays_no_other_connection() -> Result<()> {
     let vmm = serving(Transport::Mmio)?;
-    // The guest does not read: the host's writes stop, and nothing else does.
+    // The guest does not read: the host's writes block, and nothing else does.
     let lazy = connect(&path(&vmm), port::LAZY)?;
     lazy.set_nonblocking(true)?;
     let mut stuffed = 0;
@@ -504,10 +508,10 @@ fn a_stalled_or_dead_peer_delays_no_other_connection() -> Result<()> {
     while let Ok(len) = (&lazy).write(&piece) {
         stuffed += len;
     }
-    // The host does not read: the guest's writes stop.
+    // The host does not read: the guest's writes block.
     let mut unread = connect(&path(&vmm), port::SOURCE)?;
     unread.write_all(&(8u64 << 20).to_le_bytes())?;
-    // The host dies in the middle.
+    // The host closes in the middle.
     let mut dies = connect(&path(&vmm), port::SOURCE)?;
     dies.write_all(&(8u64 << 20).to_le_bytes())?;
     dies.read_exact(&mut [0; 1000])?;
@@ -518,7 +522,7 @@ fn a_stalled_or_dead_peer_delays_no_other_connection() -> Result<()> {
         both_ways(&stream, index, 500_000)?;
     }
     assert!(stuffed > 0);
-    // Whoever reads after all gets everything.
+    // A late reader gets all data.
     let mut rest = Vec::new();
     unread.read_to_end(&mut rest)?;
     assert_eq!(rest.len(), 8 << 20);
@@ -548,7 +552,7 @@ fn connections_survive_a_pause_of_the_guest() -> Result<()> {
 }
 
 on_each_kernel! {
-    /// Drivers of several years: with a buffer in two pieces, and in one.
+    /// Drivers of several years: with a buffer in two descriptors, and in one.
     fn the_driver_of_every_kernel_works(kernel) {
         let transport = if kernel == Kernel::Debian6_1 { Transport::Pci } else { Transport::Mmio };
         let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
@@ -588,7 +592,7 @@ fn the_api_accepts_clients_requests_and_refuses_invalid_ones() -> Result<()> {
     }
     assert_eq!(std::fs::read(vmm.dir().join("file"))?, b"mine");
     assert_eq!(api.get("/vm/config")?.json()?["vsock"], Value::Null);
-    // What firecracker-containerd and Kata send, the latter twice.
+    // What firecracker-containerd and Kata send; Kata sends it twice.
     let first =
         api.put("/vsock", &json!({"guest_cid": 0, "uds_path": "old.sock", "vsock_id": "agent_api"}))?.ok()?;
     assert_eq!(first.header("deprecation"), Some("true"));
