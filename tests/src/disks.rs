@@ -131,7 +131,7 @@ impl DiskGuest {
 /// Waits for the guest's end, which must be a success, and returns its output.
 pub fn output_of(vmm: &mut Vmm) -> Result<String> {
     let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
-    ensure!(code == 0, "it ended with {code}; it said:\n{output}");
+    ensure!(code == 0, "exit code {code}; output:\n{output}");
     Ok(output)
 }
 

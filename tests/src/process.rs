@@ -12,7 +12,7 @@ use serde_json::Value;
 /// Has the command's process killed when the thread that starts it ends for any reason.
 ///
 /// The kernel watches the thread, not the process: start it from a thread that lives long enough.
-#[expect(unsafe_code, reason = "what happens between fork and exec can be said in no other way")]
+#[expect(unsafe_code, reason = "pre_exec runs code between fork and exec")]
 pub fn die_with_parent(command: &mut Command) -> &mut Command {
     use std::os::unix::process::CommandExt;
     // SAFETY: the closure runs in the child after `fork`, where only async-signal-safe calls are
@@ -26,7 +26,7 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
 }
 
 /// Hides `io_uring` from the command's process and its children, by a system call filter.
-#[expect(unsafe_code, reason = "what happens between fork and exec can be said in no other way")]
+#[expect(unsafe_code, reason = "pre_exec runs code between fork and exec")]
 pub fn without_io_uring(command: &mut Command) -> &mut Command {
     use std::os::unix::process::CommandExt;
     let step = |code: u32, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf, k };

@@ -22,7 +22,7 @@ pub fn wait_for_text_after(file: &Path, from: usize, text: &str, patience: Durat
         if output.get(from..).is_some_and(|output| output.contains(text)) {
             return Ok(output);
         }
-        ensure!(Instant::now() < deadline, "{} does not say {text}; it says:\n{output}", file.display());
+        ensure!(Instant::now() < deadline, "{}: no {text} in:\n{output}", file.display());
         std::thread::sleep(LOOK_EVERY);
     }
 }

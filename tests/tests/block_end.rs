@@ -100,7 +100,7 @@ on_each_transport! {
         vmm.signal(Signal::KILL)?;
         vmm.exit_status(TIMEOUT)?;
         for path in &overlays {
-            ensure!(!OverlayFile::open(path)?.is_closed()?, "nobody closed {}", path.display());
+            ensure!(!OverlayFile::open(path)?.is_closed()?, "{} was not closed", path.display());
         }
         check_all_is_there(&overlays)
     }

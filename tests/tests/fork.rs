@@ -190,7 +190,7 @@ fn a_block_device_is_forked_onto_named_overlays() -> Result<()> {
     check_verified(&output_of(&mut vmm)?)?;
     check_verified(&wait_for_text(&serial, "LAST", BOOT_TIMEOUT)?)?;
     orphans.wait(TIMEOUT)?;
-    ensure!(fs::read(device.path())? == base, "somebody has written to the base");
+    ensure!(fs::read(device.path())? == base, "the base has changed");
     Ok(())
 }
 
@@ -214,6 +214,6 @@ fn a_block_device_is_saved_live_onto_a_named_overlay() -> Result<()> {
         let (mut clone, _api) = restore(Transport::Mmio, &files.load())?;
         check_verified(&output_of(&mut clone)?)?;
     }
-    ensure!(fs::read(device.path())? == base, "somebody has written to the base");
+    ensure!(fs::read(device.path())? == base, "the base has changed");
     Ok(())
 }

@@ -57,7 +57,7 @@ fn a_paused_guest_uses_no_cpu_until_it_is_resumed() -> Result<()> {
     let (printed, used) = (vmm.stdout.len(), vcpu_time(&vmm)?);
     // The second that is measured.
     std::thread::sleep(Duration::from_secs(1));
-    assert_eq!(vmm.stdout.len(), printed, "it spoke while it was paused");
+    assert_eq!(vmm.stdout.len(), printed, "output while it was paused");
     assert_eq!(vcpu_time(&vmm)?, used, "its vCPU ran while it was paused");
 
     set_state(&mut api, "Resumed")?;

@@ -121,7 +121,7 @@ on_each_transport! {
             ))?;
         let output = output_of(vmm)?;
         ensure!(output.contains("FIRST") && output.contains("SILENT") && output.contains("LAST"), "{output}");
-        ensure!(output.contains("not the guest's"), "it is said: {output}");
+        ensure!(output.contains("not the guest's"), "output: {output}");
         Ok(())
     }
 }

@@ -280,6 +280,6 @@ fn parent_and_forked_child_use_their_own_tap_descriptors() -> Result<()> {
         ensure!(output.contains(done), "{output}");
     }
     children.wait(TIMEOUT)?;
-    traffic::download("10.0.0.2:7000", 4, MIB).context("the parent goes on")?;
+    traffic::download("10.0.0.2:7000", 4, MIB).context("the parent after the fork")?;
     Ok(())
 }

@@ -134,7 +134,7 @@ fn children_have_their_networks(transport: Transport, backend: &str) -> Result<(
     alone["resume"] = json!(false);
     let reply = api.put("/fork", &json!({"children": [child("networked", own), alone]}))?.ok()?.json()?;
     let children = Orphans::of_fork(&reply)?;
-    traffic::upload("10.0.0.2:7000", 7, 1 << 20).context("the parent goes on")?;
+    traffic::upload("10.0.0.2:7000", 7, 1 << 20).context("the parent after the fork")?;
 
     let mut api = ApiClient::new(&home.path().join("alone.sock"));
     let shown = api.get("/vm/config")?.json()?;
@@ -151,7 +151,6 @@ fn children_have_their_networks(transport: Transport, backend: &str) -> Result<(
     }
     ensure!(word(&output_of("alone")?, "CARRIER ")? == "0 1");
     children.wait(TIMEOUT)?;
-    traffic::upload("10.0.0.2:7000", 8, 1 << 20)
-        .context("the parent goes on when its children have ended")?;
+    traffic::upload("10.0.0.2:7000", 8, 1 << 20).context("the parent after its children have ended")?;
     Ok(())
 }

@@ -155,7 +155,7 @@ fn version_and_help_need_no_guest() -> Result<()> {
     for flag in ["--version", "--help"] {
         let (code, output) = VmmBuilder::new(&vmm_path())?.arg(flag).spawn()?.finish(TIMEOUT)?;
         assert_eq!(code, 0, "{flag}");
-        ensure!(!output.trim().is_empty(), "{flag} says nothing");
+        ensure!(!output.trim().is_empty(), "{flag} prints nothing");
     }
     Ok(())
 }

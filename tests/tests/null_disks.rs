@@ -49,7 +49,7 @@ fn a_raw_disk_in_use_is_refused_and_its_holder_named() -> Result<()> {
     for drive in [&raw, &read_only, &overlaid] {
         refused(&put(&mut api, drive)?, &["drive d", "disk.img", &holder, "\"lock\""])?;
     }
-    ensure!(!overlay.exists(), "what is refused leaves nothing behind");
+    ensure!(!overlay.exists(), "a refused request leaves no file");
     let shared = with(raw.clone(), &json!({"lock": false}));
     put(&mut api, &shared)?.ok()?;
     refused(&put(&mut api, &raw)?, &[&holder])?;
@@ -142,7 +142,7 @@ fn a_failed_write_back_refuses_forks_until_the_disk_is_replaced() -> Result<()> 
         pause(api)?;
         refused(&api.put("/snapshot/create", &files.create("Full"))?, &unknown)?;
         resume(api)?;
-        ensure!(std::fs::read_dir(dir)?.next().is_none(), "what is refused leaves nothing behind");
+        ensure!(std::fs::read_dir(dir)?.next().is_none(), "a refused request leaves no file");
         Ok(())
     };
     all_refused(&mut api)?;

@@ -29,7 +29,7 @@ fn refused_from_file(config: impl FnOnce(&Path) -> Result<Value>) -> Result<Stri
     let config = config(builder.dir())?;
     let mut vmm = builder.with_config(&config)?.spawn()?;
     let (code, output) = vmm.finish(TIMEOUT)?;
-    assert_eq!(code, BAD_CONFIGURATION, "it said: {output}");
+    assert_eq!(code, BAD_CONFIGURATION, "output: {output}");
     Ok(output)
 }
 
@@ -72,7 +72,7 @@ fn kernel_is_refused(content: &[u8], words: &[&str]) -> Result<()> {
     let from_file = refused_from_file(|_| Ok(Guest::bare(&kernel).config()))?;
     for word in words {
         ensure!(over_api.contains(word), "{word} is not in the API's answer: {over_api}");
-        ensure!(from_file.contains(word), "{word} is not in what it said: {from_file}");
+        ensure!(from_file.contains(word), "no {word} in: {from_file}");
     }
     Ok(())
 }
@@ -265,7 +265,7 @@ fn an_invalid_json_file_is_refused_with_line_and_column() -> Result<()> {
     let builder =
         VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config_text("{\n\"boot-source\": nonsense}")?;
     let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
-    assert_eq!(code, BAD_CONFIGURATION, "it said: {output}");
+    assert_eq!(code, BAD_CONFIGURATION, "output: {output}");
     ensure!(output.contains("line 2"), "{output}");
     Ok(())
 }
@@ -319,7 +319,7 @@ fn a_socket_in_use_is_named_and_not_removed() -> Result<()> {
     let socket = vmm.dir().join("api.sock");
     let (code, output) =
         VmmBuilder::new(&vmm_path())?.arg("--api-sock").arg(&socket).spawn()?.finish(TIMEOUT)?;
-    assert_eq!(code, GENERIC_ERROR, "it said: {output}");
+    assert_eq!(code, GENERIC_ERROR, "output: {output}");
     ensure!(output.contains(&socket.display().to_string()), "{output}");
     api.get("/")?.ok()?;
     Ok(())
@@ -337,7 +337,7 @@ fn invalid_arguments_are_named() -> Result<()> {
     for (args, word) in cases {
         let builder = args.iter().fold(VmmBuilder::new(&vmm_path())?, VmmBuilder::arg);
         let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
-        assert_eq!(code, ARG_PARSING, "{args:?}: it said: {output}");
+        assert_eq!(code, ARG_PARSING, "{args:?}: output: {output}");
         ensure!(output.contains(word), "{args:?}: {output}");
     }
     Ok(())
@@ -366,7 +366,7 @@ fn exit_status_is_firecrackers_under_its_name() -> Result<()> {
             let builder = VmmBuilder::new(&vmm_path())?.with_name(name);
             let builder = args.iter().fold(builder, VmmBuilder::arg);
             let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
-            assert_eq!(code, status, "{name} {args:?}: it said: {output}");
+            assert_eq!(code, status, "{name} {args:?}: output: {output}");
             ensure!(output.contains(named), "{args:?}: {output}");
         }
     }

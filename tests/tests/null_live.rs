@@ -159,7 +159,7 @@ fn an_invalid_live_snapshot_is_refused_without_a_change() -> Result<()> {
     ] {
         let refused = api.put("/snapshot/create", &create)?;
         ensure!(refused.status == 400 && refused.fault().contains(named), "{named}: {refused:?}");
-        ensure!(fs::read_dir(dir)?.count() == 1, "{named}: something was left behind");
+        ensure!(fs::read_dir(dir)?.count() == 1, "{named}: a file was left behind");
         ensure!(api.get("/vm/config")?.json()?["drives"][0]["overlay"].is_null(), "{named}");
     }
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
@@ -209,7 +209,7 @@ fn a_live_snapshot_without_space_leaves_no_file() -> Result<()> {
     api.put("/snapshot/create", &live(&files, "Full"))?.ok()?;
     let end = wait_for_live_snapshot(&mut api)?;
     ensure!(end["state"] == json!("Failed") && end["error"].to_string().contains("No space left"), "{end}");
-    ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
+    ensure!(fs::read_dir(small.path())?.next().is_none(), "a file was left behind");
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok(())
 }

@@ -53,7 +53,7 @@ fn init_of_a_namespace_exits_with_128_and_the_signal() -> Result<()> {
         let (mut vmm, monitor) = init()?;
         monitor.signal(signal)?;
         let (status, printed) = vmm.finish(TIMEOUT)?;
-        ensure!(status == code, "{signal:?}: exit status {status}; it said: {printed}");
+        ensure!(status == code, "{signal:?}: exit status {status}; output: {printed}");
         ensure!(printed.contains(&format!("exit_code={code}")), "{signal:?}: {printed}");
     }
     Ok(())
@@ -66,7 +66,7 @@ fn fatal_signals_of_init_keep_their_exit_codes() -> Result<()> {
         let (mut vmm, monitor) = init()?;
         monitor.signal(signal)?;
         let (status, printed) = vmm.finish(TIMEOUT)?;
-        ensure!(status == code, "{signal:?}: exit status {status}; it said: {printed}");
+        ensure!(status == code, "{signal:?}: exit status {status}; output: {printed}");
     }
     Ok(())
 }

@@ -143,7 +143,7 @@ fn an_invalid_create_is_refused_and_leaves_no_file() -> Result<()> {
     ] {
         let refused = api.put("/snapshot/create", &body)?;
         ensure!(refused.status == 400 && refused.fault().contains(named), "{named}: {refused:?}");
-        ensure!(fs::read_dir(dir)?.next().is_none(), "{named}: something was left behind");
+        ensure!(fs::read_dir(dir)?.next().is_none(), "{named}: a file was left behind");
     }
     resume(&mut api)?;
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));

@@ -135,7 +135,7 @@ fn a_snapshot_without_space_leaves_no_file_and_can_be_retried() -> Result<()> {
             && refused.fault().contains("No space left"),
         "{refused:?}"
     );
-    ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
+    ensure!(fs::read_dir(small.path())?.next().is_none(), "a file was left behind");
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
     ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     pause(&mut api)?;

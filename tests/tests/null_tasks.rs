@@ -140,7 +140,7 @@ fn a_waiting_create_can_be_observed_and_cancelled() -> Result<()> {
     ensure!(job["state"] == "Running" && job["mem_file_path"] == json!(new.memory), "{job}");
     api.delete("/snapshot/job")?.ok()?;
     ensure_cancelled(&read_response(&mut create)?)?;
-    ensure!(fs::read_dir(out.path())?.next().is_none(), "something was left behind");
+    ensure!(fs::read_dir(out.path())?.next().is_none(), "a file was left behind");
     // The guest is unchanged and can be saved.
     server.signal(Signal::CONT)?;
     api.put("/snapshot/create", &new.create("Full"))?.ok()?;
@@ -160,7 +160,7 @@ fn sigterm_ends_a_waiting_create_and_leaves_no_file() -> Result<()> {
     vmm.signal(Signal::TERM)?;
     ensure_cancelled(&read_response(&mut create)?)?;
     ensure!(vmm.exit_status(TIMEOUT)?.signal() == Some(Signal::TERM.as_raw()));
-    ensure!(fs::read_dir(out.path())?.next().is_none(), "something was left behind");
+    ensure!(fs::read_dir(out.path())?.next().is_none(), "a file was left behind");
     Ok(())
 }
 
@@ -217,7 +217,7 @@ fn snapshot_targets_are_checked_before_memory_is_written() -> Result<()> {
             let refused = api.put("/snapshot/create", &body)?;
             let named = refused.fault().contains(state.to_str().unwrap_or_default());
             ensure!(refused.status == 400 && named && !refused.fault().contains("space"), "{refused:?}");
-            ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
+            ensure!(fs::read_dir(small.path())?.next().is_none(), "a file was left behind");
         }
         api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
     }

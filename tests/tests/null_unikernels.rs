@@ -118,7 +118,7 @@ fn a_guest_that_polls_its_cmos_clock_reads_the_date() -> Result<()> {
     let output: Vec<u64> =
         fs::read(&serial)?.iter().map(|byte| u64::from(byte >> 4) * 10 + u64::from(byte & 15)).collect();
     let [century, year, month, day, hours, minutes, seconds] = output[..] else {
-        anyhow::bail!("it said {output:?}")
+        anyhow::bail!("output: {output:?}")
     };
     // Days of the months before, in a year that begins in March.
     let (y, m) = (century * 100 + year - u64::from(month < 3), (month + 9) % 12);

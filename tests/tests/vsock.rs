@@ -334,7 +334,7 @@ on_each_transport! {
         assert_eq!(&back, b"hello child");
         wait_for_text(&serial, "LOST", BOOT_TIMEOUT)?;
         wait_for_text(&serial, "CID 9", BOOT_TIMEOUT)?;
-        assert!(!vmm.stdout.text().contains("LOST"), "the parent's connections go on");
+        assert!(!vmm.stdout.text().contains("LOST"), "the parent's connections were lost");
 
         // No other process has the parent's ends of its connections.
         vmm.signal(rustix::process::Signal::KILL)?;
@@ -535,16 +535,16 @@ fn connections_survive_a_pause_of_the_guest() -> Result<()> {
     let mut api = vmm.ready_client(TIMEOUT)?;
     let mut before = connect(&path(&vmm), port::ECHO)?;
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
-    before.write_all(b"while it stands still")?;
+    before.write_all(b"while it is paused")?;
     let mut during = UnixStream::connect(path(&vmm))?;
     during.write_all(b"CONNECT 1\n")?;
     before.set_nonblocking(true)?;
-    assert!(before.read(&mut [0; 8]).is_err(), "nobody can have answered");
+    assert!(before.read(&mut [0; 8]).is_err(), "an answer arrived early");
     before.set_nonblocking(false)?;
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    let mut back = [0; 21];
+    let mut back = [0; 18];
     before.read_exact(&mut back)?;
-    assert_eq!(&back, b"while it stands still");
+    assert_eq!(&back, b"while it is paused");
     let mut ok = [0; 3];
     during.read_exact(&mut ok)?;
     assert_eq!(&ok, b"OK ");

@@ -104,9 +104,9 @@ fn timeline(started: Instant, lines: &[Line], ended: Instant, code: i32) -> Stri
         event(line.at, "the machine is built; the guest runs its first instruction");
     }
     if let Some(line) = first(BOOT_TIMER) {
-        let told =
-            line.text.split_once(BOOT_TIMER).map_or("", |(_, told)| told.trim_start_matches([' ', '=']));
-        event(line.at, &format!("the guest's first process runs (boot timer: {told})"));
+        let time =
+            line.text.split_once(BOOT_TIMER).map_or("", |(_, time)| time.trim_start_matches([' ', '=']));
+        event(line.at, &format!("the guest's first process runs (boot timer: {time})"));
     }
     if let Some(line) = first(HELLO) {
         event(line.at, "the guest says hello");

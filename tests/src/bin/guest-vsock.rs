@@ -273,7 +273,7 @@ fn abandon(port: u32, count: u32) -> io::Result<()> {
 fn refused(port: u32) -> io::Result<()> {
     let begun = Instant::now();
     match connect(port, libc::SOCK_STREAM) {
-        Ok(_) => Err(io::Error::other("somebody listens")),
+        Ok(_) => Err(io::Error::other("something listens")),
         Err(error) => {
             println!("REFUSED {:?} quickly {}", error.kind(), begun.elapsed().as_secs() < 1);
             Ok(())

@@ -54,8 +54,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm");
-    let mut monitors = vec![Monitor::vesta()?];
-    monitors.extend(peers.monitors()?);
+    let mut monitors = peers.with_vesta()?;
     let dir = files()?;
 
     let (kind, why) = host::choose()?;

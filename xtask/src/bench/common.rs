@@ -42,6 +42,21 @@ pub(super) fn spec<T: for<'de> Deserialize<'de>>(parser: &mut lexopt::Parser) ->
     serde_json::from_slice(&file).context("the spec")
 }
 
+/// Keeps the contestants whose name contains one of `only`; all if that is empty.
+pub(super) fn only_named<C>(
+    contestants: Vec<C>,
+    only: &[String],
+    name: impl Fn(&C) -> &String,
+) -> Result<Vec<C>> {
+    let named = |contestant: &C| only.iter().any(|part| name(contestant).contains(part));
+    let kept: Vec<C> =
+        contestants.into_iter().filter(|contestant| only.is_empty() || named(contestant)).collect();
+    if kept.is_empty() {
+        bail!("--only {}: no contestant has this name", only.join(", "));
+    }
+    Ok(kept)
+}
+
 /// Refuses fewer runs than a median needs.
 pub(super) fn check_runs(runs: usize, fewest: usize) -> Result<()> {
     if runs < fewest {

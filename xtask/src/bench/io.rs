@@ -18,12 +18,12 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_tests::load::Workload;
 
-use super::common::{check_runs, check_seconds, describe, files, on_host, today};
+use super::common::{check_runs, check_seconds, describe, files, on_host, only_named, today};
 use super::monitor::Monitor;
 use super::peers::{Peers, lacking, not_measured};
 use crate::host::emulated::Emulated;
@@ -92,15 +92,8 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 
     say!("building vesta-vmm and vesta-load");
     let load = build_load()?;
-    let mut monitors = vec![Monitor::vesta()?];
-    monitors.extend(peers.monitors()?);
-    let contestants: Vec<Contestant> = contestants(&load, &monitors, pci)
-        .into_iter()
-        .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
-        .collect();
-    if contestants.is_empty() {
-        bail!("--only {}: no contestant has this name", only.join(", "));
-    }
+    let monitors = peers.with_vesta()?;
+    let contestants = only_named(contestants(&load, &monitors, pci), &only, |contestant| &contestant.name)?;
     let dir = files()?;
     let (kind, why) = host::choose()?;
     let (kernel, kernel_name) = kernels::preferred()?;

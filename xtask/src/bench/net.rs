@@ -20,7 +20,7 @@ use vesta_tests::initramfs::Initramfs;
 use vesta_tests::net_load::Server;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-use super::common::{check_runs, check_seconds, describe, on_host, today};
+use super::common::{check_runs, check_seconds, describe, on_host, only_named, today};
 use super::cpu_time::cpu_ns;
 use super::monitor::Monitor;
 use super::peers::{Peers, lacking};
@@ -110,15 +110,8 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     apt::ensure(&[("ip", "iproute2"), ("ethtool", "ethtool")])?;
     say!("building vesta-vmm and net-tool");
     let tool = build_net_tool()?;
-    let mut monitors = vec![Monitor::vesta()?];
-    monitors.extend(peers.monitors()?);
-    let contestants: Vec<Contestant> = contestants(&tool, &monitors, pci)
-        .into_iter()
-        .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
-        .collect();
-    if contestants.is_empty() {
-        bail!("--only {}: no contestant has this name", only.join(", "));
-    }
+    let monitors = peers.with_vesta()?;
+    let contestants = only_named(contestants(&tool, &monitors, pci), &only, |contestant| &contestant.name)?;
     let (kind, why) = host::choose()?;
     println!(
         "## Networks, as the tuned 6.12 kernel with one vCPU and 256 MiB sees them, on {}\n",

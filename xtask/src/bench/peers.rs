@@ -31,8 +31,15 @@ impl Peers {
         self.none = true;
     }
 
+    /// The monitor under test and the peers.
+    pub(super) fn with_vesta(self) -> Result<Vec<Monitor>> {
+        let mut monitors = vec![Monitor::vesta()?];
+        monitors.extend(self.monitors()?);
+        Ok(monitors)
+    }
+
     /// Finds the monitors, and asks each for its version.
-    pub(super) fn monitors(self) -> Result<Vec<Monitor>> {
+    fn monitors(self) -> Result<Vec<Monitor>> {
         let mut monitors = Vec::new();
         let is_named = self.named.iter().any(|name| name == FIRECRACKER);
         if is_named {

@@ -17,7 +17,6 @@ use lexopt::prelude::*;
 
 use self::common::{FEWEST_RUNS, RunSpec};
 use super::common::{check_runs, describe, files, kind_for_null_guests, on_host, today};
-use super::monitor::Monitor;
 use super::peers::Peers;
 use super::serving_guest::ServingGuest;
 use crate::host::emulated::Emulated;
@@ -39,8 +38,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
-    let mut monitors = vec![Monitor::vesta()?];
-    monitors.extend(peers.monitors()?);
+    let monitors = peers.with_vesta()?;
     let dir = files()?;
     let guest = ServingGuest::make(&dir, "guest-vsock serve")?;
 

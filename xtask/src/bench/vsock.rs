@@ -61,8 +61,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
-    let mut monitors = vec![Monitor::vesta()?];
-    monitors.extend(peers.monitors()?);
+    let monitors = peers.with_vesta()?;
     let lacking = if pci { lacking(&monitors, "virtio-pci") } else { String::new() };
     let (kind, why) = host::choose()?;
     let (trips, bytes) = match kind {
@@ -186,7 +185,7 @@ fn guest(monitor: &Monitor, pci: bool, spec: &RunSpec) -> Result<Sample> {
     api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "v.sock"}))?.ok()?;
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
     let wake = vmm.wait_for_output("WAKE ", TIMEOUT)?;
-    let wake = wake.split("WAKE ").nth(1).context("the guest says how long a wake-up takes")?;
+    let wake = wake.split("WAKE ").nth(1).context("the guest printed no wake-up time")?;
     vmm.wait_for_output(SERVING, TIMEOUT)?;
     let path = vmm.dir().join("v.sock");
     let carried = |sent: Result<Throughput>| match sent {

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use vesta_tests::load::{self, Report, Workload};
 
+use super::super::cpu_time::{ThreadTime, thread_times};
 use super::contestant::Contestant;
 use super::setup::{Setup, TIMEOUT};
 
@@ -49,31 +50,20 @@ pub(super) fn measure(setup: &Setup<'_>, contestant: &Contestant) -> Result<Samp
 
 /// What the host counts for a process.
 struct Counters {
-    /// Nanoseconds on a processor, by thread; whether it is a vCPU.
-    threads: BTreeMap<String, (bool, u64)>,
+    threads: BTreeMap<String, ThreadTime>,
     kvm: Option<KvmCounts>,
 }
 
 impl Counters {
     fn read(pid: u32) -> Result<Counters> {
-        let mut threads = BTreeMap::new();
-        for entry in std::fs::read_dir(format!("/proc/{pid}/task")).context("the monitor's threads")? {
-            let entry = entry?;
-            // A thread may end while we look.
-            let Ok(name) = std::fs::read_to_string(entry.path().join("comm")) else { continue };
-            let Ok(times) = std::fs::read_to_string(entry.path().join("schedstat")) else { continue };
-            let time = times.split(' ').next().and_then(|time| time.parse().ok()).context("schedstat")?;
-            let is_vcpu = name.starts_with("fc_vcpu") || name.starts_with("CPU ");
-            threads.insert(entry.file_name().to_string_lossy().into_owned(), (is_vcpu, time));
-        }
-        Ok(Counters { threads, kvm: kvm_counts(pid) })
+        Ok(Counters { threads: thread_times(pid)?, kvm: kvm_counts(pid) })
     }
 
     fn until(&self, after: &Counters, report: Report) -> Sample {
         let (mut vcpu_ns, mut other_ns) = (0, 0);
-        for (thread, &(is_vcpu, time)) in &after.threads {
-            let used = time - self.threads.get(thread).map_or(0, |&(_, before)| before);
-            *if is_vcpu { &mut vcpu_ns } else { &mut other_ns } += used;
+        for (id, thread) in &after.threads {
+            let used = thread.nanos - self.threads.get(id).map_or(0, |before| before.nanos);
+            *if thread.is_vcpu { &mut vcpu_ns } else { &mut other_ns } += used;
         }
         let kvm = self.kvm.zip(after.kvm).map(|(before, after)| KvmCounts {
             exits: after.exits - before.exits,
@@ -105,7 +95,10 @@ mod tests {
     use super::*;
 
     fn counters(threads: &[(&str, bool, u64)]) -> Counters {
-        let threads = threads.iter().map(|&(id, is_vcpu, time)| (id.to_owned(), (is_vcpu, time))).collect();
+        let threads = threads
+            .iter()
+            .map(|&(id, is_vcpu, nanos)| (id.to_owned(), ThreadTime { is_vcpu, nanos }))
+            .collect();
         Counters { threads, kvm: None }
     }
 
