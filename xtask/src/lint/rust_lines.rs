@@ -6,7 +6,7 @@ pub(super) struct Line<'a> {
     pub(super) text: &'a str,
     /// Whether it has anything but blanks and comments.
     pub(super) code: bool,
-    /// The byte at which a comment begins or goes on.
+    /// The byte at which a comment begins or continues.
     pub(super) comment: Option<usize>,
 }
 

@@ -17,7 +17,7 @@ use crate::process::ScratchDir;
 /// Longest wait for a guest or a workload, in addition to the workload's own time.
 pub(super) const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// What the guest is made of.
+/// The files of the guest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct GuestParts {
     pub(super) kernel: PathBuf,
