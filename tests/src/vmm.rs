@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 use serde_json::Value;
@@ -271,6 +271,20 @@ impl Vmm {
         Ok(self.threads()?.into_iter().find(|thread| thread.name == name).map(|thread| thread.time))
     }
 
+    /// Waits until one of its threads sleeps. Its processor time then stays until it wakes up.
+    pub fn wait_until_asleep(&self, name: &str, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let thread = self.threads()?.into_iter().find(|thread| thread.name == name);
+            let thread = thread.with_context(|| format!("there is no thread {name}"))?;
+            if thread.state == 'S' {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "thread {name} is in state {}", thread.state);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Writes to its standard input, which is the guest's serial port; see
     /// [`VmmBuilder::with_input`].
     pub fn type_in(&mut self, bytes: &[u8]) -> Result<()> {
@@ -311,6 +325,8 @@ pub struct Thread {
     pub id: u32,
     /// Its name.
     pub name: String,
+    /// Its state in proc(5): `R` runs, `S` sleeps.
+    pub state: char,
     /// Its processor time; for a vCPU including the guest's. In steps of 10 ms if the kernel does
     /// not count nanoseconds.
     pub time: Duration,
@@ -322,12 +338,13 @@ impl Thread {
         let (before, after) = stat.rsplit_once(')')?;
         let (id, name) = before.split_once('(')?;
         let mut fields = after.split_whitespace();
-        // In proc(5) the name is field 2, utime field 14 and stime field 15.
-        let user: u64 = fields.nth(11)?.parse().ok()?;
+        // In proc(5) the name is field 2, the state 3, utime 14 and stime 15.
+        let state = fields.next()?.chars().next()?;
+        let user: u64 = fields.nth(10)?.parse().ok()?;
         let system: u64 = fields.next()?.parse().ok()?;
         let ticks_per_second = rustix::param::clock_ticks_per_second();
         let time = Duration::from_millis((user + system) * 1000 / ticks_per_second);
-        Some(Thread { id: id.trim().parse().ok()?, name: name.to_owned(), time })
+        Some(Thread { id: id.trim().parse().ok()?, name: name.to_owned(), state, time })
     }
 }
 
@@ -375,6 +392,7 @@ mod tests {
     fn a_thread_may_have_any_name() {
         let stat = "7 (fc_vcpu 0) (x)) R 1 2 3 4 5 6 7 8 9 10 150 50 0 0";
         let thread = Thread::parse(stat).unwrap();
-        assert_eq!((thread.name.as_str(), thread.time), ("fc_vcpu 0) (x)", Duration::from_secs(2)));
+        assert_eq!((thread.name.as_str(), thread.state), ("fc_vcpu 0) (x)", 'R'));
+        assert_eq!(thread.time, Duration::from_secs(2));
     }
 }

@@ -52,6 +52,7 @@ fn a_paused_guest_uses_no_cpu_until_it_is_resumed() -> Result<()> {
 
     set_state(&mut api, "Paused")?;
     assert_eq!(state(&mut api)?, "Paused");
+    vmm.wait_until_asleep("fc_vcpu 0", TIMEOUT)?;
     // Output from before the pause may still be in the pipe.
     std::thread::sleep(Duration::from_millis(300));
     let (printed, used) = (vmm.stdout.len(), vcpu_time(&vmm)?);

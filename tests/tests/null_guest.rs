@@ -131,6 +131,8 @@ fn a_guest_that_never_exits_can_be_paused_and_resumed() -> Result<()> {
     vmm.wait_for_output(BOOTED, TIMEOUT)?;
     let time = || vmm.thread_time("fc_vcpu 0")?.context("there is no thread fc_vcpu 0");
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+    // It has acknowledged the pause, and goes to sleep now.
+    vmm.wait_until_asleep("fc_vcpu 0", TIMEOUT)?;
     let used = time()?;
     // The time that is measured.
     std::thread::sleep(Duration::from_millis(300));
