@@ -22,19 +22,19 @@
 //!
 //! | module | what it has |
 //! |---|---|
-//! | [`device`] | the virtio device and [`VsockControl`] |
-//! | [`task`] | the queues, the order of work, the transport reset |
-//! | [`muxer`] | all state between the queues and the host sockets; how connections begin and end |
-//! | [`from_guest`], [`from_host`], [`timers`] | what packets, host events and deadlines do to it |
-//! | [`connect`], [`accepted`] | connections that the guest requests, and that it has accepted |
-//! | [`to_guest`] | filling the guest's buffers |
-//! | [`table`] | connections by ports and by deadline, and the queue of those with packets |
-//! | [`connection`], [`tx_buf`] | one connection, and the data that its socket has not taken yet |
-//! | [`credit`] | flow control |
-//! | [`packet`] | the packet header |
-//! | [`connect_request`] | the `CONNECT` line of host clients |
-//! | [`host_sockets`], [`listener`] | Unix sockets |
-//! | [`guest_io`] | guest buffers for a socket call |
+//! | `device` | the virtio device and [`VsockControl`] |
+//! | `task` | the queues, the order of work, the transport reset |
+//! | `muxer` | all state between the queues and the host sockets; how connections begin and end |
+//! | `from_guest`, `from_host`, `timers` | what packets, host events and deadlines do to it |
+//! | `connect`, `accepted` | connections that the guest requests, and that it has accepted |
+//! | `to_guest` | filling the guest's buffers |
+//! | `table` | connections by ports and by deadline, and the queue of those with packets |
+//! | `connection`, `tx_buf` | one connection, and the data that its socket has not taken yet |
+//! | `credit` | flow control |
+//! | `packet` | the packet header |
+//! | `connect_request` | the `CONNECT` line of host clients |
+//! | `host_sockets`, `listener` | Unix sockets |
+//! | `guest_io` | guest buffers for a socket call |
 //!
 //! Stream data is not copied: a host socket is read directly into the guest's buffers (as many at
 //! once as the guest has credit for), and the guest's packets are written directly to the socket.
@@ -46,7 +46,7 @@
 //! - Memory is bounded: by [`MAX_CONNECTIONS`], by [`MAX_BUFFERED`] bytes of data for all
 //!   connections together, and by a maximum of resets that wait to be sent.
 //! - No connection waits for another one. Those with packets for the guest take turns of at most
-//!   [`to_guest::QUANTUM`] bytes. The guest's packets are processed whether or not it has buffers
+//!   64 KiB (`to_guest::QUANTUM`). The guest's packets are processed whether or not it has buffers
 //!   for ours (5.10.6.1).
 //! - A connection that ends is removed on both sides, or has a deadline for it.
 //!
