@@ -557,7 +557,7 @@ fn an_interface_that_cannot_lead_there_is_refused() -> Result<()> {
     });
     let (code, said) =
         VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config(&config)?.spawn()?.finish(SOON)?;
-    assert!(code == 152 && said.contains("with the back end vhost"), "{said}");
+    assert!(code == 152 && said.contains("has the backend vhost"), "{said}");
     Ok(())
 }
 

@@ -54,7 +54,7 @@ on_each_transport! {
 
         let (mut vmm, mut api) = empty(transport)?;
         let refused = api.put("/snapshot/load", &files.load())?;
-        ensure!(refused.status == 400 && refused.fault().contains("there is no tap tap0"), "{refused:?}");
+        ensure!(refused.status == 400 && refused.fault().contains("tap tap0: does not exist"), "{refused:?}");
         ensure!(!net.has("tap0"), "a tap was made for a guest that had another");
         net.tap("tap1", "10.0.0.1/24", "")?;
         net.same_neighbour("tap1")?;
@@ -122,7 +122,7 @@ fn children_have_their_networks(transport: Transport, backend: &str) -> Result<(
         json!({"id": id, "serial": serial, "mmds": {"who": id}, "network_overrides": overrides, "api_socket": socket})
     };
 
-    for (tap, named) in [("tap0", "tap0 is in use"), ("tap9", "there is no tap tap9")] {
+    for (tap, named) in [("tap0", "tap tap0: in use"), ("tap9", "tap tap9: does not exist")] {
         let bad = child("bad", json!([{"iface_id": "eth0", "host_dev_name": tap}]));
         let refused = api.put("/fork", &json!({"children": [bad]}))?;
         ensure!(refused.status == 400 && refused.fault().contains(named), "{refused:?}");

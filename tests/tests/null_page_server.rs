@@ -134,7 +134,7 @@ fn a_page_server_that_stalls_leaves_the_monitor_answering_and_the_guest_can_be_s
     // The vCPU comes to a page that is missing at once, and the pause to a vCPU that waits.
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
     let paused = api.patch("/vm", &json!({"state": "Paused"}))?;
-    ensure!(paused.status == 204 || paused.fault().contains("does not stand still"), "{paused:?}");
+    ensure!(paused.status == 204 || paused.fault().contains("did not pause in time"), "{paused:?}");
     let state = api.get("/")?.json()?["state"].clone();
     ensure!(state == json!(if paused.status == 204 { "Paused" } else { "Running" }), "{state}");
     let create = json!({"snapshot_path": home.path().join("s"), "mem_file_path": home.path().join("m")});

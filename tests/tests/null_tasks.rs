@@ -275,7 +275,7 @@ fn a_pause_that_waits_for_a_page_leaves_the_api_answering() -> Result<()> {
     ensure!(state == "Running" || is_readable(&pausing)?, "{state}");
     server.signal(Signal::CONT)?;
     let answer = read_response(&mut pausing)?;
-    ensure!(answer.status == 204 || answer.fault().contains("does not stand still"), "{answer:?}");
+    ensure!(answer.status == 204 || answer.fault().contains("did not pause in time"), "{answer:?}");
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
     ensure!(counts(&wait_for(&vmm.dir().join("serial"), 3)?));
     Ok(())

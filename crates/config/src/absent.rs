@@ -1,12 +1,13 @@
-//! Firecracker's sections and endpoints for devices and settings that vesta does not have yet.
+//! Sections and endpoints of Firecracker that vesta does not support.
 //!
-//! Clients write these keys into every configuration file, most often as null. So an empty section is read as absent, and one with
-//! content is refused by name: a guest must not start without a device that its user asked for.
+//! Clients write these keys into every configuration file, mostly as null. An empty section
+//! therefore counts as absent. A section with content is refused by name: a guest must not start
+//! without a device that its user asked for.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-/// A part of Firecracker's configuration that this version does not have.
+/// A part of Firecracker's configuration that vesta does not support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unsupported {
     /// The balloon device.
@@ -22,8 +23,8 @@ pub enum Unsupported {
 }
 
 impl Unsupported {
-    /// What it is, for an error message.
-    pub fn what(self) -> &'static str {
+    /// What the part configures, for an error message.
+    pub fn description(self) -> &'static str {
         match self {
             Unsupported::Balloon => "balloon devices",
             Unsupported::CpuConfig => "custom CPU templates",
@@ -33,7 +34,7 @@ impl Unsupported {
         }
     }
 
-    /// Its key in the configuration file.
+    /// Key of the part in the configuration file.
     fn key(self) -> &'static str {
         match self {
             Unsupported::Balloon => "balloon",
@@ -44,8 +45,8 @@ impl Unsupported {
         }
     }
 
-    /// Reads its section, which must be empty: null, `[]` or `{}`.
-    fn absent<'de, D: Deserializer<'de>, T: Default>(self, from: D) -> Result<T, D::Error> {
+    /// Reads the section, which must be empty: null, `[]` or `{}`.
+    fn deserialize_empty<'de, D: Deserializer<'de>, T: Default>(self, from: D) -> Result<T, D::Error> {
         let empty = match Value::deserialize(from)? {
             Value::Null => true,
             Value::Array(list) => list.is_empty(),
@@ -58,32 +59,32 @@ impl Unsupported {
         Err(serde::de::Error::custom(format_args!(
             "section {}: this version does not support {}; remove the section or set it to null",
             self.key(),
-            self.what()
+            self.description()
         )))
     }
 
     pub(crate) fn balloon<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
-        Unsupported::Balloon.absent(from)
+        Unsupported::Balloon.deserialize_empty(from)
     }
 
     pub(crate) fn cpu_config<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
-        Unsupported::CpuConfig.absent(from)
+        Unsupported::CpuConfig.deserialize_empty(from)
     }
 
     pub(crate) fn metrics<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
-        Unsupported::Metrics.absent(from)
+        Unsupported::Metrics.deserialize_empty(from)
     }
 
     pub(crate) fn pmem<'de, D: Deserializer<'de>>(from: D) -> Result<AbsentList, D::Error> {
-        Unsupported::Pmem.absent(from)
+        Unsupported::Pmem.deserialize_empty(from)
     }
 
     pub(crate) fn memory_hotplug<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
-        Unsupported::MemoryHotplug.absent(from)
+        Unsupported::MemoryHotplug.deserialize_empty(from)
     }
 }
 
-/// An object that is not there: null.
+/// Section of an unsupported device or setting; serialized as null.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Absent;
 
@@ -93,7 +94,7 @@ impl Serialize for Absent {
     }
 }
 
-/// A list of devices that are not there: `[]`.
+/// Section of unsupported devices; serialized as `[]`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AbsentList;
 

@@ -1,4 +1,4 @@
-//! `/actions`: what a microVM is told to do, once and at once.
+//! `/actions`: one-time actions of a microVM.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,18 +6,18 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Action {
-    /// What to do.
+    /// The action.
     pub action_type: ActionType,
 }
 
-/// What a microVM can be told to do.
+/// An action of a microVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ActionType {
     /// Boot the guest.
     InstanceStart,
-    /// Write the metrics out now.
+    /// Write the metrics now.
     FlushMetrics,
-    /// Press Ctrl+Alt+Del on the guest's keyboard: an orderly reboot for most guests.
+    /// Press Ctrl+Alt+Del on the guest's keyboard. Most guests then reboot in order.
     SendCtrlAltDel,
 }
 
@@ -26,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_action_is_known_by_its_name() {
+    fn actions_are_read_by_name() {
         for (name, action_type) in [
             ("InstanceStart", ActionType::InstanceStart),
             ("FlushMetrics", ActionType::FlushMetrics),
@@ -38,13 +38,13 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_action_is_named() {
+    fn unknown_action_is_named() {
         let error = serde_json::from_str::<Action>(r#"{"action_type":"InstanceHalt"}"#).unwrap_err();
         assert!(error.to_string().contains("`InstanceHalt`"), "{error}");
     }
 
     #[test]
-    fn an_unknown_field_is_named() {
+    fn unknown_field_is_named() {
         let error =
             serde_json::from_str::<Action>(r#"{"action_type":"InstanceStart","payload":1}"#).unwrap_err();
         assert!(error.to_string().contains("`payload`"), "{error}");

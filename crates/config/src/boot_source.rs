@@ -1,15 +1,13 @@
-//! `/boot-source`: kernel, initial RAM disk and command line.
+//! `/boot-source`: kernel, initrd and kernel command line.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ConfigError;
+use crate::error::ConfigError;
+use crate::limits::MAX_BOOT_ARGS_LEN;
 
-/// Longest kernel command line in bytes, the closing NUL included.
-pub const MAX_BOOT_ARGS_LEN: usize = 2048;
-
-/// The kernel command line where the user gives none.
+/// Default kernel command line.
 pub const DEFAULT_BOOT_ARGS: &str =
     "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
 
@@ -19,10 +17,11 @@ pub const DEFAULT_BOOT_ARGS: &str =
 pub struct BootSource {
     /// The kernel: an ELF `vmlinux` or a `bzImage`.
     pub kernel_image_path: PathBuf,
-    /// The initial RAM disk, if any.
+    /// The initrd, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd_path: Option<PathBuf>,
-    /// The kernel command line; [`DEFAULT_BOOT_ARGS`] where absent. At most [`MAX_BOOT_ARGS_LEN`] bytes.
+    /// Kernel command line; [`DEFAULT_BOOT_ARGS`] if absent. With a final NUL at most
+    /// [`MAX_BOOT_ARGS_LEN`] bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_args: Option<String>,
 }
@@ -40,7 +39,7 @@ impl BootSource {
         }
     }
 
-    /// The command line to boot with, before devices add theirs.
+    /// Kernel command line, without the parameters that devices add.
     pub fn boot_args(&self) -> &str {
         self.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS)
     }
@@ -55,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_command_line_leaves_room_for_the_nul() {
+    fn longest_command_line_has_space_for_its_nul() {
         assert_eq!(with_args("x".repeat(MAX_BOOT_ARGS_LEN - 1)).check(), Ok(()));
         assert_eq!(
             with_args("x".repeat(MAX_BOOT_ARGS_LEN)).check(),
@@ -64,12 +63,12 @@ mod tests {
     }
 
     #[test]
-    fn a_nul_in_the_command_line_is_found() {
+    fn nul_in_the_command_line_is_refused() {
         assert_eq!(with_args("ro\0rw".into()).check(), Err(ConfigError::BootArgsHaveNul { offset: 2 }));
     }
 
     #[test]
-    fn an_absent_command_line_is_the_default_and_an_empty_one_is_empty() {
+    fn absent_command_line_is_the_default_and_empty_is_empty() {
         let absent: BootSource =
             serde_json::from_str(r#"{"kernel_image_path":"k","boot_args":null}"#).unwrap();
         assert_eq!(absent.boot_args(), DEFAULT_BOOT_ARGS);
@@ -77,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_is_needed_and_unknown_fields_are_named() {
+    fn missing_kernel_and_unknown_fields_are_named() {
         for (json, named) in
             [("{}", "`kernel_image_path`"), (r#"{"kernel_image_path":"k","root":"x"}"#, "`root`")]
         {

@@ -4,69 +4,70 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::vm_config::null_is_default;
-use crate::{ConfigError, RateLimiter, in_range};
+use crate::checks;
+use crate::error::{ConfigError, DriveError};
+use crate::limits::{
+    MAX_DRIVE_ID_LEN, MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MAX_OVERLAY_SIZE_MIB,
+    MIN_DRIVE_QUEUE_SIZE,
+};
+use crate::serde_helpers::null_is_default;
+use crate::token_bucket::RateLimiter;
 
-/// Longest `drive_id` in bytes.
-pub const MAX_DRIVE_ID_LEN: usize = 64;
-/// Most queues of one drive.
-pub const MAX_DRIVE_QUEUES: u16 = 32;
-/// Smallest queue of a drive, in descriptors.
-pub const MIN_DRIVE_QUEUE_SIZE: u16 = 16;
-/// Largest queue of a drive, in descriptors.
-pub const MAX_DRIVE_QUEUE_SIZE: u16 = 1024;
-/// The queue size where none is given.
+/// Default `queue_size` of a drive.
 pub const DEFAULT_DRIVE_QUEUE_SIZE: u16 = 256;
-/// Most layers between a disk and the overlay that is written to.
-pub const MAX_OVERLAY_LAYERS: usize = 32;
 
 /// A block device.
 ///
-/// `num_queues`, `io_threads`, `queue_size`, `overlay` and `lock` are extensions; Firecracker has the other fields.
+/// `num_queues`, `io_threads`, `queue_size`, `overlay` and `lock` are extensions. Firecracker has
+/// the other fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
-    /// Its name: 1 to [`MAX_DRIVE_ID_LEN`] visible ASCII characters (in a request's path, only letters, digits and `_` can
-    /// stand). The guest reads the first 20 as the serial number.
+    /// Id: 1 to [`MAX_DRIVE_ID_LEN`] visible ASCII characters. The path of an API request can hold
+    /// only letters, digits and `_`. The guest reads the first 20 as the serial number.
     pub drive_id: String,
-    /// Whether the guest's root file system is on it.
+    /// Whether this is the guest's root device.
     pub is_root_device: bool,
-    /// The partition that the root file system is on, by its unique id; only looked at on the root device.
+    /// PARTUUID of the partition with the root file system; used only on the root device.
     #[serde(default)]
     pub partuuid: Option<String>,
-    /// Whether the guest's flushes wait for the disk.
+    /// Whether the guest can flush its writes to the disk.
     #[serde(default, deserialize_with = "null_is_default")]
     pub cache_type: CacheType,
     /// Whether the guest cannot write.
     #[serde(default, deserialize_with = "null_is_default")]
     pub is_read_only: bool,
-    /// The file or block device that is the disk. A file of no length is a disk of no size, which an update can replace.
+    /// The disk: a file or block device. An empty file is a disk of size 0, which an update can
+    /// replace.
     #[serde(default)]
     pub path_on_host: Option<PathBuf>,
-    /// Limits on bytes and operations; none where absent.
+    /// Limits on bytes and operations; none if absent.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
-    /// How the disk is read and written; [`IoEngine::Async`] where absent and the host's kernel can, else [`IoEngine::Sync`].
+    /// I/O engine. If absent: [`IoEngine::Async`] if the host's kernel supports it, otherwise
+    /// [`IoEngine::Sync`].
     #[serde(default)]
     pub io_engine: Option<IoEngine>,
-    /// The socket of a vhost-user back end, in place of `path_on_host`. Not supported.
+    /// Socket of a vhost-user backend, instead of `path_on_host`. Not supported.
     #[serde(default)]
     pub socket: Option<PathBuf>,
-    /// Number of request queues, 1 to [`MAX_DRIVE_QUEUES`]; 1 where absent.
+    /// Number of request queues, 1 to [`MAX_DRIVE_QUEUES`]; 1 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_queues: Option<u16>,
-    /// Number of I/O threads that the queues are spread over, 1 to `num_queues`; 1 where absent. 1 with an overlay.
+    /// Number of I/O threads that share the queues, 1 to `num_queues`; 1 if absent. With an overlay
+    /// it must be 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_threads: Option<u16>,
-    /// Descriptors per queue: a power of two from [`MIN_DRIVE_QUEUE_SIZE`] to [`MAX_DRIVE_QUEUE_SIZE`];
-    /// [`DEFAULT_DRIVE_QUEUE_SIZE`] where absent.
+    /// Descriptors per queue: a power of two from [`MIN_DRIVE_QUEUE_SIZE`] to
+    /// [`MAX_DRIVE_QUEUE_SIZE`]; [`DEFAULT_DRIVE_QUEUE_SIZE`] if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_size: Option<u16>,
-    /// Where writes go, so that `path_on_host` is only read.
+    /// Overlay that receives the writes. `path_on_host` is then only read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
-    /// Whether other monitors are kept from writing to `path_on_host`, and from reading it while this one writes to it; true where absent. False is for
-    /// disks that several microVMs share on purpose, such as those of shared-disk file systems.
+    /// Whether `path_on_host` is locked; true if absent. The lock keeps other monitors from writing
+    /// to it, and from reading it while this one writes to it. False is for disks that several
+    /// microVMs share on purpose, such as those of shared-disk file systems.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lock: Option<bool>,
 }
@@ -75,119 +76,75 @@ pub struct Drive {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Overlay {
-    /// The file that writes go to. It is made if it does not exist or is empty; with `is_read_only` it must exist.
+    /// The file that receives the writes. It is created if it does not exist or is empty. With
+    /// `is_read_only` it must exist.
     pub path: PathBuf,
-    /// Overlays between `path_on_host` and `path`, each made on the ones before it. They are only read.
+    /// Overlays between `path_on_host` and `path`, lowest first. They are only read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<PathBuf>,
-    /// Size of the disk in MiB when the overlay is made; that of the disk beneath where absent, and not less.
+    /// Size of the disk in MiB when the overlay is created: at least that of the disk below, which
+    /// is also the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size_mib: Option<u64>,
 }
 
-/// Whether a guest's flush waits for the disk.
+/// A new overlay for one drive of a running microVM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverlay {
+    /// Id of the drive.
+    pub drive_id: String,
+    /// The file of the overlay. It must be empty or not exist.
+    pub overlay: PathBuf,
+}
+
+/// Whether a guest can flush its writes to the disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CacheType {
-    /// The guest cannot flush. What it wrote survives the monitor, and may be lost with the host.
+    /// The device offers no flush. Writes survive the end of the monitor, but not always that of
+    /// the host.
     #[default]
     Unsafe,
-    /// The guest can flush, and what it flushed survives the host.
+    /// The device offers a flush. Flushed writes survive a crash of the host.
     Writeback,
 }
 
-/// How a disk is read and written.
+/// I/O engine of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IoEngine {
-    /// One request at a time, on a thread that waits for it.
+    /// Blocking system calls, one request at a time.
     Sync,
-    /// Many requests at a time, through `io_uring`.
+    /// `io_uring`, many requests at a time.
     Async,
-}
-
-/// A drive that has the right form and cannot be meant.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum DriveError {
-    /// A `drive_id` that is empty, too long, or has blanks, control or non-ASCII characters.
-    #[error("drive_id {drive_id:?}: it must be 1 to {MAX_DRIVE_ID_LEN} visible ASCII characters")]
-    Id {
-        /// What was given.
-        drive_id: String,
-    },
-    /// The body speaks of another drive than the path of the request.
-    #[error("drive_id is {body:?} and the request is for {path:?}")]
-    OtherId {
-        /// The id in the body.
-        body: String,
-        /// The id in the path, or of the drive that is to be changed.
-        path: String,
-    },
-    /// Neither a disk nor a socket.
-    #[error("drive {drive_id} has no path_on_host")]
-    NoPath {
-        /// Which drive.
-        drive_id: String,
-    },
-    /// A vhost-user back end.
-    #[error("drive {drive_id} has a socket: vhost-user block devices are not supported yet")]
-    VhostUser {
-        /// Which drive.
-        drive_id: String,
-    },
-    /// A path that the kernel cannot take.
-    #[error("drive {drive_id}: {field} is empty or has a NUL byte")]
-    BadPath {
-        /// Which drive.
-        drive_id: String,
-        /// The field's name in JSON.
-        field: &'static str,
-    },
-    /// A queue size that is no power of two.
-    #[error("queue_size is {queue_size}: it must be a power of two")]
-    QueueSize {
-        /// What was given.
-        queue_size: u16,
-    },
-    /// More threads than one for an overlay.
-    #[error("io_threads is {io_threads}: a drive with an overlay has one I/O thread")]
-    OverlayThreads {
-        /// What was given.
-        io_threads: u16,
-    },
-    /// A new disk under an overlay that was made on the old one.
-    #[error("drive {drive_id} has an overlay: a new path_on_host needs a new overlay")]
-    OverlayOnOldPath {
-        /// Which drive.
-        drive_id: String,
-    },
 }
 
 impl Drive {
     /// Checks bounds and combinations.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let drive_id = || self.drive_id.clone();
-        let well_formed = self.drive_id.bytes().all(|b| b.is_ascii_graphic());
-        if !well_formed || self.drive_id.is_empty() || self.drive_id.len() > MAX_DRIVE_ID_LEN {
-            return Err(DriveError::Id { drive_id: drive_id() }.into());
+        if !checks::is_device_id(&self.drive_id, MAX_DRIVE_ID_LEN) {
+            return Err(DriveError::Id { drive_id: self.drive_id.clone() }.into());
         }
+        self.check_fields().map_err(|error| error.in_drive(&self.drive_id))
+    }
+
+    fn check_fields(&self) -> Result<(), ConfigError> {
         if self.socket.is_some() {
-            return Err(DriveError::VhostUser { drive_id: drive_id() }.into());
+            return Err(DriveError::VhostUser.into());
         }
         if self.path_on_host.is_none() {
-            return Err(DriveError::NoPath { drive_id: drive_id() }.into());
+            return Err(DriveError::NoPath.into());
         }
         for (field, path) in self.paths() {
-            let bytes = path.as_os_str().as_encoded_bytes();
-            if bytes.is_empty() || bytes.contains(&0) {
-                return Err(DriveError::BadPath { drive_id: drive_id(), field }.into());
-            }
+            checks::path(field, path)?;
         }
         check_drive_queues(self.num_queues(), self.io_threads(), self.queue_size())?;
         if let Some(overlay) = &self.overlay {
             if self.io_threads() > 1 {
                 return Err(DriveError::OverlayThreads { io_threads: self.io_threads() }.into());
             }
-            in_range("overlay.layers", overlay.layers.len() as u64, 0, MAX_OVERLAY_LAYERS as u64)?;
-            in_range("overlay.size_mib", overlay.size_mib.unwrap_or(0), 0, MAX_OVERLAY_SIZE_MIB)?;
+            let layers = overlay.layers.len() as u64;
+            checks::in_range("overlay.layers", layers, 0, MAX_OVERLAY_LAYERS as u64)?;
+            checks::in_range("overlay.size_mib", overlay.size_mib.unwrap_or(0), 0, MAX_OVERLAY_SIZE_MIB)?;
         }
         self.rate_limiter.as_ref().map_or(Ok(()), RateLimiter::check)
     }
@@ -197,7 +154,7 @@ impl Drive {
         self.num_queues.unwrap_or(1)
     }
 
-    /// Number of I/O threads that the queues are spread over.
+    /// Number of I/O threads that share the queues.
     pub fn io_threads(&self) -> u16 {
         self.io_threads.unwrap_or(1)
     }
@@ -207,41 +164,35 @@ impl Drive {
         self.queue_size.unwrap_or(DEFAULT_DRIVE_QUEUE_SIZE)
     }
 
-    /// Whether other monitors are kept from its disk.
+    /// Whether the disk is locked against other monitors.
     pub fn lock(&self) -> bool {
         self.lock.unwrap_or(true)
     }
 
-    /// This drive with the fields of `update` in place of its own, checked.
-    ///
-    /// Of a rate limiter only the buckets that `update` names are replaced.
+    /// Returns this drive with the fields of `update`, checked. Of a rate limiter, only the buckets
+    /// in `update` are replaced.
     pub fn updated(&self, update: &DriveUpdate) -> Result<Drive, ConfigError> {
         if update.drive_id != self.drive_id {
             let (body, path) = (update.drive_id.clone(), self.drive_id.clone());
-            return Err(DriveError::OtherId { body, path }.into());
+            return Err(DriveError::IdMismatch { body, path }.into());
         }
         let mut new = self.clone();
         if let Some(path) = &update.path_on_host {
             if self.overlay.is_some() && update.overlay.is_none() && self.path_on_host.as_ref() != Some(path)
             {
-                return Err(DriveError::OverlayOnOldPath { drive_id: self.drive_id.clone() }.into());
+                return Err(ConfigError::from(DriveError::OverlayOnOldPath).in_drive(&self.drive_id));
             }
             new.path_on_host = Some(path.clone());
         }
         if let Some(overlay) = &update.overlay {
             new.overlay = Some(overlay.clone());
         }
-        if let Some(limits) = update.rate_limiter {
-            let old = self.rate_limiter.unwrap_or_default();
-            new.rate_limiter = Some(RateLimiter {
-                bandwidth: limits.bandwidth.or(old.bandwidth),
-                ops: limits.ops.or(old.ops),
-            });
-        }
+        new.rate_limiter = RateLimiter::updated(self.rate_limiter, update.rate_limiter);
         new.check()?;
         Ok(new)
     }
 
+    /// Paths of this drive with the fields that name them.
     fn paths(&self) -> impl Iterator<Item = (&'static str, &PathBuf)> {
         let overlay = self.overlay.iter().map(|overlay| ("overlay.path", &overlay.path));
         let layers = self.overlay.iter().flat_map(|overlay| &overlay.layers);
@@ -250,36 +201,52 @@ impl Drive {
     }
 }
 
-/// Checks how the queues of a drive are cut.
+/// Checks numbers of queues and I/O threads of a drive, and the size of its queues.
 pub fn check_drive_queues(num_queues: u16, io_threads: u16, queue_size: u16) -> Result<(), ConfigError> {
-    in_range("num_queues", num_queues.into(), 1, MAX_DRIVE_QUEUES.into())?;
-    in_range("io_threads", io_threads.into(), 1, num_queues.into())?;
-    in_range("queue_size", queue_size.into(), MIN_DRIVE_QUEUE_SIZE.into(), MAX_DRIVE_QUEUE_SIZE.into())?;
-    if queue_size.is_power_of_two() { Ok(()) } else { Err(DriveError::QueueSize { queue_size }.into()) }
+    checks::in_range("num_queues", num_queues.into(), 1, MAX_DRIVE_QUEUES.into())?;
+    checks::in_range("io_threads", io_threads.into(), 1, num_queues.into())?;
+    checks::queue_size(queue_size, MIN_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUE_SIZE)
 }
 
-/// Largest disk of an overlay in MiB: 16 TiB.
-const MAX_OVERLAY_SIZE_MIB: u64 = 16 << 20;
+/// Checks each drive, that ids are unique, and that at most one drive is the root device.
+pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
+    let mut root: Option<&Drive> = None;
+    for (i, drive) in drives.iter().enumerate() {
+        drive.check()?;
+        if drives[..i].iter().any(|other| other.drive_id == drive.drive_id) {
+            return Err(ConfigError::DuplicateDrive { drive_id: drive.drive_id.clone() });
+        }
+        if !drive.is_root_device {
+            continue;
+        }
+        if let Some(first) = root.replace(drive) {
+            let (first, second) = (first.drive_id.clone(), drive.drive_id.clone());
+            return Err(ConfigError::TwoRootDevices { first, second });
+        }
+    }
+    Ok(())
+}
 
-/// The body of `PATCH /drives/{id}`: what is absent or null stays as it is.
+/// The body of `PATCH /drives/{id}`. A field that is absent or null changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriveUpdate {
-    /// Which drive.
+    /// Id of the drive.
     pub drive_id: String,
-    /// The disk to go on with. The same path again makes the guest see a new size (and changes nothing where there is an overlay, whose size is its own).
+    /// The new disk. The same path again makes a changed size visible to the guest. It does nothing
+    /// to a drive with an overlay, which has its own size.
     #[serde(default)]
     pub path_on_host: Option<PathBuf>,
-    /// New limits; a bucket that is absent stays as it is, one of no size is switched off.
+    /// New limits. An absent bucket is unchanged; one of size 0 is removed.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
-    /// A new overlay (an extension).
+    /// A new overlay. An extension.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
 }
 
 impl DriveUpdate {
-    /// Whether it changes nothing, which the API refuses.
+    /// Whether the update has no field that changes something. The API refuses such an update.
     pub fn is_empty(&self) -> bool {
         let DriveUpdate { drive_id: _, path_on_host, rate_limiter, overlay } = self;
         path_on_host.is_none() && rate_limiter.is_none() && overlay.is_none()
@@ -305,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_minimal_drive_has_firecrackers_defaults() {
+    fn minimal_drive_has_firecrackers_defaults() {
         let drive = parse(r#"{"drive_id":"rootfs","is_root_device":true,"path_on_host":"/r.ext4"}"#);
         assert_eq!(drive.cache_type, CacheType::Unsafe);
         assert_eq!((drive.num_queues(), drive.io_threads(), drive.queue_size()), (1, 1, 256));
@@ -317,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_may_send_null_and_empty_limiters() {
+    fn null_and_empty_rate_limiters_are_accepted() {
         for limiter in ["null", "{}"] {
             let json = format!(
                 r#"{{"drive_id":"d","is_root_device":false,"path_on_host":"x","rate_limiter":{limiter},"partuuid":null,"socket":null,"io_engine":null,"is_read_only":null,"cache_type":null}}"#
@@ -341,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_meant_is_refused_by_name() {
+    fn invalid_fields_are_named() {
         let with = |fields: &str| refused(&format!(r#"{{"drive_id":"d","is_root_device":false,{fields}}}"#));
         assert!(with(r#""path_on_host":"x","socket":"s""#).contains("vhost-user"));
         assert!(with(r#""partuuid":null"#).contains("path_on_host"));
@@ -360,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_changes_what_it_names() {
+    fn update_changes_the_fields_it_names() {
         let drive = parse(
             r#"{"drive_id":"d","is_root_device":false,"path_on_host":"x","rate_limiter":{"ops":{"size":1,"refill_time":100}}}"#,
         );
@@ -377,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overlay_does_not_move_to_another_disk() {
+    fn overlay_does_not_move_to_another_disk() {
         let drive =
             parse(r#"{"drive_id":"d","is_root_device":false,"path_on_host":"x","overlay":{"path":"o"}}"#);
         let update = |json: &str| drive.updated(&serde_json::from_str(json).unwrap());
@@ -389,7 +356,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_checked_drive_survives_its_own_json(
+        fn checked_drive_round_trips_through_json(
             queues in 1u16..=MAX_DRIVE_QUEUES,
             size in 4u32..=10,
             read_only: bool,

@@ -1,14 +1,15 @@
-//! `/entropy`: the device that random numbers come from.
+//! `/entropy`: the entropy device.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigError, RateLimiter};
+use crate::error::ConfigError;
+use crate::token_bucket::RateLimiter;
 
 /// An entropy device.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
-    /// How much the guest may draw. No limit where absent.
+    /// Limits on the random bytes and requests of the guest; none if absent.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
 }
@@ -25,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn null_means_absent_and_an_unknown_field_is_named() {
+    fn null_means_absent_and_unknown_field_is_named() {
         assert_eq!(serde_json::from_str::<Entropy>(r#"{"rate_limiter":null}"#).unwrap(), Entropy::default());
         let error = serde_json::from_str::<Entropy>(r#"{"limit":1}"#).unwrap_err().to_string();
         assert!(error.contains("`limit`"), "{error}");

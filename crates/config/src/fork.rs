@@ -1,130 +1,105 @@
-//! `/fork` (an extension): children of a running microVM.
+//! `/fork`: children of a running microVM. An extension.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::vm_config::null_is_default;
-use crate::{ConfigError, InstanceId, Logger, NetworkOverride, Serial, VsockOverride};
-
-/// Most children of one call.
-pub const MAX_CHILDREN: usize = 1000;
+use crate::checks;
+use crate::drive::DriveOverlay;
+use crate::error::{ConfigError, ForkError};
+use crate::id::InstanceId;
+use crate::limits::MAX_CHILDREN;
+use crate::logger::Logger;
+use crate::network_override::NetworkOverride;
+use crate::serde_helpers::null_is_default;
+use crate::serial::Serial;
+use crate::vsock::VsockOverride;
 
 /// The body of `PUT /fork`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fork {
-    /// The children to be, at least one.
+    /// The children to start, 1 to [`MAX_CHILDREN`].
     pub children: Vec<Child>,
-    /// Where this microVM's own writes go from now on, for drives where the default is not right.
+    /// New overlays of this microVM's own drives. Writable drives that
+    /// are not listed get a default path.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub drives: Vec<DriveOverlay>,
 }
 
-/// A child.
+/// A child of a fork.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Child {
-    /// Its id.
+    /// Id of the child.
     pub id: InstanceId,
-    /// Where it serves its API; not at all where absent.
+    /// API socket of the child; it has no API if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_socket: Option<PathBuf>,
-    /// The cgroup that it moves to (a directory with a `cgroup.procs`); that of its parent where absent.
+    /// Cgroup of the child: a directory with a `cgroup.procs`. The parent's if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<PathBuf>,
-    /// Where its writes go, for drives where the default is not right.
+    /// New overlays of the child's drives. Writable drives that are not listed get a
+    /// default path.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub drives: Vec<DriveOverlay>,
-    /// Its taps: it has none of its parent's. An interface that is not named here is there, with its link down.
+    /// Taps of the child, which keeps none of its parent's. The link of an interface that is not
+    /// listed is down.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub network_overrides: Vec<NetworkOverride>,
-    /// Where its serial console goes; nowhere where absent.
+    /// Serial console of the child; its output is discarded if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
-    /// The sockets of its vsock device. Where absent it has none: host programs cannot reach it, nor it them.
+    /// Sockets of the child's vsock device. If absent, host and guest cannot connect to each other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
-    /// What its guest reads from the metadata service; what its parent's does where absent.
+    /// Contents of the child's metadata service; the parent's if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mmds: Option<serde_json::Value>,
-    /// How it logs; as its parent where absent.
+    /// Logger of the child; as the parent's if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logger: Option<Logger>,
-    /// Whether it runs at once; otherwise it is paused.
+    /// Whether the child runs after its start; otherwise it is paused.
     #[serde(default = "yes", skip_serializing_if = "is_true")]
     pub resume: bool,
 }
 
-/// The overlay that takes a drive's writes after a fork.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DriveOverlay {
-    /// The drive.
-    pub drive_id: String,
-    /// The file, which must not exist yet or be empty.
-    pub overlay: PathBuf,
-}
-
-/// Why children cannot be had.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ForkError {
-    /// Not one, or more than are possible.
-    #[error("children has {count} entries: it must have 1 to {MAX_CHILDREN}")]
-    Count {
-        /// How many were given.
-        count: usize,
-    },
-    /// Two things that must differ.
-    #[error("{field} {value} is given twice")]
-    Twice {
-        /// Which field.
-        field: &'static str,
-        /// What is in it.
-        value: String,
-    },
-}
-
 impl Fork {
-    /// Checks that children can be told apart.
+    /// Checks the number of children, and that ids, paths and taps are unique.
     pub fn check(&self) -> Result<(), ConfigError> {
         let count = self.children.len();
         if count == 0 || count > MAX_CHILDREN {
             return Err(ForkError::Count { count }.into());
         }
-        once("id", self.children.iter().map(|child| child.id.as_str().to_owned()))?;
+        checks::unique("id", self.children.iter().map(|child| child.id.as_str().to_owned()))?;
         let shown = |path: &PathBuf| path.display().to_string();
-        once("api_socket", self.children.iter().filter_map(|child| child.api_socket.as_ref().map(shown)))?;
+        checks::unique(
+            "api_socket",
+            self.children.iter().filter_map(|child| child.api_socket.as_ref().map(shown)),
+        )?;
         let sockets = self.children.iter().filter_map(|child| child.vsock_override.as_ref());
         let paths = sockets.flat_map(|vsock| [Some(&vsock.uds_path), vsock.seqpacket_uds_path.as_ref()]);
-        once("vsock_override path", paths.flatten().map(shown))?;
+        checks::unique("vsock_override path", paths.flatten().map(shown))?;
         let taps = self.children.iter().flat_map(|child| &child.network_overrides);
-        once("host_dev_name", taps.clone().filter_map(|tap| tap.host_dev_name.clone()))?;
-        once("passt socket", taps.clone().filter_map(|tap| tap.socket.as_ref().map(shown)))?;
-        once("tap descriptor", taps.filter_map(|tap| tap.fds.as_ref()).flatten().map(ToString::to_string))?;
+        checks::unique("host_dev_name", taps.clone().filter_map(|tap| tap.host_dev_name.clone()))?;
+        checks::unique("passt socket", taps.clone().filter_map(|tap| tap.socket.as_ref().map(shown)))?;
+        checks::unique(
+            "tap descriptor",
+            taps.filter_map(|tap| tap.fds.as_ref()).flatten().map(ToString::to_string),
+        )?;
         for child in &self.children {
-            once("iface_id", child.network_overrides.iter().map(|network| network.iface_id.clone()))?;
+            checks::unique(
+                "iface_id",
+                child.network_overrides.iter().map(|network| network.iface_id.clone()),
+            )?;
         }
         let overlays = self.children.iter().flat_map(|child| &child.drives).chain(&self.drives);
-        once("overlay", overlays.map(|drive| shown(&drive.overlay)))?;
+        checks::unique("overlay", overlays.map(|drive| shown(&drive.overlay)))?;
         for drives in self.children.iter().map(|child| &child.drives).chain([&self.drives]) {
-            once("drive_id", drives.iter().map(|drive| drive.drive_id.clone()))?;
+            checks::unique("drive_id", drives.iter().map(|drive| drive.drive_id.clone()))?;
         }
         self.children.iter().filter_map(|child| child.serial.as_ref()).try_for_each(Serial::check)
     }
-}
-
-/// Checks that no value of a field comes twice.
-pub(crate) fn once(field: &'static str, values: impl Iterator<Item = String>) -> Result<(), ForkError> {
-    let mut seen = BTreeSet::new();
-    for value in values {
-        if seen.contains(&value) {
-            return Err(ForkError::Twice { field, value });
-        }
-        seen.insert(value);
-    }
-    Ok(())
 }
 
 fn yes() -> bool {
@@ -147,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_needs_an_id_and_runs_at_once() {
+    fn child_needs_an_id_only_and_is_resumed_by_default() {
         let fork = fork(r#"{"children":[{"id":"a"}]}"#).unwrap();
         assert!(fork.children[0].resume && fork.children[0].api_socket.is_none());
         let nulls =
@@ -156,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn children_that_cannot_be_told_apart_are_refused_by_what_they_share() {
+    fn duplicate_ids_paths_and_drives_are_named() {
         for (json, named) in [
             (r#"{"children":[]}"#, "0 entries"),
             (r#"{"children":[{"id":"a"},{"id":"a"}]}"#, "id a "),

@@ -1,48 +1,49 @@
-//! Names that users give: of a microVM, and of the resources in it.
+//! Ids of microVMs, and of resources in the paths of API requests.
 
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-/// Most characters of a microVM's name.
+/// Longest id of a microVM, in bytes.
 const MAX_INSTANCE_ID_LEN: usize = 64;
 
-/// The name of a microVM (`--id`): 1 to 64 letters, digits and hyphens, all ASCII.
+/// Id of a microVM (`--id`): 1 to 64 ASCII letters, digits and hyphens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct InstanceId(String);
 
-/// The name of a resource in a path of the API: letters, digits and underscores, all ASCII, at least one.
+/// Id of a resource in the path of an API request: ASCII letters, digits and underscores, at least
+/// one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ResourceId(String);
 
-/// A name that cannot be one.
+/// An invalid id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
-    /// It is empty.
+    /// The id is empty.
     #[error("the id is empty")]
     Empty,
-    /// A microVM's name is too long.
-    #[error("the id has {len} bytes: it must have at most {MAX_INSTANCE_ID_LEN}")]
+    /// The id of a microVM is too long.
+    #[error("the id has {len} bytes; it must have at most {MAX_INSTANCE_ID_LEN}")]
     TooLong {
-        /// What was given, in bytes.
+        /// Length given, in bytes.
         len: usize,
     },
-    /// A character that may not be in it.
-    #[error("the id `{id}` has the character {character:?}: it may have only letters, digits and `{also}`")]
+    /// A character that is not allowed.
+    #[error("the id `{id}` has the character {character:?}; only letters, digits and `{also}` are allowed")]
     BadCharacter {
-        /// What was given.
+        /// The id given.
         id: String,
-        /// The first character that may not be in it.
+        /// The first character that is not allowed.
         character: char,
-        /// What may be in it besides letters and digits.
+        /// Allowed besides letters and digits.
         also: char,
     },
 }
 
 impl Default for InstanceId {
-    /// The name of a microVM that was given none.
+    /// Id of a microVM without `--id`.
     fn default() -> InstanceId {
         InstanceId("anonymous-instance".into())
     }
@@ -85,7 +86,7 @@ impl TryFrom<String> for ResourceId {
     }
 }
 
-/// Whether `id` is not empty and has letters, digits and `also` only.
+/// Checks that `id` is not empty and has only letters, digits and `also`.
 fn check_characters(id: &str, also: char) -> Result<(), IdError> {
     if id.is_empty() {
         return Err(IdError::Empty);
@@ -97,14 +98,14 @@ fn check_characters(id: &str, also: char) -> Result<(), IdError> {
 }
 
 impl InstanceId {
-    /// The name as text.
+    /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl ResourceId {
-    /// The name as text.
+    /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -141,12 +142,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_was_not_given_could_have_been() {
+    fn default_id_is_valid() {
         assert_eq!("anonymous-instance".parse(), Ok(InstanceId::default()));
     }
 
     #[test]
-    fn lengths_are_bounded() {
+    fn id_length_is_bounded() {
         assert_eq!("".parse::<InstanceId>(), Err(IdError::Empty));
         assert_eq!("".parse::<ResourceId>(), Err(IdError::Empty));
         assert!("x".repeat(64).parse::<InstanceId>().is_ok());
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_bad_character_is_named() {
+    fn first_bad_character_is_named() {
         let error = "a_b/".parse::<InstanceId>().unwrap_err();
         assert_eq!(error, IdError::BadCharacter { id: "a_b/".into(), character: '_', also: '-' });
         let error = serde_json::from_str::<ResourceId>(r#""a-b""#).unwrap_err().to_string();
@@ -163,7 +164,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn good_names_come_back_the_same(instance in "[A-Za-z0-9-]{1,64}", resource in "[A-Za-z0-9_]{1,100}") {
+        fn valid_ids_round_trip(instance in "[A-Za-z0-9-]{1,64}", resource in "[A-Za-z0-9_]{1,100}") {
             let parsed: InstanceId = instance.parse().unwrap();
             prop_assert_eq!(parsed.as_str(), &instance);
             let parsed: ResourceId = serde_json::from_value(resource.clone().into()).unwrap();
@@ -171,7 +172,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_taken_has_good_characters_only(text in "\\PC{1,8}") {
+        fn only_ids_with_allowed_characters_are_accepted(text in "\\PC{1,8}") {
             let good = |also| text.chars().all(|c: char| c.is_ascii_alphanumeric() || c == also);
             prop_assert_eq!(text.parse::<InstanceId>().is_ok(), good('-'));
             prop_assert_eq!(text.parse::<ResourceId>().is_ok(), good('_'));

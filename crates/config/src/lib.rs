@@ -1,33 +1,40 @@
-//! What a microVM is, as its user writes it: one struct per JSON object of the API and of the configuration file,
-//! with its defaults, bounds and checks.
+//! Configuration of a microVM: one struct for each JSON object of the API and of the configuration
+//! file, with defaults, bounds and checks.
 //!
-//! The same structs read a request body and a section of `--config-file`. This room does no I/O: it says whether a
-//! value can be meant, never whether a file exists.
+//! The same structs read an API request and a section of `--config-file`. This crate does no I/O:
+//! it says whether a value is valid, not whether a file exists.
 //!
 //! # Invariants
 //!
-//! - Unknown fields are refused, with their name, wherever they stand.
-//! - Deserializing checks form (types, names of variants); `check` methods check bounds and combinations. A value
-//!   that came through both is in range, and other rooms may rely on it.
-//! - Serializing gives the shape that the API answers with.
+//! - Unknown fields are refused by name, at every depth.
+//! - Deserializing checks types and the names of variants. `check` methods check bounds and
+//!   combinations. Other crates may rely on a value that passed both.
+//! - Serializing gives the JSON with which the API responds.
 //!
 //! # Errors
 //!
-//! [`ConfigError`]: each variant names the field, the value and the bound. Names have their own, [`IdError`].
+//! [`ConfigError`]: each variant names the field, the value and the bound. Ids of microVMs and of
+//! resources in paths have their own error, [`IdError`].
 
 #![forbid(unsafe_code)]
 
 mod absent;
 mod action;
 mod boot_source;
+mod checks;
 mod drive;
 mod entropy;
+mod error;
 mod fork;
 mod id;
+mod limits;
 mod logger;
+mod mac;
 mod machine_config;
 mod mmds;
 mod network;
+mod network_override;
+mod serde_helpers;
 mod serial;
 mod snapshot;
 #[cfg(any(test, feature = "testing"))]
@@ -39,130 +46,35 @@ mod vsock;
 
 pub use absent::{Absent, AbsentList, Unsupported};
 pub use action::{Action, ActionType};
-pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS, MAX_BOOT_ARGS_LEN};
+pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS};
 pub use drive::{
-    CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveError, DriveUpdate, IoEngine, MAX_DRIVE_ID_LEN,
-    MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MIN_DRIVE_QUEUE_SIZE, Overlay,
-    check_drive_queues,
+    CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveOverlay, DriveUpdate, IoEngine, Overlay,
+    check_drive_queues, check_drives,
 };
 pub use entropy::Entropy;
-pub use fork::{Child, DriveOverlay, Fork, ForkError, MAX_CHILDREN};
+pub use error::{ConfigError, DriveError, ForkError, MmdsConfigError, NetworkError, SnapshotError};
+pub use fork::{Child, Fork};
 pub use id::{IdError, InstanceId, ResourceId};
+pub use limits::{
+    MAX_BOOT_ARGS_LEN, MAX_CHILDREN, MAX_DRIVE_ID_LEN, MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES,
+    MAX_IFACE_ID_LEN, MAX_MEM_SIZE_MIB, MAX_NET_QUEUE_SIZE, MAX_OVERLAY_LAYERS, MAX_QUEUE_PAIRS,
+    MAX_REFILL_TIME_MS, MAX_SOCKET_PATH_LEN, MAX_TAP_NAME_LEN, MAX_VCPU_COUNT, MIN_DRIVE_QUEUE_SIZE, MIN_MTU,
+    MIN_NET_QUEUE_SIZE,
+};
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
-pub use machine_config::{
-    CpuTemplate, HugePages, MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT, MachineConfig, MachineConfigUpdate,
-};
-pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsConfigError, MmdsVersion};
+pub use mac::{MacAddress, MacAddressError};
+pub use machine_config::{CpuTemplate, HugePages, MachineConfig, MachineConfigUpdate};
+pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use network::{
-    DEFAULT_NET_QUEUE_SIZE, MAX_IFACE_ID_LEN, MAX_NET_QUEUE_SIZE, MAX_QUEUE_PAIRS, MAX_TAP_NAME_LEN, MIN_MTU,
-    MIN_NET_QUEUE_SIZE, MacAddress, MacAddressError, NetBackendKind, NetworkError, NetworkInterface,
-    NetworkInterfaceUpdate, NetworkOverride, check_networks, override_networks,
+    DEFAULT_NET_QUEUE_SIZE, NetBackendKind, NetworkInterface, NetworkInterfaceUpdate, check_networks,
 };
+pub use network_override::{NetworkOverride, apply_network_overrides};
 pub use serial::Serial;
 pub use snapshot::{
-    DriveOverride, MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotError, SnapshotHugePages,
-    SnapshotLoad, SnapshotType,
+    DriveOverride, MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotHugePages, SnapshotLoad,
+    SnapshotType,
 };
-pub use token_bucket::{MAX_REFILL_TIME_MS, RateLimiter, TokenBucket};
-pub use vm_config::{FullVmConfig, VmConfig, check_drives};
+pub use token_bucket::{RateLimiter, TokenBucket};
+pub use vm_config::{FullVmConfig, VmConfig};
 pub use vm_state::{Vm, VmState};
-pub use vsock::{MAX_SOCKET_PATH_LEN, Vsock, VsockOverride};
-
-/// A value that has the right form and cannot be meant.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    /// A number outside its bounds.
-    #[error("{field} is {value}: it must be between {min} and {max}")]
-    OutOfRange {
-        /// The field's name in JSON.
-        field: &'static str,
-        /// What was given.
-        value: u64,
-        /// Smallest value allowed.
-        min: u64,
-        /// Largest value allowed.
-        max: u64,
-    },
-    /// `smt` with an odd number of vCPUs above one.
-    #[error("vcpu_count is {vcpu_count}: with smt it must be 1 or even")]
-    OddVcpusWithSmt {
-        /// What was given.
-        vcpu_count: u8,
-    },
-    /// Memory that is not a whole number of huge pages.
-    #[error("mem_size_mib is {mem_size_mib}: with huge_pages 2M it must be a multiple of 2")]
-    OddMemoryWithHugePages {
-        /// What was given.
-        mem_size_mib: u32,
-    },
-    /// A kernel command line that does not fit in the guest's buffer.
-    #[error("boot_args is {len} bytes long: at most {MAX_BOOT_ARGS_LEN} fit")]
-    BootArgsTooLong {
-        /// Length given, in bytes.
-        len: usize,
-    },
-    /// A kernel command line with a NUL byte in it.
-    #[error("boot_args has a NUL byte at offset {offset}: the kernel would not see what follows it")]
-    BootArgsHaveNul {
-        /// Where it stands.
-        offset: usize,
-    },
-    /// The metadata service.
-    #[error(transparent)]
-    Mmds(#[from] MmdsConfigError),
-    /// A block device.
-    #[error(transparent)]
-    Drive(#[from] DriveError),
-    /// A network interface.
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    /// A snapshot.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// Children of a fork.
-    #[error(transparent)]
-    Fork(#[from] ForkError),
-    /// Two drives with the same id, in one configuration file.
-    #[error("there are two drives with drive_id {drive_id}")]
-    DuplicateDrive {
-        /// The id.
-        drive_id: String,
-    },
-    /// Two drives that are both the root device.
-    #[error("drives {first} and {second} are both the root device: only one can be")]
-    TwoRootDevices {
-        /// The drive that is it.
-        first: String,
-        /// The drive that wants to be it too.
-        second: String,
-    },
-    /// A path that no Unix socket can have.
-    #[error("{field} is {len} bytes long: it must have 1 to {MAX_SOCKET_PATH_LEN}")]
-    SocketPathLength {
-        /// The field's name in JSON.
-        field: &'static str,
-        /// Length given, in bytes.
-        len: usize,
-    },
-    /// A CPU template for another architecture.
-    #[error("cpu_template is {template}; {template} is for aarch64 hosts and this one is x86_64")]
-    ForeignCpuTemplate {
-        /// What was given.
-        template: &'static str,
-    },
-    /// Two sockets at one path.
-    #[error("uds_path and seqpacket_uds_path are both {}: they must differ", path.display())]
-    SameSocketPath {
-        /// The path.
-        path: std::path::PathBuf,
-    },
-}
-
-/// Whether `value` lies between `min` and `max`, both included.
-fn in_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
-    if (min..=max).contains(&value) {
-        Ok(())
-    } else {
-        Err(ConfigError::OutOfRange { field, value, min, max })
-    }
-}
+pub use vsock::{Vsock, VsockOverride};

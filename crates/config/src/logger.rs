@@ -1,58 +1,59 @@
-//! `/logger`: where the monitor's own log goes, and what is in it.
+//! `/logger`: the log of the monitor.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize, de};
 
-/// How the monitor logs.
+/// Settings of the monitor's log.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Logger {
-    /// A file (created if missing) or a named pipe; where absent, the log stays where it goes now.
+    /// A file (created if missing) or a named pipe; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_path: Option<PathBuf>,
-    /// What is logged: this level and the graver ones. Where absent, [`LogLevel::Info`], whatever it was before.
+    /// Least severe level that is logged. If absent, [`LogLevel::Info`], whatever it was before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub level: Option<LogLevel>,
-    /// Whether each line names its level; unchanged where absent.
+    /// Whether each line shows its level; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub show_level: Option<bool>,
-    /// Whether each line names the source file and line that wrote it; unchanged where absent.
+    /// Whether each line shows its source file and line; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub show_log_origin: Option<bool>,
-    /// Only lines of modules whose path begins so are logged; all where absent.
+    /// Prefix of the module paths whose lines are logged; all if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
 }
 
-/// How grave a line must be to be logged. Read in any mix of upper and lower case; `Warn` and `Warning` are the same.
+/// Severity of a log line. Read in any mix of upper and lower case. `Warn` and `Warning` are the
+/// same.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub enum LogLevel {
-    /// Nothing at all.
+    /// Logs nothing.
     Off,
-    /// Everything.
+    /// Logs everything.
     Trace,
-    /// What helps a developer of the monitor.
+    /// Details for developers of the monitor.
     Debug,
-    /// What happens, step by step.
+    /// Normal events.
     #[default]
     Info,
-    /// What a user should look at.
+    /// Events that a user should look at.
     Warning,
-    /// What failed.
+    /// Failures.
     Error,
 }
 
-/// A word that is no log level.
+/// An unknown name of a log level.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown log level `{0}`: it must be one of Off, Trace, Debug, Info, Warn, Warning, Error")]
+#[error("unknown log level `{0}`; it must be one of Off, Trace, Debug, Info, Warn, Warning, Error")]
 pub struct UnknownLogLevel(pub String);
 
 impl FromStr for LogLevel {
     type Err = UnknownLogLevel;
 
-    fn from_str(word: &str) -> Result<LogLevel, UnknownLogLevel> {
-        const WORDS: [(&str, LogLevel); 7] = [
+    fn from_str(name: &str) -> Result<LogLevel, UnknownLogLevel> {
+        const NAMES: [(&str, LogLevel); 7] = [
             ("Off", LogLevel::Off),
             ("Trace", LogLevel::Trace),
             ("Debug", LogLevel::Debug),
@@ -61,26 +62,26 @@ impl FromStr for LogLevel {
             ("Warning", LogLevel::Warning),
             ("Error", LogLevel::Error),
         ];
-        let found = WORDS.iter().find(|(known, _)| known.eq_ignore_ascii_case(word));
-        found.map(|&(_, level)| level).ok_or_else(|| UnknownLogLevel(word.to_owned()))
+        let found = NAMES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
+        found.map(|&(_, level)| level).ok_or_else(|| UnknownLogLevel(name.to_owned()))
     }
 }
 
 impl<'de> Deserialize<'de> for LogLevel {
     fn deserialize<D: de::Deserializer<'de>>(deserializer: D) -> Result<LogLevel, D::Error> {
-        struct Word;
-        impl de::Visitor<'_> for Word {
+        struct LevelVisitor;
+        impl de::Visitor<'_> for LevelVisitor {
             type Value = LogLevel;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a log level")
             }
 
-            fn visit_str<E: de::Error>(self, word: &str) -> Result<LogLevel, E> {
-                word.parse().map_err(E::custom)
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<LogLevel, E> {
+                name.parse().map_err(E::custom)
             }
         }
-        deserializer.deserialize_str(Word)
+        deserializer.deserialize_str(LevelVisitor)
     }
 }
 
@@ -91,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_empty_object_changes_nothing_but_the_level() {
+    fn empty_object_only_resets_the_level() {
         assert_eq!(serde_json::from_str::<Logger>("{}").unwrap(), Logger::default());
         assert_eq!(Logger::default().level.unwrap_or_default(), LogLevel::Info);
     }
@@ -103,20 +104,20 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_level_is_named_with_the_known_ones() {
+    fn unknown_level_is_named_with_the_known_ones() {
         let error = serde_json::from_str::<Logger>(r#"{"level":"Loud"}"#).unwrap_err().to_string();
         assert!(error.contains("`Loud`") && error.contains("Warning"), "{error}");
     }
 
     #[test]
-    fn an_unknown_field_is_named() {
+    fn unknown_field_is_named() {
         let error = serde_json::from_str::<Logger>(r#"{"path":"x"}"#).unwrap_err().to_string();
         assert!(error.contains("`path`"), "{error}");
     }
 
     proptest! {
         #[test]
-        fn a_level_is_read_in_any_case(
+        fn level_is_read_in_any_case(
             (word, level) in prop::sample::select(vec![
                 ("Off", LogLevel::Off), ("Trace", LogLevel::Trace), ("Debug", LogLevel::Debug),
                 ("Info", LogLevel::Info), ("Warn", LogLevel::Warning), ("Warning", LogLevel::Warning),

@@ -1,15 +1,12 @@
-//! `/machine-config`: processors and memory.
+//! `/machine-config`: vCPUs and memory.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigError, in_range};
+use crate::checks::in_range;
+use crate::error::ConfigError;
+use crate::limits::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 
-/// Most vCPUs of one microVM.
-pub const MAX_VCPU_COUNT: u8 = 128;
-/// Most memory of one microVM: 1 TiB.
-pub const MAX_MEM_SIZE_MIB: u32 = 1 << 20;
-
-/// Processors and memory of a microVM.
+/// vCPUs and memory of a microVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
@@ -17,16 +14,17 @@ pub struct MachineConfig {
     pub vcpu_count: u8,
     /// Memory in MiB, 1 to [`MAX_MEM_SIZE_MIB`]; with 2 MiB pages, a multiple of 2.
     pub mem_size_mib: u32,
-    /// Whether two vCPUs are shown as the threads of one core. (`ht_enabled` is its name before Firecracker 0.25.)
+    /// Whether each pair of vCPUs appears as the threads of one core. Firecracker before 0.25 calls
+    /// it `ht_enabled`.
     #[serde(default, alias = "ht_enabled")]
     pub smt: bool,
-    /// A CPU template by name; deprecated in the API, and absent unless given.
+    /// Name of a CPU template. Deprecated in the API.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
-    /// Whether pages that the guest writes are logged, for diff snapshots.
+    /// Whether pages that the guest writes are tracked, for diff snapshots.
     #[serde(default)]
     pub track_dirty_pages: bool,
-    /// The pages that back guest memory.
+    /// Pages that back guest memory.
     #[serde(default)]
     pub huge_pages: HugePages,
 }
@@ -61,7 +59,7 @@ impl MachineConfig {
         Ok(())
     }
 
-    /// This configuration with the fields of `update` in place of its own, checked.
+    /// Returns this configuration with the fields of `update`, checked.
     pub fn updated(&self, update: &MachineConfigUpdate) -> Result<MachineConfig, ConfigError> {
         let new = MachineConfig {
             vcpu_count: update.vcpu_count.unwrap_or(self.vcpu_count),
@@ -76,7 +74,7 @@ impl MachineConfig {
     }
 }
 
-/// The body of `PATCH /machine-config`: what is absent stays as it is.
+/// The body of `PATCH /machine-config`. A field that is absent or null changes nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfigUpdate {
@@ -101,26 +99,27 @@ pub struct MachineConfigUpdate {
 }
 
 impl MachineConfigUpdate {
-    /// Whether it changes nothing, which the API refuses.
+    /// Whether the update has no field. The API refuses such an update.
     pub fn is_empty(&self) -> bool {
         *self == MachineConfigUpdate::default()
     }
 }
 
-/// The pages that back guest memory.
+/// Kind of pages that back guest memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
-    /// Ordinary pages; huge ones only where the host uses them for everyone.
+    /// Normal pages; transparent huge pages only if the host enables them always.
     #[default]
     None,
-    /// Ordinary pages that the kernel may merge into huge ones.
+    /// Transparent huge pages.
     Transparent,
-    /// 2 MiB pages from the host's pool (hugetlbfs), reserved when the guest starts.
+    /// 2 MiB pages from the host's pool (hugetlbfs), reserved at start or restore.
     #[serde(rename = "2M")]
     Hugetlbfs2M,
 }
 
-/// The names of Firecracker's static CPU templates. They are accepted for the sake of clients that always send one.
+/// Names of Firecracker's static CPU templates. They are accepted for clients that always send one,
+/// and have no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CpuTemplate {
     /// Intel, up to C3.
@@ -133,7 +132,7 @@ pub enum CpuTemplate {
     T2CL,
     /// AMD Milan as T2.
     T2A,
-    /// Arm Neoverse V1 as N1. No host of vesta's has it, so [`MachineConfig::check`] refuses it.
+    /// Arm Neoverse V1 as N1. [`MachineConfig::check`] refuses it: every host is x86_64.
     V1N1,
     /// No template.
     None,
@@ -154,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn vcpus_and_memory_are_needed_and_the_rest_has_defaults() {
+    fn vcpus_and_memory_are_required_and_the_rest_has_defaults() {
         assert_eq!(parse(r#"{"vcpu_count":2,"mem_size_mib":256}"#), Ok(with(2, 256)));
         for (json, missing) in
             [(r#"{"vcpu_count":2}"#, "`mem_size_mib`"), (r#"{"mem_size_mib":2}"#, "`vcpu_count`")]
@@ -165,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_name_of_smt_before_firecracker_0_25_is_known() {
+    fn ht_enabled_is_an_alias_of_smt() {
         let config = parse(r#"{"vcpu_count":2,"mem_size_mib":256,"ht_enabled":true}"#).unwrap();
         assert!(config.smt);
         let update: MachineConfigUpdate = serde_json::from_str(r#"{"ht_enabled":true}"#).unwrap();
@@ -173,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn bounds_are_inclusive_on_both_ends() {
+    fn bounds_are_inclusive() {
         for good in [with(1, 1), with(MAX_VCPU_COUNT, MAX_MEM_SIZE_MIB)] {
             assert_eq!(good.check(), Ok(()));
         }
@@ -190,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_does_not_fit_its_type_is_refused() {
+    fn number_that_does_not_fit_its_type_is_refused() {
         for json in [
             r#"{"vcpu_count":256,"mem_size_mib":1}"#,
             r#"{"vcpu_count":-1,"mem_size_mib":1}"#,
@@ -211,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_that_does_not_fit_together_changes_nothing() {
+    fn invalid_update_is_refused_as_a_whole() {
         let before = MachineConfig { smt: true, ..with(2, 128) };
         let update = MachineConfigUpdate { vcpu_count: Some(3), ..MachineConfigUpdate::default() };
         assert_eq!(before.updated(&update), Err(ConfigError::OddVcpusWithSmt { vcpu_count: 3 }));
@@ -221,26 +220,26 @@ mod tests {
     }
 
     #[test]
-    fn an_update_of_nothing_is_seen() {
+    fn empty_update_is_detected() {
         assert!(serde_json::from_str::<MachineConfigUpdate>("{}").unwrap().is_empty());
         assert!(!serde_json::from_str::<MachineConfigUpdate>(r#"{"smt":false}"#).unwrap().is_empty());
     }
 
     proptest! {
         #[test]
-        fn smt_takes_one_or_an_even_number_of_vcpus(vcpu_count in 1..=MAX_VCPU_COUNT) {
+        fn smt_accepts_one_or_an_even_number_of_vcpus(vcpu_count in 1..=MAX_VCPU_COUNT) {
             let config = MachineConfig { smt: true, ..with(vcpu_count, 128) };
             prop_assert_eq!(config.check().is_ok(), vcpu_count == 1 || vcpu_count % 2 == 0);
         }
 
         #[test]
-        fn huge_pages_take_whole_ones(mem_size_mib in 1..=MAX_MEM_SIZE_MIB) {
+        fn huge_pages_need_even_memory_sizes(mem_size_mib in 1..=MAX_MEM_SIZE_MIB) {
             let config = MachineConfig { huge_pages: HugePages::Hugetlbfs2M, ..with(1, mem_size_mib) };
             prop_assert_eq!(config.check().is_ok(), mem_size_mib % 2 == 0);
         }
 
         #[test]
-        fn an_update_of_every_field_is_the_same_as_a_new_one(
+        fn update_of_every_field_equals_a_new_configuration(
             vcpu_count: u8, mem_size_mib: u32, smt: bool, track_dirty_pages: bool,
         ) {
             let new = MachineConfig { smt, track_dirty_pages, ..with(vcpu_count, mem_size_mib) };

@@ -1,82 +1,60 @@
-//! `/mmds/config`: the metadata service that the guest asks, through which network interfaces, and how strictly.
+//! `/mmds/config`: the metadata service (MMDS).
 
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::{ConfigError, NetBackendKind, NetworkInterface};
+use crate::error::{ConfigError, MmdsConfigError};
+use crate::network::{NetBackendKind, NetworkInterface};
 
-/// Where guests look for a metadata service.
+/// Default IPv4 address of the service, the one of EC2.
 pub const DEFAULT_MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
-/// How strictly the guest must ask.
+/// Version of the service: whether requests need a session token.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MmdsVersion {
-    /// Whoever asks is answered.
+    /// Requests need no token.
     #[default]
     V1,
-    /// Only who shows a token of this microVM's is answered.
+    /// Requests need a session token of this microVM.
     V2,
 }
 
-/// The metadata service.
+/// Configuration of the metadata service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
-    /// How strictly the guest must ask.
+    /// Whether requests need a session token.
     #[serde(default)]
     pub version: MmdsVersion,
-    /// The ids of the network interfaces through which it is reached.
+    /// Ids of the network interfaces through which the guest reaches the service.
     #[serde(default)]
     pub network_interfaces: Vec<String>,
-    /// Its address in the guest's network; 169.254.169.254 where absent.
+    /// IPv4 address of the service; [`DEFAULT_MMDS_ADDRESS`] if absent.
     #[serde(default)]
     pub ipv4_address: Option<Ipv4Addr>,
-    /// Whether it answers in EC2's text form always, also to who asks for JSON.
+    /// Whether responses are always in EC2's text format, even if the guest accepts JSON.
     #[serde(default)]
     pub imds_compat: bool,
 }
 
-/// What is wrong with [`MmdsConfig`].
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum MmdsConfigError {
-    /// Nothing could reach it.
-    #[error("network_interfaces is empty: name at least one through which the guest reaches MMDS")]
-    NoInterfaces,
-    /// An interface that is not there.
-    #[error("network_interfaces names {0}, and there is no such network interface")]
-    NoSuchInterface(String),
-    /// An interface whose frames the kernel moves.
-    #[error("network interface {0} cannot reach MMDS: with the back end vhost the monitor sees no frames")]
-    Vhost(String),
-    /// An interface whose frames several queues move.
-    #[error("network interface {iface_id} cannot reach MMDS with num_queues {pairs}: it must be 1")]
-    SeveralQueues {
-        /// Which interface.
-        iface_id: String,
-        /// How many pairs it has.
-        pairs: u16,
-    },
-    /// An address that routers may know.
-    #[error("ipv4_address is {0}: it must be link-local, between 169.254.1.0 and 169.254.254.255")]
-    NotLinkLocal(Ipv4Addr),
-}
-
 impl MmdsConfig {
-    /// Its address in the guest's network.
+    /// IPv4 address of the service.
     pub fn address(&self) -> Ipv4Addr {
         self.ipv4_address.unwrap_or(DEFAULT_MMDS_ADDRESS)
     }
 
-    /// Reads it from a configuration file. There it may name no interface, as it does for flintlock's guests without a network: then there is
-    /// none, as if it was not there.
-    pub(crate) fn in_file<'de, D: Deserializer<'de>>(from: D) -> Result<Option<MmdsConfig>, D::Error> {
+    /// Deserializes the section of a configuration file. A section without interfaces, which
+    /// flintlock writes for guests without a network, counts as absent.
+    pub(crate) fn deserialize_in_file<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<MmdsConfig>, D::Error> {
         let config = Option::<MmdsConfig>::deserialize(from)?;
         config.as_ref().map_or(Ok(()), MmdsConfig::check_address).map_err(serde::de::Error::custom)?;
         Ok(config.filter(|config| !config.network_interfaces.is_empty()))
     }
 
-    /// Checks bounds.
+    /// Checks bounds. [`MmdsConfig::check_interfaces`] checks the interfaces.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.network_interfaces.is_empty() {
             return Err(MmdsConfigError::NoInterfaces.into());
@@ -92,7 +70,8 @@ impl MmdsConfig {
         Ok(())
     }
 
-    /// Checks that its interfaces are among those that there are, and that it can be reached through them.
+    /// Checks that `interfaces` has each interface of the service, with a backend whose frames the
+    /// monitor sees and one queue pair.
     pub fn check_interfaces(&self, interfaces: &[NetworkInterface]) -> Result<(), ConfigError> {
         for id in &self.network_interfaces {
             let Some(interface) = interfaces.iter().find(|interface| interface.iface_id == *id) else {
@@ -118,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn interfaces_are_all_it_takes() {
+    fn interfaces_suffice() {
         let config = parse(r#"{"network_interfaces":["eth0"],"ipv4_address":null}"#);
         assert_eq!((config.version, config.imds_compat), (MmdsVersion::V1, false));
         assert_eq!(config.address(), DEFAULT_MMDS_ADDRESS);
@@ -126,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn without_interfaces_it_reaches_nothing() {
+    fn configuration_without_interfaces_is_refused() {
         for json in ["{}", r#"{"version":"V2","network_interfaces":[]}"#] {
             let error = parse(json).check().unwrap_err().to_string();
             assert!(error.contains("network_interfaces is empty"), "{error}");
@@ -134,16 +113,17 @@ mod tests {
     }
 
     #[test]
-    fn in_a_file_without_interfaces_it_is_not_there() {
+    fn section_without_interfaces_in_a_file_counts_as_absent() {
         let in_file = |json: &str| {
-            MmdsConfig::in_file(&mut serde_json::Deserializer::from_str(json)).map_err(|e| e.to_string())
+            MmdsConfig::deserialize_in_file(&mut serde_json::Deserializer::from_str(json))
+                .map_err(|e| e.to_string())
         };
         for json in [r#"{"version":"V1"}"#, r#"{"network_interfaces":[]}"#, "null"] {
             assert_eq!(in_file(json), Ok(None), "{json}");
         }
-        let there = in_file(r#"{"network_interfaces":["a"]}"#).unwrap().unwrap();
-        assert_eq!(there.network_interfaces, ["a"]);
-        // What else it says is looked at all the same.
+        let config = in_file(r#"{"network_interfaces":["a"]}"#).unwrap().unwrap();
+        assert_eq!(config.network_interfaces, ["a"]);
+        // The other fields are checked all the same.
         for (json, named) in [
             (r#"{"version":"V3"}"#, "V3"),
             (r#"{"color":1}"#, "color"),
@@ -154,8 +134,8 @@ mod tests {
     }
 
     #[test]
-    fn only_usable_link_local_addresses_are_taken() {
-        for (address, fine) in [
+    fn only_unreserved_link_local_addresses_are_accepted() {
+        for (address, valid) in [
             ("169.254.1.0", true),
             ("169.254.254.255", true),
             ("169.254.0.255", false),
@@ -164,12 +144,12 @@ mod tests {
             ("10.0.0.1", false),
         ] {
             let config = parse(&format!(r#"{{"network_interfaces":["a"],"ipv4_address":"{address}"}}"#));
-            assert_eq!(config.check().is_ok(), fine, "{address}");
+            assert_eq!(config.check().is_ok(), valid, "{address}");
         }
     }
 
     #[test]
-    fn an_interface_that_cannot_reach_it_is_named() {
+    fn interface_that_cannot_serve_mmds_is_named() {
         let config = parse(r#"{"network_interfaces":["a","b"]}"#);
         let interface = |id: &str, more: &str| -> NetworkInterface {
             serde_json::from_str(&format!(r#"{{"iface_id":"{id}","host_dev_name":"tap"{more}}}"#)).unwrap()
@@ -187,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_version_is_refused() {
+    fn unknown_version_is_refused() {
         let error = serde_json::from_str::<MmdsConfig>(r#"{"version":"V3","network_interfaces":["a"]}"#);
         assert!(error.unwrap_err().to_string().contains("V3"));
     }

@@ -1,19 +1,21 @@
-//! `/serial`: where the guest's serial console goes.
+//! `/serial`: the guest's serial console.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigError, TokenBucket};
+use crate::error::ConfigError;
+use crate::token_bucket::TokenBucket;
 
-/// The host's end of the guest's serial console.
+/// Output of the guest's serial console.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
-    /// A file (created if missing) or a named pipe; standard output where absent.
+    /// A file (created if missing) or a named pipe; standard output if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial_out_path: Option<PathBuf>,
-    /// How much the guest may write, in bytes; what is above is dropped and counted. No limit where absent.
+    /// Limit on the bytes that the guest writes; none if absent. Bytes above it are dropped and
+    /// counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<TokenBucket>,
 }
@@ -36,14 +38,14 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_out_of_bounds_is_refused() {
+    fn token_bucket_out_of_bounds_is_refused() {
         let json = format!(r#"{{"rate_limiter":{{"size":1,"refill_time":{}}}}}"#, u64::MAX);
         let serial: Serial = serde_json::from_str(&json).unwrap();
         assert!(matches!(serial.check(), Err(ConfigError::OutOfRange { field: "refill_time", .. })));
     }
 
     #[test]
-    fn an_unknown_field_is_named() {
+    fn unknown_field_is_named() {
         let error = serde_json::from_str::<Serial>(r#"{"output":"x"}"#).unwrap_err().to_string();
         assert!(error.contains("`output`"), "{error}");
     }

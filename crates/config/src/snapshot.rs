@@ -1,39 +1,44 @@
-//! `/snapshot/create` and `/snapshot/load`.
+//! `/snapshot/create` and `/snapshot/load`: requests to save and to restore a microVM.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::fork::once;
-use crate::vm_config::null_is_default;
-use crate::{ConfigError, DriveOverlay, HugePages, NetworkOverride, Overlay, VsockOverride};
+use crate::checks;
+use crate::drive::{DriveOverlay, Overlay};
+use crate::error::{ConfigError, SnapshotError};
+use crate::machine_config::HugePages;
+use crate::network_override::NetworkOverride;
+use crate::serde_helpers::null_is_default;
+use crate::vsock::VsockOverride;
 
 /// The body of `PUT /snapshot/create`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreate {
-    /// Where the state goes.
+    /// State file to write.
     pub snapshot_path: PathBuf,
-    /// Where the memory goes.
+    /// Memory file to write.
     pub mem_file_path: PathBuf,
-    /// All of the memory, or what was written since the last snapshot.
+    /// Which pages of memory to write.
     #[serde(default, deserialize_with = "null_is_default")]
     pub snapshot_type: SnapshotType,
-    /// Extension: the microVM need not be paused, and runs on while a fork of it writes.
+    /// Whether the microVM may run meanwhile: a forked process writes the snapshot. An extension.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub live: bool,
-    /// Extension: where this microVM's own writes go from a live snapshot on, for drives where the default is not right.
+    /// New overlays of this microVM's drives after a live snapshot. Writable drives that are not
+    /// listed get a default path. An extension.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub drives: Vec<DriveOverlay>,
 }
 
-/// How much of the memory is saved.
+/// Which pages of memory a snapshot has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SnapshotType {
-    /// All of it.
+    /// All pages.
     #[default]
     Full,
-    /// What was written since the last snapshot.
+    /// Pages written since the last snapshot.
     Diff,
 }
 
@@ -42,144 +47,116 @@ pub enum SnapshotType {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotLoad {
-    /// Where the state is.
+    /// State file to read.
     pub snapshot_path: PathBuf,
-    /// Where the memory comes from.
+    /// Source of the memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_backend: Option<MemoryBackend>,
-    /// Where the memory is: `mem_backend` of type File (deprecated).
+    /// Memory file: the same as a `mem_backend` of type File. Deprecated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_file_path: Option<PathBuf>,
-    /// Whether pages that the guest writes are logged, for diff snapshots.
+    /// Whether pages that the guest writes are tracked, for diff snapshots.
     #[serde(default)]
     pub track_dirty_pages: bool,
-    /// The same by its name of old (deprecated); see [`SnapshotLoad::modernize`].
+    /// Old name of `track_dirty_pages`. Deprecated; see [`SnapshotLoad::resolve_deprecated`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enable_diff_snapshots: Option<bool>,
-    /// Whether it runs at once; otherwise it is paused.
+    /// Whether the microVM resumes after the restore; otherwise it is paused.
     #[serde(default)]
     pub resume_vm: bool,
-    /// Whether the guest's clock catches up with the time that has passed since it was saved.
+    /// Whether the guest's clock advances by the time that has passed since the save.
     #[serde(default)]
     pub clock_realtime: bool,
-    /// The pages that back guest memory.
+    /// Pages that back guest memory.
     #[serde(default, deserialize_with = "null_is_default")]
     pub huge_pages: SnapshotHugePages,
-    /// Extension: the pages that the guest came to first are recorded at the first restore, and filled in ahead of it at later ones. Not with
-    /// a page server.
+    /// Whether to prefetch the working set: the first restore records the pages that the guest uses
+    /// first, later restores fill them in early. Impossible with a page server. An extension.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub prefetch: bool,
-    /// The sockets of the vsock device; those that it had where absent.
+    /// Sockets of the vsock device; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
-    /// Network interfaces whose tap is another one now.
+    /// Network interfaces that get another tap.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub network_overrides: Vec<NetworkOverride>,
-    /// Extension: drives that are elsewhere now.
+    /// Drives that get another path. An extension.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
     pub drives: Vec<DriveOverride>,
 }
 
-/// Where memory comes from.
+/// Source of a restored guest's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryBackend {
-    /// What is at `backend_path`.
+    /// Kind of the source.
     pub backend_type: MemoryBackendType,
-    /// The memory file, or the socket of a page server.
+    /// Path of the memory file, or of the page server's socket.
     pub backend_path: PathBuf,
 }
 
-/// Kinds of memory back ends.
+/// Kind of a source of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemoryBackendType {
     /// A memory file, mapped privately.
     File,
-    /// A page server, which answers page faults.
+    /// A page server: a process that handles page faults by userfaultfd.
     Uffd,
 }
 
-/// The pages that back a restored guest's memory.
+/// Kind of pages that back a restored guest's memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SnapshotHugePages {
-    /// As they were.
+    /// The same as in the snapshot.
     #[default]
     Snapshot,
-    /// Ordinary pages.
+    /// Normal pages.
     None,
-    /// Huge pages where the kernel can.
+    /// Transparent huge pages.
     Transparent,
-    /// Pages of 2 MiB from the kernel's pool.
+    /// 2 MiB pages from the host's pool (hugetlbfs).
     #[serde(rename = "2M")]
     Hugetlbfs2M,
 }
 
-/// A drive that is elsewhere now.
+/// New paths of one drive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverride {
-    /// The drive.
+    /// Id of the drive.
     pub drive_id: String,
-    /// Where its file or block device is; where it was if absent.
+    /// Its file or block device; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path_on_host: Option<PathBuf>,
-    /// Where its writes go, in place of the overlay that it had; as it was if absent.
+    /// Its overlay; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
 }
 
-/// What is wrong with a snapshot that is asked for.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SnapshotError {
-    /// Memory from two places, or from none.
-    #[error("exactly one of mem_backend and mem_file_path must be given")]
-    MemoryBackends,
-    /// A page server decides by itself what it sends first.
-    #[error("prefetch is not possible with mem_backend Uffd: the page server decides what it sends first")]
-    PrefetchWithServer,
-    /// Both parts in one file.
-    #[error("snapshot_path and mem_file_path are both {}", path.display())]
-    OneFile {
-        /// The file.
-        path: PathBuf,
-    },
-    /// An overlay in the file of something else.
-    #[error("drives[].overlay is {}, and so is {field}", path.display())]
-    OverlayElsewhere {
-        /// What else.
-        field: &'static str,
-        /// The file.
-        path: PathBuf,
-    },
-    /// A paused microVM keeps its disks.
-    #[error("drives is only possible with \"live\": true: otherwise the microVM keeps its disks")]
-    DrivesNotLive,
-}
-
 impl SnapshotCreate {
-    /// Checks that all files differ.
+    /// Checks that all files differ, and that only a live snapshot has `drives`.
     pub fn check(&self) -> Result<(), ConfigError> {
         if !self.live && !self.drives.is_empty() {
             return Err(SnapshotError::DrivesNotLive.into());
         }
         if self.snapshot_path == self.mem_file_path {
-            return Err(SnapshotError::OneFile { path: self.snapshot_path.clone() }.into());
+            return Err(SnapshotError::SameFile { path: self.snapshot_path.clone() }.into());
         }
         let overlays = || self.drives.iter().map(|drive| &drive.overlay);
         for (field, path) in [("snapshot_path", &self.snapshot_path), ("mem_file_path", &self.mem_file_path)]
         {
             if overlays().any(|overlay| overlay == path) {
-                return Err(SnapshotError::OverlayElsewhere { field, path: path.clone() }.into());
+                return Err(SnapshotError::OverlayIsSnapshotFile { field, path: path.clone() }.into());
             }
         }
-        once("overlay", overlays().map(|overlay| overlay.display().to_string()))?;
-        Ok(once("drive_id", self.drives.iter().map(|drive| drive.drive_id.clone()))?)
+        checks::unique("overlay", overlays().map(|overlay| overlay.display().to_string()))?;
+        Ok(checks::unique("drive_id", self.drives.iter().map(|drive| drive.drive_id.clone()))?)
     }
 }
 
 impl SnapshotLoad {
-    /// What these two files hold, paused, with nothing changed.
-    pub fn of_files(state: PathBuf, memory: PathBuf) -> Self {
+    /// A request to load two files with all defaults: the microVM stays paused.
+    pub fn from_files(state: PathBuf, memory: PathBuf) -> Self {
         SnapshotLoad {
             snapshot_path: state,
             mem_backend: Some(MemoryBackend { backend_type: MemoryBackendType::File, backend_path: memory }),
@@ -196,25 +173,26 @@ impl SnapshotLoad {
         }
     }
 
-    /// Says what is said by a name of old by its name of today. Whether anything deprecated was said at all.
-    pub fn modernize(&mut self) -> bool {
+    /// Moves `enable_diff_snapshots` to its new name. Returns whether the request has a deprecated
+    /// field.
+    pub fn resolve_deprecated(&mut self) -> bool {
         let old = self.enable_diff_snapshots.take();
         self.track_dirty_pages |= old.unwrap_or(false);
         old.is_some() || self.mem_file_path.is_some()
     }
 
-    /// Checks that the memory comes from one place.
+    /// Checks that memory has exactly one source, and that it allows `prefetch` if asked for.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.mem_backend.is_some() == self.mem_file_path.is_some() {
             return Err(SnapshotError::MemoryBackends.into());
         }
         if self.prefetch && self.memory().0 == MemoryBackendType::Uffd {
-            return Err(SnapshotError::PrefetchWithServer.into());
+            return Err(SnapshotError::PrefetchWithUffd.into());
         }
         Ok(())
     }
 
-    /// Where the memory comes from, if this was checked.
+    /// Kind and path of the source of memory. The request must be checked.
     pub fn memory(&self) -> (MemoryBackendType, &Path) {
         match (&self.mem_backend, &self.mem_file_path) {
             (Some(backend), _) => (backend.backend_type, &backend.backend_path),
@@ -224,7 +202,7 @@ impl SnapshotLoad {
 }
 
 impl SnapshotHugePages {
-    /// The pages to use for memory that had `saved`.
+    /// Resolves [`SnapshotHugePages::Snapshot`] to the `saved` kind.
     pub fn resolve(self, saved: HugePages) -> HugePages {
         match self {
             SnapshotHugePages::Snapshot => saved,
@@ -241,13 +219,13 @@ mod tests {
 
     fn load(json: &str) -> Result<SnapshotLoad, String> {
         let mut load: SnapshotLoad = serde_json::from_str(json).map_err(|e| e.to_string())?;
-        load.modernize();
+        load.resolve_deprecated();
         load.check().map_err(|e| e.to_string())?;
         Ok(load)
     }
 
     #[test]
-    fn memory_comes_from_one_place_by_either_name() {
+    fn memory_has_exactly_one_source() {
         let old = load(r#"{"snapshot_path":"s","mem_file_path":"m","enable_diff_snapshots":true}"#).unwrap();
         assert_eq!(old.memory(), (MemoryBackendType::File, Path::new("m")));
         assert!(old.track_dirty_pages);
@@ -263,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn dirty_pages_are_tracked_if_either_name_says_so_and_the_old_one_is_deprecated() {
+    fn enable_diff_snapshots_is_a_deprecated_alias() {
         for (fields, tracked, deprecated) in [
             (r#""track_dirty_pages":true"#, true, false),
             (r#""enable_diff_snapshots":true"#, true, true),
@@ -275,12 +253,16 @@ mod tests {
                 r#"{{"snapshot_path":"s","mem_backend":{{"backend_type":"File","backend_path":"m"}},{fields}}}"#
             );
             let mut load: SnapshotLoad = serde_json::from_str(&json).unwrap();
-            assert_eq!((load.modernize(), load.track_dirty_pages), (deprecated, tracked), "{fields}");
+            assert_eq!(
+                (load.resolve_deprecated(), load.track_dirty_pages),
+                (deprecated, tracked),
+                "{fields}"
+            );
         }
     }
 
     #[test]
-    fn a_snapshot_is_full_unless_asked_and_has_two_files() {
+    fn snapshot_is_full_by_default_and_has_two_files() {
         let create = |json: &str| serde_json::from_str::<SnapshotCreate>(json).unwrap();
         let full = create(r#"{"snapshot_path":"s","mem_file_path":"m"}"#);
         assert_eq!((full.snapshot_type, full.live), (SnapshotType::Full, false));
@@ -292,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_live_snapshot_may_say_where_writes_go_and_names_no_file_twice() {
+    fn only_live_snapshots_have_drives_and_files_are_unique() {
         let check = |live: bool, overlays: &[(&str, &str)]| {
             let drives =
                 overlays.iter().map(|(id, path)| format!(r#"{{"drive_id":"{id}","overlay":"{path}"}}"#));
@@ -304,8 +286,8 @@ mod tests {
         check(true, &[("a", "o"), ("b", "p")]).unwrap();
         for (live, overlays, named) in [
             (false, &[("a", "o")][..], "live"),
-            (true, &[("a", "s")], "overlay is s, and so is snapshot_path"),
-            (true, &[("a", "m")], "overlay is m, and so is mem_file_path"),
+            (true, &[("a", "s")], "overlay and snapshot_path are both s"),
+            (true, &[("a", "m")], "overlay and mem_file_path are both m"),
             (true, &[("a", "o"), ("b", "o")], "overlay o is given twice"),
             (true, &[("a", "o"), ("a", "p")], "drive_id a is given twice"),
         ] {

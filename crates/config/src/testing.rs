@@ -1,6 +1,7 @@
-//! Strategies for property tests, also of other crates: any configuration that passes its checks.
+//! Strategies for property tests of this and other crates: any configuration that passes its
+//! checks.
 //!
-//! Every struct is built field by field, so that a new field does not compile until it is here.
+//! Each struct is built field by field. So a new field does not compile until it is added here.
 
 use std::path::PathBuf;
 
@@ -14,7 +15,7 @@ use crate::{
     TokenBucket, VmConfig, Vsock,
 };
 
-/// Paths that JSON can carry.
+/// Paths that JSON can represent.
 fn path() -> impl Strategy<Value = PathBuf> {
     "[ -~]{1,40}".prop_map(PathBuf::from)
 }

@@ -1,24 +1,23 @@
-//! Rate limits: token buckets, as every device that moves data takes them.
+//! Rate limiters and their token buckets, which several devices have.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ConfigError, in_range};
-
-/// Longest refill time in milliseconds: what still fits in 64 bits of nanoseconds (584 years).
-pub const MAX_REFILL_TIME_MS: u64 = u64::MAX / 1_000_000;
+use crate::checks::in_range;
+use crate::error::ConfigError;
+use crate::limits::MAX_REFILL_TIME_MS;
 
 /// A budget of tokens (bytes or operations) that refills at a steady rate.
 ///
-/// A bucket of no size, or with no refill time, limits nothing.
+/// A bucket with `size` 0 or `refill_time` 0 limits nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
-    /// Most tokens that it holds.
+    /// Tokens in a full bucket.
     pub size: u64,
-    /// Tokens to begin with that are on top of `size` and never refilled.
+    /// Extra tokens at the start, on top of `size`. They are never refilled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub one_time_burst: Option<u64>,
-    /// Milliseconds in which it refills from empty to full, at most [`MAX_REFILL_TIME_MS`].
+    /// Milliseconds to refill from empty to full, at most [`MAX_REFILL_TIME_MS`].
     pub refill_time: u64,
 }
 
@@ -28,20 +27,21 @@ impl TokenBucket {
         in_range("refill_time", self.refill_time, 0, MAX_REFILL_TIME_MS)
     }
 
-    /// Whether it limits nothing.
+    /// Whether the bucket limits nothing.
     pub fn is_unlimited(&self) -> bool {
         self.size == 0 || self.refill_time == 0
     }
 }
 
-/// Limits on bytes and on operations, independent of each other. No limit where absent or null.
+/// Limits on bytes and on operations, independent of each other. A bucket that is absent or null
+/// limits nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
-    /// Tokens are bytes.
+    /// Bucket of bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<TokenBucket>,
-    /// Tokens are operations.
+    /// Bucket of operations.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops: Option<TokenBucket>,
 }
@@ -50,6 +50,13 @@ impl RateLimiter {
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
         [self.bandwidth, self.ops].iter().flatten().try_for_each(TokenBucket::check)
+    }
+
+    /// Returns `old` with the buckets that `new` has.
+    pub(crate) fn updated(old: Option<RateLimiter>, new: Option<RateLimiter>) -> Option<RateLimiter> {
+        let Some(new) = new else { return old };
+        let old = old.unwrap_or_default();
+        Some(RateLimiter { bandwidth: new.bandwidth.or(old.bandwidth), ops: new.ops.or(old.ops) })
     }
 }
 
@@ -72,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_refill_time_fits_in_nanoseconds_and_one_more_is_refused() {
+    fn refill_time_is_bounded_by_64_bits_of_nanoseconds() {
         let bucket = |refill_time| TokenBucket { size: 1, one_time_burst: None, refill_time };
         assert_eq!(bucket(MAX_REFILL_TIME_MS).check(), Ok(()));
         assert!(MAX_REFILL_TIME_MS.checked_mul(1_000_000).is_some());
@@ -82,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn size_and_refill_time_are_needed_and_negative_numbers_refused() {
+    fn size_and_refill_time_are_required_and_not_negative() {
         for (json, named) in [
             (r#"{"size":1}"#, "`refill_time`"),
             (r#"{"refill_time":1}"#, "`size`"),
@@ -96,7 +103,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_limiter_in_bounds_comes_back_the_same(
+        fn rate_limiter_round_trips_through_json(
             bandwidth in prop::option::of(bucket()), ops in prop::option::of(bucket()),
         ) {
             let limiter = RateLimiter { bandwidth, ops };

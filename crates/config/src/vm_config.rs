@@ -1,44 +1,53 @@
-//! A whole microVM in one JSON object: the configuration file, and the answer of `GET /vm/config`.
+//! A whole microVM in one JSON object: the configuration file, and the response to `GET
+//! /vm/config`.
 //!
-//! The keys are Firecracker's (`kebab-case`); `serial` is ours. What `GET /vm/config` answers is a configuration file
-//! again, once it has a boot source. Sections of devices that vesta does not have must be empty ([`Absent`]).
+//! The keys are Firecracker's (`kebab-case`); `serial` is an extension. The response to `GET
+//! /vm/config` is a valid configuration file once it has a boot source. Sections of unsupported
+//! devices must be empty ([`Absent`]).
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use crate::absent::{Absent, AbsentList, Unsupported};
-use crate::{
-    BootSource, ConfigError, Drive, Entropy, Logger, MachineConfig, MmdsConfig, NetworkInterface, Serial,
-    Vsock, check_networks,
-};
+use crate::boot_source::BootSource;
+use crate::drive::{Drive, check_drives};
+use crate::entropy::Entropy;
+use crate::error::ConfigError;
+use crate::logger::Logger;
+use crate::machine_config::MachineConfig;
+use crate::mmds::MmdsConfig;
+use crate::network::{NetworkInterface, check_networks};
+use crate::serde_helpers::null_is_default;
+use crate::serial::Serial;
+use crate::vsock::Vsock;
 
 /// The configuration file (`--config-file`).
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
-    /// What to boot: the only key that must be there.
+    /// Kernel, initrd and command line. The only required key.
     pub boot_source: BootSource,
-    /// Processors and memory.
+    /// vCPUs and memory.
     #[serde(default, deserialize_with = "null_is_default")]
     pub machine_config: MachineConfig,
-    /// The log; the command line's settings hold where absent.
+    /// Log of the monitor; set by the command line if absent.
     #[serde(default)]
     pub logger: Option<Logger>,
-    /// The serial console; standard input and output where absent.
+    /// Serial console; standard input and output if absent.
     #[serde(default)]
     pub serial: Option<Serial>,
-    /// Block devices, by order of their appearance in the guest, but for the root device, which comes first.
+    /// Block devices, in the guest's order, except that the root device comes first.
     #[serde(default, deserialize_with = "null_is_default")]
     pub drives: Vec<Drive>,
-    /// The entropy device; none where absent.
+    /// Entropy device; none if absent.
     #[serde(default)]
     pub entropy: Option<Entropy>,
-    /// The socket device; none where absent.
+    /// Vsock device; none if absent.
     #[serde(default)]
     pub vsock: Option<Vsock>,
-    /// The metadata service; none where absent, or where it names no interface.
-    #[serde(default, deserialize_with = "MmdsConfig::in_file")]
+    /// Metadata service; none if absent or without interfaces.
+    #[serde(default, deserialize_with = "MmdsConfig::deserialize_in_file")]
     pub mmds_config: Option<MmdsConfig>,
-    /// Network devices, by order of their appearance in the guest.
+    /// Network devices, in the guest's order.
     #[serde(default, deserialize_with = "null_is_default")]
     pub network_interfaces: Vec<NetworkInterface>,
     /// Not supported.
@@ -59,7 +68,7 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// Checks the bounds of every part.
+    /// Checks bounds and combinations of every section.
     pub fn check(&self) -> Result<(), ConfigError> {
         self.boot_source.check()?;
         self.machine_config.check()?;
@@ -73,46 +82,27 @@ impl VmConfig {
     }
 }
 
-/// Checks each drive, and that they go together: no id twice, one root device at most.
-pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
-    let mut root: Option<&Drive> = None;
-    for (i, drive) in drives.iter().enumerate() {
-        drive.check()?;
-        if drives[..i].iter().any(|other| other.drive_id == drive.drive_id) {
-            return Err(ConfigError::DuplicateDrive { drive_id: drive.drive_id.clone() });
-        }
-        if !drive.is_root_device {
-            continue;
-        }
-        if let Some(first) = root.replace(drive) {
-            let (first, second) = (first.drive_id.clone(), drive.drive_id.clone());
-            return Err(ConfigError::TwoRootDevices { first, second });
-        }
-    }
-    Ok(())
-}
-
-/// A microVM's configuration as `GET /vm/config` answers: the configuration file's keys, of which any may be unset.
+/// The response to `GET /vm/config`: the keys of the configuration file, any of which may be unset.
 ///
-/// What is unset is null; `serial`, which Firecracker does not have there, is then left out.
+/// An unset key is null. An unset `serial` is omitted, as Firecracker has no such key.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct FullVmConfig {
     /// Not supported.
     #[serde(deserialize_with = "Unsupported::balloon")]
     pub balloon: Absent,
-    /// What to boot, once it is known.
+    /// Kernel, initrd and command line, once set.
     pub boot_source: Option<BootSource>,
     /// Not supported.
     #[serde(deserialize_with = "Unsupported::cpu_config")]
     pub cpu_config: Absent,
     /// Block devices.
     pub drives: Vec<Drive>,
-    /// The entropy device.
+    /// Entropy device.
     pub entropy: Option<Entropy>,
-    /// The log, where the API or the configuration file set it.
+    /// Log of the monitor, if set by the API or the configuration file.
     pub logger: Option<Logger>,
-    /// Processors and memory.
+    /// vCPUs and memory.
     pub machine_config: MachineConfig,
     /// Not supported.
     #[serde(deserialize_with = "Unsupported::memory_hotplug")]
@@ -120,17 +110,17 @@ pub struct FullVmConfig {
     /// Not supported.
     #[serde(deserialize_with = "Unsupported::metrics")]
     pub metrics: Absent,
-    /// The metadata service.
+    /// Metadata service.
     pub mmds_config: Option<MmdsConfig>,
     /// Network devices.
     pub network_interfaces: Vec<NetworkInterface>,
     /// Not supported.
     #[serde(deserialize_with = "Unsupported::pmem")]
     pub pmem: AbsentList,
-    /// The serial console, where the API or the configuration file set it.
+    /// Serial console, if set by the API or the configuration file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
-    /// The socket device.
+    /// Vsock device.
     pub vsock: Option<Vsock>,
 }
 
@@ -171,13 +161,6 @@ impl From<VmConfig> for FullVmConfig {
     }
 }
 
-/// Reads null as if the key were absent.
-pub(crate) fn null_is_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
-    deserializer: D,
-) -> Result<T, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -213,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_is_all_it_takes() {
+    fn boot_source_is_the_only_required_section() {
         assert_eq!(parse(r#"{"boot-source":{"kernel_image_path":"vmlinux"}}"#), Ok(minimal()));
     }
 
@@ -228,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_sections_of_missing_devices_are_absent() {
+    fn empty_sections_of_unsupported_devices_are_accepted() {
         for empty in [
             r#""cpu-config":null,"balloon":null,"metrics":null,"pmem":[],"memory-hotplug":null"#,
             r#""cpu-config":{},"balloon":{},"metrics":{},"pmem":null,"memory-hotplug":{}"#,
@@ -239,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn sections_of_missing_devices_are_refused_by_name() {
+    fn sections_of_unsupported_devices_are_refused_by_name() {
         for (section, content) in [
             ("balloon", r#"{"amount_mib":1,"deflate_on_oom":false}"#),
             ("cpu-config", r#""template.json""#),
@@ -257,13 +240,13 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_boot_source_is_named() {
+    fn missing_boot_source_is_named() {
         let error = parse(r#"{"drives":[]}"#).unwrap_err();
         assert!(error.contains("`boot-source`"), "{error}");
     }
 
     #[test]
-    fn an_unknown_key_is_named_wherever_it_stands() {
+    fn unknown_key_is_named_at_every_depth() {
         for (json, named) in [
             (r#"{"boot-source":{"kernel_image_path":"k"},"network-interface":[]}"#, "`network-interface`"),
             (r#"{"boot-source":{"kernel_image_path":"k","args":""}}"#, "`args`"),
@@ -279,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn drives_that_do_not_go_together_are_named() {
+    fn duplicate_drives_and_root_devices_are_named() {
         let with = |drives: &str| {
             let json = format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},"drives":{drives}}}"#);
             parse(&json).unwrap().check().map_err(|error| error.to_string())
@@ -296,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn checking_reaches_every_part() {
+    fn check_covers_every_section() {
         let mut config = minimal();
         config.machine_config.vcpu_count = 0;
         assert!(config.check().is_err());
@@ -311,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unset_configuration_shows_nulls_and_defaults() {
+    fn unset_configuration_shows_nulls_and_defaults() {
         assert_eq!(
             serde_json::to_value(FullVmConfig::default()).unwrap(),
             serde_json::json!({
@@ -336,14 +319,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_the_api_shows_is_a_configuration_file_again(config in crate::testing::vm_config()) {
+        fn vm_config_response_is_a_configuration_file(config in crate::testing::vm_config()) {
             prop_assert_eq!(config.check(), Ok(()));
             let shown = serde_json::to_string(&FullVmConfig::from(config.clone())).unwrap();
             prop_assert_eq!(parse(&shown), Ok(config));
         }
 
         #[test]
-        fn no_text_makes_reading_panic(text in "\\PC*") {
+        fn parsing_never_panics(text in "\\PC*") {
             let _ = parse(&text);
         }
     }

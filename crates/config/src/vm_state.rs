@@ -1,4 +1,4 @@
-//! `/vm`: whether a started microVM runs or stands still.
+//! `/vm`: pause and resume of a started microVM.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,14 +6,14 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vm {
-    /// The state to bring it to; the one it is in already is no error.
+    /// The new state. The current one is accepted too.
     pub state: VmState,
 }
 
-/// The states that a user can ask for.
+/// State of a started microVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VmState {
-    /// No vCPU runs.
+    /// The vCPUs are paused.
     Paused,
     /// The vCPUs run.
     Resumed,
@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_states_are_known_by_their_names() {
+    fn states_are_read_by_name() {
         for (name, state) in [("Paused", VmState::Paused), ("Resumed", VmState::Resumed)] {
             let json = format!(r#"{{"state":"{name}"}}"#);
             assert_eq!(serde_json::from_str::<Vm>(&json).unwrap(), Vm { state });
@@ -32,7 +32,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_state_is_named() {
+    fn unknown_state_is_named() {
         let error = serde_json::from_str::<Vm>(r#"{"state":"Stopped"}"#).unwrap_err();
         assert!(error.to_string().contains("`Stopped`"), "{error}");
     }

@@ -1,29 +1,28 @@
-//! `/vsock`: the socket device.
+//! `/vsock`: the vsock device.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ConfigError;
+use crate::error::ConfigError;
+use crate::limits::MAX_SOCKET_PATH_LEN;
 
-/// Longest path of a Unix socket in bytes.
-pub const MAX_SOCKET_PATH_LEN: usize = 107;
-
-/// A socket device.
+/// A vsock device.
 ///
-/// `seqpacket_uds_path` is an extension; Firecracker has the other fields.
+/// `seqpacket_uds_path` is an extension. Firecracker has the other fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
-    /// The guest's context id. Any number: clients send 0, too.
+    /// CID of the guest. Any number is accepted: clients send 0 too.
     pub guest_cid: u32,
-    /// The Unix socket that host clients connect to; connections of the guest go to sockets named after it.
+    /// Unix socket to which host programs connect. Connections of the guest go to sockets whose
+    /// paths start with it.
     pub uds_path: PathBuf,
-    /// A name. Deprecated, and of no use.
+    /// Id of the device. Deprecated, without effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_id: Option<String>,
-    /// As `uds_path`, for host clients that send messages (`SOCK_SEQPACKET`). There is no such socket where absent.
+    /// The same for sockets of type `SOCK_SEQPACKET`; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seqpacket_uds_path: Option<PathBuf>,
 }
@@ -41,24 +40,24 @@ impl Vsock {
     }
 }
 
-/// What another microVM made of the same guest has for its socket device: at a fork (and, under this name, where a snapshot is loaded).
+/// New sockets of the vsock device, for a restored snapshot or a fork's child.
 ///
-/// `seqpacket_uds_path` and `guest_cid` are extensions; Firecracker has the other field.
+/// `seqpacket_uds_path` and `guest_cid` are extensions. Firecracker has the other field.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockOverride {
-    /// Instead of [`Vsock::uds_path`].
+    /// Replaces [`Vsock::uds_path`].
     pub uds_path: PathBuf,
-    /// Instead of [`Vsock::seqpacket_uds_path`], and none where absent.
+    /// Replaces [`Vsock::seqpacket_uds_path`]; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seqpacket_uds_path: Option<PathBuf>,
-    /// Instead of [`Vsock::guest_cid`], which stays where absent. The guest hears of it.
+    /// Replaces [`Vsock::guest_cid`]; unchanged if absent. The device notifies the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_cid: Option<u32>,
 }
 
 impl Vsock {
-    /// This device with other sockets; not checked.
+    /// Returns this device with the sockets of `by`, not checked.
     #[must_use]
     pub fn overridden(&self, by: &VsockOverride) -> Vsock {
         Vsock {
@@ -88,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn any_cid_will_do_and_vsock_id_may_be_there() {
+    fn any_cid_and_vsock_id_are_accepted() {
         for cid in [0, 1, 2, 3, u32::MAX] {
             let vsock =
                 parse(&format!(r#"{{"guest_cid":{cid},"uds_path":"v.sock","vsock_id":"root"}}"#)).unwrap();
@@ -99,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn an_override_replaces_the_sockets_and_keeps_the_cid_unless_it_has_one() {
+    fn override_replaces_sockets_and_keeps_an_absent_cid() {
         let vsock = parse(r#"{"guest_cid":3,"uds_path":"a","seqpacket_uds_path":"b"}"#).unwrap();
         let by = |json: &str| vsock.overridden(&serde_json::from_str(json).unwrap());
         let expected = Vsock { guest_cid: 3, uds_path: "c".into(), vsock_id: None, seqpacket_uds_path: None };
@@ -108,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_meant_is_refused_by_name() {
+    fn invalid_fields_are_named() {
         assert!(parse(r#"{"uds_path":"v"}"#).unwrap_err().contains("guest_cid"));
         assert!(parse(r#"{"guest_cid":3}"#).unwrap_err().contains("uds_path"));
         assert!(parse(r#"{"guest_cid":4294967296,"uds_path":"v"}"#).is_err());

@@ -23,7 +23,7 @@
 use std::time::Duration;
 
 use machine::machine::{Machine, PauseError};
-use machine::vcpu::VcpuGone;
+use machine::vcpu::VcpuThreadDied;
 use machine::{EventSink, MachineEvent, Paused, Running, VcpuFault};
 
 use crate::{CommandError, Phase};
@@ -101,7 +101,7 @@ impl Lifecycle {
 
     /// Starts a machine that was built or restored, and lets it run if `resume`. On an error there
     /// is no machine, as before.
-    pub(crate) fn start(&mut self, machine: Paused, resume: bool) -> Result<(), VcpuGone> {
+    pub(crate) fn start(&mut self, machine: Paused, resume: bool) -> Result<(), VcpuThreadDied> {
         self.state = if resume { State::Running(machine.resume()?) } else { State::Paused(machine) };
         Ok(())
     }
@@ -148,7 +148,7 @@ impl Lifecycle {
                 self.state = State::Running(machine);
                 Err(CommandError::Pause(why))
             }
-            Err(PauseError::Gone(gone)) => Err(self.lose(&gone)),
+            Err(PauseError::ThreadDied(gone)) => Err(self.lose(&gone)),
         }
     }
 
@@ -182,10 +182,10 @@ impl Lifecycle {
     }
 
     /// Notes that a vCPU thread died, which is a bug in this monitor, and ends the process.
-    fn lose(&mut self, gone: &VcpuGone) -> CommandError {
+    fn lose(&mut self, gone: &VcpuThreadDied) -> CommandError {
         self.state = State::Stopped;
         log::error!("{gone}");
-        let fault = VcpuFault { vcpu: gone.0, reason: gone.to_string(), place: None };
+        let fault = VcpuFault { vcpu: gone.0, reason: gone.to_string(), instruction: None };
         self.events.post(MachineEvent::Fatal(fault));
         CommandError::VcpuDied(gone.to_string())
     }

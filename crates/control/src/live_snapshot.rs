@@ -116,7 +116,7 @@ impl LiveSnapshotJob {
         if self.is_running()
             && let Some((ram, pages)) = &self.taken
         {
-            ram.put_back(pages);
+            ram.mark_dirty_again(pages);
         }
     }
 
@@ -191,7 +191,7 @@ impl LiveSnapshotJob {
             self.end = Some(End::Failed(micros(self.began), "its process ended before it was done".into()));
         }
         match (&self.end, self.taken.take()) {
-            (Some(End::Cancelled(_) | End::Failed(..)), Some((ram, pages))) => ram.put_back(&pages),
+            (Some(End::Cancelled(_) | End::Failed(..)), Some((ram, pages))) => ram.mark_dirty_again(&pages),
             (None, taken) => self.taken = taken,
             _ => {}
         }
@@ -300,7 +300,7 @@ mod tests {
         job.taken = Some((ram.clone(), ram.all_pages()));
         drop(writer);
         assert_eq!(state(&mut job)["state"], "Failed");
-        assert_eq!(ram.take_monitor_writes().unwrap().count(), 4096);
+        assert_eq!(ram.take_monitor_dirty_pages().unwrap().count(), 4096);
     }
 
     #[test]
@@ -320,10 +320,10 @@ mod tests {
         let (job, writer) = job();
         let mut job = job.started(0, Some((ram.clone(), ram.all_pages())));
         job.mark_unsaved();
-        assert_eq!(ram.take_monitor_writes().unwrap().count(), 4096);
+        assert_eq!(ram.take_monitor_dirty_pages().unwrap().count(), 4096);
         writer.report(&Line::Done(1));
         job.mark_unsaved();
-        assert_eq!(ram.take_monitor_writes().unwrap().count(), 0, "it is saved");
+        assert_eq!(ram.take_monitor_dirty_pages().unwrap().count(), 0, "it is saved");
     }
 
     #[test]

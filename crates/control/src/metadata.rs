@@ -69,7 +69,7 @@ impl Metadata {
     /// the other. Contents that the child could not reach are refused.
     pub(crate) fn child(&self, contents: Option<Value>) -> Result<Metadata, CommandError> {
         self.check_reachable(contents.is_some())?;
-        let store = self.store.detached();
+        let store = self.store.deep_clone();
         contents.map_or(Ok(()), |contents| store.put(contents))?;
         Ok(Metadata { store, config: self.config.clone() })
     }

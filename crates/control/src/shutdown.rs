@@ -32,7 +32,7 @@ pub(crate) fn close_disks(vm: &MicroVm, limit: Duration) {
     let begun = Instant::now();
     let devices = vm.lifecycle.machine().map(Machine::devices);
     // Half of it for requests in flight: a disk that hangs must not keep others from being closed.
-    if let Some(Err(busy)) = devices.map(|devices| devices.still(limit / 2)) {
+    if let Some(Err(busy)) = devices.map(|devices| devices.quiesce(limit / 2)) {
         log::warn!("{busy}");
     }
     let (reply, replies) = mpsc::channel();

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use config::Vsock;
-use vsock::{BindError, HostSockets, Listener, SocketFile, SocketKind, socket_is_possible};
+use vsock::{BindError, HostSockets, Listener, SocketFile, SocketKind, check_socket_path};
 
 use crate::CommandError;
 use crate::reopen::{Reopened, open_or_reopen};
@@ -89,7 +89,7 @@ impl VsockSockets {
     /// creating them.
     pub(crate) fn check_possible(config: &Vsock) -> Result<(), BindError> {
         let paths = [Some(&config.uds_path), config.seqpacket_uds_path.as_ref()];
-        paths.into_iter().flatten().try_for_each(|path| socket_is_possible(path))
+        paths.into_iter().flatten().try_for_each(|path| check_socket_path(path))
     }
 
     /// The sockets in the form that the device takes.

@@ -1,45 +1,48 @@
-//! Finding the device behind a port or an address.
+//! The buses of a machine: they find the device at a port or at a memory address.
 //!
-//! One bus for ports, one for memory-mapped registers. A bus is filled while a machine is built and read by all vCPU
-//! threads afterwards; a device takes care of its own locking.
+//! A bus is filled while a machine is built. Afterwards all vCPU threads read it; each device does
+//! its own locking.
 //!
-//! An access that hits no device reads as all ones and is otherwise ignored, as on real hardware. An access that begins in
-//! a device and runs past its end goes to the device with its full length: the device knows its registers.
+//! As on hardware, a read that hits no device returns all ones, and a write that hits none is
+//! ignored. An access that begins in a device's range goes to that device with its full length,
+//! also if it ends behind the range.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A device on a bus. Offsets count from where the device begins; `data` is little-endian and not empty.
+/// A device on a bus. Offsets count from the start of the device's range. `data` is little-endian
+/// and not empty.
 ///
-/// A device takes any length. Memory is accessed with 1 to 8 bytes. On the bus of ports a string instruction (`rep ins`, `rep outs`) comes
-/// from KVM as one access with all its bytes; devices whose registers are a byte make of it what hardware does, several accesses to the one
-/// port, and others give what they give to an access that is too wide.
+/// A device accepts any length. MMIO accesses have 1 to 8 bytes. On the port bus, KVM passes a
+/// string instruction (`rep ins`, `rep outs`) as one access with all its bytes. Devices with
+/// registers of one byte treat it as hardware does, as several accesses to the one port. Other
+/// devices treat it as an access that is too wide.
 pub trait BusDevice: Send + Sync {
-    /// Fills all of `data`.
+    /// Reads registers; fills all of `data`.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// Takes `data`.
+    /// Writes `data` to registers.
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// Two devices cannot share an address.
+/// The range of a new device overlaps that of another device.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("bus range {wanted:#x?} overlaps {taken:#x?}")]
 pub struct Overlap {
-    /// What was to be added.
+    /// The new device's range.
     pub wanted: Range<u64>,
-    /// What is there.
+    /// The other device's range.
     pub taken: Range<u64>,
 }
 
 /// Devices by address.
 #[derive(Default)]
 pub struct Bus {
-    /// Sorted by start; disjoint.
+    /// Sorted by start of their ranges, which do not overlap.
     devices: Vec<(Range<u64>, Arc<dyn BusDevice>)>,
 }
 
 impl Bus {
-    /// Puts `device` at `range`, which must be free and not empty.
+    /// Adds `device` at `range`, which must be free and not empty.
     pub fn add(&mut self, range: Range<u64>, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
         debug_assert!(!range.is_empty());
         let at = self.devices.partition_point(|(r, _)| r.start < range.start);
@@ -53,7 +56,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Reads from whatever is at `addr`; all ones where nothing is. Says whether there was a device.
+    /// Reads from the device at `addr`, or all ones. Returns whether there is a device.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
         match self.find(addr) {
             Some((offset, device)) => {
@@ -67,7 +70,7 @@ impl Bus {
         }
     }
 
-    /// Writes to whatever is at `addr`. Says whether there was a device.
+    /// Writes to the device at `addr`. Returns whether there is a device.
     pub fn write(&self, addr: u64, data: &[u8]) -> bool {
         match self.find(addr) {
             Some((offset, device)) => {
@@ -83,6 +86,15 @@ impl Bus {
         let (range, device) = &self.devices[at];
         range.contains(&addr).then(|| (addr - range.start, device.as_ref()))
     }
+}
+
+/// The two buses of a machine.
+#[derive(Debug, Default)]
+pub(crate) struct Buses {
+    /// Port I/O.
+    pub(crate) ports: Bus,
+    /// Memory-mapped I/O.
+    pub(crate) mmio: Bus,
 }
 
 impl std::fmt::Debug for Bus {
@@ -121,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_reads_as_all_ones() {
+    fn access_without_a_device_reads_all_ones() {
         let mut bus = Bus::default();
         bus.add(0x10..0x20, Arc::new(Recorder::default())).unwrap();
         for addr in [0, 0xf, 0x20, u64::MAX] {
@@ -133,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn overlap_is_refused_on_either_side() {
+    fn overlapping_ranges_are_refused() {
         let mut bus = Bus::default();
         bus.add(0x10..0x20, Arc::new(Recorder::default())).unwrap();
         bus.add(0x40..0x50, Arc::new(Recorder::default())).unwrap();

@@ -1,39 +1,33 @@
-//! What KVM emulates for the machine as a whole: interrupt controllers, timer chip, paravirtual clock. Saved and restored.
-//!
-//! # PICs that no guest has programmed
-//!
-//! KVM creates its two PICs with every line enabled and vectors from 0 on, where exceptions have
-//! theirs, and the first vCPU's LINT0 takes what they deliver. A restored machine raises interrupts
-//! before its guest may have programmed the PICs: that of the generic event device always. So a PIC
-//! has all lines masked until the guest initialises it, as firmware leaves one, in a saved state
-//! from before too.
+//! The state that KVM keeps for the machine as a whole: interrupt controllers, timer chip and
+//! paravirtual clock. Saved and restored.
 //!
 //! # Order of a restore
 //!
-//! Interrupt controllers, then vCPUs with their local APICs, then the timer chip: it counts as soon
-//! as it has its state, and a local APIC that does not have its own yet would lose the interrupt.
+//! 1. The interrupt controllers ([`ChipsetState::restore_irqchips`]).
+//! 2. The clock ([`ChipsetState::restore_clock`]), after the time stamp counters of the vCPUs.
+//! 3. The other state of the vCPUs, with their local APICs ([`crate::cpu`]).
+//! 4. The timer chip ([`ChipsetState::restore_pit`]). It counts as soon as it has its state, and a
+//!    local APIC that gets its own state afterwards would lose the timer's interrupt.
 
-use std::mem::offset_of;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
-    kvm_pic_state, kvm_pit_state2,
+    kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
-use zerocopy::{FromBytes, IntoBytes};
 
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError, get_irqchip, mask_unprogrammed_pic};
 use crate::raw;
 
-/// `kvm_clock_data::flags`: `realtime` is valid, or is to be gone by.
+/// `kvm_clock_data::flags`: `realtime` is valid (save), or is to be used (restore).
 const KVM_CLOCK_REALTIME: u32 = 1 << 2;
 
-/// The interrupt controllers, in the order in which they are saved.
+/// The IDs of the interrupt controllers, in the order in which they are saved.
 const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
 
-/// Their state.
+/// The state of the chipset.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ChipsetState {
     /// PIC 1, PIC 2, I/O APIC.
@@ -41,13 +35,13 @@ pub struct ChipsetState {
     irqchips: Vec<kvm_irqchip>,
     #[serde(with = "raw")]
     pit: kvm_pit_state2,
-    /// The guest's clock, and the host's when it was read.
+    /// The guest's clock, and the host's time at which it was read.
     #[serde(with = "raw")]
     clock: kvm_clock_data,
 }
 
-/// The clock with the host's time, which KVM adds only where all of its clocks go by a stable
-/// counter. `now` is when it was read.
+/// Adds the host's time `now` to a clock that was just read, if KVM did not. KVM does so only if
+/// its master clock runs on a stable time stamp counter.
 fn with_real_time(clock: kvm_clock_data, now: SystemTime) -> kvm_clock_data {
     if clock.flags & KVM_CLOCK_REALTIME != 0 {
         return clock;
@@ -58,54 +52,55 @@ fn with_real_time(clock: kvm_clock_data, now: SystemTime) -> kvm_clock_data {
     kvm_clock_data { realtime, flags: clock.flags | KVM_CLOCK_REALTIME, ..clock }
 }
 
-/// What a guest's clock shows after it was saved and restored.
+/// What a guest's clock shows after a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ClockAfter {
-    /// It goes on from where it stood.
+    /// It continues from the time at which it was saved.
     #[default]
     Continues,
-    /// It has moved on by the real time that passed in between: the paravirtual clock, and the time stamp counter, which Linux goes by
-    /// where it is shown that the counter never stops.
+    /// It has moved on by the real time that passed since the save. This applies to the paravirtual
+    /// clock, and to the time stamp counter, which Linux uses where CPUID says that it never stops.
     CatchesUp,
 }
 
 impl ChipsetState {
-    /// The state of `vm`, whose vCPUs are still.
+    /// Saves the state of `vm`, whose vCPUs are paused.
     pub(crate) fn save(vm: &VmFd) -> Result<Self, KvmError> {
-        // The timer keeps running: an interrupt that it raises during the save is in the
-        // controllers' state.
-        let pit = vm.get_pit2().named("KVM_GET_PIT2")?;
+        // The timer first, because it keeps running: an interrupt that it raises from here on is in
+        // the state of the controllers.
+        let pit = vm.get_pit2().ioctl("KVM_GET_PIT2")?;
         Ok(ChipsetState {
             irqchips: CHIPS.map(|id| get_irqchip(vm, id)).into_iter().collect::<Result<_, KvmError>>()?,
             pit,
-            clock: with_real_time(vm.get_clock().named("KVM_GET_CLOCK")?, SystemTime::now()),
+            clock: with_real_time(vm.get_clock().ioctl("KVM_GET_CLOCK")?, SystemTime::now()),
         })
     }
 
-    /// Restores the interrupt controllers of `vm`. Its vCPUs exist, have no state yet and have not
-    /// run.
+    /// Restores the interrupt controllers of `vm`. Its vCPUs exist, but have no state yet and have
+    /// not run.
     pub(crate) fn restore_irqchips(&self, vm: &VmFd) -> Result<(), KvmError> {
         self.check_chips()?;
         for chip in &self.irqchips {
             let mut chip = *chip;
             mask_unprogrammed_pic(&mut chip);
-            vm.set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
+            vm.set_irqchip(&chip).ioctl("KVM_SET_IRQCHIP")?;
         }
         Ok(())
     }
 
     /// Restores and starts the timer chip. The vCPUs have their state.
     pub(crate) fn restore_pit(&self, vm: &VmFd) -> Result<(), KvmError> {
-        vm.set_pit2(&self.pit).named("KVM_SET_PIT2")
+        vm.set_pit2(&self.pit).ioctl("KVM_SET_PIT2")
     }
 
-    /// A chip that is missing would start as after a reset.
+    /// Checks that all controllers are there. A missing one would start as after a reset.
     fn check_chips(&self) -> Result<(), KvmError> {
         let ids: Vec<_> = self.irqchips.iter().map(|chip| chip.chip_id).collect();
         if ids == CHIPS { Ok(()) } else { Err(KvmError::Irqchips { ids }) }
     }
 
-    /// How far the guest's time stamp counters have to move on at `now`. As KVM does with its clock: never back.
+    /// The time by which the guest's time stamp counters move on at `now`. Like KVM's clock, they
+    /// never go back.
     pub(crate) fn time_passed(&self, after: ClockAfter, now: SystemTime) -> Duration {
         if after == ClockAfter::Continues || self.clock.flags & KVM_CLOCK_REALTIME == 0 {
             return Duration::ZERO;
@@ -115,7 +110,8 @@ impl ChipsetState {
             .saturating_sub(Duration::from_nanos(self.clock.realtime))
     }
 
-    /// Sets the guest's clock. The time stamp counters are set, and the vCPUs have no other state yet.
+    /// Restores the guest's clock. The time stamp counters are set; the vCPUs have no other state
+    /// yet.
     pub(crate) fn restore_clock(&self, vm: &VmFd, after: ClockAfter) -> Result<(), KvmError> {
         let flags = match after {
             ClockAfter::Continues => 0,
@@ -130,41 +126,8 @@ impl ChipsetState {
             flags,
             ..Default::default()
         };
-        vm.set_clock(&clock).named("KVM_SET_CLOCK")
+        vm.set_clock(&clock).ioctl("KVM_SET_CLOCK")
     }
-}
-
-/// Masks all lines of both PICs of `vm`, which no guest has programmed.
-pub(crate) fn mask_new_pics(vm: &VmFd) -> Result<(), KvmError> {
-    for id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
-        let mut chip = get_irqchip(vm, id)?;
-        mask_unprogrammed_pic(&mut chip);
-        vm.set_irqchip(&chip).named("KVM_SET_IRQCHIP")?;
-    }
-    Ok(())
-}
-
-fn get_irqchip(vm: &VmFd, chip_id: u32) -> Result<kvm_irqchip, KvmError> {
-    let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-    vm.get_irqchip(&mut chip).named("KVM_GET_IRQCHIP")?;
-    Ok(chip)
-}
-
-/// Masks all lines of a PIC that is as KVM creates it. Changes no other chip.
-fn mask_unprogrammed_pic(chip: &mut kvm_irqchip) {
-    let Some(pic) = pic_state(chip) else { return };
-    // The first initialization word sets one of the first two, the second the third.
-    let programmed = pic.init4 != 0 || pic.init_state != 0 || pic.irq_base != 0;
-    if !programmed && pic.imr == 0 {
-        chip.chip.pic.imr = 0xff;
-    }
-}
-
-/// The registers of a PIC; `None` for another chip.
-fn pic_state(chip: &kvm_irqchip) -> Option<kvm_pic_state> {
-    let is_pic = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE].contains(&chip.chip_id);
-    let registers = &chip.as_bytes()[offset_of!(kvm_irqchip, chip)..];
-    is_pic.then(|| kvm_pic_state::read_from_prefix(registers).expect("the union holds a PIC").0)
 }
 
 #[cfg(test)]

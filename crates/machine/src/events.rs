@@ -1,45 +1,46 @@
-//! What a machine tells its owner: the guest wants to stop, or cannot go on.
+//! The events that end a guest, from the machine's threads to its owner.
 //!
-//! vCPU threads post, the owner takes; a descriptor becomes readable when there is something to take.
+//! Threads post events; the owner takes them. A descriptor is readable while an event waits.
 //!
-//! An end is an end: while one waits to be taken, others that are posted are dropped. A guest that asks for its end over and over, while
-//! its owner is busy, costs no memory.
+//! The first event decides. While it waits to be taken, later ones are dropped, so that a guest
+//! that keeps asking for its end uses no memory.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use rustix::event::{EventfdFlags, eventfd};
+use sync::EventFd;
 
 /// Something that ends a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MachineEvent {
-    /// The guest switched its power off.
+    /// The guest powered off.
     PowerOff,
-    /// The guest reset itself; a microVM is used once, so this ends it too.
+    /// The guest reset itself. This ends it too: a microVM does not reboot.
     Reset,
-    /// The guest shut down without saying why: a triple fault, or a kernel that reboots by one.
+    /// A triple fault: a crash, or a kernel that reboots by one.
     TripleFault(VcpuFault),
-    /// KVM cannot run the guest any further.
+    /// KVM cannot run the guest any more.
     Fatal(VcpuFault),
-    /// Pages of the guest cannot be had any more, for this reason.
+    /// Missing pages of guest memory will not arrive, for this reason.
     MemoryLost(String),
 }
 
-/// Where a vCPU was when it could not go on.
+/// The state of a vCPU that KVM cannot run any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VcpuFault {
-    /// Which vCPU.
+    /// The vCPU's number.
     pub vcpu: u8,
-    /// What KVM said, in words.
+    /// What KVM reported.
     pub reason: String,
-    /// The instruction pointer, and the instruction's bytes as far as they can be read.
-    pub place: Option<(u64, Vec<u8>)>,
+    /// The instruction pointer, and the bytes there as far as they can be read. `None` if the
+    /// registers cannot be read.
+    pub instruction: Option<(u64, Vec<u8>)>,
 }
 
 impl std::fmt::Display for VcpuFault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "vCPU {}: {}", self.vcpu, self.reason)?;
-        match &self.place {
+        match &self.instruction {
             Some((rip, bytes)) if bytes.is_empty() => {
                 write!(f, " at RIP {rip:#x}, where no memory is mapped")
             }
@@ -49,61 +50,60 @@ impl std::fmt::Display for VcpuFault {
     }
 }
 
-/// The posting end; cheap to clone.
+/// Posts events.
 #[derive(Debug)]
 pub struct EventSink {
     sender: SyncSender<MachineEvent>,
-    wake: OwnedFd,
+    wake: EventFd,
     last_resort: fn(),
 }
 
-/// The taking end.
+/// Takes events.
 #[derive(Debug)]
 pub struct EventSource {
     receiver: Receiver<MachineEvent>,
-    wake: OwnedFd,
+    wake: EventFd,
 }
 
-/// A connected pair.
+/// Creates a connected pair.
 pub fn event_channel() -> std::io::Result<(EventSink, EventSource)> {
     let (sender, receiver) = sync_channel(1);
-    let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    let wake = EventFd::new()?;
     let sink = EventSink { sender, wake: wake.try_clone()?, last_resort: || std::process::exit(1) };
     Ok((sink, EventSource { receiver, wake }))
 }
 
 impl EventSink {
-    /// Posts an event, if none waits. (An owner that is gone does not want it any more.)
+    /// Posts an event. Dropped if another waits, or if the owner is gone.
     pub fn post(&self, event: MachineEvent) {
         if self.sender.try_send(event).is_ok() {
-            // The counter can only be full when it is readable anyway.
-            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+            self.wake.signal();
         }
     }
 
-    /// Another posting end for the same owner.
+    /// Another sink for the same owner. Fails if the process is out of descriptors.
     pub fn try_clone(&self) -> std::io::Result<Self> {
         let EventSink { sender, wake, last_resort } = self;
         Ok(EventSink { sender: sender.clone(), wake: wake.try_clone()?, last_resort: *last_resort })
     }
 
-    /// The same, with another way for the process to end where its owner does not hear that the guest has to. It is exit status 1 if
-    /// nothing else is said.
+    /// The same sink with another `last_resort`, which ends the process if its owner does not react
+    /// to an event in time. Without one the process exits with status 1.
     #[must_use]
     pub fn with_last_resort(self, last_resort: fn()) -> Self {
         EventSink { last_resort, ..self }
     }
 
-    /// Ends the process: its owner was told and has not heard.
+    /// Ends the process, whose owner did not react to an event.
     pub(crate) fn end_process(&self) {
         (self.last_resort)();
     }
 }
 
 impl EventSource {
-    /// The next event, if any. Call until `None` after the descriptor became readable.
+    /// The next event, if any. Call it until `None` after the descriptor became readable.
     pub fn take(&self) -> Option<MachineEvent> {
-        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        self.wake.take();
         self.receiver.try_recv().ok()
     }
 }
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_end_is_taken_and_those_that_follow_it_cost_nothing() {
+    fn only_the_first_of_many_events_is_kept() {
         let (sink, source) = event_channel().unwrap();
         let another = sink.try_clone().unwrap();
         sink.post(MachineEvent::PowerOff);
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_descriptor_is_readable_while_an_event_waits() {
+    fn descriptor_is_readable_while_an_event_waits() {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let (sink, source) = event_channel().unwrap();
         let waits = || {

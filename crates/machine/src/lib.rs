@@ -1,42 +1,86 @@
-//! KVM and the life of a microVM.
+//! A microVM on KVM: vCPUs, boot, chipset and devices; built, run, paused, saved and restored.
 //!
-//! From files and numbers to a guest that runs, pauses and ends. This room knows KVM; it knows neither HTTP nor JSON. The one
-//! entry is [`Paused::build`]: it takes a [`Setup`] and gives a machine that stands before its first instruction.
+//! This crate knows KVM. It knows neither HTTP nor JSON. It has two entries: [`Paused::build`]
+//! takes a [`Setup`] (open files, checked configuration), and [`Paused::restore`] takes a
+//! [`Restore`] (saved state, guest memory). Both return a machine whose vCPUs are paused.
 //!
-//! | module | what it is about |
-//! |---|---|
-//! | [`machine`] | the machine as its owner has it: build, resume, pause |
-//! | `assemble` | putting a machine together, one that boots or one that was saved |
-//! | [`state`] | a whole machine as plain data |
-//! | [`kvm`] | KVM, the order of its calls in the types |
-//! | [`vcpu`] | the threads that run the guest, and the pause protocol |
-//! | [`boot`] | kernel files, boot protocols, memory map, MP table |
-//! | `acpi` | ACPI tables |
-//! | `cpu` | CPUID, MSRs, registers at entry |
-//! | `page_watch` | noticing that a guest's page server is gone |
-//! | `raw` | KVM structures in the state file, with their sizes checked |
-//! | `generation` | telling a guest that it was restored or forked |
-//! | [`devices`] | virtio devices: their places, their events, KVM's part in them |
-//! | [`chipset`] | what KVM emulates for the machine as a whole, saved and restored |
-//! | [`bus`] | which device is at an address |
-//! | [`legacy`] | serial port, keyboard controller, CMOS clock, power registers, boot timer |
-//! | [`events`] | what a machine tells its owner |
-//! | [`probe`] | can this host's KVM run unmodified guests? |
-//! | [`layout`] | the guest's addresses, ports and interrupt lines |
+//! # Map
+//!
+//! ```text
+//!  machine    Setup, Restore --> Paused <--> Running      MachineState (state)
+//!     |
+//!     +-- kvm          /dev/kvm; the order of its calls, in types
+//!     +-- boot         kernel and initrd into guest memory; page tables, MP table, zero page, PVH
+//!     +-- acpi         ACPI tables
+//!     +-- cpu          CPUID, MSRs, registers; saved and restored
+//!     +-- vcpu         the threads that run the guest     vcpu_signal   how they are interrupted
+//!     +-- chipset      PICs, I/O APIC, PIT, kvmclock; saved and restored
+//!     +-- devices      virtio devices: the device table, addresses, MMIO and PCI
+//!     +-- legacy       serial port, keyboard, CMOS clock, power registers, boot timer
+//!     +-- vm_gen_id    VM generation ID and VMClock
+//!     +-- page_watch   notices the end of a page server
+//!
+//!  below: bus          which device is at a port or address
+//!         events       what ends a guest, for the machine's owner
+//!         layout       the guest's addresses, ports and interrupt lines
+//!         raw          KVM structures in the state file, with their sizes checked
+//!  aside: probe        whether this host's KVM runs unmodified guests
+//! ```
+//!
+//! # Lifecycle
+//!
+//! [`Paused`] and [`Running`] are one machine in two states. [`Paused::resume`] and
+//! [`Running::pause`] consume the one and return the other, so that only a paused machine can be
+//! saved. A fork is a save, a fork of the process by the owner, and a restore in the child.
+//! Dropping either ends the machine.
+//!
+//! # Threads
+//!
+//! | thread | started by | what it does |
+//! |---|---|---|
+//! | the owner's (`main`) | | builds, pauses, saves; changes devices by their control handles |
+//! | `fc_vcpu N` | [`machine`] | runs the guest; accesses registers on its exits |
+//! | `io N` | [`devices`], if there are any | runs devices ([`virtio::worker`]) |
+//! | `serial` | [`legacy`] | connects the serial port to the host |
+//! | `page_watch` | a restore with a page server | reports the server's end |
+//!
+//! # The order of KVM calls
+//!
+//! ```text
+//!  create VM -> memory slots -> irqchip -> vCPUs -> PIT -> irqfds, ioeventfds
+//! ```
+//!
+//! Types enforce it up to the PIT ([`kvm`]): a memory slot that is added later costs 6 to 25 ms.
+//! The module `machine::assemble` has the rest, and the order in which state is restored.
+//!
+//! # Errors
+//!
+//! - [`StartError`], [`SaveError`], [`PauseError`](machine::PauseError): a step failed. Their texts
+//!   name the thing, the value and the bound. A machine that cannot be paused is returned, running.
+//! - [`MachineEvent`]: the guest ended. Nothing that a guest does panics this process.
+//! - [`VcpuThreadDied`](vcpu::VcpuThreadDied): a bug in this monitor.
 //!
 //! # Invariants
 //!
-//! - A [`Paused`] machine is still: no vCPU runs, and every access that one had begun is done.
-//! - A vCPU thread touches registers only. Nothing that can take long happens on it, but for one wait: a driver that resets a device on
-//!   virtio-mmio while requests are in flight goes on when they are done, or after [`virtio::transport::RESET_TIMEOUT`].
-//! - The owner's thread accesses no guest memory that may be missing. What needs some while a
-//!   machine is restored runs on the vCPUs' threads, and the owner stops waiting if pages do not
-//!   arrive (`assemble`).
-//! - Nothing that a guest does panics this process; what it cannot go on from becomes a [`MachineEvent`].
+//! - In a [`Paused`] machine no vCPU runs, no access of a vCPU is half done, and no request is in
+//!   flight.
+//! - A vCPU thread accesses registers only. It has one wait, which is bounded: a driver that resets
+//!   a device on virtio-mmio waits until requests in flight are done, at most
+//!   [`virtio::transport::RESET_TIMEOUT`].
+//! - The owner's thread accesses no guest memory that may be missing. During a restore, vCPU
+//!   threads do what needs such memory, and the owner stops waiting if pages do not arrive.
+//!
+//! # Unsafe code
+//!
+//! Only in the leaf modules `kvm::memory_slot`, `kvm::eventfd`, `vcpu_signal`, `cpu::tsc` and
+//! `cpu::xsave`, each of which says why.
 //!
 //! # Callers
 //!
-//! `control`, which owns the machine and decides what may be done to it when; `xtask`, which asks the [`probe`].
+//! `control` owns the machine and decides what may be done with it when. `vmm` creates the event
+//! channel and the outputs. `xtask` asks the [`probe`].
+
+#![deny(unsafe_code)]
 
 pub mod boot;
 pub mod bus;
@@ -52,12 +96,11 @@ pub mod state;
 pub mod vcpu;
 
 mod acpi;
-mod assemble;
 mod cpu;
-mod generation;
-mod kick;
 mod page_watch;
 mod raw;
+mod vcpu_signal;
+mod vm_gen_id;
 
 pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};

@@ -1,8 +1,8 @@
-//! Can this host's KVM run unmodified guests?
+//! Whether this host's KVM runs unmodified guests.
 //!
-//! Not every `/dev/kvm` has a processor's virtualization behind it: a software KVM interprets a guest's kernel, and stops at the first
-//! instruction that it does not know. So the probe does not ask, it tries: tiny guests execute what every kernel does and such a
-//! KVM cannot.
+//! A software KVM (PVM) has no hardware virtualization: it interprets a guest's kernel, and stops
+//! at the first instruction that it does not know. So the probe runs tiny guests, with instructions
+//! that every kernel executes and a software KVM cannot.
 
 use std::thread;
 use std::time::Duration;
@@ -15,26 +15,28 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::boot::write_page_tables;
 use crate::cpu::registers;
 use crate::cpu::{Cpuid, Topology};
-use crate::kick::{self, Kickable};
-use crate::kvm::{Kvm, KvmError, Named};
+use crate::kvm::{Ioctl, Kvm, KvmError};
 use crate::layout;
 use crate::vcpu::internal_error;
+use crate::vcpu_signal::{self, ThreadVcpu};
 
-/// The port on which a guest says that it is done, and what it writes there.
+/// The port to which a guest writes 1 when it is done.
 const DONE_PORT: u16 = 0x80;
 /// `mov al, 1; out 0x80, al; hlt`
-const SAY_DONE: [u8; 5] = [0xb0, 0x01, 0xe6, DONE_PORT as u8, 0xf4];
-/// Where an exception's handler lies, and the table that leads to it.
+const WRITE_DONE: [u8; 5] = [0xb0, 0x01, 0xe6, DONE_PORT as u8, 0xf4];
+/// The exception handler.
 const HANDLER: u64 = layout::HIGH_RAM + 0x1000;
+/// The interrupt descriptor table.
 const IDT: u64 = layout::HIGH_RAM + 0x2000;
-/// Longest that a guest of a few instructions may take.
+/// How long a guest of a few instructions may take.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
 
-/// An instruction that kernels execute, and guest code that executes it with `%rsi` pointing to 4 KiB of memory.
+/// An instruction that kernels execute, and guest code that executes it. `%rsi` points to 4 KiB of
+/// memory.
 struct Trial {
     instruction: &'static str,
     code: &'static [u8],
-    /// The code ends in an exception whose handler says that all is well.
+    /// Whether the code raises an exception, whose handler then reports success.
     by_exception: bool,
 }
 
@@ -56,19 +58,19 @@ const TRIALS: [Trial; 3] = [
     },
 ];
 
-/// What the probe found; `Display` says it in one line.
+/// What the probe found. `Display` is one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Report {
-    /// KVM cannot be used at all, and why.
+    /// KVM cannot be used, for this reason.
     Unusable(String),
-    /// These instructions do not run, each with what happened.
+    /// A software KVM: these instructions do not run. Each comes with what happened instead.
     Software(Vec<(&'static str, String)>),
-    /// All ran.
+    /// All instructions ran.
     Ordinary,
 }
 
 impl Report {
-    /// Whether an unmodified kernel can be booted here.
+    /// Whether this host boots unmodified kernels.
     pub fn runs_unmodified_guests(&self) -> bool {
         *self == Report::Ordinary
     }
@@ -82,7 +84,7 @@ impl std::fmt::Display for Report {
             Report::Software(failed) => {
                 write!(f, "this KVM cannot run unmodified guests: ")?;
                 for (i, (instruction, what)) in failed.iter().enumerate() {
-                    // Those that fail alike are named together.
+                    // Instructions that fail in the same way are listed together.
                     let alike = failed.get(i + 1).is_some_and(|(_, next)| next == what);
                     match alike {
                         true => write!(f, "{instruction}, ")?,
@@ -96,7 +98,7 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// Tries this host's KVM.
+/// Probes this host's KVM.
 pub fn probe() -> Report {
     match try_all() {
         Ok(failed) if failed.is_empty() => Report::Ordinary,
@@ -107,20 +109,20 @@ pub fn probe() -> Report {
 
 fn try_all() -> Result<Vec<(&'static str, String)>, KvmError> {
     let kvm = Kvm::open()?;
-    kick::install_handler().map_err(|e| kvm_ioctls::Error::new(e.errno())).named("sigaction")?;
+    vcpu_signal::install_handler().map_err(|e| kvm_ioctls::Error::new(e.errno())).ioctl("sigaction")?;
     let cpuid = Cpuid::new(&kvm, Topology::new(1, false))?;
     let mut failed = Vec::new();
     for trial in &TRIALS {
         let ram = GuestRam::map(4, HugePages::None, false)
             .map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))
-            .named("mmap")?;
+            .ioctl("mmap")?;
         write_guest(&ram, trial);
         let (vm, vcpu) = kvm.create_vm()?.map_ram(ram, false)?.create_lone_vcpu()?;
-        vcpu.set_cpuid2(&cpuid.for_vcpu(0)?).named("KVM_SET_CPUID2")?;
+        vcpu.set_cpuid2(&cpuid.for_vcpu(0)?).ioctl("KVM_SET_CPUID2")?;
         registers::set_for_linux64(&vcpu, layout::HIGH_RAM)?;
-        let mut sregs = vcpu.get_sregs().named("KVM_GET_SREGS")?;
+        let mut sregs = vcpu.get_sregs().ioctl("KVM_GET_SREGS")?;
         (sregs.idt.base, sregs.idt.limit) = (IDT, 4 * 16 - 1);
-        vcpu.set_sregs(&sregs).named("KVM_SET_SREGS")?;
+        vcpu.set_sregs(&sregs).ioctl("KVM_SET_SREGS")?;
         if let Err(what) = run(vcpu, vm.shared_fd().run_size()) {
             failed.push((trial.instruction, what));
         }
@@ -134,15 +136,15 @@ fn write_guest(ram: &GuestRam, trial: &Trial) {
     let write = |addr: u64, bytes: &[u8]| {
         ram.memory().write_slice(bytes, GuestAddress(addr)).expect("4 MiB of RAM hold the probe");
     };
-    let after: &[u8] = if trial.by_exception { &[0xf4] } else { &SAY_DONE };
+    let after: &[u8] = if trial.by_exception { &[0xf4] } else { &WRITE_DONE };
     write(layout::HIGH_RAM, &[trial.code, after].concat());
-    write(HANDLER, &SAY_DONE);
+    write(HANDLER, &WRITE_DONE);
     // An interrupt gate for the breakpoint exception, 3 (SDM, volume 3, 6.14.1).
     let gate = (HANDLER & 0xffff) | 0x10 << 16 | 0x8e00 << 32 | (HANDLER >> 16) << 48;
     write(IDT + 3 * 16, &gate.to_le_bytes());
 }
 
-/// Runs a guest until it says that it is done; otherwise says what happened instead.
+/// Runs a guest until it is done. The error says what happened instead.
 fn run(vcpu: VcpuFd, run_size: usize) -> Result<(), String> {
     let (done, finished) = std::sync::mpsc::channel();
     let thread = thread::spawn(move || {
@@ -151,13 +153,13 @@ fn run(vcpu: VcpuFd, run_size: usize) -> Result<(), String> {
         result
     });
     while let Err(std::sync::mpsc::RecvTimeoutError::Timeout) = finished.recv_timeout(TIME_LIMIT) {
-        kick::kick(&thread);
+        vcpu_signal::send(&thread);
     }
     thread.join().unwrap_or_else(|_| Err("the probe's own thread failed".to_owned()))
 }
 
 fn run_here(vcpu: VcpuFd, run_size: usize) -> Result<(), String> {
-    let mut vcpu = Kickable::new(vcpu, run_size);
+    let mut vcpu = ThreadVcpu::new(vcpu, run_size);
     Err(match vcpu.run() {
         Ok(VcpuExit::IoOut(DONE_PORT, [1])) => return Ok(()),
         Ok(VcpuExit::InternalError) => internal_error(vcpu.internal_suberror()),
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn probe_of_this_host_comes_to_an_end() {
+    fn probe_of_this_host_ends() {
         println!("{}", probe());
     }
 }

@@ -22,7 +22,7 @@ use serde::ser::Serializer;
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// A structure of the kernel's that is plain numbers.
+/// A kernel structure that consists of plain numbers.
 pub(crate) trait Structure: FromBytes + IntoBytes + Immutable {}
 
 impl<T: FromBytes + IntoBytes + Immutable> Structure for T {}
@@ -34,7 +34,7 @@ pub(crate) fn serialize<T: Structure, S: Serializer>(value: &T, serializer: S) -
 
 /// Reads a structure from a byte string of exactly its size.
 pub(crate) fn deserialize<'de, T: Structure, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
-    // Owned, because the decoder lends out short strings only.
+    // An owned buffer: the decoder lends only short strings.
     deserializer.deserialize_byte_buf(Exactly(PhantomData))
 }
 
@@ -43,7 +43,7 @@ fn name<T>() -> &'static str {
     type_name::<T>().rsplit("::").next().unwrap_or_default()
 }
 
-/// Takes a byte string (or a sequence of bytes) of exactly the size of `T`.
+/// Visits a byte string (or a sequence of bytes) of exactly the size of `T`.
 struct Exactly<T>(PhantomData<T>);
 
 impl<T: Structure> Exactly<T> {
@@ -83,7 +83,7 @@ impl<'de, T: Structure> Visitor<'de> for Exactly<T> {
     }
 }
 
-/// One structure, for containers that serde knows.
+/// One structure, for the containers that serde supports.
 struct One<T>(T);
 
 impl<T: Structure> Serialize for One<&T> {
@@ -119,7 +119,7 @@ pub(crate) mod optional {
     use super::{Deserialize, Deserializer, One, Serializer, Structure};
 
     /// Writes it as [`super::serialize`], or null.
-    #[expect(clippy::ref_option, reason = "serde hands out a reference to the field")]
+    #[expect(clippy::ref_option, reason = "serde passes a reference to the field")]
     pub(crate) fn serialize<T: Structure, S: Serializer>(
         value: &Option<Box<T>>,
         to: S,
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sequence_of_bytes_is_bounded_by_the_structure() {
+    fn sequence_of_bytes_is_bounded_by_the_structure() {
         let endless = SeqDeserializer::<_, TextError>::new(std::iter::repeat(7u8));
         let error = deserialize::<kvm_regs, _>(endless).err().unwrap().to_string();
         assert!(error.contains("kvm_regs: saved size is larger"), "{error}");

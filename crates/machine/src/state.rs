@@ -1,16 +1,18 @@
-//! A whole machine as plain data: what [`Paused::save`](crate::Paused::save) gives and [`Paused::restore`](crate::Paused::restore) takes.
+//! A whole machine as plain data: [`Paused::save`](crate::Paused::save) returns it, and
+//! [`Paused::restore`](crate::Paused::restore) takes it.
 //!
-//! # What is in it
+//! # What it contains
 //!
-//! Everything that a guest could notice but for its memory: vCPUs, what KVM emulates, virtio devices
-//! with their transports, serial port, keyboard, the CMOS clock's index. Requests in flight are in
-//! none of it: they were drained. Which interrupt or kick was on its way need not be in it either
-//! (see [`virtio`]).
+//! All state that a guest could notice, but for its memory: vCPUs, the chipset that KVM emulates,
+//! virtio devices with their transports, serial port, keyboard, and the index of the CMOS clock. No
+//! request is in flight when it is saved. A kick or an interrupt that is on its way is not part of
+//! it, and need not be (see [`virtio`]).
 //!
-//! # What is not
+//! # What it does not contain
 //!
-//! Memory, which is large and has its own ways ([`memory`]). What the devices are made of on the host: files, sockets, interfaces. These
-//! come with [`Restore`](crate::Restore), because they may be other ones.
+//! - Guest memory ([`memory`]).
+//! - The devices' backends: files, sockets, interfaces. They come with
+//!   [`Restore`](crate::Restore) and may be other ones.
 
 use serde::{Deserialize, Serialize};
 use snapshot::Section;
@@ -20,12 +22,12 @@ use crate::cpu::VcpuState;
 use crate::devices::DevicesState;
 use crate::legacy::{CmosState, KeyboardState, SerialPortState};
 
-/// The state of a machine that stands still.
+/// The state of a paused machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MachineState {
-    /// The vCPUs, in order of their APIC ids.
+    /// The vCPUs, in order of their APIC IDs.
     pub vcpus: Vec<VcpuState>,
-    /// What KVM emulates for all of them.
+    /// Interrupt controllers, timer chip and paravirtual clock.
     pub chipset: ChipsetState,
     /// Virtio devices.
     pub devices: DevicesState,
@@ -33,7 +35,7 @@ pub struct MachineState {
     pub serial: SerialPortState,
     /// The keyboard controller.
     pub keyboard: KeyboardState,
-    /// The CMOS clock; machines were saved that had none.
+    /// The CMOS clock. Missing in states that were saved before it existed.
     #[serde(default)]
     pub cmos: CmosState,
 }

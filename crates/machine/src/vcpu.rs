@@ -2,34 +2,38 @@
 //!
 //! # Protocol
 //!
-//! A thread begins paused. Its owner sends [`Request`]s; the thread looks at them only when `KVM_RUN` has returned `EINTR`, which a
-//! [`kick`] brings about. By then KVM has finished any port or memory access that this process had answered, so that a vCPU
-//! that has acknowledged a pause is *still*: its registers can be read and mean what they say.
+//! A thread starts paused. Its owner sends [`Request`]s. A running thread reads them only when
+//! `KVM_RUN` has returned `EINTR`, which a [signal](vcpu_signal) causes. By then KVM has completed
+//! any port or MMIO access that this process had answered. So the registers of a vCPU that has
+//! acknowledged a pause are consistent.
 //!
 //! ```text
-//!            Resume                 kick -> EINTR -> Pause
+//!            Resume                signal -> EINTR -> Pause
 //!  Paused -----------> Running --------------------------------> Paused (acknowledged)
-//!    |                    |  the guest cannot go on: event posted
-//!    | Stop               +-------------------------------------> Halted: as Paused, and Resume does nothing
+//!    |                    |  KVM cannot run the guest: event posted
+//!    | Stop               +-------------------------------------> Halted (ignores Resume)
 //!    v
 //!  ended
 //! ```
 //!
 //! A paused thread answers `Save` with its vCPU's state and stays paused. One that never ran
-//! answers `Restore` when its vCPU has its saved state: that may wait for guest memory, which only
-//! this thread does. `Connect` gives it the buses, which are filled after the vCPUs have their
-//! state. Both come before the first `Resume`.
+//! answers `Restore` when its vCPU has its saved state, for which it may wait for guest memory.
+//! `Connect` gives it the buses, which are filled after the vCPUs have their state. Both come
+//! before the first `Resume`.
+//!
+//! # Exits
+//!
+//! On a port or MMIO exit the thread finds the address on a bus and accesses registers. It waits
+//! for nothing else, but for one bounded wait: a driver's reset of a device on virtio-mmio.
 //!
 //! # Errors of `KVM_RUN`
 //!
-//! - `EINTR`: a kick.
-//! - `EAGAIN`: the vCPU was not ready to run (it waited for its start-up interrupt); entered again.
-//! - `ENOMEM`: see [`ENTRY_RETRIES`]; entered again a bounded number of times.
-//! - everything else ends the guest. `EFAULT` among them: KVM cannot access a page of guest memory
-//!   (a bad sector under a memory file, no free huge page), and would fail again.
-//!
-//! On an exit the thread finds the address on a bus and touches registers only; nothing here waits for anything but the guest (and,
-//! for a bounded time, for a reset on virtio-mmio).
+//! - `EINTR`: a signal.
+//! - `EAGAIN`: the vCPU was not ready to run (it waited for its start-up interrupt). The thread
+//!   enters the guest again.
+//! - `ENOMEM`: see [`ENTRY_RETRIES`]. The thread enters again, a bounded number of times.
+//! - Any other error ends the guest. `EFAULT` is one: KVM cannot access a page of guest memory (a
+//!   bad sector under a memory file, no free huge page), and would fail again.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -42,35 +46,26 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::bus::Bus;
+use crate::bus::Buses;
 use crate::cpu::{StateFormat, VcpuState};
 use crate::events::{EventSink, MachineEvent, VcpuFault};
-use crate::kick::{self, Kickable};
 use crate::kvm::KvmError;
+use crate::vcpu_signal::{self, ThreadVcpu};
 
 /// Longest x86 instruction in bytes.
 const MAX_INSTRUCTION: u64 = 15;
 
-/// How long a kick is given before the next.
-const KICK_AGAIN: Duration = Duration::from_millis(2);
+/// How long a signal may take to have an effect before the next is sent.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// How often in a row `KVM_RUN` may answer `ENOMEM` before the guest ends.
+/// How often in a row `KVM_RUN` may return `ENOMEM` before the guest ends.
 ///
-/// Linux 6.11 to 6.13 answer so at a VM's first entry if a signal is pending while KVM makes its
-/// huge page recovery thread, and a kick is such a signal. The signal is gone at the next try. A
-/// host that is out of memory answers so every time.
+/// Linux 6.11 to 6.13 return it at a VM's first entry if a signal is pending while KVM creates its
+/// huge page recovery thread. The signal that stops a vCPU may be that signal; it has passed at the
+/// next try. A host that is out of memory returns `ENOMEM` every time.
 const ENTRY_RETRIES: u32 = 32;
 
-/// The buses that all vCPUs of a machine share.
-#[derive(Debug, Default)]
-pub(crate) struct Buses {
-    /// Port I/O.
-    pub(crate) ports: Bus,
-    /// Memory-mapped I/O.
-    pub(crate) mmio: Bus,
-}
-
-/// What an owner asks of a vCPU thread.
+/// What the owner asks of a vCPU thread.
 #[derive(Debug, Clone)]
 enum Request {
     /// Only before the first `Resume`.
@@ -95,21 +90,21 @@ enum Answer {
     State(Box<Result<VcpuState, KvmError>>),
 }
 
-/// Why a pause did not come about.
+/// Why a vCPU has not paused.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum WaitError {
-    /// The vCPU is within the kernel, where a kick does not reach it: it waits for a page.
-    #[error("vCPU {0} does not stand still")]
+pub(crate) enum PauseWaitError {
+    /// The vCPU waits for a page in the kernel, where a signal does not reach it.
+    #[error("vCPU {0} did not pause in time")]
     Busy(u8),
     /// A bug in this monitor.
     #[error(transparent)]
-    Gone(#[from] VcpuGone),
+    ThreadDied(#[from] VcpuThreadDied),
 }
 
-/// A vCPU thread ended, which only a bug makes it do.
+/// A vCPU thread ended though it was not asked to: a bug in this monitor.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the thread of vCPU {0} ended unexpectedly")]
-pub struct VcpuGone(pub u8);
+pub struct VcpuThreadDied(pub u8);
 
 /// The owner's end of a vCPU thread. Dropping it stops the thread.
 #[derive(Debug)]
@@ -117,14 +112,15 @@ pub(crate) struct VcpuHandle {
     id: u8,
     requests: Sender<Request>,
     answers: Receiver<Answer>,
-    /// Pauses that were asked for and are not acknowledged yet.
+    /// Pauses that were requested and are not acknowledged yet.
     pauses: Cell<u32>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl VcpuHandle {
-    /// Starts the thread, named `fc_vcpu {id}` (tools look for that), paused and without buses.
-    /// With the vCPU goes the size of the pages that it shares with KVM.
+    /// Starts the thread, paused and without buses. Its name is `fc_vcpu {id}`, which tools look
+    /// for. `run_size` is the size of the mapping that the vCPU shares with KVM (`kvm_run`), in
+    /// bytes.
     pub(crate) fn spawn(
         id: u8,
         (fd, run_size): (VcpuFd, usize),
@@ -134,7 +130,7 @@ impl VcpuHandle {
         let (requests, inbox) = channel();
         let (answer, answers) = channel();
         let thread = std::thread::Builder::new().name(format!("fc_vcpu {id}")).spawn(move || {
-            let fd = Kickable::new(fd, run_size);
+            let fd = ThreadVcpu::new(fd, run_size);
             let buses = Arc::default();
             let entry_errors = EntryErrors::default();
             Vcpu { id, fd, ram, buses, events, inbox, answer, entry_errors, halted: false }.run();
@@ -142,103 +138,111 @@ impl VcpuHandle {
         Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread: Some(thread) })
     }
 
-    /// Asks a fresh vCPU, which is prepared, to take its saved state; [`Self::poll_restored`] says
-    /// when it has. (Ask all, then wait for all.)
+    /// Asks a new vCPU, which is [prepared](VcpuState::prepare), to take its saved state.
+    /// [`Self::poll_restored`] returns when it has. (Ask all, then wait for all.)
     pub(crate) fn request_restore(
         &self,
         state: VcpuState,
         format: &Arc<StateFormat>,
-    ) -> Result<(), VcpuGone> {
+    ) -> Result<(), VcpuThreadDied> {
         let request = Request::Restore(Box::new(state), Arc::clone(format));
-        self.requests.send(request).map_err(|_| VcpuGone(self.id))
+        self.requests.send(request).map_err(|_| VcpuThreadDied(self.id))
     }
 
     /// Waits at most `limit` for the answer to a restore request. `None` if there is none yet.
-    pub(crate) fn poll_restored(&self, limit: Duration) -> Result<Option<Result<(), KvmError>>, VcpuGone> {
+    pub(crate) fn poll_restored(
+        &self,
+        limit: Duration,
+    ) -> Result<Option<Result<(), KvmError>>, VcpuThreadDied> {
         match self.answers.recv_timeout(limit) {
             Ok(Answer::Restored(result)) => Ok(Some(result)),
             Err(RecvTimeoutError::Timeout) => Ok(None),
-            // A vCPU is restored before anything else is asked.
-            Ok(_) | Err(RecvTimeoutError::Disconnected) => Err(VcpuGone(self.id)),
+            // A vCPU is restored before anything else is requested.
+            Ok(_) | Err(RecvTimeoutError::Disconnected) => Err(VcpuThreadDied(self.id)),
         }
     }
 
-    /// Gives it the buses, before it runs.
-    pub(crate) fn connect(&self, buses: &Arc<Buses>) -> Result<(), VcpuGone> {
-        self.requests.send(Request::Connect(Arc::clone(buses))).map_err(|_| VcpuGone(self.id))
+    /// Gives the vCPU the buses, before it runs.
+    pub(crate) fn connect(&self, buses: &Arc<Buses>) -> Result<(), VcpuThreadDied> {
+        self.requests.send(Request::Connect(Arc::clone(buses))).map_err(|_| VcpuThreadDied(self.id))
     }
 
-    /// Lets go of a thread that waits for guest memory which may never come. It ends by itself if
-    /// the memory comes, or with the process.
+    /// Abandons a thread that waits for guest memory which may never arrive. The thread ends when
+    /// the memory arrives, or with the process.
     pub(crate) fn abandon(mut self) {
         self.request_stop();
         drop(self.thread.take());
     }
 
-    /// Lets it run.
-    pub(crate) fn resume(&self) -> Result<(), VcpuGone> {
-        self.requests.send(Request::Resume).map_err(|_| VcpuGone(self.id))
+    /// Resumes the vCPU.
+    pub(crate) fn resume(&self) -> Result<(), VcpuThreadDied> {
+        self.requests.send(Request::Resume).map_err(|_| VcpuThreadDied(self.id))
     }
 
-    /// Asks it to pause; [`Self::wait_paused`] waits until it has. (Ask all, then wait for all.)
-    pub(crate) fn request_pause(&self) -> Result<(), VcpuGone> {
-        self.requests.send(Request::Pause).map_err(|_| VcpuGone(self.id))?;
+    /// Asks the vCPU to pause; [`Self::wait_paused`] waits until it has. (Ask all, then wait for
+    /// all.)
+    pub(crate) fn request_pause(&self) -> Result<(), VcpuThreadDied> {
+        self.requests.send(Request::Pause).map_err(|_| VcpuThreadDied(self.id))?;
         self.pauses.set(self.pauses.get() + 1);
-        self.kick();
+        self.send_signal();
         Ok(())
     }
 
-    /// Waits until the pause that was asked for has come about, at most until `deadline`. After that it is still to come; whoever does not want it any more
-    /// resumes the vCPU, which then goes on when it has come.
-    pub(crate) fn wait_paused(&self, deadline: Instant) -> Result<(), WaitError> {
-        // An earlier one that was given up is acknowledged before.
+    /// Waits until the vCPU has paused as requested, at most until `deadline`. After the deadline
+    /// it still pauses later. A caller that gives up resumes the vCPU, which then runs on after
+    /// that pause.
+    pub(crate) fn wait_paused(&self, deadline: Instant) -> Result<(), PauseWaitError> {
+        // Pauses that earlier callers gave up are acknowledged first.
         while self.pauses.get() > 0 {
             match self.wait(Some(deadline)) {
                 Ok(_) => self.pauses.set(self.pauses.get() - 1),
-                Err(RecvTimeoutError::Timeout) => return Err(WaitError::Busy(self.id)),
-                Err(RecvTimeoutError::Disconnected) => return Err(VcpuGone(self.id).into()),
+                Err(RecvTimeoutError::Timeout) => return Err(PauseWaitError::Busy(self.id)),
+                Err(RecvTimeoutError::Disconnected) => return Err(VcpuThreadDied(self.id).into()),
             }
         }
         Ok(())
     }
 
-    /// Asks it to end, running or not; dropping the handle waits for that.
+    /// Asks the thread to end, whether the vCPU runs or not. Dropping the handle waits for that.
     pub(crate) fn request_stop(&self) {
-        // A thread that is gone has stopped.
+        // If the thread has ended, nothing is left to stop.
         let _ = self.requests.send(Request::Stop);
-        self.kick();
+        self.send_signal();
     }
 
-    /// Asks it, which is paused, for its state; [`Self::take_state`] waits for it. (Ask all, then wait for all.)
-    pub(crate) fn request_state(&self, format: &Arc<StateFormat>) -> Result<(), VcpuGone> {
-        self.requests.send(Request::Save(Arc::clone(format))).map_err(|_| VcpuGone(self.id))
+    /// Asks the paused vCPU for its state; [`Self::take_state`] waits for it. (Ask all, then wait
+    /// for all.)
+    pub(crate) fn request_state(&self, format: &Arc<StateFormat>) -> Result<(), VcpuThreadDied> {
+        self.requests.send(Request::Save(Arc::clone(format))).map_err(|_| VcpuThreadDied(self.id))
     }
 
-    /// The state that was asked for.
-    pub(crate) fn take_state(&self) -> Result<Result<VcpuState, KvmError>, VcpuGone> {
+    /// Waits for the state that was requested.
+    pub(crate) fn take_state(&self) -> Result<Result<VcpuState, KvmError>, VcpuThreadDied> {
         match self.answers.recv() {
             Ok(Answer::State(state)) => Ok(*state),
-            // A pause is waited for before anything else is asked.
-            Ok(Answer::Paused | Answer::Restored(_)) | Err(_) => Err(VcpuGone(self.id)),
+            // A pause is waited for before anything else is requested.
+            Ok(Answer::Paused | Answer::Restored(_)) | Err(_) => Err(VcpuThreadDied(self.id)),
         }
     }
 
-    /// Waits until the thread answers or has ended, or the deadline is over, and kicks it again and again meanwhile: a software KVM goes on
-    /// from one exit to the next without a look at `immediate_exit`, and sees a signal only if it comes while it interprets.
+    /// Waits until the thread answers or has ended, at most until `deadline`, and keeps sending
+    /// signals. One is not enough with a software KVM (PVM): it continues from one exit to the next
+    /// without reading `immediate_exit`, and notices a signal only while it interprets
+    /// instructions.
     fn wait(&self, deadline: Option<Instant>) -> Result<Answer, RecvTimeoutError> {
         loop {
-            match self.answers.recv_timeout(KICK_AGAIN) {
+            match self.answers.recv_timeout(SIGNAL_INTERVAL) {
                 Err(RecvTimeoutError::Timeout) if deadline.is_none_or(|end| Instant::now() < end) => {
-                    self.kick();
+                    self.send_signal();
                 }
                 answer => return answer,
             }
         }
     }
 
-    fn kick(&self) {
+    fn send_signal(&self) {
         if let Some(thread) = &self.thread {
-            kick::kick(thread);
+            vcpu_signal::send(thread);
         }
     }
 }
@@ -246,7 +250,7 @@ impl VcpuHandle {
 impl Drop for VcpuHandle {
     fn drop(&mut self) {
         self.request_stop();
-        // Answers to requests that were given up may still come.
+        // Answers to requests that were given up may still arrive.
         while self.thread.is_some() && self.wait(None).is_ok() {}
         if let Some(thread) = self.thread.take() {
             let joined = thread.join();
@@ -258,19 +262,19 @@ impl Drop for VcpuHandle {
 /// What the thread owns.
 struct Vcpu {
     id: u8,
-    fd: Kickable,
+    fd: ThreadVcpu,
     ram: GuestRam,
     buses: Arc<Buses>,
     events: EventSink,
     inbox: Receiver<Request>,
     answer: Sender<Answer>,
     entry_errors: EntryErrors,
-    /// The guest cannot go on.
+    /// KVM cannot run the guest any more.
     halted: bool,
 }
 
 impl Vcpu {
-    /// Paused and running by turns, until told to stop.
+    /// Serves requests, and runs the guest between `Resume` and `Pause`, until `Stop`.
     fn run(mut self) {
         loop {
             match self.inbox.recv() {
@@ -289,25 +293,25 @@ impl Vcpu {
         }
     }
 
-    /// Runs the guest until a pause or its end. Breaks when the thread is to end.
+    /// Runs the guest until a pause or its end. Breaks if the thread is to end.
     fn run_guest(&mut self) -> std::ops::ControlFlow<()> {
         use std::ops::ControlFlow::{Break, Continue};
         loop {
-            match self.enter() {
-                Entered::Again => {}
-                Entered::CannotGoOn(event) => {
+            match self.run_once() {
+                RunOutcome::Continue => {}
+                RunOutcome::Halted(event) => {
                     self.halted = true;
                     self.events.post(event);
                     return Continue(());
                 }
-                // Looked at now, when nothing that the guest began is half done.
-                Entered::Kicked => match self.inbox.try_recv() {
+                // Requests are read here, where no access of the guest is half done.
+                RunOutcome::Interrupted => match self.inbox.try_recv() {
                     Ok(Request::Pause) => {
                         self.acknowledge_pause();
                         return Continue(());
                     }
                     Ok(Request::Stop) | Err(TryRecvError::Disconnected) => return Break(()),
-                    // The others are for paused vCPUs, and the owner sends them to no other.
+                    // The owner sends the others to paused vCPUs only.
                     Ok(Request::Resume | Request::Save(_) | Request::Restore(..) | Request::Connect(_))
                     | Err(TryRecvError::Empty) => {}
                 },
@@ -315,8 +319,8 @@ impl Vcpu {
         }
     }
 
-    /// Enters the guest once and answers what it left for.
-    fn enter(&mut self) -> Entered {
+    /// Enters the guest once, and handles its exit.
+    fn run_once(&mut self) -> RunOutcome {
         let exit = self.fd.run();
         if exit.is_ok() {
             self.entry_errors = EntryErrors::default();
@@ -324,78 +328,79 @@ impl Vcpu {
         match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
                 self.buses.ports.write(port.into(), data);
-                Entered::Again
+                RunOutcome::Continue
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.buses.ports.read(port.into(), data);
-                Entered::Again
+                RunOutcome::Continue
             }
             Ok(VcpuExit::MmioWrite(addr, data)) => {
                 self.buses.mmio.write(addr, data);
-                Entered::Again
+                RunOutcome::Continue
             }
             Ok(VcpuExit::MmioRead(addr, data)) => {
                 self.buses.mmio.read(addr, data);
-                Entered::Again
+                RunOutcome::Continue
             }
-            Ok(VcpuExit::Intr) => self.kicked(),
+            Ok(VcpuExit::Intr) => self.interrupted(),
             Ok(VcpuExit::Shutdown) => {
-                Entered::CannotGoOn(MachineEvent::TripleFault(self.fault("shutdown (triple fault)")))
+                RunOutcome::Halted(MachineEvent::TripleFault(self.fault("shutdown (triple fault)")))
             }
-            // Known from other hypervisors' guests; KVM on x86 gives it for nothing that this monitor turns on.
+            // KVM on x86 exits with it only for features that this monitor does not turn on.
             Ok(VcpuExit::SystemEvent(kind, _)) => {
                 let reason = format!("unexpected KVM_EXIT_SYSTEM_EVENT of type {kind}");
-                Entered::CannotGoOn(MachineEvent::Fatal(self.fault(reason)))
+                RunOutcome::Halted(MachineEvent::Fatal(self.fault(reason)))
             }
             Ok(VcpuExit::InternalError) => {
                 let reason = internal_error(self.fd.internal_suberror());
-                Entered::CannotGoOn(MachineEvent::Fatal(self.fault(reason)))
+                RunOutcome::Halted(MachineEvent::Fatal(self.fault(reason)))
             }
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
                 let reason = format!("KVM_EXIT_FAIL_ENTRY: hardware reason {reason:#x} on host CPU {cpu}");
-                Entered::CannotGoOn(MachineEvent::Fatal(self.fault(reason)))
+                RunOutcome::Halted(MachineEvent::Fatal(self.fault(reason)))
             }
             Ok(exit) => {
                 let reason = format!("unexpected exit from KVM_RUN: {exit:?}");
-                Entered::CannotGoOn(MachineEvent::Fatal(self.fault(reason)))
+                RunOutcome::Halted(MachineEvent::Fatal(self.fault(reason)))
             }
             Err(e) => match self.entry_errors.next(e.errno()) {
-                EntryError::Kicked => self.kicked(),
-                EntryError::Transient => Entered::Again,
+                EntryError::Interrupted => self.interrupted(),
+                EntryError::Transient => RunOutcome::Continue,
                 EntryError::Fatal => {
                     let reason = format!("KVM_RUN failed: {}", self.run_error(e.errno()));
-                    Entered::CannotGoOn(MachineEvent::Fatal(self.fault(reason)))
+                    RunOutcome::Halted(MachineEvent::Fatal(self.fault(reason)))
                 }
             },
         }
     }
 
-    /// Why KVM does not run the guest any more, in words.
+    /// The text of an error of `KVM_RUN`.
     fn run_error(&self, errno: i32) -> String {
         if errno == libc::EFAULT && self.ram.huge_pages() == HugePages::Hugetlbfs2M {
-            return "the host gives no huge page for memory that the guest uses (huge_pages 2M): the limit \
+            return "the host has no huge page for memory that the guest uses (huge_pages 2M): the limit \
                     hugetlb.2MB.max of the monitor's cgroup is reached"
                 .to_owned();
         }
         std::io::Error::from_raw_os_error(errno).to_string()
     }
 
-    fn kicked(&mut self) -> Entered {
+    fn interrupted(&mut self) -> RunOutcome {
         self.fd.set_kvm_immediate_exit(0);
-        Entered::Kicked
+        RunOutcome::Interrupted
     }
 
     fn acknowledge_pause(&self) {
-        // Tells the guest's watchdogs that time will jump. KVM refuses it for a guest that has set up no such clock.
+        // Tells the guest's watchdogs that time will jump. KVM refuses it for a guest that has set
+        // up no such clock.
         let _ = self.fd.kvmclock_ctrl();
-        // An owner that is gone does not wait.
+        // If the owner is gone, no one waits for the answer.
         let _ = self.answer.send(Answer::Paused);
     }
 
     fn restore_state(&self, state: &VcpuState, format: &StateFormat) {
         let restored = state.restore(&self.fd, format);
-        // The pause before the save told the watchdogs of the vCPU that was saved. KVM refuses it
-        // for a guest without such a clock.
+        // The pause before the save told the watchdogs of the saved vCPU only. KVM refuses it for a
+        // guest without such a clock.
         let _ = self.fd.kvmclock_ctrl();
         let _ = self.answer.send(Answer::Restored(restored));
     }
@@ -406,43 +411,47 @@ impl Vcpu {
     }
 
     fn fault(&self, reason: impl Into<String>) -> VcpuFault {
-        VcpuFault { vcpu: self.id, reason: reason.into(), place: place(&self.fd, &self.ram) }
+        VcpuFault {
+            vcpu: self.id,
+            reason: reason.into(),
+            instruction: current_instruction(&self.fd, &self.ram),
+        }
     }
 }
 
-/// How a stay in the guest ended.
-enum Entered {
-    /// Enter again.
-    Again,
-    /// Somebody wants something of this thread.
-    Kicked,
-    /// The guest cannot go on.
-    CannotGoOn(MachineEvent),
+/// What follows from one entry into the guest.
+enum RunOutcome {
+    /// The guest is entered again.
+    Continue,
+    /// A signal came: there may be a request.
+    Interrupted,
+    /// KVM cannot run the guest any more.
+    Halted(MachineEvent),
 }
 
 /// What an error of `KVM_RUN` means.
 #[derive(Debug, PartialEq, Eq)]
 enum EntryError {
     /// A signal came.
-    Kicked,
+    Interrupted,
     /// The next try may succeed.
     Transient,
-    /// The guest cannot run.
+    /// KVM cannot run the guest.
     Fatal,
 }
 
-/// The errors of `KVM_RUN` in a row.
+/// Counts errors of `KVM_RUN` in a row.
 #[derive(Debug, Default)]
 struct EntryErrors {
     out_of_memory: u32,
 }
 
 impl EntryErrors {
-    /// Judges one more error. An entry that succeeds begins a new row; a kick does not, since KVM
-    /// may answer it before it allocates anything.
+    /// Classifies one more error. An entry that succeeds starts a new row. A signal does not: KVM
+    /// may return `EINTR` before it allocates anything.
     fn next(&mut self, errno: i32) -> EntryError {
         match errno {
-            libc::EINTR => EntryError::Kicked,
+            libc::EINTR => EntryError::Interrupted,
             libc::EAGAIN => EntryError::Transient,
             libc::ENOMEM if self.out_of_memory < ENTRY_RETRIES => {
                 self.out_of_memory += 1;
@@ -453,20 +462,20 @@ impl EntryErrors {
     }
 }
 
-/// What KVM says of an internal error.
+/// The text of a `KVM_EXIT_INTERNAL_ERROR`.
 pub(crate) fn internal_error(suberror: u32) -> String {
     let words = match suberror {
-        1 => "an instruction that KVM had to emulate and cannot",
+        1 => "an instruction that KVM cannot emulate",
         2 => "simultaneous exceptions",
         3 => "an exit while an event was being delivered",
         4 => "an exit that KVM does not know",
-        _ => "unknown to this monitor",
+        _ => "unknown",
     };
     format!("KVM_EXIT_INTERNAL_ERROR, suberror {suberror} ({words})")
 }
 
-/// Where a vCPU is: its instruction pointer, and the bytes there as far as they are mapped and are RAM.
-fn place(vcpu: &VcpuFd, ram: &GuestRam) -> Option<(u64, Vec<u8>)> {
+/// The instruction pointer of a vCPU, and the bytes there as far as they are mapped and are RAM.
+fn current_instruction(vcpu: &VcpuFd, ram: &GuestRam) -> Option<(u64, Vec<u8>)> {
     let rip = vcpu.get_regs().ok()?.rip;
     let cs_base = vcpu.get_sregs().ok()?.cs.base;
     let mut bytes = Vec::new();
@@ -475,7 +484,7 @@ fn place(vcpu: &VcpuFd, ram: &GuestRam) -> Option<(u64, Vec<u8>)> {
         let byte = vcpu
             .translate_gva(linear)
             .ok()
-            // A huge page that the host refuses cannot be read either.
+            // A page that the host cannot allocate would end this process by SIGBUS.
             .filter(|t| t.valid == 1 && ram.populate(t.physical_address, 1).is_ok())
             .and_then(|t| ram.memory().read_obj::<u8>(GuestAddress(t.physical_address)).ok());
         match byte {
@@ -491,22 +500,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_without_memory_is_retried_within_a_bound() {
+    fn enomem_is_retried_a_bounded_number_of_times() {
         let mut errors = EntryErrors::default();
         assert_eq!(errors.next(libc::ENOMEM), EntryError::Transient);
         for _ in 1..ENTRY_RETRIES {
-            // A kick in between does not make it endless.
-            assert_eq!(errors.next(libc::EINTR), EntryError::Kicked);
+            // A signal in between does not start the count again.
+            assert_eq!(errors.next(libc::EINTR), EntryError::Interrupted);
             assert_eq!(errors.next(libc::ENOMEM), EntryError::Transient);
         }
         assert_eq!(errors.next(libc::ENOMEM), EntryError::Fatal);
     }
 
     #[test]
-    fn only_interruptions_and_not_ready_are_free_of_a_bound() {
+    fn only_eintr_and_eagain_are_retried_without_a_bound() {
         let mut errors = EntryErrors::default();
         for _ in 0..10 * ENTRY_RETRIES {
-            assert_eq!(errors.next(libc::EINTR), EntryError::Kicked);
+            assert_eq!(errors.next(libc::EINTR), EntryError::Interrupted);
             assert_eq!(errors.next(libc::EAGAIN), EntryError::Transient);
         }
         for errno in [libc::EFAULT, libc::EIO, libc::EINVAL, libc::ENOENT] {

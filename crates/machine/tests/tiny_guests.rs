@@ -1,5 +1,5 @@
-//! Machines with guests of a few instructions, which run on any KVM, a software one too. Where there is none they cannot run, and
-//! say so.
+//! Machines with guests of a few instructions, which run on any KVM, also a software one (PVM).
+//! Without /dev/kvm the tests pass, but print that they did not run.
 
 use std::fs;
 use std::io::Write;
@@ -18,9 +18,9 @@ use vesta_machine::{
 use vesta_tests::elf::{self, Elf};
 use vm_memory::{Bytes, GuestAddress};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A guest that stands before its first instruction.
+/// A guest before its first instruction.
 struct Guest {
     machine: Paused,
     events: EventSource,
@@ -28,7 +28,7 @@ struct Guest {
     _dir: tempfile::TempDir,
 }
 
-/// Builds a machine around `kernel`, or says why this host cannot.
+/// Builds a machine with this `kernel`. `None` if this host has no KVM.
 fn guest(kernel: &Elf, config: &MachineConfig) -> Option<Guest> {
     if !Path::new("/dev/kvm").exists() {
         eprintln!("not run: there is no /dev/kvm here");
@@ -55,48 +55,48 @@ fn guest(kernel: &Elf, config: &MachineConfig) -> Option<Guest> {
     Some(Guest { machine, events, serial, _dir: dir })
 }
 
-/// Waits for the guest's end.
+/// Waits for the event that ends the guest.
 fn event(events: &EventSource) -> MachineEvent {
-    let limit = Timespec { tv_sec: PATIENCE.as_secs().cast_signed(), tv_nsec: 0 };
+    let limit = Timespec { tv_sec: TIMEOUT.as_secs().cast_signed(), tv_nsec: 0 };
     let ready = poll(&mut [PollFd::new(events, PollFlags::IN)], Some(&limit)).unwrap();
-    assert_eq!(ready, 1, "the guest did not end within {PATIENCE:?}");
+    assert_eq!(ready, 1, "the guest did not end within {TIMEOUT:?}");
     events.take().expect("the descriptor is readable")
 }
 
-/// Sends 0, 1, 2, ... over the serial port, for ever.
+/// A guest that writes 0, 1, 2, ... to the serial port, for ever.
 fn counting_guest() -> Elf {
     // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
     Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])
 }
 
-/// As [`counting_guest`], with interrupts enabled, and without having programmed an interrupt
-/// controller or a table of handlers: any interrupt ends it.
+/// A [`counting_guest`] with interrupts enabled. It has programmed no interrupt controller and no
+/// interrupt table, so any interrupt ends it.
 fn open_guest() -> Elf {
     // sti; mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
     Elf::of(&[0xfb, 0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])
 }
 
-/// Switches itself off through ACPI's sleep control register.
+/// A guest that powers off through the ACPI sleep control register.
 fn power_off_guest() -> Elf {
     // mov dx, 0x600; mov al, SLP_EN | 5 << 2; out dx, al; hlt
     Elf::of(&[0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4])
 }
 
 #[test]
-fn a_pause_at_any_time_loses_and_repeats_no_port_access() {
+fn pause_at_any_time_loses_and_repeats_no_port_access() {
     let Some(guest) = guest(&counting_guest(), &MachineConfig::default()) else { return };
     let mut machine = guest.machine;
     let mut seen = 0;
     for round in 0..200 {
         let running = machine.resume().unwrap();
-        let deadline = Instant::now() + PATIENCE;
-        // Let it come some way, not always the same.
+        let deadline = Instant::now() + TIMEOUT;
+        // The guest runs for a while, a different one in each round.
         while fs::metadata(&guest.serial).unwrap().len() < seen + round % 7 {
-            assert!(Instant::now() < deadline, "the guest stands still");
+            assert!(Instant::now() < deadline, "the guest makes no progress");
             std::thread::yield_now();
         }
         machine = running.pause().unwrap();
-        assert!(machine.drain_serial(PATIENCE));
+        assert!(machine.drain_serial(TIMEOUT));
         seen = fs::metadata(&guest.serial).unwrap().len();
     }
     let bytes = fs::read(&guest.serial).unwrap();
@@ -105,32 +105,32 @@ fn a_pause_at_any_time_loses_and_repeats_no_port_access() {
 }
 
 #[test]
-fn a_paused_guest_stands_still() {
+fn paused_guest_does_not_run() {
     let Some(guest) = guest(&counting_guest(), &MachineConfig::default()) else { return };
     let paused = guest.machine.resume().unwrap().pause().unwrap();
-    assert!(paused.drain_serial(PATIENCE));
+    assert!(paused.drain_serial(TIMEOUT));
     let before = fs::metadata(&guest.serial).unwrap().len();
-    // Nothing to wait for: that nothing happens takes a while to see.
+    // There is no event to wait for: a guest that ran on would write within this time.
     std::thread::sleep(Duration::from_millis(50));
-    assert!(paused.drain_serial(PATIENCE));
+    assert!(paused.drain_serial(TIMEOUT));
     assert_eq!(fs::metadata(&guest.serial).unwrap().len(), before);
 }
 
 #[test]
-fn a_guest_that_switches_itself_off_says_so() {
+fn guest_powers_off_by_acpi() {
     let Some(guest) = guest(&power_off_guest(), &MachineConfig::default()) else { return };
     let _running = guest.machine.resume().unwrap();
     assert_eq!(event(&guest.events), MachineEvent::PowerOff);
 }
 
 #[test]
-fn a_64_bit_kernel_boots_wherever_in_memory_it_is() {
+fn kernel_64_bit_boots_at_any_address() {
     for address in [1 << 30, (5 << 29) + 0x1000, (4 << 30) + 0x20_0000] {
         let mut kernel = power_off_guest();
         kernel.segments[0].address = address;
         kernel.entry = address;
         kernel.pvh_entry = None;
-        // The last GiB of it lies above 4 GiB, behind the gap for devices.
+        // The last GiB of RAM is above 4 GiB, behind the gap for devices.
         let config = MachineConfig { mem_size_mib: 4096, ..MachineConfig::default() };
         let Some(guest) = guest(&kernel, &config) else { return };
         let _running = guest.machine.resume().unwrap();
@@ -139,22 +139,22 @@ fn a_64_bit_kernel_boots_wherever_in_memory_it_is() {
 }
 
 #[test]
-fn a_guest_that_resets_through_its_keyboard_controller_says_so() {
+fn guest_resets_by_its_keyboard_controller() {
     let Some(guest) = guest(&elf::reset_guest(), &MachineConfig::default()) else { return };
     let _running = guest.machine.resume().unwrap();
     assert_eq!(event(&guest.events), MachineEvent::Reset);
 }
 
-/// Where a vCPU is after a reset: after a shutdown, kvm-amd resets it before it tells anybody.
+/// The instruction pointer after a reset: kvm-amd resets a vCPU before it reports its shutdown.
 const RESET_VECTOR: u64 = 0xfff0;
 
 #[test]
-fn a_triple_fault_is_reported_with_its_place() {
+fn triple_fault_is_reported_with_its_instruction() {
     let (kernel, address) = elf::triple_fault_guest();
     let Some(guest) = guest(&kernel, &MachineConfig::default()) else { return };
     let _running = guest.machine.resume().unwrap();
     let MachineEvent::TripleFault(fault) = event(&guest.events) else { panic!("another event") };
-    let (rip, bytes) = fault.place.unwrap();
+    let (rip, bytes) = fault.instruction.unwrap();
     assert!(
         (rip, &bytes[..2]) == (address.into(), &[0x0f, 0x0b]) || rip == RESET_VECTOR,
         "{rip:#x} {bytes:x?}"
@@ -162,7 +162,7 @@ fn a_triple_fault_is_reported_with_its_place() {
 }
 
 #[test]
-fn a_machine_of_128_vcpus_starts_pauses_and_ends() {
+fn machine_with_128_vcpus_starts_pauses_and_ends() {
     let config = MachineConfig { vcpu_count: 128, ..MachineConfig::default() };
     let Some(guest) = guest(&counting_guest(), &config) else { return };
     let paused = guest.machine.resume().unwrap().pause().unwrap();
@@ -177,18 +177,18 @@ fn dropping_a_running_machine_ends_its_threads() {
         let name = fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
         Some(name.trim().to_owned())
     });
-    // Other tests of this process have vCPUs of their own unless each runs in its own process; then there is none left.
+    // Other tests in this process have vCPU threads too, unless each test runs in its own process.
     if std::env::var_os("NEXTEST").is_some() {
         assert_eq!(left.filter(|name| name.starts_with("fc_vcpu")).collect::<Vec<_>>(), Vec::<String>::new());
     }
 }
 
-/// A machine like `of` as it was saved, with memory of its own.
+/// Saves the machine `of` and restores it with a copy of its memory.
 fn clone_of(of: &Paused, config: &MachineConfig, serial: &Path, clock: ClockAfter) -> Paused {
     restored(of, &of.save().unwrap(), config, serial, clock).unwrap()
 }
 
-/// The same with another state.
+/// Restores `state` with a copy of the memory of `of`.
 fn restored(
     of: &Paused,
     state: &MachineState,
@@ -220,26 +220,26 @@ fn restored(
     })
 }
 
-/// Lets it run until it has written that many bytes more. Gives the machine, still again, and the length.
+/// Runs the machine until it has written this many more bytes to `serial`, and pauses it again.
 fn run_for(machine: Paused, serial: &Path, bytes: u64) -> Paused {
     let wanted = fs::metadata(serial).unwrap().len() + bytes;
     let running = machine.resume().unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while fs::metadata(serial).unwrap().len() < wanted {
-        assert!(Instant::now() < deadline, "the guest stands still");
+        assert!(Instant::now() < deadline, "the guest makes no progress");
         std::thread::yield_now();
     }
     let paused = running.pause().unwrap();
-    assert!(paused.drain_serial(PATIENCE));
+    assert!(paused.drain_serial(TIMEOUT));
     paused
 }
 
 #[test]
-fn a_saved_machine_goes_on_where_it_stood_and_so_does_the_one_it_was_saved_from() {
+fn saved_and_restored_machines_both_continue() {
     let config = MachineConfig { mem_size_mib: 8, vcpu_count: 2, ..MachineConfig::default() };
     let Some(guest) = guest(&counting_guest(), &config) else { return };
     let mut first = run_for(guest.machine, &guest.serial, 10);
-    // Three generations deep.
+    // Three restored machines, one after another.
     for generation in 0..3 {
         let next = fs::read(&guest.serial).unwrap().len();
         let serial = guest.serial.with_file_name(format!("serial{generation}"));
@@ -256,7 +256,7 @@ fn a_saved_machine_goes_on_where_it_stood_and_so_does_the_one_it_was_saved_from(
 }
 
 #[test]
-fn a_guest_that_never_programmed_its_pic_is_restored() {
+fn guest_that_never_programmed_its_pic_is_restored() {
     let config = MachineConfig { mem_size_mib: 8, ..MachineConfig::default() };
     let Some(guest) = guest(&open_guest(), &config) else { return };
     let mut machine = run_for(guest.machine, &guest.serial, 10);
@@ -268,7 +268,7 @@ fn a_guest_that_never_programmed_its_pic_is_restored() {
     }
 }
 
-/// A register of the first vCPU.
+/// An MSR of the first vCPU.
 fn msr(machine: &Paused, index: u32) -> Option<u64> {
     let state = machine.save().unwrap();
     state.vcpus[0].msrs.iter().find(|msr| msr.index == index).map(|msr| msr.value)
@@ -276,14 +276,14 @@ fn msr(machine: &Paused, index: u32) -> Option<u64> {
 
 const IA32_TSC: u32 = 0x10;
 
-/// The time stamp counters of a machine that was saved.
+/// The time stamp counters of a saved machine.
 fn counters(state: &MachineState) -> Vec<u64> {
     let msrs = state.vcpus.iter().flat_map(|vcpu| &vcpu.msrs);
     msrs.filter(|msr| msr.index == IA32_TSC).map(|msr| msr.value).collect()
 }
 
 #[test]
-fn restored_vcpus_share_one_counter_which_never_goes_back() {
+fn restored_vcpus_share_one_counter_that_never_goes_back() {
     let config = MachineConfig { mem_size_mib: 8, vcpu_count: 4, ..MachineConfig::default() };
     let Some(guest) = guest(&counting_guest(), &config) else { return };
     let mut machine = run_for(guest.machine, &guest.serial, 1);
@@ -294,13 +294,13 @@ fn restored_vcpus_share_one_counter_which_never_goes_back() {
     }
     for hop in 0..5 {
         if hop == 1 {
-            // The thread of one vCPU was held up for a while before it read its registers.
+            // As if the thread of one vCPU had read its registers later than the others.
             let (khz, last) = (state.vcpus[3].tsc_khz, state.vcpus.last_mut().unwrap());
             let tsc = last.msrs.iter_mut().find(|msr| msr.index == IA32_TSC).unwrap();
             tsc.value += 3_000 * u64::from(khz.unwrap_or(1_000_000));
         }
         let last = counters(&state).into_iter().max().unwrap();
-        // The second half comes from a version, or a host, that does not know of offsets.
+        // The last states are as if saved by a version, or on a host, without offsets.
         if hop > 2 {
             state.vcpus.iter_mut().for_each(|vcpu| vcpu.tsc_offset = None);
         }
@@ -312,13 +312,13 @@ fn restored_vcpus_share_one_counter_which_never_goes_back() {
         let offsets: Vec<_> = state.vcpus.iter().filter_map(|vcpu| vcpu.tsc_offset).collect();
         assert!(offsets.iter().all(|offset| *offset == offsets[0]), "hop {hop}: {offsets:x?}");
         if offsets.is_empty() {
-            eprintln!("this KVM does not tell the offsets of vCPUs");
+            eprintln!("this KVM does not report the offsets of vCPUs");
         }
     }
 }
 
 #[test]
-fn a_restored_guest_finds_its_memory_types_which_kvm_does_not_list() {
+fn memory_types_that_kvm_does_not_list_are_restored() {
     const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
     let config = MachineConfig { mem_size_mib: 8, ..MachineConfig::default() };
     let Some(guest) = guest(&counting_guest(), &config) else { return };
@@ -333,17 +333,17 @@ fn a_restored_guest_finds_its_memory_types_which_kvm_does_not_list() {
 }
 
 #[test]
-fn a_guest_that_saw_more_than_this_processor_has_is_refused_by_what_is_missing() {
+fn guest_that_uses_missing_cpu_features_is_refused() {
     let config = MachineConfig { mem_size_mib: 8, ..MachineConfig::default() };
     let Some(guest) = guest(&counting_guest(), &config) else { return };
     let mut state = guest.machine.save().unwrap();
     let features = state.vcpus[0].cpuid.iter_mut().find(|leaf| (leaf.leaf, leaf.index) == (7, 0)).unwrap();
-    // UINTR: no KVM gives it to guests.
+    // UINTR: no KVM supports it in guests.
     features.values[3] |= 1 << 5;
     let serial = guest.serial.with_file_name("clone");
     let Err(error) = restored(&guest.machine, &state, &config, &serial, ClockAfter::Continues) else {
-        panic!("it goes on without a feature that no processor has")
+        panic!("it was restored without a feature that no KVM supports")
     };
-    assert!(matches!(&error, StartError::OtherProcessor { missing } if missing.len() == 1), "{error}");
+    assert!(matches!(&error, StartError::MissingCpuFeatures { missing } if missing.len() == 1), "{error}");
     assert!(error.to_string().contains("CPUID 0x7.0 edx bit 5"), "{error}");
 }

@@ -1,6 +1,8 @@
-//! How long writing and restoring images takes: `cargo bench -p vesta-memory --bench snapshot [-- DIRECTORY]`.
+//! The time of writing and restoring images:
+//! `cargo bench -p vesta-memory --bench snapshot [-- DIRECTORY]`.
 //!
-//! Medians of eleven rounds, to DIRECTORY (the current one otherwise), with and without the time until the disk has it.
+//! Medians of eleven rounds, in DIRECTORY (default: the current one), with and without the time of
+//! the sync.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -18,12 +20,12 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-/// A guest of which every `stride`th stretch of 16 pages is used.
+/// A guest of which every `stride`th block of 16 pages is used.
 fn guest(mib: u32, stride: u64, huge_pages: HugePages) -> GuestRam {
     let ram = GuestRam::map(mib, huge_pages, false).expect("memory can be mapped");
-    let stretch = vec![0x5a; 16 * PAGE as usize];
+    let block = vec![0x5a; 16 * PAGE as usize];
     for start in (0..ram.size()).step_by((stride * 16 * PAGE) as usize) {
-        ram.memory().write_slice(&stretch, GuestAddress(start)).expect("RAM");
+        ram.memory().write_slice(&block, GuestAddress(start)).expect("RAM");
     }
     ram
 }
@@ -33,7 +35,7 @@ fn measure(name: &str, dir: &Path, ram: &GuestRam) {
     let (mut scan, mut write, mut sync, mut restore, mut bytes) = (vec![], vec![], vec![], vec![], 0);
     for _ in 0..ROUNDS {
         let start = Instant::now();
-        ram.own_pages().expect("the page tables can be read");
+        ram.changed_pages().expect("the page tables can be read");
         scan.push(start.elapsed());
         let start = Instant::now();
         let image = write_full(ram, &path, &()).expect("the disk has space");
@@ -48,7 +50,7 @@ fn measure(name: &str, dir: &Path, ram: &GuestRam) {
         clone.memory().read_obj::<u8>(GuestAddress(0)).expect("RAM");
         restore.push(start.elapsed());
         drop(clone);
-        std::fs::remove_file(&path).expect("it is there");
+        std::fs::remove_file(&path).expect("the file exists");
     }
     let mib = bytes >> 20;
     let [scan, write, sync, restore] = [scan, write, sync, restore].map(median);

@@ -1,8 +1,10 @@
-//! What reading ahead of a guest saves: `cargo bench -p vesta-memory --bench working_set [-- DIRECTORY]`.
+//! The time that reading ahead of a guest saves:
+//! `cargo bench -p vesta-memory --bench working_set [-- DIRECTORY]`.
 //!
-//! A guest of 512 MiB with 64 MiB of working set, in stretches of 16 pages all over its memory, half of them written. The time is
-//! the guest's for touching all of them, with a warm and a cold page cache; with reading ahead, the guest begins at once,
-//! 2 ms after, and when all is filled in.
+//! A guest of 512 MiB has a working set of 64 MiB, in blocks of 16 pages all over its memory, half
+//! of them written. The bench measures how long the guest takes to touch all of them, with a warm
+//! and a cold page cache. With reading ahead, the guest starts at once, 2 ms later, or when all is
+//! filled in.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,19 +17,20 @@ use vesta_memory::working_set::{Prefetch, PrefetchOptions, RecordOptions, Record
 use vm_memory::{Bytes, GuestAddress};
 
 const MIB: u32 = 512;
-const STRETCH: u64 = 16;
+/// Pages in a block.
+const BLOCK: u64 = 16;
 const ROUNDS: usize = 7;
 
-/// The guest: reads all, writes every other stretch, in an order that no disk foresees.
+/// The guest: reads all blocks and writes every other one, in an order that no readahead predicts.
 fn touch(ram: &GuestRam) -> Duration {
-    let stretches = u64::from(MIB) * 256 / STRETCH;
+    let blocks = u64::from(MIB) * 256 / BLOCK;
     let start = Instant::now();
-    for n in 0..stretches / 8 {
-        let stretch = n * 1663 % stretches;
-        for page in stretch * STRETCH..(stretch + 1) * STRETCH {
+    for n in 0..blocks / 8 {
+        let block = n * 1663 % blocks;
+        for page in block * BLOCK..(block + 1) * BLOCK {
             let address = GuestAddress(page * PAGE);
             let byte: u8 = ram.memory().read_obj(address).expect("RAM");
-            if stretch.is_multiple_of(2) {
+            if block.is_multiple_of(2) {
                 ram.memory().write_obj(byte, address).expect("RAM");
             }
         }
@@ -95,5 +98,5 @@ fn main() {
         measure("yes, 2 ms before", &path, &info, cold, Some((&set, Some(Duration::from_millis(2)))));
         measure("yes, all of it", &path, &info, cold, Some((&set, None)));
     }
-    std::fs::remove_file(&path).expect("it is there");
+    std::fs::remove_file(&path).expect("the file exists");
 }

@@ -1,44 +1,46 @@
-//! What fork(2) does to guest RAM.
+//! Guest RAM across fork(2).
 //!
-//! A forked process has the same memory at the same addresses, copy-on-write on both sides: private mappings are all that this
-//! room makes, and none of them is kept from children. Advice about huge pages is inherited. The kernel copies page tables
-//! (one entry for each huge page, 512 times as many for small ones), not pages.
+//! A forked process has the same memory at the same addresses, copy-on-write on both sides. This
+//! crate makes only private mappings, and children inherit all of them, together with their advice
+//! about huge pages. The kernel copies page tables (one entry for each huge page, or 512 for the
+//! same memory in small pages), not pages.
 //!
-//! Two kinds of memory cannot be forked, and [`GuestRam::fork_check`] says so while everything still runs.
+//! Two kinds of memory cannot be forked. [`GuestRam::fork_check`] reports them before anything is
+//! paused.
 
 use config::HugePages;
 
+use crate::backing::Backing;
 use crate::ram::GuestRam;
-use crate::source::Source;
 
 /// Why this memory cannot be forked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ForkError {
-    /// A child's write would need a page that the pool need not have, and be killed.
-    #[error(
-        "memory of 2 MiB pages from the huge page pool cannot be forked: use \"None\" or \"Transparent\""
-    )]
+    /// A child's write may find no free page in the pool, and the child would be killed.
+    #[error("guest memory: huge_pages 2M cannot be forked; use \"None\" or \"Transparent\"")]
     HugePagePool,
-    /// The child is not connected with the server: pages that it has not sent yet would be zero.
-    #[error("memory that a page server fills in cannot be forked: pages that it has not sent would be lost")]
+    /// The child has no connection to the server: pages that are not sent yet would be zero.
+    #[error(
+        "guest memory: memory from a page server cannot be forked: pages that are not sent yet would be lost"
+    )]
     PageServer,
 }
 
 impl GuestRam {
-    /// Whether the memory can be forked.
+    /// Checks that the memory can be forked.
     pub fn fork_check(&self) -> Result<(), ForkError> {
         if self.huge_pages() == HugePages::Hugetlbfs2M {
             return Err(ForkError::HugePagePool);
         }
-        match self.source() {
-            Source::PageServer(_) => Err(ForkError::PageServer),
-            Source::Zeros | Source::File(_) => Ok(()),
+        match self.backing() {
+            Backing::PageServer(_) => Err(ForkError::PageServer),
+            Backing::Anonymous | Backing::File(_) => Ok(()),
         }
     }
 
-    /// Notes that this process is about to be forked: from now on, on both sides, the file that the
-    /// memory was restored from may have another user.
-    pub fn will_be_shared(&self) {
+    /// Records that this process is about to be forked. From now on, in parent and child, the image
+    /// that the memory was restored from may have another user, and is never written in place.
+    pub fn note_fork(&self) {
         self.set_shared();
     }
 }

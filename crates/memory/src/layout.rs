@@ -1,8 +1,8 @@
-//! Where RAM lies in the guest's physical address space.
+//! Where RAM is in the guest's physical address space.
 //!
-//! RAM fills the address space from 0 upwards and steps over two holes: one below 4 GiB for devices with 32-bit
-//! addresses, one from 256 GiB to 512 GiB for PCI devices with 64-bit windows. The addresses are Firecracker's, so a
-//! guest image tuned to one layout finds the same one here.
+//! RAM fills the address space from 0 upwards except for two holes: 3 GiB to 4 GiB for devices with
+//! 32-bit addresses, and 256 GiB to 512 GiB for 64-bit BARs of PCI devices. The addresses are
+//! Firecracker's, so that guest images see the same layout.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,21 +15,21 @@ pub const GIB: u64 = 1 << 30;
 
 /// Start of the hole for 32-bit devices: RAM below it ends here.
 pub const MMIO32_START: u64 = 3 * GIB;
-/// End of the hole for 32-bit devices (exclusive): RAM goes on here.
+/// End of the hole for 32-bit devices (exclusive): RAM continues here.
 pub const MMIO32_END: u64 = 4 * GIB;
-/// Start of the hole for 64-bit device windows.
+/// Start of the hole for 64-bit BARs.
 pub const MMIO64_START: u64 = 256 * GIB;
-/// End of the hole for 64-bit device windows (exclusive).
+/// End of the hole for 64-bit BARs (exclusive): RAM continues here.
 pub const MMIO64_END: u64 = 512 * GIB;
 
-/// The spans that RAM may fill, in order, as `(start, end)` with the end exclusive.
+/// The address ranges for RAM, in order, as `(start, end)` with the end exclusive.
 const RAM_SPANS: [(u64, u64); 3] = [
     (0, MMIO32_START),
     (MMIO32_END, MMIO64_START),
     (MMIO64_END, MMIO64_END + config::MAX_MEM_SIZE_MIB as u64 * MIB),
 ];
 
-/// A stretch of guest-physical addresses that is RAM.
+/// A range of guest-physical addresses that is RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RamSpan {
     /// First guest-physical address.
@@ -45,10 +45,10 @@ impl RamSpan {
     }
 }
 
-/// Splits `mem_size_mib` mebibytes of RAM over the spans between the holes, lowest addresses first.
+/// Splits `mem_size_mib` mebibytes of RAM over the ranges between the holes, lowest addresses
+/// first.
 ///
-/// `mem_size_mib` is at most [`config::MAX_MEM_SIZE_MIB`] (the configuration checks it); what exceeds all spans together
-/// is not placed.
+/// `mem_size_mib` must be at most [`config::MAX_MEM_SIZE_MIB`], which the configuration checks.
 pub fn ram_spans(mem_size_mib: u32) -> Vec<RamSpan> {
     let mut left = u64::from(mem_size_mib) * MIB;
     let mut spans = Vec::new();
@@ -64,8 +64,9 @@ pub fn ram_spans(mem_size_mib: u32) -> Vec<RamSpan> {
 
 /// Where each region of RAM is in a memory image. Part of the state file.
 ///
-/// A value of this type is sound, wherever it came from: 1 to 64 regions, sorted and disjoint by guest address as well as by
-/// offset, in whole pages, outside the holes, and together at most as large as a guest can be.
+/// A value of this type is always valid, even if it comes from a file. It has 1 to 64 regions of
+/// whole pages outside the holes, sorted and disjoint by guest address and by offset. Together they
+/// are at most as large as the largest guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<ImageRegion>", into = "Vec<ImageRegion>")]
 pub struct MemoryLayout(Vec<ImageRegion>);
@@ -77,17 +78,17 @@ pub struct ImageRegion {
     pub guest_addr: u64,
     /// Length in bytes.
     pub size: u64,
-    /// Where its bytes begin in the image.
+    /// Offset of its first byte in the image.
     pub offset: u64,
 }
 
-/// Why regions make no layout.
+/// Why a list of regions is not a valid layout.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
-    "memory region {index} (guest address {guest_addr:#x}, {size:#x} bytes, offset {offset:#x}): {reason}"
+    "memory region {index}: {reason}: guest address {guest_addr:#x}, {size:#x} bytes, offset {offset:#x}"
 )]
 pub struct LayoutError {
-    /// The region's number.
+    /// The index of the region.
     pub index: usize,
     /// Its guest address.
     pub guest_addr: u64,
@@ -99,11 +100,11 @@ pub struct LayoutError {
     pub reason: &'static str,
 }
 
-/// The most regions that a layout has.
+/// The most regions of a layout.
 const MAX_REGIONS: usize = 64;
 
 impl MemoryLayout {
-    /// The layout of a guest with `mem_size_mib` mebibytes: its spans one after the other.
+    /// The layout of a guest with `mem_size_mib` mebibytes: its ranges of RAM, one after the other.
     pub fn of_size(mem_size_mib: u32) -> Self {
         let mut offset = 0;
         let region = |RamSpan { start: guest_addr, size }| {
@@ -124,7 +125,7 @@ impl MemoryLayout {
         self.0.last().map_or(0, |r| r.offset + r.size)
     }
 
-    /// Size of the guest's RAM in bytes.
+    /// Total size of the regions in bytes.
     pub fn ram_size(&self) -> u64 {
         self.0.iter().map(|r| r.size).sum()
     }
@@ -143,17 +144,17 @@ impl TryFrom<Vec<ImageRegion>> for MemoryLayout {
                 return refused("there are at most 64 regions");
             }
             if [guest_addr, size, offset].iter().any(|n| n % PAGE != 0) || size == 0 {
-                return refused("it is not made of whole pages of 4096 bytes");
+                return refused("it is not whole pages of 4096 bytes");
             }
             let (Some(end), Some(offset_end)) = (guest_addr.checked_add(size), offset.checked_add(size))
             else {
                 return refused("it ends beyond 2^64");
             };
             if guest_addr < guest_end || offset < file_end {
-                return refused("it overlaps the one before, or is out of order");
+                return refused("it overlaps the previous one, or is out of order");
             }
             if !RAM_SPANS.iter().any(|(start, limit)| *start <= guest_addr && end <= *limit) {
-                return refused("it is not where RAM can be");
+                return refused("it is outside the address ranges for RAM");
             }
             total += size;
             if total > MAX_RAM || offset_end > 2 * MAX_RAM {
@@ -162,7 +163,13 @@ impl TryFrom<Vec<ImageRegion>> for MemoryLayout {
             (guest_end, file_end) = (end, offset_end);
         }
         if regions.is_empty() {
-            return Err(LayoutError { index: 0, guest_addr: 0, size: 0, offset: 0, reason: "there is none" });
+            return Err(LayoutError {
+                index: 0,
+                guest_addr: 0,
+                size: 0,
+                offset: 0,
+                reason: "there are no regions",
+            });
         }
         Ok(MemoryLayout(regions))
     }
@@ -193,12 +200,12 @@ mod tests {
     }
 
     #[test]
-    fn exactly_three_gib_needs_no_second_span() {
+    fn three_gib_fit_below_the_32_bit_hole() {
         assert_eq!(ram_spans(3 * 1024), [RamSpan { start: 0, size: 3 * GIB }]);
     }
 
     #[test]
-    fn the_image_of_a_large_guest_has_its_regions_one_after_the_other() {
+    fn image_regions_are_consecutive() {
         let layout = MemoryLayout::of_size(5 * 1024);
         let second = ImageRegion { guest_addr: 4 * GIB, size: 2 * GIB, offset: 3 * GIB };
         assert_eq!(layout.regions()[1], second);
@@ -206,19 +213,19 @@ mod tests {
     }
 
     #[test]
-    fn unsound_layouts_are_refused_by_region_and_reason() {
+    fn invalid_layout_error_has_region_and_reason() {
         let region = |guest_addr, size, offset| ImageRegion { guest_addr, size, offset };
         let good = region(0, MIB, 0);
         for (regions, reason) in [
-            (vec![], "there is none"),
+            (vec![], "no regions"),
             (vec![region(0, 0, 0)], "whole pages"),
             (vec![region(1, MIB, 0)], "whole pages"),
             (vec![region(0, MIB, 512)], "whole pages"),
             (vec![good, region(0, MIB, MIB)], "overlaps"),
             (vec![good, region(MIB, MIB, 0)], "overlaps"),
             (vec![region(MIB, MIB, 0), region(0, MIB, MIB)], "overlaps"),
-            (vec![region(2 * GIB, 2 * GIB, 0)], "not where RAM can be"),
-            (vec![region(MMIO32_START, MIB, 0)], "not where RAM can be"),
+            (vec![region(2 * GIB, 2 * GIB, 0)], "outside the address ranges"),
+            (vec![region(MMIO32_START, MIB, 0)], "outside the address ranges"),
             (vec![region(u64::MAX - 4095, 8192, 0)], "beyond 2^64"),
             (vec![region(0, MIB, u64::MAX - 4095)], "beyond 2^64"),
             (vec![region(0, MIB, 1 << 60)], "larger than a guest"),
@@ -231,14 +238,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_guests_layout_is_sound(mib in 1..=config::MAX_MEM_SIZE_MIB) {
+        fn layout_of_any_size_is_valid(mib in 1..=config::MAX_MEM_SIZE_MIB) {
             let layout = MemoryLayout::of_size(mib);
             prop_assert_eq!(layout.ram_size(), u64::from(mib) * MIB);
             prop_assert_eq!(MemoryLayout::try_from(Vec::from(layout.clone())), Ok(layout));
         }
 
         #[test]
-        fn spans_hold_all_ram_in_order_outside_the_holes(mib in 1..=config::MAX_MEM_SIZE_MIB) {
+        fn spans_cover_all_ram_in_order_outside_the_holes(mib in 1..=config::MAX_MEM_SIZE_MIB) {
             let spans = ram_spans(mib);
             prop_assert_eq!(spans.iter().map(|s| s.size).sum::<u64>(), u64::from(mib) * MIB);
             for s in &spans {

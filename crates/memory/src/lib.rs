@@ -1,62 +1,69 @@
-//! Guest RAM: where it lies in the guest's physical address space, and how it is mapped here.
+//! Guest RAM: where it is in the guest's physical address space, and how it is mapped here.
 //!
-//! This is the only room that maps guest memory. Everyone else gets a [`GuestRam`] (or the [`GuestMemory`] in it)
-//! and reaches guest memory through `vm-memory`'s checked accessors, so an address that a guest made up can fail
-//! but cannot leave the guest.
+//! This is the only crate that maps guest memory. The others get a [`GuestRam`] (or the
+//! [`GuestMemory`] in it) and access guest memory through `vm-memory`'s checked accessors. So an
+//! invalid guest address is an error and never reaches memory outside the guest.
 //!
-//! # What is where
+//! # Modules
 //!
-//! | module | what |
-//! |---|---|
-//! | [`layout`] | where RAM is in the guest, and in an image |
-//! | [`GuestRam`] | RAM that is mapped: new ([`GuestRam::map`]), from an image ([`GuestRam::from_file`]), from a page server ([`GuestRam::from_page_server`]) |
-//! | [`pages`] | sets of pages: [`GuestRam::own_pages`] finds those in use, [`GuestRam::take_writes`] those that were written |
-//! | [`image`] | images on disk: written, full or in part, and merged |
-//! | [`page_server`] | another process that fills memory in, and what if it dies |
-//! | [`working_set`] | what a guest needs first: recorded, kept, filled in |
+//! - [`layout`]: where RAM is in the guest and in an image.
+//! - [`GuestRam`]: mapped RAM. It is new ([`GuestRam::map`]), from an image
+//!   ([`GuestRam::from_file`]) or from a page server ([`GuestRam::from_page_server`]).
+//! - [`pages`]: sets of pages. [`GuestRam::changed_pages`] finds those in use,
+//!   [`GuestRam::take_dirty_pages`] those that were written.
+//! - [`iovec`]: guest buffers as lists of `struct iovec`.
+//! - [`image`]: images on disk: full, partial and merged.
+//! - [`page_server`]: memory that another process fills in, and what happens if that process dies.
+//! - [`working_set`]: the pages that a guest needs first: recorded, stored, filled in.
 //!
 //! # Invariants
 //!
-//! - RAM is *private* memory: anonymous or a private view of a file, never shared with another process except copy-on-write.
-//!   Fork and clones rest on this.
-//! - Every region begins at a host address aligned to 2 MiB, as its guest address is, so that huge pages can back it
-//!   and line up on both sides.
-//! - Nothing is reserved or touched at start: a guest of 1 TiB costs page tables for what it touches, no more. Neither does
-//!   looking which pages there are touch any.
+//! - RAM is *private* memory: anonymous, or a private mapping of a file. It is shared with another
+//!   process only copy-on-write. Forks and clones depend on this.
+//! - Every region starts at a host address aligned to 2 MiB, as its guest address is. So huge pages
+//!   can back it on both sides.
+//! - Mapping RAM neither reserves nor touches it, except for pages of the hugetlb pool. A guest of
+//!   1 TiB costs page tables for what it touches. Finding the pages in use touches none either.
 //! - RAM never overlaps the holes that [`layout`] leaves for devices.
-//! - Mappings live as long as the process: addresses of a machine that is gone read as zeros.
+//! - Addresses of RAM stay mapped as long as the process lives. After its machine is gone they read
+//!   as zeros.
 //!
 //! # Errors
 //!
-//! Mapping fails with [`MapError`], which names the size, the kind of page and the kernel's reason; what has to do with files or
-//! servers has errors of its own that name these. Once built, a `GuestRam` does not fail; single accesses do, with
-//! `vm-memory`'s error, and callers that serve a guest treat that as the guest's fault.
+//! Mapping fails with [`MapError`], which has the size, the kind of pages and the kernel's reason.
+//! Files and page servers have error types of their own. A `GuestRam` that was built does not fail.
+//! Single accesses do, with `vm-memory`'s error, which devices treat as the guest's fault.
+//!
+//! # Unsafe code
+//!
+//! It is in the leaf modules of `sys` and in [`iovec`].
 //!
 //! # Callers
 //!
-//! `machine` builds it, registers it with KVM, and has its images written; `virtio` reads and writes through it.
+//! `machine` maps the RAM of new guests and registers all RAM with KVM. `control` restores RAM from
+//! snapshots and writes its images. The devices read and write guest memory through it.
 
+#![deny(unsafe_code)]
+
+mod backing;
 mod dirty;
+mod discard;
 mod fork;
 pub mod image;
+pub mod iovec;
 pub mod layout;
+mod observer;
 pub mod page_server;
 pub mod pages;
 mod ram;
 mod resident;
-mod source;
+mod server_link;
 mod sys;
 pub mod working_set;
 
-pub use dirty::TakeWritesError;
+pub use dirty::TakeDirtyError;
+pub use discard::DiscardError;
 pub use fork::ForkError;
 pub use layout::{ImageRegion, LayoutError, MemoryLayout};
 pub use pages::{PageSet, PageSetError};
-pub use ram::{DiscardError, GuestRam, MapError, RamRegion};
-
-/// The guest's memory as `vm-memory` sees it: regions that never change while a machine lives, each with an optional
-/// bitmap of the pages that the *monitor* wrote (KVM keeps the log of what the guest wrote).
-pub type GuestMemory = vm_memory::GuestMemoryMmap<Option<vm_memory::bitmap::AtomicBitmap>>;
-
-/// One region of [`GuestMemory`].
-pub type GuestRegion = vm_memory::GuestRegionMmap<Option<vm_memory::bitmap::AtomicBitmap>>;
+pub use ram::{GuestMemory, GuestRam, GuestRegion, MapError, RamRegion};

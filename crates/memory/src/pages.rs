@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-/// The size in bytes of the page that sets count in, also where larger pages back the memory: KVM's log does as well.
+/// The page size of page sets in bytes, as in KVM's dirty log. Larger pages may back the memory.
 pub const PAGE: u64 = 4096;
 
 /// A set of the pages of a guest's RAM: one bit for each 4 KiB page, region by region.
 ///
-/// The layout of a region's bits is that of KVM's dirty log: page `n` of the region is bit `n % 64` of word `n / 64`.
+/// A region's bits are laid out as in KVM's dirty log: page `n` is bit `n % 64` of word `n / 64`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageSet {
     regions: Vec<RegionPages>,
@@ -20,15 +20,15 @@ struct RegionPages {
     words: Vec<u64>,
 }
 
-/// Bits that do not fit the region that they are for.
+/// A bitmap of the wrong length for its region.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("region {region} has {needed} words of page bits, not {found}")]
+#[error("memory region {region}: its page bitmap has {found} words; it must have {needed}")]
 pub struct PageSetError {
-    /// The region's number.
+    /// The index of the region.
     pub region: usize,
-    /// Words that its bits have.
+    /// The number of words that it must have.
     pub needed: usize,
-    /// Words that were given.
+    /// The number of words that it has.
     pub found: usize,
 }
 
@@ -51,22 +51,22 @@ impl PageSet {
         set
     }
 
-    /// How many regions the set is over.
+    /// The number of regions.
     pub fn regions(&self) -> usize {
         self.regions.len()
     }
 
-    /// How many pages a region has, in the set or not.
+    /// The number of pages of a region, in the set or not.
     pub fn pages(&self, region: usize) -> u64 {
         self.regions[region].pages
     }
 
-    /// Adds pages of a region; what is beyond its end is not added.
+    /// Adds pages of a region. Pages beyond its end are ignored.
     pub fn insert(&mut self, region: usize, pages: Range<u64>) {
         self.change(region, pages, |word, mask| *word |= mask);
     }
 
-    /// Takes pages of a region out.
+    /// Removes pages of a region.
     pub fn remove(&mut self, region: usize, pages: Range<u64>) {
         self.change(region, pages, |word, mask| *word &= !mask);
     }
@@ -89,7 +89,8 @@ impl PageSet {
         page < region.pages && region.words[(page / 64) as usize] >> (page % 64) & 1 == 1
     }
 
-    /// Adds the pages whose bits are set in `words`: what `KVM_GET_DIRTY_LOG` gives for the region's memory slot.
+    /// Adds the pages whose bits are set in `words`, the result of `KVM_GET_DIRTY_LOG` for the
+    /// region's memory slot.
     pub fn insert_words(&mut self, region: usize, words: &[u64]) -> Result<(), PageSetError> {
         let own = &mut self.regions[region];
         if own.words.len() != words.len() {
@@ -110,7 +111,7 @@ impl PageSet {
         self.combine(other, |own, other| own | other);
     }
 
-    /// Takes out all pages of `other`, a set over the same regions.
+    /// Removes all pages of `other`, a set over the same regions.
     pub fn remove_all(&mut self, other: &PageSet) {
         self.combine(other, |own, other| own & !other);
     }
@@ -125,23 +126,23 @@ impl PageSet {
         }
     }
 
-    /// How many pages are in the set.
+    /// The number of pages in the set.
     pub fn count(&self) -> u64 {
         self.regions.iter().flat_map(|r| &r.words).map(|w| u64::from(w.count_ones())).sum()
     }
 
-    /// Whether no page is in the set.
+    /// Whether the set is empty.
     pub fn is_empty(&self) -> bool {
         self.regions.iter().all(|r| r.words.iter().all(|w| *w == 0))
     }
 
-    /// The pages of a region that are in the set, as runs in order, none touching the next.
+    /// The pages of a region that are in the set, as maximal runs in order.
     pub fn runs(&self, region: usize) -> Runs<'_> {
         Runs { region: &self.regions[region], at: 0 }
     }
 }
 
-/// See [`PageSet::runs`].
+/// The iterator of [`PageSet::runs`].
 #[derive(Debug)]
 pub struct Runs<'a> {
     region: &'a RegionPages,
@@ -184,14 +185,14 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn bits_of_another_region_are_refused() {
+    fn bitmap_of_wrong_length_is_refused() {
         let mut set = PageSet::empty([65 * PAGE]);
         let error = set.insert_words(0, &[1]).unwrap_err();
-        assert_eq!(error.to_string(), "region 0 has 2 words of page bits, not 1");
+        assert_eq!(error.to_string(), "memory region 0: its page bitmap has 1 words; it must have 2");
     }
 
     #[test]
-    fn bits_beyond_the_region_do_not_count() {
+    fn bits_beyond_the_region_are_ignored() {
         let mut set = PageSet::empty([65 * PAGE]);
         set.insert_words(0, &[u64::MAX, u64::MAX]).unwrap();
         assert_eq!(set, PageSet::full([65 * PAGE]));

@@ -1,52 +1,58 @@
-//! Guest RAM as the rest of the monitor has it.
+//! Guest RAM as the other crates use it.
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use config::HugePages;
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::backing::Backing;
 use crate::layout::{MIB, MemoryLayout};
 use crate::pages::{PAGE, PageSet};
-use crate::source::Source;
-use crate::sys::span::{Harmless, Kind, Span};
-use crate::{GuestMemory, GuestRegion};
+use crate::sys::span::{Span, SpanAdvice, SpanKind};
 
-/// The size of the page that dirty pages are counted in.
+/// The guest's memory as `vm-memory` sees it: regions that do not change while the machine lives.
+/// Each may have a bitmap of the pages that the *monitor* wrote; KVM logs what the guest wrote.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<Option<AtomicBitmap>>;
+
+/// One region of [`GuestMemory`].
+pub type GuestRegion = vm_memory::GuestRegionMmap<Option<AtomicBitmap>>;
+
+/// The page size of the dirty bitmaps.
 const PAGE_SIZE: NonZeroUsize = NonZeroUsize::new(PAGE as usize).unwrap();
 
 /// Why guest RAM could not be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
     /// The kernel refused the mapping: no address space, no huge pages in the pool, or a limit.
-    #[error("cannot map {size_mib} MiB of guest memory ({pages}): {source}")]
+    #[error("guest memory: cannot map {size_mib} MiB ({pages}): {source}")]
     Map {
-        /// What was asked for, in MiB.
+        /// The size in MiB.
         size_mib: u64,
         /// The kind of pages, in words.
         pages: &'static str,
         /// The kernel's reason.
         source: std::io::Error,
     },
-    /// The kernel took the mapping but not the advice about it.
-    #[error("cannot set up {size_mib} MiB of guest memory ({pages}): {source}")]
+    /// The kernel mapped the memory but refused `madvise`.
+    #[error("guest memory: cannot set up {size_mib} MiB ({pages}): {source}")]
     Advise {
-        /// What was asked for, in MiB.
+        /// The size in MiB.
         size_mib: u64,
         /// The kind of pages, in words.
         pages: &'static str,
         /// The kernel's reason.
         source: std::io::Error,
     },
-    /// Huge pages are reserved, and the kernel does not let this process use one.
+    /// Huge pages are reserved, but the kernel does not let this process use one.
     #[error(
         "huge_pages 2M: the host gives no page for the {len} bytes at guest address {addr:#x}{}; raise hugetlb.2MB.max of the \
          monitor's cgroup, or set huge_pages to None",
-        named(source)
+        suffix(source)
     )]
     Populate {
         /// First guest-physical address.
@@ -58,47 +64,21 @@ pub enum MapError {
     },
 }
 
-/// A reason that says something. `EFAULT` only says that the first use of a page would have been a SIGBUS.
-fn named(source: &std::io::Error) -> String {
+/// The kernel's reason as the end of a message. Empty for `EFAULT`, which only says that a use of
+/// the page would have raised SIGBUS.
+fn suffix(source: &std::io::Error) -> String {
     if source.raw_os_error() == Some(rustix::io::Errno::FAULT.raw_os_error()) {
         return String::new();
     }
     format!(": {source}")
 }
 
-/// Why pages could not be given back.
-#[derive(Debug, thiserror::Error)]
-pub enum DiscardError {
-    /// Not whole pages of one region.
-    #[error(
-        "{len:#x} bytes from guest address {addr:#x} are not whole pages of RAM ({page_size} bytes each)"
-    )]
-    Range {
-        /// First guest-physical address.
-        addr: u64,
-        /// Length in bytes.
-        len: u64,
-        /// Size of a page in bytes.
-        page_size: u64,
-    },
-    /// The kernel refused.
-    #[error("cannot give back {len:#x} bytes from guest address {addr:#x}: {source}")]
-    Kernel {
-        /// First guest-physical address.
-        addr: u64,
-        /// Length in bytes.
-        len: u64,
-        /// The kernel's reason.
-        source: std::io::Error,
-    },
-}
-
-/// A stretch of guest RAM and where it is mapped in this process.
+/// A region of guest RAM and its mapping in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RamRegion {
     /// First guest-physical address.
     pub guest_addr: u64,
-    /// Where it is mapped here; a multiple of 2 MiB.
+    /// Host address of the mapping; a multiple of 2 MiB.
     pub host_addr: u64,
     /// Length in bytes.
     pub size: u64,
@@ -106,9 +86,9 @@ pub struct RamRegion {
 
 /// All RAM of one guest. Cheap to clone: clones are the same memory.
 ///
-/// When the last clone goes, the pages are given back to the kernel; the addresses stay reserved, so that a
-/// forgotten [`GuestMemory`] reads zeros and never somebody else's mapping. (A process runs one machine: what is
-/// left behind is address space, not memory.)
+/// When the last clone is dropped, the pages are returned to the kernel. The addresses stay mapped,
+/// so a remaining [`GuestMemory`] reads zeros and never another mapping. A process runs one
+/// machine, so what is left is address space, not memory.
 #[derive(Debug, Clone)]
 pub struct GuestRam {
     inner: Arc<Inner>,
@@ -121,51 +101,48 @@ struct Inner {
     spans: Vec<Span>,
     layout: MemoryLayout,
     huge_pages: HugePages,
-    source: Source,
-    /// Pages that were given back. They were zero then, whatever they are at the source.
+    backing: Backing,
+    /// Pages that were ever discarded. They were zero then, whatever their backing holds.
     discarded: Mutex<PageSet>,
     /// A fork of this process may have the same memory.
     shared: AtomicBool,
 }
 
 impl GuestRam {
-    /// Maps private anonymous RAM of `mem_size_mib` mebibytes, untouched and unreserved.
+    /// Maps private anonymous RAM of `mem_size_mib` mebibytes, untouched and, except for huge pages
+    /// of the pool, unreserved.
     ///
-    /// With [`HugePages::Hugetlbfs2M`] the pages are reserved from the kernel's pool at once, and too few of them is an
-    /// error here rather than a signal later. The first of them is also used, because a cgroup's limit counts use and not
-    /// reservations: see [`Self::populate`]. `track_dirty_pages` adds a bitmap of the pages that the monitor writes.
+    /// With [`HugePages::Hugetlbfs2M`] the pages are reserved from the kernel's pool at once, so
+    /// that too few of them are an error here rather than a signal later. The first page is also
+    /// used, because a cgroup's limit counts use and not reservations: see [`Self::populate`].
+    /// `track_dirty_pages` adds a bitmap of the pages that the monitor writes.
     pub fn map(mem_size_mib: u32, huge_pages: HugePages, track_dirty_pages: bool) -> Result<Self, MapError> {
         let layout = MemoryLayout::of_size(mem_size_mib);
-        let ram = Self::build(layout, huge_pages, track_dirty_pages, Source::Zeros)?;
-        // What the monitor writes itself before a guest runs lies in there, but for kernel and initrd.
+        let ram = Self::build(layout, huge_pages, track_dirty_pages, Backing::Anonymous)?;
+        // What the monitor itself writes before the guest runs is there, except kernel and initrd.
         ram.populate(0, MIB)?;
         Ok(ram)
     }
 
-    /// Maps RAM of this layout. Where `source` is a file, regions are private views of it.
+    /// Maps RAM of this layout. With a file as `backing`, regions are private mappings of it.
     pub(crate) fn build(
         layout: MemoryLayout,
         huge_pages: HugePages,
         track_dirty_pages: bool,
-        source: Source,
+        backing: Backing,
     ) -> Result<Self, MapError> {
         let (mut regions, mut guest_regions) = (Vec::new(), Vec::new());
-        let mut spans = Fresh(Vec::new());
+        let mut spans = UnownedSpans(Vec::new());
         for region in layout.regions() {
-            let kind = match (&source, huge_pages) {
-                (Source::File(file), _) => Kind::File(file, region.offset),
-                (_, HugePages::Hugetlbfs2M) => Kind::Hugetlb,
-                _ => Kind::Anonymous,
+            let kind = match (&backing, huge_pages) {
+                (Backing::File(file), _) => SpanKind::File(file, region.offset),
+                (_, HugePages::Hugetlbfs2M) => SpanKind::Hugetlb,
+                _ => SpanKind::Anonymous,
             };
             let span = map_span(region.size, kind, huge_pages)?;
             spans.0.push(span);
             let bitmap = track_dirty_pages.then(|| AtomicBitmap::new(region.size as usize, PAGE_SIZE));
-            // SAFETY: the span is a mapping of exactly this size that is never unmapped.
-            let builder = unsafe {
-                MmapRegionBuilder::new_with_bitmap(region.size as usize, bitmap)
-                    .with_raw_mmap_pointer(span.as_ptr())
-            };
-            let mapping = builder.build().expect("the mapping is page-aligned");
+            let mapping = span.into_region(bitmap);
             guest_regions.push(Arc::new(
                 GuestRegion::new(mapping, GuestAddress(region.guest_addr)).expect("regions end below 2^64"),
             ));
@@ -181,14 +158,14 @@ impl GuestRam {
             spans,
             layout,
             huge_pages,
-            source,
+            backing,
             discarded,
             shared: AtomicBool::new(false),
         };
         Ok(GuestRam { inner: Arc::new(inner) })
     }
 
-    /// The memory, for checked access.
+    /// The memory, for checked access by guest address.
     pub fn memory(&self) -> &GuestMemory {
         &self.inner.memory
     }
@@ -198,7 +175,7 @@ impl GuestRam {
         &self.inner.regions
     }
 
-    /// Where the regions are in this guest's memory images.
+    /// The layout of the regions in this guest's memory images.
     pub fn layout(&self) -> &MemoryLayout {
         &self.inner.layout
     }
@@ -213,23 +190,26 @@ impl GuestRam {
         if self.inner.huge_pages == HugePages::Hugetlbfs2M { 2 * MIB } else { PAGE }
     }
 
-    /// Size of all regions together, in bytes.
+    /// Total size of all regions in bytes.
     pub fn size(&self) -> u64 {
         self.inner.regions.iter().map(|r| r.size).sum()
     }
 
-    /// Whether the `len` bytes from `addr` are all RAM, in one region.
+    /// Whether the `len` bytes at `addr` are RAM of one region.
     pub fn contains(&self, addr: u64, len: u64) -> bool {
         self.memory()
             .find_region(GuestAddress(addr))
             .is_some_and(|r| len <= r.len() - (addr - r.start_addr().0))
     }
 
-    /// Makes sure that the pages of a range can be written, where the first use of one may be refused: huge pages that were
-    /// reserved may still be over the limit of the process's cgroup, and a write would be a SIGBUS. Nothing happens to other
-    /// pages, to those of a page server, and beyond the end of a region. Kernels before 5.14 cannot tell.
+    /// Makes sure that the pages of a range can be written. Reserved huge pages may still be over
+    /// the limit of the process's cgroup, and a write would then raise SIGBUS. Does nothing for
+    /// other kinds of pages, for a page server's memory, and beyond the end of a region. Kernels
+    /// before 5.14 cannot check it.
     pub fn populate(&self, addr: u64, len: u64) -> Result<(), MapError> {
-        if self.inner.huge_pages != HugePages::Hugetlbfs2M || !matches!(self.inner.source, Source::Zeros) {
+        if self.inner.huge_pages != HugePages::Hugetlbfs2M
+            || !matches!(self.inner.backing, Backing::Anonymous)
+        {
             return Ok(());
         }
         let page = self.page_size();
@@ -241,9 +221,9 @@ impl GuestRam {
             }
             let first = (start - region.guest_addr) / page * page;
             let last = (end - region.guest_addr).next_multiple_of(page).min(region.size);
-            let part = span.part(first..last);
+            let part = span.subspan(first..last);
             let populated = loop {
-                match part.advise(Harmless::PopulateWrite) {
+                match part.advise(SpanAdvice::PopulateWrite) {
                     Err(rustix::io::Errno::INTR) => {}
                     done => break done,
                 }
@@ -256,15 +236,15 @@ impl GuestRam {
         Ok(())
     }
 
-    /// What a fork must keep open to save this memory: the file that it came from.
+    /// The descriptors that a fork must keep open to save this memory: the image that it maps.
     pub fn descriptors(&self) -> Vec<RawFd> {
-        match &self.inner.source {
-            Source::File(file) => vec![file.as_raw_fd()],
-            Source::Zeros | Source::PageServer(_) => Vec::new(),
+        match &self.inner.backing {
+            Backing::File(file) => vec![file.as_raw_fd()],
+            Backing::Anonymous | Backing::PageServer(_) => Vec::new(),
         }
     }
 
-    /// See [`Self::will_be_shared`].
+    /// Sets [`Self::is_shared`]. Called by [`Self::note_fork`].
     pub(crate) fn set_shared(&self) {
         self.inner.shared.store(true, Ordering::Relaxed);
     }
@@ -275,7 +255,7 @@ impl GuestRam {
     }
 
     /// The empty set of this guest's pages.
-    pub fn no_pages(&self) -> PageSet {
+    pub fn empty_page_set(&self) -> PageSet {
         PageSet::empty(self.inner.regions.iter().map(|r| r.size))
     }
 
@@ -284,44 +264,22 @@ impl GuestRam {
         PageSet::full(self.inner.regions.iter().map(|r| r.size))
     }
 
-    /// Gives the pages of a range back to the kernel, as a balloon does: they take no memory and read as zero, also where
-    /// they came from a snapshot's file. A page server is told (and waited for: the call ends when it has read the event).
-    /// The range is whole pages ([`Self::page_size`]) of one region. The pages count as written by the monitor.
-    pub fn discard(&self, addr: u64, len: u64) -> Result<(), DiscardError> {
-        let page_size = self.page_size();
-        let index =
-            self.inner.regions.iter().position(|r| r.guest_addr <= addr && addr - r.guest_addr < r.size);
-        let bad_range = || DiscardError::Range { addr, len, page_size };
-        let index = index.filter(|_| self.contains(addr, len)).ok_or_else(bad_range)?;
-        if !addr.is_multiple_of(page_size) || !len.is_multiple_of(page_size) {
-            return Err(bad_range());
-        }
-        if len == 0 {
-            return Ok(());
-        }
-        let start = addr - self.inner.regions[index].guest_addr;
-        let part = self.inner.spans[index].part(start..start + len);
-        // Marked first: a page that is marked and kept its contents is written once too often, not lost.
-        self.mark_written(index, start, len);
-        self.inner.discarded().insert(index, start / PAGE..(start + len) / PAGE);
-        let done = match self.inner.source {
-            // Without its mapping a page of a file would come back as it was in the file.
-            Source::File(_) => part.replace_by_zeros(),
-            Source::Zeros | Source::PageServer(_) => part.drop_pages(),
-        };
-        done.map_err(|e| DiscardError::Kernel { addr, len, source: e.into() })
+    /// Adds to [`Self::discarded`].
+    pub(crate) fn add_discarded(&self, region: usize, pages: Range<u64>) {
+        self.inner.discarded().insert(region, pages);
     }
 
-    /// Where the regions are mapped, in order.
+    /// The mappings of the regions, in order.
     pub(crate) fn spans(&self) -> &[Span] {
         &self.inner.spans
     }
 
-    pub(crate) fn source(&self) -> &Source {
-        &self.inner.source
+    /// What backs pages that were not touched yet.
+    pub(crate) fn backing(&self) -> &Backing {
+        &self.inner.backing
     }
 
-    /// Pages that were given back, written again since or not.
+    /// Pages that were ever discarded, even if they were written again since.
     pub(crate) fn discarded(&self) -> PageSet {
         self.inner.discarded().clone()
     }
@@ -329,19 +287,20 @@ impl GuestRam {
 
 impl Inner {
     fn discarded(&self) -> MutexGuard<'_, PageSet> {
-        // A set of bits is as good after a panic as before.
+        // A panic leaves the set consistent.
         self.discarded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Regions that belong to nobody yet. What is not taken out is given back: pages of the pool are reserved by the mapping itself.
-struct Fresh(Vec<Span>);
+/// New mappings that no [`GuestRam`] owns yet. Dropping it returns their memory: the mapping itself
+/// reserves pages of the pool.
+struct UnownedSpans(Vec<Span>);
 
-impl Drop for Fresh {
+impl Drop for UnownedSpans {
     fn drop(&mut self) {
         for span in &self.0 {
-            let replaced = span.replace_by_zeros();
-            debug_assert!(replaced.is_ok(), "private memory can be given back: {replaced:?}");
+            let replaced = span.remap_anonymous();
+            debug_assert!(replaced.is_ok(), "private memory can be replaced: {replaced:?}");
         }
     }
 }
@@ -349,24 +308,24 @@ impl Drop for Fresh {
 impl Drop for Inner {
     fn drop(&mut self) {
         for span in &self.spans {
-            if let Source::PageServer(connection) = &self.source {
-                // First out of the page server's hands: nobody may be there any more to hear of the removal.
+            if let Backing::PageServer(connection) = &self.backing {
+                // Unregister first: the removal would wait for a server that may have exited.
                 connection.release(*span);
             }
-            let dropped = match &self.source {
-                Source::Zeros | Source::PageServer(_) if self.huge_pages != HugePages::Hugetlbfs2M => {
+            let dropped = match &self.backing {
+                Backing::Anonymous | Backing::PageServer(_) if self.huge_pages != HugePages::Hugetlbfs2M => {
                     span.drop_pages()
                 }
-                // Not the pages alone: the mapping keeps the file, or what it has reserved of the pool.
-                _ => span.replace_by_zeros(),
+                // Replace the mapping, which holds the file or its reservation of the pool.
+                _ => span.remap_anonymous(),
             };
-            debug_assert!(dropped.is_ok(), "private memory can be given back: {dropped:?}");
+            debug_assert!(dropped.is_ok(), "private memory can be dropped: {dropped:?}");
         }
     }
 }
 
 /// Maps one region at a host address aligned to 2 MiB.
-fn map_span(size: u64, kind: Kind<'_>, huge_pages: HugePages) -> Result<Span, MapError> {
+fn map_span(size: u64, kind: SpanKind<'_>, huge_pages: HugePages) -> Result<Span, MapError> {
     let size_mib = size / MIB;
     let pages = match huge_pages {
         HugePages::None => "4 KiB pages",
@@ -379,10 +338,10 @@ fn map_span(size: u64, kind: Kind<'_>, huge_pages: HugePages) -> Result<Span, Ma
         source: source.into(),
     })?;
     let advised = |source: rustix::io::Errno| MapError::Advise { size_mib, pages, source: source.into() };
-    // A crash dump of the monitor must not carry a tenant's memory.
-    span.advise(Harmless::DontDump).map_err(advised)?;
+    // A crash dump of the monitor must not contain a tenant's memory.
+    span.advise(SpanAdvice::DontDump).map_err(advised)?;
     if huge_pages == HugePages::Transparent {
-        span.advise(Harmless::HugePages).map_err(advised)?;
+        span.advise(SpanAdvice::HugePages).map_err(advised)?;
     }
     Ok(span)
 }
@@ -406,14 +365,14 @@ mod tests {
     }
 
     #[test]
-    fn a_tebibyte_costs_nothing_until_touched() {
+    fn tebibyte_costs_nothing_until_touched() {
         let ram = GuestRam::map(config::MAX_MEM_SIZE_MIB, HugePages::Transparent, false).unwrap();
         assert_eq!(ram.size(), 1 << 40);
         ram.memory().write_obj(1u8, GuestAddress(800 * GIB)).unwrap();
     }
 
     #[test]
-    fn refused_huge_page_is_named_with_the_cgroup_limit() {
+    fn refused_huge_page_error_names_the_cgroup_limit() {
         let refused = |errno: rustix::io::Errno| {
             MapError::Populate { addr: 2 << 20, len: 4096, source: errno.into() }.to_string()
         };
@@ -429,11 +388,11 @@ mod tests {
     fn only_huge_pages_are_populated() {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         ram.populate(0, u64::MAX).unwrap();
-        assert!(ram.own_pages().unwrap().is_empty());
+        assert!(ram.changed_pages().unwrap().is_empty());
     }
 
     #[test]
-    fn contains_knows_the_ends_of_regions() {
+    fn contains_stops_at_region_ends() {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         assert!(ram.contains(0, 16 * MIB));
         assert!(!ram.contains(0, 16 * MIB + 1));
@@ -443,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_of_the_monitor_are_tracked_when_asked_for() {
+    fn monitor_writes_are_tracked_if_enabled() {
         use vm_memory::bitmap::Bitmap;
         let ram = GuestRam::map(16, HugePages::None, true).unwrap();
         ram.memory().write_obj(1u8, GuestAddress(5 * 4096)).unwrap();
@@ -454,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forgotten_view_reads_zeros_after_the_ram_is_gone() {
+    fn remaining_view_reads_zeros_after_ram_is_dropped() {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         let view = ram.memory().clone();
         view.write_obj(7u8, GuestAddress(0)).unwrap();

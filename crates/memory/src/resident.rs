@@ -1,14 +1,14 @@
-//! Which pages of a guest hold something, found without touching any.
+//! Finding the pages of a guest that are in use, without touching any.
 
 use std::io;
 
 use crate::pages::PageSet;
 use crate::ram::GuestRam;
-use crate::sys::pagemap::{self, Pagemap, Which};
+use crate::sys::pagemap::{self, PageFilter, Pagemap};
 
-/// Why nobody knows which pages are there.
+/// Why the pages in use cannot be found.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot find out which pages of the guest's memory are in use: {0}")]
+#[error("guest memory: cannot find the pages in use: {0}")]
 pub struct ResidentError(
     /// The kernel's reason.
     #[from]
@@ -16,60 +16,64 @@ pub struct ResidentError(
 );
 
 impl GuestRam {
-    /// The pages that this guest has for itself: touched, and not (any more) those of a snapshot's file. All others are what they
-    /// were at the start: zero, or as in the file, or with the page server.
+    /// The pages that changed since the guest was started or restored, with or without dirty
+    /// tracking. All others are as at the start: zero, as in the image, or not sent by the page
+    /// server.
     ///
-    /// Relative to what the guest was restored from this is what has changed, with or without dirty tracking: swapped-out
-    /// pages and pages that were given back are in it, and pages of zeros that the kernel has taken back by itself. The set may be too large
-    /// (without `/proc`, and by pages that were only read), never too small.
-    pub fn own_pages(&self) -> Result<PageSet, ResidentError> {
-        let mut own = self.private(Which::PrivateOrZeros)?;
+    /// The set includes swapped-out pages, discarded pages, and written pages that the kernel
+    /// replaced by the zero page. It may be too large (without `/proc`, or by pages that were only
+    /// read), but never too small.
+    pub fn changed_pages(&self) -> Result<PageSet, ResidentError> {
+        let mut own = self.scan_private(PageFilter::PrivateOrZeros)?;
         own.insert_all(&self.discarded());
         Ok(own)
     }
 
-    /// [`Self::own_pages`] without those that are zero, and known to be without looking.
+    /// [`Self::changed_pages`] without discarded pages and pages mapped to the zero page.
     pub(crate) fn private_pages(&self) -> Result<PageSet, ResidentError> {
-        self.private(Which::Private)
+        self.scan_private(PageFilter::Private)
     }
 
-    fn private(&self, which: Which) -> Result<PageSet, ResidentError> {
+    fn scan_private(&self, filter: PageFilter) -> Result<PageSet, ResidentError> {
         Ok(match Pagemap::open() {
-            Ok(pagemap) => self.mapped_pages(pagemap, which)?,
-            Err(_) => self.pages_in_core()?,
+            Ok(pagemap) => self.mapped_pages(pagemap, filter)?,
+            Err(_) => self.pages_by_mincore()?,
         })
     }
 
-    pub(crate) fn mapped_pages(&self, mut pagemap: Pagemap, which: Which) -> io::Result<PageSet> {
-        let mut mapped = self.no_pages();
+    /// The pages in the page tables that pass `filter`.
+    pub(crate) fn mapped_pages(&self, mut pagemap: Pagemap, filter: PageFilter) -> io::Result<PageSet> {
+        let mut mapped = self.empty_page_set();
         for (index, span) in self.spans().iter().enumerate() {
-            pagemap.walk(*span, which, &mut |run| mapped.insert(index, run))?;
+            pagemap.walk(*span, filter, &mut |run| mapped.insert(index, run))?;
         }
         Ok(mapped)
     }
 
-    /// A number that changes when pages come, to see whether any did. Not how many there are: swapped-out pages may be missing.
+    /// A number that changes when pages arrive. It is not the number of pages: swapped-out pages
+    /// may be missing.
     pub(crate) fn page_progress(&self) -> u64 {
         let pages = match Pagemap::open() {
-            Ok(pagemap) => self.mapped_pages(pagemap, Which::Private),
-            Err(_) => self.resident(),
+            Ok(pagemap) => self.mapped_pages(pagemap, PageFilter::Private),
+            Err(_) => self.mincore_pages(),
         };
         pages.map_or(0, |pages| pages.count())
     }
 
-    /// [`Self::own_pages`] for a process without `/proc`, from `mincore`. It does not see what was swapped out: with swap, all pages count.
-    fn pages_in_core(&self) -> io::Result<PageSet> {
+    /// [`Self::private_pages`] for a process without `/proc`, by `mincore`, which does not see
+    /// swapped-out pages. On a host with swap it returns all pages.
+    fn pages_by_mincore(&self) -> io::Result<PageSet> {
         if rustix::system::sysinfo().totalswap != 0 {
             return Ok(self.all_pages());
         }
-        self.resident()
+        self.mincore_pages()
     }
 
-    /// The pages that `mincore` sees.
-    fn resident(&self) -> io::Result<PageSet> {
-        let mut resident = self.no_pages();
+    /// The pages that `mincore` reports.
+    fn mincore_pages(&self) -> io::Result<PageSet> {
+        let mut resident = self.empty_page_set();
         for (index, span) in self.spans().iter().enumerate() {
-            pagemap::in_core(*span, &mut |run| resident.insert(index, run))?;
+            pagemap::walk_mincore(*span, &mut |run| resident.insert(index, run))?;
         }
         Ok(resident)
     }
@@ -82,13 +86,13 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use crate::pages::PAGE;
-    use crate::sys::span::Harmless;
+    use crate::sys::span::SpanAdvice;
 
-    /// Memory of small pages, also on a host that uses huge ones for everyone.
+    /// Memory of small pages, even on a host whose default is huge pages.
     fn small_pages(mib: u32) -> GuestRam {
         let ram = GuestRam::map(mib, HugePages::None, false).unwrap();
         for span in ram.spans() {
-            span.advise(Harmless::SmallPages).unwrap();
+            span.advise(SpanAdvice::SmallPages).unwrap();
         }
         ram
     }
@@ -108,45 +112,45 @@ mod tests {
     }
 
     #[test]
-    fn written_pages_are_found_and_untouched_ones_stay_untouched() {
+    fn scan_finds_written_pages_and_touches_none() {
         let (ram, written) = touched();
         assert_eq!(list(&ram.private_pages().unwrap()), written);
-        assert_eq!(list(&ram.private_pages().unwrap()), written, "looking changed what is there");
+        assert_eq!(list(&ram.private_pages().unwrap()), written, "the scan touched a page");
     }
 
-    /// The kernel maps the page of zeros in place of a page that was written when it splits a huge page that has zeros.
+    /// When the kernel splits a huge page, it maps the zero page in place of parts that are zero.
     #[test]
-    fn a_page_that_may_have_become_zero_has_changed() {
+    fn zero_pages_count_as_changed() {
         let (ram, written) = touched();
-        assert_eq!(list(&ram.own_pages().unwrap()), [&written[..2], &[7], &written[2..]].concat());
+        assert_eq!(list(&ram.changed_pages().unwrap()), [&written[..2], &[7], &written[2..]].concat());
     }
 
     #[test]
-    fn an_older_kernels_page_map_says_the_same_and_counts_the_page_of_zeros() {
+    fn pagemap_entries_find_the_same_pages_and_the_zero_page() {
         let (ram, written) = touched();
-        let own = ram.mapped_pages(Pagemap::open().unwrap().without_scan(), Which::Private).unwrap();
+        let own = ram.mapped_pages(Pagemap::open().unwrap().without_scan(), PageFilter::Private).unwrap();
         assert_eq!(list(&own), [&written[..2], &[7], &written[2..]].concat());
     }
 
     #[test]
-    fn without_proc_the_answer_includes_the_written_pages() {
+    fn mincore_finds_written_pages_without_proc() {
         let (ram, written) = touched();
-        let own = ram.pages_in_core().unwrap();
+        let own = ram.pages_by_mincore().unwrap();
         assert!(written.iter().all(|p| own.contains(0, *p)));
     }
 
     #[test]
-    fn page_progress_changes_when_a_page_comes() {
+    fn page_progress_changes_when_a_page_arrives() {
         let (ram, _) = touched();
-        let before = (ram.page_progress(), ram.resident().unwrap().count());
+        let before = (ram.page_progress(), ram.mincore_pages().unwrap().count());
         ram.memory().write_obj(1u8, GuestAddress(100 * PAGE)).unwrap();
-        assert_eq!((ram.page_progress(), ram.resident().unwrap().count()), (before.0 + 1, before.1 + 1));
+        assert_eq!((ram.page_progress(), ram.mincore_pages().unwrap().count()), (before.0 + 1, before.1 + 1));
     }
 
     #[test]
-    fn the_page_map_of_a_tebibyte_is_read_at_once() {
+    fn scanning_a_sparse_tebibyte_is_fast() {
         let ram = small_pages(config::MAX_MEM_SIZE_MIB);
         ram.memory().write_obj(1u8, GuestAddress(900 << 30)).unwrap();
-        assert_eq!(ram.own_pages().unwrap().count(), 1);
+        assert_eq!(ram.changed_pages().unwrap().count(), 1);
     }
 }

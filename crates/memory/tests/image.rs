@@ -1,4 +1,4 @@
-//! Memory images: what a guest had is what its clones get, whatever happens on the way.
+//! Memory images: clones get the memory of their guest, after full snapshots, Diffs and failures.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use config::HugePages;
 use proptest::prelude::*;
 use vesta_memory::image::{
-    ImageError, ImageInfo, ImageKind, Observer, RestoreError, Written, examine, merge, merge_in_place,
+    ImageError, ImageInfo, ImageKind, Observer, RestoreError, WrittenImage, examine, merge, merge_in_place,
     write_diff, write_full,
 };
 use vesta_memory::pages::PAGE;
@@ -32,13 +32,13 @@ fn all(ram: &GuestRam) -> Vec<u8> {
 }
 
 fn full(ram: &GuestRam, path: &Path) -> ImageInfo {
-    let Written { file, info, .. } = write_full(ram, path, &()).unwrap();
+    let WrittenImage { file, info, .. } = write_full(ram, path, &()).unwrap();
     file.commit().unwrap();
     info
 }
 
 fn diff(ram: &GuestRam, path: &Path, pages: &PageSet) -> ImageInfo {
-    let Written { file, info, .. } = write_diff(ram, path, pages, &()).unwrap();
+    let WrittenImage { file, info, .. } = write_diff(ram, path, pages, &()).unwrap();
     file.commit().unwrap();
     info
 }
@@ -48,14 +48,14 @@ fn restore(info: &ImageInfo, path: &Path) -> GuestRam {
 }
 
 fn pages(ram: &GuestRam, list: &[u64]) -> PageSet {
-    let mut set = ram.no_pages();
+    let mut set = ram.empty_page_set();
     for page in list {
         set.insert(0, *page..page + 1);
     }
     set
 }
 
-/// Bytes on disk.
+/// The size of a file on disk in bytes.
 fn blocks(path: &Path) -> u64 {
     path.metadata().unwrap().blocks() * 512
 }
@@ -64,13 +64,14 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect()
 }
 
-/// Directories on the file system of temporary files and on tmpfs, which differ in what they can.
+/// Directories on the file system of temporary files and on tmpfs, which support different
+/// operations.
 fn two_file_systems() -> [tempfile::TempDir; 2] {
     [tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap()]
 }
 
 #[test]
-fn a_full_image_is_the_memory_and_only_as_large_as_what_was_used() {
+fn full_image_is_the_memory_and_sparse() {
     for dir in two_file_systems() {
         let path = dir.path().join("mem");
         let ram = ram();
@@ -78,12 +79,12 @@ fn a_full_image_is_the_memory_and_only_as_large_as_what_was_used() {
         put(&ram, 1, 2);
         put(&ram, 2, 0);
         put(&ram, 700, 3);
-        let before = ram.own_pages().unwrap();
+        let before = ram.changed_pages().unwrap();
         let written = write_full(&ram, &path, &()).unwrap();
         assert_eq!(written.data_bytes, 3 * PAGE);
         assert_eq!(written.info.kind, ImageKind::Full);
         written.file.commit().unwrap();
-        assert_eq!(ram.own_pages().unwrap(), before, "writing touched pages");
+        assert_eq!(ram.changed_pages().unwrap(), before, "writing touched pages");
         assert_eq!(path.metadata().unwrap().len(), ram.size());
         assert!(blocks(&path) <= 4 * PAGE, "{} bytes on disk", blocks(&path));
         assert_eq!(std::fs::read(&path).unwrap(), all(&ram));
@@ -91,7 +92,7 @@ fn a_full_image_is_the_memory_and_only_as_large_as_what_was_used() {
 }
 
 #[test]
-fn a_restored_guest_reads_what_the_image_has_and_never_changes_it() {
+fn restored_guest_reads_the_image_and_never_changes_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let first = ram();
@@ -105,7 +106,7 @@ fn a_restored_guest_reads_what_the_image_has_and_never_changes_it() {
 }
 
 #[test]
-fn a_restored_guests_regions_are_aligned_to_huge_pages() {
+fn restored_regions_are_aligned_to_huge_pages() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let layout = MemoryLayout::of_size(3 * 1024 + 5);
@@ -116,7 +117,7 @@ fn a_restored_guests_regions_are_aligned_to_huge_pages() {
 }
 
 #[test]
-fn only_what_a_restored_guest_changed_is_its_own() {
+fn changed_pages_of_a_restored_guest_exclude_read_pages() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let first = ram();
@@ -125,11 +126,11 @@ fn only_what_a_restored_guest_changed_is_its_own() {
     let _ = all(&clone);
     put(&clone, 5, 2);
     clone.discard(9 * PAGE, PAGE).unwrap();
-    assert_eq!(clone.own_pages().unwrap(), pages(&clone, &[5, 9]));
+    assert_eq!(clone.changed_pages().unwrap(), pages(&clone, &[5, 9]));
 }
 
 #[test]
-fn an_image_of_a_restored_guest_has_both_its_own_pages_and_those_of_its_file() {
+fn image_of_a_restored_guest_has_changed_and_unchanged_pages() {
     for here in two_file_systems() {
         for there in two_file_systems() {
             let path = here.path().join("mem");
@@ -150,7 +151,7 @@ fn an_image_of_a_restored_guest_has_both_its_own_pages_and_those_of_its_file() {
 }
 
 #[test]
-fn a_restored_guest_can_be_written_over_its_own_file() {
+fn restored_guest_can_be_saved_over_its_own_image() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let first = ram();
@@ -166,7 +167,7 @@ fn a_restored_guest_can_be_written_over_its_own_file() {
 }
 
 #[test]
-fn a_diff_has_its_pages_and_a_page_of_zeros_is_data_in_it() {
+fn zero_page_is_data_in_a_diff_and_a_hole_after_merge() {
     for dir in two_file_systems() {
         let (base, path) = (dir.path().join("base"), dir.path().join("diff"));
         let ram = ram();
@@ -186,7 +187,7 @@ fn a_diff_has_its_pages_and_a_page_of_zeros_is_data_in_it() {
 }
 
 #[test]
-fn a_diff_onto_a_file_of_its_size_is_merged_and_the_old_file_lives_on_for_who_has_it() {
+fn diff_onto_a_base_leaves_open_readers_the_old_file() {
     for dir in two_file_systems() {
         let path = dir.path().join("mem");
         let ram = ram();
@@ -204,7 +205,7 @@ fn a_diff_onto_a_file_of_its_size_is_merged_and_the_old_file_lives_on_for_who_ha
 }
 
 #[test]
-fn a_diff_onto_a_file_of_another_size_replaces_it() {
+fn diff_onto_a_file_of_another_size_replaces_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     std::fs::write(&path, "something else").unwrap();
@@ -215,7 +216,7 @@ fn a_diff_onto_a_file_of_another_size_replaces_it() {
 }
 
 #[test]
-fn a_merge_into_a_new_file_leaves_base_and_diff_alone() {
+fn merge_into_a_new_file_leaves_base_and_diff_unchanged() {
     for dir in two_file_systems() {
         let [base, path, out] = ["base", "diff", "out"].map(|name| dir.path().join(name));
         let ram = ram();
@@ -232,14 +233,14 @@ fn a_merge_into_a_new_file_leaves_base_and_diff_alone() {
 }
 
 #[test]
-fn files_of_different_guests_are_not_merged() {
+fn images_of_different_guests_are_not_merged() {
     let dir = tempfile::tempdir().unwrap();
     let (base, path) = (dir.path().join("base"), dir.path().join("diff"));
     File::create(&base).unwrap().set_len(8192).unwrap();
     File::create(&path).unwrap().set_len(4096).unwrap();
     let error = merge_in_place(&base, &path, &()).unwrap_err().to_string();
     assert!(
-        error.contains("has 8192 bytes and ") && error.contains("has 4096: they are not of one guest"),
+        error.contains("it has 8192 bytes, ") && error.contains("has 4096: they are not of one guest"),
         "{error}"
     );
     assert!(matches!(merge_in_place(&base, &base, &()), Err(ImageError::SameFile { .. })));
@@ -247,7 +248,7 @@ fn files_of_different_guests_are_not_merged() {
 }
 
 #[test]
-fn a_short_image_is_refused_with_both_sizes() {
+fn short_image_error_has_both_sizes() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     File::create(&path).unwrap().set_len(4096).unwrap();
@@ -257,7 +258,7 @@ fn a_short_image_is_refused_with_both_sizes() {
 }
 
 #[test]
-fn what_is_no_image_is_refused_without_waiting() {
+fn fifo_and_directory_are_refused_without_blocking() {
     let dir = tempfile::tempdir().unwrap();
     let fifo = dir.path().join("fifo");
     let mode = rustix::fs::Mode::from_raw_mode(0o600);
@@ -268,10 +269,7 @@ fn what_is_no_image_is_refused_without_waiting() {
         assert!(matches!(error, RestoreError::NotAFile { .. }), "{error}");
     }
     let missing = GuestRam::from_file(&layout, Path::new("/no/mem"), HugePages::None, false).unwrap_err();
-    assert!(
-        missing.to_string().starts_with("cannot read the memory image /no/mem: No such file"),
-        "{missing}"
-    );
+    assert!(missing.to_string().starts_with("memory image /no/mem: cannot read: No such file"), "{missing}");
 }
 
 struct StopAfter(u32, Mutex<Vec<(u64, u64)>>);
@@ -287,7 +285,7 @@ impl Observer for StopAfter {
 }
 
 #[test]
-fn progress_goes_up_to_the_total_and_a_cancelled_image_leaves_no_file() {
+fn progress_reaches_the_total_and_cancel_leaves_no_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let ram = GuestRam::map(32, HugePages::None, false).unwrap();
@@ -309,7 +307,7 @@ fn free_huge_pages() -> u64 {
 }
 
 #[test]
-fn memory_of_the_huge_page_pool_is_written_restored_and_not_forked() {
+fn hugetlb_memory_is_saved_and_restored_but_not_forked() {
     if free_huge_pages() < 4 {
         eprintln!("not run: it needs four free pages in the pool (/proc/sys/vm/nr_hugepages)");
         return;
@@ -318,7 +316,7 @@ fn memory_of_the_huge_page_pool_is_written_restored_and_not_forked() {
     let path = dir.path().join("mem");
     let ram = GuestRam::map(MIB, HugePages::Hugetlbfs2M, true).unwrap();
     put(&ram, 600, 1);
-    assert_eq!(ram.own_pages().unwrap().count(), 512);
+    assert_eq!(ram.changed_pages().unwrap().count(), 512);
     let info = full(&ram, &path);
     assert_eq!(info.huge_pages, HugePages::Hugetlbfs2M);
     assert!(blocks(&path) <= PAGE, "{} bytes on disk", blocks(&path));
@@ -332,13 +330,13 @@ fn memory_of_the_huge_page_pool_is_written_restored_and_not_forked() {
 }
 
 #[test]
-fn memory_of_the_huge_page_pool_that_is_not_wanted_any_more_is_back_in_the_pool() {
+fn dropped_hugetlb_memory_returns_to_the_pool() {
     let pool = free_huge_pages();
     if pool < 4 {
         eprintln!("not run: it needs four free pages in the pool (/proc/sys/vm/nr_hugepages)");
         return;
     }
-    // More than half of it, so that there is no room for a second while the first is reserved.
+    // More than half of the pool, so that a second guest does not fit while the first is reserved.
     let mib = u32::try_from(pool / 2 + 1).unwrap() * 2;
     for byte in 1..4 {
         let ram = GuestRam::map(mib, HugePages::Hugetlbfs2M, false).unwrap();
@@ -347,7 +345,7 @@ fn memory_of_the_huge_page_pool_that_is_not_wanted_any_more_is_back_in_the_pool(
 }
 
 #[test]
-fn a_diff_that_lacks_what_its_base_has_is_no_memory_before_it_is_merged() {
+fn unmerged_diff_is_refused_until_it_has_all_pages() {
     let dir = tempfile::tempdir().unwrap();
     let [base, alone, second, merged, whole] =
         ["base", "alone", "second", "merged", "whole"].map(|name| dir.path().join(name));
@@ -362,7 +360,7 @@ fn a_diff_that_lacks_what_its_base_has_is_no_memory_before_it_is_merged() {
     };
     diff(&ram, &alone, &pages(&ram, &[5]));
     refused(&alone);
-    // Onto another that lacks the base it still does.
+    // A Diff onto an unmerged Diff is still unmerged.
     std::fs::remove_file(&alone).unwrap();
     diff(&ram, &alone, &pages(&ram, &[7]));
     diff(&ram, &alone, &pages(&ram, &[5]));
@@ -370,7 +368,7 @@ fn a_diff_that_lacks_what_its_base_has_is_no_memory_before_it_is_merged() {
     diff(&ram, &second, &pages(&ram, &[5]));
     merge(&alone, &second, &merged, &()).unwrap();
     refused(&merged);
-    // Onto the base it does not, nor does one that has all that there is.
+    // A Diff on the base is merged, and a Diff with all pages in use needs no base.
     merge(&base, &alone, &merged, &()).unwrap();
     diff(&ram, &base, &pages(&ram, &[5]));
     diff(&ram, &whole, &pages(&ram, &[3, 5]));
@@ -380,7 +378,7 @@ fn a_diff_that_lacks_what_its_base_has_is_no_memory_before_it_is_merged() {
 }
 
 #[test]
-fn a_guest_above_the_hole_keeps_its_regions_apart() {
+fn regions_on_both_sides_of_the_hole_are_restored() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mem");
     let ram = GuestRam::map(3 * 1024 + 2, HugePages::None, false).unwrap();
@@ -415,7 +413,7 @@ impl Drop for SmallDisk {
 }
 
 #[test]
-fn a_disk_that_fills_up_leaves_the_old_file_and_an_error_with_path_and_size() {
+fn full_disk_leaves_the_old_image() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("not run: mounting a small file system needs root");
         return;
@@ -428,37 +426,41 @@ fn a_disk_that_fills_up_leaves_the_old_file_and_an_error_with_path_and_size() {
     for result in [write_full(&ram, &path, &()), write_diff(&ram, &path, &ram.all_pages(), &())] {
         let error = result.unwrap_err();
         assert!(matches!(error, ImageError::Write { size: 4_194_304, .. }), "{error}");
-        let wanted = format!("cannot write {} (4194304 bytes) at offset 0: No space left", path.display());
+        let wanted = format!(
+            "memory image {}: cannot write at offset 0 of 4194304 bytes: No space left",
+            path.display()
+        );
         assert!(error.to_string().starts_with(&wanted), "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         assert_eq!(files(disk.0.path()), std::slice::from_ref(&path));
     }
 }
 
-/// Writes an image in a child process, as a live snapshot does, and waits for it; `meanwhile` runs in the parent first.
+/// Writes an image in a child process, as a live snapshot does, and waits for it. `meanwhile` runs
+/// in the parent first.
 fn full_in_child(ram: &GuestRam, path: &Path, meanwhile: impl FnOnce()) {
     let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-    // SAFETY: the child writes the image and leaves; it takes no lock that another thread may have held.
+    // SAFETY: the child writes the image and exits. It takes no lock that another thread may hold.
     let child = unsafe { libc::fork() };
     if child == 0 {
         drop(write);
-        // Until the parent is through.
+        // Wait until the parent is done.
         let _ = rustix::io::read(&read, &mut [0; 1]);
         let done = write_full(ram, path, &()).is_ok_and(|image| image.file.commit().is_ok());
-        // SAFETY: ends the child without running anything of the parent's.
+        // SAFETY: exits the child without running the parent's exit handlers.
         unsafe { libc::_exit(i32::from(!done)) };
     }
     assert!(child > 0);
     meanwhile();
     drop(write);
     let mut status = 0;
-    // SAFETY: waits for our own child.
+    // SAFETY: waits for a child of this process.
     let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
     assert_eq!((waited, status), (child, 0));
 }
 
 #[test]
-fn a_forks_image_is_the_memory_at_the_fork() {
+fn image_written_by_a_fork_is_the_memory_at_the_fork() {
     let dir = tempfile::tempdir().unwrap();
     let (base, path) = (dir.path().join("base"), dir.path().join("mem"));
     let new = ram();
@@ -474,7 +476,7 @@ fn a_forks_image_is_the_memory_at_the_fork() {
     }
 }
 
-/// What a history does to a guest.
+/// One operation of a history.
 #[derive(Debug, Clone)]
 enum Act {
     Write(u64, u64, u8),
@@ -501,15 +503,16 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
 
-    /// A guest of 1 MiB and a model of its memory: after any history its images, Diffs merged, are the model.
+    /// A guest of 1 MiB and a model of its memory. After any history its image, with the Diffs
+    /// merged, is the model.
     #[test]
-    fn any_history_of_writes_snapshots_and_restores_keeps_the_memory(acts in acts(), on_tmpfs: bool) {
+    fn any_history_of_snapshots_and_restores_keeps_memory(acts in acts(), on_tmpfs: bool) {
         let dir = two_file_systems().into_iter().nth(usize::from(on_tmpfs)).unwrap();
         let [image, part] = ["image", "part"].map(|name| dir.path().join(name));
         let mut ram = GuestRam::map(1, HugePages::None, true).unwrap();
         let mut model = vec![0u8; 1 << 20];
         let mut info = full(&ram, &image);
-        ram.reset_monitor_writes();
+        ram.reset_monitor_dirty_pages();
         for act in acts {
             match act {
                 Act::Write(page, len, byte) => {
@@ -521,12 +524,12 @@ proptest! {
                     model[(page * PAGE) as usize..((page + len) * PAGE) as usize].fill(0);
                 }
                 Act::Full => {
-                    ram.reset_monitor_writes();
+                    ram.reset_monitor_dirty_pages();
                     info = full(&ram, &image);
                 }
-                // Onto the image itself, or apart and then merged.
+                // Onto the image itself, or to a file of its own that is then merged.
                 Act::Diff => {
-                    let dirty = ram.take_monitor_writes().unwrap();
+                    let dirty = ram.take_monitor_dirty_pages().unwrap();
                     if dirty.count().is_multiple_of(2) {
                         diff(&ram, &image, &dirty);
                     } else {
@@ -536,18 +539,18 @@ proptest! {
                     }
                 }
                 Act::UntrackedDiff => {
-                    ram.reset_monitor_writes();
-                    diff(&ram, &image, &ram.own_pages().unwrap());
+                    ram.reset_monitor_dirty_pages();
+                    diff(&ram, &image, &ram.changed_pages().unwrap());
                 }
                 Act::Restore => {
-                    let dirty = ram.take_monitor_writes().unwrap();
+                    let dirty = ram.take_monitor_dirty_pages().unwrap();
                     diff(&ram, &image, &dirty);
                     ram = restore(&info, &image);
                 }
             }
             prop_assert!(all(&ram) == model, "the guest's memory");
         }
-        diff(&ram, &image, &ram.take_monitor_writes().unwrap());
+        diff(&ram, &image, &ram.take_monitor_dirty_pages().unwrap());
         prop_assert!(std::fs::read(&image).unwrap() == model, "the image");
         prop_assert!(all(&restore(&info, &image)) == model, "a restored guest");
     }

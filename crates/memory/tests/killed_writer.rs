@@ -1,4 +1,4 @@
-//! A writer that is killed at any point leaves the old snapshot or the new one, whole.
+//! A writer that is killed at any time leaves the old or the new snapshot, complete.
 
 use std::io::Read;
 use std::path::Path;
@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 const MIB: u32 = 2;
 
-/// Which of the writer's snapshots it is: all of its memory has this byte.
+/// The number of a snapshot of the writer. All of its memory has this byte.
 #[derive(Serialize, Deserialize)]
 struct Generation(u8);
 
@@ -52,7 +52,7 @@ fn start(dir: &Path) -> Child {
         assert_eq!(child.stdout.as_mut().unwrap().read(&mut byte).unwrap(), 1, "ended after {seen:?}");
         seen.push(char::from(byte[0]));
     }
-    // Nobody reads on: a full pipe would stop it.
+    // Drain the pipe, so that a full one does not stop the writer.
     std::thread::spawn({
         let mut rest = child.stdout.take().unwrap();
         move || std::io::copy(&mut rest, &mut std::io::sink())
@@ -62,27 +62,27 @@ fn start(dir: &Path) -> Child {
 
 fn check(dir: &Path) {
     let state = Snapshot::open(&dir.join("state")).unwrap();
-    state.expect("microvm").unwrap();
+    state.expect_kind("microvm").unwrap();
     let Generation(generation) = state.get().unwrap();
     let info: ImageInfo = state.get().unwrap();
     let memory = snapshot::find(&dir.join("mem"), info.id);
     let ram = GuestRam::from_file(&info.layout, &memory, HugePages::None, false).unwrap();
     let mut bytes = vec![0; (MIB as usize) << 20];
     ram.memory().read_slice(&mut bytes, GuestAddress(0)).unwrap();
-    assert!(bytes.iter().all(|b| *b == generation), "memory is not of the state's generation {generation}");
+    assert!(bytes.iter().all(|b| *b == generation), "the memory is not that of generation {generation}");
     for file in std::fs::read_dir(dir).unwrap() {
         let name = file.unwrap().file_name().into_string().unwrap();
-        assert!(name == "mem" || name == "state" || name.ends_with(".vesta-tmp"), "{name} was left");
+        assert!(name == "mem" || name == "state" || name.ends_with(".vesta-tmp"), "{name} was left behind");
     }
 }
 
 #[test]
-fn a_killed_writer_leaves_one_whole_snapshot_and_no_file_of_another_name() {
+fn killed_writer_leaves_one_whole_snapshot() {
     for parent in [std::env::temp_dir(), "/dev/shm".into()] {
         for round in 0..20u64 {
             let dir = tempfile::tempdir_in(&parent).unwrap();
             let mut child = start(dir.path());
-            // Somewhere within the next few snapshots: not to wait for a thing, but to be somewhere else each time.
+            // Kill it at a different point of the next few snapshots in each round.
             std::thread::sleep(Duration::from_micros(round * 1709 % 23_000));
             child.kill().unwrap();
             child.wait().unwrap();

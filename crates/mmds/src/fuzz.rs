@@ -1,8 +1,9 @@
-//! Entry point for fuzzing: any bytes as the acts of a hostile guest, run over the real code.
+//! Entry point for fuzzing: runs the actions of a hostile guest, decoded from any bytes.
 //!
-//! The target under `fuzz/` calls it with what a coverage-guided fuzzer makes up; the test here calls it with seeded random bytes. What must
-//! hold: no panic, no end that does not come, no more memory than the bounds say, frames for the guest that are whole, and a
-//! guest that behaves is answered afterwards.
+//! The target under `fuzz/` calls it with the input of a coverage-guided fuzzer, the test here with
+//! seeded random bytes. It checks that nothing panics, that every loop ends, that memory stays
+//! within its bounds, that frames to the guest are valid, and that a well-behaved guest gets a
+//! response afterwards.
 
 use std::time::Duration;
 
@@ -10,13 +11,13 @@ use config::MmdsVersion;
 use serde_json::json;
 use smoltcp::wire::TcpControl;
 
-use crate::stack::testing::{ByHand, GUEST, Guest, said, service};
+use crate::stack::testing::{GUEST, Guest, RawSegment, sent_segments, service};
 use crate::stack::{MAX_CONNECTIONS, Stack};
 
-/// Acts in one run, so that a long input is not a slow one.
-const MAX_ACTS: usize = 400;
+/// Most actions in one run, so that a long input is not slow.
+const MAX_ACTIONS: usize = 400;
 
-/// Bytes as numbers. At the end there are zeros.
+/// Reads numbers from bytes; zeros after the end.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -46,14 +47,14 @@ impl<'a> Input<'a> {
     }
 }
 
-/// What the guest has learnt of its connections: port, its next sequence number, the service's.
-struct Known {
+/// A connection as the guest knows it: its port, its next sequence number, the service's.
+struct KnownConnection {
     port: u16,
     seq: u32,
     ack: u32,
 }
 
-/// Lets a guest do what `data` says.
+/// Runs the actions that `data` encodes.
 pub fn run(data: &[u8]) {
     let mut input = Input(data);
     let version = if input.u8().is_multiple_of(2) { MmdsVersion::V1 } else { MmdsVersion::V2 };
@@ -65,31 +66,32 @@ pub fn run(data: &[u8]) {
     };
     let mut now = Duration::from_secs(1);
     let mut stack = Stack::new(service.clone(), mtu, u64::from(input.u32()), now);
-    let mut known: Vec<Known> = Vec::new();
-    for _ in 0..MAX_ACTS {
+    let mut known: Vec<KnownConnection> = Vec::new();
+    for _ in 0..MAX_ACTIONS {
         if input.0.is_empty() {
             break;
         }
-        act(&mut input, &mut stack, &mut known, &mut now);
+        step(&mut input, &mut stack, &mut known, &mut now);
         stack.check_bounds();
     }
-    // The time comes for everything that it left behind.
+    // Run all remaining timers.
     let mut wakes = 0;
     loop {
-        said(&mut stack, now);
+        sent_segments(&mut stack, now);
         let Some(next) = stack.deadline(now) else { break };
         now = next.max(now + Duration::from_micros(1));
         wakes += 1;
-        assert!(wakes < 100 * (MAX_CONNECTIONS + 1), "nothing keeps it busy for ever");
+        assert!(wakes < 100 * (MAX_CONNECTIONS + 1), "timers end");
     }
     assert_eq!(stack.connection_count(), 0);
     let mut guest = Guest::new(&service, GUEST, 1500);
     guest.now = now.max(guest.now);
     guest.stack = stack;
-    assert!(guest.ask("GET / HTTP/1.1\r\nConnection: close\r\n\r\n").starts_with("HTTP/1.1 "));
+    assert!(guest.request("GET / HTTP/1.1\r\nConnection: close\r\n\r\n").starts_with("HTTP/1.1 "));
 }
 
-fn act(input: &mut Input<'_>, stack: &mut Stack, known: &mut Vec<Known>, now: &mut Duration) {
+/// Decodes and runs one action.
+fn step(input: &mut Input<'_>, stack: &mut Stack, known: &mut Vec<KnownConnection>, now: &mut Duration) {
     match input.u8() {
         // Any frame.
         0..10 => {
@@ -98,7 +100,7 @@ fn act(input: &mut Input<'_>, stack: &mut Stack, known: &mut Vec<Known>, now: &m
             let _ = stack.wants(&frame[..len.min(frame.len()).min(64)]);
             stack.push(frame, *now);
         }
-        // A frame that was right before some bytes of it were changed.
+        // A valid frame with some bytes changed.
         10..40 => {
             let mut frame = segment(input, known);
             for _ in 0..input.u8() % 4 {
@@ -109,24 +111,24 @@ fn act(input: &mut Input<'_>, stack: &mut Stack, known: &mut Vec<Known>, now: &m
             stack.push(&frame, *now);
         }
         40..110 => stack.push(&segment(input, known), *now),
-        // A connection is opened by the book.
+        // A correct handshake.
         110..160 => {
             let port = 1000 + u16::from(input.u8() % 48);
-            let syn = ByHand {
+            let syn = RawSegment {
                 from: (GUEST, port),
                 control: TcpControl::Syn,
                 seq: input.u32(),
-                ..ByHand::default()
+                ..RawSegment::default()
             };
             stack.push(&syn.frame(), *now);
-            hear(stack, known, *now);
+            receive(stack, known, *now);
             if let Some(known) = known.iter().find(|known| known.port == port) {
                 let ack = Some(known.ack);
-                let ack = ByHand { from: (GUEST, port), seq: known.seq, ack, ..ByHand::default() };
+                let ack = RawSegment { from: (GUEST, port), seq: known.seq, ack, ..RawSegment::default() };
                 stack.push(&ack.frame(), *now);
             }
         }
-        // What stands in a connection by the book.
+        // A correct segment with part of a request.
         160..210 => {
             let texts: [&[u8]; 6] = [
                 b"GET /latest/meta-data/long HTTP/1.1\r\n\r\n",
@@ -143,18 +145,18 @@ fn act(input: &mut Input<'_>, stack: &mut Stack, known: &mut Vec<Known>, now: &m
             }
             let len = known.len();
             let known = &mut known[at % len];
-            let frame = ByHand {
+            let frame = RawSegment {
                 from: (GUEST, known.port),
                 seq: known.seq,
                 ack: Some(known.ack),
                 payload: text,
-                ..ByHand::default()
+                ..RawSegment::default()
             };
             known.seq = known.seq.wrapping_add(text.len() as u32);
             stack.push(&frame.frame(), *now);
         }
-        // It reads, or does not.
-        210..240 => hear(stack, known, *now),
+        // The guest receives frames.
+        210..240 => receive(stack, known, *now),
         240..250 => *now += Duration::from_millis(input.u16().into()),
         250..254 => {
             if let Some(deadline) = stack.deadline(*now) {
@@ -165,25 +167,25 @@ fn act(input: &mut Input<'_>, stack: &mut Stack, known: &mut Vec<Known>, now: &m
     }
 }
 
-/// Reads what the service says, and keeps what it says of each connection.
-fn hear(stack: &mut Stack, known: &mut Vec<Known>, now: Duration) {
-    for said in said(stack, now) {
-        let flags = match said.control {
+/// Receives all frames and updates the known connections.
+fn receive(stack: &mut Stack, known: &mut Vec<KnownConnection>, now: Duration) {
+    for sent in sent_segments(stack, now) {
+        let flags = match sent.control {
             TcpControl::Syn | TcpControl::Fin => 1,
             _ => 0,
         };
-        let ack = said.seq.wrapping_add(said.payload.len() as u32 + flags);
-        let port = said.to.2;
-        known.retain(|known| said.control != TcpControl::Syn || known.port != port);
+        let ack = sent.seq.wrapping_add(sent.payload.len() as u32 + flags);
+        let port = sent.to.2;
+        known.retain(|known| sent.control != TcpControl::Syn || known.port != port);
         match known.iter_mut().find(|known| known.port == port) {
             Some(known) => known.ack = ack,
-            None => known.push(Known { port, seq: said.ack.unwrap_or(0), ack }),
+            None => known.push(KnownConnection { port, seq: sent.ack.unwrap_or(0), ack }),
         }
     }
 }
 
-/// A segment, mostly near one that makes sense.
-fn segment(input: &mut Input<'_>, known: &[Known]) -> Vec<u8> {
+/// A segment whose fields are mostly close to valid ones.
+fn segment(input: &mut Input<'_>, known: &[KnownConnection]) -> Vec<u8> {
     let shape = input.u8();
     let port = match known.get(usize::from(input.u8() % 64)) {
         Some(known) => known.port,
@@ -207,7 +209,7 @@ fn segment(input: &mut Input<'_>, known: &[Known]) -> Vec<u8> {
     };
     let has_options = control == TcpControl::Syn && shape & 16 != 0;
     let len = usize::from(input.u8() % 64);
-    ByHand {
+    RawSegment {
         from: (GUEST, port),
         to_port: if shape & 0xc0 == 0xc0 { input.u16() } else { 80 },
         control,
@@ -226,9 +228,9 @@ fn segment(input: &mut Input<'_>, known: &[Known]) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// Runs seeded random bytes, so that every test run tries the same.
+    /// The seed is fixed, so every test run is the same.
     #[test]
-    fn no_guest_breaks_it() {
+    fn random_actions_pass_all_checks() {
         let mut random = 0x9e37_79b9_7f4a_7c15_u64;
         for _ in 0..1000 {
             let mut data = vec![0; 6000];

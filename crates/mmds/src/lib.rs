@@ -1,35 +1,40 @@
-//! The metadata service (MMDS): what a user keeps for a guest as JSON, and what the guest reads of it by HTTP at a
-//! link-local address, as it would on EC2.
+//! The metadata service (MMDS): a JSON object that the user sets and the guest reads, by HTTP at a
+//! link-local address as on EC2.
 //!
 //! ```text
-//!  user's thread                          worker of a network device
-//!  -------------                          --------------------------
-//!  SharedStore::put, patch, get           Stack (one per interface): wants, accept, next_frame, deadline
+//!  main thread                            worker of a network device
+//!  -----------                            --------------------------
+//!  SharedStore::put, patch, get           Stack (one per interface): wants, push, pop, deadline
 //!        |                                   |  frames <-> Ethernet, ARP (stack::link)
 //!        |                                   |  packets <-> TCP (smoltcp)
-//!        |                                   |  bytes <-> requests and answers (http)
+//!        |                                   |  bytes <-> requests and responses (http)
 //!        v                                   v
-//!      Store  <--- its lock --------------  Service (one per microVM): paths, forms, tokens
+//!      Store  <--- its lock --------------  Service (one per microVM): paths, formats, tokens
 //! ```
 //!
-//! - [`SharedStore`] holds the contents: one JSON object of bounded size. It exists from the start, with or without a service.
-//! - [`Service`] is what all interfaces of a microVM share: the store, the tokens, the counts.
-//! - [`Stack`] is one interface's network: it gets the frames of the guest that are for the service and gives frames back.
+//! - [`SharedStore`] has the contents: one JSON object of bounded size. It exists from the start of
+//!   the monitor, with or without a service.
+//! - [`Service`] is shared by all interfaces of a microVM: the store, the tokens, the counters.
+//! - [`Stack`] is the network stack of one interface. It receives the guest's frames to the service
+//!   and returns frames to the guest.
 //!
-//! There is no I/O here, no thread and no clock: frames and the time come in, frames and a deadline go out. So the code that tests
-//! and the fuzzer run is the code that guests meet.
+//! This crate has no I/O, no threads and no clock. Frames and the time are inputs, frames and a
+//! deadline are outputs. So tests and the fuzzer run the same code as a guest.
 //!
 //! # Hostile guests
 //!
-//! A frame may be anything. What is not for the service is not touched; what is broken is counted and dropped. An interface holds at
-//! most [`MAX_CONNECTIONS`](stack::MAX_CONNECTIONS) connections, each with buffers of fixed size, at most one request's head and
-//! at most one answer, which is bounded by the store's limit; plus a bounded number of frames that the guest has not fetched.
-//! A connection on which nothing moves for a while is dropped, and makes room for a new one earlier.
+//! A frame may have any content. Frames to other addresses are ignored; malformed ones are counted
+//! and dropped. An interface has at most [`MAX_CONNECTIONS`](stack::MAX_CONNECTIONS) connections.
+//! Each has buffers of fixed size, at most one request head and at most one response, bounded by
+//! the limit of the store. The number of frames that the guest has not received yet is bounded too.
+//! A connection without progress is dropped after a minute, or earlier if a new connection needs
+//! its slot.
 //!
 //! # Save and restore
 //!
-//! What a snapshot keeps is [`Service::config`], plain data. The contents are not kept, tokens die with their key, and
-//! connections are reset when their guest next speaks: to a restored guest, the service was restarted.
+//! A snapshot has [`Service::config`], plain data. It has neither the contents nor the key of the
+//! tokens. Connections are reset when the restored guest sends its next segment. To the guest, the
+//! service was restarted.
 
 #![forbid(unsafe_code)]
 

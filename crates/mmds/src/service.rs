@@ -1,21 +1,22 @@
-//! Answering: what a request gets, whatever interface it came through.
+//! The service of one microVM: responds to requests, independent of the interface.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use config::{MmdsConfig, MmdsVersion};
+use vesta_http::{Response, decimal};
 
-use crate::http::{Head, Method, Response, TtlHeader, decimal};
-use crate::stack::Stack;
+use crate::http::response::{found, text};
+use crate::http::{Method, Request, TtlHeader};
 use crate::stats::Stats;
-use crate::store::{Format, Store, StoreError, Unreadable, segments};
+use crate::store::{Format, ReadError, Store, StoreError, segments};
 use crate::token::{MAX_TTL_SECONDS, MIN_TTL_SECONDS, Tokens};
 
-/// A store that the user's thread and the guest's interfaces share.
+/// A store that the main thread and the interfaces of the guest share.
 ///
-/// Its lock is taken inside these methods only: by the user's thread for one change, by a device's worker for one answer.
-/// Neither does anything else meanwhile, and what they do is bounded by the store's limit.
+/// Only these methods and [`Service`] take its lock: the main thread for one change, the worker of
+/// a device for one response. The limit of the store bounds how long they hold it.
 #[derive(Debug, Clone)]
 pub struct SharedStore(Arc<Mutex<Store>>);
 
@@ -25,9 +26,9 @@ impl SharedStore {
         SharedStore(Arc::new(Mutex::new(Store::new(limit))))
     }
 
-    /// Another store with the same limit, and for now the same contents.
+    /// Returns an independent store with the same limit and contents.
     #[must_use]
-    pub fn detached(&self) -> SharedStore {
+    pub fn deep_clone(&self) -> SharedStore {
         SharedStore(Arc::new(Mutex::new(self.lock().clone())))
     }
 
@@ -51,70 +52,69 @@ impl SharedStore {
     }
 }
 
-/// The metadata service of one microVM: what all its interfaces share.
+/// The metadata service of one microVM, shared by its interfaces.
 #[derive(Debug)]
 pub struct Service {
     config: MmdsConfig,
     store: SharedStore,
     tokens: Tokens,
     stats: Stats,
-    stacks: AtomicU64,
+    /// Number of seeds returned by [`Service::new_seed`].
+    seeds: AtomicU64,
 }
 
 impl Service {
-    /// The service that `config`, checked, describes. `key` is random and used for nothing else: with it end the tokens, so a
-    /// microVM that is restored or forked gets a new one.
+    /// A service with the checked `config`. `key` is random and used for nothing else. A restored
+    /// or forked microVM gets a new key, which invalidates all tokens.
     pub fn new(config: MmdsConfig, store: SharedStore, vm_id: &str, key: &[u8; 32]) -> Arc<Service> {
         let tokens = Tokens::new(key, vm_id);
-        Arc::new(Service { config, store, tokens, stats: Stats::default(), stacks: AtomicU64::new(0) })
+        Arc::new(Service { config, store, tokens, stats: Stats::default(), seeds: AtomicU64::new(0) })
     }
 
-    /// The way to it through an interface, if it is one of its own.
-    pub fn stack(self: &Arc<Self>, interface: &str, mtu: Option<u16>, now: Duration) -> Option<Stack> {
-        if !self.config.network_interfaces.iter().any(|id| id == interface) {
-            return None;
-        }
-        let seed = self.tokens.secret(self.stacks.fetch_add(1, Ordering::Relaxed));
-        Some(Stack::new(Arc::clone(self), mtu.unwrap_or(u16::MAX), seed, now))
+    /// A new unpredictable number, for the TCP sequence numbers of one interface.
+    pub(crate) fn new_seed(&self) -> u64 {
+        self.tokens.derive_secret(self.seeds.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// What it was made from, which is what a snapshot keeps of it: not its contents, and not its tokens.
+    /// Configuration of the service: all that a snapshot has of it.
     pub fn config(&self) -> &MmdsConfig {
         &self.config
     }
 
-    /// What happened so far.
+    /// Counters of the service.
     pub fn stats(&self) -> &Stats {
         &self.stats
     }
 
-    /// The answer to a request at the time `now`.
-    pub(crate) fn answer(&self, request: &Head, now: Duration) -> Response {
+    /// Responds to a request at the time `now`.
+    pub(crate) fn respond(&self, request: &Request, now: Duration) -> Response {
         match request.method {
             Method::Get => self.get(request, now),
             Method::Put => self.put(request, now),
             Method::Head | Method::Other => {
-                Response::text(405, "Not allowed HTTP method.").with("Allow", "GET, PUT".to_owned())
+                let header = Some(("Allow", "GET, PUT".to_owned()));
+                Response { header, ..text(405, "Not allowed HTTP method.") }
             }
         }
     }
 
-    fn get(&self, request: &Head, now: Duration) -> Response {
+    fn get(&self, request: &Request, now: Duration) -> Response {
         if let Err(refusal) = self.check_token(request, now) {
             return refusal;
         }
         let format = if self.config.imds_compat { Format::Text } else { request.format };
         match self.store.lock().read(&request.path, format) {
-            Ok(body) => Response::found(body, content_type(format)),
-            Err(Unreadable::Missing) => not_found(request),
-            Err(Unreadable::NoText) => {
-                Response::text(501, "Cannot retrieve value. The value has an unsupported type.")
+            Ok(body) => found(body, content_type(format)),
+            Err(ReadError::Missing) => not_found(request),
+            Err(ReadError::NoTextFormat) => {
+                text(501, "Cannot retrieve value. The value has an unsupported type.")
             }
         }
     }
 
-    /// Version 2 needs a token; version 1 takes one, counts a bad one, and answers all the same.
-    fn check_token(&self, request: &Head, now: Duration) -> Result<(), Response> {
+    /// Checks the token of a request. Version 2 requires one. Version 1 counts a missing or invalid
+    /// token and accepts the request.
+    fn check_token(&self, request: &Request, now: Duration) -> Result<(), Response> {
         let refusal = match &request.token {
             Some(token) if self.tokens.is_valid(token, now) => return Ok(()),
             Some(_) => {
@@ -128,42 +128,36 @@ impl Service {
         };
         match self.config.version {
             MmdsVersion::V1 => Ok(()),
-            MmdsVersion::V2 => Err(Response::text(401, refusal)),
+            MmdsVersion::V2 => Err(text(401, refusal)),
         }
     }
 
-    fn put(&self, request: &Head, now: Duration) -> Response {
+    fn put(&self, request: &Request, now: Duration) -> Response {
         if !segments(&request.path).eq(["latest", "api", "token"]) {
             return not_found(request);
         }
-        // A request that a proxy passed on is not the guest's own: its token would leave the guest.
+        // The token for a forwarded request would leave the guest.
         if request.is_forwarded {
-            return Response::text(400, "Invalid header. Reason: X-Forwarded-For is not allowed here.");
+            return text(400, "Invalid header. Reason: X-Forwarded-For is not allowed here.");
         }
         let Some((header, value)) = &request.ttl else {
-            let own = TtlHeader::Own.name();
-            return Response::text(
-                400,
-                &format!("Token time to live value not found. Give it in the header {own}."),
-            );
+            let name = TtlHeader::Mmds.name();
+            return text(400, &format!("Token time to live value not found. Give it in the header {name}."));
         };
         let bounds = MIN_TTL_SECONDS..=MAX_TTL_SECONDS;
         let ttl = decimal(value).and_then(|ttl| u32::try_from(ttl).ok()).filter(|ttl| bounds.contains(ttl));
         let Some(ttl) = ttl else {
             let given = String::from_utf8_lossy(value);
             let bounds = format!("between {MIN_TTL_SECONDS} and {MAX_TTL_SECONDS} seconds");
-            return Response::text(
-                400,
-                &format!("Invalid time to live value: {given}. It must be {bounds}."),
-            );
+            return text(400, &format!("Invalid time to live value: {given}. It must be {bounds}."));
         };
-        Response::found(self.tokens.issue(ttl, now), content_type(Format::Text))
-            .with(header.name(), ttl.to_string())
+        let token = found(self.tokens.issue(ttl, now), content_type(Format::Text));
+        Response { header: Some((header.name(), ttl.to_string())), ..token }
     }
 }
 
-fn not_found(request: &Head) -> Response {
-    Response::text(404, &format!("Resource not found: {}.", request.path))
+fn not_found(request: &Request) -> Response {
+    text(404, &format!("Resource not found: {}.", request.path))
 }
 
 fn content_type(format: Format) -> &'static str {
@@ -177,6 +171,8 @@ fn content_type(format: Format) -> &'static str {
 mod tests {
     use serde_json::json;
 
+    use vesta_http::Version;
+
     use super::*;
 
     const NOW: Duration = Duration::from_secs(100);
@@ -189,8 +185,8 @@ mod tests {
         Service::new(config, store, "vm", &[1; 32])
     }
 
-    fn request(method: Method, path: &str) -> Head {
-        Head {
+    fn request(method: Method, path: &str) -> Request {
+        Request {
             method,
             path: path.to_owned(),
             format: Format::Text,
@@ -198,26 +194,34 @@ mod tests {
             ttl: None,
             is_forwarded: false,
             keep_alive: true,
-            is_http10: false,
+            version: Version::Http11,
             body_len: 0,
         }
     }
 
-    fn token_request(ttl: &str) -> Head {
+    fn token_request(ttl: &str) -> Request {
         let ttl = Some((TtlHeader::Ec2, ttl.as_bytes().to_vec()));
-        Head { ttl, ..request(Method::Put, "/latest/api/token") }
+        Request { ttl, ..request(Method::Put, "/latest/api/token") }
     }
 
-    fn get(path: &str, format: Format) -> Head {
-        Head { format, ..request(Method::Get, path) }
+    fn get(path: &str, format: Format) -> Request {
+        Request { format, ..request(Method::Get, path) }
+    }
+
+    fn body(response: &Response) -> &str {
+        &response.content.as_ref().unwrap().1
+    }
+
+    fn header(response: &Response) -> Option<(&str, &str)> {
+        response.header.as_ref().map(|(name, value)| (*name, value.as_str()))
     }
 
     fn outcome(response: &Response) -> (u16, &str) {
-        (response.status(), response.body())
+        (response.status, body(response))
     }
 
     #[test]
-    fn a_value_comes_in_the_form_that_was_asked_for() {
+    fn accept_header_selects_the_format() {
         let service = service(MmdsVersion::V1, false);
         for (path, format, expected) in [
             ("/latest/meta-data", Format::Text, (200, "ami-id\ncpus")),
@@ -231,69 +235,63 @@ mod tests {
             ),
             ("/latest/user-data", Format::Json, (404, "Resource not found: /latest/user-data.")),
         ] {
-            assert_eq!(outcome(&service.answer(&get(path, format), NOW)), expected, "{path} {format:?}");
+            assert_eq!(outcome(&service.respond(&get(path, format), NOW)), expected, "{path} {format:?}");
         }
     }
 
     #[test]
-    fn with_imds_compat_the_form_is_always_text() {
+    fn imds_compat_always_responds_in_text() {
         let service = service(MmdsVersion::V1, true);
-        let answer = service.answer(&get("/latest", Format::Json), NOW);
-        assert_eq!(outcome(&answer), (200, "meta-data/"));
+        let response = service.respond(&get("/latest", Format::Json), NOW);
+        assert_eq!(outcome(&response), (200, "meta-data/"));
     }
 
     #[test]
-    fn version_2_answers_only_who_shows_a_living_token() {
+    fn version_2_requires_a_valid_token() {
         let service = service(MmdsVersion::V2, false);
-        let ask = |token: Option<&str>, now| {
-            let head = Head { token: token.map(|t| t.as_bytes().to_vec()), ..get("/latest", Format::Text) };
-            service.answer(&head, now).status()
+        let status = |token: Option<&str>, now| {
+            let head =
+                Request { token: token.map(|t| t.as_bytes().to_vec()), ..get("/latest", Format::Text) };
+            service.respond(&head, now).status
         };
-        assert_eq!(ask(None, NOW), 401);
-        assert_eq!(ask(Some("guess"), NOW), 401);
-        let answer = service.answer(&token_request("10"), NOW);
-        assert_eq!(answer.header(), Some(("X-aws-ec2-metadata-token-ttl-seconds", "10")));
-        assert_eq!(ask(Some(answer.body()), NOW + Duration::from_secs(9)), 200);
-        assert_eq!(ask(Some(answer.body()), NOW + Duration::from_secs(10)), 401);
+        assert_eq!(status(None, NOW), 401);
+        assert_eq!(status(Some("guess"), NOW), 401);
+        let response = service.respond(&token_request("10"), NOW);
+        assert_eq!(header(&response), Some(("X-aws-ec2-metadata-token-ttl-seconds", "10")));
+        assert_eq!(status(Some(body(&response)), NOW + Duration::from_secs(9)), 200);
+        assert_eq!(status(Some(body(&response)), NOW + Duration::from_secs(10)), 401);
         assert_eq!((service.stats().rx_no_token.get(), service.stats().rx_invalid_token.get()), (1, 2));
     }
 
     #[test]
-    fn version_1_gives_tokens_and_needs_none() {
+    fn version_1_issues_tokens_and_requires_none() {
         let service = service(MmdsVersion::V1, false);
-        assert_eq!(service.answer(&token_request("10"), NOW).status(), 200);
-        let head = Head { token: Some(b"guess".to_vec()), ..get("/latest", Format::Text) };
-        assert_eq!(service.answer(&head, NOW).status(), 200);
+        assert_eq!(service.respond(&token_request("10"), NOW).status, 200);
+        let head = Request { token: Some(b"guess".to_vec()), ..get("/latest", Format::Text) };
+        assert_eq!(service.respond(&head, NOW).status, 200);
         assert_eq!(service.stats().rx_invalid_token.get(), 1);
     }
 
     #[test]
-    fn a_token_request_says_for_how_long_and_comes_from_the_guest_itself() {
+    fn token_request_needs_a_ttl_and_no_proxy() {
         let service = service(MmdsVersion::V2, false);
         for ttl in ["1", "21600"] {
-            assert_eq!(service.answer(&token_request(ttl), NOW).status(), 200, "{ttl}");
+            assert_eq!(service.respond(&token_request(ttl), NOW).status, 200, "{ttl}");
         }
         for ttl in ["0", "21601", "-1", "", "1.5", "99999999999999999999", "+5"] {
-            assert_eq!(service.answer(&token_request(ttl), NOW).status(), 400, "{ttl}");
+            assert_eq!(service.respond(&token_request(ttl), NOW).status, 400, "{ttl}");
         }
-        let without = Head { ttl: None, ..token_request("1") };
-        assert_eq!(service.answer(&without, NOW).status(), 400);
-        let forwarded = Head { is_forwarded: true, ..token_request("1") };
-        assert_eq!(service.answer(&forwarded, NOW).status(), 400);
-        let elsewhere = Head { path: "/latest/api".into(), ..token_request("1") };
-        assert_eq!(service.answer(&elsewhere, NOW).status(), 404);
-    }
-
-    #[test]
-    fn only_its_own_interfaces_lead_to_it() {
-        let service = service(MmdsVersion::V1, false);
-        assert!(service.stack("eth0", None, NOW).is_some());
-        assert!(service.stack("eth1", None, NOW).is_none());
+        let without = Request { ttl: None, ..token_request("1") };
+        assert_eq!(service.respond(&without, NOW).status, 400);
+        let forwarded = Request { is_forwarded: true, ..token_request("1") };
+        assert_eq!(service.respond(&forwarded, NOW).status, 400);
+        let elsewhere = Request { path: "/latest/api".into(), ..token_request("1") };
+        assert_eq!(service.respond(&elsewhere, NOW).status, 404);
     }
 
     #[test]
     fn other_methods_are_not_allowed() {
-        let answer = service(MmdsVersion::V1, false).answer(&request(Method::Other, "/latest"), NOW);
-        assert_eq!((answer.status(), answer.header()), (405, Some(("Allow", "GET, PUT"))));
+        let response = service(MmdsVersion::V1, false).respond(&request(Method::Other, "/latest"), NOW);
+        assert_eq!((response.status, header(&response)), (405, Some(("Allow", "GET, PUT"))));
     }
 }

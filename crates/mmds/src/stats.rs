@@ -1,50 +1,35 @@
-//! What a metadata service counts, under the names that Firecracker's metrics have.
+//! Counters of the metadata service, named as in Firecracker's metrics.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use sync::Counter;
 
-/// A count that only grows.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// So many more.
-    pub fn add(&self, count: u64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-
-    /// How many so far.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// The counts of a microVM's metadata service, all its interfaces together.
+/// Counters of one microVM's metadata service, summed over its interfaces.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// Frames of guests that were for the service and were used.
+    /// Frames to the service with a valid Ethernet header.
     pub rx_accepted: Counter,
-    /// Of these, the ones that were broken in some way and dropped.
+    /// Accepted frames that were malformed, or arrived while the queue to the guest was full;
+    /// dropped.
     pub rx_accepted_err: Counter,
-    /// Of these, the ones that were whole and unexpected: fragments, segments to other ports.
+    /// Accepted frames that were well-formed and unexpected: fragments, segments to other ports.
     pub rx_accepted_unusual: Counter,
-    /// Frames that were not even Ethernet.
+    /// Frames that were too short for Ethernet.
     pub rx_bad_eth: Counter,
-    /// Requests with a token that is none or is over.
+    /// Requests with an invalid or expired token.
     pub rx_invalid_token: Counter,
     /// Requests without a token.
     pub rx_no_token: Counter,
-    /// Frames that guests sent to the service.
+    /// Frames that the guest sent to the service.
     pub rx_count: Counter,
-    /// Bytes of frames to guests.
+    /// Bytes of frames to the guest.
     pub tx_bytes: Counter,
-    /// Frames to guests: TCP segments and ARP replies.
+    /// Frames to the guest: TCP segments and ARP replies.
     pub tx_frames: Counter,
-    /// Frames to guests that could not be sent: their receiver is not known any more.
+    /// Frames to the guest that were dropped because the neighbor table no longer had the receiver.
     pub tx_errors: Counter,
-    /// Times that the service had something to send.
+    /// Times that a poll of the TCP stack left frames for the guest.
     pub tx_count: Counter,
     /// Connections accepted.
     pub connections_created: Counter,
-    /// Connections that are no more.
+    /// Connections ended.
     pub connections_destroyed: Counter,
 }

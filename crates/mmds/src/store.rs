@@ -1,4 +1,5 @@
-//! What a guest can learn: one JSON object, bounded, replaced or merged by the user and read by paths.
+//! The contents of the metadata service: one JSON object of bounded size. The user replaces it or
+//! merges patches into it. The guest reads values by path.
 
 use std::borrow::Cow;
 
@@ -6,49 +7,50 @@ use serde_json::Value;
 
 use crate::text;
 
-/// What the user keeps for the guest.
+/// The contents of the metadata service.
 #[derive(Debug, Clone)]
 pub struct Store {
-    /// Null until the user first sets it, afterwards an object.
+    /// Null until the user first sets the contents, then an object.
     contents: Value,
+    /// Most bytes of the contents as JSON without spaces.
     limit: usize,
 }
 
-/// A change that was not made.
+/// Why a change is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// A change of what is not there.
-    #[error("the MMDS data store is not initialized: PUT /mmds comes before PATCH /mmds")]
+    /// A patch before the contents were set.
+    #[error("mmds: the data store is not initialized; send PUT /mmds before PATCH /mmds")]
     NotInitialized,
-    /// Contents that are no JSON object.
-    #[error("the MMDS data store holds a JSON object, and this is {0}")]
+    /// Contents that are not a JSON object.
+    #[error("mmds: the contents are {0}; they must be a JSON object")]
     NotAnObject(&'static str),
     /// Contents over the limit.
-    #[error("the MMDS data store would be {size} bytes long as JSON: at most {limit} fit")]
+    #[error("mmds: the contents would be {size} bytes long as JSON; at most {limit}")]
     TooLarge {
-        /// How long it would be.
+        /// New length in bytes.
         size: usize,
         /// Most bytes allowed.
         limit: usize,
     },
 }
 
-/// The form in which a guest is told.
+/// Format of a value in a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// JSON, of whatever lies at the path.
+    /// JSON; every value has this format.
     Json,
-    /// EC2's text: of an object its keys, of a string the string.
+    /// EC2's text: the keys of an object, or a string as it is.
     Text,
 }
 
-/// Why there is nothing to tell.
+/// Why a value cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unreadable {
-    /// Nothing lies there.
+pub enum ReadError {
+    /// There is no value at the path.
     Missing,
-    /// What lies there has no text form.
-    NoText,
+    /// The value has no text format.
+    NoTextFormat,
 }
 
 impl Store {
@@ -57,12 +59,12 @@ impl Store {
         Store { contents: Value::Null, limit }
     }
 
-    /// Everything; an empty object if nothing has been set.
+    /// Returns the contents; an empty object if they were not set.
     pub fn get(&self) -> Value {
         if self.contents.is_null() { Value::Object(serde_json::Map::new()) } else { self.contents.clone() }
     }
 
-    /// Replaces everything.
+    /// Replaces the contents.
     pub fn put(&mut self, contents: Value) -> Result<(), StoreError> {
         if !contents.is_object() {
             return Err(StoreError::NotAnObject(kind(&contents)));
@@ -75,7 +77,7 @@ impl Store {
         Ok(())
     }
 
-    /// Merges a patch in (RFC 7396).
+    /// Merges a JSON merge patch (RFC 7396) into the contents.
     pub fn patch(&mut self, patch: Value) -> Result<(), StoreError> {
         if self.contents.is_null() {
             return Err(StoreError::NotInitialized);
@@ -88,28 +90,28 @@ impl Store {
         self.put(merged)
     }
 
-    /// What lies at `path`, a path of an HTTP request without its query.
-    pub fn read(&self, path: &str, format: Format) -> Result<String, Unreadable> {
+    /// Returns the value at `path`, the path of an HTTP request without its query.
+    pub fn read(&self, path: &str, format: Format) -> Result<String, ReadError> {
         let mut value = &self.contents;
         for segment in segments(path) {
-            value = child(value, segment).ok_or(Unreadable::Missing)?;
+            value = child(value, segment).ok_or(ReadError::Missing)?;
         }
         match (value, format) {
-            // Nothing has been set.
-            (Value::Null, _) if self.contents.is_null() => Err(Unreadable::Missing),
+            // The contents were not set.
+            (Value::Null, _) if self.contents.is_null() => Err(ReadError::Missing),
             (_, Format::Json) => Ok(value.to_string()),
-            (_, Format::Text) => text::of(value).ok_or(Unreadable::NoText),
+            (_, Format::Text) => text::format(value).ok_or(ReadError::NoTextFormat),
         }
     }
 }
 
-/// The parts of a path; empty ones do not count, so that `//a/` is `/a`.
+/// The segments of a path, without empty ones: `//a/` is `/a`.
 pub(crate) fn segments(path: &str) -> impl Iterator<Item = &str> {
     path.split('/').filter(|segment| !segment.is_empty())
 }
 
-/// The child of `value` that `segment` names: as it stands, or with the escapes of a JSON pointer (RFC 6901), or with
-/// those of a URL.
+/// The child of `value` that `segment` names. A key may be given as it is, with the escapes of a
+/// JSON pointer (RFC 6901), or percent-encoded.
 fn child<'a>(value: &'a Value, segment: &str) -> Option<&'a Value> {
     match value {
         Value::Object(map) => map
@@ -117,7 +119,7 @@ fn child<'a>(value: &'a Value, segment: &str) -> Option<&'a Value> {
             .or_else(|| map.get(&*unescape_pointer(segment)?))
             .or_else(|| map.get(&unescape_percent(segment)?)),
         Value::Array(items) => {
-            // As in a JSON pointer: decimal, with nothing in front.
+            // As in a JSON pointer: decimal, without sign or leading zeros.
             let plain =
                 segment.bytes().all(|b| b.is_ascii_digit()) && (segment == "0" || !segment.starts_with('0'));
             plain.then(|| items.get(segment.parse::<usize>().ok()?)).flatten()
@@ -152,7 +154,8 @@ fn hex(digit: u8) -> Option<u8> {
     char::from(digit).to_digit(16).map(|digit| digit as u8)
 }
 
-/// RFC 7396, section 2. No deeper than its arguments are, and JSON is read to a bounded depth.
+/// Merges `patch` into `target` (RFC 7396, section 2). The recursion is as deep as the patch, whose
+/// depth the JSON parser bounds.
 fn merge(target: &mut Value, patch: Value) {
     let Value::Object(patch) = patch else {
         *target = patch;
@@ -171,7 +174,7 @@ fn merge(target: &mut Value, patch: Value) {
     }
 }
 
-/// How long `value` is as JSON.
+/// Length of `value` as JSON without spaces.
 fn json_len(value: &Value) -> usize {
     struct Count(usize);
     impl std::io::Write for Count {
@@ -218,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn merging_does_what_the_rfcs_examples_say() {
+    fn merge_matches_the_examples_of_the_rfc() {
         // RFC 7396, appendix A.
         for (target, patch, result) in [
             (json!({"a":"b"}), json!({"a":"c"}), json!({"a":"c"})),
@@ -250,18 +253,18 @@ mod tests {
     }
 
     #[test]
-    fn an_unset_store_shows_an_empty_object_and_takes_no_patch() {
+    fn unset_store_is_an_empty_object_and_refuses_patches() {
         let mut store = Store::new(100);
         assert_eq!(store.get(), json!({}));
         assert_eq!(store.patch(json!({"a":1})), Err(StoreError::NotInitialized));
-        assert_eq!(store.read("/", Format::Json), Err(Unreadable::Missing));
+        assert_eq!(store.read("/", Format::Json), Err(ReadError::Missing));
         store.put(json!({})).unwrap();
         store.patch(json!({"a":1})).unwrap();
         assert_eq!(store.get(), json!({"a":1}));
     }
 
     #[test]
-    fn contents_are_an_object() {
+    fn contents_must_be_an_object() {
         let mut store = store(json!({"a":1}));
         for other in [json!(null), json!(1), json!([1]), json!("a"), json!(true)] {
             assert!(matches!(store.put(other.clone()), Err(StoreError::NotAnObject(_))));
@@ -271,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_changes_nothing() {
+    fn change_over_the_limit_changes_nothing() {
         let mut store = Store::new(r#"{"a":"123"}"#.len());
         store.put(json!({"a":"123"})).unwrap();
         let error = StoreError::TooLarge { size: 12, limit: 11 };
@@ -308,10 +311,10 @@ mod tests {
     }
 
     #[test]
-    fn null_is_a_value_in_json_and_has_no_text() {
+    fn null_is_a_json_value_without_text_format() {
         let store = store(json!({"n":null}));
         assert_eq!(store.read("/n", Format::Json).unwrap(), "null");
-        assert_eq!(store.read("/n", Format::Text), Err(Unreadable::NoText));
+        assert_eq!(store.read("/n", Format::Text), Err(ReadError::NoTextFormat));
     }
 
     fn json() -> impl Strategy<Value = Value> {
@@ -335,7 +338,7 @@ mod tests {
             .prop_map(|map| Value::Object(map.into_iter().collect()))
     }
 
-    /// Merging said otherwise: every path to a value that is no object, and what it holds.
+    /// Every path to a value that is not an object, with the value: a model of merging.
     fn leaves(value: &Value, path: &mut Vec<String>, out: &mut Vec<(Vec<String>, Value)>) {
         let Value::Object(map) = value else {
             out.push((path.clone(), value.clone()));
@@ -349,22 +352,22 @@ mod tests {
     }
 
     proptest! {
-        /// A path that the patch sets holds what it says; a path that it has nothing to do with holds what it held.
+        /// Paths in the patch have its values; paths that it does not touch keep theirs.
         #[test]
-        fn a_patch_sets_what_it_names_and_nothing_else(before in object(), patch in object()) {
+        fn patch_sets_its_paths_and_keeps_the_others(before in object(), patch in object()) {
             let after = merged(before.clone(), patch.clone());
             let pointer = |path: &[String]| -> String {
                 path.iter().flat_map(|part| ["/".to_owned(), part.replace('~', "~0").replace('/', "~1")]).collect()
             };
-            let (mut set, mut held) = (Vec::new(), Vec::new());
+            let (mut set, mut kept) = (Vec::new(), Vec::new());
             leaves(&patch, &mut Vec::new(), &mut set);
-            leaves(&before, &mut Vec::new(), &mut held);
+            leaves(&before, &mut Vec::new(), &mut kept);
             for (path, value) in &set {
                 let now = after.pointer(&pointer(path));
                 prop_assert_eq!(now, Some(value).filter(|value| !value.is_null()), "{:?}", path);
             }
-            for (path, value) in &held {
-                // The patch touches it where it ends at it, above it, or turns it into an object.
+            for (path, value) in &kept {
+                // A patch touches a path if it has a value at it or above it.
                 let touched = (0..=path.len()).any(|len| {
                     let at = patch.pointer(&pointer(&path[..len]));
                     at.is_some_and(|at| !at.is_object() || len == path.len())
@@ -375,9 +378,9 @@ mod tests {
             }
         }
 
-        /// The store is a value with a limit: what a sequence of changes leaves is what they leave there.
+        /// A sequence of changes has the same result as on a plain value with a limit.
         #[test]
-        fn a_store_is_a_value_with_a_limit(
+        fn store_matches_a_plain_value_with_a_limit(
             limit in 2..200_usize, changes in prop::collection::vec((any::<bool>(), object()), 0..8),
         ) {
             let (mut store, mut model) = (Store::new(limit), None);
@@ -396,7 +399,7 @@ mod tests {
         }
 
         #[test]
-        fn any_path_is_answered_as_a_json_pointer_or_not_at_all(contents in object(), path in "[a-c0-2/~%]{0,12}") {
+        fn paths_match_json_pointers(contents in object(), path in "[a-c0-2/~%]{0,12}") {
             let store = store(contents.clone());
             let segments: String = segments(&path).flat_map(|part| ["/", part]).collect();
             let found = store.read(&path, Format::Json).ok();

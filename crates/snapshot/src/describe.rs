@@ -1,4 +1,4 @@
-//! What a state file says about itself, for people and scripts.
+//! The summary of a state file, for `snapshot info`.
 
 use std::fmt;
 use std::path::Path;
@@ -8,24 +8,24 @@ use serde::Serialize;
 use crate::format::{FORMAT_VERSION, Header};
 use crate::reader::{ReadError, Snapshot};
 
-/// A state file in summary. As text, a table; as JSON, an object.
+/// The summary of a state file. It is displayed as a table and serialized as an object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Description {
     /// The version of the file's format.
     pub format_version: u32,
-    /// Who wrote it, and what it is.
+    /// Its header.
     #[serde(flatten)]
     pub header: Header,
     /// The file's size in bytes.
     pub size: u64,
-    /// Its sections in order.
+    /// Its sections in the file's order.
     pub sections: Vec<SectionDescription>,
 }
 
-/// One section in summary.
+/// The summary of one section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SectionDescription {
-    /// Its name, with the instance.
+    /// Its name, including the instance.
     pub name: String,
     /// The version of its data.
     pub version: u16,
@@ -34,7 +34,7 @@ pub struct SectionDescription {
 }
 
 impl Snapshot {
-    /// The file in summary.
+    /// The summary of the file.
     pub fn describe(&self) -> Description {
         Description {
             format_version: FORMAT_VERSION,
@@ -49,12 +49,13 @@ impl Snapshot {
     }
 }
 
-/// Reads the file at `path` and says what is in it. It may come from any architecture and hold unknown sections.
+/// Reads the file at `path` and returns its summary. The file may be of any architecture and have
+/// unknown sections.
 pub fn describe(path: &Path) -> Result<Description, ReadError> {
     Snapshot::open(path).map(|snapshot| snapshot.describe())
 }
 
-/// [`Snapshot::verify`] for the file at `path`.
+/// Reads the file at `path`, checks it with [`Snapshot::verify`], and returns its summary.
 pub fn verify(path: &Path) -> Result<Description, ReadError> {
     let snapshot = Snapshot::open(path)?;
     snapshot.verify()?;

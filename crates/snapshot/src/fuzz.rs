@@ -1,4 +1,4 @@
-//! Entry point for fuzzing: any bytes as a state file.
+//! The entry point for fuzzing: parses any bytes as a state file.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::section::{MigrateError, Section};
 use crate::{Snapshot, Value};
 
-/// Types of all shapes, to decode anything into.
+/// A section with fields of all shapes.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Anything {
     #[serde(default)]
@@ -36,13 +36,14 @@ impl Section for Anything {
     }
 }
 
-/// Reads `data` as a state file, and as one whose checksums are right although its content is `data`.
+/// Parses `data` as a state file, and as the data of a section in a file with valid checksums.
 pub fn decode(data: &[u8]) {
-    look(data.to_vec());
-    look(sealed(data));
+    parse(data.to_vec());
+    parse(sealed(data));
 }
 
-fn look(bytes: Vec<u8>) {
+/// Parses a file and decodes all of its sections.
+fn parse(bytes: Vec<u8>) {
     let len = bytes.len();
     let Ok(snapshot) = Snapshot::parse(Path::new("fuzz"), bytes) else { return };
     assert!(snapshot.sections().iter().map(|s| s.len).sum::<usize>() < len);
@@ -53,13 +54,13 @@ fn look(bytes: Vec<u8>) {
     let _ = snapshot.describe().to_string();
 }
 
-/// A file with `data` in a section, all checksums right: gets a fuzzer past them.
+/// A file with `data` as a section, and with valid checksums, which a fuzzer cannot guess.
 fn sealed(data: &[u8]) -> Vec<u8> {
     use crate::format::{Header, SECTION, end, seal};
     let version = data.first().map_or(1, |b| u16::from(b % 4));
     let writer = crate::Writer::new(&Header::new("microvm", "fuzz", 0)).expect("a header can be encoded");
     let mut bytes = writer.finish().expect("an empty file is small");
-    // Without its end, what is left is the header.
+    // Without the end record, only the header is left.
     bytes.truncate(bytes.len() - 12);
     let mut crcs = bytes[bytes.len() - 4..].to_vec();
     let start = bytes.len();
@@ -94,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn the_checksums_of_made_up_files_are_right() {
+    fn made_up_files_have_valid_checksums() {
         let file = Snapshot::parse(Path::new("fuzz"), sealed(&[0x02])).unwrap();
         assert_eq!(file.value("anything").unwrap(), Value::from(2));
     }

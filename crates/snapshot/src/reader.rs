@@ -1,4 +1,4 @@
-//! Reading a state file.
+//! Reading and checking a state file.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -19,49 +19,50 @@ use crate::wellformed;
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// The file cannot be opened or read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("state file {}: cannot read: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// The kernel's reason.
         source: std::io::Error,
     },
-    /// A directory, a device, a pipe.
-    #[error("{} is not a regular file", path.display())]
+    /// It is a directory, a device or a pipe.
+    #[error("state file {}: it is not a regular file", path.display())]
     NotAFile {
-        /// What was to be read.
+        /// The path.
         path: PathBuf,
     },
-    /// Larger than any state file.
-    #[error("{} has {size} bytes; a state file has at most {MAX_FILE_SIZE}", path.display())]
+    /// It is larger than any state file.
+    #[error("state file {}: it has {size} bytes; at most {MAX_FILE_SIZE}", path.display())]
     TooLarge {
         /// The file.
         path: PathBuf,
         /// Its size in bytes.
         size: u64,
     },
-    /// It does not begin as a state file does.
-    #[error("{} is not a state file of vesta", path.display())]
+    /// It does not begin with the magic of a state file.
+    #[error("file {}: it is not a state file of vesta", path.display())]
     Magic {
         /// The file.
         path: PathBuf,
     },
-    /// Written by a vesta that knows a later format.
-    #[error("{} has format version {found}; this vesta reads versions 1 to {FORMAT_VERSION}", path.display())]
+    /// A newer vesta wrote it, in a newer format.
+    #[error("state file {}: it has format version {found}; this vesta reads versions 1 to {FORMAT_VERSION}", path.display())]
     FormatVersion {
         /// The file.
         path: PathBuf,
         /// Its version.
         found: u32,
     },
-    /// It ends in the middle of something.
+    /// It ends in the middle of a record.
     #[error(
-        "{} is cut off: {what} at offset {offset} needs {needed} bytes, {left} are left", path.display()
+        "state file {}: it is truncated: {what} at offset {offset} needs {needed} bytes, {left} are left",
+        path.display()
     )]
     Truncated {
         /// The file.
         path: PathBuf,
-        /// What is cut off.
+        /// The record that is cut off.
         what: String,
         /// Where it begins.
         offset: usize,
@@ -70,56 +71,56 @@ pub enum ReadError {
         /// Bytes from there to the end of the file.
         left: usize,
     },
-    /// The bytes are not those that were written.
-    #[error("{} is damaged: wrong checksum of {what} at offset {offset}", path.display())]
+    /// A checksum is wrong.
+    #[error("state file {}: it is damaged: wrong checksum of {what} at offset {offset}", path.display())]
     Checksum {
         /// The file.
         path: PathBuf,
-        /// What is damaged.
+        /// The record that is damaged.
         what: String,
         /// Where it begins.
         offset: usize,
     },
-    /// The bytes are not as the format wants them.
-    #[error("{} is malformed: {what} at offset {offset}: {reason}", path.display())]
+    /// A record violates the format.
+    #[error("state file {}: {what} at offset {offset} is malformed: {reason}", path.display())]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is malformed.
+        /// The record that is malformed.
         what: String,
-        /// Where.
+        /// Where, in the file.
         offset: usize,
-        /// How.
+        /// What is wrong with it.
         reason: String,
     },
-    /// Made on another kind of machine.
-    #[error("{} was made on {found}; this machine is {}", path.display(), std::env::consts::ARCH)]
+    /// It is of another CPU architecture.
+    #[error("state file {}: it was saved on {found}; this host is {}", path.display(), std::env::consts::ARCH)]
     Architecture {
         /// The file.
         path: PathBuf,
         /// Its architecture.
         found: String,
     },
-    /// A file of this format for another use.
-    #[error("{} holds {found:?}, not {wanted:?}", path.display())]
+    /// It is of another kind.
+    #[error("state file {}: it holds {found:?}, not {wanted:?}", path.display())]
     Kind {
         /// The file.
         path: PathBuf,
-        /// What it holds.
+        /// Its kind.
         found: String,
-        /// What was wanted.
+        /// The expected kind.
         wanted: String,
     },
-    /// A section that must be there is not.
-    #[error("{} has no section {section}", path.display())]
+    /// A required section is missing.
+    #[error("state file {}: it has no section {section}", path.display())]
     Missing {
         /// The file.
         path: PathBuf,
         /// The section's name.
         section: String,
     },
-    /// A section of a version that this vesta does not know.
-    #[error("{}: section {section} has version {found}; this vesta reads versions 1 to {newest}", path.display())]
+    /// A section has an unknown version.
+    #[error("state file {}: section {section} has version {found}; this vesta reads versions 1 to {newest}", path.display())]
     SectionVersion {
         /// The file.
         path: PathBuf,
@@ -127,11 +128,11 @@ pub enum ReadError {
         section: String,
         /// Its version.
         found: u16,
-        /// The newest version that is known.
+        /// The newest known version.
         newest: u16,
     },
-    /// A section's data is not what the section holds.
-    #[error("{}: section {section}: {reason}", path.display())]
+    /// A section's data does not decode as its type.
+    #[error("state file {}: section {section}: {reason}", path.display())]
     Decode {
         /// The file.
         path: PathBuf,
@@ -142,10 +143,10 @@ pub enum ReadError {
     },
 }
 
-/// Where a section is in its file.
+/// The name, version and position of a section.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SectionInfo {
-    /// Its name, with the instance.
+    /// Its name, including the instance.
     pub name: String,
     /// The version of its data.
     pub version: u16,
@@ -161,7 +162,7 @@ impl SectionInfo {
     }
 }
 
-/// A state file in memory, all checksums right.
+/// A state file in memory that has passed all checksums.
 #[derive(Debug)]
 pub struct Snapshot {
     path: PathBuf,
@@ -171,7 +172,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Reads the file at `path`. A pipe or device there is refused without waiting for it.
+    /// Reads and checks the file at `path`. A pipe or a device is refused without blocking.
     pub fn open(path: &Path) -> Result<Self, ReadError> {
         let io = |source: std::io::Error| ReadError::Io { path: path.to_path_buf(), source };
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -192,7 +193,7 @@ impl Snapshot {
         Self::parse(path, bytes)
     }
 
-    /// Takes a file's bytes; `path` is for error messages.
+    /// Checks a file's bytes. `path` is for error messages.
     pub fn parse(path: &Path, bytes: Vec<u8>) -> Result<Self, ReadError> {
         let mut cursor = Cursor { path, bytes: &bytes, at: 0, crcs: Vec::new() };
         let header = cursor.header()?;
@@ -202,7 +203,7 @@ impl Snapshot {
                 return Err(cursor.malformed(
                     &section.name,
                     section.offset,
-                    "a section of that name came before",
+                    "the file has a section of that name already",
                 ));
             }
             sections.push(section);
@@ -213,12 +214,12 @@ impl Snapshot {
         Ok(Snapshot { path: path.to_path_buf(), bytes, header, sections })
     }
 
-    /// Who wrote the file, and what it is.
+    /// The file's header.
     pub fn header(&self) -> &Header {
         &self.header
     }
 
-    /// The file's name.
+    /// The path for error messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -228,13 +229,14 @@ impl Snapshot {
         self.bytes.len()
     }
 
-    /// All sections in the file's order, also those that nobody knows.
+    /// All sections in the file's order, including unknown ones.
     pub fn sections(&self) -> &[SectionInfo] {
         &self.sections
     }
 
-    /// Refuses a file of another kind or from another architecture. Whoever restores from it asks this first.
-    pub fn expect(&self, kind: &str) -> Result<(), ReadError> {
+    /// Checks that the file has this kind and this host's architecture. To be called before a
+    /// restore.
+    pub fn expect_kind(&self, kind: &str) -> Result<(), ReadError> {
         let path = self.path.clone();
         if self.header.kind != kind {
             let (found, wanted) = (self.header.kind.clone(), kind.to_owned());
@@ -246,7 +248,7 @@ impl Snapshot {
         Ok(())
     }
 
-    /// The section of this type, brought up to the current version. It must be there.
+    /// The section of this type, migrated to its current version. An error if there is none.
     pub fn get<S: Section>(&self) -> Result<S, ReadError> {
         self.find(S::NAME)?
             .ok_or_else(|| ReadError::Missing { path: self.path.clone(), section: S::NAME.into() })
@@ -257,18 +259,18 @@ impl Snapshot {
         self.find(S::NAME)
     }
 
-    /// The section of this type with this instance. It must be there.
+    /// The section of this type with this instance. An error if there is none.
     pub fn get_instance<S: Section>(&self, instance: &str) -> Result<S, ReadError> {
         let section = format!("{}/{instance}", S::NAME);
         self.find(&section)?.ok_or_else(|| ReadError::Missing { path: self.path.clone(), section })
     }
 
-    /// The instances of sections of this type, in the file's order.
+    /// The instances of the sections of this type, in the file's order.
     pub fn instances<S: Section>(&self) -> impl Iterator<Item = &str> {
         self.sections.iter().filter_map(|s| s.name.strip_prefix(S::NAME)?.strip_prefix('/'))
     }
 
-    /// A section's data without knowing its type: for people to look at. Its name must be one of [`Self::sections`].
+    /// The data of the section `name` as a generic value: for display. An error if there is none.
     pub fn value(&self, name: &str) -> Result<Value, ReadError> {
         let info = self.sections.iter().find(|s| s.name == name);
         let info =
@@ -276,7 +278,7 @@ impl Snapshot {
         self.decode(info)
     }
 
-    /// Checks what opening the file left: that each section's data decodes, also where nobody knows its owner.
+    /// Checks that the data of each section decodes as CBOR, including unknown sections.
     pub fn verify(&self) -> Result<(), ReadError> {
         self.sections.iter().try_for_each(|section| self.decode::<IgnoredAny>(section).map(drop))
     }
@@ -308,22 +310,22 @@ impl Snapshot {
     }
 }
 
-/// The decoder's reason without its own punctuation.
+/// The decoder's error in words.
 fn reason(e: &ciborium::de::Error<std::io::Error>) -> String {
     match e {
         ciborium::de::Error::Semantic(_, text) => text.clone(),
-        ciborium::de::Error::Syntax(at) => format!("broken data at byte {at} of the section"),
+        ciborium::de::Error::Syntax(at) => format!("invalid data at byte {at} of the section"),
         ciborium::de::Error::Io(e) => e.to_string(),
         ciborium::de::Error::RecursionLimitExceeded => "nested too deeply".to_owned(),
     }
 }
 
-/// Reads a file front to back. `at` never passes the end.
+/// Reads a file from front to back. `at` is never beyond the end.
 struct Cursor<'a> {
     path: &'a Path,
     bytes: &'a [u8],
     at: usize,
-    /// The checksums so far: what the end's is taken of.
+    /// The checksums so far, which the end record's checksum covers.
     crcs: Vec<u8>,
 }
 
@@ -346,7 +348,8 @@ impl<'a> Cursor<'a> {
         ciborium::from_reader(data).map_err(|e| self.malformed(WHAT, PREFIX_LEN, &reason(&e)))
     }
 
-    /// The next section, or none at the end of the file.
+    /// Reads the next section, or the end record, for which it returns none. `before` sections came
+    /// before it.
     fn section(&mut self, before: usize) -> Result<Option<SectionInfo>, ReadError> {
         let start = self.at;
         let marker = self.peek("a section", format::SECTION.len() as u64)?;
@@ -355,25 +358,25 @@ impl<'a> Cursor<'a> {
             return Ok(None);
         }
         if marker != format::SECTION {
-            return Err(self.malformed("a section", start, "it does not begin as one"));
+            return Err(self.malformed("a section", start, "it has no section marker"));
         }
         if before == MAX_SECTIONS {
-            return Err(self.malformed("a section", start, "a file has at most 4096 of them"));
+            return Err(self.malformed("a section", start, "a file has at most 4096 sections"));
         }
         let frame = self.peek("a section", FRAME_LEN as u64)?;
         let name_len = usize::from(u16_at(frame, 4));
         let version = u16_at(frame, 6);
         let len = u64::from_le_bytes(frame[8..16].try_into().expect("8 bytes"));
         if name_len == 0 || name_len > MAX_NAME {
-            return Err(self.malformed("a section", start, "a name has 1 to 128 bytes"));
+            return Err(self.malformed("a section", start, "its name must have 1 to 128 bytes"));
         }
         let head = FRAME_LEN + name_len;
-        // The name, for the errors to come; the checksum has not spoken yet.
+        // The name, for error messages, before its checksum was checked.
         let shown = String::from_utf8_lossy(&self.peek("a section", head as u64)?[FRAME_LEN..]).into_owned();
         let what = format!("section {shown:?}");
         let whole = self.sealed(&what, (head as u64).saturating_add(len))?;
         let name = std::str::from_utf8(&whole[FRAME_LEN..head])
-            .map_err(|_| self.malformed(&what, start, "the name is not text"))?
+            .map_err(|_| self.malformed(&what, start, "its name is not UTF-8"))?
             .to_owned();
         self.well_formed(&what, start + head, &whole[head..])?;
         Ok(Some(SectionInfo { name, version, offset: start + head, len: whole.len() - head }))
@@ -388,14 +391,14 @@ impl<'a> Cursor<'a> {
             return Err(ReadError::Checksum { path, what, offset: start });
         }
         if count as usize != sections {
-            let reason = format!("{count} sections announced, {sections} are there");
+            let reason = format!("it announces {count} sections, the file has {sections}");
             return Err(self.malformed("the end", start, &reason));
         }
         self.at += 12;
         Ok(())
     }
 
-    /// The next `needed` bytes, without going on.
+    /// Returns the next `needed` bytes and does not advance.
     fn peek(&self, what: &str, needed: u64) -> Result<&'a [u8], ReadError> {
         let left = &self.bytes[self.at..];
         match usize::try_from(needed).ok().and_then(|n| left.get(..n)) {
@@ -410,7 +413,8 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The next `len` bytes, whose checksum follows them. Goes on behind it.
+    /// Checks the next `len` bytes against the checksum that follows them, returns them, and
+    /// advances past both.
     fn sealed(&mut self, what: &str, len: u64) -> Result<&'a [u8], ReadError> {
         let all = self.peek(what, len.saturating_add(4))?;
         let (bytes, crc) = all.split_at(all.len() - 4);
@@ -424,7 +428,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn well_formed(&self, what: &str, offset: usize, data: &[u8]) -> Result<(), ReadError> {
-        wellformed::check(data).map_err(|broken| self.malformed(what, offset + broken.at, broken.reason))
+        wellformed::check(data).map_err(|error| self.malformed(what, offset + error.at, error.reason))
     }
 
     fn malformed(&self, what: &str, offset: usize, reason: &str) -> ReadError {

@@ -1,40 +1,43 @@
-//! One walk over CBOR data before a decoder sees it.
+//! A check that CBOR data is well-formed, before a decoder reads it (RFC 8949, appendix C).
 //!
-//! A decoder believes the lengths in its input when it allocates. After this walk they are true: every item that an array
-//! or map announces is there, every string is as long as it says, nesting is bounded, and the item ends where the data
-//! ends. So what a decoder allocates is in proportion to the data (RFC 8949, appendix C, is the walk that this is).
+//! A decoder trusts the lengths in its input when it allocates. After this check they are true:
+//! every item that an array or map announces is there, every string has its length, nesting is
+//! bounded, and the item ends where the data ends. So a decoder allocates in proportion to the
+//! data.
 
-/// Deepest nesting of arrays, maps and tags. Plain structs need a dozen levels.
+/// The deepest nesting of arrays, maps and tags. Plain structs need a dozen levels.
 const MAX_DEPTH: usize = 64;
 
-/// Where data is broken, and how.
+/// Where data is not well-formed, and why.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Broken {
+pub(crate) struct Malformed {
     /// Offset in the data.
     pub(crate) at: usize,
     pub(crate) reason: &'static str,
 }
 
-/// What an open container still expects.
+/// What an open container still needs.
 enum Open {
-    /// This many items.
+    /// This many more items.
     Items(u64),
-    /// Items until a break; for a map, whether a value is due.
+    /// Items of an array, until a break.
     Sequence,
+    /// Pairs of a map, until a break.
     Pairs {
+        /// The next item is a value.
         value_due: bool,
     },
-    /// Chunks of this major type until a break.
+    /// Chunks of a string of this major type, until a break.
     Chunks(u8),
 }
 
 /// Checks that `data` is exactly one well-formed item.
-pub(crate) fn check(data: &[u8]) -> Result<(), Broken> {
+pub(crate) fn check(data: &[u8]) -> Result<(), Malformed> {
     let mut walk = Walk { data, at: 0 };
     let mut open: Vec<Open> = vec![Open::Items(1)];
     while let Some(top) = open.last_mut() {
         let start = walk.at;
-        let broken = |reason| Err(Broken { at: start, reason });
+        let malformed = |reason| Err(Malformed { at: start, reason });
         match top {
             Open::Items(0) => {
                 open.pop();
@@ -54,14 +57,14 @@ pub(crate) fn check(data: &[u8]) -> Result<(), Broken> {
                 let (found, length) = walk.head()?;
                 match length {
                     Some(length) if found == *major => walk.skip(length)?,
-                    _ => return broken("a string's chunk is not a string of known length"),
+                    _ => return malformed("a string's chunk is not a string of known length"),
                 }
                 continue;
             }
         }
         let (major, argument) = walk.head()?;
         let inner = match (major, argument) {
-            // Numbers, simple values and floats carry no more than their head.
+            // Numbers, simple values and floats are only a head.
             (0 | 1 | 7, Some(_)) => continue,
             (2 | 3, Some(length)) => {
                 walk.skip(length)?;
@@ -73,14 +76,14 @@ pub(crate) fn check(data: &[u8]) -> Result<(), Broken> {
             (4, None) => Open::Sequence,
             (5, None) => Open::Pairs { value_due: false },
             (6, Some(_)) => Open::Items(1),
-            _ => return broken("a break or an indefinite length where none can be"),
+            _ => return malformed("a break or an indefinite length where none can be"),
         };
         if open.len() > MAX_DEPTH {
-            return broken("nested deeper than 64 levels");
+            return malformed("nested deeper than 64 levels");
         }
         open.push(inner);
     }
-    if walk.at == data.len() { Ok(()) } else { Err(Broken { at: walk.at, reason: "data after the end" }) }
+    if walk.at == data.len() { Ok(()) } else { Err(Malformed { at: walk.at, reason: "data after the end" }) }
 }
 
 struct Walk<'a> {
@@ -97,35 +100,38 @@ impl Walk<'_> {
         (self.data.len() - self.at) as u64
     }
 
-    /// An item's major type and its argument; none for an indefinite length.
-    fn head(&mut self) -> Result<(u8, Option<u64>), Broken> {
+    /// Reads an item's major type and its argument, which is none for an indefinite length.
+    fn head(&mut self) -> Result<(u8, Option<u64>), Malformed> {
         let start = self.at;
-        let first = self.peek().ok_or(Broken { at: start, reason: "data ends early" })?;
+        let first = self.peek().ok_or(Malformed { at: start, reason: "data ends early" })?;
         self.at += 1;
         let (major, info) = (first >> 5, first & 0x1f);
         let len = match info {
             0..=23 => return Ok((major, Some(u64::from(info)))),
             24..=27 => 1usize << (info - 24),
             31 => return Ok((major, None)),
-            _ => return Err(Broken { at: start, reason: "a reserved length" }),
+            _ => return Err(Malformed { at: start, reason: "a reserved length" }),
         };
-        let bytes =
-            self.data.get(self.at..self.at + len).ok_or(Broken { at: start, reason: "data ends early" })?;
+        let bytes = self
+            .data
+            .get(self.at..self.at + len)
+            .ok_or(Malformed { at: start, reason: "data ends early" })?;
         self.at += len;
         Ok((major, Some(bytes.iter().fold(0, |n, b| n << 8 | u64::from(*b)))))
     }
 
-    fn fits(&self, items: u64) -> Result<u64, Broken> {
+    /// Checks that `items` more items can be there.
+    fn fits(&self, items: u64) -> Result<u64, Malformed> {
         // Each item is at least one byte.
         if items > self.left() {
-            return Err(Broken { at: self.at, reason: "more items announced than there are bytes" });
+            return Err(Malformed { at: self.at, reason: "more items announced than there are bytes" });
         }
         Ok(items)
     }
 
-    fn skip(&mut self, length: u64) -> Result<(), Broken> {
+    fn skip(&mut self, length: u64) -> Result<(), Malformed> {
         if length > self.left() {
-            return Err(Broken { at: self.at, reason: "a string longer than the data" });
+            return Err(Malformed { at: self.at, reason: "a string longer than the data" });
         }
         self.at += length as usize;
         Ok(())
@@ -142,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_encoder_writes_is_well_formed() {
+    fn encoder_output_is_well_formed() {
         let value =
             crate::Value::serialized(&(1u8, "text", vec![1.5f64], Some(()), i64::MIN, [true])).unwrap();
         let mut data = Vec::new();
@@ -151,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn indefinite_lengths_are_followed_to_their_break() {
+    fn indefinite_lengths_end_at_their_break() {
         assert_eq!(check(&[0x9f, 0x01, 0x9f, 0xff, 0xff]), Ok(()));
         assert_eq!(check(&[0xbf, 0x01, 0x02, 0xff]), Ok(()));
         assert_eq!(check(&[0x5f, 0x41, 0xaa, 0x40, 0xff]), Ok(()));
@@ -160,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_that_lie_are_found_before_anyone_allocates() {
+    fn false_lengths_are_found_before_any_allocation() {
         assert_eq!(
             reason(&[0x9b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]),
             "more items announced than there are bytes"
@@ -180,7 +186,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_end_in_an_answer_and_well_formed_ones_decode_or_fail_cleanly(
+        fn any_well_formed_bytes_decode_or_fail_cleanly(
             data in proptest::collection::vec(any::<u8>(), 0..200)
         ) {
             if check(&data).is_ok() {

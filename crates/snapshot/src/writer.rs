@@ -9,47 +9,47 @@ use crate::file::{AtomicFile, FileError, Staged};
 use crate::format::{self, FORMAT_VERSION, Header, MAX_FILE_SIZE, MAX_NAME, MAX_SECTIONS};
 use crate::section::Section;
 
-/// Why a state file could not be made.
+/// Why a state file could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
-    /// A section's data has no form in CBOR: a mistake in its `Serialize`.
-    #[error("cannot encode section {section}: {reason}")]
+    /// A section's data cannot be encoded as CBOR: a mistake in its `Serialize`.
+    #[error("section {section}: cannot encode: {reason}")]
     Encode {
         /// The section's name.
         section: String,
         /// The encoder's reason.
         reason: String,
     },
-    /// A name twice, an empty or too long one, or more sections than a file can have.
-    #[error("cannot add section {section}: {reason}")]
+    /// A duplicate, empty or too long name, or too many sections.
+    #[error("section {section}: {reason}")]
     Section {
         /// The section's name.
         section: String,
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// The file would be larger than what is read back.
-    #[error("the state has {size} bytes; a state file has at most {MAX_FILE_SIZE}")]
+    /// The file would be too large to be read.
+    #[error("state file: it has {size} bytes; at most {MAX_FILE_SIZE}")]
     TooLarge {
         /// Its size in bytes.
         size: u64,
     },
-    /// The file could not be put in its place.
+    /// The file could not be created or renamed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The file could not be filled: no space, most often.
-    #[error("cannot write {} ({size} bytes): {source}", path.display())]
+    /// The file could not be written: usually no space.
+    #[error("state file {}: cannot write {size} bytes: {source}", path.display())]
     Write {
         /// The file.
         path: std::path::PathBuf,
-        /// Its size in bytes when whole.
+        /// Its full size in bytes.
         size: u64,
         /// The kernel's reason.
         source: std::io::Error,
     },
 }
 
-/// Collects sections in memory; [`Self::stage`] or [`Self::commit`] writes them to a file.
+/// Builds a state file in memory. [`Self::stage`] or [`Self::commit`] writes it.
 #[derive(Debug)]
 pub struct Writer {
     bytes: Vec<u8>,
@@ -58,7 +58,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Begins a file.
+    /// Starts a file with this header.
     pub fn new(header: &Header) -> Result<Self, WriteError> {
         let data = encode("header", header)?;
         let mut bytes = Vec::with_capacity(64 << 10);
@@ -76,7 +76,8 @@ impl Writer {
         self.put_raw(S::NAME, S::VERSION, section)
     }
 
-    /// Adds one of several sections of a kind; `instance` tells them apart (a device's id, a vCPU's number).
+    /// Adds one of several sections of this type. `instance` distinguishes them: a device's id, a
+    /// vCPU's number.
     pub fn put_instance<S: Section>(&mut self, instance: &str, section: &S) -> Result<(), WriteError> {
         self.put_raw(&format!("{}/{instance}", S::NAME), S::VERSION, section)
     }
@@ -84,13 +85,13 @@ impl Writer {
     fn put_raw(&mut self, name: &str, version: u16, data: &impl Serialize) -> Result<(), WriteError> {
         let refused = |reason| Err(WriteError::Section { section: name.to_owned(), reason });
         if name.is_empty() || name.len() > MAX_NAME {
-            return refused("a name has 1 to 128 bytes");
+            return refused("its name must have 1 to 128 bytes");
         }
         if self.names.len() == MAX_SECTIONS {
             return refused("a file has at most 4096 sections");
         }
         if self.names.iter().any(|n| n == name) {
-            return refused("there is one of that name");
+            return refused("the file has a section of that name already");
         }
         let data = encode(name, data)?;
         let start = self.bytes.len();
@@ -105,7 +106,7 @@ impl Writer {
         Ok(())
     }
 
-    /// The file's bytes.
+    /// Ends the file and returns its bytes.
     pub fn finish(self) -> Result<Vec<u8>, WriteError> {
         let Writer { mut bytes, crcs, names } = self;
         format::end(&mut bytes, names.len(), &crcs);
@@ -115,7 +116,7 @@ impl Writer {
         Ok(bytes)
     }
 
-    /// Writes all of `file`: for [`commit_pair`](crate::commit_pair).
+    /// Writes the state to `file` and stages it: for [`commit_pair`](crate::commit_pair).
     pub fn stage(self, file: AtomicFile) -> Result<Staged, WriteError> {
         let bytes = self.finish()?;
         let failed =
@@ -124,7 +125,7 @@ impl Writer {
         Ok(file.stage())
     }
 
-    /// Writes the file to `path`, in place of an older one, in one step.
+    /// Writes the file to `path`. It replaces an older file in one step.
     pub fn commit(self, path: &Path) -> Result<(), WriteError> {
         self.stage(AtomicFile::create(path)?)?.commit()?;
         Ok(())

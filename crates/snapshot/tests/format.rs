@@ -1,4 +1,4 @@
-//! The state file: what is written is read back, and nothing else is.
+//! The format of state files: what is written is read back, and damage is refused.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,7 +7,8 @@ use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_snapshot::{Header, MigrateError, ReadError, Section, Snapshot, Value, WriteError, Writer};
 
-/// A file that version 1 of the format wrote, with what [`sample`] writes today. It must stay readable for ever.
+/// A file in version 1 of the format, with the contents of [`sample`]. It must always stay
+/// readable.
 const SAMPLE_V1: &[u8] = include_bytes!("samples/format-1.state");
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,7 +21,7 @@ impl Section for Clock {
     const NAME: &'static str = "clock";
     const VERSION: u16 = 2;
 
-    /// Version 1 counted in MHz.
+    /// Version 1 had the frequency in MHz.
     fn migrate(from: u16, mut value: Value) -> Result<Value, MigrateError> {
         assert_eq!(from, 1);
         for (key, value) in value.as_map_mut().ok_or_else(|| MigrateError("not a map".into()))? {
@@ -122,25 +123,25 @@ fn header_with(change: impl FnOnce(&mut Header)) -> Snapshot {
 }
 
 #[test]
-fn what_is_written_is_read_back() {
+fn sections_are_read_back_as_written() {
     let file = parse(&sample()).unwrap();
     assert_eq!(*file.header(), header());
     assert_eq!(file.get::<Clock>().unwrap(), Clock { tsc_khz: 2_400_000, now: 99 });
     assert_eq!(file.get_instance::<Queue>("a").unwrap(), queue());
     assert_eq!(file.get_instance::<Queue>("b").unwrap().mode, Mode::Off);
     assert_eq!(file.instances::<Queue>().collect::<Vec<_>>(), ["a", "b"]);
-    file.expect("microvm").unwrap();
+    file.expect_kind("microvm").unwrap();
 }
 
 #[test]
-fn a_file_of_format_version_1_loads() {
+fn sample_of_format_version_1_loads() {
     let file = parse(SAMPLE_V1).unwrap();
     assert_eq!(file.get::<Clock>().unwrap(), Clock { tsc_khz: 2_400_000, now: 99 });
     assert_eq!(file.get_instance::<Queue>("a").unwrap(), queue());
 }
 
 #[test]
-fn the_writer_still_writes_format_version_1() {
+fn writer_still_writes_format_version_1() {
     assert_eq!(sample(), SAMPLE_V1, "the bytes of the format changed: that is a new format version");
 }
 
@@ -171,7 +172,10 @@ fn bytes_after_the_end_are_refused() {
     let len = bytes.len();
     bytes.push(0);
     let error = parse(&bytes).unwrap_err().to_string();
-    assert_eq!(error, format!("a.state is malformed: the file at offset {len}: data after the end"));
+    assert_eq!(
+        error,
+        format!("state file a.state: the file at offset {len} is malformed: data after the end")
+    );
 }
 
 #[test]
@@ -180,13 +184,16 @@ fn sections_of_two_files_cannot_be_mixed() {
     let mut writer = Writer::new(&Header { created_by: "b test".into(), ..header() }).unwrap();
     writer.put(&Clock { tsc_khz: 1, now: 1 }).unwrap();
     let other = writer.finish().unwrap();
-    // The header of one, all else of the other; both headers have the same length.
+    // The header of one file and the rest of the other. Both headers have the same length.
     let len = u32::from_le_bytes(one[12..16].try_into().unwrap()) as usize + 20;
     let mixed = [&one[..len], &other[len..]].concat();
     let error = parse(&mixed).unwrap_err().to_string();
     assert_eq!(
         error,
-        format!("a.state is damaged: wrong checksum of the end at offset {}", other.len() - 12)
+        format!(
+            "state file a.state: it is damaged: wrong checksum of the end at offset {}",
+            other.len() - 12
+        )
     );
 }
 
@@ -197,67 +204,68 @@ fn damage_is_named_by_section_and_offset() {
     bytes[info.offset + 5] ^= 1;
     let error = parse(&bytes).unwrap_err().to_string();
     let start = info.offset - info.name.len() - 16;
-    let wanted =
-        format!("a.state is damaged: wrong checksum of section \"device/queue/a\" at offset {start}");
+    let wanted = format!(
+        "state file a.state: it is damaged: wrong checksum of section \"device/queue/a\" at offset {start}"
+    );
     assert_eq!(error, wanted);
 }
 
 #[test]
-fn a_later_format_version_is_refused_by_number() {
+fn newer_format_version_is_refused() {
     let mut bytes = sample();
     bytes[8] = 2;
     let error = parse(&bytes).unwrap_err().to_string();
-    assert_eq!(error, "a.state has format version 2; this vesta reads versions 1 to 1");
+    assert_eq!(error, "state file a.state: it has format version 2; this vesta reads versions 1 to 1");
 }
 
 #[test]
-fn what_is_no_state_file_is_called_that() {
+fn other_file_types_are_refused() {
     let error = parse(b"#!/bin/sh\nexit 0\n").unwrap_err().to_string();
-    assert_eq!(error, "a.state is not a state file of vesta");
+    assert_eq!(error, "file a.state: it is not a state file of vesta");
 }
 
 #[test]
-fn another_architecture_can_be_described_but_not_used() {
+fn other_architecture_is_described_but_not_restored() {
     let file = header_with(|h| h.architecture = "aarch64".into());
     assert_eq!(file.describe().header.architecture, "aarch64");
-    let error = file.expect("microvm").unwrap_err().to_string();
-    assert_eq!(error, "a.state was made on aarch64; this machine is x86_64");
+    let error = file.expect_kind("microvm").unwrap_err().to_string();
+    assert_eq!(error, "state file a.state: it was saved on aarch64; this host is x86_64");
 }
 
 #[test]
-fn another_kind_of_file_is_refused() {
-    let error = parse(&sample()).unwrap().expect("working-set").unwrap_err().to_string();
-    assert_eq!(error, "a.state holds \"microvm\", not \"working-set\"");
+fn other_kind_of_file_is_refused() {
+    let error = parse(&sample()).unwrap().expect_kind("working-set").unwrap_err().to_string();
+    assert_eq!(error, "state file a.state: it holds \"microvm\", not \"working-set\"");
 }
 
 #[test]
-fn an_older_section_is_brought_up_to_date() {
+fn older_section_is_migrated() {
     let file = one(&OldClock { tsc_mhz: 2400, now: 5 });
     assert_eq!(file.get::<Clock>().unwrap(), Clock { tsc_khz: 2_400_000, now: 5 });
 }
 
 #[test]
-fn a_newer_section_is_refused_by_name() {
+fn newer_section_version_is_refused() {
     let error = one(&NewestClock { seconds: 1.0 }).get::<Clock>().unwrap_err().to_string();
-    assert_eq!(error, "a.state: section clock has version 3; this vesta reads versions 1 to 2");
+    assert_eq!(error, "state file a.state: section clock has version 3; this vesta reads versions 1 to 2");
 }
 
 #[test]
-fn a_section_without_a_way_up_is_refused() {
+fn section_without_migration_is_refused() {
     let error = one(&OldClock { tsc_mhz: 1, now: 1 }).get::<NewestClock>().unwrap_err().to_string();
-    assert_eq!(error, "a.state: section clock: version 1 is no longer understood");
+    assert_eq!(error, "state file a.state: section clock: version 1 is no longer understood");
 }
 
 #[test]
-fn a_missing_section_is_named() {
+fn missing_section_error_names_it() {
     let file = one(&OldClock { tsc_mhz: 1, now: 1 });
     let error = file.get_instance::<Queue>("x").unwrap_err().to_string();
-    assert_eq!(error, "a.state has no section device/queue/x");
+    assert_eq!(error, "state file a.state: it has no section device/queue/x");
     assert!(file.get_optional::<Queue>().unwrap().is_none());
 }
 
 #[test]
-fn unknown_sections_and_fields_are_tolerated_and_data_of_the_wrong_shape_is_named() {
+fn unknown_fields_are_skipped_and_missing_ones_named() {
     #[derive(Debug, Serialize, Deserialize)]
     struct Wide {
         tsc_khz: u32,
@@ -279,11 +287,11 @@ fn unknown_sections_and_fields_are_tolerated_and_data_of_the_wrong_shape_is_name
     let file = one(&Wide { tsc_khz: 1, now: 2, added_later: vec!["x".into()] });
     assert_eq!(file.get::<Clock>().unwrap(), Clock { tsc_khz: 1, now: 2 });
     let error = one(&Wrong { now: 1 }).get::<Clock>().unwrap_err().to_string();
-    assert_eq!(error, "a.state: section clock: missing field `tsc_khz`");
+    assert_eq!(error, "state file a.state: section clock: missing field `tsc_khz`");
 }
 
 #[test]
-fn a_name_twice_is_refused_when_writing() {
+fn writer_refuses_a_duplicate_section() {
     let mut writer = Writer::new(&header()).unwrap();
     writer.put(&Clock { tsc_khz: 1, now: 1 }).unwrap();
     let error = writer.put(&Clock { tsc_khz: 1, now: 1 }).unwrap_err();
@@ -291,7 +299,7 @@ fn a_name_twice_is_refused_when_writing() {
 }
 
 #[test]
-fn a_file_is_written_read_described_and_verified() {
+fn file_is_written_described_and_verified() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("vm.state");
     let mut writer = Writer::new(&header()).unwrap();
@@ -308,7 +316,7 @@ fn a_file_is_written_read_described_and_verified() {
 }
 
 #[test]
-fn what_is_not_a_regular_file_is_refused_without_waiting() {
+fn fifo_and_directory_are_refused_without_blocking() {
     let dir = tempfile::tempdir().unwrap();
     let fifo = dir.path().join("fifo");
     let mode = rustix::fs::Mode::from_raw_mode(0o600);
@@ -319,12 +327,12 @@ fn what_is_not_a_regular_file_is_refused_without_waiting() {
 }
 
 #[test]
-fn a_file_beyond_the_bound_is_refused_unread() {
+fn oversized_file_is_refused_unread() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("huge");
     std::fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
     let error = Snapshot::open(&path).unwrap_err().to_string();
-    assert!(error.ends_with("has 1099511627776 bytes; a state file has at most 67108864"), "{error}");
+    assert!(error.ends_with("it has 1099511627776 bytes; at most 67108864"), "{error}");
 }
 
 fn mode() -> impl Strategy<Value = Mode> {
@@ -349,7 +357,7 @@ prop_compose! {
 
 proptest! {
     #[test]
-    fn any_sections_come_back_as_they_were(
+    fn any_sections_round_trip(
         queues in proptest::collection::btree_map("[a-z0-9_-]{1,20}", any_queue(), 0..8)
     ) {
         let mut writer = Writer::new(&header()).unwrap();
@@ -365,7 +373,7 @@ proptest! {
     }
 
     #[test]
-    fn any_damage_is_an_error_or_no_damage(
+    fn any_damage_is_detected(
         at in any::<proptest::sample::Index>(),
         bytes in proptest::collection::vec(any::<u8>(), 1..40),
     ) {

@@ -12,16 +12,22 @@ impl Counter {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Adds `count`. Returns the value before.
-    pub fn add(&self, count: u64) -> u64 {
-        self.0.fetch_add(count, Ordering::Relaxed)
+    /// Adds `count`.
+    pub fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Adds one. Returns the new value.
+    pub fn increment(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Adds one. Returns the new value if it is a power of two, else `None`.
     ///
-    /// For log lines about events that a guest can cause at will: line `n` follows after `2^n` events.
+    /// For log lines about events that a guest can cause at will: line `n` follows after `2^n`
+    /// events.
     pub fn rarely(&self) -> Option<u64> {
-        Some(self.add(1) + 1).filter(|times| times.is_power_of_two())
+        Some(self.increment()).filter(|times| times.is_power_of_two())
     }
 }
 

@@ -1,6 +1,8 @@
-//! What a request costs on its way: the queue alone, and from the kick to the interrupt through a worker.
+//! What a request costs on its way: the queue alone, and from the kick to the interrupt through a
+//! worker.
 //!
-//! `cargo bench -p vesta-virtio --features testing`. Numbers mean something on an idle machine only.
+//! `cargo bench -p vesta-virtio --features testing`. Numbers mean something on an idle machine
+//! only.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;

@@ -1,8 +1,9 @@
-//! Entry points for fuzzing: each takes any bytes as the acts of a hostile guest and runs them over the real code.
+//! Entry points for fuzzing: each takes any bytes as the acts of a hostile guest and runs them over
+//! the real code.
 //!
-//! The targets under `fuzz/` call them with what a coverage-guided fuzzer makes up; a test here calls them with seeded random bytes.
-//! What must hold: no panic, no end that does not come, no state that cannot be saved and made again, and a device that
-//! is whole again after a reset.
+//! The targets under `fuzz/` call them with what a coverage-guided fuzzer makes up; a test here
+//! calls them with seeded random bytes. What must hold: no panic, no end that does not come, no
+//! state that cannot be saved and made again, and a device that is whole again after a reset.
 
 mod pci_bus;
 

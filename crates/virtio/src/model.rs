@@ -1,17 +1,20 @@
-//! A model of one queue's life under pauses, saves, forks and removals, checked in every order of events.
+//! A model of one queue under pauses, saves, forks and removals, checked in every order of events.
 //!
-//! What decides is production code: the device's side of the rings ([`Ring`]), a task's way through its protocol ([`Course`]) and
-//! its worker's ([`Halt`]). Around them stand a driver, a disk that completes in any order, and the thread that pauses the machine,
-//! in the steps in which `machine` takes them: vCPUs stop, workers are asked to pause, and once they answer the machine is
-//! saved; a child is made of what was saved alone. The task is the smallest that keeps the rules of [`crate::worker`].
+//! The decisions are made by production code: the device's side of the rings ([`Ring`]) and the
+//! states of a task ([`TaskState`]) and of its worker ([`WorkerState`]). The model adds a driver, a
+//! disk that completes requests in any order, and the thread that pauses the machine with the steps
+//! of `machine`: it stops the vCPUs, asks the workers to pause, and saves when they have answered.
+//! A child is built from the saved state alone. The task is a minimal one that keeps the rules of
+//! [`crate::worker`].
 //!
-//! Parent and child share nothing from the fork on. So a fork is a choice whom to follow: all that can become of either is looked at.
+//! Parent and child share nothing after the fork. So a fork is a choice of which one to follow, and
+//! the checker follows both.
 //!
 //! # What is checked
 //!
-//! Each request that the driver makes is completed once and never again, and the driver learns of it, whatever happens in between;
-//! a machine that is said to be still is; what is saved has nothing in flight. That the checker would find a mistake is shown
-//! by making some.
+//! Each request of the driver completes exactly once, and the driver is notified of it. A machine
+//! whose pause was answered is drained. A saved state has nothing in flight. Tests with deliberate
+//! mistakes show that the checker finds them.
 
 use std::cell::Cell;
 use std::fmt;
@@ -21,7 +24,7 @@ use stateright::{Checker, Model, Property};
 
 use crate::queue::QueueError;
 use crate::queue::ring::{Ring, RingMemory};
-use crate::worker::phase::{Course, Halt, Leave, Settled};
+use crate::worker::phase::{DrainOutcome, RemoveAction, TaskState, WorkerState};
 
 /// Requests that the driver makes.
 const REQUESTS: usize = 3;
@@ -64,8 +67,8 @@ struct Memory {
     avail_event: u16,
 }
 
-/// The same for [`Ring`], which changes it through a shared reference. Each step of the model is one thread's alone; the orders of
-/// single accesses are what `loom` looks at, beside the ring.
+/// The same for [`Ring`], which changes it through a shared reference. Each step of the model is
+/// one thread's alone; the orders of single accesses are what `loom` looks at, beside the ring.
 struct View(Cell<Memory>);
 
 impl View {
@@ -185,11 +188,11 @@ impl Task {
 enum Owner {
     /// The vCPUs run.
     Runs,
-    /// The vCPUs stand still, and the worker was asked to pause.
+    /// The vCPUs are stopped, and the worker was asked to pause.
     Waits,
     /// The worker has answered.
-    Still,
-    /// The worker was told to go on; the vCPUs come next.
+    Quiesced,
+    /// The worker was asked to resume; the vCPUs come next.
     Resumes,
 }
 
@@ -212,14 +215,14 @@ struct Vm {
     interrupt: bool,
     owner: Owner,
 
-    halt: Halt,
+    worker_state: WorkerState,
     mail: Vec<Mail>,
     /// Who waits for a pause to be answered: pauses by their number.
-    pausers: Vec<u8>,
+    pause_waiters: Vec<u8>,
     /// The last pause was answered.
     answered: bool,
-    task: Option<(Course, Task)>,
-    /// Where the queue was when its task was given back; it is on nobody's worker.
+    task: Option<(TaskState, Task)>,
+    /// The progress of the queue while its task is on no worker.
     back: Option<(u16, u16)>,
     /// Events that the worker has not heard of yet.
     kicked: bool,
@@ -263,7 +266,7 @@ enum Step {
 impl Vm {
     /// The task is called; then the worker sees whether that was what it waited for.
     fn call(&mut self, call: impl FnOnce(&mut Task)) {
-        let Some((course, task)) = &mut self.task else { return };
+        let Some((state, task)) = &mut self.task else { return };
         call(task);
         let view = View(Cell::new(self.memory));
         match task.work(&view) {
@@ -271,10 +274,10 @@ impl Vm {
             Err(_) => self.broken = Some("the device finds its queue broken"),
         }
         self.memory = view.0.get();
-        match course.called(|| task.is_drained()) {
+        match state.called(|| task.is_drained()) {
             None => {}
-            Some(Settled::Stays) => self.answer(),
-            Some(Settled::Leaves) => self.give_back(),
+            Some(DrainOutcome::Stays) => self.answer(),
+            Some(DrainOutcome::Leaves) => self.give_back(),
         }
     }
 
@@ -283,7 +286,7 @@ impl Vm {
             if task.in_flight() > 0 {
                 self.broken = Some("a task with requests in flight is given back");
             }
-            self.back = Some(task.ring.position());
+            self.back = Some(task.ring.progress());
             // It watches nothing any more.
             (self.kicked, self.completed) = (false, false);
         }
@@ -291,15 +294,15 @@ impl Vm {
     }
 
     fn answer(&mut self) {
-        if self.halt.is_over(self.task.iter().map(|(course, _)| *course)) {
+        if self.worker_state.pause_is_complete(self.task.iter().map(|(state, _)| *state)) {
             // Who gave up waiting does not hear it.
-            self.answered |= std::mem::take(&mut self.pausers).contains(&self.pauses);
+            self.answered |= std::mem::take(&mut self.pause_waiters).contains(&self.pauses);
         }
     }
 
     fn start(&mut self, life: &Life) {
-        if let Some((course, task)) = &mut self.task
-            && course.start()
+        if let Some((state, task)) = &mut self.task
+            && state.start()
         {
             if life.mistake == Mistake::ResumesWithoutALook {
                 task.quiet = false;
@@ -310,8 +313,8 @@ impl Vm {
     }
 
     fn quiesce(&mut self) {
-        if let Some((course, _)) = &mut self.task
-            && course.quiesce()
+        if let Some((state, _)) = &mut self.task
+            && state.quiesce()
         {
             self.call(|task| task.quiet = true);
         }
@@ -320,55 +323,56 @@ impl Vm {
     fn read(&mut self, life: &Life, mail: Mail) {
         match mail {
             Mail::Pause(number) => {
-                self.pausers.push(number);
-                self.halt.pause();
+                self.pause_waiters.push(number);
+                self.worker_state.pause();
                 self.quiesce();
                 self.answer();
             }
             Mail::Resume => {
-                if self.halt.resume() {
-                    self.pausers.clear();
+                if self.worker_state.resume() {
+                    self.pause_waiters.clear();
                     self.start(life);
                 }
             }
             Mail::Remove => {
-                let Some((course, _)) = &mut self.task else { return };
-                match course.leave() {
-                    Leave::Quiesce => self.quiesce(),
-                    Leave::Wait => {}
-                    Leave::Now => self.give_back(),
+                let Some((state, _)) = &mut self.task else { return };
+                match state.leave() {
+                    RemoveAction::Quiesce => self.quiesce(),
+                    RemoveAction::Wait => {}
+                    RemoveAction::Now => self.give_back(),
                 }
             }
             Mail::Add => {
                 let Some(position) = self.back.take() else { return };
-                self.task = Some((Course::new(), Task::new(life.event_idx, position)));
-                if self.halt.lets_work() {
+                self.task = Some((TaskState::new(), Task::new(life.event_idx, position)));
+                if self.worker_state.may_run() {
                     self.start(life);
                 }
             }
         }
     }
 
-    /// Another machine, of what is saved of this one: its memory, its driver's mind, positions. An interrupt that was on its way is in no
-    /// state (`transport::common`), so a restored device gives its driver one.
+    /// Another machine, of what is saved of this one: its memory, its driver's mind, positions. An
+    /// interrupt that was on its way is in no state (`transport::common`), so a restored device
+    /// gives its driver one.
     fn child(&self, life: &Life) -> Vm {
-        let mut halt = Halt::default();
+        let mut worker_state = WorkerState::default();
         // Its worker is paused before it gets its tasks.
-        halt.pause();
+        worker_state.pause();
         let (mut task, mut broken) = (None, self.broken);
         if let Some((_, parents)) = &self.task {
             if parents.in_flight() > 0 {
                 broken = Some("a task with requests in flight is saved");
             }
-            let (avail, used) = parents.ring.position();
-            task = Some((Course::new(), Task::new(life.event_idx, (avail, used))));
+            let (avail, used) = parents.ring.progress();
+            task = Some((TaskState::new(), Task::new(life.event_idx, (avail, used))));
         }
         Vm {
-            halt,
+            worker_state,
             task,
             broken,
             mail: Vec::new(),
-            pausers: Vec::new(),
+            pause_waiters: Vec::new(),
             answered: false,
             kicked: false,
             completed: false,
@@ -394,9 +398,9 @@ impl Model for Life {
             driver: Driver::default(),
             interrupt: false,
             owner: Owner::Runs,
-            halt: Halt::default(),
+            worker_state: WorkerState::default(),
             mail: Vec::new(),
-            pausers: Vec::new(),
+            pause_waiters: Vec::new(),
             answered: false,
             task: None,
             back: Some((0, 0)),
@@ -440,7 +444,7 @@ impl Model for Life {
                 may(vm.answered || early, Step::Answered);
                 may(!vm.answered, Step::GiveUp);
             }
-            Owner::Still => {
+            Owner::Quiesced => {
                 may(vm.births < self.births && vm.back.is_none(), Step::Follow);
                 may(true, Step::Resume);
             }
@@ -461,7 +465,7 @@ impl Model for Life {
                 };
                 memory.avail_idx += 1;
                 vm.driver.made += 1;
-                // The kick of a queue that nobody watches is lost: who comes to watch it looks by itself.
+                // The kick of a queue without a task is lost: a task that is added polls the queue.
                 vm.kicked |= wants && vm.task.is_some();
             }
             Step::Interrupt => {
@@ -486,15 +490,16 @@ impl Model for Life {
             }
             Step::HearKick => {
                 vm.kicked = false;
-                if vm.task.as_ref().is_some_and(|(course, _)| course.is_running()) {
+                if vm.task.as_ref().is_some_and(|(state, _)| state.is_running()) {
                     vm.call(|_| {});
                 }
             }
             Step::HearDisk => {
                 vm.completed = false;
                 let deaf = self.mistake == Mistake::DeafWhileItDrains;
-                let hears = |course: Course| if deaf { course.is_running() } else { course.hears_events() };
-                if vm.task.as_ref().is_some_and(|(course, _)| hears(*course)) {
+                let hears =
+                    |state: TaskState| if deaf { state.is_running() } else { state.gets_backend_events() };
+                if vm.task.as_ref().is_some_and(|(state, _)| hears(*state)) {
                     vm.call(|_| {});
                 }
             }
@@ -508,7 +513,7 @@ impl Model for Life {
                 vm.answered = false;
                 vm.mail.push(Mail::Pause(vm.pauses));
             }
-            Step::Answered => vm.owner = Owner::Still,
+            Step::Answered => vm.owner = Owner::Quiesced,
             Step::GiveUp | Step::Resume => {
                 vm.owner = Owner::Resumes;
                 vm.mail.push(Mail::Resume);
@@ -536,28 +541,28 @@ impl Model for Life {
                 !steps.is_empty() || vm.is_done()
             }),
             Property::always("a still machine is still", |_, vm: &Vm| {
-                vm.owner != Owner::Still
-                    || vm.task.as_ref().is_none_or(|(course, task)| {
-                        course.is_still() && task.in_flight() == 0 && task.unpublished == 0
+                vm.owner != Owner::Quiesced
+                    || vm.task.as_ref().is_none_or(|(state, task)| {
+                        state.is_quiesced() && task.in_flight() == 0 && task.unpublished == 0
                     })
             }),
             Property::always("nothing breaks", |_, vm: &Vm| vm.broken.is_none()),
             // That there is something to check.
             Property::sometimes("a child finds a request that its parent did not take", |_, vm: &Vm| {
-                vm.births > 0 && vm.owner == Owner::Still && {
-                    let next = vm.task.as_ref().map(|(_, task)| task.ring.position().0);
+                vm.births > 0 && vm.owner == Owner::Quiesced && {
+                    let next = vm.task.as_ref().map(|(_, task)| task.ring.progress().0);
                     next.is_some_and(|next| next != vm.memory.avail_idx)
                 }
             }),
             Property::sometimes(
                 "a child has a completion of which only its parent was told",
                 |_, vm: &Vm| {
-                    vm.births > 0 && vm.owner == Owner::Still && vm.driver.seen != vm.memory.used_idx
+                    vm.births > 0 && vm.owner == Owner::Quiesced && vm.driver.seen != vm.memory.used_idx
                 },
             ),
             Property::sometimes("a machine goes on while its task still drains", |_, vm: &Vm| {
                 vm.owner == Owner::Runs
-                    && vm.task.as_ref().is_some_and(|(course, _)| !course.is_running() && !course.is_still())
+                    && vm.task.as_ref().is_some_and(|(state, _)| !state.is_running() && !state.is_quiesced())
             }),
             Property::sometimes("a task is given back in a pause", |_, vm: &Vm| {
                 vm.owner == Owner::Waits && vm.back.is_some()
@@ -582,12 +587,12 @@ fn no_completion_is_lost_or_delivered_twice(event_idx: bool) {
 }
 
 #[test]
-fn whatever_pauses_forks_and_removals_no_completion_is_lost_or_delivered_twice_with_event_idx() {
+fn each_completion_is_delivered_once_with_event_idx() {
     no_completion_is_lost_or_delivered_twice(true);
 }
 
 #[test]
-fn whatever_pauses_forks_and_removals_no_completion_is_lost_or_delivered_twice_with_flags() {
+fn each_completion_is_delivered_once_with_flags() {
     no_completion_is_lost_or_delivered_twice(false);
 }
 

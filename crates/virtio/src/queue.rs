@@ -1,4 +1,4 @@
-//! Split virtqueues (2.7): what the driver makes available, and what the device has used.
+//! Split virtqueues (2.7), the device's side.
 //!
 //! # How a device uses a queue
 //!
@@ -11,29 +11,37 @@
 //!  }
 //! ```
 //!
-//! [`Chain`]s are the caller's and are filled again and again: nothing is allocated per request. Used buffers become
-//! visible to the driver with [`Queue::publish`], once per batch.
+//! The caller owns the [`Chain`]s and reuses them: nothing is allocated per request. Used buffers
+//! become visible to the driver with [`Queue::publish`], once per batch.
 //!
 //! # Hostile drivers
 //!
-//! Whatever stands in the rings, a popped chain is sound: its buffers are RAM, each in one region, at most [`MAX_CHAIN_LEN`] of them
-//! with less than 2^32 bytes in all, readable ones before writable ones; and no more chains are in flight than the queue has
-//! descriptors. Everything else is a [`QueueError`], after which the queue is dead: every call gives the same error, nothing is
-//! read from its rings or written to them, and its device is to call [`Interrupt::needs_reset`](crate::device::Interrupt).
+//! A popped chain is sound, whatever the rings contain:
 //!
-//! A driver may change a chain while it is in flight. That changes the data in the buffers, which are the driver's anyway, but not
-//! which buffers they are: a descriptor is read once.
+//! - Each buffer is RAM and lies in one region.
+//! - There are at most [`MAX_CHAIN_LEN`] buffers, with less than 2^32 bytes in all. Readable
+//!   buffers come before writable ones.
+//! - No more chains are in flight than the queue has descriptors.
+//!
+//! Everything else is a [`QueueError`], and the queue is dead from then on: every call returns the
+//! same error, the rings are neither read nor written, and the device must call
+//! [`Interrupt::needs_reset`](crate::device::Interrupt).
+//!
+//! Each descriptor is read once. A driver that changes a chain in flight changes the data in its
+//! own buffers, but not which buffers the device uses.
 //!
 //! # How it is built
 //!
-//! `ring` has the protocol of indices and notifications, and nothing else: it runs over guest memory here, and over a model
-//! checker's memory in its tests. `parts` is the guest memory that it runs on. `chain` follows descriptors. The formats are those of
-//! rust-vmm's `virtio-queue`, which is also the oracle that property tests compare this queue with.
+//! `ring` is the protocol of indices and notifications alone: it runs over guest memory here, and
+//! over a model checker's memory in its tests. `ring_area` is the guest memory of the rings.
+//! `chain` holds a chain of descriptors. The descriptor formats come from rust-vmm's
+//! `virtio-queue`, which is also the oracle of the property tests.
 
 mod chain;
 mod error;
-mod parts;
+mod limits;
 pub(crate) mod ring;
+mod ring_area;
 #[cfg(test)]
 mod tests;
 
@@ -44,17 +52,15 @@ use memory::{GuestRam, GuestRegion};
 use serde::{Deserialize, Serialize};
 use virtio_queue::desc::split::Descriptor;
 
-use crate::device::feature;
-use parts::{Part, Rings};
+use crate::feature;
 use ring::Ring;
+use ring_area::{RingArea, Rings};
 
-pub use chain::{Buffers, Chain, GuestBuffer, GuestSlice, MAX_CHAIN_LEN};
+pub use chain::{Buffers, Chain, GuestBuffer, GuestSlice};
 pub use error::QueueError;
+pub use limits::{MAX_CHAIN_LEN, MAX_QUEUE_SIZE};
 
-/// The largest queue that a device may offer.
-pub const MAX_QUEUE_SIZE: u16 = 1024;
-
-/// What the driver set up for one queue, and how far both sides got. Plain data.
+/// The set-up of one queue by its driver and the device's progress in it, as plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
     /// Descriptors in the queue.
@@ -73,11 +79,11 @@ pub struct QueueState {
     pub next_used: u16,
 }
 
-/// How far the device got in a queue, for whoever saves it: a still queue's position is what its task last did.
+/// How far the device got in a queue. The transport reads it to save a quiesced queue.
 #[derive(Debug, Default)]
-pub struct Position(AtomicU32);
+pub struct QueueProgress(AtomicU32);
 
-impl Position {
+impl QueueProgress {
     /// `(next_avail, next_used)`.
     pub fn get(&self) -> (u16, u16) {
         let both = self.0.load(Ordering::Acquire);
@@ -121,41 +127,43 @@ impl InFlight {
     }
 }
 
-/// A queue that the driver set up, on the device's side. See the module.
+/// A queue that the driver set up, on the device's side.
 #[derive(Debug)]
 pub struct Queue {
     index: u16,
-    /// As the driver set it up.
+    /// The driver's set-up.
     state: QueueState,
     indirect: bool,
     ram: GuestRam,
-    table: Part,
+    table: RingArea,
     rings: Rings,
     ring: Ring,
     in_flight: InFlight,
-    position: Arc<Position>,
+    progress: Arc<QueueProgress>,
     dead: Option<QueueError>,
 }
 
 impl Queue {
-    /// The queue `index` as its driver set it up. `max_size` is what the device offers, `features` what the driver accepted.
-    /// `position` shows how far the queue is.
+    /// Creates the queue `index` from its driver's set-up.
+    ///
+    /// `max_size` is the size that the device offers. `features` are those that the driver
+    /// accepted. `progress` follows the queue.
     pub fn new(
         index: u16,
         max_size: u16,
         state: &QueueState,
         features: u64,
         ram: &GuestRam,
-        position: Arc<Position>,
+        progress: Arc<QueueProgress>,
     ) -> Result<Self, QueueError> {
         let size = state.size;
         if !size.is_power_of_two() || size > max_size.min(MAX_QUEUE_SIZE) {
             return Err(QueueError::Size { size, max: max_size });
         }
-        let table = Part::new(ram, "descriptor table", state.desc_table, 16 * u64::from(size), 16)?;
+        let table = RingArea::new(ram, "descriptor table", state.desc_table, 16 * u64::from(size), 16)?;
         let rings = Rings::new(ram, size, state.avail_ring, state.used_ring)?;
         let event_idx = features & feature::RING_EVENT_IDX != 0;
-        position.set(state.next_avail, state.next_used);
+        progress.set(state.next_avail, state.next_used);
         Ok(Queue {
             index,
             state: *state,
@@ -165,61 +173,63 @@ impl Queue {
             rings,
             ring: Ring::new(size, event_idx, state.next_avail, state.next_used),
             in_flight: InFlight::default(),
-            position,
+            progress,
             dead: None,
         })
     }
 
-    /// Which of the device's queues it is.
+    /// The queue's index.
     pub fn index(&self) -> u16 {
         self.index
     }
 
-    /// Descriptors in it.
+    /// The number of descriptors.
     pub fn size(&self) -> u16 {
         self.ring.size()
     }
 
-    /// What the driver set up, and how far the device is.
+    /// The driver's set-up and the device's progress.
     pub fn state(&self) -> QueueState {
-        let (next_avail, next_used) = self.ring.position();
+        let (next_avail, next_used) = self.ring.progress();
         QueueState { next_avail, next_used, ..self.state }
     }
 
-    /// The used index that the driver sees, as it stands in the ring: for a queue that somebody else serves.
+    /// The used index in the ring, for a queue that the kernel serves (vhost).
     pub fn used_idx(&self) -> Result<u16, QueueError> {
         self.rings.used_idx()
     }
 
-    /// Somebody else (the kernel) has served the queue, and came to this position. Nothing is in flight.
+    /// Sets the progress of a queue that the kernel has served (vhost). Nothing is in flight.
     pub fn set_position(&mut self, next_avail: u16, next_used: u16) {
         self.ring = Ring::new(self.ring.size(), self.ring.event_idx(), next_avail, next_used);
         self.show_position();
     }
 
-    /// The memory that its buffers are in.
+    /// The memory of the queue's buffers.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
-    /// Chains that were popped and not used yet.
+    /// The number of chains that were popped and not used yet.
     pub fn in_flight(&self) -> u16 {
         self.in_flight.count
     }
 
-    /// Takes the next chain that the driver made available. False if there is none (then `chain` means nothing).
+    /// Takes the next available chain. Returns false if there is none; `chain` is then unspecified.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         let popped = self.alive().and_then(|()| self.try_pop(chain));
         self.keep(popped)
     }
 
-    /// Gives the chain that was popped last back: the next [`Queue::pop`] takes it again. For a request that may not start yet.
+    /// Undoes the last [`Queue::pop`], for a request that may not start yet. The next `pop` returns
+    /// the chain again.
     pub fn rewind(&mut self, chain: &Chain) -> Result<(), QueueError> {
         self.unpop(chain.head())
     }
 
-    /// As [`Queue::rewind`], for whoever has popped several: the last one first, by its head.
+    /// As [`Queue::rewind`], for a caller that has popped several chains: last popped, first
+    /// rewound.
     pub fn unpop(&mut self, head: u16) -> Result<(), QueueError> {
         let done = self.alive().and_then(|()| {
             if !self.in_flight.remove(head) {
@@ -232,8 +242,8 @@ impl Queue {
         self.keep(done)
     }
 
-    /// The chain that begins with `head` is done; `written` bytes of its writable buffers, from the first on, were written. The
-    /// driver sees it after [`Queue::publish`].
+    /// Adds the chain `head` to the used ring. The device wrote the first `written` bytes of its
+    /// writable buffers. The driver sees it after [`Queue::publish`].
     #[inline]
     pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         let added = self.alive().and_then(|()| {
@@ -245,7 +255,8 @@ impl Queue {
         self.keep(added)
     }
 
-    /// Shows the driver all that was added. True if it wants an interrupt for it.
+    /// Makes the added entries visible to the driver. Returns whether it wants an interrupt for
+    /// them.
     #[inline]
     #[must_use = "the driver may be waiting for the interrupt"]
     pub fn publish(&mut self) -> Result<bool, QueueError> {
@@ -254,13 +265,14 @@ impl Queue {
         self.keep(published)
     }
 
-    /// Asks the driver not to kick while the queue is worked on anyway.
+    /// Asks the driver not to kick. For the time in which the device polls the queue.
     pub fn disable_notifications(&mut self) -> Result<(), QueueError> {
         let done = self.alive().and_then(|()| self.ring.disable_notifications(&self.rings));
         self.keep(done)
     }
 
-    /// Asks the driver to kick when it adds something. True if something was added meanwhile, for which no kick may come: work on.
+    /// Asks the driver to kick when it adds a chain. Returns true if a chain was added meanwhile,
+    /// for which no kick may come: the device must go on polling.
     pub fn enable_notifications(&mut self) -> Result<bool, QueueError> {
         let more =
             self.alive().and_then(|()| self.ring.enable_notifications(&self.rings, self.in_flight.count));
@@ -274,14 +286,15 @@ impl Queue {
         self.keep(more)
     }
 
-    /// As [`Queue::enable_notifications`], for who leaves chains where they are: the driver is to kick when it adds another one.
+    /// As [`Queue::enable_notifications`], for a device that leaves available chains in the ring:
+    /// the driver must kick when it adds another one.
     pub fn enable_notifications_of_more(&mut self) -> Result<bool, QueueError> {
         let in_flight = self.in_flight.count;
         let more = self.alive().and_then(|()| self.ring.enable_notifications_of_more(&self.rings, in_flight));
         self.keep(more)
     }
 
-    /// How many chains there are to pop.
+    /// The number of chains to pop.
     pub fn available(&mut self) -> Result<u16, QueueError> {
         let count = self.alive().and_then(|()| self.ring.available(&self.rings, self.in_flight.count));
         self.keep(count)
@@ -307,16 +320,16 @@ impl Queue {
     /// Follows the chain from `head` on, through at most one indirect table.
     #[inline]
     fn walk(&self, chain: &mut Chain, head: u16) -> Result<(), QueueError> {
-        let mut indirect: Option<Part<&GuestRegion>> = None;
+        let mut indirect: Option<RingArea<&GuestRegion>> = None;
         let mut table_len = u32::from(self.size());
         let mut index = u32::from(head);
-        // The descriptor of the indirect table is not counted as one of the chain.
+        // The descriptor of the indirect table itself does not count.
         let mut in_table = 0;
         for _ in 0..=MAX_CHAIN_LEN {
             if index >= table_len {
                 return Err(QueueError::DescriptorIndex { index, len: table_len });
             }
-            // A walk of the queue's own table that is longer than the table goes in circles.
+            // A chain in the queue's own table that is longer than the table has a loop.
             in_table += 1;
             if in_table > table_len {
                 return Err(QueueError::ChainTooLong);
@@ -328,11 +341,11 @@ impl Queue {
             };
             if descriptor.refers_to_indirect_table() {
                 if indirect.is_some() {
-                    return Err(QueueError::Indirect("is inside an indirect table"));
+                    return Err(QueueError::Indirect("inside another one"));
                 }
-                let part = self.indirect_table(descriptor)?;
+                let area = self.indirect_table(descriptor)?;
                 (table_len, index, in_table) = (descriptor.len() / 16, 0, 0);
-                indirect = Some(part);
+                indirect = Some(area);
                 continue;
             }
             if chain.descriptors() == MAX_CHAIN_LEN {
@@ -348,23 +361,23 @@ impl Queue {
     }
 
     /// Checks an indirect table (2.7.5.3).
-    fn indirect_table(&self, descriptor: Descriptor) -> Result<Part<&GuestRegion>, QueueError> {
+    fn indirect_table(&self, descriptor: Descriptor) -> Result<RingArea<&GuestRegion>, QueueError> {
         if !self.indirect {
-            return Err(QueueError::Indirect("was not negotiated"));
+            return Err(QueueError::Indirect("not negotiated"));
         }
         if descriptor.has_next() {
-            return Err(QueueError::Indirect("is not the last of its chain"));
+            return Err(QueueError::Indirect("not the last descriptor of its chain"));
         }
         if descriptor.len() == 0 || !descriptor.len().is_multiple_of(16) {
-            return Err(QueueError::Indirect("is empty or ends within a descriptor"));
+            return Err(QueueError::Indirect("invalid size"));
         }
-        Part::borrowed(&self.ram, "indirect table", descriptor.addr().0, descriptor.len().into(), 1)
-            .map_err(|_| QueueError::Indirect("is not in guest memory"))
+        RingArea::borrowed(&self.ram, "indirect table", descriptor.addr().0, descriptor.len().into(), 1)
+            .map_err(|_| QueueError::Indirect("not in guest memory"))
     }
 
     fn show_position(&self) {
-        let (next_avail, next_used) = self.ring.position();
-        self.position.set(next_avail, next_used);
+        let (next_avail, next_used) = self.ring.progress();
+        self.progress.set(next_avail, next_used);
     }
 
     #[inline]
@@ -372,7 +385,7 @@ impl Queue {
         self.dead.map_or(Ok(()), Err)
     }
 
-    /// A queue whose rules were broken once is dead.
+    /// Fails if an earlier call found the queue broken.
     #[inline]
     fn keep<T>(&mut self, result: Result<T, QueueError>) -> Result<T, QueueError> {
         if let Err(error) = result {

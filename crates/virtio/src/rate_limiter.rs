@@ -1,38 +1,41 @@
 //! Rate limits: two token buckets, one for bytes and one for operations.
 //!
-//! A bucket holds up to `size` tokens and refills from empty to full in `refill_time`, at a steady rate and without steps: the time
-//! that passed is counted to the nanosecond and fractions of tokens are kept, so that over any span the tokens
-//! given out are exactly what the rate allows. Beside it stands a one-time burst, spent first and never refilled.
+//! A bucket holds up to `size` tokens and refills from empty to full in `refill_time`. Refilling is
+//! continuous: time counts in nanoseconds and fractions of tokens are kept, so that over any span
+//! the tokens given out are exactly those of the rate. A one-time burst is spent first and not
+//! refilled.
 //!
-//! A request passes when the bucket holds enough for it. One that is larger than the bucket passes as soon as nothing is owed, and
-//! what it took too much is a debt that must refill first: later ones wait in proportion. So any request gets through, and the
-//! rate holds.
+//! A request passes if the bucket holds enough tokens. A request larger than the bucket passes when
+//! there is no debt, and the missing tokens become a debt that refills first: later requests wait
+//! in proportion. So every request passes some time, and the rate holds.
 //!
-//! A request that had to wait is let go by a timer, and timers come late. What flows in between the moment it could have passed and the
-//! moment it asks again counts also when the bucket is full, up to [`LATENESS`]: otherwise a bucket that just holds one request would
-//! give less than its rate.
+//! A timer wakes a request that waits, and timers are late. The tokens that flow in between the
+//! time at which the request could have passed and the time at which it asks again count even if
+//! the bucket is full, up to [`LATENESS`]. Otherwise a bucket of the size of one request would give
+//! less than its rate.
 //!
-//! There is no clock in here: the caller says what time it is, and [`RateLimiter::next_allowed_at`] says when to come back.
+//! There is no clock here: the caller passes the time, and [`RateLimiter::next_allowed_at`] returns
+//! when to ask again.
 
 use serde::{Deserialize, Serialize};
 
 use crate::worker::Nanos;
 
-/// The longest lateness of a timer that costs no tokens, in nanoseconds.
+/// The longest delay of a timer that costs no tokens, in nanoseconds.
 pub const LATENESS: Nanos = 100_000_000;
 
-/// A bucket as its user describes it.
+/// The configuration of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BucketConfig {
-    /// Most tokens that it holds. 0: no limit.
+    /// The most tokens. 0 means no limit.
     pub size: u64,
-    /// Milliseconds in which it refills from empty to full. 0: no limit.
+    /// The time in milliseconds to refill an empty bucket. 0 means no limit.
     pub refill_time_ms: u64,
-    /// Tokens to begin with on top of `size`.
+    /// Additional tokens at the start, not refilled.
     pub one_time_burst: u64,
 }
 
-/// Limits as their user describes them. None: no limit.
+/// The configuration of a rate limiter. `None` means no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimiterConfig {
     /// Tokens are bytes.
@@ -41,26 +44,26 @@ pub struct RateLimiterConfig {
     pub ops: Option<BucketConfig>,
 }
 
-/// A change of limits: a bucket that is None stays as it is, one of size 0 or refill time 0 is removed, any other replaces what
-/// was there and begins full.
+/// A change of limits. `None` keeps a bucket. Size 0 or refill time 0 removes it. Any other
+/// replaces it by a full bucket.
 pub type RateLimiterUpdate = RateLimiterConfig;
 
-/// One bucket at one moment.
+/// The saved state of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BucketState {
-    /// As described.
+    /// Its configuration.
     pub config: BucketConfig,
-    /// What is left of the one-time burst.
+    /// The rest of the one-time burst.
     pub burst: u64,
-    /// Whole tokens in it.
+    /// Whole tokens.
     pub tokens: u64,
-    /// Tokens owed (then `tokens` is 0).
+    /// The debt in tokens. If it is not 0, `tokens` is 0.
     pub debt: u64,
-    /// The fraction of a token that it has on top, in parts of the refill time in nanoseconds.
+    /// The fraction of a token, in units of one token divided by the refill time in nanoseconds.
     pub fraction: u64,
 }
 
-/// Both buckets at one moment.
+/// The saved state of a rate limiter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimiterState {
     /// Tokens are bytes.
@@ -69,7 +72,7 @@ pub struct RateLimiterState {
     pub ops: Option<BucketState>,
 }
 
-/// Limits at work.
+/// A rate limiter with a bucket for bytes and one for operations.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RateLimiter {
     bandwidth: Option<Bucket>,
@@ -77,25 +80,25 @@ pub struct RateLimiter {
 }
 
 impl RateLimiter {
-    /// Limits as described; both buckets are full.
+    /// Creates a rate limiter whose buckets are full.
     pub fn new(config: RateLimiterConfig, now: Nanos) -> Self {
         let bucket = |config: Option<BucketConfig>| config.and_then(|config| Bucket::new(config, now));
         RateLimiter { bandwidth: bucket(config.bandwidth), ops: bucket(config.ops) }
     }
 
-    /// Limits as they were saved; the time in between does not count.
+    /// Restores a rate limiter. The time since the save does not count.
     pub fn restore(state: &RateLimiterState, now: Nanos) -> Self {
         let bucket = |state: Option<BucketState>| state.and_then(|state| Bucket::restore(&state, now));
         RateLimiter { bandwidth: bucket(state.bandwidth), ops: bucket(state.ops) }
     }
 
-    /// What is in the buckets now.
+    /// Returns the state at `now`.
     pub fn save(&self, now: Nanos) -> RateLimiterState {
         let state = |bucket: Option<Bucket>| bucket.map(|bucket| bucket.save(now));
         RateLimiterState { bandwidth: state(self.bandwidth), ops: state(self.ops) }
     }
 
-    /// The limits in force.
+    /// The current configuration.
     pub fn config(&self) -> RateLimiterConfig {
         RateLimiterConfig {
             bandwidth: self.bandwidth.map(|bucket| bucket.config),
@@ -103,7 +106,7 @@ impl RateLimiter {
         }
     }
 
-    /// Changes limits: see [`RateLimiterUpdate`].
+    /// Changes the limits.
     pub fn update(&mut self, update: RateLimiterUpdate, now: Nanos) {
         if let Some(config) = update.bandwidth {
             self.bandwidth = Bucket::new(config, now);
@@ -118,8 +121,8 @@ impl RateLimiter {
         self.bandwidth.is_none() && self.ops.is_none()
     }
 
-    /// Lets one request of `bytes` pass, if both buckets allow it. Otherwise nothing is taken from either:
-    /// [`RateLimiter::next_allowed_at`] says when to ask again.
+    /// Takes the tokens of one request of `bytes`, if both buckets allow it. Otherwise neither
+    /// bucket changes; [`RateLimiter::next_allowed_at`] returns when to ask again.
     pub fn try_take(&mut self, bytes: u64, now: Nanos) -> bool {
         if self.next_allowed_at(bytes, now).is_some() {
             return false;
@@ -128,8 +131,8 @@ impl RateLimiter {
         true
     }
 
-    /// One request of `bytes` has passed, whether the buckets allowed it or not: for those whose size is known only afterwards. What was
-    /// missing is owed.
+    /// Takes the tokens of one request of `bytes` in any case, for requests whose size is known
+    /// only afterwards. Missing tokens become a debt.
     pub fn charge(&mut self, bytes: u64) {
         if let Some(bucket) = &mut self.bandwidth {
             bucket.take(bytes);
@@ -139,8 +142,8 @@ impl RateLimiter {
         }
     }
 
-    /// When a request of `bytes` may pass if nothing else does before; None if it may now. Never before the buckets
-    /// allow it, and less than a nanosecond later.
+    /// The earliest time, rounded up to a nanosecond, at which a request of `bytes` may pass if no
+    /// other passes before. `None` if it may pass now.
     pub fn next_allowed_at(&mut self, bytes: u64, now: Nanos) -> Option<Nanos> {
         let bandwidth = self.bandwidth.as_mut().and_then(|bucket| bucket.allowed_at(bytes, now));
         let ops = self.ops.as_mut().and_then(|bucket| bucket.allowed_at(1, now));
@@ -148,20 +151,21 @@ impl RateLimiter {
     }
 }
 
-/// Tokens at one moment, to the fraction.
+/// A bucket with fractions of tokens.
 ///
-/// `level` counts tokens times `refill_ns`: in a nanosecond it grows by `size`, so no division ever rounds. A sum that would
-/// overflow (a bucket of 2^63 tokens that refills in centuries) stays at the largest number.
+/// `level` is in tokens times `refill_ns`. It grows by `size` per nanosecond, so nothing is
+/// rounded. It saturates where it would overflow (a bucket of 2^63 tokens that refills in
+/// centuries).
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
     config: BucketConfig,
     burst: u64,
-    /// Negative is debt.
+    /// Negative values are debt.
     level: i128,
     refill_ns: u64,
-    /// When `level` was right.
+    /// The time of `level`.
     at: Nanos,
-    /// When the request that waits may pass.
+    /// The time at which the waiting request may pass.
     due: Option<Nanos>,
 }
 
@@ -177,7 +181,7 @@ impl Bucket {
 
     fn restore(state: &BucketState, now: Nanos) -> Option<Self> {
         let mut bucket = Bucket::new(state.config, now)?;
-        // What was saved is a file's word: it is kept in bounds.
+        // The state comes from a file: keep it in bounds.
         let fraction = i128::from(state.fraction.min(bucket.refill_ns - 1));
         let owned = product(state.tokens, bucket.refill_ns);
         let owed = product(state.debt, bucket.refill_ns);
@@ -205,28 +209,28 @@ impl Bucket {
         let mut most = full;
         if let Some(due) = self.due.take_if(|due| *due <= now) {
             self.flow_until(due, full);
-            // The bucket may be full, but somebody was waiting to take from it.
+            // The bucket may be full, but a request was waiting.
             let late = (now - due).min(LATENESS);
             most = full.max(self.level.saturating_add(product(late, self.config.size)));
         }
         self.flow_until(now, most);
     }
 
-    /// Lets tokens flow in until it holds `most`, or no more than it holds already.
+    /// Refills up to `most`. Does nothing if it holds more already.
     fn flow_until(&mut self, now: Nanos, most: i128) {
         let gained = product(now.saturating_sub(self.at), self.config.size);
         self.level = self.level.saturating_add(gained).min(most.max(self.level));
         self.at = self.at.max(now);
     }
 
-    /// When `tokens` may be taken; None is now.
+    /// When `tokens` may be taken. `None` means now.
     fn allowed_at(&mut self, tokens: u64, now: Nanos) -> Option<Nanos> {
         self.refill(now);
         let tokens = tokens.saturating_sub(self.burst);
         if tokens == 0 {
             return None;
         }
-        // More than fits: it passes as soon as nothing is owed, and what is missing is owed afterwards.
+        // A request larger than the bucket passes when there is no debt, and leaves one.
         let needed = if tokens > self.config.size { 0 } else { product(tokens, self.refill_ns) };
         let missing = needed.saturating_sub(self.level);
         if missing <= 0 {
@@ -266,7 +270,8 @@ mod tests {
         RateLimiterConfig { bandwidth: Some(config), ops: None }
     }
 
-    /// Takes `bytes` at a time for `span`, as a device with a timer does. Returns all that passed, and how often it waited.
+    /// Takes `bytes` at a time for `span`, as a device with a timer does. Returns the total, and
+    /// how often it waited.
     fn run(limiter: &mut RateLimiter, bytes: u64, from: Nanos, span: Nanos, late: Nanos) -> (u64, u64) {
         let (mut now, mut passed, mut waits) = (from, 0, 0);
         while now < from + span {
@@ -292,7 +297,7 @@ mod tests {
             (50_000, 10, 1 << 20),     // requests larger than the bucket
         ] {
             let mut limiter = RateLimiter::new(bytes_only(bucket(size, refill_time_ms)), 0);
-            // Begin empty: the first fill is not part of the rate.
+            // Start empty: the first fill is not part of the rate.
             while limiter.try_take(1.max(size / 1000), 0) {}
             let (passed, _) = run(&mut limiter, request, 0, 10 * SECOND, 0);
             let want = size * 10_000 / refill_time_ms;
@@ -306,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_timer_that_comes_late_costs_nothing_even_if_the_bucket_holds_one_request() {
+    fn late_timer_costs_no_tokens_of_a_one_request_bucket() {
         for (size, refill_time_ms, request, late) in [
             (1_000_000, 10, 4096, 200_000),
             (1, 1, 1, 80_000),
@@ -345,10 +350,10 @@ mod tests {
     }
 
     #[test]
-    fn a_request_larger_than_the_bucket_passes_and_then_blocks_in_proportion() {
+    fn request_larger_than_the_bucket_delays_later_ones() {
         let mut limiter = RateLimiter::new(bytes_only(bucket(100, 1000)), 0);
         assert!(limiter.try_take(350, 0));
-        // It owes 250; the next needs 50 on top: 3 seconds.
+        // The debt is 250, and the next request needs 50 more: 3 seconds.
         assert!(!limiter.try_take(50, 0));
         assert_eq!(limiter.next_allowed_at(50, 0), Some(3 * SECOND));
         assert!(!limiter.try_take(50, 3 * SECOND - 1));
@@ -406,7 +411,7 @@ mod tests {
         assert!(limiter.try_take(100, 11 * SECOND));
     }
 
-    /// A bucket as a schoolbook would have it, in exact fractions of the smallest unit.
+    /// A simple reference bucket with exact fractions.
     struct Model {
         config: BucketConfig,
         burst: i128,
@@ -485,7 +490,7 @@ mod tests {
                 prop_assert_eq!(taken, next.is_none());
                 if let Some(at) = next {
                     prop_assert!(!limiter.try_take(tokens, at - 1) && !model.try_take(tokens, at - 1));
-                    // Asking when counts as coming back: both look at the clock here.
+                    // Asking for the time refills too.
                     prop_assert!(limiter.next_allowed_at(tokens, at).is_none());
                     model.try_take(0, at);
                     now = at;

@@ -1,4 +1,5 @@
-//! For tests and fuzz targets: the driver's side of a queue, an interrupt that counts, and a worker without a thread.
+//! For tests and fuzz targets: the driver's side of a queue, an interrupt that counts, and a worker
+//! without a thread.
 
 mod driver;
 mod echo;
@@ -15,7 +16,7 @@ use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::device::Interrupt;
-use crate::worker::testing::{Clock, Command, Mailbox, Runner};
+use crate::worker::testing::{Clock, Command, EventLoop, Mailbox};
 use crate::worker::{Nanos, Task, WorkerId, Workers};
 use sync::locked;
 
@@ -39,8 +40,8 @@ thread_local! {
     static REUSED: RefCell<BTreeMap<u32, GuestRam>> = const { RefCell::new(BTreeMap::new()) };
 }
 
-/// As [`guest_ram`], for tests that need it thousands of times: the same RAM each time on this thread, full of zeros again. Whoever had
-/// it before must be done with it.
+/// As [`guest_ram`], for tests that need it thousands of times: the same RAM each time on this
+/// thread, full of zeros again. Whoever had it before must be done with it.
 pub fn reused_ram(mib: u32) -> GuestRam {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let ram = REUSED.with_borrow_mut(|reused| reused.entry(mib).or_insert_with(|| guest_ram(mib)).clone());
@@ -111,9 +112,10 @@ thread_local! {
     static NOW: Cell<Nanos> = const { Cell::new(1) };
 }
 
-/// A worker that runs on the thread of its test, one step at a time, with a clock that the test sets.
+/// A worker that runs on the thread of its test, one step at a time, with a clock that the test
+/// sets.
 pub struct TestWorker {
-    runner: Runner,
+    event_loop: EventLoop,
     mailbox: Arc<Mailbox>,
     tasks: u64,
 }
@@ -124,11 +126,12 @@ impl TestWorker {
         NOW.set(1);
         let mailbox = Mailbox::new().expect("an eventfd can be made");
         let clock = Clock::manual(|| NOW.get());
-        let runner = Runner::new(Arc::clone(&mailbox), clock).expect("an epoll can be made");
-        TestWorker { runner, mailbox, tasks: 0 }
+        let event_loop = EventLoop::new(Arc::clone(&mailbox), clock).expect("an epoll can be made");
+        TestWorker { event_loop, mailbox, tasks: 0 }
     }
 
-    /// Adds a task; it runs with the next [`TestWorker::run`]. Returns its number for [`TestWorker::remove`].
+    /// Adds a task; it runs with the next [`TestWorker::run`]. Returns its number for
+    /// [`TestWorker::remove`].
     pub fn add(&mut self, task: Box<dyn Task>, interrupt: Arc<dyn Interrupt>) -> u64 {
         self.tasks += 1;
         self.post(Command::Add { key: self.tasks, task, interrupt });
@@ -143,10 +146,10 @@ impl TestWorker {
     /// Handles all events and timers that are due, and those that come of them.
     pub fn run(&mut self) {
         loop {
-            self.runner.run_timers();
-            let handled = self.runner.turn(false);
+            self.event_loop.run_timers();
+            let handled = self.event_loop.poll_once(false);
             let due = self.next_timer().is_some_and(|at| at <= self.now());
-            if handled == 0 && !due && !self.runner.again_wanted() {
+            if handled == 0 && !due && !self.event_loop.has_rescheduled() {
                 break;
             }
         }
@@ -154,21 +157,21 @@ impl TestWorker {
 
     /// Handles the events that there are now, once. Returns how many.
     #[cfg(test)]
-    pub(crate) fn turn(&mut self) -> usize {
-        self.runner.turn(false)
+    pub(crate) fn poll_once(&mut self) -> usize {
+        self.event_loop.poll_once(false)
     }
 
     /// Handles the events and timers that are due, once: what comes of them waits.
     pub fn step(&mut self) {
-        self.runner.run_timers();
-        self.runner.turn(false);
+        self.event_loop.run_timers();
+        self.event_loop.poll_once(false);
     }
 
     /// Handles what there is until `done`; sleeps in between until something happens.
     pub fn run_until(&mut self, mut done: impl FnMut() -> bool) {
         self.run();
         while !done() {
-            self.runner.turn(true);
+            self.event_loop.poll_once(true);
             self.run();
         }
     }
@@ -186,7 +189,7 @@ impl TestWorker {
 
     /// When a task wants to be called, the first of them.
     pub fn next_timer(&self) -> Option<Nanos> {
-        self.runner.next_timer()
+        self.event_loop.next_timer()
     }
 
     /// Quiesces all tasks. The answer comes when all are still.

@@ -1,34 +1,37 @@
-//! Transports: how a driver finds a device, sets it up and hears of it.
+//! Transports: the registers by which a driver finds and sets up a device, and its interrupts.
 //!
 //! ```text
 //!        MmioTransport            PciTransport --- PciRoot (ECAM, 0xcf8, BARs)
 //!          registers 4.2             capabilities 4.1, MSI-X
 //!               \\                      /
-//!                +----- Common -------+      status, features, queues, reset, save: written once
+//!                +--- TransportCore ----+      status, features, queues, reset, save
 //!                         |
 //!                      dyn Device
 //! ```
 //!
 //! # Locks
 //!
-//! A transport is used under its owner's lock, by vCPU threads, for registers only. The hot path does not come by: kicks
-//! go through ioeventfds ([`IoEventFds`]) to the workers, and workers raise interrupts over atomics
-//! ([`Interrupt`](crate::device::Interrupt)) and what the machine does in [`IrqLine::trigger`](mmio::IrqLine::trigger) or
+//! vCPU threads use a transport for register accesses, under its owner's lock. Kicks and interrupts
+//! do not take that lock: kicks go through ioeventfds ([`IoEventFds`]) to the workers, and workers
+//! raise interrupts through atomics ([`Interrupt`](crate::device::Interrupt)) and the machine's
+//! [`IrqLine::trigger`](mmio::IrqLine::trigger) or
 //! [`MsiVectors::trigger`](pci::MsiVectors::trigger).
 //!
 //! # Reset
 //!
-//! A driver that writes 0 to the status takes the device's tasks off their workers, each once it has drained. Until then the status
-//! does not read 0 and all other writes are ignored. On PCI the driver polls for it (4.1.4.3.2). On mmio drivers do not, so the vCPU
-//! waits in the write ([`Resetting`]), without the lock and until [`RESET_TIMEOUT`] after the reset began at most; a driver that goes on
-//! too early finds its writes ignored and gives up on the device.
+//! When the driver writes 0 to the status, the device's tasks are removed from their workers, each
+//! when it has drained. Until then the status does not read 0, and all other writes are ignored. On
+//! PCI the driver polls the status (4.1.4.3.2). On mmio drivers do not poll, so the vCPU waits in
+//! the write ([`Resetting`]), without the lock and at most until [`RESET_TIMEOUT`] after the reset
+//! began. A driver that continues before the reset is complete finds its writes ignored.
 //!
-//! # What the machine supplies
+//! # What the machine provides
 //!
-//! [`IoEventFds`] for kicks, and [`IrqLine`](mmio::IrqLine) or [`MsiVectors`](pci::MsiVectors) for interrupts.
+//! [`IoEventFds`] for kicks, and [`IrqLine`](mmio::IrqLine) or [`MsiVectors`](pci::MsiVectors) for
+//! interrupts.
 
-mod common;
-mod health;
+mod core;
+mod device_status;
 pub mod mmio;
 pub mod pci;
 mod reset;
@@ -45,26 +48,26 @@ use crate::queue::QueueError;
 use crate::worker::Workers;
 use sync::EventFd;
 
-pub use common::CommonState;
-pub use health::Status;
+pub use core::CommonState;
+pub use device_status::Status;
 pub use reset::Resetting;
 
-/// How long after its beginning a reset is waited for, where drivers do not poll.
+/// The longest wait for a reset on transports whose drivers do not poll.
 pub const RESET_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What every transport is made from.
+/// The arguments of a transport's constructor.
 pub struct Attachment {
-    /// How logs name the device, as in `drive rootfs`.
+    /// The name of the device in logs and errors, as in `drive rootfs`.
     pub name: String,
     /// The device.
     pub device: Box<dyn Device>,
     /// The guest's memory.
     pub memory: GuestRam,
-    /// Who runs its tasks.
+    /// The workers that run its tasks.
     pub workers: Workers,
 }
 
-/// Which writes to an address are a kick.
+/// Which writes to an address are kicks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NotifyMatch {
     /// Any write, of any length.
@@ -73,20 +76,20 @@ pub enum NotifyMatch {
     U32(u32),
 }
 
-/// Turns guest writes into signals without leaving the kernel (KVM's ioeventfd).
+/// KVM's ioeventfds: guest writes that signal an eventfd inside the kernel.
 pub trait IoEventFds: Send + Sync {
-    /// From now on writes at guest-physical `addr` that match signal `event`, and do not reach the transport. Where this fails,
-    /// they do, and the transport signals it: slower, not wrong.
+    /// Registers `event`: matching writes at guest-physical `addr` signal it and do not reach the
+    /// transport. If this fails, they do reach it, and the transport signals `event` itself.
     fn register(&self, addr: u64, matching: NotifyMatch, event: &EventFd) -> io::Result<()>;
     /// Undoes [`IoEventFds::register`] with the same arguments.
     fn unregister(&self, addr: u64, matching: NotifyMatch, event: &EventFd);
 }
 
-/// Why a saved transport cannot be made again.
+/// Why a saved transport cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// The device has other queues than the saved one.
-    #[error("{name} has {has} queues, but was saved with {saved}")]
+    /// The number of queues differs.
+    #[error("{name}: the number of queues is {has}; it was saved with {saved}")]
     Queues {
         /// The device.
         name: String,
@@ -95,16 +98,16 @@ pub enum RestoreError {
         /// Queues in the state.
         saved: usize,
     },
-    /// The driver negotiated what the device no longer offers.
-    #[error("{name} does not offer features {missing:#x} that its driver uses")]
+    /// The device does not offer features that the driver uses.
+    #[error("{name}: the driver uses features that the device does not offer: {missing:#x}")]
     Features {
         /// The device.
         name: String,
         /// Feature bits.
         missing: u64,
     },
-    /// A queue's rings are not what they can be.
-    #[error("queue {index} of {name} cannot be: {source}")]
+    /// A queue is invalid.
+    #[error("{name}: queue {index} is invalid: {source}")]
     Queue {
         /// The device.
         name: String,
@@ -113,8 +116,8 @@ pub enum RestoreError {
         /// Why not.
         source: QueueError,
     },
-    /// The device refuses to run.
-    #[error("{name} cannot be activated: {source}")]
+    /// The device cannot be activated.
+    #[error("{name}: cannot be activated: {source}")]
     Activate {
         /// The device.
         name: String,
@@ -122,7 +125,7 @@ pub enum RestoreError {
         source: ActivateError,
     },
     /// The state does not fit the transport.
-    #[error("the saved state of {name} is impossible: {what}")]
+    #[error("{name}: the saved state is invalid: {what}")]
     Impossible {
         /// The device.
         name: String,

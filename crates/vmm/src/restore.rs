@@ -190,7 +190,7 @@ fn overridden(
     overrides: Option<Value>,
 ) -> Result<SnapshotLoad, ArgsError> {
     let mut load =
-        SnapshotLoad { mem_backend: Some(memory), ..SnapshotLoad::of_files(state, PathBuf::new()) };
+        SnapshotLoad { mem_backend: Some(memory), ..SnapshotLoad::from_files(state, PathBuf::new()) };
     let Some(mut overrides) = overrides else { return Ok(load) };
     let refused = |reason| ArgsError::Value { name: "overrides", value: overrides.to_string(), reason };
     for (field, flag) in FIELDS_WITH_FLAGS {
@@ -206,7 +206,7 @@ fn overridden(
         value: text,
         reason: e.to_string(),
     })?;
-    load.modernize();
+    load.resolve_deprecated();
     Ok(load)
 }
 
@@ -283,7 +283,7 @@ mod tests {
     #[test]
     fn restored_guest_runs_at_once_without_overrides() {
         let restore = restore("--restore s --memory m --no-api").unwrap();
-        let wanted = SnapshotLoad { resume_vm: true, ..SnapshotLoad::of_files("s".into(), "m".into()) };
+        let wanted = SnapshotLoad { resume_vm: true, ..SnapshotLoad::from_files("s".into(), "m".into()) };
         assert_eq!(restore, Restore { load: wanted, serial: None });
         restore.load.check().unwrap();
     }

@@ -125,11 +125,11 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
 /// The error for an endpoint that Firecracker has and this version does not.
 fn unsupported(request: &Request, segments: &[&str]) -> Option<RouteError> {
     let what = match (request.method, segments) {
-        (_, ["balloon", ..]) => Unsupported::Balloon.what(),
-        (_, ["cpu-config", ..]) => Unsupported::CpuConfig.what(),
-        (_, ["metrics", ..]) => Unsupported::Metrics.what(),
-        (_, ["pmem", ..]) => Unsupported::Pmem.what(),
-        (_, ["hotplug", "memory", ..]) => Unsupported::MemoryHotplug.what(),
+        (_, ["balloon", ..]) => Unsupported::Balloon.description(),
+        (_, ["cpu-config", ..]) => Unsupported::CpuConfig.description(),
+        (_, ["metrics", ..]) => Unsupported::Metrics.description(),
+        (_, ["pmem", ..]) => Unsupported::Pmem.description(),
+        (_, ["hotplug", "memory", ..]) => Unsupported::MemoryHotplug.description(),
         (Method::Delete, ["drives" | "network-interfaces", _, ..]) => "hot-unplug",
         _ => return None,
     };
@@ -222,7 +222,7 @@ fn put_snapshot_create(request: &Request) -> Result<Routed, RouteError> {
 
 fn put_snapshot_load(request: &Request) -> Result<Routed, RouteError> {
     let mut load: SnapshotLoad = body(request)?;
-    let deprecated = load.modernize();
+    let deprecated = load.resolve_deprecated();
     load.check()?;
     Ok(Routed { deprecated, command: Command::LoadSnapshot(load) })
 }
@@ -235,11 +235,11 @@ fn put_fork(request: &Request) -> Result<Routed, RouteError> {
 
 /// Checks that the id in the path is well-formed, and that it is the body's.
 fn check_drive_id(path: &str, body: &str) -> Result<(), RouteError> {
-    check_id(path, body, |path, body| DriveError::OtherId { body, path })
+    check_id(path, body, |path, body| DriveError::IdMismatch { body, path })
 }
 
 fn check_iface_id(path: &str, body: &str) -> Result<(), RouteError> {
-    check_id(path, body, |path, body| NetworkError::OtherId { body, path })
+    check_id(path, body, |path, body| NetworkError::IdMismatch { body, path })
 }
 
 fn check_id<E: Into<ConfigError>>(

@@ -167,11 +167,11 @@ fn fork_paused<H: Host>(
     // which parent and children both have.
     let written = machine.take_dirty_pages().map_err(CommandError::fork("read the dirty pages"))?;
     if let Some(written) = written {
-        ram.put_back(&written);
+        ram.mark_dirty_again(&written);
     }
     vm.live_snapshot.iter_mut().for_each(LiveSnapshotJob::mark_unsaved);
     tasks.check_not_ending()?;
-    ram.will_be_shared();
+    ram.note_fork();
     let plan = ForkPlan { children, parent: ParentState { state, ram } };
     tasks.host.fork(plan).map_err(CommandError::fork("fork this process"))
 }

@@ -1,6 +1,6 @@
 //! What each child of a fork is to be. All that can fail here is done before the guest is paused.
 
-use config::{Child, NetworkInterface, Vsock, override_networks};
+use config::{Child, NetworkInterface, Vsock, apply_network_overrides};
 use net::NetBackend;
 
 use crate::api::{ApiServer, Limits};
@@ -50,8 +50,8 @@ fn open_networks(
     child: &Child,
     networks: &mut [NetworkInterface],
 ) -> Result<Vec<NetBackend>, CommandError> {
-    networks.iter_mut().for_each(NetworkInterface::unplug);
-    override_networks(networks, &child.network_overrides)?;
+    networks.iter_mut().for_each(NetworkInterface::clear_host_endpoint);
+    apply_network_overrides(networks, &child.network_overrides)?;
     let parents = vm.backends.networks.configs();
     let parents: Vec<_> = parents.iter().flat_map(|network| network.fds.iter().flatten()).collect();
     for network in &*networks {

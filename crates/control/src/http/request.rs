@@ -1,56 +1,76 @@
-//! From bytes to requests.
-//!
-//! The head is parsed by `httparse`, only up to the last line end that has arrived: so one parse per line that comes in,
-//! and the same outcome for every way of cutting the stream.
+//! Requests of API clients, cut out of a stream of bytes.
 
 use std::mem;
 
-use super::{Method, Version};
+use vesta_http::{Framing, HeadError, HeadParser, NO_HEADER, Version};
 
-/// Most header lines of one request.
+/// Most headers of one request.
 pub const MAX_HEADERS: usize = 64;
+
+/// Method of a request. The doc of each says what the API uses it for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Return a resource.
+    Get,
+    /// Create or replace a resource, or start an action.
+    Put,
+    /// Change parts of a resource.
+    Patch,
+    /// Remove a resource.
+    Delete,
+}
+
+impl Method {
+    /// Its name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Get => "GET",
+            Method::Put => "PUT",
+            Method::Patch => "PATCH",
+            Method::Delete => "DELETE",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Method> {
+        [Method::Get, Method::Put, Method::Patch, Method::Delete]
+            .into_iter()
+            .find(|method| method.name() == name)
+    }
+}
 
 /// One whole request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// What to do.
+    /// The method.
     pub method: Method,
-    /// To what: the target's path. (Of `http://host/path`, which proxies send, that is `/path`.)
+    /// The request target without scheme and host: `/path` for `http://host/path`.
     pub path: String,
-    /// The version to answer in.
+    /// The version to respond in.
     pub version: Version,
-    /// Whether the connection stays open after the answer.
+    /// Whether the connection stays open after the response.
     pub keep_alive: bool,
-    /// The body; empty where there is none.
+    /// The body; empty if there is none.
     pub body: Vec<u8>,
 }
 
-/// A request that is refused before anything looks at what it wants.
+/// A request that is refused before the API routes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
-    /// What is wrong with it.
+    /// What is wrong with the request.
     pub error: ProtocolError,
-    /// The version to answer in.
+    /// The version to respond in.
     pub version: Version,
-    /// Whether the connection stays open after the answer: only where it is certain where the next request begins.
+    /// Whether the connection stays open after the response. It does only where it is certain where
+    /// the next request starts.
     pub keep_alive: bool,
 }
 
 /// What is wrong with a request as HTTP.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProtocolError {
-    /// It is not HTTP/1.x.
-    #[error("not an HTTP/1.x request: {0}")]
-    Malformed(httparse::Error),
-    /// Request line and headers are too long.
-    #[error("request line and headers are longer than {limit} bytes")]
-    HeadTooLong {
-        /// Most bytes allowed.
-        limit: usize,
-    },
-    /// Too many header lines.
-    #[error("more than {MAX_HEADERS} header lines")]
-    TooManyHeaders,
+    /// The request head is bad or too large.
+    #[error(transparent)]
+    Head(#[from] HeadError),
     /// A method that no resource has.
     #[error("there is no {method} {path}: methods are GET, PUT, PATCH and DELETE")]
     UnknownMethod {
@@ -59,28 +79,22 @@ pub enum ProtocolError {
         /// The path given.
         path: String,
     },
-    /// `Content-Length` is no number, or stands there twice with different values.
-    #[error("Content-Length is `{0}`: it must be one decimal number")]
-    BadContentLength(String),
-    /// A body in chunks.
-    #[error("Transfer-Encoding is `{0}`: send the body in one piece, with Content-Length")]
-    TransferEncoding(String),
-    /// A body over the limit. (Clients may know these words: the answer to this one is a fixed text.)
+    /// The body is larger than the limit. The text is Firecracker's: clients may match it.
     #[error("Request payload with size {size} is larger than the limit of {limit} allowed by server.")]
     PayloadTooLarge {
-        /// What `Content-Length` says.
+        /// The value of `Content-Length`.
         size: u64,
         /// Most bytes allowed.
         limit: usize,
     },
 }
 
-/// What came out of the bytes so far.
+/// Result of one step of a [`Decoder`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decoded {
-    /// Nothing whole: push more bytes.
+    /// The input holds no whole request: push more bytes.
     NeedMore,
-    /// The client waits for word that its body is welcome (`Expect: 100-continue`).
+    /// The client waits for `100 Continue` before it sends the body (`Expect: 100-continue`).
     Continue(Version),
     /// A request.
     Request(Request),
@@ -91,24 +105,22 @@ pub enum Decoded {
 /// Cuts a stream of bytes into requests.
 #[derive(Debug)]
 pub struct Decoder {
-    max_head: usize,
     max_body: usize,
-    /// What has arrived and not gone out.
+    /// Bytes that have arrived and belong to no request returned so far.
     input: Vec<u8>,
-    /// How much of `input` was already parsed as a head, and was not one yet.
-    tried: usize,
+    head_parser: HeadParser,
     state: State,
 }
 
 #[derive(Debug)]
 enum State {
-    /// At the beginning of a request.
+    /// The input starts with a request head.
     Head,
-    /// Behind a head, at its body.
+    /// The input starts with the body of this head.
     Body(Head),
-    /// In a refused body, with so many bytes to go.
+    /// The input starts with this many bytes of a refused body.
     Discard(u64),
-    /// Lost: what arrives means nothing any more.
+    /// After a fatal error: all input is ignored.
     Dead,
 }
 
@@ -118,27 +130,29 @@ struct Head {
     path: String,
     version: Version,
     keep_alive: bool,
-    /// Whether the client waits for word, and has not got it.
+    /// Whether the client still waits for `100 Continue`.
     expects_continue: bool,
-    /// What `Content-Length` says; once checked, at most the limit.
+    /// The value of `Content-Length`; at most `max_body` once checked.
     body_len: u64,
 }
 
 impl Decoder {
-    /// A decoder at the beginning of a connection. `max_head` and `max_body` are in bytes.
+    /// A decoder for a new connection. `max_head` and `max_body` are in bytes.
     pub fn new(max_head: usize, max_body: usize) -> Decoder {
-        Decoder { max_head, max_body, input: Vec::new(), tried: 0, state: State::Head }
+        let head_parser = HeadParser::new(max_head);
+        Decoder { max_body, input: Vec::new(), head_parser, state: State::Head }
     }
 
-    /// Takes what arrived. To keep memory bounded, call it only after [`Decoder::next`] said [`Decoded::NeedMore`].
+    /// Adds bytes that arrived. Call it only after [`Decoder::next`] returned
+    /// [`Decoded::NeedMore`]: that bounds the memory of the decoder.
     pub fn push(&mut self, bytes: &[u8]) {
         if !matches!(self.state, State::Dead) {
             self.input.extend_from_slice(bytes);
         }
     }
 
-    /// The next thing that what arrived so far makes whole.
-    #[expect(clippy::should_implement_trait, reason = "an iterator ends; this says what it lacks")]
+    /// Returns the next request that is complete, or what the decoder needs instead.
+    #[expect(clippy::should_implement_trait, reason = "an iterator ends; this asks for more input")]
     pub fn next(&mut self) -> Decoded {
         loop {
             match mem::replace(&mut self.state, State::Dead) {
@@ -171,46 +185,53 @@ impl Decoder {
         }
     }
 
-    /// Takes the head off the input, if it is whole. On an error the state says how the connection goes on.
+    /// Takes the head off the input, if it is complete. On an error, the state says whether the
+    /// decoder can continue.
     fn head(&mut self) -> Result<Option<Head>, Refusal> {
-        let within_limit = &self.input[..self.input.len().min(self.max_head)];
-        let lines_end = within_limit.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-        if lines_end > self.tried {
-            if let Some((head_len, head)) = parse_head(&self.input[..lines_end])? {
-                self.take(head_len);
-                self.check_body(&head)?;
-                return Ok(Some(head));
-            }
-            self.tried = lines_end;
-        }
-        if self.input.len() >= self.max_head {
-            return Err(fatal(ProtocolError::HeadTooLong { limit: self.max_head }, Version::Http11));
-        }
-        Ok(None)
+        let mut headers = [NO_HEADER; MAX_HEADERS];
+        let head = match self.head_parser.parse(&self.input, &mut headers) {
+            Ok(Some(head)) => head,
+            Ok(None) => return Ok(None),
+            Err(error) => return Err(fatal(error, Version::Http11)),
+        };
+        let (version, path) = (head.version, head.path.to_owned());
+        let Some(method) = Method::from_name(head.method) else {
+            return Err(fatal(
+                ProtocolError::UnknownMethod { method: head.method.to_owned(), path },
+                version,
+            ));
+        };
+        let framing = head.framing().map_err(|error| fatal(error, version))?;
+        let len = head.len;
+        self.take(len);
+        let Framing { body_len, keep_alive, expects_continue } = framing;
+        let head = Head { method, path, version, keep_alive, expects_continue, body_len };
+        self.check_body(&head)?;
+        Ok(Some(head))
     }
 
-    /// Sees whether the body that `head` announces is within the limit.
+    /// Checks the length of the body against the limit.
     fn check_body(&mut self, head: &Head) -> Result<(), Refusal> {
         if head.body_len <= self.max_body as u64 {
             return Ok(());
         }
         let error = ProtocolError::PayloadTooLarge { size: head.body_len, limit: self.max_body };
         if head.expects_continue {
-            // It may send the body all the same, or not: who knows what comes next.
+            // The client may or may not send the body after the refusal: what follows is uncertain.
             return Err(fatal(error, head.version));
         }
         self.state = State::Discard(head.body_len);
         Err(Refusal { error, version: head.version, keep_alive: head.keep_alive })
     }
 
-    /// Takes the body of `head` off the input, if it is whole.
+    /// Takes the body of `head` off the input, if it is complete.
     fn body(&mut self, mut head: Head) -> Decoded {
         if (self.input.len() as u64) < head.body_len {
-            // Once its body is on the way, nobody waits for word.
-            let tell = mem::take(&mut head.expects_continue) && self.input.is_empty();
+            // A client whose body is arriving no longer waits.
+            let send_continue = mem::take(&mut head.expects_continue) && self.input.is_empty();
             let version = head.version;
             self.state = State::Body(head);
-            return if tell { Decoded::Continue(version) } else { Decoded::NeedMore };
+            return if send_continue { Decoded::Continue(version) } else { Decoded::NeedMore };
         }
         let body = self.take(head.body_len as usize);
         self.state = State::Head;
@@ -220,7 +241,6 @@ impl Decoder {
 
     /// Takes `len` bytes off the front of the input.
     fn take(&mut self, len: usize) -> Vec<u8> {
-        self.tried = 0;
         if len == 0 {
             return Vec::new();
         }
@@ -230,88 +250,8 @@ impl Decoder {
 }
 
 /// A refusal after which the connection closes.
-fn fatal(error: ProtocolError, version: Version) -> Refusal {
-    Refusal { error, version, keep_alive: false }
-}
-
-/// The head at the beginning of `input`, and how long it is. None if it is not whole.
-fn parse_head(input: &[u8]) -> Result<Option<(usize, Head)>, Refusal> {
-    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
-    let mut request = httparse::Request::new(&mut headers);
-    let head_len = match request.parse(input) {
-        Ok(httparse::Status::Complete(len)) => len,
-        Ok(httparse::Status::Partial) => return Ok(None),
-        Err(httparse::Error::TooManyHeaders) => {
-            return Err(fatal(ProtocolError::TooManyHeaders, Version::Http11));
-        }
-        Err(error) => return Err(fatal(ProtocolError::Malformed(error), Version::Http11)),
-    };
-    let version = if request.version == Some(0) { Version::Http10 } else { Version::Http11 };
-    let name = request.method.unwrap_or_default();
-    let path = path_of(request.path.unwrap_or_default()).to_owned();
-    let Some(method) = Method::from_name(name) else {
-        return Err(fatal(ProtocolError::UnknownMethod { method: name.to_owned(), path }, version));
-    };
-    let headers = read_headers(request.headers).map_err(|error| fatal(error, version))?;
-    let head = Head {
-        method,
-        path,
-        version,
-        keep_alive: !headers.close && (version == Version::Http11 || headers.keep_alive),
-        // HTTP/1.0 knows no interim answers.
-        expects_continue: headers.expects_continue && version == Version::Http11,
-        body_len: headers.content_length.unwrap_or(0),
-    };
-    Ok(Some((head_len, head)))
-}
-
-/// What the headers say that matters here.
-#[derive(Default)]
-struct Headers {
-    content_length: Option<u64>,
-    close: bool,
-    keep_alive: bool,
-    expects_continue: bool,
-}
-
-fn read_headers(lines: &[httparse::Header<'_>]) -> Result<Headers, ProtocolError> {
-    let mut headers = Headers::default();
-    for line in lines {
-        let is = |name: &str| line.name.eq_ignore_ascii_case(name);
-        let text = || String::from_utf8_lossy(line.value).into_owned();
-        if is("Content-Length") {
-            let length = decimal(line.value).ok_or_else(|| ProtocolError::BadContentLength(text()))?;
-            if headers.content_length.is_some_and(|before| before != length) {
-                return Err(ProtocolError::BadContentLength(text()));
-            }
-            headers.content_length = Some(length);
-        } else if is("Transfer-Encoding") {
-            return Err(ProtocolError::TransferEncoding(text()));
-        } else if is("Connection") {
-            for word in line.value.split(|&byte| byte == b',').map(<[u8]>::trim_ascii) {
-                headers.close |= word.eq_ignore_ascii_case(b"close");
-                headers.keep_alive |= word.eq_ignore_ascii_case(b"keep-alive");
-            }
-        } else if is("Expect") {
-            headers.expects_continue |= line.value.trim_ascii().eq_ignore_ascii_case(b"100-continue");
-        }
-    }
-    Ok(headers)
-}
-
-/// A number written in decimal digits and nothing else.
-fn decimal(text: &[u8]) -> Option<u64> {
-    let text = text.trim_ascii();
-    // `parse` would take a sign.
-    text.iter().all(u8::is_ascii_digit).then(|| str::from_utf8(text).ok()?.parse().ok())?
-}
-
-/// The path of a request's target: of `http://host/path` what follows the host, otherwise all of it.
-fn path_of(target: &str) -> &str {
-    match target.strip_prefix("http://") {
-        Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]),
-        None => target,
-    }
+fn fatal(error: impl Into<ProtocolError>, version: Version) -> Refusal {
+    Refusal { error: error.into(), version, keep_alive: false }
 }
 
 #[cfg(test)]
@@ -323,7 +263,8 @@ mod tests {
     const MAX_HEAD: usize = 512;
     const MAX_BODY: usize = 100;
 
-    /// What comes out when `pieces` go in, interim answers left out, and the most that the decoder held at any time.
+    /// Decodes `pieces`. Returns all but interim responses, and the most bytes the decoder held at
+    /// a time.
     fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<Result<Request, Refusal>>, usize) {
         let mut decoder = Decoder::new(MAX_HEAD, MAX_BODY);
         let (mut out, mut most) = (Vec::new(), 0);
@@ -359,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_has_method_path_and_body() {
+    fn request_has_method_path_and_body() {
         let request =
             only_request(b"PUT /actions HTTP/1.1\r\nHost: localhost\r\ncontent-length: 2\r\n\r\n{}");
         assert_eq!(
@@ -375,13 +316,13 @@ mod tests {
     }
 
     #[test]
-    fn the_host_of_an_absolute_target_is_dropped() {
+    fn scheme_and_host_of_absolute_targets_are_dropped() {
         assert_eq!(only_request(b"GET http://localhost/vm/config HTTP/1.1\r\n\r\n").path, "/vm/config");
         assert_eq!(only_request(b"GET http://localhost HTTP/1.1\r\n\r\n").path, "/");
     }
 
     #[test]
-    fn a_connection_stays_as_its_version_and_headers_say() {
+    fn version_and_connection_header_decide_keep_alive() {
         for (version, header, stays) in [
             ("1.1", "", true),
             ("1.1", "Connection: close\r\n", false),
@@ -396,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_http_is_refused_and_nothing_after_it_is_read() {
+    fn requests_after_malformed_input_are_ignored() {
         for garbage in [
             &b"hello\n"[..],
             b"\0\0\0\n",
@@ -408,13 +349,13 @@ mod tests {
             let mut stream = garbage.to_vec();
             stream.extend_from_slice(b"GET / HTTP/1.1\r\n\r\n");
             let refusal = only_refusal(&stream);
-            assert!(matches!(refusal.error, ProtocolError::Malformed(_)), "{refusal:?}");
+            assert!(matches!(refusal.error, ProtocolError::Head(HeadError::Malformed(_))), "{refusal:?}");
             assert!(!refusal.keep_alive);
         }
     }
 
     #[test]
-    fn other_methods_are_refused_by_name() {
+    fn unknown_methods_are_refused_by_name() {
         let refusal = only_refusal(b"POST /vm HTTP/1.1\r\n\r\n");
         let (method, path) = ("POST".into(), "/vm".into());
         assert_eq!(refusal.error, ProtocolError::UnknownMethod { method, path });
@@ -422,29 +363,29 @@ mod tests {
     }
 
     #[test]
-    fn lengths_that_are_not_one_decimal_number_are_refused() {
+    fn content_length_must_be_one_decimal_number() {
         for value in ["", "-1", "+1", "0x10", "1 2", "1, 1", "18446744073709551616"] {
             let refusal =
                 only_refusal(format!("PUT / HTTP/1.1\r\nContent-Length: {value}\r\n\r\n").as_bytes());
-            assert_eq!(refusal.error, ProtocolError::BadContentLength(value.into()));
+            assert_eq!(refusal.error, HeadError::BadContentLength(value.into()).into());
         }
         let refusal = only_refusal(b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n");
-        assert_eq!(refusal.error, ProtocolError::BadContentLength("2".into()));
+        assert_eq!(refusal.error, HeadError::BadContentLength("2".into()).into());
         let same_twice = b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\nx";
         assert_eq!(only_request(same_twice).body, b"x");
     }
 
     #[test]
-    fn bodies_in_chunks_are_refused() {
+    fn chunked_bodies_are_refused() {
         let refusal = only_refusal(
             b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
         );
-        assert_eq!(refusal.error, ProtocolError::TransferEncoding("chunked".into()));
+        assert_eq!(refusal.error, HeadError::TransferEncoding("chunked".into()).into());
         assert!(!refusal.keep_alive);
     }
 
     #[test]
-    fn a_body_over_the_limit_is_skipped_and_the_next_request_is_read() {
+    fn next_request_is_read_after_an_oversized_body() {
         let body = "x".repeat(MAX_BODY + 1);
         let stream =
             format!("PUT /a HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}GET /b HTTP/1.1\r\n\r\n", body.len());
@@ -456,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_body_and_the_longest_head_are_taken() {
+    fn head_and_body_at_their_limits_are_accepted() {
         let body = "x".repeat(MAX_BODY);
         let fixed = format!("PUT /a HTTP/1.1\r\nContent-Length: {MAX_BODY}\r\nPad: \r\n\r\n");
         let padding = "y".repeat(MAX_HEAD - fixed.len());
@@ -464,19 +405,19 @@ mod tests {
         assert_eq!(head.len(), MAX_HEAD);
         assert_eq!(only_request(format!("{head}{body}").as_bytes()).body, body.as_bytes());
         let longer = head.replace("Pad: ", "Pad: y");
-        assert_eq!(only_refusal(longer.as_bytes()).error, ProtocolError::HeadTooLong { limit: MAX_HEAD });
+        assert_eq!(only_refusal(longer.as_bytes()).error, HeadError::TooLong { limit: MAX_HEAD }.into());
     }
 
     #[test]
-    fn too_many_headers_are_refused() {
+    fn headers_over_the_limit_are_refused() {
         let mut decoder = Decoder::new(8192, MAX_BODY);
         decoder.push(format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(MAX_HEADERS + 1)).as_bytes());
         let Decoded::Refused(refusal) = decoder.next() else { panic!() };
-        assert_eq!(refusal.error, ProtocolError::TooManyHeaders);
+        assert_eq!(refusal.error, HeadError::TooManyHeaders { limit: MAX_HEADERS }.into());
     }
 
     #[test]
-    fn a_client_that_waits_for_word_gets_it_once() {
+    fn expect_100_continue_is_answered_once() {
         let mut decoder = Decoder::new(MAX_HEAD, MAX_BODY);
         decoder.push(b"PUT /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n");
         assert_eq!(decoder.next(), Decoded::Continue(Version::Http11));
@@ -488,13 +429,13 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_waits_for_word_with_too_much_to_say_is_let_go() {
+    fn oversized_body_with_expect_closes_the_connection() {
         let refusal = only_refusal(b"PUT /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 101\r\n\r\n");
         assert_eq!(refusal.error, ProtocolError::PayloadTooLarge { size: 101, limit: 100 });
         assert!(!refusal.keep_alive);
     }
 
-    /// Streams made of whole requests, broken ones and noise: what reaches deep into the decoder.
+    /// Streams of whole requests, broken requests and noise.
     fn stream() -> impl Strategy<Value = Vec<u8>> {
         let line = prop_oneof![
             4 => "(GET|PUT|PATCH|DELETE|POST) /[a-z]{0,8} HTTP/1\\.[01]",
@@ -529,7 +470,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn how_the_stream_is_cut_changes_nothing(
+        fn cuts_of_the_stream_do_not_change_the_outcome(
             stream in stream(), cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12),
         ) {
             let whole = decode_whole(&stream);
@@ -542,7 +483,7 @@ mod tests {
         }
 
         #[test]
-        fn noise_never_panics_and_is_held_within_bounds(
+        fn memory_is_bounded_for_noise(
             bytes in prop::collection::vec(any::<u8>(), 0..4096), piece in 1..64_usize,
         ) {
             let (_, most) = decode(bytes.chunks(piece));
@@ -550,7 +491,7 @@ mod tests {
         }
 
         #[test]
-        fn a_stream_is_held_within_bounds(stream in stream(), piece in 1..64_usize) {
+        fn memory_is_bounded_for_request_streams(stream in stream(), piece in 1..64_usize) {
             let (_, most) = decode(stream.chunks(piece));
             prop_assert!(most <= MAX_HEAD + MAX_BODY + piece, "{most}");
         }

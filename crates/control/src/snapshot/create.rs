@@ -10,7 +10,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use block::disk::Disk;
 use config::{ConfigError, Drive, FullVmConfig, SnapshotCreate, SnapshotError, SnapshotType};
 use machine::{MachineState, Paused};
-use memory::image::{self, ImageError, ImageInfo, Observer, Written};
+use memory::image::{self, ImageError, ImageInfo, Observer, WrittenImage};
 use memory::{GuestRam, PageSet};
 use snapshot::{AtomicFile, Header, Staged, Writer};
 
@@ -75,7 +75,7 @@ fn create_paused<H: Host>(
         .map_err(CommandError::from)
         .flatten();
     if let (Err(_), Some(taken)) = (&written, taken) {
-        ram.put_back(&taken);
+        ram.mark_dirty_again(&taken);
     }
     written.map(|()| Reply::Empty)
 }
@@ -139,7 +139,7 @@ fn fork_writer<H: Host>(
     let fresh = saved.drive_ids(&config.drives);
     let (contents, taken) = capture(vm, machine, create.snapshot_type, config, fresh)?;
     let ram = machine.ram().clone();
-    ram.will_be_shared();
+    ram.note_fork();
     let mut kept = ram.descriptors();
     kept.extend(writer.descriptors().map(|fd| fd.as_raw_fd()));
     let (childs_ram, create) = (ram.clone(), create.clone());
@@ -151,7 +151,7 @@ fn fork_writer<H: Host>(
         Ok(()) => Ok(taken.map(|pages| (ram, pages))),
         Err(error) => {
             if let Some(pages) = taken {
-                ram.put_back(&pages);
+                ram.mark_dirty_again(&pages);
             }
             Err(CommandError::fork("fork this process")(error))
         }
@@ -175,7 +175,7 @@ fn capture(
     let pages = match (kind, &taken) {
         (SnapshotType::Full, _) => None,
         (SnapshotType::Diff, Some(taken)) => Some(taken.clone()),
-        (SnapshotType::Diff, None) => Some(machine.ram().own_pages().map_err(CommandError::snapshot)?),
+        (SnapshotType::Diff, None) => Some(machine.ram().changed_pages().map_err(CommandError::snapshot)?),
     };
     let config = SavedConfig { config, pci: vm.platform.pci, id: vm.identity.id.clone(), fresh_overlays };
     let created_by = format!("{} {}", vm.identity.app_name, vm.identity.version);
@@ -200,8 +200,8 @@ fn paths_of(create: &SnapshotCreate) -> SnapshotPaths {
 /// file of a drive.
 fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), CommandError> {
     let SnapshotCreate { snapshot_path, mem_file_path, .. } = create;
-    if snapshot::same_place(snapshot_path, mem_file_path) {
-        return Err(ConfigError::from(SnapshotError::OneFile { path: snapshot_path.clone() }).into());
+    if snapshot::is_same_path(snapshot_path, mem_file_path) {
+        return Err(ConfigError::from(SnapshotError::SameFile { path: snapshot_path.clone() }).into());
     }
     for (field, path) in [("mem_file_path", mem_file_path), ("snapshot_path", snapshot_path)] {
         let taken = |role, drive_id: &str| CommandError::SnapshotTarget {
@@ -212,11 +212,11 @@ fn check_targets(create: &SnapshotCreate, drives: &[Drive]) -> Result<(), Comman
         };
         for drive in drives {
             let overlay = drive.overlay.iter().flat_map(|o| std::iter::once(&o.path).chain(&o.layers));
-            if drive.path_on_host.iter().chain(overlay).any(|disk| snapshot::same_place(path, disk)) {
+            if drive.path_on_host.iter().chain(overlay).any(|disk| snapshot::is_same_path(path, disk)) {
                 return Err(taken("a file of", &drive.drive_id));
             }
         }
-        if let Some(overlay) = create.drives.iter().find(|by| snapshot::same_place(path, &by.overlay)) {
+        if let Some(overlay) = create.drives.iter().find(|by| snapshot::is_same_path(path, &by.overlay)) {
             return Err(taken("also to be the overlay of", &overlay.drive_id));
         }
         AtomicFile::create(path).map_err(CommandError::snapshot)?;
@@ -234,7 +234,7 @@ impl SnapshotContents {
     ) -> Result<(), CommandError> {
         // Before the memory, which takes long: a state file that cannot be created is found now.
         let state = AtomicFile::create(&create.snapshot_path).map_err(CommandError::snapshot)?;
-        let Written { file: memory, info, .. } = match &self.pages {
+        let WrittenImage { file: memory, info, .. } = match &self.pages {
             None => image::write_full(ram, &create.mem_file_path, observer),
             Some(pages) => image::write_diff(ram, &create.mem_file_path, pages, observer),
         }

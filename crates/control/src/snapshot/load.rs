@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use block::disk::FileLocks;
-use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, override_networks};
+use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, apply_network_overrides};
 use machine::chipset::ClockAfter;
 use machine::{Paused, Restore, layout};
 use memory::GuestRam;
@@ -194,7 +194,7 @@ impl Saved {
         };
         // The saved microVM may be a fork's child without sockets. An override must be a path.
         load.vsock_override.as_ref().and(config.vsock.as_ref()).map_or(Ok(()), config::Vsock::check)?;
-        override_networks(&mut config.network_interfaces, &load.network_overrides)?;
+        apply_network_overrides(&mut config.network_interfaces, &load.network_overrides)?;
         Ok(config)
     }
 
@@ -253,7 +253,7 @@ impl Saved {
         let huge_pages = settings.machine_config.huge_pages;
         match load.memory() {
             (MemoryBackendType::File, path) => {
-                image::settle(path, Some(self.image.id), token).map_err(CommandError::snapshot)?;
+                image::recover(path, Some(self.image.id), token).map_err(CommandError::snapshot)?;
                 let path = snapshot::find(path, self.image.id);
                 let ram = GuestRam::from_file_with(regions, &path, huge_pages, track, token)
                     .map_err(CommandError::snapshot)?;

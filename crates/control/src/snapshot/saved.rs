@@ -103,7 +103,7 @@ impl Saved {
 
     /// Decodes a state file.
     pub fn of(snapshot: &Snapshot) -> Result<Self, ReadError> {
-        snapshot.expect(KIND)?;
+        snapshot.expect_kind(KIND)?;
         Ok(Saved {
             description: snapshot.describe(),
             config: snapshot.get()?,

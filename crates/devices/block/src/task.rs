@@ -423,7 +423,7 @@ impl BlockTask {
 
     /// Counts a failure of the disk, and logs it: ever more rarely if it happens over and over.
     fn report(&self, what: What, errno: Errno) {
-        let failures = self.setup.shared.stats.execute_fails.add(1) + 1;
+        let failures = self.setup.shared.stats.execute_fails.increment();
         if failures.is_power_of_two() {
             let what = match what {
                 What::Read { .. } => "read",

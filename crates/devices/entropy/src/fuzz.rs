@@ -26,7 +26,7 @@ pub fn device(data: &[u8]) {
                 let device;
                 (device, control) = Entropy::restore(&own, worker.now());
                 let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), worker);
-                copy.restore(&state).expect("what was saved can be restored");
+                copy.restore(&state).expect("a saved state can be restored");
                 guest = copy;
             }
             act => common_act(act, &mut input, &mut guest, &mut driver),
@@ -43,7 +43,7 @@ mod tests {
     use virtio::fuzz::seeded;
 
     #[test]
-    fn random_guests_do_not_break_entropy() {
+    fn random_guests_do_not_break_the_entropy_device() {
         seeded(device, 1_000);
     }
 }

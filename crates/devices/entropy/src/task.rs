@@ -1,57 +1,60 @@
-//! The device's work: filling buffers with random bytes.
+//! The task of the queue: fills the buffers of requests with random bytes.
 
 use std::io;
 use std::sync::Arc;
 
 use rustix::rand::GetRandomFlags;
 
-use super::{MAX_REQUEST, Shared};
+use crate::shared::Shared;
 use sync::EventFd;
-use sync::locked;
 use virtio::device::{ActiveQueue, Interrupt};
 use virtio::queue::{Chain, Queue, QueueError};
 use virtio::worker::{Context, Event, Task, Token};
 
-/// Bytes after which other tasks of the worker get their turn: a fraction of a millisecond.
-pub(super) const TURN: u64 = 128 << 10;
+/// Most bytes that one request gets.
+pub const MAX_REQUEST: u32 = 64 << 10;
 
-/// The kernel is asked for so many bytes at once.
-const PIECE: usize = 4096;
+/// Bytes after which the task yields to other tasks of the worker: a fraction of a millisecond.
+const BYTES_PER_CALL: u64 = 128 << 10;
+
+/// Bytes of one `getrandom` call.
+const CHUNK: usize = 4096;
 
 const KICK: Token = 0;
 
-pub(super) struct EntropyTask {
+/// Serves the queue of the device.
+pub(crate) struct EntropyTask {
     queue: Queue,
     kick: Arc<EventFd>,
     interrupt: Arc<dyn Interrupt>,
     shared: Arc<Shared>,
     chain: Chain,
-    piece: Box<[u8; PIECE]>,
-    /// It was said that the device needs a reset.
-    dead: bool,
+    chunk: Box<[u8; CHUNK]>,
+    /// The device needs a reset.
+    failed: bool,
 }
 
-/// Why the device cannot go on.
+/// Why the device needs a reset.
 #[derive(Debug, thiserror::Error)]
-enum Fault {
+enum TaskError {
     #[error(transparent)]
     Queue(#[from] QueueError),
-    #[error("the host has no random numbers: {0}")]
-    Source(io::Error),
+    #[error("cannot get random bytes of the host: {0}")]
+    Random(io::Error),
 }
 
-/// Why the task stopped taking requests.
-enum Stop {
-    /// There are no more, and the driver will kick.
+/// Why a call ended.
+enum Progress {
+    /// The queue is empty, and the driver kicks when it adds a request.
     Empty,
-    /// The limiter holds the next one back; its timer is set.
+    /// The rate limiter delays the next request. Its timer is set.
     Throttled,
-    /// It had its turn.
-    Turn,
+    /// The queue may have more requests, for the next call.
+    MoreWork,
 }
 
 impl EntropyTask {
-    pub(super) fn new(queue: ActiveQueue, interrupt: Arc<dyn Interrupt>, shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(queue: ActiveQueue, interrupt: Arc<dyn Interrupt>, shared: Arc<Shared>) -> Self {
         let ActiveQueue { queue, kick } = queue;
         EntropyTask {
             queue,
@@ -59,64 +62,65 @@ impl EntropyTask {
             interrupt,
             shared,
             chain: Chain::new(),
-            piece: Box::new([0; PIECE]),
-            dead: false,
+            chunk: Box::new([0; CHUNK]),
+            failed: false,
         }
     }
 
     fn work(&mut self, cx: &mut Context<'_>) {
-        if self.dead {
+        if self.failed {
             return;
         }
         match self.serve(cx) {
-            Ok(Stop::Empty | Stop::Throttled) => {}
-            Ok(Stop::Turn) => cx.reschedule(),
-            Err(fault) => {
-                self.dead = true;
+            Ok(Progress::Empty | Progress::Throttled) => {}
+            Ok(Progress::MoreWork) => cx.reschedule(),
+            Err(error) => {
+                self.failed = true;
                 cx.clear_timer();
-                self.interrupt.needs_reset(&fault);
+                self.interrupt.needs_reset(&error);
             }
         }
     }
 
-    fn serve(&mut self, cx: &mut Context<'_>) -> Result<Stop, Fault> {
+    fn serve(&mut self, cx: &mut Context<'_>) -> Result<Progress, TaskError> {
         let mut served = 0;
         loop {
             self.queue.disable_notifications()?;
-            let stop = self.serve_available(cx, &mut served)?;
+            let progress = self.serve_available(cx, &mut served)?;
             if self.queue.publish()? {
                 self.interrupt.queue(self.queue.index());
             }
-            match stop {
-                Stop::Empty if self.queue.enable_notifications()? => {}
-                stop => return Ok(stop),
+            match progress {
+                Progress::Empty if self.queue.enable_notifications()? => {}
+                progress => return Ok(progress),
             }
         }
     }
 
-    fn serve_available(&mut self, cx: &mut Context<'_>, served: &mut u64) -> Result<Stop, Fault> {
+    fn serve_available(&mut self, cx: &mut Context<'_>, served: &mut u64) -> Result<Progress, TaskError> {
         loop {
-            if *served >= TURN {
-                return Ok(Stop::Turn);
+            if *served >= BYTES_PER_CALL {
+                return Ok(Progress::MoreWork);
             }
             if !self.queue.pop(&mut self.chain)? {
-                return Ok(Stop::Empty);
+                return Ok(Progress::Empty);
             }
             let len = self.chain.writable().len().min(MAX_REQUEST);
-            if !self.allowed(cx, len) {
+            if !self.take_tokens(cx, len) {
                 self.queue.rewind(&self.chain)?;
-                return Ok(Stop::Throttled);
+                return Ok(Progress::Throttled);
             }
             self.fill(len)?;
             self.queue.add_used(self.chain.head(), len)?;
-            // A request for nothing is work, too.
-            *served += u64::from(len).max(PIECE as u64);
+            // An empty request costs something, too.
+            *served += u64::from(len).max(CHUNK as u64);
         }
     }
 
-    /// Whether the limiter lets `len` bytes pass; if not, the timer is set to when it will.
-    fn allowed(&self, cx: &mut Context<'_>, len: u32) -> bool {
-        let mut limits = locked(&self.shared.limits);
+    /// Takes `len` bytes from the rate limiter. False: it has too few, and the timer is set to when
+    /// it has enough.
+    fn take_tokens(&self, cx: &mut Context<'_>, len: u32) -> bool {
+        let mut limits = self.shared.limits();
         if limits.limiter.is_unlimited() {
             return true;
         }
@@ -131,21 +135,21 @@ impl EntropyTask {
         false
     }
 
-    /// Fills the first `len` writable bytes of the chain.
-    fn fill(&mut self, len: u32) -> Result<(), Fault> {
+    /// Fills the first `len` bytes of the chain's buffers.
+    fn fill(&mut self, len: u32) -> Result<(), TaskError> {
         let Some((mut todo, _)) = self.chain.writable().split_at(len) else { return Ok(()) };
         while !todo.is_empty() {
-            let piece = &mut self.piece[..PIECE.min(todo.len() as usize)];
-            random(piece).map_err(Fault::Source)?;
-            todo.write(self.queue.ram(), piece)?;
-            let Some((_, rest)) = todo.split_at(piece.len() as u32) else { break };
+            let chunk = &mut self.chunk[..CHUNK.min(todo.len() as usize)];
+            random(chunk).map_err(TaskError::Random)?;
+            todo.write(self.queue.ram(), chunk)?;
+            let Some((_, rest)) = todo.split_at(chunk.len() as u32) else { break };
             todo = rest;
         }
         Ok(())
     }
 }
 
-/// Fills `bytes` from the kernel's generator.
+/// Fills `bytes` from the kernel's random number generator.
 fn random(bytes: &mut [u8]) -> io::Result<()> {
     let mut done = 0;
     while done < bytes.len() {
@@ -172,12 +176,12 @@ impl Task for EntropyTask {
     }
 
     fn quiesce(&mut self, cx: &mut Context<'_>) {
-        // What is saved from now on is as of now.
-        locked(&self.shared.limits).now = cx.now();
+        // The limiter is saved as of the time of the pause.
+        self.shared.limits().now = cx.now();
     }
 
     fn is_drained(&self) -> bool {
-        // A request is served whole or given back.
+        // No request is ever half done.
         true
     }
 

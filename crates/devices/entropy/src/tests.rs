@@ -1,11 +1,12 @@
-//! The device behind both transports.
+//! Tests of the device through a driver, on both transports.
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::*;
-use virtio::rate_limiter::BucketConfig;
+use crate::{Entropy, EntropyControl, EntropyState, MAX_REQUEST};
+use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 use virtio::testing::{DriverQueue, Guest, Kind, RUNNING};
 use virtio::transport::Status;
+use virtio::worker::Nanos;
 
 const DATA: u64 = 0x10_0000;
 const MS: Nanos = 1_000_000;
@@ -17,7 +18,7 @@ fn guest(kind: Kind, limits: RateLimiterConfig) -> (Guest, DriverQueue, EntropyC
     (guest, driver, control)
 }
 
-fn ask(guest: &mut Guest, driver: &mut DriverQueue, buffers: &[(u64, u32)]) {
+fn request(guest: &mut Guest, driver: &mut DriverQueue, buffers: &[(u64, u32)]) {
     driver.add(&[], buffers).unwrap();
     if driver.publish() {
         guest.kick(0);
@@ -30,20 +31,21 @@ fn bandwidth(size: u64, refill_time_ms: u64) -> RateLimiterConfig {
 }
 
 #[test]
-fn buffers_are_filled_with_random_bytes_and_nothing_around_them_is_touched() {
+fn buffers_get_random_bytes_and_nothing_else_is_written() {
     for kind in [Kind::Mmio, Kind::Pci] {
         let (mut guest, mut driver, _) = guest(kind, RateLimiterConfig::default());
-        ask(&mut guest, &mut driver, &[(DATA, 64), (DATA + 0x1000, 5000)]);
+        request(&mut guest, &mut driver, &[(DATA, 64), (DATA + 0x1000, 5000)]);
         assert_eq!(driver.take_used().unwrap().written, 5064);
         let mut bytes = vec![0; 0x1000 + 5008];
         guest.ram.memory().read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
         let (first, gap) = bytes[..0x1000].split_at(64);
         let (second, after) = bytes[0x1000..].split_at(5000);
         assert!(gap.iter().chain(after).all(|&byte| byte == 0));
-        // That a byte is missing from 5000 random ones has probability 1e-6; that 64 are all the same, none.
+        // 5000 random bytes lack one of the 256 values with a probability of about 1e-6, and this
+        // test allows five missing values.
         let distinct = second.iter().collect::<std::collections::BTreeSet<_>>().len();
         assert!(distinct > 250 && first.iter().any(|byte| *byte != first[0]));
-        ask(&mut guest, &mut driver, &[(DATA + 0x4000, 64)]);
+        request(&mut guest, &mut driver, &[(DATA + 0x4000, 64)]);
         let mut again = [0; 64];
         guest.ram.memory().read_slice(&mut again, GuestAddress(DATA + 0x4000)).unwrap();
         assert_ne!(first, again);
@@ -51,19 +53,19 @@ fn buffers_are_filled_with_random_bytes_and_nothing_around_them_is_touched() {
 }
 
 #[test]
-fn a_request_gets_at_most_64_kib_and_one_for_nothing_gets_nothing() {
+fn request_gets_at_most_64_kib_and_an_empty_one_nothing() {
     let (mut guest, mut driver, _) = guest(Kind::Mmio, RateLimiterConfig::default());
-    ask(&mut guest, &mut driver, &[(DATA, 40 << 10), (DATA, 40 << 10)]);
+    request(&mut guest, &mut driver, &[(DATA, 40 << 10), (DATA, 40 << 10)]);
     assert_eq!(driver.take_used().unwrap().written, MAX_REQUEST);
     driver.add(&[(DATA, 16)], &[]).unwrap();
-    ask(&mut guest, &mut driver, &[(DATA, 0)]);
+    request(&mut guest, &mut driver, &[(DATA, 0)]);
     assert_eq!(driver.take_used().unwrap().written, 0);
     assert_eq!(driver.take_used().unwrap().written, 0);
     assert_eq!(guest.status(), RUNNING);
 }
 
 #[test]
-fn many_large_requests_are_served_in_turns() {
+fn many_large_requests_are_all_served() {
     let (mut guest, mut driver, _) = guest(Kind::Pci, RateLimiterConfig::default());
     for _ in 0..256 {
         driver.add(&[], &[(DATA, MAX_REQUEST)]).unwrap();
@@ -74,7 +76,7 @@ fn many_large_requests_are_served_in_turns() {
 }
 
 #[test]
-fn the_limiter_holds_requests_back_and_its_timer_lets_them_go() {
+fn rate_limiter_delays_requests_until_its_timer() {
     let (mut guest, mut driver, _) = guest(Kind::Mmio, bandwidth(1000, 100));
     assert_eq!(guest.worker.next_timer(), None);
     for _ in 0..3 {
@@ -91,15 +93,15 @@ fn the_limiter_holds_requests_back_and_its_timer_lets_them_go() {
     assert!(driver.take_used().is_some() && driver.take_used().is_none());
     guest.worker.advance(100 * MS);
     assert!(driver.take_used().is_some());
-    assert_eq!(guest.worker.next_timer(), None, "nothing waits");
+    assert_eq!(guest.worker.next_timer(), None, "no request is delayed");
 }
 
 #[test]
-fn new_limits_hold_at_once_also_for_requests_that_wait() {
+fn new_limits_apply_at_once_to_delayed_requests() {
     let (mut guest, mut driver, control) = guest(Kind::Mmio, bandwidth(10, 1_000_000));
     assert_eq!(control.limits(), bandwidth(10, 1_000_000));
     for _ in 0..2 {
-        ask(&mut guest, &mut driver, &[(DATA, 10)]);
+        request(&mut guest, &mut driver, &[(DATA, 10)]);
     }
     assert!(driver.take_used().is_some() && driver.take_used().is_none());
     control.update(bandwidth(0, 0), guest.worker.now());
@@ -108,15 +110,15 @@ fn new_limits_hold_at_once_also_for_requests_that_wait() {
 }
 
 #[test]
-fn a_reset_while_a_request_waits_is_done_at_once_and_keeps_the_limits() {
+fn reset_drops_a_delayed_request_and_keeps_the_limits() {
     let (mut guest, mut driver, control) = guest(Kind::Pci, bandwidth(10, 1_000));
     for _ in 0..2 {
-        ask(&mut guest, &mut driver, &[(DATA, 10)]);
+        request(&mut guest, &mut driver, &[(DATA, 10)]);
     }
     guest.reset();
     assert_eq!(guest.worker.next_timer(), None);
     let mut driver = guest.start(0x1000, 256, true);
-    ask(&mut guest, &mut driver, &[(DATA, 10)]);
+    request(&mut guest, &mut driver, &[(DATA, 10)]);
     assert!(driver.take_used().is_none(), "the bucket is still empty");
     assert_eq!(control.limits(), bandwidth(10, 1_000));
     guest.worker.advance(1_000 * MS);
@@ -124,10 +126,10 @@ fn a_reset_while_a_request_waits_is_done_at_once_and_keeps_the_limits() {
 }
 
 #[test]
-fn a_saved_device_goes_on_waiting_for_what_was_left() {
+fn restored_device_delays_by_the_remaining_time() {
     let (mut guest, mut driver, _) = guest(Kind::Mmio, bandwidth(10, 1_000));
     for _ in 0..2 {
-        ask(&mut guest, &mut driver, &[(DATA, 10)]);
+        request(&mut guest, &mut driver, &[(DATA, 10)]);
     }
     driver.take_used().unwrap();
     guest.worker.advance(400 * MS);
@@ -146,7 +148,7 @@ fn a_saved_device_goes_on_waiting_for_what_was_left() {
 }
 
 #[test]
-fn a_driver_that_breaks_the_queue_is_told_so() {
+fn broken_queue_sets_device_needs_reset() {
     let (mut guest, driver, _) = guest(Kind::Mmio, RateLimiterConfig::default());
     driver.set_descriptor(0, u64::MAX - 5, 10, 2, 0);
     driver.set_avail_entry(0, 0);

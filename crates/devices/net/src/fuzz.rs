@@ -1,4 +1,4 @@
-//! What the fuzz target of this device connects it to: networks made of sockets, and a service that answers in their place.
+//! Entry point of the fuzz target: a hostile guest and a hostile network on the network device.
 
 use crate::{Net, NetConfig, NetState};
 use std::collections::VecDeque;
@@ -8,41 +8,42 @@ use virtio::rate_limiter::RateLimiterUpdate;
 use virtio::testing::{DriverQueue, Guest, Kind, TestWorker};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::interceptor::{FrameInterceptor, HEAD_LEN};
-use super::stream::Stream;
-use super::tap::Tap;
-use super::{NetBackend, NetSetup};
+use crate::backend::stream::Stream;
+use crate::backend::tap::Tap;
+use crate::interceptor::{FrameInterceptor, HEAD_LEN};
+use crate::{NetBackend, NetSetup};
 use virtio::worker::Nanos;
 
-/// The network takes what there is.
-pub(crate) fn drain(wire: &OwnedFd) {
+/// Receives and drops what the guest has sent.
+pub(crate) fn drain(peer: &OwnedFd) {
     let mut bytes = [0; 4096];
-    while rustix::net::recv(wire, &mut bytes, rustix::net::RecvFlags::empty()).is_ok_and(|(len, _)| len > 0) {
+    while rustix::net::recv(peer, &mut bytes, rustix::net::RecvFlags::empty()).is_ok_and(|(len, _)| len > 0) {
     }
 }
 
-/// Something like a network, and its own end of it: one for each pair of queues.
+/// A backend made of sockets, and the network end of each queue pair.
 pub(crate) fn network(stream: bool, pairs: u16, with_service: bool) -> (NetSetup, Vec<OwnedFd>) {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
     let kind = if stream { SocketType::STREAM } else { SocketType::SEQPACKET };
     let pair = |_| {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        socketpair(AddressFamily::UNIX, kind, flags, None).expect("sockets can be made")
+        socketpair(AddressFamily::UNIX, kind, flags, None).expect("sockets can be created")
     };
     let (mut ours, theirs): (Vec<_>, Vec<_>) = (0..pairs).map(pair).unzip();
     let backend = if stream {
         NetBackend::stream(Stream::new("fuzzed".into(), ours.swap_remove(0)))
     } else {
-        NetBackend::tap(Tap::pretend(ours))
+        NetBackend::tap(Tap::fake(ours))
     };
     let interceptor = with_service.then(|| Box::<Service>::default() as Box<dyn FrameInterceptor>);
     (NetSetup { backend, interceptor }, theirs)
 }
 
-/// Takes frames to addresses that begin with an odd byte, and sends each back, once at once and once later.
+/// Takes frames whose destination begins with an odd byte, and sends each back twice: at once, and
+/// 1 ms later.
 #[derive(Default)]
 struct Service {
-    answers: VecDeque<(Nanos, Vec<u8>)>,
+    replies: VecDeque<(Nanos, Vec<u8>)>,
 }
 
 impl FrameInterceptor for Service {
@@ -52,32 +53,33 @@ impl FrameInterceptor for Service {
     }
 
     fn push(&mut self, frame: &[u8], now: Nanos) {
-        if self.answers.len() < 16 {
-            self.answers.push_back((0, frame.to_vec()));
-            self.answers.push_back((now.saturating_add(1_000_000), frame.to_vec()));
+        if self.replies.len() < 16 {
+            self.replies.push_back((0, frame.to_vec()));
+            self.replies.push_back((now.saturating_add(1_000_000), frame.to_vec()));
         }
     }
 
     fn pop(&mut self, frame: &mut Vec<u8>, now: Nanos) -> bool {
         assert!(frame.is_empty());
-        let Some((_, answer)) = self.answers.pop_front_if(|(at, _)| *at <= now) else { return false };
-        frame.extend(answer);
+        let Some((_, reply)) = self.replies.pop_front_if(|(at, _)| *at <= now) else { return false };
+        frame.extend(reply);
         true
     }
 
     fn deadline(&mut self, _now: Nanos) -> Option<Nanos> {
-        self.answers.front().map(|(at, _)| *at)
+        self.replies.front().map(|(at, _)| *at)
     }
 
     fn reset(&mut self) {
-        self.answers.clear();
+        self.replies.clear();
     }
 }
 
-/// A hostile guest on a network card, and a hostile network. The first byte chooses the transport, the address check, what the driver accepts,
-/// and the network: something like a tap with one queue or two, or a stream; with a service in its place or without.
+/// A hostile guest and a hostile network on a network device.
 ///
-/// The network is made of sockets: nothing of the host is touched.
+/// The first byte chooses the transport, the check of the source MAC, the features that the driver
+/// accepts, and the backend: a fake tap with one or two queues, or a stream; with an interceptor or
+/// without. The network is made of sockets, so nothing of the host is used.
 pub fn device(data: &[u8]) {
     let mut input = Input(data);
     let how = input.u8();
@@ -86,9 +88,9 @@ pub fn device(data: &[u8]) {
     let stream = how & 8 != 0;
     let pairs = if how & 16 != 0 && !stream { 2 } else { 1 };
     let config = NetConfig { id: "fuzzed".into(), mac, mtu: Some(1500), pairs, queue_size: 64 };
-    let (setup, mut wires) = network(stream, pairs, how & 32 != 0);
-    let (device, mut control) =
-        Net::new(config, setup, limits(&mut input), limits(&mut input), 1).expect("a device can be made");
+    let (setup, mut peers) = network(stream, pairs, how & 32 != 0);
+    let (device, mut control) = Net::new(config, setup, limits(&mut input), limits(&mut input), 1)
+        .expect("the configuration is valid");
     let mut guest = new_guest(kind, Box::new(device));
     let mut drivers = net_driver(&mut guest, pairs, how & 4 != 0);
     for _ in 0..MAX_ACTS {
@@ -105,27 +107,27 @@ pub fn device(data: &[u8]) {
                 let mut state = guest.save();
                 let own: NetState = state.common().device.decode().expect("the state is this device's");
                 let worker = TestWorker::new();
-                let (setup, other_wires) = network(stream, pairs, how & 32 != 0);
+                let (setup, other_peers) = network(stream, pairs, how & 32 != 0);
                 let device;
                 (device, control) =
-                    Net::restore(&own, None, setup, worker.now()).expect("what was saved can be restored");
+                    Net::restore(&own, None, setup, worker.now()).expect("a saved state can be restored");
                 let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), worker);
-                copy.restore(&state).expect("what was saved can be restored");
-                (guest, wires) = (copy, other_wires);
+                copy.restore(&state).expect("a saved state can be restored");
+                (guest, peers) = (copy, other_peers);
             }
             3 => drivers = net_driver(&mut guest, pairs, input.u8() & 1 != 0),
             4..7 => {
-                // The network has something, a frame mostly, and takes some.
-                let wire = &wires[usize::from(input.u8()) % wires.len()];
+                // The network sends bytes, which are a frame in most cases.
+                let peer = &peers[usize::from(input.u8()) % peers.len()];
                 let mut bytes = vec![input.u8(); usize::from(input.u16())];
                 if stream && input.u8() < 250 {
                     let len = bytes.len() as u32;
                     bytes.splice(0..0, len.to_be_bytes());
                 }
                 let flags = rustix::net::SendFlags::NOSIGNAL;
-                let _ = rustix::net::send(wire, &bytes, flags);
+                let _ = rustix::net::send(peer, &bytes, flags);
             }
-            7 => wires.iter().for_each(drain),
+            7 => peers.iter().for_each(drain),
             8 | 9 | 16..20 => net_request(&mut input, &mut guest, &mut drivers, pairs),
             act => {
                 let mut one = drivers.pop();
@@ -143,23 +145,23 @@ pub fn device(data: &[u8]) {
         RateLimiterUpdate { bandwidth: Some(NO_LIMIT), ops: Some(NO_LIMIT) },
         guest.worker.now(),
     );
-    // After a reset frames go through again.
+    // After a reset, frames pass again.
     let mut drivers = net_driver(&mut guest, pairs, true);
-    wires.iter().for_each(drain);
+    peers.iter().for_each(drain);
     let frame = [&[0; 12 + 6][..], &mac.unwrap_or_default(), &[0; 48]].concat();
-    guest.ram.memory().write_slice(&frame, GuestAddress(DATA)).expect("it is in RAM");
+    guest.ram.memory().write_slice(&frame, GuestAddress(DATA)).expect("the address is in RAM");
     drivers[1].add(&[(DATA, frame.len() as u32)], &[]).expect("the queue is empty");
     drivers[1].publish();
     guest.kick(1);
     guest.worker.run();
-    assert!(drivers[1].take_used().is_some(), "the device is dead after a reset");
+    assert!(drivers[1].take_used().is_some(), "the device does not work after a reset");
 }
 
-/// A driver by the book on all queues.
+/// Starts a correct driver on all queues.
 fn net_driver(guest: &mut Guest, pairs: u16, all_features: bool) -> Vec<DriverQueue> {
     let mut features = guest.negotiate(all_features);
     if !all_features {
-        // Without mergeable buffers, too.
+        // Also without mergeable buffers.
         guest.reset();
         guest.set_status(3);
         features &= !(1 << 15);
@@ -179,7 +181,7 @@ fn net_driver(guest: &mut Guest, pairs: u16, all_features: bool) -> Vec<DriverQu
     drivers
 }
 
-/// A buffer for a frame, a frame, or a command.
+/// Adds a receive buffer, a frame, or a control command.
 fn net_request(input: &mut Input<'_>, guest: &mut Guest, drivers: &mut Vec<DriverQueue>, pairs: u16) {
     let index = u16::from(input.u8()) % (2 * pairs + 1);
     let part = |input: &mut Input<'_>| (DATA + u64::from(input.u16()), u32::from(input.u16()) % 0x4000);
@@ -188,7 +190,7 @@ fn net_request(input: &mut Input<'_>, guest: &mut Guest, drivers: &mut Vec<Drive
     let added = match index {
         index if index == 2 * pairs => {
             let command = [input.u8() % 6, input.u8() % 2, input.u8() % 3, 0, 0, 0, 0, 0, 0, 0];
-            guest.ram.memory().write_slice(&command, GuestAddress(DATA)).expect("it is in RAM");
+            guest.ram.memory().write_slice(&command, GuestAddress(DATA)).expect("the address is in RAM");
             driver.add(&[(DATA, u32::from(input.u8() % 12))], &[(DATA + 0x100, 1)])
         }
         index if index % 2 == 0 => driver.add(&[], &[first, second]),
@@ -209,7 +211,7 @@ mod tests {
     use virtio::fuzz::seeded;
 
     #[test]
-    fn random_guests_do_not_break_net() {
+    fn random_guests_do_not_break_the_net_device() {
         seeded(device, 2_000);
     }
 }

@@ -1,50 +1,58 @@
-//! Frames that never reach the network: what serves them instead.
+//! The interceptor of frames: a service that takes some of a guest's frames and replies to them.
 //!
-//! A service that answers the guest itself (the metadata service) stands in the way of what the guest sends. It is asked first for each
-//! frame; one that it takes goes no further. What it wants to say to the guest comes back through the receive queue, as if it had come
-//! from the network. Neither counts for the interface's limits.
+//! A service such as the metadata service sits between the guest and the network. The device asks
+//! it about each frame that the guest sends. A frame that it takes does not reach the network. Its
+//! replies reach the guest through the receive queue, as if they came from the network. The rate
+//! limits of the interface apply to neither.
 //!
-//! # Who calls
+//! # Threads
 //!
-//! The task that serves the interface's first pair of queues, and nobody else: one call at a time, always from an io worker. No method may
-//! wait for anything. Between [`FrameInterceptor::push`] and the guest's reading of the answer no other thread is involved.
+//! Only the task of the interface's first queue pair calls the interceptor, from an io worker, one
+//! call at a time. No method may block. The device calls [`FrameInterceptor::reset`] while no task
+//! uses it.
 //!
 //! # Frames
 //!
-//! Whole Ethernet frames without any header before them and without a check sequence behind. What the guest sends is the guest's
-//! word: anything, of any length up to [`MAX_FRAME`]. The checksum of its TCP or UDP header may be missing (the guest leaves it
-//! to the device), and a TCP segment may be larger than the connection's MSS; both only say that they never were on a wire. What goes to the
-//! guest has its checksums and fits in the interface's MTU.
+//! Frames are whole Ethernet frames without a header before them and without a check sequence after
+//! them. What the guest sends is not trusted: any bytes, of any length up to [`MAX_FRAME`]. The
+//! checksum of a TCP or UDP header may be missing, because the guest leaves it to the device. A TCP
+//! segment may be larger than the connection's MSS. Replies must have their checksums and fit in
+//! the MTU of the interface.
 
 use virtio::worker::Nanos;
 
-/// Bytes of a frame that [`FrameInterceptor::wants`] is shown, as far as the frame has them: the headers of Ethernet, and of ARP or of IPv4
-/// with its addresses.
+/// Most bytes of a frame that [`FrameInterceptor::wants`] gets: the headers of Ethernet, and of ARP
+/// or of IPv4 with its addresses.
 pub const HEAD_LEN: usize = 64;
 
-/// The longest frame in bytes: an Ethernet header with a VLAN tag, and an IP packet of the greatest length.
+/// Most bytes of a frame: an Ethernet header with a VLAN tag, and an IP packet of maximum length.
 pub const MAX_FRAME: usize = 18 + 65535;
 
-/// Something that takes some of a guest's frames and answers them. See the module.
+/// Takes some of a guest's frames and replies to them. See the module.
 pub trait FrameInterceptor: Send {
-    /// Whether the frame that begins with `head` is for it. The others go to the network.
+    /// Whether it takes the frame that begins with `head`. Other frames go to the network.
     ///
-    /// It is asked with the first [`HEAD_LEN`] bytes, before the source address of the frame is checked.
+    /// `head` has the first [`HEAD_LEN`] bytes of the frame, or all of a shorter one. The source
+    /// address of the frame is not checked yet.
     fn wants(&self, head: &[u8]) -> bool;
 
-    /// Takes a frame that it wants, sent at `now`. One that it has no room for it drops, as a network would.
+    /// Takes a frame that it wants, sent at `now`. It drops the frame if its buffers are full, as a
+    /// network would.
     fn push(&mut self, frame: &[u8], now: Nanos);
 
-    /// Writes the next frame for the guest to `frame`, which is empty, and says whether there was one.
+    /// Appends the next frame for the guest to `frame`, which is empty. False: there is none.
     ///
-    /// Called until it says no, after each [`push`](FrameInterceptor::push), when [`deadline`](FrameInterceptor::deadline) has come, and when the guest has
-    /// given new receive buffers after it had none. While the guest has no room nothing is asked for.
+    /// The device calls it until it returns false: after each [`push`](FrameInterceptor::push), at
+    /// the [`deadline`](FrameInterceptor::deadline), and when the guest adds receive buffers after
+    /// it had none. While the guest has no receive buffers, the device keeps one frame and does not
+    /// call it again.
     fn pop(&mut self, frame: &mut Vec<u8>, now: Nanos) -> bool;
 
-    /// When [`pop`](FrameInterceptor::pop) is to be called even if nothing happens before: a retransmission, a time limit. None: not at all.
-    /// Asked each time after [`pop`](FrameInterceptor::pop) said no.
+    /// When the device must call [`pop`](FrameInterceptor::pop) even if nothing else happens, such
+    /// as for a retransmission. None: never. The device asks each time after
+    /// [`pop`](FrameInterceptor::pop) has returned false.
     fn deadline(&mut self, now: Nanos) -> Option<Nanos>;
 
-    /// The guest's driver has begun anew, or another guest goes on from a saved state: its connections are gone.
+    /// Drops all connections: the guest's driver has reset the device.
     fn reset(&mut self);
 }

@@ -1,68 +1,79 @@
-//! The network device (virtio 1.3, section 5.1).
+//! The network device (virtio 1.3, section 5.1) and its backends.
 //!
 //! ```text
-//!  device.rs   the front: features, configuration space, activation     config_space, header, stats, limits, late
-//!      |       port.rs: where a back end waits between two drivers
+//!  device.rs         features, configuration space, activation, state
+//!      |             shared.rs: what the device shares with its tasks
+//!      |             backend_slot.rs: holds a backend between two drivers
 //!      |
-//!  task.rs     one pair of queues: rx.rs (network -> guest), tx.rs (guest -> network), interceptor.rs (what answers in its place)
-//!  ctrl.rs     the control queue     call_budget.rs  how often it makes the kernel take RTNL
-//!  vhost_task.rs   one pair of queues that the kernel serves
+//!  pair/             task of a queue pair: transmit (guest -> network), receive (network -> guest)
+//!  vhost_task.rs     task of a queue pair that the kernel serves
+//!  control_queue.rs  task of the control queue
+//!      |             rtnl_budget.rs: bounds the ioctls under RTNL
+//!      |             shared_limiter.rs: the rate limit of one direction
 //!      |
-//!  backend.rs  which network: tap.rs, links.rs, stream.rs, vhost.rs     segments.rs  stretches of guest memory
+//!  backend/          tap, vhost, stream
+//!  interceptor.rs    a service that replies to some frames
+//!  segments.rs       lists of guest memory segments
 //! ```
 //!
-//! # Back ends
+//! # Backends
 //!
-//! | back end | frames move by                                   | offloads            | queues   | limits, interceptor, address check |
-//! |----------|--------------------------------------------------|---------------------|----------|-------------------------------|
-//! | tap      | `readv` and `writev` on guest memory, no copies  | all that it has     | several  | yes                           |
-//! | vhost    | a thread of the kernel's                         | all that it has     | several  | no                            |
-//! | stream   | a Unix socket, one copy each way                 | none                | one pair | yes                           |
+//! | backend | frames are moved by              | offloads     | queue pairs | checks (1) |
+//! |---------|----------------------------------|--------------|-------------|------------|
+//! | tap     | `readv` and `writev`, no copy    | all of a tap | several     | yes        |
+//! | vhost   | a thread of the kernel           | all of a tap | several     | no         |
+//! | stream  | a Unix socket, one copy each way | none         | one         | yes        |
 //!
-//! # What is dropped
+//! (1) Rate limits, an interceptor, and the check of the source MAC.
 //!
-//! A network may drop frames, and this one does, each time counted: frames that are none, frames
-//! from another address than the guest's where that is set, frames larger than the buffers that the
-//! guest has for them, frames that a receive limit would deliver too late ([`late`]), and whatever
-//! is sent while the network is gone. What the headers say of offloads is for the kernel to check,
-//! which drops what lies.
+//! # Dropped frames
+//!
+//! The device drops and counts these frames:
+//!
+//! - malformed frames of the guest;
+//! - frames whose source MAC is not the guest's, if the guest has a configured MAC;
+//! - frames that do not fit in the guest's receive buffers;
+//! - frames that a receive limit would deliver too late;
+//! - frames that the guest sends while the network is gone.
+//!
+//! The device does not check what a header says of offloads. The kernel does, and refuses a frame
+//! with an invalid header.
 //!
 //! # Bounds
 //!
-//! A pair keeps at most one frame of its own, 512 KiB of a stream's, and 16 bytes for each of the guest's receive buffers that it has taken ahead: a
-//! thousand or so, or as many as one frame needs. In one call it moves at most 1 MiB each way.
+//! The task of a queue pair keeps at most one received frame, about 512 KiB of a stream, and 16
+//! bytes for each receive buffer popped ahead: about a thousand, or as many as one frame needs. In
+//! one call it moves at most 1 MiB in each direction.
 //!
-//! A device takes the host's RTNL lock 128 times at once and 64 times a second after that, whatever
-//! its guest does.
+//! A device takes the host's RTNL lock at most 128 times at once and 64 times a second after that,
+//! whatever its guest does.
 
 #![deny(unsafe_code)]
 
-mod backend;
-mod call_budget;
+pub mod backend;
+mod backend_slot;
 mod config_space;
-mod ctrl;
+mod control_queue;
 mod device;
+mod error;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
 mod header;
 pub mod interceptor;
-mod late;
-mod limits;
-mod links;
-mod port;
-mod rx;
+mod pair;
+mod rtnl_budget;
 mod segments;
+mod shared;
+mod shared_limiter;
+mod state;
 mod stats;
-pub mod stream;
-pub mod tap;
-mod task;
 #[cfg(test)]
 mod tests;
-mod tx;
-pub mod vhost;
 mod vhost_task;
 
 pub use backend::{NetBackend, OpenError, OpenErrorKind};
-pub use device::{Net, NetConfig, NetControl, NetError, NetSetup, NetState};
+pub use device::{Net, NetControl, NetSetup};
+pub use error::NetError;
 pub use interceptor::FrameInterceptor;
+pub use state::{NetConfig, NetState};
 pub use stats::NetStats;

@@ -1,13 +1,15 @@
-//! Stretches of guest memory, and the system calls and copies that work on them.
+//! Lists of guest memory segments, for `readv`, `writev` and copies.
 //!
 //! # Invariant
 //!
-//! Every [`Segment`] lies in guest RAM: it came out of `vm-memory`'s checked lookup. Guest RAM is never unmapped while the process
-//! lives (see [`memory::GuestRam`]), so a segment is always good to read and write, whatever the guest does meanwhile.
+//! Every [`Segment`] lies in guest RAM, because it comes from `vm-memory`'s checked lookup. Guest
+//! RAM is never unmapped while the process lives (see [`memory::GuestRam`]). So a segment can be
+//! read and written at any time, whatever the guest does.
 //!
 //! # Where unsafe is
 //!
-//! This is a leaf module: it hands guest memory to the kernel, and copies from and to it.
+//! This is a leaf module: it passes addresses of guest memory to the kernel, and copies from and to
+//! guest memory.
 #![expect(unsafe_code, reason = "readv and writev take the addresses of guest memory")]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -19,16 +21,17 @@ use vm_memory::bitmap::Bitmap;
 
 use virtio::queue::{Buffers, QueueError};
 
-/// Most segments that one system call takes, a head and a tail in this process's own memory aside.
-pub(super) const MAX_SEGMENTS: usize = 1022;
+/// Most segments in one system call, besides a head and a tail in the monitor's memory (`IOV_MAX`
+/// is 1024).
+pub(crate) const MAX_SEGMENTS: usize = 1022;
 
-/// Entries that a list keeps the memory of: as many as one system call takes.
+/// Capacity that an emptied list keeps, in entries: the most that one system call takes.
 const KEPT_CAPACITY: usize = MAX_SEGMENTS + 2;
 
-/// A stretch of guest memory, in the layout of `struct iovec`.
+/// A range of guest memory, in the layout of `struct iovec`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
-pub(super) struct Segment {
+pub(crate) struct Segment {
     addr: usize,
     len: usize,
 }
@@ -36,53 +39,54 @@ pub(super) struct Segment {
 const _: () = assert!(size_of::<Segment>() == size_of::<libc::iovec>());
 const _: () = assert!(align_of::<Segment>() == align_of::<libc::iovec>());
 
-/// What is done with the segments.
+/// Whether segments are read or written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Access {
-    /// They are read.
+pub(crate) enum Access {
+    /// The segments are read.
     Read,
-    /// They are written, so their pages are marked as dirty from the start: the kernel's writes would go unseen.
+    /// The segments are written. Their pages are marked dirty when they are added, because writes
+    /// of the kernel are not tracked.
     Write,
 }
 
-/// Segments in order. The first place in the list is kept for a head in this process's memory.
+/// Guest memory segments in order.
 #[derive(Debug)]
-pub(super) struct Segments {
-    /// A place for the head, then the segments. What is in the first place counts within a call only.
+pub(crate) struct Segments {
+    /// One entry for the head of [`Segments::write_to`], then the segments.
     list: Vec<Segment>,
     len: usize,
 }
 
 impl Segments {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Segments { list: vec![Segment { addr: 0, len: 0 }], len: 0 }
     }
 
-    /// Bytes in all of them.
-    pub(super) fn len(&self) -> usize {
+    /// Bytes in all segments.
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// How many there are.
-    pub(super) fn count(&self) -> usize {
+    /// Number of segments.
+    pub(crate) fn count(&self) -> usize {
         self.list.len() - 1
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.list.truncate(1);
         self.len = 0;
-        self.give_back();
+        self.shrink();
     }
 
-    /// A list that once was long and is not any more does not keep its memory.
-    fn give_back(&mut self) {
+    /// Frees the memory of a list that was long once.
+    fn shrink(&mut self) {
         if self.list.capacity() > 2 * KEPT_CAPACITY && self.list.len() <= KEPT_CAPACITY {
             self.list.shrink_to(KEPT_CAPACITY);
         }
     }
 
-    /// Appends the stretches that `buffers` cover, each as one segment.
-    pub(super) fn push(
+    /// Appends each of `buffers` as one segment.
+    pub(crate) fn push(
         &mut self,
         ram: &GuestRam,
         buffers: &Buffers<'_>,
@@ -101,25 +105,26 @@ impl Segments {
     }
 
     /// Drops the first `count` segments.
-    pub(super) fn drop_front(&mut self, count: usize) {
-        for gone in self.list.drain(1..=count) {
-            self.len -= gone.len;
+    pub(crate) fn drop_front(&mut self, count: usize) {
+        for dropped in self.list.drain(1..=count) {
+            self.len -= dropped.len;
         }
-        self.give_back();
+        self.shrink();
     }
 
-    /// Writes `head` and then the first `count` segments to `fd`, in one call.
-    pub(super) fn write_to(&mut self, fd: BorrowedFd<'_>, head: &[u8]) -> Result<usize, Errno> {
+    /// Writes `head` and then all segments to `fd`, in one system call.
+    pub(crate) fn write_to(&mut self, fd: BorrowedFd<'_>, head: &[u8]) -> Result<usize, Errno> {
         self.list[0] = Segment { addr: head.as_ptr().expose_provenance(), len: head.len() };
         let list = if head.is_empty() { &self.list[1..] } else { &self.list[..] };
-        // SAFETY: `head` is borrowed for the call and only read; the others are guest RAM (invariant of the module). The kernel reads
-        // `list.len()` entries of the layout of `struct iovec`.
+        // SAFETY: `head` is borrowed for the call and only read. The segments are guest RAM (see
+        // the invariant of the module). The kernel reads `list.len()` entries, each laid out as a
+        // `struct iovec`.
         let written = unsafe { libc::writev(fd.as_raw_fd(), list.as_ptr().cast(), count_of(list)) };
         result(written)
     }
 
-    /// Reads from `fd` into the first `count` segments and, where these are full, into `tail`, in one call.
-    pub(super) fn read_from(
+    /// Reads from `fd` into the first `count` segments and then into `tail`, in one system call.
+    pub(crate) fn read_from(
         &mut self,
         fd: BorrowedFd<'_>,
         count: usize,
@@ -127,14 +132,15 @@ impl Segments {
     ) -> Result<usize, Errno> {
         let after = 1 + count;
         let displaced = self.list.get(after).copied();
-        let own = Segment { addr: tail.as_mut_ptr().expose_provenance(), len: tail.len() };
+        let entry = Segment { addr: tail.as_mut_ptr().expose_provenance(), len: tail.len() };
         match displaced {
-            Some(_) => self.list[after] = own,
-            None => self.list.push(own),
+            Some(_) => self.list[after] = entry,
+            None => self.list.push(entry),
         }
         let list = &self.list[1..=after];
-        // SAFETY: `tail` is exclusively borrowed for the call, and any bytes may be written to it; the others are guest RAM
-        // (invariant of the module). The kernel reads `list.len()` entries of the layout of `struct iovec`.
+        // SAFETY: `tail` is exclusively borrowed for the call, and any bytes may be written to it.
+        // The segments are guest RAM (see the invariant of the module). The kernel reads
+        // `list.len()` entries, each laid out as a `struct iovec`.
         let read = unsafe { libc::readv(fd.as_raw_fd(), list.as_ptr().cast(), count_of(list)) };
         match displaced {
             Some(segment) => self.list[after] = segment,
@@ -146,12 +152,12 @@ impl Segments {
     }
 
     /// Length of the segment `index`.
-    pub(super) fn len_of(&self, index: usize) -> usize {
+    pub(crate) fn len_of(&self, index: usize) -> usize {
         self.list[1 + index].len
     }
 
-    /// Copies `data` into the segments, from the byte `offset` on. What does not fit is left out.
-    pub(super) fn copy_in(&self, offset: usize, data: &[u8]) {
+    /// Copies `data` into the segments, beginning at the byte `offset`. Excess data is ignored.
+    pub(crate) fn copy_in(&self, offset: usize, data: &[u8]) {
         let mut rest = data;
         self.each(offset, |slice| {
             let (now, later) = rest.split_at(rest.len().min(slice.len()));
@@ -161,8 +167,8 @@ impl Segments {
         });
     }
 
-    /// Appends the bytes of all segments from `offset` on to `data`.
-    pub(super) fn copy_out(&self, offset: usize, data: &mut Vec<u8>) {
+    /// Appends the bytes of all segments to `data`, beginning at the byte `offset`.
+    pub(crate) fn copy_out(&self, offset: usize, data: &mut Vec<u8>) {
         self.each(offset, |slice| {
             let at = data.len();
             data.resize(at + slice.len(), 0);
@@ -171,7 +177,7 @@ impl Segments {
         });
     }
 
-    /// Calls `f` with what lies from `offset` on, segment by segment, until it says no.
+    /// Calls `f` for each segment, beginning at the byte `offset`, until it returns false.
     fn each(&self, offset: usize, mut f: impl FnMut(VolatileSlice<'_>) -> bool) {
         let mut skip = offset;
         for segment in &self.list[1..] {
@@ -180,8 +186,9 @@ impl Segments {
                 continue;
             }
             let start = std::ptr::with_exposed_provenance_mut::<u8>(segment.addr + skip);
-            // SAFETY: the segment is guest RAM (invariant of the module), `skip` is less than its length, and nobody has a reference into
-            // guest memory: all accesses are volatile.
+            // SAFETY: the segment is guest RAM (see the invariant of the module), and `skip` is
+            // less than its length. No reference into guest memory exists: all accesses are
+            // volatile.
             let slice = unsafe { VolatileSlice::new(start, segment.len - skip) };
             if !f(slice) {
                 return;
@@ -191,7 +198,7 @@ impl Segments {
     }
 }
 
-/// How many entries the kernel is to read: [`MAX_SEGMENTS`] and two at most.
+/// Number of entries for the kernel to read: at most [`MAX_SEGMENTS`] + 2.
 fn count_of(list: &[Segment]) -> libc::c_int {
     libc::c_int::try_from(list.len()).unwrap_or(libc::c_int::MAX)
 }
@@ -247,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_in_guest_memory_lands_in_the_tail() {
+    fn read_beyond_the_segments_goes_to_the_tail() {
         let ram = guest_ram(1);
         let mut segments = segments(&ram, &[(0x8000, 3), (0x9000, 4), (0xa000, 4)]);
         let (a, b) = pair();
@@ -257,13 +264,13 @@ mod tests {
         assert_eq!(&tail, b"78");
         let mut out = Vec::new();
         segments.copy_out(0, &mut out);
-        assert_eq!(out, b"0123456\0\0\0\0", "the segment after those that were read to is as it was");
+        assert_eq!(out, b"0123456\0\0\0\0", "the segment after those of the read is unchanged");
         assert_eq!(segments.read_from(b.as_fd(), 3, &mut tail), Err(Errno::AGAIN));
         assert_eq!(segments.count(), 3);
     }
 
     #[test]
-    fn a_head_is_written_before_the_segments() {
+    fn head_is_written_before_the_segments() {
         let ram = guest_ram(1);
         let mut segments = segments(&ram, &[(0x8000, 2), (0x9000, 2)]);
         segments.copy_in(0, b"cdef");

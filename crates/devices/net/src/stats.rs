@@ -1,53 +1,53 @@
-//! What a network device counts.
+//! Counters of a network device.
 
 use sync::Counter;
 
-/// Counters that only grow, over all queues.
+/// Counters that only grow, summed over all queues.
 #[derive(Debug, Default)]
 pub struct NetStats {
     /// Frames that the guest received.
     pub rx_packets_count: Counter,
-    /// Their bytes.
+    /// Bytes of these frames.
     pub rx_bytes_count: Counter,
-    /// Frames for the guest that were dropped: too large for its buffers, or it gave none for too long.
+    /// Frames for the guest that were dropped because they did not fit in its receive buffers.
     pub rx_fails: Counter,
-    /// Frames for the guest that were dropped: a limit would have delivered them too late.
+    /// Frames for the guest that were dropped because a rate limit would deliver them too late.
     pub rx_late_frames: Counter,
     /// Times that the guest had no receive buffers left.
     pub no_rx_avail_buffer: Counter,
     /// Kicks of receive queues.
     pub rx_queue_event_count: Counter,
-    /// Times that the network had frames.
+    /// Times that a backend became readable.
     pub rx_tap_event_count: Counter,
-    /// Times that the limiter held a frame for the guest back.
+    /// Times that the rate limiter delayed a frame for the guest.
     pub rx_rate_limiter_throttled: Counter,
-    /// Frames that could not be read.
+    /// Reads of a backend that failed.
     pub tap_read_fails: Counter,
 
     /// Frames that the guest sent to the network.
     pub tx_packets_count: Counter,
-    /// Their bytes.
+    /// Bytes of these frames.
     pub tx_bytes_count: Counter,
-    /// Frames that the network did not take.
+    /// Frames from the guest that the backend did not accept.
     pub tap_write_fails: Counter,
-    /// Frames that are none: too short or too long.
+    /// Frames from the guest that were too short, too long, or in too many buffers.
     pub tx_malformed_frames: Counter,
-    /// Frames that were dropped because their sender's address is not the guest's.
+    /// Frames from the guest that were dropped because their source MAC is not the guest's.
     pub tx_spoofed_mac_count: Counter,
     /// Kicks of transmit queues.
     pub tx_queue_event_count: Counter,
-    /// Times that the limiter held a frame of the guest back.
+    /// Times that the rate limiter delayed a frame from the guest.
     pub tx_rate_limiter_throttled: Counter,
-    /// Frames that a [interceptor](super::FrameInterceptor) took.
-    pub detour_tx_count: Counter,
-    /// Frames from it that the guest received.
-    pub detour_rx_count: Counter,
+    /// Frames from the guest that the [interceptor](crate::FrameInterceptor) took.
+    pub intercepted_tx_count: Counter,
+    /// Frames of the interceptor that the guest received.
+    pub intercepted_rx_count: Counter,
 
-    /// Commands of the driver that made no sense.
+    /// Control commands that failed.
     pub ctrl_fails: Counter,
-    /// Times that the limiter's timer came.
+    /// Times that a delay by the rate limiter ended.
     pub rate_limiter_event_count: Counter,
-    /// Limits that were replaced.
+    /// Changes of the rate limits.
     pub update_count: Counter,
     /// Activations that failed.
     pub activate_fails: Counter,

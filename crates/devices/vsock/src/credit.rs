@@ -1,42 +1,47 @@
-//! Credit (5.10.6.3): how much each side of a connection may send before the other has room for it.
+//! Credit (5.10.6.3): how many bytes each side of a connection may send before the other side has
+//! forwarded them.
 //!
-//! Each side counts what it has sent and tells in every header how much room it has in all (`buf_alloc`) and how much of what it got
-//! it has handed on (`fwd_cnt`). Counters wrap at 2^32. What the guest says about itself is its own business; what it must not do is
-//! send more than it was promised room for, or claim to have handed on what was never sent.
+//! Each side counts the bytes that it has sent. In every header it states the size of its receive
+//! buffer (`buf_alloc`) and how many bytes it has received and forwarded (`fwd_cnt`). Counters wrap
+//! at 2^32. The guest may state any buffer size. It must not send more than the device's buffer
+//! holds, or claim to have forwarded bytes that it was not sent: both are a [`CreditViolation`].
 //!
 //! Two limits are in no field of a packet:
 //!
-//! - A guest may hold back what it sends by its own `buf_alloc`, too (Linux since 2026). So it
-//!   hears of free room as soon as that is half of the smaller of the two buffers.
+//! - A guest may also limit what it sends by its own `buf_alloc` (Linux since 2026). So it is sent
+//!   a credit update as soon as half of the smaller of the two buffers has become free.
 //! - A guest may count memory for each packet that its program has not read (Linux since 6.12.92:
 //!   [`OVERHEAD`] bytes), and reset the connection or drop data beyond `buf_alloc`. So unread
 //!   packets are counted here, too, in groups ([`Unread`]).
 
 use std::collections::VecDeque;
 
-use super::packet::Header;
+use crate::packet::Header;
 
-/// The most bytes that are on their way to the guest, whatever it has room for: counters that wrap tell no more apart.
-const MAX_ON_THE_WAY: u32 = 1 << 30;
+/// Maximum number of unforwarded bytes to the guest, whatever its `buf_alloc`. Wrapping counters
+/// cannot distinguish much more.
+const MAX_IN_FLIGHT: u32 = 1 << 30;
 
-/// Memory that a packet takes in a guest besides its data, in bytes: `SKB_TRUESIZE(0)` of a 64-bit
+/// Memory in bytes that a packet takes in a guest besides its data: `SKB_TRUESIZE(0)` of a 64-bit
 /// Linux.
 const OVERHEAD: u32 = 576;
 
-/// Groups of unread packets.
+/// Maximum number of groups of unread packets.
 const GROUPS: u32 = 16;
 
-/// Packets that the guest was sent and has not handed on, as far as `fwd_cnt` tells: a group counts
-/// until all of it was.
+/// Packets that the guest was sent and has not forwarded, according to its `fwd_cnt`. All packets
+/// of a group count until all of its bytes were forwarded.
 #[derive(Debug, Clone, Default)]
 struct Unread {
-    /// For each group, in order: the number of bytes that were sent up to its end, and its packets.
+    /// For each group, in order: `tx_cnt` at its end, and its number of packets.
     groups: VecDeque<(u32, u32)>,
+    /// Packets in all groups.
     packets: u32,
 }
 
 impl Unread {
-    /// A packet was sent; `sent` counts its bytes, too. A group takes up to `most` packets.
+    /// Counts a packet. `sent` is `tx_cnt`, including its bytes. A group takes up to `most`
+    /// packets, but the last possible group takes any number.
     fn add(&mut self, sent: u32, most: u32) {
         let is_full = self.groups.len() == GROUPS as usize;
         match self.groups.back_mut() {
@@ -49,7 +54,7 @@ impl Unread {
         self.packets = self.packets.saturating_add(1);
     }
 
-    /// The guest handed on `forwarded` of the `sent` bytes.
+    /// The guest has forwarded `forwarded` of the `sent` bytes.
     fn forward(&mut self, sent: u32, forwarded: u32) {
         let left = sent.wrapping_sub(forwarded);
         while let Some(&(end, packets)) = self.groups.front()
@@ -61,150 +66,152 @@ impl Unread {
     }
 }
 
-/// How many bytes the guest may be sent now, by the number of packets that they come in.
+/// How many bytes may be sent to the guest now, depending on the number of packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Window {
-    /// Room for data, whatever it comes in.
-    payload: u32,
-    /// Memory that unread packets take besides their data.
+pub(crate) struct Window {
+    /// Free bytes of the guest's buffer, without overhead.
+    free: u32,
+    /// Overhead of all unread packets, in bytes.
     overhead: u32,
-    /// Memory that each further packet takes besides its data.
-    each: u32,
-    /// The guest has nothing unread: one packet may always be sent.
+    /// Overhead of each further packet, in bytes.
+    per_packet: u32,
+    /// The guest has no unread packet. Then overhead does not limit the next one.
     is_idle: bool,
 }
 
 impl Window {
-    /// Whether the guest has handed on all that it was sent.
-    pub(super) fn is_idle(&self) -> bool {
+    /// Whether the guest has forwarded everything that it was sent.
+    pub(crate) fn is_idle(&self) -> bool {
         self.is_idle
     }
 
-    /// Bytes that may be sent in so many packets, 1 or more.
-    pub(super) fn bytes(&self, packets: u32) -> u32 {
-        let overhead = self.overhead.saturating_add(packets.saturating_mul(self.each));
-        if self.is_idle && packets <= 1 { self.payload } else { self.payload.saturating_sub(overhead) }
+    /// Bytes that may be sent in this number of packets, at least 1.
+    pub(crate) fn bytes(&self, packets: u32) -> u32 {
+        let overhead = self.overhead.saturating_add(packets.saturating_mul(self.per_packet));
+        if self.is_idle && packets <= 1 { self.free } else { self.free.saturating_sub(overhead) }
     }
 }
 
-/// Both sides' accounts of one connection.
+/// The credit of both sides of one connection. The fields have Linux's names, from the device's
+/// point of view.
 #[derive(Debug, Clone)]
-pub(super) struct Credit {
-    /// What the guest was promised room for.
-    promised: u32,
-    /// What the guest sent.
-    received: u32,
-    /// How much of that was handed on.
-    forwarded: u32,
-    /// `forwarded` as the guest knows it.
-    told: u32,
-    /// What the guest has room for.
-    peer_room: u32,
-    /// How much of what it was sent the guest has handed on.
-    peer_forwarded: u32,
-    /// What the guest was sent.
-    sent: u32,
-    /// Packets of it that the guest has not handed on.
+pub(crate) struct Credit {
+    /// Size of the device's receive buffer.
+    buf_alloc: u32,
+    /// Bytes that the guest has sent.
+    rx_cnt: u32,
+    /// How many of them were forwarded to the host socket.
+    fwd_cnt: u32,
+    /// `fwd_cnt` in the last header to the guest.
+    last_fwd_cnt: u32,
+    /// Size of the guest's receive buffer, at most [`MAX_IN_FLIGHT`].
+    peer_buf_alloc: u32,
+    /// How many of the bytes that it was sent the guest has forwarded.
+    peer_fwd_cnt: u32,
+    /// Bytes that the guest was sent.
+    tx_cnt: u32,
+    /// Packets that the guest has not forwarded.
     unread: Unread,
 }
 
-/// The guest broke the rules of credit.
+/// The guest has violated the rules of credit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Violation;
+pub(crate) struct CreditViolation;
 
 impl Credit {
-    /// A new connection, of which nothing was sent yet. The guest has room for nothing until it says otherwise.
-    pub(super) fn new(promised: u32) -> Self {
+    /// The credit of a new connection. Nothing may be sent before the guest's first header.
+    pub(crate) fn new(buf_alloc: u32) -> Self {
         Credit {
-            promised,
-            received: 0,
-            forwarded: 0,
-            told: 0,
-            peer_room: 0,
-            peer_forwarded: 0,
-            sent: 0,
+            buf_alloc,
+            rx_cnt: 0,
+            fwd_cnt: 0,
+            last_fwd_cnt: 0,
+            peer_buf_alloc: 0,
+            peer_fwd_cnt: 0,
+            tx_cnt: 0,
             unread: Unread::default(),
         }
     }
 
-    /// What the guest was promised room for.
-    pub(super) fn promised(&self) -> u32 {
-        self.promised
+    /// Size of the device's receive buffer in bytes.
+    pub(crate) fn buf_alloc(&self) -> u32 {
+        self.buf_alloc
     }
 
-    /// Takes the guest's account from a header of its.
-    pub(super) fn learn(&mut self, header: &Header) -> Result<(), Violation> {
+    /// Takes over `buf_alloc` and `fwd_cnt` from a header of the guest.
+    pub(crate) fn update_peer(&mut self, header: &Header) -> Result<(), CreditViolation> {
         let forwarded = header.fwd_cnt.get();
-        if self.sent.wrapping_sub(forwarded) > u32::MAX / 2 {
-            return Err(Violation);
+        if self.tx_cnt.wrapping_sub(forwarded) > u32::MAX / 2 {
+            return Err(CreditViolation);
         }
-        self.peer_room = header.buf_alloc.get().min(MAX_ON_THE_WAY);
-        self.peer_forwarded = forwarded;
-        self.unread.forward(self.sent, forwarded);
+        self.peer_buf_alloc = header.buf_alloc.get().min(MAX_IN_FLIGHT);
+        self.peer_fwd_cnt = forwarded;
+        self.unread.forward(self.tx_cnt, forwarded);
         Ok(())
     }
 
-    /// How much data the guest has room for.
-    pub(super) fn payload(&self) -> u32 {
-        self.peer_room.saturating_sub(self.sent.wrapping_sub(self.peer_forwarded))
+    /// Free bytes of the guest's buffer, without packet overhead.
+    pub(crate) fn free(&self) -> u32 {
+        self.peer_buf_alloc.saturating_sub(self.tx_cnt.wrapping_sub(self.peer_fwd_cnt))
     }
 
-    /// How much the guest may be sent now.
-    pub(super) fn window(&self) -> Window {
-        // A guest that counts packets could take none at all in less memory than one.
-        let each = if self.peer_room < OVERHEAD { 0 } else { OVERHEAD };
+    /// How many bytes the guest may be sent now.
+    pub(crate) fn window(&self) -> Window {
+        // With a smaller buffer a guest that counts overhead could not take any packet.
+        let per_packet = if self.peer_buf_alloc < OVERHEAD { 0 } else { OVERHEAD };
         Window {
-            payload: self.payload(),
-            overhead: self.unread.packets.saturating_mul(each),
-            each,
+            free: self.free(),
+            overhead: self.unread.packets.saturating_mul(per_packet),
+            per_packet,
             is_idle: self.unread.packets == 0,
         }
     }
 
-    /// How much the guest may be sent now in one packet.
-    pub(super) fn sendable(&self) -> u32 {
+    /// Bytes that the guest may be sent now in one packet.
+    pub(crate) fn sendable(&self) -> u32 {
         self.window().bytes(1)
     }
 
-    /// The guest is sent a packet with that much data, which is not 0.
-    pub(super) fn send(&mut self, len: u32) {
-        self.sent = self.sent.wrapping_add(len);
-        self.unread.add(self.sent, (self.peer_room / OVERHEAD / GROUPS).max(1));
+    /// Counts a packet to the guest with `len` bytes of data, at least 1.
+    pub(crate) fn record_sent(&mut self, len: u32) {
+        self.tx_cnt = self.tx_cnt.wrapping_add(len);
+        self.unread.add(self.tx_cnt, (self.peer_buf_alloc / OVERHEAD / GROUPS).max(1));
     }
 
-    /// The guest sent that much.
-    pub(super) fn receive(&mut self, len: u32) -> Result<(), Violation> {
-        let held = self.received.wrapping_sub(self.forwarded);
-        if len > self.promised.saturating_sub(held) {
-            return Err(Violation);
+    /// Counts `len` bytes from the guest.
+    pub(crate) fn record_received(&mut self, len: u32) -> Result<(), CreditViolation> {
+        let held = self.rx_cnt.wrapping_sub(self.fwd_cnt);
+        if len > self.buf_alloc.saturating_sub(held) {
+            return Err(CreditViolation);
         }
-        self.received = self.received.wrapping_add(len);
+        self.rx_cnt = self.rx_cnt.wrapping_add(len);
         Ok(())
     }
 
-    /// That much of what the guest sent was handed on.
-    pub(super) fn forward(&mut self, len: u32) {
-        self.forwarded = self.forwarded.wrapping_add(len);
-        debug_assert!(self.received.wrapping_sub(self.forwarded) <= self.promised);
+    /// `len` of the bytes from the guest were forwarded to the host socket, or dropped.
+    pub(crate) fn record_forwarded(&mut self, len: u32) {
+        self.fwd_cnt = self.fwd_cnt.wrapping_add(len);
+        debug_assert!(self.rx_cnt.wrapping_sub(self.fwd_cnt) <= self.buf_alloc);
     }
 
-    /// Whether the guest should hear what was handed on: it believes that half of its room is taken
-    /// which is free. Its room is the smaller of what it was promised and its own `buf_alloc`.
+    /// Whether the guest should be sent a credit update: at least half of its window has become
+    /// free since the last header. The window is the smaller of the two sides' `buf_alloc`.
     ///
-    /// In the middle of a message, which can be handed on only when it is whole, it hears of less once it believes that half is taken: it may
-    /// have no room left for the end of the message.
-    pub(super) fn is_update_due(&self, mid_message: bool) -> bool {
-        let news = self.forwarded.wrapping_sub(self.told);
-        let taken = self.received.wrapping_sub(self.told);
-        let half = (self.promised.min(self.peer_room) / 2).max(1);
-        news >= half || (mid_message && news > 0 && taken >= half)
+    /// In the middle of a message any free byte is reported once the guest counts half of the
+    /// window as used. A message is forwarded only when it is complete, so otherwise the guest
+    /// could be left without credit for the end of the message.
+    pub(crate) fn is_update_due(&self, mid_message: bool) -> bool {
+        let freed = self.fwd_cnt.wrapping_sub(self.last_fwd_cnt);
+        let used = self.rx_cnt.wrapping_sub(self.last_fwd_cnt);
+        let half = (self.buf_alloc.min(self.peer_buf_alloc) / 2).max(1);
+        freed >= half || (mid_message && freed > 0 && used >= half)
     }
 
-    /// Fills in a header that goes to the guest.
-    pub(super) fn tell(&mut self, header: &mut Header) {
-        header.buf_alloc = self.promised.into();
-        header.fwd_cnt = self.forwarded.into();
-        self.told = self.forwarded;
+    /// Sets `buf_alloc` and `fwd_cnt` of a header to the guest.
+    pub(crate) fn fill_header(&mut self, header: &mut Header) {
+        header.buf_alloc = self.buf_alloc.into();
+        header.fwd_cnt = self.fwd_cnt.into();
+        self.last_fwd_cnt = self.fwd_cnt;
     }
 }
 
@@ -214,160 +221,161 @@ mod tests {
 
     use super::*;
 
-    fn says(room: u32, forwarded: u32) -> Header {
-        Header { buf_alloc: room.into(), fwd_cnt: forwarded.into(), ..Header::default() }
+    fn peer(buf_alloc: u32, fwd_cnt: u32) -> Header {
+        Header { buf_alloc: buf_alloc.into(), fwd_cnt: fwd_cnt.into(), ..Header::default() }
     }
 
     #[test]
-    fn nothing_is_sent_before_the_guest_has_room() {
+    fn nothing_is_sent_without_credit() {
         let mut credit = Credit::new(100);
         assert_eq!(credit.sendable(), 0);
-        credit.learn(&says(10, 0)).unwrap();
-        assert_eq!((credit.payload(), credit.sendable()), (10, 10));
-        credit.send(10);
-        assert_eq!((credit.payload(), credit.sendable()), (0, 0));
-        credit.learn(&says(10, 4)).unwrap();
-        assert_eq!(credit.payload(), 4);
-        credit.learn(&says(5, 4)).unwrap();
-        assert_eq!(credit.payload(), 0, "room that shrinks below what is on its way is no room");
+        credit.update_peer(&peer(10, 0)).unwrap();
+        assert_eq!((credit.free(), credit.sendable()), (10, 10));
+        credit.record_sent(10);
+        assert_eq!((credit.free(), credit.sendable()), (0, 0));
+        credit.update_peer(&peer(10, 4)).unwrap();
+        assert_eq!(credit.free(), 4);
+        credit.update_peer(&peer(5, 4)).unwrap();
+        assert_eq!(credit.free(), 0, "a buffer smaller than what is in flight is full");
     }
 
     #[test]
-    fn handing_on_what_was_never_sent_is_a_violation() {
+    fn forwarding_unsent_bytes_is_a_violation() {
         let mut credit = Credit::new(100);
-        credit.learn(&says(10, 0)).unwrap();
-        credit.send(3);
-        assert_eq!(credit.learn(&says(10, 4)), Err(Violation));
-        assert_eq!(credit.learn(&says(10, 3)), Ok(()));
+        credit.update_peer(&peer(10, 0)).unwrap();
+        credit.record_sent(3);
+        assert_eq!(credit.update_peer(&peer(10, 4)), Err(CreditViolation));
+        assert_eq!(credit.update_peer(&peer(10, 3)), Ok(()));
     }
 
     #[test]
-    fn a_guest_may_have_more_room_than_counters_can_tell() {
+    fn a_buffer_beyond_the_counters_range_is_capped() {
         let mut credit = Credit::new(100);
-        credit.learn(&says(u32::MAX, 0)).unwrap();
-        while credit.payload() > 0 {
-            credit.send(credit.payload().min(1 << 20));
+        credit.update_peer(&peer(u32::MAX, 0)).unwrap();
+        while credit.free() > 0 {
+            credit.record_sent(credit.free().min(1 << 20));
         }
-        assert_eq!(credit.sent, MAX_ON_THE_WAY);
-        assert_eq!(credit.learn(&says(u32::MAX, 0)), Ok(()), "what it has not read yet is no violation");
-        assert_eq!(credit.learn(&says(u32::MAX, 5)), Ok(()));
-        assert_eq!(credit.payload(), 5);
-        assert_eq!(credit.learn(&says(u32::MAX, MAX_ON_THE_WAY + 1)), Err(Violation));
+        assert_eq!(credit.tx_cnt, MAX_IN_FLIGHT);
+        assert_eq!(credit.update_peer(&peer(u32::MAX, 0)), Ok(()), "unread data is no violation");
+        assert_eq!(credit.update_peer(&peer(u32::MAX, 5)), Ok(()));
+        assert_eq!(credit.free(), 5);
+        assert_eq!(credit.update_peer(&peer(u32::MAX, MAX_IN_FLIGHT + 1)), Err(CreditViolation));
     }
 
     #[test]
-    fn small_unread_packets_use_up_the_guests_memory() {
+    fn small_unread_packets_use_up_credit() {
         let mut credit = Credit::new(100);
-        credit.learn(&says(256 << 10, 0)).unwrap();
+        credit.update_peer(&peer(256 << 10, 0)).unwrap();
         let mut packets = 0;
         while credit.sendable() >= 8 {
-            credit.send(8);
+            credit.record_sent(8);
             packets += 1;
-            // What the strictest Linux asks for.
+            // The limit of the strictest Linux.
             assert!(packets * (OVERHEAD + 8) <= 256 << 10, "{packets}");
         }
         assert!(packets >= 440, "{packets}");
-        assert!(credit.payload() > 200 << 10);
-        // Half of them were read: about as many more may be sent.
-        credit.learn(&says(256 << 10, packets / 2 * 8)).unwrap();
+        assert!(credit.free() > 200 << 10);
+        // Half of them were read: about that many more may be sent.
+        credit.update_peer(&peer(256 << 10, packets / 2 * 8)).unwrap();
         let mut more = 0;
         while credit.sendable() >= 8 {
-            credit.send(8);
+            credit.record_sent(8);
             more += 1;
         }
         assert!((packets / 2 - packets / GROUPS - 1..=packets / 2 + 1).contains(&more), "{more}");
-        credit.learn(&says(256 << 10, credit.sent)).unwrap();
+        credit.update_peer(&peer(256 << 10, credit.tx_cnt)).unwrap();
         assert_eq!(credit.unread.packets, 0);
     }
 
     #[test]
     fn a_guest_with_a_tiny_buffer_gets_one_packet_at_a_time() {
         let mut credit = Credit::new(100);
-        credit.learn(&says(1000, 0)).unwrap();
+        credit.update_peer(&peer(1000, 0)).unwrap();
         for sent in [500, 1000, 1500] {
             assert_eq!(credit.sendable(), 1000);
-            credit.send(500);
+            credit.record_sent(500);
             assert_eq!(credit.sendable(), 0);
-            credit.learn(&says(1000, sent)).unwrap();
+            credit.update_peer(&peer(1000, sent)).unwrap();
         }
     }
 
     #[test]
-    fn more_than_was_promised_is_a_violation() {
+    fn more_than_buf_alloc_is_a_violation() {
         let mut credit = Credit::new(100);
-        credit.receive(60).unwrap();
-        assert_eq!(credit.receive(41), Err(Violation));
-        assert_eq!(credit.receive(u32::MAX), Err(Violation));
-        credit.receive(40).unwrap();
-        assert_eq!(credit.receive(1), Err(Violation));
-        credit.forward(1);
-        credit.receive(1).unwrap();
+        credit.record_received(60).unwrap();
+        assert_eq!(credit.record_received(41), Err(CreditViolation));
+        assert_eq!(credit.record_received(u32::MAX), Err(CreditViolation));
+        credit.record_received(40).unwrap();
+        assert_eq!(credit.record_received(1), Err(CreditViolation));
+        credit.record_forwarded(1);
+        credit.record_received(1).unwrap();
     }
 
     #[test]
-    fn the_guest_hears_of_room_once_half_of_it_is_news() {
+    fn an_update_is_due_when_half_the_window_is_freed() {
         let mut credit = Credit::new(100);
-        credit.learn(&says(1000, 0)).unwrap();
-        credit.receive(80).unwrap();
-        credit.forward(49);
+        credit.update_peer(&peer(1000, 0)).unwrap();
+        credit.record_received(80).unwrap();
+        credit.record_forwarded(49);
         assert!(!credit.is_update_due(false));
-        credit.forward(1);
+        credit.record_forwarded(1);
         assert!(credit.is_update_due(false));
         let mut header = Header::default();
-        credit.tell(&mut header);
+        credit.fill_header(&mut header);
         assert_eq!((header.buf_alloc.get(), header.fwd_cnt.get()), (100, 50));
         assert!(!credit.is_update_due(false));
     }
 
     #[test]
-    fn in_the_middle_of_a_message_the_guest_hears_of_any_room_before_it_has_none() {
+    fn mid_message_any_freed_byte_is_reported() {
         let mut credit = Credit::new(100);
-        credit.learn(&says(1000, 0)).unwrap();
-        credit.receive(30).unwrap();
-        credit.forward(1);
-        assert!(!credit.is_update_due(true), "there is plenty left");
-        credit.receive(70).unwrap();
+        credit.update_peer(&peer(1000, 0)).unwrap();
+        credit.record_received(30).unwrap();
+        credit.record_forwarded(1);
+        assert!(!credit.is_update_due(true), "half the window is left");
+        credit.record_received(70).unwrap();
         assert!(credit.is_update_due(true) && !credit.is_update_due(false));
-        credit.tell(&mut Header::default());
-        assert!(!credit.is_update_due(true), "it has heard that");
+        credit.fill_header(&mut Header::default());
+        assert!(!credit.is_update_due(true), "it was reported");
     }
 
     proptest! {
-        /// Two sides that keep to what they know of each other, with counters that begin anywhere, never violate and never
-        /// get stuck. The guest sends no more than its own buffer holds, as Linux does.
+        /// Two sides that keep to each other's credit never violate it and never get stuck.
+        /// Counters start anywhere. The guest sends no more than its own buffer holds, as Linux
+        /// does.
         #[test]
         fn two_honest_sides_never_violate_and_never_stall(
             start: u32,
-            promised in 1u32..=1 << 18,
+            buf_alloc in 1u32..=1 << 18,
             own in prop_oneof![1u32..=1 << 18, Just(u32::MAX)],
             steps in prop::collection::vec((any::<u16>(), any::<u16>()), 1..200),
         ) {
             let mut credit = Credit {
-                received: start, forwarded: start, told: start, ..Credit::new(promised)
+                rx_cnt: start, fwd_cnt: start, last_fwd_cnt: start, ..Credit::new(buf_alloc)
             };
-            credit.learn(&says(own, 0)).unwrap();
-            let room = promised.min(own);
-            // The guest's side: what it sent, and what it knows.
+            credit.update_peer(&peer(own, 0)).unwrap();
+            let window = buf_alloc.min(own);
+            // The guest's side: `tx_cnt`, and the last `fwd_cnt` that it was sent.
             let (mut sent, mut known) = (start, start);
             for (send, forward) in steps {
-                let free = room - sent.wrapping_sub(known);
+                let free = window - sent.wrapping_sub(known);
                 let len = free.min(u32::from(send));
                 sent = sent.wrapping_add(len);
-                prop_assert_eq!(credit.receive(len), Ok(()));
-                let held = credit.received.wrapping_sub(credit.forwarded);
-                credit.forward(held.min(u32::from(forward)));
+                prop_assert_eq!(credit.record_received(len), Ok(()));
+                let held = credit.rx_cnt.wrapping_sub(credit.fwd_cnt);
+                credit.record_forwarded(held.min(u32::from(forward)));
                 if credit.is_update_due(false) {
                     let mut header = Header::default();
-                    credit.tell(&mut header);
+                    credit.fill_header(&mut header);
                     known = header.fwd_cnt.get();
                 }
             }
-            let held = credit.received.wrapping_sub(credit.forwarded);
-            credit.forward(held);
+            let held = credit.rx_cnt.wrapping_sub(credit.fwd_cnt);
+            credit.record_forwarded(held);
             if credit.is_update_due(false) {
-                known = credit.forwarded;
+                known = credit.fwd_cnt;
             }
-            prop_assert!(room - sent.wrapping_sub(known) > 0, "everything was handed on and the guest has no room");
+            prop_assert!(window - sent.wrapping_sub(known) > 0, "everything was forwarded and the guest has no credit");
         }
     }
 }

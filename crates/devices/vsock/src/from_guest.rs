@@ -1,73 +1,68 @@
-//! What packets of the guest do to connections.
+//! Packets from the guest: what they do to connections.
+
+use std::os::fd::AsFd;
 
 use memory::GuestRam;
+use memory::iovec::{Access, GuestIoVec};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, Shutdown, send};
-
-use super::connection::{Connection, Key, Owed, State, Written};
-use super::guest_io::Segments;
-use super::packet::{
-    END_OF_MESSAGE, HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind,
-};
-use super::switch::{Reset, Switch, reset_of};
-use super::table::Slot;
+use rustix::net::Shutdown;
 use virtio::queue::{Buffers, QueueError};
 use virtio::worker::{Context, Nanos};
 
-const MS: Nanos = 1_000_000;
-/// How long a host server may take for a connection of the guest.
-const DIAL_PATIENCE: Nanos = 5_000 * MS;
-/// A host server that has no time is tried again after that.
-const DIAL_AGAIN: Nanos = 10 * MS;
-/// How often servers are tried again in one go.
-const DIALS: usize = 64;
-/// How long the host may take for what the guest sent before it was done.
-const LINGER_PATIENCE: Nanos = 60_000 * MS;
+use crate::connection::{Connection, Key, PendingPackets, RxMessage, State, WriteOutcome};
+use crate::guest_io;
+use crate::muxer::{MS, Muxer, reset_of};
+use crate::packet::{
+    END_OF_MESSAGE, HOST_CID, Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKind,
+};
+use crate::table::Slot;
 
-impl Switch {
-    /// Handles a packet of the guest; `data` is as long as the header says.
-    pub(super) fn packet(
+/// How long the host may take to read data that the guest sent before it ended the connection.
+const LINGER_TIMEOUT: Nanos = 60_000 * MS;
+
+impl Muxer {
+    /// Handles a packet of the guest. `data` has the length that the header says.
+    pub(crate) fn handle_packet(
         &mut self,
         cx: &mut Context<'_>,
         header: &Header,
         data: &Buffers<'_>,
     ) -> Result<(), QueueError> {
-        // Until the driver has handled a reset it may have the CID of before, and so does what it
-        // accepts.
-        let former = self.is_reset_pending && Op::of(header.op.get()) != Some(Op::Request);
-        if header.src_cid.get() != self.guest_cid && !former {
-            // Nobody would take the answer.
+        // Until the driver has handled a transport reset it may use its former CID, except for new
+        // connections.
+        let may_be_former = self.is_reset_pending && Op::of(header.op.get()) != Some(Op::Request);
+        if header.src_cid.get() != self.guest_cid && !may_be_former {
+            // A reset would not reach the sender.
             self.shared.stats.malformed_count.add(1);
             return Ok(());
         }
-        match self.signal(cx, header) {
-            Some(slot) => self.data(cx, slot, data, header.flags.get()),
+        match self.handle_header(cx, header) {
+            Some(slot) => self.handle_data(cx, slot, data, header.flags.get()),
             None => Ok(()),
         }
     }
 
-    /// Does what a packet's header says. The connection, if the packet is data for one that is open.
-    fn signal(&mut self, cx: &mut Context<'_>, header: &Header) -> Option<Slot> {
+    /// Handles a packet's header. Returns the connection if the packet is data that it can take.
+    fn handle_header(&mut self, cx: &mut Context<'_>, header: &Header) -> Option<Slot> {
         let op = Op::of(header.op.get());
-        let kind = SocketKind::of(header.kind.get())
-            .filter(|&kind| kind == SocketKind::Stream || self.with_messages);
+        let kind =
+            SocketKind::of(header.kind.get()).filter(|&kind| kind == SocketKind::Stream || self.seqpacket);
         let key = Key { host_port: header.dst_port.get(), guest_port: header.src_port.get() };
         let (Some(op), Some(kind), HOST_CID) = (op, kind, header.dst_cid.get()) else {
-            self.refuse(header);
+            self.reply_reset(header);
             return None;
         };
         if op == Op::Request {
-            self.request(cx, header, key, kind);
+            self.handle_request(cx, header, key, kind);
             return None;
         }
         let found = self.table.find(key);
         let found = found.filter(|&slot| self.table.get(slot).is_some_and(|c| c.kind == kind));
         let Some((slot, connection)) = found.and_then(|slot| Some((slot, self.table.get(slot)?))) else {
-            // The event ends a connection from before the reset, with an error. A reset of it here
-            // would look like an orderly end to a program that reads, should the driver handle it
-            // first.
+            // The transport reset ends a connection from before it, with an error. If the driver
+            // handled a reset packet first, a program that reads would see an orderly end.
             if !self.is_reset_pending {
-                self.refuse(header);
+                self.reply_reset(header);
             }
             return None;
         };
@@ -75,39 +70,40 @@ impl Switch {
             self.reset_by_guest(cx, slot);
             return None;
         }
-        if connection.credit.learn(header).is_err() {
+        if connection.credit.update_peer(header).is_err() {
             self.kill(cx, slot);
             return None;
         }
         let state = connection.state;
-        if state == State::Open && connection.asked > 0 && connection.sendable() > 0 {
-            connection.asked = 0;
+        if state == State::Established && connection.credit_requests > 0 && connection.sendable() > 0 {
+            connection.credit_requests = 0;
             self.table.set_deadline(slot, None);
         }
         let connection = self.table.get(slot)?;
         match (op, state) {
-            (Op::Rw, State::Open | State::Held) => return Some(slot),
-            (Op::Response, State::Requested) => self.taken(cx, slot),
-            (Op::CreditRequest, State::Open | State::Held) => connection.owed.credit_update = true,
+            (Op::Rw, State::Established | State::Held) => return Some(slot),
+            (Op::Response, State::Requested) => self.accepted_by_guest(cx, slot),
+            (Op::CreditRequest, State::Established | State::Held) => connection.pending.credit_update = true,
             (Op::Shutdown, State::Held) => {
-                // The guest ended it by itself: no reset will.
-                self.opened(cx, slot);
+                // The guest itself ends it, so the transport reset does not have to.
+                self.establish(cx, slot);
                 self.shutdown_by_guest(cx, slot, header.flags.get());
             }
-            (Op::Shutdown, State::Open | State::Requested | State::Closing) => {
+            (Op::Shutdown, State::Established | State::Requested | State::Closing) => {
                 self.shutdown_by_guest(cx, slot, header.flags.get());
             }
-            // Its header said all; or it was sent before the guest heard that the host is done.
-            (Op::CreditUpdate, State::Open | State::Held)
+            // The first needs no more than its header, which was handled. The others may have been
+            // sent before the guest received the shutdown.
+            (Op::CreditUpdate, State::Established | State::Held)
             | (Op::Rw | Op::CreditUpdate | Op::CreditRequest, State::Closing) => {}
             _ => self.kill(cx, slot),
         }
-        self.queue(cx, slot);
+        self.schedule(cx, slot);
         None
     }
 
-    /// A packet that is shorter than its header says: the connection, if there is one, cannot be trusted any more.
-    pub(super) fn broken_packet(&mut self, cx: &mut Context<'_>, header: &Header) {
+    /// Handles a packet that is shorter than its header says: resets the connection that it names.
+    pub(crate) fn handle_truncated_packet(&mut self, cx: &mut Context<'_>, header: &Header) {
         let key = Key { host_port: header.dst_port.get(), guest_port: header.src_port.get() };
         let is_ours = header.src_cid.get() == self.guest_cid && header.dst_cid.get() == HOST_CID;
         if let Some(slot) = self.table.find(key).filter(|_| is_ours) {
@@ -115,160 +111,8 @@ impl Switch {
         }
     }
 
-    /// Answers a packet to something that does not exist. Resets are not answered.
-    fn refuse(&mut self, header: &Header) {
-        if header.op.get() != Op::Rst as u16 {
-            self.owe_reset(Reset {
-                src_cid: header.dst_cid.get(),
-                key: Key { host_port: header.dst_port.get(), guest_port: header.src_port.get() },
-                kind: header.kind.get(),
-            });
-        }
-    }
-
-    /// The guest wants to connect to the host.
-    fn request(&mut self, cx: &mut Context<'_>, header: &Header, key: Key, kind: SocketKind) {
-        if let Some(slot) = self.table.find(key) {
-            // It has forgotten the connection that it had.
-            return self.kill(cx, slot);
-        }
-        let Some(slot) = self.table.add(kind, State::Dialing) else {
-            self.shared.stats.conns_refused.add(1);
-            return self.refuse(header);
-        };
-        self.shared.stats.conns_added.add(1);
-        self.table.set_key(slot, key);
-        if let Some(connection) = self.table.get(slot)
-            && connection.credit.learn(header).is_err()
-        {
-            return self.kill(cx, slot);
-        }
-        // Who waits already comes first.
-        if self.table.first_waiting((key.host_port, kind)).is_some() || !self.dial(cx, slot) {
-            self.table.wait(slot);
-            let now = cx.now();
-            self.table.set_deadline(slot, Some(now.saturating_add(DIAL_PATIENCE)));
-            self.dial_at = self.dial_at.or(Some(now.saturating_add(DIAL_AGAIN)));
-        }
-    }
-
-    /// Tries servers again that had no time: for each of them, those that wait in their order, until it has none again.
-    pub(super) fn dial_again(&mut self, cx: &mut Context<'_>) {
-        let mut left = DIALS;
-        for _ in 0..self.table.servers() {
-            // Where there are many, each has its turn.
-            let Some(server) = self.table.server_after(self.dialed).filter(|_| left > 0) else { break };
-            self.dialed = Some(server);
-            while left > 0
-                && let Some(slot) = self.table.first_waiting(server)
-            {
-                left -= 1;
-                if !self.dial(cx, slot) {
-                    break;
-                }
-            }
-        }
-        let again = cx.now().saturating_add(DIAL_AGAIN);
-        self.dial_at = (self.table.servers() > 0).then_some(again);
-    }
-
-    /// Tries to reach whoever serves the port that the guest wants. False if they have no time for it.
-    fn dial(&mut self, cx: &mut Context<'_>, slot: Slot) -> bool {
-        let Some(connection) = self.table.get(slot) else { return true };
-        let Some((port, kind)) = connection.server() else { return true };
-        match self.sockets.dial(port, kind) {
-            Ok(socket) if self.is_affordable(&socket) => {
-                if self.adopt(cx, slot, socket) {
-                    self.table.stop_waiting(slot);
-                    self.table.set_deadline(slot, None);
-                    if let Some(connection) = self.table.get(slot) {
-                        connection.state = State::Open;
-                        connection.owed.response = true;
-                        connection.readable = true;
-                    }
-                    self.table.queue(slot);
-                } else {
-                    self.kill(cx, slot);
-                }
-            }
-            Err(Errno::AGAIN) => return false,
-            _ => self.turn_down(cx, slot),
-        }
-        true
-    }
-
-    /// The guest took a host client's connection.
-    fn taken(&mut self, cx: &mut Context<'_>, slot: Slot) {
-        if !self.is_reset_pending {
-            return self.opened(cx, slot);
-        }
-        self.table.set_deadline(slot, None);
-        if let Some(connection) = self.table.get(slot) {
-            connection.state = State::Held;
-        }
-    }
-
-    /// The guest has handled the reset of all connections. Those that it took before that may have
-    /// ended with it: they are asked for again. Their clients have not been answered, and what they
-    /// sent is still in their sockets.
-    pub(super) fn ask_again(&mut self, cx: &mut Context<'_>) {
-        for slot in self.held() {
-            self.forget_attempt(slot);
-            let port = self.table.get(slot).and_then(|connection| connection.key).map(|key| key.guest_port);
-            self.table.forget_key(slot);
-            if let Some(port) = port {
-                self.ask(cx, slot, port);
-            }
-        }
-    }
-
-    /// The guest has not handled the reset for too long: connections that it took are as good as
-    /// any.
-    pub(super) fn open_held(&mut self, cx: &mut Context<'_>) {
-        for slot in self.held() {
-            self.opened(cx, slot);
-            self.queue(cx, slot);
-        }
-    }
-
-    fn held(&mut self) -> Vec<Slot> {
-        let mut slots = self.table.all();
-        slots.retain(|&slot| self.table.get(slot).is_some_and(|connection| connection.state == State::Held));
-        slots
-    }
-
-    /// Ends the guest's side of a connection that it took, if it still has it, and what was kept of
-    /// it.
-    fn forget_attempt(&mut self, slot: Slot) {
-        if let Some(connection) = self.table.get(slot) {
-            let reset = reset_of(connection);
-            connection.begin_again();
-            self.owe_reset(reset);
-        }
-    }
-
-    /// A host client is answered: it is connected.
-    fn opened(&mut self, cx: &mut Context<'_>, slot: Slot) {
-        self.table.set_deadline(slot, None);
-        let Some(connection) = self.table.get(slot) else { return };
-        connection.state = State::Open;
-        connection.readable = true;
-        let (Some(key), Some(socket)) = (connection.key, &connection.socket) else { return };
-        let answer = format!("OK {}\n", key.host_port);
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        // Nothing was written to the socket so far: it has room.
-        if send(socket, answer.as_bytes(), flags) != Ok(answer.len()) {
-            return self.kill(cx, slot);
-        }
-        // What the guest sent while it was held.
-        if !connection.is_flushed() {
-            let written = connection.flush();
-            self.written(cx, slot, written);
-        }
-    }
-
-    /// The guest sends data.
-    fn data(
+    /// Handles data of the guest.
+    fn handle_data(
         &mut self,
         cx: &mut Context<'_>,
         slot: Slot,
@@ -276,7 +120,7 @@ impl Switch {
         flags: u32,
     ) -> Result<(), QueueError> {
         let Some(connection) = self.table.get(slot) else { return Ok(()) };
-        if connection.guest_done || connection.credit.receive(data.len()).is_err() {
+        if connection.guest_send_shut || connection.credit.record_received(data.len()).is_err() {
             self.kill(cx, slot);
             return Ok(());
         }
@@ -284,71 +128,75 @@ impl Switch {
         if connection.state == State::Held {
             copy(&mut self.scratch, &self.ram, data)?;
             match connection.kind {
-                SocketKind::Stream => connection.keep(&self.scratch),
-                SocketKind::SeqPacket => connection.keep_message(&self.scratch, flags & END_OF_MESSAGE != 0),
+                SocketKind::Stream => connection.buffer(&self.scratch),
+                SocketKind::SeqPacket => {
+                    connection.buffer_message(&self.scratch, flags & END_OF_MESSAGE != 0);
+                }
             }
             return Ok(());
         }
         let written = match connection.kind {
-            _ if connection.host_deaf => {
-                connection.credit.forward(data.len());
-                Written::Deaf
+            _ if connection.host_recv_shut => {
+                connection.credit.record_forwarded(data.len());
+                WriteOutcome::PeerClosed
             }
-            SocketKind::Stream => stream(connection, &mut self.segments, &mut self.scratch, &self.ram, data)?,
+            SocketKind::Stream => {
+                write_stream(connection, &mut self.iovec, &mut self.scratch, &self.ram, data)?
+            }
             SocketKind::SeqPacket => {
                 copy(&mut self.scratch, &self.ram, data)?;
-                connection.keep_message(&self.scratch, flags & END_OF_MESSAGE != 0);
-                if connection.blocked { Written::Bytes(0) } else { connection.flush() }
+                connection.buffer_message(&self.scratch, flags & END_OF_MESSAGE != 0);
+                if connection.blocked { WriteOutcome::Bytes(0) } else { connection.flush() }
             }
         };
         self.written(cx, slot, written);
-        self.queue(cx, slot);
+        self.schedule(cx, slot);
         Ok(())
     }
 
-    /// The guest ends one or both directions.
+    /// The guest ends one or both directions of a connection.
     fn shutdown_by_guest(&mut self, cx: &mut Context<'_>, slot: Slot, flags: u32) {
         let Some(connection) = self.table.get(slot) else { return };
         if flags & SHUTDOWN_SEND != 0 {
-            connection.end_of_guest();
+            connection.shut_guest_send();
         }
-        connection.guest_deaf |= flags & SHUTDOWN_RECEIVE != 0;
-        if connection.guest_done && connection.guest_deaf {
+        connection.guest_recv_shut |= flags & SHUTDOWN_RECEIVE != 0;
+        if connection.guest_send_shut && connection.guest_recv_shut {
             let reset = reset_of(connection);
-            self.owe_reset(reset);
+            self.queue_reset(reset);
             return self.linger(cx, slot);
         }
         if flags & SHUTDOWN_BOTH != 0 && connection.state == State::Requested {
             return self.kill(cx, slot);
         }
-        if connection.guest_done && connection.is_flushed() {
+        if connection.guest_send_shut && connection.is_flushed() {
             connection.shut(Shutdown::Write);
         }
-        if connection.guest_deaf {
+        if connection.guest_recv_shut {
             connection.shut(Shutdown::Read);
-            connection.to_guest = (Vec::new(), 0);
-            connection.settle();
+            connection.rx_message = RxMessage::default();
+            connection.close_if_peer_gone();
         }
     }
 
-    /// The guest has no such connection (any more).
+    /// The guest has reset a connection.
     fn reset_by_guest(&mut self, cx: &mut Context<'_>, slot: Slot) {
         match self.table.get(slot) {
-            // It ended its direction in good order before.
-            Some(connection) if connection.guest_done => self.linger(cx, slot),
+            // It shut down its sending side before, so all of its data is still wanted.
+            Some(connection) if connection.guest_send_shut => self.linger(cx, slot),
             _ => self.remove(cx, slot),
         }
     }
 
-    /// The guest is done with a connection; what it sent still goes to the host.
+    /// The guest is done with a connection. The data that it has sent is still written to the host.
     fn linger(&mut self, cx: &mut Context<'_>, slot: Slot) {
         self.table.forget_key(slot);
-        let deadline = cx.now().saturating_add(LINGER_PATIENCE);
+        let deadline = cx.now().saturating_add(LINGER_TIMEOUT);
         match self.table.get(slot) {
             Some(connection) if !connection.is_flushed() && connection.socket.is_some() => {
                 connection.state = State::Lingering;
-                connection.owed = Owed::default();
-                connection.to_guest = (Vec::new(), 0);
+                connection.pending = PendingPackets::default();
+                connection.rx_message = RxMessage::default();
                 self.table.set_deadline(slot, Some(deadline));
             }
             _ => self.remove(cx, slot),
@@ -356,38 +204,39 @@ impl Switch {
     }
 }
 
-/// Writes a packet's data to a stream, straight from guest memory; keeps what the socket does not take.
-fn stream(
+/// Writes a packet's data to a stream socket, directly from guest memory. Buffers what the socket
+/// does not take.
+fn write_stream(
     connection: &mut Connection,
-    segments: &mut Segments,
+    iovec: &mut GuestIoVec,
     scratch: &mut Vec<u8>,
     ram: &GuestRam,
     data: &Buffers<'_>,
-) -> Result<Written, QueueError> {
+) -> Result<WriteOutcome, QueueError> {
     let mut sent = 0;
     if connection.is_flushed() && !data.is_empty() {
-        segments.clear();
-        segments.push(data, data.len())?;
-        let Some(socket) = &connection.socket else { return Ok(Written::Failed) };
-        match segments.send(socket) {
-            Ok(taken) => sent = taken,
+        iovec.clear();
+        guest_io::push(iovec, ram, data, data.len(), Access::Read)?;
+        let Some(socket) = &connection.socket else { return Ok(WriteOutcome::Failed) };
+        match iovec.send(socket.as_fd()) {
+            Ok(taken) => sent = taken as u32,
             Err(Errno::AGAIN) => {}
             Err(Errno::PIPE) => {
-                connection.credit.forward(data.len());
-                return Ok(connection.deafen());
+                connection.credit.record_forwarded(data.len());
+                return Ok(connection.shut_host_recv());
             }
-            Err(_) => return Ok(Written::Failed),
+            Err(_) => return Ok(WriteOutcome::Failed),
         }
-        connection.credit.forward(sent);
+        connection.credit.record_forwarded(sent);
     }
     if let Some((_, rest)) = data.split_at(sent).filter(|(_, rest)| !rest.is_empty()) {
         copy(scratch, ram, &rest)?;
-        connection.keep(scratch);
+        connection.buffer(scratch);
     }
-    Ok(Written::Bytes(sent))
+    Ok(WriteOutcome::Bytes(sent))
 }
 
-/// Copies a packet's data to `scratch`. It is no more than the guest has credit for.
+/// Copies a packet's data to `scratch`. Its length is bounded by the guest's credit.
 fn copy(scratch: &mut Vec<u8>, ram: &GuestRam, data: &Buffers<'_>) -> Result<(), QueueError> {
     scratch.clear();
     scratch.resize(data.len() as usize, 0);

@@ -1,30 +1,33 @@
-//! Entry point of the fuzz target: a hostile guest on the socket device, and a hostile host.
+//! Entry point of the fuzz target: a hostile guest and a hostile host on the socket device.
 
-use crate::{Vsock, VsockState};
 use std::fs;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use virtio::fuzz::{BASE, DATA, Input, MAX_ACTS, SIZE, common_act, new_guest};
-
-use vm_memory::{Bytes, GuestAddress};
-use zerocopy::IntoBytes;
 
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
     send, shutdown, socket_with,
 };
-
-use super::packet::{HOST_CID, Header};
-use super::{HostSockets, Listener, SocketFile, SocketKind};
+use virtio::fuzz::{BASE, DATA, Input, MAX_ACTS, SIZE, common_act, new_guest};
 use virtio::testing::{DriverQueue, Guest, Kind, RUNNING, TestWorker};
+use vm_memory::{Bytes, GuestAddress};
+use zerocopy::IntoBytes;
 
-/// The ports that are served on the host: one with streams, the other with messages.
+use crate::device::Vsock;
+use crate::host_sockets::HostSockets;
+use crate::listener::Listener;
+use crate::packet::{HOST_CID, Header, SocketKind};
+use socket_file::SocketFile;
+use crate::state::VsockState;
+
+/// The ports that host servers listen on, with their socket types.
 const SERVED: [(u32, SocketKind); 2] = [(1, SocketKind::Stream), (2, SocketKind::SeqPacket)];
 const CLIENTS: usize = 8;
 
-/// The host: a directory with the device's sockets and a server of each kind, and the programs' ends of connections.
+/// The host: a directory with the device's sockets and one server of each type, and the sockets of
+/// its programs.
 pub(crate) struct Host {
     dir: PathBuf,
     servers: Vec<Listener>,
@@ -33,11 +36,11 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// A host, and the sockets of its device. There is one at a time on each thread.
+    /// A host, and the sockets for its device. A thread may have only one at a time.
     pub(crate) fn new() -> (Host, HostSockets) {
         let thread = format!("{:?}", std::thread::current().id());
         let dir = std::env::temp_dir().join(format!("vesta-fuzz-{}-{thread}", std::process::id()));
-        fs::create_dir(&dir).expect("a directory can be made");
+        fs::create_dir(&dir).expect("a directory can be created");
         let bind = |name: &str, kind| Listener::bind(&dir.join(name), kind).expect("a socket can be made");
         let (stream, stream_file) = bind("v", SocketKind::Stream);
         let (messages, messages_file) = bind("m", SocketKind::SeqPacket);
@@ -49,7 +52,7 @@ impl Host {
         (host, HostSockets { listeners: vec![stream, messages], path: Some(path) })
     }
 
-    /// Something that a program on the host does.
+    /// Does one thing that a program on the host may do.
     pub(crate) fn act(&mut self, act: u8, which: u8, number: u16) {
         let count = self.ends.len().max(1);
         let which = usize::from(which) % count;
@@ -64,13 +67,13 @@ impl Host {
                 if connect(&client, &address).is_err() {
                     return;
                 }
-                let greeting = match number % 8 {
+                let request = match number % 8 {
                     0 => "CONN".to_owned(),
                     1 => "GET / HTTP/1.1\r\n".to_owned(),
                     _ => format!("CONNECT {}\n", number % 4),
                 };
-                // What the socket does not take is not sent.
-                let _ = send(&client, greeting.as_bytes(), SendFlags::NOSIGNAL);
+                // A new socket takes all of it.
+                let _ = send(&client, request.as_bytes(), SendFlags::NOSIGNAL);
                 self.ends.push(client);
             }
             2 if self.ends.len() < CLIENTS => {
@@ -102,17 +105,17 @@ impl Host {
         }
     }
 
-    /// A client that says where it wants to go.
-    pub(crate) fn dial(&self, port: u32) -> UnixStream {
+    /// A host client that has sent its `CONNECT` line.
+    pub(crate) fn connect(&self, port: u32) -> UnixStream {
         let mut client = UnixStream::connect(self.dir.join("v")).expect("the device listens");
-        client.write_all(format!("CONNECT {port}\n").as_bytes()).expect("a new socket has room");
+        client.write_all(format!("CONNECT {port}\n").as_bytes()).expect("a new socket is empty");
         client
     }
 }
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // A directory that cannot be removed is found by the next host.
+        // If this fails, the next host cannot create its directory, and reports that.
         let _ = fs::remove_dir_all(&self.dir);
     }
 }
@@ -124,7 +127,7 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    /// Starts the device by the book, with queues at `base` and buffers at `data`.
+    /// Starts the device as a correct driver does, with queues at `base` and buffers at `data`.
     pub(crate) fn start(guest: &mut Guest, base: u64, size: u16, data: u64, event_idx: bool) -> Driver {
         let features = guest.negotiate(event_idx);
         let step = DriverQueue::bytes(size);
@@ -139,9 +142,9 @@ impl Driver {
         Driver { queues, data }
     }
 
-    /// Gives the device buffers of that size, as many as fit.
+    /// Fills the RX queue with buffers of `len` bytes.
     pub(crate) fn give_buffers(&mut self, guest: &mut Guest, len: u32) {
-        // A driver that takes what was used, as long as that makes sense.
+        // Used chains are taken as long as they are valid.
         while self.queues[0].take_used_if_sane().is_some() {}
         while self.queues[0].add(&[], &[(self.data, len)]).is_some() {}
         self.queues[0].publish();
@@ -149,7 +152,7 @@ impl Driver {
         guest.kick(2);
     }
 
-    /// Sends a packet, with whatever there is in memory as its data.
+    /// Sends a packet with `len` bytes of data, which are what is in memory.
     pub(crate) fn send(&mut self, guest: &mut Guest, header: &[u8], len: u32) {
         while self.queues[1].take_used_if_sane().is_some() {}
         let at = self.data + 0x4000;
@@ -165,7 +168,7 @@ impl Driver {
     }
 }
 
-/// A header out of a few numbers: mostly of connections that there may be.
+/// A header made of a few numbers, mostly with ports of connections that may exist.
 pub(crate) fn header(cid: u64, op: u8, kind: u8, ports: u8, flags: u8, numbers: [u32; 3]) -> Vec<u8> {
     let host_port = match ports % 8 {
         0 => SERVED[usize::from(kind >= 150)].0,
@@ -194,7 +197,8 @@ pub(crate) fn header(cid: u64, op: u8, kind: u8, ports: u8, flags: u8, numbers: 
     header.as_bytes().to_vec()
 }
 
-/// A hostile guest on a socket device, and a host that does as it likes. The first byte chooses the transport.
+/// Runs a hostile guest and a hostile host on a socket device. The first byte of `data` selects the
+/// transport.
 pub fn device(data: &[u8]) {
     const CID: u32 = 3;
     let mut input = Input(data);
@@ -205,7 +209,7 @@ pub fn device(data: &[u8]) {
     let start = |guest: &mut Guest, event_idx| Driver::start(guest, BASE, SIZE, DATA, event_idx);
     let mut driver = start(&mut guest, true);
     driver.give_buffers(&mut guest, 0x1000);
-    // What a driver does that knows of one queue only.
+    // The queue of the acts that are common to all devices.
     let mut other = None;
     for _ in 0..MAX_ACTS {
         if input.0.is_empty() {
@@ -217,7 +221,7 @@ pub fn device(data: &[u8]) {
             2 => {
                 let mut state = guest.save();
                 let own: VsockState = state.common().device.decode().expect("the state is this device's");
-                // The old one ends first: a host has one device.
+                // The old one is dropped first: a thread may have only one host.
                 let ram = guest.ram.clone();
                 drop((guest, host));
                 let (new_host, sockets) = Host::new();
@@ -237,14 +241,14 @@ pub fn device(data: &[u8]) {
             20..26 => {
                 let len = u32::from(input.u16());
                 let (op, kind, ports, flags) = (input.u8(), input.u8(), input.u8(), input.u8());
-                let told = if input.u8() < 240 { len } else { input.u32() };
+                let stated_len = if input.u8() < 240 { len } else { input.u32() };
                 let header =
-                    header(CID.into(), op, kind, ports, flags, [told, input.u32(), input.u8().into()]);
+                    header(CID.into(), op, kind, ports, flags, [stated_len, input.u32(), input.u8().into()]);
                 driver.send(&mut guest, &header, len);
             }
             26..32 => host.act(input.u8(), input.u8(), input.u16()),
             act => {
-                // Broken rings are the common acts' business; a driver by the book starts anew after them.
+                // These may break the rings. Sometimes a correct driver starts again after that.
                 common_act(act.max(5), &mut input, &mut guest, &mut other);
                 if input.u8().is_multiple_of(4) {
                     driver = start(&mut guest, true);
@@ -253,12 +257,12 @@ pub fn device(data: &[u8]) {
         }
         guest.worker.run();
     }
-    // Whatever happened: after a reset a client reaches the guest.
+    // A reset must always lead to a working device: a host client reaches the guest.
     let mut driver = start(&mut guest, true);
-    let _client = host.dial(5);
+    let _client = host.connect(5);
     driver.give_buffers(&mut guest, 0x1000);
     guest.worker.advance(10_000_000_000);
-    assert!(driver.queues[0].take_used().is_some(), "the device is dead after a reset");
+    assert!(driver.queues[0].take_used().is_some(), "the device does not work after a reset");
 }
 
 #[cfg(test)]

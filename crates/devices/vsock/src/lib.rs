@@ -1,245 +1,109 @@
-//! The socket device (5.10): connections between programs in the guest and programs on the host, without a network.
+//! The virtio socket device (5.10): connections between programs in the guest and programs on the
+//! host, without a network.
 //!
-//! # The host's side
+//! # Host side
 //!
 //! ```text
-//!  host client --> {uds_path}: "CONNECT port\n" --> guest's port        answered by "OK hostport\n" once the guest accepts
-//!  guest       --> CID 2, port P              --> {uds_path}_P          served by any program that listens there
+//!  host client --> {uds_path}: "CONNECT port\n" --> guest port
+//!              <--             "OK hostport\n"  <-- the guest has accepted
+//!  guest       --> CID 2, port P                --> {uds_path}_P, where a host program listens
 //! ```
 //!
-//! Each connection is one Unix socket, of the same kind as the guest's: a stream, or a sequence of messages (`SOCK_SEQPACKET`).
-//! Half-closes travel both ways as `shutdown(2)` and `VIRTIO_VSOCK_OP_SHUTDOWN`. Where nobody listens, or the guest refuses, the
-//! other side learns it at once: a reset here, a closed socket there.
+//! Each connection is one Unix socket of the same type as the guest's: a stream, or a sequence of
+//! messages (`SOCK_SEQPACKET`). Half-closes are forwarded in both directions, as `shutdown(2)` and
+//! `VIRTIO_VSOCK_OP_SHUTDOWN`. If no process listens, or the guest refuses the connection, the peer
+//! learns it at once: the guest by a reset, the host client by a closed socket.
 //!
-//! # How it works
+//! # Structure
 //!
-//! One task on one io worker has all three queues. Descriptors are watched edge-triggered, so that a connection costs one `epoll_ctl`
-//! when it begins and one whenever its host socket is full.
+//! One task on one io worker serves all three queues. Host sockets are watched edge-triggered: a
+//! connection costs one `epoll_ctl` when it begins, one when it ends, and two each time that its
+//! host socket fills up and drains.
 //!
-//! - [`packet`]: the header. [`credit`]: who may send how much. [`greeting`]: what host clients say first. [`socket`]: Unix sockets.
-//! - [`connection`]: one connection, and what goes on between it and its socket. [`backlog`]: what its socket has not taken yet.
-//! - [`table`]: all connections: by ports, by deadline, and the line of those that have something for the guest.
-//! - [`switch`]: all of it together, and how connections begin and end. [`from_guest`], [`from_host`]: what packets and events do to them.
-//! - [`to_guest`]: filling the guest's buffers.
-//! - [`task`]: the queues, and the order of work.
+//! | module | what it has |
+//! |---|---|
+//! | [`device`] | the virtio device and [`VsockControl`] |
+//! | [`task`] | the queues, the order of work, the transport reset |
+//! | [`muxer`] | all state between the queues and the host sockets; how connections begin and end |
+//! | [`from_guest`], [`from_host`], [`timers`] | what packets, host events and deadlines do to it |
+//! | [`connect`], [`accepted`] | connections that the guest requests, and that it has accepted |
+//! | [`to_guest`] | filling the guest's buffers |
+//! | [`table`] | connections by ports and by deadline, and the queue of those with packets |
+//! | [`connection`], [`tx_buf`] | one connection, and the data that its socket has not taken yet |
+//! | [`credit`] | flow control |
+//! | [`packet`] | the packet header |
+//! | [`connect_request`] | the `CONNECT` line of host clients |
+//! | [`host_sockets`], [`listener`] | Unix sockets |
+//! | [`guest_io`] | guest buffers for a socket call |
 //!
-//! Data is not copied on its way: a host socket is read straight into the guest's buffers (as many of them at once as the guest has
-//! credit for), and the guest's packets are written straight to the socket. Only what a socket does not take at once is kept, at most as
-//! much as the guest was promised credit for. (Messages are copied once: they have to be whole.)
+//! Stream data is not copied: a host socket is read directly into the guest's buffers (as many at
+//! once as the guest has credit for), and the guest's packets are written directly to the socket.
+//! Only what a socket does not take at once is buffered, at most as much as the guest has credit
+//! for. Messages are copied once, because they have to be complete.
 //!
 //! # Invariants
 //!
-//! - Memory is bounded: [`MAX_CONNECTIONS`], [`MAX_KEPT`] bytes of data for all of them together, and a bounded number of
-//!   resets that wait to be told.
-//! - No connection waits for another: those with something for the guest take turns of at most [`to_guest::QUANTUM`] bytes; the guest's packets are
-//!   taken whether or not the guest takes ours (5.10.6.1).
-//! - A connection that ends is forgotten on both sides, or has a deadline after which it is.
+//! - Memory is bounded: by [`MAX_CONNECTIONS`], by [`MAX_BUFFERED`] bytes of data for all
+//!   connections together, and by a maximum of resets that wait to be sent.
+//! - No connection waits for another one. Those with packets for the guest take turns of at most
+//!   [`to_guest::QUANTUM`] bytes. The guest's packets are processed whether or not it has buffers
+//!   for ours (5.10.6.1).
+//! - A connection that ends is removed on both sides, or has a deadline for it.
 //!
 //! # Errors
 //!
-//! A packet that makes no sense, or that breaks the rules of credit, resets the connection that it names and is counted. A broken queue makes the device
-//! need a reset. A host peer that dies or never reads ends or stalls its own connection only.
+//! A packet of an unknown operation, socket type or connection is answered with a reset. A
+//! connection is reset if a packet for it violates credit, is shorter than its header says or is
+//! not valid in its state. Nothing else is affected. A broken queue sets `DEVICE_NEEDS_RESET` and
+//! closes all connections. A host peer that dies or never reads affects only its own connection.
 //!
 //! # Save and restore
 //!
-//! Connections are not saved: the host's ends belong to this process. A restored device tells its
-//! driver so (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), on which the driver resets its sockets and
-//! reads its CID again. [`VsockControl::reset_connections`] does the same to a running device.
+//! Connections are not saved: the host sockets belong to this process. A restored device sends its
+//! driver `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, upon which the driver resets its sockets and reads
+//! its CID again. [`VsockControl::reset_connections`] does the same to a running device.
 //!
-//! The driver also resets a connection that it accepts before it handles the event, and tells
-//! nobody. So host clients wait until it has, which it shows by giving the event's buffer back, but
-//! for 250 ms at most: a busy guest could stretch it. From then on the guest is asked for their
-//! connections, and an acceptance that comes before the driver has handled the event is not passed on
-//! to the client: that connection is reset, and the guest is asked for another one, of a fresh
-//! port, when the driver has handled the event. No data is lost: the client's is still in its
-//! socket. A driver that never gives the buffer back lets its first clients wait for 10 seconds.
+//! The driver also resets, without a packet, a connection that it accepts before it handles the
+//! event. So host clients wait until it has handled the event, which it shows by returning the
+//! event's buffer. They wait for 250 ms at most, as a busy guest could take much longer. After that
+//! the guest is sent their connection requests. If it accepts one before it has handled the event,
+//! the client gets no reply yet. Once the event is handled, that connection is reset and requested
+//! again from a new host port. No data is lost, as the client's data is still in its socket. A
+//! driver that never returns the buffer delays its first clients by 10 seconds.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
-mod backlog;
+mod accepted;
+mod connect;
+mod connect_request;
 mod connection;
 mod credit;
+mod device;
 mod from_guest;
 mod from_host;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
-mod greeting;
 mod guest_io;
+mod host_sockets;
+mod listener;
+mod muxer;
 mod packet;
-mod socket;
+mod shared;
+mod state;
 mod stats;
-mod switch;
 mod table;
 mod task;
 #[cfg(test)]
 mod tests;
+mod timers;
 mod to_guest;
+mod tx_buf;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
-
-use serde::{Deserialize, Serialize};
-
-use sync::EventFd;
-use sync::locked;
-use task::VsockTask;
-use virtio::device::{ActivateError, Activation, Device, DeviceData, DeviceKind, DeviceState, read_bytes};
-use virtio::worker::Task;
-
+pub use device::{Vsock, VsockControl};
+pub use host_sockets::HostSockets;
+pub use listener::{Listener, check_socket_path};
 pub use packet::SocketKind;
-pub use socket::{
-    BindError, HostSockets, Listener, MAX_PATH_LEN, Occupant, SocketFile, is_possible as socket_is_possible,
-};
-pub use stats::{Counter, VsockStats};
-pub use table::{MAX_CONNECTIONS, MAX_KEPT};
-
-/// Descriptors in each queue.
-const QUEUE_SIZE: u16 = 256;
-const QUEUE_SIZES: [u16; 3] = [QUEUE_SIZE; 3];
-
-/// Packets to the guest.
-const RX: u16 = 0;
-/// Packets from the guest.
-const TX: u16 = 1;
-/// Events.
-const EVENT: u16 = 2;
-
-/// `VIRTIO_VSOCK_F_STREAM`.
-const F_STREAM: u64 = 1 << 0;
-/// `VIRTIO_VSOCK_F_SEQPACKET`.
-const F_SEQPACKET: u64 = 1 << 1;
-
-/// What the device saves.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VsockState {
-    /// The guest's context id.
-    pub guest_cid: u32,
-    /// Which port a host client gets next, of those that they get in turn. A guest goes on knowing a connection that was reset until its
-    /// program has closed it, and would refuse another one of the same ports.
-    #[serde(default)]
-    pub next_port: u32,
-}
-
-impl DeviceData for VsockState {
-    const NAME: &'static str = "Vsock";
-}
-
-/// What the front, its task and its control share.
-#[derive(Debug)]
-struct Shared {
-    /// Here while the device is not active.
-    sockets: Mutex<Option<HostSockets>>,
-    /// All connections are to be reset.
-    reset_wanted: AtomicBool,
-    /// Wakes the task, if there is one.
-    waker: Mutex<Option<Arc<EventFd>>>,
-    /// [`VsockState::next_port`], which only the task changes.
-    next_port: AtomicU32,
-    stats: VsockStats,
-}
-
-/// The front of the device.
-#[derive(Debug)]
-pub struct Vsock {
-    guest_cid: u32,
-    shared: Arc<Shared>,
-}
-
-/// What can be done to the device while it works.
-#[derive(Debug, Clone)]
-pub struct VsockControl {
-    shared: Arc<Shared>,
-}
-
-impl Vsock {
-    /// A device whose guest has this CID (any will do).
-    pub fn new(guest_cid: u32, sockets: HostSockets) -> (Self, VsockControl) {
-        Self::with(guest_cid, 0, sockets, false)
-    }
-
-    /// The device as it was saved, but for its connections, which its driver will hear are gone. A new CID may be given to it.
-    pub fn restore(state: &VsockState, new_cid: Option<u32>, sockets: HostSockets) -> (Self, VsockControl) {
-        Self::with(new_cid.unwrap_or(state.guest_cid), state.next_port, sockets, true)
-    }
-
-    fn with(guest_cid: u32, next_port: u32, sockets: HostSockets, reset: bool) -> (Self, VsockControl) {
-        let shared = Arc::new(Shared {
-            sockets: Mutex::new(Some(sockets)),
-            reset_wanted: AtomicBool::new(reset),
-            waker: Mutex::default(),
-            next_port: AtomicU32::new(next_port),
-            stats: VsockStats::default(),
-        });
-        (Vsock { guest_cid, shared: Arc::clone(&shared) }, VsockControl { shared })
-    }
-}
-
-impl VsockControl {
-    /// Ends all connections, on the host at once and in the guest as soon as its driver hears of it. Of a paused device, when it goes on.
-    pub fn reset_connections(&self) {
-        self.shared.reset_wanted.store(true, Ordering::Release);
-        if let Some(waker) = &*locked(&self.shared.waker) {
-            waker.signal();
-        }
-    }
-
-    /// What the device counted.
-    pub fn stats(&self) -> &VsockStats {
-        &self.shared.stats
-    }
-}
-
-impl Device for Vsock {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::Vsock
-    }
-
-    fn features(&self) -> u64 {
-        F_STREAM | F_SEQPACKET
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_bytes(&u64::from(self.guest_cid).to_le_bytes(), offset, data);
-    }
-
-    fn activate(&mut self, mut activation: Activation) -> Result<Vec<Box<dyn Task>>, ActivateError> {
-        let mut take =
-            |index| activation.take_queue(index).inspect_err(|_| self.shared.stats.activate_fails.add(1));
-        let (rx, tx, event) = (take(RX)?, take(TX)?, take(EVENT)?);
-        let sockets = locked(&self.shared.sockets).take();
-        let Some(sockets) = sockets else {
-            self.shared.stats.activate_fails.add(1);
-            let source = std::io::ErrorKind::ResourceBusy.into();
-            return Err(ActivateError::Host { doing: "take the host's sockets", source });
-        };
-        *locked(&self.shared.waker) = Some(Arc::clone(&event.kick));
-        let with_messages = activation.features & F_SEQPACKET != 0;
-        let task = VsockTask::new(
-            [rx, tx, event],
-            task::Surroundings {
-                memory: activation.memory,
-                interrupt: activation.interrupt,
-                shared: Arc::clone(&self.shared),
-                sockets,
-                guest_cid: self.guest_cid,
-                with_messages,
-            },
-        );
-        Ok(vec![Box::new(task)])
-    }
-
-    fn reset(&mut self) {
-        *locked(&self.shared.waker) = None;
-        // A driver that starts anew has no connections to hear about.
-        self.shared.reset_wanted.store(false, Ordering::Relaxed);
-    }
-
-    fn save(&self) -> DeviceState {
-        let next_port = self.shared.next_port.load(Ordering::Relaxed);
-        DeviceState::of(&VsockState { guest_cid: self.guest_cid, next_port })
-    }
-}
+pub use socket_file::{BindError, ExistingFile, MAX_PATH_LEN, SocketFile};
+pub use state::VsockState;
+pub use stats::VsockStats;
+pub use table::{MAX_BUFFERED, MAX_CONNECTIONS};

@@ -1,65 +1,66 @@
-//! Packets (5.10.6): a header of 44 bytes, and after it as many bytes of data as it says.
+//! Packets (5.10.6): a header of 44 bytes, followed by `len` bytes of data.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// The host's context id.
-pub(super) const HOST_CID: u64 = 2;
+/// The host's context ID, `VMADDR_CID_HOST`.
+pub(crate) const HOST_CID: u64 = 2;
 
 /// Length of a header in bytes.
-pub(super) const HEADER_LEN: u32 = size_of::<Header>() as u32;
+pub(crate) const HEADER_LEN: u32 = size_of::<Header>() as u32;
 
-/// `VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE`: who sends it takes no more.
-pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
-/// `VIRTIO_VSOCK_SHUTDOWN_F_SEND`: who sends it sends no more.
-pub(super) const SHUTDOWN_SEND: u32 = 2;
+/// `VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE`: the sender of the packet will receive no more data.
+pub(crate) const SHUTDOWN_RECEIVE: u32 = 1;
+/// `VIRTIO_VSOCK_SHUTDOWN_F_SEND`: the sender of the packet will send no more data.
+pub(crate) const SHUTDOWN_SEND: u32 = 2;
 /// Both directions.
-pub(super) const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
+pub(crate) const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
-/// `VIRTIO_VSOCK_SEQ_EOM`: the packet ends a message.
-pub(super) const END_OF_MESSAGE: u32 = 1;
+/// `VIRTIO_VSOCK_SEQ_EOM`: the packet is the last one of a message.
+pub(crate) const END_OF_MESSAGE: u32 = 1;
 
 /// `struct virtio_vsock_hdr`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(super) struct Header {
-    pub(super) src_cid: U64,
-    pub(super) dst_cid: U64,
-    pub(super) src_port: U32,
-    pub(super) dst_port: U32,
-    /// Bytes of data that follow.
-    pub(super) len: U32,
-    pub(super) kind: U16,
-    pub(super) op: U16,
-    pub(super) flags: U32,
-    /// How much the sender has room for in all.
-    pub(super) buf_alloc: U32,
-    /// How much of what it got the sender has handed on.
-    pub(super) fwd_cnt: U32,
+pub(crate) struct Header {
+    pub(crate) src_cid: U64,
+    pub(crate) dst_cid: U64,
+    pub(crate) src_port: U32,
+    pub(crate) dst_port: U32,
+    /// Bytes of data that follow the header.
+    pub(crate) len: U32,
+    pub(crate) kind: U16,
+    pub(crate) op: U16,
+    pub(crate) flags: U32,
+    /// Size of the sender's receive buffer, in bytes.
+    pub(crate) buf_alloc: U32,
+    /// Bytes that the sender has received and forwarded to its application, modulo 2^32.
+    pub(crate) fwd_cnt: U32,
 }
 
-/// What a packet is for.
+/// Operation of a packet, `VIRTIO_VSOCK_OP_*`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
-pub(super) enum Op {
-    /// Open a connection.
+pub(crate) enum Op {
+    /// Opens a connection.
     Request = 1,
-    /// It is open.
+    /// Accepts a connection.
     Response = 2,
-    /// There is no such connection (any more).
+    /// Rejects or ends a connection, or says that it does not exist.
     Rst = 3,
-    /// One side ends one or both directions.
+    /// The sender ends one or both directions.
     Shutdown = 4,
-    /// Data.
+    /// Carries data.
     Rw = 5,
-    /// Nothing but the header's account of credit.
+    /// Carries nothing but `buf_alloc` and `fwd_cnt`.
     CreditUpdate = 6,
-    /// Please tell your account of credit.
+    /// Asks for a `CreditUpdate`.
     CreditRequest = 7,
 }
 
 impl Op {
-    pub(super) fn of(op: u16) -> Option<Op> {
+    /// The operation with this number.
+    pub(crate) fn of(op: u16) -> Option<Op> {
         Some(match op {
             1 => Op::Request,
             2 => Op::Response,
@@ -73,18 +74,19 @@ impl Op {
     }
 }
 
-/// The kinds of sockets.
+/// Type of a socket, `VIRTIO_VSOCK_TYPE_*`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u16)]
 pub enum SocketKind {
-    /// A stream of bytes.
+    /// A byte stream (`SOCK_STREAM`).
     Stream = 1,
-    /// A sequence of messages.
+    /// A sequence of messages (`SOCK_SEQPACKET`).
     SeqPacket = 2,
 }
 
 impl SocketKind {
-    pub(super) fn of(kind: u16) -> Option<SocketKind> {
+    /// The type with this number.
+    pub(crate) fn of(kind: u16) -> Option<SocketKind> {
         match kind {
             1 => Some(SocketKind::Stream),
             2 => Some(SocketKind::SeqPacket),
@@ -98,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_header_is_44_bytes_in_the_order_of_the_specification() {
+    fn a_header_has_the_layout_of_the_specification() {
         assert_eq!(HEADER_LEN, 44);
         let header = Header {
             src_cid: 3.into(),
@@ -119,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn every_operation_is_known_by_its_number_and_no_other_is() {
+    fn operations_1_to_7_are_known_and_no_others() {
         for op in 0..=u16::MAX {
             assert_eq!(Op::of(op).map(|op| op as u16), (1..=7).contains(&op).then_some(op));
         }

@@ -1,51 +1,36 @@
-//! What a socket device counts.
+//! Statistics of the device.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use sync::Counter;
 
-/// Counters that only grow.
+/// Counters that only grow. They are not saved.
 #[derive(Debug, Default)]
 pub struct VsockStats {
     /// Activations that failed.
     pub activate_fails: Counter,
-    /// Kicks of the queue to the guest.
+    /// Kicks of the RX queue (host to guest).
     pub rx_queue_event_count: Counter,
-    /// Kicks of the queue from the guest.
+    /// Kicks of the TX queue (guest to host).
     pub tx_queue_event_count: Counter,
-    /// Bytes of data to the guest.
+    /// Bytes of data sent to the guest.
     pub rx_bytes_count: Counter,
-    /// Bytes of data from the guest.
+    /// Bytes of data received from the guest.
     pub tx_bytes_count: Counter,
-    /// Packets to the guest.
+    /// Packets sent to the guest.
     pub rx_packets_count: Counter,
-    /// Packets from the guest.
+    /// Packets received from the guest.
     pub tx_packets_count: Counter,
-    /// Connections that were opened, from either side.
+    /// Connections that were added, from either side.
     pub conns_added: Counter,
-    /// Connections that were reset because a side broke the rules, was too slow or went away.
+    /// Connections that were reset because of an error, a timeout or a peer that went away.
     pub conns_killed: Counter,
-    /// Connections that are gone, however they ended.
+    /// Connections that were removed, for whatever reason.
     pub conns_removed: Counter,
-    /// Connections that were refused: there was no room for them, or nobody on the host who serves them.
+    /// Connections that were refused: a limit was reached, or no host process serves the port.
     pub conns_refused: Counter,
-    /// Packets and buffers of the guest that made no sense.
+    /// Malformed packets of the guest, and buffers that were too small for a packet.
     pub malformed_count: Counter,
-    /// Writes to host sockets that failed.
+    /// Failed writes to host sockets.
     pub tx_write_fails: Counter,
-    /// Reads from host sockets that failed.
+    /// Failed reads from host sockets.
     pub rx_read_fails: Counter,
-}
-
-/// A number that threads add to.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// Its value.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn add(&self, count: u64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
 }

@@ -1,118 +1,127 @@
-//! The queues, and the order of work.
+//! The task of the device: its queues, the order of work, and the transport reset.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use memory::GuestRam;
-use zerocopy::FromZeros;
-use zerocopy::IntoBytes;
-
-use super::packet::{HEADER_LEN, Header};
-use super::socket::HostSockets;
-use super::switch::{FIRST_LISTENER, Switch};
-use super::to_guest::{Filled, ToGuest};
-use super::{Shared, TX};
-use sync::EventFd;
-use sync::locked;
+use sync::{EventFd, locked};
 use virtio::device::{ActiveQueue, Interrupt};
 use virtio::queue::{Chain, Queue, QueueError};
 use virtio::worker::{Context, Event, Nanos, Task, Token};
+use zerocopy::{FromZeros, IntoBytes};
 
-/// Bytes, each way, after which other tasks of the worker get their turn.
-const TURN: u32 = 1 << 20;
-/// A packet of the guest counts as so many bytes at least.
-const PACKET_COST: u32 = 1 << 10;
+use crate::host_sockets::HostSockets;
+use crate::muxer::{FIRST_LISTENER, MS, Muxer};
+use crate::packet::{HEADER_LEN, Header};
+use crate::shared::Shared;
+use crate::to_guest::{FillOutcome, PACKET_COST, ToGuest};
 
-/// How long host clients whose connections the driver took wait for it to take note of a reset.
-const NOTE_PATIENCE: Nanos = 10_000_000_000;
+/// Index of the queue of packets to the guest.
+pub(crate) const RX: u16 = 0;
+/// Index of the queue of packets from the guest.
+pub(crate) const TX: u16 = 1;
+/// Index of the queue of events.
+pub(crate) const EVENT: u16 = 2;
 
-/// How long host clients wait for the driver to take note of a reset before the guest is asked for
-/// their connections all the same. A driver that is not busy takes note in this time, and then no
-/// connection has to be asked for twice.
-const ENTRY_PATIENCE: Nanos = 250_000_000;
+/// Bytes in each direction after which other tasks of the worker run.
+const BUDGET: u32 = 1 << 20;
 
-/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, as it stands in an event.
+/// How long host clients whose connections the guest has accepted wait for the driver to handle a
+/// transport reset.
+const RESET_ACK_TIMEOUT: Nanos = 10_000 * MS;
+
+/// How long connection requests of host clients wait for the driver to handle a transport reset. A
+/// driver that is not busy handles it within this time. Then no connection is requested twice.
+const REQUEST_DELAY: Nanos = 250 * MS;
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, as `struct virtio_vsock_event`.
 const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
-/// Tokens of kicks, after those of connections and listeners.
-const KICKS: Token = FIRST_LISTENER + 1024;
+/// Token of the first queue's kick. Smaller tokens are connections and listeners.
+const FIRST_KICK: Token = FIRST_LISTENER + 1024;
 
-/// How far the driver is with a reset of all connections.
+/// Progress of a transport reset: the reset of all connections.
 #[derive(Debug, Default)]
-struct Note {
-    /// It is to be told, as soon as it has a buffer for events.
-    due: bool,
-    /// It was told, and had so many more buffers then; it puts the buffer back when it has taken note.
-    told: Option<u16>,
-    /// Until it has taken note, or until then, host clients whose connections it takes are not
-    /// answered: it may reset these, too.
+struct TransportReset {
+    /// The event waits for a buffer of the driver.
+    event_due: bool,
+    /// The event was sent, and the driver had this many more event buffers then. It has handled the
+    /// event once it has returned the buffer.
+    sent_with_buffers: Option<u16>,
+    /// Until the driver has handled the event, or until this time, connections that the guest
+    /// accepts are held: the driver may reset them, too.
     hold_until: Option<Nanos>,
-    /// Until it has taken note, or until then, the guest is not asked for connections.
-    let_in_at: Option<Nanos>,
+    /// Until the driver has handled the event, or until this time, the guest is sent no connection
+    /// requests.
+    request_at: Option<Nanos>,
 }
 
-pub(super) struct VsockTask {
+/// The task of the device.
+pub(crate) struct VsockTask {
     to_guest: ToGuest,
     from_guest: Queue,
     events: Queue,
     kicks: [Arc<EventFd>; 3],
     interrupt: Arc<dyn Interrupt>,
-    switch: Switch,
+    muxer: Muxer,
     chain: Chain,
-    note: Note,
-    /// The guest has no buffers for what there is.
-    starved: bool,
+    reset: TransportReset,
+    /// The RX queue ran out of buffers.
+    rx_starved: bool,
     running: bool,
     /// When it was quiesced.
-    still_since: Option<Nanos>,
+    paused_at: Option<Nanos>,
+    /// A queue is broken.
     dead: bool,
 }
 
 /// What a task is made from besides its queues.
-pub(super) struct Surroundings {
-    pub(super) memory: GuestRam,
-    pub(super) interrupt: Arc<dyn Interrupt>,
-    pub(super) shared: Arc<Shared>,
-    pub(super) sockets: HostSockets,
-    pub(super) guest_cid: u32,
-    pub(super) with_messages: bool,
+pub(crate) struct VsockContext {
+    pub(crate) memory: GuestRam,
+    pub(crate) interrupt: Arc<dyn Interrupt>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) sockets: HostSockets,
+    pub(crate) guest_cid: u32,
+    /// `VIRTIO_VSOCK_F_SEQPACKET` was negotiated.
+    pub(crate) seqpacket: bool,
 }
 
 impl VsockTask {
-    pub(super) fn new([rx, tx, event]: [ActiveQueue; 3], with: Surroundings) -> Self {
-        let Surroundings { memory, interrupt, shared, sockets, guest_cid, with_messages } = with;
+    pub(crate) fn new([rx, tx, event]: [ActiveQueue; 3], context: VsockContext) -> Self {
+        let VsockContext { memory, interrupt, shared, sockets, guest_cid, seqpacket } = context;
         VsockTask {
             to_guest: ToGuest::new(rx.queue),
             from_guest: tx.queue,
             events: event.queue,
             kicks: [rx.kick, tx.kick, event.kick],
             interrupt,
-            switch: Switch::new(guest_cid, shared, sockets, memory, with_messages),
+            muxer: Muxer::new(guest_cid, shared, sockets, memory, seqpacket),
             chain: Chain::new(),
-            note: Note::default(),
-            starved: false,
+            reset: TransportReset::default(),
+            rx_starved: false,
             running: false,
-            still_since: None,
+            paused_at: None,
             dead: false,
         }
     }
 
-    fn work(&mut self, cx: &mut Context<'_>) {
+    /// Does all work that is due, unless the task is paused.
+    fn poll(&mut self, cx: &mut Context<'_>) {
         if !self.running {
             return;
         }
         if !self.dead
-            && let Err(fault) = self.pump(cx)
+            && let Err(error) = self.process(cx)
         {
             self.dead = true;
-            self.note = Note::default();
-            self.switch.clear(cx);
-            self.switch.is_closed = true;
-            self.interrupt.needs_reset(&fault);
+            self.reset = TransportReset::default();
+            self.muxer.clear(cx);
+            self.muxer.is_closed = true;
+            self.interrupt.needs_reset(&error);
         }
         if self.dead {
-            self.turn_away(cx);
+            self.reject_clients(cx);
         }
         match self.next_timer() {
             Some(at) => cx.set_timer(at),
@@ -120,54 +129,55 @@ impl VsockTask {
         }
     }
 
-    /// Host clients of a device that is broken hear of it by being closed.
-    fn turn_away(&mut self, cx: &mut Context<'_>) {
-        self.switch.timers(cx);
-        if self.switch.accept(cx) {
+    /// Accepts the host clients of a broken device, which closes them.
+    fn reject_clients(&mut self, cx: &mut Context<'_>) {
+        self.muxer.run_timers(cx);
+        if self.muxer.accept(cx) {
             cx.reschedule();
         }
     }
 
     fn next_timer(&self) -> Option<Nanos> {
-        [self.note.hold_until, self.note.let_in_at, self.switch.next_timer()].into_iter().flatten().min()
+        [self.reset.hold_until, self.reset.request_at, self.muxer.next_timer()].into_iter().flatten().min()
     }
 
-    /// Everything that there is to do, until there is nothing or it has had its turn.
-    fn pump(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
-        let (mut from_guest, mut to_guest) = (TURN, TURN);
+    /// Processes timers, host clients and queues until nothing is left or the budget is spent.
+    fn process(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
+        let (mut from_guest, mut to_guest) = (BUDGET, BUDGET);
         loop {
-            self.switch.timers(cx);
-            self.reset_if_wanted(cx)?;
-            let waiting = self.note.let_in_at.is_none() && self.switch.accept(cx);
+            self.muxer.run_timers(cx);
+            self.process_reset(cx)?;
+            let more_clients = self.reset.request_at.is_none() && self.muxer.accept(cx);
             self.from_guest.disable_notifications()?;
             self.take_packets(cx, &mut from_guest)?;
             self.to_guest.queue.disable_notifications()?;
-            let filled = self.to_guest.fill(&mut self.switch, cx, &mut to_guest)?;
+            let filled = self.to_guest.fill(&mut self.muxer, cx, &mut to_guest)?;
             self.publish()?;
-            self.starved = filled == Filled::Starved;
-            if from_guest == 0 || to_guest == 0 || waiting || filled == Filled::Turn {
+            self.rx_starved = filled == FillOutcome::NoBuffers;
+            if from_guest == 0 || to_guest == 0 || more_clients || filled == FillOutcome::Yield {
                 cx.reschedule();
                 return Ok(());
             }
-            if !self.arm_queues()? {
+            if !self.enable_notifications()? {
                 return Ok(());
             }
         }
     }
 
-    /// Asks for kicks where one would be of use. True if there is something already.
-    fn arm_queues(&mut self) -> Result<bool, QueueError> {
+    /// Enables notifications of the queues that have work to wait for. True if there is some
+    /// already.
+    fn enable_notifications(&mut self) -> Result<bool, QueueError> {
         let mut more = self.from_guest.enable_notifications()?;
-        if self.starved {
+        if self.rx_starved {
             more |= self.to_guest.queue.enable_notifications()?;
         }
         Ok(more)
     }
 
-    /// Shows the driver what was used.
+    /// Publishes used chains to the driver, and interrupts it if it wants that.
     fn publish(&mut self) -> Result<(), QueueError> {
-        // Events first: Linux then handles a reset before the requests for connections that follow
-        // it.
+        // Events first, so that Linux handles a transport reset before the connection requests that
+        // follow it.
         for queue in [&mut self.events, &mut self.to_guest.queue, &mut self.from_guest] {
             if queue.publish()? {
                 self.interrupt.queue(queue.index());
@@ -176,12 +186,12 @@ impl VsockTask {
         Ok(())
     }
 
-    /// Takes the guest's packets.
+    /// Handles the guest's packets.
     fn take_packets(&mut self, cx: &mut Context<'_>, budget: &mut u32) -> Result<(), QueueError> {
         while *budget > 0 && self.from_guest.pop(&mut self.chain)? {
-            // After the packet was seen: a driver that handled the reset before it sent this has
-            // shown so.
-            self.see_note(cx)?;
+            // Checked after the packet was popped: a driver that has handled the reset before it
+            // sent the packet has returned the event buffer by now.
+            self.check_reset_handled(cx)?;
             self.take_packet(cx)?;
             *budget = budget.saturating_sub(self.chain.readable().len().max(PACKET_COST));
             self.from_guest.add_used(self.chain.head(), 0)?;
@@ -190,7 +200,7 @@ impl VsockTask {
     }
 
     fn take_packet(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
-        let stats = &self.switch.shared.stats;
+        let stats = &self.muxer.shared.stats;
         stats.tx_packets_count.add(1);
         let mut header = Header::new_zeroed();
         let parts = self.chain.readable().split_at(HEADER_LEN);
@@ -200,118 +210,121 @@ impl VsockTask {
         };
         head.read(self.from_guest.ram(), header.as_mut_bytes())?;
         match data.split_at(header.len.get()) {
-            Some((data, _)) => self.switch.packet(cx, &header, &data),
+            Some((data, _)) => self.muxer.handle_packet(cx, &header, &data),
             None => {
                 stats.malformed_count.add(1);
-                self.switch.broken_packet(cx, &header);
+                self.muxer.handle_truncated_packet(cx, &header);
                 Ok(())
             }
         }
     }
 
-    /// Ends all connections if that is wanted, and sees to it that the driver takes note.
-    fn reset_if_wanted(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
-        if self.switch.shared.reset_wanted.swap(false, Ordering::Acquire) {
-            self.switch.clear(cx);
-            let hold_until = Some(cx.now().saturating_add(NOTE_PATIENCE));
-            let let_in_at = Some(cx.now().saturating_add(ENTRY_PATIENCE));
-            self.note = Note { due: true, told: None, hold_until, let_in_at };
+    /// Starts a reset of all connections if one is wanted, and continues one that is in progress.
+    fn process_reset(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
+        if self.muxer.shared.reset_wanted.swap(false, Ordering::Acquire) {
+            self.muxer.clear(cx);
+            let hold_until = Some(cx.now().saturating_add(RESET_ACK_TIMEOUT));
+            let request_at = Some(cx.now().saturating_add(REQUEST_DELAY));
+            self.reset = TransportReset { event_due: true, sent_with_buffers: None, hold_until, request_at };
         }
-        if self.note.due && self.events.pop(&mut self.chain)? {
+        if self.reset.event_due && self.events.pop(&mut self.chain)? {
             let written = self.chain.writable().write(self.events.ram(), &TRANSPORT_RESET)?;
             self.events.add_used(self.chain.head(), written as u32)?;
-            self.note.due = false;
-            self.note.told = Some(self.events.available()?);
+            self.reset.event_due = false;
+            self.reset.sent_with_buffers = Some(self.events.available()?);
         }
-        if self.note.due || self.note.told.is_some() {
-            // Asked for before it is looked, so that none is missed.
+        if self.reset.event_due || self.reset.sent_with_buffers.is_some() {
+            // Enabled before the check below, so that no kick is missed.
             self.events.enable_notifications_of_more()?;
         }
-        self.see_note(cx)?;
-        self.note.let_in_at.take_if(|at| cx.now() >= *at);
-        if self.note.hold_until.is_some_and(|until| cx.now() >= until) {
-            self.note.hold_until = None;
-            self.switch.open_held(cx);
+        self.check_reset_handled(cx)?;
+        self.reset.request_at.take_if(|at| cx.now() >= *at);
+        if self.reset.hold_until.is_some_and(|until| cx.now() >= until) {
+            self.reset.hold_until = None;
+            self.muxer.establish_held(cx);
         }
-        // A driver that has no buffer for the event handles none for now.
-        self.switch.is_reset_pending = self.note.told.is_some() && self.note.hold_until.is_some();
+        // Not before the event was sent: until then the driver cannot handle it.
+        self.muxer.is_reset_pending =
+            self.reset.sent_with_buffers.is_some() && self.reset.hold_until.is_some();
         Ok(())
     }
 
-    /// Sees whether the driver has taken note of a reset.
-    fn see_note(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
-        if let Some(buffers) = self.note.told
+    /// Ends a transport reset if the driver has handled its event.
+    fn check_reset_handled(&mut self, cx: &mut Context<'_>) -> Result<(), QueueError> {
+        if let Some(buffers) = self.reset.sent_with_buffers
             && self.events.available()? != buffers
         {
-            self.note = Note::default();
-            self.switch.is_reset_pending = false;
-            self.switch.ask_again(cx);
+            self.reset = TransportReset::default();
+            self.muxer.is_reset_pending = false;
+            self.muxer.request_held_again(cx);
         }
         Ok(())
     }
 
     fn count_kick(&self, token: Token) {
-        let stats = &self.switch.shared.stats;
-        match token.checked_sub(KICKS) {
-            Some(index) if index == u32::from(TX) => stats.tx_queue_event_count.add(1),
-            Some(0) => stats.rx_queue_event_count.add(1),
-            _ => {}
-        }
+        let stats = &self.muxer.shared.stats;
+        let counter = match token - FIRST_KICK {
+            index if index == u32::from(RX) => &stats.rx_queue_event_count,
+            index if index == u32::from(TX) => &stats.tx_queue_event_count,
+            _ => return,
+        };
+        counter.add(1);
     }
 }
 
 impl Task for VsockTask {
     fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        for (token, kick) in (KICKS..).zip(&self.kicks) {
+        for (token, kick) in (FIRST_KICK..).zip(&self.kicks) {
             cx.watch_kick(token, kick)?;
         }
-        self.switch.attach(cx)
+        self.muxer.attach(cx)
     }
 
     fn kicked(&mut self, cx: &mut Context<'_>, token: Token) {
         self.count_kick(token);
-        self.work(cx);
+        self.poll(cx);
     }
 
     fn ready(&mut self, cx: &mut Context<'_>, event: Event) {
-        // All is looked at when it goes on.
+        // A paused task looks at all sockets when it is resumed.
         if self.running {
-            self.switch.ready(cx, event);
-            // Once for all events of this wake-up.
+            self.muxer.ready(cx, event);
+            // Poll once for all events of this wake-up.
             cx.reschedule();
         }
     }
 
     fn timer(&mut self, cx: &mut Context<'_>) {
-        self.work(cx);
+        self.poll(cx);
     }
 
     fn quiesce(&mut self, cx: &mut Context<'_>) {
         self.running = false;
-        self.still_since = Some(cx.now());
+        self.paused_at = Some(cx.now());
     }
 
     fn is_drained(&self) -> bool {
-        // What was taken was carried out and published.
+        // Each call handles and publishes all that it has taken.
         true
     }
 
     fn resume(&mut self, cx: &mut Context<'_>) {
         self.running = true;
-        if let Some(since) = self.still_since.take() {
-            let still = cx.now().saturating_sub(since);
-            self.switch.postpone(still);
-            for at in [&mut self.note.hold_until, &mut self.note.let_in_at] {
-                *at = at.map(|at| at.saturating_add(still));
+        if let Some(paused_at) = self.paused_at.take() {
+            // The duration of a pause does not count for deadlines.
+            let pause = cx.now().saturating_sub(paused_at);
+            self.muxer.table.postpone(pause);
+            for at in [&mut self.reset.hold_until, &mut self.reset.request_at] {
+                *at = at.map(|at| at.saturating_add(pause));
             }
         }
-        self.switch.look_at_all(cx);
-        self.work(cx);
+        self.muxer.poll_all(cx);
+        self.poll(cx);
     }
 
     fn detach(self: Box<Self>) {
-        let VsockTask { switch, .. } = *self;
-        let Switch { shared, sockets, .. } = switch;
+        let VsockTask { muxer, .. } = *self;
+        let Muxer { shared, sockets, .. } = muxer;
         *locked(&shared.sockets) = Some(sockets);
     }
 }

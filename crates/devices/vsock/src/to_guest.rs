@@ -1,323 +1,340 @@
-//! Filling the guest's buffers: resets, then whoever stands in line, one turn each.
+//! Filling the guest's buffers: resets first, then a turn for each connection in the ready queue.
 
+use std::os::fd::AsFd;
+
+use memory::iovec::Access;
 use rustix::io::Errno;
-
-use super::credit::Window;
-use super::packet::{END_OF_MESSAGE, HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SocketKind};
-use super::switch::{Switch, message_room};
-use super::table::Slot;
 use virtio::queue::{Chain, Queue, QueueError};
 use virtio::worker::Context;
 use zerocopy::IntoBytes;
 
-/// Bytes of data that a connection gets rid of in one turn.
-pub(super) const QUANTUM: u32 = 64 << 10;
-/// Bytes that are read at first from a connection of which nothing is known.
-const LEAST_APPETITE: u32 = 4 << 10;
-/// Chains that one read fills at most.
-const MAX_CHAINS: usize = 32;
-/// A packet without data counts as so many bytes of a turn, and so does a buffer that is thrown away: the guest may make new ones meanwhile.
-const PACKET_COST: u32 = 1 << 10;
+use crate::credit::Window;
+use crate::guest_io;
+use crate::muxer::{Muxer, message_buffer};
+use crate::packet::{END_OF_MESSAGE, HEADER_LEN, Header, Op, SHUTDOWN_BOTH, SocketKind};
+use crate::table::Slot;
 
-/// How filling ended.
+/// Maximum number of bytes that a connection sends in one turn.
+pub(crate) const QUANTUM: u32 = 64 << 10;
+/// Minimum number of bytes to read at once, and what the first read asks for.
+const MIN_READ: u32 = 4 << 10;
+/// Maximum number of chains that one read fills.
+const MAX_CHAINS: usize = 32;
+/// Minimum cost of a packet, in bytes of the budget. A discarded buffer costs as much, as the guest
+/// may add new ones meanwhile.
+pub(crate) const PACKET_COST: u32 = 1 << 10;
+
+/// Why filling has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Filled {
-    /// Nobody has anything for the guest.
+pub(crate) enum FillOutcome {
+    /// There are no more packets.
     Idle,
-    /// There is more, and the guest has no buffer for it.
-    Starved,
-    /// There is more, and others of the worker should get their turn.
-    Turn,
+    /// There are more packets, and the guest has no buffer for them.
+    NoBuffers,
+    /// There are more packets, and other tasks of the worker should run first.
+    Yield,
 }
 
-/// How one connection's turn ended.
+/// How the turn of one connection has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Served {
-    /// It has nothing more, for now.
+enum ServeOutcome {
+    /// It has no more packets for now.
     Done,
-    /// It has more.
+    /// It has more packets.
     More,
     /// The guest has no buffer.
-    Starved,
+    NoBuffers,
 }
 
-/// The queue to the guest.
-pub(super) struct ToGuest {
-    pub(super) queue: Queue,
+/// The RX queue.
+pub(crate) struct ToGuest {
+    pub(crate) queue: Queue,
+    /// Chains that were taken for one packet or one read. Reused.
     chains: Vec<Chain>,
-    rooms: [u32; MAX_CHAINS],
+    /// Bytes of data that each of them takes.
+    capacities: [u32; MAX_CHAINS],
 }
 
 impl ToGuest {
-    pub(super) fn new(queue: Queue) -> Self {
-        ToGuest { queue, chains: (0..MAX_CHAINS).map(|_| Chain::new()).collect(), rooms: [0; MAX_CHAINS] }
+    pub(crate) fn new(queue: Queue) -> Self {
+        ToGuest {
+            queue,
+            chains: (0..MAX_CHAINS).map(|_| Chain::new()).collect(),
+            capacities: [0; MAX_CHAINS],
+        }
     }
 
-    /// Gives the guest what there is for it, as far as it has buffers and `budget` (bytes) goes.
-    pub(super) fn fill(
+    /// Sends the guest packets until there are no more, it has no buffers or `budget` (bytes) is
+    /// spent.
+    pub(crate) fn fill(
         &mut self,
-        switch: &mut Switch,
+        muxer: &mut Muxer,
         cx: &mut Context<'_>,
         budget: &mut u32,
-    ) -> Result<Filled, QueueError> {
-        let filled = self.fill_in_order(switch, cx, budget)?;
-        // Who found no buffer because the budget was spent on bad ones goes on in the next turn.
-        Ok(if filled == Filled::Starved && *budget == 0 { Filled::Turn } else { filled })
+    ) -> Result<FillOutcome, QueueError> {
+        let filled = self.fill_in_order(muxer, cx, budget)?;
+        // If the budget was spent on unusable buffers, there may be usable ones.
+        Ok(if filled == FillOutcome::NoBuffers && *budget == 0 { FillOutcome::Yield } else { filled })
     }
 
     fn fill_in_order(
         &mut self,
-        switch: &mut Switch,
+        muxer: &mut Muxer,
         cx: &mut Context<'_>,
         budget: &mut u32,
-    ) -> Result<Filled, QueueError> {
-        while let Some(reset) = switch.resets.front() {
+    ) -> Result<FillOutcome, QueueError> {
+        while let Some(reset) = muxer.resets.front() {
             if *budget == 0 {
-                return Ok(Filled::Turn);
+                return Ok(FillOutcome::Yield);
             }
-            let header = reset.header(switch.guest_cid);
-            if self.next_chain(switch, HEADER_LEN, budget)?.is_none() {
-                return Ok(Filled::Starved);
+            let header = reset.header(muxer.guest_cid);
+            if self.next_chain(muxer, HEADER_LEN, budget)?.is_none() {
+                return Ok(FillOutcome::NoBuffers);
             }
-            self.write_packet(switch, &header, &[])?;
-            switch.resets.pop_front();
+            self.write_packet(muxer, &header, &[])?;
+            muxer.resets.pop_front();
             spend(budget, 0);
         }
-        while switch.table.has_line() {
+        while muxer.table.has_ready() {
             if *budget == 0 {
-                return Ok(Filled::Turn);
+                return Ok(FillOutcome::Yield);
             }
-            let Some(slot) = switch.table.next() else { break };
-            match self.serve(switch, cx, slot, budget)? {
-                Served::Done => {}
-                Served::More => switch.table.queue(slot),
-                Served::Starved => {
-                    switch.table.queue_first(slot);
-                    return Ok(Filled::Starved);
+            let Some(slot) = muxer.table.dequeue() else { break };
+            match self.serve(muxer, cx, slot, budget)? {
+                ServeOutcome::Done => {}
+                ServeOutcome::More => muxer.table.enqueue(slot),
+                ServeOutcome::NoBuffers => {
+                    muxer.table.enqueue_front(slot);
+                    return Ok(FillOutcome::NoBuffers);
                 }
             }
         }
-        // A connection that was served may have been reset over it.
-        Ok(if switch.resets.is_empty() { Filled::Idle } else { Filled::Turn })
+        // Serving a connection may have reset it.
+        Ok(if muxer.resets.is_empty() { FillOutcome::Idle } else { FillOutcome::Yield })
     }
 
-    /// One connection's turn.
+    /// Gives one connection its turn.
     fn serve(
         &mut self,
-        switch: &mut Switch,
+        muxer: &mut Muxer,
         cx: &mut Context<'_>,
         slot: Slot,
         budget: &mut u32,
-    ) -> Result<Served, QueueError> {
-        let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
-        let first = [(connection.owed.request, Op::Request), (connection.owed.response, Op::Response)];
+    ) -> Result<ServeOutcome, QueueError> {
+        let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
+        let first = [(connection.pending.request, Op::Request), (connection.pending.response, Op::Response)];
         if let Some((_, op)) = first.into_iter().find(|(is_owed, _)| *is_owed) {
-            if !self.send(switch, slot, op, 0, budget)? {
-                return Ok(Served::Starved);
+            if !self.send(muxer, slot, op, 0, budget)? {
+                return Ok(ServeOutcome::NoBuffers);
             }
-            if let Some(connection) = switch.table.get(slot) {
-                (connection.owed.request, connection.owed.response) = (false, false);
+            if let Some(connection) = muxer.table.get(slot) {
+                (connection.pending.request, connection.pending.response) = (false, false);
             }
             spend(budget, 0);
         }
-        let mut more = self.data(switch, cx, slot, budget)?;
-        if more == Served::Starved {
+        let mut more = self.send_data(muxer, cx, slot, budget)?;
+        if more == ServeOutcome::NoBuffers {
             return Ok(more);
         }
-        // After the data, whose headers tell the credit, too.
-        while let Some((op, flags)) = switch.table.get(slot).and_then(|connection| {
+        // After the data, because its headers carry the credit, too.
+        while let Some((op, flags)) = muxer.table.get(slot).and_then(|connection| {
             if connection.credit_update_due() {
                 return Some((Op::CreditUpdate, 0));
             }
-            if std::mem::take(&mut connection.owed.credit_request) {
+            if std::mem::take(&mut connection.pending.credit_request) {
                 return Some((Op::CreditRequest, 0));
             }
             connection.shutdown_due().map(|flags| (Op::Shutdown, flags))
         }) {
-            if !self.send(switch, slot, op, flags, budget)? {
-                return Ok(Served::Starved);
+            if !self.send(muxer, slot, op, flags, budget)? {
+                return Ok(ServeOutcome::NoBuffers);
             }
             spend(budget, 0);
-            let Some(connection) = switch.table.get(slot) else { break };
+            let Some(connection) = muxer.table.get(slot) else { break };
             match op {
-                Op::CreditUpdate => connection.owed.credit_update = false,
-                Op::Shutdown => connection.told = flags,
+                Op::CreditUpdate => connection.pending.credit_update = false,
+                Op::Shutdown => connection.sent_shutdown = flags,
                 _ => {}
             }
-            if connection.told == SHUTDOWN_BOTH {
-                switch.close(cx, slot);
-                more = Served::Done;
+            if connection.sent_shutdown == SHUTDOWN_BOTH {
+                muxer.close(cx, slot);
+                more = ServeOutcome::Done;
             }
         }
-        switch.watch_stall(cx, slot);
+        muxer.watch_stall(cx, slot);
         Ok(more)
     }
 
-    /// Data of one connection, at most a turn's.
-    fn data(
+    /// Sends data of one connection, for at most one turn.
+    fn send_data(
         &mut self,
-        switch: &mut Switch,
+        muxer: &mut Muxer,
         cx: &mut Context<'_>,
         slot: Slot,
         budget: &mut u32,
-    ) -> Result<Served, QueueError> {
-        let Some(connection) = switch.table.get(slot).filter(|c| c.has_data()) else {
-            return Ok(Served::Done);
+    ) -> Result<ServeOutcome, QueueError> {
+        let Some(connection) = muxer.table.get(slot).filter(|c| c.has_data()) else {
+            return Ok(ServeOutcome::Done);
         };
         if connection.sendable() == 0 {
-            return Ok(Served::Done);
+            return Ok(ServeOutcome::Done);
         }
         match connection.kind {
-            SocketKind::Stream => self.stream(switch, cx, slot, budget),
-            SocketKind::SeqPacket => self.message(switch, cx, slot, budget),
+            SocketKind::Stream => self.send_stream(muxer, cx, slot, budget),
+            SocketKind::SeqPacket => self.send_message(muxer, cx, slot, budget),
         }
     }
 
-    /// Reads from a stream straight into the guest's buffers, as many of them as one read may fill.
-    fn stream(
+    /// Reads from a stream socket directly into the guest's buffers, several of them at once.
+    fn send_stream(
         &mut self,
-        switch: &mut Switch,
+        muxer: &mut Muxer,
         cx: &mut Context<'_>,
         slot: Slot,
         budget: &mut u32,
-    ) -> Result<Served, QueueError> {
-        let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
-        connection.appetite = connection.appetite.clamp(LEAST_APPETITE, QUANTUM);
-        let (limit, window) = (connection.appetite, connection.credit.window());
-        let count = self.take_chains(switch, limit, window, budget)?;
+    ) -> Result<ServeOutcome, QueueError> {
+        let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
+        connection.read_size = connection.read_size.clamp(MIN_READ, QUANTUM);
+        let (limit, window) = (connection.read_size, connection.credit.window());
+        let count = self.take_chains(muxer, limit, window, budget)?;
         if count == 0 {
-            return Ok(Served::Starved);
+            return Ok(ServeOutcome::NoBuffers);
         }
-        let offered = switch.segments.len();
-        let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
+        let offered = muxer.iovec.len() as u32;
+        let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
         let received = match &connection.socket {
-            Some(socket) => switch.segments.receive(socket),
+            Some(socket) => muxer.iovec.receive(socket.as_fd()),
             None => Err(Errno::NOTCONN),
         };
         let (got, may_be_more) = match received {
-            Ok((got @ 1.., may_be_more)) => (got, may_be_more),
+            // The kernel stops before data that follows passed descriptors, which are dropped.
+            Ok(received) if received.len > 0 => (received.len as u32, received.dropped_descriptors),
             other => {
-                self.give_back(0, count)?;
-                return Ok(self.no_data(switch, cx, slot, other.map(drop)));
+                self.return_chains(0, count)?;
+                return Ok(self.no_data(muxer, cx, slot, other.map(drop)));
             }
         };
+        muxer.iovec.mark_dirty(&muxer.ram, got.into());
         connection.readable = may_be_more || got == offered || connection.hangup;
         if got == offered {
-            connection.appetite = (connection.appetite * 4).min(QUANTUM);
-        } else if got < connection.appetite / 4 {
-            connection.appetite /= 2;
+            connection.read_size = (connection.read_size * 4).min(QUANTUM);
+        } else if got < connection.read_size / 4 {
+            connection.read_size /= 2;
         }
         let mut left = got;
         let mut used = 0;
         while left > 0 {
-            let len = self.rooms[used].min(left);
-            let mut header = connection.header(Op::Rw, switch.guest_cid);
+            let len = self.capacities[used].min(left);
+            let mut header = connection.header(Op::Rw, muxer.guest_cid);
             header.len = len.into();
             self.write(used, &header)?;
             self.queue.add_used(self.chains[used].head(), HEADER_LEN + len)?;
-            connection.credit.send(len);
+            connection.credit.record_sent(len);
             (left, used) = (left - len, used + 1);
         }
         let more = connection.readable && connection.sendable() > 0;
-        self.give_back(used, count)?;
-        switch.shared.stats.rx_bytes_count.add(got.into());
-        switch.shared.stats.rx_packets_count.add(used as u64);
+        self.return_chains(used, count)?;
+        muxer.shared.stats.rx_bytes_count.add(got.into());
+        muxer.shared.stats.rx_packets_count.add(used as u64);
         spend(budget, got);
-        Ok(if more { Served::More } else { Served::Done })
+        Ok(if more { ServeOutcome::More } else { ServeOutcome::Done })
     }
 
-    /// There was no data to read: none yet, none any more, or the socket is broken.
-    #[expect(clippy::unused_self, reason = "it is a step of the same work")]
+    /// Handles a read that returned no data: an empty socket, the end, or an error.
+    #[expect(clippy::unused_self, reason = "a step of sending, next to the others")]
     fn no_data(
         &self,
-        switch: &mut Switch,
+        muxer: &mut Muxer,
         cx: &mut Context<'_>,
         slot: Slot,
         result: Result<(), Errno>,
-    ) -> Served {
-        let Some(connection) = switch.table.get(slot) else { return Served::Done };
+    ) -> ServeOutcome {
+        let Some(connection) = muxer.table.get(slot) else { return ServeOutcome::Done };
         connection.readable = false;
         match result {
             Err(Errno::AGAIN) => {}
             Ok(()) => {
-                // Here is its end, whether or not the event has come.
-                (connection.host_done, connection.hangup) = (true, true);
-                connection.settle();
+                // The end, even if its event has not arrived yet.
+                (connection.host_send_shut, connection.hangup) = (true, true);
+                connection.close_if_peer_gone();
             }
             Err(_) => {
-                switch.shared.stats.rx_read_fails.add(1);
-                switch.kill(cx, slot);
+                muxer.shared.stats.rx_read_fails.add(1);
+                muxer.kill(cx, slot);
             }
         }
-        Served::Done
+        ServeOutcome::Done
     }
 
-    /// Sends the guest a piece of a message.
-    fn message(
+    /// Sends the guest one packet of a message.
+    fn send_message(
         &mut self,
-        switch: &mut Switch,
+        muxer: &mut Muxer,
         cx: &mut Context<'_>,
         slot: Slot,
         budget: &mut u32,
-    ) -> Result<Served, QueueError> {
-        let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
-        if connection.to_guest.0.is_empty() {
-            match connection.read_message(message_room(&mut switch.scratch)) {
+    ) -> Result<ServeOutcome, QueueError> {
+        let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
+        if connection.rx_message.data.is_empty() {
+            match connection.read_message(message_buffer(&mut muxer.scratch)) {
                 Ok(Some(())) => {}
                 // An empty message, not the end.
                 Ok(None) if connection.may_have_more() => {
                     spend(budget, 0);
-                    return Ok(Served::More);
+                    return Ok(ServeOutcome::More);
                 }
-                other => return Ok(self.no_data(switch, cx, slot, other.map(drop))),
+                other => return Ok(self.no_data(muxer, cx, slot, other.map(drop))),
             }
         }
-        let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
-        // Now that its length is known, it may have to wait.
+        let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
+        // Its length is known now, and there may be too little credit for it.
         let sendable = connection.sendable();
         if sendable == 0 {
-            return Ok(Served::Done);
+            return Ok(ServeOutcome::Done);
         }
-        let (message, sent) = std::mem::take(&mut connection.to_guest);
-        let rest = &message[sent as usize..];
-        let Some(room) = self.next_room(switch, budget)? else {
-            if let Some(connection) = switch.table.get(slot) {
-                connection.to_guest = (message, sent);
+        let mut message = std::mem::take(&mut connection.rx_message);
+        let Some(capacity) = self.next_data_chain(muxer, budget)? else {
+            if let Some(connection) = muxer.table.get(slot) {
+                connection.rx_message = message;
             }
-            return Ok(Served::Starved);
+            return Ok(ServeOutcome::NoBuffers);
         };
-        let len = room.min(sendable).min(rest.len() as u32);
+        let rest = &message.data[message.sent as usize..];
+        let len = capacity.min(sendable).min(rest.len() as u32);
         let piece = &rest[..len as usize];
         let is_last = piece.len() == rest.len();
-        let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
-        let mut header = connection.header(Op::Rw, switch.guest_cid);
+        let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
+        let mut header = connection.header(Op::Rw, muxer.guest_cid);
         header.len = len.into();
         header.flags = if is_last { END_OF_MESSAGE } else { 0 }.into();
-        connection.credit.send(len);
-        self.write_packet(switch, &header, piece)?;
-        switch.shared.stats.rx_bytes_count.add(len.into());
+        connection.credit.record_sent(len);
+        self.write_packet(muxer, &header, piece)?;
+        muxer.shared.stats.rx_bytes_count.add(len.into());
         spend(budget, len);
-        let Some(connection) = switch.table.get(slot) else { return Ok(Served::Done) };
-        connection.to_guest = if is_last { (Vec::new(), 0) } else { (message, sent + len) };
+        let Some(connection) = muxer.table.get(slot) else { return Ok(ServeOutcome::Done) };
+        if !is_last {
+            message.sent += len;
+            connection.rx_message = message;
+        }
         let more = connection.has_data() && connection.sendable() > 0;
-        Ok(if more { Served::More } else { Served::Done })
+        Ok(if more { ServeOutcome::More } else { ServeOutcome::Done })
     }
 
-    /// Takes chains until they have room for `limit` bytes of data, or as many as `window` allows
-    /// in so many packets, which becomes `switch.segments`. Returns how many. None: the guest has
-    /// none, or `budget` was spent on those that it threw away.
+    /// Takes chains until they hold `limit` bytes of data, or as many as `window` allows in that
+    /// number of packets. `muxer.iovec` becomes their space for data. Returns the number of
+    /// chains. It is 0 if the guest has none, or `budget` was spent on discarded ones.
     fn take_chains(
         &mut self,
-        switch: &mut Switch,
+        muxer: &mut Muxer,
         limit: u32,
         window: Window,
         budget: &mut u32,
     ) -> Result<usize, QueueError> {
-        switch.segments.clear();
+        muxer.iovec.clear();
         let mut count = 0;
         while count < MAX_CHAINS {
             let limit = limit.min(window.bytes(count as u32 + 1));
-            if switch.segments.len() >= limit {
+            if muxer.iovec.len() as u32 >= limit {
                 break;
             }
             let chain = &mut self.chains[count];
@@ -325,51 +342,53 @@ impl ToGuest {
                 break;
             }
             let payload = chain.writable().split_at(HEADER_LEN).map(|(_, payload)| payload);
-            let room = match payload {
-                Some(payload) => switch.segments.push(&payload, limit - switch.segments.len())?,
+            let capacity = match payload {
+                Some(payload) => {
+                    let limit = limit - muxer.iovec.len() as u32;
+                    let access = Access::WriteUnmarked;
+                    guest_io::push(&mut muxer.iovec, &muxer.ram, &payload, limit, access)?
+                }
                 None => 0,
             };
-            if room == 0 {
-                // Too small, or too scattered for one read. Chains go back in order, so it is thrown away only as the first.
+            if capacity == 0 {
+                // Too small, or in too many pieces for one read. Chains are returned in order, so
+                // it is discarded only if it is the first.
                 if count > 0 {
                     self.queue.rewind(&self.chains[count])?;
                     break;
                 }
-                self.throw_away(switch, budget)?;
+                self.discard_chain(muxer, budget)?;
                 if *budget == 0 {
                     break;
                 }
                 continue;
             }
-            self.rooms[count] = room;
+            self.capacities[count] = capacity;
             count += 1;
         }
         Ok(count)
     }
 
-    /// Gives the chains from `used` to `count` back, last first.
-    fn give_back(&mut self, used: usize, count: usize) -> Result<(), QueueError> {
+    /// Puts the chains from `used` to `count` back in the queue, last first.
+    fn return_chains(&mut self, used: usize, count: usize) -> Result<(), QueueError> {
         self.chains[used..count].iter().rev().try_for_each(|chain| self.queue.rewind(chain))
     }
 
-    /// Takes the next chain that has room for data; how much. It is `self.chains[0]`.
-    fn next_room(&mut self, switch: &Switch, budget: &mut u32) -> Result<Option<u32>, QueueError> {
-        self.next_chain(switch, HEADER_LEN + 1, budget).map(|room| room.map(|room| room - HEADER_LEN))
+    /// Takes the next chain that holds data into `self.chains[0]`. Returns how many bytes it holds.
+    fn next_data_chain(&mut self, muxer: &Muxer, budget: &mut u32) -> Result<Option<u32>, QueueError> {
+        self.next_chain(muxer, HEADER_LEN + 1, budget)
+            .map(|capacity| capacity.map(|capacity| capacity - HEADER_LEN))
     }
 
-    /// Takes the next chain with room for `least` bytes, throwing smaller ones away as far as `budget` goes.
-    fn next_chain(
-        &mut self,
-        switch: &Switch,
-        least: u32,
-        budget: &mut u32,
-    ) -> Result<Option<u32>, QueueError> {
+    /// Takes the next chain of at least `least` bytes into `self.chains[0]`. Discards smaller ones,
+    /// within `budget`. Returns its length.
+    fn next_chain(&mut self, muxer: &Muxer, least: u32, budget: &mut u32) -> Result<Option<u32>, QueueError> {
         while self.queue.pop(&mut self.chains[0])? {
-            let room = self.chains[0].writable().len();
-            if room >= least {
-                return Ok(Some(room));
+            let capacity = self.chains[0].writable().len();
+            if capacity >= least {
+                return Ok(Some(capacity));
             }
-            self.throw_away(switch, budget)?;
+            self.discard_chain(muxer, budget)?;
             if *budget == 0 {
                 break;
             }
@@ -377,40 +396,41 @@ impl ToGuest {
         Ok(None)
     }
 
-    /// Gives the guest the chain that was taken, with nothing in it.
-    fn throw_away(&mut self, switch: &Switch, budget: &mut u32) -> Result<(), QueueError> {
-        switch.shared.stats.malformed_count.add(1);
+    /// Returns `self.chains[0]` to the guest unused.
+    fn discard_chain(&mut self, muxer: &Muxer, budget: &mut u32) -> Result<(), QueueError> {
+        muxer.shared.stats.malformed_count.add(1);
         spend(budget, 0);
         self.queue.add_used(self.chains[0].head(), 0)
     }
 
-    /// Sends a packet without data. False if the guest has no buffer; then the header is not made, which tells our account of credit.
+    /// Sends a packet without data. False if the guest has no buffer. In that case no header is
+    /// made, as making one records the credit in it as sent.
     fn send(
         &mut self,
-        switch: &mut Switch,
+        muxer: &mut Muxer,
         slot: Slot,
         op: Op,
         flags: u32,
         budget: &mut u32,
     ) -> Result<bool, QueueError> {
-        if self.next_chain(switch, HEADER_LEN, budget)?.is_none() {
+        if self.next_chain(muxer, HEADER_LEN, budget)?.is_none() {
             return Ok(false);
         }
-        let guest_cid = switch.guest_cid;
-        let mut header = switch.table.get(slot).map(|c| c.header(op, guest_cid)).unwrap_or_default();
+        let guest_cid = muxer.guest_cid;
+        let mut header = muxer.table.get(slot).map(|c| c.header(op, guest_cid)).unwrap_or_default();
         header.flags = flags.into();
-        self.write_packet(switch, &header, &[])?;
+        self.write_packet(muxer, &header, &[])?;
         Ok(true)
     }
 
-    /// Fills the chain that was taken.
-    fn write_packet(&mut self, switch: &Switch, header: &Header, data: &[u8]) -> Result<(), QueueError> {
+    /// Writes a packet to `self.chains[0]`.
+    fn write_packet(&mut self, muxer: &Muxer, header: &Header, data: &[u8]) -> Result<(), QueueError> {
         self.write(0, header)?;
         if let Some((_, payload)) = self.chains[0].writable().split_at(HEADER_LEN) {
             payload.write(self.queue.ram(), data)?;
         }
         self.queue.add_used(self.chains[0].head(), HEADER_LEN + data.len() as u32)?;
-        switch.shared.stats.rx_packets_count.add(1);
+        muxer.shared.stats.rx_packets_count.add(1);
         Ok(())
     }
 
@@ -419,7 +439,7 @@ impl ToGuest {
     }
 }
 
-/// Takes what `bytes` of data cost off a turn's budget.
+/// Subtracts the cost of a packet with `bytes` of data from the budget.
 fn spend(budget: &mut u32, bytes: u32) {
     *budget = budget.saturating_sub(bytes.max(PACKET_COST));
 }

@@ -1,4 +1,4 @@
-//! The DSDT: the devices that a guest cannot find by probing, and how deep the platform can sleep.
+//! The DSDT: the devices that a guest cannot find by probing, and the sleep states.
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
@@ -9,26 +9,26 @@ use acpi_tables::{Aml, AmlSink};
 
 use virtio::transport::pci::{CONFIG_ADDRESS, ECAM_SIZE};
 
-use super::{OEM_ID, OEM_REVISION, SLEEP_TYPE_S5};
-use crate::devices::{Places, Window};
-use crate::generation::VMCLOCK_SIZE;
+use super::oem::{OEM_ID, OEM_REVISION};
+use crate::devices::{DeviceAddresses, MmioWindow};
 use crate::layout;
+use crate::vm_gen_id::VMCLOCK_SIZE;
 
 /// The whole table.
-pub(super) fn table(devices: &Places) -> impl Aml {
+pub(super) fn table(devices: &DeviceAddresses) -> impl Aml {
     let mut body = Vec::new();
-    Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
+    Name::new("_S5_".into(), &Package::new(vec![&layout::ACPI_SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]))
         .to_aml_bytes(&mut body);
     serial_port(&mut body);
     keyboard(&mut body);
-    generation(&mut body);
+    vm_gen_id(&mut body);
     match devices {
-        Places::Mmio(windows) => {
+        DeviceAddresses::Mmio(windows) => {
             for (number, window) in (0..).zip(windows) {
                 virtio_device(&mut body, number, *window);
             }
         }
-        Places::Pci(_) => pci_bus(&mut body),
+        DeviceAddresses::Pci(_) => pci_bus(&mut body),
     }
 
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, *b"VSTADSDT", OEM_REVISION);
@@ -38,7 +38,7 @@ pub(super) fn table(devices: &Places) -> impl Aml {
 
 const ZERO: u8 = 0;
 
-/// Edge-triggered, active high, not shared: how an ISA device interrupts.
+/// The interrupt of an ISA device: edge-triggered, active high, not shared.
 fn isa_interrupt(line: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, line)
 }
@@ -86,9 +86,9 @@ fn keyboard(sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
-/// The two devices that tell a guest of another life ([`crate::generation`]), and the generic event device (ACPI 6.5, 5.6.9) whose
-/// interrupt makes the guest look at both.
-fn generation(sink: &mut dyn AmlSink) {
+/// The VM generation ID and the VMClock ([`crate::vm_gen_id`]), and the generic event device (ACPI
+/// 6.5, 5.6.9), whose interrupt notifies the guest of a change of both.
+fn vm_gen_id(sink: &mut dyn AmlSink) {
     const DEVICE_SPECIFIC_CHANGE: u8 = 0x80;
     let id_low = layout::VM_GENERATION_ID as u32;
     let clock = Memory32Fixed::new(false, layout::VMCLOCK as u32, VMCLOCK_SIZE);
@@ -98,8 +98,8 @@ fn generation(sink: &mut dyn AmlSink) {
             &Device::new(
                 "VGEN".into(),
                 vec![
-                    // Linux's driver has matched both since 5.18. The second is longer than ACPI allows an id to be: kernels that
-                    // compare 8 characters find the device by the first.
+                    // Linux's driver has matched both IDs since 5.18. The second is longer than
+                    // ACPI allows: kernels that compare 8 characters match the first.
                     &Name::new("_HID".into(), &"VMGENCTR"),
                     &Name::new("_CID".into(), &"VM_Gen_Counter"),
                     &Name::new("_DDN".into(), &"VM_Gen_Counter"),
@@ -140,8 +140,8 @@ fn generation(sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
-/// A virtio-mmio device: Linux knows the id `LNRO0005`.
-fn virtio_device(sink: &mut dyn AmlSink, number: u32, window: Window) {
+/// A virtio-mmio device. `LNRO0005` is its ID in Linux.
+fn virtio_device(sink: &mut dyn AmlSink, number: u32, window: MmioWindow) {
     let registers = Memory32Fixed::new(true, window.addr as u32, 0x1000);
     Scope::new(
         "_SB_".into(),
@@ -161,8 +161,8 @@ fn virtio_device(sink: &mut dyn AmlSink, number: u32, window: Window) {
     .to_aml_bytes(sink);
 }
 
-/// The PCI bus: its number, the ports that reach it, and the addresses that it may give to BARs. Its configuration spaces in memory are
-/// a resource of the board, as the PCI Firmware Specification (4.1.2) asks for.
+/// The PCI bus: its number, the ports of its configuration spaces, and the addresses for BARs. ECAM
+/// is a resource of the motherboard, as the PCI Firmware Specification (4.1.2) requires.
 fn pci_bus(sink: &mut dyn AmlSink) {
     let ports = IO::new(CONFIG_ADDRESS, CONFIG_ADDRESS, 1, 8);
     let bars = AddressSpace::new_memory(
@@ -215,7 +215,7 @@ mod tests {
     #[test]
     fn vm_generation_id_has_the_ids_that_drivers_match() {
         let mut aml = Vec::new();
-        generation(&mut aml);
+        vm_gen_id(&mut aml);
         for id in [&b"_HID\x0dVMGENCTR\0"[..], b"_CID\x0dVM_Gen_Counter\0", b"_HID\x0dAMZNC10C\0"] {
             assert!(aml.windows(id.len()).any(|bytes| bytes == id), "{}", String::from_utf8_lossy(id));
         }

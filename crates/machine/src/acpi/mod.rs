@@ -1,11 +1,14 @@
-//! The ACPI tables: processors, interrupt controllers, devices, and how to sleep and reset.
+//! The ACPI tables: vCPUs, interrupt controllers, devices, power-off and reset.
 //!
-//! The platform is *hardware-reduced* (ACPI 6.5, 4.1): no SCI, no PM timer, no SMI. What is left of power management is two
-//! registers, at ports: sleep control (a guest's `poweroff`) and reset (its `reboot`).
+//! The platform is *hardware-reduced* (ACPI 6.5, 4.1): it has no SCI, no PM timer and no SMI. Power
+//! management is left with the registers for sleep (a guest's `poweroff`) and reset (its `reboot`),
+//! at ports.
 //!
-//! All tables lie in the reserved part of the first MiB, between [`layout::ACPI_TABLES`] and [`layout::ACPI_TABLES_END`].
+//! All tables are in the reserved part of the first MiB, between [`layout::ACPI_TABLES`] and
+//! [`layout::ACPI_TABLES_END`]. The root pointer is at [`layout::RSDP`].
 
 mod dsdt;
+mod oem;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -17,32 +20,28 @@ use acpi_tables::xsdt::XSDT;
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::devices::Places;
+use crate::devices::DeviceAddresses;
 use crate::layout;
 
-const OEM_ID: [u8; 6] = *b"VESTA ";
-const OEM_REVISION: u32 = 1;
-/// Which hypervisor this is, for whoever asks the FADT.
+use oem::{OEM_ID, OEM_REVISION};
+
+/// The FADT's `Hypervisor Vendor Identity`.
 const HYPERVISOR_ID: [u8; 8] = *b"VESTAKVM";
 
-/// The I/O APIC's identifier: above those of all vCPUs.
+/// The I/O APIC's identifier, above those of all vCPUs.
 const IOAPIC_ID: u8 = 0xfe;
 
 /// `iapc_boot_arch`: there is an i8042 keyboard controller.
 const BOOT_ARCH_8042: u16 = 1 << 1;
 /// `iapc_boot_arch`: there is no VGA.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
-/// `iapc_boot_arch`: there is no CMOS clock. There is one, for guests that look for it by
-/// themselves; Linux has a better clock.
+/// `iapc_boot_arch`: there is no CMOS clock. In fact there is one, for guests that do not look
+/// here; Linux uses a better clock.
 const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
 
-/// What is written to the reset register to reset.
-pub(crate) const RESET_VALUE: u8 = 1;
-/// The type of sleep that is power-off (S5), as `_S5_` tells the guest.
-pub(crate) const SLEEP_TYPE_S5: u8 = 5;
-
-/// Writes all tables for `cpus` vCPUs and these virtio devices, and gives the address of the root pointer.
-pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &Places) -> u64 {
+/// Writes all tables, for `cpus` vCPUs and these virtio devices. Returns the address of the root
+/// pointer.
+pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &DeviceAddresses) -> u64 {
     let mut writer = Writer { ram, next: layout::ACPI_TABLES };
     let dsdt = writer.add(&dsdt::table(devices));
     let fadt = writer.add(&fadt(dsdt));
@@ -50,31 +49,32 @@ pub(crate) fn write_tables(ram: &GuestRam, cpus: u8, devices: &Places) -> u64 {
     let mut xsdt = XSDT::new(OEM_ID, *b"VSTAXSDT", OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
-    if let Places::Pci(_) = devices {
+    if let DeviceAddresses::Pci(_) = devices {
         xsdt.add_entry(writer.add(&mcfg()));
     }
     let xsdt = writer.add(&xsdt);
-    writer.put(layout::RSDP, &Rsdp::new(OEM_ID, xsdt));
+    writer.write_at(layout::RSDP, &Rsdp::new(OEM_ID, xsdt));
     layout::RSDP
 }
 
-/// Puts tables one after another.
+/// Writes tables one after another.
 struct Writer<'a> {
     ram: &'a GuestRam,
     next: u64,
 }
 
 impl Writer<'_> {
+    /// Writes `table` at the next address, which is returned.
     fn add(&mut self, table: &dyn Aml) -> u64 {
         let addr = self.next;
-        let end = self.put(addr, table);
-        assert!(end <= layout::ACPI_TABLES_END, "the ACPI tables fit in their place for any configuration");
+        let end = self.write_at(addr, table);
+        assert!(end <= layout::ACPI_TABLES_END, "the ACPI tables of any configuration fit");
         self.next = end.next_multiple_of(64);
         addr
     }
 
-    /// Writes `table` at `addr` and gives the address that follows it.
-    fn put(&self, addr: u64, table: &dyn Aml) -> u64 {
+    /// Writes `table` at `addr`. Returns the address behind it.
+    fn write_at(&self, addr: u64, table: &dyn Aml) -> u64 {
         let mut bytes = Vec::new();
         table.to_aml_bytes(&mut bytes);
         self.ram.memory().write_slice(&bytes, GuestAddress(addr)).expect("the first MiB is RAM");
@@ -82,7 +82,7 @@ impl Writer<'_> {
     }
 }
 
-/// The fixed table: what the platform has of ACPI's registers.
+/// The FADT: the registers of the platform.
 fn fadt(dsdt: u64) -> impl Aml {
     let port = |port: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
     let mut fadt = FADTBuilder::new(OEM_ID, *b"VSTAFADT", OEM_REVISION)
@@ -90,19 +90,19 @@ fn fadt(dsdt: u64) -> impl Aml {
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
-        // No power or sleep button in the fixed hardware, of which there is none.
+        // These two flags mean that the fixed hardware has no power and no sleep button.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (BOOT_ARCH_8042 | BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_CMOS_RTC).into();
     fadt.reset_reg = port(layout::ACPI_RESET);
-    fadt.reset_value = RESET_VALUE;
+    fadt.reset_value = layout::ACPI_RESET_VALUE;
     fadt.sleep_control_reg = port(layout::ACPI_SLEEP_CONTROL);
     fadt.sleep_status_reg = port(layout::ACPI_SLEEP_STATUS);
     fadt.hypervisor_vendor_identity = u64::from_le_bytes(HYPERVISOR_ID).into();
     fadt.finalize()
 }
 
-/// The table of processors and interrupt controllers.
+/// The MADT: vCPUs and interrupt controllers.
 fn madt(cpus: u8) -> impl Aml {
     let mut madt =
         MADT::new(OEM_ID, *b"VSTAMADT", OEM_REVISION, LocalInterruptController::Address(layout::LAPIC));
@@ -113,7 +113,7 @@ fn madt(cpus: u8) -> impl Aml {
     madt
 }
 
-/// The table of PCI configuration spaces: one bus.
+/// The MCFG: the PCI configuration spaces of bus 0.
 fn mcfg() -> impl Aml {
     let mut mcfg = MCFG::new(OEM_ID, *b"VSTAMCFG", OEM_REVISION);
     mcfg.add_ecam(layout::ECAM, 0, 0, 0);
@@ -123,7 +123,7 @@ fn mcfg() -> impl Aml {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::devices::Window;
+    use crate::devices::MmioWindow;
     use config::HugePages;
 
     fn read(ram: &GuestRam, addr: u64, len: usize) -> Vec<u8> {
@@ -141,8 +141,8 @@ mod tests {
         read(ram, addr, len as usize)
     }
 
-    /// The names of all tables, each of which sums to zero.
-    fn tables(devices: &Places) -> Vec<String> {
+    /// The names of all tables. Checks that each sums to zero.
+    fn tables(devices: &DeviceAddresses) -> Vec<String> {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         let rsdp = read(&ram, write_tables(&ram, 128, devices), 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
@@ -158,8 +158,11 @@ mod tests {
 
     #[test]
     fn root_pointer_leads_to_every_table_and_each_sums_to_zero() {
-        let window = |n: u64| Window { addr: 0xc000_1000 + n * 0x1000, irq: 5 + n as u32 };
-        assert_eq!(tables(&Places::Mmio((0..19).map(window).collect())), ["FACP", "APIC", "DSDT", "XSDT"]);
-        assert_eq!(tables(&Places::Pci(31)), ["FACP", "APIC", "MCFG", "DSDT", "XSDT"]);
+        let window = |n: u64| MmioWindow { addr: 0xc000_1000 + n * 0x1000, irq: 5 + n as u32 };
+        assert_eq!(
+            tables(&DeviceAddresses::Mmio((0..19).map(window).collect())),
+            ["FACP", "APIC", "DSDT", "XSDT"]
+        );
+        assert_eq!(tables(&DeviceAddresses::Pci(31)), ["FACP", "APIC", "MCFG", "DSDT", "XSDT"]);
     }
 }

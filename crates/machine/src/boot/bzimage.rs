@@ -1,113 +1,19 @@
-//! Loading a `bzImage` by the Linux/x86 boot protocol, 2.12 or newer, at its 64-bit entry point.
+//! Loads a `bzImage` by the Linux/x86 boot protocol, 2.12 or newer, for its 64-bit entry point.
 
 use std::fs::File;
 
 use memory::GuestRam;
 
-use super::{BootError, Entry, LoadedKernel, copy_to_guest, read_at};
+use super::error::{BootError, BzImageError};
+use super::io::copy_to_guest;
+use super::kernel::{Entry, LoadedKernel};
+use super::setup_header::SetupHeader;
 use crate::layout;
 
-/// The setup header lies here in the file, and in the zero page.
-pub(super) const HEADER_OFFSET: usize = 0x1f1;
-/// Most bytes of setup header: it ends where the zero page's next field begins.
-const HEADER_MAX: usize = 0x290 - HEADER_OFFSET;
-/// The 64-bit entry point, counted from where the protected-mode kernel is loaded.
+/// Offset of the 64-bit entry point in the protected-mode kernel.
 const ENTRY_64: u64 = 0x200;
 
-/// Why a `bzImage` cannot be booted.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BzImageError {
-    /// The boot protocol is older than the 64-bit entry point.
-    #[error("its boot protocol is {major}.{minor:02}: 2.12 or newer is needed")]
-    Protocol {
-        /// Version, before the point.
-        major: u8,
-        /// Version, after the point.
-        minor: u8,
-    },
-    /// The kernel has no 64-bit entry point.
-    #[error("it has no 64-bit entry point (xloadflags is {0:#x})")]
-    No64BitEntry(u16),
-    /// The file ends within its own setup code.
-    #[error("the file is truncated: its setup code ends at {end:#x}, the file at {len:#x}")]
-    Truncated {
-        /// Where the setup code ends.
-        end: u64,
-        /// The file's length.
-        len: u64,
-    },
-    /// The kernel says that it unpacks into less than it brings, or into nothing.
-    #[error("it says that it needs {init_size:#x} bytes of memory, and is {size:#x} bytes long")]
-    InitSize {
-        /// The header's `init_size`.
-        init_size: u64,
-        /// Bytes to load.
-        size: u64,
-    },
-    /// There is not enough memory to unpack the kernel in.
-    #[error(
-        "it needs {needed:#x} bytes of memory from {addr:#x} on to unpack itself: guest memory ends at {end:#x}"
-    )]
-    DoesNotFit {
-        /// Bytes needed.
-        needed: u64,
-        /// From where on.
-        addr: u64,
-        /// End of the first region of guest memory.
-        end: u64,
-    },
-}
-
-/// The setup header of a `bzImage`: its bytes, with what is needed of them read out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct SetupHeader {
-    bytes: [u8; HEADER_MAX],
-    /// How many of `bytes` are the header's.
-    len: usize,
-}
-
-impl SetupHeader {
-    /// Reads the header; `None` where the file has none, so that it is no `bzImage`.
-    pub(super) fn read(file: &mut File, len: u64) -> Result<Option<Self>, BootError> {
-        let mut header = SetupHeader { bytes: [0; HEADER_MAX], len: HEADER_MAX };
-        if len < (HEADER_OFFSET + HEADER_MAX) as u64 {
-            return Ok(None);
-        }
-        read_at(file, HEADER_OFFSET as u64, &mut header.bytes, "kernel image")?;
-        if header.u16(0x1fe) != 0xaa55 || header.u32(0x202) != u32::from_le_bytes(*b"HdrS") {
-            return Ok(None);
-        }
-        // The header ends where the jump at its beginning leads to.
-        let end = 0x202 + usize::from(header.u8(0x201));
-        header.len = (end - HEADER_OFFSET).min(HEADER_MAX);
-        header.bytes[header.len..].fill(0);
-        Ok(Some(header))
-    }
-
-    /// The header's bytes, for the zero page.
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.bytes[..self.len]
-    }
-
-    /// A byte, by its offset in the boot protocol's table.
-    fn u8(&self, offset: usize) -> u8 {
-        self.bytes[offset - HEADER_OFFSET]
-    }
-
-    fn u16(&self, offset: usize) -> u16 {
-        u16::from_le_bytes([self.u8(offset), self.u8(offset + 1)])
-    }
-
-    fn u32(&self, offset: usize) -> u32 {
-        u32::from(self.u16(offset)) | u32::from(self.u16(offset + 2)) << 16
-    }
-
-    fn u64(&self, offset: usize) -> u64 {
-        u64::from(self.u32(offset)) | u64::from(self.u32(offset + 4)) << 32
-    }
-}
-
-/// Loads the kernel behind `header`.
+/// Loads the kernel of the file that begins with `header`.
 pub(super) fn load(
     ram: &GuestRam,
     file: &mut File,
@@ -126,13 +32,18 @@ pub(super) fn load(
     })
 }
 
-/// Where the protected-mode kernel lies in the file and goes in memory.
+/// Where the protected-mode kernel is in the file and in memory.
 #[derive(Debug, PartialEq, Eq)]
 struct Placed {
+    /// Offset in the file.
     offset: u64,
+    /// Bytes in the file.
     size: u64,
+    /// Address in memory.
     addr: u64,
+    /// Bytes of memory that the kernel needs at its entry.
     needed: u64,
+    /// The highest end address of an initrd.
     initrd_limit: u64,
 }
 
@@ -146,13 +57,13 @@ fn place(ram_end: u64, len: u64, header: &SetupHeader) -> Result<Placed, BzImage
     if xloadflags & 1 == 0 {
         return Err(BzImageError::No64BitEntry(xloadflags));
     }
-    // 0 stands for 4, and the boot sector comes before.
+    // 0 means 4. The boot sector precedes these sectors.
     let setup_sectors = if header.u8(0x1f1) == 0 { 4 } else { header.u8(0x1f1) };
     let offset = (u64::from(setup_sectors) + 1) * 512;
     let size = len.checked_sub(offset).filter(|size| *size > ENTRY_64);
     let Some(size) = size else { return Err(BzImageError::Truncated { end: offset, len }) };
 
-    // The kernel unpacks itself to its preferred address; loaded there, it has the least to move.
+    // The kernel unpacks itself to its preferred address. Loaded there, it moves the least.
     let init_size = u64::from(header.u32(0x260));
     if init_size < size {
         return Err(BzImageError::InitSize { init_size, size });
@@ -167,7 +78,7 @@ fn place(ram_end: u64, len: u64, header: &SetupHeader) -> Result<Placed, BzImage
         Some(addr) if addr == preferred || relocatable => addr,
         _ => return Err(BzImageError::DoesNotFit { needed: init_size, addr: preferred, end: ram_end }),
     };
-    // With XLF_CAN_BE_LOADED_ABOVE_4G an initrd may lie anywhere; otherwise the header says how high.
+    // With XLF_CAN_BE_LOADED_ABOVE_4G an initrd may be anywhere. Else the header has a limit.
     let initrd_limit = if xloadflags & 2 != 0 { u64::MAX } else { u64::from(header.u32(0x22c)) + 1 };
     Ok(Placed { offset, size, addr, needed: init_size, initrd_limit })
 }
@@ -175,6 +86,7 @@ fn place(ram_end: u64, len: u64, header: &SetupHeader) -> Result<Placed, BzImage
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::setup_header::HEADER_MAX;
     use proptest::prelude::*;
     use std::io::Write;
 
@@ -220,14 +132,14 @@ mod tests {
     }
 
     #[test]
-    fn kernel_goes_lower_where_memory_is_short_and_it_may() {
+    fn relocatable_kernel_goes_lower_if_memory_is_short() {
         assert_eq!(placed(&[], 16 << 20).unwrap().addr, 0x20_0000);
         let fixed = placed(&[(0x234, &[0])], 16 << 20);
         assert!(matches!(fixed, Err(BzImageError::DoesNotFit { needed: 0x40_0000, .. })));
     }
 
     #[test]
-    fn kernel_that_fits_nowhere_is_refused_with_what_it_needs() {
+    fn kernel_that_does_not_fit_is_refused() {
         let refused = placed(&[(0x260, &0x4000_0000u32.to_le_bytes())], RAM_END);
         assert!(matches!(refused, Err(BzImageError::DoesNotFit { needed: 0x4000_0000, end: RAM_END, .. })));
     }
@@ -242,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_lies_about_its_size_is_refused() {
+    fn init_size_below_the_kernels_size_is_refused() {
         let refused = placed(&[(0x260, &1u32.to_le_bytes())], RAM_END);
         assert_eq!(refused, Err(BzImageError::InitSize { init_size: 1, size: 0x1800 }));
         let refused = placed(&[(0x1f1, &[40])], RAM_END);

@@ -1,16 +1,16 @@
-//! The kernel command line: the user's, with what the machine adds to it.
+//! The kernel command line: the user's, and what the machine adds to it.
 //!
-//! Linux hands everything behind a parameter `--` to init and reads none of it, so that additions
-//! go before it. Where that parameter is depends on how Linux splits the line (its `next_arg`): at
-//! any white space that is not between double quotes; a parameter that begins with a quote loses
-//! that quote and a closing one.
+//! Linux passes everything behind a parameter `--` to init without reading it, so additions go
+//! before it. To find it, the line is split as Linux does (`next_arg`): at white space that is not
+//! between double quotes. A parameter that begins with a quote loses that quote and a closing one.
 
 use memory::GuestRam;
 
-use super::{BootError, write_boot_data};
+use super::error::BootError;
+use super::io::write_boot_data;
 use crate::layout;
 
-/// The parameter that ends the kernel's own part.
+/// The parameter that ends the kernel's parameters.
 const END_OF_PARAMETERS: &[u8] = b"--";
 const QUOTE: u8 = b'"';
 
@@ -36,8 +36,8 @@ fn join(user: &str, added: &str) -> Vec<u8> {
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(&b' ')
 }
 
-/// The offset of the parameter `--`, or of a last parameter whose quotes are not closed (it would
-/// swallow what follows it), or the end.
+/// The offset at which additions go: that of the parameter `--`, or of a last parameter whose quote
+/// is not closed (it would include what follows), or the end.
 fn insertion_point(line: &[u8]) -> usize {
     let mut at = 0;
     loop {
@@ -55,15 +55,15 @@ fn insertion_point(line: &[u8]) -> usize {
 
 /// A parameter with its value, as Linux splits the line.
 struct Word<'a> {
-    /// Bytes up to the space that ends it, or to the end.
+    /// Length in bytes, up to the white space behind it or to the end.
     len: usize,
-    /// Without the quotes around it.
+    /// The parameter without the quotes around it.
     text: &'a [u8],
-    /// It has a quote that nothing closes.
+    /// Whether it has a quote that is not closed.
     unclosed: bool,
 }
 
-/// The first parameter of `line`, which begins with one.
+/// The first parameter of `line`, which does not begin with white space.
 fn word(line: &[u8]) -> Word<'_> {
     let mut quoted = false;
     let end = line.iter().position(|byte| {
@@ -75,7 +75,7 @@ fn word(line: &[u8]) -> Word<'_> {
     Word { len, text, unclosed: quoted }
 }
 
-/// Linux's `isspace`, which takes the line to be Latin-1: 0xa0 is the no-break space.
+/// Linux's `isspace`, which reads Latin-1: 0xa0 is the no-break space.
 fn is_space(byte: u8) -> bool {
     matches!(byte, b' ' | b'\t'..=b'\r' | 0xa0)
 }
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_ends_with_a_nul_and_its_length_is_without_it() {
+    fn line_ends_with_a_nul_that_its_length_excludes() {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         let len = write(&ram, "quiet -- --login", "pci=off").unwrap();
         let mut bytes = vec![0xff; len + 1];
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_additions_make_too_long_is_refused() {
+    fn line_with_additions_that_is_too_long_is_refused() {
         let ram = GuestRam::map(16, HugePages::None, false).unwrap();
         let user = "x".repeat(config::MAX_BOOT_ARGS_LEN - 1);
         assert!(write(&ram, &user, "").is_ok());
@@ -157,7 +157,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_kernel_reads_additions_and_everything_it_read_before(
+        fn kernel_reads_additions_and_all_its_own_parameters(
             user in "([ \t\n]|[\"]|-|=|a|( -- )|( \"--\" )){0,24}",
         ) {
             let joined = String::from_utf8(join(&user, "A=1 B")).unwrap();

@@ -1,21 +1,22 @@
-//! Loading an ELF kernel.
+//! Loads an ELF kernel.
 //!
-//! Every header is checked against the file and against guest memory before the first byte is loaded, so a refused file
-//! leaves no trace.
+//! All headers are checked against the file and against guest memory before the first byte is
+//! loaded. A file that is refused changes no guest memory.
 
 use std::fs::File;
 
 use memory::GuestRam;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
-use super::{BootError, Entry, LoadedKernel, copy_to_guest, read_at};
+use super::error::{BootError, ElfError, MAX_PROGRAM_HEADERS};
+use super::io::{copy_to_guest, read_at};
+use super::kernel::{Entry, LoadedKernel};
 use crate::layout;
 
-/// How an ELF file begins.
+/// The first bytes of an ELF file.
 pub(super) const MAGIC: [u8; 4] = *b"\x7fELF";
 
-/// Most program headers and note bytes that are looked at; kernels have a handful.
-const MAX_PROGRAM_HEADERS: u16 = 64;
+/// The most bytes of a note segment that are read; kernels have a few hundred.
 const MAX_NOTES: u64 = 64 * 1024;
 
 const CLASS_64: u8 = 2;
@@ -27,87 +28,6 @@ const SEGMENT_LOAD: u32 = 1;
 const SEGMENT_NOTE: u32 = 4;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: the address of the PVH entry point.
 const NOTE_PVH_ENTRY: u32 = 18;
-
-/// Why an ELF file cannot be booted.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ElfError {
-    /// The file ends before something that its headers speak of.
-    #[error("the file is truncated: {what} ends at {end:#x}, the file at {len:#x}")]
-    Truncated {
-        /// What does not fit.
-        what: String,
-        /// Where it would end.
-        end: u64,
-        /// The file's length.
-        len: u64,
-    },
-    /// It is for another machine or of a kind that cannot be run.
-    #[error("{what} is {value}: {expected} is needed")]
-    Kind {
-        /// The header's field.
-        what: &'static str,
-        /// Its value.
-        value: u16,
-        /// What it must be.
-        expected: &'static str,
-    },
-    /// There is nothing to load, or more than any kernel has.
-    #[error("it has {0} program headers: 1 to {MAX_PROGRAM_HEADERS} are allowed")]
-    ProgramHeaders(u16),
-    /// No segment to load.
-    #[error("it has no segment to load")]
-    NoSegments,
-    /// A segment holds more bytes in the file than in memory.
-    #[error("segment {index} has {file_size:#x} bytes in the file for {mem_size:#x} bytes of memory")]
-    SegmentSizes {
-        /// Which program header.
-        index: usize,
-        /// Bytes in the file.
-        file_size: u64,
-        /// Bytes in memory.
-        mem_size: u64,
-    },
-    /// A segment lies where there is no RAM for it.
-    #[error(
-        "segment {index} ({size:#x} bytes at {addr:#x}) is outside guest memory, which a kernel may use from {low:#x} to {high:#x}"
-    )]
-    SegmentOutsideRam {
-        /// Which program header.
-        index: usize,
-        /// Its physical address.
-        addr: u64,
-        /// Its size in memory.
-        size: u64,
-        /// Lowest address allowed.
-        low: u64,
-        /// End of the first region of guest memory.
-        high: u64,
-    },
-    /// Two segments want the same memory.
-    #[error("segments {first} and {second} overlap at {addr:#x}")]
-    SegmentsOverlap {
-        /// Which program header.
-        first: usize,
-        /// Which program header.
-        second: usize,
-        /// Where.
-        addr: u64,
-    },
-    /// The entry point is not in what was loaded.
-    #[error("its {kind} entry point {entry:#x} is in none of its segments")]
-    Entry {
-        /// `PVH` or `ELF`.
-        kind: &'static str,
-        /// The address.
-        entry: u64,
-    },
-    /// The PVH entry point lies where a processor in 32-bit mode cannot jump.
-    #[error("its PVH entry point is {entry:#x}: at most 0xffffffff, because it is entered in 32-bit mode")]
-    PvhEntry {
-        /// The address.
-        entry: u64,
-    },
-}
 
 /// `Elf64_Ehdr`.
 #[repr(C)]
@@ -155,7 +75,7 @@ struct NoteHeader {
     kind: u32,
 }
 
-/// A segment that has been checked.
+/// A segment to load, checked against the file and against guest memory.
 #[derive(Debug, Clone, Copy)]
 struct Segment {
     index: usize,
@@ -175,7 +95,7 @@ impl Segment {
     }
 }
 
-/// Loads the file, which begins with [`MAGIC`].
+/// Loads the file, which has `len` bytes and begins with [`MAGIC`].
 pub(super) fn load(ram: &GuestRam, file: &mut File, len: u64) -> Result<LoadedKernel, BootError> {
     let header = read_file_header(file, len)?;
     let program_headers = read_program_headers(file, len, &header)?;
@@ -185,10 +105,10 @@ pub(super) fn load(ram: &GuestRam, file: &mut File, len: u64) -> Result<LoadedKe
         None => Entry::Linux64 { address: check_entry(&segments, "ELF", header.entry)?, header: None },
     };
     for segment in &segments {
-        // What memory has beyond the file is zero already: fresh RAM is.
+        // Memory behind the bytes of the file is zero already, because the RAM is new.
         copy_to_guest(ram, file, segment.offset, segment.addr, segment.file_size, "kernel image")?;
     }
-    // An initrd lies in the first region, so that only segments there are in its way.
+    // An initrd goes into the first region, so only segments there limit it.
     let first_region = ram.regions()[0].size;
     let end = segments.iter().map(Segment::end).filter(|end| *end <= first_region).max().unwrap_or(0);
     let used = segments.iter().map(|segment| segment.addr..segment.end()).collect();
@@ -235,7 +155,8 @@ fn read_program_headers(
     Ok(headers.map(|h| ProgramHeader::read_from_bytes(h).expect("a chunk has its size")).collect())
 }
 
-/// The segments to load, sorted by address, each inside the file and inside RAM, none over another.
+/// The segments to load, sorted by address. Each is inside the file and inside RAM; none overlaps
+/// another.
 fn check_segments(ram: &GuestRam, headers: &[ProgramHeader], len: u64) -> Result<Vec<Segment>, ElfError> {
     let mut segments = Vec::new();
     for (index, h) in headers.iter().enumerate().filter(|(_, h)| h.kind == SEGMENT_LOAD && h.mem_size > 0) {
@@ -274,7 +195,7 @@ fn check_segments(ram: &GuestRam, headers: &[ProgramHeader], len: u64) -> Result
     }
 }
 
-/// The address in the PVH note, if there is one.
+/// The entry point in the PVH note, if there is one.
 fn find_pvh_entry(file: &mut File, len: u64, headers: &[ProgramHeader]) -> Result<Option<u64>, BootError> {
     for (index, h) in headers.iter().enumerate().filter(|(_, h)| h.kind == SEGMENT_NOTE) {
         check_in_file(&format!("note segment {index}"), h.offset, h.file_size, len)?;
@@ -287,7 +208,8 @@ fn find_pvh_entry(file: &mut File, len: u64, headers: &[ProgramHeader]) -> Resul
     Ok(None)
 }
 
-/// Walks ELF notes (each a header, a name and a value, both padded to 4 bytes) up to the first that makes no sense.
+/// Finds the PVH note. A note is a header, a name and a value, the latter two padded to 4 bytes. An
+/// invalid note ends the search.
 fn pvh_entry_in(mut notes: &[u8]) -> Option<u64> {
     while let Ok((header, rest)) = NoteHeader::read_from_prefix(notes) {
         let (name, rest) = split_padded(rest, header.name_size)?;
@@ -304,7 +226,7 @@ fn pvh_entry_in(mut notes: &[u8]) -> Option<u64> {
     None
 }
 
-/// The first `len` bytes, and what follows their padding to 4 bytes.
+/// The first `len` bytes, and the bytes behind their padding to 4 bytes.
 fn split_padded(bytes: &[u8], len: u32) -> Option<(&[u8], &[u8])> {
     let len = len as usize;
     let padded = len.checked_next_multiple_of(4)?;
@@ -339,7 +261,8 @@ mod tests {
     use std::io::Write;
     use vm_memory::{Bytes, GuestAddress};
 
-    /// An ELF file with one note segment (if any) and the given segments `(address, content, size in memory)`.
+    /// An ELF file with one note segment (if any) and the given segments `(address, content, size
+    /// in memory)`.
     fn elf(entry: u64, pvh: Option<u32>, segments: &[(u64, &[u8], u64)]) -> Vec<u8> {
         let count = segments.len() + usize::from(pvh.is_some());
         let mut offset = 64 + 56 * count as u64;

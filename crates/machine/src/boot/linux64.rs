@@ -2,8 +2,10 @@
 
 use memory::GuestRam;
 
-use super::bzimage::{HEADER_OFFSET, SetupHeader};
-use super::{Initrd, memory_map, write_boot_data};
+use super::io::write_boot_data;
+use super::kernel::Initrd;
+use super::memory_map;
+use super::setup_header::{HEADER_OFFSET, SetupHeader};
 use crate::layout;
 
 /// Offsets in the zero page (Linux: Documentation/arch/x86/zero-page.rst, boot.rst).
@@ -28,10 +30,11 @@ mod offset {
 const PAGE_SIZE: usize = 4096;
 /// A boot loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
-/// The protected-mode code is loaded high.
+/// The protected-mode code is loaded at 1 MiB or above.
 const LOADED_HIGH: u8 = 1;
 
-/// Writes the zero page. `header` is what a `bzImage` brings; an ELF kernel gets one that says what it must.
+/// Writes the zero page. `header` is that of a `bzImage`; for an ELF kernel a minimal one is
+/// written.
 pub(super) fn write_zero_page(
     ram: &GuestRam,
     header: Option<&SetupHeader>,
@@ -82,7 +85,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     #[test]
-    fn zero_page_says_where_everything_is() {
+    fn zero_page_describes_initrd_command_line_and_memory() {
         let ram = GuestRam::map(128, HugePages::None, false).unwrap();
         let initrd = Initrd { start: 0x1_2345_6000, len: 0x1_0000_0001 };
         write_zero_page(&ram, None, Some(initrd), 77, 0xe_0000);

@@ -1,12 +1,12 @@
-//! The memory map that a guest is told: what is RAM, and what is not to be touched.
+//! The memory map for the guest: which ranges are RAM, and which are reserved.
 
 use memory::GuestRam;
 
 use crate::layout;
 
-/// Address range types of the ACPI specification (and of e820 and PVH, which share them).
+/// The type of RAM. Types are those of the ACPI specification, which e820 and PVH use too.
 pub(super) const RAM: u32 = 1;
-/// See [`RAM`].
+/// The type of ranges that the guest must not use.
 pub(super) const RESERVED: u32 = 2;
 
 /// One entry of the map.
@@ -17,7 +17,7 @@ pub(super) struct Range {
     pub(super) kind: u32,
 }
 
-/// The map, by address: low RAM, the firmware's tables, the rest of RAM, and PCI configuration space.
+/// The ranges by address: low RAM, firmware tables, the rest of RAM, and PCI configuration space.
 pub(super) fn ranges(ram: &GuestRam) -> Vec<Range> {
     let low_end = layout::LOW_RAM_END;
     let mut ranges = vec![
@@ -41,7 +41,7 @@ mod tests {
     use memory::layout::GIB;
 
     #[test]
-    fn map_covers_all_ram_above_the_first_mib_and_overlaps_nowhere() {
+    fn map_covers_all_ram_without_overlaps() {
         let ram = GuestRam::map(5 * 1024, HugePages::None, false).unwrap();
         let ranges = ranges(&ram);
         assert!(ranges.windows(2).all(|w| w[0].start + w[0].size <= w[1].start), "{ranges:x?}");

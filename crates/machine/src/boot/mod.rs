@@ -1,47 +1,59 @@
 //! From a kernel file to a guest that is ready to run its first instruction.
 //!
-//! Three ways in, chosen by what the file is:
+//! The kernel file decides how the guest is entered:
 //!
 //! | file | protocol | entered in |
 //! |---|---|---|
 //! | ELF with a PVH note | PVH ([`pvh`]) | 32-bit protected mode, no paging |
-//! | other ELF (`vmlinux`) | Linux 64-bit ([`linux64`]) | long mode, identity mapped ([`page_tables`]) |
-//! | `bzImage` | Linux 64-bit ([`linux64`]) | long mode, identity mapped ([`page_tables`]) |
+//! | other ELF (`vmlinux`) | Linux 64-bit ([`linux64`]) | long mode, identity mapping |
+//! | `bzImage` | Linux 64-bit ([`linux64`]) | long mode, identity mapping |
+//!
+//! | module | what it is about |
+//! |---|---|
+//! | `elf`, `bzimage` | loading either kind of kernel |
+//! | `setup_header` | the header of a `bzImage` |
+//! | `kernel` | the result: a kernel and an initrd in guest memory |
+//! | `cmdline`, `memory_map`, `mp_table` | data that both protocols need |
+//! | `page_tables` | the identity mapping |
+//! | `io` | reading files, writing guest memory |
 //!
 //! # Invariants
 //!
-//! - What a user supplies (kernel, initrd) is laid only where RAM is, above the first MiB, and never over one another. A file that
-//!   says otherwise is refused before anything of it is loaded.
-//! - The first MiB holds what this room writes: boot data below 640 KiB, firmware tables above ([`crate::layout`]).
-//!
-//! # Errors
-//!
-//! [`BootError`]: names the file's part, the value and the bound.
+//! - The user's files (kernel, initrd) are loaded only into RAM above the first MiB, and do not
+//!   overlap. A file with other addresses is refused before any of it is loaded.
+//! - This module writes boot data below 639 KiB, and the MP table from there on
+//!   ([`crate::layout`]).
 
 mod bzimage;
 mod cmdline;
 mod elf;
+mod error;
+mod io;
+mod kernel;
 mod linux64;
 mod memory_map;
 mod mp_table;
 mod page_tables;
 mod pvh;
+mod setup_header;
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
-use std::ops::Range;
 
 use kvm_ioctls::VcpuFd;
-use memory::{GuestRam, MapError};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use memory::GuestRam;
 
 use crate::cpu::registers;
 use crate::kvm::KvmError;
 use crate::layout;
 
+use io::{copy_to_guest, file_len, read_at};
+use kernel::{Entry, Initrd, LoadedKernel};
+use setup_header::SetupHeader;
+
+pub use error::{BootError, BzImageError, ElfError};
 pub(crate) use page_tables::write_page_tables;
 
-/// What to boot: opened files and a command line that the configuration has checked.
+/// What to boot: open files, and a command line that the configuration has checked.
 #[derive(Debug)]
 pub struct BootFiles {
     /// An ELF file or a `bzImage`.
@@ -52,120 +64,16 @@ pub struct BootFiles {
     pub cmdline: String,
 }
 
-/// Why a guest cannot be booted from its files.
-#[derive(Debug, thiserror::Error)]
-pub enum BootError {
-    /// A file cannot be read.
-    #[error("cannot read the {what}: {source}")]
-    Read {
-        /// `kernel image` or `initrd`.
-        what: &'static str,
-        /// The kernel's reason.
-        source: std::io::Error,
-    },
-    /// The kernel file is neither ELF nor `bzImage`.
-    #[error(
-        "the kernel image is neither an ELF file nor a bzImage ({len} bytes, beginning with {magic:02x?})"
-    )]
-    UnknownFormat {
-        /// Length of the file.
-        len: u64,
-        /// Its first bytes.
-        magic: [u8; 4],
-    },
-    /// The ELF file lies or is of the wrong kind.
-    #[error("the kernel image is no ELF file that can be booted: {0}")]
-    Elf(#[from] elf::ElfError),
-    /// The `bzImage` lies or is too old.
-    #[error("the kernel image is no bzImage that can be booted: {0}")]
-    BzImage(#[from] bzimage::BzImageError),
-    /// The initrd does not fit.
-    #[error(
-        "the initrd does not fit: it is {len} bytes long, and {free} bytes of memory are free between the kernel's end at \
-         {kernel_end:#x} and {limit:#x}"
-    )]
-    InitrdTooLarge {
-        /// Length of the initrd.
-        len: u64,
-        /// What would fit.
-        free: u64,
-        /// Where the kernel ends.
-        kernel_end: u64,
-        /// The highest address an initrd may reach.
-        limit: u64,
-    },
-    /// An initrd without a byte in it.
-    #[error("the initrd is empty")]
-    InitrdEmpty,
-    /// The command line with the devices' part.
-    #[error("the kernel command line is {len} bytes long with what devices add: at most {max} fit", max = config::MAX_BOOT_ARGS_LEN)]
-    CmdlineTooLong {
-        /// Its length in bytes, with the closing NUL.
-        len: usize,
-    },
-    /// Kernel and initrd are so far apart or so large that the boot page tables cannot map them.
-    #[error(
-        "kernel image: it and its initrd lie in {gib} different GiB of memory up to {end:#x}: at most {max} can be mapped at its entry"
-    )]
-    TooFarApart {
-        /// How many GiB would have to be mapped.
-        gib: usize,
-        /// Where the highest of them ends.
-        end: u64,
-        /// How many can be.
-        max: usize,
-    },
-    /// Memory below what any boot needs.
-    #[error("mem_size_mib is {mib}: a guest needs at least 2 MiB to boot")]
-    TooLittleMemory {
-        /// What was given.
-        mib: u64,
-    },
-    /// The host does not give the memory that is to be written.
-    #[error(transparent)]
-    Memory(#[from] MapError),
-    /// Setting a vCPU's registers failed.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-}
-
-/// A kernel in guest memory, and how to enter it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct LoadedKernel {
-    entry: Entry,
-    /// The memory that the kernel is in, and that it needs at its entry.
-    used: Vec<Range<u64>>,
-    /// One past the last byte of it in the first region of guest memory, where an initrd goes.
-    end: u64,
-    /// An initrd must end at or below this.
-    initrd_limit: u64,
-}
-
-/// How a kernel is entered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Entry {
-    /// PVH, at this address.
-    Pvh(u64),
-    /// The Linux 64-bit protocol, at this address, with the header that a `bzImage` brings.
-    Linux64 { address: u64, header: Option<bzimage::SetupHeader> },
-}
-
-/// Where an initrd lies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Initrd {
-    start: u64,
-    len: u64,
-}
-
-/// A booted guest's way in: what [`load`] found and placed. Made into registers by [`Loaded::set_up_vcpu`].
+/// A loaded kernel, ready to be entered.
 #[derive(Debug)]
 pub struct Loaded {
     entry: Entry,
 }
 
-/// Loads kernel, initrd and command line into `ram` and writes what the kernel's protocol wants beside them.
+/// Loads kernel, initrd and command line into `ram`, and writes the data that the boot protocol
+/// needs.
 ///
-/// `device_args` are appended to the command line. `rsdp` is where the ACPI tables' root is.
+/// `device_args` are added to the command line. `rsdp` is the address of the ACPI root pointer.
 pub fn load(
     ram: &GuestRam,
     mut files: BootFiles,
@@ -193,7 +101,8 @@ pub fn load(
 }
 
 impl Loaded {
-    /// Sets the registers of a vCPU. All get the same ones: KVM holds all but the first until the guest starts them.
+    /// Sets the registers of a vCPU. All vCPUs get the same ones: KVM holds all but the first until
+    /// the guest starts them.
     pub fn set_up_vcpu(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
         match self.entry {
             Entry::Pvh(entry) => registers::set_for_pvh(vcpu, entry),
@@ -218,7 +127,7 @@ fn load_kernel(ram: &GuestRam, file: &mut File) -> Result<LoadedKernel, BootErro
     if magic == elf::MAGIC {
         return elf::load(ram, file, len);
     }
-    match bzimage::SetupHeader::read(file, len)? {
+    match SetupHeader::read(file, len)? {
         Some(header) => bzimage::load(ram, file, len, header),
         None => Err(BootError::UnknownFormat { len, magic }),
     }
@@ -239,42 +148,6 @@ fn load_initrd(ram: &GuestRam, file: &mut File, kernel: &LoadedKernel) -> Result
     Ok(Initrd { start, len })
 }
 
-/// Writes into the first MiB, which every guest that is booted has.
-fn write_boot_data(ram: &GuestRam, addr: u64, data: &[u8]) {
-    debug_assert!(addr + data.len() as u64 <= layout::HIGH_RAM);
-    ram.memory().write_slice(data, GuestAddress(addr)).expect("the first MiB is RAM");
-}
-
-/// The length of a file or block device.
-fn file_len(file: &mut File, what: &'static str) -> Result<u64, BootError> {
-    file.seek(SeekFrom::End(0)).map_err(|source| BootError::Read { what, source })
-}
-
-fn read_at(file: &mut File, offset: u64, data: &mut [u8], what: &'static str) -> Result<(), BootError> {
-    file.seek(SeekFrom::Start(offset))
-        .and_then(|_| file.read_exact(data))
-        .map_err(|source| BootError::Read { what, source })
-}
-
-/// Copies `len` bytes of a file straight into guest memory. The caller has checked that they are RAM.
-fn copy_to_guest(
-    ram: &GuestRam,
-    file: &mut File,
-    offset: u64,
-    addr: u64,
-    len: u64,
-    what: &'static str,
-) -> Result<(), BootError> {
-    debug_assert!(ram.contains(addr, len));
-    ram.populate(addr, len)?;
-    let failed = |source| BootError::Read { what, source };
-    file.seek(SeekFrom::Start(offset)).map_err(failed)?;
-    let mut guest = ram.memory().get_slice(GuestAddress(addr), len as usize).expect("the caller checked");
-    vm_memory::ReadVolatile::read_exact_volatile(file, &mut guest)
-        .map_err(|e| std::io::Error::other(e.to_string()))
-        .map_err(failed)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn initrd_lies_at_the_top_and_never_over_the_kernel() {
+    fn initrd_goes_to_the_top_and_not_over_the_kernel() {
         let ram = ram();
         let kernel =
             LoadedKernel { entry: Entry::Pvh(0), used: Vec::new(), end: 12 << 20, initrd_limit: u64::MAX };
@@ -301,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_kernel_is_named_with_its_beginning() {
+    fn unknown_kernel_format_is_refused_with_its_first_bytes() {
         use std::io::Write;
         for content in [&b""[..], b"M", b"#!/bin/sh\nexit\n", &[0; 4096]] {
             let mut file = tempfile::tempfile().unwrap();

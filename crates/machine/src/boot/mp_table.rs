@@ -1,20 +1,21 @@
-//! The MP table (Intel MultiProcessor Specification 1.4), by which kernels without ACPI find processors and interrupt lines.
+//! The MP table (Intel MultiProcessor Specification 1.4), in which kernels without ACPI find vCPUs
+//! and interrupt lines.
 
 use memory::GuestRam;
 use zerocopy::{Immutable, IntoBytes};
 
-use super::write_boot_data;
+use super::io::write_boot_data;
 use crate::layout;
 
-/// Most vCPUs that the table has room and identifiers for; a kernel without ACPI sees no more.
+/// The most vCPUs that fit into the table and its identifiers. A kernel without ACPI sees no more.
 const MAX_CPUS: u8 = 128;
 
-/// Identifier of the I/O APIC: above those of the vCPUs.
+/// Identifier of the I/O APIC, above those of the vCPUs.
 const IOAPIC_ID: u8 = 0xfe;
 const APIC_VERSION: u8 = 0x14;
 const SPEC_REVISION: u8 = 4;
 const BUS_ISA: u8 = 0;
-/// Interrupts of an ISA device arrive as the bus has them: edge-triggered, active high.
+/// Interrupts conform to the ISA bus: edge-triggered, active high.
 const CONFORMS_TO_BUS: u16 = 0;
 
 const ENABLED: u8 = 1;
@@ -113,7 +114,7 @@ pub(super) fn write(ram: &GuestRam, cpus: u8) {
     };
     for id in 0..cpus {
         let flags = if id == 0 { ENABLED | BOOT_PROCESSOR } else { ENABLED };
-        // Family 6 with an FPU and a local APIC: what it really is, CPUID tells.
+        // Family 6 with an FPU and a local APIC. The real features are in CPUID.
         let (signature, features) = (0x600, 0x201);
         let processor = Processor {
             kind: ENTRY_PROCESSOR,
@@ -192,7 +193,7 @@ pub(super) fn write(ram: &GuestRam, cpus: u8) {
     write_boot_data(ram, layout::MP_TABLE, &bytes);
 }
 
-/// What makes the sum of all bytes zero.
+/// The byte that makes the sum of all bytes zero.
 fn checksum(parts: &[&[u8]]) -> u8 {
     parts.iter().flat_map(|p| p.iter()).fold(0u8, |sum, byte| sum.wrapping_add(*byte)).wrapping_neg()
 }

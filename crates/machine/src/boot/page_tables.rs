@@ -1,16 +1,16 @@
-//! The page tables that a 64-bit kernel is entered with: memory mapped onto itself, in pages of 2
-//! MiB.
+//! The page tables with which a 64-bit kernel is entered: an identity mapping in pages of 2 MiB.
 //!
-//! Mapped are the first GiB, where boot data is and nearly every kernel, and each GiB that the
-//! kernel or its initrd has a byte in. More is not, so that an ordinary guest has three pages of
-//! tables. A kernel that reaches for memory in between maps it itself, as the boot protocol has it.
+//! They map the first GiB, which holds boot data and nearly every kernel, and each GiB in which the
+//! kernel or its initrd has a byte. So an ordinary guest has three pages of tables. A kernel that
+//! accesses other memory maps it itself, as the boot protocol says.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use memory::GuestRam;
 
-use super::{BootError, write_boot_data};
+use super::error::BootError;
+use super::io::write_boot_data;
 use crate::layout;
 
 const PRESENT_WRITABLE: u64 = 0b11;
@@ -18,7 +18,7 @@ const LARGE: u64 = 1 << 7;
 
 /// Binary logarithm of what one level-2 table maps.
 const GIB_SHIFT: u32 = 30;
-/// Entries of a table.
+/// Entries in a table.
 const ENTRIES: u64 = 512;
 const TABLE_SIZE: u64 = 0x1000;
 
@@ -33,10 +33,14 @@ pub(crate) fn write_page_tables(
         .flat_map(|range| range.start >> GIB_SHIFT..=(range.end - 1) >> GIB_SHIFT)
         .collect();
     let groups: BTreeSet<u64> = gibs.iter().map(|gib| gib / ENTRIES).collect();
-    let room = ((layout::BOOT_TABLES_END - layout::BOOT_PML4) / TABLE_SIZE) as usize - 1;
-    if gibs.len() + groups.len() > room {
+    let max_tables = ((layout::BOOT_TABLES_END - layout::BOOT_PML4) / TABLE_SIZE) as usize - 1;
+    if gibs.len() + groups.len() > max_tables {
         let end = gibs.last().map_or(0, |gib| (gib + 1) << GIB_SHIFT);
-        return Err(BootError::TooFarApart { gib: gibs.len(), end, max: room - groups.len().min(room) });
+        return Err(BootError::TooFarApart {
+            gib: gibs.len(),
+            end,
+            max: max_tables - groups.len().min(max_tables),
+        });
     }
 
     let mut free = (layout::BOOT_PML4 + TABLE_SIZE..).step_by(TABLE_SIZE as usize);
@@ -91,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ordinary_kernel_has_the_first_gib_in_three_tables() {
+    fn ordinary_kernel_has_the_first_gib_in_three_tables() {
         let ram = ram();
         map(&ram, 16 << 20..64 << 20).unwrap();
         for addr in [0, 0x7000, 123 << 20, GIB - 1] {
@@ -116,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_tables_have_no_room_for_is_refused_with_the_bound() {
+    fn more_gibs_than_the_tables_map_are_refused() {
         let ram = ram();
         map(&ram, 20 * GIB..40 * GIB).unwrap();
         let error = map(&ram, 20 * GIB..41 * GIB).unwrap_err();

@@ -3,12 +3,14 @@
 use memory::GuestRam;
 use zerocopy::{Immutable, IntoBytes};
 
-use super::{Initrd, memory_map, write_boot_data};
+use super::io::write_boot_data;
+use super::kernel::Initrd;
+use super::memory_map;
 use crate::layout;
 
 /// `XEN_HVM_START_MAGIC_VALUE`.
 const MAGIC: u32 = 0x336e_c578;
-/// Version 1 of the structure has the memory map.
+/// Version 1 of the structure: it has the memory map.
 const VERSION: u32 = 1;
 
 /// `hvm_start_info`.
@@ -47,7 +49,7 @@ struct MemoryMapEntry {
     reserved: u32,
 }
 
-/// Writes start info, module list and memory map to their places in low memory.
+/// Writes start info, module list and memory map into low memory.
 pub(super) fn write_start_info(ram: &GuestRam, initrd: Option<Initrd>, rsdp: u64) {
     let map: Vec<MemoryMapEntry> = memory_map::ranges(ram)
         .into_iter()

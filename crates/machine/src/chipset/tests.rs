@@ -1,4 +1,4 @@
-//! Chips that no guest touches, and a guest of a few instructions that looks at its local APIC.
+//! Tests without a guest, and with a guest of a few instructions that reads its local APIC.
 
 use std::fs;
 use std::io::Write;
@@ -11,45 +11,15 @@ use vesta_tests::elf::Elf;
 use virtio::rate_limiter::RateLimiterConfig;
 use vm_memory::{Bytes, GuestAddress};
 
+use kvm_bindings::kvm_pic_state;
+
 use super::*;
 use crate::boot::BootFiles;
-use crate::kvm::Kvm;
+use crate::kvm::{Kvm, pic_state};
 use crate::legacy::{Output, SerialSetup};
 use crate::{DeviceSetup, Paused, Restore, Setup, event_channel};
 
-const PATIENCE: Duration = Duration::from_secs(20);
-
-fn pic(registers: kvm_pic_state) -> kvm_irqchip {
-    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_SLAVE, ..Default::default() };
-    chip.chip.pic = registers;
-    chip
-}
-
-#[test]
-fn only_a_pic_that_nobody_programmed_is_masked() {
-    let masked = |registers| {
-        let mut chip = pic(registers);
-        mask_unprogrammed_pic(&mut chip);
-        pic_state(&chip).unwrap()
-    };
-    let fresh = kvm_pic_state { elcr_mask: 0xde, irr: 8, ..Default::default() };
-    assert_eq!(masked(fresh), kvm_pic_state { imr: 0xff, ..fresh });
-    for programmed in [
-        kvm_pic_state { imr: 0xfe, ..fresh },
-        kvm_pic_state { init_state: 1, ..fresh },
-        kvm_pic_state { init4: 1, ..fresh },
-        kvm_pic_state { irq_base: 0x30, ..fresh },
-    ] {
-        assert_eq!(masked(programmed), programmed);
-    }
-}
-
-#[test]
-fn the_io_apic_is_not_mistaken_for_a_pic() {
-    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
-    mask_unprogrammed_pic(&mut chip);
-    assert!(chip.as_bytes()[8..].iter().all(|byte| *byte == 0));
-}
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn saved_at(realtime: u64, flags: u32) -> ChipsetState {
     let clock = kvm_clock_data { realtime, flags, ..Default::default() };
@@ -57,7 +27,7 @@ fn saved_at(realtime: u64, flags: u32) -> ChipsetState {
 }
 
 #[test]
-fn the_hosts_time_is_saved_also_where_kvm_does_not_add_it() {
+fn host_time_is_saved_also_if_kvm_does_not_add_it() {
     let now = UNIX_EPOCH + Duration::from_secs(100);
     let saved = |flags, realtime| {
         let clock = with_real_time(kvm_clock_data { flags, realtime, clock: 7, ..Default::default() }, now);
@@ -68,7 +38,7 @@ fn the_hosts_time_is_saved_also_where_kvm_does_not_add_it() {
 }
 
 #[test]
-fn counters_move_on_by_the_time_that_passed_only_if_the_clock_is_to_catch_up_and_never_back() {
+fn counters_catch_up_only_if_asked_and_never_go_back() {
     let now = UNIX_EPOCH + Duration::from_secs(100);
     let passed = |at: u64, flags, after| saved_at(at * 1_000_000_000, flags).time_passed(after, now);
     assert_eq!(passed(40, KVM_CLOCK_REALTIME, ClockAfter::CatchesUp), Duration::from_mins(1));
@@ -78,7 +48,7 @@ fn counters_move_on_by_the_time_that_passed_only_if_the_clock_is_to_catch_up_and
 }
 
 #[test]
-fn a_state_without_all_interrupt_controllers_is_refused() {
+fn state_without_all_interrupt_controllers_is_refused() {
     let chips = |ids: &[u32]| ChipsetState {
         irqchips: ids.iter().map(|id| kvm_irqchip { chip_id: *id, ..Default::default() }).collect(),
         ..saved_at(0, 0)
@@ -90,7 +60,7 @@ fn a_state_without_all_interrupt_controllers_is_refused() {
     }
 }
 
-/// Whether this host has a KVM; says so where it has not.
+/// Whether this host has a KVM. Prints a line if not.
 fn kvm_is_here() -> bool {
     let here = Path::new("/dev/kvm").exists();
     if !here {
@@ -114,7 +84,7 @@ fn pics_are_masked_before_a_guest_runs_and_after_a_restore() {
     let (vm, _vcpus) = vm.create_irqchip().unwrap().create_vcpus(1).unwrap();
     assert_eq!(pics(&vm.shared_fd()).map(|pic| pic.imr), [0xff; 2]);
 
-    // As machines were saved that had them unmasked.
+    // The state of a machine that was saved with unmasked PICs.
     let mut state = ChipsetState::save(&vm.shared_fd()).unwrap();
     for chip in &mut state.irqchips[..2] {
         chip.chip.pic = kvm_pic_state { imr: 0, ..pic_state(chip).unwrap() };
@@ -123,9 +93,9 @@ fn pics_are_masked_before_a_guest_runs_and_after_a_restore() {
     assert_eq!(pics(&vm.shared_fd()).map(|pic| pic.imr), [0xff; 2]);
 }
 
-/// Enables its local APIC, leads the timer chip's line to vector 0x40, and says over and over
-/// whether an interrupt with that vector is pending (0 or 1). Interrupts stay disabled, so that it
-/// stays pending.
+/// A guest that enables its local APIC, routes the timer chip's line to vector 0x40, and writes to
+/// the serial port in a loop whether that vector is pending (0 or 1). It leaves interrupts
+/// disabled, so that the vector stays pending.
 fn watching_guest() -> Elf {
     let store = |address: u32, value: u32| {
         // mov dword [address], value
@@ -152,21 +122,26 @@ fn serial(path: &Path) -> SerialSetup {
     }
 }
 
-/// Waits until the guest has said something that `enough` accepts.
+/// Waits until `enough` accepts the guest's output.
 fn wait_for(path: &Path, enough: impl Fn(&[u8]) -> bool) -> Vec<u8> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
-        let said = fs::read(path).unwrap();
-        if enough(&said) {
-            return said;
+        let output = fs::read(path).unwrap();
+        if enough(&output) {
+            return output;
         }
-        assert!(Instant::now() < deadline, "it said {} bytes, the last {:?}", said.len(), said.last());
+        assert!(
+            Instant::now() < deadline,
+            "the guest wrote {} bytes, the last {:?}",
+            output.len(),
+            output.last()
+        );
         std::thread::yield_now();
     }
 }
 
 #[test]
-fn a_timer_interrupt_right_after_a_restore_is_not_lost() {
+fn timer_interrupt_right_after_a_restore_is_not_lost() {
     if !kvm_is_here() {
         return;
     }
@@ -186,10 +161,10 @@ fn a_timer_interrupt_right_after_a_restore_is_not_lost() {
     })
     .unwrap();
     let running = machine.resume().unwrap();
-    assert_eq!(wait_for(&path, |said| !said.is_empty())[0], 0);
+    assert_eq!(wait_for(&path, |output| !output.is_empty())[0], 0);
     let paused = running.pause().unwrap();
 
-    // A single shot that is due at once when the timer chip gets its state.
+    // A one-shot timer that is due as soon as the timer chip gets its state.
     let mut state = paused.save().unwrap();
     let channel = &mut state.chipset.pit.channels[0];
     (channel.mode, channel.count, channel.gate, channel.rw_mode) = (0, 1, 1, 3);
@@ -213,6 +188,6 @@ fn a_timer_interrupt_right_after_a_restore_is_not_lost() {
         })
         .unwrap();
         let _running = restored.resume().unwrap();
-        wait_for(&path, |said| said.ends_with(&[1]));
+        wait_for(&path, |output| output.ends_with(&[1]));
     }
 }

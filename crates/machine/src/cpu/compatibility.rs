@@ -1,38 +1,40 @@
-//! Whether a guest that was saved can go on here: what its processor showed must be here too.
+//! Whether this host's CPU has the features that a saved guest uses.
 //!
-//! Features that a guest could not use are none: AMX without the components of its state, which
-//! older versions of this monitor showed ([`super::cpuid`]). Nor are bits that say what the
-//! processor does not do.
+//! A guest may use all features that CPUID showed to it. Two kinds of bits do not count: those of
+//! AMX without its state components, which older versions of this monitor showed
+//! ([`super::cpuid`]), and those for what the CPU does not do.
 //!
-//! Only leaves that are lists of features are compared. What else CPUID says (names, sizes, topology) a guest has from its saved state.
+//! Only leaves with feature bits are compared. Other leaves (names, sizes, topology) are restored
+//! from the saved state.
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VcpuFd;
 
-use super::Cpuid;
-use super::cpuid::{AMX, X87_LIMITS, shows_amx};
+use super::cpuid::{AMX, Cpuid, X87_LIMITS, shows_amx};
 use super::state::CpuidLeaf;
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError};
 
-/// The registers of a leaf, in order.
+/// The names of a leaf's registers, in order.
 const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
 
-/// A list of features: leaf, index, and for each register which of its bits are features.
+/// A leaf with feature bits: for each register, which of its bits are features.
 struct FeatureLeaf {
     leaf: u32,
     index: u32,
     bits: [u32; 4],
 }
 
-/// Bits that follow what the guest itself does: OSXSAVE in leaf 1, OSPKE in leaf 7.
+/// Bits that reflect CR4, which the guest sets: OSXSAVE in leaf 1, OSPKE in leaf 7.
 const OSXSAVE: u32 = 1 << 27;
 const OSPKE: u32 = 1 << 4;
-/// The time stamp counter never stops. The rest of its leaf is about power, which is not the guest's.
+/// The time stamp counter never stops. The other bits of its leaf are about power management, which
+/// guests do not have.
 const INVARIANT_TSC: u32 = 1 << 8;
 /// All bits.
 const ALL: u32 = u32::MAX;
 
-/// See the Intel SDM, volume 2, CPUID; the AMD APM, volume 3, appendix E; and KVM's `cpuid.rst` for the last.
+/// The leaves that are compared: Intel SDM, volume 2, CPUID; AMD APM, volume 3, appendix E; and for
+/// the last one KVM's `cpuid.rst`.
 const FEATURES: [FeatureLeaf; 11] = [
     FeatureLeaf { leaf: 0x1, index: 0, bits: [0, 0, !OSXSAVE, ALL] },
     FeatureLeaf { leaf: 0x7, index: 0, bits: [0, !X87_LIMITS, !OSPKE, ALL] },
@@ -47,7 +49,7 @@ const FEATURES: [FeatureLeaf; 11] = [
     FeatureLeaf { leaf: 0x4000_0001, index: 0, bits: [ALL, 0, 0, 0] },
 ];
 
-/// Names of the features that a guest is most likely to have used: leaf, index, register, bit.
+/// Names of the features that a guest most likely uses: leaf, index, register, bit.
 const NAMES: [(u32, u32, usize, u32, &str); 28] = [
     (0x1, 0, 2, 0, "sse3"),
     (0x1, 0, 2, 1, "pclmulqdq"),
@@ -79,16 +81,18 @@ const NAMES: [(u32, u32, usize, u32, &str); 28] = [
     (0x8000_0021, 0, 0, 8, "autoibrs"),
 ];
 
-/// What a guest with these leaves saw and this host cannot show it, in words; empty if it can go on here.
+/// The features in the `saved` leaves that this host lacks, as text. Empty if the guest can run
+/// here.
 ///
-/// `vcpu` is a fresh one, which is shown what a guest that boots on this `host` sees: a software KVM shows more than it says it does.
+/// The CPUID of `host` is set on the new `vcpu` and read back: a software KVM (PVM) shows more to a
+/// vCPU than it reports as supported.
 pub(crate) fn missing_features(
     host: &Cpuid,
     vcpu: &VcpuFd,
     saved: &[CpuidLeaf],
 ) -> Result<Vec<String>, KvmError> {
-    vcpu.set_cpuid2(&host.for_vcpu(0)?).named("KVM_SET_CPUID2")?;
-    let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
+    vcpu.set_cpuid2(&host.for_vcpu(0)?).ioctl("KVM_SET_CPUID2")?;
+    let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).ioctl("KVM_GET_CPUID2")?;
     let here: Vec<_> = here.as_slice().iter().map(CpuidLeaf::from).collect();
     Ok(missing(&here, saved))
 }
@@ -103,10 +107,10 @@ fn missing(here: &[CpuidLeaf], saved: &[CpuidLeaf]) -> Vec<String> {
     };
     let mut missing = Vec::new();
     if vendor(here) != vendor(saved) {
-        missing.push(format!("a processor by {} (this one is by {})", vendor(saved), vendor(here)));
+        missing.push(format!("a CPU by {} (this host's is by {})", vendor(saved), vendor(here)));
     }
     let amx = shows_amx(values(saved, 0xd, 0)[0]);
-    // Bits that the guest saw and could not use.
+    // Bits that the guest saw but could not use.
     let unusable = |leaf, index, register| {
         let of = AMX.iter().filter(|f| !amx && (f.leaf, f.index, f.register) == (leaf, index, register));
         of.fold(0, |bits, f| bits | f.bits)
@@ -140,29 +144,30 @@ mod tests {
     const AMD: [u32; 4] = [0, 0x6874_7541, 0x444d_4163, 0x6974_6e65];
 
     #[test]
-    fn a_guest_goes_on_where_there_is_more_than_it_saw() {
+    fn more_features_than_were_saved_are_compatible() {
         let saved = [leaf(0, INTEL), leaf(7, [0, 1 << 5, 0, 0])];
         let here = [leaf(0, INTEL), leaf(7, [0, 1 << 5 | 1 << 16, 0, 0])];
         assert_eq!(missing(&here, &saved), [] as [&str; 0]);
     }
 
     #[test]
-    fn what_is_not_here_is_named() {
+    fn missing_features_are_named() {
         let saved = [leaf(0, INTEL), leaf(7, [0, 1 << 16 | 1 << 2, 0, 0])];
         let here = [leaf(0, AMD)];
         assert_eq!(
             missing(&here, &saved),
             [
-                "a processor by GenuineIntel (this one is by AuthenticAMD)",
+                "a CPU by GenuineIntel (this host's is by AuthenticAMD)",
                 "CPUID 0x7.0 ebx bit 2",
                 "avx512f (CPUID 0x7.0 ebx bit 16)"
             ]
         );
     }
 
-    /// Each is one that a saved register may have on: without the name, KVM's refusal of that register would be all that is said.
+    /// A saved register may have each of these features enabled. Without this check, the only error
+    /// would be KVM's refusal of that register.
     #[test]
-    fn features_of_the_newer_leaves_are_named_too() {
+    fn missing_features_of_newer_leaves_are_named() {
         let index = |leaf, index, values| CpuidLeaf { leaf, index, flags: 0, values };
         let saved = [
             index(7, 2, [0, 0, 0, 1]),
@@ -181,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn amx_counts_only_if_the_guest_could_use_it() {
+    fn amx_counts_only_with_its_state_components() {
         let index = |leaf, index, values| CpuidLeaf { leaf, index, flags: 0, values };
         let saved = |components| {
             [
@@ -204,12 +209,12 @@ mod tests {
     }
 
     #[test]
-    fn what_the_processor_does_not_do_is_no_feature() {
+    fn bits_for_what_the_cpu_does_not_do_are_ignored() {
         assert_eq!(missing(&[], &[leaf(7, [0, X87_LIMITS, 0, 0])]), [] as [&str; 0]);
     }
 
     #[test]
-    fn what_the_guest_turned_on_itself_is_no_feature() {
+    fn bits_that_reflect_cr4_are_ignored() {
         let saved = [leaf(1, [0, 0, OSXSAVE, 0]), leaf(7, [0, 0, OSPKE, 0])];
         assert_eq!(missing(&[], &saved), [] as [&str; 0]);
     }

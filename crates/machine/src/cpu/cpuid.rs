@@ -1,29 +1,31 @@
-//! CPUID as a guest sees it: what KVM supports on this host, with the parts put right that depend on the microVM (topology,
-//! which vCPU is asked) or that a guest could not use (power management, performance counters).
+//! CPUID as a guest sees it.
 //!
-//! Leaves are those of the Intel SDM volume 2 and the AMD APM volume 3.
+//! The leaves are those that KVM supports on this host. Changed are those that depend on the
+//! microVM (topology, APIC ID) and those of features that a guest cannot use (power management,
+//! performance counters). Leaves are described in the Intel SDM, volume 2, and the AMD APM, volume
+//! 3.
 //!
-//! # Units that are shown whole or not at all
+//! # Features that are shown completely or not at all
 //!
 //! - **AMX** (tiles) needs a permission, because its state is large: [`super::xsave::request_amx`]
-//!   asks for it before a vCPU exists. A guest on a host that grants it has the unit, as with
-//!   Firecracker; that costs 8 KiB of kernel memory and of state file for each vCPU, and such a
-//!   snapshot loads only where AMX is. Without the permission, kernels before 6.4 show TILECFG
-//!   without TILEDATA (a combination that XSETBV refuses, so that Linux dies), and later ones still
-//!   the instructions.
-//! - **CET** (shadow stacks, indirect branch tracking) is hidden: the shadow stack pointer is not
-//!   part of the registers that this monitor saves, and a guest that was restored without it would
-//!   die at its next return.
+//!   asks for it before a vCPU exists. If the host grants it, guests have AMX, as with Firecracker.
+//!   That costs 8 KiB of kernel memory and of state file for each vCPU, and such a snapshot loads
+//!   only on hosts with AMX. Without the permission, kernels before 6.4 show TILECFG without
+//!   TILEDATA (XSETBV refuses this combination, on which Linux dies). Later kernels still show the
+//!   instructions.
+//! - **CET** (shadow stacks, indirect branch tracking) is hidden. The shadow stack pointer is not
+//!   among the registers that this monitor saves. A guest that was restored without it would die at
+//!   its next return.
 
 use std::arch::x86_64::__cpuid_count;
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-use super::Topology;
+use super::topology::Topology;
 use super::xsave::request_amx;
-use crate::kvm::{Kvm, KvmError, Named};
+use crate::kvm::{Ioctl, Kvm, KvmError};
 
-/// Who made the host's processor; some leaves mean different things.
+/// The vendor of the host's CPU. Some leaves depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Vendor {
     Intel,
@@ -36,7 +38,7 @@ enum Vendor {
 pub(super) struct FeatureBits {
     pub(super) leaf: u32,
     pub(super) index: u32,
-    /// eax, ebx, ecx, edx.
+    /// 0 to 3: eax, ebx, ecx, edx.
     pub(super) register: usize,
     pub(super) bits: u32,
 }
@@ -49,8 +51,8 @@ const fn bits(leaf: u32, index: u32, register: usize, bits: u32) -> FeatureBits 
 const AMX_COMPONENTS: u32 = 3 << 17;
 const CET_COMPONENTS: u32 = 3 << 11;
 
-/// All that says that there is AMX, but for leaves of its own: BF16, TILE and INT8; FP16; COMPLEX;
-/// its components; and the trap at their first use (XFD), which nothing else has.
+/// The bits of AMX, but for its own leaves: BF16, TILE and INT8; FP16; COMPLEX; its state
+/// components; and the trap at their first use (XFD), which only AMX has.
 pub(super) const AMX: [FeatureBits; 5] = [
     bits(0x7, 0, 3, 1 << 22 | 1 << 24 | 1 << 25),
     bits(0x7, 1, 0, 1 << 21),
@@ -58,10 +60,10 @@ pub(super) const AMX: [FeatureBits; 5] = [
     bits(0xd, 0, 0, AMX_COMPONENTS),
     bits(0xd, 1, 0, 1 << 4),
 ];
-/// The leaves of AMX's own: tiles, and what multiplies them.
+/// The leaves of AMX: tiles, and the tile matrix multiply unit.
 const AMX_LEAVES: [u32; 2] = [0x1d, 0x1e];
 
-/// All that says that there is CET: SHSTK; IBT; supervisor shadow stacks; its components.
+/// The bits of CET: SHSTK; IBT; supervisor shadow stacks; its state components.
 const CET: [FeatureBits; 4] = [
     bits(0x7, 0, 2, 1 << 7),
     bits(0x7, 0, 3, 1 << 20),
@@ -69,17 +71,18 @@ const CET: [FeatureBits; 4] = [
     bits(0xd, 1, 2, CET_COMPONENTS),
 ];
 
-/// Bits of leaf 7, ebx, that say what the x87 unit does *not* keep: the data pointer but for
-/// exceptions (FDP_EXCPTN_ONLY), and the selectors (ZERO_FCS_FDS). They are facts about the
-/// processor, which no KVM can change and not every KVM reports.
+/// Bits of leaf 7, ebx, for what the x87 unit does *not* save: the data pointer except on
+/// exceptions (FDP_EXCPTN_ONLY), and the selectors (ZERO_FCS_FDS). They describe the CPU: KVM
+/// cannot change them, and not every KVM reports them.
 pub(super) const X87_LIMITS: u32 = 1 << 6 | 1 << 13;
 
-/// Whether these leaves show AMX whole: with both of its components.
+/// Whether `components` (leaf 0xD.0, eax) include both of AMX.
 pub(super) fn shows_amx(components: u32) -> bool {
     components & AMX_COMPONENTS == AMX_COMPONENTS
 }
 
-/// The leaves that are the same for all vCPUs of a microVM; each vCPU's own come from [`Cpuid::for_vcpu`].
+/// The leaves that all vCPUs of a microVM have in common. [`Cpuid::for_vcpu`] adds those of one
+/// vCPU.
 #[derive(Debug, Clone)]
 pub(crate) struct Cpuid {
     entries: Vec<kvm_cpuid_entry2>,
@@ -88,15 +91,15 @@ pub(crate) struct Cpuid {
 }
 
 impl Cpuid {
-    /// What this host can show, arranged for `topology`.
+    /// The leaves that this host supports, for vCPUs in this `topology`.
     pub(crate) fn new(kvm: &Kvm, topology: Topology) -> Result<Self, KvmError> {
-        // KVM shows what is permitted, and permits nothing more once there is a vCPU.
+        // First: KVM reports permitted features only, and the process has no vCPU yet.
         request_amx();
         let processor = __cpuid_count(0x7, 0).ebx;
         Ok(Self::from_supported(kvm.supported_cpuid()?.as_slice(), processor & X87_LIMITS, topology))
     }
 
-    /// From the leaves that KVM supports and those of [`X87_LIMITS`] that the host's processor has.
+    /// From the leaves that KVM supports, and those [`X87_LIMITS`] that the host's CPU has.
     fn from_supported(supported: &[kvm_cpuid_entry2], x87_limits: u32, topology: Topology) -> Self {
         let vendor = vendor(supported);
         let mut cpuid = Cpuid { entries: supported.to_vec(), vendor, topology };
@@ -114,11 +117,11 @@ impl Cpuid {
 
     /// The width of a guest-physical address, in bits.
     pub(crate) fn physical_address_bits(&self) -> u8 {
-        // A processor without the leaf has 36 bits.
+        // Without the leaf it is 36 bits.
         self.entries.iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax as u8)
     }
 
-    /// All leaves of vCPU `id`, which is its APIC id too.
+    /// All leaves of the vCPU whose number and APIC ID is `id`.
     pub(crate) fn for_vcpu(&self, id: u8) -> Result<CpuId, KvmError> {
         let mut entries = self.entries.clone();
         for entry in &mut entries {
@@ -133,7 +136,7 @@ impl Cpuid {
                 _ => {}
             }
         }
-        CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG)).named("KVM_SET_CPUID2")
+        CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG)).ioctl("KVM_SET_CPUID2")
     }
 
     fn for_each(&mut self, function: u32, mut change: impl FnMut(&mut kvm_cpuid_entry2)) {
@@ -166,13 +169,13 @@ impl Cpuid {
         }
     }
 
-    /// Leaf 0xD, ecx: the size of the area with all components that XCR0 can have. (KVM itself
-    /// fills in how large those are that a guest has turned on.)
+    /// Sets leaf 0xD.0, ecx: the size of the XSAVE area with all components that XCR0 can have. KVM
+    /// itself sets the size with those that the guest has enabled (ebx).
     fn set_xsave_size(&mut self) {
         const LEGACY_AND_HEADER: u32 = 512 + 64;
         const SUPERVISOR: u32 = 1;
         let user = |e: &&kvm_cpuid_entry2| e.function == 0xd && e.index >= 2 && e.ecx & SUPERVISOR == 0;
-        // Offset and size.
+        // A component ends at its offset (ebx) plus its size (eax).
         let ends = self.entries.iter().filter(user).map(|e| e.ebx.saturating_add(e.eax));
         let size = ends.max().unwrap_or(0).max(LEGACY_AND_HEADER);
         self.for_each(0xd, |e| {
@@ -182,7 +185,7 @@ impl Cpuid {
         });
     }
 
-    /// Features that the microVM has whatever the host says, and those that it cannot have.
+    /// Sets features that every microVM has, and clears those that none has.
     fn normalize_features(&mut self) {
         let vendor = self.vendor;
         let cpus = self.topology.cpus;
@@ -208,16 +211,16 @@ impl Cpuid {
             if e.index == 0 {
                 e.ecx &= !WAITPKG;
                 if vendor == Vendor::Amd {
-                    // KVM makes this up on AMD, where nothing would read it right.
+                    // KVM emulates this Intel feature on AMD, where guests would misread it.
                     e.edx &= !ARCH_CAPABILITIES;
                 }
             }
         });
-        // Architectural performance counters are not given to guests.
+        // Guests have no architectural performance counters.
         self.for_each(0xa, |e| (e.eax, e.ebx, e.ecx, e.edx) = (0, 0, 0, 0));
     }
 
-    /// A brand name that says the maker and the nominal frequency and not which machine this is.
+    /// Sets a brand string with vendor and nominal frequency, but without the model.
     fn set_brand_string(&mut self) {
         let host = self.brand_string();
         let brand = match self.vendor {
@@ -245,14 +248,15 @@ impl Cpuid {
         String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned()
     }
 
-    /// The leaves that say how threads, cores and caches belong together.
+    /// Sets the leaves for threads, cores and shared caches.
     fn normalize_topology(&mut self) {
         let topology = self.topology;
         let (cores, threads) = (u32::from(topology.cores()), u32::from(topology.threads_per_core));
         if self.vendor == Vendor::Intel {
             self.for_each(0x4, |e| {
                 let level = e.eax >> 5 & 0x7;
-                // Levels 1 and 2 belong to a core, level 3 to the package. Both counts are stored less one.
+                // Caches of level 1 and 2 belong to a core, those of level 3 to the package. Both
+                // counts are stored less one.
                 let sharing = if level >= 3 { u32::from(topology.cpus) } else { threads };
                 e.eax = e.eax & 0x3fff | (sharing - 1) << 14 | (cores - 1).min(0x3f) << 26;
             });
@@ -266,7 +270,7 @@ impl Cpuid {
         }
     }
 
-    /// Leaves 0xB and 0x1F: one entry for threads, one for cores, and one that ends the list.
+    /// Sets leaf 0xB or 0x1F: an entry for threads, one for cores, and one that ends the list.
     fn set_extended_topology(&mut self, function: u32) {
         const LEVEL_THREAD: u32 = 1;
         const LEVEL_CORE: u32 = 2;
@@ -302,7 +306,7 @@ impl Cpuid {
             };
         });
         self.for_each(0x8000_0008, |e| {
-            // Number of threads less one, and how many bits of the APIC id number them.
+            // The number of threads less one, and the number of bits of the APIC ID for them.
             e.ecx = e.ecx & !0xf0ff | u32::from(topology.cpus - 1) | topology.package_bits() << 12;
         });
         self.for_each(0x8000_001d, |e| {
@@ -310,13 +314,13 @@ impl Cpuid {
             let sharing = if level >= 3 { topology.cpus } else { topology.threads_per_core };
             e.eax = e.eax & !(0xfff << 14) | u32::from(sharing - 1) << 14;
         });
-        // One node, one node per processor; the rest is each vCPU's own.
+        // ecx: one node, in one package. `for_vcpu` sets the other registers.
         if !self.entries.iter().any(|e| e.function == 0x8000_001e) {
             self.entries.push(kvm_cpuid_entry2 { function: 0x8000_001e, ..Default::default() });
         }
         self.for_each(0x8000_001e, |e| (e.ecx, e.edx) = (0, 0));
         self.for_each(0x8000_0000, |e| e.eax = e.eax.max(0x8000_001e));
-        // The newer description of the host's topology would contradict the one given here.
+        // This newer leaf has the host's topology, which would contradict these leaves.
         self.entries.retain(|e| e.function != 0x8000_0026);
     }
 }
@@ -333,7 +337,7 @@ fn vendor(entries: &[kvm_cpuid_entry2]) -> Vendor {
     }
 }
 
-/// The frequency at the end of Intel's brand names, as in `2.50GHz`.
+/// The frequency at the end of an Intel brand string, as in `2.50GHz`.
 fn frequency(brand: &str) -> Option<&str> {
     let (_, after) = brand.rsplit_once("@ ")?;
     let end = after.find("Hz")? + 2;
@@ -403,14 +407,14 @@ mod tests {
     }
 
     #[test]
-    fn amd_counts_its_threads_in_its_own_leaf() {
+    fn amd_leaf_counts_threads() {
         let cpuid = Cpuid::from_supported(&host(b"AuthenticAMD"), 0, Topology::new(5, false));
         assert_eq!(find(&cpuid, 0, 0x8000_0008, 0).ecx, 4 | 3 << 12 | 0x0f00);
         assert_eq!(find(&cpuid, 0, 0x8000_0000, 0).eax, 0x8000_001e);
     }
 
     #[test]
-    fn features_that_every_guest_needs_are_on_and_counters_are_off() {
+    fn required_features_are_set_and_counters_are_cleared() {
         let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), 0, Topology::new(1, false));
         let features = find(&cpuid, 0, 1, 0);
         assert_eq!(features.ecx, 1 << 24 | 1 << 31);
@@ -427,7 +431,7 @@ mod tests {
         assert_eq!(cpuid.brand_string(), "AMD EPYC");
     }
 
-    /// An Intel host that shows everything, with the first components of XCR0 and these.
+    /// An Intel host with all features, the first components of XCR0, and these `components`.
     fn host_with(components: u32) -> Vec<kvm_cpuid_entry2> {
         let mut leaves = host(b"GenuineIntel");
         leaves.extend([
@@ -464,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn amx_is_shown_whole_where_it_is_permitted() {
+    fn amx_is_shown_completely_if_permitted() {
         let cpuid = Cpuid::from_supported(&host_with(AMX_COMPONENTS), 0, Topology::new(1, false));
         assert_eq!(all_of(&cpuid, &AMX), AMX.map(|feature| feature.bits));
         assert!(has(&cpuid, 0xd, 17) && has(&cpuid, 0xd, 18) && has(&cpuid, 0x1d, 1) && has(&cpuid, 0x1e, 0));
@@ -472,8 +476,8 @@ mod tests {
     }
 
     #[test]
-    fn amx_is_hidden_whole_where_it_is_not_permitted() {
-        // Kernels before 6.4 leave TILECFG, later ones neither component.
+    fn amx_is_hidden_completely_if_not_permitted() {
+        // Kernels before 6.4 show TILECFG, later ones neither component.
         for components in [1 << 17, 0] {
             let cpuid = Cpuid::from_supported(&host_with(components), 0, Topology::new(1, false));
             assert_eq!(all_of(&cpuid, &AMX), [0; 5]);
@@ -482,7 +486,7 @@ mod tests {
             }
             let state = find(&cpuid, 0, 0xd, 0);
             assert_eq!((state.eax, state.ecx), (0xe7, 1664 + 1024));
-            // Nothing else goes.
+            // Other features stay.
             assert_eq!(find(&cpuid, 0, 0xd, 1).eax, 0xf);
             assert_eq!(find(&cpuid, 0, 7, 1).eax, 1 << 4);
             assert_eq!(find(&cpuid, 0, 7, 0).edx, !(1 << 20 | 1 << 22 | 1 << 24 | 1 << 25));
@@ -500,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn x87_limits_are_those_of_the_hosts_processor() {
+    fn x87_limits_are_those_of_the_host_cpu() {
         for limits in [0, 1 << 6, 1 << 13, X87_LIMITS] {
             for reported in [0, X87_LIMITS] {
                 let mut leaves = host_with(0);
@@ -512,13 +516,13 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_extended_state_is_left_alone() {
+    fn leaves_that_the_host_lacks_are_not_added() {
         let cpuid = Cpuid::from_supported(&host(b"GenuineIntel"), X87_LIMITS, Topology::new(1, false));
         assert!(!has(&cpuid, 0xd, 0) && !has(&cpuid, 7, 0));
     }
 
     #[test]
-    fn any_number_of_vcpus_has_room_for_its_apic_ids() {
+    fn apic_ids_fit_for_any_number_of_vcpus() {
         for cpus in 1..=128 {
             let topology = Topology::new(cpus, cpus % 2 == 0);
             assert!(1u32 << topology.package_bits() >= cpus.into());

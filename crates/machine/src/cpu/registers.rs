@@ -1,11 +1,11 @@
-//! The registers that a vCPU is entered with: flat segments, and what each boot protocol asks for.
+//! The registers with which a vCPU is entered: flat segments, and those of each boot protocol.
 
 use kvm_bindings::{kvm_fpu, kvm_lapic_state, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, KvmError};
 use crate::layout;
 
 const CR0_PE: u64 = 1;
@@ -14,21 +14,22 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// The one flag that is always set.
+/// The one flag that is always set (bit 1).
 const RFLAGS: u64 = 2;
 
-/// Selectors, which are offsets into the boot GDT: `__BOOT_CS` and `__BOOT_DS` of the Linux boot protocol.
+/// Selectors, which are offsets into the boot GDT: `__BOOT_CS` and `__BOOT_DS` of the Linux boot
+/// protocol.
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TASK: u16 = 0x20;
 
-/// Where the APIC's local vector table keeps LINT0 and LINT1, and how an interrupt is delivered there.
+/// Offsets of LINT0 and LINT1 in the APIC's local vector table, and delivery modes.
 const LAPIC_LVT_LINT0: usize = 0x350;
 const LAPIC_LVT_LINT1: usize = 0x360;
 const DELIVER_NMI: u32 = 0x400;
 const DELIVER_EXT_INT: u32 = 0x700;
 
-/// A segment over the whole address space (or `limit`), of the given type; see the SDM, volume 3, 3.4.5.
+/// A segment with base 0, of the given type (SDM, volume 3, 3.4.5).
 fn segment(selector: u16, kind: u8, limit: u32, long: bool) -> kvm_segment {
     let code_or_data = selector != TASK;
     let code = selector == CODE;
@@ -61,7 +62,7 @@ fn segments(long: bool) -> [kvm_segment; 3] {
     ]
 }
 
-/// A segment as its descriptor in memory.
+/// The descriptor of a segment, as it is in memory.
 fn descriptor(s: &kvm_segment) -> u64 {
     let limit = u64::from(if s.g == 1 { s.limit >> 12 } else { s.limit });
     let access = u64::from(s.type_) | u64::from(s.s) << 4 | u64::from(s.dpl) << 5 | u64::from(s.present) << 7;
@@ -70,7 +71,7 @@ fn descriptor(s: &kvm_segment) -> u64 {
     low | (s.base & 0xff_ffff) << 16 | access << 40 | high << 48 | flags << 52 | (s.base >> 24 & 0xff) << 56
 }
 
-/// Writes the GDT that the boot segments stand in, and an empty IDT.
+/// Writes the GDT with the boot segments. The IDT behind it stays empty.
 pub(crate) fn write_gdt(ram: &GuestRam, long: bool) {
     let mut table = [0; 5];
     for s in segments(long) {
@@ -82,9 +83,9 @@ pub(crate) fn write_gdt(ram: &GuestRam, long: bool) {
     }
 }
 
-/// Segments and tables that both protocols share.
+/// Segments and descriptor tables, which both protocols have in common.
 fn flat_sregs(vcpu: &VcpuFd, long: bool) -> Result<kvm_sregs, KvmError> {
-    let mut sregs = vcpu.get_sregs().named("KVM_GET_SREGS")?;
+    let mut sregs = vcpu.get_sregs().ioctl("KVM_GET_SREGS")?;
     let [code, data, task] = segments(long);
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -96,25 +97,27 @@ fn flat_sregs(vcpu: &VcpuFd, long: bool) -> Result<kvm_sregs, KvmError> {
     Ok(sregs)
 }
 
-/// PVH: 32-bit protected mode without paging, `%ebx` pointing to the start info.
+/// Sets the registers for PVH: 32-bit protected mode without paging, `%ebx` pointing to the start
+/// info.
 pub(crate) fn set_for_pvh(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError> {
     let mut sregs = flat_sregs(vcpu, false)?;
     sregs.cr0 = CR0_PE | CR0_ET;
     sregs.cr4 = 0;
     sregs.efer = 0;
-    vcpu.set_sregs(&sregs).named("KVM_SET_SREGS")?;
+    vcpu.set_sregs(&sregs).ioctl("KVM_SET_SREGS")?;
     let regs = kvm_regs { rflags: RFLAGS, rip: entry, rbx: layout::PVH_START_INFO, ..Default::default() };
-    vcpu.set_regs(&regs).named("KVM_SET_REGS")
+    vcpu.set_regs(&regs).ioctl("KVM_SET_REGS")
 }
 
-/// Linux 64-bit: long mode with the boot page tables, `%rsi` pointing to the zero page.
+/// Sets the registers for Linux 64-bit: long mode with the boot page tables, `%rsi` pointing to the
+/// zero page.
 pub(crate) fn set_for_linux64(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError> {
     let mut sregs = flat_sregs(vcpu, true)?;
     sregs.cr3 = layout::BOOT_PML4;
     sregs.cr4 = CR4_PAE;
     sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
     sregs.efer = EFER_LME | EFER_LMA;
-    vcpu.set_sregs(&sregs).named("KVM_SET_SREGS")?;
+    vcpu.set_sregs(&sregs).ioctl("KVM_SET_SREGS")?;
     let regs = kvm_regs {
         rflags: RFLAGS,
         rip: entry,
@@ -123,21 +126,21 @@ pub(crate) fn set_for_linux64(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError>
         rsi: layout::ZERO_PAGE,
         ..Default::default()
     };
-    vcpu.set_regs(&regs).named("KVM_SET_REGS")
+    vcpu.set_regs(&regs).ioctl("KVM_SET_REGS")
 }
 
-/// The floating-point unit as after `FNINIT`, with all exceptions masked.
+/// Sets the floating-point unit to its state after `FNINIT`, with all exceptions masked.
 pub(crate) fn set_fpu(vcpu: &VcpuFd) -> Result<(), KvmError> {
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
-    vcpu.set_fpu(&fpu).named("KVM_SET_FPU")
+    vcpu.set_fpu(&fpu).ioctl("KVM_SET_FPU")
 }
 
-/// The local APIC's two pins as a BIOS leaves them: the PIC's interrupts on one, NMIs on the other.
+/// Sets the local APIC's pins as a BIOS leaves them: the PIC's interrupts on LINT0, NMIs on LINT1.
 pub(crate) fn set_lapic(vcpu: &VcpuFd) -> Result<(), KvmError> {
-    let mut lapic = vcpu.get_lapic().named("KVM_GET_LAPIC")?;
+    let mut lapic = vcpu.get_lapic().ioctl("KVM_GET_LAPIC")?;
     set_delivery(&mut lapic, LAPIC_LVT_LINT0, DELIVER_EXT_INT);
     set_delivery(&mut lapic, LAPIC_LVT_LINT1, DELIVER_NMI);
-    vcpu.set_lapic(&lapic).named("KVM_SET_LAPIC")
+    vcpu.set_lapic(&lapic).ioctl("KVM_SET_LAPIC")
 }
 
 fn set_delivery(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {

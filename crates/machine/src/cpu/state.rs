@@ -1,50 +1,55 @@
 //! All state of a vCPU that KVM has, as plain data.
 //!
-//! # Order
+//! The vCPU is paused: its thread has left `KVM_RUN`, and no access of the guest is half done
+//! ([`crate::vcpu`]).
 //!
-//! Saving: the processor's state of running (`KVM_GET_MP_STATE`) first, because KVM then takes in what is pending, and the pending events
-//! last. The deadline timer keeps running while the vCPU is paused, and KVM may move its interrupt
-//! into the local APIC at any moment. So the registers are read before the local APIC ([`Timer`]).
+//! # Order of a save
 //!
-//! Restoring has three steps. [`VcpuState::prepare`] sets CPUID, which decides which registers
-//! there are, and the frequency of the time stamp counter. Then the counters of all vCPUs are set
-//! together ([`super::tsc`]). [`VcpuState::restore`] sets the rest: the local APIC before the
-//! deadline timer, which is armed in its terms and in those of the counter; the events last. Only
-//! this third step makes KVM access guest memory (clock pages, page tables in PAE mode, nested
-//! state), so it may wait for a page server; it runs on the vCPU's own thread.
+//! The run state (`KVM_GET_MP_STATE`) is read first, because this call makes KVM apply pending
+//! events. The events are read last. The deadline timer keeps running while the vCPU is paused, and
+//! KVM may move its interrupt into the local APIC at any moment. So MSRs are read before the local
+//! APIC ([`Timer`]).
 //!
-//! The vCPU is still: its thread has left `KVM_RUN` with everything that it had begun done ([`crate::vcpu`]).
+//! # Order of a restore
+//!
+//! 1. [`VcpuState::prepare`] sets CPUID, which decides which registers a vCPU has, and the
+//!    frequency of the time stamp counter.
+//! 2. The counters of all vCPUs are set together ([`super::tsc`]).
+//! 3. [`VcpuState::restore`] sets the rest: the local APIC before the deadline timer, which depends
+//!    on it and on the counter; the events last. Only in this step KVM accesses guest memory (clock
+//!    pages, page tables in PAE mode, nested state). It may wait for a page server, so it runs on
+//!    the vCPU's own thread.
 
 use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
-use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd};
+use kvm_ioctls::{Cap, KvmNestedStateBuffer, VcpuFd};
 use serde::{Deserialize, Serialize};
 
-use super::tsc::{self, IA32_TSC};
+use super::msrs::{IA32_TSC, Msr, get_msrs, set_msrs, unlisted_msrs};
+use super::tsc::{self, SavedCounter};
 use super::xsave::XsaveSize;
-use crate::kvm::{KvmError, Named};
+use crate::kvm::{Ioctl, Kvm, KvmError, Vm};
 use crate::raw;
 
-/// Armed in terms of the local APIC and the time stamp counter, so restored after both.
+/// Depends on the local APIC and on the time stamp counter, so it is restored after both.
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// The most registers that KVM takes at once.
-const MSRS_AT_ONCE: usize = 256;
-/// Two clocks that differ by less are the same: a part in 4000, which a guest's own clock discipline makes good.
+/// Frequencies that differ by less count as the same. The guest's clock discipline corrects this
+/// error of 1 in 4000.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
-/// What a vCPU is at one moment.
+/// All state of a vCPU.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct VcpuState {
-    /// What CPUID shows.
+    /// The leaves of CPUID.
     pub cpuid: Vec<CpuidLeaf>,
-    /// Frequency of the time stamp counter; `None` where KVM did not say.
+    /// Frequency of the time stamp counter in kHz; `None` if KVM does not report it.
     pub tsc_khz: Option<u32>,
-    /// Offset of the time stamp counter from the host's; `None` where KVM does not tell.
+    /// Offset of the time stamp counter from the host's; `None` if KVM does not report it.
     #[serde(default)]
     pub tsc_offset: Option<u64>,
-    /// Whether it runs, waits for an interrupt, or for its start.
+    /// Whether the vCPU runs, waits for an interrupt, or waits to be started.
     #[serde(with = "raw")]
     mp_state: kvm_mp_state,
     /// General registers.
@@ -53,7 +58,7 @@ pub struct VcpuState {
     /// Segments and control registers.
     #[serde(with = "raw")]
     sregs: kvm_sregs,
-    /// Floating point and everything after it.
+    /// The extended state: floating point and vector registers, and what else XSAVE covers.
     #[serde(with = "serde_bytes")]
     xsave: Vec<u8>,
     /// Extended control registers.
@@ -67,10 +72,10 @@ pub struct VcpuState {
     lapic: kvm_lapic_state,
     /// Model-specific registers.
     pub msrs: Vec<Msr>,
-    /// Exceptions and interrupts on their way.
+    /// Pending exceptions and interrupts.
     #[serde(with = "raw")]
     events: kvm_vcpu_events,
-    /// The state of a guest of the guest.
+    /// The state of nested virtualization.
     #[serde(default, with = "raw::optional")]
     nested: Option<Box<KvmNestedStateBuffer>>,
 }
@@ -78,9 +83,9 @@ pub struct VcpuState {
 /// A leaf of CPUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuidLeaf {
-    /// Its number.
+    /// The leaf's number.
     pub leaf: u32,
-    /// Its index, where it has several.
+    /// The index (ecx), if the leaf has several.
     pub index: u32,
     /// KVM's flags.
     pub flags: u32,
@@ -88,33 +93,38 @@ pub struct CpuidLeaf {
     pub values: [u32; 4],
 }
 
-/// A model-specific register.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Msr {
-    /// Its number.
-    pub index: u32,
-    /// What is in it.
-    pub value: u64,
-}
-
-/// What saving and restoring need to know of the host.
+/// What this host's KVM can save of a vCPU.
 #[derive(Debug, Clone)]
 pub(crate) struct StateFormat {
-    /// The registers that KVM can save.
-    pub(crate) msrs: Vec<u32>,
+    /// The MSRs that KVM can save.
+    msrs: Vec<u32>,
     /// Size of the extended state.
-    pub(crate) xsave: XsaveSize,
-    /// KVM can save the state of a nested guest.
-    pub(crate) nested: bool,
-    /// The hardware can run a guest's time stamp counter at another frequency than the host's.
-    pub(crate) scales_tsc: bool,
+    xsave: XsaveSize,
+    /// Whether KVM can save the state of nested virtualization.
+    nested: bool,
+    /// Whether the CPU can scale a guest's time stamp counter to another frequency.
+    scales_tsc: bool,
+}
+
+impl StateFormat {
+    /// Asks KVM what it can save of the vCPUs of `vm`.
+    pub(crate) fn of(kvm: &Kvm, vm: &Vm) -> Result<Self, KvmError> {
+        let mut msrs = kvm.msr_indices()?;
+        msrs.extend(unlisted_msrs().filter(|index| !msrs.contains(index)).collect::<Vec<_>>());
+        Ok(StateFormat {
+            msrs,
+            xsave: XsaveSize::of(&vm.shared_fd()),
+            nested: kvm.saves_nested_state(),
+            scales_tsc: vm.shared_fd().check_extension(Cap::TscControl),
+        })
+    }
 }
 
 impl VcpuState {
-    /// The state of `vcpu`.
+    /// Saves the state of `vcpu`.
     pub(crate) fn save(vcpu: &VcpuFd, format: &StateFormat) -> Result<Self, KvmError> {
-        let mp_state = vcpu.get_mp_state().named("KVM_GET_MP_STATE")?;
-        let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).named("KVM_GET_CPUID2")?;
+        let mp_state = vcpu.get_mp_state().ioctl("KVM_GET_MP_STATE")?;
+        let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).ioctl("KVM_GET_CPUID2")?;
         let nested = if format.nested { nested_state(vcpu)? } else { None };
         let (msrs, lapic) = save_timer(vcpu, &format.msrs)?;
         Ok(VcpuState {
@@ -122,48 +132,55 @@ impl VcpuState {
             tsc_khz: vcpu.get_tsc_khz().ok().filter(|khz| *khz != 0),
             tsc_offset: tsc::offset(vcpu),
             mp_state,
-            regs: vcpu.get_regs().named("KVM_GET_REGS")?,
-            sregs: vcpu.get_sregs().named("KVM_GET_SREGS")?,
+            regs: vcpu.get_regs().ioctl("KVM_GET_REGS")?,
+            sregs: vcpu.get_sregs().ioctl("KVM_GET_SREGS")?,
             xsave: format.xsave.get(vcpu)?,
-            xcrs: vcpu.get_xcrs().named("KVM_GET_XCRS")?,
-            debug: vcpu.get_debug_regs().named("KVM_GET_DEBUGREGS")?,
+            xcrs: vcpu.get_xcrs().ioctl("KVM_GET_XCRS")?,
+            debug: vcpu.get_debug_regs().ioctl("KVM_GET_DEBUGREGS")?,
             lapic,
             msrs,
             nested,
-            events: vcpu.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?,
+            events: vcpu.get_vcpu_events().ioctl("KVM_GET_VCPU_EVENTS")?,
         })
     }
 
-    /// Sets what a fresh `vcpu` has before its time stamp counter. No guest memory is accessed.
+    /// The saved time stamp counter.
+    pub(crate) fn counter(&self) -> SavedCounter {
+        let counter = self.msrs.iter().find(|msr| msr.index == IA32_TSC).map(|msr| msr.value);
+        SavedCounter { counter, offset: self.tsc_offset, khz: self.tsc_khz }
+    }
+
+    /// Restores CPUID and the counter's frequency of a new `vcpu`. KVM accesses no guest memory.
     pub(crate) fn prepare(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         let leaves: Vec<_> = self.cpuid.iter().map(kvm_cpuid_entry2::from).collect();
         let cpuid = CpuId::from_entries(&leaves).map_err(|_| KvmError::StateTooLarge("leaves of CPUID"))?;
-        vcpu.set_cpuid2(&cpuid).named("KVM_SET_CPUID2")?;
+        vcpu.set_cpuid2(&cpuid).ioctl("KVM_SET_CPUID2")?;
         self.restore_tsc_frequency(vcpu, format)
     }
 
-    /// Sets everything else of a `vcpu` that is prepared and whose time stamp counter is set. KVM
-    /// may access guest memory.
+    /// Restores the rest of a `vcpu` that is prepared and whose time stamp counter is set. KVM may
+    /// access guest memory.
     pub(crate) fn restore(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
-        vcpu.set_mp_state(self.mp_state).named("KVM_SET_MP_STATE")?;
-        vcpu.set_regs(&self.regs).named("KVM_SET_REGS")?;
-        vcpu.set_sregs(&self.sregs).named("KVM_SET_SREGS")?;
-        // The control registers say what the extended state may hold.
-        vcpu.set_xcrs(&self.xcrs).named("KVM_SET_XCRS")?;
+        vcpu.set_mp_state(self.mp_state).ioctl("KVM_SET_MP_STATE")?;
+        vcpu.set_regs(&self.regs).ioctl("KVM_SET_REGS")?;
+        vcpu.set_sregs(&self.sregs).ioctl("KVM_SET_SREGS")?;
+        // Before the extended state: these registers say what it may contain.
+        vcpu.set_xcrs(&self.xcrs).ioctl("KVM_SET_XCRS")?;
         format.xsave.set(vcpu, &self.xsave)?;
-        vcpu.set_debug_regs(&self.debug).named("KVM_SET_DEBUGREGS")?;
+        vcpu.set_debug_regs(&self.debug).ioctl("KVM_SET_DEBUGREGS")?;
         restore_timer(vcpu, &self.msrs, &self.lapic)?;
         if let Some(nested) = &self.nested {
             if nested.size as usize > size_of::<KvmNestedStateBuffer>() {
                 return Err(KvmError::StateTooLarge("bytes of nested state"));
             }
-            vcpu.set_nested_state(nested).named("KVM_SET_NESTED_STATE")?;
+            vcpu.set_nested_state(nested).ioctl("KVM_SET_NESTED_STATE")?;
         }
-        vcpu.set_vcpu_events(&self.events).named("KVM_SET_VCPU_EVENTS")
+        vcpu.set_vcpu_events(&self.events).ioctl("KVM_SET_VCPU_EVENTS")
     }
 
-    /// A guest goes on at the frequency that it knows. Where the host's is another one, the hardware has to scale.
-    /// (Without that KVM would imitate a higher frequency by jumps, at other moments on each vCPU.)
+    /// Restores the counter's frequency, which the guest knows. If the host's differs, the CPU must
+    /// be able to scale it. (Without scaling, KVM would emulate a higher frequency by jumps, at
+    /// different moments on each vCPU.)
     fn restore_tsc_frequency(&self, vcpu: &VcpuFd, format: &StateFormat) -> Result<(), KvmError> {
         let (Some(saved), Ok(here)) = (self.tsc_khz, vcpu.get_tsc_khz()) else { return Ok(()) };
         let difference = u64::from(saved.abs_diff(here));
@@ -176,15 +193,15 @@ impl VcpuState {
     }
 }
 
-/// What the deadline timer and its interrupt are in: a register and the local APIC.
+/// The deadline timer of a vCPU. Its deadline is in an MSR, its interrupt in the local APIC.
 ///
-/// KVM moves the interrupt of a deadline that is over from the register, which becomes zero, to the
-/// local APIC. It does that at any moment, also on a paused vCPU (`apic_timer_expired` with APICv).
-/// And setting the local APIC disarms the timer.
+/// When the deadline has passed, KVM sets the MSR to 0 and raises the interrupt in the local APIC.
+/// It may do so at any moment, also on a paused vCPU (`apic_timer_expired` with APICv). Setting the
+/// local APIC disarms the timer.
 trait Timer {
-    /// Reads registers.
+    /// Reads MSRs.
     fn msrs(&self, indices: &[u32]) -> Result<Vec<Msr>, KvmError>;
-    /// Sets registers.
+    /// Writes MSRs.
     fn set_msrs(&self, msrs: &[Msr]) -> Result<(), KvmError>;
     /// Reads the local APIC.
     fn lapic(&self) -> Result<kvm_lapic_state, KvmError>;
@@ -202,24 +219,24 @@ impl Timer for VcpuFd {
     }
 
     fn lapic(&self) -> Result<kvm_lapic_state, KvmError> {
-        self.get_lapic().named("KVM_GET_LAPIC")
+        self.get_lapic().ioctl("KVM_GET_LAPIC")
     }
 
     fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), KvmError> {
-        VcpuFd::set_lapic(self, lapic).named("KVM_SET_LAPIC")
+        VcpuFd::set_lapic(self, lapic).ioctl("KVM_SET_LAPIC")
     }
 }
 
-/// Reads the registers and then the local APIC. A deadline that ends in between is in both: the
-/// guest gets one interrupt too many, which it takes for a late one. The other way round it would
-/// be in neither, and a guest without ticks stops.
+/// Reads the MSRs, then the local APIC. A deadline that passes in between is in both: the guest
+/// gets one interrupt too many, which it treats as a late one. In the other order it could be in
+/// neither, and a tickless guest would stop.
 fn save_timer(vcpu: &impl Timer, indices: &[u32]) -> Result<(Vec<Msr>, kvm_lapic_state), KvmError> {
     let msrs = vcpu.msrs(indices)?;
     Ok((msrs, vcpu.lapic()?))
 }
 
-/// Sets the local APIC, then the registers, the deadline last. The time stamp counter is set
-/// already and is left out.
+/// Sets the local APIC, then the MSRs, the deadline last. Leaves out the time stamp counter, which
+/// is set already.
 fn restore_timer(vcpu: &impl Timer, msrs: &[Msr], lapic: &kvm_lapic_state) -> Result<(), KvmError> {
     vcpu.set_lapic(lapic)?;
     let set = msrs.iter().copied().filter(|msr| msr.index != IA32_TSC);
@@ -230,48 +247,8 @@ fn restore_timer(vcpu: &impl Timer, msrs: &[Msr], lapic: &kvm_lapic_state) -> Re
 
 fn nested_state(vcpu: &VcpuFd) -> Result<Option<Box<KvmNestedStateBuffer>>, KvmError> {
     let mut buffer = Box::new(KvmNestedStateBuffer::empty());
-    let length = vcpu.nested_state(&mut buffer).named("KVM_GET_NESTED_STATE")?;
+    let length = vcpu.nested_state(&mut buffer).ioctl("KVM_GET_NESTED_STATE")?;
     Ok(length.map(|_| buffer))
-}
-
-/// The registers as they are. One that KVM lists and this vCPU does not have is left out.
-pub(super) fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
-    let mut got = Vec::with_capacity(indices.len());
-    let mut left = indices;
-    while !left.is_empty() {
-        let batch = &left[..left.len().min(MSRS_AT_ONCE)];
-        let mut msrs = to_kvm(batch.iter().map(|index| Msr { index: *index, value: 0 }));
-        let count = vcpu.get_msrs(&mut msrs).named("KVM_GET_MSRS")?;
-        got.extend(msrs.as_slice()[..count].iter().map(|msr| Msr { index: msr.index, value: msr.data }));
-        // KVM stops at the first that there is not.
-        let refused = usize::from(count < batch.len());
-        left = &left[count + refused..];
-    }
-    Ok(got)
-}
-
-/// Sets the registers. One that KVM refuses must have its value already.
-pub(super) fn set_msrs(vcpu: &VcpuFd, msrs: &[Msr]) -> Result<(), KvmError> {
-    let mut left = msrs;
-    while !left.is_empty() {
-        let batch = &left[..left.len().min(MSRS_AT_ONCE)];
-        let count = vcpu.set_msrs(&to_kvm(batch.iter().copied())).named("KVM_SET_MSRS")?;
-        left = &left[count..];
-        if count < batch.len() {
-            let refused = left[0];
-            if get_msrs(vcpu, &[refused.index])? != [refused] {
-                return Err(KvmError::Msr { index: refused.index, value: refused.value });
-            }
-            left = &left[1..];
-        }
-    }
-    Ok(())
-}
-
-fn to_kvm(msrs: impl Iterator<Item = Msr>) -> Msrs {
-    let entries: Vec<_> =
-        msrs.map(|msr| kvm_msr_entry { index: msr.index, data: msr.value, ..Default::default() }).collect();
-    Msrs::from_entries(&entries).expect("a batch is as many as KVM takes")
 }
 
 impl std::fmt::Debug for VcpuState {
@@ -313,8 +290,8 @@ mod tests {
     use super::*;
     use std::cell::RefCell;
 
-    /// A deadline timer whose time is over as soon as one of its two halves was read, as KVM may
-    /// have it.
+    /// A deadline timer whose deadline passes as soon as one of its two halves was read, which KVM
+    /// allows.
     #[derive(Default)]
     struct FakeTimer(RefCell<Halves>);
 
@@ -370,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_that_ends_during_a_save_is_in_the_state() {
+    fn deadline_that_passes_during_a_save_is_in_the_state() {
         let timer = FakeTimer::armed();
         let (msrs, lapic) = save_timer(&timer, &[IA32_TSC_DEADLINE]).unwrap();
         assert_eq!(timer.0.borrow().reads, 2);
@@ -378,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_deadline_stays_armed() {
+    fn restored_deadline_stays_armed() {
         let timer = FakeTimer::default();
         let msr = |index, value| Msr { index, value };
         let msrs = [msr(IA32_TSC_DEADLINE, 7), msr(IA32_TSC, 5), msr(0x174, 1)];

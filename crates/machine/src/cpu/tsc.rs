@@ -1,24 +1,28 @@
 //! Restoring the time stamp counters of all vCPUs together.
 //!
-//! A guest relies on two things. The counters of its vCPUs agree: a thread that moves from one to
-//! another never sees time run backwards, and KVM publishes a stable clock ("master clock") only
-//! for vCPUs with one offset. And no counter is ever below a value that the guest has read, however
-//! often it was saved and restored.
+//! A guest relies on two rules:
+//!
+//! - The counters of its vCPUs agree. A thread that moves from one vCPU to another must not see
+//!   time run backwards, and KVM publishes a stable clock ("master clock") only for vCPUs with one
+//!   offset.
+//! - No counter is ever below a value that the guest has read, however often it is saved and
+//!   restored.
 //!
 //! A saved state has each vCPU's counter, read at slightly different times, and each vCPU's offset
 //! from the host's counter (`KVM_VCPU_TSC_OFFSET`, Linux 5.16). The differences between the offsets
-//! are exact; the differences between the counters are noise up to [`SAME_COUNTER`]. So one counter
-//! is restored, to the latest value that was read, and the others get the same offset plus their
+//! are exact; those between the counters are noise up to [`SAME_COUNTER`]. So one counter is
+//! restored, to the latest value that was read of any. The others get the same offset plus their
 //! lead.
 //!
-//! The offset to set follows from the offset and the counter that a fresh vCPU has: `offset +
-//! (wanted - counter)`. This holds with any scaling ratio, so that a guest from a host with another
-//! frequency needs no arithmetic of its own here ([`super::state`] sets the frequency first). It
-//! also avoids writes to `IA32_TSC`, which KVM takes for attempts to synchronize vCPUs and may
-//! replace by another value within a second. Only where KVM lacks the attribute is the register
-//! written, for all vCPUs in a row with one value: KVM then synchronizes them by that rule.
+//! The offset to set follows from the offset and the counter of a new vCPU: `offset + (wanted -
+//! counter)`. This is right with any scaling ratio ([`super::state`] sets the frequency before). It
+//! also avoids writes to `IA32_TSC`, which KVM treats as attempts to synchronize vCPUs: it may
+//! replace a value by another that is within a second. The register is written only if KVM lacks
+//! the attribute, on all vCPUs in a row with one value; KVM then synchronizes them by that rule.
 //!
 //! Unsafe code is here because `kvm-ioctls` has no device attributes of vCPUs on x86.
+
+#![expect(unsafe_code, reason = "kvm-ioctls has no device attributes of vCPUs on x86")]
 
 use std::time::Duration;
 
@@ -27,14 +31,11 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
-use super::state::{Msr, VcpuState, get_msrs, set_msrs};
-use crate::kvm::{KvmError, Named};
+use super::msrs::{IA32_TSC, Msr, get_msrs, set_msrs};
+use crate::kvm::{Ioctl, KvmError};
 
-/// The counter's register.
-pub(super) const IA32_TSC: u32 = 0x10;
-
-/// Counters that differ by less were read from one counter at different times. It is what KVM takes
-/// for one counter too.
+/// Counters that differ by less are one counter that was read at different times. KVM uses the same
+/// bound.
 const SAME_COUNTER: Duration = Duration::from_secs(1);
 
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
@@ -42,11 +43,11 @@ ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
 /// The counter of one vCPU, as KVM gives access to it.
 trait Counter {
-    /// Offset from the host's (scaled) counter; `None` where KVM lacks the attribute.
+    /// The offset from the host's (scaled) counter; `None` if KVM lacks the attribute.
     fn offset(&self) -> Option<u64>;
     /// Sets the offset.
     fn set_offset(&self, offset: u64) -> Result<(), KvmError>;
-    /// The counter now; `None` where the vCPU has no such register.
+    /// The counter now; `None` if the vCPU has no such register.
     fn read(&self) -> Result<Option<u64>, KvmError>;
     /// Writes the counter's register.
     fn write(&self, value: u64) -> Result<(), KvmError>;
@@ -62,7 +63,7 @@ impl Counter for VcpuFd {
         // SAFETY: the kernel reads the attribute and the eight bytes that it points to, which live
         // until the call returns.
         let result = unsafe { ioctl_with_ref(self, KVM_SET_DEVICE_ATTR(), &attribute) };
-        if result == 0 { Ok(()) } else { Err(kvm_ioctls::Error::last()).named("KVM_SET_DEVICE_ATTR") }
+        if result == 0 { Ok(()) } else { Err(kvm_ioctls::Error::last()).ioctl("KVM_SET_DEVICE_ATTR") }
     }
 
     fn read(&self) -> Result<Option<u64>, KvmError> {
@@ -74,7 +75,7 @@ impl Counter for VcpuFd {
     }
 }
 
-/// Offset of a vCPU's counter from the host's (scaled) counter; `None` where KVM lacks the
+/// The offset of a vCPU's counter from the host's (scaled) counter; `None` if KVM lacks the
 /// attribute.
 pub(super) fn offset(vcpu: &VcpuFd) -> Option<u64> {
     let mut offset = 0u64;
@@ -89,14 +90,14 @@ fn tsc_offset_attribute(addr: u64) -> kvm_device_attr {
     kvm_device_attr { flags: 0, group: KVM_VCPU_TSC_CTRL, attr: KVM_VCPU_TSC_OFFSET.into(), addr }
 }
 
-/// Makes the counters of fresh `vcpus` what `states` say, `passed` later. Their frequencies are
-/// set.
+/// Restores the counters of new `vcpus`, moved on by the time that `passed`. The frequencies of the
+/// vCPUs are set already.
 pub(crate) fn restore_counters(
     vcpus: &[VcpuFd],
-    states: &[VcpuState],
+    saved: &[SavedCounter],
     passed: Duration,
 ) -> Result<(), KvmError> {
-    match Plan::of(&states.iter().map(Saved::of).collect::<Vec<_>>(), passed) {
+    match Plan::of(saved, passed) {
         Some(plan) => plan.apply(vcpus),
         None => Ok(()),
     }
@@ -104,25 +105,23 @@ pub(crate) fn restore_counters(
 
 /// What was saved of one vCPU's counter.
 #[derive(Debug, Clone, Copy)]
-struct Saved {
-    counter: Option<u64>,
-    offset: Option<u64>,
-    khz: Option<u32>,
+pub(crate) struct SavedCounter {
+    /// The counter's value.
+    pub(super) counter: Option<u64>,
+    /// The offset from the host's counter.
+    pub(super) offset: Option<u64>,
+    /// The frequency in kHz.
+    pub(super) khz: Option<u32>,
 }
 
-impl Saved {
-    fn of(state: &VcpuState) -> Self {
-        let counter = state.msrs.iter().find(|msr| msr.index == IA32_TSC).map(|msr| msr.value);
-        Saved { counter, offset: state.tsc_offset, khz: state.tsc_khz }
-    }
-
-    /// Ticks in this time, modulo 2^64 as the counter.
+impl SavedCounter {
+    /// The counter's ticks in `time`, modulo 2^64.
     fn ticks(self, time: Duration) -> u64 {
         (time.as_nanos() * u128::from(self.khz.unwrap_or(0)) / 1_000_000) as u64
     }
 
-    /// How far this counter is ahead of the one of `first` at any one moment.
-    fn lead(self, first: Saved) -> u64 {
+    /// How far this counter is ahead of that of `first` at the same moment.
+    fn lead(self, first: SavedCounter) -> u64 {
         if let (Some(own), Some(other)) = (self.offset, first.offset) {
             return own.wrapping_sub(other);
         }
@@ -132,22 +131,22 @@ impl Saved {
     }
 }
 
-/// What the counters are to be.
+/// The counters to set.
 #[derive(Debug, PartialEq, Eq)]
 struct Plan {
-    /// The first vCPU's.
+    /// The first vCPU's counter.
     counter: u64,
-    /// How far each vCPU's is ahead of the first's.
+    /// How far each vCPU's counter is ahead of the first's.
     leads: Vec<u64>,
 }
 
 impl Plan {
-    /// `None` where no counter was saved.
-    fn of(saved: &[Saved], passed: Duration) -> Option<Self> {
+    /// The plan for saved counters, `passed` later; `None` if no counter was saved.
+    fn of(saved: &[SavedCounter], passed: Duration) -> Option<Self> {
         let first = *saved.first()?;
         let leads: Vec<_> = saved.iter().map(|vcpu| vcpu.lead(first)).collect();
         let start = first.counter?;
-        // The latest that was read of any, so that none goes back.
+        // The latest value that was read of any, so that none goes back.
         let later = saved.iter().zip(&leads).filter_map(|(vcpu, lead)| {
             let after_first = vcpu.counter?.wrapping_sub(*lead).wrapping_sub(start);
             u64::try_from(after_first.cast_signed()).ok()
@@ -178,11 +177,11 @@ mod tests {
     const SECOND: u64 = 2_000_000_000;
     const NOW: Duration = Duration::ZERO;
 
-    fn saved(counter: u64, offset: Option<u64>) -> Saved {
-        Saved { counter: Some(counter), offset, khz: Some(KHZ) }
+    fn saved(counter: u64, offset: Option<u64>) -> SavedCounter {
+        SavedCounter { counter: Some(counter), offset, khz: Some(KHZ) }
     }
 
-    fn plan(saved: &[Saved], passed: Duration) -> Plan {
+    fn plan(saved: &[SavedCounter], passed: Duration) -> Plan {
         Plan::of(saved, passed).unwrap()
     }
 
@@ -193,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn differences_that_the_guest_made_between_counters_are_kept() {
+    fn differences_that_the_guest_set_are_kept() {
         let vcpus = [saved(100, Some(0)), saved(95, Some(u64::MAX - 9)), saved(600, Some(480))];
         assert_eq!(plan(&vcpus, NOW), Plan { counter: 120, leads: vec![0, u64::MAX - 9, 480] });
     }
@@ -212,9 +211,9 @@ mod tests {
     }
 
     #[test]
-    fn a_state_without_counters_restores_none() {
+    fn state_without_counters_restores_none() {
         assert_eq!(Plan::of(&[], NOW), None);
-        assert_eq!(Plan::of(&[Saved { counter: None, offset: None, khz: None }], NOW), None);
+        assert_eq!(Plan::of(&[SavedCounter { counter: None, offset: None, khz: None }], NOW), None);
     }
 
     /// A host whose counter advances with every call, at a frequency that is scaled for the guest.
@@ -274,7 +273,7 @@ mod tests {
             let host = Host::new(1 + hop % 3, hop % 5 != 4);
             let vcpus = host.vcpus();
             plan(&states, NOW).apply(&vcpus).unwrap();
-            // A thread that moves from one vCPU to the next.
+            // As a thread reads them that moves from one vCPU to the next.
             for vcpu in vcpus.iter().chain(vcpus.iter().rev()) {
                 let counter = vcpu.read().unwrap().unwrap();
                 assert!(!host.has_attribute || counter > last, "hop {hop}: {counter} after {last}");

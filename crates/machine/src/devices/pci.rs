@@ -1,30 +1,33 @@
-//! Devices on virtio-pci: one bus, reached through ECAM, two ports and the window of BARs.
+//! Devices on virtio-pci: one bus, reached through ECAM, ports 0xcf8 to 0xcff and the window of
+//! BARs.
 //!
 //! # Interrupts
 //!
-//! A message is sent with `KVM_SIGNAL_MSI`, by the worker that raises it. The other way, an irqfd with a route for each vector, costs a
-//! descriptor per vector, and a grace period of the kernel for each message that a guest writes while it sets up its devices.
+//! The worker that raises an interrupt sends its message with `KVM_SIGNAL_MSI`. An irqfd with a
+//! route for each vector would cost a descriptor per vector. It would also cost a grace period of
+//! the kernel for each message that a guest writes while it sets up its devices.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
+use sync::locked;
 use virtio::transport::pci::{
     CONFIG_ADDRESS, ECAM_SIZE, MAX_DEVICES, MsiMessage, MsiVectors, PciRoot, PciTransport,
 };
 use virtio::transport::{Attachment, IoEventFds};
 
-use super::DeviceError;
-use super::place::first_bar;
+use super::address::first_bar;
+use super::error::DeviceError;
 use crate::bus::BusDevice;
+use crate::bus::Buses;
 use crate::kvm::Vm;
 use crate::layout;
-use crate::vcpu::Buses;
 
-/// The bus, reachable for the guest.
-pub(super) fn root(buses: &mut Buses, io_events: Arc<dyn IoEventFds>) -> Arc<PciRoot> {
-    let root = Arc::new(PciRoot::new(layout::PCI_BARS, io_events));
+/// Creates the PCI bus and puts its registers on the machine's buses.
+pub(super) fn add_root(buses: &mut Buses, io_event_fds: Arc<dyn IoEventFds>) -> Arc<PciRoot> {
+    let root = Arc::new(PciRoot::new(layout::PCI_BARS, io_event_fds));
     let mut mmio = |range: std::ops::Range<u64>, device| {
         buses.mmio.add(range, device).expect("the layout sets PCI's addresses aside");
     };
@@ -48,14 +51,15 @@ pub(super) fn plug(
     debug_assert!((1..=MAX_DEVICES).contains(&slot.into()));
     let queues = attachment.device.queue_sizes().len();
     let vectors = Box::new(Messages::new(vm.shared_fd(), queues + 1));
-    let function = PciTransport::new(attachment, first_bar(slot), vectors, root)
+    let function = root
+        .new_function(attachment, first_bar(slot), vectors)
         .map_err(|source| DeviceError::Host { what: "a virtio device", source })?;
     let function = Arc::new(Mutex::new(function));
-    root.plug(Some(slot), Arc::clone(&function)).expect("each device was given a slot of its own");
+    root.plug(Some(slot), Arc::clone(&function)).expect("there is a slot for each device");
     Ok(function)
 }
 
-/// The configuration spaces in memory.
+/// The configuration spaces in memory (ECAM).
 struct Ecam(Arc<PciRoot>);
 
 impl BusDevice for Ecam {
@@ -97,7 +101,7 @@ impl BusDevice for Bars {
 /// The messages of one device.
 struct Messages {
     vm: Arc<VmFd>,
-    /// Locked to copy a message, no longer: one that is half changed is never sent.
+    /// Each is locked to copy its message, so that no half-changed message is sent.
     vectors: Vec<Mutex<Option<MsiMessage>>>,
 }
 
@@ -110,17 +114,17 @@ impl Messages {
 impl MsiVectors for Messages {
     fn set(&self, vector: u16, message: MsiMessage) -> io::Result<()> {
         let slot = self.vectors.get(usize::from(vector)).ok_or(io::ErrorKind::InvalidInput)?;
-        *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(message);
+        *locked(slot) = Some(message);
         Ok(())
     }
 
     fn trigger(&self, vector: u16) {
         let message = self.vectors.get(usize::from(vector));
-        let message = message.and_then(|slot| *slot.lock().unwrap_or_else(PoisonError::into_inner));
+        let message = message.and_then(|slot| *locked(slot));
         let Some(MsiMessage { addr, data }) = message else { return };
         let msi =
             kvm_msi { address_lo: addr as u32, address_hi: (addr >> 32) as u32, data, ..Default::default() };
-        // It fails where the guest's message addresses no vCPU: the guest's loss, as on real hardware.
+        // It fails if the guest's message addresses no vCPU. The interrupt is lost, as on hardware.
         let _ = self.vm.signal_msi(msi);
     }
 }

@@ -1,6 +1,7 @@
-//! The boot timer: a guest writes a magic byte to say "I am here", and the log says how long that took.
+//! The boot timer: a guest writes a magic byte, and the log says how long it took to get there.
 //!
-//! A guest may have several such places, but not fill the log: after [`MOST_LINES`] nothing more is said.
+//! A guest may write several times, but not fill the log: after [`MAX_LINES`] lines no more are
+//! written.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -9,20 +10,21 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::bus::BusDevice;
 use crate::layout::BOOT_TIMER_MAGIC;
 
-/// The most lines that one guest gets.
-const MOST_LINES: u32 = 64;
+/// The most log lines for one guest.
+const MAX_LINES: u32 = 64;
 
 /// When the monitor started, in microseconds of the monotonic clock and of CPU time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StartTimes {
-    /// Monotonic clock.
+    /// The monotonic clock.
     pub wall_us: u64,
-    /// CPU time of this process, to be left out of the count; with what a parent spent taken off, it can be negative.
+    /// The CPU time that this process had used, which does not count. Less the time that a parent
+    /// had used, which does, it can be negative.
     pub cpu_us: i64,
 }
 
 impl StartTimes {
-    /// Now.
+    /// The times now.
     pub fn now() -> Self {
         StartTimes {
             wall_us: clock_us(ClockId::Monotonic),
@@ -36,20 +38,20 @@ fn clock_us(clock: ClockId) -> u64 {
     time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_nsec.unsigned_abs() / 1000
 }
 
-/// One register of one byte.
+/// The boot timer: one register of one byte.
 #[derive(Debug)]
 pub(crate) struct BootTimer {
     start: StartTimes,
-    /// How many lines are left.
+    /// How many more lines may be written.
     left: AtomicU32,
 }
 
 impl BootTimer {
     pub(crate) fn new(start: StartTimes) -> Self {
-        BootTimer { start, left: AtomicU32::new(MOST_LINES) }
+        BootTimer { start, left: AtomicU32::new(MAX_LINES) }
     }
 
-    /// What a write of `data` at `offset` says.
+    /// The log line for a write of `data` at `offset`, if there is one.
     fn line(&self, offset: u64, data: &[u8]) -> Option<String> {
         if offset != 0 || data != [BOOT_TIMER_MAGIC] {
             return None;
@@ -85,14 +87,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_magic_byte_gives_a_line_and_a_guest_that_goes_on_writing_it_no_more() {
+    fn magic_byte_is_logged_a_bounded_number_of_times() {
         let timer = BootTimer::new(StartTimes::now());
         for (offset, data) in [(0, &[0][..]), (1, &[BOOT_TIMER_MAGIC]), (0, &[BOOT_TIMER_MAGIC, 0]), (0, &[])]
         {
             assert_eq!(timer.line(offset, data), None);
         }
         let lines: Vec<_> = (0..1000).filter_map(|_| timer.line(0, &[BOOT_TIMER_MAGIC])).collect();
-        assert_eq!(lines.len(), MOST_LINES as usize);
+        assert_eq!(lines.len(), MAX_LINES as usize);
         assert!(lines[0].starts_with("Guest-boot-time = "), "{}", lines[0]);
     }
 }

@@ -1,16 +1,16 @@
-//! A CMOS clock (MC146818) on ports 0x70 and 0x71: the host's time in UTC, which a guest can read
-//! and not set.
+//! A CMOS clock (MC146818) on ports 0x70 and 0x71. It shows the host's time in UTC; a guest cannot
+//! set it.
 //!
-//! Guests other than Linux read the date from it, and some wait at their start until it says that
-//! no update is in progress. There are no alarms and no interrupts, and memory that keeps anything
-//! is not there either: every other register reads 0 and ignores writes. The ACPI tables go on
-//! saying that there is no such clock, so that Linux takes its time from the paravirtual one.
+//! Guests other than Linux read the date from it, and some wait at boot until it says that no
+//! update is in progress. There are no alarms, no interrupts and no CMOS memory: every other
+//! register reads 0 and ignores writes. The ACPI tables say that there is no CMOS clock, so that
+//! Linux uses the paravirtual clock.
 //!
 //! # One instant for a whole date
 //!
 //! A guest reads a date register by register once status A says that no update is in progress. All
-//! these registers show one instant: reading status A takes it, and so does reading a register a
-//! second time, or one second after.
+//! date registers show one instant. It is taken when the guest reads status A, reads a register for
+//! the second time, or reads one a second or more after the last instant.
 //!
 //! # State
 //!
@@ -20,18 +20,19 @@ use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use sync::locked;
 
 use crate::bus::BusDevice;
 
-/// Offset from port 0x70. It is for writing; reading gives what an absent port gives.
+/// The index port, as offset from port 0x70. It is write-only: reads return all ones.
 const INDEX: u64 = 0;
-/// See [`INDEX`].
+/// The data port, as offset from port 0x70.
 const DATA: u64 = 1;
 
 /// Bit 7 of the index port masks NMIs and is not part of the index.
 const INDEX_MASK: u8 = 0x7f;
 
-/// The registers that are not 0.
+/// The registers that do not read as 0.
 mod register {
     pub(super) const SECONDS: u8 = 0x00;
     pub(super) const MINUTES: u8 = 0x02;
@@ -50,15 +51,15 @@ mod register {
 const STATUS_A: u8 = 0x26;
 /// 24 hours, BCD; no interrupt enabled.
 const STATUS_B: u8 = 0x02;
-/// Time and memory are valid: the battery is fine.
+/// Valid RAM and time: the battery is charged.
 const STATUS_D: u8 = 0x80;
 
-/// Longest that one instant is shown.
+/// How long the date registers show one instant.
 const INSTANT_LIMIT: Duration = Duration::from_secs(1);
 
 const SECONDS_PER_DAY: u64 = 24 * 60 * 60;
 
-/// The clock.
+/// The CMOS clock.
 #[derive(Debug, Default)]
 pub(crate) struct Cmos(Mutex<Registers>);
 
@@ -79,31 +80,27 @@ struct Registers {
 #[derive(Debug, Clone, Copy)]
 struct Shown {
     at: SystemTime,
-    /// The date registers that were read of it: a bit each.
+    /// The date registers that were read at this instant, one bit each.
     read: u64,
 }
 
 impl Cmos {
-    /// The clock of a saved machine.
+    /// A clock with saved registers.
     pub(crate) fn restore(state: CmosState) -> Self {
         let registers = Registers { index: state.index & INDEX_MASK, shown: None };
         Cmos(Mutex::new(registers))
     }
 
-    /// Its state.
+    /// The clock's state.
     pub(crate) fn save(&self) -> CmosState {
-        CmosState { index: self.lock().index }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Registers> {
-        self.0.lock().expect("no holder of this lock panics")
+        CmosState { index: locked(&self.0).index }
     }
 }
 
 impl BusDevice for Cmos {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut registers = self.lock();
-        // The ports are a byte each: a string instruction is several accesses to the same one.
+        let mut registers = locked(&self.0);
+        // A port has one byte: a string instruction is several accesses to the same port.
         for byte in data {
             *byte = if offset == DATA { registers.read(SystemTime::now()) } else { 0xff };
         }
@@ -112,7 +109,7 @@ impl BusDevice for Cmos {
     fn write(&self, offset: u64, data: &[u8]) {
         // Of a wider write the first byte is for this port, and the next one for the other.
         if let (INDEX, Some(index)) = (offset, data.first()) {
-            self.lock().index = index & INDEX_MASK;
+            locked(&self.0).index = index & INDEX_MASK;
         }
     }
 }
@@ -246,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_date_is_of_the_instant_at_which_status_a_was_read() {
+    fn date_is_of_the_instant_at_which_status_a_was_read() {
         let midnight = 1_798_761_600; // 1 January 2027
         let mut registers = Registers::default();
         read_at(&mut registers, register::STATUS_A, at(midnight) - Duration::from_nanos(1));

@@ -1,10 +1,11 @@
-//! An i8042 keyboard controller: enough for a kernel to find a keyboard, for Ctrl+Alt+Del, and for a reset by command 0xFE.
+//! An i8042 keyboard controller: as much as a kernel needs to find a keyboard, to receive
+//! Ctrl+Alt+Del, and to reset the machine by command 0xFE.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::EventFd;
+use sync::{EventFd, locked};
 
 use crate::bus::BusDevice;
 use crate::events::{EventSink, MachineEvent};
@@ -35,18 +36,19 @@ const KEYBOARD_ACK: u8 = 0xfa;
 const KEYBOARD_SELF_TEST_PASSED: u8 = 0xaa;
 const KEYBOARD_ID: [u8; 2] = [0xab, 0x83];
 
-/// Scan codes (set 2) of left Ctrl, left Alt and Delete going down.
+/// Scan codes (set 2) for pressing left Ctrl, left Alt and Delete.
 const CTRL_ALT_DEL: [u8; 4] = [0x14, 0x11, 0xe0, 0x71];
 
-/// Bytes that the controller holds for the guest; what comes when it is full is lost, as with a real one.
+/// Bytes that the controller holds for the guest. As on hardware, bytes that arrive while it is
+/// full are lost.
 const BUFFER: usize = 16;
 
-/// Ctrl+Alt+Del could not be pressed.
+/// Ctrl+Alt+Del cannot be pressed: the guest does not read its keyboard.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the guest has not read the {0} bytes that its keyboard holds: no room for Ctrl+Alt+Del")]
+#[error("keyboard: it holds {0} bytes that the guest has not read; Ctrl+Alt+Del does not fit")]
 pub struct KeyboardFull(usize);
 
-/// The controller with its keyboard.
+/// The controller and its keyboard.
 #[derive(Debug)]
 pub(crate) struct I8042 {
     state: Mutex<KeyboardState>,
@@ -54,14 +56,14 @@ pub(crate) struct I8042 {
     events: EventSink,
 }
 
-/// Its registers: plain data.
+/// The registers of the controller.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyboardState {
     control: u8,
     output_port: u8,
     /// A command that takes its argument from the next byte written to the data port.
     waiting: Option<u8>,
-    /// What the guest has still to read.
+    /// The bytes that the guest has not read yet.
     buffer: VecDeque<u8>,
 }
 
@@ -76,44 +78,40 @@ impl I8042 {
         I8042 { state: Mutex::new(state), interrupt, events }
     }
 
-    /// Its registers.
+    /// The registers.
     pub(crate) fn save(&self) -> KeyboardState {
-        self.lock().clone()
+        locked(&self.state).clone()
     }
 
-    /// Makes a fresh one what `state` says.
+    /// Restores the registers of a new controller.
     pub(crate) fn restore(&self, state: &KeyboardState) {
         let mut restored = state.clone();
         restored.buffer.truncate(BUFFER);
         self.interrupt_if_full(&restored);
-        *self.lock() = restored;
+        *locked(&self.state) = restored;
     }
 
     /// Presses Ctrl+Alt+Del.
     pub(crate) fn press_ctrl_alt_del(&self) -> Result<(), KeyboardFull> {
-        let mut state = self.lock();
+        let mut state = locked(&self.state);
         if state.buffer.len() + CTRL_ALT_DEL.len() > BUFFER {
             return Err(KeyboardFull(state.buffer.len()));
         }
-        self.give(&mut state, &CTRL_ALT_DEL);
+        self.send_to_guest(&mut state, &CTRL_ALT_DEL);
         Ok(())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, KeyboardState> {
-        self.state.lock().expect("no holder of this lock panics")
-    }
-
-    /// Puts bytes where the guest reads them.
-    fn give(&self, state: &mut KeyboardState, bytes: &[u8]) {
-        let room = BUFFER - state.buffer.len();
-        state.buffer.extend(bytes.iter().take(room));
+    /// Adds bytes for the guest to read. Those that do not fit are lost.
+    fn send_to_guest(&self, state: &mut KeyboardState, bytes: &[u8]) {
+        let free = BUFFER - state.buffer.len();
+        state.buffer.extend(bytes.iter().take(free));
         self.interrupt_if_full(state);
     }
 
+    /// Raises the interrupt if there is something to read and the guest has enabled it.
     fn interrupt_if_full(&self, state: &KeyboardState) {
         if !state.buffer.is_empty() && state.control & CONTROL_KEYBOARD_INTERRUPT != 0 {
-            // It fails only when its counter is full, and then the interrupt is on its way.
-            let _ = self.interrupt.write(1);
+            self.interrupt.signal();
         }
     }
 
@@ -121,10 +119,10 @@ impl I8042 {
         state.waiting = None;
         match command {
             COMMAND_RESET => self.events.post(MachineEvent::Reset),
-            COMMAND_READ_CONTROL => self.give(state, &[state.control]),
-            COMMAND_READ_OUTPUT_PORT => self.give(state, &[state.output_port]),
-            COMMAND_SELF_TEST => self.give(state, &[SELF_TEST_PASSED]),
-            COMMAND_TEST_KEYBOARD_PORT => self.give(state, &[PORT_TEST_PASSED]),
+            COMMAND_READ_CONTROL => self.send_to_guest(state, &[state.control]),
+            COMMAND_READ_OUTPUT_PORT => self.send_to_guest(state, &[state.output_port]),
+            COMMAND_SELF_TEST => self.send_to_guest(state, &[SELF_TEST_PASSED]),
+            COMMAND_TEST_KEYBOARD_PORT => self.send_to_guest(state, &[PORT_TEST_PASSED]),
             COMMAND_WRITE_CONTROL | COMMAND_WRITE_OUTPUT_PORT => state.waiting = Some(command),
             _ => {}
         }
@@ -135,9 +133,11 @@ impl I8042 {
             Some(COMMAND_WRITE_CONTROL) => state.control = value,
             Some(_) => state.output_port = value,
             None => match value {
-                KEYBOARD_RESET => self.give(state, &[KEYBOARD_ACK, KEYBOARD_SELF_TEST_PASSED]),
-                KEYBOARD_IDENTIFY => self.give(state, &[KEYBOARD_ACK, KEYBOARD_ID[0], KEYBOARD_ID[1]]),
-                _ => self.give(state, &[KEYBOARD_ACK]),
+                KEYBOARD_RESET => self.send_to_guest(state, &[KEYBOARD_ACK, KEYBOARD_SELF_TEST_PASSED]),
+                KEYBOARD_IDENTIFY => {
+                    self.send_to_guest(state, &[KEYBOARD_ACK, KEYBOARD_ID[0], KEYBOARD_ID[1]]);
+                }
+                _ => self.send_to_guest(state, &[KEYBOARD_ACK]),
             },
         }
     }
@@ -145,8 +145,8 @@ impl I8042 {
 
 impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut state = self.lock();
-        // The registers are a byte each: a string instruction is several accesses to the same one.
+        let mut state = locked(&self.state);
+        // Registers have one byte: a string instruction is several accesses to the same register.
         for byte in data {
             *byte = match offset {
                 DATA => {
@@ -164,7 +164,7 @@ impl BusDevice for I8042 {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let mut state = self.lock();
+        let mut state = locked(&self.state);
         for &value in data {
             match offset {
                 DATA => self.data(&mut state, value),
@@ -183,7 +183,7 @@ mod tests {
 
     fn controller() -> (I8042, EventSource) {
         let (sink, source) = event_channel().unwrap();
-        (I8042::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), sink), source)
+        (I8042::new(EventFd::new().unwrap(), sink), source)
     }
 
     fn read(device: &I8042, offset: u64) -> u8 {
@@ -215,10 +215,10 @@ mod tests {
         let (device, _events) = controller();
         device.press_ctrl_alt_del().unwrap();
         for code in CTRL_ALT_DEL {
-            assert_eq!(device.interrupt.read().unwrap(), 1);
+            assert_eq!(device.interrupt.take(), 1);
             assert_eq!(read(&device, DATA), code);
         }
-        assert!(device.interrupt.read().is_err(), "nothing more to read, no interrupt");
+        assert_eq!(device.interrupt.take(), 0, "nothing more to read, no interrupt");
     }
 
     #[test]
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn ctrl_alt_del_is_refused_when_nobody_reads() {
+    fn ctrl_alt_del_is_refused_while_the_buffer_is_full() {
         let (device, _events) = controller();
         for _ in 0..4 {
             device.press_ctrl_alt_del().unwrap();
@@ -246,7 +246,7 @@ mod tests {
             let (device, _events) = controller();
             for (write, offset, mut data) in ops {
                 if write { device.write(offset, &data) } else { device.read(offset, &mut data) }
-                prop_assert!(device.lock().buffer.len() <= BUFFER);
+                prop_assert!(locked(&device.state).buffer.len() <= BUFFER);
             }
         }
     }

@@ -1,5 +1,5 @@
-//! A destination for bytes that never makes its writer wait: a terminal, pipe, socket or file behind which somebody may have
-//! stopped reading.
+//! A destination for bytes that never makes its writer wait: a terminal, pipe, socket or file,
+//! whose reader may have stopped.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::net::SendFlags;
 
-/// Bytes that a pipe takes at once when it is writable at all; so is a terminal's buffer.
+/// Bytes that a pipe takes at once whenever it is writable, and the size of a terminal's buffer.
 const CHUNK: usize = 4096;
 
 /// An open destination.
@@ -22,11 +22,13 @@ pub struct Output {
 /// How to write without waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A file: writing to it does not wait for readers. Or a description of our own that is set not to block.
+    /// A file, to which a write does not wait for readers, or an open file description of this
+    /// process alone that has `O_NONBLOCK`.
     NonBlocking,
-    /// A socket that we share with others: each call says that it will not wait.
+    /// A shared socket: each call has `MSG_DONTWAIT`.
     Socket,
-    /// A terminal or pipe that we share with others, so that its mode is not ours to change: ask first, write little.
+    /// A shared terminal or pipe, whose mode must not be changed: it is polled first, and little is
+    /// written at once.
     Shared,
 }
 
@@ -36,22 +38,24 @@ impl Output {
         Self::from_shared(rustix::stdio::stdout())
     }
 
-    /// A destination that this process shares with others. The mode of the shared description is left alone.
+    /// A destination that other processes may share. The mode of the shared open file description
+    /// is not changed.
     fn from_shared(fd: BorrowedFd<'_>) -> io::Result<Self> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
         match kind {
             FileType::Socket => Ok(Output { fd: fd.try_clone_to_owned()?, kind: Kind::Socket }),
             FileType::Fifo | FileType::CharacterDevice => Ok(match reopen(fd) {
                 Ok(own) => Output { fd: own, kind: Kind::NonBlocking },
-                // No /proc in a jail, or a terminal that is not ours to open.
+                // In a jail there may be no /proc, or this process may not open the terminal.
                 Err(_) => Output { fd: fd.try_clone_to_owned()?, kind: Kind::Shared },
             }),
-            // A file is not opened again: its position is shared with whoever else writes there.
+            // A file is not opened again: other processes may write at the same shared position.
             _ => Ok(Output { fd: fd.try_clone_to_owned()?, kind: Kind::NonBlocking }),
         }
     }
 
-    /// A file, created if it is missing and appended to, or a FIFO, which may have no reader yet.
+    /// Opens a file, which is created if it is missing and appended to, or a FIFO, which may have
+    /// no reader yet.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::RDWR
             | OFlags::CREATE
@@ -63,12 +67,13 @@ impl Output {
         Ok(Output { fd, kind: Kind::NonBlocking })
     }
 
-    /// The same destination once more.
+    /// Another handle of the same destination.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Output { fd: self.fd.try_clone()?, kind: self.kind })
     }
 
-    /// Writes what fits now. [`io::ErrorKind::WouldBlock`] when nothing does; 0 only for no bytes.
+    /// Writes as many bytes as fit now; returns how many. [`io::ErrorKind::WouldBlock`] if none
+    /// fits.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let written = match self.kind {
             Kind::NonBlocking => rustix::io::write(&self.fd, bytes),
@@ -91,7 +96,7 @@ impl AsFd for Output {
     }
 }
 
-/// Opens what `fd` refers to once more, for writing without waiting.
+/// Opens the file behind `fd` again, for non-blocking writes.
 fn reopen(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
@@ -103,7 +108,7 @@ fn reopen(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
 
-    /// Writes until the destination takes no more, and says how much it took.
+    /// Writes until the destination takes no more; returns how much it took.
     fn fill(output: &Output) -> usize {
         let mut total = 0;
         loop {
@@ -116,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_nobody_reads_does_not_block() {
+    fn full_pipe_does_not_block() {
         let (_reader, writer) = io::pipe().unwrap();
         let own = Output::from_shared(writer.as_fd()).unwrap();
         assert_eq!(own.kind, Kind::NonBlocking);
@@ -128,20 +133,20 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_that_cannot_be_opened_again_does_not_block_either() {
+    fn full_pipe_that_cannot_be_reopened_does_not_block() {
         let (_reader, writer) = io::pipe().unwrap();
         let shared = Output { fd: writer.into(), kind: Kind::Shared };
         assert!(fill(&shared) > 0);
     }
 
     #[test]
-    fn a_socket_that_nobody_reads_does_not_block() {
+    fn full_socket_does_not_block() {
         let (_reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
         assert!(fill(&Output::from_shared(writer.as_fd()).unwrap()) > 0);
     }
 
     #[test]
-    fn a_fifo_without_a_reader_can_be_opened_and_does_not_block() {
+    fn fifo_without_a_reader_opens_and_does_not_block() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, Mode::from_raw_mode(0o600)).unwrap();

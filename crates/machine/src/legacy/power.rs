@@ -1,11 +1,10 @@
-//! ACPI's sleep control, sleep status and reset registers, as ports.
+//! The ACPI sleep control, sleep status and reset registers, at ports.
 
 use sync::Counter;
 
-use crate::acpi::{RESET_VALUE, SLEEP_TYPE_S5};
 use crate::bus::BusDevice;
 use crate::events::{EventSink, MachineEvent};
-use crate::layout::{ACPI_RESET, ACPI_SLEEP_CONTROL};
+use crate::layout::{ACPI_RESET, ACPI_RESET_VALUE, ACPI_SLEEP_CONTROL, ACPI_SLEEP_TYPE_S5};
 
 /// `SLP_EN` of the sleep control register (ACPI 6.5, 4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -20,7 +19,7 @@ const RESET: u64 = (ACPI_RESET - ACPI_SLEEP_CONTROL) as u64;
 #[derive(Debug)]
 pub(crate) struct Power {
     events: EventSink,
-    /// Sleep that was asked for and that there is not.
+    /// How often the guest asked for a sleep type that does not exist.
     refused: Counter,
 }
 
@@ -29,15 +28,16 @@ impl Power {
         Power { events, refused: Counter::default() }
     }
 
-    /// What to say of a sleep type that there is not: not each time, since a guest may ask in a loop.
+    /// Counts a request for an unsupported sleep type. Returns a line for the log, ever more
+    /// rarely: a guest may ask in a loop.
     fn refuse(&self, kind: u8) -> Option<String> {
         let times = self.refused.rarely()?;
-        Some(format!("the guest asked for sleep type {kind}, which there is not ({times})"))
+        Some(format!("the guest asked for sleep type {kind}, which is not supported ({times} times)"))
     }
 }
 
 impl BusDevice for Power {
-    /// Nothing ever slept, so nothing woke.
+    /// All registers read 0. In the status register that means: no wake-up.
     fn read(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }
@@ -46,13 +46,13 @@ impl BusDevice for Power {
         match (offset, data) {
             (CONTROL, [value]) if value & SLEEP_ENABLE != 0 => {
                 let kind = value >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
-                if kind == SLEEP_TYPE_S5 {
+                if kind == ACPI_SLEEP_TYPE_S5 {
                     self.events.post(MachineEvent::PowerOff);
                 } else if let Some(line) = self.refuse(kind) {
                     log::warn!("{line}");
                 }
             }
-            (RESET, [RESET_VALUE]) => self.events.post(MachineEvent::Reset),
+            (RESET, [ACPI_RESET_VALUE]) => self.events.post(MachineEvent::Reset),
             _ => {}
         }
     }
@@ -71,20 +71,20 @@ mod tests {
 
     #[test]
     fn soft_off_powers_off() {
-        assert_eq!(written(CONTROL, SLEEP_TYPE_S5 << 2 | SLEEP_ENABLE), Some(MachineEvent::PowerOff));
-        assert_eq!(written(CONTROL, SLEEP_TYPE_S5 << 2), None, "not enabled");
+        assert_eq!(written(CONTROL, ACPI_SLEEP_TYPE_S5 << 2 | SLEEP_ENABLE), Some(MachineEvent::PowerOff));
+        assert_eq!(written(CONTROL, ACPI_SLEEP_TYPE_S5 << 2), None, "not enabled");
         assert_eq!(written(CONTROL, 3 << 2 | SLEEP_ENABLE), None, "another type");
     }
 
     #[test]
-    fn a_guest_that_asks_for_other_sleep_over_and_over_does_not_fill_the_log() {
+    fn unsupported_sleep_types_are_logged_ever_more_rarely() {
         let power = Power::new(event_channel().unwrap().0);
         assert_eq!((0..100_000).filter_map(|_| power.refuse(3)).count(), 17);
     }
 
     #[test]
     fn reset_register_resets() {
-        assert_eq!(written(RESET, RESET_VALUE), Some(MachineEvent::Reset));
+        assert_eq!(written(RESET, ACPI_RESET_VALUE), Some(MachineEvent::Reset));
         assert_eq!(written(RESET, 0), None);
     }
 }

@@ -1,27 +1,28 @@
-//! The serial port as the guest sees it: a 16550 (the `vm-superio` crate's) on the port bus.
+//! The guest side of the serial port: the registers of a 16550 (from `vm-superio`) on the port bus.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
+use sync::{EventFd, locked};
 use vm_superio::serial::{Serial, SerialEvents};
 use vm_superio::{SerialState, Trigger};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::console::{Console, ConsoleWriter};
 use crate::bus::BusDevice;
 
-/// Bytes that a 16550 receives before the guest reads them.
+/// Received bytes that a 16550 holds until the guest reads them.
 const FIFO_SIZE: usize = 64;
 
 type Registers = Serial<Interrupt, Arc<Console>, ConsoleWriter>;
 
-/// The port's registers, whose output goes to a [`Console`].
+/// The serial port's registers. Output goes to a [`Console`].
 pub(crate) struct SerialPort {
     registers: Mutex<Registers>,
 }
 
-/// What it saves: its registers, by their names in the 16550's data sheet, and what the guest has not read yet.
+/// What the serial port saves: its registers, by their names in the 16550's data sheet, and the
+/// input that the guest has not read yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialPortState {
     /// Divisor latch, low and high byte.
@@ -43,7 +44,7 @@ impl SerialPort {
         SerialPort { registers: Mutex::new(registers) }
     }
 
-    /// The port as it was saved. More received bytes than it holds are an impossible state, and cut off.
+    /// A port with saved registers. Received bytes beyond [`FIFO_SIZE`] are cut off.
     pub(crate) fn restore(
         state: &SerialPortState,
         interrupt: EventFd,
@@ -67,9 +68,9 @@ impl SerialPort {
         Ok(SerialPort { registers: Mutex::new(registers) })
     }
 
-    /// Its state.
+    /// The port's state.
     pub(crate) fn save(&self) -> SerialPortState {
-        let state = self.lock().state();
+        let state = locked(&self.registers).state();
         SerialPortState {
             divisor: [state.baud_divisor_low, state.baud_divisor_high],
             interrupt_enable: state.interrupt_enable,
@@ -83,33 +84,31 @@ impl SerialPort {
         }
     }
 
-    /// How many bytes the guest's receive buffer has room for.
+    /// How many more bytes of input the port can take.
     pub(crate) fn input_room(&self) -> usize {
-        self.lock().fifo_capacity()
+        locked(&self.registers).fifo_capacity()
     }
 
-    /// Gives bytes to the guest. At most [`Self::input_room`] are taken, and their number returned.
+    /// Adds input for the guest. Takes at most [`Self::input_room`] bytes; returns how many.
     pub(crate) fn input(&self, bytes: &[u8]) -> usize {
-        // In loopback mode nothing is received, and a full buffer takes nothing: both are the guest's affair.
-        self.lock().enqueue_raw_bytes(bytes).unwrap_or(0)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().expect("no holder of this lock panics")
+        // Nothing is taken in loopback mode or if the buffer is full. The guest causes both.
+        locked(&self.registers).enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 }
 
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut registers = self.lock();
-        // The registers are a byte each: a wider access, or a string instruction, is several of the same one.
+        let mut registers = locked(&self.registers);
+        // Registers have one byte: a wider access or a string instruction is several accesses to
+        // one.
         data.fill_with(|| registers.read(offset as u8));
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let mut registers = self.lock();
+        let mut registers = locked(&self.registers);
         for byte in data {
-            // The console takes every byte, or counts it as dropped; the interrupt's counter can only be full when raised.
+            // It does not fail: the console takes every byte or counts it as dropped, and
+            // signalling the eventfd always succeeds.
             let _ = registers.write(offset as u8, *byte);
         }
     }
@@ -127,7 +126,8 @@ impl Trigger for Interrupt {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        self.0.signal();
+        Ok(())
     }
 }
 

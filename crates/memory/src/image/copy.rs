@@ -1,4 +1,4 @@
-//! File to file.
+//! Copying ranges from file to file.
 
 use std::fs::File;
 use std::io;
@@ -7,13 +7,14 @@ use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
 
-use super::ImageError;
-use super::file::{STEP, Target};
+use super::error::ImageError;
+use super::file::{CHUNK, ImageTarget};
 
-/// Copies `range` of `from` to the same place of `target`, within the kernel where it can.
+/// Copies `range` of `from` to the same offset of `target`, within the kernel if possible. Calls
+/// `stepped` with the number of bytes copied so far.
 pub(super) fn copy(
     from: &File,
-    target: &Target<'_>,
+    target: &ImageTarget<'_>,
     range: Range<u64>,
     mut stepped: impl FnMut(u64) -> Result<(), ImageError>,
 ) -> Result<(), ImageError> {
@@ -21,11 +22,11 @@ pub(super) fn copy(
     let mut by_kernel = true;
     let mut buffer = Vec::new();
     while at < range.end {
-        let len = (range.end - at).min(STEP) as usize;
+        let len = (range.end - at).min(CHUNK) as usize;
         let (mut source, mut sink) = (at, at);
         let copied = if by_kernel {
             match rustix::fs::copy_file_range(from, Some(&mut source), target.file, Some(&mut sink), len) {
-                // Two file systems, or one that cannot.
+                // The files are on two file systems, or the file system does not support it.
                 Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM) => {
                     by_kernel = false;
                     continue;

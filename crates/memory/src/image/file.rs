@@ -1,4 +1,4 @@
-//! Image files: how they are opened, where their data is, holes, and copies that share.
+//! Operations on image files: opening, finding data, punching holes, sharing blocks.
 
 use std::fs::File;
 use std::io;
@@ -9,17 +9,18 @@ use std::time::Duration;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::{ImageError, Observer};
+use super::error::ImageError;
+use crate::observer::Observer;
 
-/// How much is copied or written between two questions whether to stop.
-pub(super) const STEP: u64 = 4 << 20;
+/// The most bytes that are copied or written between two calls of the [`Observer`].
+pub(super) const CHUNK: u64 = 4 << 20;
 
-/// How often a file with a lease is tried to be opened, a millisecond apart.
+/// How often opening a file with a lease is tried, a millisecond apart.
 const OPEN_TRIES: u32 = 1000;
 
-/// Opens the file at `path` for `access` (`RDONLY`, `RDWR`). Never waits for a FIFO or a device,
-/// which the caller refuses. Waits up to a second for a process that has a lease on the file: see
-/// [`lease`](crate::sys::lease).
+/// Opens the file at `path` for `access` (`RDONLY`, `RDWR`). Does not block on a FIFO or a device,
+/// which the caller must refuse. Waits up to a second for a process that has a lease on the file:
+/// see [`lease`](crate::sys::lease).
 pub(super) fn open_image(path: &Path, access: OFlags) -> io::Result<File> {
     let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut tries = OPEN_TRIES;
@@ -35,19 +36,20 @@ pub(super) fn open_image(path: &Path, access: OFlags) -> io::Result<File> {
     }
 }
 
-/// The stretches of `file` that may hold something, from `start` to `end`. A file system without holes has one stretch.
-pub(super) fn extents(file: &File, range: Range<u64>) -> Extents<'_> {
-    Extents { file, at: range.start, end: range.end }
+/// The ranges of `file` within `range` that may have data (`SEEK_DATA`). On a file system without
+/// holes it is one range.
+pub(super) fn data_extents(file: &File, range: Range<u64>) -> DataExtents<'_> {
+    DataExtents { file, at: range.start, end: range.end }
 }
 
-/// See [`extents`].
-pub(super) struct Extents<'a> {
+/// The iterator of [`data_extents`].
+pub(super) struct DataExtents<'a> {
     file: &'a File,
     at: u64,
     end: u64,
 }
 
-impl Iterator for Extents<'_> {
+impl Iterator for DataExtents<'_> {
     type Item = io::Result<Range<u64>>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -86,15 +88,15 @@ impl Iterator for Extents<'_> {
     }
 }
 
-/// Makes `range` of `file` a hole; where the file system cannot, zeros.
-pub(super) fn make_hole(file: &File, range: Range<u64>) -> io::Result<()> {
+/// Makes `range` of `file` a hole, or writes zeros if the file system does not support holes.
+pub(super) fn punch_hole(file: &File, range: Range<u64>) -> io::Result<()> {
     use std::os::unix::fs::FileExt;
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     match rustix::fs::fallocate(file, flags, range.start, range.end - range.start) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
         done => return done.map_err(Into::into),
     }
-    let zeros = vec![0; (range.end - range.start).min(STEP) as usize];
+    let zeros = vec![0; (range.end - range.start).min(CHUNK) as usize];
     let mut at = range.start;
     while at < range.end {
         let len = (range.end - at).min(zeros.len() as u64);
@@ -104,32 +106,35 @@ pub(super) fn make_hole(file: &File, range: Range<u64>) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes all of `to` what `from` is, sharing its blocks. False where the file system cannot.
-pub(super) fn share(from: &File, to: &File) -> bool {
+/// Makes `to` a copy of `from` that shares its blocks (`FICLONE`). Returns false if the file system
+/// does not support it.
+pub(super) fn reflink(from: &File, to: &File) -> bool {
     rustix::fs::ioctl_ficlone(to, from).is_ok()
 }
 
-/// A file that is being written, with all that an error or a question needs.
+/// A file that is being written, with its path and size for errors, and its observer.
 #[derive(Clone, Copy)]
-pub(super) struct Target<'a> {
+pub(super) struct ImageTarget<'a> {
     pub(super) file: &'a File,
     pub(super) path: &'a Path,
-    /// Its size in bytes when whole.
+    /// Its full size in bytes.
     pub(super) size: u64,
     pub(super) observer: &'a dyn Observer,
 }
 
-impl Target<'_> {
+impl ImageTarget<'_> {
+    /// A write error at `offset`.
     pub(super) fn error(&self, offset: u64, source: io::Error) -> ImageError {
         ImageError::Write { path: self.path.to_path_buf(), size: self.size, offset, source }
     }
 
+    /// Sets the file to its full size.
     pub(super) fn set_size(&self) -> Result<(), ImageError> {
         self.file.set_len(self.size).map_err(|e| self.error(0, e))
     }
 
-    /// Reports progress, and stops where that is wanted.
-    pub(super) fn step(&self, done: u64, total: u64) -> Result<(), ImageError> {
+    /// Reports progress. An error if the observer cancels.
+    pub(super) fn report(&self, done: u64, total: u64) -> Result<(), ImageError> {
         self.observer.progress(done, total);
         if self.observer.cancelled() {
             return Err(ImageError::Cancelled { path: PathBuf::from(self.path) });

@@ -1,4 +1,4 @@
-//! Putting a Diff onto its base.
+//! Merging a Diff onto its base.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -8,44 +8,53 @@ use rustix::fs::OFlags;
 use snapshot::{AtomicFile, FileId};
 
 use super::copy::copy;
-use super::file::{STEP, Target, extents, make_hole, share};
-use super::redo::open_whole;
-use super::{ImageError, Observer, partial};
+use super::error::ImageError;
+use super::file::{CHUNK, ImageTarget, data_extents, punch_hole, reflink};
+use super::partial;
+use super::redo::open_consistent;
+use crate::observer::Observer;
 use crate::pages::PAGE;
 
 /// What a merge did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Merged {
-    /// Bytes that the Diff had.
+pub struct MergeStats {
+    /// Bytes of data in the Diff.
     pub data_bytes: u64,
-    /// Of these, zeros that became holes.
+    /// Of these, bytes of zero pages, which became holes.
     pub zero_bytes: u64,
-    /// The new file's id; none for a merge in place.
+    /// The id of the new file; none for a merge in place.
     pub id: Option<FileId>,
 }
 
-/// Puts the Diff at `diff` onto the image at `base`, which is changed. A merge that was cut short can be done again; until then
-/// the base is neither old nor new, so [`merge`] is for those who need it whole at any moment. No guest may run on it.
-pub fn merge_in_place(base: &Path, diff: &Path, observer: &dyn Observer) -> Result<Merged, ImageError> {
-    let file = open_whole(base, OFlags::RDWR, observer)?;
+/// Merges the Diff at `diff` into the image at `base` in place. No guest may be mapped from the
+/// base. An interrupted merge can be repeated. Until then the base is neither the old nor the new
+/// image; [`merge`] is atomic.
+pub fn merge_in_place(base: &Path, diff: &Path, observer: &dyn Observer) -> Result<MergeStats, ImageError> {
+    let file = open_consistent(base, OFlags::RDWR, observer)?;
     let (diff_file, size) = open_diff(&file, base, diff, observer)?;
-    let target = Target { file: &file, path: base, size, observer };
+    let target = ImageTarget { file: &file, path: base, size, observer };
     let merged = apply(&diff_file, diff, &target)?;
     file.sync_all().map_err(|e| target.error(0, e))?;
     Ok(merged)
 }
 
-/// Puts the Diff at `diff` onto the image at `base` and makes that the file `output`, which may be either of them. It is there
-/// when it is whole. Blocks of the base are shared where the file system can.
-pub fn merge(base: &Path, diff: &Path, output: &Path, observer: &dyn Observer) -> Result<Merged, ImageError> {
-    let base_file = open_whole(base, OFlags::RDONLY, observer)?;
+/// Merges the Diff at `diff` onto the image at `base` into the file `output`, which may be either
+/// of them. It appears when it is complete. It shares the blocks of the base if the file system
+/// supports it.
+pub fn merge(
+    base: &Path,
+    diff: &Path,
+    output: &Path,
+    observer: &dyn Observer,
+) -> Result<MergeStats, ImageError> {
+    let base_file = open_consistent(base, OFlags::RDONLY, observer)?;
     let (diff_file, size) = open_diff(&base_file, base, diff, observer)?;
     let file = AtomicFile::create(output)?;
-    let target = Target { file: file.file(), path: output, size, observer };
-    if !share(&base_file, file.file()) {
+    let target = ImageTarget { file: file.file(), path: output, size, observer };
+    if !reflink(&base_file, file.file()) {
         target.set_size()?;
-        for extent in extents(&base_file, 0..size) {
-            copy(&base_file, &target, extent.map_err(ImageError::read(base))?, |_| target.step(0, size))?;
+        for extent in data_extents(&base_file, 0..size) {
+            copy(&base_file, &target, extent.map_err(ImageError::read(base))?, |_| target.report(0, size))?;
         }
     }
     let mut merged = apply(&diff_file, diff, &target)?;
@@ -57,14 +66,14 @@ pub fn merge(base: &Path, diff: &Path, output: &Path, observer: &dyn Observer) -
     Ok(merged)
 }
 
-/// Opens a Diff that fits its base.
+/// Opens the Diff at `diff` and checks that it fits the base. Returns it and its size.
 fn open_diff(
     base_file: &File,
     base: &Path,
     diff: &Path,
     observer: &dyn Observer,
 ) -> Result<(File, u64), ImageError> {
-    let file = open_whole(diff, OFlags::RDONLY, observer)?;
+    let file = open_consistent(diff, OFlags::RDONLY, observer)?;
     let base_is = base_file.metadata().map_err(ImageError::read(base))?;
     let diff_is = file.metadata().map_err(ImageError::read(diff))?;
     let irregular = || std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is not a regular file");
@@ -87,27 +96,28 @@ fn open_diff(
     Ok((file, base_is.size()))
 }
 
-fn apply(diff: &File, diff_path: &Path, target: &Target<'_>) -> Result<Merged, ImageError> {
-    let mut merged = Merged { data_bytes: 0, zero_bytes: 0, id: None };
-    let mut buffer = vec![0; STEP as usize];
-    for extent in extents(diff, 0..target.size) {
+/// Copies all data of the Diff to `target`.
+fn apply(diff: &File, diff_path: &Path, target: &ImageTarget<'_>) -> Result<MergeStats, ImageError> {
+    let mut merged = MergeStats { data_bytes: 0, zero_bytes: 0, id: None };
+    let mut buffer = vec![0; CHUNK as usize];
+    for extent in data_extents(diff, 0..target.size) {
         let extent = extent.map_err(ImageError::read(diff_path))?;
         let mut at = extent.start;
         while at < extent.end {
-            let len = (extent.end - at).min(STEP);
+            let len = (extent.end - at).min(CHUNK);
             let data = &mut buffer[..len as usize];
             diff.read_exact_at(data, at).map_err(ImageError::read(diff_path))?;
             merged.zero_bytes += put(data, target, at)?;
             merged.data_bytes += len;
             at += len;
-            target.step(at, target.size)?;
+            target.report(at, target.size)?;
         }
     }
     Ok(merged)
 }
 
-/// Writes `data` to `at`, its pages of zeros as holes. Returns their bytes.
-fn put(data: &[u8], target: &Target<'_>, at: u64) -> Result<u64, ImageError> {
+/// Writes `data` at offset `at`, zero pages as holes. Returns the bytes of zero pages.
+fn put(data: &[u8], target: &ImageTarget<'_>, at: u64) -> Result<u64, ImageError> {
     const ZERO: [u8; PAGE as usize] = [0; PAGE as usize];
     let is_zero = |page: &[u8]| *page == ZERO[..page.len()];
     let mut pages = data.chunks(PAGE as usize).peekable();
@@ -121,7 +131,7 @@ fn put(data: &[u8], target: &Target<'_>, at: u64) -> Result<u64, ImageError> {
         let (from, to) = (at + start as u64, at + end as u64);
         let done = if zero {
             zero_bytes += to - from;
-            make_hole(target.file, from..to)
+            punch_hole(target.file, from..to)
         } else {
             target.file.write_all_at(&data[start..end], from)
         };

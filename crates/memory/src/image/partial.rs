@@ -1,9 +1,11 @@
-//! Telling a Diff that stands alone from an image: both are files of the same size, and a guest that went on from the Diff would find
-//! zeros in place of all that is only in the base.
+//! The mark of a Diff that was not merged, which distinguishes it from a whole image.
 //!
-//! Such a file has an extended attribute. It is advice to whoever would load the file by mistake: where a file system has no such
-//! attributes, or a copy was made without them, there is none, and the file is taken for an image. Merging makes another file, which has none, or changes
-//! the base, which has none either, unless it is such a Diff itself.
+//! Both are files of the same size. A guest restored from such a Diff would find zeros in place of
+//! all that is only in the base.
+//!
+//! The mark is an extended attribute. It only protects against mistakes: on a file system without
+//! such attributes, or on a copy made without them, the Diff is taken for an image. A merge writes
+//! to a new file or to the base. The result is marked only if the base itself was such a Diff.
 
 use std::fs::File;
 
@@ -11,9 +13,9 @@ use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
 
 const ATTRIBUTE: &std::ffi::CStr = c"user.vesta.partial";
 
-/// Marks `file` as one that needs its base.
+/// Marks `file` as a Diff that needs its base.
 pub(super) fn mark(file: &File) {
-    // Advice: not every file system takes it.
+    // Not every file system supports it.
     let _ = fsetxattr(file, ATTRIBUTE, b"1", XattrFlags::empty());
 }
 

@@ -1,4 +1,4 @@
-//! Memory from an image.
+//! Restoring guest RAM from an image.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -8,77 +8,80 @@ use std::sync::Arc;
 use config::HugePages;
 use rustix::fs::OFlags;
 
-use super::file::{STEP, extents, open_image};
-use super::redo::open_whole;
-use super::{ImageError, ImageInfo, Observer, partial};
+use super::error::ImageError;
+use super::file::{CHUNK, data_extents, open_image};
+use super::info::ImageInfo;
+use super::partial;
+use super::redo::open_consistent;
+use crate::backing::Backing;
 use crate::layout::{MIB, MemoryLayout};
+use crate::observer::Observer;
 use crate::ram::{GuestRam, MapError};
-use crate::source::Source;
-use crate::sys::guest_io;
+use crate::sys::span_io;
 
 /// Why memory cannot come from an image.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     /// The image cannot be opened or read.
-    #[error("cannot read the memory image {}: {source}", path.display())]
+    #[error("memory image {}: cannot read: {source}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// The kernel's reason.
         source: std::io::Error,
     },
-    /// A directory, a device, a pipe.
-    #[error("the memory image {} is not a regular file", path.display())]
+    /// It is a directory, a device or a pipe.
+    #[error("memory image {}: it is not a regular file", path.display())]
     NotAFile {
-        /// What was to be mapped.
+        /// The path.
         path: PathBuf,
     },
-    /// The image ends before the guest's memory does.
-    #[error("the memory image {} has {found} bytes; the guest needs {needed}", path.display())]
+    /// The image is smaller than the guest's memory.
+    #[error("memory image {}: it has {found} bytes; the guest needs {needed}", path.display())]
     TooShort {
         /// The file.
         path: PathBuf,
         /// Its size in bytes.
         found: u64,
-        /// What it must have at least.
+        /// The least size in bytes.
         needed: u64,
     },
-    /// A Diff whose base is elsewhere.
-    #[error("the memory image {} is a Diff that was not merged onto its base: see vesta-vmm snapshot merge", path.display())]
+    /// It is a Diff that was not merged onto its base.
+    #[error("memory image {}: it is a Diff that was not merged onto its base: see vesta-vmm snapshot merge", path.display())]
     Partial {
         /// The file.
         path: PathBuf,
     },
-    /// [`Observer::cancelled`] said so.
-    #[error("reading the memory image {} was cancelled", path.display())]
+    /// [`Observer::cancelled`] returned true.
+    #[error("memory image {}: reading it was cancelled", path.display())]
     Cancelled {
         /// The file.
         path: PathBuf,
     },
-    /// Its last Diff is in a redo log and cannot be put into it.
+    /// Its last Diff is in a redo log and cannot be applied.
     #[error(transparent)]
-    Unsettled(ImageError),
+    Recover(ImageError),
     /// The kernel refused the mapping.
     #[error(transparent)]
     Map(#[from] MapError),
 }
 
-/// What can be seen of an image without reading it.
+/// The properties of an image file that are known without reading its data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageFile {
-    /// Where it is: see [`snapshot::find`].
+    /// Its path: see [`snapshot::find`].
     pub path: PathBuf,
     /// Its size in bytes.
     pub size: u64,
-    /// Of these, those that are no holes.
+    /// Bytes of it that are not holes.
     pub data_bytes: u64,
-    /// It is a Diff that is to be merged onto its base.
+    /// It is a Diff that must be merged onto its base.
     pub partial: bool,
-    /// Its last Diff is still in this redo log: see [`settle`](super::settle).
+    /// The redo log that still holds its last Diff: see [`recover`](super::recover).
     pub redo: Option<PathBuf>,
 }
 
-/// Looks at the image at `path` that a state file describes as `info`. It may have any size.
+/// Examines the image at `path` that a state file describes as `info`. It may have any size.
 pub fn examine(path: &Path, info: &ImageInfo) -> Result<ImageFile, RestoreError> {
     let redo = snapshot::redo_path(path, info.id);
     let path = snapshot::find(path, info.id);
@@ -86,7 +89,7 @@ pub fn examine(path: &Path, info: &ImageInfo) -> Result<ImageFile, RestoreError>
     let file = open_image(&path, OFlags::RDONLY).map_err(read)?;
     let size = regular_size(&file, &path)?;
     let mut data_bytes = 0;
-    for extent in extents(&file, 0..size) {
+    for extent in data_extents(&file, 0..size) {
         let extent = extent.map_err(read)?;
         data_bytes += extent.end - extent.start;
     }
@@ -108,19 +111,22 @@ impl From<ImageError> for RestoreError {
         match error {
             ImageError::Read { path, source } => RestoreError::Read { path, source },
             ImageError::Cancelled { path } => RestoreError::Cancelled { path },
-            other => RestoreError::Unsettled(other),
+            other => RestoreError::Recover(other),
         }
     }
 }
 
 impl GuestRam {
-    /// Maps the image at `path` as the RAM of a guest. Nothing is read: pages come from the page cache, which all clones share,
-    /// when the guest touches them, and are copied when it writes. The file is opened for reading only and never changed
-    /// (if a writer was killed while it changed the file in place, a completed one takes its place first);
-    /// who truncates it takes the guest's memory away (`SIGBUS`), replacing it by a rename does no harm.
+    /// Maps the image at `path` as the RAM of a guest. It reads nothing: pages come from the page
+    /// cache, which all clones share, when the guest touches them, and are copied when it writes.
     ///
-    /// With [`HugePages::Hugetlbfs2M`] the image is read into pages of the pool at once, as these cannot be mapped from an
-    /// ordinary file. [`HugePages::Transparent`] is advice, as for new memory.
+    /// The file is opened read-only and never changed. (If a writer was killed while it changed the
+    /// file in place, a recovered file replaces it first.) Truncating the file takes the guest's
+    /// memory away (`SIGBUS`). Replacing it by a rename is safe.
+    ///
+    /// With [`HugePages::Hugetlbfs2M`] the image is read into pages of the pool at once, because an
+    /// ordinary file cannot be mapped by them. [`HugePages::Transparent`] is advice, as for new
+    /// memory.
     pub fn from_file(
         layout: &MemoryLayout,
         path: &Path,
@@ -130,7 +136,8 @@ impl GuestRam {
         Self::from_file_with(layout, path, huge_pages, track_dirty_pages, &())
     }
 
-    /// [`Self::from_file`], which stops where `observer` is cancelled while the image is read.
+    /// [`Self::from_file`] with an observer, which can cancel it while the image is read or
+    /// recovered.
     pub fn from_file_with(
         layout: &MemoryLayout,
         path: &Path,
@@ -139,7 +146,7 @@ impl GuestRam {
         observer: &dyn Observer,
     ) -> Result<Self, RestoreError> {
         let read = |source| RestoreError::Read { path: path.to_path_buf(), source };
-        let file = open_whole(path, OFlags::RDONLY, observer)?;
+        let file = open_consistent(path, OFlags::RDONLY, observer)?;
         let found = regular_size(&file, path)?;
         let needed = layout.file_size();
         if found < needed {
@@ -149,24 +156,24 @@ impl GuestRam {
             return Err(RestoreError::Partial { path: path.to_path_buf() });
         }
         if huge_pages != HugePages::Hugetlbfs2M {
-            let source = Source::File(Arc::new(file));
-            return Ok(Self::build(layout.clone(), huge_pages, track_dirty_pages, source)?);
+            let backing = Backing::File(Arc::new(file));
+            return Ok(Self::build(layout.clone(), huge_pages, track_dirty_pages, backing)?);
         }
-        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, Source::Zeros)?;
-        // The monitor writes there for the guest's new life, whatever the image has.
+        let ram = Self::build(layout.clone(), huge_pages, track_dirty_pages, Backing::Anonymous)?;
+        // The monitor writes there when it restores the guest, even if the image has a hole there.
         ram.populate(0, MIB)?;
         for (region, span) in layout.regions().iter().zip(ram.spans()) {
-            for extent in extents(&file, region.offset..region.offset + region.size) {
+            for extent in data_extents(&file, region.offset..region.offset + region.size) {
                 let extent = extent.map_err(read)?;
                 let mut at = extent.start;
                 while at < extent.end {
                     if observer.cancelled() {
                         return Err(RestoreError::Cancelled { path: path.to_path_buf() });
                     }
-                    let end = extent.end.min(at + STEP);
-                    let part = span.part(at - region.offset..end - region.offset);
+                    let end = extent.end.min(at + CHUNK);
+                    let part = span.subspan(at - region.offset..end - region.offset);
                     ram.populate(region.guest_addr + (at - region.offset), part.len())?;
-                    guest_io::read_exact(&file, part, at).map_err(read)?;
+                    span_io::read_exact(&file, part, at).map_err(read)?;
                     at = end;
                     observer.progress(at, needed);
                 }

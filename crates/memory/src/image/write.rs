@@ -1,4 +1,4 @@
-//! Writing images.
+//! Writing images of guest RAM.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -11,107 +11,114 @@ use rustix::fs::OFlags;
 use snapshot::{AtomicFile, Staged};
 
 use super::copy::copy;
-use super::file::{STEP, Target, extents, make_hole, share};
-use super::redo::{self, LogWriter, Patch};
-use super::{ImageError, ImageInfo, ImageKind, Observer, partial};
+use super::error::ImageError;
+use super::file::{CHUNK, ImageTarget, data_extents, punch_hole, reflink};
+use super::info::{ImageInfo, ImageKind};
+use super::partial;
+use super::redo::{self, LogWriter, RedoDiff};
+use crate::backing::Backing;
+use crate::observer::Observer;
+use crate::page_server;
 use crate::pages::{PAGE, PageSet};
 use crate::ram::GuestRam;
-use crate::source::Source;
-use crate::sys::guest_io;
 use crate::sys::span::Span;
+use crate::sys::span_io;
 
-/// How long a page server may send nothing while its pages are needed for an image.
-const FETCH_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a page server may send no page while an image needs its pages.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An image that is complete, but not under its final name yet: the state file is still to come.
+/// A complete image without its final name, which it gets together with the state file.
 #[derive(Debug)]
-pub struct Written {
-    /// The file. Dropped, it goes away.
-    pub file: NewImage,
-    /// What belongs into the state file.
+pub struct WrittenImage {
+    /// The file. Dropping it removes it.
+    pub file: StagedImage,
+    /// The section for the state file.
     pub info: ImageInfo,
-    /// Bytes that were written or copied: what is not a hole, and not shared with the base.
+    /// Bytes that were written or copied: neither holes nor blocks shared with the base.
     pub data_bytes: u64,
 }
 
-/// A complete image: a file that takes the place of the old one, or a Diff that goes into it.
+/// A complete image that is not committed: a file that replaces the old one, or a Diff in a redo
+/// log.
 #[derive(Debug)]
-pub struct NewImage(Kind);
+pub struct StagedImage(StagedKind);
 
 #[derive(Debug)]
-enum Kind {
+enum StagedKind {
     File(Staged),
-    Patch(Patch),
+    RedoDiff(RedoDiff),
 }
 
-impl NewImage {
-    /// Makes this the image, and `state`, which names its id, the state, as one step.
+impl StagedImage {
+    /// Commits the image and `state`, which names its id, as one step.
     pub fn commit_with(self, state: Staged) -> Result<(), ImageError> {
         match self.0 {
-            Kind::File(file) => Ok(snapshot::commit_pair(file, state)?),
-            Kind::Patch(patch) => patch.commit(Some(state)),
+            StagedKind::File(file) => Ok(snapshot::commit_pair(file, state)?),
+            StagedKind::RedoDiff(diff) => diff.commit(Some(state)),
         }
     }
 
-    /// Makes this the image, of which there is no state.
+    /// Commits the image without a state file.
     pub fn commit(self) -> Result<(), ImageError> {
         match self.0 {
-            Kind::File(file) => Ok(file.commit().map(drop)?),
-            Kind::Patch(patch) => patch.commit(None),
+            StagedKind::File(file) => Ok(file.commit().map(drop)?),
+            StagedKind::RedoDiff(diff) => diff.commit(None),
         }
     }
 }
 
 #[cfg(test)]
-impl NewImage {
-    /// The Diff, if it goes into its base.
-    pub(super) fn into_patch(self) -> Option<Patch> {
+impl StagedImage {
+    /// The Diff, if it is in a redo log.
+    pub(super) fn into_redo_diff(self) -> Option<RedoDiff> {
         match self.0 {
-            Kind::File(_) => None,
-            Kind::Patch(patch) => Some(patch),
+            StagedKind::File(_) => None,
+            StagedKind::RedoDiff(diff) => Some(diff),
         }
     }
 }
 
-/// Writes all of the guest's memory to a new file for `path`. Nobody may write the memory meanwhile: the machine is paused,
-/// or this is a fork of it.
-pub fn write_full(ram: &GuestRam, path: &Path, observer: &dyn Observer) -> Result<Written, ImageError> {
-    let pages = match ram.source() {
-        // What the server has not sent yet only it knows.
-        Source::PageServer(_) => ram.all_pages(),
-        Source::Zeros => ram.private_pages()?,
-        Source::File(_) => ram.own_pages()?,
+/// Writes all of the guest's memory to a new file for `path`. The memory must not change meanwhile:
+/// the machine is paused, or this process is a fork of it.
+pub fn write_full(ram: &GuestRam, path: &Path, observer: &dyn Observer) -> Result<WrittenImage, ImageError> {
+    let pages = match ram.backing() {
+        // Only the server has the pages that are not sent yet.
+        Backing::PageServer(_) => ram.all_pages(),
+        Backing::Anonymous => ram.private_pages()?,
+        Backing::File(_) => ram.changed_pages()?,
     };
     let file = AtomicFile::create(path)?;
-    let mut job = Job::new(ram, &file, &pages, observer);
-    let zeros = match ram.source() {
-        Source::File(base) => job.begin_with(base, &pages)?,
-        Source::Zeros | Source::PageServer(_) => {
-            job.target.set_size()?;
-            Zeros::Skip
+    let mut writer = ImageWriter::new(ram, &file, &pages, observer);
+    let zeros = match ram.backing() {
+        Backing::File(base) => writer.start_from(base, &pages)?,
+        Backing::Anonymous | Backing::PageServer(_) => {
+            writer.target.set_size()?;
+            ZeroPages::Skip
         }
     };
-    job.put(&pages, zeros)?;
-    let written = job.written;
+    writer.write_pages(&pages, zeros)?;
+    let written = writer.written;
     Ok(finish(ram, file, ImageKind::Full, written))
 }
 
-/// Writes `pages` of the guest's memory on top of what is at `path`: onto a file of the image's
-/// size (the base, or an older Diff of it), else into a new file that has only these pages. The
-/// base's blocks are shared where the file system can, and the base is replaced. Elsewhere the
-/// pages are written into the base, if it has no other user ([`redo`](super::redo)); else it is
-/// copied and replaced. Without dirty tracking, `pages` are [`GuestRam::own_pages`]. Nobody may
-/// write the memory meanwhile.
+/// Writes `pages` of the guest's memory as a Diff to `path`. If a file of the image's size is there
+/// (the base, or an older Diff of it), the pages are merged onto it. Otherwise the new file has
+/// only these pages. The memory must not change meanwhile. Without dirty tracking, `pages` are
+/// [`GuestRam::changed_pages`].
+///
+/// If the file system can share blocks, the base is replaced by a file that shares its blocks.
+/// Otherwise the pages are written into the base in place if it has no other user
+/// (`redo`), or else into a full copy that replaces it.
 pub fn write_diff(
     ram: &GuestRam,
     path: &Path,
     pages: &PageSet,
     observer: &dyn Observer,
-) -> Result<Written, ImageError> {
+) -> Result<WrittenImage, ImageError> {
     let mut base = open_base(path, ram.layout().file_size(), observer)?;
     let file = AtomicFile::create(path)?;
-    let shared = base.as_ref().is_some_and(|base| share(base, file.file()));
-    // This descriptor would count as another user of the base.
+    let shared = base.as_ref().is_some_and(|base| reflink(base, file.file()));
+    // Close it: this descriptor would count as another user of the base.
     if base.take_if(|_| !shared).is_some() {
         if let Some(writable) = redo::open_base(ram, path) {
             drop(file);
@@ -119,36 +126,36 @@ pub fn write_diff(
         }
         base = open_base(path, ram.layout().file_size(), observer)?;
     }
-    let mut job = Job::new(ram, &file, pages, observer);
+    let mut writer = ImageWriter::new(ram, &file, pages, observer);
     match &base {
         Some(_) if shared => {}
         Some(base) => {
-            job.target.set_size()?;
-            for extent in extents(base, 0..job.target.size) {
+            writer.target.set_size()?;
+            for extent in data_extents(base, 0..writer.target.size) {
                 let extent = extent.map_err(ImageError::read(path))?;
-                job.total += extent.end - extent.start;
-                job.copy(base, extent)?;
+                writer.total += extent.end - extent.start;
+                writer.copy(base, extent)?;
             }
         }
-        None => job.target.set_size()?,
+        None => writer.target.set_size()?,
     }
-    job.put(pages, Zeros::Write)?;
+    writer.write_pages(pages, ZeroPages::Write)?;
     if base.is_none() {
-        job.fill_coarse_extents(pages)?;
+        writer.fill_coarse_extents(pages)?;
     }
     if match &base {
         Some(base) => partial::is_marked(base),
-        None => job.lacks_any(pages)?,
+        None => writer.is_missing_pages(pages)?,
     } {
         partial::mark(file.file());
     }
-    let written = job.written;
+    let written = writer.written;
     Ok(finish(ram, file, ImageKind::Diff, written))
 }
 
-/// The file at `path`, if it is one of this size.
+/// Opens the file at `path`, if it is a regular file of this size.
 fn open_base(path: &Path, size: u64, observer: &dyn Observer) -> Result<Option<File>, ImageError> {
-    let file = match redo::open_whole(path, OFlags::RDONLY, observer) {
+    let file = match redo::open_consistent(path, OFlags::RDONLY, observer) {
         Ok(file) => file,
         Err(ImageError::Read { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(e),
@@ -157,20 +164,20 @@ fn open_base(path: &Path, size: u64, observer: &dyn Observer) -> Result<Option<F
     Ok((metadata.is_file() && metadata.size() == size).then_some(file))
 }
 
-fn finish(ram: &GuestRam, file: AtomicFile, kind: ImageKind, data_bytes: u64) -> Written {
+fn finish(ram: &GuestRam, file: AtomicFile, kind: ImageKind, data_bytes: u64) -> WrittenImage {
     let (layout, id, huge_pages) = (ram.layout().clone(), file.id(), ram.huge_pages());
-    let file = NewImage(Kind::File(file.stage()));
-    Written { file, info: ImageInfo { layout, kind, id, huge_pages }, data_bytes }
+    let file = StagedImage(StagedKind::File(file.stage()));
+    WrittenImage { file, info: ImageInfo { layout, kind, id, huge_pages }, data_bytes }
 }
 
-/// Writes `pages` to a redo log of `base`, in steps.
+/// Writes `pages` to a redo log of `base`.
 fn write_redo(
     ram: &GuestRam,
     path: &Path,
     base: File,
     pages: &PageSet,
     observer: &dyn Observer,
-) -> Result<Written, ImageError> {
+) -> Result<WrittenImage, ImageError> {
     fetch(ram, pages, observer)?;
     let mut log = LogWriter::new(ram, base, path)?;
     let (mut written, mut done, total) = (0, 0, pages.count() * PAGE);
@@ -179,9 +186,9 @@ fn write_redo(
         for run in pages.runs(index) {
             let mut page = run.start;
             while page < run.end {
-                let most = run.end.min(page + STEP / PAGE);
-                let zero = guest_io::is_zero(span, page * PAGE);
-                let end = (page + 1..most).find(|page| guest_io::is_zero(span, page * PAGE) != zero);
+                let most = run.end.min(page + CHUNK / PAGE);
+                let zero = span_io::is_zero(span, page * PAGE);
+                let end = (page + 1..most).find(|page| span_io::is_zero(span, page * PAGE) != zero);
                 let end = end.unwrap_or(most);
                 let bytes = page * PAGE..end * PAGE;
                 let range = region.offset + bytes.start..region.offset + bytes.end;
@@ -189,7 +196,7 @@ fn write_redo(
                     log.zeros(range)?;
                 } else {
                     written += bytes.end - bytes.start;
-                    log.data(range, span.part(bytes))?;
+                    log.data(range, span.subspan(bytes))?;
                 }
                 done += (end - page) * PAGE;
                 page = end;
@@ -200,76 +207,78 @@ fn write_redo(
             }
         }
     }
-    let patch = log.finish()?;
+    let diff = log.finish()?;
     let info = ImageInfo {
         layout: ram.layout().clone(),
         kind: ImageKind::Diff,
-        id: patch.id(),
+        id: diff.id(),
         huge_pages: ram.huge_pages(),
     };
-    Ok(Written { file: NewImage(Kind::Patch(patch)), info, data_bytes: written })
+    Ok(WrittenImage { file: StagedImage(StagedKind::RedoDiff(diff)), info, data_bytes: written })
 }
 
-/// Has a page server send `pages` before they are read here, where a page that does not come would
-/// be waited for for ever.
+/// Fetches `pages` from the page server, if there is one. Reading a page that never arrives would
+/// block for ever.
 fn fetch(ram: &GuestRam, pages: &PageSet, observer: &dyn Observer) -> Result<(), ImageError> {
-    if let Source::PageServer(connection) = ram.source() {
-        connection.fetch(ram, pages, FETCH_PATIENCE, observer)?;
+    if let Backing::PageServer(link) = ram.backing() {
+        page_server::fetch(link, ram, pages, FETCH_TIMEOUT, observer)?;
     }
     Ok(())
 }
 
-/// What to do with pages of zeros.
+/// What to do with zero pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Zeros {
-    /// They are written: in a Diff a hole means something else.
+enum ZeroPages {
+    /// Write them: in a Diff a hole means "as in the base".
     Write,
-    /// The file is new, so they are holes already.
+    /// Skip them: in a new file they are holes already.
     Skip,
-    /// The file has something there: a hole is made.
-    Holes,
+    /// Punch a hole: the file may have data there.
+    PunchHole,
 }
 
-struct Job<'a> {
+/// Writes an image into a new file.
+struct ImageWriter<'a> {
     ram: &'a GuestRam,
-    target: Target<'a>,
+    target: ImageTarget<'a>,
     written: u64,
-    /// Bytes that are dealt with, of `total`.
+    /// Bytes that are complete, of `total`.
     done: u64,
     total: u64,
 }
 
-impl<'a> Job<'a> {
+impl<'a> ImageWriter<'a> {
     fn new(ram: &'a GuestRam, file: &'a AtomicFile, pages: &PageSet, observer: &'a dyn Observer) -> Self {
         let size = ram.layout().file_size();
-        let target = Target { file: file.file(), path: file.path(), size, observer };
-        Job { ram, target, written: 0, done: 0, total: pages.count() * PAGE }
+        let target = ImageTarget { file: file.file(), path: file.path(), size, observer };
+        ImageWriter { ram, target, written: 0, done: 0, total: pages.count() * PAGE }
     }
 
-    /// Begins an image with what the guest still shares with the file that it was restored from: all but `own`.
-    fn begin_with(&mut self, base: &File, own: &PageSet) -> Result<Zeros, ImageError> {
-        if share(base, self.target.file) {
+    /// Fills the new file with the unchanged pages of the image that the guest was restored from:
+    /// all but `changed`. Returns how to write zero pages.
+    fn start_from(&mut self, base: &File, changed: &PageSet) -> Result<ZeroPages, ImageError> {
+        if reflink(base, self.target.file) {
             // The file may be longer than the image.
             self.target.set_size()?;
-            return Ok(Zeros::Holes);
+            return Ok(ZeroPages::PunchHole);
         }
         self.target.set_size()?;
         let mut rest = self.data_pages(base)?;
-        rest.remove_all(own);
+        rest.remove_all(changed);
         self.total += rest.count() * PAGE;
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
             for run in rest.runs(index) {
                 self.copy(base, region.offset + run.start * PAGE..region.offset + run.end * PAGE)?;
             }
         }
-        Ok(Zeros::Skip)
+        Ok(ZeroPages::Skip)
     }
 
-    /// The pages that `file` may have something for.
+    /// The pages for which `file` may have data.
     fn data_pages(&self, file: &File) -> Result<PageSet, ImageError> {
-        let mut pages = self.ram.no_pages();
+        let mut pages = self.ram.empty_page_set();
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
-            for extent in extents(file, region.offset..region.offset + region.size) {
+            for extent in data_extents(file, region.offset..region.offset + region.size) {
                 let extent = extent.map_err(ImageError::read(self.target.path))?;
                 let (start, end) = (extent.start - region.offset, extent.end - region.offset);
                 pages.insert(index, start / PAGE..end.div_ceil(PAGE));
@@ -278,12 +287,12 @@ impl<'a> Job<'a> {
         Ok(pages)
     }
 
-    /// Whether the guest has anything in other pages than these.
-    fn lacks_any(&self, pages: &PageSet) -> Result<bool, ImageError> {
-        let mut others = match self.ram.source() {
-            Source::PageServer(_) => self.ram.all_pages(),
-            Source::Zeros => self.ram.private_pages()?,
-            Source::File(base) => {
+    /// Whether pages other than these may have data.
+    fn is_missing_pages(&self, pages: &PageSet) -> Result<bool, ImageError> {
+        let mut others = match self.ram.backing() {
+            Backing::PageServer(_) => self.ram.all_pages(),
+            Backing::Anonymous => self.ram.private_pages()?,
+            Backing::File(base) => {
                 let mut others = self.data_pages(base)?;
                 others.insert_all(&self.ram.private_pages()?);
                 others
@@ -297,19 +306,19 @@ impl<'a> Job<'a> {
         let (target, total, before) = (self.target, self.total, self.done);
         self.done += range.end - range.start;
         self.written += range.end - range.start;
-        copy(from, &target, range, |copied| target.step(before + copied, total))
+        copy(from, &target, range, |copied| target.report(before + copied, total))
     }
 
-    /// Writes pages from memory.
-    fn put(&mut self, pages: &PageSet, zeros: Zeros) -> Result<(), ImageError> {
+    /// Writes pages of the guest's memory.
+    fn write_pages(&mut self, pages: &PageSet, zeros: ZeroPages) -> Result<(), ImageError> {
         fetch(self.ram, pages, self.target.observer)?;
         for (index, region) in self.ram.layout().regions().iter().enumerate() {
             let span = self.ram.spans()[index];
             for run in pages.runs(index) {
                 let mut page = run.start;
                 while page < run.end {
-                    let end = run.end.min(page + STEP / PAGE);
-                    self.put_step(span, region.offset, page..end, zeros)?;
+                    let end = run.end.min(page + CHUNK / PAGE);
+                    self.write_chunk(span, region.offset, page..end, zeros)?;
                     page = end;
                 }
             }
@@ -317,24 +326,25 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// Writes some pages: those that are not zero in as few calls as can be.
-    fn put_step(
+    /// Writes the pages of one chunk, with one call for each run of pages that are all zero or all
+    /// not.
+    fn write_chunk(
         &mut self,
         span: Span,
         offset: u64,
         pages: Range<u64>,
-        zeros: Zeros,
+        zeros: ZeroPages,
     ) -> Result<(), ImageError> {
         let mut start = pages.start;
         while start < pages.end {
-            let zero = zeros != Zeros::Write && guest_io::is_zero(span, start * PAGE);
-            let same = |page: &u64| zeros == Zeros::Write || guest_io::is_zero(span, page * PAGE) == zero;
+            let zero = zeros != ZeroPages::Write && span_io::is_zero(span, start * PAGE);
+            let same = |page: &u64| zeros == ZeroPages::Write || span_io::is_zero(span, page * PAGE) == zero;
             let end = (start + 1..pages.end).find(|page| !same(page)).unwrap_or(pages.end);
             let (bytes, at) = (start * PAGE..end * PAGE, offset + start * PAGE);
             let done = match (zero, zeros) {
-                (true, Zeros::Skip) => Ok(()),
-                (true, _) => make_hole(self.target.file, at..at + (end - start) * PAGE),
-                (false, _) => guest_io::write_all(self.target.file, span.part(bytes), at),
+                (true, ZeroPages::Skip) => Ok(()),
+                (true, _) => punch_hole(self.target.file, at..at + (end - start) * PAGE),
+                (false, _) => span_io::write_all(self.target.file, span.subspan(bytes), at),
             };
             done.map_err(|e| self.target.error(at, e))?;
             if !zero {
@@ -343,11 +353,12 @@ impl<'a> Job<'a> {
             start = end;
         }
         self.done += (pages.end - pages.start) * PAGE;
-        self.target.step(self.done, self.total)
+        self.target.report(self.done, self.total)
     }
 
-    /// Some file systems cannot tell one page from its neighbours (large blocks, huge pages of tmpfs): where a Diff has one,
-    /// they show all as data. So that a merge does not put zeros there, the neighbours are written as well.
+    /// Writes the neighbours of written pages that the file system reports as data. With large
+    /// blocks, or huge pages of tmpfs, one written page makes its whole block data, and a merge
+    /// would write zeros there.
     fn fill_coarse_extents(&mut self, written: &PageSet) -> Result<(), ImageError> {
         let mut written = written.clone();
         loop {
@@ -357,7 +368,7 @@ impl<'a> Job<'a> {
                 return Ok(());
             }
             self.total += more.count() * PAGE;
-            self.put(&more, Zeros::Write)?;
+            self.write_pages(&more, ZeroPages::Write)?;
             written.insert_all(&more);
         }
     }

@@ -1,12 +1,12 @@
-//! Whether a file is open, or mapped, anywhere else on this host.
+//! Checking that a file is not open or mapped elsewhere on this host.
 //!
 //! The kernel grants a write lease (`F_SETLEASE`, fcntl(2)) only while the file has no other open
-//! file description, and a mapping keeps the one that it was made with. So a lease that is granted
-//! says that no clone, page server, copy or loop device has the file. The lease is
-//! given back at once, so that a later open does not wait for it.
+//! file description, and a mapping holds the one that it was made with. So a granted lease shows
+//! that no clone, page server, copy or loop device uses the file. The lease is released at once, so
+//! that a later open does not wait for it.
 //!
-//! Where the kernel grants none (another user's file, a network file system), the
-//! answer is no.
+//! If the kernel grants no leases (another user's file, a network file system), the file counts as
+//! used elsewhere.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -15,10 +15,10 @@ use std::os::fd::AsRawFd;
 const F_SETSIG: libc::c_int = 10;
 
 /// Whether `file` is the only open file description of its file on this host.
-pub(crate) fn is_alone(file: &File) -> bool {
+pub(crate) fn is_sole_user(file: &File) -> bool {
     let fd = file.as_raw_fd();
-    // An open in this moment breaks the lease by a signal. SIGIO would end the process; SIGURG is
-    // ignored by default.
+    // Opening the file while the lease is held sends a signal. SIGIO would end the process; SIGURG
+    // is ignored by default.
     // SAFETY: fcntl with a number; it touches no memory.
     if unsafe { libc::fcntl(fd, F_SETSIG, libc::SIGURG) } != 0 {
         return false;
@@ -32,18 +32,19 @@ pub(crate) fn is_alone(file: &File) -> bool {
     granted
 }
 
-/// A lease that a test holds until another opener runs into it.
+/// A lease that a test holds until another open breaks it.
 #[cfg(test)]
-pub(crate) struct Held(File);
+pub(crate) struct HeldLease(File);
 
 #[cfg(test)]
-impl Held {
-    /// Takes a write lease on the file at `path`. Its signal comes to this thread, blocked.
+impl HeldLease {
+    /// Takes a write lease on the file at `path`. Its signal is sent to this thread, which blocks
+    /// it.
     pub(crate) fn take(path: &std::path::Path) -> Self {
         let file = File::options().read(true).write(true).open(path).unwrap();
         let fd = file.as_raw_fd();
         let signals = Self::signals();
-        // SAFETY: the set lives beyond the call, and no old one is asked for.
+        // SAFETY: the set outlives the call, and the old one is not requested.
         let blocked =
             unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut()) };
         // SAFETY: fcntl with a number; it touches no memory.
@@ -54,19 +55,19 @@ impl Held {
         let thread = unsafe { libc::gettid() };
         // `struct f_owner_ex` of asm-generic/fcntl.h: F_OWNER_TID, and the thread's id.
         let owner = [0, thread];
-        // SAFETY: the kernel reads the two words, which live beyond the call.
+        // SAFETY: the kernel reads the two integers, which outlive the call.
         let owned = unsafe { libc::fcntl(fd, F_SETOWN_EX, owner.as_ptr()) };
         assert_eq!([blocked, chosen, leased, owned], [0; 4], "{}", std::io::Error::last_os_error());
-        Held(file)
+        HeldLease(file)
     }
 
-    /// Waits for an opener, which gets `EWOULDBLOCK` or waits, and lets it in.
+    /// Waits for an open, which gets `EWOULDBLOCK` or waits, and releases the lease.
     pub(crate) fn release_to_opener(self) {
         let (signals, limit) = (Self::signals(), libc::timespec { tv_sec: 60, tv_nsec: 0 });
-        // SAFETY: the set and the limit live beyond the call, and no details are asked for.
+        // SAFETY: the set and the limit outlive the call, and no details are requested.
         let signal =
             unsafe { libc::sigtimedwait(&raw const signals, std::ptr::null_mut(), &raw const limit) };
-        assert_eq!(signal, libc::SIGURG, "no opener came");
+        assert_eq!(signal, libc::SIGURG, "no open broke the lease");
         drop(self.0);
     }
 
@@ -90,12 +91,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_is_open_twice_is_not_alone() {
+    fn file_open_twice_has_no_sole_user() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(is_alone(file.as_file()));
+        assert!(is_sole_user(file.as_file()));
         let other = File::open(file.path()).unwrap();
-        assert!(!is_alone(file.as_file()) && !is_alone(&other));
+        assert!(!is_sole_user(file.as_file()) && !is_sole_user(&other));
         drop(other);
-        assert!(is_alone(file.as_file()));
+        assert!(is_sole_user(file.as_file()));
     }
 }

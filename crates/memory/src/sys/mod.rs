@@ -1,9 +1,10 @@
-//! The leaf modules of this room that talk to the kernel with raw addresses. All unsafe code of the room is in here, each block
-//! about one call; what they export is safe to call with any mapped [`Span`](span::Span).
+//! Leaf modules with the system calls that take raw addresses. Each unsafe block is one call. What
+//! they export is safe to call with any [`Span`](span::Span), which is mapped guest RAM.
+#![expect(unsafe_code, reason = "the system calls take raw addresses and descriptors")]
 
-pub(crate) mod guest_io;
 pub(crate) mod lease;
 pub(crate) mod pagemap;
 pub(crate) mod peer;
 pub(crate) mod span;
+pub(crate) mod span_io;
 pub(crate) mod userfault;

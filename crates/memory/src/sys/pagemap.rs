@@ -1,7 +1,7 @@
-//! Which pages of a span are there, asked without touching them.
+//! Finding which pages of a span are mapped, without touching them.
 //!
-//! `PAGEMAP_SCAN` (Linux 6.7) walks the page tables that exist and skips the rest; `/proc/self/pagemap` of older kernels has one
-//! entry for each page; without `/proc` (a jail) there is `mincore`.
+//! `PAGEMAP_SCAN` (Linux 6.7) walks only the page tables that exist. On older kernels
+//! `/proc/self/pagemap` has an entry for each page. Without `/proc` (a jail) there is `mincore`.
 
 use std::fs::File;
 use std::io;
@@ -51,18 +51,19 @@ struct PageRegion {
     categories: u64,
 }
 
-/// Which pages to report.
+/// Which pages a scan reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Which {
-    /// Pages that are mapped here or swapped out, whatever is in them, but not the shared page of zeros.
+pub(crate) enum PageFilter {
+    /// Pages that are mapped or swapped out, except the shared zero page.
     Mapped,
-    /// Of these, the ones that this process has for itself: not a file's page in the page cache.
+    /// Of these, the private ones: not pages of a file in the page cache.
     Private,
-    /// These, and where the shared page of zeros is mapped: the kernel puts it in the place of zeros that were written, when it splits a huge page.
+    /// Private pages and mappings of the shared zero page. When the kernel splits a huge page, it
+    /// maps the zero page in place of written zeros.
     PrivateOrZeros,
 }
 
-/// The page tables of this process. After a fork the child needs its own.
+/// The page tables of this process. After a fork the child must open its own.
 #[derive(Debug)]
 pub(crate) struct Pagemap {
     file: File,
@@ -75,36 +76,42 @@ impl Pagemap {
         Ok(Pagemap { file: File::open("/proc/self/pagemap")?, scan: true })
     }
 
-    /// Does without `PAGEMAP_SCAN`, as on an older kernel.
+    /// Disables `PAGEMAP_SCAN`, as on an older kernel.
     #[cfg(test)]
     pub(crate) fn without_scan(mut self) -> Self {
         self.scan = false;
         self
     }
 
-    /// Calls `found` with runs of pages of `span` (numbered from its start, in order).
+    /// Calls `found` with the runs of pages of `span` that pass `filter`, in order, relative to its
+    /// start.
     pub(crate) fn walk(
         &mut self,
         span: Span,
-        which: Which,
+        filter: PageFilter,
         found: &mut dyn FnMut(Range<u64>),
     ) -> io::Result<()> {
         if self.scan {
-            match self.walk_by_scan(span, which, found) {
-                // Kernels before 6.7 do not know the call. They refuse the first one, before anything was found.
+            match self.walk_by_scan(span, filter, found) {
+                // Kernels before 6.7 refuse the first call, before anything was found.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.scan = false,
                 done => return done,
             }
         }
-        self.walk_entries(span, which, found)
+        self.walk_entries(span, filter, found)
     }
 
-    fn walk_by_scan(&self, span: Span, which: Which, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+    fn walk_by_scan(
+        &self,
+        span: Span,
+        filter: PageFilter,
+        found: &mut dyn FnMut(Range<u64>),
+    ) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); 1024];
-        let not = match which {
-            Which::Mapped => PAGE_IS_PFNZERO,
-            Which::Private => PAGE_IS_PFNZERO | PAGE_IS_FILE,
-            Which::PrivateOrZeros => PAGE_IS_FILE,
+        let not = match filter {
+            PageFilter::Mapped => PAGE_IS_PFNZERO,
+            PageFilter::Private => PAGE_IS_PFNZERO | PAGE_IS_FILE,
+            PageFilter::PrivateOrZeros => PAGE_IS_FILE,
         };
         let end = span.addr() + span.len();
         let mut start = span.addr();
@@ -120,19 +127,25 @@ impl Pagemap {
                 category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 ..ScanArg::default()
             };
-            // SAFETY: `arg` is the structure that the call takes, and `vec` in it has room for `vec_len` regions.
+            // SAFETY: `arg` is the structure that the call takes, and its `vec` holds `vec_len`
+            // regions.
             let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
             for region in &regions[..n] {
                 found((region.start - span.addr()) / PAGE..(region.end - span.addr()) / PAGE);
             }
-            debug_assert!(arg.walk_end > start, "the walk goes on");
+            debug_assert!(arg.walk_end > start, "the walk advances");
             start = arg.walk_end;
         }
         Ok(())
     }
 
-    fn walk_entries(&self, span: Span, which: Which, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+    fn walk_entries(
+        &self,
+        span: Span,
+        filter: PageFilter,
+        found: &mut dyn FnMut(Range<u64>),
+    ) -> io::Result<()> {
         let mut buffer = vec![0u8; 64 << 10];
         let pages = span.len() / PAGE;
         let mut run = 0..0;
@@ -143,7 +156,7 @@ impl Pagemap {
             for entry in buffer[..len].chunks_exact(8) {
                 let entry = u64::from_ne_bytes(entry.try_into().expect("8 bytes"));
                 let there = entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
-                if there && (which == Which::Mapped || entry & ENTRY_FILE == 0) {
+                if there && (filter == PageFilter::Mapped || entry & ENTRY_FILE == 0) {
                     extend(&mut run, page, found);
                 }
                 page += 1;
@@ -156,16 +169,17 @@ impl Pagemap {
     }
 }
 
-/// Calls `found` with runs of pages of `span` that are in memory, by `mincore`: for a file's private mapping that
-/// includes pages that are only in the page cache. Swapped-out pages are missing; the caller sees to that.
-pub(crate) fn in_core(span: Span, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+/// Calls `found` with the runs of pages of `span` that are in memory, by `mincore`. For a private
+/// mapping of a file this includes pages that are only in the page cache. Swapped-out pages are
+/// missing, which the caller must handle.
+pub(crate) fn walk_mincore(span: Span, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
     let pages = span.len() / PAGE;
     let mut vector = vec![0u8; 64 << 10];
     let mut run = 0..0;
     let mut page = 0;
     while page < pages {
         let count = (vector.len() as u64).min(pages - page);
-        let part = span.part(page * PAGE..(page + count) * PAGE);
+        let part = span.subspan(page * PAGE..(page + count) * PAGE);
         // SAFETY: `part` is mapped, and `vector` has a byte for each of its pages.
         let asked = unsafe { libc::mincore(part.as_ptr().cast(), part.len() as usize, vector.as_mut_ptr()) };
         if asked != 0 {
@@ -184,7 +198,7 @@ pub(crate) fn in_core(span: Span, found: &mut dyn FnMut(Range<u64>)) -> io::Resu
     Ok(())
 }
 
-/// Adds `page` to `run`, which is reported when it ends.
+/// Adds `page` to `run`. Calls `found` with the previous run if `page` does not continue it.
 fn extend(run: &mut Range<u64>, page: u64, found: &mut dyn FnMut(Range<u64>)) {
     if run.end != page {
         if !run.is_empty() {

@@ -1,4 +1,4 @@
-//! userfaultfd: page faults of a span that somebody else answers.
+//! userfaultfd: page faults of a span that another process answers.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -9,9 +9,9 @@ use crate::sys::span::Span;
 
 const UFFDIO: u8 = 0xaa;
 const UFFD_API: u64 = 0xaa;
-/// The descriptor's reader learns of pages that were given back.
+/// Discarded pages are reported as events.
 const UFFD_FEATURE_EVENT_REMOVE: u64 = 1 << 3;
-/// Faults of the pool's huge pages are reported as well.
+/// Faults of hugetlb pages are reported as well.
 const UFFD_FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 
@@ -44,15 +44,17 @@ struct Register {
     ioctls: u64,
 }
 
-/// A userfaultfd. As long as one descriptor of it is open, a fault in a registered span waits for its answer; when the
-/// last one is closed, waiting threads go on and *read zeros*. So whoever sends it away keeps this one.
+/// A userfaultfd. While a descriptor of it is open, a fault in a registered span waits for its
+/// answer. When the last one is closed, waiting threads continue and *read zeros*. So the sender of
+/// a descriptor must keep this one.
 #[derive(Debug)]
 pub(crate) struct Userfault {
     fd: OwnedFd,
 }
 
 impl Userfault {
-    /// Opens one that reports missing pages and removals, also of faults within the kernel (KVM's are).
+    /// Opens a userfaultfd that reports missing pages and removals, including faults in the kernel,
+    /// which KVM's are.
     pub(crate) fn open(hugetlb: bool) -> io::Result<Self> {
         let fd = new_fd()?;
         let features = UFFD_FEATURE_EVENT_REMOVE | if hugetlb { UFFD_FEATURE_MISSING_HUGETLBFS } else { 0 };
@@ -63,17 +65,18 @@ impl Userfault {
         Ok(Userfault { fd })
     }
 
-    /// Has missing pages of `span` reported.
+    /// Registers `span`: its missing pages are reported as faults.
     pub(crate) fn register(&self, span: Span) -> io::Result<()> {
         let range = Extent { start: span.addr(), len: span.len() };
         let mut register = Register { range, mode: UFFDIO_REGISTER_MODE_MISSING, ioctls: 0 };
-        // SAFETY: the structure is the one that the call takes; the span is guest memory, whose reader may wait.
+        // SAFETY: the structure is the one that the call takes. The span is guest memory, where any
+        // access may block.
         let done = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
         check(done)
     }
 
-    /// Lets threads that wait for a page of `span` fault again. A fault that a reader took and never answered is then there to be
-    /// read once more.
+    /// Makes threads that wait for a page of `span` fault again (`UFFDIO_WAKE`). A fault that was
+    /// read and never answered can then be read again.
     pub(crate) fn fault_again(&self, span: Span) -> io::Result<()> {
         let mut range = Extent { start: span.addr(), len: span.len() };
         // SAFETY: the structure is the one that the call takes.
@@ -81,7 +84,7 @@ impl Userfault {
         check(done)
     }
 
-    /// Ends that: who waits goes on, and missing pages are zero from now on.
+    /// Unregisters `span`: waiting threads continue, and missing pages are zero from now on.
     pub(crate) fn unregister(&self, span: Span) -> io::Result<()> {
         let mut range = Extent { start: span.addr(), len: span.len() };
         // SAFETY: the structure is the one that the call takes.
@@ -96,19 +99,21 @@ impl AsFd for Userfault {
     }
 }
 
-/// From `/dev/userfaultfd` if it can be opened (its permissions decide), else by the system call (privileges decide).
+/// Creates a userfaultfd: from `/dev/userfaultfd` if its permissions allow, else by the system
+/// call, which needs privileges.
 fn new_fd() -> io::Result<OwnedFd> {
     const FLAGS: libc::c_int = libc::O_CLOEXEC | libc::O_NONBLOCK;
     if let Ok(device) = std::fs::File::open("/dev/userfaultfd") {
         // SAFETY: the call takes flags by value.
         let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, FLAGS) };
         if fd >= 0 {
-            // SAFETY: the descriptor was just made for us.
+            // SAFETY: the kernel has just created the descriptor for this process; nothing else
+            // owns it.
             return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
     let flags = rustix::mm::UserfaultfdFlags::CLOEXEC | rustix::mm::UserfaultfdFlags::NONBLOCK;
-    // SAFETY: the descriptor changes nothing until a span is registered.
+    // SAFETY: the descriptor has no effect until a span is registered.
     Ok(unsafe { rustix::mm::userfaultfd(flags) }?)
 }
 

@@ -8,25 +8,25 @@ use std::thread::JoinHandle;
 use rustix::fs::Advice;
 use rustix::io::Errno;
 
-use super::{Run, WorkingSet, WorkingSetError};
+use super::set::{PageRun, WorkingSet, WorkingSetError};
+use crate::backing::Backing;
 use crate::pages::PAGE;
 use crate::ram::GuestRam;
-use crate::source::Source;
-use crate::sys::guest_io;
-use crate::sys::span::Harmless;
+use crate::sys::span::SpanAdvice;
+use crate::sys::span_io;
 
-/// Pages that are filled in at once: between two of these the thread can be stopped.
-const STEP: u64 = 512;
-/// How far the disk reads ahead of what is filled in, in pages.
-const AHEAD: u64 = 4096;
-/// How much the guest's threads go before this one.
+/// Pages that are filled in per step. The thread can be stopped between two steps.
+const STEP_PAGES: u64 = 512;
+/// How many pages the disk reads ahead of the pages that are filled in.
+const READ_AHEAD_PAGES: u64 = 4096;
+/// The niceness of the thread, so that the guest's threads have priority.
 const NICENESS: i32 = 10;
 
-/// How a working set is filled in.
+/// Options of a prefetch.
 #[derive(Debug, Clone, Copy)]
 pub struct PrefetchOptions {
-    /// Copy the pages that the recorded guest wrote. It saves the guest the faults; each clone has these pages for itself then,
-    /// whether it comes to write them or not.
+    /// Copy the pages that the recorded guest wrote. It saves the guest the faults. But each clone
+    /// then has private copies of these pages, even if it never writes them.
     pub copy_written: bool,
 }
 
@@ -36,16 +36,16 @@ impl Default for PrefetchOptions {
     }
 }
 
-/// What a prefetch did.
+/// The result of a prefetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prefetched {
-    /// Pages that were filled in (or were there).
+    /// Pages that were filled in, or were present already.
     pub pages: u64,
-    /// Why it ended before the end of the set: not enough memory, most often. The guest itself will see to the rest.
+    /// Why it ended early: usually not enough memory. The guest faults in the rest itself.
     pub error: Option<Errno>,
 }
 
-/// A thread of low priority that fills in a working set. Dropping it stops it.
+/// A low-priority thread that fills in a working set. Dropping it stops the thread.
 #[derive(Debug)]
 pub struct Prefetch {
     stop: Arc<AtomicBool>,
@@ -54,32 +54,34 @@ pub struct Prefetch {
 }
 
 impl Prefetch {
-    /// Begins to fill in `set`, which was loaded for the image that `ram` comes from.
+    /// Starts filling in `set`, which was loaded for the image that `ram` comes from.
     pub fn start(ram: &GuestRam, set: WorkingSet, options: PrefetchOptions) -> Result<Self, WorkingSetError> {
         let stop = Arc::new(AtomicBool::new(false));
         let pages = Arc::new(AtomicU64::new(0));
-        let job = Job { ram: ram.clone(), set, options, stop: Arc::clone(&stop), pages: Arc::clone(&pages) };
-        let thread = std::thread::Builder::new().name("prefetch".into()).spawn(move || job.run());
+        let filler =
+            Filler { ram: ram.clone(), set, options, stop: Arc::clone(&stop), pages: Arc::clone(&pages) };
+        let thread = std::thread::Builder::new().name("prefetch".into()).spawn(move || filler.run());
         Ok(Prefetch { stop, pages, thread: Some(thread.map_err(WorkingSetError::Thread)?) })
     }
 
-    /// Pages that are filled in so far.
+    /// The number of pages that are filled in so far.
     pub fn pages(&self) -> u64 {
         self.pages.load(Ordering::Relaxed)
     }
 
-    /// Whether all is done.
+    /// Whether the thread has ended.
     pub fn is_finished(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Waits for the end.
+    /// Waits until the thread has ended.
     pub fn finish(mut self) -> Prefetched {
         self.join()
     }
 
-    /// Stops it, after at most 2 MiB more. With a page server that does not answer, that waits for the server (or for
-    /// [`PageServer::release`](crate::page_server::PageServer::release)).
+    /// Stops the thread after at most 2 MiB more, and waits for it. If a page server does not
+    /// answer, it waits for the server, or for
+    /// [`PageServer::release`](crate::page_server::PageServer::release).
     pub fn stop(mut self) -> Prefetched {
         self.stop.store(true, Ordering::Relaxed);
         self.join()
@@ -95,14 +97,15 @@ impl Prefetch {
 }
 
 impl Drop for Prefetch {
-    /// Stops it as [`stop`](Self::stop) does, and waits for nothing: the disk under the memory file
-    /// may not answer. The thread has a share of the memory until its end.
+    /// Stops the thread as [`stop`](Self::stop) does, but does not wait for it: the disk of the
+    /// memory file may hang. The thread holds a clone of the RAM until it ends.
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 }
 
-struct Job {
+/// The state of the thread.
+struct Filler {
     ram: GuestRam,
     set: WorkingSet,
     options: PrefetchOptions,
@@ -110,14 +113,14 @@ struct Job {
     pages: Arc<AtomicU64>,
 }
 
-impl Job {
+impl Filler {
     fn run(self) -> Option<Errno> {
-        // Of this thread only, on Linux. Without the right to be nice it goes on as it is.
+        // On Linux this affects only this thread. If it fails, the priority stays as it is.
         let _ = rustix::process::nice(NICENESS);
         let steps: Vec<_> = self.set.runs().iter().flat_map(|run| steps(*run)).collect();
         let (mut advised, mut ahead) = (0, 0);
         for (number, step) in steps.iter().enumerate() {
-            while advised < steps.len() && (advised <= number || ahead < AHEAD) {
+            while advised < steps.len() && (advised <= number || ahead < READ_AHEAD_PAGES) {
                 self.read_ahead(&steps[advised]);
                 ahead += steps[advised].count;
                 advised += 1;
@@ -125,7 +128,7 @@ impl Job {
             if self.stop.load(Ordering::Relaxed) {
                 return None;
             }
-            if let Err(e) = self.fill_in(step) {
+            if let Err(e) = self.populate(step) {
                 return Some(e);
             }
             ahead -= step.count;
@@ -134,25 +137,25 @@ impl Job {
         None
     }
 
-    /// Has the disk read what will be filled in soon.
-    fn read_ahead(&self, run: &Run) {
-        if let Source::File(file) = self.ram.source() {
+    /// Makes the disk read pages that will be filled in soon.
+    fn read_ahead(&self, run: &PageRun) {
+        if let Backing::File(file) = self.ram.backing() {
             let region = self.ram.layout().regions()[run.region as usize];
             let len = std::num::NonZeroU64::new(run.count * PAGE);
-            // Advice: without it the pages are read when they are filled in.
+            // If it fails, the pages are read when they are filled in.
             let _ = rustix::fs::fadvise(file, region.offset + run.first * PAGE, len, Advice::WillNeed);
         }
     }
 
-    fn fill_in(&self, run: &Run) -> rustix::io::Result<()> {
+    fn populate(&self, run: &PageRun) -> rustix::io::Result<()> {
         let bytes = bytes(run);
-        let span = self.ram.spans()[run.region as usize].part(bytes);
+        let span = self.ram.spans()[run.region as usize].subspan(bytes);
         let copy = run.written && self.options.copy_written;
-        match span.advise(if copy { Harmless::PopulateWrite } else { Harmless::PopulateRead }) {
-            // Before Linux 5.14 there is only touching.
+        match span.advise(if copy { SpanAdvice::PopulateWrite } else { SpanAdvice::PopulateRead }) {
+            // Before Linux 5.14: touch each page instead.
             Err(Errno::INVAL) => {
                 for page in 0..run.count {
-                    guest_io::touch(span.part(page * PAGE..(page + 1) * PAGE));
+                    span_io::touch(span.subspan(page * PAGE..(page + 1) * PAGE));
                 }
                 Ok(())
             }
@@ -161,14 +164,16 @@ impl Job {
     }
 }
 
-fn bytes(run: &Run) -> Range<u64> {
+/// The byte range of a run in its region.
+fn bytes(run: &PageRun) -> Range<u64> {
     run.first * PAGE..(run.first + run.count) * PAGE
 }
 
-fn steps(run: Run) -> impl Iterator<Item = Run> {
-    (0..run.count.div_ceil(STEP)).map(move |n| Run {
-        first: run.first + n * STEP,
-        count: STEP.min(run.count - n * STEP),
+/// Splits a run into steps.
+fn steps(run: PageRun) -> impl Iterator<Item = PageRun> {
+    (0..run.count.div_ceil(STEP_PAGES)).map(move |n| PageRun {
+        first: run.first + n * STEP_PAGES,
+        count: STEP_PAGES.min(run.count - n * STEP_PAGES),
         ..run
     })
 }
@@ -176,7 +181,7 @@ fn steps(run: Run) -> impl Iterator<Item = Run> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::pagemap::{Pagemap, Which};
+    use crate::sys::pagemap::{PageFilter, Pagemap};
     use config::HugePages;
     use snapshot::FileId;
 
@@ -187,48 +192,48 @@ mod tests {
         GuestRam::from_file(&layout, &path, HugePages::None, false).unwrap()
     }
 
-    fn set(runs: Vec<Run>) -> WorkingSet {
+    fn set(runs: Vec<PageRun>) -> WorkingSet {
         WorkingSet { image: FileId::random().unwrap(), runs }
     }
 
-    fn list(ram: &GuestRam, which: Which) -> Vec<u64> {
+    fn list(ram: &GuestRam, which: PageFilter) -> Vec<u64> {
         ram.mapped_pages(Pagemap::open().unwrap(), which).unwrap().runs(0).flatten().collect()
     }
 
     #[test]
-    fn a_set_is_filled_in_and_only_written_pages_are_copied() {
+    fn prefetch_maps_all_pages_and_copies_only_written_ones() {
         let dir = tempfile::tempdir().unwrap();
         let ram = restored(&dir);
-        let set = set(vec![Run::new(0, 900..1000, true), Run::new(0, 0..600, false)]);
+        let set = set(vec![PageRun::new(0, 900..1000, true), PageRun::new(0, 0..600, false)]);
         let done = Prefetch::start(&ram, set, PrefetchOptions::default()).unwrap().finish();
         assert_eq!(done, Prefetched { pages: 700, error: None });
-        assert_eq!(list(&ram, Which::Private), (900..1000).collect::<Vec<_>>());
-        let mapped = list(&ram, Which::Mapped);
+        assert_eq!(list(&ram, PageFilter::Private), (900..1000).collect::<Vec<_>>());
+        let mapped = list(&ram, PageFilter::Mapped);
         assert!((0..600).all(|page| mapped.contains(&page)));
     }
 
     #[test]
-    fn copies_can_be_left_to_the_guest() {
+    fn copying_written_pages_can_be_disabled() {
         let dir = tempfile::tempdir().unwrap();
         let ram = restored(&dir);
-        let set = set(vec![Run::new(0, 0..10, true)]);
+        let set = set(vec![PageRun::new(0, 0..10, true)]);
         Prefetch::start(&ram, set, PrefetchOptions { copy_written: false }).unwrap().finish();
-        assert_eq!(list(&ram, Which::Private), [] as [u64; 0]);
+        assert_eq!(list(&ram, PageFilter::Private), [] as [u64; 0]);
     }
 
     #[test]
-    fn a_stopped_prefetch_ends() {
+    fn stopped_prefetch_ends() {
         let ram = GuestRam::map(64, HugePages::None, false).unwrap();
-        let set = set(vec![Run::new(0, 0..16384, true)]);
+        let set = set(vec![PageRun::new(0, 0..16384, true)]);
         let prefetch = Prefetch::start(&ram, set, PrefetchOptions::default()).unwrap();
         let done = prefetch.stop();
         assert!(done.pages <= 16384 && done.error.is_none(), "{done:?}");
-        assert_eq!(list(&ram, Which::Private).len() as u64, done.pages);
+        assert_eq!(list(&ram, PageFilter::Private).len() as u64, done.pages);
     }
 
     #[test]
-    fn long_runs_are_cut_into_steps() {
-        let cut: Vec<_> = steps(Run::new(0, 5..1034, true)).map(|r| (r.first, r.count)).collect();
+    fn long_runs_are_split_into_steps() {
+        let cut: Vec<_> = steps(PageRun::new(0, 5..1034, true)).map(|r| (r.first, r.count)).collect();
         assert_eq!(cut, [(5, 512), (517, 512), (1029, 5)]);
     }
 }

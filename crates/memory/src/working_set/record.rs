@@ -1,14 +1,16 @@
-//! Watching which pages a guest touches.
+//! Recording which pages a guest touches.
 //!
-//! A thread looks at the page tables every few milliseconds. What is new since the last look was touched in between: coarse, but
-//! the guest is not slowed down, and the order within a few milliseconds does not matter to who reads ahead. Looking costs in
-//! proportion to what is mapped; where a look takes long, the next one comes later.
+//! A thread scans the page tables every few milliseconds. Pages that are new since the last scan
+//! were touched in between. This is coarse, but it does not slow the guest down, and the order
+//! within a few milliseconds does not matter for reading ahead. A scan costs time in proportion to
+//! the mapped pages; after a long scan the next one comes later.
 //!
-//! The kernel maps more of a file than was asked for: up to 16 pages around it, and the whole of a huge page that the page cache
-//! has. The first is fine, neighbours are needed together; the second makes all of memory a working set. An image that was just
-//! written is in the page cache by huge pages. So for a watched guest the image is dropped from the page cache, and mapped by
-//! small pages: the watched restore reads from the disk, as most first restores do. Where other guests have the image mapped it
-//! stays in the page cache, and the set may be coarse.
+//! The kernel maps more of a file than the guest touches: up to 16 pages around a page, and all of
+//! a huge page in the page cache. The first is harmless, because neighbours are usually needed
+//! together. The second would make all of memory a working set, because a new image is in the page
+//! cache as huge pages. So the image of a recorded guest is dropped from the page cache and mapped
+//! by small pages: the recorded restore reads from the disk, as most first restores do. If other
+//! guests have the image mapped, it stays in the page cache, and the set may be coarse.
 
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -17,20 +19,20 @@ use std::time::{Duration, Instant};
 use rustix::fs::Advice;
 use snapshot::FileId;
 
-use super::{Run, WorkingSet, WorkingSetError};
+use super::set::{PageRun, WorkingSet, WorkingSetError};
+use crate::backing::Backing;
 use crate::pages::PageSet;
 use crate::ram::GuestRam;
 use crate::resident::ResidentError;
-use crate::source::Source;
-use crate::sys::pagemap::{Pagemap, Which};
-use crate::sys::span::Harmless;
+use crate::sys::pagemap::{PageFilter, Pagemap};
+use crate::sys::span::SpanAdvice;
 
-/// How a guest is watched.
+/// Options of a recording.
 #[derive(Debug, Clone, Copy)]
 pub struct RecordOptions {
-    /// Time between two looks.
+    /// The time between two scans.
     pub interval: Duration,
-    /// How long. What a guest touches later is not for reading ahead.
+    /// The duration of the recording. Pages that are touched later need no reading ahead.
     pub duration: Duration,
 }
 
@@ -40,7 +42,7 @@ impl Default for RecordOptions {
     }
 }
 
-/// A guest is being watched. Dropping it ends that.
+/// A recording in progress. Dropping it ends the recording.
 #[derive(Debug)]
 pub struct Recorder {
     stop: Option<SyncSender<()>>,
@@ -48,17 +50,18 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Begins to watch. Call it before the guest runs: what is mapped already is not recorded.
+    /// Starts a recording. To be called before the guest runs: pages that are mapped already are
+    /// not recorded.
     pub fn start(ram: &GuestRam, image: FileId, options: RecordOptions) -> Result<Self, WorkingSetError> {
-        if let Source::File(file) = ram.source() {
-            // Advice, which a file system in memory does not follow; the set is coarser there.
+        if let Backing::File(file) = ram.backing() {
+            // A file system in memory ignores it, and the set is coarser.
             let _ = rustix::fs::fadvise(file, 0, None, Advice::DontNeed);
             for span in ram.spans() {
-                // A kernel without huge pages has nothing to refuse.
-                let _ = span.advise(Harmless::SmallPages);
+                // It fails on a kernel without huge pages, which needs no such advice.
+                let _ = span.advise(SpanAdvice::SmallPages);
             }
         }
-        let mut watch = Watch::begin(ram)?;
+        let mut log = TouchLog::start(ram)?;
         let (stop, stopped) = sync_channel::<()>(1);
         let thread = std::thread::Builder::new().name("working_set".into()).spawn(move || {
             let start = Instant::now();
@@ -67,21 +70,22 @@ impl Recorder {
                 && matches!(stopped.recv_timeout(pause), Err(RecvTimeoutError::Timeout))
             {
                 let began = Instant::now();
-                watch.look()?;
-                // At most a fifth of one processor.
+                log.scan()?;
+                // Use at most a fifth of one CPU.
                 pause = options.interval.max(began.elapsed() * 4);
             }
-            watch.end(image)
+            log.finish(image)
         });
         Ok(Recorder { stop: Some(stop), thread: Some(thread.map_err(WorkingSetError::Thread)?) })
     }
 
-    /// Whether the time is over: [`Self::finish`] will not wait, nor cut it short.
+    /// Whether the recording has ended by itself: [`Self::finish`] then neither waits nor cuts it
+    /// short.
     pub fn is_finished(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Ends the watch, with one last look.
+    /// Ends the recording with a last scan.
     pub fn finish(mut self) -> Result<WorkingSet, WorkingSetError> {
         self.stop = None;
         let thread = self.thread.take().expect("the thread is there until it is joined");
@@ -93,26 +97,28 @@ impl Drop for Recorder {
     fn drop(&mut self) {
         self.stop = None;
         if let Some(thread) = self.thread.take() {
-            // Whoever drops it does not want the result.
+            // The result is not needed.
             let _ = thread.join();
         }
     }
 }
 
-/// What was seen so far.
-struct Watch {
+/// The pages that were found so far.
+struct TouchLog {
     ram: GuestRam,
+    /// All pages that were mapped at the last scan.
     seen: PageSet,
+    /// Region and pages of each new run, in the order of the scans.
     order: Vec<(usize, std::ops::Range<u64>)>,
 }
 
-impl Watch {
-    fn begin(ram: &GuestRam) -> Result<Self, WorkingSetError> {
-        Ok(Watch { ram: ram.clone(), seen: mapped(ram, Which::Mapped)?, order: Vec::new() })
+impl TouchLog {
+    fn start(ram: &GuestRam) -> Result<Self, WorkingSetError> {
+        Ok(TouchLog { ram: ram.clone(), seen: mapped(ram, PageFilter::Mapped)?, order: Vec::new() })
     }
 
-    fn look(&mut self) -> Result<(), WorkingSetError> {
-        let mut new = mapped(&self.ram, Which::Mapped)?;
+    fn scan(&mut self) -> Result<(), WorkingSetError> {
+        let mut new = mapped(&self.ram, PageFilter::Mapped)?;
         new.remove_all(&self.seen);
         for region in 0..new.regions() {
             self.order.extend(new.runs(region).map(|run| (region, run)));
@@ -121,17 +127,17 @@ impl Watch {
         Ok(())
     }
 
-    fn end(mut self, image: FileId) -> Result<WorkingSet, WorkingSetError> {
-        self.look()?;
-        let written = mapped(&self.ram, Which::Private)?;
-        let mut runs: Vec<Run> = Vec::new();
+    fn finish(mut self, image: FileId) -> Result<WorkingSet, WorkingSetError> {
+        self.scan()?;
+        let written = mapped(&self.ram, PageFilter::Private)?;
+        let mut runs: Vec<PageRun> = Vec::new();
         for (region, pages) in self.order {
             let mut start = pages.start;
             while start < pages.end {
                 let kind = written.contains(region, start);
                 let end = (start..pages.end).find(|page| written.contains(region, *page) != kind);
                 let end = end.unwrap_or(pages.end);
-                runs.push(Run::new(region, start..end, kind));
+                runs.push(PageRun::new(region, start..end, kind));
                 start = end;
             }
         }
@@ -139,7 +145,7 @@ impl Watch {
     }
 }
 
-fn mapped(ram: &GuestRam, which: Which) -> Result<PageSet, ResidentError> {
+fn mapped(ram: &GuestRam, which: PageFilter) -> Result<PageSet, ResidentError> {
     Ok(ram.mapped_pages(Pagemap::open()?, which)?)
 }
 
@@ -156,39 +162,39 @@ mod tests {
     }
 
     #[test]
-    fn pages_come_in_the_order_of_the_looks_that_found_them() {
+    fn pages_are_ordered_by_the_scan_that_found_them() {
         let ram = GuestRam::map(1, HugePages::None, false).unwrap();
         write(&ram, 1);
-        let mut watch = Watch::begin(&ram).unwrap();
+        let mut log = TouchLog::start(&ram).unwrap();
         write(&ram, 200);
-        watch.look().unwrap();
+        log.scan().unwrap();
         write(&ram, 3);
         write(&ram, 4);
         write(&ram, 200);
-        let set = watch.end(FileId::random().unwrap()).unwrap();
-        assert_eq!(set.runs(), [Run::new(0, 200..201, true), Run::new(0, 3..5, true)]);
+        let set = log.finish(FileId::random().unwrap()).unwrap();
+        assert_eq!(set.runs(), [PageRun::new(0, 200..201, true), PageRun::new(0, 3..5, true)]);
     }
 
     #[test]
-    fn read_and_written_pages_of_an_image_are_told_apart() {
+    fn read_and_written_pages_are_distinguished() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mem");
         std::fs::write(&path, vec![7; 1 << 20]).unwrap();
         let layout = crate::MemoryLayout::of_size(1);
         let ram = GuestRam::from_file(&layout, &path, HugePages::None, false).unwrap();
-        let watch = Watch::begin(&ram).unwrap();
+        let log = TouchLog::start(&ram).unwrap();
         ram.memory().read_obj::<u8>(GuestAddress(0)).unwrap();
         write(&ram, 100);
-        let set = watch.end(FileId::random().unwrap()).unwrap();
+        let set = log.finish(FileId::random().unwrap()).unwrap();
         let written: Vec<_> = set.runs().iter().filter(|r| r.written).copied().collect();
-        assert_eq!(written, [Run::new(0, 100..101, true)]);
-        // The kernel maps the neighbours of a page that is read as well.
+        assert_eq!(written, [PageRun::new(0, 100..101, true)]);
+        // The kernel also maps the neighbours of a page that is read.
         assert!(set.runs().iter().any(|r| !r.written && r.first == 0), "{:?}", set.runs());
     }
 
     #[test]
-    fn an_image_that_was_just_written_is_no_reason_to_record_all_of_it() {
-        // On a disk: in /dev/shm there is no cache to drop.
+    fn page_cache_of_a_new_image_is_not_recorded() {
+        // On a disk: /dev/shm has no cache to drop.
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = dir.path().join("mem");
         std::fs::write(&path, vec![7; 16 << 20]).unwrap();
@@ -202,12 +208,12 @@ mod tests {
     }
 
     #[test]
-    fn a_watched_guests_pages_are_in_the_set_when_the_watch_is_ended_early() {
+    fn recorder_finished_early_has_the_touched_pages() {
         let ram = GuestRam::map(1, HugePages::None, false).unwrap();
         let options = RecordOptions { duration: Duration::from_hours(1), ..RecordOptions::default() };
         let recorder = Recorder::start(&ram, FileId::random().unwrap(), options).unwrap();
         write(&ram, 9);
         assert!(!recorder.is_finished());
-        assert_eq!(recorder.finish().unwrap().runs(), [Run::new(0, 9..10, true)]);
+        assert_eq!(recorder.finish().unwrap().runs(), [PageRun::new(0, 9..10, true)]);
     }
 }

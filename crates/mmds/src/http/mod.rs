@@ -1,24 +1,22 @@
-//! HTTP/1.x on the server's side, as much of it as a metadata service needs: bytes in, bytes out.
+//! The HTTP/1.x of the metadata service. Bytes in, bytes out.
 //!
-//! A [`Session`] is one connection. It reads one request at a time, has it answered, and takes no further byte until the
-//! answer has been fetched; so a guest that sends and does not read is met by TCP's window, not by memory here.
+//! A [`Session`] is one connection. It reads one request at a time and accepts no further byte
+//! until its response has been sent. A guest that sends and does not read fills the window of its
+//! TCP connection, not memory here.
 //!
 //! # Bounds
 //!
-//! A head is at most [`MAX_HEAD`] bytes and [`MAX_HEADERS`] lines. Bodies are skipped, never kept: nothing that a guest may
-//! ask for has one. What is not HTTP, or has no certain end, is answered with an error and the connection closes.
+//! A request head is at most [`MAX_HEAD`](limits::MAX_HEAD) bytes and
+//! [`MAX_HEADERS`](limits::MAX_HEADERS) headers. Bodies are skipped and never stored: no request to
+//! this service needs one. A request that is malformed or whose end is uncertain gets an error, and
+//! the connection closes.
 
-mod head;
-mod response;
+mod limits;
+mod request;
+pub(crate) mod response;
 mod session;
 
-pub(crate) use head::{Head, Method, TtlHeader, decimal};
-pub(crate) use response::Response;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) use limits::MAX_HEAD;
+pub(crate) use request::{Method, Request, TtlHeader};
 pub(crate) use session::Session;
-
-/// Longest request line and headers together, in bytes.
-pub(crate) const MAX_HEAD: usize = 4096;
-/// Most header lines of a request.
-pub(crate) const MAX_HEADERS: usize = 64;
-/// Longest body that is skipped, in bytes.
-pub(crate) const MAX_BODY: u64 = 64 << 10;

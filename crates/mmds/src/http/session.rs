@@ -1,26 +1,43 @@
-//! One connection: from bytes to requests, and from answers to bytes.
+//! One connection of a guest: bytes in, responses out.
 
-use super::head::{self, Head};
-use super::{MAX_HEAD, Response};
+use vesta_http::{HeadParser, NO_HEADER, Response, Version};
 
-/// One connection of a guest's.
-#[derive(Debug, Default)]
+use super::limits::{MAX_HEAD, MAX_HEADERS};
+use super::request::{Method, Request, refusal};
+
+/// HTTP state of one connection.
+#[derive(Debug)]
 pub(crate) struct Session {
-    /// The head that is on its way in.
+    /// The part of a request head that has arrived.
     input: Vec<u8>,
-    /// How many bytes of the last request's body are still to be skipped.
+    head_parser: HeadParser,
+    /// Bytes of the last request's body that are still to be skipped.
     to_skip: u64,
-    /// The answer on its way out, of which `sent` bytes are gone.
+    /// The response being sent, of which `sent` bytes are gone.
     output: Vec<u8>,
     sent: usize,
-    /// Whether the last answer has been given.
+    /// Whether `output` is the last response of this connection.
     closing: bool,
 }
 
 impl Session {
-    /// Takes bytes off the front of `bytes`, as many as the answer shows; at most to the end of one request, which `answer`
-    /// then answers. Takes none while an answer is waiting, and all of them once the last one was given.
-    pub(crate) fn take(&mut self, bytes: &[u8], answer: impl FnOnce(&Head) -> Response) -> usize {
+    /// A session at the start of a connection.
+    pub(crate) fn new() -> Session {
+        Session {
+            input: Vec::new(),
+            head_parser: HeadParser::new(MAX_HEAD),
+            to_skip: 0,
+            output: Vec::new(),
+            sent: 0,
+            closing: false,
+        }
+    }
+
+    /// Consumes bytes from the front of `bytes` and returns how many.
+    ///
+    /// It stops at the end of a request head, which `respond` then answers. It consumes nothing
+    /// while a response is unsent, and everything after the last response.
+    pub(crate) fn consume(&mut self, bytes: &[u8], respond: impl FnOnce(&Request) -> Response) -> usize {
         if self.closing {
             return bytes.len();
         }
@@ -33,41 +50,37 @@ impl Session {
             return skipped;
         }
         let before = self.input.len();
-        // One byte past the longest head there is proves that this one is longer.
-        let room = bytes.len().min(MAX_HEAD + 1 - before);
-        // Only a line's end can be a head's: so a head is parsed once per line, not once per byte.
-        let Some(last_line) = bytes[..room].iter().rposition(|&byte| byte == b'\n') else {
-            self.input.extend_from_slice(&bytes[..room]);
-            self.refuse_endless();
-            return room;
+        // The parser refuses a head at the limit, so there is always space for one byte.
+        let len = bytes.len().min(MAX_HEAD - before);
+        self.input.extend_from_slice(&bytes[..len]);
+        let mut headers = [NO_HEADER; MAX_HEADERS];
+        let (consumed, request) = match self.head_parser.parse(&self.input, &mut headers) {
+            // The head ends in the new bytes: those before were not a whole head.
+            Ok(Some(head)) => (head.len - before, Request::from_head(&head)),
+            Ok(None) => return len,
+            Err(error) => (bytes.len(), Err(refusal(&error))),
         };
-        self.input.extend_from_slice(&bytes[..=last_line]);
-        match head::parse(&self.input) {
-            Ok(Some((len, head))) => {
-                self.input = Vec::new();
-                self.to_skip = head.body_len;
-                self.closing = !head.keep_alive;
-                self.output = answer(&head).into_bytes(Some(head.method), head.is_http10, head.keep_alive);
-                // The head's end is among the new bytes: the ones before made no head.
-                len - before
+        self.input = Vec::new();
+        let (response, version, keep_alive) = match request {
+            Ok(request) => {
+                self.to_skip = request.body_len;
+                let response = respond(&request);
+                let head_only = request.method == Method::Head;
+                (Response { head_only, ..response }, request.version, request.keep_alive)
             }
-            Ok(None) => {
-                self.refuse_endless();
-                last_line + 1
-            }
-            Err(refusal) => {
-                self.refuse(refusal);
-                bytes.len()
-            }
-        }
+            Err(response) => (response, Version::Http11, false),
+        };
+        self.closing = !keep_alive;
+        response.put(version, keep_alive, &mut self.output);
+        consumed
     }
 
-    /// What is to be sent.
+    /// Bytes to be sent.
     pub(crate) fn output(&self) -> &[u8] {
         &self.output[self.sent..]
     }
 
-    /// So many bytes of the output have been sent.
+    /// Removes `len` sent bytes from the output.
     pub(crate) fn sent(&mut self, len: usize) {
         self.sent += len;
         if self.sent == self.output.len() {
@@ -76,32 +89,17 @@ impl Session {
         }
     }
 
-    /// Whether the connection is to be closed once the output is gone.
+    /// Whether the connection is to be closed once the output is sent.
     pub(crate) fn is_closing(&self) -> bool {
         self.closing
     }
 
-    /// Whether it is between two requests.
+    /// Whether the session is between two requests.
     pub(crate) fn is_idle(&self) -> bool {
         self.input.is_empty() && self.output.is_empty() && self.to_skip == 0
     }
 
-    fn refuse_endless(&mut self) {
-        if self.input.len() > MAX_HEAD {
-            self.refuse(Response::text(
-                431,
-                &format!("Request line and headers are at most {MAX_HEAD} bytes long."),
-            ));
-        }
-    }
-
-    fn refuse(&mut self, refusal: Response) {
-        self.input = Vec::new();
-        self.closing = true;
-        self.output = refusal.into_bytes(None, false, false);
-    }
-
-    /// How many bytes it holds.
+    /// Bytes that the session stores.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn held(&self) -> usize {
         self.input.len() + self.output.len()
@@ -113,18 +111,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::http::response;
 
-    /// What comes out when `pieces` go in and answers are read at once, and the most that was held at any time. An answer's
-    /// body is the request's path.
+    /// Feeds `pieces` to a session and reads responses at once. Returns the responses, whose body
+    /// is the path of the request, and the most bytes the session held at a time.
     fn exchange<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (String, usize) {
-        let (mut session, mut out, mut most) = (Session::default(), Vec::new(), 0);
+        let (mut session, mut out, mut most) = (Session::new(), Vec::new(), 0);
         for mut piece in pieces {
             while !piece.is_empty() {
-                let taken = session.take(piece, |head| Response::text(200, &head.path));
+                let taken = session.consume(piece, |request| response::text(200, &request.path));
                 piece = &piece[taken..];
                 most = most.max(session.held());
                 let output = session.output().to_vec();
-                assert!(taken > 0, "a session with nothing to send takes something");
+                assert!(taken > 0, "a session with nothing to send consumes something");
                 session.sent(output.len());
                 out.extend(output);
             }
@@ -133,11 +132,12 @@ mod tests {
     }
 
     fn statuses(out: &str) -> Vec<&str> {
-        out.split("HTTP/1.").skip(1).map(|answer| &answer[2..5]).collect()
+        let responses = out.split("HTTP/1.").skip(1).filter(|text| text.starts_with(['0', '1']));
+        responses.map(|response| &response[2..5]).collect()
     }
 
     #[test]
-    fn requests_are_answered_one_after_the_other_and_bodies_skipped() {
+    fn pipelined_requests_are_answered_in_order_without_bodies() {
         let (out, _) = exchange([
             &b"GET /a HTTP/1.1\r\n\r\nPUT /b HTTP/1.1\r\nContent-Length: 20\r\n\r\nGET /x HTTP/1.1\r\n\r\n !GET /c HTTP/1.1\r\n\r\n"[..],
         ]);
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_says_what_follows() {
+    fn response_to_http_1_0_closes_the_connection() {
         let (out, _) = exchange([&b"GET /ab HTTP/1.0\r\n\r\nGET /more HTTP/1.0\r\n\r\n"[..]]);
         assert_eq!(
             out,
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_to_head_has_no_body_and_the_next_request_is_answered() {
+    fn response_to_head_has_no_body() {
         let (out, _) = exchange([&b"HEAD /ab HTTP/1.1\r\n\r\nGET /c HTTP/1.1\r\n\r\n"[..]]);
         let (first, second) = out.split_once("\r\n\r\n").unwrap();
         assert!(first.contains("Content-Length: 3"), "{out}");
@@ -164,20 +164,20 @@ mod tests {
     }
 
     #[test]
-    fn no_byte_is_taken_while_an_answer_waits() {
-        let mut session = Session::default();
+    fn no_byte_is_consumed_while_a_response_is_unsent() {
+        let mut session = Session::new();
         let request = b"GET /a HTTP/1.1\r\n\r\n";
-        assert_eq!(session.take(request, |_| Response::text(200, "")), request.len());
-        assert_eq!(session.take(request, |_| panic!()), 0);
+        assert_eq!(session.consume(request, |_| response::text(200, "")), request.len());
+        assert_eq!(session.consume(request, |_| panic!()), 0);
         let waiting = session.output().len();
         session.sent(waiting - 1);
-        assert_eq!(session.take(request, |_| panic!()), 0);
+        assert_eq!(session.consume(request, |_| panic!()), 0);
         session.sent(1);
-        assert_eq!(session.take(request, |_| Response::text(200, "")), request.len());
+        assert_eq!(session.consume(request, |_| response::text(200, "")), request.len());
     }
 
     #[test]
-    fn an_endless_head_is_refused_and_what_follows_is_dropped() {
+    fn endless_head_is_refused_and_the_rest_is_dropped() {
         for piece in [&b"x"[..], b"a: b\r\n", b"\r\n"] {
             let begin = if piece == b"\r\n" { &b""[..] } else { b"GET / HTTP/1.1\r\nheader: " };
             let (out, most) = exchange(std::iter::once(begin).chain(std::iter::repeat_n(piece, 8000)));
@@ -187,7 +187,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_http_is_refused_and_nothing_after_it_is_read() {
+    fn head_at_the_limit_is_answered_and_one_byte_more_is_refused() {
+        let fixed = "GET / HTTP/1.1\r\na: \r\n\r\n".len();
+        for (len, status) in [(MAX_HEAD, "200"), (MAX_HEAD + 1, "431")] {
+            let text = format!("GET / HTTP/1.1\r\na: {}\r\n\r\n", "x".repeat(len - fixed));
+            assert_eq!(statuses(&exchange([text.as_bytes()]).0), [status], "{len}");
+        }
+    }
+
+    #[test]
+    fn requests_after_malformed_input_are_ignored() {
         let (out, _) = exchange([&b"\0\x01\n"[..], b"GET / HTTP/1.1\r\n\r\n"]);
         assert_eq!(statuses(&out), ["400"]);
         assert!(out.contains("Connection: close"));
@@ -212,7 +221,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn how_the_stream_is_cut_changes_nothing_and_little_is_held(
+        fn cuts_of_the_stream_do_not_change_the_responses(
             stream in stream(), cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12),
         ) {
             let (whole, _) = exchange([stream.as_slice()]);

@@ -1,4 +1,5 @@
-//! One TCP connection of a guest: moves bytes between its socket and its session, and knows when it stalls.
+//! One TCP connection of a guest: moves bytes between its socket and its HTTP session, and detects
+//! stalls.
 
 use std::time::Duration;
 
@@ -8,29 +9,29 @@ use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use crate::http::Session;
 use crate::service::Service;
 
-/// Received bytes that were not looked at yet: the window that a guest is offered. More than a head is never needed.
+/// Receive buffer, which is the window offered to the guest: as long as the longest request head.
 const RECEIVE_LEN: usize = 4096;
-/// Sent bytes that the guest did not acknowledge yet.
+/// Send buffer: bytes that the guest has not acknowledged.
 const SEND_LEN: usize = 8192;
-/// How long nothing may move on a connection: no request becomes whole, no byte of an answer is acknowledged.
-pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+/// Longest time without progress: no complete request, no acknowledged byte of a response.
+pub(crate) const STALL_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// A connection and what it is at.
+/// A connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) handle: SocketHandle,
     session: Session,
-    /// When something last moved.
-    moved: Duration,
-    /// Bytes that were on the way to the guest then.
-    on_the_way: usize,
+    /// Time of the last progress.
+    last_progress: Duration,
+    /// Bytes to the guest that were unsent or unacknowledged when last checked.
+    in_flight: usize,
 }
 
-/// A socket that listens on `port`.
+/// Creates a socket that listens on `port`.
 pub(crate) fn listener(port: u16) -> Socket<'static> {
     let buffer = |len| SocketBuffer::new(vec![0; len]);
     let mut socket = Socket::new(buffer(RECEIVE_LEN), buffer(SEND_LEN));
-    // An answer is written at once, so its last segment has nothing to wait for.
+    // A response is written in one piece, so its last segment need not wait for more data.
     socket.set_nagle_enabled(false);
     socket.listen(port).expect("a new socket can listen on any port but 0");
     socket
@@ -39,29 +40,29 @@ pub(crate) fn listener(port: u16) -> Socket<'static> {
 impl Connection {
     /// A connection whose first segment arrives at `now`.
     pub(crate) fn new(handle: SocketHandle, now: Duration) -> Connection {
-        Connection { handle, session: Session::default(), moved: now, on_the_way: 0 }
+        Connection { handle, session: Session::new(), last_progress: now, in_flight: 0 }
     }
 
-    /// When it is dropped if nothing moves.
+    /// When the connection is dropped without further progress.
     pub(crate) fn deadline(&self) -> Duration {
-        self.moved + PATIENCE
+        self.last_progress + STALL_TIMEOUT
     }
 
-    /// Since when nothing moved.
-    pub(crate) fn moved(&self) -> Duration {
-        self.moved
+    /// Time of the last progress.
+    pub(crate) fn last_progress(&self) -> Duration {
+        self.last_progress
     }
 
-    /// Bytes that it holds besides its buffers.
+    /// Bytes that the session stores, without the buffers of the socket.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn held(&self) -> usize {
         self.session.held()
     }
 
-    /// Moves what can be moved.
-    pub(crate) fn pump(&mut self, sockets: &mut SocketSet<'_>, service: &Service, now: Duration) {
+    /// Moves bytes between socket and session until neither can continue.
+    pub(crate) fn process(&mut self, sockets: &mut SocketSet<'_>, service: &Service, now: Duration) {
         let socket: &mut Socket<'_> = sockets.get_mut(self.handle);
-        let mut moved = false;
+        let mut has_progress = false;
         loop {
             while !self.session.output().is_empty() && socket.can_send() {
                 let Ok(len) = socket.send_slice(self.session.output()) else { break };
@@ -74,17 +75,17 @@ impl Connection {
                 socket.close();
             }
             let session = &mut self.session;
-            let taken = socket.recv(|bytes| {
-                let taken = session.take(bytes, |request| {
-                    moved = true;
-                    service.answer(request, now)
+            let consumed = socket.recv(|bytes| {
+                let consumed = session.consume(bytes, |request| {
+                    has_progress = true;
+                    service.respond(request, now)
                 });
-                (taken, taken)
+                (consumed, consumed)
             });
-            match taken {
+            match consumed {
                 Ok(0) => break,
                 Ok(_) => {}
-                // The guest has said all that it will.
+                // The guest has closed its direction.
                 Err(_) => {
                     if socket.state() == State::CloseWait {
                         socket.close();
@@ -93,23 +94,23 @@ impl Connection {
                 }
             }
         }
-        let on_the_way = socket.send_queue() + self.session.output().len();
-        if moved || on_the_way < self.on_the_way {
-            self.moved = now;
+        let in_flight = socket.send_queue() + self.session.output().len();
+        if has_progress || in_flight < self.in_flight {
+            self.last_progress = now;
         }
-        self.on_the_way = on_the_way;
+        self.in_flight = in_flight;
     }
 
-    /// Ends it if its deadline has come: in order if it only was idle, otherwise at once.
+    /// Ends the connection after its deadline: with a FIN if it was idle, otherwise with a reset.
     pub(crate) fn expire(&mut self, sockets: &mut SocketSet<'_>, now: Duration) {
         if now < self.deadline() {
             return;
         }
         let socket: &mut Socket<'_> = sockets.get_mut(self.handle);
-        if socket.state() == State::Established && self.on_the_way == 0 && self.session.is_idle() {
+        if socket.state() == State::Established && self.in_flight == 0 && self.session.is_idle() {
             socket.close();
-            // It gets as long again to say goodbye.
-            self.moved = now;
+            // The guest has the same time again to close its direction.
+            self.last_progress = now;
         } else {
             socket.abort();
         }

@@ -1,7 +1,7 @@
-//! Ethernet and ARP: what is for the service, and to whom its answers go.
+//! Ethernet and ARP: which frames are for the service, and where its responses go.
 //!
-//! An answer goes to the hardware address that its question came from. So there is nothing to resolve: no ARP request is ever
-//! sent to a guest, and it may have any address in any network, or several.
+//! A response goes to the MAC address from which the guest's last packet came. So the service never
+//! sends ARP requests, and a guest may have any IP address in any network, or several.
 
 use std::net::Ipv4Addr;
 
@@ -10,18 +10,19 @@ use smoltcp::wire::{
     IpProtocol, Ipv4Packet,
 };
 
-/// The service's hardware address, in every microVM.
+/// MAC address of the service, the same in every microVM.
 pub(crate) const SERVICE_MAC: EthernetAddress = EthernetAddress([0x06, 0x01, 0x23, 0x45, 0x67, 0x01]);
 
-/// Bytes of an Ethernet header without a VLAN tag.
+/// Length of an Ethernet header without VLAN tag, in bytes.
 pub(crate) const ETHERNET_LEN: usize = EthernetFrame::<&[u8]>::header_len();
 
-/// Whether the frame that begins with `head` is one that `service` is to answer: an ARP request for it, or a TCP segment to it.
+/// Whether a frame that starts with `head` is for `service`: an ARP request for its address, or a
+/// TCP segment to it.
 pub(crate) fn wants(head: &[u8], service: Ipv4Addr) -> bool {
     let Ok(frame) = EthernetFrame::new_checked(head) else { return false };
     match frame.ethertype() {
         EthernetProtocol::Ipv4 => {
-            // There may be no more than the first bytes, so nothing is checked yet but what is looked at.
+            // `head` may be only the first bytes of the frame, so only the fields used are checked.
             let packet = Ipv4Packet::new_unchecked(frame.payload());
             frame.payload().len() >= 20
                 && packet.version() == 4
@@ -33,7 +34,7 @@ pub(crate) fn wants(head: &[u8], service: Ipv4Addr) -> bool {
     }
 }
 
-/// Who asks, with which hardware address, and for whom.
+/// Sender IP, sender MAC and target IP of an ARP request.
 pub(crate) fn arp_request(frame: &EthernetFrame<&[u8]>) -> Option<(Ipv4Addr, EthernetAddress, Ipv4Addr)> {
     let packet = ArpPacket::new_checked(frame.payload()).ok()?;
     match ArpRepr::parse(&packet).ok()? {
@@ -48,21 +49,21 @@ pub(crate) fn arp_request(frame: &EthernetFrame<&[u8]>) -> Option<(Ipv4Addr, Eth
     }
 }
 
-/// The frame that says that `service` is here.
-pub(crate) fn arp_reply(service: Ipv4Addr, asker: Ipv4Addr, asker_mac: EthernetAddress) -> Vec<u8> {
+/// The frame of an ARP reply from `service`.
+pub(crate) fn arp_reply(service: Ipv4Addr, sender: Ipv4Addr, sender_mac: EthernetAddress) -> Vec<u8> {
     let reply = ArpRepr::EthernetIpv4 {
         operation: ArpOperation::Reply,
         source_hardware_addr: SERVICE_MAC,
         source_protocol_addr: service,
-        target_hardware_addr: asker_mac,
-        target_protocol_addr: asker,
+        target_hardware_addr: sender_mac,
+        target_protocol_addr: sender,
     };
-    let mut frame = frame(asker_mac, EthernetProtocol::Arp, reply.buffer_len());
+    let mut frame = frame(sender_mac, EthernetProtocol::Arp, reply.buffer_len());
     reply.emit(&mut ArpPacket::new_unchecked(&mut frame[ETHERNET_LEN..]));
     frame
 }
 
-/// A frame from the service with room for `len` bytes.
+/// A frame from the service with `len` bytes of payload, all zero.
 pub(crate) fn frame(to: EthernetAddress, ethertype: EthernetProtocol, len: usize) -> Vec<u8> {
     let mut frame = vec![0; ETHERNET_LEN + len];
     EthernetRepr { src_addr: SERVICE_MAC, dst_addr: to, ethertype }
@@ -70,26 +71,29 @@ pub(crate) fn frame(to: EthernetAddress, ethertype: EthernetProtocol, len: usize
     frame
 }
 
-/// Which hardware address last spoke for which address: a bounded number of them, the ones that spoke last.
+/// Neighbor table: MAC addresses by IP address, most recently seen first. Bounded; the entry seen
+/// least recently is dropped.
 #[derive(Debug, Default)]
-pub(crate) struct Peers(Vec<(Ipv4Addr, EthernetAddress)>);
+pub(crate) struct Neighbors(Vec<(Ipv4Addr, EthernetAddress)>);
 
-impl Peers {
-    /// Enough for a guest with an address per connection.
+impl Neighbors {
+    /// Most entries. Enough for a guest with one IP address per connection.
     pub(crate) const MAX: usize = 64;
 
+    /// Adds or refreshes an entry.
     pub(crate) fn learn(&mut self, address: Ipv4Addr, mac: EthernetAddress) {
         match self.0.iter().position(|(known, _)| *known == address) {
-            // Nearly always.
+            // The common case.
             Some(0) => self.0[0].1 = mac,
             at => {
                 at.map(|at| self.0.remove(at));
-                self.0.truncate(Peers::MAX - 1);
+                self.0.truncate(Neighbors::MAX - 1);
                 self.0.insert(0, (address, mac));
             }
         }
     }
 
+    /// The MAC address of an IP address.
     pub(crate) fn find(&self, address: Ipv4Addr) -> Option<EthernetAddress> {
         self.0.iter().find(|(known, _)| *known == address).map(|(_, mac)| *mac)
     }
@@ -125,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn only_arp_requests_and_tcp_segments_for_the_service_are_wanted() {
+    fn only_arp_requests_and_tcp_for_the_service_are_wanted() {
         let other = Ipv4Addr::new(169, 254, 169, 253);
         for (frame, wanted) in [
             (arp(ArpOperation::Request, SERVICE), true),
@@ -145,11 +149,11 @@ mod tests {
     }
 
     #[test]
-    fn an_arp_reply_names_the_service_to_who_asked() {
+    fn arp_reply_goes_to_the_sender_of_the_request() {
         let question = arp(ArpOperation::Request, SERVICE);
         let question = EthernetFrame::new_checked(&question[..]).unwrap();
-        let (asker, mac, target) = arp_request(&question).unwrap();
-        let reply = arp_reply(target, asker, mac);
+        let (sender, mac, target) = arp_request(&question).unwrap();
+        let reply = arp_reply(target, sender, mac);
         let reply = EthernetFrame::new_checked(&reply[..]).unwrap();
         assert_eq!((reply.dst_addr(), reply.src_addr()), (GUEST_MAC, SERVICE_MAC));
         let packet = ArpPacket::new_checked(reply.payload()).unwrap();
@@ -166,21 +170,21 @@ mod tests {
     }
 
     #[test]
-    fn the_peers_that_spoke_last_are_known() {
-        let mut peers = Peers::default();
+    fn neighbors_seen_last_are_kept() {
+        let mut neighbors = Neighbors::default();
         let address = |n: usize| Ipv4Addr::from(n as u32);
         let mac = |n: usize| EthernetAddress([0, 0, 0, 0, 0, n as u8]);
-        for n in 0..Peers::MAX {
-            peers.learn(address(n), mac(n));
+        for n in 0..Neighbors::MAX {
+            neighbors.learn(address(n), mac(n));
         }
-        peers.learn(address(0), mac(100));
-        peers.learn(address(1000), mac(101));
-        assert_eq!(peers.find(address(0)), Some(mac(100)));
-        assert_eq!(peers.find(address(1)), None, "it was silent longest");
+        neighbors.learn(address(0), mac(100));
+        neighbors.learn(address(1000), mac(101));
+        assert_eq!(neighbors.find(address(0)), Some(mac(100)));
+        assert_eq!(neighbors.find(address(1)), None, "it was seen least recently");
         assert_eq!(
-            (2..Peers::MAX).filter(|n| peers.find(address(*n)) == Some(mac(*n))).count(),
-            Peers::MAX - 2
+            (2..Neighbors::MAX).filter(|n| neighbors.find(address(*n)) == Some(mac(*n))).count(),
+            Neighbors::MAX - 2
         );
-        assert_eq!(peers.0.len(), Peers::MAX);
+        assert_eq!(neighbors.0.len(), Neighbors::MAX);
     }
 }

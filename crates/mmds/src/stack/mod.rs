@@ -1,16 +1,19 @@
-//! One interface's network: frames of a guest in, frames for it out.
+//! The network stack of one interface: frames from the guest in, frames to the guest out.
 //!
-//! Whoever owns the interface calls, from one thread at a time: [`wants`](Stack::wants) for each frame of the guest's,
-//! [`push`](Stack::push) with those that it wants, then [`pop`](Stack::pop) until there is no more, and again when
-//! [`deadline`](Stack::deadline) has come. Time is any that goes on evenly, the same for all stacks of a service.
+//! The network device calls, from one thread at a time:
 //!
-//! Ethernet and ARP are ours ([`link`]): a few lines, by which an answer goes back to where its question came from. IPv4 and TCP are
-//! `smoltcp`'s. There is no socket that waits for connections: one is made for each first segment that arrives while there is room, so
-//! an interface whose guest never asks costs next to nothing.
+//! - [`wants`](Stack::wants) for each frame of the guest, and [`push`](Stack::push) if it is true;
+//! - then [`pop`](Stack::pop) until it returns false, and again at [`deadline`](Stack::deadline).
+//!
+//! Time is any monotonic clock, the same for all stacks of a service.
+//!
+//! Ethernet and ARP are in [`link`]; `smoltcp` does IPv4 and TCP. No socket listens permanently.
+//! The first segment of a connection creates a socket, if a slot is free. So the memory of an
+//! interface whose guest never connects is next to nothing.
 
 mod connection;
+mod device;
 mod link;
-mod wire;
 
 #[cfg(any(test, feature = "testing"))]
 pub(crate) mod testing;
@@ -33,60 +36,83 @@ use smoltcp::wire::{
 use crate::http;
 use crate::service::Service;
 use connection::{Connection, listener};
-use wire::Wire;
+use device::PacketDevice;
 
 /// Most connections of one interface at a time.
 pub const MAX_CONNECTIONS: usize = 30;
 
-/// How long a connection is safe from being dropped for a new one when there are [`MAX_CONNECTIONS`].
-pub const GRACE: Duration = Duration::from_secs(1);
+/// Time without progress after which a connection may be dropped for a new one, if there are
+/// [`MAX_CONNECTIONS`].
+pub const EVICTION_AGE: Duration = Duration::from_secs(1);
 
-/// The service's port.
+/// TCP port of the service.
 const PORT: u16 = 80;
 
-/// The smallest MTU that IPv4 allows a network to have.
+/// Smallest MTU that IPv4 allows.
 const MIN_MTU: u16 = 68;
-/// Larger packets bring nothing here.
+/// Largest MTU used: larger packets have no benefit here.
 const MAX_MTU: u16 = 1500;
 
-/// One interface's way to the service.
+/// Network stack of one interface, with its connections to the service.
 pub struct Stack {
     service: Arc<Service>,
     address: Ipv4Addr,
-    wire: Wire,
+    device: PacketDevice,
     interface: Interface,
     sockets: SocketSet<'static>,
     connections: Vec<Connection>,
 }
 
-/// A guest's segment, as far as it matters before it is taken in.
+/// The fields of a TCP segment that matter before `smoltcp` processes it.
 struct Segment {
     from: IpEndpoint,
-    /// Whether it asks for a new connection to the service's port.
+    /// Whether the segment opens a connection to the service.
     opens: bool,
 }
 
 impl Stack {
-    /// The way to `service` through an interface of this `mtu`. `seed` is random; sequence numbers come of it.
-    pub fn new(service: Arc<Service>, mtu: u16, seed: u64, now: Duration) -> Stack {
-        let address = service.config().address();
-        let mtu = mtu.clamp(MIN_MTU, MAX_MTU);
-        let mut wire = Wire::new(mtu.into(), Arc::clone(&service));
-        let mut config = Config::new(HardwareAddress::Ip);
-        config.random_seed = seed;
-        let mut interface = Interface::new(config, &mut wire, instant(now));
-        interface.update_ip_addrs(|addresses| {
-            addresses.push(IpCidr::new(address.into(), 32)).expect("there is room for one address");
-        });
-        Stack { service, address, wire, interface, sockets: SocketSet::new(vec![]), connections: Vec::new() }
+    /// The stack of a network interface, if its guest reaches `service` through it.
+    pub fn for_interface(
+        service: &Arc<Service>,
+        iface_id: &str,
+        mtu: Option<u16>,
+        now: Duration,
+    ) -> Option<Stack> {
+        if !service.config().network_interfaces.iter().any(|id| id == iface_id) {
+            return None;
+        }
+        Some(Stack::new(Arc::clone(service), mtu.unwrap_or(u16::MAX), service.new_seed(), now))
     }
 
-    /// Whether the frame that begins with `head` is for the service. The headers of Ethernet and of ARP or IPv4 are enough.
+    /// The stack of an interface with this `mtu`. `seed` is random; TCP sequence numbers derive
+    /// from it.
+    pub(crate) fn new(service: Arc<Service>, mtu: u16, seed: u64, now: Duration) -> Stack {
+        let address = service.config().address();
+        let mtu = mtu.clamp(MIN_MTU, MAX_MTU);
+        let mut device = PacketDevice::new(mtu.into(), Arc::clone(&service));
+        let mut config = Config::new(HardwareAddress::Ip);
+        config.random_seed = seed;
+        let mut interface = Interface::new(config, &mut device, instant(now));
+        interface.update_ip_addrs(|addresses| {
+            addresses.push(IpCidr::new(address.into(), 32)).expect("there is space for one address");
+        });
+        Stack {
+            service,
+            address,
+            device,
+            interface,
+            sockets: SocketSet::new(vec![]),
+            connections: Vec::new(),
+        }
+    }
+
+    /// Whether the frame that starts with `head` is for the service. The headers of Ethernet and of
+    /// ARP or IPv4 suffice.
     pub fn wants(&self, head: &[u8]) -> bool {
         link::wants(head, self.address)
     }
 
-    /// Takes a frame that it wants, sent at `now`.
+    /// Receives a frame for which [`wants`](Stack::wants) is true.
     pub fn push(&mut self, frame: &[u8], now: Duration) {
         let stats = self.service.stats();
         stats.rx_count.add(1);
@@ -95,24 +121,24 @@ impl Stack {
             return;
         };
         stats.rx_accepted.add(1);
-        // While nothing more can be said, nothing is heard: a network loses frames too.
-        if !frame.src_addr().is_unicast() || !self.wire.has_room() {
+        // Without space for a reply, the frame is dropped. A network may drop frames.
+        if !frame.src_addr().is_unicast() || !self.device.has_space() {
             stats.rx_accepted_err.add(1);
             return;
         }
         match frame.ethertype() {
-            EthernetProtocol::Arp => self.answer_arp(&frame),
-            EthernetProtocol::Ipv4 => self.take_packet(&frame, now),
+            EthernetProtocol::Arp => self.reply_to_arp(&frame),
+            EthernetProtocol::Ipv4 => self.process_packet(&frame, now),
             _ => stats.rx_accepted_unusual.add(1),
         }
     }
 
-    /// Writes the next frame for the guest to `frame`, which is empty, and says whether there was one.
+    /// Appends the next frame for the guest to `frame`, which is empty. False if there is none.
     pub fn pop(&mut self, frame: &mut Vec<u8>, now: Duration) -> bool {
-        if self.wire.frames.is_empty() {
-            self.advance(now);
+        if self.device.frames.is_empty() {
+            self.poll(now);
         }
-        let Some(next) = self.wire.frames.pop_front() else { return false };
+        let Some(next) = self.device.frames.pop_front() else { return false };
         let stats = self.service.stats();
         stats.tx_frames.add(1);
         stats.tx_bytes.add(next.len() as u64);
@@ -120,10 +146,11 @@ impl Stack {
         true
     }
 
-    /// When [`pop`](Stack::pop) is to be called even if nothing happens before.
+    /// When to call [`pop`](Stack::pop) even without a new frame. `None` if no timer is pending, or
+    /// if frames wait for the guest to receive them.
     pub fn deadline(&mut self, now: Duration) -> Option<Duration> {
-        // What waits for the guest holds everything else up.
-        if !self.wire.frames.is_empty() {
+        // Nothing continues before the guest receives the queued frames.
+        if !self.device.frames.is_empty() {
             return None;
         }
         let tcp = self.interface.poll_at(instant(now), &self.sockets);
@@ -132,20 +159,20 @@ impl Stack {
         [tcp, stalled].into_iter().flatten().min()
     }
 
-    /// Forgets all connections and what was to be sent on them.
+    /// Drops all connections and queued frames.
     pub fn reset(&mut self) {
         self.service.stats().connections_destroyed.add(self.connections.len() as u64);
         self.connections.clear();
         self.sockets = SocketSet::new(vec![]);
-        self.wire.frames.clear();
+        self.device.frames.clear();
     }
 
-    /// Asserts that it holds no more than it may.
+    /// Asserts that everything is within its bounds.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn check_bounds(&self) {
         assert!(self.connections.len() <= MAX_CONNECTIONS);
         assert_eq!(self.sockets.iter().count(), self.connections.len());
-        assert!(self.wire.frames.len() <= wire::MAX_FRAMES);
+        assert!(self.device.frames.len() <= device::MAX_FRAMES);
         let most = http::MAX_HEAD + 30_000;
         assert!(self.connections.iter().all(|connection| connection.held() <= most));
     }
@@ -155,27 +182,27 @@ impl Stack {
         self.connections.len()
     }
 
-    fn answer_arp(&mut self, frame: &EthernetFrame<&[u8]>) {
+    fn reply_to_arp(&mut self, frame: &EthernetFrame<&[u8]>) {
         match link::arp_request(frame) {
             Some((asker, mac, target))
                 if target == self.address && asker != self.address && mac.is_unicast() =>
             {
-                self.wire.frames.push_back(link::arp_reply(self.address, asker, mac));
+                self.device.frames.push_back(link::arp_reply(self.address, asker, mac));
             }
             _ => self.service.stats().rx_accepted_err.add(1),
         }
     }
 
-    fn take_packet(&mut self, frame: &EthernetFrame<&[u8]>, now: Duration) {
+    fn process_packet(&mut self, frame: &EthernetFrame<&[u8]>, now: Duration) {
         let Some(segment) = self.inspect(frame.payload()) else { return };
         let IpAddress::Ipv4(address) = segment.from.addr;
-        self.wire.peers.learn(address, frame.src_addr());
-        self.reap();
+        self.device.neighbors.learn(address, frame.src_addr());
+        self.remove_closed();
         let known = self.connections.iter().position(|c| self.peer(c.handle) == Some(segment.from));
-        let opened = (segment.opens && self.make_room(known, now)).then(|| self.sockets.add(listener(PORT)));
-        self.wire.packet = Some(frame.payload().to_vec());
-        self.interface.poll_ingress_single(instant(now), &mut self.wire, &mut self.sockets);
-        self.wire.packet = None;
+        let opened = (segment.opens && self.free_slot(known, now)).then(|| self.sockets.add(listener(PORT)));
+        self.device.packet = Some(frame.payload().to_vec());
+        self.interface.poll_ingress_single(instant(now), &mut self.device, &mut self.sockets);
+        self.device.packet = None;
         if let Some(handle) = opened {
             if self.socket(handle).is_listening() {
                 self.sockets.remove(handle);
@@ -184,17 +211,18 @@ impl Stack {
                 self.connections.push(Connection::new(handle, now));
             }
         }
-        self.pump(now);
+        self.process_connections(now);
     }
 
-    /// What the packet is; none if it is to be dropped, which is counted.
+    /// Parses a packet; none if it must be dropped, which is counted.
     fn inspect(&self, packet: &[u8]) -> Option<Segment> {
         let stats = self.service.stats();
         let Ok(ip) = Ipv4Packet::new_checked(packet) else {
             stats.rx_accepted_err.add(1);
             return None;
         };
-        // No guest has a reason to cut such small packets. (What is not TCP nobody wanted.)
+        // No guest needs to fragment packets this small. Packets other than TCP to the service are
+        // not wanted.
         let is_fragment = ip.more_frags() || ip.frag_offset() != 0;
         if is_fragment || ip.next_header() != IpProtocol::Tcp || ip.dst_addr() != self.address {
             stats.rx_accepted_unusual.add(1);
@@ -210,76 +238,78 @@ impl Stack {
         }
         let is_ours = tcp.dst_port() == PORT;
         if !is_ours {
-            // TCP answers that nobody is there.
+            // smoltcp responds with a reset.
             stats.rx_accepted_unusual.add(1);
         }
         let opens = is_ours && tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin();
         Some(Segment { from: IpEndpoint::new(ip.src_addr().into(), tcp.src_port()), opens })
     }
 
-    /// Whether there can be a new connection, with the one at `known` gone that has the same ends.
-    fn make_room(&mut self, known: Option<usize>, now: Duration) -> bool {
+    /// Frees a slot for a new connection if necessary. Returns whether there is one. `known` is an
+    /// old connection with the same addresses and ports.
+    fn free_slot(&mut self, known: Option<usize>, now: Duration) -> bool {
         if let Some(at) = known {
-            // Only what is over may begin anew; otherwise it is the same segment once more, and TCP knows what to do.
-            let over = self.socket(self.connections[at].handle).state() == State::TimeWait;
-            if over {
+            // Only a connection in TIME-WAIT can be replaced. Otherwise the segment is a duplicate,
+            // which smoltcp handles.
+            let is_over = self.socket(self.connections[at].handle).state() == State::TimeWait;
+            if is_over {
                 self.remove(at);
             }
-            return over;
+            return is_over;
         }
         if self.connections.len() < MAX_CONNECTIONS {
             return true;
         }
-        let over = |c: &Connection| self.socket(c.handle).state() == State::TimeWait;
-        let stalest = (0..self.connections.len()).min_by_key(|at| {
+        let is_over = |c: &Connection| self.socket(c.handle).state() == State::TimeWait;
+        let oldest = (0..self.connections.len()).min_by_key(|at| {
             let connection = &self.connections[*at];
-            (!over(connection), connection.moved())
+            (!is_over(connection), connection.last_progress())
         });
-        let Some(at) = stalest else { return false };
+        let Some(at) = oldest else { return false };
         let victim = &self.connections[at];
-        if !over(victim) && now.saturating_sub(victim.moved()) < GRACE {
+        if !is_over(victim) && now.saturating_sub(victim.last_progress()) < EVICTION_AGE {
             return false;
         }
         let handle = victim.handle;
         self.sockets.get_mut::<Socket<'_>>(handle).abort();
-        // Its guest is told, if there is room.
-        self.interface.poll_egress(instant(now), &mut self.wire, &mut self.sockets);
+        // Sends the reset if there is space.
+        self.interface.poll_egress(instant(now), &mut self.device, &mut self.sockets);
         self.remove(at);
         true
     }
 
-    /// Does what time and the guest's room allow: at most until as many frames wait as may.
-    fn advance(&mut self, now: Duration) {
+    /// Handles timers and sends until there is nothing to send or the frame queue is full.
+    fn poll(&mut self, now: Duration) {
         for connection in &mut self.connections {
             connection.expire(&mut self.sockets, now);
         }
-        while self.wire.has_room() {
-            self.pump(now);
-            let polled = self.interface.poll_egress(instant(now), &mut self.wire, &mut self.sockets);
+        while self.device.has_space() {
+            self.process_connections(now);
+            let polled = self.interface.poll_egress(instant(now), &mut self.device, &mut self.sockets);
             if polled == PollResult::None {
                 break;
             }
         }
-        self.reap();
-        if !self.wire.frames.is_empty() {
+        self.remove_closed();
+        if !self.device.frames.is_empty() {
             self.service.stats().tx_count.add(1);
         }
     }
 
-    fn pump(&mut self, now: Duration) {
+    fn process_connections(&mut self, now: Duration) {
         for connection in &mut self.connections {
-            connection.pump(&mut self.sockets, &self.service, now);
+            connection.process(&mut self.sockets, &self.service, now);
         }
     }
 
-    /// Drops the connections that are over.
-    fn reap(&mut self) {
+    /// Removes closed connections.
+    fn remove_closed(&mut self) {
         for at in (0..self.connections.len()).rev() {
             let socket = self.socket(self.connections[at].handle);
-            // One that was cut off is closed and has its end left until that has been said. One whose guest took its first segment back
-            // listens again, as it did before that.
-            let is_over = socket.state() == State::Closed && socket.remote_endpoint().is_none();
-            if is_over || socket.is_listening() {
+            // An aborted socket keeps its remote endpoint until its reset is sent. A socket whose
+            // guest resets it before the handshake completes listens again.
+            let is_closed = socket.state() == State::Closed && socket.remote_endpoint().is_none();
+            if is_closed || socket.is_listening() {
                 self.remove(at);
             }
         }

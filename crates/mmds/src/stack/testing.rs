@@ -1,4 +1,4 @@
-//! The guest's side, for tests and the fuzzer: a network stack that asks, and segments made by hand.
+//! The guest's side for tests and the fuzzer: a network stack as client, and raw TCP segments.
 
 #![cfg_attr(not(test), allow(dead_code, reason = "the fuzzer uses a part of it"))]
 
@@ -39,19 +39,19 @@ pub(crate) fn service(version: MmdsVersion, contents: Value) -> Arc<Service> {
     Service::new(config, store, "vm", &[1; 32])
 }
 
-/// What becomes of a frame on its way.
+/// What the simulated cable does with a frame.
 pub(crate) enum Fate {
-    Arrives,
+    Delivered,
     Lost,
-    Twice,
-    /// It arrives behind the next one.
-    Late,
+    Duplicated,
+    /// Delivered after the next frame.
+    Delayed,
 }
 
-/// A guest with a network stack of its own, and the cable between it and the service.
+/// A guest with its own network stack, and the cable between it and the service.
 pub(crate) struct Guest {
     interface: Interface,
-    card: Card,
+    nic: GuestNic,
     pub(crate) sockets: SocketSet<'static>,
     pub(crate) stack: Stack,
     pub(crate) now: Duration,
@@ -61,13 +61,13 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn new(service: &Arc<Service>, address: Ipv4Addr, mtu: usize) -> Guest {
         let now = Duration::from_secs(1000);
-        let mut card = Card { mtu, received: VecDeque::new(), sent: VecDeque::new() };
+        let mut nic = GuestNic { mtu, received: VecDeque::new(), sent: VecDeque::new() };
         let mut config = Config::new(GUEST_MAC.into());
         config.random_seed = 42;
-        let mut interface = Interface::new(config, &mut card, instant(now));
+        let mut interface = Interface::new(config, &mut nic, instant(now));
         interface.update_ip_addrs(|a| a.push(IpCidr::new(address.into(), 0)).unwrap());
         let stack = Stack::new(Arc::clone(service), mtu as u16, 7, now);
-        Guest { interface, card, sockets: SocketSet::new(vec![]), stack, now, next_port: 40000 }
+        Guest { interface, nic, sockets: SocketSet::new(vec![]), stack, now, next_port: 40000 }
     }
 
     pub(crate) fn connect(&mut self) -> SocketHandle {
@@ -90,74 +90,74 @@ impl Guest {
         self.socket(handle).state()
     }
 
-    /// Lets a millisecond pass, in which each frame has its fate.
+    /// Advances the time by a millisecond and transfers frames in both directions.
     pub(crate) fn step(&mut self, mut fate: impl FnMut() -> Fate) {
         self.now += Duration::from_millis(1);
-        self.interface.poll(instant(self.now), &mut self.card, &mut self.sockets);
-        for frame in cable(self.card.sent.drain(..), &mut fate) {
+        self.interface.poll(instant(self.now), &mut self.nic, &mut self.sockets);
+        for frame in transmit(self.nic.sent.drain(..), &mut fate) {
             if self.stack.wants(&frame[..frame.len().min(64)]) {
                 self.stack.push(&frame, self.now);
             }
         }
         let (mut frames, mut frame) = (Vec::new(), Vec::new());
         while self.stack.pop(&mut frame, self.now) {
-            assert!(frame.len() <= self.card.mtu + 14, "{}", frame.len());
+            assert!(frame.len() <= self.nic.mtu + 14, "{}", frame.len());
             frames.push(std::mem::take(&mut frame));
         }
-        self.card.received.extend(cable(frames.into_iter(), &mut fate));
+        self.nic.received.extend(transmit(frames.into_iter(), &mut fate));
     }
 
-    /// Steps until `done`, or panics when so much time has passed.
+    /// Steps until `done`; panics after `limit`.
     pub(crate) fn until(&mut self, limit: Duration, mut done: impl FnMut(&mut Guest) -> bool) {
         let end = self.now + limit;
         while !done(self) {
-            assert!(self.now < end, "it did not happen within {limit:?}");
-            self.step(|| Fate::Arrives);
+            assert!(self.now < end, "not done within {limit:?}");
+            self.step(|| Fate::Delivered);
         }
     }
 
     /// Sends a request on a new connection and reads until the service closes it.
-    pub(crate) fn ask(&mut self, request: &str) -> String {
-        self.ask_with(request, || Fate::Arrives, |_| false)
+    pub(crate) fn request(&mut self, request: &str) -> String {
+        self.request_over(request, || Fate::Delivered, |_| false)
     }
 
-    /// Over a bad cable; reads until the answer is whole or the service closes the connection.
-    pub(crate) fn ask_with(
+    /// The same over a bad cable. Reads until `is_whole` or the service closes the connection.
+    pub(crate) fn request_over(
         &mut self,
         request: &str,
         mut fate: impl FnMut() -> Fate,
         is_whole: impl Fn(&[u8]) -> bool,
     ) -> String {
         let handle = self.connect();
-        let (mut rest, mut answer) = (request.as_bytes(), Vec::new());
+        let (mut rest, mut response) = (request.as_bytes(), Vec::new());
         let end = self.now + Duration::from_mins(10);
         loop {
-            assert!(self.now < end, "no end of the answer: {} bytes so far", answer.len());
+            assert!(self.now < end, "the response has no end: {} bytes so far", response.len());
             self.step(&mut fate);
             let socket = self.socket(handle);
             if socket.can_send() && !rest.is_empty() {
                 rest = &rest[socket.send_slice(rest).unwrap()..];
             }
             while socket.can_recv() {
-                socket.recv(|bytes| (bytes.len(), answer.extend_from_slice(bytes))).unwrap();
+                socket.recv(|bytes| (bytes.len(), response.extend_from_slice(bytes))).unwrap();
             }
             let is_open = socket.may_recv() || matches!(socket.state(), State::SynSent | State::SynReceived);
-            if !is_open || is_whole(&answer) {
+            if !is_open || is_whole(&response) {
                 socket.close();
-                return String::from_utf8(answer).unwrap();
+                return String::from_utf8(response).unwrap();
             }
         }
     }
 }
 
-fn cable(frames: impl Iterator<Item = Vec<u8>>, fate: &mut impl FnMut() -> Fate) -> Vec<Vec<u8>> {
+fn transmit(frames: impl Iterator<Item = Vec<u8>>, fate: &mut impl FnMut() -> Fate) -> Vec<Vec<u8>> {
     let (mut out, mut late) = (Vec::new(), None);
     for frame in frames {
         match fate() {
             Fate::Lost => {}
-            Fate::Twice => out.extend([frame.clone(), frame]),
-            Fate::Arrives => out.push(frame),
-            Fate::Late => {
+            Fate::Duplicated => out.extend([frame.clone(), frame]),
+            Fate::Delivered => out.push(frame),
+            Fate::Delayed => {
                 out.extend(late.replace(frame));
                 continue;
             }
@@ -168,14 +168,14 @@ fn cable(frames: impl Iterator<Item = Vec<u8>>, fate: &mut impl FnMut() -> Fate)
     out
 }
 
-/// The guest's network card.
-struct Card {
+/// The guest's network device.
+struct GuestNic {
     mtu: usize,
     received: VecDeque<Vec<u8>>,
     sent: VecDeque<Vec<u8>>,
 }
 
-impl phy::Device for Card {
+impl phy::Device for GuestNic {
     type RxToken<'a> = Rx;
     type TxToken<'a> = Tx<'a>;
 
@@ -215,9 +215,9 @@ impl phy::TxToken for Tx<'_> {
     }
 }
 
-/// A segment made by hand.
+/// A TCP segment with any fields.
 #[derive(Debug, Clone)]
-pub(crate) struct ByHand<'a> {
+pub(crate) struct RawSegment<'a> {
     pub(crate) from: (Ipv4Addr, u16),
     pub(crate) to_port: u16,
     pub(crate) control: TcpControl,
@@ -230,9 +230,9 @@ pub(crate) struct ByHand<'a> {
     pub(crate) payload: &'a [u8],
 }
 
-impl Default for ByHand<'_> {
+impl Default for RawSegment<'_> {
     fn default() -> Self {
-        ByHand {
+        RawSegment {
             from: (GUEST, 50000),
             to_port: 80,
             control: TcpControl::None,
@@ -247,8 +247,8 @@ impl Default for ByHand<'_> {
     }
 }
 
-impl ByHand<'_> {
-    /// The frame; its TCP checksum is missing, as guests leave it to their device.
+impl RawSegment<'_> {
+    /// The frame of this segment. It has no TCP checksum, as guests offload it to their device.
     pub(crate) fn frame(&self) -> Vec<u8> {
         let tcp = TcpRepr {
             src_port: self.from.1,
@@ -284,9 +284,9 @@ impl ByHand<'_> {
     }
 }
 
-/// What the service says in TCP.
+/// A TCP segment from the service.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Said {
+pub(crate) struct SentSegment {
     pub(crate) to: (EthernetAddress, Ipv4Addr, u16),
     pub(crate) from_port: u16,
     pub(crate) control: TcpControl,
@@ -295,8 +295,8 @@ pub(crate) struct Said {
     pub(crate) payload: Vec<u8>,
 }
 
-/// Everything that the stack wants to say now; all of it is TCP with right checksums.
-pub(crate) fn said(stack: &mut Stack, now: Duration) -> Vec<Said> {
+/// All segments that the stack sends now. Asserts that they are TCP with valid checksums.
+pub(crate) fn sent_segments(stack: &mut Stack, now: Duration) -> Vec<SentSegment> {
     let (mut out, mut frame) = (Vec::new(), Vec::new());
     while stack.pop(&mut frame, now) {
         out.push(read(&frame));
@@ -305,7 +305,7 @@ pub(crate) fn said(stack: &mut Stack, now: Duration) -> Vec<Said> {
     out
 }
 
-pub(crate) fn read(frame: &[u8]) -> Said {
+pub(crate) fn read(frame: &[u8]) -> SentSegment {
     let ethernet = EthernetFrame::new_checked(frame).unwrap();
     assert_eq!(ethernet.src_addr(), link::SERVICE_MAC);
     assert_eq!(ethernet.ethertype(), EthernetProtocol::Ipv4);
@@ -315,7 +315,7 @@ pub(crate) fn read(frame: &[u8]) -> Said {
     assert_eq!(ip.src_addr, SERVICE);
     let tcp = TcpPacket::new_checked(packet.payload()).unwrap();
     let tcp = TcpRepr::parse(&tcp, &ip.src_addr.into(), &ip.dst_addr.into(), &checksums).unwrap();
-    Said {
+    SentSegment {
         to: (ethernet.dst_addr(), ip.dst_addr, tcp.dst_port),
         from_port: tcp.src_port,
         control: tcp.control,

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use super::{Input, MAX_ACTS, RAM_MIB, SIZE};
 use crate::testing::{Echo, FakeIoEventFds, TestWorker, WINDOW, reused_ram};
-use crate::transport::pci::{BAR_SIZE, MsiMessage, MsiVectors, PciRoot, PciTransport};
+use crate::transport::pci::{BAR_SIZE, MsiMessage, MsiVectors, PciRoot};
 use crate::transport::{Attachment, IoEventFds, NotifyMatch};
 
 /// Queues of the functions in slots 1, 2 and 3.
@@ -21,8 +21,8 @@ impl MsiVectors for NoVectors {
     fn trigger(&self, _: u16) {}
 }
 
-/// A hostile guest on a bus: configuration spaces by either way, BARs anywhere, also in one place. At the end it assigns them by the book,
-/// and each function is where it should be, with its kicks.
+/// A hostile guest on a bus: configuration spaces by either way, BARs anywhere, also in one place.
+/// At the end it assigns them by the book, and each function is where it should be, with its kicks.
 pub fn pci_bus(data: &[u8]) {
     let mut input = Input(data);
     let (mut worker, kernel) = (TestWorker::new(), Arc::<FakeIoEventFds>::default());
@@ -36,8 +36,8 @@ pub fn pci_bus(data: &[u8]) {
             memory: reused_ram(RAM_MIB),
             workers: worker.workers(),
         };
-        let function = PciTransport::new(attachment, bar(place), Box::new(NoVectors), &root)
-            .expect("a device can be attached");
+        let function =
+            root.new_function(attachment, bar(place), Box::new(NoVectors)).expect("a device can be attached");
         root.plug(None, Arc::new(Mutex::new(function))).expect("the slot is free");
     }
     for _ in 0..MAX_ACTS {

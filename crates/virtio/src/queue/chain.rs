@@ -5,19 +5,16 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use super::QueueError;
+use super::error::QueueError;
 
-/// The most descriptors that a chain may have, those of an indirect table included. (A driver keeps to the size of the queue, 2.7.5.3.1;
-/// this is the largest of them, for drivers that count an indirect table as one.)
-pub const MAX_CHAIN_LEN: usize = super::MAX_QUEUE_SIZE as usize;
-
-/// A chain that once was longer than this gives its memory back before it is used again.
+/// A chain that was longer than this frees its memory before it is reused.
 const KEPT_CAPACITY: usize = 160;
 
-/// The bytes of a buffer, for volatile access. Writes through it are counted as dirty pages of the monitor.
+/// The bytes of a buffer, for volatile access. Writes through it mark the pages dirty.
 pub type GuestSlice<'a> = VolatileSlice<'a, BS<'a, Option<AtomicBitmap>>>;
 
-/// Bytes in guest memory that lie in one region, as [`Queue::pop`](super::Queue::pop) checked. Never empty.
+/// A buffer in guest memory. It is not empty and lies in one region:
+/// [`Queue::pop`](super::Queue::pop) checked it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GuestBuffer {
     /// Guest-physical address.
@@ -27,10 +24,10 @@ pub struct GuestBuffer {
 }
 
 impl GuestBuffer {
-    /// The bytes in `ram`, which is the memory that the queue was made with (any other may answer with an error).
+    /// The bytes in `ram`, which must be the memory of the queue (other memory may give an error).
     ///
-    /// The slice stays valid as long as a clone of `ram` lives. Who lets the kernel write through its pointer marks the pages:
-    /// `slice.bitmap().mark_dirty(0, written)`.
+    /// The slice is valid as long as a clone of `ram` lives. A caller that lets the kernel write
+    /// through its pointer must mark the pages: `slice.bitmap().mark_dirty(0, written)`.
     pub fn slice<'a>(&self, ram: &'a GuestRam) -> Result<GuestSlice<'a>, QueueError> {
         ram.memory()
             .get_slice(GuestAddress(self.addr), self.len as usize)
@@ -38,45 +35,46 @@ impl GuestBuffer {
     }
 }
 
-/// A chain of descriptors that the driver made available: first the buffers to read, then the buffers to write.
+/// A chain of descriptors that the driver made available: first the buffers to read, then the
+/// buffers to write.
 ///
-/// Made once by the device and filled by [`Queue::pop`](super::Queue::pop) over and over.
+/// The device allocates it once; [`Queue::pop`](super::Queue::pop) fills it again and again.
 #[derive(Debug, Default)]
 pub struct Chain {
     head: u16,
     buffers: Vec<GuestBuffer>,
-    /// How many of `buffers` are readable.
+    /// The number of readable buffers; they come first.
     readable: usize,
     readable_len: u32,
     writable_len: u32,
-    /// Descriptors that it has, empty ones included.
+    /// The number of descriptors, empty ones included.
     descriptors: usize,
-    /// Whether a writable descriptor came.
+    /// A writable descriptor was added.
     writing: bool,
 }
 
 impl Chain {
-    /// An empty one.
+    /// An empty chain.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The index of its first descriptor: what [`Queue::add_used`](super::Queue::add_used) wants back.
+    /// The index of its first descriptor, for [`Queue::add_used`](super::Queue::add_used).
     pub fn head(&self) -> u16 {
         self.head
     }
 
-    /// What the driver gives to the device.
+    /// The buffers that the device reads.
     pub fn readable(&self) -> Buffers<'_> {
         Buffers { list: &self.buffers[..self.readable], skip: 0, len: self.readable_len }
     }
 
-    /// Where the device may write.
+    /// The buffers that the device may write.
     pub fn writable(&self) -> Buffers<'_> {
         Buffers { list: &self.buffers[self.readable..], skip: 0, len: self.writable_len }
     }
 
-    /// Begins a new chain.
+    /// Empties the chain and sets its head.
     pub(super) fn begin(&mut self, head: u16) {
         self.head = head;
         self.buffers.clear();
@@ -87,12 +85,12 @@ impl Chain {
         (self.descriptors, self.writing) = (0, false);
     }
 
-    /// How many descriptors it has.
+    /// The number of descriptors.
     pub(super) fn descriptors(&self) -> usize {
         self.descriptors
     }
 
-    /// Adds what one descriptor describes.
+    /// Adds the buffer of one descriptor.
     pub(super) fn push(&mut self, ram: &GuestRam, descriptor: Descriptor) -> Result<(), QueueError> {
         let (addr, len) = (descriptor.addr().0, descriptor.len());
         let sum = self.readable_len.checked_add(self.writable_len).and_then(|sum| sum.checked_add(len));
@@ -108,7 +106,7 @@ impl Chain {
         } else {
             self.readable_len += len;
         }
-        // An empty buffer is nowhere: its address may be anything.
+        // The address of an empty buffer means nothing.
         if len > 0 {
             if !ram.contains(addr, len.into()) {
                 return Err(QueueError::BufferOutsideRam { addr, len });
@@ -122,13 +120,13 @@ impl Chain {
     }
 }
 
-/// A range of bytes that is scattered over buffers in guest memory.
+/// A range of bytes in a list of buffers in guest memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Buffers<'a> {
     list: &'a [GuestBuffer],
-    /// Bytes of the first buffer that come before the range.
+    /// Bytes of the first buffer before the range.
     skip: u32,
-    /// Bytes in the range.
+    /// Length of the range in bytes.
     len: u32,
 }
 
@@ -138,24 +136,24 @@ impl<'a> Buffers<'a> {
         self.len
     }
 
-    /// Whether there are no bytes.
+    /// Whether the range is empty.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The buffers that the range covers, cut to it.
+    /// The buffers of the range; the first and the last are cut to it.
     pub fn iter(&self) -> impl Iterator<Item = GuestBuffer> + use<'a> {
         let (mut skip, mut left) = (self.skip, self.len);
         self.list.iter().map_while(move |buffer| {
             let len = (buffer.len - skip).min(left);
-            let part = GuestBuffer { addr: buffer.addr + u64::from(skip), len };
+            let area = GuestBuffer { addr: buffer.addr + u64::from(skip), len };
             left -= len;
             skip = 0;
-            (len > 0).then_some(part)
+            (len > 0).then_some(area)
         })
     }
 
-    /// The first `at` bytes and the rest; None if there are fewer.
+    /// Splits the range after `at` bytes. `None` if it is shorter.
     pub fn split_at(&self, at: u32) -> Option<(Buffers<'a>, Buffers<'a>)> {
         let rest = self.len.checked_sub(at)?;
         let first = Buffers { len: at, ..*self };
@@ -171,7 +169,8 @@ impl<'a> Buffers<'a> {
         Some((first, Buffers { list, skip: skip as u32, len: rest }))
     }
 
-    /// Copies the first bytes of the range to `data`. Returns how many: all of `data`, or all there are.
+    /// Copies from the start of the range to `data`. Returns the number of bytes: the shorter
+    /// length.
     pub fn read(&self, ram: &GuestRam, data: &mut [u8]) -> Result<usize, QueueError> {
         let mut done = 0;
         for buffer in self.iter() {
@@ -184,7 +183,7 @@ impl<'a> Buffers<'a> {
         Ok(done)
     }
 
-    /// Copies `data` to the first bytes of the range. Returns how many: all of `data`, or all there is room for.
+    /// Copies `data` to the start of the range. Returns the number of bytes: the shorter length.
     pub fn write(&self, ram: &GuestRam, data: &[u8]) -> Result<usize, QueueError> {
         let mut done = 0;
         for buffer in self.iter() {

@@ -1,80 +1,80 @@
-//! What can be wrong with a queue.
+//! Errors of a virtqueue.
 
-use super::MAX_CHAIN_LEN;
+use super::limits::MAX_CHAIN_LEN;
 
-/// How the driver broke the rules of a queue. The queue is dead from then on.
+/// How the driver broke the rules of a queue (2.7). The queue is dead from then on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
-    /// The size is not a power of two from 1 to what the device offers.
-    #[error("queue size {size} is not a power of two from 1 to {max}")]
+    /// The size is not a power of two, or larger than the device offers.
+    #[error("invalid queue size: {size}; a power of two from 1 to {max}")]
     Size {
-        /// What the driver chose.
+        /// The driver's size.
         size: u16,
-        /// What the device offers.
+        /// The largest size.
         max: u16,
     },
-    /// A ring or table is not aligned as 2.7 demands.
-    #[error("the {part} is at {addr:#x}, which is not a multiple of {align}")]
+    /// A ring or table is not aligned (2.7).
+    #[error("{area}: unaligned address: {addr:#x}; a multiple of {align}")]
     Unaligned {
         /// Which one.
-        part: &'static str,
+        area: &'static str,
         /// Where the driver put it.
         addr: u64,
-        /// What it must be a multiple of.
+        /// The alignment in bytes.
         align: u64,
     },
-    /// A ring or table is not all in RAM.
-    #[error("the {part} at {addr:#x} ({len} bytes) is not in guest memory")]
+    /// A ring or table is not in RAM, or in several regions.
+    #[error("{area}: not in guest memory: {len} bytes at {addr:#x}")]
     RingOutsideRam {
         /// Which one.
-        part: &'static str,
+        area: &'static str,
         /// Where the driver put it.
         addr: u64,
-        /// How long it is.
+        /// Its length in bytes.
         len: u64,
     },
-    /// More chains were made available than the queue has room for.
-    #[error("the available index jumped from {from} to {to} in a queue of {size}")]
+    /// More chains were made available than the queue has descriptors.
+    #[error("invalid available index: {to}, after {from}; the queue has {size} descriptors")]
     AvailableIndex {
-        /// Where the device was.
+        /// The device's index.
         from: u16,
-        /// What the driver wrote.
+        /// The driver's index.
         to: u16,
         /// Size of the queue.
         size: u16,
     },
     /// A chain was made available again before it was used.
-    #[error("chain {0} was made available while it is in flight")]
+    #[error("chain {0}: made available while in flight")]
     InFlight(u16),
     /// A descriptor's index is not in its table.
-    #[error("descriptor {index} is outside its table of {len}")]
+    #[error("invalid descriptor index: {index}; the table has {len} entries")]
     DescriptorIndex {
         /// The index.
         index: u32,
         /// Entries in the table.
         len: u32,
     },
-    /// A chain is longer than any may be, most likely because it goes in circles.
-    #[error("a chain is longer than {max} descriptors, or goes in circles", max = MAX_CHAIN_LEN)]
+    /// A chain has a loop, or too many descriptors.
+    #[error("a chain has a loop, or more than {max} descriptors", max = MAX_CHAIN_LEN)]
     ChainTooLong,
-    /// A chain describes 2^32 bytes or more.
-    #[error("a chain describes 2^32 bytes or more")]
+    /// A chain has 2^32 bytes or more.
+    #[error("a chain has 2^32 bytes or more")]
     ChainTooLarge,
     /// A readable descriptor follows a writable one (2.7.4.2).
     #[error("a readable descriptor follows a writable one")]
     ReadableAfterWritable,
-    /// A buffer is not all in one region of RAM.
-    #[error("the buffer at {addr:#x} ({len} bytes) is not in guest memory")]
+    /// A buffer is not in RAM, or in several regions.
+    #[error("a buffer is not in guest memory: {len} bytes at {addr:#x}")]
     BufferOutsideRam {
-        /// Where.
+        /// Its guest-physical address.
         addr: u64,
-        /// How long.
+        /// Its length in bytes.
         len: u32,
     },
-    /// An indirect table where none may be, or of a wrong size, or not in RAM.
-    #[error("an indirect table {0}")]
+    /// An indirect table is not allowed, has an invalid size, or is not in RAM.
+    #[error("indirect table: {0}")]
     Indirect(&'static str),
-    /// A device used a chain that is not in flight. The device's mistake, not the driver's.
-    #[error("chain {0} was used, but is not in flight")]
+    /// The device used a chain that is not in flight: a fault of the device, not of the driver.
+    #[error("chain {0}: used while not in flight")]
     NotInFlight(u16),
 }

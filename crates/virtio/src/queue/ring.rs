@@ -1,45 +1,46 @@
-//! The protocol of the two rings: indices, the order of accesses, and who notifies whom (2.7.6 to 2.7.14).
+//! The protocol of the two rings: indices, memory order and notifications (2.7.6 to 2.7.14).
 //!
-//! Nothing here knows what a descriptor is or how memory is reached ([`RingMemory`] does), so that a model checker can run this
-//! very code against a driver in every order of their accesses.
+//! This module knows neither descriptors nor guest memory ([`RingMemory`] is the access to it), so
+//! that a model checker can run this code against a driver in every order of their accesses.
 //!
 //! # Why no kick and no interrupt is lost
 //!
-//! Both sides play the same game: *publish, full fence, look*. The device, before it sleeps, says "kick me at this index"
-//! and then looks at the available index again; the driver moves that index and then looks at what the device said. With a
-//! full fence between the two steps on each side, at least one of them sees the other: either the driver kicks or the device goes on.
-//! Interrupts are the same with the sides exchanged.
+//! Both sides do the same: *store, full fence, load*. Before it sleeps, the device stores the index
+//! at which it wants a kick and then loads the available index again. The driver stores that index
+//! and then loads the index at which the device wants a kick. With a full fence between the two
+//! steps on each side, at least one of them sees the other's store: either the driver kicks or the
+//! device continues. For interrupts the sides are exchanged.
 
-use super::QueueError;
+use super::error::QueueError;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`: the driver wants no interrupts (2.7.7).
 const NO_INTERRUPT: u16 = 1;
 /// `VIRTQ_USED_F_NO_NOTIFY`: the device wants no kicks (2.7.10).
 const NO_NOTIFY: u16 = 1;
 
-/// The order of the accesses that need one; all others are relaxed.
+/// The memory order of the accesses that need one. All others are relaxed.
 pub(super) mod order {
     use std::sync::atomic::Ordering;
 
-    /// Entries before the available index are visible with it.
+    /// Pairs with the driver's store: the entries before the index are visible.
     pub(in crate::queue) const LOAD_AVAIL_IDX: Ordering = Ordering::Acquire;
-    /// Entries before the used index are visible with it.
+    /// Pairs with the driver's load: the entries before the index are visible.
     pub(in crate::queue) const STORE_USED_IDX: Ordering = Ordering::Release;
 }
 
-/// The two rings as memory that is shared with the driver. `slot` is less than the size of the queue.
+/// Access to the two rings in memory that the driver shares. `slot` is less than the queue size.
 pub(crate) trait RingMemory {
     fn avail_flags(&self) -> Result<u16, QueueError>;
-    /// In order [`order::LOAD_AVAIL_IDX`].
+    /// With order [`order::LOAD_AVAIL_IDX`].
     fn avail_idx(&self) -> Result<u16, QueueError>;
     fn avail_entry(&self, slot: u16) -> Result<u16, QueueError>;
     fn used_event(&self) -> Result<u16, QueueError>;
     fn set_used_flags(&self, flags: u16) -> Result<(), QueueError>;
-    /// In order [`order::STORE_USED_IDX`].
+    /// With order [`order::STORE_USED_IDX`].
     fn set_used_idx(&self, idx: u16) -> Result<(), QueueError>;
     fn set_used_entry(&self, slot: u16, head: u16, written: u32) -> Result<(), QueueError>;
     fn set_avail_event(&self, idx: u16) -> Result<(), QueueError>;
-    /// Orders all accesses before it before all accesses after it (sequentially consistent).
+    /// A sequentially consistent fence.
     fn full_fence(&self);
 }
 
@@ -53,13 +54,13 @@ pub(crate) struct Ring {
     event_idx: bool,
     /// The next entry of the available ring to take.
     next_avail: u16,
-    /// The available index when it was last looked at.
+    /// The available index when it was last read.
     seen_avail: u16,
     /// The next entry of the used ring to fill.
     next_used: u16,
-    /// The used index that the driver sees.
+    /// The used index in the ring.
     published: u16,
-    /// Without `event_idx`: the driver was asked not to kick.
+    /// Without `event_idx`: `VIRTQ_USED_F_NO_NOTIFY` is set.
     quiet: bool,
 }
 
@@ -85,7 +86,7 @@ impl Ring {
     }
 
     /// `(next_avail, next_used)`.
-    pub(crate) fn position(&self) -> (u16, u16) {
+    pub(crate) fn progress(&self) -> (u16, u16) {
         (self.next_avail, self.next_used)
     }
 
@@ -93,7 +94,8 @@ impl Ring {
         idx & (self.size - 1)
     }
 
-    /// Looks how far the driver got. `in_flight` chains are out, so there cannot be more new ones than the rest of the queue.
+    /// Reads the available index. With `in_flight` chains popped, the driver can have added at most
+    /// the rest of the queue.
     #[inline]
     fn look(&mut self, memory: &impl RingMemory, in_flight: u16) -> Result<(), QueueError> {
         let idx = memory.avail_idx()?;
@@ -118,7 +120,7 @@ impl Ring {
         Ok(self.seen_avail != self.next_avail)
     }
 
-    /// How many entries there are to take.
+    /// The number of entries to take.
     pub(super) fn available(&mut self, memory: &impl RingMemory, in_flight: u16) -> Result<u16, QueueError> {
         self.look(memory, in_flight)?;
         Ok(self.seen_avail.wrapping_sub(self.next_avail))
@@ -144,7 +146,7 @@ impl Ring {
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
-    /// Fills the next entry of the used ring, which the driver does not look at yet.
+    /// Writes the next entry of the used ring. The driver sees it after [`Ring::publish`].
     #[inline]
     pub(crate) fn add_used(
         &mut self,
@@ -157,7 +159,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Moves the used index over all that was added. True if the driver wants an interrupt for any of it.
+    /// Stores the used index after the added entries. Returns whether the driver wants an
+    /// interrupt.
     #[inline]
     pub(crate) fn publish(&mut self, memory: &impl RingMemory) -> Result<bool, QueueError> {
         let (old, new) = (self.published, self.next_used);
@@ -168,7 +171,7 @@ impl Ring {
         self.published = new;
         memory.full_fence();
         if self.event_idx {
-            // Was the entry that the driver waits for among those from `old` to `new`?
+            // Is the entry at which the driver wants an interrupt among those from `old` to `new`?
             let event = memory.used_event()?;
             Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
         } else {
@@ -176,7 +179,8 @@ impl Ring {
         }
     }
 
-    /// Asks for no kicks. With `event_idx` the last index asked for lies behind anyway, and nothing needs to be said.
+    /// Asks for no kicks. With `event_idx` there is nothing to do: the last index that was asked
+    /// for has passed.
     #[inline]
     pub(crate) fn disable_notifications(&mut self, memory: &impl RingMemory) -> Result<(), QueueError> {
         if !self.event_idx && !self.quiet {
@@ -186,7 +190,7 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks for a kick at the next entry. True if it is there already.
+    /// Asks for a kick at the next entry. Returns whether the entry is there already.
     #[inline]
     pub(crate) fn enable_notifications(
         &mut self,
@@ -204,7 +208,8 @@ impl Ring {
         Ok(self.seen_avail != self.next_avail)
     }
 
-    /// As [`Ring::enable_notifications`], but for what comes after the entries that are there and were not taken yet.
+    /// As [`Ring::enable_notifications`], for the entry after those that are there and not taken
+    /// yet.
     pub(super) fn enable_notifications_of_more(
         &mut self,
         memory: &impl RingMemory,
@@ -291,7 +296,8 @@ mod tests {
     }
 
     impl Modelled {
-        /// The driver's side: makes `head` available as entry `idx`. True if the device wants a kick.
+        /// The driver makes `head` available as entry `idx`. Returns whether the device wants a
+        /// kick.
         fn add(&self, event_idx: bool, idx: u16, head: u16) -> bool {
             self.avail[usize::from(idx % SIZE)].store(head, Ordering::Relaxed);
             self.avail_idx.store(idx + 1, Ordering::Release);
@@ -303,7 +309,8 @@ mod tests {
             }
         }
 
-        /// The driver's side: wants to hear of used entry `idx`. True if it is there already.
+        /// The driver asks for an interrupt at used entry `idx`. Returns whether it is there
+        /// already.
         fn wants_interrupt(&self, event_idx: bool, idx: u16) -> bool {
             if event_idx {
                 self.used_event.store(idx, Ordering::Relaxed);
@@ -315,7 +322,7 @@ mod tests {
         }
     }
 
-    /// The device's loop until it sleeps: takes all there is. Returns the heads.
+    /// The device takes all entries until it would sleep. Returns the heads.
     fn work(ring: &mut Ring, memory: &Arc<Modelled>) -> Vec<u16> {
         let mut heads = Vec::new();
         loop {
@@ -358,7 +365,8 @@ mod tests {
         no_kick_is_lost(false);
     }
 
-    /// As vsock's event queue is used: an entry stays where it is, and the device waits for another.
+    /// The use of vsock's event queue: an entry stays in the ring, and the device waits for
+    /// another.
     fn no_kick_for_more_is_lost(event_idx: bool) {
         loom::model(move || {
             let memory = Arc::new(Modelled::default());
@@ -379,12 +387,12 @@ mod tests {
     }
 
     #[test]
-    fn in_every_order_a_device_that_waits_for_another_entry_is_kicked_with_event_idx() {
+    fn device_that_waits_for_another_entry_is_kicked_event_idx() {
         no_kick_for_more_is_lost(true);
     }
 
     #[test]
-    fn in_every_order_a_device_that_waits_for_another_entry_is_kicked_with_flags() {
+    fn device_that_waits_for_another_entry_is_kicked_flags() {
         no_kick_for_more_is_lost(false);
     }
 
@@ -412,12 +420,12 @@ mod tests {
     }
 
     #[test]
-    fn in_every_order_a_driver_that_sleeps_is_interrupted_with_event_idx() {
+    fn sleeping_driver_is_interrupted_with_event_idx() {
         no_interrupt_is_lost(true);
     }
 
     #[test]
-    fn in_every_order_a_driver_that_sleeps_is_interrupted_with_flags() {
+    fn sleeping_driver_is_interrupted_with_flags() {
         no_interrupt_is_lost(false);
     }
 }

@@ -1,5 +1,7 @@
 //! The queue against a driver that behaves, one that does not, and an oracle.
 
+mod properties;
+
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -79,20 +81,20 @@ fn sizes_and_places_of_rings_are_checked() {
     for size in [0, 3, 255, 512, 1024, 0x8000, 0xffff] {
         assert_eq!(new(QueueState { size, ..good }), Err(QueueError::Size { size, max: 256 }));
     }
-    for (state, part) in [
+    for (state, area) in [
         (QueueState { desc_table: BASE + 8, ..good }, "descriptor table"),
         (QueueState { avail_ring: BASE + 1, ..good }, "available ring"),
         (QueueState { used_ring: BASE + 2, ..good }, "used ring"),
     ] {
-        assert!(matches!(new(state), Err(QueueError::Unaligned { part: p, .. }) if p == part));
+        assert!(matches!(new(state), Err(QueueError::Unaligned { area: p, .. }) if p == area));
     }
     for addr in [RAM_END - 16, RAM_END, 0xffff_ffff_ffff_fff0] {
-        for (state, part) in [
+        for (state, area) in [
             (QueueState { desc_table: addr, ..good }, "descriptor table"),
             (QueueState { avail_ring: addr, ..good }, "available ring"),
             (QueueState { used_ring: addr, ..good }, "used ring"),
         ] {
-            assert!(matches!(new(state), Err(QueueError::RingOutsideRam { part: p, .. }) if p == part));
+            assert!(matches!(new(state), Err(QueueError::RingOutsideRam { area: p, .. }) if p == area));
         }
     }
     // To the last byte.
@@ -115,7 +117,7 @@ fn an_available_index_that_jumps_too_far_kills_the_queue() {
 }
 
 #[test]
-fn a_device_that_leaves_chains_where_they_are_is_kicked_for_the_next_one() {
+fn device_that_leaves_chains_is_kicked_for_the_next_one() {
     for features in [0, feature::RING_EVENT_IDX] {
         let (_ram, mut driver, mut queue) = pair(8, features);
         for _ in 0..2 {
@@ -169,7 +171,7 @@ fn heads_and_links_outside_the_table_are_refused() {
 }
 
 #[test]
-fn a_chain_in_a_circle_is_refused() {
+fn chain_with_a_loop_is_refused() {
     for size in [1, 4, 1024] {
         let (_ram, driver, mut queue) = pair(size, 0);
         for i in 0..size {
@@ -241,7 +243,7 @@ fn a_readable_buffer_after_a_writable_one_is_refused() {
 }
 
 #[test]
-fn indirect_tables_are_followed_only_where_they_may_be() {
+fn indirect_tables_are_followed_only_where_allowed() {
     let table = |features, len: u32, flags, inner_flags| {
         let (ram, driver, mut queue) = pair(4, features);
         write_descriptor(&ram, TABLES, DATA, 8, inner_flags, 1);
@@ -253,18 +255,18 @@ fn indirect_tables_are_followed_only_where_they_may_be() {
     assert_eq!(table(BOTH, 32, INDIRECT, NEXT), Ok(16));
     // The write flag of the table's descriptor means nothing (2.7.5.3.2).
     assert_eq!(table(BOTH, 32, INDIRECT | WRITE, NEXT), Ok(16));
-    assert_eq!(table(0, 32, INDIRECT, NEXT), Err(QueueError::Indirect("was not negotiated")));
+    assert_eq!(table(0, 32, INDIRECT, NEXT), Err(QueueError::Indirect("not negotiated")));
     assert_eq!(
         table(BOTH, 32, INDIRECT | NEXT, 0),
-        Err(QueueError::Indirect("is not the last of its chain"))
+        Err(QueueError::Indirect("not the last descriptor of its chain"))
     );
-    assert_eq!(table(BOTH, 32, INDIRECT, INDIRECT), Err(QueueError::Indirect("is inside an indirect table")));
+    assert_eq!(table(BOTH, 32, INDIRECT, INDIRECT), Err(QueueError::Indirect("inside another one")));
     for len in [0, 1, 15, 17, 31] {
-        let error = QueueError::Indirect("is empty or ends within a descriptor");
+        let error = QueueError::Indirect("invalid size");
         assert_eq!(table(BOTH, len, INDIRECT, 0), Err(error));
     }
     assert_eq!(table(BOTH, 16, INDIRECT, NEXT), Err(QueueError::DescriptorIndex { index: 1, len: 1 }));
-    assert_eq!(table(BOTH, 1 << 30, INDIRECT, 0), Err(QueueError::Indirect("is not in guest memory")));
+    assert_eq!(table(BOTH, 1 << 30, INDIRECT, 0), Err(QueueError::Indirect("not in guest memory")));
 }
 
 #[test]
@@ -281,7 +283,7 @@ fn an_indirect_table_may_follow_direct_descriptors() {
 }
 
 #[test]
-fn a_chain_that_is_given_back_comes_again() {
+fn rewound_chain_is_popped_again() {
     let (_ram, mut driver, mut queue) = pair(4, 0);
     let first = driver.add(&[(DATA, 1)], &[]).unwrap();
     let second = driver.add(&[(DATA, 2)], &[]).unwrap();
@@ -308,7 +310,7 @@ fn a_chain_that_is_not_in_flight_cannot_be_used() {
 }
 
 #[test]
-fn what_the_queue_writes_is_counted_as_dirty() {
+fn writes_of_the_queue_mark_pages_dirty() {
     use vm_memory::bitmap::Bitmap;
     use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
     let ram = tracked_guest_ram(RAM_MIB);
@@ -351,7 +353,7 @@ fn interrupts_come_as_the_driver_wants_them() {
 }
 
 #[test]
-fn one_publish_covers_a_batch_and_the_entry_that_is_waited_for_may_be_any_of_it() {
+fn one_publish_interrupts_for_any_entry_of_the_batch() {
     let (_ram, mut driver, mut queue) = pair(8, feature::RING_EVENT_IDX);
     for waited_for in 0..4 {
         let before = driver.used_idx();
@@ -393,294 +395,6 @@ fn ranges_of_buffers_split_at_any_byte() {
     assert_eq!(chain.writable().write(&ram, &data).unwrap(), 50);
 }
 
-/// A descriptor as the specification has it.
-#[derive(Debug, Clone, Copy)]
-struct Entry {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-type Buffer = (u64, u32);
-
-/// What chain a table describes, by the letter of 2.7.5; None if it breaks a rule.
-fn model(
-    table: &[Entry],
-    head: u16,
-    indirect: &dyn Fn(u64, u32) -> Option<Vec<Entry>>,
-) -> Option<(Vec<Buffer>, Vec<Buffer>)> {
-    // The chain as a list of descriptors, each table followed without going anywhere twice.
-    let follow = |table: &[Entry], head: u16| -> Option<Vec<Entry>> {
-        let (mut list, mut visited) = (Vec::new(), vec![false; table.len()]);
-        let mut at = usize::from(head);
-        loop {
-            if std::mem::replace(visited.get_mut(at)?, true) {
-                return None;
-            }
-            list.push(table[at]);
-            // An indirect table ends the chain of descriptors that leads to it.
-            if table[at].flags & NEXT == 0 || table[at].flags & INDIRECT != 0 {
-                return Some(list);
-            }
-            at = table[at].next.into();
-        }
-    };
-    let mut chain = follow(table, head)?;
-    if let Some(last) = chain.last().copied().filter(|last| last.flags & INDIRECT != 0) {
-        if last.flags & NEXT != 0 || last.len == 0 || last.len % 16 != 0 {
-            return None;
-        }
-        let inner = follow(&indirect(last.addr, last.len)?, 0)?;
-        if inner.iter().any(|entry| entry.flags & INDIRECT != 0) {
-            return None;
-        }
-        chain.pop();
-        chain.extend(inner);
-    }
-    let total: u64 = chain.iter().map(|entry| u64::from(entry.len)).sum();
-    let split = chain.iter().position(|entry| entry.flags & WRITE != 0).unwrap_or(chain.len());
-    let in_ram = |entry: &Entry| entry.len == 0 || entry.addr.checked_add(entry.len.into()) <= Some(RAM_END);
-    let in_ram = |entry: &Entry| in_ram(entry) && (entry.len == 0 || entry.addr < RAM_END);
-    if total > u32::MAX.into()
-        || chain[split..].iter().any(|entry| entry.flags & WRITE == 0)
-        || !chain.iter().all(in_ram)
-    {
-        return None;
-    }
-    let list =
-        |entries: &[Entry]| entries.iter().filter(|e| e.len > 0).map(|e| (e.addr, e.len)).collect::<Vec<_>>();
-    Some((list(&chain[..split]), list(&chain[split..])))
-}
-
-fn entry(table_len: u16) -> impl Strategy<Value = Entry> {
-    let addr = prop_oneof![
-        6 => (0u64..64).prop_map(|i| DATA + i * 512),
-        3 => (0u64..4).prop_map(|i| TABLES + i * 64),
-        1 => Just(RAM_END - 16),
-        1 => any::<u64>(),
-    ];
-    let len = prop_oneof![4 => Just(16u32), 4 => Just(64), 2 => Just(512), 1 => Just(0), 1 => any::<u32>()];
-    let flags = prop_oneof![4 => Just(NEXT), 3 => Just(NEXT | WRITE), 2 => Just(WRITE), 2 => Just(INDIRECT), 2 => 0u16..8];
-    (addr, len, flags, 0..table_len + 1).prop_map(|(addr, len, flags, next)| Entry { addr, len, flags, next })
-}
-
-fn write_table(ram: &GuestRam, at: u64, table: &[Entry]) {
-    for (at, e) in (at..).step_by(16).zip(table) {
-        write_descriptor(ram, at, e.addr, e.len, e.flags, e.next);
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
-
-    /// Whatever is in the descriptors: what the specification allows is popped as it says, anything else is an error.
-    #[test]
-    fn any_table_gives_what_the_specification_says(
-        table in prop::collection::vec(entry(8), 8),
-        tables in prop::collection::vec(entry(4), 16),
-        head in 0u16..8,
-    ) {
-        let (ram, driver, mut queue) = pair_in(reused_ram(RAM_MIB), 8, BOTH);
-        write_table(&ram, driver.state().desc_table, &table);
-        write_table(&ram, TABLES, &tables);
-        let indirect = |addr: u64, len: u32| -> Option<Vec<Entry>> {
-            ram.contains(addr, len.into()).then(|| {
-                (0..u64::from(len / 16)).map(|i| {
-                    let words: [u64; 2] = std::array::from_fn(|w| {
-                        ram.memory().read_obj(GuestAddress(addr + 16 * i + 8 * w as u64)).unwrap()
-                    });
-                    let (addr, len) = (words[0], words[1] as u32);
-                    Entry { addr, len, flags: (words[1] >> 32) as u16, next: (words[1] >> 48) as u16 }
-                }).collect()
-            })
-        };
-        let want = model(&table, head, &indirect);
-        driver.set_avail_entry(0, head);
-        driver.set_avail_idx(1);
-        let got = pop(&mut queue).ok().map(|chain| {
-            let chain = chain.expect("one is available");
-            (buffers(chain.readable()), buffers(chain.writable()))
-        });
-        prop_assert_eq!(&got, &want);
-
-        // What is allowed is what rust-vmm's queue finds, too.
-        if let Some((readable, writable)) = want {
-            let state = driver.state();
-            let mut oracle = OracleQueue::new(8).unwrap();
-            oracle.try_set_desc_table_address(GuestAddress(state.desc_table)).unwrap();
-            oracle.try_set_avail_ring_address(GuestAddress(state.avail_ring)).unwrap();
-            oracle.try_set_used_ring_address(GuestAddress(state.used_ring)).unwrap();
-            oracle.set_ready(true);
-            let chain = oracle.iter(ram.memory()).unwrap().next().unwrap();
-            let list: Vec<Buffer> =
-                chain.filter(|d| d.len() > 0).map(|d| (d.addr().0, d.len())).collect();
-            prop_assert_eq!(list, [readable, writable].concat());
-        }
-    }
-
-    /// Garbage everywhere: an error or a chain, never a panic, and never more in flight than the queue has room for.
-    #[test]
-    fn garbage_in_the_rings_breaks_nothing(
-        garbage in prop::collection::vec(any::<u8>(), 300),
-        size in prop_oneof![Just(1u16), Just(4), Just(8)],
-        features in prop_oneof![Just(0), Just(BOTH)],
-        idx: u16,
-    ) {
-        let (ram, driver, mut queue) = pair_in(reused_ram(RAM_MIB), size, features);
-        ram.memory().write_slice(&garbage, GuestAddress(BASE)).unwrap();
-        driver.set_avail_idx(idx % (size + 2));
-        let mut popped = 0;
-        while let Ok(Some(_)) = pop(&mut queue) {
-            popped += 1;
-            prop_assert!(popped <= size && queue.in_flight() == popped);
-        }
-        let _ = (queue.enable_notifications(), queue.publish());
-    }
-}
-
-/// What driver and device do in turn.
-#[derive(Debug, Clone)]
-enum Step {
-    /// The driver adds a chain with so many readable and writable buffers.
-    Add { readable: usize, writable: usize, indirect: bool },
-    /// The driver shows what it added.
-    Publish,
-    /// The driver takes all used chains, then asks for an interrupt.
-    Reap,
-    /// The device works until it sleeps, if it is awake; it completes at once or later.
-    Work { hold: bool },
-    /// The device completes one of what it held, by number.
-    Complete(usize),
-    /// Device and driver are saved and made again.
-    Save,
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        4 => (0usize..4, 0usize..4, any::<bool>())
-            .prop_map(|(readable, writable, indirect)| Step::Add { readable, writable, indirect }),
-        3 => Just(Step::Publish),
-        2 => Just(Step::Reap),
-        3 => any::<bool>().prop_map(|hold| Step::Work { hold }),
-        3 => (0usize..8).prop_map(Step::Complete),
-        1 => Just(Step::Save),
-    ]
-}
-
-/// A chain that the driver gave away: its head, and its buffers.
-type Given = (u16, Vec<Buffer>, Vec<Buffer>);
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
-
-    /// A driver by the book, a device in any rhythm: chains arrive whole and in order, every one comes back with its length, and
-    /// whoever sleeps is woken.
-    #[test]
-    fn nothing_is_lost_changed_or_forgotten(
-        size in prop_oneof![Just(1u16), Just(2), Just(8), Just(64)],
-        event_idx: bool,
-        start in prop_oneof![Just(0u16), Just(0xfffe)],
-        steps in prop::collection::vec(step(), 1..80),
-    ) {
-        let features = feature::RING_INDIRECT_DESC | if event_idx { feature::RING_EVENT_IDX } else { 0 };
-        let ram = reused_ram(RAM_MIB);
-        let mut driver = DriverQueue::starting_at(&ram, BASE, size, features, start);
-        let position = Arc::<Position>::default();
-        let new = |position: &Arc<Position>, state: &QueueState| {
-            Queue::new(0, MAX_QUEUE_SIZE, state, features, &ram, Arc::clone(position)).unwrap()
-        };
-        let mut queue = new(&position, &driver.state());
-        let mut given: VecDeque<Given> = VecDeque::new();
-        let mut visible = 0;
-        let mut held: Vec<(u16, u32)> = Vec::new();
-        let mut published: VecDeque<(u16, u32)> = VecDeque::new();
-        let (mut awake, mut driver_awake, mut chain) = (true, true, Chain::new());
-        let mut tables = 0;
-
-        for step in steps {
-            match step {
-                Step::Add { readable, writable, indirect } => {
-                    let list = |from: u64, n: usize| -> Vec<Buffer> {
-                        (0..n as u64).map(|i| (DATA + from + 0x100 * i, 1 + i as u32)).collect()
-                    };
-                    let (r, w) = (list(0, readable), list(0x10_0000, writable));
-                    let head = if indirect && readable + writable > 0 {
-                        tables = (tables + 1) % 64;
-                        driver.add_indirect(TABLES + 0x100 * tables, &r, &w)
-                    } else {
-                        driver.add(&r, &w)
-                    };
-                    if let Some(head) = head {
-                        given.push_back((head, r, w));
-                    }
-                }
-                Step::Publish => {
-                    let new = given.len() > visible;
-                    visible = given.len();
-                    let kick = driver.publish();
-                    if !awake && new {
-                        prop_assert!(kick, "the device sleeps");
-                    }
-                    awake |= kick;
-                }
-                Step::Reap => {
-                    while let Some(used) = driver.take_used() {
-                        prop_assert_eq!(Some((used.head, used.written)), published.pop_front());
-                    }
-                    prop_assert!(published.is_empty());
-                    prop_assert!(!driver.enable_interrupts());
-                    driver_awake = false;
-                }
-                Step::Work { hold } if awake => loop {
-                    queue.disable_notifications().unwrap();
-                    while queue.pop(&mut chain).unwrap() {
-                        let (head, r, w) = given.pop_front().expect("only what was given");
-                        visible -= 1;
-                        prop_assert_eq!(chain.head(), head);
-                        prop_assert_eq!((buffers(chain.readable()), buffers(chain.writable())), (r, w));
-                        held.push((head, chain.writable().len()));
-                    }
-                    prop_assert_eq!(visible, 0);
-                    if !hold {
-                        for (head, written) in held.drain(..) {
-                            queue.add_used(head, written).unwrap();
-                            published.push_back((head, written));
-                        }
-                    }
-                    let interrupt = queue.publish().unwrap();
-                    if !driver_awake && !published.is_empty() {
-                        prop_assert!(interrupt, "the driver sleeps");
-                        driver_awake = true;
-                    }
-                    if !queue.enable_notifications().unwrap() {
-                        awake = false;
-                        break;
-                    }
-                },
-                Step::Complete(which) if !held.is_empty() => {
-                    let (head, written) = held.remove(which % held.len());
-                    queue.add_used(head, written).unwrap();
-                    published.push_back((head, written));
-                    let interrupt = queue.publish().unwrap();
-                    if !driver_awake {
-                        prop_assert!(interrupt, "the driver sleeps");
-                        driver_awake = true;
-                    }
-                }
-                Step::Save if held.is_empty() => {
-                    let (next_avail, next_used) = position.get();
-                    queue = new(&position, &QueueState { next_avail, next_used, ..driver.state() });
-                    // As a transport does: everything is looked at, and everybody is told.
-                    (awake, driver_awake) = (true, true);
-                }
-                _ => {}
-            }
-            prop_assert_eq!(usize::from(queue.in_flight()), held.len());
-        }
-    }
-}
-
 /// Waits for a signal, for so long that only a lost one can be the reason for none.
 fn wait(event: &EventFd) {
     let mut fds = [PollFd::from_borrowed_fd(event.as_fd(), PollFlags::IN)];
@@ -690,7 +404,7 @@ fn wait(event: &EventFd) {
 }
 
 #[test]
-fn two_threads_that_sleep_whenever_they_may_never_sleep_for_good() {
+fn sleeping_driver_and_device_always_wake_each_other() {
     const REQUESTS: u32 = 30_000;
     for features in [0, feature::RING_EVENT_IDX] {
         let (ram, mut driver, mut queue) = pair(4, features);

@@ -1,4 +1,5 @@
-//! The driver's side of a split queue, as 2.7 tells a driver to behave, with access to the raw rings for those that do not.
+//! The driver's side of a split queue, as 2.7 tells a driver to behave, with access to the raw
+//! rings for those that do not.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{Ordering, fence};
@@ -106,8 +107,9 @@ impl DriverQueue {
         self.out.len()
     }
 
-    /// Makes a chain of `(address, length)` buffers available: `readable` ones, then `writable` ones. Not seen by the device before
-    /// [`DriverQueue::publish`]. None if there are too few free descriptors.
+    /// Makes a chain of `(address, length)` buffers available: `readable` ones, then `writable`
+    /// ones. Not seen by the device before [`DriverQueue::publish`]. None if there are too few free
+    /// descriptors.
     pub fn add(&mut self, readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Option<u16> {
         let buffers = Self::descriptors(readable, writable);
         if buffers.is_empty() || buffers.len() > self.free.len() {
@@ -124,7 +126,8 @@ impl DriverQueue {
         Some(head)
     }
 
-    /// As [`DriverQueue::add`], with the descriptors in an indirect table that is written to `table`.
+    /// As [`DriverQueue::add`], with the descriptors in an indirect table that is written to
+    /// `table`.
     pub fn add_indirect(
         &mut self,
         table: u64,
@@ -183,7 +186,8 @@ impl DriverQueue {
         Some(used)
     }
 
-    /// As [`DriverQueue::take_used`], where something else may have written to the ring: None, too, if the next entry makes no sense.
+    /// As [`DriverQueue::take_used`], where something else may have written to the ring: None, too,
+    /// if the next entry makes no sense.
     pub fn take_used_if_sane(&mut self) -> Option<Used> {
         let entry = self.used + 4 + 8 * u64::from(self.used_idx % self.size);
         let words: u64 = self.ram.memory().read_obj(GuestAddress(entry)).expect("the used ring is in RAM");

@@ -193,8 +193,7 @@ impl Guest {
             Kind::Pci => {
                 let vectors = Box::new(Vectors(Arc::clone(&interrupts)));
                 let root = PciRoot::new(WINDOW, events);
-                let pci =
-                    PciTransport::new(attachment, BAR, vectors, &root).expect("a device can be attached");
+                let pci = root.new_function(attachment, BAR, vectors).expect("a device can be attached");
                 Transport::Pci(Box::new(pci))
             }
         };
@@ -308,7 +307,8 @@ impl Guest {
         self.write(QUEUE_READY, 1);
     }
 
-    /// What a driver does up to `FEATURES_OK`, with all features but for `EVENT_IDX` if `event_idx` is false.
+    /// What a driver does up to `FEATURES_OK`, with all features but for `EVENT_IDX` if `event_idx`
+    /// is false.
     pub fn negotiate(&mut self, event_idx: bool) -> u64 {
         self.negotiate_without(if event_idx { 0 } else { feature::RING_EVENT_IDX })
     }
@@ -342,7 +342,8 @@ impl Guest {
         driver
     }
 
-    /// On PCI, enables MSI-X with a vector for the configuration (0) and the selected queue (1), all of them open.
+    /// On PCI, enables MSI-X with a vector for the configuration (0) and the selected queue (1),
+    /// all of them open.
     pub fn map_vectors(&mut self) {
         if let Transport::Pci(pci) = &mut self.transport {
             for vector in 0..2u64 {
@@ -358,7 +359,7 @@ impl Guest {
         }
     }
 
-    /// Kicks a queue, through the kernel as long as it would see it.
+    /// Doorbells a queue, through the kernel as long as it would see it.
     pub fn kick(&mut self, index: u32) {
         let addr = match &self.transport {
             Transport::Mmio(_) => MMIO + 0x50,

@@ -2,13 +2,13 @@
 //!
 //! # Interrupts
 //!
-//! The line is edge-triggered and belongs to one device alone: an edge says nothing about whose it is. That bounds the devices by
-//! the interrupt lines that are free, [`MAX_DEVICES`].
+//! The line is edge-triggered and not shared: an edge does not tell which device raised it. So the
+//! free interrupt lines bound the number of devices, [`MAX_DEVICES`].
 //!
 //! # Accesses
 //!
-//! Registers are 32 bits wide and aligned; any other access to them reads as 0 and writes nothing. The configuration space
-//! from 0x100 on takes accesses of any size at any offset.
+//! Registers are 32 bits wide and aligned. Any other access to them reads as 0 and writes nothing.
+//! The configuration space, from 0x100 on, takes accesses of any size at any offset.
 
 use std::fmt;
 use std::io;
@@ -19,24 +19,24 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::common::{Area, Common, CommonState, Half};
-use super::health::Health;
+use super::core::{Area, CommonState, Half, TransportCore};
+use super::device_status::DeviceStatus;
 use super::{Attachment, IoEventFds, NotifyMatch, Resetting, RestoreError};
 use crate::device::Interrupt;
 
-/// Size of a device's window in bytes.
+/// The size of a device's register window in bytes.
 pub const WINDOW_SIZE: u64 = 0x1000;
 
-/// The interrupt lines (GSIs) that devices may have: those of the IOAPIC above the legacy devices.
+/// The interrupt lines (GSIs) for devices: those of the IOAPIC above the legacy devices.
 pub const IRQ_LINES: RangeInclusive<u32> = 5..=23;
 
-/// The most devices on this transport, if nothing else takes a line.
+/// The most devices on this transport: one for each interrupt line.
 pub const MAX_DEVICES: usize = 19;
 
-/// Offset of the register that a kick writes; the value is the queue's index.
+/// Offset of `QueueNotify`. The value written is the queue's index.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 
-/// Offset of the register that is the device status; writing 0 to it resets.
+/// Offset of `Status`. Writing 0 resets the device.
 const STATUS: u64 = 0x70;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -49,24 +49,24 @@ const USED_BUFFER: u32 = 1;
 /// Interrupt status: the configuration changed.
 const CONFIG_CHANGE: u32 = 2;
 
-/// The device's interrupt line. Not shared: it is moved into the transport.
+/// The device's interrupt line. It is moved into the transport, because it is not shared.
 pub trait IrqLine: Send + Sync {
-    /// Raises an edge. Never blocks.
+    /// Raises an edge. Does not block.
     fn trigger(&self);
 }
 
-/// What a transport saves.
+/// The saved state of a transport and its device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MmioState {
-    /// What it has in common with other transports, and its device.
+    /// The state that both transports have, with the device's.
     pub common: CommonState,
     /// Interrupts that the driver has not acknowledged.
     pub interrupt_status: u32,
 }
 
-/// The part that workers use.
+/// The interrupt side, which the workers use.
 struct MmioInterrupt {
-    health: Arc<Health>,
+    device_status: Arc<DeviceStatus>,
     status: AtomicU32,
     line: Box<dyn IrqLine>,
 }
@@ -88,7 +88,7 @@ impl Interrupt for MmioInterrupt {
     }
 
     fn needs_reset(&self, why: &dyn fmt::Display) {
-        if self.health.needs_reset(why) {
+        if self.device_status.needs_reset(why) {
             self.config();
         }
     }
@@ -96,66 +96,72 @@ impl Interrupt for MmioInterrupt {
 
 /// A device on virtio-mmio.
 pub struct MmioTransport {
-    common: Common,
+    common: TransportCore,
     interrupt: Arc<MmioInterrupt>,
     io_events: Arc<dyn IoEventFds>,
-    /// Which queues' kicks the kernel took.
+    /// For each queue, whether its kicks have an ioeventfd.
     kicks_taken: Vec<bool>,
     addr: u64,
 }
 
 impl MmioTransport {
-    /// Puts a device in the window at guest-physical `addr`, with `line` as its interrupt.
+    /// Creates a transport whose registers are at guest-physical `addr`, with interrupt `line`.
     pub fn new(
         attachment: Attachment,
         addr: u64,
         line: Box<dyn IrqLine>,
         io_events: Arc<dyn IoEventFds>,
     ) -> io::Result<Self> {
-        let health = Health::new(attachment.name.clone());
-        let interrupt =
-            Arc::new(MmioInterrupt { health: Arc::clone(&health), status: AtomicU32::new(0), line });
-        let common = Common::new(attachment, health, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
+        let device_status = DeviceStatus::new(attachment.name.clone());
+        let interrupt = Arc::new(MmioInterrupt {
+            device_status: Arc::clone(&device_status),
+            status: AtomicU32::new(0),
+            line,
+        });
+        let common =
+            TransportCore::new(attachment, device_status, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
         let mut kicks_taken = Vec::with_capacity(common.queue_count().into());
         for (index, kick) in (0..).zip(common.kicks()) {
             let taken = io_events.register(addr + QUEUE_NOTIFY, NotifyMatch::U32(index), kick);
             if let Err(error) = &taken {
-                interrupt.health.complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
+                interrupt
+                    .device_status
+                    .complain(&format_args!("kicks at {addr:#x} leave the kernel: {error}"));
             }
             kicks_taken.push(taken.is_ok());
         }
         Ok(MmioTransport { common, interrupt, io_events, kicks_taken, addr })
     }
 
-    /// How often the device was found broken.
+    /// How often the device needed a reset.
     pub fn broken_count(&self) -> u64 {
         self.common.broken_count()
     }
 
-    /// The guest-physical address of its window.
+    /// The guest-physical address of the registers.
     pub fn addr(&self) -> u64 {
         self.addr
     }
 
-    /// The state. The workers are paused.
+    /// Returns the state. The workers are paused.
     pub fn save(&mut self) -> MmioState {
-        // Paused workers have given back every task that was asked for.
+        // Paused workers have given back every removed task.
         self.finish_reset();
         let common = self.common.save();
         MmioState { common, interrupt_status: self.interrupt.status.load(Ordering::SeqCst) }
     }
 
-    /// Makes this (fresh) one what `state` says. The interrupt controller has its state already; if the workers are paused, the
-    /// device waits for them to resume.
+    /// Restores this new transport from `state`. The interrupt controller must be restored already.
+    /// An active device starts when the workers resume.
     pub fn restore(&mut self, state: &MmioState) -> Result<(), RestoreError> {
         self.interrupt.status.store(state.interrupt_status & (USED_BUFFER | CONFIG_CHANGE), Ordering::SeqCst);
         self.common.restore(&state.common, state.interrupt_status & CONFIG_CHANGE != 0)
     }
 
-    /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it
-    /// is still there, and this may be called again.
-    pub fn unplug(&mut self, patience: Duration) -> bool {
-        self.common.drain(patience);
+    /// Drains the device and removes its ioeventfds. Returns false if it did not drain within
+    /// `timeout`: then nothing was removed, and the call may be repeated.
+    pub fn unplug(&mut self, timeout: Duration) -> bool {
+        self.common.drain(timeout);
         let done = self.finish_reset();
         if done {
             let addr = self.addr + QUEUE_NOTIFY;
@@ -168,7 +174,7 @@ impl MmioTransport {
         done
     }
 
-    /// A guest's read of `data.len()` bytes at `offset` in the window.
+    /// Handles a guest's read of `data.len()` bytes at `offset`.
     pub fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG) {
             self.common.read_config(offset, data);
@@ -180,10 +186,10 @@ impl MmioTransport {
         }
     }
 
-    /// A guest's write of `data` at `offset` in the window.
+    /// Handles a guest's write of `data` at `offset`.
     ///
-    /// With an answer, it was a reset that is not done yet. Drivers do not look for its end: let go of the transport,
-    /// [wait](Resetting::wait), and only then let the guest go on.
+    /// `Some` is a reset that has not completed. Drivers do not poll for its end: unlock the
+    /// transport, [wait](Resetting::wait), and only then resume the vCPU.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Option<Resetting> {
         if let Some(offset) = offset.checked_sub(CONFIG) {
             self.common.write_config(offset, data);
@@ -199,7 +205,7 @@ impl MmioTransport {
         None
     }
 
-    /// Sees whether a reset is done, if there is one; false if not yet.
+    /// Completes a reset, if there is one and its tasks have drained. Returns whether none is left.
     fn finish_reset(&mut self) -> bool {
         if !self.common.is_resetting() {
             return true;
@@ -224,7 +230,7 @@ impl MmioTransport {
             0x044 => common.selected().map_or(0, |(queue, _)| queue.ready.into()),
             0x060 => self.interrupt.status.load(Ordering::SeqCst),
             STATUS => common.status().into(),
-            // Shared memory regions: there are none, which is a length and an address of all ones (4.2.2).
+            // No shared memory region exists: its length and address read as all ones (4.2.2).
             0x0b0..=0x0bc => u32::MAX,
             0x0fc => common.config_generation(),
             _ => 0,
@@ -240,7 +246,7 @@ impl MmioTransport {
             0x014 => common.device_feature_select = value,
             0x020 => common.set_driver_features(value),
             0x024 => common.driver_feature_select = value,
-            // A queue that cannot be selected is one that does not exist.
+            // No such queue exists.
             0x030 => common.queue_select = u16::try_from(value).unwrap_or(u16::MAX),
             0x038 => common.set_queue_size(u16::try_from(value).unwrap_or(0)),
             0x044 => common.set_queue_ready(value == 1),
@@ -248,7 +254,7 @@ impl MmioTransport {
             0x064 => {
                 self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
             }
-            // It has 8 bits; what else is written means nothing, and certainly not 0.
+            // The status has 8 bits. A larger value is ignored and not taken for 0.
             STATUS => {
                 if let Ok(value) = u8::try_from(value) {
                     common.set_status(value);

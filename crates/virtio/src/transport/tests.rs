@@ -1,5 +1,7 @@
 //! What a driver can rely on, on either transport: each test runs on both.
 
+mod restore;
+
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,6 +45,14 @@ fn request(guest: &mut Guest, driver: &mut DriverQueue) {
     }
 }
 
+/// A fresh guest around the same memory, made what `state` says.
+fn restored(kind: Kind, guest: &Guest, state: &TransportState, sizes: &[u16]) -> Guest {
+    let (device, _) = Echo::new(sizes, OWN_FEATURES);
+    let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), TestWorker::new());
+    copy.restore(state).unwrap();
+    copy
+}
+
 fn echoes(guest: &mut Guest, driver: &mut DriverQueue) -> bool {
     guest.ram.memory().write_obj(0x1234_5678u32, GuestAddress(DATA)).unwrap();
     guest.ram.memory().write_obj(0u32, GuestAddress(DATA + 0x1000)).unwrap();
@@ -52,7 +62,7 @@ fn echoes(guest: &mut Guest, driver: &mut DriverQueue) -> bool {
 }
 
 #[test]
-fn a_driver_by_the_book_gets_its_requests_served() {
+fn requests_of_a_correct_driver_are_served() {
     on_both(|kind| {
         for event_idx in [false, true] {
             let (mut guest, control) = echo(kind, &[64]);
@@ -69,7 +79,7 @@ fn a_driver_by_the_book_gets_its_requests_served() {
 }
 
 #[test]
-fn ring_and_device_features_are_offered_and_nothing_else_is_accepted() {
+fn only_offered_features_are_accepted() {
     on_both(|kind| {
         let (mut guest, control) = echo(kind, &[64]);
         let offered = guest.device_features();
@@ -206,7 +216,7 @@ fn status_bits_are_set_in_order_and_cleared_by_reset_only() {
 }
 
 #[test]
-fn features_stay_what_was_agreed_on() {
+fn negotiated_features_stay() {
     on_both(|kind| {
         let (mut guest, _) = echo(kind, &[64]);
         let features = guest.negotiate(false);
@@ -225,7 +235,7 @@ fn features_stay_what_was_agreed_on() {
 }
 
 #[test]
-fn queues_are_set_up_between_the_features_and_the_driver_being_ready() {
+fn queues_are_set_up_between_features_ok_and_driver_ok() {
     on_both(|kind| {
         let (mut guest, _) = echo(kind, &[64, 1024]);
         let setup = DriverQueue::new(&guest.ram, BASE, 64, 0).state();
@@ -248,7 +258,7 @@ fn queues_are_set_up_between_the_features_and_the_driver_being_ready() {
 }
 
 #[test]
-fn queues_that_do_not_exist_are_nowhere() {
+fn missing_queues_read_as_0() {
     on_both(|kind| {
         let (mut guest, _) = echo(kind, &[64, 1024]);
         guest.negotiate(true);
@@ -281,7 +291,7 @@ fn a_queue_of_1024_works() {
 }
 
 #[test]
-fn a_queue_at_a_bad_place_breaks_the_device_until_it_is_reset() {
+fn queue_at_an_invalid_address_needs_a_reset() {
     on_both(|kind| {
         let (mut guest, control) = echo(kind, &[64]);
         let good = DriverQueue::new(&guest.ram, BASE, 64, 0).state();
@@ -313,7 +323,7 @@ fn a_queue_at_a_bad_place_breaks_the_device_until_it_is_reset() {
 }
 
 #[test]
-fn a_queue_without_its_driver_ready_breaks_the_device() {
+fn queue_left_disabled_needs_a_reset() {
     on_both(|kind| {
         let (mut guest, _) = echo(kind, &[64]);
         guest.negotiate(true);
@@ -323,7 +333,7 @@ fn a_queue_without_its_driver_ready_breaks_the_device() {
 }
 
 #[test]
-fn a_driver_that_breaks_a_ring_gets_a_dead_device_and_a_new_one_after_reset() {
+fn broken_ring_kills_the_device_until_reset() {
     on_both(|kind| {
         let (mut guest, control) = echo(kind, &[64]);
         let driver = guest.start(BASE, 64, true);
@@ -343,7 +353,7 @@ fn a_driver_that_breaks_a_ring_gets_a_dead_device_and_a_new_one_after_reset() {
 }
 
 #[test]
-fn a_reset_puts_every_register_back() {
+fn reset_restores_every_register() {
     on_both(|kind| {
         let (mut guest, _) = echo(kind, &[64, 32]);
         let mut fresh = guest.save();
@@ -361,7 +371,7 @@ fn a_reset_puts_every_register_back() {
 }
 
 #[test]
-fn a_reset_in_the_middle_of_io_waits_until_the_device_has_drained() {
+fn reset_during_io_completes_when_the_device_has_drained() {
     on_both(|kind| {
         let (mut guest, control) = echo(kind, &[64]);
         let mut driver = guest.start(BASE, 64, true);
@@ -397,7 +407,8 @@ fn a_reset_in_the_middle_of_io_waits_until_the_device_has_drained() {
     });
 }
 
-/// A device on mmio whose worker is a thread, with a request in flight that does not end until `control` says so.
+/// A device on mmio whose worker is a thread, with a request in flight that does not end until
+/// `control` says so.
 fn busy_on_mmio(events: Arc<dyn IoEventFds>) -> (MmioTransport, Arc<EchoControl>, Workers) {
     use super::Attachment;
     use super::mmio::IrqLine;
@@ -442,7 +453,7 @@ fn busy_on_mmio(events: Arc<dyn IoEventFds>) -> (MmioTransport, Arc<EchoControl>
 }
 
 #[test]
-fn who_resets_on_mmio_can_wait_without_the_transport_until_the_reset_is_done() {
+fn mmio_reset_is_awaited_without_the_transport_lock() {
     let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEventFds>::default());
     let resetting = mmio.write(0x70, &[0; 4]).expect("a request is in flight");
     let waiting = std::thread::spawn(move || resetting.wait());
@@ -460,7 +471,7 @@ fn who_resets_on_mmio_can_wait_without_the_transport_until_the_reset_is_done() {
 }
 
 #[test]
-fn a_device_whose_kicks_the_kernel_does_not_take_works_all_the_same() {
+fn device_without_ioeventfds_works() {
     struct Full;
     impl IoEventFds for Full {
         fn register(&self, _: u64, _: NotifyMatch, _: &EventFd) -> io::Result<()> {
@@ -478,7 +489,7 @@ fn a_device_whose_kicks_the_kernel_does_not_take_works_all_the_same() {
 }
 
 #[test]
-fn who_asks_for_a_reset_again_waits_no_longer_than_who_asked_first() {
+fn repeated_reset_has_the_deadline_of_the_first() {
     let (mut mmio, control, workers) = busy_on_mmio(Arc::<FakeIoEventFds>::default());
     let mut reset = || mmio.write(0x70, &[0; 4]);
     let first = reset().expect("a request is in flight");
@@ -496,7 +507,7 @@ fn who_asks_for_a_reset_again_waits_no_longer_than_who_asked_first() {
 }
 
 #[test]
-fn kicks_bypass_the_transport_and_reach_it_where_the_kernel_does_not_take_them() {
+fn kicks_reach_the_transport_only_without_an_ioeventfd() {
     on_both(|kind| {
         let (mut guest, _) = echo(kind, &[64, 64]);
         let registered = guest.io_events.registered();
@@ -516,7 +527,7 @@ fn kicks_bypass_the_transport_and_reach_it_where_the_kernel_does_not_take_them()
 }
 
 #[test]
-fn the_configuration_space_takes_accesses_of_any_size_anywhere() {
+fn config_space_takes_accesses_of_any_size_and_offset() {
     on_both(|kind| {
         let (mut guest, control) = echo(kind, &[64]);
         for offset in [0, 1, 3, 7, 15, 18, 19, 20, 21, 100, 0xeff] {
@@ -541,7 +552,7 @@ fn the_configuration_space_takes_accesses_of_any_size_anywhere() {
 }
 
 #[test]
-fn an_unplugged_device_leaves_nothing_behind_once_it_has_drained() {
+fn unplugged_device_leaves_nothing_registered() {
     on_both(|kind| {
         let (mut guest, control) = echo(kind, &[64, 64]);
         let mut driver = guest.start(BASE, 64, true);
@@ -556,238 +567,4 @@ fn an_unplugged_device_leaves_nothing_behind_once_it_has_drained() {
         assert!(guest.unplug());
         assert_eq!((control.counts(), guest.io_events.registered()), ((1, 1, 1), vec![]));
     });
-}
-
-/// A fresh guest around the same memory, made what `state` says.
-fn restored(kind: Kind, guest: &Guest, state: &TransportState, sizes: &[u16]) -> Guest {
-    let (device, _) = Echo::new(sizes, OWN_FEATURES);
-    let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), TestWorker::new());
-    copy.restore(state).unwrap();
-    copy
-}
-
-#[test]
-fn a_restored_device_goes_on_where_it_was_and_tells_the_driver_once() {
-    on_both(|kind| {
-        let (mut guest, _) = echo(kind, &[64]);
-        let mut driver = guest.start(BASE, 64, true);
-        for _ in 0..70 {
-            assert!(echoes(&mut guest, &mut driver));
-        }
-        // Made available, and the kick is lost on the way.
-        driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
-        let still = guest.worker.pause();
-        assert!(still.try_recv().is_ok());
-        driver.publish();
-        let state = guest.save_paused();
-        let mut copy = restored(kind, &guest, &state, &[64]);
-        assert!(copy.interrupts.take() >= 1, "an interrupt may have been on its way");
-        assert!(matches!(driver.take_used(), Some(Used { written: 4, .. })), "the queue was looked at");
-        assert!(echoes(&mut copy, &mut driver));
-        assert_ne!(copy.config_generation(), guest.config_generation());
-    });
-}
-
-#[test]
-fn a_device_that_is_restored_paused_waits_for_its_workers() {
-    on_both(|kind| {
-        let (mut guest, _) = echo(kind, &[64]);
-        let mut driver = guest.start(BASE, 64, true);
-        let state = guest.save();
-        driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
-        driver.publish();
-        let (device, _) = Echo::new(&[64], OWN_FEATURES);
-        let mut worker = TestWorker::new();
-        assert!(worker.pause().try_recv().is_ok());
-        let mut copy = Guest::with(kind, Box::new(device), guest.ram.clone(), worker);
-        copy.restore(&state).unwrap();
-        assert_eq!(driver.take_used(), None);
-        copy.worker.resume();
-        assert!(driver.take_used().is_some());
-    });
-}
-
-#[test]
-fn a_broken_device_is_restored_broken() {
-    on_both(|kind| {
-        let (mut guest, _) = echo(kind, &[64]);
-        let driver = guest.start(BASE, 64, true);
-        driver.set_avail_idx(1000);
-        guest.kick(0);
-        let state = guest.save();
-        let mut copy = restored(kind, &guest, &state, &[64]);
-        assert_eq!(copy.status(), RUNNING | Status::DEVICE_NEEDS_RESET);
-        let mut driver = copy.start(BASE, 64, true);
-        assert!(echoes(&mut copy, &mut driver));
-    });
-}
-
-#[test]
-fn a_pending_config_interrupt_is_raised_after_a_restore() {
-    on_both(|kind| {
-        let (mut guest, _) = echo(kind, &[64]);
-        let driver = guest.start(BASE, 64, true);
-        driver.set_avail_idx(1000);
-        guest.kick(0);
-        let state = guest.save();
-        // A second save, before the driver runs, keeps it pending.
-        let mut copy = restored(kind, &guest, &state, &[64]);
-        assert_eq!(copy.interrupts.take(), 1, "the driver has not handled the first one");
-        let state = copy.save();
-        let mut copy = restored(kind, &guest, &state, &[64]);
-        assert_eq!(copy.interrupts.take(), 1);
-        acknowledge_config_change(&mut copy);
-        let state = copy.save();
-        let copy = restored(kind, &guest, &state, &[64]);
-        assert_eq!(copy.interrupts.take(), 0, "the driver acknowledged it");
-    });
-}
-
-/// The driver acknowledges a configuration-change interrupt.
-fn acknowledge_config_change(guest: &mut Guest) {
-    match guest.kind() {
-        Kind::Mmio => _ = guest.mmio().write(0x64, &2u32.to_le_bytes()),
-        Kind::Pci => guest.pci().read_bar(0x2000, &mut [0]),
-    }
-}
-
-#[test]
-fn states_that_cannot_be_are_refused_by_name() {
-    on_both(|kind| {
-        let (mut guest, _) = echo(kind, &[64]);
-        guest.start(BASE, 64, true);
-        let state = guest.save();
-        let restore = |state: &TransportState, sizes: &[u16], features: u64| {
-            let (device, _) = Echo::new(sizes, features);
-            Guest::new(kind, Box::new(device)).restore(state)
-        };
-        assert!(restore(&state, &[64], OWN_FEATURES).is_ok());
-        assert!(restore(&state, &[64, 64], OWN_FEATURES).is_err());
-        let error = restore(&state, &[64], 1 << 3).unwrap_err();
-        assert!(matches!(error, RestoreError::Features { missing, .. } if missing == 1 << 40));
-        assert!(error.to_string().contains("test does not offer features 0x10000000000"), "{error}");
-        let error = restore(&state, &[32], OWN_FEATURES).unwrap_err();
-        assert!(matches!(error, RestoreError::Queue { index: 0, .. }), "{error}");
-        let mut bad = state.clone();
-        bad.common().queues[0].used_ring = 1 << 50;
-        assert!(matches!(restore(&bad, &[64], OWN_FEATURES), Err(RestoreError::Queue { index: 0, .. })));
-        let mut bad = state.clone();
-        bad.common().status &= !Status::FEATURES_OK;
-        assert!(matches!(restore(&bad, &[64], OWN_FEATURES), Err(RestoreError::Impossible { .. })));
-        let mut bad = state;
-        bad.common().queues[0].ready = false;
-        assert!(matches!(restore(&bad, &[64], OWN_FEATURES), Err(RestoreError::Activate { .. })));
-    });
-}
-
-/// A driver's act, sensible or not.
-#[derive(Debug, Clone)]
-enum Act {
-    Status(u8),
-    Features(u64),
-    Select(u16),
-    SetUp { size: u16, place: u64 },
-    Start,
-    MapVectors,
-    Request,
-    Break,
-    Kick(u32),
-    Config(u64, Vec<u8>),
-    Save,
-}
-
-fn act() -> impl Strategy<Value = Act> {
-    let status = prop_oneof![Just(0), Just(1), Just(3), Just(FEATURES_OK), Just(RUNNING), any::<u8>()];
-    let features = prop_oneof![
-        Just(feature::VERSION_1),
-        Just(feature::VERSION_1 | feature::RING_EVENT_IDX),
-        any::<u64>()
-    ];
-    let place = prop_oneof![4 => Just(BASE), 1 => Just(0x2_0000u64), 1 => any::<u64>()];
-    prop_oneof![
-        4 => status.prop_map(Act::Status),
-        2 => features.prop_map(Act::Features),
-        2 => (0u16..4).prop_map(Act::Select),
-        2 => (prop_oneof![Just(64u16), any::<u16>()], place)
-            .prop_map(|(size, place)| Act::SetUp { size, place }),
-        2 => Just(Act::Start),
-        1 => Just(Act::MapVectors),
-        6 => Just(Act::Request),
-        1 => Just(Act::Break),
-        1 => any::<u32>().prop_map(Act::Kick),
-        2 => (0u64..24, prop::collection::vec(any::<u8>(), 0..9)).prop_map(|(at, data)| Act::Config(at, data)),
-        4 => Just(Act::Save),
-    ]
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
-
-    /// At any moment of any driver's life: what is saved and restored is the same device, also to the driver that goes on with it.
-    #[test]
-    fn a_device_that_is_saved_at_any_moment_comes_back_the_same(
-        acts in prop::collection::vec(act(), 1..40),
-        pci: bool,
-    ) {
-        let kind = if pci { Kind::Pci } else { Kind::Mmio };
-        let sizes = [64, 64, 32];
-        let (device, _) = Echo::new(&sizes, OWN_FEATURES);
-        let mut guest = Guest::with(kind, Box::new(device), reused_ram(4), TestWorker::new());
-        let mut driver: Option<DriverQueue> = None;
-        for act in acts {
-            match act {
-                Act::Status(status) => {
-                    if status == 0 { driver = None; }
-                    guest.set_status(status);
-                }
-                Act::Features(features) => guest.set_driver_features(features),
-                Act::Select(index) => guest.select_queue(index),
-                Act::SetUp { size, place } => {
-                    let state = QueueState {
-                        size, ready: false, desc_table: place, avail_ring: place.wrapping_add(0x1000),
-                        used_ring: place.wrapping_add(0x2000), next_avail: 0, next_used: 0,
-                    };
-                    guest.set_up_queue(&state);
-                }
-                Act::Start => driver = Some(guest.start(BASE, 64, true)),
-                Act::MapVectors => guest.map_vectors(),
-                Act::Request => {
-                    if let Some(driver) = &mut driver && guest.status() == RUNNING {
-                        prop_assert!(echoes(&mut guest, driver));
-                    }
-                }
-                Act::Break => {
-                    if let Some(driver) = driver.take() {
-                        driver.set_avail_idx(0x4000);
-                        guest.kick(0);
-                    }
-                }
-                Act::Kick(index) => guest.kick_slowly(index),
-                Act::Config(at, data) => guest.write_config(at, &data),
-                Act::Save => {
-                    guest.worker.run();
-                    let mut state = guest.save();
-                    let mut copy = restored(kind, &guest, &state, &sizes);
-                    let mut again = copy.save();
-                    // The generation is a new one, and an interrupt too many is pending.
-                    again.common().config_generation = state.common().config_generation;
-                    match (&mut again, &state) {
-                        (TransportState::Mmio(again), TransportState::Mmio(state)) => {
-                            again.interrupt_status = state.interrupt_status;
-                        }
-                        (TransportState::Pci(again), TransportState::Pci(state)) => {
-                            for (again, state) in again.msix.vectors.iter_mut().zip(&state.msix.vectors) {
-                                again.pending = state.pending;
-                            }
-                        }
-                        _ => unreachable!("it is the same transport"),
-                    }
-                    prop_assert_eq!(again, state);
-                    // The configuration space of this device is not part of its state.
-                    guest = copy;
-                }
-            }
-            guest.worker.run();
-        }
-    }
 }

@@ -1,4 +1,4 @@
-//! What a task can ask of its worker.
+//! The interface of a worker to its tasks: descriptors to watch, timers, the clock.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -7,22 +7,25 @@ use std::sync::Arc;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 
-use super::{Nanos, Token};
+use super::clock::{Clock, Nanos};
 use sync::EventFd;
 
-/// What to wait for on a descriptor. Level-triggered: an event comes as long as the condition holds.
+/// A task's number for a descriptor that it watches. Unique within the task.
+pub type Token = u32;
+
+/// The conditions to wait for on a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Interest {
-    /// There is something to read, or the other side hung up.
+    /// The descriptor is readable, or its peer hung up.
     pub read: bool,
-    /// There is room to write.
+    /// The descriptor is writable.
     pub write: bool,
 }
 
 impl Interest {
-    /// Wait for something to read.
+    /// Wait until it is readable.
     pub const READ: Interest = Interest { read: true, write: false };
-    /// Wait for room to write.
+    /// Wait until it is writable.
     pub const WRITE: Interest = Interest { read: false, write: true };
     /// Wait for either.
     pub const BOTH: Interest = Interest { read: true, write: true };
@@ -38,20 +41,20 @@ impl Interest {
 /// A watched descriptor is ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Event {
-    /// What the task called it.
+    /// The task's number for the descriptor.
     pub token: Token,
-    /// There is something to read.
+    /// It is readable.
     pub readable: bool,
-    /// There is room to write.
+    /// It is writable.
     pub writable: bool,
-    /// The other side hung up, or the descriptor is in error: a read or write tells which.
+    /// The peer hung up, or the descriptor has an error. A read or a write returns which.
     pub hangup: bool,
 }
 
-/// A place on a worker: what one task watches and when it wants to be called.
+/// The registrations of one task: watched descriptors and timer.
 #[derive(Debug, Default)]
-pub(crate) struct Seat {
-    /// Where the worker keeps the task, and how often the place was taken before: stale events are told apart by it.
+pub(crate) struct Registrations {
+    /// The slot of the task, and a generation that tells events of a former task in it apart.
     pub(super) slot: u16,
     pub(super) life: u16,
     watches: BTreeMap<u32, Watched>,
@@ -59,9 +62,9 @@ pub(crate) struct Seat {
     pub(super) again: bool,
 }
 
-impl Seat {
-    /// The task goes: events that are still on their way are not for the next one.
-    pub(super) fn vacate(&mut self) {
+impl Registrations {
+    /// Ends the registrations. Events of this task that are already queued are then dropped.
+    pub(super) fn clear(&mut self) {
         self.life = self.life.wrapping_add(1);
         self.timer = None;
         self.again = false;
@@ -72,7 +75,8 @@ impl Seat {
     }
 }
 
-/// A watched descriptor. Copies (`dup`) of what is not counted, so that a task cannot leave a registration behind.
+/// A watched descriptor. It is kept open, so that a task cannot leave a registration behind: epoll
+/// drops one only when the last copy is closed.
 #[derive(Debug)]
 enum Watched {
     Kick(Arc<EventFd>),
@@ -93,7 +97,7 @@ impl AsFd for Watched {
 /// The largest [`Token`]: one bit of the kernel's 64 says whether an event is a kick.
 pub const MAX_TOKEN: Token = (1 << 31) - 1;
 
-/// The 64 bits that the kernel gives back with an event.
+/// The 64 bits that the kernel returns with an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct EventKey {
     pub(super) slot: u16,
@@ -120,86 +124,92 @@ impl EventKey {
     }
 }
 
-/// What a task can ask of the worker that calls it.
+/// The worker's interface to the task that it calls.
 #[derive(Debug)]
 pub struct Context<'a> {
     pub(super) epoll: BorrowedFd<'a>,
-    pub(super) seat: &'a mut Seat,
+    pub(super) registrations: &'a mut Registrations,
     pub(super) clock: &'a mut Clock,
 }
 
 impl Context<'_> {
-    /// Calls [`Task::kicked`](super::Task::kicked) with `token` when `kick` is signalled. The counter is never read.
+    /// Calls [`Task::kicked`](super::task::Task::kicked) with `token` when `kick` is signalled. The
+    /// counter is never read.
     pub fn watch_kick(&mut self, token: Token, kick: &Arc<EventFd>) -> io::Result<()> {
         self.add(token, Watched::Kick(Arc::clone(kick)), EventFlags::IN | EventFlags::ET, true)
     }
 
-    /// Calls [`Task::ready`](super::Task::ready) with `token` while `fd` is as `interest` says, until
-    /// [`Context::unwatch`]. The worker keeps a copy of `fd`: unwatch before a close has to reach the other side.
+    /// Calls [`Task::ready`](super::task::Task::ready) with `token` as long as a condition of
+    /// `interest` holds (level-triggered), until [`Context::unwatch`].
+    ///
+    /// The worker keeps a copy of `fd`, so that the peer sees a close only after `unwatch`.
     pub fn watch(&mut self, token: Token, fd: impl AsFd, interest: Interest) -> io::Result<()> {
         let fd = fd.as_fd().try_clone_to_owned()?;
         self.add(token, Watched::Fd(fd), interest.flags(), false)
     }
 
-    /// As [`Context::watch`], edge-triggered: an event comes whenever something new happens, and nothing needs to be read.
+    /// As [`Context::watch`], but edge-triggered.
     pub fn watch_edge(&mut self, token: Token, fd: impl AsFd, interest: Interest) -> io::Result<()> {
         let fd = fd.as_fd().try_clone_to_owned()?;
         self.add(token, Watched::Fd(fd), interest.flags() | EventFlags::ET, false)
     }
 
-    /// As [`Context::watch_edge`], of a descriptor that the task shares with its worker instead of having it copied: for tasks with
-    /// thousands of them.
+    /// As [`Context::watch_edge`], but shares `fd` with the task instead of copying it, for tasks
+    /// with thousands of descriptors.
     pub fn watch_shared(&mut self, token: Token, fd: &Arc<OwnedFd>, interest: Interest) -> io::Result<()> {
         self.add(token, Watched::Shared(Arc::clone(fd)), interest.flags() | EventFlags::ET, false)
     }
 
-    /// Waits for something else on the edge-triggered descriptor `token` from now on. What is so already gives an event, too.
+    /// Changes the conditions of the edge-triggered descriptor `token`. One that holds already
+    /// gives an event.
     pub fn change_edge(&mut self, token: Token, interest: Interest) -> io::Result<()> {
         self.modify(token, interest.flags() | EventFlags::ET)
     }
 
-    /// Waits for something else on the (level-triggered) descriptor `token` from now on.
+    /// Changes the conditions of the level-triggered descriptor `token`.
     pub fn change_interest(&mut self, token: Token, interest: Interest) -> io::Result<()> {
         self.modify(token, interest.flags())
     }
 
     fn modify(&mut self, token: Token, flags: EventFlags) -> io::Result<()> {
-        let watched = self.seat.watches.get(&token).ok_or(io::ErrorKind::NotFound)?;
-        let key = EventKey { slot: self.seat.slot, life: self.seat.life, kick: false, token };
+        let watched = self.registrations.watches.get(&token).ok_or(io::ErrorKind::NotFound)?;
+        let key =
+            EventKey { slot: self.registrations.slot, life: self.registrations.life, kick: false, token };
         Ok(epoll::modify(self.epoll, watched, EventData::new_u64(key.to_bits()), flags)?)
     }
 
-    /// Watches `token` no more. An event that is on its way may still come.
+    /// Unwatches `token`. An event that is already queued may still come.
     pub fn unwatch(&mut self, token: Token) {
-        if let Some(watched) = self.seat.watches.remove(&token) {
+        if let Some(watched) = self.registrations.watches.remove(&token) {
             let deleted = epoll::delete(self.epoll, &watched);
             debug_assert!(deleted.is_ok(), "a watched descriptor can be unwatched: {deleted:?}");
         }
     }
 
-    /// Watches nothing any more.
+    /// Unwatches all descriptors.
     pub(super) fn unwatch_all(&mut self) {
-        while let Some((&token, _)) = self.seat.watches.first_key_value() {
+        while let Some((&token, _)) = self.registrations.watches.first_key_value() {
             self.unwatch(token);
         }
     }
 
-    /// Calls [`Task::timer`](super::Task::timer) at `at` (once; a later call moves it). At or before now means soon.
+    /// Calls [`Task::timer`](super::task::Task::timer) once at `at`, or soon if `at` has passed. A
+    /// later call replaces the time.
     pub fn set_timer(&mut self, at: Nanos) {
-        self.seat.timer = Some(at);
+        self.registrations.timer = Some(at);
     }
 
-    /// No timer.
+    /// Clears the timer.
     pub fn clear_timer(&mut self) {
-        self.seat.timer = None;
+        self.registrations.timer = None;
     }
 
-    /// Calls [`Task::timer`](super::Task::timer) again after others had their turn.
+    /// Calls [`Task::timer`](super::task::Task::timer) after the other tasks had their turn.
     pub fn reschedule(&mut self) {
-        self.seat.again = true;
+        self.registrations.again = true;
     }
 
-    /// The monotonic clock, read at most once per wake-up of the worker.
+    /// The time of the monotonic clock. It is read at most once per wake-up of the worker.
     pub fn now(&mut self) -> Nanos {
         self.clock.now()
     }
@@ -208,50 +218,12 @@ impl Context<'_> {
         if token > MAX_TOKEN {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        if self.seat.watches.contains_key(&token) {
+        if self.registrations.watches.contains_key(&token) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        let key = EventKey { slot: self.seat.slot, life: self.seat.life, kick, token };
+        let key = EventKey { slot: self.registrations.slot, life: self.registrations.life, kick, token };
         epoll::add(self.epoll, &watched, EventData::new_u64(key.to_bits()), flags)?;
-        self.seat.watches.insert(token, watched);
+        self.registrations.watches.insert(token, watched);
         Ok(())
     }
-}
-
-/// The clock of a worker: read at most once per wake-up.
-#[derive(Debug)]
-pub(crate) struct Clock {
-    source: fn() -> Nanos,
-    now: Option<Nanos>,
-    /// Whether it goes on by itself, as the kernel's timers do.
-    pub(super) ticks: bool,
-}
-
-impl Clock {
-    /// The kernel's.
-    pub(super) fn monotonic() -> Self {
-        Clock { source: monotonic, now: None, ticks: true }
-    }
-
-    /// One that a test sets.
-    #[cfg(any(test, feature = "testing"))]
-    pub(crate) fn manual(source: fn() -> Nanos) -> Self {
-        Clock { source, now: None, ticks: false }
-    }
-
-    /// The time of this wake-up.
-    pub(super) fn now(&mut self) -> Nanos {
-        *self.now.get_or_insert_with(self.source)
-    }
-
-    /// A new wake-up.
-    pub(super) fn forget(&mut self) {
-        self.now = None;
-    }
-}
-
-/// The kernel's monotonic clock.
-pub fn monotonic() -> Nanos {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }

@@ -1,19 +1,20 @@
-//! How other threads speak to a worker.
+//! The commands of other threads to a worker.
 
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
 
-use super::Task;
-use crate::device::Interrupt;
+use super::task::Task;
+use crate::interrupt::Interrupt;
 use sync::EventFd;
 use sync::locked;
 
-/// Names a task for as long as its machine lives.
+/// The id of a task, unique in its machine.
 pub(crate) type TaskKey = u64;
 
-/// What a worker is asked to do. A reply that is dropped says that the worker has ended, or that the request was overtaken.
+/// A command to a worker. A dropped reply channel means that the worker has ended, or that a later
+/// command cancelled this one.
 pub(crate) enum Command {
     Add { key: TaskKey, task: Box<dyn Task>, interrupt: Arc<dyn Interrupt> },
     Remove { key: TaskKey, reply: SyncSender<Box<dyn Task>> },
@@ -22,12 +23,12 @@ pub(crate) enum Command {
     Stop,
 }
 
-/// The commands that wait for a worker, and what others want to know of it.
+/// The command queue of a worker.
 pub(crate) struct Mailbox {
-    /// None once the worker has ended.
+    /// `None` when the worker has ended.
     commands: Mutex<Option<VecDeque<Command>>>,
     pub(super) wake: EventFd,
-    /// Tasks that it has, or soon will.
+    /// The number of its tasks, those of queued `Add` commands included.
     pub(super) load: AtomicUsize,
 }
 
@@ -40,7 +41,7 @@ impl Mailbox {
         }))
     }
 
-    /// Leaves a command for the worker; gives it back if the worker has ended.
+    /// Queues a command. Returns it if the worker has ended.
     pub(crate) fn post(&self, command: Command) -> Result<(), Command> {
         match locked(&self.commands).as_mut() {
             Some(commands) => commands.push_back(command),
@@ -55,7 +56,7 @@ impl Mailbox {
         locked(&self.commands).as_mut().and_then(VecDeque::pop_front)
     }
 
-    /// The worker ends: what nobody answered is dropped, and so is what comes.
+    /// Closes the queue when the worker ends. Returns the commands that were not handled.
     pub(super) fn close(&self) -> VecDeque<Command> {
         locked(&self.commands).take().unwrap_or_default()
     }

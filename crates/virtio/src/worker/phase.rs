@@ -1,48 +1,50 @@
-//! What a worker decides: who is called when, when all are still, and who is told.
+//! The state machines of tasks and of their worker: which calls are due, and when a pause is done.
 //!
-//! Plain state machines without descriptors, threads or tasks, so that a model checker can run these very transitions
-//! (`crate::model`). The runner holds a [`Course`] for each task and a [`Halt`] for itself, asks them what to do, and does it.
+//! They have no descriptors, threads or tasks, so that a model checker can run these transitions
+//! (`crate::model`). The event loop has a [`TaskState`] for each task and a [`WorkerState`] for
+//! itself. It asks them what to do, and does it.
 //!
 //! # Invariants
 //!
-//! - A task is asked to quiesce only when it runs, and to resume only when it does not. It may still be draining then: a pause that
-//!   takes too long is undone.
-//! - It is [`Phase::Still`] only if it was drained since it ran last. Only then it is given back.
-//! - A pause is answered only while it lasts, and only when every task is still.
+//! - A task is asked to quiesce only while it runs, and to resume only while it does not. It may
+//!   still be draining then: a pause that takes too long is undone.
+//! - A task is [`Phase::Quiesced`] only if it was drained since it last ran. Only then it is given
+//!   back.
+//! - A pause is answered only while it lasts, and only when every task is drained.
 
-/// How far a task is in its protocol.
+/// The phase of a task in its protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Phase {
     /// It gets kicks and timers.
     Running,
-    /// It was asked to quiesce and has something in flight.
+    /// It was asked to quiesce and has requests in flight.
     Draining,
     /// Nothing is in flight.
-    Still,
+    Quiesced,
 }
 
-/// One task's way through its protocol.
+/// The state of one task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Course {
+pub(crate) struct TaskState {
     phase: Phase,
-    /// It could not be attached: it is never called again.
+    /// `attach` failed: the task is not called again.
     failed: bool,
-    /// Somebody wants it back.
+    /// Its removal was requested.
     leaving: bool,
 }
 
-/// What became of a task that was drained.
+/// What happens to a task that has drained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Settled {
-    /// It stays, still.
+pub(crate) enum DrainOutcome {
+    /// It stays on the worker.
     Stays,
-    /// It is to be given back.
+    /// It is given back to the caller that removes it.
     Leaves,
 }
 
-/// What to do with a task that is wanted back.
+/// What to do with a task whose removal was requested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Leave {
+pub(crate) enum RemoveAction {
     /// Ask it to quiesce.
     Quiesce,
     /// It is draining already.
@@ -51,32 +53,32 @@ pub(crate) enum Leave {
     Now,
 }
 
-impl Course {
-    /// A task that was just added.
+impl TaskState {
+    /// The state of a task that was just added.
     pub(crate) fn new() -> Self {
-        Course { phase: Phase::Still, failed: false, leaving: false }
+        TaskState { phase: Phase::Quiesced, failed: false, leaving: false }
     }
 
-    /// It could not be attached.
+    /// `attach` failed.
     pub(crate) fn fail(&mut self) {
         self.failed = true;
     }
 
-    /// Whether kicks and timers are for it now.
+    /// Whether it gets kicks and timers now.
     pub(crate) fn is_running(self) -> bool {
         self.phase == Phase::Running && !self.failed
     }
 
-    /// Whether events of its back end are for it: also while it drains, and when it is still.
-    pub(crate) fn hears_events(self) -> bool {
+    /// Whether it gets events of its backend: also while it drains, and when it is drained.
+    pub(crate) fn gets_backend_events(self) -> bool {
         !self.failed
     }
 
-    pub(crate) fn is_still(self) -> bool {
-        self.phase == Phase::Still
+    pub(crate) fn is_quiesced(self) -> bool {
+        self.phase == Phase::Quiesced
     }
 
-    /// It may work. True if it is to be restored.
+    /// Lets it run. Returns whether the task must be resumed.
     pub(crate) fn start(&mut self) -> bool {
         let starts = self.phase != Phase::Running && !self.leaving && !self.failed;
         if starts {
@@ -85,7 +87,7 @@ impl Course {
         starts
     }
 
-    /// It shall be still. True if it is to be asked to quiesce.
+    /// Makes it drain. Returns whether the task must be asked to quiesce.
     pub(crate) fn quiesce(&mut self) -> bool {
         let quiesces = self.phase == Phase::Running;
         if quiesces {
@@ -94,46 +96,46 @@ impl Course {
         quiesces
     }
 
-    /// Somebody wants it back.
-    pub(crate) fn leave(&mut self) -> Leave {
+    /// Its removal is requested.
+    pub(crate) fn leave(&mut self) -> RemoveAction {
         self.leaving = true;
         match self.phase {
-            Phase::Running => Leave::Quiesce,
-            Phase::Draining => Leave::Wait,
-            Phase::Still => Leave::Now,
+            Phase::Running => RemoveAction::Quiesce,
+            Phase::Draining => RemoveAction::Wait,
+            Phase::Quiesced => RemoveAction::Now,
         }
     }
 
-    /// It was called, and says whether it is drained. `Some` if that was what it was waited for.
-    pub(crate) fn called(&mut self, is_drained: impl FnOnce() -> bool) -> Option<Settled> {
+    /// Follows each call of the task. `Some` if it was draining and is drained now.
+    pub(crate) fn called(&mut self, is_drained: impl FnOnce() -> bool) -> Option<DrainOutcome> {
         if self.phase != Phase::Draining || !is_drained() {
             return None;
         }
-        self.phase = Phase::Still;
-        Some(if self.leaving { Settled::Leaves } else { Settled::Stays })
+        self.phase = Phase::Quiesced;
+        Some(if self.leaving { DrainOutcome::Leaves } else { DrainOutcome::Stays })
     }
 }
 
-/// Whether a worker's tasks may work.
+/// Whether the tasks of a worker may run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Halt {
+pub(crate) struct WorkerState {
     paused: bool,
     stopping: bool,
 }
 
-impl Halt {
-    /// All tasks shall be still.
+impl WorkerState {
+    /// Pauses all tasks.
     pub(crate) fn pause(&mut self) {
         self.paused = true;
     }
 
-    /// All tasks shall be still for good, and the worker ends then.
+    /// Pauses all tasks for good; the worker ends when they are drained.
     pub(crate) fn stop(&mut self) {
         self.paused = true;
         self.stopping = true;
     }
 
-    /// All tasks may work. False if the worker is ending.
+    /// Lets all tasks run. Returns false if the worker is ending.
     pub(crate) fn resume(&mut self) -> bool {
         if !self.stopping {
             self.paused = false;
@@ -141,18 +143,18 @@ impl Halt {
         !self.stopping
     }
 
-    /// Whether a task that is added may work at once.
-    pub(crate) fn lets_work(self) -> bool {
+    /// Whether an added task may run at once.
+    pub(crate) fn may_run(self) -> bool {
         !self.paused
     }
 
-    /// Whether those who wait for a pause are told now.
-    pub(crate) fn is_over(self, mut tasks: impl Iterator<Item = Course>) -> bool {
-        self.paused && tasks.all(Course::is_still)
+    /// Whether a pause is complete.
+    pub(crate) fn pause_is_complete(self, mut tasks: impl Iterator<Item = TaskState>) -> bool {
+        self.paused && tasks.all(TaskState::is_quiesced)
     }
 
-    /// Whether the worker ends now.
-    pub(crate) fn ends(self, mut tasks: impl Iterator<Item = Course>) -> bool {
-        self.stopping && tasks.all(Course::is_still)
+    /// Whether the worker ends now: it is stopped and all tasks are drained.
+    pub(crate) fn ends(self, mut tasks: impl Iterator<Item = TaskState>) -> bool {
+        self.stopping && tasks.all(TaskState::is_quiesced)
     }
 }

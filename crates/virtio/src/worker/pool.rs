@@ -1,4 +1,4 @@
-//! The workers of a machine.
+//! The I/O workers of a machine.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,31 +7,32 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::context::Clock;
+use super::clock::Clock;
+use super::event_loop::EventLoop;
 use super::mailbox::{Command, Mailbox, TaskKey};
-use super::runner::Runner;
-use super::{Placement, Task, WorkerId};
-use crate::device::Interrupt;
+use super::task::{Placement, Task, WorkerId};
+use crate::interrupt::Interrupt;
 use sync::locked;
 
-/// Stack of a worker, in bytes. Only what is used takes memory.
+/// The stack of a worker in bytes. Only pages that are used take memory.
 const STACK: usize = 512 << 10;
 
-/// Called on each worker's thread, with its number, before it does anything: the place for a sandbox.
+/// Called first on each worker's thread, with the worker's number: the place for a seccomp filter.
 pub type OnStart = Arc<dyn Fn(usize) + Send + Sync>;
 
-/// How many workers there are and how they work.
+/// The number of workers and their start hook.
 #[derive(Clone, Default)]
 pub struct WorkersConfig {
-    /// Workers that tasks share; at least one is made.
+    /// The number of shared workers; 0 counts as 1.
     pub shared: usize,
     /// See [`OnStart`].
     pub on_start: Option<OnStart>,
 }
 
-/// All workers of a machine. Clones are the same workers.
+/// All workers of a machine. Clones share them.
 ///
-/// Dropping the last clone tells them to end when their tasks have drained, and does not wait; [`Workers::stop`] waits.
+/// When the last clone is dropped, the workers end after their tasks have drained. The drop does
+/// not wait for that; [`Workers::stop`] does.
 #[derive(Clone)]
 pub struct Workers {
     pool: Arc<Pool>,
@@ -46,17 +47,17 @@ struct Pool {
 struct Worker {
     mailbox: Arc<Mailbox>,
     shared: bool,
-    /// None once joined.
+    /// `None` once joined.
     thread: Option<JoinHandle<()>>,
 }
 
-/// A task could not be stilled in time.
+/// A task did not drain in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("io worker {worker} still has requests in flight after {waited:?}")]
+#[error("io worker {worker}: requests are still in flight after {waited:?}")]
 pub struct PauseError {
     /// The number in the worker's name.
     pub worker: usize,
-    /// How long it was waited for.
+    /// The time that the pause waited.
     pub waited: Duration,
 }
 
@@ -70,7 +71,7 @@ impl Workers {
         Ok(Workers { pool })
     }
 
-    /// One worker, which a test runs on its own thread.
+    /// One worker without a thread, which a test polls.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn unthreaded(mailbox: Arc<Mailbox>) -> Self {
         let worker = Worker { mailbox, shared: true, thread: None };
@@ -79,12 +80,13 @@ impl Workers {
         Workers { pool: Arc::new(Pool { workers, next_key: AtomicU64::new(1 << 32), config }) }
     }
 
-    /// Starts a worker that only tasks placed [`Placement::On`] it run on.
+    /// Starts a worker for the tasks with [`Placement::On`] it.
     pub fn dedicated(&self) -> io::Result<WorkerId> {
         self.pool.spawn(false)
     }
 
-    /// Gives a task to a worker; returns at once. `interrupt` hears of it if the task cannot be attached.
+    /// Adds a task to a worker. Returns at once. If the task cannot be attached, its device needs a
+    /// reset ([`Interrupt::needs_reset`]).
     pub fn add(&self, task: Box<dyn Task>, interrupt: Arc<dyn Interrupt>) -> TaskHandle {
         let key = self.pool.next_key.fetch_add(1, Ordering::Relaxed);
         let mailbox = self.pool.place(task.placement());
@@ -97,30 +99,32 @@ impl Workers {
         TaskHandle { key, mailbox }
     }
 
-    /// Quiesces all tasks and waits until nothing is in flight, for at most `patience`. Tasks that are added from now on stay still.
+    /// Quiesces all tasks and waits until nothing is in flight, for at most `timeout`. Tasks that
+    /// are added from now on do not run.
     ///
-    /// On an error the tasks go on draining; [`Workers::resume`] undoes all of it.
-    pub fn pause(&self, patience: Duration) -> Result<(), PauseError> {
+    /// After an error the tasks continue to drain. [`Workers::resume`] undoes the pause in any
+    /// case.
+    pub fn pause(&self, timeout: Duration) -> Result<(), PauseError> {
         let begun = Instant::now();
         let replies: Vec<_> = locked(&self.pool.workers)
             .iter()
             .map(|worker| {
-                let (reply, still) = mpsc::sync_channel(1);
+                let (reply, drained) = mpsc::sync_channel(1);
                 // A worker that has ended has nothing in flight.
-                worker.mailbox.post(Command::Pause { reply }).is_ok().then_some(still)
+                worker.mailbox.post(Command::Pause { reply }).is_ok().then_some(drained)
             })
             .collect();
-        for (worker, still) in replies.into_iter().enumerate() {
-            let Some(still) = still else { continue };
-            let left = patience.saturating_sub(begun.elapsed());
-            if still.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {
+        for (worker, drained) in replies.into_iter().enumerate() {
+            let Some(drained) = drained else { continue };
+            let left = timeout.saturating_sub(begun.elapsed());
+            if drained.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {
                 return Err(PauseError { worker, waited: begun.elapsed() });
             }
         }
         Ok(())
     }
 
-    /// Lets all tasks work again.
+    /// Lets all tasks run again.
     pub fn resume(&self) {
         for worker in locked(&self.pool.workers).iter() {
             // A worker that has ended has nothing to resume.
@@ -128,7 +132,7 @@ impl Workers {
         }
     }
 
-    /// Ends one worker once its tasks have drained, and waits for it.
+    /// Ends a worker after its tasks have drained, and waits for it.
     pub fn release(&self, worker: WorkerId) {
         let thread = locked(&self.pool.workers).get_mut(worker.0).and_then(|worker| {
             let _ = worker.mailbox.post(Command::Stop);
@@ -137,7 +141,8 @@ impl Workers {
         join(thread);
     }
 
-    /// Ends all workers once their tasks have drained, and waits for them. The tasks that they still have are detached.
+    /// Ends all workers after their tasks have drained, and waits for them. Their tasks are
+    /// detached.
     pub fn stop(self) {
         let threads: Vec<_> = {
             let mut workers = locked(&self.pool.workers);
@@ -154,7 +159,7 @@ fn join(thread: Option<JoinHandle<()>>) {
     if let Some(thread) = thread
         && thread.join().is_err()
     {
-        log::error!("an io worker had panicked");
+        log::error!("an io worker panicked");
     }
 }
 
@@ -163,14 +168,14 @@ impl Pool {
         let mut workers = locked(&self.workers);
         let number = workers.len();
         let mailbox = Mailbox::new()?;
-        let mut runner = Runner::new(Arc::clone(&mailbox), Clock::monotonic())?;
+        let mut event_loop = EventLoop::new(Arc::clone(&mailbox), Clock::monotonic())?;
         let on_start = self.config.on_start.clone();
         let thread =
             std::thread::Builder::new().name(format!("io {number}")).stack_size(STACK).spawn(move || {
                 if let Some(on_start) = on_start {
                     on_start(number);
                 }
-                runner.run();
+                event_loop.run();
             })?;
         workers.push(Worker { mailbox, shared, thread: Some(thread) });
         Ok(WorkerId(number))
@@ -199,14 +204,14 @@ impl Drop for Pool {
     }
 }
 
-/// A task that a worker has. Dropping the handle leaves it there until the worker ends.
+/// A task on a worker. If the handle is dropped, the task stays until the worker ends.
 pub struct TaskHandle {
     key: TaskKey,
     mailbox: Arc<Mailbox>,
 }
 
 impl TaskHandle {
-    /// Asks for the task back. Returns at once; the task comes when it has drained.
+    /// Requests the removal of the task. Returns at once; the task comes back when it has drained.
     pub fn remove(self) -> Removal {
         let (reply, task) = mpsc::sync_channel(1);
         // A worker that has ended detached it.
@@ -215,23 +220,23 @@ impl TaskHandle {
     }
 }
 
-/// A task on its way back from its worker. Dropping it lets the task end by itself.
+/// The removal of a task. If it is dropped, the task is detached when it has drained.
 pub struct Removal {
     task: Receiver<Box<dyn Task>>,
 }
 
-/// How far a [`Removal`] is.
+/// The progress of a [`Removal`].
 pub enum Removed {
-    /// Here it is, drained and off its worker.
+    /// The task, drained and off its worker.
     Task(Box<dyn Task>),
-    /// It still has something in flight.
+    /// Requests are still in flight.
     NotYet,
-    /// Its worker has ended before, and detached it.
+    /// The worker ended before and detached the task.
     Ended,
 }
 
 impl Removal {
-    /// Whether it is back. After [`Removed::Task`] the answer is [`Removed::Ended`].
+    /// Checks whether the task is back. After [`Removed::Task`] the answer is [`Removed::Ended`].
     pub fn poll(&self) -> Removed {
         match self.task.try_recv() {
             Ok(task) => Removed::Task(task),
@@ -240,9 +245,9 @@ impl Removal {
         }
     }
 
-    /// As [`Removal::poll`], but waits up to `patience` for it.
-    pub fn wait(&self, patience: Duration) -> Removed {
-        match self.task.recv_timeout(patience) {
+    /// As [`Removal::poll`], but waits for at most `timeout`.
+    pub fn wait(&self, timeout: Duration) -> Removed {
+        match self.task.recv_timeout(timeout) {
             Ok(task) => Removed::Task(task),
             Err(RecvTimeoutError::Timeout) => Removed::NotYet,
             Err(RecvTimeoutError::Disconnected) => Removed::Ended,

@@ -1,5 +1,6 @@
 //! Workers, with and without threads.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +29,7 @@ enum Did {
 
 type Act = Box<dyn FnMut(&mut Context<'_>, Did) + Send>;
 
-/// A task that tells what happens to it, and does as it is told.
+/// A task that reports its calls, and does what the test says.
 struct Probe {
     says: mpsc::Sender<Did>,
     kick: Arc<EventFd>,
@@ -207,7 +208,7 @@ fn a_pause_waits_for_all_and_a_resume_starts_them_as_if_kicked() {
 }
 
 #[test]
-fn a_pause_that_takes_too_long_says_which_worker_and_can_be_undone() {
+fn pause_timeout_names_the_worker_and_can_be_undone() {
     let workers = workers(2);
     let (task, hand) = probe(|_, _| {});
     workers.add(task, interrupt());
@@ -215,7 +216,7 @@ fn a_pause_that_takes_too_long_says_which_worker_and_can_be_undone() {
     hand.drained.store(false, Ordering::SeqCst);
     let error = workers.pause(Duration::from_millis(1)).unwrap_err();
     assert_eq!(error.worker, 0);
-    assert!(error.to_string().starts_with("io worker 0 still has requests in flight after"), "{error}");
+    assert!(error.to_string().starts_with("io worker 0: requests are still in flight after"), "{error}");
     workers.resume();
     assert_eq!((hand.next(), hand.next()), (Did::Quiesce, Did::Resume));
     hand.drained.store(true, Ordering::SeqCst);
@@ -315,7 +316,7 @@ fn a_task_that_wants_more_lets_others_have_their_turn() {
 }
 
 #[test]
-fn tasks_spread_over_shared_workers_and_a_dedicated_one_is_left_alone() {
+fn tasks_spread_over_shared_workers_only() {
     let names = Arc::new(Mutex::new(Vec::new()));
     let workers = workers(2);
     let dedicated = workers.dedicated().unwrap();
@@ -355,7 +356,7 @@ fn each_worker_is_prepared_before_it_does_anything() {
 }
 
 #[test]
-fn a_task_that_cannot_be_attached_breaks_its_device_and_can_still_be_removed() {
+fn task_that_fails_to_attach_can_be_removed() {
     struct Unattachable(OwnedFd);
     impl Task for Unattachable {
         fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
@@ -385,16 +386,16 @@ fn a_task_that_cannot_be_attached_breaks_its_device_and_can_still_be_removed() {
     let (reads, writes) = rustix::pipe::pipe().unwrap();
     rustix::io::write(&writes, b"nobody reads this").unwrap();
     let task = worker.add(Box::new(Unattachable(reads)), Arc::clone(&interrupt) as Arc<_>);
-    assert_eq!(worker.turn(), 1, "a letter");
+    assert_eq!(worker.poll_once(), 1, "a letter");
     assert_eq!(interrupt.broken().len(), 1);
-    assert_eq!(worker.turn(), 0, "what it did watch wakes nobody");
+    assert_eq!(worker.poll_once(), 0, "what it did watch wakes nobody");
     assert!(worker.pause().try_recv().is_ok());
     worker.resume();
     assert!(worker.remove(task).try_recv().is_ok());
 }
 
 #[test]
-fn what_a_removed_task_watched_wakes_nobody() {
+fn descriptors_of_a_removed_task_wake_no_task() {
     let mut worker = TestWorker::new();
     let (task, hand) = probe(|_, _| {});
     let key = worker.add(task, interrupt());
@@ -415,7 +416,8 @@ fn what_a_removed_task_watched_wakes_nobody() {
 fn tokens_are_watched_once_and_can_be_changed_and_dropped() {
     let mut worker = TestWorker::new();
     let checked = Arc::new(AtomicBool::new(false));
-    // An eventfd can always be written: the event comes again and again until it is not wanted any more.
+    // An eventfd can always be written: the event comes again and again until it is not wanted any
+    // more.
     let (watcher, watcher_hand) = probe({
         let mut count = 0;
         move |cx, did| {
@@ -511,7 +513,7 @@ fn a_worker_with_nothing_to_do_uses_no_cpu() {
 }
 
 #[test]
-fn a_worker_that_falls_asleep_now_and_then_misses_no_request() {
+fn sleeping_worker_misses_no_request() {
     use crate::device::{Activation, ActiveQueue, Device, Interrupt, feature};
     use crate::queue::Queue;
     use crate::testing::{DriverQueue, Echo, guest_ram};

@@ -17,7 +17,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use control::snapshot::{Saved, VerifyError, verify};
-use memory::image::{ImageError, Merged, RestoreError, merge, merge_in_place};
+use memory::image::{ImageError, MergeStats, RestoreError, merge, merge_in_place};
 use snapshot::{FORMAT_VERSION, ReadError, Snapshot};
 
 use crate::crash_report;
@@ -115,7 +115,7 @@ fn perform(tool: &Tool) -> Result<(), ToolError> {
                 Some(output) => merge(base, diff, output, &())?,
                 None => merge_in_place(base, diff, &())?,
             };
-            let Merged { data_bytes, zero_bytes, .. } = merged;
+            let MergeStats { data_bytes, zero_bytes, .. } = merged;
             let output = output.as_ref().unwrap_or(base);
             say(format_args!("{}: {data_bytes} bytes merged, {zero_bytes} of them zero\n", output.display()))
         }

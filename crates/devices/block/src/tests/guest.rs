@@ -12,7 +12,7 @@ use crate::engine::Patience;
 use crate::{Block, BlockConfig, BlockControl};
 use sync::EventFd;
 use virtio::device::{Activation, ActiveQueue, Device};
-use virtio::queue::{Position, Queue};
+use virtio::queue::{Queue, QueueProgress};
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::testing::{CountingInterrupt, DriverQueue, TestWorker, Used};
 use virtio::worker::Task;
@@ -54,7 +54,7 @@ pub(super) struct Guest {
     pub(super) control: BlockControl,
     pub(super) drivers: Vec<DriverQueue>,
     /// How far the device is in each queue.
-    pub(super) positions: Vec<Arc<Position>>,
+    pub(super) positions: Vec<Arc<QueueProgress>>,
     kicks: Vec<Arc<EventFd>>,
     tasks: Vec<u64>,
     next_addr: u64,
@@ -121,7 +121,7 @@ impl Guest {
         for (index, size) in sizes.into_iter().enumerate() {
             let driver = DriverQueue::new(&self.ram, base, size, self.features);
             base += DriverQueue::bytes(size).next_multiple_of(4096);
-            let position = Arc::new(Position::default());
+            let position = Arc::new(QueueProgress::default());
             let queue = Queue::new(
                 index as u16,
                 size,

@@ -1,12 +1,12 @@
-//! The control queue, several pairs, and the configuration space.
+//! Tests of the control queue, of several queue pairs, and of the configuration space.
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::guest::{config, wires};
+use super::guest::{config, fake_tap};
 use super::*;
-use crate::call_budget::{BURST, REFILL_MS};
+use crate::backend::tap::tap_offloads;
 use crate::config_space::feature;
-use crate::tap::tap_offloads;
+use crate::rtnl_budget::{BURST, REFILL_MS};
 use crate::{Net, NetBackend, NetConfig, NetSetup};
 use virtio::device::Device;
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
@@ -19,7 +19,7 @@ fn with_pairs(pairs: u16) -> NetGuest {
 }
 
 #[test]
-fn the_guest_reads_its_address_mtu_link_and_pairs() {
+fn config_space_has_mac_status_pairs_and_mtu() {
     let mut guest = with_pairs(3);
     let mut space = [0xaa; 14];
     guest.guest.read_config(0, &mut space);
@@ -28,10 +28,10 @@ fn the_guest_reads_its_address_mtu_link_and_pairs() {
 }
 
 #[test]
-fn only_what_there_is_is_offered() {
+fn offered_features_follow_the_configuration() {
     let offered = |config: NetConfig| {
         let pairs = config.pairs;
-        let setup = NetSetup { backend: NetBackend::tap(wires(pairs).0), interceptor: None };
+        let setup = NetSetup { backend: NetBackend::tap(fake_tap(pairs).0), interceptor: None };
         Net::new(config, setup, NONE, NONE, 1).unwrap().0.features()
     };
     let all = feature::MAC | feature::MTU | feature::MQ;
@@ -42,11 +42,11 @@ fn only_what_there_is_is_offered() {
 }
 
 #[test]
-fn pairs_of_queues_work_side_by_side() {
+fn queue_pairs_work_independently() {
     let mut guest = with_pairs(3);
     assert_eq!(guest.command(&[4, 0, 3, 0]), 0);
     for pair in 0..3 {
-        assert!(guest.give_to(pair, &[1536]));
+        assert!(guest.add_rx_buffer(pair, &[1536]));
         guest.publish(2 * pair);
         assert!(guest.arrive_on(pair, [0; 12], &frame(100, pair as u8)));
         assert_eq!(guest.received_on(pair).unwrap().frame, frame(100, pair as u8));
@@ -57,7 +57,7 @@ fn pairs_of_queues_work_side_by_side() {
 }
 
 #[test]
-fn a_driver_that_uses_one_pair_finds_the_control_queue_behind_it() {
+fn control_queue_follows_the_first_pair_without_mq() {
     let mut guest = NetGuest::with(Kind::Mmio, config(3), NONE, NONE, !feature::MQ);
     assert_eq!(guest.queues.len(), 3);
     assert_eq!(guest.command(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]), 0);
@@ -66,7 +66,7 @@ fn a_driver_that_uses_one_pair_finds_the_control_queue_behind_it() {
 }
 
 #[test]
-fn commands_that_make_no_sense_are_answered_and_counted() {
+fn invalid_control_commands_fail_and_are_counted() {
     let mut guest = with_pairs(2);
     let unknown_offload = [5, 0, 0, 0, 0, 0, 0, 0, 0, 0x80];
     for bad in [
@@ -87,7 +87,7 @@ fn commands_that_make_no_sense_are_answered_and_counted() {
 }
 
 #[test]
-fn states_are_plain_data() {
+fn state_survives_json() {
     let bucket = BucketConfig { size: 100, refill_time_ms: 100, one_time_burst: 5 };
     let limits = RateLimiterConfig { bandwidth: Some(bucket), ops: None };
     let mut guest = NetGuest::with(Kind::Mmio, config(1), limits, NONE, u64::MAX);
@@ -96,13 +96,13 @@ fn states_are_plain_data() {
     assert_eq!(serde_json::from_str::<crate::NetState>(&text).unwrap(), net);
 }
 
-/// Ioctls under RTNL in `seconds`, at most.
+/// Most ioctls under RTNL in `seconds`.
 fn bound(seconds: u64) -> u64 {
     BURST + seconds * 1000 * BURST / REFILL_MS
 }
 
 #[test]
-fn commands_in_a_loop_take_the_hosts_rtnl_a_bounded_number_of_times() {
+fn control_command_loop_is_bounded_in_rtnl_ioctls() {
     const SECONDS: u64 = 10;
     let mut guest = with_pairs(3);
     let before = guest.control.tap().settings().2;
@@ -135,21 +135,21 @@ fn commands_in_a_loop_take_the_hosts_rtnl_a_bounded_number_of_times() {
     let changes = guest.control.tap().settings().2 - before;
     assert!(changes <= bound(SECONDS), "{changes} ioctls for {answers} commands");
     assert!(answers > 100, "commands are delayed, not lost");
-    // The driver stops: what it was answered last is what the host has.
+    // After the last command the tap has the settings of the last one that completed.
     for _ in 0..1000 {
         guest.guest.worker.advance(100_000_000);
         while guest.queues[last].take_used().is_some() {
             answers += 1;
         }
     }
-    assert_eq!(answers % commands.len(), next, "each command was answered");
+    assert_eq!(answers % commands.len(), next, "each command completed");
     let state = guest.state();
     let (offloads, queues, _) = guest.control.tap().settings();
     assert_eq!((offloads, queues), (tap_offloads(state.offloads), Some(state.active_pairs.into())));
 }
 
 #[test]
-fn resets_in_a_loop_take_the_hosts_rtnl_a_bounded_number_of_times() {
+fn reset_loop_is_bounded_in_rtnl_ioctls() {
     let mut guest = with_pairs(2);
     let before = guest.control.tap().settings().2;
     for _ in 0..500 {
@@ -159,8 +159,8 @@ fn resets_in_a_loop_take_the_hosts_rtnl_a_bounded_number_of_times() {
     guest.start(u64::MAX);
     guest.start(!feature::GUEST_OFFLOADS);
     assert!(guest.control.tap().settings().2 - before <= bound(1));
-    // Frames wait until the tap has the last driver's settings.
-    guest.give(&[1536]);
+    // Frames wait until the tap has the settings of the last driver.
+    guest.post_rx_buffer(&[1536]);
     guest.arrive(&frame(60, 1));
     if guest.control.tap().settings().0 != 0 {
         assert_eq!(guest.received(), None);

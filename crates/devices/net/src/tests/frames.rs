@@ -1,9 +1,9 @@
-//! Frames both ways.
+//! Tests of frames in both directions.
 
-use super::guest::{config, wires};
+use super::guest::{config, fake_tap};
 use super::*;
 use crate::config_space::feature;
-use crate::rx::PATIENCE;
+use crate::pair::BUFFER_TIMEOUT;
 use crate::{NetBackend, NetSetup};
 use virtio::device::feature::{RING_EVENT_IDX, RING_INDIRECT_DESC, VERSION_1};
 use virtio::rate_limiter::RateLimiterConfig;
@@ -17,7 +17,7 @@ fn accepting(accepts: u64) -> NetGuest {
 }
 
 #[test]
-fn frames_go_both_ways_with_their_headers() {
+fn frames_pass_both_ways_with_their_headers() {
     for kind in BOTH {
         let mut guest = NetGuest::new(kind);
         let (header, out) = ([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 0], frame(1000, 7));
@@ -26,13 +26,13 @@ fn frames_go_both_ways_with_their_headers() {
         assert_eq!(guest.sent_on(0).unwrap(), [&header[..], &out].concat());
         assert!(guest.queues[1].take_used().is_some());
 
-        guest.give(&[7, 3, 2000]);
+        guest.post_rx_buffer(&[7, 3, 2000]);
         guest.guest.interrupts.take();
         assert!(guest.arrive_on(0, header, &out));
         assert!(guest.guest.interrupts.take() > 0);
-        let came = guest.received_on(0).unwrap();
-        assert_eq!((came.frame, came.buffers), (out, 1));
-        assert_eq!(came.header, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 0]);
+        let rx = guest.received_on(0).unwrap();
+        assert_eq!((rx.frame, rx.buffers), (out, 1));
+        assert_eq!(rx.header, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 0]);
         let stats = guest.control.stats();
         assert_eq!((stats.tx_packets_count.get(), stats.tx_bytes_count.get()), (1, 1000));
         assert_eq!((stats.rx_packets_count.get(), stats.rx_bytes_count.get()), (1, 1000));
@@ -46,50 +46,50 @@ fn frames_have_a_12_byte_header_without_version_1() {
         guest.start_exactly(accepts);
         for life in 0..2 {
             assert_eq!((guest.guest.status(), guest.features & VERSION_1), (RUNNING, 0));
-            // Without offloads, what a header asks for does not matter.
+            // Without offloads the header is not used.
             let (header, out) = ([0; 12], frame(1000, 7));
             assert!(guest.send_on(0, header, &out, &[12, 300]));
             guest.publish(1);
             assert_eq!(guest.sent_on(0).unwrap(), [&header[..], &out].concat());
-            guest.give(&[2000]);
+            guest.post_rx_buffer(&[2000]);
             assert!(guest.arrive_on(0, header, &out));
-            let came = guest.received_on(0).unwrap();
-            assert!(came.frame == out && came.header == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], "{life}");
-            let (tap, wires) = wires(1);
+            let rx = guest.received_on(0).unwrap();
+            assert!(rx.frame == out && rx.header == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0], "{life}");
+            let (tap, peers) = fake_tap(1);
             let setup = NetSetup { backend: NetBackend::tap(tap), interceptor: None };
-            guest.restore(None, setup, wires).unwrap();
+            guest.restore(None, setup, peers).unwrap();
         }
     }
 }
 
 #[test]
-fn a_large_frame_fills_several_buffers() {
+fn large_frame_fills_several_buffers() {
     let mut guest = NetGuest::new(Kind::Mmio);
     for _ in 0..50 {
-        assert!(guest.give_to(0, &[1536]));
+        assert!(guest.add_rx_buffer(0, &[1536]));
     }
     guest.publish(0);
     let large = frame(65_000, 3);
     guest.arrive(&large);
-    let came = guest.received_on(0).unwrap();
-    assert_eq!(came.buffers, 65_012_u32.div_ceil(1536) as u16);
-    assert!(came.frame == large);
+    let rx = guest.received_on(0).unwrap();
+    assert_eq!(rx.buffers, 65_012_u32.div_ceil(1536) as u16);
+    assert!(rx.frame == large);
     guest.arrive(&frame(60, 4));
     assert_eq!(guest.received().unwrap(), frame(60, 4));
 }
 
 #[test]
-fn a_batch_of_frames_raises_one_interrupt() {
+fn batch_of_frames_raises_one_interrupt() {
     let mut guest = NetGuest::new(Kind::Mmio);
     for _ in 0..20 {
-        assert!(guest.give_to(0, &[1536]));
+        assert!(guest.add_rx_buffer(0, &[1536]));
     }
     guest.publish(0);
     guest.queues[0].enable_interrupts();
     guest.guest.interrupts.take();
     for seed in 0..10 {
         let bytes = [&[0; 12][..], &frame(100, seed)].concat();
-        rustix::net::send(&guest.wires[0], &bytes, rustix::net::SendFlags::empty()).unwrap();
+        rustix::net::send(&guest.peers[0], &bytes, rustix::net::SendFlags::empty()).unwrap();
     }
     guest.guest.worker.run();
     assert_eq!(guest.guest.interrupts.take(), 1);
@@ -99,9 +99,9 @@ fn a_batch_of_frames_raises_one_interrupt() {
 }
 
 #[test]
-fn without_mergeable_buffers_a_frame_that_does_not_fit_is_dropped_and_counted() {
+fn too_large_frame_without_mergeable_buffers_is_dropped() {
     let mut guest = accepting(!feature::MRG_RXBUF);
-    guest.give(&[12, 500]);
+    guest.post_rx_buffer(&[12, 500]);
     guest.arrive(&frame(501, 1));
     assert_eq!(guest.received(), None);
     assert_eq!(guest.control.stats().rx_fails.get(), 1);
@@ -111,35 +111,35 @@ fn without_mergeable_buffers_a_frame_that_does_not_fit_is_dropped_and_counted() 
 }
 
 #[test]
-fn a_guest_without_buffers_is_asked_to_kick_and_one_with_buffers_is_not() {
+fn kick_is_requested_only_without_receive_buffers() {
     let mut guest = NetGuest::new(Kind::Mmio);
     guest.arrive(&frame(60, 1));
     assert_eq!(guest.control.stats().no_rx_avail_buffer.get(), 1);
-    assert!(guest.give_to(0, &[1536]));
-    assert!(guest.publish(0), "a kick is wanted");
+    assert!(guest.add_rx_buffer(0, &[1536]));
+    assert!(guest.publish(0), "the device asks for a kick");
     assert_eq!(guest.received().unwrap(), frame(60, 1));
     for _ in 0..60 {
-        assert!(guest.give_to(0, &[1536]));
+        assert!(guest.add_rx_buffer(0, &[1536]));
     }
     guest.publish(0);
     guest.arrive(&frame(60, 2));
-    assert!(guest.give_to(0, &[1536]));
-    assert!(!guest.publish(0), "there is room enough");
+    assert!(guest.add_rx_buffer(0, &[1536]));
+    assert!(!guest.publish(0), "the device has enough buffers");
 }
 
 #[test]
-fn the_network_waits_while_the_guest_has_no_buffers() {
+fn frames_stay_in_the_network_without_receive_buffers() {
     let mut guest = NetGuest::new(Kind::Mmio);
     let mut count = 0u16;
     while count < 1000 && guest.arrive_on(0, [0; 12], &frame(1400, count as u8)) {
         count += 1;
     }
-    assert!(count < 1000, "the device reads frames that it has no room for");
+    assert!(count < 1000, "the device reads frames without receive buffers");
     let events = guest.control.stats().rx_tap_event_count.get();
     assert!(events < 5, "{events} wake-ups for nothing");
     let mut got = 0u16;
     while got < count {
-        guest.give(&[1536]);
+        guest.post_rx_buffer(&[1536]);
         assert_eq!(guest.received().unwrap(), frame(1400, got as u8));
         got += 1;
     }
@@ -147,26 +147,26 @@ fn the_network_waits_while_the_guest_has_no_buffers() {
 }
 
 #[test]
-fn a_frame_that_was_read_waits_for_room_and_goes_on() {
+fn partial_frame_completes_when_buffers_are_added() {
     let mut guest = NetGuest::new(Kind::Mmio);
-    guest.give(&[1000]);
+    guest.post_rx_buffer(&[1000]);
     guest.arrive(&frame(2500, 1));
     assert_eq!(guest.received(), None);
-    guest.give(&[1000]);
+    guest.post_rx_buffer(&[1000]);
     assert_eq!(guest.received(), None);
-    guest.give(&[100, 900]);
-    let came = guest.received_on(0).unwrap();
-    assert_eq!((came.frame, came.buffers), (frame(2500, 1), 3));
+    guest.post_rx_buffer(&[100, 900]);
+    let rx = guest.received_on(0).unwrap();
+    assert_eq!((rx.frame, rx.buffers), (frame(2500, 1), 3));
     assert_eq!(guest.guest.worker.next_timer(), None);
 }
 
 #[test]
-fn a_frame_for_which_no_room_comes_is_dropped_in_the_end() {
+fn partial_frame_is_dropped_after_the_timeout() {
     let mut guest = NetGuest::new(Kind::Mmio);
-    guest.give(&[1000]);
+    guest.post_rx_buffer(&[1000]);
     guest.arrive(&frame(2500, 1));
     guest.arrive(&frame(100, 2));
-    guest.guest.worker.advance(PATIENCE - 1);
+    guest.guest.worker.advance(BUFFER_TIMEOUT - 1);
     assert_eq!(guest.received(), None);
     guest.guest.worker.advance(1);
     assert_eq!(guest.received().unwrap(), frame(100, 2));
@@ -174,7 +174,7 @@ fn a_frame_for_which_no_room_comes_is_dropped_in_the_end() {
 }
 
 #[test]
-fn frames_from_another_address_are_dropped_where_the_guest_has_one() {
+fn spoofed_source_mac_is_dropped_if_a_mac_is_configured() {
     let mut guest = NetGuest::new(Kind::Mmio);
     let mut spoofed = frame(100, 1);
     spoofed[11] ^= 1;
@@ -186,14 +186,14 @@ fn frames_from_another_address_are_dropped_where_the_guest_has_one() {
     assert_eq!(guest.control.stats().tx_packets_count.get(), 1);
 
     let none = RateLimiterConfig::default();
-    let anybody = crate::NetConfig { mac: None, ..config(1) };
-    let mut guest = NetGuest::with(Kind::Mmio, anybody, none, none, u64::MAX);
+    let any_mac = crate::NetConfig { mac: None, ..config(1) };
+    let mut guest = NetGuest::with(Kind::Mmio, any_mac, none, none, u64::MAX);
     guest.send(&spoofed);
     assert_eq!(guest.sent().unwrap(), spoofed);
 }
 
 #[test]
-fn what_is_no_frame_goes_nowhere_and_comes_back() {
+fn malformed_frames_are_completed_and_not_sent() {
     let mut guest = NetGuest::new(Kind::Mmio);
     for bytes in [0, 1, 13] {
         assert!(guest.send_on(0, [0; 12], &vec![0; bytes], &[1]));
@@ -210,7 +210,7 @@ fn what_is_no_frame_goes_nowhere_and_comes_back() {
 }
 
 #[test]
-fn a_network_that_is_full_holds_frames_back_in_order() {
+fn full_network_delays_frames_in_order() {
     let mut guest = NetGuest::new(Kind::Mmio);
     let mut sent = 0u8;
     let mut made = 0u8;
@@ -228,22 +228,22 @@ fn a_network_that_is_full_holds_frames_back_in_order() {
         guest.guest.worker.run();
         while guest.queues[1].take_used().is_some() {}
     }
-    assert!(held, "the network never was full");
+    assert!(held, "the network was never full");
     assert_eq!(guest.control.stats().tap_write_fails.get(), 0);
 }
 
 #[test]
-fn a_network_that_goes_away_takes_the_link_down_and_the_device_goes_on() {
+fn lost_network_takes_the_link_down_not_the_device() {
     for kind in BOTH {
         let mut guest = NetGuest::new(kind);
-        guest.give(&[1536]);
+        guest.post_rx_buffer(&[1536]);
         let mut status = [0; 2];
         guest.guest.read_config(6, &mut status);
         assert_eq!(status, [1, 0]);
-        guest.wires.clear();
+        guest.peers.clear();
         guest.guest.interrupts.take();
         guest.guest.worker.run();
-        assert!(guest.guest.interrupts.take() > 0, "the guest is told");
+        assert!(guest.guest.interrupts.take() > 0, "the driver is interrupted");
         guest.guest.read_config(6, &mut status);
         assert_eq!(status, [0, 0]);
         assert!(!guest.control.link_is_up());
@@ -256,10 +256,10 @@ fn a_network_that_goes_away_takes_the_link_down_and_the_device_goes_on() {
 }
 
 #[test]
-fn without_event_indices_and_indirect_tables_it_works_as_well() {
+fn frames_pass_without_event_idx_and_indirect_descriptors() {
     let mut guest = accepting(!(RING_EVENT_IDX | RING_INDIRECT_DESC));
     for seed in 0..200 {
-        guest.give(&[1536]);
+        guest.post_rx_buffer(&[1536]);
         guest.arrive(&frame(200, seed));
         assert_eq!(guest.received().unwrap(), frame(200, seed));
         guest.send(&frame(300, seed));
@@ -268,7 +268,7 @@ fn without_event_indices_and_indirect_tables_it_works_as_well() {
 }
 
 #[test]
-fn a_broken_queue_breaks_the_device_until_its_reset() {
+fn broken_queue_breaks_the_device_until_reset() {
     let mut guest = NetGuest::new(Kind::Mmio);
     guest.queues[1].set_descriptor(0, 1 << 40, 100, 0, 0);
     guest.queues[1].set_avail_entry(0, 0);
@@ -277,15 +277,15 @@ fn a_broken_queue_breaks_the_device_until_its_reset() {
     assert_eq!(guest.guest.broken_count(), 1);
     guest.arrive(&frame(100, 1));
     guest.start(u64::MAX);
-    guest.give(&[1536]);
+    guest.post_rx_buffer(&[1536]);
     assert_eq!(guest.received().unwrap(), frame(100, 1));
 }
 
 #[test]
-fn a_pause_gives_back_what_was_taken_ahead_and_a_copy_goes_on_with_it() {
+fn pause_unpops_chains_and_a_restored_copy_uses_them() {
     let mut guest = NetGuest::new(Kind::Pci);
     for _ in 0..50 {
-        assert!(guest.give_to(0, &[1536]));
+        assert!(guest.add_rx_buffer(0, &[1536]));
     }
     guest.publish(0);
     guest.arrive(&frame(100, 1));
@@ -293,22 +293,22 @@ fn a_pause_gives_back_what_was_taken_ahead_and_a_copy_goes_on_with_it() {
     let mut state = guest.guest.save();
     let net: crate::NetState = state.common().device.decode().expect("the state is this device's");
     let receive = &state.common().queues[0];
-    assert_eq!((receive.next_avail, receive.next_used), (1, 1), "no chain is part of a state");
-    // The original goes on, too.
+    assert_eq!((receive.next_avail, receive.next_used), (1, 1), "popped chains are not part of the state");
+    // The original guest continues.
     guest.arrive(&frame(100, 2));
     assert_eq!(guest.received().unwrap(), frame(100, 2));
 
-    let (tap, wires) = guest::wires(1);
+    let (tap, peers) = guest::fake_tap(1);
     let setup = crate::NetSetup { backend: crate::NetBackend::tap(tap), interceptor: None };
     let (copy, control) = crate::Net::restore(&net, None, setup, 1).unwrap();
     let worker = virtio::testing::TestWorker::new();
     let mut other = virtio::testing::Guest::with(Kind::Pci, Box::new(copy), guest.guest.ram.clone(), worker);
     other.restore(&state).unwrap();
-    (guest.guest, guest.control, guest.wires) = (other, control, wires);
-    // The receive queue of this driver is one frame ahead of the state: its buffer is filled again.
+    (guest.guest, guest.control, guest.peers) = (other, control, peers);
+    // The driver's receive queue is one frame ahead of the saved state: its buffer is filled again.
     let used_before = guest.queues[0].used_idx();
     guest.arrive(&frame(700, 3));
-    assert_eq!(guest.queues[0].used_idx(), used_before, "the state's index is 2 again");
+    assert_eq!(guest.queues[0].used_idx(), used_before, "the used index is 2 again");
     guest.send(&frame(90, 4));
     assert_eq!(guest.sent().unwrap(), frame(90, 4));
 }

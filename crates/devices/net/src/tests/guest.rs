@@ -1,4 +1,5 @@
-//! A guest with one network device: a driver on a transport, on a worker that the test steps, and the other end of its network.
+//! A guest with one network device: a driver on a transport, on a worker that the test steps, and
+//! the other end of its network.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -6,51 +7,51 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::tap::Tap;
+use crate::backend::tap::Tap;
 use crate::{Net, NetBackend, NetConfig, NetControl, NetSetup, NetState};
 use virtio::device::feature;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::testing::{DriverQueue, Guest, Kind, RUNNING, TestWorker, guest_ram};
 use virtio::transport::{RestoreError, Status};
 
-/// The guest's address.
+/// MAC address of the guest.
 pub(super) const MAC: [u8; 6] = [0x06, 0, 0xac, 0x10, 0, 2];
-/// Memory of a guest, in MiB.
+/// Size of guest memory in MiB.
 const RAM_MIB: u32 = 16;
-/// Where the queues begin, a page or more for each.
+/// Address of the queues, and the bytes of each.
 const QUEUES: u64 = 0x1000;
 const QUEUE_BYTES: u64 = 0x4000;
-/// Where frames of the transmit queue are.
+/// Address range of the frames in the transmit queue.
 const TX_ARENA: u64 = 8 << 20;
 const TX_END: u64 = 16 << 20;
-/// Where receive buffers are.
+/// Address of the receive buffers.
 const RX_ARENA: u64 = 1 << 20;
 
-/// A frame of `len` bytes from the guest, with contents that tell.
+/// A frame of `len` bytes from the guest. Its contents depend on `seed`.
 pub(super) fn frame(len: usize, seed: u8) -> Vec<u8> {
     let mut frame: Vec<u8> = (0..len).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed)).collect();
     frame[6..12].copy_from_slice(&MAC);
     frame
 }
 
-/// A frame that came, with its header.
+/// A frame that the guest received, with its header.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Came {
+pub(super) struct RxFrame {
     pub(super) header: Vec<u8>,
     pub(super) frame: Vec<u8>,
-    /// Buffers that it filled.
+    /// Number of buffers that it filled.
     pub(super) buffers: u16,
 }
 
 pub(super) struct NetGuest {
     pub(super) guest: Guest,
     pub(super) control: NetControl,
-    /// Receive and transmit of each pair, then the control queue.
+    /// Receive queue and transmit queue of each pair, then the control queue.
     pub(super) queues: Vec<DriverQueue>,
-    /// The network's ends, one for each pair.
-    pub(super) wires: Vec<OwnedFd>,
-    /// Buffers that the device has for frames: head, address, length.
-    given: Vec<(u16, u64, u32)>,
+    /// The network end of each pair.
+    pub(super) peers: Vec<OwnedFd>,
+    /// Receive buffers that the device has: head, address, length.
+    posted: Vec<(u16, u64, u32)>,
     next_rx: u64,
     next_tx: u64,
     pub(super) features: u64,
@@ -60,14 +61,14 @@ pub(super) fn config(pairs: u16) -> NetConfig {
     NetConfig { id: "eth0".into(), mac: Some(MAC), mtu: Some(1500), pairs, queue_size: 64 }
 }
 
-/// A tap that is none, and the other end of each of its queues.
-pub(super) fn wires(pairs: u16) -> (Tap, Vec<OwnedFd>) {
+/// A fake tap, and the peer of each of its queues.
+pub(super) fn fake_tap(pairs: u16) -> (Tap, Vec<OwnedFd>) {
     let pair = |_| {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
     };
     let (ours, theirs): (Vec<_>, Vec<_>) = (0..pairs).map(pair).unzip();
-    (Tap::pretend(ours), theirs)
+    (Tap::fake(ours), theirs)
 }
 
 impl NetGuest {
@@ -75,7 +76,7 @@ impl NetGuest {
         Self::with(kind, config(1), RateLimiterConfig::default(), RateLimiterConfig::default(), u64::MAX)
     }
 
-    /// A guest whose driver accepts the features that are in `accepts` and are offered.
+    /// A guest whose driver accepts the offered features that are in `accepts`.
     pub(super) fn with(
         kind: Kind,
         config: NetConfig,
@@ -83,17 +84,17 @@ impl NetGuest {
         tx: RateLimiterConfig,
         accepts: u64,
     ) -> Self {
-        let (tap, wires) = wires(config.pairs);
+        let (tap, peers) = fake_tap(config.pairs);
         let setup = NetSetup { backend: NetBackend::tap(tap), interceptor: None };
         let (net, control) = Net::new(config, setup, rx, tx, 1).unwrap();
-        Self::around(kind, net, control, wires, accepts)
+        Self::with_device(kind, net, control, peers, accepts)
     }
 
-    pub(super) fn around(
+    pub(super) fn with_device(
         kind: Kind,
         net: Net,
         control: NetControl,
-        wires: Vec<OwnedFd>,
+        peers: Vec<OwnedFd>,
         accepts: u64,
     ) -> Self {
         let guest = Guest::with(kind, Box::new(net), guest_ram(RAM_MIB), TestWorker::new());
@@ -101,8 +102,8 @@ impl NetGuest {
             guest,
             control,
             queues: vec![],
-            wires,
-            given: vec![],
+            peers,
+            posted: vec![],
             next_rx: RX_ARENA,
             next_tx: TX_ARENA,
             features: 0,
@@ -111,12 +112,12 @@ impl NetGuest {
         guest
     }
 
-    /// A whole driver, on all queues.
+    /// Starts a driver on all queues.
     pub(super) fn start(&mut self, accepts: u64) {
         self.start_exactly(accepts | feature::VERSION_1);
     }
 
-    /// As [`NetGuest::start`], with `VERSION_1` only if it is in `accepts`.
+    /// Like [`NetGuest::start`], with `VERSION_1` only if it is in `accepts`.
     pub(super) fn start_exactly(&mut self, accepts: u64) {
         let guest = &mut self.guest;
         guest.reset();
@@ -124,9 +125,9 @@ impl NetGuest {
         self.features = guest.device_features() & accepts;
         guest.set_driver_features(self.features);
         guest.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK);
-        let pairs = if self.features & 1 << 22 == 0 { 1 } else { self.wires.len() };
+        let pairs = if self.features & 1 << 22 == 0 { 1 } else { self.peers.len() };
         self.queues.clear();
-        self.given.clear();
+        self.posted.clear();
         for index in 0..=2 * pairs {
             let base = QUEUES + QUEUE_BYTES * index as u64;
             let driver = DriverQueue::new(&guest.ram, base, 64, self.features);
@@ -139,22 +140,22 @@ impl NetGuest {
         guest.worker.run();
     }
 
-    /// It is saved, and goes on with another network and address.
+    /// Saves the guest and restores it with another network and MAC address.
     pub(super) fn restore(
         &mut self,
         mac: Option<[u8; 6]>,
         setup: NetSetup,
-        wires: Vec<OwnedFd>,
+        peers: Vec<OwnedFd>,
     ) -> Result<(), RestoreError> {
         let state = self.guest.save();
         let (copy, control) = Net::restore(&self.state(), mac, setup, 1).unwrap();
         let kind = self.guest.kind();
         self.guest = Guest::with(kind, Box::new(copy), self.guest.ram.clone(), TestWorker::new());
-        (self.control, self.wires) = (control, wires);
+        (self.control, self.peers) = (control, peers);
         self.guest.restore(&state)
     }
 
-    /// What the device saves.
+    /// The saved state of the device.
     pub(super) fn state(&mut self) -> NetState {
         self.guest.save().common().device.decode().expect("the state is this device's")
     }
@@ -166,8 +167,8 @@ impl NetGuest {
         u16::from_le_bytes(status)
     }
 
-    /// The driver gives a receive buffer of this shape to pair `pair`. False if its queue is full.
-    pub(super) fn give_to(&mut self, pair: usize, parts: &[u32]) -> bool {
+    /// Adds a receive buffer of these parts to queue pair `pair`. False: the queue is full.
+    pub(super) fn add_rx_buffer(&mut self, pair: usize, parts: &[u32]) -> bool {
         let len: u32 = parts.iter().sum();
         if self.next_rx + u64::from(len) > TX_ARENA {
             self.next_rx = RX_ARENA;
@@ -181,18 +182,18 @@ impl NetGuest {
             })
             .collect();
         let Some(head) = self.queues[2 * pair].add(&[], &buffers) else { return false };
-        self.given.push((head, self.next_rx, len));
+        self.posted.push((head, self.next_rx, len));
         self.next_rx = at;
         true
     }
 
-    /// Gives one and kicks if the device wants it.
-    pub(super) fn give(&mut self, parts: &[u32]) {
-        assert!(self.give_to(0, parts));
+    /// Adds a receive buffer and kicks the queue if the device asked for it.
+    pub(super) fn post_rx_buffer(&mut self, parts: &[u32]) {
+        assert!(self.add_rx_buffer(0, parts));
         self.publish(0);
     }
 
-    /// Shows the device what was added to a queue. True if it wanted a kick, which it got.
+    /// Publishes the added buffers of a queue. True: the device asked for a kick and got it.
     pub(super) fn publish(&mut self, queue: usize) -> bool {
         let kick = self.queues[queue].publish();
         if kick {
@@ -203,18 +204,18 @@ impl NetGuest {
         kick
     }
 
-    /// The next frame that came to pair `pair`.
-    pub(super) fn received_on(&mut self, pair: usize) -> Option<Came> {
+    /// The next frame that queue pair `pair` received.
+    pub(super) fn received_on(&mut self, pair: usize) -> Option<RxFrame> {
         let mut bytes = Vec::new();
-        // Not known before the header is there, which small buffers have parts of.
+        // The number of buffers is unknown until the header is complete.
         let mut wanted = None;
         let mut buffers = 0;
         while wanted.is_none_or(|wanted| buffers < wanted) {
             let used = self.queues[2 * pair].take_used();
-            assert!(used.is_some() || buffers == 0, "all buffers of a frame come at once");
+            assert!(used.is_some() || buffers == 0, "all buffers of a frame are used at once");
             let used = used?;
-            let at = self.given.iter().position(|&(head, ..)| head == used.head).unwrap();
-            let (_, addr, len) = self.given.remove(at);
+            let at = self.posted.iter().position(|&(head, ..)| head == used.head).unwrap();
+            let (_, addr, len) = self.posted.remove(at);
             assert!(used.written <= len);
             let mut part = vec![0; used.written as usize];
             self.guest.ram.memory().read_slice(&mut part, GuestAddress(addr)).unwrap();
@@ -225,15 +226,16 @@ impl NetGuest {
             buffers += 1;
         }
         let frame = bytes.split_off(12);
-        Some(Came { header: bytes, frame, buffers })
+        Some(RxFrame { header: bytes, frame, buffers })
     }
 
-    /// The next frame that came.
+    /// The next frame that the first pair received.
     pub(super) fn received(&mut self) -> Option<Vec<u8>> {
-        self.received_on(0).map(|came| came.frame)
+        self.received_on(0).map(|rx| rx.frame)
     }
 
-    /// Makes a frame available on pair `pair`, cut into buffers at these lengths (the last takes the rest). False if the queue is full.
+    /// Adds a frame to the transmit queue of pair `pair`, in buffers of the lengths `cuts` and one
+    /// for the rest. False: the queue is full.
     pub(super) fn send_on(&mut self, pair: usize, header: [u8; 12], frame: &[u8], cuts: &[usize]) -> bool {
         let bytes = [&header[..], frame].concat();
         if self.next_tx + bytes.len() as u64 > TX_END {
@@ -256,17 +258,17 @@ impl NetGuest {
         self.queues[2 * pair + 1].add(&buffers, &[]).is_some()
     }
 
-    /// Sends a frame, and takes back what was sent before.
+    /// Sends a frame, after it has taken the used buffers of earlier ones.
     pub(super) fn send(&mut self, frame: &[u8]) {
         while self.queues[1].take_used().is_some() {}
         assert!(self.send_on(0, [0; 12], frame, &[12]));
         self.publish(1);
     }
 
-    /// What the network has got from pair `pair`: a header and a frame.
+    /// The next header and frame that the network got from pair `pair`.
     pub(super) fn sent_on(&self, pair: usize) -> Option<Vec<u8>> {
         let mut bytes = vec![0; 70_000];
-        match rustix::net::recv(&self.wires[pair], &mut bytes[..], RecvFlags::empty()) {
+        match rustix::net::recv(&self.peers[pair], &mut bytes[..], RecvFlags::empty()) {
             Ok((len, _)) => {
                 bytes.truncate(len);
                 Some(bytes)
@@ -278,7 +280,7 @@ impl NetGuest {
         }
     }
 
-    /// The next frame that the network has got.
+    /// The next frame that the network got.
     pub(super) fn sent(&self) -> Option<Vec<u8>> {
         self.sent_on(0).map(|mut bytes| bytes.split_off(12))
     }
@@ -288,15 +290,15 @@ impl NetGuest {
         assert!(self.arrive_on(0, [0; 12], frame));
     }
 
-    /// The network has a frame for the guest, with this header. False if it cannot take it now.
+    /// The network has a frame for the guest, with this header. False: its queue is full.
     pub(super) fn arrive_on(&mut self, pair: usize, header: [u8; 12], frame: &[u8]) -> bool {
         let bytes = [&header[..], frame].concat();
-        let sent = rustix::net::send(self.wires[pair].as_fd(), &bytes, SendFlags::empty());
+        let sent = rustix::net::send(self.peers[pair].as_fd(), &bytes, SendFlags::empty());
         self.guest.worker.run();
         sent.is_ok()
     }
 
-    /// A command on the control queue, and its answer.
+    /// Sends a command on the control queue, and returns its status.
     pub(super) fn command(&mut self, command: &[u8]) -> u8 {
         let last = self.queues.len() - 1;
         let at = TX_ARENA - 0x1000;
@@ -305,7 +307,7 @@ impl NetGuest {
         memory.write_slice(&[0xff], GuestAddress(at + 0x800)).unwrap();
         self.queues[last].add(&[(at, command.len() as u32)], &[(at + 0x800, 1)]).unwrap();
         self.publish(last);
-        let used = self.queues[last].take_used().expect("a command is answered");
+        let used = self.queues[last].take_used().expect("a command completes");
         assert_eq!(used.written, 1);
         self.guest.ram.memory().read_obj(GuestAddress(at + 0x800)).unwrap()
     }

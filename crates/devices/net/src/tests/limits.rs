@@ -1,4 +1,4 @@
-//! Rate limits.
+//! Tests of rate limits.
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -18,14 +18,14 @@ fn ops(size: u64, refill_time_ms: u64) -> RateLimiterConfig {
     RateLimiterConfig { bandwidth: None, ops: Some(BucketConfig { size, refill_time_ms, one_time_burst: 0 }) }
 }
 
-/// Frames that pass in `ms` milliseconds, when there are always more to come.
+/// Number of frames that pass in `ms` milliseconds if there are always more.
 fn passed(guest: &mut NetGuest, ms: u64, to_guest: bool) -> u64 {
     let mut count = 0;
     for _ in 0..ms {
         loop {
             let before = count;
             if to_guest {
-                while guest.give_to(0, &[1536]) {}
+                while guest.add_rx_buffer(0, &[1536]) {}
                 guest.publish(0);
                 while guest.arrive_on(0, [0; 12], &frame(1000, 1)) {}
                 while guest.received().is_some() {
@@ -50,17 +50,17 @@ fn passed(guest: &mut NetGuest, ms: u64, to_guest: bool) -> u64 {
 }
 
 #[test]
-fn a_flood_behind_a_slow_limit_delays_a_frame_by_a_second_at_most() {
+fn flood_behind_a_low_limit_delays_frames_by_one_second() {
     let mut guest = NetGuest::with(Kind::Mmio, config(1), ops(50, 1000), NONE, u64::MAX);
     let stamped = |ms: u64| {
         let mut stamped = frame(60, 1);
         stamped[20..28].copy_from_slice(&ms.to_le_bytes());
         stamped
     };
-    // The wire holds some hundred frames, and the flood fills it again as soon as there is room.
+    // The socket holds some hundred frames, and the flood keeps it full.
     let (mut count, mut latest) = (0, 0);
     for ms in 0..20_000u64 {
-        while guest.give_to(0, &[1536]) {}
+        while guest.add_rx_buffer(0, &[1536]) {}
         guest.publish(0);
         while guest.arrive_on(0, [0; 12], &stamped(ms)) {}
         while let Some(frame) = guest.received() {
@@ -78,14 +78,14 @@ fn a_flood_behind_a_slow_limit_delays_a_frame_by_a_second_at_most() {
 }
 
 #[test]
-fn a_burst_within_a_second_of_a_limit_is_delivered_whole() {
+fn burst_within_one_second_of_a_limit_is_delivered() {
     let mut guest = NetGuest::with(Kind::Mmio, config(1), ops(50, 1000), NONE, u64::MAX);
     for seed in 0..90 {
         assert!(guest.arrive_on(0, [0; 12], &frame(60, seed)));
     }
     let mut count = 0;
     for _ in 0..1000 {
-        while guest.give_to(0, &[1536]) {}
+        while guest.add_rx_buffer(0, &[1536]) {}
         guest.publish(0);
         while guest.received().is_some() {
             count += 1;
@@ -96,7 +96,7 @@ fn a_burst_within_a_second_of_a_limit_is_delivered_whole() {
 }
 
 #[test]
-fn either_direction_keeps_its_rate_in_bytes_and_in_frames() {
+fn both_directions_keep_byte_and_frame_rates() {
     for (limits, want) in
         [(bytes(100_000, 100), 100 + 3000), (ops(50, 100), 50 + 1500), (bytes(1000, 10), 301)]
     {
@@ -110,19 +110,19 @@ fn either_direction_keeps_its_rate_in_bytes_and_in_frames() {
 }
 
 #[test]
-fn no_timer_is_armed_when_nothing_waits() {
+fn no_timer_is_armed_while_no_frame_waits() {
     let mut guest = NetGuest::with(Kind::Mmio, config(1), bytes(10_000, 100), bytes(10_000, 100), u64::MAX);
-    guest.give(&[1536]);
+    guest.post_rx_buffer(&[1536]);
     guest.send(&frame(1000, 1));
     guest.arrive(&frame(1000, 1));
     assert_eq!(guest.guest.worker.next_timer(), None);
 }
 
 #[test]
-fn limits_that_are_lifted_let_waiting_frames_go_at_once() {
+fn removed_limits_release_delayed_frames_at_once() {
     let mut guest = NetGuest::with(Kind::Mmio, config(1), ops(1, 1_000_000), ops(1, 1_000_000), u64::MAX);
     for seed in 0..3 {
-        assert!(guest.give_to(0, &[1536]));
+        assert!(guest.add_rx_buffer(0, &[1536]));
         guest.publish(0);
         guest.arrive(&frame(100, seed));
         assert!(guest.send_on(0, [0; 12], &frame(100, seed), &[]));
@@ -142,14 +142,14 @@ fn limits_that_are_lifted_let_waiting_frames_go_at_once() {
 }
 
 #[test]
-fn a_frame_that_the_network_refuses_is_paid_for_once() {
+fn frame_for_a_full_network_is_charged_once() {
     let mut guest = NetGuest::with(Kind::Mmio, config(1), NONE, ops(300, 1_000_000), u64::MAX);
     let mut count = 0;
     for _ in 0..100 {
         while guest.queues[1].take_used().is_some() {}
         while guest.send_on(0, [0; 12], &frame(1400, 1), &[]) {}
         guest.publish(1);
-        // The network is full now, most times; every frame that is taken out lets one in.
+        // The network is full most of the time: each frame taken out lets one in.
         for _ in 0..7 {
             if guest.sent().is_some() {
                 count += 1;
@@ -165,26 +165,26 @@ fn a_frame_that_the_network_refuses_is_paid_for_once() {
 }
 
 #[test]
-fn a_frame_that_grows_while_the_network_refuses_it_is_charged_for_what_it_grew() {
+fn frame_that_grows_while_delayed_is_charged_the_difference() {
     let mut guest = NetGuest::with(Kind::Mmio, config(1), NONE, bytes(200_000, 1_000_000), u64::MAX);
     let at = 8 << 20;
     let bytes = [&[0; 12][..], &frame(60_000, 1)].concat();
     guest.guest.ram.memory().write_slice(&bytes, GuestAddress(at)).unwrap();
-    let waits = loop {
+    let delayed = loop {
         let head = guest.queues[1].add(&[(at, 112)], &[]).unwrap();
         guest.publish(1);
         if guest.queues[1].take_used().is_none() {
             break head;
         }
     };
-    // The network takes no more, and this one has paid for its 100 bytes.
+    // The network is full, and the limiter has counted 100 bytes for this frame.
     let spent = |guest: &mut NetGuest| 200_000 - guest.state().tx_limiter.bandwidth.unwrap().tokens;
     let before = spent(&mut guest);
-    guest.queues[1].set_descriptor(waits, at, 60_012, 0, 0);
+    guest.queues[1].set_descriptor(delayed, at, 60_012, 0, 0);
     while guest.sent().is_some() {
         guest.guest.worker.run();
     }
-    assert!(guest.queues[1].take_used().is_some(), "it went out");
+    assert!(guest.queues[1].take_used().is_some(), "the frame was sent");
     let after = spent(&mut guest);
     assert_eq!(after - before, 59_900);
 }

@@ -1,4 +1,5 @@
-//! Any traffic over any buffers: what arrives is what was sent, in order, and what is missing was counted.
+//! Property test: with any traffic and any buffers, frames arrive in order, and missing ones are
+//! counted.
 
 use std::collections::VecDeque;
 
@@ -12,15 +13,15 @@ use virtio::testing::Kind;
 
 #[derive(Debug, Clone)]
 enum Act {
-    /// The guest sends a frame, cut at these lengths.
+    /// The guest sends a frame in buffers of these lengths.
     Send(usize, Vec<usize>),
     /// The network has a frame.
     Arrive(usize),
-    /// The guest gives a buffer.
-    Give(Vec<u32>),
-    /// Time passes: frames that wait for room are dropped.
+    /// The guest adds a receive buffer.
+    AddBuffer(Vec<u32>),
+    /// Time passes: frames that wait for receive buffers are dropped.
     Wait,
-    /// The machine pauses and goes on.
+    /// The machine pauses and resumes.
     Pause,
 }
 
@@ -32,7 +33,7 @@ fn act() -> impl Strategy<Value = Act> {
     prop_oneof![
         4 => (len(), prop::collection::vec(1usize..5000, 0..4)).prop_map(|(len, cuts)| Act::Send(len, cuts)),
         4 => len().prop_map(Act::Arrive),
-        8 => prop::collection::vec(1u32..4000, 1..4).prop_map(Act::Give),
+        8 => prop::collection::vec(1u32..4000, 1..4).prop_map(Act::AddBuffer),
         1 => Just(Act::Wait),
         1 => Just(Act::Pause),
     ]
@@ -42,7 +43,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn what_arrives_is_what_was_sent(
+    fn frames_arrive_in_order_or_are_counted_as_dropped(
         acts in prop::collection::vec(act(), 1..60),
         mergeable: bool, event_idx: bool, pci: bool,
     ) {
@@ -75,14 +76,14 @@ proptest! {
                         to_guest.push_back(frame(len, seed));
                     }
                 }
-                Act::Give(parts) => {
-                    guest.give_to(0, &parts);
+                Act::AddBuffer(parts) => {
+                    guest.add_rx_buffer(0, &parts);
                     guest.publish(0);
                 }
-                Act::Wait => guest.guest.worker.advance(crate::rx::PATIENCE),
+                Act::Wait => guest.guest.worker.advance(crate::pair::BUFFER_TIMEOUT),
                 Act::Pause => {
-                    let still = guest.guest.worker.pause();
-                    prop_assert!(still.try_recv().is_ok());
+                    let paused = guest.guest.worker.pause();
+                    prop_assert!(paused.try_recv().is_ok());
                     guest.guest.worker.resume();
                 }
             }
@@ -90,13 +91,13 @@ proptest! {
                 prop_assert!(Some(sent) == to_network.pop_front());
                 guest.guest.worker.run();
             }
-            while let Some(came) = guest.received() {
-                // Some before it may have been dropped.
-                while to_guest.front().is_some_and(|next| *next != came) {
+            while let Some(rx) = guest.received() {
+                // Frames before it may have been dropped.
+                while to_guest.front().is_some_and(|next| *next != rx) {
                     to_guest.pop_front();
                     skipped += 1;
                 }
-                prop_assert!(to_guest.pop_front() == Some(came));
+                prop_assert!(to_guest.pop_front() == Some(rx));
             }
         }
         prop_assert!(to_network.is_empty(), "{} frames were not sent", to_network.len());

@@ -1,12 +1,12 @@
-//! Guests that go on from what was saved, with another network.
+//! Tests of saved guests that are restored with another network.
 
 use std::os::fd::OwnedFd;
 
-use super::guest::{config, wires};
+use super::guest::{config, fake_tap};
 use super::*;
+use crate::backend::stream::Stream;
+use crate::backend::tap::tap_offloads;
 use crate::config_space::feature;
-use crate::stream::Stream;
-use crate::tap::tap_offloads;
 use crate::{Net, NetBackend, NetError, NetSetup};
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::testing::{Guest, Kind, TestWorker};
@@ -21,8 +21,8 @@ fn accepting(pairs: u16, accepts: u64) -> NetGuest {
 }
 
 fn tap(pairs: u16) -> (NetSetup, Vec<OwnedFd>) {
-    let (tap, wires) = wires(pairs);
-    (NetSetup { backend: NetBackend::tap(tap), interceptor: None }, wires)
+    let (tap, peers) = fake_tap(pairs);
+    (NetSetup { backend: NetBackend::tap(tap), interceptor: None }, peers)
 }
 
 fn unplugged(pairs: u16) -> NetSetup {
@@ -35,7 +35,7 @@ fn stream() -> (NetSetup, OwnedFd) {
     (NetSetup { backend, interceptor: None }, theirs.into())
 }
 
-/// A frame from this address.
+/// A frame from this MAC address.
 fn from(mac: [u8; 6]) -> Vec<u8> {
     let mut frame = frame(60, 1);
     frame[6..12].copy_from_slice(&mac);
@@ -43,13 +43,13 @@ fn from(mac: [u8; 6]) -> Vec<u8> {
 }
 
 #[test]
-fn the_guest_is_asked_to_announce_itself_until_it_has() {
+fn restored_guest_is_asked_to_announce_itself_once() {
     let mut guest = accepting(2, u64::MAX);
     assert_eq!(guest.command(&[4, 0, 2, 0]), 0);
     let before = guest.state();
     assert_eq!(before.active_pairs, 2);
-    let (setup, wires) = tap(2);
-    guest.restore(None, setup, wires).unwrap();
+    let (setup, peers) = tap(2);
+    guest.restore(None, setup, peers).unwrap();
     assert_eq!(guest.status(), LINK_UP | ANNOUNCE);
     assert!(guest.guest.interrupts.take() > 0);
     assert_eq!(guest.command(&[3, 0]), 0);
@@ -59,7 +59,7 @@ fn the_guest_is_asked_to_announce_itself_until_it_has() {
 }
 
 #[test]
-fn a_network_that_lacks_what_the_guest_relies_on_is_refused() {
+fn restore_fails_if_the_backend_lacks_negotiated_features() {
     let mut guest = accepting(1, u64::MAX);
     let (setup, _theirs) = stream();
     let refused = guest.restore(None, setup, vec![]).unwrap_err();
@@ -71,7 +71,7 @@ fn a_network_that_lacks_what_the_guest_relies_on_is_refused() {
 }
 
 #[test]
-fn a_network_that_lacks_what_the_guest_never_accepted_is_good_enough() {
+fn restore_ignores_missing_features_not_negotiated() {
     let all = feature::OFFLOADS
         | feature::CTRL_GUEST_OFFLOADS
         | feature::HOST_USO
@@ -80,12 +80,16 @@ fn a_network_that_lacks_what_the_guest_never_accepted_is_good_enough() {
     let mut guest = accepting(1, !all);
     let (setup, _theirs) = stream();
     guest.restore(None, setup, vec![]).unwrap();
-    assert_eq!(guest.guest.device_features() & all, 0, "the next driver is offered what there is");
+    assert_eq!(
+        guest.guest.device_features() & all,
+        0,
+        "the next driver is offered what the backend supports"
+    );
     assert_eq!(guest.guest.broken_count(), 0);
 }
 
 #[test]
-fn a_guest_without_a_network_finds_its_link_down() {
+fn link_is_down_after_restore_without_a_network() {
     let mut guest = accepting(2, u64::MAX);
     assert_eq!(guest.command(&[4, 0, 2, 0]), 0);
     guest.restore(None, unplugged(2), vec![]).unwrap();
@@ -96,35 +100,35 @@ fn a_guest_without_a_network_finds_its_link_down() {
 }
 
 #[test]
-fn a_driver_without_a_control_queue_is_told_that_its_link_is_down() {
+fn link_down_interrupts_a_driver_without_a_control_queue() {
     let mut guest =
         NetGuest::with(Kind::Mmio, config(1), NONE, NONE, !(feature::CTRL_VQ | feature::GUEST_ANNOUNCE));
     let generation = guest.guest.config_generation();
     guest.restore(None, unplugged(1), vec![]).unwrap();
-    // The second bit: the configuration space has changed.
-    let mut told = [0; 4];
-    guest.guest.mmio().read(0x60, &mut told);
-    assert_eq!(told[0] & 2, 2);
+    // Bit 1 of InterruptStatus: the configuration space has changed.
+    let mut status = [0; 4];
+    guest.guest.mmio().read(0x60, &mut status);
+    assert_eq!(status[0] & 2, 2);
     assert_ne!(guest.guest.config_generation(), generation);
     assert_eq!(guest.status(), 0);
 }
 
 #[test]
-fn offloads_and_pairs_chosen_at_run_time_reach_the_new_tap() {
+fn runtime_offloads_and_pairs_reach_the_new_tap() {
     let mut guest = accepting(2, u64::MAX);
     assert_eq!(guest.command(&[4, 0, 2, 0]), 0);
-    // `ethtool -K eth0 lro off`: checksums only.
+    // `ethtool -K eth0 lro off`: checksum offload only.
     assert_eq!(guest.command(&[5, 0, 2, 0, 0, 0, 0, 0, 0, 0]), 0);
     for _ in 0..2 {
-        let (setup, wires) = tap(2);
-        guest.restore(None, setup, wires).unwrap();
+        let (setup, peers) = tap(2);
+        guest.restore(None, setup, peers).unwrap();
         let (offloads, queues, _) = guest.control.tap().settings();
         assert_eq!((offloads, queues), (tap_offloads(feature::GUEST_CSUM), Some(2)));
     }
 }
 
 #[test]
-fn a_link_change_survives_a_save_before_the_guest_runs() {
+fn link_change_survives_a_save_before_the_guest_runs() {
     let mut guest =
         NetGuest::with(Kind::Mmio, config(1), NONE, NONE, !(feature::CTRL_VQ | feature::GUEST_ANNOUNCE));
     let state = guest.guest.save();
@@ -140,20 +144,20 @@ fn a_link_change_survives_a_save_before_the_guest_runs() {
     let (copy, _control) = Net::restore(&own, None, unplugged(1), 1).unwrap();
     let mut copy = Guest::with(Kind::Mmio, Box::new(copy), guest.guest.ram.clone(), TestWorker::new());
     copy.restore(&state).unwrap();
-    let mut told = [0; 4];
-    copy.mmio().read(0x60, &mut told);
-    assert_eq!(told[0] & 2, 2, "the driver has not heard of its link");
+    let mut status = [0; 4];
+    copy.mmio().read(0x60, &mut status);
+    assert_eq!(status[0] & 2, 2, "the driver is interrupted for its link");
 }
 
 #[test]
-fn a_driver_that_begins_anew_after_a_restore_gets_no_other_drivers_settings() {
+fn driver_started_after_restore_gets_default_settings() {
     let mut guest = accepting(2, u64::MAX);
     assert_eq!(guest.command(&[4, 0, 2, 0]), 0);
-    // It was saved between two drivers: the first one's settings are in the state.
+    // Saved between two drivers: the settings of the first one are in the state.
     guest.guest.reset();
     assert_eq!(guest.state().active_pairs, 2);
-    let (setup, wires) = tap(2);
-    guest.restore(None, setup, wires).unwrap();
+    let (setup, peers) = tap(2);
+    guest.restore(None, setup, peers).unwrap();
     guest.start(!feature::GUEST_TSO4);
     let state = guest.state();
     assert_eq!(state.active_pairs, 1);
@@ -161,21 +165,21 @@ fn a_driver_that_begins_anew_after_a_restore_gets_no_other_drivers_settings() {
 }
 
 #[test]
-fn a_guest_with_a_new_address_may_use_the_old_one_until_its_driver_begins_anew() {
+fn former_mac_is_allowed_until_the_driver_resets() {
     const SECOND: [u8; 6] = [2, 0, 0, 0, 0, 2];
     const THIRD: [u8; 6] = [2, 0, 0, 0, 0, 3];
     const FOURTH: [u8; 6] = [2, 0, 0, 0, 0, 4];
     let mut guest = accepting(1, u64::MAX);
     for new in [SECOND, THIRD, FOURTH] {
-        let (setup, wires) = tap(1);
-        guest.restore(Some(new), setup, wires).unwrap();
+        let (setup, peers) = tap(1);
+        guest.restore(Some(new), setup, peers).unwrap();
         let mut space = [0; 6];
         guest.guest.read_config(0, &mut space);
         assert_eq!(space, new);
     }
-    // Again, with the same.
-    let (setup, wires) = tap(1);
-    guest.restore(Some(FOURTH), setup, wires).unwrap();
+    // Once more, with the same address.
+    let (setup, peers) = tap(1);
+    guest.restore(Some(FOURTH), setup, peers).unwrap();
     let passes = |guest: &mut NetGuest, mac| {
         guest.send(&from(mac));
         guest.sent().is_some()
@@ -191,12 +195,12 @@ fn a_guest_with_a_new_address_may_use_the_old_one_until_its_driver_begins_anew()
 }
 
 #[test]
-fn a_guest_that_chose_its_own_address_may_use_it_until_its_driver_begins_anew() {
+fn own_mac_is_allowed_until_the_driver_resets() {
     const NEW: [u8; 6] = [2, 0, 0, 0, 0, 2];
     let own = crate::NetConfig { mac: None, ..config(1) };
     let mut guest = NetGuest::with(Kind::Mmio, own, NONE, NONE, u64::MAX);
-    let (setup, wires) = tap(1);
-    guest.restore(Some(NEW), setup, wires).unwrap();
+    let (setup, peers) = tap(1);
+    guest.restore(Some(NEW), setup, peers).unwrap();
     guest.send(&from([6; 6]));
     assert!(guest.sent().is_some());
     guest.start(u64::MAX);

@@ -1,12 +1,12 @@
-//! A network in another process.
+//! Tests of the stream backend.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use super::guest::config;
 use super::*;
+use crate::backend::stream::Stream;
 use crate::config_space::feature;
-use crate::stream::Stream;
 use crate::{Net, NetBackend, NetSetup};
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 use virtio::testing::Kind;
@@ -15,7 +15,7 @@ fn guest() -> (NetGuest, UnixStream) {
     limited(RateLimiterConfig::default())
 }
 
-/// With a limit on what the guest receives.
+/// A guest with a receive limit.
 fn limited(rx: RateLimiterConfig) -> (NetGuest, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
@@ -23,7 +23,7 @@ fn limited(rx: RateLimiterConfig) -> (NetGuest, UnixStream) {
         NetSetup { backend: NetBackend::stream(Stream::new("test".into(), ours.into())), interceptor: None };
     let none = RateLimiterConfig::default();
     let (net, control) = Net::new(config(1), setup, rx, none, 1).unwrap();
-    (NetGuest::around(Kind::Mmio, net, control, vec![], u64::MAX), theirs)
+    (NetGuest::with_device(Kind::Mmio, net, control, vec![], u64::MAX), theirs)
 }
 
 fn framed(frame: &[u8]) -> Vec<u8> {
@@ -31,7 +31,7 @@ fn framed(frame: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn frames_go_both_ways_and_no_offload_is_offered() {
+fn stream_passes_frames_and_offers_no_offloads() {
     let (mut guest, mut peer) = guest();
     assert_eq!(guest.features & feature::OFFLOADS, 0);
     guest.send(&frame(1000, 1));
@@ -39,7 +39,7 @@ fn frames_go_both_ways_and_no_offload_is_offered() {
     peer.read_exact(&mut got).unwrap();
     assert_eq!(got, framed(&frame(1000, 1)));
     for _ in 0..50 {
-        assert!(guest.give_to(0, &[1536]));
+        assert!(guest.add_rx_buffer(0, &[1536]));
     }
     guest.publish(0);
     peer.write_all(&[framed(&frame(60, 2)), framed(&frame(60_000, 3))].concat()).unwrap();
@@ -50,7 +50,7 @@ fn frames_go_both_ways_and_no_offload_is_offered() {
 }
 
 #[test]
-fn a_peer_that_reads_slowly_gets_all_in_order() {
+fn slow_peer_gets_all_frames_in_order() {
     let (mut guest, mut peer) = guest();
     let (mut made, mut got) = (0u32, Vec::new());
     while got.len() < 2000 * 1004 {
@@ -71,11 +71,11 @@ fn a_peer_that_reads_slowly_gets_all_in_order() {
 }
 
 #[test]
-fn a_peer_that_hangs_up_or_speaks_nonsense_takes_the_link_down() {
-    for nonsense in [false, true] {
+fn hangup_or_invalid_length_takes_the_link_down() {
+    for invalid in [false, true] {
         let (mut guest, mut peer) = guest();
-        guest.give(&[1536]);
-        if nonsense {
+        guest.post_rx_buffer(&[1536]);
+        if invalid {
             peer.write_all(&[0xff; 8]).unwrap();
         } else {
             drop(peer);
@@ -87,14 +87,14 @@ fn a_peer_that_hangs_up_or_speaks_nonsense_takes_the_link_down() {
     }
 }
 
-/// Frames that the guest may have in its transmit queue at once.
+/// Number of frames that fit in the transmit queue.
 const TX_SLOTS: usize = 64;
 
 #[test]
-fn transmit_goes_on_after_a_full_peer_hangs_up() {
+fn transmit_continues_after_a_full_peer_hangs_up() {
     let (mut guest, mut peer) = guest();
-    // A second event without receive buffers ends the watch for reading. It begins again after that
-    // for writing, so that the kernel reports it first.
+    // A second event without receive buffers ends the watch for reading. It starts again after the
+    // watch for writing, so that the kernel reports the event for reading first.
     for seed in 1..=2 {
         peer.write_all(&framed(&frame(60, seed))).unwrap();
         guest.guest.worker.run();
@@ -113,7 +113,7 @@ fn transmit_goes_on_after_a_full_peer_hangs_up() {
     };
     assert!(sent > 0);
     for seed in 1..=2 {
-        guest.give(&[1536]);
+        guest.post_rx_buffer(&[1536]);
         assert_eq!(guest.received().unwrap(), frame(60, seed));
     }
     drop(peer);
@@ -127,59 +127,59 @@ fn transmit_goes_on_after_a_full_peer_hangs_up() {
 }
 
 #[test]
-fn a_frame_that_never_fits_does_not_stop_those_behind_it() {
+fn too_large_frame_does_not_block_those_behind_it() {
     let (mut guest, mut peer) = guest();
-    guest.give(&[500]);
+    guest.post_rx_buffer(&[500]);
     peer.write_all(&[framed(&frame(2000, 1)), framed(&frame(60, 2))].concat()).unwrap();
     guest.guest.worker.run();
     assert_eq!(guest.received(), None);
-    guest.guest.worker.advance(crate::rx::PATIENCE);
+    guest.guest.worker.advance(crate::pair::BUFFER_TIMEOUT);
     assert_eq!(guest.received().unwrap(), frame(60, 2));
     assert_eq!(guest.control.stats().rx_fails.get(), 1);
 }
 
 #[test]
-fn frames_wait_for_a_guest_that_has_given_no_buffers_yet() {
+fn frames_wait_until_the_guest_adds_buffers() {
     let (mut guest, mut peer) = guest();
     for seed in 0..20 {
         peer.write_all(&framed(&frame(100, seed))).unwrap();
     }
     for _ in 0..10 {
         guest.guest.worker.run();
-        guest.guest.worker.advance(crate::rx::PATIENCE);
+        guest.guest.worker.advance(crate::pair::BUFFER_TIMEOUT);
     }
     for seed in 0..20 {
-        guest.give(&[1536]);
+        guest.post_rx_buffer(&[1536]);
         assert_eq!(guest.received().unwrap(), frame(100, seed));
     }
     assert_eq!(guest.control.stats().rx_fails.get(), 0);
 }
 
 #[test]
-fn a_frame_that_a_limiter_holds_back_is_not_one_that_has_no_room() {
+fn throttled_frame_is_not_dropped_for_lack_of_buffers() {
     let once = BucketConfig { size: 1, refill_time_ms: 1000, one_time_burst: 0 };
     let (mut guest, mut peer) = limited(RateLimiterConfig { bandwidth: None, ops: Some(once) });
-    // Too little for the first frame.
-    guest.give(&[100]);
+    // Too small for the first frame.
+    guest.post_rx_buffer(&[100]);
     peer.write_all(&[framed(&frame(500, 1)), framed(&frame(500, 2))].concat()).unwrap();
     guest.guest.worker.run();
     for _ in 0..4 {
-        guest.give(&[1536]);
+        guest.post_rx_buffer(&[1536]);
     }
     assert_eq!(guest.received().unwrap(), frame(500, 1));
     for _ in 0..99 {
-        guest.guest.worker.advance(crate::rx::PATIENCE);
+        guest.guest.worker.advance(crate::pair::BUFFER_TIMEOUT);
         assert_eq!(guest.received(), None);
     }
-    guest.guest.worker.advance(2 * crate::rx::PATIENCE);
+    guest.guest.worker.advance(2 * crate::pair::BUFFER_TIMEOUT);
     assert_eq!(guest.received().unwrap(), frame(500, 2));
     assert_eq!(guest.control.stats().rx_fails.get(), 0);
 }
 
 #[test]
-fn a_peer_that_speaks_nonsense_is_told_that_the_connection_has_ended() {
+fn invalid_length_closes_the_connection() {
     let (mut guest, mut peer) = guest();
-    guest.give(&[1536]);
+    guest.post_rx_buffer(&[1536]);
     peer.write_all(&[0xff; 8]).unwrap();
     guest.guest.worker.run();
     assert_eq!(peer.read(&mut [0; 1]).unwrap(), 0);

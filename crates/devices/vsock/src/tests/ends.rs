@@ -1,4 +1,4 @@
-//! How connections end: in halves, in good order, by deaths and by deadlines.
+//! How connections end: by half-closes, full closes, lost peers and timeouts.
 
 use std::io::Write;
 use std::net::Shutdown;
@@ -11,7 +11,7 @@ use crate::packet::{Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, SocketKi
 use virtio::testing::Kind;
 
 #[test]
-fn a_client_that_ends_its_half_still_hears_the_guest() {
+fn a_half_closed_client_still_receives_data() {
     let mut rig = Rig::new(Kind::Mmio);
     let (mut client, end) = rig.open_by_host(1);
     client.write_all(b"last words").unwrap();
@@ -26,7 +26,7 @@ fn a_client_that_ends_its_half_still_hears_the_guest() {
 }
 
 #[test]
-fn a_guest_that_ends_its_half_still_hears_the_host() {
+fn a_half_closed_guest_still_receives_data() {
     let mut rig = Rig::new(Kind::Pci);
     let (mut client, end) = rig.open_by_host(1);
     rig.send_data(&end, 0, b"last words");
@@ -40,7 +40,7 @@ fn a_guest_that_ends_its_half_still_hears_the_host() {
 }
 
 #[test]
-fn a_guest_that_wants_no_more_makes_the_hosts_writes_fail() {
+fn a_guest_receive_shutdown_makes_host_writes_fail() {
     let mut rig = Rig::new(Kind::Mmio);
     let (mut client, end) = rig.open_by_host(1);
     rig.send(&end, Op::Shutdown, SHUTDOWN_RECEIVE);
@@ -51,7 +51,7 @@ fn a_guest_that_wants_no_more_makes_the_hosts_writes_fail() {
 }
 
 #[test]
-fn a_host_that_wants_no_more_is_told_to_the_guest() {
+fn a_host_receive_shutdown_is_sent_to_the_guest() {
     let mut rig = Rig::new(Kind::Mmio);
     let (mut client, end) = rig.open_by_host(1);
     client.shutdown(Shutdown::Read).unwrap();
@@ -62,14 +62,14 @@ fn a_host_that_wants_no_more_is_told_to_the_guest() {
 }
 
 #[test]
-fn a_host_that_closes_is_forgotten_when_the_guest_has_taken_note() {
+fn a_closed_connection_is_removed_when_the_guest_resets_it() {
     let mut rig = Rig::new(Kind::Mmio);
     let (mut client, end) = rig.open_by_host(1);
     client.write_all(b"bye").unwrap();
     drop(client);
     assert_eq!(rig.expect(Op::Rw).data, b"bye");
     assert_eq!(rig.expect(Op::Shutdown).flags(), SHUTDOWN_BOTH);
-    // What the guest sends before it hears of it is not wrong.
+    // The guest may send data before it receives the shutdown.
     rig.send_data(&end, 0, b"too late");
     assert_eq!(rig.next(), None);
     rig.send(&end, Op::Rst, 0);
@@ -80,7 +80,7 @@ fn a_host_that_closes_is_forgotten_when_the_guest_has_taken_note() {
 }
 
 #[test]
-fn a_guest_that_takes_no_note_is_told_once_more_after_a_while() {
+fn a_guest_that_ignores_a_full_shutdown_is_sent_a_reset() {
     let mut rig = Rig::new(Kind::Mmio);
     let (client, end) = rig.open_by_host(1);
     drop(client);
@@ -94,7 +94,7 @@ fn a_guest_that_takes_no_note_is_told_once_more_after_a_while() {
 }
 
 #[test]
-fn a_half_closed_host_that_goes_away_is_told_to_the_guest() {
+fn a_half_closed_host_that_closes_is_shut_down_fully() {
     let mut rig = Rig::new(Kind::Pci);
     let (client, _) = rig.open_by_host(1);
     client.shutdown(Shutdown::Write).unwrap();
@@ -104,7 +104,7 @@ fn a_half_closed_host_that_goes_away_is_told_to_the_guest() {
 }
 
 #[test]
-fn what_the_guest_sent_before_it_closed_reaches_a_slow_host() {
+fn data_sent_before_a_guest_close_reaches_a_slow_host() {
     let mut rig = Rig::new(Kind::Mmio);
     let (mut client, end) = rig.open_by_host(1);
     let mut sent = 0;
@@ -125,7 +125,7 @@ fn what_the_guest_sent_before_it_closed_reaches_a_slow_host() {
 }
 
 #[test]
-fn a_host_that_never_takes_the_rest_is_given_up_after_a_minute() {
+fn a_lingering_connection_is_removed_after_a_minute() {
     let mut rig = Rig::new(Kind::Mmio);
     let (client, end) = rig.open_by_host(1);
     for _ in 0..4 {
@@ -140,7 +140,7 @@ fn a_host_that_never_takes_the_rest_is_given_up_after_a_minute() {
 }
 
 #[test]
-fn a_host_that_dies_in_the_middle_ends_its_own_stream_only() {
+fn a_host_that_dies_ends_only_its_own_stream() {
     let mut rig = Rig::new(Kind::Mmio);
     let (dying, a) = rig.open_by_host(1);
     let (mut other, b) = rig.open_by_host(2);
@@ -148,24 +148,24 @@ fn a_host_that_dies_in_the_middle_ends_its_own_stream_only() {
         rig.send_data(&a, 0, &vec![1; 60_000]);
     }
     drop(dying);
-    let mut told = 0;
+    let mut packets = 0;
     while let Some(packet) = rig.next() {
-        // That there is room again, that nobody listens, or a reset: of that stream.
+        // A credit update, a shutdown or a reset of that stream.
         assert_eq!(packet.header.dst_port.get(), 1);
-        told += 1;
+        packets += 1;
     }
-    assert!(told > 0);
+    assert!(packets > 0);
     rig.send_data(&b, 0, b"still here");
     assert_eq!(read(&mut other), b"still here");
 }
 
 #[test]
-fn a_guest_that_wants_no_more_hears_that_the_host_is_gone() {
+fn a_guest_that_receives_no_more_is_sent_the_hosts_close() {
     for guest_is_first in [true, false] {
         let mut rig = Rig::new(Kind::Mmio);
         let (mut client, end) = rig.open_by_host(1);
-        // What it has no room for does not keep it from hearing of it.
-        rig.send(&End { room: 0, ..end }, Op::CreditUpdate, 0);
+        // Data without credit does not hold the shutdown back.
+        rig.send(&End { buf_alloc: 0, ..end }, Op::CreditUpdate, 0);
         client.write_all(b"not wanted").unwrap();
         rig.guest.worker.run();
         if guest_is_first {
@@ -175,22 +175,22 @@ fn a_guest_that_wants_no_more_hears_that_the_host_is_gone() {
         } else {
             drop(client);
             rig.guest.worker.run();
-            rig.send(&End { room: 0, ..end }, Op::Shutdown, SHUTDOWN_RECEIVE);
+            rig.send(&End { buf_alloc: 0, ..end }, Op::Shutdown, SHUTDOWN_RECEIVE);
         }
         assert_eq!(rig.expect(Op::Shutdown).flags(), SHUTDOWN_BOTH, "{guest_is_first}");
     }
 }
 
 #[test]
-fn a_client_is_not_taken_for_one_that_hung_up_before_it() {
+fn a_hangup_of_a_previous_connection_is_ignored() {
     let mut rig = Rig::new(Kind::Mmio);
     let (old, end) = rig.open_by_host(1);
-    // In one wake-up: the guest resets the old connection, a client comes, something makes the device work again, and only then comes
-    // what happened to the old one.
+    // In one wake-up: the guest resets the old connection, a client connects, a kick makes the
+    // device accept it into the same slot, and then the hangup event of the old socket is handled.
     rig.post(Rig::header(&end, Op::Rst, 0, 0).as_bytes(), &[]);
     rig.publish_tx();
     let mut new = UnixStream::connect(rig.path("")).unwrap();
-    rig.guest.kick(0);
+    rig.signal(0);
     drop(old);
     rig.guest.worker.run();
     assert_eq!(rig.control.stats().conns_removed.get(), 1);
@@ -199,7 +199,7 @@ fn a_client_is_not_taken_for_one_that_hung_up_before_it() {
 }
 
 #[test]
-fn a_client_that_never_says_where_it_wants_to_go_is_closed_after_a_while() {
+fn a_client_without_a_connect_line_is_closed_after_30_s() {
     let mut rig = Rig::new(Kind::Mmio);
     let mut silent = UnixStream::connect(rig.path("")).unwrap();
     let mut slow = UnixStream::connect(rig.path("")).unwrap();
@@ -212,13 +212,13 @@ fn a_client_that_never_says_where_it_wants_to_go_is_closed_after_a_while() {
     assert!(!is_at_end(&mut silent) && !is_at_end(&mut slow));
     rig.guest.worker.advance(1_000 * MS);
     assert!(is_at_end(&mut silent));
-    // It wrote what nobody read: a reset for it.
+    // The slow one, too: its socket is reset, as its data was not read.
     assert_eq!(rig.control.stats().conns_removed.get(), 2);
-    assert_eq!(rig.next(), None, "the guest never knew of them");
+    assert_eq!(rig.next(), None, "the guest was not sent their requests");
 }
 
 #[test]
-fn clients_that_go_before_they_were_served_leave_nothing() {
+fn clients_that_close_early_leave_nothing() {
     let mut rig = Rig::new(Kind::Mmio);
     for _ in 0..10 {
         drop(UnixStream::connect(rig.path("")).unwrap());
@@ -228,8 +228,8 @@ fn clients_that_go_before_they_were_served_leave_nothing() {
     assert_eq!(rig.next(), None);
     let stats = rig.control.stats();
     assert_eq!((stats.conns_added.get(), stats.conns_removed.get()), (20, 20));
-    // One that goes while the guest thinks.
-    let client = rig.dial(1);
+    // One that closes before the guest answers.
+    let client = rig.connect(1);
     rig.expect(Op::Request);
     drop(client);
     rig.expect(Op::Rst);
@@ -237,9 +237,9 @@ fn clients_that_go_before_they_were_served_leave_nothing() {
 }
 
 #[test]
-fn a_guest_that_does_not_answer_a_client_is_given_up() {
+fn a_request_without_response_times_out_after_10_s() {
     let mut rig = Rig::new(Kind::Mmio);
-    let mut client = rig.dial(1);
+    let mut client = rig.connect(1);
     rig.expect(Op::Request);
     rig.guest.worker.advance(9_900 * MS);
     assert!(!is_at_end(&mut client));
@@ -249,7 +249,7 @@ fn a_guest_that_does_not_answer_a_client_is_given_up() {
 }
 
 #[test]
-fn a_bad_greeting_closes_the_client_at_once() {
+fn an_invalid_connect_line_closes_the_client_at_once() {
     let mut rig = Rig::new(Kind::Pci);
     for text in [&b"GET / HTTP/1.0\r\n\r\n"[..], b"CONNECT \n", &[0; 100]] {
         let mut client = UnixStream::connect(rig.path("")).unwrap();
@@ -265,7 +265,7 @@ fn a_bad_greeting_closes_the_client_at_once() {
 }
 
 #[test]
-fn the_guest_may_use_its_port_again() {
+fn the_guest_may_reuse_its_port() {
     let mut rig = Rig::new(Kind::Mmio);
     let server = rig.serve(6);
     for round in 0..3 {
@@ -276,7 +276,7 @@ fn the_guest_may_use_its_port_again() {
         rig.expect(Op::Rst);
         assert!(is_at_end(&mut peer));
     }
-    // Without an end of the old one: both are over.
+    // If the old one was not closed, both are reset.
     let (mut peer, end) = rig.open_by_guest(&server, 6, 77);
     rig.send(&end, Op::Request, 0);
     rig.expect(Op::Rst);

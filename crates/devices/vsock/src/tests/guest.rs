@@ -1,4 +1,4 @@
-//! A guest with a vsock driver that does what a test tells it, and its host.
+//! A guest with a vsock driver that a test controls, and its host.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -8,36 +8,38 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use config::HugePages;
+use memory::GuestRam;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::packet::{HEADER_LEN, HOST_CID, Header, Op, SocketKind};
-use crate::socket::{HostSockets, Listener, SocketFile};
-use crate::{Vsock, VsockControl};
-use virtio::testing::{DriverQueue, Guest, Kind, RUNNING, TestWorker, TransportState, WRITE, guest_ram};
+use crate::{HostSockets, Listener, SocketFile, Vsock, VsockControl, VsockState};
+use virtio::testing::{BAR, DriverQueue, Guest, Kind, MMIO, RUNNING, TestWorker, TransportState, WRITE};
 
 pub(super) const MS: u64 = 1_000_000;
 pub(super) const CID: u64 = 3;
 const SIZE: u16 = 256;
 const QUEUES: [u64; 3] = [0x1_0000, 0x2_0000, 0x3_0000];
 const EVENTS: u64 = 0x4_0000;
+const UNUSED_QUEUE: u64 = 0x4_8000;
 const TX: u64 = 0x5_0000;
-/// Each of the guest's packets has its place, so that several can be out.
+/// Distance of the buffers for packets to the device, so that several can be in flight.
 const TX_STEP: u64 = 0x2_0000;
-const TX_PLACES: u64 = 16;
-const RX: u64 = 0x30_0000;
+const TX_BUFFERS: u64 = 16;
+pub(super) const RX: u64 = 0x30_0000;
 const RX_STEP: u64 = 0x2000;
 
-/// A packet that the guest got.
+/// A packet that the guest has received.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Got {
+pub(super) struct Packet {
     pub(super) header: Header,
     pub(super) data: Vec<u8>,
 }
 
-impl Got {
+impl Packet {
     pub(super) fn op(&self) -> Op {
         Op::of(self.header.op.get()).expect("the device knows its operations")
     }
@@ -47,46 +49,49 @@ impl Got {
     }
 }
 
-/// The guest's end of a connection.
+/// The guest's end of a connection, with its credit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct End {
     pub(super) port: u32,
     pub(super) host_port: u32,
     pub(super) kind: SocketKind,
-    /// What it says about its room.
-    pub(super) room: u32,
-    pub(super) forwarded: u32,
+    pub(super) buf_alloc: u32,
+    pub(super) fwd_cnt: u32,
 }
 
-/// What the tests' machine is made of.
+/// A guest with the device and its driver, and a host directory with the device's sockets.
 pub(super) struct Rig {
     pub(super) guest: Guest,
     pub(super) control: VsockControl,
     rx: DriverQueue,
     tx: DriverQueue,
     pub(super) events: DriverQueue,
-    /// Bytes of each buffer for packets.
+    /// Length of each RX buffer.
     rx_len: u32,
-    /// Buffers that the guest gives the device: their places, by head.
+    /// RX buffers that the device has: their heads and addresses.
     rx_out: VecDeque<(u16, u64)>,
+    /// Addresses of the other RX buffers.
     rx_free: Vec<u64>,
+    /// Index of the next TX buffer.
     tx_next: u64,
-    got: VecDeque<Got>,
+    received: VecDeque<Packet>,
     dir: TempDir,
     files: Vec<SocketFile>,
 }
 
 impl Rig {
+    /// A rig with 64 RX buffers for 4 KiB of data each.
     pub(super) fn new(kind: Kind) -> Rig {
         Rig::with(kind, 64, 4096 + HEADER_LEN)
     }
 
-    /// With that many buffers of that size for the device's packets.
+    /// A rig with this number of RX buffers of `rx_len` bytes each.
     pub(super) fn with(kind: Kind, buffers: u64, rx_len: u32) -> Rig {
         let dir = tempfile::tempdir().unwrap();
         let (sockets, files) = sockets(&dir);
         let (device, control) = Vsock::new(CID as u32, sockets);
-        let guest = Guest::with(kind, Box::new(device), guest_ram(8), TestWorker::new());
+        let ram = GuestRam::map(8, HugePages::None, true).expect("8 MiB can be mapped");
+        let guest = Guest::with(kind, Box::new(device), ram, TestWorker::new());
         let queues = QUEUES.map(|base| DriverQueue::new(&guest.ram, base, SIZE, 1 << 29));
         let [rx, tx, events] = queues;
         let mut rig = Rig {
@@ -99,7 +104,7 @@ impl Rig {
             rx_out: VecDeque::new(),
             rx_free: (0..buffers).map(|i| RX + RX_STEP * i).collect(),
             tx_next: 0,
-            got: VecDeque::new(),
+            received: VecDeque::new(),
             dir,
             files,
         };
@@ -107,9 +112,9 @@ impl Rig {
         rig
     }
 
-    /// What a driver does at its beginning.
+    /// Starts the driver, again if it has been started before.
     pub(super) fn start(&mut self) {
-        self.rx_free.extend(self.rx_out.drain(..).map(|(_, place)| place));
+        self.rx_free.extend(self.rx_out.drain(..).map(|(_, addr)| addr));
         let features = self.guest.negotiate(true);
         let queues = QUEUES.map(|base| DriverQueue::new(&self.guest.ram, base, SIZE, features));
         for (index, queue) in (0..).zip(&queues) {
@@ -128,68 +133,68 @@ impl Rig {
         self.give_buffers();
     }
 
-    /// Gives the device all free buffers.
+    /// Gives the device all free RX buffers.
     pub(super) fn give_buffers(&mut self) {
-        while let Some(place) = self.rx_free.pop() {
+        while let Some(addr) = self.rx_free.pop() {
             let (header, data) =
-                ((place, HEADER_LEN), (place + u64::from(HEADER_LEN), self.rx_len - HEADER_LEN));
-            // Half of the drivers have one buffer for both, the others two.
-            let head = if place & RX_STEP == 0 {
+                ((addr, HEADER_LEN), (addr + u64::from(HEADER_LEN), self.rx_len - HEADER_LEN));
+            // Every second chain has the header in a descriptor of its own.
+            let head = if addr & RX_STEP == 0 {
                 self.rx.add(&[], &[header, data])
             } else {
-                self.rx.add(&[], &[(place, self.rx_len)])
+                self.rx.add(&[], &[(addr, self.rx_len)])
             };
-            self.rx_out.push_back((head.expect("the queue has room"), place));
+            self.rx_out.push_back((head.expect("the queue has free descriptors"), addr));
         }
         if self.rx.publish() {
             self.guest.kick(0);
         }
     }
 
-    /// Takes the packets that came, and keeps their buffers.
+    /// Takes the packets that have arrived, without giving their buffers back.
     fn take_packets(&mut self) {
         while let Some(used) = self.rx.take_used() {
             let at = self.rx_out.iter().position(|(head, _)| *head == used.head).unwrap();
-            let (_, place) = self.rx_out.remove(at).unwrap();
-            self.rx_free.push(place);
+            let (_, addr) = self.rx_out.remove(at).unwrap();
+            self.rx_free.push(addr);
             assert!(used.written >= HEADER_LEN, "a packet has a header");
             let mut header = Header::new_zeroed();
-            self.guest.ram.memory().read_slice(header.as_mut_bytes(), GuestAddress(place)).unwrap();
+            self.guest.ram.memory().read_slice(header.as_mut_bytes(), GuestAddress(addr)).unwrap();
             assert_eq!(header.len.get(), used.written - HEADER_LEN, "the length is that of the data");
             let mut data = vec![0; header.len.get() as usize];
-            let at = GuestAddress(place + u64::from(HEADER_LEN));
+            let at = GuestAddress(addr + u64::from(HEADER_LEN));
             self.guest.ram.memory().read_slice(&mut data, at).unwrap();
-            self.got.push_back(Got { header, data });
+            self.received.push_back(Packet { header, data });
         }
     }
 
-    /// The next packet, if there is one; the device gets its buffer back only with the next one that is asked for.
-    pub(super) fn next(&mut self) -> Option<Got> {
+    /// The next packet, if there is one. Its buffer is given back when no packet is left.
+    pub(super) fn next(&mut self) -> Option<Packet> {
         self.guest.worker.run();
         self.take_packets();
-        if self.got.is_empty() {
+        if self.received.is_empty() {
             self.give_buffers();
             self.guest.worker.run();
             self.take_packets();
         }
-        self.got.pop_front()
+        self.received.pop_front()
     }
 
-    /// What came without giving buffers back.
-    pub(super) fn next_without_refill(&mut self) -> Option<Got> {
+    /// The next packet that has arrived, without giving any buffer back.
+    pub(super) fn next_without_refill(&mut self) -> Option<Packet> {
         self.guest.worker.run();
         self.take_packets();
-        self.got.pop_front()
+        self.received.pop_front()
     }
 
-    /// The next packet, which is of this kind.
-    pub(super) fn expect(&mut self, op: Op) -> Got {
-        let got = self.next().unwrap_or_else(|| panic!("{op:?} was expected and nothing came"));
-        assert_eq!(got.op(), op, "{got:?}");
-        got
+    /// The next packet, which must be of this operation.
+    pub(super) fn expect(&mut self, op: Op) -> Packet {
+        let packet = self.next().unwrap_or_else(|| panic!("{op:?} was expected and nothing came"));
+        assert_eq!(packet.op(), op, "{packet:?}");
+        packet
     }
 
-    /// The reset that comes next, after any news of credit.
+    /// Takes packets up to a reset. Only credit updates may come before it.
     pub(super) fn expect_reset(&mut self) {
         let next = std::iter::from_fn(|| self.next()).find(|packet| packet.op() != Op::CreditUpdate);
         assert_eq!(next.map(|packet| packet.op()), Some(Op::Rst));
@@ -201,39 +206,47 @@ impl Rig {
         self.kick_tx();
     }
 
-    /// Puts a packet in the queue, unseen by the device so far.
+    /// Adds a packet to the TX queue without publishing it.
     pub(super) fn post(&mut self, header: &[u8], data: &[u8]) {
-        let place = TX + TX_STEP * self.tx_next;
-        self.tx_next = (self.tx_next + 1) % TX_PLACES;
+        let addr = TX + TX_STEP * self.tx_next;
+        self.tx_next = (self.tx_next + 1) % TX_BUFFERS;
         let memory = self.guest.ram.memory();
-        memory.write_slice(header, GuestAddress(place)).unwrap();
-        memory.write_slice(data, GuestAddress(place + 64)).unwrap();
-        let mut buffers = vec![(place, header.len() as u32)];
-        // Two pieces, as a driver has them that sends pages.
+        memory.write_slice(header, GuestAddress(addr)).unwrap();
+        memory.write_slice(data, GuestAddress(addr + 64)).unwrap();
+        let mut buffers = vec![(addr, header.len() as u32)];
+        // In two pieces, like a driver that sends pages.
         let middle = data.len() as u32 / 2;
         for (at, len) in [(0, middle), (middle, data.len() as u32 - middle)] {
             if len > 0 {
-                buffers.push((place + 64 + u64::from(at), len));
+                buffers.push((addr + 64 + u64::from(at), len));
             }
         }
-        self.tx.add(&buffers, &[]).expect("the queue has room");
+        self.tx.add(&buffers, &[]).expect("the queue has free descriptors");
     }
 
-    /// Shows the device what was put in the queue, and lets it do nothing yet.
+    /// Publishes the TX queue and kicks the device, which does not run before [`TestWorker::step`]
+    /// or [`TestWorker::run`].
     pub(super) fn publish_tx(&mut self) {
         if self.tx.publish() {
-            self.guest.kick(1);
+            self.signal(1);
         }
     }
 
-    /// Shows the device what was put in the queue.
+    /// Kicks a queue without running the device.
+    pub(super) fn signal(&self, queue: u32) {
+        let addresses = [MMIO + 0x50, BAR + 0x6000 + 4 * u64::from(queue)];
+        let is_kick = addresses.into_iter().any(|at| self.guest.io_events.write(at, queue));
+        assert!(is_kick, "the queue has an ioeventfd");
+    }
+
+    /// Publishes the TX queue, and runs the device.
     pub(super) fn kick_tx(&mut self) {
         self.publish_tx();
         self.guest.worker.run();
         while self.tx.take_used().is_some() {}
     }
 
-    /// The header of a packet of this end.
+    /// The header of a packet from this end.
     pub(super) fn header(end: &End, op: Op, flags: u32, len: u32) -> Header {
         Header {
             src_cid: CID.into(),
@@ -244,11 +257,12 @@ impl Rig {
             kind: (end.kind as u16).into(),
             op: (op as u16).into(),
             flags: flags.into(),
-            buf_alloc: end.room.into(),
-            fwd_cnt: end.forwarded.into(),
+            buf_alloc: end.buf_alloc.into(),
+            fwd_cnt: end.fwd_cnt.into(),
         }
     }
 
+    /// Sends a packet without data.
     pub(super) fn send(&mut self, end: &End, op: Op, flags: u32) {
         self.send_raw(Self::header(end, op, flags, 0).as_bytes(), &[]);
     }
@@ -257,48 +271,55 @@ impl Rig {
         self.send_raw(Self::header(end, Op::Rw, flags, data.len() as u32).as_bytes(), data);
     }
 
-    /// Where the device's sockets are.
+    /// The path of a socket of the device.
     pub(super) fn path(&self, suffix: &str) -> PathBuf {
         self.dir.path().join(format!("v{suffix}"))
     }
 
-    /// A server on the host.
+    /// A stream server on the host.
     pub(super) fn serve(&self, port: u32) -> UnixListener {
         UnixListener::bind(self.path(&format!("_{port}"))).unwrap()
     }
 
-    /// A client on the host that has said where it wants to go.
-    pub(super) fn dial(&mut self, port: u32) -> UnixStream {
+    /// A host client that has sent its `CONNECT` line.
+    pub(super) fn connect(&mut self, port: u32) -> UnixStream {
         let mut client = UnixStream::connect(self.path("")).unwrap();
         client.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
         client.set_nonblocking(true).unwrap();
         client
     }
 
-    /// A connection that a client on the host opened and the guest took.
+    /// A host client that has connected to the guest, with the guest's end.
     pub(super) fn open_by_host(&mut self, port: u32) -> (UnixStream, End) {
-        let mut client = self.dial(port);
-        let asked = self.expect(Op::Request);
-        let end = End {
-            port,
-            host_port: asked.header.src_port.get(),
-            kind: SocketKind::Stream,
-            room: 1 << 18,
-            forwarded: 0,
-        };
-        self.send(&end, Op::Response, 0);
+        let mut client = self.connect(port);
+        let end = self.accept_request(1 << 18);
         assert_eq!(read(&mut client), format!("OK {}\n", end.host_port).as_bytes());
         (client, end)
     }
 
-    /// A connection that the guest opened to a server on the host.
+    /// Takes a connection request of the device. Returns the guest's end, without answering.
+    pub(super) fn take_request(&mut self, buf_alloc: u32) -> End {
+        let header = self.expect(Op::Request).header;
+        let kind = SocketKind::of(header.kind.get()).expect("the device knows its socket types");
+        let (port, host_port) = (header.dst_port.get(), header.src_port.get());
+        End { port, host_port, kind, buf_alloc, fwd_cnt: 0 }
+    }
+
+    /// Takes a connection request of the device, and accepts it.
+    pub(super) fn accept_request(&mut self, buf_alloc: u32) -> End {
+        let end = self.take_request(buf_alloc);
+        self.send(&end, Op::Response, 0);
+        end
+    }
+
+    /// A connection that the guest opens to a host server.
     pub(super) fn open_by_guest(
         &mut self,
         server: &UnixListener,
         host_port: u32,
         port: u32,
     ) -> (UnixStream, End) {
-        let end = End { port, host_port, kind: SocketKind::Stream, room: 1 << 18, forwarded: 0 };
+        let end = End { port, host_port, kind: SocketKind::Stream, buf_alloc: 1 << 18, fwd_cnt: 0 };
         self.send(&end, Op::Request, 0);
         self.expect(Op::Response);
         let (peer, _) = server.accept().unwrap();
@@ -306,10 +327,10 @@ impl Rig {
         (peer, end)
     }
 
-    /// Saves the device, and makes it again with sockets of its own.
+    /// Saves the device, and restores it with sockets in another directory.
     pub(super) fn restored(mut self, kind: Kind, new_cid: Option<u32>) -> Rig {
         let mut state: TransportState = self.guest.save();
-        let own: crate::VsockState = state.common().device.decode().expect("the state is this device's");
+        let own: VsockState = state.common().device.decode().expect("the state is this device's");
         let dir = tempfile::tempdir().unwrap();
         let (sockets, files) = sockets(&dir);
         let (device, control) = Vsock::restore(&own, new_cid, sockets);
@@ -320,7 +341,7 @@ impl Rig {
         self
     }
 
-    /// The driver takes an event and gives its buffer back.
+    /// Takes an event, without returning its buffer.
     pub(super) fn take_event(&mut self) -> Option<[u8; 4]> {
         let used = self.events.take_used()?;
         assert_eq!(used.written, 4);
@@ -329,6 +350,13 @@ impl Rig {
         Some(event)
     }
 
+    /// The driver handles a transport reset: takes the event and returns its buffer.
+    pub(super) fn handle_reset(&mut self) {
+        assert_eq!(self.take_event(), Some([0; 4]));
+        self.give_event_buffer();
+    }
+
+    /// Returns the buffer of the event that was taken.
     pub(super) fn give_event_buffer(&mut self) {
         self.events.add(&[], &[(EVENTS, 4)]).unwrap();
         if self.events.publish() {
@@ -345,7 +373,8 @@ fn sockets(dir: &TempDir) -> (HostSockets, Vec<SocketFile>) {
     (sockets, vec![stream_file, messages_file])
 }
 
-/// Lets this process have so many connections, each of which is two descriptors of it.
+/// Raises this process's limit of file descriptors for this number of connections. The test and the
+/// device have one each for a connection.
 pub(super) fn allow_connections(count: usize) {
     let limit = getrlimit(Resource::Nofile);
     let wanted = Some(3 * count as u64).max(limit.current);
@@ -354,7 +383,7 @@ pub(super) fn allow_connections(count: usize) {
     assert!(raised.current >= wanted, "{wanted:?} descriptors are needed, {:?} allowed", raised.current);
 }
 
-/// All that is there now.
+/// Reads all data that is there now.
 pub(super) fn read(from: &mut UnixStream) -> Vec<u8> {
     let mut all = Vec::new();
     let mut piece = vec![0; 65536];
@@ -366,13 +395,13 @@ pub(super) fn read(from: &mut UnixStream) -> Vec<u8> {
     }
 }
 
-/// Whether the stream is at its end: nothing is left, and nothing will come.
+/// Whether the stream is at its end.
 pub(super) fn is_at_end(from: &mut UnixStream) -> bool {
     matches!(from.read(&mut [0]), Ok(0))
 }
 
 impl Rig {
-    /// Makes a descriptor available that is nowhere.
+    /// Makes a TX descriptor available that is outside of RAM.
     pub(super) fn break_tx(&mut self) {
         self.tx.set_descriptor(0, u64::MAX - 5, 10, 0, 0);
         let next = self.tx.used_idx();
@@ -382,36 +411,30 @@ impl Rig {
     }
 }
 
-impl Rig {
-    /// Puts data in the queue and shows it, while the device is not looking.
-    pub(super) fn post_data(&mut self, end: &End, data: &[u8]) {
-        self.post(Self::header(end, Op::Rw, 0, data.len() as u32).as_bytes(), data);
-        self.kick_tx();
-    }
-}
-
-/// A driver that makes a buffer without room available for each that the device throws away, until this is dropped or it has made very many.
+/// A driver on its own thread that adds a tiny RX buffer for each one that the device discards,
+/// until this is dropped.
 pub(super) struct TinyBuffers {
     stop: Arc<AtomicBool>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Rig {
-    /// From now on the device gets tiny buffers only. It has taken all that it was given before.
+    /// Gives the device tiny RX buffers only. It must have used all the others.
     pub(super) fn give_tiny_buffers(&mut self) -> TinyBuffers {
-        const MOST: u64 = 1 << 20;
-        let spare = DriverQueue::new(&self.guest.ram, 0x7_0000, SIZE, 0);
+        // If the device had no bound, the test would fail at this number, and not hang.
+        const MAX_DISCARDED: u64 = 1 << 20;
+        let spare = DriverQueue::new(&self.guest.ram, UNUSED_QUEUE, SIZE, 0);
         let queue = std::mem::replace(&mut self.rx, spare);
         queue.set_descriptor(0, RX, 10, WRITE, 0);
         (0..SIZE).for_each(|slot| queue.set_avail_entry(slot, 0));
         let (taken, control) = (queue.used_idx(), self.control.clone());
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        // As many as the queue has are out, always.
+        // The available ring is always full.
         let refill = move || {
-            let thrown_away = control.stats().malformed_count.get();
-            queue.set_avail_idx(taken.wrapping_add(thrown_away as u16).wrapping_add(SIZE));
-            thrown_away < MOST && !stopped.load(Ordering::Relaxed)
+            let discarded = control.stats().malformed_count.get();
+            queue.set_avail_idx(taken.wrapping_add(discarded as u16).wrapping_add(SIZE));
+            discarded < MAX_DISCARDED && !stopped.load(Ordering::Relaxed)
         };
         refill();
         TinyBuffers { stop, thread: Some(thread::spawn(move || while refill() {})) }

@@ -1,7 +1,8 @@
-//! Messages against a model: a guest that sends as Linux does, and whatever is sent at whatever pace of either side arrives whole, all of
-//! it, in order.
+//! Messages against a model: all messages arrive complete and in order, at whatever pace they are
+//! sent and read.
 //!
-//! Linux sends a message piece by piece, as much as it knows the device to have room for. It asks for no credit: it waits to be told.
+//! The guest sends like Linux: a message in pieces, as far as it has credit. It sends no credit
+//! requests, but waits for updates.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -18,16 +19,18 @@ const ENDS: usize = 2;
 /// The longest packet that Linux sends.
 const MAX_PACKET: usize = 64 << 10;
 
-/// What one side does.
+/// A step of one side.
 #[derive(Debug, Clone)]
 enum Act {
-    /// A program in the guest sends a message; it goes as far as there is room.
+    /// A program in the guest sends a message of this length.
     GuestSends(usize, u32),
-    /// Programs in the guest read all messages that are whole.
+    /// The guest's program reads all complete messages.
     GuestReads(usize),
+    /// The host sends a message of this length, if its socket takes it.
     HostSends(usize, u32),
-    /// The host reads so many messages.
+    /// The host reads this many messages.
     HostReads(usize, u8),
+    /// Time passes, in milliseconds.
     Wait(u16),
 }
 
@@ -46,7 +49,7 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// Message `number` of those that go one way.
+/// Message `number` in one direction.
 fn message(way: u8, number: usize, len: u32) -> Vec<u8> {
     (0..len).map(|at| (at as u8).wrapping_mul(7) ^ (number as u8) ^ way).collect()
 }
@@ -54,17 +57,17 @@ fn message(way: u8, number: usize, len: u32) -> Vec<u8> {
 struct Connection {
     socket: OwnedFd,
     end: End,
-    /// Messages that the guest's programs sent and that are not on their way, the first perhaps in part.
+    /// Messages of the guest's program that were not sent yet, the first possibly in part.
     outgoing: VecDeque<Vec<u8>>,
-    /// Bytes that the guest's driver sent.
+    /// Bytes that the guest's driver has sent.
     sent: u32,
-    /// What it knows of the device's room.
-    told: (u32, u32),
-    /// Messages that are not empty: sent and not yet received at the other side, and how many there were.
+    /// `buf_alloc` and `fwd_cnt` of the device's last packet.
+    credit: (u32, u32),
+    /// Non-empty messages that were sent and not received yet, and the number of all messages.
     to_host: VecDeque<Vec<u8>>,
     to_guest: VecDeque<Vec<u8>>,
     counts: [usize; 2],
-    /// What came to the guest of a message that is not whole, and bytes that its programs did not read.
+    /// The guest's part of an incomplete message, and the bytes that its program has not read.
     piece: Vec<u8>,
     unread: u32,
     ended: u32,
@@ -79,14 +82,14 @@ impl Connection {
             self.to_host.push_back(message.clone());
         }
         self.outgoing.push_back(message);
-        self.go_on(rig);
+        self.send_outgoing(rig);
     }
 
-    /// The driver sends what there is room for.
-    fn go_on(&mut self, rig: &mut Rig) {
+    /// The driver sends as much as it has credit for.
+    fn send_outgoing(&mut self, rig: &mut Rig) {
         while let Some(message) = self.outgoing.front_mut() {
-            let room = self.told.0 - (self.sent - self.told.1);
-            let len = message.len().min(MAX_PACKET).min(room as usize);
+            let free = self.credit.0 - (self.sent - self.credit.1);
+            let len = message.len().min(MAX_PACKET).min(free as usize);
             if len == 0 && !message.is_empty() {
                 break;
             }
@@ -103,7 +106,7 @@ impl Connection {
 
     fn guest_reads(&mut self, rig: &mut Rig) {
         if self.unread > 0 {
-            self.end.forwarded += std::mem::take(&mut self.unread);
+            self.end.fwd_cnt += std::mem::take(&mut self.unread);
             rig.send(&self.end, Op::CreditUpdate, 0);
         }
     }
@@ -118,7 +121,7 @@ impl Connection {
         }
     }
 
-    /// True at the end.
+    /// Reads up to `count` messages. True at the end.
     fn host_reads(&mut self, count: u8) -> bool {
         for _ in 0..count {
             match read(&self.socket) {
@@ -130,7 +133,7 @@ impl Connection {
         false
     }
 
-    /// The guest's driver got a packet.
+    /// The guest's driver handles a packet.
     fn take(&mut self, rig: &mut Rig, op: Op, flags: u32, data: &[u8]) {
         match op {
             Op::Rw => {
@@ -141,7 +144,7 @@ impl Connection {
                     assert!(Some(message) == self.to_guest.pop_front());
                 }
                 let taken = self.unread as usize + self.piece.len();
-                assert!(taken <= self.end.room as usize, "{taken} bytes are more than it has room for");
+                assert!(taken <= self.end.buf_alloc as usize, "{taken} bytes are more than its buffer holds");
             }
             Op::CreditRequest => rig.send(&self.end, Op::CreditUpdate, 0),
             Op::Shutdown => self.ended = flags,
@@ -151,14 +154,17 @@ impl Connection {
     }
 }
 
-/// The guest's driver takes what there is, and goes on sending.
+/// The guest's driver takes all packets, and sends what it has credit for.
 fn take_packets(rig: &mut Rig, ends: &mut [Connection]) {
     while let Some(packet) = rig.next() {
         let port = packet.header.src_port.get();
-        let end = ends.iter_mut().find(|end| end.end.host_port == port).expect("it is of one that there is");
-        end.told = (packet.header.buf_alloc.get(), packet.header.fwd_cnt.get());
+        let end = ends
+            .iter_mut()
+            .find(|end| end.end.host_port == port)
+            .expect("the packet is of one of the connections");
+        end.credit = (packet.header.buf_alloc.get(), packet.header.fwd_cnt.get());
         end.take(rig, packet.op(), packet.flags(), &packet.data);
-        end.go_on(rig);
+        end.send_outgoing(rig);
     }
 }
 
@@ -166,18 +172,18 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn messages_arrive_whole_and_in_order_whatever_the_pace(
+    fn all_messages_arrive_complete_and_in_order(
         is_pci: bool,
         buffers in 1u64..64,
         rx_len in 64u32..5000,
-        rooms in prop::array::uniform2(65_536u32..300_000),
+        buf_allocs in prop::array::uniform2(65_536u32..300_000),
         acts in prop::collection::vec(act(), 1..60),
     ) {
         let mut rig = Rig::with(if is_pci { Kind::Pci } else { Kind::Mmio }, buffers, rx_len);
         let (server, _file) = serve(&rig, 50);
         let mut ends: Vec<Connection> = Vec::new();
-        for room in rooms {
-            let mut end = End { port: 9, host_port: 50, kind: SocketKind::SeqPacket, room, forwarded: 0 };
+        for buf_alloc in buf_allocs {
+            let mut end = End { port: 9, host_port: 50, kind: SocketKind::SeqPacket, buf_alloc, fwd_cnt: 0 };
             let (socket, first) = if ends.is_empty() {
                 rig.send(&end, Op::Request, 0);
                 let first = rig.expect(Op::Response);
@@ -193,7 +199,7 @@ proptest! {
             };
             ends.push(Connection {
                 socket, end, outgoing: VecDeque::new(), sent: 0,
-                told: (first.header.buf_alloc.get(), first.header.fwd_cnt.get()),
+                credit: (first.header.buf_alloc.get(), first.header.fwd_cnt.get()),
                 to_host: VecDeque::new(), to_guest: VecDeque::new(), counts: [0; 2], piece: Vec::new(), unread: 0,
                 ended: 0, is_reset: false,
             });
@@ -211,7 +217,7 @@ proptest! {
             }
             rig.guest.worker.run();
         }
-        // To the end, in good order: the host ends its half, the guest sends what it has left and ends its own.
+        // Then the host half-closes, the guest sends and reads the rest, and the guest closes.
         for end in &ends {
             shutdown(&end.socket, Shutdown::Write).unwrap();
         }
@@ -223,14 +229,14 @@ proptest! {
                 prop_assert!(!end.host_reads(200));
             }
             rounds += 1;
-            prop_assert!(rounds < 10_000, "it goes on for ever");
+            prop_assert!(rounds < 10_000, "it does not end");
         }
         for end in &mut ends {
             rig.send(&end.end, Op::Shutdown, SHUTDOWN_BOTH);
             while !end.host_reads(200) {
                 rig.guest.worker.run();
                 rounds += 1;
-                prop_assert!(rounds < 10_000, "it goes on for ever");
+                prop_assert!(rounds < 10_000, "it does not end");
             }
         }
         take_packets(&mut rig, &mut ends);

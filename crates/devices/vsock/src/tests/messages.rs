@@ -1,4 +1,4 @@
-//! `SOCK_SEQPACKET`.
+//! `SOCK_SEQPACKET` connections.
 
 use std::os::fd::OwnedFd;
 
@@ -34,12 +34,9 @@ pub(super) fn read(from: &OwnedFd) -> Result<Vec<u8>, Errno> {
 fn open(rig: &mut Rig) -> (OwnedFd, End) {
     let client = client(rig);
     write(&client, b"CONNECT 5").unwrap();
-    let asked = rig.expect(Op::Request).header;
-    assert_eq!(asked.kind.get(), 2);
-    let host_port = asked.src_port.get();
-    let end = End { port: 5, host_port, kind: SocketKind::SeqPacket, room: 1 << 18, forwarded: 0 };
-    rig.send(&end, Op::Response, 0);
-    assert_eq!(read(&client).unwrap(), format!("OK {host_port}\n").as_bytes());
+    let end = rig.accept_request(1 << 18);
+    assert_eq!(end.kind, SocketKind::SeqPacket);
+    assert_eq!(read(&client).unwrap(), format!("OK {}\n", end.host_port).as_bytes());
     (client, end)
 }
 
@@ -48,7 +45,7 @@ pub(super) fn serve(rig: &Rig, port: u32) -> (Listener, SocketFile) {
 }
 
 #[test]
-fn messages_stay_whole_both_ways() {
+fn messages_keep_their_boundaries_in_both_directions() {
     let mut rig = Rig::new(Kind::Mmio);
     let (client, end) = open(&mut rig);
     for message in [&b"one"[..], b"and two"] {
@@ -59,7 +56,7 @@ fn messages_stay_whole_both_ways() {
         assert_eq!((got.data.as_slice(), got.flags()), (message, END_OF_MESSAGE));
     }
     rig.send_data(&end, 0, b"a message ");
-    assert_eq!(read(&client).unwrap_err(), Errno::AGAIN, "it is not whole");
+    assert_eq!(read(&client).unwrap_err(), Errno::AGAIN, "it is incomplete");
     rig.send_data(&end, END_OF_MESSAGE, b"in pieces");
     rig.send_data(&end, END_OF_MESSAGE, b"another");
     assert_eq!(read(&client).unwrap(), b"a message in pieces");
@@ -75,7 +72,7 @@ fn messages_wait_for_a_guest_with_too_many_unread_packets() {
     let (mut written, mut read) = (0, 0);
     while read < MESSAGES {
         let mut unread = 0;
-        // The client writes whenever it can, and the guest reads nothing.
+        // The client writes as much as it can, and the guest's program reads nothing.
         while let Some(packet) = {
             while written < MESSAGES && write(&client, &message(written)).is_ok() {
                 written += 1;
@@ -85,13 +82,13 @@ fn messages_wait_for_a_guest_with_too_many_unread_packets() {
             assert_eq!(packet.data, message(read + unread));
             unread += 1;
             assert!(
-                unread * (576 + 8) <= end.room,
+                unread * (576 + 8) <= end.buf_alloc,
                 "Linux resets the connection at {unread} unread messages"
             );
         }
         assert!(unread > 0, "stuck after {read} messages");
         read += unread;
-        end.forwarded += 8 * unread;
+        end.fwd_cnt += 8 * unread;
         rig.send(&end, Op::CreditUpdate, 0);
     }
 }
@@ -100,7 +97,7 @@ fn messages_wait_for_a_guest_with_too_many_unread_packets() {
 fn a_message_as_long_as_the_guests_buffer_arrives() {
     let mut rig = Rig::new(Kind::Pci);
     let (client, mut end) = open(&mut rig);
-    end.room = 16 << 10;
+    end.buf_alloc = 16 << 10;
     rig.send(&end, Op::CreditUpdate, 0);
     for len in [100, 16 << 10, 100] {
         write(&client, &vec![7; len]).unwrap();
@@ -112,17 +109,17 @@ fn a_message_as_long_as_the_guests_buffer_arrives() {
             got += packet.data.len();
             assert_eq!(packet.flags() == END_OF_MESSAGE, got == len);
         }
-        assert_eq!(rig.next(), None, "the next one has to wait until this one is read");
-        end.forwarded += len as u32;
+        assert_eq!(rig.next(), None, "the next message waits until this one is read");
+        end.fwd_cnt += len as u32;
         rig.send(&end, Op::CreditUpdate, 0);
     }
 }
 
 #[test]
-fn the_guest_reaches_a_server_of_messages_and_none_of_streams() {
+fn the_guest_connects_to_servers_of_its_socket_type() {
     let mut rig = Rig::new(Kind::Pci);
     let (server, _file) = serve(&rig, 7);
-    let end = End { port: 1, host_port: 7, kind: SocketKind::SeqPacket, room: 1 << 18, forwarded: 0 };
+    let end = End { port: 1, host_port: 7, kind: SocketKind::SeqPacket, buf_alloc: 1 << 18, fwd_cnt: 0 };
     rig.send(&end, Op::Request, 0);
     rig.expect(Op::Response);
     let peer = server.accept().unwrap();
@@ -136,17 +133,17 @@ fn the_guest_reaches_a_server_of_messages_and_none_of_streams() {
 }
 
 #[test]
-fn a_long_message_goes_in_pieces_and_one_that_is_too_long_ends_the_connection() {
+fn long_messages_are_split_and_too_long_ones_refused() {
     let mut rig = Rig::new(Kind::Mmio);
     let (client, mut end) = open(&mut rig);
-    end.room = 50_000;
+    end.buf_alloc = 50_000;
     rig.send(&end, Op::CreditUpdate, 0);
     let message: Vec<u8> = (0..65536u32).map(|i| (i % 253) as u8).collect();
     write(&client, &message).unwrap();
     let mut got: Vec<u8> = Vec::new();
     loop {
         let Some(piece) = rig.next() else {
-            end.forwarded = got.len() as u32;
+            end.fwd_cnt = got.len() as u32;
             rig.send(&end, Op::CreditUpdate, 0);
             continue;
         };
@@ -162,15 +159,15 @@ fn a_long_message_goes_in_pieces_and_one_that_is_too_long_ends_the_connection() 
 }
 
 #[test]
-fn messages_that_the_host_does_not_take_are_kept_whole_and_in_order() {
+fn messages_for_a_slow_host_are_buffered_in_order() {
     let mut rig = Rig::new(Kind::Mmio);
     let (client, end) = open(&mut rig);
     let mut sent = 0u32;
-    // Until the guest has used all its credit: nothing more is taken from it.
+    // Until the guest has used all its credit.
     loop {
         rig.send(&end, Op::CreditRequest, 0);
-        let told = std::iter::from_fn(|| rig.next()).last().unwrap().header;
-        if sent * 1000 - told.fwd_cnt.get() + 1000 > told.buf_alloc.get() {
+        let update = std::iter::from_fn(|| rig.next()).last().unwrap().header;
+        if sent * 1000 - update.fwd_cnt.get() + 1000 > update.buf_alloc.get() {
             break;
         }
         rig.send_data(&end, END_OF_MESSAGE, &[(sent % 256) as u8; 1000]);
@@ -190,7 +187,7 @@ fn messages_that_the_host_does_not_take_are_kept_whole_and_in_order() {
 }
 
 #[test]
-fn empty_messages_go_nowhere_and_do_no_harm() {
+fn empty_messages_are_dropped() {
     let mut rig = Rig::new(Kind::Mmio);
     let (client, end) = open(&mut rig);
     rig.send_data(&end, END_OF_MESSAGE, b"");
@@ -204,11 +201,11 @@ fn empty_messages_go_nowhere_and_do_no_harm() {
 }
 
 #[test]
-fn a_guest_that_runs_out_of_room_in_the_middle_of_a_message_hears_of_more() {
+fn credit_is_updated_in_the_middle_of_a_message() {
     let mut rig = Rig::new(Kind::Mmio);
     let (client, end) = open(&mut rig);
     rig.send_data(&end, END_OF_MESSAGE, b"x");
-    // As long as its room in all; it sends what it knows to have room for, and waits.
+    // As long as its whole credit. It sends what it has credit for, and waits.
     let message = vec![7; 65536];
     rig.send_data(&end, 0, &message[..65535]);
     let update = rig.expect(Op::CreditUpdate).header;
@@ -219,7 +216,7 @@ fn a_guest_that_runs_out_of_room_in_the_middle_of_a_message_hears_of_more() {
 }
 
 #[test]
-fn messages_behind_an_empty_one_arrive_though_their_sender_is_gone() {
+fn messages_after_an_empty_one_arrive_after_a_close() {
     for both in [false, true] {
         let mut rig = Rig::new(Kind::Mmio);
         let (client, _) = open(&mut rig);
@@ -240,7 +237,7 @@ fn messages_behind_an_empty_one_arrive_though_their_sender_is_gone() {
 }
 
 #[test]
-fn a_message_that_never_becomes_whole_holds_up_no_end() {
+fn an_incomplete_message_does_not_delay_the_end() {
     for flags in [SHUTDOWN_SEND, SHUTDOWN_BOTH] {
         let mut rig = Rig::new(Kind::Mmio);
         let (client, end) = open(&mut rig);
@@ -255,7 +252,7 @@ fn a_message_that_never_becomes_whole_holds_up_no_end() {
 }
 
 #[test]
-fn a_greeting_is_one_message() {
+fn a_connect_request_is_one_message() {
     for (message, is_good) in
         [(&b"CONNECT 1\n"[..], true), (b"CONNECT 1", true), (b"CONNECT 1\nx", false), (&[b'x'; 60], false)]
     {

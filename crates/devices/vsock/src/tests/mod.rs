@@ -1,4 +1,5 @@
-//! The device behind both transports, with a driver's hands on one side and real Unix sockets on the other.
+//! Tests of the device on both transports, with a test driver on one side and real Unix sockets on
+//! the other.
 
 mod ends;
 mod guest;

@@ -1,4 +1,5 @@
-//! Streams against a model: whatever is sent in whatever pieces, at whatever pace of either side, arrives, all of it, in order.
+//! Streams against a model: all data arrives in order, in whatever pieces and at whatever pace it
+//! is sent and read.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,18 +12,18 @@ use virtio::testing::Kind;
 
 const STREAMS: usize = 3;
 
-/// What one side does.
+/// A step of one side.
 #[derive(Debug, Clone)]
 enum Act {
-    /// The guest sends so many bytes, as far as it has credit.
+    /// The guest sends this many bytes, limited by its credit.
     GuestSends(usize, u16),
-    /// The guest takes packets; its programs read that many bytes.
+    /// The guest takes packets, and its program reads this many bytes.
     GuestReads(usize, u16),
-    /// The host writes so many bytes, as far as its socket takes them.
+    /// The host writes this many bytes, limited by its socket.
     HostWrites(usize, u32),
-    /// The host reads so many bytes.
+    /// The host reads this many bytes.
     HostReads(usize, u32),
-    /// Time goes by.
+    /// Time passes, in milliseconds.
     Wait(u16),
 }
 
@@ -37,7 +38,7 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// Byte `at` of what stream `number` carries one way.
+/// Byte `at` of stream `number` in one direction.
 fn byte(number: usize, way: u64, at: u64) -> u8 {
     let mixed = (at + way * 7919).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     (mixed as u8) ^ (number as u8)
@@ -47,24 +48,24 @@ struct Stream {
     number: usize,
     socket: UnixStream,
     end: End,
-    /// Guest to host.
+    /// Bytes from the guest to the host.
     sent: u64,
     received: u64,
-    /// What the guest knows of the device's room.
-    told: (u32, u32),
-    /// Host to guest.
+    /// `buf_alloc` and `fwd_cnt` of the device's last packet.
+    credit: (u32, u32),
+    /// Bytes from the host to the guest.
     written: u64,
     taken: u64,
-    /// What the guest's programs have read.
+    /// Bytes that the guest's program has read.
     read: u64,
-    /// Flags of the device's shutdown.
+    /// Flags of the device's last shutdown.
     ended: u32,
     is_reset: bool,
 }
 
 impl Stream {
     fn guest_sends(&mut self, rig: &mut Rig, len: usize) {
-        let free = self.told.0.saturating_sub((self.sent as u32).wrapping_sub(self.told.1));
+        let free = self.credit.0.saturating_sub((self.sent as u32).wrapping_sub(self.credit.1));
         let len = len.min(free as usize);
         let data: Vec<u8> = (0..len as u64).map(|i| byte(self.number, 0, self.sent + i)).collect();
         rig.send_data(&self.end, 0, &data);
@@ -75,7 +76,7 @@ impl Stream {
         let len = len.min(self.taken - self.read);
         if len > 0 {
             self.read += len;
-            self.end.forwarded = self.read as u32;
+            self.end.fwd_cnt = self.read as u32;
             rig.send(&self.end, Op::CreditUpdate, 0);
         }
     }
@@ -87,7 +88,7 @@ impl Stream {
         }
     }
 
-    /// True at the end.
+    /// Reads up to `len` bytes. True at the end of the stream.
     fn host_reads(&mut self, len: usize) -> bool {
         let mut data = vec![0; len];
         match self.socket.read(&mut data) {
@@ -104,13 +105,15 @@ impl Stream {
     }
 }
 
-/// The guest's driver takes what there is.
+/// The guest's driver takes all packets.
 fn take_packets(rig: &mut Rig, streams: &mut [Stream]) {
     while let Some(packet) = rig.next() {
         let port = packet.header.src_port.get();
-        let stream =
-            streams.iter_mut().find(|s| s.end.host_port == port).expect("it is of a stream that there is");
-        stream.told = (packet.header.buf_alloc.get(), packet.header.fwd_cnt.get());
+        let stream = streams
+            .iter_mut()
+            .find(|s| s.end.host_port == port)
+            .expect("the packet is of one of the streams");
+        stream.credit = (packet.header.buf_alloc.get(), packet.header.fwd_cnt.get());
         match packet.op() {
             Op::Rw => {
                 for (i, &got) in (0..).zip(&packet.data) {
@@ -118,7 +121,10 @@ fn take_packets(rig: &mut Rig, streams: &mut [Stream]) {
                 }
                 stream.taken += packet.data.len() as u64;
                 let unread = stream.taken - stream.read;
-                assert!(unread <= u64::from(stream.end.room), "{unread} bytes are more than it has room for");
+                assert!(
+                    unread <= u64::from(stream.end.buf_alloc),
+                    "{unread} bytes are more than its buffer holds"
+                );
             }
             Op::CreditRequest => rig.send(&stream.end, Op::CreditUpdate, 0),
             Op::Shutdown => stream.ended = packet.flags(),
@@ -132,11 +138,11 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_is_sent_arrives_in_order_and_ends_in_order(
+    fn all_data_and_all_ends_arrive_in_order(
         is_pci: bool,
         buffers in 1u64..64,
         rx_len in 64u32..5000,
-        rooms in prop::array::uniform3(1u32..300_000),
+        buf_allocs in prop::array::uniform3(1u32..300_000),
         acts in prop::collection::vec(act(), 1..60),
     ) {
         let mut rig = Rig::with(if is_pci { Kind::Pci } else { Kind::Mmio }, buffers, rx_len);
@@ -148,10 +154,10 @@ proptest! {
             } else {
                 rig.open_by_host(2000 + number as u32)
             };
-            end.room = rooms[number];
+            end.buf_alloc = buf_allocs[number];
             rig.send(&end, Op::CreditUpdate, 0);
             Stream {
-                number, socket, end, sent: 0, received: 0, told: (0, 0), written: 0, taken: 0, read: 0, ended: 0,
+                number, socket, end, sent: 0, received: 0, credit: (0, 0), written: 0, taken: 0, read: 0, ended: 0,
                 is_reset: false,
             }
         }).collect();
@@ -172,7 +178,7 @@ proptest! {
             }
             rig.guest.worker.run();
         }
-        // To the end, in good order: the host ends its half, the guest its own.
+        // Then the host half-closes, the guest reads the rest, and the guest closes.
         for stream in &streams {
             stream.socket.shutdown(std::net::Shutdown::Write).unwrap();
         }
@@ -183,14 +189,14 @@ proptest! {
                 stream.guest_reads(&mut rig, u64::MAX);
             }
             rounds += 1;
-            prop_assert!(rounds < 1_000_000, "it goes on for ever");
+            prop_assert!(rounds < 1_000_000, "it does not end");
         }
         for stream in &mut streams {
             rig.send(&stream.end, Op::Shutdown, SHUTDOWN_BOTH);
             while !stream.host_reads(70_000) {
                 rig.guest.worker.run();
                 rounds += 1;
-                prop_assert!(rounds < 1_000_000, "it goes on for ever");
+                prop_assert!(rounds < 1_000_000, "it does not end");
             }
             prop_assert_eq!(stream.received, stream.sent);
         }

@@ -1,11 +1,11 @@
-//! The capabilities of a virtio function (4.1.4): where in the BAR its registers are.
+//! The PCI capabilities of a virtio function (4.1.4). They locate its registers in the BAR.
 
 use super::config_space::ConfigSpace;
 use super::{BAR_SIZE, layout};
 
-/// Vendor-specific, which virtio's are.
+/// The capability id of virtio's capabilities: vendor-specific.
 const VENDOR_SPECIFIC: u8 = 0x09;
-/// MSI-X.
+/// The capability id of MSI-X.
 const MSI_X: u8 = 0x11;
 
 /// Kinds of virtio capabilities (4.1.4).
@@ -15,22 +15,22 @@ const ISR_CFG: u8 = 3;
 const DEVICE_CFG: u8 = 4;
 const PCI_CFG: u8 = 5;
 
-/// Where in the configuration space the capabilities are that a guest writes to.
+/// The offsets of the capabilities that a guest writes to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Places {
     /// The MSI-X message control register (2 bytes).
     pub(super) msix_control: usize,
-    /// The window of 4.1.4.9.
+    /// The configuration access capability (4.1.4.9).
     pub(super) window: Window,
 }
 
-/// The window into the BAR for software that cannot map it.
+/// The configuration access capability (4.1.4.9), for software that cannot map the BAR.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Window {
     at: usize,
 }
 
-/// An access that the window is set to.
+/// The access that the guest set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct WindowAccess {
     pub(super) offset: u64,
@@ -39,12 +39,13 @@ pub(super) struct WindowAccess {
 }
 
 impl Window {
-    /// Where the data is: 4 bytes.
+    /// The offset of the 4 data bytes.
     pub(super) fn data_at(self) -> usize {
         self.at + 16
     }
 
-    /// What an access to the data accesses; None if the guest set it to nothing that is.
+    /// The access to the BAR that an access to the data stands for. `None` if the set-up is
+    /// invalid.
     pub(super) fn access(self, space: &ConfigSpace) -> Option<WindowAccess> {
         let [bar] = space.bytes(self.at + 4);
         let offset = u64::from(u32::from_le_bytes(space.bytes(self.at + 8)));
@@ -66,14 +67,14 @@ pub(super) fn add(space: &mut ConfigSpace, msix_control: u16) -> Places {
 
     let mut window = virtio(PCI_CFG, 20, 0, 0).to_vec();
     window.extend([0; 4]);
-    // The guest chooses the BAR, the offset and the length; the data is not kept here.
+    // The guest writes BAR, offset and length. The data bytes are not stored.
     let mut writable = [0; 18];
     writable[2] = 0xff;
     writable[6..14].fill(0xff);
     let at = space.add_capability(VENDOR_SPECIFIC, &window, &writable);
 
     let mut msix = msix_control.to_le_bytes().to_vec();
-    // The lowest bits name the BAR, which is 0.
+    // The lowest bits are the index of the BAR, which is 0.
     msix.extend(layout::MSIX_TABLE.to_le_bytes());
     msix.extend(layout::MSIX_PBA.to_le_bytes());
     let msix_at = space.add_capability(MSI_X, &msix, &[0, 0xc0]);

@@ -1,18 +1,19 @@
 //! The configuration space of a PCI function (type 0 header), with one 64-bit memory BAR or none.
 //!
-//! An image of 256 bytes and a mask of the bits that a guest may write. Registers with a meaning of their own (the MSI-X
-//! control, the window of 4.1.4.9) are looked at by their owner after a write.
+//! It is an image of 256 bytes with a mask of the writable bits. The function handles registers
+//! with side effects (MSI-X control, the configuration access capability) after the write.
 
 use serde::{Deserialize, Serialize};
 
-/// Bytes of the image. The rest of the 4096 that ECAM reaches reads as 0: there are no extended capabilities.
+/// The size of the image. The rest of the 4096 bytes of ECAM reads as 0: there are no extended
+/// capabilities.
 pub(super) const SIZE: usize = 256;
 
-/// The function answers to memory accesses.
+/// Command register: memory space enable.
 const COMMAND_MEMORY: u16 = 1 << 1;
-/// Bits of the command register that keep what is written: memory, bus master, no pin interrupts.
+/// The writable bits of the command register: memory space, bus master, interrupt disable.
 const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | 1 << 2 | 1 << 10;
-/// The status register: there is a list of capabilities.
+/// Status register: capabilities list.
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 /// BAR 0: memory, 64-bit, not prefetchable.
 const BAR_FLAGS: u64 = 0b100;
@@ -23,14 +24,14 @@ const CAPABILITIES_POINTER: usize = 0x34;
 const FIRST_CAPABILITY: usize = 0x40;
 const INTERRUPT_LINE: usize = 0x3c;
 
-/// What a guest may change in it, as saved.
+/// The saved state of the writable bits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigState {
-    /// The bytes as they read. Only writable bits count.
+    /// The image. Only its writable bits are restored.
     pub bytes: Vec<u8>,
 }
 
-/// What a function is.
+/// The ids of a function.
 pub(super) struct Identity {
     pub(super) vendor: u16,
     pub(super) device: u16,
@@ -46,7 +47,7 @@ pub(super) struct Identity {
 pub(super) struct ConfigSpace {
     bytes: [u8; SIZE],
     writable: [u8; SIZE],
-    /// Where the last capability's link to the next is, and where the next one goes.
+    /// The offset of the last "next" pointer, and that of the next capability.
     last_link: usize,
     end: usize,
 }
@@ -65,7 +66,7 @@ impl ConfigSpace {
         space.put(0x2c, &identity.subsystem_vendor.to_le_bytes());
         space.put(0x2e, &identity.subsystem.to_le_bytes());
         space.allow(COMMAND, &COMMAND_WRITABLE.to_le_bytes());
-        // Registers without a function here that software expects to keep what it wrote.
+        // Registers without effect that software expects to read back.
         space.allow(0x0c, &[0xff]);
         space.allow(INTERRUPT_LINE, &[0xff]);
         space
@@ -77,7 +78,8 @@ impl ConfigSpace {
         self.allow(BAR0, &(!(size - 1)).to_le_bytes());
     }
 
-    /// Adds a capability: `id`, then `body`, of which the bits of `writable` can be written. Returns where it is.
+    /// Adds a capability: `id`, then `body`, whose bits in `writable` are writable. Returns its
+    /// offset.
     pub(super) fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
         let at = self.end;
         self.bytes[self.last_link] = at as u8;
@@ -90,7 +92,7 @@ impl ConfigSpace {
         at
     }
 
-    /// Sets bytes, whether a guest may or not.
+    /// Sets bytes, also those that a guest cannot write.
     pub(super) fn put(&mut self, at: usize, data: &[u8]) {
         self.bytes[at..at + data.len()].copy_from_slice(data);
     }
@@ -99,17 +101,17 @@ impl ConfigSpace {
         self.writable[at..at + mask.len()].copy_from_slice(mask);
     }
 
-    /// The bytes at `at`, as they read.
+    /// The bytes at `at`.
     pub(super) fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
         std::array::from_fn(|i| self.bytes[at + i])
     }
 
-    /// A guest's read: any offset, any length.
+    /// Handles a guest's read of any offset and length.
     pub(super) fn read(&self, offset: usize, data: &mut [u8]) {
         crate::device::read_bytes(&self.bytes, offset as u64, data);
     }
 
-    /// A guest's write: any offset, any length. Bits that cannot be written stay.
+    /// Handles a guest's write of any offset and length. Only writable bits change.
     pub(super) fn write(&mut self, offset: usize, data: &[u8]) {
         let bytes = self.bytes.iter_mut().zip(&self.writable).skip(offset);
         for ((old, mask), byte) in bytes.zip(data) {
@@ -117,7 +119,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Where BAR 0 is, if the function decodes it.
+    /// The address of BAR 0, if it is decoded.
     pub(super) fn decoded_bar(&self) -> Option<u64> {
         let command = u16::from_le_bytes(self.bytes(COMMAND));
         (command & COMMAND_MEMORY != 0).then(|| u64::from_le_bytes(self.bytes(BAR0)) & !0xf)

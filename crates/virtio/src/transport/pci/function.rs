@@ -1,4 +1,4 @@
-//! One virtio device as a PCI function.
+//! A virtio device as a PCI function.
 
 use std::fmt;
 use std::io;
@@ -10,18 +10,18 @@ use serde::{Deserialize, Serialize};
 
 use super::capabilities::{self, Places};
 use super::config_space::{ConfigSpace, ConfigState, Identity};
-use super::kicks::{FunctionKey, Kicks};
-use super::msix::{Gates, MsiVectors, Msix, MsixState};
-use super::{BAR_SIZE, BarWindow, DEVICE_BASE, PciRoot, VENDOR, class_code, layout};
+use super::doorbells::{Doorbells, FunctionKey};
+use super::msix::{MsiVectors, Msix, MsixState, VectorMasks};
+use super::{BAR_SIZE, BarWindow, DEVICE_BASE, VENDOR, class_code, layout};
 use crate::device::Interrupt;
-use crate::transport::common::{Area, Common, CommonState, Half};
-use crate::transport::health::Health;
+use crate::transport::core::{Area, CommonState, Half, TransportCore};
+use crate::transport::device_status::DeviceStatus;
 use crate::transport::{Attachment, RestoreError};
 
-/// Not mapped to a vector.
+/// `VIRTIO_MSI_NO_VECTOR`: not mapped to a vector.
 const NO_VECTOR: u16 = 0xffff;
 
-/// ISR status: a queue has used buffers. (Only for pin interrupts, which do not exist here.)
+/// ISR status: a queue has used buffers. Not set here: it belongs to pin interrupts.
 const ISR_QUEUE: u8 = 1;
 /// ISR status: the configuration changed.
 const ISR_CONFIG: u8 = 2;
@@ -29,10 +29,10 @@ const ISR_CONFIG: u8 = 2;
 /// The address of a BAR that is not decoded.
 pub(super) const NOT_DECODED: u64 = u64::MAX;
 
-/// What a function saves.
+/// The saved state of a function and its device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PciState {
-    /// What it has in common with other transports, and its device.
+    /// The state that both transports have, with the device's.
     pub common: CommonState,
     /// ISR status.
     pub isr: u8,
@@ -42,17 +42,17 @@ pub struct PciState {
     pub queue_vectors: Vec<u16>,
     /// The configuration space.
     pub config: ConfigState,
-    /// The vectors.
+    /// The MSI-X vectors.
     pub msix: MsixState,
 }
 
-/// The part that workers use.
+/// The interrupt side, which the workers use.
 struct PciInterrupt {
-    health: Arc<Health>,
+    device_status: Arc<DeviceStatus>,
     isr: AtomicU8,
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
-    gates: Arc<Gates>,
+    masks: Arc<VectorMasks>,
 }
 
 impl PciInterrupt {
@@ -61,25 +61,25 @@ impl PciInterrupt {
         for vector in self.queue_vectors.iter().chain([&self.config_vector]) {
             vector.store(NO_VECTOR, Ordering::SeqCst);
         }
-        self.gates.clear_pending();
+        self.masks.clear_pending();
     }
 }
 
 impl Interrupt for PciInterrupt {
     fn queue(&self, index: u16) {
-        // With MSI-X the ISR need not be set for queues (4.1.4.5.1), and without it there are no interrupts.
+        // The ISR bit is not needed with MSI-X (4.1.4.5.1), and there are no interrupts without it.
         if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
-            self.gates.raise(vector.load(Ordering::Acquire));
+            self.masks.raise(vector.load(Ordering::Acquire));
         }
     }
 
     fn config(&self) {
         self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
-        self.gates.raise(self.config_vector.load(Ordering::Acquire));
+        self.masks.raise(self.config_vector.load(Ordering::Acquire));
     }
 
     fn needs_reset(&self, why: &dyn fmt::Display) {
-        if self.health.needs_reset(why) {
+        if self.device_status.needs_reset(why) {
             self.config();
         }
     }
@@ -87,38 +87,38 @@ impl Interrupt for PciInterrupt {
 
 /// A device on virtio-pci.
 pub struct PciTransport {
-    common: Common,
+    common: TransportCore,
     interrupt: Arc<PciInterrupt>,
     msix: Msix,
     space: ConfigSpace,
     places: Places,
     window: BarWindow,
-    /// Where the BAR is decoded, for the root to find it without a lock.
+    /// The address of the decoded BAR, which the root reads without a lock.
     decoded: Arc<AtomicU64>,
-    /// Where the kicks are registered, and its name there.
-    kicks: Arc<Kicks>,
+    /// The doorbells of the bus, and this function's key in them.
+    doorbells: Arc<Doorbells>,
     key: FunctionKey,
 }
 
 impl PciTransport {
-    /// Makes a function for `root` (to be plugged there) out of a device, with its BAR at `bar` (a multiple of [`BAR_SIZE`]) in the root's
-    /// window, and with a vector for each queue and one more.
-    pub fn new(
+    /// See [`PciRoot::new_function`](super::PciRoot::new_function).
+    pub(super) fn new(
         attachment: Attachment,
         bar: u64,
         vectors: Box<dyn MsiVectors>,
-        root: &PciRoot,
+        doorbells: Arc<Doorbells>,
+        window: BarWindow,
     ) -> io::Result<Self> {
         let kind = attachment.device.kind();
         let queues = attachment.device.queue_sizes().len();
-        let health = Health::new(attachment.name.clone());
-        let msix = Msix::new((queues + 1).min(layout::MAX_VECTORS), vectors, Arc::clone(&health));
+        let device_status = DeviceStatus::new(attachment.name.clone());
+        let msix = Msix::new((queues + 1).min(layout::MAX_VECTORS), vectors, Arc::clone(&device_status));
         let interrupt = Arc::new(PciInterrupt {
-            health: Arc::clone(&health),
+            device_status: Arc::clone(&device_status),
             isr: AtomicU8::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
-            gates: msix.gates(),
+            masks: msix.masks(),
         });
         let mut space = ConfigSpace::new(&Identity {
             vendor: VENDOR,
@@ -130,36 +130,38 @@ impl PciTransport {
         });
         space.add_bar(bar, BAR_SIZE);
         let places = capabilities::add(&mut space, msix.control());
-        let common =
-            Common::new(attachment, Arc::clone(&health), Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
-        let kicks = root.kicks();
-        let key = kicks.add(bar, common.kicks().cloned(), health);
+        let common = TransportCore::new(
+            attachment,
+            Arc::clone(&device_status),
+            Arc::clone(&interrupt) as Arc<dyn Interrupt>,
+        )?;
+        let key = doorbells.add(bar, common.kicks().cloned(), device_status);
         Ok(PciTransport {
             common,
             interrupt,
             msix,
             space,
             places,
-            window: root.window(),
+            window,
             decoded: Arc::new(AtomicU64::new(NOT_DECODED)),
-            kicks,
+            doorbells,
             key,
         })
     }
 
-    /// How often the device was found broken.
+    /// How often the device needed a reset.
     pub fn broken_count(&self) -> u64 {
         self.common.broken_count()
     }
 
-    /// Where the BAR is decoded ([`NOT_DECODED`] if it is not).
+    /// The address of the BAR; [`NOT_DECODED`] if it is not decoded.
     pub(super) fn decoded(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.decoded)
     }
 
-    /// The state. The workers are paused.
+    /// Returns the state. The workers are paused.
     pub fn save(&mut self) -> PciState {
-        // Paused workers have given back every task that was asked for.
+        // Paused workers have given back every removed task.
         self.finish_reset();
         PciState {
             common: self.common.save(),
@@ -171,10 +173,11 @@ impl PciTransport {
         }
     }
 
-    /// Makes this (fresh) one what `state` says. The interrupt controller has its state already; if the workers are paused, the
-    /// device waits for them to resume.
+    /// Restores this new function from `state`. The interrupt controller must be restored already.
+    /// An active device starts when the workers resume.
     pub fn restore(&mut self, state: &PciState) -> Result<(), RestoreError> {
-        let impossible = |what| RestoreError::Impossible { name: self.interrupt.health.name().into(), what };
+        let impossible =
+            |what| RestoreError::Impossible { name: self.interrupt.device_status.name().into(), what };
         if state.queue_vectors.len() != self.interrupt.queue_vectors.len() {
             return Err(impossible("it has another number of vectors for queues"));
         }
@@ -188,24 +191,24 @@ impl PciTransport {
         }
         self.space.restore(&state.config);
         self.move_bar();
-        // The driver acknowledges by reading ISR. One with MSI-X never does, so it gets one
-        // interrupt too many after a change.
+        // A driver acknowledges by reading ISR. With MSI-X it does not, so it may get a spurious
+        // interrupt.
         self.common.restore(&state.common, state.isr & ISR_CONFIG != 0)
     }
 
-    /// Takes the device off the machine: drains it, and ends its kicks. False if it did not drain within `patience`; then it
-    /// is still there, and this may be called again.
-    pub fn unplug(&mut self, patience: Duration) -> bool {
-        self.common.drain(patience);
+    /// Drains the device and removes its ioeventfds. Returns false if it did not drain within
+    /// `timeout`: then nothing was removed, and the call may be repeated.
+    pub fn unplug(&mut self, timeout: Duration) -> bool {
+        self.common.drain(timeout);
         let done = self.finish_reset();
         if done {
-            self.kicks.remove(self.key);
+            self.doorbells.remove(self.key);
             self.decoded.store(NOT_DECODED, Ordering::Release);
         }
         done
     }
 
-    /// A guest's read of the configuration space.
+    /// Handles a guest's read of the configuration space.
     pub fn read_config(&mut self, offset: usize, data: &mut [u8]) {
         let at = self.places.window.data_at();
         if overlaps(offset, data.len(), at, 4)
@@ -218,14 +221,14 @@ impl PciTransport {
         self.space.read(offset, data);
     }
 
-    /// A guest's write of the configuration space.
+    /// Handles a guest's write of the configuration space.
     pub fn write_config(&mut self, offset: usize, data: &[u8]) {
         self.space.write(offset, data);
         let at = self.places.window.data_at();
         if overlaps(offset, data.len(), at, 4)
             && let Some(access) = self.places.window.access(&self.space)
         {
-            // Bytes that the write does not reach are what was there.
+            // Bytes that are not written keep their values.
             let mut through: [u8; 4] = self.space.bytes(at);
             for (i, byte) in data.iter().enumerate() {
                 if let Some(through) = (offset + i).checked_sub(at).and_then(|i| through.get_mut(i)) {
@@ -243,7 +246,7 @@ impl PciTransport {
         }
     }
 
-    /// A guest's read of `data.len()` bytes at `offset` in the BAR.
+    /// Handles a guest's read of `data.len()` bytes at `offset` in the BAR.
     pub fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let Ok(at) = u32::try_from(offset) else { return };
@@ -255,7 +258,7 @@ impl PciTransport {
             }
             layout::ISR => {
                 if let Some(first) = data.first_mut() {
-                    // Reading acknowledges.
+                    // Reading clears it.
                     *first = self.interrupt.isr.swap(0, Ordering::SeqCst);
                 }
             }
@@ -270,7 +273,7 @@ impl PciTransport {
         }
     }
 
-    /// A guest's write of `data` at `offset` in the BAR.
+    /// Handles a guest's write of `data` at `offset` in the BAR.
     pub fn write_bar(&mut self, offset: u64, data: &[u8]) {
         let Ok(at) = u32::try_from(offset) else { return };
         match at {
@@ -291,7 +294,7 @@ impl PciTransport {
         }
     }
 
-    /// The common configuration as it reads (4.1.4.3).
+    /// The bytes of the common configuration (4.1.4.3).
     fn common_image(&self) -> [u8; 0x40] {
         let common = &self.common;
         let selected = common.selected().map(|(queue, _)| *queue);
@@ -318,7 +321,8 @@ impl PciTransport {
         image
     }
 
-    /// Writes the common configuration. Fields are written whole; 64-bit ones also by halves (4.1.3.1).
+    /// Writes the common configuration. A field is written whole; a 64-bit field also by halves
+    /// (4.1.3.1).
     fn write_common(&mut self, at: u32, data: &[u8]) {
         if data.len() == 8 && matches!(at, 0x20 | 0x28 | 0x30) {
             self.write_common(at, &data[..4]);
@@ -343,7 +347,7 @@ impl PciTransport {
             }
             (0x14, 1) => {
                 common.set_status(value as u8);
-                // Without waiting: the driver reads the status until it is 0.
+                // Does not wait: the driver polls the status until it is 0.
                 self.finish_reset();
             }
             (0x16, 2) => common.queue_select = value as u16,
@@ -354,7 +358,7 @@ impl PciTransport {
                     slot.store(vector, Ordering::SeqCst);
                 }
             }
-            // A queue is enabled, never disabled (4.1.4.3.2).
+            // A queue can only be enabled (4.1.4.3.2).
             (0x1c, 2) if value == 1 => common.set_queue_ready(true),
             (0x20, 4) => common.set_queue_addr(Area::Descriptors, Half::Low, value),
             (0x24, 4) => common.set_queue_addr(Area::Descriptors, Half::High, value),
@@ -366,12 +370,12 @@ impl PciTransport {
         }
     }
 
-    /// A vector that exists, or none: that is how the driver hears that it asked for too much.
+    /// `vector` if it exists, else [`NO_VECTOR`], by which the driver sees that it does not.
     fn checked(&self, vector: u16) -> u16 {
         if vector < self.msix.count() { vector } else { NO_VECTOR }
     }
 
-    /// Sees whether a reset is done, if there is one; false if not yet.
+    /// Completes a reset, if there is one and its tasks have drained. Returns whether none is left.
     fn finish_reset(&mut self) -> bool {
         if !self.common.is_resetting() {
             return true;
@@ -383,14 +387,14 @@ impl PciTransport {
         done
     }
 
-    /// The BAR or its decoding may have changed.
+    /// Handles a possible change of the BAR or its decoding.
     fn move_bar(&mut self) {
         let fits = |bar: &u64| {
             *bar >= self.window.start && bar.checked_add(BAR_SIZE).is_some_and(|end| end <= self.window.end)
         };
         let bar = self.space.decoded_bar().filter(fits);
         self.decoded.store(bar.unwrap_or(NOT_DECODED), Ordering::Release);
-        self.kicks.moved(self.key, bar);
+        self.doorbells.moved(self.key, bar);
     }
 }
 

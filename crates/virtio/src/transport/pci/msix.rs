@@ -1,7 +1,7 @@
 //! MSI-X (PCI 6.1.4): the table of messages, masks and pending bits.
 //!
-//! Two kinds of threads meet here. The guest changes the table and the masks, on vCPU threads, under the transport's lock.
-//! Workers raise vectors, under no lock. What they share is a [`Gate`] for each vector.
+//! vCPU threads change the table and the masks under the transport's lock. Workers raise vectors
+//! without a lock. They share a [`VectorMask`] for each vector.
 
 use std::io;
 use std::sync::Arc;
@@ -9,27 +9,27 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use super::gate::Gate;
-use crate::transport::health::Health;
+use super::vector_mask::VectorMask;
+use crate::transport::device_status::DeviceStatus;
 
-/// Where a vector's interrupt goes: a write of `data` to `addr`.
+/// The message of a vector: a write of `data` to `addr`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MsiMessage {
     /// Address of the write.
     pub addr: u64,
-    /// What is written.
+    /// The value of the write.
     pub data: u32,
 }
 
-/// Sends message-signalled interrupts. The machine's side.
+/// Sends message-signalled interrupts. The machine implements it.
 pub trait MsiVectors: Send + Sync {
-    /// From now on `vector` sends `message`. Called before the vector is triggered, and only if the message is a new one.
+    /// Sets the message of `vector`. Called before the vector is triggered, and only if it changed.
     fn set(&self, vector: u16, message: MsiMessage) -> io::Result<()>;
-    /// Sends the message of `vector`. Never blocks.
+    /// Sends the message of `vector`. Does not block.
     fn trigger(&self, vector: u16);
 }
 
-/// The table and control register, as saved.
+/// The saved state of the table and the control register.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MsixState {
     /// MSI-X is enabled.
@@ -40,14 +40,14 @@ pub struct MsixState {
     pub vectors: Vec<VectorState>,
 }
 
-/// One vector, as saved.
+/// The saved state of one vector.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VectorState {
-    /// What it sends.
+    /// The message.
     pub message: MsiMessage,
-    /// The guest masked it.
+    /// The guest masked the vector.
     pub masked: bool,
-    /// An interrupt is owed.
+    /// An interrupt is pending.
     pub pending: bool,
 }
 
@@ -58,78 +58,78 @@ const FUNCTION_MASK: u16 = 1 << 14;
 /// Bytes of a table entry.
 const ENTRY: usize = 16;
 
-/// A vector as the guest set it up.
+/// The guest's set-up of a vector.
 #[derive(Debug, Clone, Copy)]
 struct Vector {
     message: MsiMessage,
     masked: bool,
-    /// What the machine was told last.
+    /// The message that was last given to the machine.
     sent: Option<MsiMessage>,
 }
 
-/// The workers' side: raising vectors.
-pub(super) struct Gates {
-    gates: Vec<Gate<AtomicBool>>,
+/// The workers' side, which raises vectors.
+pub(super) struct VectorMasks {
+    masks: Vec<VectorMask<AtomicBool>>,
     vectors: Box<dyn MsiVectors>,
 }
 
-impl Gates {
-    /// Raises `vector`: sends its message, or remembers it.
+impl VectorMasks {
+    /// Raises `vector`: sends its message, or sets its pending bit if it is masked.
     pub(super) fn raise(&self, vector: u16) {
-        if let Some(gate) = self.gates.get(usize::from(vector))
-            && gate.raise()
+        if let Some(vector_mask) = self.masks.get(usize::from(vector))
+            && vector_mask.raise()
         {
             self.vectors.trigger(vector);
         }
     }
 
     fn open(&self, vector: u16) {
-        if self.gates[usize::from(vector)].open() {
+        if self.masks[usize::from(vector)].unmask() {
             self.vectors.trigger(vector);
         }
     }
 
     fn close(&self, vector: u16) {
-        self.gates[usize::from(vector)].close();
+        self.masks[usize::from(vector)].mask();
     }
 
     fn is_pending(&self, vector: usize) -> bool {
-        self.gates[vector].is_pending()
+        self.masks[vector].is_pending()
     }
 
-    /// Forgets what is owed: the device was reset.
+    /// Clears the pending bits when the device is reset.
     pub(super) fn clear_pending(&self) {
-        for gate in &self.gates {
-            gate.set_pending(false);
+        for vector_mask in &self.masks {
+            vector_mask.set_pending(false);
         }
     }
 }
 
 /// The guest's side: the table and the control register.
 pub(super) struct Msix {
-    gates: Arc<Gates>,
-    health: Arc<Health>,
+    masks: Arc<VectorMasks>,
+    device_status: Arc<DeviceStatus>,
     table: Vec<Vector>,
     enabled: bool,
     function_masked: bool,
 }
 
 impl Msix {
-    /// `count` vectors (at most 2048), all masked, none enabled.
-    pub(super) fn new(count: usize, vectors: Box<dyn MsiVectors>, health: Arc<Health>) -> Self {
-        let gates = (0..count).map(|_| Gate::default()).collect();
+    /// Creates `count` vectors (at most 2048), all masked, MSI-X disabled.
+    pub(super) fn new(count: usize, vectors: Box<dyn MsiVectors>, device_status: Arc<DeviceStatus>) -> Self {
+        let masks = (0..count).map(|_| VectorMask::default()).collect();
         let blank = Vector { message: MsiMessage { addr: 0, data: 0 }, masked: true, sent: None };
         Msix {
-            gates: Arc::new(Gates { gates, vectors }),
-            health,
+            masks: Arc::new(VectorMasks { masks, vectors }),
+            device_status,
             table: vec![blank; count],
             enabled: false,
             function_masked: false,
         }
     }
 
-    pub(super) fn gates(&self) -> Arc<Gates> {
-        Arc::clone(&self.gates)
+    pub(super) fn masks(&self) -> Arc<VectorMasks> {
+        Arc::clone(&self.masks)
     }
 
     /// The number of vectors.
@@ -143,7 +143,7 @@ impl Msix {
         size | if self.enabled { ENABLE } else { 0 } | if self.function_masked { FUNCTION_MASK } else { 0 }
     }
 
-    /// The guest writes the message control register.
+    /// Handles a guest's write of the message control register.
     pub(super) fn set_control(&mut self, value: u16) {
         self.enabled = value & ENABLE != 0;
         self.function_masked = value & FUNCTION_MASK != 0;
@@ -152,27 +152,27 @@ impl Msix {
         }
     }
 
-    /// Opens or closes a vector as the masks say.
+    /// Masks or unmasks a vector.
     fn refresh(&mut self, vector: u16) {
         let entry = &mut self.table[usize::from(vector)];
         if !self.enabled || self.function_masked || entry.masked {
-            self.gates.close(vector);
+            self.masks.close(vector);
             return;
         }
         if entry.sent != Some(entry.message) {
-            // Between two messages nothing may be sent.
-            self.gates.close(vector);
-            if let Err(error) = self.gates.vectors.set(vector, entry.message) {
-                self.health
+            // Nothing may be sent while the message changes.
+            self.masks.close(vector);
+            if let Err(error) = self.masks.vectors.set(vector, entry.message) {
+                self.device_status
                     .complain(&format_args!("cannot route vector {vector} as {:x?}: {error}", entry.message));
                 return;
             }
             entry.sent = Some(entry.message);
         }
-        self.gates.open(vector);
+        self.masks.open(vector);
     }
 
-    /// Reads the table at `offset`; what lies beyond it reads as 0.
+    /// Reads the table at `offset`. Bytes beyond it read as 0.
     pub(super) fn read_table(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset..).zip(data) {
             *byte = usize::try_from(at).map_or(0, |at| self.table_byte(at));
@@ -190,7 +190,8 @@ impl Msix {
         }
     }
 
-    /// Writes the table at `offset`. Only aligned writes of 4 or 8 bytes mean anything (PCI 6.1.4.2).
+    /// Writes the table at `offset`. Other than aligned writes of 4 or 8 bytes are ignored (PCI
+    /// 6.1.4.2).
     pub(super) fn write_table(&mut self, offset: u64, data: &[u8]) {
         if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
             return;
@@ -210,8 +211,8 @@ impl Msix {
             8 => entry.message.data = word,
             _ => entry.masked = word & 1 != 0,
         }
-        // A message that changes while the vector is not masked is in force at once; what happens in between is undefined
-        // for the guest, and harmless here.
+        // The message of an unmasked vector changes at once. For the guest the result of an
+        // interrupt meanwhile is undefined; here it is harmless.
         self.refresh(vector);
     }
 
@@ -222,7 +223,7 @@ impl Msix {
             let bits = (0..8).filter(|bit| {
                 first
                     .checked_add(*bit)
-                    .is_some_and(|vector| vector < self.table.len() && self.gates.is_pending(vector))
+                    .is_some_and(|vector| vector < self.table.len() && self.masks.is_pending(vector))
             });
             *byte = bits.fold(0, |byte, bit| byte | 1 << bit);
         }
@@ -232,19 +233,20 @@ impl Msix {
         let vectors = self.table.iter().enumerate().map(|(index, vector)| VectorState {
             message: vector.message,
             masked: vector.masked,
-            pending: self.gates.is_pending(index),
+            pending: self.masks.is_pending(index),
         });
         MsixState { enabled: self.enabled, function_masked: self.function_masked, vectors: vectors.collect() }
     }
 
-    /// Makes this what `state` says. False if it has another number of vectors.
+    /// Restores the state. Returns false if the number of vectors differs.
     pub(super) fn restore(&mut self, state: &MsixState) -> bool {
         if state.vectors.len() != self.table.len() {
             return false;
         }
-        for ((vector, gate), state) in self.table.iter_mut().zip(&self.gates.gates).zip(&state.vectors) {
+        for ((vector, vector_mask), state) in self.table.iter_mut().zip(&self.masks.masks).zip(&state.vectors)
+        {
             (vector.message, vector.masked) = (state.message, state.masked);
-            gate.set_pending(state.pending);
+            vector_mask.set_pending(state.pending);
         }
         (self.enabled, self.function_masked) = (state.enabled, state.function_masked);
         for vector in 0..self.count() {

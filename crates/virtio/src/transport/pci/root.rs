@@ -1,50 +1,53 @@
-//! The root of PCI: a host bridge at 00:00.0, 31 slots for devices, and the ways that a guest reaches them.
+//! The PCI root: a host bridge at 00:00.0, 31 slots for devices, and the guest's accesses to them.
 //!
-//! - **ECAM**: 4 KiB of configuration space for each function, in memory (PCI Express 7.2.2). One bus: 1 MiB.
-//! - **Ports 0xcf8 and 0xcfc** (PCI 3.2.2.3.2), for software that knows nothing newer.
-//! - **BARs**: accesses in the machine's window for them go to the function that decodes the address.
+//! - **ECAM**: 4 KiB of configuration space for each function, in memory (PCI Express 7.2.2). One
+//!   bus: 1 MiB.
+//! - **Ports 0xcf8 and 0xcfc** (PCI 3.2.2.3.2), for software without ECAM.
+//! - **BARs**: an access in the machine's window goes to the function that decodes the address.
 //!
-//! Used by all vCPU threads at once. A function's lock is taken only for an access to that function.
+//! All vCPU threads use the root at once. An access takes only the lock of the function it is for.
 
+use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use serde::{Deserialize, Serialize};
 
 use super::config_space::{ConfigSpace, ConfigState, Identity};
+use super::doorbells::Doorbells;
 use super::function::{NOT_DECODED, PciTransport};
-use super::kicks::Kicks;
+use super::msix::MsiVectors;
 use super::{BAR_SIZE, BarWindow};
-use crate::transport::IoEventFds;
+use crate::transport::{Attachment, IoEventFds};
 use sync::locked;
 
 /// The most devices: slots 1 to 31 of the one bus.
 pub const MAX_DEVICES: usize = 31;
 
-/// Bytes of the ECAM window: one bus.
+/// The size of the ECAM window in bytes: one bus.
 pub const ECAM_SIZE: u64 = 1 << 20;
 
 /// The first of the two ports.
 pub const CONFIG_ADDRESS: u16 = 0xcf8;
 
-/// A slot cannot be used.
+/// Why a slot cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SlotError {
     /// There is no such slot.
-    #[error("PCI slot {0} is not one of 1 to {MAX_DEVICES}")]
+    #[error("PCI slot {0}: no such slot; 1 to {MAX_DEVICES}")]
     Number(u8),
     /// Another device is in it.
-    #[error("PCI slot {0} is taken")]
+    #[error("PCI slot {0}: in use")]
     Taken(u8),
     /// All slots are taken.
-    #[error("all {MAX_DEVICES} PCI slots are taken")]
+    #[error("no free PCI slot; {MAX_DEVICES} exist")]
     Full,
 }
 
-/// What the root saves. Functions are saved by themselves.
+/// The saved state of the root, without its functions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PciRootState {
-    /// What port 0xcf8 was set to.
+    /// The value of port 0xcf8.
     pub address: u32,
     /// The host bridge.
     pub bridge: ConfigState,
@@ -62,10 +65,10 @@ pub struct PciRoot {
     slots: RwLock<[Option<Slot>; MAX_DEVICES]>,
     address: AtomicU32,
     window: BarWindow,
-    kicks: Arc<Kicks>,
+    doorbells: Arc<Doorbells>,
 }
 
-/// Which function, and where in its configuration space.
+/// A register in the configuration space of a function.
 #[derive(Debug, Clone, Copy)]
 struct Target {
     bus: u8,
@@ -75,10 +78,11 @@ struct Target {
 }
 
 impl PciRoot {
-    /// A bus with a host bridge and no devices, whose BARs are in `window` and whose kicks `io_events` takes.
+    /// Creates a bus with a host bridge and no devices. BARs are in `window`, and `io_events` takes
+    /// their ioeventfds.
     pub fn new(window: BarWindow, io_events: Arc<dyn IoEventFds>) -> Self {
         let bridge = ConfigSpace::new(&Identity {
-            // A host bridge that guests know and need no driver for.
+            // A host bridge that guests know and that needs no driver.
             vendor: 0x8086,
             device: 0x0d57,
             revision: 0,
@@ -91,11 +95,11 @@ impl PciRoot {
             slots: RwLock::default(),
             address: AtomicU32::new(0),
             window,
-            kicks: Arc::new(Kicks::new(io_events)),
+            doorbells: Arc::new(Doorbells::new(io_events)),
         }
     }
 
-    /// Puts a function in slot `number` (1 to 31), or the first free one. Returns the number.
+    /// Plugs a function into slot `number` (1 to 31), or the first free one. Returns the slot.
     pub fn plug(&self, number: Option<u8>, function: Arc<Mutex<PciTransport>>) -> Result<u8, SlotError> {
         let decoded = locked(&function).decoded();
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
@@ -110,24 +114,24 @@ impl PciRoot {
         Ok(number)
     }
 
-    /// Empties a slot. Returns what was in it.
+    /// Removes the function of a slot.
     pub fn unplug(&self, number: u8) -> Option<Arc<Mutex<PciTransport>>> {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let slot = slots.get_mut(usize::from(number).checked_sub(1)?)?;
         slot.take().map(|slot| slot.function)
     }
 
-    /// A read in the ECAM window at `offset`.
+    /// Handles a read in the ECAM window at `offset`.
     pub fn read_ecam(&self, offset: u64, data: &mut [u8]) {
         self.read_config(ecam_target(offset), data);
     }
 
-    /// A write in the ECAM window at `offset`.
+    /// Handles a write in the ECAM window at `offset`.
     pub fn write_ecam(&self, offset: u64, data: &[u8]) {
         self.write_config(ecam_target(offset), data);
     }
 
-    /// A read of ports 0xcf8 to 0xcff; `offset` counts from the first.
+    /// Handles a read of port 0xcf8 + `offset`.
     pub fn read_port(&self, offset: u16, data: &mut [u8]) {
         let address = self.address.load(Ordering::SeqCst);
         match (offset, data.len()) {
@@ -137,7 +141,7 @@ impl PciRoot {
         }
     }
 
-    /// A write of ports 0xcf8 to 0xcff; `offset` counts from the first.
+    /// Handles a write of port 0xcf8 + `offset`.
     pub fn write_port(&self, offset: u16, data: &[u8]) {
         match (offset, <[u8; 4]>::try_from(data)) {
             (0, Ok(address)) => self.address.store(u32::from_le_bytes(address), Ordering::SeqCst),
@@ -148,7 +152,8 @@ impl PciRoot {
         }
     }
 
-    /// A read at guest-physical `addr`. False if no function decodes it (then `data` is all ones).
+    /// Handles a read at guest-physical `addr`. Returns false if no function decodes it; `data` is
+    /// then all ones.
     pub fn read_bar(&self, addr: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);
         let Some((function, offset)) = self.decode(addr) else { return false };
@@ -156,35 +161,41 @@ impl PciRoot {
         true
     }
 
-    /// A write at guest-physical `addr`. False if no function decodes it.
+    /// Handles a write at guest-physical `addr`. Returns false if no function decodes it.
     pub fn write_bar(&self, addr: u64, data: &[u8]) -> bool {
         let Some((function, offset)) = self.decode(addr) else { return false };
         locked(&function).write_bar(offset, data);
         true
     }
 
-    /// The window that BARs are in.
+    /// The window for BARs.
     pub fn window(&self) -> BarWindow {
         self.window.clone()
     }
 
-    /// The kicks of all its functions.
-    pub(super) fn kicks(&self) -> Arc<Kicks> {
-        Arc::clone(&self.kicks)
+    /// Creates a function for this root; [`PciRoot::plug`] makes it visible. Its BAR is at `bar` in
+    /// the root's window, a multiple of [`BAR_SIZE`]. It has one vector more than queues.
+    pub fn new_function(
+        &self,
+        attachment: Attachment,
+        bar: u64,
+        vectors: Box<dyn MsiVectors>,
+    ) -> io::Result<PciTransport> {
+        PciTransport::new(attachment, bar, vectors, Arc::clone(&self.doorbells), self.window())
     }
 
-    /// The state of the bus itself.
+    /// Returns the state of the root.
     pub fn save(&self) -> PciRootState {
         PciRootState { address: self.address.load(Ordering::SeqCst), bridge: locked(&self.bridge).save() }
     }
 
-    /// Makes the bus what `state` says.
+    /// Restores the state of the root.
     pub fn restore(&self, state: &PciRootState) {
         self.address.store(state.address, Ordering::SeqCst);
         locked(&self.bridge).restore(&state.bridge);
     }
 
-    /// The function that decodes `addr`, the lowest slot if a guest put two in one place.
+    /// The function that decodes `addr`. If several do, that of the lowest slot.
     fn decode(&self, addr: u64) -> Option<(Arc<Mutex<PciTransport>>, u64)> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         slots.iter().flatten().find_map(|slot| {
@@ -201,7 +212,7 @@ impl PciRoot {
         (target.bus == 0 && target.function == 0).then(|| Arc::clone(&slot.function))
     }
 
-    /// Nothing there reads as all ones.
+    /// Slots without a device read as all ones.
     fn read_config(&self, target: Option<Target>, data: &mut [u8]) {
         data.fill(0xff);
         let Some(target) = target else { return };
@@ -231,7 +242,7 @@ fn ecam_target(offset: u64) -> Option<Target> {
     })
 }
 
-/// What the data ports reach while 0xcf8 holds `address`; None while it is not enabled.
+/// The register that the data ports access with `address` in 0xcf8. `None` if it is not enabled.
 fn port_target(address: u32, port: u16) -> Option<Target> {
     (address & 1 << 31 != 0).then_some(Target {
         bus: (address >> 16) as u8,

@@ -106,7 +106,7 @@ fn the_bar_is_sized_and_put_back_without_touching_the_kernel() {
 }
 
 #[test]
-fn a_bar_that_moves_takes_its_kicks_along_but_not_out_of_the_window() {
+fn kicks_follow_a_moved_bar_inside_the_window() {
     let mut guest = guest();
     set_decoding(&mut guest, true);
     let moved = BAR + 4 * BAR_SIZE;
@@ -123,7 +123,7 @@ fn a_bar_that_moves_takes_its_kicks_along_but_not_out_of_the_window() {
 }
 
 #[test]
-fn config_accesses_of_any_size_at_any_offset_change_what_is_writable_and_nothing_else() {
+fn config_accesses_change_only_writable_bits() {
     let mut guest = guest();
     let before: [u8; 256] = config(&mut guest, 0);
     for at in (0..300).chain([0xfff, 0x1000, usize::MAX]) {
@@ -306,7 +306,7 @@ fn function(bar: u64, root: &PciRoot) -> Arc<Mutex<PciTransport>> {
         memory: guest_ram(1),
         workers: TestWorker::new().workers(),
     };
-    let function = PciTransport::new(attachment, bar, Box::new(NoVectors), root).unwrap();
+    let function = root.new_function(attachment, bar, Box::new(NoVectors)).unwrap();
     Arc::new(Mutex::new(function))
 }
 
@@ -396,7 +396,7 @@ fn two_functions_in_one_place_answer_as_one() {
 }
 
 #[test]
-fn functions_whose_guest_exchanged_their_places_have_their_kicks_there_and_so_when_restored() {
+fn functions_with_exchanged_bars_keep_their_kicks_after_restore() {
     fn enabled(root: &PciRoot, io_events: &FakeIoEventFds) -> [bool; 3] {
         // Writing a kick: to the kernel's table, or to the function that decodes the address.
         [0, 1, 2].map(|n| {

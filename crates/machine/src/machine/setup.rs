@@ -1,0 +1,54 @@
+//! What a machine is built from.
+
+use std::os::fd::BorrowedFd;
+
+use config::MachineConfig;
+use memory::GuestRam;
+use memory::page_server::PageServer;
+
+use crate::boot::BootFiles;
+use crate::chipset::ClockAfter;
+use crate::devices::DeviceSetup;
+use crate::events::EventSink;
+use crate::legacy::{SerialSetup, StartTimes};
+use crate::state::MachineState;
+
+/// Everything that a new machine is built from.
+#[derive(Debug)]
+pub struct Setup<'a> {
+    /// vCPUs and memory, checked.
+    pub config: &'a MachineConfig,
+    /// Kernel, initrd and command line.
+    pub boot: BootFiles,
+    /// The host's side of the serial port.
+    pub serial: SerialSetup,
+    /// The times that the boot timer counts from; `None` for no boot timer.
+    pub boot_timer: Option<StartTimes>,
+    /// Virtio devices.
+    pub devices: DeviceSetup,
+    /// Receives the event that ends the guest.
+    pub events: EventSink,
+}
+
+/// Everything that a saved machine is restored from.
+#[derive(Debug)]
+pub struct Restore<'a> {
+    /// vCPUs and memory, as they were.
+    pub config: &'a MachineConfig,
+    /// The saved state.
+    pub state: &'a MachineState,
+    /// The guest's memory, with its contents.
+    pub ram: GuestRam,
+    /// Sends the contents that are missing in `ram`.
+    pub page_server: Option<PageServer>,
+    /// The host's side of the serial port.
+    pub serial: SerialSetup,
+    /// The same virtio devices, on the backends that they have now.
+    pub devices: DeviceSetup,
+    /// What the guest's clock shows.
+    pub clock: ClockAfter,
+    /// Receives the event that ends the guest.
+    pub events: EventSink,
+    /// Readable once the restore is cancelled: it then stops waiting for pages.
+    pub stop: Option<BorrowedFd<'a>>,
+}
