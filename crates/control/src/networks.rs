@@ -89,8 +89,8 @@ impl Networks {
         let slot = &mut self.slots[at];
         // A tap that the monitor created would disappear with its last user, and so would the
         // server of a single connection.
-        let stays =
-            slot.config.has_same_host_endpoint(network) && slot.backend.as_ref().is_some_and(NetBackend::is_there);
+        let stays = slot.config.has_same_host_endpoint(network)
+            && slot.backend.as_ref().is_some_and(NetBackend::is_there);
         if stays {
             slot.config = network.clone();
             return Ok(());

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use block::disk::FileLocks;
-use config::{DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, check_drives, apply_network_overrides};
+use config::{
+    DriveOverride, FullVmConfig, MemoryBackendType, SnapshotLoad, apply_network_overrides, check_drives,
+};
 use machine::chipset::ClockAfter;
 use machine::{Paused, Restore, layout};
 use memory::GuestRam;

@@ -19,8 +19,8 @@ use crate::device::Vsock;
 use crate::host_sockets::HostSockets;
 use crate::listener::Listener;
 use crate::packet::{HOST_CID, Header, SocketKind};
-use socket_file::SocketFile;
 use crate::state::VsockState;
+use socket_file::SocketFile;
 
 /// The ports that host servers listen on, with their socket types.
 const SERVED: [(u32, SocketKind); 2] = [(1, SocketKind::Stream), (2, SocketKind::SeqPacket)];

@@ -61,7 +61,7 @@ pub(crate) fn socket_type(kind: SocketKind) -> SocketType {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
