@@ -1,4 +1,5 @@
-//! The programs that run in guests travel in their initial RAM disks: without symbols they are a tenth as large.
+//! Strips the programs that are put into guests' initramfs images: without symbols they are a tenth
+//! as large.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

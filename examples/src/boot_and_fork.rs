@@ -4,7 +4,7 @@
 //! $ boot-and-fork target/x86_64-unknown-linux-gnu/release/vesta-vmm vmlinux initramfs.cpio
 //! ```
 //!
-//! It needs nothing but a Unix socket, JSON and the head of an HTTP response. Copy it and begin from here.
+//! It needs only a Unix socket, JSON and the head of an HTTP response. Copy it to start from here.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! A client of the HTTP API over its Unix socket: blocking, one connection, kept alive.
+//! A blocking client of the HTTP API over its Unix socket, with one kept-alive connection.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -8,38 +8,38 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-/// How long one answer may take.
+/// The time limit of one response.
 const ANSWER_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// An answer.
+/// A response.
 #[derive(Debug, Clone)]
 pub struct Response {
     /// The status code.
     pub status: u16,
-    /// Header fields in order, as they came.
+    /// The header fields, in order.
     pub headers: Vec<(String, String)>,
-    /// The body, empty where there is none.
+    /// The body; empty if there is none.
     pub body: String,
 }
 
 impl Response {
     /// The body as JSON.
     pub fn json(&self) -> Result<Value> {
-        serde_json::from_str(&self.body).with_context(|| format!("the body is not JSON: {}", self.body))
+        serde_json::from_str(&self.body).with_context(|| format!("response is not JSON: {}", self.body))
     }
 
-    /// The text of an error that the API answers with (`fault_message`), empty where it is none.
+    /// The text of an error response (`fault_message`); empty for others.
     pub fn fault(&self) -> String {
         let body = self.json().unwrap_or_default();
         body.get("fault_message").and_then(Value::as_str).unwrap_or_default().to_owned()
     }
 
-    /// A header's value, by its name in any case.
+    /// A header's value. The case of the name does not matter.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
 
-    /// The answer itself where it is a success (2xx), an error with all of it else.
+    /// The response if its status is a success (2xx), else an error that contains the body.
     pub fn ok(self) -> Result<Response> {
         if !(200..300).contains(&self.status) {
             bail!("the API answered {}: {}", self.status, self.body);
@@ -48,7 +48,7 @@ impl Response {
     }
 }
 
-/// A connection to the API, made when it is first needed.
+/// A client of the API, which connects at its first request.
 #[derive(Debug)]
 pub struct ApiClient {
     socket: PathBuf,
@@ -68,9 +68,9 @@ impl ApiClient {
             match self.get("/") {
                 Ok(response) => return Ok(response),
                 Err(error) if Instant::now() > deadline => {
-                    return Err(error.context(format!("the API did not answer within {timeout:?}")));
+                    return Err(error.context(format!("no response of the API within {timeout:?}")));
                 }
-                // The socket's file appears without notice.
+                // Nothing notifies of a new socket.
                 Err(_) => std::thread::sleep(Duration::from_micros(100)),
             }
         }
@@ -96,7 +96,7 @@ impl ApiClient {
         self.request("DELETE", path, None)
     }
 
-    /// Any request, with its body as it is.
+    /// Sends any request, with an unchecked body.
     pub fn request(&mut self, method: &str, path: &str, body: Option<&str>) -> Result<Response> {
         let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n");
         let message = match body {
@@ -109,7 +109,7 @@ impl ApiClient {
         self.send_raw(message.as_bytes()).with_context(|| format!("{method} {path}"))
     }
 
-    /// Sends these bytes, whatever they are, and reads one answer.
+    /// Sends any bytes, and reads one response.
     pub fn send_raw(&mut self, message: &[u8]) -> Result<Response> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
@@ -123,7 +123,17 @@ impl ApiClient {
         Ok(response)
     }
 
-    /// A new connection of its own.
+    /// Sends `PUT path` on another connection, without waiting for the response: see
+    /// [`read_response`].
+    pub fn begin_put(&self, path: &str, body: &Value) -> Result<UnixStream> {
+        let (body, mut connection) = (body.to_string(), self.connect()?);
+        let length = body.len();
+        write!(connection, "PUT {path} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}")
+            .context("cannot send")?;
+        Ok(connection)
+    }
+
+    /// Opens another connection.
     pub fn connect(&self) -> Result<UnixStream> {
         let connection = UnixStream::connect(&self.socket)
             .with_context(|| format!("cannot connect to {}", self.socket.display()))?;
@@ -133,7 +143,7 @@ impl ApiClient {
     }
 }
 
-/// Reads one answer from a connection, and not a byte more.
+/// Reads one response from a connection. Further bytes are an error.
 pub fn read_response(connection: &mut impl Read) -> Result<Response> {
     let mut bytes = Vec::new();
     let mut chunk = [0; 4096];
@@ -141,19 +151,19 @@ pub fn read_response(connection: &mut impl Read) -> Result<Response> {
         if let Some(response) = parse(&bytes)? {
             return Ok(response);
         }
-        match connection.read(&mut chunk).context("cannot read the answer")? {
-            0 if bytes.is_empty() => bail!("the connection was closed without an answer"),
-            0 => bail!("the connection was closed within an answer: {}", String::from_utf8_lossy(&bytes)),
+        match connection.read(&mut chunk).context("cannot read the response")? {
+            0 if bytes.is_empty() => bail!("connection closed without a response"),
+            0 => bail!("connection closed within a response: {}", String::from_utf8_lossy(&bytes)),
             len => bytes.extend_from_slice(&chunk[..len]),
         }
     }
 }
 
-/// The answer in `bytes`, where all of it is there.
+/// The response in `bytes`, or `None` if it is not complete.
 fn parse(bytes: &[u8]) -> Result<Option<Response>> {
     let mut fields = [httparse::EMPTY_HEADER; 32];
     let mut head = httparse::Response::new(&mut fields);
-    let httparse::Status::Complete(head_len) = head.parse(bytes).context("what came is not HTTP")? else {
+    let httparse::Status::Complete(head_len) = head.parse(bytes).context("response is not HTTP")? else {
         return Ok(None);
     };
     let headers: Vec<(String, String)> = head
@@ -165,17 +175,17 @@ fn parse(bytes: &[u8]) -> Result<Option<Response>> {
     let length = length.map_or(Ok(0), |(_, value)| value.parse()).context("Content-Length")?;
     let Some(body) = bytes.get(head_len..head_len + length) else { return Ok(None) };
     if bytes.len() > head_len + length {
-        bail!("there is more after the answer: {}", String::from_utf8_lossy(&bytes[head_len + length..]));
+        bail!("more after the response: {}", String::from_utf8_lossy(&bytes[head_len + length..]));
     }
     let body = String::from_utf8(body.to_vec()).context("the body is not UTF-8")?;
-    Ok(Some(Response { status: head.code.context("the answer has no status")?, headers, body }))
+    Ok(Some(Response { status: head.code.context("the response has no status")?, headers, body }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Bytes that come one at a time.
+    /// A stream that returns one byte at a time.
     struct Drip<'a>(&'a [u8]);
 
     impl Read for Drip<'_> {
@@ -188,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_whole_when_its_body_is() {
+    fn a_response_ends_with_its_body() {
         let text = b"HTTP/1.1 400 \r\nServer: x\r\nContent-Length: 21\r\n\r\n{\"fault_message\":\"a\"}";
         let response = read_response(&mut Drip(text)).unwrap();
         assert_eq!((response.status, response.fault().as_str()), (400, "a"));
@@ -196,21 +206,21 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_without_a_length_has_no_body() {
+    fn a_response_without_a_length_has_no_body() {
         let response = read_response(&mut Drip(b"HTTP/1.1 204 \r\n\r\n")).unwrap();
         assert_eq!((response.status, response.body.as_str()), (204, ""));
     }
 
     #[test]
-    fn a_closed_connection_is_told_from_a_cut_answer() {
+    fn a_truncated_response_differs_from_none() {
         let closed = read_response(&mut Drip(b"")).unwrap_err().to_string();
         let cut = read_response(&mut Drip(b"HTTP/1.1 200 \r\nContent-Len")).unwrap_err().to_string();
-        assert!(closed.contains("without an answer"), "{closed}");
-        assert!(cut.contains("within an answer"), "{cut}");
+        assert!(closed.contains("without a response"), "{closed}");
+        assert!(cut.contains("within a response"), "{cut}");
     }
 
     #[test]
-    fn what_follows_an_answer_is_an_error() {
+    fn bytes_after_a_response_are_an_error() {
         let error = read_response(&mut &b"HTTP/1.1 204 \r\n\r\nHTTP/1.1"[..]).unwrap_err();
         assert!(error.to_string().contains("more after"), "{error}");
     }

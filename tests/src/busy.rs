@@ -1,9 +1,10 @@
-//! Guests that have much to lose: busy with processors, disks, networks, sockets, timers and random numbers, and checking all of it
-//! as they go, until a disk of theirs tells them to stop.
+//! Guests that use and check processors, disks, networks, vsock, timers and random numbers until a
+//! disk tells them to stop.
 //!
-//! [`Disks`] are what the least of them needs; a [`Place`] has a network and a socket device as well. What a guest says:
-//! `WRONG ...` or `FAILED ...` where something is not as it was, `VERIFIED ...` for each part that was right to its end, and at last
-//! `RANDOM`, `RESEEDED` (how often its kernel heard that it is in another life) and `LAST`.
+//! A guest with [`Disks`] uses only disks, processors and entropy; one on a [`BusyHost`] also a
+//! network and vsock. The guest prints `WRONG ...` or `FAILED ...` where data or a device is wrong,
+//! `VERIFIED ...` for each part that was right to the end, and at last `RANDOM`, `RESEEDED` (how
+//! often its kernel was notified of a new VM generation) and `LAST`.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -13,13 +14,13 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::api::ApiClient;
-use crate::disks::{DiskGuest, disk, drive, said, with};
+use crate::disks::{DiskGuest, disk, drive, output_of, with};
 use crate::exchange;
-use crate::guest::{BOOT, SOON, Transport};
+use crate::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use crate::host_net::HostNet;
 use crate::process::Orphans;
-use crate::said::{wait_for_text_after, word};
-use crate::snapshots::{Files, copy, go_on, pause, resume};
+use crate::serial_file::{wait_for_text_after, word};
+use crate::snapshots::{Files, copy, pause, restore, resume};
 use crate::vmm::Vmm;
 use crate::vsock::{connect, port};
 
@@ -45,15 +46,16 @@ disk-tool until /stop vda 7 2 &
 disk-tool until /stop vdb 8 2 &
 "#;
 
-/// Keeps a connection over the network and one over vsock busy, and serves connections of the host's.
-const LOAD_OF_NETWORKS: &str = "
+/// Keeps a connection over the network and one over vsock busy, and serves connections from the
+/// host.
+const NETWORK_LOAD: &str = "
 ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up
 net-tool until /stop 10.0.0.1:7 &
 guest-vsock until /stop 700 &
 guest-vsock serve & serves=$!
 ";
 
-/// Waits for the word to stop, and says how all of it ended.
+/// Waits until a disk says `stop`, and prints the results.
 const END: &str = r#"
 until dd if=/dev/vdc bs=512 count=1 iflag=direct 2>/dev/null | grep -q stop; do usleep 200000; done
 touch /stop
@@ -65,12 +67,12 @@ echo RESEEDED $(dmesg | grep -c 'crng reseeded due to virtual machine fork')
 echo LAST
 poweroff -f"#;
 
-/// What such a guest says again and again while all is well.
-const SIGNS: [&str; 5] = ["SUM ", "TICK ", "NUMBER", "FLUSHED vda", "FLUSHED vdb"];
+/// What such a guest prints repeatedly while all is well.
+const PROGRESS_MARKS: [&str; 5] = ["SUM ", "TICK ", "NUMBER", "FLUSHED vda", "FLUSHED vdb"];
 /// The same for networks.
-const SIGNS_OF_NETWORKS: [&str; 2] = ["EXCHANGED net", "EXCHANGED vsock"];
+const NETWORK_PROGRESS_MARKS: [&str; 2] = ["EXCHANGED net", "EXCHANGED vsock"];
 
-/// The programs of `tests/src/bin` that such guests run, each by its path.
+/// Paths of the programs in `tests/src/bin` that such guests run.
 #[derive(Debug, Clone, Copy)]
 pub struct Programs {
     /// `disk-tool`
@@ -81,21 +83,21 @@ pub struct Programs {
     pub guest_vsock: &'static str,
 }
 
-/// The disks of such a guest: a raw one, one with an overlay, and the one that tells it to stop.
+/// The disks of such a guest: a raw one, one with an overlay, and one that tells it to stop.
 #[derive(Debug)]
 pub struct Disks {
-    /// What it writes to.
+    /// The raw disk, which it writes to.
     pub raw: PathBuf,
-    /// What it reads where it has not written.
+    /// The base of the overlay.
     pub base: PathBuf,
-    /// Where its writes go then.
+    /// The overlay, which it writes to.
     pub overlay: PathBuf,
-    /// What it looks at.
+    /// The disk that it polls.
     pub control: PathBuf,
 }
 
 impl Disks {
-    /// New ones.
+    /// Makes new disks in `dir`.
     pub fn new(dir: &Path) -> Result<Disks> {
         let control = dir.join("control");
         fs::write(&control, [0; 4096])?;
@@ -103,7 +105,7 @@ impl Disks {
         Ok(Disks { raw, base, overlay: dir.join("overlay"), control })
     }
 
-    /// Boots a guest with them that is busy.
+    /// Boots a busy guest with these disks.
     pub fn guest(&self, transport: Transport, disk_tool: &str, machine: &Value) -> Result<Vmm> {
         self.add_to(DiskGuest::new(transport)?, disk_tool, machine).run(&format!("{LOAD}{END}"))
     }
@@ -121,7 +123,7 @@ impl Disks {
             .drive(with(drive("control", &self.control), &json!({"is_read_only": true})))
     }
 
-    /// Copies of what is written to, and where `/snapshot/load` is to find them.
+    /// Copies the disks that are written to. Returns also the `drives` field for `/snapshot/load`.
     pub fn copies(&self, dir: &Path, name: &str) -> Result<(Disks, Value)> {
         let path = |what: &str| dir.join(format!("{what}-{name}"));
         let copies = Disks {
@@ -146,34 +148,34 @@ impl Disks {
     }
 }
 
-/// What a guest that is busy with everything has on its host. This thread is in the place's network.
+/// The host's side of a guest that uses all devices. This thread is in its network namespace.
 #[derive(Debug)]
-pub struct Place {
+pub struct BusyHost {
     /// Its disks.
     pub disks: Disks,
-    /// The directory that all of it is in.
+    /// The directory of disks and sockets.
     dir: PathBuf,
     net: HostNet,
 }
 
-impl Place {
+impl BusyHost {
     /// The address and the port that the guest's network load goes to.
     const ADDRESS: (&str, u16) = ("10.0.0.1", 7);
     /// The port of the host that its vsock load goes to.
     const PORT: u32 = 700;
 
-    /// A new one, in a directory that is there for it alone.
-    pub fn new(dir: &Path) -> Result<Place> {
-        let place = Place { disks: Disks::new(dir)?, dir: dir.to_owned(), net: HostNet::new()? };
+    /// Makes it in an empty directory.
+    pub fn new(dir: &Path) -> Result<BusyHost> {
+        let place = BusyHost { disks: Disks::new(dir)?, dir: dir.to_owned(), net: HostNet::new()? };
         let (address, port) = Self::ADDRESS;
         place.net.tap("tap0", &format!("{address}/24"), "")?;
-        place.net.same_neighbour("tap0")?;
+        place.net.use_common_mac("tap0")?;
         place.net.echo(&format!("{address}:{port}"))?;
         place.sockets("v")?;
         Ok(place)
     }
 
-    /// Boots a guest here that is busy.
+    /// Boots a busy guest.
     pub fn guest(&self, transport: Transport, programs: Programs, machine: &Value) -> Result<Vmm> {
         let guest = DiskGuest::new(transport)?
             .program("net-tool", programs.net_tool)
@@ -181,42 +183,42 @@ impl Place {
             .device("network-interfaces", json!([{"iface_id": "eth0", "host_dev_name": "tap0"}]))
             .device("vsock", json!({"guest_cid": 3, "uds_path": self.socket("v")}));
         let guest = self.disks.add_to(guest, programs.disk_tool, machine);
-        guest.run(&format!("ip link set lo up{LOAD}{LOAD_OF_NETWORKS}{END}"))
+        guest.run(&format!("ip link set lo up{LOAD}{NETWORK_LOAD}{END}"))
     }
 
-    /// Sockets and a tap of that name for another life of the guest: what a load or a child has to be told.
-    /// Call [`Place::settle`] before it runs.
-    fn another(&self, name: &str) -> Result<Value> {
+    /// Makes sockets and a tap of that name for a clone of the guest. Returns the overrides for a
+    /// load or a fork. Call [`BusyHost::move_tap`] before the clone runs.
+    fn overrides(&self, name: &str) -> Result<Value> {
         self.net.tap(name, "", "")?;
-        self.net.same_neighbour(name)?;
+        self.net.use_common_mac(name)?;
         Ok(json!({
             "network_overrides": [{"iface_id": "eth0", "host_dev_name": name}],
             "vsock_override": {"uds_path": self.sockets(name)?},
         }))
     }
 
-    /// Moves that life's tap to a network of its own, with the same addresses.
-    fn settle(&self, name: &str) -> Result<()> {
+    /// Moves that clone's tap to a network of its own, with the same addresses.
+    fn move_tap(&self, name: &str) -> Result<()> {
         let (address, port) = Self::ADDRESS;
-        self.net.apart(name, &format!("{address}/24"), port)
+        self.net.isolate_tap(name, &format!("{address}/24"), port)
     }
 
-    /// Loads a snapshot so that its guest runs in another network, in a monitor of its own.
-    pub fn go_on_elsewhere(&self, transport: Transport, name: &str, load: &Value) -> Result<Vmm> {
-        let load = with(with(load.clone(), &self.another(name)?), &json!({"resume_vm": false}));
-        let (vmm, mut api) = go_on(transport, &load)?;
-        self.settle(name)?;
+    /// Restores a snapshot in a new monitor, with its guest in another network.
+    pub fn restore_elsewhere(&self, transport: Transport, name: &str, load: &Value) -> Result<Vmm> {
+        let load = with(with(load.clone(), &self.overrides(name)?), &json!({"resume_vm": false}));
+        let (vmm, mut api) = restore(transport, &load)?;
+        self.move_tap(name)?;
         resume(&mut api)?;
         connect(&self.socket(name), port::ECHO).context("the guest in another network")?;
         Ok(vmm)
     }
 
-    /// The path of that life's vsock device.
+    /// The socket path of that clone's vsock device.
     pub fn socket(&self, name: &str) -> PathBuf {
         self.dir.join(format!("{name}.vsock"))
     }
 
-    /// Serves what the guest connects to.
+    /// Serves the guest's vsock connections.
     fn sockets(&self, name: &str) -> Result<PathBuf> {
         let socket = self.socket(name);
         let path = format!("{}_{}", socket.display(), Self::PORT);
@@ -228,100 +230,100 @@ impl Place {
 
 /// A child of a fork of such a guest.
 #[derive(Debug)]
-pub struct Offspring {
-    /// What its guest says.
+pub struct ForkedGuest {
+    /// The file with the output of its guest.
     pub serial: PathBuf,
     /// Its API.
     pub api: ApiClient,
 }
 
-impl Place {
-    /// Forks the microVM of that API while it runs. The child has that id, and a network and sockets of its own.
-    pub fn fork(&self, parent: &mut ApiClient, id: &str) -> Result<(Offspring, Orphans)> {
+impl BusyHost {
+    /// Forks a running microVM. The child has that id, and a network and sockets of its own.
+    pub fn fork(&self, parent: &mut ApiClient, id: &str) -> Result<(ForkedGuest, Orphans)> {
         let path = |what: &str| self.dir.join(format!("{id}.{what}"));
         let (serial, api) = (path("serial"), path("api"));
-        // It runs when its tap is where it belongs.
+        // It is resumed below, when its tap is in its namespace.
         let child = json!({
             "id": id,
             "api_socket": api,
             "serial": {"serial_out_path": serial},
             "resume": false,
         });
-        let child = with(child, &self.another(id)?);
+        let child = with(child, &self.overrides(id)?);
         let reply = parent.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
         let orphans = Orphans::of_fork(&reply)?;
-        self.settle(id)?;
+        self.move_tap(id)?;
         let mut api = ApiClient::new(&api);
         resume(&mut api)?;
-        Ok((Offspring { serial, api }, orphans))
+        Ok((ForkedGuest { serial, api }, orphans))
     }
 }
 
-/// Waits until all that keeps the guest busy has gone on.
+/// Waits until each part of the guest's load has made progress.
 pub fn wait_for_progress(vmm: &Vmm) -> Result<()> {
-    wait_for_signs(vmm, &SIGNS)
+    wait_for_signs(vmm, &PROGRESS_MARKS)
 }
 
-/// The same for a guest that has networks.
+/// The same for a guest with networks.
 pub fn wait_for_all_progress(vmm: &Vmm) -> Result<()> {
-    wait_for_signs(vmm, &[&SIGNS[..], &SIGNS_OF_NETWORKS].concat())
+    wait_for_signs(vmm, &[&PROGRESS_MARKS[..], &NETWORK_PROGRESS_MARKS].concat())
 }
 
 fn wait_for_signs(vmm: &Vmm, signs: &[&str]) -> Result<()> {
     let from = vmm.stdout.len();
     for sign in signs {
-        vmm.stdout.wait_for_after(from, sign, BOOT)?;
+        vmm.stdout.wait_for_after(from, sign, BOOT_TIMEOUT)?;
     }
     Ok(())
 }
 
-/// The same for a guest that has networks and speaks to a file.
+/// The same for a guest with networks whose output is in a file.
 pub fn wait_for_all_progress_in(serial: &Path) -> Result<()> {
     let from = fs::read(serial)?.len();
-    for sign in SIGNS.iter().chain(&SIGNS_OF_NETWORKS) {
-        wait_for_text_after(serial, from, sign, BOOT)?;
+    for sign in PROGRESS_MARKS.iter().chain(&NETWORK_PROGRESS_MARKS) {
+        wait_for_text_after(serial, from, sign, BOOT_TIMEOUT)?;
     }
     Ok(())
 }
 
-/// Saves the guest and ends its monitor, so that its disks stay as they were.
+/// Saves the guest and kills its monitor, so that its disks do not change.
 pub fn save_and_kill(vmm: Vmm, files: &Files, kind: &str) -> Result<()> {
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     pause(&mut api)?;
     api.put("/snapshot/create", &files.create(kind))?.ok()?;
     drop(vmm);
     Ok(())
 }
 
-/// Lets the guest come to its end, where it must find all as it was. All that it said.
-pub fn ends_well(mut vmm: Vmm, disks: &Disks) -> Result<String> {
+/// Stops the guest, checks its results, and returns its output.
+pub fn finish_and_check(mut vmm: Vmm, disks: &Disks) -> Result<String> {
     disks.stop()?;
-    let said = said(&mut vmm)?;
-    all_is_right(&said)?;
-    Ok(said)
+    let output = output_of(&mut vmm)?;
+    check_output(&output)?;
+    Ok(output)
 }
 
-/// Whether a guest that has come to its end found all as it was.
-pub fn all_is_right(said: &str) -> Result<()> {
+/// Checks the output of a guest that has ended.
+pub fn check_output(output: &str) -> Result<()> {
     for mark in ["VERIFIED vda", "VERIFIED vdb", "LAST"] {
-        ensure!(said.contains(mark), "no {mark}: {said}");
+        ensure!(output.contains(mark), "no {mark}: {output}");
     }
     for mark in ["WRONG", "FAILED", "Call Trace"] {
-        ensure!(!said.contains(mark), "{mark}: {said}");
+        ensure!(!output.contains(mark), "{mark}: {output}");
     }
     Ok(())
 }
 
-/// Whether a guest that has networks found all as it was, in its so many lives, after which it has lost so many TCP connections. Of
-/// vsock connections it loses one in each.
-pub fn all_is_right_after(said: &str, lives: u32, tcp_losses: u32) -> Result<()> {
-    all_is_right(said)?;
+/// Checks the output of a guest with networks that was restored or forked `lives` times and lost
+/// `tcp_losses` TCP connections. It loses one vsock connection in each restore or fork.
+pub fn check_output_after(output: &str, lives: u32, tcp_losses: u32) -> Result<()> {
+    check_output(output)?;
     for (mark, right) in [("RESEEDED ", lives), ("LOSSES vsock ", lives), ("LOSSES net ", tcp_losses)] {
-        let found = word(said, mark)?;
-        ensure!(found == right.to_string(), "{mark}is {found}, not {right}: {said}");
+        let found = word(output, mark)?;
+        ensure!(found == right.to_string(), "{mark}is {found}, not {right}: {output}");
     }
     for mark in ["VERIFIED net", "VERIFIED vsock"] {
-        ensure!(said.contains(mark), "no {mark}: {said}");
+        ensure!(output.contains(mark), "no {mark}: {output}");
     }
     Ok(())
 }

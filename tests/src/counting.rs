@@ -1,4 +1,5 @@
-//! A guest of a few instructions that counts, aloud: what it says shows whether it went on where it stood.
+//! Guests of a few instructions that print consecutive numbers, so their output shows whether they
+//! resumed where they were paused.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,31 +10,32 @@ use serde_json::json;
 
 use crate::api::ApiClient;
 use crate::elf::Elf;
-use crate::guest::{Guest, SOON, start, vmm_path};
+use crate::guest::{Guest, TIMEOUT, start, vmm_path};
 use crate::vmm::{Vmm, VmmBuilder};
 
-/// The kernel of a guest that sends 0, 1, 2, ... over its serial port for ever.
+/// The kernel of a guest that sends the bytes 0, 1, 2, ... over its serial port without end.
 pub fn kernel() -> Elf {
     // mov dx, 0x3f8; xor eax, eax; again: out dx, al; inc eax; jmp again
     Elf::of(&[0x66, 0xba, 0xf8, 0x03, 0x31, 0xc0, 0xee, 0x40, 0xeb, 0xfc])
 }
 
-/// A guest that sends 0, 1, 2, ... over its serial port for ever, into the file that is returned. Its id is `parent`.
+/// A guest that sends the bytes 0, 1, 2, ... over its serial port, which goes to the returned file.
+/// Its id is `parent`.
 pub fn counting(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
     run(&kernel(), machine)
 }
 
-/// As [`counting`], with the monitor of this builder, whose arguments may go on.
+/// As [`counting`], with the monitor of this builder.
 pub fn counting_in(builder: VmmBuilder) -> Result<(Vmm, ApiClient, PathBuf)> {
     run_in(builder, &kernel(), &json!({}), &[])
 }
 
-/// As [`counting`], with these drives, which it does not look at.
+/// As [`counting`], with these drives, which it does not use.
 pub fn counting_with(drives: &[serde_json::Value]) -> Result<(Vmm, ApiClient, PathBuf)> {
     run_with(&kernel(), &json!({}), drives)
 }
 
-/// As [`counting`], with `mib` MiB of memory that have something in every page, from 16 MiB on.
+/// As [`counting`], with `mib` MiB of memory. Every page from 16 MiB on has data.
 pub fn filled(mib: u32, machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
     let pages = ((mib - 16) << 8).to_le_bytes();
     let code = [
@@ -54,8 +56,9 @@ pub fn filled(mib: u32, machine: &serde_json::Value) -> Result<(Vmm, ApiClient, 
     run(&Elf::of(&code), &machine)
 }
 
-/// As [`counting`], but before each number it looks whether each of its 1024 pages from 8 MiB on holds that number, and adds one to
-/// it there. Where one does not, it says the same number again and again: it does not count.
+/// As [`counting`], but before each number it checks that each of 1024 pages from 8 MiB on holds
+/// that number, and increments it there. If a page is wrong, it repeats the number instead of
+/// counting.
 pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
     let code = [
         &[0x66, 0xba, 0xf8, 0x03][..],         // mov dx, 0x3f8
@@ -78,12 +81,11 @@ pub fn sweeping(machine: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)
     run(&Elf::of(&code), machine)
 }
 
-/// Where the guest of [`with_clocks`] has KVM's wall clock. It looks at it no more than at the
-/// other one.
+/// The address of KVM's wall clock in the guest of [`with_clocks`].
 pub const WALL_CLOCK: u64 = 0x90_0000;
 
-/// As [`counting`], with KVM's two clocks, which KVM writes to guest memory when a vCPU gets its
-/// registers.
+/// As [`counting`], with KVM's two clocks enabled, which KVM writes to guest memory when a vCPU's
+/// registers are set. The guest does not read them.
 pub fn with_clocks() -> Result<(Vmm, ApiClient, PathBuf)> {
     let code = [
         &[0x31, 0xd2][..],               // xor edx, edx
@@ -120,7 +122,7 @@ fn run_in(
     drives: &[serde_json::Value],
 ) -> Result<(Vmm, ApiClient, PathBuf)> {
     let vmm = builder.with_api().arg("--id").arg("parent").spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let image = vmm.dir().join("kernel");
     fs::write(&image, kernel.bytes())?;
     let guest = Guest { machine: machine.clone(), ..Guest::bare(&image).mem_mib(16) };
@@ -132,25 +134,41 @@ fn run_in(
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     start(&mut api)?;
-    wait_for(&serial, 10)?;
+    wait_for_bytes(&serial, 10)?;
     Ok((vmm, api, serial))
 }
 
-/// Waits until the guest has written that many bytes more to its serial port; all that it wrote.
-pub fn wait_for(serial: &Path, more: usize) -> Result<Vec<u8>> {
+/// A monitor without a configured guest, whose guest's output will be in the returned file.
+pub fn unconfigured() -> Result<(Vmm, ApiClient, PathBuf)> {
+    let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
+    let serial = vmm.dir().join("serial");
+    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
+    Ok((vmm, api, serial))
+}
+
+/// Restores a snapshot in a new monitor, with the guest's output in the returned file.
+pub fn restored(load: &serde_json::Value) -> Result<(Vmm, ApiClient, PathBuf)> {
+    let (vmm, mut api, serial) = unconfigured()?;
+    api.put("/snapshot/load", load)?.ok()?;
+    Ok((vmm, api, serial))
+}
+
+/// Waits until the guest has written that many more bytes to its serial port. Returns all bytes.
+pub fn wait_for_bytes(serial: &Path, more: usize) -> Result<Vec<u8>> {
     let written = || fs::read(serial).unwrap_or_default();
     let wanted = written().len() + more;
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while written().len() < wanted {
         if Instant::now() > deadline {
-            bail!("the guest of {} stands still", serial.display());
+            bail!("the guest has written no more to {}", serial.display());
         }
         std::thread::yield_now();
     }
     Ok(written())
 }
 
-/// Whether each byte is one more than the one before.
-pub fn counts(bytes: &[u8]) -> bool {
+/// Whether each byte is the one before plus one.
+pub fn is_consecutive(bytes: &[u8]) -> bool {
     bytes.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1))
 }

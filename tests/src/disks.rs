@@ -1,4 +1,4 @@
-//! Guests with disks, and the disks.
+//! Guests with disks, and files for the disks.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -8,15 +8,15 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::guest::{BOOT, BOOT_ARGS, Guest, Kernel, Transport, busybox, vmm_path};
+use crate::guest::{BOOT_ARGS, BOOT_TIMEOUT, Guest, Kernel, Transport, busybox, vmm_path};
 use crate::initramfs::Initramfs;
 use crate::pattern::Stream;
 use crate::vmm::{Vmm, VmmBuilder};
 
-/// Bytes.
+/// Bytes of a MiB.
 pub const MIB: u64 = 1 << 20;
 
-/// A guest with disks, that is being put together.
+/// A builder of guests with disks.
 #[derive(Debug)]
 pub struct DiskGuest {
     builder: VmmBuilder,
@@ -40,32 +40,32 @@ impl DiskGuest {
         self.builder.dir()
     }
 
-    /// Gives the guest this program, as `disk-tool`.
+    /// Adds this program to the guest as `disk-tool`.
     #[must_use]
     pub fn tool(self, program: impl Into<PathBuf>) -> DiskGuest {
         self.program("disk-tool", program)
     }
 
-    /// Gives the guest this program by that name.
+    /// Adds a program to the guest by this name.
     #[must_use]
     pub fn program(mut self, name: &str, program: impl Into<PathBuf>) -> DiskGuest {
         self.programs.push((name.to_owned(), program.into()));
         self
     }
 
-    /// The same with that many vCPUs.
+    /// Sets the number of vCPUs.
     #[must_use]
     pub fn vcpus(self, vcpus: u32) -> DiskGuest {
         DiskGuest { guest: self.guest.vcpus(vcpus), ..self }
     }
 
-    /// The same with that much memory.
+    /// Sets the size of memory.
     #[must_use]
     pub fn mem_mib(self, mem_mib: u32) -> DiskGuest {
         DiskGuest { guest: self.guest.mem_mib(mem_mib), ..self }
     }
 
-    /// The same with these fields of `machine-config` as well.
+    /// Adds these fields to `machine-config`.
     #[must_use]
     pub fn machine(self, machine: Value) -> DiskGuest {
         DiskGuest { guest: Guest { machine, ..self.guest }, ..self }
@@ -84,32 +84,32 @@ impl DiskGuest {
         self.device("entropy", entropy)
     }
 
-    /// Adds this section to its configuration file.
+    /// Adds a section to the configuration file.
     #[must_use]
     pub fn device(mut self, section: &str, value: Value) -> DiskGuest {
         self.devices.push((section.to_owned(), value));
         self
     }
 
-    /// Puts these at the end of its command line.
+    /// Appends to the kernel command line.
     #[must_use]
     pub fn more_boot_args(mut self, args: &str) -> DiskGuest {
         self.guest.boot_args = Some(format!("{BOOT_ARGS} {args}"));
         self
     }
 
-    /// Runs it as on a kernel without `io_uring`.
+    /// Runs the monitor as on a host kernel without `io_uring`.
     #[must_use]
     pub fn without_io_uring(self) -> DiskGuest {
         DiskGuest { builder: self.builder.without_io_uring(), ..self }
     }
 
-    /// Boots it: it runs `script` from its initial RAM disk.
+    /// Boots the guest. It runs `script` from its initramfs.
     pub fn run(mut self, script: &str) -> Result<Vmm> {
         let mut disk = Initramfs::new(&busybox())?;
         for (name, path) in &self.programs {
             let program = fs::read(path).with_context(|| path.display().to_string())?;
-            // Where a shell finds it without a path.
+            // In the shell's PATH.
             disk.file(&format!("sbin/{name}"), 0o755, &program);
         }
         let started = Guest::with_initramfs(Kernel::Tuned, disk, script, self.builder.dir())?;
@@ -117,7 +117,7 @@ impl DiskGuest {
         self.boot()
     }
 
-    /// Boots it: it runs the `/sbin/init` of its root disk.
+    /// Boots the guest. It runs `/sbin/init` of its root disk.
     pub fn boot(self) -> Result<Vmm> {
         let mut config = self.guest.config();
         config["drives"] = json!(self.drives);
@@ -128,11 +128,11 @@ impl DiskGuest {
     }
 }
 
-/// What the guest said, once it has ended well.
-pub fn said(vmm: &mut Vmm) -> Result<String> {
-    let (code, said) = vmm.finish(BOOT)?;
-    ensure!(code == 0, "it ended with {code}; it said:\n{said}");
-    Ok(said)
+/// Waits for the guest's end, which must be a success, and returns its output.
+pub fn output_of(vmm: &mut Vmm) -> Result<String> {
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    ensure!(code == 0, "exit code {code}; output:\n{output}");
+    Ok(output)
 }
 
 /// A sparse file of `mib` MiB.
@@ -154,7 +154,7 @@ pub fn root_drive(path: &Path) -> Value {
     json!({"drive_id": "rootfs", "path_on_host": path, "is_root_device": true})
 }
 
-/// `drive` with these fields on top.
+/// `drive` with these fields added or replaced.
 pub fn with(mut drive: Value, fields: &Value) -> Value {
     for (key, value) in fields.as_object().into_iter().flatten() {
         drive[key] = value.clone();
@@ -162,7 +162,7 @@ pub fn with(mut drive: Value, fields: &Value) -> Value {
     drive
 }
 
-/// Bytes of a file.
+/// Reads bytes of a file.
 pub fn bytes_at(path: &Path, offset: u64, len: usize) -> Result<Vec<u8>> {
     let mut bytes = vec![0; len];
     let read = File::open(path).and_then(|file| file.read_exact_at(&mut bytes, offset));
@@ -170,11 +170,11 @@ pub fn bytes_at(path: &Path, offset: u64, len: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The file of an overlay, as its format is documented (`virtio::block::overlay`).
+/// A reader of overlay files, written from the documentation of their format.
 #[derive(Debug)]
 pub struct OverlayFile {
     path: PathBuf,
-    /// Length of each of its two maps, in bytes.
+    /// The length of each of its two maps, in bytes.
     map_len: u64,
 }
 
@@ -189,37 +189,37 @@ impl OverlayFile {
         Ok(OverlayFile { path: path.into(), map_len: size.div_ceil(512 * 32768) * 4096 })
     }
 
-    /// Whether its last session was closed in order.
+    /// Whether its last session was closed.
     pub fn is_closed(&self) -> Result<bool> {
         Ok(bytes_at(&self.path, 4096 + 32, 4)? == [3, 0, 0, 0])
     }
 
-    /// Whether one of its maps says that it has this sector.
+    /// Whether one of its maps has this sector.
     pub fn holds(&self, sector: u64) -> Result<bool> {
         let byte = Self::MAPS + sector / 8;
         let maps = [byte, byte + self.map_len].map(|at| bytes_at(&self.path, at, 1));
         Ok(maps.into_iter().collect::<Result<Vec<_>>>()?.iter().any(|byte| byte[0] >> (sector % 8) & 1 == 1))
     }
 
-    /// Whether its first map, which speaks of durable data only, says that it has this sector.
+    /// Whether its first map, which is for durable data only, has this sector.
     pub fn is_durable(&self, sector: u64) -> Result<bool> {
         Ok(bytes_at(&self.path, Self::MAPS + sector / 8, 1)?[0] >> (sector % 8) & 1 == 1)
     }
 
-    /// What it has there.
+    /// Its data at that sector.
     pub fn bytes(&self, sector: u64, len: usize) -> Result<Vec<u8>> {
         let data = (Self::MAPS + 2 * self.map_len).next_multiple_of(MIB);
         bytes_at(&self.path, data + sector * 512, len)
     }
 }
 
-/// How much of a file takes space, in bytes.
+/// The allocated size of a file, in bytes.
 pub fn space_of(path: &Path) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;
     Ok(fs::metadata(path).with_context(|| path.display().to_string())?.blocks() * 512)
 }
 
-/// Checks what `disk-tool run` has left in a file: see [`Stream::check`].
+/// Checks the data that `disk-tool run` has left in a file: see [`Stream::check`].
 pub fn check_file(path: &Path, seed: u64, counts: &[u64]) -> Result<()> {
     let file = File::open(path).with_context(|| path.display().to_string())?;
     let sectors = file.metadata()?.len() / 512;
@@ -231,13 +231,13 @@ pub fn check_file(path: &Path, seed: u64, counts: &[u64]) -> Result<()> {
     Ok(())
 }
 
-/// How many writes of each stream `disk-tool run DEV` has said to be over and flushed.
-pub fn flushed(said: &str, dev: &str, writers: usize) -> Vec<u64> {
+/// How many writes of each stream `disk-tool run DEV` has reported as flushed.
+pub fn flushed(output: &str, dev: &str, writers: usize) -> Vec<u64> {
     let mut counts = vec![0; writers];
     let mark = format!("FLUSHED {dev} ");
-    for line in said.lines().filter_map(|line| line.split_once(&mark)) {
+    for line in output.lines().filter_map(|line| line.split_once(&mark)) {
         let mut numbers = line.1.split_whitespace().map(str::parse::<u64>);
-        // A line that the monitor's end has cut is not whole.
+        // The last line may be cut off where the monitor was killed.
         if let (Some(Ok(stream)), Some(Ok(count))) = (numbers.next(), numbers.next())
             && let Some(most) = counts.get_mut(stream as usize)
         {
@@ -247,7 +247,7 @@ pub fn flushed(said: &str, dev: &str, writers: usize) -> Vec<u64> {
     counts
 }
 
-/// An ext4 file system of 32 MiB whose /sbin/init is a shell script.
+/// Makes an ext4 file system of 32 MiB whose `/sbin/init` is a shell script.
 pub fn root_disk(dir: &Path, script: &str) -> Result<PathBuf> {
     let tree = dir.join("tree");
     for sub in ["bin", "sbin", "dev", "proc", "sys", "tmp"] {
@@ -265,7 +265,8 @@ pub fn root_disk(dir: &Path, script: &str) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// A disk with a DOS partition table of one partition that holds `image`. Its PARTUUID is `id` in hexadecimal and `-01`.
+/// Makes a disk with a DOS partition table, whose one partition is a copy of `image`. Its PARTUUID
+/// is `id` in hexadecimal and `-01`.
 pub fn partitioned(image: &Path, id: u32) -> Result<PathBuf> {
     const FIRST: u32 = 2048;
     let content = fs::read(image).with_context(|| image.display().to_string())?;
@@ -273,7 +274,7 @@ pub fn partitioned(image: &Path, id: u32) -> Result<PathBuf> {
     let mut table = [0; 512];
     table[440..444].copy_from_slice(&id.to_le_bytes());
     let entry = &mut table[446..462];
-    // Cylinders, heads and sectors are all ones: the numbers below count.
+    // All ones in cylinder, head and sector: the LBA fields below are valid.
     entry[1..4].fill(0xff);
     entry[4] = 0x83;
     entry[5..8].fill(0xff);

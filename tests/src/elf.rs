@@ -1,18 +1,18 @@
-//! Tiny guests: ELF files of a few instructions with a PVH note, and broken ones.
+//! Null guests: ELF files of a few instructions with a PVH note, and broken ELF files.
 //!
-//! A PVH guest is entered at the address in its note, in 32-bit protected mode without paging, with flat segments.
-//! Such guests start in microseconds and need nothing that a software KVM lacks.
+//! A PVH guest is entered at the address in its note, in 32-bit protected mode without paging, with
+//! flat segments. Such guests start in microseconds and run on a software KVM too.
 
-/// Where tiny guests are loaded and entered.
+/// The address at which null guests are loaded and entered.
 pub const LOAD_ADDRESS: u32 = 0x10_0000;
-/// The guest-physical address of the boot timer, and what to write there.
+/// The guest-physical address of the boot timer, and the byte to write there.
 pub const BOOT_TIMER: (u32, u8) = (0xC000_0000, 123);
-/// Where Firecracker's versions up to 1.12 have it.
+/// Its address in Firecracker up to version 1.12.
 const BOOT_TIMER_UNTIL_1_12: u32 = 0xD000_0000;
-/// A guest-physical address in the gap for devices where nothing answers.
+/// A guest-physical address in the MMIO gap without a device.
 pub const NOTHING_THERE: u32 = 0xD000_0000;
 
-/// The note that holds the entry: `XEN_ELFNOTE_PHYS32_ENTRY`.
+/// The type of the note with the entry point: `XEN_ELFNOTE_PHYS32_ENTRY`.
 const PHYS32_ENTRY: u32 = 18;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
@@ -24,11 +24,11 @@ const PROGRAM_HEADER_SIZE: usize = 56;
 pub struct Segment {
     /// Guest-physical address.
     pub address: u64,
-    /// What the file holds.
+    /// Its bytes in the file.
     pub content: Vec<u8>,
-    /// Size in memory; the file's size where smaller.
+    /// Its size in memory; at least its size in the file.
     pub memory_size: u64,
-    /// The size that the header claims the file holds, where it lies.
+    /// A false size in the file for the header.
     pub claimed_size: Option<u64>,
 }
 
@@ -39,14 +39,14 @@ impl Segment {
     }
 }
 
-/// An ELF file in the making.
+/// A builder of ELF files.
 #[derive(Debug, Clone)]
 pub struct Elf {
     /// Its loadable segments.
     pub segments: Vec<Segment>,
     /// The ELF header's entry.
     pub entry: u64,
-    /// The PVH note's entry; no note where `None`.
+    /// The PVH note's entry; `None` for no note.
     pub pvh_entry: Option<u32>,
 }
 
@@ -60,7 +60,7 @@ impl Elf {
         }
     }
 
-    /// The file.
+    /// The bytes of the file.
     pub fn bytes(&self) -> Vec<u8> {
         let note = self.pvh_entry.map(pvh_note);
         let count = self.segments.len() + usize::from(note.is_some());
@@ -93,8 +93,8 @@ pub fn null_guest() -> Elf {
     Elf::of(&code)
 }
 
-/// Writes the boot timer's byte to where each version of Firecracker has it, ours first, and halts.
-/// Where a monitor has none, it drops the byte.
+/// Writes the boot timer's byte at each address that a version of Firecracker uses, ours first, and
+/// halts. A monitor without a device there ignores the write.
 pub fn null_guest_of_any_monitor() -> Elf {
     let mut code = write_byte(BOOT_TIMER.0, BOOT_TIMER.1);
     code.extend(write_byte(BOOT_TIMER_UNTIL_1_12, BOOT_TIMER.1));
@@ -102,7 +102,8 @@ pub fn null_guest_of_any_monitor() -> Elf {
     Elf::of(&code)
 }
 
-/// Takes an exception with no interrupt descriptor table: a triple fault. Second, the address of the instruction.
+/// Raises an exception without an interrupt descriptor table: a triple fault. Returns also the
+/// address of the instruction.
 pub fn triple_fault_guest() -> (Elf, u32) {
     let table = LOAD_ADDRESS + 16;
     // lidt [table]
@@ -117,7 +118,7 @@ pub fn triple_fault_guest() -> (Elf, u32) {
     (Elf::of(&code), fault_at)
 }
 
-/// Reads a device's memory by an instruction that KVM cannot emulate. Second, that instruction.
+/// Reads MMIO with an instruction that KVM cannot emulate. Returns also that instruction.
 pub fn unemulatable_guest() -> (Elf, Vec<u8>) {
     // fld dword [address]
     let mut instruction = vec![0xd9, 0x05];
@@ -127,7 +128,7 @@ pub fn unemulatable_guest() -> (Elf, Vec<u8>) {
     (Elf::of(&code), instruction)
 }
 
-/// Runs for ever without a halt or an exit.
+/// Loops without a halt or an exit.
 pub fn spinning_guest() -> Elf {
     let mut code = write_byte(BOOT_TIMER.0, BOOT_TIMER.1);
     // jmp $
@@ -135,7 +136,7 @@ pub fn spinning_guest() -> Elf {
     Elf::of(&code)
 }
 
-/// Sends these bytes over the serial port at 0x3f8, then asks the keyboard controller for a reset.
+/// Sends these bytes over the serial port, then asks the keyboard controller for a reset.
 pub fn serial_guest(text: &[u8]) -> Elf {
     // mov dx, 0x3f8
     let mut code = vec![0x66, 0xba, 0xf8, 0x03];
@@ -155,7 +156,7 @@ pub fn reset_guest() -> Elf {
 
 /// mov al, 0xfe; out 0x64, al
 const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
-/// hlt; jmp back to it
+/// hlt; jmp to the hlt
 const HALT: [u8; 3] = [0xf4, 0xeb, 0xfd];
 
 /// mov byte [address], value
@@ -211,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn the_headers_say_where_the_code_and_the_note_are() {
+    fn headers_locate_the_code_and_the_note() {
         let file = null_guest().bytes();
         assert_eq!(number(&file[0x18..0x20]), u64::from(LOAD_ADDRESS));
         assert_eq!(number(&file[0x38..0x3a]), 2, "one segment and one note");

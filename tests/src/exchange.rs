@@ -1,26 +1,28 @@
-//! Bytes that go to and fro for as long as a guest is busy, over TCP or vsock: what the guest sends comes back, and it compares.
+//! Echoed bytes over TCP or vsock, for as long as a guest is busy: the guest compares what comes
+//! back with what it sent.
 //!
-//! Every piece that it sends is another one, so none can be missing, come twice or stand in another's place. A connection that is lost
-//! is followed by a new one; the guest says how many were.
+//! All pieces differ, so a missing, repeated or reordered piece is detected. After a lost
+//! connection the guest connects again; it reports the number of losses.
 
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use crate::line::print_line;
 use crate::pattern::mix;
 
-/// Bytes of a piece. Both sides' socket buffers hold it: neither waits for the other while it sends.
+/// Bytes of a piece. It fits into both sides' socket buffers, so neither blocks while it sends.
 const PIECE: usize = 8 << 10;
-/// The guest says that it goes on after so many pieces.
+/// The guest reports progress after so many pieces.
 const SAY_EVERY: u64 = 8;
-/// Pause before a new try to connect: nobody tells when a server comes.
+/// The pause before another attempt to connect.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// Sends back what comes, on each connection, for ever.
+/// Echoes all connections.
 pub fn echo_all<S: Read + Write + Send + 'static>(incoming: impl Iterator<Item = Result<S>>) {
     for stream in incoming.flatten() {
-        // The other side hears of an error, or is gone.
+        // The other side sees an error too, or has closed.
         thread::spawn(move || echo(stream));
     }
 }
@@ -35,13 +37,13 @@ fn echo(mut stream: impl Read + Write) -> Result<()> {
     }
 }
 
-/// Sends and compares until there is such a file. Says, with `what` for the way:
+/// Sends and compares until `file` exists. Prints, with `what` for the transport:
 ///
-/// - `EXCHANGED what N`: so many pieces came back as they were sent;
+/// - `EXCHANGED what N`: N pieces came back unchanged;
 /// - `LOST what WHY`: the connection was reset;
-/// - `LOSSES what N`, then `VERIFIED what`: it is over, and so many connections were lost.
+/// - `LOSSES what N`, then `VERIFIED what`: the end, after N lost connections.
 ///
-/// An error is one that no reset of a connection explains.
+/// Returns an error for all failures but a reset of the connection.
 pub fn until<S: Read + Write>(what: &str, file: &Path, connect: impl Fn() -> Result<S>) -> Result<()> {
     let (mut pieces, mut losses) = (0u64, 0);
     while !file.exists() {
@@ -51,7 +53,7 @@ pub fn until<S: Read + Write>(what: &str, file: &Path, connect: impl Fn() -> Res
         };
         let going = || {
             if pieces.is_multiple_of(SAY_EVERY) && pieces > 0 {
-                say(&format!("EXCHANGED {what} {pieces}"));
+                print_line(&format!("EXCHANGED {what} {pieces}"));
             }
             pieces += 1;
             (!file.exists()).then_some(pieces)
@@ -60,17 +62,17 @@ pub fn until<S: Read + Write>(what: &str, file: &Path, connect: impl Fn() -> Res
             Ok(()) => {}
             Err(error) if is_loss(error.kind()) => {
                 losses += 1;
-                say(&format!("LOST {what} {:?}", error.kind()));
+                print_line(&format!("LOST {what} {:?}", error.kind()));
             }
             Err(error) => return Err(error),
         }
     }
-    say(&format!("LOSSES {what} {losses}"));
-    say(&format!("VERIFIED {what}"));
+    print_line(&format!("LOSSES {what} {losses}"));
+    print_line(&format!("VERIFIED {what}"));
     Ok(())
 }
 
-/// Sends pieces and compares what comes back, for as long as `next` has a number for one.
+/// Sends pieces and compares the echoes, as long as `next` returns a number for a piece.
 fn exchange(mut stream: impl Read + Write, mut next: impl FnMut() -> Option<u64>) -> Result<()> {
     let (mut sent, mut back) = (vec![0; PIECE], vec![0; PIECE]);
     while let Some(number) = next() {
@@ -80,20 +82,15 @@ fn exchange(mut stream: impl Read + Write, mut next: impl FnMut() -> Option<u64>
         stream.write_all(&sent)?;
         stream.read_exact(&mut back)?;
         if sent != back {
-            return Err(Error::other(format!("piece {number} came back as another")));
+            return Err(Error::other(format!("piece {number}: its echo differs")));
         }
     }
     Ok(())
 }
 
-/// Whether it is what programs see of a connection that was reset, whatever they were doing.
+/// Whether this is an error of a connection that was reset.
 fn is_loss(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::ConnectionReset | ErrorKind::NotConnected | ErrorKind::BrokenPipe)
-}
-
-/// Says one line, in one write, so that the lines of several processes do not mix.
-fn say(line: &str) {
-    let _ = std::io::stdout().write_all(format!("{line}\n").as_bytes());
 }
 
 #[cfg(test)]
@@ -108,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_back_as_it_was_sent_is_found_good() {
+    fn an_unchanged_echo_is_accepted() {
         let (near, far) = UnixStream::pair().unwrap();
         let echo = thread::spawn(move || echo(far));
         exchange(near, numbers(20)).unwrap();
@@ -116,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn another_byte_is_noticed() {
+    fn a_changed_byte_is_detected() {
         let (near, mut far) = UnixStream::pair().unwrap();
         let liar = thread::spawn(move || {
             let mut piece = vec![0; PIECE];
@@ -129,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_connection_is_told_from_a_closed_one() {
+    fn a_reset_connection_differs_from_a_closed_one() {
         let (near, far) = UnixStream::pair().unwrap();
         drop(far);
         assert!(is_loss(exchange(near, numbers(1)).unwrap_err().kind()));

@@ -1,4 +1,4 @@
-//! What a test asks its guests to be, and the kernels that the runner has for them.
+//! The configuration of guests, and the kernels that the test runner provides.
 
 use std::path::{Path, PathBuf};
 
@@ -10,11 +10,11 @@ use crate::initramfs::Initramfs;
 use crate::modules::Modules;
 use crate::vmm::{Vmm, VmmBuilder};
 
-/// The environment variables that the runner sets.
+/// Environment variables that the test runner sets.
 pub mod env {
     /// The monitor under test.
     pub const VMM: &str = "VESTA_VMM";
-    /// The tuned kernel; not set where there is none.
+    /// The tuned kernel; not set if there is none.
     pub const TUNED: &str = "VESTA_KERNEL_TUNED";
     /// Debian's 6.1 cloud kernel; its modules are in `modules` beside it.
     pub const DEBIAN_6_1: &str = "VESTA_KERNEL_DEBIAN_6_1";
@@ -22,34 +22,40 @@ pub mod env {
     pub const DEBIAN_6_12: &str = "VESTA_KERNEL_DEBIAN_6_12";
     /// Busybox, static.
     pub const BUSYBOX: &str = "VESTA_BUSYBOX";
-    /// Debian's memtest86+ for x86_64, a `bzImage`; set where a chosen test needs it.
+    /// Debian's memtest86+ for x86_64, a `bzImage`; set if a selected test needs it.
     pub const MEMTEST: &str = "VESTA_MEMTEST";
-    /// An ext4 image with curl, Python, the AWS SDK and cloud-init; set where a chosen test needs it.
+    /// An ext4 image with curl, Python, the AWS SDK and cloud-init; set if a selected test needs
+    /// it.
     pub const PYTHON_DISK: &str = "VESTA_PYTHON_DISK";
-    /// The example in Rust; set where a chosen test needs it.
+    /// The example in Rust; set if a selected test needs it.
     pub const EXAMPLE: &str = "VESTA_EXAMPLE";
-    /// Set where one process runs one test, and [`IGNORED_STATUS`](super::IGNORED_STATUS) means what it does.
+    /// Set by the runner, which runs each test in its own process and knows
+    /// [`IGNORED_STATUS`](super::IGNORED_STATUS).
     pub const RUNNER: &str = "VESTA_TEST_RUNNER";
 }
 
-/// A test process that ends with this status was ignored; its last line of standard error says why.
+/// The exit status of an ignored test. Its last line on standard error has the reason.
 pub const IGNORED_STATUS: u8 = 86;
-/// What that line begins with.
+/// The beginning of that line.
 pub const IGNORED_MARK: &str = "vesta-test-ignored: ";
 
-/// Ends this test as one that cannot run here, and says why. Never silent: the runner counts and names it.
+/// Ends this test as one that cannot run here. The runner counts it and shows the reason.
 ///
 /// # Panics
 ///
-/// Outside the runner, where nobody would see the difference.
+/// Panics without the runner, because the test would seem to pass.
 pub fn ignore(reason: &str) -> ! {
     assert!(std::env::var_os(env::RUNNER).is_some(), "this test cannot run here: {reason}");
     eprintln!("{IGNORED_MARK}{reason}");
     std::process::exit(IGNORED_STATUS.into());
 }
 
-/// A file that the runner names. Panics where it does not: whole-system tests need the runner.
-pub fn given(name: &str) -> PathBuf {
+/// The path in an environment variable of the runner.
+///
+/// # Panics
+///
+/// Panics if it is not set: whole-system tests need the runner.
+pub fn required_path(name: &str) -> PathBuf {
     std::env::var_os(name)
         .unwrap_or_else(|| panic!("{name} is not set: run this through `cargo xtask test`"))
         .into()
@@ -57,39 +63,40 @@ pub fn given(name: &str) -> PathBuf {
 
 /// The monitor under test.
 pub fn vmm_path() -> PathBuf {
-    given(env::VMM)
+    required_path(env::VMM)
 }
 
 /// Busybox, linked statically.
 pub fn busybox() -> PathBuf {
-    given(env::BUSYBOX)
+    required_path(env::BUSYBOX)
 }
 
 /// The guest kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
-    /// The project's own: an ELF `vmlinux`, all built in, boots with `acpi=off` too.
+    /// The project's own kernel: an ELF `vmlinux` without modules, which also boots with
+    /// `acpi=off`.
     Tuned,
-    /// Debian 12's 6.1 for clouds: a `bzImage`.
+    /// Debian 12's 6.1 cloud kernel: a `bzImage`.
     Debian6_1,
-    /// Debian's 6.12 for clouds: a `bzImage`.
+    /// Debian's 6.12 cloud kernel: a `bzImage`.
     Debian6_12,
 }
 
 impl Kernel {
-    /// The kernel image. A test that needs the tuned one is ignored where there is none.
+    /// The kernel image. A test that needs the tuned kernel is ignored if there is none.
     pub fn image(self) -> PathBuf {
         match self {
             Kernel::Tuned if std::env::var_os(env::TUNED).is_none() => {
                 ignore("there is no tuned kernel here")
             }
-            Kernel::Tuned => given(env::TUNED),
-            Kernel::Debian6_1 => given(env::DEBIAN_6_1),
-            Kernel::Debian6_12 => given(env::DEBIAN_6_12),
+            Kernel::Tuned => required_path(env::TUNED),
+            Kernel::Debian6_1 => required_path(env::DEBIAN_6_1),
+            Kernel::Debian6_12 => required_path(env::DEBIAN_6_12),
         }
     }
 
-    /// Its modules, where it has any.
+    /// Its modules, if it has any.
     pub fn modules(self) -> Option<Modules> {
         match self {
             Kernel::Tuned => None,
@@ -99,7 +106,7 @@ impl Kernel {
         }
     }
 
-    /// The quickest that there is here: the tuned one, else Debian's 6.12.
+    /// The fastest available kernel: the tuned one, else Debian's 6.12.
     pub fn quickest() -> Kernel {
         if std::env::var_os(env::TUNED).is_some() { Kernel::Tuned } else { Kernel::Debian6_12 }
     }
@@ -108,14 +115,14 @@ impl Kernel {
 /// How devices are attached to a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
-    /// Windows in memory: the default.
+    /// virtio-mmio, the default.
     Mmio,
-    /// Functions of a PCI bus.
+    /// virtio-pci.
     Pci,
 }
 
 impl Transport {
-    /// What the monitor has to be told.
+    /// The monitor's arguments.
     pub fn args(self) -> &'static [&'static str] {
         match self {
             Transport::Mmio => &[],
@@ -124,40 +131,41 @@ impl Transport {
     }
 }
 
-/// The command line of a guest that says all it says on its serial port, little of it from the kernel, and ends the
-/// monitor when it dies.
+/// A kernel command line with the console on the serial port and few kernel messages. A panic ends
+/// the monitor.
 pub const BOOT_ARGS: &str = "console=ttyS0 quiet panic=-1 reboot=k";
 
-/// A guest: what its configuration file or its API calls say.
+/// The configuration of a guest, for a configuration file or API calls.
 #[derive(Debug, Clone)]
 pub struct Guest {
     /// The kernel image.
     pub kernel: PathBuf,
-    /// The initial RAM disk.
+    /// The initramfs.
     pub initrd: Option<PathBuf>,
     /// The command line.
     pub boot_args: Option<String>,
-    /// Its vCPUs.
+    /// The number of vCPUs.
     pub vcpus: u32,
-    /// Its memory in MiB.
+    /// The size of memory in MiB.
     pub mem_mib: u32,
     /// More fields of `machine-config`.
     pub machine: Value,
 }
 
 impl Guest {
-    /// A guest of one vCPU and 128 MiB with this kernel image, and nothing else.
+    /// A guest with this kernel image, one vCPU and 128 MiB.
     pub fn bare(kernel: &Path) -> Guest {
         let kernel = kernel.to_owned();
         Guest { kernel, initrd: None, boot_args: None, vcpus: 1, mem_mib: 128, machine: json!({}) }
     }
 
-    /// A guest whose first process is busybox's shell with this script. Its initial RAM disk is written to `dir`.
+    /// A guest whose first process is busybox's shell with this script. Its initramfs is written to
+    /// `dir`.
     pub fn linux(kernel: Kernel, script: &str, dir: &Path) -> Result<Guest> {
         Guest::with_initramfs(kernel, Initramfs::new(&busybox())?, script, dir)
     }
 
-    /// The same, out of an initial RAM disk that was begun.
+    /// The same, with an initramfs to which files were added.
     pub fn with_initramfs(kernel: Kernel, disk: Initramfs, script: &str, dir: &Path) -> Result<Guest> {
         let disk = disk.finish(script);
         let initrd = dir.join("initramfs");
@@ -166,25 +174,25 @@ impl Guest {
         Ok(Guest { initrd: Some(initrd), boot_args, ..Guest::bare(&kernel.image()) })
     }
 
-    /// The same with that many vCPUs.
+    /// Sets the number of vCPUs.
     #[must_use]
     pub fn vcpus(self, vcpus: u32) -> Guest {
         Guest { vcpus, ..self }
     }
 
-    /// The same with that much memory.
+    /// Sets the size of memory.
     #[must_use]
     pub fn mem_mib(self, mem_mib: u32) -> Guest {
         Guest { mem_mib, ..self }
     }
 
-    /// The same with this command line.
+    /// Sets the kernel command line.
     #[must_use]
     pub fn boot_args(self, boot_args: &str) -> Guest {
         Guest { boot_args: Some(boot_args.to_owned()), ..self }
     }
 
-    /// `/boot-source`.
+    /// The body of `PUT /boot-source`.
     pub fn boot_source(&self) -> Value {
         let mut body = json!({"kernel_image_path": self.kernel});
         if let Some(initrd) = &self.initrd {
@@ -196,7 +204,7 @@ impl Guest {
         body
     }
 
-    /// `/machine-config`.
+    /// The body of `PUT /machine-config`.
     pub fn machine_config(&self) -> Value {
         let mut body = json!({"vcpu_count": self.vcpus, "mem_size_mib": self.mem_mib});
         for (key, value) in self.machine.as_object().into_iter().flatten() {
@@ -205,7 +213,7 @@ impl Guest {
         body
     }
 
-    /// The configuration file.
+    /// The content of a configuration file.
     pub fn config(&self) -> Value {
         json!({"boot-source": self.boot_source(), "machine-config": self.machine_config(), "drives": []})
     }
@@ -218,25 +226,25 @@ impl Guest {
     }
 }
 
-/// Starts the guest that the API was told of.
+/// Starts the configured guest.
 pub fn start(api: &mut ApiClient) -> Result<()> {
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok().map(drop)
 }
 
-/// Time enough for a Linux guest to come up and do something small, on an emulated host with others beside it.
-pub const BOOT: std::time::Duration = std::time::Duration::from_mins(2);
-/// Time enough for anything that needs no Linux guest.
-pub const SOON: std::time::Duration = std::time::Duration::from_secs(30);
+/// Enough time for a Linux guest to boot and do something small, on a busy emulated host.
+pub const BOOT_TIMEOUT: std::time::Duration = std::time::Duration::from_mins(2);
+/// Enough time for anything without a Linux guest.
+pub const TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
 
-/// The monitor with its API, once it answers.
+/// Starts a monitor, and waits for its API.
 pub fn vmm_with_api(args: &[&str]) -> Result<(Vmm, ApiClient)> {
     let builder = args.iter().fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
     let vmm = builder.spawn()?;
-    let api = vmm.ready_client(SOON)?;
+    let api = vmm.ready_client(TIMEOUT)?;
     Ok((vmm, api))
 }
 
-/// Makes a test of each function here, once for each kernel.
+/// Makes tests of each function here, one for each kernel.
 #[macro_export]
 macro_rules! on_each_kernel {
     ($($(#[doc = $doc:literal])* fn $name:ident($kernel:ident) $body:block)*) => {$(
@@ -264,7 +272,7 @@ macro_rules! on_each_kernel {
     )*};
 }
 
-/// Makes a test of each function here, once for each transport.
+/// Makes tests of each function here, one for each transport.
 #[macro_export]
 macro_rules! on_each_transport {
     ($($(#[doc = $doc:literal])* fn $name:ident($transport:ident) $body:block)*) => {$(

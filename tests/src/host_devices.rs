@@ -1,7 +1,7 @@
-//! Disks and file systems of the host that a test needs, good ones and bad ones.
+//! Block devices and file systems of the host, which can fail, be slow or be full. They need root.
 //!
-//! The kernel takes each of them down when the process that made it ends, however it ends: they hang on open files and have no
-//! other name. They need root.
+//! The kernel removes each of them when the process that made it ends for any reason, because only
+//! open files keep them.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -19,8 +19,8 @@ use rustix::mount::{
 use crate::guest::ignore;
 use crate::modules::Modules;
 
-/// Ends the test as one that cannot run here where it is not root's.
-fn only_for_root() {
+/// Ignores the test if it does not run as root.
+fn require_root() {
     if !rustix::process::geteuid().is_root() {
         ignore("it needs root, for block devices and file systems of the host");
     }
@@ -30,7 +30,7 @@ fn only_for_root() {
 #[derive(Debug)]
 pub struct LoopDevice {
     path: PathBuf,
-    /// The device is detached when the last who has it open closes it.
+    /// The device is detached when its last open file is closed.
     open: Option<File>,
 }
 
@@ -45,11 +45,11 @@ impl Drop for LoopDevice {
 impl LoopDevice {
     /// Attaches `file`.
     pub fn new(file: &Path) -> Result<LoopDevice> {
-        only_for_root();
+        require_root();
         let path = output(Command::new("losetup").args(["--find", "--show"]).arg(file))?;
         let path = PathBuf::from(path.trim());
         let open = File::options().read(true).write(true).open(&path);
-        // In use, it is only marked to be detached.
+        // Detaching a device in use marks it to be detached later.
         output(Command::new("losetup").arg("--detach").arg(&path))?;
         Ok(LoopDevice { open: Some(open.with_context(|| path.display().to_string())?), path })
     }
@@ -60,14 +60,14 @@ impl LoopDevice {
     }
 }
 
-/// A block device that the device mapper puts together, and that can be made to fail or to be slow.
+/// A device-mapper device, which can be made to fail or to be slow.
 #[derive(Debug)]
 pub struct MappedDevice {
     name: String,
     path: PathBuf,
-    /// As for [`LoopDevice`].
+    /// As in [`LoopDevice`].
     open: Option<File>,
-    /// Below it: goes after it.
+    /// The device below it, which is dropped after it.
     below: LoopDevice,
     sectors: u64,
 }
@@ -80,7 +80,7 @@ impl Drop for MappedDevice {
 }
 
 impl MappedDevice {
-    /// A device that is `file`, all of it good.
+    /// A device on `file`, without faults.
     pub fn new(file: &Path) -> Result<MappedDevice> {
         let below = LoopDevice::new(file)?;
         let sectors = std::fs::metadata(file)?.len() / 512;
@@ -108,18 +108,18 @@ impl MappedDevice {
         &self.path
     }
 
-    /// From now on every access from sector `from` on fails.
+    /// Makes every access from sector `from` on fail.
     pub fn fail_from(&self, from: u64) -> Result<()> {
         let bad = format!("{from} {} error\n", self.sectors - from);
         self.load(&(good(&self.below, 0, from) + &bad))
     }
 
-    /// From now on every access takes so many milliseconds more.
+    /// Delays every access by so many milliseconds.
     pub fn slow_down(&self, ms: u32) -> Result<()> {
         self.load(&format!("0 {} delay {} 0 {ms}\n", self.sectors, self.below.path().display()))
     }
 
-    /// From now on all is well again.
+    /// Removes faults and delays.
     pub fn heal(&self) -> Result<()> {
         self.load(&good(&self.below, 0, self.sectors))
     }
@@ -130,7 +130,7 @@ impl MappedDevice {
     }
 }
 
-/// The line of a table that makes `count` sectors from `first` on those of `below`.
+/// The line of a table that maps `count` sectors from `first` on to those of `below`.
 fn good(below: &LoopDevice, first: u64, count: u64) -> String {
     if count == 0 {
         String::new()
@@ -151,7 +151,8 @@ fn dmsetup(args: &[&str], table: &str) -> Result<()> {
     Ok(())
 }
 
-/// A block device of the kernel's `null_blk`: it keeps its contents in memory, cannot discard, and can have a bound on its speed.
+/// A `null_blk` device. It keeps its contents in memory, cannot discard, and can be limited in
+/// speed.
 #[derive(Debug)]
 pub struct NullDevice {
     config: PathBuf,
@@ -168,9 +169,9 @@ impl Drop for NullDevice {
 }
 
 impl NullDevice {
-    /// A device of so many MiB that moves so many MiB a second; 0 for any speed.
+    /// A device of `mib` MiB with that many MiB per second; 0 for no limit.
     pub fn new(mib: u64, mib_per_second: u64) -> Result<NullDevice> {
-        only_for_root();
+        require_root();
         load_null_blk()?;
         let fs = fsopen("configfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_create(&fs)?;
@@ -187,7 +188,7 @@ impl NullDevice {
             let file = device.config.join(attribute);
             std::fs::write(&file, value).with_context(|| format!("{} to {value}", file.display()))?;
         }
-        // Newer kernels name it as it was made.
+        // Newer kernels use the name of its configfs directory.
         let named = Path::new("/dev").join(&name);
         let index = std::fs::read_to_string(device.config.join("index"))?;
         device.path =
@@ -201,7 +202,7 @@ impl NullDevice {
     }
 }
 
-/// Loads `null_blk` without a device, from where the host has its modules.
+/// Loads `null_blk` without a device, from the host's modules.
 fn load_null_blk() -> Result<()> {
     const OF_EMULATED_HOST: &str = "/run/vesta-host/modules";
     if Path::new("/sys/module/null_blk").exists() {
@@ -221,14 +222,14 @@ fn load_null_blk() -> Result<()> {
     Ok(())
 }
 
-/// A file system in memory with little space, mounted nowhere.
+/// A small file system in memory, not attached to the mount tree.
 #[derive(Debug)]
 pub struct SmallFs(OwnedFd);
 
 impl SmallFs {
-    /// One with room for so many bytes.
+    /// A file system of so many bytes.
     pub fn new(bytes: u64) -> Result<SmallFs> {
-        only_for_root();
+        require_root();
         let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_set_string(&fs, "size", bytes.to_string())?;
         fsconfig_create(&fs)?;
@@ -240,7 +241,7 @@ impl SmallFs {
         PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()))
     }
 
-    /// Gives it room for so many bytes in all.
+    /// Changes its size.
     pub fn resize(&self, bytes: u64) -> Result<()> {
         let fs = fspick(&self.0, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)?;
         fsconfig_set_string(&fs, "size", bytes.to_string())?;
@@ -248,21 +249,21 @@ impl SmallFs {
     }
 }
 
-/// The file system of a block device, mounted nowhere.
+/// A file system on a block device, not attached to the mount tree.
 #[derive(Debug)]
 pub struct MountedFs(OwnedFd);
 
 impl MountedFs {
-    /// A new ext4 on `device`.
+    /// Makes a new ext4 on `device`.
     pub fn ext4(device: &Path) -> Result<MountedFs> {
-        only_for_root();
+        require_root();
         output(Command::new("mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(device))?;
         Self::ext4_as_it_is(device)
     }
 
-    /// The ext4 that is on `device`.
+    /// The existing ext4 on `device`.
     pub fn ext4_as_it_is(device: &Path) -> Result<MountedFs> {
-        only_for_root();
+        require_root();
         let fs = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_set_string(&fs, "source", device)?;
         fsconfig_create(&fs).with_context(|| format!("mount {}", device.display()))?;
@@ -275,11 +276,12 @@ impl MountedFs {
     }
 }
 
-/// Waits for a file of `/sys` to go: the kernel takes a device down some time after its last user. Where it stays, the runner says so.
+/// Waits until a file of `/sys` is gone: the kernel removes a device some time after its last user.
+/// The test runner reports one that stays.
 fn wait_until_gone(path: &Path) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while path.exists() && Instant::now() < deadline {
-        // Nothing tells when.
+        // There is no notification.
         std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -1,4 +1,4 @@
-//! Networks of the host that a test needs: a network namespace of its own, so that names are free and nothing can be left behind.
+//! Networks of the host, in a network namespace for each test, and guests on them.
 
 use std::fs::File;
 use std::net::TcpListener;
@@ -17,7 +17,8 @@ use crate::traffic;
 use crate::unprivileged::{self, KvmAccess};
 use crate::vmm::{Vmm, VmmBuilder};
 
-/// A network namespace, which this thread and the processes that it starts are in. It goes with the last of them.
+/// A network namespace of this thread and the processes that it starts. It ends with the last of
+/// them.
 #[derive(Debug)]
 pub struct HostNet(());
 
@@ -33,7 +34,7 @@ impl HostNet {
         Ok(net)
     }
 
-    /// Runs `ip` with these words.
+    /// Runs `ip` with these arguments.
     pub fn ip(&self, words: &str) -> Result<()> {
         self.run("ip", words)
     }
@@ -43,7 +44,7 @@ impl HostNet {
         self.ip(&format!("link show dev {name}")).is_ok()
     }
 
-    /// Runs a program of the host with these words.
+    /// Runs a program of the host with these arguments, separated by spaces.
     pub fn run(&self, program: &str, words: &str) -> Result<()> {
         let output = Command::new(program)
             .args(words.split_whitespace())
@@ -58,10 +59,11 @@ impl HostNet {
         Ok(())
     }
 
-    /// A tap that is up, with this address (`10.0.0.1/24`). `how` is more for its making, as `multi_queue`.
+    /// Makes a tap that is up, with this address (`10.0.0.1/24`). `how` has more options, such as
+    /// `multi_queue`.
     pub fn tap(&self, name: &str, address: &str, how: &str) -> Result<()> {
         self.ip(&format!("tuntap add dev {name} mode tap {how}"))?;
-        // No router advertisements and the like: what goes over it is what a test sends.
+        // Without IPv6 there are no router advertisements: only the test sends packets.
         let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
         if !address.is_empty() {
             self.ip(&format!("address add {address} dev {name}"))?;
@@ -69,17 +71,18 @@ impl HostNet {
         self.ip(&format!("link set {name} up"))
     }
 
-    /// Opens so many queues of a tap: what somebody does who starts a monitor without rights.
+    /// Opens so many queues of a tap, as a launcher does for an unprivileged monitor.
     pub fn open_tap(&self, name: &str, queues: usize) -> Result<Vec<OwnedFd>> {
         let multi = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
         (0..queues).map(|_| attach(name, multi).with_context(|| format!("tap {name}"))).collect()
     }
 
-    /// A macvtap with this MAC address, on one end of a cable whose other end has an address (`10.0.0.1/24`): the path of its device.
-    /// Ends the test as one that cannot run here where the kernel has none.
+    /// Makes a macvtap with this MAC address on one end of a veth pair, whose other end has an
+    /// address (`10.0.0.1/24`). Returns the path of its device. Ignores the test if the kernel has
+    /// no macvtap.
     pub fn macvtap(&self, name: &str, mac: &str, address: &str) -> Result<PathBuf> {
         let (near, far) = (format!("{name}n"), format!("{name}f"));
-        // Device nodes are those of the whole machine, and called after the number.
+        // Device nodes are shared by all namespaces and named after the interface's number.
         let number = FIRST_MACVTAP + std::process::id();
         for words in [
             format!("link add {near} type veth peer name {far}"),
@@ -100,22 +103,24 @@ impl HostNet {
         Ok(PathBuf::from(format!("/dev/tap{number}")))
     }
 
-    /// Gives a tap the hardware address that all taps have which were given one: a guest that comes to another network still knows its
-    /// neighbour's, and would send to nobody until it asks anew.
-    pub fn same_neighbour(&self, tap: &str) -> Result<()> {
+    /// Gives a tap a MAC address that all such taps share. A guest that is restored in another
+    /// network still has its neighbour's address, and would get no answer until it resolves it
+    /// again.
+    pub fn use_common_mac(&self, tap: &str) -> Result<()> {
         self.ip(&format!("link set {tap} address 02:00:00:00:00:01"))
     }
 
-    /// Sends back what comes to this address and port.
+    /// Echoes connections to this address and port.
     pub fn echo(&self, address: &str) -> Result<()> {
         let listener = TcpListener::bind(address).context("an echo for the guest")?;
         std::thread::spawn(move || exchange::echo_all(listener.incoming()));
         Ok(())
     }
 
-    /// Moves a tap, which may be in use, to a namespace of its own, where it has this address (`10.0.0.1/24`), and `port` sends back
-    /// what comes: a network with the same addresses as another. The namespace goes with this process.
-    pub fn apart(&self, tap: &str, address: &str, port: u16) -> Result<()> {
+    /// Moves a tap, which may be in use, to a namespace of its own, so that two networks can have
+    /// the same addresses. There it has this address (`10.0.0.1/24`) and an echo server at `port`.
+    /// The namespace ends with this process.
+    pub fn isolate_tap(&self, tap: &str, address: &str, port: u16) -> Result<()> {
         let ((at, there), (arrive, arrived), (serve, serves)) = (channel(), channel(), channel());
         let (name, address) = (tap.to_owned(), address.to_owned());
         std::thread::spawn(move || {
@@ -130,7 +135,7 @@ impl HostNet {
             };
             let listener = set_up();
             let listens = listener.as_ref().map(drop).map_err(|error| format!("{error:#}"));
-            // Nobody waits any more where the test is over.
+            // The receiver is gone if the test has ended.
             let _ = serve.send(listens);
             if let Ok(listener) = listener {
                 exchange::echo_all(listener.incoming());
@@ -154,14 +159,14 @@ impl HostNet {
 #[expect(unsafe_code, reason = "a thread that changes its namespace")]
 fn enter_new_namespace() -> Result<()> {
     use rustix::thread::{UnshareFlags, unshare_unsafe};
-    // SAFETY: another network namespace leaves this process's memory and descriptors as they are.
+    // SAFETY: a new network namespace does not change this process's memory or descriptors.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.context("a network namespace")
 }
 
-/// What the numbers of macvtaps begin with: far from those that others have.
+/// The lowest number of macvtaps, far from those of other interfaces.
 const FIRST_MACVTAP: u32 = 1 << 24;
 
-/// A new queue of a tap, for frames with a header of virtio's before them.
+/// Opens a queue of a tap, whose frames have a virtio header.
 #[expect(unsafe_code, reason = "an ioctl")]
 fn attach(name: &str, more: libc::c_int) -> Result<OwnedFd> {
     let file = File::options().read(true).write(true).open("/dev/net/tun")?;
@@ -173,13 +178,14 @@ fn attach(name: &str, more: libc::c_int) -> Result<OwnedFd> {
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
     let ifr_ifru = libc::__c_anonymous_ifr_ifru { ifru_flags: flags as libc::c_short };
     let mut request = libc::ifreq { ifr_name, ifr_ifru };
-    // SAFETY: this request reads and writes a `struct ifreq`, which `request` is and stays for the call.
+    // SAFETY: the ioctl reads and writes a `struct ifreq`, and `request` is one that outlives the
+    // call.
     let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as libc::Ioctl, &raw mut request) };
     ensure!(done >= 0, "TUNSETIFF: {}", std::io::Error::last_os_error());
     Ok(file.into())
 }
 
-/// A guest with network interfaces, that is being put together.
+/// A builder of guests with network interfaces.
 #[derive(Debug)]
 pub struct NetGuest {
     builder: VmmBuilder,
@@ -190,13 +196,13 @@ pub struct NetGuest {
 }
 
 impl NetGuest {
-    /// A guest with one vCPU, no interface yet, and `tool` as `net-tool`.
+    /// A guest with one vCPU, no interface, and `tool` as `net-tool`.
     pub fn new(transport: Transport, tool: &str) -> Result<NetGuest> {
         let builder = VmmBuilder::new(&vmm_path())?;
         NetGuest::with(builder, transport, tool)
     }
 
-    /// The same, with a monitor that is started in another way.
+    /// The same, with the monitor of this builder.
     pub fn with(builder: VmmBuilder, transport: Transport, tool: &str) -> Result<NetGuest> {
         let builder = transport.args().iter().fold(builder.with_api(), VmmBuilder::arg);
         let guest = Guest::bare(&Kernel::Tuned.image()).boot_args(BOOT_ARGS);
@@ -205,7 +211,7 @@ impl NetGuest {
         Ok(NetGuest { builder, guest, disk, interfaces: Vec::new(), mmds: None })
     }
 
-    /// The same, with a monitor that has no rights but to use KVM.
+    /// The same, with a monitor whose only privilege is to use KVM.
     pub fn unprivileged(kvm: &KvmAccess, transport: Transport, tool: &str) -> Result<NetGuest> {
         let mut guest = NetGuest::with(kvm.vmm()?, transport, tool)?;
         guest.guest.kernel = unprivileged::copy(&guest.guest.kernel, guest.dir())?;
@@ -233,7 +239,8 @@ impl NetGuest {
         self
     }
 
-    /// Adds an interface on the tap whose queues these descriptors are, which the monitor inherits, with these other fields.
+    /// Adds an interface on a tap whose queues the monitor inherits as these descriptors, with
+    /// these other fields.
     pub fn descriptors(mut self, queues: Vec<OwnedFd>, more: Value) -> Result<NetGuest> {
         let numbers: Vec<RawFd> =
             queues.into_iter().map(|fd| self.builder.inherit(fd)).collect::<Result<_>>()?;
@@ -242,30 +249,30 @@ impl NetGuest {
         Ok(self.interface(interface))
     }
 
-    /// Leaves the monitor a descriptor that none of its interfaces has yet. Returns its number.
+    /// Lets the monitor inherit a descriptor without an interface. Returns its number.
     pub fn inherit(&mut self, fd: OwnedFd) -> Result<RawFd> {
         self.builder.inherit(fd)
     }
 
-    /// The way to the metadata service: a body of `PUT /mmds/config`.
+    /// Sets the body of `PUT /mmds/config`.
     #[must_use]
     pub fn mmds(self, mmds: Value) -> NetGuest {
         NetGuest { mmds: Some(mmds), ..self }
     }
 
-    /// The same with that many vCPUs.
+    /// Sets the number of vCPUs.
     #[must_use]
     pub fn vcpus(self, vcpus: u32) -> NetGuest {
         NetGuest { guest: self.guest.vcpus(vcpus), ..self }
     }
 
-    /// Gives the guest a program of the host's and the libraries that it asks for.
+    /// Adds a program of the host to the guest, with its shared libraries.
     pub fn program(mut self, name: &str) -> Result<NetGuest> {
         self.disk.program(name)?;
         Ok(self)
     }
 
-    /// Boots it; it runs `script`.
+    /// Boots the guest, which runs `script`.
     pub fn boot(self, script: &str) -> Result<Vmm> {
         let NetGuest { builder, guest, disk, interfaces, mmds } = self;
         let initrd = builder.dir().join("initramfs");

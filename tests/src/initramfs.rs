@@ -1,7 +1,7 @@
-//! Initial RAM disks: a `newc` cpio archive with busybox, an `/init` script, and whatever else a guest needs.
+//! Initramfs images: `newc` cpio archives with busybox, an `/init` script and other files.
 //!
-//! Busybox's shell runs its own applets by name (once `/proc` is there, to find itself), so `#!/bin/sh` is all that a
-//! script asks for.
+//! Busybox's shell runs its applets by name once `/proc` is mounted, so scripts need only
+//! `#!/bin/sh`.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -17,7 +17,7 @@ const REGULAR: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
 
-/// What the `/init` of every guest begins with.
+/// The beginning of every guest's `/init`.
 const PREAMBLE: &str = "\
 #!/bin/sh
 /bin/busybox mount -t proc none /proc
@@ -25,12 +25,12 @@ mount -t sysfs none /sys
 mount -t devtmpfs none /dev
 ";
 
-/// An initial RAM disk that is being put together.
+/// A builder of initramfs images.
 #[derive(Debug, Default)]
 pub struct Initramfs {
     archive: Vec<u8>,
     directories: BTreeSet<String>,
-    /// Libraries that are in it.
+    /// The libraries in it.
     files: BTreeSet<String>,
     inode: u32,
     /// Lines of `/init` before the script.
@@ -38,21 +38,21 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// One with busybox (the static program at that path) and empty mount points.
+    /// An image with busybox (a static program at that path) and empty mount points.
     pub fn new(busybox: &Path) -> Result<Initramfs> {
         let program = std::fs::read(busybox).with_context(|| busybox.display().to_string())?;
         let mut disk = Initramfs { preamble: PREAMBLE.to_owned(), ..Initramfs::default() };
         for name in ["proc", "sys", "dev", "tmp"] {
             disk.directory(name);
         }
-        // The kernel opens it for /init before anything is mounted.
+        // The kernel opens it for /init before devtmpfs is mounted.
         disk.entry("dev/console", CHARACTER_DEVICE | 0o600, (5, 1), &[]);
         disk.file("bin/busybox", 0o755, &program);
         disk.entry("bin/sh", SYMLINK | 0o777, (0, 0), b"busybox");
         Ok(disk)
     }
 
-    /// Adds a file; `path` is relative to the guest's root. Directories on the way are made.
+    /// Adds a file and its parent directories. `path` is relative to the guest's root.
     pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> &mut Initramfs {
         if let Some((parent, _)) = path.rsplit_once('/') {
             self.directory(parent);
@@ -61,7 +61,7 @@ impl Initramfs {
         self
     }
 
-    /// Adds kernel modules and what they need, and has `/init` load them before its script.
+    /// Adds kernel modules and their dependencies, which `/init` loads before its script.
     pub fn modules(&mut self, modules: &Modules, names: &[&str]) -> Result<&mut Initramfs> {
         for name in modules.load_order(names)? {
             let file = modules.file(&name);
@@ -73,11 +73,11 @@ impl Initramfs {
         Ok(self)
     }
 
-    /// Adds a program of this machine's, found in the usual places, to `bin`, and the shared libraries that it asks for.
+    /// Adds a program of this machine to `bin`, with its shared libraries.
     pub fn program(&mut self, name: &str) -> Result<&mut Initramfs> {
         let dirs = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"];
         let path = dirs.map(|dir| Path::new(dir).join(name)).into_iter().find(|path| path.is_file());
-        let path = path.with_context(|| format!("there is no program {name} on this machine"))?;
+        let path = path.with_context(|| format!("program {name}: not installed on this machine"))?;
         let libraries = Command::new("ldd").arg(&path).output().context("cannot run ldd")?;
         for library in String::from_utf8(libraries.stdout)?.split_whitespace() {
             if library.starts_with('/') && self.files.insert(library.to_owned()) {
@@ -89,7 +89,7 @@ impl Initramfs {
         Ok(self.file(&format!("bin/{name}"), 0o755, &content))
     }
 
-    /// Closes the archive: the guest runs `script` (lines of shell) as its first process.
+    /// Finishes the archive. The guest runs `script` (lines of shell) as its first process.
     pub fn finish(mut self, script: &str) -> Vec<u8> {
         let init = format!("{}{script}\n", self.preamble);
         self.file("init", 0o755, init.as_bytes());
@@ -106,7 +106,8 @@ impl Initramfs {
         }
     }
 
-    /// One member: a header of hexadecimal numbers, the name, the content, each padded to four bytes.
+    /// Adds a member: a header of hexadecimal numbers, the name and the content, each padded to
+    /// four bytes.
     fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), content: &[u8]) {
         self.inode += 1;
         let size = u32::try_from(content.len()).expect("what we put into a guest is smaller than 4 GiB");
@@ -129,7 +130,7 @@ impl Initramfs {
     }
 }
 
-/// The names in an archive, in order: what a kernel would unpack.
+/// The names in an archive, in order.
 pub fn names(archive: &[u8]) -> Result<Vec<String>> {
     let mut names = Vec::new();
     let mut at = 0;
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_come_before_what_is_in_them_and_only_once() {
+    fn directories_come_once_and_before_their_contents() {
         let (_dir, mut disk) = disk();
         disk.file("etc/a/one", 0o644, b"1").file("etc/a/two", 0o644, b"22");
         let names = names(&disk.finish("true")).unwrap();

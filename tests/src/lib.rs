@@ -1,21 +1,25 @@
 //! The harness that the whole-system tests, the demo and the benchmarks share.
 //!
-//! - [`vmm`]: the monitor as a process; [`transcript`]: what it says, and when; [`api`]: its HTTP API.
-//! - [`guest`]: what a guest is to be, and with which kernel; [`initramfs`]: what it runs; [`modules`]: its kernel's modules.
-//! - [`load`]: what the benchmarks' load generator is asked for, and answers; [`net_load`]: the same for networks.
-//! - [`snapshots`]: saving guests, and going on with them in other monitors; [`page_server`]: their memory from another process;
-//!   [`busy`]: guests that have much to lose.
-//! - [`disks`]: guests with disks; [`pattern`]: what they write there; [`host_devices`]: the host's own disks, good and bad.
-//! - [`faults`]: threads of the monitor that break.
-//! - [`process`]: processes that nobody else waits for; [`said`]: what guests wrote to files.
-//! - [`soak`]: how often tests repeat what they do.
-//! - [`stalls`]: how far the host's time can be relied on.
-//! - [`vsock`]: what programs on both sides of a vsock device say to each other; `guest-vsock` is the one in the guest.
-//! - [`host_net`]: networks of the host, and guests on them; [`net_script`]: what they do there; [`traffic`]: what they send; [`exchange`]: bytes to and fro
-//!   for as long as a guest is busy; [`passt`]: a network that needs no rights; [`unprivileged`]: programs that have none.
-//! - [`elf`]: guests of a few instructions, and broken ones; [`sparing_driver`]: one whose driver accepts no feature.
+//! - Monitors: [`vmm`] runs one as a process, [`transcript`] records its output with times, [`api`]
+//!   is a client of its HTTP API, [`faults`] breaks its threads.
+//! - Guests: [`guest`] is a guest's configuration and kernel, [`initramfs`] its first programs,
+//!   [`modules`] its kernel modules, [`serial_file`] its output in files. [`elf`] has guests of a
+//!   few instructions: [`counting`] ones that count, [`minimal_driver`] one whose driver accepts no
+//!   feature.
+//! - Disks: [`disks`] has guests with disks, [`pattern`] the data on them, [`host_devices`] block
+//!   devices of the host that fail or are slow.
+//! - Networks: [`host_net`] has networks of the host and guests on them, [`net_script`] what those
+//!   guests run, [`traffic`] and [`exchange`] checked data, [`passt`] a network without privileges.
+//! - vsock: [`vsock`] is the protocol between programs of the host and `guest-vsock`.
+//! - Snapshots: [`snapshots`] saves and restores guests, [`page_server`] serves their memory,
+//!   [`busy`] has guests that use all devices and check them.
+//! - Benchmarks: [`load`] describes load on disks, [`net_load`] on networks.
+//! - Processes: [`line`] prints from several of them, [`process`] ends children and orphans,
+//!   [`unprivileged`] runs programs without privileges, [`stalls`] measures pauses of the host,
+//!   [`soak`] scales repetitions.
 //!
-//! Nothing here sleeps to wait for a thing that can be waited for, and nothing outlives the value that stands for it.
+//! Nothing here sleeps where it can wait for an event, and no process, device or file outlives the
+//! value that owns it.
 #![deny(unsafe_code)]
 
 pub mod api;
@@ -29,7 +33,9 @@ pub mod guest;
 pub mod host_devices;
 pub mod host_net;
 pub mod initramfs;
+pub mod line;
 pub mod load;
+pub mod minimal_driver;
 pub mod modules;
 pub mod net_load;
 pub mod net_script;
@@ -37,10 +43,9 @@ pub mod page_server;
 pub mod passt;
 pub mod pattern;
 pub mod process;
-pub mod said;
+pub mod serial_file;
 pub mod snapshots;
 pub mod soak;
-pub mod sparing_driver;
 pub mod stalls;
 pub mod traffic;
 pub mod transcript;

@@ -1,7 +1,9 @@
-//! What the load generator (`vesta-load`) is asked for and what it answers, for both sides.
+//! Workloads and reports of the load generator (`vesta-load`), for the generator and for
+//! benchmarks.
 //!
-//! It runs in guests and on the host alike, so that what differs is the way to the disk and nothing else. It says on standard
-//! output when a workload begins and when it ends, with a pause after each: whoever listens can look at counters in between.
+//! The generator runs in guests and on the host, so that only the path to the disk differs. It
+//! prints a line when a workload begins and when it ends, and pauses after each line, so that the
+//! reader can read counters in between.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,13 +12,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-/// What every line of the generator begins with.
+/// The beginning of every line of the generator.
 pub const MARK: &str = "vesta-load:";
 
-/// How long the generator does nothing after each of its lines.
+/// The generator's pause after each of its lines.
 pub const PAUSE: Duration = Duration::from_millis(30);
 
-/// Which way the data goes.
+/// The direction of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Direction {
     /// From the disk.
@@ -25,30 +27,33 @@ pub enum Direction {
     Write,
 }
 
-/// One kind of load: `read` or `write`, `rand` before it where the places are random, the bytes of each, how many are in flight.
-/// As text: `randread:4096:32`.
+/// One kind of load. As text: `read`, `write`, `randread` or `randwrite`, then the block size in
+/// bytes and the number of transfers in flight, as in `randread:4096:32`. A fourth number, as in
+/// `randwrite:4096:1:64`, is the number of writes between two flushes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Workload {
-    /// Which way the data goes.
+    /// Whether it reads or writes.
     pub direction: Direction,
-    /// At random places; else one after the other, from the beginning.
+    /// Whether offsets are random; else they are sequential from the beginning.
     pub random: bool,
-    /// Bytes of each: a multiple of 512.
+    /// Bytes of each transfer: a multiple of 512.
     pub block: u32,
-    /// How many are in flight.
+    /// The number of transfers in flight.
     pub depth: u32,
+    /// Flushes the disk after every so many writes; only with one transfer in flight.
+    pub flush: Option<u32>,
 }
 
-/// What one workload did.
+/// The result of one workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Transfers that were done.
+    /// The number of transfers; flushes are not counted.
     pub ops: u64,
-    /// How long it took.
+    /// The time of all of them, including flushes.
     pub nanos: u64,
-    /// Half of the transfers took no longer than this; only where one is in flight at a time.
+    /// Median latency; only with one transfer in flight.
     pub median_ns: Option<u64>,
-    /// 99 of 100 took no longer than this; only where one is in flight at a time.
+    /// 99th percentile of latency; only with one transfer in flight.
     pub p99_ns: Option<u64>,
 }
 
@@ -59,7 +64,8 @@ impl fmt::Display for Workload {
             Direction::Read => "read",
             Direction::Write => "write",
         };
-        write!(f, "{random}{direction}:{}:{}", self.block, self.depth)
+        write!(f, "{random}{direction}:{}:{}", self.block, self.depth)?;
+        self.flush.map_or(Ok(()), |writes| write!(f, ":{writes}"))
     }
 }
 
@@ -67,7 +73,7 @@ impl FromStr for Workload {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Workload> {
-        let wrong = || format!("the workload is {text}: it must be like randread:4096:32");
+        let wrong = || format!("workload {text}: invalid; for example randread:4096:32");
         let mut parts = text.split(':');
         let (kind, block, depth) = (parts.next(), parts.next(), parts.next());
         let (random, direction) = match kind {
@@ -79,20 +85,22 @@ impl FromStr for Workload {
         };
         let number = |part: Option<&str>| part.and_then(|part| part.parse::<u32>().ok()).with_context(wrong);
         let (block, depth) = (number(block)?, number(depth)?);
-        if block == 0 || !block.is_multiple_of(512) || !(1..=1024).contains(&depth) || parts.next().is_some()
-        {
+        let flush = parts.next().map(|part| number(Some(part))).transpose()?;
+        let flush_fits = flush.is_none_or(|writes| writes > 0 && depth == 1 && direction == Direction::Write);
+        let block_fits = block > 0 && block.is_multiple_of(512);
+        if !block_fits || !flush_fits || !(1..=1024).contains(&depth) || parts.next().is_some() {
             bail!(wrong());
         }
-        Ok(Workload { direction, random, block, depth })
+        Ok(Workload { direction, random, block, depth, flush })
     }
 }
 
-/// The line that says that a workload begins.
+/// The line before a workload.
 pub fn begin_line(label: &str, workload: Workload) -> String {
     format!("{MARK} begin {label} {workload}.")
 }
 
-/// What the line that says how a workload ended begins with; a [`Report`] as JSON follows.
+/// The beginning of the line after a workload; its [`Report`] follows as JSON.
 pub fn end_line(label: &str, workload: Workload) -> String {
     format!("{MARK} end {label} {workload}.")
 }
@@ -108,23 +116,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_workload_is_read_as_it_is_written() {
-        for text in ["randread:4096:1", "randwrite:4096:32", "read:131072:4", "write:512:1024"] {
+    fn a_workload_parses_to_what_it_prints() {
+        for text in
+            ["randread:4096:1", "randwrite:4096:32", "read:131072:4", "write:512:1024", "write:512:1:64"]
+        {
             assert_eq!(text.parse::<Workload>().unwrap().to_string(), text);
         }
     }
 
     #[test]
-    fn what_is_no_workload_is_refused() {
-        for text in
-            ["", "read", "read:4096", "read:100:1", "read:0:1", "read:512:0", "read:512:1:1", "trim:512:1"]
-        {
+    fn an_invalid_workload_is_refused() {
+        for text in [
+            "",
+            "read",
+            "read:4096",
+            "read:100:1",
+            "read:0:1",
+            "read:512:0",
+            "trim:512:1",
+            "read:512:1:1",
+            "write:512:2:1",
+            "write:512:1:0",
+            "write:512:1:1:1",
+        ] {
             assert!(text.parse::<Workload>().is_err(), "{text}");
         }
     }
 
     #[test]
-    fn a_report_comes_through_a_line() {
+    fn a_report_is_read_from_its_line() {
         let workload = "randread:4096:1".parse().unwrap();
         let sent = Report { ops: 7, nanos: 9, median_ns: Some(3), p99_ns: None };
         let line = format!("{} {}\r", end_line("vda", workload), serde_json::to_string(&sent).unwrap());

@@ -1,10 +1,10 @@
-//! A directory of kernel modules: which depend on which, and what they are called.
+//! A directory of kernel modules, with their dependencies and aliases.
 //!
-//! Machines that run these tests may have neither `kmod` nor a `depmod` index for a kernel that was only unpacked,
-//! so names and dependencies are read from the modules themselves: the `.modinfo` section of a `.ko` is a list of
-//! NUL-terminated `key=value` strings.
+//! A machine that runs these tests may have no `kmod`, and no `depmod` index for a kernel that was
+//! only unpacked. So names and dependencies are read from the modules: the `.modinfo` section of a
+//! `.ko` is a list of NUL-terminated `key=value` strings.
 //!
-//! Names are normal names: the kernel takes `-` and `_` for the same, and so does everything here.
+//! Names are normal names, with `_` for `-`: the kernel treats both as equal.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ impl Modules {
         Modules { dir: dir.into() }
     }
 
-    /// Where they are.
+    /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -33,7 +33,7 @@ impl Modules {
         self.dir.join(format!("{}.ko", normal_name(name)))
     }
 
-    /// `names` and all that they depend on, each once, every module after those that it needs.
+    /// `names` and their dependencies, each once and after its own dependencies.
     pub fn load_order(&self, names: &[&str]) -> Result<Vec<String>> {
         let mut order = Vec::new();
         let mut path = Vec::new();
@@ -64,8 +64,8 @@ impl Modules {
         Ok(())
     }
 
-    /// What the kernel asks for by another name than the module's own (`fs-overlay`, `char-major-10-200`,
-    /// `devname:net/tun`), for every module. Names that only match hardware are left out.
+    /// The aliases by which the kernel requests modules (`fs-overlay`, `char-major-10-200`,
+    /// `devname:net/tun`). Aliases that match hardware are left out.
     pub fn read_aliases(&self) -> Result<BTreeMap<String, String>> {
         let mut aliases = BTreeMap::new();
         for entry in std::fs::read_dir(&self.dir).with_context(|| self.dir.display().to_string())? {
@@ -99,7 +99,7 @@ fn info<'a>(image: &'a [u8], key: &'a str) -> impl Iterator<Item = &'a str> {
         .filter_map(move |entry| std::str::from_utf8(entry).ok()?.strip_prefix(key)?.strip_prefix('='))
 }
 
-/// The `.modinfo` section of a 64-bit little-endian ELF file; none where the file is anything else.
+/// The `.modinfo` section of a 64-bit little-endian ELF file; `None` for any other file.
 fn modinfo(image: &[u8]) -> Option<&[u8]> {
     if image.get(..6)? != b"\x7fELF\x02\x01" {
         return None;
@@ -131,7 +131,7 @@ fn number(image: &[u8], offset: usize, size: usize) -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// An ELF file with nothing but a `.modinfo` section.
+    /// An ELF file with only a `.modinfo` section.
     fn module(info: &str) -> Vec<u8> {
         let strings = b"\0.modinfo\0.shstrtab\0";
         let (info_at, strings_at) = (0x40, 0x40 + info.len());

@@ -1,7 +1,7 @@
-//! Load on a network, for the benchmarks: a server in the guest (or on the host itself) and its clients on the host.
+//! Network load for the benchmarks: a server in the guest (or on the host) and clients on the host.
 //!
-//! A client connects and sends one letter: what the server is to do with the connection. Nothing is checked here, [`crate::traffic`]
-//! does that: this is about speed.
+//! A client connects and sends one letter for what the server does with the connection. The data is
+//! not checked: [`crate::traffic`] does that.
 #![expect(clippy::cast_precision_loss, reason = "rates are not known to the last byte")]
 
 use std::io::{ErrorKind, Read, Result, Write};
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Where the server listens.
+/// The port of the server.
 pub const PORT: u16 = 7100;
 /// Bytes of a small datagram.
 pub const SMALL: usize = 64;
@@ -25,13 +25,13 @@ const PLAIN: u8 = b'-';
 const PIECE: usize = 128 << 10;
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Serves for ever.
+/// Serves clients, without end.
 pub fn serve() -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
     println!("SERVING {PORT}");
     for stream in listener.incoming().flatten() {
         thread::spawn(move || {
-            // The client is gone when it has enough.
+            // A client closes when it has measured enough.
             let _ = answer(stream);
         });
     }
@@ -53,7 +53,7 @@ fn answer(mut stream: TcpStream) -> Result<()> {
             stream.write_all(&piece[..1])?;
         },
         COUNT => {
-            // Datagrams are counted until the client asks how many they were.
+            // Counts datagrams until the client asks for their number.
             let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
             stream.write_all(&socket.local_addr()?.port().to_le_bytes())?;
             socket.set_read_timeout(Some(Duration::from_millis(20)))?;
@@ -93,21 +93,21 @@ fn answer(mut stream: TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// Sends small datagrams for so long.
+/// Sends small datagrams for some time.
 fn flood(to: SocketAddr, time: Duration) -> Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     socket.connect(to)?;
     let until = Instant::now() + time;
     while Instant::now() < until {
         for _ in 0..64 {
-            // A full queue drops, which is what is counted.
+            // A full queue drops datagrams; only those that arrive count.
             let _ = socket.send(&[0; SMALL]);
         }
     }
     Ok(())
 }
 
-/// The server, as its clients see it.
+/// The clients of the server at this address.
 #[derive(Debug, Clone, Copy)]
 pub struct Server(pub IpAddr);
 
@@ -121,14 +121,15 @@ impl Server {
         Ok(stream)
     }
 
-    /// Switches the server's offloads off.
+    /// Switches off the server's offloads.
     pub fn without_offloads(self) -> Result<()> {
         let mut failed = [1];
         self.ask(PLAIN)?.read_exact(&mut failed)?;
         if failed[0] == 0 { Ok(()) } else { Err(std::io::Error::other("ethtool failed in the guest")) }
     }
 
-    /// Bytes per second over so many connections: to the server, or from it.
+    /// Bytes per second over so many connections, to or from the server. Returns also the number of
+    /// bytes.
     pub fn throughput(self, to_server: bool, streams: usize, time: Duration) -> Result<(f64, u64)> {
         let total = AtomicU64::new(0);
         let connections: Vec<TcpStream> =
@@ -153,7 +154,7 @@ impl Server {
         Ok((bytes as f64 / begun.elapsed().as_secs_f64(), bytes))
     }
 
-    /// Microseconds for a byte there and back, in the middle of all that were tried.
+    /// The median round trip of a byte, in microseconds.
     pub fn round_trip(self, time: Duration) -> Result<f64> {
         let mut stream = self.ask(ECHO)?;
         let mut times = Vec::new();
@@ -191,7 +192,7 @@ impl Server {
         let counting = thread::spawn(move || {
             let mut count = 0u64;
             let mut bytes = [0; 2 * SMALL];
-            // The last has come when none comes any more.
+            // The last datagram is followed by silence.
             while socket.recv(&mut bytes).is_ok() || count == 0 {
                 count += 1;
             }

@@ -1,15 +1,15 @@
-//! What guests on a network of the host's do, and say of it: pieces of their scripts.
+//! Parts of the scripts of guests on a network of the host, and checks of their output.
 
 use anyhow::{Result, ensure};
 
-use crate::guest::BOOT;
+use crate::guest::BOOT_TIMEOUT;
 use crate::host_net::HostNet;
 use crate::vmm::Vmm;
 
-/// What a guest does to have the address `10.0.0.2`.
+/// Gives the guest the address `10.0.0.2`.
 pub const UP: &str = "ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up";
 
-/// A namespace with a tap, and a server on it.
+/// A namespace with a tap and a server on it.
 pub fn host() -> Result<HostNet> {
     let net = HostNet::new()?;
     net.tap("tap0", "10.0.0.1/24", "")?;
@@ -25,22 +25,22 @@ pub fn host_with_queues() -> Result<HostNet> {
     Ok(net)
 }
 
-/// Both ways at once.
+/// An upload and a download at once.
 pub fn both_ways(bytes: u64) -> String {
     format!("net-tool upload 10.0.0.1:7000 1 {bytes} & net-tool download 10.0.0.1:7000 2 {bytes} & wait")
 }
 
-/// That it was.
-pub fn check_both_ways(said: &str) -> Result<()> {
-    ensure!(said.contains("UPLOADED 10.0.0.1:7000 1"), "{said}");
-    ensure!(said.contains("DOWNLOADED 10.0.0.1:7000 2"), "{said}");
+/// Checks the output of [`both_ways`].
+pub fn check_both_ways(output: &str) -> Result<()> {
+    ensure!(output.contains("UPLOADED 10.0.0.1:7000 1"), "{output}");
+    ensure!(output.contains("DOWNLOADED 10.0.0.1:7000 2"), "{output}");
     Ok(())
 }
 
-/// What the guest said, once it has ended well.
-pub fn said(mut vmm: Vmm) -> Result<String> {
-    let (code, said) = vmm.finish(BOOT)?;
-    ensure!(code == 0, "exit code {code}: {said}");
-    ensure!(!said.contains("FAILED"), "{said}");
-    Ok(said)
+/// Waits for the guest's end, which must be a success, and returns its output.
+pub fn output_of(mut vmm: Vmm) -> Result<String> {
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    ensure!(code == 0, "exit code {code}: {output}");
+    ensure!(!output.contains("FAILED"), "{output}");
+    Ok(output)
 }

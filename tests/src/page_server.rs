@@ -1,4 +1,4 @@
-//! The page server of `page-server` (`tests/src/bin`), as a process.
+//! The page server `page-server` (`tests/src/bin`) as a process.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -17,13 +17,13 @@ pub struct PageServer {
     process: Child,
     socket: PathBuf,
     output: BufReader<ChildStdout>,
-    /// The process that serves, where it is another one.
+    /// The process that serves, if it is another one.
     serving: Option<OwnedFd>,
 }
 
 impl PageServer {
-    /// Starts `program` with the memory file `image`, at a socket beside that. It answers `faults`
-    /// faults: a number, `all`, `none`, or `except:OFFSET`.
+    /// Starts `program` with the memory file `image` and a socket beside it. `faults` is the number
+    /// of page faults that it serves, `all`, `none` or `except:OFFSET`.
     pub fn start(program: &str, image: &Path, faults: &str) -> Result<PageServer> {
         PageServer::spawn(program, image, &[faults])
     }
@@ -48,28 +48,28 @@ impl PageServer {
         Ok(server)
     }
 
-    /// Waits until it says `line`, the next that it says.
+    /// Waits for its next line, which must be `line`.
     pub fn wait_for(&mut self, line: &str) -> Result<()> {
-        let said = self.next_line()?;
-        ensure!(said == line, "{said}");
+        let printed = self.next_line()?;
+        ensure!(printed == line, "{printed}");
         Ok(())
     }
 
-    /// The next line that it says.
+    /// Waits for its next line.
     fn next_line(&mut self) -> Result<String> {
-        let mut said = String::new();
-        self.output.read_line(&mut said)?;
-        Ok(said.trim().to_owned())
+        let mut printed = String::new();
+        self.output.read_line(&mut printed)?;
+        Ok(printed.trim().to_owned())
     }
 
-    /// Ends the process that listened, and waits for its end. The one that serves lives on.
+    /// Ends the process that listened. The one that serves continues.
     pub fn end_listener(&mut self) -> Result<()> {
         self.process.stdin.take().context("it is ended once")?.write_all(b"x")?;
         ensure!(self.process.wait()?.success(), "the process that listened failed");
         Ok(())
     }
 
-    /// Where it listens.
+    /// Its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -82,7 +82,7 @@ impl PageServer {
 
 impl Drop for PageServer {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // It may have ended.
         let _ = self.process.kill();
         let _ = self.process.wait();
         if let Some(serving) = &self.serving {

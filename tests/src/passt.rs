@@ -1,4 +1,4 @@
-//! `passt`, the network of guests whose monitor has no right on its host.
+//! `passt`: a network for guests whose monitor has no privileges.
 
 use std::path::Path;
 use std::process::Child;
@@ -7,25 +7,26 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::guest::SOON;
+use crate::guest::TIMEOUT;
 use crate::unprivileged;
 
-/// How often it is looked whether it listens: nobody tells.
+/// The interval of polling whether it listens.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// One that runs, without rights of its own; it ends with this value.
+/// A running `passt` without privileges. It ends with this value.
 #[derive(Debug)]
 pub struct Passt(Child);
 
 impl Passt {
-    /// One that listens at `socket`, in a directory that is [given](unprivileged::give) to its user. `more` are more words for it.
+    /// Starts one that listens at `socket`, in a directory that [belongs](unprivileged::give) to
+    /// its user. `more` are further arguments.
     pub fn start(socket: &Path, more: &[&str]) -> Result<Passt> {
         let mut command = unprivileged::command("passt");
         command.arg("--foreground").arg("--socket").arg(socket).args(more);
         let passt = Passt(command.spawn().context("cannot run passt")?);
         let begun = Instant::now();
         while !listens(socket)? {
-            ensure!(begun.elapsed() < SOON, "passt does not listen");
+            ensure!(begun.elapsed() < TIMEOUT, "passt does not listen");
             std::thread::sleep(LOOK_EVERY);
         }
         Ok(passt)
@@ -44,18 +45,19 @@ impl Passt {
 
 impl Drop for Passt {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // It may have ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Whether somebody listens at `socket`. A connection to see that would be in the way: passt has one at a time, and lets no other wait.
+/// Whether a process listens at `socket`. A test connection would not do: passt accepts one at a
+/// time and queues no other.
 fn listens(socket: &Path) -> Result<bool> {
     let sockets =
         std::fs::read_to_string("/proc/thread-self/net/unix").context("the list of Unix sockets")?;
     let socket = socket.to_str().context("a path that is UTF-8")?;
-    // Flags are the fourth field, and this one is of those that listen.
+    // Flags are the fourth field; this flag marks listening sockets.
     Ok(sockets
         .lines()
         .any(|line| line.ends_with(socket) && line.split_whitespace().nth(3) == Some("00010000")))

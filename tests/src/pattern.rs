@@ -1,17 +1,18 @@
-//! Data that says where it belongs: what the disk tests write, and how they tell whether it is what should be there.
+//! Self-describing data for the disk tests, and its checks.
 //!
-//! A [`Stream`] is one writer's part of a disk and the endless sequence of writes that it makes there. Which sectors its write `n`
-//! touches, and every byte of them, follow from the stream's seed and from `n`. So nothing about a write needs to be kept: whoever
-//! knows how many writes were over can tell what each sector must hold, in the guest that wrote, in another, or on the host.
+//! A [`Stream`] is one writer's part of a disk and its endless sequence of writes. The sectors of
+//! write `n`, and all their bytes, follow from the stream's seed and `n`. So the number of
+//! completed writes tells the content of each sector, in the guest that wrote it, in another guest
+//! or on the host.
 //!
-//! A sector names its stream, itself and the write that it comes from, and the rest of it follows from these. A torn sector, one
-//! that is in the wrong place, or one of another stream is told from any that was ever written.
+//! A sector contains its stream, its number and its write; its other bytes follow from these. A
+//! torn or misplaced sector, or one of another stream, differs from all that were ever written.
 
 use std::ops::Range;
 
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;
-/// The most sectors that one write has.
+/// The largest write, in sectors.
 pub const MOST_SECTORS: u64 = 128;
 
 /// One writer's part of a disk.
@@ -22,17 +23,17 @@ pub struct Stream {
     sectors: Range<u64>,
 }
 
-/// What a sector holds.
+/// The content of a sector.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// Zeros: it was never written.
+    /// Zeros: never written.
     Blank,
-    /// What the stream's write of that number put there.
+    /// The data of the write with that number.
     Write(u64),
 }
 
 impl Stream {
-    /// The streams of a disk of so many sectors that `count` writers share.
+    /// The streams of a disk that `count` writers share.
     pub fn all(seed: u64, disk_sectors: u64, count: u64) -> Vec<Stream> {
         let each = disk_sectors / count;
         let stream = |index| Stream { seed: mix(seed ^ index), sectors: index * each..(index + 1) * each };
@@ -44,7 +45,7 @@ impl Stream {
         self.sectors.clone()
     }
 
-    /// The sectors that its write number `n` touches. Most writes are small.
+    /// The sectors of write `n`. Most writes are small.
     pub fn write(&self, n: u64) -> Range<u64> {
         let random = mix(self.seed ^ mix(n));
         let most = if random.is_multiple_of(8) { MOST_SECTORS } else { 8 };
@@ -64,7 +65,7 @@ impl Stream {
         }
     }
 
-    /// What a sector holds; an error where no write put all of that there.
+    /// The content of a sector; an error if it is not that of any write.
     pub fn read(&self, sector: u64, bytes: &[u8]) -> Result<Content, String> {
         if bytes.iter().all(|&byte| byte == 0) {
             return Ok(Content::Blank);
@@ -89,7 +90,7 @@ impl Stream {
         Ok(Content::Write(n))
     }
 
-    /// What each of its sectors holds after the first `count` writes.
+    /// The content of each of its sectors after the first `count` writes.
     pub fn after(&self, count: u64) -> Vec<Content> {
         let mut contents = vec![Content::Blank; (self.sectors.end - self.sectors.start) as usize];
         for n in 0..count {
@@ -98,16 +99,16 @@ impl Stream {
         contents
     }
 
-    /// Notes in `contents` that write `n` is over.
+    /// Applies write `n` to `contents`.
     pub fn note(&self, n: u64, contents: &mut [Content]) {
         for sector in self.write(n) {
             contents[(sector - self.sectors.start) as usize] = Content::Write(n);
         }
     }
 
-    /// Checks its part of a disk, of which `count` writes are known to be over and any later ones may or may not: each sector holds
-    /// what those left there, or something newer. `read` fills its second argument from the sector on that its first names.
-    /// Returns how many sectors hold something.
+    /// Checks its part of a disk after at least `count` writes: each sector must have the data of
+    /// those writes or of a later one. `read` reads from the sector in its first argument into its
+    /// second. Returns the number of sectors with data.
     pub fn check(
         &self,
         count: u64,
@@ -132,7 +133,7 @@ impl Stream {
         Ok(held)
     }
 
-    /// The words of a sector after write `n`, and more.
+    /// The 64-bit words of a sector after write `n`, and more.
     fn words(&self, sector: u64, n: u64) -> impl Iterator<Item = u64> {
         let head = [!self.seed, sector, n];
         let mut state = mix(self.seed ^ mix(sector ^ mix(n)));
@@ -162,7 +163,7 @@ impl Ord for Content {
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// A number that has nothing to do with the one it follows from (the finalizer of `splitmix64`).
+/// Hashes a number (the finalizer of `splitmix64`).
 pub fn mix(number: u64) -> u64 {
     let mut z = number.wrapping_add(GOLDEN);
     z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -205,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_found_to_be_there() {
+    fn written_data_is_accepted() {
         let streams = Stream::all(7, SECTORS, 2);
         let mut disk = Disk::new();
         for stream in &streams {
@@ -213,13 +214,13 @@ mod tests {
         }
         for stream in &streams {
             assert!(disk.check(stream, 300).unwrap() > 400);
-            // Later writes may be there, too.
+            // Later writes may be there too.
             disk.check(stream, 100).unwrap();
         }
     }
 
     #[test]
-    fn a_lost_write_is_found() {
+    fn a_lost_write_is_detected() {
         let stream = &Stream::all(7, SECTORS, 1)[0];
         let mut disk = Disk::new();
         disk.make(stream, 0..50);
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_or_misplaced_or_foreign_sector_is_found() {
+    fn a_torn_or_misplaced_sector_is_detected() {
         let streams = Stream::all(7, SECTORS, 2);
         let fresh = || {
             let mut disk = Disk::new();

@@ -1,21 +1,23 @@
-//! Saving microVMs, and going on with them in other monitors.
+//! Saving microVMs, and restoring them in other monitors.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::api::{ApiClient, Response};
-use crate::guest::{SOON, Transport, vmm_path};
+use crate::disks::with;
+use crate::guest::{BOOT_TIMEOUT, TIMEOUT, Transport, vmm_path};
 use crate::vmm::{Vmm, VmmBuilder};
 
-/// Where a snapshot is: two files.
+/// The two files of a snapshot.
 #[derive(Debug, Clone)]
 pub struct Files {
-    /// The state.
+    /// The state file.
     pub state: PathBuf,
-    /// The memory.
+    /// The memory file.
     pub memory: PathBuf,
 }
 
@@ -31,7 +33,7 @@ impl Files {
         json!({"snapshot_path": self.state, "mem_file_path": self.memory, "snapshot_type": kind})
     }
 
-    /// The body of a `PUT /snapshot/load` that lets the guest run.
+    /// The body of a `PUT /snapshot/load` that resumes the guest.
     pub fn load(&self) -> Value {
         json!({
             "snapshot_path": self.state,
@@ -41,29 +43,51 @@ impl Files {
     }
 }
 
-/// Lets the guest stand still.
+/// Pauses the guest.
 pub fn pause(api: &mut ApiClient) -> Result<()> {
     api.patch("/vm", &json!({"state": "Paused"}))?.ok().map(drop)
 }
 
-/// Lets it go on.
+/// Resumes the guest.
 pub fn resume(api: &mut ApiClient) -> Result<()> {
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok().map(drop)
 }
 
-/// A monitor that has nothing yet, for guests with devices on that transport.
-pub fn empty(transport: Transport) -> Result<(Vmm, ApiClient)> {
+/// A monitor without a configured guest, for devices on that transport.
+pub fn unconfigured(transport: Transport) -> Result<(Vmm, ApiClient)> {
     let args = transport.args().iter();
     let vmm = args.fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg).spawn()?;
-    let api = vmm.ready_client(SOON)?;
+    let api = vmm.ready_client(TIMEOUT)?;
     Ok((vmm, api))
 }
 
-/// A new monitor that goes on with a snapshot. Its guest speaks to its standard output.
-pub fn go_on(transport: Transport, load: &Value) -> Result<(Vmm, ApiClient)> {
-    let (vmm, mut api) = empty(transport)?;
+/// Restores a snapshot in a new monitor, with the guest's output on its standard output.
+pub fn restore(transport: Transport, load: &Value) -> Result<(Vmm, ApiClient)> {
+    let (vmm, mut api) = unconfigured(transport)?;
     api.put("/snapshot/load", load).and_then(Response::ok).context("/snapshot/load")?;
     Ok((vmm, api))
+}
+
+/// Waits until the live snapshot has ended. Returns its last description.
+pub fn wait_for_live_snapshot(api: &mut ApiClient) -> Result<Value> {
+    let deadline = Instant::now() + BOOT_TIMEOUT;
+    loop {
+        let job = api.get("/snapshot/job")?.ok()?.json()?;
+        if job["state"] != "Running" {
+            return Ok(job);
+        }
+        ensure!(Instant::now() < deadline, "the live snapshot has not ended: {job}");
+        // There is no notification.
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// Saves a running guest, and waits until that is done.
+pub fn save_live(api: &mut ApiClient, create: &Value) -> Result<()> {
+    api.put("/snapshot/create", &with(create.clone(), &json!({"live": true})))?.ok()?;
+    let job = wait_for_live_snapshot(api)?;
+    ensure!(job["state"] == "Done", "{job}");
+    Ok(())
 }
 
 /// A copy of a file with its holes.
@@ -73,7 +97,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<PathBuf> {
         let (source, target) = (File::open(from)?, File::create(to)?);
         target.set_len(source.metadata()?.len())?;
         let mut at = 0;
-        // Past the last of its data there is ENXIO.
+        // ENXIO: no more data.
         while let Ok(start) = seek(&source, SeekFrom::Data(at)) {
             let end = seek(&source, SeekFrom::Hole(start))?;
             seek(&source, SeekFrom::Start(start))?;
@@ -94,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_copy_has_the_same_bytes_and_takes_no_more_space() {
+    fn a_copy_keeps_bytes_and_holes() {
         let dir = tempfile::tempdir().unwrap();
         let from = dir.path().join("from");
         let file = File::create(&from).unwrap();

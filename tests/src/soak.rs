@@ -1,16 +1,16 @@
-//! Longer runs of tests that repeat something: `cargo xtask soak`.
+//! How often tests repeat something: more in `cargo xtask soak`.
 
 use std::num::NonZeroU32;
 
-/// How many times as long a run is: set by `cargo xtask soak`.
+/// The factor for repetitions, which `cargo xtask soak` sets.
 pub const SOAK: &str = "VESTA_SOAK";
 
-/// How many times as long this run is than `cargo xtask test`: 1 there.
+/// The factor for repetitions; 1 in `cargo xtask test`.
 pub fn factor() -> u32 {
     parse(std::env::var(SOAK).ok().as_deref())
 }
 
-/// How often a test repeats what it does `rounds` times in `cargo xtask test`.
+/// The number of repetitions, for a test that has `rounds` in `cargo xtask test`.
 pub fn rounds(rounds: u64) -> u64 {
     rounds.saturating_mul(factor().into())
 }
@@ -27,14 +27,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_the_variable_a_run_is_as_long_as_ever() {
+    fn the_factor_defaults_to_one() {
         assert_eq!(parse(None), 1);
         assert_eq!(parse(Some("20")), 20);
     }
 
     #[test]
     #[should_panic(expected = "VESTA_SOAK is 0")]
-    fn no_rounds_at_all_are_refused() {
+    fn a_factor_of_zero_is_refused() {
         parse(Some("0"));
     }
 }

@@ -1,26 +1,26 @@
-//! How long a host stood still: what to take off where time is measured on a machine that others use, or that is emulated.
+//! Stalls of the host, to subtract from times that are measured on a busy or emulated machine.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long the watch sleeps at a time.
+/// How long the watching thread sleeps at a time.
 const NAP: Duration = Duration::from_millis(5);
-/// A nap that is longer than it should be by more than this was a stall.
+/// A sleep that is longer than requested by more than this was a stall.
 const LATE: Duration = Duration::from_millis(10);
 
 /// Watches for stalls until it is dropped.
 #[derive(Debug)]
 pub struct Stalls {
-    /// When each was over, and how long it was.
+    /// The end and the length of each stall.
     seen: Arc<Mutex<Vec<(Instant, Duration)>>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Stalls {
-    /// Begins to watch, on the processors of the thread that calls.
+    /// Starts watching, on the processors of the calling thread.
     pub fn watch() -> Stalls {
         let (seen, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
         let (to, until) = (Arc::clone(&seen), Arc::clone(&stop));
@@ -39,7 +39,7 @@ impl Stalls {
         Stalls { seen, stop, thread: Some(thread) }
     }
 
-    /// How much of the time from `from` to `to` it stood still.
+    /// How long the host was stalled between `from` and `to`.
     pub fn between(&self, from: Instant, to: Instant) -> Duration {
         let overlap = |&(end, len): &(Instant, Duration)| {
             end.min(to).saturating_duration_since(end.checked_sub(len).map_or(from, |start| start.max(from)))
@@ -52,7 +52,7 @@ impl Drop for Stalls {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // It does nothing that could fail.
+            // The thread cannot fail.
             let _ = thread.join();
         }
     }
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_part_of_a_stall_that_lies_in_the_span_counts() {
+    fn only_stalls_within_the_interval_count() {
         let stalls = Stalls::watch();
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);

@@ -1,13 +1,14 @@
-//! Bytes over TCP that say whether they came as they were sent: both ends of the network tests, on the host and in guests.
+//! Checked TCP transfers: both ends of the network tests, on the host and in guests.
 //!
-//! A client connects, sends a request of 17 bytes (a letter, a seed, a length), and then either sends so many bytes of the seed's sequence and
-//! reads a byte of judgement, or reads them and judges itself. A server serves any number of clients at a time.
+//! A client connects and sends a request of 17 bytes: a letter, a seed and a length. Then it either
+//! sends so many bytes of the seed's sequence and reads one byte of result, or reads and checks
+//! them itself. A server serves any number of clients at a time.
 
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
-/// Longest silence.
+/// The longest silence on a connection.
 const PATIENCE: Duration = Duration::from_mins(1);
 const UPLOAD: u8 = b'u';
 const DOWNLOAD: u8 = b'd';
@@ -33,7 +34,7 @@ impl Sequence {
     }
 }
 
-/// Sends `len` bytes and says how long it took until the other side had found them good.
+/// Sends `len` bytes. Returns the time until the other side has checked them.
 pub fn upload(to: impl ToSocketAddrs, seed: u64, len: u64) -> Result<Duration> {
     let mut stream = connect(to)?;
     let begun = Instant::now();
@@ -44,7 +45,7 @@ pub fn upload(to: impl ToSocketAddrs, seed: u64, len: u64) -> Result<Duration> {
     if verdict[0] == GOOD { Ok(begun.elapsed()) } else { Err(wrong("the other side got other bytes")) }
 }
 
-/// Asks for `len` bytes, checks them, and says how long it took.
+/// Requests `len` bytes and checks them. Returns the time that took.
 pub fn download(from: impl ToSocketAddrs, seed: u64, len: u64) -> Result<Duration> {
     let mut stream = connect(from)?;
     let begun = Instant::now();
@@ -53,18 +54,18 @@ pub fn download(from: impl ToSocketAddrs, seed: u64, len: u64) -> Result<Duratio
     Ok(begun.elapsed())
 }
 
-/// Serves clients for ever, each on a thread of its own.
+/// Serves clients without end, each on a thread of its own.
 pub fn serve(listener: &TcpListener) {
     for stream in listener.incoming().flatten() {
         std::thread::spawn(move || {
-            // The client hears of it, or is gone.
+            // The client sees the error too, or has closed.
             let _ = answer(stream);
         });
     }
 }
 
 fn answer(mut stream: TcpStream) -> Result<()> {
-    patient(&stream)?;
+    set_timeouts(&stream)?;
     let mut request = [0; 17];
     stream.read_exact(&mut request)?;
     let number =
@@ -83,11 +84,11 @@ fn answer(mut stream: TcpStream) -> Result<()> {
 fn connect(to: impl ToSocketAddrs) -> Result<TcpStream> {
     let address = to.to_socket_addrs()?.next().ok_or(ErrorKind::AddrNotAvailable)?;
     let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    patient(&stream)?;
+    set_timeouts(&stream)?;
     Ok(stream)
 }
 
-fn patient(stream: &TcpStream) -> Result<()> {
+fn set_timeouts(stream: &TcpStream) -> Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))
 }
@@ -135,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_go_both_ways_and_are_found_good() {
+    fn transfers_in_both_directions_are_accepted() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         std::thread::spawn(move || serve(&listener));
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn another_byte_is_noticed() {
+    fn a_changed_byte_is_detected() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         std::thread::spawn(move || {

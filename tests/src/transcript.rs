@@ -1,4 +1,4 @@
-//! What a process says, kept as it comes, with the time at which it came.
+//! The output of a process, recorded with the time of each line.
 
 use std::io::Read;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// One output stream of a process, taken by a thread of its own until the stream closes.
+/// One output stream of a process, which a thread reads until it closes.
 #[derive(Debug, Clone)]
 pub struct Transcript {
     shared: Arc<(Mutex<State>, Condvar)>,
@@ -15,12 +15,12 @@ pub struct Transcript {
 #[derive(Debug, Default)]
 struct State {
     bytes: Vec<u8>,
-    /// The length of `bytes` after each chunk, and when it came.
+    /// The length of `bytes` after each chunk, and its time of arrival.
     arrivals: Vec<(usize, Instant)>,
     closed: bool,
 }
 
-/// A line with the time at which its end came.
+/// A line with its time of arrival.
 #[derive(Debug, Clone)]
 pub struct Line {
     /// When its last byte was read.
@@ -30,7 +30,7 @@ pub struct Line {
 }
 
 impl Transcript {
-    /// Takes what comes from `stream`. Shows each line on standard error, behind `label`, where there is one.
+    /// Records `stream`. With a `label`, prints each line on standard error, after the label.
     pub fn of(mut stream: impl Read + Send + 'static, label: Option<&'static str>) -> Transcript {
         let transcript = Transcript { shared: Arc::default() };
         let writer = transcript.clone();
@@ -60,7 +60,7 @@ impl Transcript {
         self.shared.1.notify_all();
     }
 
-    /// Shows the whole lines after `from`; returns up to where.
+    /// Prints the complete lines after `from`; returns their end.
     fn show(&self, label: &str, from: usize, last: bool) -> usize {
         let text = self.lock().bytes[from..].to_vec();
         let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
@@ -75,32 +75,32 @@ impl Transcript {
         self.shared.0.lock().expect("no thread panics with it")
     }
 
-    /// All that came so far.
+    /// The output so far.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.lock().bytes).into_owned()
     }
 
-    /// How many bytes came so far.
+    /// The number of bytes so far.
     pub fn len(&self) -> usize {
         self.lock().bytes.len()
     }
 
-    /// Whether nothing came so far.
+    /// Whether there is no output so far.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The whole lines so far, each with its time.
+    /// The complete lines so far.
     pub fn lines(&self) -> Vec<Line> {
         self.lock().lines(0)
     }
 
-    /// Waits for a whole line that has `text` in it, and returns the first.
+    /// Waits for a complete line that contains `text`, and returns the first.
     pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<Line> {
         self.wait_for_after(0, text, timeout)
     }
 
-    /// The same, looking only at lines that begin at byte `from` or later.
+    /// The same, for lines that begin at byte `from` or later.
     pub fn wait_for_after(&self, from: usize, text: &str, timeout: Duration) -> Result<Line> {
         self.wait(&format!("{text:?}"), timeout, |state| {
             state.lines(from).into_iter().find(|line| line.text.contains(text))
@@ -112,7 +112,7 @@ impl Transcript {
         self.wait("more output", timeout, |state| (state.bytes.len() > len).then_some(()))
     }
 
-    /// Waits until the stream is closed, and returns all that came.
+    /// Waits until the stream is closed, and returns all output.
     pub fn wait_for_end(&self, timeout: Duration) -> Result<String> {
         self.wait("the end of the output", timeout, |state| {
             state.closed.then(|| String::from_utf8_lossy(&state.bytes).into_owned())
@@ -128,10 +128,10 @@ impl Transcript {
             }
             let so_far = || String::from_utf8_lossy(&state.bytes).into_owned();
             if state.closed {
-                bail!("the output ended without {what}; it was:\n{}", so_far());
+                bail!("output ended without {what}; output:\n{}", so_far());
             }
             let Some(left) = deadline.checked_duration_since(Instant::now()) else {
-                bail!("{what} did not come within {timeout:?}; the output so far:\n{}", so_far());
+                bail!("no {what} within {timeout:?}; output so far:\n{}", so_far());
             };
             state = self.shared.1.wait_timeout(state, left).expect("no thread panics with it").0;
         }
@@ -139,7 +139,8 @@ impl Transcript {
 }
 
 impl State {
-    /// The lines that begin at byte `from` or later and are whole: ended by a line break, or by the stream's end.
+    /// The complete lines that begin at byte `from` or later. A line ends with a line break or the
+    /// stream.
     fn lines(&self, from: usize) -> Vec<Line> {
         let mut lines = Vec::new();
         let mut start = 0;
@@ -161,7 +162,7 @@ impl State {
         lines
     }
 
-    /// When the first `len` bytes had come.
+    /// The time at which the first `len` bytes had arrived.
     fn arrival(&self, len: usize) -> Instant {
         let index = self.arrivals.partition_point(|(reached, _)| *reached < len);
         self.arrivals[index].1
@@ -180,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_found_when_it_is_whole() {
+    fn a_line_is_found_when_it_is_complete() {
         use std::io::Write;
         let (mut writer, transcript) = transcript();
         writer.write_all(b"one\r\nhello wor").unwrap();
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_before_a_mark_are_not_looked_at() {
+    fn lines_before_the_start_are_skipped() {
         use std::io::Write;
         let (mut writer, transcript) = transcript();
         writer.write_all(b"tick 1\n").unwrap();
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_the_stream_ends_the_wait_and_the_last_line() {
+    fn the_end_of_the_stream_ends_the_last_line() {
         use std::io::Write;
         let (mut writer, transcript) = transcript();
         writer.write_all(b"all there was").unwrap();
@@ -213,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_the_time_of_its_end() {
+    fn a_line_has_the_time_of_its_last_byte() {
         use std::io::Write;
         let (mut writer, transcript) = transcript();
         writer.write_all(b"first\n").unwrap();

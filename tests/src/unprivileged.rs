@@ -1,6 +1,6 @@
-//! Programs of a user who is nobody: not root, without any capability, and without a way to one.
+//! Programs of the user `nobody`, without capabilities or a way to gain any.
 //!
-//! What they are to use lies where they can read it: a directory of theirs, with copies of what is elsewhere.
+//! They run in a directory of their own, with copies of the files that they need.
 
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -12,21 +12,21 @@ use anyhow::{Context, Result, ensure};
 use crate::guest::vmm_path;
 use crate::vmm::VmmBuilder;
 
-/// Who it is: `nobody`, who owns no file.
+/// The user `nobody`.
 const USER: u32 = 65534;
 const KVM: &str = "/dev/kvm";
-/// Reading and writing, for a group and for others.
+/// Permission to read and write, for a group and for others.
 const GROUP: u32 = 0o060;
 const OTHERS: u32 = 0o006;
 
-/// `program` with no rights, which ends when the thread that starts it does.
+/// `program` without privileges. It is killed when the thread that starts it ends.
 pub fn command(program: &str) -> Command {
     let mut command = Command::new("setpriv");
     command.args(arguments("--clear-groups")).arg(program);
     command
 }
 
-/// What `setpriv` is told, before the program. `groups` is what it is to do about these.
+/// The arguments of `setpriv` before the program. `groups` is its option for groups.
 fn arguments(groups: &str) -> [String; 7] {
     [
         format!("--reuid={USER}"),
@@ -35,17 +35,17 @@ fn arguments(groups: &str) -> [String; 7] {
         "--bounding-set=-all".to_owned(),
         "--inh-caps=-all".to_owned(),
         "--no-new-privs".to_owned(),
-        // The kernel forgets what was set before the user changed.
+        // The kernel clears the parent-death signal when the user changes.
         "--pdeathsig=KILL".to_owned(),
     ]
 }
 
-/// Makes `dir` the user's.
+/// Gives `dir` to the user.
 pub fn give(dir: &Path) -> Result<()> {
     chown(dir, Some(USER), Some(USER)).with_context(|| dir.display().to_string())
 }
 
-/// A copy of a file in `dir` that the user can read and run.
+/// Copies a file to `dir`, where the user can read and run it.
 pub fn copy(file: &Path, dir: &Path) -> Result<PathBuf> {
     let to = dir.join(file.file_name().context("a file with a name")?);
     std::fs::copy(file, &to).with_context(|| file.display().to_string())?;
@@ -53,7 +53,8 @@ pub fn copy(file: &Path, dir: &Path) -> Result<PathBuf> {
     Ok(to)
 }
 
-/// Lets the user use KVM until it is dropped: where a group may, as a member of that, else by opening it to all.
+/// Lets the user open `/dev/kvm` until it is dropped: as a member of its group, or by permissions
+/// for others.
 #[derive(Debug)]
 pub struct KvmAccess {
     groups: String,
@@ -61,7 +62,7 @@ pub struct KvmAccess {
 }
 
 impl KvmAccess {
-    /// Needs root.
+    /// Grants the access. Needs root.
     pub fn new() -> Result<KvmAccess> {
         let file = std::fs::metadata(KVM).context(KVM)?;
         let (mode, group) = (file.mode(), file.gid());
@@ -69,7 +70,7 @@ impl KvmAccess {
         if allows(OTHERS) {
             return Ok(KvmAccess { groups: "--clear-groups".into(), before: None });
         }
-        // The group of root is a right, too.
+        // The group of root would be a privilege.
         if allows(GROUP) && group != 0 {
             return Ok(KvmAccess { groups: format!("--groups={group}"), before: None });
         }
@@ -77,7 +78,7 @@ impl KvmAccess {
         Ok(KvmAccess { groups: "--clear-groups".into(), before: Some(file.permissions()) })
     }
 
-    /// The monitor under test, in a directory of the user's.
+    /// The monitor under test, in a directory of the user.
     pub fn vmm(&self) -> Result<VmmBuilder> {
         let builder = VmmBuilder::new(Path::new("setpriv"))?;
         give(builder.dir())?;
@@ -96,7 +97,7 @@ impl Drop for KvmAccess {
     }
 }
 
-/// Sees that the kernel knows a process as the user's, who cannot become another.
+/// Checks that a process belongs to the user and cannot change that.
 pub fn check_is_nobody(pid: u32) -> Result<()> {
     let status = Status::of(pid)?;
     for id in ["Uid", "Gid"] {
@@ -107,7 +108,7 @@ pub fn check_is_nobody(pid: u32) -> Result<()> {
     Ok(())
 }
 
-/// Sees that the kernel knows a process as one without capabilities. (They may be those of a user namespace of its own.)
+/// Checks that a process has no capabilities. (It may have some in a user namespace of its own.)
 pub fn check_has_no_capability(pid: u32) -> Result<()> {
     let status = Status::of(pid)?;
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
@@ -117,7 +118,7 @@ pub fn check_has_no_capability(pid: u32) -> Result<()> {
     Ok(())
 }
 
-/// `/proc/PID/status`
+/// The content of `/proc/PID/status`.
 struct Status(String);
 
 impl Status {

@@ -1,4 +1,4 @@
-//! The monitor under test, as a process.
+//! The monitor under test as a process.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -18,7 +18,7 @@ use crate::api::ApiClient;
 use crate::process::{die_with_parent, without_io_uring};
 use crate::transcript::{Line, Transcript};
 
-/// A monitor to be: its arguments, and the directory that it runs in.
+/// A builder of monitors: arguments and a directory to run in.
 #[derive(Debug)]
 pub struct VmmBuilder {
     program: PathBuf,
@@ -32,8 +32,7 @@ pub struct VmmBuilder {
     input: Input,
 }
 
-/// The file in a monitor's directory that takes its standard output: see
-/// [`VmmBuilder::stdout_to_file`].
+/// The file in a monitor's directory for its standard output: see [`VmmBuilder::stdout_to_file`].
 pub const STDOUT: &str = "stdout";
 
 /// A monitor's standard input.
@@ -44,7 +43,7 @@ enum Input {
 }
 
 impl VmmBuilder {
-    /// The monitor at this path, without arguments, in a new directory.
+    /// A monitor at this path, without arguments, in a new directory.
     pub fn new(program: &Path) -> Result<VmmBuilder> {
         let dir = tempfile::Builder::new()
             .prefix("vesta-test-")
@@ -63,7 +62,7 @@ impl VmmBuilder {
         })
     }
 
-    /// The directory that it will run in, for files that its arguments name.
+    /// The directory that it runs in, for files that its arguments name.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
@@ -94,14 +93,14 @@ impl VmmBuilder {
         Ok(self.arg("--config-file").arg(file))
     }
 
-    /// Runs under another name (`argv[0]`).
+    /// Runs it under another name (`argv[0]`).
     #[must_use]
     pub fn with_name(mut self, name: &str) -> VmmBuilder {
         self.name = Some(name.into());
         self
     }
 
-    /// Leaves it this descriptor, which is closed here once it runs. Returns its number.
+    /// Lets it inherit this descriptor, which is closed here once it runs. Returns the number.
     pub fn inherit(&mut self, fd: OwnedFd) -> Result<RawFd> {
         rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty()).context("a descriptor to be inherited")?;
         let number = fd.as_raw_fd();
@@ -109,24 +108,24 @@ impl VmmBuilder {
         Ok(number)
     }
 
-    /// Does not show on standard error what it says.
+    /// Does not print its output on standard error.
     #[must_use]
     pub fn quiet(mut self) -> VmmBuilder {
         self.show = false;
         self
     }
 
-    /// Its standard output goes to the file [`STDOUT`] in its directory, which has nothing but what
-    /// the guest says: its log goes to another.
+    /// Sends its standard output to the file [`STDOUT`] in its directory, and its log to another
+    /// file, so that the first has only the guest's output.
     pub fn stdout_to_file(mut self) -> Result<VmmBuilder> {
         let log = self.dir.path().join("log");
-        // Some monitors do not make it.
+        // Some monitors do not create it.
         std::fs::write(&log, "").with_context(|| log.display().to_string())?;
         self.stdout_to_file = true;
         Ok(self.arg("--log-path").arg(log))
     }
 
-    /// Runs as on a kernel without `io_uring`.
+    /// Runs it as on a kernel without `io_uring`.
     #[must_use]
     pub fn without_io_uring(mut self) -> VmmBuilder {
         self.io_uring = false;
@@ -177,7 +176,8 @@ impl VmmBuilder {
 pub struct Vmm {
     child: Child,
     started: Instant,
-    /// Its standard output: the guest's serial console and, unless configured otherwise, its own log.
+    /// Its standard output: the guest's serial console and, unless configured otherwise, its own
+    /// log.
     pub stdout: Transcript,
     /// Its standard error.
     pub stderr: Transcript,
@@ -212,19 +212,19 @@ impl Vmm {
         Ok(client)
     }
 
-    /// Waits for a line of its standard output that has `text` in it.
+    /// Waits for a line of its standard output that contains `text`.
     pub fn wait_for_output(&self, text: &str, timeout: Duration) -> Result<String> {
         Ok(self.wait_for_line(text, timeout)?.text)
     }
 
-    /// The same, with the time at which the line came.
+    /// The same; returns also the line's time of arrival.
     pub fn wait_for_line(&self, text: &str, timeout: Duration) -> Result<Line> {
         self.stdout.wait_for(text, timeout).map_err(|error| self.with_errors(error))
     }
 
     fn with_errors(&self, error: anyhow::Error) -> anyhow::Error {
         let errors = self.stderr.text();
-        if errors.is_empty() { error } else { error.context(format!("it said on standard error:\n{errors}")) }
+        if errors.is_empty() { error } else { error.context(format!("standard error:\n{errors}")) }
     }
 
     /// Sends it a signal.
@@ -232,32 +232,33 @@ impl Vmm {
         rustix::process::kill_process(Pid::from_child(&self.child), signal).context("cannot send the signal")
     }
 
-    /// Whether it still runs.
+    /// Whether it is still running.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_none())
     }
 
-    /// Waits for its end.
+    /// Waits for it to end.
     pub fn exit_status(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty());
-        // Where it is gone and waited for already, its status is known.
+        // If it was waited for already, its status is known.
         if let Ok(pidfd) = pidfd {
             let timeout = Timespec::try_from(timeout).context("the time limit")?;
             if poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timeout))? == 0 {
-                bail!("it still runs; it said:\n{}\n{}", self.stdout.text(), self.stderr.text());
+                bail!("still running; output:\n{}\n{}", self.stdout.text(), self.stderr.text());
             }
         }
         Ok(self.child.wait()?)
     }
 
-    /// Waits for its end; the exit code, or an error where a signal ended it.
+    /// Waits for it to end. Returns its exit code, or an error if a signal killed it.
     pub fn exit_code(&mut self, timeout: Duration) -> Result<i32> {
         let status = self.exit_status(timeout)?;
         let signal = status.signal().unwrap_or_default();
-        status.code().with_context(|| format!("signal {signal} ended it; it said:\n{}", self.stderr.text()))
+        status.code().with_context(|| format!("killed by signal {signal}; output:\n{}", self.stderr.text()))
     }
 
-    /// Waits for its end, and returns its exit code and all that it said: standard output, then standard error.
+    /// Waits for it to end. Returns its exit code and its output: standard output, then standard
+    /// error.
     pub fn finish(&mut self, timeout: Duration) -> Result<(i32, String)> {
         let code = self.exit_code(timeout)?;
         let output = self.stdout.wait_for_end(timeout)?;
@@ -265,7 +266,7 @@ impl Vmm {
         Ok((code, output + &errors))
     }
 
-    /// The processor time that one of its threads has used, by the thread's name. `None` where it has no such thread.
+    /// The processor time of one of its threads, by name; `None` if there is no such thread.
     pub fn thread_time(&self, name: &str) -> Result<Option<Duration>> {
         Ok(self.threads()?.into_iter().find(|thread| thread.name == name).map(|thread| thread.time))
     }
@@ -282,10 +283,10 @@ impl Vmm {
         let mut threads = Vec::new();
         for entry in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
             let entry = entry?;
-            // A thread may end while we look.
+            // The thread may have ended.
             let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
             let mut thread = Thread::parse(&stat).with_context(|| format!("cannot read {stat:?}"))?;
-            // In nanoseconds, where the kernel counts them.
+            // In nanoseconds, if the kernel counts them.
             let precise = std::fs::read_to_string(entry.path().join("schedstat")).ok();
             let nanos = precise.and_then(|text| text.split_whitespace().next()?.parse().ok());
             thread.time = nanos.map_or(thread.time, |nanos| thread.time.max(Duration::from_nanos(nanos)));
@@ -297,7 +298,7 @@ impl Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        // It may have ended already.
+        // It may have ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -310,18 +311,18 @@ pub struct Thread {
     pub id: u32,
     /// Its name.
     pub name: String,
-    /// The processor time that it has used; for a vCPU, the guest's too. In steps of 10 ms where the kernel
-    /// does not count nanoseconds.
+    /// Its processor time; for a vCPU including the guest's. In steps of 10 ms if the kernel does
+    /// not count nanoseconds.
     pub time: Duration,
 }
 
 impl Thread {
-    /// Reads `/proc/PID/task/TID/stat`.
+    /// Parses `/proc/PID/task/TID/stat`.
     fn parse(stat: &str) -> Option<Thread> {
         let (before, after) = stat.rsplit_once(')')?;
         let (id, name) = before.split_once('(')?;
         let mut fields = after.split_whitespace();
-        // proc(5) counts from 1 and the name is field 2: utime is field 14, stime 15.
+        // In proc(5) the name is field 2, utime field 14 and stime field 15.
         let user: u64 = fields.nth(11)?.parse().ok()?;
         let system: u64 = fields.next()?.parse().ok()?;
         let ticks_per_second = rustix::param::clock_ticks_per_second();
@@ -341,27 +342,27 @@ mod tests {
     }
 
     #[test]
-    fn all_that_it_said_is_there_with_its_status() {
-        let (code, said) = shell("echo out; echo err >&2; exit 152").finish(LONG).unwrap();
-        assert_eq!((code, said.as_str()), (152, "out\nerr\n"));
+    fn finish_returns_status_and_all_output() {
+        let (code, printed) = shell("echo out; echo err >&2; exit 152").finish(LONG).unwrap();
+        assert_eq!((code, printed.as_str()), (152, "out\nerr\n"));
     }
 
     #[test]
-    fn an_end_by_a_signal_is_no_exit_code() {
+    fn death_by_a_signal_is_no_exit_code() {
         let error = shell("echo why >&2; kill -9 $$").exit_code(LONG).unwrap_err().to_string();
-        assert!(error.starts_with("signal 9"), "{error}");
+        assert!(error.starts_with("killed by signal 9"), "{error}");
     }
 
     #[test]
-    fn a_process_that_does_not_end_is_an_error_that_says_so() {
+    fn a_process_that_does_not_end_is_an_error() {
         let mut vmm = shell("echo here; exec sleep 1000");
         vmm.wait_for_output("here", LONG).unwrap();
         let error = vmm.exit_status(Duration::from_millis(20)).unwrap_err().to_string();
-        assert!(error.contains("still runs") && error.contains("here"), "{error}");
+        assert!(error.contains("still running") && error.contains("here"), "{error}");
     }
 
     #[test]
-    fn nothing_is_left_after_a_drop() {
+    fn dropping_removes_process_and_directory() {
         let vmm = shell("echo here; exec sleep 1000");
         vmm.wait_for_output("here", LONG).unwrap();
         let (pid, dir) = (vmm.pid(), vmm.dir().to_owned());

@@ -1,4 +1,4 @@
-//! What programs on the host and the guest's `guest-vsock` say to each other.
+//! The protocol between programs on the host and `guest-vsock` in the guest.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -7,21 +7,21 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-/// What the guest serves, by port.
+/// The ports that `guest-vsock serve` serves.
 pub mod port {
-    /// Sends back what comes.
+    /// Echoes bytes.
     pub const ECHO: u32 = 1;
-    /// Takes all to the end, then sends its length (64 bits, little-endian).
+    /// Reads to the end, then sends the length (64 bits, little-endian).
     pub const SINK: u32 = 2;
-    /// Reads a length (64 bits, little-endian), and sends so many bytes.
+    /// Reads a length (64 bits, little-endian), then sends so many bytes.
     pub const SOURCE: u32 = 3;
-    /// Reads a number and a length (32 bits each), then both ways at once.
+    /// Reads a number and a length (32 bits each), then transfers in both directions at once.
     pub const DUPLEX: u32 = 4;
-    /// Reads to the end, then answers.
+    /// Reads to the end, then sends an answer.
     pub const ANSWER: u32 = 5;
-    /// Takes nothing.
+    /// Reads nothing.
     pub const LAZY: u32 = 6;
-    /// Sends back messages.
+    /// Echoes messages.
     pub const MESSAGES: u32 = 7;
     /// Reads a length (64 bits, little-endian) and so many bytes, then sends that length back: for
     /// devices without half-closed connections.
@@ -31,18 +31,19 @@ pub mod port {
     pub const LATE: u32 = 9;
     /// See [`LATE`].
     pub const LATE_GATE: u32 = 96;
-    /// Nobody.
-    pub const NOBODY: u32 = 99;
+    /// Nothing listens here.
+    pub const UNUSED: u32 = 99;
 }
 
-/// The way of bytes that the guest sends.
+/// The direction of bytes that the guest sends.
 pub const FROM_GUEST: u64 = 1;
-/// The way of bytes that the host sends.
+/// The direction of bytes that the host sends.
 pub const FROM_HOST: u64 = 2;
 
 const PIECE: usize = 16 << 10;
 
-/// The bytes from `at` on of what stream `index` carries one `way`: random enough that none can be missing or in another's place.
+/// The bytes from `at` on of stream `index` in one direction. They are random enough to detect
+/// missing and misplaced bytes.
 fn fill(piece: &mut [u8], index: u32, way: u64, at: u64) {
     for (word, chunk) in (at / 8..).zip(piece.chunks_mut(8)) {
         let mut mixed = word ^ (u64::from(index) << 40) ^ (way << 60);
@@ -52,7 +53,7 @@ fn fill(piece: &mut [u8], index: u32, way: u64, at: u64) {
     }
 }
 
-/// Sends the `bytes` that stream `index` carries one `way`.
+/// Sends the bytes of stream `index` in one direction.
 pub fn transmit(mut to: impl Write, index: u32, way: u64, bytes: u32) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     for at in (0..bytes as usize).step_by(PIECE) {
@@ -63,7 +64,7 @@ pub fn transmit(mut to: impl Write, index: u32, way: u64, bytes: u32) -> io::Res
     Ok(())
 }
 
-/// Reads to the end, and compares with what should come.
+/// Reads to the end, and compares with the bytes of stream `index` in one direction.
 pub fn receive(mut from: impl Read, index: u32, way: u64, bytes: u32) -> io::Result<()> {
     let (mut got, mut wanted) = (vec![0; PIECE], vec![0; PIECE]);
     for at in (0..bytes as usize).step_by(PIECE) {
@@ -83,17 +84,17 @@ pub fn receive(mut from: impl Read, index: u32, way: u64, bytes: u32) -> io::Res
 /// Longest wait for anything on a connection.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Connects to a port of the guest whose vsock device has its socket at `path`. Refused: the stream is at its end.
+/// Connects to a port of the guest whose vsock device has its socket at `path`.
 pub fn connect(path: &Path, port: u32) -> Result<UnixStream> {
     try_connect(path, port)?.with_context(|| format!("the guest refuses port {port}"))
 }
 
-/// As [`connect`]; `None` where the guest refuses.
+/// As [`connect`]; `None` if the guest refuses the connection.
 pub fn try_connect(path: &Path, port: u32) -> Result<Option<UnixStream>> {
     try_connect_within(path, port, PATIENCE)
 }
 
-/// As [`try_connect`], with this limit for each wait on the connection.
+/// As [`try_connect`], with this time limit for each read and write.
 pub fn try_connect_within(path: &Path, port: u32, limit: Duration) -> Result<Option<UnixStream>> {
     let mut stream = UnixStream::connect(path).with_context(|| path.display().to_string())?;
     stream.set_read_timeout(Some(limit))?;
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_sent_is_what_is_expected_and_nothing_else_is() {
+    fn sent_bytes_are_accepted_and_others_refused() {
         for bytes in [0, 1, 7, 8, 100_003] {
             let mut sent = Vec::new();
             transmit(&mut sent, 3, FROM_HOST, bytes).unwrap();

@@ -1,4 +1,5 @@
-//! Drives that are set, changed and emptied: the API, new disks under a running guest, read-only ones, and space that is given back.
+//! Drives that are set, patched and emptied: the API, new disks under a running guest, read-only
+//! drives and discards.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -7,22 +8,22 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::disks::{DiskGuest, MIB, bytes_at, disk, drive, said, space_of, with};
-use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, start, vmm_path};
+use vesta_tests::disks::{DiskGuest, MIB, bytes_at, disk, drive, output_of, space_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, TIMEOUT, Transport, start, vmm_path};
 use vesta_tests::host_devices::{LoopDevice, NullDevice, SmallFs};
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::VmmBuilder;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
-/// PATCHes a drive to this path.
+/// Patches a drive to this path.
 fn change(api: &mut ApiClient, id: &str, path: &Path) -> Result<()> {
     api.patch(&format!("/drives/{id}"), &json!({"drive_id": id, "path_on_host": path}))?.ok().map(drop)
 }
 
 on_each_transport! {
-    /// As a pool of empty drives is used: one that has no size yet becomes a real one, and that another, and that grows.
-    fn a_patched_path_is_another_disk_at_once(transport) {
+    /// A drive without a size gets a real disk, then another disk, then one that has grown.
+    fn a_patched_path_takes_effect_at_once(transport) {
         let script = "\
             is() { until [ $(cat /sys/block/vda/size) = $1 ]; do usleep 10000; done; }\n\
             is 0; echo EMPTY\n\
@@ -37,8 +38,8 @@ on_each_transport! {
         let guest = DiskGuest::new(transport)?;
         let empty = disk(guest.dir(), "empty", 0)?;
         let mut vmm = guest.drive(drive("pool", &empty)).drive(drive("other", &empty)).run(script)?;
-        vmm.wait_for_output("EMPTY", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("EMPTY", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let missing = api.patch("/drives/pool", &json!({"drive_id": "pool", "path_on_host": "/nowhere"}))?;
         ensure!(missing.status == 400 && missing.fault().contains("/nowhere"), "{missing:?}");
         let (first, second) = (disk(vmm.dir(), "first", 4)?, disk(vmm.dir(), "second", 1)?);
@@ -46,36 +47,36 @@ on_each_transport! {
             File::options().write(true).open(path)?.write_all(text.as_bytes())?;
         }
         change(&mut api, "pool", &first)?;
-        vmm.wait_for_output("FIRST HELLO", BOOT)?;
+        vmm.wait_for_output("FIRST HELLO", BOOT_TIMEOUT)?;
         change(&mut api, "pool", &second)?;
-        vmm.wait_for_output("SECOND WORLDS", BOOT)?;
-        // The same path again makes a new size known.
+        vmm.wait_for_output("SECOND WORLDS", BOOT_TIMEOUT)?;
+        // The same path again reports a new size.
         File::options().write(true).open(&second)?.set_len(8 * MIB)?;
         change(&mut api, "pool", &second)?;
-        vmm.wait_for_output("GROWN", BOOT)?;
-        // And one with an overlay takes the place of one without.
+        vmm.wait_for_output("GROWN", BOOT_TIMEOUT)?;
+        // A disk with an overlay replaces one without.
         let base = vmm.dir().join("base");
         fs::write(&base, b"BASE".repeat(512 << 10))?;
         let overlay = vmm.dir().join("overlay");
         let overlaid = json!({"drive_id": "pool", "path_on_host": base, "overlay": {"path": overlay}});
         api.patch("/drives/pool", &overlaid)?.ok()?;
-        vmm.wait_for_output("OVERLAID BASE", BOOT)?;
-        vmm.wait_for_output("HOLDS NEW", BOOT)?;
+        vmm.wait_for_output("OVERLAID BASE", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("HOLDS NEW", BOOT_TIMEOUT)?;
         // The same disk again is no change.
         api.patch("/drives/pool", &overlaid)?.ok()?;
         change(&mut api, "pool", &base)?;
-        // It is in use: another drive cannot have it, and what was there stays.
+        // The disk is in use: another drive cannot use it, and keeps its own.
         let other = json!({"drive_id": "other", "path_on_host": base, "overlay": {"path": overlay}});
         let refused = api.patch("/drives/other", &other)?;
         ensure!(refused.status == 400 && refused.fault().contains("overlay"), "{refused:?}");
         ensure!(fs::read(&base)? == b"BASE".repeat(512 << 10), "the base has changed");
         change(&mut api, "other", &first)?;
-        let said = said(&mut vmm)?;
-        ensure!(said.contains("STILL NEW") && said.contains("LATER HELLO"), "{said}");
+        let output = output_of(&mut vmm)?;
+        ensure!(output.contains("STILL NEW") && output.contains("LATER HELLO"), "{output}");
         Ok(())
     }
 
-    fn a_read_only_drive_is_read_only_and_stays_so_with_another_disk(transport) {
+    fn a_read_only_drive_stays_read_only_with_another_disk(transport) {
         let script = "\
             echo RO $(cat /sys/block/vda/ro)\n\
             dd if=/dev/zero of=/dev/vda bs=512 count=1 oflag=direct 2>/dev/null || echo REFUSED\n\
@@ -89,12 +90,12 @@ on_each_transport! {
         fs::write(&first, vec![b'1'; 4 << 20])?;
         fs::write(&second, vec![b'2'; 1 << 20])?;
         let mut vmm = guest.drive(with(drive("ro", &first), &json!({"is_read_only": true}))).run(script)?;
-        vmm.wait_for_output("NOT DISCARDED", BOOT)?;
-        change(&mut vmm.ready_client(SOON)?, "ro", &second)?;
+        vmm.wait_for_output("NOT DISCARDED", BOOT_TIMEOUT)?;
+        change(&mut vmm.ready_client(TIMEOUT)?, "ro", &second)?;
         let unchanged = [(first, b'1'), (second, b'2')];
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         for mark in ["RO 1", "REFUSED", "NOT DISCARDED", "RO AGAIN 1", "REFUSED AGAIN"] {
-            ensure!(said.contains(mark), "no {mark}: {said}");
+            ensure!(output.contains(mark), "no {mark}: {output}");
         }
         for (path, byte) in unchanged {
             ensure!(fs::read(&path)?.iter().all(|&found| found == byte), "{} has changed", path.display());
@@ -102,8 +103,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Raw files and overlays. What is discarded of an overlay reads as zeros, not as what lies beneath.
-    fn what_the_guest_discards_is_given_back_to_the_host_and_reads_as_zeros(transport) {
+    /// Raw files and overlays. Discarded sectors of an overlay read as zeros, not as the base.
+    fn discarded_sectors_free_host_space_and_read_as_zeros(transport) {
         let fill = "dd if=/dev/zero bs=64k count=64 2>/dev/null | tr '\\0' x | dd of=/dev/vd$d bs=64k oflag=direct iflag=fullblock 2>/dev/null\n\
                     echo FULL vd$d $(dd if=/dev/vd$d bs=64k iflag=direct 2>/dev/null | tr -d -c x | wc -c)";
         let script = format!("\
@@ -126,12 +127,12 @@ on_each_transport! {
             }
             guest = guest.drive(with(drive(id, &path), &fields));
         }
-        let said = said(&mut guest.run(&script)?)?;
+        let output = output_of(&mut guest.run(&script)?)?;
         for (dev, zeros) in [("vda", 4), ("vdb", 4), ("vdc", 4), ("vdd", 4), ("vde", 1)] {
-            ensure!(said.contains(&format!("FULL {dev} 4194304")), "{said}");
-            ensure!(said.contains(&format!("ZEROS {dev} {}", zeros * MIB)), "{said}");
+            ensure!(output.contains(&format!("FULL {dev} 4194304")), "{output}");
+            ensure!(output.contains(&format!("ZEROS {dev} {}", zeros * MIB)), "{output}");
         }
-        ensure!(!said.contains("LIMITS 0") && !said.contains(" 0\r"), "{said}");
+        ensure!(!output.contains("LIMITS 0") && !output.contains(" 0\r"), "{output}");
         let space = |name| space_of(&keep.path().join(name));
         ensure!(space("a")? < MIB, "a discarded file takes {} bytes", space("a")?);
         ensure!(space("b")? >= 4 * MIB, "a zeroed file that was to keep its space takes {} bytes", space("b")?);
@@ -143,12 +144,12 @@ on_each_transport! {
         Ok(())
     }
 
-    fn drives_are_set_over_the_api_and_bad_ones_change_nothing(transport) {
+    fn drives_are_set_over_the_api_and_invalid_ones_refused(transport) {
         let builder = transport.args().iter().fold(VmmBuilder::new(&vmm_path())?, VmmBuilder::arg);
         let script = "echo SIZE $(cat /sys/block/vda/size)\npoweroff -f";
         let guest = Guest::linux(Kernel::Tuned, script, builder.dir())?;
         let mut vmm = builder.with_api().spawn()?;
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         guest.put(&mut api)?;
         let good = disk(vmm.dir(), "good", 4)?;
         api.put("/drives/d", &with(drive("d", &good), &json!({"rate_limiter": {}})))?.ok()?;
@@ -165,8 +166,8 @@ on_each_transport! {
         let config = api.get("/vm/config")?.json()?;
         ensure!(config["drives"][0]["path_on_host"] == json!(good), "{config}");
         start(&mut api)?;
-        let said = said(&mut vmm)?;
-        ensure!(said.contains("SIZE 8192"), "{said}");
+        let output = output_of(&mut vmm)?;
+        ensure!(output.contains("SIZE 8192"), "{output}");
         Ok(())
     }
 }
@@ -176,15 +177,16 @@ fn devices_are_found_without_acpi() -> Result<()> {
     let guest = DiskGuest::new(Transport::Mmio)?.more_boot_args("acpi=off");
     let path = disk(guest.dir(), "d", 4)?;
     let mut vmm = guest.drive(drive("d", &path)).run("echo SIZE $(cat /sys/block/vda/size)\nreboot -f")?;
-    let said = said(&mut vmm)?;
-    ensure!(said.contains("SIZE 8192"), "{said}");
+    let output = output_of(&mut vmm)?;
+    ensure!(output.contains("SIZE 8192"), "{output}");
     Ok(())
 }
 
-/// Case 13: block devices of the host without discard, loop devices, tmpfs and an overlay there. What is zeroed reads as zeros; what cannot be
-/// discarded is not an error; nothing beside it changes.
+/// Case 13: block devices of the host without discard, loop devices, and an overlay on tmpfs.
+/// Zeroed sectors read as zeros, a discard that the host does not support is no error, and other
+/// sectors do not change.
 #[test]
-fn zeroes_are_zeroes_on_any_host_storage() -> Result<()> {
+fn zeroed_sectors_read_as_zeros_on_any_host_storage() -> Result<()> {
     let guest = DiskGuest::new(Transport::Mmio)?.tool(TOOL);
     let null = NullDevice::new(8, 0)?;
     let attached = LoopDevice::new(&disk(guest.dir(), "loop", 8)?)?;
@@ -202,7 +204,8 @@ fn zeroes_are_zeroes_on_any_host_storage() -> Result<()> {
         let engine = ["Async", "Sync"][index % 2];
         guest = guest.drive(with(drive, &json!({"io_engine": engine, "cache_type": "Writeback"})));
     }
-    // Each MiB: zeroed keeping its space, as it was, zeroed giving it back, as it was, discarded; the rest gets a file system.
+    // Each MiB in turn: zeroed and allocated, untouched, zeroed and freed, untouched, discarded.
+    // The rest has a file system.
     let script = "\
         x() { dd if=/dev/$1 bs=1M skip=$2 count=1 iflag=direct 2>/dev/null | tr -d -c \"$3\" | wc -c; }\n\
         for d in vda vdb vdc vdd; do\n\
@@ -216,15 +219,15 @@ fn zeroes_are_zeroes_on_any_host_storage() -> Result<()> {
           mount -t ext2 /dev/$d /m || mount -t ext4 /dev/$d /m; echo FOUND $d $(cat /m/file); umount /m\n\
         done\n\
         poweroff -f";
-    let said = said(&mut guest.run(script)?)?;
+    let output = output_of(&mut guest.run(script)?)?;
     for dev in ["vda", "vdb", "vdc", "vdd"] {
         for mark in ["ZEROED ", "DISCARDED ", "FOUND "] {
-            ensure!(said.contains(&format!("{mark}{dev}")), "no {mark}{dev}: {said}");
+            ensure!(output.contains(&format!("{mark}{dev}")), "no {mark}{dev}: {output}");
         }
         let bytes = [MIB; 5].map(|bytes| bytes.to_string()).join(" ");
-        ensure!(said.contains(&format!("BYTES {dev} {bytes}")), "{dev}: {said}");
-        ensure!(said.contains(&format!("FOUND {dev} text")), "{dev}: {said}");
+        ensure!(output.contains(&format!("BYTES {dev} {bytes}")), "{dev}: {output}");
+        ensure!(output.contains(&format!("FOUND {dev} text")), "{dev}: {output}");
     }
-    ensure!(!said.contains("FAILED") && !said.contains("I/O error"), "{said}");
+    ensure!(!output.contains("FAILED") && !output.contains("I/O error"), "{output}");
     Ok(())
 }

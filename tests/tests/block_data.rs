@@ -1,12 +1,12 @@
-//! Data is where it was written, whatever happens meanwhile to the device, its driver and the monitor.
+//! Data on disks survives events in the device, the driver and the monitor.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::disks::{DiskGuest, check_file, disk, drive, flushed, said, with};
-use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::disks::{DiskGuest, check_file, disk, drive, flushed, output_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::Vmm;
 
@@ -15,7 +15,7 @@ const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 /// How many streams write to each disk at once.
 const WRITERS: usize = 2;
 
-/// Four disks: raw and overlay, each through both engines. All can be flushed.
+/// Four disks: raw and overlay, each through both engines. All of them support flushes.
 fn four_disks(dir: &Path, mib: u64) -> Result<Vec<Value>> {
     let mut drives = Vec::new();
     for engine in ["Sync", "Async"] {
@@ -30,7 +30,8 @@ fn four_disks(dir: &Path, mib: u64) -> Result<Vec<Value>> {
     Ok(drives)
 }
 
-/// Waits until `vmm` says something more with `mark` in it. False once it has said all of `ends` instead.
+/// Waits until `vmm` prints another line with `mark`. False if it has printed all of `ends`
+/// instead.
 fn says_more(vmm: &Vmm, mark: &str, from: &mut usize, ends: &[String]) -> Result<bool> {
     loop {
         let text = vmm.stdout.text();
@@ -42,7 +43,7 @@ fn says_more(vmm: &Vmm, mark: &str, from: &mut usize, ends: &[String]) -> Result
             *from = text.len();
             return Ok(true);
         }
-        vmm.stdout.wait_for_more_than(text.len(), BOOT)?;
+        vmm.stdout.wait_for_more_than(text.len(), BOOT_TIMEOUT)?;
     }
 }
 
@@ -51,8 +52,8 @@ fn patch(api: &mut ApiClient, path: &str, body: &Value) -> Result<()> {
 }
 
 on_each_transport! {
-    /// Pauses, new limits and new paths of the same disk come all the while.
-    fn what_is_written_is_read_back_while_the_host_pauses_the_guest_and_changes_the_disk(transport) {
+    /// The host pauses the guest, changes limits and patches paths of the same disks all the while.
+    fn writes_are_read_back_across_pauses_and_disk_patches(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2);
         for fields in four_disks(guest.dir(), 4)? {
             guest = guest.drive(fields);
@@ -62,7 +63,7 @@ on_each_transport! {
         }
         let script = "for d in a b c d; do disk-tool run vd$d 17 2 400 & done; wait; poweroff -f";
         let mut vmm = guest.run(script)?;
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let ends = ["vda", "vdb", "vdc", "vdd"].map(|dev| format!("VERIFIED {dev}"));
         let (mut from, mut round) = (0, 0);
         while says_more(&vmm, "FLUSHED", &mut from, &ends)? {
@@ -72,7 +73,7 @@ on_each_transport! {
             let (raw, overlay) = (format!("raw{engine}"), format!("overlay{engine}"));
             let limit = json!({"size": 1 << 20, "refill_time": 500});
             let (limits, none) = (json!({"bandwidth": limit}), json!({"bandwidth": {"size": 0, "refill_time": 0}}));
-            // The guest may end before us: then the monitor does not answer any more.
+            // The guest may end first, and the monitor with it.
             let changed = match round % 2 {
                 0 => patch(&mut api, "/vm", &json!({"state": "Paused"}))
                     .and_then(|()| patch(&mut api, &format!("/drives/{raw}"), &json!({"drive_id": raw, "path_on_host": path})))
@@ -87,18 +88,19 @@ on_each_transport! {
             }
             round += 1;
         }
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         eprintln!("{round} rounds of changes");
         ensure!(round >= 8, "there were only {round} rounds of changes: the writes were too few");
-        ensure!(!said.contains("WRONG"), "{said}");
+        ensure!(!output.contains("WRONG"), "{output}");
         for name in ["raw-Sync", "raw-Async"] {
             check_file(&vmm.dir().join(name), 17, &[400; WRITERS])?;
         }
         Ok(())
     }
 
-    /// The driver goes while writes are on their way, and comes back: to the same disk, with all that it had been told is there.
-    fn a_driver_that_goes_in_the_middle_of_writes_finds_them_when_it_comes_back(transport) {
+    /// The driver is unbound during writes, and bound again: the same disk has all acknowledged
+    /// writes.
+    fn writes_survive_a_driver_unbind_and_rebind(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
         for fields in four_disks(guest.dir(), 4)? {
             guest = guest.drive(fields);
@@ -118,23 +120,23 @@ on_each_transport! {
             done\n\
             poweroff -f";
         let mut vmm = guest.run(script)?;
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         for dev in ["vda", "vdb", "vdc", "vdd"] {
             for mark in ["FELL", "CHECKED", "AGAIN"] {
-                ensure!(said.contains(&format!("{mark} {dev}")), "no {mark} {dev}: {said}");
+                ensure!(output.contains(&format!("{mark} {dev}")), "no {mark} {dev}: {output}");
             }
         }
-        ensure!(!said.contains("WRONG"), "{said}");
+        ensure!(!output.contains("WRONG"), "{output}");
         Ok(())
     }
 
-    /// Somebody in the guest resets the device behind its driver's back, in the middle of I/O.
-    fn a_reset_behind_the_drivers_back_loses_nothing_that_was_flushed_and_stops_no_other_disk(transport) {
+    /// A program in the guest resets the device without its driver, during I/O.
+    fn flushed_writes_survive_an_unexpected_device_reset(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL);
         let writeback = json!({"cache_type": "Writeback"});
         let (first, second) = (disk(guest.dir(), "first", 4)?, disk(guest.dir(), "second", 4)?);
         let guest = guest.drive(with(drive("first", &first), &writeback)).drive(with(drive("second", &second), &writeback));
-        // Where the device's status register is.
+        // The address of the device's status register.
         let status = match transport {
             Transport::Mmio => "$((0x$(grep -i 'virtio-mmio\\|LNRO0005' /proc/iomem | head -n 1 | sed 's/^ *//;s/-.*//') + 0x70))",
             Transport::Pci => "$(( $(grep -m 1 '^0x[0-9a-f]*[1-9a-f]' $(readlink -f /sys/block/vda/device)/../resource | cut -d ' ' -f 1) + 0x14 ))",
@@ -150,18 +152,19 @@ on_each_transport! {
             wait $second; cat /log; echo ENDED\n\
             while :; do sleep 1; done");
         let vmm = guest.run(&script)?;
-        vmm.wait_for_output("FLUSHED vda 1", BOOT)?;
-        vmm.wait_for_output("RESET 0", BOOT)?;
-        vmm.wait_for_output("ENDED", BOOT)?;
-        let said = vmm.stdout.text();
-        ensure!(said.contains("VERIFIED vdb"), "{said}");
-        check_file(&first, 17, &flushed(&said, "vda", WRITERS))?;
-        ensure!(vmm.ready_client(SOON)?.get("/")?.json()?["state"] == "Running", "the machine does not run");
+        vmm.wait_for_output("FLUSHED vda 1", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("RESET 0", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("ENDED", BOOT_TIMEOUT)?;
+        let output = vmm.stdout.text();
+        ensure!(output.contains("VERIFIED vdb"), "{output}");
+        check_file(&first, 17, &flushed(&output, "vda", WRITERS))?;
+        ensure!(vmm.ready_client(TIMEOUT)?.get("/")?.json()?["state"] == "Running", "the machine does not run");
         Ok(())
     }
 
-    /// `kill -9`, of raw disks and overlays, with both engines: what was flushed is there, and what was not is old or new.
-    fn what_was_flushed_outlives_a_killed_monitor(transport) {
+    /// After `kill -9`, raw disks and overlays with both engines have all flushed data; later
+    /// writes are old or new.
+    fn flushed_writes_survive_a_killed_monitor(transport) {
         let keep = tempfile::tempdir()?;
         let drives = four_disks(keep.path(), 4)?;
         let boot = |script: &str| {
@@ -169,14 +172,14 @@ on_each_transport! {
         };
         let vmm = boot("for d in a b c d; do disk-tool run vd$d 17 2 1000000 & done; wait")?;
         for dev in ["vda", "vdb", "vdc", "vdd"] {
-            vmm.wait_for_output(&format!("FLUSHED {dev} 1 160"), BOOT)?;
+            vmm.wait_for_output(&format!("FLUSHED {dev} 1 160"), BOOT_TIMEOUT)?;
         }
         let stdout = vmm.stdout.clone();
-        // Without warning.
+        // SIGKILL.
         drop(vmm);
-        let said = stdout.wait_for_end(SOON)?;
-        ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
-        let counts = |dev| flushed(&said, dev, WRITERS);
+        let output = stdout.wait_for_end(TIMEOUT)?;
+        ensure!(!output.contains("WRONG") && !output.contains("FAILED"), "{output}");
+        let counts = |dev| flushed(&output, dev, WRITERS);
         check_file(&keep.path().join("raw-Sync"), 17, &counts("vda"))?;
         check_file(&keep.path().join("raw-Async"), 17, &counts("vdc"))?;
         let checks = ["vda", "vdb", "vdc", "vdd"].map(|dev| {
@@ -184,9 +187,9 @@ on_each_transport! {
             format!("disk-tool check {dev} 17 {WRITERS} {}", counts.join(" "))
         });
         let mut again = boot(&format!("{}\npoweroff -f", checks.join("\n")))?;
-        let said = vesta_tests::disks::said(&mut again)?;
+        let output = vesta_tests::disks::output_of(&mut again)?;
         for dev in ["vda", "vdb", "vdc", "vdd"] {
-            ensure!(said.contains(&format!("CHECKED {dev}")), "{dev}: {said}");
+            ensure!(output.contains(&format!("CHECKED {dev}")), "{dev}: {output}");
         }
         Ok(())
     }

@@ -1,30 +1,31 @@
-//! However a monitor ends, what the guest was told is written is in its overlays; and after an orderly end they are closed, so that it is there on
-//! any host.
+//! However a monitor ends, its overlays have all writes that it acknowledged. After an orderly end
+//! they are closed, so the data is also safe from a crash of the host.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, OverlayFile, disk, drive, said, with};
-use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::disks::{DiskGuest, OverlayFile, disk, drive, output_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::wait_for_text;
+use vesta_tests::serial_file::wait_for_text;
 use vesta_tests::vmm::Vmm;
 
-/// Places that the guest writes to, and how far apart they are in sectors: each has a page of the overlay's map to itself.
+/// The number of sectors that the guest writes, and the distance between them. Each has its own
+/// page of the overlay's map.
 const PLACES: u64 = 40;
 const APART: u64 = 32768;
 
-/// Writes to all places of both disks at once, past the guest's own cache, and flushes nothing.
+/// Writes all those sectors of both disks at once with `O_DIRECT`, and flushes nothing.
 const WRITE: &str = "yes vesta | head -c 4096 > /x\n\
     for d in a b; do i=0; while [ $i -lt 40 ]; do\n\
       dd if=/x of=/dev/vd$d bs=4096 count=1 seek=$((i * 4096)) conv=notrunc oflag=direct 2>/dev/null || echo FAILED &\n\
       i=$((i + 1))\n\
     done; done; wait; echo WRITTEN";
 
-/// A guest with an overlay that does not wait for disks, as is the default, and one that does.
+/// A guest with two overlays: one with `cache_type` Unsafe, the default, and one with Writeback.
 fn guest(transport: Transport, home: &Path) -> Result<(DiskGuest, [PathBuf; 2])> {
     let mut guest = DiskGuest::new(transport)?;
     let overlays = ["Unsafe", "Writeback"].map(|cache_type| home.join(format!("{cache_type}.overlay")));
@@ -58,60 +59,60 @@ fn check_closed(overlays: &[PathBuf; 2]) -> Result<()> {
     check_all_is_there(overlays)
 }
 
-/// A guest that has written and goes on doing nothing.
+/// A guest that has written and is now idle.
 fn written(transport: Transport, home: &Path) -> Result<(Vmm, [PathBuf; 2])> {
     let (guest, overlays) = guest(transport, home)?;
     let vmm = guest.run(&format!("{WRITE}\nwhile :; do sleep 1; done"))?;
-    let said = vmm.wait_for_output("WRITTEN", BOOT)?;
-    ensure!(!said.contains("FAILED"), "{said}");
+    let output = vmm.wait_for_output("WRITTEN", BOOT_TIMEOUT)?;
+    ensure!(!output.contains("FAILED"), "{output}");
     Ok((vmm, overlays))
 }
 
 on_each_transport! {
-    fn overlays_are_closed_when_the_guest_ends_by_itself(transport) {
+    fn overlays_are_closed_when_the_guest_ends(transport) {
         for end in ["poweroff -f", "reboot -f"] {
             let home = tempfile::tempdir()?;
             let (guest, overlays) = guest(transport, home.path())?;
-            let said = said(&mut guest.run(&format!("{WRITE}\n{end}"))?)?;
-            ensure!(said.contains("WRITTEN") && !said.contains("FAILED"), "{said}");
+            let output = output_of(&mut guest.run(&format!("{WRITE}\n{end}"))?)?;
+            ensure!(output.contains("WRITTEN") && !output.contains("FAILED"), "{output}");
             check_closed(&overlays)?;
         }
         Ok(())
     }
 
-    fn overlays_are_closed_when_a_signal_asks_the_monitor_to_end_also_of_a_guest_that_is_paused(transport) {
+    fn sigterm_closes_overlays_of_running_and_paused_guests(transport) {
         for (signal, paused) in [(Signal::TERM, false), (Signal::HUP, false), (Signal::TERM, true)] {
             let home = tempfile::tempdir()?;
             let (mut vmm, overlays) = written(transport, home.path())?;
             if paused {
-                vmm.ready_client(SOON)?.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
+                vmm.ready_client(TIMEOUT)?.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
             }
             vmm.signal(signal)?;
-            vmm.exit_status(SOON)?;
+            vmm.exit_status(TIMEOUT)?;
             check_closed(&overlays)?;
         }
         Ok(())
     }
 
-    fn a_killed_monitor_leaves_all_that_the_guest_was_told_is_written(transport) {
+    fn overlay_keeps_acknowledged_writes_after_sigkill(transport) {
         let home = tempfile::tempdir()?;
         let (mut vmm, overlays) = written(transport, home.path())?;
         vmm.signal(Signal::KILL)?;
-        vmm.exit_status(SOON)?;
+        vmm.exit_status(TIMEOUT)?;
         for path in &overlays {
-            ensure!(!OverlayFile::open(path)?.is_closed()?, "nobody closed {}", path.display());
+            ensure!(!OverlayFile::open(path)?.is_closed()?, "{} was not closed", path.display());
         }
         check_all_is_there(&overlays)
     }
 
-    /// The child's overlays lie on its parent's. It writes to them until it is told to end.
-    fn overlays_of_a_child_are_closed_when_it_ends(transport) {
+    /// The child's overlays have its parent's as layers. It writes to them until it is told to end.
+    fn overlays_of_a_forked_child_are_closed_when_it_ends(transport) {
         let home = tempfile::tempdir()?;
         let (guest, _) = guest(transport, home.path())?;
         let write = "dd if=/x of=/dev/vd$d bs=4096 count=1 seek=1 conv=notrunc oflag=direct 2>/dev/null";
         let script = format!("{WRITE}\nwhile :; do for d in a b; do {write} || echo FAILED; done; echo AGAIN; done");
         let vmm = guest.run(&script)?;
-        vmm.wait_for_output("AGAIN", BOOT)?;
+        vmm.wait_for_output("AGAIN", BOOT_TIMEOUT)?;
         let serial = home.path().join("serial");
         let overlays = ["a", "b"].map(|name| home.path().join(format!("child.{name}")));
         let drives: Vec<_> = ["Unsafe", "Writeback"]
@@ -120,15 +121,15 @@ on_each_transport! {
             .map(|(id, path)| json!({"drive_id": id, "overlay": path}))
             .collect();
         let child = json!({"id": "child", "serial": {"serial_out_path": serial}, "drives": drives});
-        let reply = vmm.ready_client(SOON)?.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
+        let reply = vmm.ready_client(TIMEOUT)?.put("/fork", &json!({"children": [child]}))?.ok()?.json()?;
         let alive = Orphans::of_fork(&reply)?;
         let pid = reply["children"][0]["pid"].as_u64().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
         let pid = pid.context("the child's pid")?;
-        // Twice, so that it has written to both since it is there.
-        let said = wait_for_text(&serial, "AGAIN\r\nAGAIN", BOOT)?;
-        ensure!(!said.contains("FAILED"), "{said}");
+        // Two lines, so that it has written to both since the fork.
+        let output = wait_for_text(&serial, "AGAIN\r\nAGAIN", BOOT_TIMEOUT)?;
+        ensure!(!output.contains("FAILED"), "{output}");
         kill_process(pid, Signal::TERM)?;
-        alive.wait(SOON)?;
+        alive.wait(TIMEOUT)?;
         for path in &overlays {
             let overlay = OverlayFile::open(path)?;
             ensure!(overlay.is_closed()? && overlay.holds(8)?, "{}", path.display());

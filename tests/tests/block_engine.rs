@@ -1,17 +1,17 @@
-//! Which engine a drive has: what it asks for, and what the kernel has.
+//! The I/O engine of a drive, as configured and as the host's kernel supports it.
 
 use anyhow::{Result, ensure};
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, check_file, disk, drive, said, with};
-use vesta_tests::guest::{SOON, Transport, vmm_path};
+use vesta_tests::disks::{DiskGuest, check_file, disk, drive, output_of, with};
+use vesta_tests::guest::{TIMEOUT, Transport, vmm_path};
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::VmmBuilder;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
 on_each_transport! {
-    /// Raw, overlaid and read-only ones, none of which says which engine it wants.
-    fn drives_work_on_a_kernel_without_io_uring_and_the_log_says_how(transport) {
+    /// Raw, overlaid and read-only drives without `io_engine`.
+    fn drives_work_without_io_uring_and_the_log_says_how(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL).without_io_uring();
         let (raw, base) = (disk(guest.dir(), "raw", 4)?, disk(guest.dir(), "base", 4)?);
         let read_only = disk(guest.dir(), "ro", 1)?;
@@ -26,20 +26,19 @@ on_each_transport! {
             echo ZEROS $(dd if=/dev/vdc bs=64k iflag=direct 2>/dev/null | wc -c)\n\
             poweroff -f";
         let mut vmm = guest.run(script)?;
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         for mark in ["VERIFIED vda", "VERIFIED vdb", "ZEROS 1048576", "io_engine Sync: io_uring is not available"] {
-            ensure!(said.contains(mark), "no {mark:?}: {said}");
+            ensure!(output.contains(mark), "no {mark:?}: {output}");
         }
         check_file(&raw, 17, &[100; 2])
     }
 }
 
 #[test]
-fn io_engine_async_is_refused_by_name_on_a_kernel_without_io_uring_and_the_drive_may_be_set_otherwise()
--> Result<()> {
+fn io_engine_async_is_refused_without_io_uring() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api().without_io_uring();
     let vmm = builder.spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let path = disk(vmm.dir(), "disk", 1)?;
     let wanted = |engine| with(drive("scratch", &path), &json!({"io_engine": engine}));
     for put_before in [false, true] {
@@ -54,11 +53,11 @@ fn io_engine_async_is_refused_by_name_on_a_kernel_without_io_uring_and_the_drive
         ensure!(drives[0]["io_engine"] == left[0]["io_engine"], "{drives}");
         api.put("/drives/scratch", &wanted("Sync"))?.ok()?;
     }
-    // In a configuration file it ends the monitor before the guest begins.
+    // In a configuration file it ends the monitor before the guest starts.
     let guest = DiskGuest::new(Transport::Mmio)?.without_io_uring();
     let mut vmm = guest.drive(wanted("Async")).run("echo BEGUN; poweroff -f")?;
-    let (code, said) = vmm.finish(SOON)?;
-    ensure!(code != 0 && !said.contains("BEGUN"), "it ended with {code}: {said}");
-    ensure!(said.contains("drive scratch: io_engine Async: io_uring is not available"), "{said}");
+    let (code, output) = vmm.finish(TIMEOUT)?;
+    ensure!(code != 0 && !output.contains("BEGUN"), "it ended with {code}: {output}");
+    ensure!(output.contains("drive scratch: io_engine Async: io_uring is not available"), "{output}");
     Ok(())
 }

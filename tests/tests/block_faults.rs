@@ -1,5 +1,6 @@
-//! Disks of the host that fail, shrink and fill up: the guest sees an I/O error, everything else goes on, and what is mended works
-//! again. But a flush that failed is final: only another disk can be flushed.
+//! Disks of the host that fail, shrink or fill up: the guest sees I/O errors, everything else
+//! continues, and a repaired disk works again. But a failed flush is final: only another disk can
+//! be flushed.
 
 use std::fs::File;
 use std::process::Command;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::disks::{DiskGuest, MIB, OverlayFile, disk, drive, with};
-use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use vesta_tests::host_devices::{LoopDevice, MappedDevice, MountedFs, NullDevice, SmallFs};
 use vesta_tests::on_each_transport;
 use vesta_tests::snapshots::pause;
@@ -16,8 +17,8 @@ use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
-/// Lets a good disk (vdb) work all the while, and looks at the bad one (vda) around its middle: waits until that fails, says so,
-/// waits until it works, and checks all of it.
+/// A good disk (vdb) works all the time. At about the middle of the bad one (vda), waits until it
+/// fails, prints that, waits until it works, and checks all of it.
 const WATCH: &str = "\
     disk-tool run vdb 17 2 600 > /good & good=$!\n\
     middle() { dd if=/dev/vda of=/dev/null bs=512 skip=12000 count=16 iflag=direct 2>/dev/null; }\n\
@@ -30,24 +31,24 @@ const WATCH: &str = "\
     wait $good; tail -n 1 /good\n\
     poweroff -f";
 
-/// Checks that the API answers, and that the machine runs.
+/// Checks that the API responds, and that the microVM runs.
 fn still_runs(vmm: &Vmm) -> Result<()> {
-    let state = vmm.ready_client(SOON)?.get("/")?.json()?;
+    let state = vmm.ready_client(TIMEOUT)?.get("/")?.json()?;
     ensure!(state["state"] == "Running", "{state}");
     Ok(())
 }
 
-fn said(vmm: &mut Vmm, marks: &[&str]) -> Result<String> {
-    let said = vesta_tests::disks::said(vmm)?;
+fn output_of(vmm: &mut Vmm, marks: &[&str]) -> Result<String> {
+    let output = vesta_tests::disks::output_of(vmm)?;
     for mark in marks {
-        ensure!(said.contains(mark), "no {mark}: {said}");
+        ensure!(output.contains(mark), "no {mark}: {output}");
     }
-    ensure!(!said.contains("WRONG"), "{said}");
-    Ok(said)
+    ensure!(!output.contains("WRONG"), "{output}");
+    Ok(output)
 }
 
 on_each_transport! {
-    fn a_disk_with_errors_gives_them_to_the_guest_and_stops_nothing_else(transport) {
+    fn disk_errors_reach_the_guest_and_affect_no_other_disk(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL);
         let device = MappedDevice::new(&disk(guest.dir(), "file", 8)?)?;
         let good = drive("good", &disk(guest.dir(), "good", 8)?);
@@ -57,38 +58,39 @@ on_each_transport! {
         let write = format!("until ! {flush}; do :; done; echo WRITE FAILS\necho FAILS");
         let again = format!("{flush} || echo FLUSH STILL FAILS\nuntil {flush}; do usleep 10000; done\ndisk-tool run vda");
         let mut vmm = guest.run(&WATCH.replace("echo FAILS", &write).replace("disk-tool run vda", &again))?;
-        vmm.wait_for_output("READY", BOOT)?;
+        vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
         device.fail_from(8192)?;
-        // What the host has read already, it would not read again.
+        // The host would not read again what is in its page cache.
         drop_cache(&device)?;
-        vmm.wait_for_output("FAILS", BOOT)?;
-        vmm.wait_for_output("WRITE FAILS", BOOT)?;
+        vmm.wait_for_output("FAILS", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("WRITE FAILS", BOOT_TIMEOUT)?;
         still_runs(&vmm)?;
         device.heal()?;
-        vmm.wait_for_output("FLUSH STILL FAILS", BOOT)?;
+        vmm.wait_for_output("FLUSH STILL FAILS", BOOT_TIMEOUT)?;
         let fresh = disk(vmm.dir(), "fresh", 8)?;
-        vmm.ready_client(SOON)?.patch("/drives/bad", &json!({"drive_id": "bad", "path_on_host": fresh}))?.ok()?;
-        let said = said(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
-        ensure!(said.contains("drive bad: a read failed"), "the log does not say so: {said}");
-        ensure!(said.contains("its contents are unknown since a flush failed"), "the log does not say why: {said}");
+        vmm.ready_client(TIMEOUT)?.patch("/drives/bad", &json!({"drive_id": "bad", "path_on_host": fresh}))?.ok()?;
+        let output = output_of(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
+        ensure!(output.contains("drive bad: a read failed"), "the log does not say so: {output}");
+        ensure!(output.contains("its contents are unknown since a flush failed"), "the log does not say why: {output}");
         Ok(())
     }
 
-    fn a_file_that_shrinks_gives_errors_where_it_ends_and_works_when_it_has_grown_again(transport) {
+    fn a_truncated_file_gives_errors_until_it_has_grown_again(transport) {
         let guest = DiskGuest::new(transport)?.tool(TOOL);
         let (bad, good) = (disk(guest.dir(), "bad", 8)?, disk(guest.dir(), "good", 8)?);
         let mut vmm = guest.drive(drive("bad", &bad)).drive(drive("good", &good)).run(WATCH)?;
-        vmm.wait_for_output("READY", BOOT)?;
+        vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
         File::options().write(true).open(&bad)?.set_len(4 * MIB)?;
-        vmm.wait_for_output("FAILS", BOOT)?;
+        vmm.wait_for_output("FAILS", BOOT_TIMEOUT)?;
         still_runs(&vmm)?;
         File::options().write(true).open(&bad)?.set_len(8 * MIB)?;
-        said(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
+        output_of(&mut vmm, &["LOW WORKS", "VERIFIED vda", "VERIFIED vdb"])?;
         Ok(())
     }
 
-    /// Requests of both engines take 300 ms each. Meanwhile others get their turn, and the machine can be paused.
-    fn a_slow_disk_holds_up_no_other_and_no_pause(transport) {
+    /// Requests of both engines take 300 ms each. Meanwhile other disks make progress, and the
+    /// microVM can be paused.
+    fn a_slow_disk_delays_no_other_disk_and_no_pause(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
         let mut devices = Vec::new();
         for engine in ["Sync", "Async"] {
@@ -97,25 +99,25 @@ on_each_transport! {
             devices.push(device);
         }
         let quick = disk(guest.dir(), "quick", 8)?;
-        // Far apart, so that the host does not read ahead what comes next.
+        // Far apart, so that the host does not read ahead.
         let script = "\
             go() { i=0; while dd if=/dev/$1 of=/dev/null bs=512 skip=$((i * 7919 % 131072)) count=1 iflag=direct 2>/dev/null; do i=$((i+1)); echo $1 DID $i; done; }\n\
             echo READY; until [ $(cat /sys/block/vdc/size) = 32768 ]; do usleep 10000; done\n\
             go vda & go vdb & disk-tool rate vdc read 4096";
         let vmm = guest.drive(drive("quick", &quick)).run(script)?;
-        vmm.wait_for_output("READY", BOOT)?;
+        vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
         for device in &devices {
             device.slow_down(300)?;
             drop_cache(device)?;
         }
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let begin = disk(vmm.dir(), "begin", 16)?;
         api.patch("/drives/quick", &json!({"drive_id": "quick", "path_on_host": begin}))?.ok()?;
         for dev in ["vda", "vdb"] {
-            let one = vmm.wait_for_line(&format!("{dev} DID 2"), BOOT)?.at;
-            let other = vmm.wait_for_line(&format!("{dev} DID 7"), BOOT)?.at;
+            let one = vmm.wait_for_line(&format!("{dev} DID 2"), BOOT_TIMEOUT)?.at;
+            let other = vmm.wait_for_line(&format!("{dev} DID 7"), BOOT_TIMEOUT)?.at;
             ensure!(other - one >= Duration::from_millis(1500), "{dev} is not slow: 5 requests took {:?}", other - one);
-            // What the quick disk did meanwhile.
+            // What the fast disk did meanwhile.
             let lines = vmm.stdout.lines();
             let between = lines.iter().filter(|line| (one..other).contains(&line.at));
             let counts = between.filter_map(|line| line.text.split("RATE vdc ").nth(1)?.split(' ').next()?.parse().ok());
@@ -134,8 +136,9 @@ on_each_transport! {
         Ok(())
     }
 
-    /// Sparse disks promise more than the file system beneath them has: raw ones and overlays, with both engines.
-    fn a_full_file_system_fails_writes_and_loses_none_that_were_over_and_recovers_with_space(transport) {
+    /// Sparse disks are larger than the file system below them: raw ones and overlays, with both
+    /// engines.
+    fn a_full_file_system_loses_no_completed_write_and_recovers(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
         let small = SmallFs::new(8 * MIB)?;
         for engine in ["Sync", "Async"] {
@@ -166,24 +169,25 @@ on_each_transport! {
             wait $good; tail -n 1 /good\n\
             poweroff -f";
         let mut vmm = guest.run(script)?;
-        vmm.wait_for_output("ALL FULL", BOOT)?;
+        vmm.wait_for_output("ALL FULL", BOOT_TIMEOUT)?;
         still_runs(&vmm)?;
         small.resize(64 * MIB)?;
         let mut marks = vec!["VERIFIED vde".to_owned()];
         for dev in ["vda", "vdb", "vdc", "vdd"] {
             marks.extend(["FULL", "CHECKED", "ZEROED", "VERIFIED"].map(|mark| format!("{mark} {dev}")));
         }
-        said(&mut vmm, &marks.iter().map(String::as_str).collect::<Vec<_>>())?;
+        output_of(&mut vmm, &marks.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(())
     }
 }
 
-/// The kernel takes what it could not write for written: with space again, the next sync succeeds. Data is lost then, and no overlay may say that it
-/// has it. Through both engines, on ext4 over a loop device over a file system that is full.
+/// The kernel treats data that it failed to write as clean: with space again, the next sync
+/// succeeds and the data is lost. No overlay may then claim to have it. Both engines, on ext4 on a
+/// loop device on a full file system.
 #[test]
-fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
+fn an_overlay_never_trusts_data_lost_by_a_failed_flush() -> Result<()> {
     const SECTORS: u64 = 16 * MIB / 512;
-    // Room for the file system and the beginning of both overlays, and not for their data.
+    // Space for the file system and the headers of both overlays, but not for their data.
     let small = SmallFs::new(20 * MIB)?;
     let device = LoopDevice::new(&disk(&small.path(), "device", 96)?)?;
     let disks = MountedFs::ext4(device.path())?;
@@ -207,18 +211,20 @@ fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
         for d in vda vdb; do flush $d && echo WORKS $d; done\n\
         echo TRIED; poweroff -f";
     let mut vmm = guest.mem_mib(128).run(script)?;
-    vmm.wait_for_output("READY", BOOT)?;
+    vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
     small.resize(256 * MIB)?;
     let space = disk(vmm.dir(), "space", 2)?;
-    vmm.ready_client(SOON)?.patch("/drives/go", &json!({"drive_id": "go", "path_on_host": space}))?.ok()?;
-    let said = vesta_tests::disks::said(&mut vmm)?;
-    ensure!(said.contains("TRIED") && !said.contains("WORKS"), "{said}");
+    vmm.ready_client(TIMEOUT)?
+        .patch("/drives/go", &json!({"drive_id": "go", "path_on_host": space}))?
+        .ok()?;
+    let output = vesta_tests::disks::output_of(&mut vmm)?;
+    ensure!(output.contains("TRIED") && !output.contains("WORKS"), "{output}");
     drop(vmm);
-    // What is on the disk, and not what the host still has in memory.
+    // Drops the page cache, to read what is on the disk.
     drop(disks);
     let disks = MountedFs::ext4_as_it_is(device.path())?;
     for engine in paths {
-        // One whose header is not on the disk vouches for nothing.
+        // An overlay whose header is not on the disk claims nothing.
         let Ok(overlay) = OverlayFile::open(&disks.path().join(engine)) else { continue };
         ensure!(!overlay.is_closed()?, "{engine}: it is closed");
         for sector in 0..SECTORS {
@@ -231,9 +237,10 @@ fn an_overlay_never_vouches_for_what_a_failed_flush_lost() -> Result<()> {
     Ok(())
 }
 
-/// The guest writes more than the disk moves in the 10 seconds that a pause waits, then flushes: the pause does not fail.
+/// The guest writes more than the disk can write in the 10 seconds that a pause waits, then
+/// flushes. The pause does not fail.
 #[test]
-fn pause_behind_a_flush_of_a_slow_disk_succeeds() -> Result<()> {
+fn pause_succeeds_during_a_flush_of_a_slow_disk() -> Result<()> {
     let slow = NullDevice::new(256, 12)?;
     let guest = DiskGuest::new(Transport::Mmio)?;
     let guest = guest.drive(with(drive("slow", slow.path()), &json!({"cache_type": "Writeback"})));
@@ -242,14 +249,14 @@ fn pause_behind_a_flush_of_a_slow_disk_succeeds() -> Result<()> {
         dd if=/dev/zero of=/dev/vda bs=512 count=1 conv=fsync 2>/dev/null && echo FLUSHED\n\
         sleep 1000";
     let vmm = guest.run(script)?;
-    vmm.wait_for_output("WRITTEN", BOOT)?;
-    let mut api = vmm.ready_client(SOON)?;
+    vmm.wait_for_output("WRITTEN", BOOT_TIMEOUT)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     pause(&mut api)?;
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    vmm.wait_for_output("FLUSHED", BOOT).map(drop)
+    vmm.wait_for_output("FLUSHED", BOOT_TIMEOUT).map(drop)
 }
 
-/// Forgets what the host has read of a device.
+/// Drops a device from the host's page cache.
 fn drop_cache(device: &MappedDevice) -> Result<()> {
     let status = Command::new("blockdev").arg("--flushbufs").arg(device.path()).status();
     ensure!(status.context("blockdev")?.success(), "blockdev failed");

@@ -1,29 +1,30 @@
 //! Rate limits of disks, measured from within a guest.
 //!
-//! What is counted are requests that are over, in a window of ten seconds that begins when full buckets and bursts are used up. A
-//! limiter must keep its rate within 1% by the host's clock, which is its own: a line that the guest says after its request number `n`
-//! tells when that was over.
+//! Requests are counted in a window of ten seconds that begins when full buckets and bursts are
+//! used up. A limiter must keep its rate within 1% by the host's clock: the guest prints a line
+//! after request `n`, whose time of arrival is when that request had completed.
 //!
-//! A host that stands still for a moment (an emulated one does, a busy one may) makes a rate seem lower, or higher if a window begins
-//! with that moment. So a watch beside tells how long it did ([`Stalls`]), which widens the bounds by as much, and up to [`WINDOWS`] windows
-//! are looked at. On a quiet host nothing is added.
+//! A stall of the host (an emulated or busy one) makes a rate seem lower, or higher if a window
+//! begins with the stall. So [`Stalls`] measures them and widens the bounds, and up to [`WINDOWS`]
+//! windows are tried. On a quiet host the bounds stay as they are.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use vesta_tests::disks::{DiskGuest, MIB, disk, drive, with};
-use vesta_tests::guest::{BOOT, SOON};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT};
 use vesta_tests::on_each_transport;
 use vesta_tests::stalls::Stalls;
 use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
-/// How many windows there are at most.
+/// The largest number of windows.
 const WINDOWS: u32 = 3;
 
-/// What `disk-tool rate` has said: so many requests were over at that time of the host, and at that one of the guest.
+/// A line of `disk-tool rate`: so many requests had completed at that time of the host and of the
+/// guest.
 #[derive(Debug, Clone, Copy)]
 struct Mark {
     at: Instant,
@@ -31,7 +32,7 @@ struct Mark {
     requests: u64,
 }
 
-/// All that it has said of one disk.
+/// All its lines about one disk.
 fn marks(vmm: &Vmm, dev: &str) -> Result<Vec<Mark>> {
     let head = format!("RATE {dev} ");
     let lines = vmm.stdout.lines();
@@ -43,9 +44,9 @@ fn marks(vmm: &Vmm, dev: &str) -> Result<Vec<Mark>> {
     .collect()
 }
 
-/// The first thing that it says of the disk with so many requests or more, at that time of the host or later.
+/// Its first line about the disk with so many requests or more, at that time of the host or later.
 fn wait_for(vmm: &Vmm, dev: &str, requests: u64, from: Instant) -> Result<Mark> {
-    let deadline = Instant::now() + BOOT;
+    let deadline = Instant::now() + BOOT_TIMEOUT;
     loop {
         let len = vmm.stdout.len();
         let mark = marks(vmm, dev)?.into_iter().find(|mark| mark.requests >= requests && mark.at >= from);
@@ -57,11 +58,12 @@ fn wait_for(vmm: &Vmm, dev: &str, requests: u64, from: Instant) -> Result<Mark> 
             "{dev} does not get to {requests} requests:\n{}",
             vmm.stdout.text()
         );
-        vmm.stdout.wait_for_more_than(len, BOOT)?;
+        vmm.stdout.wait_for_more_than(len, BOOT_TIMEOUT)?;
     }
 }
 
-/// Looks at one disk in the window from `from` on. Returns what was seen, and whether `right` requests per second are kept.
+/// Measures one disk in the window from `from` on. Returns a description, and whether the rate is
+/// `right` requests per second.
 fn look(
     vmm: &Vmm,
     stalls: &Stalls,
@@ -75,7 +77,7 @@ fn look(
     let requests = f64::from(u32::try_from(last.requests - first.requests)?);
     let took = (last.at - first.at).as_secs_f64();
     let guest = Duration::from_nanos(last.guest_ns - first.guest_ns).as_secs_f64();
-    // Also what made the first line late.
+    // And what delayed the first line.
     let before = first.at.checked_sub(Duration::from_millis(200)).unwrap_or(first.at);
     let stalled = stalls.between(before, last.at).as_secs_f64();
     let off = |seconds: f64| 100.0 * (requests / seconds / right - 1.0);
@@ -121,7 +123,8 @@ fn bucket(size: u64, refill_time: u64) -> Value {
 }
 
 on_each_transport! {
-    /// Six disks at once, which share a vCPU and an I/O worker. The rates are such that an emulated host has the time.
+    /// Six disks that share a vCPU and an I/O worker. The rates are low enough for an emulated
+    /// host.
     fn limits_hold_within_one_percent_and_change_at_once(transport) {
         const KIB: u64 = 1024;
         let burst = with(bucket(64 * KIB, 1000), &json!({"one_time_burst": 4 * MIB}));
@@ -141,14 +144,15 @@ on_each_transport! {
         for (dev, size, limits) in &disks {
             let path = disk(guest.dir(), dev, 8)?;
             guest = guest.drive(with(drive(dev, &path), &json!({"rate_limiter": limits})));
-            // Reads and writes are limited alike.
+            // Reads and writes share a limit.
             let what = if *dev == "vda" { "write" } else { "read" };
             script = format!("{script}disk-tool rate {dev} {what} {size} &\n");
         }
         let stalls = Stalls::watch();
         let vmm = guest.run(&(script + "wait"))?;
-        let mut api = vmm.ready_client(SOON)?;
-        // The burst and what was in the bucket pass at once: 4 MiB and 64 KiB. The next request waits for a second, as all after it.
+        let mut api = vmm.ready_client(TIMEOUT)?;
+        // The burst and the bucket pass at once: 4 MiB and 64 KiB. The next request waits for a
+        // second, like all after it.
         let waited = wait_for(&vmm, "vde", 66, vmm.started())?;
         let seconds = Duration::from_nanos(waited.guest_ns).as_secs_f64();
         eprintln!("vde: request 66 was over after {seconds:.2} s");
@@ -165,11 +169,12 @@ on_each_transport! {
         patch("vdc", json!({"ops": bucket(3, 100)}))?;
         patch("vdd", json!({"bandwidth": bucket(0, 0), "ops": bucket(2, 100)}))?;
         let changed = Instant::now();
-        // What is full or owed at the change is over soon. The window is short, so it is looked at less closely.
+        // A full or indebted bucket soon has no effect after the change. The window is short, so
+        // the bound is wider.
         let right = [("vda", 40.0), ("vdb", 5.0), ("vdc", 30.0), ("vdd", 20.0)];
         check(&vmm, &stalls, changed + Duration::from_millis(500), Duration::from_secs(4), 2.5, &right)?;
 
-        // A limit that goes lets go at once what it held back.
+        // Removing a limit releases its waiting requests at once.
         let removed = Instant::now();
         patch("vdf", json!({"ops": bucket(0, 0)}))?;
         let first = wait_for(&vmm, "vdf", 2, removed)?;

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, MIB, check_file, disk, drive, flushed, said, with};
-use vesta_tests::guest::BOOT;
+use vesta_tests::disks::{DiskGuest, MIB, check_file, disk, drive, flushed, output_of, with};
+use vesta_tests::guest::BOOT_TIMEOUT;
 use vesta_tests::on_each_transport;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
 on_each_transport! {
-    fn each_vcpu_has_a_queue_of_its_own_and_several_threads_serve_them(transport) {
+    fn each_vcpu_has_its_own_queue_and_several_threads_serve_them(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(4);
         let mut paths = Vec::new();
         for (engine, threads) in [("Async", 4), ("Async", 2), ("Sync", 3)] {
@@ -32,19 +32,19 @@ on_each_transport! {
             echo DONE\n\
             while :; do sleep 1; done";
         let vmm = guest.run(script)?;
-        vmm.wait_for_output("DONE", BOOT)?;
-        let said = vmm.stdout.text();
+        vmm.wait_for_output("DONE", BOOT_TIMEOUT)?;
+        let output = vmm.stdout.text();
         for dev in ["vda", "vdb", "vdc"] {
-            ensure!(said.contains(&format!("QUEUES {dev} 0 1 2 3")), "{said}");
-            ensure!(said.contains(&format!("VERIFIED {dev}")), "{said}");
+            ensure!(output.contains(&format!("QUEUES {dev} 0 1 2 3")), "{output}");
+            ensure!(output.contains(&format!("VERIFIED {dev}")), "{output}");
         }
         for cpu in 0..4 {
-            ensure!(said.contains(&format!("READ {cpu}")), "{said}");
+            ensure!(output.contains(&format!("READ {cpu}")), "{output}");
         }
         for path in &paths {
             check_file(path, 17, &[150; 4])?;
         }
-        // Drives in files have threads of their own: 4, 2 and 3, after the one that all others would share.
+        // Drives in configuration files have their own threads: 4, 2 and 3, after the shared one.
         for thread in 1..=9 {
             let time = vmm.thread_time(&format!("io {thread}"))?;
             ensure!(time.is_some_and(|time| time > Duration::ZERO), "io {thread} has worked {time:?}");
@@ -53,8 +53,8 @@ on_each_transport! {
         Ok(())
     }
 
-    /// One after the other has said that it works before the first of them stops.
-    fn sixteen_disks_work_at_once_and_are_told_apart_by_their_serial_numbers(transport) {
+    /// All report that they work before the first of them stops.
+    fn sixteen_disks_with_serial_numbers_work_at_once(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2);
         let mut paths = Vec::new();
         for i in 0..16 {
@@ -74,14 +74,14 @@ on_each_transport! {
             cat /logvd?\n\
             poweroff -f";
         let mut vmm = guest.run(script)?;
-        let said = said(&mut vmm)?;
+        let output = output_of(&mut vmm)?;
         for (i, (letter, path)) in ('a'..='p').zip(&paths).enumerate() {
             let dev = format!("vd{letter}");
             let disk = format!("DISK disk{i} {} {dev}", 2048 + 8 * i);
-            ensure!(said.contains(&disk), "no {disk}: {said}");
-            ensure!(said.contains(&format!("VERIFIED {dev}")), "{dev}: {said}");
-            let counts = flushed(&said, &dev, 1);
-            ensure!(counts[0] > 0, "nothing was flushed to {dev}: {said}");
+            ensure!(output.contains(&disk), "no {disk}: {output}");
+            ensure!(output.contains(&format!("VERIFIED {dev}")), "{dev}: {output}");
+            let counts = flushed(&output, &dev, 1);
+            ensure!(counts[0] > 0, "nothing was flushed to {dev}: {output}");
             check_file(path, 17, &counts)?;
         }
         Ok(())

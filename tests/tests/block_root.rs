@@ -5,28 +5,28 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
-use vesta_tests::disks::{DiskGuest, drive, partitioned, root_disk, root_drive, said, with};
-use vesta_tests::guest::{SOON, Transport, vmm_path};
+use vesta_tests::disks::{DiskGuest, drive, output_of, partitioned, root_disk, root_drive, with};
+use vesta_tests::guest::{TIMEOUT, Transport, vmm_path};
 use vesta_tests::host_devices::LoopDevice;
 use vesta_tests::on_each_transport;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// Says how the root file system is mounted, and writes to it.
+/// Prints how the root file system is mounted, and writes to it.
 const WRITE: &str = "echo ROOT $(/bin/busybox grep ' / ' /proc/mounts)\n\
                      /bin/busybox touch /written && echo WROTE\n\
                      /bin/busybox sync\n\
                      /bin/busybox poweroff -f";
 
-/// Boots from a root disk, without an initial RAM disk.
+/// Boots from a root disk, without an initramfs.
 fn boot(transport: Transport, script: &str, root: impl FnOnce(PathBuf) -> Result<Value>) -> Result<Vmm> {
     let guest = DiskGuest::new(transport)?;
     let image = root_disk(guest.dir(), script)?;
     guest.drive(root(image)?).boot()
 }
 
-/// One of several guests after each other, each on what those before it have left. It adds a file to its root, changes one that all
-/// change, and writes its number over the inner part of what the one before it wrote to its data disk, which held `b` everywhere. Then it
-/// says what it sees.
+/// One of several guests in sequence, each on the layers of those before it. It adds a file to its
+/// root, changes a file that all change, and overwrites the inner part of what the previous guest
+/// wrote to the data disk, which held `b` everywhere. Then it prints what it sees.
 const GENERATION: &str = "\
     b=/bin/busybox\n\
     $b mount -t tmpfs none /tmp\n\
@@ -50,8 +50,8 @@ fn on_layers(drive: Value, dir: &Path, top: &str, layers: &[&str]) -> Value {
 
 on_each_transport! {
     fn a_root_disk_is_mounted_and_written(transport) {
-        let said = said(&mut boot(transport, WRITE, |image| Ok(root_drive(&image)))?)?;
-        ensure!(said.contains("ROOT /dev/root / ext4 rw") && said.contains("WROTE"), "{said}");
+        let output = output_of(&mut boot(transport, WRITE, |image| Ok(root_drive(&image)))?)?;
+        ensure!(output.contains("ROOT /dev/root / ext4 rw") && output.contains("WROTE"), "{output}");
         Ok(())
     }
 
@@ -60,33 +60,33 @@ on_each_transport! {
                       /bin/busybox mount -o remount,rw / || echo REFUSED\n\
                       /bin/busybox poweroff -f";
         let read_only = json!({"is_read_only": true});
-        let said = said(&mut boot(transport, script, |image| Ok(with(root_drive(&image), &read_only)))?)?;
-        ensure!(said.contains("ext4 ro") && said.contains("REFUSED"), "{said}");
+        let output = output_of(&mut boot(transport, script, |image| Ok(with(root_drive(&image), &read_only)))?)?;
+        ensure!(output.contains("ext4 ro") && output.contains("REFUSED"), "{output}");
         Ok(())
     }
 
-    fn a_root_partition_is_found_by_its_uuid_on_whichever_disk(transport) {
+    fn a_root_partition_is_found_by_its_uuid_on_any_disk(transport) {
         let root = |image: PathBuf| {
             let disk = partitioned(&image, 0x5ee4_0b1d)?;
             Ok(with(root_drive(&disk), &json!({"partuuid": "5ee40b1d-01"})))
         };
-        let said = said(&mut boot(transport, WRITE, root)?)?;
-        ensure!(said.contains("ROOT /dev/root / ext4 rw") && said.contains("WROTE"), "{said}");
+        let output = output_of(&mut boot(transport, WRITE, root)?)?;
+        ensure!(output.contains("ROOT /dev/root / ext4 rw") && output.contains("WROTE"), "{output}");
         Ok(())
     }
 
-    fn a_root_disk_may_be_a_block_device_of_the_host(transport) {
+    fn a_root_disk_can_be_a_block_device_of_the_host(transport) {
         let mut device = None;
         let mut vmm = boot(transport, WRITE, |image| {
             let attached = device.insert(LoopDevice::new(&image)?);
             Ok(root_drive(attached.path()))
         })?;
-        let said = said(&mut vmm)?;
-        ensure!(said.contains("ROOT /dev/root / ext4 rw") && said.contains("WROTE"), "{said}");
+        let output = output_of(&mut vmm)?;
+        ensure!(output.contains("ROOT /dev/root / ext4 rw") && output.contains("WROTE"), "{output}");
         Ok(())
     }
 
-    fn a_root_overlay_takes_the_writes_and_the_base_stays_as_it_is(transport) {
+    fn a_root_overlay_takes_all_writes_and_keeps_the_base(transport) {
         let script = "echo kept > /kept; /bin/busybox sync\n\
                       echo HAS $(/bin/busybox cat /kept)\n\
                       /bin/busybox poweroff -f";
@@ -96,16 +96,16 @@ on_each_transport! {
             let overlay = image.with_file_name("overlay");
             Ok(with(root_drive(&image), &json!({"overlay": {"path": overlay}})))
         })?;
-        let said = said(&mut vmm)?;
-        ensure!(said.contains("HAS kept"), "{said}");
+        let output = output_of(&mut vmm)?;
+        ensure!(output.contains("HAS kept"), "{output}");
         let (base, before) = base.expect("it was made");
         ensure!(fs::read(&base)? == before, "the base has changed");
         ensure!(fs::metadata(base.with_file_name("overlay"))?.len() > 0, "the overlay is empty");
         Ok(())
     }
 
-    /// Root and data drive, whose layers two guests have made before.
-    fn a_guest_on_two_layers_sees_what_each_was_given_and_none_of_them_changes(transport) {
+    /// A root and a data drive with layers that two guests have written.
+    fn a_guest_reads_from_two_layers_and_changes_neither(transport) {
         let keep = tempfile::tempdir()?;
         let dir = keep.path();
         let root = root_disk(dir, GENERATION)?;
@@ -133,9 +133,9 @@ on_each_transport! {
             // Both engines read the layers.
             let engine = ["Async", "Sync"][index % 2];
             let data = with(data, &json!({"io_engine": engine, "cache_type": "Writeback"}));
-            let said = said(&mut DiskGuest::new(transport)?.drive(root).drive(data).boot()?)?;
-            ensure!(said.contains(sees), "guest {}: no {sees}: {said}", index + 1);
-            // What it was put on is as it was.
+            let output = output_of(&mut DiskGuest::new(transport)?.drive(root).drive(data).boot()?)?;
+            ensure!(output.contains(sees), "guest {}: no {sees}: {output}", index + 1);
+            // The lower layers are unchanged.
             let now = beneath[..2 * (index + 2).min(3)].iter().map(|name| fs::read(dir.join(name)));
             let now = now.collect::<Result<Vec<_>, _>>()?;
             for (name, (old, new)) in beneath.iter().zip(before.iter().zip(&now)) {
@@ -148,7 +148,7 @@ on_each_transport! {
 }
 
 #[test]
-fn a_layer_that_does_not_fit_is_refused_by_name_and_a_drive_whose_layers_fit_is_not() -> Result<()> {
+fn a_layer_that_does_not_fit_is_refused_by_name() -> Result<()> {
     let keep = tempfile::tempdir()?;
     let dir = keep.path();
     for (name, byte) in [("base", b'1'), ("other", b'2')] {
@@ -160,11 +160,12 @@ fn a_layer_that_does_not_fit_is_refused_by_name_and_a_drive_whose_layers_fit_is_
     let write =
         "dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct 2>/dev/null && echo WROTE\npoweroff -f";
     for (top, layers) in [("first", vec![]), ("second", vec!["first"])] {
-        let said = said(&mut DiskGuest::new(Transport::Mmio)?.drive(on("base", top, &layers)).run(write)?)?;
-        ensure!(said.contains("WROTE"), "{said}");
+        let output =
+            output_of(&mut DiskGuest::new(Transport::Mmio)?.drive(on("base", top, &layers)).run(write)?)?;
+        ensure!(output.contains("WROTE"), "{output}");
     }
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let refused: [(&str, &[&str], &str, &str); 6] = [
         ("base", &["second", "first"], "second", "was not made on this disk"),
         ("base", &["second"], "second", "was not made on this disk"),
@@ -183,7 +184,7 @@ fn a_layer_that_does_not_fit_is_refused_by_name_and_a_drive_whose_layers_fit_is_
         ensure!(!dir.join("top").exists(), "{layers:?} on {base}: an overlay was made");
     }
     api.put("/drives/d", &on("base", "top", &["first", "second"]))?.ok()?;
-    // And an overlay is not put on fewer layers than it was made on.
+    // And an overlay is refused on fewer layers than it was created on.
     let answer = api.put("/drives/e", &with(on("base", "second", &[]), &json!({"drive_id": "e"})))?;
     ensure!(answer.status == 400 && answer.fault().contains("second"), "{answer:?}");
     Ok(())

@@ -1,9 +1,9 @@
-//! The examples do what they say, with a real guest.
+//! The examples work with a real guest.
 
 use std::process::{Command, Output};
 
 use anyhow::Result;
-use vesta_tests::guest::{Guest, Kernel, env, given, vmm_path};
+use vesta_tests::guest::{Guest, Kernel, env, required_path, vmm_path};
 
 /// Runs an example with a guest whose first process is this script.
 fn run_example(mut example: Command, script: &str) -> Result<Output> {
@@ -13,12 +13,12 @@ fn run_example(mut example: Command, script: &str) -> Result<Output> {
     Ok(example.arg(vmm_path()).arg(&guest.kernel).arg(initrd).env("TMPDIR", dir.path()).output()?)
 }
 
-fn check(output: &Output, said: &[&str]) {
+fn check(output: &Output, printed: &[&str]) {
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {text}\n{errors}", output.status);
-    for said in said {
-        assert!(text.contains(said), "{said} is not in:\n{text}\n{errors}");
+    for printed in printed {
+        assert!(text.contains(printed), "{printed} is not in:\n{text}\n{errors}");
     }
 }
 
@@ -32,7 +32,7 @@ fn the_shell_example_boots_a_guest() -> Result<()> {
 
 #[test]
 fn the_rust_example_forks_a_running_guest() -> Result<()> {
-    let output = run_example(Command::new(given(env::EXAMPLE)), "while :; do sleep 1; done")?;
+    let output = run_example(Command::new(required_path(env::EXAMPLE)), "while :; do sleep 1; done")?;
     check(&output, &["parent: ", "\"state\":\"Running\"", "forked: ", "child: "]);
     Ok(())
 }

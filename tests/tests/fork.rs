@@ -1,4 +1,5 @@
-//! Forks of Linux guests: children and parent go on from the same moment, each with a past and disks of its own.
+//! Forks of Linux guests: children and parent continue from the same state, each with its own
+//! disks.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -9,20 +10,20 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::disks::{DiskGuest, disk, drive, said, with};
-use vesta_tests::guest::{BOOT, SOON, Transport};
+use vesta_tests::disks::{DiskGuest, disk, drive, output_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
 use vesta_tests::host_devices::LoopDevice;
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::{wait_for_text, word};
-use vesta_tests::snapshots::{Files, go_on};
+use vesta_tests::serial_file::{wait_for_text, word};
+use vesta_tests::snapshots::{Files, restore, save_live, wait_for_live_snapshot};
 use vesta_tests::vmm::Vmm;
 
 const TOOL: &str = env!("CARGO_BIN_EXE_disk-tool");
 
 on_each_transport! {
-    /// Raw disks and overlays, through both engines, forked twice in the middle of writes that are read back.
-    fn each_side_of_a_fork_finds_on_its_disks_what_it_wrote_itself(transport) {
+    /// Raw disks and overlays, through both engines, forked twice during writes that are read back.
+    fn parent_and_child_each_read_their_own_writes_after_a_fork(transport) {
         let mut guest = DiskGuest::new(transport)?.tool(TOOL).vcpus(2).entropy(json!({}));
         let home = tempfile::tempdir()?;
         for (name, fields) in [
@@ -37,8 +38,8 @@ on_each_transport! {
             echo RESEEDED $(dmesg | grep -c 'crng reseeded due to virtual machine fork')\n\
             echo LAST\npoweroff -f";
         let mut vmm = guest.run(script)?;
-        vmm.wait_for_output("FLUSHED", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("FLUSHED", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
 
         let (mut children, mut alive) = (Vec::new(), Vec::new());
         for generation in 0..2 {
@@ -52,39 +53,30 @@ on_each_transport! {
             let reply = api.put("/fork", &json!({"children": bodies}))?.ok()?.json()?;
             alive.push(Orphans::of_fork(&reply)?);
         }
-        let parent = said(&mut vmm)?;
+        let parent = output_of(&mut vmm)?;
         ensure!(parent.contains("VERIFIED vda") && parent.contains("VERIFIED vdb"), "{parent}");
         ensure!(word(&parent, "RESEEDED")? == "0", "the parent is the same guest as before: {parent}");
         let mut random = BTreeSet::from([word(&parent, "RANDOM")?.to_owned()]);
         for child in &children {
-            let said = wait_for_text(child, "LAST", BOOT)?;
-            ensure!(said.contains("VERIFIED vda") && said.contains("VERIFIED vdb"), "{said}");
-            ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
-            ensure!(word(&said, "RESEEDED")? != "0", "{said}");
-            random.insert(word(&said, "RANDOM")?.to_owned());
+            let output = wait_for_text(child, "LAST", BOOT_TIMEOUT)?;
+            ensure!(output.contains("VERIFIED vda") && output.contains("VERIFIED vdb"), "{output}");
+            ensure!(!output.contains("WRONG") && !output.contains("FAILED"), "{output}");
+            ensure!(word(&output, "RESEEDED")? != "0", "{output}");
+            random.insert(word(&output, "RANDOM")?.to_owned());
         }
         ensure!(random.len() == 5, "random numbers are repeated: {random:?}");
-        alive.into_iter().try_for_each(|children| children.wait(SOON))?;
+        alive.into_iter().try_for_each(|children| children.wait(TIMEOUT))?;
         Ok(())
     }
 }
 
-/// Waits until the live snapshot is written.
-fn wait_for_job(api: &mut ApiClient) -> Result<()> {
-    while api.get("/snapshot/job")?.ok()?.json()?["state"] == json!("Running") {
-        std::thread::yield_now();
-    }
-    let job = api.get("/snapshot/job")?.json()?;
-    ensure!(job["state"] == json!("Done"), "{job}");
-    Ok(())
-}
-
-/// Forks, if need be when some of so many layers were merged that there can be no more.
+/// Forks, after waiting for a merge of layers if there are too many.
 fn fork_when_it_can_be(api: &mut ApiClient, fork: &Value) -> Result<Value> {
     let begun = Instant::now();
     loop {
         let reply = api.put("/fork", fork)?;
-        if reply.status != 400 || !reply.fault().contains("overlay.layers") || begun.elapsed() > BOOT {
+        if reply.status != 400 || !reply.fault().contains("overlay.layers") || begun.elapsed() > BOOT_TIMEOUT
+        {
             return reply.ok()?.json();
         }
         std::thread::yield_now();
@@ -100,9 +92,9 @@ echo LAST
 poweroff -f";
 
 on_each_transport! {
-    /// Forked after each of so many writes that layers are merged, then saved live: whoever goes on from there finds on its disks what was
-    /// written, as often as one likes.
-    fn a_guest_that_writes_is_forked_any_number_of_times_and_each_load_of_it_goes_on_by_itself(transport) {
+    /// Forked after each of so many writes that layers are merged, then saved live. Each restore
+    /// finds on its disks what was written.
+    fn a_writing_guest_is_forked_many_times_and_restored_each_time(transport) {
         let home = tempfile::tempdir()?;
         let control = disk(home.path(), "control", 1)?;
         let mut guest = DiskGuest::new(transport)?.tool(TOOL);
@@ -113,18 +105,18 @@ on_each_transport! {
             guest = guest.drive(with(drive(name, &disk(home.path(), name, 4)?), &fields));
         }
         let mut vmm = guest.drive(with(drive("control", &control), &json!({"is_read_only": true}))).run(WRITES)?;
-        vmm.wait_for_output("FLUSHED", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("FLUSHED", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let (mut layers, mut merged) = ([0; 2], [false; 2]);
         // Layers are merged some time after there are many of them.
         for round in 0.. {
             let from = vmm.stdout.len();
             for mark in ["FLUSHED vda", "FLUSHED vdb"] {
-                vmm.stdout.wait_for_after(from, mark, BOOT)?;
+                vmm.stdout.wait_for_after(from, mark, BOOT_TIMEOUT)?;
             }
             let child = json!({"id": format!("c{round}"), "resume": false});
             let reply = fork_when_it_can_be(&mut api, &json!({"children": [child]}))?;
-            Orphans::of_fork(&reply)?.kill(SOON)?;
+            Orphans::of_fork(&reply)?.kill(TIMEOUT)?;
             let config = api.get("/vm/config")?.json()?;
             for drive in 0..2 {
                 let now = config["drives"][drive]["overlay"]["layers"].as_array().map_or(0, Vec::len);
@@ -137,22 +129,19 @@ on_each_transport! {
             ensure!(round < 40, "there are {layers:?} layers, {merged:?}");
         }
         let files = Files::new(home.path(), "live");
-        let mut create = files.create("Full");
-        create["live"] = json!(true);
-        api.put("/snapshot/create", &create)?.ok()?;
-        wait_for_job(&mut api)?;
+        save_live(&mut api, &files.create("Full"))?;
 
         File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
-        let verified = |said: &str| {
-            ensure!(said.contains("VERIFIED vda") && said.contains("VERIFIED vdb"), "{said}");
-            ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
+        let verified = |output: &str| {
+            ensure!(output.contains("VERIFIED vda") && output.contains("VERIFIED vdb"), "{output}");
+            ensure!(!output.contains("WRONG") && !output.contains("FAILED"), "{output}");
             Ok(())
         };
-        verified(&said(&mut vmm)?)?;
-        // The second begins when the first has written, and ended.
+        verified(&output_of(&mut vmm)?)?;
+        // The second begins when the first has written and ended.
         for _load in 0..2 {
-            let (mut clone, _api) = go_on(transport, &files.load())?;
-            verified(&said(&mut clone)?)?;
+            let (mut clone, _api) = restore(transport, &files.load())?;
+            verified(&output_of(&mut clone)?)?;
         }
         Ok(())
     }
@@ -166,48 +155,47 @@ wait
 echo LAST
 poweroff -f";
 
-/// A guest that writes to a block device of the host, until that file says stop.
+/// A guest that writes to a block device of the host until that file says stop.
 fn on_block_device(dir: &Path) -> Result<(LoopDevice, PathBuf, Vmm, ApiClient)> {
     let device = LoopDevice::new(&disk(dir, "backing", 4)?)?;
     let control = disk(dir, "control", 1)?;
     let guest = DiskGuest::new(Transport::Mmio)?.tool(TOOL).drive(drive("device", device.path()));
     let vmm =
         guest.drive(with(drive("control", &control), &json!({"is_read_only": true}))).run(WRITES_TO_ONE)?;
-    vmm.wait_for_output("FLUSHED", BOOT)?;
-    let api = vmm.ready_client(SOON)?;
+    vmm.wait_for_output("FLUSHED", BOOT_TIMEOUT)?;
+    let api = vmm.ready_client(TIMEOUT)?;
     Ok((device, control, vmm, api))
 }
 
-fn check_verified(said: &str) -> Result<()> {
-    ensure!(said.contains("VERIFIED vda"), "{said}");
-    ensure!(!said.contains("WRONG") && !said.contains("FAILED"), "{said}");
+fn check_verified(output: &str) -> Result<()> {
+    ensure!(output.contains("VERIFIED vda"), "{output}");
+    ensure!(!output.contains("WRONG") && !output.contains("FAILED"), "{output}");
     Ok(())
 }
 
 #[test]
-fn a_block_device_is_forked_onto_overlays_that_are_named() -> Result<()> {
+fn a_block_device_is_forked_onto_named_overlays() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (device, control, mut vmm, mut api) = on_block_device(home.path())?;
     let on = |name: &str| json!([{"drive_id": "device", "overlay": home.path().join(name)}]);
     let serial = home.path().join("serial");
     let child = json!({"id": "c", "serial": {"serial_out_path": serial}, "drives": on("childs")});
-    // Nothing can be made beside it.
+    // No overlay can be created beside it.
     let refused = api.put("/fork", &json!({"children": [child]}))?;
     ensure!(refused.status == 400 && refused.fault().contains("drives[].overlay"), "{refused:?}");
     let reply = api.put("/fork", &json!({"children": [child], "drives": on("parents")}))?.ok()?.json()?;
     let orphans = Orphans::of_fork(&reply)?;
     let base = fs::read(device.path())?;
     File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
-    check_verified(&said(&mut vmm)?)?;
-    check_verified(&wait_for_text(&serial, "LAST", BOOT)?)?;
-    orphans.wait(SOON)?;
-    ensure!(fs::read(device.path())? == base, "somebody has written to the base");
+    check_verified(&output_of(&mut vmm)?)?;
+    check_verified(&wait_for_text(&serial, "LAST", BOOT_TIMEOUT)?)?;
+    orphans.wait(TIMEOUT)?;
+    ensure!(fs::read(device.path())? == base, "the base has changed");
     Ok(())
 }
 
 #[test]
-fn a_block_device_is_saved_live_onto_an_overlay_that_is_named_and_each_load_has_one_beside_it() -> Result<()>
-{
+fn a_block_device_is_saved_live_onto_a_named_overlay() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (device, control, mut vmm, mut api) = on_block_device(home.path())?;
     let files = Files::new(home.path(), "live");
@@ -218,13 +206,14 @@ fn a_block_device_is_saved_live_onto_an_overlay_that_is_named_and_each_load_has_
     create["drives"] = json!([{"drive_id": "device", "overlay": home.path().join("parents")}]);
     api.put("/snapshot/create", &create)?.ok()?;
     let base = fs::read(device.path())?;
-    wait_for_job(&mut api)?;
+    let job = wait_for_live_snapshot(&mut api)?;
+    ensure!(job["state"] == "Done", "{job}");
     File::options().write(true).open(&control)?.write_all_at(b"stop\n", 0)?;
-    check_verified(&said(&mut vmm)?)?;
+    check_verified(&output_of(&mut vmm)?)?;
     for _load in 0..2 {
-        let (mut clone, _api) = go_on(Transport::Mmio, &files.load())?;
-        check_verified(&said(&mut clone)?)?;
+        let (mut clone, _api) = restore(Transport::Mmio, &files.load())?;
+        check_verified(&output_of(&mut clone)?)?;
     }
-    ensure!(fs::read(device.path())? == base, "somebody has written to the base");
+    ensure!(fs::read(device.path())? == base, "the base has changed");
     Ok(())
 }

@@ -8,19 +8,19 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
 use vesta_tests::disks::DiskGuest;
-use vesta_tests::guest::{BOOT, SOON};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT};
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::{wait_for_text, word};
+use vesta_tests::serial_file::{wait_for_text, word};
 use vesta_tests::vsock::{connect, port};
 
 const TOOL: &str = env!("CARGO_BIN_EXE_guest-vsock");
 const CLONES: u32 = 50;
-/// The first clone's CID.
+/// The CID of the first clone.
 const FIRST_CID: u32 = 100;
 
-/// Says who it is once it is another than it was: what its kernel, its monitor and its host make random, and the 16 bytes of the VM
-/// generation id, which are where the monitor has its page (0xde000).
+/// Prints its identity once it is a clone: what its kernel, its monitor and its host make random,
+/// and the 16 bytes of the VM generation ID, which are in the monitor's page at 0xde000.
 const WHO_AM_I: &str = r#"
 hex() { hexdump -v -e '/1 "%02x"'; }
 generation() { dd if=/dev/mem bs=16 skip=$((0xde00)) count=1 2>/dev/null | hex; }
@@ -35,7 +35,7 @@ guest-vsock cid
 echo LAST
 sleep 100000"#;
 
-/// What is to be another in each.
+/// What must differ in each.
 const DISTINCT: [&str; 5] = ["KERNEL ", "DEVICE ", "UUID ", "GENERATION ", "CID "];
 
 fn path(dir: &Path, clone: u32, what: &str) -> std::path::PathBuf {
@@ -52,7 +52,7 @@ fn child(dir: &Path, clone: u32) -> Value {
 }
 
 on_each_transport! {
-    fn fifty_clones_of_one_guest_are_fifty_guests(transport) {
+    fn fifty_clones_of_one_guest_run_independently(transport) {
         let home = tempfile::tempdir()?;
         let dir = home.path();
         let vmm = DiskGuest::new(transport)?
@@ -61,22 +61,22 @@ on_each_transport! {
             .program("guest-vsock", TOOL)
             .device("vsock", json!({"guest_cid": 3, "uds_path": dir.join("parent.vsock")}))
             .run(WHO_AM_I)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
-        let first = vmm.wait_for_output("FIRST ", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
+        let first = vmm.wait_for_output("FIRST ", BOOT_TIMEOUT)?;
         let mut seen = DISTINCT.map(|_| BTreeSet::new());
         seen[3].insert(word(&first, "FIRST ")?.to_owned());
 
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let children: Vec<_> = (0..CLONES).map(|clone| child(dir, clone)).collect();
         let reply = api.put("/fork", &json!({"children": children}))?.ok()?.json()?;
         let orphans = Orphans::of_fork(&reply)?;
         for clone in 0..CLONES {
-            let said = wait_for_text(&path(dir, clone, "serial"), "LAST", BOOT)?;
+            let output = wait_for_text(&path(dir, clone, "serial"), "LAST", BOOT_TIMEOUT)?;
             for (what, seen) in DISTINCT.iter().zip(&mut seen) {
-                let found = word(&said, what)?;
+                let found = word(&output, what)?;
                 ensure!(seen.insert(found.to_owned()), "clone {clone}: {what}{found} was seen before");
             }
-            ensure!(word(&said, "CID ")? == (FIRST_CID + clone).to_string(), "{said}");
+            ensure!(word(&output, "CID ")? == (FIRST_CID + clone).to_string(), "{output}");
             let about = ApiClient::new(&path(dir, clone, "api")).get("/")?.ok()?.json()?;
             ensure!(about["id"] == format!("clone-{clone}") && about["state"] == "Running", "{about}");
             is_answered(&path(dir, clone, "vsock")).with_context(|| format!("clone {clone}"))?;
@@ -84,11 +84,11 @@ on_each_transport! {
         is_answered(&dir.join("parent.vsock")).context("the parent")?;
         ensure!(!vmm.stdout.text().contains("KERNEL"), "the parent is the same guest as before");
         ensure!(orphans.running()? == CLONES as usize);
-        orphans.kill(SOON)
+        orphans.kill(TIMEOUT)
     }
 }
 
-/// Whether a program in the guest behind that socket answers.
+/// Whether a program in the guest behind that socket responds.
 fn is_answered(socket: &Path) -> Result<()> {
     let mut stream = connect(socket, port::ECHO)?;
     stream.write_all(b"who is there")?;

@@ -1,19 +1,16 @@
-//! Forks and live snapshots of Linux guests under load: each side goes on with a past that it shares with the others, and nothing
-//! that comes after it.
+//! Forks and live snapshots of Linux guests under load: all continue from a common past and share
+//! nothing after it.
 
-use std::time::Instant;
-
-use anyhow::{Result, ensure};
-use serde_json::{Value, json};
-use vesta_tests::api::ApiClient;
+use anyhow::ensure;
+use serde_json::json;
 use vesta_tests::busy::{
-    Place, Programs, all_is_right_after, wait_for_all_progress, wait_for_all_progress_in,
+    BusyHost, Programs, check_output_after, wait_for_all_progress, wait_for_all_progress_in,
 };
-use vesta_tests::disks::{said, with};
-use vesta_tests::guest::{BOOT, SOON};
+use vesta_tests::disks::{output_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT};
 use vesta_tests::on_each_transport;
-use vesta_tests::said::wait_for_text;
-use vesta_tests::snapshots::Files;
+use vesta_tests::serial_file::wait_for_text;
+use vesta_tests::snapshots::{Files, wait_for_live_snapshot};
 
 const PROGRAMS: Programs = Programs {
     disk_tool: env!("CARGO_BIN_EXE_disk-tool"),
@@ -21,63 +18,50 @@ const PROGRAMS: Programs = Programs {
     guest_vsock: env!("CARGO_BIN_EXE_guest-vsock"),
 };
 
-/// Waits for the end of a live snapshot; what is said of it then.
-fn job_ends(api: &mut ApiClient) -> Result<Value> {
-    let deadline = Instant::now() + BOOT;
-    loop {
-        let job = api.get("/snapshot/job")?.ok()?.json()?;
-        if job["state"] != "Running" {
-            return Ok(job);
-        }
-        ensure!(Instant::now() < deadline, "{job}");
-        // Nobody tells when it is over.
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
-}
-
 on_each_transport! {
-    /// A child, and a child of that one, all under load at the same time. The parent's connections go on, the others begin without any.
-    fn parent_child_and_grandchild_each_find_what_they_wrote_and_sent(transport) {
+    /// A child, and a child of that child, all under load at the same time. The parent keeps its
+    /// connections, the others start without any.
+    fn parent_child_and_grandchild_keep_their_data_under_load(transport) {
         let home = tempfile::tempdir()?;
-        let place = Place::new(home.path())?;
+        let place = BusyHost::new(home.path())?;
         let mut vmm = place.guest(transport, PROGRAMS, &json!({}))?;
         wait_for_all_progress(&vmm)?;
-        let (mut child, of_parent) = place.fork(&mut vmm.ready_client(SOON)?, "child")?;
+        let (mut child, of_parent) = place.fork(&mut vmm.ready_client(TIMEOUT)?, "child")?;
         wait_for_all_progress_in(&child.serial)?;
         let (grandchild, of_child) = place.fork(&mut child.api, "grandchild")?;
         wait_for_all_progress_in(&grandchild.serial)?;
         wait_for_all_progress_in(&child.serial)?;
         wait_for_all_progress(&vmm)?;
 
-        // They all look at the same disk for this.
+        // All of them poll the same disk.
         place.disks.stop()?;
-        all_is_right_after(&said(&mut vmm)?, 0, 0)?;
+        check_output_after(&output_of(&mut vmm)?, 0, 0)?;
         for (guest, lives) in [(child, 1), (grandchild, 2)] {
-            all_is_right_after(&wait_for_text(&guest.serial, "LAST", BOOT)?, lives, lives)?;
+            check_output_after(&wait_for_text(&guest.serial, "LAST", BOOT_TIMEOUT)?, lives, lives)?;
         }
-        of_parent.wait(SOON)?;
-        of_child.wait(SOON)
+        of_parent.wait(TIMEOUT)?;
+        of_child.wait(TIMEOUT)
     }
 
-    /// The guest goes on while it is saved, and beside the one that goes on from what was saved.
-    fn a_live_snapshot_and_its_original_each_find_what_they_wrote_and_sent(transport) {
+    /// The guest runs while it is saved, and beside the restored one.
+    fn a_live_snapshot_and_its_original_keep_their_data_under_load(transport) {
         let home = tempfile::tempdir()?;
-        let place = Place::new(home.path())?;
+        let place = BusyHost::new(home.path())?;
         let mut vmm = place.guest(transport, PROGRAMS, &json!({}))?;
         wait_for_all_progress(&vmm)?;
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let files = Files::new(home.path(), "live");
         let begun = api.put("/snapshot/create", &with(files.create("Full"), &json!({"live": true})))?;
         ensure!(begun.ok()?.json()?["state"] == "Running");
         wait_for_all_progress(&vmm)?;
-        let job = job_ends(&mut api)?;
+        let job = wait_for_live_snapshot(&mut api)?;
         ensure!(job["state"] == "Done", "{job}");
-        let mut loaded = place.go_on_elsewhere(transport, "tap1", &files.load())?;
+        let mut loaded = place.restore_elsewhere(transport, "tap1", &files.load())?;
         wait_for_all_progress(&loaded)?;
         wait_for_all_progress(&vmm)?;
 
         place.disks.stop()?;
-        all_is_right_after(&said(&mut vmm)?, 0, 0)?;
-        all_is_right_after(&said(&mut loaded)?, 1, 1)
+        check_output_after(&output_of(&mut vmm)?, 0, 0)?;
+        check_output_after(&output_of(&mut loaded)?, 1, 1)
     }
 }

@@ -1,4 +1,4 @@
-//! What a guest has of its host: huge pages, clocks, a serial port that nobody may read.
+//! Resources of the host in a guest: huge pages, clocks, and a serial port without a reader.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,8 +11,8 @@ use vesta_tests::guest::{Guest, Kernel, ignore, start, vmm_path, vmm_with_api};
 use vesta_tests::snapshots::{Files, pause};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// Longest that a whole boot may take where a host is emulated.
-const BOOT: Duration = Duration::from_mins(1);
+/// The longest boot on an emulated host.
+const BOOT_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Boots without the API; the guest runs `script`.
 fn boot(kernel: Kernel, script: &str, shape: impl FnOnce(Guest) -> Guest) -> Vmm {
@@ -22,33 +22,33 @@ fn boot(kernel: Kernel, script: &str, shape: impl FnOnce(Guest) -> Guest) -> Vmm
 }
 
 #[test]
-fn the_guest_has_kvms_clock_x2apic_and_the_deadline_timer() {
+fn the_guest_has_kvmclock_x2apic_and_the_tsc_deadline_timer() {
     let what = "dmesg | grep -iE 'kvm-clock|x2apic|deadline'\npoweroff -f";
     let mut vmm = boot(Kernel::quickest(), what, |guest| guest);
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert_eq!(code, 0, "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert_eq!(code, 0, "{output}");
     for feature in ["clocksource kvm-clock", "x2apic", "TSC deadline timer"] {
-        assert!(said.contains(feature), "{feature} is missing: {said}");
+        assert!(output.contains(feature), "{feature} is missing: {output}");
     }
 }
 
 #[test]
-fn huge_pages_of_both_kinds_are_taken_where_the_host_has_them() {
+fn both_kinds_of_huge_pages_are_used_if_available() {
     let mut vmm = boot(Kernel::quickest(), "poweroff -f", |guest| Guest {
         machine: json!({ "huge_pages": "Transparent" }),
         ..guest
     });
-    assert_eq!(vmm.exit_code(BOOT).unwrap(), 0);
+    assert_eq!(vmm.exit_code(BOOT_TIMEOUT).unwrap(), 0);
 
     let Some(_pool) = Pool::of(64) else { ignore("the host has no 64 huge pages to give") };
     let mut vmm = boot(Kernel::quickest(), "poweroff -f", |guest| Guest {
         machine: json!({ "huge_pages": "2M" }),
         ..guest
     });
-    assert_eq!(vmm.exit_code(BOOT).unwrap(), 0);
+    assert_eq!(vmm.exit_code(BOOT_TIMEOUT).unwrap(), 0);
 }
 
-/// The host's pool of 2 MiB pages with some pages in it, for as long as this lives.
+/// Pages in the host's pool of 2 MiB pages, as long as this value lives.
 struct Pool(String);
 
 impl Pool {
@@ -68,10 +68,10 @@ impl Drop for Pool {
     }
 }
 
-/// A cgroup whose use of huge pages is limited. Its processes must have ended when it is dropped.
+/// A cgroup with a limit on huge pages. Its processes must have ended when it is dropped.
 struct Group {
     path: PathBuf,
-    /// The root group's children were not limited before.
+    /// Whether the root group's children had no limits before.
     enabled: bool,
 }
 
@@ -120,7 +120,7 @@ fn cgroup_limit_on_huge_pages_is_named() {
     let Some(group) = Group::new() else { ignore("the host has no hugetlb controller of cgroup v2") };
     let Some(_pool) = Pool::of(64) else { ignore("the host has no 64 huge pages to give") };
 
-    // The monitor's own first write to the guest's memory.
+    // The limit is hit by the monitor's own first write to guest memory.
     group.limit(0);
     let (mut vmm, mut api) = vmm_with_api(&[]).unwrap();
     group.take(&vmm);
@@ -134,13 +134,13 @@ fn cgroup_limit_on_huge_pages_is_named() {
     assert!(refused.status == 400 && refused.fault().contains(LIMIT), "{refused:?}");
     assert_eq!(api.get("/").unwrap().json().unwrap()["state"], "Not started");
 
-    // The guest, later.
+    // The limit is hit by the guest, later.
     group.limit(10);
     start(&mut api).unwrap();
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert!(code == 1 && said.contains(LIMIT), "{code} {said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert!(code == 1 && output.contains(LIMIT), "{code} {output}");
 
-    // A load. Its memory file has ordinary pages.
+    // The limit is hit by a load. Its memory file has ordinary pages.
     let (saved, mut api, _serial) = counting(&json!({})).unwrap();
     let files = Files::new(saved.dir(), "a");
     pause(&mut api).unwrap();
@@ -157,19 +157,19 @@ fn cgroup_limit_on_huge_pages_is_named() {
 }
 
 #[test]
-fn reboot_by_triple_fault_ends_with_status_0_and_is_reported() {
+fn a_triple_fault_is_reported_and_ends_with_status_0() {
     let mut vmm = boot(Kernel::quickest(), "reboot -f", |guest| {
         guest.boot_args("console=ttyS0 quiet panic=-1 reboot=t")
     });
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert_eq!(code, 0, "{said}");
-    assert!(said.contains("triple fault") && said.contains("RIP"), "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("triple fault") && output.contains("RIP"), "{output}");
 }
 
 #[test]
-fn a_serial_fifo_that_nobody_reads_does_not_stop_the_guest() {
+fn a_serial_fifo_without_reader_does_not_block_the_guest() {
     let builder = VmmBuilder::new(&vmm_path()).unwrap();
-    // More than the monitor and the FIFO hold together.
+    // More than the monitor and the FIFO buffer together.
     let script = "i=0; while [ $i -lt 1100 ]; do echo 0123456789012345678901234567890123456789012345678901234567890123456789; i=$((i+1)); done\npoweroff -f";
     let guest = Guest::linux(Kernel::quickest(), script, builder.dir()).unwrap();
     let fifo = builder.dir().join("fifo");
@@ -179,18 +179,18 @@ fn a_serial_fifo_that_nobody_reads_does_not_stop_the_guest() {
     let mut config = guest.config();
     config["serial"] = json!({"serial_out_path": fifo});
     let mut vmm = builder.arg("--no-api").with_config(&config).unwrap().spawn().unwrap();
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert_eq!(code, 0, "{said}");
-    assert!(said.contains("bytes dropped"), "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("bytes dropped"), "{output}");
 }
 
 #[test]
-fn a_guest_that_writes_to_the_boot_timer_is_timed() {
+fn a_write_to_the_boot_timer_logs_the_boot_time() {
     let builder = VmmBuilder::new(&vmm_path()).unwrap();
     let guest = Guest::linux(Kernel::Tuned, "devmem 0xC0000000 8 123\npoweroff -f", builder.dir()).unwrap();
     let mut vmm =
         builder.arg("--no-api").arg("--boot-timer").with_config(&guest.config()).unwrap().spawn().unwrap();
-    let (code, said) = vmm.finish(BOOT).unwrap();
-    assert_eq!(code, 0, "{said}");
-    assert!(said.contains("Guest-boot-time ="), "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT).unwrap();
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("Guest-boot-time ="), "{output}");
 }

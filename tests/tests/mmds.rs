@@ -1,25 +1,25 @@
-//! The metadata service, as programs in real guests meet it.
+//! The metadata service as programs in real guests use it.
 //!
-//! The guest's network leads nowhere: its tap is connected to nothing, and whatever answers is the monitor.
+//! The guest's tap is connected to nothing, so all responses come from the monitor.
 
 use anyhow::Result;
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
 use vesta_tests::guest::{
-    BOOT, BOOT_ARGS, Guest, Kernel, SOON, Transport, busybox, env, given, start, vmm_path,
+    BOOT_ARGS, BOOT_TIMEOUT, Guest, Kernel, TIMEOUT, Transport, busybox, env, required_path, start, vmm_path,
 };
 use vesta_tests::host_net::HostNet;
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::wait_for_text;
+use vesta_tests::serial_file::wait_for_text;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// Any address will do; a route to the service is all that the guest needs.
+/// Any address works; the guest only needs a route to the service.
 const NETWORK: &str = "ip link set lo up; ip link set eth0 up\n\
     ip addr add 192.168.77.2/24 dev eth0; ip route add 169.254.169.254 dev eth0\n";
 
-/// Mounts the disk with curl and Python; `in_disk` runs a program of it.
+/// Mounts the disk with curl and Python. `in_disk` runs a program of it.
 const DISK: &str = "mkdir /disk; mount -t ext4 -o ro /dev/vda /disk\n\
     mount -t tmpfs none /disk/tmp; mount -t devtmpfs none /disk/dev; mount -t proc none /disk/proc\n\
     cp /programs/* /disk/tmp/ 2>/dev/null\n\
@@ -28,10 +28,10 @@ const DISK: &str = "mkdir /disk; mount -t ext4 -o ro /dev/vda /disk\n\
 
 const AT: &str = "http://169.254.169.254";
 
-/// What a guest is like.
+/// The configuration of a guest.
 struct Setup<'a> {
     transport: Transport,
-    /// What its shell runs, after the network is up.
+    /// What its shell runs once the network is up.
     script: &'a str,
     /// Whether it has the disk with curl and Python.
     disk: bool,
@@ -39,7 +39,7 @@ struct Setup<'a> {
     programs: &'a [(&'a str, &'a str)],
     mmds: Value,
     args: &'a [&'a str],
-    /// More of the kernel's command line.
+    /// Additions to the kernel command line.
     boot_args: &'a str,
 }
 
@@ -58,12 +58,12 @@ impl Default for Setup<'_> {
 }
 
 fn interface(id: &str) -> Value {
-    // The kernel takes the tap down when the monitor ends. Tests run one after the other.
+    // The kernel removes the tap when the monitor ends. Tests run one after the other.
     json!({"iface_id": id, "host_dev_name": format!("vesta-{id}"), "guest_mac": null})
 }
 
 impl Setup<'_> {
-    /// Configures a guest over the API, with these contents, and does not start it.
+    /// Configures a guest over the API with these contents, and does not start it.
     fn configure(self, contents: &Value) -> Result<(Vmm, ApiClient)> {
         let mut builder = VmmBuilder::new(&vmm_path())?.with_api();
         for arg in self.transport.args().iter().chain(self.args) {
@@ -78,10 +78,10 @@ impl Setup<'_> {
         let guest = Guest::with_initramfs(Kernel::Tuned, initramfs, &script, builder.dir())?.mem_mib(256);
         let guest = guest.boot_args(&format!("{BOOT_ARGS} {}", self.boot_args));
         let vmm = builder.spawn()?;
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         guest.put(&mut api)?;
         if self.disk {
-            let image = given(env::PYTHON_DISK);
+            let image = required_path(env::PYTHON_DISK);
             let drive = json!({"drive_id": "python", "path_on_host": image, "is_root_device": false, "is_read_only": true});
             api.put("/drives/python", &drive)?.ok()?;
         }
@@ -98,24 +98,24 @@ impl Setup<'_> {
         Ok((vmm, api))
     }
 
-    /// The same, and what the guest said when it has ended.
-    fn said(self, contents: &Value) -> Result<String> {
+    /// The same, and the guest's output when it has ended.
+    fn output_of(self, contents: &Value) -> Result<String> {
         let (mut vmm, _api) = self.start(contents)?;
-        said(&mut vmm)
+        output_of(&mut vmm)
     }
 }
 
-fn said(vmm: &mut Vmm) -> Result<String> {
-    let (code, said) = vmm.finish(BOOT)?;
-    assert_eq!(code, 0, "{said}");
-    Ok(said)
+fn output_of(vmm: &mut Vmm) -> Result<String> {
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    assert_eq!(code, 0, "{output}");
+    Ok(output)
 }
 
-/// What stands between `<NAME>` and `</NAME>` in what the guest said.
-fn part(said: &str, name: &str) -> String {
+/// The text between `<NAME>` and `</NAME>` in the guest's output.
+fn part(output: &str, name: &str) -> String {
     let (open, close) = (format!("<{name}>"), format!("</{name}>"));
-    let inner = said.split_once(&open).and_then(|(_, rest)| Some(rest.split_once(&close)?.0));
-    inner.unwrap_or_else(|| panic!("there is no {name} in {said}")).replace('\r', "")
+    let inner = output.split_once(&open).and_then(|(_, rest)| Some(rest.split_once(&close)?.0));
+    inner.unwrap_or_else(|| panic!("there is no {name} in {output}")).replace('\r', "")
 }
 
 fn contents() -> Value {
@@ -131,7 +131,7 @@ fn contents() -> Value {
 }
 
 on_each_transport! {
-    /// Version 1, by busybox's wget: no token, any form.
+    /// Version 1, with busybox's wget: no token, both formats.
     fn a_guest_reads_values_lists_and_json(transport) {
         let script = format!(
             "get() {{ echo \"<$1>$(wget -q -O - \"$2\" --header \"Accept: $3\" 2>&1)</$1>\"; }}\n\
@@ -144,19 +144,19 @@ on_each_transport! {
              i=0; while [ $i -lt 60 ]; do wget -q -O - {AT}/latest/meta-data/ami-id; i=$((i+1)); done > /tmp/many\n\
              echo \"<many>$(wc -c < /tmp/many)</many>\""
         );
-        let said = Setup { transport, script: &script, ..Setup::default() }.said(&contents())?;
-        assert_eq!(part(&said, "value"), "ami-1234");
-        assert_eq!(part(&said, "list"), "ami-id\ncpus\ninstance-id\nnetwork/");
-        assert_eq!(serde_json::from_str::<Value>(&part(&said, "json"))?, contents()["latest"]["meta-data"]);
-        assert_eq!(part(&said, "lines"), "#!/bin/sh\necho \"hello\"");
-        assert!(part(&said, "missing").contains("404"), "{said}");
-        assert!(part(&said, "number").contains("501"), "{said}");
-        assert_eq!(part(&said, "many"), (60 * "ami-1234".len()).to_string());
+        let output = Setup { transport, script: &script, ..Setup::default() }.output_of(&contents())?;
+        assert_eq!(part(&output, "value"), "ami-1234");
+        assert_eq!(part(&output, "list"), "ami-id\ncpus\ninstance-id\nnetwork/");
+        assert_eq!(serde_json::from_str::<Value>(&part(&output, "json"))?, contents()["latest"]["meta-data"]);
+        assert_eq!(part(&output, "lines"), "#!/bin/sh\necho \"hello\"");
+        assert!(part(&output, "missing").contains("404"), "{output}");
+        assert!(part(&output, "number").contains("501"), "{output}");
+        assert_eq!(part(&output, "many"), (60 * "ami-1234".len()).to_string());
         Ok(())
     }
 
-    /// Version 2, by curl, under the names of both headers.
-    fn a_guest_shows_a_token_or_is_sent_away(transport) {
+    /// Version 2, with curl, with both names of the headers.
+    fn a_guest_without_a_valid_token_is_refused(transport) {
         let script = format!(
             "get() {{ name=$1; shift; echo \"<$name>$(in_disk curl -sS -m 20 -w '|%{{http_code}}' \"$@\" 2>&1)</$name>\"; }}\n\
              get none {AT}/latest/meta-data/ami-id\n\
@@ -175,24 +175,24 @@ on_each_transport! {
              get port http://169.254.169.254:81/"
         );
         let mmds = json!({"network_interfaces": ["eth0"], "version": "V2"});
-        let said = Setup { transport, script: &script, disk: true, mmds, ..Setup::default() }.said(&contents())?;
+        let output = Setup { transport, script: &script, disk: true, mmds, ..Setup::default() }.output_of(&contents())?;
         for (name, status) in [
             ("none", "401"), ("guess", "401"), ("no-life", "400"), ("long-life", "400"), ("proxy", "400"),
             ("post", "405"), ("own", "200"), ("other", "200"), ("life", "200"), ("over", "401"),
         ] {
-            assert!(part(&said, name).ends_with(&format!("|{status}")), "{name}: {said}");
+            assert!(part(&output, name).ends_with(&format!("|{status}")), "{name}: {output}");
         }
-        assert_eq!(part(&said, "own"), "ami-1234|200");
-        assert_eq!(part(&said, "other"), "\"i-5678\"|200");
-        assert!(part(&said, "post").contains("Allow: GET, PUT"), "{said}");
-        assert!(part(&said, "life").contains("X-aws-ec2-metadata-token-ttl-seconds: 21600"), "{said}");
-        // Refused at once, not given up on.
-        assert!(part(&said, "port").contains("refused") || part(&said, "port").contains("Couldn't connect"), "{said}");
+        assert_eq!(part(&output, "own"), "ami-1234|200");
+        assert_eq!(part(&output, "other"), "\"i-5678\"|200");
+        assert!(part(&output, "post").contains("Allow: GET, PUT"), "{output}");
+        assert!(part(&output, "life").contains("X-aws-ec2-metadata-token-ttl-seconds: 21600"), "{output}");
+        // The connection is refused at once, instead of a timeout.
+        assert!(part(&output, "port").contains("refused") || part(&output, "port").contains("Couldn't connect"), "{output}");
         Ok(())
     }
 
-    /// boto3 finds its credentials as it would on EC2: a token, the role's name, the role.
-    fn the_aws_sdk_finds_its_credentials(transport) {
+    /// boto3 finds its credentials as on EC2: a token, the role's name, the role.
+    fn the_aws_sdk_reads_its_credentials(transport) {
         let program = "import boto3\n\
             credentials = boto3.Session().get_credentials()\n\
             frozen = credentials.get_frozen_credentials()\n\
@@ -213,13 +213,13 @@ on_each_transport! {
             mmds: json!({"network_interfaces": ["eth0"], "version": "V2", "imds_compat": true}),
             ..Setup::default()
         };
-        let said = setup.said(&contents)?;
-        assert_eq!(part(&said, "sdk"), "iam-role AKIDEXAMPLE secret/example session-token");
+        let output = setup.output_of(&contents)?;
+        assert_eq!(part(&output, "sdk"), "iam-role AKIDEXAMPLE secret/example session-token");
         Ok(())
     }
 
-    /// The contents change under a guest that reads them all the time, and each of its answers is whole.
-    fn what_the_user_patches_the_guest_reads(transport) {
+    /// The contents change under a guest that reads them all the time. Each response is consistent.
+    fn a_guest_reads_patched_contents(transport) {
         let script = format!(
             "echo READING\n\
              while :; do\n\
@@ -231,25 +231,25 @@ on_each_transport! {
         );
         let (mut vmm, mut api) = Setup { transport, script: &script, ..Setup::default() }
             .start(&json!({"round": "begin", "gone": {"soon": "x"}}))?;
-        vmm.wait_for_output("<sawbegin>", BOOT)?;
+        vmm.wait_for_output("<sawbegin>", BOOT_TIMEOUT)?;
         for round in 0..10 {
             api.patch("/mmds", &json!({"round": round.to_string()}))?.ok()?;
-            vmm.wait_for_output(&format!("<saw{round}>"), BOOT)?;
+            vmm.wait_for_output(&format!("<saw{round}>"), BOOT_TIMEOUT)?;
         }
         // Also across a pause.
         api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
         api.patch("/mmds", &json!({"round": "resumed"}))?.ok()?;
         api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-        vmm.wait_for_output("<sawresumed>", BOOT)?;
+        vmm.wait_for_output("<sawresumed>", BOOT_TIMEOUT)?;
         api.patch("/mmds", &json!({"round": "end", "gone": null}))?.ok()?;
-        let said = said(&mut vmm)?;
-        assert!(!said.contains("LOST"), "{said}");
-        assert_eq!(part(&said, "all"), r#"{"round":"end"}"#);
+        let output = output_of(&mut vmm)?;
+        assert!(!output.contains("LOST"), "{output}");
+        assert_eq!(part(&output, "all"), r#"{"round":"end"}"#);
         Ok(())
     }
 }
 
-/// cloud-init's own data source crawls it, with a token as on EC2.
+/// cloud-init's data source reads it, with a token as on EC2.
 #[test]
 fn cloud_init_reads_its_ec2_data_source() -> Result<()> {
     let program = "import logging, sys\n\
@@ -283,16 +283,16 @@ fn cloud_init_reads_its_ec2_data_source() -> Result<()> {
         mmds: json!({"network_interfaces": ["eth0"], "version": "V2"}),
         ..Setup::default()
     };
-    let said = setup.said(&contents)?;
-    assert_eq!(part(&said, "id"), "i-cloudinit");
-    assert_eq!(part(&said, "macs"), "06:00:00:00:00:01");
-    assert_eq!(part(&said, "user"), "#cloud-config\npackages: []");
-    assert_eq!(part(&said, "token"), "True");
+    let output = setup.output_of(&contents)?;
+    assert_eq!(part(&output, "id"), "i-cloudinit");
+    assert_eq!(part(&output, "macs"), "06:00:00:00:00:01");
+    assert_eq!(part(&output, "user"), "#cloud-config\npackages: []");
+    assert_eq!(part(&output, "token"), "True");
     Ok(())
 }
 
-/// As flintlock's guests find it: the data source that the kernel's command line names, without a token, with YAML in strings. The disk
-/// has no tool to look for seeds on other disks.
+/// As in flintlock's guests: the kernel command line names the data source, without a token, with
+/// YAML in strings. The disk has no tool to search other disks for seeds.
 #[test]
 fn cloud_init_reads_its_no_cloud_data_source() -> Result<()> {
     let program = "from cloudinit import helpers\n\
@@ -317,17 +317,17 @@ fn cloud_init_reads_its_no_cloud_data_source() -> Result<()> {
         boot_args: "ds=nocloud-net;s=http://169.254.169.254/latest/",
         ..Setup::default()
     };
-    let said = setup.said(&contents)?;
-    assert_eq!(part(&said, "id"), "i-nocloud");
-    assert_eq!(part(&said, "name"), "tester");
-    assert_eq!(part(&said, "user"), "#cloud-config\npackages: []");
-    assert!(part(&said, "seed").contains("http://169.254.169.254/latest/"), "{said}");
+    let output = setup.output_of(&contents)?;
+    assert_eq!(part(&output, "id"), "i-nocloud");
+    assert_eq!(part(&output, "name"), "tester");
+    assert_eq!(part(&output, "user"), "#cloud-config\npackages: []");
+    assert!(part(&output, "seed").contains("http://169.254.169.254/latest/"), "{output}");
     Ok(())
 }
 
-/// Two interfaces lead to it.
+/// Two interfaces reach the service.
 #[test]
-fn every_interface_that_is_named_leads_there() -> Result<()> {
+fn every_configured_interface_reaches_the_service() -> Result<()> {
     let script = format!(
         "ip link set eth1 up; ip addr add 192.168.78.2/24 dev eth1\n\
          ask() {{ echo \"<$1>$(wget -q -O - {AT}/a 2>&1)</$1>\"; }}\n\
@@ -340,14 +340,14 @@ fn every_interface_that_is_named_leads_there() -> Result<()> {
     api.put("/network-interfaces/eth1", &interface("eth1"))?.ok()?;
     api.put("/mmds/config", &json!({"network_interfaces": ["eth0", "eth1"]}))?.ok()?;
     start(&mut api)?;
-    let said = said(&mut vmm)?;
-    assert_eq!((part(&said, "first"), part(&said, "second")), ("found".to_owned(), "found".to_owned()));
+    let output = output_of(&mut vmm)?;
+    assert_eq!((part(&output, "first"), part(&output, "second")), ("found".to_owned(), "found".to_owned()));
     Ok(())
 }
 
-/// One of two interfaces leads to it, at an address of its own.
+/// One of two interfaces reaches the service, at its own address.
 #[test]
-fn an_interface_that_is_not_named_does_not_lead_there() -> Result<()> {
+fn other_interfaces_do_not_reach_the_service() -> Result<()> {
     let script = "ip link set eth1 up; ip addr add 192.168.78.2/24 dev eth1\n\
         ip route add 169.254.42.1 dev eth1\n\
         ask() { echo \"<$1>$(wget -q -O - http://169.254.42.1/a 2>&1)</$1>\"; }\n\
@@ -364,15 +364,15 @@ fn an_interface_that_is_not_named_does_not_lead_there() -> Result<()> {
     api.put("/network-interfaces/eth1", &interface("eth1"))?.ok()?;
     api.put("/mmds/config", &mmds)?.ok()?;
     start(&mut api)?;
-    let said = said(&mut vmm)?;
-    assert_eq!(part(&said, "second"), "found");
-    assert!(!part(&said, "first").contains("found"), "{said}");
+    let output = output_of(&mut vmm)?;
+    assert_eq!(part(&output, "second"), "found");
+    assert!(!part(&output, "first").contains("found"), "{output}");
     Ok(())
 }
 
-/// As flintlock does it: a configuration file, a metadata file, no API.
+/// As flintlock does: a configuration file, a metadata file and no API.
 #[test]
-fn a_configuration_file_and_a_metadata_file_are_enough() -> Result<()> {
+fn the_service_works_from_configuration_and_metadata_files() -> Result<()> {
     let script =
         format!("{NETWORK}echo \"<id>$(wget -q -O - {AT}/latest/meta-data/ami-id)</id>\"\npoweroff -f");
     let builder = VmmBuilder::new(&vmm_path())?;
@@ -383,26 +383,27 @@ fn a_configuration_file_and_a_metadata_file_are_enough() -> Result<()> {
     std::fs::write(&file, contents().to_string())?;
     let builder = builder.arg("--no-api").arg("--metadata").arg(&file).with_config(&config)?;
     let mut vmm = builder.spawn()?;
-    assert_eq!(part(&said(&mut vmm)?, "id"), "ami-1234");
+    assert_eq!(part(&output_of(&mut vmm)?, "id"), "ami-1234");
     Ok(())
 }
 
-/// And for a guest without a network: its configuration file names no interface for the service then.
+/// The same for a guest without a network: its configuration file names no interface for the
+/// service.
 #[test]
-fn a_configuration_file_may_name_no_interface_for_it() -> Result<()> {
+fn a_configuration_file_can_name_no_interface() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?;
     let mut config = Guest::linux(Kernel::Tuned, "echo UP; poweroff -f", builder.dir())?.config();
     config["mmds-config"] = json!({"version": "V1"});
     let file = builder.dir().join("metadata.json");
     std::fs::write(&file, contents().to_string())?;
     let builder = builder.arg("--no-api").arg("--metadata").arg(&file).with_config(&config)?;
-    let said = said(&mut builder.spawn()?)?;
-    assert!(said.contains("UP"), "{said}");
+    let output = output_of(&mut builder.spawn()?)?;
+    assert!(output.contains("UP"), "{output}");
     Ok(())
 }
 
 #[test]
-fn a_metadata_file_that_cannot_be_used_ends_the_monitor() -> Result<()> {
+fn an_unusable_metadata_file_ends_the_monitor() -> Result<()> {
     for (text, limit, named) in
         [("{", "100", "EOF"), ("[]", "100", "an array"), (r#"{"a":"long"}"#, "11", "at most 11")]
     {
@@ -410,19 +411,19 @@ fn a_metadata_file_that_cannot_be_used_ends_the_monitor() -> Result<()> {
         let file = builder.dir().join("metadata.json");
         std::fs::write(&file, text)?;
         let builder = builder.arg("--metadata").arg(&file).arg("--mmds-size-limit").arg(limit);
-        let (code, said) = builder.spawn()?.finish(SOON)?;
-        assert_eq!(code, 152, "{said}");
-        assert!(said.contains(named) && said.contains("metadata.json"), "{said}");
+        let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
+        assert_eq!(code, 152, "{output}");
+        assert!(output.contains(named) && output.contains("metadata.json"), "{output}");
     }
-    let (code, said) =
-        VmmBuilder::new(&vmm_path())?.with_api().arg("--metadata=/nowhere").spawn()?.finish(SOON)?;
-    assert!(code == 152 && said.contains("/nowhere"), "{said}");
+    let (code, output) =
+        VmmBuilder::new(&vmm_path())?.with_api().arg("--metadata=/nowhere").spawn()?.finish(TIMEOUT)?;
+    assert!(code == 152 && output.contains("/nowhere"), "{output}");
     Ok(())
 }
 
 /// Statuses and messages, before and after the start.
 #[test]
-fn the_api_says_what_it_does_not_do() -> Result<()> {
+fn the_api_names_unsupported_settings() -> Result<()> {
     let setup =
         Setup { script: "echo UP; sleep 1000", args: &["--mmds-size-limit", "50"], ..Setup::default() };
     let (vmm, mut api) = setup.configure(&json!({"a": "1"}))?;
@@ -456,7 +457,7 @@ fn the_api_says_what_it_does_not_do() -> Result<()> {
     let shown = api.get("/vm/config")?.ok()?.json()?;
     assert_eq!(shown["mmds-config"]["version"], "V2");
     start(&mut api)?;
-    vmm.wait_for_output("UP", BOOT)?;
+    vmm.wait_for_output("UP", BOOT_TIMEOUT)?;
     let late = api.put("/mmds/config", &json!({"network_interfaces": ["eth0"]}))?;
     assert!(late.status == 400 && late.fault().contains("before the microVM starts"), "{late:?}");
     api.patch("/mmds", &json!({"a": null, "b": "2"}))?.ok()?;
@@ -464,13 +465,13 @@ fn the_api_says_what_it_does_not_do() -> Result<()> {
     Ok(())
 }
 
-/// Contents that no interface leads to are refused once that cannot change any more.
+/// Contents that no interface reaches are refused once that cannot change.
 #[test]
-fn a_guest_without_a_way_to_it_has_no_contents() -> Result<()> {
+fn a_guest_without_an_interface_for_it_has_no_contents() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api();
     let guest = Guest::linux(Kernel::Tuned, "echo UP; sleep 1000", builder.dir())?;
     let vmm = builder.spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let early = api.patch("/mmds", &json!({"a": "1"}))?;
     assert!(early.status == 400 && early.fault().contains("not initialized"), "{early:?}");
     assert_eq!(api.get("/mmds")?.ok()?.json()?, json!({}));
@@ -486,9 +487,9 @@ fn a_guest_without_a_way_to_it_has_no_contents() -> Result<()> {
     Ok(())
 }
 
-/// Each side of a fork reads what its own user says, from the moment of the fork on.
+/// Each side of a fork reads the contents that its own user sets after the fork.
 #[test]
-fn a_forks_child_reads_its_own_contents() -> Result<()> {
+fn a_forked_child_reads_its_own_contents() -> Result<()> {
     let net = HostNet::new()?;
     for tap in ["vesta-own", "vesta-same"] {
         net.tap(tap, "", "")?;
@@ -502,7 +503,7 @@ fn a_forks_child_reads_its_own_contents() -> Result<()> {
     );
     let (mut vmm, mut api) =
         Setup { script: &script, ..Setup::default() }.start(&json!({"round": "begin", "same": "1"}))?;
-    vmm.wait_for_output("<sawbegin>", BOOT)?;
+    vmm.wait_for_output("<sawbegin>", BOOT_TIMEOUT)?;
     let home = tempfile::tempdir()?;
     let path = |name: &str| home.path().join(name);
     let child = |id: &str, more: Value| {
@@ -518,36 +519,37 @@ fn a_forks_child_reads_its_own_contents() -> Result<()> {
     let children = [child("own", json!({"round": "own"})), child("same", Value::Null)];
     let reply = api.put("/fork", &json!({"children": children}))?.ok()?.json()?;
     let orphans = Orphans::of_fork(&reply)?;
-    wait_for_text(&path("own.serial"), "<sawown>", BOOT)?;
-    // Each is told something else, and none hears what the others are told.
+    wait_for_text(&path("own.serial"), "<sawown>", BOOT_TIMEOUT)?;
+    // Each has its own contents, and none of the others'.
     let mut clients = ["own", "same"].map(|id| ApiClient::new(&path(id)));
     assert_eq!(clients[0].get("/mmds")?.ok()?.json()?, json!({"round": "own"}));
     assert_eq!(clients[1].get("/mmds")?.ok()?.json()?, json!({"round": "begin", "same": "1"}));
     api.patch("/mmds", &json!({"round": "parent"}))?.ok()?;
     clients[1].patch("/mmds", &json!({"round": "changed"}))?.ok()?;
-    vmm.wait_for_output("<sawparent>", BOOT)?;
-    wait_for_text(&path("same.serial"), "<sawchanged>", BOOT)?;
+    vmm.wait_for_output("<sawparent>", BOOT_TIMEOUT)?;
+    wait_for_text(&path("same.serial"), "<sawchanged>", BOOT_TIMEOUT)?;
     for api in clients.iter_mut().chain([&mut api]) {
         api.patch("/mmds", &json!({"round": "end"}))?.ok()?;
     }
-    let parent = said(&mut vmm)?;
+    let parent = output_of(&mut vmm)?;
     assert!(!parent.contains("<sawown>") && !parent.contains("<sawchanged>"), "{parent}");
     for (id, others) in [("own", ["<sawparent>", "<sawchanged>"]), ("same", ["<sawparent>", "<sawown>"])] {
-        let said = wait_for_text(&path(&format!("{id}.serial")), "LAST", BOOT)?;
-        assert!(others.iter().all(|other| !said.contains(other)), "{id}: {said}");
+        let output = wait_for_text(&path(&format!("{id}.serial")), "LAST", BOOT_TIMEOUT)?;
+        assert!(others.iter().all(|other| !output.contains(other)), "{id}: {output}");
     }
-    orphans.wait(SOON)
+    orphans.wait(TIMEOUT)
 }
 
-/// An interface whose frames the monitor does not see, or not all of them, leads nowhere: said when it is configured.
+/// An interface whose frames the monitor does not see, or not all of them, is refused when it is
+/// configured.
 #[test]
-fn an_interface_that_cannot_lead_there_is_refused() -> Result<()> {
+fn an_unsuitable_interface_is_refused() -> Result<()> {
     let (_vmm, mut api) = Setup::default().configure(&json!({}))?;
     let mut several = interface("eth0");
     several["num_queues"] = json!(2);
     let refused = api.put("/network-interfaces/eth0", &several)?;
     assert!(refused.status == 400 && refused.fault().contains("num_queues 2"), "{refused:?}");
-    // A configuration file is checked before anything that it names is opened.
+    // A configuration file is checked before any file that it names is opened.
     let mut vhost = interface("eth0");
     vhost["backend"] = json!("vhost");
     let config = json!({
@@ -555,16 +557,17 @@ fn an_interface_that_cannot_lead_there_is_refused() -> Result<()> {
         "network-interfaces": [vhost],
         "mmds-config": {"network_interfaces": ["eth0"]},
     });
-    let (code, said) =
-        VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config(&config)?.spawn()?.finish(SOON)?;
-    assert!(code == 152 && said.contains("has the backend vhost"), "{said}");
+    let (code, output) =
+        VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config(&config)?.spawn()?.finish(TIMEOUT)?;
+    assert!(code == 152 && output.contains("has the backend vhost"), "{output}");
     Ok(())
 }
 
-/// A snapshot has the way to the service and none of its contents: whoever loads it says what the guest reads now.
+/// A snapshot has the configuration of the service and none of its contents: the user of the
+/// restored guest sets them.
 #[test]
-fn a_restored_guest_reads_what_its_new_monitor_has() -> Result<()> {
-    // A load takes a tap that is there and makes none.
+fn a_restored_guest_reads_contents_of_its_new_monitor() -> Result<()> {
+    // A load uses an existing tap and creates none.
     HostNet::new()?.tap("vesta-eth0", "", "")?;
     let script = format!(
         "while :; do\n\
@@ -576,23 +579,23 @@ fn a_restored_guest_reads_what_its_new_monitor_has() -> Result<()> {
     let files = tempfile::tempdir()?;
     let (state, memory) = (files.path().join("state"), files.path().join("memory"));
     let (vmm, mut api) = Setup { script: &script, ..Setup::default() }.start(&json!({"round": "begin"}))?;
-    vmm.wait_for_output("<sawbegin>", BOOT)?;
+    vmm.wait_for_output("<sawbegin>", BOOT_TIMEOUT)?;
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
     api.put("/snapshot/create", &json!({"snapshot_path": state, "mem_file_path": memory}))?.ok()?;
     drop(vmm);
 
     let mut vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     api.put("/mmds", &json!({"round": "restored"}))?.ok()?;
     let load = json!({
         "snapshot_path": state, "resume_vm": true,
         "mem_backend": {"backend_type": "File", "backend_path": memory},
     });
     api.put("/snapshot/load", &load)?.ok()?;
-    vmm.wait_for_output("<sawrestored>", BOOT)?;
+    vmm.wait_for_output("<sawrestored>", BOOT_TIMEOUT)?;
     assert_eq!(api.get("/vm/config")?.ok()?.json()?["mmds-config"]["network_interfaces"], json!(["eth0"]));
     api.patch("/mmds", &json!({"round": "end"}))?.ok()?;
-    let said = said(&mut vmm)?;
-    assert!(!said.contains("<sawbegin>") && said.contains("<sawend>"), "{said}");
+    let output = output_of(&mut vmm)?;
+    assert!(!output.contains("<sawbegin>") && output.contains("<sawend>"), "{output}");
     Ok(())
 }

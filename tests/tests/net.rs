@@ -1,5 +1,5 @@
-//! Networks of real guests on taps: data both ways on either transport, limits, what goes wrong, and the API. Other back ends are in
-//! `net_backends`.
+//! Networks of real guests on taps: data in both directions on either transport, limits, failures
+//! and the API. Other backends are in `net_backends`.
 
 use std::fs::File;
 use std::io;
@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::api::ApiClient;
-use vesta_tests::guest::{BOOT, SOON, Transport, ignore, vmm_path};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport, ignore, vmm_path};
 use vesta_tests::host_net::{HostNet, NetGuest};
-use vesta_tests::net_script::{UP, both_ways, check_both_ways, host, host_with_queues, said};
+use vesta_tests::net_script::{UP, both_ways, check_both_ways, host, host_with_queues, output_of};
 use vesta_tests::on_each_transport;
-use vesta_tests::said::word;
+use vesta_tests::serial_file::word;
 use vesta_tests::stalls::Stalls;
 use vesta_tests::traffic;
 use vesta_tests::vmm::VmmBuilder;
@@ -21,19 +21,19 @@ const TOOL: &str = env!("CARGO_BIN_EXE_net-tool");
 const MIB: u64 = 1 << 20;
 
 on_each_transport! {
-    /// What is sent arrives, both ways at the same time.
-    fn bytes_go_both_ways_over_a_tap(transport) {
+    /// Data arrives in both directions at the same time.
+    fn data_crosses_a_tap_in_both_directions(transport) {
         let _net = host()?;
         let vmm = NetGuest::new(transport, TOOL)?
             .tap("tap0", json!({"guest_mac": "06:00:AC:10:00:02"}))
             .boot(&format!("{UP}\necho MAC $(cat /sys/class/net/eth0/address)\n{}\npoweroff -f", both_ways(8 * MIB)))?;
-        let said = said(vmm)?;
-        ensure!(said.contains("MAC 06:00:ac:10:00:02"), "{said}");
-        check_both_ways(&said)
+        let output = output_of(vmm)?;
+        ensure!(output.contains("MAC 06:00:ac:10:00:02"), "{output}");
+        check_both_ways(&output)
     }
 
-    /// The guest's checksums and segmentation are its own business, and so is the MTU.
-    fn bytes_go_both_ways_without_offloads_and_at_other_mtus(transport) {
+    /// Checksum and segmentation offloads are negotiable, and so is the MTU.
+    fn data_crosses_without_offloads_and_at_other_mtus(transport) {
         let net = host()?;
         net.ip("link set tap0 mtu 9000")?;
         let vmm = NetGuest::new(transport, TOOL)?
@@ -46,15 +46,15 @@ on_each_transport! {
                  ip link set eth0 mtu 1400\n{both}\npoweroff -f",
                 both = both_ways(2 * MIB)
             ))?;
-        let said = said(vmm)?;
-        ensure!(said.contains("MTU 9000"), "{said}");
-        ensure!(said.contains("tcp-segmentation-offload: on") && said.contains("rx-checksumming: on"), "{said}");
-        ensure!(said.matches("UPLOADED").count() == 3 && said.matches("DOWNLOADED").count() == 3, "{said}");
+        let output = output_of(vmm)?;
+        ensure!(output.contains("MTU 9000"), "{output}");
+        ensure!(output.contains("tcp-segmentation-offload: on") && output.contains("rx-checksumming: on"), "{output}");
+        ensure!(output.matches("UPLOADED").count() == 3 && output.matches("DOWNLOADED").count() == 3, "{output}");
         Ok(())
     }
 
-    /// All of them carry data.
-    fn several_pairs_of_queues_share_the_work(transport) {
+    /// All queue pairs carry data.
+    fn queue_pairs_share_the_load(transport) {
         let _net = host_with_queues()?;
         let vmm = NetGuest::new(transport, TOOL)?
             .vcpus(2)
@@ -65,17 +65,17 @@ on_each_transport! {
                  for i in 1 2 3 4 5 6; do net-tool upload 10.0.0.1:7000 $i {MIB} & net-tool download 10.0.0.1:7000 $i {MIB} & done; wait\n\
                  ethtool -S eth0 | grep kicks | sed 's/^ */COUNT /'\npoweroff -f"
             ))?;
-        let said = said(vmm)?;
-        ensure!(said.contains("QUEUES 2"), "{said}");
-        ensure!(said.matches("UPLOADED").count() == 6 && said.matches("DOWNLOADED").count() == 6, "{said}");
-        // A kick of a transmit queue is a frame in it.
-        let kicks = |queue: &str| word(&said, &format!("COUNT {queue}_kicks: "))?.parse::<u64>().context("a number");
-        ensure!(kicks("tx0")? > 0 && kicks("tx1")? > 0, "{said}");
+        let output = output_of(vmm)?;
+        ensure!(output.contains("QUEUES 2"), "{output}");
+        ensure!(output.matches("UPLOADED").count() == 6 && output.matches("DOWNLOADED").count() == 6, "{output}");
+        // Each kick of a transmit queue comes with a frame.
+        let kicks = |queue: &str| word(&output, &format!("COUNT {queue}_kicks: "))?.parse::<u64>().context("a number");
+        ensure!(kicks("tx0")? > 0 && kicks("tx1")? > 0, "{output}");
         Ok(())
     }
 
-    /// A pause and a reset of the driver lose nothing that TCP would not send again.
-    fn pauses_and_rebound_drivers_do_no_harm(transport) {
+    /// TCP recovers all that a pause or a reset of the driver loses.
+    fn traffic_survives_pauses_and_driver_rebinds(transport) {
         let _net = host()?;
         let vmm = NetGuest::new(transport, TOOL)?.tap("tap0", json!({})).boot(&format!(
             "{UP}\necho GOING\n{both}\ndev=$(basename $(readlink /sys/class/net/eth0/device))\n\
@@ -83,31 +83,31 @@ on_each_transport! {
              {UP}\n{both}\npoweroff -f",
             both = both_ways(4 * MIB)
         ))?;
-        vmm.wait_for_output("GOING", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("GOING", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         for _ in 0..10 {
             api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
             api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
         }
-        let said = said(vmm)?;
-        ensure!(said.matches("UPLOADED").count() == 2 && said.matches("DOWNLOADED").count() == 2, "{said}");
+        let output = output_of(vmm)?;
+        ensure!(output.matches("UPLOADED").count() == 2 && output.matches("DOWNLOADED").count() == 2, "{output}");
         Ok(())
     }
 
-    /// The guest is told, the monitor goes on.
-    fn a_tap_that_is_deleted_takes_the_link_down(transport) {
+    /// The guest sees the link go down, and the monitor continues.
+    fn deleting_a_tap_takes_the_link_down(transport) {
         a_deleted_tap_is_noticed(transport, "tap")
     }
 
-    /// The guest is told, and the kernel told nobody.
-    fn a_tap_of_vhost_that_is_deleted_takes_the_link_down(transport) {
+    /// The same with vhost, where the kernel notifies nobody of the deletion.
+    fn deleting_a_tap_takes_the_vhost_link_down(transport) {
         if File::open("/dev/vhost-net").is_err() {
             ignore("there is no vhost-net here");
         }
         a_deleted_tap_is_noticed(transport, "vhost")
     }
 
-    /// Frames of the guest's own address go on.
+    /// Frames with the guest's own address pass.
     fn frames_from_another_address_are_dropped(transport) {
         let _net = host()?;
         let as_other = "ip link set eth0 down; ip link set eth0 address 06:00:ac:10:00:99; ip link set eth0 up";
@@ -119,9 +119,9 @@ on_each_transport! {
                  {as_other}\nping -c 2 -w 2 10.0.0.1 > /dev/null || echo SILENT\n\
                  {as_itself}\nping -c 1 -w 10 10.0.0.1 > /dev/null && echo LAST\npoweroff -f"
             ))?;
-        let said = said(vmm)?;
-        ensure!(said.contains("FIRST") && said.contains("SILENT") && said.contains("LAST"), "{said}");
-        ensure!(said.contains("not the guest's"), "it is said: {said}");
+        let output = output_of(vmm)?;
+        ensure!(output.contains("FIRST") && output.contains("SILENT") && output.contains("LAST"), "{output}");
+        ensure!(output.contains("not the guest's"), "output: {output}");
         Ok(())
     }
 }
@@ -134,17 +134,17 @@ fn a_deleted_tap_is_noticed(transport: Transport, backend: &str) -> Result<()> {
              ping -c 2 -w 2 10.0.0.1 | tail -n 2\necho ALIVE\npoweroff -f",
         both_ways(MIB)
     ))?;
-    vmm.wait_for_output("READY", BOOT)?;
+    vmm.wait_for_output("READY", BOOT_TIMEOUT)?;
     net.ip("link delete tap0")?;
-    vmm.wait_for_output("ALIVE", BOOT)?;
-    let (code, said) = vmm.finish(BOOT)?;
-    ensure!(code == 0, "{said}");
-    ensure!(said.contains("the link is down") && said.contains("100% packet loss"), "{said}");
+    vmm.wait_for_output("ALIVE", BOOT_TIMEOUT)?;
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    ensure!(code == 0, "{output}");
+    ensure!(output.contains("the link is down") && output.contains("100% packet loss"), "{output}");
     Ok(())
 }
 
-/// How long a transfer takes that is to take `want`: within a fifth, with half a second for the guest itself. What the host stood still
-/// meanwhile may come on top: what a full bucket would have got then is lost.
+/// The time of a transfer that should take `want`, within a fifth and half a second for the guest
+/// itself. Stalls of the host are allowed on top: a full bucket gains nothing during a stall.
 fn assert_takes(
     stalls: &Stalls,
     want: Duration,
@@ -162,14 +162,15 @@ fn assert_takes(
 }
 
 #[test]
-fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
+fn rate_limits_hold_in_each_direction_and_can_be_patched() -> Result<()> {
     let _net = host()?;
-    // 1 MiB a second to the guest, a quarter of that from it; the buckets are small, so that the rate is what counts.
+    // 1 MiB per second to the guest, a quarter of that from it. The buckets are small, so the rate
+    // dominates.
     let limit = |bytes: u64| json!({"bandwidth": {"size": bytes / 10, "refill_time": 100}});
     let vmm = NetGuest::new(Transport::Mmio, TOOL)?
         .tap("tap0", json!({"rx_rate_limiter": limit(MIB), "tx_rate_limiter": limit(MIB / 4)}))
         .boot(&format!("{UP}\nnet-tool serve 7000"))?;
-    vmm.wait_for_output("SERVING", BOOT)?;
+    vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
     let guest = "10.0.0.2:7000";
     traffic::upload(guest, 1, 1000)?;
     let stalls = Stalls::watch();
@@ -178,7 +179,7 @@ fn either_direction_keeps_its_limit_and_a_patch_changes_it() -> Result<()> {
     assert_takes(&stalls, seconds(4 * MIB, MIB), || traffic::upload(guest, 2, 4 * MIB))?;
     assert_takes(&stalls, seconds(MIB, MIB / 4), || traffic::download(guest, 3, MIB))?;
 
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let off = json!({"bandwidth": {"size": 0, "refill_time": 0}});
     let patch = json!({"iface_id": "eth0", "rx_rate_limiter": limit(2 * MIB), "tx_rate_limiter": off});
     api.patch("/network-interfaces/eth0", &patch)?.ok()?;
@@ -208,9 +209,9 @@ fn two_microvms_on_one_bridge_reach_each_other() -> Result<()> {
             .boot(&format!("ip address add {own}/24 dev eth0; ip link set eth0 up\n{script}"))
     };
     let server = boot("tap1", "10.0.0.1", "net-tool serve 7000")?;
-    server.wait_for_output("SERVING", BOOT)?;
+    server.wait_for_output("SERVING", BOOT_TIMEOUT)?;
     let client = boot("tap2", "10.0.0.2", &format!("{}\npoweroff -f", both_ways(2 * MIB)))?;
-    check_both_ways(&said(client)?)
+    check_both_ways(&output_of(client)?)
 }
 
 fn put(api: &mut ApiClient, id: &str, body: &serde_json::Value) -> Result<vesta_tests::api::Response> {
@@ -218,15 +219,15 @@ fn put(api: &mut ApiClient, id: &str, body: &serde_json::Value) -> Result<vesta_
 }
 
 #[test]
-fn interfaces_are_set_over_the_api_and_bad_ones_change_nothing() -> Result<()> {
+fn interfaces_are_set_over_the_api_and_invalid_ones_refused() -> Result<()> {
     let net = HostNet::new()?;
     net.tap("tap0", "10.0.0.1/24", "")?;
     net.tap("tap1", "", "")?;
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let good = json!({"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": null, "rx_rate_limiter": {}, "tx_rate_limiter": {}});
     put(&mut api, "eth0", &good)?.ok()?;
-    // The same again, on its own tap, replaces it.
+    // The same interface again, on its own tap, replaces the old one.
     put(&mut api, "eth0", &good)?.ok()?;
     for (id, body, named) in [
         ("eth1", json!({"iface_id": "eth1", "host_dev_name": "tap0"}), "tap0"),
@@ -242,7 +243,7 @@ fn interfaces_are_set_over_the_api_and_bad_ones_change_nothing() -> Result<()> {
             "/nowhere/passt",
         ),
         ("eth1", json!({"iface_id": "eth1", "fds": [0]}), "descriptor 0"),
-        // It keeps its tap when the new one cannot be had.
+        // It keeps its tap if the new one cannot be opened.
         ("eth0", json!({"iface_id": "eth0", "host_dev_name": "/dev/nosuchtap"}), "/dev/nosuchtap"),
     ] {
         let refused = put(&mut api, id, &body)?;
@@ -264,7 +265,7 @@ fn interfaces_are_set_over_the_api_and_bad_ones_change_nothing() -> Result<()> {
     let early = api.patch("/network-interfaces/eth0", &json!({"iface_id": "eth0"}))?;
     ensure!(early.status == 400, "{early:?}");
 
-    // One that the monitor made is kept as long as it is wanted.
+    // A tap that the monitor created exists as long as the interface uses it.
     let own = json!({"iface_id": "eth2", "host_dev_name": "own2"});
     put(&mut api, "eth2", &own)?.ok()?;
     net.ip("address add 10.0.2.1/24 dev own2")?;

@@ -1,4 +1,4 @@
-//! The HTTP API as its clients see it, through the real binary.
+//! The HTTP API as its clients see it, with the real binary.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -7,11 +7,11 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::read_response;
 use vesta_tests::elf::null_guest;
-use vesta_tests::guest::{Guest, SOON, start, vmm_path, vmm_with_api};
+use vesta_tests::guest::{Guest, TIMEOUT, start, vmm_path, vmm_with_api};
 use vesta_tests::vmm::VmmBuilder;
 
 #[test]
-fn get_root_tells_who_it_is() -> Result<()> {
+fn get_root_describes_the_instance() -> Result<()> {
     let (_vmm, mut api) = vmm_with_api(&["--id", "test-1"])?;
     let response = api.get("/")?;
     assert_eq!(response.status, 200);
@@ -22,7 +22,7 @@ fn get_root_tells_who_it_is() -> Result<()> {
 }
 
 #[test]
-fn the_version_is_one_that_clients_know() -> Result<()> {
+fn the_version_is_known_to_firecrackers_clients() -> Result<()> {
     let (_vmm, mut api) = vmm_with_api(&[])?;
     let version = api.get("/version")?.ok()?.json()?;
     let text = version["firecracker_version"].as_str().context("it has a firecracker_version")?;
@@ -42,7 +42,7 @@ fn machine_config_has_its_defaults() -> Result<()> {
 }
 
 #[test]
-fn machine_config_keeps_what_was_put_and_patched() -> Result<()> {
+fn machine_config_keeps_put_and_patched_values() -> Result<()> {
     let (_vmm, mut api) = vmm_with_api(&[])?;
     assert_eq!(api.put("/machine-config", &json!({"vcpu_count": 2, "mem_size_mib": 256}))?.status, 204);
     assert_eq!(api.patch("/machine-config", &json!({"mem_size_mib": 512}))?.status, 204);
@@ -54,7 +54,7 @@ fn machine_config_keeps_what_was_put_and_patched() -> Result<()> {
 }
 
 #[test]
-fn answers_look_as_clients_parse_them() -> Result<()> {
+fn responses_have_the_form_that_clients_parse() -> Result<()> {
     let (_vmm, mut api) = vmm_with_api(&[])?;
     let done = api.put("/machine-config", &json!({"vcpu_count": 1, "mem_size_mib": 128}))?;
     assert_eq!((done.status, done.body.as_str(), done.header("content-length")), (204, "", None));
@@ -66,18 +66,18 @@ fn answers_look_as_clients_parse_them() -> Result<()> {
 }
 
 #[test]
-fn a_path_that_is_not_there_is_refused_with_its_name() -> Result<()> {
+fn an_unknown_path_is_refused_by_name() -> Result<()> {
     let (_vmm, mut api) = vmm_with_api(&[])?;
     let response = api.get("/nowhere")?;
     assert_eq!(response.status, 400);
     ensure!(response.fault().contains("nowhere"), "{}", response.body);
-    // The same connection goes on.
+    // The same connection stays usable.
     api.get("/")?.ok()?;
     Ok(())
 }
 
 #[test]
-fn a_body_that_is_no_json_is_refused_with_the_place() -> Result<()> {
+fn invalid_json_is_refused_with_line_and_column() -> Result<()> {
     let (_vmm, mut api) = vmm_with_api(&[])?;
     let response = api.request("PUT", "/machine-config", Some("{\"vcpu_count\": }"))?;
     assert_eq!(response.status, 400);
@@ -94,7 +94,7 @@ fn a_put_without_a_body_is_refused() -> Result<()> {
 }
 
 #[test]
-fn what_is_no_http_is_answered_and_hurts_nobody() -> Result<()> {
+fn invalid_http_gets_an_error_and_affects_no_other_client() -> Result<()> {
     let (_vmm, mut api) = vmm_with_api(&[])?;
     for nonsense in [&b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"[..], b"GET\r\n\r\n", b"BREW / HTTP/1.1\r\n\r\n"]
     {
@@ -107,19 +107,19 @@ fn what_is_no_http_is_answered_and_hurts_nobody() -> Result<()> {
 }
 
 #[test]
-fn a_body_that_is_too_long_is_refused_with_the_bound() -> Result<()> {
+fn a_too_long_body_is_refused_with_the_bound() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--http-api-max-payload-size", "300"])?;
     let response =
         api.request("PUT", "/machine-config", Some(&format!("{{\"x\": \"{}\"}}", "x".repeat(400))))?;
     assert_eq!(response.status, 400);
     ensure!(response.body.contains("300"), "{}", response.body);
-    // Its connection may be closed; others are served.
+    // Its connection may be closed; other clients are served.
     vmm.client().get("/")?.ok()?;
     Ok(())
 }
 
 #[test]
-fn a_request_in_pieces_is_one_request() -> Result<()> {
+fn a_request_can_arrive_in_pieces() -> Result<()> {
     let (_vmm, api) = vmm_with_api(&[])?;
     let mut connection = api.connect()?;
     for piece in ["GET /machine-", "config HTTP/1.1\r\nHo", "st: x\r\n", "\r\n"] {
@@ -131,7 +131,7 @@ fn a_request_in_pieces_is_one_request() -> Result<()> {
 }
 
 #[test]
-fn the_log_goes_where_it_is_told() -> Result<()> {
+fn the_log_goes_to_the_configured_file() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&[])?;
     let log = vmm.dir().join("log");
     api.put("/logger", &json!({"log_path": log, "level": "Debug"}))?.ok()?;
@@ -142,25 +142,25 @@ fn the_log_goes_where_it_is_told() -> Result<()> {
 }
 
 #[test]
-fn under_firecrackers_name_it_answers_as_such() -> Result<()> {
+fn the_name_firecracker_selects_firecrackers_identity() -> Result<()> {
     let mut vmm = VmmBuilder::new(&vmm_path())?.with_name("firecracker").arg("--version").spawn()?;
-    let (code, said) = vmm.finish(SOON)?;
+    let (code, output) = vmm.finish(TIMEOUT)?;
     assert_eq!(code, 0);
-    ensure!(said.starts_with("Firecracker v1.17.0"), "{said}");
+    ensure!(output.starts_with("Firecracker v1.17.0"), "{output}");
     Ok(())
 }
 
 #[test]
-fn version_and_help_are_told_without_a_guest() -> Result<()> {
+fn version_and_help_need_no_guest() -> Result<()> {
     for flag in ["--version", "--help"] {
-        let (code, said) = VmmBuilder::new(&vmm_path())?.arg(flag).spawn()?.finish(SOON)?;
+        let (code, output) = VmmBuilder::new(&vmm_path())?.arg(flag).spawn()?.finish(TIMEOUT)?;
         assert_eq!(code, 0, "{flag}");
-        ensure!(!said.trim().is_empty(), "{flag} says nothing");
+        ensure!(!output.trim().is_empty(), "{flag} prints nothing");
     }
     Ok(())
 }
 
-/// A null guest's kernel in `dir`.
+/// The null guest's kernel in `dir`.
 fn kernel(dir: &Path) -> Result<PathBuf> {
     let kernel = dir.join("kernel");
     std::fs::write(&kernel, null_guest().bytes())?;
@@ -172,11 +172,11 @@ fn starts_from_file(config: impl FnOnce(&Path) -> Result<Value>) -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--boot-timer");
     let config = config(builder.dir())?;
     let vmm = builder.with_config(&config)?.spawn()?;
-    vmm.wait_for_output("Guest-boot-time =", SOON).map(drop)
+    vmm.wait_for_output("Guest-boot-time =", TIMEOUT).map(drop)
 }
 
 #[test]
-fn file_with_empty_sections_of_missing_devices_starts() -> Result<()> {
+fn a_file_with_empty_sections_starts() -> Result<()> {
     starts_from_file(|dir| {
         let mut config = Guest::bare(&kernel(dir)?).config();
         for (section, empty) in [
@@ -193,7 +193,7 @@ fn file_with_empty_sections_of_missing_devices_starts() -> Result<()> {
 }
 
 #[test]
-fn shown_configuration_is_taken_back() -> Result<()> {
+fn the_returned_configuration_is_accepted_again() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let disk = vmm.dir().join("disk");
     std::fs::write(&disk, [0; 4096])?;

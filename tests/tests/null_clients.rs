@@ -1,4 +1,4 @@
-//! What clients of Firecracker do and read.
+//! The requests of Firecracker's clients, and the responses that they read.
 
 use std::time::Duration;
 
@@ -7,21 +7,21 @@ use vesta_tests::elf;
 use vesta_tests::guest::{Guest, start, vmm_path};
 use vesta_tests::vmm::VmmBuilder;
 
-const SOON: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 #[test]
-fn under_the_name_firecracker_it_answers_as_such() {
+fn the_name_firecracker_selects_firecrackers_identity() {
     let mut vmm =
         VmmBuilder::new(&vmm_path()).unwrap().with_name("firecracker").arg("--version").spawn().unwrap();
-    let (code, said) = vmm.finish(SOON).unwrap();
+    let (code, output) = vmm.finish(TIMEOUT).unwrap();
     assert_eq!(code, 0);
-    assert!(said.starts_with("Firecracker v1.17.0\n"), "{said}");
+    assert!(output.starts_with("Firecracker v1.17.0\n"), "{output}");
 
     let vmm = VmmBuilder::new(&vmm_path()).unwrap().with_name("firecracker").with_api().spawn().unwrap();
-    let mut api = vmm.ready_client(SOON).unwrap();
+    let mut api = vmm.ready_client(TIMEOUT).unwrap();
     let info = api.get("/").unwrap().json().unwrap();
     assert_eq!((&info["app_name"], &info["vmm_version"]), (&json!("Firecracker"), &json!("1.17.0")));
-    vmm.wait_for_output("Running Firecracker v1.17", SOON).unwrap();
+    vmm.wait_for_output("Running Firecracker v1.17", TIMEOUT).unwrap();
 }
 
 #[test]
@@ -34,7 +34,7 @@ fn the_go_sdks_order_of_calls_works() {
         .arg("--no-seccomp")
         .spawn()
         .unwrap();
-    let mut api = vmm.ready_client(SOON).unwrap();
+    let mut api = vmm.ready_client(TIMEOUT).unwrap();
     let log = vmm.dir().join("log.fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &log, rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
     let reader = std::fs::OpenOptions::new().read(true).write(true).open(&log).unwrap();
@@ -59,7 +59,7 @@ fn the_go_sdks_order_of_calls_works() {
 #[test]
 fn the_whole_configuration_can_be_read_back() {
     let vmm = VmmBuilder::new(&vmm_path()).unwrap().with_api().spawn().unwrap();
-    let mut api = vmm.ready_client(SOON).unwrap();
+    let mut api = vmm.ready_client(TIMEOUT).unwrap();
     let kernel = vmm.dir().join("kernel");
     std::fs::write(&kernel, elf::null_guest().bytes()).unwrap();
     let guest = Guest::bare(&kernel).vcpus(2).mem_mib(64).boot_args("quiet");
@@ -82,10 +82,10 @@ fn the_whole_configuration_can_be_read_back() {
 }
 
 #[test]
-fn a_client_that_stalls_delays_nobody_else() {
+fn a_stalled_client_delays_no_other_client() {
     use std::io::Write;
     let vmm = VmmBuilder::new(&vmm_path()).unwrap().with_api().spawn().unwrap();
-    let mut api = vmm.ready_client(SOON).unwrap();
+    let mut api = vmm.ready_client(TIMEOUT).unwrap();
     let mut stalled = api.connect().unwrap();
     stalled.write_all(b"PUT /boot-source HTTP/1.1\r\nContent-Length: 100\r\n\r\n{").unwrap();
     for _ in 0..10 {

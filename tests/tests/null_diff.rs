@@ -1,27 +1,16 @@
 //! Diffs onto an existing memory file, which may have other users.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 use serde_json::json;
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counts, sweeping, wait_for};
-use vesta_tests::guest::Transport;
-use vesta_tests::snapshots::{Files, empty, pause, resume};
-use vesta_tests::vmm::Vmm;
+use vesta_tests::counting::{is_consecutive, restored, sweeping, wait_for_bytes};
+use vesta_tests::snapshots::{Files, pause, resume};
 
-/// A monitor that goes on with the snapshot, and where its guest speaks to.
-fn go_on(files: &Files) -> Result<(Vmm, ApiClient, PathBuf)> {
-    let (vmm, mut api) = empty(Transport::Mmio)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    api.put("/snapshot/load", &files.load())?.ok()?;
-    Ok((vmm, api, serial))
-}
-
-/// A guest that finds one of its 1024 pages changed says the same number for ever.
+/// A guest that finds one of its 1024 pages changed repeats a number instead of counting.
 fn ensure_it_counts_on(serial: &Path) -> Result<()> {
-    ensure!(counts(&wait_for(serial, 3)?), "a page of it was changed");
+    ensure!(is_consecutive(&wait_for_bytes(serial, 3)?), "a page of it was changed");
     Ok(())
 }
 
@@ -35,16 +24,16 @@ fn diff(api: &mut ApiClient, files: &Files) -> Result<()> {
 fn a_diff_onto_its_base_never_changes_a_running_clone() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = Files::new(home.path(), "a");
-    let (_parent, mut parent, said) = sweeping(&json!({}))?;
-    wait_for(&said, 2)?;
+    let (_parent, mut parent, output) = sweeping(&json!({}))?;
+    wait_for_bytes(&output, 2)?;
     pause(&mut parent)?;
     parent.put("/snapshot/create", &files.create("Full"))?.ok()?;
     resume(&mut parent)?;
     let mut clones = Vec::new();
     for _ in 0..3 {
-        ensure_it_counts_on(&said)?;
+        ensure_it_counts_on(&output)?;
         diff(&mut parent, &files)?;
-        clones.push(go_on(&files)?);
+        clones.push(restored(&files.load())?);
     }
     for (_, api, serial) in &mut clones {
         // One that others use, and one that the clone itself was restored from.
@@ -54,7 +43,7 @@ fn a_diff_onto_its_base_never_changes_a_running_clone() -> Result<()> {
     for (_, _, serial) in &clones {
         ensure_it_counts_on(serial)?;
     }
-    ensure_it_counts_on(&said)
+    ensure_it_counts_on(&output)
 }
 
 #[test]
@@ -66,9 +55,9 @@ fn a_diff_onto_its_base_never_changes_a_forks_child() -> Result<()> {
         pause(&mut api)?;
         api.put("/snapshot/create", &files.create("Full"))?.ok()?;
     }
-    let (_parent, mut parent, said) = go_on(&files)?;
-    wait_for(&said, 2)?;
-    // In place, before there is a child; and then with one.
+    let (_parent, mut parent, output) = restored(&files.load())?;
+    wait_for_bytes(&output, 2)?;
+    // In place, first without and then with a child.
     diff(&mut parent, &files)?;
     let child = home.path().join("child");
     let socket = home.path().join("child.sock");
@@ -77,12 +66,12 @@ fn a_diff_onto_its_base_never_changes_a_forks_child() -> Result<()> {
     let pid = parent.put("/fork", &fork)?.ok()?.json()?["children"][0]["pid"].clone();
     let pid = pid.as_i64().and_then(|pid| rustix::process::Pid::from_raw(i32::try_from(pid).ok()?));
     let checked = (|| {
-        ensure_it_counts_on(&said)?;
+        ensure_it_counts_on(&output)?;
         diff(&mut parent, &files)?;
         ensure_it_counts_on(&child)?;
         diff(&mut ApiClient::new(&socket), &Files { state: home.path().join("c"), ..files.clone() })?;
         ensure_it_counts_on(&child)?;
-        ensure_it_counts_on(&said)
+        ensure_it_counts_on(&output)
     })();
     if let Some(pid) = pid {
         rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;

@@ -1,5 +1,5 @@
-//! What bad input gets: an error that names the thing and the bound, and a monitor that still does what it could
-//! before. Only guests of a few instructions, so these run on a software KVM too.
+//! Errors for invalid input: each names the thing and the bound, and the monitor stays usable. All
+//! guests have a few instructions, so these tests run on a software KVM too.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -8,32 +8,32 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::{ApiClient, Response};
 use vesta_tests::elf::{Elf, LOAD_ADDRESS, Segment, null_guest};
-use vesta_tests::guest::{Guest, SOON, ignore, start, vmm_path, vmm_with_api};
+use vesta_tests::guest::{Guest, TIMEOUT, ignore, start, vmm_path, vmm_with_api};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// The exit codes of Firecracker's that matter here.
+/// Exit codes of Firecracker.
 const GENERIC_ERROR: i32 = 1;
 const BAD_CONFIGURATION: i32 = 152;
 const ARG_PARSING: i32 = 153;
 
-/// A good guest's kernel in the monitor's directory.
+/// A valid guest's kernel in the monitor's directory.
 fn good_kernel(dir: &Path) -> Result<PathBuf> {
     let kernel = dir.join("good-kernel");
     std::fs::write(&kernel, null_guest().bytes())?;
     Ok(kernel)
 }
 
-/// What a monitor with this configuration file says; it must end with [`BAD_CONFIGURATION`].
+/// The output of a monitor with this configuration file. It must end with [`BAD_CONFIGURATION`].
 fn refused_from_file(config: impl FnOnce(&Path) -> Result<Value>) -> Result<String> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api");
     let config = config(builder.dir())?;
     let mut vmm = builder.with_config(&config)?.spawn()?;
-    let (code, said) = vmm.finish(SOON)?;
-    assert_eq!(code, BAD_CONFIGURATION, "it said: {said}");
-    Ok(said)
+    let (code, output) = vmm.finish(TIMEOUT)?;
+    assert_eq!(code, BAD_CONFIGURATION, "output: {output}");
+    Ok(output)
 }
 
-/// Puts a boot source and starts it. One of the two must be refused; returns with which words.
+/// Puts a boot source and starts it. One of the two must be refused; returns the error.
 fn refused_start(api: &mut ApiClient, guest: &Guest) -> Result<String> {
     let mut response = api.put("/machine-config", &guest.machine_config())?;
     if response.status == 204 {
@@ -52,16 +52,17 @@ fn fault(response: &Response) -> Result<String> {
     Ok(fault)
 }
 
-/// After an error the monitor is what it was: not started, and able to start a good guest.
+/// After an error the monitor is not started, and can start a valid guest.
 fn still_starts(vmm: &Vmm, api: &mut ApiClient) -> Result<()> {
     assert_eq!(api.get("/")?.json()?["state"], "Not started");
     Guest::bare(&good_kernel(vmm.dir())?).put(api)?;
     start(api)?;
-    vmm.wait_for_output("Guest-boot-time =", SOON)?;
+    vmm.wait_for_output("Guest-boot-time =", TIMEOUT)?;
     Ok(())
 }
 
-/// A kernel with this content is refused over the API and from a file, with a text that has all of `words`.
+/// A kernel with this content is refused over the API and from a file, with a text that has all
+/// `words`.
 fn kernel_is_refused(content: &[u8], words: &[&str]) -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let kernel = vmm.dir().join("bad-kernel");
@@ -71,7 +72,7 @@ fn kernel_is_refused(content: &[u8], words: &[&str]) -> Result<()> {
     let from_file = refused_from_file(|_| Ok(Guest::bare(&kernel).config()))?;
     for word in words {
         ensure!(over_api.contains(word), "{word} is not in the API's answer: {over_api}");
-        ensure!(from_file.contains(word), "{word} is not in what it said: {from_file}");
+        ensure!(from_file.contains(word), "no {word} in: {from_file}");
     }
     Ok(())
 }
@@ -116,12 +117,12 @@ fn a_text_is_no_kernel() -> Result<()> {
 }
 
 #[test]
-fn a_kernel_cut_within_its_headers_is_refused() -> Result<()> {
+fn a_kernel_with_truncated_headers_is_refused() -> Result<()> {
     kernel_is_refused(&null_guest().bytes()[..70], &[])
 }
 
 #[test]
-fn a_segment_that_the_file_does_not_hold_is_refused() -> Result<()> {
+fn a_segment_beyond_the_file_is_refused() -> Result<()> {
     let mut elf = null_guest();
     elf.segments[0].claimed_size = Some(1 << 20);
     kernel_is_refused(&elf.bytes(), &[])
@@ -136,7 +137,7 @@ fn a_segment_outside_memory_is_refused_with_its_address() -> Result<()> {
 }
 
 #[test]
-fn a_segment_that_reaches_beyond_memory_is_refused() -> Result<()> {
+fn a_segment_that_crosses_the_end_of_memory_is_refused() -> Result<()> {
     let mut elf = null_guest();
     elf.segments.push(Segment { memory_size: 1 << 40, ..Segment::new(0x20_0000, &[0xf4]) });
     kernel_is_refused(&elf.bytes(), &["0x200000"])
@@ -171,54 +172,54 @@ fn an_initrd_that_does_not_fit_is_refused_with_both_sizes() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let mut guest = Guest::bare(&good_kernel(vmm.dir())?);
     let initrd = vmm.dir().join("initrd");
-    // No more than a hole.
+    // A sparse file.
     File::create(&initrd)?.set_len(200 << 20)?;
     guest.initrd = Some(initrd);
-    let said = refused_start(&mut api, &guest)?;
-    ensure!(said.contains("initrd") && said.contains(&(200 << 20).to_string()), "{said}");
+    let output = refused_start(&mut api, &guest)?;
+    ensure!(output.contains("initrd") && output.contains(&(200 << 20).to_string()), "{output}");
     still_starts(&vmm, &mut api)
 }
 
 #[test]
-fn a_command_line_that_is_too_long_is_refused_with_the_bound() -> Result<()> {
+fn a_too_long_command_line_is_refused_with_the_bound() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let guest = Guest::bare(&good_kernel(vmm.dir())?).boot_args(&"x".repeat(2049));
-    let said = fault(&api.put("/boot-source", &guest.boot_source())?)?;
-    ensure!(said.contains("2048") && said.contains("2049"), "{said}");
+    let output = fault(&api.put("/boot-source", &guest.boot_source())?)?;
+    ensure!(output.contains("2048") && output.contains("2049"), "{output}");
     still_starts(&vmm, &mut api)?;
-    let said = refused_from_file(|_| Ok(guest.config()))?;
-    ensure!(said.contains("2048"), "{said}");
+    let output = refused_from_file(|_| Ok(guest.config()))?;
+    ensure!(output.contains("2048"), "{output}");
     Ok(())
 }
 
 #[test]
-fn numbers_of_vcpus_out_of_bounds_are_refused_with_the_bounds() -> Result<()> {
+fn invalid_vcpu_counts_are_refused_with_the_bounds() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     for vcpus in [0, 129, 255] {
         let guest = Guest::bare(&good_kernel(vmm.dir())?).vcpus(vcpus);
-        let said = fault(&api.put("/machine-config", &guest.machine_config())?)?;
-        ensure!(said.contains("vcpu_count") && said.contains("128"), "{said}");
-        let said = refused_from_file(|_| Ok(guest.config()))?;
-        ensure!(said.contains("vcpu_count") && said.contains("128"), "{said}");
+        let output = fault(&api.put("/machine-config", &guest.machine_config())?)?;
+        ensure!(output.contains("vcpu_count") && output.contains("128"), "{output}");
+        let output = refused_from_file(|_| Ok(guest.config()))?;
+        ensure!(output.contains("vcpu_count") && output.contains("128"), "{output}");
     }
     assert_eq!(api.get("/machine-config")?.json()?["vcpu_count"], 1);
     still_starts(&vmm, &mut api)
 }
 
 #[test]
-fn sizes_of_memory_out_of_bounds_are_refused_with_the_bounds() -> Result<()> {
+fn invalid_memory_sizes_are_refused_with_the_bounds() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     for mem_mib in [0, (1 << 20) + 1] {
         let guest = Guest::bare(&good_kernel(vmm.dir())?).mem_mib(mem_mib);
-        let said = fault(&api.put("/machine-config", &guest.machine_config())?)?;
-        ensure!(said.contains("mem_size_mib") && said.contains(&(1 << 20).to_string()), "{said}");
+        let output = fault(&api.put("/machine-config", &guest.machine_config())?)?;
+        ensure!(output.contains("mem_size_mib") && output.contains(&(1 << 20).to_string()), "{output}");
     }
     assert_eq!(api.get("/machine-config")?.json()?["mem_size_mib"], 128);
     still_starts(&vmm, &mut api)
 }
 
 #[test]
-fn memory_that_cannot_be_had_is_refused_and_the_monitor_goes_on() -> Result<()> {
+fn unavailable_memory_is_refused_and_the_monitor_continues() -> Result<()> {
     let info = std::fs::read_to_string("/proc/meminfo")?;
     let free = info.lines().find_map(|line| line.strip_prefix("HugePages_Free:")).map(str::trim);
     match free {
@@ -229,40 +230,43 @@ fn memory_that_cannot_be_had_is_refused_and_the_monitor_goes_on() -> Result<()> 
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let mut guest = Guest::bare(&good_kernel(vmm.dir())?);
     guest.machine = json!({"huge_pages": "2M"});
-    let said = refused_start(&mut api, &guest)?;
-    ensure!(said.contains("128") || said.contains(&(128 << 20).to_string()), "the size is not in: {said}");
+    let output = refused_start(&mut api, &guest)?;
+    ensure!(
+        output.contains("128") || output.contains(&(128 << 20).to_string()),
+        "the size is not in: {output}"
+    );
     still_starts(&vmm, &mut api)
 }
 
 #[test]
 fn an_unknown_key_of_a_configuration_file_is_named() -> Result<()> {
-    let said = refused_from_file(|dir| {
+    let output = refused_from_file(|dir| {
         let mut config = Guest::bare(&good_kernel(dir)?).config();
         config["machine-confg"] = json!({});
         Ok(config)
     })?;
-    ensure!(said.contains("machine-confg"), "{said}");
+    ensure!(output.contains("machine-confg"), "{output}");
     Ok(())
 }
 
 #[test]
 fn an_unknown_key_within_a_section_is_named() -> Result<()> {
-    let said = refused_from_file(|dir| {
+    let output = refused_from_file(|dir| {
         let mut config = Guest::bare(&good_kernel(dir)?).config();
         config["boot-source"]["boot_arg"] = json!("quiet");
         Ok(config)
     })?;
-    ensure!(said.contains("boot_arg"), "{said}");
+    ensure!(output.contains("boot_arg"), "{output}");
     Ok(())
 }
 
 #[test]
-fn a_configuration_file_that_is_no_json_is_refused_with_the_place() -> Result<()> {
+fn an_invalid_json_file_is_refused_with_line_and_column() -> Result<()> {
     let builder =
         VmmBuilder::new(&vmm_path())?.arg("--no-api").with_config_text("{\n\"boot-source\": nonsense}")?;
-    let (code, said) = builder.spawn()?.finish(SOON)?;
-    assert_eq!(code, BAD_CONFIGURATION, "it said: {said}");
-    ensure!(said.contains("line 2"), "{said}");
+    let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
+    assert_eq!(code, BAD_CONFIGURATION, "output: {output}");
+    ensure!(output.contains("line 2"), "{output}");
     Ok(())
 }
 
@@ -270,9 +274,9 @@ fn a_configuration_file_that_is_no_json_is_refused_with_the_place() -> Result<()
 fn a_missing_configuration_file_is_named() -> Result<()> {
     let builder =
         VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--config-file").arg("/nonexistent/config.json");
-    let (code, said) = builder.spawn()?.finish(SOON)?;
+    let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
     assert_ne!(code, 0);
-    ensure!(said.contains("/nonexistent/config.json"), "{said}");
+    ensure!(output.contains("/nonexistent/config.json"), "{output}");
     Ok(())
 }
 
@@ -280,8 +284,8 @@ fn a_missing_configuration_file_is_named() -> Result<()> {
 fn an_unknown_key_over_the_api_is_named() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     let body = json!({"vcpu_count": 1, "mem_size_mib": 128, "memory": 1});
-    let said = fault(&api.put("/machine-config", &body)?)?;
-    ensure!(said.contains("memory"), "{said}");
+    let output = fault(&api.put("/machine-config", &body)?)?;
+    ensure!(output.contains("memory"), "{output}");
     still_starts(&vmm, &mut api)
 }
 
@@ -293,7 +297,7 @@ fn a_start_without_a_kernel_is_refused() -> Result<()> {
 }
 
 #[test]
-fn a_second_start_is_refused_and_the_guest_goes_on() -> Result<()> {
+fn a_second_start_is_refused_and_the_guest_continues() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     still_starts(&vmm, &mut api)?;
     fault(&api.put("/actions", &json!({"action_type": "InstanceStart"}))?)?;
@@ -302,7 +306,7 @@ fn a_second_start_is_refused_and_the_guest_goes_on() -> Result<()> {
 }
 
 #[test]
-fn what_needs_a_running_guest_is_refused_before_the_start() -> Result<()> {
+fn requests_for_a_running_guest_are_refused_before_the_start() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&["--boot-timer"])?;
     fault(&api.patch("/vm", &json!({"state": "Paused"}))?)?;
     fault(&api.put("/actions", &json!({"action_type": "SendCtrlAltDel"}))?)?;
@@ -310,18 +314,19 @@ fn what_needs_a_running_guest_is_refused_before_the_start() -> Result<()> {
 }
 
 #[test]
-fn a_socket_that_is_in_use_is_named_and_left_alone() -> Result<()> {
+fn a_socket_in_use_is_named_and_not_removed() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&[])?;
     let socket = vmm.dir().join("api.sock");
-    let (code, said) = VmmBuilder::new(&vmm_path())?.arg("--api-sock").arg(&socket).spawn()?.finish(SOON)?;
-    assert_eq!(code, GENERIC_ERROR, "it said: {said}");
-    ensure!(said.contains(&socket.display().to_string()), "{said}");
+    let (code, output) =
+        VmmBuilder::new(&vmm_path())?.arg("--api-sock").arg(&socket).spawn()?.finish(TIMEOUT)?;
+    assert_eq!(code, GENERIC_ERROR, "output: {output}");
+    ensure!(output.contains(&socket.display().to_string()), "{output}");
     api.get("/")?.ok()?;
     Ok(())
 }
 
 #[test]
-fn arguments_that_mean_nothing_are_named() -> Result<()> {
+fn invalid_arguments_are_named() -> Result<()> {
     let cases: [(&[&str], &str); 5] = [
         (&["--no-such-flag"], "no-such-flag"),
         (&["--api-sock"], "api-sock"),
@@ -331,9 +336,9 @@ fn arguments_that_mean_nothing_are_named() -> Result<()> {
     ];
     for (args, word) in cases {
         let builder = args.iter().fold(VmmBuilder::new(&vmm_path())?, VmmBuilder::arg);
-        let (code, said) = builder.spawn()?.finish(SOON)?;
-        assert_eq!(code, ARG_PARSING, "{args:?}: it said: {said}");
-        ensure!(said.contains(word), "{args:?}: {said}");
+        let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
+        assert_eq!(code, ARG_PARSING, "{args:?}: output: {output}");
+        ensure!(output.contains(word), "{args:?}: {output}");
     }
     Ok(())
 }
@@ -360,9 +365,9 @@ fn exit_status_is_firecrackers_under_its_name() -> Result<()> {
         for (name, status) in [("vesta-vmm", own), ("firecracker", firecrackers)] {
             let builder = VmmBuilder::new(&vmm_path())?.with_name(name);
             let builder = args.iter().fold(builder, VmmBuilder::arg);
-            let (code, said) = builder.spawn()?.finish(SOON)?;
-            assert_eq!(code, status, "{name} {args:?}: it said: {said}");
-            ensure!(said.contains(named), "{args:?}: {said}");
+            let (code, output) = builder.spawn()?.finish(TIMEOUT)?;
+            assert_eq!(code, status, "{name} {args:?}: output: {output}");
+            ensure!(output.contains(named), "{args:?}: {output}");
         }
     }
     Ok(())

@@ -12,11 +12,11 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vesta_tests::api::{ApiClient, Response};
-use vesta_tests::counting::{counting, counting_with, counts, sweeping, wait_for};
+use vesta_tests::counting::{counting, counting_with, is_consecutive, sweeping, wait_for_bytes};
 use vesta_tests::disks::{disk, drive, with};
-use vesta_tests::guest::{SOON, Transport, ignore, vmm_path};
+use vesta_tests::guest::{TIMEOUT, Transport, ignore, vmm_path};
 use vesta_tests::process::{self, Orphans};
-use vesta_tests::snapshots::{Files, empty, pause, resume};
+use vesta_tests::snapshots::{Files, pause, resume, unconfigured};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 fn child(dir: &Path, id: &str) -> Value {
@@ -36,35 +36,35 @@ fn client(dir: &Path, id: &str) -> ApiClient {
 }
 
 #[test]
-fn children_and_parent_go_on_independently_from_the_same_moment() -> Result<()> {
+fn children_and_parent_continue_from_the_same_state() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
-    // The children outlive their parent, and its directory.
+    // The children outlive their parent and its directory.
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let reply = fork(&mut api, &[child(dir, "a"), child(dir, "b")])?;
     let orphans = Orphans::of_fork(&reply)?;
-    let parent = wait_for(&serial, 10)?;
-    assert!(counts(&parent) && parent[0] == 0);
+    let parent = wait_for_bytes(&serial, 10)?;
+    assert!(is_consecutive(&parent) && parent[0] == 0);
     let mut firsts = Vec::new();
     for id in ["a", "b"] {
-        let said = wait_for(&dir.join(format!("{id}.serial")), 10)?;
-        assert!(counts(&said), "{id}");
-        firsts.push(said[0]);
+        let output = wait_for_bytes(&dir.join(format!("{id}.serial")), 10)?;
+        assert!(is_consecutive(&output), "{id}");
+        firsts.push(output[0]);
         assert_eq!(client(dir, id).get("/")?.json()?["id"], json!(id));
     }
     assert_eq!(firsts[0], firsts[1], "both begin at the same moment");
-    // Killing one leaves the others.
-    Orphans::of(&[reply["children"][0]["pid"].as_u64().context("a pid")?]).kill(SOON)?;
-    wait_for(&dir.join("b.serial"), 10)?;
-    wait_for(&serial, 10)?;
+    // Killing one does not affect the others.
+    Orphans::of(&[reply["children"][0]["pid"].as_u64().context("a pid")?]).kill(TIMEOUT)?;
+    wait_for_bytes(&dir.join("b.serial"), 10)?;
+    wait_for_bytes(&serial, 10)?;
     drop(vmm);
-    // Nor do children end with their parent.
+    // Children do not end with their parent.
     assert_eq!(client(dir, "b").get("/")?.json()?["state"], json!("Running"));
-    orphans.kill(SOON)
+    orphans.kill(TIMEOUT)
 }
 
 #[test]
-fn a_fork_of_a_fork_works_and_a_paused_one_stays_paused() -> Result<()> {
+fn a_child_can_be_forked_and_a_paused_guest_stays_paused() -> Result<()> {
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let dir = home.path();
@@ -73,8 +73,8 @@ fn a_fork_of_a_fork_works_and_a_paused_one_stays_paused() -> Result<()> {
         let reply = fork(&mut api, &[child(dir, id)])?;
         orphans.push(Orphans::of_fork(&reply)?);
         api = client(dir, id);
-        let said = wait_for(&dir.join(format!("{id}.serial")), 300)?;
-        assert!(counts(&said), "{id}");
+        let output = wait_for_bytes(&dir.join(format!("{id}.serial")), 300)?;
+        assert!(is_consecutive(&output), "{id}");
     }
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
     let mut still = child(dir, "still");
@@ -86,12 +86,12 @@ fn a_fork_of_a_fork_works_and_a_paused_one_stays_paused() -> Result<()> {
     assert_eq!(still.get("/")?.json()?["state"], json!("Paused"));
     assert_eq!(fs::metadata(dir.join("still.serial"))?.len(), 0);
     still.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    assert!(counts(&wait_for(&dir.join("still.serial"), 10)?));
-    orphans.into_iter().try_for_each(|orphan| orphan.kill(SOON))
+    assert!(is_consecutive(&wait_for_bytes(&dir.join("still.serial"), 10)?));
+    orphans.into_iter().try_for_each(|orphan| orphan.kill(TIMEOUT))
 }
 
 #[test]
-fn fifty_children_of_one_call_all_begin() -> Result<()> {
+fn one_call_starts_fifty_children() -> Result<()> {
     let (_vmm, mut api, serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let dir = home.path();
@@ -99,15 +99,15 @@ fn fifty_children_of_one_call_all_begin() -> Result<()> {
     let reply = fork(&mut api, &children)?;
     let orphans = Orphans::of_fork(&reply)?;
     for n in 0..50 {
-        assert!(counts(&wait_for(&dir.join(format!("c{n}.serial")), 1)?), "c{n}");
+        assert!(is_consecutive(&wait_for_bytes(&dir.join(format!("c{n}.serial")), 1)?), "c{n}");
     }
-    wait_for(&serial, 10)?;
+    wait_for_bytes(&serial, 10)?;
     assert_eq!(orphans.running()?, 50);
-    orphans.kill(SOON)
+    orphans.kill(TIMEOUT)
 }
 
 #[test]
-fn what_cannot_be_forked_is_refused_by_name_and_the_guest_goes_on() -> Result<()> {
+fn invalid_forks_are_refused_by_name_and_the_guest_continues() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
     let taken = vmm.dir().join("api.sock");
     for (body, named) in [
@@ -133,10 +133,10 @@ fn what_cannot_be_forked_is_refused_by_name_and_the_guest_goes_on() -> Result<()
         let refused = api.put("/fork", &body)?;
         assert_eq!(refused.status, 400, "{refused:?}");
         assert!(refused.fault().contains(named), "{named}: {refused:?}");
-        assert!(counts(&wait_for(&serial, 10)?));
+        assert!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     }
     let mut before = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let refused = before.ready_client(SOON)?.put("/fork", &json!({"children": [{"id": "a"}]}))?;
+    let refused = before.ready_client(TIMEOUT)?.put("/fork", &json!({"children": [{"id": "a"}]}))?;
     assert_eq!(refused.status, 400);
     assert!(refused.fault().contains("needs a started microVM"), "{refused:?}");
     assert!(before.is_running()?);
@@ -160,7 +160,7 @@ fn child_that_cannot_start_removes_its_api_socket() -> Result<()> {
     Ok(())
 }
 
-/// A child that does not begin before somebody reads the pipe that it takes for its cgroup's list.
+/// A child that does not start before the pipe which it uses as its cgroup's list is read.
 struct Stuck {
     dir: TempDir,
 }
@@ -178,18 +178,19 @@ impl Stuck {
         child
     }
 
-    /// Lets it begin; its process id.
+    /// Lets it start; returns its process id.
     fn let_go(&self) -> Result<u64> {
         Ok(fs::read_to_string(self.dir.path().join("cgroup.procs"))?.trim().parse()?)
     }
 }
 
-/// Sends a fork of these children, and waits until that many processes are there. What becomes of the request is found in the thread.
+/// Sends a fork of these children, and waits until that many processes exist. The thread returns
+/// the response.
 fn begin_fork(vmm: &Vmm, children: Vec<Value>) -> Result<(JoinHandle<Result<Response>>, Orphans)> {
     let mut api = vmm.client();
     let count = children.len();
     let asking = std::thread::spawn(move || api.put("/fork", &json!({"children": children})));
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     // Each child forks the next.
     let family = |pid: u32| -> Result<Vec<u64>> {
         let mut found = process::children(pid)?;
@@ -216,54 +217,54 @@ fn answer(asking: JoinHandle<Result<Response>>) -> Result<Response> {
 }
 
 #[test]
-fn a_child_that_dies_without_a_word_holds_up_nobody() -> Result<()> {
+fn a_child_that_dies_while_it_starts_delays_no_other() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let stuck = Stuck::new()?;
-    // The first lives, and must not keep its parent waiting for the second.
+    // The first child survives, and must not make its parent wait for the second.
     let begin = Instant::now();
     let (asking, orphans) = begin_fork(&vmm, vec![child(home.path(), "good"), stuck.child("bad")])?;
-    client(home.path(), "good").wait_ready(SOON)?;
+    client(home.path(), "good").wait_ready(TIMEOUT)?;
     let bad = process::children(vmm.pid())?;
     ensure!(bad.len() == 1, "{bad:?}: the second is the one that the parent makes");
-    Orphans::of(&bad).kill(SOON)?;
+    Orphans::of(&bad).kill(TIMEOUT)?;
     let reply = answer(asking)?.ok()?.json()?;
-    ensure!(begin.elapsed() < SOON, "it took {:?}", begin.elapsed());
+    ensure!(begin.elapsed() < TIMEOUT, "it took {:?}", begin.elapsed());
     ensure!(reply["children"][0]["pid"].is_u64(), "{reply}");
     ensure!(reply["children"][1]["error"].as_str().is_some_and(|error| error.contains("ended")), "{reply}");
-    ensure!(counts(&wait_for(&serial, 10)?) && api.get("/")?.status == 200);
-    ensure!(counts(&wait_for(&home.path().join("good.serial"), 10)?));
-    orphans.kill(SOON)
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?) && api.get("/")?.status == 200);
+    ensure!(is_consecutive(&wait_for_bytes(&home.path().join("good.serial"), 10)?));
+    orphans.kill(TIMEOUT)
 }
 
 #[test]
-fn a_signal_to_a_child_that_is_being_born_is_the_childs_and_not_its_parents() -> Result<()> {
+fn a_signal_to_a_starting_child_does_not_reach_its_parent() -> Result<()> {
     let (mut vmm, mut api, serial) = counting(&json!({}))?;
     let stuck = Stuck::new()?;
     let (asking, orphans) = begin_fork(&vmm, vec![stuck.child("a")])?;
     orphans.signal(Signal::TERM)?;
     stuck.let_go()?;
     answer(asking)?;
-    orphans.wait(SOON)?;
-    ensure!(counts(&wait_for(&serial, 10)?) && api.get("/")?.status == 200);
+    orphans.wait(TIMEOUT)?;
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?) && api.get("/")?.status == 200);
     ensure!(vmm.is_running()?);
     Ok(())
 }
 
 #[test]
-fn a_parent_that_is_asked_to_end_does_not_wait_for_children_that_begin() -> Result<()> {
+fn a_parent_that_gets_sigterm_does_not_wait_for_children() -> Result<()> {
     let (mut vmm, _api, _serial) = counting(&json!({}))?;
     let stuck = Stuck::new()?;
     let (asking, orphans) = begin_fork(&vmm, vec![stuck.child("a")])?;
     vmm.signal(Signal::TERM)?;
-    vmm.exit_status(SOON)?;
-    // It may have answered, or not.
+    vmm.exit_status(TIMEOUT)?;
+    // It may have responded or not.
     let _ = answer(asking);
-    orphans.kill(SOON)
+    orphans.kill(TIMEOUT)
 }
 
 #[test]
-fn children_live_in_a_session_of_their_own_and_keep_no_stream_of_their_parents() -> Result<()> {
+fn children_have_their_own_session_and_no_inherited_streams() -> Result<()> {
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
     let home = tempfile::tempdir()?;
     let [plain, mut logs] = ["plain", "logs"].map(|id| child(home.path(), id));
@@ -281,11 +282,11 @@ fn children_live_in_a_session_of_their_own_and_keep_no_stream_of_their_parents()
             ensure!(file == Path::new("/dev/null"), "{at}: {fd} is {}", file.display());
         }
     }
-    orphans.kill(SOON)
+    orphans.kill(TIMEOUT)
 }
 
 #[test]
-fn a_child_moves_to_the_cgroup_that_it_is_given() -> Result<()> {
+fn a_child_moves_to_its_configured_cgroup() -> Result<()> {
     let mounts = fs::read_to_string("/proc/mounts")?;
     let root = mounts.lines().find_map(|line| {
         let mut words = line.split(' ').skip(1);
@@ -312,14 +313,14 @@ fn a_child_moves_to_the_cgroup_that_it_is_given() -> Result<()> {
         let name = group.file_name().context("a name")?.to_string_lossy().into_owned();
         ensure!(of(pid(0)?)?.ends_with(&name), "{}", of(pid(0)?)?);
         ensure!(of(pid(1)?)? == of(vmm.pid().into())?);
-        orphans.kill(SOON)
+        orphans.kill(TIMEOUT)
     };
     let moved = moved();
     fs::remove_dir(&group)?;
     moved
 }
 
-/// What `GET /vm/config` says of the first drive's overlay: the file and the layers below.
+/// The overlay of the first drive in `GET /vm/config`: its file and its layers.
 fn overlay(api: &mut ApiClient, drive: usize) -> Result<(PathBuf, Vec<PathBuf>)> {
     let config = api.get("/vm/config")?.ok()?.json()?;
     let overlay = &config["drives"][drive]["overlay"];
@@ -329,7 +330,7 @@ fn overlay(api: &mut ApiClient, drive: usize) -> Result<(PathBuf, Vec<PathBuf>)>
 }
 
 #[test]
-fn a_guest_that_writes_nothing_can_be_forked_any_number_of_times() -> Result<()> {
+fn an_idle_guest_can_be_forked_any_number_of_times() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -342,13 +343,13 @@ fn a_guest_that_writes_nothing_can_be_forked_any_number_of_times() -> Result<()>
         ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.1"), Vec::new()), "{round}");
         let childs = overlay(&mut client(dir, &id), 0)?;
         ensure!(childs == (dir.join(format!("disk.img.{id}.1")), Vec::new()), "{round}: {childs:?}");
-        orphans.kill(SOON)?;
+        orphans.kill(TIMEOUT)?;
     }
     Ok(())
 }
 
 #[test]
-fn what_was_written_before_a_fork_is_a_layer_of_both_sides() -> Result<()> {
+fn writes_before_a_fork_are_a_layer_of_both_sides() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -363,7 +364,7 @@ fn what_was_written_before_a_fork_is_a_layer_of_both_sides() -> Result<()> {
     let (_vmm, mut api, _serial) = counting_with(&[on_top, other])?;
     let reply = fork(&mut api, &[child(dir, "a")])?;
     let orphans = Orphans::of_fork(&reply)?;
-    // Beside the overlay: the image may lie where nobody can write.
+    // Beside the overlay, because the image's directory may be read-only.
     let name = |name: &str| dir.join("writes").join(name);
     let layers = vec![top];
     ensure!(overlay(&mut api, 0)? == (name("disk.img.parent.1"), layers.clone()));
@@ -371,12 +372,12 @@ fn what_was_written_before_a_fork_is_a_layer_of_both_sides() -> Result<()> {
     let mut child_api = client(dir, "a");
     ensure!(overlay(&mut child_api, 0)? == (name("disk.img.a.1"), layers.clone()));
     ensure!(overlay(&mut child_api, 1)? == (name("disk.img.a.2"), Vec::new()));
-    // A child has written nothing yet: its own children begin where it did.
+    // A child that has written nothing forks from the same layers.
     let grandchild = fork(&mut child_api, &[child(dir, "b")])?;
     let more = Orphans::of_fork(&grandchild)?;
     ensure!(overlay(&mut client(dir, "b"), 0)? == (name("disk.img.b.1"), layers));
-    orphans.kill(SOON)?;
-    more.kill(SOON)
+    orphans.kill(TIMEOUT)?;
+    more.kill(TIMEOUT)
 }
 
 /// A disk in `dir` with the overlay `top` on these layers.
@@ -385,14 +386,14 @@ fn with_layers(dir: &Path, top: &Path, layers: &[PathBuf]) -> Value {
     with(disk, &json!({"overlay": {"path": top, "layers": layers}}))
 }
 
-/// Makes a disk and so many layers on it that were each written to. The next overlay on them is, too.
+/// Makes a disk and so many written layers on it. The next overlay on them is written too.
 fn layered(dir: &Path, count: usize) -> Result<(Value, Vec<PathBuf>)> {
     disk(dir, "disk.img", 1)?;
     let mut layers = Vec::new();
     for number in 0..=count {
         let top = dir.join(format!("layer{number}"));
         drop(counting_with(&[with_layers(dir, &top, &layers)])?);
-        // As if the guest had written a few sectors, each time others.
+        // As if the guest had written other sectors in each layer.
         File::options().write(true).open(&top)?.write_all_at(&[0xff], 8192 + number as u64)?;
         layers.push(top);
     }
@@ -401,39 +402,39 @@ fn layered(dir: &Path, count: usize) -> Result<(Value, Vec<PathBuf>)> {
 }
 
 #[test]
-fn many_layers_are_merged_beside_the_guest_for_those_who_begin_later() -> Result<()> {
+fn many_layers_are_merged_in_the_background_for_later_forks() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (drive, layers) = layered(dir, 16)?;
     let (mut vmm, mut api, serial) = counting_with(&[drive])?;
     let begun = Instant::now();
     let merged = [dir.join("disk.img.parent.2")];
-    // Nobody waits for it. Children that end while it goes on, or later, do not touch it.
+    // Nothing waits for the merge. Children that end during it, or later, do not affect it.
     for round in 0.. {
         let id = format!("c{round}");
         let reply = fork(&mut api, &[child(dir, &id)])?;
         let orphans = Orphans::of_fork(&reply)?;
         let (_, childs) = overlay(&mut client(dir, &id), 0)?;
         orphans.signal(Signal::TERM)?;
-        orphans.wait(SOON)?;
-        // The parent, which has not written since, stays on what it has.
+        orphans.wait(TIMEOUT)?;
+        // The parent, which has not written since, keeps its layers.
         ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.1"), layers.clone()));
         ensure!(merged[0].exists(), "{round}");
         if childs == merged {
             break;
         }
-        ensure!(childs == layers && begun.elapsed() < SOON, "{round}: {childs:?}");
+        ensure!(childs == layers && begun.elapsed() < TIMEOUT, "{round}: {childs:?}");
     }
-    ensure!(counts(&wait_for(&serial, 10)?));
-    // It is used: it outlives the monitor, and who begins with it finds nothing wrong with it.
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
+    // The merge is used: it outlives the monitor, and a guest on it finds correct data.
     vmm.signal(Signal::TERM)?;
-    vmm.exit_status(SOON)?;
+    vmm.exit_status(TIMEOUT)?;
     counting_with(&[with_layers(dir, &dir.join("other"), &merged)])?;
     Ok(())
 }
 
 #[test]
-fn a_fork_that_finds_as_many_layers_as_there_can_be_is_possible_once_they_are_merged() -> Result<()> {
+fn a_fork_at_the_layer_limit_works_once_layers_are_merged() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (drive, layers) = layered(dir, 32)?;
@@ -442,19 +443,19 @@ fn a_fork_that_finds_as_many_layers_as_there_can_be_is_possible_once_they_are_me
     let body = json!({"children": [child(dir, "a")]});
     let mut refused = api.put("/fork", &body)?;
     ensure!(refused.status == 400 && refused.fault().contains("overlay.layers"), "{refused:?}");
-    while refused.status == 400 && begun.elapsed() < SOON {
+    while refused.status == 400 && begun.elapsed() < TIMEOUT {
         refused = api.put("/fork", &body)?;
     }
     let orphans = Orphans::of_fork(&refused.ok()?.json()?)?;
     let merged = vec![dir.join("disk.img.parent.1"), layers[32].clone()];
     ensure!(overlay(&mut api, 0)? == (dir.join("disk.img.parent.2"), merged.clone()));
     ensure!(overlay(&mut client(dir, "a"), 0)? == (dir.join("disk.img.a.1"), merged));
-    ensure!(counts(&wait_for(&serial, 10)?));
-    orphans.kill(SOON)
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
+    orphans.kill(TIMEOUT)
 }
 
 #[test]
-fn a_merge_that_nobody_uses_is_gone_when_the_monitor_has_ended() -> Result<()> {
+fn an_unused_merge_is_removed_when_the_monitor_ends() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (drive, _) = layered(dir, 16)?;
@@ -462,15 +463,15 @@ fn a_merge_that_nobody_uses_is_gone_when_the_monitor_has_ended() -> Result<()> {
     let orphans = Orphans::of_fork(&fork(&mut api, &[child(dir, "a")])?)?;
     let merged = dir.join("disk.img.parent.2");
     ensure!(merged.exists());
-    // Whether it is complete by now or not.
+    // Whether or not it is complete by now.
     vmm.signal(Signal::TERM)?;
-    vmm.exit_status(SOON)?;
+    vmm.exit_status(TIMEOUT)?;
     ensure!(!merged.exists());
-    orphans.kill(SOON)
+    orphans.kill(TIMEOUT)
 }
 
 #[test]
-fn one_child_that_cannot_begin_takes_its_overlay_with_it_and_the_others_live() -> Result<()> {
+fn a_child_that_cannot_start_removes_only_its_own_overlay() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -483,16 +484,16 @@ fn one_child_that_cannot_begin_takes_its_overlay_with_it_and_the_others_live() -
     ensure!(living.len() == 2, "{reply}");
     ensure!(reply["children"][1]["error"].to_string().contains("/nowhere/s"), "{reply}");
     for id in ["one", "two"] {
-        ensure!(counts(&wait_for(&dir.join(format!("{id}.serial")), 10)?), "{id}");
+        ensure!(is_consecutive(&wait_for_bytes(&dir.join(format!("{id}.serial")), 10)?), "{id}");
         ensure!(dir.join(format!("disk.img.{id}.1")).exists(), "{id}");
     }
     ensure!(!dir.join("disk.img.bad.1").exists());
-    ensure!(counts(&wait_for(&serial, 10)?));
-    orphans.kill(SOON)
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
+    orphans.kill(TIMEOUT)
 }
 
 #[test]
-fn a_childs_diff_has_what_was_written_between_its_parents_snapshot_and_the_fork() -> Result<()> {
+fn a_childs_diff_includes_its_parents_writes_before_the_fork() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (_vmm, mut api, serial) = sweeping(&json!({"track_dirty_pages": true}))?;
@@ -500,17 +501,17 @@ fn a_childs_diff_has_what_was_written_between_its_parents_snapshot_and_the_fork(
     pause(&mut api)?;
     api.put("/snapshot/create", &files.create("Full"))?.ok()?;
     resume(&mut api)?;
-    wait_for(&serial, 2)?;
+    wait_for_bytes(&serial, 2)?;
     let mut still = child(dir, "still");
     still["resume"] = json!(false);
     let reply = fork(&mut api, &[still])?;
     let orphans = Orphans::of_fork(&reply)?;
     client(dir, "still").put("/snapshot/create", &files.create("Diff"))?.ok()?;
-    let (vmm, mut clone) = empty(Transport::Mmio)?;
+    let (vmm, mut clone) = unconfigured(Transport::Mmio)?;
     let serial = vmm.dir().join("serial");
     clone.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     clone.put("/snapshot/load", &files.load())?.ok()?;
-    // It says nothing if a page of its memory is not what it wrote.
-    ensure!(counts(&wait_for(&serial, 3)?));
-    orphans.kill(SOON)
+    // The guest prints nothing if a page of its memory is wrong.
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
+    orphans.kill(TIMEOUT)
 }

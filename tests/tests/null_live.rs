@@ -1,18 +1,17 @@
-//! Live snapshots of guests of a few instructions: their disks, their end before their time, and what is refused.
+//! Live snapshots of guests of a few instructions: their disks, cancellation, and invalid requests.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counting_with, counts, filled, wait_for};
+use vesta_tests::counting::{counting_with, filled, is_consecutive, restored, wait_for_bytes};
 use vesta_tests::disks::{disk, drive, with};
-use vesta_tests::guest::{SOON, Transport};
+use vesta_tests::guest::Transport;
 use vesta_tests::host_devices::SmallFs;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::snapshots::{Files, pause, save_live, unconfigured, wait_for_live_snapshot};
 use vesta_tests::vmm::Vmm;
 
 fn live(files: &Files, kind: &str) -> Value {
@@ -21,37 +20,14 @@ fn live(files: &Files, kind: &str) -> Value {
     create
 }
 
-/// Waits until the live snapshot is over; how it is described then.
-fn job_end(api: &mut ApiClient) -> Result<Value> {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let job = api.get("/snapshot/job")?.ok()?.json()?;
-        if job["state"] != json!("Running") {
-            return Ok(job);
-        }
-        ensure!(Instant::now() < deadline, "it does not end: {job}");
-        std::thread::yield_now();
-    }
-}
-
-fn save(api: &mut ApiClient, create: &Value) -> Result<()> {
-    api.put("/snapshot/create", create)?.ok()?;
-    let end = job_end(api)?;
-    ensure!(end["state"] == json!("Done"), "{end}");
-    Ok(())
-}
-
-/// A monitor that goes on with `load`.
-fn go_on(load: &Value) -> Result<(Vmm, ApiClient)> {
-    let (vmm, mut api) = empty(Transport::Mmio)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    api.put("/snapshot/load", load)?.ok()?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+/// Restores a snapshot in a new monitor, and checks that its guest counts.
+fn restore(load: &Value) -> Result<(Vmm, ApiClient)> {
+    let (vmm, api, serial) = restored(load)?;
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok((vmm, api))
 }
 
-/// The file that the first drive's writes go to, and the layers below.
+/// The overlay of the first drive: its file and its layers.
 fn overlay(api: &mut ApiClient) -> Result<(PathBuf, Vec<PathBuf>)> {
     let config = api.get("/vm/config")?.ok()?.json()?;
     let overlay = &config["drives"][0]["overlay"];
@@ -60,35 +36,36 @@ fn overlay(api: &mut ApiClient) -> Result<(PathBuf, Vec<PathBuf>)> {
     Ok((path(&overlay["path"]).with_context(|| format!("an overlay in {config}"))?, layers))
 }
 
-/// As if a guest that has ended had written the first sectors: their bits in the overlay's first map.
+/// As if a guest that has ended had written the first sectors: their bits in the overlay's first
+/// map.
 fn write_to(overlay: &Path) -> Result<()> {
     Ok(File::options().write(true).open(overlay)?.write_all_at(&[0xff], 8192)?)
 }
 
 #[test]
-fn each_load_of_a_live_snapshot_begins_on_an_overlay_of_its_own() -> Result<()> {
+fn each_load_of_a_live_snapshot_gets_its_own_overlay() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
     let (_vmm, mut api, _serial) = counting_with(&[drive("d", &image)])?;
-    // The state is called as the microVM, which makes the names of their overlays alike.
+    // The state file has the microVM's name, which makes the names of their overlays alike.
     let files = Files { state: dir.join("parent"), memory: dir.join("memory") };
-    save(&mut api, &live(&files, "Full"))?;
+    save_live(&mut api, &files.create("Full"))?;
     ensure!(overlay(&mut api)? == (dir.join("disk.img.parent.1"), Vec::new()));
 
-    let (first, mut first_api) = go_on(&files.load())?;
+    let (first, mut first_api) = restore(&files.load())?;
     ensure!(overlay(&mut first_api)? == (dir.join("disk.img.parent.2"), Vec::new()));
-    let (_second, mut second_api) = go_on(&files.load())?;
+    let (_second, mut second_api) = restore(&files.load())?;
     ensure!(overlay(&mut second_api)? == (dir.join("disk.img.parent.3"), Vec::new()));
-    // What the first has written is no part of the snapshot, though it has ended.
+    // What the first has written is no part of the snapshot, though the first has ended.
     drop(first);
     write_to(&dir.join("disk.img.parent.2"))?;
-    let (_third, mut third_api) = go_on(&files.load())?;
+    let (_third, mut third_api) = restore(&files.load())?;
     ensure!(overlay(&mut third_api)? == (dir.join("disk.img.parent.4"), Vec::new()));
-    // Nor can it be asked for.
+    // And it cannot be named as an overlay.
     let mut load = files.load();
     load["drives"] = json!([{"drive_id": "d", "overlay": {"path": dir.join("disk.img.parent.2")}}]);
-    let (_fourth, mut fourth_api) = empty(Transport::Mmio)?;
+    let (_fourth, mut fourth_api) = unconfigured(Transport::Mmio)?;
     let refused = fourth_api.put("/snapshot/load", &load)?;
     ensure!(
         refused.status == 400 && refused.fault().contains("disk.img.parent.2 exists already"),
@@ -101,15 +78,15 @@ fn each_load_of_a_live_snapshot_begins_on_an_overlay_of_its_own() -> Result<()> 
 }
 
 #[test]
-fn a_load_that_fails_leaves_no_overlay() -> Result<()> {
+fn a_failed_load_leaves_no_overlay() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
     let (_vmm, mut api, _serial) = counting_with(&[drive("d", &image)])?;
     let files = Files::new(dir, "s");
-    save(&mut api, &live(&files, "Full"))?;
+    save_live(&mut api, &files.create("Full"))?;
     fs::rename(&files.memory, dir.join("elsewhere"))?;
-    let (_clone, mut clone) = empty(Transport::Mmio)?;
+    let (_clone, mut clone) = unconfigured(Transport::Mmio)?;
     let refused = clone.put("/snapshot/load", &files.load())?;
     ensure!(refused.status == 400 && refused.fault().contains("s.memory"), "{refused:?}");
     ensure!(!dir.join("disk.img.s.state.1").exists());
@@ -120,7 +97,7 @@ fn a_load_that_fails_leaves_no_overlay() -> Result<()> {
 }
 
 #[test]
-fn what_was_written_before_is_a_layer_of_the_microvm_and_of_each_load() -> Result<()> {
+fn writes_before_a_live_snapshot_are_a_layer_of_all() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -134,21 +111,21 @@ fn what_was_written_before_is_a_layer_of_the_microvm_and_of_each_load() -> Resul
     let mut create = live(&files, "Full");
     let own = dir.join("own");
     create["drives"] = json!([{"drive_id": "d", "overlay": own}]);
-    save(&mut api, &create)?;
+    save_live(&mut api, &create)?;
     ensure!(overlay(&mut api)? == (own, vec![top.clone()]));
     // Beside the overlay of the microVM that was saved.
-    let (_clone, mut clone) = go_on(&files.load())?;
+    let (_clone, mut clone) = restore(&files.load())?;
     ensure!(overlay(&mut clone)? == (dir.join("disk.img.s.state.1"), vec![top.clone()]));
-    // Another overlay does not take the layers from the disk.
+    // Another overlay does not remove the layers from the disk.
     let mut load = files.load();
     load["drives"] = json!([{"drive_id": "d", "overlay": {"path": dir.join("mine")}}]);
-    let (_other, mut other) = go_on(&load)?;
+    let (_other, mut other) = restore(&load)?;
     ensure!(overlay(&mut other)? == (dir.join("mine"), vec![top]));
     Ok(())
 }
 
 #[test]
-fn a_guest_that_writes_nothing_can_be_saved_live_any_number_of_times() -> Result<()> {
+fn an_idle_guest_can_be_saved_live_any_number_of_times() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -156,14 +133,14 @@ fn a_guest_that_writes_nothing_can_be_saved_live_any_number_of_times() -> Result
     let files = Files::new(dir, "s");
     // More often than an overlay can have layers.
     for _round in 0..40 {
-        save(&mut api, &live(&files, "Full"))?;
+        save_live(&mut api, &files.create("Full"))?;
         ensure!(overlay(&mut api)? == (dir.join("disk.img.parent.1"), Vec::new()));
     }
     Ok(())
 }
 
 #[test]
-fn what_cannot_be_saved_is_refused_before_anything_is_changed() -> Result<()> {
+fn an_invalid_live_snapshot_is_refused_without_a_change() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let image = disk(dir, "disk.img", 1)?;
@@ -185,18 +162,19 @@ fn what_cannot_be_saved_is_refused_before_anything_is_changed() -> Result<()> {
     ] {
         let refused = api.put("/snapshot/create", &create)?;
         ensure!(refused.status == 400 && refused.fault().contains(named), "{named}: {refused:?}");
-        ensure!(fs::read_dir(dir)?.count() == 1, "{named}: something was left behind");
+        ensure!(fs::read_dir(dir)?.count() == 1, "{named}: a file was left behind");
         ensure!(api.get("/vm/config")?.json()?["drives"][0]["overlay"].is_null(), "{named}");
     }
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok(())
 }
 
 #[test]
-fn a_live_snapshot_that_is_given_up_leaves_no_file_and_its_pages_to_the_next_diff() -> Result<()> {
+fn a_cancelled_live_snapshot_leaves_its_pages_to_the_next_diff() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
-    // It takes a while to write so much; a round in which it was done before it could be given up does not count.
+    // Writing so much takes a while. A round in which it ended before it was cancelled does not
+    // count.
     let (_vmm, mut api, _serial) = filled(128, &json!({"track_dirty_pages": true}))?;
     let base = Files::new(dir, "base");
     let mut cancelled = false;
@@ -204,7 +182,7 @@ fn a_live_snapshot_that_is_given_up_leaves_no_file_and_its_pages_to_the_next_dif
         let files = Files::new(dir, &format!("s{round}"));
         api.put("/snapshot/create", &live(&files, "Full"))?.ok()?;
         api.delete("/snapshot/job")?.ok()?;
-        let end = job_end(&mut api)?;
+        let end = wait_for_live_snapshot(&mut api)?;
         cancelled = end["state"] == json!("Cancelled");
         if cancelled {
             ensure!(end["error"].is_null(), "{end}");
@@ -227,14 +205,14 @@ fn a_live_snapshot_that_is_given_up_leaves_no_file_and_its_pages_to_the_next_dif
 }
 
 #[test]
-fn a_live_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on() -> Result<()> {
+fn a_live_snapshot_without_space_leaves_no_file() -> Result<()> {
     let (_vmm, mut api, serial) = filled(64, &json!({}))?;
     let small = SmallFs::new(8 << 20)?;
     let files = Files::new(&small.path(), "s");
     api.put("/snapshot/create", &live(&files, "Full"))?.ok()?;
-    let end = job_end(&mut api)?;
+    let end = wait_for_live_snapshot(&mut api)?;
     ensure!(end["state"] == json!("Failed") && end["error"].to_string().contains("No space left"), "{end}");
-    ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(fs::read_dir(small.path())?.next().is_none(), "a file was left behind");
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok(())
 }

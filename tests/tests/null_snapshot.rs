@@ -2,31 +2,13 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{counting, counts, wait_for};
-use vesta_tests::guest::{SOON, vmm_path};
-use vesta_tests::vmm::{Vmm, VmmBuilder};
-
-/// A monitor that loaded nothing yet, whose guest will write to the file that is returned.
-fn empty() -> Result<(Vmm, ApiClient, PathBuf)> {
-    let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    Ok((vmm, api, serial))
-}
-
-fn pause(api: &mut ApiClient) -> Result<()> {
-    api.patch("/vm", &json!({"state": "Paused"}))?.ok().map(drop)
-}
-
-fn resume(api: &mut ApiClient) -> Result<()> {
-    api.patch("/vm", &json!({"state": "Resumed"}))?.ok().map(drop)
-}
+use vesta_tests::counting::{counting, is_consecutive, unconfigured, wait_for_bytes};
+use vesta_tests::guest::TIMEOUT;
+use vesta_tests::snapshots::{pause, resume, wait_for_live_snapshot};
 
 fn create(dir: &Path, name: &str, kind: &str) -> Value {
     let [state, memory] = ["state", "memory"].map(|part| dir.join(format!("{name}.{part}")));
@@ -42,7 +24,7 @@ fn load(dir: &Path, state: &str, memory: &str) -> Value {
 }
 
 #[test]
-fn a_restored_guest_goes_on_where_it_was_saved_and_so_do_its_clones_three_generations_deep() -> Result<()> {
+fn restored_guests_resume_where_they_were_saved() -> Result<()> {
     let home = tempfile::tempdir()?;
     let mut family = vec![counting(&json!({}))?];
     for generation in ["one", "two", "three"] {
@@ -51,13 +33,16 @@ fn a_restored_guest_goes_on_where_it_was_saved_and_so_do_its_clones_three_genera
         let saved = fs::read(&*serial)?;
         api.put("/snapshot/create", &create(home.path(), generation, "Full"))?.ok()?;
         resume(api)?;
-        ensure!(counts(&wait_for(serial, 10)?), "{generation}");
+        ensure!(is_consecutive(&wait_for_bytes(serial, 10)?), "{generation}");
         for _clone in 0..2 {
-            let (vmm, mut api, serial) = empty()?;
+            let (vmm, mut api, serial) = unconfigured()?;
             api.put("/snapshot/load", &load(home.path(), generation, generation))?.ok()?;
-            let said = wait_for(&serial, 10)?;
+            let output = wait_for_bytes(&serial, 10)?;
             let next = saved.last().map(|byte| byte.wrapping_add(1));
-            ensure!(counts(&said) && said.first().copied() == next, "{generation}: after {next:?} {said:?}");
+            ensure!(
+                is_consecutive(&output) && output.first().copied() == next,
+                "{generation}: after {next:?} {output:?}"
+            );
             family.push((vmm, api, serial));
         }
     }
@@ -65,7 +50,7 @@ fn a_restored_guest_goes_on_where_it_was_saved_and_so_do_its_clones_three_genera
 }
 
 #[test]
-fn a_snapshot_of_a_small_guest_takes_little_space() -> Result<()> {
+fn a_snapshot_of_a_small_guest_is_a_sparse_file() -> Result<()> {
     let (vmm, mut api, _serial) = counting(&json!({"mem_size_mib": 1024}))?;
     pause(&mut api)?;
     api.put("/snapshot/create", &create(vmm.dir(), "a", "Full"))?.ok()?;
@@ -76,25 +61,25 @@ fn a_snapshot_of_a_small_guest_takes_little_space() -> Result<()> {
 }
 
 #[test]
-fn a_diff_is_what_was_written_since_with_and_without_tracking() -> Result<()> {
+fn a_diff_has_only_pages_written_since_the_last_snapshot() -> Result<()> {
     for tracked in [true, false] {
         let (vmm, mut api, serial) = counting(&json!({"track_dirty_pages": tracked}))?;
         let dir = vmm.dir();
         pause(&mut api)?;
         api.put("/snapshot/create", &create(dir, "base", "Full"))?.ok()?;
         resume(&mut api)?;
-        wait_for(&serial, 10)?;
+        wait_for_bytes(&serial, 10)?;
         pause(&mut api)?;
-        let said = wait_for(&serial, 0)?;
+        let output = wait_for_bytes(&serial, 0)?;
         // Onto the base, in place.
         let mut diff = create(dir, "diff", "Diff");
         diff["mem_file_path"] = json!(dir.join("base.memory"));
         api.put("/snapshot/create", &diff)?.ok()?;
-        let (_clone, mut clone, clone_serial) = empty()?;
+        let (_clone, mut clone, clone_serial) = unconfigured()?;
         clone.put("/snapshot/load", &load(dir, "diff", "base"))?.ok()?;
-        let went_on = wait_for(&clone_serial, 10)?;
+        let went_on = wait_for_bytes(&clone_serial, 10)?;
         ensure!(
-            counts(&went_on) && went_on[0] == said.last().copied().unwrap_or(0).wrapping_add(1),
+            is_consecutive(&went_on) && went_on[0] == output.last().copied().unwrap_or(0).wrapping_add(1),
             "{tracked}"
         );
     }
@@ -102,7 +87,7 @@ fn a_diff_is_what_was_written_since_with_and_without_tracking() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_loaded_is_refused_by_name_and_can_be_tried_again() -> Result<()> {
+fn an_invalid_load_is_refused_by_name_and_can_be_retried() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
@@ -117,7 +102,7 @@ fn what_cannot_be_loaded_is_refused_by_name_and_can_be_tried_again() -> Result<(
     fs::write(dir.join("other.state"), b"something else")?;
     File::create(dir.join("short.memory"))?.set_len(4096)?;
 
-    let (_clone, mut clone, serial) = empty()?;
+    let (_clone, mut clone, serial) = unconfigured()?;
     for (state, memory, named) in [
         ("missing", "good", "missing.state"),
         ("short", "good", "short.state"),
@@ -135,14 +120,14 @@ fn what_cannot_be_loaded_is_refused_by_name_and_can_be_tried_again() -> Result<(
     let refused = clone.put("/snapshot/load", &unknown_drive)?;
     ensure!(refused.status == 400 && refused.fault().contains("no drive d"), "{refused:?}");
     clone.put("/snapshot/load", &load(dir, "good", "good"))?.ok()?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     let again = clone.put("/snapshot/load", &load(dir, "good", "good"))?;
     ensure!(again.status == 400, "{again:?}");
     Ok(())
 }
 
 #[test]
-fn what_cannot_be_saved_is_refused_and_leaves_nothing_and_the_guest_goes_on() -> Result<()> {
+fn an_invalid_create_is_refused_and_leaves_no_file() -> Result<()> {
     let home = tempfile::tempdir()?;
     let dir = home.path();
     let (_vmm, mut api, serial) = counting(&json!({}))?;
@@ -158,28 +143,15 @@ fn what_cannot_be_saved_is_refused_and_leaves_nothing_and_the_guest_goes_on() ->
     ] {
         let refused = api.put("/snapshot/create", &body)?;
         ensure!(refused.status == 400 && refused.fault().contains(named), "{named}: {refused:?}");
-        ensure!(fs::read_dir(dir)?.next().is_none(), "{named}: something was left behind");
+        ensure!(fs::read_dir(dir)?.next().is_none(), "{named}: a file was left behind");
     }
     resume(&mut api)?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     Ok(())
 }
 
-/// Waits until the live snapshot is over; how it is described then.
-fn job_end(api: &mut ApiClient) -> Result<Value> {
-    let deadline = std::time::Instant::now() + SOON;
-    loop {
-        let job = api.get("/snapshot/job")?.json()?;
-        if job["state"] != json!("Running") {
-            return Ok(job);
-        }
-        ensure!(std::time::Instant::now() < deadline, "it does not end: {job}");
-        std::thread::yield_now();
-    }
-}
-
 #[test]
-fn a_live_snapshot_is_of_the_moment_it_was_asked_for_and_the_guest_runs_on() -> Result<()> {
+fn a_live_snapshot_has_the_state_at_its_request() -> Result<()> {
     let (vmm, mut api, serial) = counting(&json!({}))?;
     for kind in ["Full", "Diff"] {
         let mut live = create(vmm.dir(), "live", kind);
@@ -188,64 +160,64 @@ fn a_live_snapshot_is_of_the_moment_it_was_asked_for_and_the_guest_runs_on() -> 
         let begun = api.put("/snapshot/create", &live)?.ok()?.json()?;
         ensure!(begun["pause_us"].as_u64().context("a pause")? > 0, "{begun}");
         ensure!(api.get("/")?.json()?["state"] == json!("Running"));
-        let end = job_end(&mut api)?;
+        let end = wait_for_live_snapshot(&mut api)?;
         ensure!(end["state"] == json!("Done") && end["bytes_total"].is_u64(), "{end}");
-        let parent = wait_for(&serial, 10)?;
-        ensure!(counts(&parent), "{kind}");
+        let parent = wait_for_bytes(&serial, 10)?;
+        ensure!(is_consecutive(&parent), "{kind}");
 
-        let (_clone, mut clone, clone_serial) = empty()?;
+        let (_clone, mut clone, clone_serial) = unconfigured()?;
         clone.put("/snapshot/load", &load(vmm.dir(), "live", "live"))?.ok()?;
-        let said = wait_for(&clone_serial, 10)?;
-        ensure!(counts(&said), "{kind}");
-        // It begins somewhere between where the parent was before and after.
-        let began_at = (before..parent.len()).find(|at| parent[*at] == said[0]);
-        ensure!(began_at.is_some() || parent.len() - before > 255, "{kind}: {before} {}", said[0]);
+        let output = wait_for_bytes(&clone_serial, 10)?;
+        ensure!(is_consecutive(&output), "{kind}");
+        // Its first number is between the parent's before and after the request.
+        let began_at = (before..parent.len()).find(|at| parent[*at] == output[0]);
+        ensure!(began_at.is_some() || parent.len() - before > 255, "{kind}: {before} {}", output[0]);
     }
     Ok(())
 }
 
 #[test]
-fn a_first_restore_records_what_the_guest_touches_and_later_ones_fill_it_in() -> Result<()> {
+fn a_restore_records_pages_that_later_restores_prefetch() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
     pause(&mut api)?;
     api.put("/snapshot/create", &create(home.path(), "a", "Full"))?.ok()?;
     let mut body = load(home.path(), "a", "a");
     body["prefetch"] = json!(true);
-    let (first, mut api, serial) = empty()?;
+    let (first, mut api, serial) = unconfigured()?;
     api.put("/snapshot/load", &body)?.ok()?;
-    ensure!(counts(&wait_for(&serial, 10)?));
-    first.wait_for_output("working set", SOON)?;
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
+    first.wait_for_output("working set", TIMEOUT)?;
     ensure!(home.path().join("a.memory.working-set").exists(), "{}", first.stdout.text());
-    let (second, mut api, serial) = empty()?;
+    let (second, mut api, serial) = unconfigured()?;
     api.put("/snapshot/load", &body)?.ok()?;
-    second.wait_for_output("pages are prefetched", SOON)?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+    second.wait_for_output("pages are prefetched", TIMEOUT)?;
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     body["mem_backend"]["backend_type"] = json!("Uffd");
-    let (_third, mut api, _serial) = empty()?;
+    let (_third, mut api, _serial) = unconfigured()?;
     let refused = api.put("/snapshot/load", &body)?;
     ensure!(refused.status == 400 && refused.fault().contains("prefetch"), "{refused:?}");
     Ok(())
 }
 
 #[test]
-fn load_after_a_put_that_describes_a_boot_is_refused() -> Result<()> {
+fn a_load_after_boot_configuration_is_refused() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (_vmm, mut api, _serial) = counting(&json!({}))?;
     pause(&mut api)?;
     api.put("/snapshot/create", &create(home.path(), "a", "Full"))?.ok()?;
     let body = load(home.path(), "a", "a");
 
-    let (_clone, mut api, serial) = empty()?;
-    // A PUT that was refused described nothing, and neither do these.
+    let (_clone, mut api, serial) = unconfigured()?;
+    // A PUT that was refused configures nothing, and neither do these.
     ensure!(api.put("/machine-config", &json!({"vcpu_count": 0, "mem_size_mib": 1}))?.status == 400);
     api.put("/logger", &json!({"level": "Info"}))?.ok()?;
     api.put("/mmds", &json!({"a": 1}))?.ok()?;
     api.put("/snapshot/load", &body)?.ok()?;
-    ensure!(counts(&wait_for(&serial, 3)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
 
-    let (_clone, mut api, _serial) = empty()?;
-    // The defaults: the configuration is what it was.
+    let (_clone, mut api, _serial) = unconfigured()?;
+    // The defaults: the configuration is unchanged.
     let defaults = api.get("/machine-config")?.ok()?.json()?;
     api.put("/machine-config", &defaults)?.ok()?;
     let refused = api.put("/snapshot/load", &body)?;

@@ -1,4 +1,5 @@
-//! State files that somebody changed and gave right checksums: each is refused or gives a microVM, and never ends the monitor.
+//! Changed state files with valid checksums: each is refused or gives a microVM, and none crashes
+//! the monitor.
 
 use std::fs::File;
 
@@ -7,17 +8,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use snapshot::{Section, Snapshot, Value, Writer};
 use vesta_tests::api::ApiClient;
-use vesta_tests::counting::{kernel, wait_for};
+use vesta_tests::counting::{kernel, wait_for_bytes};
 use vesta_tests::guest::{Guest, Transport, start};
 use vesta_tests::pattern::mix;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::snapshots::{Files, pause, unconfigured};
 use vesta_tests::soak::rounds;
 use vesta_tests::vmm::Vmm;
 
 /// How many are tried on each transport.
 const ROUNDS: u64 = 150;
 
-/// A section as it is, whatever is in it.
+/// A section with unparsed content.
 macro_rules! raw_section {
     ($type:ident, $name:literal) => {
         #[derive(Serialize, Deserialize)]
@@ -44,7 +45,8 @@ fn nodes<'a>(value: &'a mut Value, found: &mut dyn FnMut(&mut Value)) {
     }
 }
 
-/// Changes one value in it: a number to one at a bound, a list to a shorter or longer one, anything to something else.
+/// Changes one value: a number to one at a bound, a list to a shorter or longer one, anything to
+/// another type.
 fn damage(value: &mut Value, seed: u64) {
     let mut count = 0;
     nodes(value, &mut |_| count += 1);
@@ -79,7 +81,8 @@ fn field<'a>(value: &'a mut Value, name: &str) -> Result<&'a mut Value> {
     Ok(&mut found.with_context(|| format!("a field {name}"))?.1)
 }
 
-/// Writes the file `from` to `to`, with one value changed. What goes to KVM as it is stays as it is: that is for the kernel to check.
+/// Copies the file `from` to `to`, with one value changed. Values that go to KVM unchecked stay:
+/// the kernel checks them.
 fn damaged(from: &Files, to: &Files, seed: u64) -> Result<()> {
     let good = Snapshot::open(&from.state)?;
     let mut config = good.value(Config::NAME)?;
@@ -98,7 +101,7 @@ fn damaged(from: &Files, to: &Files, seed: u64) -> Result<()> {
     Ok(writer.commit(&to.state)?)
 }
 
-/// A snapshot of a guest with devices, whose paths are of `vmm`'s directory.
+/// Saves a guest with devices, whose paths are in `vmm`'s directory.
 fn save(transport: Transport, vmm: &Vmm, api: &mut ApiClient) -> Result<Files> {
     let dir = vmm.dir();
     std::fs::write(dir.join("kernel"), kernel().bytes())?;
@@ -112,7 +115,7 @@ fn save(transport: Transport, vmm: &Vmm, api: &mut ApiClient) -> Result<Files> {
     api.put("/vsock", &json!({"guest_cid": 3, "uds_path": dir.join("vsock")}))?.ok()?;
     Guest { machine: json!({"vcpu_count": 2}), ..Guest::bare(&dir.join("kernel")).mem_mib(16) }.put(api)?;
     start(api)?;
-    wait_for(&dir.join("serial"), 2)?;
+    wait_for_bytes(&dir.join("serial"), 2)?;
     pause(api)?;
     let files = Files::new(dir, "good");
     api.put("/snapshot/create", &files.create("Full"))?.ok().with_context(|| format!("{transport:?}"))?;
@@ -120,9 +123,9 @@ fn save(transport: Transport, vmm: &Vmm, api: &mut ApiClient) -> Result<Files> {
 }
 
 vesta_tests::on_each_transport! {
-    fn a_state_file_with_any_value_changed_is_refused_or_gives_a_microvm(transport) {
+    fn a_damaged_state_file_is_refused_or_gives_a_valid_microvm(transport) {
         let (good, home) = {
-            let (vmm, mut api) = empty(transport)?;
+            let (vmm, mut api) = unconfigured(transport)?;
             let files = save(transport, &vmm, &mut api)?;
             let home = tempfile::tempdir()?;
             for file in [&files.state, &files.memory, &vmm.dir().join("disk"), &vmm.dir().join("overlay")] {
@@ -132,7 +135,7 @@ vesta_tests::on_each_transport! {
         };
         let bad = Files { state: home.path().join("bad.state"), memory: good.memory.clone() };
         let (mut loaded, mut refused) = (0, 0);
-        let (mut vmm, mut api) = empty(transport)?;
+        let (mut vmm, mut api) = unconfigured(transport)?;
         for seed in 0..rounds(ROUNDS) {
             damaged(&good, &bad, seed)?;
             let mut load = bad.load();
@@ -144,14 +147,14 @@ vesta_tests::on_each_transport! {
             match answer.status {
                 204 => {
                     loaded += 1;
-                    (vmm, api) = empty(transport)?;
+                    (vmm, api) = unconfigured(transport)?;
                 }
                 400 => refused += 1,
                 _ => ensure!(false, "round {seed}: {answer:?}"),
             }
             ensure!(vmm.is_running()?, "round {seed}");
         }
-        // Otherwise nothing was damaged, or nothing came as far as the devices.
+        // Otherwise nothing was damaged, or nothing got as far as the devices.
         ensure!(loaded > 0 && refused > 0, "{loaded} were loaded and {refused} refused");
         Ok(())
     }

@@ -1,47 +1,27 @@
-//! A monitor that is killed while it saves: the snapshot that was there is whole, or the new one is.
+//! A monitor that is killed while it saves: either the old snapshot or the new one is complete.
 
 use std::fs;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use vesta_tests::api::{ApiClient, read_response};
-use vesta_tests::counting::{counts, sweeping, wait_for};
-use vesta_tests::guest::Transport;
+use vesta_tests::api::read_response;
+use vesta_tests::counting::{is_consecutive, restored, sweeping, wait_for_bytes};
 use vesta_tests::host_devices::SmallFs;
 use vesta_tests::pattern::mix;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::snapshots::{Files, pause};
 use vesta_tests::soak::rounds;
-use vesta_tests::vmm::Vmm;
 
 /// How many monitors are killed.
 const ROUNDS: u64 = 60;
 
-/// A monitor that goes on with the snapshot, and where its guest speaks to.
-fn go_on(files: &Files) -> Result<(Vmm, ApiClient, PathBuf)> {
-    let (vmm, mut api) = empty(Transport::Mmio)?;
-    let serial = vmm.dir().join("serial");
-    api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    api.put("/snapshot/load", &files.load())?.ok()?;
-    Ok((vmm, api, serial))
-}
-
-/// The first number that a guest says which goes on after one that said `bytes`.
+/// The first number of a guest that resumes after one that printed `bytes`.
 fn next(bytes: &[u8]) -> Option<u8> {
     bytes.last().map(|last| last.wrapping_add(1))
 }
 
-fn begin_create(api: &ApiClient, files: &Files, kind: &str) -> Result<std::os::unix::net::UnixStream> {
-    let body = files.create(kind).to_string();
-    let mut connection = api.connect()?;
-    let length = body.len();
-    write!(connection, "PUT /snapshot/create HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}")?;
-    Ok(connection)
-}
-
-/// The names in a directory, without the temporary ones.
+/// The names in a directory, without temporary files.
 fn names(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir)? {
@@ -54,26 +34,26 @@ fn names(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Kills monitors at moments that are spread over about the time that a create takes. Each time the pair is loaded, and must be the old
-/// or the new one; the guest that comes of it is the next to be saved.
+/// Kills monitors at times spread over the duration of a create. Each time the pair of files is
+/// loaded, and must be the old or the new one; the restored guest is saved next.
 fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = Files::new(home.path(), "a");
     let (mut vmm, mut api, mut serial) = sweeping(machine)?;
     pause(&mut api)?;
     let begun = Instant::now();
-    read_response(&mut begin_create(&api, &files, "Full")?)?.ok()?;
-    // The moments are within this. A create takes longer or shorter later on, so it follows them.
+    read_response(&mut api.begin_put("/snapshot/create", &files.create("Full"))?)?.ok()?;
+    // The times are within this span. The duration of a create varies, so the span follows it.
     let mut span = begun.elapsed() * 3 / 2;
     let mut saved = next(&fs::read(&serial)?);
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
 
     let (mut old, mut new) = (0, 0);
     for round in 0..rounds(ROUNDS) {
-        wait_for(&serial, 2)?;
+        wait_for_bytes(&serial, 2)?;
         pause(&mut api)?;
         let now = next(&fs::read(&serial)?);
-        let connection = begin_create(&api, &files, kind)?;
+        let connection = api.begin_put("/snapshot/create", &files.create(kind))?;
         let wait = span * u32::try_from(mix(round) % 1000).unwrap_or(0) / 1000;
         let begun = Instant::now();
         while begun.elapsed() < wait {
@@ -82,10 +62,14 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
         drop(vmm);
         drop(connection);
         ensure!(names(home.path())? == ["a.memory", "a.state"], "{:?}", names(home.path())?);
-        (vmm, api, serial) = go_on(&files).with_context(|| format!("round {round}, after {wait:?}"))?;
-        let said = wait_for(&serial, 2)?;
-        let first = said.first().copied();
-        ensure!(counts(&said) && (first == saved || first == now), "{round}: {first:?}: {saved:?} {now:?}");
+        (vmm, api, serial) =
+            restored(&files.load()).with_context(|| format!("round {round}, after {wait:?}"))?;
+        let output = wait_for_bytes(&serial, 2)?;
+        let first = output.first().copied();
+        ensure!(
+            is_consecutive(&output) && (first == saved || first == now),
+            "{round}: {first:?}: {saved:?} {now:?}"
+        );
         if first == now && now != saved {
             new += 1;
             saved = now;
@@ -95,24 +79,24 @@ fn killed_while_it_saves(kind: &str, machine: &serde_json::Value) -> Result<()> 
             span = span * 9 / 8;
         }
     }
-    // Otherwise the moments were none of a create.
+    // Otherwise no monitor was killed during a create.
     ensure!(old > 0 && new > 0, "{old} old ones and {new} new ones");
     Ok(())
 }
 
 #[test]
-fn killed_while_it_saves_all_of_the_memory_it_leaves_the_old_snapshot_or_the_new_one() -> Result<()> {
+fn a_killed_full_save_leaves_the_old_or_the_new_snapshot() -> Result<()> {
     killed_while_it_saves("Full", &json!({}))
 }
 
 #[test]
-fn killed_while_it_saves_a_diff_in_place_it_leaves_the_old_snapshot_or_the_new_one() -> Result<()> {
+fn a_killed_diff_in_place_leaves_the_old_or_the_new_snapshot() -> Result<()> {
     killed_while_it_saves("Diff", &json!({}))
 }
 
-/// Nothing but whole files has a name, so a first snapshot that was not finished is none.
+/// Only complete files have a name, so an unfinished first snapshot does not exist.
 #[test]
-fn killed_while_it_saves_for_the_first_time_it_leaves_a_whole_snapshot_or_none() -> Result<()> {
+fn a_killed_first_save_leaves_a_complete_snapshot_or_none() -> Result<()> {
     let home = tempfile::tempdir()?;
     for round in 0..20 {
         let dir = home.path().join(round.to_string());
@@ -120,16 +104,16 @@ fn killed_while_it_saves_for_the_first_time_it_leaves_a_whole_snapshot_or_none()
         let files = Files::new(&dir, "a");
         let (vmm, mut api, _serial) = sweeping(&json!({}))?;
         pause(&mut api)?;
-        let connection = begin_create(&api, &files, "Full")?;
+        let connection = api.begin_put("/snapshot/create", &files.create("Full"))?;
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_micros(mix(round) % 20_000) {
             std::hint::spin_loop();
         }
         drop((vmm, connection));
-        // The state's name is the last to appear.
+        // The state file is the last to get its name.
         if files.state.exists() {
-            let (_vmm, _api, serial) = go_on(&files)?;
-            ensure!(counts(&wait_for(&serial, 2)?), "round {round}");
+            let (_vmm, _api, serial) = restored(&files.load())?;
+            ensure!(is_consecutive(&wait_for_bytes(&serial, 2)?), "round {round}");
         } else {
             ensure!(!files.memory.exists(), "round {round}: there is memory without a state");
         }
@@ -138,8 +122,7 @@ fn killed_while_it_saves_for_the_first_time_it_leaves_a_whole_snapshot_or_none()
 }
 
 #[test]
-fn a_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on_and_the_next_one_works() -> Result<()>
-{
+fn a_snapshot_without_space_leaves_no_file_and_can_be_retried() -> Result<()> {
     let (_vmm, mut api, serial) = sweeping(&json!({}))?;
     // Half of what the guest has written.
     let small = SmallFs::new(2 << 20)?;
@@ -152,25 +135,25 @@ fn a_snapshot_that_finds_no_space_leaves_nothing_and_the_guest_goes_on_and_the_n
             && refused.fault().contains("No space left"),
         "{refused:?}"
     );
-    ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
+    ensure!(fs::read_dir(small.path())?.next().is_none(), "a file was left behind");
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    ensure!(counts(&wait_for(&serial, 10)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 10)?));
     pause(&mut api)?;
     small.resize(16 << 20)?;
     let saved = next(&fs::read(&serial)?);
     api.put("/snapshot/create", &files.create("Full"))?.ok()?;
-    let (_clone, mut clone, clone_serial) = go_on(&files)?;
-    let said = wait_for(&clone_serial, 2)?;
-    ensure!(counts(&said) && said.first().copied() == saved, "{said:?} after {saved:?}");
-    // A Diff that finds no space either keeps what it would have saved for the next.
+    let (_clone, mut clone, clone_serial) = restored(&files.load())?;
+    let output = wait_for_bytes(&clone_serial, 2)?;
+    ensure!(is_consecutive(&output) && output.first().copied() == saved, "{output:?} after {saved:?}");
+    // A Diff without space also keeps its pages for the next one.
     pause(&mut clone)?;
-    let said = next(&fs::read(&clone_serial)?);
+    let output = next(&fs::read(&clone_serial)?);
     small.resize(5 << 20)?;
     let refused = clone.put("/snapshot/create", &Files::new(&small.path(), "b").create("Diff"))?;
     ensure!(refused.status == 400 && refused.fault().contains("No space left"), "{refused:?}");
     small.resize(16 << 20)?;
     clone.put("/snapshot/create", &files.create("Diff"))?.ok()?;
-    let (_third, _api, serial) = go_on(&files)?;
-    ensure!(wait_for(&serial, 2)?.first().copied() == said, "the Diff lacks something");
+    let (_third, _api, serial) = restored(&files.load())?;
+    ensure!(wait_for_bytes(&serial, 2)?.first().copied() == output, "the Diff lacks something");
     Ok(())
 }

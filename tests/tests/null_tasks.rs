@@ -1,5 +1,5 @@
-//! Commands that take long: the API answers meanwhile, and they can be cancelled, by a client and
-//! by the end of the process.
+//! Long commands: the API responds meanwhile, and a client or the end of the process can cancel
+//! them.
 
 use std::fs;
 use std::io::Write as _;
@@ -13,17 +13,17 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vesta_tests::api::{ApiClient, Response, read_response};
-use vesta_tests::counting::{counts, sweeping, wait_for};
+use vesta_tests::counting::{is_consecutive, sweeping, wait_for_bytes};
 use vesta_tests::elf::null_guest;
-use vesta_tests::guest::{Guest, SOON, Transport, vmm_path};
+use vesta_tests::guest::{Guest, TIMEOUT, Transport, vmm_path};
 use vesta_tests::host_devices::SmallFs;
 use vesta_tests::page_server::PageServer;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::snapshots::{Files, pause, unconfigured};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 const SERVER: &str = env!("CARGO_BIN_EXE_page-server");
 
-/// A snapshot of a guest that looks at 1024 of its pages again and again.
+/// Saves a guest that checks 1024 of its pages again and again.
 fn save(dir: &Path) -> Result<Files> {
     let files = Files::new(dir, "a");
     let (_vmm, mut api, _serial) = sweeping(&json!({}))?;
@@ -39,14 +39,6 @@ fn load_from(files: &Files, server: &PageServer) -> Value {
     })
 }
 
-/// Sends a command that is not answered soon.
-fn begin(api: &ApiClient, path: &str, body: &Value) -> Result<UnixStream> {
-    let body = body.to_string();
-    let mut connection = api.connect()?;
-    write!(connection, "PUT {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
-    Ok(connection)
-}
-
 /// Waits until the monitor waits for its page server.
 fn wait_until_it_fetches(vmm: &Vmm) -> Result<()> {
     wait_for_thread(vmm, "page_fetch")
@@ -55,7 +47,7 @@ fn wait_until_it_fetches(vmm: &Vmm) -> Result<()> {
 fn wait_for_thread(vmm: &Vmm, name: &str) -> Result<()> {
     let begun = Instant::now();
     while !vmm.threads()?.iter().any(|thread| thread.name == name) {
-        ensure!(begun.elapsed() < SOON, "it has no thread {name}");
+        ensure!(begun.elapsed() < TIMEOUT, "it has no thread {name}");
         std::thread::yield_now();
     }
     Ok(())
@@ -72,23 +64,23 @@ fn ensure_cancelled(answer: &Response) -> Result<()> {
 }
 
 #[test]
-fn a_load_that_waits_can_be_watched_and_cancelled() -> Result<()> {
+fn a_waiting_load_can_be_observed_and_cancelled() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let server = PageServer::start(SERVER, &files.memory, "none")?;
-    let (vmm, mut api) = empty(Transport::Mmio)?;
+    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
-    let mut load = begin(&api, "/snapshot/load", &load_from(&files, &server))?;
+    let mut load = api.begin_put("/snapshot/load", &load_from(&files, &server))?;
     wait_until_it_fetches(&vmm)?;
     ensure!(api.get("/")?.json()?["state"] == "Not started");
     let job = api.get("/snapshot/job")?.json()?;
     ensure!(job["state"] == "Running" && job["snapshot_path"] == json!(files.state), "{job}");
     api.delete("/snapshot/job")?.ok()?;
     ensure_cancelled(&read_response(&mut load)?)?;
-    // It is ready for another one.
+    // It accepts another load.
     api.put("/snapshot/load", &files.load())?.ok()?;
-    ensure!(counts(&wait_for(&serial, 3)?));
+    ensure!(is_consecutive(&wait_for_bytes(&serial, 3)?));
     Ok(())
 }
 
@@ -97,13 +89,13 @@ fn sigterm_ends_a_load_that_waits_for_its_page_server() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let server = PageServer::start(SERVER, &files.memory, "none")?;
-    let (mut vmm, api) = empty(Transport::Mmio)?;
-    let mut load = begin(&api, "/snapshot/load", &load_from(&files, &server))?;
+    let (mut vmm, api) = unconfigured(Transport::Mmio)?;
+    let mut load = api.begin_put("/snapshot/load", &load_from(&files, &server))?;
     wait_until_it_fetches(&vmm)?;
     vmm.signal(Signal::TERM)?;
-    // After the 10 s of a page server that does not answer, it would say so.
+    // After 10 s without a response of the page server it would fail by itself.
     ensure_cancelled(&read_response(&mut load)?)?;
-    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
+    ensure!(vmm.exit_status(TIMEOUT)?.signal() == Some(Signal::TERM.as_raw()));
     Ok(())
 }
 
@@ -115,18 +107,18 @@ fn sigterm_ends_a_restore_from_the_command_line() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api().arg("--restore").arg(&files.state);
     let mut vmm = builder.arg("--page-server").arg(server.socket()).spawn()?;
     wait_until_it_fetches(&vmm)?;
-    ensure!(vmm.ready_client(SOON)?.get("/")?.json()?["state"] == "Not started");
+    ensure!(vmm.ready_client(TIMEOUT)?.get("/")?.json()?["state"] == "Not started");
     vmm.signal(Signal::TERM)?;
-    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
+    ensure!(vmm.exit_status(TIMEOUT)?.signal() == Some(Signal::TERM.as_raw()));
     ensure!(!vmm.stderr.text().contains("did not answer"), "{}", vmm.stderr.text());
     ensure!(!vmm.dir().join("api.sock").exists());
     Ok(())
 }
 
-/// A paused guest whose page server stands still, so that a snapshot of it waits.
+/// A paused guest whose page server is stopped, so that a snapshot of it waits.
 fn stalled(files: &Files) -> Result<(PageServer, Vmm, ApiClient)> {
     let server = PageServer::start(SERVER, &files.memory, "all")?;
-    let (vmm, mut api) = empty(Transport::Mmio)?;
+    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let serial = vmm.dir().join("serial");
     api.put("/serial", &json!({"serial_out_path": serial}))?.ok()?;
     api.put("/snapshot/load", &load_from(files, &server))?.ok()?;
@@ -135,46 +127,46 @@ fn stalled(files: &Files) -> Result<(PageServer, Vmm, ApiClient)> {
 }
 
 #[test]
-fn a_create_that_waits_can_be_watched_and_cancelled() -> Result<()> {
+fn a_waiting_create_can_be_observed_and_cancelled() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let (server, vmm, mut api) = stalled(&files)?;
     let out = tempfile::tempdir()?;
     let new = Files::new(out.path(), "b");
-    let mut create = begin(&api, "/snapshot/create", &new.create("Full"))?;
+    let mut create = api.begin_put("/snapshot/create", &new.create("Full"))?;
     wait_until_it_fetches(&vmm)?;
     ensure!(api.get("/")?.json()?["state"] == "Paused");
     let job = api.get("/snapshot/job")?.json()?;
     ensure!(job["state"] == "Running" && job["mem_file_path"] == json!(new.memory), "{job}");
     api.delete("/snapshot/job")?.ok()?;
     ensure_cancelled(&read_response(&mut create)?)?;
-    ensure!(fs::read_dir(out.path())?.next().is_none(), "something was left behind");
-    // The guest is as it was, and can be saved.
+    ensure!(fs::read_dir(out.path())?.next().is_none(), "a file was left behind");
+    // The guest is unchanged and can be saved.
     server.signal(Signal::CONT)?;
     api.put("/snapshot/create", &new.create("Full"))?.ok()?;
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    ensure!(counts(&wait_for(&vmm.dir().join("serial"), 3)?));
+    ensure!(is_consecutive(&wait_for_bytes(&vmm.dir().join("serial"), 3)?));
     Ok(())
 }
 
 #[test]
-fn sigterm_ends_a_create_that_waits_and_leaves_no_file() -> Result<()> {
+fn sigterm_ends_a_waiting_create_and_leaves_no_file() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let (_server, mut vmm, api) = stalled(&files)?;
     let out = tempfile::tempdir()?;
-    let mut create = begin(&api, "/snapshot/create", &Files::new(out.path(), "b").create("Full"))?;
+    let mut create = api.begin_put("/snapshot/create", &Files::new(out.path(), "b").create("Full"))?;
     wait_until_it_fetches(&vmm)?;
     vmm.signal(Signal::TERM)?;
     ensure_cancelled(&read_response(&mut create)?)?;
-    ensure!(vmm.exit_status(SOON)?.signal() == Some(Signal::TERM.as_raw()));
-    ensure!(fs::read_dir(out.path())?.next().is_none(), "something was left behind");
+    ensure!(vmm.exit_status(TIMEOUT)?.signal() == Some(Signal::TERM.as_raw()));
+    ensure!(fs::read_dir(out.path())?.next().is_none(), "a file was left behind");
     Ok(())
 }
 
 #[test]
-fn what_is_neither_file_nor_block_device_is_refused_at_once() -> Result<()> {
-    let (vmm, mut api) = empty(Transport::Mmio)?;
+fn neither_file_nor_block_device_is_refused_at_once() -> Result<()> {
+    let (vmm, mut api) = unconfigured(Transport::Mmio)?;
     let dir = vmm.dir().to_owned();
     let fifo = dir.join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600))?;
@@ -209,8 +201,8 @@ fn what_is_neither_file_nor_block_device_is_refused_at_once() -> Result<()> {
 fn snapshot_targets_are_checked_before_memory_is_written() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (_vmm, mut api, serial) = sweeping(&json!({}))?;
-    wait_for(&serial, 2)?;
-    // The memory does not fit in here, which is found when it is written.
+    wait_for_bytes(&serial, 2)?;
+    // Memory does not fit, which is detected when it is written.
     let small = SmallFs::new(1 << 20)?;
     let memory = small.path().join("memory");
     let link = home.path().join("link");
@@ -225,7 +217,7 @@ fn snapshot_targets_are_checked_before_memory_is_written() -> Result<()> {
             let refused = api.put("/snapshot/create", &body)?;
             let named = refused.fault().contains(state.to_str().unwrap_or_default());
             ensure!(refused.status == 400 && named && !refused.fault().contains("space"), "{refused:?}");
-            ensure!(fs::read_dir(small.path())?.next().is_none(), "something was left behind");
+            ensure!(fs::read_dir(small.path())?.next().is_none(), "a file was left behind");
         }
         api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
     }
@@ -251,46 +243,46 @@ fn a_snapshot_never_replaces_a_file_of_a_drive() -> Result<()> {
 }
 
 #[test]
-fn a_pause_that_waits_for_a_page_leaves_the_api_answering() -> Result<()> {
+fn the_api_answers_while_a_pause_waits_for_a_page() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = save(home.path())?;
     let (server, vmm, mut api) = stalled(&files)?;
     let body = json!({"state": "Paused"}).to_string();
-    // The vCPU comes to a page that is missing soon, and then a pause to a vCPU that waits.
+    // The vCPU soon accesses a missing page, and then a pause waits for the vCPU.
     let begun = Instant::now();
     let mut pausing = loop {
         api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
         let mut pausing = api.connect()?;
         write!(pausing, "PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
         while !vmm.threads()?.iter().any(|thread| thread.name == "task") && !is_readable(&pausing)? {
-            ensure!(begun.elapsed() < SOON, "it has no thread task");
+            ensure!(begun.elapsed() < TIMEOUT, "it has no thread task");
         }
         if !is_readable(&pausing)? {
             break pausing;
         }
         read_response(&mut pausing)?.ok()?;
     };
-    // It may have been paused in this moment.
+    // It may have been paused at this moment.
     let state = api.get("/")?.json()?["state"].clone();
     ensure!(state == "Running" || is_readable(&pausing)?, "{state}");
     server.signal(Signal::CONT)?;
     let answer = read_response(&mut pausing)?;
     ensure!(answer.status == 204 || answer.fault().contains("did not pause in time"), "{answer:?}");
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    ensure!(counts(&wait_for(&vmm.dir().join("serial"), 3)?));
+    ensure!(is_consecutive(&wait_for_bytes(&vmm.dir().join("serial"), 3)?));
     Ok(())
 }
 
 #[test]
-fn a_configuration_can_come_through_a_fifo() -> Result<()> {
+fn a_configuration_file_can_be_a_fifo() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").arg("--boot-timer");
     let (fifo, kernel) = (builder.dir().join("config"), builder.dir().join("kernel"));
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600))?;
     fs::write(&kernel, null_guest().bytes())?;
     let vmm = builder.arg("--config-file").arg(&fifo).spawn()?;
-    // Longer than what a FIFO holds, so that it comes in pieces.
+    // Longer than a FIFO's buffer, so that it arrives in pieces.
     let config = Guest::bare(&kernel).config().to_string() + &" ".repeat(200_000);
     fs::write(&fifo, config)?;
-    vmm.wait_for_output("Guest-boot-time =", SOON)?;
+    vmm.wait_for_output("Guest-boot-time =", TIMEOUT)?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The terminal on standard input: the guest's while it runs, and as it was found on every way out.
+//! The terminal on standard input: used by the guest while it runs, and restored on every exit.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -15,7 +15,7 @@ use serde_json::json;
 use vesta_tests::elf::{self, Elf};
 use vesta_tests::guest::vmm_path;
 
-/// A terminal: the user's side, and the side that a program has.
+/// A terminal: the user's side and the program's side.
 fn terminal() -> (File, OwnedFd) {
     let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
     grantpt(&user).unwrap();
@@ -38,12 +38,12 @@ fn run(kernel: &Elf, dir: &Path, terminal: &OwnedFd) -> Child {
     command.stdin(side()).stdout(side()).stderr(side()).process_group(0).spawn().unwrap()
 }
 
-/// Reads what the program says until `text` has come.
+/// Reads the program's output until it contains `text`.
 fn wait_for(user: &mut File, text: &str) {
-    let (mut said, mut chunk) = (String::new(), [0; 1000]);
-    while !said.contains(text) {
-        let len = user.read(&mut chunk).unwrap_or_else(|e| panic!("{e}, after {said}"));
-        said += &String::from_utf8_lossy(&chunk[..len]);
+    let (mut output, mut chunk) = (String::new(), [0; 1000]);
+    while !output.contains(text) {
+        let len = user.read(&mut chunk).unwrap_or_else(|e| panic!("{e}, after {output}"));
+        output += &String::from_utf8_lossy(&chunk[..len]);
     }
 }
 
@@ -52,7 +52,7 @@ fn is_raw(settings: &Termios) -> bool {
 }
 
 #[test]
-fn it_is_raw_while_the_guest_runs_and_restored_by_sigterm() {
+fn the_terminal_is_raw_until_sigterm_restores_it() {
     let dir = tempfile::tempdir().unwrap();
     let (mut user, program) = terminal();
     let before = tcgetattr(&program).unwrap();
@@ -68,7 +68,7 @@ fn it_is_raw_while_the_guest_runs_and_restored_by_sigterm() {
 }
 
 #[test]
-fn it_is_restored_when_the_guest_ends() {
+fn the_terminal_is_restored_when_the_guest_ends() {
     let dir = tempfile::tempdir().unwrap();
     let (_user, program) = terminal();
     let before = tcgetattr(&program).unwrap();
@@ -78,11 +78,12 @@ fn it_is_restored_when_the_guest_ends() {
 }
 
 #[test]
-fn what_is_typed_reaches_the_guest() {
+fn terminal_input_reaches_the_guest() {
     let dir = tempfile::tempdir().unwrap();
     let (mut user, program) = terminal();
     // Waits for a byte on the serial port and sends it back plus one.
-    // mov dx, 0x3fd; again: in al, dx; test al, 1; jz again; mov dx, 0x3f8; in al, dx; inc eax; out dx, al; hlt; jmp $-1
+    // mov dx, 0x3fd; again: in al, dx; test al, 1; jz again
+    // mov dx, 0x3f8; in al, dx; inc eax; out dx, al; hlt; jmp $-1
     let echo = [
         0xc6, 0x05, 0x00, 0x00, 0x00, 0xc0, 123, // the boot timer
         0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec, 0x40, 0xee, 0xf4,

@@ -1,49 +1,49 @@
-//! Guests that are not Linux, and Linux before it is ready for anything.
+//! Guests other than Linux, and Linux during its boot.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::api::ApiClient;
-use vesta_tests::guest::{BOOT, Guest, Kernel, Transport, env, given, start, vmm_path};
+use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, Transport, env, required_path, start, vmm_path};
 use vesta_tests::on_each_transport;
-use vesta_tests::snapshots::{Files, empty, go_on, pause, resume};
+use vesta_tests::snapshots::{Files, pause, restore, resume, save_live, unconfigured};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// What memtest86+ shows of a machine with two processors that it found and uses both of.
+/// What memtest86+ shows of a machine with two processors in use.
 const BOTH_PROCESSORS: &str = "SMP: 2T (PAR)";
-/// What it shows of a test that has begun.
+/// What it shows of a test that has started.
 const A_TEST: &str = "[Address test";
 /// The Escape key, which ends memtest86+ with a reset.
 const ESCAPE: &[u8] = b"\x1b";
 
-/// At how many moments of its boot a guest is saved, where [`MOMENTS_VARIABLE`] does not say.
+/// At how many moments of its boot a guest is saved, unless [`MOMENTS_VARIABLE`] is set.
 const MOMENTS: u32 = 5;
-/// More for a longer look: `VESTA_BOOT_MOMENTS=40 cargo xtask test --system boot_moment`.
+/// More moments: `VESTA_BOOT_MOMENTS=40 cargo xtask test --system boot_moment`.
 const MOMENTS_VARIABLE: &str = "VESTA_BOOT_MOMENTS";
-/// What the guest says when its first program runs.
+/// What the guest prints when its first program runs.
 const INIT: &str = "INIT-RUNS";
-/// How often it is looked at how far a guest has come: nothing tells when a vCPU has used so much
-/// time.
+/// The interval of polling a guest's progress.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 #[test]
 fn memtest86_tests_memory_on_two_vcpus_and_resets() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?.arg("--no-api").with_input().quiet();
-    let guest = Guest::bare(&given(env::MEMTEST)).vcpus(2).mem_mib(8).boot_args("console=ttyS0,115200");
+    let guest =
+        Guest::bare(&required_path(env::MEMTEST)).vcpus(2).mem_mib(8).boot_args("console=ttyS0,115200");
     let mut vmm = builder.with_config(&guest.config())?.spawn()?;
     // It draws on a screen, without line breaks.
     while !vmm.stdout.text().contains(A_TEST) {
-        vmm.stdout.wait_for_more_than(vmm.stdout.len(), BOOT)?;
+        vmm.stdout.wait_for_more_than(vmm.stdout.len(), BOOT_TIMEOUT)?;
     }
     vmm.type_in(ESCAPE)?;
-    let (code, said) = vmm.finish(BOOT)?;
-    ensure!(said.contains(BOTH_PROCESSORS) && said.contains("Errors: 0"), "{said:?}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    ensure!(output.contains(BOTH_PROCESSORS) && output.contains("Errors: 0"), "{output:?}");
     assert_eq!(code, 0);
     Ok(())
 }
 
-/// Numbers from 0 to 1000 that are the same in each run, in order.
+/// Numbers from 0 to 1000, in order and the same in each run.
 fn seeded(count: u32) -> Vec<u32> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let next = |_| {
@@ -55,16 +55,16 @@ fn seeded(count: u32) -> Vec<u32> {
     numbers
 }
 
-/// A Linux guest at its very beginning.
+/// A Linux guest that has just started.
 fn booting(transport: Transport) -> Result<(Vmm, ApiClient)> {
-    let (vmm, mut api) = empty(transport)?;
+    let (vmm, mut api) = unconfigured(transport)?;
     Guest::linux(Kernel::quickest(), &format!("echo {INIT}; poweroff -f"), vmm.dir())?.put(&mut api)?;
     api.put("/entropy", &json!({}))?.ok()?;
     start(&mut api)?;
     Ok((vmm, api))
 }
 
-/// The time that its vCPU has run; none once the monitor has ended.
+/// The time that its vCPU has run; `None` once the monitor has ended.
 fn progress(vmm: &Vmm) -> Result<Option<Duration>> {
     vmm.thread_time("fc_vcpu 0")
 }
@@ -81,23 +81,12 @@ fn waits_until(vmm: &Vmm, moment: Duration) -> Result<bool> {
     }
 }
 
-/// Saves a guest while it runs.
-fn save_live(api: &mut ApiClient, files: &Files) -> Result<()> {
-    let mut create = files.create("Full");
-    create["live"] = json!(true);
-    api.put("/snapshot/create", &create)?.ok()?;
-    while api.get("/snapshot/job")?.ok()?.json()?["state"] == json!("Running") {
-        std::thread::sleep(LOOK_EVERY);
-    }
-    Ok(())
-}
-
 on_each_transport! {
-    /// One boot, saved at many moments in turn with it paused and with it running; each of them
-    /// then boots to its end.
+    /// One boot, saved at many moments, paused and running in turn. Each snapshot then boots to its
+    /// end.
     fn a_guest_saved_at_any_boot_moment_reaches_init(transport) {
         let (vmm, _api) = booting(transport)?;
-        vmm.wait_for_output(INIT, BOOT)?;
+        vmm.wait_for_output(INIT, BOOT_TIMEOUT)?;
         let whole_boot = progress(&vmm)?.context("a vCPU")?;
         drop(vmm);
 
@@ -114,17 +103,17 @@ on_each_transport! {
                 api.put("/snapshot/create", &files.create("Full"))?.ok()?;
                 resume(&mut api)?;
             } else {
-                save_live(&mut api, &files)?;
+                save_live(&mut api, &files.create("Full"))?;
             }
             saved.push((moment, files));
         }
         ensure!(!saved.is_empty(), "it reached init before its first moment");
-        vmm.wait_for_output(INIT, BOOT)?;
-        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        vmm.wait_for_output(INIT, BOOT_TIMEOUT)?;
+        assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
         for (moment, files) in saved {
             let context = || format!("saved after {moment} thousandths of its boot");
-            let (mut clone, _api) = go_on(transport, &files.load()).with_context(context)?;
-            let (code, text) = clone.finish(BOOT).with_context(context)?;
+            let (mut clone, _api) = restore(transport, &files.load()).with_context(context)?;
+            let (code, text) = clone.finish(BOOT_TIMEOUT).with_context(context)?;
             ensure!(code == 0 && text.contains(INIT), "{}: exit {code}:\n{text}", context());
         }
         Ok(())

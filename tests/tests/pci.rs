@@ -1,21 +1,21 @@
-//! Devices on virtio-pci: how guests find them, and how many there can be.
+//! virtio-pci: how guests find devices, and how many there can be.
 
 use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use vesta_tests::guest::{BOOT, Guest, Kernel, vmm_path};
+use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, vmm_path};
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::on_each_kernel;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-/// Where busybox is, for initial RAM disks that need more than a script.
+/// The path of busybox, for initramfs images that need more than a script.
 fn busybox() -> std::path::PathBuf {
     std::env::var_os(vesta_tests::guest::env::BUSYBOX).expect("the runner names it").into()
 }
 
-/// `count` disks of 1 MiB and 512 bytes for each that came before.
+/// `count` disks of 1 MiB, each 512 bytes larger than the one before.
 fn disks(dir: &Path, count: u64) -> Result<Value> {
     let disk = |number: u64| {
         let path = dir.join(format!("disk{number}"));
@@ -48,46 +48,46 @@ fn boot(kernel: Kernel, script: &str, count: u64, more_args: &str) -> Result<Vmm
     builder.arg("--enable-pci").arg("--no-api").with_config(&config)?.spawn()
 }
 
-fn said(mut vmm: Vmm) -> Result<String> {
-    let (code, said) = vmm.finish(BOOT)?;
-    assert_eq!(code, 0, "{said}");
-    Ok(said)
+fn output_of(mut vmm: Vmm) -> Result<String> {
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    assert_eq!(code, 0, "{output}");
+    Ok(output)
 }
 
 on_each_kernel! {
-    /// The drivers are the kernel's own, and interrupts are messages.
-    fn the_guest_finds_its_devices_on_the_bus_and_uses_them(kernel) {
+    /// The kernel's own drivers are bound, and interrupts are MSI-X.
+    fn the_guest_uses_its_devices_on_the_pci_bus(kernel) {
         let script = "echo CLASSES $(cat /sys/bus/pci/devices/*/class)\n\
                       echo SIZES $(cat /sys/block/vda/size) $(cat /sys/block/vdb/size)\n\
                       echo written | dd of=/dev/vdb bs=512 seek=7 conv=sync,fsync 2>/dev/null\n\
                       echo BACK $(dd if=/dev/vdb bs=512 skip=7 count=1 iflag=direct 2>/dev/null | head -n 1)\n\
                       echo VECTORS $(grep -c 'MSI.*virtio' /proc/interrupts)\n\
                       poweroff -f";
-        let said = said(boot(kernel, script, 2, "")?)?;
-        assert!(said.contains("CLASSES 0x060000 0x018000 0x018000 0xff0000"), "{said}");
-        assert!(said.contains("SIZES 2048 2049"), "{said}");
-        assert!(said.contains("BACK written"), "{said}");
-        let vectors = said.lines().find_map(|line| line.split("VECTORS ").nth(1)).context("no VECTORS")?;
-        assert!(vectors.trim().parse::<u32>()? >= 2, "{said}");
+        let output = output_of(boot(kernel, script, 2, "")?)?;
+        assert!(output.contains("CLASSES 0x060000 0x018000 0x018000 0xff0000"), "{output}");
+        assert!(output.contains("SIZES 2048 2049"), "{output}");
+        assert!(output.contains("BACK written"), "{output}");
+        let vectors = output.lines().find_map(|line| line.split("VECTORS ").nth(1)).context("no VECTORS")?;
+        assert!(vectors.trim().parse::<u32>()? >= 2, "{output}");
         Ok(())
     }
 }
 
 #[test]
-fn all_31_slots_can_be_taken() -> Result<()> {
+fn all_31_slots_can_be_used() -> Result<()> {
     let script = "for d in /sys/block/vd*; do echo DISK $(cat $d/serial) $(cat $d/size); done\npoweroff -f";
-    let said = said(boot(Kernel::Tuned, script, 31, "")?)?;
+    let output = output_of(boot(Kernel::Tuned, script, 31, "")?)?;
     for number in 0..31 {
-        assert!(said.contains(&format!("DISK disk{number} {}", 2048 + number)), "disk{number}: {said}");
+        assert!(output.contains(&format!("DISK disk{number} {}", 2048 + number)), "disk{number}: {output}");
     }
     Ok(())
 }
 
 #[test]
-fn one_device_more_than_slots_is_refused_with_the_bound() -> Result<()> {
-    let (code, said) = boot(Kernel::Tuned, "", 32, "")?.finish(BOOT)?;
+fn more_devices_than_slots_are_refused_with_the_bound() -> Result<()> {
+    let (code, output) = boot(Kernel::Tuned, "", 32, "")?.finish(BOOT_TIMEOUT)?;
     assert_eq!(code, 152);
-    assert!(said.contains("32 are configured; at most 31, one for each PCI slot"), "{said}");
+    assert!(output.contains("32 are configured; at most 31, one for each PCI slot"), "{output}");
     Ok(())
 }
 
@@ -95,7 +95,7 @@ fn one_device_more_than_slots_is_refused_with_the_bound() -> Result<()> {
 fn a_guest_without_acpi_probes_the_bus() -> Result<()> {
     let script = "echo SIZE $(cat /sys/block/vda/size)\n\
                   echo BACK $(echo kept | dd of=/dev/vda conv=fsync 2>/dev/null; head -c 4 /dev/vda)\nreboot -f";
-    let said = said(boot(Kernel::Tuned, script, 1, "acpi=off")?)?;
-    assert!(said.contains("SIZE 2048") && said.contains("BACK kept"), "{said}");
+    let output = output_of(boot(Kernel::Tuned, script, 1, "acpi=off")?)?;
+    assert!(output.contains("SIZE 2048") && output.contains("BACK kept"), "{output}");
     Ok(())
 }

@@ -1,15 +1,15 @@
-//! Snapshots of Linux guests under load: they go on in other monitors as if nothing had happened.
+//! Snapshots of Linux guests under load, which resume in other monitors with all data intact.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use vesta_tests::busy::{
-    Place, Programs, all_is_right_after, ends_well, save_and_kill, wait_for_all_progress,
+    BusyHost, Programs, check_output_after, finish_and_check, save_and_kill, wait_for_all_progress,
 };
 use vesta_tests::disks::{DiskGuest, disk, drive, with};
-use vesta_tests::guest::{BOOT, Transport};
+use vesta_tests::guest::{BOOT_TIMEOUT, Transport};
 use vesta_tests::on_each_transport;
 use vesta_tests::page_server::PageServer;
-use vesta_tests::snapshots::{Files, go_on};
+use vesta_tests::snapshots::{Files, restore};
 use vesta_tests::vsock::{connect, port};
 
 const PROGRAMS: Programs = Programs {
@@ -27,17 +27,17 @@ struct How {
     page_server: bool,
 }
 
-/// A guest under load is saved and goes on in a new monitor, three times, with its network where it was. A first Full snapshot is
-/// loaded once more at the end, with the disks as they were then, in another network.
+/// A guest under load is saved and restored in a new monitor, three times, with the same network. A
+/// first Full snapshot is loaded again at the end, with the disks of that time, in another network.
 fn three_generations(transport: Transport, how: &How) -> Result<()> {
     let home = tempfile::tempdir()?;
-    let place = Place::new(home.path())?;
+    let place = BusyHost::new(home.path())?;
     let track = json!({"track_dirty_pages": how.tracked});
     let mut vmm = place.guest(transport, PROGRAMS, &track)?;
     let (mut first, mut page_server) = (None, None);
     for generation in 0..3 {
         wait_for_all_progress(&vmm)?;
-        // A Diff goes onto the memory that is there, a Full one anew.
+        // A Diff goes onto the existing memory file, a Full one into a new file.
         let full = !how.diff || generation == 0;
         let mut files = Files::new(home.path(), &format!("generation{generation}"));
         if how.diff {
@@ -49,50 +49,50 @@ fn three_generations(transport: Transport, how: &How) -> Result<()> {
         }
         let mut load = with(files.load(), &track);
         if how.page_server {
-            // Whose guest is gone.
+            // Its guest has ended.
             drop(page_server.take());
             let server = page_server.insert(PageServer::start(PAGE_SERVER, &files.memory, "all")?);
             load["mem_backend"] = json!({"backend_type": "Uffd", "backend_path": server.socket()});
         }
-        // The killed monitor's.
+        // The sockets of the killed monitor.
         std::fs::remove_file(place.socket("v"))?;
-        let (next, _api) = go_on(transport, &load)?;
-        // What the guest serves can be reached, whatever became of older connections.
+        let (next, _api) = restore(transport, &load)?;
+        // The guest's servers can be reached, whatever happened to older connections.
         connect(&place.socket("v"), port::ECHO).context("the guest after a load")?;
         vmm = next;
     }
     wait_for_all_progress(&vmm)?;
-    all_is_right_after(&ends_well(vmm, &place.disks)?, 3, 0)?;
+    check_output_after(&finish_and_check(vmm, &place.disks)?, 3, 0)?;
 
     let Some(((copies, drives), files)) = first else { return Ok(()) };
     let load = with(files.load(), &json!({"drives": drives}));
-    let vmm = place.go_on_elsewhere(transport, "tap1", &load)?;
+    let vmm = place.restore_elsewhere(transport, "tap1", &load)?;
     wait_for_all_progress(&vmm)?;
-    all_is_right_after(&ends_well(vmm, &copies)?, 1, 1)
+    check_output_after(&finish_and_check(vmm, &copies)?, 1, 1)
 }
 
 on_each_transport! {
-    fn a_guest_under_load_goes_on_through_three_full_snapshots(transport) {
+    fn a_guest_under_load_survives_three_full_snapshots(transport) {
         three_generations(transport, &How::default())
     }
 
-    fn a_guest_under_load_goes_on_through_three_diffs_of_tracked_pages(transport) {
+    fn a_guest_under_load_survives_three_diffs_of_tracked_pages(transport) {
         three_generations(transport, &How { diff: true, tracked: true, ..How::default() })
     }
 
-    fn a_guest_under_load_goes_on_through_three_diffs_without_tracking(transport) {
+    fn a_guest_under_load_survives_three_diffs_without_tracking(transport) {
         three_generations(transport, &How { diff: true, ..How::default() })
     }
 
-    /// Each time all of its memory comes from another process, page by page.
-    fn a_guest_under_load_goes_on_through_three_page_servers(transport) {
+    /// Each time, all of its memory comes from another process, page by page.
+    fn a_guest_under_load_survives_three_page_servers(transport) {
         three_generations(transport, &How { diff: true, page_server: true, ..How::default() })
     }
 
-    /// Where the memory is read ahead of the guest, it finds it as it was.
-    fn a_guest_under_load_goes_on_with_its_memory_read_ahead(transport) {
+    /// Memory that is read ahead of the guest is intact.
+    fn a_guest_under_load_survives_a_prefetching_restore(transport) {
         let home = tempfile::tempdir()?;
-        let place = Place::new(home.path())?;
+        let place = BusyHost::new(home.path())?;
         let vmm = place.guest(transport, PROGRAMS, &json!({}))?;
         wait_for_all_progress(&vmm)?;
         let files = Files::new(home.path(), "a");
@@ -100,20 +100,21 @@ on_each_transport! {
         for (name, sign) in [("tap1", "is recorded"), ("tap2", "pages are prefetched")] {
             let (copies, drives) = place.disks.copies(home.path(), name)?;
             let load = with(files.load(), &json!({"drives": drives, "prefetch": true}));
-            let vmm = place.go_on_elsewhere(transport, name, &load)?;
-            vmm.wait_for_output(sign, BOOT)?;
+            let vmm = place.restore_elsewhere(transport, name, &load)?;
+            vmm.wait_for_output(sign, BOOT_TIMEOUT)?;
             wait_for_all_progress(&vmm)?;
-            all_is_right_after(&ends_well(vmm, &copies)?, 1, 1)?;
+            check_output_after(&finish_and_check(vmm, &copies)?, 1, 1)?;
         }
         ensure!(home.path().join("a.memory.working-set").exists());
         Ok(())
     }
 }
 
-/// Rounds of the test below, for a soak.
+/// The variable for the rounds of the test below, for a soak.
 const ROUNDS: &str = "VESTA_TEST_ROUNDS";
 
-/// Case 10: eight programs write with `O_DIRECT` to a disk with `io_engine` Async, the guest is saved, and goes on in another monitor.
+/// Case 10: eight programs write with `O_DIRECT` to a disk with `io_engine` Async, and the guest is
+/// saved and restored in another monitor.
 #[test]
 fn direct_writers_continue_after_each_restore() -> Result<()> {
     const WRITERS: usize = 8;
@@ -130,14 +131,14 @@ fn direct_writers_continue_after_each_restore() -> Result<()> {
     let mut vmm = DiskGuest::new(Transport::Mmio)?.vcpus(2).drive(async_disk).run(&script)?;
     for round in 0..=rounds {
         for writer in 0..WRITERS {
-            vmm.wait_for_output(&format!("WRITER {writer} DID "), BOOT)
+            vmm.wait_for_output(&format!("WRITER {writer} DID "), BOOT_TIMEOUT)
                 .with_context(|| format!("writer {writer} after {round} restores"))?;
         }
         ensure!(!vmm.stdout.text().contains("FAILED"), "{}", vmm.stdout.text());
         if round < rounds {
             let files = Files::new(home.path(), "saved");
             save_and_kill(vmm, &files, "Full")?;
-            (vmm, _) = go_on(Transport::Mmio, &files.load())?;
+            (vmm, _) = restore(Transport::Mmio, &files.load())?;
         }
     }
     Ok(())

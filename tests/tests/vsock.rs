@@ -1,4 +1,4 @@
-//! Connections between real guests and programs on the host.
+//! vsock connections between real guests and programs on the host.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -11,16 +11,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use vesta_tests::guest::{BOOT, Guest, Kernel, SOON, Transport, busybox, start, vmm_path};
+use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, TIMEOUT, Transport, busybox, start, vmm_path};
 use vesta_tests::initramfs::Initramfs;
 use vesta_tests::process::Orphans;
-use vesta_tests::said::wait_for_text;
-use vesta_tests::snapshots::{Files, empty, pause};
+use vesta_tests::serial_file::wait_for_text;
+use vesta_tests::snapshots::{Files, pause, unconfigured};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{self, FROM_GUEST, FROM_HOST, connect, port, receive, transmit, try_connect};
 use vesta_tests::{on_each_kernel, on_each_transport};
 
-/// A guest that serves, then runs `script`; its monitor's arguments have a vsock device.
+/// A guest that runs `script`, with this vsock device.
 fn boot_with(kernel: Kernel, transport: Transport, script: &str, vsock: Value) -> Result<Vmm> {
     boot_changed(kernel, transport, script, vsock, |guest| guest)
 }
@@ -37,7 +37,7 @@ fn boot_changed(
     if let Some(modules) = kernel.modules() {
         let bus = match transport {
             Transport::Mmio => "virtio_mmio",
-            // Newer kernels have it built in.
+            // Built into newer kernels.
             Transport::Pci => "virtio_pci",
         };
         let drivers = [bus, "vmw_vsock_virtio_transport"];
@@ -56,10 +56,10 @@ fn boot(transport: Transport, script: &str) -> Result<Vmm> {
     boot_with(Kernel::Tuned, transport, script, json!({"guest_cid": 3, "uds_path": "v.sock"}))
 }
 
-/// A guest that serves; returns when it does.
+/// A guest that serves; returns once it does.
 fn serving(transport: Transport) -> Result<Vmm> {
     let vmm = boot(transport, "guest-vsock serve")?;
-    vmm.wait_for_output("SERVING", BOOT)?;
+    vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
     Ok(vmm)
 }
 
@@ -67,12 +67,12 @@ fn path(vmm: &Vmm) -> PathBuf {
     vmm.dir().join("v.sock")
 }
 
-/// A server on the host, for the guest's port.
+/// A server on the host, for the guest's connections to this port.
 fn serve(vmm: &Vmm, port: u32) -> Result<UnixListener> {
     Ok(UnixListener::bind(vmm.dir().join(format!("v.sock_{port}")))?)
 }
 
-/// Sends its own bytes, ends its half, and compares what comes.
+/// Sends bytes and shuts down its half, and compares the bytes that it receives.
 fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> Result<()> {
     let sender = stream.try_clone()?;
     let sending = thread::spawn(move || -> Result<()> {
@@ -83,7 +83,7 @@ fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> Result<()> {
     sending.join().expect("it does not panic")
 }
 
-/// A client that sends as much as the guest takes.
+/// A client that sends as much as the guest accepts.
 struct Greedy {
     stop: Arc<AtomicBool>,
     thread: thread::JoinHandle<Result<u64>>,
@@ -107,7 +107,7 @@ impl Greedy {
         Ok(Greedy { stop, thread, stream })
     }
 
-    /// All that it sent came to the guest.
+    /// Stops, and checks that the guest received all that was sent.
     fn stop(mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
         let sent = self.thread.join().expect("it does not panic")?;
@@ -123,14 +123,14 @@ fn join_all<T>(threads: Vec<thread::JoinHandle<Result<T>>>) -> Result<Vec<T>> {
 }
 
 on_each_transport! {
-    /// 50 streams at once to the guest and 50 from it, each carrying other bytes both ways at the same time.
-    fn bytes_cross_fifty_streams_both_ways_unharmed(transport) {
+    /// 50 streams to the guest and 50 from it at once, each with its own data in both directions.
+    fn fifty_streams_carry_data_in_both_directions(transport) {
         const STREAMS: u32 = 50;
         const BYTES: u32 = 200_003;
         let mut vmm = boot(transport, &format!(
             "guest-vsock serve &\nguest-vsock await 801\nguest-vsock duplex 800 {STREAMS} {BYTES}\nguest-vsock cid\nreboot -f"
         ))?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let host = path(&vmm);
         join_all((0..STREAMS).map(|index| {
             let host = host.clone();
@@ -141,7 +141,7 @@ on_each_transport! {
             })
         }).collect())?;
         let server = serve(&vmm, 800)?;
-        // The guest goes on when somebody listens here.
+        // The guest continues when this listens.
         let _gate = serve(&vmm, 801)?;
         let threads = (0..STREAMS).map(|_| {
             let (mut stream, _) = server.accept()?;
@@ -152,16 +152,17 @@ on_each_transport! {
             }))
         }).collect::<Result<_>>()?;
         join_all(threads)?;
-        let (code, said) = vmm.finish(BOOT)?;
-        assert_eq!(code, 0, "{said}");
-        assert!(said.contains(&format!("DUPLEX {STREAMS} streams of {BYTES} bytes")), "{said}");
-        assert!(said.contains("CID 3"), "{said}");
+        let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+        assert_eq!(code, 0, "{output}");
+        assert!(output.contains(&format!("DUPLEX {STREAMS} streams of {BYTES} bytes")), "{output}");
+        assert!(output.contains("CID 3"), "{output}");
         assert!(!host.exists(), "the socket file goes with the monitor");
         Ok(())
     }
 
-    /// 1,000 connections to the guest, all of them open at once; closed, and done again beside one that never stops; and abandoned.
-    fn a_thousand_clients_at_once_are_served(transport) {
+    /// 1,000 connections to the guest, open at once. They are closed, opened again beside a
+    /// continuous one, and abandoned.
+    fn a_thousand_clients_are_served_at_once(transport) {
         let vmm = serving(transport)?;
         for round in 0..2u32 {
             let mut clients = Vec::new();
@@ -179,7 +180,7 @@ on_each_transport! {
             }
             greedy.map_or(Ok(()), Greedy::stop)?;
         }
-        // Opened and left: some before they say anything, some before they are answered.
+        // Opened and abandoned: some before they send, some before they get an answer.
         for index in 0..1000 {
             let mut client = UnixStream::connect(path(&vmm))?;
             if index % 2 == 0 {
@@ -197,23 +198,23 @@ on_each_transport! {
     /// Refusals reach the other side at once, from the guest and from the host.
     fn a_refusal_closes_at_once(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock refused 98\nguest-vsock await 97\npoweroff -f")?;
-        vmm.wait_for_output("REFUSED ConnectionReset quickly true", BOOT)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("REFUSED ConnectionReset quickly true", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let begun = Instant::now();
         for _ in 0..20 {
-            assert!(try_connect(&path(&vmm), port::NOBODY)?.is_none());
+            assert!(try_connect(&path(&vmm), port::UNUSED)?.is_none());
         }
         assert!(begun.elapsed() < Duration::from_secs(4), "{:?} for 20 refusals", begun.elapsed());
         let _gate = serve(&vmm, 97)?;
-        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
         Ok(())
     }
 
-    /// Each side ends its half and still hears the other.
-    fn halves_end_one_by_one(transport) {
+    /// Each side shuts down its half and still receives.
+    fn each_half_of_a_stream_closes_by_itself(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock half 700\npoweroff -f")?;
         let server = serve(&vmm, 700)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let mut client = connect(&path(&vmm), port::ANSWER)?;
         client.write_all(b"a question of the host's")?;
         client.shutdown(Shutdown::Write)?;
@@ -226,19 +227,19 @@ on_each_transport! {
         peer.read_to_string(&mut question)?;
         peer.write_all(format!("it said: {question}").as_bytes())?;
         drop(peer);
-        vmm.wait_for_output("ANSWER it said: a question of the guest's", BOOT)?;
-        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        vmm.wait_for_output("ANSWER it said: a question of the guest's", BOOT_TIMEOUT)?;
+        assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
         Ok(())
     }
 
-    /// Messages keep their boundaries both ways.
-    fn messages_stay_whole(transport) {
+    /// Messages keep their boundaries in both directions.
+    fn messages_keep_their_boundaries(transport) {
         let vsock = json!({"guest_cid": 77, "uds_path": "v.sock", "seqpacket_uds_path": "v.seq"});
         let script = "guest-vsock cid\nguest-vsock serve &\nguest-vsock await 97\nguest-vsock messages 600\nguest-vsock burst 600\n\
             guest-vsock small 16384 601 1048576\nguest-vsock small 65536 601 1048576\npoweroff -f";
         let mut vmm = boot_with(Kernel::Tuned, transport, script, vsock)?;
-        vmm.wait_for_output("CID 77", BOOT)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("CID 77", BOOT_TIMEOUT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let client = seqpacket::connect(&vmm.dir().join("v.seq"))?;
         seqpacket::send(&client, b"CONNECT 7\n")?;
         assert!(seqpacket::receive(&client)?.starts_with(b"OK "));
@@ -247,11 +248,12 @@ on_each_transport! {
             seqpacket::send(&client, &message)?;
             assert!(seqpacket::receive(&client)? == message, "a message of {len} bytes");
         }
-        // A guest that reads late gets all of many small messages, and holds them back meanwhile.
+        // A guest that reads late gets all of many small messages, and applies backpressure
+        // meanwhile.
         let client = seqpacket::connect(&vmm.dir().join("v.seq"))?;
         seqpacket::send(&client, format!("CONNECT {}\n", port::LATE).as_bytes())?;
         assert!(seqpacket::receive(&client)?.starts_with(b"OK "));
-        // More than Linux keeps unread (455), far less than it and the client's socket do together.
+        // More than Linux queues unread (455), far less than it and the client's socket together.
         for _ in 0..500 {
             seqpacket::send(&client, b"8 bytes!")?;
         }
@@ -273,40 +275,41 @@ on_each_transport! {
             }
             seqpacket::send(&peer, &message)?;
         }
-        vmm.wait_for_output("MESSAGES echoed", BOOT)?;
+        vmm.wait_for_output("MESSAGES echoed", BOOT_TIMEOUT)?;
         let peer = rustix::net::accept(&server)?;
         assert_eq!(seqpacket::receive(&peer)?, b"x");
         assert!(seqpacket::receive(&peer)? == vec![7; 65_536]);
         seqpacket::send(&peer, b"both came")?;
-        vmm.wait_for_output("BURST both came", BOOT)?;
-        // A guest whose buffer is small sends any amount.
+        vmm.wait_for_output("BURST both came", BOOT_TIMEOUT)?;
+        // A guest with a small buffer sends any amount.
         for _ in 0..2 {
             let (stream, _) = small.accept()?;
-            stream.set_read_timeout(Some(BOOT))?;
+            stream.set_read_timeout(Some(BOOT_TIMEOUT))?;
             receive(&stream, 0, FROM_GUEST, 1 << 20)?;
         }
-        assert_eq!(vmm.exit_code(BOOT)?, 0);
+        assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
         Ok(())
     }
 }
 
 on_each_transport! {
-    /// The parent's connections go on, and the child begins without: its programs hear of it, and it is reached at a socket of its own.
-    fn a_forks_child_has_connections_of_its_own(transport) {
+    /// The parent's connections continue. The child starts without connections: its programs see
+    /// resets, and it has its own socket.
+    fn a_forked_child_has_its_own_connections(transport) {
         let mut vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let (held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
         let (mut held, _) = held.accept()?;
-        vmm.wait_for_output("HELD", BOOT)?;
+        vmm.wait_for_output("HELD", BOOT_TIMEOUT)?;
         let mut before = connect(&path(&vmm), port::ECHO)?;
 
-        // The child outlives its parent, and its directory.
+        // The child outlives its parent and the parent's directory.
         let home = tempfile::tempdir()?;
         let (its_socket, serial) = (home.path().join("child.sock"), home.path().join("serial"));
         let child = |id: &str, vsock: Value| json!({
             "id": id, "serial": {"serial_out_path": serial}, "vsock_override": vsock,
         });
-        let mut api = vmm.ready_client(SOON)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         for (vsock, named) in [
             (json!({"uds_path": path(&vmm)}), "socket of another process"),
             (json!({"uds_path": ""}), "uds_path"),
@@ -329,32 +332,33 @@ on_each_transport! {
         let mut back = [0; 11];
         new.read_exact(&mut back)?;
         assert_eq!(&back, b"hello child");
-        wait_for_text(&serial, "LOST", BOOT)?;
-        wait_for_text(&serial, "CID 9", BOOT)?;
-        assert!(!vmm.stdout.text().contains("LOST"), "the parent's connections go on");
+        wait_for_text(&serial, "LOST", BOOT_TIMEOUT)?;
+        wait_for_text(&serial, "CID 9", BOOT_TIMEOUT)?;
+        assert!(!vmm.stdout.text().contains("LOST"), "the parent's connections were lost");
 
-        // Nobody else has the parent's ends of its connections.
+        // No other process has the parent's ends of its connections.
         vmm.signal(rustix::process::Signal::KILL)?;
-        vmm.exit_status(SOON)?;
+        vmm.exit_status(TIMEOUT)?;
         for stream in [&mut before, &mut held] {
-            stream.set_read_timeout(Some(SOON))?;
+            stream.set_read_timeout(Some(TIMEOUT))?;
             assert!(matches!(stream.read(&mut back), Ok(0)), "it is at its end");
         }
         new.write_all(b"still there")?;
         new.read_exact(&mut back)?;
         assert_eq!(orphans.running()?, 2);
-        orphans.kill(SOON)
+        orphans.kill(TIMEOUT)
     }
 }
 
 on_each_transport! {
-    /// A microVM that is loaded has its guest's programs hear that their connections are gone, and is reached at another socket.
-    fn a_loaded_microvm_is_reached_at_another_socket(transport) {
+    /// Programs in a restored guest see their connections reset, and the guest is reached at
+    /// another socket.
+    fn a_restored_microvm_is_reached_at_another_socket(transport) {
         let vmm = boot(transport, "guest-vsock serve &\nguest-vsock await 97\nguest-vsock hold 500\nguest-vsock cid\nsleep 1000")?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let (_held, _gate) = (serve(&vmm, 500)?, serve(&vmm, 97)?);
-        vmm.wait_for_output("HELD", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("HELD", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let files = tempfile::tempdir()?;
         let (state, memory) = (files.path().join("state"), files.path().join("memory"));
         api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
@@ -362,7 +366,7 @@ on_each_transport! {
 
         let builder = transport.args().iter().fold(VmmBuilder::new(&vmm_path())?.with_api(), VmmBuilder::arg);
         let loaded = builder.spawn()?;
-        let mut api = loaded.ready_client(SOON)?;
+        let mut api = loaded.ready_client(TIMEOUT)?;
         let load = |more: Value| {
             let mut body = json!({
                 "snapshot_path": state, "mem_backend": {"backend_type": "File", "backend_path": memory}, "resume_vm": true,
@@ -370,7 +374,7 @@ on_each_transport! {
             body["vsock_override"] = more;
             body
         };
-        // Where it was, the first one still has it.
+        // The first guest still has the old socket.
         let in_use = api.put("/snapshot/load", &load(json!({"uds_path": path(&vmm)})))?;
         assert!(in_use.status == 400 && in_use.fault().contains("socket of another process"), "{in_use:?}");
         api.put("/snapshot/load", &load(json!({"uds_path": "new.sock", "guest_cid": 12})))?.ok()?;
@@ -379,30 +383,30 @@ on_each_transport! {
         let mut back = [0; 11];
         stream.read_exact(&mut back)?;
         assert_eq!(&back, b"hello again");
-        loaded.wait_for_output("LOST", BOOT)?;
-        loaded.wait_for_output("CID 12", BOOT)?;
+        loaded.wait_for_output("LOST", BOOT_TIMEOUT)?;
+        loaded.wait_for_output("CID 12", BOOT_TIMEOUT)?;
         assert_eq!(api.get("/vm/config")?.json()?["vsock"], json!({"guest_cid": 12, "uds_path": "new.sock"}));
         Ok(())
     }
 }
 
 on_each_transport! {
-    /// A restored guest whose vCPUs all write to the serial port without a break is reached by a
-    /// client that comes at once.
-    fn a_busy_restored_guest_is_reached_by_vsock(transport) {
+    /// A restored guest whose vCPUs all write to the serial port without a pause accepts a client
+    /// that connects at once.
+    fn a_busy_restored_guest_accepts_connections_at_once(transport) {
         let script = "guest-vsock serve &\nguest-vsock await 97\nyes flood > /dev/ttyS0 &\nyes flood > /dev/ttyS0";
         let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
         let vmm = boot_changed(Kernel::Tuned, transport, script, vsock, |guest| guest.vcpus(2))?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         let _gate = serve(&vmm, 97)?;
-        vmm.wait_for_output("flood", BOOT)?;
-        let mut api = vmm.ready_client(SOON)?;
+        vmm.wait_for_output("flood", BOOT_TIMEOUT)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         let files = Files::new(vmm.dir(), "busy");
         pause(&mut api)?;
         api.put("/snapshot/create", &files.create("Full"))?.ok()?;
-        let (loaded, mut api) = empty(transport)?;
+        let (loaded, mut api) = unconfigured(transport)?;
         api.put("/snapshot/load", &files.load())?.ok()?;
-        // Nothing resets any of those that come at once.
+        // None of the immediate connections is reset.
         let clients = (0..8).map(|_| {
             let socket = path(&loaded);
             thread::spawn(move || -> Result<()> {
@@ -421,7 +425,7 @@ on_each_transport! {
     }
 }
 
-/// Sockets of messages on the host.
+/// Seqpacket sockets on the host.
 mod seqpacket {
     use std::os::fd::OwnedFd;
     use std::path::Path;
@@ -460,7 +464,7 @@ mod seqpacket {
 }
 
 #[test]
-fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Result<()> {
+fn a_thousand_guest_connections_are_served_or_abandoned() -> Result<()> {
     let script =
         "guest-vsock crowd 900 1000\nguest-vsock abandon 900 1000\nguest-vsock crowd 900 1000\npoweroff -f";
     let mut vmm = boot(Transport::Mmio, &format!("guest-vsock await 901\n{script}"))?;
@@ -480,23 +484,23 @@ fn a_thousand_connections_of_the_guest_are_served_and_may_be_abandoned() -> Resu
             };
             threads.push(thread::Builder::new().stack_size(64 << 10).spawn(echo)?);
         }
-        // Every connection comes to its end.
+        // Every connection ends.
         for thread in threads {
             thread.join().expect("it does not panic");
         }
         Ok(())
     });
-    let (code, said) = vmm.finish(BOOT)?;
-    assert_eq!(code, 0, "{said}");
-    assert_eq!(said.matches("CROWD 1000").count(), 2, "{said}");
-    assert!(said.contains("ABANDONED 1000"), "{said}");
+    let (code, output) = vmm.finish(BOOT_TIMEOUT)?;
+    assert_eq!(code, 0, "{output}");
+    assert_eq!(output.matches("CROWD 1000").count(), 2, "{output}");
+    assert!(output.contains("ABANDONED 1000"), "{output}");
     echoes.join().expect("it does not panic")
 }
 
 #[test]
-fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
+fn a_stalled_or_dead_peer_delays_no_other_connection() -> Result<()> {
     let vmm = serving(Transport::Mmio)?;
-    // The guest does not read: the host's writes stop, and nothing else does.
+    // The guest does not read: the host's writes block, and nothing else does.
     let lazy = connect(&path(&vmm), port::LAZY)?;
     lazy.set_nonblocking(true)?;
     let mut stuffed = 0;
@@ -504,10 +508,10 @@ fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
     while let Ok(len) = (&lazy).write(&piece) {
         stuffed += len;
     }
-    // The host does not read: the guest's writes stop.
+    // The host does not read: the guest's writes block.
     let mut unread = connect(&path(&vmm), port::SOURCE)?;
     unread.write_all(&(8u64 << 20).to_le_bytes())?;
-    // The host dies in the middle.
+    // The host closes in the middle.
     let mut dies = connect(&path(&vmm), port::SOURCE)?;
     dies.write_all(&(8u64 << 20).to_le_bytes())?;
     dies.read_exact(&mut [0; 1000])?;
@@ -518,7 +522,7 @@ fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
         both_ways(&stream, index, 500_000)?;
     }
     assert!(stuffed > 0);
-    // Whoever reads after all gets everything.
+    // A late reader gets all data.
     let mut rest = Vec::new();
     unread.read_to_end(&mut rest)?;
     assert_eq!(rest.len(), 8 << 20);
@@ -526,21 +530,21 @@ fn peers_that_never_read_or_die_hold_up_nobody() -> Result<()> {
 }
 
 #[test]
-fn a_paused_guests_connections_go_on_when_it_does() -> Result<()> {
+fn connections_survive_a_pause_of_the_guest() -> Result<()> {
     let vmm = serving(Transport::Pci)?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let mut before = connect(&path(&vmm), port::ECHO)?;
     api.patch("/vm", &json!({"state": "Paused"}))?.ok()?;
-    before.write_all(b"while it stands still")?;
+    before.write_all(b"while it is paused")?;
     let mut during = UnixStream::connect(path(&vmm))?;
     during.write_all(b"CONNECT 1\n")?;
     before.set_nonblocking(true)?;
-    assert!(before.read(&mut [0; 8]).is_err(), "nobody can have answered");
+    assert!(before.read(&mut [0; 8]).is_err(), "an answer arrived early");
     before.set_nonblocking(false)?;
     api.patch("/vm", &json!({"state": "Resumed"}))?.ok()?;
-    let mut back = [0; 21];
+    let mut back = [0; 18];
     before.read_exact(&mut back)?;
-    assert_eq!(&back, b"while it stands still");
+    assert_eq!(&back, b"while it is paused");
     let mut ok = [0; 3];
     during.read_exact(&mut ok)?;
     assert_eq!(&ok, b"OK ");
@@ -548,28 +552,28 @@ fn a_paused_guests_connections_go_on_when_it_does() -> Result<()> {
 }
 
 on_each_kernel! {
-    /// Drivers of several years: with a buffer in two pieces, and in one.
-    fn every_kernels_driver_gets_along(kernel) {
+    /// Drivers of several years: with a buffer in two descriptors, and in one.
+    fn the_driver_of_every_kernel_works(kernel) {
         let transport = if kernel == Kernel::Debian6_1 { Transport::Pci } else { Transport::Mmio };
         let vsock = json!({"guest_cid": 3, "uds_path": "v.sock"});
         let vmm = boot_with(kernel, transport, "guest-vsock serve", vsock)?;
-        vmm.wait_for_output("SERVING", BOOT)?;
+        vmm.wait_for_output("SERVING", BOOT_TIMEOUT)?;
         for index in 0..3 {
             let mut stream = connect(&path(&vmm), port::DUPLEX)?;
             stream.write_all(&[index, 300_001u32].map(u32::to_le_bytes).concat())?;
             both_ways(&stream, index, 300_001)?;
         }
-        assert!(vsock::try_connect(&path(&vmm), port::NOBODY)?.is_none());
+        assert!(vsock::try_connect(&path(&vmm), port::UNUSED)?.is_none());
         Ok(())
     }
 }
 
 #[test]
-fn the_api_takes_what_clients_send_and_refuses_what_cannot_be() -> Result<()> {
+fn the_api_accepts_clients_requests_and_refuses_invalid_ones() -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?;
     let guest = Guest::linux(Kernel::quickest(), "sleep 1000", builder.dir())?;
     let mut vmm = builder.with_api().spawn()?;
-    let mut api = vmm.ready_client(SOON)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     guest.put(&mut api)?;
     std::fs::write(vmm.dir().join("file"), "mine")?;
     for (body, named) in [
@@ -588,7 +592,7 @@ fn the_api_takes_what_clients_send_and_refuses_what_cannot_be() -> Result<()> {
     }
     assert_eq!(std::fs::read(vmm.dir().join("file"))?, b"mine");
     assert_eq!(api.get("/vm/config")?.json()?["vsock"], Value::Null);
-    // What firecracker-containerd and Kata send, the latter twice.
+    // What firecracker-containerd and Kata send; Kata sends it twice.
     let first =
         api.put("/vsock", &json!({"guest_cid": 0, "uds_path": "old.sock", "vsock_id": "agent_api"}))?.ok()?;
     assert_eq!(first.header("deprecation"), Some("true"));
@@ -602,7 +606,7 @@ fn the_api_takes_what_clients_send_and_refuses_what_cannot_be() -> Result<()> {
     let late = api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "late.sock"}))?;
     assert!(late.status == 400 && late.fault().contains("before the microVM starts"), "{late:?}");
     vmm.signal(rustix::process::Signal::TERM)?;
-    vmm.exit_status(SOON)?;
+    vmm.exit_status(TIMEOUT)?;
     assert!(!path(&vmm).exists(), "a monitor that ends in good order takes its socket with it");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Debian's packages: installing what is missing, and unpacking without installing.
+//! Debian packages: installing missing ones, and unpacking others without installing them.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::{ScratchDir, output, run, say};
 
-/// Installs the packages that give `files`, where a file is missing. Each is (file, package).
+/// Installs the packages of missing files. Each entry is (file, package).
 pub(crate) fn ensure(files: &[(&str, &'static str)]) -> Result<()> {
     let mut missing: Vec<&str> =
         files.iter().filter(|(file, _)| find(file).is_none()).map(|(_, package)| *package).collect();
@@ -15,7 +15,7 @@ pub(crate) fn ensure(files: &[(&str, &'static str)]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    say!("installing {} (Debian packages that are missing)", missing.join(" "));
+    say!("installing missing Debian packages: {}", missing.join(" "));
     let install = || {
         let mut command = as_root("apt-get");
         command
@@ -27,12 +27,13 @@ pub(crate) fn ensure(files: &[(&str, &'static str)]) -> Result<()> {
     };
     with_update(install).map(drop)?;
     match files.iter().find(|(file, _)| find(file).is_none()) {
-        Some((file, package)) => bail!("{package} is installed, and {file} is still not there"),
+        Some((file, package)) => bail!("package {package} is installed, but {file} is missing"),
         None => Ok(()),
     }
 }
 
-/// Finds a program: an absolute path, or a name in `PATH` and in the directories for administrators.
+/// Finds a program: an absolute path, or a name in `PATH` and in the directories for
+/// administrators.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -41,7 +42,7 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// A command that runs as root: as it is where we are, else through `sudo`.
+/// A command that runs as root, through `sudo` if necessary.
 fn as_root(program: &str) -> Command {
     if rustix::process::geteuid().is_root() {
         return Command::new(program);
@@ -51,7 +52,8 @@ fn as_root(program: &str) -> Command {
     command
 }
 
-/// Tries; where that fails, fetches the package lists (a fresh machine has none, an old one stale ones) and tries again.
+/// Tries twice, with new package lists for the second attempt: a fresh machine has no lists, an old
+/// one stale ones.
 fn with_update<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     attempt().or_else(|_| {
         say!("fetching Debian's package lists");
@@ -60,31 +62,32 @@ fn with_update<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     })
 }
 
-/// The package that stands behind a meta-package (`linux-image-6.12-cloud-amd64` means the newest build of it).
-pub(crate) fn behind(meta: &str) -> Result<String> {
+/// The package that a meta-package depends on: `linux-image-6.12-cloud-amd64` names the newest
+/// build.
+pub(crate) fn resolve_meta(meta: &str) -> Result<String> {
     with_update(|| {
         let depends = output(Command::new("apt-cache").args(["depends", meta]))?;
         let dependency = |line: &str| line.trim().strip_prefix("Depends: ").map(str::to_owned);
         let package =
             depends.lines().filter_map(dependency).find(|package| package.starts_with("linux-image-"));
-        package.with_context(|| format!("Debian's package {meta} depends on no kernel"))
+        package.with_context(|| format!("Debian package {meta}: depends on no kernel"))
     })
 }
 
-/// Gets a package and unpacks it into `target`, without installing it.
+/// Downloads a package and unpacks it into `target`, without installing it.
 pub(crate) fn unpack(package: &str, target: &Path) -> Result<()> {
     unpack_all(&[package.to_owned()], target)
 }
 
-/// Gets packages and unpacks them into `target`, without installing them.
+/// Downloads packages and unpacks them into `target`, without installing them.
 pub(crate) fn unpack_all(packages: &[String], target: &Path) -> Result<()> {
     match packages {
-        [package] => say!("fetching Debian's package {package}"),
-        several => say!("fetching {} of Debian's packages", several.len()),
+        [package] => say!("fetching Debian package {package}"),
+        several => say!("fetching {} Debian packages", several.len()),
     }
     let scratch = ScratchDir::new()?;
     with_update(|| {
-        // Its own unprivileged user could not write to our directory.
+        // apt's own unprivileged user cannot write to our directory.
         let mut command = Command::new("apt-get");
         command.args(["download", "-qq", "-o", "APT::Sandbox::User=root"]).args(packages);
         output(command.current_dir(scratch.path()).stdin(Stdio::null()))
@@ -92,7 +95,7 @@ pub(crate) fn unpack_all(packages: &[String], target: &Path) -> Result<()> {
     let files = std::fs::read_dir(scratch.path())?.flatten().map(|entry| entry.path());
     let files: Vec<_> = files.filter(|path| path.extension().is_some_and(|kind| kind == "deb")).collect();
     if files.len() != packages.len() {
-        bail!("apt-get downloaded {} packages, and there are {} files", packages.len(), files.len());
+        bail!("apt-get downloaded {} files for {} packages", files.len(), packages.len());
     }
     for file in files {
         run(Command::new("dpkg-deb").arg("--extract").arg(file).arg(target))?;
@@ -100,8 +103,8 @@ pub(crate) fn unpack_all(packages: &[String], target: &Path) -> Result<()> {
     Ok(())
 }
 
-/// These packages and all that they depend on, whatever is installed here.
-pub(crate) fn closure(packages: &[&str]) -> Result<Vec<String>> {
+/// These packages and all their dependencies, whatever is installed on this machine.
+pub(crate) fn with_dependencies(packages: &[&str]) -> Result<Vec<String>> {
     with_update(|| {
         let mut command = Command::new("apt-get");
         command.args(["install", "--simulate", "-o", "Dir::State::status=/dev/null"]);

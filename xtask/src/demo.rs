@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: one microVM from nothing to power-off, with its timeline.
+//! `cargo xtask demo`: boots one microVM until it powers off, and shows a timeline.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -18,24 +18,24 @@ use crate::kernels;
 use crate::process::{root, say};
 use crate::test::build_vmm;
 
-/// What the guest runs: the boot timer first, where the kernel shows physical memory, then a few words.
+/// The guest's script. It writes to the boot timer first, where the kernel exposes physical memory.
 const SCRIPT: &str = "\
 [ -c /dev/mem ] && devmem 0xc0000000 8 123
 memory=$(awk '/^MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
 echo \"hello from Linux $(uname -r) in a microVM: $(nproc) vCPU, $memory MiB of memory\"
 poweroff -f";
-/// Errors of the kernel's only: the demo is about what runs in it.
+/// `quiet`: the kernel prints errors only.
 const BOOT_ARGS: &str = "console=ttyS0 quiet panic=-1 reboot=k";
-/// What marks the lines that the timeline names.
+/// Texts by which the timeline finds its lines.
 const HELLO: &str = "hello from Linux";
 const BOOT_TIMER: &str = "Guest-boot-time";
-/// What the monitor says when the guest begins.
+/// What the monitor logs when the guest starts.
 const STARTED: &str = "the guest has started";
-/// How much of the console is shown.
+/// How many lines of the console are shown.
 const FIRST_LINES: usize = 5;
 const LAST_LINES: usize = 10;
 /// Longest wait for the guest's end.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// `cargo xtask demo`.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
@@ -46,12 +46,9 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     say!("the microVM will run on {kind}: {why}");
     say!("building vesta-vmm");
     let vmm = build_vmm(true)?;
-    let (kernel, name) = match kernels::tuned()? {
-        Some(kernel) => (kernel, "the tuned kernel (guest/)"),
-        None => (kernels::debian(kernels::DEBIAN_6_12)?, "Debian's stock cloud kernel"),
-    };
+    let (kernel, name) = kernels::preferred()?;
     say!("the guest is {name} with busybox");
-    // Beside the binaries: a place that an emulated host shares.
+    // Beside the binaries, in a directory that an emulated host shares.
     let program = std::env::current_exe()?;
     let initrd = program.with_file_name("demo-initramfs");
     std::fs::write(&initrd, Initramfs::new(&kernels::busybox()?)?.finish(SCRIPT))?;
@@ -62,18 +59,18 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(host::run(kind, &job, &Emulated::default())?.report())
 }
 
-/// `demo-inner VMM KERNEL INITRD`: runs on the host, so that the times are taken there.
+/// `demo-inner VMM KERNEL INITRD`: runs on the host, so times are measured there.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let (vmm, kernel, initrd) = (parser.value()?, parser.value()?, parser.value()?);
     let mut guest = Guest::bare(Path::new(&kernel)).boot_args(BOOT_ARGS);
     guest.initrd = Some(initrd.into());
     let builder = VmmBuilder::new(Path::new(&vmm))?.quiet().arg("--no-api").arg("--boot-timer");
     let mut vmm = builder.with_config(&guest.config())?.spawn()?;
-    let code = vmm.exit_code(PATIENCE);
+    let code = vmm.exit_code(TIMEOUT);
     let ended = Instant::now();
-    vmm.stdout.wait_for_end(PATIENCE)?;
+    vmm.stdout.wait_for_end(TIMEOUT)?;
     let lines = vmm.stdout.lines();
-    println!("\nWhat vesta-vmm and the guest's serial console say:\n\n{}", console(&lines));
+    println!("\nOutput of vesta-vmm and of the guest's serial console:\n\n{}", console(&lines));
     eprint!("{}", vmm.stderr.text());
     let code = code?;
     print!("{}", timeline(vmm.started(), &lines, ended, code));
@@ -83,7 +80,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::try_from(code).context("the exit code")?))
 }
 
-/// The first lines and the last: a kernel has more to say than fits on a screen.
+/// The first and the last lines of the console, so that they fit on a screen.
 fn console(lines: &[Line]) -> String {
     let mut shown: Vec<String> = lines.iter().map(|line| format!("  | {}", line.text)).collect();
     let middle = FIRST_LINES..shown.len().saturating_sub(LAST_LINES).max(FIRST_LINES);
@@ -94,27 +91,27 @@ fn console(lines: &[Line]) -> String {
     shown.join("\n")
 }
 
-/// The stations of a short life, each with its time since the monitor was started.
+/// The steps of the guest's boot, each with its time since the monitor was started.
 fn timeline(started: Instant, lines: &[Line], ended: Instant, code: i32) -> String {
     let first = |text: &str| lines.iter().find(|line| line.text.contains(text));
     let mut text = String::from("\n");
-    let mut station = |at: Instant, what: &str| {
+    let mut event = |at: Instant, what: &str| {
         // Infallible: it writes to a String.
         let _ = writeln!(text, "{:>10.1} ms  {what}", at.duration_since(started).as_secs_f64() * 1e3);
     };
-    station(started, "vesta-vmm is started");
+    event(started, "vesta-vmm is started");
     if let Some(line) = first(STARTED) {
-        station(line.at, "the machine is built; the guest runs its first instruction");
+        event(line.at, "the machine is built; the guest runs its first instruction");
     }
     if let Some(line) = first(BOOT_TIMER) {
-        let told =
-            line.text.split_once(BOOT_TIMER).map_or("", |(_, told)| told.trim_start_matches([' ', '=']));
-        station(line.at, &format!("the guest's first process runs (boot timer: {told})"));
+        let time =
+            line.text.split_once(BOOT_TIMER).map_or("", |(_, time)| time.trim_start_matches([' ', '=']));
+        event(line.at, &format!("the guest's first process runs (boot timer: {time})"));
     }
     if let Some(line) = first(HELLO) {
-        station(line.at, "the guest says hello");
+        event(line.at, "the guest says hello");
     }
-    station(ended, &format!("the guest powered off; vesta-vmm ended with status {code}"));
+    event(ended, &format!("the guest powered off; vesta-vmm ended with status {code}"));
     text
 }
 
@@ -127,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn the_middle_of_a_long_console_is_counted_not_shown() {
+    fn the_middle_of_a_long_console_is_only_counted() {
         let text = console(&lines(40));
         assert_eq!(text.lines().count(), FIRST_LINES + 1 + LAST_LINES, "{text}");
         assert!(text.contains("line 4\n  . 25 lines more\n  | line 30"), "{text}");
@@ -149,9 +146,9 @@ mod tests {
             Line { at: at(20), text: "hello from Linux 6.12".to_owned() },
         ];
         let text = timeline(started, &lines, at(25), 0);
-        let stations: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
-        assert_eq!(stations.len(), 4, "{text}");
-        assert!(stations[1].contains("5.0 ms  the machine is built"), "{text}");
+        let events: Vec<&str> = text.lines().filter(|line| !line.is_empty()).collect();
+        assert_eq!(events.len(), 4, "{text}");
+        assert!(events[1].contains("5.0 ms  the machine is built"), "{text}");
         assert!(!text.contains("boot timer"), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask kernel`: builds the guest kernel that `guest/micro.config` describes from Debian's sources.
+//! `cargo xtask kernel`: builds the guest kernel of `guest/micro.config` from Debian's sources.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -9,7 +9,7 @@ use crate::apt;
 use crate::kernels;
 use crate::process::{cache_dir, root, run, say};
 
-/// The package with the sources; what it unpacks to.
+/// The package with the sources, and the archive in it.
 const SOURCE_PACKAGE: &str = "linux-source-6.12";
 const TARBALL: &str = "usr/src/linux-source-6.12.tar.xz";
 
@@ -42,7 +42,7 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The source tree in `dir`, unpacked anew: Debian's newest, and nothing left of an earlier build.
+/// Unpacks Debian's newest source tree into `dir`, and removes what an earlier build left there.
 fn unpack(dir: &Path) -> Result<std::path::PathBuf> {
     if dir.exists() {
         std::fs::remove_dir_all(dir)?;
@@ -62,7 +62,7 @@ fn unpack(dir: &Path) -> Result<std::path::PathBuf> {
     Ok(source)
 }
 
-/// The smallest configuration there is, plus ours.
+/// Writes the kernel's smallest configuration with our options added.
 fn configure(source: &Path) -> Result<()> {
     let fragment = root().join("guest/micro.config");
     run(make(source).arg("tinyconfig"))?;

@@ -1,7 +1,6 @@
 //! Guest and host kernels, each fetched or unpacked once and kept in the cache.
 //!
-//! A kernel is a directory that is written under a temporary name and renamed when it is whole: whoever finds it may
-//! use it.
+//! A kernel is a directory that is written under a temporary name and renamed when it is complete.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,19 +22,19 @@ pub(crate) struct Kernel {
 
 /// Debian 12's kernel for virtual machines.
 pub(crate) const DEBIAN_6_1: &str = "linux-image-cloud-amd64";
-/// The kernel for virtual machines that Debian 12 has from its next release.
+/// The kernel for virtual machines that Debian 12 takes from Debian 13.
 pub(crate) const DEBIAN_6_12: &str = "linux-image-6.12-cloud-amd64";
 
-/// A kernel of Debian's, by its meta-package.
+/// A Debian kernel, by its meta-package.
 pub(crate) fn debian(meta: &str) -> Result<Kernel> {
     let dir = once(meta, |dir| {
         apt::ensure(&[("xz", "xz-utils")])?;
-        let package = apt::behind(meta)?;
+        let package = apt::resolve_meta(meta)?;
         let tree = dir.join("tree");
         apt::unpack(&package, &tree)?;
         let release = package.trim_start_matches("linux-image-");
         std::fs::rename(tree.join(format!("boot/vmlinuz-{release}")), dir.join("vmlinuz"))
-            .with_context(|| format!("{package} has no kernel where it was looked for"))?;
+            .with_context(|| format!("package {package} has no boot/vmlinuz-{release}"))?;
         std::fs::rename(tree.join(format!("boot/config-{release}")), dir.join("config"))?;
         let modules = dir.join("modules");
         std::fs::create_dir(&modules)?;
@@ -54,12 +53,12 @@ pub(crate) fn debian(meta: &str) -> Result<Kernel> {
     Ok(Kernel { image: dir.join("vmlinuz"), modules: Some(Modules::new(dir.join("modules"))) })
 }
 
-/// The project's own kernel (guest/): from `VESTA_TUNED_KERNEL`, from a `shared` directory beside the repository, or
-/// as `cargo xtask kernel` built it. None where there is none: everything works without it.
+/// The project's own kernel (guest/): from `VESTA_TUNED_KERNEL`, from a `shared` directory beside
+/// the repository, or as `cargo xtask kernel` built it. It is optional.
 pub(crate) fn tuned() -> Result<Option<Kernel>> {
     let source = match std::env::var_os("VESTA_TUNED_KERNEL").map(PathBuf::from) {
         Some(path) if path.is_file() => Some(path),
-        Some(path) => bail!("VESTA_TUNED_KERNEL names {}, and there is no such file", path.display()),
+        Some(path) => bail!("VESTA_TUNED_KERNEL is {}: no such file", path.display()),
         None => tuned_places()?.into_iter().find(|path| path.is_file()),
     };
     let Some(source) = source else { return Ok(None) };
@@ -74,14 +73,22 @@ pub(crate) fn tuned() -> Result<Option<Kernel>> {
     Ok(Some(Kernel { image: dir.join("vmlinux"), modules: None }))
 }
 
-/// Where `cargo xtask kernel` puts what it builds.
+/// The tuned kernel where there is one, else Debian's 6.12 kernel; with its description.
+pub(crate) fn preferred() -> Result<(Kernel, &'static str)> {
+    Ok(match tuned()? {
+        Some(kernel) => (kernel, "the tuned 6.12 kernel"),
+        None => (debian(DEBIAN_6_12)?, "Debian's 6.12 cloud kernel"),
+    })
+}
+
+/// Where `cargo xtask kernel` puts the kernel.
 pub(crate) fn built() -> Result<PathBuf> {
     Ok(cache_dir()?.join("kernels/built/vmlinux"))
 }
 
 fn tuned_places() -> Result<Vec<PathBuf>> {
     let mut checkouts = vec![root().to_owned()];
-    // In a worktree, what lies beside the main checkout counts too.
+    // In a worktree, the directory beside the main checkout is searched too.
     let git = output(
         Command::new("git")
             .args(["rev-parse", "--path-format=absolute", "--git-common-dir"])
@@ -93,7 +100,7 @@ fn tuned_places() -> Result<Vec<PathBuf>> {
     Ok(std::iter::once(built()?).chain(beside).collect())
 }
 
-/// Busybox, linked statically: what a guest's initial RAM disk is made of.
+/// Busybox, linked statically: the programs of a guest's initramfs.
 pub(crate) fn busybox() -> Result<PathBuf> {
     let dir = once("busybox", |dir| {
         let tree = dir.join("tree");
@@ -106,7 +113,7 @@ pub(crate) fn busybox() -> Result<PathBuf> {
     Ok(dir.join("busybox"))
 }
 
-/// Debian's memtest86+: a guest that is not Linux, in the form of a `bzImage`.
+/// Debian's memtest86+: a guest that is not Linux, as a `bzImage`.
 pub(crate) fn memtest() -> Result<PathBuf> {
     let dir = once("memtest86", |dir| {
         let tree = dir.join("tree");

@@ -1,4 +1,4 @@
-//! `cargo xtask`: what developers and newcomers run.
+//! `cargo xtask`: tests, benchmarks and other tasks of development.
 
 #![forbid(unsafe_code)]
 
@@ -8,7 +8,9 @@ mod demo;
 mod guest_kernel;
 mod host;
 mod kernels;
+mod lint;
 mod peers;
+mod pip;
 mod process;
 mod python_disk;
 mod soak;
@@ -26,32 +28,39 @@ cargo xtask COMMAND
   demo
         Boots a microVM whose guest says hello, and shows its timeline.
   test [--lint] [--unit] [--system] [FILTER]
-        Lints, unit tests and whole-system tests: all, or those layers and those tests whose name has FILTER in it.
+        Runs lints, unit tests and whole-system tests: all, or those layers and those tests whose
+        name contains FILTER.
+  lint [NAME] [PATH...]
+        Checks sources without compiling them: all lints, or one of columns, test_names, file_size,
+        module_cycles; the whole repository, or the files below each PATH.
   soak [N] [--seed S]
-        What some tests repeat, N times as often (10): fuzz targets with inputs from seeds, models, killed and damaged snapshots.
+        Runs randomized tests N times as often (10): fuzz targets with inputs from seeds, models,
+        killed and damaged snapshots.
 
   host [--cpus N] [--mem MIB] [--timeout S] [--pin CPU|none] [--modules A,B] [--kernel-log FILE] [--] CMD...
-        Runs CMD where KVM runs ordinary guests: here if it does, else on the emulated host.
+        Runs CMD where KVM runs ordinary guests: on this machine if it can, else on the emulated host.
   bench boot [--runs N] [PEERS]
-        Measures starting, beside other monitors with the same API and QEMU's microvm where it is installed.
+        Measures boot time and resident memory.
   bench io [--runs N] [--seconds S] [--disk FILE] [--pci] [--workload W]... [--only NAME]... [PEERS]
-        Measures disks in a guest, beside the same disks without one; overwrites FILE.
+        Measures disks in a guest, beside the same disks without a guest; overwrites FILE.
   bench snapshot [--runs N] [PEERS]
-        Measures saving, restoring, cloning and forking: guests of a few instructions, and Linux until it answers.
+        Measures snapshots, restores, clones and forks.
   bench vsock [--runs N] [--pci] [PEERS]
         Measures round trips and throughput between host and guest.
   bench net [--runs N] [--seconds S] [--pci] [--only NAME]... [PEERS]
         Measures networks of a guest, beside the host's loopback.
 
-        PEERS: Firecracker where `peers` has fetched it, or none with --no-peers; with any number of --peer NAME=PATH more monitors,
-        older builds of vesta among them; with --peer firecracker, fetches it first.
+        PEERS are monitors to compare with. Default: Firecracker if `cargo xtask peers` has fetched
+        it; boot, io and net also measure QEMU's microvm if it is installed. --no-peers: without
+        Firecracker. --peer NAME=PATH: with that monitor, perhaps an older build of vesta.
+        --peer firecracker: fetches Firecracker first.
   peers
-        Fetches Firecracker's release binary, for benchmarks, and prints where it is.
+        Fetches Firecracker's release binary for benchmarks, and prints its path.
   kernel
         Builds the tuned guest kernel from Debian's sources (about ten minutes).
 
 Environment:
-  VESTA_HOST=native|emulated   which host, whatever the local KVM can do
+  VESTA_HOST=native|emulated   the host to use, whatever the local KVM can do
   VESTA_HOST_PIN=CPU|none      the emulated processor that commands run on (1)
   VESTA_TUNED_KERNEL=FILE      the tuned guest kernel, a vmlinux or a .zst of one
 ";
@@ -93,6 +102,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "bench-vsock-inner" => bench::vsock_inner(&mut parser),
         "bench-net-inner" => bench::net_inner(&mut parser),
         "peers" => peers::command(&mut parser),
+        "lint" => lint::command(&mut parser),
         "soak" => soak::command(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),
         "demo" => demo::command(&mut parser),
@@ -100,6 +110,6 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "host" => host::command(&mut parser),
         "test" => test::command(&mut parser),
         "test-inner" => test::inner::main(&mut parser),
-        _ => bail!("there is no command {command}\n\n{USAGE}"),
+        _ => bail!("command {command}: unknown\n\n{USAGE}"),
     }
 }

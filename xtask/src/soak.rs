@@ -1,10 +1,9 @@
-//! `cargo xtask soak`: what tests do some times, many times. It finds what is rare; `cargo xtask
-//! test` takes its place for a change.
+//! `cargo xtask soak`: repeats randomized tests many times, to find rare failures. It is not part
+//! of `cargo xtask test`.
 //!
-//! - Each fuzz target with inputs from seeds, without the fuzzer's runtime.
-//! - The tests of models, whose random cases differ in each run, again and again.
-//! - Whole-system tests that repeat something, each with so many times the rounds
-//!   ([`vesta_tests::soak`]).
+//! - Each fuzz target, with inputs from seeds, without the fuzzer's runtime.
+//! - The tests of models, whose random cases differ in each run.
+//! - Whole-system tests that repeat something, with N times as many rounds ([`vesta_tests::soak`]).
 
 use std::process::{Command, ExitCode};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -16,13 +15,13 @@ use vesta_tests::soak::SOAK;
 use crate::process::{cargo, root, run, say};
 use crate::test::fuzz_command;
 
-/// How many times as long as a test it is where nothing is said.
+/// N where the command line does not give it.
 const FACTOR: u32 = 10;
-/// Inputs for each target, times the factor.
+/// Inputs for each fuzz target, times N.
 const INPUTS: u64 = 2000;
-/// The whole-system tests that have rounds.
+/// A filter for the whole-system tests that have rounds.
 const SYSTEM_TESTS: &str = "null_snapshot_";
-/// The unit tests with random cases.
+/// A filter for the unit tests with random cases.
 const UNIT_TESTS: &str = "model";
 
 /// `cargo xtask soak [N] [--seed S]`.
@@ -31,12 +30,12 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     while let Some(arg) = parser.next()? {
         match arg {
             Long("seed") => seed = Some(parser.value()?.parse()?),
-            Value(text) => factor = text.parse().context("how many times as long")?,
+            Value(text) => factor = text.parse().context("soak N: not a number")?,
             _ => return Err(arg.unexpected().into()),
         }
     }
     if factor == 0 {
-        bail!("soak 0: it must be at least 1");
+        bail!("soak N is 0; at least 1");
     }
     let seed = match seed {
         Some(seed) => seed,
@@ -84,7 +83,7 @@ fn fuzz_targets() -> Result<Vec<String>> {
 fn fuzz(target: &str, seed: u64, count: u64) -> Result<()> {
     say!("fuzz target {target}: {count} inputs from seed {seed} on");
     let mut target_run = fuzz_command("run")?;
-    // Overflow checks stay on; without optimization there would be few inputs.
+    // The development profile keeps overflow checks; optimization makes the inputs fast.
     target_run.args(["--config", "profile.dev.opt-level=1", "--bin", target, "--"]);
     run(target_run.arg(seed.to_string()).arg(count.to_string()))
 }

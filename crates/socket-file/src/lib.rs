@@ -37,7 +37,7 @@ const BACKLOG: i32 = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// The path is empty or does not fit in a socket address.
-    #[error("{what} {}: path is {len} bytes long; must be 1 to {MAX_PATH_LEN}", path.display())]
+    #[error("{what} {}: the path is {len} bytes long; 1 to {MAX_PATH_LEN} fit", path.display())]
     PathLength {
         /// What the socket is for.
         what: &'static str,
@@ -47,17 +47,17 @@ pub enum BindError {
         len: usize,
     },
     /// There is a file at the path.
-    #[error("{what} {}: path is in use: {existing}", path.display())]
+    #[error("{what} {}: the path is in use: {occupant}", path.display())]
     InUse {
         /// What the socket is for.
         what: &'static str,
         /// The path.
         path: PathBuf,
         /// The file at the path.
-        existing: ExistingFile,
+        occupant: Occupant,
     },
     /// Any other error.
-    #[error("{what} {}: cannot create: {source}", path.display())]
+    #[error("{what} {}: cannot create it: {source}", path.display())]
     Io {
         /// What the socket is for.
         what: &'static str,
@@ -70,24 +70,24 @@ pub enum BindError {
 
 /// What exists at the path of a socket that is to be created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ExistingFile {
+pub enum Occupant {
     /// A socket on which a process listens.
-    LiveSocket,
+    Process,
     /// A socket on which no process listens, left behind by a process that ended.
-    StaleSocket,
+    Leftover,
     /// A socket that this process cannot connect to, for example for lack of permission.
-    UnknownSocket,
+    Unknown,
     /// A file that is no socket.
-    NotASocket,
+    OtherFile,
 }
 
-impl std::fmt::Display for ExistingFile {
+impl std::fmt::Display for Occupant {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            ExistingFile::LiveSocket => "socket of another process",
-            ExistingFile::StaleSocket => "stale socket on which no process listens; remove it",
-            ExistingFile::UnknownSocket => "socket that cannot be probed",
-            ExistingFile::NotASocket => "not a socket",
+            Occupant::Process => "another process listens on it",
+            Occupant::Leftover => "no process listens on it; remove it",
+            Occupant::Unknown => "it is a socket that cannot be connected to",
+            Occupant::OtherFile => "it is no socket",
         })
     }
 }
@@ -162,7 +162,7 @@ pub fn check_possible(what: &'static str, path: &Path) -> Result<(), BindError> 
     }
 }
 
-/// Connects to the socket at `path` without waiting. `EAGAIN` means that its backlog is full.
+/// Connects to the socket at `path`, without waiting. `AGAIN`: its queue is full now.
 pub fn connect_to(path: &Path, kind: SocketType) -> Result<OwnedFd, Errno> {
     let socket = new_socket(kind)?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;
@@ -178,19 +178,19 @@ fn check_length(what: &'static str, path: &Path) -> Result<(), BindError> {
 }
 
 fn in_use(what: &'static str, path: &Path) -> BindError {
-    BindError::InUse { what, path: path.to_owned(), existing: existing_file(path) }
+    BindError::InUse { what, path: path.to_owned(), occupant: occupant(path) }
 }
 
-/// Finds out what exists at `path`.
-fn existing_file(path: &Path) -> ExistingFile {
+/// What exists at `path`.
+fn occupant(path: &Path) -> Occupant {
     if !fs::metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
-        return ExistingFile::NotASocket;
+        return Occupant::OtherFile;
     }
     match connect_to(path, SocketType::STREAM) {
         // A process listens: its queue is full, or the socket is of another type.
-        Ok(_) | Err(Errno::AGAIN | Errno::PROTOTYPE) => ExistingFile::LiveSocket,
-        Err(Errno::CONNREFUSED) => ExistingFile::StaleSocket,
-        Err(_) => ExistingFile::UnknownSocket,
+        Ok(_) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Occupant::Process,
+        Err(Errno::CONNREFUSED) => Occupant::Leftover,
+        Err(_) => Occupant::Unknown,
     }
 }
 
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn path_in_use_is_refused_and_its_file_stays() {
+    fn path_in_use_is_refused_with_its_occupant() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         check_possible("test socket", &path).unwrap();
@@ -253,19 +253,19 @@ mod tests {
             let error = bind_stream(&path).unwrap_err();
             assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
             assert!(path.exists());
-            let BindError::InUse { existing, .. } = error else { panic!("{error}") };
-            existing
+            let BindError::InUse { occupant, .. } = error else { panic!("{error}") };
+            occupant
         };
         let listener = UnixListener::bind(&path).unwrap();
-        assert_eq!(refused(), ExistingFile::LiveSocket);
+        assert_eq!(refused(), Occupant::Process);
         drop(listener);
-        assert_eq!(refused(), ExistingFile::StaleSocket);
+        assert_eq!(refused(), Occupant::Leftover);
         fs::remove_file(&path).unwrap();
         let messages = bind("test socket", &path, SocketType::SEQPACKET).unwrap();
-        assert_eq!(refused(), ExistingFile::LiveSocket);
+        assert_eq!(refused(), Occupant::Process);
         drop(messages);
         fs::write(&path, "").unwrap();
-        assert_eq!(refused(), ExistingFile::NotASocket);
+        assert_eq!(refused(), Occupant::OtherFile);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Makes a program of the body: see [`run`].
+/// Defines a program that runs the body: see [`run`].
 #[macro_export]
 macro_rules! fuzz_target {
     (|$data:ident: &[u8]| $body:expr) => {
@@ -17,11 +17,11 @@ macro_rules! fuzz_target {
     };
 }
 
-/// Longest input, in bytes.
+/// The longest input, in bytes.
 const LONGEST: u64 = 4096;
 
-/// `TARGET FIRST COUNT`: runs the body once for each of so many seeds. 1 where it panics, after
-/// saying with which seed.
+/// `TARGET FIRST COUNT`: runs the body once for each of COUNT seeds. If it panics, prints the seed
+/// and returns 1.
 pub fn run(body: impl Fn(&[u8])) -> i32 {
     let number = |text: String| text.parse::<u64>().ok();
     let mut args = std::env::args().skip(1);
@@ -40,7 +40,7 @@ pub fn run(body: impl Fn(&[u8])) -> i32 {
 }
 
 /// The bytes of a seed. Short inputs are as frequent as long ones, and small values as large ones:
-/// most fields have few that mean something.
+/// in most fields only small values are valid.
 fn input(seed: u64) -> Vec<u8> {
     let mut state = seed;
     let mut next = || {

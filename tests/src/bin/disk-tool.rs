@@ -1,12 +1,12 @@
-//! What guests do to their disks, and what they find there: the part of the disk tests that runs in a guest.
+//! `disk-tool`: writes to a guest's disks and checks them, as a part of the disk tests.
 //!
-//! | command | does | says |
+//! | command | does | prints |
 //! |---|---|---|
-//! | `run DEV SEED WRITERS WRITES` | so many [`Stream`]s at once, each writing, reading back and flushing | `FLUSHED DEV STREAM N`: the first N writes of the stream are over and were flushed; `VERIFIED DEV`; `FAILED DEV STREAM N ERROR`: write, read or flush number N failed; `WRONG DEV ...` |
-//! | `until FILE DEV SEED WRITERS` | the same, until there is such a file in the guest | the same |
-//! | `check DEV SEED WRITERS N...` | looks at the disk, of which the first N writes of each stream are over | `CHECKED DEV`, `WRONG DEV ...` |
-//! | `rate DEV read\|write BYTES` | requests of that size, one after the other, for ever | `RATE DEV REQUESTS NANOSECONDS` about five times a second: how many are over, and when that was |
-//! | `zero DEV OFFSET LENGTH keep\|free` | makes a range of bytes read as zeros, keeping its space or giving it back | `ZEROED DEV`, `FAILED DEV ...` |
+//! | `run DEV SEED WRITERS WRITES` | runs several [`Stream`]s at once, which write, read back and flush | `FLUSHED DEV STREAM N`: the first N writes of the stream are flushed; `VERIFIED DEV`; `FAILED DEV STREAM N ERROR`: write, read or flush number N failed; `WRONG DEV ...` |
+//! | `until FILE DEV SEED WRITERS` | the same, until FILE exists in the guest | the same |
+//! | `check DEV SEED WRITERS N...` | checks the disk after the first N writes of each stream | `CHECKED DEV`, `WRONG DEV ...` |
+//! | `rate DEV read\|write BYTES` | makes requests of that size one after the other, without end | `RATE DEV REQUESTS NANOSECONDS` about five times a second: the number of requests so far, and the time |
+//! | `zero DEV OFFSET LENGTH keep\|free` | zeroes a range of bytes and keeps or frees its space | `ZEROED DEV`, `FAILED DEV ...` |
 //!
 //! All I/O bypasses the guest's page cache.
 
@@ -18,11 +18,12 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, OFlags, fallocate, fdatasync};
+use vesta_tests::line::print_line;
 use vesta_tests::pattern::{Content, MOST_SECTORS, SECTOR, Stream, mix};
 
-/// A stream flushes after so many writes.
+/// The number of writes between two flushes of a stream.
 const FLUSH_EVERY: u64 = 32;
-/// It reads something back after so many.
+/// The number of writes between two reads.
 const READ_EVERY: u64 = 3;
 
 fn main() -> ExitCode {
@@ -53,12 +54,7 @@ fn number(text: &str) -> u64 {
     text.parse().unwrap_or_else(|error| panic!("{text:?} is no number: {error}"))
 }
 
-/// Says one line, in one write, so that the lines of several processes do not mix.
-fn say(line: &str) {
-    let _ = std::io::stdout().write_all(format!("{line}\n").as_bytes());
-}
-
-/// A disk, and how many sectors it has.
+/// Opens a disk. Returns also the number of its sectors.
 fn open(dev: &str, write: bool) -> Result<(File, u64)> {
     let path = format!("/dev/{dev}");
     let flags = OFlags::DIRECT.bits().cast_signed();
@@ -67,7 +63,7 @@ fn open(dev: &str, write: bool) -> Result<(File, u64)> {
     Ok((file, size / SECTOR as u64))
 }
 
-/// Memory that a disk can be read into without the page cache.
+/// A buffer for `O_DIRECT`.
 struct Buffer(Vec<u8>);
 
 impl Buffer {
@@ -83,12 +79,12 @@ impl Buffer {
     }
 }
 
-/// Lets each writer work until `enough` says so, which it asks before each write.
+/// Runs the writers. Each calls `enough` before each write, and ends when it returns `true`.
 fn run(dev: &str, seed: u64, writers: u64, enough: &(dyn Fn(u64) -> bool + Sync)) -> bool {
     let (file, sectors) = match open(dev, true) {
         Ok(opened) => opened,
         Err(error) => {
-            say(&format!("FAILED {dev} - 0 open: {error}"));
+            print_line(&format!("FAILED {dev} - 0 open: {error}"));
             return false;
         }
     };
@@ -100,7 +96,7 @@ fn run(dev: &str, seed: u64, writers: u64, enough: &(dyn Fn(u64) -> bool + Sync)
         threads.into_iter().all(|thread| thread.join().unwrap_or(false))
     });
     if good {
-        say(&format!("VERIFIED {dev}"));
+        print_line(&format!("VERIFIED {dev}"));
     }
     good
 }
@@ -122,7 +118,7 @@ fn write_stream(
         let bytes = buffer.get((sectors.end - sectors.start) as usize * SECTOR);
         stream.fill(sectors.clone(), n, bytes);
         let failed = |what: &str, error: std::io::Error| {
-            say(&format!("FAILED {dev} {index} {n} {what}: {error}"));
+            print_line(&format!("FAILED {dev} {index} {n} {what}: {error}"));
             false
         };
         if let Err(error) = file.write_all_at(bytes, sectors.start * SECTOR as u64) {
@@ -130,7 +126,7 @@ fn write_stream(
         }
         stream.note(n, &mut held);
         if n % READ_EVERY == READ_EVERY - 1 {
-            // Where some write of this stream went or will go.
+            // The sectors of an earlier or later write of this stream.
             let sectors = stream.write(mix(n) % (2 * n));
             let bytes = buffer.get((sectors.end - sectors.start) as usize * SECTOR);
             if let Err(error) = file.read_exact_at(bytes, sectors.start * SECTOR as u64) {
@@ -147,10 +143,10 @@ fn write_stream(
             if let Err(error) = fdatasync(file) {
                 return failed("flush", error.into());
             }
-            say(&format!("FLUSHED {dev} {index} {}", n + 1));
+            print_line(&format!("FLUSHED {dev} {index} {}", n + 1));
         }
     }
-    // All of it once more. Nothing but this stream writes here, so what is there is known exactly.
+    // All sectors once more. Only this stream writes to them, so their exact content is known.
     let mut wrong = false;
     let checked = stream.check(writes, |sector, bytes| {
         let direct = buffer.get(bytes.len());
@@ -163,7 +159,7 @@ fn write_stream(
         Ok(())
     });
     if let Err(error) = &checked {
-        say(&format!("WRONG {dev} {error}"));
+        print_line(&format!("WRONG {dev} {error}"));
     }
     checked.is_ok() && !wrong
 }
@@ -171,8 +167,8 @@ fn write_stream(
 fn is_right(dev: &str, found: std::result::Result<Content, String>, sector: u64, right: Content) -> bool {
     match found {
         Ok(found) if found == right => return true,
-        Ok(found) => say(&format!("WRONG {dev} sector {sector} holds {found:?}, not {right:?}")),
-        Err(error) => say(&format!("WRONG {dev} {error}")),
+        Ok(found) => print_line(&format!("WRONG {dev} sector {sector} holds {found:?}, not {right:?}")),
+        Err(error) => print_line(&format!("WRONG {dev} {error}")),
     }
     false
 }
@@ -192,9 +188,9 @@ fn check(dev: &str, seed: u64, writers: u64, counts: &[u64]) -> bool {
         Ok(())
     };
     match all() {
-        Ok(()) => say(&format!("CHECKED {dev}")),
+        Ok(()) => print_line(&format!("CHECKED {dev}")),
         Err(error) => {
-            say(&format!("WRONG {dev} {error}"));
+            print_line(&format!("WRONG {dev} {error}"));
             return false;
         }
     }
@@ -206,7 +202,7 @@ fn rate(dev: &str, write: bool, size: u64) -> bool {
         let (mut file, sectors) = open(dev, write)?;
         let per_pass = sectors * SECTOR as u64 / size;
         let mut buffer = Buffer::new(size as usize);
-        let (begun, mut said, mut count) = (Instant::now(), Duration::ZERO, 0_u64);
+        let (begun, mut reported, mut count) = (Instant::now(), Duration::ZERO, 0_u64);
         loop {
             if count.is_multiple_of(per_pass) {
                 file.seek(SeekFrom::Start(0))?;
@@ -219,14 +215,14 @@ fn rate(dev: &str, write: bool, size: u64) -> bool {
             }
             count += 1;
             let now = begun.elapsed();
-            if now > said + Duration::from_millis(200) {
-                said = now;
-                say(&format!("RATE {dev} {count} {}", now.as_nanos()));
+            if now > reported + Duration::from_millis(200) {
+                reported = now;
+                print_line(&format!("RATE {dev} {count} {}", now.as_nanos()));
             }
         }
     };
     if let Err(error) = requests() {
-        say(&format!("FAILED {dev} {error}"));
+        print_line(&format!("FAILED {dev} {error}"));
     }
     false
 }
@@ -239,8 +235,8 @@ fn zero(dev: &str, offset: u64, length: u64, free: bool) -> bool {
     };
     let zeroed = open(dev, true).and_then(|(file, _)| Ok(fallocate(&file, how, offset, length)?));
     match &zeroed {
-        Ok(()) => say(&format!("ZEROED {dev}")),
-        Err(error) => say(&format!("FAILED {dev} {error}")),
+        Ok(()) => print_line(&format!("ZEROED {dev}")),
+        Err(error) => print_line(&format!("FAILED {dev} {error}")),
     }
     zeroed.is_ok()
 }

@@ -1,21 +1,21 @@
-//! What runs in a guest to use its vsock device: servers for programs on the host, and clients of them.
+//! `guest-vsock`: uses a guest's vsock device, as a server for programs on the host or as a client.
 //!
 //! | command | what it does |
 //! |---|---|
-//! | `serve` | serves the ports of [`vesta_tests::vsock::port`], each connection on a thread of its own; says `SERVING` |
-//! | `cid` | says the guest's CID |
-//! | `duplex PORT COUNT BYTES` | so many streams at once, so many bytes both ways on each, all compared |
-//! | `crowd PORT COUNT` | so many connections open at once, an echo over each, closed |
-//! | `abandon PORT COUNT` | so many connections, and the process ends |
-//! | `refused PORT` | connects where nobody listens |
-//! | `await PORT` | returns once somebody listens |
-//! | `half PORT` | asks, ends its half, prints the answer |
-//! | `messages PORT` | messages of several lengths, echoed |
-//! | `small SIZE PORT BYTES` | a stream with a buffer of that size (`SO_VM_SOCKETS_BUFFER_SIZE`) sends so many bytes |
-//! | `burst PORT` | a short message and at once the longest, then one from the other side |
-//! | `wake DISK COUNT` | the median time of so many reads of one sector of a disk, in nanoseconds |
-//! | `until FILE PORT` | sends bytes, which must come back, until there is such a file: see [`exchange::until`] |
-//! | `hold PORT` | connects, says `HELD`, and says `LOST` when the connection is gone |
+//! | `serve` | serves the ports of [`vesta_tests::vsock::port`], each connection on a thread of its own; prints `SERVING` |
+//! | `cid` | prints the guest's CID |
+//! | `duplex PORT COUNT BYTES` | opens COUNT streams at once, transfers BYTES in both directions on each, and compares them |
+//! | `crowd PORT COUNT` | opens COUNT connections at once, checks an echo over each, and closes them |
+//! | `abandon PORT COUNT` | opens COUNT connections and exits |
+//! | `refused PORT` | connects to a port without a listener |
+//! | `await PORT` | returns once a host program listens |
+//! | `half PORT` | sends a request, shuts down its half, prints the answer |
+//! | `messages PORT` | sends messages of several lengths, which are echoed |
+//! | `small SIZE PORT BYTES` | sends BYTES over a stream with a buffer of SIZE bytes (`SO_VM_SOCKETS_BUFFER_SIZE`) |
+//! | `burst PORT` | sends a short message and at once the longest, then receives one |
+//! | `wake DISK COUNT` | prints the median time of COUNT reads of one sector of a disk, in nanoseconds |
+//! | `until FILE PORT` | sends bytes, which are echoed, until FILE exists: see [`exchange::until`] |
+//! | `hold PORT` | connects, prints `HELD`, and prints `LOST` when the connection is lost |
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use vesta_tests::exchange;
 use vesta_tests::vsock::{self, port, receive, transmit};
 
-/// Stack of a connection's thread: there may be thousands.
+/// The stack size of a connection's thread: there may be thousands.
 const STACK: usize = 128 << 10;
 
 fn main() -> ExitCode {
@@ -96,7 +96,7 @@ fn serve() -> io::Result<()> {
     threads.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"))
 }
 
-/// Sends back what comes.
+/// Echoes bytes.
 fn echo(mut stream: UnixStream) -> io::Result<()> {
     let mut buffer = vec![0; 66_000];
     loop {
@@ -107,7 +107,7 @@ fn echo(mut stream: UnixStream) -> io::Result<()> {
     }
 }
 
-/// Takes all there is, then says how much it was.
+/// Reads to the end, then sends the length.
 fn sink(mut stream: UnixStream) -> io::Result<()> {
     let mut buffer = vec![0; 256 << 10];
     let mut count = 0u64;
@@ -119,7 +119,7 @@ fn sink(mut stream: UnixStream) -> io::Result<()> {
     }
 }
 
-/// Takes as much as it is told, then says how much it was.
+/// Reads a length and so many bytes, then sends the length.
 fn counted(mut stream: UnixStream) -> io::Result<()> {
     let mut length = [0; 8];
     stream.read_exact(&mut length)?;
@@ -134,7 +134,7 @@ fn counted(mut stream: UnixStream) -> io::Result<()> {
     stream.write_all(&count.to_le_bytes())
 }
 
-/// Sends as much as it is asked for.
+/// Reads a length, then sends so many bytes.
 fn source(mut stream: UnixStream) -> io::Result<()> {
     let mut left = [0; 8];
     stream.read_exact(&mut left)?;
@@ -148,7 +148,7 @@ fn source(mut stream: UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Both ways at once, as the other side asks.
+/// Transfers in both directions at once, as the other side requests.
 fn duplex_peer(mut stream: UnixStream) -> io::Result<()> {
     let mut order = [0; 8];
     stream.read_exact(&mut order)?;
@@ -157,7 +157,7 @@ fn duplex_peer(mut stream: UnixStream) -> io::Result<()> {
     both_ways(&stream, index, bytes)
 }
 
-/// Sends its own bytes, ends its half, and compares what comes with what should.
+/// Sends bytes and shuts down its half, and compares the bytes that it receives.
 fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> io::Result<()> {
     let sender = stream.try_clone()?;
     let sending = thread::Builder::new().stack_size(STACK).spawn(move || {
@@ -168,22 +168,22 @@ fn both_ways(stream: &UnixStream, index: u32, bytes: u32) -> io::Result<()> {
     sending.join().expect("it does not panic")
 }
 
-/// Reads to the end, then answers with how much it was.
+/// Reads to the end, then sends an answer with the length.
 fn answer(mut stream: UnixStream) -> io::Result<()> {
     let mut asked = String::new();
     stream.read_to_string(&mut asked)?;
     stream.write_all(format!("you said: {asked}").as_bytes())
 }
 
-/// Takes nothing until the other side is gone.
+/// Reads nothing until the other side has closed.
 #[expect(clippy::needless_pass_by_value, reason = "a handler has its connection")]
 fn lazy(stream: UnixStream) -> io::Result<()> {
     rustix::event::poll(&mut [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::RDHUP)], None)?;
     Ok(())
 }
 
-/// Reads nothing until the host listens at the port [`port::LATE_GATE`]; then all messages, and
-/// answers with how many there were.
+/// Reads nothing until the host listens at [`port::LATE_GATE`]; then reads all messages, and
+/// answers with their number.
 fn late(mut stream: UnixStream) -> io::Result<()> {
     await_server(port::LATE_GATE)?;
     let (mut count, mut message) = (0u32, [0; 64]);
@@ -199,7 +199,7 @@ const GET_LOCAL_CID: libc::Ioctl = 0x7b9;
 fn cid() -> io::Result<()> {
     let device = std::fs::File::open("/dev/vsock")?;
     let mut cid: u32 = 0;
-    // SAFETY: this call writes a 32-bit number to the address that it is given, which is that of one.
+    // SAFETY: the ioctl writes a 32-bit number, and the address is that of one.
     let done = unsafe { libc::ioctl(device.as_raw_fd(), GET_LOCAL_CID, &raw mut cid) };
     if done < 0 {
         return Err(io::Error::last_os_error());
@@ -216,7 +216,7 @@ fn small(size: u32, port: u32, bytes: u32) -> io::Result<()> {
     let stream = connect_with(port, libc::SOCK_STREAM, |socket| {
         BUFFER_SIZE.iter().rev().try_for_each(|&option| {
             let len = size_of::<u64>() as libc::socklen_t;
-            // SAFETY: the option is a 64-bit number, and `size` is one.
+            // SAFETY: the option's value is a 64-bit number, and `size` is one.
             let done = unsafe {
                 libc::setsockopt(socket.as_raw_fd(), libc::AF_VSOCK, option, (&raw const size).cast(), len)
             };
@@ -273,7 +273,7 @@ fn abandon(port: u32, count: u32) -> io::Result<()> {
 fn refused(port: u32) -> io::Result<()> {
     let begun = Instant::now();
     match connect(port, libc::SOCK_STREAM) {
-        Ok(_) => Err(io::Error::other("somebody listens")),
+        Ok(_) => Err(io::Error::other("something listens")),
         Err(error) => {
             println!("REFUSED {:?} quickly {}", error.kind(), begun.elapsed().as_secs() < 1);
             Ok(())
@@ -282,7 +282,7 @@ fn refused(port: u32) -> io::Result<()> {
 }
 
 fn await_server(port: u32) -> io::Result<()> {
-    // Nobody tells when a server comes.
+    // Nothing notifies of a new server.
     while let Err(error) = connect(port, libc::SOCK_STREAM) {
         if error.kind() != ErrorKind::ConnectionReset {
             return Err(error);
@@ -317,7 +317,7 @@ fn messages(port: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// The second message is as long as all room that there is, of which the first has some until it is handed on.
+/// The second message needs all credit, of which the first has some until it is delivered.
 fn burst(port: u32) -> io::Result<()> {
     let mut stream = connect(port, libc::SOCK_SEQPACKET)?;
     stream.write_all(b"x")?;
@@ -332,7 +332,7 @@ fn wake(disk: &str, count: u32) -> io::Result<()> {
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
     let disk = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(disk)?;
     let mut memory = vec![0; 1024];
-    // Reads past the page cache need a buffer that begins where a sector could.
+    // O_DIRECT needs a buffer that is aligned to a sector.
     let from = memory.as_ptr().align_offset(512);
     let mut times = Vec::new();
     for _ in 0..count {
@@ -359,17 +359,17 @@ fn hold(port: u32) -> io::Result<()> {
 }
 
 fn socket(kind: i32) -> io::Result<OwnedFd> {
-    // SAFETY: it takes numbers and gives a new descriptor or -1.
+    // SAFETY: the call takes numbers and returns a new descriptor or -1.
     let fd = unsafe { libc::socket(libc::AF_VSOCK, kind | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it was made just now and has no other owner.
+    // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
-    // SAFETY: zeros are an address of no family, and all its fields are numbers.
+    // SAFETY: all fields of the address are numbers, for which zero is a valid value.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     address.svm_family = libc::AF_VSOCK as _;
     (address.svm_cid, address.svm_port) = (cid, port);
@@ -380,8 +380,8 @@ fn connect(port: u32, kind: i32) -> io::Result<UnixStream> {
     connect_with(port, kind, |_| Ok(()))
 }
 
-/// Connects a socket that `set_up` was called with. The stream's system calls are those of any
-/// socket.
+/// Calls `set_up` with a new socket and connects it. `UnixStream` only makes system calls that
+/// every stream socket has.
 fn connect_with(
     port: u32,
     kind: i32,
@@ -389,7 +389,7 @@ fn connect_with(
 ) -> io::Result<UnixStream> {
     let (fd, address) = (socket(kind)?, address(libc::VMADDR_CID_HOST, port));
     set_up(&fd)?;
-    // SAFETY: the address is as long as it is said to be, and lives longer than the call.
+    // SAFETY: the address has the given length and outlives the call.
     let done = unsafe {
         libc::connect(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
     };
@@ -398,7 +398,7 @@ fn connect_with(
 
 fn listen(port: u32, kind: i32) -> io::Result<OwnedFd> {
     let (fd, address) = (socket(kind)?, address(libc::VMADDR_CID_ANY, port));
-    // SAFETY: the address is as long as it is said to be, and lives longer than the call.
+    // SAFETY: the address has the given length and outlives the call.
     let done = unsafe {
         libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
     };

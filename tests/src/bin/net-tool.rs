@@ -1,26 +1,27 @@
-//! What guests do with their network: the part of the network tests that runs in a guest.
+//! `net-tool`: uses a guest's network, as a part of the network tests.
 //!
-//! | command | does | says |
+//! | command | does | prints |
 //! |---|---|---|
 //! | `upload ADDRESS SEED BYTES` | sends bytes over TCP, which the other side checks | `UPLOADED ADDRESS SEED`, `FAILED ...` |
-//! | `download ADDRESS SEED BYTES` | gets bytes over TCP, and checks them | `DOWNLOADED ADDRESS SEED`, `FAILED ...` |
-//! | `flood ADDRESS` | sends datagrams over UDP until none has gone for a while | `STUFFED ADDRESS` |
-//! | `until FILE ADDRESS` | sends bytes over TCP, which must come back, until there is such a file in the guest | see [`exchange::until`] |
-//! | `serve PORT` | serves uploads and downloads for ever | `SERVING PORT` |
-//! | `load` | serves the benchmark's clients for ever | `SERVING PORT` |
+//! | `download ADDRESS SEED BYTES` | receives bytes over TCP, and checks them | `DOWNLOADED ADDRESS SEED`, `FAILED ...` |
+//! | `flood ADDRESS` | sends UDP datagrams until none has been accepted for a while | `STUFFED ADDRESS` |
+//! | `until FILE ADDRESS` | sends bytes over TCP, which are echoed, until FILE exists in the guest | see [`exchange::until`] |
+//! | `serve PORT` | serves uploads and downloads without end | `SERVING PORT` |
+//! | `load` | serves the benchmark's clients without end | `SERVING PORT` |
 
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use vesta_tests::exchange;
+use vesta_tests::line::print_line;
 use vesta_tests::traffic::{download, serve, upload};
 
-/// Bytes of a datagram, which goes into one frame.
+/// Bytes of a datagram, which fits into one frame.
 const DATAGRAM: usize = 1400;
-/// How long nothing has to go before nothing goes.
+/// How long no datagram must be accepted before the flood ends.
 const STUCK: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -34,7 +35,7 @@ fn main() -> ExitCode {
             download(address, number(seed), number(bytes)).map(|_| format!("DOWNLOADED {address} {seed}"))
         }
         ["serve", port] => TcpListener::bind((Ipv4Addr::UNSPECIFIED, number(port) as u16)).map(|listener| {
-            say(&format!("SERVING {port}"));
+            print_line(&format!("SERVING {port}"));
             serve(&listener);
             String::new()
         }),
@@ -50,24 +51,24 @@ fn main() -> ExitCode {
     };
     match done {
         Ok(line) => {
-            say(&line);
+            print_line(&line);
             ExitCode::SUCCESS
         }
         Err(error) => {
-            say(&format!("FAILED {}: {error}", args.join(" ")));
+            print_line(&format!("FAILED {}: {error}", args.join(" ")));
             ExitCode::FAILURE
         }
     }
 }
 
-/// Sends until nobody has taken anything for [`STUCK`].
+/// Sends datagrams until none has been accepted for [`STUCK`].
 fn flood(address: &str) -> std::io::Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     socket.set_write_timeout(Some(STUCK))?;
     loop {
         match socket.send_to(&[7; DATAGRAM], address) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-            // Whether anybody wants them is not what this is about.
+            // Whether anything receives them does not matter.
             Ok(_) | Err(_) => {}
         }
     }
@@ -75,9 +76,4 @@ fn flood(address: &str) -> std::io::Result<()> {
 
 fn number(text: &str) -> u64 {
     text.parse().unwrap_or_else(|error| panic!("{text:?} is no number: {error}"))
-}
-
-/// Says one line, in one write, so that the lines of several processes do not mix.
-fn say(line: &str) {
-    let _ = std::io::stdout().write_all(format!("{line}\n").as_bytes());
 }

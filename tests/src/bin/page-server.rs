@@ -1,11 +1,13 @@
-//! A page server as they are written for Firecracker: it answers the page faults of a restored guest from its memory file.
+//! `page-server`: a page server in the style of Firecracker's, which serves the page faults of a
+//! restored guest from its memory file.
 //!
-//! `page-server SOCKET IMAGE FAULTS` answers that many faults and ends; `all` answers them until the monitor is gone, `none` accepts the connection and
-//! does nothing more. `except:OFFSET` answers all faults but those in the page at that offset of
-//! the image. It says `LISTENING` when it does, and `WITHHELD` at a fault that it does not answer.
+//! `page-server SOCKET IMAGE FAULTS` serves that many faults and ends. `all` serves them until the
+//! monitor ends, `none` only accepts the connection, and `except:OFFSET` serves all faults but
+//! those in the page at that offset of the image. It prints `LISTENING` when it listens, and
+//! `WITHHELD` at a fault that it does not serve.
 //!
-//! `page-server SOCKET IMAGE FAULTS forked` listens and leaves the rest to a process of its own, whose id it says. It ends when a byte comes on standard
-//! input.
+//! `page-server SOCKET IMAGE FAULTS forked` listens, and serves in a child process whose id it
+//! prints. The parent ends when it reads a byte from standard input.
 
 use std::fs::File;
 use std::io::{IoSliceMut, Read};
@@ -51,10 +53,10 @@ fn main() -> Result<()> {
             let serving =
                 Command::new(std::env::current_exe()?).args(["--inherited", &fd, image, faults]).spawn()?;
             println!("LISTENING\n{}", serving.id());
-            std::io::stdin().read_exact(&mut [0]).context("nobody ends this process")
+            std::io::stdin().read_exact(&mut [0]).context("standard input was closed")
         }
         ["--inherited", fd, image, faults] => {
-            // SAFETY: the parent left the descriptor open for this process, and nothing else here owns it.
+            // SAFETY: this process has inherited the descriptor, and nothing else in it owns it.
             let listener = unsafe { UnixListener::from_raw_fd(fd.parse()?) };
             answer(&listener, image, faults)
         }
@@ -62,12 +64,12 @@ fn main() -> Result<()> {
     }
 }
 
-/// Accepts a monitor and answers so many of its faults.
+/// Accepts a monitor and serves so many of its faults.
 fn answer(listener: &UnixListener, image: &str, faults: &str) -> Result<()> {
     let image = File::open(image).with_context(|| image.to_owned())?;
     let (stream, _) = listener.accept()?;
     if faults == "none" {
-        // Until the monitor is gone, or somebody ends this process.
+        // Until the monitor ends, or this process is killed.
         poll(&mut [PollFd::new(&stream, PollFlags::RDHUP)], None)?;
         return Ok(());
     }
@@ -76,9 +78,9 @@ fn answer(listener: &UnixListener, image: &str, faults: &str) -> Result<()> {
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let got = recvmsg(&stream, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
     let Some(RecvAncillaryMessage::ScmRights(mut fds)) = ancillary.drain().next() else {
-        bail!("no userfaultfd came with the message")
+        bail!("the monitor's message has no userfaultfd")
     };
-    let userfault = fds.next().context("no userfaultfd came with the message")?;
+    let userfault = fds.next().context("the monitor's message has no userfaultfd")?;
     let regions: Vec<Value> = serde_json::from_slice(&bytes[..got.bytes])?;
     let withheld = faults.strip_prefix("except:").map(str::parse::<u64>).transpose()?;
     let mut left = if faults == "all" || withheld.is_some() { u64::MAX } else { faults.parse()? };
@@ -95,10 +97,10 @@ fn answer(listener: &UnixListener, image: &str, faults: &str) -> Result<()> {
     Ok(())
 }
 
-/// Answers one event, unless it is a fault in the page at the offset `withheld`.
+/// Serves one event, unless it is a fault in the page at the offset `withheld`.
 fn serve(userfault: &OwnedFd, image: &File, regions: &[Value], withheld: Option<u64>) -> Result<()> {
     let mut message = Message::default();
-    // SAFETY: the kernel writes one message, and the buffer is one.
+    // SAFETY: the kernel writes at most one message, which the buffer holds.
     let read = unsafe { libc::read(userfault.as_raw_fd(), (&raw mut message).cast(), size_of::<Message>()) };
     if read != size_of::<Message>().cast_signed() || message.event != UFFD_EVENT_PAGEFAULT {
         return Ok(());
@@ -109,7 +111,10 @@ fn serve(userfault: &OwnedFd, image: &File, regions: &[Value], withheld: Option<
         let base = field(region, "base_host_virt_addr");
         (base..base + field(region, "size")).contains(&address)
     };
-    let region = regions.iter().find(inside).context("a fault outside all regions")?;
+    let region = regions
+        .iter()
+        .find(inside)
+        .with_context(|| format!("page fault at {address:#x} is outside all regions"))?;
     let offset = field(region, "offset") + address - field(region, "base_host_virt_addr");
     if withheld == Some(offset) {
         println!("WITHHELD");
@@ -118,10 +123,10 @@ fn serve(userfault: &OwnedFd, image: &File, regions: &[Value], withheld: Option<
     let mut page = [0; PAGE as usize];
     image.read_exact_at(&mut page, offset)?;
     let mut copy = [address, page.as_ptr() as u64, PAGE, 0, 0];
-    // SAFETY: the structure is five numbers, and the page that it names is alive.
+    // SAFETY: `struct uffdio_copy` is five numbers, and the page that it names outlives the call.
     let copied = unsafe { libc::ioctl(userfault.as_raw_fd(), UFFDIO_COPY, copy.as_mut_ptr()) };
     let error = std::io::Error::last_os_error();
-    // Two vCPUs may have come to the same page.
+    // Two vCPUs may fault in the same page.
     if copied != 0 && error.raw_os_error() != Some(libc::EEXIST) {
         return Err(error.into());
     }

@@ -1,7 +1,8 @@
-//! `bench boot`: from nothing to an API, to a guest's first instruction, and to its first process.
+//! `bench boot`: time from spawn to the API, to a guest's first instruction and to its first
+//! process.
 //!
-//! Two tables, each on the host that says most: the null guest where `/dev/kvm` opens at all (a software KVM runs it
-//! at native speed), Linux where unmodified kernels run.
+//! Two tables, each on the host that suits it: the null guest wherever `/dev/kvm` opens (a software
+//! KVM runs it at native speed), Linux where unmodified kernels run.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,18 +14,19 @@ use vesta_tests::elf::null_guest_of_any_monitor;
 use vesta_tests::guest::{BOOT_ARGS, Guest};
 use vesta_tests::initramfs::Initramfs;
 
-use super::measure::{INIT, Life, Sign, life};
+use super::common::{check_runs, describe, files, kind_for_null_guests, on_host, today};
+use super::measure::{BootSample, INIT, Milestone, boot_once};
+use super::monitor::{Monitor, MonitorKind};
 use super::peers::Peers;
-use super::rounds::{Turn, interleaved};
-use super::{Monitor, MonitorKind, check_runs, describe, files, kind_for_null_guests, on_host, today};
+use super::rounds::{Entry, interleaved};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Outcome};
 use crate::process::say;
 use crate::{apt, kernels};
 
-/// What runs on a host.
+/// What to measure on the host.
 #[derive(Debug, Serialize, Deserialize)]
-struct Orders {
+struct RunSpec {
     monitors: Vec<Monitor>,
     runs: usize,
     guest: GuestFiles,
@@ -52,8 +54,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm");
-    let mut monitors = vec![Monitor::vesta()?];
-    monitors.extend(peers.monitors()?);
+    let mut monitors = peers.with_vesta()?;
     let dir = files()?;
 
     let (kind, why) = host::choose()?;
@@ -64,13 +65,10 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         "## A null guest (one instruction, then it halts; 128 MiB, 1 vCPU), on {}\n",
         describe(null_kind, &why)
     );
-    let orders = Orders { monitors: monitors.clone(), runs, guest: GuestFiles::Null { kernel } };
-    let null = on_host(null_kind, "bench-inner", &orders, &Emulated::default())?;
+    let spec = RunSpec { monitors: monitors.clone(), runs, guest: GuestFiles::Null { kernel } };
+    let null = on_host(null_kind, "bench-inner", &spec, &Emulated::default())?;
 
-    let (kernel, name) = match kernels::tuned()? {
-        Some(kernel) => (kernel, "the tuned 6.12 kernel"),
-        None => (kernels::debian(kernels::DEBIAN_6_12)?, "Debian's 6.12 cloud kernel"),
-    };
+    let (kernel, name) = kernels::preferred()?;
     let initrd = dir.join("initramfs");
     std::fs::write(
         &initrd,
@@ -84,53 +82,57 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         peer: true,
     }));
     println!("\n## Linux ({name}, initramfs with busybox; 128 MiB, 1 vCPU), on {}\n", describe(kind, &why));
-    let orders = Orders { monitors, runs, guest: GuestFiles::Linux { kernel: kernel.image, initrd } };
-    let linux = on_host(kind, "bench-inner", &orders, &Emulated::default())?;
+    let spec = RunSpec { monitors, runs, guest: GuestFiles::Linux { kernel: kernel.image, initrd } };
+    let linux = on_host(kind, "bench-inner", &spec, &Emulated::default())?;
     println!(
-        "\n`cargo xtask bench boot`, {}: medians over {runs} interleaved runs, in brackets the least and",
+        "\n`cargo xtask bench boot`, {}: medians over {runs} interleaved runs, in brackets the least\n\
+         and the most. Resident memory: the sum of Rss in /proc/PID/smaps, without mappings as large as\n\
+         guest memory, at the guest's first instruction or process.",
         today()?
     );
-    println!(
-        "the most. Resident memory: the sum of Rss in /proc/PID/smaps, without mappings as large as the guest's"
-    );
-    println!("memory, at the guest's sign of life.");
     let good = [null, linux].iter().all(|outcome| *outcome == Outcome::Exited(0));
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// `bench-inner ORDERS`: runs on the host, and prints the table.
+/// `bench-inner SPEC`: runs on the host, and prints the table.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders: Orders = super::orders(parser)?;
-    let (guest, sign) = match &orders.guest {
-        GuestFiles::Null { kernel } => (Guest::bare(kernel), Sign::FirstInstruction),
+    let spec: RunSpec = super::common::spec(parser)?;
+    let (guest, milestone) = match &spec.guest {
+        GuestFiles::Null { kernel } => (Guest::bare(kernel), Milestone::FirstInstruction),
         GuestFiles::Linux { kernel, initrd } => {
             let mut guest = Guest::bare(kernel).boot_args(BOOT_ARGS);
             guest.initrd = Some(initrd.clone());
-            (guest, Sign::Init)
+            (guest, Milestone::Init)
         }
     };
-    let turn =
-        |monitor: Monitor| Turn { name: monitor.name.clone(), may_fail: monitor.peer, contestant: monitor };
-    let turns = orders.monitors.into_iter().map(turn).collect();
+    let entry =
+        |monitor: Monitor| Entry { name: monitor.name.clone(), may_fail: monitor.peer, contestant: monitor };
+    let entries = spec.monitors.into_iter().map(entry).collect();
     let measured =
-        interleaved(turns, orders.runs, true, |monitor| Ok(values(&life(monitor, &guest, sign)?)))?;
-    print!("{}", measured.markdown(&columns(sign)));
+        interleaved(entries, spec.runs, true, |monitor| Ok(values(&boot_once(monitor, &guest, milestone)?)))?;
+    print!("{}", measured.markdown(&columns(milestone)));
     Ok(ExitCode::SUCCESS)
 }
 
-fn columns(sign: Sign) -> [&'static str; 5] {
-    let (start, spawn) = match sign {
-        Sign::FirstInstruction => {
+fn columns(milestone: Milestone) -> [&'static str; 5] {
+    let (start, spawn) = match milestone {
+        Milestone::FirstInstruction => {
             ("InstanceStart to first instruction, ms", "spawn to first instruction, ms")
         }
-        Sign::Init => ("InstanceStart to init, ms", "spawn to init, ms"),
+        Milestone::Init => ("InstanceStart to init, ms", "spawn to init, ms"),
     };
     ["spawn to API, ms", "InstanceStart call, ms", start, spawn, "resident above the guest's, KiB"]
 }
 
 /// The values of the columns.
-fn values(life: &Life) -> Vec<Vec<f64>> {
-    [life.api_ms, life.start_call_ms, life.start_to_sign_ms, life.spawn_to_sign_ms, life.resident_kib]
-        .map(|value| value.into_iter().collect())
-        .into()
+fn values(sample: &BootSample) -> Vec<Vec<f64>> {
+    [
+        sample.api_ms,
+        sample.start_call_ms,
+        sample.start_to_milestone_ms,
+        sample.spawn_to_milestone_ms,
+        sample.resident_kib,
+    ]
+    .map(|value| value.into_iter().collect())
+    .into()
 }

@@ -1,54 +1,61 @@
-//! `bench io`: how fast a guest's disk is, and what it costs the host, beside the same file without a guest.
+//! `bench io`: speed and host CPU cost of a guest's disk, beside the same file without a guest.
 //!
-//! Every contestant boots the same guest with the same disks, and in it runs the same load generator (`vesta-load`) as runs on the
-//! bare file. It is a small static program of ours and not `fio`, which brings forty libraries and takes longer to start on an emulated host
-//! than all that it would measure; and one generator on both sides makes the guest and the host comparable.
+//! Every contestant boots the same guest with the same disks. The guest runs the load generator
+//! (`vesta-load`) that also runs on the bare file, so guest and host can be compared. `fio` is not
+//! used: it needs forty libraries, and starting it on an emulated host takes longer than the
+//! measurements.
 //!
-//! [`disks`] makes the disks, [`contestant`] starts who takes part, [`sample`] takes one measurement, [`report`] prints.
+//! [`disks`] makes the disks, [`contestant`] starts a monitor, [`sample`] takes one measurement and
+//! [`report`] prints the tables.
 
 mod contestant;
 mod disks;
 mod report;
 mod sample;
+mod setup;
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_tests::load::Workload;
 
+use super::common::{check_runs, check_seconds, describe, files, on_host, only_named, today};
+use super::monitor::Monitor;
 use super::peers::{Peers, lacking, not_measured};
-use super::{Monitor, check_runs, check_seconds, files, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind};
 use crate::process::say;
 use crate::test::build_load;
 use crate::{apt, kernels};
-use contestant::{Contestant, Engine, GuestParts};
+use contestant::{Contestant, Drive, Engine};
 use disks::{DiskPlan, Disks};
 use report::Results;
+use setup::{GuestParts, Setup};
 
 /// Fewest rounds that a median is taken over.
 const FEWEST_RUNS: usize = 5;
-/// Longest that all of it may take.
-const PATIENCE: Duration = Duration::from_hours(1);
+/// Longest time for all measurements.
+const HOST_TIMEOUT: Duration = Duration::from_hours(1);
 
-/// What is measured on each disk.
-const WORKLOADS: [&str; 6] = [
+/// The workloads on each disk.
+const WORKLOADS: [&str; 7] = [
     "randread:4096:1",
     "randwrite:4096:1",
+    // A flush after every 64 writes.
+    "randwrite:4096:1:64",
     "randread:4096:32",
     "randwrite:4096:32",
     "read:131072:4",
     "write:131072:4",
 ];
 
-/// What runs on the host.
+/// What to measure on the host.
 #[derive(Debug, Serialize, Deserialize)]
-struct Orders {
+struct RunSpec {
     contestants: Vec<Contestant>,
     runs: usize,
     seconds: f64,
@@ -85,21 +92,11 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
 
     say!("building vesta-vmm and vesta-load");
     let load = build_load()?;
-    let mut monitors = vec![Monitor::vesta()?];
-    monitors.extend(peers.monitors()?);
-    let contestants: Vec<Contestant> = contestants(&load, &monitors, pci)
-        .into_iter()
-        .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
-        .collect();
-    if contestants.is_empty() {
-        bail!("--only leaves nobody to measure");
-    }
+    let monitors = peers.with_vesta()?;
+    let contestants = only_named(contestants(&load, &monitors, pci), &only, |contestant| &contestant.name)?;
     let dir = files()?;
     let (kind, why) = host::choose()?;
-    let (kernel, kernel_name) = match kernels::tuned()? {
-        Some(kernel) => (kernel, "the tuned 6.12 kernel"),
-        None => (kernels::debian(kernels::DEBIAN_6_12)?, "Debian's 6.12 cloud kernel"),
-    };
+    let (kernel, kernel_name) = kernels::preferred()?;
     let guest = GuestParts {
         kernel: kernel.image,
         modules: kernel.modules.map(|modules| modules.dir().to_owned()),
@@ -107,21 +104,19 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         load,
     };
     let disks = DiskPlan { emulated: kind == Kind::Emulated, given: disk, dir };
-    let orders = Orders { contestants, runs, seconds, workloads, guest, disks };
-    println!(
-        "## Disks, as {kernel_name} with one vCPU and 128 MiB sees them, on {}\n",
-        super::describe(kind, &why)
-    );
-    let mut emulated = Emulated { timeout: PATIENCE, pin: host::default_pin()?, ..Emulated::default() };
+    let spec = RunSpec { contestants, runs, seconds, workloads, guest, disks };
+    println!("## Disks, as {kernel_name} with one vCPU and 128 MiB sees them, on {}\n", describe(kind, &why));
+    let mut emulated = Emulated { timeout: HOST_TIMEOUT, pin: host::default_pin()?, ..Emulated::default() };
     if kind == Kind::Emulated {
         apt::ensure(&[("mkfs.ext4", "e2fsprogs")])?;
         emulated.modules = vec!["null_blk".to_owned()];
     }
-    let outcome = on_host(kind, "bench-io-inner", &orders, &emulated)?;
+    let outcome = on_host(kind, "bench-io-inner", &spec, &emulated)?;
     print!("{}", lacking(&monitors, if pci { "overlays and no virtio-pci" } else { "overlays" }));
     println!(
-        "\n`cargo xtask bench io`, {}: medians over {runs} interleaved rounds of {seconds} s for each workload, in brackets the\n\
-         least and the most. Host CPU: what the monitor's threads used (guest code is part of its vCPU), from schedstat.",
+        "\n`cargo xtask bench io`, {}: medians over {runs} interleaved rounds of {seconds} s for each\n\
+         workload, in brackets the least and the most. Host CPU: what the monitor's threads used (guest\n\
+         code is part of its vCPU), from schedstat.",
         today()?
     );
     Ok(outcome.report())
@@ -132,31 +127,32 @@ fn contestants(load: &Path, monitors: &[Monitor], pci: bool) -> Vec<Contestant> 
     for monitor in monitors {
         for pci in [false, true].into_iter().filter(|&with| !with || pci && monitor.is_vesta()) {
             for engine in [Engine::Async, Engine::Sync] {
-                all.push(Contestant::api(monitor, engine, false, pci));
+                all.push(Contestant::api(monitor, Drive { engine, ..Drive::default() }, pci));
             }
         }
+        all.push(Contestant::api(monitor, Drive { writeback: true, ..Drive::default() }, false));
         if monitor.is_vesta() {
-            all.push(Contestant::api(monitor, Engine::Async, true, false));
+            all.push(Contestant::api(monitor, Drive { overlay: true, ..Drive::default() }, false));
         }
     }
     all.extend(apt::find("qemu-system-x86_64").map(|path| Contestant::qemu(&path)));
     all
 }
 
-/// `bench-io-inner ORDERS`: runs on the host, and prints the tables.
+/// `bench-io-inner SPEC`: runs on the host, and prints the tables.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders: Orders = super::orders(parser)?;
-    let workloads: Vec<Workload> = orders.workloads.iter().map(|text| text.parse()).collect::<Result<_>>()?;
-    let disks = Disks::make(&orders.disks)?;
-    let setup = sample::Setup::new(&orders.guest, &disks, &workloads, orders.seconds)?;
-    let mut results = Results::new(orders.contestants);
+    let spec: RunSpec = super::common::spec(parser)?;
+    let workloads: Vec<Workload> = spec.workloads.iter().map(|text| text.parse()).collect::<Result<_>>()?;
+    let disks = Disks::make(&spec.disks)?;
+    let setup = Setup::new(&spec.guest, &disks, &workloads, spec.seconds)?;
+    let mut results = Results::new(spec.contestants);
     let mut left_out = String::new();
-    // One round first that does not count: it brings files into the page cache.
-    for round in 0..=orders.runs {
+    // The first round is not counted: it brings files into the page cache.
+    for round in 0..=spec.runs {
         let mut index = 0;
         while let Some(contestant) = results.contestant(index) {
             disks.forget()?;
-            match sample::turn(&setup, contestant) {
+            match sample::measure(&setup, contestant) {
                 Ok(samples) if round > 0 => results.add(index, samples),
                 Ok(_) => {}
                 Err(error) if contestant.is_peer() => {
@@ -170,7 +166,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
             index += 1;
         }
         if round > 0 {
-            say!("round {round} of {} is done", orders.runs);
+            say!("round {round} of {} is done", spec.runs);
         }
     }
     print!("{}{left_out}", results.tables(disks.list(), &workloads));

@@ -1,4 +1,4 @@
-//! One life of one monitor, measured.
+//! One boot of one monitor, measured.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -8,82 +8,83 @@ use serde_json::json;
 use vesta_tests::guest::Guest;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-use super::{Monitor, MonitorKind, qemu};
+use super::monitor::{Monitor, MonitorKind};
+use super::qemu;
 
-/// Longest wait for a station of a life.
-const PATIENCE: Duration = Duration::from_mins(1);
-/// The boot timer's line, of every monitor that has Firecracker's interface.
+/// Longest wait for a step of the boot.
+const TIMEOUT: Duration = Duration::from_mins(1);
+/// The boot timer's line, in every monitor with Firecracker's interface.
 const BOOT_TIMER: &str = "Guest-boot-time";
-/// What the guest's first process says.
+/// What the guest's first process prints.
 pub(super) const INIT: &str = "vesta-bench: init";
 
-/// What one life took. Absent where the monitor has no such thing.
+/// The times of one boot. `None` where the monitor has no such step.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Life {
+pub(super) struct BootSample {
     /// From the process's start until the API answers.
     pub(super) api_ms: Option<f64>,
     /// How long the `InstanceStart` request took.
     pub(super) start_call_ms: Option<f64>,
-    /// From the process's start until the guest's sign of life, what the API is told in between included.
-    pub(super) spawn_to_sign_ms: Option<f64>,
-    /// From the sending of `InstanceStart` until the guest's sign of life.
-    pub(super) start_to_sign_ms: Option<f64>,
-    /// Resident memory of the monitor at that moment, its guest's memory left out.
+    /// From the process's start until the guest's milestone, with the API calls in between.
+    pub(super) spawn_to_milestone_ms: Option<f64>,
+    /// From sending `InstanceStart` until the guest's milestone.
+    pub(super) start_to_milestone_ms: Option<f64>,
+    /// Resident memory of the monitor at that moment, without guest memory.
     pub(super) resident_kib: Option<f64>,
 }
 
-/// The guest's sign of life that is waited for.
+/// The step of the guest's boot that ends the measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Sign {
-    /// Its first instruction: it writes to the boot timer.
+pub(super) enum Milestone {
+    /// Its first instruction, which writes to the boot timer.
     FirstInstruction,
-    /// Its first process: it says [`INIT`] on the serial console.
+    /// Its first process, which prints [`INIT`] on the serial console.
     Init,
 }
 
-/// Starts the monitor and the guest, waits for the sign, measures, and ends it.
-pub(super) fn life(monitor: &Monitor, guest: &Guest, sign: Sign) -> Result<Life> {
+/// Starts the monitor and the guest, waits for the milestone, measures, and ends the monitor.
+pub(super) fn boot_once(monitor: &Monitor, guest: &Guest, milestone: Milestone) -> Result<BootSample> {
     match monitor.kind {
-        MonitorKind::Vesta | MonitorKind::Firecracker => with_api(&monitor.path, guest, sign),
-        MonitorKind::Qemu => with_qemu(&monitor.path, guest, sign),
+        MonitorKind::Vesta | MonitorKind::Firecracker => boot_with_api(&monitor.path, guest, milestone),
+        MonitorKind::Qemu => boot_with_qemu(&monitor.path, guest, milestone),
     }
     .with_context(|| monitor.name.clone())
 }
 
-fn with_api(program: &Path, guest: &Guest, sign: Sign) -> Result<Life> {
+fn boot_with_api(program: &Path, guest: &Guest, milestone: Milestone) -> Result<BootSample> {
     let vmm = VmmBuilder::new(program)?.quiet().with_api().arg("--boot-timer").spawn()?;
     let mut api = vmm.client();
-    api.wait_ready(PATIENCE)?;
+    api.wait_ready(TIMEOUT)?;
     let answered = Instant::now();
     guest.put(&mut api)?;
     let asked = Instant::now();
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
     let started = Instant::now();
-    let text = match sign {
-        Sign::FirstInstruction => BOOT_TIMER,
-        Sign::Init => INIT,
+    let text = match milestone {
+        Milestone::FirstInstruction => BOOT_TIMER,
+        Milestone::Init => INIT,
     };
-    let line = vmm.wait_for_line(text, PATIENCE)?;
-    Ok(Life {
+    let line = vmm.wait_for_line(text, TIMEOUT)?;
+    Ok(BootSample {
         api_ms: Some(ms(answered - vmm.started())),
         start_call_ms: Some(ms(started - asked)),
-        spawn_to_sign_ms: Some(ms(line.at - vmm.started())),
-        // Another thread reads the line, and may do so before the answer is read here.
-        start_to_sign_ms: Some(ms(line.at.saturating_duration_since(asked))),
+        spawn_to_milestone_ms: Some(ms(line.at - vmm.started())),
+        // Another thread reads the line, perhaps before this one has read the response.
+        start_to_milestone_ms: Some(ms(line.at.saturating_duration_since(asked))),
         resident_kib: Some(resident_kib(&vmm, guest)?),
     })
 }
 
-fn with_qemu(program: &Path, guest: &Guest, sign: Sign) -> Result<Life> {
-    if sign != Sign::Init {
+fn boot_with_qemu(program: &Path, guest: &Guest, milestone: Milestone) -> Result<BootSample> {
+    if milestone != Milestone::Init {
         bail!("QEMU has no boot timer");
     }
     let vmm = qemu::microvm(VmmBuilder::new(program)?.quiet(), guest).spawn()?;
-    let line = vmm.wait_for_line(INIT, PATIENCE)?;
-    Ok(Life {
-        spawn_to_sign_ms: Some(ms(line.at - vmm.started())),
+    let line = vmm.wait_for_line(INIT, TIMEOUT)?;
+    Ok(BootSample {
+        spawn_to_milestone_ms: Some(ms(line.at - vmm.started())),
         resident_kib: Some(resident_kib(&vmm, guest)?),
-        ..Life::default()
+        ..BootSample::default()
     })
 }
 
@@ -91,17 +92,16 @@ fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// What the process has resident, those mappings left out that are as large as the guest's memory or larger.
+/// Resident memory of the process, without mappings as large as guest memory or larger.
 fn resident_kib(vmm: &Vmm, guest: &Guest) -> Result<f64> {
     let smaps =
         std::fs::read_to_string(format!("/proc/{}/smaps", vmm.pid())).context("the monitor's mappings")?;
     let guest_kib = u64::from(guest.mem_mib) * 1024;
-    let resident =
-        resident_beside(&smaps, guest_kib).context("no mapping is as large as the guest's memory")?;
+    let resident = resident_beside(&smaps, guest_kib).context("no mapping is as large as guest memory")?;
     Ok(f64::from(u32::try_from(resident).context("the monitor's resident memory")?))
 }
 
-/// The sum of `Rss` over all mappings smaller than `guest_kib`; `None` where there is no other.
+/// The sum of `Rss` over all mappings smaller than `guest_kib`. `None` where no mapping is larger.
 fn resident_beside(smaps: &str, guest_kib: u64) -> Option<u64> {
     let mut sum = 0;
     let mut size = 0;
@@ -140,12 +140,12 @@ Rss:                  16 kB
 ";
 
     #[test]
-    fn the_guests_memory_is_left_out() {
+    fn guest_memory_is_left_out() {
         assert_eq!(resident_beside(SMAPS, 131_072), Some(916));
     }
 
     #[test]
-    fn without_a_mapping_of_the_guests_size_there_is_no_number() {
+    fn no_mapping_of_guest_size_gives_no_number() {
         assert_eq!(resident_beside(SMAPS, 262_144), None);
     }
 }

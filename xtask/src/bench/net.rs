@@ -1,8 +1,9 @@
-//! `bench net`: how fast a guest's network is, and what it costs the host, beside the host's own loopback.
+//! `bench net`: speed and host CPU cost of a guest's network, beside the host's own loopback.
 //!
-//! Every contestant boots the same guest on the same tap, with the same server in it ([`vesta_tests::net_load`]), and the same clients on the host
-//! load it. It is a small static program of ours on both sides and not `iperf3`, for the reasons that [`super::io`] has: it starts at once where the host
-//! is emulated, and measures latency and small packets as well.
+//! Every contestant boots the same guest on the same tap. The guest runs a server
+//! ([`vesta_tests::net_load`]), and the same clients on the host load it. It is a small static
+//! program and not `iperf3`: it starts at once on an emulated host, and measures latency and small
+//! packets too.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -19,9 +20,12 @@ use vesta_tests::initramfs::Initramfs;
 use vesta_tests::net_load::Server;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
+use super::common::{check_runs, check_seconds, describe, on_host, only_named, today};
+use super::cpu_time::cpu_ns;
+use super::monitor::Monitor;
 use super::peers::{Peers, lacking};
-use super::rounds::{Turn, interleaved};
-use super::{Monitor, check_runs, check_seconds, on_host, qemu, today};
+use super::qemu;
+use super::rounds::{Entry, interleaved};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind};
 use crate::process::say;
@@ -30,27 +34,27 @@ use crate::{apt, kernels};
 
 /// Fewest rounds that a median is taken over.
 const FEWEST_RUNS: usize = 5;
-/// Longest that all of it may take.
-const LIMIT: Duration = Duration::from_hours(1);
+/// Longest time for all measurements.
+const HOST_TIMEOUT: Duration = Duration::from_hours(1);
 /// Longest wait for a guest.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 const HOST: &str = "10.99.0.1";
 const GUEST: &str = "10.99.0.2";
 
-/// One who takes part.
+/// One row of the table: a monitor with one configuration of its network.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Contestant {
     name: String,
     path: PathBuf,
-    how: How,
-    /// It may turn out that it cannot do what is asked.
+    mode: Mode,
+    /// Whether a failure leaves it out instead of ending the benchmark.
     peer: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-enum How {
-    /// The server on the host itself.
+enum Mode {
+    /// The server on the host, without a guest.
     Loopback,
     /// A monitor with Firecracker's API.
     Api { vhost: bool, pci: bool },
@@ -58,9 +62,9 @@ enum How {
     Qemu { vhost: bool },
 }
 
-/// What runs on the host.
+/// What to measure on the host.
 #[derive(Debug, Serialize, Deserialize)]
-struct Orders {
+struct RunSpec {
     contestants: Vec<Contestant>,
     runs: usize,
     seconds: f64,
@@ -69,7 +73,7 @@ struct Orders {
     tool: PathBuf,
 }
 
-/// One measurement's title, and what it is measured in.
+/// The titles of the columns, with their units.
 const COLUMNS: [&str; 11] = [
     "guest to host, Gb/s",
     "10 streams",
@@ -106,89 +110,83 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     apt::ensure(&[("ip", "iproute2"), ("ethtool", "ethtool")])?;
     say!("building vesta-vmm and net-tool");
     let tool = build_net_tool()?;
-    let mut monitors = vec![Monitor::vesta()?];
-    monitors.extend(peers.monitors()?);
-    let contestants: Vec<Contestant> = contestants(&tool, &monitors, pci)
-        .into_iter()
-        .filter(|contestant| only.is_empty() || only.iter().any(|name| contestant.name.contains(name)))
-        .collect();
-    if contestants.is_empty() {
-        bail!("--only leaves nobody to measure");
-    }
+    let monitors = peers.with_vesta()?;
+    let contestants = only_named(contestants(&tool, &monitors, pci), &only, |contestant| &contestant.name)?;
     let (kind, why) = host::choose()?;
     println!(
         "## Networks, as the tuned 6.12 kernel with one vCPU and 256 MiB sees them, on {}\n",
-        super::describe(kind, &why)
+        describe(kind, &why)
     );
     let busybox = kernels::busybox()?;
-    let orders = Orders { contestants, runs, seconds, kernel: kernel.image, busybox, tool };
-    let mut emulated = Emulated { timeout: LIMIT, pin: host::default_pin()?, ..Emulated::default() };
+    let spec = RunSpec { contestants, runs, seconds, kernel: kernel.image, busybox, tool };
+    let mut emulated = Emulated { timeout: HOST_TIMEOUT, pin: host::default_pin()?, ..Emulated::default() };
     if kind == Kind::Emulated {
         emulated.modules = vec!["vhost_net".to_owned()];
     }
-    let outcome = on_host(kind, "bench-net-inner", &orders, &emulated)?;
+    let outcome = on_host(kind, "bench-net-inner", &spec, &emulated)?;
     print!("{}", lacking(&monitors, if pci { "vhost and no virtio-pci" } else { "vhost" }));
     println!(
-        "\n`cargo xtask bench net`, {}: medians over {runs} interleaved rounds of {seconds} s for each column, in brackets the least\n\
-         and the most. TCP over a tap at MTU 1500; small packets are UDP with 64 bytes. CPU: what the monitor's threads other than vCPUs\n\
-         used (vhost's included), from schedstat, with one stream.",
+        "\n`cargo xtask bench net`, {}: medians over {runs} interleaved rounds of {seconds} s for each\n\
+         column, in brackets the least and the most. TCP over a tap at MTU 1500; small packets are UDP\n\
+         with 64 bytes. CPU: what the monitor's threads other than vCPUs used (vhost's included), from\n\
+         schedstat, with one stream.",
         today()?
     );
     Ok(outcome.report())
 }
 
 fn contestants(tool: &Path, monitors: &[Monitor], pci: bool) -> Vec<Contestant> {
-    let one = |name: String, path: &Path, how, peer| Contestant { name, path: path.to_owned(), how, peer };
-    let mut all = vec![one("loopback, no guest".into(), tool, How::Loopback, false)];
+    let one = |name: String, path: &Path, mode, peer| Contestant { name, path: path.to_owned(), mode, peer };
+    let mut all = vec![one("loopback, no guest".into(), tool, Mode::Loopback, false)];
     for Monitor { name, path, peer, .. } in monitors.iter().filter(|monitor| monitor.is_vesta()) {
         for pci in [false, true].into_iter().filter(|&with| pci || !with) {
             let bus = if pci { ", PCI" } else { "" };
-            all.push(one(format!("{name}{bus}"), path, How::Api { vhost: false, pci }, *peer));
-            all.push(one(format!("{name}, vhost{bus}"), path, How::Api { vhost: true, pci }, *peer));
+            all.push(one(format!("{name}{bus}"), path, Mode::Api { vhost: false, pci }, *peer));
+            all.push(one(format!("{name}, vhost{bus}"), path, Mode::Api { vhost: true, pci }, *peer));
         }
     }
     for monitor in monitors.iter().filter(|monitor| !monitor.is_vesta()) {
-        all.push(one(monitor.name.clone(), &monitor.path, How::Api { vhost: false, pci: false }, true));
+        all.push(one(monitor.name.clone(), &monitor.path, Mode::Api { vhost: false, pci: false }, true));
     }
     if let Some(qemu) = apt::find("qemu-system-x86_64") {
-        all.push(one("QEMU microvm".into(), &qemu, How::Qemu { vhost: false }, true));
-        all.push(one("QEMU microvm, vhost".into(), &qemu, How::Qemu { vhost: true }, true));
+        all.push(one("QEMU microvm".into(), &qemu, Mode::Qemu { vhost: false }, true));
+        all.push(one("QEMU microvm, vhost".into(), &qemu, Mode::Qemu { vhost: true }, true));
     }
     all
 }
 
-/// `bench-net-inner ORDERS`: runs on the host, and prints the table.
+/// `bench-net-inner SPEC`: runs on the host, and prints the table.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders: Orders = super::orders(parser)?;
+    let spec: RunSpec = super::common::spec(parser)?;
     let net = HostNet::new()?;
     net.tap("tap0", &format!("{HOST}/24"), "")?;
-    let time = Duration::try_from_secs_f64(orders.seconds)?;
-    let turns = orders.contestants.iter().map(|contestant| Turn {
+    let time = Duration::try_from_secs_f64(spec.seconds)?;
+    let entries = spec.contestants.iter().map(|contestant| Entry {
         name: contestant.name.clone(),
         may_fail: contestant.peer,
         contestant,
     });
-    let measured = interleaved(turns.collect(), orders.runs, true, |contestant| {
-        // The guest before had another address of its card.
+    let measured = interleaved(entries.collect(), spec.runs, true, |contestant| {
+        // The guest before had another MAC address.
         net.ip("neighbour flush dev tap0")?;
-        let values = turn(&orders, contestant, time)?;
+        let values = measure(&spec, contestant, time)?;
         Ok(values.map(|value| value.into_iter().collect()).into())
     })?;
     print!("{}", measured.markdown(&COLUMNS));
     Ok(ExitCode::SUCCESS)
 }
 
-/// One contestant's turn: a value for each column, where there is one.
-fn turn(orders: &Orders, contestant: &Contestant, time: Duration) -> Result<[Option<f64>; 11]> {
-    let vmm = boot(orders, contestant)?;
-    vmm.wait_for_output("SERVING", PATIENCE)?;
-    let loopback = contestant.how == How::Loopback;
+/// Measures one contestant: a value for each column that it has.
+fn measure(spec: &RunSpec, contestant: &Contestant, time: Duration) -> Result<[Option<f64>; 11]> {
+    let vmm = boot(spec, contestant)?;
+    vmm.wait_for_output("SERVING", TIMEOUT)?;
+    let loopback = contestant.mode == Mode::Loopback;
     let address: IpAddr = if loopback { HOST } else { GUEST }.parse()?;
     let server = Server(address);
-    // Connections for nothing: addresses are resolved, windows grow.
+    // Warm-up: addresses are resolved, TCP windows grow.
     let begun = Instant::now();
     while let Err(error) = server.throughput(true, 1, time / 4) {
-        if begun.elapsed() > PATIENCE {
+        if begun.elapsed() > TIMEOUT {
             return Err(error).context("the guest's server");
         }
     }
@@ -198,7 +196,7 @@ fn turn(orders: &Orders, contestant: &Contestant, time: Duration) -> Result<[Opt
         let (rate, bytes) = server.throughput(to_guest, 1, time)?;
         let used = cpu_ns(vmm.pid())?.saturating_sub(before);
         // Nanoseconds per byte are seconds per gigabyte.
-        #[expect(clippy::cast_precision_loss, reason = "neither is known to the last digit")]
+        #[expect(clippy::cast_precision_loss, reason = "neither is precise to the last digit")]
         let cpu = used as f64 / bytes as f64;
         Ok((rate * 8e-9, (!loopback).then_some(cpu)))
     };
@@ -231,41 +229,26 @@ fn turn(orders: &Orders, contestant: &Contestant, time: Duration) -> Result<[Opt
     ])
 }
 
-/// Nanoseconds that a monitor's threads used, those of vCPUs left out.
-pub(super) fn cpu_ns(pid: u32) -> Result<u64> {
-    let mut sum = 0;
-    for entry in std::fs::read_dir(format!("/proc/{pid}/task")).context("the monitor's threads")? {
-        let entry = entry?.path();
-        // A thread may end while we look.
-        let Ok(name) = std::fs::read_to_string(entry.join("comm")) else { continue };
-        let Ok(times) = std::fs::read_to_string(entry.join("schedstat")) else { continue };
-        if !name.starts_with("fc_vcpu") && !name.starts_with("CPU ") {
-            sum += times.split(' ').next().and_then(|time| time.parse::<u64>().ok()).context("schedstat")?;
-        }
-    }
-    Ok(sum)
-}
-
-fn boot(orders: &Orders, contestant: &Contestant) -> Result<Vmm> {
+fn boot(spec: &RunSpec, contestant: &Contestant) -> Result<Vmm> {
     let builder = VmmBuilder::new(&contestant.path)?.quiet();
-    if contestant.how == How::Loopback {
+    if contestant.mode == Mode::Loopback {
         return builder.arg("load").spawn();
     }
-    let mut disk = Initramfs::new(&orders.busybox)?;
-    disk.file("sbin/net-tool", 0o755, &std::fs::read(&orders.tool)?);
+    let mut disk = Initramfs::new(&spec.busybox)?;
+    disk.file("sbin/net-tool", 0o755, &std::fs::read(&spec.tool)?);
     disk.program("ethtool")?;
     let script = format!(
         "ip link set lo up; ip address add {GUEST}/24 dev eth0; ip link set eth0 up\nnet-tool load\nsleep 1000"
     );
     let initrd = builder.dir().join("initramfs");
     std::fs::write(&initrd, disk.finish(&script))?;
-    let mut guest = Guest::bare(&orders.kernel).boot_args(BOOT_ARGS).mem_mib(256);
+    let mut guest = Guest::bare(&spec.kernel).boot_args(BOOT_ARGS).mem_mib(256);
     guest.initrd = Some(initrd);
-    match contestant.how {
-        How::Api { vhost, pci } => {
+    match contestant.mode {
+        Mode::Api { vhost, pci } => {
             let builder = if pci { builder.arg("--enable-pci") } else { builder };
             let vmm = builder.with_api().spawn()?;
-            let mut api = vmm.ready_client(PATIENCE)?;
+            let mut api = vmm.ready_client(TIMEOUT)?;
             guest.put(&mut api)?;
             let mut body = json!({"iface_id": "eth0", "host_dev_name": "tap0"});
             if vhost {
@@ -275,12 +258,12 @@ fn boot(orders: &Orders, contestant: &Contestant) -> Result<Vmm> {
             start(&mut api)?;
             Ok(vmm)
         }
-        How::Qemu { vhost } => {
+        Mode::Qemu { vhost } => {
             let vhost = if vhost { "on" } else { "off" };
             let tap = format!("tap,id=n0,ifname=tap0,script=no,downscript=no,vhost={vhost}");
             let builder = qemu::microvm(builder, &guest).arg("-netdev").arg(tap);
             builder.arg("-device").arg("virtio-net-device,netdev=n0").spawn()
         }
-        How::Loopback => bail!("it has no guest"),
+        Mode::Loopback => bail!("{} has no guest", contestant.name),
     }
 }

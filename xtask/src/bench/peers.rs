@@ -1,4 +1,4 @@
-//! Which monitors are measured beside vesta: Firecracker where it has been fetched, and those that
+//! The monitors that vesta is compared with: Firecracker where it has been fetched, and those that
 //! the command line names.
 
 use std::ffi::OsString;
@@ -6,14 +6,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use super::{Monitor, MonitorKind};
+use super::monitor::{Monitor, MonitorKind};
 use crate::peers;
 use crate::process::say;
 
-/// What `--peer` calls the one that `cargo xtask peers` fetches.
+/// The `--peer` name of the binary that `cargo xtask peers` fetches.
 const FIRECRACKER: &str = "firecracker";
 
-/// What the command line says about peers.
+/// The peers that the command line asks for.
 #[derive(Debug, Default)]
 pub(super) struct Peers {
     named: Vec<OsString>,
@@ -21,18 +21,25 @@ pub(super) struct Peers {
 }
 
 impl Peers {
-    /// `--peer firecracker` or `--peer NAME=PATH`.
+    /// Adds `--peer firecracker` or `--peer NAME=PATH`.
     pub(super) fn add(&mut self, value: OsString) {
         self.named.push(value);
     }
 
-    /// `--no-peers`: only those that are named.
+    /// `--no-peers`: measures only monitors that are named.
     pub(super) fn only_named(&mut self) {
         self.none = true;
     }
 
-    /// The monitors, each found and asked for its version.
-    pub(super) fn monitors(self) -> Result<Vec<Monitor>> {
+    /// The monitor under test and the peers.
+    pub(super) fn with_vesta(self) -> Result<Vec<Monitor>> {
+        let mut monitors = vec![Monitor::vesta()?];
+        monitors.extend(self.monitors()?);
+        Ok(monitors)
+    }
+
+    /// Finds the monitors, and asks each for its version.
+    fn monitors(self) -> Result<Vec<Monitor>> {
         let mut monitors = Vec::new();
         let is_named = self.named.iter().any(|name| name == FIRECRACKER);
         if is_named {
@@ -40,25 +47,25 @@ impl Peers {
         } else if !self.none {
             match peers::cached()? {
                 Some(path) => monitors.push(monitor(None, path)?),
-                None => say!("Firecracker is not measured: `cargo xtask peers` fetches it"),
+                None => say!("Firecracker is not measured; `cargo xtask peers` fetches it"),
             }
         }
         for text in self.named.into_iter().filter(|name| name != FIRECRACKER) {
-            let text = text.to_str().with_context(|| format!("--peer is {}: not UTF-8", text.display()))?;
+            let text = text.to_str().with_context(|| format!("--peer {}: not UTF-8", text.display()))?;
             let (name, path) = text
                 .split_once('=')
-                .with_context(|| format!("--peer is {text}: it must be {FIRECRACKER} or NAME=PATH"))?;
+                .with_context(|| format!("--peer {text}: unknown; {FIRECRACKER} or NAME=PATH"))?;
             let path = std::fs::canonicalize(path).with_context(|| format!("--peer {name}: {path}"))?;
             monitors.push(monitor(Some(name), path)?);
         }
         for monitor in &monitors {
-            say!("{} takes part ({})", monitor.name, monitor.path.display());
+            say!("measuring {} ({})", monitor.name, monitor.path.display());
         }
         Ok(monitors)
     }
 }
 
-/// The monitor at this path, of the kind that its `--version` says.
+/// The monitor at this path; its `--version` tells its kind.
 fn monitor(name: Option<&str>, path: PathBuf) -> Result<Monitor> {
     let version = peers::version(&path)?;
     let kind = kind(&version);
@@ -69,7 +76,7 @@ fn kind(version: &str) -> MonitorKind {
     if version.starts_with("vesta") { MonitorKind::Vesta } else { MonitorKind::Firecracker }
 }
 
-/// What tables call it: another monitor's name has its version in it.
+/// Its name in tables. For other monitors than vesta it includes the version.
 fn shown(name: Option<&str>, version: &str, kind: MonitorKind) -> String {
     match name {
         None => version.to_owned(),
@@ -78,7 +85,7 @@ fn shown(name: Option<&str>, version: &str, kind: MonitorKind) -> String {
     }
 }
 
-/// What is said of peers that lack something.
+/// The lines below a table about peers that lack a feature.
 pub(super) fn lacking(monitors: &[Monitor], what: &str) -> String {
     let without = |monitor: &&Monitor| !monitor.is_vesta();
     monitors
@@ -88,7 +95,7 @@ pub(super) fn lacking(monitors: &[Monitor], what: &str) -> String {
         .collect()
 }
 
-/// A line below a table. An error may have many: the first says what was wrong.
+/// A line below a table. Only the first line of an error is shown.
 pub(super) fn not_measured(name: &str, why: &str) -> String {
     let why = why.lines().next().unwrap_or_default();
     format!("\nNot measured: {name}: {why}.\n")
@@ -107,11 +114,11 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_is_not_named_well_is_refused() {
+    fn an_invalid_peer_argument_is_refused() {
         let mut peers = Peers::default();
         peers.only_named();
         peers.add("old".into());
         let error = peers.monitors().unwrap_err().to_string();
-        assert_eq!(error, "--peer is old: it must be firecracker or NAME=PATH");
+        assert_eq!(error, "--peer old: unknown; firecracker or NAME=PATH");
     }
 }

@@ -1,9 +1,10 @@
-//! QEMU's `microvm`, as all benchmarks start it.
+//! QEMU's `microvm` machine, as all benchmarks start it.
 
 use vesta_tests::guest::Guest;
 use vesta_tests::vmm::VmmBuilder;
 
-/// With this guest on KVM, its serial port on standard output, modern virtio devices, and nothing else.
+/// Adds the arguments for this guest on KVM: its serial port on standard output, modern virtio, and
+/// no default devices.
 pub(super) fn microvm(builder: VmmBuilder, guest: &Guest) -> VmmBuilder {
     let fixed = [
         ["-M", "microvm"],

@@ -1,4 +1,4 @@
-//! A Linux guest that answers through vsock (`guest-vsock serve`), with whatever kernel there is.
+//! A Linux guest that serves vsock connections (`guest-vsock serve`), with the preferred kernel.
 
 use std::path::{Path, PathBuf};
 
@@ -10,25 +10,22 @@ use vesta_tests::initramfs::Initramfs;
 use crate::kernels;
 use crate::test::build_guest_program;
 
-/// What it says when it answers.
+/// What it prints once it serves.
 pub(super) const SERVING: &str = "SERVING";
 
-/// Its files.
+/// The files of the guest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct ServingGuest {
-    /// What people call its kernel.
+    /// A description of its kernel.
     pub(super) kernel_name: String,
     kernel: PathBuf,
     initrd: PathBuf,
 }
 
 impl ServingGuest {
-    /// One whose first process is a shell with this script, in which `guest-vsock` is a program.
+    /// Makes the files. The first process is a shell with this script, which may run `guest-vsock`.
     pub(super) fn make(dir: &Path, script: &str) -> Result<ServingGuest> {
-        let (kernel, name) = match kernels::tuned()? {
-            Some(kernel) => (kernel, "the tuned 6.12 kernel"),
-            None => (kernels::debian(kernels::DEBIAN_6_12)?, "Debian's 6.12 cloud kernel"),
-        };
+        let (kernel, name) = kernels::preferred()?;
         let mut initramfs = Initramfs::new(&kernels::busybox()?)?;
         if let Some(modules) = &kernel.modules {
             initramfs.modules(modules, &["virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport"])?;
@@ -39,7 +36,7 @@ impl ServingGuest {
         Ok(ServingGuest { kernel_name: name.to_owned(), kernel: kernel.image, initrd })
     }
 
-    /// The guest, of one vCPU and 128 MiB.
+    /// The guest, with one vCPU and 128 MiB.
     pub(super) fn guest(&self) -> Guest {
         let mut guest = Guest::bare(&self.kernel).boot_args(BOOT_ARGS);
         guest.initrd = Some(self.initrd.clone());

@@ -4,7 +4,7 @@
 #[derive(Debug)]
 pub(super) struct Row {
     pub(super) name: String,
-    /// For each column, every run's value. None where the monitor has no such thing.
+    /// The values of all runs, for each column. Empty where the monitor has no such figure.
     pub(super) samples: Vec<Vec<f64>>,
 }
 
@@ -25,7 +25,7 @@ pub(super) fn median(samples: &[f64]) -> Option<f64> {
     sorted.get(sorted.len().checked_sub(1)? / 2).copied()
 }
 
-/// The table: medians, and in brackets the least and the most.
+/// The table: medians, with the least and the most in brackets.
 pub(super) fn markdown(columns: &[&str], rows: &[Row]) -> String {
     let head = format!("| | {} |\n|---|{}\n", columns.join(" | "), "---:|".repeat(columns.len()));
     let lines = rows.iter().map(|row| {
@@ -39,7 +39,7 @@ fn cell(samples: &[f64]) -> String {
     let Some(middle) = median(samples) else { return "-".to_owned() };
     let least = samples.iter().copied().fold(f64::INFINITY, f64::min);
     let most = samples.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    // What is over a thousand is not known to a tenth.
+    // Values over a thousand are not precise to a tenth.
     let digits = usize::from(middle < 1000.0);
     format!("{middle:.digits$} ({least:.digits$}..{most:.digits$})")
 }
@@ -56,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_monitor_does_not_have_is_a_dash() {
+    fn a_missing_figure_is_a_dash() {
         let rows = [Row { name: "qemu".to_owned(), samples: vec![vec![], vec![1.25, 2.0, 9.0]] }];
         assert_eq!(
             markdown(&["a", "b"], &rows),

@@ -1,8 +1,8 @@
-//! `bench vsock`: how long a byte takes to a program in the guest and back, and how many bytes pass each way.
+//! `bench vsock`: latency and throughput between host programs and a program in the guest.
 //!
-//! What a round trip is made of, and compared with: one over a pair of Unix sockets (the host's programs have that much to do anyway),
-//! and one wake-up of the guest, which is what a read of one sector of a cached disk costs it: a kick, an interrupt and a process
-//! that wakes.
+//! A round trip is compared with the sum of its parts: a round trip over a pair of Unix sockets,
+//! and one wake-up of the guest. The wake-up is measured as a read of one sector of a cached disk:
+//! a kick, an interrupt and a process that wakes.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -17,23 +17,24 @@ use serde_json::json;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 use vesta_tests::vsock::{connect, port};
 
-use super::net::cpu_ns;
+use super::common::{check_runs, describe, files, on_host, today};
+use super::cpu_time::cpu_ns;
+use super::monitor::Monitor;
 use super::peers::{Peers, lacking, not_measured};
 use super::serving_guest::{SERVING, ServingGuest};
 use super::table::{Row, markdown, median};
-use super::{Monitor, check_runs, describe, files, on_host, today};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Kind, Outcome};
 use crate::process::say;
 
 /// Longest wait for a guest.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
-/// What runs on a host.
+/// What to measure on the host.
 #[derive(Debug, Serialize, Deserialize)]
-struct Orders {
+struct RunSpec {
     monitors: Vec<Monitor>,
-    /// Each also with its devices on PCI.
+    /// Whether vesta is also measured with its devices on PCI.
     pci: bool,
     runs: usize,
     guest: ServingGuest,
@@ -60,8 +61,7 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     }
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
-    let mut monitors = vec![Monitor::vesta()?];
-    monitors.extend(peers.monitors()?);
+    let monitors = peers.with_vesta()?;
     let lacking = if pci { lacking(&monitors, "virtio-pci") } else { String::new() };
     let (kind, why) = host::choose()?;
     let (trips, bytes) = match kind {
@@ -74,62 +74,59 @@ pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let disk = dir.join("vsock-disk");
     std::fs::File::create(&disk)?.set_len(1 << 20)?;
     println!("\n## vsock ({}; 256 MiB, 1 vCPU), on {}\n", guest.kernel_name, describe(kind, &why));
-    let orders = Orders { monitors, pci, runs, guest, disk, trips, bytes };
+    let spec = RunSpec { monitors, pci, runs, guest, disk, trips, bytes };
     let emulated = Emulated { timeout: Duration::from_mins(20), ..Emulated::default() };
-    let outcome = on_host(kind, "bench-vsock-inner", &orders, &emulated)?;
+    let outcome = on_host(kind, "bench-vsock-inner", &spec, &emulated)?;
     print!("{lacking}");
     println!(
-        "\n`cargo xtask bench vsock`, {}: medians over {runs} interleaved runs, in brackets the least and",
-        today()?
-    );
-    println!("the most; each run has {trips} round trips of one byte and {} MiB each way.", bytes >> 20);
-    println!(
-        "Wake-up: a read of one sector of a cached disk, in the guest. Ratio: a round trip to the guest"
-    );
-    println!(
-        "over one of the pair of Unix sockets and one wake-up. CPU: of the monitor's threads other than vCPUs."
+        "\n`cargo xtask bench vsock`, {}: medians over {runs} interleaved runs, in brackets the least and\n\
+         the most; each run has {trips} round trips of one byte and {} MiB each way. Wake-up: a read of\n\
+         one sector of a cached disk, in the guest. Ratio: a round trip to the guest over the sum of one\n\
+         over a pair of Unix sockets and one wake-up. CPU: of the monitor's threads other than vCPUs.",
+        today()?,
+        bytes >> 20
     );
     Ok(if outcome == Outcome::Exited(0) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// What one run of one contestant gave.
+/// The figures of one run.
 #[derive(Debug, Clone, Copy)]
 struct Sample {
     round_trip_us: f64,
     wake_us: Option<f64>,
     to_guest: Throughput,
-    /// None where a peer did not carry just what was sent.
+    /// `None` where a peer delivered other bytes than were sent.
     to_host: Option<Throughput>,
 }
 
-/// How bytes went one way.
+/// Throughput in one direction.
 #[derive(Debug, Clone, Copy)]
 struct Throughput {
     mb_per_s: f64,
-    /// Seconds of a processor for each gigabyte, where there is a monitor.
+    /// Processor seconds for each gigabyte; `None` without a monitor.
     cpu_s_per_gb: Option<f64>,
 }
 
-/// `bench-vsock-inner ORDERS`: runs on the host, and prints the table.
+/// `bench-vsock-inner SPEC`: runs on the host, and prints the table.
 pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let orders: Orders = super::orders(parser)?;
+    let spec: RunSpec = super::common::spec(parser)?;
     let mut pair = Vec::new();
-    let buses = [false, true].into_iter().filter(|pci| orders.pci || !pci);
+    let buses = [false, true].into_iter().filter(|pci| spec.pci || !pci);
     let mut contestants: Vec<(&Monitor, bool)> = buses
-        .flat_map(|pci| orders.monitors.iter().map(move |monitor| (monitor, pci)))
+        .flat_map(|pci| spec.monitors.iter().map(move |monitor| (monitor, pci)))
         .filter(|(monitor, pci)| !pci || monitor.is_vesta())
         .collect();
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); contestants.len()];
     let mut left_out = String::new();
-    // One run first that does not count, and shows who cannot take part.
-    for run in 0..=orders.runs {
-        let alone = socket_pair(&orders)?;
+    // The first run is not counted. It shows which peers cannot be measured.
+    for run in 0..=spec.runs {
+        let alone = socket_pair(&spec)?;
         if run > 0 {
             pair.push(alone);
         }
         let mut at = 0;
         while let Some(&(monitor, pci)) = contestants.get(at) {
-            match guest(monitor, pci, &orders) {
+            match guest(monitor, pci, &spec) {
                 Ok(sample) if run > 0 => samples[at].push(sample),
                 Ok(_) => {}
                 Err(error) if monitor.peer => {
@@ -148,8 +145,8 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         let wrong = samples.iter().filter(|sample| sample.to_host.is_none()).count();
         if wrong > 0 {
             let why = format!(
-                "from guest to host, in {wrong} of {} runs: other bytes came than were sent",
-                orders.runs
+                "from guest to host, in {wrong} of {} runs: other bytes arrived than were sent",
+                spec.runs
             );
             left_out += &not_measured(&monitor.name, &why);
         }
@@ -158,38 +155,38 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Two threads with a pair of sockets between them.
-fn socket_pair(orders: &Orders) -> Result<Sample> {
+/// Measures two threads with a pair of sockets between them.
+fn socket_pair(spec: &RunSpec) -> Result<Sample> {
     let (near, far) = UnixStream::pair()?;
     let echo = std::thread::spawn(move || echo(far));
-    let round_trip_us = round_trips(&near, orders.trips)?;
+    let round_trip_us = round_trips(&near, spec.trips)?;
     drop(near);
     echo.join().expect("it does not panic")?;
     let (mut near, far) = UnixStream::pair()?;
     let sink = std::thread::spawn(move || sink(far));
     let begun = Instant::now();
-    send(&mut near, orders.bytes)?;
+    send(&mut near, spec.bytes)?;
     drop(near);
     sink.join().expect("it does not panic")?;
-    let both = Throughput { mb_per_s: rate(orders.bytes, begun), cpu_s_per_gb: None };
+    let both = Throughput { mb_per_s: rate(spec.bytes, begun), cpu_s_per_gb: None };
     Ok(Sample { round_trip_us, wake_us: None, to_guest: both, to_host: Some(both) })
 }
 
-/// A guest that serves.
-fn guest(monitor: &Monitor, pci: bool, orders: &Orders) -> Result<Sample> {
+/// Measures a guest that serves.
+fn guest(monitor: &Monitor, pci: bool, spec: &RunSpec) -> Result<Sample> {
     let builder = VmmBuilder::new(&monitor.path)?.quiet().with_api();
     let vmm = if pci { builder.arg("--enable-pci") } else { builder }.spawn()?;
-    let mut api = vmm.ready_client(PATIENCE)?;
-    let guest = orders.guest.guest().mem_mib(256);
+    let mut api = vmm.ready_client(TIMEOUT)?;
+    let guest = spec.guest.guest().mem_mib(256);
     guest.put(&mut api)?;
     let drive =
-        json!({"drive_id": "d", "path_on_host": orders.disk, "is_root_device": false, "is_read_only": true});
+        json!({"drive_id": "d", "path_on_host": spec.disk, "is_root_device": false, "is_read_only": true});
     api.put("/drives/d", &drive)?.ok()?;
     api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "v.sock"}))?.ok()?;
     api.put("/actions", &json!({"action_type": "InstanceStart"}))?.ok()?;
-    let wake = vmm.wait_for_output("WAKE ", PATIENCE)?;
-    let wake = wake.split("WAKE ").nth(1).context("the guest says how long a wake-up takes")?;
-    vmm.wait_for_output(SERVING, PATIENCE)?;
+    let wake = vmm.wait_for_output("WAKE ", TIMEOUT)?;
+    let wake = wake.split("WAKE ").nth(1).context("the guest printed no wake-up time")?;
+    vmm.wait_for_output(SERVING, TIMEOUT)?;
     let path = vmm.dir().join("v.sock");
     let carried = |sent: Result<Throughput>| match sent {
         Err(error) if monitor.peer => {
@@ -199,25 +196,26 @@ fn guest(monitor: &Monitor, pci: bool, orders: &Orders) -> Result<Sample> {
         sent => sent.map(Some),
     };
     Ok(Sample {
-        round_trip_us: round_trips(&connect(&path, port::ECHO)?, orders.trips).context("round trips")?,
+        round_trip_us: round_trips(&connect(&path, port::ECHO)?, spec.trips).context("round trips")?,
         wake_us: Some(wake.trim().parse::<f64>()? / 1e3),
-        to_guest: throughput(&vmm, orders.bytes, || to_guest(&path, orders.bytes)).context("to the guest")?,
-        to_host: carried(throughput(&vmm, orders.bytes, || to_host(&path, orders.bytes)))?,
+        to_guest: throughput(&vmm, spec.bytes, || to_guest(&path, spec.bytes)).context("to the guest")?,
+        to_host: carried(throughput(&vmm, spec.bytes, || to_host(&path, spec.bytes)))?,
     })
 }
 
-/// What `send` is like, which sends so many bytes through this monitor and says how fast.
+/// The throughput of `send`, which sends so many bytes through this monitor and returns MB per
+/// second.
 fn throughput(vmm: &Vmm, bytes: u64, send: impl FnOnce() -> Result<f64>) -> Result<Throughput> {
     let before = cpu_ns(vmm.pid())?;
     let mb_per_s = send()?;
     let used = cpu_ns(vmm.pid())?.saturating_sub(before);
     // Nanoseconds per byte are seconds per gigabyte.
-    #[expect(clippy::cast_precision_loss, reason = "neither is known to the last digit")]
+    #[expect(clippy::cast_precision_loss, reason = "neither is precise to the last digit")]
     let cpu = used as f64 / bytes as f64;
     Ok(Throughput { mb_per_s, cpu_s_per_gb: Some(cpu) })
 }
 
-/// The median of so many round trips of one byte.
+/// The median of so many round trips of one byte, in microseconds.
 fn round_trips(mut stream: &UnixStream, count: u32) -> Result<f64> {
     let mut byte = [7];
     let mut times = Vec::new();
@@ -231,7 +229,7 @@ fn round_trips(mut stream: &UnixStream, count: u32) -> Result<f64> {
 }
 
 fn to_guest(path: &Path, bytes: u64) -> Result<f64> {
-    // Not to the stream's end: not every device has half-closed connections.
+    // The length goes first instead of an end of the stream: not every device half-closes.
     let mut stream = connect(path, port::COUNTED)?;
     let begun = Instant::now();
     stream.write_all(&bytes.to_le_bytes())?;
@@ -247,7 +245,7 @@ fn to_host(path: &Path, bytes: u64) -> Result<f64> {
     let begun = Instant::now();
     stream.write_all(&bytes.to_le_bytes())?;
     let count = sink(stream)?;
-    anyhow::ensure!(count == bytes, "of {bytes} bytes that the guest sent, {count} came");
+    anyhow::ensure!(count == bytes, "the guest sent {bytes} bytes, and {count} arrived");
     Ok(rate(bytes, begun))
 }
 
@@ -283,7 +281,7 @@ fn echo(mut stream: UnixStream) -> std::io::Result<()> {
 
 /// MB per second.
 fn rate(bytes: u64, begun: Instant) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "it is divided by a time that is known to a few digits")]
+    #[expect(clippy::cast_precision_loss, reason = "the time is precise to a few digits")]
     let megabytes = bytes as f64 / 1e6;
     megabytes / begun.elapsed().as_secs_f64()
 }

@@ -1,12 +1,13 @@
-//! The emulated host, seen from outside: QEMU's software CPU with AMD-V, Debian's kernel with `kvm-amd`, and this
-//! machine's root file system as its root through virtio-fs.
+//! The emulated host, seen from this machine.
 //!
-//! The init of that machine is this same binary ([`super::init`]). Job and machine talk through three virtio-serial
-//! ports, which carry bytes as they are: the command's output, its errors, and one line of JSON that says how it
-//! ended. No such line means that the machine died.
+//! It is QEMU's software CPU with AMD-V and Debian's kernel with `kvm-amd`. Its root file system is
+//! this machine's, through virtio-fs, and its init is this same binary ([`super::init`]). Three
+//! virtio-serial ports carry the command's standard output, its standard error, and one line of
+//! JSON that says how it ended. Without that line the machine has died.
 //!
-//! Paths are the same inside, and files written there land on this machine's disk, except under `/tmp`, `/run`,
-//! `/srv` and `/dev/shm`, which are empty there. What the job needs from under those is carried over.
+//! Paths are the same inside, and files written there are on this machine's disk, except under
+//! `/tmp`, `/run`, `/srv` and `/dev/shm`, which are empty there. Directories that the job needs
+//! below those are bind-mounted.
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -21,14 +22,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Job, Outcome};
+use super::job::{Job, Outcome};
 use crate::apt;
 use crate::kernels::{self, Kernel};
 use crate::process::{ScratchDir, cache_dir, die_with_us, root};
 
 /// The C virtiofsd of Debian 12 (`qemu-system-common`).
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
-/// How much is shown of the log of a machine that died.
+/// How many lines of a dead machine's log are shown.
 const LOG_LINES_SHOWN: usize = 25;
 /// The tag of the root file system.
 pub(super) const ROOT_TAG: &str = "root";
@@ -38,31 +39,32 @@ pub(super) const PORT_OUT: &str = "vesta.out";
 pub(super) const PORT_ERR: &str = "vesta.err";
 pub(super) const PORT_STATUS: &str = "vesta.status";
 
-/// An emulated host to be.
+/// The configuration of an emulated host.
 #[derive(Debug, Clone)]
 pub(crate) struct Emulated {
-    /// Its processors.
+    /// The number of its processors.
     pub(crate) cpus: u8,
     /// Its memory.
     pub(crate) mem_mib: u32,
-    /// How long the whole job may take, the machine's start included.
+    /// The time limit of the job, including the machine's boot.
     pub(crate) timeout: Duration,
-    /// The processor that the job is pinned to. Its kernel dies within seconds where several guests run on two
-    /// emulated processors at once; one guest at a time mostly goes well.
+    /// The processor that the job is pinned to. Without it, the machine's kernel dies within
+    /// seconds when guests run on two emulated processors at once; one guest at a time mostly
+    /// works.
     pub(crate) pin: Option<usize>,
-    /// Modules of its kernel to load at the start, beside `kvm-amd`. Others are loaded when something asks for them.
+    /// Kernel modules to load at boot, in addition to `kvm-amd`. Others are loaded on demand.
     pub(crate) modules: Vec<String>,
-    /// Where to put its kernel's log, however the job ends.
+    /// The file to copy its kernel's log to, however the job ends.
     pub(crate) kernel_log: Option<PathBuf>,
-    /// A sign of life to look for.
+    /// How to detect that the machine hangs.
     pub(crate) watch: Option<Watch>,
 }
 
-/// A file that grows while the job gets on. A machine that hangs says nothing, like one that died.
+/// A file that grows while the job makes progress.
 #[derive(Debug, Clone)]
 pub(crate) struct Watch {
     pub(crate) file: PathBuf,
-    /// The longest that it may stay as it is.
+    /// The longest time without growth.
     pub(crate) quiet: Duration,
 }
 
@@ -80,27 +82,27 @@ impl Default for Emulated {
     }
 }
 
-/// What the init inside is told.
+/// The job, as the machine's init receives it.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Orders {
+pub(super) struct JobSpec {
     pub(super) argv: Vec<OsString>,
     pub(super) env: Vec<(OsString, OsString)>,
     pub(super) cwd: OsString,
     pub(super) pin: Option<usize>,
-    /// Whether output and errors go to the same place, so that their order can be kept.
+    /// Whether standard output and standard error are one file, so their order must be kept.
     pub(super) merge: bool,
     pub(super) modules_dir: PathBuf,
     pub(super) aliases: PathBuf,
     pub(super) modules: Vec<String>,
-    /// Directories that must stay what they are on this machine.
+    /// Directories that must not be hidden by the empty file systems.
     pub(super) keep: Vec<PathBuf>,
     /// This program.
     pub(super) program: PathBuf,
 }
 
-/// What the init inside answers.
+/// How the job ended, as the machine's init reports it.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Ending {
+pub(super) enum JobEnd {
     Exited(u8),
     Signaled(i32),
     /// The job could not be started.
@@ -108,12 +110,10 @@ pub(super) enum Ending {
 }
 
 impl Emulated {
-    /// Gets everything that is missing, starts the machine, runs the job, and takes the machine down.
+    /// Installs what is missing, starts the machine, runs the job, and stops the machine.
     pub(crate) fn run(&self, job: &Job) -> Result<Outcome> {
         if !rustix::process::geteuid().is_root() {
-            bail!(
-                "the emulated host shows this machine's whole root file system to its guest: run this as root"
-            );
+            bail!("the emulated host shares this machine's root file system with QEMU; run this as root");
         }
         apt::ensure(&[
             ("qemu-system-x86_64", "qemu-system-x86"),
@@ -129,25 +129,25 @@ impl Emulated {
             std::fs::copy(&log, keep).with_context(|| format!("cannot write {}", keep.display()))?;
         }
         match ending {
-            Ok(Ending::Exited(status)) => Ok(Outcome::Exited(status)),
-            Ok(Ending::Signaled(signal)) => Ok(Outcome::Signaled(signal)),
-            Ok(Ending::Failed(reason)) => bail!("on the emulated host: {reason}"),
-            Err(NoEnding::TimedOut) => Ok(Outcome::TimedOut),
-            Err(NoEnding::Died) => died(&scratch, "it died"),
-            Err(NoEnding::Hung) => died(&scratch, "it hung"),
+            Ok(JobEnd::Exited(status)) => Ok(Outcome::Exited(status)),
+            Ok(JobEnd::Signaled(signal)) => Ok(Outcome::Signaled(signal)),
+            Ok(JobEnd::Failed(reason)) => bail!("on the emulated host: {reason}"),
+            Err(Failure::TimedOut) => Ok(Outcome::TimedOut),
+            Err(Failure::Died) => died(&scratch, "it died"),
+            Err(Failure::Hung) => died(&scratch, "it hung"),
         }
     }
 
     fn start(&self, job: &Job, kernel: &Kernel, scratch: &ScratchDir) -> Result<Machine> {
         let program = std::env::current_exe().context("this program's own path")?;
         let init = program.to_str().filter(|path| !path.contains([' ', '"'])).with_context(|| {
-            format!("{}: a kernel's command line cannot hold this path", program.display())
+            format!("{}: this path cannot be on a kernel command line", program.display())
         })?;
-        let orders_file = scratch.path().join("orders");
-        self.write_orders(job, kernel, &program, &orders_file)?;
+        let spec_file = scratch.path().join("spec");
+        self.write_spec(job, kernel, &program, &spec_file)?;
 
         let socket = scratch.path().join("fs.sock");
-        // Listening before either side starts: nobody has to wait for the other.
+        // Listening before either side starts, so neither has to wait for the other.
         let listener = UnixListener::bind(&socket)?;
         let mut files = Command::new(VIRTIOFSD);
         files.arg(format!("--fd={}", inherit(&listener)?));
@@ -183,7 +183,7 @@ impl Emulated {
         qemu.arg("-append").arg(format!(
             "console=ttyS0 quiet panic=-1 oops=panic mitigations=off rootfstype=virtiofs root={ROOT_TAG} rw \
              init={init} -- host-init {}",
-            orders_file.display()
+            spec_file.display()
         ));
         let log = std::fs::File::create(scratch.path().join("qemu"))?;
         qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -194,22 +194,22 @@ impl Emulated {
         let mut port = || ports.next().expect("one was made for each name");
         let out = pump(port(), std::io::stdout());
         let err = pump(port(), std::io::stderr());
-        let (said, endings) = channel();
+        let (said, results) = channel();
         let mut status = port();
         std::thread::spawn(move || {
             let mut line = String::new();
-            // A machine that died said nothing, or not all of it; both are told apart from an ending below.
+            // A machine that died has sent no line or a part of one; `wait` detects both.
             let _ = status.read_to_string_until_newline(&mut line);
             let _ = said.send(line);
         });
-        Ok(Machine { children: vec![qemu, files], output: vec![out, err], endings })
+        Ok(Machine { children: vec![qemu, files], output: vec![out, err], results })
     }
 
-    fn write_orders(&self, job: &Job, kernel: &Kernel, program: &Path, file: &Path) -> Result<()> {
+    fn write_spec(&self, job: &Job, kernel: &Kernel, program: &Path, file: &Path) -> Result<()> {
         let modules = kernel.modules.as_ref().context("the emulated host's kernel has no modules")?;
         let stat =
             |fd: std::os::fd::BorrowedFd<'_>| rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino));
-        let orders = Orders {
+        let spec = JobSpec {
             argv: job.argv.clone(),
             env: job.env.clone(),
             cwd: job.cwd.clone().into(),
@@ -226,12 +226,12 @@ impl Emulated {
             ],
             program: program.to_owned(),
         };
-        std::fs::write(file, serde_json::to_vec(&orders)?)?;
+        std::fs::write(file, serde_json::to_vec(&spec)?)?;
         Ok(())
     }
 }
 
-/// Reads one line without reading past it.
+/// Reading one line from a socket.
 trait ReadLine {
     fn read_to_string_until_newline(&mut self, line: &mut String) -> std::io::Result<()>;
 }
@@ -246,28 +246,28 @@ impl ReadLine for UnixStream {
 struct Machine {
     children: Vec<Child>,
     output: Vec<JoinHandle<()>>,
-    endings: Receiver<String>,
+    results: Receiver<String>,
 }
 
-enum NoEnding {
+enum Failure {
     TimedOut,
     Died,
     Hung,
 }
 
 impl Machine {
-    fn wait(&mut self, limits: &Emulated) -> Result<Ending, NoEnding> {
+    fn wait(&mut self, limits: &Emulated) -> Result<JobEnd, Failure> {
         let started = Instant::now();
         let size = || {
             limits.watch.as_ref().and_then(|watch| std::fs::metadata(&watch.file).ok()).map(|file| file.len())
         };
         let mut last = (size(), Instant::now());
         loop {
-            match self.endings.recv_timeout(Duration::from_secs(1)) {
-                Ok(line) => return serde_json::from_str(&line).map_err(|_| NoEnding::Died),
-                Err(RecvTimeoutError::Disconnected) => return Err(NoEnding::Died),
+            match self.results.recv_timeout(Duration::from_secs(1)) {
+                Ok(line) => return serde_json::from_str(&line).map_err(|_| Failure::Died),
+                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Died),
                 Err(RecvTimeoutError::Timeout) if started.elapsed() > limits.timeout => {
-                    return Err(NoEnding::TimedOut);
+                    return Err(Failure::TimedOut);
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -275,15 +275,15 @@ impl Machine {
                 last = (size(), Instant::now());
             }
             if limits.watch.as_ref().is_some_and(|watch| last.1.elapsed() > watch.quiet) {
-                return Err(NoEnding::Hung);
+                return Err(Failure::Hung);
             }
         }
     }
 
-    /// Ends the machine, and passes on what output is left.
+    /// Kills the machine, and forwards its remaining output.
     fn stop(&mut self) {
         for child in &mut self.children {
-            // It may be gone already.
+            // It may have ended.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -299,7 +299,7 @@ impl Drop for Machine {
     }
 }
 
-/// Keeps the dead machine's logs where they can be looked at, and returns their end.
+/// Saves the logs of a dead machine to the cache, and returns their relevant lines.
 fn died(scratch: &ScratchDir, how: &str) -> Result<Outcome> {
     let mut all = format!("{how}\n");
     for name in ["virtiofsd", "qemu", "console"] {
@@ -311,7 +311,7 @@ fn died(scratch: &ScratchDir, how: &str) -> Result<Outcome> {
     let name = scratch.path().file_name().context("it has a name")?.to_string_lossy();
     let log = logs.join(format!("host-{name}.log"));
     std::fs::write(&log, &all)?;
-    // The first trouble tells more than the last line of its trace.
+    // The first error is more useful than the end of its trace.
     let lines: Vec<&str> = all.lines().map(str::trim_end).collect();
     let trouble = ["Kernel panic", "BUG:", "Oops", "host-init:", "soft lockup", "rcu: INFO"];
     let found = lines.iter().position(|line| trouble.iter().any(|word| line.contains(word)));
@@ -321,8 +321,8 @@ fn died(scratch: &ScratchDir, how: &str) -> Result<Outcome> {
     Ok(Outcome::HostDied { log, tail })
 }
 
-/// Passes on what comes from a port, as it comes. Two threads: an emulated processor spins while its output is not
-/// taken, so a slow reader of ours must not hold it up.
+/// Forwards what a port receives. Two threads: an emulated processor spins until its output is
+/// read, so a slow reader of our output must not block it.
 fn pump(mut from: UnixStream, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
     let (chunks, taken) = channel::<Vec<u8>>();
     std::thread::spawn(move || {
@@ -334,20 +334,20 @@ fn pump(mut from: UnixStream, mut to: impl Write + Send + 'static) -> JoinHandle
         }
     });
     std::thread::spawn(move || {
-        // Where nobody reads our output, the job goes on as it would with nobody reading its own.
+        // The job continues when nothing reads our output.
         for chunk in taken {
             let _ = to.write_all(&chunk).and_then(|()| to.flush());
         }
     })
 }
 
-/// Lets the next child have this descriptor; returns its number.
+/// Makes the next child inherit this descriptor; returns its number.
 fn inherit(fd: &(impl AsFd + AsRawFd)) -> Result<i32> {
     rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
     Ok(fd.as_raw_fd())
 }
 
-/// A path as part of one of QEMU's options, where a comma is doubled.
+/// A path as part of a QEMU option, in which commas are doubled.
 fn path_option(path: &Path) -> Result<String> {
     Ok(path.to_str().context("the directory for temporary files is not UTF-8")?.replace(',', ",,"))
 }

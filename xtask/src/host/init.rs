@@ -1,8 +1,8 @@
 //! The emulated host, seen from inside: process 1, and the kernel's `modprobe`.
 //!
-//! Depends on no program of the root file system: it mounts, loads modules and brings the loopback up by itself.
-//! Errors before the ports are there go to the kernel's log, and process 1 ends, which the kernel takes for the
-//! end of the world; whoever waits outside is then told.
+//! It needs no program of the root file system: it mounts file systems, loads modules and brings
+//! the loopback up itself. Errors before the ports exist go to the kernel's log. Then process 1
+//! ends and the kernel panics, which the process outside detects.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
@@ -21,43 +21,43 @@ use rustix::process::{Pid, Resource, Rlimit, WaitOptions, setrlimit};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use vesta_tests::modules::{Modules, normal_name};
 
-use super::emulated::{Ending, Orders, PORT_ERR, PORT_OUT, PORT_STATUS};
+use super::emulated::{JobEnd, JobSpec, PORT_ERR, PORT_OUT, PORT_STATUS};
 
-/// Where the kernel finds its `modprobe`, and `modprobe` its modules.
+/// The kernel's `modprobe`, and the files that it reads.
 const MODPROBE: &str = "/run/vesta-host/modprobe";
 const MODULES: &str = "/run/vesta-host/modules";
 const ALIASES: &str = "/run/vesta-host/aliases";
 
-/// The directories that are empty inside.
+/// Directories with an empty file system of their own.
 const EMPTY: [&str; 4] = ["/dev/shm", "/tmp", "/run", "/srv"];
 
-/// Process 1. Returns only with an error: the machine is powered off otherwise.
+/// Process 1. Returns only with an error; otherwise it powers the machine off.
 pub(crate) fn main(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     if std::process::id() != 1 {
-        bail!("this is the emulated host's first process; it is not for people");
+        bail!("host-init is the emulated host's first process; use cargo xtask host");
     }
-    let orders = parser.value().context("no orders are given")?;
-    match live(Path::new(&orders)) {
+    let spec = parser.value().context("no job is given")?;
+    match run_host(Path::new(&spec)) {
         Ok(()) => unreachable!("the machine was powered off"),
         Err(error) => {
-            // Level 0: shown whatever the kernel keeps quiet about.
+            // Level 0 is shown despite `quiet`.
             let _ = std::fs::write("/dev/kmsg", format!("<0>xtask host-init: {error:#}\n"));
             Err(error)
         }
     }
 }
 
-fn live(orders: &Path) -> Result<()> {
-    let orders = std::fs::read(orders).with_context(|| format!("cannot read {}", orders.display()))?;
-    let orders: Orders = serde_json::from_slice(&orders).context("the orders")?;
-    mount_all(&orders.keep)?;
+fn run_host(spec: &Path) -> Result<()> {
+    let spec = std::fs::read(spec).with_context(|| format!("cannot read {}", spec.display()))?;
+    let spec: JobSpec = serde_json::from_slice(&spec).context("the job")?;
+    mount_all(&spec.keep)?;
     let mut status = port(PORT_STATUS)?;
-    let ending = set_up(&orders)
+    let ending = set_up(&spec)
         .and_then(|()| {
-            let _guest = guest_that_stays()?;
-            run_job(&orders)
+            let _guest = idle_guest()?;
+            run_job(&spec)
         })
-        .unwrap_or_else(|error| Ending::Failed(format!("{error:#}")));
+        .unwrap_or_else(|error| JobEnd::Failed(format!("{error:#}")));
     rustix::fs::sync();
     let mut line = serde_json::to_vec(&ending)?;
     line.push(b'\n');
@@ -66,7 +66,7 @@ fn live(orders: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Mounts what a running machine has. `keep` are directories that the empty ones would hide.
+/// Mounts the usual file systems. `keep` lists directories that the empty ones must not hide.
 fn mount_all(keep: &[PathBuf]) -> Result<()> {
     for (kind, target) in
         [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("cgroup2", "/sys/fs/cgroup")]
@@ -110,7 +110,7 @@ fn mount_one(kind: &str, target: &str) -> Result<()> {
         .with_context(|| format!("cannot mount {kind} on {target}"))
 }
 
-/// The virtio-serial port of that name, once the machine has it.
+/// Opens the virtio-serial port of that name, once the machine has it.
 fn port(name: &str) -> Result<File> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -128,20 +128,20 @@ fn port(name: &str) -> Result<File> {
         if Instant::now() > deadline {
             bail!("the machine has no virtio-serial port {name}");
         }
-        // Ports are announced by the device, and nothing can be waited for but their directory entry.
+        // The device announces its ports; only their directory entries can be polled.
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-fn set_up(orders: &Orders) -> Result<()> {
+fn set_up(spec: &JobSpec) -> Result<()> {
     std::fs::create_dir_all("/run/vesta-host")?;
-    std::os::unix::fs::symlink(&orders.program, MODPROBE)?;
-    std::os::unix::fs::symlink(&orders.modules_dir, MODULES)?;
-    std::os::unix::fs::symlink(&orders.aliases, ALIASES)?;
+    std::os::unix::fs::symlink(&spec.program, MODPROBE)?;
+    std::os::unix::fs::symlink(&spec.modules_dir, MODULES)?;
+    std::os::unix::fs::symlink(&spec.aliases, ALIASES)?;
     std::fs::write("/proc/sys/kernel/modprobe", MODPROBE)?;
     make_nodes(&std::fs::read_to_string(ALIASES).context(ALIASES)?)?;
     let names: Vec<&str> =
-        std::iter::once("kvm_amd").chain(orders.modules.iter().map(String::as_str)).collect();
+        std::iter::once("kvm_amd").chain(spec.modules.iter().map(String::as_str)).collect();
     load(&Modules::new(MODULES), &names)?;
     rustix::system::sethostname(b"emulated-host")?;
     // The kernel gives the loopback its address when it comes up.
@@ -151,7 +151,7 @@ fn set_up(orders: &Orders) -> Result<()> {
     Ok(())
 }
 
-/// Makes the device nodes of modules that are loaded when their node is opened.
+/// Makes the device nodes of modules that the kernel loads when their node is opened.
 fn make_nodes(aliases: &str) -> Result<()> {
     let aliases = || aliases.lines().filter_map(|line| line.split_once(' '));
     for (alias, module) in aliases() {
@@ -174,14 +174,15 @@ fn make_nodes(aliases: &str) -> Result<()> {
     Ok(())
 }
 
-/// A guest that never runs. With the first guest and with the last KVM patches the scheduler's code, and now and then the emulated
-/// processors trip over code that changes under them (an `int3` in `__schedule`); while this one is there, none is the first or the last.
-fn guest_that_stays() -> Result<kvm_ioctls::VmFd> {
+/// Creates a guest that never runs. KVM patches the scheduler's code for the first guest and after
+/// the last one, and emulated processors sometimes crash in code that changes (an `int3` in
+/// `__schedule`). While this guest exists, no other one is the first or the last.
+fn idle_guest() -> Result<kvm_ioctls::VmFd> {
     let kvm = kvm_ioctls::Kvm::new().context("cannot open /dev/kvm")?;
-    kvm.create_vm().context("cannot make a guest")
+    kvm.create_vm().context("cannot create a guest")
 }
 
-/// Loads modules and what they need; those that are loaded already are left alone.
+/// Loads modules and their dependencies, unless they are loaded.
 fn load(modules: &Modules, names: &[&str]) -> Result<()> {
     for name in modules.load_order(names)? {
         if Path::new("/sys/module").join(&name).exists() {
@@ -201,7 +202,7 @@ pub(crate) fn is_modprobe(name: &OsStr) -> bool {
     name == MODPROBE
 }
 
-/// `modprobe -q -- NAME`, as the kernel calls it; NAME is a module or an alias of one.
+/// `modprobe -q -- NAME`, as the kernel calls it. NAME is a module or an alias of one.
 pub(crate) fn modprobe(args: impl Iterator<Item = OsString>) -> Result<ExitCode> {
     let name = args.last().context("no module is named")?;
     let name = normal_name(name.to_str().context("the module's name is not UTF-8")?);
@@ -213,27 +214,22 @@ pub(crate) fn modprobe(args: impl Iterator<Item = OsString>) -> Result<ExitCode>
         .unwrap_or(&name);
     let modules = Modules::new(MODULES);
     if !modules.file(module).exists() {
-        // The kernel asks for many things that it can live without.
+        // The kernel asks for many optional modules.
         return Ok(ExitCode::FAILURE);
     }
     load(&modules, &[module])?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the job to its end, and until all that it said is passed on.
-fn run_job(orders: &Orders) -> Result<Ending> {
-    let (program, args) = orders.argv.split_first().context("no command is given")?;
+/// Runs the job until it has ended and all its output is forwarded.
+fn run_job(spec: &JobSpec) -> Result<JobEnd> {
+    let (program, args) = spec.argv.split_first().context("no command is given")?;
     let mut command = Command::new(program);
-    command
-        .args(args)
-        .env_clear()
-        .envs(orders.env.iter().cloned())
-        .current_dir(&orders.cwd)
-        .stdin(Stdio::null());
+    command.args(args).env_clear().envs(spec.env.iter().cloned()).current_dir(&spec.cwd).stdin(Stdio::null());
     let (over, ended) = std::io::pipe()?;
     let mut pumps = Vec::new();
     let (reader, writer) = std::io::pipe()?;
-    if orders.merge {
+    if spec.merge {
         command.stderr(writer.try_clone()?);
     } else {
         let (reader, writer) = std::io::pipe()?;
@@ -243,19 +239,19 @@ fn run_job(orders: &Orders) -> Result<Ending> {
     command.stdout(writer);
     pumps.push(pump(reader, port(PORT_OUT)?, over.try_clone()?));
 
-    let pid = spawn_pinned(command, orders.pin)
+    let pid = spawn_pinned(command, spec.pin)
         .with_context(|| format!("cannot run {}", program.to_string_lossy()))?;
     let ending = reap_until(pid)?;
     drop(ended);
     for pump in pumps {
-        // It ends with an error only where nobody listens any more.
+        // It fails only where the machine outside no longer reads.
         let _ = pump.join();
     }
     Ok(ending)
 }
 
-/// Starts the command on one processor, or on all. Only the thread that starts it is pinned, and the command
-/// inherits that; this process stays free to pass on output.
+/// Starts the command on one processor, or on all. Only the thread that starts it is pinned, and
+/// the command inherits that; the threads that forward output are not pinned.
 fn spawn_pinned(mut command: Command, pin: Option<usize>) -> Result<Pid> {
     let spawn = move || -> Result<Pid> {
         if let Some(cpu) = pin {
@@ -268,24 +264,25 @@ fn spawn_pinned(mut command: Command, pin: Option<usize>) -> Result<Pid> {
     std::thread::spawn(spawn).join().expect("it does not panic")
 }
 
-/// Collects ended processes, ours and those that lost their parents, until this one ends.
-fn reap_until(pid: Pid) -> Result<Ending> {
+/// Reaps children and orphans until process `pid` ends.
+fn reap_until(pid: Pid) -> Result<JobEnd> {
     loop {
         let Some((ended, status)) = rustix::process::wait(WaitOptions::empty())? else { continue };
         if ended != pid {
             continue;
         }
         if let Some(code) = status.exit_status() {
-            return Ok(Ending::Exited(u8::try_from(code).unwrap_or(u8::MAX)));
+            return Ok(JobEnd::Exited(u8::try_from(code).unwrap_or(u8::MAX)));
         }
         if let Some(signal) = status.terminating_signal() {
-            return Ok(Ending::Signaled(signal));
+            return Ok(JobEnd::Signaled(signal));
         }
     }
 }
 
-/// Passes on what comes through `from` until nobody can write to it, or, once `over` is closed on its far side, until
-/// it is empty: the command has ended then, and what it left running may hold the pipe for ever.
+/// Forwards what `from` receives until its writers are closed. When the other end of `over` is
+/// closed, the command has ended; then it forwards only until `from` is empty, because processes
+/// that the command left behind may keep the pipe open.
 fn pump(mut from: PipeReader, mut to: File, over: PipeReader) -> JoinHandle<Result<()>> {
     std::thread::spawn(move || {
         let mut buffer = vec![0; 64 << 10];

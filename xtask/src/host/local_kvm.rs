@@ -4,11 +4,11 @@
 pub(super) struct LocalKvm {
     /// Whether an unmodified kernel runs.
     pub(super) runs_guests: bool,
-    /// The same, with the reason.
+    /// A description of what it can do, with the reason.
     pub(super) in_words: String,
 }
 
-/// Asks the local KVM.
+/// Probes the local KVM.
 pub(super) fn local_kvm() -> LocalKvm {
     let report = machine::probe::probe();
     LocalKvm { runs_guests: report.runs_unmodified_guests(), in_words: report.to_string() }

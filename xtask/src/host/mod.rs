@@ -1,13 +1,12 @@
-//! The host that guests run on: this machine where its KVM runs ordinary guests, else an emulated one.
+//! The host for guests: this machine if its KVM runs ordinary guests, else an emulated machine.
 
 pub(crate) mod emulated;
 pub(crate) mod init;
+mod job;
 mod local_kvm;
 
-use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
@@ -16,13 +15,9 @@ use lexopt::prelude::*;
 
 use crate::process::{die_with_us, say};
 use emulated::Emulated;
+pub(crate) use job::{Job, Outcome};
 
-/// `host` ends with this status where CMD took longer than its time limit.
-const STATUS_TIMED_OUT: u8 = 124;
-/// `host` ends with this status where the emulated host died before CMD ended.
-const STATUS_HOST_DIED: u8 = 125;
-
-/// Which host.
+/// The kind of host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// This machine.
@@ -40,12 +35,12 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Chooses the host, and says why in one line.
+/// Chooses the host. Returns also the reason, in one line.
 pub(crate) fn choose() -> Result<(Kind, String)> {
     match std::env::var("VESTA_HOST").as_deref() {
-        Ok("native") => return Ok((Kind::Native, "VESTA_HOST says so".to_owned())),
-        Ok("emulated") => return Ok((Kind::Emulated, "VESTA_HOST says so".to_owned())),
-        Ok(other) => bail!("VESTA_HOST is {other}: it must be native or emulated"),
+        Ok("native") => return Ok((Kind::Native, "VESTA_HOST is native".to_owned())),
+        Ok("emulated") => return Ok((Kind::Emulated, "VESTA_HOST is emulated".to_owned())),
+        Ok(other) => bail!("VESTA_HOST is {other}; native or emulated"),
         Err(_) => {}
     }
     let local = local_kvm::local_kvm();
@@ -53,61 +48,7 @@ pub(crate) fn choose() -> Result<(Kind, String)> {
     Ok((kind, local.in_words))
 }
 
-/// What to run.
-#[derive(Debug, Clone)]
-pub(crate) struct Job {
-    /// The program and its arguments.
-    pub(crate) argv: Vec<OsString>,
-    /// Its environment, whole.
-    pub(crate) env: Vec<(OsString, OsString)>,
-    /// Its directory.
-    pub(crate) cwd: PathBuf,
-}
-
-impl Job {
-    /// A job with this process's environment and directory.
-    pub(crate) fn here(argv: Vec<OsString>) -> Result<Job> {
-        let cwd = std::env::current_dir().context("the current directory")?;
-        Ok(Job { argv, env: std::env::vars_os().collect(), cwd })
-    }
-}
-
-/// How a job ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    /// It ran and ended with this status.
-    Exited(u8),
-    /// A signal ended it.
-    Signaled(i32),
-    /// It ran longer than it may; it is gone.
-    TimedOut,
-    /// The emulated host died under it. The end of its kernel's log, and the file that holds all of it.
-    HostDied { log: PathBuf, tail: String },
-}
-
-impl Outcome {
-    /// The status that a shell would give; says on standard error what a status cannot.
-    pub(crate) fn report(&self) -> ExitCode {
-        match self {
-            Outcome::Exited(status) => ExitCode::from(*status),
-            Outcome::Signaled(signal) => ExitCode::from(u8::try_from(128 + signal).unwrap_or(u8::MAX)),
-            Outcome::TimedOut => {
-                say!("the command took longer than its time limit and was ended");
-                ExitCode::from(STATUS_TIMED_OUT)
-            }
-            Outcome::HostDied { log, tail } => {
-                say!(
-                    "the emulated host died before the command ended; its kernel log is {}; its end:",
-                    log.display()
-                );
-                eprintln!("{tail}");
-                ExitCode::from(STATUS_HOST_DIED)
-            }
-        }
-    }
-}
-
-/// Runs a job on the host of that kind.
+/// Runs a job on a host of that kind.
 pub(crate) fn run(kind: Kind, job: &Job, emulated: &Emulated) -> Result<Outcome> {
     match kind {
         Kind::Native => run_native(job, emulated.timeout),
@@ -165,7 +106,7 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(run(kind, &Job::here(argv)?, &emulated)?.report())
 }
 
-/// The emulated processor that jobs are pinned to, where nothing else is said.
+/// The emulated processor that jobs are pinned to by default.
 pub(crate) fn default_pin() -> Result<Option<usize>> {
     match std::env::var("VESTA_HOST_PIN") {
         Ok(pin) => parse_pin(&pin),
@@ -176,8 +117,8 @@ pub(crate) fn default_pin() -> Result<Option<usize>> {
 fn parse_pin(text: &str) -> Result<Option<usize>> {
     match text {
         "" | "none" => Ok(None),
-        cpu => Ok(Some(
-            cpu.parse().with_context(|| format!("the processor to pin to is {cpu}: a number or none"))?,
-        )),
+        cpu => {
+            Ok(Some(cpu.parse().with_context(|| format!("processor to pin to is {cpu}; a number or none"))?))
+        }
     }
 }

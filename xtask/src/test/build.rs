@@ -1,4 +1,4 @@
-//! Building what the tests need, and finding it.
+//! Builds what tests and benchmarks need, and returns the paths.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::record::Test;
 use crate::process::{cargo, output, root};
 
-/// A line of `cargo --message-format=json`, as far as we read it.
+/// A line of `cargo --message-format=json`, as far as it is used.
 #[derive(Deserialize)]
 struct Message {
     #[serde(default)]
@@ -36,7 +36,7 @@ pub(crate) fn load() -> Result<PathBuf> {
     program("vesta-tests", "vesta-load", true)
 }
 
-/// Builds what uses vsock in guests; returns its path.
+/// Builds the program that uses vsock in guests; returns its path.
 pub(crate) fn guest_program() -> Result<PathBuf> {
     program("vesta-tests", "guest-vsock", false)
 }
@@ -61,7 +61,7 @@ fn program(package: &str, name: &str, release: bool) -> Result<PathBuf> {
     let executable = built
         .into_iter()
         .find_map(|message| (message.target?.name == name).then_some(message.executable).flatten());
-    executable.with_context(|| format!("cargo built {name} and named no binary"))
+    executable.with_context(|| format!("cargo named no binary for {name}"))
 }
 
 /// Builds all test binaries of the workspace, and lists the whole-system tests among them.
@@ -79,13 +79,13 @@ pub(crate) fn system_tests() -> Result<Vec<Test>> {
         }
     }
     if tests.is_empty() {
-        bail!("there is no whole-system test in {}", root().join("tests/tests").display());
+        bail!("{} has no whole-system tests", root().join("tests/tests").display());
     }
     tests.sort();
     Ok(tests)
 }
 
-/// Runs cargo with its usual words on standard error, and returns what it built.
+/// Runs cargo with its diagnostics on standard error, and returns what it built.
 fn messages(command: &mut Command) -> Result<Vec<Message>> {
     command.args(["--message-format", "json-render-diagnostics", "--quiet"]).stderr(Stdio::inherit());
     let lines = output(command)?;

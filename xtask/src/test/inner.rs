@@ -1,7 +1,7 @@
-//! The runner inside: each test in a process of its own, with a time limit, and nothing left of it afterwards.
+//! The test runner on the host: each test in a process of its own, with a time limit.
 //!
-//! Processes that a test starts and loses come to this process (it is their subreaper), so that none escapes by
-//! leaving its process group.
+//! A test that leaves a process or a file behind fails. This process is the subreaper of all
+//! processes that a test starts, so none escapes by leaving its process group.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -20,15 +20,15 @@ use vesta_tests::process::die_with_parent;
 use super::record::{Plan, Record, Test, Verdict, append};
 use crate::process::ScratchDir;
 
-/// What is kept of a test's output: its end.
+/// How many bytes are kept of a test's output, from its end.
 const OUTPUT_LIMIT: usize = 256 << 10;
 
-/// `test-inner PLAN RECORDS`: runs the plan, and appends to the records.
+/// `test-inner PLAN RECORDS`: runs the tests of the plan, and appends to the records.
 pub(crate) fn main(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let (plan, records) = (PathBuf::from(parser.value()?), PathBuf::from(parser.value()?));
     let plan: Plan = serde_json::from_slice(&std::fs::read(&plan)?).context("the plan")?;
     let mut records = File::options().append(true).create(true).open(&records)?;
-    // The argument only has to be there.
+    // The value does not matter.
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     for test in &plan.tests {
         append(&mut records, &Record::Started { title: test.title() })?;
@@ -41,7 +41,7 @@ pub(crate) fn main(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says how a test ended, and shows what it said where it failed.
+/// Prints how a test ended, and its output if it failed.
 pub(crate) fn show(title: &str, verdict: &Verdict, took: Duration, output: &str) {
     let took = took.as_secs_f64();
     match verdict {
@@ -56,7 +56,7 @@ pub(crate) fn show(title: &str, verdict: &Verdict, took: Duration, output: &str)
 
 fn run(test: &Test, plan: &Plan) -> Result<(Verdict, String)> {
     let scratch = ScratchDir::new()?;
-    let before = Surroundings::look()?;
+    let before = HostState::read()?;
     let (reader, writer) = std::io::pipe()?;
     let mut command = Command::new(&test.binary);
     command
@@ -70,43 +70,44 @@ fn run(test: &Test, plan: &Plan) -> Result<(Verdict, String)> {
     let mut child = die_with_parent(&mut command)
         .spawn()
         .with_context(|| format!("cannot run {}", test.binary.display()))?;
-    // It holds the pipe's other end.
+    // It holds the other end of the pipe.
     drop(command);
     let output = std::thread::spawn(move || read_end(reader));
     let ended = wait(&mut child, plan.limit)?;
-    let mut left: Vec<String> = end_all()?.into_iter().map(|name| format!("process {name}")).collect();
+    let mut left: Vec<String> =
+        kill_descendants()?.into_iter().map(|name| format!("process {name}")).collect();
     let output = output.join().expect("it does not panic");
     left.extend(files_in(scratch.path())?.into_iter().map(|name| format!("file {name}")));
     if plan.machine_is_ours {
-        left.extend(before.what_stays()?);
+        left.extend(before.leftovers()?);
     }
     let verdict = match ended {
-        None => Verdict::Failed(format!("it took longer than {} s", plan.limit.as_secs())),
+        None => Verdict::Failed(format!("timed out after {} s", plan.limit.as_secs())),
         Some(status) if status.code() == Some(IGNORED_STATUS.into()) => {
             let reason = output.lines().rev().find_map(|line| line.split_once(IGNORED_MARK));
-            Verdict::Ignored(reason.map_or("it did not say why", |(_, reason)| reason).to_owned())
+            Verdict::Ignored(reason.map_or("no reason given", |(_, reason)| reason).to_owned())
         }
         Some(status) if status.success() && !output.contains("1 passed") => {
-            Verdict::Failed("its binary did not run it".to_owned())
+            Verdict::Failed("the test binary did not run it".to_owned())
         }
         Some(status) if status.success() && !left.is_empty() => {
-            Verdict::Failed(format!("it passed and left behind: {}", left.join(", ")))
+            Verdict::Failed(format!("passed, but left behind: {}", left.join(", ")))
         }
         Some(status) if status.success() => Verdict::Passed,
         Some(status) => Verdict::Failed(match status.signal() {
-            Some(signal) => format!("signal {signal} ended it"),
+            Some(signal) => format!("killed by signal {signal}"),
             None => "see its output".to_owned(),
         }),
     };
     Ok((verdict, output))
 }
 
-/// Waits for a process's end; `None` where the time is over first.
+/// Waits for a process to end; `None` if it has not ended within the limit.
 fn wait(child: &mut Child, limit: Duration) -> Result<Option<std::process::ExitStatus>> {
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
     let limit = Timespec::try_from(limit).context("the time limit")?;
     if poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&limit))? == 0 {
-        // The whole group goes, so that nothing holds the pipe; the caller counts what is left of it.
+        // The whole group is killed, so that nothing holds the pipe; the caller kills the rest.
         kill_process_group(Pid::from_child(child), Signal::KILL)?;
         child.wait()?;
         return Ok(None);
@@ -114,10 +115,10 @@ fn wait(child: &mut Child, limit: Duration) -> Result<Option<std::process::ExitS
     Ok(Some(child.wait()?))
 }
 
-/// Ends all that descends from this process, and returns its names.
-fn end_all() -> Result<Vec<String>> {
+/// Kills all descendants of this process, and returns their names.
+fn kill_descendants() -> Result<Vec<String>> {
     let mut names = Vec::new();
-    // Ending a process hands its own children to this one: again until there are none.
+    // The children of a killed process become children of this one, so this repeats.
     loop {
         let children = children()?;
         if children.is_empty() {
@@ -125,14 +126,14 @@ fn end_all() -> Result<Vec<String>> {
         }
         for (pid, name) in children {
             names.push(name);
-            // It may have ended by itself.
+            // It may have ended.
             let _ = kill_process(pid, Signal::KILL);
             let _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
         }
     }
 }
 
-/// The processes whose parent is this one, those that have ended and were not waited for left out.
+/// The children of this process, without zombies, which are reaped.
 fn children() -> Result<Vec<(Pid, String)>> {
     let me = std::process::id();
     let mut children = Vec::new();
@@ -140,7 +141,7 @@ fn children() -> Result<Vec<(Pid, String)>> {
         let Some(pid) = entry.file_name().to_str().and_then(|name| Pid::from_raw(name.parse().ok()?)) else {
             continue;
         };
-        // It may end while we look.
+        // It may have ended.
         let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
         let Some((before, after)) = stat.rsplit_once(')') else { continue };
         let name = before.split_once('(').map_or("", |(_, name)| name);
@@ -158,7 +159,7 @@ fn children() -> Result<Vec<(Pid, String)>> {
     Ok(children)
 }
 
-/// Reads to the end, and keeps the last of it.
+/// Reads to the end, and returns the last [`OUTPUT_LIMIT`] bytes.
 fn read_end(mut from: impl Read) -> String {
     let mut kept = Vec::new();
     let mut chunk = vec![0; 64 << 10];
@@ -176,14 +177,14 @@ fn files_in(dir: &Path) -> Result<Vec<String>> {
     std::fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
 }
 
-/// How long the kernel may take to take away what nobody has any more.
-const KERNELS_TIME: Duration = Duration::from_secs(2);
+/// How long the kernel may take to release devices after a test.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What a test could leave behind on the machine.
-struct Surroundings(BTreeSet<String>);
+/// Devices, mounts and files on the machine, which a test could leave behind.
+struct HostState(BTreeSet<String>);
 
-impl Surroundings {
-    fn look() -> Result<Surroundings> {
+impl HostState {
+    fn read() -> Result<HostState> {
         let mut things = BTreeSet::new();
         for entry in std::fs::read_dir("/sys/class/net")? {
             things.insert(format!("network interface {}", entry?.file_name().to_string_lossy()));
@@ -192,7 +193,7 @@ impl Surroundings {
             things.insert(format!("mount on {}", line.split(' ').nth(1).unwrap_or_default()));
         }
         for entry in std::fs::read_dir("/sys/block")? {
-            // A loop device stays when nothing is attached to it any more.
+            // An unused loop device may remain.
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with("dm-") || entry.path().join("loop/backing_file").exists() {
@@ -202,16 +203,17 @@ impl Surroundings {
         for name in files_in(Path::new("/tmp"))?.into_iter().filter(|name| name.starts_with("vesta-")) {
             things.insert(format!("file /tmp/{name}"));
         }
-        Ok(Surroundings(things))
+        Ok(HostState(things))
     }
 
-    /// What there is beyond this. The kernel takes some things away in its own time and tells nobody: it closes a disk some while after
-    /// the process that had it in an `io_uring` has ended. So it is looked for until it is gone, or until the patience is.
-    fn what_stays(&self) -> Result<Vec<String>> {
+    /// What exists beyond this state. The kernel releases some things late: it closes a disk some
+    /// time after the process that used it in an `io_uring` has ended. So this polls until nothing
+    /// is left or the time is over.
+    fn leftovers(&self) -> Result<Vec<String>> {
         let begun = Instant::now();
         loop {
-            let left: Vec<String> = Surroundings::look()?.0.difference(&self.0).cloned().collect();
-            if left.is_empty() || begun.elapsed() > KERNELS_TIME {
+            let left: Vec<String> = HostState::read()?.0.difference(&self.0).cloned().collect();
+            if left.is_empty() || begun.elapsed() > CLEANUP_TIMEOUT {
                 return Ok(left);
             }
             std::thread::sleep(Duration::from_millis(10));

@@ -1,7 +1,7 @@
-//! What the runner inside is told to do, and what it writes down for the one outside.
+//! The test plan for the runner on the host, and the records that it writes.
 //!
-//! Records are lines of JSON, appended to a file on the shared root as things happen: whoever waits outside knows how
-//! far it came when the machine dies.
+//! Records are lines of JSON, appended to a file on the shared root file system as tests start and
+//! end. They show which test ran when the machine died.
 
 use std::fs::File;
 use std::io::Write;
@@ -23,7 +23,7 @@ pub(crate) struct Test {
 }
 
 impl Test {
-    /// How people call it.
+    /// The name that is shown and filtered.
     pub(crate) fn title(&self) -> String {
         format!("{}::{}", self.suite, self.name)
     }
@@ -33,9 +33,9 @@ impl Test {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Plan {
     pub(crate) tests: Vec<Test>,
-    /// How long one test may take.
+    /// The time limit of one test.
     pub(crate) limit: Duration,
-    /// Whether nobody else uses this machine, so that what appears on it during a test is the test's.
+    /// Whether the tests have the machine to themselves, so that anything left on it is the test's.
     pub(crate) machine_is_ours: bool,
 }
 
@@ -43,34 +43,34 @@ pub(crate) struct Plan {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Verdict {
     Passed,
-    /// Why, in a few words.
+    /// With the reason.
     Failed(String),
-    /// Why, in a few words.
+    /// With the reason.
     Ignored(String),
 }
 
-/// One line of the file.
+/// One line of the file of records.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Record {
     Started { title: String },
     Ended { title: String, verdict: Verdict, took: Duration, output: String },
 }
 
-/// Appends a record; it is in the file when this returns.
+/// Appends a record. It is in the file when this returns.
 pub(crate) fn append(file: &mut File, record: &Record) -> Result<()> {
     let mut line = serde_json::to_vec(record)?;
     line.push(b'\n');
-    file.write_all(&line).context("cannot write down a test's result")
+    file.write_all(&line).context("cannot write a test's record")
 }
 
-/// All whole records of a file, in order. A last line that a dying machine cut off does not count.
+/// All complete records of a file, in order. A last line that a dying machine cut off is skipped.
 pub(crate) fn read(path: &Path) -> Result<Vec<Record>> {
     let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let lines = text.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
-    lines.map(|line| serde_json::from_slice(line).context("a test's result")).collect()
+    lines.map(|line| serde_json::from_slice(line).context("a test's record")).collect()
 }
 
-/// The test that was started last and has not ended.
+/// The test that was running at the end of the records.
 pub(crate) fn unfinished(records: &[Record]) -> Option<&str> {
     match records.last() {
         Some(Record::Started { title }) => Some(title),
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_that_was_cut_off_does_not_count() {
+    fn a_truncated_last_record_is_skipped() {
         let dir = std::env::temp_dir().join(format!("vesta-record-{}", std::process::id()));
         std::fs::create_dir(&dir).unwrap();
         let path = dir.join("records");

@@ -1,5 +1,5 @@
-//! The whole-system tests: built once, run on the host, and followed through the records that the runner inside
-//! writes. Where the emulated host dies, another one goes on with what is left.
+//! The whole-system tests: built once, run on a host, and followed through the records that the
+//! runner on the host writes. When the emulated host dies, a new one runs the remaining tests.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -10,9 +10,10 @@ use anyhow::{Context, Result, bail};
 use vesta_tests::guest::env;
 use vesta_tests::soak;
 
+use super::build;
 use super::inner::show;
 use super::record::{Plan, Record, Test, Verdict, read, unfinished};
-use super::{Tally, build};
+use super::tally::Tally;
 use crate::apt;
 use crate::host::emulated::{Emulated, Watch};
 use crate::host::{self, Job, Kind, Outcome};
@@ -20,21 +21,21 @@ use crate::kernels;
 use crate::process::{root, say};
 use crate::python_disk;
 
-/// How long one test may take. An emulated host runs code 10 to 20 times slower.
+/// The time limit of one test. An emulated host runs code 10 to 20 times slower.
 const LIMIT_NATIVE: Duration = Duration::from_mins(1);
 const LIMIT_EMULATED: Duration = Duration::from_mins(3);
-/// The test binary whose guests have the disk with Python.
+/// The test binary whose guests use the disk with Python.
 const WITH_PYTHON: &str = "mmds";
 /// The test binary that runs the example in Rust.
 const WITH_EXAMPLE: &str = "examples";
-/// The test binary whose guests are not all Linux.
+/// The test binary that boots guests other than Linux.
 const WITH_MEMTEST: &str = "other_guests";
 /// Test binaries of this kind run natively where `/dev/kvm` opens.
 const NULL_GUESTS: &str = "null_";
-/// How often the emulated host may die before the rest is given up.
+/// How often the emulated host may die before the remaining tests fail.
 const MOST_DEATHS: usize = 8;
 
-/// Programs of the host that tests make disks and networks with.
+/// Programs on the host with which tests make disks and networks.
 const PROGRAMS: &[(&str, &str)] = &[
     ("mke2fs", "e2fsprogs"),
     ("losetup", "mount"),
@@ -46,7 +47,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("passt", "passt"),
 ];
 
-/// What the harness is told: the monitor, the kernels and busybox.
+/// Environment variables for the tests: the monitor, the kernels and busybox.
 fn guest_environment(vmm: PathBuf) -> Result<Vec<(OsString, OsString)>> {
     let mut variables = vec![
         (env::VMM, vmm),
@@ -58,7 +59,7 @@ fn guest_environment(vmm: PathBuf) -> Result<Vec<(OsString, OsString)>> {
     Ok(variables.into_iter().map(|(name, path)| (name.into(), path.into())).collect())
 }
 
-/// Runs them.
+/// Runs the whole-system tests whose name contains the filter.
 pub(super) fn run(filter: &str) -> Result<Tally> {
     let (tests, others): (Vec<_>, Vec<_>) =
         build::system_tests()?.into_iter().partition(|test| test.title().contains(filter));
@@ -69,7 +70,7 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     apt::ensure(PROGRAMS)?;
     let mut job = Job::here(vec![])?;
     root().clone_into(&mut job.cwd);
-    // A monitor that is given is taken as it is: a build of another profile, say.
+    // `VESTA_VMM` may name another monitor, such as a build of another profile.
     let vmm = std::env::var_os(env::VMM).map_or_else(|| build::vmm(false), |path| Ok(path.into()))?;
     job.env.extend(guest_environment(vmm)?);
     job.env.push((env::RUNNER.into(), "1".into()));
@@ -91,16 +92,16 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     let (native, elsewhere) = if kvm_opens { (null, linux) } else { (vec![], [null, linux].concat()) };
     if !native.is_empty() {
         say!("whole-system tests with null guests: {} on this machine", native.len());
-        tally.add(Run::new(Kind::Native, &job)?.all(native)?);
+        tally.add(Run::new(Kind::Native, &job)?.run_all(native)?);
     }
     if !elsewhere.is_empty() {
         say!("whole-system tests: {} on {kind}: {why}", elsewhere.len());
-        tally.add(Run::new(kind, &job)?.all(elsewhere)?);
+        tally.add(Run::new(kind, &job)?.run_all(elsewhere)?);
     }
     Ok(tally)
 }
 
-/// One list of tests on one kind of host.
+/// The running of some tests on one kind of host.
 struct Run<'a> {
     kind: Kind,
     job: &'a Job,
@@ -115,7 +116,7 @@ impl Run<'_> {
             Kind::Native => LIMIT_NATIVE,
             Kind::Emulated => LIMIT_EMULATED,
         };
-        // Beside the binaries: a place that the emulated host shares.
+        // Beside the binaries, in a directory that the emulated host shares.
         let program = std::env::current_exe()?;
         let dir = program.parent().context("this program is in no directory")?.join("system-tests");
         std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
@@ -123,23 +124,22 @@ impl Run<'_> {
         Ok(Run { kind, job, emulated: Emulated::default(), limit, dir })
     }
 
-    /// Runs all of them, however many hosts that takes.
-    fn all(mut self, mut tests: Vec<Test>) -> Result<Tally> {
+    /// Runs all tests, with a new host after each death of one.
+    fn run_all(mut self, mut tests: Vec<Test>) -> Result<Tally> {
         let mut tally = Tally::default();
         let mut suspects = BTreeSet::new();
         let mut deaths = 0;
         while !tests.is_empty() {
-            let (records, outcome) = self.some(&tests)?;
+            let (records, outcome) = self.run_on_host(&tests)?;
             for record in &records {
                 if let Record::Ended { title, verdict, .. } = record {
-                    count(&mut tally, title, verdict);
+                    tally.count(title, verdict);
                     tests.retain(|test| test.title() != *title);
                 }
             }
             if tests.is_empty() {
                 break;
             }
-            // Says what happened on standard error.
             outcome.report();
             if matches!(outcome, Outcome::Exited(_) | Outcome::Signaled(_)) {
                 bail!("the runner ended with {} tests left", tests.len());
@@ -149,26 +149,26 @@ impl Run<'_> {
                 if suspects.insert(title.clone()) {
                     tally.notes.push(format!("the host died during {title}: it was run again"));
                 } else {
-                    let verdict = Verdict::Failed("the host died during it, twice".to_owned());
+                    let verdict = Verdict::Failed("the host died twice during it".to_owned());
                     show(&title, &verdict, Duration::ZERO, "");
-                    count(&mut tally, &title, &verdict);
+                    tally.count(&title, &verdict);
                     tests.retain(|test| test.title() != title);
                 }
             }
             if deaths > MOST_DEATHS {
                 for test in &tests {
                     let verdict = Verdict::Failed("not run: too many hosts died".to_owned());
-                    count(&mut tally, &test.title(), &verdict);
+                    tally.count(&test.title(), &verdict);
                 }
                 break;
             }
-            say!("going on with {} tests on a new host", tests.len());
+            say!("running {} remaining tests on a new host", tests.len());
         }
         Ok(tally)
     }
 
-    /// Runs them on one host, as far as it comes.
-    fn some(&mut self, tests: &[Test]) -> Result<(Vec<Record>, Outcome)> {
+    /// Runs tests on one host, until they or the host end.
+    fn run_on_host(&mut self, tests: &[Test]) -> Result<(Vec<Record>, Outcome)> {
         let (plan, records) = (self.dir.join("plan"), self.dir.join("records"));
         std::fs::write(&records, "")?;
         let machine_is_ours = self.kind == Kind::Emulated;
@@ -177,7 +177,7 @@ impl Run<'_> {
         std::fs::write(&plan, content)?;
         let mut job = self.job.clone();
         job.argv = inner(&plan, &records)?;
-        // Each test has its own limit, and a machine that writes nothing for longer than that hangs.
+        // Each test has a time limit; a machine that writes no record for longer than that hangs.
         self.emulated.timeout = (self.limit + Duration::from_secs(10)) * u32::try_from(tests.len() + 1)?;
         self.emulated.watch =
             Some(Watch { file: records.clone(), quiet: self.limit + Duration::from_mins(1) });
@@ -188,18 +188,4 @@ impl Run<'_> {
 
 fn inner(plan: &Path, records: &Path) -> Result<Vec<OsString>> {
     Ok(vec![std::env::current_exe()?.into(), "test-inner".into(), plan.into(), records.into()])
-}
-
-fn count(tally: &mut Tally, title: &str, verdict: &Verdict) {
-    match verdict {
-        Verdict::Passed => tally.passed += 1,
-        Verdict::Failed(reason) => {
-            tally.failed += 1;
-            tally.notes.push(format!("failed: {title}: {reason}"));
-        }
-        Verdict::Ignored(reason) => {
-            tally.ignored += 1;
-            tally.notes.push(format!("ignored: {title}: {reason}"));
-        }
-    }
 }

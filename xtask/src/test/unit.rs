@@ -5,13 +5,13 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
-use super::Tally;
+use super::tally::Tally;
 use crate::process::{cargo, output, say};
 
-/// All but the whole-system tests.
+/// The nextest filter for all tests but the whole-system tests.
 const SELECTION: &str = "not (package(vesta-tests) and kind(test))";
 
-/// Runs them.
+/// Runs the unit tests and documentation tests whose name contains the filter.
 pub(super) fn run(filter: &str) -> Result<Tally> {
     let mut tally = if nextest_is_there() { nextest(filter)? } else { cargo_test(filter)? };
     say!("documentation tests: cargo test --doc");
@@ -19,7 +19,7 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     Ok(tally)
 }
 
-/// Whether cargo-nextest is installed; tries to install it where it is not.
+/// Whether cargo-nextest is installed; tries to install it if it is missing.
 fn nextest_is_there() -> bool {
     let version = || output(cargo().args(["nextest", "--version"])).is_ok();
     if version() {
@@ -33,7 +33,7 @@ fn nextest_is_there() -> bool {
         .status();
     let installed = status.is_ok_and(|status| status.success()) && version();
     if !installed {
-        say!("cargo-nextest could not be installed: the unit tests run under plain cargo test");
+        say!("cargo-nextest cannot be installed; the unit tests run under cargo test");
     }
     installed
 }
@@ -95,7 +95,7 @@ fn libtest(command: &mut Command) -> Result<Tally> {
     Ok(check(tally, success))
 }
 
-/// A run that failed without a failed test counts as one: it did not compile, or did not run.
+/// A run that failed without a failed test counts as one failure: the tests did not compile or run.
 fn check(mut tally: Tally, success: bool) -> Tally {
     if !success && tally.failed == 0 {
         tally.add(Tally::failure("failed: unit tests did not build or did not run".to_owned()));
@@ -103,7 +103,7 @@ fn check(mut tally: Tally, success: bool) -> Tally {
     tally
 }
 
-/// `Summary [   0.014s] 5 tests run: 3 passed (1 slow), 1 failed, 1 timed out, 2 skipped`
+/// Parses `Summary [   0.014s] 5 tests run: 3 passed (1 slow), 1 failed, 1 timed out, 2 skipped`.
 fn nextest_summary(line: &str) -> Tally {
     let counts = line.split_once("run:").map_or("", |(_, counts)| counts);
     Tally {
@@ -123,7 +123,7 @@ fn count(text: &str, word: &str) -> usize {
     pair.and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
 }
 
-/// Runs a command whose one piped stream is passed on line by line, and kept.
+/// Runs a command, and prints and returns the lines of its one piped stream.
 fn watch(command: &mut Command) -> Result<(Vec<String>, bool)> {
     let mut child = command.stdin(Stdio::null()).spawn().context("cannot run cargo")?;
     let mut lines = Vec::new();
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_summary_of_nextest_is_counted() {
+    fn the_summary_of_nextest_is_parsed() {
         let line =
             "     Summary [   0.014s] 7 tests run: 4 passed (1 slow), 2 failed, 1 timed out, 9 skipped";
         let tally = nextest_summary(line);

@@ -39,7 +39,7 @@ pub use channel::{ReplyTo, Request, Requests};
 pub use limits::Limits;
 pub use replay::{Replayed, replay};
 pub use routes::{RouteError, Routed, route};
-pub use socket_file::{BindError, ExistingFile};
+pub use socket_file::{BindError, Occupant};
 use socket_file::{SocketFile, SocketType};
 
 /// The thread's name. Tools look for it.

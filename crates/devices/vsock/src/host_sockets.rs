@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use crate::listener::{Listener, socket_type};
+use crate::listener::{Listener, connect_to};
 use crate::packet::SocketKind;
 
 /// The sockets of a device. The default has none: host clients cannot connect, and all connections
@@ -28,7 +28,7 @@ impl HostSockets {
     pub(crate) fn connect(&self, port: u32, kind: SocketKind) -> Result<OwnedFd, Errno> {
         let mut path = OsString::from(self.path.as_ref().ok_or(Errno::NOENT)?);
         path.push(format!("_{port}"));
-        socket_file::connect_to(Path::new(&path), socket_type(kind))
+        connect_to(Path::new(&path), kind)
     }
 }
 

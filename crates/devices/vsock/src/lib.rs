@@ -99,11 +99,11 @@ mod timers;
 mod to_guest;
 mod tx_buf;
 
+pub use ::socket_file::{BindError, MAX_PATH_LEN, Occupant, SocketFile};
 pub use device::{Vsock, VsockControl};
 pub use host_sockets::HostSockets;
 pub use listener::{Listener, check_socket_path};
 pub use packet::SocketKind;
-pub use socket_file::{BindError, ExistingFile, MAX_PATH_LEN, SocketFile};
 pub use state::VsockState;
 pub use stats::VsockStats;
 pub use table::{MAX_BUFFERED, MAX_CONNECTIONS};

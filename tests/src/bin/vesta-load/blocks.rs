@@ -1,12 +1,12 @@
-//! Memory that `O_DIRECT` takes, and where in a file to put it.
+//! Buffers for `O_DIRECT`, and the offsets of transfers.
 
 use anyhow::{Result, bail};
 use vesta_tests::load::Workload;
 
-/// What `O_DIRECT` asks of any disk's memory is met by a page.
+/// A page: enough for `O_DIRECT` on any disk.
 const ALIGNMENT: usize = 4096;
 
-/// One transfer's memory; it begins at a page.
+/// The buffer of one transfer, aligned to a page.
 pub(crate) struct Block {
     memory: Vec<u8>,
     from: usize,
@@ -16,7 +16,7 @@ pub(crate) struct Block {
 impl Block {
     pub(crate) fn new(len: u32) -> Block {
         let len = len as usize;
-        // Not zeros: a host may know how to store those without writing anything.
+        // Not zeros, which a host may store without writing anything.
         let memory = vec![0x5a; len + ALIGNMENT];
         let from = memory.as_ptr().align_offset(ALIGNMENT);
         Block { memory, from, len }
@@ -40,19 +40,19 @@ pub(crate) struct Places {
 }
 
 impl Places {
-    /// Places in the first `size` bytes.
+    /// Offsets in the first `size` bytes.
     pub(crate) fn new(size: u64, workload: Workload) -> Result<Places> {
         let block = u64::from(workload.block);
         let count = size / block;
         if count == 0 {
-            bail!("it has {size} bytes, less than one transfer of {block}");
+            bail!("disk has {size} bytes; at least one transfer of {block}");
         }
         Ok(Places { count, block, random: workload.random, next: 0x2545_f491_4f6c_dd1d })
     }
 
     pub(crate) fn next(&mut self) -> u64 {
         if self.random {
-            // xorshift: as good as it needs to be, and no system call.
+            // xorshift: random enough, and without a system call.
             self.next ^= self.next << 13;
             self.next ^= self.next >> 7;
             self.next ^= self.next << 17;

@@ -1,12 +1,13 @@
-//! `vesta-load`: keeps a disk busy, and says how fast it was.
+//! `vesta-load`: puts load on a disk, and reports its speed.
 //!
 //! ```text
 //! vesta-load [--direct] [--seconds S] [--region BYTES] LABEL=FILE... WORKLOAD...
 //! ```
 //!
-//! Each workload on each file, one after the other; see [`vesta_tests::load`] for what they are and what is said. Files are
-//! overwritten. Small and static, so that a guest's initial RAM disk holds it; the same program runs on the host. One transfer
-//! at a time is a plain system call, several go through `io_uring`.
+//! Runs each workload on each file, one after the other; [`vesta_tests::load`] describes workloads
+//! and reports. Files are overwritten. The program is small and static, so that it fits into a
+//! guest's initramfs; it also runs on the host. One transfer at a time is a plain system call,
+//! several go through `io_uring`.
 
 #![deny(unsafe_code)]
 
@@ -24,7 +25,7 @@ use vesta_tests::load::{Direction, PAUSE, Report, Workload, begin_line, end_line
 
 use blocks::{Block, Places};
 
-/// What to do.
+/// What the command line asks for.
 struct Job {
     direct: bool,
     time: Duration,
@@ -82,7 +83,7 @@ fn run(job: &Job, path: &std::path::Path, workload: Workload) -> Result<Report> 
         .write(write)
         .custom_flags(flags.bits().cast_signed())
         .open(path)
-        .context("cannot open it")?;
+        .context("cannot open")?;
     let size = rustix::fs::seek(&file, SeekFrom::End(0))?;
     let places = Places::new(size.min(job.region.unwrap_or(u64::MAX)), workload)?;
     if workload.depth == 1 {
@@ -104,7 +105,11 @@ fn one_at_a_time(file: &File, workload: Workload, mut places: Places, time: Dura
             Direction::Write => rustix::io::pwrite(file, block.bytes(), offset)?,
         };
         if moved != workload.block as usize {
-            bail!("{moved} bytes were moved at {offset}, not {}", workload.block);
+            bail!("transfer at {offset}: {moved} bytes of {}", workload.block);
+        }
+        let done = took.len() as u64 + 1;
+        if workload.flush.is_some_and(|writes| done.is_multiple_of(writes.into())) {
+            rustix::fs::fdatasync(file)?;
         }
         let now = Instant::now();
         took.push(u64::try_from((now - before).as_nanos())?);

@@ -1,8 +1,8 @@
 //! Several transfers at a time, through `io_uring`.
 //!
-//! # Where unsafe is
+//! # Unsafe code
 //!
-//! Here only: a submission carries the address of a block, which stays where it is until the ring is gone.
+//! A submission carries the address of a block, which is not moved or freed before the ring.
 #![expect(unsafe_code, reason = "a submission carries the address of a block")]
 
 use std::fs::File;
@@ -42,8 +42,9 @@ pub(crate) fn several_at_a_time(
                     opcode::Write::new(fd, block.as_ptr(), workload.block).offset(offset).build()
                 }
             };
-            // SAFETY: the block is on the heap and is not freed before the ring is; nobody looks at its bytes, and it is used again only
-            // when its transfer is over. The loop ends, and with it the ring, when nothing is in flight, or the process does.
+            // SAFETY: the block is on the heap and is freed after the ring. Its bytes are not
+            // accessed, and it is reused only after its transfer. The loop, and with it the ring,
+            // ends when nothing is in flight, or the process exits.
             unsafe { ring.submission().push(&entry.user_data(slot.into())) }?;
             in_flight += 1;
         }
@@ -54,8 +55,8 @@ pub(crate) fn several_at_a_time(
         for completion in ring.completion() {
             let result = completion.result();
             if result < 0 || result.cast_unsigned() != workload.block {
-                // The kernel may still write to blocks: nothing is freed on the way out.
-                eprintln!("vesta-load: a transfer of {} bytes gave {result}", workload.block);
+                // The kernel may still write to blocks, so nothing is freed.
+                eprintln!("vesta-load: transfer of {} bytes: result {result}", workload.block);
                 std::process::exit(1);
             }
             free.push(completion.user_data() as u32);
@@ -65,7 +66,7 @@ pub(crate) fn several_at_a_time(
         over = begun.elapsed() >= time;
     }
     if ops == 0 {
-        bail!("no transfer was done");
+        bail!("no transfer completed");
     }
     Ok(Report { ops, nanos: u64::try_from(begun.elapsed().as_nanos())?, median_ns: None, p99_ns: None })
 }

@@ -1,38 +1,36 @@
-//! Who takes part, and how each is started.
+//! The contestants of `bench io`, and how each is started.
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use vesta_tests::guest::{BOOT_ARGS, Guest, start};
-use vesta_tests::initramfs::Initramfs;
-use vesta_tests::modules::Modules;
+use vesta_tests::guest::start;
 use vesta_tests::vmm::{Vmm, VmmBuilder};
 
-use super::super::{Monitor, qemu};
+use super::super::monitor::Monitor;
+use super::super::qemu;
 use super::disks::{Disk, SLOW};
-use super::sample::{PATIENCE, Setup};
-
-/// What the guest is made of.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct GuestParts {
-    pub(super) kernel: PathBuf,
-    pub(super) modules: Option<PathBuf>,
-    pub(super) busybox: PathBuf,
-    /// The load generator.
-    pub(super) load: PathBuf,
-}
+use super::setup::{Setup, TIMEOUT};
 
 /// `io_engine` of a drive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Engine {
+    #[default]
     Async,
     Sync,
 }
 
-/// One who takes part.
+/// The configuration of the drives of a monitor with Firecracker's API.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Drive {
+    pub(super) engine: Engine,
+    /// `cache_type` is `Writeback`: the guest can flush.
+    pub(super) writeback: bool,
+    pub(super) overlay: bool,
+}
+
+/// One row of the tables: a monitor with one configuration of its disks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Contestant {
     pub(super) name: String,
@@ -42,10 +40,10 @@ pub(super) struct Contestant {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 enum Kind {
-    /// The load generator on the host itself.
+    /// The load generator on the host, without a guest.
     Raw,
     /// A monitor with Firecracker's API.
-    Api { engine: Engine, overlay: bool, pci: bool, peer: bool },
+    Api { drive: Drive, pci: bool, peer: bool },
     /// QEMU's `microvm`, with `io_uring` and an iothread.
     Qemu,
 }
@@ -55,10 +53,11 @@ impl Contestant {
         Contestant { name: RAW.to_owned(), path: load.to_owned(), kind: Kind::Raw }
     }
 
-    pub(super) fn api(monitor: &Monitor, engine: Engine, overlay: bool, pci: bool) -> Contestant {
-        let more = [(overlay, ", overlay"), (pci, ", PCI")].map(|(with, text)| if with { text } else { "" });
-        let name = format!("{}, {engine:?}{}", monitor.name, more.concat());
-        let kind = Kind::Api { engine, overlay, pci, peer: monitor.peer };
+    pub(super) fn api(monitor: &Monitor, drive: Drive, pci: bool) -> Contestant {
+        let more = [(drive.writeback, ", Writeback"), (drive.overlay, ", overlay"), (pci, ", PCI")]
+            .map(|(with, text)| if with { text } else { "" });
+        let name = format!("{}, {:?}{}", monitor.name, drive.engine, more.concat());
+        let kind = Kind::Api { drive, pci, peer: monitor.peer };
         Contestant { name, path: monitor.path.clone(), kind }
     }
 
@@ -66,17 +65,18 @@ impl Contestant {
         Contestant { name: QEMU.to_owned(), path: path.to_owned(), kind: Kind::Qemu }
     }
 
-    /// Whether it may turn out that it cannot do what is asked.
+    /// Whether a failure leaves it out instead of ending the benchmark.
     pub(super) fn is_peer(&self) -> bool {
         matches!(self.kind, Kind::Api { peer: true, .. })
     }
 
-    /// Whether it is measured on that disk. Overlays are files, whatever they lie on: one kind of disk says it all.
+    /// Whether it is measured on that disk. Overlays are files whatever their base is, so they are
+    /// measured on one disk only.
     pub(super) fn uses(&self, disk: &Disk) -> bool {
-        disk.label != SLOW || !matches!(self.kind, Kind::Api { overlay: true, .. })
+        disk.label != SLOW || !matches!(self.kind, Kind::Api { drive: Drive { overlay: true, .. }, .. })
     }
 
-    /// Starts it with the disks; the load generator runs as soon as it can.
+    /// Starts it with the disks. The load generator starts by itself.
     pub(super) fn start(&self, setup: &Setup<'_>) -> Result<Vmm> {
         let builder = VmmBuilder::new(&self.path)?.quiet();
         match self.kind {
@@ -87,10 +87,10 @@ impl Contestant {
     }
 
     fn start_api(&self, builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {
-        let Kind::Api { engine, overlay, pci, .. } = self.kind else { bail!("{} has no API", self.name) };
+        let Kind::Api { drive, pci, .. } = self.kind else { bail!("{} has no API", self.name) };
         let builder = builder.with_api();
         let vmm = if pci { builder.arg("--enable-pci") } else { builder }.spawn()?;
-        let mut api = vmm.ready_client(PATIENCE)?;
+        let mut api = vmm.ready_client(TIMEOUT)?;
         setup.guest.put(&mut api)?;
         for disk in setup.disks.list().iter().filter(|disk| self.uses(disk)) {
             let mut body = json!({
@@ -98,11 +98,12 @@ impl Contestant {
                 "path_on_host": disk.path,
                 "is_root_device": false,
                 "is_read_only": false,
-                "io_engine": format!("{engine:?}"),
+                "io_engine": format!("{:?}", drive.engine),
+                "cache_type": if drive.writeback { "Writeback" } else { "Unsafe" },
             });
-            if overlay {
+            if drive.overlay {
                 let path = setup.disks.dir().join("overlay");
-                // That of the round before.
+                // The overlay of the round before.
                 let _ = std::fs::remove_file(&path);
                 body["overlay"] = json!({ "path": path });
             }
@@ -113,39 +114,10 @@ impl Contestant {
     }
 }
 
-/// What the others are compared with.
+/// The name of the monitor that ratios are relative to.
 pub(super) const QEMU: &str = "QEMU microvm";
-/// The host's own way to the disk.
+/// The name of the measurement on the host.
 pub(super) const RAW: &str = "no guest";
-
-/// The guest: it finds its disks by their sizes.
-pub(super) fn guest(
-    parts: &GuestParts,
-    setup: &[(String, u64)],
-    load_args: &str,
-    dir: &Path,
-) -> Result<Guest> {
-    let mut disk = Initramfs::new(&parts.busybox)?;
-    if let Some(modules) = &parts.modules {
-        disk.modules(&Modules::new(modules), &["virtio_mmio", "virtio_pci", "virtio_blk"])?;
-    }
-    let load = std::fs::read(&parts.load).with_context(|| parts.load.display().to_string())?;
-    disk.file("bin/vesta-load", 0o755, &load);
-    let mut cases = String::new();
-    for (label, bytes) in setup {
-        // Infallible: it writes to a String.
-        let _ = write!(cases, "{}) disks=\"$disks {label}=/dev/${{d##*/}}\" ;; ", bytes / 512);
-    }
-    let script = format!(
-        "for d in /sys/block/vd*; do case $(cat $d/size) in {cases} esac; done\n\
-         vesta-load --direct {load_args} $disks || echo vesta-load: failed\nsleep 1000"
-    );
-    let initrd = dir.join("initramfs");
-    std::fs::write(&initrd, disk.finish(&script))?;
-    let mut guest = Guest::bare(&parts.kernel).boot_args(BOOT_ARGS);
-    guest.initrd = Some(initrd);
-    Ok(guest)
-}
 
 fn start_qemu(builder: VmmBuilder, setup: &Setup<'_>) -> Result<Vmm> {
     let mut args = vec!["-object".to_owned(), "iothread,id=io0".to_owned()];

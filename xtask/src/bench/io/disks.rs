@@ -1,10 +1,11 @@
-//! The disks that are measured, as the host has them.
+//! The disks that are measured, as the host sees them.
 //!
-//! - `file`: a file that is wholly in the page cache, so that the way to it is measured and nothing else. On an emulated host it is on
-//!   ext4 on a disk in memory, because the root file system there (FUSE) and tmpfs answer `io_uring` through threads only.
-//! - `slow`: the kernel's `null_blk` with a delay for each transfer, where this user may make one: what many in flight at once are
-//!   good for.
-//! - or, instead of both, the one that was named with `--disk`.
+//! - `file`: a file that is wholly in the page cache, so that only the path to it is measured. On
+//!   an emulated host it is on ext4 on a disk in memory, because the root file system there (FUSE)
+//!   and tmpfs serve `io_uring` through threads only.
+//! - `slow`: the kernel's `null_blk` with a delay for each transfer, where this user may make one.
+//!   It shows the effect of many requests in flight.
+//! - With `--disk`, that file or device instead of both.
 
 use std::any::Any;
 use std::fs::File;
@@ -20,14 +21,14 @@ use serde::{Deserialize, Serialize};
 use crate::process::{ScratchDir, run, say};
 
 const FILE_BYTES: u64 = 128 << 20;
-/// So large that random places are hardly ever in the page cache.
+/// Large enough that random sectors are hardly ever in the page cache.
 const SLOW_MIB: u64 = 64 << 10;
 /// Where the kernel makes `null_blk` devices.
 const CONFIGFS: &str = "/sys/kernel/config";
 /// Labels of disks.
 const FILE: &str = "file";
 pub(super) const SLOW: &str = "slow";
-/// What ours are called.
+/// The beginning of our devices' names.
 const PREFIX: &str = "vesta-bench";
 
 /// Which disks to make.
@@ -39,22 +40,22 @@ pub(super) struct DiskPlan {
     pub(super) dir: PathBuf,
 }
 
-/// One of them. Guests find it by its size.
+/// One disk. Guests find it by its size.
 #[derive(Debug, Clone)]
 pub(super) struct Disk {
     pub(super) label: String,
     pub(super) path: PathBuf,
     pub(super) bytes: u64,
-    /// In words, for the table.
+    /// Its description, for the table.
     pub(super) what: String,
 }
 
-/// All of them. Gone when this is dropped.
+/// All disks. They are removed when this is dropped.
 pub(super) struct Disks {
     list: Vec<Disk>,
     /// A directory on the same file system as the file, for overlays.
     dir: PathBuf,
-    /// What has to go again, in this order.
+    /// What dropping removes, in this order.
     held: Vec<Box<dyn Any>>,
     scratch: ScratchDir,
 }
@@ -71,7 +72,7 @@ impl Disks {
         }
         let mut place = "the build directory's file system";
         if plan.emulated {
-            // Its kernel has these, and has nothing mounted.
+            // Its kernel has these file systems and does not mount them.
             mount_at("configfs", Path::new(CONFIGFS))?;
             mount_at("debugfs", Path::new("/sys/kernel/debug"))?;
             let memory = NullDisk::make("memory", &[("size", "512"), ("memory_backed", "1")])?;
@@ -89,7 +90,7 @@ impl Disks {
         disks.held.push(Box::new(Remove(path.clone())));
         let what = format!("a file of {} MiB in the page cache ({place})", FILE_BYTES >> 20);
         disks.list.push(Disk { label: FILE.to_owned(), path, bytes: FILE_BYTES, what });
-        // As an NVMe disk; where processors are emulated, slower in proportion.
+        // Like an NVMe disk; slower in proportion where processors are emulated.
         let micros = if plan.emulated { 1000 } else { 80 };
         match slow_disk(micros) {
             Ok(slow) => {
@@ -108,12 +109,12 @@ impl Disks {
         &self.list
     }
 
-    /// Where overlays can be.
+    /// The directory for overlays.
     pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Lets the page cache forget what it knows of disks that are not to be in it.
+    /// Drops the pages of all disks but `file` from the page cache.
     pub(super) fn forget(&self) -> Result<()> {
         for disk in self.list.iter().filter(|disk| disk.label != FILE) {
             let file = File::options().read(true).write(true).open(&disk.path)?;
@@ -172,7 +173,7 @@ impl Drop for Remove {
     }
 }
 
-/// A `null_blk` device, taken away when this is dropped.
+/// A `null_blk` device, removed when this is dropped.
 struct NullDisk {
     config: PathBuf,
     node: PathBuf,
@@ -193,7 +194,7 @@ impl NullDisk {
         }
         let index = std::fs::read_to_string(disk.config.join("index"))?;
         disk.node = format!("/dev/nullb{}", index.trim()).into();
-        // Newer kernels name it as it was made.
+        // Newer kernels use the name of its configfs directory.
         let named = Path::new("/dev").join(format!("{PREFIX}-{name}"));
         if named.exists() {
             disk.node = named;

@@ -1,4 +1,4 @@
-//! The tables.
+//! The tables of `bench io`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,14 +10,14 @@ use super::contestant::{Contestant, QEMU};
 use super::disks::Disk;
 use super::sample::{Sample, Samples};
 
-/// All that was measured.
+/// All measurements.
 pub(super) struct Results {
     contestants: Vec<Contestant>,
-    /// By contestant, then disk and workload: one sample for each round.
+    /// For each contestant, by disk and workload: one sample for each round.
     samples: Vec<BTreeMap<(String, String), Vec<Sample>>>,
 }
 
-/// What a table shows of a sample.
+/// The figure of a sample that a table shows.
 type Figure = fn(Workload, &Sample) -> Option<f64>;
 
 impl Results {
@@ -47,10 +47,10 @@ impl Results {
         for disk in disks {
             let _ = writeln!(text, "### On {}\n", disk.what);
             text += &self.table(disk, workloads, title, speed);
-            let _ = writeln!(text, "\nHost CPU for each transfer beside the vCPU, us:\n");
+            let _ = writeln!(text, "\nHost CPU for each transfer, without the vCPU, us:\n");
             text += &self
                 .table(disk, workloads, short_title, |_, sample| Some(micros_each(sample, sample.other_ns)));
-            let _ = writeln!(text, "\nHost CPU for each transfer, the vCPU with its guest included, us:\n");
+            let _ = writeln!(text, "\nHost CPU for each transfer, with the vCPU and its guest, us:\n");
             let all =
                 |_: Workload, sample: &Sample| Some(micros_each(sample, sample.other_ns + sample.vcpu_ns));
             text += &self.table(disk, workloads, short_title, all);
@@ -86,13 +86,14 @@ impl Results {
         markdown(&titles, &rows)
     }
 
-    /// How many times as fast as QEMU, and at how many times its cost: medians of the ratios within each round.
+    /// Speed and cost relative to QEMU: medians of the ratios within each round.
     fn ratios(&self, disk: &Disk, workloads: &[Workload]) -> String {
         let Some(qemu) = self.contestants.iter().position(|contestant| contestant.name == QEMU) else {
             return String::new();
         };
         let mut text = format!(
-            "\nBeside {QEMU}, round by round: how many times as fast / at how many times the host CPU beside the vCPU:\n\n| | {} |\n|---|{}\n",
+            "\nRelative to {QEMU}, within each round: speed / host CPU without the vCPU:\n\n\
+             | | {} |\n|---|{}\n",
             workloads.iter().map(|&workload| short_title(workload)).collect::<Vec<_>>().join(" | "),
             "---:|".repeat(workloads.len())
         );
@@ -120,7 +121,7 @@ impl Results {
     }
 }
 
-/// What KVM counts, where it tells.
+/// Figures from KVM's counters, where the host shows them.
 const KVM_FIGURES: [(&str, Figure); 2] = [
     ("Exits from the guest", |_, sample| Some(float(sample.kvm?.exits) / float(sample.report.ops))),
     ("Interrupts to the guest", |_, sample| Some(float(sample.kvm?.interrupts) / float(sample.report.ops))),
@@ -136,21 +137,22 @@ fn series(
     of_workload.into_iter().flatten().filter_map(|sample| figure(workload, sample)).collect()
 }
 
-/// One at a time: the time each takes. Small ones: how many in a second. Large ones: how many MiB in a second.
+/// The speed in the workload's unit: latency for a depth of one without flushes, else transfers per
+/// second, or MiB per second for large blocks.
 fn speed(workload: Workload, sample: &Sample) -> Option<f64> {
-    if workload.depth == 1 {
+    if workload.depth == 1 && workload.flush.is_none() {
         return sample.report.median_ns.map(|nanos| float(nanos) / 1e3);
     }
     let large = workload.block >= LARGE;
     Some(per_second(sample) * if large { f64::from(workload.block) / f64::from(1 << 20) } else { 1.0 })
 }
 
-/// From here on bytes matter more than transfers.
+/// Workloads with blocks of this size or more are measured in MiB per second.
 const LARGE: u32 = 64 << 10;
 
 fn title(workload: Workload) -> String {
     let unit = match workload {
-        Workload { depth: 1, .. } => "us",
+        Workload { depth: 1, flush: None, .. } => "us",
         Workload { block: LARGE.., .. } => "MiB/s",
         _ => "IOPS",
     };
@@ -162,7 +164,8 @@ fn short_title(workload: Workload) -> String {
         Direction::Read => "read",
         Direction::Write => "write",
     };
-    format!("{} KiB {direction}, QD{}", workload.block / 1024, workload.depth)
+    let flush = workload.flush.map_or_else(String::new, |writes| format!(", flush after {writes}"));
+    format!("{} KiB {direction}, QD{}{flush}", workload.block / 1024, workload.depth)
 }
 
 fn per_second(sample: &Sample) -> f64 {
@@ -185,12 +188,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_workload_is_told_in_its_own_unit() {
+    fn each_workload_has_its_own_unit() {
         let report = Report { ops: 2000, nanos: 500_000_000, median_ns: Some(7500), p99_ns: None };
         let sample = Sample { report, vcpu_ns: 0, other_ns: 3_000_000, kvm: None };
         for (workload, unit, value) in [
             ("randread:4096:1", "us", 7.5),
             ("randwrite:4096:32", "IOPS", 4000.0),
+            ("randwrite:4096:1:64", "IOPS", 4000.0),
             ("read:131072:4", "MiB/s", 500.0),
         ] {
             let workload: Workload = workload.parse().unwrap();

@@ -1,39 +1,23 @@
-//! One turn of one contestant, measured from outside: what its guest says, and what the host's counters say meanwhile.
+//! One measurement of one contestant: what its guest reports, and the host's counters meanwhile.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
-use vesta_tests::guest::Guest;
+use anyhow::Result;
 use vesta_tests::load::{self, Report, Workload};
 
-use super::contestant::{Contestant, GuestParts, guest};
-use super::disks::Disks;
-use crate::process::ScratchDir;
-
-/// Longest wait for a guest or a workload, beside the workload's own time.
-pub(super) const PATIENCE: Duration = Duration::from_mins(1);
-
-/// What all contestants have alike.
-pub(super) struct Setup<'a> {
-    pub(super) guest: Guest,
-    pub(super) disks: &'a Disks,
-    /// The load generator's arguments on the host.
-    pub(super) load_args: Vec<String>,
-    workloads: &'a [Workload],
-    time: Duration,
-    _scratch: ScratchDir,
-}
+use super::super::cpu_time::{ThreadTime, thread_times};
+use super::contestant::Contestant;
+use super::setup::{Setup, TIMEOUT};
 
 /// One workload on one disk.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sample {
     pub(super) report: Report,
-    /// Nanoseconds of processor time of vCPU threads, and of all others.
+    /// Processor time of vCPU threads and of all other threads, in nanoseconds.
     pub(super) vcpu_ns: u64,
     pub(super) other_ns: u64,
-    /// Exits from the guest, interrupts to it, and its halts, where the host tells.
+    /// KVM's counters, where the host shows them.
     pub(super) kvm: Option<KvmCounts>,
 }
 
@@ -45,38 +29,18 @@ pub(super) struct KvmCounts {
     pub(super) halts: u64,
 }
 
-/// The samples of one turn, by disk and workload.
+/// The samples of one contestant in one round, by disk and workload.
 pub(super) type Samples = Vec<(String, Workload, Sample)>;
 
-impl<'a> Setup<'a> {
-    pub(super) fn new(
-        parts: &GuestParts,
-        disks: &'a Disks,
-        workloads: &'a [Workload],
-        seconds: f64,
-    ) -> Result<Self> {
-        let scratch = ScratchDir::new()?;
-        let list: Vec<String> = workloads.iter().map(Workload::to_string).collect();
-        let args = format!("--seconds {seconds} {}", list.join(" "));
-        let sizes: Vec<(String, u64)> =
-            disks.list().iter().map(|disk| (disk.label.clone(), disk.bytes)).collect();
-        let guest = guest(parts, &sizes, &args, scratch.path())?;
-        let mut load_args: Vec<String> = args.split(' ').map(str::to_owned).collect();
-        load_args.extend(disks.list().iter().map(|disk| format!("{}={}", disk.label, disk.path.display())));
-        let time = Duration::try_from_secs_f64(seconds)?;
-        Ok(Setup { guest, disks, load_args, workloads, time, _scratch: scratch })
-    }
-}
-
-/// Lets a contestant run all workloads on all disks.
-pub(super) fn turn(setup: &Setup<'_>, contestant: &Contestant) -> Result<Samples> {
+/// Runs all workloads on all disks of one contestant.
+pub(super) fn measure(setup: &Setup<'_>, contestant: &Contestant) -> Result<Samples> {
     let vmm = contestant.start(setup)?;
     let mut samples = Vec::new();
     for disk in setup.disks.list().iter().filter(|disk| contestant.uses(disk)) {
         for &workload in setup.workloads {
-            vmm.wait_for_line(&load::begin_line(&disk.label, workload), PATIENCE)?;
+            vmm.wait_for_line(&load::begin_line(&disk.label, workload), TIMEOUT)?;
             let before = Counters::read(vmm.pid())?;
-            let line = vmm.wait_for_line(&load::end_line(&disk.label, workload), PATIENCE + setup.time)?;
+            let line = vmm.wait_for_line(&load::end_line(&disk.label, workload), TIMEOUT + setup.time)?;
             let after = Counters::read(vmm.pid())?;
             samples.push((disk.label.clone(), workload, before.until(&after, load::report(&line.text)?)));
         }
@@ -86,31 +50,20 @@ pub(super) fn turn(setup: &Setup<'_>, contestant: &Contestant) -> Result<Samples
 
 /// What the host counts for a process.
 struct Counters {
-    /// Nanoseconds on a processor, by thread; whether it is a vCPU.
-    threads: BTreeMap<String, (bool, u64)>,
+    threads: BTreeMap<String, ThreadTime>,
     kvm: Option<KvmCounts>,
 }
 
 impl Counters {
     fn read(pid: u32) -> Result<Counters> {
-        let mut threads = BTreeMap::new();
-        for entry in std::fs::read_dir(format!("/proc/{pid}/task")).context("the monitor's threads")? {
-            let entry = entry?;
-            // A thread may end while we look.
-            let Ok(name) = std::fs::read_to_string(entry.path().join("comm")) else { continue };
-            let Ok(times) = std::fs::read_to_string(entry.path().join("schedstat")) else { continue };
-            let time = times.split(' ').next().and_then(|time| time.parse().ok()).context("schedstat")?;
-            let is_vcpu = name.starts_with("fc_vcpu") || name.starts_with("CPU ");
-            threads.insert(entry.file_name().to_string_lossy().into_owned(), (is_vcpu, time));
-        }
-        Ok(Counters { threads, kvm: kvm_counts(pid) })
+        Ok(Counters { threads: thread_times(pid)?, kvm: kvm_counts(pid) })
     }
 
     fn until(&self, after: &Counters, report: Report) -> Sample {
         let (mut vcpu_ns, mut other_ns) = (0, 0);
-        for (thread, &(is_vcpu, time)) in &after.threads {
-            let used = time - self.threads.get(thread).map_or(0, |&(_, before)| before);
-            *if is_vcpu { &mut vcpu_ns } else { &mut other_ns } += used;
+        for (id, thread) in &after.threads {
+            let used = thread.nanos - self.threads.get(id).map_or(0, |before| before.nanos);
+            *if thread.is_vcpu { &mut vcpu_ns } else { &mut other_ns } += used;
         }
         let kvm = self.kvm.zip(after.kvm).map(|(before, after)| KvmCounts {
             exits: after.exits - before.exits,
@@ -121,7 +74,7 @@ impl Counters {
     }
 }
 
-/// From debugfs, which has a directory for each guest, named after the process and a descriptor.
+/// Reads debugfs, which has a directory for each guest, named after the process and a descriptor.
 fn kvm_counts(pid: u32) -> Option<KvmCounts> {
     let prefix = format!("{pid}-");
     let dir: PathBuf = std::fs::read_dir("/sys/kernel/debug/kvm")
@@ -142,12 +95,15 @@ mod tests {
     use super::*;
 
     fn counters(threads: &[(&str, bool, u64)]) -> Counters {
-        let threads = threads.iter().map(|&(id, is_vcpu, time)| (id.to_owned(), (is_vcpu, time))).collect();
+        let threads = threads
+            .iter()
+            .map(|&(id, is_vcpu, nanos)| (id.to_owned(), ThreadTime { is_vcpu, nanos }))
+            .collect();
         Counters { threads, kvm: None }
     }
 
     #[test]
-    fn time_is_told_apart_by_vcpu_and_threads_that_come_and_go_do_no_harm() {
+    fn processor_time_is_split_by_vcpu_and_other_threads() {
         let before = counters(&[("1", false, 100), ("2", true, 1000), ("3", false, 70)]);
         let after = counters(&[("1", false, 130), ("2", true, 1500), ("4", false, 7)]);
         let report = Report { ops: 1, nanos: 1, median_ns: None, p99_ns: None };

@@ -1,9 +1,9 @@
 //! Guests of a few instructions: saved, restored, cloned and forked.
 //!
-//! They run wherever `/dev/kvm` opens, a software KVM included, so that what is measured is the
-//! monitor and its host's kernel at native speed. A guest writes a word to each page (or huge page)
-//! of a stretch of its memory and then says bytes on its serial port, for ever or once. Its serial
-//! port is the monitor's standard output, a file here: every monitor has that, saved and restored.
+//! They run wherever `/dev/kvm` opens, also on a software KVM, so the monitor and the host's kernel
+//! are measured at native speed. A guest writes to each page (or huge page) of a range of its
+//! memory and then writes bytes to its serial port, once or endlessly. Its serial port is the
+//! monitor's standard output, which is a file here.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -18,26 +18,27 @@ use vesta_tests::guest::Guest;
 use vesta_tests::process::Orphans;
 use vesta_tests::vmm::{STDOUT, Vmm, VmmBuilder};
 
-use super::{FEWEST_RUNS, Orders, PATIENCE, all_at_once, ms, pause, private_kib, turns};
-use crate::bench::Monitor;
+use super::common::{FEWEST_RUNS, RunSpec, TIMEOUT, all_at_once, entries, ms, pause, private_kib};
+use crate::bench::monitor::Monitor;
 use crate::bench::peers::lacking;
-use crate::bench::rounds::{Turn, interleaved};
+use crate::bench::rounds::{Entry, interleaved};
 
 const PAGE: u32 = 4096;
 const HUGE_PAGE: u32 = 2 << 20;
-/// Where the guests' stretch of memory begins.
+/// Where the guests' range of memory begins.
 const TOUCH_FROM: u32 = 4 << 20;
 
 /// Prints the tables.
-pub(super) fn tables(orders: &Orders) -> Result<()> {
-    creates(orders)?;
-    restores(orders)?;
-    clones(orders)?;
-    live(orders)?;
-    forks(orders)
+pub(super) fn tables(spec: &RunSpec) -> Result<()> {
+    creates(spec)?;
+    restores(spec)?;
+    clones(spec)?;
+    live(spec)?;
+    forks(spec)
 }
 
-/// A guest that writes to `count` places, `step` apart, and then says bytes: one and halts, or one after the other for ever.
+/// A guest that writes to `count` addresses, `step` bytes apart, and then to its serial port: one
+/// byte before it halts, or bytes without end.
 fn toucher(count: u32, step: u32, for_ever: bool) -> Elf {
     let mut code = vec![0xbf];
     code.extend(TOUCH_FROM.to_le_bytes()); // mov edi, TOUCH_FROM
@@ -61,7 +62,7 @@ struct Running {
 
 fn start(program: &Path, kernel: &Elf, mib: u32, machine: Value) -> Result<Running> {
     let vmm = spawn(program)?;
-    let mut api = vmm.ready_client(PATIENCE)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let image = vmm.dir().join("kernel");
     fs::write(&image, kernel.bytes())?;
     Guest { machine, ..Guest::bare(&image).mem_mib(mib) }.put(&mut api)?;
@@ -74,20 +75,21 @@ fn spawn(program: &Path) -> Result<Vmm> {
     VmmBuilder::new(program)?.quiet().with_api().stdout_to_file()?.spawn()
 }
 
-/// Waits until the guest has said something.
+/// Waits until the guest has written to its serial port.
 fn wait_for_bytes(vmm: &Vmm) -> Result<Instant> {
     let serial = vmm.dir().join(STDOUT);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while fs::metadata(&serial).map_or(0, |file| file.len()) == 0 {
         if Instant::now() > deadline {
-            bail!("the guest of {} says nothing", serial.display());
+            bail!("the guest has written nothing to {}", serial.display());
         }
         std::thread::sleep(Duration::from_micros(50));
     }
     Ok(Instant::now())
 }
 
-/// Saves a paused guest to `dir`. How long that took, in ms, and the space of the memory file, in MiB.
+/// Saves a paused guest to `dir`. Returns the time in ms and the size of the memory file on disk,
+/// in MiB.
 fn create(api: &mut ApiClient, dir: &Path) -> Result<(f64, f64)> {
     let (state, memory) = (dir.join("bench.state"), dir.join("bench.memory"));
     let body = json!({"snapshot_path": state, "mem_file_path": memory});
@@ -105,13 +107,13 @@ fn forget(dir: &Path) {
     }
 }
 
-fn creates(orders: &Orders) -> Result<()> {
+fn creates(spec: &RunSpec) -> Result<()> {
     for (title, mib, pages) in [("128 MiB, nothing touched", 128, 1), ("2 GiB, 10% touched", 2048, 52429)] {
-        let measured = interleaved(turns(&orders.monitors), orders.runs, false, |monitor| {
+        let measured = interleaved(entries(&spec.monitors), spec.runs, false, |monitor| {
             let mut guest = start(&monitor.path, &toucher(pages, PAGE, false), mib, json!({}))?;
             pause(&mut guest.api)?;
-            let (took, space) = create(&mut guest.api, &orders.dir)?;
-            forget(&orders.dir);
+            let (took, space) = create(&mut guest.api, &spec.dir)?;
+            forget(&spec.dir);
             Ok(vec![vec![took], vec![space]])
         })?;
         println!("## Create: {title}\n");
@@ -120,7 +122,7 @@ fn creates(orders: &Orders) -> Result<()> {
     Ok(())
 }
 
-/// A process that was started and has loaded the snapshot in `dir`.
+/// A new process that has restored a snapshot.
 struct Restored {
     vmm: Vmm,
     api_ms: f64,
@@ -130,7 +132,7 @@ struct Restored {
 
 fn restore(program: &Path, dir: &Path) -> Result<Restored> {
     let vmm = spawn(program)?;
-    let mut api = vmm.ready_client(PATIENCE)?;
+    let mut api = vmm.ready_client(TIMEOUT)?;
     let api_ms = ms(vmm.started().elapsed());
     let asked = Instant::now();
     load(&mut api, dir)?;
@@ -139,40 +141,40 @@ fn restore(program: &Path, dir: &Path) -> Result<Restored> {
     Ok(Restored { vmm, api_ms, load_ms, running_ms })
 }
 
-fn restores(orders: &Orders) -> Result<()> {
-    let measured = interleaved(turns(&orders.monitors), orders.runs, false, |monitor| {
+fn restores(spec: &RunSpec) -> Result<()> {
+    let measured = interleaved(entries(&spec.monitors), spec.runs, false, |monitor| {
         let mut guest = start(&monitor.path, &toucher(1, PAGE, true), 128, json!({}))?;
         pause(&mut guest.api)?;
-        create(&mut guest.api, &orders.dir)?;
+        create(&mut guest.api, &spec.dir)?;
         drop(guest);
-        let restored = restore(&monitor.path, &orders.dir)?;
+        let restored = restore(&monitor.path, &spec.dir)?;
         let values = [restored.api_ms, restored.load_ms, restored.running_ms].map(|value| vec![value]);
         drop(restored.vmm);
-        forget(&orders.dir);
+        forget(&spec.dir);
         Ok(values.into())
     })?;
     println!("## Restore: 128 MiB, nothing touched\n");
-    let columns = ["spawn to API, ms", "PUT /snapshot/load, ms", "spawn to first byte of the guest's, ms"];
+    let columns = ["spawn to API, ms", "PUT /snapshot/load, ms", "spawn to the guest's first byte, ms"];
     println!("{}", measured.markdown(&columns));
     Ok(())
 }
 
-fn clones(orders: &Orders) -> Result<()> {
+fn clones(spec: &RunSpec) -> Result<()> {
     for count in [1, 10, 50] {
-        let measured = interleaved(turns(&orders.monitors), FEWEST_RUNS, false, |monitor| {
+        let measured = interleaved(entries(&spec.monitors), FEWEST_RUNS, false, |monitor| {
             let mut guest = start(&monitor.path, &toucher(256, PAGE, false), 128, json!({}))?;
             pause(&mut guest.api)?;
-            create(&mut guest.api, &orders.dir)?;
+            create(&mut guest.api, &spec.dir)?;
             drop(guest);
             let began = Instant::now();
             let clones = all_at_once(&monitor.path, count, |clone| {
-                load(&mut clone.ready_client(PATIENCE)?, &orders.dir)
+                load(&mut clone.ready_client(TIMEOUT)?, &spec.dir)
             })?;
             let took = ms(began.elapsed());
             let own = clones.iter().map(|clone| private_kib(clone.pid().into()));
             let values = vec![vec![took], own.collect::<Result<_>>()?];
             drop(clones);
-            forget(&orders.dir);
+            forget(&spec.dir);
             Ok(values)
         })?;
         println!("## Clones: {count} at once of 128 MiB, 1 MiB touched, idle\n");
@@ -192,33 +194,33 @@ fn load(api: &mut ApiClient, dir: &Path) -> Result<()> {
     api.put("/snapshot/load", &body)?.ok().map(drop)
 }
 
-/// Only vesta saves a guest that runs on.
-fn live(orders: &Orders) -> Result<()> {
-    let vestas = orders.monitors.iter().filter(|monitor| monitor.is_vesta());
-    let measured = interleaved(turns(vestas), orders.runs, false, |monitor| {
+/// Live snapshots, which only vesta has.
+fn live(spec: &RunSpec) -> Result<()> {
+    let vestas = spec.monitors.iter().filter(|monitor| monitor.is_vesta());
+    let measured = interleaved(entries(vestas), spec.runs, false, |monitor| {
         let mut guest = start(&monitor.path, &toucher(52429, PAGE, false), 2048, json!({}))?;
-        let (state, memory) = (orders.dir.join("bench.state"), orders.dir.join("bench.memory"));
+        let (state, memory) = (spec.dir.join("bench.state"), spec.dir.join("bench.memory"));
         let body = json!({"snapshot_path": state, "mem_file_path": memory, "live": true});
         let asked = Instant::now();
         let job = guest.api.put("/snapshot/create", &body)?.ok()?.json()?;
         let call = ms(asked.elapsed());
         let written = wait_for_job(&mut guest.api, asked)?;
-        forget(&orders.dir);
+        forget(&spec.dir);
         Ok(vec![vec![millis(&job["pause_us"])?], vec![call], vec![written]])
     })?;
     println!("## Live snapshot: 2 GiB, 10% touched\n");
     let columns = ["pause, ms", "PUT /snapshot/create, ms", "until all is written, ms"];
-    println!("{}{}", measured.markdown(&columns), lacking(&orders.monitors, "live snapshots"));
+    println!("{}{}", measured.markdown(&columns), lacking(&spec.monitors, "live snapshots"));
     Ok(())
 }
 
-/// Waits until the live snapshot is done. How long after `asked` that is, in ms.
+/// Waits until the live snapshot is done. Returns the time since `asked`, in ms.
 fn wait_for_job(api: &mut ApiClient, asked: Instant) -> Result<f64> {
     loop {
         let job = api.get("/snapshot/job")?.ok()?.json()?;
         match job["state"].as_str() {
             Some("Done") => return Ok(ms(asked.elapsed())),
-            Some("Running") if asked.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(1)),
+            Some("Running") if asked.elapsed() < TIMEOUT => std::thread::sleep(Duration::from_millis(1)),
             _ => bail!("the live snapshot is not done: {job}"),
         }
     }
@@ -229,31 +231,31 @@ fn millis(microseconds: &Value) -> Result<f64> {
     microseconds.as_f64().map(|us| us / 1000.0).context("a number")
 }
 
-/// A guest that is forked: what people call it, its MiB, places that it touches, how far apart, and
-/// its pages.
+/// A guest that is forked: its name in the table, its MiB, the number of addresses that it touches,
+/// the bytes between them, and its `huge_pages`.
 type Size = (&'static str, u32, u32, u32, &'static str);
 
-/// Only vesta forks.
-fn forks(orders: &Orders) -> Result<()> {
+/// Forks, which only vesta has.
+fn forks(spec: &RunSpec) -> Result<()> {
     const SIZES: [Size; 4] = [
         ("128 MiB", 128, 60, HUGE_PAGE, "Transparent"),
         ("1 GiB", 1024, 500, HUGE_PAGE, "Transparent"),
         ("2 GiB", 2048, 1020, HUGE_PAGE, "Transparent"),
         ("2 GiB, ordinary pages", 2048, 1020 * 512, PAGE, "None"),
     ];
-    let vestas: Vec<&Monitor> = orders.monitors.iter().filter(|monitor| monitor.is_vesta()).collect();
-    let turns = SIZES.iter().flat_map(|size| {
-        vestas.iter().map(move |&monitor| Turn {
+    let vestas: Vec<&Monitor> = spec.monitors.iter().filter(|monitor| monitor.is_vesta()).collect();
+    let entries = SIZES.iter().flat_map(|size| {
+        vestas.iter().map(move |&monitor| Entry {
             name: format!("{}: {}", monitor.name, size.0),
             may_fail: monitor.peer,
             contestant: (monitor, size),
         })
     });
     let measured =
-        interleaved(turns.collect(), orders.runs, false, |(monitor, size)| fork(&monitor.path, size))?;
+        interleaved(entries.collect(), spec.runs, false, |(monitor, size)| fork(&monitor.path, size))?;
     println!("## Fork: all memory touched, one child\n");
     let columns = ["pause, ms", "until the child runs, ms", "PUT /fork, ms", "idle child's own memory, KiB"];
-    println!("{}{}", measured.markdown(&columns), lacking(&orders.monitors, "forks"));
+    println!("{}{}", measured.markdown(&columns), lacking(&spec.monitors, "forks"));
     Ok(())
 }
 
@@ -268,6 +270,6 @@ fn fork(program: &Path, &(_, mib, count, step, pages): &Size) -> Result<Vec<Vec<
     let orphan = Orphans::of(&[pid]);
     let values = [millis(&reply["pause_us"])?, millis(&child["ready_us"])?, call, private_kib(pid)?];
     drop(guest.vmm);
-    orphan.kill(PATIENCE)?;
+    orphan.kill(TIMEOUT)?;
     Ok(values.map(|value| vec![value]).into())
 }

@@ -1,10 +1,9 @@
-//! A guest of a few instructions with a driver that accepts no feature at all, not even
-//! `VERSION_1`.
+//! A guest of a few instructions whose driver accepts no feature, not even `VERSION_1`.
 //!
-//! It drives an entropy device, its machine's only one, with one buffer at a time and without
-//! interrupts, and counts the buffers that come back: it sends 0, 1, 2, ... over its serial port
-//! ([`crate::counting`]). On PCI it reaches the device through the window in its configuration
-//! space (4.1.4.9), because 32-bit code cannot map the BAR.
+//! It drives the machine's only device, an entropy device, with one buffer at a time and without
+//! interrupts. It counts the used buffers, and sends 0, 1, 2, ... over its serial port
+//! ([`crate::counting`]). On PCI it accesses the device through the window in configuration space
+//! (4.1.4.9), because 32-bit code cannot map the BAR.
 
 use crate::elf::Elf;
 use crate::guest::Transport;
@@ -15,14 +14,14 @@ const USED: u32 = 0x20_2000;
 const BUFFER: u32 = 0x20_3000;
 const QUEUE_SIZE: u32 = 8;
 
-/// The first device's registers on mmio.
+/// The first device's registers on virtio-mmio.
 const MMIO: u32 = 0xc000_1000;
 /// The first device's configuration space on PCI, behind ports 0xcf8 and 0xcfc.
 const PCI_SLOT: u32 = 0x8000_0000 | 1 << 11;
-/// Where in it the window is.
+/// The offset of the window in it.
 const WINDOW: u32 = 0x84;
 
-/// A register of the device: its offset on mmio, and its offset and width on PCI.
+/// A register of the device: its offset on virtio-mmio, and its offset and width on PCI.
 type Register = (u32, u32, u32);
 
 const DRIVER_FEATURE_SELECT: Register = (0x24, 0x08, 4);
@@ -41,7 +40,7 @@ const ADDRESSES: [(Register, u32); 6] = [
 ];
 const NOTIFY: Register = (0x50, 0x6000, 2);
 
-/// The kernel.
+/// The kernel of the guest.
 pub fn kernel(transport: Transport) -> Elf {
     let write = |(mmio, pci, width): Register, value| match transport {
         Transport::Mmio => store(MMIO + mmio, value),
@@ -65,7 +64,7 @@ pub fn kernel(transport: Transport) -> Elf {
     }
     code.extend(write(READY, 1));
     code.extend(write(STATUS, 0xf));
-    // Descriptor 0: four bytes that the device writes. Every entry of the available ring names it.
+    // Descriptor 0: four bytes that the device writes. All entries of the available ring name it.
     code.extend(store(DESCRIPTORS, BUFFER));
     code.extend(store(DESCRIPTORS + 8, 4));
     code.extend(store(DESCRIPTORS + 12, 2));
@@ -73,9 +72,11 @@ pub fn kernel(transport: Transport) -> Elf {
     code.extend([0x31, 0xdb]); // xor ebx, ebx
     let again = code.len();
     code.push(0x43); // inc ebx
-    code.extend([&[0x66, 0x89, 0x1d][..], &(AVAILABLE + 2).to_le_bytes()].concat()); // mov [available index], bx
+    // mov [available index], bx
+    code.extend([&[0x66, 0x89, 0x1d][..], &(AVAILABLE + 2).to_le_bytes()].concat());
     code.extend(write(NOTIFY, 0));
-    code.extend([&[0x66, 0x39, 0x1d][..], &(USED + 2).to_le_bytes()].concat()); // wait: cmp [used index], bx
+    // wait: cmp [used index], bx
+    code.extend([&[0x66, 0x39, 0x1d][..], &(USED + 2).to_le_bytes()].concat());
     code.extend([0x75, 0xf7]); // jne wait
     code.extend([0x8d, 0x43, 0xff]); // lea eax, [ebx - 1]
     code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]); // mov dx, 0x3f8; out dx, al

