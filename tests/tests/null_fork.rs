@@ -152,7 +152,7 @@ fn child_that_cannot_start_removes_its_api_socket() -> Result<()> {
     let refused = api.put("/fork", &json!({"children": [child]}))?;
     ensure!(refused.status == 400, "{refused:?}");
     // The child ends after its report.
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + TIMEOUT;
     while home.path().join("a.sock").exists() {
         ensure!(Instant::now() < deadline, "the socket is left behind");
         std::thread::sleep(Duration::from_millis(1));
