@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{CWD, Mode, mkfifoat};
@@ -140,6 +140,23 @@ fn invalid_forks_are_refused_by_name_and_the_guest_continues() -> Result<()> {
     assert_eq!(refused.status, 400);
     assert!(refused.fault().contains("needs a started microVM"), "{refused:?}");
     assert!(before.is_running()?);
+    Ok(())
+}
+
+#[test]
+fn child_that_cannot_start_removes_its_api_socket() -> Result<()> {
+    let (_vmm, mut api, _serial) = counting(&json!({}))?;
+    let home = tempfile::tempdir()?;
+    let mut child = child(home.path(), "a");
+    child["cgroup"] = json!("/nowhere");
+    let refused = api.put("/fork", &json!({"children": [child]}))?;
+    ensure!(refused.status == 400, "{refused:?}");
+    // The child ends after its report.
+    let deadline = Instant::now() + TIMEOUT;
+    while home.path().join("a.sock").exists() {
+        ensure!(Instant::now() < deadline, "the socket is left behind");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     Ok(())
 }
 

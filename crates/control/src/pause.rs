@@ -24,7 +24,7 @@ pub(crate) fn pause<H: Host>(vm: &mut MicroVm, tasks: &mut Tasks<H>) -> Result<(
 
 /// Pauses the guest on a thread of its own: requests in flight on a slow disk take seconds. A
 /// signal waits for it too, because the disks are closed in order then. It takes no longer than
-/// [`VCPU_PATIENCE`](machine::machine::VCPU_PATIENCE) and
+/// [`VCPU_TIMEOUT`](machine::machine::VCPU_TIMEOUT) and
 /// [`DRAIN_TIMEOUT`](machine::machine::DRAIN_TIMEOUT) together, and a little.
 fn pause_in_task<H: Host>(vm: &mut MicroVm, tasks: &mut Tasks<H>) -> Result<(), CommandError> {
     let Some(machine) = vm.lifecycle.begin_pause() else { return Ok(()) };

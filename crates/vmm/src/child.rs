@@ -14,6 +14,7 @@ use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use control::Controller;
+use control::api::{ApiServer, Requests};
 use control::fork::{ChildSpec, ForkPlan, ParentState};
 use machine::event_channel;
 
@@ -43,7 +44,9 @@ pub(crate) fn run(mut plan: ForkPlan) -> ! {
                     break spec;
                 }
                 Err(error) => {
-                    for other in plan.children.drain(..) {
+                    for mut other in plan.children.drain(..) {
+                        // It never exists, so its socket is removed here.
+                        adopt_socket(&mut other);
                         other.reporter.report(Err(&format_args!("cannot fork this process: {error}")));
                     }
                     break spec;
@@ -62,8 +65,15 @@ fn leave(spec: ChildSpec) {
     }
 }
 
+/// Makes this process the one that removes the API socket of a child.
+fn adopt_socket(spec: &mut ChildSpec) {
+    spec.api.iter_mut().for_each(ApiServer::adopt);
+}
+
 /// Runs one child, until its guest ends.
 fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
+    // First, so that the socket is removed even if the start fails.
+    adopt_socket(&mut spec);
     // Without a reporter, the parent sees that this child has ended.
     let Ok(reporter) = spec.reporter.take_over() else { return ExitCode::Generic };
     spec.reporter = reporter;
@@ -110,7 +120,7 @@ fn detach(spec: &ChildSpec, parent: &ParentState) -> std::io::Result<()> {
 }
 
 /// What a child needs before it has a machine.
-type Process = (signals::Signals, Option<control::api::Requests>);
+type Process = (signals::Signals, Option<Requests>);
 
 /// Moves to the cgroup, opens the log, and starts to handle signals and to serve the API.
 fn set_up(spec: &mut ChildSpec) -> std::io::Result<Process> {
@@ -126,6 +136,6 @@ fn set_up(spec: &mut ChildSpec) -> std::io::Result<Process> {
     }
     process::detach_standard_io(logger::is_on_standard_output())?;
     let signals = signals::renew()?;
-    let requests = spec.api.take().map(control::api::ApiServer::spawn).transpose()?;
+    let requests = spec.api.take().map(ApiServer::spawn).transpose()?;
     Ok((signals, requests))
 }

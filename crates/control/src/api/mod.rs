@@ -70,6 +70,11 @@ impl ApiServer {
         self.listener.as_fd()
     }
 
+    /// Makes this forked process the one that removes the socket's file.
+    pub fn adopt(&mut self) {
+        self.socket_file.adopt();
+    }
+
     /// Leaves the socket to a forked child of this process, which has it too. The file stays.
     pub fn leave_to_fork(self) {
         self.socket_file.leave();
@@ -77,9 +82,7 @@ impl ApiServer {
 
     /// Starts the thread, which inherits the signal mask of the caller. Fails if the process or the
     /// host is out of descriptors, memory or threads.
-    pub fn spawn(mut self) -> io::Result<Requests> {
-        // This may be a forked child, which the parent left the socket to.
-        self.socket_file.adopt();
+    pub fn spawn(self) -> io::Result<Requests> {
         let (mut requests, outbox) = channel::channel(self.socket_file)?;
         let server = server::Server::new(self.listener, outbox, self.limits)?;
         let thread = thread::Builder::new().name(THREAD_NAME.into()).stack_size(STACK_SIZE);
