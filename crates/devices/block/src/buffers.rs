@@ -15,11 +15,11 @@ use virtio::queue::{GuestBuffer, QueueError};
 /// A stretch of this process's memory, in the layout of `struct iovec`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
-pub(super) struct Segment {
+pub(crate) struct Segment {
     /// First host address.
-    pub(super) addr: usize,
+    pub(crate) addr: usize,
     /// Length in bytes; never 0.
-    pub(super) len: usize,
+    pub(crate) len: usize,
 }
 
 /// What the device does with a stretch of guest memory.
@@ -87,17 +87,17 @@ impl GuestBuffers {
     }
 
     /// The stretches.
-    pub(super) fn segments(&self) -> &[Segment] {
+    pub(crate) fn segments(&self) -> &[Segment] {
         &self.segments
     }
 
     /// The stretches, for an engine to step over what is done.
-    pub(super) fn segments_mut(&mut self) -> &mut [Segment] {
+    pub(crate) fn segments_mut(&mut self) -> &mut [Segment] {
         &mut self.segments
     }
 
     /// Appends the `len` bytes that begin `offset` bytes into `from`, which must hold that many.
-    pub(super) fn push_part(&mut self, from: &GuestBuffers, offset: u64, len: u64) {
+    pub(crate) fn push_part(&mut self, from: &GuestBuffers, offset: u64, len: u64) {
         debug_assert!(offset + len <= from.len);
         let (mut skip, mut left) = (offset as usize, len as usize);
         for segment in &from.segments {
@@ -114,6 +114,28 @@ impl GuestBuffers {
             skip = 0;
         }
         self.len += len;
+    }
+}
+
+/// Spent buffers, kept for their allocations.
+#[derive(Debug, Default)]
+pub(crate) struct BufferPool(Vec<GuestBuffers>);
+
+impl BufferPool {
+    /// Most buffers that are kept.
+    const MAX: usize = 64;
+
+    /// Empty buffers: recycled ones, if there are any.
+    pub(crate) fn take(&mut self) -> GuestBuffers {
+        self.0.pop().unwrap_or_default()
+    }
+
+    /// Takes back buffers that are not needed any more.
+    pub(crate) fn recycle(&mut self, mut buffers: GuestBuffers) {
+        if self.0.len() < Self::MAX {
+            buffers.clear();
+            self.0.push(buffers);
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use super::request::{MAX_BUFFER, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SEC
 use virtio::device::ConfigField;
 
 /// Feature bits of a block device (5.2.3).
-pub(super) mod feature {
+pub(crate) mod feature {
     /// `size_max` counts.
     pub(crate) const SIZE_MAX: u64 = 1 << 1;
     /// `seg_max` counts.
@@ -39,7 +39,7 @@ const SEG_MAX: u32 = 254;
 /// `struct virtio_blk_config`
 #[derive(Debug, Clone, Copy, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(super) struct ConfigSpace {
+pub(crate) struct ConfigSpace {
     capacity: U64,
     size_max: U32,
     seg_max: U32,
@@ -63,7 +63,7 @@ pub(super) struct ConfigSpace {
 
 impl ConfigSpace {
     /// That of a disk of `size` bytes with `num_queues` queues of `queue_size` descriptors.
-    pub(super) fn new(size: u64, num_queues: u16, queue_size: u16) -> Self {
+    pub(crate) fn new(size: u64, num_queues: u16, queue_size: u16) -> Self {
         ConfigSpace {
             capacity: (size / SECTOR).into(),
             size_max: MAX_BUFFER.into(),
@@ -92,7 +92,7 @@ impl ConfigSpace {
 /// The fields that exist only with a feature. Topology is a hint: Unikraft's driver reads
 /// `blk_size` as 8 bytes, before it accepts anything, and takes what it finds in the topology for
 /// the upper half.
-pub(super) const FIELDS: [ConfigField; 7] = [
+pub(crate) const FIELDS: [ConfigField; 7] = [
     ConfigField::new(8..12, feature::SIZE_MAX),
     ConfigField::new(12..16, feature::SEG_MAX),
     ConfigField::new(20..24, feature::BLK_SIZE),

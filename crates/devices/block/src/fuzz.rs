@@ -17,7 +17,7 @@ use rustix::fs::MemfdFlags;
 use super::buffers::Direction;
 use super::disk::{Disk, DiskOptions};
 use super::engine::Patience;
-use super::queue::Request;
+use super::io_request::Request;
 use virtio::queue::GuestBuffer;
 use virtio::testing::reused_ram;
 

@@ -28,40 +28,34 @@
 
 #![deny(unsafe_code)]
 
-mod backlog;
-mod base;
-mod beginning;
-mod blocking;
+mod backend_slot;
 pub mod buffers;
 mod config_space;
+mod control;
+mod creator_pid;
 mod device;
 pub mod disk;
 pub mod engine;
-mod flight;
-mod flush;
+mod error;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
-mod health;
-mod holding;
-mod lane;
-mod lock;
-mod name;
+mod host_file;
+mod in_flight;
+pub mod io_request;
 pub mod overlay;
-mod owner;
-pub mod queue;
 mod request;
-#[cfg(any(test, feature = "testing"))]
-mod settled;
-mod stack;
+mod shared;
+mod state;
 mod stats;
-mod sync_engine;
 mod task;
 #[cfg(test)]
 mod tests;
-pub mod uring;
 
-pub use device::{Block, BlockConfig, BlockControl, BlockError, BlockState};
-pub use lane::{DiskSwap, StillInUse};
+pub use backend_slot::{DiskSwap, StillInUse};
+pub use control::BlockControl;
+pub use device::Block;
+pub use error::BlockError;
+pub use state::{BlockConfig, BlockState};
 pub use stats::BlockStats;
 pub use sync::Counter;
 

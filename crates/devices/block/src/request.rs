@@ -16,22 +16,22 @@ use virtio::queue::{Buffers, Chain, GuestBuffer, QueueError};
 /// Length of the header.
 const HEADER_LEN: u32 = 16;
 /// Length of a serial number.
-pub(super) const SERIAL_LEN: u32 = 20;
+pub(crate) const SERIAL_LEN: u32 = 20;
 /// Length of the description of one range.
 const RANGE_LEN: u32 = 16;
 
 /// Most ranges of one discard or zeroing.
-pub(super) const MAX_RANGES: u32 = 16;
+pub(crate) const MAX_RANGES: u32 = 16;
 /// Most sectors of one range of a discard: 1 GiB.
-pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+pub(crate) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// Most sectors of one range of a zeroing: 4 MiB, so that all of them together are not more than [`MAX_DATA`]. They may have to be written.
-pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 13;
+pub(crate) const MAX_ZEROES_SECTORS: u32 = 1 << 13;
 /// Most bytes of one buffer that a driver which knows of a bound makes: with all the buffers there may be, less than [`MAX_DATA`].
-pub(super) const MAX_BUFFER: u32 = 256 << 10;
+pub(crate) const MAX_BUFFER: u32 = 256 << 10;
 /// Most bytes of one request's data: no request may take a disk long, since all that were begun must end before the guest can be paused.
 const MAX_DATA: u64 = 64 << 20;
 /// Most buffers of one request's data.
-pub(super) const MAX_BUFFERS: usize = 256;
+pub(crate) const MAX_BUFFERS: usize = 256;
 
 /// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`.
 const UNMAP: u32 = 1;
@@ -39,7 +39,7 @@ const UNMAP: u32 = 1;
 /// How a request went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Status {
+pub(crate) enum Status {
     /// `VIRTIO_BLK_S_OK`
     Ok = 0,
     /// `VIRTIO_BLK_S_IOERR`
@@ -50,22 +50,22 @@ pub(super) enum Status {
 
 /// The chain has no byte for the status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct NoStatus;
+pub(crate) struct NoStatus;
 
 /// A stretch of the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Range {
+pub(crate) struct Range {
     /// In bytes, a multiple of 512.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
     /// In bytes, a multiple of 512.
-    pub(super) len: u64,
+    pub(crate) len: u64,
     /// Whether the guest allows its space to be given back.
-    pub(super) unmap: bool,
+    pub(crate) unmap: bool,
 }
 
 /// What is to be done.
 #[derive(Debug)]
-pub(super) enum Command<'a> {
+pub(crate) enum Command<'a> {
     /// Read from `offset` into the buffers.
     Read { offset: u64, to: Buffers<'a> },
     /// Write the buffers from `offset` on.
@@ -84,46 +84,46 @@ pub(super) enum Command<'a> {
 
 /// A request.
 #[derive(Debug)]
-pub(super) struct Parsed<'a> {
+pub(crate) struct Parsed<'a> {
     /// What is to be done.
-    pub(super) command: Command<'a>,
+    pub(crate) command: Command<'a>,
     /// The byte for the status.
-    pub(super) status: GuestBuffer,
+    pub(crate) status: GuestBuffer,
     /// Device-writable bytes before the status.
-    pub(super) data_len: u32,
+    pub(crate) data_len: u32,
 }
 
 /// The `len` of the used element (2.7.8.2) for a request whose status was written behind `data_len` device-writable bytes, of which
 /// the device wrote the first `written`.
 ///
 /// The driver may rely on each of the first `len` writable bytes. So the status counts only where no byte before it is missing.
-pub(super) fn used_len(data_len: u32, written: u32) -> u32 {
+pub(crate) fn used_len(data_len: u32, written: u32) -> u32 {
     if written >= data_len { data_len + 1 } else { written }
 }
 
 /// What requests are checked against.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
+pub(crate) struct Limits {
     /// Size of the disk in bytes, a multiple of 512.
-    pub(super) size: u64,
+    pub(crate) size: u64,
     /// Whether writes are refused.
-    pub(super) read_only: bool,
+    pub(crate) read_only: bool,
 }
 
 /// The types of requests.
 mod kind {
-    pub(super) const IN: u32 = 0;
-    pub(super) const OUT: u32 = 1;
-    pub(super) const FLUSH: u32 = 4;
-    pub(super) const GET_ID: u32 = 8;
-    pub(super) const DISCARD: u32 = 11;
-    pub(super) const WRITE_ZEROES: u32 = 13;
+    pub(crate) const IN: u32 = 0;
+    pub(crate) const OUT: u32 = 1;
+    pub(crate) const FLUSH: u32 = 4;
+    pub(crate) const GET_ID: u32 = 8;
+    pub(crate) const DISCARD: u32 = 11;
+    pub(crate) const WRITE_ZEROES: u32 = 13;
 }
 
 /// Parses `chain`. The ranges of a discard or zeroing go to `ranges`, which is cleared first.
 ///
 /// The error of the queue never comes for memory that the chain was popped with.
-pub(super) fn parse<'a>(
+pub(crate) fn parse<'a>(
     chain: &'a Chain,
     ram: &GuestRam,
     limits: Limits,

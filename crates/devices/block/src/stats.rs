@@ -2,6 +2,8 @@
 
 use sync::Counter;
 
+use crate::in_flight::What;
+
 /// Counters that only grow.
 #[derive(Debug, Default)]
 pub struct BlockStats {
@@ -31,4 +33,26 @@ pub struct BlockStats {
     pub update_count: Counter,
     /// Activations that failed.
     pub activate_fails: Counter,
+}
+
+impl BlockStats {
+    /// Counts a request that succeeded.
+    pub(crate) fn count(&self, what: What) {
+        match what {
+            What::Read { bytes } => {
+                self.read_count.add(1);
+                self.read_bytes.add(bytes);
+            }
+            What::Write { bytes } => {
+                self.write_count.add(1);
+                self.write_bytes.add(bytes);
+            }
+            What::Flush => {
+                self.flush_count.add(1);
+            }
+            What::Discard => {
+                self.discard_count.add(1);
+            }
+        }
+    }
 }

@@ -19,17 +19,18 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use memory::GuestRam;
 use rustix::io::Errno;
 
-use super::buffers::{Direction, GuestBuffers};
-use super::device::Shared;
-use super::flight::{Flight, Flying, What};
-use super::lane::{Lane, Next, Part};
-use super::queue::{DISCARD_AT_A_TIME, DiskQueue, Request, Token as DiskToken};
-use super::request::{self, Command, Limits, Parsed, Range, Status};
+use crate::backend_slot::{Lane, Next, Part};
+use crate::buffers::{Direction, GuestBuffers};
+use crate::disk::DISCARD_AT_A_TIME;
+use crate::disk::queue::DiskQueue;
+use crate::in_flight::{Flight, Flying, What};
+use crate::io_request::{Request, Token as DiskToken};
+use crate::request::{self, Command, Limits, Parsed, Range, Status};
+use crate::shared::Shared;
 use sync::EventFd;
 use sync::locked;
 use virtio::device::{ActiveQueue, Interrupt};
@@ -51,20 +52,20 @@ const DISK: Token = 1;
 const FIRST_KICK: Token = 2;
 
 /// What a task is made of.
-pub(super) struct Setup {
-    pub(super) shared: Arc<Shared>,
-    pub(super) lane: Arc<Lane>,
-    pub(super) queues: Vec<ActiveQueue>,
-    pub(super) memory: GuestRam,
-    pub(super) interrupt: Arc<dyn Interrupt>,
-    pub(super) read_only: bool,
+pub(crate) struct Setup {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) lane: Arc<Lane>,
+    pub(crate) queues: Vec<ActiveQueue>,
+    pub(crate) memory: GuestRam,
+    pub(crate) interrupt: Arc<dyn Interrupt>,
+    pub(crate) read_only: bool,
     /// Whether each change is made durable before it is answered, because the driver did not accept `VIRTIO_BLK_F_FLUSH`.
-    pub(super) write_through: bool,
-    pub(super) placement: Placement,
+    pub(crate) write_through: bool,
+    pub(crate) placement: Placement,
 }
 
 /// Serves the queues of one lane.
-pub(super) struct BlockTask {
+pub(crate) struct BlockTask {
     setup: Setup,
     /// The lane's part of the disk. Parked in the lane while the task is quiet and has nothing in flight, so that the disk can be
     /// replaced then.
@@ -106,7 +107,7 @@ enum Stop {
 }
 
 impl BlockTask {
-    pub(super) fn new(mut setup: Setup) -> Self {
+    pub(crate) fn new(mut setup: Setup) -> Self {
         let queues = std::mem::take(&mut setup.queues);
         let ring = |ActiveQueue { queue, kick }| Ring { queue, kick, used: false, empty: false };
         BlockTask {
@@ -249,8 +250,7 @@ impl BlockTask {
             self.rings[index].queue.rewind(&self.chain)?;
             return Ok(false);
         }
-        let limited = self.setup.shared.limited.load(Ordering::Acquire);
-        if limited && !allowed(&self.setup.shared, cx, bytes) {
+        if !self.setup.shared.allow(cx, bytes) {
             if !std::mem::replace(&mut self.throttled, true) {
                 self.setup.shared.stats.rate_limiter_throttled_events.add(1);
             }
@@ -388,7 +388,7 @@ impl BlockTask {
         disk.release(flight.bytes);
         let (status, written) = match (flight.error, flight.what) {
             (None, what) => {
-                self.count(what);
+                self.setup.shared.stats.count(what);
                 // A read fills all of its buffers. Nothing else writes to any but the status.
                 let written = if matches!(what, What::Read { .. }) { flight.data_len } else { 0 };
                 (Status::Ok, written)
@@ -401,40 +401,12 @@ impl BlockTask {
         answer(&mut self.rings[usize::from(flight.ring)], &self.setup.memory, &flight, status, written)
     }
 
-    fn count(&self, what: What) {
-        let stats = &self.setup.shared.stats;
-        match what {
-            What::Read { bytes } => {
-                stats.read_count.add(1);
-                stats.read_bytes.add(bytes);
-            }
-            What::Write { bytes } => {
-                stats.write_count.add(1);
-                stats.write_bytes.add(bytes);
-            }
-            What::Flush => {
-                stats.flush_count.add(1);
-            }
-            What::Discard => {
-                stats.discard_count.add(1);
-            }
-        }
-    }
-
     /// Counts a failure of the disk, and logs it: ever more rarely if it happens over and over.
     fn report(&self, what: What, errno: Errno) {
         let failures = self.setup.shared.stats.execute_fails.add(1) + 1;
         if failures.is_power_of_two() {
-            let what = match what {
-                What::Read { .. } => "read",
-                What::Write { .. } => "write",
-                What::Flush => "flush",
-                What::Discard => "discard",
-            };
-            log::warn!(
-                "drive {}: a {what} failed: {errno} (failures so far: {failures})",
-                self.setup.shared.id
-            );
+            let id = &self.setup.shared.id;
+            log::warn!("drive {id}: a {what} failed: {errno} (failures so far: {failures})");
         }
     }
 
@@ -464,20 +436,6 @@ fn watch_disk(cx: &mut Context<'_>, part: &Part) -> io::Result<()> {
         Some(event) => cx.watch(DISK, event, Interest::READ),
         None => Ok(()),
     }
-}
-
-/// Whether the limiter lets a request of `bytes` pass; if not, the timer is set to when it will.
-fn allowed(shared: &Shared, cx: &mut Context<'_>, bytes: u64) -> bool {
-    let now = cx.now();
-    let mut limits = locked(&shared.limits);
-    limits.now = now;
-    if limits.limiter.try_take(bytes, now) {
-        return true;
-    }
-    if let Some(at) = limits.limiter.next_allowed_at(bytes, now) {
-        cx.set_timer(at);
-    }
-    false
 }
 
 /// Bytes that a request has for the limiter, and bytes that it makes the disk move.

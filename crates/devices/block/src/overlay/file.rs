@@ -9,28 +9,28 @@ use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::error::OverlayError;
 use super::format::{
-    CLOSED, Header, Layout, MAGIC, MAX_VIRTUAL_SIZE, OPEN, SESSION_OFFSET, Session, VERSION,
+    Beneath, CLOSED, Header, Layout, MAGIC, MAX_VIRTUAL_SIZE, OPEN, SESSION_OFFSET, Session, VERSION,
 };
 use super::map::{Dirty, Map, PAGE_BYTES};
-use super::{Beneath, OverlayError};
 use crate::SECTOR;
-use crate::lock::Holder;
+use crate::host_file::lock::Holder;
 
 /// A start of the host: page caches do not live longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct HostStart {
+pub(crate) struct HostStart {
     /// The kernel's name for it; zeros where `/proc` is not there, as in a jail.
-    pub(super) id: [u8; 16],
+    pub(crate) id: [u8; 16],
     /// When it was, in seconds since 1970.
-    pub(super) time: u64,
+    pub(crate) time: u64,
 }
 
 impl HostStart {
     /// No start of any host: that of a session whose map B is not to be believed.
-    pub(super) const NONE: HostStart = HostStart { id: [0xff; 16], time: u64::MAX };
+    pub(crate) const NONE: HostStart = HostStart { id: [0xff; 16], time: u64::MAX };
 
-    pub(super) fn now() -> Self {
+    pub(crate) fn now() -> Self {
         let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
         let id = id.and_then(|text| u128::from_str_radix(&text.trim().replace('-', ""), 16).ok());
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
@@ -39,7 +39,7 @@ impl HostStart {
     }
 
     /// Whether `session` was begun since this start.
-    pub(super) fn is_of(&self, session: &Session) -> bool {
+    pub(crate) fn is_of(&self, session: &Session) -> bool {
         if is_given_up(session) {
             return false;
         }
@@ -52,31 +52,31 @@ impl HostStart {
 }
 
 /// Whether a sync of the overlay failed in this session.
-pub(super) fn is_given_up(session: &Session) -> bool {
+pub(crate) fn is_given_up(session: &Session) -> bool {
     let HostStart { id, time } = HostStart::NONE;
     (session.boot_id, session.boot_time.get()) == (id, time)
 }
 
-pub(super) fn io_error(what: &'static str, path: &Path, source: impl Into<io::Error>) -> OverlayError {
+pub(crate) fn io_error(what: &'static str, path: &Path, source: impl Into<io::Error>) -> OverlayError {
     OverlayError::Io { what, path: path.into(), source: source.into() }
 }
 
 /// An overlay's file, open twice.
 #[derive(Debug)]
-pub(super) struct Opened {
+pub(crate) struct Opened {
     /// For its contents.
-    pub(super) file: File,
+    pub(crate) file: File,
     /// For the lock, and for syncs beside those of the disk's queue. The kernel may keep `file` for a while after its `io_uring` was
     /// closed, and must not keep the lock.
-    pub(super) lock: File,
+    pub(crate) lock: File,
     /// Its length in bytes.
-    pub(super) len: u64,
+    pub(crate) len: u64,
     /// Whether the file is new.
-    pub(super) is_new: bool,
+    pub(crate) is_new: bool,
 }
 
 /// Opens and locks the overlay at `path`.
-pub(super) fn open(
+pub(crate) fn open(
     path: &Path,
     options: &OpenOptions,
     operation: FlockOperation,
@@ -113,18 +113,18 @@ pub(super) fn open(
 }
 
 /// Whether the file has no byte of data: a new overlay can be made in it.
-pub(super) fn is_blank(file: &File, len: u64) -> bool {
+pub(crate) fn is_blank(file: &File, len: u64) -> bool {
     len == 0 || rustix::fs::seek(file, SeekFrom::Data(0)) == Err(Errno::NXIO)
 }
 
 /// Whether two open files are the same one.
-pub(super) fn is_same_file(one: &File, other: &File) -> io::Result<bool> {
+pub(crate) fn is_same_file(one: &File, other: &File) -> io::Result<bool> {
     let (one, other) = (one.metadata()?, other.metadata()?);
     Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
 }
 
 /// Checks that an overlay on what `beneath` describes can have `size` bytes.
-pub(super) fn check_size(path: &Path, beneath: Beneath, size: u64) -> Result<(), OverlayError> {
+pub(crate) fn check_size(path: &Path, beneath: Beneath, size: u64) -> Result<(), OverlayError> {
     let refused = |why: String| OverlayError::Size { path: path.into(), size, why };
     if !size.is_multiple_of(SECTOR) {
         return Err(refused("it must be a multiple of 512".into()));
@@ -139,7 +139,7 @@ pub(super) fn check_size(path: &Path, beneath: Beneath, size: u64) -> Result<(),
 }
 
 /// Makes a new overlay of `size` bytes, which was checked, in a blank file; the file's length.
-pub(super) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> Result<u64, OverlayError> {
+pub(crate) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> Result<u64, OverlayError> {
     let mut uuid = [0; 16];
     rustix::rand::getrandom(&mut uuid, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| io_error("name", path, e))?;
@@ -162,7 +162,7 @@ pub(super) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> R
 }
 
 /// The header of an overlay of `size` bytes on what `beneath` describes.
-pub(super) fn new_header(uuid: [u8; 16], beneath: Beneath, size: u64) -> Header {
+pub(crate) fn new_header(uuid: [u8; 16], beneath: Beneath, size: u64) -> Header {
     let header = Header {
         magic: MAGIC,
         version: VERSION.into(),
@@ -179,7 +179,7 @@ pub(super) fn new_header(uuid: [u8; 16], beneath: Beneath, size: u64) -> Header 
 }
 
 /// Reads and checks the header and the session of a file of `len` bytes.
-pub(super) fn read_headers(file: &File, path: &Path, len: u64) -> Result<(Header, Session), OverlayError> {
+pub(crate) fn read_headers(file: &File, path: &Path, len: u64) -> Result<(Header, Session), OverlayError> {
     let mut header = Header::new_zeroed();
     let mut session = Session::new_zeroed();
     let not_an_overlay = || OverlayError::NotAnOverlay { path: path.into() };
@@ -218,7 +218,7 @@ pub(super) fn read_headers(file: &File, path: &Path, len: u64) -> Result<(Header
 }
 
 /// Checks that the overlay was made on what lies beneath it now.
-pub(super) fn check_base(header: &Header, path: &Path, beneath: Beneath) -> Result<(), OverlayError> {
+pub(crate) fn check_base(header: &Header, path: &Path, beneath: Beneath) -> Result<(), OverlayError> {
     let what = if header.base_size.get() != beneath.size {
         format!("it was made on one of {} bytes, this one has {}", header.base_size, beneath.size)
     } else if header.base_uuid != beneath.uuid {
@@ -234,16 +234,16 @@ pub(super) fn check_base(header: &Header, path: &Path, beneath: Beneath) -> Resu
 }
 
 /// What the maps of a file say.
-pub(super) struct Maps {
+pub(crate) struct Maps {
     /// What the overlay holds.
-    pub(super) map: Map,
+    pub(crate) map: Map,
     /// What of it map A does not have.
-    pub(super) missing_in_a: Dirty,
+    pub(crate) missing_in_a: Dirty,
     /// Whether map B was believed.
-    pub(super) trust_b: bool,
+    pub(crate) trust_b: bool,
 }
 
-pub(super) fn read_maps(
+pub(crate) fn read_maps(
     file: &File,
     path: &Path,
     header: &Header,
@@ -309,7 +309,7 @@ fn for_each_page(
 }
 
 /// Lets a range of the file read as zeros.
-pub(super) fn clear(file: &File, start: u64, len: u64) -> io::Result<()> {
+pub(crate) fn clear(file: &File, start: u64, len: u64) -> io::Result<()> {
     if len == 0 {
         return Ok(());
     }

@@ -36,67 +36,87 @@ use super::map::{PAGE_BYTES, PAGE_SECTORS};
 use crate::SECTOR;
 
 /// The first bytes of an overlay.
-pub(super) const MAGIC: [u8; 8] = *b"VESTAOVL";
+pub(crate) const MAGIC: [u8; 8] = *b"VESTAOVL";
 /// The version of the format that is written here, and the only one that is read.
-pub(super) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 /// Where the session stands.
-pub(super) const SESSION_OFFSET: u64 = 4096;
+pub(crate) const SESSION_OFFSET: u64 = 4096;
 /// Where map A stands.
-pub(super) const MAP_OFFSET: u64 = 8192;
+pub(crate) const MAP_OFFSET: u64 = 8192;
 /// What the data is aligned to.
 const DATA_ALIGNMENT: u64 = 1 << 20;
 /// Most bytes of a disk that an overlay can stand for: 16 TiB. Its map has 4 GiB then.
-pub(super) const MAX_VIRTUAL_SIZE: u64 = 16 << 40;
+pub(crate) const MAX_VIRTUAL_SIZE: u64 = 16 << 40;
+
+/// What an overlay lies on, as far as it must be told from other things.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Beneath {
+    /// Size in bytes, a multiple of 512.
+    pub(crate) size: u64,
+    /// The overlay beneath, or zeros.
+    pub(crate) uuid: [u8; 16],
+    /// How many sessions have written to the overlay beneath.
+    pub(crate) sessions: u64,
+    /// CRC-32 of its first and last 64 KiB.
+    pub(crate) fingerprint: u32,
+}
+
+/// Which overlay something is, for the one that lies on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) uuid: [u8; 16],
+    pub(crate) sessions: u64,
+}
 
 /// What an overlay is; written once, when it is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub(super) struct Header {
-    pub(super) magic: [u8; 8],
-    pub(super) version: U32,
+pub(crate) struct Header {
+    pub(crate) magic: [u8; 8],
+    pub(crate) version: U32,
     /// Bytes per sector of the map: 512.
-    pub(super) block_size: U32,
+    pub(crate) block_size: U32,
     /// Size of the disk in bytes, a multiple of 512.
-    pub(super) virtual_size: U64,
+    pub(crate) virtual_size: U64,
     /// A random number that names this overlay.
-    pub(super) uuid: [u8; 16],
+    pub(crate) uuid: [u8; 16],
     /// Size of what lies beneath, in bytes.
-    pub(super) base_size: U64,
+    pub(crate) base_size: U64,
     /// The `uuid` of the overlay beneath; zeros if a plain disk lies beneath.
-    pub(super) base_uuid: [u8; 16],
+    pub(crate) base_uuid: [u8; 16],
     /// The `sessions` of the overlay beneath when this one was made: it must not have been written since.
-    pub(super) base_sessions: U64,
+    pub(crate) base_sessions: U64,
     /// CRC-32 of the first and last 64 KiB of what lies beneath.
-    pub(super) base_fingerprint: U32,
+    pub(crate) base_fingerprint: U32,
     /// CRC-32 of all fields above.
-    pub(super) crc: U32,
+    pub(crate) crc: U32,
 }
 
 /// How the overlay was last written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub(super) struct Session {
+pub(crate) struct Session {
     /// How many sessions have written to it.
-    pub(super) sessions: U64,
+    pub(crate) sessions: U64,
     /// Which start of the host that was in; zeros where that is not known.
-    pub(super) boot_id: [u8; 16],
+    pub(crate) boot_id: [u8; 16],
     /// When that start was, in seconds since 1970.
-    pub(super) boot_time: U64,
+    pub(crate) boot_time: U64,
     /// [`OPEN`], [`OPEN_UNSAFE`], [`CLOSED`] or [`UNKNOWN`].
-    pub(super) state: U32,
+    pub(crate) state: U32,
     /// CRC-32 of all fields above.
-    pub(super) crc: U32,
+    pub(crate) crc: U32,
 }
 
 /// Open, or not closed in order: map B is true until the host is started again.
-pub(super) const OPEN: u32 = 1;
+pub(crate) const OPEN: u32 = 1;
 /// Open by someone who does not wait for disks: map B is all there is.
-pub(super) const OPEN_UNSAFE: u32 = 2;
+pub(crate) const OPEN_UNSAFE: u32 = 2;
 /// Closed in order: both maps together are true.
-pub(super) const CLOSED: u32 = 3;
+pub(crate) const CLOSED: u32 = 3;
 /// A sync failed before anything was durable: map B is all there is, and nobody knows whether it is true. (Versions before this state
 /// was defined take the session for damaged, and open such an overlay no more than this one.)
-pub(super) const UNKNOWN: u32 = 4;
+pub(crate) const UNKNOWN: u32 = 4;
 
 /// The checksum of a structure whose last four bytes hold it.
 fn checksum<T: IntoBytes + Immutable>(value: &T) -> U32 {
@@ -106,26 +126,26 @@ fn checksum<T: IntoBytes + Immutable>(value: &T) -> U32 {
 
 impl Header {
     /// This header with its checksum.
-    pub(super) fn sealed(mut self) -> Self {
+    pub(crate) fn sealed(mut self) -> Self {
         self.crc = checksum(&self);
         self
     }
 
     /// Whether the checksum is right.
-    pub(super) fn is_sealed(&self) -> bool {
+    pub(crate) fn is_sealed(&self) -> bool {
         self.crc == checksum(self)
     }
 }
 
 impl Session {
     /// This session with its checksum.
-    pub(super) fn sealed(mut self) -> Self {
+    pub(crate) fn sealed(mut self) -> Self {
         self.crc = checksum(&self);
         self
     }
 
     /// Whether the checksum is right and the state is one there is.
-    pub(super) fn is_sealed(&self) -> bool {
+    pub(crate) fn is_sealed(&self) -> bool {
         self.crc == checksum(self) && [OPEN, OPEN_UNSAFE, CLOSED, UNKNOWN].contains(&self.state.get())
     }
 }
@@ -145,7 +165,7 @@ pub(crate) struct Layout {
 
 impl Layout {
     /// The layout for a disk of `virtual_size` bytes, at most [`MAX_VIRTUAL_SIZE`].
-    pub(super) fn of(virtual_size: u64) -> Self {
+    pub(crate) fn of(virtual_size: u64) -> Self {
         let map_len = (virtual_size / SECTOR).div_ceil(PAGE_SECTORS) * PAGE_BYTES;
         let map_b = MAP_OFFSET + map_len;
         let data = (map_b + map_len).next_multiple_of(DATA_ALIGNMENT);

@@ -113,6 +113,11 @@ impl Map {
     }
 }
 
+/// The lookup that layers share: whether `sector` is the overlay's, and how many after it are alike.
+pub(crate) fn layer_run(map: &Map, below: u64, sector: u64, max: u64) -> (bool, u64) {
+    if sector >= below { (true, max) } else { map.run(sector, max.min(below - sector)) }
+}
+
 /// The bit of sector `at`, and the sector where that changes, at most `end`, which is in the same page.
 fn run_in_page(words: &[u64; PAGE_WORDS], at: u64, end: u64) -> (bool, u64) {
     let page_start = at / PAGE_SECTORS * PAGE_SECTORS;

@@ -14,12 +14,12 @@ use rustix::fs::{FlockOperation, SeekFrom};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
+use super::error::OverlayError;
 use super::file::{Opened, io_error, is_blank, new_header, open};
-use super::format::{CLOSED, Layout, SESSION_OFFSET, Session};
+use super::format::{Beneath, CLOSED, Identity, Layout, SESSION_OFFSET, Session};
 use super::map::{Map, PAGE_BYTES};
-use super::{Beneath, Identity, OverlayError};
 use crate::SECTOR;
-use crate::health::sync_data;
+use crate::host_file::health::sync_data;
 
 /// Longest piece that is copied at once.
 const CHUNK: u64 = 1 << 20;

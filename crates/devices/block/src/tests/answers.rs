@@ -6,8 +6,7 @@ use proptest::prelude::*;
 use super::guest::*;
 use super::recorder::{Deed, Deeds, Recorder};
 use super::*;
-use crate::engine::Engine;
-use crate::lane::Part;
+use crate::backend_slot::Part;
 use sync::locked;
 use virtio::rate_limiter::RateLimiterConfig;
 
@@ -126,7 +125,7 @@ fn recorded(options: &DiskOptions, accepts: u64) -> (Guest, Deeds) {
     let guest = Guest::with(options, config(1, 1), RateLimiterConfig::default(), Patience::None, accepts);
     let disk = guest.control.disk();
     let deeds = Deeds::default();
-    let engine = Engine::Recorded(Recorder::new(disk.files(), deeds.clone()));
+    let engine = Box::new(Recorder::new(disk.files(), deeds.clone()));
     let part = Part { queue: disk.queue_with(engine), size: disk.size() };
     drop(guest.control.lanes[0].post(part));
     (guest, deeds)

@@ -6,10 +6,9 @@ use std::sync::atomic::Ordering;
 use super::guest::*;
 use super::recorder::{Deeds, Recorder, Syncs};
 use super::*;
-use crate::backlog::{Backlog, FLOOR};
-use crate::engine::Engine;
-use crate::lane::Part;
-use crate::queue::DISCARD_PART;
+use crate::backend_slot::Part;
+use crate::disk::DISCARD_PART;
+use crate::disk::backlog::{Backlog, FLOOR};
 use sync::locked;
 use virtio::rate_limiter::RateLimiterConfig;
 
@@ -34,8 +33,7 @@ impl Slow {
         for (member, lane) in guest.control.lanes.iter().enumerate() {
             let recorder = Recorder::new(disk.files(), Deeds::default()).without_record();
             syncs.push(Arc::clone(&recorder.syncs));
-            let queue =
-                disk.queue_with(Engine::Recorded(recorder)).with_backlog(Arc::clone(&backlog), member);
+            let queue = disk.queue_with(Box::new(recorder)).with_backlog(Arc::clone(&backlog), member);
             drop(lane.post(Part { queue, size: disk.size() }));
         }
         let mut slow = Slow { guest, backlog, syncs, writes: 0 };

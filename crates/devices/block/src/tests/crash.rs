@@ -22,7 +22,7 @@ fn as_if_killed(top: &Path) -> PathBuf {
 }
 
 /// Makes the host's last start another one than that of the session in `top`.
-pub(super) fn as_if_host_crashed(top: &Path) {
+pub(crate) fn as_if_host_crashed(top: &Path) {
     let file = std::fs::OpenOptions::new().read(true).write(true).open(top).unwrap();
     let mut session = [0; 40];
     file.read_exact_at(&mut session, 4096).unwrap();

@@ -7,9 +7,8 @@ use super::crash::as_if_host_crashed;
 use super::recorder::{Deed, Recorder};
 use super::*;
 use crate::disk::{ContentsUnknown, DiskError, FileLocks, LockError};
-use crate::engine::Engine;
-use crate::health::faults;
-use crate::name::record;
+use crate::host_file::health::faults;
+use crate::host_file::name::record;
 use crate::overlay::OverlayError;
 use sync::locked;
 
@@ -209,7 +208,7 @@ fn recorded(options: &DiskOptions) -> (Rig, Arc<Mutex<Vec<Deed>>>, Arc<recorder:
     let deeds = Arc::new(Mutex::new(Vec::new()));
     let recorder = Recorder::new(rig.disk.files(), Arc::clone(&deeds));
     let (faults, broken) = (Arc::clone(&recorder.syncs), Arc::clone(&recorder.broken));
-    rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
+    rig.queue = rig.disk.queue_with(Box::new(recorder));
     (rig, deeds, faults, broken)
 }
 
@@ -380,6 +379,6 @@ fn the_files_of_a_disk_are_open_apart() {
     disk.write_back().unwrap_err();
     // The queue's own file has its own report.
     let file = &disk.files()[0];
-    assert!(crate::health::sync_data(file).is_err());
+    assert!(crate::host_file::health::sync_data(file).is_err());
     file.read_exact_at(&mut [0; 512], 0).unwrap();
 }

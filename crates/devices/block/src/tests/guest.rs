@@ -17,12 +17,12 @@ use virtio::rate_limiter::RateLimiterConfig;
 use virtio::testing::{CountingInterrupt, DriverQueue, TestWorker, Used};
 use virtio::worker::Task;
 
-pub(super) const IN: u32 = 0;
-pub(super) const OUT: u32 = 1;
-pub(super) const FLUSH: u32 = 4;
-pub(super) const GET_ID: u32 = 8;
-pub(super) const DISCARD: u32 = 11;
-pub(super) const WRITE_ZEROES: u32 = 13;
+pub(crate) const IN: u32 = 0;
+pub(crate) const OUT: u32 = 1;
+pub(crate) const FLUSH: u32 = 4;
+pub(crate) const GET_ID: u32 = 8;
+pub(crate) const DISCARD: u32 = 11;
+pub(crate) const WRITE_ZEROES: u32 = 13;
 
 /// Where the queues begin.
 const QUEUES: u64 = 0x1000;
@@ -32,46 +32,46 @@ const ARENA: u64 = 1 << 20;
 const RAM_MIB: u32 = 32;
 
 /// A request that the device has.
-pub(super) struct Asked {
-    pub(super) head: u16,
+pub(crate) struct Asked {
+    pub(crate) head: u16,
     /// Where the writable bytes are: data, then status.
     writable: Vec<(u64, u32)>,
 }
 
 /// What came back.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Answer {
-    pub(super) status: u8,
-    pub(super) data: Vec<u8>,
-    pub(super) written: u32,
+pub(crate) struct Answer {
+    pub(crate) status: u8,
+    pub(crate) data: Vec<u8>,
+    pub(crate) written: u32,
 }
 
-pub(super) struct Guest {
-    pub(super) ram: GuestRam,
-    pub(super) worker: TestWorker,
-    pub(super) interrupt: Arc<CountingInterrupt>,
-    pub(super) block: Block,
-    pub(super) control: BlockControl,
-    pub(super) drivers: Vec<DriverQueue>,
+pub(crate) struct Guest {
+    pub(crate) ram: GuestRam,
+    pub(crate) worker: TestWorker,
+    pub(crate) interrupt: Arc<CountingInterrupt>,
+    pub(crate) block: Block,
+    pub(crate) control: BlockControl,
+    pub(crate) drivers: Vec<DriverQueue>,
     /// How far the device is in each queue.
-    pub(super) positions: Vec<Arc<Position>>,
+    pub(crate) positions: Vec<Arc<Position>>,
     kicks: Vec<Arc<EventFd>>,
     tasks: Vec<u64>,
     next_addr: u64,
     features: u64,
 }
 
-pub(super) fn config(num_queues: u16, io_threads: u16) -> BlockConfig {
+pub(crate) fn config(num_queues: u16, io_threads: u16) -> BlockConfig {
     BlockConfig { id: "disk_1".into(), num_queues, queue_size: 64, io_threads }
 }
 
 impl Guest {
-    pub(super) fn new(options: &DiskOptions) -> Guest {
+    pub(crate) fn new(options: &DiskOptions) -> Guest {
         Self::with(options, config(1, 1), RateLimiterConfig::default(), Patience::None, u64::MAX)
     }
 
     /// A guest whose driver accepts the features that are in `accepts` and are offered.
-    pub(super) fn with(
+    pub(crate) fn with(
         options: &DiskOptions,
         config: BlockConfig,
         limits: RateLimiterConfig,
@@ -90,7 +90,7 @@ impl Guest {
     }
 
     /// A guest with this device.
-    pub(super) fn around(block: Block, control: BlockControl, worker: TestWorker, accepts: u64) -> Guest {
+    pub(crate) fn around(block: Block, control: BlockControl, worker: TestWorker, accepts: u64) -> Guest {
         let ring = virtio::device::feature::RING_EVENT_IDX | virtio::device::feature::RING_INDIRECT_DESC;
         let features = (block.features() | ring) & accepts;
         let mut guest = Guest {
@@ -111,7 +111,7 @@ impl Guest {
     }
 
     /// The driver begins: fresh queues, `DRIVER_OK`.
-    pub(super) fn activate(&mut self) {
+    pub(crate) fn activate(&mut self) {
         let sizes = self.block.queue_sizes().to_vec();
         let mut base = QUEUES;
         self.drivers.clear();
@@ -150,13 +150,13 @@ impl Guest {
     }
 
     /// Asks for the tasks back, as a reset does first.
-    pub(super) fn begin_reset(&mut self) -> Vec<Receiver<Box<dyn Task>>> {
+    pub(crate) fn begin_reset(&mut self) -> Vec<Receiver<Box<dyn Task>>> {
         let tasks = std::mem::take(&mut self.tasks);
         tasks.into_iter().map(|task| self.worker.remove(task)).collect()
     }
 
     /// Waits for the tasks and resets the device.
-    pub(super) fn end_reset(&mut self, tasks: Vec<Receiver<Box<dyn Task>>>) {
+    pub(crate) fn end_reset(&mut self, tasks: Vec<Receiver<Box<dyn Task>>>) {
         for task in tasks {
             let mut back = None;
             self.worker.run_until(|| {
@@ -178,7 +178,7 @@ impl Guest {
     }
 
     /// How much memory requests in flight take.
-    pub(super) fn arena_used(&self) -> u64 {
+    pub(crate) fn arena_used(&self) -> u64 {
         self.next_addr - ARENA
     }
 
@@ -217,7 +217,7 @@ impl Guest {
     }
 
     /// Puts a request into queue `queue`, in buffers of lengths `cuts`. None if there is no room for it. No kick.
-    pub(super) fn ask_cut(
+    pub(crate) fn ask_cut(
         &mut self,
         queue: usize,
         (kind, sector): (u32, u64),
@@ -241,7 +241,7 @@ impl Guest {
     }
 
     /// Puts a request into queue `queue` in the usual three buffers. No kick.
-    pub(super) fn ask(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Asked {
+    pub(crate) fn ask(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Asked {
         let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
         let mut readable = vec![(self.room(16), 16)];
         self.put(&readable, &header);
@@ -261,7 +261,7 @@ impl Guest {
     }
 
     /// Shows the device what was added, and kicks if it wants that.
-    pub(super) fn kick(&mut self, queue: usize) {
+    pub(crate) fn kick(&mut self, queue: usize) {
         self.drivers[queue].enable_interrupts();
         if self.drivers[queue].publish() {
             self.kicks[queue].signal();
@@ -269,7 +269,7 @@ impl Guest {
     }
 
     /// What came back for `asked`.
-    pub(super) fn answer(&self, asked: &Asked, used: Used) -> Answer {
+    pub(crate) fn answer(&self, asked: &Asked, used: Used) -> Answer {
         assert_eq!(used.head, asked.head);
         let mut data = self.get(&asked.writable);
         let status = data.pop().unwrap();
@@ -277,7 +277,7 @@ impl Guest {
     }
 
     /// Lets the worker work until queue `queue` has `count` answers; takes them.
-    pub(super) fn wait(&mut self, queue: usize, count: usize) -> Vec<Used> {
+    pub(crate) fn wait(&mut self, queue: usize, count: usize) -> Vec<Used> {
         let driver = &mut self.drivers[queue];
         let mut got = Vec::new();
         self.worker.run_until(|| {
@@ -292,7 +292,7 @@ impl Guest {
     }
 
     /// As [`Guest::wait`], while the clock goes on: for devices with limits.
-    pub(super) fn wait_in_time(&mut self, queue: usize, count: usize) -> Vec<Used> {
+    pub(crate) fn wait_in_time(&mut self, queue: usize, count: usize) -> Vec<Used> {
         let mut got = Vec::new();
         loop {
             self.worker.run();
@@ -310,7 +310,7 @@ impl Guest {
     }
 
     /// As [`Guest::read`], while the clock goes on.
-    pub(super) fn read_in_time(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
+    pub(crate) fn read_in_time(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
         let asked = self.ask(0, IN, sector, &[], count * 512);
         self.kick(0);
         let used = self.wait_in_time(0, 1)[0];
@@ -320,7 +320,7 @@ impl Guest {
     }
 
     /// One request, from beginning to end.
-    pub(super) fn one(&mut self, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Answer {
+    pub(crate) fn one(&mut self, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Answer {
         let asked = self.ask(0, kind, sector, data, read_len);
         self.kick(0);
         let used = self.wait(0, 1)[0];
@@ -329,27 +329,27 @@ impl Guest {
         answer
     }
 
-    pub(super) fn read(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
+    pub(crate) fn read(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
         let answer = self.one(IN, sector, &[], count * 512);
         assert_eq!(answer.written, if answer.status == 0 { count * 512 + 1 } else { 0 });
         (answer.status, answer.data)
     }
 
-    pub(super) fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
+    pub(crate) fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
         let answer = self.one(OUT, sector, data, 0);
         assert_eq!(answer.written, 1);
         answer.status
     }
 
     /// Forgets the memory of requests, none of which may be in flight.
-    pub(super) fn forget(&mut self) {
+    pub(crate) fn forget(&mut self) {
         assert!(self.drivers.iter().all(|driver| driver.out() == 0));
         self.next_addr = ARENA;
     }
 }
 
 /// The payload of a discard or zeroing.
-pub(super) fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
+pub(crate) fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
     let one = |&(sector, count, flags): &(u64, u32, u32)| {
         [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
     };
@@ -357,7 +357,7 @@ pub(super) fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
 }
 
 /// A file of `sectors` sectors with a pattern, and how to open it.
-pub(super) fn disk(dir: &Path, sectors: u64, engine: IoEngine) -> (DiskOptions, Vec<u8>) {
+pub(crate) fn disk(dir: &Path, sectors: u64, engine: IoEngine) -> (DiskOptions, Vec<u8>) {
     let content = pattern(0x77, 0, sectors * SECTOR);
     let path = dir.join("disk");
     std::fs::write(&path, &content).unwrap();

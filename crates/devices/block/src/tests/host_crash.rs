@@ -10,7 +10,6 @@ use proptest::prelude::*;
 use super::crash::as_if_host_crashed;
 use super::recorder::{Deed, Deeds, Recorder};
 use super::*;
-use crate::engine::Engine;
 use sync::locked;
 
 const SECTORS: u64 = 300;
@@ -96,7 +95,7 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
     let has_failed = |deeds: &Deeds| locked(deeds).iter().any(|deed| matches!(deed, Deed::FailedSync));
     let recorder = Recorder::new(rig.disk.files(), Arc::clone(&deeds));
     let syncs = Arc::clone(&recorder.syncs);
-    rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
+    rig.queue = rig.disk.queue_with(Box::new(recorder));
     let may_hold = (0..SECTORS).map(|sector| vec![(sector % 100) as u8 + 1]).collect();
     let mut model = Model { may_hold, flushes: vec![], writes: vec![] };
 

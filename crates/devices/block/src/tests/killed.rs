@@ -8,7 +8,6 @@ use rustix::fs::SeekFrom;
 
 use super::recorder::{Deeds, Recorder};
 use super::*;
-use crate::engine::Engine;
 use sync::locked;
 
 /// Of one page of the map.
@@ -164,7 +163,7 @@ fn a_change_that_the_map_cannot_take_in_fails_and_others_do_not() {
     let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Patience::MayWait, CacheType::Unsafe);
     let recorder = Recorder::new(rig.disk.files(), Deeds::default());
     let broken = Arc::clone(&recorder.broken);
-    rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
+    rig.queue = rig.disk.queue_with(Box::new(recorder));
     *locked(&broken) = MAP_B + 4096..MAP_B + 8192;
     let good = rig.start_write(0, &[1; 512], u64::MAX);
     let bad = rig.start_write(PAGE, &[2; 512], u64::MAX);
@@ -187,7 +186,7 @@ fn a_change_fails_while_the_session_cannot_be_written() {
     let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Patience::MayWait, CacheType::Writeback);
     let recorder = Recorder::new(rig.disk.files(), Deeds::default());
     let broken = Arc::clone(&recorder.broken);
-    rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
+    rig.queue = rig.disk.queue_with(Box::new(recorder));
     *locked(&broken) = 4096..4097;
     rig.start_write(0, &[1; 512], u64::MAX);
     rig.start(PAGE, Request::Discard { len: 512 });

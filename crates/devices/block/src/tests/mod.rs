@@ -13,7 +13,7 @@ mod host_crash;
 mod killed;
 mod limits;
 mod model;
-pub(super) mod recorder;
+pub(crate) mod recorder;
 
 use std::path::{Path, PathBuf};
 
@@ -24,9 +24,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::SECTOR;
 use super::buffers::{Direction, GuestBuffers};
+use super::disk::queue::DiskQueue;
 use super::disk::{Disk, DiskOptions};
 use super::engine::Patience;
-use super::queue::{DiskQueue, Request, Token};
+use super::io_request::{Request, Token};
 use virtio::queue::GuestBuffer;
 use virtio::testing::guest_ram;
 

@@ -1,6 +1,7 @@
 //! An engine that tells what it did to the last of its files, in order.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -9,8 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
-use crate::blocking::carry_out;
-use crate::engine::{Done, Op, Transfer};
+use crate::engine::{Done, Engine, Op, Transfer, carry_out};
 use crate::tests::SECTOR;
 use sync::locked;
 
@@ -50,14 +50,14 @@ pub(crate) struct Recorder<T> {
     files: Vec<Arc<File>>,
     /// None if nobody asks.
     deeds: Option<Deeds>,
-    pub(super) broken: Broken,
+    pub(crate) broken: Broken,
     pub(crate) syncs: Arc<Syncs>,
     noted: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
 
 impl<T> Recorder<T> {
-    pub(super) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
+    pub(crate) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
         let broken = Broken::default();
         Recorder {
             files,
@@ -70,16 +70,22 @@ impl<T> Recorder<T> {
     }
 
     /// The same without a record.
-    pub(super) fn without_record(self) -> Self {
+    pub(crate) fn without_record(self) -> Self {
         Recorder { deeds: None, ..self }
     }
 
-    pub(crate) fn push(&mut self, transfer: Transfer<T>) {
+    fn is_stalled(&self, transfer: &Transfer<T>) -> bool {
+        matches!(transfer.op(), Op::Sync | Op::PunchHole) && self.syncs.stalled.load(Ordering::Relaxed)
+    }
+}
+
+impl<T: fmt::Debug + Send> Engine<T> for Recorder<T> {
+    fn push(&mut self, transfer: Transfer<T>) {
         self.noted.push_back(transfer);
     }
 
     /// Carries out one of those that were noted.
-    pub(crate) fn submit(&mut self) {
+    fn submit(&mut self) {
         let Some(index) = self.noted.iter().rposition(|transfer| !self.is_stalled(transfer)) else { return };
         let Some(mut transfer) = self.noted.remove(index) else { return };
         let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.left());
@@ -122,20 +128,16 @@ impl<T> Recorder<T> {
         self.done.push(transfer.finish(result));
     }
 
-    pub(crate) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+    fn reap(&mut self, done: &mut Vec<Done<T>>) {
         done.append(&mut self.done);
     }
 
-    fn is_stalled(&self, transfer: &Transfer<T>) -> bool {
-        matches!(transfer.op(), Op::Sync | Op::PunchHole) && self.syncs.stalled.load(Ordering::Relaxed)
-    }
-
     /// Whether something can be carried out or is to be taken.
-    pub(crate) fn has_more(&self) -> bool {
+    fn has_more(&self) -> bool {
         !self.done.is_empty() || self.noted.iter().any(|transfer| !self.is_stalled(transfer))
     }
 
-    pub(crate) fn in_flight(&self) -> usize {
+    fn in_flight(&self) -> usize {
         self.noted.len() + self.done.len()
     }
 }

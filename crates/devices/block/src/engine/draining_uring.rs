@@ -3,32 +3,36 @@
 //! Everything goes through the ring, also what a worker would otherwise carry out itself. So what happens follows from what is asked, but for one
 //! thing: transfers that were submitted together may end in any order.
 
+use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
 
-use super::engine::{Done, Patience, Transfer};
+use super::Engine;
+use super::transfer::{Done, Patience, Transfer};
 use super::uring::{Uring, UringError};
 
 /// A ring, and what of it is over.
 #[derive(Debug)]
-pub(super) struct SettledRing<T> {
+pub(crate) struct SettledRing<T: Send> {
     ring: Box<Uring<T>>,
     done: Vec<Done<T>>,
 }
 
-impl<T> SettledRing<T> {
+impl<T: Send> SettledRing<T> {
     /// An engine for `files`; a transfer's file is an index into them.
-    pub(super) fn new(files: Vec<Arc<File>>) -> Result<Self, UringError> {
+    pub(crate) fn new(files: Vec<Arc<File>>) -> Result<Self, UringError> {
         let ring = Uring::new(files, Patience::None)?.with_all_in_ring();
         Ok(SettledRing { ring: Box::new(ring), done: Vec::new() })
     }
+}
 
-    pub(super) fn push(&mut self, transfer: Transfer<T>) {
+impl<T: fmt::Debug + Send> Engine<T> for SettledRing<T> {
+    fn push(&mut self, transfer: Transfer<T>) {
         self.ring.push(transfer);
     }
 
     /// Carries out what was noted, and waits for it.
-    pub(super) fn submit(&mut self) {
+    fn submit(&mut self) {
         self.ring.submit();
         self.ring.reap(&mut self.done);
         while self.ring.in_flight() > 0 {
@@ -38,11 +42,11 @@ impl<T> SettledRing<T> {
         }
     }
 
-    pub(super) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+    fn reap(&mut self, done: &mut Vec<Done<T>>) {
         done.append(&mut self.done);
     }
 
-    pub(super) fn in_flight(&self) -> usize {
+    fn in_flight(&self) -> usize {
         self.ring.in_flight() + self.done.len()
     }
 }

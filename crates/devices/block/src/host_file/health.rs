@@ -45,7 +45,7 @@ pub struct ContentsUnknown {
 
 /// The health of one disk: a latch that the first failed sync sets.
 #[derive(Debug)]
-pub(super) struct DiskHealth {
+pub(crate) struct DiskHealth {
     path: PathBuf,
     failed: OnceLock<ContentsUnknown>,
     /// Held by the operation that syncs beside the queues. See [`DiskHealth::begin`].
@@ -54,12 +54,12 @@ pub(super) struct DiskHealth {
 
 impl DiskHealth {
     /// The health of the disk whose writes go to `path`: its contents are known.
-    pub(super) fn new(path: impl Into<PathBuf>) -> Arc<Self> {
+    pub(crate) fn new(path: impl Into<PathBuf>) -> Arc<Self> {
         Arc::new(DiskHealth { path: path.into(), failed: OnceLock::new(), operation: Mutex::new(()) })
     }
 
     /// Notes that the sync for `what` failed. The first failure is kept and logged.
-    pub(super) fn sync_failed(&self, what: &'static str, errno: Errno) -> ContentsUnknown {
+    pub(crate) fn sync_failed(&self, what: &'static str, errno: Errno) -> ContentsUnknown {
         let new = ContentsUnknown { path: self.path.clone(), what, errno };
         if self.failed.set(new.clone()).is_ok() {
             log::error!("{new}");
@@ -68,26 +68,26 @@ impl DiskHealth {
     }
 
     /// Whether no sync has failed.
-    pub(super) fn is_known(&self) -> bool {
+    pub(crate) fn is_known(&self) -> bool {
         self.failed.get().is_none()
     }
 
     /// Fails once a sync has failed.
-    pub(super) fn check(&self) -> Result<(), ContentsUnknown> {
+    pub(crate) fn check(&self) -> Result<(), ContentsUnknown> {
         self.failed.get().map_or(Ok(()), |failed| Err(failed.clone()))
     }
 
     /// Begins an operation that syncs and vouches beside the queues: a sync, a write-back, a freeze, a
     /// close. Waits for one that runs on another thread, since two syncs of their open file would share
     /// one report. Fails once a sync has failed, that of the operation it waited for included.
-    pub(super) fn begin(&self) -> Result<MutexGuard<'_, ()>, ContentsUnknown> {
+    pub(crate) fn begin(&self) -> Result<MutexGuard<'_, ()>, ContentsUnknown> {
         let operation = locked(&self.operation);
         self.check()?;
         Ok(operation)
     }
 
     /// Makes what was written to `file` durable, for `what`. Blocks. Not tried once a sync has failed.
-    pub(super) fn sync(&self, file: &File, what: &'static str) -> Result<(), ContentsUnknown> {
+    pub(crate) fn sync(&self, file: &File, what: &'static str) -> Result<(), ContentsUnknown> {
         self.check()?;
         loop {
             match sync_data(file) {
@@ -101,7 +101,7 @@ impl DiskHealth {
 }
 
 /// One `fdatasync`: all that makes data of disks durable but `io_uring` goes through here.
-pub(super) fn sync_data(file: &File) -> rustix::io::Result<()> {
+pub(crate) fn sync_data(file: &File) -> rustix::io::Result<()> {
     #[cfg(test)]
     faults::sync(file)?;
     rustix::fs::fdatasync(file)
@@ -109,7 +109,7 @@ pub(super) fn sync_data(file: &File) -> rustix::io::Result<()> {
 
 /// Syncs that fail, for tests: as the kernel's do, once for each open file.
 #[cfg(test)]
-pub(super) mod faults {
+pub(crate) mod faults {
     use std::collections::{BTreeMap, BTreeSet};
     use std::fs::File;
     use std::os::fd::{AsRawFd, RawFd};
@@ -151,7 +151,7 @@ pub(super) mod faults {
         }
     }
 
-    pub(super) fn sync(file: &File) -> rustix::io::Result<()> {
+    pub(crate) fn sync(file: &File) -> rustix::io::Result<()> {
         let key = key(&file.metadata().unwrap());
         let mut failed = locked(&FAILED);
         let told = failed.get_mut(&key).map(|told| told.insert(file.as_raw_fd()));

@@ -9,16 +9,16 @@
 
 use rustix::io::Errno;
 
-use super::engine::{Engine, Transfer};
-use super::overlay::Top;
-use super::queue::{Request, Tag, Token};
+use super::active::Top;
+use crate::engine::{Engine, Transfer};
+use crate::io_request::{Request, Tag, Token};
 
 /// A change that waits.
-pub(super) type Waiting = (Token, u64, Request);
+pub(crate) type Waiting = (Token, u64, Request);
 
 /// The changes that wait for the session to begin.
 #[derive(Debug, Default)]
-pub(super) struct Beginning {
+pub(crate) struct Beginning {
     waiting: Vec<Waiting>,
     phase: Phase,
 }
@@ -35,12 +35,12 @@ enum Phase {
 
 impl Beginning {
     /// Lets a change wait. Gives it back where no session can begin any more.
-    pub(super) fn wait(
+    pub(crate) fn wait(
         &mut self,
         change: Waiting,
         file: u8,
         top: &Top,
-        engine: &mut Engine<Tag>,
+        engine: &mut dyn Engine<Tag>,
     ) -> Result<(), Waiting> {
         if !top.health().is_known() && self.phase == Phase::Idle {
             return Err(change);
@@ -55,17 +55,17 @@ impl Beginning {
     }
 
     /// Whether the session is being synced.
-    pub(super) fn is_syncing(&self) -> bool {
+    pub(crate) fn is_syncing(&self) -> bool {
         self.phase == Phase::Sync
     }
 
     /// Takes in the end of a step. When it was the last one: how that went, and the changes that waited.
-    pub(super) fn step(
+    pub(crate) fn step(
         &mut self,
         result: Result<(), Errno>,
         file: u8,
         top: &Top,
-        engine: &mut Engine<Tag>,
+        engine: &mut dyn Engine<Tag>,
     ) -> Option<(Result<(), Errno>, Vec<Waiting>)> {
         if result.is_ok() && self.phase == Phase::Write && top.health().is_known() && top.waits_for_disk() {
             self.phase = Phase::Sync;

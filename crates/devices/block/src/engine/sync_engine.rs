@@ -4,6 +4,7 @@
 //! disk; this thread does. It ends with the engine, after what was started.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -11,15 +12,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use super::Engine;
 use super::blocking::carry_out;
-use super::engine::{Done, Transfer};
-use super::owner::Owner;
+use super::transfer::{Done, Transfer};
+use crate::creator_pid::Owner;
 use sync::EventFd;
 use sync::locked;
 
 /// The front of the engine: what the worker holds.
 #[derive(Debug)]
-pub(super) struct SyncEngine<T: Send + 'static> {
+pub(crate) struct SyncEngine<T: Send + 'static> {
     owner: Owner,
     shared: Arc<Shared<T>>,
     /// Not dropped in a fork, where there is no such thread.
@@ -54,7 +56,7 @@ impl<T> Shared<T> {
 
 impl<T: Send + 'static> SyncEngine<T> {
     /// Starts the thread, which keeps `files` open; a transfer's file is an index into them.
-    pub(super) fn new(files: Vec<Arc<File>>) -> io::Result<Self> {
+    pub(crate) fn new(files: Vec<Arc<File>>) -> io::Result<Self> {
         let event = EventFd::new()?;
         let shared = Arc::new(Shared {
             queues: Mutex::new(Queues { start: VecDeque::new(), done: Vec::new(), stop: false }),
@@ -69,20 +71,22 @@ impl<T: Send + 'static> SyncEngine<T> {
         let thread = ManuallyDrop::new(Some(thread));
         Ok(SyncEngine { owner: Owner::here(), shared, thread, noted: Vec::new(), in_flight: 0 })
     }
+}
 
-    pub(super) fn push(&mut self, transfer: Transfer<T>) {
+impl<T: fmt::Debug + Send + 'static> Engine<T> for SyncEngine<T> {
+    fn push(&mut self, transfer: Transfer<T>) {
         self.noted.push(transfer);
         self.in_flight += 1;
     }
 
-    pub(super) fn submit(&mut self) {
+    fn submit(&mut self) {
         if !self.noted.is_empty() {
             self.shared.queues().start.extend(self.noted.drain(..));
             self.shared.work.notify_one();
         }
     }
 
-    pub(super) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+    fn reap(&mut self, done: &mut Vec<Done<T>>) {
         let mut queues = self.shared.queues();
         if !queues.done.is_empty() {
             // Under the lock, so that the event is set again for what comes later.
@@ -92,15 +96,15 @@ impl<T: Send + 'static> SyncEngine<T> {
         }
     }
 
-    pub(super) fn in_flight(&self) -> usize {
+    fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    pub(super) fn has_more(&self) -> bool {
+    fn has_more(&self) -> bool {
         !self.noted.is_empty()
     }
 
-    pub(super) fn wait(&mut self) {
+    fn wait(&mut self) {
         self.submit();
         let mut queues = self.shared.queues();
         while queues.done.is_empty() && self.in_flight > 0 {
@@ -108,8 +112,8 @@ impl<T: Send + 'static> SyncEngine<T> {
         }
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.shared.event.as_fd()
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.shared.event.as_fd())
     }
 }
 

@@ -11,22 +11,22 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::backlog::Backlog;
-use super::device::BlockError;
-use super::disk::Disk;
-use super::engine::Patience;
-use super::queue::DiskQueue;
+use crate::disk::Disk;
+use crate::disk::backlog::Backlog;
+use crate::disk::queue::DiskQueue;
+use crate::engine::Patience;
+use crate::error::BlockError;
 use sync::EventFd;
 use sync::locked;
 
 /// What one task needs of the disk, and how it is told that this changes.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(crate) struct Lane {
     slot: Mutex<Slot>,
     /// Whether `slot.next` is there: spares the lock where it is not.
     posted: AtomicBool,
     /// Wakes the task: something was posted, or limits changed.
-    pub(super) event: Arc<EventFd>,
+    pub(crate) event: Arc<EventFd>,
 }
 
 #[derive(Debug, Default)]
@@ -39,17 +39,17 @@ struct Slot {
 
 /// A lane's part of a disk.
 #[derive(Debug)]
-pub(super) struct Part {
-    pub(super) queue: DiskQueue,
+pub(crate) struct Part {
+    pub(crate) queue: DiskQueue,
     /// Size of the disk in bytes.
-    pub(super) size: u64,
+    pub(crate) size: u64,
 }
 
 #[derive(Debug)]
-pub(super) struct Next {
-    pub(super) part: Box<Part>,
+pub(crate) struct Next {
+    pub(crate) part: Box<Part>,
     /// Where the old part goes.
-    pub(super) old: SyncSender<Box<Part>>,
+    pub(crate) old: SyncSender<Box<Part>>,
 }
 
 /// A disk that is being replaced.
@@ -70,7 +70,7 @@ pub struct StillInUse {
 }
 
 impl Lane {
-    pub(super) fn new(part: Part) -> Result<Arc<Self>, BlockError> {
+    pub(crate) fn new(part: Part) -> Result<Arc<Self>, BlockError> {
         let event = Arc::new(EventFd::new().map_err(BlockError::Event)?);
         part.queue.set_waker(Arc::clone(&event));
         Ok(Arc::new(Lane {
@@ -81,7 +81,7 @@ impl Lane {
     }
 
     /// Gives the lane another part of a disk: at once if it is parked, else as soon as its task gets to it.
-    pub(super) fn post(&self, part: Part) -> Receiver<Box<Part>> {
+    pub(crate) fn post(&self, part: Part) -> Receiver<Box<Part>> {
         part.queue.set_waker(Arc::clone(&self.event));
         let part = Box::new(part);
         let (old, receiver) = mpsc::sync_channel(1);
@@ -98,24 +98,24 @@ impl Lane {
         drop(slot);
         self.event.signal();
         if let Some(Next { part, old }) = unused {
-            // DiskSwap before it was ever used.
+            // Replaced before it was ever used.
             let _ = old.send(part);
         }
         receiver
     }
 
     /// Whether no task works with the lane's part of the disk.
-    pub(super) fn is_parked(&self) -> bool {
+    pub(crate) fn is_parked(&self) -> bool {
         locked(&self.slot).parked.is_some()
     }
 
     /// Takes the lane's part of the disk out.
-    pub(super) fn take(&self) -> Option<Box<Part>> {
+    pub(crate) fn take(&self) -> Option<Box<Part>> {
         locked(&self.slot).parked.take()
     }
 
     /// What the task is to change over to.
-    pub(super) fn take_next(&self) -> Option<Next> {
+    pub(crate) fn take_next(&self) -> Option<Next> {
         if !self.posted.swap(false, Ordering::AcqRel) {
             return None;
         }
@@ -123,7 +123,7 @@ impl Lane {
     }
 
     /// Parks the lane; what was posted meanwhile takes effect.
-    pub(super) fn park(&self, part: Box<Part>, next: Option<Next>) {
+    pub(crate) fn park(&self, part: Box<Part>, next: Option<Next>) {
         let mut slot = locked(&self.slot);
         let later = slot.next.take();
         self.posted.store(false, Ordering::Release);
@@ -136,7 +136,7 @@ impl Lane {
 }
 
 impl DiskSwap {
-    pub(super) fn new(disk: Disk, old: Vec<Receiver<Box<Part>>>) -> Self {
+    pub(crate) fn new(disk: Disk, old: Vec<Receiver<Box<Part>>>) -> Self {
         DiskSwap { old, _disk: disk }
     }
 
@@ -155,7 +155,7 @@ impl DiskSwap {
 }
 
 /// One part of `disk` for each lane.
-pub(super) fn parts(disk: &Disk, id: &str, lanes: u16, patience: Patience) -> Result<Vec<Part>, BlockError> {
+pub(crate) fn parts(disk: &Disk, id: &str, lanes: u16, patience: Patience) -> Result<Vec<Part>, BlockError> {
     if disk.has_overlay() && lanes > 1 {
         return Err(BlockError::OverlayThreads { id: id.into(), threads: lanes });
     }

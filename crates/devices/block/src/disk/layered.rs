@@ -8,19 +8,20 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::SECTOR;
 use super::base::Base;
-use super::disk::DiskError;
-use super::health::DiskHealth;
-use super::overlay::merge::{Merged, Target};
-use super::overlay::{Beneath, Lower, Top, TopState};
+use crate::SECTOR;
+use crate::error::DiskError;
+use crate::host_file::health::DiskHealth;
+use crate::overlay::flush::FlushTarget;
+use crate::overlay::merge::{Merged, Target};
+use crate::overlay::{Beneath, Lower, Top, TopState};
 
 /// Bytes at each end of a disk that tell it from another.
 const FINGERPRINT_BYTES: u64 = 64 << 10;
 
 /// The layers of a disk.
 #[derive(Debug)]
-pub(super) struct Stack {
+pub(crate) struct Stack {
     base: Arc<Base>,
     /// Whether what is written to holds what was written.
     health: Arc<DiskHealth>,
@@ -65,44 +66,44 @@ impl Merged for Stack {
 
 /// Where a run of sectors is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place {
+pub(crate) struct Place {
     /// Which file.
-    pub(super) file: u8,
+    pub(crate) file: u8,
     /// Offset in it, in bytes.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
     /// Length of the run in bytes.
-    pub(super) len: u64,
+    pub(crate) len: u64,
 }
 
 impl Stack {
     /// A plain disk.
-    pub(super) fn new(base: Arc<Base>, health: Arc<DiskHealth>) -> Self {
+    pub(crate) fn new(base: Arc<Base>, health: Arc<DiskHealth>) -> Self {
         Stack { base, health, lower: Vec::new(), top: None }
     }
 
     /// The plain disk at the bottom.
-    pub(super) fn base(&self) -> &Base {
+    pub(crate) fn base(&self) -> &Base {
         &self.base
     }
 
     /// Whether what is written to holds what was written.
-    pub(super) fn health(&self) -> &Arc<DiskHealth> {
+    pub(crate) fn health(&self) -> &Arc<DiskHealth> {
         &self.health
     }
 
     /// Puts an overlay that is only read on top.
-    pub(super) fn push_lower(&mut self, lower: Lower) {
+    pub(crate) fn push_lower(&mut self, lower: Lower) {
         debug_assert!(self.top.is_none());
         self.lower.push(Arc::new(lower));
     }
 
     /// Puts the overlay that is written to on top.
-    pub(super) fn set_top(&mut self, top: Top) {
+    pub(crate) fn set_top(&mut self, top: Top) {
         self.top = Some(top);
     }
 
     /// Size of the disk in bytes, a multiple of 512.
-    pub(super) fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         match (&self.top, self.lower.last()) {
             (Some(top), _) => top.size,
             (None, Some(lower)) => lower.size,
@@ -111,12 +112,12 @@ impl Stack {
     }
 
     /// The files, by number.
-    pub(super) fn files(&self) -> Vec<Arc<File>> {
+    pub(crate) fn files(&self) -> Vec<Arc<File>> {
         self.files_on(self.base.file())
     }
 
     /// The files for one more queue, by number.
-    pub(super) fn files_of_queue(&self) -> Vec<Arc<File>> {
+    pub(crate) fn files_of_queue(&self) -> Vec<Arc<File>> {
         self.files_on(self.base.file_of_queue())
     }
 
@@ -127,17 +128,22 @@ impl Stack {
     }
 
     /// The overlay that is written to.
-    pub(super) fn top(&self) -> Option<&Top> {
+    pub(crate) fn top(&self) -> Option<&Top> {
         self.top.as_ref()
     }
 
     /// The file that is written to, and where in it the disk begins.
-    pub(super) fn write_target(&self) -> (u8, u64) {
+    pub(crate) fn write_target(&self) -> (u8, u64) {
         self.top.as_ref().map_or((0, 0), |top| (self.top_file(), top.layout.data))
     }
 
+    /// What a flush makes durable.
+    pub(crate) fn flush_target(&self) -> FlushTarget<'_> {
+        FlushTarget { file: self.write_target().0, layer: self.top(), health: &self.health }
+    }
+
     /// Whether what is written to is a file, and no block device.
-    pub(super) fn writes_to_file(&self) -> bool {
+    pub(crate) fn writes_to_file(&self) -> bool {
         self.top.is_some() || self.base.file().metadata().is_ok_and(|metadata| metadata.is_file())
     }
 
@@ -147,7 +153,7 @@ impl Stack {
 
     /// Where the `len` bytes from `offset` are, or as many of them as are in one place. Both are multiples of 512, `len` is not
     /// 0, and they do not reach past the end of the disk. `state` is that of the overlay that is written to.
-    pub(super) fn locate(&self, state: Option<&TopState>, offset: u64, len: u64) -> Place {
+    pub(crate) fn locate(&self, state: Option<&TopState>, offset: u64, len: u64) -> Place {
         let (sector, mut count) = (offset / SECTOR, len / SECTOR);
         let place = |file, start: u64, count| Place { file, offset: start + offset, len: count * SECTOR };
         if let (Some(top), Some(state)) = (&self.top, state) {
@@ -168,7 +174,7 @@ impl Stack {
     }
 
     /// What the next overlay has to know about this stack. Reads 128 KiB, and waits for them.
-    pub(super) fn describe(&self) -> io::Result<Beneath> {
+    pub(crate) fn describe(&self) -> io::Result<Beneath> {
         let size = self.size();
         let mut bytes = vec![0; FINGERPRINT_BYTES.min(size) as usize];
         let mut fingerprint = crc32fast::Hasher::new();
@@ -186,7 +192,7 @@ impl Stack {
     }
 
     /// The layers that are only read, to be merged into the blank file at `path`.
-    pub(super) fn merge_layers(&self, path: &Path) -> Result<LayerMerge, DiskError> {
+    pub(crate) fn merge_layers(&self, path: &Path) -> Result<LayerMerge, DiskError> {
         let layers = Stack {
             base: Arc::clone(&self.base),
             health: Arc::clone(&self.health),

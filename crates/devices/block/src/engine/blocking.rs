@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "preadv and pwritev take the addresses of guest memory")]
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -14,15 +15,16 @@ use std::sync::Arc;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::engine::{Done, Op, Progress, Transfer};
-use super::health::sync_data;
+use super::Engine;
+use super::transfer::{Done, Op, Progress, Transfer};
+use crate::host_file::health::sync_data;
 
 /// Bytes that are moved before whoever waits for the first of them gets a chance to be told.
-pub(super) const TURN: u64 = 128 << 10;
+pub(crate) const TURN: u64 = 128 << 10;
 
 /// The synchronous engine of a worker that serves nothing but this disk: it may wait for the disk, so it does.
 #[derive(Debug)]
-pub(super) struct BlockingEngine<T> {
+pub(crate) struct BlockingEngine<T> {
     files: Vec<Arc<File>>,
     noted: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
@@ -30,16 +32,18 @@ pub(super) struct BlockingEngine<T> {
 
 impl<T> BlockingEngine<T> {
     /// An engine for `files`; a transfer's file is an index into them.
-    pub(super) fn new(files: Vec<Arc<File>>) -> Self {
+    pub(crate) fn new(files: Vec<Arc<File>>) -> Self {
         BlockingEngine { files, noted: VecDeque::new(), done: Vec::new() }
     }
+}
 
-    pub(super) fn push(&mut self, transfer: Transfer<T>) {
+impl<T: fmt::Debug + Send> Engine<T> for BlockingEngine<T> {
+    fn push(&mut self, transfer: Transfer<T>) {
         self.noted.push_back(transfer);
     }
 
     /// Carries out what was noted, until it had its turn.
-    pub(super) fn submit(&mut self) {
+    fn submit(&mut self) {
         let mut moved = 0;
         while moved < TURN
             && let Some(mut transfer) = self.noted.pop_front()
@@ -50,17 +54,17 @@ impl<T> BlockingEngine<T> {
         }
     }
 
-    pub(super) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+    fn reap(&mut self, done: &mut Vec<Done<T>>) {
         done.append(&mut self.done);
     }
 
-    pub(super) fn in_flight(&self) -> usize {
+    fn in_flight(&self) -> usize {
         self.noted.len() + self.done.len()
     }
 }
 
 /// Does all of one transfer. Waits for the disk.
-pub(super) fn carry_out<T>(transfer: &mut Transfer<T>, files: &[Arc<File>]) -> Result<(), Errno> {
+pub(crate) fn carry_out<T>(transfer: &mut Transfer<T>, files: &[Arc<File>]) -> Result<(), Errno> {
     let file = &*files[usize::from(transfer.file())];
     loop {
         let result = match transfer.op() {

@@ -27,22 +27,22 @@ use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
-use super::queue::Token;
+use crate::io_request::Token;
 use sync::EventFd;
 use sync::locked;
 use virtio::worker::{Nanos, monotonic};
 
 /// Most bytes of requests in flight.
-pub(super) const IN_FLIGHT: u64 = 64 << 20;
+pub(crate) const IN_FLIGHT: u64 = 64 << 20;
 /// Smallest window, in bytes: a disk that moves 10 MB/s drains it in 7 seconds (9 with [`READ_EXTRA`]).
-pub(super) const FLOOR: u64 = 64 << 20;
+pub(crate) const FLOOR: u64 = 64 << 20;
 /// Largest window, in bytes.
-pub(super) const CEILING: u64 = 1 << 30;
+pub(crate) const CEILING: u64 = 1 << 30;
 /// What reads may exceed the window by, in bytes: they do not wait for what was written. A disk that
 /// moves 10 MB/s needs 1.7 seconds for it.
-pub(super) const READ_EXTRA: u64 = 16 << 20;
+pub(crate) const READ_EXTRA: u64 = 16 << 20;
 /// New dirty bytes that start write-back.
-pub(super) const STEP: u64 = 4 << 20;
+pub(crate) const STEP: u64 = 4 << 20;
 /// How long the disk may take for a window, in nanoseconds.
 const DRAIN: Nanos = 5_000_000_000;
 /// Least distinct bytes of one sync that tell how fast the disk is.
@@ -53,7 +53,7 @@ const PAGE: u64 = 4096;
 
 /// What all queues of one disk share. See the module.
 #[derive(Debug)]
-pub(super) struct Backlog {
+pub(crate) struct Backlog {
     in_flight: AtomicU64,
     dirty: AtomicU64,
     window: AtomicU64,
@@ -100,11 +100,11 @@ struct Running {
 
 impl Backlog {
     /// A backlog of a disk with so many queues.
-    pub(super) fn new(members: usize) -> Arc<Self> {
+    pub(crate) fn new(members: usize) -> Arc<Self> {
         Self::with_clock(members, monotonic)
     }
 
-    pub(super) fn with_clock(members: usize, clock: fn() -> Nanos) -> Arc<Self> {
+    pub(crate) fn with_clock(members: usize, clock: fn() -> Nanos) -> Arc<Self> {
         let members = (0..members).map(|_| Member::default()).collect();
         Arc::new(Backlog {
             in_flight: AtomicU64::new(0),
@@ -121,13 +121,13 @@ impl Backlog {
     }
 
     /// Wakes `member` with this event from now on.
-    pub(super) fn set_waker(&self, member: usize, waker: Arc<EventFd>) {
+    pub(crate) fn set_waker(&self, member: usize, waker: Arc<EventFd>) {
         locked(&self.shared).members[member].waker = Some(waker);
     }
 
     /// Takes room for a request of `bytes`, which may exceed the window by `extra`. False if there is none: `member` is woken when there
     /// may be.
-    pub(super) fn reserve(&self, member: usize, bytes: u64, extra: u64) -> bool {
+    pub(crate) fn reserve(&self, member: usize, bytes: u64, extra: u64) -> bool {
         if self.try_reserve(bytes, extra) {
             return true;
         }
@@ -150,7 +150,7 @@ impl Backlog {
     }
 
     /// Gives back the room of a request that is over.
-    pub(super) fn release(&self, member: usize, bytes: u64) {
+    pub(crate) fn release(&self, member: usize, bytes: u64) {
         if bytes > 0 {
             self.in_flight.fetch_sub(bytes, Ordering::SeqCst);
             self.wake_waiting(member);
@@ -173,7 +173,7 @@ impl Backlog {
     }
 
     /// Counts `bytes` that were written. True if write-back is to be started.
-    pub(super) fn add_dirty(&self, bytes: u64) -> bool {
+    pub(crate) fn add_dirty(&self, bytes: u64) -> bool {
         self.dirty.fetch_add(bytes, Ordering::SeqCst);
         let unstarted = self.unstarted.fetch_add(bytes, Ordering::Relaxed) + bytes;
         // One of those who see it gets the whole step.
@@ -187,7 +187,7 @@ impl Backlog {
     }
 
     /// A flush of the driver: the next sync answers it. Its answer comes with [`finished`](Self::finished).
-    pub(super) fn flush(&self, member: usize, token: Token) {
+    pub(crate) fn flush(&self, member: usize, token: Token) {
         let mut shared = locked(&self.shared);
         match shared.unreported.take() {
             Some(errno) => {
@@ -202,7 +202,7 @@ impl Backlog {
     }
 
     /// Whether the caller is to start a sync now, on behalf of all; then it says with [`sync_ended`](Self::sync_ended) how that went.
-    pub(super) fn begin_sync(&self, held: u64) -> bool {
+    pub(crate) fn begin_sync(&self, held: u64) -> bool {
         if !self.asked.load(Ordering::SeqCst) && !self.is_sync_due(held) {
             return false;
         }
@@ -220,7 +220,7 @@ impl Backlog {
     }
 
     /// The sync that `member` started is over.
-    pub(super) fn sync_ended(&self, member: usize, result: Result<(), Errno>) {
+    pub(crate) fn sync_ended(&self, member: usize, result: Result<(), Errno>) {
         let mut shared = locked(&self.shared);
         let Some(Running { flushes, bytes }) = shared.running.take() else { return };
         // What failed is not dirty any more either: the kernel does not try again.
@@ -249,7 +249,7 @@ impl Backlog {
     }
 
     /// Takes the flushes of `member` that are over.
-    pub(super) fn finished(&self, member: usize, to: &mut impl Extend<(Token, Result<(), Errno>)>) {
+    pub(crate) fn finished(&self, member: usize, to: &mut impl Extend<(Token, Result<(), Errno>)>) {
         if self.answers.load(Ordering::SeqCst) > 0 {
             let finished = std::mem::take(&mut locked(&self.shared).members[member].finished);
             self.answers.fetch_sub(finished.len(), Ordering::SeqCst);
@@ -268,13 +268,13 @@ impl Backlog {
     }
 
     #[cfg(test)]
-    pub(super) fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.in_flight.load(Ordering::SeqCst) + self.dirty.load(Ordering::SeqCst)
     }
 }
 
 /// Bytes that become dirty in the page cache by a write of `len` bytes at `offset` of a file.
-pub(super) fn dirtied(offset: u64, len: u64) -> u64 {
+pub(crate) fn dirtied(offset: u64, len: u64) -> u64 {
     (offset + len).next_multiple_of(PAGE) - offset / PAGE * PAGE
 }
 
@@ -283,7 +283,7 @@ pub(super) fn dirtied(offset: u64, len: u64) -> u64 {
 /// It is a table without chains: a block of 64 pages has one place, which it shares with blocks 1 GiB away. A block whose place was taken
 /// counts anew. So the bytes that are counted as dirty are never too few, and those by which the disk's speed is measured never too many.
 #[derive(Debug, Default)]
-pub(super) struct DistinctPages {
+pub(crate) struct DistinctPages {
     /// Empty until the first write.
     blocks: Vec<Block>,
     /// [`Backlog::generation`] of what is noted here.
@@ -307,7 +307,7 @@ impl DistinctPages {
     const BLOCKS: u64 = CEILING / PAGE / 64;
 
     /// Notes the pages of `len` bytes at `offset`; `len` is not 0. Returns how many bytes became dirty that were not.
-    pub(super) fn mark(&mut self, offset: u64, len: u64, backlog: &Backlog) -> u64 {
+    pub(crate) fn mark(&mut self, offset: u64, len: u64, backlog: &Backlog) -> u64 {
         if self.blocks.is_empty() {
             self.blocks = vec![Block::default(); Self::BLOCKS as usize];
         }
@@ -338,14 +338,14 @@ impl DistinctPages {
 
     /// A sync that this queue starts has begun: what was noted since the one before is what it has to
     /// move.
-    pub(super) fn sync_begins(&mut self, backlog: &Backlog) {
+    pub(crate) fn sync_begins(&mut self, backlog: &Backlog) {
         // The backlog began a generation with the sync.
         let noted = self.generation.wrapping_add(1) == backlog.generation.load(Ordering::SeqCst);
         self.syncing = noted.then_some((self.count * PAGE, self.begin));
     }
 
     /// It has succeeded.
-    pub(super) fn sync_succeeded(&mut self, backlog: &Backlog) {
+    pub(crate) fn sync_succeeded(&mut self, backlog: &Backlog) {
         if let Some((bytes, begin)) = self.syncing.take() {
             backlog.measured(bytes, begin);
         }

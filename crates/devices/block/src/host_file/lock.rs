@@ -28,7 +28,7 @@ use std::time::Duration;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use super::owner::Owner;
+use crate::creator_pid::Owner;
 use sync::locked;
 
 /// How often a lock on a block device is tried: `udev` locks one for a moment when it looks at it.
@@ -54,7 +54,7 @@ pub enum LockError {
     },
     /// The name was given to another file while it was opened.
     #[error("disk {}: the file was replaced while it was opened; try again", path.display())]
-    DiskSwap {
+    Replaced {
         /// The disk.
         path: PathBuf,
     },
@@ -115,7 +115,7 @@ impl fmt::Display for Holder {
 
 impl Holder {
     /// Who has a lock on `file`.
-    pub(super) fn of(file: &File) -> Self {
+    pub(crate) fn of(file: &File) -> Self {
         let Ok(metadata) = file.metadata() else { return Holder::Unknown };
         let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
         let Some(pid) = find_pid(&locks, metadata.dev(), metadata.ino()) else { return Holder::Unknown };
@@ -151,7 +151,7 @@ pub struct FileLocks(Arc<Mutex<Vec<Weak<Held>>>>);
 
 /// A disk's share of its process's lock on a file. Given up on drop.
 #[derive(Debug)]
-pub(super) struct FileLock {
+pub(crate) struct FileLock {
     held: Arc<Held>,
     mode: Mutex<Mode>,
 }
@@ -178,7 +178,7 @@ struct Users {
 
 impl FileLocks {
     /// Locks the file of `data`, which was opened as `path`. `open` opens it once more, in the same way.
-    pub(super) fn lock(
+    pub(crate) fn lock(
         &self,
         path: &Path,
         data: &File,
@@ -197,7 +197,7 @@ impl FileLocks {
         }
         let file = open().map_err(failed)?;
         if !is_same(&file.metadata().map_err(failed)?, &wanted) {
-            return Err(LockError::DiskSwap { path: path.into() });
+            return Err(LockError::Replaced { path: path.into() });
         }
         let held = Arc::new(Held {
             path: path.into(),
@@ -298,7 +298,7 @@ impl Users {
 
 impl FileLock {
     /// Changes what this disk needs. On an error it has what it had, unless another process took the file in this moment.
-    pub(super) fn set(&self, mode: Mode) -> Result<(), LockError> {
+    pub(crate) fn set(&self, mode: Mode) -> Result<(), LockError> {
         let mut now = locked(&self.mode);
         if *now != mode {
             self.held.change(|users| {
@@ -403,7 +403,7 @@ mod tests {
         let other = File::create(&path).unwrap();
         let open = || File::open(&path);
         let refused = FileLocks::default().lock(&path, &data, Mode::Shared, &open);
-        assert!(matches!(refused, Err(LockError::DiskSwap { .. })));
+        assert!(matches!(refused, Err(LockError::Replaced { .. })));
         drop(other);
     }
 

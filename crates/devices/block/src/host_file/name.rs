@@ -51,7 +51,7 @@ fn target_of(path: &Path) -> PathBuf {
 
 /// Which names were made durable, for tests.
 #[cfg(test)]
-pub(super) mod record {
+pub(crate) mod record {
     use std::cell::RefCell;
     use std::path::{Path, PathBuf};
 
@@ -59,7 +59,7 @@ pub(super) mod record {
         static NAMES: RefCell<Vec<PathBuf>> = const { RefCell::new(Vec::new()) };
     }
 
-    pub(super) fn note(path: &Path) {
+    pub(crate) fn note(path: &Path) {
         NAMES.with_borrow_mut(|names| names.push(path.into()));
     }
 

@@ -34,12 +34,13 @@ use io_uring::squeue::Flags;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, register::Restriction, squeue};
 
+use super::Engine;
 use super::blocking::{TURN, carry_out};
-use super::engine::{Done, Op, Patience, Progress, Transfer};
-use super::owner::Owner;
+use super::transfer::{Done, Op, Patience, Progress, Transfer};
+use crate::creator_pid::Owner;
 
 /// Most operations that the kernel has at a time.
-pub(super) const ENTRIES: u32 = 128;
+pub(crate) const ENTRIES: u32 = 128;
 
 /// The operations that an engine uses.
 const OPCODES: [u8; 7] = [
@@ -84,7 +85,7 @@ pub enum UringError {
 }
 
 /// An `io_uring` and the transfers that it works on.
-pub(super) struct Uring<T> {
+pub(crate) struct Uring<T: Send> {
     /// Left alone in a fork: see `Drop`.
     ring: ManuallyDrop<IoUring>,
     /// By `user_data`: the transfers that the kernel works on or that wait for a place in the ring.
@@ -111,15 +112,15 @@ pub(super) struct Uring<T> {
     files: ManuallyDrop<Vec<Arc<File>>>,
 }
 
-impl<T> std::fmt::Debug for Uring<T> {
+impl<T: Send> std::fmt::Debug for Uring<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Uring").field("in_flight", &self.in_flight).finish_non_exhaustive()
     }
 }
 
-impl<T> Uring<T> {
+impl<T: Send> Uring<T> {
     /// Sets up a ring for `files`; a transfer's file is an index into them. Without any it only tells whether it can be done.
-    pub(super) fn new(files: Vec<Arc<File>>, patience: Patience) -> Result<Self, UringError> {
+    pub(crate) fn new(files: Vec<Arc<File>>, patience: Patience) -> Result<Self, UringError> {
         let ring = build()?;
         let submitter = ring.submitter();
         let step = |step| move |source| UringError::Setup { step, source };
@@ -161,25 +162,9 @@ impl<T> Uring<T> {
 
     /// The same, and the ring gets reads and writes of files in memory, too.
     #[cfg(any(test, feature = "testing"))]
-    pub(super) fn with_all_in_ring(mut self) -> Self {
+    pub(crate) fn with_all_in_ring(mut self) -> Self {
         self.in_memory.fill(false);
         self
-    }
-
-    pub(super) fn push(&mut self, transfer: Transfer<T>) {
-        self.in_flight += 1;
-        if self.is_for_here(&transfer) {
-            self.here.push_back(transfer);
-            return;
-        }
-        let slot = if let Some(slot) = self.free.pop() {
-            self.slots[slot as usize] = Some(transfer);
-            slot
-        } else {
-            self.slots.push(Some(transfer));
-            (self.slots.len() - 1) as u32
-        };
-        self.start(slot);
     }
 
     /// Whether this thread carries `transfer` out.
@@ -220,28 +205,6 @@ impl<T> Uring<T> {
         self.unsubmitted += 1;
     }
 
-    pub(super) fn submit(&mut self) {
-        // First what goes on by itself.
-        self.enter(0);
-        if self.here.is_empty() {
-            return;
-        }
-        let mut moved = 0;
-        let mut begun = Instant::now();
-        while moved < TURN
-            && let Some(mut transfer) = self.here.pop_front()
-        {
-            moved += transfer.left().max(4096);
-            let result = carry_out(&mut transfer, &self.files);
-            self.done_here.push(transfer.finish(result));
-            let now = Instant::now();
-            if now - begun > LONG {
-                self.shy = SHY;
-            }
-            begun = now;
-        }
-    }
-
     /// Gives the kernel what is in the ring and waits for `want` completions.
     fn enter(&mut self, want: usize) {
         if self.unsubmitted == 0 && want == 0 {
@@ -257,27 +220,6 @@ impl<T> Uring<T> {
                 }
                 // The kernel is out of memory for the moment, or a signal came.
                 Err(_) => std::thread::yield_now(),
-            }
-        }
-    }
-
-    pub(super) fn reap(&mut self, done: &mut Vec<Done<T>>) {
-        self.in_flight -= self.done_here.len();
-        done.append(&mut self.done_here);
-        loop {
-            self.take_in(done);
-            while self.in_ring < ENTRIES
-                && let Some(slot) = self.waiting.pop_front()
-            {
-                self.enter_ring(slot);
-            }
-            if self.unsubmitted == 0 {
-                return;
-            }
-            // The rest of short transfers, what had to wait for room, and what the kernel did not take before.
-            self.enter(0);
-            if self.unsubmitted > 0 {
-                return;
             }
         }
     }
@@ -301,28 +243,89 @@ impl<T> Uring<T> {
             }
         }
     }
+}
 
-    pub(super) fn in_flight(&self) -> usize {
+impl<T: Send> Engine<T> for Uring<T> {
+    fn push(&mut self, transfer: Transfer<T>) {
+        self.in_flight += 1;
+        if self.is_for_here(&transfer) {
+            self.here.push_back(transfer);
+            return;
+        }
+        let slot = if let Some(slot) = self.free.pop() {
+            self.slots[slot as usize] = Some(transfer);
+            slot
+        } else {
+            self.slots.push(Some(transfer));
+            (self.slots.len() - 1) as u32
+        };
+        self.start(slot);
+    }
+
+    fn submit(&mut self) {
+        // First what goes on by itself.
+        self.enter(0);
+        if self.here.is_empty() {
+            return;
+        }
+        let mut moved = 0;
+        let mut begun = Instant::now();
+        while moved < TURN
+            && let Some(mut transfer) = self.here.pop_front()
+        {
+            moved += transfer.left().max(4096);
+            let result = carry_out(&mut transfer, &self.files);
+            self.done_here.push(transfer.finish(result));
+            let now = Instant::now();
+            if now - begun > LONG {
+                self.shy = SHY;
+            }
+            begun = now;
+        }
+    }
+
+    fn reap(&mut self, done: &mut Vec<Done<T>>) {
+        self.in_flight -= self.done_here.len();
+        done.append(&mut self.done_here);
+        loop {
+            self.take_in(done);
+            while self.in_ring < ENTRIES
+                && let Some(slot) = self.waiting.pop_front()
+            {
+                self.enter_ring(slot);
+            }
+            if self.unsubmitted == 0 {
+                return;
+            }
+            // The rest of short transfers, what had to wait for room, and what the kernel did not take before.
+            self.enter(0);
+            if self.unsubmitted > 0 {
+                return;
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    pub(super) fn has_more(&self) -> bool {
+    fn has_more(&self) -> bool {
         self.unsubmitted > 0 || !self.here.is_empty() || !self.done_here.is_empty()
     }
 
-    pub(super) fn wait(&mut self) {
+    fn wait(&mut self) {
         if self.in_ring > 0 && self.here.is_empty() && self.done_here.is_empty() {
             self.enter(1);
         }
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+    fn event(&self) -> Option<BorrowedFd<'_>> {
         // SAFETY: the ring owns the descriptor and lives at least as long as the borrow of `self`.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
     }
 }
 
-impl<T> Drop for Uring<T> {
+impl<T: Send> Drop for Uring<T> {
     /// Waits for what the kernel works on, because it uses the segments. Then lets go of the files: the kernel takes a ring
     /// down some time later, and until then a block device would count as in use.
     ///
@@ -455,7 +458,7 @@ mod tests {
     #[test]
     fn ring_dropped_in_a_fork_unmaps_and_closes_nothing() {
         let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "uring::tests::fork_in_its_own_process", "--ignored", "--nocapture"])
+            .args(["--exact", "engine::uring::tests::fork_in_its_own_process", "--ignored", "--nocapture"])
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&output.stdout);
@@ -469,7 +472,7 @@ mod tests {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let fds = [file.as_raw_fd()];
         let ring = Uring::<()>::new(vec![file], Patience::None).unwrap();
-        let fds = [fds[0], ring.fd().as_raw_fd()];
+        let fds = [fds[0], ring.event().unwrap().as_raw_fd()];
         let (addr, len) = mapping_of_a_ring();
         assert!(in_fork(|| {
             // What a child makes may get the addresses and the numbers that the ring had.

@@ -15,18 +15,29 @@ use std::collections::VecDeque;
 
 use rustix::io::Errno;
 
-use super::engine::{Engine, Transfer};
-use super::overlay::Top;
-use super::overlay::map::Dirty;
-use super::queue::{Tag, Token};
-use super::stack::Stack;
+use super::active::Top;
+use super::map::Dirty;
+use crate::engine::{Engine, Transfer};
+use crate::host_file::health::DiskHealth;
+use crate::io_request::{Tag, Token};
 
 /// Most stretches of the map that one round writes; each is at most 4 KiB.
 const ROUND: usize = 64;
 
+/// What a flush makes durable.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FlushTarget<'a> {
+    /// The file that takes the writes, by number.
+    pub(crate) file: u8,
+    /// The overlay in that file, if it is one.
+    pub(crate) layer: Option<&'a Top>,
+    /// Whether a sync of the disk has failed.
+    pub(crate) health: &'a DiskHealth,
+}
+
 /// The flushes of one disk's queue.
 #[derive(Debug, Default)]
-pub(super) struct Flush {
+pub(crate) struct Flush {
     phase: Phase,
     /// Who waits for the flush that runs.
     running: Vec<Token>,
@@ -55,85 +66,85 @@ enum Phase {
 
 impl Flush {
     /// A guest's flush.
-    pub(super) fn start(&mut self, token: Token, stack: &Stack, engine: &mut Engine<Tag>) {
+    pub(crate) fn start(&mut self, token: Token, target: FlushTarget<'_>, engine: &mut dyn Engine<Tag>) {
         if self.phase == Phase::Idle {
             self.running.push(token);
-            self.begin(stack, engine);
+            self.begin(target, engine);
         } else {
             self.next.push(token);
         }
     }
 
     /// The next flush that is over.
-    pub(super) fn finished(&mut self) -> Option<(Token, Result<(), Errno>)> {
+    pub(crate) fn finished(&mut self) -> Option<(Token, Result<(), Errno>)> {
         self.finished.pop_front()
     }
 
     /// Takes in the end of a transfer of the flush. True if it was a sync that failed.
     #[must_use = "a sync that failed is for the disk's health"]
-    pub(super) fn step(
+    pub(crate) fn step(
         &mut self,
         result: Result<(), Errno>,
-        stack: &Stack,
-        engine: &mut Engine<Tag>,
+        target: FlushTarget<'_>,
+        engine: &mut dyn Engine<Tag>,
     ) -> bool {
         let is_sync = matches!(self.phase, Phase::Data | Phase::End);
         if let (Err(errno), true) = (result, is_sync) {
             // Before anything else is begun.
-            stack.health().sync_failed("a flush", errno);
+            target.health.sync_failed("a flush", errno);
         }
         // Whoever's sync failed: what this one says counts no more.
-        let result = result.and_then(|()| still_known(stack));
+        let result = result.and_then(|()| still_known(target.health));
         match &mut self.phase {
             Phase::Idle => {}
-            Phase::Data => match (result, stack.top()) {
-                (Err(errno), _) => self.end(Err(errno), stack, engine),
+            Phase::Data => match (result, target.layer) {
+                (Err(errno), _) => self.end(Err(errno), target, engine),
                 (Ok(()), Some(top)) if !self.round.is_empty() => {
                     self.phase = Phase::Map { left: self.round.len(), failed: None };
-                    let file = stack.write_target().0;
+                    let file = target.file;
                     for (offset, bytes) in self.round.drain(..) {
                         let offset = top.layout.map_a + offset;
                         engine.push(Transfer::write_bytes(file, offset, bytes, Tag::Flush));
                     }
                 }
-                (Ok(()), _) => self.end(Ok(()), stack, engine),
+                (Ok(()), _) => self.end(Ok(()), target, engine),
             },
             Phase::Map { left, failed } => {
                 *left -= 1;
                 *failed = failed.or(result.err());
                 match (*left, *failed) {
-                    (0, Some(errno)) => self.end(Err(errno), stack, engine),
+                    (0, Some(errno)) => self.end(Err(errno), target, engine),
                     (0, None) if self.missing.is_empty() => {
                         self.phase = Phase::End;
-                        engine.push(Transfer::sync(stack.write_target().0, Tag::Flush));
+                        engine.push(Transfer::sync(target.file, Tag::Flush));
                     }
-                    (0, None) => self.begin_round(stack, engine),
+                    (0, None) => self.begin_round(target, engine),
                     _ => {}
                 }
             }
-            Phase::End => self.end(result, stack, engine),
+            Phase::End => self.end(result, target, engine),
         }
         is_sync && result.is_err()
     }
 
     /// Begins a flush for those in `running`.
-    fn begin(&mut self, stack: &Stack, engine: &mut Engine<Tag>) {
-        if let Err(errno) = still_known(stack) {
+    fn begin(&mut self, target: FlushTarget<'_>, engine: &mut dyn Engine<Tag>) {
+        if let Err(errno) = still_known(target.health) {
             self.finished.extend(self.running.drain(..).map(|token| (token, Err(errno))));
             return;
         }
-        if let Some(top) = stack.top() {
+        if let Some(top) = target.layer {
             self.missing = std::mem::take(&mut top.state().dirty_a);
         }
-        self.begin_round(stack, engine);
+        self.begin_round(target, engine);
     }
 
-    fn begin_round(&mut self, stack: &Stack, engine: &mut Engine<Tag>) {
-        if let Some(top) = stack.top() {
+    fn begin_round(&mut self, target: FlushTarget<'_>, engine: &mut dyn Engine<Tag>) {
+        if let Some(top) = target.layer {
             self.take_round(top);
         }
         self.phase = Phase::Data;
-        engine.push(Transfer::sync(stack.write_target().0, Tag::Flush));
+        engine.push(Transfer::sync(target.file, Tag::Flush));
     }
 
     /// Takes the words of one round.
@@ -147,11 +158,11 @@ impl Flush {
         }
     }
 
-    fn end(&mut self, result: Result<(), Errno>, stack: &Stack, engine: &mut Engine<Tag>) {
+    fn end(&mut self, result: Result<(), Errno>, target: FlushTarget<'_>, engine: &mut dyn Engine<Tag>) {
         let mut taken = std::mem::take(&mut self.taken);
         let mut missing = std::mem::take(&mut self.missing);
         self.round.clear();
-        if let (Err(_), Some(top)) = (result, stack.top()) {
+        if let (Err(_), Some(top)) = (result, target.layer) {
             let dirty = &mut top.state().dirty_a;
             while let Some((page, words)) = taken.pop().or_else(|| missing.pop()) {
                 dirty.mark_words(page, words);
@@ -161,12 +172,12 @@ impl Flush {
         self.phase = Phase::Idle;
         if !self.next.is_empty() {
             std::mem::swap(&mut self.running, &mut self.next);
-            self.begin(stack, engine);
+            self.begin(target, engine);
         }
     }
 }
 
 /// `EIO` once a sync of the disk has failed.
-fn still_known(stack: &Stack) -> Result<(), Errno> {
-    if stack.health().is_known() { Ok(()) } else { Err(Errno::IO) }
+fn still_known(health: &DiskHealth) -> Result<(), Errno> {
+    if health.is_known() { Ok(()) } else { Err(Errno::IO) }
 }

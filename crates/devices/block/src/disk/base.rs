@@ -12,13 +12,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::fs::{OFlags, SeekFrom};
 
-use super::SECTOR;
-use super::disk::{DiskError, DiskOptions};
-use super::lock::{FileLock, FileLocks, LockError, Mode};
+use super::options::DiskOptions;
+use crate::SECTOR;
+use crate::error::DiskError;
+use crate::host_file::lock::{FileLock, FileLocks, LockError, Mode};
 
 /// A plain disk.
 #[derive(Debug)]
-pub(super) struct Base {
+pub(crate) struct Base {
     /// By queue.
     files: Vec<Arc<File>>,
     /// How many queues there were.
@@ -32,7 +33,7 @@ pub(super) struct Base {
 
 impl Base {
     /// Opens and locks the disk of `options`; to write to it only where no overlay takes the writes.
-    pub(super) fn open(options: &DiskOptions, locks: &FileLocks) -> Result<Self, DiskError> {
+    pub(crate) fn open(options: &DiskOptions, locks: &FileLocks) -> Result<Self, DiskError> {
         let path = &*options.path;
         let failed = |source| DiskError::Open { path: path.into(), source };
         let writable = !options.read_only && options.overlay.is_none();
@@ -49,7 +50,7 @@ impl Base {
         let again = || {
             let again = open().map_err(failed)?;
             let same = is_same(&again, &file).map_err(failed)?;
-            same.then_some(again).ok_or_else(|| LockError::DiskSwap { path: path.into() }.into())
+            same.then_some(again).ok_or_else(|| LockError::Replaced { path: path.into() }.into())
         };
         let sync = writable.then(again).transpose()?;
         let more = if writable { usize::from(options.io_threads.max(1)) - 1 } else { 0 };
@@ -60,45 +61,45 @@ impl Base {
 
     /// A disk of `size` bytes that is only read.
     #[cfg(test)]
-    pub(super) fn of(file: File, size: u64) -> Arc<Self> {
+    pub(crate) fn of(file: File, size: u64) -> Arc<Self> {
         let files = vec![Arc::new(file)];
         Arc::new(Base { files, queues: AtomicUsize::new(0), sync: None, lock: None, size })
     }
 
     /// Size in bytes, a multiple of 512.
-    pub(super) fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.size
     }
 
     /// The file, for who reads it or looks at it.
-    pub(super) fn file(&self) -> &Arc<File> {
+    pub(crate) fn file(&self) -> &Arc<File> {
         &self.files[0]
     }
 
     /// The file for one more queue.
-    pub(super) fn file_of_queue(&self) -> &Arc<File> {
+    pub(crate) fn file_of_queue(&self) -> &Arc<File> {
         &self.files[self.queues.fetch_add(1, Ordering::Relaxed) % self.files.len()]
     }
 
     /// The file for syncs beside the queues', where it is written to.
-    pub(super) fn sync_file(&self) -> Option<&File> {
+    pub(crate) fn sync_file(&self) -> Option<&File> {
         self.sync.as_ref()
     }
 
     /// Whether both are one file or device, written to by both.
-    pub(super) fn takes_writes_of(&self, other: &Base) -> bool {
+    pub(crate) fn takes_writes_of(&self, other: &Base) -> bool {
         self.sync.is_some()
             && other.sync.is_some()
             && is_same(self.file(), other.file()).is_ok_and(|same| same)
     }
 
     /// Whether both are one file or device.
-    pub(super) fn is_same_disk(&self, other: &Base) -> bool {
+    pub(crate) fn is_same_disk(&self, other: &Base) -> bool {
         is_same(self.file(), other.file()).is_ok_and(|same| same)
     }
 
     /// Changes the lock: shared for a base that others may put overlays on, exclusive for a disk that is written to.
-    pub(super) fn set_lock(&self, mode: Mode) -> Result<(), LockError> {
+    pub(crate) fn set_lock(&self, mode: Mode) -> Result<(), LockError> {
         let mode = if self.size == 0 { Mode::Shared } else { mode };
         self.lock.as_ref().map_or(Ok(()), |lock| lock.set(mode))
     }

@@ -20,32 +20,25 @@
 //! anything else that syncs the disk, flushes fail with `EIO` and are not tried ([`health`](super::health)).
 
 use std::collections::VecDeque;
-use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::SECTOR;
 use super::backlog::{Backlog, DistinctPages, READ_EXTRA, dirtied};
-use super::beginning::Beginning;
-use super::buffers::GuestBuffers;
-use super::engine::{Done, Engine, MAX_ZEROS, Transfer};
-use super::flush::Flush;
-use super::holding::Holding;
-use super::overlay::Top;
-use super::owner::Owner;
-use super::stack::Stack;
+use super::layered::Stack;
+use super::split::{DISCARD_PART, PART, Split, SplitTable, SplitWhat};
+use crate::SECTOR;
+use crate::buffers::{BufferPool, GuestBuffers};
+use crate::creator_pid::Owner;
+use crate::engine::{Done, Engine, Transfer};
+use crate::io_request::{Request, Tag, Token};
+use crate::overlay::Top;
+use crate::overlay::commit::Holding;
+use crate::overlay::flush::Flush;
+use crate::overlay::session::Beginning;
 use sync::EventFd;
 
-/// Largest part of a request that is worked off at once, in bytes.
-const PART: u64 = 1 << 20;
-/// Most parts of one request in flight at a time.
-const MAX_PARTS: u32 = 4;
-/// Largest part of a discard, in bytes. Where the file allows it, parts end at multiples of it.
-pub(super) const DISCARD_PART: u64 = 4 << 20;
-/// Most bytes of one discard that the disk works on at a time.
-pub(super) const DISCARD_AT_A_TIME: u64 = MAX_PARTS as u64 * DISCARD_PART;
 /// Most dirty bytes that a discard or a zeroing by the file system leaves: the partial blocks at its ends, and metadata.
 const RANGE_DIRT: u64 = 64 << 10;
 /// Dirty bytes of an overlay's two maps for one change of sectors that they did not hold, at most, for each 16 MiB of it.
@@ -53,37 +46,11 @@ const MAP_DIRT: u64 = 2 * 4096;
 /// The sync of the backlog, as a flush of the disk.
 const SYNC: Token = Token::MAX;
 
-/// What is to be done.
-#[derive(Debug)]
-pub enum Request {
-    /// Fill the buffers from `offset` on.
-    Read(GuestBuffers),
-    /// Write the buffers from `offset` on.
-    Write(GuestBuffers),
-    /// The `len` bytes are not needed any more; they read as zeros where the disk can give their space back.
-    Discard {
-        /// Length in bytes.
-        len: u64,
-    },
-    /// The `len` bytes read as zeros.
-    WriteZeroes {
-        /// Length in bytes.
-        len: u64,
-        /// Whether their space may be given back.
-        unmap: bool,
-    },
-    /// What was written becomes durable. Nothing is done where flushes do not wait for the disk.
-    Flush,
-}
-
-/// How the caller tells its requests apart.
-pub type Token = u32;
-
 /// Serves requests for one [`Disk`](super::disk::Disk).
 #[derive(Debug)]
 pub struct DiskQueue {
     /// First, so that it is dropped first: it waits for what is in flight.
-    engine: Engine<Tag>,
+    engine: Box<dyn Engine<Tag>>,
     stack: Arc<Stack>,
     /// Whether a flush does anything.
     flush: bool,
@@ -98,17 +65,16 @@ pub struct DiskQueue {
     /// Nothing is begun any more that need not be.
     draining: bool,
     /// Requests in parts.
-    split: Vec<Option<Split>>,
-    free_split: Vec<u32>,
+    split: SplitTable,
     beginning: Beginning,
     holding: Holding,
     flushes: Flush,
     owner: Owner,
     finished: VecDeque<(Token, Result<(), Errno>)>,
     in_flight: usize,
-    /// Reused: completions of one round, and spent buffers.
+    /// Completions of one round, reused.
     done: Vec<Done<Tag>>,
-    spare: Vec<GuestBuffers>,
+    pool: BufferPool,
 }
 
 /// The early write-back that this queue does.
@@ -119,65 +85,8 @@ struct WriteBack {
     starting: bool,
 }
 
-/// What a transfer is for.
-#[derive(Debug)]
-pub(super) enum Tag {
-    /// A whole request.
-    Whole(Token),
-    /// A whole write; an overlay holds these sectors afterwards.
-    Write { token: Token, sector: u64, count: u64 },
-    /// A discard: one that the disk cannot do is done.
-    Discard { token: Token, offset: u64, len: u64 },
-    /// Zeroing of a range, by the file system; where it cannot, zeros are written.
-    Zero { token: Token, offset: u64, len: u64 },
-    /// A part of a request.
-    Part(u32),
-    /// The start of write-back.
-    WriteBack,
-    /// A step of the beginning of an overlay's session.
-    Begin,
-    /// A step of a flush.
-    Flush,
-    /// An overlay's file is to say that its contents are unknown; where it cannot, its map B is cleared.
-    GiveUp,
-    /// The clearing of map B.
-    ClearMapB,
-    /// A stretch of an overlay's map B.
-    MapB { page: u64, words: RangeInclusive<u16> },
-}
-
-/// A request that is worked off in parts.
-#[derive(Debug)]
-struct Split {
-    token: Token,
-    what: SplitWhat,
-    /// Where on the disk it begins.
-    offset: u64,
-    len: u64,
-    /// How much of it was started.
-    started: u64,
-    parts: u32,
-    error: Option<Errno>,
-}
-
-impl Split {
-    /// Whether no part is started any more.
-    fn is_started(&self, draining: bool) -> bool {
-        let dropped = draining && matches!(self.what, SplitWhat::Discard);
-        self.started == self.len || self.error.is_some() || dropped
-    }
-}
-
-#[derive(Debug)]
-enum SplitWhat {
-    Read(GuestBuffers),
-    Write(GuestBuffers),
-    Zeros,
-    Discard,
-}
-
 impl DiskQueue {
-    pub(super) fn new(stack: Arc<Stack>, engine: Engine<Tag>, flush: bool) -> Self {
+    pub(crate) fn new(stack: Arc<Stack>, engine: Box<dyn Engine<Tag>>, flush: bool) -> Self {
         DiskQueue {
             engine,
             stack,
@@ -188,8 +97,7 @@ impl DiskQueue {
             held: 0,
             freed: false,
             draining: false,
-            split: Vec::new(),
-            free_split: Vec::new(),
+            split: SplitTable::default(),
             beginning: Beginning::default(),
             holding: Holding::default(),
             flushes: Flush::default(),
@@ -197,25 +105,25 @@ impl DiskQueue {
             finished: VecDeque::new(),
             in_flight: 0,
             done: Vec::new(),
-            spare: Vec::new(),
+            pool: BufferPool::default(),
         }
     }
 
     /// The same as number `member` of the queues that share `backlog`.
-    pub(super) fn with_backlog(mut self, backlog: Arc<Backlog>, member: usize) -> Self {
+    pub(crate) fn with_backlog(mut self, backlog: Arc<Backlog>, member: usize) -> Self {
         (self.backlog, self.member) = (backlog, member);
         self
     }
 
     /// Signals `waker` when there is something to do because of another queue of the disk.
-    pub(super) fn set_waker(&self, waker: Arc<EventFd>) {
+    pub(crate) fn set_waker(&self, waker: Arc<EventFd>) {
         self.backlog.set_waker(self.member, waker);
     }
 
     /// Takes room in the backlog for a request that makes the disk move `bytes`. False if there is none: the waker is signalled, or
     /// `kick` has something to do, when there may be.
     /// Reads may exceed it a little, so that they do not wait for what was written.
-    pub(super) fn reserve(&mut self, bytes: u64, is_read: bool) -> bool {
+    pub(crate) fn reserve(&mut self, bytes: u64, is_read: bool) -> bool {
         let extra = if is_read { READ_EXTRA } else { 0 };
         let fits = self.backlog.reserve(self.member, bytes, extra);
         self.held = if fits { 0 } else { bytes };
@@ -223,12 +131,12 @@ impl DiskQueue {
     }
 
     /// Gives back the room of a request that is over.
-    pub(super) fn release(&self, bytes: u64) {
+    pub(crate) fn release(&self, bytes: u64) {
         self.backlog.release(self.member, bytes);
     }
 
     /// Bytes that the disk has to move for a write of `len` bytes at `offset`.
-    pub(super) fn cost_of_write(&self, offset: u64, len: u64) -> u64 {
+    pub(crate) fn cost_of_write(&self, offset: u64, len: u64) -> u64 {
         let (_, start) = self.stack.write_target();
         dirtied(start.saturating_add(offset), len) + self.cost_of_maps(len)
     }
@@ -238,7 +146,7 @@ impl DiskQueue {
     }
 
     /// Whether discards in flight are to end early, because a pause or a reset waits for this queue.
-    pub(super) fn set_draining(&mut self, draining: bool) {
+    pub(crate) fn set_draining(&mut self, draining: bool) {
         self.draining = draining;
         if draining {
             self.held = 0;
@@ -247,15 +155,12 @@ impl DiskQueue {
 
     /// Empty buffers, for a request to come; used ones, if there are any.
     pub fn buffers(&mut self) -> GuestBuffers {
-        self.spare.pop().unwrap_or_default()
+        self.pool.take()
     }
 
     /// Takes back buffers that were not used after all.
-    pub fn recycle(&mut self, mut buffers: GuestBuffers) {
-        if self.spare.len() < 64 {
-            buffers.clear();
-            self.spare.push(buffers);
-        }
+    pub fn recycle(&mut self, buffers: GuestBuffers) {
+        self.pool.recycle(buffers);
     }
 
     /// Notes a request; `offset` is in bytes, and of no matter for a flush.
@@ -278,7 +183,7 @@ impl DiskQueue {
             (change, Some(top)) if !top.is_begun() => {
                 let file = self.stack.write_target().0;
                 let change = (token, offset, change);
-                if let Err((token, _, change)) = self.beginning.wait(change, file, top, &mut self.engine) {
+                if let Err((token, _, change)) = self.beginning.wait(change, file, top, &mut *self.engine) {
                     self.refuse(token, change, Errno::IO);
                 }
             }
@@ -313,7 +218,7 @@ impl DiskQueue {
         }
         if let Some(top) = self.stack.top() {
             let place = (self.stack.write_target().0, top);
-            self.holding.go_on(place, &mut self.engine, &mut self.finished);
+            self.holding.go_on(place, &mut *self.engine, &mut self.finished);
         }
     }
 
@@ -359,7 +264,7 @@ impl DiskQueue {
 
     /// Waits until there is something to take in.
     #[cfg(test)]
-    pub(super) fn wait_for_tests(&mut self) {
+    pub(crate) fn wait_for_tests(&mut self) {
         self.engine.wait();
     }
 
@@ -423,7 +328,7 @@ impl DiskQueue {
             return;
         }
         self.write_back.pages.sync_begins(&self.backlog);
-        self.flushes.start(SYNC, &self.stack, &mut self.engine);
+        self.flushes.start(SYNC, self.stack.flush_target(), &mut *self.engine);
         self.take_in_syncs();
     }
 
@@ -489,69 +394,31 @@ impl DiskQueue {
 
     /// Begins a request in parts.
     fn split(&mut self, token: Token, offset: u64, len: u64, what: SplitWhat) {
-        let split = Split { token, what, offset, len, started: 0, parts: 0, error: None };
-        let index = if let Some(index) = self.free_split.pop() {
-            self.split[index as usize] = Some(split);
-            index
-        } else {
-            self.split.push(Some(split));
-            (self.split.len() - 1) as u32
-        };
+        let index = self.split.add(Split::new(token, offset, len, what));
         self.start_parts(index);
     }
 
     /// Starts parts of a request, as many as may be in flight.
     fn start_parts(&mut self, index: u32) {
-        let Some(split) = &mut self.split[index as usize] else { return };
-        let (target, target_start) = self.stack.write_target();
+        let Some(split) = self.split.get(index) else { return };
         let state = self.stack.top().map(Top::state);
-        while split.parts < MAX_PARTS && !split.is_started(self.draining) {
-            let offset = split.offset + split.started;
-            let left = (split.len - split.started).min(PART);
-            let (transfer, len) = match &split.what {
-                SplitWhat::Read(all) => {
-                    let place = self.stack.locate(state.as_deref(), offset, left);
-                    let mut buffers = self.spare.pop().unwrap_or_default();
-                    buffers.push_part(all, split.started, place.len);
-                    (Transfer::read(place.file, place.offset, buffers, Tag::Part(index)), place.len)
-                }
-                SplitWhat::Write(all) => {
-                    let mut buffers = self.spare.pop().unwrap_or_default();
-                    buffers.push_part(all, split.started, left);
-                    (Transfer::write(target, target_start + offset, buffers, Tag::Part(index)), left)
-                }
-                SplitWhat::Zeros => {
-                    let left = left.min(MAX_ZEROS);
-                    (Transfer::write_zeros(target, target_start + offset, left, Tag::Part(index)), left)
-                }
-                SplitWhat::Discard => {
-                    // A part that ends in the middle of a block gives back none of it.
-                    let to_boundary = DISCARD_PART - (target_start + offset) % DISCARD_PART;
-                    let len = (split.len - split.started).min(to_boundary);
-                    (Transfer::zero(target, target_start + offset, len, false, Tag::Part(index)), len)
-                }
-            };
+        let layers = (&*self.stack, state.as_deref());
+        while let Some(transfer) = split.next_part(index, layers, &mut self.pool, self.draining) {
             self.engine.push(transfer);
-            split.started += len;
-            split.parts += 1;
         }
     }
 
     /// Takes in the end of a part.
     fn part_done(&mut self, index: u32, result: Result<(), Errno>) {
-        let Some(split) = &mut self.split[index as usize] else { return };
-        split.parts -= 1;
-        if let Err(errno) = result {
-            split.error.get_or_insert(errno);
-        }
+        let Some(split) = self.split.get(index) else { return };
+        let was_last = split.part_ended(result);
         if !split.is_started(self.draining) {
             return self.start_parts(index);
         }
-        if split.parts > 0 {
+        if !was_last {
             return;
         }
-        let Some(split) = self.split[index as usize].take() else { return };
-        self.free_split.push(index);
+        let Some(split) = self.split.remove(index) else { return };
         let Split { token, what, offset, len, started, error, .. } = split;
         let result = error.map_or(Ok(()), Err);
         match what {
@@ -624,7 +491,7 @@ impl DiskQueue {
                 }
             }
             Tag::Flush => {
-                if self.flushes.step(result, &self.stack, &mut self.engine) {
+                if self.flushes.step(result, self.stack.flush_target(), &mut *self.engine) {
                     self.give_up();
                 }
                 self.take_in_syncs();
@@ -643,7 +510,7 @@ impl DiskQueue {
             Tag::MapB { page, words } => {
                 let Some(top) = self.stack.top() else { return };
                 let place = (self.stack.write_target().0, top);
-                self.holding.step((page, words), result, place, &mut self.engine, &mut self.finished);
+                self.holding.step((page, words), result, place, &mut *self.engine, &mut self.finished);
             }
         }
     }
@@ -655,7 +522,7 @@ impl DiskQueue {
         if let (true, Err(errno)) = (self.beginning.is_syncing(), result) {
             self.stack.health().sync_failed("the sync of the overlay's first change", errno);
         }
-        let Some((result, waiting)) = self.beginning.step(result, file, top, &mut self.engine) else {
+        let Some((result, waiting)) = self.beginning.step(result, file, top, &mut *self.engine) else {
             return;
         };
         if !self.stack.health().is_known() {

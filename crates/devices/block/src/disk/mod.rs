@@ -8,109 +8,39 @@
 //!
 //! `machine` opens disks, on main: when a drive is attached, and when its path is replaced.
 
+pub(crate) mod backlog;
+mod base;
+mod layered;
+mod options;
+pub mod queue;
+mod split;
+
 #[cfg(test)]
 use std::fs::File;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use config::{CacheType, Drive, IoEngine};
+use config::{CacheType, IoEngine};
 
-use super::base::Base;
-use super::blocking::BlockingEngine;
-use super::engine::{Engine, Patience};
-pub use super::health::ContentsUnknown;
-use super::health::DiskHealth;
-use super::lock::Mode;
-pub use super::lock::{FileLocks, LockError};
-pub use super::name::make_name_durable;
-use super::overlay::{Lower, OverlayError, Top, TopOptions};
-use super::queue::{DiskQueue, Tag};
+use self::base::Base;
+pub use self::layered::LayerMerge;
+use self::layered::Stack;
+pub use self::options::DiskOptions;
+use self::queue::DiskQueue;
+pub(crate) use self::split::DISCARD_AT_A_TIME;
+#[cfg(test)]
+pub(crate) use self::split::DISCARD_PART;
 #[cfg(any(test, feature = "testing"))]
-use super::settled::SettledRing;
-pub use super::stack::LayerMerge;
-use super::stack::Stack;
-use super::sync_engine::SyncEngine;
-use super::uring::{Uring, UringError};
-
-/// Why a disk cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum DiskError {
-    /// The kernel does not open it.
-    #[error("cannot open disk {}: {source}", path.display())]
-    Open {
-        /// The disk.
-        path: PathBuf,
-        /// The kernel's reason.
-        source: io::Error,
-    },
-    /// It is a directory, a pipe or another thing that cannot be a disk.
-    #[error("disk {} is neither a file nor a block device", path.display())]
-    NotADisk {
-        /// What was named.
-        path: PathBuf,
-    },
-    /// It could be opened but not read or synced.
-    #[error("cannot use disk {}: {source}", path.display())]
-    Read {
-        /// The disk.
-        path: PathBuf,
-        /// The kernel's reason.
-        source: io::Error,
-    },
-    /// Another monitor uses it.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-    /// A sync of it failed before.
-    #[error(transparent)]
-    ContentsUnknown(#[from] ContentsUnknown),
-    /// An overlay does not open.
-    #[error(transparent)]
-    Overlay(#[from] OverlayError),
-    /// `io_engine` is Async and there is none.
-    #[error("io_engine Async: {0}")]
-    Async(#[from] UringError),
-    /// The thread of the synchronous engine does not start.
-    #[error("cannot start the thread of io_engine Sync: {0}")]
-    Sync(#[source] io::Error),
-}
-
-/// What a disk is made of, and how it is to be used.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DiskOptions {
-    /// The file or block device.
-    pub path: PathBuf,
-    /// Whether the guest cannot write.
-    pub read_only: bool,
-    /// Whether the guest's flushes wait for the disk.
-    pub cache_type: CacheType,
-    /// How it is read and written; the best that the kernel has where absent.
-    pub engine: Option<IoEngine>,
-    /// Where writes go instead.
-    pub overlay: Option<config::Overlay>,
-    /// Most queues that serve it at a time.
-    pub io_threads: u16,
-    /// Whether other monitors are kept from it while it is in use.
-    pub lock: bool,
-    /// Whether the directory entry of a new, empty overlay file is known to be durable. If not, it is made so.
-    pub name_is_durable: bool,
-}
-
-impl DiskOptions {
-    /// What `drive` asks for; a drive that was checked has a path.
-    pub fn of(drive: &Drive) -> Self {
-        DiskOptions {
-            path: drive.path_on_host.clone().unwrap_or_default(),
-            read_only: drive.is_read_only,
-            cache_type: drive.cache_type,
-            engine: drive.io_engine,
-            overlay: drive.overlay.clone(),
-            io_threads: drive.io_threads(),
-            lock: drive.lock(),
-            name_is_durable: false,
-        }
-    }
-}
+use crate::engine::SettledRing;
+use crate::engine::{BlockingEngine, Engine, Patience, SyncEngine, Uring, UringError};
+pub use crate::error::DiskError;
+pub use crate::host_file::health::ContentsUnknown;
+use crate::host_file::health::DiskHealth;
+use crate::host_file::lock::Mode;
+pub use crate::host_file::lock::{FileLocks, LockError};
+pub use crate::host_file::name::make_name_durable;
+use crate::io_request::Tag;
+use crate::overlay::{Lower, Top, TopOptions};
 
 /// An open disk.
 #[derive(Debug, Clone)]
@@ -121,7 +51,7 @@ pub struct Disk {
     engine: IoEngine,
     /// For fuzzing: requests are over when they are submitted, with [`IoEngine::Async`] too.
     #[cfg(any(test, feature = "testing"))]
-    pub(super) settled: bool,
+    pub(crate) settled: bool,
 }
 
 impl Disk {
@@ -200,6 +130,11 @@ impl Disk {
         self.cache_type
     }
 
+    /// Whether the guest is offered flushes.
+    pub(crate) fn can_flush(&self) -> bool {
+        self.cache_type == CacheType::Writeback
+    }
+
     /// How it is read and written.
     pub fn engine(&self) -> IoEngine {
         self.engine
@@ -224,27 +159,25 @@ impl Disk {
         let files = self.stack.files_of_queue();
         #[cfg(any(test, feature = "testing"))]
         if self.settled && self.engine == IoEngine::Async {
-            return Ok(self.queue_with(Engine::Settled(SettledRing::new(files)?)));
+            return Ok(self.queue_with(Box::new(SettledRing::new(files)?)));
         }
-        let engine = match (self.engine, patience) {
-            (IoEngine::Async, _) => Engine::Uring(Box::new(Uring::new(files, patience)?)),
-            (IoEngine::Sync, Patience::None) => {
-                Engine::Sync(SyncEngine::new(files).map_err(DiskError::Sync)?)
-            }
-            (IoEngine::Sync, Patience::MayWait) => Engine::Direct(BlockingEngine::new(files)),
+        let engine: Box<dyn Engine<Tag>> = match (self.engine, patience) {
+            (IoEngine::Async, _) => Box::new(Uring::new(files, patience)?),
+            (IoEngine::Sync, Patience::None) => Box::new(SyncEngine::new(files).map_err(DiskError::Sync)?),
+            (IoEngine::Sync, Patience::MayWait) => Box::new(BlockingEngine::new(files)),
         };
         Ok(self.queue_with(engine))
     }
 
     /// As [`queue`](Self::queue), with an engine for the files of the stack.
-    pub(super) fn queue_with(&self, engine: Engine<Tag>) -> DiskQueue {
+    pub(crate) fn queue_with(&self, engine: Box<dyn Engine<Tag>>) -> DiskQueue {
         let flush = self.cache_type == CacheType::Writeback && !self.read_only;
         DiskQueue::new(Arc::clone(&self.stack), engine, flush)
     }
 
     /// The files that an engine works on, by number.
     #[cfg(test)]
-    pub(super) fn files(&self) -> Vec<Arc<File>> {
+    pub(crate) fn files(&self) -> Vec<Arc<File>> {
         self.stack.files()
     }
 
@@ -255,7 +188,7 @@ impl Disk {
 
     /// The files for one more queue, by number.
     #[cfg(test)]
-    pub(super) fn files_of_queue(&self) -> Vec<Arc<File>> {
+    pub(crate) fn files_of_queue(&self) -> Vec<Arc<File>> {
         self.stack.files_of_queue()
     }
 

@@ -13,20 +13,20 @@
 
 use rustix::io::Errno;
 
-use super::engine::{Engine, Transfer};
-use super::overlay::Top;
-use super::overlay::map::Dirty;
-use super::queue::{Tag, Token};
+use super::active::Top;
+use super::map::Dirty;
+use crate::engine::{Engine, Transfer};
+use crate::io_request::{Tag, Token};
 
 /// Most stretches of the map that are written at a time; each is at most 4 KiB.
 const ROUND: usize = 64;
 
 /// A change that is over, and how it went.
-pub(super) type Finished = (Token, Result<(), Errno>);
+pub(crate) type Finished = (Token, Result<(), Errno>);
 
 /// The changes of one overlay that wait for map B.
 #[derive(Debug, Default)]
-pub(super) struct Holding {
+pub(crate) struct Holding {
     /// Those that the run is for.
     running: Vec<Change>,
     /// Those that came too late for it.
@@ -54,7 +54,7 @@ struct Change {
 impl Holding {
     /// The `count` sectors from `sector`, which are not none, are in the file. Whether map B says so already; if not, the change
     /// waits.
-    pub(super) fn changed(&mut self, token: Token, sector: u64, count: u64, top: &Top) -> bool {
+    pub(crate) fn changed(&mut self, token: Token, sector: u64, count: u64, top: &Top) -> bool {
         let is_missing = top.hold(sector, count);
         // Once a sync has failed, nobody is to believe map B.
         if !top.health().is_known() || (!is_missing && !self.about.meets(sector, count)) {
@@ -65,10 +65,10 @@ impl Holding {
     }
 
     /// Begins a run, if changes wait for one. To be called when all changes that ended at the same time were noted.
-    pub(super) fn go_on(
+    pub(crate) fn go_on(
         &mut self,
         (file, top): (u8, &Top),
-        engine: &mut Engine<Tag>,
+        engine: &mut dyn Engine<Tag>,
         finished: &mut impl Extend<Finished>,
     ) {
         if !self.running.is_empty() || self.next.is_empty() {
@@ -87,12 +87,12 @@ impl Holding {
     }
 
     /// Takes in the end of one write of `words` of page `page`.
-    pub(super) fn step(
+    pub(crate) fn step(
         &mut self,
         (page, words): (u64, std::ops::RangeInclusive<u16>),
         result: Result<(), Errno>,
         (file, top): (u8, &Top),
-        engine: &mut Engine<Tag>,
+        engine: &mut dyn Engine<Tag>,
         finished: &mut impl Extend<Finished>,
     ) {
         self.in_flight -= 1;
@@ -116,7 +116,7 @@ impl Holding {
         }
     }
 
-    fn round(&mut self, file: u8, top: &Top, engine: &mut Engine<Tag>) {
+    fn round(&mut self, file: u8, top: &Top, engine: &mut dyn Engine<Tag>) {
         let state = top.state();
         while self.in_flight < ROUND
             && let Some((page, words)) = self.missing.pop()

@@ -5,16 +5,16 @@
 
 /// The process that made a thing.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Owner(u32);
+pub(crate) struct Owner(u32);
 
 impl Owner {
     /// This process.
-    pub(super) fn here() -> Self {
+    pub(crate) fn here() -> Self {
         Owner(std::process::id())
     }
 
     /// Whether this is still the process that made it, and no fork of it.
-    pub(super) fn is_here(self) -> bool {
+    pub(crate) fn is_here(self) -> bool {
         self.0 == std::process::id()
     }
 }
