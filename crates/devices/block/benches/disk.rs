@@ -52,7 +52,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             (IoEngine::Async, Patience::None, true),
             (IoEngine::Async, Patience::MayWait, false),
             (IoEngine::Async, Patience::MayWait, true),
-            (IoEngine::Sync, Patience::None, false),
             (IoEngine::Sync, Patience::MayWait, false),
             (IoEngine::Sync, Patience::MayWait, true),
         ] {

@@ -87,7 +87,9 @@ pub enum DiskError {
     /// `io_engine` is Async and there is none.
     #[error("io_engine Async: {0}")]
     Async(#[from] UringError),
-    /// The thread of the synchronous engine does not start.
-    #[error("cannot start the thread of io_engine Sync: {0}")]
-    Sync(#[source] io::Error),
+    /// It has no `io_uring`, and the worker that is to serve it serves other devices, too.
+    #[error(
+        "io_engine Sync blocks, and the I/O worker of this drive serves other devices; enable io_uring, or restart the microVM"
+    )]
+    SyncOnSharedWorker,
 }

@@ -32,7 +32,7 @@ pub(crate) use self::split::DISCARD_AT_A_TIME;
 pub(crate) use self::split::DISCARD_PART;
 #[cfg(any(test, feature = "testing"))]
 use crate::engine::SettledRing;
-use crate::engine::{BlockingEngine, Engine, Patience, SyncEngine, Uring, UringError};
+use crate::engine::{BlockingEngine, Engine, Patience, Uring, UringError};
 pub use crate::error::DiskError;
 pub use crate::host_file::health::ContentsUnknown;
 use crate::host_file::health::DiskHealth;
@@ -163,7 +163,7 @@ impl Disk {
         }
         let engine: Box<dyn Engine<Tag>> = match (self.engine, patience) {
             (IoEngine::Async, _) => Box::new(Uring::new(files, patience)?),
-            (IoEngine::Sync, Patience::None) => Box::new(SyncEngine::new(files).map_err(DiskError::Sync)?),
+            (IoEngine::Sync, Patience::None) => return Err(DiskError::SyncOnSharedWorker),
             (IoEngine::Sync, Patience::MayWait) => Box::new(BlockingEngine::new(files)),
         };
         Ok(self.queue_with(engine))

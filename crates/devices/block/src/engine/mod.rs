@@ -20,7 +20,6 @@
 mod blocking;
 #[cfg(any(test, feature = "testing"))]
 mod draining_uring;
-mod sync_engine;
 mod transfer;
 mod uring;
 
@@ -32,7 +31,6 @@ pub(crate) use blocking::BlockingEngine;
 pub(crate) use blocking::carry_out;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) use draining_uring::SettledRing;
-pub(crate) use sync_engine::SyncEngine;
 #[cfg(test)]
 pub(crate) use transfer::Op;
 pub use transfer::Patience;

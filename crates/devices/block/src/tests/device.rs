@@ -365,6 +365,43 @@ fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
     }
 }
 
+/// The engine of a new disk may differ from the old one's: `io_uring` can become unavailable meanwhile.
+#[test]
+fn disk_swap_works_to_any_engine_that_the_worker_may_run() {
+    for (from, blocking) in [
+        (IoEngine::Async, Patience::None),
+        (IoEngine::Async, Patience::MayWait),
+        (IoEngine::Sync, Patience::MayWait),
+    ] {
+        for to in ENGINES {
+            let dir = tempfile::tempdir().unwrap();
+            let (options, content) = disk(dir.path(), 64, from);
+            let limits = RateLimiterConfig::default();
+            let mut guest = Guest::with(&options, config(1, 1), limits, blocking, u64::MAX);
+            let other = dir.path().join("other");
+            std::fs::write(&other, pattern(0x11, 0, 64 * 512)).unwrap();
+            for slot in 0..16 {
+                guest.ask(0, OUT, slot, &[5; 512], 0);
+            }
+            guest.kick(0);
+            let new = Disk::open(&DiskOptions { path: other, engine: Some(to), ..options.clone() }).unwrap();
+            let swapped = guest.control.replace(new);
+            guest.wait(0, 16);
+            let read = guest.read(32, 2);
+            if blocking == Patience::None && to == IoEngine::Sync {
+                // It would hold up the devices that share the worker.
+                let error = swapped.unwrap_err().to_string();
+                assert!(error.starts_with("drive disk_1: io_engine Sync blocks"), "{error}");
+                assert_eq!(read, (0, content[32 * 512..34 * 512].to_vec()));
+                assert_eq!(guest.control.stats().update_count.get(), 0);
+            } else {
+                swapped.unwrap().wait(Duration::ZERO).unwrap();
+                assert_eq!(read, (0, pattern(0x11, 32 * 512, 1024)), "{from:?} {blocking:?} to {to:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
     let dir = tempfile::tempdir().unwrap();

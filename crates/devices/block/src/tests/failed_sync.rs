@@ -68,24 +68,22 @@ fn after_any_failed_sync_nothing_vouches_for_the_disk() {
 
 #[test]
 fn a_failed_flush_is_not_tried_again_and_fails_what_comes_later() {
-    for patience in [Patience::None, Patience::MayWait] {
-        for with_overlay in [false, true] {
-            let dir = tempfile::tempdir().unwrap();
-            let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-            let options = if with_overlay {
-                overlaid(&base, top.clone(), vec![], IoEngine::Sync)
-            } else {
-                raw(&base, IoEngine::Sync)
-            };
-            let mut rig = Rig::open_with(&options, patience);
-            rig.write(0, &[1; 512]).unwrap();
-            let failure = faults::fail(if with_overlay { &top } else { &base });
-            assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
-            drop(failure);
-            assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
-            for sync in SYNCS {
-                assert_eq!(cause(sync(&rig.disk).unwrap_err()).what, "a flush");
-            }
+    for with_overlay in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, top) = (base_of(dir.path()), dir.path().join("top"));
+        let options = if with_overlay {
+            overlaid(&base, top.clone(), vec![], IoEngine::Sync)
+        } else {
+            raw(&base, IoEngine::Sync)
+        };
+        let mut rig = Rig::open(&options);
+        rig.write(0, &[1; 512]).unwrap();
+        let failure = faults::fail(if with_overlay { &top } else { &base });
+        assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
+        drop(failure);
+        assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
+        for sync in SYNCS {
+            assert_eq!(cause(sync(&rig.disk).unwrap_err()).what, "a flush");
         }
     }
 }
@@ -257,7 +255,6 @@ fn a_sync_in_flight_when_its_queue_goes_is_not_lost() {
     rig.write(0, &[1; 512]).unwrap();
     let failure = faults::fail(&top);
     rig.start(0, Request::Flush);
-    rig.queue.kick();
     drop(rig);
     drop(failure);
     assert_eq!(session(&top).0, 1, "an overlay whose flush failed is not closed");

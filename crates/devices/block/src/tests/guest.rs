@@ -80,6 +80,7 @@ impl Guest {
     ) -> Guest {
         let worker = TestWorker::new();
         let threads = config.io_threads;
+        let patience = if options.engine == Some(IoEngine::Sync) { Patience::MayWait } else { patience };
         let workers = match patience {
             Patience::None => vec![],
             Patience::MayWait => (0..threads).map(|index| virtio::testing::worker(index.into())).collect(),

@@ -46,7 +46,9 @@ impl Rig {
         Self::open_with(options, Patience::None)
     }
 
+    /// A synchronous disk is served by a worker that may block, whatever is asked for.
     fn open_with(options: &DiskOptions, patience: Patience) -> Rig {
+        let patience = if options.engine == Some(IoEngine::Sync) { Patience::MayWait } else { patience };
         let disk = Disk::open(options).unwrap();
         let queue = disk.queue(patience).unwrap();
         Rig { disk, queue, ram: guest_ram(16), next_addr: 0, next_token: 0 }
