@@ -40,7 +40,7 @@ impl<H: Host> Controller<H> {
             let id = drive.drive_id.clone();
             let control = self.machine().and_then(|machine| machine.devices().drive(&id));
             left.push(id.clone());
-            if control.is_some_and(|control| !control.is_still()) {
+            if control.is_some_and(|control| !control.is_quiesced()) {
                 continue;
             }
             let (disk, reply) = (disk.clone(), reply.clone());

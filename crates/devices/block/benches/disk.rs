@@ -20,7 +20,7 @@ use sync::EventFd;
 use vesta_block::buffers::Direction;
 use vesta_block::disk::queue::DiskQueue;
 use vesta_block::disk::{Disk, DiskOptions};
-use vesta_block::engine::Patience;
+use vesta_block::engine::Blocking;
 use vesta_block::io_request::Request;
 use vesta_block::{Block, BlockConfig};
 use virtio::device::{Activation, ActiveQueue, Device, Interrupt, feature};
@@ -47,13 +47,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{:<26} {:>5} {:>4} {:>10} {:>9} {:>9}", "", "", "QD", "IOPS", "us", "cpu us");
     for write in [false, true] {
         bare(&path, write)?;
-        for (engine, patience, overlaid) in [
-            (IoEngine::Async, Patience::None, false),
-            (IoEngine::Async, Patience::None, true),
-            (IoEngine::Async, Patience::MayWait, false),
-            (IoEngine::Async, Patience::MayWait, true),
-            (IoEngine::Sync, Patience::MayWait, false),
-            (IoEngine::Sync, Patience::MayWait, true),
+        for (engine, blocking, overlaid) in [
+            (IoEngine::Async, Blocking::Never, false),
+            (IoEngine::Async, Blocking::Never, true),
+            (IoEngine::Async, Blocking::Allowed, false),
+            (IoEngine::Async, Blocking::Allowed, true),
+            (IoEngine::Sync, Blocking::Allowed, false),
+            (IoEngine::Sync, Blocking::Allowed, true),
         ] {
             for overlay in [overlaid.then(|| dir.path().join("overlay"))] {
                 let overlay = overlay.map(|path| Overlay { path, layers: vec![], size_mib: None });
@@ -62,7 +62,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 {
                     std::fs::remove_file(&overlay.path)?;
                 }
-                let own = if patience == Patience::MayWait { " own" } else { "" };
+                let own = if blocking == Blocking::Allowed { " own" } else { "" };
                 let name = format!("{engine:?}{own}{}", if overlaid { " overlay" } else { "" });
                 let disk = Disk::open(&DiskOptions {
                     path: path.clone(),
@@ -75,10 +75,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     name_is_durable: true,
                 })?;
                 for depth in [1, 32] {
-                    device(&name, &disk, patience, write, depth)?;
+                    device(&name, &disk, blocking, write, depth)?;
                 }
                 for depth in [1, 32] {
-                    let mut queue = disk.queue(patience)?;
+                    let mut queue = disk.queue(blocking)?;
                     let mut run = Run::begin(&name, write, depth);
                     serve(&mut queue, &disk, write, depth, &mut run);
                     run.end();
@@ -119,11 +119,11 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
         buffers.push(&ram, buffer, direction).expect("in memory");
         let offset = run.random() % blocks * BLOCK;
         let request = if write { Request::Write(buffers) } else { Request::Read(buffers) };
-        queue.start(token, offset, request);
+        queue.enqueue(token, offset, request);
     };
     (0..depth).for_each(|token| start(queue, run, token));
     loop {
-        queue.kick();
+        queue.submit_and_reap();
         let mut any = false;
         let goes_on = run.goes_on();
         while let Some((token, result)) = queue.finished() {
@@ -152,16 +152,16 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
 fn device(
     name: &str,
     disk: &Disk,
-    patience: Patience,
+    blocking: Blocking,
     write: bool,
     depth: u32,
 ) -> Result<(), Box<dyn std::error::Error>> {
     const SIZE: u16 = 256;
     const DATA: u64 = 1 << 20;
     let workers = Workers::start(WorkersConfig::default())?;
-    let own = match patience {
-        Patience::None => vec![],
-        Patience::MayWait => vec![workers.dedicated()?],
+    let own = match blocking {
+        Blocking::Never => vec![],
+        Blocking::Allowed => vec![workers.dedicated()?],
     };
     let config = BlockConfig { id: "bench".into(), num_queues: 1, queue_size: SIZE, io_threads: 1 };
     let (mut block, _control) = Block::new(config, disk.clone(), RateLimiterConfig::default(), own, 0)?;

@@ -12,9 +12,9 @@ use sync::locked;
 use virtio::rate_limiter::{RateLimiterConfig, RateLimiterUpdate};
 use virtio::worker::Nanos;
 
-use crate::backend_slot::{DiskSwap, Lane, parts};
+use crate::backend_slot::{BackendSlot, DiskSwap, backend_handles};
 use crate::disk::Disk;
-use crate::engine::Patience;
+use crate::engine::Blocking;
 use crate::error::BlockError;
 use crate::shared::Shared;
 use crate::stats::BlockStats;
@@ -22,17 +22,17 @@ use crate::stats::BlockStats;
 /// Changes the device while it works.
 #[derive(Debug, Clone)]
 pub struct BlockControl {
-    pub(crate) patience: Patience,
+    pub(crate) blocking: Blocking,
     pub(crate) read_only: bool,
     pub(crate) flush: bool,
-    pub(crate) lanes: Vec<Arc<Lane>>,
+    pub(crate) slots: Vec<Arc<BackendSlot>>,
     pub(crate) shared: Arc<Shared>,
 }
 
 impl BlockControl {
     /// Whether nothing works with its disk: its workers are paused and have nothing in flight, or the guest does not use it.
-    pub fn is_still(&self) -> bool {
-        self.lanes.iter().all(|lane| lane.is_parked())
+    pub fn is_quiesced(&self) -> bool {
+        self.slots.iter().all(|slot| slot.is_parked())
     }
 
     /// The disk in use.
@@ -58,7 +58,7 @@ impl BlockControl {
         self.shared.limited.store(!limits.limiter.is_unlimited(), Ordering::Release);
         drop(limits);
         self.shared.stats.update_count.add(1);
-        self.lanes.iter().for_each(|lane| lane.event.signal());
+        self.slots.iter().for_each(|slot| slot.event.signal());
     }
 
     /// Goes on with `disk`. The guest sees its capacity at once.
@@ -72,9 +72,10 @@ impl BlockControl {
         if disk.can_flush() != self.flush {
             return Err(differs(if self.flush { "one that can be flushed" } else { "one without flushes" }));
         }
-        let parts = parts(&disk, &self.shared.id, self.lanes.len() as u16, self.patience)?;
-        // The lanes first: a request for the new capacity must not meet the old disk.
-        let old = self.lanes.iter().zip(parts).map(|(lane, part)| lane.post(part)).collect();
+        let backend_handles =
+            backend_handles(&disk, &self.shared.id, self.slots.len() as u16, self.blocking)?;
+        // The slots first: a request for the new capacity must not meet the old disk.
+        let old = self.slots.iter().zip(backend_handles).map(|(slot, part)| slot.post(part)).collect();
         let mut front = locked(&self.shared.front);
         let old_disk = std::mem::replace(&mut front.disk, disk);
         front.generation = front.generation.wrapping_add(1);

@@ -5,16 +5,16 @@
 
 /// The process that made a thing.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Owner(u32);
+pub(crate) struct CreatorPid(u32);
 
-impl Owner {
+impl CreatorPid {
     /// This process.
-    pub(crate) fn here() -> Self {
-        Owner(std::process::id())
+    pub(crate) fn current() -> Self {
+        CreatorPid(std::process::id())
     }
 
     /// Whether this is still the process that made it, and no fork of it.
-    pub(crate) fn is_here(self) -> bool {
+    pub(crate) fn is_current(self) -> bool {
         self.0 == std::process::id()
     }
 }

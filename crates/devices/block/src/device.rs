@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use zerocopy::IntoBytes;
 
 use crate::SECTOR;
-use crate::backend_slot::{Lane, parts};
+use crate::backend_slot::{BackendSlot, backend_handles};
 use crate::config_space::{ConfigSpace, FIELDS, feature};
 use crate::control::BlockControl;
 use crate::disk::Disk;
-use crate::engine::Patience;
+use crate::engine::Blocking;
 use crate::error::BlockError;
 use crate::request::SERIAL_LEN;
 use crate::shared::{Front, Limits, Shared};
@@ -32,7 +32,7 @@ pub struct Block {
     flush: bool,
     workers: Vec<WorkerId>,
     queue_sizes: Vec<u16>,
-    lanes: Vec<Arc<Lane>>,
+    slots: Vec<Arc<BackendSlot>>,
     shared: Arc<Shared>,
 }
 
@@ -83,9 +83,9 @@ impl Block {
         (generation, announce): (u32, bool),
     ) -> Result<(Self, BlockControl), BlockError> {
         let (read_only, flush) = (disk.is_read_only(), disk.can_flush());
-        let patience = if workers.is_empty() { Patience::None } else { Patience::MayWait };
-        let parts = parts(&disk, &config.id, config.io_threads, patience)?;
-        let lanes = parts.into_iter().map(Lane::new).collect::<Result<Vec<_>, _>>()?;
+        let blocking = if workers.is_empty() { Blocking::Never } else { Blocking::Allowed };
+        let backend_handles = backend_handles(&disk, &config.id, config.io_threads, blocking)?;
+        let slots = backend_handles.into_iter().map(BackendSlot::new).collect::<Result<Vec<_>, _>>()?;
         let mut serial = [0; SERIAL_LEN as usize];
         for (to, from) in serial.iter_mut().zip(config.id.bytes()) {
             *to = from;
@@ -100,9 +100,9 @@ impl Block {
             front: Mutex::new(Front { disk, generation, interrupt: None }),
         });
         let control =
-            BlockControl { patience, read_only, flush, lanes: lanes.clone(), shared: Arc::clone(&shared) };
+            BlockControl { blocking, read_only, flush, slots: slots.clone(), shared: Arc::clone(&shared) };
         let queue_sizes = vec![config.queue_size; usize::from(config.num_queues)];
-        Ok((Block { config, read_only, flush, workers, queue_sizes, lanes, shared }, control))
+        Ok((Block { config, read_only, flush, workers, queue_sizes, slots, shared }, control))
     }
 
     fn config_space(&self, front: &Front) -> ConfigSpace {
@@ -154,19 +154,19 @@ impl Device for Block {
             return Err(ActivateError::QueueMissing(0));
         }
         let Activation { memory, queues, interrupt, features, .. } = activation;
-        let mut dealt: Vec<Vec<ActiveQueue>> = self.lanes.iter().map(|_| Vec::new()).collect();
+        let mut dealt: Vec<Vec<ActiveQueue>> = self.slots.iter().map(|_| Vec::new()).collect();
         for queue in queues {
-            let lane = usize::from(queue.queue.index()) % self.lanes.len();
-            dealt[lane].push(queue);
+            let slot = usize::from(queue.queue.index()) % self.slots.len();
+            dealt[slot].push(queue);
         }
         let mut tasks: Vec<Box<dyn Task>> = Vec::new();
-        for (index, (lane, queues)) in self.lanes.iter().zip(dealt).enumerate() {
+        for (index, (slot, queues)) in self.slots.iter().zip(dealt).enumerate() {
             if queues.is_empty() {
                 continue;
             }
             tasks.push(Box::new(BlockTask::new(Setup {
                 shared: Arc::clone(&self.shared),
-                lane: Arc::clone(lane),
+                slot: Arc::clone(slot),
                 queues,
                 memory: memory.clone(),
                 interrupt: Arc::clone(&interrupt),

@@ -16,7 +16,7 @@ use rustix::fs::MemfdFlags;
 
 use super::buffers::Direction;
 use super::disk::{Disk, DiskOptions};
-use super::engine::Patience;
+use super::engine::Blocking;
 use super::io_request::Request;
 use virtio::queue::GuestBuffer;
 use virtio::testing::reused_ram;
@@ -38,7 +38,7 @@ pub fn overlay(data: &[u8]) {
     };
     let ram = reused_ram(1);
     let some_requests = |input: &mut Input<'_>, disk: &Disk| {
-        let mut queue = disk.queue(Patience::MayWait).expect("a disk can be served");
+        let mut queue = disk.queue(Blocking::Allowed).expect("a disk can be served");
         for token in 0..u32::from(input.u8() % 16) {
             let (offset, len) =
                 (u64::from(input.u32()) % (48 << 20) & !511, 512 * (1 + u32::from(input.u8())));
@@ -52,7 +52,7 @@ pub fn overlay(data: &[u8]) {
                     if act == 2 { Request::Read(buffers) } else { Request::Write(buffers) }
                 }
             };
-            queue.start(token, offset, request);
+            queue.enqueue(token, offset, request);
         }
         queue.drain();
         while queue.finished().is_some() {}
@@ -126,7 +126,7 @@ impl FuzzedDisk {
             name_is_durable: true,
         };
         let mut disk = Disk::open(&options).expect("a file in memory can be opened");
-        disk.settled = true;
+        disk.draining = true;
         disk
     }
 }

@@ -10,24 +10,24 @@ use virtio::queue::GuestBuffer;
 
 /// Requests that are with the disk, by token.
 #[derive(Default)]
-pub(crate) struct Flying {
-    slots: Vec<Option<Flight>>,
+pub(crate) struct InFlight {
+    slots: Vec<Option<InFlightRequest>>,
     free: Vec<DiskToken>,
     bytes: u64,
 }
 
 /// One request that is with the disk.
 #[derive(Debug)]
-pub(crate) struct Flight {
+pub(crate) struct InFlightRequest {
     pub(crate) ring: u16,
     pub(crate) head: u16,
     /// Device-writable bytes before the status.
     pub(crate) data_len: u32,
     pub(crate) status: GuestBuffer,
-    pub(crate) what: What,
-    /// Bytes that the disk may have to move for it: what is reserved in the backlog.
+    pub(crate) kind: RequestKind,
+    /// Bytes that the disk may have to move for it: kind is reserved in the backlog.
     pub(crate) bytes: u64,
-    /// How many answers of the disk are to come for what it was asked.
+    /// How many answers of the disk are to come for kind it was asked.
     pub(crate) left: u32,
     /// Ranges of a discard that the disk is asked for later, the last one first.
     pub(crate) later: Vec<Range>,
@@ -37,7 +37,7 @@ pub(crate) struct Flight {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum What {
+pub(crate) enum RequestKind {
     Read {
         bytes: u64,
     },
@@ -49,48 +49,48 @@ pub(crate) enum What {
     Discard,
 }
 
-impl fmt::Display for What {
+impl fmt::Display for RequestKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            What::Read { .. } => "read",
-            What::Write { .. } => "write",
-            What::Flush => "flush",
-            What::Discard => "discard",
+            RequestKind::Read { .. } => "read",
+            RequestKind::Write { .. } => "write",
+            RequestKind::Flush => "flush",
+            RequestKind::Discard => "discard",
         })
     }
 }
 
-impl What {
-    /// Whether the request changes what the disk holds, so that it has something to make durable.
+impl RequestKind {
+    /// Whether the request changes kind the disk holds, so that it has something to make durable.
     pub(crate) fn changes_disk(self) -> bool {
-        matches!(self, What::Write { .. } | What::Discard)
+        matches!(self, RequestKind::Write { .. } | RequestKind::Discard)
     }
 }
 
-impl Flying {
+impl InFlight {
     /// Adds a request; its token is one that no other has.
-    pub(crate) fn add(&mut self, flight: Flight) -> DiskToken {
-        self.bytes += flight.bytes;
+    pub(crate) fn add(&mut self, request: InFlightRequest) -> DiskToken {
+        self.bytes += request.bytes;
         if let Some(token) = self.free.pop() {
-            self.slots[token as usize] = Some(flight);
+            self.slots[token as usize] = Some(request);
             token
         } else {
-            self.slots.push(Some(flight));
+            self.slots.push(Some(request));
             (self.slots.len() - 1) as DiskToken
         }
     }
 
     /// A request that was added.
-    pub(crate) fn get(&mut self, token: DiskToken) -> &mut Flight {
+    pub(crate) fn get(&mut self, token: DiskToken) -> &mut InFlightRequest {
         self.slots[token as usize].as_mut().expect("the disk answers requests that it has")
     }
 
     /// Takes a request out.
-    pub(crate) fn remove(&mut self, token: DiskToken) -> Flight {
+    pub(crate) fn remove(&mut self, token: DiskToken) -> InFlightRequest {
         self.free.push(token);
-        let flight = self.slots[token as usize].take().expect("the disk answers requests that it has");
-        self.bytes -= flight.bytes;
-        flight
+        let request = self.slots[token as usize].take().expect("the disk answers requests that it has");
+        self.bytes -= request.bytes;
+        request
     }
 
     /// Forgets all requests. Returns the bytes that the disk may have to move for them.

@@ -45,14 +45,14 @@ pub(crate) enum Tag {
     Part(u32),
     /// The start of write-back.
     WriteBack,
-    /// A step of the beginning of an overlay's session.
+    /// A step of the session_start of an overlay's session.
     Begin,
     /// A step of a flush.
     Flush,
     /// An overlay's file is to say that its contents are unknown; where it cannot, its map B is cleared.
-    GiveUp,
+    MarkUnknown,
     /// The clearing of map B.
-    ClearMapB,
+    ClearCommitMap,
     /// A stretch of an overlay's map B.
-    MapB { page: u64, words: RangeInclusive<u16> },
+    CommitMap { page: u64, words: RangeInclusive<u16> },
 }

@@ -1,8 +1,8 @@
-//! What a block device counts.
+//! RequestKind a block device counts.
 
 use sync::Counter;
 
-use crate::in_flight::What;
+use crate::in_flight::RequestKind;
 
 /// Counters that only grow.
 #[derive(Debug, Default)]
@@ -37,20 +37,20 @@ pub struct BlockStats {
 
 impl BlockStats {
     /// Counts a request that succeeded.
-    pub(crate) fn count(&self, what: What) {
-        match what {
-            What::Read { bytes } => {
+    pub(crate) fn count(&self, kind: RequestKind) {
+        match kind {
+            RequestKind::Read { bytes } => {
                 self.read_count.add(1);
                 self.read_bytes.add(bytes);
             }
-            What::Write { bytes } => {
+            RequestKind::Write { bytes } => {
                 self.write_count.add(1);
                 self.write_bytes.add(bytes);
             }
-            What::Flush => {
+            RequestKind::Flush => {
                 self.flush_count.add(1);
             }
-            What::Discard => {
+            RequestKind::Discard => {
                 self.discard_count.add(1);
             }
         }

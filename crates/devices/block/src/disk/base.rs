@@ -15,11 +15,11 @@ use rustix::fs::{OFlags, SeekFrom};
 use super::options::DiskOptions;
 use crate::SECTOR;
 use crate::error::DiskError;
-use crate::host_file::lock::{FileLock, FileLocks, LockError, Mode};
+use crate::host_file::lock::{FileLock, FileLocks, LockError, LockMode};
 
 /// A plain disk.
 #[derive(Debug)]
-pub(crate) struct Base {
+pub(crate) struct BaseDisk {
     /// By queue.
     files: Vec<Arc<File>>,
     /// How many queues there were.
@@ -31,7 +31,7 @@ pub(crate) struct Base {
     size: u64,
 }
 
-impl Base {
+impl BaseDisk {
     /// Opens and locks the disk of `options`; to write to it only where no overlay takes the writes.
     pub(crate) fn open(options: &DiskOptions, locks: &FileLocks) -> Result<Self, DiskError> {
         let path = &*options.path;
@@ -45,7 +45,7 @@ impl Base {
         }
         let size = size_of(&file, path).map_err(failed)?;
         // A disk of no size cannot be written to: nobody is kept from it.
-        let mode = if writable && size > 0 { Mode::Exclusive } else { Mode::Shared };
+        let mode = if writable && size > 0 { LockMode::Exclusive } else { LockMode::Shared };
         let lock = options.lock.then(|| locks.lock(path, &file, mode, &open)).transpose()?;
         let again = || {
             let again = open().map_err(failed)?;
@@ -56,14 +56,14 @@ impl Base {
         let more = if writable { usize::from(options.io_threads.max(1)) - 1 } else { 0 };
         let more = (0..more).map(|_| again().map(Arc::new)).collect::<Result<Vec<_>, DiskError>>()?;
         let files = std::iter::once(Arc::new(file)).chain(more).collect();
-        Ok(Base { files, queues: AtomicUsize::new(0), sync, lock, size })
+        Ok(BaseDisk { files, queues: AtomicUsize::new(0), sync, lock, size })
     }
 
     /// A disk of `size` bytes that is only read.
     #[cfg(test)]
     pub(crate) fn of(file: File, size: u64) -> Arc<Self> {
         let files = vec![Arc::new(file)];
-        Arc::new(Base { files, queues: AtomicUsize::new(0), sync: None, lock: None, size })
+        Arc::new(BaseDisk { files, queues: AtomicUsize::new(0), sync: None, lock: None, size })
     }
 
     /// Size in bytes, a multiple of 512.
@@ -77,7 +77,7 @@ impl Base {
     }
 
     /// The file for one more queue.
-    pub(crate) fn file_of_queue(&self) -> &Arc<File> {
+    pub(crate) fn queue_file(&self) -> &Arc<File> {
         &self.files[self.queues.fetch_add(1, Ordering::Relaxed) % self.files.len()]
     }
 
@@ -87,20 +87,20 @@ impl Base {
     }
 
     /// Whether both are one file or device, written to by both.
-    pub(crate) fn takes_writes_of(&self, other: &Base) -> bool {
+    pub(crate) fn shares_writes_with(&self, other: &BaseDisk) -> bool {
         self.sync.is_some()
             && other.sync.is_some()
             && is_same(self.file(), other.file()).is_ok_and(|same| same)
     }
 
     /// Whether both are one file or device.
-    pub(crate) fn is_same_disk(&self, other: &Base) -> bool {
+    pub(crate) fn is_same_disk(&self, other: &BaseDisk) -> bool {
         is_same(self.file(), other.file()).is_ok_and(|same| same)
     }
 
     /// Changes the lock: shared for a base that others may put overlays on, exclusive for a disk that is written to.
-    pub(crate) fn set_lock(&self, mode: Mode) -> Result<(), LockError> {
-        let mode = if self.size == 0 { Mode::Shared } else { mode };
+    pub(crate) fn set_lock(&self, mode: LockMode) -> Result<(), LockError> {
+        let mode = if self.size == 0 { LockMode::Shared } else { mode };
         self.lock.as_ref().map_or(Ok(()), |lock| lock.set(mode))
     }
 }

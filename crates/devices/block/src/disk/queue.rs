@@ -4,15 +4,15 @@
 //!
 //! - The caller has checked that a request lies within the disk, in whole sectors. What reaches past the end all the same is
 //!   answered with `EINVAL`; nothing panics.
-//! - [`start`](DiskQueue::start) notes requests, [`kick`](DiskQueue::kick) sends them off and takes in what is over, and
+//! - [`enqueue`](DiskQueue::enqueue) notes requests, [`submit_and_reap`](DiskQueue::submit_and_reap) sends them off and takes in what is over, and
 //!   [`finished`](DiskQueue::finished) tells one by one which are. None of them waits for a disk (but for a worker with
-//!   [`Patience`](super::engine::Patience)), nor does any take long: a request larger than [`PART`] is worked off in parts,
+//!   [`Blocking`](super::engine::Blocking)), nor does any take long: a request larger than [`PART`] is worked off in parts,
 //!   a few at a time, so that it cannot keep a worker to itself.
-//! - Its [`event`](DiskQueue::event) is readable when `kick` has something to take in.
+//! - Its [`event`](DiskQueue::event) is readable when `submit_and_reap` has something to take in.
 //! - Requests in flight together have no order, as on any disk. A flush covers what had finished when it was started.
 //! - [`reserve`](DiskQueue::reserve) bounds what the disk still has to move ([`backlog`](super::backlog)).
 //! - A discard is a hint. What is left of it when its queue is to [drain](DiskQueue::set_draining) is not done.
-//! - What was told to be over survives the monitor's being killed, on an overlay as on a plain disk ([`holding`](super::holding)).
+//! - What was told to be over survives the monitor's being killed, on an overlay as on a plain disk ([`map_commit`](super::map_commit)).
 //!
 //! # Error model
 //!
@@ -26,22 +26,22 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::backlog::{Backlog, DistinctPages, READ_EXTRA, dirtied};
-use super::layered::Stack;
-use super::split::{DISCARD_PART, PART, Split, SplitTable, SplitWhat};
+use super::layered::LayeredDisk;
+use super::split::{DISCARD_PART, PART, SplitKind, SplitRequest, SplitTable};
 use crate::SECTOR;
 use crate::buffers::{BufferPool, GuestBuffers};
-use crate::creator_pid::Owner;
+use crate::creator_pid::CreatorPid;
 use crate::engine::{Done, Engine, Transfer};
 use crate::io_request::{Request, Tag, Token};
-use crate::overlay::Top;
-use crate::overlay::commit::Holding;
+use crate::overlay::ActiveLayer;
+use crate::overlay::commit::MapCommit;
 use crate::overlay::flush::Flush;
-use crate::overlay::session::Beginning;
+use crate::overlay::session::SessionStart;
 use sync::EventFd;
 
 /// Most dirty bytes that a discard or a zeroing by the file system leaves: the partial blocks at its ends, and metadata.
 const RANGE_DIRT: u64 = 64 << 10;
-/// Dirty bytes of an overlay's two maps for one change of sectors that they did not hold, at most, for each 16 MiB of it.
+/// Dirty bytes of an overlay's two maps for one change of sectors that they did not mark_allocated, at most, for each 16 MiB of it.
 const MAP_DIRT: u64 = 2 * 4096;
 /// The sync of the backlog, as a flush of the disk.
 const SYNC: Token = Token::MAX;
@@ -51,7 +51,7 @@ const SYNC: Token = Token::MAX;
 pub struct DiskQueue {
     /// First, so that it is dropped first: it waits for what is in flight.
     engine: Box<dyn Engine<Tag>>,
-    stack: Arc<Stack>,
+    layers: Arc<LayeredDisk>,
     /// Whether a flush does anything.
     flush: bool,
     backlog: Arc<Backlog>,
@@ -60,16 +60,16 @@ pub struct DiskQueue {
     write_back: WriteBack,
     /// Size of the request that waits for room.
     held: u64,
-    /// A sync ended in the last `kick`: there may be room.
+    /// A sync ended in the last `submit_and_reap`: there may be room.
     freed: bool,
-    /// Nothing is begun any more that need not be.
+    /// Nothing is session_step_done any more that need not be.
     draining: bool,
     /// Requests in parts.
     split: SplitTable,
-    beginning: Beginning,
-    holding: Holding,
+    session_start: SessionStart,
+    map_commit: MapCommit,
     flushes: Flush,
-    owner: Owner,
+    creator: CreatorPid,
     finished: VecDeque<(Token, Result<(), Errno>)>,
     in_flight: usize,
     /// Completions of one round, reused.
@@ -86,10 +86,10 @@ struct WriteBack {
 }
 
 impl DiskQueue {
-    pub(crate) fn new(stack: Arc<Stack>, engine: Box<dyn Engine<Tag>>, flush: bool) -> Self {
+    pub(crate) fn new(layers: Arc<LayeredDisk>, engine: Box<dyn Engine<Tag>>, flush: bool) -> Self {
         DiskQueue {
             engine,
-            stack,
+            layers,
             flush,
             backlog: Backlog::new(1),
             member: 0,
@@ -98,10 +98,10 @@ impl DiskQueue {
             freed: false,
             draining: false,
             split: SplitTable::default(),
-            beginning: Beginning::default(),
-            holding: Holding::default(),
+            session_start: SessionStart::default(),
+            map_commit: MapCommit::default(),
             flushes: Flush::default(),
-            owner: Owner::here(),
+            creator: CreatorPid::current(),
             finished: VecDeque::new(),
             in_flight: 0,
             done: Vec::new(),
@@ -121,7 +121,7 @@ impl DiskQueue {
     }
 
     /// Takes room in the backlog for a request that makes the disk move `bytes`. False if there is none: the waker is signalled, or
-    /// `kick` has something to do, when there may be.
+    /// `submit_and_reap` has something to do, when there may be.
     /// Reads may exceed it a little, so that they do not wait for what was written.
     pub(crate) fn reserve(&mut self, bytes: u64, is_read: bool) -> bool {
         let extra = if is_read { READ_EXTRA } else { 0 };
@@ -137,12 +137,12 @@ impl DiskQueue {
 
     /// Bytes that the disk has to move for a write of `len` bytes at `offset`.
     pub(crate) fn cost_of_write(&self, offset: u64, len: u64) -> u64 {
-        let (_, start) = self.stack.write_target();
+        let (_, start) = self.layers.write_target();
         dirtied(start.saturating_add(offset), len) + self.cost_of_maps(len)
     }
 
     fn cost_of_maps(&self, len: u64) -> u64 {
-        if self.stack.top().is_some() { MAP_DIRT * (2 + len / (16 << 20)) } else { 0 }
+        if self.layers.active().is_some() { MAP_DIRT * (2 + len / (16 << 20)) } else { 0 }
     }
 
     /// Whether discards in flight are to end early, because a pause or a reset waits for this queue.
@@ -164,26 +164,28 @@ impl DiskQueue {
     }
 
     /// Notes a request; `offset` is in bytes, and of no matter for a flush.
-    pub fn start(&mut self, token: Token, offset: u64, request: Request) {
+    pub fn enqueue(&mut self, token: Token, offset: u64, request: Request) {
         self.in_flight += 1;
         let len = match &request {
             Request::Read(buffers) | Request::Write(buffers) => buffers.len(),
             Request::Discard { len } | Request::WriteZeroes { len, .. } => *len,
             Request::Flush => return self.start_flush(token),
         };
-        let end = offset.checked_add(len).filter(|&end| end <= self.stack.size());
+        let end = offset.checked_add(len).filter(|&end| end <= self.layers.size());
         if end.is_none() || !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
             return self.finish(token, Err(Errno::INVAL));
         }
         if len == 0 {
             return self.finish(token, Ok(()));
         }
-        match (request, self.stack.top()) {
+        match (request, self.layers.active()) {
             (Request::Read(buffers), _) => self.read(token, offset, buffers),
-            (change, Some(top)) if !top.is_begun() => {
-                let file = self.stack.write_target().0;
+            (change, Some(active)) if !active.has_session() => {
+                let file = self.layers.write_target().0;
                 let change = (token, offset, change);
-                if let Err((token, _, change)) = self.beginning.wait(change, file, top, &mut *self.engine) {
+                if let Err((token, _, change)) =
+                    self.session_start.wait(change, file, active, &mut *self.engine)
+                {
                     self.refuse(token, change, Errno::IO);
                 }
             }
@@ -203,7 +205,7 @@ impl DiskQueue {
 
     /// Sends off what was noted and takes in what is over. The caller tells what [`finished`](Self::finished) and, if then it
     /// [`has_more`](Self::has_more), comes back, now or after others had their turn.
-    pub fn kick(&mut self) {
+    pub fn submit_and_reap(&mut self) {
         self.freed = false;
         self.start_sync();
         self.engine.submit();
@@ -216,9 +218,9 @@ impl DiskQueue {
         if self.flush {
             self.backlog.finished(self.member, &mut self.finished);
         }
-        if let Some(top) = self.stack.top() {
-            let place = (self.stack.write_target().0, top);
-            self.holding.go_on(place, &mut *self.engine, &mut self.finished);
+        if let Some(active) = self.layers.active() {
+            let extent = (self.layers.write_target().0, active);
+            self.map_commit.start_run(extent, &mut *self.engine, &mut self.finished);
         }
     }
 
@@ -246,7 +248,7 @@ impl DiskQueue {
         self.in_flight == 0 && self.engine.in_flight() == 0
     }
 
-    /// Readable while [`kick`](Self::kick) has something to take in. None if nothing is ever left to wait for.
+    /// Readable while [`submit_and_reap`](Self::submit_and_reap) has something to take in. None if nothing is ever left to wait for.
     pub fn event(&self) -> Option<BorrowedFd<'_>> {
         self.engine.event()
     }
@@ -254,7 +256,7 @@ impl DiskQueue {
     /// Waits until all that was started is over; [`finished`](Self::finished) tells how it went. For threads that may block.
     pub fn drain(&mut self) {
         loop {
-            self.kick();
+            self.submit_and_reap();
             if self.engine.in_flight() == 0 {
                 return;
             }
@@ -273,23 +275,23 @@ impl DiskQueue {
     }
 
     fn read(&mut self, token: Token, offset: u64, buffers: GuestBuffers) {
-        let state = self.stack.top().map(Top::state);
+        let state = self.layers.active().map(ActiveLayer::state);
         let len = buffers.len();
-        let place = self.stack.locate(state.as_deref(), offset, len);
+        let extent = self.layers.locate(state.as_deref(), offset, len);
         drop(state);
-        if place.len == len && len <= PART {
-            self.engine.push(Transfer::read(place.file, place.offset, buffers, Tag::Whole(token)));
+        if extent.len == len && len <= PART {
+            self.engine.push(Transfer::read(extent.file, extent.offset, buffers, Tag::Whole(token)));
         } else {
-            self.split(token, offset, len, SplitWhat::Read(buffers));
+            self.split(token, offset, len, SplitKind::Read(buffers));
         }
     }
 
     fn write(&mut self, token: Token, offset: u64, buffers: GuestBuffers) {
         let len = buffers.len();
         if len > PART {
-            return self.split(token, offset, len, SplitWhat::Write(buffers));
+            return self.split(token, offset, len, SplitKind::Write(buffers));
         }
-        let (file, start) = self.stack.write_target();
+        let (file, start) = self.layers.write_target();
         let tag = Tag::Write { token, sector: offset / SECTOR, count: len / SECTOR };
         self.engine.push(Transfer::write(file, start + offset, buffers, tag));
     }
@@ -299,15 +301,15 @@ impl DiskQueue {
             return self.finish(token, Ok(()));
         }
         if len > DISCARD_PART {
-            return self.split(token, offset, len, SplitWhat::Discard);
+            return self.split(token, offset, len, SplitKind::Discard);
         }
-        let (file, start) = self.stack.write_target();
+        let (file, start) = self.layers.write_target();
         let tag = Tag::Discard { token, offset, len };
         self.engine.push(Transfer::zero(file, start + offset, len, false, tag));
     }
 
     fn zero(&mut self, token: Token, offset: u64, len: u64, keep_space: bool) {
-        let (file, start) = self.stack.write_target();
+        let (file, start) = self.layers.write_target();
         let tag = Tag::Zero { token, offset, len };
         self.engine.push(Transfer::zero(file, start + offset, len, keep_space, tag));
     }
@@ -328,7 +330,7 @@ impl DiskQueue {
             return;
         }
         self.write_back.pages.sync_begins(&self.backlog);
-        self.flushes.start(SYNC, self.stack.flush_target(), &mut *self.engine);
+        self.flushes.start(SYNC, self.layers.flush_target(), &mut *self.engine);
         self.take_in_syncs();
     }
 
@@ -352,7 +354,7 @@ impl DiskQueue {
     /// `len` bytes at `offset` of the disk were written, or some of them.
     fn wrote(&mut self, offset: u64, len: u64) {
         if self.flush && len > 0 {
-            let offset = self.stack.write_target().1 + offset;
+            let offset = self.layers.write_target().1 + offset;
             let fresh = self.write_back.pages.mark(offset, len, &self.backlog);
             let maps = if fresh > 0 { self.cost_of_maps(len) } else { 0 };
             self.dirty(fresh + maps);
@@ -372,19 +374,21 @@ impl DiskQueue {
         }
         if self.backlog.add_dirty(bytes) && !self.write_back.starting {
             self.write_back.starting = true;
-            self.engine.push(Transfer::write_back(self.stack.write_target().0, Tag::WriteBack));
+            self.engine.push(Transfer::write_back(self.layers.write_target().0, Tag::WriteBack));
         }
         self.start_sync();
     }
 
     /// A sync of this queue failed, which the disk's health knows: lets an overlay say that its contents are unknown.
-    fn give_up(&mut self) {
-        let Some((offset, session)) = self.stack.top().and_then(Top::given_up) else { return };
-        let file = self.stack.write_target().0;
-        self.engine.push(Transfer::write_bytes(file, offset, session, Tag::GiveUp));
+    fn mark_unknown(&mut self) {
+        let Some((offset, session)) = self.layers.active().and_then(ActiveLayer::unknown_mark) else {
+            return;
+        };
+        let file = self.layers.write_target().0;
+        self.engine.push(Transfer::write_bytes(file, offset, session, Tag::MarkUnknown));
     }
 
-    /// Ends a change that cannot be begun.
+    /// Ends a change that cannot be session_step_done.
     fn refuse(&mut self, token: Token, change: Request, errno: Errno) {
         if let Request::Write(buffers) = change {
             self.recycle(buffers);
@@ -393,16 +397,16 @@ impl DiskQueue {
     }
 
     /// Begins a request in parts.
-    fn split(&mut self, token: Token, offset: u64, len: u64, what: SplitWhat) {
-        let index = self.split.add(Split::new(token, offset, len, what));
+    fn split(&mut self, token: Token, offset: u64, len: u64, what: SplitKind) {
+        let index = self.split.add(SplitRequest::new(token, offset, len, what));
         self.start_parts(index);
     }
 
     /// Starts parts of a request, as many as may be in flight.
     fn start_parts(&mut self, index: u32) {
         let Some(split) = self.split.get(index) else { return };
-        let state = self.stack.top().map(Top::state);
-        let layers = (&*self.stack, state.as_deref());
+        let state = self.layers.active().map(ActiveLayer::state);
+        let layers = (&*self.layers, state.as_deref());
         while let Some(transfer) = split.next_part(index, layers, &mut self.pool, self.draining) {
             self.engine.push(transfer);
         }
@@ -419,23 +423,23 @@ impl DiskQueue {
             return;
         }
         let Some(split) = self.split.remove(index) else { return };
-        let Split { token, what, offset, len, started, error, .. } = split;
+        let SplitRequest { token, what, offset, len, started, error, .. } = split;
         let result = error.map_or(Ok(()), Err);
         match what {
-            SplitWhat::Read(buffers) => {
+            SplitKind::Read(buffers) => {
                 self.recycle(buffers);
                 self.finish(token, result);
             }
-            SplitWhat::Write(buffers) => {
+            SplitKind::Write(buffers) => {
                 self.recycle(buffers);
                 self.wrote(offset, len);
                 self.changed(token, offset / SECTOR, len / SECTOR, result);
             }
-            SplitWhat::Zeros => {
+            SplitKind::Zeros => {
                 self.wrote(offset, len);
                 self.changed(token, offset / SECTOR, len / SECTOR, result);
             }
-            SplitWhat::Discard => self.discarded(token, offset, started, result),
+            SplitKind::Discard => self.discarded(token, offset, started, result),
         }
     }
 
@@ -451,9 +455,9 @@ impl DiskQueue {
 
     /// A change of `count` sectors from `sector` was made, or failed. It is over once the overlay, if there is one, says that it holds them.
     fn changed(&mut self, token: Token, sector: u64, count: u64, result: Result<(), Errno>) {
-        match self.stack.top() {
-            Some(top) if result.is_ok() => {
-                if self.holding.changed(token, sector, count, top) {
+        match self.layers.active() {
+            Some(active) if result.is_ok() => {
+                if self.map_commit.changed(token, sector, count, active) {
                     self.finish(token, Ok(()));
                 }
             }
@@ -473,62 +477,62 @@ impl DiskQueue {
             Tag::Discard { token, offset, len } => self.discarded(token, offset, len, result),
             Tag::Zero { token, offset, len } => {
                 if is_unsupported(result) {
-                    return self.split(token, offset, len, SplitWhat::Zeros);
+                    return self.split(token, offset, len, SplitKind::Zeros);
                 }
                 self.cleared(len);
                 self.changed(token, offset / SECTOR, len / SECTOR, result);
             }
             Tag::Part(index) => self.part_done(index, result),
-            Tag::Begin => self.begun(result),
+            Tag::Begin => self.session_step_done(result),
             Tag::WriteBack => {
                 self.write_back.starting = false;
                 match result {
                     Err(errno) if loses_data(errno) => {
-                        self.stack.health().sync_failed("early write-back", errno);
-                        self.give_up();
+                        self.layers.health().sync_failed("early write-back", errno);
+                        self.mark_unknown();
                     }
                     _ => {}
                 }
             }
             Tag::Flush => {
-                if self.flushes.step(result, self.stack.flush_target(), &mut *self.engine) {
-                    self.give_up();
+                if self.flushes.step(result, self.layers.flush_target(), &mut *self.engine) {
+                    self.mark_unknown();
                 }
                 self.take_in_syncs();
             }
-            Tag::GiveUp => {
-                if let (Err(_), Some(top)) = (result, self.stack.top()) {
-                    let (file, (offset, len)) = (self.stack.write_target().0, top.map_b());
-                    self.engine.push(Transfer::zero(file, offset, len, false, Tag::ClearMapB));
+            Tag::MarkUnknown => {
+                if let (Err(_), Some(active)) = (result, self.layers.active()) {
+                    let (file, (offset, len)) = (self.layers.write_target().0, active.commit_map());
+                    self.engine.push(Transfer::zero(file, offset, len, false, Tag::ClearCommitMap));
                 }
             }
-            Tag::ClearMapB => {
-                if let (Err(errno), Some(top)) = (result, self.stack.top()) {
-                    top.cannot_give_up(&errno);
+            Tag::ClearCommitMap => {
+                if let (Err(errno), Some(active)) = (result, self.layers.active()) {
+                    active.log_unmarked(&errno);
                 }
             }
-            Tag::MapB { page, words } => {
-                let Some(top) = self.stack.top() else { return };
-                let place = (self.stack.write_target().0, top);
-                self.holding.step((page, words), result, place, &mut *self.engine, &mut self.finished);
+            Tag::CommitMap { page, words } => {
+                let Some(active) = self.layers.active() else { return };
+                let extent = (self.layers.write_target().0, active);
+                self.map_commit.step((page, words), result, extent, &mut *self.engine, &mut self.finished);
             }
         }
     }
 
-    /// A step of the beginning of the overlay's session is over.
-    fn begun(&mut self, result: Result<(), Errno>) {
-        let Some(top) = self.stack.top() else { return };
-        let file = self.stack.write_target().0;
-        if let (true, Err(errno)) = (self.beginning.is_syncing(), result) {
-            self.stack.health().sync_failed("the sync of the overlay's first change", errno);
+    /// A step of the session_start of the overlay's session is over.
+    fn session_step_done(&mut self, result: Result<(), Errno>) {
+        let Some(active) = self.layers.active() else { return };
+        let file = self.layers.write_target().0;
+        if let (true, Err(errno)) = (self.session_start.is_syncing(), result) {
+            self.layers.health().sync_failed("the sync of the overlay's first change", errno);
         }
-        let Some((result, waiting)) = self.beginning.step(result, file, top, &mut *self.engine) else {
+        let Some((result, waiting)) = self.session_start.step(result, file, active, &mut *self.engine) else {
             return;
         };
-        if !self.stack.health().is_known() {
-            // What was written took the place of a mark that another's failed sync may have made.
-            top.mark_again();
-            self.give_up();
+        if !self.layers.health().is_known() {
+            // What was written took the extent of a mark that another's failed sync may have made.
+            active.require_mark_again();
+            self.mark_unknown();
         }
         for (token, offset, change) in waiting {
             match result {
@@ -542,7 +546,7 @@ impl DiskQueue {
 impl Drop for DiskQueue {
     /// Takes in what is in flight: the end of a sync that failed is not to be lost.
     fn drop(&mut self) {
-        if self.owner.is_here() && self.engine.in_flight() > 0 {
+        if self.creator.is_current() && self.engine.in_flight() > 0 {
             self.drain();
         }
     }

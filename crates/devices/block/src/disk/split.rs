@@ -2,11 +2,11 @@
 
 use rustix::io::Errno;
 
-use super::layered::Stack;
+use super::layered::LayeredDisk;
 use crate::buffers::{BufferPool, GuestBuffers};
 use crate::engine::{MAX_ZEROS, Transfer};
 use crate::io_request::{Tag, Token};
-use crate::overlay::TopState;
+use crate::overlay::ActiveState;
 
 /// Largest part of a request that is worked off at once, in bytes.
 pub(crate) const PART: u64 = 1 << 20;
@@ -18,9 +18,9 @@ pub(crate) const DISCARD_PART: u64 = 4 << 20;
 pub(crate) const DISCARD_AT_A_TIME: u64 = MAX_PARTS as u64 * DISCARD_PART;
 /// A request that is worked off in parts.
 #[derive(Debug)]
-pub(crate) struct Split {
+pub(crate) struct SplitRequest {
     pub(crate) token: Token,
-    pub(crate) what: SplitWhat,
+    pub(crate) what: SplitKind,
     /// Where on the disk it begins, in bytes.
     pub(crate) offset: u64,
     /// Length in bytes.
@@ -33,9 +33,9 @@ pub(crate) struct Split {
     pub(crate) error: Option<Errno>,
 }
 
-impl Split {
-    pub(crate) fn new(token: Token, offset: u64, len: u64, what: SplitWhat) -> Self {
-        Split { token, what, offset, len, started: 0, parts: 0, error: None }
+impl SplitRequest {
+    pub(crate) fn new(token: Token, offset: u64, len: u64, what: SplitKind) -> Self {
+        SplitRequest { token, what, offset, len, started: 0, parts: 0, error: None }
     }
 
     /// The transfer of the next part, of the request with this `index`. `None` if there is none, or none
@@ -43,7 +43,7 @@ impl Split {
     pub(crate) fn next_part(
         &mut self,
         index: u32,
-        (layers, state): (&Stack, Option<&TopState>),
+        (layers, state): (&LayeredDisk, Option<&ActiveState>),
         pool: &mut BufferPool,
         draining: bool,
     ) -> Option<Transfer<Tag>> {
@@ -55,22 +55,22 @@ impl Split {
         let offset = self.offset + self.started;
         let left = (self.len - self.started).min(PART);
         let (transfer, len) = match &self.what {
-            SplitWhat::Read(all) => {
+            SplitKind::Read(all) => {
                 let place = layers.locate(state, offset, left);
                 let mut buffers = pool.take();
                 buffers.push_part(all, self.started, place.len);
                 (Transfer::read(place.file, place.offset, buffers, tag), place.len)
             }
-            SplitWhat::Write(all) => {
+            SplitKind::Write(all) => {
                 let mut buffers = pool.take();
                 buffers.push_part(all, self.started, left);
                 (Transfer::write(target, target_start + offset, buffers, tag), left)
             }
-            SplitWhat::Zeros => {
+            SplitKind::Zeros => {
                 let left = left.min(MAX_ZEROS);
                 (Transfer::write_zeros(target, target_start + offset, left, tag), left)
             }
-            SplitWhat::Discard => {
+            SplitKind::Discard => {
                 // A part that ends in the middle of a block gives back none of it.
                 let to_boundary = DISCARD_PART - (target_start + offset) % DISCARD_PART;
                 let len = (self.len - self.started).min(to_boundary);
@@ -93,13 +93,13 @@ impl Split {
 
     /// Whether no part is started any more.
     pub(crate) fn is_started(&self, draining: bool) -> bool {
-        let dropped = draining && matches!(self.what, SplitWhat::Discard);
+        let dropped = draining && matches!(self.what, SplitKind::Discard);
         self.started == self.len || self.error.is_some() || dropped
     }
 }
 
 #[derive(Debug)]
-pub(crate) enum SplitWhat {
+pub(crate) enum SplitKind {
     Read(GuestBuffers),
     Write(GuestBuffers),
     Zeros,
@@ -109,13 +109,13 @@ pub(crate) enum SplitWhat {
 /// The requests in parts of one queue, by index.
 #[derive(Debug, Default)]
 pub(crate) struct SplitTable {
-    slots: Vec<Option<Split>>,
+    slots: Vec<Option<SplitRequest>>,
     free: Vec<u32>,
 }
 
 impl SplitTable {
     /// Adds a request; its index is one that no other has.
-    pub(crate) fn add(&mut self, split: Split) -> u32 {
+    pub(crate) fn add(&mut self, split: SplitRequest) -> u32 {
         if let Some(index) = self.free.pop() {
             self.slots[index as usize] = Some(split);
             index
@@ -126,12 +126,12 @@ impl SplitTable {
     }
 
     /// A request that was added.
-    pub(crate) fn get(&mut self, index: u32) -> Option<&mut Split> {
+    pub(crate) fn get(&mut self, index: u32) -> Option<&mut SplitRequest> {
         self.slots[index as usize].as_mut()
     }
 
     /// Takes a request out.
-    pub(crate) fn remove(&mut self, index: u32) -> Option<Split> {
+    pub(crate) fn remove(&mut self, index: u32) -> Option<SplitRequest> {
         let split = self.slots[index as usize].take()?;
         self.free.push(index);
         Some(split)

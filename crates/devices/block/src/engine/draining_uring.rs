@@ -8,25 +8,25 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::Engine;
-use super::transfer::{Done, Patience, Transfer};
+use super::transfer::{Blocking, Done, Transfer};
 use super::uring::{Uring, UringError};
 
 /// A ring, and what of it is over.
 #[derive(Debug)]
-pub(crate) struct SettledRing<T: Send> {
+pub(crate) struct DrainingUring<T: Send> {
     ring: Box<Uring<T>>,
     done: Vec<Done<T>>,
 }
 
-impl<T: Send> SettledRing<T> {
+impl<T: Send> DrainingUring<T> {
     /// An engine for `files`; a transfer's file is an index into them.
     pub(crate) fn new(files: Vec<Arc<File>>) -> Result<Self, UringError> {
-        let ring = Uring::new(files, Patience::None)?.with_all_in_ring();
-        Ok(SettledRing { ring: Box::new(ring), done: Vec::new() })
+        let ring = Uring::new(files, Blocking::Never)?.with_all_in_ring();
+        Ok(DrainingUring { ring: Box::new(ring), done: Vec::new() })
     }
 }
 
-impl<T: fmt::Debug + Send> Engine<T> for SettledRing<T> {
+impl<T: fmt::Debug + Send> Engine<T> for DrainingUring<T> {
     fn push(&mut self, transfer: Transfer<T>) {
         self.ring.push(transfer);
     }

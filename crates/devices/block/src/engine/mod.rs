@@ -10,7 +10,7 @@
 //! cache holds is often over when `submit` returns, so whoever submits reaps before waiting, and goes on while
 //! [`has_more`](Engine::has_more).
 //!
-//! None of them waits for a disk, unless the engine was made for a worker that may: see [`Patience`].
+//! None of them waits for a disk, unless the engine was made for a worker that may: see [`Blocking`].
 //!
 //! # Error model
 //!
@@ -30,10 +30,10 @@ pub(crate) use blocking::BlockingEngine;
 #[cfg(test)]
 pub(crate) use blocking::carry_out;
 #[cfg(any(test, feature = "testing"))]
-pub(crate) use draining_uring::SettledRing;
+pub(crate) use draining_uring::DrainingUring;
+pub use transfer::Blocking;
 #[cfg(test)]
 pub(crate) use transfer::Op;
-pub use transfer::Patience;
 pub(crate) use transfer::{Done, MAX_ZEROS, Transfer};
 pub(crate) use uring::Uring;
 pub use uring::UringError;

@@ -219,10 +219,10 @@ impl<T> Transfer<T> {
 
 /// Whether the thread that serves a disk may wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Patience {
+pub enum Blocking {
     /// It serves others, too: no disk may hold it up.
-    None,
+    Never,
     /// It serves this disk and nothing else. Then what would be handed to another thread, only because it *might* have to wait, is
     /// quicker done at once: most of it is a copy into the page cache.
-    MayWait,
+    Allowed,
 }

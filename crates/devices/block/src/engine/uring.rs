@@ -7,14 +7,14 @@
 //! inside `submit` (the page cache) is reaped without any further system call, and no event descriptor has to be read.
 //!
 //! Some transfers would be slower that way: where the kernel cannot know beforehand that it will not wait, it hands them to a thread
-//! of its own, and the way there and back takes longer than the transfer. Those are carried out here, with a plain system call, if
-//! nothing can come of it: files in memory always, other writes if this worker may wait ([`Patience::MayWait`]). One of those that
-//! took long did wait for the disk: then the next [`SHY`] go through the ring, so that reads do not stand behind them.
+//! of its own, and the way there and back takes longer than the transfer. Those are carried out local, with a plain system call, if
+//! nothing can come of it: files in memory always, other writes if this worker may wait ([`Blocking::Allowed`]). One of those that
+//! took long did wait for the disk: then the next [`FORCED_RING_WRITES`] go through the ring, so that reads do not stand behind them.
 //!
 //! # Bounds
 //!
 //! At most [`ENTRIES`] operations are in the kernel at a time, half of what the completion queue holds, so that no completion is
-//! ever dropped. What is pushed beyond that waits here.
+//! ever dropped. What is pushed beyond that waits local.
 //!
 //! # Where unsafe is
 //!
@@ -36,8 +36,8 @@ use io_uring::{IoUring, Probe, opcode, register::Restriction, squeue};
 
 use super::Engine;
 use super::blocking::{TURN, carry_out};
-use super::transfer::{Done, Op, Patience, Progress, Transfer};
-use crate::creator_pid::Owner;
+use super::transfer::{Blocking, Done, Op, Progress, Transfer};
+use crate::creator_pid::CreatorPid;
 
 /// Most operations that the kernel has at a time.
 pub(crate) const ENTRIES: u32 = 128;
@@ -57,10 +57,10 @@ const OPCODES: [u8; 7] = [
 const UNREGISTER_FILES: u8 = 3;
 
 /// A write that takes longer waited for the disk, or for a processor.
-const LONG: Duration = Duration::from_millis(10);
+const SLOW_WRITE: Duration = Duration::from_millis(10);
 
 /// How many writes go through the ring after a long one.
-const SHY: u32 = 64;
+const FORCED_RING_WRITES: u32 = 64;
 
 /// How often `submit` is repeated when the kernel has no memory for a request, before it is left for later.
 const SUBMIT_ATTEMPTS: u32 = 100;
@@ -94,20 +94,20 @@ pub(crate) struct Uring<T: Send> {
     /// Slots that wait for a place in the ring, in order.
     waiting: VecDeque<u32>,
     /// Transfers that this thread carries out itself, in order.
-    here: VecDeque<Transfer<T>>,
+    local: VecDeque<Transfer<T>>,
     /// Those that it has carried out.
-    done_here: Vec<Done<T>>,
+    local_done: Vec<Done<T>>,
     /// By file: whether all of it is in memory, so that this thread carries out its reads and writes.
     in_memory: Vec<bool>,
-    patience: Patience,
+    blocking: Blocking,
     /// Writes that are still to go through the ring although this thread may wait.
-    shy: u32,
+    forced_ring_writes: u32,
     /// Operations pushed into the ring and not yet reaped.
     in_ring: u32,
     /// Operations pushed into the ring since the last successful `submit`.
     unsubmitted: u32,
     in_flight: usize,
-    owner: Owner,
+    creator: CreatorPid,
     /// Kept open for as long as the kernel may use them.
     files: ManuallyDrop<Vec<Arc<File>>>,
 }
@@ -120,7 +120,7 @@ impl<T: Send> std::fmt::Debug for Uring<T> {
 
 impl<T: Send> Uring<T> {
     /// Sets up a ring for `files`; a transfer's file is an index into them. Without any it only tells whether it can be done.
-    pub(crate) fn new(files: Vec<Arc<File>>, patience: Patience) -> Result<Self, UringError> {
+    pub(crate) fn new(files: Vec<Arc<File>>, blocking: Blocking) -> Result<Self, UringError> {
         let ring = build()?;
         let submitter = ring.submitter();
         let step = |step| move |source| UringError::Setup { step, source };
@@ -147,15 +147,15 @@ impl<T: Send> Uring<T> {
             slots: Vec::new(),
             free: Vec::new(),
             waiting: VecDeque::new(),
-            here: VecDeque::new(),
-            done_here: Vec::new(),
+            local: VecDeque::new(),
+            local_done: Vec::new(),
             in_memory,
-            patience,
-            shy: 0,
+            blocking,
+            forced_ring_writes: 0,
             in_ring: 0,
             unsubmitted: 0,
             in_flight: 0,
-            owner: Owner::here(),
+            creator: CreatorPid::current(),
             files: ManuallyDrop::new(files),
         })
     }
@@ -168,14 +168,14 @@ impl<T: Send> Uring<T> {
     }
 
     /// Whether this thread carries `transfer` out.
-    fn is_for_here(&mut self, transfer: &Transfer<T>) -> bool {
+    fn runs_locally(&mut self, transfer: &Transfer<T>) -> bool {
         let in_memory = self.in_memory[usize::from(transfer.file())];
         match transfer.op() {
             Op::Read => in_memory,
             Op::Write if in_memory => true,
-            Op::Write if self.patience == Patience::None => false,
-            Op::Write if self.shy > 0 => {
-                self.shy -= 1;
+            Op::Write if self.blocking == Blocking::Never => false,
+            Op::Write if self.forced_ring_writes > 0 => {
+                self.forced_ring_writes -= 1;
                 false
             }
             Op::Write => true,
@@ -248,8 +248,8 @@ impl<T: Send> Uring<T> {
 impl<T: Send> Engine<T> for Uring<T> {
     fn push(&mut self, transfer: Transfer<T>) {
         self.in_flight += 1;
-        if self.is_for_here(&transfer) {
-            self.here.push_back(transfer);
+        if self.runs_locally(&transfer) {
+            self.local.push_back(transfer);
             return;
         }
         let slot = if let Some(slot) = self.free.pop() {
@@ -265,28 +265,28 @@ impl<T: Send> Engine<T> for Uring<T> {
     fn submit(&mut self) {
         // First what goes on by itself.
         self.enter(0);
-        if self.here.is_empty() {
+        if self.local.is_empty() {
             return;
         }
         let mut moved = 0;
         let mut begun = Instant::now();
         while moved < TURN
-            && let Some(mut transfer) = self.here.pop_front()
+            && let Some(mut transfer) = self.local.pop_front()
         {
             moved += transfer.left().max(4096);
             let result = carry_out(&mut transfer, &self.files);
-            self.done_here.push(transfer.finish(result));
+            self.local_done.push(transfer.finish(result));
             let now = Instant::now();
-            if now - begun > LONG {
-                self.shy = SHY;
+            if now - begun > SLOW_WRITE {
+                self.forced_ring_writes = FORCED_RING_WRITES;
             }
             begun = now;
         }
     }
 
     fn reap(&mut self, done: &mut Vec<Done<T>>) {
-        self.in_flight -= self.done_here.len();
-        done.append(&mut self.done_here);
+        self.in_flight -= self.local_done.len();
+        done.append(&mut self.local_done);
         loop {
             self.take_in(done);
             while self.in_ring < ENTRIES
@@ -310,11 +310,11 @@ impl<T: Send> Engine<T> for Uring<T> {
     }
 
     fn has_more(&self) -> bool {
-        self.unsubmitted > 0 || !self.here.is_empty() || !self.done_here.is_empty()
+        self.unsubmitted > 0 || !self.local.is_empty() || !self.local_done.is_empty()
     }
 
     fn wait(&mut self) {
-        if self.in_ring > 0 && self.here.is_empty() && self.done_here.is_empty() {
+        if self.in_ring > 0 && self.local.is_empty() && self.local_done.is_empty() {
             self.enter(1);
         }
     }
@@ -332,7 +332,7 @@ impl<T: Send> Drop for Uring<T> {
     /// In a fork the ring is still the parent's and its memory is not mapped. The addresses and the descriptor numbers may belong to
     /// something else by now, so nothing is unmapped and nothing is closed.
     fn drop(&mut self) {
-        if !self.owner.is_here() {
+        if !self.creator.is_current() {
             return;
         }
         let mut done = Vec::new();
@@ -343,7 +343,7 @@ impl<T: Send> Drop for Uring<T> {
             done.clear();
         }
         let _ = self.ring.submitter().unregister_files();
-        // SAFETY: it is dropped once, here, and not used afterwards: `self` is gone when this returns.
+        // SAFETY: it is dropped once, local, and not used afterwards: `self` is gone when this returns.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
         // SAFETY: as above.
         unsafe { ManuallyDrop::drop(&mut self.files) };
@@ -471,7 +471,7 @@ mod tests {
     fn fork_in_its_own_process() {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let fds = [file.as_raw_fd()];
-        let ring = Uring::<()>::new(vec![file], Patience::None).unwrap();
+        let ring = Uring::<()>::new(vec![file], Blocking::Never).unwrap();
         let fds = [fds[0], ring.event().unwrap().as_raw_fd()];
         let (addr, len) = mapping_of_a_ring();
         assert!(in_fork(|| {

@@ -28,7 +28,7 @@ use std::time::Duration;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use crate::creator_pid::Owner;
+use crate::creator_pid::CreatorPid;
 use sync::locked;
 
 /// How often a lock on a block device is tried: `udev` locks one for a moment when it looks at it.
@@ -48,9 +48,9 @@ pub enum LockError {
         /// The disk.
         path: PathBuf,
         /// For what it was to be locked.
-        mode: Mode,
+        mode: LockMode,
         /// Who has it.
-        holder: Holder,
+        holder: LockHolder,
     },
     /// The name was given to another file while it was opened.
     #[error("disk {}: the file was replaced while it was opened; try again", path.display())]
@@ -70,25 +70,25 @@ pub enum LockError {
 
 /// How a file is locked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
+pub enum LockMode {
     /// With others that only read.
     Shared,
     /// Alone.
     Exclusive,
 }
 
-impl fmt::Display for Mode {
+impl fmt::Display for LockMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Mode::Shared => "for reading",
-            Mode::Exclusive => "for writing",
+            LockMode::Shared => "for reading",
+            LockMode::Exclusive => "for writing",
         })
     }
 }
 
 /// Who has a lock, as far as `/proc` tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Holder {
+pub enum LockHolder {
     /// A process of which nothing is known.
     Unknown,
     /// This process.
@@ -102,28 +102,28 @@ pub enum Holder {
     },
 }
 
-impl fmt::Display for Holder {
+impl fmt::Display for LockHolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Holder::Unknown => f.write_str("another process"),
-            Holder::Here => f.write_str("this microVM"),
-            Holder::Process { pid, command: None } => write!(f, "process {pid}"),
-            Holder::Process { pid, command: Some(command) } => write!(f, "process {pid} ({command})"),
+            LockHolder::Unknown => f.write_str("another process"),
+            LockHolder::Here => f.write_str("this microVM"),
+            LockHolder::Process { pid, command: None } => write!(f, "process {pid}"),
+            LockHolder::Process { pid, command: Some(command) } => write!(f, "process {pid} ({command})"),
         }
     }
 }
 
-impl Holder {
+impl LockHolder {
     /// Who has a lock on `file`.
     pub(crate) fn of(file: &File) -> Self {
-        let Ok(metadata) = file.metadata() else { return Holder::Unknown };
+        let Ok(metadata) = file.metadata() else { return LockHolder::Unknown };
         let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
-        let Some(pid) = find_pid(&locks, metadata.dev(), metadata.ino()) else { return Holder::Unknown };
+        let Some(pid) = find_pid(&locks, metadata.dev(), metadata.ino()) else { return LockHolder::Unknown };
         if pid == std::process::id() {
-            return Holder::Here;
+            return LockHolder::Here;
         }
         let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok();
-        Holder::Process { pid, command: command.map(|command| command.trim_end().to_owned()) }
+        LockHolder::Process { pid, command: command.map(|command| command.trim_end().to_owned()) }
     }
 }
 
@@ -147,21 +147,21 @@ fn find_pid(locks: &str, dev: u64, ino: u64) -> Option<u32> {
 
 /// The locks of a process on its disks' files. A clone is the same table.
 #[derive(Debug, Clone, Default)]
-pub struct FileLocks(Arc<Mutex<Vec<Weak<Held>>>>);
+pub struct FileLocks(Arc<Mutex<Vec<Weak<ProcessLock>>>>);
 
 /// A disk's share of its process's lock on a file. Given up on drop.
 #[derive(Debug)]
 pub(crate) struct FileLock {
-    held: Arc<Held>,
-    mode: Mutex<Mode>,
+    held: Arc<ProcessLock>,
+    mode: Mutex<LockMode>,
 }
 
 /// The one lock of a process on a file.
 #[derive(Debug)]
-struct Held {
+struct ProcessLock {
     path: PathBuf,
     file: File,
-    owner: Owner,
+    creator: CreatorPid,
     is_device: bool,
     users: Mutex<Users>,
 }
@@ -171,9 +171,9 @@ struct Users {
     exclusive: usize,
     shared: usize,
     /// What the kernel has.
-    taken: Option<Mode>,
+    taken: Option<LockMode>,
     /// The file system has no locks.
-    impossible: bool,
+    unsupported: bool,
 }
 
 impl FileLocks {
@@ -182,7 +182,7 @@ impl FileLocks {
         &self,
         path: &Path,
         data: &File,
-        mode: Mode,
+        mode: LockMode,
         open: &dyn Fn() -> io::Result<File>,
     ) -> Result<FileLock, LockError> {
         let failed = |source| LockError::Io { path: path.into(), source };
@@ -192,21 +192,21 @@ impl FileLocks {
         for held in table.iter().filter_map(Weak::upgrade) {
             let metadata = held.file.metadata().map_err(failed)?;
             if is_same(&metadata, &wanted) {
-                return Held::used(held, mode);
+                return ProcessLock::used(held, mode);
             }
         }
         let file = open().map_err(failed)?;
         if !is_same(&file.metadata().map_err(failed)?, &wanted) {
             return Err(LockError::Replaced { path: path.into() });
         }
-        let held = Arc::new(Held {
+        let held = Arc::new(ProcessLock {
             path: path.into(),
             file,
-            owner: Owner::here(),
+            creator: CreatorPid::current(),
             is_device: !wanted.is_file(),
             users: Mutex::default(),
         });
-        let lock = Held::used(Arc::clone(&held), mode)?;
+        let lock = ProcessLock::used(Arc::clone(&held), mode)?;
         table.push(Arc::downgrade(&held));
         Ok(lock)
     }
@@ -216,9 +216,9 @@ fn is_same(one: &std::fs::Metadata, other: &std::fs::Metadata) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-impl Held {
+impl ProcessLock {
     /// One more that uses it.
-    fn used(held: Arc<Self>, mode: Mode) -> Result<FileLock, LockError> {
+    fn used(held: Arc<Self>, mode: LockMode) -> Result<FileLock, LockError> {
         held.change(|users| *users.of(mode) += 1)?;
         Ok(FileLock { held, mode: Mutex::new(mode) })
     }
@@ -229,7 +229,7 @@ impl Held {
         let before = (users.exclusive, users.shared, users.taken);
         change(&mut users);
         let wanted = users.wanted();
-        if users.impossible || wanted == users.taken {
+        if users.unsupported || wanted == users.taken {
             return Ok(());
         }
         let Some(mode) = wanted else {
@@ -241,7 +241,7 @@ impl Held {
         match self.take(mode) {
             Ok(()) => users.taken = Some(mode),
             Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) if before.2.is_none() => {
-                users.impossible = true;
+                users.unsupported = true;
                 log::warn!(
                     "disk {}: its file system has no locks: nothing keeps other monitors from it",
                     self.path.display()
@@ -253,7 +253,7 @@ impl Held {
                 users.taken = before.2.filter(|&mode| self.take(mode).is_ok());
                 return Err(match errno {
                     Errno::WOULDBLOCK => {
-                        LockError::InUse { path: self.path.clone(), mode, holder: Holder::of(&self.file) }
+                        LockError::InUse { path: self.path.clone(), mode, holder: LockHolder::of(&self.file) }
                     }
                     errno => LockError::Io { path: self.path.clone(), source: errno.into() },
                 });
@@ -262,10 +262,10 @@ impl Held {
         Ok(())
     }
 
-    fn take(&self, mode: Mode) -> rustix::io::Result<()> {
+    fn take(&self, mode: LockMode) -> rustix::io::Result<()> {
         let operation = match mode {
-            Mode::Shared => FlockOperation::NonBlockingLockShared,
-            Mode::Exclusive => FlockOperation::NonBlockingLockExclusive,
+            LockMode::Shared => FlockOperation::NonBlockingLockShared,
+            LockMode::Exclusive => FlockOperation::NonBlockingLockExclusive,
         };
         let mut tries = if self.is_device { DEVICE_TRIES } else { 1 };
         loop {
@@ -280,25 +280,25 @@ impl Held {
 }
 
 impl Users {
-    fn of(&mut self, mode: Mode) -> &mut usize {
+    fn of(&mut self, mode: LockMode) -> &mut usize {
         match mode {
-            Mode::Shared => &mut self.shared,
-            Mode::Exclusive => &mut self.exclusive,
+            LockMode::Shared => &mut self.shared,
+            LockMode::Exclusive => &mut self.exclusive,
         }
     }
 
-    fn wanted(&self) -> Option<Mode> {
+    fn wanted(&self) -> Option<LockMode> {
         match (self.exclusive, self.shared) {
             (0, 0) => None,
-            (0, _) => Some(Mode::Shared),
-            _ => Some(Mode::Exclusive),
+            (0, _) => Some(LockMode::Shared),
+            _ => Some(LockMode::Exclusive),
         }
     }
 }
 
 impl FileLock {
     /// Changes what this disk needs. On an error it has what it had, unless another process took the file in this moment.
-    pub(crate) fn set(&self, mode: Mode) -> Result<(), LockError> {
+    pub(crate) fn set(&self, mode: LockMode) -> Result<(), LockError> {
         let mut now = locked(&self.mode);
         if *now != mode {
             self.held.change(|users| {
@@ -314,7 +314,7 @@ impl FileLock {
 impl Drop for FileLock {
     fn drop(&mut self) {
         // In a fork the lock is still the parent's.
-        if self.held.owner.is_here() {
+        if self.held.creator.is_current() {
             let mode = *locked(&self.mode);
             // To need less than before can fail only where another process took the file: then there is nothing to give up.
             let _ = self.held.change(|users| *users.of(mode) -= 1);
@@ -326,7 +326,7 @@ impl Drop for FileLock {
 mod tests {
     use super::*;
 
-    fn lock(locks: &FileLocks, path: &Path, mode: Mode) -> Result<FileLock, LockError> {
+    fn lock(locks: &FileLocks, path: &Path, mode: LockMode) -> Result<FileLock, LockError> {
         let open = || File::options().read(true).write(true).open(path);
         locks.lock(path, &open().unwrap(), mode, &open)
     }
@@ -340,33 +340,33 @@ mod tests {
     fn one_writer_or_many_readers_and_drives_of_one_process_share() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (ours, theirs) = (FileLocks::default(), FileLocks::default());
-        let reads = lock(&ours, file.path(), Mode::Shared).unwrap();
-        let reads_too = lock(&theirs, file.path(), Mode::Shared).unwrap();
-        assert!(is_in_use(&lock(&ours, file.path(), Mode::Exclusive)));
+        let reads = lock(&ours, file.path(), LockMode::Shared).unwrap();
+        let reads_too = lock(&theirs, file.path(), LockMode::Shared).unwrap();
+        assert!(is_in_use(&lock(&ours, file.path(), LockMode::Exclusive)));
         drop(reads_too);
-        let writes = lock(&ours, file.path(), Mode::Exclusive).unwrap();
-        let writes_too = lock(&ours, file.path(), Mode::Exclusive).unwrap();
+        let writes = lock(&ours, file.path(), LockMode::Exclusive).unwrap();
+        let writes_too = lock(&ours, file.path(), LockMode::Exclusive).unwrap();
         drop(writes);
-        assert!(is_in_use(&lock(&theirs, file.path(), Mode::Shared)), "one is left that writes");
+        assert!(is_in_use(&lock(&theirs, file.path(), LockMode::Shared)), "one is left that writes");
         drop(writes_too);
-        let theirs_now = lock(&theirs, file.path(), Mode::Shared).unwrap();
+        let theirs_now = lock(&theirs, file.path(), LockMode::Shared).unwrap();
         drop(reads);
         drop(theirs_now);
-        lock(&theirs, file.path(), Mode::Exclusive).unwrap();
+        lock(&theirs, file.path(), LockMode::Exclusive).unwrap();
     }
 
     #[test]
     fn a_lock_that_cannot_change_stays_as_it_was() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (ours, theirs) = (FileLocks::default(), FileLocks::default());
-        let lock_of_ours = lock(&ours, file.path(), Mode::Exclusive).unwrap();
-        lock_of_ours.set(Mode::Shared).unwrap();
-        let reads = lock(&theirs, file.path(), Mode::Shared).unwrap();
-        assert!(matches!(lock_of_ours.set(Mode::Exclusive), Err(LockError::InUse { .. })));
+        let lock_of_ours = lock(&ours, file.path(), LockMode::Exclusive).unwrap();
+        lock_of_ours.set(LockMode::Shared).unwrap();
+        let reads = lock(&theirs, file.path(), LockMode::Shared).unwrap();
+        assert!(matches!(lock_of_ours.set(LockMode::Exclusive), Err(LockError::InUse { .. })));
         drop(reads);
-        assert!(is_in_use(&lock(&theirs, file.path(), Mode::Exclusive)), "it is still shared");
-        lock_of_ours.set(Mode::Exclusive).unwrap();
-        assert!(is_in_use(&lock(&theirs, file.path(), Mode::Shared)));
+        assert!(is_in_use(&lock(&theirs, file.path(), LockMode::Exclusive)), "it is still shared");
+        lock_of_ours.set(LockMode::Exclusive).unwrap();
+        assert!(is_in_use(&lock(&theirs, file.path(), LockMode::Shared)));
     }
 
     #[test]
@@ -384,14 +384,14 @@ mod tests {
         std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut said)
             .unwrap();
         assert_eq!(said, "locked\n");
-        let refused = lock(&FileLocks::default(), file.path(), Mode::Shared).unwrap_err().to_string();
+        let refused = lock(&FileLocks::default(), file.path(), LockMode::Shared).unwrap_err().to_string();
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(refused.contains(file.path().to_str().unwrap()), "{refused}");
         // Some file systems have other device numbers in `/proc/locks` than a file's metadata: then it is not known who.
         let who = [format!("process {} (sh)", child.id()), "another process".into()];
         assert!(who.iter().any(|who| refused.contains(who)), "{refused}");
-        lock(&FileLocks::default(), file.path(), Mode::Exclusive).expect("it died");
+        lock(&FileLocks::default(), file.path(), LockMode::Exclusive).expect("it died");
     }
 
     #[test]
@@ -402,7 +402,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let other = File::create(&path).unwrap();
         let open = || File::open(&path);
-        let refused = FileLocks::default().lock(&path, &data, Mode::Shared, &open);
+        let refused = FileLocks::default().lock(&path, &data, LockMode::Shared, &open);
         assert!(matches!(refused, Err(LockError::Replaced { .. })));
         drop(other);
     }

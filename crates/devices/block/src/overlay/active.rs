@@ -12,35 +12,35 @@ use zerocopy::IntoBytes;
 
 use super::error::OverlayError;
 use super::file::{
-    HostStart, Opened, check_base, check_size, clear, create, io_error, is_blank, is_same_file, open,
+    HostBoot, Opened, check_base, check_size, clear, create, io_error, is_blank, is_same_file, open,
     read_headers, read_maps,
 };
-use super::format::{Beneath, CLOSED, Layout, OPEN, OPEN_UNSAFE, SESSION_OFFSET, Session, UNKNOWN};
+use super::format::{BackingId, CLOSED, Layout, OPEN, OPEN_UNSAFE, SESSION_OFFSET, Session, UNKNOWN};
 use super::map::{Dirty, PAGE_BYTES};
-use super::state::{Copy, TopState};
+use super::state::{ActiveState, MapCopy};
 use crate::SECTOR;
-use crate::creator_pid::Owner;
+use crate::creator_pid::CreatorPid;
 use crate::host_file::health::DiskHealth;
 use crate::host_file::name::make_name_durable;
 use sync::locked;
 
 /// The overlay that is written to.
 #[derive(Debug)]
-pub(crate) struct Top {
+pub(crate) struct ActiveLayer {
     pub(crate) file: Arc<File>,
     pub(crate) layout: Layout,
     pub(crate) size: u64,
     path: PathBuf,
     wait_for_disk: bool,
-    state: Mutex<TopState>,
-    /// Whether its session has begun: something may have changed since it was opened.
-    begun: AtomicBool,
+    state: Mutex<ActiveState>,
+    /// Whether its session has session_open: something may have changed since it was opened.
+    session_open: AtomicBool,
     /// Whether the last attempt to close it failed, or it could not be opened: `Drop` leaves it as it is.
     left_open: AtomicBool,
     health: Arc<DiskHealth>,
     /// What the file says of itself once its contents are unknown; `None` leaves what it says now.
     mark: Mutex<Option<Mark>>,
-    owner: Owner,
+    creator: CreatorPid,
     /// Also for all syncs but the queue's: see [`health`](super::health).
     lock: File,
 }
@@ -49,14 +49,14 @@ pub(crate) struct Top {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mark {
     /// Map A is true: map B is not to be believed.
-    OnlyA,
+    DurableOnly,
     /// Map B is all there is: nothing is to be believed.
     Unknown,
 }
 
 /// How an overlay is to be written to.
 #[derive(Debug)]
-pub(crate) struct TopOptions<'a> {
+pub(crate) struct ActiveOptions<'a> {
     /// The files that it lies on.
     pub(crate) below: &'a [Arc<File>],
     /// Size of the disk in bytes; where absent, the existing overlay's or that of what lies beneath.
@@ -69,10 +69,14 @@ pub(crate) struct TopOptions<'a> {
     pub(crate) health: Arc<DiskHealth>,
 }
 
-impl Top {
+impl ActiveLayer {
     /// Opens the overlay at `path`, or makes it if the file does not exist or is empty, on top of what `beneath` describes.
-    pub(crate) fn open(path: &Path, beneath: Beneath, how: TopOptions<'_>) -> Result<Self, OverlayError> {
-        let TopOptions { below, size, wait_for_disk, name_is_durable, health } = how;
+    pub(crate) fn open(
+        path: &Path,
+        beneath: BackingId,
+        how: ActiveOptions<'_>,
+    ) -> Result<Self, OverlayError> {
+        let ActiveOptions { below, size, wait_for_disk, name_is_durable, health } = how;
         // Before anything is made.
         check_size(path, beneath, size.unwrap_or(beneath.size))?;
         // And before it is found locked, as what it is to lie on.
@@ -120,14 +124,14 @@ impl Top {
         let maps = read_maps(&file, path, &header, &session)?;
         // What is to be said should the very first sync fail. Where nothing is waited for, nothing was promised.
         let mark = match left {
-            OPEN => Some(Mark::OnlyA),
+            OPEN => Some(Mark::DurableOnly),
             _ if wait_for_disk => Some(Mark::Unknown),
             _ => None,
         };
-        let top = Top {
+        let top = ActiveLayer {
             file: Arc::new(file),
-            owner: Owner::here(),
-            begun: AtomicBool::new(false),
+            creator: CreatorPid::current(),
+            session_open: AtomicBool::new(false),
             left_open: AtomicBool::new(false),
             health,
             mark: Mutex::new(mark),
@@ -136,29 +140,29 @@ impl Top {
             size: virtual_size,
             path: path.into(),
             wait_for_disk,
-            state: Mutex::new(TopState {
+            state: Mutex::new(ActiveState {
                 sessions: session.sessions.get(),
                 closed: matches!(left, CLOSED | UNKNOWN),
                 below: beneath.size / SECTOR,
                 map: maps.map,
-                dirty_a: maps.missing_in_a,
-                dirty_b: Dirty::default(),
+                dirty_durable: maps.missing_in_durable,
+                dirty_commit: Dirty::default(),
             }),
         };
-        if let Err(error) = top.settle(maps.trust_b) {
+        if let Err(error) = top.recover(maps.trust_commit_map) {
             // To close it would say that the maps are as they should be.
             top.left_open.store(true, Ordering::Release);
             return Err(error);
         }
         if wait_for_disk {
             // All that the overlay holds is in map A by now.
-            *locked(&top.mark) = Some(Mark::OnlyA);
+            *locked(&top.mark) = Some(Mark::DurableOnly);
         }
         Ok(top)
     }
 
     /// The state, for the worker that serves the disk.
-    pub(crate) fn state(&self) -> MutexGuard<'_, TopState> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, ActiveState> {
         locked(&self.state)
     }
 
@@ -183,13 +187,13 @@ impl Top {
     pub(crate) fn sync(&self, what: &'static str) -> Result<(), OverlayError> {
         let written = |e| io_error("write the map of", &self.path, e);
         if !self.wait_for_disk {
-            return self.write_map(&mut self.state(), Copy::B).map_err(written);
+            return self.write_map(&mut self.state(), MapCopy::Commit).map_err(written);
         }
         self.sync_file(what)?;
         // Map A never speaks of what may not be on the disk.
         let mut state = self.state();
-        if !state.dirty_a.is_empty() {
-            self.write_map(&mut state, Copy::A).map_err(written)?;
+        if !state.dirty_durable.is_empty() {
+            self.write_map(&mut state, MapCopy::Durable).map_err(written)?;
             drop(state);
             self.sync_file(what)?;
         }
@@ -205,7 +209,7 @@ impl Top {
     fn sync_file(&self, what: &'static str) -> Result<(), OverlayError> {
         let synced = self.health.sync(&self.lock, what);
         if synced.is_err() {
-            self.give_up();
+            self.mark_unknown();
         }
         Ok(synced?)
     }
@@ -216,11 +220,11 @@ impl Top {
     }
 
     /// What the file is to say now that its contents are unknown, and where; `None` if it says so already.
-    pub(crate) fn given_up(&self) -> Option<(u64, Box<[u8]>)> {
+    pub(crate) fn unknown_mark(&self) -> Option<(u64, Box<[u8]>)> {
         let mark = locked(&self.mark).take()?;
-        let HostStart { id, time } = HostStart::NONE;
+        let HostBoot { id, time } = HostBoot::INVALID;
         let state = match mark {
-            Mark::OnlyA => OPEN,
+            Mark::DurableOnly => OPEN,
             Mark::Unknown => UNKNOWN,
         };
         let session = Session {
@@ -233,28 +237,28 @@ impl Top {
         Some((SESSION_OFFSET, session.sealed().as_bytes().into()))
     }
 
-    /// The file says something else again: [`given_up`](Self::given_up) is needed once more.
-    pub(crate) fn mark_again(&self) {
-        *locked(&self.mark) = Some(Mark::OnlyA);
+    /// The file says something else again: [`unknown_mark`](Self::unknown_mark) is needed once more.
+    pub(crate) fn require_mark_again(&self) {
+        *locked(&self.mark) = Some(Mark::DurableOnly);
     }
 
-    /// Where map B stands and how long it is. Cleared, it is as good a mark as [`given_up`](Self::given_up): map A alone is there to be believed.
-    pub(crate) fn map_b(&self) -> (u64, u64) {
-        (self.layout.map_b, self.layout.data - self.layout.map_b)
+    /// Where map B stands and how long it is. Cleared, it is as good a mark as [`unknown_mark`](Self::unknown_mark): map A alone is there to be believed.
+    pub(crate) fn commit_map(&self) -> (u64, u64) {
+        (self.layout.commit_map, self.layout.data - self.layout.commit_map)
     }
 
     /// Lets the file say that its contents are unknown. Blocks.
-    fn give_up(&self) {
-        let Some((offset, session)) = self.given_up() else { return };
+    fn mark_unknown(&self) {
+        let Some((offset, session)) = self.unknown_mark() else { return };
         let Err(error) = self.file.write_all_at(&session, offset) else { return };
-        let (offset, len) = self.map_b();
+        let (offset, len) = self.commit_map();
         if clear(&self.file, offset, len).is_err() {
-            self.cannot_give_up(&error);
+            self.log_unmarked(&error);
         }
     }
 
     /// Says that the file does not say that its contents are unknown.
-    pub(crate) fn cannot_give_up(&self, why: &dyn std::fmt::Display) {
+    pub(crate) fn log_unmarked(&self, why: &dyn std::fmt::Display) {
         log::error!(
             "overlay {}: cannot note in it that its contents are unknown: {why}; do not use it again",
             self.path.display()
@@ -262,14 +266,14 @@ impl Top {
     }
 
     /// Lets the maps of a session that was not closed say what is believed of them. What the overlay holds stays the same.
-    fn settle(&self, trust_b: bool) -> Result<(), OverlayError> {
+    fn recover(&self, trust_commit_map: bool) -> Result<(), OverlayError> {
         let what = "the sync of the overlay when it was opened";
-        if !trust_b {
-            let (offset, len) = self.map_b();
+        if !trust_commit_map {
+            let (offset, len) = self.commit_map();
             clear(&self.file, offset, len).map_err(|e| io_error("clear the map of", &self.path, e))?;
             self.sync_file(what)?;
         }
-        if self.wait_for_disk && !self.state().dirty_a.is_empty() {
+        if self.wait_for_disk && !self.state().dirty_durable.is_empty() {
             // What only map B knew so far becomes as durable as the rest before map B's word is worth less.
             self.sync(what)?;
         }
@@ -277,30 +281,30 @@ impl Top {
     }
 
     /// Whether something may be changed: the file says that somebody writes to it.
-    pub(crate) fn is_begun(&self) -> bool {
-        self.begun.load(Ordering::Acquire)
+    pub(crate) fn has_session(&self) -> bool {
+        self.session_open.load(Ordering::Acquire)
     }
 
     /// What the file must say before the first change, and where.
-    pub(crate) fn beginning(&self) -> (u64, Box<[u8]>) {
+    pub(crate) fn session_start(&self) -> (u64, Box<[u8]>) {
         let session = Self::session(self.state().sessions + 1, self.open_state());
         (SESSION_OFFSET, session.as_bytes().into())
     }
 
     /// The file says so.
-    pub(crate) fn has_begun(&self) {
+    pub(crate) fn session_opened(&self) {
         let mut state = self.state();
         state.sessions += 1;
         state.closed = false;
-        self.begun.store(true, Ordering::Release);
+        self.session_open.store(true, Ordering::Release);
     }
 
     /// Notes that the overlay holds `count` sectors from `sector`: their data is in the file. Whether map B has yet to be told of any of
     /// them.
-    pub(crate) fn hold(&self, sector: u64, count: u64) -> bool {
+    pub(crate) fn mark_allocated(&self, sector: u64, count: u64) -> bool {
         let mut state = self.state();
-        state.hold(sector, count, self.wait_for_disk);
-        state.dirty_b.meets(sector, count)
+        state.mark_allocated(sector, count, self.wait_for_disk);
+        state.dirty_commit.meets(sector, count)
     }
 
     /// Ends the session: both maps together are true now, on whichever host. Nothing may be in flight, and what changes it from here on begins
@@ -318,11 +322,11 @@ impl Top {
             let state = self.state();
             (state.sessions, state.closed)
         };
-        if !self.is_begun() && closed {
+        if !self.has_session() && closed {
             return Ok(());
         }
         // One that never began speaks for another that was left open, which waited for the disk perhaps.
-        let durable = self.wait_for_disk || !self.is_begun();
+        let durable = self.wait_for_disk || !self.has_session();
         self.sync(what)?;
         if durable && !self.wait_for_disk {
             self.sync_file(what)?;
@@ -334,7 +338,7 @@ impl Top {
             self.sync_file(what)?;
         }
         self.state().closed = true;
-        self.begun.store(false, Ordering::Release);
+        self.session_open.store(false, Ordering::Release);
         Ok(())
     }
 
@@ -345,7 +349,7 @@ impl Top {
             .map_err(|e| io_error("unlock", &self.path, e))
     }
 
-    /// Undoes [`Top::freeze`], if nobody has an overlay on it open. The next change begins a session of its own, so that one which was made on
+    /// Undoes [`ActiveLayer::freeze`], if nobody has an overlay on it open. The next change begins a session of its own, so that one which was made on
     /// it meanwhile is told from those that still fit.
     pub(crate) fn thaw(&self) -> Result<(), OverlayError> {
         rustix::fs::flock(&self.lock, FlockOperation::NonBlockingLockExclusive)
@@ -357,7 +361,7 @@ impl Top {
     }
 
     fn session(sessions: u64, state: u32) -> Session {
-        let start = HostStart::now();
+        let start = HostBoot::now();
         Session {
             sessions: sessions.into(),
             boot_id: start.id,
@@ -369,10 +373,10 @@ impl Top {
     }
 
     /// Writes what one copy of the map does not have yet. What could not be written is noted as before.
-    fn write_map(&self, state: &mut TopState, copy: Copy) -> io::Result<()> {
+    fn write_map(&self, state: &mut ActiveState, copy: MapCopy) -> io::Result<()> {
         let start = match copy {
-            Copy::A => self.layout.map_a,
-            Copy::B => self.layout.map_b,
+            MapCopy::Durable => self.layout.durable_map,
+            MapCopy::Commit => self.layout.commit_map,
         };
         while let Some((page, words)) = state.dirty(copy).pop() {
             let bytes = state.map.bytes(page, words.clone());
@@ -386,10 +390,10 @@ impl Top {
     }
 }
 
-impl Drop for Top {
+impl Drop for ActiveLayer {
     fn drop(&mut self) {
         // In a fork the session is still the parent's. What could not be closed is not tried again: a second sync may succeed wrongly.
-        if self.owner.is_here()
+        if self.creator.is_current()
             && self.health.is_known()
             && !self.left_open.load(Ordering::Acquire)
             && let Err(error) = self.end()

@@ -8,26 +8,26 @@ use rustix::fs::FlockOperation;
 
 use super::error::OverlayError;
 use super::file::{Opened, check_base, open, read_headers, read_maps};
-use super::format::{Beneath, Identity, Layout, UNKNOWN};
+use super::format::{BackingId, LayerId, Layout, UNKNOWN};
 use super::map::{Map, layer_run};
 use crate::SECTOR;
 
 /// An overlay that is only read.
 #[derive(Debug)]
-pub(crate) struct Lower {
+pub(crate) struct BackingLayer {
     pub(crate) file: Arc<File>,
     pub(crate) layout: Layout,
     pub(crate) size: u64,
-    pub(crate) identity: Identity,
+    pub(crate) identity: LayerId,
     /// Sectors of what lies beneath; those after it are always the overlay's.
     below: u64,
     map: Map,
     _lock: File,
 }
 
-impl Lower {
+impl BackingLayer {
     /// Opens the overlay at `path` to read it, on top of what `beneath` describes.
-    pub(crate) fn open(path: &Path, beneath: Beneath) -> Result<Self, OverlayError> {
+    pub(crate) fn open(path: &Path, beneath: BackingId) -> Result<Self, OverlayError> {
         let opened = open(path, OpenOptions::new().read(true), FlockOperation::NonBlockingLockShared)?;
         let Opened { file, lock, len, .. } = opened;
         let (header, session) = read_headers(&file, path, len)?;
@@ -36,10 +36,10 @@ impl Lower {
             return Err(OverlayError::LeftUnknown { path: path.into() });
         }
         let maps = read_maps(&file, path, &header, &session)?;
-        Ok(Lower {
+        Ok(BackingLayer {
             layout: Layout::of(header.virtual_size.get()),
             size: header.virtual_size.get(),
-            identity: Identity { uuid: header.uuid, sessions: session.sessions.get() },
+            identity: LayerId { uuid: header.uuid, sessions: session.sessions.get() },
             below: beneath.size / SECTOR,
             map: maps.map,
             file: Arc::new(file),

@@ -13,7 +13,7 @@
 
 use rustix::io::Errno;
 
-use super::active::Top;
+use super::active::ActiveLayer;
 use super::map::Dirty;
 use crate::engine::{Engine, Transfer};
 use crate::io_request::{Tag, Token};
@@ -26,21 +26,21 @@ pub(crate) type Finished = (Token, Result<(), Errno>);
 
 /// The changes of one overlay that wait for map B.
 #[derive(Debug, Default)]
-pub(crate) struct Holding {
+pub(crate) struct MapCommit {
     /// Those that the run is for.
     running: Vec<Change>,
     /// Those that came too late for it.
     next: Vec<Change>,
     /// What the run has not taken yet.
     missing: Dirty,
-    /// All that it is about, while it goes on.
-    about: Dirty,
+    /// All that it is covered, while it goes on.
+    covered: Dirty,
     /// Writes in flight.
     in_flight: usize,
     /// What it could not write, and why.
     failed: Option<(Dirty, Errno)>,
-    /// The last run failed, and it was said.
-    said: bool,
+    /// The last run failed, and it was logged.
+    logged: bool,
 }
 
 /// A change of sectors whose data is in the file.
@@ -51,13 +51,13 @@ struct Change {
     count: u64,
 }
 
-impl Holding {
+impl MapCommit {
     /// The `count` sectors from `sector`, which are not none, are in the file. Whether map B says so already; if not, the change
     /// waits.
-    pub(crate) fn changed(&mut self, token: Token, sector: u64, count: u64, top: &Top) -> bool {
-        let is_missing = top.hold(sector, count);
+    pub(crate) fn changed(&mut self, token: Token, sector: u64, count: u64, top: &ActiveLayer) -> bool {
+        let is_missing = top.mark_allocated(sector, count);
         // Once a sync has failed, nobody is to believe map B.
-        if !top.health().is_known() || (!is_missing && !self.about.meets(sector, count)) {
+        if !top.health().is_known() || (!is_missing && !self.covered.meets(sector, count)) {
             return true;
         }
         self.next.push(Change { token, sector, count });
@@ -65,9 +65,9 @@ impl Holding {
     }
 
     /// Begins a run, if changes wait for one. To be called when all changes that ended at the same time were noted.
-    pub(crate) fn go_on(
+    pub(crate) fn start_run(
         &mut self,
-        (file, top): (u8, &Top),
+        (file, top): (u8, &ActiveLayer),
         engine: &mut dyn Engine<Tag>,
         finished: &mut impl Extend<Finished>,
     ) {
@@ -75,9 +75,9 @@ impl Holding {
             return;
         }
         std::mem::swap(&mut self.running, &mut self.next);
-        self.missing = std::mem::take(&mut top.state().dirty_b);
+        self.missing = std::mem::take(&mut top.state().dirty_commit);
         self.forget_if_unknown(top);
-        self.about = self.missing.clone();
+        self.covered = self.missing.clone();
         if self.missing.is_empty() {
             // They waited for the run before, which wrote what they need.
             finished.extend(self.end(top));
@@ -91,7 +91,7 @@ impl Holding {
         &mut self,
         (page, words): (u64, std::ops::RangeInclusive<u16>),
         result: Result<(), Errno>,
-        (file, top): (u8, &Top),
+        (file, top): (u8, &ActiveLayer),
         engine: &mut dyn Engine<Tag>,
         finished: &mut impl Extend<Finished>,
     ) {
@@ -110,35 +110,35 @@ impl Holding {
     }
 
     /// Once a sync has failed map B is not to be believed, and nothing more is written to it.
-    fn forget_if_unknown(&mut self, top: &Top) {
+    fn forget_if_unknown(&mut self, top: &ActiveLayer) {
         if !top.health().is_known() {
             self.missing = Dirty::default();
         }
     }
 
-    fn round(&mut self, file: u8, top: &Top, engine: &mut dyn Engine<Tag>) {
+    fn round(&mut self, file: u8, top: &ActiveLayer, engine: &mut dyn Engine<Tag>) {
         let state = top.state();
         while self.in_flight < ROUND
             && let Some((page, words)) = self.missing.pop()
         {
             let (offset, bytes) = state.bytes(page, words.clone());
-            let tag = Tag::MapB { page, words };
-            engine.push(Transfer::write_bytes(file, top.layout.map_b + offset, bytes, tag));
+            let tag = Tag::CommitMap { page, words };
+            engine.push(Transfer::write_bytes(file, top.layout.commit_map + offset, bytes, tag));
             self.in_flight += 1;
         }
     }
 
     /// Ends the run; how it went for each change.
-    fn end(&mut self, top: &Top) -> impl Iterator<Item = Finished> {
-        self.about = Dirty::default();
+    fn end(&mut self, top: &ActiveLayer) -> impl Iterator<Item = Finished> {
+        self.covered = Dirty::default();
         let failed = self.failed.take();
         if let Some((dirty, errno)) = &failed {
-            if !self.said {
+            if !self.logged {
                 log::warn!("cannot write the map of overlay {}: {errno}", top.path().display());
             }
-            top.state().dirty_b.merge(dirty.clone());
+            top.state().dirty_commit.merge(dirty.clone());
         }
-        self.said = failed.is_some();
+        self.logged = failed.is_some();
         std::mem::take(&mut self.running).into_iter().map(move |Change { token, sector, count }| {
             let failed = failed.as_ref().filter(|(dirty, _)| dirty.meets(sector, count));
             (token, failed.map_or(Ok(()), |&(_, errno)| Err(errno)))

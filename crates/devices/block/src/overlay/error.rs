@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::format::VERSION;
 use crate::host_file::health::ContentsUnknown;
-use crate::host_file::lock::Holder;
+use crate::host_file::lock::LockHolder;
 
 /// Why an overlay cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +26,7 @@ pub enum OverlayError {
         /// The overlay.
         path: PathBuf,
         /// Who has it.
-        holder: Holder,
+        holder: LockHolder,
     },
     /// A sync of it failed.
     #[error(transparent)]

@@ -11,36 +11,36 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::error::OverlayError;
 use super::format::{
-    Beneath, CLOSED, Header, Layout, MAGIC, MAX_VIRTUAL_SIZE, OPEN, SESSION_OFFSET, Session, VERSION,
+    BackingId, CLOSED, Header, Layout, MAGIC, MAX_VIRTUAL_SIZE, OPEN, SESSION_OFFSET, Session, VERSION,
 };
 use super::map::{Dirty, Map, PAGE_BYTES};
 use crate::SECTOR;
-use crate::host_file::lock::Holder;
+use crate::host_file::lock::LockHolder;
 
 /// A start of the host: page caches do not live longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct HostStart {
+pub(crate) struct HostBoot {
     /// The kernel's name for it; zeros where `/proc` is not there, as in a jail.
     pub(crate) id: [u8; 16],
     /// When it was, in seconds since 1970.
     pub(crate) time: u64,
 }
 
-impl HostStart {
+impl HostBoot {
     /// No start of any host: that of a session whose map B is not to be believed.
-    pub(crate) const NONE: HostStart = HostStart { id: [0xff; 16], time: u64::MAX };
+    pub(crate) const INVALID: HostBoot = HostBoot { id: [0xff; 16], time: u64::MAX };
 
     pub(crate) fn now() -> Self {
         let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
         let id = id.and_then(|text| u128::from_str_radix(&text.trim().replace('-', ""), 16).ok());
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
         let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime).tv_sec;
-        HostStart { id: id.unwrap_or(0).to_be_bytes(), time: now.saturating_sub(up).max(0).cast_unsigned() }
+        HostBoot { id: id.unwrap_or(0).to_be_bytes(), time: now.saturating_sub(up).max(0).cast_unsigned() }
     }
 
-    /// Whether `session` was begun since this start.
+    /// Whether `session` was session_open since this start.
     pub(crate) fn is_of(&self, session: &Session) -> bool {
-        if is_given_up(session) {
+        if is_invalidated(session) {
             return false;
         }
         if self.id != [0; 16] && session.boot_id != [0; 16] {
@@ -52,8 +52,8 @@ impl HostStart {
 }
 
 /// Whether a sync of the overlay failed in this session.
-pub(crate) fn is_given_up(session: &Session) -> bool {
-    let HostStart { id, time } = HostStart::NONE;
+pub(crate) fn is_invalidated(session: &Session) -> bool {
+    let HostBoot { id, time } = HostBoot::INVALID;
     (session.boot_id, session.boot_time.get()) == (id, time)
 }
 
@@ -81,7 +81,7 @@ pub(crate) fn open(
     options: &OpenOptions,
     operation: FlockOperation,
 ) -> Result<Opened, OverlayError> {
-    // A FIFO without a writer must not hold us up; what is no file is refused below.
+    // A FIFO without a writer must not mark_allocated us up; what is no file is refused below.
     let mut options = options.clone();
     options.custom_flags(OFlags::NONBLOCK.bits().cast_signed());
     let open = || options.open(path).map_err(|e| io_error("open", path, e));
@@ -92,7 +92,7 @@ pub(crate) fn open(
     match rustix::fs::flock(&lock, operation) {
         Ok(()) => {}
         Err(Errno::WOULDBLOCK) => {
-            return Err(OverlayError::InUse { path: path.into(), holder: Holder::of(&lock) });
+            return Err(OverlayError::InUse { path: path.into(), holder: LockHolder::of(&lock) });
         }
         Err(e) => return Err(io_error("lock", path, e)),
     }
@@ -103,7 +103,7 @@ pub(crate) fn open(
     }
     if (locked.dev(), locked.ino()) != (metadata.dev(), metadata.ino()) {
         // Somebody put another file there in this very moment.
-        return Err(OverlayError::InUse { path: path.into(), holder: Holder::Unknown });
+        return Err(OverlayError::InUse { path: path.into(), holder: LockHolder::Unknown });
     }
     // io_uring would not wait for a file that is opened like that.
     rustix::fs::fcntl_getfl(&file)
@@ -124,7 +124,7 @@ pub(crate) fn is_same_file(one: &File, other: &File) -> io::Result<bool> {
 }
 
 /// Checks that an overlay on what `beneath` describes can have `size` bytes.
-pub(crate) fn check_size(path: &Path, beneath: Beneath, size: u64) -> Result<(), OverlayError> {
+pub(crate) fn check_size(path: &Path, beneath: BackingId, size: u64) -> Result<(), OverlayError> {
     let refused = |why: String| OverlayError::Size { path: path.into(), size, why };
     if !size.is_multiple_of(SECTOR) {
         return Err(refused("it must be a multiple of 512".into()));
@@ -139,7 +139,7 @@ pub(crate) fn check_size(path: &Path, beneath: Beneath, size: u64) -> Result<(),
 }
 
 /// Makes a new overlay of `size` bytes, which was checked, in a blank file; the file's length.
-pub(crate) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> Result<u64, OverlayError> {
+pub(crate) fn create(file: &File, path: &Path, beneath: BackingId, size: u64) -> Result<u64, OverlayError> {
     let mut uuid = [0; 16];
     rustix::rand::getrandom(&mut uuid, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| io_error("name", path, e))?;
@@ -162,7 +162,7 @@ pub(crate) fn create(file: &File, path: &Path, beneath: Beneath, size: u64) -> R
 }
 
 /// The header of an overlay of `size` bytes on what `beneath` describes.
-pub(crate) fn new_header(uuid: [u8; 16], beneath: Beneath, size: u64) -> Header {
+pub(crate) fn new_header(uuid: [u8; 16], beneath: BackingId, size: u64) -> Header {
     let header = Header {
         magic: MAGIC,
         version: VERSION.into(),
@@ -218,7 +218,7 @@ pub(crate) fn read_headers(file: &File, path: &Path, len: u64) -> Result<(Header
 }
 
 /// Checks that the overlay was made on what lies beneath it now.
-pub(crate) fn check_base(header: &Header, path: &Path, beneath: Beneath) -> Result<(), OverlayError> {
+pub(crate) fn check_base(header: &Header, path: &Path, beneath: BackingId) -> Result<(), OverlayError> {
     let what = if header.base_size.get() != beneath.size {
         format!("it was made on one of {} bytes, this one has {}", header.base_size, beneath.size)
     } else if header.base_uuid != beneath.uuid {
@@ -238,9 +238,9 @@ pub(crate) struct Maps {
     /// What the overlay holds.
     pub(crate) map: Map,
     /// What of it map A does not have.
-    pub(crate) missing_in_a: Dirty,
+    pub(crate) missing_in_durable: Dirty,
     /// Whether map B was believed.
-    pub(crate) trust_b: bool,
+    pub(crate) trust_commit_map: bool,
 }
 
 pub(crate) fn read_maps(
@@ -253,20 +253,20 @@ pub(crate) fn read_maps(
     let mut map = Map::new(header.virtual_size.get() / SECTOR);
     let len = map.page_count() * PAGE_BYTES;
     let unreadable = |e| io_error("read the map of", path, e);
-    for_each_page(file, layout.map_a, len, |page, bytes| map.merge(page, bytes)).map_err(unreadable)?;
+    for_each_page(file, layout.durable_map, len, |page, bytes| map.merge(page, bytes)).map_err(unreadable)?;
 
-    let trust_b = session.state.get() != OPEN || HostStart::now().is_of(session);
-    let mut missing_in_a = Dirty::default();
-    if trust_b {
+    let trust_commit_map = session.state.get() != OPEN || HostBoot::now().is_of(session);
+    let mut missing_in_durable = Dirty::default();
+    if trust_commit_map {
         let merge = |page, bytes: &[u8; PAGE_BYTES as usize]| {
             let before = map.bytes(page, 0..=(PAGE_BYTES / 8 - 1) as u16);
             if before.iter().zip(bytes).any(|(a, b)| b & !a != 0) {
                 map.merge(page, bytes);
-                missing_in_a.mark_page(page);
+                missing_in_durable.mark_page(page);
             }
         };
-        for_each_page(file, layout.map_b, len, merge).map_err(unreadable)?;
-    } else if is_given_up(session) {
+        for_each_page(file, layout.commit_map, len, merge).map_err(unreadable)?;
+    } else if is_invalidated(session) {
         log::warn!(
             "overlay {}: a sync failed when it was last in use: it holds what the guest had flushed before that",
             path.display()
@@ -277,7 +277,7 @@ pub(crate) fn read_maps(
             path.display()
         );
     }
-    Ok(Maps { map, missing_in_a, trust_b })
+    Ok(Maps { map, missing_in_durable, trust_commit_map })
 }
 
 /// Calls `visit` with each 4 KiB page that has data in the `len` bytes from `start`.

@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 
 use rustix::io::Errno;
 
-use super::active::Top;
+use super::active::ActiveLayer;
 use super::map::Dirty;
 use crate::engine::{Engine, Transfer};
 use crate::host_file::health::DiskHealth;
@@ -30,7 +30,7 @@ pub(crate) struct FlushTarget<'a> {
     /// The file that takes the writes, by number.
     pub(crate) file: u8,
     /// The overlay in that file, if it is one.
-    pub(crate) layer: Option<&'a Top>,
+    pub(crate) layer: Option<&'a ActiveLayer>,
     /// Whether a sync of the disk has failed.
     pub(crate) health: &'a DiskHealth,
 }
@@ -90,7 +90,7 @@ impl Flush {
     ) -> bool {
         let is_sync = matches!(self.phase, Phase::Data | Phase::End);
         if let (Err(errno), true) = (result, is_sync) {
-            // Before anything else is begun.
+            // Before anything else is session_open.
             target.health.sync_failed("a flush", errno);
         }
         // Whoever's sync failed: what this one says counts no more.
@@ -99,11 +99,11 @@ impl Flush {
             Phase::Idle => {}
             Phase::Data => match (result, target.layer) {
                 (Err(errno), _) => self.end(Err(errno), target, engine),
-                (Ok(()), Some(top)) if !self.round.is_empty() => {
+                (Ok(()), Some(active)) if !self.round.is_empty() => {
                     self.phase = Phase::Map { left: self.round.len(), failed: None };
                     let file = target.file;
                     for (offset, bytes) in self.round.drain(..) {
-                        let offset = top.layout.map_a + offset;
+                        let offset = active.layout.durable_map + offset;
                         engine.push(Transfer::write_bytes(file, offset, bytes, Tag::Flush));
                     }
                 }
@@ -133,23 +133,23 @@ impl Flush {
             self.finished.extend(self.running.drain(..).map(|token| (token, Err(errno))));
             return;
         }
-        if let Some(top) = target.layer {
-            self.missing = std::mem::take(&mut top.state().dirty_a);
+        if let Some(active) = target.layer {
+            self.missing = std::mem::take(&mut active.state().dirty_durable);
         }
         self.begin_round(target, engine);
     }
 
     fn begin_round(&mut self, target: FlushTarget<'_>, engine: &mut dyn Engine<Tag>) {
-        if let Some(top) = target.layer {
-            self.take_round(top);
+        if let Some(active) = target.layer {
+            self.take_round(active);
         }
         self.phase = Phase::Data;
         engine.push(Transfer::sync(target.file, Tag::Flush));
     }
 
     /// Takes the words of one round.
-    fn take_round(&mut self, top: &Top) {
-        let state = top.state();
+    fn take_round(&mut self, active: &ActiveLayer) {
+        let state = active.state();
         while self.round.len() < ROUND
             && let Some((page, words)) = self.missing.pop()
         {
@@ -162,8 +162,8 @@ impl Flush {
         let mut taken = std::mem::take(&mut self.taken);
         let mut missing = std::mem::take(&mut self.missing);
         self.round.clear();
-        if let (Err(_), Some(top)) = (result, target.layer) {
-            let dirty = &mut top.state().dirty_a;
+        if let (Err(_), Some(active)) = (result, target.layer) {
+            let dirty = &mut active.state().dirty_durable;
             while let Some((page, words)) = taken.pop().or_else(|| missing.pop()) {
                 dirty.mark_words(page, words);
             }

@@ -25,7 +25,7 @@
 //! # After a failed sync
 //!
 //! Once a sync fails, map B speaks of sectors that the host may lose at any time, for it takes them for written. So neither map is written
-//! any more, the session is never closed, and it is given the start [`HostStart::NONE`](super::file::HostStart::NONE), which is no start of any host. Whoever
+//! any more, the session is never closed, and it is given the start [`HostBoot::INVALID`](super::file::HostBoot::INVALID), which is no start of any host. Whoever
 //! opens the overlay next believes map A alone, as after a crash of the host, on this host as well: what the guest had flushed. Where map B was all there
 //! was when the overlay was opened (its writer did not wait for disks), map A would be no disk at all: then the state is [`UNKNOWN`].
 
@@ -50,7 +50,7 @@ pub(crate) const MAX_VIRTUAL_SIZE: u64 = 16 << 40;
 
 /// What an overlay lies on, as far as it must be told from other things.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Beneath {
+pub(crate) struct BackingId {
     /// Size in bytes, a multiple of 512.
     pub(crate) size: u64,
     /// The overlay beneath, or zeros.
@@ -63,7 +63,7 @@ pub(crate) struct Beneath {
 
 /// Which overlay something is, for the one that lies on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Identity {
+pub(crate) struct LayerId {
     pub(crate) uuid: [u8; 16],
     pub(crate) sessions: u64,
 }
@@ -118,7 +118,7 @@ pub(crate) const CLOSED: u32 = 3;
 /// was defined take the session for damaged, and open such an overlay no more than this one.)
 pub(crate) const UNKNOWN: u32 = 4;
 
-/// The checksum of a structure whose last four bytes hold it.
+/// The checksum of a structure whose last four bytes mark_allocated it.
 fn checksum<T: IntoBytes + Immutable>(value: &T) -> U32 {
     let bytes = value.as_bytes();
     crc32fast::hash(&bytes[..bytes.len() - 4]).into()
@@ -154,9 +154,9 @@ impl Session {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Layout {
     /// Start of map A.
-    pub(crate) map_a: u64,
+    pub(crate) durable_map: u64,
     /// Start of map B.
-    pub(crate) map_b: u64,
+    pub(crate) commit_map: u64,
     /// Start of the data.
     pub(crate) data: u64,
     /// Length of the file.
@@ -167,9 +167,9 @@ impl Layout {
     /// The layout for a disk of `virtual_size` bytes, at most [`MAX_VIRTUAL_SIZE`].
     pub(crate) fn of(virtual_size: u64) -> Self {
         let map_len = (virtual_size / SECTOR).div_ceil(PAGE_SECTORS) * PAGE_BYTES;
-        let map_b = MAP_OFFSET + map_len;
-        let data = (map_b + map_len).next_multiple_of(DATA_ALIGNMENT);
-        Layout { map_a: MAP_OFFSET, map_b, data, file_len: data + virtual_size }
+        let commit_map = MAP_OFFSET + map_len;
+        let data = (commit_map + map_len).next_multiple_of(DATA_ALIGNMENT);
+        Layout { durable_map: MAP_OFFSET, commit_map, data, file_len: data + virtual_size }
     }
 }
 
@@ -182,8 +182,8 @@ mod tests {
         for size in [0, 512, 16 << 20, (16 << 20) + 512, 1 << 30, MAX_VIRTUAL_SIZE] {
             let layout = Layout::of(size);
             let map_len = (size / SECTOR).div_ceil(8).next_multiple_of(4096);
-            assert!(layout.map_a + map_len <= layout.map_b);
-            assert!(layout.map_b + map_len <= layout.data);
+            assert!(layout.durable_map + map_len <= layout.commit_map);
+            assert!(layout.commit_map + map_len <= layout.data);
             assert_eq!(layout.data % DATA_ALIGNMENT, 0);
             assert_eq!(layout.file_len, layout.data + size);
         }

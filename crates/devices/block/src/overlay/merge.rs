@@ -1,6 +1,6 @@
-//! Merging layers: one overlay that holds what several hold together.
+//! Merging layers: one overlay that holds what several mark_allocated together.
 //!
-//! The new file takes the place of the topmost of them. It says that it is that one, so what was made on that one goes on this one too; it
+//! The new file takes the extent of the topmost of them. It says that it is that one, so what was made on that one goes on this one too; it
 //! lies on the plain disk itself. Until all of it is on the disk the file has no header, and is no overlay. A failed sync ends the merge: nothing
 //! tries another, which could succeed wrongly.
 
@@ -16,7 +16,7 @@ use zerocopy::IntoBytes;
 
 use super::error::OverlayError;
 use super::file::{Opened, io_error, is_blank, new_header, open};
-use super::format::{Beneath, CLOSED, Identity, Layout, SESSION_OFFSET, Session};
+use super::format::{BackingId, CLOSED, LayerId, Layout, SESSION_OFFSET, Session};
 use super::map::{Map, PAGE_BYTES};
 use crate::SECTOR;
 use crate::host_file::health::sync_data;
@@ -29,18 +29,18 @@ const CHUNK: u64 = 1 << 20;
 const SYNC_EVERY: u64 = 64 << 20;
 
 /// What is merged: where its sectors are.
-pub(crate) trait Merged {
+pub(crate) trait MergeSource {
     /// Size in bytes.
     fn size(&self) -> u64;
-    /// The file, and where in it, that holds the `len` bytes from `offset`, or as many of them as are in one place; `None` where they are the
+    /// The file, and where in it, that holds the `len` bytes from `offset`, or as many of them as are in one extent; `None` where they are the
     /// plain disk's.
-    fn holder(&self, offset: u64, len: u64) -> (Option<(&File, u64)>, u64);
+    fn locate_layer(&self, offset: u64, len: u64) -> (Option<(&File, u64)>, u64);
 }
 
-/// The file that is to hold what layers do. It is opened before anything is copied: whatever becomes of its name meanwhile, no other
+/// The file that is to mark_allocated what layers do. It is opened before anything is copied: whatever becomes of its name meanwhile, no other
 /// file is written to.
 #[derive(Debug)]
-pub(crate) struct Target {
+pub(crate) struct MergeTarget {
     path: PathBuf,
     file: File,
     lock: File,
@@ -48,7 +48,7 @@ pub(crate) struct Target {
     unsynced: u64,
 }
 
-impl Target {
+impl MergeTarget {
     /// Opens the blank file at `path`.
     pub(crate) fn open(path: &Path) -> Result<Self, OverlayError> {
         let mut options = OpenOptions::new();
@@ -57,7 +57,7 @@ impl Target {
         if !is_blank(&file, len) {
             return Err(io_error("make", path, io::Error::from(io::ErrorKind::AlreadyExists)));
         }
-        Ok(Target { path: path.into(), file, lock, unsynced: 0 })
+        Ok(MergeTarget { path: path.into(), file, lock, unsynced: 0 })
     }
 
     /// Its name.
@@ -65,14 +65,14 @@ impl Target {
         &self.path
     }
 
-    /// Writes what `layers` hold over the plain disk `beneath` to it, as `identity`. Durable when this returns. Fails early when `goes_on` says no,
+    /// Writes what `layers` mark_allocated over the plain disk `beneath` to it, as `identity`. Durable when this returns. Fails early when `keep_going` says no,
     /// which is asked before each piece.
     pub(crate) fn fill(
         mut self,
-        layers: &impl Merged,
-        beneath: Beneath,
-        identity: Identity,
-        goes_on: &dyn Fn() -> bool,
+        layers: &impl MergeSource,
+        beneath: BackingId,
+        identity: LayerId,
+        keep_going: &dyn Fn() -> bool,
     ) -> Result<(), OverlayError> {
         let path = &self.path.clone();
         let failed = |what: &'static str| move |e: io::Error| io_error(what, path, e);
@@ -82,9 +82,9 @@ impl Target {
         let mut map = Map::new(size / SECTOR);
         let mut at = 0;
         while at < size {
-            let (holder, len) = layers.holder(at, size - at);
-            if let Some((from, start)) = holder {
-                self.copy(from, start..start + len, layout.data + at, goes_on)
+            let (locate_layer, len) = layers.locate_layer(at, size - at);
+            if let Some((from, start)) = locate_layer {
+                self.copy(from, start..start + len, layout.data + at, keep_going)
                     .map_err(failed("copy layers to"))?;
                 map.set(at / SECTOR, len / SECTOR);
             }
@@ -94,7 +94,7 @@ impl Target {
             let bytes = map.bytes(page, 0..=(PAGE_BYTES / 8 - 1) as u16);
             if bytes.iter().any(|byte| *byte != 0) {
                 self.file
-                    .write_all_at(&bytes, layout.map_a + page * PAGE_BYTES)
+                    .write_all_at(&bytes, layout.durable_map + page * PAGE_BYTES)
                     .map_err(failed("write the map of"))?;
             }
         }
@@ -124,12 +124,12 @@ impl Target {
         from: &File,
         range: Range<u64>,
         target: u64,
-        goes_on: &dyn Fn() -> bool,
+        keep_going: &dyn Fn() -> bool,
     ) -> io::Result<()> {
         let mut bytes = vec![0; CHUNK.min(range.end - range.start) as usize];
         let mut at = range.start;
         while at < range.end {
-            if !goes_on() {
+            if !keep_going() {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             match rustix::fs::seek(from, SeekFrom::Data(at)) {

@@ -39,8 +39,8 @@ pub(crate) mod merge;
 pub(crate) mod session;
 mod state;
 
-pub(crate) use active::{Top, TopOptions};
-pub(crate) use backing::Lower;
+pub(crate) use active::{ActiveLayer, ActiveOptions};
+pub(crate) use backing::BackingLayer;
 pub use error::OverlayError;
-pub(crate) use format::Beneath;
-pub(crate) use state::TopState;
+pub(crate) use format::BackingId;
+pub(crate) use state::ActiveState;

@@ -9,17 +9,17 @@
 
 use rustix::io::Errno;
 
-use super::active::Top;
+use super::active::ActiveLayer;
 use crate::engine::{Engine, Transfer};
 use crate::io_request::{Request, Tag, Token};
 
 /// A change that waits.
-pub(crate) type Waiting = (Token, u64, Request);
+pub(crate) type WaitingChange = (Token, u64, Request);
 
 /// The changes that wait for the session to begin.
 #[derive(Debug, Default)]
-pub(crate) struct Beginning {
-    waiting: Vec<Waiting>,
+pub(crate) struct SessionStart {
+    waiting: Vec<WaitingChange>,
     phase: Phase,
 }
 
@@ -33,22 +33,22 @@ enum Phase {
     Sync,
 }
 
-impl Beginning {
+impl SessionStart {
     /// Lets a change wait. Gives it back where no session can begin any more.
     pub(crate) fn wait(
         &mut self,
-        change: Waiting,
+        change: WaitingChange,
         file: u8,
-        top: &Top,
+        top: &ActiveLayer,
         engine: &mut dyn Engine<Tag>,
-    ) -> Result<(), Waiting> {
+    ) -> Result<(), WaitingChange> {
         if !top.health().is_known() && self.phase == Phase::Idle {
             return Err(change);
         }
         self.waiting.push(change);
         if self.phase == Phase::Idle {
             self.phase = Phase::Write;
-            let (offset, bytes) = top.beginning();
+            let (offset, bytes) = top.session_start();
             engine.push(Transfer::write_bytes(file, offset, bytes, Tag::Begin));
         }
         Ok(())
@@ -64,9 +64,9 @@ impl Beginning {
         &mut self,
         result: Result<(), Errno>,
         file: u8,
-        top: &Top,
+        top: &ActiveLayer,
         engine: &mut dyn Engine<Tag>,
-    ) -> Option<(Result<(), Errno>, Vec<Waiting>)> {
+    ) -> Option<(Result<(), Errno>, Vec<WaitingChange>)> {
         if result.is_ok() && self.phase == Phase::Write && top.health().is_known() && top.waits_for_disk() {
             self.phase = Phase::Sync;
             engine.push(Transfer::sync(file, Tag::Begin));
@@ -76,7 +76,7 @@ impl Beginning {
         let known = if top.health().is_known() { Ok(()) } else { Err(Errno::IO) };
         let result = result.and(known);
         if result.is_ok() {
-            top.has_begun();
+            top.session_opened();
         }
         Some((result, std::mem::take(&mut self.waiting)))
     }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::guest::*;
 use super::recorder::{Deed, Deeds, Recorder};
 use super::*;
-use crate::backend_slot::Part;
+use crate::backend_slot::BackendHandle;
 use sync::locked;
 use virtio::rate_limiter::RateLimiterConfig;
 
@@ -122,12 +122,12 @@ fn failed_write_with_writable_data_claims_nothing() {
 
 /// A guest on an engine that records what it does, and the record.
 fn recorded(options: &DiskOptions, accepts: u64) -> (Guest, Deeds) {
-    let guest = Guest::with(options, config(1, 1), RateLimiterConfig::default(), Patience::None, accepts);
+    let guest = Guest::with(options, config(1, 1), RateLimiterConfig::default(), Blocking::Never, accepts);
     let disk = guest.control.disk();
     let deeds = Deeds::default();
     let engine = Box::new(Recorder::new(disk.files(), deeds.clone()));
-    let part = Part { queue: disk.queue_with(engine), size: disk.size() };
-    drop(guest.control.lanes[0].post(part));
+    let part = BackendHandle { queue: disk.queue_with(engine), size: disk.size() };
+    drop(guest.control.slots[0].post(part));
     (guest, deeds)
 }
 

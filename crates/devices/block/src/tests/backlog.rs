@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use super::guest::*;
 use super::recorder::{Deeds, Recorder, Syncs};
 use super::*;
-use crate::backend_slot::Part;
+use crate::backend_slot::BackendHandle;
 use crate::disk::DISCARD_PART;
 use crate::disk::backlog::{Backlog, FLOOR};
 use sync::locked;
@@ -26,15 +26,15 @@ struct Slow {
 impl Slow {
     fn new(options: &DiskOptions, threads: u16) -> Slow {
         let limits = RateLimiterConfig::default();
-        let guest = Guest::with(options, config(threads, threads), limits, Patience::None, u64::MAX);
+        let guest = Guest::with(options, config(threads, threads), limits, Blocking::Never, u64::MAX);
         let disk = guest.control.disk();
         let backlog = Backlog::new(threads.into());
         let mut syncs = Vec::new();
-        for (member, lane) in guest.control.lanes.iter().enumerate() {
+        for (member, slot) in guest.control.slots.iter().enumerate() {
             let recorder = Recorder::new(disk.files(), Deeds::default()).without_record();
             syncs.push(Arc::clone(&recorder.syncs));
             let queue = disk.queue_with(Box::new(recorder)).with_backlog(Arc::clone(&backlog), member);
-            drop(lane.post(Part { queue, size: disk.size() }));
+            drop(slot.post(BackendHandle { queue, size: disk.size() }));
         }
         let mut slow = Slow { guest, backlog, syncs, writes: 0 };
         slow.guest.worker.run();
@@ -44,7 +44,7 @@ impl Slow {
     fn stall(&self, stalled: bool) {
         self.syncs.iter().for_each(|one| one.stalled.store(stalled, Ordering::Relaxed));
         // As the events of a real engine would.
-        self.guest.control.lanes.iter().for_each(|lane| lane.event.signal());
+        self.guest.control.slots.iter().for_each(|slot| slot.event.signal());
     }
 
     fn fail_next_sync(&self) {

@@ -18,11 +18,11 @@ fn capacity(block: &Block) -> u64 {
 #[test]
 fn a_driver_reads_and_writes_and_learns_the_serial_number() {
     for engine in ENGINES {
-        for patience in [Patience::None, Patience::MayWait] {
+        for blocking in [Blocking::Never, Blocking::Allowed] {
             let dir = tempfile::tempdir().unwrap();
             let (options, content) = disk(dir.path(), 64, engine);
             let mut guest =
-                Guest::with(&options, config(1, 1), RateLimiterConfig::default(), patience, u64::MAX);
+                Guest::with(&options, config(1, 1), RateLimiterConfig::default(), blocking, u64::MAX);
             assert_eq!(capacity(&guest.block), 64);
             assert_eq!(guest.read(1, 3), (0, content[512..2048].to_vec()));
             assert_eq!(guest.write(2, &[9; 1024]), 0);
@@ -192,7 +192,7 @@ fn a_driver_that_does_not_flush_gets_writes_that_are_durable() {
         let (options, _) = disk(dir.path(), 64, engine);
         let without_flush = !(1 << 9);
         let limits = RateLimiterConfig::default();
-        let mut guest = Guest::with(&options, config(1, 1), limits, Patience::None, without_flush);
+        let mut guest = Guest::with(&options, config(1, 1), limits, Blocking::Never, without_flush);
         assert_eq!(guest.write(0, &[1; 512]), 0);
         let stats = guest.control.stats();
         assert_eq!((stats.write_count.get(), stats.flush_count.get()), (1, 0));
@@ -220,7 +220,7 @@ fn queues_are_served_by_as_many_tasks_as_there_are_threads() {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 4096, engine);
         let limits = RateLimiterConfig::default();
-        let mut guest = Guest::with(&options, config(5, 2), limits, Patience::None, u64::MAX);
+        let mut guest = Guest::with(&options, config(5, 2), limits, Blocking::Never, u64::MAX);
         for round in 0..4u8 {
             let mut asked = Vec::new();
             for queue in 0..5 {
@@ -334,7 +334,7 @@ fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
         let other = dir.path().join("other");
         std::fs::write(&other, pattern(0x11, 0, 128 * 512)).unwrap();
         let limits = RateLimiterConfig::default();
-        let mut guest = Guest::with(&options, config(2, 2), limits, Patience::None, u64::MAX);
+        let mut guest = Guest::with(&options, config(2, 2), limits, Blocking::Never, u64::MAX);
         let generation = guest.block.config_generation();
         for slot in 0..16 {
             guest.ask(0, OUT, slot, &[5; 512], 0);
@@ -369,9 +369,9 @@ fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
 #[test]
 fn disk_swap_works_to_any_engine_that_the_worker_may_run() {
     for (from, blocking) in [
-        (IoEngine::Async, Patience::None),
-        (IoEngine::Async, Patience::MayWait),
-        (IoEngine::Sync, Patience::MayWait),
+        (IoEngine::Async, Blocking::Never),
+        (IoEngine::Async, Blocking::Allowed),
+        (IoEngine::Sync, Blocking::Allowed),
     ] {
         for to in ENGINES {
             let dir = tempfile::tempdir().unwrap();
@@ -388,7 +388,7 @@ fn disk_swap_works_to_any_engine_that_the_worker_may_run() {
             let swapped = guest.control.replace(new);
             guest.wait(0, 16);
             let read = guest.read(32, 2);
-            if blocking == Patience::None && to == IoEngine::Sync {
+            if blocking == Blocking::Never && to == IoEngine::Sync {
                 // It would hold up the devices that share the worker.
                 let error = swapped.unwrap_err().to_string();
                 assert!(error.starts_with("drive disk_1: io_engine Sync blocks"), "{error}");
@@ -462,7 +462,7 @@ fn a_saved_device_goes_on_where_it_was() {
     let (options, content) = disk(dir.path(), 64, IoEngine::Async);
     let ops = BucketConfig { size: 5, refill_time_ms: 1000, one_time_burst: 0 };
     let limits = RateLimiterConfig { bandwidth: None, ops: Some(ops) };
-    let mut guest = Guest::with(&options, config(2, 1), limits, Patience::None, u64::MAX);
+    let mut guest = Guest::with(&options, config(2, 1), limits, Blocking::Never, u64::MAX);
     assert_eq!(guest.read(0, 1).0, 0);
     assert_eq!(guest.read(0, 1).0, 0);
     let still = guest.worker.pause();

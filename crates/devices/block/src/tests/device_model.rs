@@ -155,7 +155,7 @@ impl Model {
     }
 }
 
-fn run(steps: &[Step], queues: u16, patience: Patience, with_overlay: bool, engine: IoEngine, limited: bool) {
+fn run(steps: &[Step], queues: u16, blocking: Blocking, with_overlay: bool, engine: IoEngine, limited: bool) {
     let dir = tempfile::tempdir().unwrap();
     let (plain, content) = disk(dir.path(), SECTORS, engine);
     let options = if with_overlay {
@@ -166,7 +166,7 @@ fn run(steps: &[Step], queues: u16, patience: Patience, with_overlay: bool, engi
     let bandwidth = BucketConfig { size: 64 << 10, refill_time_ms: 1, one_time_burst: 0 };
     let limits = RateLimiterConfig { bandwidth: limited.then_some(bandwidth), ops: None };
     let threads = if with_overlay { 1 } else { queues.min(2) };
-    let guest = Guest::with(&options, config(queues, threads), limits, patience, u64::MAX);
+    let guest = Guest::with(&options, config(queues, threads), limits, blocking, u64::MAX);
     let mut model = Model { guest, disk: content, expected: vec![], busy: vec![] };
     for (index, step) in steps.iter().enumerate() {
         match step {
@@ -218,7 +218,7 @@ proptest! {
         engine in 0..2usize,
         limited: bool,
     ) {
-        let patience = if may_wait { Patience::MayWait } else { Patience::None };
-        run(&steps, queues, patience, with_overlay, ENGINES[engine], limited);
+        let blocking = if may_wait { Blocking::Allowed } else { Blocking::Never };
+        run(&steps, queues, blocking, with_overlay, ENGINES[engine], limited);
     }
 }

@@ -222,7 +222,7 @@ fn flushes_run_one_at_a_time_and_share_the_next() {
         let (mut rig, deeds, faults, _) = recorded(&raw(&base_of(dir.path()), IoEngine::Sync));
         *locked(&faults.error) = fails.then_some(Errno::IO);
         let tokens = [0; 3].map(|_| rig.start(0, Request::Flush));
-        rig.queue.kick();
+        rig.queue.submit_and_reap();
         assert_eq!(syncs(&deeds), 1);
         let results = rig.finish();
         let wanted = if fails { Err(Errno::IO) } else { Ok(()) };
@@ -265,7 +265,7 @@ fn each_queue_of_a_disk_has_an_open_file_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let options = DiskOptions { io_threads: 3, ..raw(&base_of(dir.path()), IoEngine::Sync) };
     let disk = Disk::open(&options).unwrap();
-    let mut files: Vec<_> = (0..3).map(|_| Arc::as_ptr(&disk.files_of_queue()[0])).collect();
+    let mut files: Vec<_> = (0..3).map(|_| Arc::as_ptr(&disk.queue_files()[0])).collect();
     files.sort();
     files.dedup();
     assert_eq!(files.len(), 3);

@@ -8,7 +8,7 @@ use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::engine::Patience;
+use crate::engine::Blocking;
 use crate::{Block, BlockConfig, BlockControl};
 use sync::EventFd;
 use virtio::device::{Activation, ActiveQueue, Device};
@@ -67,7 +67,7 @@ pub(crate) fn config(num_queues: u16, io_threads: u16) -> BlockConfig {
 
 impl Guest {
     pub(crate) fn new(options: &DiskOptions) -> Guest {
-        Self::with(options, config(1, 1), RateLimiterConfig::default(), Patience::None, u64::MAX)
+        Self::with(options, config(1, 1), RateLimiterConfig::default(), Blocking::Never, u64::MAX)
     }
 
     /// A guest whose driver accepts the features that are in `accepts` and are offered.
@@ -75,15 +75,15 @@ impl Guest {
         options: &DiskOptions,
         config: BlockConfig,
         limits: RateLimiterConfig,
-        patience: Patience,
+        blocking: Blocking,
         accepts: u64,
     ) -> Guest {
         let worker = TestWorker::new();
         let threads = config.io_threads;
-        let patience = if options.engine == Some(IoEngine::Sync) { Patience::MayWait } else { patience };
-        let workers = match patience {
-            Patience::None => vec![],
-            Patience::MayWait => (0..threads).map(|index| virtio::testing::worker(index.into())).collect(),
+        let blocking = if options.engine == Some(IoEngine::Sync) { Blocking::Allowed } else { blocking };
+        let workers = match blocking {
+            Blocking::Never => vec![],
+            Blocking::Allowed => (0..threads).map(|index| virtio::testing::worker(index.into())).collect(),
         };
         let disk = Disk::open(options).unwrap();
         let (block, control) = Block::new(config, disk, limits, workers, worker.now()).unwrap();

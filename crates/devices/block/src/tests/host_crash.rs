@@ -140,7 +140,7 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
             Step::Some(count) => kicks = count,
         }
         for _ in 0..kicks {
-            rig.queue.kick();
+            rig.queue.submit_and_reap();
             model.take(&mut rig, has_failed(&deeds));
             if locked(&deeds).len() >= crash_at {
                 break 'steps;

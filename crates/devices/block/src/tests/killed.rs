@@ -19,12 +19,12 @@ const MAP_B: u64 = 8192 + PAGES * 4096;
 /// More pages than a run writes at a time.
 const PAGES: u64 = 70;
 
-fn rig(dir: &Path, engine: IoEngine, patience: Patience, cache_type: CacheType) -> (Rig, DiskOptions) {
+fn rig(dir: &Path, engine: IoEngine, blocking: Blocking, cache_type: CacheType) -> (Rig, DiskOptions) {
     let base = dir.join("base");
     let file = File::create(&base).unwrap();
     file.set_len(PAGES * PAGE).unwrap();
     let options = DiskOptions { cache_type, ..overlaid(&base, dir.join("top"), vec![], engine) };
-    (Rig::open_with(&options, patience), options)
+    (Rig::open_with(&options, blocking), options)
 }
 
 /// The session and both maps, as a process that is killed now leaves them, over the data as it is: that is written before.
@@ -55,27 +55,27 @@ fn map_b_has(left: &[u8], page: u64) -> bool {
 
 #[test]
 fn whatever_was_answered_the_file_says_it_holds_however_many_pages_the_map_has() {
-    for (engine, patience) in [
-        (IoEngine::Async, Patience::None),
-        (IoEngine::Async, Patience::MayWait),
-        (IoEngine::Sync, Patience::MayWait),
+    for (engine, blocking) in [
+        (IoEngine::Async, Blocking::Never),
+        (IoEngine::Async, Blocking::Allowed),
+        (IoEngine::Sync, Blocking::Allowed),
     ] {
         for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
             let dir = tempfile::tempdir().unwrap();
-            let (mut rig, options) = rig(dir.path(), engine, patience, cache_type);
+            let (mut rig, options) = rig(dir.path(), engine, blocking, cache_type);
             let mut pages = Vec::new();
             for page in 0..PAGES {
                 pages.push((rig.start_write(page * PAGE, &[page as u8 + 1; 512], u64::MAX), page));
             }
             let mut answered = 0;
             while answered < PAGES {
-                rig.queue.kick();
+                rig.queue.submit_and_reap();
                 let told: Vec<_> = std::iter::from_fn(|| rig.queue.finished()).collect();
                 let left = as_left_by_a_kill_now(&options);
                 for (token, result) in told {
                     result.unwrap();
                     let page = pages.iter().find(|asked| asked.0 == token).unwrap().1;
-                    assert!(map_b_has(&left, page), "page {page}, {engine:?} {patience:?} {cache_type:?}");
+                    assert!(map_b_has(&left, page), "page {page}, {engine:?} {blocking:?} {cache_type:?}");
                     answered += 1;
                 }
                 if !rig.queue.has_more() {
@@ -98,15 +98,15 @@ fn whatever_was_answered_the_file_says_it_holds_however_many_pages_the_map_has()
 /// The second write to a sector must not be told before the first one's place in the map was written.
 #[test]
 fn writes_to_the_same_sectors_at_once_are_all_there() {
-    for patience in [Patience::None, Patience::MayWait] {
+    for blocking in [Blocking::Never, Blocking::Allowed] {
         let dir = tempfile::tempdir().unwrap();
-        let (mut rig, options) = rig(dir.path(), IoEngine::Async, patience, CacheType::Unsafe);
+        let (mut rig, options) = rig(dir.path(), IoEngine::Async, blocking, CacheType::Unsafe);
         let tokens: Vec<_> = (0..100)
             .map(|number| (rig.start_write(number / 10 * PAGE, &[7; 512], u64::MAX), number / 10))
             .collect();
         let mut answered = 0;
         while answered < tokens.len() {
-            rig.queue.kick();
+            rig.queue.submit_and_reap();
             let told: Vec<_> = std::iter::from_fn(|| rig.queue.finished()).collect();
             let left = as_left_by_a_kill_now(&options);
             for (token, result) in told {
@@ -126,7 +126,7 @@ fn writes_to_the_same_sectors_at_once_are_all_there() {
 #[test]
 fn a_discard_of_all_of_a_large_disk_is_told_when_all_of_its_map_is_written() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Patience::MayWait, CacheType::Unsafe);
+    let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Blocking::Allowed, CacheType::Unsafe);
     rig.do_now(0, Request::Discard { len: PAGES * PAGE }).unwrap();
     let left = as_left_by_a_kill_now(&options);
     for page in 0..PAGES {
@@ -137,9 +137,9 @@ fn a_discard_of_all_of_a_large_disk_is_told_when_all_of_its_map_is_written() {
 /// A flush of more of the map than one round of it writes, and then a crash of the host.
 #[test]
 fn a_flush_of_many_pages_of_the_map_survives_the_host() {
-    for patience in [Patience::None, Patience::MayWait] {
+    for blocking in [Blocking::Never, Blocking::Allowed] {
         let dir = tempfile::tempdir().unwrap();
-        let (mut rig, options) = rig(dir.path(), IoEngine::Async, patience, CacheType::Writeback);
+        let (mut rig, options) = rig(dir.path(), IoEngine::Async, blocking, CacheType::Writeback);
         for page in 0..PAGES {
             rig.start_write(page * PAGE + 4096, &[9; 512], u64::MAX);
         }
@@ -159,7 +159,7 @@ fn a_flush_of_many_pages_of_the_map_survives_the_host() {
 #[test]
 fn a_change_that_the_map_cannot_take_in_fails_and_others_do_not() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Patience::MayWait, CacheType::Unsafe);
+    let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Blocking::Allowed, CacheType::Unsafe);
     let recorder = Recorder::new(rig.disk.files(), Deeds::default());
     let broken = Arc::clone(&recorder.broken);
     rig.queue = rig.disk.queue_with(Box::new(recorder));
@@ -182,7 +182,7 @@ fn a_change_that_the_map_cannot_take_in_fails_and_others_do_not() {
 #[test]
 fn a_change_fails_while_the_session_cannot_be_written() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Patience::MayWait, CacheType::Writeback);
+    let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Blocking::Allowed, CacheType::Writeback);
     let recorder = Recorder::new(rig.disk.files(), Deeds::default());
     let broken = Arc::clone(&recorder.broken);
     rig.queue = rig.disk.queue_with(Box::new(recorder));

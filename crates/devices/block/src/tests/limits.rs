@@ -12,7 +12,7 @@ fn a_limit_holds_requests_back_until_the_timer_and_no_timer_is_set_without_need(
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let ops = BucketConfig { size: 2, refill_time_ms: 100, one_time_burst: 0 };
     let limits = RateLimiterConfig { bandwidth: None, ops: Some(ops) };
-    let mut guest = Guest::with(&options, config(1, 1), limits, Patience::MayWait, u64::MAX);
+    let mut guest = Guest::with(&options, config(1, 1), limits, Blocking::Allowed, u64::MAX);
     assert_eq!(guest.worker.next_timer(), None);
     for sector in 0..5 {
         guest.ask(0, IN, sector, &[], 512);
@@ -39,7 +39,7 @@ fn a_limit_is_shared_by_queues_that_are_all_full() {
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let ops = BucketConfig { size: 10, refill_time_ms: 1000, one_time_burst: 0 };
     let limits = RateLimiterConfig { bandwidth: None, ops: Some(ops) };
-    let mut guest = Guest::with(&options, config(2, 1), limits, Patience::MayWait, u64::MAX);
+    let mut guest = Guest::with(&options, config(2, 1), limits, Blocking::Allowed, u64::MAX);
     for queue in 0..2 {
         for _ in 0..20 {
             guest.ask(queue, IN, 0, &[], 512);
@@ -105,7 +105,7 @@ fn bytes_are_counted_for_reads_writes_and_zeroings_and_not_for_what_moves_none()
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let bandwidth = BucketConfig { size: 4096, refill_time_ms: 1000, one_time_burst: 1024 };
     let limits = RateLimiterConfig { bandwidth: Some(bandwidth), ops: None };
-    let mut guest = Guest::with(&options, config(1, 1), limits, Patience::MayWait, u64::MAX);
+    let mut guest = Guest::with(&options, config(1, 1), limits, Blocking::Allowed, u64::MAX);
     assert_eq!(guest.one(FLUSH, 0, &[], 0).status, 0);
     assert_eq!(guest.one(GET_ID, 0, &[], 512).status, 0);
     assert_eq!(guest.one(DISCARD, 0, &ranges(&[(0, 64, 0)]), 0).status, 0);

@@ -26,7 +26,7 @@ use super::SECTOR;
 use super::buffers::{Direction, GuestBuffers};
 use super::disk::queue::DiskQueue;
 use super::disk::{Disk, DiskOptions};
-use super::engine::Patience;
+use super::engine::Blocking;
 use super::io_request::{Request, Token};
 use virtio::queue::GuestBuffer;
 use virtio::testing::guest_ram;
@@ -43,14 +43,14 @@ struct Rig {
 
 impl Rig {
     fn open(options: &DiskOptions) -> Rig {
-        Self::open_with(options, Patience::None)
+        Self::open_with(options, Blocking::Never)
     }
 
     /// A synchronous disk is served by a worker that may block, whatever is asked for.
-    fn open_with(options: &DiskOptions, patience: Patience) -> Rig {
-        let patience = if options.engine == Some(IoEngine::Sync) { Patience::MayWait } else { patience };
+    fn open_with(options: &DiskOptions, blocking: Blocking) -> Rig {
+        let blocking = if options.engine == Some(IoEngine::Sync) { Blocking::Allowed } else { blocking };
         let disk = Disk::open(options).unwrap();
-        let queue = disk.queue(patience).unwrap();
+        let queue = disk.queue(blocking).unwrap();
         Rig { disk, queue, ram: guest_ram(16), next_addr: 0, next_token: 0 }
     }
 
@@ -73,7 +73,7 @@ impl Rig {
 
     fn start(&mut self, offset: u64, request: Request) -> Token {
         self.next_token += 1;
-        self.queue.start(self.next_token, offset, request);
+        self.queue.enqueue(self.next_token, offset, request);
         self.next_token
     }
 

@@ -63,7 +63,7 @@ type PendingRead = (Token, Vec<(u64, usize)>, Vec<u8>);
 #[derive(Debug, Clone, Copy)]
 struct How {
     engine: IoEngine,
-    patience: Patience,
+    blocking: Blocking,
     in_memory: bool,
 }
 
@@ -71,7 +71,7 @@ impl How {
     fn any() -> impl Strategy<Value = How> {
         (0..2usize, any::<bool>(), any::<bool>()).prop_map(|(engine, may_wait, in_memory)| How {
             engine: ENGINES[engine],
-            patience: if may_wait { Patience::MayWait } else { Patience::None },
+            blocking: if may_wait { Blocking::Allowed } else { Blocking::Never },
             in_memory,
         })
     }
@@ -83,7 +83,7 @@ impl How {
 
 /// Runs `steps`; requests that overlap one in flight wait for it, because the model has no opinion on their order.
 fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
-    let mut rig = Rig::open_with(options, how.patience);
+    let mut rig = Rig::open_with(options, how.blocking);
     let mut busy: Vec<(u64, u64)> = Vec::new();
     let mut reads: Vec<PendingRead> = Vec::new();
     for step in steps {
@@ -128,10 +128,10 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
             Step::Wait => {}
             Step::Reopen => {
                 drop(rig);
-                rig = Rig::open_with(options, how.patience);
+                rig = Rig::open_with(options, how.blocking);
             }
         }
-        rig.queue.kick();
+        rig.queue.submit_and_reap();
     }
     settle(&mut rig, &mut reads);
     for (index, expected) in model.chunks(1 << 20).enumerate() {
