@@ -126,7 +126,7 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
         queue.submit_and_reap();
         let mut any = false;
         let goes_on = run.goes_on();
-        while let Some((token, result)) = queue.finished() {
+        while let Some((token, result)) = queue.pop_completion() {
             result.expect("the disk works");
             run.count += 1;
             any = true;

@@ -1,10 +1,13 @@
-//! What one task needs of a disk, and how it is given another.
+//! A task's handle of the disk, and how it is swapped for that of another disk.
 //!
-//! There are as many slots as the drive has I/O threads, and the virtqueues are dealt out to them in turn. A slot is made with the
-//! device, so that activating it makes nothing and cannot fail for want of anything. While its task is not at work (the
-//! device is not active, is being reset, or is paused), the slot's handle of the disk is parked here, and that of a new disk takes its
-//! place at once. While the task is at work, the new handle is posted: the task finishes what it has in flight, takes nothing new
-//! meanwhile, changes over, and hands the old handle back to [`DiskSwap`].
+//! A device has one slot for each I/O thread of the drive, and the virtqueues are dealt to them in
+//! turn. Slots are made with the device, so activation allocates no backend and cannot fail for
+//! lack of one.
+//!
+//! While the task does not run (the device is not active, is being reset, or is paused), its handle
+//! is parked in the slot and a new handle replaces it at once. While the task runs, the new handle
+//! is posted: the task completes its requests in flight, takes no new ones, swaps the handles, and
+//! returns the old one to [`DiskSwap`].
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
@@ -19,25 +22,25 @@ use crate::error::BlockError;
 use sync::EventFd;
 use sync::locked;
 
-/// What one task needs of the disk, and how it is told that this changes.
+/// A task's handle of the disk, and the handle to swap it for.
 #[derive(Debug)]
 pub(crate) struct BackendSlot {
-    slot: Mutex<SlotState>,
-    /// Whether `slot.pending` is there: spares the lock where it is not.
+    state: Mutex<SlotState>,
+    /// Whether `state.pending` is set; spares the lock where it is not.
     posted: AtomicBool,
-    /// Wakes the task: something was posted, or limits changed.
+    /// Wakes the task: a handle was posted, or the limits changed.
     pub(crate) event: Arc<EventFd>,
 }
 
 #[derive(Debug, Default)]
 struct SlotState {
-    /// The slot's handle of the disk while no task works with it.
+    /// The handle while no task uses it.
     parked: Option<Box<BackendHandle>>,
-    /// What the task is to change over to.
+    /// The handle to swap to.
     pending: Option<PendingSwap>,
 }
 
-/// A slot's handle of a disk.
+/// What one task needs of a disk.
 #[derive(Debug)]
 pub(crate) struct BackendHandle {
     pub(crate) queue: DiskQueue,
@@ -52,20 +55,20 @@ pub(crate) struct PendingSwap {
     pub(crate) old: SyncSender<Box<BackendHandle>>,
 }
 
-/// A disk that is being replaced.
+/// A swap of the disk of a device, which lasts until the old disk has no requests in flight.
 #[derive(Debug)]
 #[must_use = "the old disk is in use until it was waited for"]
 pub struct DiskSwap {
     old: Vec<Receiver<Box<BackendHandle>>>,
-    /// Last, so that the old disk is closed by whoever waits.
+    /// Last, so that the old disk is closed on the thread that waits.
     _disk: Disk,
 }
 
-/// The old disk is still in use: requests that were in flight have not ended.
+/// The old disk still has requests in flight.
 #[derive(Debug, thiserror::Error)]
 #[error("the old disk still has requests in flight after {waited:?}")]
 pub struct StillInUse {
-    /// How long it was waited for.
+    /// How long the caller has waited.
     pub waited: Duration,
 }
 
@@ -74,64 +77,65 @@ impl BackendSlot {
         let event = Arc::new(EventFd::new().map_err(BlockError::Event)?);
         handle.queue.set_waker(Arc::clone(&event));
         Ok(Arc::new(BackendSlot {
-            slot: Mutex::new(SlotState { parked: Some(Box::new(handle)), pending: None }),
+            state: Mutex::new(SlotState { parked: Some(Box::new(handle)), pending: None }),
             posted: AtomicBool::new(false),
             event,
         }))
     }
 
-    /// Gives the slot another handle of a disk: at once if it is parked, else as soon as its task gets to it.
+    /// Gives the slot a handle of another disk. It takes effect at once if the old one is parked,
+    /// else when the task has nothing in flight. The receiver gets the old handle.
     pub(crate) fn post(&self, handle: BackendHandle) -> Receiver<Box<BackendHandle>> {
         handle.queue.set_waker(Arc::clone(&self.event));
         let handle = Box::new(handle);
         let (old, receiver) = mpsc::sync_channel(1);
-        let mut slot = locked(&self.slot);
-        let unused = if let Some(parked) = &mut slot.parked {
-            // There is room for one: it cannot fail.
+        let mut state = locked(&self.state);
+        let unused = if let Some(parked) = &mut state.parked {
+            // The channel holds one message, so this cannot fail.
             let _ = old.send(std::mem::replace(parked, handle));
             None
         } else {
-            let unused = slot.pending.replace(PendingSwap { handle, old });
+            let unused = state.pending.replace(PendingSwap { handle, old });
             self.posted.store(true, Ordering::Release);
             unused
         };
-        drop(slot);
+        drop(state);
         self.event.signal();
         if let Some(PendingSwap { handle, old }) = unused {
-            // Replaced before it was ever used.
+            // This handle was replaced before a task used it.
             let _ = old.send(handle);
         }
         receiver
     }
 
-    /// Whether no task works with the slot's handle of the disk.
+    /// Whether no task uses the handle.
     pub(crate) fn is_parked(&self) -> bool {
-        locked(&self.slot).parked.is_some()
+        locked(&self.state).parked.is_some()
     }
 
-    /// Takes the slot's handle of the disk out.
+    /// Takes the parked handle out.
     pub(crate) fn take(&self) -> Option<Box<BackendHandle>> {
-        locked(&self.slot).parked.take()
+        locked(&self.state).parked.take()
     }
 
-    /// What the task is to change over to.
+    /// Takes the handle that was posted.
     pub(crate) fn take_pending(&self) -> Option<PendingSwap> {
         if !self.posted.swap(false, Ordering::AcqRel) {
             return None;
         }
-        locked(&self.slot).pending.take()
+        locked(&self.state).pending.take()
     }
 
-    /// Parks the slot; what was posted meanwhile takes effect.
+    /// Parks the handle. A handle that was posted meanwhile replaces it.
     pub(crate) fn park(&self, handle: Box<BackendHandle>, pending: Option<PendingSwap>) {
-        let mut slot = locked(&self.slot);
-        let later = slot.pending.take();
+        let mut state = locked(&self.state);
+        let later = state.pending.take();
         self.posted.store(false, Ordering::Release);
         let mut handle = handle;
         for PendingSwap { handle: new, old } in pending.into_iter().chain(later) {
             let _ = old.send(std::mem::replace(&mut handle, new));
         }
-        slot.parked = Some(handle);
+        state.parked = Some(handle);
     }
 }
 
@@ -140,11 +144,12 @@ impl DiskSwap {
         DiskSwap { old, _disk: disk }
     }
 
-    /// Waits until nothing uses the old disk any more, at most `patience` (none is fine). It is closed when this is dropped.
-    pub fn wait(&mut self, patience: Duration) -> Result<(), StillInUse> {
+    /// Waits at most `timeout`, which may be 0, until nothing uses the old disk. The old disk is
+    /// closed when this is dropped.
+    pub fn wait(&mut self, timeout: Duration) -> Result<(), StillInUse> {
         let begun = Instant::now();
         while let Some(old) = self.old.last() {
-            let left = patience.saturating_sub(begun.elapsed());
+            let left = timeout.saturating_sub(begun.elapsed());
             if let Err(RecvTimeoutError::Timeout) = old.recv_timeout(left) {
                 return Err(StillInUse { waited: begun.elapsed() });
             }

@@ -1,18 +1,18 @@
-//! Stretches of guest memory that the kernel reads from or writes to.
+//! Ranges of guest memory that the kernel reads from or writes to.
 //!
 //! # Invariant
 //!
-//! Every segment of a [`GuestBuffers`] lies in guest RAM: it came out of `vm-memory`'s checked lookup. Guest RAM is
-//! never unmapped while the process lives (see [`memory::GuestRam`]), so a segment stays valid for as long as anybody
-//! holds it. Nothing here follows the addresses: they go to the kernel as they are, and the guest may change the
-//! memory meanwhile as it likes.
+//! Every segment of a [`GuestBuffers`] lies in guest RAM: it comes from the checked lookup of
+//! `vm-memory`. Guest RAM is never unmapped while the process lives (see [`memory::GuestRam`]), so
+//! a segment stays valid for as long as it exists. This module never dereferences the addresses.
+//! They go to the kernel as they are, and the guest may change the memory at any time.
 
 use memory::GuestRam;
 use vm_memory::bitmap::Bitmap;
 
 use virtio::queue::{GuestBuffer, QueueError};
 
-/// A stretch of this process's memory, in the layout of `struct iovec`.
+/// A range of this process's memory, in the layout of `struct iovec`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct Segment {
@@ -22,18 +22,18 @@ pub(crate) struct Segment {
     pub(crate) len: usize,
 }
 
-/// What the device does with a stretch of guest memory.
+/// Direction of a transfer between the disk and guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
-    /// It reads it: a disk write.
+    /// The device reads guest memory: a disk write.
     FromGuest,
-    /// It writes it: a disk read.
+    /// The device writes guest memory: a disk read.
     ToGuest,
 }
 
-/// The data of one request, as stretches of guest memory in order.
+/// The data of one request: ranges of guest memory, in order.
 ///
-/// Made to be used again: [`clear`](Self::clear) keeps the allocation.
+/// Reusable: [`clear`](Self::clear) keeps the allocation.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct GuestBuffers {
     segments: Vec<Segment>,
@@ -41,15 +41,15 @@ pub struct GuestBuffers {
 }
 
 impl GuestBuffers {
-    /// No stretches.
+    /// No ranges.
     pub fn new() -> Self {
         GuestBuffers::default()
     }
 
     /// Adds `buffer`, which must be in `ram`.
     ///
-    /// A stretch that goes [`ToGuest`](Direction::ToGuest) counts as written from now on: where the monitor's writes are
-    /// tracked, its pages are marked dirty here, because the kernel's writes would go unseen.
+    /// A range with [`Direction::ToGuest`] counts as written from now on: where dirty pages are
+    /// tracked, its pages are marked here, because the kernel's writes are not seen.
     pub fn push(
         &mut self,
         ram: &GuestRam,
@@ -70,33 +70,33 @@ impl GuestBuffers {
         Ok(())
     }
 
-    /// Length of all stretches together, in bytes.
+    /// Length of all ranges together, in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether there is nothing in it.
+    /// Whether the length is 0.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Forgets the stretches and keeps the space for new ones.
+    /// Removes the ranges and keeps the allocation.
     pub fn clear(&mut self) {
         self.segments.clear();
         self.len = 0;
     }
 
-    /// The stretches.
+    /// The ranges.
     pub(crate) fn segments(&self) -> &[Segment] {
         &self.segments
     }
 
-    /// The stretches, for an engine to step over what is done.
+    /// The ranges, for an engine to advance past what is done.
     pub(crate) fn segments_mut(&mut self) -> &mut [Segment] {
         &mut self.segments
     }
 
-    /// Appends the `len` bytes that begin `offset` bytes into `from`, which must hold that many.
+    /// Appends `len` bytes of `from`, starting `offset` bytes into it. `from` must hold that many.
     pub(crate) fn push_part(&mut self, from: &GuestBuffers, offset: u64, len: u64) {
         debug_assert!(offset + len <= from.len);
         let (mut skip, mut left) = (offset as usize, len as usize);

@@ -1,4 +1,4 @@
-//! The configuration space (5.2.4) and the features that say which of its fields count.
+//! The configuration space (5.2.4), and the feature bits that make its fields valid.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes, KnownLayout};
@@ -9,34 +9,34 @@ use virtio::device::ConfigField;
 
 /// Feature bits of a block device (5.2.3).
 pub(crate) mod feature {
-    /// `size_max` counts.
+    /// `size_max` is valid.
     pub(crate) const SIZE_MAX: u64 = 1 << 1;
-    /// `seg_max` counts.
+    /// `seg_max` is valid.
     pub(crate) const SEG_MAX: u64 = 1 << 2;
-    /// Writes are refused.
+    /// The disk is read-only.
     pub(crate) const RO: u64 = 1 << 5;
-    /// `blk_size` counts.
+    /// `blk_size` is valid.
     pub(crate) const BLK_SIZE: u64 = 1 << 6;
-    /// Flushes are understood; without them every write is flushed.
+    /// The driver may flush. Without it, every write is durable before it completes.
     pub(crate) const FLUSH: u64 = 1 << 9;
-    /// `topology` counts.
+    /// `topology` is valid.
     pub(crate) const TOPOLOGY: u64 = 1 << 10;
-    /// `num_queues` counts.
+    /// `num_queues` is valid.
     pub(crate) const MQ: u64 = 1 << 12;
-    /// Discards are understood.
+    /// The driver may discard.
     pub(crate) const DISCARD: u64 = 1 << 13;
-    /// Zeroings are understood.
+    /// The driver may write zeroes.
     pub(crate) const WRITE_ZEROES: u64 = 1 << 14;
 }
 
-/// Sectors per page of the host, which is what it reads and writes: guests align to it where they can.
+/// Sectors of a host page, the unit of the page cache. Guests align to it where they can.
 const SECTORS_PER_PAGE: u32 = 8;
-/// The binary logarithm of it.
+/// Binary logarithm of [`SECTORS_PER_PAGE`].
 const SECTORS_PER_PAGE_EXP: u8 = 3;
-/// Most buffers of data that a driver may put in one request, as long as the queue has room for them.
+/// Most data segments of one request, if the queue has as many descriptors.
 const SEG_MAX: u32 = 254;
 
-/// `struct virtio_blk_config`
+/// `struct virtio_blk_config`.
 #[derive(Debug, Clone, Copy, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(crate) struct ConfigSpace {
@@ -62,7 +62,8 @@ pub(crate) struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// That of a disk of `size` bytes with `num_queues` queues of `queue_size` descriptors.
+    /// The configuration space of a disk of `size` bytes with `num_queues` queues of `queue_size`
+    /// descriptors.
     pub(crate) fn new(size: u64, num_queues: u16, queue_size: u16) -> Self {
         ConfigSpace {
             capacity: (size / SECTOR).into(),
@@ -90,8 +91,7 @@ impl ConfigSpace {
 }
 
 /// The fields that exist only with a feature. Topology is a hint: Unikraft's driver reads
-/// `blk_size` as 8 bytes, before it accepts anything, and takes what it finds in the topology for
-/// the upper half.
+/// `blk_size` as 8 bytes before it accepts any feature, and takes the topology for the upper half.
 pub(crate) const FIELDS: [ConfigField; 7] = [
     ConfigField::new(8..12, feature::SIZE_MAX),
     ConfigField::new(12..16, feature::SEG_MAX),

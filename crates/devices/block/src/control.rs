@@ -1,9 +1,15 @@
-//! Changes a block device while it works: its limits and its disk.
+//! Changes a block device while the guest runs: its rate limits and its disk.
 //!
-//! # Replacing the disk
+//! # Swapping the disk
 //!
-//! [`BlockControl::replace`] gives each [slot](crate::backend_slot) its part of the new disk, then changes
-//! the capacity and interrupts. The old disk is free when [`DiskSwap::wait`] says so.
+//! [`BlockControl::replace`] gives each [slot](crate::backend_slot) its handle of the new disk,
+//! then changes the capacity and raises a configuration interrupt. [`DiskSwap::wait`] returns when
+//! the old disk has no requests in flight.
+//!
+//! The workers of a device are chosen when it is built. So a device on shared workers cannot get a
+//! disk that only [`IoEngine::Sync`](config::IoEngine::Sync) can serve: such a disk blocks the
+//! worker. This happens only if `io_uring` has become unavailable since. The swap fails then, and
+//! the old disk stays.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,7 +25,7 @@ use crate::error::BlockError;
 use crate::shared::Shared;
 use crate::stats::BlockStats;
 
-/// Changes the device while it works.
+/// Controls a block device: its rate limits and its disk.
 #[derive(Debug, Clone)]
 pub struct BlockControl {
     pub(crate) blocking: Blocking,
@@ -30,7 +36,8 @@ pub struct BlockControl {
 }
 
 impl BlockControl {
-    /// Whether nothing works with its disk: its workers are paused and have nothing in flight, or the guest does not use it.
+    /// Whether nothing uses the disk: the tasks are paused and have nothing in flight, or the
+    /// device is not active.
     pub fn is_quiesced(&self) -> bool {
         self.slots.iter().all(|slot| slot.is_parked())
     }
@@ -40,17 +47,17 @@ impl BlockControl {
         locked(&self.shared.front).disk.clone()
     }
 
-    /// What the device counts.
+    /// The device's counters.
     pub fn stats(&self) -> &BlockStats {
         &self.shared.stats
     }
 
-    /// The limits in force.
+    /// The rate limits in force.
     pub fn limits(&self) -> RateLimiterConfig {
         locked(&self.shared.limits).limiter.config()
     }
 
-    /// Changes limits at the time `now`. Requests that wait are looked at again.
+    /// Changes rate limits at the time `now`. Throttled requests are checked against the new ones.
     pub fn update_limits(&self, update: RateLimiterUpdate, now: Nanos) {
         let mut limits = locked(&self.shared.limits);
         limits.limiter.update(update, now);
@@ -61,20 +68,25 @@ impl BlockControl {
         self.slots.iter().for_each(|slot| slot.event.signal());
     }
 
-    /// Goes on with `disk`. The guest sees its capacity at once.
+    /// Swaps the disk for `disk`. The guest sees the new capacity at once.
     ///
-    /// On an error nothing has changed. A disk with an overlay must not be the one in use, which has it locked.
+    /// On an error nothing has changed. A disk with an overlay must not be the one in use, whose
+    /// overlay is locked.
     pub fn replace(&self, disk: Disk) -> Result<DiskSwap, BlockError> {
         let differs = |was| BlockError::Differs { id: self.shared.id.clone(), was };
         if disk.is_read_only() != self.read_only {
-            return Err(differs(if self.read_only { "read-only" } else { "writable" }));
+            return Err(differs(if self.read_only { "that is read-only" } else { "that is writable" }));
         }
         if disk.can_flush() != self.flush {
-            return Err(differs(if self.flush { "one that can be flushed" } else { "one without flushes" }));
+            return Err(differs(if self.flush {
+                "with cache_type Writeback"
+            } else {
+                "with cache_type Unsafe"
+            }));
         }
         let backend_handles =
             backend_handles(&disk, &self.shared.id, self.slots.len() as u16, self.blocking)?;
-        // The slots first: a request for the new capacity must not meet the old disk.
+        // The slots first: a request within the new capacity must not reach the old disk.
         let old = self.slots.iter().zip(backend_handles).map(|(slot, part)| slot.post(part)).collect();
         let mut front = locked(&self.shared.front);
         let old_disk = std::mem::replace(&mut front.disk, disk);

@@ -1,19 +1,20 @@
-//! Which process made something that two processes must not take apart.
+//! Detects drops in a fork of the process.
 //!
-//! A fork of the monitor has everything that it had: rings and files that are the parent's, and the memory of threads that do
-//! not exist. What the child drops of these must stay as it is for the parent.
+//! A fork of the monitor has copies of everything, but rings and open files are still the parent's,
+//! and the parent's threads do not run in the child. A destructor that would change them must do so
+//! only in the process that made them.
 
-/// The process that made a thing.
+/// The process that made a value.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CreatorPid(u32);
 
 impl CreatorPid {
-    /// This process.
+    /// The current process.
     pub(crate) fn current() -> Self {
         CreatorPid(std::process::id())
     }
 
-    /// Whether this is still the process that made it, and no fork of it.
+    /// Whether this is still the process that made the value, and no fork of it.
     pub(crate) fn is_current(self) -> bool {
         self.0 == std::process::id()
     }

@@ -1,4 +1,4 @@
-//! The block device as its transport sees it: features, configuration space, activation, saved state.
+//! The device as its transport sees it: features, configuration space, activation, saved state.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +25,7 @@ use virtio::device::{
 use virtio::rate_limiter::{RateLimiter, RateLimiterConfig};
 use virtio::worker::{Nanos, Placement, Task, WorkerId};
 
-/// The front of the device.
+/// The virtio block device.
 pub struct Block {
     config: BlockConfig,
     read_only: bool,
@@ -37,10 +37,10 @@ pub struct Block {
 }
 
 impl Block {
-    /// A device for `disk` with these limits, at the time `now`.
+    /// A device for `disk` with these rate limits, at the time `now`.
     ///
-    /// `workers` are for it alone, one for each of its I/O threads: its tasks run there, and may wait for the disk. Without any they
-    /// run on shared workers and never do.
+    /// `workers` are dedicated to it, one for each of its I/O threads: its tasks run there, and may
+    /// block on the disk. Without any, the tasks run on shared workers and never block.
     pub fn new(
         config: BlockConfig,
         disk: Disk,
@@ -51,9 +51,9 @@ impl Block {
         Self::with(config, disk, RateLimiter::new(limits, now), workers, now, (0, false))
     }
 
-    /// The device as it was saved, for `disk`, at the time `now`.
+    /// A device with a saved state, for `disk`, at the time `now`.
     ///
-    /// A disk of another size is fine: the guest is told once it runs.
+    /// A disk of another size is allowed: the guest gets a configuration interrupt when it runs.
     pub fn restore(
         state: &BlockState,
         disk: Disk,
@@ -63,10 +63,14 @@ impl Block {
         state.config.check()?;
         let differs = |was| BlockError::Differs { id: state.config.id.clone(), was };
         if disk.is_read_only() != state.read_only {
-            return Err(differs(if state.read_only { "read-only" } else { "writable" }));
+            return Err(differs(if state.read_only { "that is read-only" } else { "that is writable" }));
         }
         if disk.can_flush() != state.flush {
-            return Err(differs(if state.flush { "one that can be flushed" } else { "one without flushes" }));
+            return Err(differs(if state.flush {
+                "with cache_type Writeback"
+            } else {
+                "with cache_type Unsafe"
+            }));
         }
         let limiter = RateLimiter::restore(&state.limiter, now);
         let resized = disk.size() / SECTOR != state.capacity;
@@ -80,7 +84,7 @@ impl Block {
         limiter: RateLimiter,
         workers: Vec<WorkerId>,
         now: Nanos,
-        (generation, announce): (u32, bool),
+        (generation, config_changed): (u32, bool),
     ) -> Result<(Self, BlockControl), BlockError> {
         let (read_only, flush) = (disk.is_read_only(), disk.can_flush());
         let blocking = if workers.is_empty() { Blocking::Never } else { Blocking::Allowed };
@@ -96,7 +100,7 @@ impl Block {
             stats: BlockStats::default(),
             limited: AtomicBool::new(!limiter.is_unlimited()),
             limits: Mutex::new(Limits { limiter, now }),
-            announce: AtomicBool::new(announce),
+            config_changed: AtomicBool::new(config_changed),
             front: Mutex::new(Front { disk, generation, interrupt: None }),
         });
         let control =
@@ -175,8 +179,9 @@ impl Device for Block {
                 placement: self.workers.get(index).map_or(Placement::Shared, |&id| Placement::On(id)),
             })));
         }
-        // Here, not when the task runs: a save before that keeps the interrupt pending.
-        if self.shared.announce.swap(false, Ordering::AcqRel) {
+        // Here, and not when the task runs: the device may be saved before that, and the pending
+        // interrupt with it.
+        if self.shared.config_changed.swap(false, Ordering::AcqRel) {
             interrupt.config();
         }
         locked(&self.shared.front).interrupt = Some(interrupt);

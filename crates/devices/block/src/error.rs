@@ -1,4 +1,4 @@
-//! Why a disk cannot be opened, or a block device not be made.
+//! Why a disk cannot be opened, or a block device not be built.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,84 +10,85 @@ use crate::host_file::health::ContentsUnknown;
 use crate::host_file::lock::LockError;
 use crate::overlay::OverlayError;
 
-/// Why a block device cannot be made, or its disk not be replaced.
+/// Why a block device cannot be built, or its disk not be replaced.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
-    /// What serves the disk cannot be made.
+    /// The disk cannot be served.
     #[error("drive {id}: {source}")]
     Disk {
-        /// Which drive.
+        /// The drive.
         id: String,
-        /// Why not.
+        /// The reason.
         source: DiskError,
     },
     /// The host has no more event descriptors.
-    #[error("cannot make an event descriptor for a disk: {0}")]
+    #[error("cannot create an eventfd for a drive: {0}")]
     Event(#[source] io::Error),
-    /// The driver has negotiated something else with the disk before.
-    #[error("drive {id}: the disk that the guest knows is {was}, this one is not")]
+    /// The disk lacks a property that the driver has negotiated.
+    #[error("drive {id}: the disk does not fit the guest, which needs one {was}")]
     Differs {
-        /// Which drive.
+        /// The drive.
         id: String,
-        /// What the guest relies on.
+        /// The property.
         was: &'static str,
     },
-    /// A saved device that cannot be.
-    #[error("the saved state of drive {id} is not possible: {source}")]
+    /// A saved configuration that is out of bounds.
+    #[error("drive {id}: invalid saved state: {source}")]
     State {
-        /// Which drive.
+        /// The drive.
         id: String,
-        /// What is wrong with it.
+        /// The value and its bound.
         source: ConfigError,
     },
-    /// Several I/O threads for a disk that only one can serve.
-    #[error("drive {id} has an overlay: only one I/O thread can serve it, not {threads}")]
+    /// Several I/O threads for a disk with an overlay, which only one thread can serve.
+    #[error("drive {id}: io_threads is {threads}; 1 with an overlay")]
     OverlayThreads {
-        /// Which drive.
+        /// The drive.
         id: String,
-        /// How many were asked for.
+        /// The number that was asked for.
         threads: u16,
     },
 }
 
-/// Why a disk cannot be opened.
+/// Why a disk cannot be opened, served or closed.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// The kernel does not open it.
-    #[error("cannot open disk {}: {source}", path.display())]
+    /// The kernel refuses to open it.
+    #[error("cannot open {}: {source}", path.display())]
     Open {
-        /// The disk.
+        /// The file or device.
         path: PathBuf,
         /// The kernel's reason.
         source: io::Error,
     },
-    /// It is a directory, a pipe or another thing that cannot be a disk.
-    #[error("disk {} is neither a file nor a block device", path.display())]
+    /// It is a directory, a pipe or anything else that cannot be a disk.
+    #[error("disk {}: neither a file nor a block device", path.display())]
     NotADisk {
-        /// What was named.
+        /// The path.
         path: PathBuf,
     },
-    /// It could be opened but not read or synced.
-    #[error("cannot use disk {}: {source}", path.display())]
+    /// It was opened but cannot be read.
+    #[error("cannot read disk {}: {source}", path.display())]
     Read {
-        /// The disk.
+        /// The file or device.
         path: PathBuf,
         /// The kernel's reason.
         source: io::Error,
     },
-    /// Another monitor uses it.
+    /// It cannot be locked.
     #[error(transparent)]
     Lock(#[from] LockError),
     /// A sync of it failed before.
     #[error(transparent)]
     ContentsUnknown(#[from] ContentsUnknown),
-    /// An overlay does not open.
+    /// An overlay cannot be opened.
     #[error(transparent)]
     Overlay(#[from] OverlayError),
-    /// `io_engine` is Async and there is none.
+    /// `io_engine` is Async, and `io_uring` is not available.
     #[error("io_engine Async: {0}")]
     Async(#[from] UringError),
-    /// It has no `io_uring`, and the worker that is to serve it serves other devices, too.
+    /// Only [`IoEngine::Sync`](config::IoEngine::Sync) can serve it, and its worker also serves
+    /// other devices.
     #[error(
         "io_engine Sync blocks, and the I/O worker of this drive serves other devices; enable io_uring, or restart the microVM"
     )]

@@ -1,4 +1,4 @@
-//! The requests that are with the disk.
+//! The guest's requests that the disk works on.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use crate::io_request::Token as DiskToken;
 use crate::request::Range;
 use virtio::queue::GuestBuffer;
 
-/// Requests that are with the disk, by token.
+/// Requests in flight, by token.
 #[derive(Default)]
 pub(crate) struct InFlight {
     slots: Vec<Option<InFlightRequest>>,
@@ -16,23 +16,24 @@ pub(crate) struct InFlight {
     bytes: u64,
 }
 
-/// One request that is with the disk.
+/// One request in flight.
 #[derive(Debug)]
 pub(crate) struct InFlightRequest {
     pub(crate) ring: u16,
     pub(crate) head: u16,
-    /// Device-writable bytes before the status.
+    /// Device-writable bytes before the status byte.
     pub(crate) data_len: u32,
     pub(crate) status: GuestBuffer,
     pub(crate) kind: RequestKind,
-    /// Bytes that the disk may have to move for it: kind is reserved in the backlog.
+    /// Bytes reserved in the backlog: those that the disk may have to move.
     pub(crate) bytes: u64,
-    /// How many answers of the disk are to come for kind it was asked.
+    /// Completions of the disk that are still to come.
     pub(crate) left: u32,
-    /// Ranges of a discard that the disk is asked for later, the last one first.
+    /// Ranges of a discard that are not enqueued yet, the last one first.
     pub(crate) later: Vec<Range>,
     pub(crate) error: Option<Errno>,
-    /// The request is done, and the flush that makes it durable is with the disk: the driver does not flush itself.
+    /// The request is done, and the flush that makes it durable is in flight. Only where the driver
+    /// did not negotiate `VIRTIO_BLK_F_FLUSH`.
     pub(crate) syncing: bool,
 }
 
@@ -45,7 +46,7 @@ pub(crate) enum RequestKind {
         bytes: u64,
     },
     Flush,
-    /// A discard or a zeroing.
+    /// A discard or a write-zeroes.
     Discard,
 }
 
@@ -61,14 +62,14 @@ impl fmt::Display for RequestKind {
 }
 
 impl RequestKind {
-    /// Whether the request changes kind the disk holds, so that it has something to make durable.
+    /// Whether the request changes what the disk holds, so that there is something to make durable.
     pub(crate) fn changes_disk(self) -> bool {
         matches!(self, RequestKind::Write { .. } | RequestKind::Discard)
     }
 }
 
 impl InFlight {
-    /// Adds a request; its token is one that no other has.
+    /// Adds a request and returns its token.
     pub(crate) fn add(&mut self, request: InFlightRequest) -> DiskToken {
         self.bytes += request.bytes;
         if let Some(token) = self.free.pop() {
@@ -80,12 +81,12 @@ impl InFlight {
         }
     }
 
-    /// A request that was added.
+    /// The request with this token.
     pub(crate) fn get(&mut self, token: DiskToken) -> &mut InFlightRequest {
         self.slots[token as usize].as_mut().expect("the disk answers requests that it has")
     }
 
-    /// Takes a request out.
+    /// Takes the request with this token out.
     pub(crate) fn remove(&mut self, token: DiskToken) -> InFlightRequest {
         self.free.push(token);
         let request = self.slots[token as usize].take().expect("the disk answers requests that it has");
@@ -93,7 +94,7 @@ impl InFlight {
         request
     }
 
-    /// Forgets all requests. Returns the bytes that the disk may have to move for them.
+    /// Removes all requests. Returns the bytes that they have reserved in the backlog.
     pub(crate) fn clear(&mut self) -> u64 {
         self.slots.clear();
         self.free.clear();

@@ -1,33 +1,33 @@
-//! Requests of a disk, and the tags of the transfers that carry them out.
+//! Requests for a disk, and the tags of the transfers that carry them out.
 
 use std::ops::RangeInclusive;
 
 use crate::buffers::GuestBuffers;
 
-/// What is to be done.
+/// An operation on a disk.
 #[derive(Debug)]
 pub enum Request {
-    /// Fill the buffers from `offset` on.
+    /// Fill the buffers from the offset on.
     Read(GuestBuffers),
-    /// Write the buffers from `offset` on.
+    /// Write the buffers from the offset on.
     Write(GuestBuffers),
-    /// The `len` bytes are not needed any more; they read as zeros where the disk can give their space back.
+    /// The range is not needed any more. It reads as zeros where its space can be given back.
     Discard {
         /// Length in bytes.
         len: u64,
     },
-    /// The `len` bytes read as zeros.
+    /// The range reads as zeros.
     WriteZeroes {
         /// Length in bytes.
         len: u64,
-        /// Whether their space may be given back.
+        /// Whether the space of the range may be given back.
         unmap: bool,
     },
-    /// What was written becomes durable. Nothing is done where flushes do not wait for the disk.
+    /// What was written becomes durable. No effect where flushes do not wait for the disk.
     Flush,
 }
 
-/// How the caller tells its requests apart.
+/// Identifies a request to the caller.
 pub type Token = u32;
 
 /// What a transfer is for.
@@ -35,24 +35,25 @@ pub type Token = u32;
 pub(crate) enum Tag {
     /// A whole request.
     Whole(Token),
-    /// A whole write; an overlay holds these sectors afterwards.
+    /// A whole write. An active overlay then has these sectors allocated.
     Write { token: Token, sector: u64, count: u64 },
-    /// A discard: one that the disk cannot do is done.
+    /// A discard. If the disk does not support it, the request still succeeds.
     Discard { token: Token, offset: u64, len: u64 },
-    /// Zeroing of a range, by the file system; where it cannot, zeros are written.
+    /// A write-zeroes by the file system. If it does not support that, zeros are written.
     Zero { token: Token, offset: u64, len: u64 },
-    /// A part of a request.
+    /// A part of a request, by its index.
     Part(u32),
     /// The start of write-back.
     WriteBack,
-    /// A step of the session_start of an overlay's session.
+    /// A step of the start of an overlay's session.
     Begin,
     /// A step of a flush.
     Flush,
-    /// An overlay's file is to say that its contents are unknown; where it cannot, its map B is cleared.
+    /// The write that marks an overlay's contents as unknown. If it fails, the commit map is
+    /// cleared instead.
     MarkUnknown,
-    /// The clearing of map B.
+    /// The clearing of the commit map.
     ClearCommitMap,
-    /// A stretch of an overlay's map B.
+    /// A write to an overlay's commit map.
     CommitMap { page: u64, words: RangeInclusive<u16> },
 }

@@ -1,4 +1,4 @@
-//! What the front of a block device, its tasks and its control share.
+//! State that the device, its tasks and its control share.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,29 +13,29 @@ use crate::disk::Disk;
 use crate::request::SERIAL_LEN;
 use crate::stats::BlockStats;
 
-/// What the front, its tasks and its control share.
+/// State that the device, its tasks and its control share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) id: String,
     pub(crate) serial: [u8; SERIAL_LEN as usize],
     pub(crate) stats: BlockStats,
     pub(crate) limits: Mutex<Limits>,
-    /// Whether there are any: spares the lock where there are none.
+    /// Whether there is a limit; spares the lock where there is none.
     pub(crate) limited: AtomicBool,
-    /// The configuration space is not what the guest saw before it was saved. The driver is
-    /// interrupted when the device is restored.
-    pub(crate) announce: AtomicBool,
+    /// The configuration space differs from what the guest saw before it was saved. Raises an
+    /// interrupt when the device is restored.
+    pub(crate) config_changed: AtomicBool,
     pub(crate) front: Mutex<Front>,
 }
 
 #[derive(Debug)]
 pub(crate) struct Limits {
     pub(crate) limiter: RateLimiter,
-    /// The last time that anybody told.
+    /// The time of the last use.
     pub(crate) now: Nanos,
 }
 
-/// What changes when the disk is replaced, or when the driver comes and goes.
+/// The state that a disk swap, an activation or a reset changes.
 pub(crate) struct Front {
     pub(crate) disk: Disk,
     pub(crate) generation: u32,
@@ -43,7 +43,8 @@ pub(crate) struct Front {
 }
 
 impl Shared {
-    /// Whether the limiter lets a request of `bytes` pass; if not, the timer is set to when it will.
+    /// Whether the rate limits let a request of `bytes` pass. If not, sets the timer to when they
+    /// will.
     pub(crate) fn allow(&self, cx: &mut Context<'_>, bytes: u64) -> bool {
         if !self.limited.load(Ordering::Acquire) {
             return true;

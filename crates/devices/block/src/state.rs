@@ -1,4 +1,4 @@
-//! How a block device is configured, and what it saves.
+//! Configuration and saved state of a block device.
 
 use config::{Drive, check_drive_queues};
 use serde::{Deserialize, Serialize};
@@ -7,21 +7,21 @@ use virtio::rate_limiter::RateLimiterState;
 
 use crate::error::BlockError;
 
-/// How a block device is cut. Constant for its life.
+/// The fixed properties of a block device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockConfig {
-    /// Its name, of which the guest reads the first 20 bytes as the serial number.
+    /// Drive id. The guest reads its first 20 bytes as the serial number.
     pub id: String,
     /// Number of queues, 1 or more.
     pub num_queues: u16,
     /// Descriptors per queue: a power of two.
     pub queue_size: u16,
-    /// Number of tasks that the queues are dealt out to, 1 to `num_queues`.
+    /// Number of tasks that the queues are dealt to, 1 to `num_queues`.
     pub io_threads: u16,
 }
 
 impl BlockConfig {
-    /// What `drive`, which was checked, asks for.
+    /// The configuration of `drive`, which was checked.
     pub fn of(drive: &Drive) -> Self {
         BlockConfig {
             id: drive.drive_id.clone(),
@@ -31,27 +31,27 @@ impl BlockConfig {
         }
     }
 
-    /// Checks one that comes from a file: it is within the bounds of a drive's.
+    /// Checks a configuration that was read from a file against the bounds of a drive.
     pub fn check(&self) -> Result<(), BlockError> {
         check_drive_queues(self.num_queues, self.io_threads, self.queue_size)
             .map_err(|source| BlockError::State { id: self.id.clone(), source })
     }
 }
 
-/// What a block device saves.
+/// Saved state of a block device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {
-    /// How it is cut.
+    /// Its configuration.
     pub config: BlockConfig,
-    /// Sectors that the guest knows the disk to have.
+    /// Capacity that the guest knows, in sectors.
     pub capacity: u64,
-    /// Whether the guest cannot write.
+    /// Whether the disk is read-only.
     pub read_only: bool,
-    /// Whether the guest can flush.
+    /// Whether the guest is offered `VIRTIO_BLK_F_FLUSH`.
     pub flush: bool,
-    /// How often the configuration space changed.
+    /// Generation of the configuration space.
     pub generation: u32,
-    /// How far its limits are used up.
+    /// State of the rate limiter.
     pub limiter: RateLimiterState,
 }
 

@@ -1,19 +1,23 @@
-//! The device's work: requests out of the queues, to the disk, and back.
+//! The device's work: requests from the queues to the disk, and completions back.
 //!
 //! # Bounds
 //!
-//! At most [`MAX_IN_FLIGHT`] requests are with the disk, and none is added for which the disk's [backlog](super::backlog) has no room: kind is
-//! in request has to end before the guest can be paused, so it must not be more than a disk can do in a moment. RequestKind else the driver
-//! makes available waits in its rings. A pause does not wait for the rest of a large discard, which is a hint. A call takes at most
-//! [`ROUNDS`] rounds of at most [`BATCH`] requests before other tasks get their turn. Completions are any after each
-//! round, so that the driver works while the rest of a long queue is served.
+//! At most [`MAX_IN_FLIGHT`] requests are in flight, and none is taken that exceeds the disk's
+//! [backlog](crate::disk::backlog): all of them must complete before the guest is paused, so there
+//! must not be more than a disk can do in a few seconds. Further requests wait in the guest's
+//! rings. A pause does not wait for the rest of a large discard, which is a hint.
 //!
-//! # A request's way
+//! A call does at most [`ROUNDS`] rounds of at most [`BATCH`] requests before other tasks run.
+//! Completions are published after each round, so the driver can work while the rest of a long
+//! queue is served.
+//!
+//! # Path of a request
 //!
 //! ```text
-//! take   pop -> parse -> backlog, limiter (or rewind) -> DiskQueue::start   or, if it needs no disk, answered at once
-//! kick   DiskQueue::kick: one system call for all that were started
-//! publish_completions   DiskQueue::finished -> status byte -> used ring -> publish -> interrupt
+//! take_requests        pop -> parse -> backlog, rate limiter (or rewind) -> DiskQueue::enqueue,
+//!                      or complete at once if the disk is not needed
+//! submit_and_reap      one system call for all enqueued requests
+//! publish_completions  DiskQueue::pop_completion -> status byte -> used ring -> interrupt
 //! ```
 
 use std::fmt;
@@ -37,21 +41,21 @@ use virtio::device::{ActiveQueue, Interrupt};
 use virtio::queue::{Buffers, Chain, Queue, QueueError};
 use virtio::worker::{Context, Event, Interest, Placement, Task, Token};
 
-/// Most requests that are with the disk at a time.
+/// Most requests in flight.
 const MAX_IN_FLIGHT: usize = 256;
-/// Most requests that are taken before the disk is asked.
+/// Most requests that are taken before they are submitted.
 const BATCH: usize = 16;
 /// Most rounds of one call.
 const ROUNDS: u32 = 32;
 
-/// Something was posted to the slot.
+/// A handle was posted to the slot, or the limits changed.
 const SLOT: Token = 0;
 /// The disk has completions.
 const DISK: Token = 1;
-/// The next_ring queue was kicked; the others follow.
+/// The first queue was kicked; the other queues have the tokens after it.
 const FIRST_KICK: Token = 2;
 
-/// RequestKind a task is made of.
+/// What a task is built from.
 pub(crate) struct Setup {
     pub(crate) shared: Arc<Shared>,
     pub(crate) slot: Arc<BackendSlot>,
@@ -59,7 +63,8 @@ pub(crate) struct Setup {
     pub(crate) memory: GuestRam,
     pub(crate) interrupt: Arc<dyn Interrupt>,
     pub(crate) read_only: bool,
-    /// Whether each change is made durable before it is answered, because the driver did not accept `VIRTIO_BLK_F_FLUSH`.
+    /// Whether each change is made durable before it completes, because the driver did not
+    /// negotiate `VIRTIO_BLK_F_FLUSH`.
     pub(crate) write_through: bool,
     pub(crate) placement: Placement,
 }
@@ -67,42 +72,42 @@ pub(crate) struct Setup {
 /// Serves the queues of one slot.
 pub(crate) struct BlockTask {
     setup: Setup,
-    /// The slot's backend of the disk. Parked in the slot while the task is quiesced and has nothing in request, so that the disk can be
-    /// replaced then.
+    /// The handle of the disk. Parked in the slot while the task is quiesced and has nothing in
+    /// flight, so that the disk can be swapped.
     backend: Option<Box<BackendHandle>>,
     rings: Vec<Ring>,
-    /// The ring to look at next_ring, so that none is always last.
+    /// Index of the ring to serve first; it rotates, so that no ring is always last.
     next_ring: usize,
-    /// RequestKind to change over to once nothing is in request.
+    /// The handle to swap to once nothing is in flight.
     pending: Option<PendingSwap>,
     in_flight: InFlight,
     chain: Chain,
     ranges: Vec<Range>,
-    /// From `quiesce` to `resume`.
+    /// Set from `quiesce` to `resume`.
     quiesced: bool,
-    /// The limiter holds a request back, and the timer is set.
+    /// The rate limiter holds a request back, and the timer is set.
     throttled: bool,
-    /// It was said that the device needs a reset.
+    /// The device needs a reset.
     failed: bool,
 }
 
-/// A queue, and kind is to be any about it.
+/// A queue and what is to be published of it.
 struct Ring {
     queue: Queue,
     kick: Arc<EventFd>,
-    /// Something was added to the used ring since the last `publish`.
+    /// Used elements were added since the last `publish`.
     used: bool,
-    /// The last look found nothing.
+    /// The last `pop` found the queue empty.
     empty: bool,
 }
 
-/// Why no more requests are taken.
+/// Why `take_requests` ended.
 enum Stop {
-    /// There are none.
+    /// The queues are empty.
     Empty,
-    /// There may be more after this batch.
+    /// The batch is full; there may be more.
     Batch,
-    /// None may be taken now; something will call again.
+    /// No request may be taken now. An event or the timer runs the task again.
     Held,
 }
 
@@ -125,7 +130,7 @@ impl BlockTask {
         }
     }
 
-    /// Does kind there is to do.
+    /// Serves the queues, and parks the handle if the task is quiesced and idle.
     fn work(&mut self, cx: &mut Context<'_>) {
         let Some(mut backend) = self.backend.take() else { return };
         if !self.failed
@@ -134,10 +139,10 @@ impl BlockTask {
             self.fail_device(cx, &error);
         }
         if self.failed {
-            // Nobody hears of it any more, but kind is in request must come to its end.
+            // Completions are dropped, but the requests in flight must end.
             backend.queue.release(self.in_flight.clear());
             backend.queue.submit_and_reap();
-            while backend.queue.finished().is_some() {}
+            while backend.queue.pop_completion().is_some() {}
             if backend.queue.has_more() {
                 self.reschedule(cx);
             }
@@ -151,7 +156,7 @@ impl BlockTask {
         }
     }
 
-    /// The device is broken until it is reset.
+    /// Marks the device as broken until it is reset.
     fn fail_device(&mut self, cx: &mut Context<'_>, why: &dyn fmt::Display) {
         self.failed = true;
         cx.clear_timer();
@@ -170,7 +175,7 @@ impl BlockTask {
             if any || backend.queue.has_more() || matches!(stop, Stop::Batch) {
                 continue;
             }
-            // From here on there is nothing to do but to wait, unless something came in between.
+            // Nothing is left but to wait, unless a request came in between.
             if matches!(stop, Stop::Empty) && self.enable_notifications()? {
                 continue;
             }
@@ -183,17 +188,17 @@ impl BlockTask {
         Ok(())
     }
 
-    /// Asks to be called again after others had their turn.
+    /// Asks to run again after other tasks have run.
     fn reschedule(&self, cx: &mut Context<'_>) {
         if self.quiesced {
-            // Only descriptors are heard of then.
+            // A quiesced task is only run by its events.
             self.setup.slot.event.signal();
         } else {
             cx.reschedule();
         }
     }
 
-    /// Asks the drivers of all queues to kick. True if something was added meanwhile.
+    /// Asks the drivers of all queues to kick. True if a request came meanwhile.
     fn enable_notifications(&mut self) -> Result<bool, QueueError> {
         let mut more = false;
         for ring in &mut self.rings {
@@ -202,7 +207,7 @@ impl BlockTask {
         Ok(more)
     }
 
-    /// Takes requests out of the queues and gives them to the disk.
+    /// Takes requests from the queues and enqueues them to the disk.
     fn take_requests(
         &mut self,
         cx: &mut Context<'_>,
@@ -215,7 +220,7 @@ impl BlockTask {
         let count = self.rings.len();
         let mut taken = 0;
         let mut index = self.next_ring;
-        // In turn, one of each, until all are empty.
+        // One of each ring in turn, until all are empty.
         while self.rings.iter().any(|ring| !ring.empty) {
             if taken == BATCH {
                 self.next_ring = index;
@@ -229,7 +234,8 @@ impl BlockTask {
             if !ring.empty {
                 if ring.queue.pop(&mut self.chain)? {
                     if !self.take_request(cx, backend, index)? {
-                        // It is the pending, so that no other ring takes kind the limiter or the backlog gives from now on.
+                        // This ring is served first next time, so that no other takes what the
+                        // limiter or the backlog frees.
                         self.next_ring = index;
                         return Ok(Stop::Held);
                     }
@@ -243,7 +249,8 @@ impl BlockTask {
         Ok(Stop::Empty)
     }
 
-    /// Takes the request that was popped from ring `index`. False if the limiter or the backlog holds it back.
+    /// Takes the request that was popped from ring `index`. False if the rate limiter or the
+    /// backlog holds it back.
     fn take_request(
         &mut self,
         cx: &mut Context<'_>,
@@ -350,9 +357,9 @@ impl BlockTask {
         Ok(true)
     }
 
-    /// Tells the driver kind is over. True if there was anything.
+    /// Completes what the disk has finished, and publishes it. True if there was anything.
     fn publish_completions(&mut self, disk: &mut DiskQueue) -> Result<bool, QueueError> {
-        while let Some((token, result)) = disk.finished() {
+        while let Some((token, result)) = disk.pop_completion() {
             self.finish(disk, token, result)?;
         }
         let mut any = false;
@@ -367,7 +374,7 @@ impl BlockTask {
         Ok(any)
     }
 
-    /// One complete of the disk.
+    /// Handles one completion of the disk.
     fn finish(
         &mut self,
         disk: &mut DiskQueue,
@@ -404,7 +411,7 @@ impl BlockTask {
         let (status, written) = match (request.error, request.kind) {
             (None, kind) => {
                 self.setup.shared.stats.count(kind);
-                // A read fills all of its buffers. Nothing else writes to any but the status.
+                // A read fills all of its buffers. Other requests write nothing but the status.
                 let written = if matches!(kind, RequestKind::Read { .. }) { request.data_len } else { 0 };
                 (Status::Ok, written)
             }
@@ -416,7 +423,7 @@ impl BlockTask {
         complete(&mut self.rings[usize::from(request.ring)], &self.setup.memory, &request, status, written)
     }
 
-    /// Counts a failure of the disk, and logs it: ever more rarely if it happens over and over.
+    /// Counts a failed request, and logs it if the count is a power of two.
     fn report(&self, kind: RequestKind, errno: Errno) {
         let failures = self.setup.shared.stats.execute_fails.add(1) + 1;
         if failures.is_power_of_two() {
@@ -425,12 +432,12 @@ impl BlockTask {
         }
     }
 
-    /// Changes over to another disk if one was posted and the old one has nothing in request.
+    /// Swaps the disk if a handle was posted and the old disk has nothing in flight.
     fn swap_disk(&mut self, cx: &mut Context<'_>, backend: &mut Box<BackendHandle>) {
         if let Some(pending) = self.setup.slot.take_pending()
             && let Some(PendingSwap { handle, old }) = self.pending.replace(pending)
         {
-            // DiskSwap before it was ever used. Who waits for it gets it; if nobody does, it ends here.
+            // This handle was replaced before it was used. The waiter may have timed out.
             let _ = old.send(handle);
         }
         if self.pending.is_none() || !backend.queue.is_idle() {
@@ -445,7 +452,7 @@ impl BlockTask {
     }
 }
 
-/// Wakes the task when the disk has something for it.
+/// Runs the task when the disk has completions.
 fn watch_disk(cx: &mut Context<'_>, backend: &BackendHandle) -> io::Result<()> {
     match backend.queue.event() {
         Some(event) => cx.watch(DISK, event, Interest::READ),
@@ -453,7 +460,7 @@ fn watch_disk(cx: &mut Context<'_>, backend: &BackendHandle) -> io::Result<()> {
     }
 }
 
-/// Bytes that a request has for the limiter, and bytes that it makes the disk move.
+/// Bytes that a request counts for the rate limiter, and bytes that it makes the disk move.
 fn cost_of(command: Option<&Command<'_>>, ranges: &[Range], queue: &DiskQueue) -> (u64, u64) {
     let all = || ranges.iter().map(|range| range.len).sum::<u64>();
     match command {
@@ -462,12 +469,12 @@ fn cost_of(command: Option<&Command<'_>>, ranges: &[Range], queue: &DiskQueue) -
             let bytes = from.len().into();
             (bytes, queue.cost_of_write(*offset, bytes))
         }
-        // Where the disk has no quicker way, they are written.
+        // If the disk has no other way, the zeros are written.
         Some(Command::WriteZeroes) => {
             let cost = ranges.iter().map(|range| queue.cost_of_write(range.offset, range.len)).sum();
             (all(), cost)
         }
-        // Ranges that are more together are discarded one after the other.
+        // If the ranges are more than that together, they are discarded one after the other.
         Some(Command::Discard) => (0, all().min(DISCARD_AT_A_TIME)),
         _ => (0, 0),
     }
@@ -486,8 +493,8 @@ fn gather(
     Ok(buffers)
 }
 
-/// Writes the status of a request and adds it to the used ring. `written` is how many bytes of data the device wrote, from the next_ring
-/// device-writable byte on.
+/// Writes the status byte of a request and adds the used element. `written` is the number of data
+/// bytes that the device wrote, from the first device-writable byte on.
 fn complete(
     ring: &mut Ring,
     ram: &GuestRam,
@@ -532,7 +539,7 @@ impl Task for BlockTask {
         }
         self.throttled = false;
         cx.clear_timer();
-        // RequestKind is saved from now on is as of now.
+        // The state is saved as of this time.
         locked(&self.setup.shared.limits).now = cx.now();
         self.work(cx);
     }
@@ -564,7 +571,7 @@ impl Task for BlockTask {
     }
 
     fn detach(self: Box<Self>) {
-        // A task that was drained has parked it already.
+        // A drained task has parked it already.
         if let Some(backend) = self.backend {
             self.setup.slot.park(backend, self.pending);
         }

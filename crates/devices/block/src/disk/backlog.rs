@@ -1,26 +1,32 @@
 //! Bounds what a disk still has to move before its device can be paused or reset.
 //!
-//! A pause waits for every request in flight, and a flush in flight waits for all dirty pages of the disk's file. So both are counted
-//! together, for all queues (I/O threads) of one disk:
+//! A pause waits for every request in flight, and a flush in flight waits for all dirty pages of
+//! the disk's file. So both are counted together, for all queues (I/O threads) of one disk:
 //!
-//! - *in flight*: bytes of requests that the device has taken and not answered;
-//! - *dirty*: pages that were written and that no completed sync covers, each once however often it was written. Only disks whose
-//!   flushes wait for the disk have any.
+//! - *in flight*: bytes of requests that were taken and are not complete;
+//! - *dirty*: bytes of pages that were written and that no completed sync covers. A page counts
+//!   once, however often it was written. Only disks whose flushes wait for the disk have dirty
+//!   bytes.
 //!
 //! # Bounds
 //!
-//! - A request is taken if the sum stays within the window, or if there is nothing else. Reads may exceed the window by [`READ_EXTRA`]. Requests in flight alone have at most
-//!   [`IN_FLIGHT`] bytes.
-//! - Each [`STEP`] of new dirty bytes starts write-back, so that little is left for a flush where the disk keeps up with the guest.
-//! - Where it does not, dirty bytes above half of the window start a sync of the backlog's own.
-//! - The window is [`FLOOR`], or what the disk has lately moved in [`DRAIN`], up to [`CEILING`]. The rate is a lower bound: it counts only
-//!   distinct pages that the disk did write. So rewriting one page does not make a slow disk look fast.
+//! - A request is taken if the sum stays within the window, or if there is nothing else. Reads may
+//!   exceed the window by [`READ_EXTRA`]. Requests in flight alone have at most
+//!   [`MAX_IN_FLIGHT_BYTES`].
+//! - Each [`WRITE_BACK_STEP`] of new dirty bytes starts write-back, so that little is left for a
+//!   flush if the disk keeps up with the guest.
+//! - If it does not, dirty bytes above half of the window start a sync without a flush of the
+//!   guest.
+//! - The window is [`MIN_WINDOW`], or what the disk has recently moved in [`DRAIN_TIME`], up to
+//!   [`MAX_WINDOW`]. The rate is a lower bound: it counts only distinct pages that the disk did
+//!   write, so rewriting one page does not make a slow disk look fast.
 //!
 //! # Syncs
 //!
-//! At most one sync of a disk runs at a time, of whichever queue. Flushes that come meanwhile share the next one. The kernel reports
-//! a write-back error once per open file: with one sync at a time, the sync that gets the report is the one whose flushes get it.
-//! A failed sync fails all flushes that wait, and the next flush where none does.
+//! At most one sync of a disk runs at a time, of any of its queues. Flushes that come meanwhile
+//! share the next one. The kernel reports a write-back error once per open file: with one sync at a
+//! time, the sync that gets the report is the one whose flushes fail. A failed sync fails all
+//! waiting flushes. Later ones fail because the disk's [health](crate::host_file::health) is lost.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -33,38 +39,39 @@ use sync::locked;
 use virtio::worker::{Nanos, monotonic};
 
 /// Most bytes of requests in flight.
-pub(crate) const IN_FLIGHT: u64 = 64 << 20;
-/// Smallest window, in bytes: a disk that moves 10 MB/s drains it in 7 seconds (9 with [`READ_EXTRA`]).
-pub(crate) const FLOOR: u64 = 64 << 20;
+pub(crate) const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
+/// Smallest window, in bytes. A disk of 10 MB/s drains it in 7 seconds (9 with [`READ_EXTRA`]).
+pub(crate) const MIN_WINDOW: u64 = 64 << 20;
 /// Largest window, in bytes.
-pub(crate) const CEILING: u64 = 1 << 30;
-/// What reads may exceed the window by, in bytes: they do not wait for what was written. A disk that
-/// moves 10 MB/s needs 1.7 seconds for it.
+pub(crate) const MAX_WINDOW: u64 = 1 << 30;
+/// Bytes by which reads may exceed the window, so that they do not wait for what was written. A
+/// disk of 10 MB/s needs 1.7 seconds for them.
 pub(crate) const READ_EXTRA: u64 = 16 << 20;
 /// New dirty bytes that start write-back.
-pub(crate) const STEP: u64 = 4 << 20;
-/// How long the disk may take for a window, in nanoseconds.
-const DRAIN: Nanos = 5_000_000_000;
-/// Least distinct bytes of one sync that tell how fast the disk is.
-const SAMPLE: u64 = 8 << 20;
+pub(crate) const WRITE_BACK_STEP: u64 = 4 << 20;
+/// Time that the disk may take to drain a window, in nanoseconds.
+const DRAIN_TIME: Nanos = 5_000_000_000;
+/// Least distinct bytes of a sync for its rate to be used.
+const MIN_SAMPLE: u64 = 8 << 20;
 
-/// Bytes of a page of the page cache: what the smallest write makes dirty.
+/// Bytes of a page of the page cache, which the smallest write makes dirty.
 const PAGE: u64 = 4096;
 
-/// What all queues of one disk share. See the module.
+/// What all queues of one disk share; see the module.
 #[derive(Debug)]
 pub(crate) struct Backlog {
     in_flight: AtomicU64,
     dirty: AtomicU64,
     window: AtomicU64,
     /// Dirty bytes since write-back was last started.
-    unstarted: AtomicU64,
-    /// Whether a member waits for room: spares the lock where none does.
+    not_written_back: AtomicU64,
+    /// Whether a queue waits for room in the window; spares the lock where none does.
     waiting: AtomicBool,
-    /// Whether flushes wait for the next sync, and how many answers of flushes are to be taken: they spare the lock, too.
-    asked: AtomicBool,
-    answers: AtomicUsize,
-    /// Counts the syncs that began; from 1, so that no page of a new table seems to be noted.
+    /// Whether flushes wait for the next sync, and how many completed flushes are unclaimed. Both
+    /// spare the lock.
+    flush_waiting: AtomicBool,
+    unclaimed: AtomicUsize,
+    /// Number of syncs that were started, plus 1, so that a new [`DistinctPages`] matches none.
     generation: AtomicU64,
     shared: Mutex<Shared>,
     clock: fn() -> Nanos,
@@ -72,99 +79,98 @@ pub(crate) struct Backlog {
 
 #[derive(Debug, Default)]
 struct Shared {
-    members: Vec<Member>,
-    running: Option<Running>,
+    queues: Vec<QueueState>,
+    running: Option<RunningSync>,
     /// Flushes that the next sync is for.
-    next: Vec<(usize, Token)>,
-    /// Error of a sync that no flush has reported.
-    unreported: Option<Errno>,
+    waiting_flushes: Vec<(usize, Token)>,
 }
 
-/// One queue of the disk.
+/// State of one queue of the disk.
 #[derive(Debug, Default)]
-struct Member {
-    /// Flushes that are over.
+struct QueueState {
+    /// Flushes that are complete.
     finished: Vec<(Token, Result<(), Errno>)>,
     /// Wakes the task of the queue.
     waker: Option<Arc<EventFd>>,
-    waits_for_room: bool,
+    is_waiting: bool,
 }
 
 /// The sync that runs.
 #[derive(Debug)]
-struct Running {
+struct RunningSync {
     flushes: Vec<(usize, Token)>,
     /// Dirty bytes that it covers.
     bytes: u64,
 }
 
 impl Backlog {
-    /// A backlog of a disk with so many queues.
-    pub(crate) fn new(members: usize) -> Arc<Self> {
-        Self::with_clock(members, monotonic)
+    /// A backlog of a disk with this number of queues.
+    pub(crate) fn new(queues: usize) -> Arc<Self> {
+        Self::with_clock(queues, monotonic)
     }
 
-    pub(crate) fn with_clock(members: usize, clock: fn() -> Nanos) -> Arc<Self> {
-        let members = (0..members).map(|_| Member::default()).collect();
+    pub(crate) fn with_clock(queues: usize, clock: fn() -> Nanos) -> Arc<Self> {
+        let queues = (0..queues).map(|_| QueueState::default()).collect();
         Arc::new(Backlog {
             in_flight: AtomicU64::new(0),
             dirty: AtomicU64::new(0),
-            window: AtomicU64::new(FLOOR),
-            unstarted: AtomicU64::new(0),
+            window: AtomicU64::new(MIN_WINDOW),
+            not_written_back: AtomicU64::new(0),
             waiting: AtomicBool::new(false),
-            asked: AtomicBool::new(false),
-            answers: AtomicUsize::new(0),
+            flush_waiting: AtomicBool::new(false),
+            unclaimed: AtomicUsize::new(0),
             generation: AtomicU64::new(1),
-            shared: Mutex::new(Shared { members, ..Shared::default() }),
+            shared: Mutex::new(Shared { queues, ..Shared::default() }),
             clock,
         })
     }
 
-    /// Wakes `member` with this event from now on.
-    pub(crate) fn set_waker(&self, member: usize, waker: Arc<EventFd>) {
-        locked(&self.shared).members[member].waker = Some(waker);
+    /// Sets the event that wakes the task of `queue`.
+    pub(crate) fn set_waker(&self, queue: usize, waker: Arc<EventFd>) {
+        locked(&self.shared).queues[queue].waker = Some(waker);
     }
 
-    /// Takes room for a request of `bytes`, which may exceed the window by `extra`. False if there is none: `member` is woken when there
-    /// may be.
-    pub(crate) fn reserve(&self, member: usize, bytes: u64, extra: u64) -> bool {
+    /// Reserves `bytes` for a request, which may exceed the window by `extra`. If it does not fit,
+    /// returns false, and `queue` is woken when it may.
+    pub(crate) fn reserve(&self, queue: usize, bytes: u64, extra: u64) -> bool {
         if self.try_reserve(bytes, extra) {
             return true;
         }
-        locked(&self.shared).members[member].waits_for_room = true;
+        locked(&self.shared).queues[queue].is_waiting = true;
         self.waiting.store(true, Ordering::SeqCst);
-        // Room that came before the flag was seen woke no one.
+        // Bytes that were released before the flag was set woke no queue.
         self.try_reserve(bytes, extra)
     }
 
     fn try_reserve(&self, bytes: u64, extra: u64) -> bool {
         let window = self.window.load(Ordering::Relaxed) + extra;
         let fits = |in_flight: u64| {
-            // After the requests in flight: one that ends in between counts twice, and not never.
+            // Loaded after the requests in flight: one that completes in between counts twice, not
+            // never.
             let dirty = self.dirty.load(Ordering::SeqCst);
-            let alone = in_flight == 0 || in_flight + bytes <= IN_FLIGHT;
+            let alone = in_flight == 0 || in_flight + bytes <= MAX_IN_FLIGHT_BYTES;
             let together = in_flight + dirty == 0 || in_flight + dirty + bytes <= window;
             (bytes == 0 || (alone && together)).then_some(in_flight + bytes)
         };
         self.in_flight.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fits).is_ok()
     }
 
-    /// Gives back the room of a request that is over.
-    pub(crate) fn release(&self, member: usize, bytes: u64) {
+    /// Releases the bytes of a request that is complete.
+    pub(crate) fn release(&self, queue: usize, bytes: u64) {
         if bytes > 0 {
             self.in_flight.fetch_sub(bytes, Ordering::SeqCst);
-            self.wake_waiting(member);
+            self.wake_waiting(queue);
         }
     }
 
-    /// Wakes the members that wait for room, but for `member`, which looks by itself.
-    fn wake_waiting(&self, member: usize) {
+    /// Wakes the queues that wait, except `queue`, which checks by itself.
+    fn wake_waiting(&self, queue: usize) {
         if !self.waiting.swap(false, Ordering::SeqCst) {
             return;
         }
-        for (index, other) in locked(&self.shared).members.iter_mut().enumerate() {
-            if std::mem::take(&mut other.waits_for_room)
-                && index != member
+        for (index, other) in locked(&self.shared).queues.iter_mut().enumerate() {
+            if std::mem::take(&mut other.is_waiting)
+                && index != queue
                 && let Some(waker) = &other.waker
             {
                 waker.signal();
@@ -172,97 +178,89 @@ impl Backlog {
         }
     }
 
-    /// Counts `bytes` that were written. True if write-back is to be started.
+    /// Counts `bytes` that were written. True if the caller is to start write-back.
     pub(crate) fn add_dirty(&self, bytes: u64) -> bool {
         self.dirty.fetch_add(bytes, Ordering::SeqCst);
-        let unstarted = self.unstarted.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        // One of those who see it gets the whole step.
-        unstarted >= STEP && self.unstarted.swap(0, Ordering::Relaxed) >= STEP
+        let not_written_back = self.not_written_back.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        // Only one of several callers gets the whole step.
+        not_written_back >= WRITE_BACK_STEP
+            && self.not_written_back.swap(0, Ordering::Relaxed) >= WRITE_BACK_STEP
     }
 
-    /// Whether a sync is due although no flush asks for it. `held` is the size of a request that waits for room.
-    fn is_sync_due(&self, held: u64) -> bool {
+    /// Whether a sync is due although no flush waits. `blocked_bytes` is the size of a request that
+    /// does not fit in the window.
+    fn is_sync_due(&self, blocked_bytes: u64) -> bool {
         let (dirty, window) = (self.dirty.load(Ordering::SeqCst), self.window.load(Ordering::Relaxed));
-        dirty > window / 2 || (held > 0 && dirty > 0 && dirty + held > window)
+        dirty > window / 2 || (blocked_bytes > 0 && dirty > 0 && dirty + blocked_bytes > window)
     }
 
-    /// A flush of the driver: the next sync answers it. Its answer comes with [`finished`](Self::finished).
-    pub(crate) fn flush(&self, member: usize, token: Token) {
-        let mut shared = locked(&self.shared);
-        match shared.unreported.take() {
-            Some(errno) => {
-                shared.members[member].finished.push((token, Err(errno)));
-                self.answers.fetch_add(1, Ordering::SeqCst);
-            }
-            None => {
-                shared.next.push((member, token));
-                self.asked.store(true, Ordering::SeqCst);
-            }
-        }
+    /// Adds a flush of the guest. The next sync completes it; see [`finished`](Self::finished).
+    pub(crate) fn flush(&self, queue: usize, token: Token) {
+        locked(&self.shared).waiting_flushes.push((queue, token));
+        self.flush_waiting.store(true, Ordering::SeqCst);
     }
 
-    /// Whether the caller is to start a sync now, on behalf of all; then it says with [`sync_ended`](Self::sync_ended) how that went.
-    pub(crate) fn begin_sync(&self, held: u64) -> bool {
-        if !self.asked.load(Ordering::SeqCst) && !self.is_sync_due(held) {
+    /// Whether the caller is to start a sync now, for all queues. If so, it reports the result to
+    /// [`sync_ended`](Self::sync_ended).
+    pub(crate) fn begin_sync(&self, blocked_bytes: u64) -> bool {
+        if !self.flush_waiting.load(Ordering::SeqCst) && !self.is_sync_due(blocked_bytes) {
             return false;
         }
         let mut shared = locked(&self.shared);
-        if shared.running.is_some() || (shared.next.is_empty() && !self.is_sync_due(held)) {
+        if shared.running.is_some() || (shared.waiting_flushes.is_empty() && !self.is_sync_due(blocked_bytes))
+        {
             return false;
         }
-        self.asked.store(false, Ordering::SeqCst);
-        let flushes = std::mem::take(&mut shared.next);
-        // Before the count: what is written from now on counts anew.
+        self.flush_waiting.store(false, Ordering::SeqCst);
+        let flushes = std::mem::take(&mut shared.waiting_flushes);
+        // Before the count, so that what is written from now on counts again.
         self.generation.fetch_add(1, Ordering::SeqCst);
-        // Written by now, whoever did: the sync begins later.
-        shared.running = Some(Running { flushes, bytes: self.dirty.load(Ordering::SeqCst) });
+        // These bytes were written before the sync starts, by any queue.
+        shared.running = Some(RunningSync { flushes, bytes: self.dirty.load(Ordering::SeqCst) });
         true
     }
 
-    /// The sync that `member` started is over.
-    pub(crate) fn sync_ended(&self, member: usize, result: Result<(), Errno>) {
+    /// Takes the result of the sync that `queue` started.
+    pub(crate) fn sync_ended(&self, queue: usize, result: Result<(), Errno>) {
         let mut shared = locked(&self.shared);
-        let Some(Running { flushes, bytes }) = shared.running.take() else { return };
-        // What failed is not dirty any more either: the kernel does not try again.
+        let Some(RunningSync { flushes, bytes }) = shared.running.take() else { return };
+        // Bytes of a failed sync are not dirty either: the kernel does not write them again.
         self.dirty.fetch_sub(bytes, Ordering::SeqCst);
         let mut flushes = flushes;
-        if let Err(errno) = result {
-            // What they were to make durable may be what failed.
-            flushes.append(&mut shared.next);
-            self.asked.store(false, Ordering::SeqCst);
-            if flushes.is_empty() {
-                shared.unreported = Some(errno);
-            }
+        if result.is_err() {
+            // What these flushes cover may be what failed.
+            flushes.append(&mut shared.waiting_flushes);
+            self.flush_waiting.store(false, Ordering::SeqCst);
         }
-        self.answers.fetch_add(flushes.len(), Ordering::SeqCst);
+        self.unclaimed.fetch_add(flushes.len(), Ordering::SeqCst);
         for (whose, token) in flushes {
-            let one = &mut shared.members[whose];
+            let one = &mut shared.queues[whose];
             one.finished.push((token, result));
-            if whose != member
+            if whose != queue
                 && let Some(waker) = &one.waker
             {
                 waker.signal();
             }
         }
         drop(shared);
-        self.wake_waiting(member);
+        self.wake_waiting(queue);
     }
 
-    /// Takes the flushes of `member` that are over.
-    pub(crate) fn finished(&self, member: usize, to: &mut impl Extend<(Token, Result<(), Errno>)>) {
-        if self.answers.load(Ordering::SeqCst) > 0 {
-            let finished = std::mem::take(&mut locked(&self.shared).members[member].finished);
-            self.answers.fetch_sub(finished.len(), Ordering::SeqCst);
+    /// Takes the completed flushes of `queue`.
+    pub(crate) fn finished(&self, queue: usize, to: &mut impl Extend<(Token, Result<(), Errno>)>) {
+        if self.unclaimed.load(Ordering::SeqCst) > 0 {
+            let finished = std::mem::take(&mut locked(&self.shared).queues[queue].finished);
+            self.unclaimed.fetch_sub(finished.len(), Ordering::SeqCst);
             to.extend(finished);
         }
     }
 
-    /// The disk has moved at least `bytes` since `begin`: the window follows.
-    fn measured(&self, bytes: u64, begin: Nanos) {
+    /// Adjusts the window: the disk has moved at least `bytes` since `begin`.
+    fn update_window(&self, bytes: u64, begin: Nanos) {
         let elapsed = (self.clock)().saturating_sub(begin);
-        if bytes >= SAMPLE && elapsed > 0 {
-            let window = u128::from(bytes) * u128::from(DRAIN) / u128::from(elapsed);
-            let window = u64::try_from(window).unwrap_or(CEILING).clamp(FLOOR, CEILING);
+        if bytes >= MIN_SAMPLE && elapsed > 0 {
+            let window = u128::from(bytes) * u128::from(DRAIN_TIME) / u128::from(elapsed);
+            let window = u64::try_from(window).unwrap_or(MAX_WINDOW).clamp(MIN_WINDOW, MAX_WINDOW);
             self.window.store(window, Ordering::Relaxed);
         }
     }
@@ -278,35 +276,38 @@ pub(crate) fn dirtied(offset: u64, len: u64) -> u64 {
     (offset + len).next_multiple_of(PAGE) - offset / PAGE * PAGE
 }
 
-/// Knows which pages one queue has written since a sync of the disk last began, so that a page counts once however often it is written.
+/// The pages that one queue has written since a sync of the disk last began. A page counts once,
+/// however often it is written.
 ///
-/// It is a table without chains: a block of 64 pages has one place, which it shares with blocks 1 GiB away. A block whose place was taken
-/// counts anew. So the bytes that are counted as dirty are never too few, and those by which the disk's speed is measured never too many.
+/// It is a direct-mapped table: a block of 64 pages has one place, which it shares with blocks at
+/// multiples of 1 GiB from it. A block that was evicted counts again. So dirty bytes are never
+/// undercounted. The bytes that the disk's rate is measured by are never overcounted.
 #[derive(Debug, Default)]
 pub(crate) struct DistinctPages {
     /// Empty until the first write.
     blocks: Vec<Block>,
-    /// [`Backlog::generation`] of what is noted here.
+    /// The [`Backlog::generation`] of the pages in the table.
     generation: u64,
-    /// Pages that are noted.
+    /// Pages in the table.
     count: u64,
     begin: Nanos,
-    /// What the sync that runs covers.
+    /// Bytes and start time of the sync that runs.
     syncing: Option<(u64, Nanos)>,
 }
 
-/// 64 pages.
+/// The pages of one block of 64.
 #[derive(Debug, Default, Clone)]
 struct Block {
-    /// Of what is noted: a number of the block and a generation.
+    /// Number of the block, and the generation.
     tag: (u64, u64),
     bits: u64,
 }
 
 impl DistinctPages {
-    const BLOCKS: u64 = CEILING / PAGE / 64;
+    const BLOCKS: u64 = MAX_WINDOW / PAGE / 64;
 
-    /// Notes the pages of `len` bytes at `offset`; `len` is not 0. Returns how many bytes became dirty that were not.
+    /// Marks the pages of `len` bytes at `offset`. `len` is not 0. Returns how many bytes became
+    /// dirty.
     pub(crate) fn mark(&mut self, offset: u64, len: u64, backlog: &Backlog) -> u64 {
         if self.blocks.is_empty() {
             self.blocks = vec![Block::default(); Self::BLOCKS as usize];
@@ -336,18 +337,17 @@ impl DistinctPages {
         fresh * PAGE
     }
 
-    /// A sync that this queue starts has begun: what was noted since the one before is what it has to
-    /// move.
+    /// Starts to measure a sync of this queue: it moves the pages marked since the one before.
     pub(crate) fn sync_begins(&mut self, backlog: &Backlog) {
-        // The backlog began a generation with the sync.
+        // The start of the sync began a generation.
         let noted = self.generation.wrapping_add(1) == backlog.generation.load(Ordering::SeqCst);
         self.syncing = noted.then_some((self.count * PAGE, self.begin));
     }
 
-    /// It has succeeded.
+    /// Ends the measurement of a sync that succeeded.
     pub(crate) fn sync_succeeded(&mut self, backlog: &Backlog) {
         if let Some((bytes, begin)) = self.syncing.take() {
-            backlog.measured(bytes, begin);
+            backlog.update_window(bytes, begin);
         }
     }
 }
@@ -379,15 +379,15 @@ mod tests {
         let mut pages = DistinctPages::default();
         pages.mark(0, 32 * MIB, &backlog);
         assert_eq!(window_after(&mut pages, &backlog, 1), 160 * MIB);
-        // One page, rewritten: it tells nothing.
+        // One page, rewritten, says nothing about the rate.
         for _ in 0..10_000 {
             pages.mark(0, PAGE, &backlog);
         }
         assert_eq!(window_after(&mut pages, &backlog, 1), 160 * MIB);
         pages.mark(5, 32 * MIB, &backlog);
-        assert_eq!(window_after(&mut pages, &backlog, 3), FLOOR);
+        assert_eq!(window_after(&mut pages, &backlog, 3), MIN_WINDOW);
         pages.mark(0, 900 * MIB, &backlog);
-        assert_eq!(window_after(&mut pages, &backlog, 1), CEILING);
+        assert_eq!(window_after(&mut pages, &backlog, 1), MAX_WINDOW);
     }
 
     #[test]
@@ -399,8 +399,8 @@ mod tests {
         assert_eq!(pages.mark(0, MIB, &backlog), MIB - 2 * PAGE);
         assert_eq!(pages.mark(512, MIB - 512, &backlog), 0);
         assert_eq!(pages.mark(63 * PAGE, 2 * PAGE, &backlog), 0);
-        // It takes the place of another block, which then counts anew.
-        assert_eq!(pages.mark(CEILING, PAGE, &backlog), PAGE);
+        // It evicts another block, which then counts again.
+        assert_eq!(pages.mark(MAX_WINDOW, PAGE, &backlog), PAGE);
         assert_eq!(pages.count, (MIB / PAGE) - 64 + 1);
         assert_eq!(pages.mark(0, PAGE, &backlog), PAGE);
         backlog.flush(0, 1);
@@ -430,11 +430,11 @@ mod tests {
     }
 
     #[test]
-    fn error_of_a_sync_without_flushes_fails_the_next_flush() {
+    fn failed_sync_fails_all_waiting_flushes() {
         let backlog = Backlog::new(2);
-        let finished = |member| {
+        let finished = |queue| {
             let mut finished = Vec::new();
-            backlog.finished(member, &mut finished);
+            backlog.finished(queue, &mut finished);
             finished
         };
         backlog.add_dirty(40 * MIB);
@@ -444,11 +444,6 @@ mod tests {
         backlog.sync_ended(0, Err(Errno::IO));
         assert_eq!(backlog.total(), 0);
         assert_eq!(finished(1), [(7, Err(Errno::IO))]);
-        backlog.add_dirty(40 * MIB);
-        assert!(backlog.begin_sync(0));
-        backlog.sync_ended(0, Err(Errno::NOSPC));
-        backlog.flush(1, 7);
-        assert_eq!(finished(1), [(7, Err(Errno::NOSPC))]);
         backlog.flush(0, 8);
         assert!(backlog.begin_sync(0));
         backlog.sync_ended(1, Ok(()));

@@ -1,6 +1,7 @@
-//! Where a sector is: a disk, overlays that are only read, and at most one that is written to.
+//! The layers of a disk: a base disk, read-only overlays on it, and at most one overlay that is
+//! written.
 //!
-//! A plain disk is a layers with nothing on it. Files are numbered from the bottom: 0 is the disk.
+//! A disk without overlays has only the base. Files are numbered from the bottom: 0 is the base.
 
 use std::fs::File;
 use std::io;
@@ -16,39 +17,42 @@ use crate::overlay::flush::FlushTarget;
 use crate::overlay::merge::{MergeSource, MergeTarget};
 use crate::overlay::{ActiveLayer, ActiveState, BackingId, BackingLayer};
 
-/// Bytes at each end of a disk that tell it from another.
+/// Bytes at each end of a disk that identify it.
 const FINGERPRINT_BYTES: u64 = 64 << 10;
 
 /// The layers of a disk.
 #[derive(Debug)]
 pub(crate) struct LayeredDisk {
     base: Arc<BaseDisk>,
-    /// Whether what is written to holds what was written.
+    /// Whether the layer that is written has what was written to it.
     health: Arc<DiskHealth>,
     /// From the bottom up.
     backing: Vec<Arc<BackingLayer>>,
     active: Option<ActiveLayer>,
 }
 
-/// Layers of a disk that are only read, and the file that is to mark_allocated what they do. It keeps them open, and nothing else of the disk: who writes
-/// to that, or closes it, need not wait.
+/// A merge of the read-only layers of a disk into a new overlay file.
+///
+/// It keeps these layers open and nothing else of the disk, so that the active overlay can be
+/// written and closed meanwhile.
 #[derive(Debug)]
 pub struct LayerMerge {
-    /// With nothing on it that is written to.
+    /// Without an active overlay.
     layers: LayeredDisk,
     target: MergeTarget,
 }
 
 impl LayerMerge {
-    /// Copies what the layers mark_allocated. The file is an overlay that can stand in their extent, for whatever lies on them, once this has succeeded; until then it
-    /// is none. Blocks for as long as that takes; fails early when `keep_going` says no.
+    /// Copies the layers. On success the file is an overlay that replaces them, also as the backing
+    /// of overlays created on them; until then it is no overlay. Blocks. Fails early when
+    /// `keep_going` returns false.
     pub fn run(self, keep_going: &dyn Fn() -> bool) -> Result<(), DiskError> {
         let Some(topmost) = self.layers.backing.last() else { return Ok(()) };
         let plain = LayeredDisk::new(Arc::clone(&self.layers.base), Arc::clone(&self.layers.health));
-        let beneath = plain
+        let backing = plain
             .backing_id()
             .map_err(|source| DiskError::Read { path: self.target.path().to_owned(), source })?;
-        Ok(self.target.fill(&self.layers, beneath, topmost.identity, keep_going)?)
+        Ok(self.target.fill(&self.layers, backing, topmost.identity, keep_going)?)
     }
 }
 
@@ -64,40 +68,40 @@ impl MergeSource for LayeredDisk {
     }
 }
 
-/// Where a run of sectors is.
+/// Where a run of sectors is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Extent {
-    /// Which file.
+    /// Number of the file.
     pub(crate) file: u8,
-    /// Offset in it, in bytes.
+    /// Offset in the file, in bytes.
     pub(crate) offset: u64,
-    /// Length of the run in bytes.
+    /// Length of the run, in bytes.
     pub(crate) len: u64,
 }
 
 impl LayeredDisk {
-    /// A plain disk.
+    /// A disk without overlays.
     pub(crate) fn new(base: Arc<BaseDisk>, health: Arc<DiskHealth>) -> Self {
         LayeredDisk { base, health, backing: Vec::new(), active: None }
     }
 
-    /// The plain disk at the bottom.
+    /// The disk at the bottom.
     pub(crate) fn base(&self) -> &BaseDisk {
         &self.base
     }
 
-    /// Whether what is written to holds what was written.
+    /// Whether the layer that is written has what was written to it.
     pub(crate) fn health(&self) -> &Arc<DiskHealth> {
         &self.health
     }
 
-    /// Puts an overlay that is only read on active.
+    /// Adds a read-only overlay on top.
     pub(crate) fn push_backing(&mut self, backing: BackingLayer) {
         debug_assert!(self.active.is_none());
         self.backing.push(Arc::new(backing));
     }
 
-    /// Puts the overlay that is written to on active.
+    /// Adds the overlay that is written on top.
     pub(crate) fn set_active(&mut self, active: ActiveLayer) {
         self.active = Some(active);
     }
@@ -127,12 +131,12 @@ impl LayeredDisk {
         std::iter::once(base).chain(backing).chain(active).cloned().collect()
     }
 
-    /// The overlay that is written to.
+    /// The overlay that is written.
     pub(crate) fn active(&self) -> Option<&ActiveLayer> {
         self.active.as_ref()
     }
 
-    /// The file that is written to, and where in it the disk begins.
+    /// Number of the file that is written, and the offset of the disk's first byte in it.
     pub(crate) fn write_target(&self) -> (u8, u64) {
         self.active.as_ref().map_or((0, 0), |active| (self.active_file(), active.layout.data))
     }
@@ -142,7 +146,7 @@ impl LayeredDisk {
         FlushTarget { file: self.write_target().0, layer: self.active(), health: &self.health }
     }
 
-    /// Whether what is written to is a file, and no block device.
+    /// Whether the layer that is written is a file, and not a block device.
     pub(crate) fn writes_to_file(&self) -> bool {
         self.active.is_some() || self.base.file().metadata().is_ok_and(|metadata| metadata.is_file())
     }
@@ -151,8 +155,9 @@ impl LayeredDisk {
         (self.backing.len() + 1) as u8
     }
 
-    /// Where the `len` bytes from `offset` are, or as many of them as are in one extent. Both are multiples of 512, `len` is not
-    /// 0, and they do not reach past the end of the disk. `state` is that of the overlay that is written to.
+    /// Where the `len` bytes from `offset` are stored, or as many of them as are in one extent.
+    /// Both are multiples of 512. `len` is not 0, and the range lies within the disk. `state` is
+    /// that of the active overlay; without it, the active overlay is skipped.
     pub(crate) fn locate(&self, state: Option<&ActiveState>, offset: u64, len: u64) -> Extent {
         let (sector, mut count) = (offset / SECTOR, len / SECTOR);
         let extent = |file, start: u64, count| Extent { file, offset: start + offset, len: count * SECTOR };
@@ -173,7 +178,7 @@ impl LayeredDisk {
         extent(0, 0, count)
     }
 
-    /// What the next overlay has to know about this layers. Reads 128 KiB, and waits for them.
+    /// Identifies this disk for an overlay on it. Reads 128 KiB, and blocks.
     pub(crate) fn backing_id(&self) -> io::Result<BackingId> {
         let size = self.size();
         let mut bytes = vec![0; FINGERPRINT_BYTES.min(size) as usize];
@@ -191,7 +196,7 @@ impl LayeredDisk {
         })
     }
 
-    /// The layers that are only read, to be merged into the blank file at `path`.
+    /// A merge of the read-only layers into the blank file at `path`.
     pub(crate) fn merge_layers(&self, path: &Path) -> Result<LayerMerge, DiskError> {
         let layers = LayeredDisk {
             base: Arc::clone(&self.base),
@@ -202,7 +207,7 @@ impl LayeredDisk {
         Ok(LayerMerge { layers, target: MergeTarget::open(path)? })
     }
 
-    /// Reads what the layers below the one that is written to mark_allocated.
+    /// Reads from the layers below the active overlay. Blocks.
     fn read_at(&self, mut offset: u64, mut bytes: &mut [u8]) -> io::Result<()> {
         let files = self.files();
         while !bytes.is_empty() {
@@ -223,7 +228,8 @@ mod tests {
     use super::*;
     use crate::overlay::{ActiveOptions, OverlayError};
 
-    /// A plain disk, and layers on it, the last of them larger; each has written sectors of its own, over some of the others'.
+    /// A base, and overlays on it, the last of them larger. Each has sectors of its own and some of
+    /// others.
     struct Family {
         dir: tempfile::TempDir,
         base: PathBuf,
@@ -234,7 +240,7 @@ mod tests {
 
     fn options(size: Option<u64>, wait_for_disk: bool) -> ActiveOptions<'static> {
         let health = DiskHealth::new("overlay");
-        ActiveOptions { below: &[], size, wait_for_disk, name_is_durable: true, health }
+        ActiveOptions { backing_files: &[], size, wait_for_disk, name_is_durable: true, health }
     }
 
     impl Family {
@@ -246,9 +252,9 @@ mod tests {
             let mut family = Family { dir, base, layers: Vec::new() };
             for layer in 0..4u64 {
                 let path = family.dir.path().join(format!("layer{layer}"));
-                let beneath = family.open().backing_id().unwrap();
-                let size = beneath.size + if layer == 3 { 4096 } else { 0 };
-                let active = ActiveLayer::open(&path, beneath, options(Some(size), layer % 2 == 0)).unwrap();
+                let backing = family.open().backing_id().unwrap();
+                let size = backing.size + if layer == 3 { 4096 } else { 0 };
+                let active = ActiveLayer::open(&path, backing, options(Some(size), layer % 2 == 0)).unwrap();
                 let (at, session) = active.session_start();
                 active.file.write_all_at(&session, at).unwrap();
                 active.session_opened();
@@ -256,7 +262,7 @@ mod tests {
                     [(layer * 3, 8), (1000 + layer * 5000, 33_000 / (layer + 1)), (SECTORS - 4, 4)]
                 {
                     let count = count.min(SECTORS - sector);
-                    // Some are zeros, which stand in a hole.
+                    // Some are zeros, stored as a hole.
                     if layer != 1 {
                         let bytes = vec![200 + layer as u8; (count * SECTOR) as usize];
                         active.file.write_all_at(&bytes, active.layout.data + sector * SECTOR).unwrap();
@@ -303,7 +309,7 @@ mod tests {
         let new = Family::open_on(&family.base, std::slice::from_ref(&merged)).unwrap();
         assert!(contents(&old) == contents(&new), "the merged layers differ");
         Family::open_on(&family.base, &[merged.clone(), on_top]).unwrap();
-        // It is not written twice, nor put on another disk.
+        // It cannot be written twice, nor used on another base.
         assert!(old.merge_layers(&merged).is_err());
         let other = family.dir.path().join("other");
         std::fs::write(&other, vec![0; (SECTORS * SECTOR) as usize]).unwrap();
@@ -325,14 +331,14 @@ mod tests {
     fn a_merge_keeps_layers_from_being_written_to_and_not_what_lies_on_them() {
         let family = Family::new();
         let mut layers = family.open();
-        let beneath = layers.backing_id().unwrap();
+        let backing = layers.backing_id().unwrap();
         let active = family.dir.path().join("active");
-        layers.set_active(ActiveLayer::open(&active, beneath, options(None, true)).unwrap());
+        layers.set_active(ActiveLayer::open(&active, backing, options(None, true)).unwrap());
         let merged = family.dir.path().join("merged");
         File::create(&merged).unwrap();
         let merge = layers.merge_layers(&merged).unwrap();
         drop(layers);
-        ActiveLayer::open(&active, beneath, options(None, true)).expect("it was closed");
+        ActiveLayer::open(&active, backing, options(None, true)).expect("it was closed");
         let below = Family::open_on(&family.base, &family.layers[..3]).unwrap().backing_id().unwrap();
         let write = || ActiveLayer::open(&family.layers[3], below, options(None, false));
         assert!(matches!(write(), Err(OverlayError::InUse { .. })));

@@ -1,12 +1,13 @@
-//! Opening a disk: a file or a block device, and the overlays on it.
+//! Disks: a file or a block device, with or without overlays.
 //!
-//! A [`Disk`] is what a drive's paths name, opened once. It is cheap to clone, and each clone is the same disk; the
-//! [`DiskQueue`]s that serve its requests come from it. Opening is where everything is checked that can be: what is
-//! left are errors of single requests.
+//! A [`Disk`] is what the paths of a drive name, opened once. Clones share it. The [`DiskQueue`]s
+//! that serve its requests are created from it. Everything that can be checked is checked when it
+//! is opened; later errors are those of single requests.
 //!
 //! # Callers
 //!
-//! `machine` opens disks, on main: when a drive is attached, and when its path is replaced.
+//! The `control` crate opens disks on its main thread's behalf: when a drive is configured, when
+//! its path is replaced, and for a fork or a snapshot.
 
 pub(crate) mod backlog;
 mod base;
@@ -49,21 +50,21 @@ pub struct Disk {
     read_only: bool,
     cache_type: CacheType,
     engine: IoEngine,
-    /// For fuzzing: requests are over when they are submitted, with [`IoEngine::Async`] too.
+    /// For fuzzing: requests are complete when they are submitted, also with [`IoEngine::Async`].
     #[cfg(any(test, feature = "testing"))]
     pub(crate) draining: bool,
 }
 
 impl Disk {
-    /// Opens a disk and the overlays on it, for a process that has no other disks.
+    /// Opens a disk and its overlays, in a process that has no other disks.
     pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
         Self::open_with(options, &FileLocks::default(), None)
     }
 
-    /// Opens a disk and the overlays on it.
+    /// Opens a disk and its overlays.
     ///
-    /// `locks` are those of this process's disks. `replaces` is the disk in whose extent it comes: where both are the same file, contents
-    /// that are unknown stay so.
+    /// `locks` are the locks of this process. `replaces` is the disk that this one replaces: if
+    /// both are the same file and its contents are unknown, they stay so.
     pub fn open_with(
         options: &DiskOptions,
         locks: &FileLocks,
@@ -76,7 +77,7 @@ impl Disk {
             && base.is_same_disk(old.layers.base())
             && old.layers.active().is_none()
         {
-            // What lies beneath the overlay would be what is unknown.
+            // The overlay would be created on a base with unknown contents.
             old.check()?;
         }
         let same = replaces.filter(|old| base.shares_writes_with(old.layers.base()));
@@ -88,21 +89,21 @@ impl Disk {
         if let Some(overlay) = &options.overlay {
             let unreadable = |source| DiskError::Read { path: options.path.clone(), source };
             for path in &overlay.layers {
-                let beneath = layers.backing_id().map_err(unreadable)?;
-                layers.push_backing(BackingLayer::open(path, beneath)?);
+                let backing = layers.backing_id().map_err(unreadable)?;
+                layers.push_backing(BackingLayer::open(path, backing)?);
             }
-            let beneath = layers.backing_id().map_err(unreadable)?;
+            let backing = layers.backing_id().map_err(unreadable)?;
             if options.read_only {
-                layers.push_backing(BackingLayer::open(&overlay.path, beneath)?);
+                layers.push_backing(BackingLayer::open(&overlay.path, backing)?);
             } else {
                 let options = ActiveOptions {
-                    below: &layers.files(),
+                    backing_files: &layers.files(),
                     size: overlay.size_mib.map(|mib| mib << 20),
                     wait_for_disk: options.cache_type == CacheType::Writeback,
                     name_is_durable: options.name_is_durable,
                     health,
                 };
-                layers.set_active(ActiveLayer::open(&overlay.path, beneath, options)?);
+                layers.set_active(ActiveLayer::open(&overlay.path, backing, options)?);
             }
         }
         Ok(Disk {
@@ -120,7 +121,7 @@ impl Disk {
         self.layers.size()
     }
 
-    /// Whether writes are refused.
+    /// Whether the guest cannot write.
     pub fn is_read_only(&self) -> bool {
         self.read_only
     }
@@ -135,7 +136,7 @@ impl Disk {
         self.cache_type == CacheType::Writeback
     }
 
-    /// How it is read and written.
+    /// The engine that serves it.
     pub fn engine(&self) -> IoEngine {
         self.engine
     }
@@ -145,16 +146,21 @@ impl Disk {
         self.layers.active().is_some()
     }
 
-    /// Whether workers of its own make it quicker, ones that may wait for it ([`Blocking::Allowed`]): where a request would
-    /// otherwise go to another thread and back, though most are but copies into the page cache. Writes to a file do (most file
-    /// systems cannot tell `io_uring` beforehand that they will not wait), and everything with [`IoEngine::Sync`].
+    /// Whether dedicated workers, which may block ([`Blocking::Allowed`]), are to serve it.
     ///
-    /// A disk of no size counts as well: it stands for one that takes its extent later, when workers cannot be made any more.
+    /// With [`IoEngine::Sync`] they are needed: every request may block. With [`IoEngine::Async`]
+    /// they make writes to a file faster. Most file systems cannot tell `io_uring` beforehand that
+    /// a write will not block, so it goes to a kernel thread and back, although it is mostly a copy
+    /// to the page cache.
+    ///
+    /// A disk of size 0 counts as writable: it stands for one that replaces it later, when the
+    /// workers of the device cannot be changed.
     pub fn wants_own_workers(&self) -> bool {
         self.engine == IoEngine::Sync || (!self.read_only && self.layers.writes_to_file())
     }
 
-    /// Something that serves requests: its own ring or thread. A disk with an overlay has at most one in use at a time.
+    /// Builds a queue, with an engine of its own, for a worker that may block or not. A disk with
+    /// an overlay has at most one queue in use at a time.
     pub fn queue(&self, blocking: Blocking) -> Result<DiskQueue, DiskError> {
         let files = self.layers.queue_files();
         #[cfg(any(test, feature = "testing"))]
@@ -181,7 +187,7 @@ impl Disk {
         self.layers.files()
     }
 
-    /// Fails once the disk's contents are unknown: a sync of it failed.
+    /// Fails if the contents are unknown because a sync failed.
     pub fn check(&self) -> Result<(), ContentsUnknown> {
         self.layers.health().check()
     }
@@ -192,17 +198,17 @@ impl Disk {
         self.layers.queue_files()
     }
 
-    /// Makes the files hold all that the disk does, and durable if flushes wait for the disk. Blocks; for the moments in which
-    /// no request is in flight, such as a snapshot.
+    /// Writes all metadata to the files, and makes the files durable if flushes wait for the disk.
+    /// Blocks. No request may be in flight: the guest is paused, as for a snapshot.
     pub fn sync(&self) -> Result<(), DiskError> {
-        let _one = self.layers.health().begin()?;
+        let _one = self.layers.health().begin_operation()?;
         match self.layers.active() {
             Some(active) => Ok(active.sync("a sync of the paused microVM's disk")?),
             None => self.sync_base("a sync of the paused microVM's disk"),
         }
     }
 
-    /// Makes what was written to a plain disk durable, if flushes wait for it.
+    /// Makes a disk without an overlay durable, if flushes wait for the disk.
     fn sync_base(&self, what: &'static str) -> Result<(), DiskError> {
         match self.layers.base().sync_file() {
             Some(file) if self.cache_type == CacheType::Writeback => {
@@ -214,19 +220,19 @@ impl Disk {
 }
 
 impl Disk {
-    /// Ends its use in order: an overlay is closed, so that it holds on any host what was written to it (durable, if flushes wait for the
-    /// disk). A plain disk has what was written to it already, as far as it is promised. Blocks. No request is in flight. An error
-    /// if the disk's contents are unknown.
+    /// Ends the use of the disk. An overlay is closed, so that any host can open it with all that
+    /// was written (durable, if flushes wait for the disk). A disk without an overlay has nothing
+    /// to do. Blocks. No request may be in flight. Fails if the contents are unknown.
     pub fn close(&self) -> Result<(), DiskError> {
-        let _one = self.layers.health().begin()?;
+        let _one = self.layers.health().begin_operation()?;
         self.layers.active().map_or(Ok(()), |active| Ok(active.close()?))
     }
 
-    /// Makes its files a base that others can put overlays on: they hold all that the disk does (durable if flushes wait for the
-    /// disk), and may be read by others. Blocks. No request is in flight, and none may come any more: whoever used this disk goes on with
-    /// an overlay on it.
+    /// Makes the files a base for other overlays: complete (and durable, if flushes wait for the
+    /// disk), and with a shared lock. Blocks. No request may be in flight, and none may follow: the
+    /// user of this disk continues with an overlay on it.
     pub fn freeze(&self) -> Result<(), DiskError> {
-        let _one = self.layers.health().begin()?;
+        let _one = self.layers.health().begin_operation()?;
         if let Some(active) = self.layers.active() {
             return Ok(active.freeze()?);
         }
@@ -237,21 +243,22 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether its writes go to an overlay that holds nothing yet: what lies below is all that there is.
+    /// Whether writes go to an overlay that has no sector allocated.
     pub fn is_unwritten(&self) -> bool {
         self.layers.active().is_some_and(ActiveLayer::is_unwritten)
     }
 
-    /// The layers that are only read, to be merged into the blank file at `path` on another thread. Requests may come meanwhile.
+    /// Prepares a merge of the read-only layers into the blank file at `path`, which runs on
+    /// another thread. Requests may be in flight.
     pub fn merge_layers(&self, path: &Path) -> Result<LayerMerge, DiskError> {
         self.check()?;
         self.layers.merge_layers(path)
     }
 
-    /// Lets the disk itself have what was written so far, if flushes wait for it, so that a freeze soon after waits for little. Blocks;
-    /// requests may come meanwhile.
+    /// Writes dirty pages to the disk, if flushes wait for it, so that a freeze soon after is
+    /// quick. Blocks. Requests may be in flight.
     pub fn write_back(&self) -> Result<(), DiskError> {
-        let _one = self.layers.health().begin()?;
+        let _one = self.layers.health().begin_operation()?;
         if self.read_only || self.cache_type == CacheType::Unsafe {
             return Ok(());
         }
@@ -261,7 +268,7 @@ impl Disk {
         }
     }
 
-    /// Undoes [`Disk::freeze`]: it is written to again. Only if nobody has put an overlay on it.
+    /// Undoes [`Disk::freeze`]. Fails if others have an overlay on it open.
     pub fn thaw(&self) -> Result<(), DiskError> {
         match self.layers.active() {
             Some(active) => Ok(active.thaw()?),

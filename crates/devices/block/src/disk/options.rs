@@ -1,10 +1,10 @@
-//! What a disk is made of, and how it is to be used.
+//! How a disk is opened.
 
 use std::path::PathBuf;
 
 use config::{CacheType, Drive, IoEngine};
 
-/// What a disk is made of, and how it is to be used.
+/// How a disk is opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskOptions {
     /// The file or block device.
@@ -13,20 +13,20 @@ pub struct DiskOptions {
     pub read_only: bool,
     /// Whether the guest's flushes wait for the disk.
     pub cache_type: CacheType,
-    /// How it is read and written; the best that the kernel has where absent.
+    /// The engine; the best that the kernel has where absent.
     pub engine: Option<IoEngine>,
-    /// Where writes go instead.
+    /// The overlay that takes the writes.
     pub overlay: Option<config::Overlay>,
-    /// Most queues that serve it at a time.
+    /// Number of queues in use at a time.
     pub io_threads: u16,
-    /// Whether other monitors are kept from it while it is in use.
+    /// Whether the disk is locked against other monitors.
     pub lock: bool,
-    /// Whether the directory entry of a new, empty overlay file is known to be durable. If not, it is made so.
+    /// Whether the directory entry of a new overlay file is durable already; if not, it is synced.
     pub name_is_durable: bool,
 }
 
 impl DiskOptions {
-    /// What `drive` asks for; a drive that was checked has a path.
+    /// The options of `drive`, which was checked and so has a path.
     pub fn of(drive: &Drive) -> Self {
         DiskOptions {
             path: drive.path_on_host.clone().unwrap_or_default(),

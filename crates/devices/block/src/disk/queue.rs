@@ -1,23 +1,29 @@
-//! Serving requests for a disk: what the tasks of the device talk to.
+//! Serves requests for a disk.
 //!
 //! # Contract
 //!
-//! - The caller has checked that a request lies within the disk, in whole sectors. What reaches past the end all the same is
-//!   answered with `EINVAL`; nothing panics.
-//! - [`enqueue`](DiskQueue::enqueue) notes requests, [`submit_and_reap`](DiskQueue::submit_and_reap) sends them off and takes in what is over, and
-//!   [`finished`](DiskQueue::finished) tells one by one which are. None of them waits for a disk (but for a worker with
-//!   [`Blocking`](super::engine::Blocking)), nor does any take long: a request larger than [`PART`] is worked off in parts,
-//!   a few at a time, so that it cannot keep a worker to itself.
-//! - Its [`event`](DiskQueue::event) is readable when `submit_and_reap` has something to take in.
-//! - Requests in flight together have no order, as on any disk. A flush covers what had finished when it was started.
-//! - [`reserve`](DiskQueue::reserve) bounds what the disk still has to move ([`backlog`](super::backlog)).
-//! - A discard is a hint. What is left of it when its queue is to [drain](DiskQueue::set_draining) is not done.
-//! - What was told to be over survives the monitor's being killed, on an overlay as on a plain disk ([`map_commit`](super::map_commit)).
+//! - The caller has checked that a request lies within the disk, in whole sectors. Otherwise it
+//!   fails with `EINVAL`; nothing panics.
+//! - [`enqueue`](DiskQueue::enqueue) adds a request,
+//!   [`submit_and_reap`](DiskQueue::submit_and_reap) starts and completes requests, and
+//!   [`pop_completion`](DiskQueue::pop_completion) returns the results. None of them blocks, unless
+//!   the queue was built with [`Blocking::Allowed`](crate::engine::Blocking). None takes long
+//!   either: a request larger than [`PART`] is split, so that it cannot keep a worker to itself.
+//! - [`event`](DiskQueue::event) is readable when `submit_and_reap` has something to complete.
+//! - Requests in flight at the same time have no order. A flush covers the requests that were
+//!   complete when it was enqueued.
+//! - [`reserve`](DiskQueue::reserve) bounds what the disk still has to move
+//!   ([`backlog`](crate::disk::backlog)).
+//! - A discard is a hint. When the queue [drains](DiskQueue::set_draining), the rest of it is
+//!   skipped.
+//! - A completed request survives a kill of the monitor, on an overlay as well
+//!   ([`commit`](crate::overlay::commit)).
 //!
 //! # Error model
 //!
-//! A request fails with an errno; others go on. `EIO` may mean that the file ended early: it shrank. After a failed sync, of this queue or of
-//! anything else that syncs the disk, flushes fail with `EIO` and are not tried ([`health`](super::health)).
+//! A request fails with an errno; others are not affected. `EIO` may mean that the file was
+//! truncated. After a failed sync, of this queue or of anything else, flushes fail with `EIO` and
+//! are not tried ([`health`](crate::host_file::health)).
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -39,30 +45,32 @@ use crate::overlay::flush::Flush;
 use crate::overlay::session::SessionStart;
 use sync::EventFd;
 
-/// Most dirty bytes that a discard or a zeroing by the file system leaves: the partial blocks at its ends, and metadata.
-const RANGE_DIRT: u64 = 64 << 10;
-/// Dirty bytes of an overlay's two maps for one change of sectors that they did not mark_allocated, at most, for each 16 MiB of it.
-const MAP_DIRT: u64 = 2 * 4096;
-/// The sync of the backlog, as a flush of the disk.
+/// Most bytes that a discard, or a write-zeroes by the file system, makes dirty: partial blocks at
+/// the ends of the range, and metadata.
+const RANGE_DIRTY: u64 = 64 << 10;
+/// Most bytes of an overlay's two maps that a change of unallocated sectors makes dirty, for each
+/// 16 MiB.
+const MAP_DIRTY: u64 = 2 * 4096;
+/// Token of a sync of the backlog, as a flush of the disk.
 const SYNC: Token = Token::MAX;
 
-/// Serves requests for one [`Disk`](super::disk::Disk).
+/// Serves requests for one [`Disk`](super::Disk).
 #[derive(Debug)]
 pub struct DiskQueue {
-    /// First, so that it is dropped first: it waits for what is in flight.
+    /// The first field, so that it is dropped first: its drop waits for what is in flight.
     engine: Box<dyn Engine<Tag>>,
     layers: Arc<LayeredDisk>,
-    /// Whether a flush does anything.
+    /// Whether flushes wait for the disk.
     flush: bool,
     backlog: Arc<Backlog>,
-    /// The number of this queue among those of the backlog.
-    member: usize,
+    /// Number of this queue in the backlog.
+    queue_index: usize,
     write_back: WriteBack,
-    /// Size of the request that waits for room.
-    held: u64,
-    /// A sync ended in the last `submit_and_reap`: there may be room.
-    freed: bool,
-    /// Nothing is session_step_done any more that need not be.
+    /// Size of the request that does not fit in the backlog.
+    blocked_bytes: u64,
+    /// A sync has ended in the last `submit_and_reap`, so a request may fit now.
+    backlog_freed: bool,
+    /// Discards in flight are cut short.
     draining: bool,
     /// Requests in parts.
     split: SplitTable,
@@ -70,18 +78,18 @@ pub struct DiskQueue {
     map_commit: MapCommit,
     flushes: Flush,
     creator: CreatorPid,
-    finished: VecDeque<(Token, Result<(), Errno>)>,
+    completions: VecDeque<(Token, Result<(), Errno>)>,
     in_flight: usize,
-    /// Completions of one round, reused.
+    /// Completed transfers of one round; reused.
     done: Vec<Done<Tag>>,
     pool: BufferPool,
 }
 
-/// The early write-back that this queue does.
+/// Early write-back of this queue.
 #[derive(Debug, Default)]
 struct WriteBack {
     pages: DistinctPages,
-    /// It is being started.
+    /// Its start is in flight.
     starting: bool,
 }
 
@@ -92,47 +100,47 @@ impl DiskQueue {
             layers,
             flush,
             backlog: Backlog::new(1),
-            member: 0,
+            queue_index: 0,
             write_back: WriteBack::default(),
-            held: 0,
-            freed: false,
+            blocked_bytes: 0,
+            backlog_freed: false,
             draining: false,
             split: SplitTable::default(),
             session_start: SessionStart::default(),
             map_commit: MapCommit::default(),
             flushes: Flush::default(),
             creator: CreatorPid::current(),
-            finished: VecDeque::new(),
+            completions: VecDeque::new(),
             in_flight: 0,
             done: Vec::new(),
             pool: BufferPool::default(),
         }
     }
 
-    /// The same as number `member` of the queues that share `backlog`.
-    pub(crate) fn with_backlog(mut self, backlog: Arc<Backlog>, member: usize) -> Self {
-        (self.backlog, self.member) = (backlog, member);
+    /// Makes this queue number `queue_index` of those that share `backlog`.
+    pub(crate) fn with_backlog(mut self, backlog: Arc<Backlog>, queue_index: usize) -> Self {
+        (self.backlog, self.queue_index) = (backlog, queue_index);
         self
     }
 
-    /// Signals `waker` when there is something to do because of another queue of the disk.
+    /// Sets the event that is signalled when another queue of the disk has work for this one.
     pub(crate) fn set_waker(&self, waker: Arc<EventFd>) {
-        self.backlog.set_waker(self.member, waker);
+        self.backlog.set_waker(self.queue_index, waker);
     }
 
-    /// Takes room in the backlog for a request that makes the disk move `bytes`. False if there is none: the waker is signalled, or
-    /// `submit_and_reap` has something to do, when there may be.
-    /// Reads may exceed it a little, so that they do not wait for what was written.
+    /// Reserves `bytes`, which the disk has to move for a request, in the backlog. If they do not
+    /// fit, returns false; when they may, the waker is signalled or `has_more` is true. Reads may
+    /// exceed the window a little, so that they do not wait for what was written.
     pub(crate) fn reserve(&mut self, bytes: u64, is_read: bool) -> bool {
         let extra = if is_read { READ_EXTRA } else { 0 };
-        let fits = self.backlog.reserve(self.member, bytes, extra);
-        self.held = if fits { 0 } else { bytes };
+        let fits = self.backlog.reserve(self.queue_index, bytes, extra);
+        self.blocked_bytes = if fits { 0 } else { bytes };
         fits
     }
 
-    /// Gives back the room of a request that is over.
+    /// Releases the bytes of a request that is complete.
     pub(crate) fn release(&self, bytes: u64) {
-        self.backlog.release(self.member, bytes);
+        self.backlog.release(self.queue_index, bytes);
     }
 
     /// Bytes that the disk has to move for a write of `len` bytes at `offset`.
@@ -142,28 +150,29 @@ impl DiskQueue {
     }
 
     fn cost_of_maps(&self, len: u64) -> u64 {
-        if self.layers.active().is_some() { MAP_DIRT * (2 + len / (16 << 20)) } else { 0 }
+        if self.layers.active().is_some() { MAP_DIRTY * (2 + len / (16 << 20)) } else { 0 }
     }
 
-    /// Whether discards in flight are to end early, because a pause or a reset waits for this queue.
+    /// Sets whether discards in flight are cut short, because a pause or a reset waits for this
+    /// queue.
     pub(crate) fn set_draining(&mut self, draining: bool) {
         self.draining = draining;
         if draining {
-            self.held = 0;
+            self.blocked_bytes = 0;
         }
     }
 
-    /// Empty buffers, for a request to come; used ones, if there are any.
+    /// Empty buffers for a request: recycled ones, if there are any.
     pub fn buffers(&mut self) -> GuestBuffers {
         self.pool.take()
     }
 
-    /// Takes back buffers that were not used after all.
+    /// Takes back buffers that were not used.
     pub fn recycle(&mut self, buffers: GuestBuffers) {
         self.pool.recycle(buffers);
     }
 
-    /// Notes a request; `offset` is in bytes, and of no matter for a flush.
+    /// Adds a request. `offset` is in bytes, and ignored for a flush.
     pub fn enqueue(&mut self, token: Token, offset: u64, request: Request) {
         self.in_flight += 1;
         let len = match &request {
@@ -184,9 +193,9 @@ impl DiskQueue {
                 let file = self.layers.write_target().0;
                 let change = (token, offset, change);
                 if let Err((token, _, change)) =
-                    self.session_start.wait(change, file, active, &mut *self.engine)
+                    self.session_start.enqueue(change, file, active, &mut *self.engine)
                 {
-                    self.refuse(token, change, Errno::IO);
+                    self.fail_change(token, change, Errno::IO);
                 }
             }
             (change, _) => self.change(token, offset, change),
@@ -203,57 +212,60 @@ impl DiskQueue {
         }
     }
 
-    /// Sends off what was noted and takes in what is over. The caller tells what [`finished`](Self::finished) and, if then it
-    /// [`has_more`](Self::has_more), comes back, now or after others had their turn.
+    /// Starts what was enqueued, and completes what has ended. Then the caller takes the
+    /// completions ([`pop_completion`](Self::pop_completion)) and, if the queue
+    /// [`has_more`](Self::has_more), calls this again, at once or after other tasks have run.
     pub fn submit_and_reap(&mut self) {
-        self.freed = false;
+        self.backlog_freed = false;
         self.start_sync();
         self.engine.submit();
         let mut done = std::mem::take(&mut self.done);
         self.engine.reap(&mut done);
         for done in done.drain(..) {
-            self.take_in(done);
+            self.transfer_done(done);
         }
         self.done = done;
         if self.flush {
-            self.backlog.finished(self.member, &mut self.finished);
+            self.backlog.finished(self.queue_index, &mut self.completions);
         }
         if let Some(active) = self.layers.active() {
             let extent = (self.layers.write_target().0, active);
-            self.map_commit.start_run(extent, &mut *self.engine, &mut self.finished);
+            self.map_commit.start_run(extent, &mut *self.engine, &mut self.completions);
         }
     }
 
-    /// Whether there is something to do or to tell at once, for which no event will come.
+    /// Whether there is work or a completion for which no event will come.
     pub fn has_more(&self) -> bool {
-        self.engine.has_more() || !self.finished.is_empty() || self.freed
+        self.engine.has_more() || !self.completions.is_empty() || self.backlog_freed
     }
 
-    /// The next request that is over, with how it went.
-    pub fn finished(&mut self) -> Option<(Token, Result<(), Errno>)> {
-        let finished = self.finished.pop_front();
-        if finished.is_some() {
+    /// Takes the next completed request and its result.
+    pub fn pop_completion(&mut self) -> Option<(Token, Result<(), Errno>)> {
+        let completion = self.completions.pop_front();
+        if completion.is_some() {
             self.in_flight -= 1;
         }
-        finished
+        completion
     }
 
-    /// Requests that were started and not yet told to be over.
+    /// Requests that were enqueued and whose completions were not taken.
     pub fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    /// Whether nothing is in flight, not even what nobody waits for.
+    /// Whether nothing is in flight, including work without a request, such as write-back.
     pub fn is_idle(&self) -> bool {
         self.in_flight == 0 && self.engine.in_flight() == 0
     }
 
-    /// Readable while [`submit_and_reap`](Self::submit_and_reap) has something to take in. None if nothing is ever left to wait for.
+    /// Readable while [`submit_and_reap`](Self::submit_and_reap) has something to complete. `None`
+    /// for an engine that leaves nothing in flight.
     pub fn event(&self) -> Option<BorrowedFd<'_>> {
         self.engine.event()
     }
 
-    /// Waits until all that was started is over; [`finished`](Self::finished) tells how it went. For threads that may block.
+    /// Waits until nothing is in flight. The results are in
+    /// [`pop_completion`](Self::pop_completion). Blocks.
     pub fn drain(&mut self) {
         loop {
             self.submit_and_reap();
@@ -264,14 +276,14 @@ impl DiskQueue {
         }
     }
 
-    /// Waits until there is something to take in.
+    /// Waits until there is something to complete.
     #[cfg(test)]
     pub(crate) fn wait_for_tests(&mut self) {
         self.engine.wait();
     }
 
     fn finish(&mut self, token: Token, result: Result<(), Errno>) {
-        self.finished.push_back((token, result));
+        self.completions.push_back((token, result));
     }
 
     fn read(&mut self, token: Token, offset: u64, buffers: GuestBuffers) {
@@ -318,15 +330,13 @@ impl DiskQueue {
         if !self.flush {
             return self.finish(token, Ok(()));
         }
-        self.backlog.flush(self.member, token);
-        // It may be answered already.
-        self.freed = true;
+        self.backlog.flush(self.queue_index, token);
         self.start_sync();
     }
 
-    /// Starts a sync of the disk if it is due and none runs.
+    /// Starts a sync of the disk if one is due and none runs.
     fn start_sync(&mut self) {
-        if !self.flush || !self.backlog.begin_sync(self.held) {
+        if !self.flush || !self.backlog.begin_sync(self.blocked_bytes) {
             return;
         }
         self.write_back.pages.sync_begins(&self.backlog);
@@ -340,35 +350,36 @@ impl DiskQueue {
         }
     }
 
-    /// The sync that this queue started is over, or was not tried because one has failed before.
+    /// The sync that this queue started has ended, or was not tried because an earlier one has
+    /// failed.
     fn sync_ended(&mut self, result: Result<(), Errno>) {
         if result.is_ok() {
             self.write_back.pages.sync_succeeded(&self.backlog);
         }
-        self.backlog.sync_ended(self.member, result);
-        self.freed = true;
-        // Flushes that came meanwhile.
+        self.backlog.sync_ended(self.queue_index, result);
+        self.backlog_freed = true;
+        // For flushes that came meanwhile.
         self.start_sync();
     }
 
-    /// `len` bytes at `offset` of the disk were written, or some of them.
-    fn wrote(&mut self, offset: u64, len: u64) {
+    /// Counts a write of up to `len` bytes at `offset` of the disk.
+    fn count_written(&mut self, offset: u64, len: u64) {
         if self.flush && len > 0 {
             let offset = self.layers.write_target().1 + offset;
             let fresh = self.write_back.pages.mark(offset, len, &self.backlog);
             let maps = if fresh > 0 { self.cost_of_maps(len) } else { 0 };
-            self.dirty(fresh + maps);
+            self.count_dirty(fresh + maps);
         }
     }
 
-    /// A range was discarded or zeroed without data being written.
-    fn cleared(&mut self, len: u64) {
+    /// Counts a discard, or a write-zeroes by the file system.
+    fn count_cleared(&mut self, len: u64) {
         if self.flush {
-            self.dirty(len.min(RANGE_DIRT) + self.cost_of_maps(len));
+            self.count_dirty(len.min(RANGE_DIRTY) + self.cost_of_maps(len));
         }
     }
 
-    fn dirty(&mut self, bytes: u64) {
+    fn count_dirty(&mut self, bytes: u64) {
         if bytes == 0 {
             return;
         }
@@ -379,7 +390,7 @@ impl DiskQueue {
         self.start_sync();
     }
 
-    /// A sync of this queue failed, which the disk's health knows: lets an overlay say that its contents are unknown.
+    /// A sync of this queue failed: marks the contents of an overlay as unknown in its file.
     fn mark_unknown(&mut self) {
         let Some((offset, session)) = self.layers.active().and_then(ActiveLayer::unknown_mark) else {
             return;
@@ -388,21 +399,21 @@ impl DiskQueue {
         self.engine.push(Transfer::write_bytes(file, offset, session, Tag::MarkUnknown));
     }
 
-    /// Ends a change that cannot be session_step_done.
-    fn refuse(&mut self, token: Token, change: Request, errno: Errno) {
+    /// Fails a change that cannot be started.
+    fn fail_change(&mut self, token: Token, change: Request, errno: Errno) {
         if let Request::Write(buffers) = change {
             self.recycle(buffers);
         }
         self.finish(token, Err(errno));
     }
 
-    /// Begins a request in parts.
+    /// Starts a request in parts.
     fn split(&mut self, token: Token, offset: u64, len: u64, what: SplitKind) {
         let index = self.split.add(SplitRequest::new(token, offset, len, what));
         self.start_parts(index);
     }
 
-    /// Starts parts of a request, as many as may be in flight.
+    /// Starts as many parts of a request as may be in flight.
     fn start_parts(&mut self, index: u32) {
         let Some(split) = self.split.get(index) else { return };
         let state = self.layers.active().map(ActiveLayer::state);
@@ -412,7 +423,7 @@ impl DiskQueue {
         }
     }
 
-    /// Takes in the end of a part.
+    /// Handles the end of a part.
     fn part_done(&mut self, index: u32, result: Result<(), Errno>) {
         let Some(split) = self.split.get(index) else { return };
         let was_last = split.part_ended(result);
@@ -432,32 +443,34 @@ impl DiskQueue {
             }
             SplitKind::Write(buffers) => {
                 self.recycle(buffers);
-                self.wrote(offset, len);
-                self.changed(token, offset / SECTOR, len / SECTOR, result);
+                self.count_written(offset, len);
+                self.finish_change(token, offset / SECTOR, len / SECTOR, result);
             }
             SplitKind::Zeros => {
-                self.wrote(offset, len);
-                self.changed(token, offset / SECTOR, len / SECTOR, result);
+                self.count_written(offset, len);
+                self.finish_change(token, offset / SECTOR, len / SECTOR, result);
             }
-            SplitKind::Discard => self.discarded(token, offset, started, result),
+            SplitKind::Discard => self.finish_discard(token, offset, started, result),
         }
     }
 
-    /// A discard of `len` bytes from `offset` is over. One that the disk cannot do is done.
-    fn discarded(&mut self, token: Token, offset: u64, len: u64, result: Result<(), Errno>) {
+    /// Finishes a discard of `len` bytes from `offset`. If the disk does not support it, it
+    /// succeeds.
+    fn finish_discard(&mut self, token: Token, offset: u64, len: u64, result: Result<(), Errno>) {
         if is_unsupported(result) || len == 0 {
             return self.finish(token, Ok(()));
         }
-        self.cleared(len);
-        // What lies beneath an overlay must not show through: it holds zeros there.
-        self.changed(token, offset / SECTOR, len / SECTOR, result);
+        self.count_cleared(len);
+        // The overlay's zeros must cover what its backing has there.
+        self.finish_change(token, offset / SECTOR, len / SECTOR, result);
     }
 
-    /// A change of `count` sectors from `sector` was made, or failed. It is over once the overlay, if there is one, says that it holds them.
-    fn changed(&mut self, token: Token, sector: u64, count: u64, result: Result<(), Errno>) {
+    /// Finishes a change of `count` sectors from `sector`. On an overlay it completes once the
+    /// commit map has them.
+    fn finish_change(&mut self, token: Token, sector: u64, count: u64, result: Result<(), Errno>) {
         match self.layers.active() {
             Some(active) if result.is_ok() => {
-                if self.map_commit.changed(token, sector, count, active) {
+                if self.map_commit.commit(token, sector, count, active) {
                     self.finish(token, Ok(()));
                 }
             }
@@ -465,22 +478,22 @@ impl DiskQueue {
         }
     }
 
-    fn take_in(&mut self, done: Done<Tag>) {
+    fn transfer_done(&mut self, done: Done<Tag>) {
         let Done { tag, result, buffers } = done;
         self.recycle(buffers);
         match tag {
             Tag::Whole(token) => self.finish(token, result),
             Tag::Write { token, sector, count } => {
-                self.wrote(sector * SECTOR, count * SECTOR);
-                self.changed(token, sector, count, result);
+                self.count_written(sector * SECTOR, count * SECTOR);
+                self.finish_change(token, sector, count, result);
             }
-            Tag::Discard { token, offset, len } => self.discarded(token, offset, len, result),
+            Tag::Discard { token, offset, len } => self.finish_discard(token, offset, len, result),
             Tag::Zero { token, offset, len } => {
                 if is_unsupported(result) {
                     return self.split(token, offset, len, SplitKind::Zeros);
                 }
-                self.cleared(len);
-                self.changed(token, offset / SECTOR, len / SECTOR, result);
+                self.count_cleared(len);
+                self.finish_change(token, offset / SECTOR, len / SECTOR, result);
             }
             Tag::Part(index) => self.part_done(index, result),
             Tag::Begin => self.session_step_done(result),
@@ -514,12 +527,12 @@ impl DiskQueue {
             Tag::CommitMap { page, words } => {
                 let Some(active) = self.layers.active() else { return };
                 let extent = (self.layers.write_target().0, active);
-                self.map_commit.step((page, words), result, extent, &mut *self.engine, &mut self.finished);
+                self.map_commit.step((page, words), result, extent, &mut *self.engine, &mut self.completions);
             }
         }
     }
 
-    /// A step of the session_start of the overlay's session is over.
+    /// Handles the end of a step of the overlay's session start.
     fn session_step_done(&mut self, result: Result<(), Errno>) {
         let Some(active) = self.layers.active() else { return };
         let file = self.layers.write_target().0;
@@ -530,21 +543,21 @@ impl DiskQueue {
             return;
         };
         if !self.layers.health().is_known() {
-            // What was written took the extent of a mark that another's failed sync may have made.
+            // The session was written over the mark that another failed sync may have made.
             active.require_mark_again();
             self.mark_unknown();
         }
         for (token, offset, change) in waiting {
             match result {
                 Ok(()) => self.change(token, offset, change),
-                Err(errno) => self.refuse(token, change, errno),
+                Err(errno) => self.fail_change(token, change, errno),
             }
         }
     }
 }
 
 impl Drop for DiskQueue {
-    /// Takes in what is in flight: the end of a sync that failed is not to be lost.
+    /// Completes what is in flight: the failure of a sync must reach the disk's health.
     fn drop(&mut self) {
         if self.creator.is_current() && self.engine.in_flight() > 0 {
             self.drain();
@@ -552,13 +565,13 @@ impl Drop for DiskQueue {
     }
 }
 
-/// Whether an error of the start of write-back may mean that data is lost. Without memory nothing was
-/// started, and the next sync writes it.
+/// Whether a failed start of write-back may mean lost data. If the kernel had no memory, nothing
+/// was started, and the next sync writes the pages.
 fn loses_data(errno: Errno) -> bool {
     !is_unsupported(Err(errno)) && !matches!(errno, Errno::NOMEM | Errno::AGAIN | Errno::INTR)
 }
 
-/// Whether the file system or the device cannot do what was asked, at all or for this alignment.
+/// Whether the file system or device does not support the operation, at all or at this alignment.
 fn is_unsupported(result: Result<(), Errno>) -> bool {
     matches!(result, Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL))
 }

@@ -1,4 +1,4 @@
-//! Requests that are worked off in parts, a few at a time, so that none keeps a worker to itself.
+//! Large requests, split into parts of which a few are in flight at a time.
 
 use rustix::io::Errno;
 
@@ -8,24 +8,24 @@ use crate::engine::{MAX_ZEROS, Transfer};
 use crate::io_request::{Tag, Token};
 use crate::overlay::ActiveState;
 
-/// Largest part of a request that is worked off at once, in bytes.
+/// Largest part of a read or write, in bytes.
 pub(crate) const PART: u64 = 1 << 20;
-/// Most parts of one request in flight at a time.
+/// Most parts of one request in flight.
 const MAX_PARTS: u32 = 4;
-/// Largest part of a discard, in bytes. Where the file allows it, parts end at multiples of it.
+/// Largest part of a discard, in bytes. Parts end at multiples of it.
 pub(crate) const DISCARD_PART: u64 = 4 << 20;
-/// Most bytes of one discard that the disk works on at a time.
+/// Most bytes of one discard in flight.
 pub(crate) const DISCARD_AT_A_TIME: u64 = MAX_PARTS as u64 * DISCARD_PART;
-/// A request that is worked off in parts.
+/// A request in parts.
 #[derive(Debug)]
 pub(crate) struct SplitRequest {
     pub(crate) token: Token,
     pub(crate) what: SplitKind,
-    /// Where on the disk it begins, in bytes.
+    /// Offset on the disk, in bytes.
     pub(crate) offset: u64,
     /// Length in bytes.
     pub(crate) len: u64,
-    /// Bytes for which a part was started.
+    /// Bytes whose parts were started.
     pub(crate) started: u64,
     /// Parts in flight.
     parts: u32,
@@ -38,8 +38,8 @@ impl SplitRequest {
         SplitRequest { token, what, offset, len, started: 0, parts: 0, error: None }
     }
 
-    /// The transfer of the next part, of the request with this `index`. `None` if there is none, or none
-    /// may be in flight now. `state` is that of the active overlay of `layers`.
+    /// Starts the next part of the request with this `index`. `None` if all parts are started, or
+    /// as many as may be are in flight. `state` is that of the active overlay of `layers`.
     pub(crate) fn next_part(
         &mut self,
         index: u32,
@@ -71,7 +71,7 @@ impl SplitRequest {
                 (Transfer::write_zeros(target, target_start + offset, left, tag), left)
             }
             SplitKind::Discard => {
-                // A part that ends in the middle of a block gives back none of it.
+                // A hole that ends in the middle of a block does not free the block.
                 let to_boundary = DISCARD_PART - (target_start + offset) % DISCARD_PART;
                 let len = (self.len - self.started).min(to_boundary);
                 (Transfer::zero(target, target_start + offset, len, false, tag), len)
@@ -82,7 +82,7 @@ impl SplitRequest {
         Some(transfer)
     }
 
-    /// Takes in the end of a part. True if no other is in flight.
+    /// Handles the end of a part. True if no other part is in flight.
     pub(crate) fn part_ended(&mut self, result: Result<(), Errno>) -> bool {
         self.parts -= 1;
         if let Err(errno) = result {
@@ -91,7 +91,7 @@ impl SplitRequest {
         self.parts == 0
     }
 
-    /// Whether no part is started any more.
+    /// Whether no more parts will be started.
     pub(crate) fn is_started(&self, draining: bool) -> bool {
         let dropped = draining && matches!(self.what, SplitKind::Discard);
         self.started == self.len || self.error.is_some() || dropped
@@ -114,7 +114,7 @@ pub(crate) struct SplitTable {
 }
 
 impl SplitTable {
-    /// Adds a request; its index is one that no other has.
+    /// Adds a request and returns its index.
     pub(crate) fn add(&mut self, split: SplitRequest) -> u32 {
         if let Some(index) = self.free.pop() {
             self.slots[index as usize] = Some(split);
@@ -125,12 +125,12 @@ impl SplitTable {
         }
     }
 
-    /// A request that was added.
+    /// The request with this index.
     pub(crate) fn get(&mut self, index: u32) -> Option<&mut SplitRequest> {
         self.slots[index as usize].as_mut()
     }
 
-    /// Takes a request out.
+    /// Takes the request with this index out.
     pub(crate) fn remove(&mut self, index: u32) -> Option<SplitRequest> {
         let split = self.slots[index as usize].take()?;
         self.free.push(index);

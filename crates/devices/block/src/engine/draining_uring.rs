@@ -1,7 +1,7 @@
-//! An engine for fuzzing: a real `io_uring`, whose transfers are over when `submit` returns.
+//! An engine for fuzzing: an `io_uring` whose transfers are all complete when `submit` returns.
 //!
-//! Everything goes through the ring, also what a worker would otherwise carry out itself. So what happens follows from what is asked, but for one
-//! thing: transfers that were submitted together may end in any order.
+//! Everything goes through the ring, also transfers that a worker would carry out itself. So the
+//! results are deterministic, except that transfers submitted together may complete in any order.
 
 use std::fmt;
 use std::fs::File;
@@ -11,7 +11,7 @@ use super::Engine;
 use super::transfer::{Blocking, Done, Transfer};
 use super::uring::{Uring, UringError};
 
-/// A ring, and what of it is over.
+/// A ring, and the transfers that it has completed.
 #[derive(Debug)]
 pub(crate) struct DrainingUring<T: Send> {
     ring: Box<Uring<T>>,
@@ -19,7 +19,7 @@ pub(crate) struct DrainingUring<T: Send> {
 }
 
 impl<T: Send> DrainingUring<T> {
-    /// An engine for `files`; a transfer's file is an index into them.
+    /// An engine for `files`; the file of a transfer is an index into them.
     pub(crate) fn new(files: Vec<Arc<File>>) -> Result<Self, UringError> {
         let ring = Uring::new(files, Blocking::Never)?.with_all_in_ring();
         Ok(DrainingUring { ring: Box::new(ring), done: Vec::new() })
@@ -31,7 +31,7 @@ impl<T: fmt::Debug + Send> Engine<T> for DrainingUring<T> {
         self.ring.push(transfer);
     }
 
-    /// Carries out what was noted, and waits for it.
+    /// Carries out queued transfers, and waits for them.
     fn submit(&mut self) {
         self.ring.submit();
         self.ring.reap(&mut self.done);

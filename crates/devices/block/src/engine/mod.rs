@@ -1,21 +1,27 @@
-//! How bytes move between files and memory: transfers, and the engines that carry them out.
+//! Engines: they carry out transfers between files and memory.
 //!
-//! A [`Transfer`] is one operation on one file. An [`Engine`] owns it from [`push`](Engine::push) until it comes back as
-//! [`Done`], whole or with an error: short reads and writes are continued and interrupted ones repeated inside.
+//! A [`Transfer`] is one operation on one file. An [`Engine`] owns it from [`push`](Engine::push)
+//! until it is returned as [`Done`], complete or with an error. Short reads and writes are
+//! continued, and interrupted ones repeated, by the engine.
+//!
+//! | engine             | carries transfers out                          | used for                              |
+//! |--------------------|------------------------------------------------|---------------------------------------|
+//! | [`Uring`]          | in the kernel; some on the worker's own thread | `io_engine` Async, the default        |
+//! | [`BlockingEngine`] | on the worker's own thread                     | `io_engine` Sync, on dedicated workers |
 //!
 //! # I/O model
 //!
-//! `push` only notes a transfer, [`submit`](Engine::submit) starts those that were noted, and [`reap`](Engine::reap) gives
-//! back those that are over. [`event`](Engine::event) is readable while there is something to reap. What the page
-//! cache holds is often over when `submit` returns, so whoever submits reaps before waiting, and goes on while
-//! [`has_more`](Engine::has_more).
+//! `push` queues a transfer, [`submit`](Engine::submit) starts the queued ones, and
+//! [`reap`](Engine::reap) returns those that are complete. [`event`](Engine::event) is readable
+//! while there is something to reap. Transfers from the page cache are often complete when `submit`
+//! returns. So the caller reaps before it waits, and repeats while [`has_more`](Engine::has_more).
 //!
-//! None of them waits for a disk, unless the engine was made for a worker that may: see [`Blocking`].
+//! An engine never blocks on the disk, unless it was built with [`Blocking::Allowed`].
 //!
 //! # Error model
 //!
-//! An error is the kernel's errno for that one transfer. The end of a file before the end of a read is `EIO`: the file is
-//! smaller than it was when it was opened. Engines themselves do not fail once they are built.
+//! The error of a transfer is the kernel's errno. A read past the end of the file is `EIO`: the
+//! file was truncated after it was opened. Engines do not fail once they are built.
 
 mod blocking;
 #[cfg(any(test, feature = "testing"))]
@@ -40,28 +46,30 @@ pub use uring::UringError;
 
 /// Carries out transfers, each tagged with a `T`.
 pub(crate) trait Engine<T>: fmt::Debug + Send {
-    /// Notes `transfer`; nothing starts before [`submit`](Self::submit).
+    /// Queues `transfer`. Nothing starts before [`submit`](Self::submit).
     fn push(&mut self, transfer: Transfer<T>);
 
-    /// Starts what was noted. What is carried out on this thread may be left for the next call.
+    /// Starts queued transfers. Some of those that run on this thread may be left for the next
+    /// call.
     fn submit(&mut self);
 
-    /// Appends to `done` what is over.
+    /// Appends the completed transfers to `done`.
     fn reap(&mut self, done: &mut Vec<Done<T>>);
 
     /// Transfers that were pushed and not yet reaped.
     fn in_flight(&self) -> usize;
 
-    /// Whether `submit` and `reap` have something to do at once, for which no event will come.
+    /// Whether `submit` and `reap` have work for which no event will come.
     fn has_more(&self) -> bool {
         self.in_flight() > 0
     }
 
-    /// Waits until something is over, unless there is something to do at once or nothing is in flight.
-    /// For threads that may block.
+    /// Waits until a transfer is complete, unless the engine [has more](Self::has_more) or nothing
+    /// is in flight. Blocks.
     fn wait(&mut self) {}
 
-    /// Readable while there may be something to reap. `None` if all is over when `submit` returns.
+    /// Readable while there may be something to reap. `None` for an engine that completes
+    /// everything in `submit`.
     fn event(&self) -> Option<BorrowedFd<'_>> {
         None
     }

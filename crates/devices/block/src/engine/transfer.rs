@@ -1,35 +1,35 @@
-//! One operation on one file, and its end.
+//! Transfers: one operation on one file, and its result.
 
 use rustix::io::Errno;
 
 use crate::buffers::{GuestBuffers, Segment};
 
-/// Most segments that one system call takes (`IOV_MAX`).
+/// Most segments of one system call (`IOV_MAX`).
 pub(crate) const MAX_SEGMENTS: usize = 1024;
 
-/// How often in a row a system call is repeated that was interrupted or asked to be repeated.
+/// Most consecutive retries of a system call that was interrupted or returned `EAGAIN`.
 const MAX_RETRIES: u8 = 100;
 
-/// Source of zeros for file systems that cannot zero a range themselves.
+/// Zeros to write where the file system cannot zero a range.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Most bytes that one [`Transfer::write_zeros`] carries.
+/// Most bytes of one [`Transfer::write_zeros`].
 pub(crate) const MAX_ZEROS: u64 = 1 << 20;
 
-/// What a transfer does.
+/// Operation of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Op {
     /// File to memory.
     Read,
     /// Memory to file.
     Write,
-    /// Data and what is needed to find it again become durable (`fdatasync`).
+    /// `fdatasync`: data, and the metadata to find it again, become durable.
     Sync,
-    /// The kernel starts to write dirty pages to the disk, and does not wait for them (`sync_file_range`).
+    /// `sync_file_range`: starts to write dirty pages to the disk, without waiting.
     WriteBack,
-    /// The range reads as zeros and its space is given back.
+    /// The range reads as zeros, and its space is freed.
     PunchHole,
-    /// The range reads as zeros and keeps its space.
+    /// The range reads as zeros, and its space stays allocated.
     ZeroRange,
 }
 
@@ -37,18 +37,19 @@ pub(crate) enum Op {
 ///
 /// # Invariant
 ///
-/// While the transfer lives, each segment stays valid: it is guest RAM, or a part of `bytes`, or of [`ZEROS`]; and the
-/// kernel writes to segments only for [`Op::Read`], whose segments are always guest RAM.
+/// While the transfer lives, each segment is valid: it is guest RAM, or part of `bytes` or of
+/// [`ZEROS`]. The kernel writes to segments only for [`Op::Read`], whose segments are always guest
+/// RAM.
 #[derive(Debug)]
 pub(crate) struct Transfer<T> {
     op: Op,
     file: u8,
     offset: u64,
-    left: u64,
+    remaining: u64,
     memory: Memory,
-    /// The first segment that is not done yet.
+    /// The first segment that is not done.
     next: usize,
-    /// System calls in a row that asked to be repeated.
+    /// Consecutive retries.
     retries: u8,
     tag: T,
 }
@@ -63,28 +64,28 @@ enum Memory {
     },
 }
 
-/// A transfer that is over.
+/// A completed transfer.
 #[derive(Debug)]
 pub(crate) struct Done<T> {
-    /// What the transfer was tagged with.
+    /// The tag of the transfer.
     pub(crate) tag: T,
     /// Whether all of it was done.
     pub(crate) result: Result<(), Errno>,
-    /// The buffers it was given, spent: only good for their space.
+    /// The buffers of the transfer; their contents are spent, only the allocation is of use.
     pub(crate) buffers: GuestBuffers,
 }
 
-/// What became of one system call.
+/// Result of one system call.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// The transfer is over.
-    Over(Result<(), Errno>),
-    /// The rest must be started again.
-    Again,
+    /// The transfer is complete.
+    Finished(Result<(), Errno>),
+    /// The rest must be submitted again.
+    Retry,
 }
 
 impl<T> Transfer<T> {
-    /// Fills `buffers` from `offset` on.
+    /// Reads into `buffers` from `offset` on.
     pub(crate) fn read(file: u8, offset: u64, buffers: GuestBuffers, tag: T) -> Self {
         Self::new(Op::Read, file, offset, buffers.len(), Memory::Guest(buffers), tag)
     }
@@ -96,9 +97,9 @@ impl<T> Transfer<T> {
 
     /// Writes `bytes` from `offset` on.
     pub(crate) fn write_bytes(file: u8, offset: u64, bytes: Box<[u8]>, tag: T) -> Self {
-        let left = bytes.len() as u64;
+        let remaining = bytes.len() as u64;
         let segments = vec![Segment { addr: bytes.as_ptr().expose_provenance(), len: bytes.len() }];
-        Self::new(Op::Write, file, offset, left, Memory::Own { _bytes: bytes, segments }, tag)
+        Self::new(Op::Write, file, offset, remaining, Memory::Own { _bytes: bytes, segments }, tag)
     }
 
     /// Writes `len` zeros from `offset` on; at most [`MAX_ZEROS`].
@@ -106,10 +107,10 @@ impl<T> Transfer<T> {
         debug_assert!(len <= MAX_ZEROS);
         let addr = ZEROS.as_ptr().expose_provenance();
         let mut segments = Vec::new();
-        let mut left = len as usize;
-        while left > 0 {
-            segments.push(Segment { addr, len: left.min(ZEROS.len()) });
-            left -= left.min(ZEROS.len());
+        let mut remaining = len as usize;
+        while remaining > 0 {
+            segments.push(Segment { addr, len: remaining.min(ZEROS.len()) });
+            remaining -= remaining.min(ZEROS.len());
         }
         Self::new(Op::Write, file, offset, len, Memory::Own { _bytes: Box::default(), segments }, tag)
     }
@@ -124,36 +125,36 @@ impl<T> Transfer<T> {
         Self::new(Op::WriteBack, file, 0, 0, Memory::Guest(GuestBuffers::new()), tag)
     }
 
-    /// Lets the `len` bytes from `offset` read as zeros; `keep_space` says whether their space stays reserved.
+    /// Makes the `len` bytes from `offset` read as zeros. `keep_space` keeps their space allocated.
     pub(crate) fn zero(file: u8, offset: u64, len: u64, keep_space: bool, tag: T) -> Self {
         let op = if keep_space { Op::ZeroRange } else { Op::PunchHole };
         Self::new(op, file, offset, len, Memory::Guest(GuestBuffers::new()), tag)
     }
 
-    fn new(op: Op, file: u8, offset: u64, left: u64, memory: Memory, tag: T) -> Self {
-        Transfer { op, file, offset, left, memory, next: 0, retries: 0, tag }
+    fn new(op: Op, file: u8, offset: u64, remaining: u64, memory: Memory, tag: T) -> Self {
+        Transfer { op, file, offset, remaining, memory, next: 0, retries: 0, tag }
     }
 
     pub(crate) fn op(&self) -> Op {
         self.op
     }
 
-    /// Index of the file among those that the engine was built with.
+    /// Index of the file among those of the engine.
     pub(crate) fn file(&self) -> u8 {
         self.file
     }
 
-    /// Where in the file the transfer goes on.
+    /// Offset of the next byte to transfer.
     pub(crate) fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Bytes that are still to do.
-    pub(crate) fn left(&self) -> u64 {
-        self.left
+    /// Bytes that are left to transfer.
+    pub(crate) fn remaining(&self) -> u64 {
+        self.remaining
     }
 
-    /// The segments that are still to do; at most [`MAX_SEGMENTS`] of them.
+    /// The segments that are left, at most [`MAX_SEGMENTS`] of them.
     pub(crate) fn segments(&self) -> &[Segment] {
         let segments = match &self.memory {
             Memory::Guest(buffers) => buffers.segments(),
@@ -162,34 +163,34 @@ impl<T> Transfer<T> {
         &segments[self.next..segments.len().min(self.next + MAX_SEGMENTS)]
     }
 
-    /// Takes in what a system call for this transfer returned: a count, or a negative errno.
+    /// Takes the result of a system call for this transfer: a byte count or a negative errno.
     pub(crate) fn advance(&mut self, result: i32) -> Progress {
         let Ok(count) = u64::try_from(result) else {
             return match Errno::from_raw_os_error(result.saturating_neg()) {
                 Errno::INTR | Errno::AGAIN if self.retries < MAX_RETRIES => {
                     self.retries += 1;
-                    Progress::Again
+                    Progress::Retry
                 }
-                errno => Progress::Over(Err(errno)),
+                errno => Progress::Finished(Err(errno)),
             };
         };
         if !matches!(self.op, Op::Read | Op::Write) {
-            return Progress::Over(Ok(()));
+            return Progress::Finished(Ok(()));
         }
-        if count >= self.left {
-            return Progress::Over(Ok(()));
+        if count >= self.remaining {
+            return Progress::Finished(Ok(()));
         }
         if count == 0 {
-            return Progress::Over(Err(Errno::IO));
+            return Progress::Finished(Err(Errno::IO));
         }
         self.retries = 0;
         self.offset += count;
-        self.left -= count;
+        self.remaining -= count;
         self.skip(count as usize);
-        Progress::Again
+        Progress::Retry
     }
 
-    /// Steps over the first `count` bytes of the segments that are still to do.
+    /// Advances past the first `count` bytes of the segments that are left.
     fn skip(&mut self, mut count: usize) {
         let segments = match &mut self.memory {
             Memory::Guest(buffers) => buffers.segments_mut(),
@@ -207,7 +208,7 @@ impl<T> Transfer<T> {
         }
     }
 
-    /// Ends the transfer.
+    /// Completes the transfer.
     pub(crate) fn finish(self, result: Result<(), Errno>) -> Done<T> {
         let buffers = match self.memory {
             Memory::Guest(buffers) => buffers,
@@ -217,12 +218,12 @@ impl<T> Transfer<T> {
     }
 }
 
-/// Whether the thread that serves a disk may wait for it.
+/// Whether the worker that serves a disk may block on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blocking {
-    /// It serves others, too: no disk may hold it up.
+    /// It serves other devices too, so it must not.
     Never,
-    /// It serves this disk and nothing else. Then what would be handed to another thread, only because it *might* have to wait, is
-    /// quicker done at once: most of it is a copy into the page cache.
+    /// It is dedicated to this disk. So a transfer that would go to a kernel thread only because it
+    /// *might* block is carried out at once: most are copies to the page cache.
     Allowed,
 }

@@ -1,24 +1,26 @@
-//! Whether a disk holds what was written to it: known, until a sync fails.
+//! Whether the contents of a disk are known. A failed sync makes them unknown for good.
 //!
 //! # Why a failed sync is final
 //!
-//! Linux reports a failed write-back once for each open file, and then takes the pages that it could not write for clean. So a second
-//! `fdatasync` succeeds although the data is lost. A [`DiskHealth`] keeps the first failure of any sync of its disk, whoever asked for
-//! it: the guest's flush, a fork, a snapshot, the end of the monitor. From then on no sync of the disk is tried, and all that would vouch for its
-//! contents fails with [`ContentsUnknown`], until another disk takes its place.
+//! Linux reports a failed write-back once for each open file, and then treats the pages as clean.
+//! So a second `fdatasync` succeeds although the data is lost. A [`DiskHealth`] keeps the first
+//! failure of any sync of its disk: of a guest's flush, a fork, a snapshot, or the end of the
+//! monitor. From then on no sync is tried, and everything that depends on the contents fails with
+//! [`ContentsUnknown`], until the disk is replaced.
 //!
-//! # Which open files sync
+//! # Which open files are synced
 //!
-//! Two syncs of one open file at a time share one report, so one of them may succeed wrongly. No two do:
+//! Two concurrent syncs of one open file share one report, so one of them may succeed wrongly. This
+//! never happens:
 //!
-//! | who syncs                                        | which open file                                        |
-//! |--------------------------------------------------|--------------------------------------------------------|
-//! | a [`DiskQueue`](super::queue::DiskQueue)         | its own, one sync at a time ([`flush`](super::flush))  |
-//! | main, its tasks and the end of the monitor       | one that no queue has, one at a time ([`DiskHealth::begin`]) |
-//! | a merge of layers                                | the merged file's, which nothing else has              |
+//! | who syncs                                        | which open file                                       |
+//! |--------------------------------------------------|-------------------------------------------------------|
+//! | a [`DiskQueue`](crate::disk::queue::DiskQueue)   | its own, one sync at a time ([`flush`](crate::overlay::flush)) |
+//! | main, its tasks and the end of the monitor       | one that no queue has, one at a time ([`DiskHealth::begin_operation`]) |
+//! | a merge of layers                                | that of the merged file, used by nothing else         |
 //!
-//! A fork of the process (a child, the writer of a live snapshot) syncs none of its parent's files: a child opens its own, on
-//! files that its parent has synced, and the writer has no disks.
+//! A fork of the process syncs no files of its parent: a child opens its own, on files that its
+//! parent has synced, and the writer of a live snapshot has no disks.
 
 use std::fs::File;
 use std::io;
@@ -29,36 +31,36 @@ use rustix::io::Errno;
 
 use sync::locked;
 
-/// A disk whose contents are unknown, because a sync of it failed.
+/// The contents of a disk are unknown, because a sync of it failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "disk {}: its contents are unknown since {what} failed: {}; replace the disk", path.display(), io::Error::from(*errno)
 )]
 pub struct ContentsUnknown {
-    /// The file or block device that takes the writes.
+    /// The file or block device that is written.
     pub path: PathBuf,
-    /// What asked for the sync that failed first.
+    /// What the first failed sync was for.
     pub what: &'static str,
-    /// Why that failed.
+    /// Its error.
     pub errno: Errno,
 }
 
-/// The health of one disk: a latch that the first failed sync sets.
+/// The health of one disk: the first failed sync, if any.
 #[derive(Debug)]
 pub(crate) struct DiskHealth {
     path: PathBuf,
     failed: OnceLock<ContentsUnknown>,
-    /// Held by the operation that syncs beside the queues. See [`DiskHealth::begin`].
+    /// Held by an operation that syncs beside the queues; see [`DiskHealth::begin_operation`].
     operation: Mutex<()>,
 }
 
 impl DiskHealth {
-    /// The health of the disk whose writes go to `path`: its contents are known.
+    /// The health of the disk that is written to `path`: its contents are known.
     pub(crate) fn new(path: impl Into<PathBuf>) -> Arc<Self> {
         Arc::new(DiskHealth { path: path.into(), failed: OnceLock::new(), operation: Mutex::new(()) })
     }
 
-    /// Notes that the sync for `what` failed. The first failure is kept and logged.
+    /// Notes that a sync for `what` failed. The first failure is kept and logged.
     pub(crate) fn sync_failed(&self, what: &'static str, errno: Errno) -> ContentsUnknown {
         let new = ContentsUnknown { path: self.path.clone(), what, errno };
         if self.failed.set(new.clone()).is_ok() {
@@ -72,42 +74,43 @@ impl DiskHealth {
         self.failed.get().is_none()
     }
 
-    /// Fails once a sync has failed.
+    /// Fails if a sync has failed.
     pub(crate) fn check(&self) -> Result<(), ContentsUnknown> {
         self.failed.get().map_or(Ok(()), |failed| Err(failed.clone()))
     }
 
-    /// Begins an operation that syncs and vouches beside the queues: a sync, a write-back, a freeze, a
-    /// close. Waits for one that runs on another thread, since two syncs of their open file would share
-    /// one report. Fails once a sync has failed, that of the operation it waited for included.
-    pub(crate) fn begin(&self) -> Result<MutexGuard<'_, ()>, ContentsUnknown> {
+    /// Begins an operation that syncs beside the queues: a sync, a write-back, a freeze, a close.
+    /// Waits for one on another thread, since two syncs of their open file would share one report.
+    /// Fails if a sync has failed, including that of the operation it waited for.
+    pub(crate) fn begin_operation(&self) -> Result<MutexGuard<'_, ()>, ContentsUnknown> {
         let operation = locked(&self.operation);
         self.check()?;
         Ok(operation)
     }
 
-    /// Makes what was written to `file` durable, for `what`. Blocks. Not tried once a sync has failed.
+    /// Makes what was written to `file` durable, for `what`. Blocks. Not tried if a sync has
+    /// failed.
     pub(crate) fn sync(&self, file: &File, what: &'static str) -> Result<(), ContentsUnknown> {
         self.check()?;
         loop {
             match sync_data(file) {
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(self.sync_failed(what, errno)),
-                // Another thread's sync may have failed meanwhile.
+                // A sync of another thread may have failed meanwhile.
                 Ok(()) => return self.check(),
             }
         }
     }
 }
 
-/// One `fdatasync`: all that makes data of disks durable but `io_uring` goes through here.
+/// One `fdatasync`. All syncs of disks, except those of `io_uring`, go through here.
 pub(crate) fn sync_data(file: &File) -> rustix::io::Result<()> {
     #[cfg(test)]
     faults::sync(file)?;
     rustix::fs::fdatasync(file)
 }
 
-/// Syncs that fail, for tests: as the kernel's do, once for each open file.
+/// Syncs that fail, for tests: like the kernel's, once for each open file.
 #[cfg(test)]
 pub(crate) mod faults {
     use std::collections::{BTreeMap, BTreeSet};
@@ -123,21 +126,22 @@ pub(crate) mod faults {
 
     type Key = (u64, u64);
 
-    /// By file whose write-back failed: which descriptors were told.
+    /// By file whose write-back failed: the descriptors that got the error.
     static FAILED: Mutex<BTreeMap<Key, BTreeSet<RawFd>>> = Mutex::new(BTreeMap::new());
 
     fn key(metadata: &std::fs::Metadata) -> Key {
         (metadata.dev(), metadata.ino())
     }
 
-    /// A failure of a file. Dropped, those who open the file from then on know nothing of it.
+    /// A failed write-back of a file. Files opened after its drop do not see it.
     #[must_use]
     pub(crate) struct Failure(
         Key,
         #[expect(dead_code, reason = "keeps the inode from being another's")] File,
     );
 
-    /// A write-back of the file at `path` has failed: each descriptor's next sync says so.
+    /// Fails the write-back of the file at `path`: the next sync of each descriptor returns an
+    /// error.
     pub(crate) fn fail(path: &Path) -> Failure {
         let file = File::open(path).unwrap();
         let key = key(&file.metadata().unwrap());

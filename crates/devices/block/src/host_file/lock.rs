@@ -1,21 +1,24 @@
-//! Locks that keep monitors from each other's disks.
+//! Locks on disks, against other monitors.
 //!
 //! # Which locks
 //!
-//! | what                                            | lock      |
+//! | disk                                            | lock      |
 //! |-------------------------------------------------|-----------|
-//! | a raw disk that is written to                   | exclusive |
-//! | a raw disk of no size, which cannot be written  | shared    |
+//! | a raw disk that is written                      | exclusive |
+//! | a raw disk of size 0, which cannot be written   | shared    |
 //! | a read-only disk, or the base of an overlay     | shared    |
 //!
-//! (Overlays have locks of their own, see [`overlay`](super::overlay).) They are `flock` locks on an open file that nothing else uses, so the kernel gives them up with
-//! the process, however it ends, and an `io_uring` that is taken down later does not hold them.
+//! Overlays have locks of their own; see [`overlay`](crate::overlay). Locks are `flock` locks on an
+//! open file that is used for nothing else. So the kernel releases them when the process ends,
+//! however it ends, and an `io_uring` that is freed later does not keep them.
 //!
-//! One process has one lock on a file, the strongest that any of its disks needs: drives of one microVM may share a file. A
-//! [`FileLocks`] is that process's table. A fork's child begins with its own; it never touches its parent's.
+//! A process has one lock on a file, the strongest that any of its disks needs: drives of one
+//! microVM may share a file. A [`FileLocks`] is the table of a process. A child of a fork starts
+//! with its own table and never touches its parent's.
 //!
-//! A lock binds those who ask for one. It is on the file, or on the device node: two nodes of one device (in two jails, say) are two files, and
-//! so are a disk and its partitions. A file system that has no locks is used without, and the log says so.
+//! Locks are advisory. They are on the file or on the device node: two nodes of one device (in two
+//! jails, say) are two files, and so are a disk and its partitions. A file system without locks is
+//! used without them, and a warning is logged.
 
 use std::fmt;
 use std::fs::File;
@@ -28,31 +31,32 @@ use std::time::Duration;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
+use super::is_same_inode;
 use crate::creator_pid::CreatorPid;
 use sync::locked;
 
-/// How often a lock on a block device is tried: `udev` locks one for a moment when it looks at it.
+/// Attempts to lock a block device: `udev` locks one for a moment when it probes it.
 const DEVICE_TRIES: u32 = 50;
-/// How long to wait between two tries.
+/// Time between two attempts.
 const DEVICE_WAIT: Duration = Duration::from_millis(20);
 
 /// Why a disk cannot be locked.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another process uses it in a way that does not go with this one.
+    /// Another process has a conflicting lock.
     #[error(
-        "disk {}: cannot be locked {}: {holder} has it locked; stop that one, or set \"lock\" to false where a disk is shared on purpose",
+        "disk {}: cannot be locked {}: {holder} has it locked; stop it, or set \"lock\" to false to share the disk on purpose",
         path.display(), mode
     )]
     InUse {
         /// The disk.
         path: PathBuf,
-        /// For what it was to be locked.
+        /// The lock that was wanted.
         mode: LockMode,
-        /// Who has it.
+        /// The process.
         holder: LockHolder,
     },
-    /// The name was given to another file while it was opened.
+    /// The path was given to another file while it was opened.
     #[error("disk {}: the file was replaced while it was opened; try again", path.display())]
     Replaced {
         /// The disk.
@@ -68,12 +72,12 @@ pub enum LockError {
     },
 }
 
-/// How a file is locked.
+/// Mode of a lock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LockMode {
-    /// With others that only read.
+    /// Shared with other readers.
     Shared,
-    /// Alone.
+    /// Exclusive, for a writer.
     Exclusive,
 }
 
@@ -86,14 +90,14 @@ impl fmt::Display for LockMode {
     }
 }
 
-/// Who has a lock, as far as `/proc` tells.
+/// The process that has a lock, as far as `/proc` shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LockHolder {
-    /// A process of which nothing is known.
+    /// Another process that `/proc` does not show.
     Unknown,
     /// This process.
-    Here,
-    /// The process with this id, and its command where that is known.
+    ThisProcess,
+    /// The process with this id, and its command name if known.
     Process {
         /// Its id.
         pid: u32,
@@ -106,7 +110,7 @@ impl fmt::Display for LockHolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             LockHolder::Unknown => f.write_str("another process"),
-            LockHolder::Here => f.write_str("this microVM"),
+            LockHolder::ThisProcess => f.write_str("this microVM"),
             LockHolder::Process { pid, command: None } => write!(f, "process {pid}"),
             LockHolder::Process { pid, command: Some(command) } => write!(f, "process {pid} ({command})"),
         }
@@ -114,24 +118,24 @@ impl fmt::Display for LockHolder {
 }
 
 impl LockHolder {
-    /// Who has a lock on `file`.
+    /// The process that has a lock on `file`.
     pub(crate) fn of(file: &File) -> Self {
         let Ok(metadata) = file.metadata() else { return LockHolder::Unknown };
         let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
         let Some(pid) = find_pid(&locks, metadata.dev(), metadata.ino()) else { return LockHolder::Unknown };
         if pid == std::process::id() {
-            return LockHolder::Here;
+            return LockHolder::ThisProcess;
         }
         let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok();
         LockHolder::Process { pid, command: command.map(|command| command.trim_end().to_owned()) }
     }
 }
 
-/// The process that `locks`, the contents of `/proc/locks`, says to have a `flock` lock on a file.
+/// The process that has a `flock` lock on a file, by the contents of `/proc/locks`.
 fn find_pid(locks: &str, dev: u64, ino: u64) -> Option<u32> {
     let file = format!("{:02x}:{:02x}:{ino}", rustix::fs::major(dev), rustix::fs::minor(dev));
     locks.lines().find_map(|line| {
-        // `1: FLOCK  ADVISORY  WRITE 1234 fe:00:56 0 EOF`; one that waits has an arrow after the number.
+        // `1: FLOCK  ADVISORY  WRITE 1234 fe:00:56 0 EOF`; a waiter has an arrow after the number.
         let mut words = line.split_ascii_whitespace().skip(1);
         if words.next()? != "FLOCK" {
             return None;
@@ -140,19 +144,19 @@ fn find_pid(locks: &str, dev: u64, ino: u64) -> Option<u32> {
         if words.next()? != file {
             return None;
         }
-        // 0 or -1 for one that this process cannot see.
+        // 0 or -1 for a process that this one cannot see.
         pid.parse().ok().filter(|pid| *pid > 0)
     })
 }
 
-/// The locks of a process on its disks' files. A clone is the same table.
+/// The locks of a process on the files of its disks. Clones share the table.
 #[derive(Debug, Clone, Default)]
 pub struct FileLocks(Arc<Mutex<Vec<Weak<ProcessLock>>>>);
 
-/// A disk's share of its process's lock on a file. Given up on drop.
+/// A disk's share of its process's lock on a file. Released on drop.
 #[derive(Debug)]
 pub(crate) struct FileLock {
-    held: Arc<ProcessLock>,
+    lock: Arc<ProcessLock>,
     mode: Mutex<LockMode>,
 }
 
@@ -170,14 +174,14 @@ struct ProcessLock {
 struct Users {
     exclusive: usize,
     shared: usize,
-    /// What the kernel has.
-    taken: Option<LockMode>,
+    /// The lock that the kernel has granted.
+    current: Option<LockMode>,
     /// The file system has no locks.
     unsupported: bool,
 }
 
 impl FileLocks {
-    /// Locks the file of `data`, which was opened as `path`. `open` opens it once more, in the same way.
+    /// Locks the file `data`, which was opened as `path`. `open` opens it again in the same way.
     pub(crate) fn lock(
         &self,
         path: &Path,
@@ -188,69 +192,65 @@ impl FileLocks {
         let failed = |source| LockError::Io { path: path.into(), source };
         let wanted = data.metadata().map_err(failed)?;
         let mut table = locked(&self.0);
-        table.retain(|held| held.strong_count() > 0);
-        for held in table.iter().filter_map(Weak::upgrade) {
-            let metadata = held.file.metadata().map_err(failed)?;
-            if is_same(&metadata, &wanted) {
-                return ProcessLock::used(held, mode);
+        table.retain(|lock| lock.strong_count() > 0);
+        for lock in table.iter().filter_map(Weak::upgrade) {
+            let metadata = lock.file.metadata().map_err(failed)?;
+            if is_same_inode(&metadata, &wanted) {
+                return ProcessLock::used(lock, mode);
             }
         }
         let file = open().map_err(failed)?;
-        if !is_same(&file.metadata().map_err(failed)?, &wanted) {
+        if !is_same_inode(&file.metadata().map_err(failed)?, &wanted) {
             return Err(LockError::Replaced { path: path.into() });
         }
-        let held = Arc::new(ProcessLock {
+        let process_lock = Arc::new(ProcessLock {
             path: path.into(),
             file,
             creator: CreatorPid::current(),
             is_device: !wanted.is_file(),
             users: Mutex::default(),
         });
-        let lock = ProcessLock::used(Arc::clone(&held), mode)?;
-        table.push(Arc::downgrade(&held));
+        let lock = ProcessLock::used(Arc::clone(&process_lock), mode)?;
+        table.push(Arc::downgrade(&process_lock));
         Ok(lock)
     }
 }
 
-fn is_same(one: &std::fs::Metadata, other: &std::fs::Metadata) -> bool {
-    (one.dev(), one.ino()) == (other.dev(), other.ino())
-}
-
 impl ProcessLock {
-    /// One more that uses it.
-    fn used(held: Arc<Self>, mode: LockMode) -> Result<FileLock, LockError> {
-        held.change(|users| *users.of(mode) += 1)?;
-        Ok(FileLock { held, mode: Mutex::new(mode) })
+    /// Adds a user.
+    fn used(lock: Arc<Self>, mode: LockMode) -> Result<FileLock, LockError> {
+        lock.change(|users| *users.of(mode) += 1)?;
+        Ok(FileLock { lock, mode: Mutex::new(mode) })
     }
 
-    /// Changes who uses it, and the lock with that. On an error nothing has changed.
+    /// Changes the users, and the lock with them. On an error nothing has changed.
     fn change(&self, change: impl Fn(&mut Users)) -> Result<(), LockError> {
         let mut users = locked(&self.users);
-        let before = (users.exclusive, users.shared, users.taken);
+        let before = (users.exclusive, users.shared, users.current);
         change(&mut users);
         let wanted = users.wanted();
-        if users.unsupported || wanted == users.taken {
+        if users.unsupported || wanted == users.current {
             return Ok(());
         }
         let Some(mode) = wanted else {
-            users.taken = None;
-            // Given up and not only closed: a fork that was just made has this open file as well for a moment.
+            users.current = None;
+            // Unlocked and not just closed: a fork may share the open file for a moment.
             let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
             return Ok(());
         };
         match self.take(mode) {
-            Ok(()) => users.taken = Some(mode),
+            Ok(()) => users.current = Some(mode),
             Err(Errno::NOLCK | Errno::OPNOTSUPP | Errno::NOSYS) if before.2.is_none() => {
                 users.unsupported = true;
                 log::warn!(
-                    "disk {}: its file system has no locks: nothing keeps other monitors from it",
+                    "disk {}: its file system has no locks; other monitors can open it, too",
                     self.path.display()
                 );
             }
             Err(errno) => {
                 (users.exclusive, users.shared, _) = before;
-                // The kernel gives up the old lock before it tries to take the new one.
-                users.taken = before.2.filter(|&mode| self.take(mode).is_ok());
+                // The kernel releases the old lock before it tries to take the new one.
+                users.current = before.2.filter(|&mode| self.take(mode).is_ok());
                 return Err(match errno {
                     Errno::WOULDBLOCK => {
                         LockError::InUse { path: self.path.clone(), mode, holder: LockHolder::of(&self.file) }
@@ -297,11 +297,12 @@ impl Users {
 }
 
 impl FileLock {
-    /// Changes what this disk needs. On an error it has what it had, unless another process took the file in this moment.
+    /// Changes the mode that this disk needs. On an error it keeps its mode, unless another process
+    /// took the lock at this moment.
     pub(crate) fn set(&self, mode: LockMode) -> Result<(), LockError> {
         let mut now = locked(&self.mode);
         if *now != mode {
-            self.held.change(|users| {
+            self.lock.change(|users| {
                 *users.of(*now) -= 1;
                 *users.of(mode) += 1;
             })?;
@@ -314,10 +315,11 @@ impl FileLock {
 impl Drop for FileLock {
     fn drop(&mut self) {
         // In a fork the lock is still the parent's.
-        if self.held.creator.is_current() {
+        if self.lock.creator.is_current() {
             let mode = *locked(&self.mode);
-            // To need less than before can fail only where another process took the file: then there is nothing to give up.
-            let _ = self.held.change(|users| *users.of(mode) -= 1);
+            // Needing less can fail only if another process took the lock; then there is nothing to
+            // release.
+            let _ = self.lock.change(|users| *users.of(mode) -= 1);
         }
     }
 }
@@ -335,7 +337,7 @@ mod tests {
         matches!(result, Err(LockError::InUse { .. }))
     }
 
-    /// Two tables are what two processes have.
+    /// Two tables are those of two processes.
     #[test]
     fn one_writer_or_many_readers_and_drives_of_one_process_share() {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -388,7 +390,8 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(refused.contains(file.path().to_str().unwrap()), "{refused}");
-        // Some file systems have other device numbers in `/proc/locks` than a file's metadata: then it is not known who.
+        // On some file systems `/proc/locks` shows other device numbers; then the holder is
+        // unknown.
         let who = [format!("process {} (sh)", child.id()), "another process".into()];
         assert!(who.iter().any(|who| refused.contains(who)), "{refused}");
         lock(&FileLocks::default(), file.path(), LockMode::Exclusive).expect("it died");

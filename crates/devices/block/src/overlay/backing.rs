@@ -1,4 +1,4 @@
-//! An overlay that is only read: a layer between the base disk and the active overlay.
+//! A backing layer: a read-only overlay between the base disk and the active overlay.
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;
@@ -12,26 +12,26 @@ use super::format::{BackingId, LayerId, Layout, UNKNOWN};
 use super::map::{Map, layer_run};
 use crate::SECTOR;
 
-/// An overlay that is only read.
+/// A read-only overlay.
 #[derive(Debug)]
 pub(crate) struct BackingLayer {
     pub(crate) file: Arc<File>,
     pub(crate) layout: Layout,
     pub(crate) size: u64,
     pub(crate) identity: LayerId,
-    /// Sectors of what lies beneath; those after it are always the overlay's.
-    below: u64,
+    /// Sectors of the disk below. Those after them always count as allocated.
+    backing_sectors: u64,
     map: Map,
     _lock: File,
 }
 
 impl BackingLayer {
-    /// Opens the overlay at `path` to read it, on top of what `beneath` describes.
-    pub(crate) fn open(path: &Path, beneath: BackingId) -> Result<Self, OverlayError> {
+    /// Opens the overlay at `path` for reading, on the disk that `backing` identifies.
+    pub(crate) fn open(path: &Path, backing: BackingId) -> Result<Self, OverlayError> {
         let opened = open(path, OpenOptions::new().read(true), FlockOperation::NonBlockingLockShared)?;
         let Opened { file, lock, len, .. } = opened;
         let (header, session) = read_headers(&file, path, len)?;
-        check_base(&header, path, beneath)?;
+        check_base(&header, path, backing)?;
         if session.state.get() == UNKNOWN {
             return Err(OverlayError::LeftUnknown { path: path.into() });
         }
@@ -40,15 +40,16 @@ impl BackingLayer {
             layout: Layout::of(header.virtual_size.get()),
             size: header.virtual_size.get(),
             identity: LayerId { uuid: header.uuid, sessions: session.sessions.get() },
-            below: beneath.size / SECTOR,
+            backing_sectors: backing.size / SECTOR,
             map: maps.map,
             file: Arc::new(file),
             _lock: lock,
         })
     }
 
-    /// Whether `sector` is this overlay's, and how many sectors from there on are alike; at most `max`, which is not 0.
+    /// Whether `sector` is allocated in this overlay, and the number of sectors from there on for
+    /// which that is the same. At most `max`, which is not 0.
     pub(crate) fn run(&self, sector: u64, max: u64) -> (bool, u64) {
-        layer_run(&self.map, self.below, sector, max)
+        layer_run(&self.map, self.backing_sectors, sector, max)
     }
 }

@@ -1,15 +1,19 @@
-//! Telling map B of an overlay what a request changed, before its end is told.
+//! Writes newly allocated sectors to an overlay's commit map before a request completes.
 //!
-//! The data of a change stands in the file before map B speaks of it, and map B speaks of it before whoever asked hears that the
-//! change is over. So a monitor that is killed at any moment loses nothing of what it had answered: only requests in flight.
+//! The data of a change is in the file before the commit map has its sectors, and the commit map
+//! has them before the request completes. So a killed monitor loses nothing that had completed,
+//! only requests in flight.
 //!
-//! Map B is written in runs. A run writes all that map B lacks when it begins, a bounded share at a time, so that one large change
-//! needs no memory for all of the map. What is changed meanwhile waits for the next run: changes that end together share one, and
-//! those of a few pages of the map need a few writes, however many they are. What changes sectors that map B has already waits for nothing.
+//! The commit map is written in runs. A run writes everything that the map lacks when the run
+//! begins, [`ROUND`] ranges at a time, so that a large change does not need memory for the whole
+//! map. Changes that come meanwhile wait for the next run, and share it. A change of sectors that
+//! the commit map already has waits for nothing.
 //!
-//! Once a sync of the overlay has failed, map B is not written any more ([`format`](super::overlay)), and no change waits for it.
+//! After a failed sync of the overlay the commit map is not written any more (see
+//! [`format`](super::format)), and no change waits for it.
 //!
-//! A stretch that cannot be written is noted as missing again, for the next run, and fails the changes that need it and no others.
+//! A range that cannot be written stays dirty for the next run. It fails the changes that need it,
+//! and no others.
 
 use rustix::io::Errno;
 
@@ -18,28 +22,28 @@ use super::map::Dirty;
 use crate::engine::{Engine, Transfer};
 use crate::io_request::{Tag, Token};
 
-/// Most stretches of the map that are written at a time; each is at most 4 KiB.
+/// Most ranges of the map in flight; each is at most 4 KiB.
 const ROUND: usize = 64;
 
-/// A change that is over, and how it went.
+/// A completed change and its result.
 pub(crate) type Finished = (Token, Result<(), Errno>);
 
-/// The changes of one overlay that wait for map B.
+/// The changes of an overlay that wait for the commit map.
 #[derive(Debug, Default)]
 pub(crate) struct MapCommit {
-    /// Those that the run is for.
+    /// Changes that the current run completes.
     running: Vec<Change>,
-    /// Those that came too late for it.
-    next: Vec<Change>,
-    /// What the run has not taken yet.
-    missing: Dirty,
-    /// All that it is covered, while it goes on.
+    /// Changes that wait for the next run.
+    waiting: Vec<Change>,
+    /// What the run still has to write.
+    unwritten: Dirty,
+    /// Everything that the run writes.
     covered: Dirty,
     /// Writes in flight.
     in_flight: usize,
-    /// What it could not write, and why.
+    /// What the run could not write, and the error.
     failed: Option<(Dirty, Errno)>,
-    /// The last run failed, and it was logged.
+    /// The last run failed, and that was logged.
     logged: bool,
 }
 
@@ -52,46 +56,46 @@ struct Change {
 }
 
 impl MapCommit {
-    /// The `count` sectors from `sector`, which are not none, are in the file. Whether map B says so already; if not, the change
-    /// waits.
-    pub(crate) fn changed(&mut self, token: Token, sector: u64, count: u64, top: &ActiveLayer) -> bool {
-        let is_missing = top.mark_allocated(sector, count);
-        // Once a sync has failed, nobody is to believe map B.
-        if !top.health().is_known() || (!is_missing && !self.covered.meets(sector, count)) {
+    /// Adds the change of `count` sectors from `sector`, at least one, whose data is in the file.
+    /// True if the commit map in the file already has them; if not, the change waits.
+    pub(crate) fn commit(&mut self, token: Token, sector: u64, count: u64, active: &ActiveLayer) -> bool {
+        let is_missing = active.mark_allocated(sector, count);
+        // After a failed sync the commit map is not to be used.
+        if !active.health().is_known() || (!is_missing && !self.covered.meets(sector, count)) {
             return true;
         }
-        self.next.push(Change { token, sector, count });
+        self.waiting.push(Change { token, sector, count });
         false
     }
 
-    /// Begins a run, if changes wait for one. To be called when all changes that ended at the same time were noted.
+    /// Starts a run if changes wait. The caller has added all changes that ended at the same time.
     pub(crate) fn start_run(
         &mut self,
-        (file, top): (u8, &ActiveLayer),
+        (file, active): (u8, &ActiveLayer),
         engine: &mut dyn Engine<Tag>,
         finished: &mut impl Extend<Finished>,
     ) {
-        if !self.running.is_empty() || self.next.is_empty() {
+        if !self.running.is_empty() || self.waiting.is_empty() {
             return;
         }
-        std::mem::swap(&mut self.running, &mut self.next);
-        self.missing = std::mem::take(&mut top.state().dirty_commit);
-        self.forget_if_unknown(top);
-        self.covered = self.missing.clone();
-        if self.missing.is_empty() {
-            // They waited for the run before, which wrote what they need.
-            finished.extend(self.end(top));
+        std::mem::swap(&mut self.running, &mut self.waiting);
+        self.unwritten = std::mem::take(&mut active.state().dirty_commit);
+        self.forget_if_unknown(active);
+        self.covered = self.unwritten.clone();
+        if self.unwritten.is_empty() {
+            // The previous run has written what they need.
+            finished.extend(self.end(active));
         } else {
-            self.round(file, top, engine);
+            self.round(file, active, engine);
         }
     }
 
-    /// Takes in the end of one write of `words` of page `page`.
+    /// Handles the end of the write of `words` of page `page`.
     pub(crate) fn step(
         &mut self,
         (page, words): (u64, std::ops::RangeInclusive<u16>),
         result: Result<(), Errno>,
-        (file, top): (u8, &ActiveLayer),
+        (file, active): (u8, &ActiveLayer),
         engine: &mut dyn Engine<Tag>,
         finished: &mut impl Extend<Finished>,
     ) {
@@ -100,43 +104,43 @@ impl MapCommit {
             self.failed.get_or_insert_with(|| (Dirty::default(), errno)).0.mark_words(page, words);
         }
         if self.in_flight == 0 {
-            self.forget_if_unknown(top);
-            if self.missing.is_empty() {
-                finished.extend(self.end(top));
+            self.forget_if_unknown(active);
+            if self.unwritten.is_empty() {
+                finished.extend(self.end(active));
             } else {
-                self.round(file, top, engine);
+                self.round(file, active, engine);
             }
         }
     }
 
-    /// Once a sync has failed map B is not to be believed, and nothing more is written to it.
-    fn forget_if_unknown(&mut self, top: &ActiveLayer) {
-        if !top.health().is_known() {
-            self.missing = Dirty::default();
+    /// After a failed sync nothing more is written to the commit map.
+    fn forget_if_unknown(&mut self, active: &ActiveLayer) {
+        if !active.health().is_known() {
+            self.unwritten = Dirty::default();
         }
     }
 
-    fn round(&mut self, file: u8, top: &ActiveLayer, engine: &mut dyn Engine<Tag>) {
-        let state = top.state();
+    fn round(&mut self, file: u8, active: &ActiveLayer, engine: &mut dyn Engine<Tag>) {
+        let state = active.state();
         while self.in_flight < ROUND
-            && let Some((page, words)) = self.missing.pop()
+            && let Some((page, words)) = self.unwritten.pop()
         {
             let (offset, bytes) = state.bytes(page, words.clone());
             let tag = Tag::CommitMap { page, words };
-            engine.push(Transfer::write_bytes(file, top.layout.commit_map + offset, bytes, tag));
+            engine.push(Transfer::write_bytes(file, active.layout.commit_map + offset, bytes, tag));
             self.in_flight += 1;
         }
     }
 
-    /// Ends the run; how it went for each change.
-    fn end(&mut self, top: &ActiveLayer) -> impl Iterator<Item = Finished> {
+    /// Ends the run, and returns the result of each change.
+    fn end(&mut self, active: &ActiveLayer) -> impl Iterator<Item = Finished> {
         self.covered = Dirty::default();
         let failed = self.failed.take();
         if let Some((dirty, errno)) = &failed {
             if !self.logged {
-                log::warn!("cannot write the map of overlay {}: {errno}", top.path().display());
+                log::warn!("overlay {}: cannot write the map: {errno}", active.path().display());
             }
-            top.state().dirty_commit.merge(dirty.clone());
+            active.state().dirty_commit.merge(dirty.clone());
         }
         self.logged = failed.is_some();
         std::mem::take(&mut self.running).into_iter().map(move |Change { token, sector, count }| {

@@ -1,15 +1,19 @@
-//! Flushes of a disk, one at a time. On an overlay: data first, then map A, each made durable.
+//! Flushes of a disk, one at a time. An overlay's data becomes durable first, then its durable map.
 //!
-//! Map A must never speak of data that is not durable. So a round takes the words of the map that are to be written *before* it
-//! syncs the data: all that they speak of was written by then. After the sync they go to map A, and when the words of all rounds
-//! are there, a last sync makes them durable. A round takes a bounded share, so that a flush after a large discard needs no
-//! memory for all of the map. A plain disk has no map: its flush is one sync.
+//! The durable map must never have sectors whose data is not durable. So each round copies the
+//! words of the map that it will write *before* it syncs the data: their data was written by then.
+//! After the sync it writes them to the durable map. When the words of all rounds are written, a
+//! last sync makes the map durable. A round has at most [`ROUND`] ranges, so that a flush after a
+//! large discard does not need memory for the whole map. A disk without an overlay has no map: its
+//! flush is one sync.
 //!
-//! One flush runs at a time. Those that come meanwhile wait, and share the next one. (Two syncs of one open file share one report of a
-//! failed write-back: one of them could succeed wrongly. See [`health`](super::health).)
+//! One flush runs at a time. Flushes that come meanwhile share the next one. Two syncs of one open
+//! file would share one report of a failed write-back, and one of them would succeed wrongly; see
+//! [`health`](crate::host_file::health).
 //!
-//! An error ends the flush: all who waited for it get it, and all words are noted as missing in map A again. After a failed sync, of
-//! whomever, no flush is tried any more, and map A is not written.
+//! An error ends the flush: it fails all flushes that share it, and all its words are dirty again.
+//! After a failed sync, of anything that syncs the disk, no flush is tried and the durable map is
+//! not written.
 
 use std::collections::VecDeque;
 
@@ -21,33 +25,33 @@ use crate::engine::{Engine, Transfer};
 use crate::host_file::health::DiskHealth;
 use crate::io_request::{Tag, Token};
 
-/// Most stretches of the map that one round writes; each is at most 4 KiB.
+/// Most ranges of the map that one round writes; each is at most 4 KiB.
 const ROUND: usize = 64;
 
 /// What a flush makes durable.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FlushTarget<'a> {
-    /// The file that takes the writes, by number.
+    /// Number of the file that is written.
     pub(crate) file: u8,
     /// The overlay in that file, if it is one.
     pub(crate) layer: Option<&'a ActiveLayer>,
-    /// Whether a sync of the disk has failed.
+    /// The health of the disk.
     pub(crate) health: &'a DiskHealth,
 }
 
-/// The flushes of one disk's queue.
+/// The flushes of one queue of a disk.
 #[derive(Debug, Default)]
 pub(crate) struct Flush {
     phase: Phase,
-    /// Who waits for the flush that runs.
+    /// Flushes that the running one completes.
     running: Vec<Token>,
-    /// Who came too late for it.
+    /// Flushes that wait for the next one.
     next: Vec<Token>,
-    /// What of map A this flush has not taken yet.
+    /// Words of the durable map that the flush still has to write.
     missing: Dirty,
-    /// What this round writes: where in map A, and what.
+    /// What this round writes: offsets in the durable map, and bytes.
     round: Vec<(u64, Box<[u8]>)>,
-    /// What this round took out of `missing`.
+    /// Words that this round took out of `missing`.
     taken: Dirty,
     finished: VecDeque<(Token, Result<(), Errno>)>,
 }
@@ -58,14 +62,14 @@ enum Phase {
     Idle,
     /// The data is being synced.
     Data,
-    /// Map A is being written; this many writes are left.
+    /// The durable map is being written; `left` writes are in flight.
     Map { left: usize, failed: Option<Errno> },
-    /// Map A is being synced.
+    /// The durable map is being synced.
     End,
 }
 
 impl Flush {
-    /// A guest's flush.
+    /// Adds a flush.
     pub(crate) fn start(&mut self, token: Token, target: FlushTarget<'_>, engine: &mut dyn Engine<Tag>) {
         if self.phase == Phase::Idle {
             self.running.push(token);
@@ -75,12 +79,12 @@ impl Flush {
         }
     }
 
-    /// The next flush that is over.
+    /// Takes the next completed flush.
     pub(crate) fn finished(&mut self) -> Option<(Token, Result<(), Errno>)> {
         self.finished.pop_front()
     }
 
-    /// Takes in the end of a transfer of the flush. True if it was a sync that failed.
+    /// Handles the end of a transfer of the flush. True if it was a sync that failed.
     #[must_use = "a sync that failed is for the disk's health"]
     pub(crate) fn step(
         &mut self,
@@ -90,10 +94,10 @@ impl Flush {
     ) -> bool {
         let is_sync = matches!(self.phase, Phase::Data | Phase::End);
         if let (Err(errno), true) = (result, is_sync) {
-            // Before anything else is session_open.
+            // Before anything else is started.
             target.health.sync_failed("a flush", errno);
         }
-        // Whoever's sync failed: what this one says counts no more.
+        // If another sync has failed meanwhile, the success of this one means nothing.
         let result = result.and_then(|()| still_known(target.health));
         match &mut self.phase {
             Phase::Idle => {}
@@ -127,7 +131,7 @@ impl Flush {
         is_sync && result.is_err()
     }
 
-    /// Begins a flush for those in `running`.
+    /// Starts a flush for those in `running`.
     fn begin(&mut self, target: FlushTarget<'_>, engine: &mut dyn Engine<Tag>) {
         if let Err(errno) = still_known(target.health) {
             self.finished.extend(self.running.drain(..).map(|token| (token, Err(errno))));
@@ -177,7 +181,7 @@ impl Flush {
     }
 }
 
-/// `EIO` once a sync of the disk has failed.
+/// `EIO` after a failed sync of the disk.
 fn still_known(health: &DiskHealth) -> Result<(), Errno> {
     if health.is_known() { Ok(()) } else { Err(Errno::IO) }
 }

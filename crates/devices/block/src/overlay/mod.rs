@@ -1,31 +1,35 @@
-//! Copy-on-write overlays: writes go to a sparse file over a disk that is never written.
+//! Copy-on-write overlays: writes go to a sparse file, and the disk below is never written.
 //!
-//! # What holds
+//! # Guarantees
 //!
-//! - What lies beneath is only ever read. It may be a plain disk, or a disk with overlays of its own; each overlay knows
-//!   what it was made on and refuses anything else.
-//! - A sector is the overlay's from the first write, zeroing or discard on; a discarded sector reads as zeros and does
-//!   not show what lies beneath. Where the data of a sector stands is arithmetic: no table is walked.
-//! - What the guest flushed survives a crash of the host. What was answered, flushed or not, survives the monitor's being killed:
-//!   only what was in flight may be as before. What was answered before the session was closed ([`Disk::close`](super::disk::Disk::close))
-//!   survives both, where flushes wait for the disk. See [`format`] for how.
-//! - One monitor at a time writes to an overlay (an exclusive lock); any number may read one that nobody writes to.
-//! - Opening an overlay changes nothing of what it holds, nor how others see it: its session begins with the first change.
+//! - The disk below is only read. It may have overlays of its own. Each overlay identifies the disk
+//!   that it was created on, and is refused on any other.
+//! - The first write, write-zeroes or discard of a sector allocates it in the overlay. A discarded
+//!   sector reads as zeros and does not show the disk below. Data is at a fixed offset; there is no
+//!   lookup table.
+//! - What the guest flushed survives a crash of the host. What was completed, flushed or not,
+//!   survives a kill of the monitor. What was completed before
+//!   [`Disk::close`](crate::disk::Disk::close) survives both, if flushes wait for the disk. See
+//!   [`format`].
+//! - One monitor writes to an overlay (an exclusive lock), or any number read it.
+//! - Opening an overlay does not change its contents, nor how overlays created on it see it. Its
+//!   session begins with the first change.
 //!
-//! # A session
+//! # Sessions
 //!
 //! ```text
-//! open --> first change: OPEN, one more session --> ... --> close, freeze or drop: maps written, CLOSED
+//! open --> first change: OPEN, sessions + 1 --> ... --> close, freeze or drop: maps written, CLOSED
 //!   ^                                                                    |
 //!   +------------------------------ thaw --------------------------------+
 //! ```
 //!
 //! # Error model
 //!
-//! Opening fails with [`OverlayError`], which names the file. Nothing that a file says is believed before it is checked:
-//! a truncated file or a header that does not fit it is an error, not a wrong disk. Later errors are those of single
-//! requests: a full disk is `ENOSPC` for the write that found it so. After a failed sync the overlay is given up
-//! ([`health`](super::health), [`format`]): its maps are not written any more, and it is never closed.
+//! Opening fails with [`OverlayError`], which names the file. Nothing that a file says is used
+//! before it is checked: a truncated file or a damaged header is an error, never a wrong disk.
+//! Later errors are those of single requests: the write that finds the host's disk full fails with
+//! `ENOSPC`. After a failed sync the maps are not written any more and the overlay is never closed
+//! ([`health`](crate::host_file::health), [`format`]).
 
 mod active;
 mod backing;

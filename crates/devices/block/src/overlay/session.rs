@@ -1,11 +1,12 @@
-//! The first change of an overlay's session.
+//! Starts the session of an overlay before its first change.
 //!
-//! Before anything is changed the file must say so: it counts who wrote to it, for the overlays that were made on it, and says
-//! how far its map can be trusted should this session not be closed. So the first change waits until that is written (and durable,
-//! where flushes wait for the disk), and those that come meanwhile wait with it. A disk that is only opened changes nothing.
+//! The file must show a session before anything is changed. The session counts the writers, for
+//! overlays that were created on this one, and says how far the maps can be used if it is not
+//! closed. So the first change waits until the session is written (and durable, if flushes wait for
+//! the disk). Changes that come meanwhile wait with it. A disk that is only read begins no session.
 //!
-//! An error is that of all changes that wait; the next one tries again. But once a sync has failed, of this or of anything else, no session
-//! begins any more: it would take the place of what says that the contents are unknown.
+//! An error fails all waiting changes, and the next change tries again. After a failed sync no
+//! session begins any more: it would overwrite the mark that the contents are unknown.
 
 use rustix::io::Errno;
 
@@ -13,10 +14,10 @@ use super::active::ActiveLayer;
 use crate::engine::{Engine, Transfer};
 use crate::io_request::{Request, Tag, Token};
 
-/// A change that waits.
+/// A change that waits for the session.
 pub(crate) type WaitingChange = (Token, u64, Request);
 
-/// The changes that wait for the session to begin.
+/// The start of a session, and the changes that wait for it.
 #[derive(Debug, Default)]
 pub(crate) struct SessionStart {
     waiting: Vec<WaitingChange>,
@@ -34,21 +35,21 @@ enum Phase {
 }
 
 impl SessionStart {
-    /// Lets a change wait. Gives it back where no session can begin any more.
-    pub(crate) fn wait(
+    /// Adds a change that waits for the session. Returns it if no session can begin any more.
+    pub(crate) fn enqueue(
         &mut self,
         change: WaitingChange,
         file: u8,
-        top: &ActiveLayer,
+        active: &ActiveLayer,
         engine: &mut dyn Engine<Tag>,
     ) -> Result<(), WaitingChange> {
-        if !top.health().is_known() && self.phase == Phase::Idle {
+        if !active.health().is_known() && self.phase == Phase::Idle {
             return Err(change);
         }
         self.waiting.push(change);
         if self.phase == Phase::Idle {
             self.phase = Phase::Write;
-            let (offset, bytes) = top.session_start();
+            let (offset, bytes) = active.session_start();
             engine.push(Transfer::write_bytes(file, offset, bytes, Tag::Begin));
         }
         Ok(())
@@ -59,24 +60,28 @@ impl SessionStart {
         self.phase == Phase::Sync
     }
 
-    /// Takes in the end of a step. When it was the last one: how that went, and the changes that waited.
+    /// Handles the end of a step. After the last one, returns the result and the waiting changes.
     pub(crate) fn step(
         &mut self,
         result: Result<(), Errno>,
         file: u8,
-        top: &ActiveLayer,
+        active: &ActiveLayer,
         engine: &mut dyn Engine<Tag>,
     ) -> Option<(Result<(), Errno>, Vec<WaitingChange>)> {
-        if result.is_ok() && self.phase == Phase::Write && top.health().is_known() && top.waits_for_disk() {
+        if result.is_ok()
+            && self.phase == Phase::Write
+            && active.health().is_known()
+            && active.waits_for_disk()
+        {
             self.phase = Phase::Sync;
             engine.push(Transfer::sync(file, Tag::Begin));
             return None;
         }
         self.phase = Phase::Idle;
-        let known = if top.health().is_known() { Ok(()) } else { Err(Errno::IO) };
+        let known = if active.health().is_known() { Ok(()) } else { Err(Errno::IO) };
         let result = result.and(known);
         if result.is_ok() {
-            top.session_opened();
+            active.session_opened();
         }
         Some((result, std::mem::take(&mut self.waiting)))
     }

@@ -1,19 +1,21 @@
-//! What the active overlay holds, and what of that its file does not say yet.
+//! The allocated sectors of the active overlay, and those that the maps in its file lack.
 
 use super::map::{Dirty, Map, PAGE_BYTES, layer_run};
 
-/// What changes while an overlay is written to. Locked for moments, by the one worker that serves the disk.
+/// The mutable state of the active overlay. Locked for moments, by the one worker that serves the
+/// disk.
 #[derive(Debug)]
 pub(crate) struct ActiveState {
-    /// How often somebody has written to it, this session included once it has session_open.
+    /// Number of sessions that have written to it, including the current one.
     pub(crate) sessions: u64,
-    /// Whether there is nothing to close while no session has session_open: the file's last one was closed, or its contents are unknown.
+    /// Whether there is nothing to close while no session has begun: the last one is closed or
+    /// unknown.
     pub(crate) closed: bool,
-    pub(crate) below: u64,
+    pub(crate) backing_sectors: u64,
     pub(crate) map: Map,
-    /// What map A in the file does not have yet.
+    /// Words that the durable map in the file lacks.
     pub(crate) dirty_durable: Dirty,
-    /// What map B in the file does not have yet.
+    /// Words that the commit map in the file lacks.
     pub(crate) dirty_commit: Dirty,
 }
 
@@ -25,13 +27,14 @@ pub(crate) enum MapCopy {
 }
 
 impl ActiveState {
-    /// Whether `sector` is this overlay's, and how many sectors from there on are alike; at most `max`, which is not 0.
+    /// Whether `sector` is allocated in this overlay, and the number of sectors from there on for
+    /// which that is the same. At most `max`, which is not 0.
     pub(crate) fn run(&self, sector: u64, max: u64) -> (bool, u64) {
-        layer_run(&self.map, self.below, sector, max)
+        layer_run(&self.map, self.backing_sectors, sector, max)
     }
 
     pub(crate) fn mark_allocated(&mut self, sector: u64, count: u64, wait_for_disk: bool) {
-        let count = count.min(self.below.saturating_sub(sector));
+        let count = count.min(self.backing_sectors.saturating_sub(sector));
         if count == 0 || self.map.all_set(sector, count) {
             return;
         }
@@ -42,7 +45,7 @@ impl ActiveState {
         }
     }
 
-    /// The bytes of a stretch of the map, and where in a copy of it they stand.
+    /// The bytes of a range of the map, and their offset in a copy of it.
     pub(crate) fn bytes(&self, page: u64, words: std::ops::RangeInclusive<u16>) -> (u64, Box<[u8]>) {
         let offset = page * PAGE_BYTES + u64::from(*words.start()) * 8;
         (offset, self.map.bytes(page, words))

@@ -8,7 +8,7 @@ use super::recorder::{Deeds, Recorder, Syncs};
 use super::*;
 use crate::backend_slot::BackendHandle;
 use crate::disk::DISCARD_PART;
-use crate::disk::backlog::{Backlog, FLOOR};
+use crate::disk::backlog::{Backlog, MIN_WINDOW};
 use sync::locked;
 use virtio::rate_limiter::RateLimiterConfig;
 
@@ -86,8 +86,8 @@ fn dirty_bytes_of_all_threads_are_bounded_while_syncs_stall() {
         }
         slow.kick();
         let answered: u64 = slow.guest.drivers.iter().map(|driver| u64::from(driver.used_idx())).sum();
-        assert_eq!(answered * 4 * MIB, FLOOR, "of {threads} threads");
-        assert!(slow.backlog.total() <= FLOOR);
+        assert_eq!(answered * 4 * MIB, MIN_WINDOW, "of {threads} threads");
+        assert!(slow.backlog.total() <= MIN_WINDOW);
         // And nothing is stuck when the disk goes on.
         slow.stall(false);
         slow.kick();
@@ -152,7 +152,7 @@ fn large_discard_ends_early_for_a_pause_and_a_reset() {
             let list = ranges(&[(0, gib, 0), (u64::from(gib), gib, 0), (8, gib, 0)]);
             let asked: Vec<_> = (0..8).map(|_| slow.guest.ask(0, DISCARD, 0, &list, 0)).collect();
             slow.kick();
-            assert!(slow.backlog.total() <= FLOOR, "{} in flight", slow.backlog.total());
+            assert!(slow.backlog.total() <= MIN_WINDOW, "{} in flight", slow.backlog.total());
             if reset {
                 let tasks = slow.guest.begin_reset();
                 slow.guest.worker.run();
@@ -169,7 +169,7 @@ fn large_discard_ends_early_for_a_pause_and_a_reset() {
             }
             let holes = locked(&slow.syncs[0].holes);
             assert!(holes.iter().all(|&len| len <= DISCARD_PART), "{holes:?}");
-            assert!((1..=FLOOR / DISCARD_PART).contains(&(holes.len() as u64)), "{} holes", holes.len());
+            assert!((1..=MIN_WINDOW / DISCARD_PART).contains(&(holes.len() as u64)), "{} holes", holes.len());
         }
     }
 }

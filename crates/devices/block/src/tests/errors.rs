@@ -172,7 +172,7 @@ fn a_layer_that_was_written_to_after_another_was_made_on_it_is_refused() {
     drop(Rig::open(&both));
     // Without its layer, on the same disk.
     let error = overlay_error(&overlaid(&base, second, vec![], IoEngine::Sync));
-    assert!(error.to_string().contains("another layer"), "{error}");
+    assert!(error.to_string().contains("another top layer"), "{error}");
     Rig::open(&lower).write(512 << 10, &[1; 512]).unwrap();
     let error = overlay_error(&both);
     assert!(error.to_string().contains("written to after"), "{error}");
@@ -251,7 +251,7 @@ fn overlays_that_cannot_be_made_are_refused() {
     let blank = dir.path().join("blank");
     File::create(&blank).unwrap().set_len(1 << 20).unwrap();
     let error = overlay_error(&overlaid(&blank, blank.clone(), vec![], IoEngine::Sync));
-    assert!(matches!(error, OverlayError::IsBeneath { .. }), "{error}");
+    assert!(matches!(error, OverlayError::OwnBacking { .. }), "{error}");
     assert!(std::fs::read(&blank).unwrap().iter().all(|&byte| byte == 0));
     // To read it, it must be there.
     let missing = DiskOptions {

@@ -55,7 +55,7 @@ struct Model {
 impl Model {
     /// Takes in what is over; `failed` is whether a sync has failed.
     fn take(&mut self, rig: &mut Rig, failed: bool) {
-        while let Some((token, result)) = rig.queue.finished() {
+        while let Some((token, result)) = rig.queue.pop_completion() {
             assert!(result.is_ok() || failed, "{result:?}");
             self.writes.retain(|write| write.0 != token);
             if failed && let Some(at) = self.flushes.iter().position(|flush| flush.0 == token) {

@@ -70,7 +70,7 @@ fn whatever_was_answered_the_file_says_it_holds_however_many_pages_the_map_has()
             let mut answered = 0;
             while answered < PAGES {
                 rig.queue.submit_and_reap();
-                let told: Vec<_> = std::iter::from_fn(|| rig.queue.finished()).collect();
+                let told: Vec<_> = std::iter::from_fn(|| rig.queue.pop_completion()).collect();
                 let left = as_left_by_a_kill_now(&options);
                 for (token, result) in told {
                     result.unwrap();
@@ -107,7 +107,7 @@ fn writes_to_the_same_sectors_at_once_are_all_there() {
         let mut answered = 0;
         while answered < tokens.len() {
             rig.queue.submit_and_reap();
-            let told: Vec<_> = std::iter::from_fn(|| rig.queue.finished()).collect();
+            let told: Vec<_> = std::iter::from_fn(|| rig.queue.pop_completion()).collect();
             let left = as_left_by_a_kill_now(&options);
             for (token, result) in told {
                 result.unwrap();

@@ -101,7 +101,7 @@ impl Rig {
     fn finish(&mut self) -> Vec<(Token, Result<(), Errno>)> {
         self.queue.drain();
         self.next_addr = 0;
-        let results = std::iter::from_fn(|| self.queue.finished()).collect();
+        let results = std::iter::from_fn(|| self.queue.pop_completion()).collect();
         assert_eq!(self.queue.in_flight(), 0);
         results
     }

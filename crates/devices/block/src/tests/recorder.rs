@@ -52,7 +52,7 @@ pub(crate) struct Recorder<T> {
     deeds: Option<Deeds>,
     pub(crate) broken: Broken,
     pub(crate) syncs: Arc<Syncs>,
-    noted: VecDeque<Transfer<T>>,
+    queued: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
 
@@ -64,7 +64,7 @@ impl<T> Recorder<T> {
             deeds: Some(deeds),
             broken,
             syncs: Arc::default(),
-            noted: VecDeque::new(),
+            queued: VecDeque::new(),
             done: Vec::new(),
         }
     }
@@ -81,14 +81,14 @@ impl<T> Recorder<T> {
 
 impl<T: fmt::Debug + Send> Engine<T> for Recorder<T> {
     fn push(&mut self, transfer: Transfer<T>) {
-        self.noted.push_back(transfer);
+        self.queued.push_back(transfer);
     }
 
-    /// Carries out one of those that were noted.
+    /// Carries out one of those that were queued.
     fn submit(&mut self) {
-        let Some(index) = self.noted.iter().rposition(|transfer| !self.is_stalled(transfer)) else { return };
-        let Some(mut transfer) = self.noted.remove(index) else { return };
-        let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.left());
+        let Some(index) = self.queued.iter().rposition(|transfer| !self.is_stalled(transfer)) else { return };
+        let Some(mut transfer) = self.queued.remove(index) else { return };
+        let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.remaining());
         let top = usize::from(transfer.file()) == self.files.len() - 1;
         let fails = top && op == Op::Write && locked(&self.broken).contains(&offset);
         let sync_error = if top && op == Op::Sync { locked(&self.syncs.error).take() } else { None };
@@ -134,10 +134,10 @@ impl<T: fmt::Debug + Send> Engine<T> for Recorder<T> {
 
     /// Whether something can be carried out or is to be taken.
     fn has_more(&self) -> bool {
-        !self.done.is_empty() || self.noted.iter().any(|transfer| !self.is_stalled(transfer))
+        !self.done.is_empty() || self.queued.iter().any(|transfer| !self.is_stalled(transfer))
     }
 
     fn in_flight(&self) -> usize {
-        self.noted.len() + self.done.len()
+        self.queued.len() + self.done.len()
     }
 }
