@@ -8,7 +8,8 @@
 //!  disk/      mod.rs, options.rs            opening a disk
 //!     |       queue.rs, split.rs            requests -> transfers, in parts where they are large
 //!     |       backlog.rs                    bounds what is in flight and dirty; schedules syncs
-//!     |       layered.rs, base.rs           which file holds a sector; the file or device at the bottom
+//!     |       layered.rs, base.rs           which file has a sector; the file or device at the bottom
+//!     |       image.rs                      the contents of a disk, for tools
 //!     v
 //!  overlay/   active.rs, state.rs           the overlay that takes the writes
 //!     |       backing.rs, merge.rs          overlays that are only read; merging them

@@ -11,6 +11,7 @@
 
 pub(crate) mod backlog;
 mod base;
+mod image;
 mod layered;
 mod options;
 pub mod queue;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use config::{CacheType, IoEngine};
 
 use self::base::BaseDisk;
+pub use self::image::{DiskImage, ImageExtent, ImageExtents};
 pub use self::layered::LayerMerge;
 use self::layered::LayeredDisk;
 pub use self::options::DiskOptions;
@@ -179,6 +181,11 @@ impl Disk {
     pub(crate) fn queue_with(&self, engine: Box<dyn Engine<Tag>>) -> DiskQueue {
         let flush = self.cache_type == CacheType::Writeback && !self.read_only;
         DiskQueue::new(Arc::clone(&self.layers), engine, flush)
+    }
+
+    /// Its layers.
+    pub(crate) fn layers(&self) -> &LayeredDisk {
+        &self.layers
     }
 
     /// The files that an engine works on, by number.

@@ -229,8 +229,8 @@ impl DiskQueue {
             self.backlog.finished(self.queue_index, &mut self.completions);
         }
         if let Some(active) = self.layers.active() {
-            let extent = (self.layers.write_target().0, active);
-            self.map_commit.start_run(extent, &mut *self.engine, &mut self.completions);
+            let target = (self.layers.write_target().0, active);
+            self.map_commit.start_run(target, &mut *self.engine, &mut self.completions);
         }
     }
 
@@ -526,8 +526,8 @@ impl DiskQueue {
             }
             Tag::CommitMap { page, words } => {
                 let Some(active) = self.layers.active() else { return };
-                let extent = (self.layers.write_target().0, active);
-                self.map_commit.step((page, words), result, extent, &mut *self.engine, &mut self.completions);
+                let target = (self.layers.write_target().0, active);
+                self.map_commit.step((page, words), result, target, &mut *self.engine, &mut self.completions);
             }
         }
     }

@@ -118,16 +118,21 @@ impl fmt::Display for LockHolder {
 }
 
 impl LockHolder {
-    /// The process that has a lock on `file`.
+    /// The process that has a lock on `file`, which is known to be locked.
     pub(crate) fn of(file: &File) -> Self {
-        let Ok(metadata) = file.metadata() else { return LockHolder::Unknown };
+        Self::find(file).unwrap_or(LockHolder::Unknown)
+    }
+
+    /// The process that has a lock on `file`, if `/proc` shows one.
+    pub(crate) fn find(file: &File) -> Option<Self> {
+        let metadata = file.metadata().ok()?;
         let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
-        let Some(pid) = find_pid(&locks, metadata.dev(), metadata.ino()) else { return LockHolder::Unknown };
+        let pid = find_pid(&locks, metadata.dev(), metadata.ino())?;
         if pid == std::process::id() {
-            return LockHolder::ThisProcess;
+            return Some(LockHolder::ThisProcess);
         }
         let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok();
-        LockHolder::Process { pid, command: command.map(|command| command.trim_end().to_owned()) }
+        Some(LockHolder::Process { pid, command: command.map(|command| command.trim_end().to_owned()) })
     }
 }
 

@@ -38,6 +38,7 @@ mod error;
 mod file;
 pub(crate) mod flush;
 mod format;
+pub mod inspect;
 pub(crate) mod map;
 pub(crate) mod merge;
 pub(crate) mod session;

@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 
 use super::guest::*;
-use super::recorder::{Deed, Deeds, Recorder};
-use super::*;
+use super::recorder::{FileOp, OpLog, RecordingEngine};
+use super::rig::*;
 use crate::backend_slot::BackendHandle;
 use sync::locked;
 use virtio::rate_limiter::RateLimiterConfig;
@@ -121,19 +121,19 @@ fn failed_write_with_writable_data_claims_nothing() {
 }
 
 /// A guest on an engine that records what it does, and the record.
-fn recorded(options: &DiskOptions, accepts: u64) -> (Guest, Deeds) {
+fn recorded(options: &DiskOptions, accepts: u64) -> (Guest, OpLog) {
     let guest = Guest::with(options, config(1, 1), RateLimiterConfig::default(), Blocking::Never, accepts);
     let disk = guest.control.disk();
-    let deeds = Deeds::default();
-    let engine = Box::new(Recorder::new(disk.files(), deeds.clone()));
+    let log = OpLog::default();
+    let engine = Box::new(RecordingEngine::new(disk.files(), log.clone()));
     let part = BackendHandle { queue: disk.queue_with(engine), size: disk.size() };
     drop(guest.control.slots[0].post(part));
-    (guest, deeds)
+    (guest, log)
 }
 
 /// Whether something was done to the file since the last sync of it.
-fn is_volatile(deeds: &Deeds) -> bool {
-    matches!(locked(deeds).last(), Some(Deed::Write { .. }))
+fn is_volatile(log: &OpLog) -> bool {
+    matches!(locked(log).last(), Some(FileOp::Write { .. }))
 }
 
 #[test]
@@ -153,11 +153,11 @@ fn changes_are_durable_if_the_driver_cannot_flush() {
                 } else {
                     plain
                 };
-                let (mut guest, deeds) = recorded(&options, accepts);
+                let (mut guest, log) = recorded(&options, accepts);
                 for _ in 0..2 {
                     assert_eq!(guest.one(kind, 0, &data, 0).status, 0);
-                    assert!(!locked(&deeds).is_empty());
-                    assert_eq!(is_volatile(&deeds), !durable, "kind {kind}, overlay {with_overlay}");
+                    assert!(!locked(&log).is_empty());
+                    assert_eq!(is_volatile(&log), !durable, "kind {kind}, overlay {with_overlay}");
                 }
                 assert_eq!(guest.control.stats().flush_count.get(), 0);
             }

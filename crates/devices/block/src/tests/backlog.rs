@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::guest::*;
-use super::recorder::{Deeds, Recorder, Syncs};
-use super::*;
+use super::recorder::{Faults, OpLog, RecordingEngine};
+use super::rig::*;
 use crate::backend_slot::BackendHandle;
 use crate::disk::DISCARD_PART;
 use crate::disk::backlog::{Backlog, MIN_WINDOW};
@@ -19,7 +19,7 @@ struct Slow {
     guest: Guest,
     backlog: Arc<Backlog>,
     /// One for each I/O thread.
-    syncs: Vec<Arc<Syncs>>,
+    syncs: Vec<Arc<Faults>>,
     writes: u64,
 }
 
@@ -31,7 +31,7 @@ impl Slow {
         let backlog = Backlog::new(threads.into());
         let mut syncs = Vec::new();
         for (member, slot) in guest.control.slots.iter().enumerate() {
-            let recorder = Recorder::new(disk.files(), Deeds::default()).without_record();
+            let recorder = RecordingEngine::new(disk.files(), OpLog::default()).without_record();
             syncs.push(Arc::clone(&recorder.syncs));
             let queue = disk.queue_with(Box::new(recorder)).with_backlog(Arc::clone(&backlog), member);
             drop(slot.post(BackendHandle { queue, size: disk.size() }));

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
-use super::*;
+use super::rig::*;
 
 const SIZE: u64 = 4 << 20;
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::guest::*;
-use super::*;
+use super::rig::*;
 use crate::{Block, BlockConfig, BlockError, BlockState};
 use virtio::device::Device;
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::guest::*;
-use super::*;
+use super::rig::*;
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 
 const SECTORS: u64 = 3000;

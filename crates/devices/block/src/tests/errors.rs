@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 
-use super::*;
+use super::rig::*;
 use crate::disk::DiskError;
 use crate::overlay::OverlayError;
 
@@ -19,11 +19,7 @@ fn a_disk_that_shrank_gives_eio_and_the_rest_goes_on() {
         for with_overlay in [false, true] {
             let dir = tempfile::tempdir().unwrap();
             let base = base_of(dir.path(), 1 << 20);
-            let options = if with_overlay {
-                overlaid(&base, dir.path().join("top"), vec![], engine)
-            } else {
-                raw(&base, engine)
-            };
+            let options = raw_or_overlaid(&base, &dir.path().join("top"), with_overlay, engine);
             let mut rig = Rig::open(&options);
             OpenOptions::new().write(true).open(&base).unwrap().set_len(100 << 10).unwrap();
             assert_eq!(rig.read(512 << 10, 4096), Err(Errno::IO));

@@ -1,11 +1,11 @@
-//! Syncs that fail: after the first, nothing vouches for the disk any more. And new files whose names are to last.
+//! Faults that fail: after the first, nothing vouches for the disk any more. And new files whose names are to last.
 
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use super::crash::as_if_host_crashed;
-use super::recorder::{Deed, Recorder};
-use super::*;
+use super::recorder::{BrokenRange, Faults, FileOp, OpLog, RecordingEngine};
+use super::rig::*;
 use crate::disk::{ContentsUnknown, DiskError, FileLocks, LockError};
 use crate::host_file::health::faults;
 use crate::host_file::name::record;
@@ -42,11 +42,7 @@ fn after_any_failed_sync_nothing_vouches_for_the_disk() {
             for first in SYNCS.iter().take(if with_overlay { 4 } else { 3 }) {
                 let dir = tempfile::tempdir().unwrap();
                 let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-                let options = if with_overlay {
-                    overlaid(&base, top.clone(), vec![], engine)
-                } else {
-                    raw(&base, engine)
-                };
+                let options = raw_or_overlaid(&base, &top, with_overlay, engine);
                 let mut rig = Rig::open(&options);
                 rig.write(0, &[1; 512]).unwrap();
                 let written = if with_overlay { &top } else { &base };
@@ -71,11 +67,7 @@ fn a_failed_flush_is_not_tried_again_and_fails_what_comes_later() {
     for with_overlay in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-        let options = if with_overlay {
-            overlaid(&base, top.clone(), vec![], IoEngine::Sync)
-        } else {
-            raw(&base, IoEngine::Sync)
-        };
+        let options = raw_or_overlaid(&base, &top, with_overlay, IoEngine::Sync);
         let mut rig = Rig::open(&options);
         rig.write(0, &[1; 512]).unwrap();
         let failure = faults::fail(if with_overlay { &top } else { &base });
@@ -201,17 +193,17 @@ fn no_session_begins_once_the_contents_are_unknown() {
 }
 
 /// A rig whose engine a test steps.
-fn recorded(options: &DiskOptions) -> (Rig, Arc<Mutex<Vec<Deed>>>, Arc<recorder::Syncs>, recorder::Broken) {
+fn recorded(options: &DiskOptions) -> (Rig, OpLog, Arc<Faults>, BrokenRange) {
     let mut rig = Rig::open(options);
-    let deeds = Arc::new(Mutex::new(Vec::new()));
-    let recorder = Recorder::new(rig.disk.files(), Arc::clone(&deeds));
+    let log = Arc::new(Mutex::new(Vec::new()));
+    let recorder = RecordingEngine::new(rig.disk.files(), Arc::clone(&log));
     let (faults, broken) = (Arc::clone(&recorder.syncs), Arc::clone(&recorder.broken));
     rig.queue = rig.disk.queue_with(Box::new(recorder));
-    (rig, deeds, faults, broken)
+    (rig, log, faults, broken)
 }
 
-fn syncs(deeds: &Mutex<Vec<Deed>>) -> usize {
-    locked(deeds).iter().filter(|deed| matches!(deed, Deed::Sync | Deed::FailedSync)).count()
+fn syncs(log: &Mutex<Vec<FileOp>>) -> usize {
+    locked(log).iter().filter(|op| matches!(op, FileOp::Sync | FileOp::FailedSync)).count()
 }
 
 /// Two at a time would share the kernel's one report of a failure.
@@ -219,15 +211,15 @@ fn syncs(deeds: &Mutex<Vec<Deed>>) -> usize {
 fn flushes_run_one_at_a_time_and_share_the_next() {
     let dir = tempfile::tempdir().unwrap();
     for fails in [false, true] {
-        let (mut rig, deeds, faults, _) = recorded(&raw(&base_of(dir.path()), IoEngine::Sync));
+        let (mut rig, log, faults, _) = recorded(&raw(&base_of(dir.path()), IoEngine::Sync));
         *locked(&faults.error) = fails.then_some(Errno::IO);
         let tokens = [0; 3].map(|_| rig.start(0, Request::Flush));
         rig.queue.submit_and_reap();
-        assert_eq!(syncs(&deeds), 1);
+        assert_eq!(syncs(&log), 1);
         let results = rig.finish();
         let wanted = if fails { Err(Errno::IO) } else { Ok(()) };
         assert_eq!(results, tokens.map(|token| (token, wanted)));
-        assert_eq!(syncs(&deeds), if fails { 1 } else { 2 });
+        assert_eq!(syncs(&log), if fails { 1 } else { 2 });
     }
 }
 

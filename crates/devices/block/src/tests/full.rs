@@ -9,7 +9,7 @@ use std::process::Command;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::guest::Guest;
-use super::*;
+use super::rig::*;
 
 const MIB: u64 = 1 << 20;
 const PROCESS: &str = "tests::full::in_a_process_of_its_own";
@@ -43,11 +43,7 @@ fn in_a_process_of_its_own() {
             let dir = tempfile::tempdir().unwrap();
             let base = dir.path().join("base");
             File::create(&base).unwrap().set_len(64 * MIB).unwrap();
-            let kind = if with_overlay {
-                overlaid(&base, dir.path().join("top"), vec![], engine)
-            } else {
-                raw(&base, engine)
-            };
+            let kind = raw_or_overlaid(&base, &dir.path().join("top"), with_overlay, engine);
             let mut guest = Guest::new(&DiskOptions { cache_type, ..kind });
             limit_files(Some(20 * MIB));
             let data = vec![7; 1 << 20];

@@ -7,7 +7,7 @@ use config::IoEngine;
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::*;
+use super::rig::*;
 use crate::engine::Blocking;
 use crate::{Block, BlockConfig, BlockControl};
 use sync::EventFd;

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 
 use super::crash::as_if_host_crashed;
-use super::recorder::{Deed, Deeds, Recorder};
-use super::*;
+use super::recorder::{FileOp, OpLog, RecordingEngine};
+use super::rig::*;
 use sync::locked;
 
 const SECTORS: u64 = 300;
@@ -91,9 +91,9 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
 
     let mut rig = Rig::open(&options);
     let before = std::fs::read(&top).unwrap();
-    let deeds = Arc::new(Mutex::new(Vec::new()));
-    let has_failed = |deeds: &Deeds| locked(deeds).iter().any(|deed| matches!(deed, Deed::FailedSync));
-    let recorder = Recorder::new(rig.disk.files(), Arc::clone(&deeds));
+    let log = Arc::new(Mutex::new(Vec::new()));
+    let has_failed = |log: &OpLog| locked(log).iter().any(|op| matches!(op, FileOp::FailedSync));
+    let recorder = RecordingEngine::new(rig.disk.files(), Arc::clone(&log));
     let syncs = Arc::clone(&recorder.syncs);
     rig.queue = rig.disk.queue_with(Box::new(recorder));
     let may_hold = (0..SECTORS).map(|sector| vec![(sector % 100) as u8 + 1]).collect();
@@ -141,8 +141,8 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
         }
         for _ in 0..kicks {
             rig.queue.submit_and_reap();
-            model.take(&mut rig, has_failed(&deeds));
-            if locked(&deeds).len() >= crash_at {
+            model.take(&mut rig, has_failed(&log));
+            if locked(&log).len() >= crash_at {
                 break 'steps;
             }
         }
@@ -151,21 +151,21 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
     if only_killed {
         // At a moment when nothing is in flight.
         rig.queue.drain();
-        model.take(&mut rig, has_failed(&deeds));
+        model.take(&mut rig, has_failed(&log));
     }
 
     // The host goes down. What was synced is there, of the rest any part. After a kill all is there but what a failed sync was about.
     let mut file = before;
-    let deeds = locked(&deeds).clone();
+    let log = locked(&log).clone();
     let last_sync =
-        |deeds: &[Deed]| deeds.iter().rposition(|deed| matches!(deed, Deed::Sync)).map_or(0, |at| at + 1);
-    let failed = deeds.iter().position(|deed| matches!(deed, Deed::FailedSync));
-    let doubtful = failed.map_or(0..0, |failed| last_sync(&deeds[..failed])..failed);
-    let kept = if only_killed { deeds.len() } else { last_sync(&deeds) };
+        |log: &[FileOp]| log.iter().rposition(|op| matches!(op, FileOp::Sync)).map_or(0, |at| at + 1);
+    let failed = log.iter().position(|op| matches!(op, FileOp::FailedSync));
+    let doubtful = failed.map_or(0..0, |failed| last_sync(&log[..failed])..failed);
+    let kept = if only_killed { log.len() } else { last_sync(&log) };
     let mut lost = lost.iter().cycle();
-    for (index, deed) in deeds.iter().enumerate() {
+    for (index, op) in log.iter().enumerate() {
         let is_safe = index < kept && !doubtful.contains(&index);
-        if let Deed::Write { offset, bytes } = deed
+        if let FileOp::Write { offset, bytes } = op
             && (is_safe || !lost.next().unwrap())
         {
             file[*offset as usize..*offset as usize + bytes.len()].copy_from_slice(bytes);

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use rustix::fs::SeekFrom;
 
-use super::recorder::{Deeds, Recorder};
-use super::*;
+use super::recorder::{OpLog, RecordingEngine};
+use super::rig::*;
 use sync::locked;
 
 /// Of one page of the map.
@@ -160,7 +160,7 @@ fn a_flush_of_many_pages_of_the_map_survives_the_host() {
 fn a_change_that_the_map_cannot_take_in_fails_and_others_do_not() {
     let dir = tempfile::tempdir().unwrap();
     let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Blocking::Allowed, CacheType::Unsafe);
-    let recorder = Recorder::new(rig.disk.files(), Deeds::default());
+    let recorder = RecordingEngine::new(rig.disk.files(), OpLog::default());
     let broken = Arc::clone(&recorder.broken);
     rig.queue = rig.disk.queue_with(Box::new(recorder));
     *locked(&broken) = MAP_B + 4096..MAP_B + 8192;
@@ -183,7 +183,7 @@ fn a_change_that_the_map_cannot_take_in_fails_and_others_do_not() {
 fn a_change_fails_while_the_session_cannot_be_written() {
     let dir = tempfile::tempdir().unwrap();
     let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Blocking::Allowed, CacheType::Writeback);
-    let recorder = Recorder::new(rig.disk.files(), Deeds::default());
+    let recorder = RecordingEngine::new(rig.disk.files(), OpLog::default());
     let broken = Arc::clone(&recorder.broken);
     rig.queue = rig.disk.queue_with(Box::new(recorder));
     *locked(&broken) = 4096..4097;

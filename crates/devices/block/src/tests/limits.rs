@@ -1,7 +1,7 @@
 //! What holds requests back: limits that the user sets, and the bounds of what is in flight.
 
 use super::guest::*;
-use super::*;
+use super::rig::*;
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 
 const MS: u64 = 1_000_000;

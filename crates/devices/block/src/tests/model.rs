@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::*;
+use super::rig::*;
 
 /// A size that is no multiple of a map's page, nor of anything else.
 const SECTORS: u64 = 4096 + 77;

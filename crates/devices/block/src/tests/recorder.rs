@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
+use crate::SECTOR;
 use crate::engine::{Done, Engine, Op, Transfer, carry_out};
-use crate::tests::SECTOR;
 use sync::locked;
 
 /// Something that was done to a file.
 #[derive(Debug, Clone)]
-pub(crate) enum Deed {
+pub(crate) enum FileOp {
     /// These bytes stand at this offset now.
     Write { offset: u64, bytes: Vec<u8> },
     /// All that was done before is durable now.
@@ -26,11 +26,11 @@ pub(crate) enum Deed {
 }
 
 /// Where the last of the files cannot be written.
-pub(crate) type Broken = Arc<Mutex<Range<u64>>>;
+pub(crate) type BrokenRange = Arc<Mutex<Range<u64>>>;
 
 /// What goes wrong with the last of the files, and what else was done to it.
 #[derive(Debug, Default)]
-pub(crate) struct Syncs {
+pub(crate) struct Faults {
     /// No sync and no discard comes to its end.
     pub(crate) stalled: AtomicBool,
     /// What the next sync fails with.
@@ -42,26 +42,26 @@ pub(crate) struct Syncs {
 }
 
 /// What was done, in order.
-pub(crate) type Deeds = Arc<Mutex<Vec<Deed>>>;
+pub(crate) type OpLog = Arc<Mutex<Vec<FileOp>>>;
 
 /// Carries transfers out one after the other, the latest first: nobody may rely on their order.
 #[derive(Debug)]
-pub(crate) struct Recorder<T> {
+pub(crate) struct RecordingEngine<T> {
     files: Vec<Arc<File>>,
     /// None if nobody asks.
-    deeds: Option<Deeds>,
-    pub(crate) broken: Broken,
-    pub(crate) syncs: Arc<Syncs>,
+    log: Option<OpLog>,
+    pub(crate) broken: BrokenRange,
+    pub(crate) syncs: Arc<Faults>,
     queued: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
 
-impl<T> Recorder<T> {
-    pub(crate) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
-        let broken = Broken::default();
-        Recorder {
+impl<T> RecordingEngine<T> {
+    pub(crate) fn new(files: Vec<Arc<File>>, log: OpLog) -> Self {
+        let broken = BrokenRange::default();
+        RecordingEngine {
             files,
-            deeds: Some(deeds),
+            log: Some(log),
             broken,
             syncs: Arc::default(),
             queued: VecDeque::new(),
@@ -71,7 +71,7 @@ impl<T> Recorder<T> {
 
     /// The same without a record.
     pub(crate) fn without_record(self) -> Self {
-        Recorder { deeds: None, ..self }
+        RecordingEngine { log: None, ..self }
     }
 
     fn is_stalled(&self, transfer: &Transfer<T>) -> bool {
@@ -79,7 +79,7 @@ impl<T> Recorder<T> {
     }
 }
 
-impl<T: fmt::Debug + Send> Engine<T> for Recorder<T> {
+impl<T: fmt::Debug + Send> Engine<T> for RecordingEngine<T> {
     fn push(&mut self, transfer: Transfer<T>) {
         self.queued.push_back(transfer);
     }
@@ -98,8 +98,8 @@ impl<T: fmt::Debug + Send> Engine<T> for Recorder<T> {
         }
         let result = match sync_error {
             Some(errno) => {
-                if let Some(deeds) = &self.deeds {
-                    locked(deeds).push(Deed::FailedSync);
+                if let Some(log) = &self.log {
+                    locked(log).push(FileOp::FailedSync);
                 }
                 Err(errno)
             }
@@ -109,7 +109,7 @@ impl<T: fmt::Debug + Send> Engine<T> for Recorder<T> {
         };
         if top
             && result.is_ok()
-            && let Some(deeds) = &self.deeds
+            && let Some(log) = &self.log
         {
             match op {
                 Op::Read | Op::WriteBack => {}
@@ -119,10 +119,10 @@ impl<T: fmt::Debug + Send> Engine<T> for Recorder<T> {
                     // One sector each: that is what a disk writes whole.
                     for (index, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
                         let (offset, bytes) = (offset + index as u64 * SECTOR, bytes.to_vec());
-                        locked(deeds).push(Deed::Write { offset, bytes });
+                        locked(log).push(FileOp::Write { offset, bytes });
                     }
                 }
-                Op::Sync => locked(deeds).push(Deed::Sync),
+                Op::Sync => locked(log).push(FileOp::Sync),
             }
         }
         self.done.push(transfer.finish(result));
