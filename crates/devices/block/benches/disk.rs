@@ -1,10 +1,11 @@
-//! How fast a disk is: the bare file, what serves a disk ([`DiskQueue`]) alone, and the whole device from the driver's kick to its
-//! interrupt, through a worker.
+//! Speed of a disk: of the bare file, of a [`DiskQueue`], and of the whole device from the driver's
+//! kick to its interrupt, through a worker.
 //!
-//! `cargo bench -p vesta-block --features testing --bench disk -- [FILE]`. Without FILE it uses a temporary file of 1 GiB. Random
-//! reads and writes of 4 KiB, one at a time and 32 at a time: operations per second, microseconds each, and microseconds of processor time
-//! each. The driver's own time does not count; that of the kernel's threads for this process does. Numbers mean something on an idle
-//! machine only.
+//! `cargo bench -p vesta-block --features testing --bench disk -- [FILE]`. Without FILE it uses a
+//! temporary file of 1 GiB. It does random reads and writes of 4 KiB, one at a time and 32 at a
+//! time, and prints operations per second, microseconds of time each, and microseconds of CPU time
+//! each. The driver's own CPU time is not counted; that of the kernel's threads for this process
+//! is. The numbers are meaningful only on an idle machine.
 
 use std::fs::File;
 use std::io::Write;
@@ -89,7 +90,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Reads or writes with one system call each, from this thread.
+/// Reads or writes with one system call each, on this thread.
 fn bare(path: &Path, write: bool) -> std::io::Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
     let blocks = file.metadata()?.len() / BLOCK;
@@ -148,7 +149,8 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
     queue.drain();
 }
 
-/// The whole device, with a driver that keeps `depth` requests in flight and sleeps until its interrupt.
+/// The whole device, with a driver that keeps `depth` requests in flight and sleeps until its
+/// interrupt.
 fn device(
     name: &str,
     disk: &Disk,
@@ -279,7 +281,8 @@ impl Run {
     }
 }
 
-/// Processor time of this process, whose threads `io_uring`'s workers are, without that of the driver's thread where there is one.
+/// CPU time of this process, which includes the worker threads of `io_uring`; without that of the
+/// driver's thread if there is one.
 fn cpu_time(driver: bool) -> Duration {
     let process = clock(rustix::time::ClockId::ProcessCPUTime);
     let own = clock(rustix::time::ClockId::ThreadCPUTime);

@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_become_one_segment() {
+    fn adjacent_buffers_become_one_segment() {
         let ram = guest_ram(1);
         let mut buffers = GuestBuffers::new();
         for buffer in [at(4096, 4096), at(8192, 512), at(4096, 512)] {
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stretch_that_leaves_memory_is_refused() {
+    fn buffer_outside_ram_is_refused() {
         let ram = guest_ram(1);
         let mut buffers = GuestBuffers::new();
         for (addr, len) in [(MIB, 1), (MIB - 1, 2), (u64::MAX, 1), (u64::MAX - 1, u32::MAX), (0, u32::MAX)] {
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_goes_to_the_guest_is_marked_dirty() {
+    fn only_buffers_to_the_guest_are_marked_dirty() {
         let ram = tracked_guest_ram(1);
         let mut buffers = GuestBuffers::new();
         buffers.push(&ram, at(0, 4096), Direction::FromGuest).unwrap();
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_cut_segments_where_they_must() {
+    fn push_part_cuts_segments() {
         let ram = guest_ram(1);
         let host = ram.regions()[0].host_addr as usize;
         let mut all = GuestBuffers::new();

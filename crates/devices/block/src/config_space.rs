@@ -108,7 +108,7 @@ mod tests {
     use std::mem::offset_of;
 
     #[test]
-    fn fields_stand_where_the_specification_puts_them() {
+    fn fields_are_at_the_offsets_of_the_specification() {
         assert_eq!(offset_of!(ConfigSpace, size_max), 8);
         assert_eq!(offset_of!(ConfigSpace, seg_max), 12);
         assert_eq!(offset_of!(ConfigSpace, blk_size), 20);
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn conditional_fields_are_those_of_the_specification() {
+    fn conditional_fields_match_the_specification() {
         let starts = FIELDS.map(|field| field.bytes.start as usize);
         let want = [
             offset_of!(ConfigSpace, size_max),
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_queue_limits_the_buffers_of_a_request() {
+    fn small_queue_limits_the_segments_of_a_request() {
         assert_eq!(ConfigSpace::new(0, 1, 16).seg_max.get(), 14);
         assert_eq!(ConfigSpace::new(0, 1, 1024).seg_max.get(), SEG_MAX);
     }

@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn overlays_with_random_changes_are_refused_or_are_disks() {
+    fn random_overlay_files_are_refused_or_work() {
         seeded(overlay, 1_000);
     }
 }

@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn member_without_room_is_woken_when_there_is_some() {
+    fn waiting_queue_is_woken_when_bytes_are_released() {
         let backlog = Backlog::new(2);
         let waker = Arc::new(EventFd::new().unwrap());
         backlog.set_waker(1, Arc::clone(&waker));

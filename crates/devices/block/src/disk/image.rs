@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn image_of_a_disk_in_use_is_refused_but_described() {
+    fn disk_in_use_has_no_image_but_overlay_info() {
         let dir = tempfile::tempdir().unwrap();
         let (base, overlays, _) = image(dir.path());
         let options = overlaid(&base, overlays[1].clone(), overlays[..1].to_vec(), IoEngine::Sync);

@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn merged_layers_hold_what_the_layers_did_and_carry_what_was_made_on_them() {
+    fn merged_layers_replace_the_layers_below_an_overlay() {
         let family = Family::new();
         let old = family.open();
         let on_top = family.dir.path().join("active");
@@ -316,7 +316,7 @@ mod tests {
         assert!(Family::open_on(&other, &[merged]).is_err());
     }
     #[test]
-    fn a_merge_that_is_given_up_leaves_nothing_that_could_be_taken_for_an_overlay() {
+    fn cancelled_merge_leaves_no_overlay() {
         let family = Family::new();
         let merged = family.dir.path().join("merged");
         File::create(&merged).unwrap();
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_merge_keeps_layers_from_being_written_to_and_not_what_lies_on_them() {
+    fn merge_locks_its_layers_but_not_the_active_overlay() {
         let family = Family::new();
         let mut layers = family.open();
         let backing = layers.backing_id().unwrap();

@@ -6,8 +6,8 @@
 //!
 //! # Callers
 //!
-//! The `control` crate opens disks on its main thread's behalf: when a drive is configured, when
-//! its path is replaced, and for a fork or a snapshot.
+//! The `control` crate opens disks when a drive is configured or its path is replaced, and for a
+//! fork or a snapshot. Tools read disks with [`DiskImage`].
 
 pub(crate) mod backlog;
 mod base;
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn who_would_go_through_another_thread_wants_workers_of_its_own() {
+    fn dedicated_workers_are_wanted_for_file_writes_and_sync() {
         assert!(wants(4096, false, IoEngine::Async), "writes to a file");
         assert!(!wants(4096, true, IoEngine::Async), "reads go through the ring");
         assert!(wants(4096, true, IoEngine::Sync), "all waits");

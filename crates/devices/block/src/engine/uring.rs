@@ -426,7 +426,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_is_not_in_memory_because_its_node_is() {
+    fn device_node_is_not_a_file_in_memory() {
         let node = File::open("/dev/null").unwrap();
         // `/dev` is a file system in memory; a device in it is not in memory.
         assert!(!is_in_memory(&node));

@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_failed_sync_is_kept_and_no_sync_is_tried_after_it() {
+    fn first_failed_sync_is_kept_and_no_sync_is_tried_after() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let health = DiskHealth::new(file.path());
         health.sync(file.as_file(), "a flush").unwrap();

@@ -344,7 +344,7 @@ mod tests {
 
     /// Two tables are those of two processes.
     #[test]
-    fn one_writer_or_many_readers_and_drives_of_one_process_share() {
+    fn lock_allows_one_writing_process_or_many_readers() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (ours, theirs) = (FileLocks::default(), FileLocks::default());
         let reads = lock(&ours, file.path(), LockMode::Shared).unwrap();
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_cannot_change_stays_as_it_was() {
+    fn failed_lock_change_keeps_the_old_lock() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (ours, theirs) = (FileLocks::default(), FileLocks::default());
         let lock_of_ours = lock(&ours, file.path(), LockMode::Exclusive).unwrap();
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_names_the_file_and_who_has_it() {
+    fn lock_error_names_the_file_and_the_holder() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut child = std::process::Command::new("flock")
             .args(["--exclusive", "--no-fork"])
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_took_the_name_meanwhile_is_not_locked_instead() {
+    fn file_replaced_during_open_is_not_locked() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("disk");
         let data = File::create(&path).unwrap();
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_list_is_read_by_file() {
+    fn proc_locks_is_searched_by_inode() {
         let list = "1: POSIX  ADVISORY  WRITE 7 fe:00:56 0 EOF\n\
                     2: FLOCK  ADVISORY  WRITE 1234 fe:00:57 0 EOF\n\
                     2: -> FLOCK  ADVISORY  WRITE 9 fe:00:56 0 EOF\n\

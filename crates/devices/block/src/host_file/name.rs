@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_directory_of_a_links_target_is_the_one_that_is_synced() {
+    fn directory_of_a_symlink_target_is_synced() {
         let home = tempfile::tempdir().unwrap();
         let file = home.path().join("dir/file");
         std::fs::create_dir(home.path().join("dir")).unwrap();
@@ -90,7 +90,7 @@ mod tests {
 
     /// Directories that only have the path of a descriptor, and files without a name.
     #[test]
-    fn files_that_only_a_descriptor_names_are_made_durable() {
+    fn names_below_proc_self_fd_are_made_durable() {
         use std::os::fd::AsRawFd;
         let home = tempfile::tempdir().unwrap();
         File::create(home.path().join("file")).unwrap();

@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_do_not_overlap_at_any_size() {
+    fn areas_do_not_overlap_at_any_size() {
         for size in [0, 512, 16 << 20, (16 << 20) + 512, 1 << 30, MAX_VIRTUAL_SIZE] {
             let layout = Layout::of(size);
             let map_len = (size / SECTOR).div_ceil(8).next_multiple_of(4096);
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn the_format_on_disk_does_not_change_by_accident() {
+    fn format_on_disk_is_unchanged() {
         assert_eq!(size_of::<Header>(), 80);
         assert_eq!(size_of::<Session>(), 40);
         let header = Header {

@@ -237,7 +237,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn map_agrees_with_a_plain_list_of_bits(
+        fn map_agrees_with_a_list_of_bits(
             ranges in prop::collection::vec((0..SECTORS, 1..2 * PAGE_SECTORS), 0..20),
             asked in prop::collection::vec((0..SECTORS, 1..SECTORS), 20),
         ) {
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn dirty_words_meet_those_sectors_whose_bits_they_have() {
+    fn dirty_words_meet_the_sectors_of_their_bits() {
         let mut dirty = Dirty::default();
         assert!(!dirty.meets(0, SECTORS));
         dirty.mark(PAGE_SECTORS + 64, 64);
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_fills_up_bit_by_bit_takes_no_memory() {
+    fn full_page_needs_no_memory() {
         let mut map = Map::new(PAGE_SECTORS);
         for sector in 0..PAGE_SECTORS {
             assert!(!matches!(map.pages[0], Page::Set));
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_beyond_the_end_of_the_disk_are_not_believed() {
+    fn bits_past_the_end_of_the_disk_are_ignored() {
         let mut map = Map::new(100);
         map.merge(0, &[0xff; PAGE_BYTES as usize]);
         assert!(map.all_set(0, 100));

@@ -1,5 +1,5 @@
-//! What an answer promises: the used length covers only bytes that were written, and a change is durable where the driver does not
-//! flush.
+//! Completions: the used length covers only bytes that were written, and a change is durable if the
+//! driver does not flush.
 
 use proptest::prelude::*;
 
@@ -11,10 +11,10 @@ use sync::locked;
 use virtio::rate_limiter::RateLimiterConfig;
 
 const SECTORS: u64 = 64;
-/// What [`Guest::ask_cut`] fills device-writable buffers with. No disk here holds it, and it is no status.
+/// Fills device-writable buffers before a request. No disk here has this byte, and it is no status.
 const UNWRITTEN: u8 = 0xee;
 
-/// A disk without a byte that is [`UNWRITTEN`].
+/// A disk without [`UNWRITTEN`] bytes.
 fn plain_disk(dir: &Path, engine: IoEngine) -> DiskOptions {
     let (options, content) = disk(dir, SECTORS, engine);
     std::fs::write(&options.path, content.into_iter().map(|byte| byte % UNWRITTEN).collect::<Vec<_>>())
@@ -83,13 +83,13 @@ proptest! {
         let options = plain_disk(dir.path(), ENGINES[engine]);
         let mut guest = Guest::new(&DiskOptions { read_only, ..options.clone() });
         if shrunk {
-            // Reads and writes of the upper half fail, or fill a part of their buffers.
+            // Reads and writes of the upper half fail, or fill only part of their buffers.
             std::fs::File::options().write(true).open(&options.path).unwrap().set_len(SECTORS * 256).unwrap();
         }
         for Asking { kind, sector, data, read_len, cuts, indirect } in &askings {
             guest.forget();
             let asked = guest.ask_cut(0, (*kind, *sector), data, *read_len, cuts, *indirect);
-            // The queue has no room for so many buffers.
+            // The queue has too few free descriptors.
             let Some(asked) = asked else { continue };
             guest.kick(0);
             let used = guest.wait(0, 1)[0];
@@ -100,7 +100,7 @@ proptest! {
                 answer.written <= written,
                 "kind {kind}, status {}: {} bytes claimed, {written} written", answer.status, answer.written
             );
-            // And what was written is claimed.
+            // What was written is in the used length, too.
             match (*kind, answer.status) {
                 (IN, 0) => prop_assert_eq!(answer.written, read_len + 1),
                 (GET_ID, 0) => prop_assert_eq!(answer.written, if *read_len == 20 { 21 } else { 20 }),
@@ -111,7 +111,7 @@ proptest! {
     }
 }
 
-/// Case 21: the status is the only byte that is written, and it is not the first.
+/// The status is the only byte that is written, and it is not the first.
 #[test]
 fn failed_write_with_writable_data_claims_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -120,7 +120,7 @@ fn failed_write_with_writable_data_claims_nothing() {
     assert_eq!((answer.status, answer.written), (1, 0));
 }
 
-/// A guest on an engine that records what it does, and the record.
+/// A guest whose disk is served by a [`RecordingEngine`], and its log.
 fn recorded(options: &DiskOptions, accepts: u64) -> (Guest, OpLog) {
     let guest = Guest::with(options, config(1, 1), RateLimiterConfig::default(), Blocking::Never, accepts);
     let disk = guest.control.disk();
@@ -131,7 +131,7 @@ fn recorded(options: &DiskOptions, accepts: u64) -> (Guest, OpLog) {
     (guest, log)
 }
 
-/// Whether something was done to the file since the last sync of it.
+/// Whether the file was changed since its last sync.
 fn is_volatile(log: &OpLog) -> bool {
     matches!(locked(log).last(), Some(FileOp::Write { .. }))
 }

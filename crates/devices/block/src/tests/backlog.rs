@@ -1,4 +1,4 @@
-//! What a pause or a reset has to wait for is bounded, whatever the guest writes and however slow the disk is.
+//! The bounds of what a pause or a reset waits for, with slow disks and much data.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,7 +14,7 @@ use virtio::rate_limiter::RateLimiterConfig;
 
 const MIB: u64 = 1 << 20;
 
-/// A guest whose disk obeys the test.
+/// A guest whose disk stalls and fails as the test wants.
 struct Slow {
     guest: Guest,
     backlog: Arc<Backlog>,
@@ -43,7 +43,7 @@ impl Slow {
 
     fn stall(&self, stalled: bool) {
         self.syncs.iter().for_each(|one| one.stalled.store(stalled, Ordering::Relaxed));
-        // As the events of a real engine would.
+        // A real engine signals events.
         self.guest.control.slots.iter().for_each(|slot| slot.event.signal());
     }
 
@@ -51,7 +51,7 @@ impl Slow {
         self.syncs.iter().for_each(|one| *locked(&one.error) = Some(Errno::IO));
     }
 
-    /// Puts a write of 4 MiB into `queue`, each to another place. All of them write the same bytes.
+    /// Adds a write of 4 MiB to `queue`, each to another place. All of them write the same bytes.
     fn ask_write(&mut self, queue: usize) {
         let (header, data, status) = (MIB + self.writes * 128, 2 * MIB, MIB + self.writes * 128 + 64);
         let sector = self.writes * 4 * MIB / SECTOR;
@@ -68,7 +68,7 @@ impl Slow {
     }
 }
 
-/// A blank disk of so many bytes.
+/// A disk of `bytes` bytes without data.
 fn blank(dir: &Path, bytes: u64) -> DiskOptions {
     let path = dir.join("disk");
     std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
@@ -88,7 +88,7 @@ fn dirty_bytes_of_all_threads_are_bounded_while_syncs_stall() {
         let answered: u64 = slow.guest.drivers.iter().map(|driver| u64::from(driver.used_idx())).sum();
         assert_eq!(answered * 4 * MIB, MIN_WINDOW, "of {threads} threads");
         assert!(slow.backlog.total() <= MIN_WINDOW);
-        // And nothing is stuck when the disk goes on.
+        // Everything completes once the disk works again.
         slow.stall(false);
         slow.kick();
         for queue in 0..usize::from(threads) {
@@ -100,7 +100,7 @@ fn dirty_bytes_of_all_threads_are_bounded_while_syncs_stall() {
 }
 
 #[test]
-fn reads_and_flushes_pass_while_writes_wait_for_room() {
+fn reads_and_flushes_pass_writes_that_wait_for_the_window() {
     let dir = tempfile::tempdir().unwrap();
     let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), 2);
     slow.stall(true);
@@ -132,9 +132,9 @@ fn error_of_an_early_sync_fails_the_next_flush() {
     assert_eq!(slow.guest.one(FLUSH, 0, &[], 0).status, 1);
 }
 
-/// 16 GiB in one request: what is not begun when the guest is to be paused, or the device reset, is not done.
+/// 16 GiB in one request: the parts that were not started are skipped.
 #[test]
-fn large_discard_ends_early_for_a_pause_and_a_reset() {
+fn large_discard_is_cut_short_by_a_pause_or_reset() {
     for reset in [false, true] {
         for with_overlay in [false, true] {
             let dir = tempfile::tempdir().unwrap();
@@ -145,7 +145,7 @@ fn large_discard_ends_early_for_a_pause_and_a_reset() {
                 plain
             };
             let mut slow = Slow::new(&options, 1);
-            // An overlay's session has begun.
+            // The overlay's session has begun.
             assert_eq!(slow.guest.write(0, &[1; 512]), 0);
             slow.stall(true);
             let gib = (1 << 30) / 512;
@@ -174,7 +174,7 @@ fn large_discard_ends_early_for_a_pause_and_a_reset() {
     }
 }
 
-/// A large discard that nothing interrupts does all of its ranges.
+/// A large discard without interruption covers all of its ranges.
 #[test]
 fn large_discard_covers_all_of_its_ranges() {
     for with_overlay in [false, true] {
@@ -199,7 +199,7 @@ fn large_discard_covers_all_of_its_ranges() {
     }
 }
 
-/// Storage without `fallocate`: zeros are written, and a discard does nothing and is no error.
+/// Without `fallocate`, zeros are written, and a discard does nothing and succeeds.
 #[test]
 fn zeroes_are_written_and_discards_ignored_without_fallocate() {
     for with_overlay in [false, true] {

@@ -16,7 +16,7 @@ fn capacity(block: &Block) -> u64 {
 }
 
 #[test]
-fn a_driver_reads_and_writes_and_learns_the_serial_number() {
+fn driver_reads_writes_and_gets_the_serial_number() {
     for engine in ENGINES {
         for blocking in [Blocking::Never, Blocking::Allowed] {
             let dir = tempfile::tempdir().unwrap();
@@ -42,7 +42,7 @@ fn a_driver_reads_and_writes_and_learns_the_serial_number() {
 }
 
 #[test]
-fn a_driver_that_reads_past_the_sector_size_finds_0() {
+fn reads_past_the_sector_size_return_zeros() {
     for kind in [Kind::Mmio, Kind::Pci] {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 64, IoEngine::Async);
@@ -65,7 +65,7 @@ fn a_driver_that_reads_past_the_sector_size_finds_0() {
 }
 
 #[test]
-fn what_is_offered_follows_from_the_drive() {
+fn offered_features_follow_from_the_drive() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let features = |options: &DiskOptions, queues| {
@@ -83,7 +83,7 @@ fn what_is_offered_follows_from_the_drive() {
 }
 
 #[test]
-fn requests_that_make_no_sense_get_an_error_and_nothing_else_happens() {
+fn malformed_requests_fail_and_change_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (options, content) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&options);
@@ -93,12 +93,12 @@ fn requests_that_make_no_sense_get_an_error_and_nothing_else_happens() {
         assert_eq!(guest.read(sector, 2).0, ioerr, "sector {sector}");
         assert_eq!(guest.write(sector, &[1; 1024]), ioerr, "sector {sector}");
     }
-    // No whole sectors, or none.
+    // Not whole sectors, or none.
     assert_eq!(guest.one(IN, 0, &[], 513).status, ioerr);
     assert_eq!(guest.one(IN, 0, &[], 0).status, ioerr);
     assert_eq!(guest.one(OUT, 0, &[1; 511], 0).status, ioerr);
     assert_eq!(guest.one(OUT, 0, &[], 0).status, ioerr);
-    // Unknown.
+    // Unknown types.
     for kind in [2, 3, 5, 6, 7, 9, 10, 12, 14, 16, u32::MAX] {
         assert_eq!(guest.one(kind, 0, &[], 512).status, unsupp, "type {kind}");
     }
@@ -124,7 +124,7 @@ fn requests_that_make_no_sense_get_an_error_and_nothing_else_happens() {
 }
 
 #[test]
-fn a_chain_without_room_for_the_status_comes_back_unanswered() {
+fn chain_without_a_status_byte_is_returned_unused() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&options);
@@ -132,7 +132,7 @@ fn a_chain_without_room_for_the_status_comes_back_unanswered() {
     guest.kick(0);
     let used = guest.wait(0, 1)[0];
     assert_eq!((used.head, used.written), (head, 0));
-    // A header that is too short, but room for the status.
+    // The header is too short, but there is a status byte.
     guest.drivers[0].add(&[(1 << 20, 15)], &[(2 << 20, 1)]).unwrap();
     guest.kick(0);
     guest.wait(0, 1);
@@ -140,7 +140,7 @@ fn a_chain_without_room_for_the_status_comes_back_unanswered() {
 }
 
 #[test]
-fn a_request_in_more_buffers_than_are_allowed_gets_an_error() {
+fn request_with_too_many_buffers_fails() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&options);
@@ -158,7 +158,7 @@ fn a_request_in_more_buffers_than_are_allowed_gets_an_error() {
 }
 
 #[test]
-fn a_read_only_disk_refuses_writes() {
+fn read_only_disk_refuses_writes() {
     let dir = tempfile::tempdir().unwrap();
     let (options, content) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&DiskOptions { read_only: true, ..options });
@@ -170,7 +170,7 @@ fn a_read_only_disk_refuses_writes() {
 }
 
 #[test]
-fn several_ranges_are_zeroed_by_one_request() {
+fn one_request_zeroes_several_ranges() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, mut content) = disk(dir.path(), 64, engine);
@@ -186,7 +186,7 @@ fn several_ranges_are_zeroed_by_one_request() {
 }
 
 #[test]
-fn a_driver_that_does_not_flush_gets_writes_that_are_durable() {
+fn driver_without_flush_gets_durable_writes() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 64, engine);
@@ -201,7 +201,7 @@ fn a_driver_that_does_not_flush_gets_writes_that_are_durable() {
 }
 
 #[test]
-fn a_disk_that_fails_gives_errors_and_goes_on() {
+fn failing_disk_returns_errors_and_serves_the_rest() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, content) = disk(dir.path(), 64, engine);
@@ -215,7 +215,7 @@ fn a_disk_that_fails_gives_errors_and_goes_on() {
 }
 
 #[test]
-fn queues_are_served_by_as_many_tasks_as_there_are_threads() {
+fn queues_are_dealt_to_one_task_per_io_thread() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 4096, engine);
@@ -243,7 +243,7 @@ fn queues_are_served_by_as_many_tasks_as_there_are_threads() {
 }
 
 #[test]
-fn a_pause_lets_requests_end_and_takes_no_new_ones() {
+fn pause_drains_requests_and_takes_no_new_ones() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, content) = disk(dir.path(), 4096, engine);
@@ -268,7 +268,7 @@ fn a_pause_lets_requests_end_and_takes_no_new_ones() {
 }
 
 #[test]
-fn a_reset_in_the_middle_of_io_drains_and_the_device_begins_anew() {
+fn reset_during_io_drains_and_restarts_the_device() {
     for engine in ENGINES {
         for with_overlay in [false, true] {
             let dir = tempfile::tempdir().unwrap();
@@ -286,7 +286,7 @@ fn a_reset_in_the_middle_of_io_drains_and_the_device_begins_anew() {
                 guest.kick(0);
                 let tasks = guest.begin_reset();
                 guest.end_reset(tasks);
-                // The queue as the driver left it: what was taken was answered, nothing is half done.
+                // All requests that were taken have completed.
                 let answered = u64::from(guest.drivers[0].used_idx());
                 assert!(guest.control.stats().write_count.get() >= answered);
                 guest.activate();
@@ -302,7 +302,7 @@ fn a_reset_in_the_middle_of_io_drains_and_the_device_begins_anew() {
 }
 
 #[test]
-fn a_driver_that_breaks_the_rules_kills_the_device_until_it_is_reset() {
+fn driver_error_stops_the_device_until_it_is_reset() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, content) = disk(dir.path(), 64, engine);
@@ -310,7 +310,7 @@ fn a_driver_that_breaks_the_rules_kills_the_device_until_it_is_reset() {
         for slot in 0..8 {
             guest.ask(0, IN, slot, &[], 512);
         }
-        // A buffer outside memory, behind good requests.
+        // A buffer outside guest memory, after good requests.
         guest.drivers[0].add(&[(1 << 20, 16)], &[(u64::MAX - 10, 512)]).unwrap();
         guest.kick(0);
         guest.worker.run();
@@ -327,7 +327,7 @@ fn a_driver_that_breaks_the_rules_kills_the_device_until_it_is_reset() {
 }
 
 #[test]
-fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
+fn disk_swap_takes_effect_at_once_and_frees_the_old_disk() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 64, engine);
@@ -355,7 +355,7 @@ fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
         let answer = guest.answer(&asked, used);
         assert_eq!((answer.status, answer.data), (0, pattern(0x11, 127 * 512, 512)));
         replaced.wait(Duration::ZERO).unwrap();
-        // Each write is on one of the two, whole.
+        // Each write is complete on one of the two disks.
         let (old, new) = (std::fs::read(&options.path).unwrap(), std::fs::read(&other).unwrap());
         for slot in 0..32 {
             let place = slot * 512..(slot + 1) * 512;
@@ -365,9 +365,9 @@ fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
     }
 }
 
-/// The engine of a new disk may differ from the old one's: `io_uring` can become unavailable meanwhile.
+/// The engines may differ: `io_uring` can become unavailable after the guest has started.
 #[test]
-fn disk_swap_works_to_any_engine_that_the_worker_may_run() {
+fn disk_swap_allows_any_engine_that_fits_the_worker() {
     for (from, blocking) in [
         (IoEngine::Async, Blocking::Never),
         (IoEngine::Async, Blocking::Allowed),
@@ -389,7 +389,7 @@ fn disk_swap_works_to_any_engine_that_the_worker_may_run() {
             guest.wait(0, 16);
             let read = guest.read(32, 2);
             if blocking == Blocking::Never && to == IoEngine::Sync {
-                // It would hold up the devices that share the worker.
+                // A blocking engine would block the devices that share the worker.
                 let error = swapped.unwrap_err().to_string();
                 assert!(error.starts_with("drive disk_1: io_engine Sync blocks"), "{error}");
                 assert_eq!(read, (0, content[32 * 512..34 * 512].to_vec()));
@@ -403,7 +403,7 @@ fn disk_swap_works_to_any_engine_that_the_worker_may_run() {
 }
 
 #[test]
-fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
+fn disk_swap_works_while_inactive_or_paused() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&DiskOptions { cache_type: CacheType::Unsafe, ..options.clone() });
@@ -429,7 +429,7 @@ fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
     second.wait(Duration::ZERO).unwrap();
     assert_eq!(guest.read(11, 1), (0, pattern(12, 11 * 512, 512)));
 
-    // A disk of no size, as a drive without a disk has it.
+    // A disk of size 0, as of a drive without a disk.
     let mut empty = guest.control.replace(other("e", 0)).unwrap();
     guest.worker.run();
     empty.wait(Duration::ZERO).unwrap();
@@ -439,7 +439,7 @@ fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
 }
 
 #[test]
-fn a_disk_that_the_driver_could_not_work_with_is_refused() {
+fn disk_swap_refuses_a_disk_that_does_not_fit_the_driver() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let guest = Guest::new(&options);
@@ -457,7 +457,7 @@ fn a_disk_that_the_driver_could_not_work_with_is_refused() {
 }
 
 #[test]
-fn a_saved_device_goes_on_where_it_was() {
+fn restored_device_continues_where_it_was_saved() {
     let dir = tempfile::tempdir().unwrap();
     let (options, content) = disk(dir.path(), 64, IoEngine::Async);
     let ops = BucketConfig { size: 5, refill_time_ms: 1000, one_time_burst: 0 };
@@ -472,7 +472,7 @@ fn a_saved_device_goes_on_where_it_was() {
     let (features, generation) = (guest.block.features(), guest.block.config_generation());
     drop(guest);
 
-    // Somewhere else, with a disk that has grown.
+    // On another host, with a disk that has grown.
     let state = serde_json::from_str(&json).unwrap();
     std::fs::File::options().append(true).open(&options.path).unwrap().set_len(100 * 512).unwrap();
     let worker = TestWorker::new();
@@ -495,7 +495,7 @@ fn a_saved_device_goes_on_where_it_was() {
 }
 
 #[test]
-fn a_saved_device_that_cannot_be_is_refused() {
+fn invalid_saved_state_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let guest = Guest::new(&options);

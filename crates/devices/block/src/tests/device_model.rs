@@ -1,5 +1,5 @@
-//! Random requests in random buffers, over several queues, with pauses, resets and other disks in between, against a vector of
-//! bytes.
+//! Random requests in random buffers on several queues, with pauses, resets and disk swaps in
+//! between, against a vector of bytes.
 
 use proptest::prelude::*;
 
@@ -20,7 +20,7 @@ enum Step {
     Wait,
     Pause,
     Reset,
-    /// The same content in another file.
+    /// Swaps the disk for a copy.
     Replace,
 }
 
@@ -35,7 +35,7 @@ enum What {
 }
 
 fn what() -> impl Strategy<Value = What> {
-    // Mostly close together, some large, some past the end.
+    // Mostly close together; some large, some past the end.
     let range = || prop_oneof![6 => (0..64u64, 1..20u64), 1 => (0..SECTORS, 1..300u64), 1 => (SECTORS - 20..SECTORS + 20, 1..20u64)];
     let ranges = prop::collection::vec(range().prop_map(|(sector, count)| (sector, count as u32)), 1..5);
     let kind = prop_oneof![Just(DISCARD), Just(WRITE_ZEROES)];
@@ -65,12 +65,12 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What a request must come back with.
+/// The expected result of a request.
 struct Expected {
     asked: Asked,
     queue: usize,
     status: u8,
-    /// None: whatever.
+    /// `None`: not checked.
     data: Option<Vec<u8>>,
 }
 
@@ -82,7 +82,7 @@ struct Model {
 }
 
 impl Model {
-    /// Waits for all answers, and checks them.
+    /// Waits for all completions, and checks them.
     fn settle(&mut self) {
         let guest = &mut self.guest;
         for queue in 0..guest.drivers.len() {
@@ -136,7 +136,7 @@ impl Model {
             What::Unknown(kind) => ((*kind, 0), vec![], 7, 2, Some(vec![0xee; 7])),
         };
         let asked = self.guest.ask_cut(queue, header, &data, read_len, cuts, indirect);
-        // Without room in the queue nothing was asked.
+        // The queue had too few free descriptors, so nothing was added.
         let Some(asked) = asked else { return };
         if on_disk {
             match what {
@@ -191,7 +191,7 @@ fn run(steps: &[Step], queues: u16, blocking: Blocking, with_overlay: bool, engi
                 let path = dir.path().join(format!("disk{index}"));
                 std::fs::write(&path, &model.disk).unwrap();
                 let new = Disk::open(&DiskOptions { path, ..plain.clone() }).unwrap();
-                // A plain disk, also after one with an overlay.
+                // A disk without an overlay, also after one with an overlay.
                 let mut replaced = model.guest.control.replace(new).unwrap();
                 model.guest.worker.run_until(|| replaced.wait(std::time::Duration::ZERO).is_ok());
             }
@@ -210,7 +210,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 80, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_requests_in_any_buffers_do_what_they_say(
+    fn random_requests_agree_with_the_model(
         steps in prop::collection::vec(step(), 1..60),
         queues in 1..4u16,
         may_wait: bool,

@@ -1,4 +1,5 @@
-//! Faults that fail: after the first, nothing vouches for the disk any more. And new files whose names are to last.
+//! Failed syncs: after the first one, the contents of the disk are unknown. Also locks, and the
+//! durability of the names of new files.
 
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
@@ -20,7 +21,7 @@ fn base_of(dir: &Path) -> PathBuf {
     path
 }
 
-/// What failed first, as an error of the disk says.
+/// The first failure, as named by an error of the disk.
 fn cause(error: DiskError) -> ContentsUnknown {
     match error {
         DiskError::ContentsUnknown(cause) | DiskError::Overlay(OverlayError::ContentsUnknown(cause)) => cause,
@@ -31,14 +32,14 @@ fn cause(error: DiskError) -> ContentsUnknown {
 /// A sync of the disk.
 type Sync = fn(&Disk) -> Result<(), DiskError>;
 
-/// Everything that syncs a disk beside its queues.
+/// All syncs of a disk beside its queues.
 const SYNCS: [Sync; 4] = [Disk::write_back, Disk::sync, Disk::freeze, Disk::close];
 
 #[test]
-fn after_any_failed_sync_nothing_vouches_for_the_disk() {
+fn any_failed_sync_makes_the_contents_unknown() {
     for engine in ENGINES {
         for with_overlay in [false, true] {
-            // A raw disk is not synced when it is closed.
+            // Closing a raw disk does not sync it.
             for first in SYNCS.iter().take(if with_overlay { 4 } else { 3 }) {
                 let dir = tempfile::tempdir().unwrap();
                 let (base, top) = (base_of(dir.path()), dir.path().join("top"));
@@ -54,7 +55,7 @@ fn after_any_failed_sync_nothing_vouches_for_the_disk() {
                 }
                 assert!(rig.disk.merge_layers(&dir.path().join("merged")).is_err());
                 assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
-                // The disk itself goes on, as well as it can.
+                // Requests are still served.
                 rig.write(512, &[2; 512]).unwrap();
                 assert_eq!(rig.read(0, 1024).unwrap(), [[1; 512], [2; 512]].concat());
             }
@@ -63,7 +64,7 @@ fn after_any_failed_sync_nothing_vouches_for_the_disk() {
 }
 
 #[test]
-fn a_failed_flush_is_not_tried_again_and_fails_what_comes_later() {
+fn failed_flush_is_not_retried_and_fails_later_syncs() {
     for with_overlay in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let (base, top) = (base_of(dir.path()), dir.path().join("top"));
@@ -80,14 +81,14 @@ fn a_failed_flush_is_not_tried_again_and_fails_what_comes_later() {
     }
 }
 
-/// What an overlay's file says of its session: the state, and the start of the host.
+/// The state and the boot id of the session in an overlay file.
 fn session(path: &Path) -> (u8, [u8; 16]) {
     let bytes = std::fs::read(path).unwrap();
     (bytes[4096 + 32], bytes[4096 + 8..4096 + 24].try_into().unwrap())
 }
 
 #[test]
-fn an_overlay_whose_sync_failed_holds_what_was_flushed_before() {
+fn overlay_keeps_flushed_writes_after_a_failed_sync() {
     for fails_in_queue in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let (base, top) = (base_of(dir.path()), dir.path().join("top"));
@@ -111,7 +112,7 @@ fn an_overlay_whose_sync_failed_holds_what_was_flushed_before() {
         for left in [top, killed] {
             assert_eq!(session(&left), (1, [0xff; 16]), "it is not closed");
             assert_eq!(std::fs::read(&left).unwrap()[8192..12288], map_a);
-            // On this start of the host as on any other.
+            // On this boot of the host as on any other.
             let mut rig = Rig::open(&overlaid(&base, left.clone(), vec![], IoEngine::Sync));
             assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
             assert_eq!(rig.read(512, 1024).unwrap(), pattern(0x55, 512, 1024));
@@ -122,7 +123,7 @@ fn an_overlay_whose_sync_failed_holds_what_was_flushed_before() {
 }
 
 #[test]
-fn an_overlay_that_cannot_be_settled_is_not_closed() {
+fn overlay_whose_recovery_fails_is_not_closed() {
     let dir = tempfile::tempdir().unwrap();
     let (base, top) = (base_of(dir.path()), dir.path().join("top"));
     let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
@@ -147,9 +148,9 @@ fn an_overlay_that_cannot_be_settled_is_not_closed() {
     }
 }
 
-/// All that such an overlay knows is in map B: without that it would be another disk.
+/// Only the commit map has its contents: without it, it would be another disk.
 #[test]
-fn an_overlay_of_unknown_durability_is_refused_not_emptied() {
+fn overlay_with_unknown_contents_is_refused_not_emptied() {
     let dir = tempfile::tempdir().unwrap();
     let (base, top) = (base_of(dir.path()), dir.path().join("top"));
     let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
@@ -164,7 +165,7 @@ fn an_overlay_of_unknown_durability_is_refused_not_emptied() {
         assert!(matches!(error, DiskError::Overlay(OverlayError::LeftUnknown { .. })), "{error}");
         assert!(error.to_string().contains("top: its contents are unknown"), "{error}");
     }
-    // What can be read can be saved, and that alone changes nothing.
+    // The contents can be read to save them. That changes nothing.
     let mut rig = Rig::open(&unsafe_options);
     assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
     drop(rig);
@@ -192,7 +193,7 @@ fn no_session_begins_once_the_contents_are_unknown() {
     assert_eq!(session(&top), (1, [0xff; 16]));
 }
 
-/// A rig whose engine a test steps.
+/// A disk whose engine is stepped by the test.
 fn recorded(options: &DiskOptions) -> (Rig, OpLog, Arc<Faults>, BrokenRange) {
     let mut rig = Rig::open(options);
     let log = Arc::new(Mutex::new(Vec::new()));
@@ -206,7 +207,7 @@ fn syncs(log: &Mutex<Vec<FileOp>>) -> usize {
     locked(log).iter().filter(|op| matches!(op, FileOp::Sync | FileOp::FailedSync)).count()
 }
 
-/// Two at a time would share the kernel's one report of a failure.
+/// Two concurrent syncs would share the kernel's one report of a failure.
 #[test]
 fn flushes_run_one_at_a_time_and_share_the_next() {
     let dir = tempfile::tempdir().unwrap();
@@ -224,7 +225,7 @@ fn flushes_run_one_at_a_time_and_share_the_next() {
 }
 
 #[test]
-fn a_session_that_cannot_be_marked_loses_its_second_map() {
+fn unmarkable_session_has_its_commit_map_cleared() {
     let dir = tempfile::tempdir().unwrap();
     let (base, top) = (base_of(dir.path()), dir.path().join("top"));
     let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
@@ -239,7 +240,7 @@ fn a_session_that_cannot_be_marked_loses_its_second_map() {
 }
 
 #[test]
-fn a_sync_in_flight_when_its_queue_goes_is_not_lost() {
+fn failed_sync_of_a_dropped_queue_is_not_lost() {
     let dir = tempfile::tempdir().unwrap();
     let top = dir.path().join("top");
     let options = overlaid(&base_of(dir.path()), top.clone(), vec![], IoEngine::Sync);
@@ -253,7 +254,7 @@ fn a_sync_in_flight_when_its_queue_goes_is_not_lost() {
 }
 
 #[test]
-fn each_queue_of_a_disk_has_an_open_file_of_its_own() {
+fn each_queue_has_an_open_file_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let options = DiskOptions { io_threads: 3, ..raw(&base_of(dir.path()), IoEngine::Sync) };
     let disk = Disk::open(&options).unwrap();
@@ -264,7 +265,7 @@ fn each_queue_of_a_disk_has_an_open_file_of_its_own() {
 }
 
 #[test]
-fn the_same_file_opened_anew_stays_unknown_and_another_does_not() {
+fn reopened_file_stays_unknown_and_another_is_known() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let other = dir.path().join("other");
@@ -284,7 +285,7 @@ fn the_same_file_opened_anew_stays_unknown_and_another_does_not() {
 }
 
 #[test]
-fn a_merge_whose_sync_fails_makes_no_layer() {
+fn merge_with_a_failed_sync_leaves_no_overlay() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let (layer, merged) = (dir.path().join("layer"), dir.path().join("merged"));
@@ -300,7 +301,7 @@ fn a_merge_whose_sync_fails_makes_no_layer() {
 }
 
 #[test]
-fn the_name_of_a_new_overlay_is_durable_when_it_opens() {
+fn name_of_a_new_overlay_is_durable_when_it_opens() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let names = |name: &str, name_is_durable| {
@@ -320,7 +321,7 @@ fn the_name_of_a_new_overlay_is_durable_when_it_opens() {
 }
 
 #[test]
-fn a_raw_disk_has_one_writer_or_any_number_of_readers() {
+fn raw_disk_has_one_writer_or_any_number_of_readers() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let write = raw(&base, IoEngine::Sync);
@@ -331,9 +332,9 @@ fn a_raw_disk_has_one_writer_or_any_number_of_readers() {
     let writer = Disk::open(&write).unwrap();
     assert!(is_locked(&write) && is_locked(&read) && is_locked(&overlay("o")));
     assert!(!dir.path().join("o").exists(), "what is refused leaves nothing behind");
-    // Who asks for none is not kept from it, and keeps nobody from it.
+    // Without a lock, a drive neither is kept from the disk nor keeps others from it.
     drop(Disk::open(&DiskOptions { lock: false, ..write.clone() }).unwrap());
-    // A base, as a fork makes it.
+    // As a fork makes a base.
     writer.freeze().unwrap();
     let readers = [Disk::open(&read).unwrap(), Disk::open(&overlay("a")).unwrap()];
     assert!(is_locked(&write));
@@ -348,9 +349,10 @@ fn a_raw_disk_has_one_writer_or_any_number_of_readers() {
     Disk::open(&write).unwrap();
 }
 
-/// A disk of no size stands for one to come: a fork and its children share it, and no guest can write to it.
+/// A disk of size 0 stands for one that comes later. A fork and its children share it, and no guest
+/// can write to it.
 #[test]
-fn a_disk_of_no_size_is_shared() {
+fn disk_of_size_0_is_shared() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("none");
     std::fs::write(&path, "").unwrap();
@@ -358,15 +360,15 @@ fn a_disk_of_no_size_is_shared() {
     let (_one, _other) = (Disk::open(&options).unwrap(), Disk::open(&options).unwrap());
 }
 
-/// The kernel has one report for each open file, and `fdatasync` of one takes it.
+/// The kernel reports a failure once for each open file, and `fdatasync` takes the report.
 #[test]
-fn the_files_of_a_disk_are_open_apart() {
+fn queue_and_disk_have_separate_open_files() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let disk = Disk::open(&raw(&base, IoEngine::Sync)).unwrap();
     let _failure = faults::fail(&base);
     disk.write_back().unwrap_err();
-    // The queue's own file has its own report.
+    // The open file of the queue has its own report.
     let file = &disk.files()[0];
     assert!(crate::host_file::health::sync_data(file).is_err());
     file.read_exact_at(&mut [0; 512], 0).unwrap();

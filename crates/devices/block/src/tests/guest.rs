@@ -1,4 +1,5 @@
-//! A guest with one block device: a driver that puts requests into queues, on a worker that the test steps.
+//! A guest with one block device: a driver that adds requests to queues, on a worker that the test
+//! steps.
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -24,21 +25,21 @@ pub(crate) const GET_ID: u32 = 8;
 pub(crate) const DISCARD: u32 = 11;
 pub(crate) const WRITE_ZEROES: u32 = 13;
 
-/// Where the queues begin.
+/// Address of the queues.
 const QUEUES: u64 = 0x1000;
-/// Where requests begin.
+/// Address of the first request.
 const ARENA: u64 = 1 << 20;
-/// Memory of the guest, in MiB.
+/// Size of guest memory in MiB.
 const RAM_MIB: u32 = 32;
 
-/// A request that the device has.
+/// A request that was added to a queue.
 pub(crate) struct Asked {
     pub(crate) head: u16,
-    /// Where the writable bytes are: data, then status.
+    /// Its writable buffers: data, then status.
     writable: Vec<(u64, u32)>,
 }
 
-/// What came back.
+/// A completed request.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Answer {
     pub(crate) status: u8,
@@ -53,7 +54,7 @@ pub(crate) struct Guest {
     pub(crate) block: Block,
     pub(crate) control: BlockControl,
     pub(crate) drivers: Vec<DriverQueue>,
-    /// How far the device is in each queue.
+    /// Progress of the device in each queue.
     pub(crate) positions: Vec<Arc<Position>>,
     kicks: Vec<Arc<EventFd>>,
     tasks: Vec<u64>,
@@ -70,7 +71,7 @@ impl Guest {
         Self::with(options, config(1, 1), RateLimiterConfig::default(), Blocking::Never, u64::MAX)
     }
 
-    /// A guest whose driver accepts the features that are in `accepts` and are offered.
+    /// A guest whose driver accepts the offered features that are in `accepts`.
     pub(crate) fn with(
         options: &DiskOptions,
         config: BlockConfig,
@@ -111,7 +112,7 @@ impl Guest {
         guest
     }
 
-    /// The driver begins: fresh queues, `DRIVER_OK`.
+    /// The driver starts: fresh queues, `DRIVER_OK`.
     pub(crate) fn activate(&mut self) {
         let sizes = self.block.queue_sizes().to_vec();
         let mut base = QUEUES;
@@ -150,13 +151,13 @@ impl Guest {
         self.worker.run();
     }
 
-    /// Asks for the tasks back, as a reset does first.
+    /// Removes the tasks from the worker, as a reset does first.
     pub(crate) fn begin_reset(&mut self) -> Vec<Receiver<Box<dyn Task>>> {
         let tasks = std::mem::take(&mut self.tasks);
         tasks.into_iter().map(|task| self.worker.remove(task)).collect()
     }
 
-    /// Waits for the tasks and resets the device.
+    /// Waits for the tasks, and resets the device.
     pub(crate) fn end_reset(&mut self, tasks: Vec<Receiver<Box<dyn Task>>>) {
         for task in tasks {
             let mut back = None;
@@ -170,7 +171,7 @@ impl Guest {
         self.next_addr = ARENA;
     }
 
-    /// Memory for `len` bytes that touches no other.
+    /// Address of unused guest memory of `len` bytes.
     fn room(&mut self, len: u32) -> u64 {
         let addr = self.next_addr;
         self.next_addr += u64::from(len) + 8;
@@ -178,12 +179,12 @@ impl Guest {
         addr
     }
 
-    /// How much memory requests in flight take.
+    /// Bytes of guest memory that requests in flight use.
     pub(crate) fn arena_used(&self) -> u64 {
         self.next_addr - ARENA
     }
 
-    /// Cuts `len` bytes into buffers whose lengths are `cuts`, over and over; into 100 at most.
+    /// Cuts `len` bytes into at most 100 buffers, whose lengths repeat `cuts`.
     fn cut(&mut self, len: u32, cuts: &[u32]) -> Vec<(u64, u32)> {
         let shortest = len.div_ceil(100).max(1);
         let mut buffers = Vec::new();
@@ -217,7 +218,8 @@ impl Guest {
         bytes
     }
 
-    /// Puts a request into queue `queue`, in buffers of lengths `cuts`. None if there is no room for it. No kick.
+    /// Adds a request to queue `queue`, in buffers of lengths `cuts`. `None` if the queue has too
+    /// few free descriptors. Does not kick.
     pub(crate) fn ask_cut(
         &mut self,
         queue: usize,
@@ -241,7 +243,7 @@ impl Guest {
         Some(Asked { head, writable })
     }
 
-    /// Puts a request into queue `queue` in the usual three buffers. No kick.
+    /// Adds a request to queue `queue` in the usual three buffers. Does not kick.
     pub(crate) fn ask(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Asked {
         let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
         let mut readable = vec![(self.room(16), 16)];
@@ -261,7 +263,7 @@ impl Guest {
         Asked { head, writable }
     }
 
-    /// Shows the device what was added, and kicks if it wants that.
+    /// Publishes what was added, and kicks if the device wants that.
     pub(crate) fn kick(&mut self, queue: usize) {
         self.drivers[queue].enable_interrupts();
         if self.drivers[queue].publish() {
@@ -269,7 +271,7 @@ impl Guest {
         }
     }
 
-    /// What came back for `asked`.
+    /// The result of `asked`.
     pub(crate) fn answer(&self, asked: &Asked, used: Used) -> Answer {
         assert_eq!(used.head, asked.head);
         let mut data = self.get(&asked.writable);
@@ -277,7 +279,7 @@ impl Guest {
         Answer { status, data, written: used.written }
     }
 
-    /// Lets the worker work until queue `queue` has `count` answers; takes them.
+    /// Runs the worker until queue `queue` has `count` completions, and takes them.
     pub(crate) fn wait(&mut self, queue: usize, count: usize) -> Vec<Used> {
         let driver = &mut self.drivers[queue];
         let mut got = Vec::new();
@@ -292,7 +294,7 @@ impl Guest {
         got
     }
 
-    /// As [`Guest::wait`], while the clock goes on: for devices with limits.
+    /// Like [`Guest::wait`], with a clock that runs: for devices with rate limits.
     pub(crate) fn wait_in_time(&mut self, queue: usize, count: usize) -> Vec<Used> {
         let mut got = Vec::new();
         loop {
@@ -310,7 +312,7 @@ impl Guest {
         }
     }
 
-    /// As [`Guest::read`], while the clock goes on.
+    /// Like [`Guest::read`], with a clock that runs.
     pub(crate) fn read_in_time(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
         let asked = self.ask(0, IN, sector, &[], count * 512);
         self.kick(0);
@@ -320,7 +322,7 @@ impl Guest {
         (answer.status, answer.data)
     }
 
-    /// One request, from beginning to end.
+    /// One request, from start to end.
     pub(crate) fn one(&mut self, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Answer {
         let asked = self.ask(0, kind, sector, data, read_len);
         self.kick(0);
@@ -342,14 +344,14 @@ impl Guest {
         answer.status
     }
 
-    /// Forgets the memory of requests, none of which may be in flight.
+    /// Frees the memory of requests, none of which may be in flight.
     pub(crate) fn forget(&mut self) {
         assert!(self.drivers.iter().all(|driver| driver.out() == 0));
         self.next_addr = ARENA;
     }
 }
 
-/// The payload of a discard or zeroing.
+/// The payload of a discard or write-zeroes.
 pub(crate) fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
     let one = |&(sector, count, flags): &(u64, u32, u32)| {
         [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
@@ -357,7 +359,7 @@ pub(crate) fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
     ranges.iter().flat_map(one).collect()
 }
 
-/// A file of `sectors` sectors with a pattern, and how to open it.
+/// A file of `sectors` sectors with a pattern, and the options to open it.
 pub(crate) fn disk(dir: &Path, sectors: u64, engine: IoEngine) -> (DiskOptions, Vec<u8>) {
     let content = pattern(0x77, 0, sectors * SECTOR);
     let path = dir.join("disk");

@@ -1,4 +1,4 @@
-//! What an overlay holds when its monitor is killed at any moment: all that was answered.
+//! What an overlay has when its monitor is killed at any moment: all that had completed.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -10,13 +10,13 @@ use super::recorder::{OpLog, RecordingEngine};
 use super::rig::*;
 use sync::locked;
 
-/// Of one page of the map.
+/// Bytes of the disk that one page of the map covers.
 const PAGE: u64 = 16 << 20;
 
-/// Where map B begins.
+/// Offset of the commit map.
 const MAP_B: u64 = 8192 + PAGES * 4096;
 
-/// More pages than a run writes at a time.
+/// More pages than one round of a run writes.
 const PAGES: u64 = 70;
 
 fn rig(dir: &Path, engine: IoEngine, blocking: Blocking, cache_type: CacheType) -> (Rig, DiskOptions) {
@@ -27,7 +27,8 @@ fn rig(dir: &Path, engine: IoEngine, blocking: Blocking, cache_type: CacheType) 
     (Rig::open_with(&options, blocking), options)
 }
 
-/// The session and both maps, as a process that is killed now leaves them, over the data as it is: that is written before.
+/// The header, the session and both maps, as a kill of the process at this moment leaves them.
+/// Their data was written before.
 fn as_left_by_a_kill_now(options: &DiskOptions) -> Vec<u8> {
     let top = &options.overlay.as_ref().unwrap().path;
     let mut bytes = vec![0; 1 << 20];
@@ -48,13 +49,13 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Whether map B in `left` has the first sector of a page.
+/// Whether the commit map in `left` has the first sector of a page.
 fn map_b_has(left: &[u8], page: u64) -> bool {
     left[(MAP_B + page * 4096) as usize] & 1 == 1
 }
 
 #[test]
-fn whatever_was_answered_the_file_says_it_holds_however_many_pages_the_map_has() {
+fn completed_writes_are_in_the_commit_map() {
     for (engine, blocking) in [
         (IoEngine::Async, Blocking::Never),
         (IoEngine::Async, Blocking::Allowed),
@@ -82,7 +83,7 @@ fn whatever_was_answered_the_file_says_it_holds_however_many_pages_the_map_has()
                     rig.queue.wait_for_tests();
                 }
             }
-            // And the copy is believed.
+            // The copy is used as it is.
             let killed = dir.path().join("killed");
             let overlay = options.overlay.as_ref().unwrap();
             copy(&overlay.path, &killed);
@@ -95,9 +96,9 @@ fn whatever_was_answered_the_file_says_it_holds_however_many_pages_the_map_has()
     }
 }
 
-/// The second write to a sector must not be told before the first one's place in the map was written.
+/// The second write to a sector must not complete before its bit is in the commit map.
 #[test]
-fn writes_to_the_same_sectors_at_once_are_all_there() {
+fn concurrent_writes_to_one_sector_are_all_committed() {
     for blocking in [Blocking::Never, Blocking::Allowed] {
         let dir = tempfile::tempdir().unwrap();
         let (mut rig, options) = rig(dir.path(), IoEngine::Async, blocking, CacheType::Unsafe);
@@ -122,9 +123,9 @@ fn writes_to_the_same_sectors_at_once_are_all_there() {
     }
 }
 
-/// A large zeroing covers more of the map than is written at a time.
+/// A large discard covers more of the map than one round writes.
 #[test]
-fn a_discard_of_all_of_a_large_disk_is_told_when_all_of_its_map_is_written() {
+fn discard_of_a_large_disk_waits_for_all_of_the_commit_map() {
     let dir = tempfile::tempdir().unwrap();
     let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Blocking::Allowed, CacheType::Unsafe);
     rig.do_now(0, Request::Discard { len: PAGES * PAGE }).unwrap();
@@ -134,9 +135,9 @@ fn a_discard_of_all_of_a_large_disk_is_told_when_all_of_its_map_is_written() {
     }
 }
 
-/// A flush of more of the map than one round of it writes, and then a crash of the host.
+/// More of the map than one round of a flush writes, and then a crash of the host.
 #[test]
-fn a_flush_of_many_pages_of_the_map_survives_the_host() {
+fn flush_of_many_map_pages_survives_a_host_crash() {
     for blocking in [Blocking::Never, Blocking::Allowed] {
         let dir = tempfile::tempdir().unwrap();
         let (mut rig, options) = rig(dir.path(), IoEngine::Async, blocking, CacheType::Writeback);
@@ -155,9 +156,10 @@ fn a_flush_of_many_pages_of_the_map_survives_the_host() {
     }
 }
 
-/// A page of the map that has no room on the host's disk fails the changes that it is needed for, until there is some.
+/// If a page of the map cannot be written because the host's disk is full, the changes that need it
+/// fail.
 #[test]
-fn a_change_that_the_map_cannot_take_in_fails_and_others_do_not() {
+fn change_whose_map_page_cannot_be_written_fails_alone() {
     let dir = tempfile::tempdir().unwrap();
     let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Blocking::Allowed, CacheType::Unsafe);
     let recorder = RecordingEngine::new(rig.disk.files(), OpLog::default());
@@ -170,7 +172,7 @@ fn a_change_that_the_map_cannot_take_in_fails_and_others_do_not() {
     results.sort_unstable_by_key(|result| result.0);
     assert_eq!(results, [(good, Ok(())), (bad, Err(Errno::NOSPC))]);
     assert_eq!(rig.write(2 * PAGE, &[3; 512]), Ok(()), "it needs another page");
-    // Tried again, and still not told before it is true.
+    // Tried again, and still not completed before it is true.
     assert_eq!(rig.write(PAGE, &[2; 512]), Err(Errno::NOSPC));
     *locked(&broken) = 0..0;
     assert_eq!(rig.write(PAGE, &[2; 512]), Ok(()));
@@ -178,9 +180,9 @@ fn a_change_that_the_map_cannot_take_in_fails_and_others_do_not() {
     assert!((0..3).all(|page| map_b_has(&left, page)));
 }
 
-/// Nothing may be changed before the file says that somebody changes it.
+/// Nothing may be changed before the file has the session.
 #[test]
-fn a_change_fails_while_the_session_cannot_be_written() {
+fn changes_fail_while_the_session_cannot_be_written() {
     let dir = tempfile::tempdir().unwrap();
     let (mut rig, options) = rig(dir.path(), IoEngine::Sync, Blocking::Allowed, CacheType::Writeback);
     let recorder = RecordingEngine::new(rig.disk.files(), OpLog::default());

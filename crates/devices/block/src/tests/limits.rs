@@ -1,4 +1,4 @@
-//! What holds requests back: limits that the user sets, and the bounds of what is in flight.
+//! What holds requests back: rate limits, and the bounds of what is in flight.
 
 use super::guest::*;
 use super::rig::*;
@@ -7,7 +7,7 @@ use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 const MS: u64 = 1_000_000;
 
 #[test]
-fn a_limit_holds_requests_back_until_the_timer_and_no_timer_is_set_without_need() {
+fn rate_limit_throttles_until_the_timer_expires() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let ops = BucketConfig { size: 2, refill_time_ms: 100, one_time_burst: 0 };
@@ -25,16 +25,16 @@ fn a_limit_holds_requests_back_until_the_timer_and_no_timer_is_set_without_need(
     assert_eq!(guest.drivers[0].out(), 3);
     guest.worker.advance(MS);
     guest.wait(0, 1);
-    // Without limits they come at once, and the timer goes.
+    // Without limits they complete at once, and the timer is cleared.
     let none = BucketConfig { size: 0, refill_time_ms: 0, one_time_burst: 0 };
     guest.control.update_limits(RateLimiterConfig { bandwidth: None, ops: Some(none) }, guest.worker.now());
     guest.wait(0, 2);
     assert_eq!(guest.worker.next_timer(), None);
 }
 
-/// What the limiter gives goes to both queues, although there is always one that could take all of it.
+/// The limiter serves both queues, although each of them could use all of it.
 #[test]
-fn a_limit_is_shared_by_queues_that_are_all_full() {
+fn rate_limit_is_shared_by_full_queues() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let ops = BucketConfig { size: 10, refill_time_ms: 1000, one_time_burst: 0 };
@@ -54,15 +54,15 @@ fn a_limit_is_shared_by_queues_that_are_all_full() {
     assert_eq!(answered, [10, 10]);
 }
 
-/// What is in flight has to end before the guest can be paused: it is not more than a disk can do soon.
+/// All requests in flight must complete before the guest is paused, so they are bounded.
 #[test]
-fn not_more_bytes_are_in_flight_than_end_soon() {
+fn bytes_in_flight_are_bounded() {
     const BYTES: u32 = 8 << 20;
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Sync);
     std::fs::File::options().append(true).open(&options.path).unwrap().set_len(u64::from(BYTES)).unwrap();
     let mut guest = Guest::new(&options);
-    // One buffer for all of them: what a guest reads where is its own business.
+    // One buffer for all of them; a guest may read to one place twice.
     let (header, data, status) = (1 << 20, 2 << 20, (1 << 20) + 64);
     for _ in 0..20 {
         guest.drivers[0].add(&[(header, 16)], &[(data, BYTES), (status, 1)]).expect("room in the queue");
@@ -78,7 +78,7 @@ fn not_more_bytes_are_in_flight_than_end_soon() {
 }
 
 #[test]
-fn a_request_for_more_bytes_than_may_be_in_flight_gets_an_error() {
+fn request_larger_than_the_in_flight_bound_fails() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     std::fs::File::options().append(true).open(&options.path).unwrap().set_len(1 << 30).unwrap();
@@ -100,7 +100,7 @@ fn a_request_for_more_bytes_than_may_be_in_flight_gets_an_error() {
 }
 
 #[test]
-fn bytes_are_counted_for_reads_writes_and_zeroings_and_not_for_what_moves_none() {
+fn bandwidth_limit_counts_reads_writes_and_write_zeroes() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let bandwidth = BucketConfig { size: 4096, refill_time_ms: 1000, one_time_burst: 1024 };

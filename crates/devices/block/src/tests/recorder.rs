@@ -1,4 +1,4 @@
-//! An engine that tells what it did to the last of its files, in order.
+//! An engine that logs what it does to the last of its files, in order.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -14,41 +14,41 @@ use crate::SECTOR;
 use crate::engine::{Done, Engine, Op, Transfer, carry_out};
 use sync::locked;
 
-/// Something that was done to a file.
+/// An operation on a file.
 #[derive(Debug, Clone)]
 pub(crate) enum FileOp {
-    /// These bytes stand at this offset now.
+    /// These bytes were written at this offset.
     Write { offset: u64, bytes: Vec<u8> },
-    /// All that was done before is durable now.
+    /// Everything before is durable.
     Sync,
-    /// What was done since the last sync may be lost at any time, whatever later syncs say.
+    /// What was done since the last sync may be lost at any time, whatever later syncs return.
     FailedSync,
 }
 
-/// Where the last of the files cannot be written.
+/// Offsets of the last file that cannot be written.
 pub(crate) type BrokenRange = Arc<Mutex<Range<u64>>>;
 
-/// What goes wrong with the last of the files, and what else was done to it.
+/// Faults of the last file, and a log of its holes.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
-    /// No sync and no discard comes to its end.
+    /// Syncs and discards do not complete.
     pub(crate) stalled: AtomicBool,
-    /// What the next sync fails with.
+    /// The error of the next sync.
     pub(crate) error: Mutex<Option<Errno>>,
-    /// The file system or device can neither punch holes nor zero ranges.
+    /// The file system can neither punch holes nor zero ranges.
     pub(crate) no_ranges: AtomicBool,
-    /// The lengths of the holes that were punched, in order.
+    /// Lengths of the holes that were punched, in order.
     pub(crate) holes: Mutex<Vec<u64>>,
 }
 
-/// What was done, in order.
+/// The operations, in order.
 pub(crate) type OpLog = Arc<Mutex<Vec<FileOp>>>;
 
-/// Carries transfers out one after the other, the latest first: nobody may rely on their order.
+/// Carries out one transfer at a time, the latest first, since their order is undefined.
 #[derive(Debug)]
 pub(crate) struct RecordingEngine<T> {
     files: Vec<Arc<File>>,
-    /// None if nobody asks.
+    /// `None` if nothing is logged.
     log: Option<OpLog>,
     pub(crate) broken: BrokenRange,
     pub(crate) syncs: Arc<Faults>,
@@ -69,7 +69,7 @@ impl<T> RecordingEngine<T> {
         }
     }
 
-    /// The same without a record.
+    /// The same engine without a log.
     pub(crate) fn without_record(self) -> Self {
         RecordingEngine { log: None, ..self }
     }
@@ -84,7 +84,7 @@ impl<T: fmt::Debug + Send> Engine<T> for RecordingEngine<T> {
         self.queued.push_back(transfer);
     }
 
-    /// Carries out one of those that were queued.
+    /// Carries out one of the queued transfers.
     fn submit(&mut self) {
         let Some(index) = self.queued.iter().rposition(|transfer| !self.is_stalled(transfer)) else { return };
         let Some(mut transfer) = self.queued.remove(index) else { return };
@@ -116,7 +116,7 @@ impl<T: fmt::Debug + Send> Engine<T> for RecordingEngine<T> {
                 Op::Write | Op::PunchHole | Op::ZeroRange => {
                     let mut bytes = vec![0; len as usize];
                     self.files[self.files.len() - 1].read_exact_at(&mut bytes, offset).unwrap();
-                    // One sector each: that is what a disk writes whole.
+                    // One sector each: a disk writes a sector atomically.
                     for (index, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
                         let (offset, bytes) = (offset + index as u64 * SECTOR, bytes.to_vec());
                         locked(log).push(FileOp::Write { offset, bytes });
@@ -132,7 +132,7 @@ impl<T: fmt::Debug + Send> Engine<T> for RecordingEngine<T> {
         done.append(&mut self.done);
     }
 
-    /// Whether something can be carried out or is to be taken.
+    /// Whether a transfer can be carried out or reaped.
     fn has_more(&self) -> bool {
         !self.done.is_empty() || self.queued.iter().any(|transfer| !self.is_stalled(transfer))
     }

@@ -1,5 +1,5 @@
-//! A disk under test, a queue that serves it, and guest memory for its requests; and the imports that
-//! most tests need.
+//! A disk under test, a queue that serves it, and guest memory for its requests; and the imports
+//! that most tests need.
 
 pub(crate) use std::path::{Path, PathBuf};
 
@@ -17,12 +17,12 @@ pub(crate) use crate::io_request::{Request, Token};
 pub(crate) use virtio::queue::GuestBuffer;
 pub(crate) use virtio::testing::guest_ram;
 
-/// A disk, something that serves it, and the guest memory that its requests lie in.
+/// A disk, a queue that serves it, and the guest memory of its requests.
 pub(crate) struct Rig {
     pub(crate) disk: Disk,
     pub(crate) queue: DiskQueue,
     pub(crate) ram: GuestRam,
-    /// Guest memory below this address is used by requests in flight.
+    /// Requests in flight use guest memory below this address.
     pub(crate) next_addr: u64,
     pub(crate) next_token: Token,
 }
@@ -32,7 +32,7 @@ impl Rig {
         Self::open_with(options, Blocking::Never)
     }
 
-    /// A synchronous disk is served by a worker that may block, whatever is asked for.
+    /// A disk with `io_engine` Sync always gets [`Blocking::Allowed`].
     pub(crate) fn open_with(options: &DiskOptions, blocking: Blocking) -> Rig {
         let blocking = if options.engine == Some(IoEngine::Sync) { Blocking::Allowed } else { blocking };
         let disk = Disk::open(options).unwrap();
@@ -40,7 +40,8 @@ impl Rig {
         Rig { disk, queue, ram: guest_ram(16), next_addr: 0, next_token: 0 }
     }
 
-    /// Buffers for `len` bytes in pieces of `piece` bytes that do not touch, and their addresses.
+    /// Buffers for `len` bytes in pieces of `piece` bytes that are not adjacent, and their
+    /// addresses.
     pub(crate) fn buffers(
         &mut self,
         len: u64,
@@ -88,7 +89,7 @@ impl Rig {
         bytes
     }
 
-    /// Waits for all requests and forgets their memory; how they went.
+    /// Waits for all requests, frees their memory, and returns the results.
     pub(crate) fn finish(&mut self) -> Vec<(Token, Result<(), Errno>)> {
         self.queue.drain();
         self.next_addr = 0;
@@ -145,7 +146,7 @@ pub(crate) fn raw_or_overlaid(base: &Path, top: &Path, with_overlay: bool, engin
 
 pub(crate) const ENGINES: [IoEngine; 2] = [IoEngine::Async, IoEngine::Sync];
 
-/// Bytes that tell where they stand and who wrote them.
+/// Bytes that depend on their offset and on `seed`.
 pub(crate) fn pattern(seed: u8, offset: u64, len: u64) -> Vec<u8> {
     (offset..offset + len).map(|at| (at / SECTOR) as u8 ^ (at as u8).wrapping_mul(31) ^ seed).collect()
 }
