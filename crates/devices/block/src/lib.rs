@@ -3,19 +3,20 @@
 //! ```text
 //!  device.rs  control.rs  task.rs           the virtio device; config_space.rs state.rs stats.rs
 //!     |  request.rs, in_flight.rs           requests of the guest: parsed, and given to the disk
-//!     |  shared.rs, backend_slot.rs         what device, control and tasks share; swapping the disk
+//!     |  shared.rs, backend_slot.rs         what device, control and tasks share; disk swaps
 //!     v
 //!  disk/      mod.rs, options.rs            opening a disk
 //!     |       queue.rs, split.rs            requests -> transfers, in parts where they are large
 //!     |       backlog.rs                    bounds what is in flight and dirty; schedules syncs
-//!     |       layered.rs, base.rs           which file has a sector; the file or device at the bottom
+//!     |       layered.rs, base.rs           which file has a sector; the file at the bottom
 //!     |       image.rs                      the contents of a disk, for tools
 //!     v
 //!  overlay/   active.rs, state.rs           the overlay that takes the writes
 //!     |       backing.rs, merge.rs          overlays that are only read; merging them
-//!     |       session.rs, commit.rs, flush.rs   what the file says before a write, after it, at a flush
+//!     |       session.rs, commit.rs         written before the first change, and after each change
+//!     |       flush.rs                      syncs: the data, then the map
 //!     |       file.rs, format.rs, map.rs    the file on disk
-//!     |       inspect.rs                    overlays and their contents for tools, read-only
+//!     |       inspect.rs                    description of an overlay file, for tools
 //!     v
 //!  engine/    mod.rs, transfer.rs           transfers -> system calls
 //!             uring.rs, blocking.rs         through io_uring, or on the worker's own thread
@@ -28,11 +29,11 @@
 //!
 //! # Backends
 //!
-//! | backend           | reads                        | writes                  | discard                     |
-//! |-------------------|------------------------------|-------------------------|-----------------------------|
-//! | file              | the file                     | the file                | punches a hole              |
-//! | block device      | the device                   | the device              | as the device can           |
-//! | overlay on either | the overlay, else its backing | the overlay, any sector | punches a hole, reads zeros |
+//! | backend           | reads                      | writes      | discard                    |
+//! |-------------------|----------------------------|-------------|----------------------------|
+//! | file              | the file                   | the file    | punches a hole             |
+//! | block device      | the device                 | the device  | as the device supports it  |
+//! | overlay on either | the overlay or its backing | the overlay | punches a hole, reads as 0 |
 //!
 //! # Bounds
 //!

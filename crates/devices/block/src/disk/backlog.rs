@@ -423,7 +423,7 @@ mod tests {
         assert!(backlog.reserve(0, 60 * MIB, 0));
         assert!(!backlog.reserve(1, 5 * MIB, 0));
         assert!(backlog.reserve(1, 4 * MIB, 0));
-        assert!(backlog.reserve(1, 0, 0), "a flush needs no room");
+        assert!(backlog.reserve(1, 0, 0), "a flush needs no bytes of the window");
         backlog.release(0, 60 * MIB);
         assert_eq!(waker.take(), 1);
         assert!(backlog.reserve(1, 5 * MIB, 0));

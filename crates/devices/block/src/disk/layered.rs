@@ -323,7 +323,7 @@ mod tests {
         let pieces = std::cell::Cell::new(0);
         let keep_going = || pieces.replace(pieces.get() + 1) < 5;
         assert!(family.open().merge_layers(&merged).unwrap().run(&keep_going).is_err());
-        assert_eq!(pieces.get(), 6, "it stops when it is told to");
+        assert_eq!(pieces.get(), 6, "the merge continued after it was cancelled");
         assert!(Family::open_on(&family.base, &[merged]).is_err());
     }
 
@@ -343,6 +343,6 @@ mod tests {
         let write = || ActiveLayer::open(&family.layers[3], below, options(None, false));
         assert!(matches!(write(), Err(OverlayError::InUse { .. })));
         merge.run(&|| true).unwrap();
-        write().expect("nobody reads it any more");
+        write().expect("the merge has released the lock");
     }
 }

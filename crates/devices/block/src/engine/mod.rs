@@ -4,10 +4,12 @@
 //! until it is returned as [`Done`], complete or with an error. Short reads and writes are
 //! continued, and interrupted ones repeated, by the engine.
 //!
-//! | engine             | carries transfers out                          | used for                              |
-//! |--------------------|------------------------------------------------|---------------------------------------|
-//! | [`Uring`]          | in the kernel; some on the worker's own thread | `io_engine` Async, the default        |
-//! | [`BlockingEngine`] | on the worker's own thread                     | `io_engine` Sync, on dedicated workers |
+//! | engine             | carries transfers out                     | `io_engine`          |
+//! |--------------------|-------------------------------------------|----------------------|
+//! | [`Uring`]          | in the kernel; some on the calling thread | `Async`, the default |
+//! | [`BlockingEngine`] | on the calling thread, which may block    | `Sync`               |
+//!
+//! [`BlockingEngine`] needs a dedicated worker. [`Uring`] serves a disk on any worker.
 //!
 //! # I/O model
 //!

@@ -13,11 +13,13 @@
 //! Two concurrent syncs of one open file share one report, so one of them may succeed wrongly. This
 //! never happens:
 //!
-//! | who syncs                                        | which open file                                       |
-//! |--------------------------------------------------|-------------------------------------------------------|
-//! | a [`DiskQueue`](crate::disk::queue::DiskQueue)   | its own, one sync at a time ([`flush`](crate::overlay::flush)) |
-//! | main, its tasks and the end of the monitor       | one that no queue has, one at a time ([`DiskHealth::begin_operation`]) |
-//! | a merge of layers                                | that of the merged file, used by nothing else         |
+//! | who syncs                                      | which open file                        |
+//! |------------------------------------------------|----------------------------------------|
+//! | a [`DiskQueue`](crate::disk::queue::DiskQueue) | its own, one sync at a time            |
+//! | main, its tasks and the end of the monitor     | one that no queue has, one at a time   |
+//! | a merge of layers                              | that of the merged file, used by it only |
+//!
+//! ([`flush`](crate::overlay::flush) and [`DiskHealth::begin_operation`] keep it to one at a time.)
 //!
 //! A fork of the process syncs no files of its parent: a child opens its own, on files that its
 //! parent has synced, and the writer of a live snapshot has no disks.

@@ -1,8 +1,8 @@
 //! Describes an overlay file for tools. Reads it without a lock, and never changes it.
 //!
 //! An overlay that a monitor uses can be described too: the map is then that of the moment. The
-//! contents of a disk with overlays are read with [`DiskImage`](crate::disk::DiskImage), which locks
-//! its files for reading.
+//! contents of a disk with overlays are read with [`DiskImage`](crate::disk::DiskImage), which
+//! locks its files for reading.
 //!
 //! The file identifies the disk below it, but has no paths: whoever opens an overlay names its base
 //! and layers.
@@ -57,8 +57,8 @@ pub struct OverlayInfo {
 pub struct BackingInfo {
     /// Size in bytes.
     pub size: u64,
-    /// Id of the topmost overlay of that disk, and the sessions that had written to it; `None` for a
-    /// disk without overlays.
+    /// Id of the topmost overlay of that disk, and the sessions that had written to it; `None` for
+    /// a disk without overlays.
     pub overlay: Option<([u8; 16], u64)>,
     /// CRC-32 of its first and last 64 KiB.
     pub fingerprint: u32,
@@ -69,10 +69,11 @@ pub struct BackingInfo {
 pub enum SessionState {
     /// Closed, or never begun: the overlay is complete on any host.
     Closed,
-    /// Not closed in this boot of the host: in use, or its monitor was killed. Complete on this host.
+    /// Not closed in this boot of the host: in use, or its monitor was killed. Complete on this
+    /// host.
     Open,
-    /// As `Open`, by a monitor that does not wait for the disk: after a crash of the host, sectors may
-    /// be lost without notice.
+    /// As `Open`, by a monitor that does not wait for the disk: after a crash of the host, sectors
+    /// may be lost without notice.
     OpenUnsafe,
     /// Not closed in an earlier boot, or on another host: it has what the guest had flushed.
     Crashed,
@@ -130,7 +131,8 @@ impl OverlayFile {
         &self.info
     }
 
-    /// The allocated ranges, in order. What lies past the end of the disk below is always allocated.
+    /// The allocated ranges, in order. What lies past the end of the disk below is always
+    /// allocated.
     pub fn allocated(&self) -> AllocatedRanges<'_> {
         AllocatedRanges {
             map: &self.map,

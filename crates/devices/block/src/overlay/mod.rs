@@ -18,7 +18,7 @@
 //! # Sessions
 //!
 //! ```text
-//! open --> first change: OPEN, sessions + 1 --> ... --> close, freeze or drop: maps written, CLOSED
+//! open --> first change: OPEN, sessions + 1 --> ... --> close, freeze, drop: maps written, CLOSED
 //!   ^                                                                    |
 //!   +------------------------------ thaw --------------------------------+
 //! ```

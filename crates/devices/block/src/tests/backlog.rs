@@ -59,7 +59,7 @@ impl Slow {
         let out: Vec<u8> = [&OUT.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
         self.guest.ram.memory().write_slice(&out, GuestAddress(header)).unwrap();
         let added = self.guest.drivers[queue].add(&[(header, 16), (data, 4 << 20)], &[(status, 1)]);
-        added.expect("room in the queue");
+        added.expect("the queue has free descriptors");
     }
 
     fn kick(&mut self) {

@@ -312,7 +312,7 @@ fn name_of_a_new_overlay_is_durable_when_it_opens() {
         record::take() == [path]
     };
     assert!(names("new", false));
-    assert!(names("newer", true), "nobody can have made it durable");
+    assert!(names("newer", true), "a file that did not exist cannot be durable");
     assert!(!names("new", false), "it is not new any more");
     for (name, name_is_durable) in [("empty", false), ("durable", true)] {
         std::fs::write(dir.path().join(name), "").unwrap();

@@ -259,7 +259,7 @@ impl Guest {
         }
         writable.push((self.room(1), 1));
         self.put(&writable[writable.len() - 1..], &[0xee]);
-        let head = self.drivers[queue].add(&readable, &writable).expect("room in the queue");
+        let head = self.drivers[queue].add(&readable, &writable).expect("the queue has free descriptors");
         Asked { head, writable }
     }
 

@@ -60,7 +60,7 @@ impl Model {
             assert!(result.is_ok() || failed, "{result:?}");
             self.writes.retain(|write| write.0 != token);
             if failed && let Some(at) = self.flushes.iter().position(|flush| flush.0 == token) {
-                assert_eq!(result, Err(Errno::IO), "a flush vouches for a disk after a failed sync");
+                assert_eq!(result, Err(Errno::IO), "a flush succeeded after a failed sync");
                 self.flushes.swap_remove(at);
             }
             if let Some(at) = self.flushes.iter().position(|flush| flush.0 == token) {

@@ -65,7 +65,9 @@ fn bytes_in_flight_are_bounded() {
     // One buffer for all of them; a guest may read to one place twice.
     let (header, data, status) = (1 << 20, 2 << 20, (1 << 20) + 64);
     for _ in 0..20 {
-        guest.drivers[0].add(&[(header, 16)], &[(data, BYTES), (status, 1)]).expect("room in the queue");
+        guest.drivers[0]
+            .add(&[(header, 16)], &[(data, BYTES), (status, 1)])
+            .expect("the queue has free descriptors");
     }
     guest.kick(0);
     let mut answered = 0;
@@ -86,7 +88,7 @@ fn request_larger_than_the_in_flight_bound_fails() {
     let read = |guest: &mut Guest, bytes: u32| {
         let buffers: Vec<_> =
             (0..bytes / (8 << 20)).map(|_| (2 << 20, 8 << 20)).chain([(1 << 19, 1)]).collect();
-        guest.drivers[0].add(&[(1 << 20, 16)], &buffers).expect("room in the queue");
+        guest.drivers[0].add(&[(1 << 20, 16)], &buffers).expect("the queue has free descriptors");
         guest.kick(0);
         guest.wait(0, 1);
         guest.ram.memory().read_obj::<u8>(GuestAddress(1 << 19)).unwrap()

@@ -172,9 +172,9 @@ proptest! {
     fn overlay_agrees_with_the_model(steps in prop::collection::vec(step(), 1..60), how in How::any()) {
         let dir = how.dir();
         let (base, mut model) = new_base(dir.path());
-        let beneath = model.clone();
+        let before = model.clone();
         run(&overlaid(&base, dir.path().join("top"), vec![], how.engine), how, &mut model, &steps);
-        prop_assert!(std::fs::read(base).unwrap() == beneath, "what lies beneath was written to");
+        prop_assert!(std::fs::read(base).unwrap() == before, "the base was written");
     }
 
     #[test]
