@@ -46,7 +46,7 @@ pub(crate) enum Tag {
     /// The start of write-back.
     WriteBack,
     /// A step of the start of an overlay's session.
-    Begin,
+    SessionStart,
     /// A step of a flush.
     Flush,
     /// The write that marks an overlay's contents as unknown. If it fails, the commit map is

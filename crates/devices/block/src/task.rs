@@ -171,16 +171,16 @@ impl BlockTask {
             self.swap_disk(cx, backend);
             let stop = self.take_requests(cx, backend)?;
             backend.queue.submit_and_reap();
-            let any = self.publish_completions(&mut backend.queue)?;
-            if any || backend.queue.has_more() || matches!(stop, Stop::Batch) {
+            let published = self.publish_completions(&mut backend.queue)?;
+            if published || backend.queue.has_more() || matches!(stop, Stop::Batch) {
                 continue;
             }
             // Nothing is left but to wait, unless a request came in between.
             if matches!(stop, Stop::Empty) && self.enable_notifications()? {
                 continue;
             }
-            let changes_over = self.pending.is_some() && backend.queue.is_idle();
-            if !changes_over {
+            let can_swap = self.pending.is_some() && backend.queue.is_idle();
+            if !can_swap {
                 return Ok(());
             }
         }
@@ -362,16 +362,16 @@ impl BlockTask {
         while let Some((token, result)) = disk.pop_completion() {
             self.finish(disk, token, result)?;
         }
-        let mut any = false;
+        let mut published = false;
         for ring in &mut self.rings {
             if std::mem::take(&mut ring.used) {
-                any = true;
+                published = true;
                 if ring.queue.publish()? {
                     self.setup.interrupt.queue(ring.queue.index());
                 }
             }
         }
-        Ok(any)
+        Ok(published)
     }
 
     /// Handles one completion of the disk.

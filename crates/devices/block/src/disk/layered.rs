@@ -24,7 +24,7 @@ const FINGERPRINT_BYTES: u64 = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct LayeredDisk {
     base: Arc<BaseDisk>,
-    /// Whether the layer that is written has what was written to it.
+    /// The health of the layer that is written.
     health: Arc<DiskHealth>,
     /// From the bottom up.
     backing: Vec<Arc<BackingLayer>>,
@@ -90,7 +90,7 @@ impl LayeredDisk {
         &self.base
     }
 
-    /// Whether the layer that is written has what was written to it.
+    /// The health of the layer that is written.
     pub(crate) fn health(&self) -> &Arc<DiskHealth> {
         &self.health
     }
@@ -162,18 +162,18 @@ impl LayeredDisk {
         let (sector, mut count) = (offset / SECTOR, len / SECTOR);
         let extent = |file, start: u64, count| Extent { file, offset: start + offset, len: count * SECTOR };
         if let (Some(active), Some(state)) = (&self.active, state) {
-            let (held, alike) = state.run(sector, count);
-            if held {
-                return extent(self.active_file(), active.layout.data, alike);
+            let (allocated, same) = state.run(sector, count);
+            if allocated {
+                return extent(self.active_file(), active.layout.data, same);
             }
-            count = alike;
+            count = same;
         }
         for (index, backing) in self.backing.iter().enumerate().rev() {
-            let (held, alike) = backing.run(sector, count);
-            if held {
-                return extent((index + 1) as u8, backing.layout.data, alike);
+            let (allocated, same) = backing.run(sector, count);
+            if allocated {
+                return extent((index + 1) as u8, backing.layout.data, same);
             }
-            count = alike;
+            count = same;
         }
         extent(0, 0, count)
     }

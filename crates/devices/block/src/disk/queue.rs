@@ -41,7 +41,7 @@ use crate::engine::{Done, Engine, Transfer};
 use crate::io_request::{Request, Tag, Token};
 use crate::overlay::ActiveLayer;
 use crate::overlay::commit::MapCommit;
-use crate::overlay::flush::Flush;
+use crate::overlay::flush::Flushes;
 use crate::overlay::session::SessionStart;
 use sync::EventFd;
 
@@ -76,7 +76,7 @@ pub struct DiskQueue {
     split: SplitTable,
     session_start: SessionStart,
     map_commit: MapCommit,
-    flushes: Flush,
+    flushes: Flushes,
     creator: CreatorPid,
     completions: VecDeque<(Token, Result<(), Errno>)>,
     in_flight: usize,
@@ -108,7 +108,7 @@ impl DiskQueue {
             split: SplitTable::default(),
             session_start: SessionStart::default(),
             map_commit: MapCommit::default(),
-            flushes: Flush::default(),
+            flushes: Flushes::default(),
             creator: CreatorPid::current(),
             completions: VecDeque::new(),
             in_flight: 0,
@@ -496,7 +496,7 @@ impl DiskQueue {
                 self.finish_change(token, offset / SECTOR, len / SECTOR, result);
             }
             Tag::Part(index) => self.part_done(index, result),
-            Tag::Begin => self.session_step_done(result),
+            Tag::SessionStart => self.session_step_done(result),
             Tag::WriteBack => {
                 self.write_back.starting = false;
                 match result {

@@ -41,7 +41,7 @@ pub(crate) struct FlushTarget<'a> {
 
 /// The flushes of one queue of a disk.
 #[derive(Debug, Default)]
-pub(crate) struct Flush {
+pub(crate) struct Flushes {
     phase: Phase,
     /// Flushes that the running one completes.
     running: Vec<Token>,
@@ -68,7 +68,7 @@ enum Phase {
     End,
 }
 
-impl Flush {
+impl Flushes {
     /// Adds a flush.
     pub(crate) fn start(&mut self, token: Token, target: FlushTarget<'_>, engine: &mut dyn Engine<Tag>) {
         if self.phase == Phase::Idle {

@@ -50,7 +50,7 @@ impl SessionStart {
         if self.phase == Phase::Idle {
             self.phase = Phase::Write;
             let (offset, bytes) = active.session_start();
-            engine.push(Transfer::write_bytes(file, offset, bytes, Tag::Begin));
+            engine.push(Transfer::write_bytes(file, offset, bytes, Tag::SessionStart));
         }
         Ok(())
     }
@@ -74,7 +74,7 @@ impl SessionStart {
             && active.waits_for_disk()
         {
             self.phase = Phase::Sync;
-            engine.push(Transfer::sync(file, Tag::Begin));
+            engine.push(Transfer::sync(file, Tag::SessionStart));
             return None;
         }
         self.phase = Phase::Idle;
