@@ -73,21 +73,10 @@ impl BlockControl {
     /// On an error nothing has changed. A disk with an overlay must not be the one in use, whose
     /// overlay is locked.
     pub fn replace(&self, disk: Disk) -> Result<DiskSwap, BlockError> {
-        let differs = |was| BlockError::Differs { id: self.shared.id.clone(), was };
-        if disk.is_read_only() != self.read_only {
-            return Err(differs(if self.read_only { "that is read-only" } else { "that is writable" }));
-        }
-        if disk.can_flush() != self.flush {
-            return Err(differs(if self.flush {
-                "with cache_type Writeback"
-            } else {
-                "with cache_type Unsafe"
-            }));
-        }
-        let backend_handles =
-            backend_handles(&disk, &self.shared.id, self.slots.len() as u16, self.blocking)?;
+        check_disk(&disk, &self.shared.id, (self.read_only, self.flush))?;
+        let handles = backend_handles(&disk, &self.shared.id, self.slots.len() as u16, self.blocking)?;
         // The slots first: a request within the new capacity must not reach the old disk.
-        let old = self.slots.iter().zip(backend_handles).map(|(slot, part)| slot.post(part)).collect();
+        let old = self.slots.iter().zip(handles).map(|(slot, handle)| slot.post(handle)).collect();
         let mut front = locked(&self.shared.front);
         let old_disk = std::mem::replace(&mut front.disk, disk);
         front.generation = front.generation.wrapping_add(1);
@@ -98,4 +87,16 @@ impl BlockControl {
         self.shared.stats.update_count.add(1);
         Ok(DiskSwap::new(old_disk, old))
     }
+}
+
+/// Checks that `disk` has the properties that the guest of drive `id` relies on.
+pub(crate) fn check_disk(disk: &Disk, id: &str, (read_only, flush): (bool, bool)) -> Result<(), BlockError> {
+    let differs = |was| BlockError::Differs { id: id.into(), was };
+    if disk.is_read_only() != read_only {
+        return Err(differs(if read_only { "that is read-only" } else { "that is writable" }));
+    }
+    if disk.can_flush() != flush {
+        return Err(differs(if flush { "with cache_type Writeback" } else { "with cache_type Unsafe" }));
+    }
+    Ok(())
 }

@@ -9,7 +9,7 @@ use zerocopy::IntoBytes;
 use crate::SECTOR;
 use crate::backend_slot::{BackendSlot, backend_handles};
 use crate::config_space::{ConfigSpace, FIELDS, feature};
-use crate::control::BlockControl;
+use crate::control::{BlockControl, check_disk};
 use crate::disk::Disk;
 use crate::engine::Blocking;
 use crate::error::BlockError;
@@ -61,17 +61,7 @@ impl Block {
         now: Nanos,
     ) -> Result<(Self, BlockControl), BlockError> {
         state.config.check()?;
-        let differs = |was| BlockError::Differs { id: state.config.id.clone(), was };
-        if disk.is_read_only() != state.read_only {
-            return Err(differs(if state.read_only { "that is read-only" } else { "that is writable" }));
-        }
-        if disk.can_flush() != state.flush {
-            return Err(differs(if state.flush {
-                "with cache_type Writeback"
-            } else {
-                "with cache_type Unsafe"
-            }));
-        }
+        check_disk(&disk, &state.config.id, (state.read_only, state.flush))?;
         let limiter = RateLimiter::restore(&state.limiter, now);
         let resized = disk.size() / SECTOR != state.capacity;
         let generation = state.generation.wrapping_add(resized.into());
@@ -88,8 +78,8 @@ impl Block {
     ) -> Result<(Self, BlockControl), BlockError> {
         let (read_only, flush) = (disk.is_read_only(), disk.can_flush());
         let blocking = if workers.is_empty() { Blocking::Never } else { Blocking::Allowed };
-        let backend_handles = backend_handles(&disk, &config.id, config.io_threads, blocking)?;
-        let slots = backend_handles.into_iter().map(BackendSlot::new).collect::<Result<Vec<_>, _>>()?;
+        let handles = backend_handles(&disk, &config.id, config.io_threads, blocking)?;
+        let slots = handles.into_iter().map(BackendSlot::new).collect::<Result<Vec<_>, _>>()?;
         let mut serial = [0; SERIAL_LEN as usize];
         for (to, from) in serial.iter_mut().zip(config.id.bytes()) {
             *to = from;

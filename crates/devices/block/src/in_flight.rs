@@ -6,13 +6,13 @@ use rustix::io::Errno;
 
 use crate::io_request::Token as DiskToken;
 use crate::request::Range;
+use crate::slab::Slab;
 use virtio::queue::GuestBuffer;
 
 /// Requests in flight, by token.
 #[derive(Default)]
 pub(crate) struct InFlight {
-    slots: Vec<Option<InFlightRequest>>,
-    free: Vec<DiskToken>,
+    requests: Slab<InFlightRequest>,
     bytes: u64,
 }
 
@@ -72,32 +72,24 @@ impl InFlight {
     /// Adds a request and returns its token.
     pub(crate) fn add(&mut self, request: InFlightRequest) -> DiskToken {
         self.bytes += request.bytes;
-        if let Some(token) = self.free.pop() {
-            self.slots[token as usize] = Some(request);
-            token
-        } else {
-            self.slots.push(Some(request));
-            (self.slots.len() - 1) as DiskToken
-        }
+        self.requests.add(request)
     }
 
     /// The request with this token.
     pub(crate) fn get(&mut self, token: DiskToken) -> &mut InFlightRequest {
-        self.slots[token as usize].as_mut().expect("the disk answers requests that it has")
+        self.requests.get_mut(token).expect("the disk completes requests that it has")
     }
 
     /// Takes the request with this token out.
     pub(crate) fn remove(&mut self, token: DiskToken) -> InFlightRequest {
-        self.free.push(token);
-        let request = self.slots[token as usize].take().expect("the disk answers requests that it has");
+        let request = self.requests.remove(token).expect("the disk completes requests that it has");
         self.bytes -= request.bytes;
         request
     }
 
     /// Removes all requests. Returns the bytes that they have reserved in the backlog.
     pub(crate) fn clear(&mut self) -> u64 {
-        self.slots.clear();
-        self.free.clear();
+        self.requests.clear();
         std::mem::take(&mut self.bytes)
     }
 }

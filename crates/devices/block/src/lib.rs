@@ -21,7 +21,7 @@
 //!  engine/    mod.rs, transfer.rs           transfers -> system calls
 //!             uring.rs, blocking.rs         through io_uring, or on the worker's own thread
 //!
-//!  leaves:    io_request.rs  buffers.rs  error.rs  creator_pid.rs
+//!  leaves:    io_request.rs  buffers.rs  error.rs  creator_pid.rs  slab.rs
 //!             host_file/  lock.rs (flock), health.rs (failed syncs), name.rs (durable file names)
 //! ```
 //!
@@ -61,6 +61,7 @@ pub mod io_request;
 pub mod overlay;
 mod request;
 mod shared;
+mod slab;
 mod state;
 mod stats;
 mod task;

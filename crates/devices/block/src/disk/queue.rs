@@ -33,7 +33,7 @@ use rustix::io::Errno;
 
 use super::backlog::{Backlog, DistinctPages, READ_EXTRA, dirtied};
 use super::layered::LayeredDisk;
-use super::split::{DISCARD_PART, PART, SplitKind, SplitRequest, SplitTable};
+use super::split::{DISCARD_PART, PART, SplitKind, SplitRequest};
 use crate::SECTOR;
 use crate::buffers::{BufferPool, GuestBuffers};
 use crate::creator_pid::CreatorPid;
@@ -43,6 +43,7 @@ use crate::overlay::ActiveLayer;
 use crate::overlay::commit::MapCommit;
 use crate::overlay::flush::Flushes;
 use crate::overlay::session::SessionStart;
+use crate::slab::Slab;
 use sync::EventFd;
 
 /// Most bytes that a discard, or a write-zeroes by the file system, makes dirty: partial blocks at
@@ -73,7 +74,7 @@ pub struct DiskQueue {
     /// Discards in flight are cut short.
     draining: bool,
     /// Requests in parts.
-    split: SplitTable,
+    split: Slab<SplitRequest>,
     session_start: SessionStart,
     map_commit: MapCommit,
     flushes: Flushes,
@@ -105,7 +106,7 @@ impl DiskQueue {
             blocked_bytes: 0,
             backlog_freed: false,
             draining: false,
-            split: SplitTable::default(),
+            split: Slab::default(),
             session_start: SessionStart::default(),
             map_commit: MapCommit::default(),
             flushes: Flushes::default(),
@@ -415,7 +416,7 @@ impl DiskQueue {
 
     /// Starts as many parts of a request as may be in flight.
     fn start_parts(&mut self, index: u32) {
-        let Some(split) = self.split.get(index) else { return };
+        let Some(split) = self.split.get_mut(index) else { return };
         let state = self.layers.active().map(ActiveLayer::state);
         let layers = (&*self.layers, state.as_deref());
         while let Some(transfer) = split.next_part(index, layers, &mut self.pool, self.draining) {
@@ -425,7 +426,7 @@ impl DiskQueue {
 
     /// Handles the end of a part.
     fn part_done(&mut self, index: u32, result: Result<(), Errno>) {
-        let Some(split) = self.split.get(index) else { return };
+        let Some(split) = self.split.get_mut(index) else { return };
         let was_last = split.part_ended(result);
         if !split.is_started(self.draining) {
             return self.start_parts(index);

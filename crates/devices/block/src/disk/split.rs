@@ -105,35 +105,3 @@ pub(crate) enum SplitKind {
     Zeros,
     Discard,
 }
-
-/// The requests in parts of one queue, by index.
-#[derive(Debug, Default)]
-pub(crate) struct SplitTable {
-    slots: Vec<Option<SplitRequest>>,
-    free: Vec<u32>,
-}
-
-impl SplitTable {
-    /// Adds a request and returns its index.
-    pub(crate) fn add(&mut self, split: SplitRequest) -> u32 {
-        if let Some(index) = self.free.pop() {
-            self.slots[index as usize] = Some(split);
-            index
-        } else {
-            self.slots.push(Some(split));
-            (self.slots.len() - 1) as u32
-        }
-    }
-
-    /// The request with this index.
-    pub(crate) fn get(&mut self, index: u32) -> Option<&mut SplitRequest> {
-        self.slots[index as usize].as_mut()
-    }
-
-    /// Takes the request with this index out.
-    pub(crate) fn remove(&mut self, index: u32) -> Option<SplitRequest> {
-        let split = self.slots[index as usize].take()?;
-        self.free.push(index);
-        Some(split)
-    }
-}

@@ -42,6 +42,7 @@ use super::Engine;
 use super::blocking::{BYTES_PER_SUBMIT, carry_out};
 use super::transfer::{Blocking, Done, Op, Progress, Transfer};
 use crate::creator_pid::CreatorPid;
+use crate::slab::Slab;
 
 /// Most operations in the kernel.
 pub(crate) const ENTRIES: u32 = 128;
@@ -93,8 +94,7 @@ pub(crate) struct Uring<T: Send> {
     /// Not dropped in a fork; see `Drop`.
     ring: ManuallyDrop<IoUring>,
     /// Transfers in the kernel or waiting for a place in the ring, by `user_data`.
-    slots: Vec<Option<Transfer<T>>>,
-    free: Vec<u32>,
+    slots: Slab<Transfer<T>>,
     /// Slots that wait for a place in the ring, in order.
     waiting: VecDeque<u32>,
     /// Transfers that this thread carries out itself, in order.
@@ -149,8 +149,7 @@ impl<T: Send> Uring<T> {
         let in_memory = files.iter().map(|file| is_in_memory(file)).collect();
         Ok(Uring {
             ring: ManuallyDrop::new(ring),
-            slots: Vec::new(),
-            free: Vec::new(),
+            slots: Slab::default(),
             waiting: VecDeque::new(),
             local: VecDeque::new(),
             local_done: Vec::new(),
@@ -199,7 +198,7 @@ impl<T: Send> Uring<T> {
 
     /// Puts the operation of `slot` into the ring, which is not full.
     fn enter_ring(&mut self, slot: u32) {
-        let transfer = self.slots[slot as usize].as_ref().expect("a slot in use holds a transfer");
+        let transfer = self.slots.get(slot).expect("a slot in use holds a transfer");
         let entry = entry(transfer).flags(Flags::FIXED_FILE).user_data(slot.into());
         // SAFETY: the segments of the entry, and the memory they point to, stay valid until its
         // completion. `slots` owns the transfer until then and neither changes nor drops it. Moving
@@ -232,17 +231,15 @@ impl<T: Send> Uring<T> {
 
     /// Takes the completions out of the ring.
     fn collect(&mut self, done: &mut Vec<Done<T>>) {
-        let Uring { ring, slots, free, waiting, in_ring, in_flight, .. } = self;
+        let Uring { ring, slots, waiting, in_ring, in_flight, .. } = self;
         for completion in ring.completion() {
             *in_ring -= 1;
             let slot = completion.user_data() as u32;
-            let cell = &mut slots[slot as usize];
-            let transfer = cell.as_mut().expect("a completion is for a slot in use");
+            let transfer = slots.get_mut(slot).expect("a completion is for a slot in use");
             match transfer.advance(completion.result()) {
                 Progress::Finished(result) => {
-                    let transfer = cell.take().expect("just seen");
+                    let transfer = slots.remove(slot).expect("just seen");
                     done.push(transfer.finish(result));
-                    free.push(slot);
                     *in_flight -= 1;
                 }
                 Progress::Retry => waiting.push_back(slot),
@@ -258,13 +255,7 @@ impl<T: Send> Engine<T> for Uring<T> {
             self.local.push_back(transfer);
             return;
         }
-        let slot = if let Some(slot) = self.free.pop() {
-            self.slots[slot as usize] = Some(transfer);
-            slot
-        } else {
-            self.slots.push(Some(transfer));
-            (self.slots.len() - 1) as u32
-        };
+        let slot = self.slots.add(transfer);
         self.start(slot);
     }
 

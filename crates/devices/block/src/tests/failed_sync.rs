@@ -21,6 +21,23 @@ fn base_of(dir: &Path) -> PathBuf {
     path
 }
 
+/// A base, the path of an overlay on it, and the options to open both.
+fn new_overlay(dir: &Path) -> (PathBuf, PathBuf, DiskOptions) {
+    let (base, top) = (base_of(dir), dir.join("top"));
+    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    (base, top, options)
+}
+
+/// An overlay whose first sector was flushed and whose second one was not; and its base.
+fn half_flushed_overlay(dir: &Path) -> (PathBuf, PathBuf, Rig) {
+    let (base, top, options) = new_overlay(dir);
+    let mut rig = Rig::open(&options);
+    rig.write(0, &[1; 512]).unwrap();
+    rig.do_now(0, Request::Flush).unwrap();
+    rig.write(512, &[2; 512]).unwrap();
+    (base, top, rig)
+}
+
 /// The first failure, as named by an error of the disk.
 fn cause(error: DiskError) -> ContentsUnknown {
     match error {
@@ -91,13 +108,8 @@ fn session(path: &Path) -> (u8, [u8; 16]) {
 fn overlay_keeps_flushed_writes_after_a_failed_sync() {
     for fails_in_queue in [false, true] {
         let dir = tempfile::tempdir().unwrap();
-        let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-        let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
-        let mut rig = Rig::open(&options);
-        rig.write(0, &[1; 512]).unwrap();
-        rig.do_now(0, Request::Flush).unwrap();
-        let map_a = std::fs::read(&top).unwrap()[8192..12288].to_vec();
-        rig.write(512, &[2; 512]).unwrap();
+        let (base, top, mut rig) = half_flushed_overlay(dir.path());
+        let durable_map = std::fs::read(&top).unwrap()[8192..12288].to_vec();
         let failure = faults::fail(&top);
         if fails_in_queue {
             rig.do_now(0, Request::Flush).unwrap_err();
@@ -111,7 +123,7 @@ fn overlay_keeps_flushed_writes_after_a_failed_sync() {
         drop(rig);
         for left in [top, killed] {
             assert_eq!(session(&left), (1, [0xff; 16]), "it is not closed");
-            assert_eq!(std::fs::read(&left).unwrap()[8192..12288], map_a);
+            assert_eq!(std::fs::read(&left).unwrap()[8192..12288], durable_map);
             // On this boot of the host as on any other.
             let mut rig = Rig::open(&overlaid(&base, left.clone(), vec![], IoEngine::Sync));
             assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
@@ -125,12 +137,7 @@ fn overlay_keeps_flushed_writes_after_a_failed_sync() {
 #[test]
 fn overlay_whose_recovery_fails_is_not_closed() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
-    let mut rig = Rig::open(&options);
-    rig.write(0, &[1; 512]).unwrap();
-    rig.do_now(0, Request::Flush).unwrap();
-    rig.write(512, &[2; 512]).unwrap();
+    let (base, top, _rig) = half_flushed_overlay(dir.path());
     for host_crashed in [false, true] {
         let left = dir.path().join(format!("left{host_crashed}"));
         std::fs::copy(&top, &left).unwrap();
@@ -152,8 +159,7 @@ fn overlay_whose_recovery_fails_is_not_closed() {
 #[test]
 fn overlay_with_unknown_contents_is_refused_not_emptied() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let (base, top, options) = new_overlay(dir.path());
     let unsafe_options = DiskOptions { cache_type: CacheType::Unsafe, ..options.clone() };
     Rig::open(&unsafe_options).write(0, &[1; 512]).unwrap();
     let failure = faults::fail(&top);
@@ -175,8 +181,7 @@ fn overlay_with_unknown_contents_is_refused_not_emptied() {
 #[test]
 fn no_session_begins_once_the_contents_are_unknown() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let (_, top, options) = new_overlay(dir.path());
     let mut rig = Rig::open(&options);
     let failure = faults::fail(&top);
     rig.disk.write_back().unwrap_err();
@@ -227,8 +232,7 @@ fn flushes_run_one_at_a_time_and_share_the_next() {
 #[test]
 fn unmarkable_session_has_its_commit_map_cleared() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let (.., options) = new_overlay(dir.path());
     let (mut rig, _, faults, broken) = recorded(&options);
     rig.write(0, &[1; 512]).unwrap();
     *locked(&broken) = 4096..4097;
