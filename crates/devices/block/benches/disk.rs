@@ -96,7 +96,7 @@ fn bare(path: &Path, write: bool) -> std::io::Result<()> {
     let blocks = file.metadata()?.len() / BLOCK;
     let mut buffer = vec![1; BLOCK as usize];
     let mut run = Run::begin("bare file", write, 1);
-    while run.goes_on() {
+    while run.is_running() {
         let offset = run.random() % blocks * BLOCK;
         if write {
             file.write_all_at(&buffer, offset)?;
@@ -126,12 +126,12 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
     loop {
         queue.submit_and_reap();
         let mut any = false;
-        let goes_on = run.goes_on();
+        let is_running = run.is_running();
         while let Some((token, result)) = queue.pop_completion() {
             result.expect("the disk works");
             run.count += 1;
             any = true;
-            if goes_on {
+            if is_running {
                 start(queue, run, token);
             }
         }
@@ -187,7 +187,7 @@ fn device(
     let mut slots: Vec<u64> = (0..u64::from(depth)).collect();
     let mut slot_of = vec![0; usize::from(SIZE)];
     loop {
-        while run.goes_on()
+        while run.is_running()
             && let Some(slot) = slots.pop()
         {
             let place = DATA + slot * 0x2000;
@@ -256,7 +256,7 @@ impl Run {
         Run { what, count: 0, begin: Instant::now(), driver, cpu: cpu_time(driver), state: 88172645463325252 }
     }
 
-    fn goes_on(&self) -> bool {
+    fn is_running(&self) -> bool {
         !self.count.is_multiple_of(64) || self.begin.elapsed() < TIME
     }
 

@@ -147,11 +147,11 @@ impl DiskSwap {
     /// Waits at most `timeout`, which may be 0, until nothing uses the old disk. The old disk is
     /// closed when this is dropped.
     pub fn wait(&mut self, timeout: Duration) -> Result<(), StillInUse> {
-        let begun = Instant::now();
+        let start = Instant::now();
         while let Some(old) = self.old.last() {
-            let left = timeout.saturating_sub(begun.elapsed());
+            let left = timeout.saturating_sub(start.elapsed());
             if let Err(RecvTimeoutError::Timeout) = old.recv_timeout(left) {
-                return Err(StillInUse { waited: begun.elapsed() });
+                return Err(StillInUse { waited: start.elapsed() });
             }
             self.old.pop();
         }

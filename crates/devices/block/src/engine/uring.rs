@@ -266,7 +266,7 @@ impl<T: Send> Engine<T> for Uring<T> {
             return;
         }
         let mut moved = 0;
-        let mut begun = Instant::now();
+        let mut start = Instant::now();
         while moved < BYTES_PER_SUBMIT
             && let Some(mut transfer) = self.local.pop_front()
         {
@@ -274,10 +274,10 @@ impl<T: Send> Engine<T> for Uring<T> {
             let result = carry_out(&mut transfer, &self.files);
             self.local_done.push(transfer.finish(result));
             let now = Instant::now();
-            if now - begun > SLOW_WRITE {
+            if now - start > SLOW_WRITE {
                 self.forced_ring_writes = FORCED_RING_WRITES;
             }
-            begun = now;
+            start = now;
         }
     }
 

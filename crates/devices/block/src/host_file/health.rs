@@ -160,8 +160,8 @@ pub(crate) mod faults {
     pub(crate) fn sync(file: &File) -> rustix::io::Result<()> {
         let key = key(&file.metadata().unwrap());
         let mut failed = locked(&FAILED);
-        let told = failed.get_mut(&key).map(|told| told.insert(file.as_raw_fd()));
-        if told == Some(true) { Err(Errno::IO) } else { Ok(()) }
+        let is_first = failed.get_mut(&key).map(|descriptors| descriptors.insert(file.as_raw_fd()));
+        if is_first == Some(true) { Err(Errno::IO) } else { Ok(()) }
     }
 }
 

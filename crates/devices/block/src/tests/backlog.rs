@@ -52,7 +52,7 @@ impl Slow {
     }
 
     /// Adds a write of 4 MiB to `queue`, each to another place. All of them write the same bytes.
-    fn ask_write(&mut self, queue: usize) {
+    fn submit_write(&mut self, queue: usize) {
         let (header, data, status) = (MIB + self.writes * 128, 2 * MIB, MIB + self.writes * 128 + 64);
         let sector = self.writes * 4 * MIB / SECTOR;
         self.writes += 1;
@@ -82,11 +82,11 @@ fn dirty_bytes_of_all_threads_are_bounded_while_syncs_stall() {
         let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), threads);
         slow.stall(true);
         for queue in 0..usize::from(threads) {
-            (0..20).for_each(|_| slow.ask_write(queue));
+            (0..20).for_each(|_| slow.submit_write(queue));
         }
         slow.kick();
-        let answered: u64 = slow.guest.drivers.iter().map(|driver| u64::from(driver.used_idx())).sum();
-        assert_eq!(answered * 4 * MIB, MIN_WINDOW, "of {threads} threads");
+        let completed: u64 = slow.guest.drivers.iter().map(|driver| u64::from(driver.used_idx())).sum();
+        assert_eq!(completed * 4 * MIB, MIN_WINDOW, "of {threads} threads");
         assert!(slow.backlog.total() <= MIN_WINDOW);
         // Everything completes once the disk works again.
         slow.stall(false);
@@ -104,19 +104,19 @@ fn reads_and_flushes_pass_writes_that_wait_for_the_window() {
     let dir = tempfile::tempdir().unwrap();
     let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), 2);
     slow.stall(true);
-    (0..20).for_each(|_| slow.ask_write(0));
+    (0..20).for_each(|_| slow.submit_write(0));
     slow.kick();
-    let read = slow.guest.ask(1, IN, 0, &[], 4096);
+    let read = slow.guest.submit(1, IN, 0, &[], 4096);
     slow.kick();
     let used = slow.guest.wait(1, 1)[0];
-    assert_eq!(slow.guest.answer(&read, used).status, 0);
-    let flush = slow.guest.ask(1, FLUSH, 0, &[], 0);
+    assert_eq!(slow.guest.response(&read, used).status, 0);
+    let flush = slow.guest.submit(1, FLUSH, 0, &[], 0);
     slow.kick();
     assert!(slow.guest.drivers[1].take_used().is_none(), "it waits for the disk");
     slow.stall(false);
     slow.kick();
     let used = slow.guest.wait(1, 1)[0];
-    assert_eq!(slow.guest.answer(&flush, used).status, 0);
+    assert_eq!(slow.guest.response(&flush, used).status, 0);
     slow.guest.wait(0, 20);
 }
 
@@ -125,7 +125,7 @@ fn error_of_an_early_sync_fails_the_next_flush() {
     let dir = tempfile::tempdir().unwrap();
     let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), 1);
     slow.fail_next_sync();
-    (0..9).for_each(|_| slow.ask_write(0));
+    (0..9).for_each(|_| slow.submit_write(0));
     slow.kick();
     slow.guest.wait(0, 9);
     assert!(locked(&slow.syncs[0].error).is_none(), "no flush, but a sync");
@@ -150,7 +150,7 @@ fn large_discard_is_cut_short_by_a_pause_or_reset() {
             slow.stall(true);
             let gib = (1 << 30) / 512;
             let list = ranges(&[(0, gib, 0), (u64::from(gib), gib, 0), (8, gib, 0)]);
-            let asked: Vec<_> = (0..8).map(|_| slow.guest.ask(0, DISCARD, 0, &list, 0)).collect();
+            let submitted: Vec<_> = (0..8).map(|_| slow.guest.submit(0, DISCARD, 0, &list, 0)).collect();
             slow.kick();
             assert!(slow.backlog.total() <= MIN_WINDOW, "{} in flight", slow.backlog.total());
             if reset {
@@ -163,9 +163,10 @@ fn large_discard_is_cut_short_by_a_pause_or_reset() {
                 slow.guest.worker.run();
                 slow.stall(false);
                 slow.guest.worker.run_until(|| still.try_recv().is_ok());
-                let used = slow.guest.drivers[0].take_used().expect("it was begun");
-                let asked = asked.iter().find(|asked| asked.head == used.head).expect("one of them");
-                assert_eq!(slow.guest.answer(asked, used).status, 0);
+                let used = slow.guest.drivers[0].take_used().expect("one has started");
+                let submitted =
+                    submitted.iter().find(|submitted| submitted.head == used.head).expect("one of them");
+                assert_eq!(slow.guest.response(submitted, used).status, 0);
             }
             let holes = locked(&slow.syncs[0].holes);
             assert!(holes.iter().all(|&len| len <= DISCARD_PART), "{holes:?}");

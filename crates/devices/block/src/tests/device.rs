@@ -222,11 +222,11 @@ fn queues_are_dealt_to_one_task_per_io_thread() {
         let limits = RateLimiterConfig::default();
         let mut guest = Guest::with(&options, config(5, 2), limits, Blocking::Never, u64::MAX);
         for round in 0..4u8 {
-            let mut asked = Vec::new();
+            let mut submitted = Vec::new();
             for queue in 0..5 {
                 for slot in 0..8u64 {
                     let sector = queue as u64 * 512 + slot * 8;
-                    asked.push(guest.ask(queue, OUT, sector, &[round + queue as u8 * 10; 4096], 0));
+                    submitted.push(guest.submit(queue, OUT, sector, &[round + queue as u8 * 10; 4096], 0));
                 }
                 guest.kick(queue);
             }
@@ -249,21 +249,21 @@ fn pause_drains_requests_and_takes_no_new_ones() {
         let (options, content) = disk(dir.path(), 4096, engine);
         let mut guest = Guest::new(&options);
         for slot in 0..16 {
-            guest.ask(0, IN, slot * 8, &[], 4096);
+            guest.submit(0, IN, slot * 8, &[], 4096);
         }
         guest.kick(0);
         let still = guest.worker.pause();
         guest.worker.run_until(|| still.try_recv().is_ok());
         let before = std::iter::from_fn(|| guest.drivers[0].take_used()).count();
         assert_eq!(guest.control.stats().read_count.get(), before as u64);
-        let late = guest.ask(0, IN, 100, &[], 512);
+        let late = guest.submit(0, IN, 100, &[], 512);
         guest.kick(0);
         guest.worker.run();
         assert!(guest.drivers[0].take_used().is_none());
         guest.worker.resume();
         let rest = guest.wait(0, 17 - before);
         let used = rest.into_iter().find(|used| used.head == late.head).unwrap();
-        assert_eq!(guest.answer(&late, used).data, content[51200..51712]);
+        assert_eq!(guest.response(&late, used).data, content[51200..51712]);
     }
 }
 
@@ -281,14 +281,14 @@ fn reset_during_io_drains_and_restarts_the_device() {
             let mut guest = Guest::new(&options);
             for round in 0..20u64 {
                 for slot in 0..16 {
-                    guest.ask(0, OUT, slot * 8, &[round as u8; 4096], 0);
+                    guest.submit(0, OUT, slot * 8, &[round as u8; 4096], 0);
                 }
                 guest.kick(0);
                 let tasks = guest.begin_reset();
                 guest.end_reset(tasks);
                 // All requests that were taken have completed.
-                let answered = u64::from(guest.drivers[0].used_idx());
-                assert!(guest.control.stats().write_count.get() >= answered);
+                let completed = u64::from(guest.drivers[0].used_idx());
+                assert!(guest.control.stats().write_count.get() >= completed);
                 guest.activate();
             }
             assert_eq!(guest.read(2048, 8), (0, content[2048 * 512..2056 * 512].to_vec()));
@@ -308,14 +308,14 @@ fn driver_error_stops_the_device_until_it_is_reset() {
         let (options, content) = disk(dir.path(), 64, engine);
         let mut guest = Guest::new(&options);
         for slot in 0..8 {
-            guest.ask(0, IN, slot, &[], 512);
+            guest.submit(0, IN, slot, &[], 512);
         }
         // A buffer outside guest memory, after good requests.
         guest.drivers[0].add(&[(1 << 20, 16)], &[(u64::MAX - 10, 512)]).unwrap();
         guest.kick(0);
         guest.worker.run();
         assert_eq!(guest.interrupt.broken().len(), 1);
-        guest.ask(0, IN, 0, &[], 512);
+        guest.submit(0, IN, 0, &[], 512);
         guest.kick(0);
         guest.worker.run();
         let tasks = guest.begin_reset();
@@ -337,8 +337,8 @@ fn disk_swap_takes_effect_at_once_and_frees_the_old_disk() {
         let mut guest = Guest::with(&options, config(2, 2), limits, Blocking::Never, u64::MAX);
         let generation = guest.block.config_generation();
         for slot in 0..16 {
-            guest.ask(0, OUT, slot, &[5; 512], 0);
-            guest.ask(1, OUT, 16 + slot, &[6; 512], 0);
+            guest.submit(0, OUT, slot, &[5; 512], 0);
+            guest.submit(1, OUT, 16 + slot, &[6; 512], 0);
         }
         guest.kick(0);
         guest.kick(1);
@@ -347,13 +347,13 @@ fn disk_swap_takes_effect_at_once_and_frees_the_old_disk() {
         assert_eq!(capacity(&guest.block), 128);
         assert_ne!(guest.block.config_generation(), generation);
         assert_eq!(guest.interrupt.configs(), 1);
-        let asked = guest.ask(0, IN, 127, &[], 512);
+        let submitted = guest.submit(0, IN, 127, &[], 512);
         guest.kick(0);
         guest.wait(1, 16);
         let used = guest.wait(0, 17);
-        let used = used.into_iter().find(|used| used.head == asked.head).unwrap();
-        let answer = guest.answer(&asked, used);
-        assert_eq!((answer.status, answer.data), (0, pattern(0x11, 127 * 512, 512)));
+        let used = used.into_iter().find(|used| used.head == submitted.head).unwrap();
+        let response = guest.response(&submitted, used);
+        assert_eq!((response.status, response.data), (0, pattern(0x11, 127 * 512, 512)));
         replaced.wait(Duration::ZERO).unwrap();
         // Each write is complete on one of the two disks.
         let (old, new) = (std::fs::read(&options.path).unwrap(), std::fs::read(&other).unwrap());
@@ -381,7 +381,7 @@ fn disk_swap_allows_any_engine_that_fits_the_worker() {
             let other = dir.path().join("other");
             std::fs::write(&other, pattern(0x11, 0, 64 * 512)).unwrap();
             for slot in 0..16 {
-                guest.ask(0, OUT, slot, &[5; 512], 0);
+                guest.submit(0, OUT, slot, &[5; 512], 0);
             }
             guest.kick(0);
             let new = Disk::open(&DiskOptions { path: other, engine: Some(to), ..options.clone() }).unwrap();
@@ -485,7 +485,7 @@ fn restored_device_continues_where_it_was_saved() {
     assert_eq!(guest.read(1, 2), (0, content[512..1536].to_vec()));
     assert_eq!(guest.read(99, 1), (0, vec![0; 512]));
     assert_eq!(guest.read(0, 1).0, 0);
-    guest.ask(0, IN, 0, &[], 512);
+    guest.submit(0, IN, 0, &[], 512);
     guest.kick(0);
     guest.worker.run();
     assert!(guest.worker.next_timer().is_some(), "the limiter remembers what was used up");

@@ -284,8 +284,11 @@ fn reopened_file_stays_unknown_and_another_is_known() {
     let new = Disk::open_with(&DiskOptions { path: other, ..options.clone() }, &locks, Some(&old)).unwrap();
     new.freeze().unwrap();
     let overlaid = overlaid(&base, dir.path().join("top"), vec![], IoEngine::Sync);
-    let beneath = Disk::open_with(&overlaid, &locks, Some(&old));
-    assert!(matches!(beneath, Err(DiskError::ContentsUnknown(_))), "its pages would be the overlay's");
+    let on_unknown_base = Disk::open_with(&overlaid, &locks, Some(&old));
+    assert!(
+        matches!(on_unknown_base, Err(DiskError::ContentsUnknown(_))),
+        "its pages would be the overlay's"
+    );
 }
 
 #[test]

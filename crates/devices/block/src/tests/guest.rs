@@ -33,7 +33,7 @@ const ARENA: u64 = 1 << 20;
 const RAM_MIB: u32 = 32;
 
 /// A request that was added to a queue.
-pub(crate) struct Asked {
+pub(crate) struct Submitted {
     pub(crate) head: u16,
     /// Its writable buffers: data, then status.
     writable: Vec<(u64, u32)>,
@@ -41,7 +41,7 @@ pub(crate) struct Asked {
 
 /// A completed request.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Answer {
+pub(crate) struct Response {
     pub(crate) status: u8,
     pub(crate) data: Vec<u8>,
     pub(crate) written: u32,
@@ -220,7 +220,7 @@ impl Guest {
 
     /// Adds a request to queue `queue`, in buffers of lengths `cuts`. `None` if the queue has too
     /// few free descriptors. Does not kick.
-    pub(crate) fn ask_cut(
+    pub(crate) fn submit_cut(
         &mut self,
         queue: usize,
         (kind, sector): (u32, u64),
@@ -228,7 +228,7 @@ impl Guest {
         read_len: u32,
         cuts: &[u32],
         indirect: bool,
-    ) -> Option<Asked> {
+    ) -> Option<Submitted> {
         let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes(), data].concat();
         let readable = self.cut(header.len() as u32, cuts);
         self.put(&readable, &header);
@@ -240,11 +240,18 @@ impl Guest {
         } else {
             self.drivers[queue].add(&readable, &writable)
         }?;
-        Some(Asked { head, writable })
+        Some(Submitted { head, writable })
     }
 
     /// Adds a request to queue `queue` in the usual three buffers. Does not kick.
-    pub(crate) fn ask(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Asked {
+    pub(crate) fn submit(
+        &mut self,
+        queue: usize,
+        kind: u32,
+        sector: u64,
+        data: &[u8],
+        read_len: u32,
+    ) -> Submitted {
         let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
         let mut readable = vec![(self.room(16), 16)];
         self.put(&readable, &header);
@@ -260,7 +267,7 @@ impl Guest {
         writable.push((self.room(1), 1));
         self.put(&writable[writable.len() - 1..], &[0xee]);
         let head = self.drivers[queue].add(&readable, &writable).expect("the queue has free descriptors");
-        Asked { head, writable }
+        Submitted { head, writable }
     }
 
     /// Publishes what was added, and kicks if the device wants that.
@@ -271,12 +278,12 @@ impl Guest {
         }
     }
 
-    /// The result of `asked`.
-    pub(crate) fn answer(&self, asked: &Asked, used: Used) -> Answer {
-        assert_eq!(used.head, asked.head);
-        let mut data = self.get(&asked.writable);
+    /// The result of `submitted`.
+    pub(crate) fn response(&self, submitted: &Submitted, used: Used) -> Response {
+        assert_eq!(used.head, submitted.head);
+        let mut data = self.get(&submitted.writable);
         let status = data.pop().unwrap();
-        Answer { status, data, written: used.written }
+        Response { status, data, written: used.written }
     }
 
     /// Runs the worker until queue `queue` has `count` completions, and takes them.
@@ -314,34 +321,34 @@ impl Guest {
 
     /// Like [`Guest::read`], with a clock that runs.
     pub(crate) fn read_in_time(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
-        let asked = self.ask(0, IN, sector, &[], count * 512);
+        let submitted = self.submit(0, IN, sector, &[], count * 512);
         self.kick(0);
         let used = self.wait_in_time(0, 1)[0];
-        let answer = self.answer(&asked, used);
+        let response = self.response(&submitted, used);
         self.forget();
-        (answer.status, answer.data)
+        (response.status, response.data)
     }
 
     /// One request, from start to end.
-    pub(crate) fn one(&mut self, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Answer {
-        let asked = self.ask(0, kind, sector, data, read_len);
+    pub(crate) fn one(&mut self, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Response {
+        let submitted = self.submit(0, kind, sector, data, read_len);
         self.kick(0);
         let used = self.wait(0, 1)[0];
-        let answer = self.answer(&asked, used);
+        let response = self.response(&submitted, used);
         self.next_addr = ARENA;
-        answer
+        response
     }
 
     pub(crate) fn read(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
-        let answer = self.one(IN, sector, &[], count * 512);
-        assert_eq!(answer.written, if answer.status == 0 { count * 512 + 1 } else { 0 });
-        (answer.status, answer.data)
+        let response = self.one(IN, sector, &[], count * 512);
+        assert_eq!(response.written, if response.status == 0 { count * 512 + 1 } else { 0 });
+        (response.status, response.data)
     }
 
     pub(crate) fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
-        let answer = self.one(OUT, sector, data, 0);
-        assert_eq!(answer.written, 1);
-        answer.status
+        let response = self.one(OUT, sector, data, 0);
+        assert_eq!(response.written, 1);
+        response.status
     }
 
     /// Frees the memory of requests, none of which may be in flight.

@@ -68,16 +68,16 @@ fn completed_writes_are_in_the_commit_map() {
             for page in 0..PAGES {
                 pages.push((rig.start_write(page * PAGE, &[page as u8 + 1; 512], u64::MAX), page));
             }
-            let mut answered = 0;
-            while answered < PAGES {
+            let mut completed = 0;
+            while completed < PAGES {
                 rig.queue.submit_and_reap();
-                let told: Vec<_> = std::iter::from_fn(|| rig.queue.pop_completion()).collect();
+                let completions: Vec<_> = std::iter::from_fn(|| rig.queue.pop_completion()).collect();
                 let left = as_left_by_a_kill_now(&options);
-                for (token, result) in told {
+                for (token, result) in completions {
                     result.unwrap();
-                    let page = pages.iter().find(|asked| asked.0 == token).unwrap().1;
+                    let page = pages.iter().find(|submitted| submitted.0 == token).unwrap().1;
                     assert!(map_b_has(&left, page), "page {page}, {engine:?} {blocking:?} {cache_type:?}");
-                    answered += 1;
+                    completed += 1;
                 }
                 if !rig.queue.has_more() {
                     rig.queue.wait_for_tests();
@@ -105,16 +105,16 @@ fn concurrent_writes_to_one_sector_are_all_committed() {
         let tokens: Vec<_> = (0..100)
             .map(|number| (rig.start_write(number / 10 * PAGE, &[7; 512], u64::MAX), number / 10))
             .collect();
-        let mut answered = 0;
-        while answered < tokens.len() {
+        let mut completed = 0;
+        while completed < tokens.len() {
             rig.queue.submit_and_reap();
-            let told: Vec<_> = std::iter::from_fn(|| rig.queue.pop_completion()).collect();
+            let completions: Vec<_> = std::iter::from_fn(|| rig.queue.pop_completion()).collect();
             let left = as_left_by_a_kill_now(&options);
-            for (token, result) in told {
+            for (token, result) in completions {
                 result.unwrap();
-                let page = tokens.iter().find(|asked| asked.0 == token).unwrap().1;
+                let page = tokens.iter().find(|submitted| submitted.0 == token).unwrap().1;
                 assert!(map_b_has(&left, page));
-                answered += 1;
+                completed += 1;
             }
             if !rig.queue.has_more() {
                 rig.queue.wait_for_tests();

@@ -15,7 +15,7 @@ fn rate_limit_throttles_until_the_timer_expires() {
     let mut guest = Guest::with(&options, config(1, 1), limits, Blocking::Allowed, u64::MAX);
     assert_eq!(guest.worker.next_timer(), None);
     for sector in 0..5 {
-        guest.ask(0, IN, sector, &[], 512);
+        guest.submit(0, IN, sector, &[], 512);
     }
     guest.kick(0);
     guest.wait(0, 2);
@@ -42,7 +42,7 @@ fn rate_limit_is_shared_by_full_queues() {
     let mut guest = Guest::with(&options, config(2, 1), limits, Blocking::Allowed, u64::MAX);
     for queue in 0..2 {
         for _ in 0..20 {
-            guest.ask(queue, IN, 0, &[], 512);
+            guest.submit(queue, IN, 0, &[], 512);
         }
         guest.kick(queue);
     }
@@ -50,8 +50,8 @@ fn rate_limit_is_shared_by_full_queues() {
     for _ in 0..10 {
         guest.worker.advance(100 * MS);
     }
-    let answered = [0, 1].map(|queue: usize| guest.drivers[queue].used_idx());
-    assert_eq!(answered, [10, 10]);
+    let completed = [0, 1].map(|queue: usize| guest.drivers[queue].used_idx());
+    assert_eq!(completed, [10, 10]);
 }
 
 /// All requests in flight must complete before the guest is paused, so they are bounded.
@@ -70,12 +70,12 @@ fn bytes_in_flight_are_bounded() {
             .expect("the queue has free descriptors");
     }
     guest.kick(0);
-    let mut answered = 0;
-    while answered < 20 {
+    let mut completed = 0;
+    while completed < 20 {
         guest.worker.run();
         let (taken, used) = guest.positions[0].get();
         assert!(u32::from(taken - used) * BYTES <= 64 << 20, "{} at once", taken - used);
-        answered += guest.wait(0, 1).len();
+        completed += guest.wait(0, 1).len();
     }
 }
 
@@ -114,7 +114,7 @@ fn bandwidth_limit_counts_reads_writes_and_write_zeroes() {
     assert_eq!(guest.write(0, &[1; 512]), 0);
     assert_eq!(guest.one(WRITE_ZEROES, 0, &ranges(&[(8, 1, 0)]), 0).status, 0);
     assert_eq!(guest.read(0, 8).0, 0);
-    guest.ask(0, IN, 0, &[], 512);
+    guest.submit(0, IN, 0, &[], 512);
     guest.kick(0);
     guest.worker.run();
     assert_eq!(guest.worker.next_timer(), Some(guest.worker.now() + 125 * MS));

@@ -1,7 +1,7 @@
 //! Tests of disks and of the device; most of them against a model, a vector of bytes.
 
-mod answers;
 mod backlog;
+mod completions;
 mod crash;
 mod device;
 mod device_model;

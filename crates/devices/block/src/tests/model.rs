@@ -98,7 +98,7 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
         let meets = range.is_some_and(|(from, to)| busy.iter().any(|&(a, b)| from < b && a < to));
         let no_room = rig.next_addr > 4 << 20;
         if meets || no_room || matches!(step, Step::Wait | Step::Reopen) {
-            settle(&mut rig, &mut reads);
+            wait_for_all(&mut rig, &mut reads);
             busy.clear();
         }
         busy.extend(range);
@@ -134,14 +134,14 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
         }
         rig.queue.submit_and_reap();
     }
-    settle(&mut rig, &mut reads);
+    wait_for_all(&mut rig, &mut reads);
     for (index, expected) in model.chunks(1 << 20).enumerate() {
         let got = rig.read((index as u64) << 20, expected.len() as u64).unwrap();
         assert!(got == expected, "the disk differs from the model in MiB {index}");
     }
 }
 
-fn settle(rig: &mut Rig, reads: &mut Vec<PendingRead>) {
+fn wait_for_all(rig: &mut Rig, reads: &mut Vec<PendingRead>) {
     for (token, result) in rig.finish() {
         result.unwrap_or_else(|errno| panic!("request {token}: {errno}"));
     }

@@ -23,7 +23,7 @@ fn plain_disk(dir: &Path, engine: IoEngine) -> DiskOptions {
 }
 
 #[derive(Debug, Clone)]
-struct Asking {
+struct Submission {
     kind: u32,
     sector: u64,
     data: Vec<u8>,
@@ -32,7 +32,7 @@ struct Asking {
     indirect: bool,
 }
 
-fn asking() -> impl Strategy<Value = Asking> {
+fn submission() -> impl Strategy<Value = Submission> {
     let kind = prop_oneof![
         4 => Just(IN),
         2 => Just(OUT),
@@ -58,7 +58,7 @@ fn asking() -> impl Strategy<Value = Asking> {
     ];
     let cuts = prop_oneof![Just(vec![u32::MAX]), prop::collection::vec(1..700u32, 1..6)];
     (kind, 0..SECTORS + 4, data, read_len, cuts, any::<bool>()).prop_map(
-        |(kind, sector, data, read_len, cuts, indirect)| Asking {
+        |(kind, sector, data, read_len, cuts, indirect)| Submission {
             kind,
             sector,
             data,
@@ -74,7 +74,7 @@ proptest! {
 
     #[test]
     fn used_length_covers_only_written_bytes(
-        askings in prop::collection::vec(asking(), 1..40),
+        submissions in prop::collection::vec(submission(), 1..40),
         read_only: bool,
         shrunk: bool,
         engine in 0..2usize,
@@ -86,25 +86,25 @@ proptest! {
             // Reads and writes of the upper half fail, or fill only part of their buffers.
             std::fs::File::options().write(true).open(&options.path).unwrap().set_len(SECTORS * 256).unwrap();
         }
-        for Asking { kind, sector, data, read_len, cuts, indirect } in &askings {
+        for Submission { kind, sector, data, read_len, cuts, indirect } in &submissions {
             guest.forget();
-            let asked = guest.ask_cut(0, (*kind, *sector), data, *read_len, cuts, *indirect);
+            let submitted = guest.submit_cut(0, (*kind, *sector), data, *read_len, cuts, *indirect);
             // The queue has too few free descriptors.
-            let Some(asked) = asked else { continue };
+            let Some(submitted) = submitted else { continue };
             guest.kick(0);
             let used = guest.wait(0, 1)[0];
-            let answer = guest.answer(&asked, used);
-            let begun = answer.data.iter().take_while(|&&byte| byte != UNWRITTEN).count() as u32;
-            let written = if begun == *read_len { begun + 1 } else { begun };
+            let response = guest.response(&submitted, used);
+            let filled = response.data.iter().take_while(|&&byte| byte != UNWRITTEN).count() as u32;
+            let written = if filled == *read_len { filled + 1 } else { filled };
             prop_assert!(
-                answer.written <= written,
-                "kind {kind}, status {}: {} bytes claimed, {written} written", answer.status, answer.written
+                response.written <= written,
+                "kind {kind}, status {}: {} bytes claimed, {written} written", response.status, response.written
             );
             // What was written is in the used length, too.
-            match (*kind, answer.status) {
-                (IN, 0) => prop_assert_eq!(answer.written, read_len + 1),
-                (GET_ID, 0) => prop_assert_eq!(answer.written, if *read_len == 20 { 21 } else { 20 }),
-                _ if *read_len == 0 => prop_assert_eq!(answer.written, 1),
+            match (*kind, response.status) {
+                (IN, 0) => prop_assert_eq!(response.written, read_len + 1),
+                (GET_ID, 0) => prop_assert_eq!(response.written, if *read_len == 20 { 21 } else { 20 }),
+                _ if *read_len == 0 => prop_assert_eq!(response.written, 1),
                 _ => {}
             }
         }
@@ -116,8 +116,8 @@ proptest! {
 fn failed_write_with_writable_data_claims_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let mut guest = Guest::new(&plain_disk(dir.path(), IoEngine::Async));
-    let answer = guest.one(OUT, 0, &[], 512);
-    assert_eq!((answer.status, answer.written), (1, 0));
+    let response = guest.one(OUT, 0, &[], 512);
+    assert_eq!((response.status, response.written), (1, 0));
 }
 
 /// A guest whose disk is served by a [`RecordingEngine`], and its log.
