@@ -155,8 +155,8 @@ impl Disk {
     /// a write will not block, so it goes to a kernel thread and back, although it is mostly a copy
     /// to the page cache.
     ///
-    /// A disk of size 0 counts as writable: it stands for one that replaces it later, when the
-    /// workers of the device cannot be changed.
+    /// A file of size 0 counts, too: it stands for a disk that replaces it later, when the workers
+    /// of the device cannot be changed.
     pub fn wants_own_workers(&self) -> bool {
         self.engine == IoEngine::Sync || (!self.read_only && self.layers.writes_to_file())
     }

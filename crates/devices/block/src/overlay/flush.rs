@@ -51,7 +51,7 @@ pub(crate) struct Flushes {
     missing: Dirty,
     /// What this round writes: offsets in the durable map, and bytes.
     round: Vec<(u64, Box<[u8]>)>,
-    /// Words that this round took out of `missing`.
+    /// Words that this flush has taken out of `missing` so far.
     taken: Dirty,
     finished: VecDeque<(Token, Result<(), Errno>)>,
 }

@@ -21,8 +21,9 @@
 //! true even after a crash of the host.
 //!
 //! The *commit map* is written after each change, when the kernel has the data and before the
-//! guest's request completes. So it is always complete, and true while the host keeps its page
-//! cache: it keeps what the guest wrote if only the monitor dies.
+//! guest's request completes. So the two maps together are complete at any moment, and the commit
+//! map is true while the host keeps its page cache: it keeps what the guest wrote if only the
+//! monitor dies.
 //!
 //! The overlay has the sectors of the durable map. It also has those of the commit map if
 //!
