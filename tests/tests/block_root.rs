@@ -167,12 +167,12 @@ fn a_layer_that_does_not_fit_is_refused_by_name() -> Result<()> {
     let vmm = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
     let mut api = vmm.ready_client(TIMEOUT)?;
     let refused: [(&str, &[&str], &str, &str); 6] = [
-        ("base", &["second", "first"], "second", "was not made on this disk"),
-        ("base", &["second"], "second", "was not made on this disk"),
-        ("base", &["first", "first"], "first", "was not made on this disk"),
-        ("other", &["first", "second"], "first", "was not made on this disk"),
+        ("base", &["second", "first"], "second", "created on another disk"),
+        ("base", &["second"], "second", "created on another disk"),
+        ("base", &["first", "first"], "first", "created on another disk"),
+        ("other", &["first", "second"], "first", "created on another disk"),
         ("base", &["first", "missing"], "missing", "No such file"),
-        ("base", &["first", "other"], "other", "is not an overlay"),
+        ("base", &["first", "other"], "other", "not an overlay file"),
     ];
     for (base, layers, named, why) in refused {
         let answer = api.put("/drives/d", &on(base, "top", layers))?;

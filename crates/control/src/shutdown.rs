@@ -44,7 +44,7 @@ pub(crate) fn close_disks(vm: &MicroVm, limit: Duration) {
         let id = drive.drive_id.clone();
         let control = devices.and_then(|devices| devices.drive(&id));
         left.push(id.clone());
-        if control.is_some_and(|control| !control.is_still()) {
+        if control.is_some_and(|control| !control.is_quiesced()) {
             continue;
         }
         let (disk, reply) = (disk.clone(), reply.clone());

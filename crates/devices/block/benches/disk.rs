@@ -1,10 +1,11 @@
-//! How fast a disk is: the bare file, what serves a disk ([`DiskQueue`]) alone, and the whole device from the driver's kick to its
-//! interrupt, through a worker.
+//! Speed of a disk: of the bare file, of a [`DiskQueue`], and of the whole device from the driver's
+//! kick to its interrupt, through a worker.
 //!
-//! `cargo bench -p vesta-block --features testing --bench disk -- [FILE]`. Without FILE it uses a temporary file of 1 GiB. Random
-//! reads and writes of 4 KiB, one at a time and 32 at a time: operations per second, microseconds each, and microseconds of processor time
-//! each. The driver's own time does not count; that of the kernel's threads for this process does. Numbers mean something on an idle
-//! machine only.
+//! `cargo bench -p vesta-block --features testing --bench disk -- [FILE]`. Without FILE it uses a
+//! temporary file of 1 GiB. It does random reads and writes of 4 KiB, one at a time and 32 at a
+//! time, and prints operations per second, microseconds of time each, and microseconds of CPU time
+//! each. The driver's own CPU time is not counted; that of the kernel's threads for this process
+//! is. The numbers are meaningful only on an idle machine.
 
 use std::fs::File;
 use std::io::Write;
@@ -18,9 +19,10 @@ use memory::GuestRam;
 use rustix::event::{PollFd, PollFlags};
 use sync::EventFd;
 use vesta_block::buffers::Direction;
+use vesta_block::disk::queue::DiskQueue;
 use vesta_block::disk::{Disk, DiskOptions};
-use vesta_block::engine::Patience;
-use vesta_block::queue::{DiskQueue, Request};
+use vesta_block::engine::Blocking;
+use vesta_block::io_request::Request;
 use vesta_block::{Block, BlockConfig};
 use virtio::device::{Activation, ActiveQueue, Device, Interrupt, feature};
 use virtio::queue::{GuestBuffer, Queue};
@@ -46,14 +48,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{:<26} {:>5} {:>4} {:>10} {:>9} {:>9}", "", "", "QD", "IOPS", "us", "cpu us");
     for write in [false, true] {
         bare(&path, write)?;
-        for (engine, patience, overlaid) in [
-            (IoEngine::Async, Patience::None, false),
-            (IoEngine::Async, Patience::None, true),
-            (IoEngine::Async, Patience::MayWait, false),
-            (IoEngine::Async, Patience::MayWait, true),
-            (IoEngine::Sync, Patience::None, false),
-            (IoEngine::Sync, Patience::MayWait, false),
-            (IoEngine::Sync, Patience::MayWait, true),
+        for (engine, blocking, overlaid) in [
+            (IoEngine::Async, Blocking::Never, false),
+            (IoEngine::Async, Blocking::Never, true),
+            (IoEngine::Async, Blocking::Allowed, false),
+            (IoEngine::Async, Blocking::Allowed, true),
+            (IoEngine::Sync, Blocking::Allowed, false),
+            (IoEngine::Sync, Blocking::Allowed, true),
         ] {
             for overlay in [overlaid.then(|| dir.path().join("overlay"))] {
                 let overlay = overlay.map(|path| Overlay { path, layers: vec![], size_mib: None });
@@ -62,7 +63,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 {
                     std::fs::remove_file(&overlay.path)?;
                 }
-                let own = if patience == Patience::MayWait { " own" } else { "" };
+                let own = if blocking == Blocking::Allowed { " own" } else { "" };
                 let name = format!("{engine:?}{own}{}", if overlaid { " overlay" } else { "" });
                 let disk = Disk::open(&DiskOptions {
                     path: path.clone(),
@@ -75,10 +76,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     name_is_durable: true,
                 })?;
                 for depth in [1, 32] {
-                    device(&name, &disk, patience, write, depth)?;
+                    device(&name, &disk, blocking, write, depth)?;
                 }
                 for depth in [1, 32] {
-                    let mut queue = disk.queue(patience)?;
+                    let mut queue = disk.queue(blocking)?;
                     let mut run = Run::begin(&name, write, depth);
                     serve(&mut queue, &disk, write, depth, &mut run);
                     run.end();
@@ -89,13 +90,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Reads or writes with one system call each, from this thread.
+/// Reads or writes with one system call each, on this thread.
 fn bare(path: &Path, write: bool) -> std::io::Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
     let blocks = file.metadata()?.len() / BLOCK;
     let mut buffer = vec![1; BLOCK as usize];
     let mut run = Run::begin("bare file", write, 1);
-    while run.goes_on() {
+    while run.is_running() {
         let offset = run.random() % blocks * BLOCK;
         if write {
             file.write_all_at(&buffer, offset)?;
@@ -119,18 +120,18 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
         buffers.push(&ram, buffer, direction).expect("in memory");
         let offset = run.random() % blocks * BLOCK;
         let request = if write { Request::Write(buffers) } else { Request::Read(buffers) };
-        queue.start(token, offset, request);
+        queue.enqueue(token, offset, request);
     };
     (0..depth).for_each(|token| start(queue, run, token));
     loop {
-        queue.kick();
+        queue.submit_and_reap();
         let mut any = false;
-        let goes_on = run.goes_on();
-        while let Some((token, result)) = queue.finished() {
+        let is_running = run.is_running();
+        while let Some((token, result)) = queue.pop_completion() {
             result.expect("the disk works");
             run.count += 1;
             any = true;
-            if goes_on {
+            if is_running {
                 start(queue, run, token);
             }
         }
@@ -148,20 +149,21 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
     queue.drain();
 }
 
-/// The whole device, with a driver that keeps `depth` requests in flight and sleeps until its interrupt.
+/// The whole device, with a driver that keeps `depth` requests in flight and sleeps until its
+/// interrupt.
 fn device(
     name: &str,
     disk: &Disk,
-    patience: Patience,
+    blocking: Blocking,
     write: bool,
     depth: u32,
 ) -> Result<(), Box<dyn std::error::Error>> {
     const SIZE: u16 = 256;
     const DATA: u64 = 1 << 20;
     let workers = Workers::start(WorkersConfig::default())?;
-    let own = match patience {
-        Patience::None => vec![],
-        Patience::MayWait => vec![workers.dedicated()?],
+    let own = match blocking {
+        Blocking::Never => vec![],
+        Blocking::Allowed => vec![workers.dedicated()?],
     };
     let config = BlockConfig { id: "bench".into(), num_queues: 1, queue_size: SIZE, io_threads: 1 };
     let (mut block, _control) = Block::new(config, disk.clone(), RateLimiterConfig::default(), own, 0)?;
@@ -185,7 +187,7 @@ fn device(
     let mut slots: Vec<u64> = (0..u64::from(depth)).collect();
     let mut slot_of = vec![0; usize::from(SIZE)];
     loop {
-        while run.goes_on()
+        while run.is_running()
             && let Some(slot) = slots.pop()
         {
             let place = DATA + slot * 0x2000;
@@ -254,7 +256,7 @@ impl Run {
         Run { what, count: 0, begin: Instant::now(), driver, cpu: cpu_time(driver), state: 88172645463325252 }
     }
 
-    fn goes_on(&self) -> bool {
+    fn is_running(&self) -> bool {
         !self.count.is_multiple_of(64) || self.begin.elapsed() < TIME
     }
 
@@ -279,7 +281,8 @@ impl Run {
     }
 }
 
-/// Processor time of this process, whose threads `io_uring`'s workers are, without that of the driver's thread where there is one.
+/// CPU time of this process, which includes the worker threads of `io_uring`; without that of the
+/// driver's thread if there is one.
 fn cpu_time(driver: bool) -> Duration {
     let process = clock(rustix::time::ClockId::ProcessCPUTime);
     let own = clock(rustix::time::ClockId::ThreadCPUTime);

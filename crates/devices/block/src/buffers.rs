@@ -1,39 +1,39 @@
-//! Stretches of guest memory that the kernel reads from or writes to.
+//! Ranges of guest memory that the kernel reads from or writes to.
 //!
 //! # Invariant
 //!
-//! Every segment of a [`GuestBuffers`] lies in guest RAM: it came out of `vm-memory`'s checked lookup. Guest RAM is
-//! never unmapped while the process lives (see [`memory::GuestRam`]), so a segment stays valid for as long as anybody
-//! holds it. Nothing here follows the addresses: they go to the kernel as they are, and the guest may change the
-//! memory meanwhile as it likes.
+//! Every segment of a [`GuestBuffers`] lies in guest RAM: it comes from the checked lookup of
+//! `vm-memory`. Guest RAM is never unmapped while the process lives (see [`memory::GuestRam`]), so
+//! a segment stays valid for as long as it exists. This module never dereferences the addresses.
+//! They go to the kernel as they are, and the guest may change the memory at any time.
 
 use memory::GuestRam;
 use vm_memory::bitmap::Bitmap;
 
 use virtio::queue::{GuestBuffer, QueueError};
 
-/// A stretch of this process's memory, in the layout of `struct iovec`.
+/// A range of this process's memory, in the layout of `struct iovec`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
-pub(super) struct Segment {
+pub(crate) struct Segment {
     /// First host address.
-    pub(super) addr: usize,
+    pub(crate) addr: usize,
     /// Length in bytes; never 0.
-    pub(super) len: usize,
+    pub(crate) len: usize,
 }
 
-/// What the device does with a stretch of guest memory.
+/// Direction of a transfer between the disk and guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
-    /// It reads it: a disk write.
+    /// The device reads guest memory: a disk write.
     FromGuest,
-    /// It writes it: a disk read.
+    /// The device writes guest memory: a disk read.
     ToGuest,
 }
 
-/// The data of one request, as stretches of guest memory in order.
+/// The data of one request: ranges of guest memory, in order.
 ///
-/// Made to be used again: [`clear`](Self::clear) keeps the allocation.
+/// Reusable: [`clear`](Self::clear) keeps the allocation.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct GuestBuffers {
     segments: Vec<Segment>,
@@ -41,15 +41,15 @@ pub struct GuestBuffers {
 }
 
 impl GuestBuffers {
-    /// No stretches.
+    /// No ranges.
     pub fn new() -> Self {
         GuestBuffers::default()
     }
 
     /// Adds `buffer`, which must be in `ram`.
     ///
-    /// A stretch that goes [`ToGuest`](Direction::ToGuest) counts as written from now on: where the monitor's writes are
-    /// tracked, its pages are marked dirty here, because the kernel's writes would go unseen.
+    /// A range with [`Direction::ToGuest`] counts as written from now on: where dirty pages are
+    /// tracked, its pages are marked here, because the kernel's writes are not seen.
     pub fn push(
         &mut self,
         ram: &GuestRam,
@@ -70,34 +70,34 @@ impl GuestBuffers {
         Ok(())
     }
 
-    /// Length of all stretches together, in bytes.
+    /// Length of all ranges together, in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether there is nothing in it.
+    /// Whether the length is 0.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Forgets the stretches and keeps the space for new ones.
+    /// Removes the ranges and keeps the allocation.
     pub fn clear(&mut self) {
         self.segments.clear();
         self.len = 0;
     }
 
-    /// The stretches.
-    pub(super) fn segments(&self) -> &[Segment] {
+    /// The ranges.
+    pub(crate) fn segments(&self) -> &[Segment] {
         &self.segments
     }
 
-    /// The stretches, for an engine to step over what is done.
-    pub(super) fn segments_mut(&mut self) -> &mut [Segment] {
+    /// The ranges, for an engine to advance past what is done.
+    pub(crate) fn segments_mut(&mut self) -> &mut [Segment] {
         &mut self.segments
     }
 
-    /// Appends the `len` bytes that begin `offset` bytes into `from`, which must hold that many.
-    pub(super) fn push_part(&mut self, from: &GuestBuffers, offset: u64, len: u64) {
+    /// Appends `len` bytes of `from`, starting `offset` bytes into it. `from` must hold that many.
+    pub(crate) fn push_part(&mut self, from: &GuestBuffers, offset: u64, len: u64) {
         debug_assert!(offset + len <= from.len);
         let (mut skip, mut left) = (offset as usize, len as usize);
         for segment in &from.segments {
@@ -117,6 +117,28 @@ impl GuestBuffers {
     }
 }
 
+/// Spent buffers, kept for their allocations.
+#[derive(Debug, Default)]
+pub(crate) struct BufferPool(Vec<GuestBuffers>);
+
+impl BufferPool {
+    /// Most buffers that are kept.
+    const MAX: usize = 64;
+
+    /// Empty buffers: recycled ones, if there are any.
+    pub(crate) fn take(&mut self) -> GuestBuffers {
+        self.0.pop().unwrap_or_default()
+    }
+
+    /// Takes back buffers that are not needed any more.
+    pub(crate) fn recycle(&mut self, mut buffers: GuestBuffers) {
+        if self.0.len() < Self::MAX {
+            buffers.clear();
+            self.0.push(buffers);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_become_one_segment() {
+    fn adjacent_buffers_become_one_segment() {
         let ram = guest_ram(1);
         let mut buffers = GuestBuffers::new();
         for buffer in [at(4096, 4096), at(8192, 512), at(4096, 512)] {
@@ -144,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stretch_that_leaves_memory_is_refused() {
+    fn buffer_outside_ram_is_refused() {
         let ram = guest_ram(1);
         let mut buffers = GuestBuffers::new();
         for (addr, len) in [(MIB, 1), (MIB - 1, 2), (u64::MAX, 1), (u64::MAX - 1, u32::MAX), (0, u32::MAX)] {
@@ -155,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_goes_to_the_guest_is_marked_dirty() {
+    fn only_buffers_to_the_guest_are_marked_dirty() {
         let ram = tracked_guest_ram(1);
         let mut buffers = GuestBuffers::new();
         buffers.push(&ram, at(0, 4096), Direction::FromGuest).unwrap();
@@ -166,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_cut_segments_where_they_must() {
+    fn push_part_cuts_segments() {
         let ram = guest_ram(1);
         let host = ram.regions()[0].host_addr as usize;
         let mut all = GuestBuffers::new();

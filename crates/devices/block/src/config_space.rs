@@ -1,4 +1,4 @@
-//! The configuration space (5.2.4) and the features that say which of its fields count.
+//! The configuration space (5.2.4), and the feature bits that make its fields valid.
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes, KnownLayout};
@@ -8,38 +8,38 @@ use super::request::{MAX_BUFFER, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SEC
 use virtio::device::ConfigField;
 
 /// Feature bits of a block device (5.2.3).
-pub(super) mod feature {
-    /// `size_max` counts.
+pub(crate) mod feature {
+    /// `size_max` is valid.
     pub(crate) const SIZE_MAX: u64 = 1 << 1;
-    /// `seg_max` counts.
+    /// `seg_max` is valid.
     pub(crate) const SEG_MAX: u64 = 1 << 2;
-    /// Writes are refused.
+    /// The disk is read-only.
     pub(crate) const RO: u64 = 1 << 5;
-    /// `blk_size` counts.
+    /// `blk_size` is valid.
     pub(crate) const BLK_SIZE: u64 = 1 << 6;
-    /// Flushes are understood; without them every write is flushed.
+    /// The driver may flush. Without it, every write is durable before it completes.
     pub(crate) const FLUSH: u64 = 1 << 9;
-    /// `topology` counts.
+    /// `topology` is valid.
     pub(crate) const TOPOLOGY: u64 = 1 << 10;
-    /// `num_queues` counts.
+    /// `num_queues` is valid.
     pub(crate) const MQ: u64 = 1 << 12;
-    /// Discards are understood.
+    /// The driver may discard.
     pub(crate) const DISCARD: u64 = 1 << 13;
-    /// Zeroings are understood.
+    /// The driver may write zeroes.
     pub(crate) const WRITE_ZEROES: u64 = 1 << 14;
 }
 
-/// Sectors per page of the host, which is what it reads and writes: guests align to it where they can.
+/// Sectors of a host page, the unit of the page cache. Guests align to it where they can.
 const SECTORS_PER_PAGE: u32 = 8;
-/// The binary logarithm of it.
+/// Binary logarithm of [`SECTORS_PER_PAGE`].
 const SECTORS_PER_PAGE_EXP: u8 = 3;
-/// Most buffers of data that a driver may put in one request, as long as the queue has room for them.
+/// Most data segments of one request, if the queue has as many descriptors.
 const SEG_MAX: u32 = 254;
 
-/// `struct virtio_blk_config`
+/// `struct virtio_blk_config`.
 #[derive(Debug, Clone, Copy, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(super) struct ConfigSpace {
+pub(crate) struct ConfigSpace {
     capacity: U64,
     size_max: U32,
     seg_max: U32,
@@ -62,8 +62,9 @@ pub(super) struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// That of a disk of `size` bytes with `num_queues` queues of `queue_size` descriptors.
-    pub(super) fn new(size: u64, num_queues: u16, queue_size: u16) -> Self {
+    /// The configuration space of a disk of `size` bytes with `num_queues` queues of `queue_size`
+    /// descriptors.
+    pub(crate) fn new(size: u64, num_queues: u16, queue_size: u16) -> Self {
         ConfigSpace {
             capacity: (size / SECTOR).into(),
             size_max: MAX_BUFFER.into(),
@@ -90,9 +91,8 @@ impl ConfigSpace {
 }
 
 /// The fields that exist only with a feature. Topology is a hint: Unikraft's driver reads
-/// `blk_size` as 8 bytes, before it accepts anything, and takes what it finds in the topology for
-/// the upper half.
-pub(super) const FIELDS: [ConfigField; 7] = [
+/// `blk_size` as 8 bytes before it accepts any feature, and takes the topology for the upper half.
+pub(crate) const FIELDS: [ConfigField; 7] = [
     ConfigField::new(8..12, feature::SIZE_MAX),
     ConfigField::new(12..16, feature::SEG_MAX),
     ConfigField::new(20..24, feature::BLK_SIZE),
@@ -108,7 +108,7 @@ mod tests {
     use std::mem::offset_of;
 
     #[test]
-    fn fields_stand_where_the_specification_puts_them() {
+    fn fields_are_at_the_offsets_of_the_specification() {
         assert_eq!(offset_of!(ConfigSpace, size_max), 8);
         assert_eq!(offset_of!(ConfigSpace, seg_max), 12);
         assert_eq!(offset_of!(ConfigSpace, blk_size), 20);
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn conditional_fields_are_those_of_the_specification() {
+    fn conditional_fields_match_the_specification() {
         let starts = FIELDS.map(|field| field.bytes.start as usize);
         let want = [
             offset_of!(ConfigSpace, size_max),
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_queue_limits_the_buffers_of_a_request() {
+    fn small_queue_limits_the_segments_of_a_request() {
         assert_eq!(ConfigSpace::new(0, 1, 16).seg_max.get(), 14);
         assert_eq!(ConfigSpace::new(0, 1, 1024).seg_max.get(), SEG_MAX);
     }

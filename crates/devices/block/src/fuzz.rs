@@ -1,4 +1,4 @@
-//! Disks for fuzzing: those that a hostile guest is let loose on, and overlays that somebody has tampered with.
+//! Fuzz targets: a hostile guest on a disk, and overlay files with random changes.
 
 use crate::{Block, BlockConfig, BlockState};
 use std::fs::File;
@@ -16,12 +16,13 @@ use rustix::fs::MemfdFlags;
 
 use super::buffers::Direction;
 use super::disk::{Disk, DiskOptions};
-use super::engine::Patience;
-use super::queue::Request;
+use super::engine::Blocking;
+use super::io_request::Request;
 use virtio::queue::GuestBuffer;
 use virtio::testing::reused_ram;
 
-/// The file of an overlay in which somebody has changed what they liked, with checksums that fit or not. It is refused or it is a disk.
+/// An overlay file with random changes, and with or without valid checksums. It is refused or works
+/// as a disk.
 pub fn overlay(data: &[u8]) {
     const SIZE: u64 = 40 << 20;
     let mut input = Input(data);
@@ -38,7 +39,7 @@ pub fn overlay(data: &[u8]) {
     };
     let ram = reused_ram(1);
     let some_requests = |input: &mut Input<'_>, disk: &Disk| {
-        let mut queue = disk.queue(Patience::MayWait).expect("a disk can be served");
+        let mut queue = disk.queue(Blocking::Allowed).expect("a disk can be served");
         for token in 0..u32::from(input.u8() % 16) {
             let (offset, len) =
                 (u64::from(input.u32()) % (48 << 20) & !511, 512 * (1 + u32::from(input.u8())));
@@ -52,15 +53,15 @@ pub fn overlay(data: &[u8]) {
                     if act == 2 { Request::Read(buffers) } else { Request::Write(buffers) }
                 }
             };
-            queue.start(token, offset, request);
+            queue.enqueue(token, offset, request);
         }
         queue.drain();
-        while queue.finished().is_some() {}
+        while queue.pop_completion().is_some() {}
         assert_eq!(queue.in_flight(), 0);
     };
     some_requests(&mut input, &Disk::open(&options).expect("an overlay can be made"));
     for _ in 0..usize::from(input.u8() % 16) {
-        // Header, session and maps; all but the last few bytes are of no interest elsewhere.
+        // Header, session and maps; only the last few bytes of the file matter elsewhere.
         let (at, byte) = (u64::from(input.u16()) % 32768, [input.u8()]);
         let at = if input.u8() < 128 { at % 80 + (at & 4096) } else { at };
         top.write_all_at(&byte, at).expect("a file in memory can be written");
@@ -99,14 +100,14 @@ pub(crate) struct FuzzedDisk {
     pub(crate) read_only: bool,
     pub(crate) cache_type: CacheType,
     pub(crate) overlaid: bool,
-    /// Larger than a page of an overlay's map, and than what is worked off at once.
+    /// Larger than a page of an overlay's map, and than a part of a request.
     pub(crate) large: bool,
-    /// With Async its ring is waited for.
+    /// With Async, every transfer goes through the ring.
     pub(crate) engine: IoEngine,
 }
 
 impl FuzzedDisk {
-    /// The disk: the same files each time on this thread, with an overlay of its own.
+    /// Opens the disk: the same files each time on this thread, with a new overlay.
     pub(crate) fn open(&self) -> Disk {
         thread_local! {
             static FILES: [File; 2] = [in_memory(100 * 512), in_memory(20 << 20)];
@@ -126,15 +127,16 @@ impl FuzzedDisk {
             name_is_durable: true,
         };
         let mut disk = Disk::open(&options).expect("a file in memory can be opened");
-        disk.settled = true;
+        disk.draining = true;
         disk
     }
 }
 
-/// A hostile guest on a disk. The first byte chooses the transport and the kind of disk.
+/// A hostile guest on a disk. The first byte of `data` selects the transport and the kind of disk.
 ///
-/// What a request does is over when the worker comes to rest: the disk works synchronously on it, or the worker waits for its `io_uring`. So a
-/// run is always the same, but for the order in which requests end that a ring has at the same time.
+/// All requests are complete when the worker has run: the disk is synchronous, or the worker waits
+/// for its `io_uring`. So a run is deterministic, except for the order of requests that are in a
+/// ring at the same time.
 pub fn device(data: &[u8]) {
     let mut input = Input(data);
     let how = input.u8();
@@ -142,10 +144,10 @@ pub fn device(data: &[u8]) {
     let disk = FuzzedDisk {
         read_only: how & 2 != 0,
         cache_type: if how & 4 != 0 { CacheType::Writeback } else { CacheType::Unsafe },
-        // One to read must be there before.
+        // A read-only overlay would have to exist already.
         overlaid: how & 0xa == 8,
         large: how & 16 != 0,
-        // A ring is slow to make, so only one run in four has them.
+        // A ring is slow to set up, so only one run in four has one.
         engine: if how & 0xc0 == 0x40 { IoEngine::Async } else { IoEngine::Sync },
     };
     let num_queues = if how & 32 != 0 { 2 } else { 1 };
@@ -190,7 +192,7 @@ pub fn device(data: &[u8]) {
     still_whole(&mut guest);
 }
 
-/// A request that a disk understands, mostly: a header, some data, a status.
+/// A request that is mostly well-formed: a header, some data, a status byte.
 fn good_request(input: &mut Input<'_>, guest: &mut Guest, driver: &mut Option<DriverQueue>) {
     let Some(driver) = driver else { return };
     let kind = [0u32, 1, 4, 8, 11, 13, 0, 1, 11, 13, 2, 0xffff][usize::from(input.u8() % 12)];
@@ -218,7 +220,7 @@ fn good_request(input: &mut Input<'_>, guest: &mut Guest, driver: &mut Option<Dr
         guest.kick(0);
         guest.worker.run();
     }
-    // A driver by the book takes what is there; one that lies about its rings is another act's business.
+    // A correct driver takes its completions. Other acts test drivers that do not.
     if driver.out() > usize::from(SIZE) / 2 {
         *driver = guest.start(BASE, SIZE, true);
     }
@@ -235,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn overlays_with_random_changes_are_refused_or_are_disks() {
+    fn random_overlay_files_are_refused_or_work() {
         seeded(overlay, 1_000);
     }
 }

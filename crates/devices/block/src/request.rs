@@ -1,45 +1,49 @@
-//! What a guest asks for, parsed and checked (5.2.6).
+//! Requests of the guest: parsing and checking (5.2.6).
 //!
-//! A request is a chain whose readable bytes are a header of 16 bytes and the data to write, and whose writable bytes are the
-//! data to read and, last, one byte of status. How these bytes are cut into buffers is the driver's business.
+//! A request is a descriptor chain. Its readable bytes are a header of 16 bytes and the data to
+//! write. Its writable bytes are the data to read and, last, one status byte. The driver may cut
+//! these bytes into descriptors as it likes.
 //!
 //! # Error model
 //!
-//! A chain without room for the status cannot be answered: [`NoStatus`]. All else that a guest gets wrong is a [`Command::Fail`],
-//! answered with a status; the disk is not asked. A command that is not `Fail` lies within the disk, in whole sectors.
+//! A chain without a writable byte for the status cannot be answered: [`NoStatus`]. Every other
+//! mistake of the driver is a [`Command::Fail`], which completes with a status and does not reach
+//! the disk. A command that is not `Fail` lies within the disk, in whole sectors.
 
 use memory::GuestRam;
 
 use super::SECTOR;
 use virtio::queue::{Buffers, Chain, GuestBuffer, QueueError};
 
-/// Length of the header.
+/// Length of the header in bytes.
 const HEADER_LEN: u32 = 16;
-/// Length of a serial number.
-pub(super) const SERIAL_LEN: u32 = 20;
-/// Length of the description of one range.
+/// Length of the serial number in bytes (`VIRTIO_BLK_ID_BYTES`).
+pub(crate) const SERIAL_LEN: u32 = 20;
+/// Length in bytes of one range of a discard or write-zeroes.
 const RANGE_LEN: u32 = 16;
 
-/// Most ranges of one discard or zeroing.
-pub(super) const MAX_RANGES: u32 = 16;
+/// Most ranges of one discard or write-zeroes.
+pub(crate) const MAX_RANGES: u32 = 16;
 /// Most sectors of one range of a discard: 1 GiB.
-pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
-/// Most sectors of one range of a zeroing: 4 MiB, so that all of them together are not more than [`MAX_DATA`]. They may have to be written.
-pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 13;
-/// Most bytes of one buffer that a driver which knows of a bound makes: with all the buffers there may be, less than [`MAX_DATA`].
-pub(super) const MAX_BUFFER: u32 = 256 << 10;
-/// Most bytes of one request's data: no request may take a disk long, since all that were begun must end before the guest can be paused.
+pub(crate) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Most sectors of one range of a write-zeroes: 4 MiB, so that all ranges together are at most
+/// [`MAX_DATA`]. The zeros may have to be written.
+pub(crate) const MAX_ZEROES_SECTORS: u32 = 1 << 13;
+/// `size_max`: most bytes of one buffer. 254 such buffers (`seg_max`) are less than [`MAX_DATA`].
+pub(crate) const MAX_BUFFER: u32 = 256 << 10;
+/// Most bytes of one request's data. All requests in flight must complete before the guest is
+/// paused, so none may take the disk long.
 const MAX_DATA: u64 = 64 << 20;
 /// Most buffers of one request's data.
-pub(super) const MAX_BUFFERS: usize = 256;
+pub(crate) const MAX_BUFFERS: usize = 256;
 
 /// `VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`.
 const UNMAP: u32 = 1;
 
-/// How a request went.
+/// Status of a completed request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Status {
+pub(crate) enum Status {
     /// `VIRTIO_BLK_S_OK`
     Ok = 0,
     /// `VIRTIO_BLK_S_IOERR`
@@ -50,80 +54,81 @@ pub(super) enum Status {
 
 /// The chain has no byte for the status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct NoStatus;
+pub(crate) struct NoStatus;
 
-/// A stretch of the disk.
+/// A range of the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Range {
+pub(crate) struct Range {
     /// In bytes, a multiple of 512.
-    pub(super) offset: u64,
+    pub(crate) offset: u64,
     /// In bytes, a multiple of 512.
-    pub(super) len: u64,
-    /// Whether the guest allows its space to be given back.
-    pub(super) unmap: bool,
+    pub(crate) len: u64,
+    /// Whether the guest allows the space of the range to be given back.
+    pub(crate) unmap: bool,
 }
 
-/// What is to be done.
+/// What a request asks for.
 #[derive(Debug)]
-pub(super) enum Command<'a> {
+pub(crate) enum Command<'a> {
     /// Read from `offset` into the buffers.
     Read { offset: u64, to: Buffers<'a> },
     /// Write the buffers from `offset` on.
     Write { offset: u64, from: Buffers<'a> },
     /// Make what was written durable.
     Flush,
-    /// Tell the serial number.
+    /// Return the serial number.
     GetId { to: Buffers<'a> },
-    /// Discard the ranges that were parsed.
+    /// Discard the parsed ranges.
     Discard,
-    /// Zero the ranges that were parsed.
+    /// Zero the parsed ranges.
     WriteZeroes,
-    /// Answer with this.
+    /// Complete with this status.
     Fail(Status),
 }
 
-/// A request.
+/// A parsed request.
 #[derive(Debug)]
-pub(super) struct Parsed<'a> {
-    /// What is to be done.
-    pub(super) command: Command<'a>,
-    /// The byte for the status.
-    pub(super) status: GuestBuffer,
-    /// Device-writable bytes before the status.
-    pub(super) data_len: u32,
+pub(crate) struct Parsed<'a> {
+    /// What it asks for.
+    pub(crate) command: Command<'a>,
+    /// The status byte.
+    pub(crate) status: GuestBuffer,
+    /// Device-writable bytes before the status byte.
+    pub(crate) data_len: u32,
 }
 
-/// The `len` of the used element (2.7.8.2) for a request whose status was written behind `data_len` device-writable bytes, of which
-/// the device wrote the first `written`.
+/// The `len` of the used element (2.7.8.2) of a request with `data_len` device-writable bytes
+/// before the status byte, of which the device wrote the first `written`.
 ///
-/// The driver may rely on each of the first `len` writable bytes. So the status counts only where no byte before it is missing.
-pub(super) fn used_len(data_len: u32, written: u32) -> u32 {
+/// The driver may rely on each of the first `len` writable bytes. So the status byte counts only if
+/// all bytes before it were written.
+pub(crate) fn used_len(data_len: u32, written: u32) -> u32 {
     if written >= data_len { data_len + 1 } else { written }
 }
 
-/// What requests are checked against.
+/// The bounds that requests are checked against.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
+pub(crate) struct Limits {
     /// Size of the disk in bytes, a multiple of 512.
-    pub(super) size: u64,
-    /// Whether writes are refused.
-    pub(super) read_only: bool,
+    pub(crate) size: u64,
+    /// Whether the disk is read-only.
+    pub(crate) read_only: bool,
 }
 
-/// The types of requests.
+/// Request types (5.2.6).
 mod kind {
-    pub(super) const IN: u32 = 0;
-    pub(super) const OUT: u32 = 1;
-    pub(super) const FLUSH: u32 = 4;
-    pub(super) const GET_ID: u32 = 8;
-    pub(super) const DISCARD: u32 = 11;
-    pub(super) const WRITE_ZEROES: u32 = 13;
+    pub(crate) const IN: u32 = 0;
+    pub(crate) const OUT: u32 = 1;
+    pub(crate) const FLUSH: u32 = 4;
+    pub(crate) const GET_ID: u32 = 8;
+    pub(crate) const DISCARD: u32 = 11;
+    pub(crate) const WRITE_ZEROES: u32 = 13;
 }
 
-/// Parses `chain`. The ranges of a discard or zeroing go to `ranges`, which is cleared first.
+/// Parses `chain`. The ranges of a discard or write-zeroes go to `ranges`, which is cleared first.
 ///
-/// The error of the queue never comes for memory that the chain was popped with.
-pub(super) fn parse<'a>(
+/// A `QueueError` cannot occur for memory of a chain that was popped from a queue.
+pub(crate) fn parse<'a>(
     chain: &'a Chain,
     ram: &GuestRam,
     limits: Limits,
@@ -175,7 +180,7 @@ fn command<'a>(
     }
 }
 
-/// Parses the ranges of a discard or zeroing; how that went.
+/// Parses the ranges of a discard or write-zeroes, and returns the status.
 fn parse_ranges(
     mut from: Buffers<'_>,
     ram: &GuestRam,
@@ -207,14 +212,15 @@ fn parse_ranges(
 }
 
 impl Limits {
-    /// The offset of `sector` in bytes, if the `len` bytes from there are on the disk.
+    /// The offset of `sector` in bytes, if the `len` bytes from there lie within the disk.
     fn range(self, sector: u64, len: u64) -> Option<u64> {
         let offset = sector.checked_mul(SECTOR)?;
         let end = offset.checked_add(len)?;
         (end <= self.size).then_some(offset)
     }
 
-    /// As `range`, for data, which must be whole sectors, not too many, and in not too many buffers.
+    /// As `range`, for data: whole sectors, at most [`MAX_DATA`] bytes in at most [`MAX_BUFFERS`]
+    /// buffers.
     fn range_of_data(self, sector: u64, data: Buffers<'_>) -> Option<u64> {
         let len = u64::from(data.len());
         let whole = len > 0 && len <= MAX_DATA && len.is_multiple_of(SECTOR);

@@ -1,34 +1,58 @@
-//! What a block device counts.
+//! Counters of a block device.
 
 use sync::Counter;
 
-/// Counters that only grow.
+use crate::in_flight::RequestKind;
+
+/// Counters; they only grow.
 #[derive(Debug, Default)]
 pub struct BlockStats {
     /// Reads that succeeded.
     pub read_count: Counter,
-    /// Bytes that they read.
+    /// Bytes read.
     pub read_bytes: Counter,
     /// Writes that succeeded.
     pub write_count: Counter,
-    /// Bytes that they wrote.
+    /// Bytes written.
     pub write_bytes: Counter,
     /// Flushes that succeeded.
     pub flush_count: Counter,
-    /// Discards and zeroings that succeeded.
+    /// Discards and write-zeroes that succeeded.
     pub discard_count: Counter,
     /// Requests that the disk failed.
     pub execute_fails: Counter,
-    /// Requests that made no sense.
+    /// Requests that were malformed or unsupported.
     pub invalid_reqs_count: Counter,
-    /// Kicks of the driver.
+    /// Kicks of the queues.
     pub queue_event_count: Counter,
-    /// Times that the limiter held a request back.
+    /// Times that the rate limiter held a request back.
     pub rate_limiter_throttled_events: Counter,
-    /// Times that the limiter's timer came.
+    /// Times that the rate limiter's timer expired.
     pub rate_limiter_event_count: Counter,
-    /// Disks and limits that were replaced.
+    /// Changes of the disk or the limits.
     pub update_count: Counter,
     /// Activations that failed.
     pub activate_fails: Counter,
+}
+
+impl BlockStats {
+    /// Counts a request that succeeded.
+    pub(crate) fn count(&self, kind: RequestKind) {
+        match kind {
+            RequestKind::Read { bytes } => {
+                self.read_count.add(1);
+                self.read_bytes.add(bytes);
+            }
+            RequestKind::Write { bytes } => {
+                self.write_count.add(1);
+                self.write_bytes.add(bytes);
+            }
+            RequestKind::Flush => {
+                self.flush_count.add(1);
+            }
+            RequestKind::Discard => {
+                self.discard_count.add(1);
+            }
+        }
+    }
 }

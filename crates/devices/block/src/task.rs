@@ -1,198 +1,204 @@
-//! The device's work: requests out of the queues, to the disk, and back.
+//! The device's work: requests from the queues to the disk, and completions back.
 //!
 //! # Bounds
 //!
-//! At most [`MAX_IN_FLIGHT`] requests are with the disk, and none is added for which the disk's [backlog](super::backlog) has no room: what is
-//! in flight has to end before the guest can be paused, so it must not be more than a disk can do in a moment. What else the driver
-//! makes available waits in its rings. A pause does not wait for the rest of a large discard, which is a hint. A call takes at most
-//! [`ROUNDS`] rounds of at most [`BATCH`] requests before other tasks get their turn. Completions are told after each
-//! round, so that the driver works while the rest of a long queue is served.
+//! At most [`MAX_IN_FLIGHT`] requests are in flight, and none is taken that exceeds the disk's
+//! [backlog](crate::disk::backlog): all of them must complete before the guest is paused, so there
+//! must not be more than a disk can do in a few seconds. Further requests wait in the guest's
+//! rings. A pause does not wait for the rest of a large discard, which is a hint.
 //!
-//! # A request's way
+//! A call does at most [`ROUNDS`] rounds of at most [`BATCH`] requests before other tasks run.
+//! Completions are published after each round, so the driver can work while the rest of a long
+//! queue is served.
+//!
+//! # Path of a request
 //!
 //! ```text
-//! take   pop -> parse -> backlog, limiter (or rewind) -> DiskQueue::start   or, if it needs no disk, answered at once
-//! kick   DiskQueue::kick: one system call for all that were started
-//! tell   DiskQueue::finished -> status byte -> used ring -> publish -> interrupt
+//! take_requests        pop -> parse -> backlog, rate limiter (or rewind) -> DiskQueue::enqueue,
+//!                      or complete at once if the disk is not needed
+//! submit_and_reap      one system call for all enqueued requests
+//! publish_completions  DiskQueue::pop_completion -> status byte -> used ring -> interrupt
 //! ```
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use memory::GuestRam;
 use rustix::io::Errno;
 
-use super::buffers::{Direction, GuestBuffers};
-use super::device::Shared;
-use super::flight::{Flight, Flying, What};
-use super::lane::{Lane, Next, Part};
-use super::queue::{DISCARD_AT_A_TIME, DiskQueue, Request, Token as DiskToken};
-use super::request::{self, Command, Limits, Parsed, Range, Status};
+use crate::backend_slot::{BackendHandle, BackendSlot, PendingSwap};
+use crate::buffers::{Direction, GuestBuffers};
+use crate::disk::DISCARD_AT_A_TIME;
+use crate::disk::queue::DiskQueue;
+use crate::in_flight::{InFlight, InFlightRequest, RequestKind};
+use crate::io_request::{Request, Token as DiskToken};
+use crate::request::{self, Command, Limits, Parsed, Range, Status};
+use crate::shared::Shared;
 use sync::EventFd;
 use sync::locked;
 use virtio::device::{ActiveQueue, Interrupt};
 use virtio::queue::{Buffers, Chain, Queue, QueueError};
 use virtio::worker::{Context, Event, Interest, Placement, Task, Token};
 
-/// Most requests that are with the disk at a time.
+/// Most requests in flight.
 const MAX_IN_FLIGHT: usize = 256;
-/// Most requests that are taken before the disk is asked.
+/// Most requests that are taken before they are submitted.
 const BATCH: usize = 16;
 /// Most rounds of one call.
 const ROUNDS: u32 = 32;
 
-/// Something was posted to the lane.
-const LANE: Token = 0;
+/// A handle was posted to the slot, or the limits changed.
+const SLOT: Token = 0;
 /// The disk has completions.
 const DISK: Token = 1;
-/// The first queue was kicked; the others follow.
+/// The first queue was kicked; the other queues have the tokens after it.
 const FIRST_KICK: Token = 2;
 
-/// What a task is made of.
-pub(super) struct Setup {
-    pub(super) shared: Arc<Shared>,
-    pub(super) lane: Arc<Lane>,
-    pub(super) queues: Vec<ActiveQueue>,
-    pub(super) memory: GuestRam,
-    pub(super) interrupt: Arc<dyn Interrupt>,
-    pub(super) read_only: bool,
-    /// Whether each change is made durable before it is answered, because the driver did not accept `VIRTIO_BLK_F_FLUSH`.
-    pub(super) write_through: bool,
-    pub(super) placement: Placement,
+/// What a task is built from.
+pub(crate) struct Setup {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) slot: Arc<BackendSlot>,
+    pub(crate) queues: Vec<ActiveQueue>,
+    pub(crate) memory: GuestRam,
+    pub(crate) interrupt: Arc<dyn Interrupt>,
+    pub(crate) read_only: bool,
+    /// Whether each change is made durable before it completes, because the driver did not
+    /// negotiate `VIRTIO_BLK_F_FLUSH`.
+    pub(crate) write_through: bool,
+    pub(crate) placement: Placement,
 }
 
-/// Serves the queues of one lane.
-pub(super) struct BlockTask {
+/// Serves the queues of one slot.
+pub(crate) struct BlockTask {
     setup: Setup,
-    /// The lane's part of the disk. Parked in the lane while the task is quiet and has nothing in flight, so that the disk can be
-    /// replaced then.
-    part: Option<Box<Part>>,
+    /// The handle of the disk. Parked in the slot while the task is quiesced and has nothing in
+    /// flight, so that the disk can be swapped.
+    backend: Option<Box<BackendHandle>>,
     rings: Vec<Ring>,
-    /// The ring to look at first, so that none is always last.
-    first: usize,
-    /// What to change over to once nothing is in flight.
-    next: Option<Next>,
-    flying: Flying,
+    /// Index of the ring to serve first; it rotates, so that no ring is always last.
+    next_ring: usize,
+    /// The handle to swap to once nothing is in flight.
+    pending: Option<PendingSwap>,
+    in_flight: InFlight,
     chain: Chain,
     ranges: Vec<Range>,
-    /// From `quiesce` to `resume`.
-    quiet: bool,
-    /// The limiter holds a request back, and the timer is set.
+    /// Set from `quiesce` to `resume`.
+    quiesced: bool,
+    /// The rate limiter holds a request back, and the timer is set.
     throttled: bool,
-    /// It was said that the device needs a reset.
-    dead: bool,
+    /// The device needs a reset.
+    failed: bool,
 }
 
-/// A queue, and what is to be told about it.
+/// A queue and what is to be published of it.
 struct Ring {
     queue: Queue,
     kick: Arc<EventFd>,
-    /// Something was added to the used ring since the last `publish`.
+    /// Used elements were added since the last `publish`.
     used: bool,
-    /// The last look found nothing.
+    /// The last `pop` found the queue empty.
     empty: bool,
 }
 
-/// Why no more requests are taken.
+/// Why `take_requests` ended.
 enum Stop {
-    /// There are none.
+    /// The queues are empty.
     Empty,
-    /// There may be more after this batch.
+    /// The batch is full; there may be more.
     Batch,
-    /// None may be taken now; something will call again.
+    /// No request may be taken now. An event or the timer runs the task again.
     Held,
 }
 
 impl BlockTask {
-    pub(super) fn new(mut setup: Setup) -> Self {
+    pub(crate) fn new(mut setup: Setup) -> Self {
         let queues = std::mem::take(&mut setup.queues);
         let ring = |ActiveQueue { queue, kick }| Ring { queue, kick, used: false, empty: false };
         BlockTask {
             rings: queues.into_iter().map(ring).collect(),
-            part: None,
+            backend: None,
             setup,
-            first: 0,
-            next: None,
-            flying: Flying::default(),
+            next_ring: 0,
+            pending: None,
+            in_flight: InFlight::default(),
             chain: Chain::new(),
             ranges: Vec::new(),
-            quiet: true,
+            quiesced: true,
             throttled: false,
-            dead: false,
+            failed: false,
         }
     }
 
-    /// Does what there is to do.
+    /// Serves the queues, and parks the handle if the task is quiesced and idle.
     fn work(&mut self, cx: &mut Context<'_>) {
-        let Some(mut part) = self.part.take() else { return };
-        if !self.dead
-            && let Err(error) = self.serve(cx, &mut part)
+        let Some(mut backend) = self.backend.take() else { return };
+        if !self.failed
+            && let Err(error) = self.serve(cx, &mut backend)
         {
-            self.die(cx, &error);
+            self.fail_device(cx, &error);
         }
-        if self.dead {
-            // Nobody hears of it any more, but what is in flight must come to its end.
-            part.queue.release(self.flying.clear());
-            part.queue.kick();
-            while part.queue.finished().is_some() {}
-            if part.queue.has_more() {
-                self.come_back(cx);
+        if self.failed {
+            // Completions are dropped, but the requests in flight must end.
+            backend.queue.release(self.in_flight.clear());
+            backend.queue.submit_and_reap();
+            while backend.queue.pop_completion().is_some() {}
+            if backend.queue.has_more() {
+                self.reschedule(cx);
             }
-            self.change_over(cx, &mut part);
+            self.swap_disk(cx, &mut backend);
         }
-        if self.quiet && part.queue.is_idle() {
+        if self.quiesced && backend.queue.is_idle() {
             cx.unwatch(DISK);
-            self.setup.lane.park(part, self.next.take());
+            self.setup.slot.park(backend, self.pending.take());
         } else {
-            self.part = Some(part);
+            self.backend = Some(backend);
         }
     }
 
-    /// The device is broken until it is reset.
-    fn die(&mut self, cx: &mut Context<'_>, why: &dyn fmt::Display) {
-        self.dead = true;
+    /// Marks the device as broken until it is reset.
+    fn fail_device(&mut self, cx: &mut Context<'_>, why: &dyn fmt::Display) {
+        self.failed = true;
         cx.clear_timer();
         self.setup.interrupt.needs_reset(why);
     }
 
-    fn serve(&mut self, cx: &mut Context<'_>, part: &mut Box<Part>) -> Result<(), QueueError> {
+    fn serve(&mut self, cx: &mut Context<'_>, backend: &mut Box<BackendHandle>) -> Result<(), QueueError> {
         for ring in &mut self.rings {
             ring.queue.disable_notifications()?;
         }
         for _ in 0..ROUNDS {
-            self.change_over(cx, part);
-            let stop = self.take(cx, part)?;
-            part.queue.kick();
-            let told = self.tell(&mut part.queue)?;
-            if told || part.queue.has_more() || matches!(stop, Stop::Batch) {
+            self.swap_disk(cx, backend);
+            let stop = self.take_requests(cx, backend)?;
+            backend.queue.submit_and_reap();
+            let published = self.publish_completions(&mut backend.queue)?;
+            if published || backend.queue.has_more() || matches!(stop, Stop::Batch) {
                 continue;
             }
-            // From here on there is nothing to do but to wait, unless something came in between.
+            // Nothing is left but to wait, unless a request came in between.
             if matches!(stop, Stop::Empty) && self.enable_notifications()? {
                 continue;
             }
-            let changes_over = self.next.is_some() && part.queue.is_idle();
-            if !changes_over {
+            let can_swap = self.pending.is_some() && backend.queue.is_idle();
+            if !can_swap {
                 return Ok(());
             }
         }
-        self.come_back(cx);
+        self.reschedule(cx);
         Ok(())
     }
 
-    /// Asks to be called again after others had their turn.
-    fn come_back(&self, cx: &mut Context<'_>) {
-        if self.quiet {
-            // Only descriptors are heard of then.
-            self.setup.lane.event.signal();
+    /// Asks to run again after other tasks have run.
+    fn reschedule(&self, cx: &mut Context<'_>) {
+        if self.quiesced {
+            // A quiesced task is only run by its events.
+            self.setup.slot.event.signal();
         } else {
             cx.reschedule();
         }
     }
 
-    /// Asks the drivers of all queues to kick. True if something was added meanwhile.
+    /// Asks the drivers of all queues to kick. True if a request came meanwhile.
     fn enable_notifications(&mut self) -> Result<bool, QueueError> {
         let mut more = false;
         for ring in &mut self.rings {
@@ -201,31 +207,36 @@ impl BlockTask {
         Ok(more)
     }
 
-    /// Takes requests out of the queues and gives them to the disk.
-    fn take(&mut self, cx: &mut Context<'_>, part: &mut Part) -> Result<Stop, QueueError> {
-        if self.quiet || self.next.is_some() {
+    /// Takes requests from the queues and enqueues them to the disk.
+    fn take_requests(
+        &mut self,
+        cx: &mut Context<'_>,
+        backend: &mut BackendHandle,
+    ) -> Result<Stop, QueueError> {
+        if self.quiesced || self.pending.is_some() {
             return Ok(Stop::Held);
         }
         self.rings.iter_mut().for_each(|ring| ring.empty = false);
         let count = self.rings.len();
         let mut taken = 0;
-        let mut index = self.first;
-        // In turn, one of each, until all are empty.
+        let mut index = self.next_ring;
+        // One of each ring in turn, until all are empty.
         while self.rings.iter().any(|ring| !ring.empty) {
             if taken == BATCH {
-                self.first = index;
+                self.next_ring = index;
                 return Ok(Stop::Batch);
             }
-            if part.queue.in_flight() >= MAX_IN_FLIGHT {
-                self.first = index;
+            if backend.queue.in_flight() >= MAX_IN_FLIGHT {
+                self.next_ring = index;
                 return Ok(Stop::Held);
             }
             let ring = &mut self.rings[index];
             if !ring.empty {
                 if ring.queue.pop(&mut self.chain)? {
-                    if !self.take_one(cx, part, index)? {
-                        // It is the next, so that no other ring takes what the limiter or the backlog gives from now on.
-                        self.first = index;
+                    if !self.take_request(cx, backend, index)? {
+                        // This ring is served first next time, so that no other takes what the
+                        // limiter or the backlog frees.
+                        self.next_ring = index;
                         return Ok(Stop::Held);
                     }
                     taken += 1;
@@ -238,23 +249,28 @@ impl BlockTask {
         Ok(Stop::Empty)
     }
 
-    /// Takes the request that was popped from ring `index`. False if the limiter or the backlog holds it back.
-    fn take_one(&mut self, cx: &mut Context<'_>, part: &mut Part, index: usize) -> Result<bool, QueueError> {
-        let limits = Limits { size: part.size, read_only: self.setup.read_only };
+    /// Takes the request that was popped from ring `index`. False if the rate limiter or the
+    /// backlog holds it back.
+    fn take_request(
+        &mut self,
+        cx: &mut Context<'_>,
+        backend: &mut BackendHandle,
+        index: usize,
+    ) -> Result<bool, QueueError> {
+        let limits = Limits { size: backend.size, read_only: self.setup.read_only };
         let parsed = request::parse(&self.chain, &self.setup.memory, limits, &mut self.ranges)?;
         let command = parsed.as_ref().ok().map(|parsed| &parsed.command);
-        let (bytes, cost) = weigh(command, &self.ranges, &part.queue);
+        let (bytes, cost) = cost_of(command, &self.ranges, &backend.queue);
         let is_read = matches!(command, Some(Command::Read { .. }));
-        if !part.queue.reserve(cost, is_read) {
+        if !backend.queue.reserve(cost, is_read) {
             self.rings[index].queue.rewind(&self.chain)?;
             return Ok(false);
         }
-        let limited = self.setup.shared.limited.load(Ordering::Acquire);
-        if limited && !allowed(&self.setup.shared, cx, bytes) {
+        if !self.setup.shared.allow(cx, bytes) {
             if !std::mem::replace(&mut self.throttled, true) {
                 self.setup.shared.stats.rate_limiter_throttled_events.add(1);
             }
-            part.queue.release(cost);
+            backend.queue.release(cost);
             self.rings[index].queue.rewind(&self.chain)?;
             return Ok(false);
         }
@@ -271,38 +287,38 @@ impl BlockTask {
             ring.queue.add_used(head, 0)?;
             return Ok(true);
         };
-        let flight = Flight {
+        let request = InFlightRequest {
             ring: index as u16,
             head,
             data_len,
             status,
-            what: What::Flush,
+            kind: RequestKind::Flush,
             bytes: cost,
             left: 1,
             later: Vec::new(),
             error: None,
             syncing: false,
         };
-        let disk = &mut part.queue;
+        let disk = &mut backend.queue;
         let ram = &self.setup.memory;
         match command {
             Command::Read { offset, to } => {
-                let what = What::Read { bytes: to.len().into() };
+                let kind = RequestKind::Read { bytes: to.len().into() };
                 let buffers = gather(disk.buffers(), ram, to, Direction::ToGuest)
                     .inspect_err(|_| disk.release(cost))?;
-                let token = self.flying.add(Flight { what, ..flight });
-                disk.start(token, offset, Request::Read(buffers));
+                let token = self.in_flight.add(InFlightRequest { kind, ..request });
+                disk.enqueue(token, offset, Request::Read(buffers));
             }
             Command::Write { offset, from } => {
-                let what = What::Write { bytes: from.len().into() };
+                let kind = RequestKind::Write { bytes: from.len().into() };
                 let buffers = gather(disk.buffers(), ram, from, Direction::FromGuest)
                     .inspect_err(|_| disk.release(cost))?;
-                let token = self.flying.add(Flight { what, ..flight });
-                disk.start(token, offset, Request::Write(buffers));
+                let token = self.in_flight.add(InFlightRequest { kind, ..request });
+                disk.enqueue(token, offset, Request::Write(buffers));
             }
             Command::Flush => {
-                let token = self.flying.add(flight);
-                disk.start(token, 0, Request::Flush);
+                let token = self.in_flight.add(request);
+                disk.enqueue(token, 0, Request::Flush);
             }
             Command::Discard => {
                 let all: u64 = self.ranges.iter().map(|range| range.len).sum();
@@ -311,177 +327,141 @@ impl BlockTask {
                 let (now, later) = self.ranges.split_at(at_once);
                 let later = later.iter().rev().copied().collect();
                 let left = now.len() as u32;
-                let token = self.flying.add(Flight { what: What::Discard, left, later, ..flight });
+                let token = self.in_flight.add(InFlightRequest {
+                    kind: RequestKind::Discard,
+                    left,
+                    later,
+                    ..request
+                });
                 for &Range { offset, len, .. } in now {
-                    disk.start(token, offset, Request::Discard { len });
+                    disk.enqueue(token, offset, Request::Discard { len });
                 }
             }
             Command::WriteZeroes => {
                 let left = self.ranges.len() as u32;
-                let token = self.flying.add(Flight { what: What::Discard, left, ..flight });
+                let token =
+                    self.in_flight.add(InFlightRequest { kind: RequestKind::Discard, left, ..request });
                 for &Range { offset, len, unmap } in &self.ranges {
-                    disk.start(token, offset, Request::WriteZeroes { len, unmap });
+                    disk.enqueue(token, offset, Request::WriteZeroes { len, unmap });
                 }
             }
             Command::GetId { to } => {
                 let written = to.write(ram, &self.setup.shared.serial)? as u32;
-                answer(ring, ram, &flight, Status::Ok, written)?;
+                complete(ring, ram, &request, Status::Ok, written)?;
             }
             Command::Fail(status) => {
                 stats.invalid_reqs_count.add(1);
-                answer(ring, ram, &flight, status, 0)?;
+                complete(ring, ram, &request, status, 0)?;
             }
         }
         Ok(true)
     }
 
-    /// Tells the driver what is over. True if there was anything.
-    fn tell(&mut self, disk: &mut DiskQueue) -> Result<bool, QueueError> {
-        while let Some((token, result)) = disk.finished() {
-            self.finished(disk, token, result)?;
+    /// Completes what the disk has finished, and publishes it. True if there was anything.
+    fn publish_completions(&mut self, disk: &mut DiskQueue) -> Result<bool, QueueError> {
+        while let Some((token, result)) = disk.pop_completion() {
+            self.finish(disk, token, result)?;
         }
-        let mut told = false;
+        let mut published = false;
         for ring in &mut self.rings {
             if std::mem::take(&mut ring.used) {
-                told = true;
+                published = true;
                 if ring.queue.publish()? {
                     self.setup.interrupt.queue(ring.queue.index());
                 }
             }
         }
-        Ok(told)
+        Ok(published)
     }
 
-    /// One answer of the disk.
-    fn finished(
+    /// Handles one completion of the disk.
+    fn finish(
         &mut self,
         disk: &mut DiskQueue,
         token: DiskToken,
         result: Result<(), Errno>,
     ) -> Result<(), QueueError> {
-        let flight = self.flying.get(token);
-        flight.left -= 1;
+        let request = self.in_flight.get(token);
+        request.left -= 1;
         if let Err(errno) = result {
-            flight.error.get_or_insert(errno);
+            request.error.get_or_insert(errno);
         }
-        if flight.left > 0 {
+        if request.left > 0 {
             return Ok(());
         }
-        if flight.error.is_none()
-            && !self.quiet
-            && let Some(Range { offset, len, .. }) = flight.later.pop()
+        if request.error.is_none()
+            && !self.quiesced
+            && let Some(Range { offset, len, .. }) = request.later.pop()
         {
-            flight.left = 1;
-            disk.start(token, offset, Request::Discard { len });
+            request.left = 1;
+            disk.enqueue(token, offset, Request::Discard { len });
             return Ok(());
         }
         if self.setup.write_through
-            && flight.what.changes_disk()
-            && flight.error.is_none()
-            && !std::mem::replace(&mut flight.syncing, true)
+            && request.kind.changes_disk()
+            && request.error.is_none()
+            && !std::mem::replace(&mut request.syncing, true)
         {
-            flight.left = 1;
-            disk.start(token, 0, Request::Flush);
+            request.left = 1;
+            disk.enqueue(token, 0, Request::Flush);
             return Ok(());
         }
-        let flight = self.flying.remove(token);
-        disk.release(flight.bytes);
-        let (status, written) = match (flight.error, flight.what) {
-            (None, what) => {
-                self.count(what);
-                // A read fills all of its buffers. Nothing else writes to any but the status.
-                let written = if matches!(what, What::Read { .. }) { flight.data_len } else { 0 };
+        let request = self.in_flight.remove(token);
+        disk.release(request.bytes);
+        let (status, written) = match (request.error, request.kind) {
+            (None, kind) => {
+                self.setup.shared.stats.count(kind);
+                // A read fills all of its buffers. Other requests write nothing but the status.
+                let written = if matches!(kind, RequestKind::Read { .. }) { request.data_len } else { 0 };
                 (Status::Ok, written)
             }
-            (Some(errno), what) => {
-                self.report(what, errno);
+            (Some(errno), kind) => {
+                self.report(kind, errno);
                 (Status::IoError, 0)
             }
         };
-        answer(&mut self.rings[usize::from(flight.ring)], &self.setup.memory, &flight, status, written)
+        complete(&mut self.rings[usize::from(request.ring)], &self.setup.memory, &request, status, written)
     }
 
-    fn count(&self, what: What) {
-        let stats = &self.setup.shared.stats;
-        match what {
-            What::Read { bytes } => {
-                stats.read_count.add(1);
-                stats.read_bytes.add(bytes);
-            }
-            What::Write { bytes } => {
-                stats.write_count.add(1);
-                stats.write_bytes.add(bytes);
-            }
-            What::Flush => {
-                stats.flush_count.add(1);
-            }
-            What::Discard => {
-                stats.discard_count.add(1);
-            }
-        }
-    }
-
-    /// Counts a failure of the disk, and logs it: ever more rarely if it happens over and over.
-    fn report(&self, what: What, errno: Errno) {
+    /// Counts a failed request, and logs it if the count is a power of two.
+    fn report(&self, kind: RequestKind, errno: Errno) {
         let failures = self.setup.shared.stats.execute_fails.increment();
         if failures.is_power_of_two() {
-            let what = match what {
-                What::Read { .. } => "read",
-                What::Write { .. } => "write",
-                What::Flush => "flush",
-                What::Discard => "discard",
-            };
-            log::warn!(
-                "drive {}: a {what} failed: {errno} (failures so far: {failures})",
-                self.setup.shared.id
-            );
+            let id = &self.setup.shared.id;
+            log::warn!("drive {id}: a {kind} failed: {errno} (failures so far: {failures})");
         }
     }
 
-    /// Changes over to another disk if one was posted and the old one has nothing in flight.
-    fn change_over(&mut self, cx: &mut Context<'_>, part: &mut Box<Part>) {
-        if let Some(next) = self.setup.lane.take_next()
-            && let Some(Next { part, old }) = self.next.replace(next)
+    /// Swaps the disk if a handle was posted and the old disk has nothing in flight.
+    fn swap_disk(&mut self, cx: &mut Context<'_>, backend: &mut Box<BackendHandle>) {
+        if let Some(pending) = self.setup.slot.take_pending()
+            && let Some(PendingSwap { handle, old }) = self.pending.replace(pending)
         {
-            // DiskSwap before it was ever used. Who waits for it gets it; if nobody does, it ends here.
-            let _ = old.send(part);
+            // This handle was replaced before it was used. The waiter may have timed out.
+            let _ = old.send(handle);
         }
-        if self.next.is_none() || !part.queue.is_idle() {
+        if self.pending.is_none() || !backend.queue.is_idle() {
             return;
         }
-        let Some(Next { part: new, old }) = self.next.take() else { return };
+        let Some(PendingSwap { handle: new, old }) = self.pending.take() else { return };
         cx.unwatch(DISK);
-        let _ = old.send(std::mem::replace(part, new));
-        if let Err(error) = watch_disk(cx, part) {
-            self.die(cx, &format_args!("cannot wait for the new disk: {error}"));
+        let _ = old.send(std::mem::replace(backend, new));
+        if let Err(error) = watch_disk(cx, backend) {
+            self.fail_device(cx, &format_args!("cannot wait for the new disk: {error}"));
         }
     }
 }
 
-/// Wakes the task when the disk has something for it.
-fn watch_disk(cx: &mut Context<'_>, part: &Part) -> io::Result<()> {
-    match part.queue.event() {
+/// Runs the task when the disk has completions.
+fn watch_disk(cx: &mut Context<'_>, backend: &BackendHandle) -> io::Result<()> {
+    match backend.queue.event() {
         Some(event) => cx.watch(DISK, event, Interest::READ),
         None => Ok(()),
     }
 }
 
-/// Whether the limiter lets a request of `bytes` pass; if not, the timer is set to when it will.
-fn allowed(shared: &Shared, cx: &mut Context<'_>, bytes: u64) -> bool {
-    let now = cx.now();
-    let mut limits = locked(&shared.limits);
-    limits.now = now;
-    if limits.limiter.try_take(bytes, now) {
-        return true;
-    }
-    if let Some(at) = limits.limiter.next_allowed_at(bytes, now) {
-        cx.set_timer(at);
-    }
-    false
-}
-
-/// Bytes that a request has for the limiter, and bytes that it makes the disk move.
-fn weigh(command: Option<&Command<'_>>, ranges: &[Range], queue: &DiskQueue) -> (u64, u64) {
+/// Bytes that a request counts for the rate limiter, and bytes that it makes the disk move.
+fn cost_of(command: Option<&Command<'_>>, ranges: &[Range], queue: &DiskQueue) -> (u64, u64) {
     let all = || ranges.iter().map(|range| range.len).sum::<u64>();
     match command {
         Some(Command::Read { to, .. }) => (to.len().into(), to.len().into()),
@@ -489,12 +469,12 @@ fn weigh(command: Option<&Command<'_>>, ranges: &[Range], queue: &DiskQueue) -> 
             let bytes = from.len().into();
             (bytes, queue.cost_of_write(*offset, bytes))
         }
-        // Where the disk has no quicker way, they are written.
+        // If the disk has no other way, the zeros are written.
         Some(Command::WriteZeroes) => {
             let cost = ranges.iter().map(|range| queue.cost_of_write(range.offset, range.len)).sum();
             (all(), cost)
         }
-        // Ranges that are more together are discarded one after the other.
+        // If the ranges are more than that together, they are discarded one after the other.
         Some(Command::Discard) => (0, all().min(DISCARD_AT_A_TIME)),
         _ => (0, 0),
     }
@@ -513,23 +493,23 @@ fn gather(
     Ok(buffers)
 }
 
-/// Writes the status of a request and adds it to the used ring. `written` is how many bytes of data the device wrote, from the first
-/// device-writable byte on.
-fn answer(
+/// Writes the status byte of a request and adds the used element. `written` is the number of data
+/// bytes that the device wrote, from the first device-writable byte on.
+fn complete(
     ring: &mut Ring,
     ram: &GuestRam,
-    flight: &Flight,
+    request: &InFlightRequest,
     status: Status,
     written: u32,
 ) -> Result<(), QueueError> {
-    flight.status.slice(ram)?.copy_from(&[status as u8]);
+    request.status.slice(ram)?.copy_from(&[status as u8]);
     ring.used = true;
-    ring.queue.add_used(flight.head, request::used_len(flight.data_len, written))
+    ring.queue.add_used(request.head, request::used_len(request.data_len, written))
 }
 
 impl Task for BlockTask {
     fn attach(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        cx.watch_edge(LANE, &self.setup.lane.event, Interest::READ)?;
+        cx.watch_edge(SLOT, &self.setup.slot.event, Interest::READ)?;
         for (token, ring) in (FIRST_KICK..).zip(&self.rings) {
             cx.watch_kick(token, &ring.kick)?;
         }
@@ -553,35 +533,35 @@ impl Task for BlockTask {
     }
 
     fn quiesce(&mut self, cx: &mut Context<'_>) {
-        self.quiet = true;
-        if let Some(part) = &mut self.part {
-            part.queue.set_draining(true);
+        self.quiesced = true;
+        if let Some(backend) = &mut self.backend {
+            backend.queue.set_draining(true);
         }
         self.throttled = false;
         cx.clear_timer();
-        // What is saved from now on is as of now.
+        // The state is saved as of this time.
         locked(&self.setup.shared.limits).now = cx.now();
         self.work(cx);
     }
 
     fn is_drained(&self) -> bool {
-        self.part.is_none()
+        self.backend.is_none()
     }
 
     fn resume(&mut self, cx: &mut Context<'_>) {
-        self.quiet = false;
-        if self.part.is_none() {
-            self.part = self.setup.lane.take();
-            let watched = match &self.part {
-                Some(part) => watch_disk(cx, part),
+        self.quiesced = false;
+        if self.backend.is_none() {
+            self.backend = self.setup.slot.take();
+            let watched = match &self.backend {
+                Some(backend) => watch_disk(cx, backend),
                 None => Err(io::ErrorKind::NotConnected.into()),
             };
             if let Err(error) = watched {
-                self.die(cx, &format_args!("cannot wait for the disk: {error}"));
+                self.fail_device(cx, &format_args!("cannot wait for the disk: {error}"));
             }
         }
-        if let Some(part) = &mut self.part {
-            part.queue.set_draining(false);
+        if let Some(backend) = &mut self.backend {
+            backend.queue.set_draining(false);
         }
         self.work(cx);
     }
@@ -591,9 +571,9 @@ impl Task for BlockTask {
     }
 
     fn detach(self: Box<Self>) {
-        // A task that was drained has parked it already.
-        if let Some(part) = self.part {
-            self.setup.lane.park(part, self.next);
+        // A drained task has parked it already.
+        if let Some(backend) = self.backend {
+            self.setup.slot.park(backend, self.pending);
         }
     }
 }

@@ -1,33 +1,47 @@
-//! The overlay's file: a header, two maps, and the data.
+//! The format of an overlay file: a header, a session, two maps, and the data.
 //!
 //! ```text
-//! offset          what                                      size
-//! 0               header: what the overlay is, never rewritten   4 KiB
-//! 4096            session: who writes to it, and how             4 KiB
-//! 8192            map A                                       one bit per sector, rounded up to 4 KiB
-//! A's end         map B                                       as map A
-//! data_offset     data: sector n stands at data_offset + 512 n  virtual_size   (data_offset: the next multiple of 1 MiB)
+//! offset       contents                                             size
+//! 0            header: what the overlay is; never rewritten         4 KiB
+//! 4096         session: who writes to it, and how                   4 KiB
+//! 8192         durable map                                          a bit per sector, to 4 KiB
+//! after it     commit map                                           as the durable map
+//! data_offset  data: sector n is at data_offset + 512 n             virtual_size
+//!              (data_offset: the next multiple of 1 MiB)
 //! ```
 //!
-//! All numbers are little-endian. The file is sparse: what was never written takes no space, and a sector that the map has
-//! and the data has not reads as zeros. Where each part stands follows from `virtual_size` alone.
+//! All numbers are little-endian. The file is sparse: what was never written takes no space, and an
+//! allocated sector in a hole reads as zeros. All offsets follow from `virtual_size` alone.
 //!
 //! # The two maps
 //!
-//! Map A is written by flushes, only after the data that it speaks of is durable, so it is true whatever happens to the host. Map B
-//! is written after each change, when the kernel has the data and before the guest hears that the change is over. So it is complete at any moment,
-//! and true as long as the host does not lose its page cache: it keeps what the guest wrote when only the monitor dies. An overlay holds the sectors of map
-//! A, and those of map B if map B can be trusted: the last session was closed in order (then all is durable, where flushes wait for the disk), or
-//! the host has not been started again since, or the session said from the start that it does not wait for disks (`cache_type` Unsafe).
+//! A bit is set if its sector is allocated in the overlay.
 //!
-//! A session begins with the first change: until it says so, nothing is changed but map A, by what map B knows.
+//! The *durable map* is written by flushes, only after the data of its sectors is durable. So it is
+//! true even after a crash of the host.
+//!
+//! The *commit map* is written after each change, when the kernel has the data and before the
+//! guest's request completes. So the two maps together are complete at any moment, and the commit
+//! map is true while the host keeps its page cache: it keeps what the guest wrote if only the
+//! monitor dies.
+//!
+//! The overlay has the sectors of the durable map. It also has those of the commit map if
+//!
+//! - the last session was closed (then all is durable, if flushes wait for the disk), or
+//! - the host has not rebooted since, or
+//! - the session does not wait for the disk (`cache_type` Unsafe).
+//!
+//! A session begins with the first change. Before it, nothing is written but the durable map, from
+//! the commit map.
 //!
 //! # After a failed sync
 //!
-//! Once a sync fails, map B speaks of sectors that the host may lose at any time, for it takes them for written. So neither map is written
-//! any more, the session is never closed, and it is given the start [`HostStart::NONE`](super::file::HostStart::NONE), which is no start of any host. Whoever
-//! opens the overlay next believes map A alone, as after a crash of the host, on this host as well: what the guest had flushed. Where map B was all there
-//! was when the overlay was opened (its writer did not wait for disks), map A would be no disk at all: then the state is [`UNKNOWN`].
+//! After a failed sync the host may lose sectors of the commit map at any time: it takes them for
+//! written. So neither map is written any more, and the session is never closed. Its boot becomes
+//! [`HostBoot::INVALID`](super::file::HostBoot::INVALID), which matches no boot of any host. The
+//! next open, on this host as well, uses the durable map alone: what the guest had flushed. If only
+//! the commit map had the contents when the overlay was opened (its writer did not wait for the
+//! disk), the durable map would be another disk. Then the state becomes [`UNKNOWN`].
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -35,70 +49,91 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::map::{PAGE_BYTES, PAGE_SECTORS};
 use crate::SECTOR;
 
-/// The first bytes of an overlay.
-pub(super) const MAGIC: [u8; 8] = *b"VESTAOVL";
-/// The version of the format that is written here, and the only one that is read.
-pub(super) const VERSION: u32 = 1;
-/// Where the session stands.
-pub(super) const SESSION_OFFSET: u64 = 4096;
-/// Where map A stands.
-pub(super) const MAP_OFFSET: u64 = 8192;
-/// What the data is aligned to.
+/// The first bytes of an overlay file.
+pub(crate) const MAGIC: [u8; 8] = *b"VESTAOVL";
+/// The version of the format, the only one that is written and read.
+pub(crate) const VERSION: u32 = 1;
+/// Offset of the session.
+pub(crate) const SESSION_OFFSET: u64 = 4096;
+/// Offset of the durable map.
+pub(crate) const MAP_OFFSET: u64 = 8192;
+/// Alignment of the data in the file, in bytes.
 const DATA_ALIGNMENT: u64 = 1 << 20;
-/// Most bytes of a disk that an overlay can stand for: 16 TiB. Its map has 4 GiB then.
-pub(super) const MAX_VIRTUAL_SIZE: u64 = 16 << 40;
+/// Largest disk of an overlay in bytes: 16 TiB. Its maps are 4 GiB each then.
+pub(crate) const MAX_VIRTUAL_SIZE: u64 = 16 << 40;
 
-/// What an overlay is; written once, when it is made.
+/// Identifies the disk that an overlay is created on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BackingId {
+    /// Size in bytes, a multiple of 512.
+    pub(crate) size: u64,
+    /// `uuid` of the topmost overlay of that disk, or zeros.
+    pub(crate) uuid: [u8; 16],
+    /// `sessions` of that overlay.
+    pub(crate) sessions: u64,
+    /// CRC-32 of the first and last 64 KiB of the disk.
+    pub(crate) fingerprint: u32,
+}
+
+/// Identifies an overlay, and its state, for those created on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LayerId {
+    pub(crate) uuid: [u8; 16],
+    pub(crate) sessions: u64,
+}
+
+/// What the overlay is. Written once, when it is created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub(super) struct Header {
-    pub(super) magic: [u8; 8],
-    pub(super) version: U32,
+pub(crate) struct Header {
+    pub(crate) magic: [u8; 8],
+    pub(crate) version: U32,
     /// Bytes per sector of the map: 512.
-    pub(super) block_size: U32,
+    pub(crate) block_size: U32,
     /// Size of the disk in bytes, a multiple of 512.
-    pub(super) virtual_size: U64,
-    /// A random number that names this overlay.
-    pub(super) uuid: [u8; 16],
-    /// Size of what lies beneath, in bytes.
-    pub(super) base_size: U64,
-    /// The `uuid` of the overlay beneath; zeros if a plain disk lies beneath.
-    pub(super) base_uuid: [u8; 16],
-    /// The `sessions` of the overlay beneath when this one was made: it must not have been written since.
-    pub(super) base_sessions: U64,
-    /// CRC-32 of the first and last 64 KiB of what lies beneath.
-    pub(super) base_fingerprint: U32,
+    pub(crate) virtual_size: U64,
+    /// Random id of this overlay.
+    pub(crate) uuid: [u8; 16],
+    /// Size of the disk below, in bytes.
+    pub(crate) base_size: U64,
+    /// `uuid` of the overlay below; zeros if there is none.
+    pub(crate) base_uuid: [u8; 16],
+    /// `sessions` of the overlay below when this one was created. It must not have been written
+    /// since.
+    pub(crate) base_sessions: U64,
+    /// CRC-32 of the first and last 64 KiB of the disk below.
+    pub(crate) base_fingerprint: U32,
     /// CRC-32 of all fields above.
-    pub(super) crc: U32,
+    pub(crate) crc: U32,
 }
 
-/// How the overlay was last written to.
+/// How the overlay was last written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub(super) struct Session {
-    /// How many sessions have written to it.
-    pub(super) sessions: U64,
-    /// Which start of the host that was in; zeros where that is not known.
-    pub(super) boot_id: [u8; 16],
-    /// When that start was, in seconds since 1970.
-    pub(super) boot_time: U64,
+pub(crate) struct Session {
+    /// Number of sessions that have written to it.
+    pub(crate) sessions: U64,
+    /// `boot_id` of the host in the last session; zeros if unknown.
+    pub(crate) boot_id: [u8; 16],
+    /// Time of that boot, in seconds since 1970.
+    pub(crate) boot_time: U64,
     /// [`OPEN`], [`OPEN_UNSAFE`], [`CLOSED`] or [`UNKNOWN`].
-    pub(super) state: U32,
+    pub(crate) state: U32,
     /// CRC-32 of all fields above.
-    pub(super) crc: U32,
+    pub(crate) crc: U32,
 }
 
-/// Open, or not closed in order: map B is true until the host is started again.
-pub(super) const OPEN: u32 = 1;
-/// Open by someone who does not wait for disks: map B is all there is.
-pub(super) const OPEN_UNSAFE: u32 = 2;
-/// Closed in order: both maps together are true.
-pub(super) const CLOSED: u32 = 3;
-/// A sync failed before anything was durable: map B is all there is, and nobody knows whether it is true. (Versions before this state
-/// was defined take the session for damaged, and open such an overlay no more than this one.)
-pub(super) const UNKNOWN: u32 = 4;
+/// Open, or not closed: the commit map is true until the host reboots.
+pub(crate) const OPEN: u32 = 1;
+/// Open by a monitor that does not wait for the disk: only the commit map has the contents.
+pub(crate) const OPEN_UNSAFE: u32 = 2;
+/// Closed: the two maps together are true.
+pub(crate) const CLOSED: u32 = 3;
+/// A sync failed before anything was durable: only the commit map has the contents, and it may be
+/// wrong. (Versions that lack this state take the session for damaged, and refuse the overlay too.)
+pub(crate) const UNKNOWN: u32 = 4;
 
-/// The checksum of a structure whose last four bytes hold it.
+/// The checksum of a structure, which its last four bytes hold.
 fn checksum<T: IntoBytes + Immutable>(value: &T) -> U32 {
     let bytes = value.as_bytes();
     crc32fast::hash(&bytes[..bytes.len() - 4]).into()
@@ -106,37 +141,37 @@ fn checksum<T: IntoBytes + Immutable>(value: &T) -> U32 {
 
 impl Header {
     /// This header with its checksum.
-    pub(super) fn sealed(mut self) -> Self {
+    pub(crate) fn sealed(mut self) -> Self {
         self.crc = checksum(&self);
         self
     }
 
     /// Whether the checksum is right.
-    pub(super) fn is_sealed(&self) -> bool {
+    pub(crate) fn is_sealed(&self) -> bool {
         self.crc == checksum(self)
     }
 }
 
 impl Session {
     /// This session with its checksum.
-    pub(super) fn sealed(mut self) -> Self {
+    pub(crate) fn sealed(mut self) -> Self {
         self.crc = checksum(&self);
         self
     }
 
-    /// Whether the checksum is right and the state is one there is.
-    pub(super) fn is_sealed(&self) -> bool {
+    /// Whether the checksum is right and the state is defined.
+    pub(crate) fn is_sealed(&self) -> bool {
         self.crc == checksum(self) && [OPEN, OPEN_UNSAFE, CLOSED, UNKNOWN].contains(&self.state.get())
     }
 }
 
-/// Where the parts of an overlay stand, all in bytes.
+/// Offsets in an overlay file, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Layout {
-    /// Start of map A.
-    pub(crate) map_a: u64,
-    /// Start of map B.
-    pub(crate) map_b: u64,
+    /// Start of the durable map.
+    pub(crate) durable_map: u64,
+    /// Start of the commit map.
+    pub(crate) commit_map: u64,
     /// Start of the data.
     pub(crate) data: u64,
     /// Length of the file.
@@ -145,11 +180,11 @@ pub(crate) struct Layout {
 
 impl Layout {
     /// The layout for a disk of `virtual_size` bytes, at most [`MAX_VIRTUAL_SIZE`].
-    pub(super) fn of(virtual_size: u64) -> Self {
+    pub(crate) fn of(virtual_size: u64) -> Self {
         let map_len = (virtual_size / SECTOR).div_ceil(PAGE_SECTORS) * PAGE_BYTES;
-        let map_b = MAP_OFFSET + map_len;
-        let data = (map_b + map_len).next_multiple_of(DATA_ALIGNMENT);
-        Layout { map_a: MAP_OFFSET, map_b, data, file_len: data + virtual_size }
+        let commit_map = MAP_OFFSET + map_len;
+        let data = (commit_map + map_len).next_multiple_of(DATA_ALIGNMENT);
+        Layout { durable_map: MAP_OFFSET, commit_map, data, file_len: data + virtual_size }
     }
 }
 
@@ -158,19 +193,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_do_not_overlap_at_any_size() {
+    fn areas_do_not_overlap_at_any_size() {
         for size in [0, 512, 16 << 20, (16 << 20) + 512, 1 << 30, MAX_VIRTUAL_SIZE] {
             let layout = Layout::of(size);
             let map_len = (size / SECTOR).div_ceil(8).next_multiple_of(4096);
-            assert!(layout.map_a + map_len <= layout.map_b);
-            assert!(layout.map_b + map_len <= layout.data);
+            assert!(layout.durable_map + map_len <= layout.commit_map);
+            assert!(layout.commit_map + map_len <= layout.data);
             assert_eq!(layout.data % DATA_ALIGNMENT, 0);
             assert_eq!(layout.file_len, layout.data + size);
         }
     }
 
     #[test]
-    fn the_format_on_disk_does_not_change_by_accident() {
+    fn format_on_disk_is_unchanged() {
         assert_eq!(size_of::<Header>(), 80);
         assert_eq!(size_of::<Session>(), 40);
         let header = Header {

@@ -1,16 +1,17 @@
-//! Which sectors an overlay holds: one bit per sector of 512 bytes.
+//! The map of an overlay: which sectors are allocated, one bit for each sector of 512 bytes.
 //!
-//! A bit per sector, and not per cluster, makes every write a plain write: nothing is read, merged and written
-//! back, so requests that overlap need no order among each other. It costs 256 KiB per GiB, and only where a guest wrote:
-//! a page of the map covers 16 MiB of the disk, and pages that are all clear or all set take no memory.
+//! One bit per sector, and not per cluster, makes every write a plain write: nothing is read,
+//! merged and written back, so overlapping requests need no order. The map costs 256 KiB per GiB,
+//! but only where the guest wrote: a page of the map covers 16 MiB of the disk, and pages that are
+//! all clear or all set need no memory.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::RangeInclusive;
 
-/// Bytes of one page of the map, in memory and in the file.
+/// Bytes of a page of the map, in memory and in the file.
 pub(crate) const PAGE_BYTES: u64 = 4096;
-/// Sectors that one page stands for.
+/// Sectors of a page.
 pub(crate) const PAGE_SECTORS: u64 = PAGE_BYTES * 8;
 const PAGE_WORDS: usize = (PAGE_BYTES / 8) as usize;
 
@@ -21,7 +22,7 @@ enum Page {
     Mixed(Box<[u64; PAGE_WORDS]>),
 }
 
-/// One bit per sector.
+/// One bit for each sector.
 #[derive(Debug, Clone)]
 pub(crate) struct Map {
     pages: Vec<Page>,
@@ -35,8 +36,8 @@ impl Map {
         Map { pages: vec![Page::Clear; pages], sectors }
     }
 
-    /// The bit of `sector`, and how many sectors from there on have the same; at most `max`, which is not 0 and does not reach
-    /// past the end.
+    /// The bit of `sector`, and the number of sectors from there on with the same bit. At most
+    /// `max`, which is not 0 and does not reach past the end.
     pub(crate) fn run(&self, sector: u64, max: u64) -> (bool, u64) {
         debug_assert!(max > 0 && sector + max <= self.sectors);
         let (mut at, end) = (sector, sector + max);
@@ -59,7 +60,7 @@ impl Map {
         (first.unwrap_or(false), at - sector)
     }
 
-    /// Whether all of the `count` sectors from `sector` are set.
+    /// Whether all `count` sectors from `sector` are set.
     pub(crate) fn all_set(&self, sector: u64, count: u64) -> bool {
         self.run(sector, count) == (true, count)
     }
@@ -82,7 +83,7 @@ impl Map {
         self.pages.len() as u64
     }
 
-    /// The bytes of `words` of page `page`, as they stand in the file.
+    /// The bytes of `words` of page `page`, as they are in the file.
     pub(crate) fn bytes(&self, page: u64, words: RangeInclusive<u16>) -> Box<[u8]> {
         let (first, last) = (usize::from(*words.start()), usize::from(*words.end()));
         match &self.pages[page as usize] {
@@ -97,7 +98,7 @@ impl Map {
         let beyond = (self.sectors - page * PAGE_SECTORS).min(PAGE_SECTORS) as usize;
         for (index, word) in bytes.chunks_exact(8).enumerate() {
             let mut word = u64::from_le_bytes(word.try_into().expect("chunks of 8"));
-            // The last page may stand for sectors that the disk does not have.
+            // The last page may have bits for sectors past the end of the disk.
             let valid = beyond.saturating_sub(index * 64);
             if valid < 64 {
                 word &= (1 << valid) - 1;
@@ -113,7 +114,13 @@ impl Map {
     }
 }
 
-/// The bit of sector `at`, and the sector where that changes, at most `end`, which is in the same page.
+/// Whether `sector` is allocated, and the number of sectors from there on for which that is the
+/// same. At most `max`. Sectors past those of the disk below always count as allocated.
+pub(crate) fn layer_run(map: &Map, backing_sectors: u64, sector: u64, max: u64) -> (bool, u64) {
+    if sector >= backing_sectors { (true, max) } else { map.run(sector, max.min(backing_sectors - sector)) }
+}
+
+/// The bit of sector `at`, and the first sector with another one. At most `end`, in the same page.
 fn run_in_page(words: &[u64; PAGE_WORDS], at: u64, end: u64) -> (bool, u64) {
     let page_start = at / PAGE_SECTORS * PAGE_SECTORS;
     let (first, end) = ((at - page_start) as usize, (end - page_start) as usize);
@@ -147,13 +154,13 @@ fn set_in_page(page: &mut Page, from: usize, to: usize) {
         words[at / 64] |= (u64::MAX >> (64 - count)) << (at % 64);
         at += count;
     }
-    // Looked for only where it may have become true: at the end of the page's last write.
+    // Checked only when it may have become true: once the first word of this write is full.
     if words[from / 64] == u64::MAX && words.iter().all(|&word| word == u64::MAX) {
         *page = Page::Set;
     }
 }
 
-/// The words of a map that differ from what one copy of it in the file says.
+/// The words of the map that one copy of it in the file lacks.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Dirty {
     /// By page: the first and the last word.
@@ -161,7 +168,7 @@ pub(crate) struct Dirty {
 }
 
 impl Dirty {
-    /// Notes that the bits of `count` sectors from `sector` changed.
+    /// Marks the words of `count` sectors from `sector`.
     pub(crate) fn mark(&mut self, sector: u64, count: u64) {
         let (mut at, end) = (sector, sector + count);
         while at < end {
@@ -173,7 +180,7 @@ impl Dirty {
         }
     }
 
-    /// Notes that `words` of page `page` changed.
+    /// Marks `words` of page `page`.
     pub(crate) fn mark_words(&mut self, page: u64, words: RangeInclusive<u16>) {
         let (first, last) = words.into_inner();
         match self.pages.entry(page) {
@@ -187,7 +194,7 @@ impl Dirty {
         }
     }
 
-    /// Notes that all of page `page` changed.
+    /// Marks all of page `page`.
     pub(crate) fn mark_page(&mut self, page: u64) {
         self.mark_words(page, 0..=(PAGE_WORDS - 1) as u16);
     }
@@ -196,7 +203,7 @@ impl Dirty {
         self.pages.is_empty()
     }
 
-    /// Whether a word with a bit of the `count` sectors from `sector`, which are not none, may be among them.
+    /// Whether a word of the `count` sectors from `sector`, at least one, may be marked.
     pub(crate) fn meets(&self, sector: u64, count: u64) -> bool {
         if self.is_empty() {
             return false;
@@ -208,14 +215,14 @@ impl Dirty {
         })
     }
 
-    /// Adds all of `other`.
+    /// Marks all words of `other`.
     pub(crate) fn merge(&mut self, mut other: Dirty) {
         while let Some((page, words)) = other.pop() {
             self.mark_words(page, words);
         }
     }
 
-    /// Takes one page: its number and the words.
+    /// Takes one page out: its number and the words.
     pub(crate) fn pop(&mut self) -> Option<(u64, RangeInclusive<u16>)> {
         self.pages.pop_first().map(|(page, (first, last))| (page, first..=last))
     }
@@ -230,7 +237,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn map_agrees_with_a_plain_list_of_bits(
+        fn map_agrees_with_a_list_of_bits(
             ranges in prop::collection::vec((0..SECTORS, 1..2 * PAGE_SECTORS), 0..20),
             asked in prop::collection::vec((0..SECTORS, 1..SECTORS), 20),
         ) {
@@ -252,7 +259,7 @@ mod tests {
                     prop_assert!(dirty.meets(sector, max));
                 }
             }
-            // What the dirty words carry to a file is the whole map.
+            // The dirty words written to a file are the whole map.
             let mut file = vec![0u8; (map.page_count() * PAGE_BYTES) as usize];
             while let Some((page, words)) = dirty.pop() {
                 let at = (page * PAGE_BYTES) as usize + usize::from(*words.start()) * 8;
@@ -271,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn dirty_words_meet_those_sectors_whose_bits_they_have() {
+    fn dirty_words_meet_the_sectors_of_their_bits() {
         let mut dirty = Dirty::default();
         assert!(!dirty.meets(0, SECTORS));
         dirty.mark(PAGE_SECTORS + 64, 64);
@@ -283,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_fills_up_bit_by_bit_takes_no_memory() {
+    fn full_page_needs_no_memory() {
         let mut map = Map::new(PAGE_SECTORS);
         for sector in 0..PAGE_SECTORS {
             assert!(!matches!(map.pages[0], Page::Set));
@@ -293,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_beyond_the_end_of_the_disk_are_not_believed() {
+    fn bits_past_the_end_of_the_disk_are_ignored() {
         let mut map = Map::new(100);
         map.merge(0, &[0xff; PAGE_BYTES as usize]);
         assert!(map.all_set(0, 100));

@@ -1,8 +1,9 @@
-//! Merging layers: one overlay that holds what several hold together.
+//! Merges layers into one new overlay.
 //!
-//! The new file takes the place of the topmost of them. It says that it is that one, so what was made on that one goes on this one too; it
-//! lies on the plain disk itself. Until all of it is on the disk the file has no header, and is no overlay. A failed sync ends the merge: nothing
-//! tries another, which could succeed wrongly.
+//! The new file replaces the topmost of the layers and has its identity, so overlays created on
+//! that one fit on the new one. Its base is the base disk itself. It gets its header last, when
+//! everything else is durable; until then it is no overlay. A failed sync ends the merge: a second
+//! one could succeed wrongly.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,78 +15,78 @@ use rustix::fs::{FlockOperation, SeekFrom};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
+use super::error::OverlayError;
 use super::file::{Opened, io_error, is_blank, new_header, open};
-use super::format::{CLOSED, Layout, SESSION_OFFSET, Session};
+use super::format::{BackingId, CLOSED, LayerId, Layout, SESSION_OFFSET, Session};
 use super::map::{Map, PAGE_BYTES};
-use super::{Beneath, Identity, OverlayError};
 use crate::SECTOR;
-use crate::health::sync_data;
+use crate::host_file::health::sync_data;
 
-/// Longest piece that is copied at once.
+/// Most bytes that are copied at once.
 const CHUNK: u64 = 1 << 20;
 
-/// The disk itself is waited for each time that so many bytes were copied: neither a flush of the guest's nor the end of the process is to wait for
-/// a whole disk.
+/// Bytes after which the copy is synced, so that neither a flush of the guest nor the end of the
+/// process has to wait for a whole disk.
 const SYNC_EVERY: u64 = 64 << 20;
 
-/// What is merged: where its sectors are.
-pub(crate) trait Merged {
+/// The layers to merge.
+pub(crate) trait MergeSource {
     /// Size in bytes.
     fn size(&self) -> u64;
-    /// The file, and where in it, that holds the `len` bytes from `offset`, or as many of them as are in one place; `None` where they are the
-    /// plain disk's.
-    fn holder(&self, offset: u64, len: u64) -> (Option<(&File, u64)>, u64);
+    /// The file and offset that store the `len` bytes from `offset`, or as many of them as are in
+    /// one extent. `None` for the file if that is the base disk.
+    fn locate_layer(&self, offset: u64, len: u64) -> (Option<(&File, u64)>, u64);
 }
 
-/// The file that is to hold what layers do. It is opened before anything is copied: whatever becomes of its name meanwhile, no other
-/// file is written to.
+/// The file that layers are merged into. It is opened before the copy, so that no other file is
+/// written if its name changes meanwhile.
 #[derive(Debug)]
-pub(crate) struct Target {
+pub(crate) struct MergeTarget {
     path: PathBuf,
     file: File,
     lock: File,
-    /// Bytes that were written since the disk itself was last waited for.
+    /// Bytes written since the last sync.
     unsynced: u64,
 }
 
-impl Target {
+impl MergeTarget {
     /// Opens the blank file at `path`.
     pub(crate) fn open(path: &Path) -> Result<Self, OverlayError> {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         let Opened { file, lock, len, .. } = open(path, &options, FlockOperation::NonBlockingLockExclusive)?;
         if !is_blank(&file, len) {
-            return Err(io_error("make", path, io::Error::from(io::ErrorKind::AlreadyExists)));
+            return Err(io_error("create", path, io::Error::from(io::ErrorKind::AlreadyExists)));
         }
-        Ok(Target { path: path.into(), file, lock, unsynced: 0 })
+        Ok(MergeTarget { path: path.into(), file, lock, unsynced: 0 })
     }
 
-    /// Its name.
+    /// Its path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Writes what `layers` hold over the plain disk `beneath` to it, as `identity`. Durable when this returns. Fails early when `goes_on` says no,
-    /// which is asked before each piece.
+    /// Copies `layers` over the base disk `backing`, as the overlay `identity`. Durable when this
+    /// returns. Fails early when `keep_going`, which is asked before each chunk, returns false.
     pub(crate) fn fill(
         mut self,
-        layers: &impl Merged,
-        beneath: Beneath,
-        identity: Identity,
-        goes_on: &dyn Fn() -> bool,
+        layers: &impl MergeSource,
+        backing: BackingId,
+        identity: LayerId,
+        keep_going: &dyn Fn() -> bool,
     ) -> Result<(), OverlayError> {
         let path = &self.path.clone();
         let failed = |what: &'static str| move |e: io::Error| io_error(what, path, e);
         let size = layers.size();
         let layout = Layout::of(size);
-        self.file.set_len(layout.file_len).map_err(failed("set the size of"))?;
+        self.file.set_len(layout.file_len).map_err(failed("set the size"))?;
         let mut map = Map::new(size / SECTOR);
         let mut at = 0;
         while at < size {
-            let (holder, len) = layers.holder(at, size - at);
-            if let Some((from, start)) = holder {
-                self.copy(from, start..start + len, layout.data + at, goes_on)
-                    .map_err(failed("copy layers to"))?;
+            let (locate_layer, len) = layers.locate_layer(at, size - at);
+            if let Some((from, start)) = locate_layer {
+                self.copy(from, start..start + len, layout.data + at, keep_going)
+                    .map_err(failed("copy the layers"))?;
                 map.set(at / SECTOR, len / SECTOR);
             }
             at += len;
@@ -94,8 +95,8 @@ impl Target {
             let bytes = map.bytes(page, 0..=(PAGE_BYTES / 8 - 1) as u16);
             if bytes.iter().any(|byte| *byte != 0) {
                 self.file
-                    .write_all_at(&bytes, layout.map_a + page * PAGE_BYTES)
-                    .map_err(failed("write the map of"))?;
+                    .write_all_at(&bytes, layout.durable_map + page * PAGE_BYTES)
+                    .map_err(failed("write the map"))?;
             }
         }
         let session = Session {
@@ -105,37 +106,38 @@ impl Target {
             state: CLOSED.into(),
             crc: 0.into(),
         };
-        let header = new_header(identity.uuid, beneath, size);
+        let header = new_header(identity.uuid, backing, size);
         let durable = || Ok(sync_data(&self.file)?);
-        // The header comes last: a file without it is no overlay.
+        // The header comes last: without it the file is no overlay.
         self.file
             .write_all_at(session.sealed().as_bytes(), SESSION_OFFSET)
             .and_then(|()| durable())
             .and_then(|()| self.file.write_all_at(header.as_bytes(), 0))
             .and_then(|()| durable())
-            .map_err(failed("write the header of"))?;
-        // A fork of this process that was just made may have the lock as well for a moment: so it is given up, not only closed.
+            .map_err(failed("write the header"))?;
+        // Unlocked and not just closed: a fork of this process may share the open file for a
+        // moment.
         rustix::fs::flock(&self.lock, FlockOperation::Unlock).map_err(|e| io_error("unlock", path, e))
     }
 
-    /// Copies a range of a file to where this one has a hole. Holes stay holes.
+    /// Copies a range of a file to a hole of this one. Holes stay holes.
     fn copy(
         &mut self,
         from: &File,
         range: Range<u64>,
         target: u64,
-        goes_on: &dyn Fn() -> bool,
+        keep_going: &dyn Fn() -> bool,
     ) -> io::Result<()> {
         let mut bytes = vec![0; CHUNK.min(range.end - range.start) as usize];
         let mut at = range.start;
         while at < range.end {
-            if !goes_on() {
+            if !keep_going() {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             match rustix::fs::seek(from, SeekFrom::Data(at)) {
                 Ok(data) => at = at.max(data),
                 Err(Errno::NXIO) => break,
-                // A file system that does not tell holes from data: everything is copied.
+                // The file system does not support `SEEK_DATA`: everything is copied.
                 Err(_) => {}
             }
             if at >= range.end {

@@ -1,42 +1,40 @@
-//! What a pause or a reset has to wait for is bounded, whatever the guest writes and however slow the disk is.
+//! The bounds of what a pause or a reset waits for, with slow disks and much data.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::guest::*;
-use super::recorder::{Deeds, Recorder, Syncs};
-use super::*;
-use crate::backlog::{Backlog, FLOOR};
-use crate::engine::Engine;
-use crate::lane::Part;
-use crate::queue::DISCARD_PART;
+use super::recorder::{Faults, OpLog, RecordingEngine};
+use super::rig::*;
+use crate::backend_slot::BackendHandle;
+use crate::disk::DISCARD_PART;
+use crate::disk::backlog::{Backlog, MIN_WINDOW};
 use sync::locked;
 use virtio::rate_limiter::RateLimiterConfig;
 
 const MIB: u64 = 1 << 20;
 
-/// A guest whose disk obeys the test.
+/// A guest whose disk stalls and fails as the test wants.
 struct Slow {
     guest: Guest,
     backlog: Arc<Backlog>,
     /// One for each I/O thread.
-    syncs: Vec<Arc<Syncs>>,
+    syncs: Vec<Arc<Faults>>,
     writes: u64,
 }
 
 impl Slow {
     fn new(options: &DiskOptions, threads: u16) -> Slow {
         let limits = RateLimiterConfig::default();
-        let guest = Guest::with(options, config(threads, threads), limits, Patience::None, u64::MAX);
+        let guest = Guest::with(options, config(threads, threads), limits, Blocking::Never, u64::MAX);
         let disk = guest.control.disk();
         let backlog = Backlog::new(threads.into());
         let mut syncs = Vec::new();
-        for (member, lane) in guest.control.lanes.iter().enumerate() {
-            let recorder = Recorder::new(disk.files(), Deeds::default()).without_record();
+        for (member, slot) in guest.control.slots.iter().enumerate() {
+            let recorder = RecordingEngine::new(disk.files(), OpLog::default()).without_record();
             syncs.push(Arc::clone(&recorder.syncs));
-            let queue =
-                disk.queue_with(Engine::Recorded(recorder)).with_backlog(Arc::clone(&backlog), member);
-            drop(lane.post(Part { queue, size: disk.size() }));
+            let queue = disk.queue_with(Box::new(recorder)).with_backlog(Arc::clone(&backlog), member);
+            drop(slot.post(BackendHandle { queue, size: disk.size() }));
         }
         let mut slow = Slow { guest, backlog, syncs, writes: 0 };
         slow.guest.worker.run();
@@ -45,23 +43,23 @@ impl Slow {
 
     fn stall(&self, stalled: bool) {
         self.syncs.iter().for_each(|one| one.stalled.store(stalled, Ordering::Relaxed));
-        // As the events of a real engine would.
-        self.guest.control.lanes.iter().for_each(|lane| lane.event.signal());
+        // A real engine signals events.
+        self.guest.control.slots.iter().for_each(|slot| slot.event.signal());
     }
 
     fn fail_next_sync(&self) {
         self.syncs.iter().for_each(|one| *locked(&one.error) = Some(Errno::IO));
     }
 
-    /// Puts a write of 4 MiB into `queue`, each to another place. All of them write the same bytes.
-    fn ask_write(&mut self, queue: usize) {
+    /// Adds a write of 4 MiB to `queue`, each to another place. All of them write the same bytes.
+    fn submit_write(&mut self, queue: usize) {
         let (header, data, status) = (MIB + self.writes * 128, 2 * MIB, MIB + self.writes * 128 + 64);
         let sector = self.writes * 4 * MIB / SECTOR;
         self.writes += 1;
         let out: Vec<u8> = [&OUT.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
         self.guest.ram.memory().write_slice(&out, GuestAddress(header)).unwrap();
         let added = self.guest.drivers[queue].add(&[(header, 16), (data, 4 << 20)], &[(status, 1)]);
-        added.expect("room in the queue");
+        added.expect("the queue has free descriptors");
     }
 
     fn kick(&mut self) {
@@ -70,7 +68,7 @@ impl Slow {
     }
 }
 
-/// A blank disk of so many bytes.
+/// A disk of `bytes` bytes without data.
 fn blank(dir: &Path, bytes: u64) -> DiskOptions {
     let path = dir.join("disk");
     std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
@@ -84,13 +82,13 @@ fn dirty_bytes_of_all_threads_are_bounded_while_syncs_stall() {
         let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), threads);
         slow.stall(true);
         for queue in 0..usize::from(threads) {
-            (0..20).for_each(|_| slow.ask_write(queue));
+            (0..20).for_each(|_| slow.submit_write(queue));
         }
         slow.kick();
-        let answered: u64 = slow.guest.drivers.iter().map(|driver| u64::from(driver.used_idx())).sum();
-        assert_eq!(answered * 4 * MIB, FLOOR, "of {threads} threads");
-        assert!(slow.backlog.total() <= FLOOR);
-        // And nothing is stuck when the disk goes on.
+        let completed: u64 = slow.guest.drivers.iter().map(|driver| u64::from(driver.used_idx())).sum();
+        assert_eq!(completed * 4 * MIB, MIN_WINDOW, "of {threads} threads");
+        assert!(slow.backlog.total() <= MIN_WINDOW);
+        // Everything completes once the disk works again.
         slow.stall(false);
         slow.kick();
         for queue in 0..usize::from(threads) {
@@ -102,23 +100,23 @@ fn dirty_bytes_of_all_threads_are_bounded_while_syncs_stall() {
 }
 
 #[test]
-fn reads_and_flushes_pass_while_writes_wait_for_room() {
+fn reads_and_flushes_pass_writes_that_wait_for_the_window() {
     let dir = tempfile::tempdir().unwrap();
     let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), 2);
     slow.stall(true);
-    (0..20).for_each(|_| slow.ask_write(0));
+    (0..20).for_each(|_| slow.submit_write(0));
     slow.kick();
-    let read = slow.guest.ask(1, IN, 0, &[], 4096);
+    let read = slow.guest.submit(1, IN, 0, &[], 4096);
     slow.kick();
     let used = slow.guest.wait(1, 1)[0];
-    assert_eq!(slow.guest.answer(&read, used).status, 0);
-    let flush = slow.guest.ask(1, FLUSH, 0, &[], 0);
+    assert_eq!(slow.guest.response(&read, used).status, 0);
+    let flush = slow.guest.submit(1, FLUSH, 0, &[], 0);
     slow.kick();
     assert!(slow.guest.drivers[1].take_used().is_none(), "it waits for the disk");
     slow.stall(false);
     slow.kick();
     let used = slow.guest.wait(1, 1)[0];
-    assert_eq!(slow.guest.answer(&flush, used).status, 0);
+    assert_eq!(slow.guest.response(&flush, used).status, 0);
     slow.guest.wait(0, 20);
 }
 
@@ -127,16 +125,16 @@ fn error_of_an_early_sync_fails_the_next_flush() {
     let dir = tempfile::tempdir().unwrap();
     let mut slow = Slow::new(&blank(dir.path(), 256 * MIB), 1);
     slow.fail_next_sync();
-    (0..9).for_each(|_| slow.ask_write(0));
+    (0..9).for_each(|_| slow.submit_write(0));
     slow.kick();
     slow.guest.wait(0, 9);
     assert!(locked(&slow.syncs[0].error).is_none(), "no flush, but a sync");
     assert_eq!(slow.guest.one(FLUSH, 0, &[], 0).status, 1);
 }
 
-/// 16 GiB in one request: what is not begun when the guest is to be paused, or the device reset, is not done.
+/// 16 GiB in one request: the parts that were not started are skipped.
 #[test]
-fn large_discard_ends_early_for_a_pause_and_a_reset() {
+fn large_discard_is_cut_short_by_a_pause_or_reset() {
     for reset in [false, true] {
         for with_overlay in [false, true] {
             let dir = tempfile::tempdir().unwrap();
@@ -147,14 +145,14 @@ fn large_discard_ends_early_for_a_pause_and_a_reset() {
                 plain
             };
             let mut slow = Slow::new(&options, 1);
-            // An overlay's session has begun.
+            // The overlay's session has begun.
             assert_eq!(slow.guest.write(0, &[1; 512]), 0);
             slow.stall(true);
             let gib = (1 << 30) / 512;
             let list = ranges(&[(0, gib, 0), (u64::from(gib), gib, 0), (8, gib, 0)]);
-            let asked: Vec<_> = (0..8).map(|_| slow.guest.ask(0, DISCARD, 0, &list, 0)).collect();
+            let submitted: Vec<_> = (0..8).map(|_| slow.guest.submit(0, DISCARD, 0, &list, 0)).collect();
             slow.kick();
-            assert!(slow.backlog.total() <= FLOOR, "{} in flight", slow.backlog.total());
+            assert!(slow.backlog.total() <= MIN_WINDOW, "{} in flight", slow.backlog.total());
             if reset {
                 let tasks = slow.guest.begin_reset();
                 slow.guest.worker.run();
@@ -165,18 +163,19 @@ fn large_discard_ends_early_for_a_pause_and_a_reset() {
                 slow.guest.worker.run();
                 slow.stall(false);
                 slow.guest.worker.run_until(|| still.try_recv().is_ok());
-                let used = slow.guest.drivers[0].take_used().expect("it was begun");
-                let asked = asked.iter().find(|asked| asked.head == used.head).expect("one of them");
-                assert_eq!(slow.guest.answer(asked, used).status, 0);
+                let used = slow.guest.drivers[0].take_used().expect("one has started");
+                let submitted =
+                    submitted.iter().find(|submitted| submitted.head == used.head).expect("one of them");
+                assert_eq!(slow.guest.response(submitted, used).status, 0);
             }
             let holes = locked(&slow.syncs[0].holes);
             assert!(holes.iter().all(|&len| len <= DISCARD_PART), "{holes:?}");
-            assert!((1..=FLOOR / DISCARD_PART).contains(&(holes.len() as u64)), "{} holes", holes.len());
+            assert!((1..=MIN_WINDOW / DISCARD_PART).contains(&(holes.len() as u64)), "{} holes", holes.len());
         }
     }
 }
 
-/// A large discard that nothing interrupts does all of its ranges.
+/// A large discard without interruption covers all of its ranges.
 #[test]
 fn large_discard_covers_all_of_its_ranges() {
     for with_overlay in [false, true] {
@@ -201,7 +200,7 @@ fn large_discard_covers_all_of_its_ranges() {
     }
 }
 
-/// Storage without `fallocate`: zeros are written, and a discard does nothing and is no error.
+/// Without `fallocate`, zeros are written, and a discard does nothing and succeeds.
 #[test]
 fn zeroes_are_written_and_discards_ignored_without_fallocate() {
     for with_overlay in [false, true] {

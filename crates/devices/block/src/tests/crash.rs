@@ -1,10 +1,10 @@
-//! What an overlay holds after its monitor was killed, and after its host went down.
+//! What an overlay has after a kill of its monitor, and after a crash of the host.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
-use super::*;
+use super::rig::*;
 
 const SIZE: u64 = 4 << 20;
 
@@ -14,15 +14,15 @@ fn new_base(dir: &Path) -> PathBuf {
     path
 }
 
-/// The file as the kernel has it now, under another name: what is left when the process is killed at this moment.
+/// Copies the file as the kernel has it: what a kill of the process at this moment leaves.
 fn as_if_killed(top: &Path) -> PathBuf {
     let copy = top.with_added_extension("killed");
     std::fs::copy(top, &copy).unwrap();
     copy
 }
 
-/// Makes the host's last start another one than that of the session in `top`.
-pub(super) fn as_if_host_crashed(top: &Path) {
+/// Changes the session in `top` to one of another boot of the host.
+pub(crate) fn as_if_host_crashed(top: &Path) {
     let file = std::fs::OpenOptions::new().read(true).write(true).open(top).unwrap();
     let mut session = [0; 40];
     file.read_exact_at(&mut session, 4096).unwrap();
@@ -34,7 +34,7 @@ pub(super) fn as_if_host_crashed(top: &Path) {
 }
 
 #[test]
-fn a_killed_monitor_loses_nothing_that_had_settled() {
+fn overlay_keeps_completed_writes_after_a_kill() {
     for engine in ENGINES {
         for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
             let dir = tempfile::tempdir().unwrap();
@@ -59,7 +59,7 @@ fn a_killed_monitor_loses_nothing_that_had_settled() {
 }
 
 #[test]
-fn after_a_crash_of_the_host_an_overlay_holds_what_was_flushed() {
+fn overlay_has_what_was_flushed_after_a_host_crash() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let base = new_base(dir.path());
@@ -75,7 +75,7 @@ fn after_a_crash_of_the_host_an_overlay_holds_what_was_flushed() {
         let mut rig = Rig::open(&options);
         assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
         assert_eq!(rig.read(512, 512).unwrap(), pattern(0x55, 512, 512));
-        // What was given up stays given up, also for those who do not wait for disks.
+        // Lost sectors stay lost, also for a monitor that does not wait for the disk.
         drop(rig);
         let mut rig = Rig::open(&DiskOptions { cache_type: CacheType::Unsafe, ..options });
         assert_eq!(rig.read(512, 512).unwrap(), pattern(0x55, 512, 512));
@@ -83,7 +83,7 @@ fn after_a_crash_of_the_host_an_overlay_holds_what_was_flushed() {
 }
 
 #[test]
-fn an_overlay_that_was_closed_or_never_waits_for_disks_is_believed_on_any_host() {
+fn closed_or_unsafe_overlay_is_complete_on_any_host() {
     for engine in ENGINES {
         for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
             let dir = tempfile::tempdir().unwrap();
@@ -105,9 +105,9 @@ fn an_overlay_that_was_closed_or_never_waits_for_disks_is_believed_on_any_host()
     }
 }
 
-/// What only map B knew must get into map A when the next session begins to count on map A.
+/// Sectors that only the commit map has must be in the durable map before the next session.
 #[test]
-fn what_a_killed_monitor_left_survives_the_next_crash_of_the_host() {
+fn writes_before_a_kill_survive_a_later_host_crash() {
     let dir = tempfile::tempdir().unwrap();
     let base = new_base(dir.path());
     let top = dir.path().join("top");
@@ -122,9 +122,9 @@ fn what_a_killed_monitor_left_survives_the_next_crash_of_the_host() {
     assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
 }
 
-/// The monitor ends in order, and then the host goes down, or the file is carried to another one.
+/// The monitor ends properly, and then the host crashes, or the file is moved to another host.
 #[test]
-fn an_overlay_that_was_closed_holds_what_was_written_on_any_host() {
+fn closed_overlay_keeps_all_writes_on_any_host() {
     for engine in ENGINES {
         for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
             let dir = tempfile::tempdir().unwrap();
@@ -138,7 +138,7 @@ fn an_overlay_that_was_closed_holds_what_was_written_on_any_host() {
             as_if_host_crashed(&closed);
             let again = overlaid(&base, closed, vec![], engine);
             assert_eq!(Rig::open(&again).read(0, 512).unwrap(), [1; 512]);
-            // Who goes on all the same is not believed too much.
+            // A new session after the close is not taken for closed.
             rig.write(512, &[2; 512]).unwrap();
             let killed = as_if_killed(&top);
             if cache_type == CacheType::Writeback {
@@ -150,9 +150,9 @@ fn an_overlay_that_was_closed_holds_what_was_written_on_any_host() {
     }
 }
 
-/// Whoever opens what a killed monitor left and closes it in order makes it whole, also without a write of its own.
+/// The monitor that opens and closes the overlay completes it, also without a write.
 #[test]
-fn what_a_killed_monitor_left_is_closed_by_the_next_one_that_ends_in_order() {
+fn overlay_of_a_killed_monitor_is_closed_by_the_next_one() {
     for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
         let dir = tempfile::tempdir().unwrap();
         let base = new_base(dir.path());
@@ -167,12 +167,13 @@ fn what_a_killed_monitor_left_is_closed_by_the_next_one_that_ends_in_order() {
     }
 }
 
-const VICTIM: &str = "tests::crash::victim_that_writes_until_it_is_killed";
+const VICTIM: &str = "tests::crash::victim_writes_until_it_is_killed";
 
-/// Not a test by itself: the process that the next test kills. Writes round after round, flushes some, and tells each step.
+/// Not a test by itself, but the process that the next test kills. Writes in rounds, flushes some,
+/// and prints each.
 #[test]
 #[ignore = "run by another test"]
-fn victim_that_writes_until_it_is_killed() {
+fn victim_writes_until_it_is_killed() {
     let Some(dir) = std::env::var_os("VESTA_TEST_VICTIM_DIR").map(PathBuf::from) else { return };
     let engine =
         if std::env::var_os("VESTA_TEST_VICTIM_SYNC").is_some() { IoEngine::Sync } else { IoEngine::Async };
@@ -194,7 +195,7 @@ fn victim_that_writes_until_it_is_killed() {
 }
 
 #[test]
-fn nothing_flushed_is_lost_when_the_process_is_killed() {
+fn overlay_keeps_flushed_writes_after_sigkill() {
     for (engine, stop_at) in [(IoEngine::Async, 30), (IoEngine::Sync, 60), (IoEngine::Async, 249)] {
         let dir = tempfile::tempdir().unwrap();
         new_base(dir.path());
@@ -214,7 +215,7 @@ fn nothing_flushed_is_lost_when_the_process_is_killed() {
                 flushed = round.parse::<u8>().unwrap();
             }
             if flushed >= stop_at {
-                // SIGKILL, while it goes on.
+                // SIGKILL, in the middle of its work.
                 victim.kill().unwrap();
             }
         }
@@ -225,7 +226,7 @@ fn nothing_flushed_is_lost_when_the_process_is_killed() {
         let got = rig.read(0, SIZE).unwrap();
         for slot in 0..8u64 {
             for round in 1..=flushed {
-                // The last round that wrote there; later rounds than the flush may be there or not.
+                // The last round that wrote there. Rounds after the flush may be there or not.
                 let place = |round: u8| 1 + slot * 900 + u64::from(round % 50) * 16;
                 let last = (1..=flushed).rev().find(|&r| place(r) == place(round)).unwrap();
                 let at = (place(round) * SECTOR) as usize;

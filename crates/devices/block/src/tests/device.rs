@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::guest::*;
-use super::*;
+use super::rig::*;
 use crate::{Block, BlockConfig, BlockError, BlockState};
 use virtio::device::Device;
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
@@ -16,13 +16,13 @@ fn capacity(block: &Block) -> u64 {
 }
 
 #[test]
-fn a_driver_reads_and_writes_and_learns_the_serial_number() {
+fn driver_reads_writes_and_gets_the_serial_number() {
     for engine in ENGINES {
-        for patience in [Patience::None, Patience::MayWait] {
+        for blocking in [Blocking::Never, Blocking::Allowed] {
             let dir = tempfile::tempdir().unwrap();
             let (options, content) = disk(dir.path(), 64, engine);
             let mut guest =
-                Guest::with(&options, config(1, 1), RateLimiterConfig::default(), patience, u64::MAX);
+                Guest::with(&options, config(1, 1), RateLimiterConfig::default(), blocking, u64::MAX);
             assert_eq!(capacity(&guest.block), 64);
             assert_eq!(guest.read(1, 3), (0, content[512..2048].to_vec()));
             assert_eq!(guest.write(2, &[9; 1024]), 0);
@@ -42,7 +42,7 @@ fn a_driver_reads_and_writes_and_learns_the_serial_number() {
 }
 
 #[test]
-fn a_driver_that_reads_past_the_sector_size_finds_0() {
+fn reads_past_the_sector_size_return_zeros() {
     for kind in [Kind::Mmio, Kind::Pci] {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 64, IoEngine::Async);
@@ -65,7 +65,7 @@ fn a_driver_that_reads_past_the_sector_size_finds_0() {
 }
 
 #[test]
-fn what_is_offered_follows_from_the_drive() {
+fn offered_features_follow_from_the_drive() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let features = |options: &DiskOptions, queues| {
@@ -83,7 +83,7 @@ fn what_is_offered_follows_from_the_drive() {
 }
 
 #[test]
-fn requests_that_make_no_sense_get_an_error_and_nothing_else_happens() {
+fn malformed_requests_fail_and_change_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (options, content) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&options);
@@ -93,12 +93,12 @@ fn requests_that_make_no_sense_get_an_error_and_nothing_else_happens() {
         assert_eq!(guest.read(sector, 2).0, ioerr, "sector {sector}");
         assert_eq!(guest.write(sector, &[1; 1024]), ioerr, "sector {sector}");
     }
-    // No whole sectors, or none.
+    // Not whole sectors, or none.
     assert_eq!(guest.one(IN, 0, &[], 513).status, ioerr);
     assert_eq!(guest.one(IN, 0, &[], 0).status, ioerr);
     assert_eq!(guest.one(OUT, 0, &[1; 511], 0).status, ioerr);
     assert_eq!(guest.one(OUT, 0, &[], 0).status, ioerr);
-    // Unknown.
+    // Unknown types.
     for kind in [2, 3, 5, 6, 7, 9, 10, 12, 14, 16, u32::MAX] {
         assert_eq!(guest.one(kind, 0, &[], 512).status, unsupp, "type {kind}");
     }
@@ -124,7 +124,7 @@ fn requests_that_make_no_sense_get_an_error_and_nothing_else_happens() {
 }
 
 #[test]
-fn a_chain_without_room_for_the_status_comes_back_unanswered() {
+fn chain_without_a_status_byte_is_returned_unused() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&options);
@@ -132,7 +132,7 @@ fn a_chain_without_room_for_the_status_comes_back_unanswered() {
     guest.kick(0);
     let used = guest.wait(0, 1)[0];
     assert_eq!((used.head, used.written), (head, 0));
-    // A header that is too short, but room for the status.
+    // The header is too short, but there is a status byte.
     guest.drivers[0].add(&[(1 << 20, 15)], &[(2 << 20, 1)]).unwrap();
     guest.kick(0);
     guest.wait(0, 1);
@@ -140,7 +140,7 @@ fn a_chain_without_room_for_the_status_comes_back_unanswered() {
 }
 
 #[test]
-fn a_request_in_more_buffers_than_are_allowed_gets_an_error() {
+fn request_with_too_many_buffers_fails() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&options);
@@ -158,7 +158,7 @@ fn a_request_in_more_buffers_than_are_allowed_gets_an_error() {
 }
 
 #[test]
-fn a_read_only_disk_refuses_writes() {
+fn read_only_disk_refuses_writes() {
     let dir = tempfile::tempdir().unwrap();
     let (options, content) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&DiskOptions { read_only: true, ..options });
@@ -170,7 +170,7 @@ fn a_read_only_disk_refuses_writes() {
 }
 
 #[test]
-fn several_ranges_are_zeroed_by_one_request() {
+fn one_request_zeroes_several_ranges() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, mut content) = disk(dir.path(), 64, engine);
@@ -186,13 +186,13 @@ fn several_ranges_are_zeroed_by_one_request() {
 }
 
 #[test]
-fn a_driver_that_does_not_flush_gets_writes_that_are_durable() {
+fn driver_without_flush_gets_durable_writes() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 64, engine);
         let without_flush = !(1 << 9);
         let limits = RateLimiterConfig::default();
-        let mut guest = Guest::with(&options, config(1, 1), limits, Patience::None, without_flush);
+        let mut guest = Guest::with(&options, config(1, 1), limits, Blocking::Never, without_flush);
         assert_eq!(guest.write(0, &[1; 512]), 0);
         let stats = guest.control.stats();
         assert_eq!((stats.write_count.get(), stats.flush_count.get()), (1, 0));
@@ -201,7 +201,7 @@ fn a_driver_that_does_not_flush_gets_writes_that_are_durable() {
 }
 
 #[test]
-fn a_disk_that_fails_gives_errors_and_goes_on() {
+fn failing_disk_returns_errors_and_serves_the_rest() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, content) = disk(dir.path(), 64, engine);
@@ -215,18 +215,18 @@ fn a_disk_that_fails_gives_errors_and_goes_on() {
 }
 
 #[test]
-fn queues_are_served_by_as_many_tasks_as_there_are_threads() {
+fn queues_are_dealt_to_one_task_per_io_thread() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 4096, engine);
         let limits = RateLimiterConfig::default();
-        let mut guest = Guest::with(&options, config(5, 2), limits, Patience::None, u64::MAX);
+        let mut guest = Guest::with(&options, config(5, 2), limits, Blocking::Never, u64::MAX);
         for round in 0..4u8 {
-            let mut asked = Vec::new();
+            let mut submitted = Vec::new();
             for queue in 0..5 {
                 for slot in 0..8u64 {
                     let sector = queue as u64 * 512 + slot * 8;
-                    asked.push(guest.ask(queue, OUT, sector, &[round + queue as u8 * 10; 4096], 0));
+                    submitted.push(guest.submit(queue, OUT, sector, &[round + queue as u8 * 10; 4096], 0));
                 }
                 guest.kick(queue);
             }
@@ -243,32 +243,32 @@ fn queues_are_served_by_as_many_tasks_as_there_are_threads() {
 }
 
 #[test]
-fn a_pause_lets_requests_end_and_takes_no_new_ones() {
+fn pause_drains_requests_and_takes_no_new_ones() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, content) = disk(dir.path(), 4096, engine);
         let mut guest = Guest::new(&options);
         for slot in 0..16 {
-            guest.ask(0, IN, slot * 8, &[], 4096);
+            guest.submit(0, IN, slot * 8, &[], 4096);
         }
         guest.kick(0);
         let still = guest.worker.pause();
         guest.worker.run_until(|| still.try_recv().is_ok());
         let before = std::iter::from_fn(|| guest.drivers[0].take_used()).count();
         assert_eq!(guest.control.stats().read_count.get(), before as u64);
-        let late = guest.ask(0, IN, 100, &[], 512);
+        let late = guest.submit(0, IN, 100, &[], 512);
         guest.kick(0);
         guest.worker.run();
         assert!(guest.drivers[0].take_used().is_none());
         guest.worker.resume();
         let rest = guest.wait(0, 17 - before);
         let used = rest.into_iter().find(|used| used.head == late.head).unwrap();
-        assert_eq!(guest.answer(&late, used).data, content[51200..51712]);
+        assert_eq!(guest.response(&late, used).data, content[51200..51712]);
     }
 }
 
 #[test]
-fn a_reset_in_the_middle_of_io_drains_and_the_device_begins_anew() {
+fn reset_during_io_drains_and_restarts_the_device() {
     for engine in ENGINES {
         for with_overlay in [false, true] {
             let dir = tempfile::tempdir().unwrap();
@@ -281,14 +281,14 @@ fn a_reset_in_the_middle_of_io_drains_and_the_device_begins_anew() {
             let mut guest = Guest::new(&options);
             for round in 0..20u64 {
                 for slot in 0..16 {
-                    guest.ask(0, OUT, slot * 8, &[round as u8; 4096], 0);
+                    guest.submit(0, OUT, slot * 8, &[round as u8; 4096], 0);
                 }
                 guest.kick(0);
                 let tasks = guest.begin_reset();
                 guest.end_reset(tasks);
-                // The queue as the driver left it: what was taken was answered, nothing is half done.
-                let answered = u64::from(guest.drivers[0].used_idx());
-                assert!(guest.control.stats().write_count.get() >= answered);
+                // All requests that were taken have completed.
+                let completed = u64::from(guest.drivers[0].used_idx());
+                assert!(guest.control.stats().write_count.get() >= completed);
                 guest.activate();
             }
             assert_eq!(guest.read(2048, 8), (0, content[2048 * 512..2056 * 512].to_vec()));
@@ -302,20 +302,20 @@ fn a_reset_in_the_middle_of_io_drains_and_the_device_begins_anew() {
 }
 
 #[test]
-fn a_driver_that_breaks_the_rules_kills_the_device_until_it_is_reset() {
+fn driver_error_stops_the_device_until_it_is_reset() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, content) = disk(dir.path(), 64, engine);
         let mut guest = Guest::new(&options);
         for slot in 0..8 {
-            guest.ask(0, IN, slot, &[], 512);
+            guest.submit(0, IN, slot, &[], 512);
         }
-        // A buffer outside memory, behind good requests.
+        // A buffer outside guest memory, after good requests.
         guest.drivers[0].add(&[(1 << 20, 16)], &[(u64::MAX - 10, 512)]).unwrap();
         guest.kick(0);
         guest.worker.run();
         assert_eq!(guest.interrupt.broken().len(), 1);
-        guest.ask(0, IN, 0, &[], 512);
+        guest.submit(0, IN, 0, &[], 512);
         guest.kick(0);
         guest.worker.run();
         let tasks = guest.begin_reset();
@@ -327,18 +327,18 @@ fn a_driver_that_breaks_the_rules_kills_the_device_until_it_is_reset() {
 }
 
 #[test]
-fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
+fn disk_swap_takes_effect_at_once_and_frees_the_old_disk() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (options, _) = disk(dir.path(), 64, engine);
         let other = dir.path().join("other");
         std::fs::write(&other, pattern(0x11, 0, 128 * 512)).unwrap();
         let limits = RateLimiterConfig::default();
-        let mut guest = Guest::with(&options, config(2, 2), limits, Patience::None, u64::MAX);
+        let mut guest = Guest::with(&options, config(2, 2), limits, Blocking::Never, u64::MAX);
         let generation = guest.block.config_generation();
         for slot in 0..16 {
-            guest.ask(0, OUT, slot, &[5; 512], 0);
-            guest.ask(1, OUT, 16 + slot, &[6; 512], 0);
+            guest.submit(0, OUT, slot, &[5; 512], 0);
+            guest.submit(1, OUT, 16 + slot, &[6; 512], 0);
         }
         guest.kick(0);
         guest.kick(1);
@@ -347,15 +347,15 @@ fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
         assert_eq!(capacity(&guest.block), 128);
         assert_ne!(guest.block.config_generation(), generation);
         assert_eq!(guest.interrupt.configs(), 1);
-        let asked = guest.ask(0, IN, 127, &[], 512);
+        let submitted = guest.submit(0, IN, 127, &[], 512);
         guest.kick(0);
         guest.wait(1, 16);
         let used = guest.wait(0, 17);
-        let used = used.into_iter().find(|used| used.head == asked.head).unwrap();
-        let answer = guest.answer(&asked, used);
-        assert_eq!((answer.status, answer.data), (0, pattern(0x11, 127 * 512, 512)));
+        let used = used.into_iter().find(|used| used.head == submitted.head).unwrap();
+        let response = guest.response(&submitted, used);
+        assert_eq!((response.status, response.data), (0, pattern(0x11, 127 * 512, 512)));
         replaced.wait(Duration::ZERO).unwrap();
-        // Each write is on one of the two, whole.
+        // Each write is complete on one of the two disks.
         let (old, new) = (std::fs::read(&options.path).unwrap(), std::fs::read(&other).unwrap());
         for slot in 0..32 {
             let place = slot * 512..(slot + 1) * 512;
@@ -365,8 +365,45 @@ fn a_replaced_disk_is_there_at_once_and_the_old_one_is_let_go() {
     }
 }
 
+/// The engines may differ: `io_uring` can become unavailable after the guest has started.
 #[test]
-fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
+fn disk_swap_allows_any_engine_that_fits_the_worker() {
+    for (from, blocking) in [
+        (IoEngine::Async, Blocking::Never),
+        (IoEngine::Async, Blocking::Allowed),
+        (IoEngine::Sync, Blocking::Allowed),
+    ] {
+        for to in ENGINES {
+            let dir = tempfile::tempdir().unwrap();
+            let (options, content) = disk(dir.path(), 64, from);
+            let limits = RateLimiterConfig::default();
+            let mut guest = Guest::with(&options, config(1, 1), limits, blocking, u64::MAX);
+            let other = dir.path().join("other");
+            std::fs::write(&other, pattern(0x11, 0, 64 * 512)).unwrap();
+            for slot in 0..16 {
+                guest.submit(0, OUT, slot, &[5; 512], 0);
+            }
+            guest.kick(0);
+            let new = Disk::open(&DiskOptions { path: other, engine: Some(to), ..options.clone() }).unwrap();
+            let swapped = guest.control.replace(new);
+            guest.wait(0, 16);
+            let read = guest.read(32, 2);
+            if blocking == Blocking::Never && to == IoEngine::Sync {
+                // A blocking engine would block the devices that share the worker.
+                let error = swapped.unwrap_err().to_string();
+                assert!(error.starts_with("drive disk_1: io_engine Sync blocks"), "{error}");
+                assert_eq!(read, (0, content[32 * 512..34 * 512].to_vec()));
+                assert_eq!(guest.control.stats().update_count.get(), 0);
+            } else {
+                swapped.unwrap().wait(Duration::ZERO).unwrap();
+                assert_eq!(read, (0, pattern(0x11, 32 * 512, 1024)), "{from:?} {blocking:?} to {to:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn disk_swap_works_while_inactive_or_paused() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let mut guest = Guest::new(&DiskOptions { cache_type: CacheType::Unsafe, ..options.clone() });
@@ -392,7 +429,7 @@ fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
     second.wait(Duration::ZERO).unwrap();
     assert_eq!(guest.read(11, 1), (0, pattern(12, 11 * 512, 512)));
 
-    // A disk of no size, as a drive without a disk has it.
+    // A disk of size 0, as of a drive without a disk.
     let mut empty = guest.control.replace(other("e", 0)).unwrap();
     guest.worker.run();
     empty.wait(Duration::ZERO).unwrap();
@@ -402,7 +439,7 @@ fn a_disk_can_be_replaced_while_the_device_is_not_active_or_paused() {
 }
 
 #[test]
-fn a_disk_that_the_driver_could_not_work_with_is_refused() {
+fn disk_swap_refuses_a_disk_that_does_not_fit_the_driver() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let guest = Guest::new(&options);
@@ -420,12 +457,12 @@ fn a_disk_that_the_driver_could_not_work_with_is_refused() {
 }
 
 #[test]
-fn a_saved_device_goes_on_where_it_was() {
+fn restored_device_continues_where_it_was_saved() {
     let dir = tempfile::tempdir().unwrap();
     let (options, content) = disk(dir.path(), 64, IoEngine::Async);
     let ops = BucketConfig { size: 5, refill_time_ms: 1000, one_time_burst: 0 };
     let limits = RateLimiterConfig { bandwidth: None, ops: Some(ops) };
-    let mut guest = Guest::with(&options, config(2, 1), limits, Patience::None, u64::MAX);
+    let mut guest = Guest::with(&options, config(2, 1), limits, Blocking::Never, u64::MAX);
     assert_eq!(guest.read(0, 1).0, 0);
     assert_eq!(guest.read(0, 1).0, 0);
     let still = guest.worker.pause();
@@ -435,7 +472,7 @@ fn a_saved_device_goes_on_where_it_was() {
     let (features, generation) = (guest.block.features(), guest.block.config_generation());
     drop(guest);
 
-    // Somewhere else, with a disk that has grown.
+    // On another host, with a disk that has grown.
     let state = serde_json::from_str(&json).unwrap();
     std::fs::File::options().append(true).open(&options.path).unwrap().set_len(100 * 512).unwrap();
     let worker = TestWorker::new();
@@ -448,7 +485,7 @@ fn a_saved_device_goes_on_where_it_was() {
     assert_eq!(guest.read(1, 2), (0, content[512..1536].to_vec()));
     assert_eq!(guest.read(99, 1), (0, vec![0; 512]));
     assert_eq!(guest.read(0, 1).0, 0);
-    guest.ask(0, IN, 0, &[], 512);
+    guest.submit(0, IN, 0, &[], 512);
     guest.kick(0);
     guest.worker.run();
     assert!(guest.worker.next_timer().is_some(), "the limiter remembers what was used up");
@@ -458,7 +495,7 @@ fn a_saved_device_goes_on_where_it_was() {
 }
 
 #[test]
-fn a_saved_device_that_cannot_be_is_refused() {
+fn invalid_saved_state_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (options, _) = disk(dir.path(), 64, IoEngine::Async);
     let guest = Guest::new(&options);

@@ -1,17 +1,17 @@
-//! Random requests in random buffers, over several queues, with pauses, resets and other disks in between, against a vector of
-//! bytes.
+//! Random requests in random buffers on several queues, with pauses, resets and disk swaps in
+//! between, against a vector of bytes.
 
 use proptest::prelude::*;
 
 use super::guest::*;
-use super::*;
+use super::rig::*;
 use virtio::rate_limiter::{BucketConfig, RateLimiterConfig};
 
 const SECTORS: u64 = 3000;
 
 #[derive(Debug, Clone)]
 enum Step {
-    Ask {
+    Submit {
         queue: usize,
         what: What,
         cuts: Vec<u32>,
@@ -20,7 +20,7 @@ enum Step {
     Wait,
     Pause,
     Reset,
-    /// The same content in another file.
+    /// Swaps the disk for a copy.
     Replace,
 }
 
@@ -35,7 +35,7 @@ enum What {
 }
 
 fn what() -> impl Strategy<Value = What> {
-    // Mostly close together, some large, some past the end.
+    // Mostly close together; some large, some past the end.
     let range = || prop_oneof![6 => (0..64u64, 1..20u64), 1 => (0..SECTORS, 1..300u64), 1 => (SECTORS - 20..SECTORS + 20, 1..20u64)];
     let ranges = prop::collection::vec(range().prop_map(|(sector, count)| (sector, count as u32)), 1..5);
     let kind = prop_oneof![Just(DISCARD), Just(WRITE_ZEROES)];
@@ -55,9 +55,9 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(vec![16, 4096]),
         1 => prop::collection::vec(1..5000u32, 1..6),
     ];
-    let ask = (0..3usize, what(), cuts, any::<bool>());
+    let submit = (0..3usize, what(), cuts, any::<bool>());
     prop_oneof![
-        20 => ask.prop_map(|(queue, what, cuts, indirect)| Step::Ask { queue, what, cuts, indirect }),
+        20 => submit.prop_map(|(queue, what, cuts, indirect)| Step::Submit { queue, what, cuts, indirect }),
         2 => Just(Step::Wait),
         1 => Just(Step::Pause),
         1 => Just(Step::Reset),
@@ -65,12 +65,12 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What a request must come back with.
+/// The expected result of a request.
 struct Expected {
-    asked: Asked,
+    submitted: Submitted,
     queue: usize,
     status: u8,
-    /// None: whatever.
+    /// `None`: not checked.
     data: Option<Vec<u8>>,
 }
 
@@ -82,8 +82,8 @@ struct Model {
 }
 
 impl Model {
-    /// Waits for all answers, and checks them.
-    fn settle(&mut self) {
+    /// Waits for all completions, and checks them.
+    fn wait_for_all(&mut self) {
         let guest = &mut self.guest;
         for queue in 0..guest.drivers.len() {
             guest.kick(queue);
@@ -93,17 +93,17 @@ impl Model {
             let count = self.expected.iter().filter(|expected| expected.queue == queue).count();
             used.push(guest.wait_in_time(queue, count));
         }
-        for Expected { asked, queue, status, data } in self.expected.drain(..) {
-            let used = used[queue].iter().find(|used| used.head == asked.head).unwrap();
-            let answer = guest.answer(&asked, *used);
-            assert_eq!(answer.status, status);
-            assert!(data.is_none_or(|data| data == answer.data), "a request returned something else");
+        for Expected { submitted, queue, status, data } in self.expected.drain(..) {
+            let used = used[queue].iter().find(|used| used.head == submitted.head).unwrap();
+            let response = guest.response(&submitted, *used);
+            assert_eq!(response.status, status);
+            assert!(data.is_none_or(|data| data == response.data), "a request returned something else");
         }
         self.busy.clear();
         guest.forget();
     }
 
-    fn ask(&mut self, queue: usize, what: &What, cuts: &[u32], indirect: bool) {
+    fn submit(&mut self, queue: usize, what: &What, cuts: &[u32], indirect: bool) {
         let ranges_of = match what {
             What::Read { sector, count } | What::Write { sector, count, .. } => vec![(*sector, *count)],
             What::Erase { ranges, .. } => ranges.iter().map(|&(s, c)| (s, c.into())).collect(),
@@ -114,7 +114,7 @@ impl Model {
             self.busy.iter().any(|&(from, to)| sector < to && from < sector + count)
         };
         if ranges_of.iter().any(meets) || self.guest.arena_used() > 8 << 20 {
-            self.settle();
+            self.wait_for_all();
         }
         let place = |sector: u64, count: u64| (sector * 512) as usize..((sector + count) * 512) as usize;
         let status = u8::from(!on_disk);
@@ -135,9 +135,9 @@ impl Model {
             What::GetId => ((GET_ID, 0), vec![], 20, 0, Some([&b"disk_1"[..], &[0; 14]].concat())),
             What::Unknown(kind) => ((*kind, 0), vec![], 7, 2, Some(vec![0xee; 7])),
         };
-        let asked = self.guest.ask_cut(queue, header, &data, read_len, cuts, indirect);
-        // Without room in the queue nothing was asked.
-        let Some(asked) = asked else { return };
+        let submitted = self.guest.submit_cut(queue, header, &data, read_len, cuts, indirect);
+        // The queue had too few free descriptors, so nothing was added.
+        let Some(submitted) = submitted else { return };
         if on_disk {
             match what {
                 What::Write { sector, count, .. } => self.disk[place(*sector, *count)].copy_from_slice(&data),
@@ -150,12 +150,12 @@ impl Model {
             }
             self.busy.extend(ranges_of.iter().map(|&(sector, count)| (sector, sector + count)));
         }
-        self.expected.push(Expected { asked, queue, status, data: expected });
+        self.expected.push(Expected { submitted, queue, status, data: expected });
         self.guest.kick(queue);
     }
 }
 
-fn run(steps: &[Step], queues: u16, patience: Patience, with_overlay: bool, engine: IoEngine, limited: bool) {
+fn run(steps: &[Step], queues: u16, blocking: Blocking, with_overlay: bool, engine: IoEngine, limited: bool) {
     let dir = tempfile::tempdir().unwrap();
     let (plain, content) = disk(dir.path(), SECTORS, engine);
     let options = if with_overlay {
@@ -166,38 +166,38 @@ fn run(steps: &[Step], queues: u16, patience: Patience, with_overlay: bool, engi
     let bandwidth = BucketConfig { size: 64 << 10, refill_time_ms: 1, one_time_burst: 0 };
     let limits = RateLimiterConfig { bandwidth: limited.then_some(bandwidth), ops: None };
     let threads = if with_overlay { 1 } else { queues.min(2) };
-    let guest = Guest::with(&options, config(queues, threads), limits, patience, u64::MAX);
+    let guest = Guest::with(&options, config(queues, threads), limits, blocking, u64::MAX);
     let mut model = Model { guest, disk: content, expected: vec![], busy: vec![] };
     for (index, step) in steps.iter().enumerate() {
         match step {
-            Step::Ask { queue, what, cuts, indirect } => {
-                model.ask(queue % usize::from(queues), what, cuts, *indirect);
+            Step::Submit { queue, what, cuts, indirect } => {
+                model.submit(queue % usize::from(queues), what, cuts, *indirect);
                 model.guest.worker.run();
             }
-            Step::Wait => model.settle(),
+            Step::Wait => model.wait_for_all(),
             Step::Pause => {
                 let still = model.guest.worker.pause();
                 model.guest.worker.run_until(|| still.try_recv().is_ok());
                 model.guest.worker.resume();
             }
             Step::Reset => {
-                model.settle();
+                model.wait_for_all();
                 let tasks = model.guest.begin_reset();
                 model.guest.end_reset(tasks);
                 model.guest.activate();
             }
             Step::Replace => {
-                model.settle();
+                model.wait_for_all();
                 let path = dir.path().join(format!("disk{index}"));
                 std::fs::write(&path, &model.disk).unwrap();
                 let new = Disk::open(&DiskOptions { path, ..plain.clone() }).unwrap();
-                // A plain disk, also after one with an overlay.
+                // A disk without an overlay, also after one with an overlay.
                 let mut replaced = model.guest.control.replace(new).unwrap();
                 model.guest.worker.run_until(|| replaced.wait(std::time::Duration::ZERO).is_ok());
             }
         }
     }
-    model.settle();
+    model.wait_for_all();
     for from in (0..SECTORS).step_by(500) {
         let (status, data) = model.guest.read_in_time(from, 500);
         assert_eq!(status, 0);
@@ -210,7 +210,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 80, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_requests_in_any_buffers_do_what_they_say(
+    fn random_requests_agree_with_the_model(
         steps in prop::collection::vec(step(), 1..60),
         queues in 1..4u16,
         may_wait: bool,
@@ -218,7 +218,7 @@ proptest! {
         engine in 0..2usize,
         limited: bool,
     ) {
-        let patience = if may_wait { Patience::MayWait } else { Patience::None };
-        run(&steps, queues, patience, with_overlay, ENGINES[engine], limited);
+        let blocking = if may_wait { Blocking::Allowed } else { Blocking::Never };
+        run(&steps, queues, blocking, with_overlay, ENGINES[engine], limited);
     }
 }

@@ -1,9 +1,9 @@
-//! Disks that fail, shrink, fill up or are not what they should be.
+//! Disks that fail, shrink or fill up, and files that are no disks.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 
-use super::*;
+use super::rig::*;
 use crate::disk::DiskError;
 use crate::overlay::OverlayError;
 
@@ -14,16 +14,12 @@ fn base_of(dir: &Path, len: usize) -> PathBuf {
 }
 
 #[test]
-fn a_disk_that_shrank_gives_eio_and_the_rest_goes_on() {
+fn truncated_disk_returns_eio_only_past_its_end() {
     for engine in ENGINES {
         for with_overlay in [false, true] {
             let dir = tempfile::tempdir().unwrap();
             let base = base_of(dir.path(), 1 << 20);
-            let options = if with_overlay {
-                overlaid(&base, dir.path().join("top"), vec![], engine)
-            } else {
-                raw(&base, engine)
-            };
+            let options = raw_or_overlaid(&base, &dir.path().join("top"), with_overlay, engine);
             let mut rig = Rig::open(&options);
             OpenOptions::new().write(true).open(&base).unwrap().set_len(100 << 10).unwrap();
             assert_eq!(rig.read(512 << 10, 4096), Err(Errno::IO));
@@ -36,7 +32,7 @@ fn a_disk_that_shrank_gives_eio_and_the_rest_goes_on() {
 }
 
 #[test]
-fn requests_past_the_end_are_refused_whatever_their_length() {
+fn requests_past_the_end_are_refused() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let base = base_of(dir.path(), 1 << 20);
@@ -59,7 +55,7 @@ fn requests_past_the_end_are_refused_whatever_their_length() {
 }
 
 #[test]
-fn an_empty_file_is_a_disk_of_no_size() {
+fn empty_file_is_a_disk_of_size_0() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let base = base_of(dir.path(), 0);
@@ -74,14 +70,14 @@ fn an_empty_file_is_a_disk_of_no_size() {
 }
 
 #[test]
-fn the_last_odd_bytes_of_a_file_are_not_part_of_the_disk() {
+fn disk_size_is_rounded_down_to_a_sector() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path(), 1025);
     assert_eq!(Rig::open(&raw(&base, IoEngine::Async)).disk.size(), 1024);
 }
 
 #[test]
-fn what_cannot_be_a_disk_is_refused_without_hanging() {
+fn directories_fifos_and_char_devices_are_no_disks() {
     let dir = tempfile::tempdir().unwrap();
     let fifo = dir.path().join("fifo");
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
@@ -96,7 +92,7 @@ fn what_cannot_be_a_disk_is_refused_without_hanging() {
 }
 
 #[test]
-fn a_read_only_disk_is_not_opened_for_writing() {
+fn read_only_disk_is_not_opened_for_writing() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path(), 4096);
     for engine in ENGINES {
@@ -114,7 +110,7 @@ fn overlay_error(options: &DiskOptions) -> OverlayError {
 }
 
 #[test]
-fn an_overlay_that_lies_is_refused_by_name() {
+fn damaged_overlay_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path(), 1 << 20);
     let top = dir.path().join("top");
@@ -136,13 +132,13 @@ fn an_overlay_that_lies_is_refused_by_name() {
     assert!(matches!(spoiled(&|b| b[4096] ^= 1), OverlayError::Damaged { .. }));
     assert!(matches!(spoiled(&|b| b.truncate(b.len() - 1)), OverlayError::Truncated { .. }));
     assert!(matches!(spoiled(&|b| b.truncate(5000)), OverlayError::Truncated { .. }));
-    // And what was not spoiled is not refused.
+    // The intact file is accepted.
     std::fs::write(&top, &whole).unwrap();
     assert_eq!(Rig::open(&options).read(0, 512).unwrap(), [1; 512]);
 }
 
 #[test]
-fn an_overlay_of_another_disk_is_refused() {
+fn overlay_of_another_disk_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path(), 1 << 20);
     let top = dir.path().join("top");
@@ -161,7 +157,7 @@ fn an_overlay_of_another_disk_is_refused() {
 }
 
 #[test]
-fn a_layer_that_was_written_to_after_another_was_made_on_it_is_refused() {
+fn layer_written_after_an_overlay_was_created_on_it_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path(), 1 << 20);
     let (first, second) = (dir.path().join("first"), dir.path().join("second"));
@@ -170,17 +166,17 @@ fn a_layer_that_was_written_to_after_another_was_made_on_it_is_refused() {
     let both = overlaid(&base, second.clone(), vec![first.clone()], IoEngine::Sync);
     drop(Rig::open(&both));
     drop(Rig::open(&both));
-    // Without its layer, on the same disk.
+    // On the same base, without its layer.
     let error = overlay_error(&overlaid(&base, second, vec![], IoEngine::Sync));
-    assert!(error.to_string().contains("another layer"), "{error}");
+    assert!(error.to_string().contains("another top layer"), "{error}");
     Rig::open(&lower).write(512 << 10, &[1; 512]).unwrap();
     let error = overlay_error(&both);
     assert!(error.to_string().contains("written to after"), "{error}");
 }
 
-/// Whoever opens a layer by mistake, or gives it up again, must not make those that were made on it useless.
+/// Opening a layer by mistake, or reopening it, must not invalidate the overlays created on it.
 #[test]
-fn an_overlay_that_was_opened_and_not_written_to_is_still_what_others_were_made_on() {
+fn opening_an_overlay_does_not_invalidate_those_on_it() {
     for cache_type in [CacheType::Unsafe, CacheType::Writeback] {
         let dir = tempfile::tempdir().unwrap();
         let base = base_of(dir.path(), 1 << 20);
@@ -199,9 +195,10 @@ fn an_overlay_that_was_opened_and_not_written_to_is_still_what_others_were_made_
     }
 }
 
-/// A fork that fails after its overlays were made lets its disks be written to again: what was made meanwhile does not fit any more.
+/// A fork that fails after its overlays were created continues to write to its disks. Those
+/// overlays do not fit any more.
 #[test]
-fn an_overlay_that_was_frozen_and_is_written_to_again_does_not_fit_what_was_made_on_it() {
+fn overlay_written_after_thaw_does_not_fit_those_on_it() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path(), 1 << 20);
     let (first, second) = (dir.path().join("first"), dir.path().join("second"));
@@ -219,7 +216,7 @@ fn an_overlay_that_was_frozen_and_is_written_to_again_does_not_fit_what_was_made
 }
 
 #[test]
-fn an_overlay_has_one_writer_or_any_number_of_readers() {
+fn overlay_has_one_writer_or_any_number_of_readers() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path(), 1 << 20);
     let top = dir.path().join("top");
@@ -234,7 +231,7 @@ fn an_overlay_has_one_writer_or_any_number_of_readers() {
 }
 
 #[test]
-fn overlays_that_cannot_be_made_are_refused() {
+fn impossible_overlays_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path(), 3 << 20);
     let mut options = overlaid(&base, dir.path().join("top"), vec![], IoEngine::Sync);
@@ -247,13 +244,13 @@ fn overlays_that_cannot_be_made_are_refused() {
     assert!(matches!(overlay_error(&options), OverlayError::Size { .. }));
     options.overlay.as_mut().unwrap().path = dir.path().into();
     assert!(matches!(overlay_error(&options), OverlayError::Io { .. } | OverlayError::NotAFile { .. }));
-    // A blank disk is not its own overlay.
+    // A blank disk cannot be its own overlay.
     let blank = dir.path().join("blank");
     File::create(&blank).unwrap().set_len(1 << 20).unwrap();
     let error = overlay_error(&overlaid(&blank, blank.clone(), vec![], IoEngine::Sync));
-    assert!(matches!(error, OverlayError::IsBeneath { .. }), "{error}");
+    assert!(matches!(error, OverlayError::OwnBacking { .. }), "{error}");
     assert!(std::fs::read(&blank).unwrap().iter().all(|&byte| byte == 0));
-    // To read it, it must be there.
+    // A read-only overlay must exist.
     let missing = DiskOptions {
         read_only: true,
         ..overlaid(&base, dir.path().join("missing"), vec![], IoEngine::Sync)
@@ -262,11 +259,11 @@ fn overlays_that_cannot_be_made_are_refused() {
 }
 
 #[test]
-fn an_interrupted_creation_begins_anew() {
+fn interrupted_creation_is_repeated() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path(), 1 << 20);
     let top = dir.path().join("top");
-    // The size was set and the header not yet written.
+    // The size was set, and the header was not written.
     std::fs::File::create(&top).unwrap().set_len(3 << 20).unwrap();
     let mut rig = Rig::open(&overlaid(&base, top, vec![], IoEngine::Sync));
     assert_eq!(rig.read(0, 4096).unwrap(), pattern(1, 0, 4096));

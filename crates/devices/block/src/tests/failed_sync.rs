@@ -1,15 +1,15 @@
-//! Syncs that fail: after the first, nothing vouches for the disk any more. And new files whose names are to last.
+//! Failed syncs: after the first one, the contents of the disk are unknown. Also locks, and the
+//! durability of the names of new files.
 
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use super::crash::as_if_host_crashed;
-use super::recorder::{Deed, Recorder};
-use super::*;
+use super::recorder::{BrokenRange, Faults, FileOp, OpLog, RecordingEngine};
+use super::rig::*;
 use crate::disk::{ContentsUnknown, DiskError, FileLocks, LockError};
-use crate::engine::Engine;
-use crate::health::faults;
-use crate::name::record;
+use crate::host_file::health::faults;
+use crate::host_file::name::record;
 use crate::overlay::OverlayError;
 use sync::locked;
 
@@ -21,7 +21,24 @@ fn base_of(dir: &Path) -> PathBuf {
     path
 }
 
-/// What failed first, as an error of the disk says.
+/// A base, the path of an overlay on it, and the options to open both.
+fn new_overlay(dir: &Path) -> (PathBuf, PathBuf, DiskOptions) {
+    let (base, top) = (base_of(dir), dir.join("top"));
+    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    (base, top, options)
+}
+
+/// An overlay whose first sector was flushed and whose second one was not; and its base.
+fn half_flushed_overlay(dir: &Path) -> (PathBuf, PathBuf, Rig) {
+    let (base, top, options) = new_overlay(dir);
+    let mut rig = Rig::open(&options);
+    rig.write(0, &[1; 512]).unwrap();
+    rig.do_now(0, Request::Flush).unwrap();
+    rig.write(512, &[2; 512]).unwrap();
+    (base, top, rig)
+}
+
+/// The first failure, as named by an error of the disk.
 fn cause(error: DiskError) -> ContentsUnknown {
     match error {
         DiskError::ContentsUnknown(cause) | DiskError::Overlay(OverlayError::ContentsUnknown(cause)) => cause,
@@ -32,22 +49,18 @@ fn cause(error: DiskError) -> ContentsUnknown {
 /// A sync of the disk.
 type Sync = fn(&Disk) -> Result<(), DiskError>;
 
-/// Everything that syncs a disk beside its queues.
+/// All syncs of a disk beside its queues.
 const SYNCS: [Sync; 4] = [Disk::write_back, Disk::sync, Disk::freeze, Disk::close];
 
 #[test]
-fn after_any_failed_sync_nothing_vouches_for_the_disk() {
+fn any_failed_sync_makes_the_contents_unknown() {
     for engine in ENGINES {
         for with_overlay in [false, true] {
-            // A raw disk is not synced when it is closed.
+            // Closing a raw disk does not sync it.
             for first in SYNCS.iter().take(if with_overlay { 4 } else { 3 }) {
                 let dir = tempfile::tempdir().unwrap();
                 let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-                let options = if with_overlay {
-                    overlaid(&base, top.clone(), vec![], engine)
-                } else {
-                    raw(&base, engine)
-                };
+                let options = raw_or_overlaid(&base, &top, with_overlay, engine);
                 let mut rig = Rig::open(&options);
                 rig.write(0, &[1; 512]).unwrap();
                 let written = if with_overlay { &top } else { &base };
@@ -59,7 +72,7 @@ fn after_any_failed_sync_nothing_vouches_for_the_disk() {
                 }
                 assert!(rig.disk.merge_layers(&dir.path().join("merged")).is_err());
                 assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
-                // The disk itself goes on, as well as it can.
+                // Requests are still served.
                 rig.write(512, &[2; 512]).unwrap();
                 assert_eq!(rig.read(0, 1024).unwrap(), [[1; 512], [2; 512]].concat());
             }
@@ -68,46 +81,35 @@ fn after_any_failed_sync_nothing_vouches_for_the_disk() {
 }
 
 #[test]
-fn a_failed_flush_is_not_tried_again_and_fails_what_comes_later() {
-    for patience in [Patience::None, Patience::MayWait] {
-        for with_overlay in [false, true] {
-            let dir = tempfile::tempdir().unwrap();
-            let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-            let options = if with_overlay {
-                overlaid(&base, top.clone(), vec![], IoEngine::Sync)
-            } else {
-                raw(&base, IoEngine::Sync)
-            };
-            let mut rig = Rig::open_with(&options, patience);
-            rig.write(0, &[1; 512]).unwrap();
-            let failure = faults::fail(if with_overlay { &top } else { &base });
-            assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
-            drop(failure);
-            assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
-            for sync in SYNCS {
-                assert_eq!(cause(sync(&rig.disk).unwrap_err()).what, "a flush");
-            }
+fn failed_flush_is_not_retried_and_fails_later_syncs() {
+    for with_overlay in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, top) = (base_of(dir.path()), dir.path().join("top"));
+        let options = raw_or_overlaid(&base, &top, with_overlay, IoEngine::Sync);
+        let mut rig = Rig::open(&options);
+        rig.write(0, &[1; 512]).unwrap();
+        let failure = faults::fail(if with_overlay { &top } else { &base });
+        assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
+        drop(failure);
+        assert_eq!(rig.do_now(0, Request::Flush), Err(Errno::IO));
+        for sync in SYNCS {
+            assert_eq!(cause(sync(&rig.disk).unwrap_err()).what, "a flush");
         }
     }
 }
 
-/// What an overlay's file says of its session: the state, and the start of the host.
+/// The state and the boot id of the session in an overlay file.
 fn session(path: &Path) -> (u8, [u8; 16]) {
     let bytes = std::fs::read(path).unwrap();
     (bytes[4096 + 32], bytes[4096 + 8..4096 + 24].try_into().unwrap())
 }
 
 #[test]
-fn an_overlay_whose_sync_failed_holds_what_was_flushed_before() {
+fn overlay_keeps_flushed_writes_after_a_failed_sync() {
     for fails_in_queue in [false, true] {
         let dir = tempfile::tempdir().unwrap();
-        let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-        let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
-        let mut rig = Rig::open(&options);
-        rig.write(0, &[1; 512]).unwrap();
-        rig.do_now(0, Request::Flush).unwrap();
-        let map_a = std::fs::read(&top).unwrap()[8192..12288].to_vec();
-        rig.write(512, &[2; 512]).unwrap();
+        let (base, top, mut rig) = half_flushed_overlay(dir.path());
+        let durable_map = std::fs::read(&top).unwrap()[8192..12288].to_vec();
         let failure = faults::fail(&top);
         if fails_in_queue {
             rig.do_now(0, Request::Flush).unwrap_err();
@@ -121,8 +123,8 @@ fn an_overlay_whose_sync_failed_holds_what_was_flushed_before() {
         drop(rig);
         for left in [top, killed] {
             assert_eq!(session(&left), (1, [0xff; 16]), "it is not closed");
-            assert_eq!(std::fs::read(&left).unwrap()[8192..12288], map_a);
-            // On this start of the host as on any other.
+            assert_eq!(std::fs::read(&left).unwrap()[8192..12288], durable_map);
+            // On this boot of the host as on any other.
             let mut rig = Rig::open(&overlaid(&base, left.clone(), vec![], IoEngine::Sync));
             assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
             assert_eq!(rig.read(512, 1024).unwrap(), pattern(0x55, 512, 1024));
@@ -133,14 +135,9 @@ fn an_overlay_whose_sync_failed_holds_what_was_flushed_before() {
 }
 
 #[test]
-fn an_overlay_that_cannot_be_settled_is_not_closed() {
+fn overlay_whose_recovery_fails_is_not_closed() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
-    let mut rig = Rig::open(&options);
-    rig.write(0, &[1; 512]).unwrap();
-    rig.do_now(0, Request::Flush).unwrap();
-    rig.write(512, &[2; 512]).unwrap();
+    let (base, top, _rig) = half_flushed_overlay(dir.path());
     for host_crashed in [false, true] {
         let left = dir.path().join(format!("left{host_crashed}"));
         std::fs::copy(&top, &left).unwrap();
@@ -158,12 +155,11 @@ fn an_overlay_that_cannot_be_settled_is_not_closed() {
     }
 }
 
-/// All that such an overlay knows is in map B: without that it would be another disk.
+/// Only the commit map has its contents: without it, it would be another disk.
 #[test]
-fn an_overlay_of_unknown_durability_is_refused_not_emptied() {
+fn overlay_with_unknown_contents_is_refused_not_emptied() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let (base, top, options) = new_overlay(dir.path());
     let unsafe_options = DiskOptions { cache_type: CacheType::Unsafe, ..options.clone() };
     Rig::open(&unsafe_options).write(0, &[1; 512]).unwrap();
     let failure = faults::fail(&top);
@@ -175,7 +171,7 @@ fn an_overlay_of_unknown_durability_is_refused_not_emptied() {
         assert!(matches!(error, DiskError::Overlay(OverlayError::LeftUnknown { .. })), "{error}");
         assert!(error.to_string().contains("top: its contents are unknown"), "{error}");
     }
-    // What can be read can be saved, and that alone changes nothing.
+    // The contents can be read to save them. That changes nothing.
     let mut rig = Rig::open(&unsafe_options);
     assert_eq!(rig.read(0, 512).unwrap(), [1; 512]);
     drop(rig);
@@ -185,8 +181,7 @@ fn an_overlay_of_unknown_durability_is_refused_not_emptied() {
 #[test]
 fn no_session_begins_once_the_contents_are_unknown() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let (_, top, options) = new_overlay(dir.path());
     let mut rig = Rig::open(&options);
     let failure = faults::fail(&top);
     rig.disk.write_back().unwrap_err();
@@ -203,42 +198,41 @@ fn no_session_begins_once_the_contents_are_unknown() {
     assert_eq!(session(&top), (1, [0xff; 16]));
 }
 
-/// A rig whose engine a test steps.
-fn recorded(options: &DiskOptions) -> (Rig, Arc<Mutex<Vec<Deed>>>, Arc<recorder::Syncs>, recorder::Broken) {
+/// A disk whose engine is stepped by the test.
+fn recorded(options: &DiskOptions) -> (Rig, OpLog, Arc<Faults>, BrokenRange) {
     let mut rig = Rig::open(options);
-    let deeds = Arc::new(Mutex::new(Vec::new()));
-    let recorder = Recorder::new(rig.disk.files(), Arc::clone(&deeds));
+    let log = Arc::new(Mutex::new(Vec::new()));
+    let recorder = RecordingEngine::new(rig.disk.files(), Arc::clone(&log));
     let (faults, broken) = (Arc::clone(&recorder.syncs), Arc::clone(&recorder.broken));
-    rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
-    (rig, deeds, faults, broken)
+    rig.queue = rig.disk.queue_with(Box::new(recorder));
+    (rig, log, faults, broken)
 }
 
-fn syncs(deeds: &Mutex<Vec<Deed>>) -> usize {
-    locked(deeds).iter().filter(|deed| matches!(deed, Deed::Sync | Deed::FailedSync)).count()
+fn syncs(log: &Mutex<Vec<FileOp>>) -> usize {
+    locked(log).iter().filter(|op| matches!(op, FileOp::Sync | FileOp::FailedSync)).count()
 }
 
-/// Two at a time would share the kernel's one report of a failure.
+/// Two concurrent syncs would share the kernel's one report of a failure.
 #[test]
 fn flushes_run_one_at_a_time_and_share_the_next() {
     let dir = tempfile::tempdir().unwrap();
     for fails in [false, true] {
-        let (mut rig, deeds, faults, _) = recorded(&raw(&base_of(dir.path()), IoEngine::Sync));
+        let (mut rig, log, faults, _) = recorded(&raw(&base_of(dir.path()), IoEngine::Sync));
         *locked(&faults.error) = fails.then_some(Errno::IO);
         let tokens = [0; 3].map(|_| rig.start(0, Request::Flush));
-        rig.queue.kick();
-        assert_eq!(syncs(&deeds), 1);
+        rig.queue.submit_and_reap();
+        assert_eq!(syncs(&log), 1);
         let results = rig.finish();
         let wanted = if fails { Err(Errno::IO) } else { Ok(()) };
         assert_eq!(results, tokens.map(|token| (token, wanted)));
-        assert_eq!(syncs(&deeds), if fails { 1 } else { 2 });
+        assert_eq!(syncs(&log), if fails { 1 } else { 2 });
     }
 }
 
 #[test]
-fn a_session_that_cannot_be_marked_loses_its_second_map() {
+fn unmarkable_session_has_its_commit_map_cleared() {
     let dir = tempfile::tempdir().unwrap();
-    let (base, top) = (base_of(dir.path()), dir.path().join("top"));
-    let options = overlaid(&base, top.clone(), vec![], IoEngine::Sync);
+    let (.., options) = new_overlay(dir.path());
     let (mut rig, _, faults, broken) = recorded(&options);
     rig.write(0, &[1; 512]).unwrap();
     *locked(&broken) = 4096..4097;
@@ -250,7 +244,7 @@ fn a_session_that_cannot_be_marked_loses_its_second_map() {
 }
 
 #[test]
-fn a_sync_in_flight_when_its_queue_goes_is_not_lost() {
+fn failed_sync_of_a_dropped_queue_is_not_lost() {
     let dir = tempfile::tempdir().unwrap();
     let top = dir.path().join("top");
     let options = overlaid(&base_of(dir.path()), top.clone(), vec![], IoEngine::Sync);
@@ -258,25 +252,24 @@ fn a_sync_in_flight_when_its_queue_goes_is_not_lost() {
     rig.write(0, &[1; 512]).unwrap();
     let failure = faults::fail(&top);
     rig.start(0, Request::Flush);
-    rig.queue.kick();
     drop(rig);
     drop(failure);
     assert_eq!(session(&top).0, 1, "an overlay whose flush failed is not closed");
 }
 
 #[test]
-fn each_queue_of_a_disk_has_an_open_file_of_its_own() {
+fn each_queue_has_an_open_file_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let options = DiskOptions { io_threads: 3, ..raw(&base_of(dir.path()), IoEngine::Sync) };
     let disk = Disk::open(&options).unwrap();
-    let mut files: Vec<_> = (0..3).map(|_| Arc::as_ptr(&disk.files_of_queue()[0])).collect();
+    let mut files: Vec<_> = (0..3).map(|_| Arc::as_ptr(&disk.queue_files()[0])).collect();
     files.sort();
     files.dedup();
     assert_eq!(files.len(), 3);
 }
 
 #[test]
-fn the_same_file_opened_anew_stays_unknown_and_another_does_not() {
+fn reopened_file_stays_unknown_and_another_is_known() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let other = dir.path().join("other");
@@ -291,12 +284,15 @@ fn the_same_file_opened_anew_stays_unknown_and_another_does_not() {
     let new = Disk::open_with(&DiskOptions { path: other, ..options.clone() }, &locks, Some(&old)).unwrap();
     new.freeze().unwrap();
     let overlaid = overlaid(&base, dir.path().join("top"), vec![], IoEngine::Sync);
-    let beneath = Disk::open_with(&overlaid, &locks, Some(&old));
-    assert!(matches!(beneath, Err(DiskError::ContentsUnknown(_))), "its pages would be the overlay's");
+    let on_unknown_base = Disk::open_with(&overlaid, &locks, Some(&old));
+    assert!(
+        matches!(on_unknown_base, Err(DiskError::ContentsUnknown(_))),
+        "its pages would be the overlay's"
+    );
 }
 
 #[test]
-fn a_merge_whose_sync_fails_makes_no_layer() {
+fn merge_with_a_failed_sync_leaves_no_overlay() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let (layer, merged) = (dir.path().join("layer"), dir.path().join("merged"));
@@ -312,7 +308,7 @@ fn a_merge_whose_sync_fails_makes_no_layer() {
 }
 
 #[test]
-fn the_name_of_a_new_overlay_is_durable_when_it_opens() {
+fn name_of_a_new_overlay_is_durable_when_it_opens() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let names = |name: &str, name_is_durable| {
@@ -323,7 +319,7 @@ fn the_name_of_a_new_overlay_is_durable_when_it_opens() {
         record::take() == [path]
     };
     assert!(names("new", false));
-    assert!(names("newer", true), "nobody can have made it durable");
+    assert!(names("newer", true), "a file that did not exist cannot be durable");
     assert!(!names("new", false), "it is not new any more");
     for (name, name_is_durable) in [("empty", false), ("durable", true)] {
         std::fs::write(dir.path().join(name), "").unwrap();
@@ -332,7 +328,7 @@ fn the_name_of_a_new_overlay_is_durable_when_it_opens() {
 }
 
 #[test]
-fn a_raw_disk_has_one_writer_or_any_number_of_readers() {
+fn raw_disk_has_one_writer_or_any_number_of_readers() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let write = raw(&base, IoEngine::Sync);
@@ -343,9 +339,9 @@ fn a_raw_disk_has_one_writer_or_any_number_of_readers() {
     let writer = Disk::open(&write).unwrap();
     assert!(is_locked(&write) && is_locked(&read) && is_locked(&overlay("o")));
     assert!(!dir.path().join("o").exists(), "what is refused leaves nothing behind");
-    // Who asks for none is not kept from it, and keeps nobody from it.
+    // Without a lock, a drive neither is kept from the disk nor keeps others from it.
     drop(Disk::open(&DiskOptions { lock: false, ..write.clone() }).unwrap());
-    // A base, as a fork makes it.
+    // As a fork makes a base.
     writer.freeze().unwrap();
     let readers = [Disk::open(&read).unwrap(), Disk::open(&overlay("a")).unwrap()];
     assert!(is_locked(&write));
@@ -360,9 +356,10 @@ fn a_raw_disk_has_one_writer_or_any_number_of_readers() {
     Disk::open(&write).unwrap();
 }
 
-/// A disk of no size stands for one to come: a fork and its children share it, and no guest can write to it.
+/// A disk of size 0 stands for one that comes later. A fork and its children share it, and no guest
+/// can write to it.
 #[test]
-fn a_disk_of_no_size_is_shared() {
+fn disk_of_size_0_is_shared() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("none");
     std::fs::write(&path, "").unwrap();
@@ -370,16 +367,16 @@ fn a_disk_of_no_size_is_shared() {
     let (_one, _other) = (Disk::open(&options).unwrap(), Disk::open(&options).unwrap());
 }
 
-/// The kernel has one report for each open file, and `fdatasync` of one takes it.
+/// The kernel reports a failure once for each open file, and `fdatasync` takes the report.
 #[test]
-fn the_files_of_a_disk_are_open_apart() {
+fn queue_and_disk_have_separate_open_files() {
     let dir = tempfile::tempdir().unwrap();
     let base = base_of(dir.path());
     let disk = Disk::open(&raw(&base, IoEngine::Sync)).unwrap();
     let _failure = faults::fail(&base);
     disk.write_back().unwrap_err();
-    // The queue's own file has its own report.
+    // The open file of the queue has its own report.
     let file = &disk.files()[0];
-    assert!(crate::health::sync_data(file).is_err());
+    assert!(crate::host_file::health::sync_data(file).is_err());
     file.read_exact_at(&mut [0; 512], 0).unwrap();
 }

@@ -1,7 +1,8 @@
-//! Disks that are full.
+//! Full disks.
 //!
-//! What makes them so is a limit on how far files may be written, which needs no rights. It holds for a whole process, and to reach it is a signal
-//! that ends the process where it is not ignored: the test has a process of its own, which ignores it.
+//! A limit on the size of files (`RLIMIT_FSIZE`), which needs no privileges, stands for a full
+//! disk. It applies to a whole process, and exceeding it raises a signal that ends a process which
+//! does not ignore it. So the test has a process of its own, which ignores the signal.
 
 use std::fs::File;
 use std::process::Command;
@@ -9,13 +10,13 @@ use std::process::Command;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::guest::Guest;
-use super::*;
+use super::rig::*;
 
 const MIB: u64 = 1 << 20;
-const PROCESS: &str = "tests::full::in_a_process_of_its_own";
+const PROCESS: &str = "tests::full::full_disk_in_its_own_process";
 
 #[test]
-fn a_disk_that_is_full_fails_writes_and_nothing_else_until_there_is_space() {
+fn full_disk_fails_writes_until_there_is_space() {
     let ignoring = "trap '' XFSZ; exec \"$@\"";
     let output = Command::new("sh")
         .args(["-c", ignoring, "sh"])
@@ -28,14 +29,14 @@ fn a_disk_that_is_full_fails_writes_and_nothing_else_until_there_is_space() {
     assert!(output.status.success() && said.contains("1 passed"), "{}: {said}{errors}", output.status);
 }
 
-/// From now on no file of this process is written past so many bytes.
+/// Sets the limit for the files of this process, in bytes.
 fn limit_files(to: Option<u64>) {
     setrlimit(Resource::Fsize, Rlimit { current: to, ..getrlimit(Resource::Fsize) }).unwrap();
 }
 
 #[test]
-#[ignore = "started by a_disk_that_is_full_fails_writes_and_nothing_else_until_there_is_space"]
-fn in_a_process_of_its_own() {
+#[ignore = "started by full_disk_fails_writes_until_there_is_space"]
+fn full_disk_in_its_own_process() {
     for engine in ENGINES {
         for (cache_type, with_overlay) in
             [(CacheType::Unsafe, true), (CacheType::Writeback, true), (CacheType::Writeback, false)]
@@ -43,11 +44,7 @@ fn in_a_process_of_its_own() {
             let dir = tempfile::tempdir().unwrap();
             let base = dir.path().join("base");
             File::create(&base).unwrap().set_len(64 * MIB).unwrap();
-            let kind = if with_overlay {
-                overlaid(&base, dir.path().join("top"), vec![], engine)
-            } else {
-                raw(&base, engine)
-            };
+            let kind = raw_or_overlaid(&base, &dir.path().join("top"), with_overlay, engine);
             let mut guest = Guest::new(&DiskOptions { cache_type, ..kind });
             limit_files(Some(20 * MIB));
             let data = vec![7; 1 << 20];

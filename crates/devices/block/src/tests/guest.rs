@@ -1,4 +1,5 @@
-//! A guest with one block device: a driver that puts requests into queues, on a worker that the test steps.
+//! A guest with one block device: a driver that adds requests to queues, on a worker that the test
+//! steps.
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -7,8 +8,8 @@ use config::IoEngine;
 use memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::*;
-use crate::engine::Patience;
+use super::rig::*;
+use crate::engine::Blocking;
 use crate::{Block, BlockConfig, BlockControl};
 use sync::EventFd;
 use virtio::device::{Activation, ActiveQueue, Device};
@@ -17,72 +18,73 @@ use virtio::rate_limiter::RateLimiterConfig;
 use virtio::testing::{CountingInterrupt, DriverQueue, TestWorker, Used};
 use virtio::worker::Task;
 
-pub(super) const IN: u32 = 0;
-pub(super) const OUT: u32 = 1;
-pub(super) const FLUSH: u32 = 4;
-pub(super) const GET_ID: u32 = 8;
-pub(super) const DISCARD: u32 = 11;
-pub(super) const WRITE_ZEROES: u32 = 13;
+pub(crate) const IN: u32 = 0;
+pub(crate) const OUT: u32 = 1;
+pub(crate) const FLUSH: u32 = 4;
+pub(crate) const GET_ID: u32 = 8;
+pub(crate) const DISCARD: u32 = 11;
+pub(crate) const WRITE_ZEROES: u32 = 13;
 
-/// Where the queues begin.
+/// Address of the queues.
 const QUEUES: u64 = 0x1000;
-/// Where requests begin.
+/// Address of the first request.
 const ARENA: u64 = 1 << 20;
-/// Memory of the guest, in MiB.
+/// Size of guest memory in MiB.
 const RAM_MIB: u32 = 32;
 
-/// A request that the device has.
-pub(super) struct Asked {
-    pub(super) head: u16,
-    /// Where the writable bytes are: data, then status.
+/// A request that was added to a queue.
+pub(crate) struct Submitted {
+    pub(crate) head: u16,
+    /// Its writable buffers: data, then status.
     writable: Vec<(u64, u32)>,
 }
 
-/// What came back.
+/// A completed request.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Answer {
-    pub(super) status: u8,
-    pub(super) data: Vec<u8>,
-    pub(super) written: u32,
+pub(crate) struct Response {
+    pub(crate) status: u8,
+    pub(crate) data: Vec<u8>,
+    pub(crate) written: u32,
 }
 
-pub(super) struct Guest {
-    pub(super) ram: GuestRam,
-    pub(super) worker: TestWorker,
-    pub(super) interrupt: Arc<CountingInterrupt>,
-    pub(super) block: Block,
-    pub(super) control: BlockControl,
-    pub(super) drivers: Vec<DriverQueue>,
-    /// How far the device is in each queue.
-    pub(super) positions: Vec<Arc<QueueProgress>>,
+pub(crate) struct Guest {
+    pub(crate) ram: GuestRam,
+    pub(crate) worker: TestWorker,
+    pub(crate) interrupt: Arc<CountingInterrupt>,
+    pub(crate) block: Block,
+    pub(crate) control: BlockControl,
+    pub(crate) drivers: Vec<DriverQueue>,
+    /// Progress of the device in each queue.
+    pub(crate) positions: Vec<Arc<QueueProgress>>,
     kicks: Vec<Arc<EventFd>>,
     tasks: Vec<u64>,
     next_addr: u64,
     features: u64,
 }
 
-pub(super) fn config(num_queues: u16, io_threads: u16) -> BlockConfig {
+pub(crate) fn config(num_queues: u16, io_threads: u16) -> BlockConfig {
     BlockConfig { id: "disk_1".into(), num_queues, queue_size: 64, io_threads }
 }
 
 impl Guest {
-    pub(super) fn new(options: &DiskOptions) -> Guest {
-        Self::with(options, config(1, 1), RateLimiterConfig::default(), Patience::None, u64::MAX)
+    pub(crate) fn new(options: &DiskOptions) -> Guest {
+        Self::with(options, config(1, 1), RateLimiterConfig::default(), Blocking::Never, u64::MAX)
     }
 
-    /// A guest whose driver accepts the features that are in `accepts` and are offered.
-    pub(super) fn with(
+    /// A guest whose driver accepts the offered features that are in `accepts`.
+    pub(crate) fn with(
         options: &DiskOptions,
         config: BlockConfig,
         limits: RateLimiterConfig,
-        patience: Patience,
+        blocking: Blocking,
         accepts: u64,
     ) -> Guest {
         let worker = TestWorker::new();
         let threads = config.io_threads;
-        let workers = match patience {
-            Patience::None => vec![],
-            Patience::MayWait => (0..threads).map(|index| virtio::testing::worker(index.into())).collect(),
+        let blocking = if options.engine == Some(IoEngine::Sync) { Blocking::Allowed } else { blocking };
+        let workers = match blocking {
+            Blocking::Never => vec![],
+            Blocking::Allowed => (0..threads).map(|index| virtio::testing::worker(index.into())).collect(),
         };
         let disk = Disk::open(options).unwrap();
         let (block, control) = Block::new(config, disk, limits, workers, worker.now()).unwrap();
@@ -90,7 +92,7 @@ impl Guest {
     }
 
     /// A guest with this device.
-    pub(super) fn around(block: Block, control: BlockControl, worker: TestWorker, accepts: u64) -> Guest {
+    pub(crate) fn around(block: Block, control: BlockControl, worker: TestWorker, accepts: u64) -> Guest {
         let ring = virtio::device::feature::RING_EVENT_IDX | virtio::device::feature::RING_INDIRECT_DESC;
         let features = (block.features() | ring) & accepts;
         let mut guest = Guest {
@@ -110,8 +112,8 @@ impl Guest {
         guest
     }
 
-    /// The driver begins: fresh queues, `DRIVER_OK`.
-    pub(super) fn activate(&mut self) {
+    /// The driver starts: fresh queues, `DRIVER_OK`.
+    pub(crate) fn activate(&mut self) {
         let sizes = self.block.queue_sizes().to_vec();
         let mut base = QUEUES;
         self.drivers.clear();
@@ -149,14 +151,14 @@ impl Guest {
         self.worker.run();
     }
 
-    /// Asks for the tasks back, as a reset does first.
-    pub(super) fn begin_reset(&mut self) -> Vec<Receiver<Box<dyn Task>>> {
+    /// Removes the tasks from the worker, as a reset does first.
+    pub(crate) fn begin_reset(&mut self) -> Vec<Receiver<Box<dyn Task>>> {
         let tasks = std::mem::take(&mut self.tasks);
         tasks.into_iter().map(|task| self.worker.remove(task)).collect()
     }
 
-    /// Waits for the tasks and resets the device.
-    pub(super) fn end_reset(&mut self, tasks: Vec<Receiver<Box<dyn Task>>>) {
+    /// Waits for the tasks, and resets the device.
+    pub(crate) fn end_reset(&mut self, tasks: Vec<Receiver<Box<dyn Task>>>) {
         for task in tasks {
             let mut back = None;
             self.worker.run_until(|| {
@@ -169,7 +171,7 @@ impl Guest {
         self.next_addr = ARENA;
     }
 
-    /// Memory for `len` bytes that touches no other.
+    /// Address of unused guest memory of `len` bytes.
     fn room(&mut self, len: u32) -> u64 {
         let addr = self.next_addr;
         self.next_addr += u64::from(len) + 8;
@@ -177,12 +179,12 @@ impl Guest {
         addr
     }
 
-    /// How much memory requests in flight take.
-    pub(super) fn arena_used(&self) -> u64 {
+    /// Bytes of guest memory that requests in flight use.
+    pub(crate) fn arena_used(&self) -> u64 {
         self.next_addr - ARENA
     }
 
-    /// Cuts `len` bytes into buffers whose lengths are `cuts`, over and over; into 100 at most.
+    /// Cuts `len` bytes into at most 100 buffers, whose lengths repeat `cuts`.
     fn cut(&mut self, len: u32, cuts: &[u32]) -> Vec<(u64, u32)> {
         let shortest = len.div_ceil(100).max(1);
         let mut buffers = Vec::new();
@@ -216,8 +218,9 @@ impl Guest {
         bytes
     }
 
-    /// Puts a request into queue `queue`, in buffers of lengths `cuts`. None if there is no room for it. No kick.
-    pub(super) fn ask_cut(
+    /// Adds a request to queue `queue`, in buffers of lengths `cuts`. `None` if the queue has too
+    /// few free descriptors. Does not kick.
+    pub(crate) fn submit_cut(
         &mut self,
         queue: usize,
         (kind, sector): (u32, u64),
@@ -225,7 +228,7 @@ impl Guest {
         read_len: u32,
         cuts: &[u32],
         indirect: bool,
-    ) -> Option<Asked> {
+    ) -> Option<Submitted> {
         let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes(), data].concat();
         let readable = self.cut(header.len() as u32, cuts);
         self.put(&readable, &header);
@@ -237,11 +240,18 @@ impl Guest {
         } else {
             self.drivers[queue].add(&readable, &writable)
         }?;
-        Some(Asked { head, writable })
+        Some(Submitted { head, writable })
     }
 
-    /// Puts a request into queue `queue` in the usual three buffers. No kick.
-    pub(super) fn ask(&mut self, queue: usize, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Asked {
+    /// Adds a request to queue `queue` in the usual three buffers. Does not kick.
+    pub(crate) fn submit(
+        &mut self,
+        queue: usize,
+        kind: u32,
+        sector: u64,
+        data: &[u8],
+        read_len: u32,
+    ) -> Submitted {
         let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
         let mut readable = vec![(self.room(16), 16)];
         self.put(&readable, &header);
@@ -256,28 +266,28 @@ impl Guest {
         }
         writable.push((self.room(1), 1));
         self.put(&writable[writable.len() - 1..], &[0xee]);
-        let head = self.drivers[queue].add(&readable, &writable).expect("room in the queue");
-        Asked { head, writable }
+        let head = self.drivers[queue].add(&readable, &writable).expect("the queue has free descriptors");
+        Submitted { head, writable }
     }
 
-    /// Shows the device what was added, and kicks if it wants that.
-    pub(super) fn kick(&mut self, queue: usize) {
+    /// Publishes what was added, and kicks if the device wants that.
+    pub(crate) fn kick(&mut self, queue: usize) {
         self.drivers[queue].enable_interrupts();
         if self.drivers[queue].publish() {
             self.kicks[queue].signal();
         }
     }
 
-    /// What came back for `asked`.
-    pub(super) fn answer(&self, asked: &Asked, used: Used) -> Answer {
-        assert_eq!(used.head, asked.head);
-        let mut data = self.get(&asked.writable);
+    /// The result of `submitted`.
+    pub(crate) fn response(&self, submitted: &Submitted, used: Used) -> Response {
+        assert_eq!(used.head, submitted.head);
+        let mut data = self.get(&submitted.writable);
         let status = data.pop().unwrap();
-        Answer { status, data, written: used.written }
+        Response { status, data, written: used.written }
     }
 
-    /// Lets the worker work until queue `queue` has `count` answers; takes them.
-    pub(super) fn wait(&mut self, queue: usize, count: usize) -> Vec<Used> {
+    /// Runs the worker until queue `queue` has `count` completions, and takes them.
+    pub(crate) fn wait(&mut self, queue: usize, count: usize) -> Vec<Used> {
         let driver = &mut self.drivers[queue];
         let mut got = Vec::new();
         self.worker.run_until(|| {
@@ -291,8 +301,8 @@ impl Guest {
         got
     }
 
-    /// As [`Guest::wait`], while the clock goes on: for devices with limits.
-    pub(super) fn wait_in_time(&mut self, queue: usize, count: usize) -> Vec<Used> {
+    /// Like [`Guest::wait`], with a clock that runs: for devices with rate limits.
+    pub(crate) fn wait_in_time(&mut self, queue: usize, count: usize) -> Vec<Used> {
         let mut got = Vec::new();
         loop {
             self.worker.run();
@@ -309,55 +319,55 @@ impl Guest {
         }
     }
 
-    /// As [`Guest::read`], while the clock goes on.
-    pub(super) fn read_in_time(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
-        let asked = self.ask(0, IN, sector, &[], count * 512);
+    /// Like [`Guest::read`], with a clock that runs.
+    pub(crate) fn read_in_time(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
+        let submitted = self.submit(0, IN, sector, &[], count * 512);
         self.kick(0);
         let used = self.wait_in_time(0, 1)[0];
-        let answer = self.answer(&asked, used);
+        let response = self.response(&submitted, used);
         self.forget();
-        (answer.status, answer.data)
+        (response.status, response.data)
     }
 
-    /// One request, from beginning to end.
-    pub(super) fn one(&mut self, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Answer {
-        let asked = self.ask(0, kind, sector, data, read_len);
+    /// One request, from start to end.
+    pub(crate) fn one(&mut self, kind: u32, sector: u64, data: &[u8], read_len: u32) -> Response {
+        let submitted = self.submit(0, kind, sector, data, read_len);
         self.kick(0);
         let used = self.wait(0, 1)[0];
-        let answer = self.answer(&asked, used);
+        let response = self.response(&submitted, used);
         self.next_addr = ARENA;
-        answer
+        response
     }
 
-    pub(super) fn read(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
-        let answer = self.one(IN, sector, &[], count * 512);
-        assert_eq!(answer.written, if answer.status == 0 { count * 512 + 1 } else { 0 });
-        (answer.status, answer.data)
+    pub(crate) fn read(&mut self, sector: u64, count: u32) -> (u8, Vec<u8>) {
+        let response = self.one(IN, sector, &[], count * 512);
+        assert_eq!(response.written, if response.status == 0 { count * 512 + 1 } else { 0 });
+        (response.status, response.data)
     }
 
-    pub(super) fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
-        let answer = self.one(OUT, sector, data, 0);
-        assert_eq!(answer.written, 1);
-        answer.status
+    pub(crate) fn write(&mut self, sector: u64, data: &[u8]) -> u8 {
+        let response = self.one(OUT, sector, data, 0);
+        assert_eq!(response.written, 1);
+        response.status
     }
 
-    /// Forgets the memory of requests, none of which may be in flight.
-    pub(super) fn forget(&mut self) {
+    /// Frees the memory of requests, none of which may be in flight.
+    pub(crate) fn forget(&mut self) {
         assert!(self.drivers.iter().all(|driver| driver.out() == 0));
         self.next_addr = ARENA;
     }
 }
 
-/// The payload of a discard or zeroing.
-pub(super) fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
+/// The payload of a discard or write-zeroes.
+pub(crate) fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
     let one = |&(sector, count, flags): &(u64, u32, u32)| {
         [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
     };
     ranges.iter().flat_map(one).collect()
 }
 
-/// A file of `sectors` sectors with a pattern, and how to open it.
-pub(super) fn disk(dir: &Path, sectors: u64, engine: IoEngine) -> (DiskOptions, Vec<u8>) {
+/// A file of `sectors` sectors with a pattern, and the options to open it.
+pub(crate) fn disk(dir: &Path, sectors: u64, engine: IoEngine) -> (DiskOptions, Vec<u8>) {
     let content = pattern(0x77, 0, sectors * SECTOR);
     let path = dir.join("disk");
     std::fs::write(&path, &content).unwrap();

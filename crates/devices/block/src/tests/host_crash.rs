@@ -1,16 +1,15 @@
-//! The host goes down at any moment, and loses any part of what was not synced: what an overlay holds then.
+//! Crashes of the host at any moment, with the loss of any part of what was not synced.
 //!
-//! And syncs fail: then the host loses any part of what was not synced before, at any time, whatever later syncs say, and whether it goes
-//! down or only the monitor is killed.
+//! After a failed sync, the host may also lose any part of what was not synced before it, at any
+//! time, whatever later syncs return, and also if only the monitor is killed.
 
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 
 use super::crash::as_if_host_crashed;
-use super::recorder::{Deed, Deeds, Recorder};
-use super::*;
-use crate::engine::Engine;
+use super::recorder::{FileOp, OpLog, RecordingEngine};
+use super::rig::*;
 use sync::locked;
 
 const SECTORS: u64 = 300;
@@ -28,7 +27,7 @@ enum Step {
     Flush,
     /// The next sync fails.
     FailSync,
-    /// Lets some of what was started happen, and not all.
+    /// Carries out some of what was started.
     Some(u8),
 }
 
@@ -43,30 +42,32 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What a sector may hold after a crash: its content at the last flush that ended, or anything that was written since.
+/// What a sector may have after a crash: its content at the last completed flush, or anything
+/// written since.
 struct Model {
-    /// By sector: the contents that it had, each as the byte that fills it. The first is the one at the last flush.
+    /// By sector: the bytes that filled it, from its content at the last flush on.
     may_hold: Vec<Vec<u8>>,
-    /// By flush in flight: how long each list was when it was started.
+    /// By flush in flight: the length of each list when it was started.
     flushes: Vec<(Token, Vec<usize>)>,
-    /// Writes in flight: which sectors, and with what.
+    /// Writes in flight: the first sector, the number of sectors, and the byte.
     writes: Vec<(Token, u64, u64, u8)>,
 }
 
 impl Model {
-    /// Takes in what is over; `failed` is whether a sync has failed.
+    /// Takes completions; `failed` is whether a sync has failed.
     fn take(&mut self, rig: &mut Rig, failed: bool) {
-        while let Some((token, result)) = rig.queue.finished() {
+        while let Some((token, result)) = rig.queue.pop_completion() {
             assert!(result.is_ok() || failed, "{result:?}");
             self.writes.retain(|write| write.0 != token);
             if failed && let Some(at) = self.flushes.iter().position(|flush| flush.0 == token) {
-                assert_eq!(result, Err(Errno::IO), "a flush vouches for a disk after a failed sync");
+                assert_eq!(result, Err(Errno::IO), "a flush succeeded after a failed sync");
                 self.flushes.swap_remove(at);
             }
             if let Some(at) = self.flushes.iter().position(|flush| flush.0 == token) {
                 let (_, lens) = self.flushes.swap_remove(at);
                 for (index, len) in lens.into_iter().enumerate() {
-                    // Everything before the last content that was complete when the flush began is gone for good.
+                    // All contents before the last one that was complete when the flush began are
+                    // gone.
                     self.may_hold[index].drain(..len - 1);
                     for (_, others) in &mut self.flushes {
                         others[index] -= (len - 1).min(others[index] - 1);
@@ -84,7 +85,7 @@ impl Model {
 fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let base = dir.path().join("base");
-    // Sector n of the base is full of n's low byte, of the low half; what is written is of the high half.
+    // Bytes of the base are below 128, written bytes are above.
     let fill: Vec<u8> = (0..SECTORS).flat_map(|sector| [(sector % 100) as u8 + 1; 512]).collect();
     std::fs::write(&base, fill).unwrap();
     let top = dir.path().join("top");
@@ -92,11 +93,11 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
 
     let mut rig = Rig::open(&options);
     let before = std::fs::read(&top).unwrap();
-    let deeds = Arc::new(Mutex::new(Vec::new()));
-    let has_failed = |deeds: &Deeds| locked(deeds).iter().any(|deed| matches!(deed, Deed::FailedSync));
-    let recorder = Recorder::new(rig.disk.files(), Arc::clone(&deeds));
+    let log = Arc::new(Mutex::new(Vec::new()));
+    let has_failed = |log: &OpLog| locked(log).iter().any(|op| matches!(op, FileOp::FailedSync));
+    let recorder = RecordingEngine::new(rig.disk.files(), Arc::clone(&log));
     let syncs = Arc::clone(&recorder.syncs);
-    rig.queue = rig.disk.queue_with(Engine::Recorded(recorder));
+    rig.queue = rig.disk.queue_with(Box::new(recorder));
     let may_hold = (0..SECTORS).map(|sector| vec![(sector % 100) as u8 + 1]).collect();
     let mut model = Model { may_hold, flushes: vec![], writes: vec![] };
 
@@ -129,7 +130,7 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
             }
             Step::Flush => {
                 let token = rig.start(0, Request::Flush);
-                // A flush covers what was over when it began.
+                // A flush covers what was complete when it began.
                 let lens = (0..SECTORS).map(|sector| {
                     let list = &model.may_hold[sector as usize];
                     list.len() - usize::from(model.is_busy(sector, 1))
@@ -141,32 +142,33 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
             Step::Some(count) => kicks = count,
         }
         for _ in 0..kicks {
-            rig.queue.kick();
-            model.take(&mut rig, has_failed(&deeds));
-            if locked(&deeds).len() >= crash_at {
+            rig.queue.submit_and_reap();
+            model.take(&mut rig, has_failed(&log));
+            if locked(&log).len() >= crash_at {
                 break 'steps;
             }
         }
     }
 
     if only_killed {
-        // At a moment when nothing is in flight.
+        // A moment when nothing is in flight.
         rig.queue.drain();
-        model.take(&mut rig, has_failed(&deeds));
+        model.take(&mut rig, has_failed(&log));
     }
 
-    // The host goes down. What was synced is there, of the rest any part. After a kill all is there but what a failed sync was about.
+    // The host crashes. What was synced is there, and any part of the rest. After a kill everything
+    // is there but what a failed sync has lost.
     let mut file = before;
-    let deeds = locked(&deeds).clone();
+    let log = locked(&log).clone();
     let last_sync =
-        |deeds: &[Deed]| deeds.iter().rposition(|deed| matches!(deed, Deed::Sync)).map_or(0, |at| at + 1);
-    let failed = deeds.iter().position(|deed| matches!(deed, Deed::FailedSync));
-    let doubtful = failed.map_or(0..0, |failed| last_sync(&deeds[..failed])..failed);
-    let kept = if only_killed { deeds.len() } else { last_sync(&deeds) };
+        |log: &[FileOp]| log.iter().rposition(|op| matches!(op, FileOp::Sync)).map_or(0, |at| at + 1);
+    let failed = log.iter().position(|op| matches!(op, FileOp::FailedSync));
+    let doubtful = failed.map_or(0..0, |failed| last_sync(&log[..failed])..failed);
+    let kept = if only_killed { log.len() } else { last_sync(&log) };
     let mut lost = lost.iter().cycle();
-    for (index, deed) in deeds.iter().enumerate() {
+    for (index, op) in log.iter().enumerate() {
         let is_safe = index < kept && !doubtful.contains(&index);
-        if let Deed::Write { offset, bytes } = deed
+        if let FileOp::Write { offset, bytes } = op
             && (is_safe || !lost.next().unwrap())
         {
             file[*offset as usize..*offset as usize + bytes.len()].copy_from_slice(bytes);
@@ -184,7 +186,7 @@ fn run(steps: &[Step], lost: &[bool], crash_at: usize, only_killed: bool) {
         let may_hold = &model.may_hold[sector];
         assert!(may_hold.contains(&bytes[0]), "sector {sector} holds {}, none of {may_hold:?}", bytes[0]);
     }
-    // What is left in flight ends before the memory it uses goes.
+    // What is in flight ends before its memory is freed.
     rig.queue.drain();
 }
 
@@ -192,7 +194,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_a_crash_of_the_host_loses_what_was_flushed_is_there_and_the_rest_is_old_or_new(
+    fn overlay_keeps_flushed_writes_after_a_host_crash(
         steps in prop::collection::vec(step(), 1..60),
         lost in prop::collection::vec(any::<bool>(), 1..50),
         crash_at in 1..400usize,

@@ -1,10 +1,10 @@
-//! Random requests, on every kind of disk and with both engines.
+//! Random requests, on every kind of disk and with both engines, against a vector of bytes.
 
 use proptest::prelude::*;
 
-use super::*;
+use super::rig::*;
 
-/// A size that is no multiple of a map's page, nor of anything else.
+/// A size that is no multiple of a map's page.
 const SECTORS: u64 = 4096 + 77;
 
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ enum Step {
         unmap: bool,
     },
     Flush,
-    /// Lets all that was started come to its end.
+    /// Waits for all requests.
     Wait,
     /// Closes the disk and opens it again.
     Reopen,
@@ -38,7 +38,7 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let range = || {
-        // Small ones, close together so that they meet; and some that must be worked off in parts.
+        // Small ones, close together so that they overlap, and some that are split into parts.
         let small = (0..200u64, 1..40u64);
         let large = (0..SECTORS, 1..SECTORS);
         prop_oneof![4 => small, 1 => large].prop_map(|(sector, count)| (sector, count.min(SECTORS - sector)))
@@ -56,14 +56,14 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A read in flight: its token, where it goes, and what it must return.
+/// A read in flight: its token, its buffers, and the expected data.
 type PendingRead = (Token, Vec<(u64, usize)>, Vec<u8>);
 
-/// How a disk is served: with which engine, on what kind of worker, on which file system.
+/// How a disk is served: the engine, the kind of worker, the file system.
 #[derive(Debug, Clone, Copy)]
 struct How {
     engine: IoEngine,
-    patience: Patience,
+    blocking: Blocking,
     in_memory: bool,
 }
 
@@ -71,7 +71,7 @@ impl How {
     fn any() -> impl Strategy<Value = How> {
         (0..2usize, any::<bool>(), any::<bool>()).prop_map(|(engine, may_wait, in_memory)| How {
             engine: ENGINES[engine],
-            patience: if may_wait { Patience::MayWait } else { Patience::None },
+            blocking: if may_wait { Blocking::Allowed } else { Blocking::Never },
             in_memory,
         })
     }
@@ -81,9 +81,10 @@ impl How {
     }
 }
 
-/// Runs `steps`; requests that overlap one in flight wait for it, because the model has no opinion on their order.
+/// Runs `steps`. A request that overlaps one in flight waits for it, because their order is
+/// undefined.
 fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
-    let mut rig = Rig::open_with(options, how.patience);
+    let mut rig = Rig::open_with(options, how.blocking);
     let mut busy: Vec<(u64, u64)> = Vec::new();
     let mut reads: Vec<PendingRead> = Vec::new();
     for step in steps {
@@ -97,7 +98,7 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
         let meets = range.is_some_and(|(from, to)| busy.iter().any(|&(a, b)| from < b && a < to));
         let no_room = rig.next_addr > 4 << 20;
         if meets || no_room || matches!(step, Step::Wait | Step::Reopen) {
-            settle(&mut rig, &mut reads);
+            wait_for_all(&mut rig, &mut reads);
             busy.clear();
         }
         busy.extend(range);
@@ -128,19 +129,19 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
             Step::Wait => {}
             Step::Reopen => {
                 drop(rig);
-                rig = Rig::open_with(options, how.patience);
+                rig = Rig::open_with(options, how.blocking);
             }
         }
-        rig.queue.kick();
+        rig.queue.submit_and_reap();
     }
-    settle(&mut rig, &mut reads);
+    wait_for_all(&mut rig, &mut reads);
     for (index, expected) in model.chunks(1 << 20).enumerate() {
         let got = rig.read((index as u64) << 20, expected.len() as u64).unwrap();
         assert!(got == expected, "the disk differs from the model in MiB {index}");
     }
 }
 
-fn settle(rig: &mut Rig, reads: &mut Vec<PendingRead>) {
+fn wait_for_all(rig: &mut Rig, reads: &mut Vec<PendingRead>) {
     for (token, result) in rig.finish() {
         result.unwrap_or_else(|errno| panic!("request {token}: {errno}"));
     }
@@ -160,7 +161,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_file_is_what_was_written_to_it(steps in prop::collection::vec(step(), 1..60), how in How::any()) {
+    fn raw_file_agrees_with_the_model(steps in prop::collection::vec(step(), 1..60), how in How::any()) {
         let dir = how.dir();
         let (base, mut model) = new_base(dir.path());
         run(&raw(&base, how.engine), how, &mut model, &steps);
@@ -168,16 +169,16 @@ proptest! {
     }
 
     #[test]
-    fn an_overlay_is_what_was_written_to_it(steps in prop::collection::vec(step(), 1..60), how in How::any()) {
+    fn overlay_agrees_with_the_model(steps in prop::collection::vec(step(), 1..60), how in How::any()) {
         let dir = how.dir();
         let (base, mut model) = new_base(dir.path());
-        let beneath = model.clone();
+        let before = model.clone();
         run(&overlaid(&base, dir.path().join("top"), vec![], how.engine), how, &mut model, &steps);
-        prop_assert!(std::fs::read(base).unwrap() == beneath, "what lies beneath was written to");
+        prop_assert!(std::fs::read(base).unwrap() == before, "the base was written");
     }
 
     #[test]
-    fn overlays_can_be_stacked(
+    fn stacked_overlays_agree_with_the_model(
         layers in prop::collection::vec(prop::collection::vec(step(), 1..30), 3),
         how in How::any(),
     ) {
@@ -195,7 +196,7 @@ proptest! {
     }
 
     #[test]
-    fn an_overlay_that_does_not_wait_for_disks_keeps_everything_too(
+    fn unsafe_overlay_agrees_with_the_model(
         steps in prop::collection::vec(step(), 1..60),
         how in How::any(),
     ) {
@@ -206,9 +207,9 @@ proptest! {
     }
 }
 
-/// A larger disk on top: what the disk beneath does not have reads as zeros.
+/// What the base does not have reads as zeros.
 #[test]
-fn an_overlay_can_be_larger_than_what_lies_beneath() {
+fn overlay_can_be_larger_than_its_base() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (base, content) = new_base(dir.path());
@@ -227,9 +228,9 @@ fn an_overlay_can_be_larger_than_what_lies_beneath() {
     }
 }
 
-/// More requests at once than an engine has room for, all on the same few sectors.
+/// More requests at once than the ring has entries, all on the same few sectors.
 #[test]
-fn many_requests_at_once_all_come_to_an_end() {
+fn more_requests_than_ring_entries_all_complete() {
     for engine in ENGINES {
         let dir = tempfile::tempdir().unwrap();
         let (base, content) = new_base(dir.path());
@@ -240,7 +241,7 @@ fn many_requests_at_once_all_come_to_an_end() {
         let results = rig.finish();
         assert_eq!(results.len(), 1000);
         assert!(results.iter().all(|(_, result)| result.is_ok()));
-        // Each sector holds one of the two patterns that were written to it.
+        // Each sector has one of the two patterns that were written to it.
         let got = rig.read(0, 9 * SECTOR).unwrap();
         for (index, sector) in got.chunks(512).enumerate().take(8) {
             assert!(sector.iter().all(|&byte| byte == sector[0]));

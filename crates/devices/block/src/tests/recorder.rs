@@ -1,6 +1,7 @@
-//! An engine that tells what it did to the last of its files, in order.
+//! An engine that logs what it does to the last of its files, in order.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -9,80 +10,85 @@ use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
-use crate::blocking::carry_out;
-use crate::engine::{Done, Op, Transfer};
-use crate::tests::SECTOR;
+use crate::SECTOR;
+use crate::engine::{Done, Engine, Op, Transfer, carry_out};
 use sync::locked;
 
-/// Something that was done to a file.
+/// An operation on a file.
 #[derive(Debug, Clone)]
-pub(crate) enum Deed {
-    /// These bytes stand at this offset now.
+pub(crate) enum FileOp {
+    /// These bytes were written at this offset.
     Write { offset: u64, bytes: Vec<u8> },
-    /// All that was done before is durable now.
+    /// Everything before is durable.
     Sync,
-    /// What was done since the last sync may be lost at any time, whatever later syncs say.
+    /// What was done since the last sync may be lost at any time, whatever later syncs return.
     FailedSync,
 }
 
-/// Where the last of the files cannot be written.
-pub(crate) type Broken = Arc<Mutex<Range<u64>>>;
+/// Offsets of the last file that cannot be written.
+pub(crate) type BrokenRange = Arc<Mutex<Range<u64>>>;
 
-/// What goes wrong with the last of the files, and what else was done to it.
+/// Faults of the last file, and a log of its holes.
 #[derive(Debug, Default)]
-pub(crate) struct Syncs {
-    /// No sync and no discard comes to its end.
+pub(crate) struct Faults {
+    /// Syncs and discards do not complete.
     pub(crate) stalled: AtomicBool,
-    /// What the next sync fails with.
+    /// The error of the next sync.
     pub(crate) error: Mutex<Option<Errno>>,
-    /// The file system or device can neither punch holes nor zero ranges.
+    /// The file system can neither punch holes nor zero ranges.
     pub(crate) no_ranges: AtomicBool,
-    /// The lengths of the holes that were punched, in order.
+    /// Lengths of the holes that were punched, in order.
     pub(crate) holes: Mutex<Vec<u64>>,
 }
 
-/// What was done, in order.
-pub(crate) type Deeds = Arc<Mutex<Vec<Deed>>>;
+/// The operations, in order.
+pub(crate) type OpLog = Arc<Mutex<Vec<FileOp>>>;
 
-/// Carries transfers out one after the other, the latest first: nobody may rely on their order.
+/// Carries out one transfer at a time, the latest first, since their order is undefined.
 #[derive(Debug)]
-pub(crate) struct Recorder<T> {
+pub(crate) struct RecordingEngine<T> {
     files: Vec<Arc<File>>,
-    /// None if nobody asks.
-    deeds: Option<Deeds>,
-    pub(super) broken: Broken,
-    pub(crate) syncs: Arc<Syncs>,
-    noted: VecDeque<Transfer<T>>,
+    /// `None` if nothing is logged.
+    log: Option<OpLog>,
+    pub(crate) broken: BrokenRange,
+    pub(crate) syncs: Arc<Faults>,
+    queued: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
 
-impl<T> Recorder<T> {
-    pub(super) fn new(files: Vec<Arc<File>>, deeds: Deeds) -> Self {
-        let broken = Broken::default();
-        Recorder {
+impl<T> RecordingEngine<T> {
+    pub(crate) fn new(files: Vec<Arc<File>>, log: OpLog) -> Self {
+        let broken = BrokenRange::default();
+        RecordingEngine {
             files,
-            deeds: Some(deeds),
+            log: Some(log),
             broken,
             syncs: Arc::default(),
-            noted: VecDeque::new(),
+            queued: VecDeque::new(),
             done: Vec::new(),
         }
     }
 
-    /// The same without a record.
-    pub(super) fn without_record(self) -> Self {
-        Recorder { deeds: None, ..self }
+    /// The same engine without a log.
+    pub(crate) fn without_record(self) -> Self {
+        RecordingEngine { log: None, ..self }
     }
 
-    pub(crate) fn push(&mut self, transfer: Transfer<T>) {
-        self.noted.push_back(transfer);
+    fn is_stalled(&self, transfer: &Transfer<T>) -> bool {
+        matches!(transfer.op(), Op::Sync | Op::PunchHole) && self.syncs.stalled.load(Ordering::Relaxed)
+    }
+}
+
+impl<T: fmt::Debug + Send> Engine<T> for RecordingEngine<T> {
+    fn push(&mut self, transfer: Transfer<T>) {
+        self.queued.push_back(transfer);
     }
 
-    /// Carries out one of those that were noted.
-    pub(crate) fn submit(&mut self) {
-        let Some(index) = self.noted.iter().rposition(|transfer| !self.is_stalled(transfer)) else { return };
-        let Some(mut transfer) = self.noted.remove(index) else { return };
-        let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.left());
+    /// Carries out one of the queued transfers.
+    fn submit(&mut self) {
+        let Some(index) = self.queued.iter().rposition(|transfer| !self.is_stalled(transfer)) else { return };
+        let Some(mut transfer) = self.queued.remove(index) else { return };
+        let (op, offset, len) = (transfer.op(), transfer.offset(), transfer.remaining());
         let top = usize::from(transfer.file()) == self.files.len() - 1;
         let fails = top && op == Op::Write && locked(&self.broken).contains(&offset);
         let sync_error = if top && op == Op::Sync { locked(&self.syncs.error).take() } else { None };
@@ -92,8 +98,8 @@ impl<T> Recorder<T> {
         }
         let result = match sync_error {
             Some(errno) => {
-                if let Some(deeds) = &self.deeds {
-                    locked(deeds).push(Deed::FailedSync);
+                if let Some(log) = &self.log {
+                    locked(log).push(FileOp::FailedSync);
                 }
                 Err(errno)
             }
@@ -103,39 +109,35 @@ impl<T> Recorder<T> {
         };
         if top
             && result.is_ok()
-            && let Some(deeds) = &self.deeds
+            && let Some(log) = &self.log
         {
             match op {
                 Op::Read | Op::WriteBack => {}
                 Op::Write | Op::PunchHole | Op::ZeroRange => {
                     let mut bytes = vec![0; len as usize];
                     self.files[self.files.len() - 1].read_exact_at(&mut bytes, offset).unwrap();
-                    // One sector each: that is what a disk writes whole.
+                    // One sector each: a disk writes a sector atomically.
                     for (index, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
                         let (offset, bytes) = (offset + index as u64 * SECTOR, bytes.to_vec());
-                        locked(deeds).push(Deed::Write { offset, bytes });
+                        locked(log).push(FileOp::Write { offset, bytes });
                     }
                 }
-                Op::Sync => locked(deeds).push(Deed::Sync),
+                Op::Sync => locked(log).push(FileOp::Sync),
             }
         }
         self.done.push(transfer.finish(result));
     }
 
-    pub(crate) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+    fn reap(&mut self, done: &mut Vec<Done<T>>) {
         done.append(&mut self.done);
     }
 
-    fn is_stalled(&self, transfer: &Transfer<T>) -> bool {
-        matches!(transfer.op(), Op::Sync | Op::PunchHole) && self.syncs.stalled.load(Ordering::Relaxed)
+    /// Whether a transfer can be carried out or reaped.
+    fn has_more(&self) -> bool {
+        !self.done.is_empty() || self.queued.iter().any(|transfer| !self.is_stalled(transfer))
     }
 
-    /// Whether something can be carried out or is to be taken.
-    pub(crate) fn has_more(&self) -> bool {
-        !self.done.is_empty() || self.noted.iter().any(|transfer| !self.is_stalled(transfer))
-    }
-
-    pub(crate) fn in_flight(&self) -> usize {
-        self.noted.len() + self.done.len()
+    fn in_flight(&self) -> usize {
+        self.queued.len() + self.done.len()
     }
 }

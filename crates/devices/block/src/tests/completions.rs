@@ -1,21 +1,20 @@
-//! What an answer promises: the used length covers only bytes that were written, and a change is durable where the driver does not
-//! flush.
+//! Completions: the used length covers only bytes that were written, and a change is durable if the
+//! driver does not flush.
 
 use proptest::prelude::*;
 
 use super::guest::*;
-use super::recorder::{Deed, Deeds, Recorder};
-use super::*;
-use crate::engine::Engine;
-use crate::lane::Part;
+use super::recorder::{FileOp, OpLog, RecordingEngine};
+use super::rig::*;
+use crate::backend_slot::BackendHandle;
 use sync::locked;
 use virtio::rate_limiter::RateLimiterConfig;
 
 const SECTORS: u64 = 64;
-/// What [`Guest::ask_cut`] fills device-writable buffers with. No disk here holds it, and it is no status.
+/// Fills device-writable buffers before a request. No disk here has this byte, and it is no status.
 const UNWRITTEN: u8 = 0xee;
 
-/// A disk without a byte that is [`UNWRITTEN`].
+/// A disk without [`UNWRITTEN`] bytes.
 fn plain_disk(dir: &Path, engine: IoEngine) -> DiskOptions {
     let (options, content) = disk(dir, SECTORS, engine);
     std::fs::write(&options.path, content.into_iter().map(|byte| byte % UNWRITTEN).collect::<Vec<_>>())
@@ -24,7 +23,7 @@ fn plain_disk(dir: &Path, engine: IoEngine) -> DiskOptions {
 }
 
 #[derive(Debug, Clone)]
-struct Asking {
+struct Submission {
     kind: u32,
     sector: u64,
     data: Vec<u8>,
@@ -33,7 +32,7 @@ struct Asking {
     indirect: bool,
 }
 
-fn asking() -> impl Strategy<Value = Asking> {
+fn submission() -> impl Strategy<Value = Submission> {
     let kind = prop_oneof![
         4 => Just(IN),
         2 => Just(OUT),
@@ -59,7 +58,7 @@ fn asking() -> impl Strategy<Value = Asking> {
     ];
     let cuts = prop_oneof![Just(vec![u32::MAX]), prop::collection::vec(1..700u32, 1..6)];
     (kind, 0..SECTORS + 4, data, read_len, cuts, any::<bool>()).prop_map(
-        |(kind, sector, data, read_len, cuts, indirect)| Asking {
+        |(kind, sector, data, read_len, cuts, indirect)| Submission {
             kind,
             sector,
             data,
@@ -75,7 +74,7 @@ proptest! {
 
     #[test]
     fn used_length_covers_only_written_bytes(
-        askings in prop::collection::vec(asking(), 1..40),
+        submissions in prop::collection::vec(submission(), 1..40),
         read_only: bool,
         shrunk: bool,
         engine in 0..2usize,
@@ -84,57 +83,57 @@ proptest! {
         let options = plain_disk(dir.path(), ENGINES[engine]);
         let mut guest = Guest::new(&DiskOptions { read_only, ..options.clone() });
         if shrunk {
-            // Reads and writes of the upper half fail, or fill a part of their buffers.
+            // Reads and writes of the upper half fail, or fill only part of their buffers.
             std::fs::File::options().write(true).open(&options.path).unwrap().set_len(SECTORS * 256).unwrap();
         }
-        for Asking { kind, sector, data, read_len, cuts, indirect } in &askings {
+        for Submission { kind, sector, data, read_len, cuts, indirect } in &submissions {
             guest.forget();
-            let asked = guest.ask_cut(0, (*kind, *sector), data, *read_len, cuts, *indirect);
-            // The queue has no room for so many buffers.
-            let Some(asked) = asked else { continue };
+            let submitted = guest.submit_cut(0, (*kind, *sector), data, *read_len, cuts, *indirect);
+            // The queue has too few free descriptors.
+            let Some(submitted) = submitted else { continue };
             guest.kick(0);
             let used = guest.wait(0, 1)[0];
-            let answer = guest.answer(&asked, used);
-            let begun = answer.data.iter().take_while(|&&byte| byte != UNWRITTEN).count() as u32;
-            let written = if begun == *read_len { begun + 1 } else { begun };
+            let response = guest.response(&submitted, used);
+            let filled = response.data.iter().take_while(|&&byte| byte != UNWRITTEN).count() as u32;
+            let written = if filled == *read_len { filled + 1 } else { filled };
             prop_assert!(
-                answer.written <= written,
-                "kind {kind}, status {}: {} bytes claimed, {written} written", answer.status, answer.written
+                response.written <= written,
+                "kind {kind}, status {}: {} bytes claimed, {written} written", response.status, response.written
             );
-            // And what was written is claimed.
-            match (*kind, answer.status) {
-                (IN, 0) => prop_assert_eq!(answer.written, read_len + 1),
-                (GET_ID, 0) => prop_assert_eq!(answer.written, if *read_len == 20 { 21 } else { 20 }),
-                _ if *read_len == 0 => prop_assert_eq!(answer.written, 1),
+            // What was written is in the used length, too.
+            match (*kind, response.status) {
+                (IN, 0) => prop_assert_eq!(response.written, read_len + 1),
+                (GET_ID, 0) => prop_assert_eq!(response.written, if *read_len == 20 { 21 } else { 20 }),
+                _ if *read_len == 0 => prop_assert_eq!(response.written, 1),
                 _ => {}
             }
         }
     }
 }
 
-/// Case 21: the status is the only byte that is written, and it is not the first.
+/// The status is the only byte that is written, and it is not the first.
 #[test]
 fn failed_write_with_writable_data_claims_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let mut guest = Guest::new(&plain_disk(dir.path(), IoEngine::Async));
-    let answer = guest.one(OUT, 0, &[], 512);
-    assert_eq!((answer.status, answer.written), (1, 0));
+    let response = guest.one(OUT, 0, &[], 512);
+    assert_eq!((response.status, response.written), (1, 0));
 }
 
-/// A guest on an engine that records what it does, and the record.
-fn recorded(options: &DiskOptions, accepts: u64) -> (Guest, Deeds) {
-    let guest = Guest::with(options, config(1, 1), RateLimiterConfig::default(), Patience::None, accepts);
+/// A guest whose disk is served by a [`RecordingEngine`], and its log.
+fn recorded(options: &DiskOptions, accepts: u64) -> (Guest, OpLog) {
+    let guest = Guest::with(options, config(1, 1), RateLimiterConfig::default(), Blocking::Never, accepts);
     let disk = guest.control.disk();
-    let deeds = Deeds::default();
-    let engine = Engine::Recorded(Recorder::new(disk.files(), deeds.clone()));
-    let part = Part { queue: disk.queue_with(engine), size: disk.size() };
-    drop(guest.control.lanes[0].post(part));
-    (guest, deeds)
+    let log = OpLog::default();
+    let engine = Box::new(RecordingEngine::new(disk.files(), log.clone()));
+    let part = BackendHandle { queue: disk.queue_with(engine), size: disk.size() };
+    drop(guest.control.slots[0].post(part));
+    (guest, log)
 }
 
-/// Whether something was done to the file since the last sync of it.
-fn is_volatile(deeds: &Deeds) -> bool {
-    matches!(locked(deeds).last(), Some(Deed::Write { .. }))
+/// Whether the file was changed since its last sync.
+fn is_volatile(log: &OpLog) -> bool {
+    matches!(locked(log).last(), Some(FileOp::Write { .. }))
 }
 
 #[test]
@@ -154,11 +153,11 @@ fn changes_are_durable_if_the_driver_cannot_flush() {
                 } else {
                     plain
                 };
-                let (mut guest, deeds) = recorded(&options, accepts);
+                let (mut guest, log) = recorded(&options, accepts);
                 for _ in 0..2 {
                     assert_eq!(guest.one(kind, 0, &data, 0).status, 0);
-                    assert!(!locked(&deeds).is_empty());
-                    assert_eq!(is_volatile(&deeds), !durable, "kind {kind}, overlay {with_overlay}");
+                    assert!(!locked(&log).is_empty());
+                    assert_eq!(is_volatile(&log), !durable, "kind {kind}, overlay {with_overlay}");
                 }
                 assert_eq!(guest.control.stats().flush_count.get(), 0);
             }

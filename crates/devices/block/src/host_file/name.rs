@@ -1,4 +1,5 @@
-//! Making the name of a new file durable: a file that is on disk is lost with the host if its directory's entry is not.
+//! Makes the name of a new file durable. A durable file is lost with the host if its directory
+//! entry is not durable.
 
 use std::fs::File;
 use std::io;
@@ -7,15 +8,16 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-/// Most symbolic links that are followed, as the kernel follows them.
+/// Most symbolic links that are followed; the kernel's limit.
 const MAX_LINKS: usize = 40;
 
-/// Makes the directory entry of the file at `path` durable. Blocks. The entry of a symbolic link's target, where it is one.
+/// Makes the directory entry of the file at `path` durable; that of the target if it is a symbolic
+/// link. Blocks.
 ///
-/// To be called before anything names the file: a configuration, a state file, an answer.
+/// Call it before the file is named in a configuration, a state file or a response.
 pub fn make_name_durable(path: &Path) -> io::Result<()> {
     if std::fs::metadata(path)?.nlink() == 0 {
-        // It has no name: it was inherited, and is named by its descriptor.
+        // The file has no name: it is inherited, and `path` is that of its descriptor.
         return Ok(());
     }
     let file = target_of(path);
@@ -28,18 +30,18 @@ pub fn make_name_durable(path: &Path) -> io::Result<()> {
     };
     match File::open(dir) {
         Ok(dir) => match rustix::fs::fsync(&dir) {
-            // A file system that cannot sync directories.
+            // The file system cannot sync directories.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(()),
             result => Ok(result?),
         },
-        // Files can be made in a directory that cannot be read, and a descriptor's link names one that may not be there. Then the file system is
-        // synced as a whole.
+        // Files can be created in a directory that cannot be read, and a descriptor's link may name
+        // a directory that is not visible here. Then the whole file system is synced.
         Err(_) => Ok(rustix::fs::syncfs(File::open(path)?)?),
     }
 }
 
-/// The file that `path` is, whose directory has its entry. The links of `/proc` in the middle of a path mean more than their text, so
-/// the directory is left as it is named.
+/// The file at `path`, with symbolic links of the last component followed. Links in the directory
+/// part, such as those of `/proc`, are left to the kernel.
 fn target_of(path: &Path) -> PathBuf {
     let mut target = path.to_owned();
     for _ in 0..MAX_LINKS {
@@ -49,9 +51,9 @@ fn target_of(path: &Path) -> PathBuf {
     target
 }
 
-/// Which names were made durable, for tests.
+/// The names that were made durable, for tests.
 #[cfg(test)]
-pub(super) mod record {
+pub(crate) mod record {
     use std::cell::RefCell;
     use std::path::{Path, PathBuf};
 
@@ -59,7 +61,7 @@ pub(super) mod record {
         static NAMES: RefCell<Vec<PathBuf>> = const { RefCell::new(Vec::new()) };
     }
 
-    pub(super) fn note(path: &Path) {
+    pub(crate) fn note(path: &Path) {
         NAMES.with_borrow_mut(|names| names.push(path.into()));
     }
 
@@ -74,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_directory_of_a_links_target_is_the_one_that_is_synced() {
+    fn directory_of_a_symlink_target_is_synced() {
         let home = tempfile::tempdir().unwrap();
         let file = home.path().join("dir/file");
         std::fs::create_dir(home.path().join("dir")).unwrap();
@@ -86,9 +88,9 @@ mod tests {
         assert!(make_name_durable(&home.path().join("missing")).is_err());
     }
 
-    /// Directories that have no path but that of a descriptor, and files that have no name.
+    /// Directories that only have the path of a descriptor, and files without a name.
     #[test]
-    fn files_that_only_a_descriptor_names_are_made_durable() {
+    fn names_below_proc_self_fd_are_made_durable() {
         use std::os::fd::AsRawFd;
         let home = tempfile::tempdir().unwrap();
         File::create(home.path().join("file")).unwrap();

@@ -1,11 +1,12 @@
-//! System calls that move bytes at once, on the thread that asks.
+//! The synchronous engine: system calls on the thread that submits.
 //!
 //! # Where unsafe is
 //!
-//! This is a leaf module that hands guest memory to the kernel: `preadv` and `pwritev` take addresses.
+//! This leaf module passes guest memory to the kernel: `preadv` and `pwritev` take addresses.
 #![expect(unsafe_code, reason = "preadv and pwritev take the addresses of guest memory")]
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -14,53 +15,56 @@ use std::sync::Arc;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::engine::{Done, Op, Progress, Transfer};
-use super::health::sync_data;
+use super::Engine;
+use super::transfer::{Done, Op, Progress, Transfer};
+use crate::host_file::health::sync_data;
 
-/// Bytes that are moved before whoever waits for the first of them gets a chance to be told.
-pub(super) const TURN: u64 = 128 << 10;
+/// Bytes that one `submit` moves, so that completions are published in between.
+pub(crate) const BYTES_PER_SUBMIT: u64 = 128 << 10;
 
-/// The synchronous engine of a worker that serves nothing but this disk: it may wait for the disk, so it does.
+/// Carries transfers out on the worker's thread. For dedicated workers: it blocks on the disk.
 #[derive(Debug)]
-pub(super) struct BlockingEngine<T> {
+pub(crate) struct BlockingEngine<T> {
     files: Vec<Arc<File>>,
-    noted: VecDeque<Transfer<T>>,
+    queued: VecDeque<Transfer<T>>,
     done: Vec<Done<T>>,
 }
 
 impl<T> BlockingEngine<T> {
-    /// An engine for `files`; a transfer's file is an index into them.
-    pub(super) fn new(files: Vec<Arc<File>>) -> Self {
-        BlockingEngine { files, noted: VecDeque::new(), done: Vec::new() }
+    /// An engine for `files`; the file of a transfer is an index into them.
+    pub(crate) fn new(files: Vec<Arc<File>>) -> Self {
+        BlockingEngine { files, queued: VecDeque::new(), done: Vec::new() }
+    }
+}
+
+impl<T: fmt::Debug + Send> Engine<T> for BlockingEngine<T> {
+    fn push(&mut self, transfer: Transfer<T>) {
+        self.queued.push_back(transfer);
     }
 
-    pub(super) fn push(&mut self, transfer: Transfer<T>) {
-        self.noted.push_back(transfer);
-    }
-
-    /// Carries out what was noted, until it had its turn.
-    pub(super) fn submit(&mut self) {
+    /// Carries out queued transfers, up to [`BYTES_PER_SUBMIT`].
+    fn submit(&mut self) {
         let mut moved = 0;
-        while moved < TURN
-            && let Some(mut transfer) = self.noted.pop_front()
+        while moved < BYTES_PER_SUBMIT
+            && let Some(mut transfer) = self.queued.pop_front()
         {
-            moved += transfer.left().max(4096);
+            moved += transfer.remaining().max(4096);
             let result = carry_out(&mut transfer, &self.files);
             self.done.push(transfer.finish(result));
         }
     }
 
-    pub(super) fn reap(&mut self, done: &mut Vec<Done<T>>) {
+    fn reap(&mut self, done: &mut Vec<Done<T>>) {
         done.append(&mut self.done);
     }
 
-    pub(super) fn in_flight(&self) -> usize {
-        self.noted.len() + self.done.len()
+    fn in_flight(&self) -> usize {
+        self.queued.len() + self.done.len()
     }
 }
 
-/// Does all of one transfer. Waits for the disk.
-pub(super) fn carry_out<T>(transfer: &mut Transfer<T>, files: &[Arc<File>]) -> Result<(), Errno> {
+/// Carries out one transfer. Blocks.
+pub(crate) fn carry_out<T>(transfer: &mut Transfer<T>, files: &[Arc<File>]) -> Result<(), Errno> {
     let file = &*files[usize::from(transfer.file())];
     loop {
         let result = match transfer.op() {
@@ -69,22 +73,22 @@ pub(super) fn carry_out<T>(transfer: &mut Transfer<T>, files: &[Arc<File>]) -> R
             Op::WriteBack => start_write_back(file),
             Op::PunchHole => {
                 let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                errno_of(rustix::fs::fallocate(file, mode, transfer.offset(), transfer.left()))
+                errno_of(rustix::fs::fallocate(file, mode, transfer.offset(), transfer.remaining()))
             }
             Op::ZeroRange => {
                 let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-                errno_of(rustix::fs::fallocate(file, mode, transfer.offset(), transfer.left()))
+                errno_of(rustix::fs::fallocate(file, mode, transfer.offset(), transfer.remaining()))
             }
         };
-        if let Progress::Over(result) = transfer.advance(result) {
+        if let Progress::Finished(result) = transfer.advance(result) {
             return result;
         }
     }
 }
 
-/// Starts write-back of all dirty pages of `file`: 0, or a negative errno.
+/// Starts write-back of all dirty pages of `file`. Returns 0 or a negative errno.
 fn start_write_back(file: &File) -> i32 {
-    // SAFETY: it takes no address.
+    // SAFETY: the call takes no address.
     match unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) } {
         0 => 0,
         _ => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
@@ -95,7 +99,7 @@ fn errno_of(result: Result<(), Errno>) -> i32 {
     result.map_or_else(|errno| -errno.raw_os_error(), |()| 0)
 }
 
-/// One read or write: the count, or a negative errno.
+/// Does one read or write. Returns the byte count or a negative errno.
 fn read_or_write<T>(transfer: &Transfer<T>, file: &File) -> i32 {
     let segments = transfer.segments();
     let iov = segments.as_ptr().cast::<libc::iovec>();
@@ -106,28 +110,29 @@ fn read_or_write<T>(transfer: &Transfer<T>, file: &File) -> i32 {
     let moved = match (transfer.op(), segments) {
         (Op::Read, [one]) => {
             let to = std::ptr::with_exposed_provenance_mut(one.addr);
-            // SAFETY: a transfer's segments are valid while it lives, and those of a read are guest RAM, which no Rust
-            // reference points into (invariant of `Transfer`).
+            // SAFETY: the segments of a transfer are valid while it lives, and those of a read are
+            // guest RAM, to which no Rust reference exists (invariant of `Transfer`).
             unsafe { libc::pread(fd, to, one.len, offset) }
         }
         (Op::Read, _) => {
-            // SAFETY: `Segment` has the layout of `iovec`; for what they point to, see above.
+            // SAFETY: `Segment` has the layout of `iovec`; the memory it points to is as above.
             unsafe { libc::preadv(fd, iov, count, offset) }
         }
         (_, [one]) => {
             let from = std::ptr::with_exposed_provenance(one.addr);
-            // SAFETY: a transfer's segments are valid while it lives (invariant of `Transfer`); they are only read.
+            // SAFETY: the segments of a transfer are valid while it lives (invariant of
+            // `Transfer`), and only read.
             unsafe { libc::pwrite(fd, from, one.len, offset) }
         }
         (_, _) => {
-            // SAFETY: `Segment` has the layout of `iovec`; for what they point to, see above.
+            // SAFETY: `Segment` has the layout of `iovec`; the memory it points to is as above.
             unsafe { libc::pwritev(fd, iov, count, offset) }
         }
     };
     match i32::try_from(moved) {
         Ok(-1) => -io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO),
         Ok(moved) => moved,
-        // More than the kernel moves at once (2^31 - 4096).
+        // More than the kernel moves in one call (2^31 - 4096).
         Err(_) => -libc::EIO,
     }
 }

@@ -1,25 +1,29 @@
-//! The asynchronous engine: one `io_uring` per engine.
+//! The asynchronous engine: one `io_uring`.
 //!
-//! Files are registered once, so that an operation costs no reference counting. The kernel is told to accept nothing but the few
-//! operations that disks need, on registered files only: a ring that falls into wrong hands opens nothing.
+//! Files are registered once, so that operations need no reference counting. Restrictions let the
+//! ring do only the few operations that disks need, and only on registered files: a ring that is
+//! misused opens nothing.
 //!
-//! The ring's own descriptor is what the worker waits on: it is readable while completions are there. What completes
-//! inside `submit` (the page cache) is reaped without any further system call, and no event descriptor has to be read.
+//! The worker waits for the ring's own descriptor, which is readable while there are completions.
+//! Operations that complete inside `submit` (from the page cache) are reaped without another system
+//! call, and there is no event descriptor to read.
 //!
-//! Some transfers would be slower that way: where the kernel cannot know beforehand that it will not wait, it hands them to a thread
-//! of its own, and the way there and back takes longer than the transfer. Those are carried out here, with a plain system call, if
-//! nothing can come of it: files in memory always, other writes if this worker may wait ([`Patience::MayWait`]). One of those that
-//! took long did wait for the disk: then the next [`SHY`] go through the ring, so that reads do not stand behind them.
+//! Some transfers would be slower in the ring. Where the kernel cannot know that an operation will
+//! not block, it hands it to a kernel thread, and that costs more than the operation. The engine
+//! carries these out itself, with a plain system call, if that cannot hurt: files in memory always,
+//! other writes if the worker may block ([`Blocking::Allowed`]). A write that took longer than
+//! [`SLOW_WRITE`] did wait for the disk. Then the next [`FORCED_RING_WRITES`] go through the ring,
+//! so that reads do not wait behind them.
 //!
 //! # Bounds
 //!
-//! At most [`ENTRIES`] operations are in the kernel at a time, half of what the completion queue holds, so that no completion is
-//! ever dropped. What is pushed beyond that waits here.
+//! At most [`ENTRIES`] operations are in the kernel, half the size of the completion queue, so no
+//! completion is dropped. Further transfers wait in the engine.
 //!
 //! # Where unsafe is
 //!
-//! This is a leaf module that hands guest memory to the kernel: the addresses in a submission must stay valid until its
-//! completion. The engine owns each transfer for exactly that long.
+//! This leaf module passes guest memory to the kernel: the addresses in a submission must stay
+//! valid until its completion. The engine owns each transfer for exactly that long.
 #![expect(unsafe_code, reason = "a submission carries the addresses of guest memory")]
 
 use std::collections::VecDeque;
@@ -34,14 +38,16 @@ use io_uring::squeue::Flags;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, register::Restriction, squeue};
 
-use super::blocking::{TURN, carry_out};
-use super::engine::{Done, Op, Patience, Progress, Transfer};
-use super::owner::Owner;
+use super::Engine;
+use super::blocking::{BYTES_PER_SUBMIT, carry_out};
+use super::transfer::{Blocking, Done, Op, Progress, Transfer};
+use crate::creator_pid::CreatorPid;
+use crate::slab::Slab;
 
-/// Most operations that the kernel has at a time.
-pub(super) const ENTRIES: u32 = 128;
+/// Most operations in the kernel.
+pub(crate) const ENTRIES: u32 = 128;
 
-/// The operations that an engine uses.
+/// The operations that the engine uses.
 const OPCODES: [u8; 7] = [
     opcode::Read::CODE,
     opcode::Readv::CODE,
@@ -52,74 +58,74 @@ const OPCODES: [u8; 7] = [
     opcode::Fallocate::CODE,
 ];
 
-/// `IORING_UNREGISTER_FILES`: the one thing that may still be done to a ring that runs.
+/// `IORING_UNREGISTER_FILES`: the only registration allowed once the ring is enabled.
 const UNREGISTER_FILES: u8 = 3;
 
-/// A write that takes longer waited for the disk, or for a processor.
-const LONG: Duration = Duration::from_millis(10);
+/// A write that takes longer has waited for the disk, or for a CPU.
+const SLOW_WRITE: Duration = Duration::from_millis(10);
 
-/// How many writes go through the ring after a long one.
-const SHY: u32 = 64;
+/// Number of writes that go through the ring after a slow one.
+const FORCED_RING_WRITES: u32 = 64;
 
-/// How often `submit` is repeated when the kernel has no memory for a request, before it is left for later.
+/// Most repetitions of `submit` when the kernel has no memory; after that, the rest waits.
 const SUBMIT_ATTEMPTS: u32 = 100;
 
-/// Why there is no asynchronous engine.
+/// Why `io_uring` cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum UringError {
-    /// The kernel has no `io_uring`, it is switched off, or a filter forbids it.
+    /// The kernel has no `io_uring`, or it is disabled or blocked by a seccomp filter.
     #[error("io_uring is not available: {0}")]
     Unavailable(#[source] io::Error),
-    /// The kernel's `io_uring` is too old: it lacks an operation that disks need.
-    #[error("io_uring of this kernel lacks operation {0}")]
+    /// The kernel lacks an operation.
+    #[error("io_uring: the kernel lacks operation {0}")]
     MissingOperation(u8),
-    /// A step of the set-up failed.
-    #[error("cannot {step} io_uring: {source}")]
+    /// A step of the setup failed.
+    #[error("io_uring: cannot {step}: {source}")]
     Setup {
-        /// Which step.
+        /// The step.
         step: &'static str,
         /// The kernel's reason.
         source: io::Error,
     },
 }
 
-/// An `io_uring` and the transfers that it works on.
-pub(super) struct Uring<T> {
-    /// Left alone in a fork: see `Drop`.
+/// An `io_uring` and its transfers.
+pub(crate) struct Uring<T: Send> {
+    /// Not dropped in a fork; see `Drop`.
     ring: ManuallyDrop<IoUring>,
-    /// By `user_data`: the transfers that the kernel works on or that wait for a place in the ring.
-    slots: Vec<Option<Transfer<T>>>,
-    free: Vec<u32>,
+    /// Transfers in the kernel or waiting for a place in the ring, by `user_data`.
+    slots: Slab<Transfer<T>>,
     /// Slots that wait for a place in the ring, in order.
     waiting: VecDeque<u32>,
     /// Transfers that this thread carries out itself, in order.
-    here: VecDeque<Transfer<T>>,
-    /// Those that it has carried out.
-    done_here: Vec<Done<T>>,
-    /// By file: whether all of it is in memory, so that this thread carries out its reads and writes.
+    local: VecDeque<Transfer<T>>,
+    /// Those of them that are complete.
+    local_done: Vec<Done<T>>,
+    /// By file: whether it is in memory, so that this thread carries out its reads and writes.
     in_memory: Vec<bool>,
-    patience: Patience,
-    /// Writes that are still to go through the ring although this thread may wait.
-    shy: u32,
+    blocking: Blocking,
+    /// Writes that still go through the ring although this thread may block.
+    forced_ring_writes: u32,
     /// Operations pushed into the ring and not yet reaped.
     in_ring: u32,
     /// Operations pushed into the ring since the last successful `submit`.
     unsubmitted: u32,
     in_flight: usize,
-    owner: Owner,
-    /// Kept open for as long as the kernel may use them.
+    creator: CreatorPid,
+    /// Kept open while the kernel may use them.
     files: ManuallyDrop<Vec<Arc<File>>>,
 }
 
-impl<T> std::fmt::Debug for Uring<T> {
+impl<T: Send> std::fmt::Debug for Uring<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Uring").field("in_flight", &self.in_flight).finish_non_exhaustive()
     }
 }
 
-impl<T> Uring<T> {
-    /// Sets up a ring for `files`; a transfer's file is an index into them. Without any it only tells whether it can be done.
-    pub(super) fn new(files: Vec<Arc<File>>, patience: Patience) -> Result<Self, UringError> {
+impl<T: Send> Uring<T> {
+    /// Sets up a ring for `files`; the file of a transfer is an index into them. Without files it
+    /// only checks whether `io_uring` can be used.
+    pub(crate) fn new(files: Vec<Arc<File>>, blocking: Blocking) -> Result<Self, UringError> {
         let ring = build()?;
         let submitter = ring.submitter();
         let step = |step| move |source| UringError::Setup { step, source };
@@ -131,7 +137,7 @@ impl<T> Uring<T> {
         }
         let fds: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
         if !fds.is_empty() {
-            submitter.register_files(&fds).map_err(step("register files with"))?;
+            submitter.register_files(&fds).map_err(step("register files"))?;
         }
         let mut restrictions: Vec<Restriction> = OPCODES.map(Restriction::sqe_op).into();
         restrictions.push(Restriction::sqe_flags_allowed(Flags::FIXED_FILE.bits()));
@@ -143,54 +149,37 @@ impl<T> Uring<T> {
         let in_memory = files.iter().map(|file| is_in_memory(file)).collect();
         Ok(Uring {
             ring: ManuallyDrop::new(ring),
-            slots: Vec::new(),
-            free: Vec::new(),
+            slots: Slab::default(),
             waiting: VecDeque::new(),
-            here: VecDeque::new(),
-            done_here: Vec::new(),
+            local: VecDeque::new(),
+            local_done: Vec::new(),
             in_memory,
-            patience,
-            shy: 0,
+            blocking,
+            forced_ring_writes: 0,
             in_ring: 0,
             unsubmitted: 0,
             in_flight: 0,
-            owner: Owner::here(),
+            creator: CreatorPid::current(),
             files: ManuallyDrop::new(files),
         })
     }
 
-    /// The same, and the ring gets reads and writes of files in memory, too.
+    /// The same ring, which also gets reads and writes of files in memory.
     #[cfg(any(test, feature = "testing"))]
-    pub(super) fn with_all_in_ring(mut self) -> Self {
+    pub(crate) fn with_all_in_ring(mut self) -> Self {
         self.in_memory.fill(false);
         self
     }
 
-    pub(super) fn push(&mut self, transfer: Transfer<T>) {
-        self.in_flight += 1;
-        if self.is_for_here(&transfer) {
-            self.here.push_back(transfer);
-            return;
-        }
-        let slot = if let Some(slot) = self.free.pop() {
-            self.slots[slot as usize] = Some(transfer);
-            slot
-        } else {
-            self.slots.push(Some(transfer));
-            (self.slots.len() - 1) as u32
-        };
-        self.start(slot);
-    }
-
     /// Whether this thread carries `transfer` out.
-    fn is_for_here(&mut self, transfer: &Transfer<T>) -> bool {
+    fn runs_locally(&mut self, transfer: &Transfer<T>) -> bool {
         let in_memory = self.in_memory[usize::from(transfer.file())];
         match transfer.op() {
             Op::Read => in_memory,
             Op::Write if in_memory => true,
-            Op::Write if self.patience == Patience::None => false,
-            Op::Write if self.shy > 0 => {
-                self.shy -= 1;
+            Op::Write if self.blocking == Blocking::Never => false,
+            Op::Write if self.forced_ring_writes > 0 => {
+                self.forced_ring_writes -= 1;
                 false
             }
             Op::Write => true,
@@ -198,7 +187,7 @@ impl<T> Uring<T> {
         }
     }
 
-    /// Puts the operation of `slot` into the ring, or into the line for it.
+    /// Puts the operation of `slot` into the ring, or into the queue for it.
     fn start(&mut self, slot: u32) {
         if !self.waiting.is_empty() || self.in_ring == ENTRIES {
             self.waiting.push_back(slot);
@@ -207,42 +196,21 @@ impl<T> Uring<T> {
         self.enter_ring(slot);
     }
 
-    /// Puts the operation of `slot` into the ring, which has room.
+    /// Puts the operation of `slot` into the ring, which is not full.
     fn enter_ring(&mut self, slot: u32) {
-        let transfer = self.slots[slot as usize].as_ref().expect("a slot in use holds a transfer");
+        let transfer = self.slots.get(slot).expect("a slot in use holds a transfer");
         let entry = entry(transfer).flags(Flags::FIXED_FILE).user_data(slot.into());
-        // SAFETY: the segments that the entry points to, and what they point to, stay valid until its completion: `slots`
-        // owns the transfer until then and neither changes it nor lets it go, and moving it leaves the segments, which are
-        // on the heap, where they are. Segments that the kernel writes to are guest RAM (invariant of `Transfer`).
+        // SAFETY: the segments of the entry, and the memory they point to, stay valid until its
+        // completion. `slots` owns the transfer until then and neither changes nor drops it. Moving
+        // the transfer does not move the segments, which are on the heap. The kernel writes only to
+        // segments that are guest RAM (invariant of `Transfer`).
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.expect("at most ENTRIES operations are in the ring");
         self.in_ring += 1;
         self.unsubmitted += 1;
     }
 
-    pub(super) fn submit(&mut self) {
-        // First what goes on by itself.
-        self.enter(0);
-        if self.here.is_empty() {
-            return;
-        }
-        let mut moved = 0;
-        let mut begun = Instant::now();
-        while moved < TURN
-            && let Some(mut transfer) = self.here.pop_front()
-        {
-            moved += transfer.left().max(4096);
-            let result = carry_out(&mut transfer, &self.files);
-            self.done_here.push(transfer.finish(result));
-            let now = Instant::now();
-            if now - begun > LONG {
-                self.shy = SHY;
-            }
-            begun = now;
-        }
-    }
-
-    /// Gives the kernel what is in the ring and waits for `want` completions.
+    /// Submits the ring to the kernel and waits for `want` completions.
     fn enter(&mut self, want: usize) {
         if self.unsubmitted == 0 && want == 0 {
             return;
@@ -255,17 +223,69 @@ impl<T> Uring<T> {
                         return;
                     }
                 }
-                // The kernel is out of memory for the moment, or a signal came.
+                // The kernel is out of memory for now, or a signal came.
                 Err(_) => std::thread::yield_now(),
             }
         }
     }
 
-    pub(super) fn reap(&mut self, done: &mut Vec<Done<T>>) {
-        self.in_flight -= self.done_here.len();
-        done.append(&mut self.done_here);
+    /// Takes the completions out of the ring.
+    fn collect(&mut self, done: &mut Vec<Done<T>>) {
+        let Uring { ring, slots, waiting, in_ring, in_flight, .. } = self;
+        for completion in ring.completion() {
+            *in_ring -= 1;
+            let slot = completion.user_data() as u32;
+            let transfer = slots.get_mut(slot).expect("a completion is for a slot in use");
+            match transfer.advance(completion.result()) {
+                Progress::Finished(result) => {
+                    let transfer = slots.remove(slot).expect("just seen");
+                    done.push(transfer.finish(result));
+                    *in_flight -= 1;
+                }
+                Progress::Retry => waiting.push_back(slot),
+            }
+        }
+    }
+}
+
+impl<T: Send> Engine<T> for Uring<T> {
+    fn push(&mut self, transfer: Transfer<T>) {
+        self.in_flight += 1;
+        if self.runs_locally(&transfer) {
+            self.local.push_back(transfer);
+            return;
+        }
+        let slot = self.slots.add(transfer);
+        self.start(slot);
+    }
+
+    fn submit(&mut self) {
+        // The ring first: the kernel works on it meanwhile.
+        self.enter(0);
+        if self.local.is_empty() {
+            return;
+        }
+        let mut moved = 0;
+        let mut start = Instant::now();
+        while moved < BYTES_PER_SUBMIT
+            && let Some(mut transfer) = self.local.pop_front()
+        {
+            moved += transfer.remaining().max(4096);
+            let result = carry_out(&mut transfer, &self.files);
+            self.local_done.push(transfer.finish(result));
+            let now = Instant::now();
+            if now - start > SLOW_WRITE {
+                self.forced_ring_writes = FORCED_RING_WRITES;
+            }
+            start = now;
+        }
+    }
+
+    fn reap(&mut self, done: &mut Vec<Done<T>>) {
+        self.in_flight -= self.local_done.len();
+        done.append(&mut self.local_done);
         loop {
-            self.take_in(done);
+            self.collect(done);
             while self.in_ring < ENTRIES
                 && let Some(slot) = self.waiting.pop_front()
             {
@@ -274,7 +294,8 @@ impl<T> Uring<T> {
             if self.unsubmitted == 0 {
                 return;
             }
-            // The rest of short transfers, what had to wait for room, and what the kernel did not take before.
+            // The rest of short transfers, those that waited for a place, and those the kernel did
+            // not take.
             self.enter(0);
             if self.unsubmitted > 0 {
                 return;
@@ -282,54 +303,36 @@ impl<T> Uring<T> {
         }
     }
 
-    /// Takes in the completions that are there.
-    fn take_in(&mut self, done: &mut Vec<Done<T>>) {
-        let Uring { ring, slots, free, waiting, in_ring, in_flight, .. } = self;
-        for completion in ring.completion() {
-            *in_ring -= 1;
-            let slot = completion.user_data() as u32;
-            let cell = &mut slots[slot as usize];
-            let transfer = cell.as_mut().expect("a completion is for a slot in use");
-            match transfer.advance(completion.result()) {
-                Progress::Over(result) => {
-                    let transfer = cell.take().expect("just seen");
-                    done.push(transfer.finish(result));
-                    free.push(slot);
-                    *in_flight -= 1;
-                }
-                Progress::Again => waiting.push_back(slot),
-            }
-        }
-    }
-
-    pub(super) fn in_flight(&self) -> usize {
+    fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    pub(super) fn has_more(&self) -> bool {
-        self.unsubmitted > 0 || !self.here.is_empty() || !self.done_here.is_empty()
+    fn has_more(&self) -> bool {
+        self.unsubmitted > 0 || !self.local.is_empty() || !self.local_done.is_empty()
     }
 
-    pub(super) fn wait(&mut self) {
-        if self.in_ring > 0 && self.here.is_empty() && self.done_here.is_empty() {
+    fn wait(&mut self) {
+        if self.in_ring > 0 && self.local.is_empty() && self.local_done.is_empty() {
             self.enter(1);
         }
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+    fn event(&self) -> Option<BorrowedFd<'_>> {
         // SAFETY: the ring owns the descriptor and lives at least as long as the borrow of `self`.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+        Some(unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
     }
 }
 
-impl<T> Drop for Uring<T> {
-    /// Waits for what the kernel works on, because it uses the segments. Then lets go of the files: the kernel takes a ring
-    /// down some time later, and until then a block device would count as in use.
+impl<T: Send> Drop for Uring<T> {
+    /// Waits for the operations in the kernel, because they use the segments. Then unregisters the
+    /// files: the kernel frees a ring some time later, and until then a block device would count as
+    /// in use.
     ///
-    /// In a fork the ring is still the parent's and its memory is not mapped. The addresses and the descriptor numbers may belong to
-    /// something else by now, so nothing is unmapped and nothing is closed.
+    /// In a fork the ring is still the parent's, and its memory is not mapped. Other mappings and
+    /// descriptors may have its addresses and numbers, so nothing is unmapped and nothing is
+    /// closed.
     fn drop(&mut self) {
-        if !self.owner.is_here() {
+        if !self.creator.is_current() {
             return;
         }
         let mut done = Vec::new();
@@ -340,17 +343,19 @@ impl<T> Drop for Uring<T> {
             done.clear();
         }
         let _ = self.ring.submitter().unregister_files();
-        // SAFETY: it is dropped once, here, and not used afterwards: `self` is gone when this returns.
+        // SAFETY: it is dropped once, here, and not used afterwards: `self` is gone when this
+        // returns.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
         // SAFETY: as above.
         unsafe { ManuallyDrop::drop(&mut self.files) };
     }
 }
 
-/// Whether the contents of `file` are never anywhere but in memory, so that a read or write is but a copy.
+/// Whether the contents of `file` are only in memory, so that a read or write is just a copy.
 ///
-/// The kernel's `io_uring` does not know that, and hands each of them to another thread. A block device is another matter: the file
-/// system of its node, `/dev`, is one in memory, and says nothing about the disk.
+/// The kernel's `io_uring` does not know that, and hands each of them to a kernel thread. A block
+/// device does not count: its node is in a file system in memory, `/dev`, which says nothing about
+/// the device.
 fn is_in_memory(file: &File) -> bool {
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;
@@ -358,17 +363,17 @@ fn is_in_memory(file: &File) -> bool {
         && rustix::fs::fstatfs(file).is_ok_and(|fs| [TMPFS, RAMFS].contains(&(fs.f_type.cast_unsigned())))
 }
 
-/// A ring that is not enabled yet.
+/// Builds a ring that is not enabled yet.
 fn build() -> Result<IoUring, UringError> {
-    // A fork does not get the rings: it would keep this process's files open, and could submit to them. The flag spares interrupts between
-    // processors; kernels before 5.19 do not know it.
+    // A fork does not inherit the mapping of the ring: it could submit to it. `coop_taskrun` spares
+    // inter-processor interrupts; kernels before 5.19 do not know it.
     let with_coop = IoUring::builder().dontfork().setup_r_disabled().setup_coop_taskrun().build(ENTRIES);
     with_coop
         .or_else(|_| IoUring::builder().dontfork().setup_r_disabled().build(ENTRIES))
         .map_err(UringError::Unavailable)
 }
 
-/// The submission for what is left of `transfer`.
+/// The submission for the rest of `transfer`.
 fn entry<T>(transfer: &Transfer<T>) -> squeue::Entry {
     let file = Fixed(transfer.file().into());
     let offset = transfer.offset();
@@ -401,7 +406,7 @@ fn entry<T>(transfer: &Transfer<T>) -> squeue::Entry {
 const MAX_LEN: u32 = 1 << 30;
 
 fn fallocate<T>(file: Fixed, transfer: &Transfer<T>, mode: i32) -> squeue::Entry {
-    opcode::Fallocate::new(file, transfer.left())
+    opcode::Fallocate::new(file, transfer.remaining())
         .offset(transfer.offset())
         .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
         .build()
@@ -412,15 +417,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_is_not_in_memory_because_its_node_is() {
+    fn device_node_is_not_a_file_in_memory() {
         let node = File::open("/dev/null").unwrap();
-        // Whatever `/dev` is mounted from, it is a file system in memory; a device in it is none.
+        // `/dev` is a file system in memory; a device in it is not in memory.
         assert!(!is_in_memory(&node));
         let memory = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         assert!(is_in_memory(&memory.into()));
     }
 
-    /// The first address range of this process that maps a ring, and its length in bytes.
+    /// Address and length in bytes of the first mapping of a ring in this process.
     fn mapping_of_a_ring() -> (usize, usize) {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let line =
@@ -430,10 +435,10 @@ mod tests {
         (start, end - start)
     }
 
-    /// Runs `work` in a fork of this process, and waits for what it returns.
+    /// Runs `work` in a fork of this process and returns its result.
     fn in_fork(work: impl FnOnce() -> bool) -> bool {
-        // SAFETY: the child runs `work` and ends without a destructor. It takes no lock of this process but the allocator's, which
-        // is made usable by `fork`.
+        // SAFETY: the child runs `work` and exits without destructors. It takes no lock of this
+        // process but the allocator's, which `fork` makes usable.
         match unsafe { libc::fork() } {
             0 => {
                 let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(false);
@@ -451,11 +456,11 @@ mod tests {
         }
     }
 
-    /// Other tests of this process have rings, too: this one has a process of its own.
+    /// Other tests of this process have rings too, so this one has a process of its own.
     #[test]
     fn ring_dropped_in_a_fork_unmaps_and_closes_nothing() {
         let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "uring::tests::fork_in_its_own_process", "--ignored", "--nocapture"])
+            .args(["--exact", "engine::uring::tests::fork_in_its_own_process", "--ignored", "--nocapture"])
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&output.stdout);
@@ -468,21 +473,23 @@ mod tests {
     fn fork_in_its_own_process() {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let fds = [file.as_raw_fd()];
-        let ring = Uring::<()>::new(vec![file], Patience::None).unwrap();
-        let fds = [fds[0], ring.fd().as_raw_fd()];
+        let ring = Uring::<()>::new(vec![file], Blocking::Never).unwrap();
+        let fds = [fds[0], ring.event().unwrap().as_raw_fd()];
         let (addr, len) = mapping_of_a_ring();
         assert!(in_fork(|| {
-            // What a child makes may get the addresses and the numbers that the ring had.
+            // New mappings and descriptors of a child may get the addresses and numbers of the
+            // ring.
             let (prot, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
             let wanted = std::ptr::without_provenance_mut(addr);
-            // SAFETY: with this flag nothing that is mapped is replaced.
+            // SAFETY: the flag keeps existing mappings as they are.
             let mapped = unsafe { libc::mmap(wanted, len, prot, flags | libc::MAP_FIXED_NOREPLACE, -1, 0) };
             assert_eq!(mapped.addr(), addr, "{}", io::Error::last_os_error());
             drop(ring);
-            // SAFETY: it asks for the state of a descriptor number.
+            // SAFETY: it queries a descriptor number.
             let open = fds.iter().all(|&fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0);
             let mut residency = vec![0; len / 4096];
-            // SAFETY: it tells whether the range is mapped, and writes a byte for each page of it.
+            // SAFETY: it queries whether the range is mapped, and writes one byte for each of its
+            // pages.
             let still_mapped = unsafe { libc::mincore(mapped, len, residency.as_mut_ptr()) } == 0;
             assert!(open, "a descriptor was closed");
             assert!(still_mapped, "memory was unmapped");
