@@ -582,7 +582,7 @@ fn the_api_accepts_clients_requests_and_refuses_invalid_ones() -> Result<()> {
         (json!({"guest_cid": 3, "uds_path": ""}), "uds_path"),
         (json!({"guest_cid": 3, "uds_path": "x".repeat(108)}), "108"),
         (json!({"guest_cid": 3, "uds_path": "missing/v.sock"}), "missing/v.sock"),
-        (json!({"guest_cid": 3, "uds_path": "file"}), "no socket"),
+        (json!({"guest_cid": 3, "uds_path": "file"}), "not a socket"),
         (json!({"guest_cid": 3, "uds_path": "v.sock", "port": 1}), "`port`"),
         (json!({"guest_cid": -1, "uds_path": "v.sock"}), "invalid value"),
     ] {

@@ -87,7 +87,7 @@ impl std::fmt::Display for Occupant {
             Occupant::Process => "another process listens on it",
             Occupant::Leftover => "no process listens on it; remove it",
             Occupant::Unknown => "it is a socket that cannot be connected to",
-            Occupant::OtherFile => "it is no socket",
+            Occupant::OtherFile => "it is not a socket",
         })
     }
 }
