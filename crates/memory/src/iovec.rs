@@ -1,9 +1,10 @@
 //! Guest buffers as lists of `struct iovec`, for system calls that read or write guest memory in
 //! place.
 //!
-//! This is the one module that turns guest addresses into addresses for the kernel. A device adds
-//! the buffers of a request to a [`GuestIoVec`] and has the kernel read or write them: with the
-//! system calls below, or with its own on [`GuestIoVec::entries`] (`preadv`, io_uring).
+//! This is the one module that turns guest buffers into addresses for the kernel. (KVM and vhost
+//! get the addresses of regions and rings.) A device adds the buffers of a request to a
+//! [`GuestIoVec`] and has the kernel read or write them: with the system calls below, or with its
+//! own on [`GuestIoVec::entries`] (`preadv`, io_uring).
 //!
 //! # Invariant
 //!
@@ -17,6 +18,11 @@
 //! The bitmap of the monitor's writes does not see what the kernel writes. So `push` marks a buffer
 //! that is written ([`Access::Write`]), or the device marks what was written afterwards
 //! ([`GuestIoVec::mark_dirty`]).
+//!
+//! # Speed
+//!
+//! This crate is compiled for size. What runs for each buffer is `#[inline]`, and so compiled for
+//! speed with the device that calls it.
 //!
 //! # Unsafe code
 //!
@@ -48,26 +54,31 @@ const _: () = assert!(align_of::<IoVec>() == align_of::<libc::iovec>());
 impl IoVec {
     /// An entry for memory that is not the guest's, such as a header. It keeps no borrow: the
     /// memory must outlive every system call that takes the entry.
+    #[inline]
     pub fn of(bytes: &[u8]) -> Self {
         IoVec { addr: bytes.as_ptr().expose_provenance(), len: bytes.len() }
     }
 
     /// First host address. Its provenance is exposed.
+    #[inline]
     pub fn addr(&self) -> usize {
         self.addr
     }
 
     /// Length in bytes.
+    #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
 
     /// Whether it has no bytes.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// Drops the first `count` bytes. Panics if there are fewer.
+    #[inline]
     pub fn advance(&mut self, count: usize) {
         assert!(count <= self.len, "{count} of {} bytes", self.len);
         self.addr += count;
@@ -123,6 +134,7 @@ impl GuestIoVec {
     }
 
     /// Appends the guest buffer of `len` bytes at `addr` as an entry of its own.
+    #[inline]
     pub fn push(&mut self, ram: &GuestRam, addr: u64, len: usize, access: Access) -> Result<(), OutsideRam> {
         let entry = Self::entry(ram, addr, len, access)?;
         self.append(entry);
@@ -130,6 +142,7 @@ impl GuestIoVec {
     }
 
     /// [`Self::push`], but extends the last entry if the buffer follows it directly.
+    #[inline]
     pub fn push_merged(
         &mut self,
         ram: &GuestRam,
@@ -149,6 +162,7 @@ impl GuestIoVec {
     }
 
     /// Appends the `len` bytes at `offset` of `from`. Panics if `from` has fewer.
+    #[inline]
     pub fn push_part(&mut self, from: &GuestIoVec, offset: u64, len: u64) {
         assert!(offset.checked_add(len).is_some_and(|end| end <= from.len), "{len} bytes at {offset}");
         let (mut skip, mut left) = (offset as usize, len as usize);
@@ -167,6 +181,7 @@ impl GuestIoVec {
         }
     }
 
+    #[inline]
     fn entry(ram: &GuestRam, addr: u64, len: usize, access: Access) -> Result<IoVec, OutsideRam> {
         let slice = ram.memory().get_slice(GuestAddress(addr), len);
         let slice = slice.map_err(|_| OutsideRam { addr, len: len as u64 })?;
@@ -176,6 +191,7 @@ impl GuestIoVec {
         Ok(IoVec { addr: slice.ptr_guard_mut().as_ptr().expose_provenance(), len: slice.len() })
     }
 
+    #[inline]
     fn append(&mut self, entry: IoVec) {
         if self.list.is_empty() {
             self.list.push(IoVec { addr: 0, len: 0 });
@@ -185,21 +201,25 @@ impl GuestIoVec {
     }
 
     /// The entries in order.
+    #[inline]
     pub fn entries(&self) -> &[IoVec] {
         self.list.get(1..).unwrap_or_default()
     }
 
     /// Bytes in all entries.
+    #[inline]
     pub fn len(&self) -> u64 {
         self.len
     }
 
     /// Whether there are no bytes.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Removes all entries. Keeps the allocation, up to [`MAX_ENTRIES`] entries.
+    /// Removes all entries. Keeps the allocation, unless it is of a very long list.
+    #[inline]
     pub fn clear(&mut self) {
         self.list.truncate(1);
         self.len = 0;
@@ -207,6 +227,7 @@ impl GuestIoVec {
     }
 
     /// Removes the first `count` entries. Panics if there are fewer.
+    #[inline]
     pub fn drop_front(&mut self, count: usize) {
         assert!(count <= self.entries().len(), "{count} of {} entries", self.entries().len());
         if count > 0 {
@@ -216,12 +237,14 @@ impl GuestIoVec {
     }
 
     /// Drops the first `count` bytes of the entry `index`. Panics if it has fewer.
+    #[inline]
     pub fn advance(&mut self, index: usize, count: usize) {
         self.list[1 + index].advance(count);
         self.len -= count as u64;
     }
 
     /// Frees the memory of a list that was long and is short now.
+    #[inline]
     fn shrink(&mut self) {
         const KEPT: usize = MAX_ENTRIES + 1;
         if self.list.capacity() > 2 * KEPT && self.list.len() <= KEPT {
@@ -231,6 +254,7 @@ impl GuestIoVec {
 
     /// Marks the pages of the first `len` bytes as written by the monitor. `ram` is what the
     /// buffers were pushed from.
+    #[inline]
     pub fn mark_dirty(&self, ram: &GuestRam, len: u64) {
         let mut left = len;
         for entry in self.entries() {
@@ -328,6 +352,7 @@ impl GuestIoVec {
 
     /// Copies `data` to the entries from byte `offset` on. What does not fit is not copied. Marks
     /// no page as dirty.
+    #[inline]
     pub fn copy_in(&self, offset: usize, data: &[u8]) {
         let mut rest = data;
         self.for_each_slice(offset, |slice| {
@@ -339,6 +364,7 @@ impl GuestIoVec {
     }
 
     /// Appends the bytes of the entries from byte `offset` on to `data`.
+    #[inline]
     pub fn copy_out(&self, offset: usize, data: &mut Vec<u8>) {
         self.for_each_slice(offset, |slice| {
             let at = data.len();
@@ -349,6 +375,7 @@ impl GuestIoVec {
     }
 
     /// Calls `f` for each entry from byte `offset` on, until it returns false.
+    #[inline]
     fn for_each_slice(&self, offset: usize, mut f: impl FnMut(VolatileSlice<'_>) -> bool) {
         let mut skip = offset;
         for entry in self.entries() {

@@ -13,7 +13,6 @@
 //!      |
 //!  backend/          tap, vhost, stream
 //!  interceptor.rs    a service that replies to some frames
-//!  segments.rs       lists of guest memory segments
 //! ```
 //!
 //! # Backends
@@ -62,7 +61,6 @@ mod header;
 pub mod interceptor;
 mod pair;
 mod rtnl_budget;
-mod segments;
 mod shared;
 mod shared_limiter;
 mod state;

@@ -19,8 +19,7 @@ pub(crate) fn push(
             break;
         }
         let len = buffer.len.min(limit - pushed);
-        list.push(ram, buffer.addr, len as usize, access)
-            .map_err(|_| QueueError::BufferOutsideRam { addr: buffer.addr, len })?;
+        list.push(ram, buffer.addr, len as usize, access)?;
         pushed += len;
     }
     Ok(pushed)

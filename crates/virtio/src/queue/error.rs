@@ -1,5 +1,7 @@
 //! Errors of a virtqueue.
 
+use memory::iovec::OutsideRam;
+
 use super::limits::MAX_CHAIN_LEN;
 
 /// How the driver broke the rules of a queue (2.7). The queue is dead from then on.
@@ -77,4 +79,11 @@ pub enum QueueError {
     /// The device used a chain that is not in flight: a fault of the device, not of the driver.
     #[error("chain {0}: used while not in flight")]
     NotInFlight(u16),
+}
+
+impl From<OutsideRam> for QueueError {
+    fn from(OutsideRam { addr, len }: OutsideRam) -> Self {
+        // The length of a queue's buffer has 32 bits.
+        QueueError::BufferOutsideRam { addr, len: u32::try_from(len).unwrap_or(u32::MAX) }
+    }
 }

@@ -232,6 +232,15 @@ fn buffers_outside_ram_are_refused_unless_they_are_empty() {
 }
 
 #[test]
+fn iovec_outside_ram_is_the_error_of_its_buffer() {
+    let (addr, len) = (RAM_END - 1, 2);
+    let outside = memory::iovec::GuestIoVec::new()
+        .push(&guest_ram(RAM_MIB), addr, len as usize, memory::iovec::Access::Read)
+        .unwrap_err();
+    assert_eq!(QueueError::from(outside), QueueError::BufferOutsideRam { addr, len });
+}
+
+#[test]
 fn a_readable_buffer_after_a_writable_one_is_refused() {
     for first_len in [0, 1] {
         let (_ram, driver, mut queue) = pair(4, 0);

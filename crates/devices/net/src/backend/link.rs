@@ -3,12 +3,12 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use memory::iovec::GuestIoVec;
 use rustix::io::Errno;
 
 use super::stream::Stream;
 use super::tap::Tap;
 use crate::header::HEADER_LEN;
-use crate::segments::Segments;
 
 /// The network end of one queue pair.
 #[derive(Debug)]
@@ -34,10 +34,10 @@ impl Link {
         }
     }
 
-    /// Sends a header and a frame: their first bytes are `head`, the rest are the segments.
+    /// Sends a header and a frame: their first bytes are `head`, the others `rest`.
     ///
     /// [`Errno::AGAIN`]: the network is full. The descriptor becomes writable when it takes more.
-    pub(crate) fn send(&mut self, head: &[u8], rest: &mut Segments) -> Result<(), Errno> {
+    pub(crate) fn send(&mut self, head: &[u8], rest: &mut GuestIoVec) -> Result<(), Errno> {
         match self {
             Link::Tap(tap, queue) => {
                 rustix::io::retry_on_intr(|| rest.write_to(tap.queue(*queue), head)).map(drop)

@@ -17,12 +17,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use memory::iovec::GuestIoVec;
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::interceptor::MAX_FRAME;
-use crate::segments::Segments;
 
 /// Bytes of the length field before a frame.
 const PREFIX: usize = 4;
@@ -150,14 +150,14 @@ impl Stream {
 
     /// Buffers a frame, which [`Stream::flush`] writes: `head`, and `rest` without its first
     /// `offset` bytes.
-    pub(super) fn send(&mut self, head: &[u8], rest: &Segments, offset: usize) -> Result<(), Errno> {
+    pub(super) fn send(&mut self, head: &[u8], rest: &GuestIoVec, offset: usize) -> Result<(), Errno> {
         if self.outgoing.len() - self.written >= OUT_LIMIT {
             self.flush()?;
             if self.outgoing.len() - self.written >= OUT_LIMIT {
                 return Err(Errno::AGAIN);
             }
         }
-        let len = (head.len() + rest.len().saturating_sub(offset)) as u32;
+        let len = (head.len() as u64 + rest.len().saturating_sub(offset as u64)) as u32;
         self.outgoing.extend_from_slice(&len.to_be_bytes());
         self.outgoing.extend_from_slice(head);
         rest.copy_out(offset, &mut self.outgoing);
@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn peer_that_stops_reading_gets_all_frames_later() {
         let (mut stream, mut peer) = pair();
-        let empty = Segments::new();
+        let empty = GuestIoVec::new();
         let mut sent = 0;
         while stream.send(&[7; 1000], &empty, 0) == Ok(()) {
             stream.flush().unwrap();

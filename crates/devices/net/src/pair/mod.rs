@@ -27,6 +27,7 @@
 //! notified once. Frames that it sends are dropped and counted.
 
 mod context;
+mod guest_io;
 mod network;
 mod queue_age;
 mod receive;

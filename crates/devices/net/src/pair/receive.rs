@@ -254,7 +254,7 @@ impl Receiver {
         for _ in 0..self.age.take_late(cx.now()) {
             let Some(link) = network.link() else { break };
             match link.discard() {
-                Ok(()) => _ = pair.shared.stats.rx_late_frames.add(1),
+                Ok(()) => pair.shared.stats.rx_late_frames.add(1),
                 Err(Errno::AGAIN) => {
                     self.age.clear();
                     self.state = RxState::Idle;
@@ -264,7 +264,7 @@ impl Receiver {
                     network.close(&pair.shared, cx, error);
                     break;
                 }
-                Err(_) => _ = pair.shared.stats.tap_read_fails.add(1),
+                Err(_) => pair.shared.stats.tap_read_fails.add(1),
             }
         }
         true

@@ -16,10 +16,11 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
 use memory::GuestRam;
+use memory::iovec::{Access, GuestIoVec, IoVec};
 use rustix::io::Errno;
 
+use super::guest_io::{self, MAX_BUFFERS};
 use crate::header::{HEADER_LEN, MAX_LEN, NUM_BUFFERS};
-use crate::segments::{Access, MAX_SEGMENTS, Segments};
 use virtio::queue::{Chain, Queue, QueueError};
 use virtio::worker::Nanos;
 
@@ -34,9 +35,9 @@ pub(super) struct RxQueue {
     /// Bytes of buffers to gather before a frame is read: the size of the largest frame so far.
     gather_len: usize,
     chain: Chain,
-    /// Chains that are popped and not filled, in order. `segments` are their buffers.
+    /// Chains that are popped and not filled, in order. `iovec` is their buffers.
     chains: VecDeque<PoppedChain>,
-    segments: Segments,
+    iovec: GuestIoVec,
     spill: Vec<u8>,
     /// A frame that was read and does not fit in the chains.
     partial: Option<PartialFrame>,
@@ -45,7 +46,8 @@ pub(super) struct RxQueue {
 #[derive(Debug)]
 struct PoppedChain {
     head: u16,
-    segments: usize,
+    /// Number of its buffers.
+    buffers: usize,
     len: usize,
 }
 
@@ -81,7 +83,7 @@ impl RxQueue {
             gather_len: if large { MAX_LEN } else { HEADER_LEN + 18 + 1500 },
             chain: Chain::new(),
             chains: VecDeque::new(),
-            segments: Segments::new(),
+            iovec: GuestIoVec::new(),
             spill: Vec::new(),
             partial: None,
         }
@@ -107,21 +109,21 @@ impl RxQueue {
         if let Some(partial) = self.partial {
             return self.place(ram, partial);
         }
-        self.gather(ram, self.gather_len, MAX_SEGMENTS)?;
+        self.gather(ram, self.gather_len, MAX_BUFFERS)?;
         let Some(first) = self.chains.front() else { return Ok(Received::NoBuffers) };
         // Without mergeable buffers a frame has one chain, with them all chains.
-        let reach = if self.mergeable { self.segments.count() } else { first.segments };
-        let count = reach.min(MAX_SEGMENTS);
-        let space = if count == self.segments.count() {
-            self.segments.len()
+        let reach = if self.mergeable { self.iovec.entries().len() } else { first.buffers };
+        let count = reach.min(MAX_BUFFERS);
+        let space = if count == self.iovec.entries().len() {
+            self.iovec.len() as usize
         } else {
-            (0..count).map(|index| self.segments.len_of(index)).sum()
+            self.iovec.entries()[..count].iter().map(IoVec::len).sum()
         };
         let missing = MAX_LEN.saturating_sub(space);
         if self.spill.len() < missing {
             self.spill.resize(MAX_LEN, 0);
         }
-        let total = match self.segments.read_from(tap, count, &mut self.spill[..missing]) {
+        let total = match self.iovec.read_from(tap, count, &mut self.spill[..missing]) {
             Ok(total) => total,
             Err(Errno::AGAIN | Errno::INTR) => return Ok(Received::Nothing),
             Err(error) => return Ok(Received::Failed(error)),
@@ -149,7 +151,7 @@ impl RxQueue {
             self.partial = Some(partial);
             return Ok(Received::NoBuffers);
         }
-        self.segments.copy_in(placed, &self.spill[..total - placed]);
+        self.iovec.copy_in(placed, &self.spill[..total - placed]);
         self.partial = None;
         self.complete(total).map(Received::Frame)
     }
@@ -167,30 +169,34 @@ impl RxQueue {
         if self.space() < total {
             return Ok(Received::TooLarge);
         }
-        self.segments.copy_in(0, &[0; HEADER_LEN]);
-        self.segments.copy_in(HEADER_LEN, frame);
+        self.iovec.copy_in(0, &[0; HEADER_LEN]);
+        self.iovec.copy_in(HEADER_LEN, frame);
         self.complete(total).map(Received::Frame)
     }
 
     /// Bytes of buffers that the next frame may fill.
     fn space(&self) -> usize {
-        if self.mergeable { self.segments.len() } else { self.chains.front().map_or(0, |chain| chain.len) }
+        if self.mergeable {
+            self.iovec.len() as usize
+        } else {
+            self.chains.front().map_or(0, |chain| chain.len)
+        }
     }
 
-    /// Pops chains until they have `want` bytes or `most` segments. Without mergeable buffers it
+    /// Pops chains until they have `want` bytes or `most` buffers. Without mergeable buffers it
     /// pops one chain.
     fn gather(&mut self, ram: &GuestRam, want: usize, most: usize) -> Result<(), QueueError> {
-        let lacks = |segments: &Segments| segments.len() < want && segments.count() < most;
-        while if self.mergeable { lacks(&self.segments) } else { self.chains.is_empty() } {
+        let lacks = |iovec: &GuestIoVec| (iovec.len() as usize) < want && iovec.entries().len() < most;
+        while if self.mergeable { lacks(&self.iovec) } else { self.chains.is_empty() } {
             if !self.queue.pop(&mut self.chain)? {
                 break;
             }
-            let (before, len) = (self.segments.count(), self.segments.len());
-            self.segments.push(ram, &self.chain.writable(), Access::Write)?;
+            let (before, len) = (self.iovec.entries().len(), self.iovec.len() as usize);
+            guest_io::push(&mut self.iovec, ram, &self.chain.writable(), Access::Write)?;
             self.chains.push_back(PoppedChain {
                 head: self.chain.head(),
-                segments: self.segments.count() - before,
-                len: self.segments.len() - len,
+                buffers: self.iovec.entries().len() - before,
+                len: self.iovec.len() as usize - len,
             });
         }
         Ok(())
@@ -207,16 +213,16 @@ impl RxQueue {
             filled += chain.len;
             count += 1;
         }
-        self.segments.copy_in(NUM_BUFFERS, &count.to_le_bytes());
+        self.iovec.copy_in(NUM_BUFFERS, &count.to_le_bytes());
         let mut left = total;
-        let mut segments = 0;
+        let mut buffers = 0;
         for chain in self.chains.drain(..usize::from(count)) {
             let written = chain.len.min(left);
             left -= written;
-            segments += chain.segments;
+            buffers += chain.buffers;
             self.queue.add_used(chain.head, written as u32)?;
         }
-        self.segments.drop_front(segments);
+        self.iovec.drop_front(buffers);
         Ok(total - HEADER_LEN)
     }
 
@@ -224,7 +230,7 @@ impl RxQueue {
     /// dropped.
     pub(super) fn unpop_all(&mut self) -> Result<bool, QueueError> {
         let dropped = self.drop_partial();
-        self.segments.clear();
+        self.iovec.clear();
         while let Some(chain) = self.chains.pop_back() {
             self.queue.unpop(chain.head)?;
         }

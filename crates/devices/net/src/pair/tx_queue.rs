@@ -4,12 +4,13 @@
 //! and the copy is what is sent. A guest that changes a frame meanwhile cannot evade a check.
 
 use memory::GuestRam;
+use memory::iovec::{Access, GuestIoVec};
 use rustix::io::Errno;
 
+use super::guest_io::{self, MAX_BUFFERS};
 use crate::backend::Link;
 use crate::header::{ETHERNET_LEN, HEADER_LEN, MAX_LEN, source_mac};
 use crate::interceptor::HEAD_LEN;
-use crate::segments::{Access, MAX_SEGMENTS, Segments};
 use virtio::queue::{Chain, Queue, QueueError};
 
 /// The transmit queue, and the frame that was popped from it.
@@ -21,7 +22,7 @@ pub(super) struct TxQueue {
     head: [u8; HEADER_LEN + HEAD_LEN],
     head_len: usize,
     /// The bytes after the head.
-    rest: Segments,
+    rest: GuestIoVec,
     /// Buffer for a whole frame, for the interceptor.
     whole: Vec<u8>,
     /// Bytes that the rate limiter has counted for the next frame. None: the limiter was not asked.
@@ -44,7 +45,7 @@ impl TxQueue {
             chain: Chain::new(),
             head: [0; HEADER_LEN + HEAD_LEN],
             head_len: 0,
-            rest: Segments::new(),
+            rest: GuestIoVec::new(),
             whole: Vec::new(),
             charged: None,
         }
@@ -67,8 +68,8 @@ impl TxQueue {
         let split = buffers.split_at(self.head_len as u32);
         let Some((first, rest)) = split else { return Ok(TxFrame::Malformed) };
         first.read(ram, &mut self.head[..self.head_len])?;
-        self.rest.push(ram, &rest, Access::Read)?;
-        if self.rest.count() > MAX_SEGMENTS {
+        guest_io::push(&mut self.rest, ram, &rest, Access::Read)?;
+        if self.rest.entries().len() > MAX_BUFFERS {
             return Ok(TxFrame::Malformed);
         }
         Ok(TxFrame::Frame(len - HEADER_LEN))

@@ -1,5 +1,7 @@
 //! Tests of frames in both directions.
 
+use vm_memory::{Bytes, GuestAddress};
+
 use super::guest::{config, fake_tap};
 use super::*;
 use crate::config_space::feature;
@@ -265,6 +267,35 @@ fn frames_pass_without_event_idx_and_indirect_descriptors() {
         guest.send(&frame(300, seed));
         assert_eq!(guest.sent().unwrap(), frame(300, seed));
     }
+}
+
+#[test]
+fn chain_of_more_buffers_than_a_system_call_takes() {
+    let none = RateLimiterConfig::default();
+    // Without a MAC address no byte of a sent frame is copied.
+    let config = crate::NetConfig { mac: None, ..config(1) };
+    let mut guest = NetGuest::with(Kind::Mmio, config, none, none, u64::MAX);
+    let (table, data) = (12 << 20, 13 << 20);
+    for (count, malformed) in [(1022, 0), (1023, 1), (1024, 2)] {
+        let buffers: Vec<_> = (0..count).map(|n| (data + 2 * n, 1)).collect();
+        guest.queues[1].add_indirect(table, &buffers, &[]).unwrap();
+        guest.publish(1);
+        assert_eq!(guest.sent_on(0).map(|sent| sent.len()), (malformed == 0).then_some(1022));
+        assert_eq!(guest.control.stats().tx_malformed_frames.get(), malformed);
+    }
+    // The end of the received frame is in the two buffers that are not read into.
+    let buffers: Vec<_> = (0..1024).map(|n| (data + 128 * n, 64)).collect();
+    guest.queues[0].add_indirect(table, &[], &buffers).unwrap();
+    guest.publish(0);
+    let large = frame(64 * 1024 - 12, 5);
+    guest.arrive(&large);
+    let used = guest.queues[0].take_used().unwrap();
+    assert_eq!(used.written, 64 * 1024);
+    let mut received = vec![0; 64 * 1024];
+    for (part, (addr, _)) in received.chunks_mut(64).zip(buffers) {
+        guest.guest.ram.memory().read_slice(part, GuestAddress(addr)).unwrap();
+    }
+    assert!(received[12..] == large);
 }
 
 #[test]
