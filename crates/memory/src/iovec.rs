@@ -8,16 +8,17 @@
 //!
 //! # Invariant
 //!
-//! Each entry of a [`GuestIoVec`] lies in guest RAM. `push` takes it from `vm-memory`'s checked
-//! lookup; all other methods only shorten, copy or remove entries. Guest RAM is never unmapped
-//! while the process lives (see [`GuestRam`]), so an entry stays valid even if the guest's RAM is
-//! dropped. The guest may change the memory at any time; no Rust reference into it exists.
+//! Each entry of a [`GuestIoVec`] lies in guest RAM. `push` and `push_merged` take it from
+//! `vm-memory`'s checked lookup; all other methods only shorten, copy or remove entries. Guest RAM
+//! is never unmapped while the process lives (see [`GuestRam`]), so an entry stays valid even if
+//! the guest's RAM is dropped. The guest may change the memory at any time; no Rust reference into
+//! it exists.
 //!
 //! # Dirty pages
 //!
-//! The bitmap of the monitor's writes does not see what the kernel writes. So `push` marks a buffer
-//! that is written ([`Access::Write`]), or the device marks what was written afterwards
-//! ([`GuestIoVec::mark_dirty`]).
+//! The bitmap of the monitor's writes does not see what the kernel writes. So `push` and
+//! `push_merged` mark a buffer that is written ([`Access::Write`]), or the device marks what was
+//! written afterwards ([`GuestIoVec::mark_dirty`]).
 //!
 //! # Speed
 //!
@@ -91,7 +92,7 @@ impl IoVec {
 pub enum Access {
     /// The device reads it.
     Read,
-    /// The device writes it. `push` marks all of its pages as dirty.
+    /// The device writes it. All of its pages are marked as dirty when it is pushed.
     Write,
     /// The device writes a part of it and then calls [`GuestIoVec::mark_dirty`].
     WriteUnmarked,

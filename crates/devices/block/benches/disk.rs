@@ -16,16 +16,16 @@ use std::time::{Duration, Instant};
 
 use config::{CacheType, HugePages, IoEngine, Overlay};
 use memory::GuestRam;
+use memory::iovec::Access;
 use rustix::event::{PollFd, PollFlags};
 use sync::EventFd;
-use vesta_block::buffers::Direction;
 use vesta_block::disk::queue::DiskQueue;
 use vesta_block::disk::{Disk, DiskOptions};
 use vesta_block::engine::Blocking;
 use vesta_block::io_request::Request;
 use vesta_block::{Block, BlockConfig};
 use virtio::device::{Activation, ActiveQueue, Device, Interrupt, feature};
-use virtio::queue::{GuestBuffer, Queue};
+use virtio::queue::Queue;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::testing::{DriverQueue, guest_ram};
 use virtio::worker::{Workers, WorkersConfig};
@@ -115,9 +115,8 @@ fn serve(queue: &mut DiskQueue, disk: &Disk, write: bool, depth: u32, run: &mut 
     let blocks = disk.size() / BLOCK;
     let start = |queue: &mut DiskQueue, run: &mut Run, token: u32| {
         let mut buffers = queue.buffers();
-        let buffer = GuestBuffer { addr: u64::from(token) * BLOCK, len: BLOCK as u32 };
-        let direction = if write { Direction::FromGuest } else { Direction::ToGuest };
-        buffers.push(&ram, buffer, direction).expect("in memory");
+        let access = if write { Access::Read } else { Access::Write };
+        buffers.push_merged(&ram, u64::from(token) * BLOCK, BLOCK as usize, access).expect("in memory");
         let offset = run.random() % blocks * BLOCK;
         let request = if write { Request::Write(buffers) } else { Request::Read(buffers) };
         queue.enqueue(token, offset, request);

@@ -12,13 +12,12 @@ use virtio::testing::{DriverQueue, Guest, Kind, TestWorker, worker};
 use vm_memory::{Bytes, GuestAddress};
 
 use config::{CacheType, IoEngine, Overlay};
+use memory::iovec::Access;
 use rustix::fs::MemfdFlags;
 
-use super::buffers::Direction;
 use super::disk::{Disk, DiskOptions};
 use super::engine::Blocking;
 use super::io_request::Request;
-use virtio::queue::GuestBuffer;
 use virtio::testing::reused_ram;
 
 /// An overlay file with random changes, and with or without valid checksums. It is refused or works
@@ -48,8 +47,8 @@ pub fn overlay(data: &[u8]) {
                 0 => Request::Discard { len: u64::from(len) << 8 },
                 1 => Request::Flush,
                 act => {
-                    let direction = if act == 2 { Direction::ToGuest } else { Direction::FromGuest };
-                    buffers.push(&ram, GuestBuffer { addr: 0, len }, direction).expect("it is in RAM");
+                    let access = if act == 2 { Access::Write } else { Access::Read };
+                    buffers.push_merged(&ram, 0, len as usize, access).expect("it is in RAM");
                     if act == 2 { Request::Read(buffers) } else { Request::Write(buffers) }
                 }
             };

@@ -2,15 +2,15 @@
 
 use std::ops::RangeInclusive;
 
-use crate::buffers::GuestBuffers;
+use memory::iovec::GuestIoVec;
 
 /// An operation on a disk.
 #[derive(Debug)]
 pub enum Request {
     /// Fill the buffers from the offset on.
-    Read(GuestBuffers),
+    Read(GuestIoVec),
     /// Write the buffers from the offset on.
-    Write(GuestBuffers),
+    Write(GuestIoVec),
     /// The range is not needed any more. It reads as zeros where its space can be given back.
     Discard {
         /// Length in bytes.

@@ -7,6 +7,7 @@
 //!     v
 //!  disk/      mod.rs, options.rs            opening a disk
 //!     |       queue.rs, split.rs            requests -> transfers, in parts where they are large
+//!     |       buffer_pool.rs                lists of guest buffers to use again
 //!     |       backlog.rs                    bounds what is in flight and dirty; schedules syncs
 //!     |       layered.rs, base.rs           which file has a sector; the file at the bottom
 //!     |       image.rs                      the contents of a disk, for tools
@@ -21,7 +22,7 @@
 //!  engine/    mod.rs, transfer.rs           transfers -> system calls
 //!             uring.rs, blocking.rs         through io_uring, or on the worker's own thread
 //!
-//!  leaves:    io_request.rs  buffers.rs  error.rs  creator_pid.rs  slab.rs
+//!  leaves:    io_request.rs  error.rs  creator_pid.rs  slab.rs
 //!             host_file/  lock.rs (flock), health.rs (failed syncs), name.rs (durable file names)
 //! ```
 //!
@@ -45,7 +46,6 @@
 #![deny(unsafe_code)]
 
 mod backend_slot;
-pub mod buffers;
 mod config_space;
 mod control;
 mod creator_pid;

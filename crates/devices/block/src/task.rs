@@ -25,10 +25,10 @@ use std::io;
 use std::sync::Arc;
 
 use memory::GuestRam;
+use memory::iovec::{Access, GuestIoVec};
 use rustix::io::Errno;
 
 use crate::backend_slot::{BackendHandle, BackendSlot, PendingSwap};
-use crate::buffers::{Direction, GuestBuffers};
 use crate::disk::DISCARD_AT_A_TIME;
 use crate::disk::queue::DiskQueue;
 use crate::in_flight::{InFlight, InFlightRequest, RequestKind};
@@ -304,15 +304,15 @@ impl BlockTask {
         match command {
             Command::Read { offset, to } => {
                 let kind = RequestKind::Read { bytes: to.len().into() };
-                let buffers = gather(disk.buffers(), ram, to, Direction::ToGuest)
-                    .inspect_err(|_| disk.release(cost))?;
+                let buffers =
+                    gather(disk.buffers(), ram, to, Access::Write).inspect_err(|_| disk.release(cost))?;
                 let token = self.in_flight.add(InFlightRequest { kind, ..request });
                 disk.enqueue(token, offset, Request::Read(buffers));
             }
             Command::Write { offset, from } => {
                 let kind = RequestKind::Write { bytes: from.len().into() };
-                let buffers = gather(disk.buffers(), ram, from, Direction::FromGuest)
-                    .inspect_err(|_| disk.release(cost))?;
+                let buffers =
+                    gather(disk.buffers(), ram, from, Access::Read).inspect_err(|_| disk.release(cost))?;
                 let token = self.in_flight.add(InFlightRequest { kind, ..request });
                 disk.enqueue(token, offset, Request::Write(buffers));
             }
@@ -480,17 +480,18 @@ fn cost_of(command: Option<&Command<'_>>, ranges: &[Range], queue: &DiskQueue) -
     }
 }
 
-/// The buffers of a request's data.
+/// Adds the buffers of a request's data to `list`, which is empty. `access` is what the device does
+/// with them: a disk read writes them.
 fn gather(
-    mut buffers: GuestBuffers,
+    mut list: GuestIoVec,
     ram: &GuestRam,
     data: Buffers<'_>,
-    direction: Direction,
-) -> Result<GuestBuffers, QueueError> {
+    access: Access,
+) -> Result<GuestIoVec, QueueError> {
     for buffer in data.iter() {
-        buffers.push(ram, buffer, direction)?;
+        list.push_merged(ram, buffer.addr, buffer.len as usize, access)?;
     }
-    Ok(buffers)
+    Ok(list)
 }
 
 /// Writes the status byte of a request and adds the used element. `written` is the number of data

@@ -26,8 +26,7 @@ pub struct GuestBuffer {
 impl GuestBuffer {
     /// The bytes in `ram`, which must be the memory of the queue (other memory may give an error).
     ///
-    /// The slice is valid as long as a clone of `ram` lives. A caller that lets the kernel write
-    /// through its pointer must mark the pages: `slice.bitmap().mark_dirty(0, written)`.
+    /// For system calls that read or write the buffer in place, see [`memory::iovec`].
     pub fn slice<'a>(&self, ram: &'a GuestRam) -> Result<GuestSlice<'a>, QueueError> {
         ram.memory()
             .get_slice(GuestAddress(self.addr), self.len as usize)

@@ -11,6 +11,7 @@
 
 pub(crate) mod backlog;
 mod base;
+mod buffer_pool;
 mod image;
 mod layered;
 mod options;

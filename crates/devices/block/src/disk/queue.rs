@@ -29,13 +29,14 @@ use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use memory::iovec::GuestIoVec;
 use rustix::io::Errno;
 
 use super::backlog::{Backlog, DistinctPages, READ_EXTRA, dirtied};
+use super::buffer_pool::BufferPool;
 use super::layered::LayeredDisk;
 use super::split::{DISCARD_PART, PART, SplitKind, SplitRequest};
 use crate::SECTOR;
-use crate::buffers::{BufferPool, GuestBuffers};
 use crate::creator_pid::CreatorPid;
 use crate::engine::{Done, Engine, Transfer};
 use crate::io_request::{Request, Tag, Token};
@@ -163,13 +164,13 @@ impl DiskQueue {
         }
     }
 
-    /// Empty buffers for a request: recycled ones, if there are any.
-    pub fn buffers(&mut self) -> GuestBuffers {
+    /// An empty list for the buffers of a request: a recycled one, if there is any.
+    pub fn buffers(&mut self) -> GuestIoVec {
         self.pool.take()
     }
 
-    /// Takes back buffers that were not used.
-    pub fn recycle(&mut self, buffers: GuestBuffers) {
+    /// Takes back a list that was not used.
+    pub fn recycle(&mut self, buffers: GuestIoVec) {
         self.pool.recycle(buffers);
     }
 
@@ -287,7 +288,7 @@ impl DiskQueue {
         self.completions.push_back((token, result));
     }
 
-    fn read(&mut self, token: Token, offset: u64, buffers: GuestBuffers) {
+    fn read(&mut self, token: Token, offset: u64, buffers: GuestIoVec) {
         let state = self.layers.active().map(ActiveLayer::state);
         let len = buffers.len();
         let extent = self.layers.locate(state.as_deref(), offset, len);
@@ -299,7 +300,7 @@ impl DiskQueue {
         }
     }
 
-    fn write(&mut self, token: Token, offset: u64, buffers: GuestBuffers) {
+    fn write(&mut self, token: Token, offset: u64, buffers: GuestIoVec) {
         let len = buffers.len();
         if len > PART {
             return self.split(token, offset, len, SplitKind::Write(buffers));

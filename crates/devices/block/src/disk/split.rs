@@ -1,9 +1,10 @@
 //! Large requests, split into parts of which a few are in flight at a time.
 
+use memory::iovec::GuestIoVec;
 use rustix::io::Errno;
 
+use super::buffer_pool::BufferPool;
 use super::layered::LayeredDisk;
-use crate::buffers::{BufferPool, GuestBuffers};
 use crate::engine::{MAX_ZEROS, Transfer};
 use crate::io_request::{Tag, Token};
 use crate::overlay::ActiveState;
@@ -100,8 +101,8 @@ impl SplitRequest {
 
 #[derive(Debug)]
 pub(crate) enum SplitKind {
-    Read(GuestBuffers),
-    Write(GuestBuffers),
+    Read(GuestIoVec),
+    Write(GuestIoVec),
     Zeros,
     Discard,
 }

@@ -101,32 +101,32 @@ fn errno_of(result: Result<(), Errno>) -> i32 {
 
 /// Does one read or write. Returns the byte count or a negative errno.
 fn read_or_write<T>(transfer: &Transfer<T>, file: &File) -> i32 {
-    let segments = transfer.segments();
-    let iov = segments.as_ptr().cast::<libc::iovec>();
-    // At most `MAX_SEGMENTS`, which fits.
-    let count = libc::c_int::try_from(segments.len()).unwrap_or(libc::c_int::MAX);
+    let iov = transfer.iov();
+    let list = iov.as_ptr().cast::<libc::iovec>();
+    // At most `MAX_ENTRIES`, which fits.
+    let count = libc::c_int::try_from(iov.len()).unwrap_or(libc::c_int::MAX);
     let offset = transfer.offset().cast_signed();
     let fd = file.as_raw_fd();
-    let moved = match (transfer.op(), segments) {
+    let moved = match (transfer.op(), iov) {
         (Op::Read, [one]) => {
-            let to = std::ptr::with_exposed_provenance_mut(one.addr);
-            // SAFETY: the segments of a transfer are valid while it lives, and those of a read are
+            let to = std::ptr::with_exposed_provenance_mut(one.addr());
+            // SAFETY: the iovecs of a transfer are valid while it lives, and those of a read are
             // guest RAM, to which no Rust reference exists (invariant of `Transfer`).
-            unsafe { libc::pread(fd, to, one.len, offset) }
+            unsafe { libc::pread(fd, to, one.len(), offset) }
         }
         (Op::Read, _) => {
-            // SAFETY: `Segment` has the layout of `iovec`; the memory it points to is as above.
-            unsafe { libc::preadv(fd, iov, count, offset) }
+            // SAFETY: `IoVec` has the layout of `iovec`; the memory it points to is as above.
+            unsafe { libc::preadv(fd, list, count, offset) }
         }
         (_, [one]) => {
-            let from = std::ptr::with_exposed_provenance(one.addr);
-            // SAFETY: the segments of a transfer are valid while it lives (invariant of
+            let from = std::ptr::with_exposed_provenance(one.addr());
+            // SAFETY: the iovecs of a transfer are valid while it lives (invariant of
             // `Transfer`), and only read.
-            unsafe { libc::pwrite(fd, from, one.len, offset) }
+            unsafe { libc::pwrite(fd, from, one.len(), offset) }
         }
         (_, _) => {
-            // SAFETY: `Segment` has the layout of `iovec`; the memory it points to is as above.
-            unsafe { libc::pwritev(fd, iov, count, offset) }
+            // SAFETY: `IoVec` has the layout of `iovec`; the memory it points to is as above.
+            unsafe { libc::pwritev(fd, list, count, offset) }
         }
     };
     match i32::try_from(moved) {

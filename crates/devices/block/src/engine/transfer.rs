@@ -1,11 +1,7 @@
 //! Transfers: one operation on one file, and its result.
 
+use memory::iovec::{GuestIoVec, IoVec, MAX_ENTRIES};
 use rustix::io::Errno;
-
-use crate::buffers::{GuestBuffers, Segment};
-
-/// Most segments of one system call (`IOV_MAX`).
-pub(crate) const MAX_SEGMENTS: usize = 1024;
 
 /// Most consecutive retries of a system call that was interrupted or returned `EAGAIN`.
 const MAX_RETRIES: u8 = 100;
@@ -37,9 +33,8 @@ pub(crate) enum Op {
 ///
 /// # Invariant
 ///
-/// While the transfer lives, each segment is valid: it is guest RAM, or part of `bytes` or of
-/// [`ZEROS`]. The kernel writes to segments only for [`Op::Read`], whose segments are always guest
-/// RAM.
+/// While the transfer lives, each iovec is valid: it is guest RAM, or part of `_bytes` or of
+/// [`ZEROS`]. The kernel writes to iovecs only for [`Op::Read`], whose iovecs are always guest RAM.
 #[derive(Debug)]
 pub(crate) struct Transfer<T> {
     op: Op,
@@ -47,7 +42,7 @@ pub(crate) struct Transfer<T> {
     offset: u64,
     remaining: u64,
     memory: Memory,
-    /// The first segment that is not done.
+    /// The first iovec that is not done.
     next: usize,
     /// Consecutive retries.
     retries: u8,
@@ -56,11 +51,11 @@ pub(crate) struct Transfer<T> {
 
 #[derive(Debug)]
 enum Memory {
-    Guest(GuestBuffers),
-    /// Bytes that the transfer owns, or zeros, and the segments that point to them.
+    Guest(GuestIoVec),
+    /// Bytes that the transfer owns, or zeros, and the iovecs that point to them.
     Own {
         _bytes: Box<[u8]>,
-        segments: Vec<Segment>,
+        iov: Vec<IoVec>,
     },
 }
 
@@ -72,7 +67,7 @@ pub(crate) struct Done<T> {
     /// Whether all of it was done.
     pub(crate) result: Result<(), Errno>,
     /// The buffers of the transfer; their contents are spent, only the allocation is of use.
-    pub(crate) buffers: GuestBuffers,
+    pub(crate) buffers: GuestIoVec,
 }
 
 /// Result of one system call.
@@ -86,49 +81,49 @@ pub(crate) enum Progress {
 
 impl<T> Transfer<T> {
     /// Reads into `buffers` from `offset` on.
-    pub(crate) fn read(file: u8, offset: u64, buffers: GuestBuffers, tag: T) -> Self {
+    pub(crate) fn read(file: u8, offset: u64, buffers: GuestIoVec, tag: T) -> Self {
         Self::new(Op::Read, file, offset, buffers.len(), Memory::Guest(buffers), tag)
     }
 
     /// Writes `buffers` from `offset` on.
-    pub(crate) fn write(file: u8, offset: u64, buffers: GuestBuffers, tag: T) -> Self {
+    pub(crate) fn write(file: u8, offset: u64, buffers: GuestIoVec, tag: T) -> Self {
         Self::new(Op::Write, file, offset, buffers.len(), Memory::Guest(buffers), tag)
     }
 
     /// Writes `bytes` from `offset` on.
     pub(crate) fn write_bytes(file: u8, offset: u64, bytes: Box<[u8]>, tag: T) -> Self {
         let remaining = bytes.len() as u64;
-        let segments = vec![Segment { addr: bytes.as_ptr().expose_provenance(), len: bytes.len() }];
-        Self::new(Op::Write, file, offset, remaining, Memory::Own { _bytes: bytes, segments }, tag)
+        let iov = vec![IoVec::of(&bytes)];
+        Self::new(Op::Write, file, offset, remaining, Memory::Own { _bytes: bytes, iov }, tag)
     }
 
     /// Writes `len` zeros from `offset` on; at most [`MAX_ZEROS`].
     pub(crate) fn write_zeros(file: u8, offset: u64, len: u64, tag: T) -> Self {
         debug_assert!(len <= MAX_ZEROS);
-        let addr = ZEROS.as_ptr().expose_provenance();
-        let mut segments = Vec::new();
+        let mut iov = Vec::new();
         let mut remaining = len as usize;
         while remaining > 0 {
-            segments.push(Segment { addr, len: remaining.min(ZEROS.len()) });
-            remaining -= remaining.min(ZEROS.len());
+            let zeros = &ZEROS[..remaining.min(ZEROS.len())];
+            iov.push(IoVec::of(zeros));
+            remaining -= zeros.len();
         }
-        Self::new(Op::Write, file, offset, len, Memory::Own { _bytes: Box::default(), segments }, tag)
+        Self::new(Op::Write, file, offset, len, Memory::Own { _bytes: Box::default(), iov }, tag)
     }
 
     /// Makes what was written to `file` durable.
     pub(crate) fn sync(file: u8, tag: T) -> Self {
-        Self::new(Op::Sync, file, 0, 0, Memory::Guest(GuestBuffers::new()), tag)
+        Self::new(Op::Sync, file, 0, 0, Memory::Guest(GuestIoVec::new()), tag)
     }
 
     /// Starts write-back of all dirty pages of `file`.
     pub(crate) fn write_back(file: u8, tag: T) -> Self {
-        Self::new(Op::WriteBack, file, 0, 0, Memory::Guest(GuestBuffers::new()), tag)
+        Self::new(Op::WriteBack, file, 0, 0, Memory::Guest(GuestIoVec::new()), tag)
     }
 
     /// Makes the `len` bytes from `offset` read as zeros. `keep_space` keeps their space allocated.
     pub(crate) fn zero(file: u8, offset: u64, len: u64, keep_space: bool, tag: T) -> Self {
         let op = if keep_space { Op::ZeroRange } else { Op::PunchHole };
-        Self::new(op, file, offset, len, Memory::Guest(GuestBuffers::new()), tag)
+        Self::new(op, file, offset, len, Memory::Guest(GuestIoVec::new()), tag)
     }
 
     fn new(op: Op, file: u8, offset: u64, remaining: u64, memory: Memory, tag: T) -> Self {
@@ -154,13 +149,13 @@ impl<T> Transfer<T> {
         self.remaining
     }
 
-    /// The segments that are left, at most [`MAX_SEGMENTS`] of them.
-    pub(crate) fn segments(&self) -> &[Segment] {
-        let segments = match &self.memory {
-            Memory::Guest(buffers) => buffers.segments(),
-            Memory::Own { segments, .. } => segments,
+    /// The iovecs that are left, at most [`MAX_ENTRIES`] of them.
+    pub(crate) fn iov(&self) -> &[IoVec] {
+        let iov = match &self.memory {
+            Memory::Guest(buffers) => buffers.entries(),
+            Memory::Own { iov, .. } => iov,
         };
-        &segments[self.next..segments.len().min(self.next + MAX_SEGMENTS)]
+        &iov[self.next..iov.len().min(self.next + MAX_ENTRIES)]
     }
 
     /// Takes the result of a system call for this transfer: a byte count or a negative errno.
@@ -186,25 +181,24 @@ impl<T> Transfer<T> {
         self.retries = 0;
         self.offset += count;
         self.remaining -= count;
-        self.skip(count as usize);
+        self.advance_iov(count as usize);
         Progress::Retry
     }
 
-    /// Advances past the first `count` bytes of the segments that are left.
-    fn skip(&mut self, mut count: usize) {
-        let segments = match &mut self.memory {
-            Memory::Guest(buffers) => buffers.segments_mut(),
-            Memory::Own { segments, .. } => segments,
-        };
+    /// Advances past the first `count` bytes of the iovecs that are left.
+    fn advance_iov(&mut self, mut count: usize) {
         while count > 0 {
-            let segment = &mut segments[self.next];
-            if count < segment.len {
-                segment.addr += count;
-                segment.len -= count;
-                return;
+            let len = self.iov()[0].len();
+            if count >= len {
+                count -= len;
+                self.next += 1;
+                continue;
             }
-            count -= segment.len;
-            self.next += 1;
+            match &mut self.memory {
+                Memory::Guest(buffers) => buffers.advance(self.next, count),
+                Memory::Own { iov, .. } => iov[self.next].advance(count),
+            }
+            return;
         }
     }
 
@@ -212,7 +206,7 @@ impl<T> Transfer<T> {
     pub(crate) fn finish(self, result: Result<(), Errno>) -> Done<T> {
         let buffers = match self.memory {
             Memory::Guest(buffers) => buffers,
-            Memory::Own { .. } => GuestBuffers::new(),
+            Memory::Own { .. } => GuestIoVec::new(),
         };
         Done { tag: self.tag, result, buffers }
     }
@@ -226,4 +220,49 @@ pub enum Blocking {
     /// It is dedicated to this disk. So a transfer that would go to a kernel thread only because it
     /// *might* block is carried out at once: most are copies to the page cache.
     Allowed,
+}
+
+#[cfg(test)]
+mod tests {
+    use memory::iovec::Access;
+    use virtio::testing::guest_ram;
+
+    use super::*;
+
+    /// Lengths of the iovecs that are left after each of `results`.
+    fn lens_after<T>(transfer: &mut Transfer<T>, results: &[i32]) -> Vec<Vec<usize>> {
+        let advanced = results.iter().map(|&result| {
+            assert_eq!(transfer.advance(result), Progress::Retry);
+            let lens: Vec<usize> = transfer.iov().iter().map(IoVec::len).collect();
+            assert_eq!(lens.iter().sum::<usize>() as u64, transfer.remaining());
+            lens
+        });
+        advanced.collect()
+    }
+
+    #[test]
+    fn short_read_continues_at_the_next_byte() {
+        let ram = guest_ram(1);
+        let mut buffers = GuestIoVec::new();
+        for addr in [0, 8192, 16384] {
+            buffers.push_merged(&ram, addr, 1000, Access::Write).unwrap();
+        }
+        let mut transfer = Transfer::read(0, 512, buffers, ());
+        assert_eq!(
+            lens_after(&mut transfer, &[400, 600, 1001]),
+            [vec![600, 1000, 1000], vec![1000, 1000], vec![999]]
+        );
+        assert_eq!(transfer.offset(), 512 + 2001);
+        assert_eq!(transfer.iov()[0].addr(), ram.regions()[0].host_addr as usize + 16384 + 1);
+        assert_eq!(transfer.advance(999), Progress::Finished(Ok(())));
+    }
+
+    #[test]
+    fn short_write_of_zeros_continues_at_the_next_byte() {
+        let mut transfer = Transfer::write_zeros(0, 0, (128 << 10) + 512, ());
+        assert_eq!(
+            lens_after(&mut transfer, &[1, 65536, 65535]),
+            [vec![65535, 65536, 512], vec![65535, 512], vec![512]]
+        );
+    }
 }

@@ -200,10 +200,10 @@ impl<T: Send> Uring<T> {
     fn enter_ring(&mut self, slot: u32) {
         let transfer = self.slots.get(slot).expect("a slot in use holds a transfer");
         let entry = entry(transfer).flags(Flags::FIXED_FILE).user_data(slot.into());
-        // SAFETY: the segments of the entry, and the memory they point to, stay valid until its
+        // SAFETY: the iovecs of the entry, and the memory they point to, stay valid until its
         // completion. `slots` owns the transfer until then and neither changes nor drops it. Moving
-        // the transfer does not move the segments, which are on the heap. The kernel writes only to
-        // segments that are guest RAM (invariant of `Transfer`).
+        // the transfer does not move the iovecs, which are on the heap. The kernel writes only to
+        // iovecs that are guest RAM (invariant of `Transfer`).
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.expect("at most ENTRIES operations are in the ring");
         self.in_ring += 1;
@@ -324,7 +324,7 @@ impl<T: Send> Engine<T> for Uring<T> {
 }
 
 impl<T: Send> Drop for Uring<T> {
-    /// Waits for the operations in the kernel, because they use the segments. Then unregisters the
+    /// Waits for the operations in the kernel, because they use the iovecs. Then unregisters the
     /// files: the kernel frees a ring some time later, and until then a block device would count as
     /// in use.
     ///
@@ -377,17 +377,18 @@ fn build() -> Result<IoUring, UringError> {
 fn entry<T>(transfer: &Transfer<T>) -> squeue::Entry {
     let file = Fixed(transfer.file().into());
     let offset = transfer.offset();
-    let segments = transfer.segments();
-    match (transfer.op(), segments) {
+    match (transfer.op(), transfer.iov()) {
         (Op::Read, [one]) => {
-            let len = u32::try_from(one.len).unwrap_or(MAX_LEN);
-            opcode::Read::new(file, std::ptr::with_exposed_provenance_mut(one.addr), len)
+            let len = u32::try_from(one.len()).unwrap_or(MAX_LEN);
+            opcode::Read::new(file, std::ptr::with_exposed_provenance_mut(one.addr()), len)
                 .offset(offset)
                 .build()
         }
         (Op::Write, [one]) => {
-            let len = u32::try_from(one.len).unwrap_or(MAX_LEN);
-            opcode::Write::new(file, std::ptr::with_exposed_provenance(one.addr), len).offset(offset).build()
+            let len = u32::try_from(one.len()).unwrap_or(MAX_LEN);
+            opcode::Write::new(file, std::ptr::with_exposed_provenance(one.addr()), len)
+                .offset(offset)
+                .build()
         }
         (Op::Read, many) => {
             opcode::Readv::new(file, many.as_ptr().cast(), many.len() as u32).offset(offset).build()

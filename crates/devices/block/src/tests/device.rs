@@ -42,6 +42,27 @@ fn driver_reads_writes_and_gets_the_serial_number() {
 }
 
 #[test]
+fn only_disk_reads_mark_the_pages_of_their_data_dirty() {
+    for engine in ENGINES {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, _) = disk(dir.path(), 64, engine);
+        let mut guest = Guest::new(&options);
+        // The second page of the data has neither the request's header nor its status.
+        let page = (ARENA >> 12) + 1;
+        for (kind, data, read_len) in [(IN, &[][..], 8192), (OUT, &[9; 8192], 0)] {
+            let submitted = guest.submit(0, kind, 0, data, read_len);
+            guest.ram.reset_monitor_dirty_pages();
+            guest.kick(0);
+            let used = guest.wait(0, 1)[0];
+            assert_eq!(guest.response(&submitted, used).status, 0);
+            guest.forget();
+            let dirty = guest.ram.take_monitor_dirty_pages().unwrap();
+            assert_eq!(dirty.runs(0).flatten().any(|dirty| dirty == page), kind == IN, "{engine:?}");
+        }
+    }
+}
+
+#[test]
 fn reads_past_the_sector_size_return_zeros() {
     for kind in [Kind::Mmio, Kind::Pci] {
         let dir = tempfile::tempdir().unwrap();

@@ -15,7 +15,7 @@ use sync::EventFd;
 use virtio::device::{Activation, ActiveQueue, Device};
 use virtio::queue::{Queue, QueueProgress};
 use virtio::rate_limiter::RateLimiterConfig;
-use virtio::testing::{CountingInterrupt, DriverQueue, TestWorker, Used};
+use virtio::testing::{CountingInterrupt, DriverQueue, TestWorker, Used, tracked_guest_ram};
 use virtio::worker::Task;
 
 pub(crate) const IN: u32 = 0;
@@ -28,7 +28,7 @@ pub(crate) const WRITE_ZEROES: u32 = 13;
 /// Address of the queues.
 const QUEUES: u64 = 0x1000;
 /// Address of the first request.
-const ARENA: u64 = 1 << 20;
+pub(crate) const ARENA: u64 = 1 << 20;
 /// Size of guest memory in MiB.
 const RAM_MIB: u32 = 32;
 
@@ -96,7 +96,7 @@ impl Guest {
         let ring = virtio::device::feature::RING_EVENT_IDX | virtio::device::feature::RING_INDIRECT_DESC;
         let features = (block.features() | ring) & accepts;
         let mut guest = Guest {
-            ram: guest_ram(RAM_MIB),
+            ram: tracked_guest_ram(RAM_MIB),
             worker,
             interrupt: CountingInterrupt::new(),
             block,

@@ -106,7 +106,7 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
             |sector: u64, count: u64| (sector * SECTOR) as usize..((sector + count) * SECTOR) as usize;
         match *step {
             Step::Read { sector, count, piece } => {
-                let (buffers, places) = rig.buffers(count * SECTOR, piece, Direction::ToGuest);
+                let (buffers, places) = rig.buffers(count * SECTOR, piece, Access::Write);
                 let token = rig.start(sector * SECTOR, Request::Read(buffers));
                 reads.push((token, places, model[bytes(sector, count)].to_vec()));
             }

@@ -5,16 +5,15 @@ pub(crate) use std::path::{Path, PathBuf};
 
 pub(crate) use config::{CacheType, IoEngine, Overlay};
 pub(crate) use memory::GuestRam;
+pub(crate) use memory::iovec::{Access, GuestIoVec};
 pub(crate) use rustix::io::Errno;
 pub(crate) use vm_memory::{Bytes, GuestAddress};
 
 pub(crate) use crate::SECTOR;
-pub(crate) use crate::buffers::{Direction, GuestBuffers};
 pub(crate) use crate::disk::queue::DiskQueue;
 pub(crate) use crate::disk::{Disk, DiskOptions};
 pub(crate) use crate::engine::Blocking;
 pub(crate) use crate::io_request::{Request, Token};
-pub(crate) use virtio::queue::GuestBuffer;
 pub(crate) use virtio::testing::guest_ram;
 
 /// A disk, a queue that serves it, and the guest memory of its requests.
@@ -46,16 +45,14 @@ impl Rig {
         &mut self,
         len: u64,
         piece: u64,
-        direction: Direction,
-    ) -> (GuestBuffers, Vec<(u64, usize)>) {
+        access: Access,
+    ) -> (GuestIoVec, Vec<(u64, usize)>) {
         let mut buffers = self.queue.buffers();
         let mut places = Vec::new();
         let mut left = len;
         while left > 0 {
             let take = left.min(piece);
-            buffers
-                .push(&self.ram, GuestBuffer { addr: self.next_addr, len: take as u32 }, direction)
-                .unwrap();
+            buffers.push_merged(&self.ram, self.next_addr, take as usize, access).unwrap();
             places.push((self.next_addr, take as usize));
             self.next_addr += take + 16;
             left -= take;
@@ -70,7 +67,7 @@ impl Rig {
     }
 
     pub(crate) fn start_write(&mut self, offset: u64, bytes: &[u8], piece: u64) -> Token {
-        let (buffers, places) = self.buffers(bytes.len() as u64, piece, Direction::FromGuest);
+        let (buffers, places) = self.buffers(bytes.len() as u64, piece, Access::Read);
         let mut at = 0;
         for (addr, len) in places {
             self.ram.memory().write_slice(&bytes[at..at + len], GuestAddress(addr)).unwrap();
@@ -111,7 +108,7 @@ impl Rig {
     }
 
     pub(crate) fn read(&mut self, offset: u64, len: u64) -> Result<Vec<u8>, Errno> {
-        let (buffers, places) = self.buffers(len, u64::MAX, Direction::ToGuest);
+        let (buffers, places) = self.buffers(len, u64::MAX, Access::Write);
         self.start(offset, Request::Read(buffers));
         self.one().map(|()| self.bytes_at(&places))
     }
