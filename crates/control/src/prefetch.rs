@@ -93,10 +93,8 @@ impl ToRecord {
         let ToRecord { ram, image, path, options } = self;
         let recorder = Recorder::start(&ram, image, options)?;
         let (stop, stopped) = sync_channel(1);
-        let thread = std::thread::Builder::new()
-            .name("working_set".to_owned())
-            .spawn(move || save_when_over(recorder, &path, options, &stopped))
-            .map_err(WorkingSetError::Thread)?;
+        let save = move || save_when_over(recorder, &path, options, &stopped);
+        let thread = sync::thread::spawn("working_set", None, save).map_err(WorkingSetError::Thread)?;
         Ok(Recording { stop: Some(stop), thread: Some(thread) })
     }
 }

@@ -6,7 +6,6 @@
 //! the host goes down.
 
 use std::sync::mpsc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use machine::machine::Machine;
@@ -51,8 +50,7 @@ pub(crate) fn close_disks(vm: &MicroVm, limit: Duration) {
         // The waiter may have timed out; ignore the send error.
         let close = move || drop(reply.send((id, disk.close())));
         // On a thread of its own, because it may hang. The process ends without it then.
-        let thread = thread::Builder::new().name("io close".into());
-        if thread.spawn(close.clone()).is_err() {
+        if sync::thread::spawn("io close", None, close.clone()).is_err() {
             close();
         }
     }

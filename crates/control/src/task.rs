@@ -36,7 +36,7 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use memory::image::Observer;
@@ -100,7 +100,7 @@ impl<T: Send + 'static> Started<T> {
         let end = Ended(ended.try_clone()?);
         let token = Token::new()?;
         let of_task = token.clone();
-        let thread = thread::Builder::new().name(THREAD_NAME.into()).spawn(move || {
+        let thread = sync::thread::spawn(THREAD_NAME, None, move || {
             let _end = end;
             work(&of_task)
         })?;

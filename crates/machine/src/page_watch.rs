@@ -37,9 +37,7 @@ impl PageWatch {
     pub(crate) fn start(server: PageServer, events: EventSink) -> std::io::Result<Self> {
         let stop = Arc::new(EventFd::new()?);
         let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("page_watch".to_owned())
-            .spawn(move || watch(server, &stopped, &events))?;
+        let thread = sync::thread::spawn("page_watch", None, move || watch(server, &stopped, &events))?;
         Ok(PageWatch { stop, thread: Some(thread) })
     }
 }

@@ -129,7 +129,7 @@ impl VcpuHandle {
     ) -> std::io::Result<Self> {
         let (requests, inbox) = channel();
         let (answer, answers) = channel();
-        let thread = std::thread::Builder::new().name(format!("fc_vcpu {id}")).spawn(move || {
+        let thread = sync::thread::spawn(format!("fc_vcpu {id}"), None, move || {
             let fd = ThreadVcpu::new(fd, run_size);
             let buses = Arc::default();
             let entry_errors = EntryErrors::default();

@@ -1,4 +1,5 @@
-//! What threads share, once for every crate: [`locked`], [`Counter`] and [`EventFd`].
+//! What threads share, once for every crate: [`locked`], [`Counter`], [`EventFd`], and
+//! the start of their [`thread`]s.
 //!
 //! Each is a leaf: none of them logs, allocates after its construction or waits for anything but a
 //! mutex.
@@ -8,6 +9,7 @@
 mod counter;
 mod eventfd;
 mod lock;
+pub mod thread;
 
 pub use counter::Counter;
 pub use eventfd::EventFd;

@@ -13,7 +13,7 @@ use sync::EventFd;
 use vesta_virtio::device::{Activation, ActiveQueue, Device, Interrupt, feature};
 use vesta_virtio::queue::{Chain, Queue};
 use vesta_virtio::testing::{DriverQueue, Echo, guest_ram};
-use vesta_virtio::worker::{Workers, WorkersConfig};
+use vesta_virtio::worker::Workers;
 
 const DATA: u64 = 0x10_0000;
 const FEATURES: u64 = feature::VERSION_1 | feature::RING_EVENT_IDX | feature::RING_INDIRECT_DESC;
@@ -87,7 +87,7 @@ fn round_trips() -> Vec<Duration> {
         features: FEATURES,
         restored: false,
     };
-    let workers = Workers::start(WorkersConfig::default()).expect("a thread can be made");
+    let workers = Workers::start(1).expect("a thread can be made");
     for task in device.activate(activation).expect("it has its queue") {
         workers.add(task, Arc::clone(&irq) as Arc<dyn Interrupt>);
     }

@@ -96,8 +96,7 @@
 //! makes them drain, detach their tasks and end, without waiting: right for a process that exits.
 //! [`stop`](worker::Workers::stop) waits.
 //!
-//! `unplug`, `release`, `stop` and `on_start` have no caller outside tests yet (*planned*:
-//! hot-plug, seccomp filters).
+//! `unplug`, `release` and `stop` have no caller outside tests yet (*planned*: hot-plug).
 //!
 //! # Tests
 //!

@@ -45,7 +45,7 @@ mod tests;
 
 pub use clock::{Nanos, monotonic};
 pub use context::{Context, Event, Interest, MAX_TOKEN, Token};
-pub use pool::{OnStart, PauseError, Removal, Removed, TaskHandle, Workers, WorkersConfig};
+pub use pool::{PauseError, Removal, Removed, TaskHandle, Workers};
 pub use task::{Placement, Task, WorkerId};
 
 /// The parts of a worker, for a worker without a thread.

@@ -32,7 +32,6 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
-    thread,
 };
 
 pub use channel::{ReplyTo, Request, Requests};
@@ -85,8 +84,7 @@ impl ApiServer {
     pub fn spawn(self) -> io::Result<Requests> {
         let (mut requests, outbox) = channel::channel(self.socket_file)?;
         let server = server::Server::new(self.listener, outbox, self.limits)?;
-        let thread = thread::Builder::new().name(THREAD_NAME.into()).stack_size(STACK_SIZE);
-        requests.set_thread(thread.spawn(move || server.run())?);
+        requests.set_thread(sync::thread::spawn(THREAD_NAME, Some(STACK_SIZE), move || server.run())?);
         Ok(requests)
     }
 }

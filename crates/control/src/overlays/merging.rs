@@ -25,7 +25,6 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::thread;
 
 use block::disk::{Disk, LayerMerge};
 use config::Drive;
@@ -122,9 +121,7 @@ impl Merge {
         let (merge, copy) = Self::prepare(vm_id, drive, disk)?;
         let (drive_id, path, progress) =
             (drive.drive_id.clone(), merge.path.clone(), Arc::clone(&merge.progress));
-        thread::Builder::new()
-            .name("io merge".into())
-            .spawn(move || run(&drive_id, &path, copy, &progress))
+        sync::thread::spawn("io merge", None, move || run(&drive_id, &path, copy, &progress))
             .map_err(|e| CommandError::drive(&drive.drive_id, format!("cannot start a thread: {e}")))?;
         Ok(merge)
     }

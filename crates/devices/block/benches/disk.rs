@@ -28,7 +28,7 @@ use virtio::device::{Activation, ActiveQueue, Device, Interrupt, feature};
 use virtio::queue::Queue;
 use virtio::rate_limiter::RateLimiterConfig;
 use virtio::testing::{DriverQueue, guest_ram};
-use virtio::worker::{Workers, WorkersConfig};
+use virtio::worker::Workers;
 use vm_memory::{Bytes, GuestAddress};
 
 const BLOCK: u64 = 4096;
@@ -159,7 +159,7 @@ fn device(
 ) -> Result<(), Box<dyn std::error::Error>> {
     const SIZE: u16 = 256;
     const DATA: u64 = 1 << 20;
-    let workers = Workers::start(WorkersConfig::default())?;
+    let workers = Workers::start(1)?;
     let own = match blocking {
         Blocking::Never => vec![],
         Blocking::Allowed => vec![workers.dedicated()?],

@@ -53,7 +53,7 @@ use std::time::Duration;
 
 use block::BlockControl;
 use net::NetControl;
-use virtio::worker::{WorkerId, Workers, WorkersConfig, monotonic};
+use virtio::worker::{WorkerId, Workers, monotonic};
 use vsock::VsockControl;
 
 use crate::bus::Buses;
@@ -184,8 +184,8 @@ fn start_workers(needs: &[IoWorkers]) -> Result<(Workers, Vec<Vec<WorkerId>>), D
         IoWorkers::Shared(count) => usize::from(*count),
         IoWorkers::Dedicated(_) => 1,
     });
-    let config = WorkersConfig { shared: shared.max().unwrap_or(1), ..WorkersConfig::default() };
-    let workers = Workers::start(config).map_err(worker_error)?;
+    let shared = shared.max().unwrap_or(1);
+    let workers = Workers::start(shared).map_err(worker_error)?;
     let dedicated = needs.iter().map(|need| {
         let count = match need {
             IoWorkers::Shared(_) => 0,

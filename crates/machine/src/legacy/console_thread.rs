@@ -53,7 +53,7 @@ impl ConsoleThread {
         let port = Arc::new(port(console.clone())?);
         let worker =
             Worker { console: console.clone(), port: port.clone(), output: setup.output, input: setup.input };
-        let thread = std::thread::Builder::new().name("serial".to_owned()).spawn(move || worker.run())?;
+        let thread = sync::thread::spawn("serial", None, move || worker.run())?;
         Ok((ConsoleThread { console, thread: Some(thread) }, port))
     }
 

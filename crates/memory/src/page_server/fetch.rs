@@ -46,7 +46,7 @@ pub(crate) fn fetch(
             let _ = done.send(());
         }
     };
-    let thread = std::thread::Builder::new().name("page_fetch".into()).spawn(touch_pages);
+    let thread = sync::thread::spawn("page_fetch", None, touch_pages);
     thread.map_err(|source| FetchError::Thread { path: link.path.clone(), source })?;
     let waited = wait_while_serving(
         link,

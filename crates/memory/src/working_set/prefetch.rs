@@ -60,7 +60,7 @@ impl Prefetch {
         let pages = Arc::new(AtomicU64::new(0));
         let filler =
             Filler { ram: ram.clone(), set, options, stop: Arc::clone(&stop), pages: Arc::clone(&pages) };
-        let thread = std::thread::Builder::new().name("prefetch".into()).spawn(move || filler.run());
+        let thread = sync::thread::spawn("prefetch", None, move || filler.run());
         Ok(Prefetch { stop, pages, thread: Some(thread.map_err(WorkingSetError::Thread)?) })
     }
 

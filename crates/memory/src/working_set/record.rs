@@ -63,7 +63,7 @@ impl Recorder {
         }
         let mut log = TouchLog::start(ram)?;
         let (stop, stopped) = sync_channel::<()>(1);
-        let thread = std::thread::Builder::new().name("working_set".into()).spawn(move || {
+        let thread = sync::thread::spawn("working_set", None, move || {
             let start = Instant::now();
             let mut pause = options.interval;
             while start.elapsed() < options.duration

@@ -412,7 +412,6 @@ fn reset_during_io_completes_when_the_device_has_drained() {
 fn busy_on_mmio(events: Arc<dyn IoEventFds>) -> (MmioTransport, Arc<EchoControl>, Workers) {
     use super::Attachment;
     use super::mmio::IrqLine;
-    use crate::worker::WorkersConfig;
 
     struct NoLine;
     impl IrqLine for NoLine {
@@ -420,7 +419,7 @@ fn busy_on_mmio(events: Arc<dyn IoEventFds>) -> (MmioTransport, Arc<EchoControl>
     }
 
     let ram = reused_ram(4);
-    let workers = Workers::start(WorkersConfig::default()).unwrap();
+    let workers = Workers::start(1).unwrap();
     let (device, control) = Echo::new(&[64], 0);
     control.hold(0);
     let attachment = Attachment {

@@ -17,18 +17,6 @@ use sync::locked;
 /// The stack of a worker in bytes. Only pages that are used take memory.
 const STACK: usize = 512 << 10;
 
-/// Called first on each worker's thread, with the worker's number: the place for a seccomp filter.
-pub type OnStart = Arc<dyn Fn(usize) + Send + Sync>;
-
-/// The number of workers and their start hook.
-#[derive(Clone, Default)]
-pub struct WorkersConfig {
-    /// The number of shared workers; 0 counts as 1.
-    pub shared: usize,
-    /// See [`OnStart`].
-    pub on_start: Option<OnStart>,
-}
-
 /// All workers of a machine. Clones share them.
 ///
 /// When the last clone is dropped, the workers end after their tasks have drained. The drop does
@@ -39,7 +27,6 @@ pub struct Workers {
 }
 
 struct Pool {
-    config: WorkersConfig,
     workers: Mutex<Vec<Worker>>,
     next_key: AtomicU64,
 }
@@ -62,10 +49,10 @@ pub struct PauseError {
 }
 
 impl Workers {
-    /// Starts the shared workers.
-    pub fn start(config: WorkersConfig) -> io::Result<Self> {
-        let pool = Arc::new(Pool { workers: Mutex::new(Vec::new()), next_key: AtomicU64::new(0), config });
-        for _ in 0..pool.config.shared.max(1) {
+    /// Starts `shared` shared workers; 0 counts as 1.
+    pub fn start(shared: usize) -> io::Result<Self> {
+        let pool = Arc::new(Pool { workers: Mutex::new(Vec::new()), next_key: AtomicU64::new(0) });
+        for _ in 0..shared.max(1) {
             pool.spawn(true)?;
         }
         Ok(Workers { pool })
@@ -76,8 +63,7 @@ impl Workers {
     pub(crate) fn unthreaded(mailbox: Arc<Mailbox>) -> Self {
         let worker = Worker { mailbox, shared: true, thread: None };
         let workers = Mutex::new(vec![worker]);
-        let config = WorkersConfig::default();
-        Workers { pool: Arc::new(Pool { workers, next_key: AtomicU64::new(1 << 32), config }) }
+        Workers { pool: Arc::new(Pool { workers, next_key: AtomicU64::new(1 << 32) }) }
     }
 
     /// Starts a worker for the tasks with [`Placement::On`] it.
@@ -169,14 +155,7 @@ impl Pool {
         let number = workers.len();
         let mailbox = Mailbox::new()?;
         let mut event_loop = EventLoop::new(Arc::clone(&mailbox), Clock::monotonic())?;
-        let on_start = self.config.on_start.clone();
-        let thread =
-            std::thread::Builder::new().name(format!("io {number}")).stack_size(STACK).spawn(move || {
-                if let Some(on_start) = on_start {
-                    on_start(number);
-                }
-                event_loop.run();
-            })?;
+        let thread = sync::thread::spawn(format!("io {number}"), Some(STACK), move || event_loop.run())?;
         workers.push(Worker { mailbox, shared, thread: Some(thread) });
         Ok(WorkerId(number))
     }
