@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use vesta_tests::disks::{DiskGuest, OverlayFile, disk, drive, output_of, with};
-use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport};
+use vesta_tests::disks::{DiskGuest, MIB, OverlayFile, bytes_at, disk, drive, output_of, space_of, with};
+use vesta_tests::guest::{BOOT_TIMEOUT, TIMEOUT, Transport, vmm_path};
 use vesta_tests::on_each_transport;
 use vesta_tests::process::Orphans;
 use vesta_tests::serial_file::wait_for_text;
-use vesta_tests::vmm::Vmm;
+use vesta_tests::vmm::{Vmm, VmmBuilder};
 
 /// The number of sectors that the guest writes, and the distance between them. Each has its own
 /// page of the overlay's map.
@@ -55,8 +55,42 @@ fn check_all_is_there(overlays: &[PathBuf; 2]) -> Result<()> {
 fn check_closed(overlays: &[PathBuf; 2]) -> Result<()> {
     for path in overlays {
         ensure!(OverlayFile::open(path)?.is_closed()?, "{} is not closed", path.display());
+        check_exported(path)?;
     }
     check_all_is_there(overlays)
+}
+
+/// Checks that `vesta-vmm overlay` finds the overlay valid and exports the disk with all that the
+/// guest has written.
+fn check_exported(overlay: &Path) -> Result<()> {
+    let tool = |args: &[&str]| -> Result<String> {
+        let mut builder = VmmBuilder::new(&vmm_path())?.quiet().arg("overlay").arg(args[0]);
+        builder = builder.arg(overlay.to_str().context("a path that is text")?);
+        let (code, output) = args[1..].iter().fold(builder, VmmBuilder::arg).spawn()?.finish(TIMEOUT)?;
+        ensure!(code == 0, "overlay {args:?}: {code} {output}");
+        Ok(output)
+    };
+    let info = tool(&["info", "--json"])?;
+    ensure!(info.contains("\"state\": \"Closed\""), "{info}");
+    let base = overlay.with_extension("");
+    let base = base.to_str().context("a path that is text")?;
+    let checked = tool(&["check", "--base", base])?;
+    ensure!(checked.contains("closed: complete on any host") && checked.contains("it fits"), "{checked}");
+    for format in ["raw", "qcow2"] {
+        let image = overlay.with_extension(format);
+        let out = image.to_str().context("a path that is text")?;
+        tool(&["export", "--base", base, "--format", format, "--out", out])?;
+        if format == "raw" {
+            for place in 0..PLACES {
+                let bytes = bytes_at(&image, place * APART * 512, 12)?;
+                ensure!(bytes == *b"vesta\nvesta\n", "{out}: place {place} has {bytes:?}");
+            }
+            ensure!(std::fs::metadata(&image)?.len() == PLACES * APART * 512, "{out} has another size");
+        }
+        ensure!(space_of(&image)? < 64 * MIB, "{out} is not sparse");
+        std::fs::remove_file(&image)?;
+    }
+    Ok(())
 }
 
 /// A guest that has written and is now idle.

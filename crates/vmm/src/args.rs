@@ -8,6 +8,7 @@ use lexopt::prelude::*;
 use machine::legacy::StartTimes;
 
 use crate::flags::{ArgsError, once, text};
+use crate::overlay_tool;
 use crate::personality::Personality;
 use crate::restore::{self, Restore};
 use crate::snapshot_tool::Tool;
@@ -30,6 +31,8 @@ pub(crate) enum Invocation {
     DescribeSnapshot(PathBuf),
     /// Run a snapshot tool, without a microVM.
     SnapshotTool(Tool),
+    /// Run a tool for overlay files, without a microVM.
+    OverlayTool(overlay_tool::Tool),
 }
 
 /// The options of a microVM's process.
@@ -107,7 +110,7 @@ pub(crate) fn help(personality: Personality) -> String {
         flags.iter().flat_map(|(flag, what)| ["  ", *flag, "\n        ", *what, "\n"]).collect()
     };
     format!(
-        "{}\nOne process, one microVM on Linux/KVM.\n\n{}\nRestoring a snapshot:\n\n{}\nTools for snapshots: vesta-vmm snapshot --help\n",
+        "{}\nOne process, one microVM on Linux/KVM.\n\n{}\nRestoring a snapshot:\n\n{}\nTools for snapshots: vesta-vmm snapshot --help\nTools for overlays: vesta-vmm overlay --help\n",
         personality.version_text().trim_end(),
         listed(&FLAGS),
         listed(&restore::FLAGS)
@@ -130,6 +133,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("describe-snapshot") => return Ok(Invocation::DescribeSnapshot(parser.value()?.into())),
             Value(word) if first && word == "snapshot" => {
                 return tool::parse(parser).map(Invocation::SnapshotTool);
+            }
+            Value(word) if first && word == "overlay" => {
+                return overlay_tool::args::parse(parser).map(Invocation::OverlayTool);
             }
             Long("api-sock") => once(&mut raw.api_socket, "api-sock", parser.value()?.into())?,
             Long("config-file") => once(&mut raw.config_file, "config-file", parser.value()?.into())?,

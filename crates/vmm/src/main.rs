@@ -9,7 +9,8 @@
 //! - [`host`]: this process, as the controller sees it. [`process`], [`child`], [`writer`]: forked
 //!   processes.
 //! - [`logger`], [`terminal`], [`descriptors`]: what the process has.
-//! - [`snapshot_tool`]: the tools that read and merge snapshots, and start no microVM.
+//! - [`snapshot_tool`], [`overlay_tool`]: the tools that read and merge snapshots, and that read and
+//!   export overlay files. They start no microVM.
 //!
 //! # The end of the process
 //!
@@ -28,6 +29,7 @@ mod fatal;
 mod flags;
 mod host;
 mod logger;
+mod overlay_tool;
 mod personality;
 mod process;
 mod restore;
@@ -70,6 +72,7 @@ fn main() -> ! {
         Ok(Invocation::SnapshotVersion) => print(&snapshot_tool::version_text()),
         Ok(Invocation::DescribeSnapshot(state)) => snapshot_tool::describe(personality, &state),
         Ok(Invocation::SnapshotTool(tool)) => snapshot_tool::run(&tool),
+        Ok(Invocation::OverlayTool(tool)) => overlay_tool::run(&tool),
         Ok(Invocation::Run(args)) => run(personality, &args, start),
         Err(error) => report(personality, &RunError::Args(error)),
     };
@@ -155,7 +158,7 @@ fn start_and_serve(
             .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() }),
         (_, _, Some(from)) => {
             let path = from.load.snapshot_path.display().to_string();
-            restore(&mut controller, from).map_err(|reason| RunError::Restore { path, reason })
+            restore_microvm(&mut controller, from).map_err(|reason| RunError::Restore { path, reason })
         }
         _ => Ok(()),
     };
@@ -166,7 +169,7 @@ fn start_and_serve(
 }
 
 /// Restores a microVM, by the commands that a client of the API would send.
-fn restore<H: Host>(controller: &mut Controller<H>, from: &Restore) -> Result<(), CommandError> {
+fn restore_microvm<H: Host>(controller: &mut Controller<H>, from: &Restore) -> Result<(), CommandError> {
     if let Some(serial) = &from.serial {
         controller.run(Command::PutSerial(serial.clone()))?;
     }

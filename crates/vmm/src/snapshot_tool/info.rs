@@ -11,7 +11,7 @@ use memory::image::{ImageFile, ImageInfo, ImageKind, examine};
 use serde_json::{Value, json};
 use snapshot::{Description, Snapshot};
 
-use super::ToolError;
+use super::error::ToolError;
 
 /// The contents of a state file, as far as this version can decode them.
 #[derive(Debug)]

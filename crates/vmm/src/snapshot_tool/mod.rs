@@ -9,6 +9,7 @@
 //! files.
 
 pub(crate) mod args;
+mod error;
 mod info;
 mod vcpus;
 
@@ -16,13 +17,14 @@ use std::fmt;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use control::snapshot::{Saved, VerifyError, verify};
-use memory::image::{ImageError, MergeStats, RestoreError, merge, merge_in_place};
-use snapshot::{FORMAT_VERSION, ReadError, Snapshot};
+use control::snapshot::{Saved, verify};
+use memory::image::{MergeStats, merge, merge_in_place};
+use snapshot::{FORMAT_VERSION, Snapshot};
 
 use crate::crash_report;
 use crate::exit::ExitCode;
 use crate::personality::Personality;
+use error::ToolError;
 use info::Info;
 
 /// A tool and its arguments.
@@ -42,21 +44,6 @@ pub(crate) enum Tool {
     Vcpus { state: PathBuf },
     /// Print the rest of the machine.
     Machine { state: PathBuf },
-}
-
-/// Why a tool failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ToolError {
-    #[error(transparent)]
-    Read(#[from] ReadError),
-    #[error(transparent)]
-    Memory(#[from] RestoreError),
-    #[error(transparent)]
-    Verify(#[from] VerifyError),
-    #[error(transparent)]
-    Merge(#[from] ImageError),
-    #[error("cannot write to standard output: {0}")]
-    Output(#[from] std::io::Error),
 }
 
 /// Runs a tool. Errors are on standard error.
