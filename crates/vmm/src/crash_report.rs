@@ -49,7 +49,7 @@ fn hook(info: &PanicHookInfo<'_>) {
     terminal::restore();
     logger::error_without_waiting(&format!("bug in this monitor: {info}"));
     let thread = std::thread::current();
-    let name = thread.name().unwrap_or("-");
+    let name = thread.name().unwrap_or("main");
     let backtrace = Backtrace::capture();
     let text = match backtrace.status() {
         BacktraceStatus::Captured => format!("thread '{name}' {info}\n{backtrace}\n"),

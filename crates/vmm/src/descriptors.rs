@@ -1,4 +1,4 @@
-//! The limit of open descriptors of this process.
+//! Descriptors of this process: their limit, and the standard ones.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -14,6 +14,19 @@ pub(crate) fn raise_limit() {
         let raised = Rlimit { current: Some(most), ..limit };
         if let Err(error) = setrlimit(Resource::Nofile, raised) {
             log::warn!("the limit of open descriptors stays at {:?}: {error}", limit.current);
+        }
+    }
+}
+
+/// Opens `/dev/null` for standard descriptors that are closed. Otherwise the next file that is
+/// opened, such as a disk, would get the number, and messages would be written to it.
+pub(crate) fn open_standard() {
+    use rustix::stdio::{stderr, stdin, stdout};
+    for fd in [stdin(), stdout(), stderr()] {
+        if rustix::io::fcntl_getfd(fd) == Err(rustix::io::Errno::BADF) {
+            let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
+            // It got the lowest free number, which is this one's.
+            let _ = null.map(std::os::fd::IntoRawFd::into_raw_fd);
         }
     }
 }

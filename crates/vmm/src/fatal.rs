@@ -7,7 +7,7 @@
 use std::ffi::CStr;
 
 use crate::exit::ExitCode;
-use crate::{crash_report, signals, terminal};
+use crate::{alt_stack, crash_report, signals, terminal};
 
 /// The signals, their names, and the code to exit with.
 const FATAL: [(libc::c_int, &str, ExitCode); 6] = [
@@ -23,8 +23,10 @@ const FATAL: [(libc::c_int, &str, ExitCode); 6] = [
 /// their frames page by page.
 const STACK_FAULT_DISTANCE: usize = 4096;
 
-/// Installs the handlers.
+/// Installs the handlers, and gives this thread and those that it starts an alternate stack.
 pub(crate) fn install() -> std::io::Result<()> {
+    alt_stack::install();
+    sync::thread::set_start_hook(|_| alt_stack::install());
     for (signal, ..) in FATAL {
         signals::handle(signal, on_fatal)?;
     }
@@ -225,8 +227,8 @@ mod tests {
     fn stack_overflow_of_a_thread_is_reported() {
         if subprocess::is_one() {
             install().unwrap();
-            let io = std::thread::Builder::new().name("io 1".into()).stack_size(512 << 10);
-            io.spawn(|| overflow(&[0; 512])).unwrap().join().unwrap();
+            let io = sync::thread::spawn("io 1", Some(512 << 10), || overflow(&[0; 512]));
+            io.unwrap().join().unwrap();
             return;
         }
         let ended = subprocess::again("fatal::tests::stack_overflow_of_a_thread_is_reported");

@@ -197,7 +197,7 @@ fn format_line(settings: &Settings, origin: &Origin<'_>, now: SystemTime, text: 
         "{} [{}:{}{level}{place}] {text}\n",
         time.trim_end_matches('Z'),
         settings.id,
-        thread.name().unwrap_or("-"),
+        thread.name().unwrap_or("main"),
     )
 }
 
@@ -250,7 +250,7 @@ mod tests {
         let origin = Origin { level: log::Level::Warn, file: "a.rs", line: 7 };
         let now = SystemTime::UNIX_EPOCH + Duration::new(1_767_225_600, 5);
         let line = format_line(&settings, &origin, now, "text");
-        line.replace(std::thread::current().name().unwrap_or("-"), "T")
+        line.replace(std::thread::current().name().unwrap_or("main"), "T")
     }
 
     #[test]

@@ -53,7 +53,7 @@ pub(crate) type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut 
 /// Installs a handler, which runs on the thread's alternate stack and is not interrupted by other
 /// signals.
 ///
-/// The standard library gives each of its threads an alternate stack, which no other code replaces.
+/// Each thread has an alternate stack ([`crate::alt_stack`]).
 pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<()> {
     // SAFETY: a `sigaction` is plain numbers and an optional function, for which zero is a value.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
@@ -67,6 +67,12 @@ pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<(
         return Err(std::io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Makes writes to a closed pipe or socket fail with `EPIPE` instead of ending the process.
+pub(crate) fn ignore_sigpipe() {
+    // SAFETY: ignoring a signal has no precondition.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
 }
 
 /// Whether this is process 1 of its PID namespace, to which the kernel does not apply default
