@@ -9,8 +9,8 @@
 //! - [`host`]: this process, as the controller sees it. [`process`], [`child`], [`writer`]: forked
 //!   processes.
 //! - [`logger`], [`terminal`], [`descriptors`]: what the process has.
-//! - [`snapshot_tool`], [`overlay_tool`]: the tools that read and merge snapshots, and that read and
-//!   export overlay files. They start no microVM.
+//! - [`snapshot_tool`], [`overlay_tool`]: the tools that read and merge snapshots, and that read
+//!   and export overlay files. They start no microVM.
 //!
 //! # The end of the process
 //!
@@ -67,8 +67,8 @@ use signals::Signals;
 /// The entry point, which the C library calls.
 ///
 /// The standard library's own start-up code does not run: it reads `/proc/self/maps` and makes a
-/// dozen more system calls, a fifth of the time until the API answers. What this process needs of it
-/// is here: standard descriptors that are open, SIGPIPE ignored, and alternate signal stacks
+/// dozen more system calls, a fifth of the time until the API answers. What this process needs of
+/// it is here: standard descriptors that are open, SIGPIPE ignored, and alternate signal stacks
 /// ([`alt_stack`]).
 #[cfg_attr(not(test), unsafe(no_mangle))]
 extern "C" fn main(_argc: std::ffi::c_int, _argv: *const *const std::ffi::c_char) -> std::ffi::c_int {

@@ -7,8 +7,8 @@
 //! +--------+----------------+-----------------+----------+-----------+----------------+
 //! ```
 //!
-//! The caller names the clusters that have data, so that the place of everything is known before the
-//! first byte is written. All other clusters read as zeros. The header is written last: a file
+//! The caller names the clusters that have data, so that the place of everything is known before
+//! the first byte is written. All other clusters read as zeros. The header is written last: a file
 //! without it is no qcow2 image.
 
 use std::collections::BTreeSet;
