@@ -1,7 +1,7 @@
 //! Threads of the process: each begins with the process's own hook.
 //!
-//! The hook is for what a thread needs before it does anything, such as an alternate signal stack or
-//! a seccomp filter. Code that starts threads does not know what that is.
+//! The hook is for what a thread needs before it does anything, such as an alternate signal stack
+//! or a seccomp filter. Code that starts threads does not know what that is.
 
 use std::io;
 use std::sync::OnceLock;
