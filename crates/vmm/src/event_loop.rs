@@ -79,7 +79,7 @@ fn guest_ended(event: &MachineEvent) -> Ended {
         }
         // Some guests reboot by a triple fault, so it is no failure of the monitor.
         MachineEvent::TripleFault(fault) => {
-            log::error!("the guest ended by {fault}");
+            log::error!("the guest ended: {fault}");
             Ended::Guest
         }
         MachineEvent::Fatal(fault) => {
