@@ -8,10 +8,12 @@
 //! - `microvm`: the microVM: its identity, its `settings`, its machine (`lifecycle`), and its
 //!   `backends`: `drives`, `networks` and the sockets of `vsock`. `metadata`: its metadata service.
 //! - `boot`, `pause`, `drive_commands`, [`fork`], [`snapshot`], `shutdown`: what commands do to it.
+//!   `reopen`: replaces a backend that has to be closed first.
+//! - `child`: what a fork passes to its children, and their reports.
 //! - `overlays`: the overlays that forks and live snapshots add to drives.
 //! - `live_snapshot`: the job of a live snapshot. `prefetch`: the working set of a restored guest.
 //! - `task`: the part of a long command that may wait for the host, on a thread of its own;
-//!   questions are answered meanwhile.
+//!   questions are answered meanwhile. `token`: how a task is cancelled.
 //! - `host`: what the process does for a controller.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and its channel to the main thread.

@@ -1,8 +1,8 @@
-//! What threads share, once for every crate: [`locked`], [`Counter`], [`EventFd`], and
-//! the start of their [`thread`]s.
+//! What threads share, once for every crate: [`locked`], [`Counter`] and [`EventFd`]; and how every
+//! [`thread`] is started.
 //!
-//! Each is a leaf: none of them logs, allocates after its construction or waits for anything but a
-//! mutex.
+//! This crate is a leaf. Nothing in it logs or waits for anything but a mutex. A counter and an
+//! eventfd allocate nothing after their construction.
 
 #![forbid(unsafe_code)]
 

@@ -32,6 +32,7 @@
 //! | [`device`] | the [`Device`](device::Device) trait and its saved state |
 //! | [`worker`] | I/O worker threads and the [`Task`](worker::Task) trait |
 //! | [`transport`] | virtio-mmio and virtio-pci |
+//! | [`feature`] | feature bits of the ring and the transport |
 //! | [`rate_limiter`] | token buckets for bytes and operations |
 //!
 //! # Hostile guests

@@ -1,4 +1,4 @@
-//! What a fork hands to its children: [`ForkPlan`], [`ChildSpec`] and [`ParentState`].
+//! What a fork passes to its children: [`ForkPlan`], [`ChildSpec`] and [`ParentState`].
 
 mod report;
 

@@ -21,6 +21,7 @@
 //!     v
 //!  engine/    mod.rs, transfer.rs           transfers -> system calls
 //!             uring.rs, blocking.rs         through io_uring, or on the worker's own thread
+//!             draining_uring.rs             io_uring that submit waits for, for fuzzing
 //!
 //!  leaves:    io_request.rs  error.rs  creator_pid.rs  slab.rs
 //!             host_file/  lock.rs (flock), health.rs (failed syncs), name.rs (durable file names)

@@ -1,7 +1,7 @@
 //! The network device (virtio 1.3, section 5.1) and its backends.
 //!
 //! ```text
-//!  device.rs         features, configuration space, activation, state
+//!  device.rs         features, activation, state      config_space.rs state.rs stats.rs error.rs
 //!      |             shared.rs: what the device shares with its tasks
 //!      |             backend_slot.rs: holds a backend between two drivers
 //!      |
@@ -11,7 +11,7 @@
 //!      |             rtnl_budget.rs: bounds the ioctls under RTNL
 //!      |             shared_limiter.rs: the rate limit of one direction
 //!      |
-//!  backend/          tap, vhost, stream
+//!  backend/          tap, vhost, stream               header.rs: the header before a frame
 //!  interceptor.rs    a service that replies to some frames
 //! ```
 //!

@@ -35,6 +35,7 @@
 //! | `connect_request` | the `CONNECT` line of host clients |
 //! | `host_sockets`, `listener` | Unix sockets |
 //! | `guest_io` | guest buffers for a socket call |
+//! | `shared`, `state`, `stats` | what the device shares with its task; its saved state; its counters |
 //!
 //! Stream data is not copied: a host socket is read directly into the guest's buffers (as many at
 //! once as the guest has credit for), and the guest's packets are written directly to the socket.
