@@ -23,7 +23,7 @@ const COUNT: u8 = b'#';
 const FLOOD: u8 = b'!';
 const PLAIN: u8 = b'-';
 const PIECE: usize = 128 << 10;
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Serves clients, without end.
 pub fn serve() -> Result<()> {
@@ -113,10 +113,10 @@ pub struct Server(pub IpAddr);
 
 impl Server {
     fn ask(self, what: u8) -> Result<TcpStream> {
-        let mut stream = TcpStream::connect_timeout(&(self.0, PORT).into(), PATIENCE)?;
+        let mut stream = TcpStream::connect_timeout(&(self.0, PORT).into(), TIMEOUT)?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        stream.set_write_timeout(Some(TIMEOUT))?;
         stream.write_all(&[what])?;
         Ok(stream)
     }

@@ -88,9 +88,9 @@ impl Orphans {
     }
 
     /// Waits until all of them have ended.
-    pub fn wait(mut self, patience: Duration) -> Result<()> {
+    pub fn wait(mut self, timeout: Duration) -> Result<()> {
         for (at, pidfd) in self.0.iter().enumerate() {
-            if !has_ended(pidfd, patience)? {
+            if !has_ended(pidfd, timeout)? {
                 bail!("process {at} of {} is still running", self.0.len());
             }
         }
@@ -99,10 +99,10 @@ impl Orphans {
     }
 
     /// Kills them, and waits until they are gone.
-    pub fn kill(mut self, patience: Duration) -> Result<()> {
+    pub fn kill(mut self, timeout: Duration) -> Result<()> {
         for pidfd in std::mem::take(&mut self.0) {
             kill(&pidfd);
-            if !has_ended(&pidfd, patience)? {
+            if !has_ended(&pidfd, timeout)? {
                 bail!("a killed process still exists");
             }
         }
@@ -131,8 +131,8 @@ pub fn children(pid: u32) -> Result<Vec<u64>> {
 /// How long a killed process may take to end.
 const DYING: Duration = Duration::from_secs(20);
 
-fn has_ended(pidfd: &OwnedFd, patience: Duration) -> Result<bool> {
-    let limit = Timespec::try_from(patience).context("the time limit")?;
+fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> Result<bool> {
+    let limit = Timespec::try_from(timeout).context("the time limit")?;
     Ok(poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&limit))? > 0)
 }
 

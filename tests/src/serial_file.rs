@@ -10,13 +10,13 @@ use anyhow::{Context, Result, ensure};
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// Waits until the file contains `text`. Returns its content.
-pub fn wait_for_text(file: &Path, text: &str, patience: Duration) -> Result<String> {
-    wait_for_text_after(file, 0, text, patience)
+pub fn wait_for_text(file: &Path, text: &str, timeout: Duration) -> Result<String> {
+    wait_for_text_after(file, 0, text, timeout)
 }
 
 /// The same, without the first `from` bytes.
-pub fn wait_for_text_after(file: &Path, from: usize, text: &str, patience: Duration) -> Result<String> {
-    let deadline = Instant::now() + patience;
+pub fn wait_for_text_after(file: &Path, from: usize, text: &str, timeout: Duration) -> Result<String> {
+    let deadline = Instant::now() + timeout;
     loop {
         let output = fs::read_to_string(file).unwrap_or_default();
         if output.get(from..).is_some_and(|output| output.contains(text)) {

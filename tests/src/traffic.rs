@@ -9,7 +9,7 @@ use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 /// The longest silence on a connection.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 const UPLOAD: u8 = b'u';
 const DOWNLOAD: u8 = b'd';
 const GOOD: u8 = b'+';
@@ -83,14 +83,14 @@ fn answer(mut stream: TcpStream) -> Result<()> {
 
 fn connect(to: impl ToSocketAddrs) -> Result<TcpStream> {
     let address = to.to_socket_addrs()?.next().ok_or(ErrorKind::AddrNotAvailable)?;
-    let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    let stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
     set_timeouts(&stream)?;
     Ok(stream)
 }
 
 fn set_timeouts(stream: &TcpStream) -> Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))
 }
 
 fn request(stream: &mut TcpStream, what: u8, seed: u64, len: u64) -> Result<()> {

@@ -82,7 +82,7 @@ pub fn receive(mut from: impl Read, index: u32, way: u64, bytes: u32) -> io::Res
 }
 
 /// Longest wait for anything on a connection.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Connects to a port of the guest whose vsock device has its socket at `path`.
 pub fn connect(path: &Path, port: u32) -> Result<UnixStream> {
@@ -91,7 +91,7 @@ pub fn connect(path: &Path, port: u32) -> Result<UnixStream> {
 
 /// As [`connect`]; `None` if the guest refuses the connection.
 pub fn try_connect(path: &Path, port: u32) -> Result<Option<UnixStream>> {
-    try_connect_within(path, port, PATIENCE)
+    try_connect_within(path, port, TIMEOUT)
 }
 
 /// As [`try_connect`], with this time limit for each read and write.

@@ -82,7 +82,7 @@ fn look(
     let stalled = stalls.between(before, last.at).as_secs_f64();
     let off = |seconds: f64| 100.0 * (requests / seconds / right - 1.0);
     let seen = format!(
-        "{dev}: {:.2} requests per second ({:+.2}%), by the guest's clock {:.2} ({:+.2}%), should be {right}; the host stood still for {stalled:.2} of {took:.2} s",
+        "{dev}: {:.2} requests per second ({:+.2}%), by the guest's clock {:.2} ({:+.2}%), should be {right}; the host was stalled for {stalled:.2} of {took:.2} s",
         requests / took,
         off(took),
         requests / guest,

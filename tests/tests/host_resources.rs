@@ -174,8 +174,8 @@ fn a_serial_fifo_without_reader_does_not_block_the_guest() {
     let guest = Guest::linux(Kernel::quickest(), script, builder.dir()).unwrap();
     let fifo = builder.dir().join("fifo");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::from_raw_mode(0o600)).unwrap();
-    let nobody = std::fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
-    rustix::pipe::fcntl_setpipe_size(&nobody, 4096).unwrap();
+    let unread = std::fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+    rustix::pipe::fcntl_setpipe_size(&unread, 4096).unwrap();
     let mut config = guest.config();
     config["serial"] = json!({"serial_out_path": fifo});
     let mut vmm = builder.arg("--no-api").with_config(&config).unwrap().spawn().unwrap();

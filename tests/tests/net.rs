@@ -99,7 +99,7 @@ on_each_transport! {
         a_deleted_tap_is_noticed(transport, "tap")
     }
 
-    /// The same with vhost, where the kernel notifies nobody of the deletion.
+    /// The same with vhost, where the kernel notifies no one of the deletion.
     fn deleting_a_tap_takes_the_vhost_link_down(transport) {
         if File::open("/dev/vhost-net").is_err() {
             ignore("there is no vhost-net here");
@@ -156,7 +156,7 @@ fn assert_takes(
     let slack = want.mul_f64(0.2) + Duration::from_millis(500);
     ensure!(
         took + slack > want && took < want + slack + stalled,
-        "it took {took:?}, not {want:?}, and the host stood still for {stalled:?}"
+        "it took {took:?}, not {want:?}, and the host was stalled for {stalled:?}"
     );
     Ok(())
 }

@@ -58,10 +58,10 @@ fn responses_have_the_form_that_clients_parse() -> Result<()> {
     let (_vmm, mut api) = vmm_with_api(&[])?;
     let done = api.put("/machine-config", &json!({"vcpu_count": 1, "mem_size_mib": 128}))?;
     assert_eq!((done.status, done.body.as_str(), done.header("content-length")), (204, "", None));
-    let told = api.get("/machine-config")?;
-    assert_eq!(told.header("content-type"), Some("application/json"));
-    assert_eq!(told.header("connection"), Some("keep-alive"));
-    ensure!(told.header("server").is_some(), "no Server in {:?}", told.headers);
+    let reply = api.get("/machine-config")?;
+    assert_eq!(reply.header("content-type"), Some("application/json"));
+    assert_eq!(reply.header("connection"), Some("keep-alive"));
+    ensure!(reply.header("server").is_some(), "no Server in {:?}", reply.headers);
     Ok(())
 }
 

@@ -71,7 +71,7 @@ fn a_guest_ends_with_its_page_server_and_never_sees_zeros() -> Result<()> {
         ensure!(code == 1 && output.contains("the page server has ended"), "{code} {output}");
         // At a page of zeros the guest would have printed an error.
         let numbers = fs::read(&*serial)?;
-        ensure!(numbers.len() <= 1, "{faults}: it went on without its pages: {:?}", &numbers[..4]);
+        ensure!(numbers.len() <= 1, "{faults}: it ran on without its pages: {:?}", &numbers[..4]);
     }
     Ok(())
 }

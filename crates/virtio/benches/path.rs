@@ -53,7 +53,7 @@ fn queue_alone(batch: u32) -> f64 {
             let table = DATA + 0x1000 * i;
             driver
                 .add_indirect(table, &[(table + 0x100, 16)], &[(DATA, 4096), (table + 0x200, 1)])
-                .expect("there is room");
+                .expect("the ring has a free descriptor");
         }
         driver.publish();
         let begun = Instant::now();
@@ -94,7 +94,7 @@ fn round_trips() -> Vec<Duration> {
     let mut times = Vec::new();
     for _ in 0..20_000 {
         driver.enable_interrupts();
-        driver.add(&[(DATA, 16)], &[(DATA + 64, 16)]).expect("there is room");
+        driver.add(&[(DATA, 16)], &[(DATA + 64, 16)]).expect("the ring has a free descriptor");
         let begun = Instant::now();
         if driver.publish() {
             kick.signal();

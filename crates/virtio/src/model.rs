@@ -40,7 +40,7 @@ enum Mistake {
     /// A task that is restored waits for a kick.
     ResumesWithoutALook,
     /// Completions are not heard while a task drains.
-    DeafWhileItDrains,
+    IgnoresCompletionsWhileDraining,
     /// A restored device waits for its next completion to interrupt its driver.
     RestoresSilently,
 }
@@ -50,7 +50,7 @@ struct Life {
     event_idx: bool,
     mistake: Mistake,
     pauses: u8,
-    births: u8,
+    forks: u8,
     removals: u8,
 }
 
@@ -125,7 +125,7 @@ struct Driver {
     /// How far it has looked at the used ring.
     seen: u16,
     /// How often it learned of each request's completion.
-    told: [u8; REQUESTS],
+    notified: [u8; REQUESTS],
 }
 
 /// A device's task, with what it has in flight.
@@ -229,7 +229,7 @@ struct Vm {
     completed: bool,
 
     pauses: u8,
-    births: u8,
+    forks: u8,
     removals: u8,
     /// Something went wrong that no property names.
     broken: Option<&'static str>,
@@ -243,11 +243,11 @@ enum Step {
     Interrupt,
     /// The disk is done with a request.
     Complete(u16),
-    /// The worker hears of a kick.
-    HearKick,
-    /// The worker hears of its disk.
-    HearDisk,
-    /// The worker reads its oldest letter.
+    /// The worker handles a kick.
+    HandleKick,
+    /// The worker handles completions of its disk.
+    HandleCompletions,
+    /// The worker handles its oldest command.
     Read,
     Pause,
     /// The owner has its answer.
@@ -295,7 +295,7 @@ impl Vm {
 
     fn answer(&mut self) {
         if self.worker_state.pause_is_complete(self.task.iter().map(|(state, _)| *state)) {
-            // Who gave up waiting does not hear it.
+            // A waiter that timed out is not answered.
             self.answered |= std::mem::take(&mut self.pause_waiters).contains(&self.pauses);
         }
     }
@@ -377,14 +377,14 @@ impl Vm {
             kicked: false,
             completed: false,
             interrupt: life.mistake != Mistake::RestoresSilently,
-            births: self.births + 1,
+            forks: self.forks + 1,
             ..self.clone()
         }
     }
 
     /// Whether all came to a good end.
     fn is_done(&self) -> bool {
-        self.driver.told == [1; REQUESTS] && self.owner == Owner::Runs
+        self.driver.notified == [1; REQUESTS] && self.owner == Owner::Runs
     }
 }
 
@@ -407,7 +407,7 @@ impl Model for Life {
             kicked: false,
             completed: false,
             pauses: 0,
-            births: 0,
+            forks: 0,
             removals: 0,
             broken: None,
         };
@@ -433,8 +433,8 @@ impl Model for Life {
                 may(true, Step::Complete(head));
             }
         }
-        may(vm.kicked, Step::HearKick);
-        may(vm.completed, Step::HearDisk);
+        may(vm.kicked, Step::HandleKick);
+        may(vm.completed, Step::HandleCompletions);
         may(!vm.mail.is_empty(), Step::Read);
         may(vm.back.is_some() && !vm.mail.contains(&Mail::Add), Step::Add);
         match vm.owner {
@@ -445,7 +445,7 @@ impl Model for Life {
                 may(!vm.answered, Step::GiveUp);
             }
             Owner::Quiesced => {
-                may(vm.births < self.births && vm.back.is_none(), Step::Follow);
+                may(vm.forks < self.forks && vm.back.is_none(), Step::Follow);
                 may(true, Step::Resume);
             }
             Owner::Resumes => may(true, Step::Go),
@@ -474,8 +474,8 @@ impl Model for Life {
                     let id = vm.memory.used[usize::from(vm.driver.seen % SIZE)];
                     vm.driver.seen += 1;
                     vm.memory.used_event = vm.driver.seen;
-                    let told = &mut vm.driver.told[usize::from(id)];
-                    *told = told.saturating_add(1);
+                    let notified = &mut vm.driver.notified[usize::from(id)];
+                    *notified = notified.saturating_add(1);
                     if u16::from(vm.driver.made) < vm.driver.seen {
                         vm.broken = Some("more is completed than was asked for");
                         return Some(vm);
@@ -488,18 +488,18 @@ impl Model for Life {
                 task.done.push(head);
                 vm.completed = true;
             }
-            Step::HearKick => {
+            Step::HandleKick => {
                 vm.kicked = false;
                 if vm.task.as_ref().is_some_and(|(state, _)| state.is_running()) {
                     vm.call(|_| {});
                 }
             }
-            Step::HearDisk => {
+            Step::HandleCompletions => {
                 vm.completed = false;
-                let deaf = self.mistake == Mistake::DeafWhileItDrains;
-                let hears =
-                    |state: TaskState| if deaf { state.is_running() } else { state.gets_backend_events() };
-                if vm.task.as_ref().is_some_and(|(state, _)| hears(*state)) {
+                let ignores = self.mistake == Mistake::IgnoresCompletionsWhileDraining;
+                let handles =
+                    |state: TaskState| if ignores { state.is_running() } else { state.gets_backend_events() };
+                if vm.task.as_ref().is_some_and(|(state, _)| handles(*state)) {
                     vm.call(|_| {});
                 }
             }
@@ -532,7 +532,7 @@ impl Model for Life {
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
             Property::always("no completion is delivered twice", |_, vm: &Vm| {
-                vm.driver.told.iter().all(|&told| told <= 1)
+                vm.driver.notified.iter().all(|&notified| notified <= 1)
             }),
             // The model has no cycles: who can do nothing more has come to the end.
             Property::always("no completion is lost", |life: &Life, vm: &Vm| {
@@ -540,7 +540,7 @@ impl Model for Life {
                 life.actions(vm, &mut steps);
                 !steps.is_empty() || vm.is_done()
             }),
-            Property::always("a still machine is still", |_, vm: &Vm| {
+            Property::always("a paused machine does not change", |_, vm: &Vm| {
                 vm.owner != Owner::Quiesced
                     || vm.task.as_ref().is_none_or(|(state, task)| {
                         state.is_quiesced() && task.in_flight() == 0 && task.unpublished == 0
@@ -549,18 +549,18 @@ impl Model for Life {
             Property::always("nothing breaks", |_, vm: &Vm| vm.broken.is_none()),
             // That there is something to check.
             Property::sometimes("a child finds a request that its parent did not take", |_, vm: &Vm| {
-                vm.births > 0 && vm.owner == Owner::Quiesced && {
+                vm.forks > 0 && vm.owner == Owner::Quiesced && {
                     let next = vm.task.as_ref().map(|(_, task)| task.ring.progress().0);
                     next.is_some_and(|next| next != vm.memory.avail_idx)
                 }
             }),
             Property::sometimes(
-                "a child has a completion of which only its parent was told",
+                "a child has a completion of which only its parent was notified",
                 |_, vm: &Vm| {
-                    vm.births > 0 && vm.owner == Owner::Quiesced && vm.driver.seen != vm.memory.used_idx
+                    vm.forks > 0 && vm.owner == Owner::Quiesced && vm.driver.seen != vm.memory.used_idx
                 },
             ),
-            Property::sometimes("a machine goes on while its task still drains", |_, vm: &Vm| {
+            Property::sometimes("a machine is resumed while its task still drains", |_, vm: &Vm| {
                 vm.owner == Owner::Runs
                     && vm.task.as_ref().is_some_and(|(state, _)| !state.is_running() && !state.is_quiesced())
             }),
@@ -568,7 +568,7 @@ impl Model for Life {
                 vm.owner == Owner::Waits && vm.back.is_some()
             }),
             Property::sometimes("all is done after all of it", |life: &Life, vm: &Vm| {
-                let all = vm.pauses == life.pauses && vm.births == life.births;
+                let all = vm.pauses == life.pauses && vm.forks == life.forks;
                 vm.is_done() && all && vm.removals == life.removals
             }),
         ]
@@ -576,7 +576,7 @@ impl Model for Life {
 }
 
 fn life(event_idx: bool) -> Life {
-    Life { event_idx, mistake: Mistake::None, pauses: 2, births: 2, removals: 1 }
+    Life { event_idx, mistake: Mistake::None, pauses: 2, forks: 2, removals: 1 }
 }
 
 fn no_completion_is_lost_or_delivered_twice(event_idx: bool) {
@@ -600,7 +600,7 @@ fn each_completion_is_delivered_once_with_flags() {
 fn found(mistake: Mistake) -> Vec<String> {
     let checker = Life { mistake, ..life(true) }.checker().spawn_bfs().join();
     let discoveries = checker.discoveries();
-    let sometimes = ["a child", "a machine goes on", "a task is given", "all is done"];
+    let sometimes = ["a child", "a machine is resumed", "a task is given", "all is done"];
     let wrong = discoveries.into_keys().filter(|name| !sometimes.iter().any(|begin| name.starts_with(begin)));
     wrong.map(ToOwned::to_owned).collect()
 }
@@ -617,9 +617,9 @@ impl fmt::Display for Breaks {
 #[test]
 fn the_checker_finds_mistakes() {
     for breaks in [
-        Breaks(Mistake::SavesBeforeTheAnswer, "a still machine is still"),
+        Breaks(Mistake::SavesBeforeTheAnswer, "a paused machine does not change"),
         Breaks(Mistake::ResumesWithoutALook, "no completion is lost"),
-        Breaks(Mistake::DeafWhileItDrains, "no completion is lost"),
+        Breaks(Mistake::IgnoresCompletionsWhileDraining, "no completion is lost"),
         Breaks(Mistake::RestoresSilently, "no completion is lost"),
     ] {
         let found = found(breaks.0);

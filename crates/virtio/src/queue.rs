@@ -272,7 +272,7 @@ impl Queue {
     }
 
     /// Asks the driver to kick when it adds a chain. Returns true if a chain was added meanwhile,
-    /// for which no kick may come: the device must go on polling.
+    /// for which no kick may come: the device must continue polling.
     pub fn enable_notifications(&mut self) -> Result<bool, QueueError> {
         let more =
             self.alive().and_then(|()| self.ring.enable_notifications(&self.rings, self.in_flight.count));

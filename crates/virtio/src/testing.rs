@@ -41,7 +41,7 @@ thread_local! {
 }
 
 /// As [`guest_ram`], for tests that need it thousands of times: the same RAM each time on this
-/// thread, full of zeros again. Whoever had it before must be done with it.
+/// thread, full of zeros again. The test that had it before must be done with it.
 pub fn reused_ram(mib: u32) -> GuestRam {
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
     let ram = REUSED.with_borrow_mut(|reused| reused.entry(mib).or_insert_with(|| guest_ram(mib)).clone());
@@ -192,12 +192,12 @@ impl TestWorker {
         self.event_loop.next_timer()
     }
 
-    /// Quiesces all tasks. The answer comes when all are still.
+    /// Quiesces all tasks. The answer comes when all are quiesced.
     pub fn pause(&mut self) -> mpsc::Receiver<()> {
-        let (reply, still) = mpsc::sync_channel(1);
+        let (reply, quiesced) = mpsc::sync_channel(1);
         self.post(Command::Pause { reply });
         self.run();
-        still
+        quiesced
     }
 
     /// Lets all tasks work again.

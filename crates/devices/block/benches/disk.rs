@@ -199,7 +199,7 @@ fn device(
             } else {
                 driver.add_indirect(place + 128, &[header], &[data, status])
             };
-            slot_of[usize::from(head.ok_or("no room in the queue")?)] = slot;
+            slot_of[usize::from(head.ok_or("the queue is full")?)] = slot;
         }
         if driver.out() == 0 {
             break;

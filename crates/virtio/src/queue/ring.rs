@@ -349,7 +349,7 @@ mod tests {
             let kicked = driver.join().unwrap();
             match heads.as_slice() {
                 [7, 8] => {}
-                [7] => assert!(kicked, "the device sleeps and nobody wakes it"),
+                [7] => assert!(kicked, "the device sleeps and gets no kick"),
                 heads => panic!("the device took {heads:?}"),
             }
         });
@@ -381,7 +381,7 @@ mod tests {
             let more = ring.enable_notifications_of_more(&memory, 0).unwrap();
             let noticed = ring.available(&memory, 0).unwrap() != before;
             let kicked = driver.join().unwrap();
-            assert!(noticed || kicked || before == 2, "the device sleeps and nobody wakes it");
+            assert!(noticed || kicked || before == 2, "the device sleeps and gets no kick");
             assert!(noticed || !more, "more than there is");
         });
     }
@@ -415,7 +415,7 @@ mod tests {
                 assert_eq!(memory.used[0].load(Ordering::Relaxed), 9);
             }
             let interrupted = device.join().unwrap();
-            assert!(seen || interrupted, "the driver sleeps and nobody wakes it");
+            assert!(seen || interrupted, "the driver sleeps and gets no interrupt");
         });
     }
 

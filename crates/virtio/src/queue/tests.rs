@@ -407,8 +407,8 @@ fn ranges_of_buffers_split_at_any_byte() {
 /// Waits for a signal, for so long that only a lost one can be the reason for none.
 fn wait(event: &EventFd) {
     let mut fds = [PollFd::from_borrowed_fd(event.as_fd(), PollFlags::IN)];
-    let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
-    assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "nobody was woken: a notification is lost");
+    let timeout = Timespec { tv_sec: 20, tv_nsec: 0 };
+    assert_eq!(poll(&mut fds, Some(&timeout)), Ok(1), "no thread was woken: a notification is lost");
     event.take();
 }
 

@@ -48,7 +48,7 @@ impl Interrupts {
         self.line.swap(0, Ordering::SeqCst) + messages
     }
 
-    /// What a vector was told to send, and how often it has since this was last asked.
+    /// The message that a vector is set to send, and how often it has since this was last asked.
     pub fn take_vector(&self, vector: u16) -> Option<(MsiMessage, u32)> {
         let mut vectors = locked(&self.vectors);
         vectors.get_mut(&vector).map(|(message, count)| (*message, std::mem::take(count)))
@@ -140,7 +140,7 @@ impl TransportState {
     }
 }
 
-/// A device on a transport with a worker, and a driver's hands on it.
+/// A device on a transport, its worker, and the driver of a guest.
 pub struct Guest {
     transport: Transport,
     /// The guest's memory.
@@ -405,10 +405,10 @@ impl Guest {
         }
     }
 
-    /// Pauses the worker, saves, and lets the worker go on.
+    /// Pauses the worker, saves, and resumes the worker.
     pub fn save(&mut self) -> TransportState {
-        let still = self.worker.pause();
-        assert!(still.try_recv().is_ok(), "nothing is in flight");
+        let paused = self.worker.pause();
+        assert!(paused.try_recv().is_ok(), "nothing is in flight");
         let state = self.save_paused();
         self.worker.resume();
         state

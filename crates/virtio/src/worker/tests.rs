@@ -13,7 +13,7 @@ use sync::EventFd;
 use sync::locked;
 
 /// For things that take microseconds.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What happened to a task, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +50,7 @@ struct Hand {
 
 impl Hand {
     fn next(&self) -> Did {
-        self.hears.recv_timeout(PATIENCE).expect("something happens")
+        self.hears.recv_timeout(TIMEOUT).expect("something happens")
     }
 
     /// The task runs.
@@ -146,7 +146,7 @@ fn a_task_is_attached_resumed_kicked_and_given_back() {
     assert_eq!(hand.kick.take(), 3, "the worker reads no counter");
     hand.other.signal();
     assert_eq!(hand.next(), Did::Ready(READABLE));
-    let Removed::Task(task) = handle.remove().wait(PATIENCE) else { panic!("it is drained") };
+    let Removed::Task(task) = handle.remove().wait(TIMEOUT) else { panic!("it is drained") };
     assert_eq!(hand.next(), Did::Quiesce);
     hand.kick.signal();
     task.detach();
@@ -189,8 +189,8 @@ fn a_pause_waits_for_all_and_a_resume_starts_them_as_if_kicked() {
     first_hand.all();
     second_hand.all();
     first_hand.drained.store(false, Ordering::SeqCst);
-    let still = worker.pause();
-    assert!(still.try_recv().is_err());
+    let paused = worker.pause();
+    assert!(paused.try_recv().is_err());
     // One that comes while all is paused is attached and waits.
     let (third, third_hand) = probe(|_, _| {});
     worker.add(third, interrupt());
@@ -200,7 +200,7 @@ fn a_pause_waits_for_all_and_a_resume_starts_them_as_if_kicked() {
     first_hand.drained.store(true, Ordering::SeqCst);
     first_hand.other.signal();
     worker.run();
-    assert!(still.try_recv().is_ok());
+    assert!(paused.try_recv().is_ok());
     worker.resume();
     assert_eq!(first_hand.all(), [Did::Quiesce, Did::Ready(READABLE), Did::Resume]);
     assert_eq!(second_hand.all(), [Did::Quiesce, Did::Resume]);
@@ -220,7 +220,7 @@ fn pause_timeout_names_the_worker_and_can_be_undone() {
     workers.resume();
     assert_eq!((hand.next(), hand.next()), (Did::Quiesce, Did::Resume));
     hand.drained.store(true, Ordering::SeqCst);
-    assert_eq!(workers.pause(PATIENCE), Ok(()));
+    assert_eq!(workers.pause(TIMEOUT), Ok(()));
     workers.stop();
 }
 
@@ -257,9 +257,9 @@ fn timers_come_on_time_once_and_only_while_wanted() {
     hand.kick.signal();
     worker.run();
     hand.all();
-    let still = worker.pause();
+    let paused = worker.pause();
     worker.advance(1_000);
-    assert!(still.try_recv().is_ok());
+    assert!(paused.try_recv().is_ok());
     assert_eq!(hand.all(), [Did::Quiesce]);
 }
 
@@ -381,11 +381,11 @@ fn task_that_fails_to_attach_can_be_removed() {
     let mut worker = TestWorker::new();
     let interrupt = interrupt();
     let (reads, writes) = rustix::pipe::pipe().unwrap();
-    rustix::io::write(&writes, b"nobody reads this").unwrap();
+    rustix::io::write(&writes, b"this is not read").unwrap();
     let task = worker.add(Box::new(Unattachable(reads)), Arc::clone(&interrupt) as Arc<_>);
     assert_eq!(worker.poll_once(), 1, "a letter");
     assert_eq!(interrupt.broken().len(), 1);
-    assert_eq!(worker.poll_once(), 0, "what it did watch wakes nobody");
+    assert_eq!(worker.poll_once(), 0, "what it did watch causes no wake-up");
     assert!(worker.pause().try_recv().is_ok());
     worker.resume();
     assert!(worker.remove(task).try_recv().is_ok());
@@ -463,13 +463,13 @@ fn stopping_drains_and_detaches_what_is_left() {
     hand.started();
     workers.clone().stop();
     assert_eq!((hand.next(), hand.next()), (Did::Quiesce, Did::Detach));
-    assert!(matches!(handle.remove().wait(PATIENCE), Removed::Ended));
+    assert!(matches!(handle.remove().wait(TIMEOUT), Removed::Ended));
     let (late, late_hand) = probe(|_, _| {});
     let interrupt = interrupt();
     workers.add(late, Arc::clone(&interrupt) as Arc<_>);
     assert_eq!(late_hand.all(), [Did::Detach]);
     assert_eq!(interrupt.broken(), ["its io worker has ended"]);
-    assert_eq!(workers.pause(PATIENCE), Ok(()));
+    assert_eq!(workers.pause(TIMEOUT), Ok(()));
 }
 
 #[test]
@@ -559,8 +559,8 @@ fn sleeping_worker_misses_no_request() {
                 kick.signal();
             }
             let mut fds = [PollFd::from_borrowed_fd(irq.0.as_fd(), PollFlags::IN)];
-            let patience = Timespec { tv_sec: 20, tv_nsec: 0 };
-            assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "request {request} is lost");
+            let timeout = Timespec { tv_sec: 20, tv_nsec: 0 };
+            assert_eq!(poll(&mut fds, Some(&timeout)), Ok(1), "request {request} is lost");
             irq.0.take();
             driver.take_used().unwrap();
         }

@@ -65,7 +65,7 @@ pub(crate) struct Backlog {
     window: AtomicU64,
     /// Dirty bytes since write-back was last started.
     not_written_back: AtomicU64,
-    /// Whether a queue waits for room in the window; spares the lock where none does.
+    /// Whether a queue waits for space in the window; spares the lock where none does.
     waiting: AtomicBool,
     /// Whether flushes wait for the next sync, and how many completed flushes are unclaimed. Both
     /// spare the lock.

@@ -4,8 +4,8 @@
 //! contents of a disk with overlays are read with [`DiskImage`](crate::disk::DiskImage), which
 //! locks its files for reading.
 //!
-//! The file identifies the disk below it, but has no paths: whoever opens an overlay names its base
-//! and layers.
+//! The file identifies the disk below it, but has no paths: the process that opens an overlay
+//! names its base and layers.
 
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};

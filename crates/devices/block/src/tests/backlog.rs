@@ -159,10 +159,10 @@ fn large_discard_is_cut_short_by_a_pause_or_reset() {
                 slow.stall(false);
                 slow.guest.end_reset(tasks);
             } else {
-                let still = slow.guest.worker.pause();
+                let paused = slow.guest.worker.pause();
                 slow.guest.worker.run();
                 slow.stall(false);
-                slow.guest.worker.run_until(|| still.try_recv().is_ok());
+                slow.guest.worker.run_until(|| paused.try_recv().is_ok());
                 let used = slow.guest.drivers[0].take_used().expect("one has started");
                 let submitted =
                     submitted.iter().find(|submitted| submitted.head == used.head).expect("one of them");

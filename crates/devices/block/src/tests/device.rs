@@ -273,8 +273,8 @@ fn pause_drains_requests_and_takes_no_new_ones() {
             guest.submit(0, IN, slot * 8, &[], 4096);
         }
         guest.kick(0);
-        let still = guest.worker.pause();
-        guest.worker.run_until(|| still.try_recv().is_ok());
+        let paused = guest.worker.pause();
+        guest.worker.run_until(|| paused.try_recv().is_ok());
         let before = std::iter::from_fn(|| guest.drivers[0].take_used()).count();
         assert_eq!(guest.control.stats().read_count.get(), before as u64);
         let late = guest.submit(0, IN, 100, &[], 512);
@@ -440,8 +440,8 @@ fn disk_swap_works_while_inactive_or_paused() {
     assert_eq!(guest.read(9, 1), (0, pattern(10, 9 * 512, 512)));
     assert_eq!(guest.read(10, 1).0, 1);
 
-    let still = guest.worker.pause();
-    guest.worker.run_until(|| still.try_recv().is_ok());
+    let paused = guest.worker.pause();
+    guest.worker.run_until(|| paused.try_recv().is_ok());
     // Twice: the first of them is never used.
     let mut first = guest.control.replace(other("c", 11)).unwrap();
     let mut second = guest.control.replace(other("d", 12)).unwrap();
@@ -486,8 +486,8 @@ fn restored_device_continues_where_it_was_saved() {
     let mut guest = Guest::with(&options, config(2, 1), limits, Blocking::Never, u64::MAX);
     assert_eq!(guest.read(0, 1).0, 0);
     assert_eq!(guest.read(0, 1).0, 0);
-    let still = guest.worker.pause();
-    guest.worker.run_until(|| still.try_recv().is_ok());
+    let paused = guest.worker.pause();
+    guest.worker.run_until(|| paused.try_recv().is_ok());
     let state: BlockState = guest.block.save().decode().expect("the state is this device's");
     let json = serde_json::to_string(&state).unwrap();
     let (features, generation) = (guest.block.features(), guest.block.config_generation());

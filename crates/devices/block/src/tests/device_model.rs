@@ -176,8 +176,8 @@ fn run(steps: &[Step], queues: u16, blocking: Blocking, with_overlay: bool, engi
             }
             Step::Wait => model.wait_for_all(),
             Step::Pause => {
-                let still = model.guest.worker.pause();
-                model.guest.worker.run_until(|| still.try_recv().is_ok());
+                let paused = model.guest.worker.pause();
+                model.guest.worker.run_until(|| paused.try_recv().is_ok());
                 model.guest.worker.resume();
             }
             Step::Reset => {

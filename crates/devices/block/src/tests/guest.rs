@@ -172,7 +172,7 @@ impl Guest {
     }
 
     /// Address of unused guest memory of `len` bytes.
-    fn room(&mut self, len: u32) -> u64 {
+    fn alloc(&mut self, len: u32) -> u64 {
         let addr = self.next_addr;
         self.next_addr += u64::from(len) + 8;
         assert!(self.next_addr < u64::from(RAM_MIB) << 20, "too much at once for the guest's memory");
@@ -194,7 +194,7 @@ impl Guest {
                 break;
             }
             let take = cut.max(shortest).min(left);
-            buffers.push((self.room(take), take));
+            buffers.push((self.alloc(take), take));
             left -= take;
         }
         buffers
@@ -235,7 +235,7 @@ impl Guest {
         let writable = self.cut(read_len + 1, cuts);
         self.put(&writable, &vec![0xee; read_len as usize + 1]);
         let head = if indirect {
-            let table = self.room(16 * (readable.len() + writable.len()) as u32);
+            let table = self.alloc(16 * (readable.len() + writable.len()) as u32);
             self.drivers[queue].add_indirect(table, &readable, &writable)
         } else {
             self.drivers[queue].add(&readable, &writable)
@@ -253,18 +253,18 @@ impl Guest {
         read_len: u32,
     ) -> Submitted {
         let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
-        let mut readable = vec![(self.room(16), 16)];
+        let mut readable = vec![(self.alloc(16), 16)];
         self.put(&readable, &header);
         if !data.is_empty() {
-            let buffer = [(self.room(data.len() as u32), data.len() as u32)];
+            let buffer = [(self.alloc(data.len() as u32), data.len() as u32)];
             self.put(&buffer, data);
             readable.extend(buffer);
         }
         let mut writable = Vec::new();
         if read_len > 0 {
-            writable.push((self.room(read_len), read_len));
+            writable.push((self.alloc(read_len), read_len));
         }
-        writable.push((self.room(1), 1));
+        writable.push((self.alloc(1), 1));
         self.put(&writable[writable.len() - 1..], &[0xee]);
         let head = self.drivers[queue].add(&readable, &writable).expect("the queue has free descriptors");
         Submitted { head, writable }

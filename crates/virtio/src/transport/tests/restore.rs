@@ -12,8 +12,8 @@ fn restored_device_continues_and_interrupts_once() {
         }
         // Made available, and the kick is lost on the way.
         driver.add(&[(DATA, 4)], &[(DATA + 0x1000, 4)]).unwrap();
-        let still = guest.worker.pause();
-        assert!(still.try_recv().is_ok());
+        let paused = guest.worker.pause();
+        assert!(paused.try_recv().is_ok());
         driver.publish();
         let state = guest.save_paused();
         let mut copy = restored(kind, &guest, &state, &[64]);
