@@ -119,8 +119,8 @@ fn wait_for_swaps<H: Host>(vm: &MicroVm, tasks: &mut Tasks<H>, swaps: Vec<(Strin
     }
     let waited = tasks.run(vm, None, move |_| {
         for (drive_id, mut swap) in swaps {
-            if let Err(still) = swap.wait(SWAP_TIMEOUT) {
-                log::warn!("drive {drive_id}: {still}; it is closed when they have ended");
+            if let Err(busy) = swap.wait(SWAP_TIMEOUT) {
+                log::warn!("drive {drive_id}: {busy}; it is closed when they have ended");
             }
         }
     });

@@ -4,7 +4,7 @@
 //! structure's is an error that names the structure. `kvm-bindings` has a serde implementation with
 //! the same encoding, but it truncates a longer string and pads a shorter one with zeros: a state
 //! file from a build with another layout would load and mean something else. It also fails to load
-//! a structure above 4 KiB (nested state), because the decoder hands such strings out only as owned
+//! a structure above 4 KiB (nested state), because the decoder returns such strings only as owned
 //! buffers.
 //!
 //! A structure that grows in a later `kvm-bindings` needs a migration of its section

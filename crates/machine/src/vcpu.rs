@@ -390,8 +390,8 @@ impl Vcpu {
     }
 
     fn acknowledge_pause(&self) {
-        // Tells the guest's watchdogs that time will jump. KVM refuses it for a guest that has set
-        // up no such clock.
+        // Notifies the guest's watchdogs that time will jump. KVM refuses it for a guest that has
+        // set up no such clock.
         let _ = self.fd.kvmclock_ctrl();
         // If the owner is gone, no one waits for the answer.
         let _ = self.answer.send(Answer::Paused);
@@ -399,8 +399,8 @@ impl Vcpu {
 
     fn restore_state(&self, state: &VcpuState, format: &StateFormat) {
         let restored = state.restore(&self.fd, format);
-        // The pause before the save told the watchdogs of the saved vCPU only. KVM refuses it for a
-        // guest without such a clock.
+        // The pause before the save notified the watchdogs of the saved vCPU only. KVM refuses it
+        // for a guest without such a clock.
         let _ = self.fd.kvmclock_ctrl();
         let _ = self.answer.send(Answer::Restored(restored));
     }

@@ -40,7 +40,7 @@ pub(super) trait DeviceAdapter: 'static {
         false
     }
 
-    /// What goes on the kernel's command line for the device, wherever it is.
+    /// What is added to the kernel's command line for the device, wherever it is.
     fn kernel_args(_setup: &Self::Setup) -> Option<String> {
         None
     }

@@ -81,7 +81,7 @@ impl DeviceSetup {
         DeviceAddresses::new(self.count(), self.pci)
     }
 
-    /// What goes on the kernel's command line: the root device, and where each device is.
+    /// What is added to the kernel's command line: the root device, and where each device is.
     pub(crate) fn boot_args(&self, addresses: &DeviceAddresses) -> String {
         let args: Vec<_> = self.kernel_args().into_iter().chain(addresses.boot_args()).collect();
         args.join(" ")

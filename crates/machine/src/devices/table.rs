@@ -31,7 +31,7 @@ struct DeviceKind {
     check_state: fn(&DeviceState) -> Result<(), DecodeError>,
     /// How many devices of the kind a setup has.
     count: fn(&DeviceSetup) -> usize,
-    /// What goes on the kernel's command line for devices of the kind.
+    /// What is added to the kernel's command line for devices of the kind.
     kernel_args: fn(&DeviceSetup) -> Vec<String>,
     /// Takes the devices of the kind out of a setup, in their order.
     plan: fn(&mut DeviceSetup, Option<&DevicesState>) -> Result<PlannedDevices, DeviceError>,
@@ -189,7 +189,7 @@ impl DeviceSetup {
         TABLE.iter().map(|kind| (kind.count)(self)).sum()
     }
 
-    /// What goes on the kernel's command line for the devices, wherever they are.
+    /// What is added to the kernel's command line for the devices, wherever they are.
     pub(super) fn kernel_args(&self) -> Vec<String> {
         TABLE.iter().flat_map(|kind| (kind.kernel_args)(self)).collect()
     }

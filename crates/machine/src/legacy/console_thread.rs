@@ -105,7 +105,7 @@ impl Worker {
     /// Waits for output, for the guest to want input, for input if the guest can take it, and, if
     /// `blocked`, for the destination to take bytes again.
     fn wait(&mut self, blocked: bool) -> Ready {
-        let wants_input = self.input.as_ref().filter(|_| self.port.input_room() > 0);
+        let wants_input = self.input.as_ref().filter(|_| self.port.input_space() > 0);
         let wants_output = self.output.as_ref().filter(|_| blocked);
         let mut fds = vec![
             PollFd::new(&self.console.timer, PollFlags::IN),
@@ -135,8 +135,8 @@ impl Worker {
     fn read_input(&mut self) {
         let Some(input) = &self.input else { return };
         let mut bytes = [0; INPUT_MAX];
-        let room = self.port.input_room().min(INPUT_MAX);
-        match rustix::io::read(input, &mut bytes[..room]) {
+        let space = self.port.input_space().min(INPUT_MAX);
+        match rustix::io::read(input, &mut bytes[..space]) {
             Ok(0) => self.input = None,
             Ok(n) => {
                 self.port.input(&bytes[..n]);

@@ -85,11 +85,11 @@ impl SerialPort {
     }
 
     /// How many more bytes of input the port can take.
-    pub(crate) fn input_room(&self) -> usize {
+    pub(crate) fn input_space(&self) -> usize {
         locked(&self.registers).fifo_capacity()
     }
 
-    /// Adds input for the guest. Takes at most [`Self::input_room`] bytes; returns how many.
+    /// Adds input for the guest. Takes at most [`Self::input_space`] bytes; returns how many.
     pub(crate) fn input(&self, bytes: &[u8]) -> usize {
         // Nothing is taken in loopback mode or if the buffer is full. The guest causes both.
         locked(&self.registers).enqueue_raw_bytes(bytes).unwrap_or(0)
