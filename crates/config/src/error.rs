@@ -196,7 +196,7 @@ pub enum NetworkError {
     Conflict {
         /// The field's name in JSON.
         field: &'static str,
-        /// What it conflicts with.
+        /// The value that the field conflicts with.
         with: &'static str,
     },
     /// An invalid name of a tap.
@@ -229,7 +229,7 @@ pub enum NetworkError {
         first: String,
         /// Id of the second interface.
         second: String,
-        /// What they share.
+        /// The field in which both have the same value, such as `guest_mac`.
         what: &'static str,
         /// Its value.
         value: String,

@@ -107,7 +107,7 @@ pub enum MemoryBackendType {
 /// Kind of pages that back a restored guest's memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SnapshotHugePages {
-    /// The same as in the snapshot.
+    /// The kind of pages that the saved guest had.
     #[default]
     Snapshot,
     /// Normal pages.

@@ -22,7 +22,7 @@ pub struct Vsock {
     /// Id of the device. Deprecated, without effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_id: Option<String>,
-    /// The same for sockets of type `SOCK_SEQPACKET`; none if absent.
+    /// As `uds_path`, for sockets of type `SOCK_SEQPACKET`; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seqpacket_uds_path: Option<PathBuf>,
 }

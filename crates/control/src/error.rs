@@ -14,7 +14,7 @@ use mmds::store::StoreError;
 use crate::phase::PhaseError;
 use crate::token::TaskError;
 
-/// What an error was caused by: an error of a crate below, or a text.
+/// The cause of an error: an error of a crate below, or a text.
 pub type Source = Box<dyn std::error::Error + Send + Sync>;
 
 /// A command that was not carried out.
@@ -49,7 +49,7 @@ pub enum CommandError {
     /// A file that the configuration names cannot be opened.
     #[error("cannot open the {what} {}: {source}", path.display())]
     OpenFile {
-        /// What it is to the microVM.
+        /// The file's role in the microVM.
         what: &'static str,
         /// The file.
         path: PathBuf,

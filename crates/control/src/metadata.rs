@@ -60,7 +60,7 @@ impl Metadata {
         Ok(self.store.patch(patch)?)
     }
 
-    /// The same contents, reached as a saved microVM reached them.
+    /// These contents with the configuration of a saved microVM.
     pub(crate) fn with_config(&self, config: Option<&MmdsConfig>) -> Metadata {
         Metadata { store: self.store.clone(), config: config.cloned() }
     }

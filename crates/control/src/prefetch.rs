@@ -15,8 +15,8 @@ use memory::image::ImageInfo;
 use memory::working_set::{Prefetch, PrefetchOptions, RecordOptions, Recorder, WorkingSet, WorkingSetError};
 use snapshot::FileId;
 
-/// What runs beside a restored guest. Dropping it ends it; a recording that is not complete is not
-/// kept.
+/// Recording or prefetching, beside a restored guest. Dropping it ends it; a recording that is not
+/// complete is not kept.
 #[derive(Debug)]
 pub(crate) enum WorkingSetTask {
     /// Fills in the recorded pages.

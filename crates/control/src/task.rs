@@ -132,8 +132,9 @@ impl<H: Host> Tasks<H> {
             .and_then(|(result, cancelled)| if cancelled { Err(TaskError::Cancelled) } else { Ok(result) })
     }
 
-    /// The same for work that commits something that dropping its result does not undo. The work
-    /// asks the token before it commits, and its result counts even if it was cancelled later.
+    /// As [`run`](Self::run), for work that commits something that dropping its result does not
+    /// undo. The work asks the token before it commits, and its result counts even if it was
+    /// cancelled later.
     pub(crate) fn run_committing<T: Send + 'static>(
         &mut self,
         questions: &dyn Questions,
@@ -143,8 +144,8 @@ impl<H: Host> Tasks<H> {
         self.run_within(Some(CANCEL_TIMEOUT), questions, paths, work).map(|(result, _)| result)
     }
 
-    /// The same for work that takes bounded time by itself and must not be left behind: a signal
-    /// cancels it, and waits for its end.
+    /// As [`run`](Self::run), for work that takes bounded time by itself and must not be left
+    /// behind: a signal cancels it, and waits for its end.
     pub(crate) fn run_to_end<T: Send + 'static>(
         &mut self,
         questions: &dyn Questions,

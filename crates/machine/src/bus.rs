@@ -30,7 +30,7 @@ pub trait BusDevice: Send + Sync {
 pub struct Overlap {
     /// The new device's range.
     pub wanted: Range<u64>,
-    /// The other device's range.
+    /// The range that is taken.
     pub taken: Range<u64>,
 }
 

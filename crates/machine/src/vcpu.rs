@@ -419,7 +419,7 @@ impl Vcpu {
     }
 }
 
-/// What follows from one entry into the guest.
+/// The outcome of one entry into the guest (`KVM_RUN`).
 enum RunOutcome {
     /// The guest is entered again.
     Continue,

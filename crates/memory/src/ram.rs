@@ -274,7 +274,7 @@ impl GuestRam {
         &self.inner.spans
     }
 
-    /// What backs pages that were not touched yet.
+    /// The backing of pages that were not touched yet.
     pub(crate) fn backing(&self) -> &Backing {
         &self.inner.backing
     }

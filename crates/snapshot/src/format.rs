@@ -30,7 +30,7 @@ pub struct Header {
     pub vesta_version: String,
     /// The program that wrote it.
     pub created_by: String,
-    /// When it was written, in milliseconds since 1970 (UTC), by the caller's clock.
+    /// Time at which it was written, in milliseconds since 1970 (UTC), by the caller's clock.
     #[serde(default)]
     pub created_at_ms: u64,
 }

@@ -64,7 +64,7 @@ pub enum ReadError {
         path: PathBuf,
         /// The record that is cut off.
         what: String,
-        /// Where it begins.
+        /// Offset of the record in the file.
         offset: usize,
         /// Bytes that it needs.
         needed: u64,
@@ -78,7 +78,7 @@ pub enum ReadError {
         path: PathBuf,
         /// The record that is damaged.
         what: String,
-        /// Where it begins.
+        /// Offset of the record in the file.
         offset: usize,
     },
     /// A record violates the format.
@@ -88,9 +88,9 @@ pub enum ReadError {
         path: PathBuf,
         /// The record that is malformed.
         what: String,
-        /// Where, in the file.
+        /// Offset of the record in the file.
         offset: usize,
-        /// What is wrong with it.
+        /// How it violates the format.
         reason: String,
     },
     /// It is of another CPU architecture.
@@ -150,7 +150,7 @@ pub struct SectionInfo {
     pub name: String,
     /// The version of its data.
     pub version: u16,
-    /// Where its data begins in the file.
+    /// Offset of its data in the file.
     pub offset: usize,
     /// Length of its data in bytes.
     pub len: usize,

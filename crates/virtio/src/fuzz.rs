@@ -17,11 +17,11 @@ use crate::testing::{DriverQueue, Echo, EchoControl, Guest, Kind, TestWorker, re
 
 pub use pci_bus::pci_bus;
 
-/// Where the queues of a guest are that begins by the book.
+/// Address of the queues of a guest that sets up its device correctly.
 pub const BASE: u64 = 0x1000;
 /// Descriptors in each of its queues.
 pub const SIZE: u16 = 16;
-/// Where its buffers are.
+/// Address of its buffers.
 pub const DATA: u64 = 0x8_0000;
 const RAM_MIB: u32 = 1;
 /// Acts in one run, so that a long input is not a slow one.

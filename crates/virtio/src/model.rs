@@ -67,8 +67,9 @@ struct Memory {
     avail_event: u16,
 }
 
-/// The same for [`Ring`], which changes it through a shared reference. Each step of the model is
-/// one thread's alone; the orders of single accesses are what `loom` looks at, beside the ring.
+/// The shared memory for [`Ring`], which changes it through a shared reference. Each step of the
+/// model is one thread's alone; the orders of single accesses are what `loom` looks at, beside the
+/// ring.
 struct View(Cell<Memory>);
 
 impl View {
@@ -217,7 +218,7 @@ struct Vm {
 
     worker_state: WorkerState,
     mail: Vec<Mail>,
-    /// Who waits for a pause to be answered: pauses by their number.
+    /// Pauses whose callers wait for an answer, by their number.
     pause_waiters: Vec<u8>,
     /// The last pause was answered.
     answered: bool,

@@ -138,7 +138,7 @@ impl TestWorker {
         self.tasks
     }
 
-    /// The same worker as a transport wants it.
+    /// This worker, in the form in which a transport takes it.
     pub fn workers(&self) -> Workers {
         Workers::unthreaded(Arc::clone(&self.mailbox))
     }

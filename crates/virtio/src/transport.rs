@@ -67,7 +67,7 @@ pub struct Attachment {
     pub workers: Workers,
 }
 
-/// Which writes to an address are kicks.
+/// The writes to an address that are kicks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NotifyMatch {
     /// Any write, of any length.
@@ -111,7 +111,7 @@ pub enum RestoreError {
     Queue {
         /// The device.
         name: String,
-        /// Which queue.
+        /// The queue's index.
         index: u16,
         /// Why not.
         source: QueueError,

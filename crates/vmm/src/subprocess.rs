@@ -33,14 +33,14 @@ pub(crate) fn again(name: &str) -> Ended {
     run(Command::new(this_program()), name)
 }
 
-/// The same, with an environment variable.
+/// As [`again`], with an environment variable.
 pub(crate) fn again_with(name: &str, variable: &str, value: impl AsRef<OsStr>) -> Ended {
     let mut command = Command::new(this_program());
     command.env(variable, value);
     run(command, name)
 }
 
-/// The same, as process 1 of a PID namespace. A user who is not root needs a user namespace for
+/// As [`again`], as process 1 of a PID namespace. A user who is not root needs a user namespace for
 /// that.
 pub(crate) fn again_as_init(name: &str) -> Ended {
     let mut command = Command::new("unshare");

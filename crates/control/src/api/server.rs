@@ -47,7 +47,7 @@ struct Slot {
     connection: Connection,
     /// The events that epoll watches it for. If there are none, it is not in the epoll.
     watched: EventFlags,
-    /// Whether it is advanced again without an event.
+    /// Whether the connection is advanced again without an event.
     again: bool,
 }
 

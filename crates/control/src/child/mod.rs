@@ -24,7 +24,7 @@ pub(crate) use report::{Report, Reports};
 pub struct ForkPlan {
     /// The children that are not forked yet.
     pub children: Vec<ChildSpec>,
-    /// What they all start with.
+    /// The state with which all children start.
     pub parent: ParentState,
 }
 

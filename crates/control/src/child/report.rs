@@ -49,8 +49,8 @@ struct Line {
 }
 
 impl Reporter {
-    /// The same with another descriptor. The caller closes the old one by its number: after a fork
-    /// it has owners that never drop it.
+    /// This reporter with another descriptor. The caller closes the old one by its number: after a
+    /// fork it has owners that never drop it.
     pub fn take_over(self) -> std::io::Result<Self> {
         Ok(Reporter { number: self.number, pipe: Arc::new(self.pipe.try_clone()?) })
     }

@@ -65,7 +65,7 @@ pub struct Refusal {
     pub keep_alive: bool,
 }
 
-/// What is wrong with a request as HTTP.
+/// Why a request is not valid HTTP, or is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProtocolError {
     /// The request head is bad or too large.

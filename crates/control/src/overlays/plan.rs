@@ -20,7 +20,7 @@ use crate::CommandError;
 #[derive(Debug)]
 pub(crate) struct OverlayPlan(Vec<(usize, PathBuf)>);
 
-/// What plans are made from. Owned, so that a task can make them.
+/// The data that plans are made from. It is owned, so that a task can make them.
 #[derive(Debug)]
 pub(crate) struct Planner {
     drives: Vec<(Drive, Disk)>,

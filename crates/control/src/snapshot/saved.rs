@@ -34,7 +34,7 @@ pub struct Verified {
     pub memory: Option<ImageFile>,
 }
 
-/// What is wrong with a snapshot.
+/// Why a snapshot is not valid.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
     /// The state file cannot be read, is damaged, or holds something else.
@@ -56,7 +56,7 @@ pub enum VerifyError {
     Disagree {
         /// The state file.
         path: PathBuf,
-        /// What they disagree on.
+        /// The number on which the sections disagree.
         what: &'static str,
         /// The configured number.
         configured: u64,

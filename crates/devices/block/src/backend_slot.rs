@@ -40,7 +40,7 @@ struct SlotState {
     pending: Option<PendingSwap>,
 }
 
-/// What one task needs of a disk.
+/// The part of a disk that one task uses.
 #[derive(Debug)]
 pub(crate) struct BackendHandle {
     pub(crate) queue: DiskQueue,
@@ -51,7 +51,7 @@ pub(crate) struct BackendHandle {
 #[derive(Debug)]
 pub(crate) struct PendingSwap {
     pub(crate) handle: Box<BackendHandle>,
-    /// Where the old handle goes.
+    /// Takes the old handle.
     pub(crate) old: SyncSender<Box<BackendHandle>>,
 }
 

@@ -89,7 +89,7 @@ pub(crate) enum Command<'a> {
 /// A parsed request.
 #[derive(Debug)]
 pub(crate) struct Parsed<'a> {
-    /// What it asks for.
+    /// The operation, with its buffers.
     pub(crate) command: Command<'a>,
     /// The status byte.
     pub(crate) status: GuestBuffer,

@@ -14,7 +14,7 @@ pub(crate) struct BackendSlot {
     parts: Mutex<BackendParts>,
 }
 
-/// What one queue pair works with. A link that is gone for good is not put back.
+/// The backend of one queue pair. A link that is gone for good is not put back.
 #[derive(Default)]
 pub(crate) struct BackendParts {
     pub(crate) link: Option<Link>,

@@ -14,7 +14,7 @@ use crate::packet::SocketKind;
 /// Longest line in bytes, including its line end.
 pub(crate) const MAX_LEN: usize = 32;
 
-/// What has arrived of a host client's request.
+/// A host client's request, as far as it has arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ConnectRequest {
     /// A complete request for this port of the guest.

@@ -25,7 +25,7 @@ pub(crate) struct Key {
 /// A server on the host: its port and socket type.
 pub(crate) type ServerKey = (u32, SocketKind);
 
-/// Where a connection is in its life.
+/// The state of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
     /// A host client is connected and has not sent its complete `CONNECT` line.

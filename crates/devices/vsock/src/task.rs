@@ -70,7 +70,7 @@ pub(crate) struct VsockTask {
     /// The RX queue ran out of buffers.
     rx_starved: bool,
     running: bool,
-    /// When it was quiesced.
+    /// The time at which the task was quiesced.
     paused_at: Option<Nanos>,
     /// A queue is broken.
     dead: bool,

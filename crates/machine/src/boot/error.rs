@@ -92,9 +92,9 @@ pub enum ElfError {
     /// The file ends before something that its headers describe.
     #[error("the file is truncated: {what} ends at {end:#x}, the file at {len:#x}")]
     Truncated {
-        /// What does not fit.
+        /// The part of the file that does not fit.
         what: String,
-        /// Where it would end.
+        /// Offset at which that part would end.
         end: u64,
         /// The file's length.
         len: u64,

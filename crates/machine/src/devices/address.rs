@@ -45,7 +45,8 @@ impl DeviceAddresses {
         Ok(DeviceAddresses::Mmio((0..count as u64).zip(IRQ_LINES).map(window).collect()))
     }
 
-    /// What tells a kernel without ACPI where the devices are. (It finds a PCI bus by probing.)
+    /// Kernel arguments by which a kernel without ACPI finds the devices. (It finds a PCI bus by
+    /// probing.)
     pub(super) fn boot_args(&self) -> Vec<String> {
         match self {
             DeviceAddresses::Mmio(windows) => std::iter::once("pci=off".to_owned())

@@ -18,7 +18,7 @@ pub enum DeviceError {
         count: usize,
         /// How many there can be.
         max: usize,
-        /// What each device needs one of.
+        /// The resource of which each device needs one.
         of: &'static str,
     },
     /// The saved machine had other devices.

@@ -70,7 +70,7 @@ pub(super) enum VmSource<'a> {
     State { cpuid: &'a Cpuid, state: &'a MachineState, clock: ClockAfter, wait: RestoreWait<'a> },
 }
 
-/// What ends the wait for guest memory while vCPUs get their state.
+/// The conditions that end the wait for guest memory while vCPUs get their state.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RestoreWait<'a> {
     /// Sends the pages, if a page server does.

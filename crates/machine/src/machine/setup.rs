@@ -43,7 +43,7 @@ pub struct Restore<'a> {
     pub page_server: Option<PageServer>,
     /// The host's side of the serial port.
     pub serial: SerialSetup,
-    /// The same virtio devices, on the backends that they have now.
+    /// The saved virtio devices, with the backends that they have now.
     pub devices: DeviceSetup,
     /// What the guest's clock shows.
     pub clock: ClockAfter,

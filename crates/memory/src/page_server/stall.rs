@@ -10,11 +10,11 @@ use crate::server_link::ServerLink;
 pub(super) struct StallDetector {
     /// How long faults may stay unread while no page arrives.
     limit: Duration,
-    /// Since when every poll found an unread fault, and [`GuestRam::page_progress`] then. It need
-    /// not be the same fault each time.
+    /// The time since which every poll found an unread fault, and [`GuestRam::page_progress`] then.
+    /// It need not be the same fault each time.
     unread: Option<(Instant, u64)>,
-    /// Since when no poll found an unread fault, and [`GuestRam::page_progress`] then. Restarts
-    /// after each fifth of the limit.
+    /// The time since which no poll found an unread fault, and [`GuestRam::page_progress`] then.
+    /// Restarts after each fifth of the limit.
     none_unread: Option<(Instant, u64)>,
 }
 

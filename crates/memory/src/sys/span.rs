@@ -22,7 +22,7 @@ pub(crate) struct Span {
     len: usize,
 }
 
-/// What backs a new span.
+/// The backing of a new span.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum SpanKind<'a> {
     /// Pages of the default size, all zero.

@@ -121,7 +121,7 @@ impl Guest {
         self.request_over(request, || Fate::Delivered, |_| false)
     }
 
-    /// The same over a bad cable. Reads until `is_whole` or the service closes the connection.
+    /// As `request`, over a bad cable. Reads until `is_whole` or the service closes the connection.
     pub(crate) fn request_over(
         &mut self,
         request: &str,

@@ -32,7 +32,7 @@ pub struct FileError {
     pub source: std::io::Error,
 }
 
-/// Where a file is to go. Dropping it removes the temporary name if that exists.
+/// The destination of a file. Dropping it removes the temporary name if that exists.
 #[derive(Debug)]
 pub(super) struct Destination {
     /// The path as the caller gave it: for error messages.

@@ -10,7 +10,7 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use snapshot::{MigrateError, Value};
 
-/// What one kind of device saves.
+/// The saved state of one kind of device.
 ///
 /// It must not use `#[serde(flatten)]` (see [`snapshot::from_value`]).
 pub trait DeviceData: Serialize + DeserializeOwned {

@@ -18,9 +18,9 @@ pub enum QueueError {
     /// A ring or table is not aligned (2.7).
     #[error("{area}: unaligned address: {addr:#x}; a multiple of {align}")]
     Unaligned {
-        /// Which one.
+        /// The area: descriptor table, available ring or used ring.
         area: &'static str,
-        /// Where the driver put it.
+        /// Guest address of the area.
         addr: u64,
         /// The alignment in bytes.
         align: u64,
@@ -28,9 +28,9 @@ pub enum QueueError {
     /// A ring or table is not in RAM, or in several regions.
     #[error("{area}: not in guest memory: {len} bytes at {addr:#x}")]
     RingOutsideRam {
-        /// Which one.
+        /// The area: descriptor table, available ring or used ring.
         area: &'static str,
-        /// Where the driver put it.
+        /// Guest address of the area.
         addr: u64,
         /// Its length in bytes.
         len: u64,

@@ -84,7 +84,7 @@ impl DriverQueue {
         (16 * n + (6 + 2 * n).next_multiple_of(4) + 6 + 8 * n).next_multiple_of(16)
     }
 
-    /// What the driver tells the device: an enabled queue at its beginning.
+    /// The state that the driver sets up: an enabled queue at its beginning.
     pub fn state(&self) -> QueueState {
         QueueState {
             size: self.size,

@@ -17,14 +17,14 @@ use crate::transport::{Attachment, CommonState, IoEventFds, NotifyMatch, Restore
 use sync::EventFd;
 use sync::locked;
 
-/// Where the device is on mmio.
+/// Address of the device on mmio.
 pub const MMIO: u64 = 0xc000_1000;
-/// Where its BAR is on PCI.
+/// Address of its BAR on PCI.
 pub const BAR: u64 = 0x40_0000_0000;
-/// Where BARs may be.
+/// The window for BARs.
 pub const WINDOW: std::ops::Range<u64> = BAR..BAR + (1 << 30);
 
-/// Which transport.
+/// A kind of transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// virtio-mmio.
@@ -95,7 +95,7 @@ impl FakeIoEventFds {
         hit.inspect(|(_, _, event)| event.signal()).is_some()
     }
 
-    /// What is registered: addresses and values.
+    /// The registered ioeventfds: addresses and values.
     pub fn registered(&self) -> Vec<(u64, NotifyMatch)> {
         locked(&self.events).iter().map(|(addr, matching, _)| (*addr, *matching)).collect()
     }
@@ -147,9 +147,9 @@ pub struct Guest {
     pub ram: GuestRam,
     /// Runs the device's tasks.
     pub worker: TestWorker,
-    /// What reached the guest.
+    /// The interrupts that reached the guest.
     pub interrupts: Arc<Interrupts>,
-    /// What the kernel would do.
+    /// The ioeventfds, as KVM would signal them.
     pub io_events: Arc<FakeIoEventFds>,
 }
 
@@ -200,7 +200,7 @@ impl Guest {
         Guest { transport, ram, worker, interrupts, io_events }
     }
 
-    /// Which transport it is on.
+    /// The kind of its transport.
     pub fn kind(&self) -> Kind {
         match self.transport {
             Transport::Mmio(_) => Kind::Mmio,

@@ -37,7 +37,7 @@ fn state_name(state: SessionState) -> &'static str {
 }
 
 impl Info<'_> {
-    /// The same as JSON. Sizes are in bytes.
+    /// The information as JSON. Sizes are in bytes.
     pub(super) fn json(&self) -> Value {
         let info = self.0;
         let overlay =

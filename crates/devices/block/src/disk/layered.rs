@@ -68,7 +68,7 @@ impl MergeSource for LayeredDisk {
     }
 }
 
-/// Where a run of sectors is stored.
+/// The place where a run of sectors is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Extent {
     /// Number of the file.

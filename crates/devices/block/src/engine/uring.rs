@@ -99,7 +99,7 @@ pub(crate) struct Uring<T: Send> {
     waiting: VecDeque<u32>,
     /// Transfers that this thread carries out itself, in order.
     local: VecDeque<Transfer<T>>,
-    /// Those of them that are complete.
+    /// Transfers of this thread that are complete.
     local_done: Vec<Done<T>>,
     /// By file: whether it is in memory, so that this thread carries out its reads and writes.
     in_memory: Vec<bool>,
@@ -164,7 +164,7 @@ impl<T: Send> Uring<T> {
         })
     }
 
-    /// The same ring, which also gets reads and writes of files in memory.
+    /// This ring, made to take reads and writes of files in memory too.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn with_all_in_ring(mut self) -> Self {
         self.in_memory.fill(false);

@@ -65,7 +65,7 @@ pub(crate) mod record {
         NAMES.with_borrow_mut(|names| names.push(path.into()));
     }
 
-    /// Those that this thread has made durable since the last call.
+    /// The names that this thread has made durable since the last call.
     pub(crate) fn take() -> Vec<PathBuf> {
         NAMES.take()
     }

@@ -234,7 +234,7 @@ pub(crate) fn check_base(header: &Header, path: &Path, backing: BackingId) -> Re
 pub(crate) struct Maps {
     /// The allocated sectors.
     pub(crate) map: Map,
-    /// Those of them that the durable map lacks.
+    /// The allocated sectors that the durable map lacks.
     pub(crate) missing_in_durable: Dirty,
     /// Whether the commit map was used.
     pub(crate) trust_commit_map: bool,

@@ -42,7 +42,7 @@ use sync::locked;
 
 const TUN: &str = "/dev/net/tun";
 
-/// Which tap to open.
+/// The tap to open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TapSource<'a> {
     /// The tap of this name.

@@ -24,8 +24,8 @@ const DRAIN_RATE: u64 = 1000;
 /// How long a rate limit has kept frames in the network's queue.
 #[derive(Debug, Default)]
 pub(super) struct QueueAge {
-    /// Since when the queue has held frames. None: it was empty after the limit last delayed a
-    /// frame.
+    /// The time since which the queue has held frames. None: it was empty after the limit last
+    /// delayed a frame.
     since: Option<Nanos>,
     /// A frame has passed since then, so the next one is not the first that the limit delays.
     has_passed: bool,
