@@ -46,14 +46,14 @@ pub enum PhaseError {
 }
 
 /// The phases in which a command is possible.
-enum When {
+enum AllowedIn {
     Always,
     BeforeStart,
     AfterStart,
 }
 
 /// The rule for each command.
-fn when(command: &Command) -> When {
+fn allowed_in(command: &Command) -> AllowedIn {
     match command {
         Command::DescribeInstance
         | Command::GetVersion
@@ -61,7 +61,7 @@ fn when(command: &Command) -> When {
         | Command::GetVmConfig
         | Command::GetMmds
         | Command::PutMmds(_)
-        | Command::PatchMmds(_) => When::Always,
+        | Command::PatchMmds(_) => AllowedIn::Always,
 
         Command::PutMachineConfig(_)
         | Command::PatchMachineConfig(_)
@@ -74,7 +74,7 @@ fn when(command: &Command) -> When {
         | Command::PutVsock(_)
         | Command::PutMmdsConfig(_)
         | Command::LoadSnapshot(_)
-        | Command::Start => When::BeforeStart,
+        | Command::Start => AllowedIn::BeforeStart,
 
         Command::FlushMetrics
         | Command::SendCtrlAltDel
@@ -84,20 +84,20 @@ fn when(command: &Command) -> When {
         | Command::CreateSnapshot(_)
         | Command::DescribeJob
         | Command::CancelJob
-        | Command::Fork(_) => When::AfterStart,
+        | Command::Fork(_) => AllowedIn::AfterStart,
     }
 }
 
 /// Checks that `command` is possible in `phase`.
 pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
-    match (when(command), phase) {
-        (When::Always, _)
-        | (When::BeforeStart, Phase::Configured)
-        | (When::AfterStart, Phase::Running | Phase::Paused) => Ok(()),
-        (When::BeforeStart, Phase::Running | Phase::Paused) => {
+    match (allowed_in(command), phase) {
+        (AllowedIn::Always, _)
+        | (AllowedIn::BeforeStart, Phase::Configured)
+        | (AllowedIn::AfterStart, Phase::Running | Phase::Paused) => Ok(()),
+        (AllowedIn::BeforeStart, Phase::Running | Phase::Paused) => {
             Err(PhaseError::OnlyBeforeStart { command: command.name(), phase })
         }
-        (When::AfterStart, Phase::Configured) => {
+        (AllowedIn::AfterStart, Phase::Configured) => {
             Err(PhaseError::OnlyAfterStart { command: command.name(), phase })
         }
     }

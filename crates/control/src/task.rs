@@ -174,9 +174,9 @@ impl<H: Host> Tasks<H> {
         work: impl FnOnce(&Token) -> T + Send + 'static,
     ) -> Result<(T, bool), TaskError> {
         let task = Started::start(work).map_err(TaskError::Start)?;
-        let attendant = Attendant { questions, paths, token: &task.token, begun: Instant::now() };
+        let responder = Responder { questions, paths, token: &task.token, begun: Instant::now() };
         let mut waiting = Vec::new();
-        let has_ended = self.attend(&attendant, &task.ended, limit, &mut waiting);
+        let has_ended = self.attend(&responder, &task.ended, limit, &mut waiting);
         if let Some(requests) = &self.requests {
             requests.mark_dirty_again(waiting);
         }
@@ -193,7 +193,7 @@ impl<H: Host> Tasks<H> {
     /// to wait for its end are added to `waiting`.
     fn attend(
         &self,
-        attendant: &Attendant<'_>,
+        responder: &Responder<'_>,
         ended: &EventFd,
         limit: Option<Duration>,
         waiting: &mut Vec<Request>,
@@ -218,14 +218,14 @@ impl<H: Host> Tasks<H> {
             }
             if stop_at.is_some_and(|at| !fds[at].revents().is_empty()) {
                 is_ending = true;
-                attendant.token.cancel();
+                responder.token.cancel();
                 deadline = limit.map(|limit| Instant::now() + limit);
             }
             if left.is_some_and(|left| left.is_zero()) {
                 return false;
             }
             if let Some(request) = self.requests.as_ref().and_then(Requests::try_recv) {
-                match attendant.answer(&request.command) {
+                match responder.answer(&request.command) {
                     Some(result) => request.reply_to.send(result),
                     None => waiting.push(request),
                 }
@@ -234,15 +234,15 @@ impl<H: Host> Tasks<H> {
     }
 }
 
-/// What the main thread answers with while a task runs.
-struct Attendant<'a> {
+/// Answers questions on the main thread while a task runs.
+struct Responder<'a> {
     questions: &'a dyn Questions,
     paths: Option<&'a SnapshotPaths>,
     token: &'a Token,
     begun: Instant,
 }
 
-impl Attendant<'_> {
+impl Responder<'_> {
     /// The answer to a command that need not wait for the task.
     fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>> {
         match (command, self.paths) {

@@ -44,7 +44,7 @@ impl BlockControl {
 
     /// The disk in use.
     pub fn disk(&self) -> Disk {
-        locked(&self.shared.front).disk.clone()
+        locked(&self.shared.live).disk.clone()
     }
 
     /// The device's counters.
@@ -77,13 +77,13 @@ impl BlockControl {
         let handles = backend_handles(&disk, &self.shared.id, self.slots.len() as u16, self.blocking)?;
         // The slots first: a request within the new capacity must not reach the old disk.
         let old = self.slots.iter().zip(handles).map(|(slot, handle)| slot.post(handle)).collect();
-        let mut front = locked(&self.shared.front);
-        let old_disk = std::mem::replace(&mut front.disk, disk);
-        front.generation = front.generation.wrapping_add(1);
-        if let Some(interrupt) = &front.interrupt {
+        let mut live = locked(&self.shared.live);
+        let old_disk = std::mem::replace(&mut live.disk, disk);
+        live.generation = live.generation.wrapping_add(1);
+        if let Some(interrupt) = &live.interrupt {
             interrupt.config();
         }
-        drop(front);
+        drop(live);
         self.shared.stats.update_count.add(1);
         Ok(DiskSwap::new(old_disk, old))
     }

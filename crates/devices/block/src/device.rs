@@ -14,7 +14,7 @@ use crate::disk::Disk;
 use crate::engine::Blocking;
 use crate::error::BlockError;
 use crate::request::SERIAL_LEN;
-use crate::shared::{Front, Limits, Shared};
+use crate::shared::{Limits, LiveState, Shared};
 use crate::state::{BlockConfig, BlockState};
 use crate::stats::BlockStats;
 use crate::task::{BlockTask, Setup};
@@ -91,7 +91,7 @@ impl Block {
             limited: AtomicBool::new(!limiter.is_unlimited()),
             limits: Mutex::new(Limits { limiter, now }),
             config_changed: AtomicBool::new(config_changed),
-            front: Mutex::new(Front { disk, generation, interrupt: None }),
+            live: Mutex::new(LiveState { disk, generation, interrupt: None }),
         });
         let control =
             BlockControl { blocking, read_only, flush, slots: slots.clone(), shared: Arc::clone(&shared) };
@@ -99,8 +99,8 @@ impl Block {
         Ok((Block { config, read_only, flush, workers, queue_sizes, slots, shared }, control))
     }
 
-    fn config_space(&self, front: &Front) -> ConfigSpace {
-        ConfigSpace::new(front.disk.size(), self.config.num_queues, self.config.queue_size)
+    fn config_space(&self, live: &LiveState) -> ConfigSpace {
+        ConfigSpace::new(live.disk.size(), self.config.num_queues, self.config.queue_size)
     }
 }
 
@@ -130,7 +130,7 @@ impl Device for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.config_space(&locked(&self.shared.front));
+        let space = self.config_space(&locked(&self.shared.live));
         read_bytes(space.as_bytes(), offset, data);
     }
 
@@ -139,7 +139,7 @@ impl Device for Block {
     }
 
     fn config_generation(&self) -> u32 {
-        locked(&self.shared.front).generation
+        locked(&self.shared.live).generation
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Task>>, ActivateError> {
@@ -174,23 +174,23 @@ impl Device for Block {
         if self.shared.config_changed.swap(false, Ordering::AcqRel) {
             interrupt.config();
         }
-        locked(&self.shared.front).interrupt = Some(interrupt);
+        locked(&self.shared.live).interrupt = Some(interrupt);
         Ok(tasks)
     }
 
     fn reset(&mut self) {
-        locked(&self.shared.front).interrupt = None;
+        locked(&self.shared.live).interrupt = None;
     }
 
     fn save(&self) -> DeviceState {
-        let front = locked(&self.shared.front);
+        let live = locked(&self.shared.live);
         let limits = locked(&self.shared.limits);
         DeviceState::of(&BlockState {
             config: self.config.clone(),
-            capacity: front.disk.size() / SECTOR,
+            capacity: live.disk.size() / SECTOR,
             read_only: self.read_only,
             flush: self.flush,
-            generation: front.generation,
+            generation: live.generation,
             limiter: limits.limiter.save(limits.now),
         })
     }

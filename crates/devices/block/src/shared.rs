@@ -25,7 +25,7 @@ pub(crate) struct Shared {
     /// The configuration space differs from what the guest saw before it was saved. Raises an
     /// interrupt when the device is restored.
     pub(crate) config_changed: AtomicBool,
-    pub(crate) front: Mutex<Front>,
+    pub(crate) live: Mutex<LiveState>,
 }
 
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub(crate) struct Limits {
 }
 
 /// The state that a disk swap, an activation or a reset changes.
-pub(crate) struct Front {
+pub(crate) struct LiveState {
     pub(crate) disk: Disk,
     pub(crate) generation: u32,
     pub(crate) interrupt: Option<Arc<dyn Interrupt>>,
@@ -62,8 +62,8 @@ impl Shared {
     }
 }
 
-impl fmt::Debug for Front {
+impl fmt::Debug for LiveState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Front").field("disk", &self.disk).finish_non_exhaustive()
+        f.debug_struct("LiveState").field("disk", &self.disk).finish_non_exhaustive()
     }
 }

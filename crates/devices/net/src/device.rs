@@ -128,7 +128,7 @@ impl Net {
                 return Err(NetError::Vhost { id: id(), what: "a rate limiter" });
             }
         }
-        let Parts { tap, vhost_tap, mut parts } = split_backend(backend, &config.id)?;
+        let SplitBackend { tap, vhost_tap, mut parts } = split_backend(backend, &config.id)?;
         let has_interceptor = interceptor.is_some();
         if let Some(first) = parts.first_mut() {
             first.interceptor = interceptor;
@@ -220,33 +220,35 @@ impl Net {
 }
 
 /// A backend, split into what the device and its queue pairs need.
-struct Parts {
+struct SplitBackend {
     tap: Option<Arc<Tap>>,
     vhost_tap: Option<Arc<Tap>>,
     /// One for each queue pair.
     parts: Vec<BackendParts>,
 }
 
-fn split_backend(backend: NetBackend, id: &str) -> Result<Parts, NetError> {
+fn split_backend(backend: NetBackend, id: &str) -> Result<SplitBackend, NetError> {
     let of_link = |link| BackendParts { link: Some(link), ..BackendParts::default() };
     let of_vhost = |vhost| BackendParts { vhost: Some(vhost), ..BackendParts::default() };
     Ok(match backend.kind {
         BackendKind::Tap(tap) => {
             let parts = (0..tap.queues()).map(|queue| of_link(Link::Tap(Arc::clone(&tap), queue))).collect();
-            Parts { tap: Some(tap), vhost_tap: None, parts }
+            SplitBackend { tap: Some(tap), vhost_tap: None, parts }
         }
         BackendKind::Vhost(tap, vhosts) => {
             for vhost in &vhosts {
                 vhost.claim().map_err(|source| NetError::VhostClaim { id: id.to_owned(), source })?;
             }
             let parts = vhosts.into_iter().map(of_vhost).collect();
-            Parts { tap: Some(Arc::clone(&tap)), vhost_tap: Some(tap), parts }
+            SplitBackend { tap: Some(Arc::clone(&tap)), vhost_tap: Some(tap), parts }
         }
-        BackendKind::Unplugged(pairs) => {
-            Parts { tap: None, vhost_tap: None, parts: (0..pairs).map(|_| BackendParts::default()).collect() }
-        }
+        BackendKind::Unplugged(pairs) => SplitBackend {
+            tap: None,
+            vhost_tap: None,
+            parts: (0..pairs).map(|_| BackendParts::default()).collect(),
+        },
         BackendKind::Stream(stream) => {
-            Parts { tap: None, vhost_tap: None, parts: vec![of_link(Link::Stream(stream))] }
+            SplitBackend { tap: None, vhost_tap: None, parts: vec![of_link(Link::Stream(stream))] }
         }
     })
 }

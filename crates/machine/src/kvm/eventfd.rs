@@ -13,21 +13,21 @@ use sync::EventFd;
 use vmm_sys_util::eventfd::EventFd as KvmEventFd;
 
 /// An eventfd as `kvm-ioctls` takes it. The descriptor stays that of the [`EventFd`] that lends it.
-pub(crate) struct Lent<'a> {
+pub(crate) struct BorrowedEventFd<'a> {
     event: ManuallyDrop<KvmEventFd>,
     lender: PhantomData<&'a EventFd>,
 }
 
 /// Lends `event` to a call of `kvm-ioctls`.
-pub(crate) fn lend(event: &EventFd) -> Lent<'_> {
+pub(crate) fn lend(event: &EventFd) -> BorrowedEventFd<'_> {
     // SAFETY: the descriptor is open for as long as `event` is borrowed, which the lifetime of the
     // result says. The result never closes it: `ManuallyDrop` keeps the second owner from being
-    // dropped, and `Lent` only gives out references to it.
+    // dropped, and `BorrowedEventFd` only gives out references to it.
     let event = unsafe { KvmEventFd::from_raw_fd(event.as_raw_fd()) };
-    Lent { event: ManuallyDrop::new(event), lender: PhantomData }
+    BorrowedEventFd { event: ManuallyDrop::new(event), lender: PhantomData }
 }
 
-impl Deref for Lent<'_> {
+impl Deref for BorrowedEventFd<'_> {
     type Target = KvmEventFd;
 
     fn deref(&self) -> &KvmEventFd {

@@ -73,12 +73,12 @@ pub struct CmosState {
 #[derive(Debug, Default)]
 struct Registers {
     index: u8,
-    shown: Option<Shown>,
+    shown: Option<ShownInstant>,
 }
 
 /// The instant that date registers show.
 #[derive(Debug, Clone, Copy)]
-struct Shown {
+struct ShownInstant {
     at: SystemTime,
     /// The date registers that were read at this instant, one bit each.
     read: u64,
@@ -119,7 +119,7 @@ impl Registers {
     fn read(&mut self, now: SystemTime) -> u8 {
         match self.index {
             register::STATUS_A => {
-                self.shown = Some(Shown { at: now, read: 0 });
+                self.shown = Some(ShownInstant { at: now, read: 0 });
                 STATUS_A
             }
             register::STATUS_B => STATUS_B,
@@ -130,10 +130,10 @@ impl Registers {
 
     fn read_date(&mut self, index: u8, now: SystemTime) -> u8 {
         let bit = 1 << index;
-        let valid = |shown: &Shown| {
+        let valid = |shown: &ShownInstant| {
             shown.read & bit == 0 && now.duration_since(shown.at).is_ok_and(|age| age < INSTANT_LIMIT)
         };
-        let mut shown = self.shown.filter(valid).unwrap_or(Shown { at: now, read: 0 });
+        let mut shown = self.shown.filter(valid).unwrap_or(ShownInstant { at: now, read: 0 });
         shown.read |= bit;
         self.shown = Some(shown);
         date_register(index, shown.at).unwrap_or(0)

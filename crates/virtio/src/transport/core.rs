@@ -68,7 +68,7 @@ pub(super) enum Area {
 
 /// A half of a 64-bit register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Half {
+pub(super) enum AddrHalf {
     Low,
     High,
 }
@@ -249,7 +249,7 @@ impl TransportCore {
     }
 
     /// Sets half of the address of an area of the selected queue.
-    pub(super) fn set_queue_addr(&mut self, area: Area, half: Half, value: u32) {
+    pub(super) fn set_queue_addr(&mut self, area: Area, half: AddrHalf, value: u32) {
         self.set_up(|queue| {
             if queue.ready {
                 return;
@@ -260,8 +260,8 @@ impl TransportCore {
                 Area::Device => &mut queue.used_ring,
             };
             *addr = match half {
-                Half::Low => *addr & !0xffff_ffff | u64::from(value),
-                Half::High => *addr & 0xffff_ffff | u64::from(value) << 32,
+                AddrHalf::Low => *addr & !0xffff_ffff | u64::from(value),
+                AddrHalf::High => *addr & 0xffff_ffff | u64::from(value) << 32,
             };
         });
     }

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::core::{Area, CommonState, Half, TransportCore};
+use super::core::{AddrHalf, Area, CommonState, TransportCore};
 use super::device_status::DeviceStatus;
 use super::{Attachment, IoEventFds, NotifyMatch, Resetting, RestoreError};
 use crate::device::Interrupt;
@@ -260,12 +260,12 @@ impl MmioTransport {
                     common.set_status(value);
                 }
             }
-            0x080 => common.set_queue_addr(Area::Descriptors, Half::Low, value),
-            0x084 => common.set_queue_addr(Area::Descriptors, Half::High, value),
-            0x090 => common.set_queue_addr(Area::Driver, Half::Low, value),
-            0x094 => common.set_queue_addr(Area::Driver, Half::High, value),
-            0x0a0 => common.set_queue_addr(Area::Device, Half::Low, value),
-            0x0a4 => common.set_queue_addr(Area::Device, Half::High, value),
+            0x080 => common.set_queue_addr(Area::Descriptors, AddrHalf::Low, value),
+            0x084 => common.set_queue_addr(Area::Descriptors, AddrHalf::High, value),
+            0x090 => common.set_queue_addr(Area::Driver, AddrHalf::Low, value),
+            0x094 => common.set_queue_addr(Area::Driver, AddrHalf::High, value),
+            0x0a0 => common.set_queue_addr(Area::Device, AddrHalf::Low, value),
+            0x0a4 => common.set_queue_addr(Area::Device, AddrHalf::High, value),
             _ => {}
         }
     }

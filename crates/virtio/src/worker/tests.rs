@@ -31,7 +31,7 @@ type Act = Box<dyn FnMut(&mut Context<'_>, Did) + Send>;
 
 /// A task that reports its calls, and does what the test says.
 struct Probe {
-    says: mpsc::Sender<Did>,
+    sender: mpsc::Sender<Did>,
     kick: Arc<EventFd>,
     other: Arc<EventFd>,
     drained: Arc<AtomicBool>,
@@ -41,16 +41,16 @@ struct Probe {
 }
 
 /// The other end of a probe.
-struct Hand {
-    hears: mpsc::Receiver<Did>,
+struct ProbeHandle {
+    events: mpsc::Receiver<Did>,
     kick: Arc<EventFd>,
     other: Arc<EventFd>,
     drained: Arc<AtomicBool>,
 }
 
-impl Hand {
+impl ProbeHandle {
     fn next(&self) -> Did {
-        self.hears.recv_timeout(TIMEOUT).expect("something happens")
+        self.events.recv_timeout(TIMEOUT).expect("something happens")
     }
 
     /// The task runs.
@@ -59,24 +59,28 @@ impl Hand {
     }
 
     fn all(&self) -> Vec<Did> {
-        self.hears.try_iter().collect()
+        self.events.try_iter().collect()
     }
 }
 
-fn probe(act: impl FnMut(&mut Context<'_>, Did) + Send + 'static) -> (Box<Probe>, Hand) {
-    let (says, hears) = mpsc::channel();
+fn probe(act: impl FnMut(&mut Context<'_>, Did) + Send + 'static) -> (Box<Probe>, ProbeHandle) {
+    let (sender, events) = mpsc::channel();
     let event = || Arc::new(EventFd::new().unwrap());
     let (kick, other, drained) = (event(), event(), Arc::new(AtomicBool::new(true)));
-    let hand =
-        Hand { hears, kick: Arc::clone(&kick), other: Arc::clone(&other), drained: Arc::clone(&drained) };
-    (Box::new(Probe { says, kick, other, drained, placement: Placement::Shared, act: Box::new(act) }), hand)
+    let hand = ProbeHandle {
+        events,
+        kick: Arc::clone(&kick),
+        other: Arc::clone(&other),
+        drained: Arc::clone(&drained),
+    };
+    (Box::new(Probe { sender, kick, other, drained, placement: Placement::Shared, act: Box::new(act) }), hand)
 }
 
 impl Probe {
     fn did(&mut self, cx: &mut Context<'_>, did: Did) {
         (self.act)(cx, did);
-        // A test that has seen enough hears no more.
-        let _ = self.says.send(did);
+        // A test that has seen enough receives no more events.
+        let _ = self.sender.send(did);
     }
 }
 
@@ -119,7 +123,7 @@ impl Task for Probe {
     }
 
     fn detach(self: Box<Self>) {
-        let _ = self.says.send(Did::Detach);
+        let _ = self.sender.send(Did::Detach);
     }
 }
 
@@ -253,7 +257,7 @@ fn timers_come_on_time_once_and_only_while_wanted() {
     hand.other.signal();
     worker.run();
     assert_eq!(worker.next_timer(), None);
-    // A paused task hears of no timer.
+    // A paused task gets no timer.
     hand.kick.signal();
     worker.run();
     hand.all();

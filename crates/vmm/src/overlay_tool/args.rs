@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use lexopt::prelude::*;
 
-use super::command::{Below, Tool};
+use super::command::{BackingFiles, Tool};
 use super::export::Format;
 use crate::flags::{ArgsError, once};
 
@@ -55,13 +55,13 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
     if base.is_none() && !layers.is_empty() {
         return Err(ArgsError::Missing("--base"));
     }
-    let below = base.map(|base| Below { base, layers });
+    let backing = base.map(|base| BackingFiles { base, layers });
     Ok(match command {
         "info" => Tool::Info { file, json: json.is_some() },
-        "check" => Tool::Check { file, below },
+        "check" => Tool::Check { file, backing },
         _ => Tool::Export {
             file,
-            below: below.ok_or(ArgsError::Missing("--base"))?,
+            backing: backing.ok_or(ArgsError::Missing("--base"))?,
             output: output.ok_or(ArgsError::Missing("--out"))?,
             format: format.unwrap_or(Format::Raw),
         },
@@ -87,11 +87,11 @@ mod tests {
     fn commands_are_parsed() {
         let info = Tool::Info { file: "a".into(), json: true };
         assert_eq!(parsed("overlay info --json a").unwrap(), info);
-        let check = Tool::Check { file: "a".into(), below: None };
+        let check = Tool::Check { file: "a".into(), backing: None };
         assert_eq!(parsed("overlay check a").unwrap(), check);
-        let below = Below { base: "d".into(), layers: vec!["l".into(), "m".into()] };
+        let backing = BackingFiles { base: "d".into(), layers: vec!["l".into(), "m".into()] };
         let (output, format) = ("o".into(), Format::Qcow2);
-        let export = Tool::Export { file: "a".into(), below, output, format };
+        let export = Tool::Export { file: "a".into(), backing, output, format };
         let line = "overlay export a --base d --layer l --layer m --format=qcow2 --out o";
         assert_eq!(parsed(line).unwrap(), export);
         assert_eq!(parsed("overlay export --help").unwrap(), Tool::Help);

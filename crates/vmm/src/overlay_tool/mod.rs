@@ -23,7 +23,7 @@ use block::overlay::inspect::{OverlayFile, SessionState};
 
 use crate::crash_report;
 use crate::exit::ExitCode;
-use command::Below;
+use command::BackingFiles;
 pub(crate) use command::Tool;
 use error::ToolError;
 use info::Info;
@@ -49,7 +49,7 @@ fn perform(tool: &Tool) -> Result<(), ToolError> {
             let info = Info(overlay.info());
             if *json { print(format_args!("{:#}\n", info.json())) } else { print(info) }
         }
-        Tool::Check { file, below } => {
+        Tool::Check { file, backing } => {
             let overlay = OverlayFile::open(file)?;
             let shown = file.display();
             print(format_args!("{shown}: header, session and maps are valid\n"))?;
@@ -58,13 +58,13 @@ fn perform(tool: &Tool) -> Result<(), ToolError> {
             if state == SessionState::Unknown {
                 return Err(ToolError::Unknown { path: file.clone() });
             }
-            let Some(below) = below else { return Ok(()) };
-            let image = open(below, file)?;
-            let base = below.base.display();
+            let Some(backing) = backing else { return Ok(()) };
+            let image = open(backing, file)?;
+            let base = backing.base.display();
             print(format_args!("{shown}: it fits {base}; the disk has {} bytes\n", image.size()))
         }
-        Tool::Export { file, below, output, format } => {
-            let image = open(below, file)?;
+        Tool::Export { file, backing, output, format } => {
+            let image = open(backing, file)?;
             let exported = export::export(&image, output, *format)?;
             let (shown, size) = (output.display(), image.size());
             print(format_args!("{shown}: {format}, a disk of {size} bytes, {exported} bytes of data\n"))
@@ -73,9 +73,9 @@ fn perform(tool: &Tool) -> Result<(), ToolError> {
 }
 
 /// Opens the disk whose topmost overlay is `top`.
-fn open(below: &Below, top: &Path) -> Result<DiskImage, ToolError> {
-    let overlays: Vec<_> = below.layers.iter().cloned().chain([top.to_owned()]).collect();
-    Ok(DiskImage::open(&below.base, &overlays)?)
+fn open(backing: &BackingFiles, top: &Path) -> Result<DiskImage, ToolError> {
+    let overlays: Vec<_> = backing.layers.iter().cloned().chain([top.to_owned()]).collect();
+    Ok(DiskImage::open(&backing.base, &overlays)?)
 }
 
 fn print(text: impl fmt::Display) -> Result<(), ToolError> {

@@ -172,11 +172,11 @@ struct ProcessLock {
     file: File,
     creator: CreatorPid,
     is_device: bool,
-    users: Mutex<Users>,
+    users: Mutex<LockUsers>,
 }
 
 #[derive(Debug, Default)]
-struct Users {
+struct LockUsers {
     exclusive: usize,
     shared: usize,
     /// The lock that the kernel has granted.
@@ -229,7 +229,7 @@ impl ProcessLock {
     }
 
     /// Changes the users, and the lock with them. On an error nothing has changed.
-    fn change(&self, change: impl Fn(&mut Users)) -> Result<(), LockError> {
+    fn change(&self, change: impl Fn(&mut LockUsers)) -> Result<(), LockError> {
         let mut users = locked(&self.users);
         let before = (users.exclusive, users.shared, users.current);
         change(&mut users);
@@ -284,7 +284,7 @@ impl ProcessLock {
     }
 }
 
-impl Users {
+impl LockUsers {
     fn of(&mut self, mode: LockMode) -> &mut usize {
         match mode {
             LockMode::Shared => &mut self.shared,

@@ -17,7 +17,7 @@ const PCI_CFG: u8 = 5;
 
 /// The offsets of the capabilities that a guest writes to.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Places {
+pub(super) struct CapabilityOffsets {
     /// The MSI-X message control register (2 bytes).
     pub(super) msix_control: usize,
     /// The configuration access capability (4.1.4.9).
@@ -56,7 +56,7 @@ impl Window {
 }
 
 /// Adds all capabilities of a virtio function whose MSI-X message control is `msix_control`.
-pub(super) fn add(space: &mut ConfigSpace, msix_control: u16) -> Places {
+pub(super) fn add(space: &mut ConfigSpace, msix_control: u16) -> CapabilityOffsets {
     for (kind, offset) in [(COMMON_CFG, layout::COMMON), (ISR_CFG, layout::ISR), (DEVICE_CFG, layout::DEVICE)]
     {
         space.add_capability(VENDOR_SPECIFIC, &virtio(kind, 16, offset, layout::PART), &[]);
@@ -78,7 +78,7 @@ pub(super) fn add(space: &mut ConfigSpace, msix_control: u16) -> Places {
     msix.extend(layout::MSIX_TABLE.to_le_bytes());
     msix.extend(layout::MSIX_PBA.to_le_bytes());
     let msix_at = space.add_capability(MSI_X, &msix, &[0, 0xc0]);
-    Places { msix_control: msix_at + 2, window: Window { at } }
+    CapabilityOffsets { msix_control: msix_at + 2, window: Window { at } }
 }
 
 /// A virtio capability after its first two bytes: length, kind, BAR, id, padding, offset, length.

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::capabilities::{self, Places};
+use super::capabilities::{self, CapabilityOffsets};
 use super::config_space::{ConfigSpace, ConfigState, Identity};
 use super::doorbells::{Doorbells, FunctionKey};
 use super::msix::{MsiVectors, Msix, MsixState, VectorMasks};
 use super::{BAR_SIZE, BarWindow, DEVICE_BASE, VENDOR, class_code, layout};
 use crate::device::Interrupt;
-use crate::transport::core::{Area, CommonState, Half, TransportCore};
+use crate::transport::core::{AddrHalf, Area, CommonState, TransportCore};
 use crate::transport::device_status::DeviceStatus;
 use crate::transport::{Attachment, RestoreError};
 
@@ -91,7 +91,7 @@ pub struct PciTransport {
     interrupt: Arc<PciInterrupt>,
     msix: Msix,
     space: ConfigSpace,
-    places: Places,
+    offsets: CapabilityOffsets,
     window: BarWindow,
     /// The address of the decoded BAR, which the root reads without a lock.
     decoded: Arc<AtomicU64>,
@@ -129,7 +129,7 @@ impl PciTransport {
             subsystem: DEVICE_BASE + kind as u16,
         });
         space.add_bar(bar, BAR_SIZE);
-        let places = capabilities::add(&mut space, msix.control());
+        let offsets = capabilities::add(&mut space, msix.control());
         let common = TransportCore::new(
             attachment,
             Arc::clone(&device_status),
@@ -141,7 +141,7 @@ impl PciTransport {
             interrupt,
             msix,
             space,
-            places,
+            offsets,
             window,
             decoded: Arc::new(AtomicU64::new(NOT_DECODED)),
             doorbells,
@@ -210,9 +210,9 @@ impl PciTransport {
 
     /// Handles a guest's read of the configuration space.
     pub fn read_config(&mut self, offset: usize, data: &mut [u8]) {
-        let at = self.places.window.data_at();
+        let at = self.offsets.window.data_at();
         if overlaps(offset, data.len(), at, 4)
-            && let Some(access) = self.places.window.access(&self.space)
+            && let Some(access) = self.offsets.window.access(&self.space)
         {
             let mut through = [0; 4];
             self.read_bar(access.offset, &mut through[..access.len]);
@@ -224,9 +224,9 @@ impl PciTransport {
     /// Handles a guest's write of the configuration space.
     pub fn write_config(&mut self, offset: usize, data: &[u8]) {
         self.space.write(offset, data);
-        let at = self.places.window.data_at();
+        let at = self.offsets.window.data_at();
         if overlaps(offset, data.len(), at, 4)
-            && let Some(access) = self.places.window.access(&self.space)
+            && let Some(access) = self.offsets.window.access(&self.space)
         {
             // Bytes that are not written keep their values.
             let mut through: [u8; 4] = self.space.bytes(at);
@@ -238,8 +238,8 @@ impl PciTransport {
             self.space.put(at, &through);
             self.write_bar(access.offset, &through[..access.len]);
         }
-        if overlaps(offset, data.len(), self.places.msix_control, 2) {
-            self.msix.set_control(u16::from_le_bytes(self.space.bytes(self.places.msix_control)));
+        if overlaps(offset, data.len(), self.offsets.msix_control, 2) {
+            self.msix.set_control(u16::from_le_bytes(self.space.bytes(self.offsets.msix_control)));
         }
         if offset < 0x40 {
             self.move_bar();
@@ -360,12 +360,12 @@ impl PciTransport {
             }
             // A queue can only be enabled (4.1.4.3.2).
             (0x1c, 2) if value == 1 => common.set_queue_ready(true),
-            (0x20, 4) => common.set_queue_addr(Area::Descriptors, Half::Low, value),
-            (0x24, 4) => common.set_queue_addr(Area::Descriptors, Half::High, value),
-            (0x28, 4) => common.set_queue_addr(Area::Driver, Half::Low, value),
-            (0x2c, 4) => common.set_queue_addr(Area::Driver, Half::High, value),
-            (0x30, 4) => common.set_queue_addr(Area::Device, Half::Low, value),
-            (0x34, 4) => common.set_queue_addr(Area::Device, Half::High, value),
+            (0x20, 4) => common.set_queue_addr(Area::Descriptors, AddrHalf::Low, value),
+            (0x24, 4) => common.set_queue_addr(Area::Descriptors, AddrHalf::High, value),
+            (0x28, 4) => common.set_queue_addr(Area::Driver, AddrHalf::Low, value),
+            (0x2c, 4) => common.set_queue_addr(Area::Driver, AddrHalf::High, value),
+            (0x30, 4) => common.set_queue_addr(Area::Device, AddrHalf::Low, value),
+            (0x34, 4) => common.set_queue_addr(Area::Device, AddrHalf::High, value),
             _ => {}
         }
     }
