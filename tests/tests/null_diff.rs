@@ -3,9 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
+use rustix::process::Signal;
 use serde_json::json;
 use vesta_tests::api::ApiClient;
 use vesta_tests::counting::{is_consecutive, restored, sweeping, wait_for_bytes};
+use vesta_tests::guest::TIMEOUT;
+use vesta_tests::process::Orphans;
 use vesta_tests::snapshots::{Files, pause, resume};
 
 /// A guest that finds one of its 1024 pages changed repeats a number instead of counting.
@@ -63,21 +66,13 @@ fn a_diff_onto_its_base_never_changes_a_forks_child() -> Result<()> {
     let socket = home.path().join("child.sock");
     let fork =
         json!({"children": [{"id": "child", "api_socket": socket, "serial": {"serial_out_path": child}}]});
-    let pid = parent.put("/fork", &fork)?.ok()?.json()?["children"][0]["pid"].clone();
-    let pid = pid.as_i64().and_then(|pid| rustix::process::Pid::from_raw(i32::try_from(pid).ok()?));
-    let checked = (|| {
-        ensure_it_counts_on(&output)?;
-        diff(&mut parent, &files)?;
-        ensure_it_counts_on(&child)?;
-        diff(&mut ApiClient::new(&socket), &Files { state: home.path().join("c"), ..files.clone() })?;
-        ensure_it_counts_on(&child)?;
-        ensure_it_counts_on(&output)
-    })();
-    if let Some(pid) = pid {
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
-    }
-    while socket.exists() {
-        std::thread::yield_now();
-    }
-    checked
+    let orphans = Orphans::of_fork(&parent.put("/fork", &fork)?.ok()?.json()?)?;
+    ensure_it_counts_on(&output)?;
+    diff(&mut parent, &files)?;
+    ensure_it_counts_on(&child)?;
+    diff(&mut ApiClient::new(&socket), &Files { state: home.path().join("c"), ..files.clone() })?;
+    ensure_it_counts_on(&child)?;
+    ensure_it_counts_on(&output)?;
+    orphans.signal(Signal::TERM)?;
+    orphans.wait(TIMEOUT)
 }

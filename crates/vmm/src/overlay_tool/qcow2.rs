@@ -262,7 +262,7 @@ mod tests {
     #[test]
     fn failed_read_leaves_no_image() {
         let file = tempfile::tempfile().unwrap();
-        let failed = write(&file, 1 << 20, &[1..2], |_, _| Err(io::Error::other("lost")));
+        let failed = write(&file, 1 << 20, &[1..2, 4..5], |_, _| Err(io::Error::other("lost")));
         assert_eq!(failed.unwrap_err().to_string(), "lost");
         let mut magic = [0; 4];
         file.read_exact_at(&mut magic, 0).unwrap();
