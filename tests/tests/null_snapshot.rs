@@ -77,9 +77,9 @@ fn a_diff_has_only_pages_written_since_the_last_snapshot() -> Result<()> {
         api.put("/snapshot/create", &diff)?.ok()?;
         let (_clone, mut clone, clone_serial) = unconfigured()?;
         clone.put("/snapshot/load", &load(dir, "diff", "base"))?.ok()?;
-        let went_on = wait_for_bytes(&clone_serial, 10)?;
+        let resumed = wait_for_bytes(&clone_serial, 10)?;
         ensure!(
-            is_consecutive(&went_on) && went_on[0] == output.last().copied().unwrap_or(0).wrapping_add(1),
+            is_consecutive(&resumed) && resumed[0] == output.last().copied().unwrap_or(0).wrapping_add(1),
             "{tracked}"
         );
     }

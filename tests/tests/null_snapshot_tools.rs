@@ -44,7 +44,7 @@ fn base_and_diff(dir: &Path) -> Result<(Files, Files, Option<u8>)> {
 }
 
 /// Checks that a monitor with only these options resumes the guest at `next`.
-fn goes_on(state: &Path, memory: &Path, more: &[&str], next: Option<u8>) -> Result<()> {
+fn check_resumes(state: &Path, memory: &Path, more: &[&str], next: Option<u8>) -> Result<()> {
     let builder = VmmBuilder::new(&vmm_path())?;
     let serial = builder.dir().join("serial");
     let args = ["--no-api", "--restore", text(state)?, "--memory", text(memory)?, "--serial", text(&serial)?];
@@ -72,9 +72,9 @@ fn a_merged_diff_is_restored_by_command_line_options() -> Result<()> {
     good("vesta-vmm", &["snapshot", "merge", "--base", whole, "--diff", alone, "--out", out])?;
     let output = good("vesta-vmm", &["snapshot", "verify", state, out])?;
     ensure!(output.contains("sections are good") && !output.contains("to be merged"), "{output}");
-    goes_on(&diff.state, &merged, &[], next)?;
+    check_resumes(&diff.state, &merged, &[], next)?;
     let overrides = r#"{"huge_pages":"Transparent","clock_realtime":false}"#;
-    goes_on(&diff.state, &merged, &["--prefetch", "--overrides", overrides], next)?;
+    check_resumes(&diff.state, &merged, &["--prefetch", "--overrides", overrides], next)?;
 
     for (name, args) in [
         ("rebase-snap", vec!["--base-file", whole, "--diff-file", alone]),

@@ -206,7 +206,7 @@ impl<H: Host> Controller<H> {
     /// not: closes its overlays, which may take `limit`, and removes the sockets of its vsock
     /// device.
     pub fn shut_down(&mut self, limit: Duration) {
-        self.vm.backends.drives.give_up_merges();
+        self.vm.backends.drives.cancel_merges();
         shutdown::close_disks(&self.vm, limit);
         self.vm.backends.vsock = None;
     }

@@ -92,7 +92,7 @@ pub(crate) fn patch<H: Host>(
             disk = open(vm, tasks, &drive, Some(disk))?;
             let swap =
                 control.replace(disk.clone()).map_err(|error| CommandError::DriveSwap(error.into()))?;
-            vm.backends.drives.give_up_merge(id);
+            vm.backends.drives.cancel_merge(id);
             swaps.push((id.clone(), swap));
         }
     }

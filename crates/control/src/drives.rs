@@ -132,13 +132,13 @@ impl Drives {
         self.slots.retain(|slot| slot.config.drive_id != id);
     }
 
-    /// Gives up the merge of a drive that gets another disk.
-    pub(crate) fn give_up_merge(&mut self, id: &str) {
-        self.merges.give_up(id);
+    /// Cancels the merge of a drive that gets another disk.
+    pub(crate) fn cancel_merge(&mut self, id: &str) {
+        self.merges.cancel(id);
     }
 
-    /// Gives up all merges. For the end of the process, which waits for no thread.
-    pub(crate) fn give_up_merges(&mut self) {
+    /// Cancels all merges. For the end of the process, which waits for no thread.
+    pub(crate) fn cancel_merges(&mut self) {
         self.merges = Merges::default();
     }
 

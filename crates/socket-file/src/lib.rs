@@ -109,7 +109,7 @@ impl SocketFile {
 
     /// Leaves the file to a forked process, which has a copy of this value and
     /// [adopts](Self::adopt) it.
-    pub fn leave(mut self) {
+    pub fn leave_to_child(mut self) {
         self.owner = None;
     }
 
@@ -236,7 +236,7 @@ mod tests {
         let path = dir.path().join("s");
         let (_listener, file) = bind_stream(&path).unwrap();
         let mut copy = SocketFile { path: file.path.clone(), owner: Some(0), ..file };
-        file.leave();
+        file.leave_to_child();
         assert!(path.exists());
         copy.adopt();
         drop(copy);

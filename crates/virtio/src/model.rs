@@ -39,7 +39,7 @@ enum Mistake {
     SavesBeforeTheAnswer,
     /// A task that is restored waits for a kick.
     ResumesWithoutALook,
-    /// Completions are not heard while a task drains.
+    /// Completions are not handled while a task drains.
     IgnoresCompletionsWhileDraining,
     /// A restored device waits for its next completion to interrupt its driver.
     RestoresSilently,
@@ -337,7 +337,7 @@ impl Vm {
             }
             Mail::Remove => {
                 let Some((state, _)) = &mut self.task else { return };
-                match state.leave() {
+                match state.request_removal() {
                     RemoveAction::Quiesce => self.quiesce(),
                     RemoveAction::Wait => {}
                     RemoveAction::Now => self.give_back(),

@@ -37,10 +37,10 @@ pub(crate) fn run(mut plan: ForkPlan) -> ! {
             match fork() {
                 // The next child forks the rest.
                 Ok(ForkResult::Child) => {
-                    leave(spec);
+                    drop_sibling(spec);
                 }
                 Ok(ForkResult::Parent) => {
-                    plan.children.drain(..).for_each(leave);
+                    plan.children.drain(..).for_each(drop_sibling);
                     break spec;
                 }
                 Err(error) => {
@@ -59,7 +59,7 @@ pub(crate) fn run(mut plan: ForkPlan) -> ! {
 }
 
 /// Drops the specification of another child, which has its own copy. Its API socket stays.
-fn leave(spec: ChildSpec) {
+fn drop_sibling(spec: ChildSpec) {
     if let Some(api) = spec.api {
         api.leave_to_fork();
     }

@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn comments_are_told_from_code() {
+    fn comments_are_distinguished_from_code() {
         assert_eq!(kinds("//! a\n\nfn f() {\n    // b\n    g(); // c\n}"), "/.c/bc");
         assert_eq!(kinds("/* a\n\n /* b */ c\n */ fn f() {}\nfn g() {}"), "///bc");
     }

@@ -76,7 +76,7 @@ impl ApiServer {
 
     /// Leaves the socket to a forked child of this process, which has it too. The file stays.
     pub fn leave_to_fork(self) {
-        self.socket_file.leave();
+        self.socket_file.leave_to_child();
     }
 
     /// Starts the thread, which inherits the signal mask of the caller. Fails if the process or the

@@ -96,8 +96,8 @@ impl Merges {
         }
     }
 
-    /// Gives up the merge of a drive that gets another disk.
-    pub(crate) fn give_up(&mut self, drive_id: &str) {
+    /// Cancels the merge of a drive that gets another disk.
+    pub(crate) fn cancel(&mut self, drive_id: &str) {
         self.0.retain(|merge| merge.drive_id != drive_id);
     }
 
@@ -303,9 +303,9 @@ mod tests {
         let layered = Layered::new(3);
         let merged = layered.merged();
         let (mut merges, thread) = layered.prepared();
-        merges.give_up("e");
+        merges.cancel("e");
         assert!(merged.exists());
-        merges.give_up("d");
+        merges.cancel("d");
         assert!(!merged.exists());
         std::fs::write(&merged, "").unwrap();
         thread();

@@ -97,7 +97,7 @@ impl Ring {
     /// Reads the available index. With `in_flight` chains popped, the driver can have added at most
     /// the rest of the queue.
     #[inline]
-    fn look(&mut self, memory: &impl RingMemory, in_flight: u16) -> Result<(), QueueError> {
+    fn read_avail_idx(&mut self, memory: &impl RingMemory, in_flight: u16) -> Result<(), QueueError> {
         let idx = memory.avail_idx()?;
         let new = idx.wrapping_sub(self.next_avail);
         if new > self.size.saturating_sub(in_flight) {
@@ -115,14 +115,14 @@ impl Ring {
         in_flight: u16,
     ) -> Result<bool, QueueError> {
         if self.seen_avail == self.next_avail {
-            self.look(memory, in_flight)?;
+            self.read_avail_idx(memory, in_flight)?;
         }
         Ok(self.seen_avail != self.next_avail)
     }
 
     /// The number of entries to take.
     pub(super) fn available(&mut self, memory: &impl RingMemory, in_flight: u16) -> Result<u16, QueueError> {
-        self.look(memory, in_flight)?;
+        self.read_avail_idx(memory, in_flight)?;
         Ok(self.seen_avail.wrapping_sub(self.next_avail))
     }
 
@@ -204,7 +204,7 @@ impl Ring {
             self.quiet = false;
         }
         memory.full_fence();
-        self.look(memory, in_flight)?;
+        self.read_avail_idx(memory, in_flight)?;
         Ok(self.seen_avail != self.next_avail)
     }
 
@@ -215,7 +215,7 @@ impl Ring {
         memory: &impl RingMemory,
         in_flight: u16,
     ) -> Result<bool, QueueError> {
-        self.look(memory, in_flight)?;
+        self.read_avail_idx(memory, in_flight)?;
         let seen = self.seen_avail;
         if self.event_idx {
             memory.set_avail_event(seen)?;
@@ -224,7 +224,7 @@ impl Ring {
             self.quiet = false;
         }
         memory.full_fence();
-        self.look(memory, in_flight)?;
+        self.read_avail_idx(memory, in_flight)?;
         Ok(self.seen_avail != seen)
     }
 }

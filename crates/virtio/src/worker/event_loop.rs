@@ -256,7 +256,7 @@ impl EventLoop {
         let Some(at) = found else { return };
         let Some(entry) = &mut self.slots[at].entry else { return };
         entry.leaving = Some(reply);
-        match entry.state.leave() {
+        match entry.state.request_removal() {
             RemoveAction::Quiesce => self.quiesce(at),
             RemoveAction::Wait => {}
             RemoveAction::Now => self.give_back(at),

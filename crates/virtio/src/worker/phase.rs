@@ -30,7 +30,7 @@ pub(crate) struct TaskState {
     /// `attach` failed: the task is not called again.
     failed: bool,
     /// Its removal was requested.
-    leaving: bool,
+    removing: bool,
 }
 
 /// What happens to a task that has drained.
@@ -56,7 +56,7 @@ pub(crate) enum RemoveAction {
 impl TaskState {
     /// The state of a task that was just added.
     pub(crate) fn new() -> Self {
-        TaskState { phase: Phase::Quiesced, failed: false, leaving: false }
+        TaskState { phase: Phase::Quiesced, failed: false, removing: false }
     }
 
     /// `attach` failed.
@@ -80,7 +80,7 @@ impl TaskState {
 
     /// Lets it run. Returns whether the task must be resumed.
     pub(crate) fn start(&mut self) -> bool {
-        let starts = self.phase != Phase::Running && !self.leaving && !self.failed;
+        let starts = self.phase != Phase::Running && !self.removing && !self.failed;
         if starts {
             self.phase = Phase::Running;
         }
@@ -96,9 +96,9 @@ impl TaskState {
         quiesces
     }
 
-    /// Its removal is requested.
-    pub(crate) fn leave(&mut self) -> RemoveAction {
-        self.leaving = true;
+    /// Records that the removal of the task is requested.
+    pub(crate) fn request_removal(&mut self) -> RemoveAction {
+        self.removing = true;
         match self.phase {
             Phase::Running => RemoveAction::Quiesce,
             Phase::Draining => RemoveAction::Wait,
@@ -112,7 +112,7 @@ impl TaskState {
             return None;
         }
         self.phase = Phase::Quiesced;
-        Some(if self.leaving { DrainOutcome::Leaves } else { DrainOutcome::Stays })
+        Some(if self.removing { DrainOutcome::Leaves } else { DrainOutcome::Stays })
     }
 }
 

@@ -160,7 +160,7 @@ fn a_task_is_attached_resumed_kicked_and_given_back() {
 }
 
 #[test]
-fn a_task_in_flight_is_drained_first_and_others_go_on_meanwhile() {
+fn busy_task_is_drained_first_while_others_run() {
     let mut worker = TestWorker::new();
     let (slow, slow_hand) = probe(|_, _| {});
     let (other, other_hand) = probe(|_, _| {});

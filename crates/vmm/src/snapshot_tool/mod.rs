@@ -108,7 +108,7 @@ fn perform(tool: &Tool) -> Result<(), ToolError> {
         }
         Tool::Version { state } => say(version(Snapshot::open(state)?.describe().format_version)),
         Tool::Vcpus { state } => say(vcpus::vcpus(&Saved::open(state)?.machine)),
-        Tool::Machine { state } => say(vcpus::all_else(&Saved::open(state)?.machine)),
+        Tool::Machine { state } => say(vcpus::without_vcpus(&Saved::open(state)?.machine)),
     }
 }
 

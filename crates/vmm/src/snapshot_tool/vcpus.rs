@@ -17,7 +17,7 @@ pub(super) fn vcpus(machine: &MachineState) -> String {
 }
 
 /// The state of everything but the vCPUs.
-pub(super) fn all_else(machine: &MachineState) -> String {
+pub(super) fn without_vcpus(machine: &MachineState) -> String {
     let MachineState { vcpus: _, chipset, devices, serial, keyboard, cmos } = machine;
     let parts = [
         format!("{chipset:#?}"),

@@ -502,7 +502,7 @@ fn restored_device_continues_where_it_was_saved() {
     assert_eq!(block.features(), features);
     assert_ne!(block.config_generation(), generation);
     let mut guest = Guest::around(block, control, worker, u64::MAX);
-    assert_eq!(guest.interrupt.configs(), 1, "the guest has to hear of the new size");
+    assert_eq!(guest.interrupt.configs(), 1, "the guest is notified of the new size");
     assert_eq!(guest.read(1, 2), (0, content[512..1536].to_vec()));
     assert_eq!(guest.read(99, 1), (0, vec![0; 512]));
     assert_eq!(guest.read(0, 1).0, 0);

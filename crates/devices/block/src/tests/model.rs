@@ -96,8 +96,8 @@ fn run(options: &DiskOptions, how: How, model: &mut [u8], steps: &[Step]) {
             _ => None,
         };
         let meets = range.is_some_and(|(from, to)| busy.iter().any(|&(a, b)| from < b && a < to));
-        let no_room = rig.next_addr > 4 << 20;
-        if meets || no_room || matches!(step, Step::Wait | Step::Reopen) {
+        let is_arena_full = rig.next_addr > 4 << 20;
+        if meets || is_arena_full || matches!(step, Step::Wait | Step::Reopen) {
             wait_for_all(&mut rig, &mut reads);
             busy.clear();
         }

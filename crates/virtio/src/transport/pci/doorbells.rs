@@ -79,7 +79,7 @@ impl Doorbells {
         if let Some(left) = before
             && to != before
         {
-            self.hand_over(functions, left);
+            self.register_another(functions, left);
         }
     }
 
@@ -89,7 +89,7 @@ impl Doorbells {
         if let Some(mut function) = functions.by_key.remove(&key)
             && let Some(left) = self.withdraw(&mut function)
         {
-            self.hand_over(functions, left);
+            self.register_another(functions, left);
         }
     }
 
@@ -139,7 +139,7 @@ impl Doorbells {
     }
 
     /// Registers a function that decodes `bar` and was not registered there.
-    fn hand_over(&self, functions: &mut Functions, bar: u64) {
+    fn register_another(&self, functions: &mut Functions, bar: u64) {
         let waits = |function: &Function| function.decoded == Some(bar) && function.placed != Some(bar);
         let waiting = functions.by_key.iter().find(|(_, function)| waits(function)).map(|(&key, _)| key);
         if let Some(key) = waiting {
