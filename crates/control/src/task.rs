@@ -178,7 +178,7 @@ impl<H: Host> Tasks<H> {
         let mut waiting = Vec::new();
         let has_ended = self.attend(&responder, &task.ended, limit, &mut waiting);
         if let Some(requests) = &self.requests {
-            requests.mark_dirty_again(waiting);
+            requests.requeue(waiting);
         }
         if !has_ended {
             log::error!("a command did not stop within {} s, and is left behind", CANCEL_TIMEOUT.as_secs());

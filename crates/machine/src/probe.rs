@@ -4,7 +4,6 @@
 //! at the first instruction that it does not know. So the probe runs tiny guests, with instructions
 //! that every kernel executes and a software KVM cannot.
 
-use std::thread;
 use std::time::Duration;
 
 use config::HugePages;
@@ -147,11 +146,12 @@ fn write_guest(ram: &GuestRam, trial: &Trial) {
 /// Runs a guest until it is done. The error says what happened instead.
 fn run(vcpu: VcpuFd, run_size: usize) -> Result<(), String> {
     let (done, finished) = std::sync::mpsc::channel();
-    let thread = thread::spawn(move || {
+    let thread = sync::thread::spawn("probe", None, move || {
         let result = run_here(vcpu, run_size);
         let _ = done.send(());
         result
-    });
+    })
+    .map_err(|error| format!("cannot start a thread: {error}"))?;
     while let Err(std::sync::mpsc::RecvTimeoutError::Timeout) = finished.recv_timeout(TIME_LIMIT) {
         vcpu_signal::send(&thread);
     }

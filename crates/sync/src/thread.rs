@@ -5,11 +5,11 @@
 
 use std::io;
 use std::sync::OnceLock;
-use std::thread::{Builder, JoinHandle};
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 static ON_START: OnceLock<fn(&str)> = OnceLock::new();
 
-/// Sets the function that each thread of [`spawn`] calls first, with its name. Only the first call
+/// Sets the function that each thread of [`spawn`] and [`spawn_scoped`] calls first, with its name. Only the first call
 /// has an effect.
 pub fn set_start_hook(hook: fn(&str)) {
     let _ = ON_START.set(hook);
@@ -29,11 +29,27 @@ pub fn spawn<T: Send + 'static>(
         None => builder,
     };
     builder.spawn(move || {
-        if let Some(hook) = ON_START.get() {
-            hook(&name);
-        }
+        started(&name);
         run()
     })
+}
+
+/// Starts a thread that may borrow, with a name, in a [`std::thread::scope`].
+pub fn spawn_scoped<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &'static str,
+    run: impl FnOnce() -> T + Send + 'scope,
+) -> io::Result<ScopedJoinHandle<'scope, T>> {
+    Builder::new().name(name.into()).spawn_scoped(scope, move || {
+        started(name);
+        run()
+    })
+}
+
+fn started(name: &str) {
+    if let Some(hook) = ON_START.get() {
+        hook(name);
+    }
 }
 
 #[cfg(test)]
@@ -49,6 +65,10 @@ mod tests {
         set_start_hook(|name| HOOKED.set(name == "hooked"));
         let thread = spawn("hooked", None, || HOOKED.get()).unwrap();
         assert!(thread.join().unwrap());
+        std::thread::scope(|scope| {
+            let thread = spawn_scoped(scope, "hooked", || HOOKED.get()).unwrap();
+            assert!(thread.join().unwrap());
+        });
         assert!(!HOOKED.get());
     }
 }

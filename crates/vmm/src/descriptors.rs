@@ -19,14 +19,17 @@ pub(crate) fn raise_limit() {
 }
 
 /// Opens `/dev/null` for standard descriptors that are closed. Otherwise the next file that is
-/// opened, such as a disk, would get the number, and messages would be written to it.
+/// opened, such as a disk, would get the number, and messages would be written to it. Without a
+/// `/dev/null` the process ends.
 pub(crate) fn open_standard() {
     use rustix::stdio::{stderr, stdin, stdout};
     for fd in [stdin(), stdout(), stderr()] {
         if rustix::io::fcntl_getfd(fd) == Err(rustix::io::Errno::BADF) {
-            let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
-            // It got the lowest free number, which is this one's.
-            let _ = null.map(std::os::fd::IntoRawFd::into_raw_fd);
+            match std::fs::OpenOptions::new().read(true).write(true).open("/dev/null") {
+                // It got the lowest free number, which is this one's.
+                Ok(null) => _ = std::os::fd::IntoRawFd::into_raw_fd(null),
+                Err(_) => std::process::abort(),
+            }
         }
     }
 }

@@ -79,7 +79,15 @@ extern "C" fn main(_argc: std::ffi::c_int, _argv: *const *const std::ffi::c_char
     signals::end_init_at_once();
     crash_report::install_panic_hook();
     let personality = Personality::of_this_process();
-    let code = match args::parse(std::env::args_os()) {
+    let code = match fatal::install() {
+        Ok(()) => run_command_line(personality, start),
+        Err(error) => report(personality, &RunError::Host(error)),
+    };
+    exit::exit(code)
+}
+
+fn run_command_line(personality: Personality, start: StartTimes) -> ExitCode {
+    match args::parse(std::env::args_os()) {
         Ok(Invocation::Help) => print(&args::help(personality)),
         Ok(Invocation::Version) => print(&personality.version_text()),
         Ok(Invocation::SnapshotVersion) => print(&snapshot_tool::version_text()),
@@ -88,8 +96,7 @@ extern "C" fn main(_argc: std::ffi::c_int, _argv: *const *const std::ffi::c_char
         Ok(Invocation::OverlayTool(tool)) => overlay_tool::run(&tool),
         Ok(Invocation::Run(args)) => run(personality, &args, start),
         Err(error) => report(personality, &RunError::Args(error)),
-    };
-    exit::exit(code)
+    }
 }
 
 /// Prints a text on standard output. A reader that has closed the pipe is no error.
@@ -113,7 +120,6 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     logger::install(&args.id, personality);
     set_up_logger(&args.logger)?;
     log::info!("{}", personality.banner());
-    fatal::install()?;
 
     // Read before the socket exists: a client that sees the socket may rely on the configuration.
     // And before signals are handled: a read that never ends, such as that of a FIFO without a

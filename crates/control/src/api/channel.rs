@@ -31,8 +31,8 @@ use socket_file::SocketFile;
 pub struct Requests {
     inbox: mpsc::Receiver<Request>,
     /// Requests that were taken and put back. They come before those in `inbox`.
-    mark_dirty_again: RefCell<VecDeque<Request>>,
-    /// A semaphore that counts the requests in `mark_dirty_again` and `inbox`.
+    requeued: RefCell<VecDeque<Request>>,
+    /// A semaphore that counts the requests in `requeued` and `inbox`.
     arrived: Arc<OwnedFd>,
     api: Arc<Waker>,
     thread: Option<JoinHandle<()>>,
@@ -91,11 +91,8 @@ pub(super) fn channel(socket_file: SocketFile) -> io::Result<(Requests, Outbox)>
     let (to_answer, answers) = mpsc::channel();
     let outbox =
         Outbox { commands, arrived: Arc::clone(&arrived), answers, to_answer, api: Arc::clone(&api) };
-    let mark_dirty_again = RefCell::default();
-    Ok((
-        Requests { inbox, mark_dirty_again, arrived, api, thread: None, socket_file: Some(socket_file) },
-        outbox,
-    ))
+    let requeued = RefCell::default();
+    Ok((Requests { inbox, requeued, arrived, api, thread: None, socket_file: Some(socket_file) }, outbox))
 }
 
 impl Requests {
@@ -109,18 +106,18 @@ impl Requests {
         // One count is one request, and the request went in first.
         let mut count = [0; 8];
         rustix::io::read(&*self.arrived, &mut count).ok()?;
-        let first = self.mark_dirty_again.borrow_mut().pop_front();
+        let first = self.requeued.borrow_mut().pop_front();
         first.or_else(|| self.inbox.try_recv().ok())
     }
 
     /// Puts requests back that [`Self::try_recv`] returned and that have to wait. They are the next
     /// ones, in this order.
-    pub fn mark_dirty_again(&self, requests: Vec<Request>) {
+    pub fn requeue(&self, requests: Vec<Request>) {
         let count = requests.len() as u64;
         if count == 0 {
             return;
         }
-        let mut waiting = self.mark_dirty_again.borrow_mut();
+        let mut waiting = self.requeued.borrow_mut();
         requests.into_iter().rev().for_each(|request| waiting.push_front(request));
         let written = rustix::io::write(&*self.arrived, &count.to_ne_bytes());
         debug_assert!(written.is_ok(), "at most one count per connection");

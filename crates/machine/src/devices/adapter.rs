@@ -46,9 +46,7 @@ pub(super) trait DeviceAdapter: 'static {
     }
 
     /// The I/O workers that the device needs; `state` is that of a saved device.
-    fn io_workers(_setup: &Self::Setup, _state: Option<&Self::State>) -> Result<IoWorkers, BuildError> {
-        Ok(IoWorkers::Shared(1))
-    }
+    fn io_workers(setup: &Self::Setup, state: Option<&Self::State>) -> Result<IoWorkers, BuildError>;
 
     /// Builds a device that no driver has seen.
     fn new(setup: Self::Setup, context: BuildContext<'_>) -> Built<Self::Control>;

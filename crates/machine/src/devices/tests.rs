@@ -89,3 +89,16 @@ fn saved_devices_must_be_the_same_by_name() {
     assert_eq!(error, "virtio devices: the machine has [entropy]; it was saved with []");
     assert_eq!(names(&mut DeviceSetup::default(), Some(&saved)).unwrap(), [""; 0]);
 }
+
+#[test]
+fn shared_workers_are_as_many_as_the_network_asks_for() {
+    let network = serde_json::from_value(serde_json::json!({
+        "iface_id": "eth0", "host_dev_name": "tap0", "num_queues": 4, "io_threads": 4,
+    }));
+    let network: config::NetworkInterface = network.unwrap();
+    let networks = vec![(network, net::NetBackend::unplugged(4))];
+    let mut setup = DeviceSetup { networks, entropy: Some(Entropy::default()), ..DeviceSetup::default() };
+    let planned = table::plan(&mut setup, None).unwrap();
+    let needs: Vec<_> = planned.iter().map(|device| device.io_workers().unwrap()).collect();
+    assert_eq!(needs, [IoWorkers::Shared(4), IoWorkers::Shared(1)]);
+}

@@ -77,7 +77,7 @@ pub fn commit_redo(mut redo: Staged, state: Option<Staged>) -> Result<RedoLog, F
 /// Syncs both files in parallel: the file system can then commit its journal once for both.
 fn sync_both(one: &Staged, other: &Staged) -> Result<(), FileError> {
     std::thread::scope(|scope| {
-        let first = std::thread::Builder::new().name("sync".into()).spawn_scoped(scope, || one.sync());
+        let first = sync::thread::spawn_scoped(scope, "sync", || one.sync());
         other.sync()?;
         match first {
             Ok(first) => first.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),

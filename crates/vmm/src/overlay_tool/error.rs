@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use block::disk::DiskError;
 use block::overlay::OverlayError;
-use snapshot::FileError;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ToolError {
@@ -17,8 +16,6 @@ pub(super) enum ToolError {
     Unknown { path: PathBuf },
     #[error("image {}: it exists already; remove it, or choose another path", path.display())]
     Exists { path: PathBuf },
-    #[error(transparent)]
-    File(#[from] FileError),
     #[error("image {}: cannot write: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
     #[error("cannot write to standard output: {0}")]

@@ -4,12 +4,12 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use block::disk::DiskImage;
-use snapshot::AtomicFile;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::error::ToolError;
 use super::qcow2::{self, CLUSTER};
@@ -49,17 +49,37 @@ impl fmt::Display for Format {
 
 /// Writes `image` to a new file at `output`, which appears when it is complete. Returns the bytes
 /// of data.
+///
+/// Only this user may read the file, as an overlay.
 pub(super) fn export(image: &DiskImage, output: &Path, format: Format) -> Result<u64, ToolError> {
     if output.symlink_metadata().is_ok() {
         return Err(ToolError::Exists { path: output.to_owned() });
     }
-    let file = AtomicFile::create(output)?;
+    let mut partial = output.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let failed = |source| ToolError::Write { path: output.to_owned(), source };
+    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&partial);
+    let file = file.map_err(|source| ToolError::Write { path: partial.clone(), source })?;
     let written = match format {
-        Format::Raw => write_raw(image, file.file()),
-        Format::Qcow2 => write_qcow2(image, file.file()),
+        Format::Raw => write_raw(image, &file),
+        Format::Qcow2 => write_qcow2(image, &file),
     };
-    let bytes = written.map_err(|source| ToolError::Write { path: output.to_owned(), source })?;
-    file.commit()?;
+    let named = written.and_then(|bytes| {
+        file.sync_all()?;
+        renameat_with(CWD, &partial, CWD, output, RenameFlags::NOREPLACE)?;
+        Ok(bytes)
+    });
+    if named.is_err() {
+        // What is left of it is of no use.
+        let _ = std::fs::remove_file(&partial);
+    }
+    let bytes = named.map_err(|source| match source.kind() {
+        io::ErrorKind::AlreadyExists => ToolError::Exists { path: output.to_owned() },
+        _ => failed(source),
+    })?;
+    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty());
+    File::open(parent.unwrap_or(Path::new("."))).and_then(|dir| dir.sync_all()).map_err(failed)?;
     Ok(bytes)
 }
 

@@ -3,7 +3,7 @@
 use config::Entropy as EntropyConfig;
 use entropy::{Entropy, EntropyControl, EntropyState};
 
-use crate::devices::adapter::{BuildContext, Built, DeviceAdapter, limits};
+use crate::devices::adapter::{BuildContext, BuildError, Built, DeviceAdapter, IoWorkers, limits};
 
 /// Adapts the entropy device.
 pub(crate) struct EntropyAdapter;
@@ -16,6 +16,10 @@ impl DeviceAdapter for EntropyAdapter {
 
     fn id(_setup: &EntropyConfig) -> Option<&str> {
         None
+    }
+
+    fn io_workers(_setup: &EntropyConfig, _state: Option<&EntropyState>) -> Result<IoWorkers, BuildError> {
+        Ok(IoWorkers::Shared(1))
     }
 
     fn new(setup: EntropyConfig, context: BuildContext<'_>) -> Built<EntropyControl> {

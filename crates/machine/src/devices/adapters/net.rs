@@ -4,7 +4,7 @@ use config::NetworkInterface;
 use net::{Net, NetBackend, NetConfig, NetControl, NetSetup, NetState};
 
 use super::mmds;
-use crate::devices::adapter::{BuildContext, Built, DeviceAdapter, limits};
+use crate::devices::adapter::{BuildContext, BuildError, Built, DeviceAdapter, IoWorkers, limits};
 
 /// Adapts network interfaces.
 pub(crate) struct NetAdapter;
@@ -23,6 +23,10 @@ impl DeviceAdapter for NetAdapter {
 
     fn id((network, _): &Self::Setup) -> Option<&str> {
         Some(&network.iface_id)
+    }
+
+    fn io_workers((network, _): &Self::Setup, _state: Option<&NetState>) -> Result<IoWorkers, BuildError> {
+        Ok(IoWorkers::Shared(network.io_threads()))
     }
 
     fn new((network, backend): Self::Setup, context: BuildContext<'_>) -> Built<NetControl> {

@@ -2,7 +2,7 @@
 
 use vsock::{HostSockets, Vsock, VsockControl, VsockState};
 
-use crate::devices::adapter::{BuildContext, Built, DeviceAdapter};
+use crate::devices::adapter::{BuildContext, BuildError, Built, DeviceAdapter, IoWorkers};
 
 /// What the socket device is built from.
 #[derive(Debug)]
@@ -24,6 +24,10 @@ impl DeviceAdapter for VsockAdapter {
 
     fn id(_setup: &VsockSetup) -> Option<&str> {
         None
+    }
+
+    fn io_workers(_setup: &VsockSetup, _state: Option<&VsockState>) -> Result<IoWorkers, BuildError> {
+        Ok(IoWorkers::Shared(1))
     }
 
     fn new(setup: VsockSetup, _context: BuildContext<'_>) -> Built<VsockControl> {
