@@ -1,6 +1,6 @@
 //! `cargo xtask`: tests, benchmarks and other tasks of development.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod apt;
 mod bench;
@@ -8,6 +8,7 @@ mod demo;
 mod guest_kernel;
 mod host;
 mod kernels;
+mod link_order;
 mod lint;
 mod peers;
 mod pip;
@@ -58,6 +59,9 @@ cargo xtask COMMAND
         Fetches Firecracker's release binary for benchmarks, and prints its path.
   kernel
         Builds the tuned guest kernel from Debian's sources (about ten minutes).
+  link-order [--check]
+        Writes crates/vmm/link-order.txt, the order of functions in the release binary, or checks
+        that the binary still has those functions.
 
 Environment:
   VESTA_HOST=native|emulated   the host to use, whatever the local KVM can do
@@ -104,6 +108,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "peers" => peers::command(&mut parser),
         "lint" => lint::command(&mut parser),
         "soak" => soak::command(&mut parser),
+        "link-order" => link_order::command(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),
         "demo" => demo::command(&mut parser),
         "demo-inner" => demo::inner(&mut parser),
