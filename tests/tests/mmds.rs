@@ -483,7 +483,10 @@ fn a_guest_without_an_interface_for_it_has_no_contents() -> Result<()> {
         assert!(answer.status == 400 && answer.fault().contains("cannot reach MMDS"), "{answer:?}");
     }
     let child = api.put("/fork", &json!({"children": [{"id": "c", "mmds": {"a": "2"}}]}))?;
-    assert!(child.status == 400 && child.fault().contains("child c: the guest cannot reach MMDS"), "{child:?}");
+    assert!(
+        child.status == 400 && child.fault().contains("child c: the guest cannot reach MMDS"),
+        "{child:?}"
+    );
     Ok(())
 }
 
