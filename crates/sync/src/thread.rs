@@ -9,8 +9,8 @@ use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
 static ON_START: OnceLock<fn(&str)> = OnceLock::new();
 
-/// Sets the function that each thread of [`spawn`] and [`spawn_scoped`] calls first, with its name. Only the first call
-/// has an effect.
+/// Sets the function that each thread of [`spawn`] and [`spawn_scoped`] calls first, with its name.
+/// Only the first call has an effect.
 pub fn set_start_hook(hook: fn(&str)) {
     let _ = ON_START.set(hook);
 }
