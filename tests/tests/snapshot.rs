@@ -123,7 +123,12 @@ const AWAY: Duration = Duration::from_secs(8);
 
 /// How far the guest's clock is behind the host's, in seconds, at its next line.
 fn clock_behind(vmm: &Vmm) -> Result<f64> {
-    let line = vmm.stdout.wait_for_after(vmm.stdout.len(), "END", BOOT_TIMEOUT)?;
+    let next = || vmm.stdout.wait_for_after(vmm.stdout.len(), "END", BOOT_TIMEOUT);
+    let mut line = next()?;
+    // A restored guest first prints the rest of the line that it was printing when it was saved.
+    if !line.text.contains("DATE ") {
+        line = next()?;
+    }
     let output: f64 = word(&line.text, "DATE ")?.trim_end_matches("END").trim().parse()?;
     Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64() - output)
 }

@@ -311,7 +311,7 @@ on_each_transport! {
         });
         let mut api = vmm.ready_client(TIMEOUT)?;
         for (vsock, named) in [
-            (json!({"uds_path": path(&vmm)}), "socket of another process"),
+            (json!({"uds_path": path(&vmm)}), "another process listens on it"),
             (json!({"uds_path": ""}), "uds_path"),
             (json!({"uds_path": its_socket, "port": 1}), "`port`"),
         ] {
@@ -376,7 +376,7 @@ on_each_transport! {
         };
         // The first guest still has the old socket.
         let in_use = api.put("/snapshot/load", &load(json!({"uds_path": path(&vmm)})))?;
-        assert!(in_use.status == 400 && in_use.fault().contains("socket of another process"), "{in_use:?}");
+        assert!(in_use.status == 400 && in_use.fault().contains("another process listens on it"), "{in_use:?}");
         api.put("/snapshot/load", &load(json!({"uds_path": "new.sock", "guest_cid": 12})))?.ok()?;
         let mut stream = connect(&loaded.dir().join("new.sock"), port::ECHO)?;
         stream.write_all(b"hello again")?;
