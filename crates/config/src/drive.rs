@@ -6,10 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::checks;
 use crate::error::{ConfigError, DriveError};
-use crate::limits::{
-    MAX_DRIVE_ID_LEN, MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MAX_OVERLAY_LAYERS, MAX_OVERLAY_SIZE_MIB,
-    MIN_DRIVE_QUEUE_SIZE,
-};
+use crate::limits::{MAX_DRIVE_ID_LEN, MAX_OVERLAY_LAYERS, MAX_OVERLAY_SIZE_MIB};
+use crate::queues::{QueueBounds, QueueConfig};
 use crate::serde_helpers::null_is_default;
 use crate::token_bucket::RateLimiter;
 
@@ -137,7 +135,7 @@ impl Drive {
         for (field, path) in self.paths() {
             checks::path(field, path)?;
         }
-        check_drive_queues(self.num_queues(), self.io_threads(), self.queue_size())?;
+        self.queues().check(QueueBounds::DRIVE)?;
         if let Some(overlay) = &self.overlay {
             if self.io_threads() > 1 {
                 return Err(DriveError::OverlayThreads { io_threads: self.io_threads() }.into());
@@ -147,6 +145,12 @@ impl Drive {
             checks::in_range("overlay.size_mib", overlay.size_mib.unwrap_or(0), 0, MAX_OVERLAY_SIZE_MIB)?;
         }
         self.rate_limiter.as_ref().map_or(Ok(()), RateLimiter::check)
+    }
+
+    /// The queues, with defaults.
+    pub fn queues(&self) -> QueueConfig {
+        let (num_queues, io_threads) = (self.num_queues(), self.io_threads());
+        QueueConfig { num_queues, io_threads, queue_size: self.queue_size() }
     }
 
     /// Number of request queues.
@@ -201,13 +205,6 @@ impl Drive {
     }
 }
 
-/// Checks numbers of queues and I/O threads of a drive, and the size of its queues.
-pub fn check_drive_queues(num_queues: u16, io_threads: u16, queue_size: u16) -> Result<(), ConfigError> {
-    checks::in_range("num_queues", num_queues.into(), 1, MAX_DRIVE_QUEUES.into())?;
-    checks::in_range("io_threads", io_threads.into(), 1, num_queues.into())?;
-    checks::queue_size(queue_size, MIN_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUE_SIZE)
-}
-
 /// Checks each drive, that ids are unique, and that at most one drive is the root device.
 pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
     let mut root: Option<&Drive> = None;
@@ -256,6 +253,7 @@ impl DriveUpdate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::MAX_DRIVE_QUEUES;
     use proptest::prelude::*;
 
     fn parse(json: &str) -> Drive {

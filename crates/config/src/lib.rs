@@ -34,6 +34,7 @@ mod machine_config;
 mod mmds;
 mod network;
 mod network_override;
+mod queues;
 mod serde_helpers;
 mod serial;
 mod snapshot;
@@ -48,8 +49,7 @@ pub use absent::{Absent, AbsentList, Unsupported};
 pub use action::{Action, ActionType};
 pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS};
 pub use drive::{
-    CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveOverlay, DriveUpdate, IoEngine, Overlay,
-    check_drive_queues, check_drives,
+    CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveOverlay, DriveUpdate, IoEngine, Overlay, check_drives,
 };
 pub use entropy::Entropy;
 pub use error::{ConfigError, DriveError, ForkError, MmdsConfigError, NetworkError, SnapshotError};
@@ -69,6 +69,7 @@ pub use network::{
     DEFAULT_NET_QUEUE_SIZE, NetBackendKind, NetworkInterface, NetworkInterfaceUpdate, check_networks,
 };
 pub use network_override::{NetworkOverride, apply_network_overrides};
+pub use queues::{QueueBounds, QueueConfig};
 pub use serial::Serial;
 pub use snapshot::{
     DriveOverride, MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotHugePages, SnapshotLoad,

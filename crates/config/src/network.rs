@@ -6,10 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::checks;
 use crate::error::{ConfigError, NetworkError};
-use crate::limits::{
-    MAX_IFACE_ID_LEN, MAX_NET_QUEUE_SIZE, MAX_QUEUE_PAIRS, MAX_TAP_NAME_LEN, MIN_MTU, MIN_NET_QUEUE_SIZE,
-};
+use crate::limits::{MAX_IFACE_ID_LEN, MAX_TAP_NAME_LEN, MIN_MTU};
 use crate::mac::MacAddress;
+use crate::queues::{QueueBounds, QueueConfig};
 use crate::serde_helpers::null_is_default;
 use crate::token_bucket::RateLimiter;
 
@@ -95,9 +94,7 @@ impl NetworkInterface {
         if let Some(mtu) = self.mtu {
             checks::in_range("mtu", mtu.into(), MIN_MTU.into(), u16::MAX.into())?;
         }
-        checks::in_range("num_queues", self.num_queues().into(), 1, MAX_QUEUE_PAIRS.into())?;
-        checks::in_range("io_threads", self.io_threads().into(), 1, self.num_queues().into())?;
-        checks::queue_size(self.queue_size(), MIN_NET_QUEUE_SIZE, MAX_NET_QUEUE_SIZE)?;
+        self.queues().check(QueueBounds::NETWORK)?;
         match self.backend {
             NetBackendKind::Tap | NetBackendKind::Vhost => self.check_tap()?,
             NetBackendKind::Passt => self.check_passt()?,
@@ -171,6 +168,12 @@ impl NetworkInterface {
     /// Removes tap and socket: those of another guest.
     pub fn clear_host_endpoint(&mut self) {
         (self.host_dev_name, self.fds, self.socket) = (None, None, None);
+    }
+
+    /// The queue pairs, with defaults.
+    pub fn queues(&self) -> QueueConfig {
+        let (num_queues, io_threads) = (self.num_queues(), self.io_threads());
+        QueueConfig { num_queues, io_threads, queue_size: self.queue_size() }
     }
 
     /// Number of queue pairs.

@@ -1,6 +1,6 @@
 //! Configuration and saved state of a block device.
 
-use config::{Drive, check_drive_queues};
+use config::{Drive, QueueBounds, QueueConfig};
 use serde::{Deserialize, Serialize};
 use virtio::device::DeviceData;
 use virtio::rate_limiter::RateLimiterState;
@@ -33,7 +33,9 @@ impl BlockConfig {
 
     /// Checks a configuration that was read from a file against the bounds of a drive.
     pub fn check(&self) -> Result<(), BlockError> {
-        check_drive_queues(self.num_queues, self.io_threads, self.queue_size)
+        let BlockConfig { num_queues, io_threads, queue_size, .. } = *self;
+        QueueConfig { num_queues, io_threads, queue_size }
+            .check(QueueBounds::DRIVE)
             .map_err(|source| BlockError::State { id: self.id.clone(), source })
     }
 }
