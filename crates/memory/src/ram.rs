@@ -4,9 +4,10 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use config::HugePages;
+use sync::locked;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -288,7 +289,7 @@ impl GuestRam {
 impl Inner {
     fn discarded(&self) -> MutexGuard<'_, PageSet> {
         // A panic leaves the set consistent.
-        self.discarded.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.discarded)
     }
 }
 
