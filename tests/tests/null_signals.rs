@@ -106,6 +106,8 @@ fn a_forked_child_of_init_is_killed_by_its_signal() -> Result<()> {
     api.put("/fork", &json!({"children": [child]}))?.ok()?;
     // The number in the response is that of the namespace.
     let [monitor] = children(vmm.pid())?[..] else { bail!("unshare has one child") };
+    // It outlives `unshare` by a moment, so the test waits for its end.
+    let _monitor = Orphans::of(&[monitor]);
     let child = Orphans::of(&children(u32::try_from(monitor)?)?);
     ensure!(child.running()? == 1);
     wait_for_bytes(&serial, 10)?;
