@@ -27,6 +27,7 @@ mod entropy;
 mod error;
 mod fork;
 mod id;
+pub mod json_error;
 mod limits;
 mod logger;
 mod mac;

@@ -206,8 +206,10 @@ fn set_up_logger(logger: &Logger) -> Result<(), RunError> {
 fn read_config(path: &Path) -> Result<VmConfig, RunError> {
     let shown = || path.display().to_string();
     let text = fs::read_to_string(path).map_err(|source| RunError::ReadConfig { path: shown(), source })?;
-    let config: VmConfig =
-        serde_json::from_str(&text).map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
+    let config: VmConfig = serde_json::from_str(&text).map_err(|e| {
+        let reason = config::json_error::describe(text.as_bytes(), &e);
+        RunError::Config { path: shown(), reason }
+    })?;
     config.check().map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
     Ok(config)
 }

@@ -64,14 +64,14 @@ pub enum RouteError {
         path: String,
     },
     /// A body that is not valid JSON for this endpoint.
-    #[error("the body of {method} {path} cannot be read: {error}")]
+    #[error("the body of {method} {path} cannot be read: {reason}")]
     BadBody {
         /// The method given.
         method: &'static str,
         /// The path given.
         path: String,
-        /// The field, and its line and column.
-        error: serde_json::Error,
+        /// The field, its line and column, and what is wrong.
+        reason: String,
     },
     /// An update without any field.
     #[error("PATCH {path} names no field to change")]
@@ -282,7 +282,10 @@ fn body<T: DeserializeOwned>(request: &Request) -> Result<T, RouteError> {
     if request.body.is_empty() {
         return Err(RouteError::MissingBody { method, path });
     }
-    serde_json::from_slice(&request.body).map_err(|error| RouteError::BadBody { method, path, error })
+    serde_json::from_slice(&request.body).map_err(|error| {
+        let reason = config::json_error::describe(&request.body, &error);
+        RouteError::BadBody { method, path, reason }
+    })
 }
 
 fn not_found(request: &Request) -> RouteError {
