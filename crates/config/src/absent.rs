@@ -14,8 +14,6 @@ pub enum Unsupported {
     Balloon,
     /// Custom CPU templates.
     CpuConfig,
-    /// The metrics file.
-    Metrics,
     /// Persistent memory devices.
     Pmem,
     /// The memory hot-plug device.
@@ -28,7 +26,6 @@ impl Unsupported {
         match self {
             Unsupported::Balloon => "balloon devices",
             Unsupported::CpuConfig => "custom CPU templates",
-            Unsupported::Metrics => "metrics files",
             Unsupported::Pmem => "pmem devices",
             Unsupported::MemoryHotplug => "memory hot-plug",
         }
@@ -39,7 +36,6 @@ impl Unsupported {
         match self {
             Unsupported::Balloon => "balloon",
             Unsupported::CpuConfig => "cpu-config",
-            Unsupported::Metrics => "metrics",
             Unsupported::Pmem => "pmem",
             Unsupported::MemoryHotplug => "memory-hotplug",
         }
@@ -69,10 +65,6 @@ impl Unsupported {
 
     pub(crate) fn cpu_config<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
         Unsupported::CpuConfig.deserialize_empty(from)
-    }
-
-    pub(crate) fn metrics<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
-        Unsupported::Metrics.deserialize_empty(from)
     }
 
     pub(crate) fn pmem<'de, D: Deserializer<'de>>(from: D) -> Result<AbsentList, D::Error> {

@@ -32,6 +32,7 @@ mod limits;
 mod logger;
 mod mac;
 mod machine_config;
+mod metrics;
 mod mmds;
 mod network;
 mod network_override;
@@ -65,6 +66,7 @@ pub use limits::{
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use mac::{MacAddress, MacAddressError};
 pub use machine_config::{CpuTemplate, HugePages, MachineConfig, MachineConfigUpdate};
+pub use metrics::Metrics;
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use network::{
     DEFAULT_NET_QUEUE_SIZE, NetBackendKind, NetworkInterface, NetworkInterfaceUpdate, check_networks,

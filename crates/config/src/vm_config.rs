@@ -14,6 +14,7 @@ use crate::entropy::Entropy;
 use crate::error::ConfigError;
 use crate::logger::Logger;
 use crate::machine_config::MachineConfig;
+use crate::metrics::Metrics;
 use crate::mmds::MmdsConfig;
 use crate::network::{NetworkInterface, check_networks};
 use crate::serde_helpers::null_is_default;
@@ -59,9 +60,9 @@ pub struct VmConfig {
     /// Not supported.
     #[serde(default, deserialize_with = "Unsupported::memory_hotplug")]
     pub memory_hotplug: Absent,
-    /// Not supported.
-    #[serde(default, deserialize_with = "Unsupported::metrics")]
-    pub metrics: Absent,
+    /// Output of metrics; set by the command line if absent.
+    #[serde(default)]
+    pub metrics: Option<Metrics>,
     /// Not supported.
     #[serde(default, deserialize_with = "Unsupported::pmem")]
     pub pmem: AbsentList,
@@ -72,6 +73,7 @@ impl VmConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.boot_source.check()?;
         self.machine_config.check()?;
+        self.metrics.as_ref().map_or(Ok(()), Metrics::check)?;
         self.serial.as_ref().map_or(Ok(()), Serial::check)?;
         self.entropy.as_ref().map_or(Ok(()), Entropy::check)?;
         self.vsock.as_ref().map_or(Ok(()), Vsock::check)?;
@@ -107,9 +109,8 @@ pub struct FullVmConfig {
     /// Not supported.
     #[serde(deserialize_with = "Unsupported::memory_hotplug")]
     pub memory_hotplug: Absent,
-    /// Not supported.
-    #[serde(deserialize_with = "Unsupported::metrics")]
-    pub metrics: Absent,
+    /// Output of metrics, however it was set. No snapshot has it.
+    pub metrics: Option<Metrics>,
     /// Metadata service.
     pub mmds_config: Option<MmdsConfig>,
     /// Network devices.
@@ -190,7 +191,7 @@ mod tests {
             balloon: Absent,
             cpu_config: Absent,
             memory_hotplug: Absent,
-            metrics: Absent,
+            metrics: None,
             pmem: AbsentList,
         }
     }
@@ -213,8 +214,8 @@ mod tests {
     #[test]
     fn empty_sections_of_unsupported_devices_are_accepted() {
         for empty in [
-            r#""cpu-config":null,"balloon":null,"metrics":null,"pmem":[],"memory-hotplug":null"#,
-            r#""cpu-config":{},"balloon":{},"metrics":{},"pmem":null,"memory-hotplug":{}"#,
+            r#""cpu-config":null,"balloon":null,"pmem":[],"memory-hotplug":null"#,
+            r#""cpu-config":{},"balloon":{},"pmem":null,"memory-hotplug":{}"#,
         ] {
             let json = format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},{empty}}}"#);
             assert_eq!(parse(&json), Ok(minimal()));
@@ -227,7 +228,6 @@ mod tests {
             ("balloon", r#"{"amount_mib":1,"deflate_on_oom":false}"#),
             ("cpu-config", r#""template.json""#),
             ("cpu-config", r#"{"kvm_capabilities":["121"]}"#),
-            ("metrics", r#"{"metrics_path":"m"}"#),
             ("pmem", r#"[{"id":"p","path_on_host":"x"}]"#),
             ("memory-hotplug", r#"{"total_size_mib":1024}"#),
         ] {

@@ -11,6 +11,7 @@ use machine::legacy::KeyboardFull;
 use memory::ForkError;
 use mmds::store::StoreError;
 
+use crate::metrics::MetricsError;
 use crate::phase::PhaseError;
 use crate::token::TaskError;
 
@@ -46,6 +47,9 @@ pub enum CommandError {
         /// The kernel's reason.
         source: std::io::Error,
     },
+    /// The output of metrics cannot be set, or lost a line.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// A file that the configuration names cannot be opened.
     #[error("cannot open the {what} {}: {source}", path.display())]
     OpenFile {

@@ -60,6 +60,7 @@ fn allowed_in(command: &Command) -> AllowedIn {
         | Command::GetMachineConfig
         | Command::GetVmConfig
         | Command::GetMmds
+        | Command::GetMetrics
         | Command::PutMmds(_)
         | Command::PatchMmds(_) => AllowedIn::Always,
 
@@ -67,6 +68,7 @@ fn allowed_in(command: &Command) -> AllowedIn {
         | Command::PatchMachineConfig(_)
         | Command::PutBootSource(_)
         | Command::PutLogger(_)
+        | Command::PutMetrics(_)
         | Command::PutSerial(_)
         | Command::PutDrive(_)
         | Command::PutNetwork(_)
@@ -105,7 +107,7 @@ pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
 
 #[cfg(test)]
 mod tests {
-    use config::{BootSource, Logger, MachineConfig, MachineConfigUpdate, Serial, VmState};
+    use config::{BootSource, Logger, MachineConfig, MachineConfigUpdate, Metrics, Serial, VmState};
     use serde_json::json;
 
     use super::*;
@@ -119,9 +121,13 @@ mod tests {
 
     #[test]
     fn questions_are_possible_in_every_phase() {
-        for command in
-            [Command::DescribeInstance, Command::GetVersion, Command::GetMachineConfig, Command::GetVmConfig]
-        {
+        for command in [
+            Command::DescribeInstance,
+            Command::GetVersion,
+            Command::GetMachineConfig,
+            Command::GetVmConfig,
+            Command::GetMetrics,
+        ] {
             assert_possible(&command, [true, true, true]);
         }
     }
@@ -144,6 +150,7 @@ mod tests {
             Command::PatchMachineConfig(MachineConfigUpdate::default()),
             Command::PutBootSource(boot_source),
             Command::PutLogger(Logger::default()),
+            Command::PutMetrics(Metrics::default()),
             Command::PutSerial(Serial::default()),
             Command::Start,
         ] {

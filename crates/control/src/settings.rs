@@ -30,11 +30,12 @@ impl Settings {
             mmds_config,
             drives,
             network_interfaces,
+            // No snapshot has it, and a fork's child has its own.
+            metrics: _,
             // Devices that this version does not support.
             balloon: _,
             cpu_config: _,
             memory_hotplug: _,
-            metrics: _,
             pmem: _,
         } = config;
         let settings = Settings { machine_config, boot_source, logger, serial, entropy, vsock, mmds_config };

@@ -23,6 +23,7 @@
 //!  below: bus          which device is at a port or address
 //!         events       what ends a guest, for the machine's owner
 //!         layout       the guest's addresses, ports and interrupt lines
+//!         stats        counters of all parts
 //!         raw          KVM structures in the state file, with their sizes checked
 //!  aside: probe        whether this host's KVM runs unmodified guests
 //! ```
@@ -93,6 +94,7 @@ pub mod legacy;
 pub mod machine;
 pub mod probe;
 pub mod state;
+pub mod stats;
 pub mod vcpu;
 
 mod acpi;
@@ -106,3 +108,4 @@ pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};
 pub use machine::{Paused, Restore, Running, SaveError, Setup, StartError};
 pub use state::MachineState;
+pub use stats::MachineStats;

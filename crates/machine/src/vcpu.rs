@@ -50,6 +50,7 @@ use crate::bus::Buses;
 use crate::cpu::{StateFormat, VcpuState};
 use crate::events::{EventSink, MachineEvent, VcpuFault};
 use crate::kvm::KvmError;
+use crate::stats::VcpuStats;
 use crate::vcpu_signal::{self, ThreadVcpu};
 
 /// Longest x86 instruction in bytes.
@@ -115,6 +116,7 @@ pub(crate) struct VcpuHandle {
     /// Pauses that were requested and are not acknowledged yet.
     pauses: Cell<u32>,
     thread: Option<JoinHandle<()>>,
+    stats: Arc<VcpuStats>,
 }
 
 impl VcpuHandle {
@@ -129,13 +131,21 @@ impl VcpuHandle {
     ) -> std::io::Result<Self> {
         let (requests, inbox) = channel();
         let (answer, answers) = channel();
+        let stats = Arc::<VcpuStats>::default();
+        let of_thread = Arc::clone(&stats);
         let thread = sync::thread::spawn(format!("fc_vcpu {id}"), None, move || {
             let fd = ThreadVcpu::new(fd, run_size);
             let buses = Arc::default();
             let entry_errors = EntryErrors::default();
-            Vcpu { id, fd, ram, buses, events, inbox, answer, entry_errors, halted: false }.run();
+            let stats = of_thread;
+            Vcpu { id, fd, ram, buses, events, inbox, answer, entry_errors, halted: false, stats }.run();
         })?;
-        Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread: Some(thread) })
+        Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread: Some(thread), stats })
+    }
+
+    /// The counters of the vCPU.
+    pub(crate) fn stats(&self) -> Arc<VcpuStats> {
+        Arc::clone(&self.stats)
     }
 
     /// Asks a new vCPU, which is [prepared](VcpuState::prepare), to take its saved state.
@@ -271,6 +281,7 @@ struct Vcpu {
     entry_errors: EntryErrors,
     /// KVM cannot run the guest any more.
     halted: bool,
+    stats: Arc<VcpuStats>,
 }
 
 impl Vcpu {
@@ -301,6 +312,9 @@ impl Vcpu {
                 RunOutcome::Continue => {}
                 RunOutcome::Halted(event) => {
                     self.halted = true;
+                    if matches!(event, MachineEvent::Fatal(_)) {
+                        self.stats.failures.add(1);
+                    }
                     self.events.post(event);
                     return Continue(());
                 }
@@ -327,19 +341,19 @@ impl Vcpu {
         }
         match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
-                self.buses.ports.write(port.into(), data);
+                self.stats.io_out.measure(|| _ = self.buses.ports.write(port.into(), data));
                 RunOutcome::Continue
             }
             Ok(VcpuExit::IoIn(port, data)) => {
-                self.buses.ports.read(port.into(), data);
+                self.stats.io_in.measure(|| _ = self.buses.ports.read(port.into(), data));
                 RunOutcome::Continue
             }
             Ok(VcpuExit::MmioWrite(addr, data)) => {
-                self.buses.mmio.write(addr, data);
+                self.stats.mmio_write.measure(|| _ = self.buses.mmio.write(addr, data));
                 RunOutcome::Continue
             }
             Ok(VcpuExit::MmioRead(addr, data)) => {
-                self.buses.mmio.read(addr, data);
+                self.stats.mmio_read.measure(|| _ = self.buses.mmio.read(addr, data));
                 RunOutcome::Continue
             }
             Ok(VcpuExit::Intr) => self.interrupted(),
@@ -392,7 +406,9 @@ impl Vcpu {
     fn acknowledge_pause(&self) {
         // Notifies the guest's watchdogs that time will jump. KVM refuses it for a guest that has
         // set up no such clock.
-        let _ = self.fd.kvmclock_ctrl();
+        if self.fd.kvmclock_ctrl().is_err() {
+            self.stats.kvmclock_ctrl_fails.add(1);
+        }
         // If the owner is gone, no one waits for the answer.
         let _ = self.answer.send(Answer::Paused);
     }

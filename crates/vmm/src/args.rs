@@ -45,6 +45,8 @@ pub(crate) struct Args {
     pub(crate) restore: Option<Restore>,
     pub(crate) id: String,
     pub(crate) logger: Logger,
+    /// The output of metrics.
+    pub(crate) metrics_path: Option<PathBuf>,
     pub(crate) boot_timer: bool,
     /// Whether devices are on virtio-pci instead of virtio-mmio.
     pub(crate) pci: bool,
@@ -72,10 +74,10 @@ impl Args {
 }
 
 /// The flags of Firecracker that this version does not support.
-const NOT_SUPPORTED: [&str; 2] = ["seccomp-filter", "metrics-path"];
+const NOT_SUPPORTED: [&str; 1] = ["seccomp-filter"];
 
 /// The flags, for `--help`.
-const FLAGS: [(&str, &str); 20] = [
+const FLAGS: [(&str, &str); 21] = [
     ("--api-sock PATH", "serve the API on this Unix socket (/run/firecracker.socket)"),
     ("--no-api", "serve no API; needs --config-file or --restore"),
     ("--config-file PATH", "configure the microVM from this JSON file and start it"),
@@ -86,6 +88,7 @@ const FLAGS: [(&str, &str); 20] = [
     ("--module MODULE", "log only lines of modules with this prefix"),
     ("--show-level", "show the level in each line of the log"),
     ("--show-log-origin", "show the source file and line in each line of the log"),
+    ("--metrics-path PATH", "write lines of metrics to this file or FIFO"),
     ("--http-api-max-payload-size N", "largest body of an API request, in bytes (51200)"),
     ("--metadata PATH", "let the guest read this JSON file from the metadata service"),
     (
@@ -141,6 +144,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("config-file") => once(&mut raw.config_file, "config-file", parser.value()?.into())?,
             Long("id") => once(&mut raw.id, "id", text("id", parser.value()?)?)?,
             Long("log-path") => once(&mut raw.logger.log_path, "log-path", parser.value()?.into())?,
+            Long("metrics-path") => once(&mut raw.metrics_path, "metrics-path", parser.value()?.into())?,
             Long("level") => once(&mut raw.logger.level, "level", level(parser.value()?)?)?,
             Long("module") => once(&mut raw.logger.module, "module", text("module", parser.value()?)?)?,
             Long("show-level") => once(&mut raw.logger.show_level, "show-level", true)?,
@@ -194,6 +198,7 @@ struct RawArgs {
     restore: restore::RawRestoreArgs,
     id: Option<String>,
     logger: Logger,
+    metrics_path: Option<PathBuf>,
     no_api: Option<()>,
     boot_timer: Option<()>,
     no_seccomp: Option<()>,
@@ -227,6 +232,7 @@ impl RawArgs {
             restore,
             id,
             logger: self.logger,
+            metrics_path: self.metrics_path,
             boot_timer: self.boot_timer.is_some(),
             pci: self.pci.is_some(),
             max_payload,
@@ -295,7 +301,8 @@ mod tests {
             ("--no-api", "--config-file"),
             ("--no-seccomp=yes", "yes"),
             ("--mmds-size-limit lots", "lots"),
-            ("--metrics-path m", "--metrics-path is Firecracker's"),
+            ("--metrics-path m --metrics-path n", "--metrics-path is given twice"),
+            ("--seccomp-filter f", "--seccomp-filter is Firecracker's"),
         ] {
             let error = args(line).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");

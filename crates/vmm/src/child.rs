@@ -24,7 +24,7 @@ use crate::host::ProcessHost;
 use crate::personality::Personality;
 use crate::process::{self, ForkResult, fork};
 use crate::run_error::RunError;
-use crate::{logger, signals, terminal};
+use crate::{counts, last_line, logger, signals, terminal};
 
 /// Runs the first child of a fork, which forks the others.
 pub(crate) fn run(mut plan: ForkPlan) -> ! {
@@ -77,6 +77,8 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     // Without a reporter, the parent sees that this child has ended.
     let Ok(reporter) = spec.reporter.take_over() else { return ExitCode::Generic };
     spec.reporter = reporter;
+    last_line::forget();
+    counts::reset();
     terminal::leave_to_parent();
     logger::set_id(&spec.identity.id);
     let begun = detach(&spec, &parent).and_then(|()| set_up(&mut spec)).and_then(|process| {
@@ -96,6 +98,7 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
         Err(error) => {
             log::error!("{error}");
             reporter.report(Err(&error));
+            last_line::write();
             return ExitCode::Generic;
         }
     };

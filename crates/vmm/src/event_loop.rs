@@ -1,7 +1,8 @@
 //! The main thread's loop: commands from the API, the guest's end, signals.
 //!
 //! The controller has the API's requests. While it runs a command that takes long, it answers
-//! questions itself, and a signal cancels the command.
+//! questions itself, and a signal cancels the command. Lines of metrics are written when they are
+//! due, in either loop.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use control::api::{Request, Requests};
 use control::{Controller, Host};
 use machine::{EventSource, MachineEvent};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::exit::ExitCode;
 use crate::personality::Personality;
@@ -41,7 +42,7 @@ pub(crate) fn serve<H: Host>(
     signals: &Signals,
 ) -> io::Result<Ended> {
     let ended = loop {
-        wait(controller.requests(), events, signals)?;
+        wait(controller.requests(), events, signals, controller.tick())?;
         if let Some(signal) = signals.arrived() {
             break Ended::Signal(signal);
         }
@@ -57,11 +58,17 @@ pub(crate) fn serve<H: Host>(
     Ok(ended)
 }
 
-/// Waits until there is a request, an event or a signal.
-fn wait(requests: Option<&Requests>, events: &EventSource, signals: &Signals) -> io::Result<()> {
+/// Waits until there is a request, an event or a signal, at most `limit`.
+fn wait(
+    requests: Option<&Requests>,
+    events: &EventSource,
+    signals: &Signals,
+    limit: Option<Duration>,
+) -> io::Result<()> {
     let mut fds = vec![PollFd::new(events, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
     fds.extend(requests.map(|r| PollFd::from_borrowed_fd(r.as_fd(), PollFlags::IN)));
-    match poll(&mut fds, None) {
+    let limit = limit.map(|limit| Timespec::try_from(limit).expect("a few minutes fit"));
+    match poll(&mut fds, limit.as_ref()) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(e) => Err(e.into()),
     }

@@ -127,6 +127,16 @@ pub(crate) fn write_if_free(line: &[u8]) {
     }
 }
 
+/// Lines that the destination did not take.
+pub(crate) fn lost_lines() -> u64 {
+    LOG.lost.load(Ordering::Relaxed)
+}
+
+/// Counts lost lines from zero.
+pub(crate) fn reset_lost_lines() {
+    LOG.lost.store(0, Ordering::Relaxed);
+}
+
 /// Sets the microVM's id that lines have from now on.
 pub(crate) fn set_id(id: &str) {
     if let Some(settings) = LOG.lock().as_mut() {

@@ -5,10 +5,11 @@
 //! - [`args`], [`restore`] and [`flags`]: the command line. [`personality`]: under the name
 //!   `firecracker` the program answers as Firecracker does.
 //! - [`event_loop`]: the main thread's loop, which gives commands to the controller.
-//! - [`signals`], [`fatal`], [`alt_stack`], [`crash_report`], [`run_error`], [`exit`]: how the
+//! - [`signals`], [`fatal`], [`line`], [`alt_stack`], [`crash_report`], [`run_error`], [`exit`]: how the
 //!   process ends.
 //! - [`host`]: this process, as the controller sees it. [`process`], [`child`], [`writer`]: forked
 //!   processes.
+//! - [`counts`], [`last_line`]: metrics of the process, and at its end.
 //! - [`logger`], [`terminal`], [`descriptors`]: what the process has.
 //! - [`snapshot_tool`], [`overlay_tool`]: the tools that read and merge snapshots, and that read
 //!   and export overlay files. They start no microVM.
@@ -25,6 +26,7 @@
 mod alt_stack;
 mod args;
 mod child;
+mod counts;
 mod crash_report;
 mod descriptors;
 mod event_loop;
@@ -32,6 +34,8 @@ mod exit;
 mod fatal;
 mod flags;
 mod host;
+mod last_line;
+mod line;
 mod logger;
 mod overlay_tool;
 mod personality;
@@ -50,8 +54,9 @@ use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::path::Path;
 
-use config::{Logger, VmConfig};
+use config::{Logger, Metrics, VmConfig};
 use control::api::{ApiServer, Limits};
+use control::metrics::StartupTimes;
 use control::{Command, CommandError, Controller, Host, Identity, Platform};
 use machine::event_channel;
 use machine::legacy::StartTimes;
@@ -69,13 +74,13 @@ use signals::Signals;
 ///
 /// The standard library's own start-up code does not run: it reads `/proc/self/maps` and makes a
 /// dozen more system calls, a fifth of the time until the API answers. What this process needs of
-/// it is here: standard descriptors that are open, SIGPIPE ignored, and alternate signal stacks
+/// it is here: standard descriptors that are open, SIGPIPE harmless, and alternate signal stacks
 /// ([`alt_stack`]).
 #[cfg_attr(not(test), unsafe(no_mangle))]
 extern "C" fn main(_argc: std::ffi::c_int, _argv: *const *const std::ffi::c_char) -> std::ffi::c_int {
     let start = StartTimes::now();
     descriptors::open_standard();
-    signals::ignore_sigpipe();
+    signals::survive_sigpipe();
     signals::end_init_at_once();
     crash_report::install_panic_hook();
     let personality = Personality::of_this_process();
@@ -144,9 +149,13 @@ fn start_and_serve(
     let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
     let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
     let requests = api.map(ApiServer::spawn).transpose()?;
+    let startup = startup_times(start);
 
     let (sink, source) = event_channel()?;
-    let sink = sink.with_last_resort(|| exit::exit(ExitCode::Generic));
+    let sink = sink.with_last_resort(|| {
+        last_line::write();
+        exit::exit(ExitCode::Generic)
+    });
     let identity = Identity {
         id: args.id.clone(),
         app_name: personality.app_name(),
@@ -164,27 +173,48 @@ fn start_and_serve(
         ManuallyDrop::new(Controller::new(identity, ProcessHost::new(child::run), platform, sink));
     descriptors::raise_limit();
     controller.set_requests(requests);
-    if let (Some(contents), Some(path)) = (metadata, &args.metadata) {
-        let put = controller.run(Command::PutMmds(contents));
-        if let Err(error) = put {
-            drop(controller.take_requests());
-            return Err(RunError::Metadata { path: path.display().to_string(), reason: error.to_string() });
+    controller.set_startup_times(startup);
+    let started = configure(&mut controller, args, metadata).and_then(|()| match (config, &args.restore) {
+        (Some(config), _) => {
+            let path = args.config_file.as_deref().unwrap_or(Path::new("")).display().to_string();
+            controller.start_from(config).map_err(|e| RunError::Start { path, reason: e.to_string() })
         }
-    }
-    let started = match (config, &args.config_file, &args.restore) {
-        (Some(config), Some(path), _) => controller
-            .start_from(config)
-            .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() }),
-        (_, _, Some(from)) => {
+        (None, Some(from)) => {
             let path = from.load.snapshot_path.display().to_string();
             restore_microvm(&mut controller, from).map_err(|reason| RunError::Restore { path, reason })
         }
-        _ => Ok(()),
-    };
+        (None, None) => Ok(()),
+    });
     let ended = started.and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals)?));
     controller.shut_down(event_loop::CLOSE_TIMEOUT);
     drop(controller.take_requests());
     ended
+}
+
+/// The time since the process, or its parent before it, started.
+fn startup_times(start: StartTimes) -> StartupTimes {
+    let now = StartTimes::now();
+    let cpu_us = u64::try_from(now.cpu_us.saturating_sub(start.cpu_us)).unwrap_or(0);
+    StartupTimes { wall_us: now.wall_us.saturating_sub(start.wall_us), cpu_us }
+}
+
+/// Applies the options of the command line that are commands of the API.
+fn configure<H: Host>(
+    controller: &mut Controller<H>,
+    args: &Args,
+    metadata: Option<serde_json::Value>,
+) -> Result<(), RunError> {
+    if let Some(path) = &args.metrics_path {
+        let metrics = Metrics { metrics_path: path.clone(), ..Metrics::default() };
+        controller.run(Command::PutMetrics(metrics)).map_err(RunError::Metrics)?;
+    }
+    if let (Some(contents), Some(path)) = (metadata, &args.metadata) {
+        controller.run(Command::PutMmds(contents)).map_err(|error| RunError::Metadata {
+            path: path.display().to_string(),
+            reason: error.to_string(),
+        })?;
+    }
+    Ok(())
 }
 
 /// Restores a microVM, by the commands that a client of the API would send.

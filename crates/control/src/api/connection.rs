@@ -1,6 +1,8 @@
 //! One client's connection: reads and sends without waiting.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::{
     event::epoll::EventFlags,
@@ -9,7 +11,8 @@ use rustix::{
 };
 
 use super::limits::Limits;
-use super::routes::route;
+use super::routes::{Routed, route};
+use crate::metrics::{ApiStats, Endpoint, Operation};
 use crate::{
     Command, CommandError, Reply,
     http::{Decoded, Decoder, Request, Response, Version, put_continue},
@@ -37,6 +40,7 @@ pub(super) struct Connection {
     input_ended: bool,
     /// Whether the connection closes when the output is sent.
     closing: bool,
+    stats: Arc<ApiStats>,
 }
 
 /// How to answer the request that is with the main thread.
@@ -45,6 +49,9 @@ struct Awaited {
     version: Version,
     keep_alive: bool,
     deprecated: bool,
+    endpoint: Option<Endpoint>,
+    /// The operation that the request asks for, and when it arrived.
+    operation: Option<(Operation, Instant)>,
 }
 
 /// When to call [`Connection::advance`] again.
@@ -71,7 +78,7 @@ enum Moved {
 
 impl Connection {
     /// `socket` is connected and non-blocking.
-    pub(super) fn new(socket: OwnedFd, limits: &Limits) -> Connection {
+    pub(super) fn new(socket: OwnedFd, limits: &Limits, stats: Arc<ApiStats>) -> Connection {
         Connection {
             socket,
             decoder: Decoder::new(limits.max_head, limits.max_payload),
@@ -80,6 +87,7 @@ impl Connection {
             awaited: None,
             input_ended: false,
             closing: false,
+            stats,
         }
     }
 
@@ -118,10 +126,17 @@ impl Connection {
 
     /// Takes the main thread's answer. [`Connection::advance`] sends it.
     pub(super) fn answer(&mut self, result: Result<Reply, CommandError>) {
-        let Some(Awaited { version, keep_alive, deprecated }) = self.awaited.take() else { return };
+        let Some(awaited) = self.awaited.take() else { return };
+        let Awaited { version, keep_alive, deprecated, endpoint, operation } = awaited;
+        match (&result, operation) {
+            (Ok(_), Some((operation, begun))) => self.stats.durations.set(operation, begun.elapsed()),
+            (Ok(_), None) => {}
+            (Err(_), _) => self.stats.count_failure(endpoint),
+        }
         let response = match result {
             Ok(Reply::Empty) => Response::no_content(),
             Ok(Reply::Json(value)) => Response::ok(&value),
+            Ok(Reply::Text { content_type, body }) => Response::text(content_type, body),
             Err(error) if error.is_too_large() => Response::too_large(&error.to_string()),
             Err(error) => Response::fault(&error.to_string()),
         };
@@ -130,12 +145,19 @@ impl Connection {
 
     fn handle(&mut self, request: &Request, dispatch: &mut impl FnMut(Command)) {
         let Request { version, keep_alive, .. } = *request;
+        let endpoint = Endpoint::of(request.method, &request.path);
+        self.stats.count(endpoint);
         match route(request) {
-            Ok(routed) => {
-                self.awaited = Some(Awaited { version, keep_alive, deprecated: routed.deprecated });
-                dispatch(routed.command);
+            Ok(Routed { command, deprecated }) => {
+                self.stats.deprecated.add(deprecated.into());
+                let operation = Operation::of(&command).map(|operation| (operation, Instant::now()));
+                self.awaited = Some(Awaited { version, keep_alive, deprecated, endpoint, operation });
+                dispatch(command);
             }
-            Err(error) => self.put(&Response::fault(&error.to_string()), version, keep_alive),
+            Err(error) => {
+                self.stats.count_failure(endpoint);
+                self.put(&Response::fault(&error.to_string()), version, keep_alive);
+            }
         }
     }
 

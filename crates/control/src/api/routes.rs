@@ -5,8 +5,9 @@
 
 use config::{
     Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
-    Logger, MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError, NetworkInterface,
-    NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Unsupported, Vm, Vsock,
+    Logger, MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, MmdsVersion, NetworkError,
+    NetworkInterface, NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Unsupported,
+    Vm, Vsock,
 };
 use serde::de::DeserializeOwned;
 
@@ -99,6 +100,8 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Patch, ["machine-config", ..]) => patch_machine_config(request),
         (Method::Put, ["boot-source", ..]) => put_boot_source(request),
         (Method::Put, ["logger", ..]) => Ok(plain(Command::PutLogger(body::<Logger>(request)?))),
+        (Method::Put, ["metrics", ..]) => put_metrics(request),
+        (Method::Get, ["metrics", ..]) => question(request, Command::GetMetrics),
         (Method::Put, ["serial", ..]) => put_serial(request),
         (Method::Put, ["drives", id, ..]) => put_drive(request, id),
         (Method::Patch, ["drives", id, ..]) => patch_drive(request, id),
@@ -127,7 +130,6 @@ fn unsupported(request: &Request, segments: &[&str]) -> Option<RouteError> {
     let what = match (request.method, segments) {
         (_, ["balloon", ..]) => Unsupported::Balloon.description(),
         (_, ["cpu-config", ..]) => Unsupported::CpuConfig.description(),
-        (_, ["metrics", ..]) => Unsupported::Metrics.description(),
         (_, ["pmem", ..]) => Unsupported::Pmem.description(),
         (_, ["hotplug", "memory", ..]) => Unsupported::MemoryHotplug.description(),
         (Method::Delete, ["drives" | "network-interfaces", _, ..]) => "hot-unplug",
@@ -156,6 +158,12 @@ fn put_boot_source(request: &Request) -> Result<Routed, RouteError> {
     let source: BootSource = body(request)?;
     source.check()?;
     Ok(plain(Command::PutBootSource(source)))
+}
+
+fn put_metrics(request: &Request) -> Result<Routed, RouteError> {
+    let metrics: Metrics = body(request)?;
+    metrics.check()?;
+    Ok(plain(Command::PutMetrics(metrics)))
 }
 
 fn put_serial(request: &Request) -> Result<Routed, RouteError> {
@@ -500,7 +508,6 @@ mod tests {
             (Method::Get, "/balloon/statistics", "balloon devices"),
             (Method::Patch, "/balloon/hinting/start", "balloon devices"),
             (Method::Put, "/cpu-config", "custom CPU templates"),
-            (Method::Put, "/metrics", "metrics files"),
             (Method::Put, "/pmem/p0", "pmem devices"),
             (Method::Delete, "/pmem/p0", "pmem devices"),
             (Method::Put, "/hotplug/memory", "memory hot-plug"),
@@ -595,7 +602,7 @@ mod tests {
             let commands = commands_of(&shown);
             let VmConfig {
                 boot_source, machine_config, logger, serial, drives, entropy, vsock, mmds_config, network_interfaces,
-                balloon: Absent, cpu_config: Absent, memory_hotplug: Absent, metrics: Absent, pmem: AbsentList,
+                balloon: Absent, cpu_config: Absent, memory_hotplug: Absent, metrics, pmem: AbsentList,
             } = config;
             let expected: Vec<Command> = [Command::PutBootSource(boot_source)]
                 .into_iter()
@@ -603,6 +610,7 @@ mod tests {
                 .chain(entropy.map(Command::PutEntropy))
                 .chain(logger.map(Command::PutLogger))
                 .chain([Command::PutMachineConfig(machine_config)])
+                .chain(metrics.map(Command::PutMetrics))
                 .chain(mmds_config.map(Command::PutMmdsConfig))
                 .chain(network_interfaces.into_iter().map(Command::PutNetwork))
                 .chain(serial.map(Command::PutSerial))

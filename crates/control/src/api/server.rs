@@ -2,6 +2,7 @@
 
 use std::{
     os::fd::{AsFd, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -140,7 +141,7 @@ impl Server {
             let _ = send(&socket, TOO_MANY_CONNECTIONS, SendFlags::NOSIGNAL);
             return;
         }
-        let connection = Connection::new(socket, &self.limits);
+        let connection = Connection::new(socket, &self.limits, Arc::clone(self.outbox.stats()));
         if free == self.slots.len() {
             self.slots.push(None);
         }

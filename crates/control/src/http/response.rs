@@ -33,6 +33,12 @@ impl Response {
         Response::new(200, Some(body.to_string()))
     }
 
+    /// 200: success, with a text.
+    pub fn text(content_type: &'static str, body: String) -> Response {
+        let content = Some((content_type, body));
+        Response(vesta_http::Response { content, ..vesta_http::Response::new(200, "") })
+    }
+
     /// 400: the API refuses the request: `{"fault_message":"..."}`.
     pub fn fault(message: &str) -> Response {
         Response::new(400, Some(serde_json::json!({ "fault_message": message }).to_string()))

@@ -9,6 +9,7 @@ use crate::devices::Devices;
 use crate::kvm::{Ioctl, Kvm, KvmError, Vm};
 use crate::legacy::{Cmos, ConsoleThread, I8042, KeyboardFull, SerialPort};
 use crate::page_watch::PageWatch;
+use crate::stats::MachineStats;
 use crate::vcpu::VcpuHandle;
 
 /// A machine, running or paused.
@@ -40,6 +41,16 @@ impl Machine {
     /// The devices, to be changed while they work.
     pub fn devices(&self) -> &Devices {
         &self.devices
+    }
+
+    /// A handle to the counters of all parts.
+    pub fn stats(&self) -> MachineStats {
+        MachineStats {
+            vcpus: self.vcpus.iter().map(VcpuHandle::stats).collect(),
+            serial: self.console.stats(),
+            keyboard: self.keyboard.stats(),
+            devices: self.devices.stats(),
+        }
     }
 
     /// The guest's memory.
