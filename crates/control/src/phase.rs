@@ -65,6 +65,7 @@ fn allowed_in(command: &Command) -> AllowedIn {
 
         Command::PutMachineConfig(_)
         | Command::PatchMachineConfig(_)
+        | Command::PutCpuConfig(_)
         | Command::PutBootSource(_)
         | Command::PutLogger(_)
         | Command::PutSerial(_)
@@ -105,7 +106,7 @@ pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
 
 #[cfg(test)]
 mod tests {
-    use config::{BootSource, Logger, MachineConfig, MachineConfigUpdate, Serial, VmState};
+    use config::{BootSource, CpuConfig, Logger, MachineConfig, MachineConfigUpdate, Serial, VmState};
     use serde_json::json;
 
     use super::*;
@@ -142,6 +143,7 @@ mod tests {
         for command in [
             Command::PutMachineConfig(MachineConfig::default()),
             Command::PatchMachineConfig(MachineConfigUpdate::default()),
+            Command::PutCpuConfig(CpuConfig::default()),
             Command::PutBootSource(boot_source),
             Command::PutLogger(Logger::default()),
             Command::PutSerial(Serial::default()),

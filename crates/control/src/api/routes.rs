@@ -4,9 +4,10 @@
 //! is ignored, and so are segments after those that name the endpoint.
 
 use config::{
-    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
-    Logger, MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError, NetworkInterface,
-    NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Unsupported, Vm, Vsock,
+    Action, ActionType, BootSource, ConfigError, CpuConfig, Drive, DriveError, DriveUpdate, Entropy, Fork,
+    IdError, Logger, MachineConfig, MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError,
+    NetworkInterface, NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Unsupported,
+    Vm, Vsock,
 };
 use serde::de::DeserializeOwned;
 
@@ -97,6 +98,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Get, ["machine-config", ..]) => question(request, Command::GetMachineConfig),
         (Method::Put, ["machine-config", ..]) => put_machine_config(request),
         (Method::Patch, ["machine-config", ..]) => patch_machine_config(request),
+        (Method::Put, ["cpu-config", ..]) => put_cpu_config(request),
         (Method::Put, ["boot-source", ..]) => put_boot_source(request),
         (Method::Put, ["logger", ..]) => Ok(plain(Command::PutLogger(body::<Logger>(request)?))),
         (Method::Put, ["serial", ..]) => put_serial(request),
@@ -126,7 +128,6 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
 fn unsupported(request: &Request, segments: &[&str]) -> Option<RouteError> {
     let what = match (request.method, segments) {
         (_, ["balloon", ..]) => Unsupported::Balloon.description(),
-        (_, ["cpu-config", ..]) => Unsupported::CpuConfig.description(),
         (_, ["metrics", ..]) => Unsupported::Metrics.description(),
         (_, ["pmem", ..]) => Unsupported::Pmem.description(),
         (_, ["hotplug", "memory", ..]) => Unsupported::MemoryHotplug.description(),
@@ -150,6 +151,12 @@ fn patch_machine_config(request: &Request) -> Result<Routed, RouteError> {
         return Err(RouteError::EmptyUpdate { path: request.path.clone() });
     }
     Ok(Routed { deprecated: update.cpu_template.is_some(), command: Command::PatchMachineConfig(update) })
+}
+
+fn put_cpu_config(request: &Request) -> Result<Routed, RouteError> {
+    let template: CpuConfig = body(request)?;
+    template.check()?;
+    Ok(plain(Command::PutCpuConfig(template)))
 }
 
 fn put_boot_source(request: &Request) -> Result<Routed, RouteError> {
@@ -297,7 +304,8 @@ fn name(request: &Request) -> (&'static str, String) {
 #[cfg(test)]
 mod tests {
     use config::{
-        Absent, AbsentList, CpuTemplate, FullVmConfig, HugePages, LogLevel, TokenBucket, VmConfig, VmState,
+        Absent, AbsentList, CpuConfigSource, CpuTemplate, FullVmConfig, HugePages, LogLevel, TokenBucket,
+        VmConfig, VmState,
     };
     use proptest::prelude::*;
 
@@ -365,6 +373,19 @@ mod tests {
         assert!(route(&request(Method::Patch, "/machine-config", patch)).unwrap().deprecated);
         let put = r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":null}"#;
         assert!(!route(&request(Method::Put, "/machine-config", put)).unwrap().deprecated);
+    }
+
+    #[test]
+    fn put_cpu_config_reads_a_template() {
+        let empty = Command::PutCpuConfig(CpuConfig::default());
+        assert_eq!(command(Method::Put, "/cpu-config", "{}"), empty);
+        let body = r#"{"msr_modifiers":[{"addr":"0x8b","bitmap":"0b1x"}]}"#;
+        let Command::PutCpuConfig(template) = command(Method::Put, "/cpu-config", body) else { panic!() };
+        assert_eq!(template.msr_modifiers[0].addr, 0x8b);
+        let body = r#"{"cpuid_modifiers":[{"leaf":"0x1","subleaf":"0x0","flags":8,"modifiers":[]}]}"#;
+        assert!(refusal(Method::Put, "/cpu-config", body).contains("flags is 8"));
+        assert!(refusal(Method::Put, "/cpu-config", "null").contains("cannot be read"));
+        assert!(refusal(Method::Get, "/cpu-config", "").contains("there is no GET /cpu-config"));
     }
 
     #[test]
@@ -496,7 +517,6 @@ mod tests {
             (Method::Put, "/balloon", "balloon devices"),
             (Method::Get, "/balloon/statistics", "balloon devices"),
             (Method::Patch, "/balloon/hinting/start", "balloon devices"),
-            (Method::Put, "/cpu-config", "custom CPU templates"),
             (Method::Put, "/metrics", "metrics files"),
             (Method::Put, "/pmem/p0", "pmem devices"),
             (Method::Delete, "/pmem/p0", "pmem devices"),
@@ -592,10 +612,11 @@ mod tests {
             let commands = commands_of(&shown);
             let VmConfig {
                 boot_source, machine_config, logger, serial, drives, entropy, vsock, mmds_config, network_interfaces,
-                balloon: Absent, cpu_config: Absent, memory_hotplug: Absent, metrics: Absent, pmem: AbsentList,
+                balloon: Absent, cpu_config, memory_hotplug: Absent, metrics: Absent, pmem: AbsentList,
             } = config;
             let expected: Vec<Command> = [Command::PutBootSource(boot_source)]
                 .into_iter()
+                .chain(cpu_config.and_then(CpuConfigSource::inline).map(Command::PutCpuConfig))
                 .chain(drives.into_iter().map(Command::PutDrive))
                 .chain(entropy.map(Command::PutEntropy))
                 .chain(logger.map(Command::PutLogger))
