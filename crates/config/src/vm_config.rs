@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::absent::{Absent, AbsentList, Unsupported};
 use crate::boot_source::BootSource;
+use crate::cpu_config::{CpuConfig, CpuConfigSource};
 use crate::drive::{Drive, check_drives};
 use crate::entropy::Entropy;
 use crate::error::ConfigError;
@@ -54,9 +55,9 @@ pub struct VmConfig {
     /// Not supported.
     #[serde(default, deserialize_with = "Unsupported::balloon")]
     pub balloon: Absent,
-    /// Not supported.
-    #[serde(default, deserialize_with = "Unsupported::cpu_config")]
-    pub cpu_config: Absent,
+    /// Custom CPU template, or its file; none if absent.
+    #[serde(default)]
+    pub cpu_config: Option<CpuConfigSource>,
     /// Not supported.
     #[serde(default, deserialize_with = "Unsupported::memory_hotplug")]
     pub memory_hotplug: Absent,
@@ -74,6 +75,7 @@ impl VmConfig {
         self.boot_source.check()?;
         self.machine_config.check()?;
         self.metrics.as_ref().map_or(Ok(()), Metrics::check)?;
+        self.cpu_config.as_ref().map_or(Ok(()), CpuConfigSource::check)?;
         self.serial.as_ref().map_or(Ok(()), Serial::check)?;
         self.entropy.as_ref().map_or(Ok(()), Entropy::check)?;
         self.vsock.as_ref().map_or(Ok(()), Vsock::check)?;
@@ -95,9 +97,8 @@ pub struct FullVmConfig {
     pub balloon: Absent,
     /// Kernel, initrd and command line, once set.
     pub boot_source: Option<BootSource>,
-    /// Not supported.
-    #[serde(deserialize_with = "Unsupported::cpu_config")]
-    pub cpu_config: Absent,
+    /// Custom CPU template.
+    pub cpu_config: Option<CpuConfig>,
     /// Block devices.
     pub drives: Vec<Drive>,
     /// Entropy device.
@@ -125,6 +126,7 @@ pub struct FullVmConfig {
     pub vsock: Option<Vsock>,
 }
 
+/// A CPU template that is still in a file is left out.
 impl From<VmConfig> for FullVmConfig {
     fn from(config: VmConfig) -> FullVmConfig {
         let VmConfig {
@@ -154,7 +156,7 @@ impl From<VmConfig> for FullVmConfig {
             mmds_config,
             network_interfaces,
             balloon,
-            cpu_config,
+            cpu_config: cpu_config.and_then(CpuConfigSource::inline),
             memory_hotplug,
             metrics,
             pmem,
@@ -189,7 +191,7 @@ mod tests {
             mmds_config: None,
             network_interfaces: Vec::new(),
             balloon: Absent,
-            cpu_config: Absent,
+            cpu_config: None,
             memory_hotplug: Absent,
             metrics: None,
             pmem: AbsentList,
@@ -203,7 +205,7 @@ mod tests {
 
     #[test]
     fn null_means_absent_except_for_the_boot_source() {
-        let nulls = r#""machine-config":null,"logger":null,"serial":null,"drives":null"#;
+        let nulls = r#""machine-config":null,"logger":null,"cpu-config":null,"serial":null,"drives":null"#;
         assert_eq!(
             parse(&format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},{nulls}}}"#)),
             Ok(minimal())
@@ -214,8 +216,8 @@ mod tests {
     #[test]
     fn empty_sections_of_unsupported_devices_are_accepted() {
         for empty in [
-            r#""cpu-config":null,"balloon":null,"pmem":[],"memory-hotplug":null"#,
-            r#""cpu-config":{},"balloon":{},"pmem":null,"memory-hotplug":{}"#,
+            r#""balloon":null,"pmem":[],"memory-hotplug":null"#,
+            r#""balloon":{},"pmem":null,"memory-hotplug":{}"#,
         ] {
             let json = format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},{empty}}}"#);
             assert_eq!(parse(&json), Ok(minimal()));
@@ -226,8 +228,6 @@ mod tests {
     fn sections_of_unsupported_devices_are_refused_by_name() {
         for (section, content) in [
             ("balloon", r#"{"amount_mib":1,"deflate_on_oom":false}"#),
-            ("cpu-config", r#""template.json""#),
-            ("cpu-config", r#"{"kvm_capabilities":["121"]}"#),
             ("pmem", r#"[{"id":"p","path_on_host":"x"}]"#),
             ("memory-hotplug", r#"{"total_size_mib":1024}"#),
         ] {

@@ -58,13 +58,14 @@ pub(crate) fn start<H: Host>(
         },
         cmdline: source.boot_args().to_owned(),
     };
-    let machine_config = settings.machine_config.clone();
+    let (machine_config, cpu_config) = (settings.machine_config.clone(), settings.cpu_config.clone());
     let boot_timer = vm.platform.boot_timer;
     let devices = vm.device_setup();
     let events = vm.lifecycle.events().map_err(CommandError::start)?;
     // It reads the kernel, from a file system that may take long.
     let build = move |_: &Token| {
-        Paused::build(Setup { config: &machine_config, boot, serial, boot_timer, devices, events })
+        let (config, cpu_config) = (&machine_config, cpu_config.as_ref());
+        Paused::build(Setup { config, cpu_config, boot, serial, boot_timer, devices, events })
     };
     let machine = tasks.run(vm, None, build)?.map_err(CommandError::start)?;
     tasks.host.guest_starts(vm.serial_output.is_none());

@@ -2,9 +2,9 @@
 //! configuration file.
 
 use config::{
-    BootSource, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate, Metrics,
-    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState,
-    Vsock,
+    BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
+    Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad,
+    VmState, Vsock,
 };
 
 /// A command, checked in form and bounds. The main thread runs one at a time.
@@ -20,6 +20,8 @@ pub enum Command {
     PutMachineConfig(MachineConfig),
     /// Change processors and memory; absent fields stay.
     PatchMachineConfig(MachineConfigUpdate),
+    /// Set the custom CPU template, in place of any other template.
+    PutCpuConfig(CpuConfig),
     /// Set the kernel, initrd and boot arguments.
     PutBootSource(BootSource),
     /// Configure the monitor's log.
@@ -75,7 +77,8 @@ pub enum Command {
 impl Command {
     /// Whether the command describes a microVM to boot, after which no snapshot can be loaded.
     ///
-    /// `PUT /vsock` does not: before a load it sets the paths of the sockets.
+    /// `PUT /vsock` does not: before a load it sets the paths of the sockets. Nor does `PUT
+    /// /cpu-config`, as with Firecracker; the loaded microVM has its own template.
     pub fn describes_boot(&self) -> bool {
         matches!(
             self,
@@ -97,6 +100,7 @@ impl Command {
             Command::GetMachineConfig => "GET /machine-config",
             Command::PutMachineConfig(_) => "PUT /machine-config",
             Command::PatchMachineConfig(_) => "PATCH /machine-config",
+            Command::PutCpuConfig(_) => "PUT /cpu-config",
             Command::PutBootSource(_) => "PUT /boot-source",
             Command::PutLogger(_) => "PUT /logger",
             Command::PutMetrics(_) => "PUT /metrics",

@@ -15,7 +15,7 @@
 use std::time::{Duration, Instant};
 
 use config::{
-    BootSource, CpuTemplate, MachineConfig, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial,
+    BootSource, CpuConfigSource, MachineConfig, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial,
     VmConfig, VmState, Vsock,
 };
 use machine::EventSink;
@@ -98,7 +98,8 @@ impl<H: Host> Controller<H> {
         self.vm.metrics.tick()
     }
 
-    /// Applies a configuration file, and starts the guest.
+    /// Applies a configuration file, and starts the guest. The CPU template is inline: the caller
+    /// has read it where it is in a file.
     pub fn start_from(&mut self, config: VmConfig) -> Result<(), CommandError> {
         if let Some(logger) = config.logger {
             self.run(Command::PutLogger(logger))?;
@@ -107,6 +108,9 @@ impl<H: Host> Controller<H> {
             self.run(Command::PutMetrics(metrics))?;
         }
         self.run(Command::PutMachineConfig(config.machine_config))?;
+        if let Some(template) = config.cpu_config.and_then(CpuConfigSource::inline) {
+            self.run(Command::PutCpuConfig(template))?;
+        }
         self.run(Command::PutBootSource(config.boot_source))?;
         if let Some(serial) = config.serial {
             self.run(Command::PutSerial(serial))?;
@@ -152,6 +156,10 @@ impl<H: Host> Controller<H> {
             Command::PatchMachineConfig(update) => {
                 let config = vm.backends.settings.machine_config.updated(&update)?;
                 self.set_machine_config(config)?;
+            }
+            Command::PutCpuConfig(template) => {
+                template.check()?;
+                vm.backends.settings.set_cpu_config(template);
             }
             Command::PutBootSource(source) => self.set_boot_source(source)?,
             Command::PutLogger(logger) => {
@@ -248,12 +256,7 @@ impl<H: Host> Controller<H> {
 
     fn set_machine_config(&mut self, config: MachineConfig) -> Result<(), CommandError> {
         config.check()?;
-        if let Some(template) = config.cpu_template.filter(|template| *template != CpuTemplate::None) {
-            log::warn!(
-                "cpu_template {template:?} is accepted and has no effect: this version shows the host's CPU"
-            );
-        }
-        self.vm.backends.settings.machine_config = config;
+        self.vm.backends.settings.set_machine_config(config);
         Ok(())
     }
 

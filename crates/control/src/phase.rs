@@ -66,6 +66,7 @@ fn allowed_in(command: &Command) -> AllowedIn {
 
         Command::PutMachineConfig(_)
         | Command::PatchMachineConfig(_)
+        | Command::PutCpuConfig(_)
         | Command::PutBootSource(_)
         | Command::PutLogger(_)
         | Command::PutMetrics(_)
@@ -107,7 +108,9 @@ pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
 
 #[cfg(test)]
 mod tests {
-    use config::{BootSource, Logger, MachineConfig, MachineConfigUpdate, Metrics, Serial, VmState};
+    use config::{
+        BootSource, CpuConfig, Logger, MachineConfig, MachineConfigUpdate, Metrics, Serial, VmState,
+    };
     use serde_json::json;
 
     use super::*;
@@ -148,6 +151,7 @@ mod tests {
         for command in [
             Command::PutMachineConfig(MachineConfig::default()),
             Command::PatchMachineConfig(MachineConfigUpdate::default()),
+            Command::PutCpuConfig(CpuConfig::default()),
             Command::PutBootSource(boot_source),
             Command::PutLogger(Logger::default()),
             Command::PutMetrics(Metrics::default()),

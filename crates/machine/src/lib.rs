@@ -12,7 +12,7 @@
 //!     +-- kvm          /dev/kvm; the order of its calls, in types
 //!     +-- boot         kernel and initrd into guest memory; page tables, MP table, zero page, PVH
 //!     +-- acpi         ACPI tables
-//!     +-- cpu          CPUID, MSRs, registers; saved and restored
+//!     +-- cpu          CPUID, MSRs, registers; CPU templates; saved and restored
 //!     +-- vcpu         the threads that run the guest     vcpu_signal   how they are interrupted
 //!     +-- chipset      PICs, I/O APIC, PIT, kvmclock; saved and restored
 //!     +-- devices      virtio devices: the device table, addresses, MMIO and PCI
@@ -26,6 +26,7 @@
 //!         stats        counters of all parts
 //!         raw          KVM structures in the state file, with their sizes checked
 //!  aside: probe        whether this host's KVM runs unmodified guests
+//!         cpu_view     what a guest's vCPU shows, for tools
 //! ```
 //!
 //! # Lifecycle
@@ -79,7 +80,8 @@
 //! # Callers
 //!
 //! `control` owns the machine and decides what may be done with it when. `vmm` creates the event
-//! channel and the outputs. `xtask` asks the [`probe`].
+//! channel and the outputs, and its tools for CPU templates ask [`shown_cpu`]. `xtask` asks the
+//! [`probe`].
 
 #![deny(unsafe_code)]
 
@@ -99,11 +101,14 @@ pub mod vcpu;
 
 mod acpi;
 mod cpu;
+mod cpu_view;
 mod page_watch;
 mod raw;
 mod vcpu_signal;
 mod vm_gen_id;
 
+pub use cpu::{TemplateError, static_template};
+pub use cpu_view::shown_cpu;
 pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};
 pub use machine::{Paused, Restore, Running, SaveError, Setup, StartError};

@@ -4,8 +4,8 @@
 //! is ignored, and so are segments after those that name the endpoint.
 
 use config::{
-    Action, ActionType, BootSource, ConfigError, Drive, DriveError, DriveUpdate, Entropy, Fork, IdError,
-    Logger, MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, MmdsVersion, NetworkError,
+    Action, ActionType, BootSource, ConfigError, CpuConfig, Drive, DriveError, DriveUpdate, Entropy, Fork,
+    IdError, Logger, MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, MmdsVersion, NetworkError,
     NetworkInterface, NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotLoad, Unsupported,
     Vm, Vsock,
 };
@@ -98,6 +98,7 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
         (Method::Get, ["machine-config", ..]) => question(request, Command::GetMachineConfig),
         (Method::Put, ["machine-config", ..]) => put_machine_config(request),
         (Method::Patch, ["machine-config", ..]) => patch_machine_config(request),
+        (Method::Put, ["cpu-config", ..]) => put_cpu_config(request),
         (Method::Put, ["boot-source", ..]) => put_boot_source(request),
         (Method::Put, ["logger", ..]) => Ok(plain(Command::PutLogger(body::<Logger>(request)?))),
         (Method::Put, ["metrics", ..]) => put_metrics(request),
@@ -129,7 +130,6 @@ pub fn route(request: &Request) -> Result<Routed, RouteError> {
 fn unsupported(request: &Request, segments: &[&str]) -> Option<RouteError> {
     let what = match (request.method, segments) {
         (_, ["balloon", ..]) => Unsupported::Balloon.description(),
-        (_, ["cpu-config", ..]) => Unsupported::CpuConfig.description(),
         (_, ["pmem", ..]) => Unsupported::Pmem.description(),
         (_, ["hotplug", "memory", ..]) => Unsupported::MemoryHotplug.description(),
         (Method::Delete, ["drives" | "network-interfaces", _, ..]) => "hot-unplug",
@@ -152,6 +152,12 @@ fn patch_machine_config(request: &Request) -> Result<Routed, RouteError> {
         return Err(RouteError::EmptyUpdate { path: request.path.clone() });
     }
     Ok(Routed { deprecated: update.cpu_template.is_some(), command: Command::PatchMachineConfig(update) })
+}
+
+fn put_cpu_config(request: &Request) -> Result<Routed, RouteError> {
+    let template: CpuConfig = body(request)?;
+    template.check()?;
+    Ok(plain(Command::PutCpuConfig(template)))
 }
 
 fn put_boot_source(request: &Request) -> Result<Routed, RouteError> {
@@ -308,7 +314,8 @@ fn name(request: &Request) -> (&'static str, String) {
 #[cfg(test)]
 mod tests {
     use config::{
-        Absent, AbsentList, CpuTemplate, FullVmConfig, HugePages, LogLevel, TokenBucket, VmConfig, VmState,
+        Absent, AbsentList, CpuConfigSource, CpuTemplate, FullVmConfig, HugePages, LogLevel, TokenBucket,
+        VmConfig, VmState,
     };
     use proptest::prelude::*;
 
@@ -376,6 +383,19 @@ mod tests {
         assert!(route(&request(Method::Patch, "/machine-config", patch)).unwrap().deprecated);
         let put = r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":null}"#;
         assert!(!route(&request(Method::Put, "/machine-config", put)).unwrap().deprecated);
+    }
+
+    #[test]
+    fn put_cpu_config_reads_a_template() {
+        let empty = Command::PutCpuConfig(CpuConfig::default());
+        assert_eq!(command(Method::Put, "/cpu-config", "{}"), empty);
+        let body = r#"{"msr_modifiers":[{"addr":"0x8b","bitmap":"0b1x"}]}"#;
+        let Command::PutCpuConfig(template) = command(Method::Put, "/cpu-config", body) else { panic!() };
+        assert_eq!(template.msr_modifiers[0].addr, 0x8b);
+        let body = r#"{"cpuid_modifiers":[{"leaf":"0x1","subleaf":"0x0","flags":8,"modifiers":[]}]}"#;
+        assert!(refusal(Method::Put, "/cpu-config", body).contains("flags is 8"));
+        assert!(refusal(Method::Put, "/cpu-config", "null").contains("cannot be read"));
+        assert!(refusal(Method::Get, "/cpu-config", "").contains("there is no GET /cpu-config"));
     }
 
     #[test]
@@ -507,7 +527,6 @@ mod tests {
             (Method::Put, "/balloon", "balloon devices"),
             (Method::Get, "/balloon/statistics", "balloon devices"),
             (Method::Patch, "/balloon/hinting/start", "balloon devices"),
-            (Method::Put, "/cpu-config", "custom CPU templates"),
             (Method::Put, "/pmem/p0", "pmem devices"),
             (Method::Delete, "/pmem/p0", "pmem devices"),
             (Method::Put, "/hotplug/memory", "memory hot-plug"),
@@ -602,10 +621,11 @@ mod tests {
             let commands = commands_of(&shown);
             let VmConfig {
                 boot_source, machine_config, logger, serial, drives, entropy, vsock, mmds_config, network_interfaces,
-                balloon: Absent, cpu_config: Absent, memory_hotplug: Absent, metrics, pmem: AbsentList,
+                balloon: Absent, cpu_config, memory_hotplug: Absent, metrics, pmem: AbsentList,
             } = config;
             let expected: Vec<Command> = [Command::PutBootSource(boot_source)]
                 .into_iter()
+                .chain(cpu_config.and_then(CpuConfigSource::inline).map(Command::PutCpuConfig))
                 .chain(drives.into_iter().map(Command::PutDrive))
                 .chain(entropy.map(Command::PutEntropy))
                 .chain(logger.map(Command::PutLogger))

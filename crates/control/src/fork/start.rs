@@ -63,6 +63,7 @@ fn restore<H: Host>(
     let settings = &vm.backends.settings;
     let machine = Paused::restore(Restore {
         config: &settings.machine_config,
+        cpu_config: settings.cpu_config.as_ref(),
         state: &state,
         ram,
         page_server: None,

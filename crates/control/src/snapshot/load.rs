@@ -63,11 +63,13 @@ pub(crate) fn load<H: Host>(
     let pci = saved.config.pci;
     let devices = backends.device_setup(metadata.service(&vm.identity.id), pci);
     let machine_config = backends.settings.machine_config.clone();
+    let cpu_config = backends.settings.cpu_config.clone();
     let clock = if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues };
     let restored = tasks.run(vm, Some(&paths), move |token| {
         token.check()?;
         Paused::restore(Restore {
             config: &machine_config,
+            cpu_config: cpu_config.as_ref(),
             state: &saved.machine,
             ram,
             page_server,

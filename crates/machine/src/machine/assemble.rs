@@ -34,10 +34,10 @@ use crate::boot::Loaded;
 use crate::bus::{Bus, BusDevice, Buses};
 use crate::chipset::ClockAfter;
 use crate::cpu::registers::{set_fpu, set_lapic};
-use crate::cpu::{Cpuid, StateFormat, VcpuState, missing_features, restore_counters, set_boot_msrs};
+use crate::cpu::{Cpuid, GuestCpu, StateFormat, VcpuState, missing_features, restore_counters};
 use crate::devices::{DeviceAddresses, DeviceSetup, Devices};
 use crate::events::EventSink;
-use crate::kvm::{Ioctl, Kvm, Vm};
+use crate::kvm::{Kvm, Vm};
 use crate::layout;
 use crate::legacy::{
     BootTimer, Cmos, ConsoleThread, I8042, Power, SerialPort, SerialPortState, SerialSetup, StartTimes,
@@ -64,8 +64,8 @@ pub(super) struct VmParts {
 
 /// Where the state of vCPUs and devices comes from.
 pub(super) enum VmSource<'a> {
-    /// A kernel in guest memory, at its entry.
-    Boot { cpuid: &'a Cpuid, loaded: &'a Loaded },
+    /// A kernel in guest memory, at its entry, on a `cpu`.
+    Boot { cpu: &'a GuestCpu<'a>, loaded: &'a Loaded },
     /// A saved machine, on a host that supports `cpuid`.
     State { cpuid: &'a Cpuid, state: &'a MachineState, clock: ClockAfter, wait: RestoreWait<'a> },
 }
@@ -96,7 +96,12 @@ pub(super) fn assemble(
         .create_irqchip()?
         .create_vcpus(config.vcpu_count)?;
 
-    let format = Arc::new(StateFormat::of(&kvm, &vm)?);
+    let more_msrs = match source {
+        VmSource::Boot { cpu, .. } => cpu.template_msrs(),
+        // Among them are those that a template changed before the save.
+        VmSource::State { state, .. } => state.vcpus.first().map_or_else(Vec::new, VcpuState::msr_indices),
+    };
+    let format = Arc::new(StateFormat::of(&kvm, &vm, &more_msrs)?);
     if let VmSource::State { cpuid, state, .. } = source {
         check_cpu_features(cpuid, state, &vcpu_fds)?;
         state.chipset.restore_irqchips(&vm.shared_fd())?;
@@ -108,11 +113,9 @@ pub(super) fn assemble(
         restore_counters(&vcpu_fds, &counters, state.chipset.time_passed(after, SystemTime::now()))?;
         state.chipset.restore_clock(&vm.shared_fd(), after)?;
     }
-    if let VmSource::Boot { cpuid, loaded } = source {
-        for (id, fd) in (0..).zip(&vcpu_fds) {
-            // CPUID first: it decides which registers a vCPU has.
-            fd.set_cpuid2(&cpuid.for_vcpu(id)?).ioctl("KVM_SET_CPUID2")?;
-            set_boot_msrs(fd)?;
+    if let VmSource::Boot { cpu, loaded } = source {
+        cpu.set_up(&vcpu_fds)?;
+        for fd in &vcpu_fds {
             loaded.set_up_vcpu(fd)?;
             set_fpu(fd)?;
             set_lapic(fd)?;
@@ -150,7 +153,7 @@ pub(super) fn assemble(
     if let Some(state) = saved {
         state.chipset.restore_pit(&vm.shared_fd())?;
     }
-    Ok(Machine { page_watch: None, vcpus, devices, console, serial, keyboard, cmos, vm, kvm })
+    Ok(Machine { page_watch: None, vcpus, devices, console, serial, keyboard, cmos, more_msrs, vm, kvm })
 }
 
 /// Restores the state of the vCPUs, each on its own thread, and waits for all.

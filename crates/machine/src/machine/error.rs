@@ -4,6 +4,7 @@ use memory::MapError;
 use memory::page_server::FetchError;
 
 use crate::boot::BootError;
+use crate::cpu::TemplateError;
 use crate::devices::DeviceError;
 use crate::kvm::KvmError;
 use crate::vcpu::VcpuThreadDied;
@@ -25,6 +26,9 @@ pub enum StartError {
     /// A KVM call failed, or this host's KVM lacks something.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The CPU template asks for what this host lacks.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     /// Guest memory cannot be mapped.
     #[error(transparent)]
     Memory(#[from] MapError),

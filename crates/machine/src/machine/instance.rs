@@ -26,6 +26,8 @@ pub struct Machine {
     pub(super) serial: Arc<SerialPort>,
     pub(super) keyboard: Arc<I8042>,
     pub(super) cmos: Arc<Cmos>,
+    /// MSRs that are saved even if KVM does not list them: a CPU template changes them.
+    pub(super) more_msrs: Vec<u32>,
     pub(super) vm: Vm,
     pub(super) kvm: Kvm,
 }
