@@ -1,24 +1,41 @@
 //! One client's connection: reads and sends without waiting.
+//!
+//! # Life
+//!
+//! ```text
+//!            a whole request                       the main thread's answer
+//!   reading -----------------> with the main thread -----------------------> reading
+//!      |
+//!      | a request whose end is uncertain
+//!      v
+//!   lingering ---> closed, when the client closes, or another client needs the slot
+//! ```
+//!
+//! While there is output, it is sent first. A connection that *lingers* is answered and shut down
+//! for sending. What the client still sends is read and dropped: one that is writing a body would
+//! otherwise get `EPIPE` and never read the answer.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::{
     event::epoll::EventFlags,
     io::Errno,
-    net::{RecvFlags, SendFlags, recv, send},
+    net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown},
 };
 
 use super::limits::Limits;
 use super::routes::route;
 use crate::{
     Command, CommandError, Reply,
-    http::{Decoded, Decoder, Request, Response, Version, put_continue},
+    http::{Decoded, Decoder, Request, Response, put_continue},
 };
 
 /// Most bytes of one read.
 const READ_LEN: usize = 4096;
 /// A buffer that grew above this capacity is shrunk when it is empty.
 const KEEP_CAPACITY: usize = 4096;
+/// Most bytes that are read and dropped while a connection lingers.
+const MAX_LINGER: usize = 16 << 20;
 /// Most steps (a read, a request, an answer) in one call, so that one busy client does not delay
 /// others.
 const STEPS_AT_A_TIME: usize = 64;
@@ -35,16 +52,23 @@ pub(super) struct Connection {
     awaited: Option<Awaited>,
     /// Whether the client has shut down its sending side.
     input_ended: bool,
-    /// Whether the connection closes when the output is sent.
-    closing: bool,
+    /// Set when no further request is read.
+    linger: Option<Linger>,
 }
 
 /// How to answer the request that is with the main thread.
 #[derive(Debug)]
 struct Awaited {
-    version: Version,
-    keep_alive: bool,
     deprecated: bool,
+}
+
+/// The end of a connection.
+#[derive(Debug, Default)]
+struct Linger {
+    /// Whether the output is sent, and the sending side shut down.
+    shut_down: bool,
+    /// Bytes that were read and dropped.
+    dropped: usize,
 }
 
 /// When to call [`Connection::advance`] again.
@@ -79,8 +103,13 @@ impl Connection {
             sent: 0,
             awaited: None,
             input_ended: false,
-            closing: false,
+            linger: None,
         }
+    }
+
+    /// Whether the connection only waits for its client to close it.
+    pub(super) fn is_lingering(&self) -> bool {
+        self.linger.as_ref().is_some_and(|linger| linger.shut_down)
     }
 
     /// Does what can be done without waiting. A complete command goes to `dispatch`; its answer
@@ -92,8 +121,8 @@ impl Connection {
                 Moved::Blocked => return Next::When(EventFlags::OUT),
                 Moved::Broken => return Next::Close,
             }
-            if self.closing {
-                return Next::Close;
+            if self.linger.is_some() {
+                return self.linger();
             }
             if self.awaited.is_some() {
                 return Next::When(EventFlags::empty());
@@ -105,12 +134,13 @@ impl Connection {
                     Moved::Blocked => return Next::When(EventFlags::IN),
                     Moved::Broken => return Next::Close,
                 },
-                Decoded::Continue(version) => put_continue(version, &mut self.output),
+                Decoded::Continue => put_continue(&mut self.output),
                 Decoded::Request(request) => self.handle(&request, &mut dispatch),
                 Decoded::Refused(refusal) => {
                     let response = Response::protocol_error(&refusal.error);
-                    self.put(&response, refusal.version, refusal.keep_alive);
+                    self.put(&response, refusal.keep_alive);
                 }
+                Decoded::Lost => self.linger = Some(Linger::default()),
             }
         }
         Next::Again
@@ -118,30 +148,52 @@ impl Connection {
 
     /// Takes the main thread's answer. [`Connection::advance`] sends it.
     pub(super) fn answer(&mut self, result: Result<Reply, CommandError>) {
-        let Some(Awaited { version, keep_alive, deprecated }) = self.awaited.take() else { return };
+        let Some(Awaited { deprecated }) = self.awaited.take() else { return };
         let response = match result {
             Ok(Reply::Empty) => Response::no_content(),
             Ok(Reply::Json(value)) => Response::ok(&value),
             Err(error) if error.is_too_large() => Response::too_large(&error.to_string()),
             Err(error) => Response::fault(&error.to_string()),
         };
-        self.put(&response.deprecated(deprecated), version, keep_alive);
+        self.put(&response.deprecated(deprecated), true);
     }
 
     fn handle(&mut self, request: &Request, dispatch: &mut impl FnMut(Command)) {
-        let Request { version, keep_alive, .. } = *request;
         match route(request) {
             Ok(routed) => {
-                self.awaited = Some(Awaited { version, keep_alive, deprecated: routed.deprecated });
+                self.awaited = Some(Awaited { deprecated: routed.deprecated });
                 dispatch(routed.command);
             }
-            Err(error) => self.put(&Response::fault(&error.to_string()), version, keep_alive),
+            Err(error) => self.put(&Response::fault(&error.to_string()), true),
         }
     }
 
-    fn put(&mut self, response: &Response, version: Version, keep_alive: bool) {
-        response.put(version, keep_alive, &mut self.output);
-        self.closing |= !keep_alive;
+    fn put(&mut self, response: &Response, keep_alive: bool) {
+        response.put(keep_alive, &mut self.output);
+        if !keep_alive {
+            self.linger = Some(Linger::default());
+        }
+    }
+
+    /// Reads and drops what the client sends, until it closes.
+    fn linger(&mut self) -> Next {
+        let Some(linger) = &mut self.linger else { return Next::Close };
+        if !linger.shut_down {
+            linger.shut_down = true;
+            if self.input_ended || shutdown(&self.socket, Shutdown::Write).is_err() {
+                return Next::Close;
+            }
+        }
+        let mut buffer = [0; READ_LEN];
+        for _ in 0..STEPS_AT_A_TIME {
+            match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
+                Ok((len @ 1.., _)) if linger.dropped < MAX_LINGER => linger.dropped += len,
+                Err(Errno::INTR) => (),
+                Err(Errno::AGAIN) => return Next::When(EventFlags::IN),
+                Ok(_) | Err(_) => return Next::Close,
+            }
+        }
+        Next::Again
     }
 
     /// Sends the output.

@@ -302,10 +302,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::http::Version;
 
     fn request(method: Method, path: &str, body: &str) -> Request {
-        Request { method, path: path.into(), version: Version::Http11, keep_alive: true, body: body.into() }
+        Request { method, path: path.into(), body: body.into() }
     }
 
     fn command(method: Method, path: &str, body: &str) -> Command {
@@ -621,7 +620,7 @@ mod tests {
                 "[\\[{\"]{0,200}".prop_map(String::into_bytes),
             ],
         ) {
-            let _ = route(&Request { method, path, version: Version::Http11, keep_alive: true, body });
+            let _ = route(&Request { method, path, body });
         }
     }
 }
