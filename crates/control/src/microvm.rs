@@ -70,7 +70,7 @@ impl MicroVm {
     /// The configuration as `GET /vm/config` shows it.
     fn shown_config(&self) -> FullVmConfig {
         let Backends { settings, drives, networks, .. } = &self.backends;
-        settings.with(drives.shown(), networks.configs())
+        settings.with(drives.shown(), networks.configs()).in_force()
     }
 
     fn describe(&self) -> serde_json::Value {
