@@ -20,6 +20,7 @@ use crate::mmds::MmdsConfig;
 use crate::network::{NetworkInterface, check_networks};
 use crate::serde_helpers::null_is_default;
 use crate::serial::Serial;
+use crate::token_bucket::RateLimiter;
 use crate::vsock::Vsock;
 
 /// The configuration file (`--config-file`).
@@ -124,6 +125,29 @@ pub struct FullVmConfig {
     pub serial: Option<Serial>,
     /// Vsock device.
     pub vsock: Option<Vsock>,
+}
+
+impl FullVmConfig {
+    /// Shows what is in force: no buckets that limit nothing, and the default address of the
+    /// metadata service where none was set.
+    #[must_use]
+    pub fn in_force(mut self) -> FullVmConfig {
+        let networks = self.network_interfaces.iter_mut();
+        let networks =
+            networks.flat_map(|network| [&mut network.rx_rate_limiter, &mut network.tx_rate_limiter]);
+        let drives = self.drives.iter_mut().map(|drive| &mut drive.rate_limiter);
+        let entropy = self.entropy.iter_mut().map(|entropy| &mut entropy.rate_limiter);
+        for limiter in networks.chain(drives).chain(entropy) {
+            *limiter = limiter.and_then(RateLimiter::in_force);
+        }
+        if let Some(serial) = &mut self.serial {
+            serial.rate_limiter = serial.rate_limiter.filter(|bucket| !bucket.is_unlimited());
+        }
+        if let Some(mmds) = &mut self.mmds_config {
+            mmds.ipv4_address = Some(mmds.address());
+        }
+        self
+    }
 }
 
 /// A CPU template that is still in a file is left out.
@@ -323,6 +347,14 @@ mod tests {
             prop_assert_eq!(config.check(), Ok(()));
             let shown = serde_json::to_string(&FullVmConfig::from(config.clone())).unwrap();
             prop_assert_eq!(parse(&shown), Ok(config));
+        }
+
+        #[test]
+        fn what_is_in_force_is_a_configuration_file(config in crate::testing::vm_config()) {
+            let shown = FullVmConfig::from(config).in_force();
+            let text = serde_json::to_string(&shown).unwrap();
+            prop_assert!(!text.contains("\"size\":0,") && !text.contains("\"ipv4_address\":null"), "{}", text);
+            prop_assert_eq!(FullVmConfig::from(parse(&text).unwrap()).in_force(), shown);
         }
 
         #[test]

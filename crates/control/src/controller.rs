@@ -170,6 +170,7 @@ impl<H: Host> Controller<H> {
                 vm.backends.settings.logger = Some(logger);
             }
             Command::PutMetrics(config) => {
+                config.check()?;
                 let last = vm.metrics.configure(&config, &vm.identity.id)?;
                 tasks.host.keep_last_line(last);
             }

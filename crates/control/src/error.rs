@@ -63,6 +63,9 @@ pub enum CommandError {
     /// There is no drive with this id.
     #[error("drive {0}: there is no such drive")]
     NoSuchDrive(String),
+    /// An update of this drive changes nothing.
+    #[error("drive {0}: PATCH names no field to change; give path_on_host, rate_limiter or overlay")]
+    EmptyDriveUpdate(String),
     /// Something is wrong with a drive's disk or overlay.
     #[error("drive {id}: {source}")]
     Drive {

@@ -75,7 +75,7 @@ impl MicroVm {
     /// The configuration as `GET /vm/config` shows it.
     fn shown_config(&self) -> FullVmConfig {
         let Backends { settings, drives, networks, .. } = &self.backends;
-        let config = settings.with(drives.shown(), networks.configs());
+        let config = settings.with(drives.shown(), networks.configs()).in_force();
         FullVmConfig { metrics: self.metrics.config(), ..config }
     }
 
