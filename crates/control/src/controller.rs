@@ -21,6 +21,7 @@ use config::{
 use machine::EventSink;
 use machine::machine::Machine;
 
+use crate::action_log::ActionLog;
 use crate::api::Requests;
 use crate::boot::{self, OpenedBootFiles};
 use crate::fork::{ChildSpec, ParentState, Reporter};
@@ -115,7 +116,9 @@ impl<H: Host> Controller<H> {
     pub fn run(&mut self, command: Command) -> Result<Reply, CommandError> {
         phase::check(&command, self.phase())?;
         let boot_command = command.describes_boot().then(|| command.name());
+        let timed = ActionLog::begin(&command);
         let reply = self.dispatch(command)?;
+        timed.end();
         self.boot_command = self.boot_command.or(boot_command);
         Ok(reply)
     }

@@ -28,6 +28,7 @@
 
 #![forbid(unsafe_code)]
 
+mod action_log;
 pub mod api;
 mod backends;
 mod boot;

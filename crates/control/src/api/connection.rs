@@ -9,6 +9,7 @@ use rustix::{
 };
 
 use super::limits::Limits;
+use super::request_log::{self, Outcome, Received};
 use super::routes::route;
 use crate::{
     Command, CommandError, Reply,
@@ -45,6 +46,7 @@ struct Awaited {
     version: Version,
     keep_alive: bool,
     deprecated: bool,
+    received: Received,
 }
 
 /// When to call [`Connection::advance`] again.
@@ -108,6 +110,7 @@ impl Connection {
                 Decoded::Continue(version) => put_continue(version, &mut self.output),
                 Decoded::Request(request) => self.handle(&request, &mut dispatch),
                 Decoded::Refused(refusal) => {
+                    request_log::refused(&refusal.error.to_string());
                     let response = Response::protocol_error(&refusal.error);
                     self.put(&response, refusal.version, refusal.keep_alive);
                 }
@@ -118,24 +121,44 @@ impl Connection {
 
     /// Takes the main thread's answer. [`Connection::advance`] sends it.
     pub(super) fn answer(&mut self, result: Result<Reply, CommandError>) {
-        let Some(Awaited { version, keep_alive, deprecated }) = self.awaited.take() else { return };
+        let Some(Awaited { version, keep_alive, deprecated, received }) = self.awaited.take() else { return };
         let response = match result {
-            Ok(Reply::Empty) => Response::no_content(),
-            Ok(Reply::Json(value)) => Response::ok(&value),
-            Err(error) if error.is_too_large() => Response::too_large(&error.to_string()),
-            Err(error) => Response::fault(&error.to_string()),
+            Ok(Reply::Empty) => {
+                received.answered(Outcome::NoContent);
+                Response::no_content()
+            }
+            Ok(Reply::Json(value)) => {
+                received.answered(Outcome::Ok);
+                Response::ok(&value)
+            }
+            Err(error) => {
+                let message = error.to_string();
+                if error.is_too_large() {
+                    received.answered(Outcome::TooLarge(&message));
+                    Response::too_large(&message)
+                } else {
+                    received.answered(Outcome::BadRequest(&message));
+                    Response::fault(&message)
+                }
+            }
         };
         self.put(&response.deprecated(deprecated), version, keep_alive);
     }
 
     fn handle(&mut self, request: &Request, dispatch: &mut impl FnMut(Command)) {
         let Request { version, keep_alive, .. } = *request;
+        let mut received = Received::log(request);
         match route(request) {
             Ok(routed) => {
-                self.awaited = Some(Awaited { version, keep_alive, deprecated: routed.deprecated });
+                received.is_for(&routed);
+                self.awaited = Some(Awaited { version, keep_alive, deprecated: routed.deprecated, received });
                 dispatch(routed.command);
             }
-            Err(error) => self.put(&Response::fault(&error.to_string()), version, keep_alive),
+            Err(error) => {
+                let message = error.to_string();
+                received.answered(Outcome::BadRequest(&message));
+                self.put(&Response::fault(&message), version, keep_alive);
+            }
         }
     }
 
