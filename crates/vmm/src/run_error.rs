@@ -15,6 +15,8 @@ pub(crate) enum RunError {
     Args(#[from] ArgsError),
     #[error("cannot open the log {path}: {source}")]
     Log { path: String, source: std::io::Error },
+    #[error("cannot read the seccomp filters {path}: {source}")]
+    SeccompFilter { path: String, source: std::io::Error },
     #[error("cannot read the configuration file {path}: {source}")]
     ReadConfig { path: String, source: std::io::Error },
     #[error("invalid configuration file {path}: {reason}")]
@@ -58,7 +60,9 @@ impl RunError {
             | RunError::Metadata { .. }
             | RunError::Start { .. }
             | RunError::Restore { .. } => ExitCode::BadConfiguration,
-            RunError::Log { .. } | RunError::Bind(_) | RunError::Host(_) => ExitCode::Generic,
+            RunError::Log { .. } | RunError::SeccompFilter { .. } | RunError::Bind(_) | RunError::Host(_) => {
+                ExitCode::Generic
+            }
         }
     }
 }

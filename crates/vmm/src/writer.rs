@@ -12,6 +12,7 @@ use crate::{logger, process, signals, terminal};
 /// Runs a forked process that does `work` and ends. It keeps the descriptors `kept` and the log's.
 pub(crate) fn run(mut kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> ! {
     let done = catch_unwind(AssertUnwindSafe(|| {
+        logger::start_fork(None);
         kept.extend(logger::descriptors());
         terminal::leave_to_parent();
         signals::restore_default_actions();

@@ -4,60 +4,100 @@
 //! 2026-11-24T10:00:00.123456789 [id:thread:LEVEL:file:line] text
 //! ```
 //!
-//! A line that the destination does not take is dropped and counted: a reader that stalls never
-//! stalls the monitor. A thread that crashes does not wait long for the log's lock:
-//! [`error_without_waiting`] and [`write_if_free`].
+//! - [`line`]: one record as text, which is always one line of at most 4096 bytes.
+//! - [`limiter`]: at most 10 lines in 5 s from one place in the source.
+//! - [`sink`]: the destination.
+//!
+//! # Invariants
+//!
+//! - A line that the destination does not take is lost: a reader that stalls, a FIFO without a
+//!   reader and a full disk never stall the monitor. Lost lines are counted, and the next line that
+//!   is taken is preceded by their number.
+//! - Everything is behind one lock, which no thread holds for longer than a write. A thread that
+//!   crashes does not wait long for it: [`error_without_waiting`] and [`write_if_free`].
+//!
+//! # Targets
+//!
+//! Lines that clients of Firecracker match have its module paths as their targets: [`UNLIMITED`].
+//! They are about the monitor and its API, and no guest causes them at will, so they are not
+//! limited.
+
+mod limiter;
+mod line;
+mod sink;
+#[cfg(test)]
+mod tests;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant, SystemTime};
 
 use config::LogLevel;
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 use machine::legacy::Output;
-use sync::locked;
+use sync::{Counter, locked};
 
-use crate::personality::Personality;
+use limiter::{Limiter, MOST, Place, Verdict, WINDOW};
+use line::Prefix;
+use sink::Sink;
 
 /// How long a thread that panics tries to lock the log. Another thread may be writing to it, or the
 /// thread may hold the lock itself.
 const PANIC_LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 
+/// Targets whose lines are not limited, with those of their submodules.
+const UNLIMITED: [&str; 2] = ["firecracker", "vmm"];
+
 /// The one log of this process.
-static LOG: LogState = LogState { settings: Mutex::new(None), lost: AtomicU64::new(0) };
+static LOG: LogState =
+    LogState { settings: Mutex::new(None), lost: Counter::new(), suppressed: Counter::new() };
 
 struct LogState {
     /// `None` until [`install`].
     settings: Mutex<Option<Settings>>,
-    /// Lines that were dropped.
-    lost: AtomicU64,
+    /// Lines that the destination did not take.
+    lost: Counter,
+    /// Lines over the limit of their place.
+    suppressed: Counter,
 }
 
 struct Settings {
     id: String,
-    /// The first line of every file, whatever the level.
-    banner: String,
-    /// `None` if standard output is closed.
-    output: Option<Output>,
-    /// Whether `output` is standard output.
-    is_standard: bool,
+    sink: Sink,
     show_level: bool,
     show_origin: bool,
     module: Option<String>,
+    limiter: Limiter,
+    /// The line that is being written. Kept for its capacity.
+    line: String,
+}
+
+/// Lines that are not in the log of this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Missed {
+    /// The destination did not take them.
+    pub(crate) lost: u64,
+    /// They were over the limit of their place in the source.
+    pub(crate) suppressed: u64,
+}
+
+/// The numbers of lines that are not in the log.
+#[cfg_attr(not(test), expect(dead_code, reason = "metrics report them"))]
+pub(crate) fn missed() -> Missed {
+    Missed { lost: LOG.lost.get(), suppressed: LOG.suppressed.get() }
 }
 
 /// Installs the log of this process, on standard output.
-pub(crate) fn install(id: &str, personality: Personality) {
+pub(crate) fn install(id: &str) {
     *LOG.lock() = Some(Settings {
         id: id.to_owned(),
-        banner: personality.banner(),
-        output: Output::stdout().ok(),
-        is_standard: true,
+        sink: Sink::standard(),
         show_level: false,
         show_origin: false,
         module: None,
+        limiter: Limiter::default(),
+        line: String::new(),
     });
     // It fails only if there is a logger already, as in a second call.
     let _ = log::set_logger(&LOG);
@@ -74,15 +114,20 @@ pub(crate) fn set_up(logger: &config::Logger) -> io::Result<()> {
     if logger.module.is_some() {
         settings.module.clone_from(&logger.module);
     }
-    log::set_max_level(filter(logger.level.unwrap_or_default()));
-    if output.is_some() {
-        settings.output = output;
-        settings.is_standard = false;
-        let banner = settings.banner.clone();
-        let origin = Origin { level: log::Level::Info, file: file!(), line: line!() };
-        LOG.write(settings, &origin, &banner);
+    if let Some(output) = output {
+        settings.sink.redirect(output);
     }
+    log::set_max_level(filter(logger.level.unwrap_or_default()));
     Ok(())
+}
+
+/// Writes what is left to say when the process ends: how many lines were suppressed.
+pub(crate) fn finish() {
+    let mut settings = LOG.lock();
+    let Some(settings) = settings.as_mut() else { return };
+    while let Some((place, count)) = settings.limiter.take_any() {
+        LOG.write_summary(settings, place, count);
+    }
 }
 
 /// Locks the log as long as the returned value lives, so that no other thread holds the lock at a
@@ -99,7 +144,7 @@ pub(crate) fn hold() -> impl Drop {
 /// hold it.
 pub(crate) fn error_without_waiting(text: &str) {
     let deadline = Instant::now() + PANIC_LOCK_TIMEOUT;
-    let settings = loop {
+    let mut settings = loop {
         match LOG.try_lock() {
             Some(settings) => break settings,
             None if Instant::now() > deadline => return,
@@ -107,43 +152,47 @@ pub(crate) fn error_without_waiting(text: &str) {
             None => std::thread::sleep(Duration::from_millis(1)),
         }
     };
-    if let Some(settings) = settings.as_ref()
+    if let Some(settings) = settings.as_mut()
         && log::max_level() >= LevelFilter::Error
     {
-        let origin = Origin { level: log::Level::Error, file: file!(), line: line!() };
-        LOG.write(settings, &origin, text);
+        LOG.write(settings, Place { file: file!(), line: line!(), level: Level::Error }, text);
     }
 }
 
 /// Writes these bytes unchanged, unless the log is locked. A signal handler may call it: it
 /// allocates nothing, and tries the lock once.
 pub(crate) fn write_if_free(line: &[u8]) {
-    if let Some(settings) = LOG.try_lock()
-        && let Some(output) = settings.as_ref().and_then(|settings| settings.output.as_ref())
-        && log::max_level() >= LevelFilter::Error
-    {
-        // If the destination takes no more, the line is lost here. It is on standard error too.
-        let _ = output.write(line);
+    let wanted = log::max_level() >= LevelFilter::Error;
+    // A line that is lost here is on standard error too.
+    let written = match LOG.try_lock() {
+        Some(settings) => settings.as_ref().is_none_or(|settings| !wanted || settings.sink.write_now(line)),
+        None => !wanted,
+    };
+    if !written {
+        LOG.lost.increment();
     }
 }
 
-/// Sets the microVM's id that lines have from now on.
-pub(crate) fn set_id(id: &str) {
+/// For a forked process: the microVM's id that its lines have, if it is another one. What its
+/// parent has not reported yet is the parent's.
+pub(crate) fn start_fork(id: Option<&str>) {
     if let Some(settings) = LOG.lock().as_mut() {
-        id.clone_into(&mut settings.id);
+        if let Some(id) = id {
+            id.clone_into(&mut settings.id);
+        }
+        settings.limiter = Limiter::default();
+        settings.sink.reported();
     }
 }
 
 /// The log's descriptors.
 pub(crate) fn descriptors() -> Vec<RawFd> {
-    let settings = LOG.lock();
-    let output = settings.as_ref().and_then(|settings| settings.output.as_ref());
-    output.map(|output| output.as_fd().as_raw_fd()).into_iter().collect()
+    LOG.lock().as_ref().and_then(|settings| settings.sink.descriptor()).into_iter().collect()
 }
 
 /// Whether lines go to standard output.
 pub(crate) fn is_on_standard_output() -> bool {
-    LOG.lock().as_ref().is_some_and(|settings| settings.is_standard)
+    LOG.lock().as_ref().is_some_and(|settings| settings.sink.is_standard())
 }
 
 fn filter(level: LogLevel) -> LevelFilter {
@@ -157,11 +206,22 @@ fn filter(level: LogLevel) -> LevelFilter {
     }
 }
 
-/// The origin of a line in the source.
-struct Origin<'a> {
-    level: log::Level,
-    file: &'a str,
-    line: u32,
+/// Whether lines with this target are not limited.
+fn is_unlimited(target: &str) -> bool {
+    let is_below =
+        |name| target.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
+    UNLIMITED.into_iter().any(is_below)
+}
+
+impl Settings {
+    /// Whether the module filter lets a record pass, by its target or by its module.
+    fn wants(&self, record: &Record<'_>) -> bool {
+        let Some(prefix) = &self.module else { return true };
+        [Some(record.target()), record.module_path()]
+            .into_iter()
+            .flatten()
+            .any(|path| path.starts_with(prefix))
+    }
 }
 
 impl LogState {
@@ -178,31 +238,66 @@ impl LogState {
         }
     }
 
-    fn write(&self, settings: &Settings, origin: &Origin<'_>, text: &str) {
-        let Some(output) = &settings.output else { return };
-        let line = format_line(settings, origin, SystemTime::now(), text);
-        if !output.write(line.as_bytes()).is_ok_and(|written| written == line.len()) {
-            self.lost.fetch_add(1, Ordering::Relaxed);
+    /// Decides whether a record is written. Writes what the limiter has to say.
+    fn admits(&self, record: &Record<'_>) -> bool {
+        let mut settings = self.lock();
+        let Some(settings) = settings.as_mut().filter(|settings| settings.wants(record)) else {
+            return false;
+        };
+        let now = Instant::now();
+        while let Some((place, count)) = settings.limiter.take_due(now) {
+            self.write_summary(settings, place, count);
         }
+        if is_unlimited(record.target()) {
+            return true;
+        }
+        let place = Place::of(record);
+        let verdict = settings.limiter.admit(place, now);
+        if verdict == Verdict::Notice {
+            self.write(settings, place, "more lines like the last one from this place are suppressed");
+        }
+        if verdict != Verdict::Write {
+            self.suppressed.increment();
+        }
+        verdict == Verdict::Write
     }
-}
 
-fn format_line(settings: &Settings, origin: &Origin<'_>, now: SystemTime, text: &str) -> String {
-    let time = humantime::format_rfc3339_nanos(now).to_string();
-    let thread = std::thread::current();
-    let level = if settings.show_level { format!(":{}", level_name(origin.level)) } else { String::new() };
-    let place =
-        if settings.show_origin { format!(":{}:{}", origin.file, origin.line) } else { String::new() };
-    format!(
-        "{} [{}:{}{level}{place}] {text}\n",
-        time.trim_end_matches('Z'),
-        settings.id,
-        thread.name().unwrap_or("main"),
-    )
-}
+    fn write_summary(&self, settings: &mut Settings, place: Place, count: u64) {
+        let Place { file, line, .. } = place;
+        let text = format!(
+            "{count} lines from {file}:{line} were suppressed: at most {MOST} in {} s from one place",
+            WINDOW.as_secs()
+        );
+        self.write(settings, place, &text);
+    }
 
-fn level_name(level: log::Level) -> &'static str {
-    level.as_str()
+    fn write(&self, settings: &mut Settings, place: Place, text: &str) {
+        let lost = settings.sink.unreported();
+        if lost > 0 {
+            let notice = format!("{lost} lines of the log were lost: their destination took no more");
+            let here = Place { file: file!(), line: line!(), level: Level::Error };
+            if !self.write_line(settings, here, &notice) {
+                return;
+            }
+            settings.sink.reported();
+        }
+        self.write_line(settings, place, text);
+    }
+
+    fn write_line(&self, settings: &mut Settings, place: Place, text: &str) -> bool {
+        let Settings { id, sink, show_level, show_origin, line, .. } = settings;
+        let prefix = Prefix {
+            id,
+            level: show_level.then_some(place.level),
+            origin: show_origin.then_some((place.file, place.line)),
+        };
+        line::put(line, &prefix, SystemTime::now(), text);
+        let written = sink.write(line.as_bytes());
+        if !written {
+            self.lost.increment();
+        }
+        written
+    }
 }
 
 impl Log for LogState {
@@ -211,52 +306,15 @@ impl Log for LogState {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if !self.enabled(record.metadata()) {
+        if !self.enabled(record.metadata()) || !self.admits(record) {
             return;
         }
-        // Before the lock is taken: an argument may log a line itself, or panic.
+        // While the log is not locked: an argument may log a line itself, or panic.
         let text = record.args().to_string();
-        let settings = self.lock();
-        let Some(settings) = settings.as_ref() else { return };
-        let wanted = settings.module.as_deref().is_none_or(|prefix| record.target().starts_with(prefix));
-        if wanted {
-            let origin = Origin {
-                level: record.level(),
-                file: record.file().unwrap_or("-"),
-                line: record.line().unwrap_or(0),
-            };
-            self.write(settings, &origin, &text);
+        if let Some(settings) = self.lock().as_mut() {
+            self.write(settings, Place::of(record), &text);
         }
     }
 
     fn flush(&self) {}
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::time::Duration;
-
-    fn line(show_level: bool, show_origin: bool) -> String {
-        let settings = Settings {
-            id: "vm-1".to_owned(),
-            banner: String::new(),
-            output: None,
-            is_standard: false,
-            show_level,
-            show_origin,
-            module: None,
-        };
-        let origin = Origin { level: log::Level::Warn, file: "a.rs", line: 7 };
-        let now = SystemTime::UNIX_EPOCH + Duration::new(1_767_225_600, 5);
-        let line = format_line(&settings, &origin, now, "text");
-        line.replace(std::thread::current().name().unwrap_or("main"), "T")
-    }
-
-    #[test]
-    fn lines_have_the_format_that_tools_read() {
-        assert_eq!(line(false, false), "2026-01-01T00:00:00.000000005 [vm-1:T] text\n");
-        assert_eq!(line(true, false), "2026-01-01T00:00:00.000000005 [vm-1:T:WARN] text\n");
-        assert_eq!(line(true, true), "2026-01-01T00:00:00.000000005 [vm-1:T:WARN:a.rs:7] text\n");
-    }
 }
