@@ -148,7 +148,7 @@ fn start_and_serve(
 ) -> Result<Ended, RunError> {
     let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
     let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
-    let requests = api.map(ApiServer::spawn).transpose().inspect_err(|_| personality.settle_sockets())?;
+    let requests = api.map(ApiServer::spawn).transpose()?;
 
     let (sink, source) = event_channel()?;
     let sink = sink.with_last_resort(|| exit::exit(ExitCode::Generic));
