@@ -102,6 +102,14 @@ pub fn null_guest_of_any_monitor() -> Elf {
     Elf::of(&code)
 }
 
+/// Writes the boot timer's byte this many times, then asks the keyboard controller for a reset.
+pub fn timer_flood_guest(times: usize) -> Elf {
+    let mut code = write_byte(BOOT_TIMER.0, BOOT_TIMER.1).repeat(times);
+    code.extend(RESET);
+    code.extend(HALT);
+    Elf::of(&code)
+}
+
 /// Raises an exception without an interrupt descriptor table: a triple fault. Returns also the
 /// address of the instruction.
 pub fn triple_fault_guest() -> (Elf, u32) {

@@ -140,10 +140,17 @@ impl<H: Host> Controller<H> {
         let operation = Operation::of(&command).map(|operation| (operation, Instant::now()));
         let reply = self.dispatch(command)?;
         if let Some((operation, begun)) = operation {
-            self.vm.metrics.operations().durations.set(operation, begun.elapsed());
+            self.took(operation, begun.elapsed());
         }
         self.boot_command = self.boot_command.or(boot_command);
         Ok(reply)
+    }
+
+    /// Notes how long an operation took. Tools match the words of the line.
+    fn took(&self, operation: Operation, took: Duration) {
+        self.vm.metrics.operations().durations.set(operation, took);
+        let (name, micros) = (operation.name_in_log(), took.as_micros());
+        log::info!(target: "vmm::rpc_interface", "'{name}' VMM action took {micros} us.");
     }
 
     fn dispatch(&mut self, command: Command) -> Result<Reply, CommandError> {

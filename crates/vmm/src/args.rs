@@ -7,7 +7,7 @@ use config::{InstanceId, LogLevel, Logger};
 use lexopt::prelude::*;
 use machine::legacy::StartTimes;
 
-use crate::flags::{ArgsError, once, text};
+use crate::flags::{ArgsError, Parser, once, text};
 use crate::overlay_tool;
 use crate::personality::Personality;
 use crate::restore::{self, Restore};
@@ -50,6 +50,8 @@ pub(crate) struct Args {
     pub(crate) boot_timer: bool,
     /// Whether devices are on virtio-pci instead of virtio-mmio.
     pub(crate) pci: bool,
+    /// The file of seccomp filters, which has no effect.
+    pub(crate) seccomp_filter: Option<PathBuf>,
     /// Largest body of an API request, in bytes.
     pub(crate) max_payload: usize,
     /// The file with the first contents of the metadata service.
@@ -73,11 +75,8 @@ impl Args {
     }
 }
 
-/// The flags of Firecracker that this version does not support.
-const NOT_SUPPORTED: [&str; 1] = ["seccomp-filter"];
-
 /// The flags, for `--help`.
-const FLAGS: [(&str, &str); 21] = [
+const FLAGS: [(&str, &str); 22] = [
     ("--api-sock PATH", "serve the API on this Unix socket (/run/firecracker.socket)"),
     ("--no-api", "serve no API; needs --config-file or --restore"),
     ("--config-file PATH", "configure the microVM from this JSON file and start it"),
@@ -97,6 +96,7 @@ const FLAGS: [(&str, &str); 21] = [
     ),
     ("--enable-pci", "put virtio devices on PCI instead of virtio-mmio"),
     ("--no-seccomp", "accepted; this version installs no filters"),
+    ("--seccomp-filter FILE", "accepted with a warning; this version installs no filters"),
     (
         "--start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N",
         "start times for the boot timer, set by a jailer",
@@ -122,9 +122,9 @@ pub(crate) fn help(personality: Personality) -> String {
 
 /// Reads a command line, the program's name first.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, ArgsError> {
-    let mut parser = lexopt::Parser::from_iter(args);
+    let mut parser = Parser::new(args);
     if let Some(program) = tool::Program::named(parser.bin_name()) {
-        return program.parse(parser).map(Invocation::SnapshotTool);
+        return program.parse(parser.into_tool()).map(Invocation::SnapshotTool);
     }
     let mut raw = RawArgs::default();
     let mut first = true;
@@ -135,10 +135,10 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("snapshot-version") => return Ok(Invocation::SnapshotVersion),
             Long("describe-snapshot") => return Ok(Invocation::DescribeSnapshot(parser.value()?.into())),
             Value(word) if first && word == "snapshot" => {
-                return tool::parse(parser).map(Invocation::SnapshotTool);
+                return tool::parse(parser.into_tool()).map(Invocation::SnapshotTool);
             }
             Value(word) if first && word == "overlay" => {
-                return overlay_tool::args::parse(parser).map(Invocation::OverlayTool);
+                return overlay_tool::args::parse(parser.into_tool()).map(Invocation::OverlayTool);
             }
             Long("api-sock") => once(&mut raw.api_socket, "api-sock", parser.value()?.into())?,
             Long("config-file") => once(&mut raw.config_file, "config-file", parser.value()?.into())?,
@@ -153,6 +153,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("boot-timer") => once(&mut raw.boot_timer, "boot-timer", ())?,
             Long("enable-pci") => once(&mut raw.pci, "enable-pci", ())?,
             Long("no-seccomp") => once(&mut raw.no_seccomp, "no-seccomp", ())?,
+            Long("seccomp-filter") => {
+                once(&mut raw.seccomp_filter, "seccomp-filter", parser.value()?.into())?;
+            }
             Long("metadata") => once(&mut raw.metadata, "metadata", parser.value()?.into())?,
             Long("mmds-size-limit") => {
                 const NAME: &str = "mmds-size-limit";
@@ -172,10 +175,6 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("parent-cpu-time-us") => {
                 const NAME: &str = "parent-cpu-time-us";
                 once(&mut raw.parent_cpu_time_us, NAME, number(NAME, parser.value()?)?)?;
-            }
-            Long(name) if NOT_SUPPORTED.contains(&name) => {
-                let known = NOT_SUPPORTED.iter().find(|n| **n == name).unwrap_or(&"");
-                return Err(ArgsError::NotSupported(known));
             }
             Long(name) => {
                 let name = name.to_owned();
@@ -202,6 +201,7 @@ struct RawArgs {
     no_api: Option<()>,
     boot_timer: Option<()>,
     no_seccomp: Option<()>,
+    seccomp_filter: Option<PathBuf>,
     pci: Option<()>,
     max_payload: Option<u64>,
     metadata: Option<PathBuf>,
@@ -219,6 +219,9 @@ impl RawArgs {
             (Some(_), Some(_)) => return Err(ArgsError::TwoStarts),
             _ => {}
         }
+        if self.no_seccomp.is_some() && self.seccomp_filter.is_some() {
+            return Err(ArgsError::Conflict("seccomp-filter", "no-seccomp"));
+        }
         let id = self.id.unwrap_or_else(|| DEFAULT_ID.to_owned());
         if let Err(error) = id.parse::<InstanceId>() {
             return Err(ArgsError::Value { name: "id", value: id, reason: error.to_string() });
@@ -235,6 +238,7 @@ impl RawArgs {
             metrics_path: self.metrics_path,
             boot_timer: self.boot_timer.is_some(),
             pci: self.pci.is_some(),
+            seccomp_filter: self.seccomp_filter,
             max_payload,
             metadata: self.metadata,
             mmds_size_limit: self.mmds_size_limit.map_or(max_payload, bytes),
@@ -302,11 +306,23 @@ mod tests {
             ("--no-seccomp=yes", "yes"),
             ("--mmds-size-limit lots", "lots"),
             ("--metrics-path m --metrics-path n", "--metrics-path is given twice"),
-            ("--seccomp-filter f", "--seccomp-filter is Firecracker's"),
+            ("--no-seccomp --seccomp-filter f", "--seccomp-filter cannot be combined with --no-seccomp"),
+            ("--seccomp-filter f --seccomp-filter g", "--seccomp-filter is given twice"),
+            ("--api-sock --boot-timer", "--api-sock"),
+            ("--id --", "--id"),
+            ("--boot-timer stray -- --id b", "stray"),
         ] {
             let error = args(line).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn what_follows_two_hyphens_is_ignored() {
+        assert_eq!(args("--id b -- --id c --nonsense x").unwrap().id, "b");
+        assert_eq!(args("-- stray").unwrap().id, DEFAULT_ID);
+        assert_eq!(args("--seccomp-filter=--f").unwrap().seccomp_filter, Some("--f".into()));
+        assert_eq!(args("--log-path -f").unwrap().logger.log_path, Some("-f".into()));
     }
 
     #[test]

@@ -80,7 +80,7 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     last_line::forget();
     counts::reset();
     terminal::leave_to_parent();
-    logger::set_id(&spec.identity.id);
+    logger::start_fork(Some(&spec.identity.id));
     let begun = detach(&spec, &parent).and_then(|()| set_up(&mut spec)).and_then(|process| {
         let (sink, source) = event_channel()?;
         Ok((process, sink, source))
@@ -107,6 +107,7 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     let mut controller = ManuallyDrop::new(controller);
     controller.set_requests(requests);
     let ended = event_loop::serve(&mut controller, &source, &signals);
+    Personality::of_this_process().settle_sockets();
     drop(controller.take_requests());
     controller.shut_down(event_loop::CLOSE_TIMEOUT);
     event_loop::exit_code(Personality::of_this_process(), ended.map_err(RunError::from))

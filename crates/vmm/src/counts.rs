@@ -18,6 +18,10 @@ static SIGSYS: AtomicU64 = AtomicU64::new(0);
 static SIGXCPU: AtomicU64 = AtomicU64::new(0);
 static SIGXFSZ: AtomicU64 = AtomicU64::new(0);
 
+/// Lines of the log that were missed before this process was forked: they are the parent's.
+static LINES_LOST_BEFORE: AtomicU64 = AtomicU64::new(0);
+static LINES_SUPPRESSED_BEFORE: AtomicU64 = AtomicU64::new(0);
+
 /// Counts a panic.
 pub(crate) fn panicked() {
     PANICS.fetch_add(1, Ordering::Relaxed);
@@ -42,9 +46,10 @@ pub(crate) fn signal(signal: libc::c_int) {
 /// The counts. A signal handler may call it.
 pub(crate) fn read() -> ProcessCounts {
     let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+    let missed = logger::missed();
     ProcessCounts {
-        missed_log_lines: logger::lost_lines(),
-        suppressed_log_lines: 0,
+        missed_log_lines: missed.lost - get(&LINES_LOST_BEFORE),
+        suppressed_log_lines: missed.suppressed - get(&LINES_SUPPRESSED_BEFORE),
         panics: get(&PANICS),
         seccomp_faults: get(&SIGSYS),
         signals: SignalCounts {
@@ -64,5 +69,7 @@ pub(crate) fn reset() {
     for count in [&PANICS, &SIGBUS, &SIGHUP, &SIGILL, &SIGPIPE, &SIGSEGV, &SIGSYS, &SIGXCPU, &SIGXFSZ] {
         count.store(0, Ordering::Relaxed);
     }
-    logger::reset_lost_lines();
+    let missed = logger::missed();
+    LINES_LOST_BEFORE.store(missed.lost, Ordering::Relaxed);
+    LINES_SUPPRESSED_BEFORE.store(missed.suppressed, Ordering::Relaxed);
 }

@@ -65,12 +65,12 @@ mod tests {
     use std::fmt;
 
     use super::*;
-    use crate::{personality::Personality, subprocess};
+    use crate::subprocess;
 
     #[test]
     fn panic_while_the_log_is_locked_is_reported() {
         if subprocess::is_one() {
-            logger::install("a", Personality::Vesta);
+            logger::install("a");
             install_panic_hook();
             let _held = logger::hold();
             panic!("with the log locked");
@@ -89,7 +89,7 @@ mod tests {
             }
         }
         if subprocess::is_one() {
-            logger::install("a", Personality::Vesta);
+            logger::install("a");
             install_panic_hook();
             log::error!("{Bomb}");
             return;

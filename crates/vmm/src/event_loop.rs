@@ -47,7 +47,9 @@ pub(crate) fn serve<H: Host>(
             break Ended::Signal(signal);
         }
         if let Some(event) = events.take() {
-            break guest_ended(&event);
+            let ended = guest_ended(&event);
+            Personality::of_this_process().log_stop();
+            break ended;
         }
         // One at a time, so that an event or a signal is seen between them.
         if let Some(Request { command, reply_to }) = controller.requests().and_then(Requests::try_recv) {

@@ -8,7 +8,8 @@ use std::ffi::CStr;
 
 use crate::exit::ExitCode;
 use crate::line::Line;
-use crate::{alt_stack, counts, crash_report, last_line, signals, terminal};
+use crate::personality::{Personality, SHUTDOWN_BY_SIGNAL};
+use crate::{alt_stack, counts, crash_report, last_line, logger, signals, terminal};
 
 /// The signals, their names, and the code to exit with.
 const FATAL: [(libc::c_int, &str, ExitCode); 6] = [
@@ -36,10 +37,17 @@ pub(crate) fn install() -> std::io::Result<()> {
 
 extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     terminal::restore();
-    let (name, code) = FATAL
+    let (name, mut code) = FATAL
         .iter()
         .find(|(fatal, ..)| *fatal == signal)
         .map_or(("?", ExitCode::Generic), |(_, name, code)| (*name, *code));
+    let fault = Fault::read(signal, info, context);
+    if Personality::of_this_process() == Personality::Firecracker {
+        if signal == libc::SIGSYS && fault.is_none() {
+            code = ExitCode::Unexpected;
+        }
+        logger::write_if_free(shutdown_line(signal, info, fault.as_ref()).as_bytes());
+    }
     let mut line = Line::default();
     line.push(b"Error: signal ");
     line.push_number(u64::from(signal.unsigned_abs()));
@@ -47,7 +55,7 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context:
     line.push(name.as_bytes());
     line.push(b") ended this monitor: thread ");
     line.push(thread_name(&mut [0; 16]));
-    if let Some(fault) = Fault::read(signal, info, context) {
+    if let Some(fault) = fault {
         fault.describe(&mut line);
     }
     line.push(b"; exit_code=");
@@ -57,6 +65,25 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context:
     crash_report::write(line.as_bytes());
     last_line::write_short();
     signals::exit_now(code)
+}
+
+/// Firecracker's line about a fatal signal.
+fn shutdown_line(signal: libc::c_int, info: *const libc::siginfo_t, fault: Option<&Fault>) -> Line {
+    let mut line = Line::default();
+    if let Some(Fault::SystemCall(number)) = fault {
+        line.push(b"Shutting down VM after intercepting a bad syscall (");
+        line.push_number(u64::from(*number));
+        line.push(b").\n");
+        return line;
+    }
+    // SAFETY: with SA_SIGINFO the kernel passes a whole `siginfo_t`.
+    let code = if info.is_null() { 0 } else { unsafe { (*info).si_code } };
+    line.push(SHUTDOWN_BY_SIGNAL.as_bytes());
+    line.push_number(u64::from(signal.unsigned_abs()));
+    line.push(if code < 0 { b", code -" } else { b", code " });
+    line.push_number(u64::from(code.unsigned_abs()));
+    line.push(b".\n");
+    line
 }
 
 /// `abort` raises SIGABRT, which has its default action here. Where the kernel does not apply that,
@@ -155,7 +182,7 @@ fn thread_name(buffer: &mut [u8; 16]) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{logger, personality::Personality, subprocess};
+    use crate::subprocess;
 
     /// Uses all of this thread's stack. The address keeps each frame alive.
     #[expect(unconditional_recursion, reason = "that is the point")]
@@ -183,7 +210,7 @@ mod tests {
     #[test]
     fn fault_while_the_log_is_locked_is_reported() {
         if subprocess::is_one() {
-            logger::install("a", Personality::Vesta);
+            logger::install("a");
             install().unwrap();
             let _held = logger::hold();
             // SAFETY: raising a signal has no precondition.
@@ -218,7 +245,7 @@ mod tests {
     #[test]
     fn fault_is_written_to_the_log_file() {
         if subprocess::is_one() {
-            logger::install("a", Personality::Vesta);
+            logger::install("a");
             let path = std::env::var_os("LOG").unwrap().into();
             logger::set_up(&config::Logger { log_path: Some(path), ..config::Logger::default() }).unwrap();
             install().unwrap();

@@ -18,8 +18,8 @@
 //!
 //! The process ends in [`main`], in a signal handler, in the fault handler of the event channel, or
 //! as a forked child. It restores the terminal, and ends with an [`ExitCode`] that clients of
-//! Firecracker know, or by the signal that asked it to end. The API socket is removed, except after
-//! a fatal signal or a panic.
+//! Firecracker know, or by the signal that asked it to end. The sockets of the API and the vsock
+//! device are removed, except after a fatal signal or a panic, and under Firecracker's name.
 
 #![cfg_attr(not(test), no_main)]
 
@@ -69,6 +69,7 @@ use personality::Personality;
 use restore::Restore;
 use run_error::{RunError, report};
 use signals::Signals;
+use snapshot_tool::args::Program;
 
 /// The entry point, which the C library calls.
 ///
@@ -100,7 +101,10 @@ fn run_command_line(personality: Personality, start: StartTimes) -> ExitCode {
         Ok(Invocation::SnapshotTool(tool)) => snapshot_tool::run(&tool),
         Ok(Invocation::OverlayTool(tool)) => overlay_tool::run(&tool),
         Ok(Invocation::Run(args)) => run(personality, &args, start),
-        Err(error) => report(personality, &RunError::Args(error)),
+        Err(error) => {
+            let code = report(personality, &RunError::Args(error));
+            Program::of_this_process().map_or(code, Program::usage_error_code)
+        }
     }
 }
 
@@ -122,9 +126,10 @@ fn run(personality: Personality, args: &Args, start: StartTimes) -> ExitCode {
 
 fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) -> Result<Ended, RunError> {
     let start = args.start_times(start);
-    logger::install(&args.id, personality);
+    logger::install(&args.id);
     set_up_logger(&args.logger)?;
-    log::info!("{}", personality.banner());
+    personality.log_start();
+    args.seccomp_filter.as_deref().map_or(Ok(()), check_seccomp_filter)?;
 
     // Read before the socket exists: a client that sees the socket may rely on the configuration.
     // And before signals are handled: a read that never ends, such as that of a FIFO without a
@@ -174,18 +179,9 @@ fn start_and_serve(
     descriptors::raise_limit();
     controller.set_requests(requests);
     controller.set_startup_times(startup);
-    let started = configure(&mut controller, args, metadata).and_then(|()| match (config, &args.restore) {
-        (Some(config), _) => {
-            let path = args.config_file.as_deref().unwrap_or(Path::new("")).display().to_string();
-            controller.start_from(config).map_err(|e| RunError::Start { path, reason: e.to_string() })
-        }
-        (None, Some(from)) => {
-            let path = from.load.snapshot_path.display().to_string();
-            restore_microvm(&mut controller, from).map_err(|reason| RunError::Restore { path, reason })
-        }
-        (None, None) => Ok(()),
-    });
-    let ended = started.and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals)?));
+    let ended = begin(personality, &mut controller, args, (config, metadata))
+        .and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals)?));
+    personality.settle_sockets();
     controller.shut_down(event_loop::CLOSE_TIMEOUT);
     drop(controller.take_requests());
     ended
@@ -198,21 +194,36 @@ fn startup_times(start: StartTimes) -> StartupTimes {
     StartupTimes { wall_us: now.wall_us.saturating_sub(start.wall_us), cpu_us }
 }
 
-/// Applies the options of the command line that are commands of the API.
-fn configure<H: Host>(
+/// Does what the command line asks for before requests are served: opens the metrics file, fills
+/// the metadata service, and starts or restores a microVM.
+fn begin<H: Host>(
+    personality: Personality,
     controller: &mut Controller<H>,
     args: &Args,
-    metadata: Option<serde_json::Value>,
+    (config, metadata): (Option<VmConfig>, Option<serde_json::Value>),
 ) -> Result<(), RunError> {
     if let Some(path) = &args.metrics_path {
         let metrics = Metrics { metrics_path: path.clone(), ..Metrics::default() };
         controller.run(Command::PutMetrics(metrics)).map_err(RunError::Metrics)?;
     }
     if let (Some(contents), Some(path)) = (metadata, &args.metadata) {
-        controller.run(Command::PutMmds(contents)).map_err(|error| RunError::Metadata {
-            path: path.display().to_string(),
-            reason: error.to_string(),
-        })?;
+        controller
+            .run(Command::PutMmds(contents))
+            .map_err(|e| RunError::Metadata { path: path.display().to_string(), reason: e.to_string() })?;
+        personality.log_metadata_from_file();
+    }
+    match (config, &args.config_file, &args.restore) {
+        (Some(config), Some(path), _) => {
+            controller
+                .start_from(config)
+                .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() })?;
+            personality.log_start_from_file();
+        }
+        (_, _, Some(from)) => {
+            let path = from.load.snapshot_path.display().to_string();
+            restore_microvm(controller, from).map_err(|reason| RunError::Restore { path, reason })?;
+        }
+        _ => {}
     }
     Ok(())
 }
@@ -231,6 +242,19 @@ fn set_up_logger(logger: &Logger) -> Result<(), RunError> {
         path: logger.log_path.as_deref().unwrap_or(Path::new("standard output")).display().to_string(),
         source,
     })
+}
+
+/// Checks that the file of seccomp filters can be read. Its contents have no effect.
+fn check_seccomp_filter(path: &Path) -> Result<(), RunError> {
+    let checked = fs::File::open(path).and_then(|file| {
+        if file.metadata()?.is_dir() { Err(std::io::ErrorKind::IsADirectory.into()) } else { Ok(()) }
+    });
+    checked.map_err(|source| RunError::SeccompFilter { path: path.display().to_string(), source })?;
+    log::warn!(
+        "--seccomp-filter {} is accepted and has no effect: this version installs no filters",
+        path.display()
+    );
+    Ok(())
 }
 
 fn read_config(path: &Path) -> Result<VmConfig, RunError> {

@@ -15,6 +15,8 @@ pub(crate) enum RunError {
     Args(#[from] ArgsError),
     #[error("cannot open the log {path}: {source}")]
     Log { path: String, source: std::io::Error },
+    #[error("cannot read the seccomp filters {path}: {source}")]
+    SeccompFilter { path: String, source: std::io::Error },
     #[error("cannot read the configuration file {path}: {source}")]
     ReadConfig { path: String, source: std::io::Error },
     #[error("invalid configuration file {path}: {reason}")]
@@ -60,9 +62,11 @@ impl RunError {
             | RunError::Metadata { .. }
             | RunError::Start { .. }
             | RunError::Restore { .. } => ExitCode::BadConfiguration,
-            RunError::Log { .. } | RunError::Metrics(_) | RunError::Bind(_) | RunError::Host(_) => {
-                ExitCode::Generic
-            }
+            RunError::Log { .. }
+            | RunError::Metrics(_)
+            | RunError::SeccompFilter { .. }
+            | RunError::Bind(_)
+            | RunError::Host(_) => ExitCode::Generic,
         }
     }
 }

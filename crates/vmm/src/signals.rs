@@ -18,7 +18,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use sync::EventFd;
 
 use crate::exit::ExitCode;
-use crate::{counts, terminal};
+use crate::personality::Personality;
+use crate::{counts, logger, terminal};
 
 /// The signals.
 const END_SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
@@ -196,10 +197,11 @@ extern "C" fn exit_at_once(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut
 /// where that is not possible: for SIGHUP, which has a code of its own, and in process 1 of a PID
 /// namespace.
 pub(crate) fn end_by(signal: i32) -> ExitCode {
+    Personality::of_this_process().log_signal(signal);
     if signal != libc::SIGHUP {
         terminal::restore();
-        log::info!("ended by signal {signal}");
         if !is_init() {
+            logger::finish();
             raise_default(signal);
         }
     }

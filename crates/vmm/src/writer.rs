@@ -13,6 +13,7 @@ use crate::{last_line, logger, process, signals, terminal};
 pub(crate) fn run(mut kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> ! {
     let done = catch_unwind(AssertUnwindSafe(|| {
         last_line::forget();
+        logger::start_fork(None);
         kept.extend(logger::descriptors());
         terminal::leave_to_parent();
         signals::restore_default_actions();

@@ -17,7 +17,6 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use rustix::{
     event::epoll::EventFlags,
@@ -26,8 +25,9 @@ use rustix::{
 };
 
 use super::limits::Limits;
-use super::routes::{Routed, route};
-use crate::metrics::{ApiStats, Endpoint, Operation};
+use super::request_log::{self, Outcome, Received};
+use super::routes::route;
+use crate::metrics::{ApiStats, Endpoint};
 use crate::{
     Command, CommandError, Reply,
     http::{Decoded, Decoder, Request, Response, put_continue},
@@ -65,8 +65,7 @@ pub(super) struct Connection {
 struct Awaited {
     deprecated: bool,
     endpoint: Option<Endpoint>,
-    /// The operation that the request asks for, and when it arrived.
-    operation: Option<(Operation, Instant)>,
+    received: Received,
 }
 
 /// The end of a connection.
@@ -145,6 +144,7 @@ impl Connection {
                 Decoded::Continue => put_continue(&mut self.output),
                 Decoded::Request(request) => self.handle(&request, &mut dispatch),
                 Decoded::Refused(refusal) => {
+                    request_log::refused(&refusal.error.to_string());
                     let response = Response::protocol_error(&refusal.error);
                     self.put(&response, refusal.keep_alive);
                 }
@@ -156,18 +156,35 @@ impl Connection {
 
     /// Takes the main thread's answer. [`Connection::advance`] sends it.
     pub(super) fn answer(&mut self, result: Result<Reply, CommandError>) {
-        let Some(Awaited { deprecated, endpoint, operation }) = self.awaited.take() else { return };
-        match (&result, operation) {
-            (Ok(_), Some((operation, begun))) => self.stats.durations.set(operation, begun.elapsed()),
+        let Some(Awaited { deprecated, endpoint, received }) = self.awaited.take() else { return };
+        match (&result, received.operation) {
+            (Ok(_), Some(operation)) => self.stats.durations.set(operation, received.at.elapsed()),
             (Ok(_), None) => {}
             (Err(_), _) => self.stats.count_failure(endpoint),
         }
         let response = match result {
-            Ok(Reply::Empty) => Response::no_content(),
-            Ok(Reply::Json(value)) => Response::ok(&value),
-            Ok(Reply::Text { content_type, body }) => Response::text(content_type, body),
-            Err(error) if error.is_too_large() => Response::too_large(&error.to_string()),
-            Err(error) => Response::fault(&error.to_string()),
+            Ok(Reply::Empty) => {
+                received.answered(Outcome::NoContent);
+                Response::no_content()
+            }
+            Ok(Reply::Json(value)) => {
+                received.answered(Outcome::Ok);
+                Response::ok(&value)
+            }
+            Ok(Reply::Text { content_type, body }) => {
+                received.answered(Outcome::Ok);
+                Response::text(content_type, body)
+            }
+            Err(error) => {
+                let message = error.to_string();
+                if error.is_too_large() {
+                    received.answered(Outcome::TooLarge(&message));
+                    Response::too_large(&message)
+                } else {
+                    received.answered(Outcome::BadRequest(&message));
+                    Response::fault(&message)
+                }
+            }
         };
         self.put(&response.deprecated(deprecated), true);
     }
@@ -175,16 +192,19 @@ impl Connection {
     fn handle(&mut self, request: &Request, dispatch: &mut impl FnMut(Command)) {
         let endpoint = Endpoint::of(request.method, &request.path);
         self.stats.count(endpoint);
+        let mut received = Received::log(request);
         match route(request) {
-            Ok(Routed { command, deprecated }) => {
-                self.stats.deprecated.add(deprecated.into());
-                let operation = Operation::of(&command).map(|operation| (operation, Instant::now()));
-                self.awaited = Some(Awaited { deprecated, endpoint, operation });
-                dispatch(command);
+            Ok(routed) => {
+                self.stats.deprecated.add(routed.deprecated.into());
+                received.is_for(&routed);
+                self.awaited = Some(Awaited { deprecated: routed.deprecated, endpoint, received });
+                dispatch(routed.command);
             }
             Err(error) => {
                 self.stats.count_failure(endpoint);
-                self.put(&Response::fault(&error.to_string()), true);
+                let message = error.to_string();
+                received.answered(Outcome::BadRequest(&message));
+                self.put(&Response::fault(&message), true);
             }
         }
     }

@@ -19,6 +19,7 @@ use super::{
     channel::Outbox,
     connection::{Connection, Next},
     limits::Limits,
+    request_log,
 };
 use crate::{CommandError, http::TOO_MANY_CONNECTIONS};
 
@@ -62,6 +63,7 @@ impl Server {
 
     /// Serves until the main thread's end is dropped.
     pub(super) fn run(mut self) {
+        request_log::server_started();
         let nothing = Event { flags: EventFlags::empty(), data: EventData::new_u64(0) };
         let mut events = [nothing; EVENTS_AT_A_TIME];
         let mut stopped = false;

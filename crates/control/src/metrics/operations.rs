@@ -47,6 +47,19 @@ impl Operation {
     }
 }
 
+impl Operation {
+    /// Firecracker's name of the operation in the log.
+    pub(crate) fn name_in_log(self) -> &'static str {
+        match self {
+            Operation::CreateFull => "create full snapshot",
+            Operation::CreateDiff => "create diff snapshot",
+            Operation::Load => "load snapshot",
+            Operation::Pause => "pause vm",
+            Operation::Resume => "resume vm",
+        }
+    }
+}
+
 /// The last duration of each operation that succeeded, in microseconds; 0 if there was none.
 #[derive(Debug, Default)]
 pub(crate) struct Durations([AtomicU64; OPERATIONS.len()]);
