@@ -19,6 +19,7 @@ use config::{
     VmConfig, VmState, Vsock,
 };
 use machine::EventSink;
+use machine::debug::DebugEnd;
 use machine::machine::Machine;
 
 use crate::api::Requests;
@@ -175,7 +176,10 @@ impl<H: Host> Controller<H> {
                 vm.resume()?;
                 drive_commands::settle_swaps(vm, tasks);
             }
-            Command::CreateSnapshot(create) => return snapshot::create(vm, tasks, &create),
+            Command::CreateSnapshot(create) => {
+                let _kept_out = vm.keep_debugger_out()?;
+                return snapshot::create(vm, tasks, &create);
+            }
             Command::DescribeJob => return Ok(self.live_snapshot()?.describe()),
             Command::CancelJob => self.live_snapshot()?.cancel(),
             Command::LoadSnapshot(load) => {
@@ -184,7 +188,10 @@ impl<H: Host> Controller<H> {
                 }
                 snapshot::load(vm, tasks, &load)?;
             }
-            Command::Fork(fork) => return fork::fork(vm, tasks, &fork),
+            Command::Fork(fork) => {
+                let _kept_out = vm.keep_debugger_out()?;
+                return fork::fork(vm, tasks, &fork);
+            }
         }
         Ok(Reply::Empty)
     }
@@ -209,6 +216,13 @@ impl<H: Host> Controller<H> {
         self.vm.backends.drives.cancel_merges();
         shutdown::close_disks(&self.vm, limit);
         self.vm.backends.vsock = None;
+    }
+
+    /// Reports the end of the guest to a debugger that is attached. No debugger is served any more.
+    pub fn end_debugging(&self, end: DebugEnd) {
+        if let Some(machine) = self.vm.lifecycle.machine() {
+            machine.end_debugging(end);
+        }
     }
 
     fn live_snapshot(&mut self) -> Result<&mut LiveSnapshotJob, CommandError> {

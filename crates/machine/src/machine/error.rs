@@ -4,6 +4,7 @@ use memory::MapError;
 use memory::page_server::FetchError;
 
 use crate::boot::BootError;
+use crate::debug::DebuggerError;
 use crate::devices::DeviceError;
 use crate::kvm::KvmError;
 use crate::vcpu::VcpuThreadDied;
@@ -31,6 +32,9 @@ pub enum StartError {
     /// The kernel, the initrd or the command line cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The debugger's socket or thread cannot be created.
+    #[error(transparent)]
+    Debugger(#[from] DebuggerError),
     /// The devices cannot be built.
     #[error(transparent)]
     Device(#[from] DeviceError),
