@@ -1,4 +1,8 @@
-//! Why a debugging session ends early.
+//! Why a machine has no debugger, and why a debugging session ends early.
+
+use std::path::PathBuf;
+
+use socket_file::BindError;
 
 use crate::kvm::KvmError;
 use crate::vcpu::VcpuThreadDied;
@@ -15,4 +19,26 @@ pub(super) enum DebugError {
     /// A bug in this monitor.
     #[error("a vCPU sent a report that was not asked for")]
     OutOfOrder,
+}
+
+/// Why a machine has no debugger.
+#[derive(Debug, thiserror::Error)]
+pub enum DebuggerError {
+    /// The socket cannot be created.
+    #[error(transparent)]
+    Socket(#[from] BindError),
+    /// The host is out of descriptors or threads.
+    #[error("gdb_socket_path: cannot start the debugger's thread: {0}")]
+    Host(#[from] std::io::Error),
+    /// A bug in this monitor.
+    #[error(transparent)]
+    ThreadDied(#[from] VcpuThreadDied),
+}
+
+/// A debugger is attached to the guest.
+#[derive(Debug, thiserror::Error)]
+#[error("gdb socket {}: a debugger is attached; detach it before a snapshot or a fork", path.display())]
+pub struct DebuggerAttached {
+    /// The socket.
+    pub path: PathBuf,
 }

@@ -16,7 +16,7 @@
 //! the byte while the others are held, and the debugger is not told.
 //!
 //! An address that is not mapped yet cannot be patched. Such a breakpoint gets a debug register, if
-//! one is free: so a breakpoint in a kernel can be set before the kernel has set up its page tables.
+//! one is free. So a breakpoint in a kernel can be set before its page tables exist.
 
 use std::collections::VecDeque;
 

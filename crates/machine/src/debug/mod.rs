@@ -1,8 +1,8 @@
 //! A debugger for the guest: the remote protocol of gdb on a Unix socket.
 //!
 //! A machine with a `gdb_socket_path` begins with its vCPUs held, and waits for a debugger. The
-//! thread `gdb` serves one debugger at a time. It is the only thread that this module starts, and it
-//! starts only with such a machine.
+//! thread `gdb` serves one debugger at a time. It is the only thread that this module starts, and
+//! only such a machine has it.
 //!
 //! # Map
 //!
@@ -46,27 +46,28 @@ mod hardware;
 mod paging;
 mod registers;
 mod session;
+mod socket;
 mod software;
 mod state;
 mod target;
 mod vcpus;
 
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use memory::GuestRam;
-use socket_file::{BindError, SocketFile, SocketType};
 use sync::EventFd;
 
 use crate::events::EventSink;
 use crate::kvm::Kvm;
-use crate::vcpu::{VcpuHandle, VcpuThreadDied};
+use crate::vcpu::VcpuHandle;
+pub use error::{DebuggerAttached, DebuggerError};
 use guest::Guest;
 use session::Server;
+pub(crate) use socket::DebugSocket;
 use state::SharedState;
 pub use state::{DebugEnd, KeptOut};
 use target::Target;
@@ -75,45 +76,7 @@ use vcpus::Vcpus;
 /// How long the end of the process waits for the debugger's thread: a vCPU may wait for a page.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a machine has no debugger.
-#[derive(Debug, thiserror::Error)]
-pub enum DebuggerError {
-    /// The socket cannot be created.
-    #[error(transparent)]
-    Socket(#[from] BindError),
-    /// The host is out of descriptors or threads.
-    #[error("gdb_socket_path: cannot start the debugger's thread: {0}")]
-    Host(#[from] std::io::Error),
-    /// A bug in this monitor.
-    #[error(transparent)]
-    ThreadDied(#[from] VcpuThreadDied),
-}
-
-/// A debugger is attached to the guest.
-#[derive(Debug, thiserror::Error)]
-#[error("gdb socket {}: a debugger is attached; detach it before a snapshot or a fork", path.display())]
-pub struct DebuggerAttached {
-    /// The socket.
-    pub path: PathBuf,
-}
-
-/// The socket of a debugger, before there are vCPUs.
-#[derive(Debug)]
-pub(crate) struct DebugSocket {
-    path: PathBuf,
-    listener: OwnedFd,
-    file: SocketFile,
-}
-
-impl DebugSocket {
-    /// Creates the socket.
-    pub(crate) fn bind(path: &Path) -> Result<Self, DebuggerError> {
-        let (listener, file) = socket_file::bind("gdb socket", path, SocketType::STREAM)?;
-        Ok(DebugSocket { path: path.to_owned(), listener, file })
-    }
-}
-
-/// The owner's end of the debugger. Dropping it ends the debugger's thread and removes the socket.
+/// The owner's end of the debugger. Dropping it ends the debugger's thread.
 #[derive(Debug)]
 pub(crate) struct Debugger {
     path: PathBuf,
@@ -121,7 +84,6 @@ pub(crate) struct Debugger {
     thread: Option<JoinHandle<()>>,
     /// Disconnected once the thread has ended.
     thread_ended: Receiver<()>,
-    _file: SocketFile,
 }
 
 impl Debugger {
@@ -136,15 +98,15 @@ impl Debugger {
         let state = Arc::new(SharedState::new()?);
         let vcpus = Vcpus::attach(vcpus, EventFd::new()?)?;
         let target = Target::new(Guest::new(vcpus, ram, kvm.steps_without_interrupts()));
-        let DebugSocket { path, listener, file } = socket;
-        let server = Server { path: path.clone(), listener, target, state: Arc::clone(&state), events };
+        let path = socket.path.clone();
+        let server = Server { socket, target, state: Arc::clone(&state), events };
         let (ended, thread_ended) = channel();
         let thread = sync::thread::spawn("gdb", None, move || {
             server.run();
             drop::<Sender<()>>(ended);
         })?;
         log::info!("gdb socket {}: the guest waits for a debugger at its entry", path.display());
-        Ok(Debugger { path, state, thread: Some(thread), thread_ended, _file: file })
+        Ok(Debugger { path, state, thread: Some(thread), thread_ended })
     }
 
     /// Keeps debuggers out as long as the value lives, if none is attached.
@@ -152,8 +114,8 @@ impl Debugger {
         self.state.keep_out().ok_or_else(|| DebuggerAttached { path: self.path.clone() })
     }
 
-    /// Reports the end of the guest to the debugger that is attached, and ends the thread. Waits at
-    /// most [`END_TIMEOUT`] for that.
+    /// Reports the end of the guest to the debugger that is attached, and ends the thread, which
+    /// removes the socket. Waits at most [`END_TIMEOUT`] for that.
     pub(crate) fn end(&self, end: DebugEnd) {
         self.state.set_end(end);
         // It ends without a message.

@@ -3,8 +3,8 @@
 //! Page tables are guest input. The walk reads at most five entries, each at an address that its
 //! reader checks. It writes nothing, also no accessed bits.
 //!
-//! All paging modes of x86 are here, because a guest passes through several when it starts. Reserved
-//! bits are not checked, and permissions neither: a debugger reads and writes what is mapped.
+//! All paging modes of x86 are here, because a guest passes through several when it starts.
+//! Neither reserved bits nor permissions are checked: a debugger reads and writes what is mapped.
 //!
 //! Intel SDM volume 3, chapter 4 (Paging).
 

@@ -4,12 +4,11 @@
 //! first byte, so that a connection without one (a probe) does not touch the guest.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use gdbstub::common::Signal;
+use gdbstub::conn::Connection;
 use gdbstub::stub::state_machine::GdbStubStateMachine;
 use gdbstub::stub::{DisconnectReason, GdbStub, GdbStubError, MultiThreadStopReason};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,6 +17,7 @@ use rustix::net::SocketFlags;
 
 use super::client::Client;
 use super::error::DebugError;
+use super::socket::DebugSocket;
 use super::state::{DebugEnd, SharedState};
 use super::target::{self, Target};
 use crate::events::{EventSink, MachineEvent};
@@ -27,8 +27,7 @@ const ACCEPT_RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// The debugger's thread.
 pub(super) struct Server {
-    pub(super) path: PathBuf,
-    pub(super) listener: OwnedFd,
+    pub(super) socket: DebugSocket,
     pub(super) target: Target,
     pub(super) state: Arc<SharedState>,
     pub(super) events: EventSink,
@@ -75,7 +74,7 @@ impl Server {
     }
 
     fn path(&self) -> std::path::Display<'_> {
-        self.path.display()
+        self.socket.path.display()
     }
 
     /// Waits for a debugger that sends something. `None` once the guest ends.
@@ -84,7 +83,7 @@ impl Server {
         loop {
             let mut fds = vec![
                 PollFd::new(self.state.wake(), PollFlags::IN),
-                PollFd::new(&self.listener, PollFlags::IN),
+                PollFd::new(&self.socket.listener, PollFlags::IN),
             ];
             fds.extend(candidate.as_ref().map(|stream| PollFd::new(stream, PollFlags::IN)));
             if wait(&mut fds, None).is_err() || !fds[0].revents().is_empty() {
@@ -110,7 +109,7 @@ impl Server {
 
     fn accept(&self) -> Option<UnixStream> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        match rustix::net::accept_with(&self.listener, flags) {
+        match rustix::net::accept_with(&self.socket.listener, flags) {
             Ok(stream) => Some(stream.into()),
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => None,
             Err(error) => {
@@ -169,11 +168,14 @@ impl Server {
                     let reason = MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGINT };
                     interrupted.interrupt_handled(&mut self.target, Some(reason)).map_err(text)?
                 }
-                GdbStubStateMachine::Disconnected(disconnected) => {
-                    return Ok(match disconnected.get_reason() {
-                        DisconnectReason::Kill => Ended::Killed,
-                        _ => Ended::Detached,
-                    });
+                GdbStubStateMachine::Disconnected(mut disconnected) => {
+                    if disconnected.get_reason() != DisconnectReason::Kill {
+                        return Ok(Ended::Detached);
+                    }
+                    // gdb waits for it, and gdbstub does not send it. It may be gone already.
+                    let client = disconnected.borrow_conn();
+                    let _ = client.write_all(b"$OK#9a").and_then(|()| client.flush());
+                    return Ok(Ended::Killed);
                 }
             }
         }
@@ -197,7 +199,7 @@ impl Server {
         let mut fds = [
             PollFd::new(self.state.wake(), PollFlags::IN),
             PollFd::new(client, PollFlags::IN),
-            PollFd::new(&self.listener, PollFlags::IN),
+            PollFd::new(&self.socket.listener, PollFlags::IN),
             PollFd::new(self.target.guest.wake(), if guest { PollFlags::IN } else { PollFlags::empty() }),
         ];
         wait(&mut fds, None).map_err(|e| e.to_string())?;

@@ -19,8 +19,8 @@ use crate::vcpu::VcpuHandle;
 pub struct Machine {
     /// Before the vCPUs: its thread talks to theirs.
     pub(super) debugger: Option<Debugger>,
-    /// Before the vCPUs: its drop lets go of vCPU threads that wait for a page, which the drop of `vcpus`
-    /// joins.
+    /// Before the vCPUs: its drop lets go of vCPU threads that wait for a page, which the drop of
+    /// `vcpus` joins.
     pub(super) page_watch: Option<PageWatch>,
     pub(super) vcpus: Vec<VcpuHandle>,
     pub(super) devices: Devices,
