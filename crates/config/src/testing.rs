@@ -49,6 +49,7 @@ fn machine_config() -> impl Strategy<Value = MachineConfig> {
             cpu_template,
             track_dirty_pages,
             huge_pages,
+            gdb_socket_path: None,
         })
 }
 

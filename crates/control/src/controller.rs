@@ -19,6 +19,7 @@ use config::{
     VmConfig, VmState, Vsock,
 };
 use machine::EventSink;
+use machine::debug::DebugEnd;
 use machine::machine::Machine;
 
 use crate::api::Requests;
@@ -220,7 +221,10 @@ impl<H: Host> Controller<H> {
                 vm.resume()?;
                 drive_commands::settle_swaps(vm, tasks);
             }
-            Command::CreateSnapshot(create) => return snapshot::create(vm, tasks, &create),
+            Command::CreateSnapshot(create) => {
+                let _kept_out = vm.keep_debugger_out()?;
+                return snapshot::create(vm, tasks, &create);
+            }
             Command::DescribeJob => return Ok(self.live_snapshot()?.describe()),
             Command::CancelJob => self.live_snapshot()?.cancel(),
             Command::LoadSnapshot(load) => {
@@ -229,7 +233,10 @@ impl<H: Host> Controller<H> {
                 }
                 snapshot::load(vm, tasks, &load)?;
             }
-            Command::Fork(fork) => return fork::fork(vm, tasks, &fork),
+            Command::Fork(fork) => {
+                let _kept_out = vm.keep_debugger_out()?;
+                return fork::fork(vm, tasks, &fork);
+            }
         }
         Ok(Reply::Empty)
     }
@@ -256,6 +263,13 @@ impl<H: Host> Controller<H> {
         self.vm.backends.vsock = None;
         // The last line. A line that is lost is logged.
         let _ = self.vm.metrics.flush();
+    }
+
+    /// Reports the end of the guest to a debugger that is attached. No debugger is served any more.
+    pub fn end_debugging(&self, end: DebugEnd) {
+        if let Some(machine) = self.vm.lifecycle.machine() {
+            machine.end_debugging(end);
+        }
     }
 
     fn live_snapshot(&mut self) -> Result<&mut LiveSnapshotJob, CommandError> {

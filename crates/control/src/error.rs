@@ -170,6 +170,9 @@ pub enum CommandError {
     /// The machine cannot be restored from its saved state.
     #[error("cannot restore the saved microVM: {0}")]
     Restore(#[source] Source),
+    /// A snapshot or fork was requested while a debugger is attached.
+    #[error(transparent)]
+    DebuggerAttached(#[from] machine::debug::DebuggerAttached),
     /// The guest's memory cannot be forked.
     #[error(transparent)]
     ForkMemory(#[from] ForkError),

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use config::FullVmConfig;
 use machine::EventSink;
+use machine::debug::KeptOut;
 use machine::devices::{DeviceSetup, limits};
 use machine::legacy::{Output, SerialSetup};
+use machine::machine::Machine;
 use serde::Serialize;
 use serde_json::json;
 use virtio::rate_limiter::RateLimiterConfig;
@@ -64,6 +66,12 @@ impl MicroVm {
     pub(crate) fn serial_to_file(&self, settings: &Settings) -> std::io::Result<SerialSetup> {
         let output = self.serial_output.as_ref().map(Output::try_clone).transpose()?;
         Ok(SerialSetup { output, input: None, limit: serial_limit(settings) })
+    }
+
+    /// Keeps debuggers out of the guest as long as the value lives. An error if one is attached.
+    pub(crate) fn keep_debugger_out(&self) -> Result<Option<KeptOut>, CommandError> {
+        let machine = self.lifecycle.machine();
+        Ok(machine.map(Machine::keep_debugger_out).transpose()?.flatten())
     }
 
     /// Resumes the guest, if it is paused.

@@ -14,6 +14,7 @@
 //!     +-- acpi         ACPI tables
 //!     +-- cpu          CPUID, MSRs, registers; CPU templates; saved and restored
 //!     +-- vcpu         the threads that run the guest     vcpu_signal   how they are interrupted
+//!     +-- debug        gdb on a Unix socket: breakpoints, registers, memory
 //!     +-- chipset      PICs, I/O APIC, PIT, kvmclock; saved and restored
 //!     +-- devices      virtio devices: the device table, addresses, MMIO and PCI
 //!     +-- legacy       serial port, keyboard, CMOS clock, power registers, boot timer
@@ -44,6 +45,7 @@
 //! | `fc_vcpu N` | [`machine`] | runs the guest; accesses registers on its exits |
 //! | `io N` | [`devices`], if there are any | runs devices ([`virtio::worker`]) |
 //! | `serial` | [`legacy`] | connects the serial port to the host |
+//! | `gdb` | a machine with `gdb_socket_path` | serves a debugger ([`debug`]) |
 //! | `page_watch` | a restore with a page server | reports the server's end |
 //!
 //! # The order of KVM calls
@@ -88,6 +90,7 @@
 pub mod boot;
 pub mod bus;
 pub mod chipset;
+pub mod debug;
 pub mod devices;
 pub mod events;
 pub mod kvm;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use control::api::{Request, Requests};
 use control::{Controller, Host};
+use machine::debug::DebugEnd;
 use machine::{EventSource, MachineEvent};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -56,6 +57,7 @@ pub(crate) fn serve<H: Host>(
             reply_to.send(controller.run(command));
         }
     };
+    controller.end_debugging(debug_end(ended));
     controller.drain_serial(SERIAL_DRAIN_TIMEOUT);
     Ok(ended)
 }
@@ -82,6 +84,10 @@ fn guest_ended(event: &MachineEvent) -> Ended {
             log::info!("the guest powered off");
             Ended::Guest
         }
+        MachineEvent::Killed => {
+            log::info!("a debugger killed the guest");
+            Ended::Guest
+        }
         MachineEvent::Reset => {
             log::info!("the guest reset itself, which ends it");
             Ended::Guest
@@ -99,6 +105,15 @@ fn guest_ended(event: &MachineEvent) -> Ended {
             log::error!("the guest cannot be run any further: its memory is lost: {reason}");
             Ended::Fault
         }
+    }
+}
+
+/// The end as a debugger is told.
+fn debug_end(ended: Ended) -> DebugEnd {
+    match ended {
+        Ended::Guest => DebugEnd::Exited(0),
+        Ended::Fault => DebugEnd::Exited(1),
+        Ended::Signal(number) => DebugEnd::Signalled(u8::try_from(number).unwrap_or(u8::MAX)),
     }
 }
 

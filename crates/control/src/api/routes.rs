@@ -312,8 +312,8 @@ mod tests {
 
     #[test]
     fn put_machine_config_reads_all_fields() {
-        let body =
-            r#"{"vcpu_count":4,"mem_size_mib":512,"smt":true,"track_dirty_pages":true,"huge_pages":"2M"}"#;
+        let body = r#"{"vcpu_count":4,"mem_size_mib":512,"smt":true,"track_dirty_pages":true,
+            "huge_pages":"2M","gdb_socket_path":"/run/gdb"}"#;
         let expected = MachineConfig {
             vcpu_count: 4,
             mem_size_mib: 512,
@@ -321,6 +321,7 @@ mod tests {
             cpu_template: None,
             track_dirty_pages: true,
             huge_pages: HugePages::Hugetlbfs2M,
+            gdb_socket_path: Some("/run/gdb".into()),
         };
         assert_eq!(command(Method::Put, "/machine-config", body), Command::PutMachineConfig(expected));
     }
