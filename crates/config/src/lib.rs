@@ -20,6 +20,7 @@
 
 mod absent;
 mod action;
+mod answers;
 mod boot_source;
 mod checks;
 mod drive;
@@ -36,6 +37,8 @@ mod mmds;
 mod network;
 mod network_override;
 mod queues;
+#[cfg(feature = "schema")]
+mod schema;
 mod serde_helpers;
 mod serial;
 mod snapshot;
@@ -48,6 +51,10 @@ mod vsock;
 
 pub use absent::{Absent, AbsentList, Unsupported};
 pub use action::{Action, ActionType};
+pub use answers::{
+    ChildOutcome, ChildState, Fault, ForkOutcome, HttpError, InstanceInfo, InstanceState, SnapshotJob,
+    SnapshotJobState, Version,
+};
 pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS};
 pub use drive::{
     CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveOverlay, DriveUpdate, IoEngine, Overlay, check_drives,

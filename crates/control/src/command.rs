@@ -1,6 +1,8 @@
 //! [`Command`]: the one list of commands to a microVM, from the API, the command line and the
 //! configuration file.
 
+use std::borrow::Cow;
+
 use config::{
     BootSource, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate, MmdsConfig,
     NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState, Vsock,
@@ -13,6 +15,8 @@ pub enum Command {
     DescribeInstance,
     /// Tell the version: `GET /version`.
     GetVersion,
+    /// Describe the API: `GET /openapi.json`, an extension.
+    GetOpenApi,
     /// Show the settings of processors and memory: `GET /machine-config`.
     GetMachineConfig,
     /// Set processors and memory; absent fields return to their defaults.
@@ -89,6 +93,7 @@ impl Command {
         match self {
             Command::DescribeInstance => "GET /",
             Command::GetVersion => "GET /version",
+            Command::GetOpenApi => "GET /openapi.json",
             Command::GetMachineConfig => "GET /machine-config",
             Command::PutMachineConfig(_) => "PUT /machine-config",
             Command::PatchMachineConfig(_) => "PATCH /machine-config",
@@ -127,4 +132,11 @@ pub enum Reply {
     Empty,
     /// A JSON value: HTTP status 200.
     Json(serde_json::Value),
+    /// Any other text: HTTP status 200.
+    Text {
+        /// Its media type.
+        content_type: &'static str,
+        /// The text.
+        body: Cow<'static, str>,
+    },
 }

@@ -158,6 +158,7 @@ impl<H: Host> Controller<H> {
             Command::FlushMetrics
             | Command::DescribeInstance
             | Command::GetVersion
+            | Command::GetOpenApi
             | Command::GetMachineConfig
             | Command::GetVmConfig
             | Command::GetMmds => {}

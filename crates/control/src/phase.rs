@@ -57,6 +57,7 @@ fn allowed_in(command: &Command) -> AllowedIn {
     match command {
         Command::DescribeInstance
         | Command::GetVersion
+        | Command::GetOpenApi
         | Command::GetMachineConfig
         | Command::GetVmConfig
         | Command::GetMmds
@@ -119,9 +120,13 @@ mod tests {
 
     #[test]
     fn questions_are_possible_in_every_phase() {
-        for command in
-            [Command::DescribeInstance, Command::GetVersion, Command::GetMachineConfig, Command::GetVmConfig]
-        {
+        for command in [
+            Command::DescribeInstance,
+            Command::GetVersion,
+            Command::GetOpenApi,
+            Command::GetMachineConfig,
+            Command::GetVmConfig,
+        ] {
             assert_possible(&command, [true, true, true]);
         }
     }

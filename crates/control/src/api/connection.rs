@@ -122,6 +122,7 @@ impl Connection {
         let response = match result {
             Ok(Reply::Empty) => Response::no_content(),
             Ok(Reply::Json(value)) => Response::ok(&value),
+            Ok(Reply::Text { content_type, body }) => Response::text(content_type, body),
             Err(error) if error.is_too_large() => Response::too_large(&error.to_string()),
             Err(error) => Response::fault(&error.to_string()),
         };

@@ -23,6 +23,7 @@
 
 mod channel;
 mod connection;
+mod endpoints;
 mod limits;
 mod replay;
 mod routes;
@@ -35,9 +36,10 @@ use std::{
 };
 
 pub use channel::{ReplyTo, Request, Requests};
+pub use endpoints::Endpoint;
 pub use limits::Limits;
 pub use replay::{Replayed, replay};
-pub use routes::{RouteError, Routed, route};
+pub use routes::{ENDPOINTS, RouteError, Routed, route};
 pub use socket_file::{BindError, Occupant};
 use socket_file::{SocketFile, SocketType};
 
