@@ -137,6 +137,16 @@ pub enum IoEngine {
     Async,
 }
 
+impl Overlay {
+    /// Checks bounds.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        checks::path("overlay.path", &self.path)?;
+        self.layers.iter().try_for_each(|layer| checks::path("overlay.layers", layer))?;
+        checks::in_range("overlay.layers", self.layers.len() as u64, 0, MAX_OVERLAY_LAYERS as u64)?;
+        checks::in_range("overlay.size_mib", self.size_mib.unwrap_or(0), 0, MAX_OVERLAY_SIZE_MIB)
+    }
+}
+
 impl Drive {
     /// Checks bounds and combinations.
     pub fn check(&self) -> Result<(), ConfigError> {
@@ -150,20 +160,14 @@ impl Drive {
         if self.socket.is_some() {
             return Err(DriveError::VhostUser.into());
         }
-        if self.path_on_host.is_none() {
-            return Err(DriveError::NoPath.into());
-        }
-        for (field, path) in self.paths() {
-            checks::path(field, path)?;
-        }
+        let Some(path) = &self.path_on_host else { return Err(DriveError::NoPath.into()) };
+        checks::path("path_on_host", path)?;
         self.queues().check(QueueBounds::DRIVE)?;
         if let Some(overlay) = &self.overlay {
             if self.io_threads() > 1 {
                 return Err(DriveError::OverlayThreads { io_threads: self.io_threads() }.into());
             }
-            let layers = overlay.layers.len() as u64;
-            checks::in_range("overlay.layers", layers, 0, MAX_OVERLAY_LAYERS as u64)?;
-            checks::in_range("overlay.size_mib", overlay.size_mib.unwrap_or(0), 0, MAX_OVERLAY_SIZE_MIB)?;
+            overlay.check()?;
         }
         self.rate_limiter.as_ref().map_or(Ok(()), RateLimiter::check)
     }
@@ -215,14 +219,6 @@ impl Drive {
         new.rate_limiter = RateLimiter::updated(self.rate_limiter, update.rate_limiter);
         new.check()?;
         Ok(new)
-    }
-
-    /// Paths of this drive with the fields that name them.
-    fn paths(&self) -> impl Iterator<Item = (&'static str, &PathBuf)> {
-        let overlay = self.overlay.iter().map(|overlay| ("overlay.path", &overlay.path));
-        let layers = self.overlay.iter().flat_map(|overlay| &overlay.layers);
-        let disk = self.path_on_host.iter().map(|path| ("path_on_host", path));
-        disk.chain(overlay).chain(layers.map(|path| ("overlay.layers", path)))
     }
 }
 

@@ -115,6 +115,10 @@ impl Fork {
         for drives in self.children.iter().map(|child| &child.drives).chain([&self.drives]) {
             checks::unique("drive_id", drives.iter().map(|drive| drive.drive_id.clone()))?;
         }
+        self.children
+            .iter()
+            .filter_map(|child| child.vsock_override.as_ref())
+            .try_for_each(VsockOverride::check)?;
         self.children.iter().filter_map(|child| child.serial.as_ref()).try_for_each(Serial::check)
     }
 }

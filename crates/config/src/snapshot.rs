@@ -149,10 +149,20 @@ pub struct DriveOverride {
     pub drive_id: String,
     /// Its file or block device; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::PATH)))]
     pub path_on_host: Option<PathBuf>,
     /// Its overlay; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
+}
+
+impl DriveOverride {
+    fn check(&self) -> Result<(), ConfigError> {
+        let path = self.path_on_host.as_deref();
+        path.map_or(Ok(()), |path| checks::path("path_on_host", path))
+            .and_then(|()| self.overlay.as_ref().map_or(Ok(()), Overlay::check))
+            .map_err(|error| error.in_drive(&self.drive_id))
+    }
 }
 
 impl SnapshotCreate {
@@ -203,7 +213,8 @@ impl SnapshotLoad {
         old.is_some() || self.mem_file_path.is_some()
     }
 
-    /// Checks that memory has exactly one source, and that it allows `prefetch` if asked for.
+    /// Checks that memory has exactly one source, that it allows `prefetch` if asked for, and the
+    /// bounds of overrides.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.mem_backend.is_some() == self.mem_file_path.is_some() {
             return Err(SnapshotError::MemoryBackends.into());
@@ -211,7 +222,8 @@ impl SnapshotLoad {
         if self.prefetch && self.memory().0 == MemoryBackendType::Uffd {
             return Err(SnapshotError::PrefetchWithUffd.into());
         }
-        Ok(())
+        self.drives.iter().try_for_each(DriveOverride::check)?;
+        self.vsock_override.as_ref().map_or(Ok(()), VsockOverride::check)
     }
 
     /// Kind and path of the source of memory. The request must be checked.

@@ -34,13 +34,7 @@ pub struct Vsock {
 impl Vsock {
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
-        check_path("uds_path", &self.uds_path)?;
-        let Some(path) = &self.seqpacket_uds_path else { return Ok(()) };
-        check_path("seqpacket_uds_path", path)?;
-        if *path == self.uds_path {
-            return Err(ConfigError::SameSocketPath { path: path.clone() });
-        }
-        Ok(())
+        check_paths(&self.uds_path, self.seqpacket_uds_path.as_deref())
     }
 }
 
@@ -64,6 +58,13 @@ pub struct VsockOverride {
     pub guest_cid: Option<u32>,
 }
 
+impl VsockOverride {
+    /// Checks bounds.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        check_paths(&self.uds_path, self.seqpacket_uds_path.as_deref())
+    }
+}
+
 impl Vsock {
     /// Returns this device with the sockets of `by`, not checked.
     #[must_use]
@@ -75,6 +76,17 @@ impl Vsock {
             seqpacket_uds_path: by.seqpacket_uds_path.clone(),
         }
     }
+}
+
+/// Checks the paths of both sockets.
+fn check_paths(stream: &Path, seqpacket: Option<&Path>) -> Result<(), ConfigError> {
+    check_path("uds_path", stream)?;
+    let Some(path) = seqpacket else { return Ok(()) };
+    check_path("seqpacket_uds_path", path)?;
+    if path == stream {
+        return Err(ConfigError::SameSocketPath { path: path.to_owned() });
+    }
+    Ok(())
 }
 
 fn check_path(field: &'static str, path: &Path) -> Result<(), ConfigError> {
