@@ -59,7 +59,8 @@ fn run(args: &[String]) -> Result<()> {
 /// The files as they should be.
 fn files() -> Result<Files> {
     let document = document::document()?;
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/api");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).context("the repository")?;
+    let directory = root.join("docs/api");
     let yaml = format!(
         "# Written by `cargo xtask openapi` from the structs of crates/config. Do not edit.\n{}",
         yaml::write(&document)

@@ -95,7 +95,8 @@ fn every_description_is_a_sentence_for_users() {
                 walk(&format!("{at}.{name}"), field);
             }
         }
-        for (key, inner) in object.iter().filter(|(key, _)| !["properties", "example"].contains(&key.as_str()))
+        for (key, inner) in
+            object.iter().filter(|(key, _)| !["properties", "example"].contains(&key.as_str()))
         {
             walk(&format!("{at}/{key}"), inner);
         }
