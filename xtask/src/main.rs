@@ -10,6 +10,7 @@ mod host;
 mod kernels;
 mod link_order;
 mod lint;
+mod openapi;
 mod peers;
 mod pip;
 mod process;
@@ -34,6 +35,9 @@ cargo xtask COMMAND
   lint [NAME] [PATH...]
         Checks sources without compiling them: all lints, or one of columns, test_names, file_size,
         module_cycles; the whole repository, or the files below each PATH.
+  openapi [--check]
+        Writes docs/api/openapi.yaml and openapi.json, the description of the API, or checks that
+        they are current.
   soak [N] [--seed S]
         Runs randomized tests N times as often (10): fuzz targets with inputs from seeds, models,
         killed and damaged snapshots.
@@ -107,6 +111,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "bench-net-inner" => bench::net_inner(&mut parser),
         "peers" => peers::command(&mut parser),
         "lint" => lint::command(&mut parser),
+        "openapi" => openapi::command(&mut parser),
         "soak" => soak::command(&mut parser),
         "link-order" => link_order::command(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),

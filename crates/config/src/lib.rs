@@ -20,6 +20,7 @@
 
 mod absent;
 mod action;
+mod answers;
 mod boot_source;
 mod checks;
 mod cpu_config;
@@ -38,6 +39,8 @@ mod mmds;
 mod network;
 mod network_override;
 mod queues;
+#[cfg(feature = "schema")]
+mod schema;
 mod serde_helpers;
 mod serial;
 mod snapshot;
@@ -50,6 +53,10 @@ mod vsock;
 
 pub use absent::{Absent, AbsentList, Unsupported};
 pub use action::{Action, ActionType};
+pub use answers::{
+    ChildOutcome, ChildState, Fault, ForkOutcome, HttpError, InstanceInfo, InstanceState, SnapshotJob,
+    SnapshotJobState, Version,
+};
 pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS};
 pub use cpu_config::{
     Bitmap, BitmapError, CapabilityError, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister,

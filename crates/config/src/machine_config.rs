@@ -10,18 +10,23 @@ use crate::limits::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 
 /// vCPUs and memory of a microVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to [`MAX_VCPU_COUNT`]; with `smt`, 1 or even.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_VCPU_COUNT)))]
     pub vcpu_count: u8,
     /// Memory in MiB, 1 to [`MAX_MEM_SIZE_MIB`]; with 2 MiB pages, a multiple of 2.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_MEM_SIZE_MIB)))]
     pub mem_size_mib: u32,
     /// Whether each pair of vCPUs appears as the threads of one core. Firecracker before 0.25 calls
     /// it `ht_enabled`.
     #[serde(default, alias = "ht_enabled")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-alias" = "ht_enabled")))]
     pub smt: bool,
     /// Name of a CPU template. Deprecated in the API.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("deprecated" = true)))]
     pub cpu_template: Option<CpuTemplate>,
     /// Whether pages that the guest writes are tracked, for diff snapshots.
     #[serde(default)]
@@ -83,24 +88,30 @@ impl MachineConfig {
 
 /// The body of `PATCH /machine-config`. A field that is absent or null changes nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("minProperties" = 1)))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfigUpdate {
-    /// See [`MachineConfig::vcpu_count`].
+    /// Number of vCPUs; unchanged if absent.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_VCPU_COUNT)))]
     pub vcpu_count: Option<u8>,
-    /// See [`MachineConfig::mem_size_mib`].
+    /// Memory in MiB; unchanged if absent.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_MEM_SIZE_MIB)))]
     pub mem_size_mib: Option<u32>,
-    /// See [`MachineConfig::smt`].
+    /// Whether each pair of vCPUs appears as the threads of one core; unchanged if absent.
     #[serde(default, alias = "ht_enabled")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-alias" = "ht_enabled")))]
     pub smt: Option<bool>,
-    /// See [`MachineConfig::cpu_template`].
+    /// Name of a CPU template; unchanged if absent. Deprecated in the API.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(extend("deprecated" = true)))]
     pub cpu_template: Option<CpuTemplate>,
-    /// See [`MachineConfig::track_dirty_pages`].
+    /// Whether pages that the guest writes are tracked; unchanged if absent.
     #[serde(default)]
     pub track_dirty_pages: Option<bool>,
-    /// See [`MachineConfig::huge_pages`].
+    /// Pages that back guest memory; unchanged if absent.
     #[serde(default)]
     pub huge_pages: Option<HugePages>,
     /// See [`MachineConfig::gdb_socket_path`].
@@ -117,6 +128,7 @@ impl MachineConfigUpdate {
 
 /// Kind of pages that back guest memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum HugePages {
     /// Normal pages; transparent huge pages only if the host enables them always.
     #[default]
@@ -131,6 +143,7 @@ pub enum HugePages {
 /// Names of Firecracker's static CPU templates. They are accepted for clients that always send one,
 /// and have no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum CpuTemplate {
     /// Intel, up to C3.
     C3,
@@ -142,7 +155,7 @@ pub enum CpuTemplate {
     T2CL,
     /// AMD Milan as T2.
     T2A,
-    /// Arm Neoverse V1 as N1. [`MachineConfig::check`] refuses it: every host is x86_64.
+    /// Arm Neoverse V1 as N1. Refused: every host is x86_64.
     V1N1,
     /// No template.
     None,

@@ -10,8 +10,13 @@ use crate::network::{NetBackendKind, NetworkInterface};
 /// Default IPv4 address of the service, the one of EC2.
 pub const DEFAULT_MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
+/// The addresses that [`MmdsConfig::check`] accepts, as a pattern.
+#[cfg(feature = "schema")]
+const LINK_LOCAL: &str = r"^169\.254\.([1-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-4])\.([0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5])$";
+
 /// Version of the service: whether requests need a session token.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum MmdsVersion {
     /// Requests need no token.
     #[default]
@@ -22,6 +27,8 @@ pub enum MmdsVersion {
 
 /// Configuration of the metadata service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(transform = crate::schema::require_network_interfaces))]
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
     /// Whether requests need a session token.
@@ -29,9 +36,11 @@ pub struct MmdsConfig {
     pub version: MmdsVersion,
     /// Ids of the network interfaces through which the guest reaches the service.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1)))]
     pub network_interfaces: Vec<String>,
     /// IPv4 address of the service; [`DEFAULT_MMDS_ADDRESS`] if absent.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = LINK_LOCAL), extend("default" = DEFAULT_MMDS_ADDRESS)))]
     pub ipv4_address: Option<Ipv4Addr>,
     /// Whether responses are always in EC2's text format, even if the guest accepts JSON.
     #[serde(default)]

@@ -10,6 +10,7 @@ use crate::limits::MAX_REFILL_TIME_MS;
 ///
 /// A bucket with `size` 0 or `refill_time` 0 limits nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
     /// Tokens in a full bucket.
@@ -18,6 +19,7 @@ pub struct TokenBucket {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub one_time_burst: Option<u64>,
     /// Milliseconds to refill from empty to full, at most [`MAX_REFILL_TIME_MS`].
+    #[cfg_attr(feature = "schema", schemars(range(max = MAX_REFILL_TIME_MS)))]
     pub refill_time: u64,
 }
 
@@ -36,6 +38,7 @@ impl TokenBucket {
 /// Limits on bytes and on operations, independent of each other. A bucket that is absent or null
 /// limits nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     /// Bucket of bytes.

@@ -91,6 +91,7 @@ impl VmConfig {
 ///
 /// An unset key is null. An unset `serial` is omitted, as Firecracker has no such key.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case", default)]
 pub struct FullVmConfig {
     /// Not supported.
@@ -122,6 +123,7 @@ pub struct FullVmConfig {
     pub pmem: AbsentList,
     /// Serial console, if set by the API or the configuration file.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-vesta-extension" = true)))]
     pub serial: Option<Serial>,
     /// Vsock device.
     pub vsock: Option<Vsock>,

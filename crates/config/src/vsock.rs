@@ -1,6 +1,6 @@
 //! `/vsock`: the vsock device.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,31 +11,29 @@ use crate::error::ConfigError;
 ///
 /// `seqpacket_uds_path` is an extension. Firecracker has the other fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
     /// CID of the guest. Any number is accepted: clients send 0 too.
     pub guest_cid: u32,
     /// Unix socket to which host programs connect. Connections of the guest go to sockets whose
     /// paths start with it.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN)))]
     pub uds_path: PathBuf,
     /// Id of the device. Deprecated, without effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("deprecated" = true)))]
     pub vsock_id: Option<String>,
     /// As `uds_path`, for sockets of type `SOCK_SEQPACKET`; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN), extend("x-vesta-extension" = true)))]
     pub seqpacket_uds_path: Option<PathBuf>,
 }
 
 impl Vsock {
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
-        socket_path("uds_path", &self.uds_path)?;
-        let Some(path) = &self.seqpacket_uds_path else { return Ok(()) };
-        socket_path("seqpacket_uds_path", path)?;
-        if *path == self.uds_path {
-            return Err(ConfigError::SameSocketPath { path: path.clone() });
-        }
-        Ok(())
+        check_paths(&self.uds_path, self.seqpacket_uds_path.as_deref())
     }
 }
 
@@ -43,16 +41,27 @@ impl Vsock {
 ///
 /// `seqpacket_uds_path` and `guest_cid` are extensions. Firecracker has the other field.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct VsockOverride {
-    /// Replaces [`Vsock::uds_path`].
+    /// Unix socket to which host programs connect.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN)))]
     pub uds_path: PathBuf,
-    /// Replaces [`Vsock::seqpacket_uds_path`]; none if absent.
+    /// As `uds_path`, for sockets of type `SOCK_SEQPACKET`; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN), extend("x-vesta-extension" = true)))]
     pub seqpacket_uds_path: Option<PathBuf>,
-    /// Replaces [`Vsock::guest_cid`]; unchanged if absent. The device notifies the guest.
+    /// CID of the guest; unchanged if absent. The device notifies the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-vesta-extension" = true)))]
     pub guest_cid: Option<u32>,
+}
+
+impl VsockOverride {
+    /// Checks bounds.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        check_paths(&self.uds_path, self.seqpacket_uds_path.as_deref())
+    }
 }
 
 impl Vsock {
@@ -66,6 +75,17 @@ impl Vsock {
             seqpacket_uds_path: by.seqpacket_uds_path.clone(),
         }
     }
+}
+
+/// Checks the paths of both sockets.
+fn check_paths(stream: &Path, seqpacket: Option<&Path>) -> Result<(), ConfigError> {
+    socket_path("uds_path", stream)?;
+    let Some(path) = seqpacket else { return Ok(()) };
+    socket_path("seqpacket_uds_path", path)?;
+    if path == stream {
+        return Err(ConfigError::SameSocketPath { path: path.to_owned() });
+    }
+    Ok(())
 }
 
 #[cfg(test)]

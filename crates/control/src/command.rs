@@ -1,6 +1,8 @@
 //! [`Command`]: the one list of commands to a microVM, from the API, the command line and the
 //! configuration file.
 
+use std::borrow::Cow;
+
 use config::{
     BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
     Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad,
@@ -14,6 +16,8 @@ pub enum Command {
     DescribeInstance,
     /// Tell the version: `GET /version`.
     GetVersion,
+    /// Describe the API: `GET /openapi.json`, an extension.
+    GetOpenApi,
     /// Show the settings of processors and memory: `GET /machine-config`.
     GetMachineConfig,
     /// Set processors and memory; absent fields return to their defaults.
@@ -97,6 +101,7 @@ impl Command {
         match self {
             Command::DescribeInstance => "GET /",
             Command::GetVersion => "GET /version",
+            Command::GetOpenApi => "GET /openapi.json",
             Command::GetMachineConfig => "GET /machine-config",
             Command::PutMachineConfig(_) => "PUT /machine-config",
             Command::PatchMachineConfig(_) => "PATCH /machine-config",
@@ -143,6 +148,6 @@ pub enum Reply {
         /// Its media type.
         content_type: &'static str,
         /// The text.
-        body: String,
+        body: Cow<'static, str>,
     },
 }

@@ -203,6 +203,7 @@ impl<H: Host> Controller<H> {
             // Questions are answered above.
             Command::DescribeInstance
             | Command::GetVersion
+            | Command::GetOpenApi
             | Command::GetMachineConfig
             | Command::GetVmConfig
             | Command::GetMmds

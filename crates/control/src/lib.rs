@@ -15,6 +15,7 @@
 //! - `task`: the part of a long command that may wait for the host, on a thread of its own;
 //!   questions are answered meanwhile. `token`: how a task is cancelled.
 //! - [`metrics`]: counters for operators: lines in a file, and Prometheus text.
+//! - `openapi`: the description of the API, which the API serves.
 //! - `host`: what the process does for a controller.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and its channel to the main thread.
@@ -48,6 +49,7 @@ mod metadata;
 pub mod metrics;
 mod microvm;
 mod networks;
+mod openapi;
 mod overlays;
 mod pause;
 pub mod phase;

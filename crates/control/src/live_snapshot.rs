@@ -19,7 +19,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use config::SnapshotCreate;
+use config::{SnapshotCreate, SnapshotJob, SnapshotJobState};
 use memory::image::Observer;
 use memory::{GuestRam, PageSet};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -138,25 +138,22 @@ impl LiveSnapshotJob {
     pub(crate) fn describe(&mut self) -> Reply {
         self.read_lines();
         let (state, elapsed, error) = match &self.end {
-            None => ("Running", micros(self.began), None),
-            Some(End::Done(us)) => ("Done", *us, None),
-            Some(End::Cancelled(us)) => ("Cancelled", *us, None),
-            Some(End::Failed(us, error)) => ("Failed", *us, Some(error)),
+            None => (SnapshotJobState::Running, micros(self.began), None),
+            Some(End::Done(us)) => (SnapshotJobState::Done, *us, None),
+            Some(End::Cancelled(us)) => (SnapshotJobState::Cancelled, *us, None),
+            Some(End::Failed(us, error)) => (SnapshotJobState::Failed, *us, Some(error.clone())),
         };
-        let mut description = json!({
-            "state": state,
-            "snapshot_path": self.create.snapshot_path,
-            "mem_file_path": self.create.mem_file_path,
-            "snapshot_type": self.create.snapshot_type,
-            "bytes_done": self.progress.0,
-            "bytes_total": self.progress.1,
-            "pause_us": self.pause_us,
-            "elapsed_us": elapsed,
-        });
-        if let Some(error) = error {
-            description["error"] = json!(error);
-        }
-        Reply::Json(description)
+        Reply::Json(json!(SnapshotJob {
+            state,
+            snapshot_path: self.create.snapshot_path.clone(),
+            mem_file_path: self.create.mem_file_path.clone(),
+            snapshot_type: Some(self.create.snapshot_type),
+            bytes_done: self.progress.0,
+            bytes_total: self.progress.1,
+            pause_us: Some(self.pause_us),
+            elapsed_us: elapsed,
+            error,
+        }))
     }
 
     /// Reads the lines that have arrived.

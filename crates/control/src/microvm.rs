@@ -1,15 +1,15 @@
 //! [`MicroVm`]: everything that one microVM consists of, and the answers to questions about it.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
-use config::FullVmConfig;
+use config::{FullVmConfig, InstanceInfo, InstanceState, Version};
 use machine::EventSink;
 use machine::debug::KeptOut;
 use machine::devices::{DeviceSetup, limits};
 use machine::legacy::{Output, SerialSetup};
 use machine::machine::Machine;
 use serde::Serialize;
-use serde_json::json;
 use virtio::rate_limiter::RateLimiterConfig;
 
 use crate::backends::Backends;
@@ -17,10 +17,11 @@ use crate::lifecycle::Lifecycle;
 use crate::live_snapshot::LiveSnapshotJob;
 use crate::metadata::Metadata;
 use crate::metrics::{self, Group, Metrics, Of, Value};
+use crate::openapi::OPENAPI;
 use crate::prefetch::WorkingSetTask;
 use crate::settings::Settings;
 use crate::task::Questions;
-use crate::{Command, CommandError, Identity, Platform, Reply};
+use crate::{Command, CommandError, Identity, Phase, Platform, Reply};
 
 /// One microVM: its identity, its configuration with open backends, and its machine.
 #[derive(Debug)]
@@ -103,16 +104,20 @@ impl MicroVm {
             ("state", self.lifecycle.phase().name()),
             ("version", self.identity.version),
         ];
-        Reply::Text { content_type: metrics::CONTENT_TYPE, body: self.metrics.prometheus(&info, own) }
+        Reply::Text { content_type: metrics::CONTENT_TYPE, body: self.metrics.prometheus(&info, own).into() }
     }
 
-    fn describe(&self) -> serde_json::Value {
-        json!({
-            "id": self.identity.id,
-            "state": self.lifecycle.phase().name(),
-            "vmm_version": self.identity.version,
-            "app_name": self.identity.app_name,
-        })
+    fn describe(&self) -> InstanceInfo {
+        InstanceInfo {
+            app_name: self.identity.app_name.to_owned(),
+            id: self.identity.id.clone(),
+            state: match self.lifecycle.phase() {
+                Phase::Configured => InstanceState::NotStarted,
+                Phase::Running => InstanceState::Running,
+                Phase::Paused => InstanceState::Paused,
+            },
+            vmm_version: self.identity.version.to_owned(),
+        }
     }
 }
 
@@ -123,9 +128,12 @@ impl Questions for MicroVm {
 
     fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>> {
         Some(match command {
-            Command::DescribeInstance => Ok(Reply::Json(self.describe())),
+            Command::DescribeInstance => to_json(&self.describe()),
             Command::GetVersion => {
-                Ok(Reply::Json(json!({ "firecracker_version": self.identity.api_version })))
+                to_json(&Version { firecracker_version: self.identity.api_version.to_owned() })
+            }
+            Command::GetOpenApi => {
+                Ok(Reply::Text { content_type: "application/json", body: Cow::Borrowed(OPENAPI) })
             }
             Command::GetMachineConfig => to_json(&self.backends.settings.machine_config),
             Command::GetVmConfig => to_json(&self.shown_config()),
@@ -136,7 +144,8 @@ impl Questions for MicroVm {
     }
 }
 
-fn to_json(value: &impl Serialize) -> Result<Reply, CommandError> {
+/// The answer with this value.
+pub(crate) fn to_json(value: &impl Serialize) -> Result<Reply, CommandError> {
     serde_json::to_value(value).map(Reply::Json).map_err(CommandError::Json)
 }
 

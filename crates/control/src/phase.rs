@@ -66,6 +66,7 @@ fn allowed_in(command: &Command) -> AllowedIn {
     match command {
         Command::DescribeInstance
         | Command::GetVersion
+        | Command::GetOpenApi
         | Command::GetMachineConfig
         | Command::GetVmConfig
         | Command::GetMmds
@@ -144,6 +145,7 @@ mod tests {
         for command in [
             Command::DescribeInstance,
             Command::GetVersion,
+            Command::GetOpenApi,
             Command::GetMachineConfig,
             Command::GetVmConfig,
             Command::GetMetrics,

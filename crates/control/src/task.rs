@@ -39,6 +39,7 @@ use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use config::{SnapshotJob, SnapshotJobState};
 use memory::image::Observer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
@@ -255,13 +256,16 @@ impl Responder<'_> {
         match (command, self.paths) {
             (Command::DescribeJob, Some(paths)) => {
                 let (done, total) = self.token.bytes();
-                Some(Ok(Reply::Json(json!({
-                    "state": "Running",
-                    "snapshot_path": paths.snapshot_path,
-                    "mem_file_path": paths.mem_file_path,
-                    "bytes_done": done,
-                    "bytes_total": total,
-                    "elapsed_us": u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+                Some(Ok(Reply::Json(json!(SnapshotJob {
+                    state: SnapshotJobState::Running,
+                    snapshot_path: paths.snapshot_path.clone(),
+                    mem_file_path: paths.mem_file_path.clone(),
+                    snapshot_type: None,
+                    bytes_done: done,
+                    bytes_total: total,
+                    pause_us: None,
+                    elapsed_us: u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+                    error: None,
                 }))))
             }
             (Command::CancelJob, Some(_)) => {

@@ -27,7 +27,7 @@ use rustix::{
 use super::limits::Limits;
 use super::request_log::{self, Outcome, Received};
 use super::routes::route;
-use crate::metrics::{ApiStats, Endpoint};
+use crate::metrics::{ApiStats, CountedRequest};
 use crate::{
     Command, CommandError, Reply,
     http::{Decoded, Decoder, Request, Response, put_continue},
@@ -64,7 +64,7 @@ pub(super) struct Connection {
 #[derive(Debug)]
 struct Awaited {
     deprecated: bool,
-    endpoint: Option<Endpoint>,
+    endpoint: Option<CountedRequest>,
     received: Received,
 }
 
@@ -190,7 +190,7 @@ impl Connection {
     }
 
     fn handle(&mut self, request: &Request, dispatch: &mut impl FnMut(Command)) {
-        let endpoint = Endpoint::of(request.method, &request.path);
+        let endpoint = CountedRequest::of(request.method, &request.path);
         self.stats.count(endpoint);
         let mut received = Received::log(request);
         match route(request) {

@@ -23,6 +23,7 @@
 
 mod channel;
 mod connection;
+mod endpoints;
 mod limits;
 mod replay;
 mod request_log;
@@ -36,9 +37,10 @@ use std::{
 };
 
 pub use channel::{ReplyTo, Request, Requests};
+pub use endpoints::Endpoint;
 pub use limits::Limits;
 pub use replay::{Replayed, replay};
-pub use routes::{RouteError, Routed, route};
+pub use routes::{ENDPOINTS, RouteError, Routed, route};
 pub use socket_file::{BindError, Occupant, leave_all as leave_all_sockets};
 use socket_file::{SocketFile, SocketType};
 

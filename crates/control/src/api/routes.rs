@@ -1,4 +1,4 @@
-//! [`route`]: the table of endpoints, which turns a request into a [`Command`].
+//! [`route`] turns a request into a [`Command`]; [`ENDPOINTS`] is the table of endpoints.
 //!
 //! Paths are read as Firecracker reads them: several leading slashes count as one, a trailing one
 //! is ignored, and so are segments after those that name the endpoint.
@@ -13,6 +13,7 @@ use config::{
 };
 use serde::de::DeserializeOwned;
 
+use super::endpoints::{self, Endpoint};
 use crate::{
     Command,
     http::{Method, Request},
@@ -90,41 +91,47 @@ pub enum RouteError {
     Id(#[from] IdError),
 }
 
+/// Every endpoint. A row here needs a row in `xtask/openapi/src/operations.rs`.
+pub const ENDPOINTS: &[Endpoint] = &[
+    Endpoint::get("/", |request, _| question(request, Command::DescribeInstance)),
+    Endpoint::get("/version", |request, _| question(request, Command::GetVersion)),
+    Endpoint::get("/openapi.json", |request, _| question(request, Command::GetOpenApi)),
+    Endpoint::get("/machine-config", |request, _| question(request, Command::GetMachineConfig)),
+    Endpoint::put("/machine-config", |request, _| put_machine_config(request)),
+    Endpoint::patch("/machine-config", |request, _| patch_machine_config(request)),
+    Endpoint::put("/cpu-config", |request, _| Ok(plain(Command::PutCpuConfig(body(request)?)))),
+    Endpoint::put("/boot-source", |request, _| Ok(plain(Command::PutBootSource(body(request)?)))),
+    Endpoint::put("/logger", |request, _| Ok(plain(Command::PutLogger(body::<Logger>(request)?)))),
+    Endpoint::get("/metrics", |request, _| question(request, Command::GetMetrics)),
+    Endpoint::put("/metrics", |request, _| Ok(plain(Command::PutMetrics(body(request)?)))),
+    Endpoint::put("/serial", |request, _| Ok(plain(Command::PutSerial(body(request)?)))),
+    Endpoint::put("/drives/{drive_id}", put_drive),
+    Endpoint::patch("/drives/{drive_id}", patch_drive),
+    Endpoint::put("/network-interfaces/{iface_id}", put_network),
+    Endpoint::patch("/network-interfaces/{iface_id}", patch_network),
+    Endpoint::put("/entropy", |request, _| Ok(plain(Command::PutEntropy(body(request)?)))),
+    Endpoint::put("/vsock", |request, _| put_vsock(request)),
+    Endpoint::get("/mmds", |request, _| question(request, Command::GetMmds)),
+    Endpoint::put("/mmds", |request, _| Ok(plain(Command::PutMmds(body(request)?)))).exact(),
+    Endpoint::patch("/mmds", |request, _| Ok(plain(Command::PatchMmds(body(request)?)))),
+    Endpoint::put("/mmds/config", |request, _| put_mmds_config(request)),
+    Endpoint::put("/actions", |request, _| put_action(request)),
+    Endpoint::patch("/vm", |request, _| Ok(plain(Command::SetVmState(body::<Vm>(request)?.state)))),
+    Endpoint::put("/snapshot/create", |request, _| put_snapshot_create(request)),
+    Endpoint::get("/snapshot/job", |request, _| question(request, Command::DescribeJob)),
+    Endpoint::delete("/snapshot/job", |request, _| question(request, Command::CancelJob)),
+    Endpoint::put("/snapshot/load", |request, _| put_snapshot_load(request)),
+    Endpoint::put("/fork", |request, _| put_fork(request)),
+    Endpoint::get("/vm/config", |request, _| question(request, Command::GetVmConfig)),
+];
+
 /// Turns `request` into its command.
 pub fn route(request: &Request) -> Result<Routed, RouteError> {
     let Some(path) = request.path.strip_prefix('/') else { return Err(not_found(request)) };
     let segments: Vec<&str> = path.trim_start_matches('/').split_terminator('/').collect();
-    match (request.method, segments.as_slice()) {
-        (Method::Get, []) => question(request, Command::DescribeInstance),
-        (Method::Get, ["version", ..]) => question(request, Command::GetVersion),
-        (Method::Get, ["machine-config", ..]) => question(request, Command::GetMachineConfig),
-        (Method::Put, ["machine-config", ..]) => put_machine_config(request),
-        (Method::Patch, ["machine-config", ..]) => patch_machine_config(request),
-        (Method::Put, ["cpu-config", ..]) => Ok(plain(Command::PutCpuConfig(body(request)?))),
-        (Method::Put, ["metrics", ..]) => Ok(plain(Command::PutMetrics(body(request)?))),
-        (Method::Get, ["metrics", ..]) => question(request, Command::GetMetrics),
-        (Method::Put, ["boot-source", ..]) => Ok(plain(Command::PutBootSource(body(request)?))),
-        (Method::Put, ["logger", ..]) => Ok(plain(Command::PutLogger(body::<Logger>(request)?))),
-        (Method::Put, ["serial", ..]) => Ok(plain(Command::PutSerial(body(request)?))),
-        (Method::Put, ["drives", rest @ ..]) => put_drive(request, id(rest)?),
-        (Method::Patch, ["drives", rest @ ..]) => patch_drive(request, id(rest)?),
-        (Method::Put, ["network-interfaces", rest @ ..]) => put_network(request, id(rest)?),
-        (Method::Patch, ["network-interfaces", rest @ ..]) => patch_network(request, id(rest)?),
-        (Method::Put, ["entropy", ..]) => Ok(plain(Command::PutEntropy(body(request)?))),
-        (Method::Put, ["vsock", ..]) => put_vsock(request),
-        (Method::Get, ["mmds", ..]) => question(request, Command::GetMmds),
-        (Method::Put, ["mmds"]) => Ok(plain(Command::PutMmds(body(request)?))),
-        (Method::Patch, ["mmds", ..]) => Ok(plain(Command::PatchMmds(body(request)?))),
-        (Method::Put, ["mmds", "config", ..]) => put_mmds_config(request),
-        (Method::Put, ["actions", ..]) => put_action(request),
-        (Method::Patch, ["vm", ..]) => Ok(plain(Command::SetVmState(body::<Vm>(request)?.state))),
-        (Method::Put, ["snapshot", "create", ..]) => put_snapshot_create(request),
-        (Method::Get, ["snapshot", "job", ..]) => question(request, Command::DescribeJob),
-        (Method::Delete, ["snapshot", "job", ..]) => question(request, Command::CancelJob),
-        (Method::Put, ["snapshot", "load", ..]) => put_snapshot_load(request),
-        (Method::Put, ["fork", ..]) => put_fork(request),
-        (Method::Get, ["vm", "config", ..]) => question(request, Command::GetVmConfig),
-        (_, segments) => Err(unsupported(request, segments).unwrap_or_else(|| not_found(request))),
+    match endpoints::find(ENDPOINTS, request.method, &segments) {
+        Some(endpoint) => (endpoint.read)(request, endpoint.parameter(&segments)),
+        None => Err(unsupported(request, &segments).unwrap_or_else(|| not_found(request))),
     }
 }
 
@@ -205,11 +212,6 @@ fn put_fork(request: &Request) -> Result<Routed, RouteError> {
     let fork: Fork = body(request)?;
     fork.check()?;
     Ok(plain(Command::Fork(fork)))
-}
-
-/// The id that follows the name of a kind of resource in a path.
-fn id<'a>(rest: &[&'a str]) -> Result<&'a str, IdError> {
-    rest.first().copied().ok_or(IdError::Empty)
 }
 
 /// Checks that the id in the path is well-formed, and that it is the body's.
@@ -305,6 +307,7 @@ mod tests {
             ("/version", Command::GetVersion),
             ("/machine-config", Command::GetMachineConfig),
             ("/vm/config", Command::GetVmConfig),
+            ("/openapi.json", Command::GetOpenApi),
         ] {
             assert_eq!(command(Method::Get, path, ""), expected);
         }

@@ -41,15 +41,14 @@ mod start;
 
 use std::time::{Duration, Instant};
 
-use config::{Drive, Fork};
-use serde_json::json;
+use config::{ChildOutcome, ChildState, Drive, Fork, ForkOutcome};
 
 pub use crate::child::{ChildSpec, ForkPlan, ParentState, Reporter};
 use crate::child::{Report, Reports};
 use crate::drive_commands::{settle_swaps, switch_to_overlays, write_back};
 use crate::host::Host;
 use crate::live_snapshot::LiveSnapshotJob;
-use crate::microvm::MicroVm;
+use crate::microvm::{MicroVm, to_json};
 use crate::overlays::files::NewFiles;
 use crate::overlays::plan::{OverlayPlan, Planner};
 use crate::pause::{pause, resume_after_pause};
@@ -200,31 +199,29 @@ fn answer(
     let mut first_error = None;
     let children = fork.children.iter().zip(reports).map(|(child, report)| {
         let id = child.id.as_str();
-        let (pid, error) = match report {
-            Some(Report { pid, error: None, .. }) => (*pid, None),
-            Some(Report { error: Some(error), .. }) => (0, Some(error.clone())),
+        let error = match report {
+            Some(Report { pid, error: None, at }) => {
+                living += 1;
+                return ChildOutcome::Started {
+                    id: id.to_owned(),
+                    pid: *pid,
+                    api_socket: child.api_socket.clone(),
+                    state: if child.resume { ChildState::Running } else { ChildState::Paused },
+                    ready_us: micros(at.saturating_duration_since(begin)),
+                };
+            }
+            Some(Report { error: Some(error), .. }) => error.clone(),
             None => {
                 let timeout = START_TIMEOUT.as_secs();
-                (0, Some(format!("it ended before it started, or did not start within {timeout} s")))
+                format!("it ended before it started, or did not start within {timeout} s")
             }
         };
-        if let Some(error) = error {
-            first_error.get_or_insert_with(|| CommandError::child(id, error.clone()));
-            return json!({ "id": id, "error": error });
-        }
-        living += 1;
-        let ready = report.as_ref().map(|report| micros(report.at.saturating_duration_since(begin)));
-        json!({
-            "id": id,
-            "pid": pid,
-            "api_socket": child.api_socket,
-            "state": if child.resume { "Running" } else { "Paused" },
-            "ready_us": ready,
-        })
+        first_error.get_or_insert_with(|| CommandError::child(id, error.clone()));
+        ChildOutcome::Failed { id: id.to_owned(), error }
     });
     let children: Vec<_> = children.collect();
     match first_error {
         Some(error) if living == 0 => Err(error),
-        _ => Ok(Reply::Json(json!({ "pause_us": micros(paused_for), "children": children }))),
+        _ => to_json(&ForkOutcome { pause_us: micros(paused_for), children }),
     }
 }

@@ -1,5 +1,7 @@
 //! Responses of the API as bytes.
 
+use std::borrow::Cow;
+
 use serde_json::Value;
 use vesta_http::Version;
 
@@ -19,7 +21,7 @@ pub struct Response(vesta_http::Response);
 
 impl Response {
     fn new(status: u16, body: Option<String>) -> Response {
-        let content = body.map(|body| ("application/json", body));
+        let content = body.map(|body| ("application/json", body.into()));
         Response(vesta_http::Response { content, ..vesta_http::Response::new(status, "") })
     }
 
@@ -34,7 +36,7 @@ impl Response {
     }
 
     /// 200: success, with a text.
-    pub fn text(content_type: &'static str, body: String) -> Response {
+    pub fn text(content_type: &'static str, body: Cow<'static, str>) -> Response {
         let content = Some((content_type, body));
         Response(vesta_http::Response { content, ..vesta_http::Response::new(200, "") })
     }

@@ -57,7 +57,7 @@ pub(crate) use operations::{Operation, OperationStats};
 pub use process::{ProcessCounts, SignalCounts};
 pub(crate) use prometheus::CONTENT_TYPE;
 pub(crate) use report::{Group, Of, Value};
-pub(crate) use requests::{ApiStats, Endpoint};
+pub(crate) use requests::{ApiStats, CountedRequest};
 pub use sources::StartupTimes;
 
 use report::Report;

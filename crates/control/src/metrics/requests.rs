@@ -37,13 +37,13 @@ const COUNTED: [(Method, &str, &str, Option<&str>); 24] = [
 
 /// An endpoint whose requests are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Endpoint(usize);
+pub(crate) struct CountedRequest(usize);
 
-impl Endpoint {
+impl CountedRequest {
     /// The endpoint of a request; `None` if its requests are not counted.
     pub(crate) fn of(method: Method, path: &str) -> Option<Self> {
         let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
-        COUNTED.iter().position(|counted| (counted.0, counted.1) == (method, first)).map(Endpoint)
+        COUNTED.iter().position(|counted| (counted.0, counted.1) == (method, first)).map(CountedRequest)
     }
 }
 
@@ -66,15 +66,15 @@ pub(crate) struct ApiStats {
 
 impl ApiStats {
     /// Counts a request when it has arrived.
-    pub(crate) fn count(&self, endpoint: Option<Endpoint>) {
-        if let Some(Endpoint(at)) = endpoint {
+    pub(crate) fn count(&self, endpoint: Option<CountedRequest>) {
+        if let Some(CountedRequest(at)) = endpoint {
             self.requests[at].count.add(1);
         }
     }
 
     /// Counts a request that gets an error, whatever the reason.
-    pub(crate) fn count_failure(&self, endpoint: Option<Endpoint>) {
-        if let Some(Endpoint(at)) = endpoint {
+    pub(crate) fn count_failure(&self, endpoint: Option<CountedRequest>) {
+        if let Some(CountedRequest(at)) = endpoint {
             self.requests[at].fails.add(1);
         }
     }
@@ -107,10 +107,10 @@ mod tests {
             (Method::Get, "/vm/config"),
             (Method::Put, "/mmds/config"),
         ] {
-            stats.count(Endpoint::of(method, path));
+            stats.count(CountedRequest::of(method, path));
         }
-        stats.count_failure(Endpoint::of(Method::Put, "/drives/b"));
-        stats.count_failure(Endpoint::of(Method::Get, "/"));
+        stats.count_failure(CountedRequest::of(Method::Put, "/drives/b"));
+        stats.count_failure(CountedRequest::of(Method::Get, "/"));
         let counted = |name, method| -> Vec<_> {
             let fields = stats.group(name, method).fields.into_iter();
             fields.filter(|(_, value)| *value != Value::Count(0)).collect()
