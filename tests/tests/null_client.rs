@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -87,7 +87,13 @@ fn configure_from_file(config: &FullVmConfig, dir: &Path) -> Result<()> {
     let vmm =
         VmmBuilder::new(&vmm_path())?.with_api().with_config(&serde_json::to_value(&config)?)?.spawn()?;
     let mut client = Client::new(vmm.dir().join("api.sock"));
-    assert_eq!(client.wait_until_ready(TIMEOUT)?.state, InstanceState::Running);
+    client.wait_until_ready(TIMEOUT)?;
+    let begin = Instant::now();
+    // The API answers before the guest runs.
+    while client.instance()?.state != InstanceState::Running {
+        ensure!(begin.elapsed() < TIMEOUT, "the guest does not run");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     Ok(())
 }
 
@@ -147,7 +153,7 @@ fn a_guest_is_paused_saved_restored_and_forked() -> Result<()> {
     let socket = vmm.dir().join("child.sock");
     let child = Child { api_socket: Some(socket.clone()), resume: false, ..Child::new("child".parse()?) };
     let report = client.fork(&Fork { children: vec![child], drives: vec![] })?;
-    let started = report.children[0].started()?;
+    let started = report.children.into_iter().next().context("one child")?.started()?;
     let orphan = Orphans::of(&[u64::from(started.pid)]);
     assert_eq!((started.state, started.api_socket.as_ref()), (InstanceState::Paused, Some(&socket)));
     let mut of_child = Client::new(&socket);

@@ -88,7 +88,7 @@ pub struct FailedChild {
 
 impl ForkedChild {
     /// The child, or why it has not started.
-    pub fn started(&self) -> Result<&StartedChild, &FailedChild> {
+    pub fn started(self) -> Result<StartedChild, FailedChild> {
         match self {
             ForkedChild::Started(child) => Ok(child),
             ForkedChild::Failed(child) => Err(child),
@@ -153,9 +153,10 @@ mod tests {
                 {"id":"b","error":"no memory"}]}"#,
         )
         .unwrap();
-        let started = report.children[0].started().unwrap();
+        let [first, second] = <[ForkedChild; 2]>::try_from(report.children).unwrap();
+        let started = first.started().unwrap();
         assert_eq!((started.pid, started.state, started.ready_us), (5, InstanceState::Paused, 9));
-        assert_eq!(report.children[1].started().unwrap_err().to_string(), "child b: no memory");
+        assert_eq!(second.started().unwrap_err().to_string(), "child b: no memory");
     }
 
     #[test]
