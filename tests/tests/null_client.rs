@@ -1,5 +1,4 @@
-//! `vesta-client` with the real monitor: what the client writes the monitor reads, and the other way
-//! round.
+//! `vesta-client` with the real monitor: what the client writes the monitor reads, and vice versa.
 
 use std::fs;
 use std::path::Path;

@@ -1,6 +1,6 @@
-//! What each client of Firecracker does, call by call: arguments, files, requests in their order and
-//! form, what it reads of the responses, and how it ends the monitor. The monitor runs under the
-//! name that they expect.
+//! What each client of Firecracker does, call by call: arguments, files, requests in their order
+//! and form, what it reads of the responses, and how it ends the monitor. The monitor runs under
+//! the name that they expect.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{Read, Write};
@@ -226,7 +226,7 @@ fn go_sdk_restores_a_snapshot_after_a_put_of_vsock() -> Result<()> {
 }
 
 #[test]
-fn firectl_puts_the_root_drive_last_and_metadata_after_the_start() -> Result<()> {
+fn firectl_puts_the_root_drive_last_and_metadata_late() -> Result<()> {
     let host = HostNet::new()?;
     host.ip("tuntap add dev tap0 mode tap vnet_hdr")?;
     let mut vmm = firecracker()?.with_api().spawn()?;
@@ -370,7 +370,7 @@ fn kata_reads_the_version_from_the_second_word() -> Result<()> {
 }
 
 #[test]
-fn kata_in_go_configures_by_a_file_and_gives_disks_to_empty_drives() -> Result<()> {
+fn kata_in_go_gives_disks_to_empty_drives() -> Result<()> {
     let host = HostNet::new()?;
     host.ip("tuntap add dev tap0_kata mode tap vnet_hdr")?;
     let builder = firecracker()?;

@@ -88,8 +88,8 @@ impl Client {
 
     /// Waits until the monitor answers `GET /`.
     ///
-    /// It waits while there is no socket, nobody listens on it, or all connections are taken (503);
-    /// other errors are returned at once. The caller knows whether the monitor's process still runs.
+    /// It waits while there is no socket, no monitor listens on it, or all connections are taken
+    /// (503). Other errors are returned at once. The caller knows whether the process still runs.
     pub fn wait_until_ready(&mut self, limit: Duration) -> Result<InstanceInfo, Error> {
         let begin = Instant::now();
         loop {

@@ -32,15 +32,15 @@
 //! # Connections
 //!
 //! [`Client`] keeps one connection and uses it for all requests: the monitor answers 503 to the
-//! eleventh. Where the monitor has closed it, the client connects again and repeats the request,
-//! but only if that cannot carry it out twice: if no byte of it was sent, or if to repeat it changes
-//! nothing (each `GET`, and each `PUT` or `PATCH` of a configuration). [`Client::start`],
-//! [`Client::fork`], [`Client::create_snapshot`] and the like are never repeated.
+//! eleventh. Where the monitor has closed it, the client connects again and repeats the request, but
+//! only if no byte of it was sent, or if repeating it changes nothing: each `GET`, and each `PUT` or
+//! `PATCH` of a configuration. [`Client::start`], [`Client::fork`], [`Client::create_snapshot`] and
+//! the like are never carried out twice.
 //!
 //! # Errors
 //!
-//! [`Error`]. A refusal of the monitor ([`Error::Refused`]) has its text, which names the field, the
-//! value and the bound. Each request has a time limit ([`Timeouts`]). Values are checked by the
+//! [`Error`]. A refusal of the monitor ([`Error::Refused`]) has its text, which names the field,
+//! the value and the bound. Each request has a time limit ([`Timeouts`]). Values are checked by the
 //! monitor; `check` methods of the structs find most errors without it.
 //!
 //! # Other monitors

@@ -122,7 +122,7 @@ fn connection_is_not_used_after_connection_close() {
 }
 
 #[test]
-fn answer_that_does_not_come_is_a_timeout_on_that_connection_only() {
+fn answer_that_does_not_come_is_a_timeout() {
     let server = serve(vec![|stream| request(stream) + &request(stream), |stream| answer(stream, VERSION)]);
     let mut client = server.client().with_timeouts(short());
     let error = client.version().unwrap_err();
