@@ -415,7 +415,7 @@ fn kata_in_go_gives_disks_to_empty_drives() -> Result<()> {
         .filter_map(|thread| thread.name.strip_prefix("fc_vcpu")?.trim().parse().ok())
         .collect();
     assert_eq!(vcpus, [0, 1]);
-    fs::write(dir.join("container"), [0; 1 << 16])?;
+    fs::write(dir.join("container"), vec![0; 1 << 16])?;
     for path in [dir.join("container"), pool[7].clone()] {
         let update = json!({"drive_id": "drive_7", "path_on_host": path});
         assert_eq!(api.patch("/drives/drive_7", &update)?.ok()?.status, 204);
@@ -456,7 +456,7 @@ fn kata_in_rust_puts_vsock_twice_and_kills_the_process() -> Result<()> {
     let network = json!({"iface_id": "eth0", "guest_mac": null, "host_dev_name": "tap0_kata"});
     put_all(&mut api, &[("/network-interfaces/eth0", network)])?;
     instance_start(&mut api)?;
-    fs::write(dir.join("container"), [0; 1 << 16])?;
+    fs::write(dir.join("container"), vec![0; 1 << 16])?;
     for limiter in [json!({"bandwidth": {"size": 1 << 20, "refill_time": 100}}), Value::Null] {
         let update =
             json!({"drive_id": "drive1", "path_on_host": dir.join("container"), "rate_limiter": limiter});
@@ -508,7 +508,7 @@ fn firecracker_containerd_uses_relative_paths_and_stub_drives() -> Result<()> {
     let mmds = json!({"version": "V1", "network_interfaces": ["1"]});
     put_all(&mut api, &[("/network-interfaces/1", network), ("/vsock", vsock), ("/mmds/config", mmds)])?;
     instance_start(&mut api)?;
-    fs::write(dir.join("layer"), [0; 1 << 16])?;
+    fs::write(dir.join("layer"), vec![0; 1 << 16])?;
     let update = json!({"drive_id": "ctrstub0", "path_on_host": "layer"});
     assert_eq!(api.patch("/drives/ctrstub0", &update)?.ok()?.status, 204);
     for state in ["Paused", "Resumed"] {

@@ -109,17 +109,17 @@ impl Client {
 
     /// Sends a `GET` and returns the answer. For endpoints that this client has no method for.
     pub fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, Error> {
-        self.ask(self.request("GET", path, Repeat::Harmless))
+        self.ask(&self.request("GET", path, Repeat::Harmless))
     }
 
     /// Sends a `PUT` that has no answer. It is not repeated.
     pub fn put(&mut self, path: &str, body: &impl Serialize) -> Result<(), Error> {
-        self.tell(self.request("PUT", path, Repeat::Never).with_body(body)?)
+        self.tell(&self.request("PUT", path, Repeat::Never).with_body(body)?)
     }
 
     /// Sends a `PATCH` that has no answer. It is not repeated.
     pub fn patch(&mut self, path: &str, body: &impl Serialize) -> Result<(), Error> {
-        self.tell(self.request("PATCH", path, Repeat::Never).with_body(body)?)
+        self.tell(&self.request("PATCH", path, Repeat::Never).with_body(body)?)
     }
 
     /// Sends any request within `limit` and returns the response, whatever its status. `body` is
@@ -161,13 +161,13 @@ impl Client {
     }
 
     /// Sends `request`, whose answer is empty.
-    pub(crate) fn tell(&mut self, request: Request<'_>) -> Result<(), Error> {
-        self.accepted(&request).map(drop)
+    pub(crate) fn tell(&mut self, request: &Request<'_>) -> Result<(), Error> {
+        self.accepted(request).map(drop)
     }
 
     /// Sends `request` and reads its answer.
-    pub(crate) fn ask<T: DeserializeOwned>(&mut self, request: Request<'_>) -> Result<T, Error> {
-        let response = self.accepted(&request)?;
+    pub(crate) fn ask<T: DeserializeOwned>(&mut self, request: &Request<'_>) -> Result<T, Error> {
+        let response = self.accepted(request)?;
         serde_json::from_str(&response.body)
             .map_err(|source| Error::Answer { request: request.name(), source })
     }

@@ -140,7 +140,7 @@ impl Timer {
             return Err(self.over());
         }
         let slack = (self.limit / 16).max(SHORTEST);
-        let fits = |limit: &Duration| *limit >= left && *limit - left <= slack;
+        let fits = |limit: &Duration| *limit >= left && *limit <= left + slack;
         Ok(now.filter(fits).unwrap_or_else(|| left.max(SHORTEST)))
     }
 

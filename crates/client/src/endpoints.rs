@@ -111,7 +111,7 @@ impl Client {
 
     /// Sends a part of the configuration. To send it again changes nothing.
     fn set(&mut self, method: &'static str, path: &str, body: &impl Serialize) -> Result<(), Error> {
-        self.tell(self.request(method, path, Repeat::Harmless).with_body(body)?)
+        self.tell(&self.request(method, path, Repeat::Harmless).with_body(body)?)
     }
 }
 
@@ -148,9 +148,9 @@ impl Client {
         let request = self.request("PUT", "/snapshot/create", Repeat::Never).with_body(create)?;
         let request = request.within(self.timeouts().long);
         if create.live {
-            return self.ask(request).map(Some);
+            return self.ask(&request).map(Some);
         }
-        self.tell(request).map(|()| None)
+        self.tell(&request).map(|()| None)
     }
 
     /// `GET /snapshot/job`: how far the last live snapshot is.
@@ -160,30 +160,30 @@ impl Client {
 
     /// `DELETE /snapshot/job`: cancels the live snapshot.
     pub fn cancel_snapshot_job(&mut self) -> Result<(), Error> {
-        self.tell(self.request("DELETE", "/snapshot/job", Repeat::Never))
+        self.tell(&self.request("DELETE", "/snapshot/job", Repeat::Never))
     }
 
     /// `PUT /snapshot/load`: restores a guest in a new monitor.
     pub fn load_snapshot(&mut self, load: &SnapshotLoad) -> Result<(), Error> {
         let request = self.request("PUT", "/snapshot/load", Repeat::Never).with_body(load)?;
-        self.tell(request.within(self.timeouts().long))
+        self.tell(&request.within(self.timeouts().long))
     }
 
     /// `PUT /fork`: starts children of the running guest. An error only if no child has started:
     /// the report has the error of each one that has not.
     pub fn fork(&mut self, fork: &Fork) -> Result<ForkReport, Error> {
         let request = self.request("PUT", "/fork", Repeat::Never).with_body(fork)?;
-        self.ask(request.within(self.timeouts().long))
+        self.ask(&request.within(self.timeouts().long))
     }
 
     fn act(&mut self, action_type: ActionType) -> Result<(), Error> {
         let request = self.request("PUT", "/actions", Repeat::Never).with_body(&Action { action_type })?;
-        self.tell(request.within(self.timeouts().long))
+        self.tell(&request.within(self.timeouts().long))
     }
 
     fn set_state(&mut self, state: VmState) -> Result<(), Error> {
         let request = self.request("PATCH", "/vm", Repeat::Harmless).with_body(&Vm { state })?;
-        self.tell(request.within(self.timeouts().long))
+        self.tell(&request.within(self.timeouts().long))
     }
 }
 
