@@ -77,16 +77,41 @@ fn first_line(mut fifo: File) -> Result<String> {
     Ok(String::from_utf8(line)?)
 }
 
-/// Checks a line of metrics as Kata's runtime reads it: groups of numbers that fit in a `uint64`.
+/// Checks a line of metrics as Kata's runtime reads it: groups of numbers that fit in a `uint64`, or
+/// of such groups.
 fn check_metrics(line: &str) -> Result<()> {
-    let metrics: Map<String, Value> = serde_json::from_str(line).with_context(|| line.to_owned())?;
-    for group in ["api_server", "block", "get_api_requests", "logger", "net", "vcpu", "vmm", "vsock"] {
-        let counters = metrics.get(group).and_then(Value::as_object);
-        let counters = counters.with_context(|| format!("metrics have no group {group}: {line}"))?;
-        for (name, value) in counters {
-            let is_counter = value.as_u64().is_some() || value.is_object();
-            ensure!(is_counter, "metrics: {group}.{name} is {value}");
+    fn counters(name: &str, group: &Value) -> Result<()> {
+        let group = group.as_object().with_context(|| format!("metrics: {name} is {group}"))?;
+        for (key, value) in group {
+            if value.is_object() {
+                counters(&format!("{name}.{key}"), value)?;
+            } else {
+                value.as_u64().with_context(|| format!("metrics: {name}.{key} is {value}"))?;
+            }
         }
+        Ok(())
+    }
+    let metrics: Map<String, Value> = serde_json::from_str(line).with_context(|| line.to_owned())?;
+    for group in [
+        "api_server",
+        "block",
+        "get_api_requests",
+        "i8042",
+        "latencies_us",
+        "logger",
+        "mmds",
+        "net",
+        "patch_api_requests",
+        "put_api_requests",
+        "seccomp",
+        "signals",
+        "uart",
+        "vcpu",
+        "vmm",
+        "vsock",
+    ] {
+        let value = metrics.get(group).with_context(|| format!("metrics have no group {group}: {line}"))?;
+        counters(group, value)?;
     }
     Ok(())
 }
