@@ -203,3 +203,19 @@ fn wait_until_ready_ends_with_the_last_reason() {
     let mut client = Client::new(dir.path().join("x".repeat(120)));
     assert!(!client.wait_until_ready(Duration::from_hours(1)).unwrap_err().is_absent());
 }
+
+#[test]
+fn structs_with_defaults_pass_their_own_checks() {
+    use vesta_client::{
+        BootSource, Child, DriveUpdate, Fork, InstanceId, NetworkInterface, SnapshotCreate, SnapshotLoad,
+        Vsock,
+    };
+    BootSource::new("/vmlinux").check().unwrap();
+    Drive::new("rootfs", "/disk").check().unwrap();
+    NetworkInterface::new("eth0", "tap0").check().unwrap();
+    Vsock::new(3, "/vsock").check().unwrap();
+    Fork { children: vec![Child::new(InstanceId::default())], drives: vec![] }.check().unwrap();
+    SnapshotCreate::new("/state", "/memory").check().unwrap();
+    SnapshotLoad::from_files("/state".into(), "/memory".into()).check().unwrap();
+    assert!(DriveUpdate::new("rootfs").is_empty());
+}
