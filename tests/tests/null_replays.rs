@@ -77,8 +77,8 @@ fn first_line(mut fifo: File) -> Result<String> {
     Ok(String::from_utf8(line)?)
 }
 
-/// Checks a line of metrics as Kata's runtime reads it: groups of numbers that fit in a `uint64`, or
-/// of such groups.
+/// Checks a line of metrics as Kata's runtime reads it: groups of numbers that fit in a `uint64`,
+/// or of such groups.
 fn check_metrics(line: &str) -> Result<()> {
     fn counters(name: &str, group: &Value) -> Result<()> {
         let group = group.as_object().with_context(|| format!("metrics: {name} is {group}"))?;
