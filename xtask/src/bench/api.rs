@@ -99,7 +99,7 @@ pub(crate) fn inner(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         "the same with a configuration file, ms",
         "ratio",
     ];
-    println!("## A microVM with 8 devices: calls and configuration file\n\n{}", starts.markdown(&columns));
+    print!("## A microVM with 8 devices: calls and configuration file\n\n{}", starts.markdown(&columns));
     Ok(ExitCode::SUCCESS)
 }
 
