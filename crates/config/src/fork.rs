@@ -85,6 +85,24 @@ pub struct Child {
     pub resume: bool,
 }
 
+impl Child {
+    /// A running child without API, network and vsock sockets, and with default overlays.
+    pub fn new(id: InstanceId) -> Child {
+        Child {
+            id,
+            api_socket: None,
+            cgroup: None,
+            drives: Vec::new(),
+            network_overrides: Vec::new(),
+            serial: None,
+            vsock_override: None,
+            mmds: None,
+            logger: None,
+            resume: true,
+        }
+    }
+}
+
 impl Fork {
     /// Checks the number of children, and that ids, paths and taps are unique.
     pub fn check(&self) -> Result<(), ConfigError> {

@@ -31,6 +31,11 @@ pub struct Vsock {
 }
 
 impl Vsock {
+    /// A device with the socket `uds_path`.
+    pub fn new(guest_cid: u32, uds_path: impl Into<PathBuf>) -> Vsock {
+        Vsock { guest_cid, uds_path: uds_path.into(), vsock_id: None, seqpacket_uds_path: None }
+    }
+
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_paths(&self.uds_path, self.seqpacket_uds_path.as_deref())
