@@ -16,12 +16,12 @@
 //!     +-- vcpu         the threads that run the guest     vcpu_signal   how they are interrupted
 //!     +-- chipset      PICs, I/O APIC, PIT, kvmclock; saved and restored
 //!     +-- devices      virtio devices: the device table, addresses, MMIO and PCI
-//!     +-- legacy       serial port, keyboard, CMOS clock, power registers, boot timer
+//!     +-- legacy       serial port, keyboard, CMOS clock, power registers, boot timer, pvpanic
 //!     +-- vm_gen_id    VM generation ID and VMClock
 //!     +-- page_watch   notices the end of a page server
 //!
 //!  below: bus          which device is at a port or address
-//!         events       what ends a guest, for the machine's owner
+//!         events       what ends a guest, and notices about it, for the machine's owner
 //!         layout       the guest's addresses, ports and interrupt lines
 //!         raw          KVM structures in the state file, with their sizes checked
 //!  aside: probe        whether this host's KVM runs unmodified guests
@@ -57,7 +57,8 @@
 //!
 //! - [`StartError`], [`SaveError`], [`PauseError`](machine::PauseError): a step failed. Their texts
 //!   name the thing, the value and the bound. A machine that cannot be paused is returned, running.
-//! - [`MachineEvent`]: the guest ended. Nothing that a guest does panics this process.
+//! - [`MachineEvent`]: the guest ended. [`Notice`]: its kernel panicked, or a device failed; it
+//!   continues. Nothing that a guest does panics this process.
 //! - [`VcpuThreadDied`](vcpu::VcpuThreadDied): a bug in this monitor.
 //!
 //! # Invariants
@@ -103,6 +104,8 @@ mod vcpu_signal;
 mod vm_gen_id;
 
 pub use devices::{DeviceSetup, Devices};
-pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};
+pub use events::{
+    EventSink, EventSource, MachineEvent, Notice, NoticeSink, Notices, VcpuFault, event_channel,
+};
 pub use machine::{Paused, Restore, Running, SaveError, Setup, StartError};
 pub use state::MachineState;

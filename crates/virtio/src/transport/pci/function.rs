@@ -111,7 +111,7 @@ impl PciTransport {
     ) -> io::Result<Self> {
         let kind = attachment.device.kind();
         let queues = attachment.device.queue_sizes().len();
-        let device_status = DeviceStatus::new(attachment.name.clone());
+        let device_status = DeviceStatus::new(attachment.name.clone(), Arc::clone(&attachment.failures));
         let msix = Msix::new((queues + 1).min(layout::MAX_VECTORS), vectors, Arc::clone(&device_status));
         let interrupt = Arc::new(PciInterrupt {
             device_status: Arc::clone(&device_status),
