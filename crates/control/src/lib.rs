@@ -15,6 +15,7 @@
 //! - `task`: the part of a long command that may wait for the host, on a thread of its own;
 //!   questions are answered meanwhile. `token`: how a task is cancelled.
 //! - `host`: what the process does for a controller.
+//! - [`events`]: what happened to the microVM, for clients that watch it.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and its channel to the main thread.
 //!
@@ -37,6 +38,7 @@ pub mod controller;
 mod drive_commands;
 mod drives;
 pub mod error;
+pub mod events;
 pub mod fork;
 mod host;
 pub mod http;

@@ -9,6 +9,7 @@ use serde_json::json;
 use virtio::rate_limiter::RateLimiterConfig;
 
 use crate::backends::Backends;
+use crate::events::EventLog;
 use crate::lifecycle::Lifecycle;
 use crate::live_snapshot::LiveSnapshotJob;
 use crate::metadata::Metadata;
@@ -28,6 +29,8 @@ pub(crate) struct MicroVm {
     /// The contents of the metadata service, and how the guest reaches it.
     pub(crate) metadata: Metadata,
     pub(crate) lifecycle: Lifecycle,
+    /// What happened to the microVM, for clients that watch it.
+    pub(crate) events: EventLog,
     /// The live snapshot that is being written, or was written last.
     pub(crate) live_snapshot: Option<LiveSnapshotJob>,
     /// Records or prefetches the working set of a restored guest.
@@ -35,15 +38,18 @@ pub(crate) struct MicroVm {
 }
 
 impl MicroVm {
-    /// A microVM that is not configured yet.
-    pub(crate) fn new(identity: Identity, platform: Platform, events: EventSink) -> Self {
+    /// A microVM that is not configured yet. `sink` is for its machine.
+    pub(crate) fn new(identity: Identity, platform: Platform, sink: EventSink, events: EventLog) -> Self {
+        let mut backends = Backends::default();
+        backends.drives.report_failures(sink.notices());
         MicroVm {
             identity,
             platform,
-            backends: Backends::default(),
+            backends,
             serial_output: None,
             metadata: Metadata::new(platform.mmds_size_limit),
-            lifecycle: Lifecycle::new(events),
+            lifecycle: Lifecycle::new(sink),
+            events,
             live_snapshot: None,
             working_set: None,
         }

@@ -9,10 +9,11 @@ use rustix::{
 };
 
 use super::limits::Limits;
-use super::routes::route;
+use super::routes::{asks_for_events, route};
 use crate::{
     Command, CommandError, Reply,
-    http::{Decoded, Decoder, Request, Response, Version, put_continue},
+    events::{EventLog, Read, Subscription},
+    http::{Decoded, Decoder, Request, Response, Version, put_continue, put_event_stream_head},
 };
 
 /// Most bytes of one read.
@@ -37,6 +38,10 @@ pub(super) struct Connection {
     input_ended: bool,
     /// Whether the connection closes when the output is sent.
     closing: bool,
+    /// The events that are streamed, once the client has asked for them.
+    stream: Option<Subscription>,
+    events: EventLog,
+    max_streams: usize,
 }
 
 /// How to answer the request that is with the main thread.
@@ -70,8 +75,8 @@ enum Moved {
 }
 
 impl Connection {
-    /// `socket` is connected and non-blocking.
-    pub(super) fn new(socket: OwnedFd, limits: &Limits) -> Connection {
+    /// `socket` is connected and non-blocking. `events` are streamed if the client asks for them.
+    pub(super) fn new(socket: OwnedFd, events: EventLog, limits: &Limits) -> Connection {
         Connection {
             socket,
             decoder: Decoder::new(limits.max_head, limits.max_payload),
@@ -80,6 +85,22 @@ impl Connection {
             awaited: None,
             input_ended: false,
             closing: false,
+            stream: None,
+            events,
+            max_streams: limits.max_streams,
+        }
+    }
+
+    /// Whether the connection is a stream of events. [`Connection::advance`] sends new ones.
+    pub(super) fn is_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// Sends a comment if the connection is a stream whose client has read everything.
+    /// [`Connection::advance`] then finds out if the client is gone.
+    pub(super) fn put_comment(&mut self) {
+        if self.is_stream() && self.output.is_empty() {
+            self.output.extend_from_slice(b":\n\n");
         }
     }
 
@@ -97,6 +118,18 @@ impl Connection {
             }
             if self.awaited.is_some() {
                 return Next::When(EventFlags::empty());
+            }
+            if let Some(stream) = &mut self.stream {
+                match stream.read(&mut self.output) {
+                    Read::Some => continue,
+                    Read::End => return Next::Close,
+                    Read::Nothing => {}
+                }
+                match self.discard_input() {
+                    Moved::All => continue,
+                    Moved::Blocked => return Next::When(EventFlags::IN),
+                    Moved::Broken => return Next::Close,
+                }
             }
             match self.decoder.next() {
                 Decoded::NeedMore if self.input_ended => return Next::Close,
@@ -130,12 +163,30 @@ impl Connection {
 
     fn handle(&mut self, request: &Request, dispatch: &mut impl FnMut(Command)) {
         let Request { version, keep_alive, .. } = *request;
+        match asks_for_events(request) {
+            Ok(true) => return self.begin_stream(request),
+            Ok(false) => {}
+            Err(error) => return self.put(&Response::fault(&error.to_string()), version, keep_alive),
+        }
         match route(request) {
             Ok(routed) => {
                 self.awaited = Some(Awaited { version, keep_alive, deprecated: routed.deprecated });
                 dispatch(routed.command);
             }
             Err(error) => self.put(&Response::fault(&error.to_string()), version, keep_alive),
+        }
+    }
+
+    /// Makes the connection a stream, unless there are too many.
+    fn begin_stream(&mut self, request: &Request) {
+        self.stream = self.events.subscribe(request.last_event_id.as_deref(), self.max_streams);
+        if self.is_stream() {
+            put_event_stream_head(request.version, &mut self.output);
+        } else {
+            let limit = self.max_streams;
+            let refused =
+                format!("GET /events: {limit} clients read the events already; at most {limit} can");
+            self.put(&Response::unavailable(&refused), request.version, request.keep_alive);
         }
     }
 
@@ -158,6 +209,20 @@ impl Connection {
         self.output.clear();
         self.output.shrink_to(KEEP_CAPACITY);
         Moved::All
+    }
+
+    /// Reads and ignores at most [`READ_LEN`] bytes: a stream takes no requests. A client that ends
+    /// its input ends the stream.
+    fn discard_input(&self) -> Moved {
+        let mut buffer = [0; READ_LEN];
+        loop {
+            return match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
+                Ok((1.., _)) => Moved::All,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => Moved::Blocked,
+                Ok((0, _)) | Err(_) => Moved::Broken,
+            };
+        }
     }
 
     /// Reads at most [`READ_LEN`] bytes.

@@ -2,7 +2,7 @@
 //! fuzzing.
 
 use super::limits::Limits;
-use super::routes::{RouteError, Routed, route};
+use super::routes::{RouteError, Routed, asks_for_events, route};
 use crate::http::{Decoded, Decoder, Refusal};
 
 /// The outcome of one request.
@@ -10,6 +10,8 @@ use crate::http::{Decoded, Decoder, Refusal};
 pub enum Replayed {
     /// A command for the main thread.
     Command(Routed),
+    /// The stream of events.
+    Events,
     /// A request that the API does not know: a fault.
     Fault(RouteError),
     /// Bytes that are not HTTP: a protocol error.
@@ -26,8 +28,9 @@ pub fn replay<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, limits: &Limits) -
             out.push(match decoder.next() {
                 Decoded::NeedMore => break,
                 Decoded::Continue(_) => continue,
-                Decoded::Request(request) => match route(&request) {
-                    Ok(routed) => Replayed::Command(routed),
+                Decoded::Request(request) => match asks_for_events(&request) {
+                    Ok(true) => Replayed::Events,
+                    Ok(false) => route(&request).map_or_else(Replayed::Fault, Replayed::Command),
                     Err(error) => Replayed::Fault(error),
                 },
                 Decoded::Refused(refusal) => Replayed::Refused(refusal),

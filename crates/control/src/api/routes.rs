@@ -87,6 +87,15 @@ pub enum RouteError {
     Id(#[from] IdError),
 }
 
+/// Whether `request` asks for the stream of events (`GET /events`), for which there is no command.
+pub fn asks_for_events(request: &Request) -> Result<bool, RouteError> {
+    let mut segments = request.path.trim_start_matches('/').split('/');
+    if request.method != Method::Get || segments.next() != Some("events") || !request.path.starts_with('/') {
+        return Ok(false);
+    }
+    check_no_body(request).map(|()| true)
+}
+
 /// Turns `request` into its command.
 pub fn route(request: &Request) -> Result<Routed, RouteError> {
     let Some(path) = request.path.strip_prefix('/') else { return Err(not_found(request)) };
@@ -269,8 +278,12 @@ fn plain(command: Command) -> Routed {
 
 /// A command whose request must have no body.
 fn question(request: &Request, command: Command) -> Result<Routed, RouteError> {
+    check_no_body(request).map(|()| plain(command))
+}
+
+fn check_no_body(request: &Request) -> Result<(), RouteError> {
     if request.body.is_empty() {
-        return Ok(plain(command));
+        return Ok(());
     }
     let (method, path) = name(request);
     Err(RouteError::UnexpectedBody { method, path, len: request.body.len() })
@@ -305,7 +318,28 @@ mod tests {
     use crate::http::Version;
 
     fn request(method: Method, path: &str, body: &str) -> Request {
-        Request { method, path: path.into(), version: Version::Http11, keep_alive: true, body: body.into() }
+        Request {
+            method,
+            path: path.into(),
+            version: Version::Http11,
+            keep_alive: true,
+            body: body.into(),
+            last_event_id: None,
+        }
+    }
+
+    #[test]
+    fn only_get_asks_for_events_and_without_a_body() {
+        let asks = |method, path, body| asks_for_events(&request(method, path, body));
+        for path in ["/events", "//events/", "/events/x"] {
+            assert!(asks(Method::Get, path, "").unwrap(), "{path}");
+        }
+        for (method, path) in [(Method::Put, "/events"), (Method::Get, "/event"), (Method::Get, "events")] {
+            assert!(!asks(method, path, "").unwrap(), "{path}");
+            assert!(refusal(method, path, "").contains("there is no"), "{path}");
+        }
+        let refused = asks(Method::Get, "/events", "{}").unwrap_err().to_string();
+        assert!(refused.contains("takes no body"), "{refused}");
     }
 
     fn command(method: Method, path: &str, body: &str) -> Command {
@@ -621,7 +655,9 @@ mod tests {
                 "[\\[{\"]{0,200}".prop_map(String::into_bytes),
             ],
         ) {
-            let _ = route(&Request { method, path, version: Version::Http11, keep_alive: true, body });
+            let _ = route(&Request {
+                method, path, version: Version::Http11, keep_alive: true, body, last_event_id: None,
+            });
         }
     }
 }

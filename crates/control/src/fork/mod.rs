@@ -47,6 +47,7 @@ use serde_json::json;
 pub use crate::child::{ChildSpec, ForkPlan, ParentState, Reporter};
 use crate::child::{Report, Reports};
 use crate::drive_commands::{settle_swaps, switch_to_overlays, write_back};
+use crate::events::Event;
 use crate::host::Host;
 use crate::live_snapshot::LiveSnapshotJob;
 use crate::microvm::MicroVm;
@@ -132,7 +133,9 @@ fn fork_children<H: Host>(
         }
     }
     resumed?;
-    answer(fork, &reports, begin, paused_for)
+    let answer = answer(fork, &reports, begin, paused_for)?;
+    vm.events.publish(&Event::Forked(answer.clone()));
+    Ok(Reply::Json(answer))
 }
 
 fn plan_overlays(planner: &Planner, id: &str, fork: &Fork) -> Result<Plans, CommandError> {
@@ -183,7 +186,7 @@ fn answer(
     reports: &[Option<Report>],
     begin: Instant,
     paused_for: Duration,
-) -> Result<Reply, CommandError> {
+) -> Result<serde_json::Value, CommandError> {
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let mut living = 0;
     let mut first_error = None;
@@ -214,6 +217,6 @@ fn answer(
     let children: Vec<_> = children.collect();
     match first_error {
         Some(error) if living == 0 => Err(error),
-        _ => Ok(Reply::Json(json!({ "pause_us": micros(paused_for), "children": children }))),
+        _ => Ok(json!({ "pause_us": micros(paused_for), "children": children })),
     }
 }

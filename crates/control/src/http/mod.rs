@@ -22,5 +22,5 @@ mod request;
 mod response;
 
 pub use request::{Decoded, Decoder, MAX_HEADERS, Method, ProtocolError, Refusal, Request};
-pub use response::{Response, TOO_MANY_CONNECTIONS, put_continue};
+pub use response::{Response, TOO_MANY_CONNECTIONS, put_continue, put_event_stream_head};
 pub use vesta_http::Version;

@@ -51,6 +51,8 @@ pub struct Request {
     pub keep_alive: bool,
     /// The body; empty if there is none.
     pub body: Vec<u8>,
+    /// The value of `Last-Event-ID`: the last event that a client of `GET /events` has.
+    pub last_event_id: Option<String>,
 }
 
 /// A request that is refused before the API routes it.
@@ -134,6 +136,7 @@ struct Head {
     expects_continue: bool,
     /// The value of `Content-Length`; at most `max_body` once checked.
     body_len: u64,
+    last_event_id: Option<String>,
 }
 
 impl Decoder {
@@ -202,10 +205,14 @@ impl Decoder {
             ));
         };
         let framing = head.framing().map_err(|error| fatal(error, version))?;
+        let last_event_id = head
+            .headers()
+            .find(|(name, _)| name.eq_ignore_ascii_case("Last-Event-ID"))
+            .map(|(_, value)| String::from_utf8_lossy(value).into_owned());
         let len = head.len;
         self.take(len);
         let Framing { body_len, keep_alive, expects_continue } = framing;
-        let head = Head { method, path, version, keep_alive, expects_continue, body_len };
+        let head = Head { method, path, version, keep_alive, expects_continue, body_len, last_event_id };
         self.check_body(&head)?;
         Ok(Some(head))
     }
@@ -235,8 +242,8 @@ impl Decoder {
         }
         let body = self.take(head.body_len as usize);
         self.state = State::Head;
-        let Head { method, path, version, keep_alive, .. } = head;
-        Decoded::Request(Request { method, path, version, keep_alive, body })
+        let Head { method, path, version, keep_alive, last_event_id, .. } = head;
+        Decoded::Request(Request { method, path, version, keep_alive, body, last_event_id })
     }
 
     /// Takes `len` bytes off the front of the input.
@@ -310,9 +317,16 @@ mod tests {
                 path: "/actions".into(),
                 version: Version::Http11,
                 keep_alive: true,
-                body: b"{}".to_vec()
+                body: b"{}".to_vec(),
+                last_event_id: None,
             }
         );
+    }
+
+    #[test]
+    fn last_event_id_is_read_from_its_header() {
+        let request = only_request(b"GET /events HTTP/1.1\r\nlast-event-id: 7-1 \r\n\r\n");
+        assert_eq!(request.last_event_id.as_deref(), Some("7-1"));
     }
 
     #[test]
