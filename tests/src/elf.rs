@@ -189,6 +189,18 @@ pub fn reset_guest() -> Elf {
     Elf::of(&[&RESET[..], &HALT].concat())
 }
 
+/// Writes each of these bytes to a port, then asks the keyboard controller for a reset.
+pub fn port_guest(writes: &[(u16, u8)]) -> Elf {
+    let mut code = Vec::new();
+    for (port, value) in writes {
+        // mov dx, port; mov al, value; out dx, al
+        code.extend([&[0x66, 0xba][..], &port.to_le_bytes(), &[0xb0, *value, 0xee]].concat());
+    }
+    code.extend(RESET);
+    code.extend(HALT);
+    Elf::of(&code)
+}
+
 /// mov al, 0xfe; out 0x64, al
 const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
 /// hlt; jmp to the hlt

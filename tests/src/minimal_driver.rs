@@ -42,12 +42,52 @@ const NOTIFY: Register = (0x50, 0x6000, 2);
 
 /// The kernel of the guest.
 pub fn kernel(transport: Transport) -> Elf {
-    let write = |(mmio, pci, width): Register, value| match transport {
+    let write = writer(transport);
+    let mut code = start(&write);
+
+    code.extend([0x31, 0xdb]); // xor ebx, ebx
+    let again = code.len();
+    code.push(0x43); // inc ebx
+    // mov [available index], bx
+    code.extend([&[0x66, 0x89, 0x1d][..], &(AVAILABLE + 2).to_le_bytes()].concat());
+    code.extend(write(NOTIFY, 0));
+    // wait: cmp [used index], bx
+    code.extend([&[0x66, 0x39, 0x1d][..], &(USED + 2).to_le_bytes()].concat());
+    code.extend([0x75, 0xf7]); // jne wait
+    code.extend([0x8d, 0x43, 0xff]); // lea eax, [ebx - 1]
+    code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]); // mov dx, 0x3f8; out dx, al
+    let back = again.wrapping_sub(code.len() + 5) as u32;
+    code.push(0xe9); // jmp again
+    code.extend(back.to_le_bytes());
+    Elf::of(&code)
+}
+
+/// The kernel of a guest that breaks the device's queue, and halts: it makes more buffers available
+/// than the queue has.
+pub fn breaking_kernel(transport: Transport) -> Elf {
+    let write = writer(transport);
+    let mut code = start(&write);
+    // The available ring's flags and index.
+    code.extend(store(AVAILABLE, (QUEUE_SIZE + 1) << 16));
+    code.extend(write(NOTIFY, 0));
+    code.extend([0xf4, 0xeb, 0xfd]); // hlt; jmp to the hlt
+    Elf::of(&code)
+}
+
+/// Writes a value to a register of the device.
+type Write = Box<dyn Fn(Register, u32) -> Vec<u8>>;
+
+fn writer(transport: Transport) -> Write {
+    Box::new(move |(mmio, pci, width): Register, value| match transport {
         Transport::Mmio => store(MMIO + mmio, value),
         Transport::Pci => [(8, pci), (12, width), (16, value)]
             .map(|(field, value)| [out(0xcf8, PCI_SLOT | (WINDOW + field)), out(0xcfc, value)].concat())
             .concat(),
-    };
+    })
+}
+
+/// Starts the device, with one buffer in its queue's descriptor table.
+fn start(write: &Write) -> Vec<u8> {
     let mut code = Vec::new();
     for status in [0, 1, 3] {
         code.extend(write(STATUS, status));
@@ -68,22 +108,7 @@ pub fn kernel(transport: Transport) -> Elf {
     code.extend(store(DESCRIPTORS, BUFFER));
     code.extend(store(DESCRIPTORS + 8, 4));
     code.extend(store(DESCRIPTORS + 12, 2));
-
-    code.extend([0x31, 0xdb]); // xor ebx, ebx
-    let again = code.len();
-    code.push(0x43); // inc ebx
-    // mov [available index], bx
-    code.extend([&[0x66, 0x89, 0x1d][..], &(AVAILABLE + 2).to_le_bytes()].concat());
-    code.extend(write(NOTIFY, 0));
-    // wait: cmp [used index], bx
-    code.extend([&[0x66, 0x39, 0x1d][..], &(USED + 2).to_le_bytes()].concat());
-    code.extend([0x75, 0xf7]); // jne wait
-    code.extend([0x8d, 0x43, 0xff]); // lea eax, [ebx - 1]
-    code.extend([0x66, 0xba, 0xf8, 0x03, 0xee]); // mov dx, 0x3f8; out dx, al
-    let back = again.wrapping_sub(code.len() + 5) as u32;
-    code.push(0xe9); // jmp again
-    code.extend(back.to_le_bytes());
-    Elf::of(&code)
+    code
 }
 
 /// mov dword [address], value

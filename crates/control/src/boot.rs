@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::CommandError;
 use crate::error::Source;
+use crate::events::{Event, StartedBy};
 use crate::host::Host;
 use crate::microvm::{MicroVm, serial_limit};
 use crate::settings::Settings;
@@ -72,6 +73,7 @@ pub(crate) fn start<H: Host>(
     vm.backends.networks.release();
     vm.metrics.guest_starts(machine.stats());
     vm.lifecycle.start(machine, true).map_err(CommandError::start)?;
+    vm.events.publish(&Event::Started { by: StartedBy::Boot, phase: vm.lifecycle.phase() });
     log::info!("the guest has started");
     Ok(())
 }

@@ -9,21 +9,24 @@
 //!
 //! # Errors
 //!
-//! [`CommandError`], for the user. An event that ends the guest is sent to the receiver of the
-//! event channel, not returned here.
+//! [`CommandError`], for the user. What ends the guest, and notices about it, are sent to the
+//! receiver of the machine's event channel, not returned here. It passes them on for clients that
+//! watch the microVM ([`Controller::publish_notices`], [`Controller::publish`]).
 
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use config::{
     BootSource, CpuConfigSource, MachineConfig, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial,
     VmConfig, VmState, Vsock,
 };
-use machine::EventSink;
 use machine::debug::DebugEnd;
 use machine::machine::Machine;
+use machine::{EventSink, Notices};
 
 use crate::api::Requests;
 use crate::boot::{self, OpenedBootFiles};
+use crate::events::{Event, EventLog};
 use crate::fork::{ChildSpec, ParentState, Reporter};
 use crate::host::Host;
 use crate::live_snapshot::LiveSnapshotJob;
@@ -50,8 +53,10 @@ pub struct Controller<H> {
 
 impl<H: Host> Controller<H> {
     /// A microVM that is not configured yet.
-    pub fn new(identity: Identity, host: H, platform: Platform, events: EventSink) -> Self {
-        let vm = MicroVm::new(identity, platform, events);
+    ///
+    /// Its machine reports to `sink`; what happens to it is published in `events`.
+    pub fn new(identity: Identity, host: H, platform: Platform, sink: EventSink, events: EventLog) -> Self {
+        let vm = MicroVm::new(identity, platform, sink, events);
         vm.metrics.set_process(host.process_counts());
         Self::with_vm(vm, host)
     }
@@ -65,9 +70,10 @@ impl<H: Host> Controller<H> {
         mut host: H,
         spec: ChildSpec,
         parent: ParentState,
-        events: EventSink,
+        sink: EventSink,
+        events: EventLog,
     ) -> (Reporter, Result<Self, CommandError>) {
-        let (reporter, started) = fork::start_child(&mut host, spec, parent, events);
+        let (reporter, started) = fork::start_child(&mut host, spec, parent, sink, events);
         (reporter, started.map(|vm| Self::with_vm(vm, host)))
     }
 
@@ -139,7 +145,9 @@ impl<H: Host> Controller<H> {
         phase::check(&command, self.phase())?;
         let boot_command = command.describes_boot().then(|| command.name());
         let operation = Operation::of(&command).map(|operation| (operation, Instant::now()));
-        let reply = self.dispatch(command)?;
+        let reply = self.dispatch(command);
+        self.publish_snapshot_job();
+        let reply = reply?;
         if let Some((operation, begun)) = operation {
             self.took(operation, begun.elapsed());
         }
@@ -212,21 +220,29 @@ impl<H: Host> Controller<H> {
                 vm.lifecycle.machine().map_or(Ok(()), Machine::press_ctrl_alt_del)?;
             }
             Command::SetVmState(VmState::Paused) => {
+                let ran = vm.lifecycle.is_running();
                 pause::pause(vm, tasks)?;
+                if ran {
+                    vm.events.publish(&Event::Paused);
+                }
                 // The output of a paused guest can be read. If its reader stalls, it waits as
                 // always.
                 let machine = vm.lifecycle.machine();
                 let _ = machine.is_none_or(|machine| machine.drain_serial(SERIAL_DRAIN_TIMEOUT));
             }
             Command::SetVmState(VmState::Resumed) => {
+                let ran = vm.lifecycle.is_running();
                 vm.resume()?;
+                if !ran {
+                    vm.events.publish(&Event::Resumed);
+                }
                 drive_commands::settle_swaps(vm, tasks);
             }
             Command::CreateSnapshot(create) => {
                 let _kept_out = vm.keep_debugger_out()?;
                 return snapshot::create(vm, tasks, &create);
             }
-            Command::DescribeJob => return Ok(self.live_snapshot()?.describe()),
+            Command::DescribeJob => return Ok(Reply::Json(self.live_snapshot()?.describe())),
             Command::CancelJob => self.live_snapshot()?.cancel(),
             Command::LoadSnapshot(load) => {
                 if let Some(command) = self.boot_command {
@@ -245,6 +261,31 @@ impl<H: Host> Controller<H> {
     /// Where the microVM is in its life.
     pub fn phase(&self) -> Phase {
         self.vm.lifecycle.phase()
+    }
+
+    /// Publishes an event that the process around the controller knows of: the guest's end or its
+    /// own.
+    pub fn publish(&self, event: &Event) {
+        self.vm.events.publish(event);
+    }
+
+    /// Publishes what the machine's threads have noticed.
+    pub fn publish_notices(&self, notices: Notices) {
+        notices.list.into_iter().for_each(|notice| self.publish(&Event::Notice(notice)));
+        self.vm.events.skip(notices.dropped);
+    }
+
+    /// A descriptor that is readable when the live snapshot that is being written is further, or has
+    /// ended. `None` if there is none.
+    pub fn snapshot_job_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.vm.live_snapshot.as_ref().and_then(LiveSnapshotJob::lines_fd)
+    }
+
+    /// Reads how far the live snapshot is, and publishes it if there is something new.
+    pub fn publish_snapshot_job(&mut self) {
+        if let Some(news) = self.vm.live_snapshot.as_mut().and_then(LiveSnapshotJob::news) {
+            self.publish(&Event::Snapshot(news));
+        }
     }
 
     /// Waits at most `limit` until the guest's serial output is written.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use config::ConfigError;
 use machine::legacy::KeyboardFull;
 use memory::ForkError;
+use memory::image::ImageError;
 use mmds::store::StoreError;
 
 use crate::metrics::MetricsError;
@@ -223,6 +224,17 @@ impl CommandError {
     /// A failed step of a fork, for `map_err`.
     pub(crate) fn fork<E: Into<Source>>(step: &'static str) -> impl FnOnce(E) -> Self {
         move |source| CommandError::Fork { step, source: source.into() }
+    }
+
+    /// Whether the command was cancelled, by a client or because the process ends.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        match self {
+            CommandError::Task(error) => matches!(error, TaskError::Cancelled | TaskError::Abandoned),
+            CommandError::Snapshot(source) => {
+                matches!(source.downcast_ref(), Some(ImageError::Cancelled { .. }))
+            }
+            _ => false,
+        }
     }
 
     /// Whether the HTTP status is 413 instead of 400.

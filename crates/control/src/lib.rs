@@ -17,6 +17,7 @@
 //! - [`metrics`]: counters for operators: lines in a file, and Prometheus text.
 //! - `openapi`: the description of the API, which the API serves.
 //! - `host`: what the process does for a controller.
+//! - [`events`]: what happened to the microVM, for clients that watch it.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and its channel to the main thread.
 //!
@@ -39,6 +40,7 @@ pub mod controller;
 mod drive_commands;
 mod drives;
 pub mod error;
+pub mod events;
 pub mod fork;
 mod host;
 pub mod http;

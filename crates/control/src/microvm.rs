@@ -13,6 +13,7 @@ use serde::Serialize;
 use virtio::rate_limiter::RateLimiterConfig;
 
 use crate::backends::Backends;
+use crate::events::EventLog;
 use crate::lifecycle::Lifecycle;
 use crate::live_snapshot::LiveSnapshotJob;
 use crate::metadata::Metadata;
@@ -35,6 +36,8 @@ pub(crate) struct MicroVm {
     pub(crate) metadata: Metadata,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) metrics: Metrics,
+    /// What happened to the microVM, for clients that watch it.
+    pub(crate) events: EventLog,
     /// The live snapshot that is being written, or was written last.
     pub(crate) live_snapshot: Option<LiveSnapshotJob>,
     /// Records or prefetches the working set of a restored guest.
@@ -42,16 +45,19 @@ pub(crate) struct MicroVm {
 }
 
 impl MicroVm {
-    /// A microVM that is not configured yet.
-    pub(crate) fn new(identity: Identity, platform: Platform, events: EventSink) -> Self {
+    /// A microVM that is not configured yet. `sink` is for its machine.
+    pub(crate) fn new(identity: Identity, platform: Platform, sink: EventSink, events: EventLog) -> Self {
+        let mut backends = Backends::default();
+        backends.drives.report_failures(sink.notices());
         MicroVm {
             identity,
             platform,
-            backends: Backends::default(),
+            backends,
             serial_output: None,
             metadata: Metadata::new(platform.mmds_size_limit),
-            lifecycle: Lifecycle::new(events),
+            lifecycle: Lifecycle::new(sink),
             metrics: Metrics::new(),
+            events,
             live_snapshot: None,
             working_set: None,
         }

@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vesta_control::{
     Command, CommandError, Reply,
     api::{ApiServer, Limits, Request, Requests, THREAD_NAME},
+    events::EventLog,
 };
 
 /// Longer than anything here takes; a test that waits so long fails.
@@ -37,7 +38,7 @@ impl Api {
     fn start_with(limits: Limits) -> Api {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api");
-        let requests = ApiServer::bind(&path, limits).unwrap().spawn().unwrap();
+        let requests = ApiServer::bind(&path, limits).unwrap().spawn(EventLog::new("vm")).unwrap();
         Api { requests, path, _dir: dir }
     }
 
@@ -416,7 +417,7 @@ fn connection_stays_open_with_http_1_0_and_close() {
 
 #[test]
 fn dropping_requests_removes_socket_and_answers_all_clients() {
-    let Api { requests, path, _dir } = Api::start();
+    let Api { requests, path, _dir, .. } = Api::start();
     let connect = || Client { stream: UnixStream::connect(&path).unwrap() };
     let (mut answered, mut taken, mut waiting) = (connect(), connect(), connect());
     answered.send(GET);

@@ -17,12 +17,12 @@
 //!     +-- debug        gdb on a Unix socket: breakpoints, registers, memory
 //!     +-- chipset      PICs, I/O APIC, PIT, kvmclock; saved and restored
 //!     +-- devices      virtio devices: the device table, addresses, MMIO and PCI
-//!     +-- legacy       serial port, keyboard, CMOS clock, power registers, boot timer
+//!     +-- legacy       serial port, keyboard, CMOS clock, power registers, boot timer, pvpanic
 //!     +-- vm_gen_id    VM generation ID and VMClock
 //!     +-- page_watch   notices the end of a page server
 //!
 //!  below: bus          which device is at a port or address
-//!         events       what ends a guest, for the machine's owner
+//!         events       what ends a guest, and notices about it, for the machine's owner
 //!         layout       the guest's addresses, ports and interrupt lines
 //!         stats        counters of all parts
 //!         raw          KVM structures in the state file, with their sizes checked
@@ -61,7 +61,8 @@
 //!
 //! - [`StartError`], [`SaveError`], [`PauseError`](machine::PauseError): a step failed. Their texts
 //!   name the thing, the value and the bound. A machine that cannot be paused is returned, running.
-//! - [`MachineEvent`]: the guest ended. Nothing that a guest does panics this process.
+//! - [`MachineEvent`]: the guest ended. [`Notice`]: its kernel panicked, or a device failed; it
+//!   continues. Nothing that a guest does panics this process.
 //! - [`VcpuThreadDied`](vcpu::VcpuThreadDied): a bug in this monitor.
 //!
 //! # Invariants
@@ -113,7 +114,9 @@ mod vm_gen_id;
 pub use cpu::{TemplateError, static_template};
 pub use cpu_view::shown_cpu;
 pub use devices::{DeviceSetup, Devices};
-pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};
+pub use events::{
+    EventSink, EventSource, MachineEvent, Notice, NoticeSink, Notices, VcpuFault, event_channel,
+};
 pub use machine::{Paused, Restore, Running, SaveError, Setup, StartError};
 pub use state::MachineState;
 pub use stats::MachineStats;

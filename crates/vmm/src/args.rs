@@ -58,6 +58,8 @@ pub(crate) struct Args {
     pub(crate) metadata: Option<PathBuf>,
     /// Largest contents of the metadata service, in bytes of JSON.
     pub(crate) mmds_size_limit: usize,
+    /// The inherited descriptor that learns when this process is ready.
+    pub(crate) events_fd: Option<u32>,
     start_time_us: Option<u64>,
     start_time_cpu_us: Option<u64>,
     parent_cpu_time_us: Option<u64>,
@@ -76,7 +78,7 @@ impl Args {
 }
 
 /// The flags, for `--help`.
-const FLAGS: [(&str, &str); 22] = [
+const FLAGS: [(&str, &str); 23] = [
     ("--api-sock PATH", "serve the API on this Unix socket (/run/firecracker.socket)"),
     ("--no-api", "serve no API; needs --config-file or --restore"),
     ("--config-file PATH", "configure the microVM from this JSON file and start it"),
@@ -93,6 +95,10 @@ const FLAGS: [(&str, &str); 22] = [
     (
         "--mmds-size-limit N",
         "longest contents of the metadata service, in bytes of JSON (the largest body of a request)",
+    ),
+    (
+        "--events-fd N",
+        "write \"A\" to this inherited descriptor when the API answers, and \"R\" when the guest runs",
     ),
     ("--enable-pci", "put virtio devices on PCI instead of virtio-mmio"),
     ("--no-seccomp", "accepted; this version installs no filters"),
@@ -165,6 +171,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
                 const NAME: &str = "http-api-max-payload-size";
                 once(&mut raw.max_payload, NAME, number(NAME, parser.value()?)?)?;
             }
+            Long("events-fd") => {
+                once(&mut raw.events_fd, "events-fd", descriptor("events-fd", parser.value()?)?)?;
+            }
             Long("start-time-us") => {
                 once(&mut raw.start_time_us, "start-time-us", number("start-time-us", parser.value()?)?)?;
             }
@@ -206,6 +215,7 @@ struct RawArgs {
     max_payload: Option<u64>,
     metadata: Option<PathBuf>,
     mmds_size_limit: Option<u64>,
+    events_fd: Option<u32>,
     start_time_us: Option<u64>,
     start_time_cpu_us: Option<u64>,
     parent_cpu_time_us: Option<u64>,
@@ -242,6 +252,7 @@ impl RawArgs {
             max_payload,
             metadata: self.metadata,
             mmds_size_limit: self.mmds_size_limit.map_or(max_payload, bytes),
+            events_fd: self.events_fd,
             start_time_us: self.start_time_us,
             start_time_cpu_us: self.start_time_cpu_us,
             parent_cpu_time_us: self.parent_cpu_time_us,
@@ -255,6 +266,15 @@ fn number(name: &'static str, value: OsString) -> Result<u64, ArgsError> {
         name,
         value,
         reason: format!("it must be a whole number between 0 and {}", u64::MAX),
+    })
+}
+
+fn descriptor(name: &'static str, value: OsString) -> Result<u32, ArgsError> {
+    let value = text(name, value)?;
+    value.parse().map_err(|_| ArgsError::Value {
+        name,
+        value,
+        reason: "it must be the number of a descriptor".to_owned(),
     })
 }
 
@@ -311,6 +331,8 @@ mod tests {
             ("--api-sock --boot-timer", "--api-sock"),
             ("--id --", "--id"),
             ("--boot-timer stray -- --id b", "stray"),
+            ("--events-fd -1", "--events-fd is \"-1\": it must be the number of a descriptor"),
+            ("--events-fd 3 --events-fd 4", "--events-fd is given twice"),
         ] {
             let error = args(line).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");

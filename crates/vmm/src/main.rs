@@ -10,7 +10,8 @@
 //! - [`host`]: this process, as the controller sees it. [`process`], [`child`], [`writer`]: forked
 //!   processes.
 //! - [`counts`], [`last_line`]: metrics of the process, and at its end.
-//! - [`logger`], [`terminal`], [`descriptors`]: what the process has.
+//! - [`logger`], [`terminal`], [`descriptors`]: what the process has. [`readiness`]: tells a
+//!   launcher when it is ready.
 //! - [`snapshot_tool`], [`overlay_tool`]: the tools that read and merge snapshots, and that read
 //!   and export overlay files. They start no microVM.
 //!
@@ -40,6 +41,7 @@ mod logger;
 mod overlay_tool;
 mod personality;
 mod process;
+mod readiness;
 mod restore;
 mod run_error;
 mod signals;
@@ -56,6 +58,7 @@ use std::path::Path;
 
 use config::{Logger, Metrics, VmConfig};
 use control::api::{ApiServer, Limits};
+use control::events::EventLog;
 use control::metrics::StartupTimes;
 use control::{Command, CommandError, Controller, Host, Identity, Platform};
 use machine::event_channel;
@@ -66,6 +69,7 @@ use event_loop::Ended;
 use exit::ExitCode;
 use host::ProcessHost;
 use personality::Personality;
+use readiness::Readiness;
 use restore::Restore;
 use run_error::{RunError, report};
 use signals::Signals;
@@ -126,6 +130,7 @@ fn run(personality: Personality, args: &Args, start: StartTimes) -> ExitCode {
 
 fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) -> Result<Ended, RunError> {
     let start = args.start_times(start);
+    let readiness = Readiness::take(args.events_fd)?;
     logger::install(&args.id);
     set_up_logger(&args.logger)?;
     personality.log_start();
@@ -137,11 +142,13 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     let config = args.config_file.as_deref().map(read_config).transpose()?;
     let metadata = args.metadata.as_deref().map(read_metadata).transpose()?;
     let signals = signals::install()?;
-    match start_and_serve(personality, args, start, (config, metadata), &signals) {
-        // A start that was cancelled by a signal is no error.
-        Err(error) => signals.arrived().map(Ended::Signal).ok_or(error),
-        ended => ended,
-    }
+    let ended = start_and_serve(personality, args, start, (config, metadata), &signals, readiness);
+    unless_signalled(ended, &signals)
+}
+
+/// A start that was cancelled by a signal is no error.
+fn unless_signalled(ended: Result<Ended, RunError>, signals: &Signals) -> Result<Ended, RunError> {
+    ended.or_else(|error| signals.arrived().map(Ended::Signal).ok_or(error))
 }
 
 fn start_and_serve(
@@ -150,10 +157,12 @@ fn start_and_serve(
     start: StartTimes,
     (config, metadata): (Option<VmConfig>, Option<serde_json::Value>),
     signals: &Signals,
+    mut readiness: Readiness,
 ) -> Result<Ended, RunError> {
     let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
     let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
-    let requests = api.map(ApiServer::spawn).transpose()?;
+    let events = EventLog::new(&args.id);
+    let requests = api.map(|api| api.spawn(events.clone())).transpose()?;
     let startup = startup_times(start);
 
     let (sink, source) = event_channel()?;
@@ -175,14 +184,19 @@ fn start_and_serve(
     };
     // Never dropped: the process ends with it, without waiting for its threads.
     let mut controller =
-        ManuallyDrop::new(Controller::new(identity, ProcessHost::new(child::run), platform, sink));
+        ManuallyDrop::new(Controller::new(identity, ProcessHost::new(child::run), platform, sink, events));
     descriptors::raise_limit();
     controller.set_requests(requests);
     controller.set_startup_times(startup);
+    if controller.requests().is_some() {
+        readiness.api_answers();
+    }
     let ended = begin(personality, &mut controller, args, (config, metadata))
-        .and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals)?));
+        .and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals, &mut readiness)?));
     personality.settle_sockets();
     controller.shut_down(event_loop::CLOSE_TIMEOUT);
+    let ended = unless_signalled(ended, signals);
+    event_loop::publish_exit(&controller, personality, &ended);
     drop(controller.take_requests());
     ended
 }

@@ -19,6 +19,7 @@ use std::{
 use rustix::event::{EventfdFlags, eventfd};
 use sync::EventFd;
 
+use crate::events::EventLog;
 use crate::metrics::ApiStats;
 use crate::{Command, CommandError, Reply};
 use socket_file::SocketFile;
@@ -86,10 +87,13 @@ struct Waker {
 }
 
 /// Both ends, with no thread between them yet.
-pub(super) fn channel(socket_file: SocketFile) -> io::Result<(Requests, Outbox)> {
+///
+/// `events` wake the API thread too.
+pub(super) fn channel(socket_file: SocketFile, events: &EventLog) -> io::Result<(Requests, Outbox)> {
     let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
     let arrived = Arc::new(eventfd(0, flags | EventfdFlags::SEMAPHORE)?);
     let api = Arc::new(Waker { event: EventFd::new()?, stop: AtomicBool::new(false) });
+    events.set_wake(api.event.try_clone()?);
     let (commands, inbox) = mpsc::channel();
     let (to_answer, answers) = mpsc::channel();
     let stats = Arc::<ApiStats>::default();
@@ -204,7 +208,8 @@ impl Outbox {
         self.answers.try_recv().ok()
     }
 
-    /// A descriptor that is readable when there may be an answer, or the thread is to end.
+    /// A descriptor that is readable when there may be an answer or an event, or the thread is to
+    /// end.
     pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.api.event.as_fd()
     }

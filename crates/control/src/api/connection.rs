@@ -26,11 +26,12 @@ use rustix::{
 
 use super::limits::Limits;
 use super::request_log::{self, Outcome, Received};
-use super::routes::route;
+use super::routes::{Route, Routed, route};
+use crate::events::{EventLog, Read, Subscription};
 use crate::metrics::{ApiStats, CountedRequest};
 use crate::{
     Command, CommandError, Reply,
-    http::{Decoded, Decoder, Request, Response, put_continue},
+    http::{Decoded, Decoder, Request, Response, put_continue, put_event_stream_head},
 };
 
 /// Most bytes of one read.
@@ -57,6 +58,10 @@ pub(super) struct Connection {
     input_ended: bool,
     /// Set when no further request is read.
     linger: Option<Linger>,
+    /// The events that are streamed, once the client has asked for them.
+    stream: Option<Subscription>,
+    events: EventLog,
+    max_streams: usize,
     stats: Arc<ApiStats>,
 }
 
@@ -100,8 +105,13 @@ enum Moved {
 }
 
 impl Connection {
-    /// `socket` is connected and non-blocking.
-    pub(super) fn new(socket: OwnedFd, limits: &Limits, stats: Arc<ApiStats>) -> Connection {
+    /// `socket` is connected and non-blocking. `events` are streamed if the client asks for them.
+    pub(super) fn new(
+        socket: OwnedFd,
+        events: EventLog,
+        limits: &Limits,
+        stats: Arc<ApiStats>,
+    ) -> Connection {
         Connection {
             socket,
             decoder: Decoder::new(limits.max_head, limits.max_payload),
@@ -110,7 +120,23 @@ impl Connection {
             awaited: None,
             input_ended: false,
             linger: None,
+            stream: None,
+            events,
+            max_streams: limits.max_streams,
             stats,
+        }
+    }
+
+    /// Whether the connection is a stream of events. [`Connection::advance`] sends new ones.
+    pub(super) fn is_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// Sends a comment if the connection is a stream whose client has read everything.
+    /// [`Connection::advance`] then finds out if the client is gone.
+    pub(super) fn put_comment(&mut self) {
+        if self.is_stream() && self.output.is_empty() {
+            self.output.extend_from_slice(b":\n\n");
         }
     }
 
@@ -133,6 +159,18 @@ impl Connection {
             }
             if self.awaited.is_some() {
                 return Next::When(EventFlags::empty());
+            }
+            if let Some(stream) = &mut self.stream {
+                match stream.read(&mut self.output) {
+                    Read::Some => continue,
+                    Read::End => return Next::Close,
+                    Read::Nothing => {}
+                }
+                match self.discard_input() {
+                    Moved::All => continue,
+                    Moved::Blocked => return Next::When(EventFlags::IN),
+                    Moved::Broken => return Next::Close,
+                }
             }
             match self.decoder.next() {
                 Decoded::NeedMore if self.input_ended => return Next::Close,
@@ -194,18 +232,34 @@ impl Connection {
         self.stats.count(endpoint);
         let mut received = Received::log(request);
         match route(request) {
-            Ok(routed) => {
-                self.stats.deprecated.add(routed.deprecated.into());
-                received.is_for(&routed);
-                self.awaited = Some(Awaited { deprecated: routed.deprecated, endpoint, received });
-                dispatch(routed.command);
+            Ok(Route::Command(Routed { command, deprecated })) => {
+                self.stats.deprecated.add(deprecated.into());
+                received.is_for(&command, deprecated);
+                self.awaited = Some(Awaited { deprecated, endpoint, received });
+                dispatch(command);
             }
+            Ok(Route::Events) => self.begin_stream(request, received),
             Err(error) => {
                 self.stats.count_failure(endpoint);
                 let message = error.to_string();
                 received.answered(Outcome::BadRequest(&message));
                 self.put(&Response::fault(&message), true);
             }
+        }
+    }
+
+    /// Makes the connection a stream, unless there are too many.
+    fn begin_stream(&mut self, request: &Request, received: Received) {
+        self.stream = self.events.subscribe(request.last_event_id.as_deref(), self.max_streams);
+        if self.is_stream() {
+            received.answered(Outcome::Ok);
+            put_event_stream_head(&mut self.output);
+        } else {
+            let limit = self.max_streams;
+            let refused =
+                format!("GET /events: {limit} clients read the events already; at most {limit} can");
+            received.answered(Outcome::Unavailable(&refused));
+            self.put(&Response::unavailable(&refused), true);
         }
     }
 
@@ -251,6 +305,20 @@ impl Connection {
         self.output.clear();
         self.output.shrink_to(KEEP_CAPACITY);
         Moved::All
+    }
+
+    /// Reads and ignores at most [`READ_LEN`] bytes: a stream takes no requests. A client that ends
+    /// its input ends the stream.
+    fn discard_input(&self) -> Moved {
+        let mut buffer = [0; READ_LEN];
+        loop {
+            return match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
+                Ok((1.., _)) => Moved::All,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => Moved::Blocked,
+                Ok((0, _)) | Err(_) => Moved::Broken,
+            };
+        }
     }
 
     /// Reads at most [`READ_LEN`] bytes.

@@ -19,24 +19,37 @@ pub struct Endpoint {
     pub path: &'static str,
     /// Whether a request may not have further segments. Otherwise they are ignored.
     exact: bool,
-    pub(super) read: Read,
+    pub(super) target: Target,
+}
+
+/// What an endpoint's requests ask for.
+#[derive(Clone, Copy)]
+pub(super) enum Target {
+    /// A command.
+    Command(Read),
+    /// The stream of events.
+    Events,
 }
 
 impl Endpoint {
     pub(super) const fn get(path: &'static str, read: Read) -> Endpoint {
-        Endpoint { method: Method::Get, path, exact: false, read }
+        Endpoint { method: Method::Get, path, exact: false, target: Target::Command(read) }
     }
 
     pub(super) const fn put(path: &'static str, read: Read) -> Endpoint {
-        Endpoint { method: Method::Put, path, exact: false, read }
+        Endpoint { method: Method::Put, path, exact: false, target: Target::Command(read) }
     }
 
     pub(super) const fn patch(path: &'static str, read: Read) -> Endpoint {
-        Endpoint { method: Method::Patch, path, exact: false, read }
+        Endpoint { method: Method::Patch, path, exact: false, target: Target::Command(read) }
     }
 
     pub(super) const fn delete(path: &'static str, read: Read) -> Endpoint {
-        Endpoint { method: Method::Delete, path, exact: false, read }
+        Endpoint { method: Method::Delete, path, exact: false, target: Target::Command(read) }
+    }
+
+    pub(super) const fn events(path: &'static str) -> Endpoint {
+        Endpoint { method: Method::Get, path, exact: false, target: Target::Events }
     }
 
     /// This endpoint for requests without further segments.

@@ -2,7 +2,7 @@
 //! fuzzing.
 
 use super::limits::Limits;
-use super::routes::{RouteError, Routed, route};
+use super::routes::{Route, RouteError, Routed, route};
 use crate::http::{Decoded, Decoder, Refusal};
 
 /// The outcome of one request.
@@ -10,6 +10,8 @@ use crate::http::{Decoded, Decoder, Refusal};
 pub enum Replayed {
     /// A command for the main thread.
     Command(Routed),
+    /// The stream of events.
+    Events,
     /// A request that the API does not know: a fault.
     Fault(RouteError),
     /// Bytes that are not HTTP: a protocol error.
@@ -27,7 +29,8 @@ pub fn replay<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, limits: &Limits) -
                 Decoded::NeedMore | Decoded::Lost => break,
                 Decoded::Continue => continue,
                 Decoded::Request(request) => match route(&request) {
-                    Ok(routed) => Replayed::Command(routed),
+                    Ok(Route::Command(routed)) => Replayed::Command(routed),
+                    Ok(Route::Events) => Replayed::Events,
                     Err(error) => Replayed::Fault(error),
                 },
                 Decoded::Refused(refusal) => Replayed::Refused(refusal),

@@ -20,7 +20,7 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::time::Instant;
 
-use super::routes::Routed;
+use crate::Command;
 use crate::http::Request;
 use crate::metrics::Operation;
 
@@ -49,6 +49,8 @@ pub(super) enum Outcome<'a> {
     BadRequest(&'a str),
     /// A request that is over a limit, and the error's text.
     TooLarge(&'a str),
+    /// Too many clients ask for the same, and the error's text.
+    Unavailable(&'a str),
 }
 
 /// Logs that clients can connect.
@@ -70,9 +72,9 @@ impl Received {
     }
 
     /// Notes what it does, and warns if it uses something deprecated.
-    pub(super) fn is_for(&mut self, Routed { command, deprecated }: &Routed) {
+    pub(super) fn is_for(&mut self, command: &Command, deprecated: bool) {
         self.operation = Operation::of(command);
-        if *deprecated {
+        if deprecated {
             log::warn!(target: TARGET, "{}: a field or value of the request is deprecated", command.name());
         }
     }
@@ -84,6 +86,7 @@ impl Received {
             Outcome::NoContent => succeeded("204 No Content"),
             Outcome::BadRequest(message) => failed("400 Bad Request", message),
             Outcome::TooLarge(message) => failed("413 Payload too large", message),
+            Outcome::Unavailable(message) => failed("503 Service Unavailable", message),
         }
         let took = self.at.elapsed().as_micros();
         if let (Some(operation), Outcome::Ok | Outcome::NoContent) = (self.operation, outcome) {

@@ -1,4 +1,5 @@
-//! [`route`] turns a request into a [`Command`]; [`ENDPOINTS`] is the table of endpoints.
+//! [`route`] finds out what a request asks for, mostly a [`Command`]; [`ENDPOINTS`] is the table of
+//! endpoints.
 //!
 //! Paths are read as Firecracker reads them: several leading slashes count as one, a trailing one
 //! is ignored, and so are segments after those that name the endpoint.
@@ -13,19 +14,28 @@ use config::{
 };
 use serde::de::DeserializeOwned;
 
-use super::endpoints::{self, Endpoint};
+use super::endpoints::{self, Endpoint, Target};
 use crate::{
     Command,
     http::{Method, Request},
 };
 
-/// A request that was understood.
+/// A request for a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Routed {
     /// The command.
     pub command: Command,
     /// Whether the request used a deprecated field. The answer then has a header that says so.
     pub deprecated: bool,
+}
+
+/// What a request asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Route {
+    /// A command for the main thread.
+    Command(Routed),
+    /// The stream of events, which the API thread sends.
+    Events,
 }
 
 /// Why a request is no command.
@@ -115,6 +125,7 @@ pub const ENDPOINTS: &[Endpoint] = &[
     Endpoint::put("/mmds", |request, _| Ok(plain(Command::PutMmds(body(request)?)))).exact(),
     Endpoint::patch("/mmds", |request, _| Ok(plain(Command::PatchMmds(body(request)?)))),
     Endpoint::put("/mmds/config", |request, _| put_mmds_config(request)),
+    Endpoint::events("/events"),
     Endpoint::put("/actions", |request, _| put_action(request)),
     Endpoint::patch("/vm", |request, _| Ok(plain(Command::SetVmState(body::<Vm>(request)?.state)))),
     Endpoint::put("/snapshot/create", |request, _| put_snapshot_create(request)),
@@ -125,12 +136,15 @@ pub const ENDPOINTS: &[Endpoint] = &[
     Endpoint::get("/vm/config", |request, _| question(request, Command::GetVmConfig)),
 ];
 
-/// Turns `request` into its command.
-pub fn route(request: &Request) -> Result<Routed, RouteError> {
+/// Finds out what `request` asks for.
+pub fn route(request: &Request) -> Result<Route, RouteError> {
     let Some(path) = request.path.strip_prefix('/') else { return Err(not_found(request)) };
     let segments: Vec<&str> = path.trim_start_matches('/').split_terminator('/').collect();
     match endpoints::find(ENDPOINTS, request.method, &segments) {
-        Some(endpoint) => (endpoint.read)(request, endpoint.parameter(&segments)),
+        Some(endpoint) => match endpoint.target {
+            Target::Command(read) => read(request, endpoint.parameter(&segments)).map(Route::Command),
+            Target::Events => check_no_body(request).map(|()| Route::Events),
+        },
         None => Err(unsupported(request, &segments).unwrap_or_else(|| not_found(request))),
     }
 }
@@ -250,8 +264,12 @@ fn plain(command: Command) -> Routed {
 
 /// A command whose request must have no body.
 fn question(request: &Request, command: Command) -> Result<Routed, RouteError> {
+    check_no_body(request).map(|()| plain(command))
+}
+
+fn check_no_body(request: &Request) -> Result<(), RouteError> {
     if request.body.is_empty() {
-        return Ok(plain(command));
+        return Ok(());
     }
     let (method, path) = name(request);
     Err(RouteError::UnexpectedBody { method, path, len: request.body.len() })
@@ -289,11 +307,30 @@ mod tests {
     use super::*;
 
     fn request(method: Method, path: &str, body: &str) -> Request {
-        Request { method, path: path.into(), body: body.into() }
+        Request { method, path: path.into(), body: body.into(), last_event_id: None }
+    }
+
+    #[test]
+    fn only_get_asks_for_events_and_without_a_body() {
+        let asks = |method, path, body| route(&request(method, path, body));
+        for path in ["/events", "//events/", "/events/x"] {
+            assert_eq!(asks(Method::Get, path, "").unwrap(), Route::Events, "{path}");
+        }
+        for (method, path) in [(Method::Put, "/events"), (Method::Get, "/event"), (Method::Get, "events")] {
+            assert!(refusal(method, path, "").contains("there is no"), "{path}");
+        }
+        assert!(refusal(Method::Get, "/events", "{}").contains("takes no body"));
+    }
+
+    fn read(method: Method, path: &str, body: &str) -> Routed {
+        match route(&request(method, path, body)) {
+            Ok(Route::Command(routed)) => routed,
+            other => panic!("{other:?}"),
+        }
     }
 
     fn command(method: Method, path: &str, body: &str) -> Command {
-        route(&request(method, path, body)).unwrap().command
+        read(method, path, body).command
     }
 
     fn refusal(method: Method, path: &str, body: &str) -> String {
@@ -343,14 +380,14 @@ mod tests {
     #[test]
     fn only_cpu_template_is_deprecated_in_machine_config() {
         let put = r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":"T2"}"#;
-        let routed = route(&request(Method::Put, "/machine-config", put)).unwrap();
+        let routed = read(Method::Put, "/machine-config", put);
         assert!(routed.deprecated);
         let Command::PutMachineConfig(config) = routed.command else { panic!() };
         assert_eq!(config.cpu_template, Some(CpuTemplate::T2));
         let patch = r#"{"cpu_template":"None"}"#;
-        assert!(route(&request(Method::Patch, "/machine-config", patch)).unwrap().deprecated);
+        assert!(read(Method::Patch, "/machine-config", patch).deprecated);
         let put = r#"{"vcpu_count":1,"mem_size_mib":1,"cpu_template":null}"#;
-        assert!(!route(&request(Method::Put, "/machine-config", put)).unwrap().deprecated);
+        assert!(!read(Method::Put, "/machine-config", put).deprecated);
     }
 
     #[test]
@@ -406,7 +443,7 @@ mod tests {
             Vsock { guest_cid: 3, uds_path: "/v.sock".into(), vsock_id: None, seqpacket_uds_path: None };
         assert_eq!(command(Method::Put, "/vsock", body), Command::PutVsock(expected));
         let body = r#"{"guest_cid":0,"uds_path":"/v.sock","vsock_id":"root"}"#;
-        assert!(route(&request(Method::Put, "/vsock", body)).unwrap().deprecated);
+        assert!(read(Method::Put, "/vsock", body).deprecated);
     }
 
     #[test]
@@ -423,7 +460,7 @@ mod tests {
         for (version, deprecated) in [(r#","version":"V1""#, true), ("", true), (r#","version":"V2""#, false)]
         {
             let body = format!(r#"{{"network_interfaces":["eth0"]{version}}}"#);
-            let routed = route(&request(Method::Put, "/mmds/config", &body)).unwrap();
+            let routed = read(Method::Put, "/mmds/config", &body);
             assert_eq!(routed.deprecated, deprecated, "{version}");
             assert!(matches!(routed.command, Command::PutMmdsConfig(_)));
         }
@@ -597,7 +634,7 @@ mod tests {
                 "[\\[{\"]{0,200}".prop_map(String::into_bytes),
             ],
         ) {
-            let _ = route(&Request { method, path, body });
+            let _ = route(&Request { method, path, body, last_event_id: None });
         }
     }
 }

@@ -46,9 +46,10 @@ use config::{ChildOutcome, ChildState, Drive, Fork, ForkOutcome};
 pub use crate::child::{ChildSpec, ForkPlan, ParentState, Reporter};
 use crate::child::{Report, Reports};
 use crate::drive_commands::{settle_swaps, switch_to_overlays, write_back};
+use crate::events::Event;
 use crate::host::Host;
 use crate::live_snapshot::LiveSnapshotJob;
-use crate::microvm::{MicroVm, to_json};
+use crate::microvm::MicroVm;
 use crate::overlays::files::NewFiles;
 use crate::overlays::plan::{OverlayPlan, Planner};
 use crate::pause::{pause, resume_after_pause};
@@ -138,7 +139,9 @@ fn fork_children<H: Host>(
     let stats = vm.metrics.operations();
     stats.children_started.add(started as u64);
     stats.children_failed.add((count - started) as u64);
-    answer(fork, &reports, begin, paused_for)
+    let answer = answer(fork, &reports, begin, paused_for)?;
+    vm.events.publish(&Event::Forked(answer.clone()));
+    Ok(Reply::Json(answer))
 }
 
 fn plan_overlays(planner: &Planner, id: &str, fork: &Fork) -> Result<Plans, CommandError> {
@@ -193,7 +196,7 @@ fn answer(
     reports: &[Option<Report>],
     begin: Instant,
     paused_for: Duration,
-) -> Result<Reply, CommandError> {
+) -> Result<serde_json::Value, CommandError> {
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let mut living = 0;
     let mut first_error = None;
@@ -222,6 +225,7 @@ fn answer(
     let children: Vec<_> = children.collect();
     match first_error {
         Some(error) if living == 0 => Err(error),
-        _ => to_json(&ForkOutcome { pause_us: micros(paused_for), children }),
+        _ => serde_json::to_value(ForkOutcome { pause_us: micros(paused_for), children })
+            .map_err(CommandError::Json),
     }
 }

@@ -56,6 +56,7 @@ struct Head {
     expects_continue: bool,
     /// The value of `Content-Length`: at most `max_body`.
     body_len: usize,
+    last_event_id: Option<String>,
 }
 
 impl Decoder {
@@ -117,6 +118,10 @@ impl Decoder {
         };
         let path = head.path.to_owned();
         let (method, method_name) = (Method::from_name(head.method), head.method.to_owned());
+        let last_event_id = head
+            .headers()
+            .find(|(name, _)| name.eq_ignore_ascii_case("Last-Event-ID"))
+            .map(|(_, value)| String::from_utf8_lossy(value).into_owned());
         let (framing, len) = (head.framing(), head.len);
         self.take(len);
         self.state = what_remains(framing.as_ref());
@@ -128,7 +133,7 @@ impl Decoder {
         match usize::try_from(body_len) {
             Ok(body_len) if body_len <= limit => {
                 let expects_continue = expects_continue && body_len > 0;
-                Ok(Some(Head { method, path, expects_continue, body_len }))
+                Ok(Some(Head { method, path, expects_continue, body_len, last_event_id }))
             }
             _ => Err(ProtocolError::PayloadTooLarge { size: body_len, limit }),
         }
@@ -157,8 +162,8 @@ impl Decoder {
             return if send_continue { Decoded::Continue } else { Decoded::NeedMore };
         }
         let body = self.take(head.body_len);
-        let Head { method, path, .. } = head;
-        Decoded::Request(Request { method, path, body })
+        let Head { method, path, last_event_id, .. } = head;
+        Decoded::Request(Request { method, path, body, last_event_id })
     }
 
     /// Takes `len` bytes off the front of the input.
@@ -233,7 +238,9 @@ mod tests {
     fn request_has_method_path_and_body() {
         let request =
             only_request(b"PUT /actions HTTP/1.1\r\nHost: localhost\r\ncontent-length: 2\r\n\r\n{}");
-        assert_eq!(request, Request { method: Method::Put, path: "/actions".into(), body: b"{}".to_vec() });
+        let (method, path) = (Method::Put, "/actions".to_owned());
+        let body = b"{}".to_vec();
+        assert_eq!(request, Request { method, path, body, last_event_id: None });
     }
 
     #[test]

@@ -28,4 +28,4 @@ mod skip;
 
 pub use decoder::{Decoded, Decoder, MAX_HEADERS};
 pub use request::{Method, ProtocolError, Refusal, Request};
-pub use response::{Response, TOO_MANY_CONNECTIONS, put_continue};
+pub use response::{Response, TOO_MANY_CONNECTIONS, put_continue, put_event_stream_head};

@@ -42,6 +42,8 @@ pub struct Request {
     pub path: String,
     /// The body; empty if there is none.
     pub body: Vec<u8>,
+    /// The value of `Last-Event-ID`: the last event that a client of `GET /events` has.
+    pub last_event_id: Option<String>,
 }
 
 /// A request that is refused before the API routes it.

@@ -46,6 +46,12 @@ impl Response {
         Response::new(400, Some(serde_json::json!({ "fault_message": message }).to_string()))
     }
 
+    /// 503: so many clients do this already that one more is refused; with the body of a fault.
+    pub fn unavailable(message: &str) -> Response {
+        let Response(fault) = Response::fault(message);
+        Response(vesta_http::Response { status: 503, ..fault })
+    }
+
     /// 413: data over a limit of the API, with the body of a fault.
     pub fn too_large(message: &str) -> Response {
         let Response(fault) = Response::fault(message);
@@ -76,6 +82,13 @@ impl Response {
     pub fn put(&self, keep_alive: bool, out: &mut Vec<u8>) {
         self.0.put(Version::Http11, keep_alive, out);
     }
+}
+
+/// Appends the head of a stream of server-sent events to `out`. The stream ends with the
+/// connection.
+pub fn put_event_stream_head(out: &mut Vec<u8>) {
+    let header = Some(("Content-Type", "text/event-stream".to_owned()));
+    vesta_http::Response { header, ..vesta_http::Response::new(200, "") }.put(Version::Http11, false, out);
 }
 
 /// Appends `100 Continue` to `out`, the interim response that asks a client for its body.
@@ -123,6 +136,17 @@ mod tests {
     fn too_large_is_a_fault_with_status_413() {
         let response = text(&Response::too_large("x"), true);
         assert!(response.starts_with("HTTP/1.1 413 \r\n") && response.ends_with(r#"{"fault_message":"x"}"#));
+    }
+
+    #[test]
+    fn event_stream_ends_with_its_connection() {
+        let mut out = Vec::new();
+        put_event_stream_head(&mut out);
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "HTTP/1.1 200 \r\nServer: Firecracker API\r\nConnection: close\r\n\
+             Content-Type: text/event-stream\r\n\r\n"
+        );
     }
 
     #[test]

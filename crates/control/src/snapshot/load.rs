@@ -24,6 +24,7 @@ use crate::CommandError;
 use crate::backends::Backends;
 use crate::boot::serial_setup;
 use crate::drives::Drives;
+use crate::events::{Event, StartedBy};
 use crate::host::Host;
 use crate::microvm::MicroVm;
 use crate::networks::{Networks, open_existing};
@@ -92,6 +93,7 @@ pub(crate) fn load<H: Host>(
     };
     backends.networks.release();
     vm.backends = backends;
+    vm.backends.drives.report_failures(vm.lifecycle.notices());
     files.keep(|path| vm.backends.drives.uses_overlay(path));
     if load.resume_vm {
         working_set.iter_mut().for_each(WorkingSetTask::guest_runs);
@@ -101,6 +103,8 @@ pub(crate) fn load<H: Host>(
     tasks.host.guest_starts(vm.serial_output.is_none());
     vm.metrics.guest_starts(machine.stats());
     vm.lifecycle.start(machine, load.resume_vm).map_err(CommandError::snapshot)?;
+    let by = StartedBy::Restore(load.snapshot_path.clone());
+    vm.events.publish(&Event::Started { by, phase: vm.lifecycle.phase() });
     log::info!("the microVM of {} is restored", load.snapshot_path.display());
     Ok(())
 }

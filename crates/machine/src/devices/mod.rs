@@ -53,6 +53,7 @@ use std::time::Duration;
 
 use block::BlockControl;
 use net::NetControl;
+use virtio::transport::FailureObserver;
 use virtio::worker::{WorkerId, Workers, monotonic};
 use vsock::VsockControl;
 
@@ -100,13 +101,15 @@ pub struct Devices {
 
 impl Devices {
     /// Builds the devices and puts each at its address on the buses. With a saved state, the
-    /// devices are those that were saved, and their workers are paused.
+    /// devices are those that were saved, and their workers are paused. `failures` learns of
+    /// devices that fail.
     pub(crate) fn attach(
         mut setup: DeviceSetup,
         addresses: DeviceAddresses,
         saved: Option<&DevicesState>,
         vm: &Vm,
         buses: &mut Buses,
+        failures: Arc<dyn FailureObserver>,
     ) -> Result<Self, DeviceError> {
         let planned = table::plan(&mut setup, saved)?;
         let mut controls = Controls::default();
@@ -122,7 +125,7 @@ impl Devices {
         if saved.is_some() {
             workers.pause(WORKER_START_TIMEOUT).map_err(|busy| worker_error(io::Error::other(busy)))?;
         }
-        let mut bus = VirtioBus::new(addresses, vm, buses, workers.clone());
+        let mut bus = VirtioBus::new(addresses, vm, buses, workers.clone(), failures);
         let now = monotonic();
         for (device, workers) in planned.into_iter().zip(dedicated) {
             let context = BuildContext {

@@ -7,7 +7,7 @@ use sync::locked;
 use virtio::device::Device;
 use virtio::transport::mmio::MmioTransport;
 use virtio::transport::pci::{PciRoot, PciTransport};
-use virtio::transport::{Attachment, IoEventFds};
+use virtio::transport::{Attachment, FailureObserver, IoEventFds};
 use virtio::worker::Workers;
 
 use super::address::{DeviceAddresses, MmioWindow};
@@ -23,6 +23,7 @@ use crate::stats::DeviceStats;
 /// All virtio devices of a machine.
 pub(super) struct VirtioBus {
     workers: Workers,
+    failures: Arc<dyn FailureObserver>,
     free: FreeAddresses,
     plugged: Vec<Plugged>,
 }
@@ -45,8 +46,15 @@ enum Transport {
 }
 
 impl VirtioBus {
-    /// A bus without devices. `workers` run the devices to come.
-    pub(super) fn new(addresses: DeviceAddresses, vm: &Vm, buses: &mut Buses, workers: Workers) -> Self {
+    /// A bus without devices. `workers` run the devices to come, and `failures` learns of those that
+    /// fail.
+    pub(super) fn new(
+        addresses: DeviceAddresses,
+        vm: &Vm,
+        buses: &mut Buses,
+        workers: Workers,
+        failures: Arc<dyn FailureObserver>,
+    ) -> Self {
         let io_event_fds = Arc::new(KvmIoEventFds(vm.shared_fd()));
         let free = match addresses {
             DeviceAddresses::Mmio(windows) => {
@@ -56,7 +64,7 @@ impl VirtioBus {
                 FreeAddresses::Pci { root: pci::add_root(buses, io_event_fds), next_slot: 1 }
             }
         };
-        VirtioBus { workers, free, plugged: Vec::new() }
+        VirtioBus { workers, failures, free, plugged: Vec::new() }
     }
 
     /// Puts a device at the next address.
@@ -68,7 +76,8 @@ impl VirtioBus {
         buses: &mut Buses,
     ) -> Result<(), DeviceError> {
         let (memory, workers) = (vm.ram().clone(), self.workers.clone());
-        let attachment = Attachment { name: name.clone(), device, memory, workers };
+        let failures = Arc::clone(&self.failures);
+        let attachment = Attachment { name: name.clone(), device, memory, workers, failures };
         let transport = match &mut self.free {
             FreeAddresses::Mmio { windows, io_event_fds } => {
                 let window = windows.next().expect("there is an address for each device");

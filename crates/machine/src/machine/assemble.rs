@@ -41,7 +41,8 @@ use crate::events::EventSink;
 use crate::kvm::{Kvm, Vm};
 use crate::layout;
 use crate::legacy::{
-    BootTimer, Cmos, ConsoleThread, I8042, Power, SerialPort, SerialPortState, SerialSetup, StartTimes,
+    BootTimer, Cmos, ConsoleThread, I8042, Power, PvPanic, SerialPort, SerialPortState, SerialSetup,
+    StartTimes,
 };
 use crate::state::MachineState;
 use crate::vcpu::VcpuHandle;
@@ -143,10 +144,13 @@ pub(super) fn assemble(
     }
     let cmos = Arc::new(Cmos::restore(saved.map(|state| state.cmos).unwrap_or_default()));
     let power = Arc::new(Power::new(clone_sink(&parts.events)?));
+    let notices = parts.events.notices();
+    let pvpanic = Arc::new(PvPanic::new(notices.clone()));
     let boot_timer = parts.boot_timer.map(|start| Arc::new(BootTimer::new(start)));
-    let mut buses = fill_buses(serial.clone(), keyboard.clone(), cmos.clone(), power, boot_timer);
+    let mut buses = fill_buses(serial.clone(), keyboard.clone(), cmos.clone(), power, pvpanic, boot_timer);
+    let saved_devices = saved.map(|state| &state.devices);
     let devices =
-        Devices::attach(parts.devices, parts.addresses, saved.map(|state| &state.devices), &vm, &mut buses)?;
+        Devices::attach(parts.devices, parts.addresses, saved_devices, &vm, &mut buses, Arc::new(notices))?;
     let vm_gen_id = VmGenId::new(vm.ram().clone(), irq_line(&vm, layout::GENERIC_EVENT_IRQ)?);
     let written = if saved.is_some() { vm_gen_id.change() } else { vm_gen_id.init() };
     written.map_err(|source| StartError::Host { what: "a VM generation id", source })?;
@@ -262,6 +266,7 @@ fn fill_buses(
     keyboard: Arc<I8042>,
     cmos: Arc<Cmos>,
     power: Arc<Power>,
+    pvpanic: Arc<PvPanic>,
     boot_timer: Option<Arc<BootTimer>>,
 ) -> Buses {
     let mut buses = Buses { ports: Bus::default(), mmio: Bus::default() };
@@ -270,6 +275,7 @@ fn fill_buses(
         (port(layout::COM1)..port(layout::COM1) + 8, serial as Arc<dyn BusDevice>),
         (port(layout::I8042)..port(layout::I8042) + 5, keyboard),
         (port(layout::CMOS)..port(layout::CMOS) + 2, cmos),
+        (port(layout::PVPANIC)..port(layout::PVPANIC) + 1, pvpanic),
         (port(layout::ACPI_SLEEP_CONTROL)..port(layout::ACPI_RESET) + 1, power),
     ];
     for (range, device) in ports {

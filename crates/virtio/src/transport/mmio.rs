@@ -115,7 +115,7 @@ impl MmioTransport {
         line: Box<dyn IrqLine>,
         io_events: Arc<dyn IoEventFds>,
     ) -> io::Result<Self> {
-        let device_status = DeviceStatus::new(attachment.name.clone());
+        let device_status = DeviceStatus::new(attachment.name.clone(), Arc::clone(&attachment.failures));
         let interrupt = Arc::new(MmioInterrupt {
             device_status: Arc::clone(&device_status),
             status: AtomicU32::new(0),

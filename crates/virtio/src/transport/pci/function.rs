@@ -115,7 +115,7 @@ impl PciTransport {
     ) -> io::Result<Self> {
         let kind = attachment.device.kind();
         let queues = attachment.device.queue_sizes().len();
-        let device_status = DeviceStatus::new(attachment.name.clone());
+        let device_status = DeviceStatus::new(attachment.name.clone(), Arc::clone(&attachment.failures));
         let stats = Arc::<TransportStats>::default();
         let count = (queues + 1).min(layout::MAX_VECTORS);
         let msix = Msix::new(count, vectors, Arc::clone(&device_status), Arc::clone(&stats));
