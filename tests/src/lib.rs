@@ -25,6 +25,7 @@
 pub mod api;
 pub mod busy;
 pub mod counting;
+pub mod cpu;
 pub mod disks;
 pub mod elf;
 pub mod exchange;

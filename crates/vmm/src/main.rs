@@ -12,6 +12,7 @@
 //! - [`logger`], [`terminal`], [`descriptors`]: what the process has.
 //! - [`snapshot_tool`], [`overlay_tool`]: the tools that read and merge snapshots, and that read
 //!   and export overlay files. They start no microVM.
+//! - [`cpu_template_tool`], [`template_file`]: the tools for CPU templates, and templates in files.
 //!
 //! # The end of the process
 //!
@@ -25,6 +26,7 @@
 mod alt_stack;
 mod args;
 mod child;
+mod cpu_template_tool;
 mod crash_report;
 mod descriptors;
 mod event_loop;
@@ -42,6 +44,7 @@ mod signals;
 mod snapshot_tool;
 #[cfg(test)]
 mod subprocess;
+mod template_file;
 mod terminal;
 mod writer;
 
@@ -94,6 +97,7 @@ fn run_command_line(personality: Personality, start: StartTimes) -> ExitCode {
         Ok(Invocation::DescribeSnapshot(state)) => snapshot_tool::describe(personality, &state),
         Ok(Invocation::SnapshotTool(tool)) => snapshot_tool::run(&tool),
         Ok(Invocation::OverlayTool(tool)) => overlay_tool::run(&tool),
+        Ok(Invocation::CpuTemplateTool(tool)) => cpu_template_tool::run(&tool),
         Ok(Invocation::Run(args)) => run(personality, &args, start),
         Err(error) => report(personality, &RunError::Args(error)),
     }
@@ -206,9 +210,11 @@ fn set_up_logger(logger: &Logger) -> Result<(), RunError> {
 fn read_config(path: &Path) -> Result<VmConfig, RunError> {
     let shown = || path.display().to_string();
     let text = fs::read_to_string(path).map_err(|source| RunError::ReadConfig { path: shown(), source })?;
-    let config: VmConfig =
+    let mut config: VmConfig =
         serde_json::from_str(&text).map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
     config.check().map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
+    template_file::resolve(&mut config)
+        .map_err(|e| RunError::Config { path: shown(), reason: format!("cpu-config: {e}") })?;
     Ok(config)
 }
 
