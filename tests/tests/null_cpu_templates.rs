@@ -51,7 +51,10 @@ fn template_beyond_the_host_is_refused_at_the_start() -> Result<()> {
     let msr = json!({"msr_modifiers": [{"addr": "0x12345", "bitmap": "0b1"}]});
     for (template, named) in [
         (template("0x7", "edx", &uintr), "CPUID 0x7.0 edx bit 5"),
-        (template("0x12345", "ebx", "0b0x"), "CPUID leaf 0x12345 subleaf 0x0, of which the template changes ebx bit 1"),
+        (
+            template("0x12345", "ebx", "0b0x"),
+            "CPUID leaf 0x12345 subleaf 0x0, of which the template changes ebx bit 1",
+        ),
         (msr, "(MSR) 0x12345"),
         (json!({"kvm_capabilities": ["9999"]}), "an unnamed capability (9999)"),
     ] {
@@ -73,7 +76,10 @@ fn template_beyond_the_host_is_refused_at_the_start() -> Result<()> {
 fn static_template_of_another_vendor_is_refused_at_the_start() -> Result<()> {
     let (vmm, mut api) = vmm_with_api(&[])?;
     let foreign = if is_intel() { "T2A" } else { "C3" };
-    let guest = Guest { machine: json!({"cpu_template": foreign}), ..Guest::bare(&kernel(vmm.dir(), &null_guest())?) };
+    let guest = Guest {
+        machine: json!({"cpu_template": foreign}),
+        ..Guest::bare(&kernel(vmm.dir(), &null_guest())?)
+    };
     guest.put(&mut api)?;
     let refused = api.put("/actions", &json!({"action_type": "InstanceStart"}))?;
     let named = format!("cpu_template {foreign}: it does not fit this host's CPU");
@@ -200,7 +206,10 @@ fn dump_strip_and_verify_work_on_one_another() -> Result<()> {
     good(&["template", "strip", "-p", &plain, &nine])?;
     let stripped = read(&path("nine_stripped.json")?)?;
     let leaves = stripped["cpuid_modifiers"].as_array().context("leaves")?;
-    ensure!(leaves.len() == 1 && leaves[0]["leaf"] == "0x1" && stripped["msr_modifiers"] == json!([]), "{stripped}");
+    ensure!(
+        leaves.len() == 1 && leaves[0]["leaf"] == "0x1" && stripped["msr_modifiers"] == json!([]),
+        "{stripped}"
+    );
     ensure!(read(&nine)? == dumped, "the input has changed");
     good(&["template", "strip", "--suffix", "", "--paths", &plain, &nine])?;
     ensure!(read(&nine)? == stripped, "the input was to be replaced");
@@ -210,7 +219,10 @@ fn dump_strip_and_verify_work_on_one_another() -> Result<()> {
         {"register": "ecx", "bitmap": format!("0b1{}", "x".repeat(15))}]}]});
     fs::write(&template, pdcm.to_string())?;
     let (code, output) = helper(&["template", "verify", "-t", &template])?;
-    ensure!(code == 1 && output.contains("CPUID 0x1.0x0 ecx:\n  template xxxxxxxxxxxxxxxx1"), "{code}: {output}");
+    ensure!(
+        code == 1 && output.contains("CPUID 0x1.0x0 ecx:\n  template xxxxxxxxxxxxxxxx1"),
+        "{code}: {output}"
+    );
     let (code, output) = helper(&["template", "verify"])?;
     ensure!(code == 1 && output.contains("no template to verify"), "{code}: {output}");
     let (code, output) = helper(&["template", "dump", "-t", "/absent", "-o", &plain])?;
@@ -227,8 +239,14 @@ fn fingerprints_differ_where_the_cpu_does() -> Result<()> {
     let written = read(&old)?;
     let mut keys: Vec<_> = written.as_object().context("an object")?.keys().map(String::as_str).collect();
     keys.sort_unstable();
-    let all =
-        ["bios_revision", "bios_version", "firecracker_version", "guest_cpu_config", "kernel_version", "microcode_version"];
+    let all = [
+        "bios_revision",
+        "bios_version",
+        "firecracker_version",
+        "guest_cpu_config",
+        "kernel_version",
+        "microcode_version",
+    ];
     ensure!(keys == all, "{keys:?}");
     ensure!(written["firecracker_version"] == "1.17.0", "{written}");
     good(&["fingerprint", "compare", "-p", &old, "-c", &old])?;
