@@ -30,6 +30,7 @@ pub mod disks;
 pub mod elf;
 pub mod exchange;
 pub mod faults;
+pub mod gdb;
 pub mod guest;
 pub mod host_devices;
 pub mod host_net;

@@ -92,7 +92,7 @@ fn static_template_of_another_vendor_is_refused_at_the_start() -> Result<()> {
 #[test]
 fn last_template_is_shown_and_malformed_ones_change_nothing() -> Result<()> {
     let (_vmm, mut api) = vmm_with_api(&[])?;
-    let mut shown = |api: &mut vesta_tests::api::ApiClient| -> Result<(Value, Value)> {
+    let shown = |api: &mut vesta_tests::api::ApiClient| -> Result<(Value, Value)> {
         let config = api.get("/vm/config")?.ok()?.json()?;
         Ok((config["cpu-config"].clone(), config["machine-config"]["cpu_template"].clone()))
     };
@@ -105,6 +105,10 @@ fn last_template_is_shown_and_malformed_ones_change_nothing() -> Result<()> {
         (r#"{"reg_modifiers":[]}"#, "`reg_modifiers`"),
         (r#"{"msr_modifiers":[{"addr":"8b","bitmap":"0b1"}]}"#, "addr is"),
         (r#"{"msr_modifiers":[{"addr":"0x8b","bitmap":"0b3"}]}"#, "'3' is no bit"),
+        (
+            r#"{"cpuid_modifiers":[{"leaf":"0x1","subleaf":"0x0","flags":8,"modifiers":[]}]}"#,
+            "flags is 8; it must be between 0 and 7",
+        ),
         ("[]", "cannot be read"),
         ("", "needs a JSON body"),
     ] {
@@ -223,6 +227,8 @@ fn dump_strip_and_verify_work_on_one_another() -> Result<()> {
         code == 1 && output.contains("CPUID 0x1.0x0 ecx:\n  template xxxxxxxxxxxxxxxx1"),
         "{code}: {output}"
     );
+    let (code, output) = helper(&["template", "strip", "-p", &plain])?;
+    ensure!(code == 2 && output.contains("two or more files"), "{code}: {output}");
     let (code, output) = helper(&["template", "verify"])?;
     ensure!(code == 1 && output.contains("no template to verify"), "{code}: {output}");
     let (code, output) = helper(&["template", "dump", "-t", "/absent", "-o", &plain])?;

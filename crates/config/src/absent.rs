@@ -12,8 +12,6 @@ use serde_json::Value;
 pub enum Unsupported {
     /// The balloon device.
     Balloon,
-    /// The metrics file.
-    Metrics,
     /// Persistent memory devices.
     Pmem,
     /// The memory hot-plug device.
@@ -25,7 +23,6 @@ impl Unsupported {
     pub fn description(self) -> &'static str {
         match self {
             Unsupported::Balloon => "balloon devices",
-            Unsupported::Metrics => "metrics files",
             Unsupported::Pmem => "pmem devices",
             Unsupported::MemoryHotplug => "memory hot-plug",
         }
@@ -35,7 +32,6 @@ impl Unsupported {
     fn key(self) -> &'static str {
         match self {
             Unsupported::Balloon => "balloon",
-            Unsupported::Metrics => "metrics",
             Unsupported::Pmem => "pmem",
             Unsupported::MemoryHotplug => "memory-hotplug",
         }
@@ -61,10 +57,6 @@ impl Unsupported {
 
     pub(crate) fn balloon<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
         Unsupported::Balloon.deserialize_empty(from)
-    }
-
-    pub(crate) fn metrics<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
-        Unsupported::Metrics.deserialize_empty(from)
     }
 
     pub(crate) fn pmem<'de, D: Deserializer<'de>>(from: D) -> Result<AbsentList, D::Error> {

@@ -161,7 +161,7 @@ pub enum DriveError {
     #[error("path_on_host is missing")]
     NoPath,
     /// A vhost-user backend.
-    #[error("socket is not supported: there are no vhost-user block devices")]
+    #[error("socket: this version does not support vhost-user block devices")]
     VhostUser,
     /// Several I/O threads for a drive with an overlay.
     #[error("io_threads is {io_threads}; with an overlay it must be 1")]

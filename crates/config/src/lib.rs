@@ -28,10 +28,12 @@ mod entropy;
 mod error;
 mod fork;
 mod id;
+pub mod json_error;
 mod limits;
 mod logger;
 mod mac;
 mod machine_config;
+mod metrics;
 mod mmds;
 mod network;
 mod network_override;
@@ -69,6 +71,7 @@ pub use limits::{
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use mac::{MacAddress, MacAddressError};
 pub use machine_config::{CpuTemplate, HugePages, MachineConfig, MachineConfigUpdate};
+pub use metrics::Metrics;
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use network::{
     DEFAULT_NET_QUEUE_SIZE, NetBackendKind, NetworkInterface, NetworkInterfaceUpdate, check_networks,

@@ -11,9 +11,9 @@ use crate::absent::{Absent, AbsentList};
 use crate::{
     Bitmap, BootSource, CacheType, CpuConfig, CpuConfigSource, CpuTemplate, CpuidModifier, CpuidRegister,
     Drive, Entropy, HugePages, IoEngine, KvmCapability, LogLevel, Logger, MAX_DRIVE_QUEUES, MAX_MEM_SIZE_MIB,
-    MAX_QUEUE_PAIRS, MAX_REFILL_TIME_MS, MIN_MTU, MacAddress, MachineConfig, MmdsConfig, MmdsVersion,
-    MsrModifier, NetBackendKind, NetworkInterface, Overlay, RateLimiter, RegisterModifier, Serial,
-    TokenBucket, VmConfig, Vsock,
+    MAX_QUEUE_PAIRS, MAX_REFILL_TIME_MS, MIN_MTU, MacAddress, MachineConfig, Metrics, MmdsConfig,
+    MmdsVersion, MsrModifier, NetBackendKind, NetworkInterface, Overlay, RateLimiter, RegisterModifier,
+    Serial, TokenBucket, VmConfig, Vsock,
 };
 
 /// Paths that JSON can represent.
@@ -49,6 +49,7 @@ fn machine_config() -> impl Strategy<Value = MachineConfig> {
             cpu_template,
             track_dirty_pages,
             huge_pages,
+            gdb_socket_path: None,
         })
 }
 
@@ -261,6 +262,15 @@ fn mmds(networks: &[NetworkInterface]) -> BoxedStrategy<Option<MmdsConfig>> {
         .boxed()
 }
 
+fn metrics() -> impl Strategy<Value = Metrics> {
+    let properties = prop::collection::btree_map("\\PC{0,4}", "\\PC{0,8}", 0..3);
+    (path(), any::<bool>(), properties).prop_map(|(metrics_path, emit_id, properties)| Metrics {
+        metrics_path,
+        emit_id,
+        properties,
+    })
+}
+
 /// Any configuration that passes [`VmConfig::check`].
 pub fn vm_config() -> impl Strategy<Value = VmConfig> {
     let networks = (0..4_usize)
@@ -268,13 +278,18 @@ pub fn vm_config() -> impl Strategy<Value = VmConfig> {
         .prop_flat_map(|networks| (mmds(&networks), Just(networks)));
     let entropy = rate_limiter().prop_map(|rate_limiter| Entropy { rate_limiter });
     (
-        (boot_source(), machine_config(), prop::option::of(logger()), prop::option::of(serial())),
+        (
+            boot_source(),
+            machine_config(),
+            (prop::option::of(logger()), prop::option::of(metrics())),
+            prop::option::of(serial()),
+        ),
         (drives(), prop::option::of(entropy), prop::option::of(vsock()), networks),
         prop::option::of(cpu_config().prop_map(CpuConfigSource::Inline)),
     )
         .prop_map(
             |(
-                (boot_source, machine_config, logger, serial),
+                (boot_source, machine_config, (logger, metrics), serial),
                 (drives, entropy, vsock, (mmds_config, network_interfaces)),
                 cpu_config,
             )| {
@@ -291,7 +306,7 @@ pub fn vm_config() -> impl Strategy<Value = VmConfig> {
                     balloon: Absent,
                     cpu_config,
                     memory_hotplug: Absent,
-                    metrics: Absent,
+                    metrics,
                     pmem: AbsentList,
                 }
             },

@@ -15,10 +15,12 @@ use crate::entropy::Entropy;
 use crate::error::ConfigError;
 use crate::logger::Logger;
 use crate::machine_config::MachineConfig;
+use crate::metrics::Metrics;
 use crate::mmds::MmdsConfig;
 use crate::network::{NetworkInterface, check_networks};
 use crate::serde_helpers::null_is_default;
 use crate::serial::Serial;
+use crate::token_bucket::RateLimiter;
 use crate::vsock::Vsock;
 
 /// The configuration file (`--config-file`).
@@ -60,9 +62,9 @@ pub struct VmConfig {
     /// Not supported.
     #[serde(default, deserialize_with = "Unsupported::memory_hotplug")]
     pub memory_hotplug: Absent,
-    /// Not supported.
-    #[serde(default, deserialize_with = "Unsupported::metrics")]
-    pub metrics: Absent,
+    /// Output of metrics; set by the command line if absent.
+    #[serde(default)]
+    pub metrics: Option<Metrics>,
     /// Not supported.
     #[serde(default, deserialize_with = "Unsupported::pmem")]
     pub pmem: AbsentList,
@@ -73,6 +75,7 @@ impl VmConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.boot_source.check()?;
         self.machine_config.check()?;
+        self.metrics.as_ref().map_or(Ok(()), Metrics::check)?;
         self.cpu_config.as_ref().map_or(Ok(()), CpuConfigSource::check)?;
         self.serial.as_ref().map_or(Ok(()), Serial::check)?;
         self.entropy.as_ref().map_or(Ok(()), Entropy::check)?;
@@ -108,9 +111,8 @@ pub struct FullVmConfig {
     /// Not supported.
     #[serde(deserialize_with = "Unsupported::memory_hotplug")]
     pub memory_hotplug: Absent,
-    /// Not supported.
-    #[serde(deserialize_with = "Unsupported::metrics")]
-    pub metrics: Absent,
+    /// Output of metrics, however it was set. No snapshot has it.
+    pub metrics: Option<Metrics>,
     /// Metadata service.
     pub mmds_config: Option<MmdsConfig>,
     /// Network devices.
@@ -123,6 +125,29 @@ pub struct FullVmConfig {
     pub serial: Option<Serial>,
     /// Vsock device.
     pub vsock: Option<Vsock>,
+}
+
+impl FullVmConfig {
+    /// Shows what is in force: no buckets that limit nothing, and the default address of the
+    /// metadata service where none was set.
+    #[must_use]
+    pub fn in_force(mut self) -> FullVmConfig {
+        let networks = self.network_interfaces.iter_mut();
+        let networks =
+            networks.flat_map(|network| [&mut network.rx_rate_limiter, &mut network.tx_rate_limiter]);
+        let drives = self.drives.iter_mut().map(|drive| &mut drive.rate_limiter);
+        let entropy = self.entropy.iter_mut().map(|entropy| &mut entropy.rate_limiter);
+        for limiter in networks.chain(drives).chain(entropy) {
+            *limiter = limiter.and_then(RateLimiter::in_force);
+        }
+        if let Some(serial) = &mut self.serial {
+            serial.rate_limiter = serial.rate_limiter.filter(|bucket| !bucket.is_unlimited());
+        }
+        if let Some(mmds) = &mut self.mmds_config {
+            mmds.ipv4_address = Some(mmds.address());
+        }
+        self
+    }
 }
 
 /// A CPU template that is still in a file is left out.
@@ -192,7 +217,7 @@ mod tests {
             balloon: Absent,
             cpu_config: None,
             memory_hotplug: Absent,
-            metrics: Absent,
+            metrics: None,
             pmem: AbsentList,
         }
     }
@@ -215,8 +240,8 @@ mod tests {
     #[test]
     fn empty_sections_of_unsupported_devices_are_accepted() {
         for empty in [
-            r#""balloon":null,"metrics":null,"pmem":[],"memory-hotplug":null"#,
-            r#""balloon":{},"metrics":{},"pmem":null,"memory-hotplug":{}"#,
+            r#""balloon":null,"pmem":[],"memory-hotplug":null"#,
+            r#""balloon":{},"pmem":null,"memory-hotplug":{}"#,
         ] {
             let json = format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},{empty}}}"#);
             assert_eq!(parse(&json), Ok(minimal()));
@@ -227,7 +252,6 @@ mod tests {
     fn sections_of_unsupported_devices_are_refused_by_name() {
         for (section, content) in [
             ("balloon", r#"{"amount_mib":1,"deflate_on_oom":false}"#),
-            ("metrics", r#"{"metrics_path":"m"}"#),
             ("pmem", r#"[{"id":"p","path_on_host":"x"}]"#),
             ("memory-hotplug", r#"{"total_size_mib":1024}"#),
         ] {
@@ -323,6 +347,14 @@ mod tests {
             prop_assert_eq!(config.check(), Ok(()));
             let shown = serde_json::to_string(&FullVmConfig::from(config.clone())).unwrap();
             prop_assert_eq!(parse(&shown), Ok(config));
+        }
+
+        #[test]
+        fn what_is_in_force_is_a_configuration_file(config in crate::testing::vm_config()) {
+            let shown = FullVmConfig::from(config).in_force();
+            let text = serde_json::to_string(&shown).unwrap();
+            prop_assert!(!text.contains("\"size\":0,") && !text.contains("\"ipv4_address\":null"), "{}", text);
+            prop_assert_eq!(FullVmConfig::from(parse(&text).unwrap()).in_force(), shown);
         }
 
         #[test]

@@ -1,12 +1,11 @@
 //! `/vsock`: the vsock device.
 
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::checks::socket_path;
 use crate::error::ConfigError;
-use crate::limits::MAX_SOCKET_PATH_LEN;
 
 /// A vsock device.
 ///
@@ -30,9 +29,9 @@ pub struct Vsock {
 impl Vsock {
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
-        check_path("uds_path", &self.uds_path)?;
+        socket_path("uds_path", &self.uds_path)?;
         let Some(path) = &self.seqpacket_uds_path else { return Ok(()) };
-        check_path("seqpacket_uds_path", path)?;
+        socket_path("seqpacket_uds_path", path)?;
         if *path == self.uds_path {
             return Err(ConfigError::SameSocketPath { path: path.clone() });
         }
@@ -69,18 +68,10 @@ impl Vsock {
     }
 }
 
-fn check_path(field: &'static str, path: &Path) -> Result<(), ConfigError> {
-    let len = path.as_os_str().as_bytes().len();
-    if (1..=MAX_SOCKET_PATH_LEN).contains(&len) {
-        Ok(())
-    } else {
-        Err(ConfigError::SocketPathLength { field, len })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::MAX_SOCKET_PATH_LEN;
 
     fn parse(json: &str) -> Result<Vsock, String> {
         serde_json::from_str(json).map_err(|error| error.to_string())

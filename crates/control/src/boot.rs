@@ -70,6 +70,7 @@ pub(crate) fn start<H: Host>(
     let machine = tasks.run(vm, None, build)?.map_err(CommandError::start)?;
     tasks.host.guest_starts(vm.serial_output.is_none());
     vm.backends.networks.release();
+    vm.metrics.guest_starts(machine.stats());
     vm.lifecycle.start(machine, true).map_err(CommandError::start)?;
     log::info!("the guest has started");
     Ok(())

@@ -3,8 +3,8 @@
 
 use config::{
     BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
-    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState,
-    Vsock,
+    Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad,
+    VmState, Vsock,
 };
 
 /// A command, checked in form and bounds. The main thread runs one at a time.
@@ -26,6 +26,10 @@ pub enum Command {
     PutBootSource(BootSource),
     /// Configure the monitor's log.
     PutLogger(Logger),
+    /// Set the output of metrics.
+    PutMetrics(Metrics),
+    /// Show the totals of all counters as Prometheus text: `GET /metrics`, an extension.
+    GetMetrics,
     /// Set the host end of the serial console.
     PutSerial(Serial),
     /// Add a drive, or replace the one with this id.
@@ -99,6 +103,8 @@ impl Command {
             Command::PutCpuConfig(_) => "PUT /cpu-config",
             Command::PutBootSource(_) => "PUT /boot-source",
             Command::PutLogger(_) => "PUT /logger",
+            Command::PutMetrics(_) => "PUT /metrics",
+            Command::GetMetrics => "GET /metrics",
             Command::PutSerial(_) => "PUT /serial",
             Command::PutDrive(_) => "PUT /drives",
             Command::PatchDrive(_) => "PATCH /drives",
@@ -132,4 +138,11 @@ pub enum Reply {
     Empty,
     /// A JSON value: HTTP status 200.
     Json(serde_json::Value),
+    /// A text: HTTP status 200.
+    Text {
+        /// Its media type.
+        content_type: &'static str,
+        /// The text.
+        body: String,
+    },
 }

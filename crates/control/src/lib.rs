@@ -14,6 +14,7 @@
 //! - `live_snapshot`: the job of a live snapshot. `prefetch`: the working set of a restored guest.
 //! - `task`: the part of a long command that may wait for the host, on a thread of its own;
 //!   questions are answered meanwhile. `token`: how a task is cancelled.
+//! - [`metrics`]: counters for operators: lines in a file, and Prometheus text.
 //! - `host`: what the process does for a controller.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and its channel to the main thread.
@@ -44,6 +45,7 @@ mod identity;
 mod lifecycle;
 mod live_snapshot;
 mod metadata;
+pub mod metrics;
 mod microvm;
 mod networks;
 mod overlays;

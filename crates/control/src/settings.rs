@@ -53,10 +53,11 @@ impl Settings {
             mmds_config,
             drives,
             network_interfaces,
+            // No snapshot has it, and a fork's child has its own.
+            metrics: _,
             // Devices that this version does not support.
             balloon: _,
             memory_hotplug: _,
-            metrics: _,
             pmem: _,
         } = config;
         let settings =

@@ -12,12 +12,12 @@
 //!
 //! - How a stream is cut into pieces never changes which heads come out of it.
 //! - A buffer is parsed once for each line that arrives, not once for each byte.
-//! - Every [`HeadError`] leaves it uncertain where the next request starts. The caller closes the
-//!   connection after the response.
+//! - A [`HeadError`] leaves the whole request in the buffer. Its caller finds the next request, or
+//!   closes the connection after the response.
 //!
 //! # Not supported
 //!
-//! Chunked bodies: [`RequestHead::framing`] refuses every `Transfer-Encoding`.
+//! Chunked bodies: [`RequestHead::framing`] refuses every `Transfer-Encoding` but `identity`.
 
 #![forbid(unsafe_code)]
 

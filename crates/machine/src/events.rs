@@ -15,6 +15,8 @@ use sync::EventFd;
 pub enum MachineEvent {
     /// The guest powered off.
     PowerOff,
+    /// A debugger killed the guest.
+    Killed,
     /// The guest reset itself. This ends it too: a microVM does not reboot.
     Reset,
     /// A triple fault: a crash, or a kernel that reboots by one.

@@ -14,6 +14,7 @@
 //!     +-- acpi         ACPI tables
 //!     +-- cpu          CPUID, MSRs, registers; CPU templates; saved and restored
 //!     +-- vcpu         the threads that run the guest     vcpu_signal   how they are interrupted
+//!     +-- debug        gdb on a Unix socket: breakpoints, registers, memory
 //!     +-- chipset      PICs, I/O APIC, PIT, kvmclock; saved and restored
 //!     +-- devices      virtio devices: the device table, addresses, MMIO and PCI
 //!     +-- legacy       serial port, keyboard, CMOS clock, power registers, boot timer
@@ -23,6 +24,7 @@
 //!  below: bus          which device is at a port or address
 //!         events       what ends a guest, for the machine's owner
 //!         layout       the guest's addresses, ports and interrupt lines
+//!         stats        counters of all parts
 //!         raw          KVM structures in the state file, with their sizes checked
 //!  aside: probe        whether this host's KVM runs unmodified guests
 //!         cpu_view     what a guest's vCPU shows, for tools
@@ -43,6 +45,7 @@
 //! | `fc_vcpu N` | [`machine`] | runs the guest; accesses registers on its exits |
 //! | `io N` | [`devices`], if there are any | runs devices ([`virtio::worker`]) |
 //! | `serial` | [`legacy`] | connects the serial port to the host |
+//! | `gdb` | a machine with `gdb_socket_path` | serves a debugger ([`debug`]) |
 //! | `page_watch` | a restore with a page server | reports the server's end |
 //!
 //! # The order of KVM calls
@@ -87,6 +90,7 @@
 pub mod boot;
 pub mod bus;
 pub mod chipset;
+pub mod debug;
 pub mod devices;
 pub mod events;
 pub mod kvm;
@@ -95,6 +99,7 @@ pub mod legacy;
 pub mod machine;
 pub mod probe;
 pub mod state;
+pub mod stats;
 pub mod vcpu;
 
 mod acpi;
@@ -111,3 +116,4 @@ pub use devices::{DeviceSetup, Devices};
 pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};
 pub use machine::{Paused, Restore, Running, SaveError, Setup, StartError};
 pub use state::MachineState;
+pub use stats::MachineStats;

@@ -8,7 +8,7 @@ use lexopt::prelude::*;
 use machine::legacy::StartTimes;
 
 use crate::cpu_template_tool;
-use crate::flags::{ArgsError, once, text};
+use crate::flags::{ArgsError, Parser, once, text};
 use crate::overlay_tool;
 use crate::personality::Personality;
 use crate::restore::{self, Restore};
@@ -48,9 +48,13 @@ pub(crate) struct Args {
     pub(crate) restore: Option<Restore>,
     pub(crate) id: String,
     pub(crate) logger: Logger,
+    /// The output of metrics.
+    pub(crate) metrics_path: Option<PathBuf>,
     pub(crate) boot_timer: bool,
     /// Whether devices are on virtio-pci instead of virtio-mmio.
     pub(crate) pci: bool,
+    /// The file of seccomp filters, which has no effect.
+    pub(crate) seccomp_filter: Option<PathBuf>,
     /// Largest body of an API request, in bytes.
     pub(crate) max_payload: usize,
     /// The file with the first contents of the metadata service.
@@ -74,11 +78,8 @@ impl Args {
     }
 }
 
-/// The flags of Firecracker that this version does not support.
-const NOT_SUPPORTED: [&str; 2] = ["seccomp-filter", "metrics-path"];
-
 /// The flags, for `--help`.
-const FLAGS: [(&str, &str); 20] = [
+const FLAGS: [(&str, &str); 22] = [
     ("--api-sock PATH", "serve the API on this Unix socket (/run/firecracker.socket)"),
     ("--no-api", "serve no API; needs --config-file or --restore"),
     ("--config-file PATH", "configure the microVM from this JSON file and start it"),
@@ -89,6 +90,7 @@ const FLAGS: [(&str, &str); 20] = [
     ("--module MODULE", "log only lines of modules with this prefix"),
     ("--show-level", "show the level in each line of the log"),
     ("--show-log-origin", "show the source file and line in each line of the log"),
+    ("--metrics-path PATH", "write lines of metrics to this file or FIFO"),
     ("--http-api-max-payload-size N", "largest body of an API request, in bytes (51200)"),
     ("--metadata PATH", "let the guest read this JSON file from the metadata service"),
     (
@@ -97,6 +99,7 @@ const FLAGS: [(&str, &str); 20] = [
     ),
     ("--enable-pci", "put virtio devices on PCI instead of virtio-mmio"),
     ("--no-seccomp", "accepted; this version installs no filters"),
+    ("--seccomp-filter FILE", "accepted with a warning; this version installs no filters"),
     (
         "--start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N",
         "start times for the boot timer, set by a jailer",
@@ -122,12 +125,12 @@ pub(crate) fn help(personality: Personality) -> String {
 
 /// Reads a command line, the program's name first.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, ArgsError> {
-    let mut parser = lexopt::Parser::from_iter(args);
+    let mut parser = Parser::new(args);
     if let Some(program) = tool::Program::named(parser.bin_name()) {
-        return program.parse(parser).map(Invocation::SnapshotTool);
+        return program.parse(parser.into_tool()).map(Invocation::SnapshotTool);
     }
     if cpu_template_tool::args::is_program(parser.bin_name()) {
-        return cpu_template_tool::args::parse_program(parser).map(Invocation::CpuTemplateTool);
+        return cpu_template_tool::args::parse_program(parser.into_tool()).map(Invocation::CpuTemplateTool);
     }
     let mut raw = RawArgs::default();
     let mut first = true;
@@ -138,18 +141,19 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("snapshot-version") => return Ok(Invocation::SnapshotVersion),
             Long("describe-snapshot") => return Ok(Invocation::DescribeSnapshot(parser.value()?.into())),
             Value(word) if first && word == "snapshot" => {
-                return tool::parse(parser).map(Invocation::SnapshotTool);
+                return tool::parse(parser.into_tool()).map(Invocation::SnapshotTool);
             }
             Value(word) if first && word == "overlay" => {
-                return overlay_tool::args::parse(parser).map(Invocation::OverlayTool);
+                return overlay_tool::args::parse(parser.into_tool()).map(Invocation::OverlayTool);
             }
             Value(word) if first && word == "cpu-template" => {
-                return cpu_template_tool::args::parse(parser).map(Invocation::CpuTemplateTool);
+                return cpu_template_tool::args::parse(parser.into_tool()).map(Invocation::CpuTemplateTool);
             }
             Long("api-sock") => once(&mut raw.api_socket, "api-sock", parser.value()?.into())?,
             Long("config-file") => once(&mut raw.config_file, "config-file", parser.value()?.into())?,
             Long("id") => once(&mut raw.id, "id", text("id", parser.value()?)?)?,
             Long("log-path") => once(&mut raw.logger.log_path, "log-path", parser.value()?.into())?,
+            Long("metrics-path") => once(&mut raw.metrics_path, "metrics-path", parser.value()?.into())?,
             Long("level") => once(&mut raw.logger.level, "level", level(parser.value()?)?)?,
             Long("module") => once(&mut raw.logger.module, "module", text("module", parser.value()?)?)?,
             Long("show-level") => once(&mut raw.logger.show_level, "show-level", true)?,
@@ -158,6 +162,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("boot-timer") => once(&mut raw.boot_timer, "boot-timer", ())?,
             Long("enable-pci") => once(&mut raw.pci, "enable-pci", ())?,
             Long("no-seccomp") => once(&mut raw.no_seccomp, "no-seccomp", ())?,
+            Long("seccomp-filter") => {
+                once(&mut raw.seccomp_filter, "seccomp-filter", parser.value()?.into())?;
+            }
             Long("metadata") => once(&mut raw.metadata, "metadata", parser.value()?.into())?,
             Long("mmds-size-limit") => {
                 const NAME: &str = "mmds-size-limit";
@@ -177,10 +184,6 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("parent-cpu-time-us") => {
                 const NAME: &str = "parent-cpu-time-us";
                 once(&mut raw.parent_cpu_time_us, NAME, number(NAME, parser.value()?)?)?;
-            }
-            Long(name) if NOT_SUPPORTED.contains(&name) => {
-                let known = NOT_SUPPORTED.iter().find(|n| **n == name).unwrap_or(&"");
-                return Err(ArgsError::NotSupported(known));
             }
             Long(name) => {
                 let name = name.to_owned();
@@ -203,9 +206,11 @@ struct RawArgs {
     restore: restore::RawRestoreArgs,
     id: Option<String>,
     logger: Logger,
+    metrics_path: Option<PathBuf>,
     no_api: Option<()>,
     boot_timer: Option<()>,
     no_seccomp: Option<()>,
+    seccomp_filter: Option<PathBuf>,
     pci: Option<()>,
     max_payload: Option<u64>,
     metadata: Option<PathBuf>,
@@ -223,6 +228,9 @@ impl RawArgs {
             (Some(_), Some(_)) => return Err(ArgsError::TwoStarts),
             _ => {}
         }
+        if self.no_seccomp.is_some() && self.seccomp_filter.is_some() {
+            return Err(ArgsError::Conflict("seccomp-filter", "no-seccomp"));
+        }
         let id = self.id.unwrap_or_else(|| DEFAULT_ID.to_owned());
         if let Err(error) = id.parse::<InstanceId>() {
             return Err(ArgsError::Value { name: "id", value: id, reason: error.to_string() });
@@ -236,8 +244,10 @@ impl RawArgs {
             restore,
             id,
             logger: self.logger,
+            metrics_path: self.metrics_path,
             boot_timer: self.boot_timer.is_some(),
             pci: self.pci.is_some(),
+            seccomp_filter: self.seccomp_filter,
             max_payload,
             metadata: self.metadata,
             mmds_size_limit: self.mmds_size_limit.map_or(max_payload, bytes),
@@ -304,11 +314,24 @@ mod tests {
             ("--no-api", "--config-file"),
             ("--no-seccomp=yes", "yes"),
             ("--mmds-size-limit lots", "lots"),
-            ("--metrics-path m", "--metrics-path is Firecracker's"),
+            ("--metrics-path m --metrics-path n", "--metrics-path is given twice"),
+            ("--no-seccomp --seccomp-filter f", "--seccomp-filter cannot be combined with --no-seccomp"),
+            ("--seccomp-filter f --seccomp-filter g", "--seccomp-filter is given twice"),
+            ("--api-sock --boot-timer", "--api-sock"),
+            ("--id --", "--id"),
+            ("--boot-timer stray -- --id b", "stray"),
         ] {
             let error = args(line).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn what_follows_two_hyphens_is_ignored() {
+        assert_eq!(args("--id b -- --id c --nonsense x").unwrap().id, "b");
+        assert_eq!(args("-- stray").unwrap().id, DEFAULT_ID);
+        assert_eq!(args("--seccomp-filter=--f").unwrap().seccomp_filter, Some("--f".into()));
+        assert_eq!(args("--log-path -f").unwrap().logger.log_path, Some("-f".into()));
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::host::ProcessHost;
 use crate::personality::Personality;
 use crate::process::{self, ForkResult, fork};
 use crate::run_error::RunError;
-use crate::{logger, signals, terminal};
+use crate::{counts, last_line, logger, signals, terminal};
 
 /// Runs the first child of a fork, which forks the others.
 pub(crate) fn run(mut plan: ForkPlan) -> ! {
@@ -77,8 +77,10 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     // Without a reporter, the parent sees that this child has ended.
     let Ok(reporter) = spec.reporter.take_over() else { return ExitCode::Generic };
     spec.reporter = reporter;
+    last_line::forget();
+    counts::reset();
     terminal::leave_to_parent();
-    logger::set_id(&spec.identity.id);
+    logger::start_fork(Some(&spec.identity.id));
     let begun = detach(&spec, &parent).and_then(|()| set_up(&mut spec)).and_then(|process| {
         let (sink, source) = event_channel()?;
         Ok((process, sink, source))
@@ -96,6 +98,7 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
         Err(error) => {
             log::error!("{error}");
             reporter.report(Err(&error));
+            last_line::write();
             return ExitCode::Generic;
         }
     };
@@ -104,6 +107,7 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     let mut controller = ManuallyDrop::new(controller);
     controller.set_requests(requests);
     let ended = event_loop::serve(&mut controller, &source, &signals);
+    Personality::of_this_process().settle_sockets();
     drop(controller.take_requests());
     controller.shut_down(event_loop::CLOSE_TIMEOUT);
     event_loop::exit_code(Personality::of_this_process(), ended.map_err(RunError::from))

@@ -18,7 +18,8 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use sync::EventFd;
 
 use crate::exit::ExitCode;
-use crate::terminal;
+use crate::personality::Personality;
+use crate::{counts, logger, terminal};
 
 /// The signals.
 const END_SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
@@ -69,10 +70,17 @@ pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<(
     Ok(())
 }
 
-/// Makes writes to a closed pipe or socket fail with `EPIPE` instead of ending the process.
-pub(crate) fn ignore_sigpipe() {
-    // SAFETY: ignoring a signal has no precondition.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+/// Makes writes to a closed pipe or socket fail with `EPIPE` instead of ending the process. They
+/// are counted, for metrics.
+pub(crate) fn survive_sigpipe() {
+    if handle(libc::SIGPIPE, count_signal).is_err() {
+        // SAFETY: ignoring a signal has no precondition.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    }
+}
+
+extern "C" fn count_signal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    counts::signal(signal);
 }
 
 /// Whether this is process 1 of its PID namespace, to which the kernel does not apply default
@@ -174,6 +182,7 @@ pub(crate) fn descriptor() -> Option<BorrowedFd<'static>> {
 }
 
 extern "C" fn note_signal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    counts::signal(signal);
     let _ = ARRIVED.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Relaxed);
     if let Some(wake) = WAKE.get() {
         wake.signal();
@@ -188,10 +197,11 @@ extern "C" fn exit_at_once(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut
 /// where that is not possible: for SIGHUP, which has a code of its own, and in process 1 of a PID
 /// namespace.
 pub(crate) fn end_by(signal: i32) -> ExitCode {
+    Personality::of_this_process().log_signal(signal);
     if signal != libc::SIGHUP {
         terminal::restore();
-        log::info!("ended by signal {signal}");
         if !is_init() {
+            logger::finish();
             raise_default(signal);
         }
     }

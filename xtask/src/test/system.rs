@@ -45,6 +45,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("ethtool", "ethtool"),
     ("passt", "passt"),
+    ("gdb", "gdb"),
 ];
 
 /// Environment variables for the tests: the monitor, the kernels and busybox.

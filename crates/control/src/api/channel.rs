@@ -19,6 +19,7 @@ use std::{
 use rustix::event::{EventfdFlags, eventfd};
 use sync::EventFd;
 
+use crate::metrics::ApiStats;
 use crate::{Command, CommandError, Reply};
 use socket_file::SocketFile;
 
@@ -36,6 +37,7 @@ pub struct Requests {
     arrived: Arc<OwnedFd>,
     api: Arc<Waker>,
     thread: Option<JoinHandle<()>>,
+    stats: Arc<ApiStats>,
     socket_file: Option<SocketFile>,
 }
 
@@ -73,6 +75,7 @@ pub(super) struct Outbox {
     answers: mpsc::Receiver<Answer>,
     to_answer: mpsc::Sender<Answer>,
     api: Arc<Waker>,
+    stats: Arc<ApiStats>,
 }
 
 /// Wakes the API thread, and tells it when to end.
@@ -89,16 +92,29 @@ pub(super) fn channel(socket_file: SocketFile) -> io::Result<(Requests, Outbox)>
     let api = Arc::new(Waker { event: EventFd::new()?, stop: AtomicBool::new(false) });
     let (commands, inbox) = mpsc::channel();
     let (to_answer, answers) = mpsc::channel();
-    let outbox =
-        Outbox { commands, arrived: Arc::clone(&arrived), answers, to_answer, api: Arc::clone(&api) };
+    let stats = Arc::<ApiStats>::default();
+    let outbox = Outbox {
+        commands,
+        arrived: Arc::clone(&arrived),
+        answers,
+        to_answer,
+        api: Arc::clone(&api),
+        stats: Arc::clone(&stats),
+    };
     let requeued = RefCell::default();
-    Ok((Requests { inbox, requeued, arrived, api, thread: None, socket_file: Some(socket_file) }, outbox))
+    let socket_file = Some(socket_file);
+    Ok((Requests { inbox, requeued, arrived, api, thread: None, stats, socket_file }, outbox))
 }
 
 impl Requests {
     /// Sets the API thread, which is joined at the end.
     pub(super) fn set_thread(&mut self, thread: JoinHandle<()>) {
         self.thread = Some(thread);
+    }
+
+    /// What the API thread counts.
+    pub(crate) fn stats(&self) -> Arc<ApiStats> {
+        Arc::clone(&self.stats)
     }
 
     /// The next request, if there is one. Does not wait.
@@ -176,6 +192,11 @@ impl Outbox {
             let written = rustix::io::write(&*self.arrived, &1_u64.to_ne_bytes());
             debug_assert!(written.is_ok(), "at most one count per connection");
         }
+    }
+
+    /// What this thread counts.
+    pub(super) fn stats(&self) -> &Arc<ApiStats> {
+        &self.stats
     }
 
     /// The next answer, if there is one.

@@ -1,24 +1,44 @@
 //! One client's connection: reads and sends without waiting.
+//!
+//! # Life
+//!
+//! ```text
+//!            a whole request                       the main thread's answer
+//!   reading -----------------> with the main thread -----------------------> reading
+//!      |
+//!      | a request whose end is uncertain
+//!      v
+//!   lingering ---> closed, when the client closes, or another client needs the slot
+//! ```
+//!
+//! While there is output, it is sent first. A connection that *lingers* is answered and shut down
+//! for sending. What the client still sends is read and dropped: one that is writing a body would
+//! otherwise get `EPIPE` and never read the answer.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::{
     event::epoll::EventFlags,
     io::Errno,
-    net::{RecvFlags, SendFlags, recv, send},
+    net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown},
 };
 
 use super::limits::Limits;
+use super::request_log::{self, Outcome, Received};
 use super::routes::route;
+use crate::metrics::{ApiStats, Endpoint};
 use crate::{
     Command, CommandError, Reply,
-    http::{Decoded, Decoder, Request, Response, Version, put_continue},
+    http::{Decoded, Decoder, Request, Response, put_continue},
 };
 
 /// Most bytes of one read.
 const READ_LEN: usize = 4096;
 /// A buffer that grew above this capacity is shrunk when it is empty.
 const KEEP_CAPACITY: usize = 4096;
+/// Most bytes that are read and dropped while a connection lingers.
+const MAX_LINGER: usize = 16 << 20;
 /// Most steps (a read, a request, an answer) in one call, so that one busy client does not delay
 /// others.
 const STEPS_AT_A_TIME: usize = 64;
@@ -35,16 +55,26 @@ pub(super) struct Connection {
     awaited: Option<Awaited>,
     /// Whether the client has shut down its sending side.
     input_ended: bool,
-    /// Whether the connection closes when the output is sent.
-    closing: bool,
+    /// Set when no further request is read.
+    linger: Option<Linger>,
+    stats: Arc<ApiStats>,
 }
 
 /// How to answer the request that is with the main thread.
 #[derive(Debug)]
 struct Awaited {
-    version: Version,
-    keep_alive: bool,
     deprecated: bool,
+    endpoint: Option<Endpoint>,
+    received: Received,
+}
+
+/// The end of a connection.
+#[derive(Debug, Default)]
+struct Linger {
+    /// Whether the output is sent, and the sending side shut down.
+    shut_down: bool,
+    /// Bytes that were read and dropped.
+    dropped: usize,
 }
 
 /// When to call [`Connection::advance`] again.
@@ -71,7 +101,7 @@ enum Moved {
 
 impl Connection {
     /// `socket` is connected and non-blocking.
-    pub(super) fn new(socket: OwnedFd, limits: &Limits) -> Connection {
+    pub(super) fn new(socket: OwnedFd, limits: &Limits, stats: Arc<ApiStats>) -> Connection {
         Connection {
             socket,
             decoder: Decoder::new(limits.max_head, limits.max_payload),
@@ -79,8 +109,14 @@ impl Connection {
             sent: 0,
             awaited: None,
             input_ended: false,
-            closing: false,
+            linger: None,
+            stats,
         }
+    }
+
+    /// Whether the connection only waits for its client to close it.
+    pub(super) fn is_lingering(&self) -> bool {
+        self.linger.as_ref().is_some_and(|linger| linger.shut_down)
     }
 
     /// Does what can be done without waiting. A complete command goes to `dispatch`; its answer
@@ -92,8 +128,8 @@ impl Connection {
                 Moved::Blocked => return Next::When(EventFlags::OUT),
                 Moved::Broken => return Next::Close,
             }
-            if self.closing {
-                return Next::Close;
+            if self.linger.is_some() {
+                return self.linger();
             }
             if self.awaited.is_some() {
                 return Next::When(EventFlags::empty());
@@ -105,12 +141,14 @@ impl Connection {
                     Moved::Blocked => return Next::When(EventFlags::IN),
                     Moved::Broken => return Next::Close,
                 },
-                Decoded::Continue(version) => put_continue(version, &mut self.output),
+                Decoded::Continue => put_continue(&mut self.output),
                 Decoded::Request(request) => self.handle(&request, &mut dispatch),
                 Decoded::Refused(refusal) => {
+                    request_log::refused(&refusal.error.to_string());
                     let response = Response::protocol_error(&refusal.error);
-                    self.put(&response, refusal.version, refusal.keep_alive);
+                    self.put(&response, refusal.keep_alive);
                 }
+                Decoded::Lost => self.linger = Some(Linger::default()),
             }
         }
         Next::Again
@@ -118,30 +156,85 @@ impl Connection {
 
     /// Takes the main thread's answer. [`Connection::advance`] sends it.
     pub(super) fn answer(&mut self, result: Result<Reply, CommandError>) {
-        let Some(Awaited { version, keep_alive, deprecated }) = self.awaited.take() else { return };
+        let Some(Awaited { deprecated, endpoint, received }) = self.awaited.take() else { return };
+        match (&result, received.operation) {
+            (Ok(_), Some(operation)) => self.stats.durations.set(operation, received.at.elapsed()),
+            (Ok(_), None) => {}
+            (Err(_), _) => self.stats.count_failure(endpoint),
+        }
         let response = match result {
-            Ok(Reply::Empty) => Response::no_content(),
-            Ok(Reply::Json(value)) => Response::ok(&value),
-            Err(error) if error.is_too_large() => Response::too_large(&error.to_string()),
-            Err(error) => Response::fault(&error.to_string()),
+            Ok(Reply::Empty) => {
+                received.answered(Outcome::NoContent);
+                Response::no_content()
+            }
+            Ok(Reply::Json(value)) => {
+                received.answered(Outcome::Ok);
+                Response::ok(&value)
+            }
+            Ok(Reply::Text { content_type, body }) => {
+                received.answered(Outcome::Ok);
+                Response::text(content_type, body)
+            }
+            Err(error) => {
+                let message = error.to_string();
+                if error.is_too_large() {
+                    received.answered(Outcome::TooLarge(&message));
+                    Response::too_large(&message)
+                } else {
+                    received.answered(Outcome::BadRequest(&message));
+                    Response::fault(&message)
+                }
+            }
         };
-        self.put(&response.deprecated(deprecated), version, keep_alive);
+        self.put(&response.deprecated(deprecated), true);
     }
 
     fn handle(&mut self, request: &Request, dispatch: &mut impl FnMut(Command)) {
-        let Request { version, keep_alive, .. } = *request;
+        let endpoint = Endpoint::of(request.method, &request.path);
+        self.stats.count(endpoint);
+        let mut received = Received::log(request);
         match route(request) {
             Ok(routed) => {
-                self.awaited = Some(Awaited { version, keep_alive, deprecated: routed.deprecated });
+                self.stats.deprecated.add(routed.deprecated.into());
+                received.is_for(&routed);
+                self.awaited = Some(Awaited { deprecated: routed.deprecated, endpoint, received });
                 dispatch(routed.command);
             }
-            Err(error) => self.put(&Response::fault(&error.to_string()), version, keep_alive),
+            Err(error) => {
+                self.stats.count_failure(endpoint);
+                let message = error.to_string();
+                received.answered(Outcome::BadRequest(&message));
+                self.put(&Response::fault(&message), true);
+            }
         }
     }
 
-    fn put(&mut self, response: &Response, version: Version, keep_alive: bool) {
-        response.put(version, keep_alive, &mut self.output);
-        self.closing |= !keep_alive;
+    fn put(&mut self, response: &Response, keep_alive: bool) {
+        response.put(keep_alive, &mut self.output);
+        if !keep_alive {
+            self.linger = Some(Linger::default());
+        }
+    }
+
+    /// Reads and drops what the client sends, until it closes.
+    fn linger(&mut self) -> Next {
+        let Some(linger) = &mut self.linger else { return Next::Close };
+        if !linger.shut_down {
+            linger.shut_down = true;
+            if self.input_ended || shutdown(&self.socket, Shutdown::Write).is_err() {
+                return Next::Close;
+            }
+        }
+        let mut buffer = [0; READ_LEN];
+        for _ in 0..STEPS_AT_A_TIME {
+            match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
+                Ok((len @ 1.., _)) if linger.dropped < MAX_LINGER => linger.dropped += len,
+                Err(Errno::INTR) => (),
+                Err(Errno::AGAIN) => return Next::When(EventFlags::IN),
+                Ok(_) | Err(_) => return Next::Close,
+            }
+        }
+        Next::Again
     }
 
     /// Sends the output.

@@ -25,6 +25,7 @@ mod channel;
 mod connection;
 mod limits;
 mod replay;
+mod request_log;
 mod routes;
 mod server;
 
@@ -38,7 +39,7 @@ pub use channel::{ReplyTo, Request, Requests};
 pub use limits::Limits;
 pub use replay::{Replayed, replay};
 pub use routes::{RouteError, Routed, route};
-pub use socket_file::{BindError, Occupant};
+pub use socket_file::{BindError, Occupant, leave_all as leave_all_sockets};
 use socket_file::{SocketFile, SocketType};
 
 /// The thread's name. Tools look for it.
@@ -61,6 +62,7 @@ impl ApiServer {
     /// [`Self::spawn`] returns, is dropped.
     pub fn bind(path: &Path, limits: Limits) -> Result<ApiServer, BindError> {
         let (listener, socket_file) = socket_file::bind("API socket", path, SocketType::STREAM)?;
+        request_log::listening(path);
         Ok(ApiServer { listener, socket_file, limits })
     }
 

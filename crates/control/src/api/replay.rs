@@ -24,8 +24,8 @@ pub fn replay<'a>(pieces: impl IntoIterator<Item = &'a [u8]>, limits: &Limits) -
         decoder.push(piece);
         loop {
             out.push(match decoder.next() {
-                Decoded::NeedMore => break,
-                Decoded::Continue(_) => continue,
+                Decoded::NeedMore | Decoded::Lost => break,
+                Decoded::Continue => continue,
                 Decoded::Request(request) => match route(&request) {
                     Ok(routed) => Replayed::Command(routed),
                     Err(error) => Replayed::Fault(error),

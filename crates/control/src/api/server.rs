@@ -2,6 +2,7 @@
 
 use std::{
     os::fd::{AsFd, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -18,6 +19,7 @@ use super::{
     channel::Outbox,
     connection::{Connection, Next},
     limits::Limits,
+    request_log,
 };
 use crate::{CommandError, http::TOO_MANY_CONNECTIONS};
 
@@ -61,15 +63,17 @@ impl Server {
 
     /// Serves until the main thread's end is dropped.
     pub(super) fn run(mut self) {
+        request_log::server_started();
         let nothing = Event { flags: EventFlags::empty(), data: EventData::new_u64(0) };
         let mut events = [nothing; EVENTS_AT_A_TIME];
         let mut stopped = false;
         while !stopped {
             let count = self.wait(&mut events);
             stopped = self.outbox.is_stopped();
+            let mut clients_wait = false;
             for event in &events[..count] {
                 match event.data.u64() {
-                    LISTENER => self.accept(),
+                    LISTENER => clients_wait = true,
                     WAKE => self.outbox.clear_wake(),
                     slot => self.advance(slot as usize),
                 }
@@ -84,6 +88,10 @@ impl Server {
                     slot.connection.answer(answer.result);
                     self.advance(answer.slot);
                 }
+            }
+            // Last, because the other events free slots.
+            if clients_wait {
+                self.accept();
             }
         }
         self.refuse_all();
@@ -133,19 +141,33 @@ impl Server {
     }
 
     fn open(&mut self, socket: OwnedFd) {
-        let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
+        let mut free = self.free_slot();
+        if free >= self.limits.max_connections {
+            // Clients may have hung up since the last events, and one may only have to hang up.
+            (0..self.slots.len()).for_each(|slot| self.advance(slot));
+            let lingering = |slot: &Slot| slot.connection.is_lingering();
+            if let Some(slot) = self.slots.iter_mut().find(|slot| slot.as_ref().is_none_or(lingering)) {
+                *slot = None;
+            }
+            free = self.free_slot();
+        }
         if free >= self.limits.max_connections {
             // The empty send buffer of a new connection takes this. Otherwise the client sees the
             // close.
             let _ = send(&socket, TOO_MANY_CONNECTIONS, SendFlags::NOSIGNAL);
             return;
         }
-        let connection = Connection::new(socket, &self.limits);
+        let connection = Connection::new(socket, &self.limits, Arc::clone(self.outbox.stats()));
         if free == self.slots.len() {
             self.slots.push(None);
         }
         self.slots[free] = Some(Slot { connection, watched: EventFlags::empty(), again: false });
         self.schedule(free, Next::When(EventFlags::IN));
+    }
+
+    /// The first free slot, which may be one more than there are.
+    fn free_slot(&self) -> usize {
+        self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len())
     }
 
     /// Advances a connection. A slot that was emptied by an earlier event is skipped.

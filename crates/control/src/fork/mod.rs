@@ -71,6 +71,8 @@ pub(crate) fn fork<H: Host>(
     fork: &Fork,
 ) -> Result<Reply, CommandError> {
     let forked = fork_children(vm, tasks, fork);
+    let stats = vm.metrics.operations();
+    if forked.is_ok() { &stats.forks } else { &stats.fork_fails }.add(1);
     vm.backends.drives.merge_many_layers(&vm.identity.id);
     forked
 }
@@ -108,6 +110,7 @@ fn fork_children<H: Host>(
     let forked = fork_paused(vm, tasks, &plan, children, &bases);
     let resumed = if was_running { resume_after_pause(vm, tasks) } else { Ok(()) };
     let paused_for = begin.elapsed();
+    vm.metrics.operations().fork_pauses.record(nanos(paused_for));
     own_files.keep(|path| vm.backends.drives.uses_overlay(path));
     settle_swaps(vm, tasks);
     vm.backends.drives.keep_merged(&bases, forked.is_ok());
@@ -132,6 +135,10 @@ fn fork_children<H: Host>(
         }
     }
     resumed?;
+    let started = reports.iter().flatten().filter(|report| report.error.is_none()).count();
+    let stats = vm.metrics.operations();
+    stats.children_started.add(started as u64);
+    stats.children_failed.add((count - started) as u64);
     answer(fork, &reports, begin, paused_for)
 }
 
@@ -144,6 +151,10 @@ fn plan_overlays(planner: &Planner, id: &str, fork: &Fork) -> Result<Plans, Comm
         plan.map(|plan| (plan, files)).map_err(|error| CommandError::child(child.id.as_str(), error))
     });
     Ok(((own, own_files), children.collect::<Result<_, _>>()?))
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The part of a fork for which the guest is paused.

@@ -19,19 +19,26 @@ use crate::{CommandError, Platform};
 
 /// Builds the child and starts it. The reporter is returned either way.
 pub(crate) fn start<H: Host>(
-    host: &H,
+    host: &mut H,
     spec: ChildSpec,
     parent: ParentState,
     events: EventSink,
 ) -> (Reporter, Result<MicroVm, CommandError>) {
-    let ChildSpec { identity, platform, config, metadata, networks, resume, reporter, .. } = spec;
+    let ChildSpec { identity, platform, config, metadata, networks, resume, reporter, metrics, .. } = spec;
     let platform = Platform { boot_timer: None, ..platform };
     let mut vm = MicroVm::new(identity, platform, events);
     vm.metadata = metadata;
     let (settings, drives, interfaces) = Settings::split(config);
     vm.backends.settings = settings;
     vm.backends.networks = Networks::with_backends(interfaces, networks);
-    let started = open(&mut vm, drives).and_then(|()| restore(&mut vm, host, parent, resume));
+    vm.metrics.set_process(host.process_counts());
+    let configured = metrics.map_or(Ok(()), |metrics| {
+        let last = vm.metrics.configure(&metrics, &vm.identity.id)?;
+        host.keep_last_line(last);
+        Ok(())
+    });
+    let started =
+        configured.and_then(|()| open(&mut vm, drives)).and_then(|()| restore(&mut vm, host, parent, resume));
     (reporter, started.map(|()| vm))
 }
 
@@ -68,5 +75,6 @@ fn restore<H: Host>(
     })
     .map_err(CommandError::start)?;
     vm.backends.networks.release();
+    vm.metrics.guest_starts(machine.stats());
     vm.lifecycle.start(machine, resume).map_err(CommandError::start)
 }

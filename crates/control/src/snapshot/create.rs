@@ -114,7 +114,11 @@ fn create_live<H: Host>(
     files.keep(|path| vm.backends.drives.uses_overlay(path));
     settle_swaps(vm, tasks);
     vm.backends.drives.keep_merged(&bases, forked.is_ok());
-    let mut job = job.started(pause_us, forked?);
+    let forked = forked?;
+    let stats = vm.metrics.operations();
+    stats.live_snapshots.add(1);
+    stats.live_snapshot_pauses.record(pause_us.saturating_mul(1000));
+    let mut job = job.started(pause_us, forked);
     let reply = job.describe();
     vm.live_snapshot = Some(job);
     resumed?;

@@ -99,6 +99,7 @@ pub(crate) fn load<H: Host>(
     (vm.metadata, vm.working_set) = (metadata, working_set);
     vm.platform.pci = pci;
     tasks.host.guest_starts(vm.serial_output.is_none());
+    vm.metrics.guest_starts(machine.stats());
     vm.lifecycle.start(machine, load.resume_vm).map_err(CommandError::snapshot)?;
     log::info!("the microVM of {} is restored", load.snapshot_path.display());
     Ok(())

@@ -58,8 +58,10 @@ use vsock::VsockControl;
 
 use crate::bus::Buses;
 use crate::kvm::Vm;
+use crate::stats::DevicesStats;
 
-use adapter::{BuildContext, IoWorkers};
+use adapter::{BuildContext, DeviceAdapter, IoWorkers};
+use adapters::{BlockAdapter, EntropyAdapter, NetAdapter, VsockAdapter};
 use io_event_fds::KvmIoEventFds;
 use table::{Controls, NO_ID};
 use virtio_bus::VirtioBus;
@@ -93,6 +95,7 @@ pub struct Devices {
     /// The I/O workers and the bus; `None` in a machine without devices, which has no such threads.
     running: Option<(Workers, VirtioBus)>,
     controls: Controls,
+    metadata: Option<Arc<mmds::Service>>,
 }
 
 impl Devices {
@@ -112,7 +115,7 @@ impl Devices {
             if setup.pci {
                 pci::add_root(buses, Arc::new(KvmIoEventFds(vm.shared_fd())));
             }
-            return Ok(Devices { running: None, controls });
+            return Ok(Devices { running: None, controls, metadata: None });
         }
         let needs = planned.iter().map(|device| device.io_workers()).collect::<Result<Vec<_>, _>>()?;
         let (workers, dedicated) = start_workers(&needs)?;
@@ -134,7 +137,7 @@ impl Devices {
         if let Some(saved) = saved {
             bus.restore(saved)?;
         }
-        Ok(Devices { running: Some((workers, bus)), controls })
+        Ok(Devices { running: Some((workers, bus)), controls, metadata: setup.metadata })
     }
 
     /// The state of all devices. The vCPUs and the workers are paused.
@@ -154,6 +157,19 @@ impl Devices {
     /// from the queues. Waits at most `timeout` for those in flight.
     pub fn quiesce(&self, timeout: Duration) -> Result<(), virtio::worker::PauseError> {
         self.workers().map_or(Ok(()), |workers| workers.pause(timeout))
+    }
+
+    /// A handle to the counters of all devices.
+    pub(crate) fn stats(&self) -> DevicesStats {
+        let Some((_, bus)) = &self.running else { return DevicesStats::default() };
+        let Controls { drives, networks, entropy, vsock } = &self.controls;
+        DevicesStats {
+            drives: bus.stats_of(BlockAdapter::NOUN, drives, |drive| Arc::clone(drive.stats())),
+            networks: bus.stats_of(NetAdapter::NOUN, networks, |network| Arc::clone(network.stats())),
+            entropy: bus.stats_of(EntropyAdapter::NOUN, entropy, |entropy| Arc::clone(entropy.stats())).pop(),
+            vsock: bus.stats_of(VsockAdapter::NOUN, vsock, |vsock| Arc::clone(vsock.stats())).pop(),
+            metadata: self.metadata.clone(),
+        }
     }
 
     /// Changes the drive `id` while it works.

@@ -14,9 +14,11 @@ use super::address::{DeviceAddresses, MmioWindow};
 use super::error::DeviceError;
 use super::io_event_fds::KvmIoEventFds;
 use super::state::{DevicesState, SavedDevice, SavedTransport};
+use super::table::{Handles, device_name};
 use super::{mmio, pci};
 use crate::bus::Buses;
 use crate::kvm::Vm;
+use crate::stats::DeviceStats;
 
 /// All virtio devices of a machine.
 pub(super) struct VirtioBus {
@@ -81,6 +83,26 @@ impl VirtioBus {
         };
         self.plugged.push(Plugged { name, transport });
         Ok(())
+    }
+
+    /// The counters of the devices of one kind, which have `handles` by id and `noun` as the first
+    /// word of their names.
+    pub(super) fn stats_of<C, S>(
+        &self,
+        noun: &str,
+        handles: &Handles<C>,
+        stats: impl Fn(&C) -> Arc<S>,
+    ) -> Vec<DeviceStats<S>> {
+        let of_one = |(id, control): (&String, &C)| {
+            let name = device_name(noun, id);
+            let plugged = self.plugged.iter().find(|plugged| plugged.name == name)?;
+            let transport = match &plugged.transport {
+                Transport::Mmio(transport) => locked(transport).stats(),
+                Transport::Pci(function) => locked(function).stats(),
+            };
+            Some(DeviceStats { id: id.clone(), stats: stats(control), transport })
+        };
+        handles.iter().filter_map(of_one).collect()
     }
 
     /// The state of all devices. The workers are paused.

@@ -30,7 +30,10 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use config::KvmCapability;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_GUESTDBG_BLOCKIRQ, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_pit_config,
+};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use memory::GuestRam;
 use sync::EventFd;
@@ -80,6 +83,13 @@ impl Kvm {
     /// Whether KVM can save the state of nested virtualization.
     pub fn saves_nested_state(&self) -> bool {
         self.0.check_extension(Cap::NestedState)
+    }
+
+    /// Whether a vCPU that a debugger steps can be kept from taking interrupts.
+    pub(crate) fn steps_without_interrupts(&self) -> bool {
+        // KVM_CAP_SET_GUEST_DEBUG2 is the mask of supported flags.
+        let flags = self.0.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into());
+        u32::try_from(flags).is_ok_and(|flags| flags & KVM_GUESTDBG_BLOCKIRQ != 0)
     }
 
     /// The most vCPUs that one VM can have.

@@ -35,6 +35,7 @@ use crate::bus::{Bus, BusDevice, Buses};
 use crate::chipset::ClockAfter;
 use crate::cpu::registers::{set_fpu, set_lapic};
 use crate::cpu::{Cpuid, GuestCpu, StateFormat, VcpuState, missing_features, restore_counters};
+use crate::debug::{DebugSocket, Debugger};
 use crate::devices::{DeviceAddresses, DeviceSetup, Devices};
 use crate::events::EventSink;
 use crate::kvm::{Kvm, Vm};
@@ -59,6 +60,8 @@ pub(super) struct VmParts {
     pub(super) addresses: DeviceAddresses,
     pub(super) serial: SerialSetup,
     pub(super) boot_timer: Option<StartTimes>,
+    /// The socket of a debugger, for which the vCPUs wait.
+    pub(super) debug_socket: Option<DebugSocket>,
     pub(super) events: EventSink,
 }
 
@@ -153,7 +156,12 @@ pub(super) fn assemble(
     if let Some(state) = saved {
         state.chipset.restore_pit(&vm.shared_fd())?;
     }
-    Ok(Machine { page_watch: None, vcpus, devices, console, serial, keyboard, cmos, more_msrs, vm, kvm })
+    let debugger = match parts.debug_socket {
+        Some(socket) => Some(Debugger::start(socket, &kvm, &vcpus, vm.ram().clone(), parts.events)?),
+        None => None,
+    };
+    let page_watch = None;
+    Ok(Machine { debugger, page_watch, vcpus, devices, console, serial, keyboard, cmos, more_msrs, vm, kvm })
 }
 
 /// Restores the state of the vCPUs, each on its own thread, and waits for all.

@@ -8,6 +8,7 @@ use super::error::StartError;
 use super::instance::Machine;
 use super::setup::{Restore, Setup};
 use crate::cpu::{Cpuid, GuestCpu, Topology};
+use crate::debug::DebugSocket;
 use crate::kvm::{Kvm, KvmError};
 use crate::page_watch::PageWatch;
 use crate::{acpi, boot, layout, vcpu_signal};
@@ -21,6 +22,7 @@ pub(super) fn build(setup: Setup<'_>) -> Result<Machine, StartError> {
     check_address_width(&ram, setup.devices.pci, cpu.cpuid().physical_address_bits())?;
 
     // The user's files before the VM is created: they fail most often.
+    let debug_socket = config.gdb_socket_path.as_deref().map(DebugSocket::bind).transpose()?;
     let addresses = setup.devices.addresses()?;
     let rsdp = acpi::write_tables(&ram, config.vcpu_count, &addresses);
     let device_args = setup.devices.boot_args(&addresses);
@@ -33,6 +35,7 @@ pub(super) fn build(setup: Setup<'_>) -> Result<Machine, StartError> {
         addresses,
         serial: setup.serial,
         boot_timer: setup.boot_timer,
+        debug_socket,
         events: setup.events,
     };
     assemble(kvm, config, parts, &VmSource::Boot { cpu: &cpu, loaded: &loaded })
@@ -53,6 +56,7 @@ pub(super) fn restore(restore: Restore<'_>) -> Result<Machine, StartError> {
         devices: restore.devices,
         serial: restore.serial,
         boot_timer: None,
+        debug_socket: None,
         events: restore.events,
     };
     let events = parts.events.try_clone();

@@ -5,6 +5,7 @@ use memory::page_server::FetchError;
 
 use crate::boot::BootError;
 use crate::cpu::TemplateError;
+use crate::debug::DebuggerError;
 use crate::devices::DeviceError;
 use crate::kvm::KvmError;
 use crate::vcpu::VcpuThreadDied;
@@ -35,6 +36,9 @@ pub enum StartError {
     /// The kernel, the initrd or the command line cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The debugger's socket or thread cannot be created.
+    #[error(transparent)]
+    Debugger(#[from] DebuggerError),
     /// The devices cannot be built.
     #[error(transparent)]
     Device(#[from] DeviceError),

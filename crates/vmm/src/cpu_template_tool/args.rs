@@ -38,6 +38,11 @@ pub(crate) fn is_program(name: Option<&str>) -> bool {
     name.is_some_and(|name| name.rsplit('/').next() == Some(PROGRAM))
 }
 
+/// Whether this process is. Its exit status for a wrong command line is another one.
+pub(crate) fn is_this_program() -> bool {
+    is_program(std::env::args_os().next().as_deref().and_then(std::ffi::OsStr::to_str))
+}
+
 /// Reads what follows `cpu-template-helper`.
 pub(crate) fn parse_program(mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
     match word(&mut parser, "a command: template or fingerprint")? {

@@ -32,6 +32,8 @@ use info::Info;
 pub(crate) enum Tool {
     /// Print this text.
     Help(&'static str),
+    /// Print the version of the program whose name this process has.
+    ProgramVersion(args::Program),
     /// Show a state file, and its memory file where one is given.
     Info { state: PathBuf, memory: Option<PathBuf>, json: bool },
     /// Check both.
@@ -82,6 +84,7 @@ fn end_of(done: Result<(), ToolError>) -> ExitCode {
 fn perform(tool: &Tool) -> Result<(), ToolError> {
     match tool {
         Tool::Help(text) => say(text),
+        Tool::ProgramVersion(program) => say(program.version_text()),
         Tool::Info { state, memory, json } => {
             let info = Info::read(state, memory.as_deref())?;
             if *json { say(format_args!("{:#}\n", info.json())) } else { say(info) }

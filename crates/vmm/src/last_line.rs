@@ -1,0 +1,130 @@
+//! The last line of metrics of a process that a panic or a fatal signal ends.
+//!
+//! Nothing here waits: a lock that is held is left alone, and the line is lost.
+
+use std::sync::{Mutex, MutexGuard, TryLockError};
+
+use control::metrics::{LastLine, ProcessCounts};
+
+use crate::counts;
+use crate::line::Line;
+
+/// What writes the line; `None` without an output of metrics.
+static LAST: Mutex<Option<LastLine>> = Mutex::new(None);
+
+/// Keeps what writes the line.
+pub(crate) fn keep(last: LastLine) {
+    if let Some(mut kept) = try_lock() {
+        *kept = Some(last);
+    }
+}
+
+/// Drops it, in a forked process: the output is its parent's.
+pub(crate) fn forget() {
+    if let Some(mut kept) = try_lock() {
+        *kept = None;
+    }
+}
+
+/// Writes a line with all counters, or a short one where a lock is held.
+pub(crate) fn write() {
+    if let Some(mut kept) = try_lock()
+        && let Some(last) = kept.as_mut()
+        && !last.write()
+    {
+        put_short(last);
+    }
+}
+
+/// Writes a line with the groups of this process. A signal handler may call it: it allocates
+/// nothing, and tries the lock once.
+pub(crate) fn write_short() {
+    if let Some(mut kept) = try_lock()
+        && let Some(last) = kept.as_mut()
+    {
+        put_short(last);
+    }
+}
+
+fn put_short(last: &mut LastLine) {
+    let (mut time, mut groups) = (Line::default(), Line::default());
+    time.push_number(utc_ms());
+    put_groups(&mut groups, &counts::read());
+    last.write_short(time.as_bytes(), groups.as_bytes());
+}
+
+/// The groups of the process, as members of a JSON object.
+fn put_groups(line: &mut Line, counts: &ProcessCounts) {
+    let signals = counts.signals;
+    let groups: [(&[u8], &[(&[u8], u64)]); 3] = [
+        (b"seccomp", &[(b"num_faults", counts.seccomp_faults)]),
+        (b"vmm", &[(b"panic_count", counts.panics)]),
+        (
+            b"signals",
+            &[
+                (b"sigbus", signals.sigbus),
+                (b"sigsegv", signals.sigsegv),
+                (b"sigxfsz", signals.sigxfsz),
+                (b"sigxcpu", signals.sigxcpu),
+                (b"sigpipe", signals.sigpipe),
+                (b"sighup", signals.sighup),
+                (b"sigill", signals.sigill),
+            ],
+        ),
+    ];
+    for (at, (group, fields)) in groups.iter().enumerate() {
+        line.push(if at > 0 { b",\"" } else { b"\"" });
+        line.push(group);
+        line.push(b"\":{");
+        for (at, (field, count)) in fields.iter().enumerate() {
+            line.push(if at > 0 { b",\"" } else { b"\"" });
+            line.push(field);
+            line.push(b"\":");
+            line.push_number(*count);
+        }
+        line.push(b"}");
+    }
+}
+
+/// The time in milliseconds since 1970.
+fn utc_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    now.tv_sec.unsigned_abs() * 1000 + now.tv_nsec.unsigned_abs() / 1_000_000
+}
+
+fn try_lock() -> Option<MutexGuard<'static, Option<LastLine>>> {
+    match LAST.try_lock() {
+        Ok(kept) => Some(kept),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use control::metrics::SignalCounts;
+
+    use super::*;
+
+    #[test]
+    fn groups_of_the_process_fit_into_a_line() {
+        let max = u64::MAX;
+        let signals = SignalCounts {
+            sigbus: max,
+            sigsegv: max,
+            sigxfsz: max,
+            sigxcpu: max,
+            sigpipe: max,
+            sighup: max,
+            sigill: max,
+        };
+        let counts = ProcessCounts { panics: max, seccomp_faults: max, signals, ..ProcessCounts::default() };
+        let mut line = Line::default();
+        put_groups(&mut line, &counts);
+        let text = format!("{{{}}}", str::from_utf8(line.as_bytes()).unwrap());
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(value["signals"]["sigill"], max);
+        assert_eq!(value["vmm"]["panic_count"], max);
+        assert_eq!(value["seccomp"]["num_faults"], max);
+    }
+}
