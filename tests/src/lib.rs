@@ -27,6 +27,7 @@ pub mod api;
 pub mod awaited;
 pub mod busy;
 pub mod counting;
+pub mod cpu;
 pub mod disks;
 pub mod elf;
 pub mod events;

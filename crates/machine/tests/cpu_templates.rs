@@ -148,12 +148,39 @@ fn msr_of(state: &MachineState, addr: u32) -> Option<u64> {
     state.vcpus[0].msrs.iter().find(|msr| msr.index == addr).map(|msr| msr.value)
 }
 
-/// The lowest feature in leaf 7, ebx, that guests have here.
-fn a_feature(view: &CpuConfig) -> u32 {
-    // Without those that describe the CPU and cannot be hidden.
-    let features = register(view, 0x7, 0, CpuidRegister::Ebx).unwrap() & !(1 << 6 | 1 << 13);
-    assert_ne!(features, 0);
-    features & features.wrapping_neg()
+/// A feature: leaf, register and bit. All leaves have index 0.
+#[derive(Debug, Clone, Copy)]
+struct Feature {
+    leaf: u32,
+    register: CpuidRegister,
+    bit: u32,
+}
+
+impl Feature {
+    /// One that guests have here and that KVM hides on demand. A software KVM (PVM) cannot hide the
+    /// instructions that its guests execute on the CPU itself.
+    fn here(normal: &CpuConfig) -> Feature {
+        let places = [
+            (0x7, CpuidRegister::Ebx),
+            (0x7, CpuidRegister::Ecx),
+            (0x7, CpuidRegister::Edx),
+            (0x8000_0001, CpuidRegister::Ecx),
+            (0x8000_0008, CpuidRegister::Ebx),
+        ];
+        let hidden = places.into_iter().find_map(|(leaf, of)| {
+            let flags = u32::from(leaf == 0x7);
+            let without = shown_cpu(&small(), Some(&change(leaf, 0, flags, of, Bitmap::exactly(0)))).ok()?;
+            let bits = register(normal, leaf, 0, of)? & !register(&without, leaf, 0, of)?;
+            (bits != 0).then_some(Feature { leaf, register: of, bit: bits.trailing_zeros() })
+        });
+        hidden.expect("KVM hides no feature at all")
+    }
+
+    /// The template that hides it.
+    fn hidden(self) -> CpuConfig {
+        let flags = u32::from(self.leaf == 0x7);
+        change(self.leaf, 0, flags, self.register, Bitmap::new(1 << self.bit, 0))
+    }
 }
 
 /// The microcode's revision: a register that KVM only stores.
@@ -168,21 +195,22 @@ fn guest_sees_the_cpuid_of_its_template() {
         return;
     }
     let normal = shown_cpu(&small(), None).unwrap();
-    let feature = a_feature(&normal);
-    let mut template = change(0x7, 0, 1, CpuidRegister::Ebx, Bitmap::new(feature.into(), 0));
+    let feature = Feature::here(&normal);
+    let mut template = feature.hidden();
     let signature = change(0x1, 0, 0, CpuidRegister::Eax, Bitmap::new(0xf, 0x7));
     template.cpuid_modifiers.extend(signature.cpuid_modifiers);
-    for leaf in [0x7, 0x1] {
+    for leaf in [feature.leaf, 0x1] {
         let mut expected = CpuidRegister::ALL.map(|r| register(&normal, leaf, 0, r).unwrap());
         match leaf {
-            0x7 => expected[1] &= !feature,
-            _ => expected[0] = expected[0] & !0xf | 0x7,
+            0x1 => expected[0] = expected[0] & !0xf | 0x7,
+            _ => expected[feature.register as usize] &= !(1 << feature.bit),
         }
         let guest = build(&cpuid_guest(leaf, 0), &small(), Some(&template)).unwrap();
         assert_eq!(guest.numbers(4), expected, "leaf {leaf:#x}");
     }
-    let guest = build(&cpuid_guest(0x7, 0), &small(), None).unwrap();
-    assert_ne!(guest.numbers(4)[1] & feature, 0, "without the template");
+    let guest = build(&cpuid_guest(feature.leaf, 0), &small(), None).unwrap();
+    let shown = guest.numbers(4)[feature.register as usize];
+    assert_ne!(shown & 1 << feature.bit, 0, "without the template");
 }
 
 #[test]
@@ -201,8 +229,8 @@ fn effect_of_a_template_survives_save_and_restore() {
     if !kvm_is_here() {
         return;
     }
-    let feature = a_feature(&shown_cpu(&small(), None).unwrap());
-    let mut template = change(0x7, 0, 1, CpuidRegister::Ebx, Bitmap::new(feature.into(), 0));
+    let feature = Feature::here(&shown_cpu(&small(), None).unwrap());
+    let mut template = feature.hidden();
     let msrs = [(MICROCODE, Bitmap::exactly(REVISION)), (UNLISTED, Bitmap::new(0, 0))];
     template.msr_modifiers.extend(msrs.map(|(addr, bitmap)| MsrModifier { addr, bitmap }));
     let config = small();
@@ -213,8 +241,9 @@ fn effect_of_a_template_survives_save_and_restore() {
     for generation in 0..2 {
         let state = machine.save().unwrap();
         assert_eq!(state.vcpus[0].cpuid, first.vcpus[0].cpuid, "{generation}");
-        let leaf = state.vcpus[0].cpuid.iter().find(|leaf| (leaf.leaf, leaf.index) == (7, 0)).unwrap();
-        assert_eq!(leaf.values[1] & feature, 0);
+        let mut leaves = state.vcpus[0].cpuid.iter();
+        let leaf = leaves.find(|leaf| (leaf.leaf, leaf.index) == (feature.leaf, 0)).unwrap();
+        assert_eq!(leaf.values[feature.register as usize] & 1 << feature.bit, 0);
         assert_eq!(msr_of(&state, MICROCODE), Some(REVISION));
         assert_eq!(msr_of(&state, UNLISTED), msr_of(&first, UNLISTED), "{generation}");
         let (events, _source) = event_channel().unwrap();

@@ -7,6 +7,7 @@ use config::{InstanceId, LogLevel, Logger};
 use lexopt::prelude::*;
 use machine::legacy::StartTimes;
 
+use crate::cpu_template_tool;
 use crate::flags::{ArgsError, Parser, once, text};
 use crate::overlay_tool;
 use crate::personality::Personality;
@@ -33,6 +34,8 @@ pub(crate) enum Invocation {
     SnapshotTool(Tool),
     /// Run a tool for overlay files, without a microVM.
     OverlayTool(overlay_tool::Tool),
+    /// Run a tool for CPU templates, without a guest.
+    CpuTemplateTool(cpu_template_tool::Tool),
 }
 
 /// The options of a microVM's process.
@@ -119,7 +122,7 @@ pub(crate) fn help(personality: Personality) -> String {
         flags.iter().flat_map(|(flag, what)| ["  ", *flag, "\n        ", *what, "\n"]).collect()
     };
     format!(
-        "{}\nOne process, one microVM on Linux/KVM.\n\n{}\nRestoring a snapshot:\n\n{}\nTools for snapshots: vesta-vmm snapshot --help\nTools for overlays: vesta-vmm overlay --help\n",
+        "{}\nOne process, one microVM on Linux/KVM.\n\n{}\nRestoring a snapshot:\n\n{}\nTools for snapshots: vesta-vmm snapshot --help\nTools for overlays: vesta-vmm overlay --help\nTools for CPU templates: vesta-vmm cpu-template --help\n",
         personality.version_text().trim_end(),
         listed(&FLAGS),
         listed(&restore::FLAGS)
@@ -131,6 +134,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
     let mut parser = Parser::new(args);
     if let Some(program) = tool::Program::named(parser.bin_name()) {
         return program.parse(parser.into_tool()).map(Invocation::SnapshotTool);
+    }
+    if cpu_template_tool::args::is_program(parser.bin_name()) {
+        return cpu_template_tool::args::parse_program(parser.into_tool()).map(Invocation::CpuTemplateTool);
     }
     let mut raw = RawArgs::default();
     let mut first = true;
@@ -145,6 +151,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             }
             Value(word) if first && word == "overlay" => {
                 return overlay_tool::args::parse(parser.into_tool()).map(Invocation::OverlayTool);
+            }
+            Value(word) if first && word == "cpu-template" => {
+                return cpu_template_tool::args::parse(parser.into_tool()).map(Invocation::CpuTemplateTool);
             }
             Long("api-sock") => once(&mut raw.api_socket, "api-sock", parser.value()?.into())?,
             Long("config-file") => once(&mut raw.config_file, "config-file", parser.value()?.into())?,

@@ -14,6 +14,7 @@
 //!   launcher when it is ready.
 //! - [`snapshot_tool`], [`overlay_tool`]: the tools that read and merge snapshots, and that read
 //!   and export overlay files. They start no microVM.
+//! - [`cpu_template_tool`], [`template_file`]: the tools for CPU templates, and templates in files.
 //!
 //! # The end of the process
 //!
@@ -28,6 +29,7 @@ mod alt_stack;
 mod args;
 mod child;
 mod counts;
+mod cpu_template_tool;
 mod crash_report;
 mod descriptors;
 mod event_loop;
@@ -48,6 +50,7 @@ mod signals;
 mod snapshot_tool;
 #[cfg(test)]
 mod subprocess;
+mod template_file;
 mod terminal;
 mod writer;
 
@@ -104,9 +107,13 @@ fn run_command_line(personality: Personality, start: StartTimes) -> ExitCode {
         Ok(Invocation::DescribeSnapshot(state)) => snapshot_tool::describe(personality, &state),
         Ok(Invocation::SnapshotTool(tool)) => snapshot_tool::run(&tool),
         Ok(Invocation::OverlayTool(tool)) => overlay_tool::run(&tool),
+        Ok(Invocation::CpuTemplateTool(tool)) => cpu_template_tool::run(&tool),
         Ok(Invocation::Run(args)) => run(personality, &args, start),
         Err(error) => {
             let code = report(personality, &RunError::Args(error));
+            if cpu_template_tool::args::is_this_program() {
+                return ExitCode::Unexpected;
+            }
             Program::of_this_process().map_or(code, Program::usage_error_code)
         }
     }
@@ -274,11 +281,13 @@ fn check_seccomp_filter(path: &Path) -> Result<(), RunError> {
 fn read_config(path: &Path) -> Result<VmConfig, RunError> {
     let shown = || path.display().to_string();
     let text = fs::read_to_string(path).map_err(|source| RunError::ReadConfig { path: shown(), source })?;
-    let config: VmConfig = serde_json::from_str(&text).map_err(|e| {
+    let mut config: VmConfig = serde_json::from_str(&text).map_err(|e| {
         let reason = config::json_error::describe(text.as_bytes(), &e);
         RunError::Config { path: shown(), reason }
     })?;
     config.check().map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
+    template_file::resolve(&mut config)
+        .map_err(|e| RunError::Config { path: shown(), reason: format!("cpu-config: {e}") })?;
     Ok(config)
 }
 

@@ -397,8 +397,8 @@ mod tests {
         let body = r#"{"msr_modifiers":[{"addr":"0x8b","bitmap":"0b1x"}]}"#;
         let Command::PutCpuConfig(template) = command(Method::Put, "/cpu-config", body) else { panic!() };
         assert_eq!(template.msr_modifiers[0].addr, 0x8b);
-        let body = r#"{"cpuid_modifiers":[{"leaf":"0x1","subleaf":"0x0","flags":8,"modifiers":[]}]}"#;
-        assert!(refusal(Method::Put, "/cpu-config", body).contains("flags is 8"));
+        let body = r#"{"cpuid_modifiers":[{"leaf":"1","subleaf":"0x0","flags":0,"modifiers":[]}]}"#;
+        assert!(refusal(Method::Put, "/cpu-config", body).contains("leaf is \"1\""));
         assert!(refusal(Method::Put, "/cpu-config", "null").contains("cannot be read"));
         assert!(refusal(Method::Get, "/cpu-config", "").contains("there is no GET /cpu-config"));
     }
