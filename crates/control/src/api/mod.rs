@@ -23,8 +23,9 @@
 
 mod channel;
 mod connection;
+#[cfg(any(test, feature = "testing"))]
+pub mod fuzz;
 mod limits;
-mod replay;
 mod routes;
 mod server;
 
@@ -36,7 +37,6 @@ use std::{
 
 pub use channel::{ReplyTo, Request, Requests};
 pub use limits::Limits;
-pub use replay::{Replayed, replay};
 pub use routes::{RouteError, Routed, route};
 pub use socket_file::{BindError, Occupant};
 use socket_file::{SocketFile, SocketType};
