@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::checks::{in_range, socket_path};
 use crate::error::ConfigError;
 use crate::limits::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
+use crate::serde_helpers::null_is_default;
 
 /// vCPUs and memory of a microVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,7 +33,7 @@ pub struct MachineConfig {
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Pages that back guest memory.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub huge_pages: HugePages,
     /// Unix socket at which a debugger attaches to the guest, which waits for it at its entry.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -178,6 +179,8 @@ mod tests {
     #[test]
     fn vcpus_and_memory_are_required_and_the_rest_has_defaults() {
         assert_eq!(parse(r#"{"vcpu_count":2,"mem_size_mib":256}"#), Ok(with(2, 256)));
+        let nulls = r#"{"vcpu_count":2,"mem_size_mib":256,"cpu_template":null,"huge_pages":null}"#;
+        assert_eq!(parse(nulls), Ok(with(2, 256)));
         for (json, missing) in
             [(r#"{"vcpu_count":2}"#, "`mem_size_mib`"), (r#"{"mem_size_mib":2}"#, "`vcpu_count`")]
         {

@@ -28,8 +28,9 @@
 mod channel;
 mod connection;
 mod endpoints;
+#[cfg(any(test, feature = "testing"))]
+pub mod fuzz;
 mod limits;
-mod replay;
 mod request_log;
 mod routes;
 mod server;
@@ -43,7 +44,6 @@ use std::{
 pub use channel::{ReplyTo, Request, Requests};
 pub use endpoints::Endpoint;
 pub use limits::Limits;
-pub use replay::{Replayed, replay};
 pub use routes::{ENDPOINTS, Route, RouteError, Routed, route};
 pub use socket_file::{BindError, Occupant, leave_all as leave_all_sockets};
 use socket_file::{SocketFile, SocketType};
