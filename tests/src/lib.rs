@@ -14,6 +14,7 @@
 //! - vsock: [`vsock`] is the protocol between programs of the host and `guest-vsock`.
 //! - Snapshots: [`snapshots`] saves and restores guests, [`page_server`] serves their memory,
 //!   [`busy`] has guests that use all devices and check them.
+//! - Debuggers: [`gdb`] drives Debian's gdb, and speaks its protocol.
 //! - Benchmarks: [`load`] describes load on disks, [`net_load`] on networks.
 //! - Processes: [`line`] prints from several of them, [`process`] ends children and orphans,
 //!   [`unprivileged`] runs programs without privileges, [`stalls`] measures pauses of the host,

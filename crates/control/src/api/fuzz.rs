@@ -1,12 +1,20 @@
 //! The way from the bytes of a connection to commands, without a socket or threads: for tests, and
 //! for the fuzz target `api`.
 
+use std::time::Duration;
+
 use super::limits::Limits;
 use super::routes::{Route, RouteError, route};
 use crate::http::{Decoded, Decoder, Refusal};
 
 /// Small bounds, so that short inputs reach them.
-const LIMITS: Limits = Limits { max_connections: 1, max_streams: 1, max_payload: 1024, max_head: 512 };
+const LIMITS: Limits = Limits {
+    max_connections: 1,
+    max_streams: 1,
+    stream_comment_interval: Duration::from_secs(20),
+    max_payload: 1024,
+    max_head: 512,
+};
 
 /// The beginnings of requests.
 const REQUESTS: [&str; 28] = [
