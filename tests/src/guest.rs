@@ -27,6 +27,8 @@ pub mod env {
     /// An ext4 image with curl, Python, the AWS SDK and cloud-init; set if a selected test needs
     /// it.
     pub const PYTHON_DISK: &str = "VESTA_PYTHON_DISK";
+    /// A directory of Python packages, schemathesis among them; set if a selected test needs it.
+    pub const SCHEMATHESIS: &str = "VESTA_SCHEMATHESIS";
     /// The example in Rust; set if a selected test needs it.
     pub const EXAMPLE: &str = "VESTA_EXAMPLE";
     /// The directory of the Python package firecracker-python; not set if it cannot be fetched.

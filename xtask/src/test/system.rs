@@ -19,6 +19,7 @@ use crate::clients;
 use crate::host::emulated::{Emulated, Watch};
 use crate::host::{self, Job, Kind, Outcome};
 use crate::kernels;
+use crate::pip;
 use crate::process::{root, say};
 use crate::python_disk;
 
@@ -33,6 +34,8 @@ const WITH_EXAMPLE: &str = "examples";
 const WITH_MEMTEST: &str = "other_guests";
 /// The test binary that runs clients from package registries.
 const WITH_CLIENTS: &str = "clients";
+/// The test binary that holds a monitor to the description of its API.
+const WITH_SCHEMATHESIS: &str = "null_schemathesis";
 /// Test binaries of this kind run natively where `/dev/kvm` opens.
 const NULL_GUESTS: &str = "null_";
 /// How often the emulated host may die before the remaining tests fail.
@@ -95,6 +98,9 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
     job.env.push((env::RUNNER.into(), "1".into()));
     if tests.iter().any(|test| test.suite == WITH_PYTHON) {
         job.env.push((env::PYTHON_DISK.into(), python_disk::image()?.into()));
+    }
+    if tests.iter().any(|test| test.suite == WITH_SCHEMATHESIS) {
+        job.env.push((env::SCHEMATHESIS.into(), pip::schemathesis()?.into()));
     }
     if tests.iter().any(|test| test.suite == WITH_MEMTEST) {
         job.env.push((env::MEMTEST.into(), kernels::memtest()?.into()));
