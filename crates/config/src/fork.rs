@@ -98,6 +98,7 @@ impl Child {
             vsock_override: None,
             mmds: None,
             logger: None,
+            metrics: None,
             resume: true,
         }
     }
