@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child as Process, Command};
 use std::time::Duration;
 
-use vesta_client::{BootSource, Child, Client, Fork, MachineConfig};
+use vesta_client::{BootSource, Child, ChildOutcome, Client, Fork, MachineConfig};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -58,14 +58,17 @@ fn drive(socket: &Path, kernel: &Path, initrd: &Path, dir: &Path) -> Result<()> 
 
     let socket = dir.join("child.sock");
     let child = Child { api_socket: Some(socket.clone()), ..Child::new("child".parse()?) };
-    let report = parent.fork(&Fork { children: vec![child], drives: vec![] })?;
-    println!("forked: the parent was paused for {} us", report.pause_us);
-    for child in report.children {
-        let child = child.started()?;
+    let outcome = parent.fork(&Fork { children: vec![child], drives: vec![] })?;
+    println!("forked: the parent was paused for {} us", outcome.pause_us);
+    for child in outcome.children {
+        let (pid, ready_us) = match child {
+            ChildOutcome::Started { pid, ready_us, .. } => (pid, ready_us),
+            ChildOutcome::Failed { id, error } => return Err(format!("child {id}: {error}").into()),
+        };
         let info = Client::new(&socket).wait_until_ready(START_TIMEOUT)?;
-        println!("child: {} {:?}, ready after {} us", info.id, info.state, child.ready_us);
+        println!("child: {} {:?}, ready after {ready_us} us", info.id, info.state);
         // A child is a process of its own, which outlives its parent: SIGTERM ends it in order.
-        Command::new("kill").arg(child.pid.to_string()).status()?;
+        Command::new("kill").arg(pid.to_string()).status()?;
     }
     Ok(())
 }

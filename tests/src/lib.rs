@@ -1,8 +1,7 @@
 //! The harness that the whole-system tests, the demo and the benchmarks share.
 //!
 //! - Monitors: [`vmm`] runs one as a process, [`transcript`] records its output with times, [`api`]
-//!   is a client of its HTTP API, [`events`] of its events, [`faults`] breaks its threads,
-//!   [`awaited`] lists what is to come.
+//!   is a client of its HTTP API, [`events`] of its events, [`faults`] breaks its threads.
 //! - Guests: [`guest`] is a guest's configuration and kernel, [`initramfs`] its first programs,
 //!   [`modules`] its kernel modules, [`serial_file`] its output in files. [`elf`] has guests of a
 //!   few instructions: [`counting`] ones that count, [`minimal_driver`] one whose driver accepts no
@@ -25,7 +24,6 @@
 #![deny(unsafe_code)]
 
 pub mod api;
-pub mod awaited;
 pub mod busy;
 pub mod counting;
 pub mod cpu;

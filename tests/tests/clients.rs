@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
-use vesta_tests::awaited;
 use vesta_tests::guest::{Guest, Kernel, env, ignore, vmm_path};
 use vesta_tests::host_net::HostNet;
 
@@ -46,17 +45,11 @@ fn run(command: &mut Command, steps: &[&str]) -> Result<()> {
 #[test]
 fn firecracker_rs_sdk_boots_saves_and_restores() -> Result<()> {
     let program = client(env::RUST_SDK, "firecracker-rs-sdk");
-    if !awaited::HTTP_1_0_KEEP_ALIVE {
-        ignore("firecracker-rs-sdk sends several requests on one HTTP/1.0 connection");
-    }
     let (dir, guest, initrd) = guest()?;
     let firecracker = dir.path().join("firecracker");
     symlink(vmm_path(), &firecracker)?;
     let mut command = Command::new(program);
     command.arg(firecracker).arg(&guest.kernel).arg(initrd).arg(dir.path());
-    if awaited::METRICS {
-        command.arg("--metrics");
-    }
     run(&mut command, &["started", "paused", "saved", "ended", "restored"])
 }
 

@@ -4,13 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
-use vesta_client::answers::{InstanceState, JobState};
 use vesta_client::{
-    BootSource, Child, Client, Drive, DriveUpdate, Entropy, Error, Fork, FullVmConfig, LogLevel, Logger,
-    MachineConfig, MachineConfigUpdate, RateLimiter, Serial, SnapshotCreate, SnapshotLoad, TokenBucket,
-    Vsock, VsockOverride,
+    BootSource, Child, ChildOutcome, ChildState, Client, Drive, DriveUpdate, Entropy, Error, Fork,
+    FullVmConfig, InstanceState, LogLevel, Logger, MachineConfig, MachineConfigUpdate, Metrics, RateLimiter,
+    Serial, SnapshotCreate, SnapshotJobState, SnapshotLoad, TokenBucket, Vsock, VsockOverride,
 };
 use vesta_tests::elf;
 use vesta_tests::guest::{TIMEOUT, vmm_path};
@@ -35,6 +34,7 @@ fn file(dir: &Path, name: &str, content: &[u8]) -> Result<std::path::PathBuf> {
 /// Configures a guest of a few instructions with a device of each kind that needs no privilege.
 fn configure(client: &mut Client, dir: &Path) -> Result<()> {
     client.put_logger(&Logger { level: Some(LogLevel::Debug), ..Logger::default() })?;
+    client.put_metrics(&Metrics { metrics_path: dir.join("metrics"), ..Metrics::default() })?;
     client.put_machine_config(&MachineConfig { vcpu_count: 2, ..MachineConfig::default() })?;
     client.patch_machine_config(&MachineConfigUpdate { mem_size_mib: Some(64), ..Default::default() })?;
     let kernel = file(dir, "kernel", &elf::null_guest().bytes())?;
@@ -83,6 +83,7 @@ fn configure_from_file(config: &FullVmConfig, dir: &Path) -> Result<()> {
     config.drives[0].path_on_host = Some(file(dir, "disk", &[0; 4096])?);
     config.vsock = Some(Vsock::new(3, dir.join("vsock")));
     config.serial = None;
+    config.metrics = None;
     let vmm =
         VmmBuilder::new(&vmm_path())?.with_api().with_config(&serde_json::to_value(&config)?)?.spawn()?;
     let mut client = Client::new(vmm.dir().join("api.sock"));
@@ -125,6 +126,9 @@ fn a_guest_is_paused_saved_restored_and_forked() -> Result<()> {
     client.start()?;
     assert_eq!(client.instance()?.state, InstanceState::Running);
     client.flush_metrics()?;
+    assert!(fs::read_to_string(vmm.dir().join("metrics"))?.contains("\"vcpu\""));
+    assert!(client.metrics()?.contains("# TYPE"), "it is Prometheus text");
+    assert!(client.openapi()?["paths"]["/fork"].is_object());
     client.patch_drive(&DriveUpdate {
         path_on_host: Some(file(vmm.dir(), "larger", &[0; 8192])?),
         ..DriveUpdate::new("rootfs")
@@ -142,19 +146,23 @@ fn a_guest_is_paused_saved_restored_and_forked() -> Result<()> {
     };
     let job = client.create_snapshot(&live)?.context("a live snapshot is a job")?;
     assert_eq!(job.mem_file_path, live.mem_file_path);
-    while client.snapshot_job()?.state == JobState::Running {
+    while client.snapshot_job()?.state == SnapshotJobState::Running {
         // There is no notification.
         std::thread::sleep(Duration::from_millis(1));
     }
     let job = client.snapshot_job()?;
-    assert_eq!((job.state, job.error.as_deref(), job.bytes_done), (JobState::Done, None, job.bytes_total));
+    assert_eq!(
+        (job.state, job.error.as_deref(), job.bytes_done),
+        (SnapshotJobState::Done, None, job.bytes_total)
+    );
 
     let socket = vmm.dir().join("child.sock");
     let child = Child { api_socket: Some(socket.clone()), resume: false, ..Child::new("child".parse()?) };
-    let report = client.fork(&Fork { children: vec![child], drives: vec![] })?;
-    let started = report.children.into_iter().next().context("one child")?.started()?;
-    let orphan = Orphans::of(&[u64::from(started.pid)]);
-    assert_eq!((started.state, started.api_socket.as_ref()), (InstanceState::Paused, Some(&socket)));
+    let outcome = client.fork(&Fork { children: vec![child], drives: vec![] })?;
+    let child = outcome.children.into_iter().next().context("one child")?;
+    let ChildOutcome::Started { pid, state, api_socket, .. } = child else { bail!("{child:?}") };
+    let orphan = Orphans::of(&[u64::from(pid)]);
+    assert_eq!((state, api_socket.as_ref()), (ChildState::Paused, Some(&socket)));
     let mut of_child = Client::new(&socket);
     let info = of_child.wait_until_ready(TIMEOUT)?;
     assert_eq!((info.id.as_str(), info.state), ("child", InstanceState::Paused));

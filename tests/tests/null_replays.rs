@@ -13,7 +13,6 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::{Map, Value, json};
 use vesta_tests::api::{ApiClient, Response};
-use vesta_tests::awaited;
 use vesta_tests::elf;
 use vesta_tests::guest::{TIMEOUT, vmm_path};
 use vesta_tests::host_net::HostNet;
@@ -198,9 +197,9 @@ fn go_sdk_boots_a_microvm_and_stops_it() -> Result<()> {
 #[test]
 fn go_sdk_reads_metrics_from_a_fifo() -> Result<()> {
     let (_host, mut vmm) = go_sdk()?;
-    let (mut api, metrics) = go_sdk_boot(&vmm, awaited::METRICS)?;
+    let (mut api, metrics) = go_sdk_boot(&vmm, true)?;
     put_all(&mut api, &[("/actions", json!({"action_type": "FlushMetrics"}))])?;
-    metrics.map_or(Ok(()), |fifo| check_metrics(&first_line(fifo)?))?;
+    check_metrics(&first_line(metrics.context("a FIFO")?)?)?;
     end_by(&mut vmm, Signal::INT)
 }
 
@@ -287,21 +286,19 @@ fn ignite_sends_the_name_that_smt_had_before_0_25() -> Result<()> {
     let mut api = poll(&vmm, "/machine-config")?;
     let dir = vmm.dir();
     let _log = fifo(&dir.join("log.fifo"))?;
-    let mut calls = vec![(
-        "/logger",
-        json!({"log_path": dir.join("log.fifo"), "level": "Info", "show_level": true,
-               "show_log_origin": false}),
-    )];
-    if awaited::METRICS {
-        let _metrics = fifo(&dir.join("metrics.fifo"))?;
-        calls.push(("/metrics", json!({"metrics_path": dir.join("metrics.fifo")})));
-    }
+    let _metrics = fifo(&dir.join("metrics.fifo"))?;
     let args = "console=ttyS0 reboot=k panic=1 pci=off ip=dhcp";
-    calls.extend([
+    let calls = [
+        (
+            "/logger",
+            json!({"log_path": dir.join("log.fifo"), "level": "Info", "show_level": true,
+                   "show_log_origin": false}),
+        ),
+        ("/metrics", json!({"metrics_path": dir.join("metrics.fifo")})),
         ("/machine-config", json!({"vcpu_count": 2, "mem_size_mib": 512, "ht_enabled": true})),
         ("/boot-source", json!({"kernel_image_path": dir.join("vmlinux"), "boot_args": args})),
         ("/drives/1", drive("1", dir.join("rootfs.ext4"), true)),
-    ]);
+    ];
     put_all(&mut api, &calls)?;
     assert_eq!(api.get("/machine-config")?.ok()?.json()?["smt"], true);
     instance_start(&mut api)?;
@@ -317,7 +314,9 @@ fn flintlock_runs_without_api_and_stops_by_sighup() -> Result<()> {
     let builder = firecracker()?;
     let dir = builder.dir().to_owned();
     for (name, mmds) in [("one", json!({"version": "V1"})), ("two", Value::Null)] {
-        let mut config = json!({
+        let metrics = dir.join(format!("{name}.metrics"));
+        fs::write(&metrics, "")?;
+        let config = json!({
             "boot-source": {
                 "kernel_image_path": dir.join("vmlinux"),
                 "boot_args": "console=ttyS0 reboot=k panic=1 pci=off i8042.noaux i8042.nomux i8042.nopnp \
@@ -329,15 +328,11 @@ fn flintlock_runs_without_api_and_stops_by_sighup() -> Result<()> {
                        "show_log_origin": true},
             "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "smt": true,
                                "track_dirty_pages": false},
+            "metrics": {"metrics_path": metrics},
             "mmds-config": mmds,
             "network-interfaces": [],
         });
         fs::write(dir.join(format!("{name}.log")), "")?;
-        let metrics = dir.join(format!("{name}.metrics"));
-        if awaited::METRICS {
-            fs::write(&metrics, "")?;
-            config["metrics"] = json!({"metrics_path": metrics});
-        }
         fs::write(dir.join("metadata.json"), r#"{"latest":{"meta-data":"","user-data":""}}"#)?;
         fs::write(dir.join("config.json"), config.to_string())?;
         let mut vmm = VmmBuilder::new(&vmm_path())?
@@ -353,10 +348,8 @@ fn flintlock_runs_without_api_and_stops_by_sighup() -> Result<()> {
             .spawn()?;
         wait_for_text(&dir.join(format!("{name}.log")), "Guest-boot-time")?;
         end_by(&mut vmm, Signal::HUP)?;
-        if awaited::METRICS {
-            let text = fs::read_to_string(&metrics)?;
-            check_metrics(text.lines().next_back().context("no line of metrics")?)?;
-        }
+        let text = fs::read_to_string(&metrics)?;
+        check_metrics(text.lines().next_back().context("no line of metrics")?)?;
     }
     Ok(())
 }
@@ -408,7 +401,8 @@ fn kata_in_go_gives_disks_to_empty_drives() -> Result<()> {
                "is_root_device": false, "is_read_only": false})
     }));
     fs::write(dir.join("logs"), "")?;
-    let mut config = json!({
+    let metrics = fifo(&dir.join("metrics.fifo"))?;
+    let config = json!({
         "boot-source": {
             "kernel_image_path": dir.join("vmlinux"),
             "boot_args": "pci=off reboot=k panic=1 iommu=off net.ifnames=0 random.trust_cpu=on acpi=off \
@@ -417,15 +411,11 @@ fn kata_in_go_gives_disks_to_empty_drives() -> Result<()> {
         "machine-config": {"vcpu_count": 2, "mem_size_mib": 256, "smt": false},
         "vsock": {"guest_cid": 3, "uds_path": dir.join("kata.hvsock"), "vsock_id": "root"},
         "logger": {"level": "Error", "log_path": dir.join("logs")},
+        "metrics": {"metrics_path": dir.join("metrics.fifo")},
         "drives": drives,
         "network-interfaces": [{"iface_id": "eth0", "guest_mac": "02:fc:00:00:00:01",
                                 "host_dev_name": "tap0_kata", "rx_rate_limiter": {}, "tx_rate_limiter": {}}],
     });
-    let mut metrics = None;
-    if awaited::METRICS {
-        metrics = Some(fifo(&dir.join("metrics.fifo"))?);
-        config["metrics"] = json!({"metrics_path": dir.join("metrics.fifo")});
-    }
     let mut vmm = builder.with_api().with_config(&config)?.spawn()?;
     let mut api = poll(&vmm, "/")?;
     let begin = Instant::now();
@@ -445,10 +435,8 @@ fn kata_in_go_gives_disks_to_empty_drives() -> Result<()> {
         let update = json!({"drive_id": "drive_7", "path_on_host": path});
         assert_eq!(api.patch("/drives/drive_7", &update)?.ok()?.status, 204);
     }
-    if let Some(fifo) = metrics {
-        put_all(&mut api, &[("/actions", json!({"action_type": "FlushMetrics"}))])?;
-        check_metrics(&first_line(fifo)?)?;
-    }
+    put_all(&mut api, &[("/actions", json!({"action_type": "FlushMetrics"}))])?;
+    check_metrics(&first_line(metrics)?)?;
     end_by(&mut vmm, Signal::TERM)
 }
 

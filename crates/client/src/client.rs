@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use config::InstanceInfo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::answers::InstanceInfo;
 use crate::connection::Connection;
 use crate::error::Error;
 use crate::response::Response;

@@ -1,14 +1,14 @@
 //! A method for each endpoint of the API.
 
 use config::{
-    Action, ActionType, BootSource, Drive, DriveUpdate, Entropy, Fork, FullVmConfig, Logger, MachineConfig,
-    MachineConfigUpdate, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, ResourceId, Serial,
-    SnapshotCreate, SnapshotLoad, Vm, VmState, Vsock,
+    Action, ActionType, BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Fork, ForkOutcome, FullVmConfig,
+    InstanceInfo, Logger, MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterface,
+    NetworkInterfaceUpdate, ResourceId, Serial, SnapshotCreate, SnapshotJob, SnapshotLoad, Version, Vm,
+    VmState, Vsock,
 };
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::answers::{ForkReport, InstanceInfo, SnapshotJob, Version};
 use crate::client::{Client, Repeat};
 use crate::error::Error;
 
@@ -44,6 +44,11 @@ impl Client {
         self.set("PATCH", "/machine-config", update)
     }
 
+    /// `PUT /cpu-config`: sets a custom CPU template.
+    pub fn put_cpu_config(&mut self, template: &CpuConfig) -> Result<(), Error> {
+        self.set("PUT", "/cpu-config", template)
+    }
+
     /// `PUT /boot-source`: sets kernel, initrd and command line.
     pub fn put_boot_source(&mut self, source: &BootSource) -> Result<(), Error> {
         self.set("PUT", "/boot-source", source)
@@ -52,6 +57,22 @@ impl Client {
     /// `PUT /logger`: configures the monitor's log.
     pub fn put_logger(&mut self, logger: &Logger) -> Result<(), Error> {
         self.set("PUT", "/logger", logger)
+    }
+
+    /// `PUT /metrics`: sets the output of metrics. Possible once, so it is not repeated.
+    pub fn put_metrics(&mut self, metrics: &Metrics) -> Result<(), Error> {
+        self.put("/metrics", metrics)
+    }
+
+    /// `GET /metrics`: the metrics as Prometheus text.
+    pub fn metrics(&mut self) -> Result<String, Error> {
+        let request = self.request("GET", "/metrics", Repeat::Harmless);
+        self.accepted(&request).map(|response| response.body)
+    }
+
+    /// `GET /openapi.json`: the description of the API.
+    pub fn openapi(&mut self) -> Result<Value, Error> {
+        self.get("/openapi.json")
     }
 
     /// `PUT /serial`: sets the host end of the serial console.
@@ -170,8 +191,8 @@ impl Client {
     }
 
     /// `PUT /fork`: starts children of the running guest. An error only if no child has started:
-    /// the report has the error of each one that has not.
-    pub fn fork(&mut self, fork: &Fork) -> Result<ForkReport, Error> {
+    /// the outcome has the error of each one that has not.
+    pub fn fork(&mut self, fork: &Fork) -> Result<ForkOutcome, Error> {
         let request = self.request("PUT", "/fork", Repeat::Never).with_body(fork)?;
         self.ask(&request.within(self.timeouts().long))
     }

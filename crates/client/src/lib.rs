@@ -1,8 +1,7 @@
 //! A blocking client of the API of `vesta-vmm`, over its Unix socket.
 //!
-//! Requests and answers are typed: the structs of the `config` crate, which the monitor itself
-//! reads, and those of [`answers`]. The client starts no process and no thread. It only needs the
-//! path of the API socket.
+//! Requests and answers are typed: the structs of the `config` crate, which the monitor itself reads
+//! and writes. The client starts no process and no thread. It only needs the path of the API socket.
 //!
 //! ```no_run
 //! use std::process::Command;
@@ -20,8 +19,8 @@
 //!     client.start()?;
 //!
 //!     let child = Child { api_socket: Some("/run/child.sock".into()), ..Child::new(InstanceId::default()) };
-//!     let report = client.fork(&Fork { children: vec![child], drives: vec![] })?;
-//!     println!("paused for {} us", report.pause_us);
+//!     let outcome = client.fork(&Fork { children: vec![child], drives: vec![] })?;
+//!     println!("paused for {} us", outcome.pause_us);
 //!
 //!     vmm.kill()?;
 //!     vmm.wait()?;
@@ -50,7 +49,6 @@
 
 #![forbid(unsafe_code)]
 
-pub mod answers;
 mod client;
 mod connection;
 mod endpoints;

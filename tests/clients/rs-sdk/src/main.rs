@@ -2,7 +2,7 @@
 //! a guest, pauses, saves and resumes it, restores it in a second monitor, and ends both.
 //!
 //! ```console
-//! $ vesta-rs-sdk-client firecracker vmlinux initramfs dir [--metrics]
+//! $ vesta-rs-sdk-client firecracker vmlinux initramfs dir
 //! ```
 //!
 //! The guest prints `GUEST n` on its serial port for as long as it runs. Each step prints a line.
@@ -30,13 +30,12 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 
 fn main() -> Result<()> {
     let args: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
-    let [vmm, kernel, initrd, dir, rest @ ..] = args.as_slice() else {
-        return Err("usage: vesta-rs-sdk-client VMM KERNEL INITRD DIR [--metrics]".into());
+    let [vmm, kernel, initrd, dir] = args.as_slice() else {
+        return Err("usage: vesta-rs-sdk-client VMM KERNEL INITRD DIR".into());
     };
-    let with_metrics = rest.iter().any(|arg| arg.as_os_str() == "--metrics");
 
     let mut first = spawn(vmm, dir, "first")?;
-    configure(&mut first, kernel, initrd, dir, with_metrics)?;
+    configure(&mut first, kernel, initrd, dir)?;
     first.start()?;
     expect_state(&mut first, InstanceState::Running)?;
     wait_for(&dir.join("first.out"), "GUEST 1")?;
@@ -46,10 +45,8 @@ fn main() -> Result<()> {
         path_on_host: Some(dir.join("data")),
         rate_limiter: None,
     })?;
-    if with_metrics {
-        first.create_sync_action(ActionType::FlushMetrics)?;
-        wait_for(&dir.join("metrics"), "\"vcpu\"")?;
-    }
+    first.create_sync_action(ActionType::FlushMetrics)?;
+    wait_for(&dir.join("metrics"), "\"vcpu\"")?;
     first.pause()?;
     expect_state(&mut first, InstanceState::Paused)?;
     step("paused");
@@ -106,13 +103,7 @@ fn spawn(vmm: &Path, dir: &Path, name: &str) -> Result<Instance> {
     Ok(instance)
 }
 
-fn configure(
-    instance: &mut Instance,
-    kernel: &Path,
-    initrd: &Path,
-    dir: &Path,
-    with_metrics: bool,
-) -> Result<()> {
+fn configure(instance: &mut Instance, kernel: &Path, initrd: &Path, dir: &Path) -> Result<()> {
     // Firecracker before 1.14 does not create it.
     fs::write(dir.join("log"), "")?;
     instance.put_logger(&Logger {
@@ -122,9 +113,8 @@ fn configure(
         show_log_origin: Some(true),
         module: None,
     })?;
-    if with_metrics {
-        instance.put_metrics(&Metrics { metrics_path: dir.join("metrics") })?;
-    }
+    fs::write(dir.join("metrics"), "")?;
+    instance.put_metrics(&Metrics { metrics_path: dir.join("metrics") })?;
     let machine = MachineConfiguration {
         cpu_template: None,
         smt: Some(false),
