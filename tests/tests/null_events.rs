@@ -34,7 +34,8 @@ fn watched(elf: &Elf, args: &[&str]) -> Result<(Vmm, ApiClient, EventStream)> {
     Ok((vmm, api, events))
 }
 
-/// Starts this guest, which ends by itself. Returns its events after `started`, and the exit status.
+/// Starts this guest, which ends by itself. Returns its events after `started`, and the exit
+/// status.
 fn events_of(elf: &Elf) -> Result<(Vec<Event>, i32)> {
     let (mut vmm, mut api, mut events) = watched(elf, &[])?;
     start(&mut api)?;

@@ -275,8 +275,8 @@ impl<H: Host> Controller<H> {
         self.vm.events.skip(notices.dropped);
     }
 
-    /// A descriptor that is readable when the live snapshot that is being written is further, or has
-    /// ended. `None` if there is none.
+    /// A descriptor that is readable when the live snapshot that is being written is further, or
+    /// has ended. `None` if there is none.
     pub fn snapshot_job_fd(&self) -> Option<BorrowedFd<'_>> {
         self.vm.live_snapshot.as_ref().and_then(LiveSnapshotJob::lines_fd)
     }

@@ -144,8 +144,8 @@ impl LiveSnapshotJob {
         self.end.is_none().then(|| self.lines.as_fd())
     }
 
-    /// The job's description if clients that watch the microVM are to get it: each time that another
-    /// [`PUBLISHED_STEPS`]th is done, and at its end.
+    /// The job's description if clients that watch the microVM are to get it: each time that
+    /// another [`PUBLISHED_STEPS`]th is done, and at its end.
     pub(crate) fn news(&mut self) -> Option<Value> {
         self.read_lines();
         let (done, total) = self.progress;

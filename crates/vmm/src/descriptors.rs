@@ -24,8 +24,8 @@ pub(crate) fn raise_limit() {
 /// Takes the descriptor `fd`, which this process inherited and a flag names. Programs that this
 /// process may run do not inherit it. Fails if it is not open.
 ///
-/// Nothing else in this process may own it: called for each flag once, and before this process opens
-/// anything.
+/// Nothing else in this process may own it: called for each flag once, and before this process
+/// opens anything.
 pub(crate) fn take(fd: RawFd) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(rustix::io::Errno::BADF.into());

@@ -1,4 +1,5 @@
-//! The main thread's loop: commands from the API, the guest's end and what is noticed of it, signals.
+//! The main thread's loop: commands from the API, the guest's end and what is noticed of it,
+//! signals.
 //!
 //! The controller has the API's requests. While it runs a command that takes long, it answers
 //! questions itself, and a signal cancels the command. Lines of metrics are written when they are

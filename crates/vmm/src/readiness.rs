@@ -2,9 +2,9 @@
 //! (`--events-fd`).
 //!
 //! One byte is written for each of two moments: `A` when the API answers, and `R` when the guest
-//! runs for the first time. After `R` the descriptor is closed, so a reader sees the end of the file
-//! then, or without `R` when the process ends before the guest runs. Writes never wait, and a reader
-//! that is gone is no error.
+//! runs for the first time. After `R` the descriptor is closed, so a reader sees the end of the
+//! file then, or without `R` when the process ends before the guest runs. Writes never wait, and a
+//! reader that is gone is no error.
 //!
 //! Children of forks and writers of live snapshots do not have the descriptor.
 

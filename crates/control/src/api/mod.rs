@@ -22,8 +22,8 @@
 //!   if its client hangs up.
 //! - Every request is answered, with an error if the main thread drops it.
 //! - A connection that asked for events (`GET /events`) is a stream until it closes. It holds a few
-//!   KiB of events that its client has not read. The next ones stay in the [`EventLog`], which drops
-//!   the oldest.
+//!   KiB of events that its client has not read. The next ones stay in the [`EventLog`], which
+//!   drops the oldest.
 
 mod channel;
 mod connection;

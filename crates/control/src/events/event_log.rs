@@ -3,8 +3,8 @@
 //! # The text of a stream
 //!
 //! Server-sent events (HTML, 9.2): for each event `id:`, `event:` and `data:`, and an empty line.
-//! The id is `PROCESS-NUMBER`: PROCESS is a number of this process, so that a client that comes back
-//! after a restart at the same socket does not miss the events of another process.
+//! The id is `PROCESS-NUMBER`: PROCESS is a number of this process, so that a client that comes
+//! back after a restart at the same socket does not miss the events of another process.
 
 use std::io::Write;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -73,8 +73,8 @@ impl EventLog {
         }))
     }
 
-    /// Adds an event, and wakes the readers. Does not wait for them. After [`Event::Exit`] there are
-    /// no more events.
+    /// Adds an event, and wakes the readers. Does not wait for them. After [`Event::Exit`] there
+    /// are no more events.
     pub fn publish(&self, event: &Event) {
         let data = event.data(&self.0.id, SystemTime::now());
         let mut state = locked(&self.0.state);

@@ -12,13 +12,15 @@
 //!
 //! - [`event`]: [`Event`], and its JSON.
 //! - [`ring`]: the recent events.
-//! - [`event_log`]: [`EventLog`], which both threads share, and [`Subscription`]. The text of a stream.
+//! - [`event_log`]: [`EventLog`], which both threads share, and [`Subscription`]. The text of a
+//!   stream.
 //!
 //! # Invariants
 //!
 //! - Publishing waits for nothing but the lock, which is held for a copy of a few KiB at most.
-//! - The log keeps the [`MAX_EVENTS`] last events, and at most [`MAX_BYTES`] of them and one more. A
-//!   reader that is slower loses the oldest ones, and gets an event `lost` with their number.
+//! - The log keeps the [`MAX_EVENTS`] last events, and at most [`MAX_BYTES`] of them (the newest
+//!   whatever its length). A reader that is slower loses the oldest ones, and gets an event `lost`
+//!   with their number.
 //! - [`Event::Exit`] is the last event. A stream ends after it.
 //! - Each process has its own log. A child of a fork never touches its parent's, whose lock another
 //!   thread may have held.

@@ -46,8 +46,8 @@ enum Transport {
 }
 
 impl VirtioBus {
-    /// A bus without devices. `workers` run the devices to come, and `failures` learns of those that
-    /// fail.
+    /// A bus without devices. `workers` run the devices to come, and `failures` learns of those
+    /// that fail.
     pub(super) fn new(
         addresses: DeviceAddresses,
         vm: &Vm,

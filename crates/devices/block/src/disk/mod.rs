@@ -200,8 +200,8 @@ impl Disk {
         self.layers.health().check()
     }
 
-    /// Sets the hook that is called once, when a sync fails or now if one has failed. Only the first
-    /// call for a disk, or for one that replaces it and is the same file, has an effect.
+    /// Sets the hook that is called once, when a sync fails or now if one has failed. Only the
+    /// first call for a disk, or for one that replaces it and is the same file, has an effect.
     pub fn on_contents_unknown(&self, hook: ContentsUnknownHook) {
         self.layers.health().set_hook(hook);
     }

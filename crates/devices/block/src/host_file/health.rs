@@ -76,8 +76,9 @@ impl DiskHealth {
         })
     }
 
-    /// Sets the hook that is called once, when a sync fails or now if one has failed. Only the first
-    /// call has an effect: a disk that replaces another one and shares its writes has its health.
+    /// Sets the hook that is called once, when a sync fails or now if one has failed. Only the
+    /// first call has an effect: a disk that replaces another one and shares its writes has its
+    /// health.
     pub(crate) fn set_hook(&self, hook: ContentsUnknownHook) {
         let _ = self.hook.set(hook);
         self.report();
