@@ -116,12 +116,7 @@ mod tests {
     /// Configures metrics as a client of the API does, in a subprocess.
     fn configure() {
         logger::install("a", Personality::Vesta);
-        let identity = Identity {
-            id: "vm-1".to_owned(),
-            app_name: "vesta",
-            version: "0",
-            api_version: "0",
-        };
+        let identity = Identity { id: "vm-1".to_owned(), app_name: "vesta", version: "0", api_version: "0" };
         let platform = Platform { boot_timer: None, pci: false, mmds_size_limit: 1, max_payload: 1 };
         let (sink, _source) = machine::event_channel().unwrap();
         let mut controller = Controller::new(identity, ProcessHost::new(child::run), platform, sink);
