@@ -1,7 +1,7 @@
 //! A guest of a few instructions whose driver accepts no feature, not even `VERSION_1`.
 //!
-//! It drives the machine's first device, an entropy device or a disk, with one request at a time and
-//! without interrupts. It counts the used buffers, and sends 0, 1, 2, ... over its serial port
+//! It drives the machine's first device, an entropy device or a disk, with one request at a time
+//! and without interrupts. It counts the used buffers, and sends 0, 1, 2, ... over its serial port
 //! ([`crate::counting`]). On PCI it accesses the device through the window in configuration space
 //! (4.1.4.9), because 32-bit code cannot map the BAR.
 

@@ -56,34 +56,39 @@ fn put_short(last: &mut LastLine) {
 /// The groups of the process, as members of a JSON object.
 fn put_groups(line: &mut Line, counts: &ProcessCounts) {
     let signals = counts.signals;
-    let groups: [(&[u8], &[(&[u8], u64)]); 3] = [
-        (b"seccomp", &[(b"num_faults", counts.seccomp_faults)]),
-        (b"vmm", &[(b"panic_count", counts.panics)]),
-        (
-            b"signals",
-            &[
-                (b"sigbus", signals.sigbus),
-                (b"sigsegv", signals.sigsegv),
-                (b"sigxfsz", signals.sigxfsz),
-                (b"sigxcpu", signals.sigxcpu),
-                (b"sigpipe", signals.sigpipe),
-                (b"sighup", signals.sighup),
-                (b"sigill", signals.sigill),
-            ],
-        ),
+    put_group(line, "seccomp", &[("num_faults", counts.seccomp_faults)]);
+    line.push(b",");
+    put_group(line, "vmm", &[("panic_count", counts.panics)]);
+    line.push(b",");
+    let fields = [
+        ("sigbus", signals.sigbus),
+        ("sigsegv", signals.sigsegv),
+        ("sigxfsz", signals.sigxfsz),
+        ("sigxcpu", signals.sigxcpu),
+        ("sigpipe", signals.sigpipe),
+        ("sighup", signals.sighup),
+        ("sigill", signals.sigill),
     ];
-    for (at, (group, fields)) in groups.iter().enumerate() {
-        line.push(if at > 0 { b",\"" } else { b"\"" });
-        line.push(group);
-        line.push(b"\":{");
-        for (at, (field, count)) in fields.iter().enumerate() {
-            line.push(if at > 0 { b",\"" } else { b"\"" });
-            line.push(field);
-            line.push(b"\":");
-            line.push_number(*count);
+    put_group(line, "signals", &fields);
+}
+
+fn put_group(line: &mut Line, name: &str, fields: &[(&str, u64)]) {
+    put_name(line, name);
+    line.push(b"{");
+    for (at, (field, count)) in fields.iter().enumerate() {
+        if at > 0 {
+            line.push(b",");
         }
-        line.push(b"}");
+        put_name(line, field);
+        line.push_number(*count);
     }
+    line.push(b"}");
+}
+
+fn put_name(line: &mut Line, name: &str) {
+    line.push(b"\"");
+    line.push(name.as_bytes());
+    line.push(b"\":");
 }
 
 /// The time in milliseconds since 1970.
