@@ -297,8 +297,8 @@ impl<H: Host> Controller<H> {
     }
 
     /// Does what is left to do for the microVM when the process ends, whether it was started or
-    /// not: closes its overlays, which may take `limit`, removes the sockets of its vsock device, and
-    /// writes the last line of metrics.
+    /// not: closes its overlays, which may take `limit`, removes the sockets of its vsock device,
+    /// and writes the last line of metrics.
     pub fn shut_down(&mut self, limit: Duration) {
         self.vm.backends.drives.cancel_merges();
         shutdown::close_disks(&self.vm, limit);

@@ -56,10 +56,15 @@ pub(crate) type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut 
 ///
 /// Each thread has an alternate stack ([`crate::alt_stack`]).
 pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<()> {
+    handle_with(signal, handler, 0)
+}
+
+/// As [`handle`], with more `flags`.
+fn handle_with(signal: libc::c_int, handler: Handler, flags: libc::c_int) -> std::io::Result<()> {
     // SAFETY: a `sigaction` is plain numbers and an optional function, for which zero is a value.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handler as *const () as usize;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | flags;
     // SAFETY: the set is a local variable that nothing else refers to.
     unsafe { libc::sigfillset(&raw mut action.sa_mask) };
     // SAFETY: the action outlives the call. The handlers of this crate make system calls and use
@@ -73,7 +78,8 @@ pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<(
 /// Makes writes to a closed pipe or socket fail with `EPIPE` instead of ending the process. They
 /// are counted, for metrics.
 pub(crate) fn survive_sigpipe() {
-    if handle(libc::SIGPIPE, count_signal).is_err() {
+    // A system call of another thread that it interrupts is restarted.
+    if handle_with(libc::SIGPIPE, count_signal, libc::SA_RESTART).is_err() {
         // SAFETY: ignoring a signal has no precondition.
         unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     }

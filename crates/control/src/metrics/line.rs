@@ -1,6 +1,7 @@
 //! Lines of metrics: one JSON object per line, with Firecracker's names in its order.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 
 use super::deltas::{LineGroup, LineValue};
 
@@ -11,14 +12,15 @@ pub(crate) struct LineHead(String);
 impl LineHead {
     /// The microVM's id, if lines have it, and properties, if there are any.
     pub(crate) fn new(id: Option<&str>, properties: &BTreeMap<String, String>) -> Self {
+        // Writing to a string does not fail, here and below.
         let mut head = String::new();
         if let Some(id) = id {
-            head.push_str(&format!("\"id\":{},", quoted(id)));
+            let _ = write!(head, "\"id\":{},", quoted(id));
         }
         if !properties.is_empty() {
             let texts: Vec<_> =
                 properties.iter().map(|(key, text)| format!("{}:{}", quoted(key), quoted(text))).collect();
-            head.push_str(&format!("\"properties\":{{{}}},", texts.join(",")));
+            let _ = write!(head, "\"properties\":{{{}}},", texts.join(","));
         }
         LineHead(head)
     }
@@ -43,11 +45,12 @@ pub(crate) fn render(utc_ms: u64, head: &LineHead, groups: &[LineGroup]) -> Stri
                 line.push(',');
             }
             // Names are static and need no quoting.
-            match value {
-                LineValue::Number(number) => line.push_str(&format!("\"{name}\":{number}")),
-                LineValue::Micros { min, max, sum } => line
-                    .push_str(&format!("\"{name}\":{{\"min_us\":{min},\"max_us\":{max},\"sum_us\":{sum}}}")),
-            }
+            let _ = match value {
+                LineValue::Number(number) => write!(line, "\"{name}\":{number}"),
+                LineValue::Micros { min, max, sum } => {
+                    write!(line, "\"{name}\":{{\"min_us\":{min},\"max_us\":{max},\"sum_us\":{sum}}}")
+                }
+            };
         }
         line.push('}');
     }

@@ -338,7 +338,9 @@ impl LastLine {
         if parts.iter().map(|part| part.len()).sum::<usize>() > buffer.capacity() {
             return;
         }
-        parts.iter().for_each(|part| buffer.extend_from_slice(part));
+        for part in parts {
+            buffer.extend_from_slice(part);
+        }
         let _ = output.write(buffer);
     }
 }

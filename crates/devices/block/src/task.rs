@@ -246,7 +246,6 @@ impl BlockTask {
                         // This ring is served first next time, so that no other takes what the
                         // limiter or the backlog frees.
                         self.next_ring = index;
-                        self.count_remaining(index)?;
                         return Ok(Stop::Held);
                     }
                     taken += 1;
@@ -283,14 +282,16 @@ impl BlockTask {
         if !backend.queue.reserve(cost, is_read) {
             self.setup.shared.stats.engine_throttled_events.add(1);
             self.rings[index].queue.rewind(&self.chain)?;
+            self.count_remaining(index)?;
             return Ok(false);
         }
         if !self.setup.shared.allow(cx, bytes) {
-            if !std::mem::replace(&mut self.throttled, true) {
-                self.setup.shared.stats.rate_limiter_throttled_events.add(1);
-            }
             backend.queue.release(cost);
             self.rings[index].queue.rewind(&self.chain)?;
+            if !std::mem::replace(&mut self.throttled, true) {
+                self.setup.shared.stats.rate_limiter_throttled_events.add(1);
+                self.count_remaining(index)?;
+            }
             return Ok(false);
         }
         if std::mem::take(&mut self.throttled) {

@@ -57,6 +57,14 @@ struct PciInterrupt {
 }
 
 impl PciInterrupt {
+    /// Raises `vector`, if there is one.
+    fn raise(&self, vector: u16) {
+        if vector != NO_VECTOR {
+            self.stats.interrupts.add(1);
+            self.masks.raise(vector);
+        }
+    }
+
     fn forget(&self) {
         self.isr.store(0, Ordering::SeqCst);
         for vector in self.queue_vectors.iter().chain([&self.config_vector]) {
@@ -70,15 +78,13 @@ impl Interrupt for PciInterrupt {
     fn queue(&self, index: u16) {
         // The ISR bit is not needed with MSI-X (4.1.4.5.1), and there are no interrupts without it.
         if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
-            self.stats.interrupts.add(1);
-            self.masks.raise(vector.load(Ordering::Acquire));
+            self.raise(vector.load(Ordering::Acquire));
         }
     }
 
     fn config(&self) {
         self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
-        self.stats.interrupts.add(1);
-        self.masks.raise(self.config_vector.load(Ordering::Acquire));
+        self.raise(self.config_vector.load(Ordering::Acquire));
     }
 
     fn needs_reset(&self, why: &dyn fmt::Display) {
