@@ -64,7 +64,7 @@ use personality::Personality;
 use restore::Restore;
 use run_error::{RunError, report};
 use signals::Signals;
-use snapshot_tool::args::Program;
+use snapshot_tool::program::Program;
 
 /// The entry point, which the C library calls.
 ///

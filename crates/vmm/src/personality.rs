@@ -8,8 +8,6 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use crate::exit::ExitCode;
-
 /// The target of lines about the process, which is Firecracker's.
 const MAIN: &str = "firecracker";
 
@@ -114,15 +112,14 @@ impl Personality {
         }
     }
 
-    /// Logs the last line.
-    pub(crate) fn log_exit(self, code: ExitCode) {
-        let status = code as i32;
-        match (self, code) {
-            (Personality::Vesta, ExitCode::Ok) => log::info!(target: MAIN, "exiting: exit_code=0"),
+    /// Logs the last line, with the exit status.
+    pub(crate) fn log_exit(self, status: i32) {
+        match (self, status) {
+            (Personality::Vesta, 0) => log::info!(target: MAIN, "exiting: exit_code=0"),
             (Personality::Vesta, _) => {
                 log::error!(target: MAIN, "exiting with an error: exit_code={status}");
             }
-            (Personality::Firecracker, ExitCode::Ok) => {
+            (Personality::Firecracker, 0) => {
                 log::info!(target: MAIN, "Firecracker exiting successfully. exit_code=0");
             }
             (Personality::Firecracker, _) => {
