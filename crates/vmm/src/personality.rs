@@ -101,13 +101,12 @@ impl Personality {
         }
     }
 
-    /// Logs that a signal asked this process to end.
-    pub(crate) fn log_signal(self, signal: i32) {
+    /// Logs that a signal asked this process to end. `code` is its `si_code`.
+    pub(crate) fn log_signal(self, signal: i32, code: i32) {
         match self {
             Personality::Vesta => log::info!(target: MAIN, "ended by signal {signal}"),
             Personality::Firecracker => {
-                // Only a process can have sent it: the code of that is 0.
-                log::error!(target: "vmm::signal_handler", "{SHUTDOWN_BY_SIGNAL}{signal}, code 0.");
+                log::error!(target: "vmm::signal_handler", "{SHUTDOWN_BY_SIGNAL}{signal}, code {code}.");
             }
         }
     }
