@@ -4,12 +4,14 @@
 
 mod apt;
 mod bench;
+mod clients;
 mod demo;
 mod guest_kernel;
 mod host;
 mod kernels;
 mod link_order;
 mod lint;
+mod openapi;
 mod peers;
 mod pip;
 mod process;
@@ -34,12 +36,17 @@ cargo xtask COMMAND
   lint [NAME] [PATH...]
         Checks sources without compiling them: all lints, or one of columns, test_names, file_size,
         module_cycles; the whole repository, or the files below each PATH.
+  openapi [--check]
+        Writes docs/api/openapi.yaml and openapi.json, the description of the API, or checks that
+        they are current.
   soak [N] [--seed S]
         Runs randomized tests N times as often (10): fuzz targets with inputs from seeds, models,
         killed and damaged snapshots.
 
   host [--cpus N] [--mem MIB] [--timeout S] [--pin CPU|none] [--modules A,B] [--kernel-log FILE] [--] CMD...
         Runs CMD where KVM runs ordinary guests: on this machine if it can, else on the emulated host.
+  bench api [--runs N] [PEERS]
+        Measures requests of the API, and configuring a microVM by it.
   bench boot [--runs N] [PEERS]
         Measures boot time and resident memory.
   bench io [--runs N] [--seconds S] [--disk FILE] [--pci] [--workload W]... [--only NAME]... [PEERS]
@@ -100,6 +107,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     process::clean_up_on_signals()?;
     match command {
         "bench" => bench::command(&mut parser),
+        "bench-api-inner" => bench::api_inner(&mut parser),
         "bench-inner" => bench::inner(&mut parser),
         "bench-io-inner" => bench::io_inner(&mut parser),
         "bench-snapshot-inner" => bench::snapshot_inner(&mut parser),
@@ -107,6 +115,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "bench-net-inner" => bench::net_inner(&mut parser),
         "peers" => peers::command(&mut parser),
         "lint" => lint::command(&mut parser),
+        "openapi" => openapi::command(&mut parser),
         "soak" => soak::command(&mut parser),
         "link-order" => link_order::command(&mut parser),
         "kernel" => guest_kernel::command(&mut parser),

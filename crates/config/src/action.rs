@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// The body of `PUT /actions`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Action {
     /// The action.
@@ -12,6 +13,7 @@ pub struct Action {
 
 /// An action of a microVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum ActionType {
     /// Boot the guest.
     InstanceStart,

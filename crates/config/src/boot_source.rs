@@ -13,6 +13,7 @@ pub const DEFAULT_BOOT_ARGS: &str =
 
 /// What to boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// The kernel: an ELF `vmlinux` or a `bzImage`.
@@ -23,10 +24,16 @@ pub struct BootSource {
     /// Kernel command line; [`DEFAULT_BOOT_ARGS`] if absent. With a final NUL at most
     /// [`MAX_BOOT_ARGS_LEN`] bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(max = MAX_BOOT_ARGS_LEN - 1), regex(pattern = crate::schema::NO_NUL), extend("default" = DEFAULT_BOOT_ARGS)))]
     pub boot_args: Option<String>,
 }
 
 impl BootSource {
+    /// A kernel with the default command line and no initrd.
+    pub fn new(kernel_image_path: impl Into<PathBuf>) -> BootSource {
+        BootSource { kernel_image_path: kernel_image_path.into(), initrd_path: None, boot_args: None }
+    }
+
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
         let Some(args) = &self.boot_args else { return Ok(()) };

@@ -7,22 +7,29 @@ use serde::{Deserialize, Serialize};
 use crate::checks;
 use crate::error::{ConfigError, DriveError};
 use crate::limits::{MAX_DRIVE_ID_LEN, MAX_OVERLAY_LAYERS, MAX_OVERLAY_SIZE_MIB};
-use crate::queues::{QueueBounds, QueueConfig};
+#[cfg(any(doc, feature = "schema"))]
+use crate::limits::{MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES, MIN_DRIVE_QUEUE_SIZE};
+use crate::queues::{DEFAULT_IO_THREADS, DEFAULT_NUM_QUEUES, QueueBounds, QueueConfig};
 use crate::serde_helpers::null_is_default;
 use crate::token_bucket::RateLimiter;
 
 /// Default `queue_size` of a drive.
 pub const DEFAULT_DRIVE_QUEUE_SIZE: u16 = 256;
+/// Default `lock` of a drive.
+const DEFAULT_LOCK: bool = true;
 
 /// A block device.
 ///
 /// `num_queues`, `io_threads`, `queue_size`, `overlay` and `lock` are extensions. Firecracker has
 /// the other fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(transform = crate::schema::require_path_on_host))]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
     /// Id: 1 to [`MAX_DRIVE_ID_LEN`] visible ASCII characters. The path of an API request can hold
     /// only letters, digits and `_`. The guest reads the first 20 as the serial number.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_DRIVE_ID_LEN), regex(pattern = crate::schema::VISIBLE)))]
     pub drive_id: String,
     /// Whether this is the guest's root device.
     pub is_root_device: bool,
@@ -31,19 +38,21 @@ pub struct Drive {
     pub partuuid: Option<String>,
     /// Whether the guest can flush its writes to the disk.
     #[serde(default, deserialize_with = "null_is_default")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::null_is_default::<CacheType>"))]
     pub cache_type: CacheType,
     /// Whether the guest cannot write.
     #[serde(default, deserialize_with = "null_is_default")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::null_is_default::<bool>"))]
     pub is_read_only: bool,
     /// The disk: a file or block device. An empty file is a disk of size 0, which an update can
     /// replace.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::PATH)))]
     pub path_on_host: Option<PathBuf>,
     /// Limits on bytes and operations; none if absent.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
-    /// I/O engine. If absent: [`IoEngine::Async`] if the host's kernel supports it, otherwise
-    /// [`IoEngine::Sync`].
+    /// I/O engine. If absent: `Async` if the host's kernel supports it, otherwise `Sync`.
     #[serde(default)]
     pub io_engine: Option<IoEngine>,
     /// Socket of a vhost-user backend, instead of `path_on_host`. Not supported.
@@ -51,43 +60,53 @@ pub struct Drive {
     pub socket: Option<PathBuf>,
     /// Number of request queues, 1 to [`MAX_DRIVE_QUEUES`]; 1 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_DRIVE_QUEUES), extend("default" = DEFAULT_NUM_QUEUES), extend("x-vesta-extension" = true)))]
     pub num_queues: Option<u16>,
     /// Number of I/O threads that share the queues, 1 to `num_queues`; 1 if absent. With an overlay
     /// it must be 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_DRIVE_QUEUES), extend("default" = DEFAULT_IO_THREADS), extend("x-vesta-extension" = true)))]
     pub io_threads: Option<u16>,
     /// Descriptors per queue: a power of two from [`MIN_DRIVE_QUEUE_SIZE`] to
     /// [`MAX_DRIVE_QUEUE_SIZE`]; [`DEFAULT_DRIVE_QUEUE_SIZE`] if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = MIN_DRIVE_QUEUE_SIZE, max = MAX_DRIVE_QUEUE_SIZE), extend("default" = DEFAULT_DRIVE_QUEUE_SIZE), extend("x-vesta-extension" = true)))]
     pub queue_size: Option<u16>,
     /// Overlay that receives the writes. `path_on_host` is then only read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-vesta-extension" = true)))]
     pub overlay: Option<Overlay>,
     /// Whether `path_on_host` is locked; true if absent. The lock keeps other monitors from writing
     /// to it, and from reading it while this one writes to it. False is for disks that several
     /// microVMs share on purpose, such as those of shared-disk file systems.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("default" = DEFAULT_LOCK), extend("x-vesta-extension" = true)))]
     pub lock: Option<bool>,
 }
 
 /// A copy-on-write overlay of a drive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Overlay {
     /// The file that receives the writes. It is created if it does not exist or is empty. With
     /// `is_read_only` it must exist.
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::PATH)))]
     pub path: PathBuf,
     /// Overlays between `path_on_host` and `path`, lowest first. They are only read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = MAX_OVERLAY_LAYERS), inner(regex(pattern = crate::schema::PATH))))]
     pub layers: Vec<PathBuf>,
     /// Size of the disk in MiB when the overlay is created: at least that of the disk below, which
     /// is also the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(max = MAX_OVERLAY_SIZE_MIB)))]
     pub size_mib: Option<u64>,
 }
 
 /// A new overlay for one drive of a running microVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverlay {
     /// Id of the drive.
@@ -98,6 +117,7 @@ pub struct DriveOverlay {
 
 /// Whether a guest can flush its writes to the disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum CacheType {
     /// The device offers no flush. Writes survive the end of the monitor, but not always that of
     /// the host.
@@ -109,6 +129,7 @@ pub enum CacheType {
 
 /// I/O engine of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum IoEngine {
     /// Blocking system calls, one request at a time.
     Sync,
@@ -116,7 +137,37 @@ pub enum IoEngine {
     Async,
 }
 
+impl Overlay {
+    /// Checks bounds.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        checks::path("overlay.path", &self.path)?;
+        self.layers.iter().try_for_each(|layer| checks::path("overlay.layers", layer))?;
+        checks::in_range("overlay.layers", self.layers.len() as u64, 0, MAX_OVERLAY_LAYERS as u64)?;
+        checks::in_range("overlay.size_mib", self.size_mib.unwrap_or(0), 0, MAX_OVERLAY_SIZE_MIB)
+    }
+}
+
 impl Drive {
+    /// A writable drive with all defaults, which is not the root device.
+    pub fn new(drive_id: impl Into<String>, path_on_host: impl Into<PathBuf>) -> Drive {
+        Drive {
+            drive_id: drive_id.into(),
+            is_root_device: false,
+            partuuid: None,
+            cache_type: CacheType::default(),
+            is_read_only: false,
+            path_on_host: Some(path_on_host.into()),
+            rate_limiter: None,
+            io_engine: None,
+            socket: None,
+            num_queues: None,
+            io_threads: None,
+            queue_size: None,
+            overlay: None,
+            lock: None,
+        }
+    }
+
     /// Checks bounds and combinations.
     pub fn check(&self) -> Result<(), ConfigError> {
         if !checks::is_device_id(&self.drive_id, MAX_DRIVE_ID_LEN) {
@@ -129,20 +180,14 @@ impl Drive {
         if self.socket.is_some() {
             return Err(DriveError::VhostUser.into());
         }
-        if self.path_on_host.is_none() {
-            return Err(DriveError::NoPath.into());
-        }
-        for (field, path) in self.paths() {
-            checks::path(field, path)?;
-        }
+        let Some(path) = &self.path_on_host else { return Err(DriveError::NoPath.into()) };
+        checks::path("path_on_host", path)?;
         self.queues().check(QueueBounds::DRIVE)?;
         if let Some(overlay) = &self.overlay {
             if self.io_threads() > 1 {
                 return Err(DriveError::OverlayThreads { io_threads: self.io_threads() }.into());
             }
-            let layers = overlay.layers.len() as u64;
-            checks::in_range("overlay.layers", layers, 0, MAX_OVERLAY_LAYERS as u64)?;
-            checks::in_range("overlay.size_mib", overlay.size_mib.unwrap_or(0), 0, MAX_OVERLAY_SIZE_MIB)?;
+            overlay.check()?;
         }
         self.rate_limiter.as_ref().map_or(Ok(()), RateLimiter::check)
     }
@@ -155,12 +200,12 @@ impl Drive {
 
     /// Number of request queues.
     pub fn num_queues(&self) -> u16 {
-        self.num_queues.unwrap_or(1)
+        self.num_queues.unwrap_or(DEFAULT_NUM_QUEUES)
     }
 
     /// Number of I/O threads that share the queues.
     pub fn io_threads(&self) -> u16 {
-        self.io_threads.unwrap_or(1)
+        self.io_threads.unwrap_or(DEFAULT_IO_THREADS)
     }
 
     /// Descriptors per queue.
@@ -170,7 +215,7 @@ impl Drive {
 
     /// Whether the disk is locked against other monitors.
     pub fn lock(&self) -> bool {
-        self.lock.unwrap_or(true)
+        self.lock.unwrap_or(DEFAULT_LOCK)
     }
 
     /// Returns this drive with the fields of `update`, checked. Of a rate limiter, only the buckets
@@ -195,14 +240,6 @@ impl Drive {
         new.check()?;
         Ok(new)
     }
-
-    /// Paths of this drive with the fields that name them.
-    fn paths(&self) -> impl Iterator<Item = (&'static str, &PathBuf)> {
-        let overlay = self.overlay.iter().map(|overlay| ("overlay.path", &overlay.path));
-        let layers = self.overlay.iter().flat_map(|overlay| &overlay.layers);
-        let disk = self.path_on_host.iter().map(|path| ("path_on_host", path));
-        disk.chain(overlay).chain(layers.map(|path| ("overlay.layers", path)))
-    }
 }
 
 /// Checks each drive, that ids are unique, and that at most one drive is the root device.
@@ -226,6 +263,8 @@ pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
 
 /// The body of `PATCH /drives/{id}`. A field that is absent or null changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("minProperties" = 2)))]
 #[serde(deny_unknown_fields)]
 pub struct DriveUpdate {
     /// Id of the drive.
@@ -239,10 +278,16 @@ pub struct DriveUpdate {
     pub rate_limiter: Option<RateLimiter>,
     /// A new overlay. An extension.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-vesta-extension" = true)))]
     pub overlay: Option<Overlay>,
 }
 
 impl DriveUpdate {
+    /// An update of the drive `drive_id` that changes nothing yet.
+    pub fn new(drive_id: impl Into<String>) -> DriveUpdate {
+        DriveUpdate { drive_id: drive_id.into(), path_on_host: None, rate_limiter: None, overlay: None }
+    }
+
     /// Whether the update has no field that changes something. The API refuses such an update.
     pub fn is_empty(&self) -> bool {
         let DriveUpdate { drive_id: _, path_on_host, rate_limiter, overlay } = self;

@@ -7,6 +7,7 @@ use crate::token_bucket::RateLimiter;
 
 /// An entropy device.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     /// Limits on the random bytes and requests of the guest; none if absent.

@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 /// Longest id of a microVM, in bytes.
-const MAX_INSTANCE_ID_LEN: usize = 64;
+pub(crate) const MAX_INSTANCE_ID_LEN: usize = 64;
 
 /// Id of a microVM (`--id`): 1 to 64 ASCII letters, digits and hyphens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -6,13 +6,15 @@ use serde::{Deserialize, Serialize, de};
 
 /// Settings of the monitor's log.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Logger {
     /// A file (created if missing) or a named pipe; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_path: Option<PathBuf>,
-    /// Least severe level that is logged. If absent, [`LogLevel::Info`], whatever it was before.
+    /// Least severe level that is logged. If absent, `Info`, whatever it was before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("default" = LogLevel::default())))]
     pub level: Option<LogLevel>,
     /// Whether each line shows its level; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -28,6 +30,7 @@ pub struct Logger {
 /// Severity of a log line. Read in any mix of upper and lower case. `Warn` and `Warning` are the
 /// same.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum LogLevel {
     /// Logs nothing.
     Off,

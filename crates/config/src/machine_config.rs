@@ -1,32 +1,43 @@
 //! `/machine-config`: vCPUs and memory.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
-use crate::checks::in_range;
+use crate::checks::{in_range, socket_path};
 use crate::error::ConfigError;
 use crate::limits::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
+use crate::serde_helpers::null_is_default;
 
 /// vCPUs and memory of a microVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to [`MAX_VCPU_COUNT`]; with `smt`, 1 or even.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_VCPU_COUNT)))]
     pub vcpu_count: u8,
     /// Memory in MiB, 1 to [`MAX_MEM_SIZE_MIB`]; with 2 MiB pages, a multiple of 2.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_MEM_SIZE_MIB)))]
     pub mem_size_mib: u32,
     /// Whether each pair of vCPUs appears as the threads of one core. Firecracker before 0.25 calls
     /// it `ht_enabled`.
     #[serde(default, alias = "ht_enabled")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-alias" = "ht_enabled")))]
     pub smt: bool,
     /// Name of a CPU template. Deprecated in the API.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("deprecated" = true)))]
     pub cpu_template: Option<CpuTemplate>,
     /// Whether pages that the guest writes are tracked, for diff snapshots.
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Pages that back guest memory.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub huge_pages: HugePages,
+    /// Unix socket at which a debugger attaches to the guest, which waits for it at its entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gdb_socket_path: Option<PathBuf>,
 }
 
 impl Default for MachineConfig {
@@ -38,6 +49,7 @@ impl Default for MachineConfig {
             cpu_template: None,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
+            gdb_socket_path: None,
         }
     }
 }
@@ -56,7 +68,7 @@ impl MachineConfig {
         if self.cpu_template == Some(CpuTemplate::V1N1) {
             return Err(ConfigError::ForeignCpuTemplate { template: "V1N1" });
         }
-        Ok(())
+        self.gdb_socket_path.iter().try_for_each(|path| socket_path("gdb_socket_path", path))
     }
 
     /// Returns this configuration with the fields of `update`, checked.
@@ -68,6 +80,7 @@ impl MachineConfig {
             cpu_template: update.cpu_template.or(self.cpu_template),
             track_dirty_pages: update.track_dirty_pages.unwrap_or(self.track_dirty_pages),
             huge_pages: update.huge_pages.unwrap_or(self.huge_pages),
+            gdb_socket_path: update.gdb_socket_path.clone().or_else(|| self.gdb_socket_path.clone()),
         };
         new.check()?;
         Ok(new)
@@ -76,26 +89,35 @@ impl MachineConfig {
 
 /// The body of `PATCH /machine-config`. A field that is absent or null changes nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("minProperties" = 1)))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfigUpdate {
-    /// See [`MachineConfig::vcpu_count`].
+    /// Number of vCPUs; unchanged if absent.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_VCPU_COUNT)))]
     pub vcpu_count: Option<u8>,
-    /// See [`MachineConfig::mem_size_mib`].
+    /// Memory in MiB; unchanged if absent.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_MEM_SIZE_MIB)))]
     pub mem_size_mib: Option<u32>,
-    /// See [`MachineConfig::smt`].
+    /// Whether each pair of vCPUs appears as the threads of one core; unchanged if absent.
     #[serde(default, alias = "ht_enabled")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-alias" = "ht_enabled")))]
     pub smt: Option<bool>,
-    /// See [`MachineConfig::cpu_template`].
+    /// Name of a CPU template; unchanged if absent. Deprecated in the API.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(extend("deprecated" = true)))]
     pub cpu_template: Option<CpuTemplate>,
-    /// See [`MachineConfig::track_dirty_pages`].
+    /// Whether pages that the guest writes are tracked; unchanged if absent.
     #[serde(default)]
     pub track_dirty_pages: Option<bool>,
-    /// See [`MachineConfig::huge_pages`].
+    /// Pages that back guest memory; unchanged if absent.
     #[serde(default)]
     pub huge_pages: Option<HugePages>,
+    /// See [`MachineConfig::gdb_socket_path`].
+    #[serde(default)]
+    pub gdb_socket_path: Option<PathBuf>,
 }
 
 impl MachineConfigUpdate {
@@ -107,6 +129,7 @@ impl MachineConfigUpdate {
 
 /// Kind of pages that back guest memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum HugePages {
     /// Normal pages; transparent huge pages only if the host enables them always.
     #[default]
@@ -121,6 +144,7 @@ pub enum HugePages {
 /// Names of Firecracker's static CPU templates. They are accepted for clients that always send one,
 /// and have no effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum CpuTemplate {
     /// Intel, up to C3.
     C3,
@@ -132,7 +156,7 @@ pub enum CpuTemplate {
     T2CL,
     /// AMD Milan as T2.
     T2A,
-    /// Arm Neoverse V1 as N1. [`MachineConfig::check`] refuses it: every host is x86_64.
+    /// Arm Neoverse V1 as N1. Refused: every host is x86_64.
     V1N1,
     /// No template.
     None,
@@ -155,6 +179,8 @@ mod tests {
     #[test]
     fn vcpus_and_memory_are_required_and_the_rest_has_defaults() {
         assert_eq!(parse(r#"{"vcpu_count":2,"mem_size_mib":256}"#), Ok(with(2, 256)));
+        let nulls = r#"{"vcpu_count":2,"mem_size_mib":256,"cpu_template":null,"huge_pages":null}"#;
+        assert_eq!(parse(nulls), Ok(with(2, 256)));
         for (json, missing) in
             [(r#"{"vcpu_count":2}"#, "`mem_size_mib`"), (r#"{"mem_size_mib":2}"#, "`vcpu_count`")]
         {
@@ -217,6 +243,20 @@ mod tests {
         let update =
             MachineConfigUpdate { vcpu_count: Some(3), smt: Some(false), ..MachineConfigUpdate::default() };
         assert_eq!(before.updated(&update), Ok(with(3, 128)));
+    }
+
+    #[test]
+    fn gdb_socket_is_shown_only_if_set_and_its_length_is_checked() {
+        let config = parse(r#"{"vcpu_count":1,"mem_size_mib":1,"gdb_socket_path":"/run/gdb"}"#).unwrap();
+        assert_eq!(config.check(), Ok(()));
+        assert!(serde_json::to_string(&config).unwrap().contains(r#""gdb_socket_path":"/run/gdb""#));
+        assert!(!serde_json::to_string(&with(1, 1)).unwrap().contains("gdb"));
+        for len in [0, 108] {
+            let update =
+                MachineConfigUpdate { gdb_socket_path: Some("x".repeat(len).into()), ..Default::default() };
+            let error = with(1, 1).updated(&update).unwrap_err();
+            assert_eq!(error, ConfigError::SocketPathLength { field: "gdb_socket_path", len });
+        }
     }
 
     #[test]

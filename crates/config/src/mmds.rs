@@ -6,12 +6,18 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{ConfigError, MmdsConfigError};
 use crate::network::{NetBackendKind, NetworkInterface};
+use crate::serde_helpers::null_is_default;
 
 /// Default IPv4 address of the service, the one of EC2.
 pub const DEFAULT_MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
+/// The addresses that [`MmdsConfig::check`] accepts, as a pattern.
+#[cfg(feature = "schema")]
+const LINK_LOCAL: &str = r"^169\.254\.([1-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-4])\.([0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5])$";
+
 /// Version of the service: whether requests need a session token.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum MmdsVersion {
     /// Requests need no token.
     #[default]
@@ -22,16 +28,20 @@ pub enum MmdsVersion {
 
 /// Configuration of the metadata service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(transform = crate::schema::require_network_interfaces))]
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
     /// Whether requests need a session token.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub version: MmdsVersion,
     /// Ids of the network interfaces through which the guest reaches the service.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1)))]
     pub network_interfaces: Vec<String>,
     /// IPv4 address of the service; [`DEFAULT_MMDS_ADDRESS`] if absent.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = LINK_LOCAL), extend("default" = DEFAULT_MMDS_ADDRESS)))]
     pub ipv4_address: Option<Ipv4Addr>,
     /// Whether responses are always in EC2's text format, even if the guest accepts JSON.
     #[serde(default)]
@@ -98,7 +108,7 @@ mod tests {
 
     #[test]
     fn interfaces_suffice() {
-        let config = parse(r#"{"network_interfaces":["eth0"],"ipv4_address":null}"#);
+        let config = parse(r#"{"network_interfaces":["eth0"],"version":null,"ipv4_address":null}"#);
         assert_eq!((config.version, config.imds_compat), (MmdsVersion::V1, false));
         assert_eq!(config.address(), DEFAULT_MMDS_ADDRESS);
         assert_eq!(config.check(), Ok(()));

@@ -7,8 +7,10 @@ use serde::{Deserialize, Serialize};
 use crate::checks;
 use crate::error::{ConfigError, NetworkError};
 use crate::limits::{MAX_IFACE_ID_LEN, MAX_TAP_NAME_LEN, MIN_MTU};
+#[cfg(any(doc, feature = "schema"))]
+use crate::limits::{MAX_NET_QUEUE_SIZE, MAX_QUEUE_PAIRS, MIN_NET_QUEUE_SIZE};
 use crate::mac::MacAddress;
-use crate::queues::{QueueBounds, QueueConfig};
+use crate::queues::{DEFAULT_IO_THREADS, DEFAULT_NUM_QUEUES, QueueBounds, QueueConfig};
 use crate::serde_helpers::null_is_default;
 use crate::token_bucket::RateLimiter;
 
@@ -20,13 +22,16 @@ pub const DEFAULT_NET_QUEUE_SIZE: u16 = 256;
 /// `backend`, `fds`, `socket`, `num_queues`, `io_threads` and `queue_size` are extensions.
 /// Firecracker has the other fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkInterface {
     /// Id: 1 to [`MAX_IFACE_ID_LEN`] visible ASCII characters. The path of an API request can hold
     /// only letters, digits and `_`.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_IFACE_ID_LEN), regex(pattern = crate::schema::VISIBLE)))]
     pub iface_id: String,
     /// Tap: its name, or the path of a macvtap device (`/dev/tapN`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::tap_name())))]
     pub host_dev_name: Option<String>,
     /// MAC address of the guest; the guest chooses one if absent. Frames from another address are
     /// dropped.
@@ -34,6 +39,7 @@ pub struct NetworkInterface {
     pub guest_mac: Option<MacAddress>,
     /// MTU that the device offers to the guest, at least [`MIN_MTU`]; none is offered if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = MIN_MTU, max = u16::MAX)))]
     pub mtu: Option<u16>,
     /// Limits on frames to the guest; none if absent.
     #[serde(default)]
@@ -41,30 +47,37 @@ pub struct NetworkInterface {
     /// Limits on frames from the guest; none if absent.
     #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiter>,
-    /// The backend; [`NetBackendKind::Tap`] if absent.
+    /// What moves the frames; `tap` if absent.
     #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "is_tap")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::null_is_default::<NetBackendKind>", extend("default" = NetBackendKind::default()), extend("x-vesta-extension" = true)))]
     pub backend: NetBackendKind,
     /// Descriptors of a tap that the monitor inherits, one for each queue pair; instead of
     /// `host_dev_name`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-vesta-extension" = true)))]
     pub fds: Option<Vec<i32>>,
     /// Unix socket of `passt`, for the backend of that name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::PATH), extend("x-vesta-extension" = true)))]
     pub socket: Option<PathBuf>,
     /// Number of queue pairs, 1 to [`MAX_QUEUE_PAIRS`]; 1 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_QUEUE_PAIRS), extend("default" = DEFAULT_NUM_QUEUES), extend("x-vesta-extension" = true)))]
     pub num_queues: Option<u16>,
     /// Number of I/O threads that share the queue pairs, 1 to `num_queues`; 1 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = MAX_QUEUE_PAIRS), extend("default" = DEFAULT_IO_THREADS), extend("x-vesta-extension" = true)))]
     pub io_threads: Option<u16>,
     /// Descriptors per queue: a power of two from [`MIN_NET_QUEUE_SIZE`] to [`MAX_NET_QUEUE_SIZE`];
     /// [`DEFAULT_NET_QUEUE_SIZE`] if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = MIN_NET_QUEUE_SIZE, max = MAX_NET_QUEUE_SIZE), extend("default" = DEFAULT_NET_QUEUE_SIZE), extend("x-vesta-extension" = true)))]
     pub queue_size: Option<u16>,
 }
 
 /// Backend of a network interface: what moves the frames.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum NetBackendKind {
     /// The monitor, between a tap and the guest.
@@ -82,6 +95,24 @@ fn is_tap(kind: &NetBackendKind) -> bool {
 }
 
 impl NetworkInterface {
+    /// An interface on the tap `host_dev_name`, with all defaults.
+    pub fn new(iface_id: impl Into<String>, host_dev_name: impl Into<String>) -> NetworkInterface {
+        NetworkInterface {
+            iface_id: iface_id.into(),
+            host_dev_name: Some(host_dev_name.into()),
+            guest_mac: None,
+            mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+            backend: NetBackendKind::default(),
+            fds: None,
+            socket: None,
+            num_queues: None,
+            io_threads: None,
+            queue_size: None,
+        }
+    }
+
     /// Checks bounds and combinations.
     pub fn check(&self) -> Result<(), ConfigError> {
         if !checks::is_device_id(&self.iface_id, MAX_IFACE_ID_LEN) {
@@ -178,12 +209,12 @@ impl NetworkInterface {
 
     /// Number of queue pairs.
     pub fn num_queues(&self) -> u16 {
-        self.num_queues.unwrap_or(1)
+        self.num_queues.unwrap_or(DEFAULT_NUM_QUEUES)
     }
 
     /// Number of I/O threads that share the queue pairs.
     pub fn io_threads(&self) -> u16 {
-        self.io_threads.unwrap_or(1)
+        self.io_threads.unwrap_or(DEFAULT_IO_THREADS)
     }
 
     /// Descriptors per queue.
@@ -266,6 +297,7 @@ fn shared(a: &NetworkInterface, b: &NetworkInterface) -> Option<(&'static str, S
 
 /// The body of `PATCH /network-interfaces/{id}`. A field that is absent or null changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkInterfaceUpdate {
     /// Id of the interface.

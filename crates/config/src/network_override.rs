@@ -12,6 +12,7 @@ use crate::network::{NetworkInterface, check_distinct};
 ///
 /// `fds`, `socket` and `guest_mac` are extensions. Firecracker has the other fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkOverride {
     /// Id of the interface.
@@ -21,12 +22,15 @@ pub struct NetworkOverride {
     pub host_dev_name: Option<String>,
     /// Descriptors of its tap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-vesta-extension" = true)))]
     pub fds: Option<Vec<i32>>,
     /// Socket of its `passt`, for an interface with that backend.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-vesta-extension" = true)))]
     pub socket: Option<PathBuf>,
     /// New MAC address of the guest; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-vesta-extension" = true)))]
     pub guest_mac: Option<MacAddress>,
 }
 

@@ -8,6 +8,11 @@ use crate::limits::{
     MIN_NET_QUEUE_SIZE,
 };
 
+/// Default `num_queues` of a device.
+pub(crate) const DEFAULT_NUM_QUEUES: u16 = 1;
+/// Default `io_threads` of a device.
+pub(crate) const DEFAULT_IO_THREADS: u16 = 1;
+
 /// Number, I/O threads and size of a device's queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueConfig {

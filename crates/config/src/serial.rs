@@ -9,6 +9,7 @@ use crate::token_bucket::TokenBucket;
 
 /// Output of the guest's serial console.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
     /// A file (created if missing) or a named pipe; standard output if absent.

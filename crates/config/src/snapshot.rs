@@ -14,6 +14,7 @@ use crate::vsock::VsockOverride;
 
 /// The body of `PUT /snapshot/create`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreate {
     /// State file to write.
@@ -22,18 +23,22 @@ pub struct SnapshotCreate {
     pub mem_file_path: PathBuf,
     /// Which pages of memory to write.
     #[serde(default, deserialize_with = "null_is_default")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::null_is_default::<SnapshotType>"))]
     pub snapshot_type: SnapshotType,
     /// Whether the microVM may run meanwhile: a forked process writes the snapshot. An extension.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[cfg_attr(feature = "schema", schemars(extend("default" = false), extend("x-vesta-extension" = true)))]
     pub live: bool,
     /// New overlays of this microVM's drives after a live snapshot. Writable drives that are not
     /// listed get a default path. An extension.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::null_is_default::<Vec<DriveOverlay>>", extend("x-vesta-extension" = true)))]
     pub drives: Vec<DriveOverlay>,
 }
 
 /// Which pages of memory a snapshot has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum SnapshotType {
     /// All pages.
     #[default]
@@ -45,21 +50,24 @@ pub enum SnapshotType {
 /// The body of `PUT /snapshot/load`.
 #[expect(clippy::struct_excessive_bools, reason = "the API's fields are what they are")]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotLoad {
     /// State file to read.
     pub snapshot_path: PathBuf,
-    /// Source of the memory.
+    /// Source of the memory. Either this or `mem_file_path` must be given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_backend: Option<MemoryBackend>,
     /// Memory file: the same as a `mem_backend` of type File. Deprecated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("deprecated" = true)))]
     pub mem_file_path: Option<PathBuf>,
     /// Whether pages that the guest writes are tracked, for diff snapshots.
     #[serde(default)]
     pub track_dirty_pages: bool,
-    /// Old name of `track_dirty_pages`. Deprecated; see [`SnapshotLoad::resolve_deprecated`].
+    /// Old name of `track_dirty_pages`. Deprecated. Pages are tracked if either is true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("deprecated" = true)))]
     pub enable_diff_snapshots: Option<bool>,
     /// Whether the microVM resumes after the restore; otherwise it is paused.
     #[serde(default)]
@@ -69,24 +77,35 @@ pub struct SnapshotLoad {
     pub clock_realtime: bool,
     /// Pages that back guest memory.
     #[serde(default, deserialize_with = "null_is_default")]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(schema_with = "crate::schema::null_is_default::<SnapshotHugePages>")
+    )]
     pub huge_pages: SnapshotHugePages,
     /// Whether to prefetch the working set: the first restore records the pages that the guest uses
     /// first, later restores fill them in early. Impossible with a page server. An extension.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[cfg_attr(feature = "schema", schemars(extend("default" = false), extend("x-vesta-extension" = true)))]
     pub prefetch: bool,
     /// Sockets of the vsock device; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
     /// Network interfaces that get another tap.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(schema_with = "crate::schema::null_is_default::<Vec<NetworkOverride>>")
+    )]
     pub network_overrides: Vec<NetworkOverride>,
     /// Drives that get another path. An extension.
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_default")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::null_is_default::<Vec<DriveOverride>>", extend("x-vesta-extension" = true)))]
     pub drives: Vec<DriveOverride>,
 }
 
 /// Source of a restored guest's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MemoryBackend {
     /// Kind of the source.
@@ -97,6 +116,7 @@ pub struct MemoryBackend {
 
 /// Kind of a source of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum MemoryBackendType {
     /// A memory file, mapped privately.
     File,
@@ -106,6 +126,7 @@ pub enum MemoryBackendType {
 
 /// Kind of pages that back a restored guest's memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum SnapshotHugePages {
     /// The kind of pages that the saved guest had.
     #[default]
@@ -121,19 +142,41 @@ pub enum SnapshotHugePages {
 
 /// New paths of one drive.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverride {
     /// Id of the drive.
     pub drive_id: String,
     /// Its file or block device; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::PATH)))]
     pub path_on_host: Option<PathBuf>,
     /// Its overlay; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
 }
 
+impl DriveOverride {
+    fn check(&self) -> Result<(), ConfigError> {
+        let path = self.path_on_host.as_deref();
+        path.map_or(Ok(()), |path| checks::path("path_on_host", path))
+            .and_then(|()| self.overlay.as_ref().map_or(Ok(()), Overlay::check))
+            .map_err(|error| error.in_drive(&self.drive_id))
+    }
+}
+
 impl SnapshotCreate {
+    /// A request to save all of a paused guest to two files.
+    pub fn new(snapshot_path: impl Into<PathBuf>, mem_file_path: impl Into<PathBuf>) -> SnapshotCreate {
+        SnapshotCreate {
+            snapshot_path: snapshot_path.into(),
+            mem_file_path: mem_file_path.into(),
+            snapshot_type: SnapshotType::Full,
+            live: false,
+            drives: Vec::new(),
+        }
+    }
+
     /// Checks that all files differ, and that only a live snapshot has `drives`.
     pub fn check(&self) -> Result<(), ConfigError> {
         if !self.live && !self.drives.is_empty() {
@@ -181,7 +224,8 @@ impl SnapshotLoad {
         old.is_some() || self.mem_file_path.is_some()
     }
 
-    /// Checks that memory has exactly one source, and that it allows `prefetch` if asked for.
+    /// Checks that memory has exactly one source, that it allows `prefetch` if asked for, and the
+    /// bounds of overrides.
     pub fn check(&self) -> Result<(), ConfigError> {
         if self.mem_backend.is_some() == self.mem_file_path.is_some() {
             return Err(SnapshotError::MemoryBackends.into());
@@ -189,7 +233,8 @@ impl SnapshotLoad {
         if self.prefetch && self.memory().0 == MemoryBackendType::Uffd {
             return Err(SnapshotError::PrefetchWithUffd.into());
         }
-        Ok(())
+        self.drives.iter().try_for_each(DriveOverride::check)?;
+        self.vsock_override.as_ref().map_or(Ok(()), VsockOverride::check)
     }
 
     /// Kind and path of the source of memory. The request must be checked.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// The body of `PATCH /vm`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Vm {
     /// The new state. The current one is accepted too.
@@ -12,6 +13,7 @@ pub struct Vm {
 
 /// State of a started microVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum VmState {
     /// The vCPUs are paused.
     Paused,

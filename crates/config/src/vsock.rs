@@ -1,42 +1,44 @@
 //! `/vsock`: the vsock device.
 
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::checks::socket_path;
 use crate::error::ConfigError;
-use crate::limits::MAX_SOCKET_PATH_LEN;
 
 /// A vsock device.
 ///
 /// `seqpacket_uds_path` is an extension. Firecracker has the other fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
     /// CID of the guest. Any number is accepted: clients send 0 too.
     pub guest_cid: u32,
     /// Unix socket to which host programs connect. Connections of the guest go to sockets whose
     /// paths start with it.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN)))]
     pub uds_path: PathBuf,
     /// Id of the device. Deprecated, without effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("deprecated" = true)))]
     pub vsock_id: Option<String>,
     /// As `uds_path`, for sockets of type `SOCK_SEQPACKET`; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN), extend("x-vesta-extension" = true)))]
     pub seqpacket_uds_path: Option<PathBuf>,
 }
 
 impl Vsock {
+    /// A device with the socket `uds_path`.
+    pub fn new(guest_cid: u32, uds_path: impl Into<PathBuf>) -> Vsock {
+        Vsock { guest_cid, uds_path: uds_path.into(), vsock_id: None, seqpacket_uds_path: None }
+    }
+
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
-        check_path("uds_path", &self.uds_path)?;
-        let Some(path) = &self.seqpacket_uds_path else { return Ok(()) };
-        check_path("seqpacket_uds_path", path)?;
-        if *path == self.uds_path {
-            return Err(ConfigError::SameSocketPath { path: path.clone() });
-        }
-        Ok(())
+        check_paths(&self.uds_path, self.seqpacket_uds_path.as_deref())
     }
 }
 
@@ -44,16 +46,27 @@ impl Vsock {
 ///
 /// `seqpacket_uds_path` and `guest_cid` are extensions. Firecracker has the other field.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct VsockOverride {
-    /// Replaces [`Vsock::uds_path`].
+    /// Unix socket to which host programs connect.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN)))]
     pub uds_path: PathBuf,
-    /// Replaces [`Vsock::seqpacket_uds_path`]; none if absent.
+    /// As `uds_path`, for sockets of type `SOCK_SEQPACKET`; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN), extend("x-vesta-extension" = true)))]
     pub seqpacket_uds_path: Option<PathBuf>,
-    /// Replaces [`Vsock::guest_cid`]; unchanged if absent. The device notifies the guest.
+    /// CID of the guest; unchanged if absent. The device notifies the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("x-vesta-extension" = true)))]
     pub guest_cid: Option<u32>,
+}
+
+impl VsockOverride {
+    /// Checks bounds.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        check_paths(&self.uds_path, self.seqpacket_uds_path.as_deref())
+    }
 }
 
 impl Vsock {
@@ -69,18 +82,21 @@ impl Vsock {
     }
 }
 
-fn check_path(field: &'static str, path: &Path) -> Result<(), ConfigError> {
-    let len = path.as_os_str().as_bytes().len();
-    if (1..=MAX_SOCKET_PATH_LEN).contains(&len) {
-        Ok(())
-    } else {
-        Err(ConfigError::SocketPathLength { field, len })
+/// Checks the paths of both sockets.
+fn check_paths(stream: &Path, seqpacket: Option<&Path>) -> Result<(), ConfigError> {
+    socket_path("uds_path", stream)?;
+    let Some(path) = seqpacket else { return Ok(()) };
+    socket_path("seqpacket_uds_path", path)?;
+    if path == stream {
+        return Err(ConfigError::SameSocketPath { path: path.to_owned() });
     }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::MAX_SOCKET_PATH_LEN;
 
     fn parse(json: &str) -> Result<Vsock, String> {
         serde_json::from_str(json).map_err(|error| error.to_string())

@@ -1,9 +1,12 @@
 //! [`Command`]: the one list of commands to a microVM, from the API, the command line and the
 //! configuration file.
 
+use std::borrow::Cow;
+
 use config::{
-    BootSource, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate, MmdsConfig,
-    NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState, Vsock,
+    BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
+    Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad,
+    VmState, Vsock,
 };
 
 /// A command, checked in form and bounds. The main thread runs one at a time.
@@ -13,16 +16,24 @@ pub enum Command {
     DescribeInstance,
     /// Tell the version: `GET /version`.
     GetVersion,
+    /// Describe the API: `GET /openapi.json`, an extension.
+    GetOpenApi,
     /// Show the settings of processors and memory: `GET /machine-config`.
     GetMachineConfig,
     /// Set processors and memory; absent fields return to their defaults.
     PutMachineConfig(MachineConfig),
     /// Change processors and memory; absent fields stay.
     PatchMachineConfig(MachineConfigUpdate),
+    /// Set the custom CPU template, in place of any other template.
+    PutCpuConfig(CpuConfig),
     /// Set the kernel, initrd and boot arguments.
     PutBootSource(BootSource),
     /// Configure the monitor's log.
     PutLogger(Logger),
+    /// Set the output of metrics.
+    PutMetrics(Metrics),
+    /// Show the totals of all counters as Prometheus text: `GET /metrics`, an extension.
+    GetMetrics,
     /// Set the host end of the serial console.
     PutSerial(Serial),
     /// Add a drive, or replace the one with this id.
@@ -70,7 +81,8 @@ pub enum Command {
 impl Command {
     /// Whether the command describes a microVM to boot, after which no snapshot can be loaded.
     ///
-    /// `PUT /vsock` does not: before a load it sets the paths of the sockets.
+    /// `PUT /vsock` does not: before a load it sets the paths of the sockets. Nor does `PUT
+    /// /cpu-config`, as with Firecracker; the loaded microVM has its own template.
     pub fn describes_boot(&self) -> bool {
         matches!(
             self,
@@ -89,11 +101,15 @@ impl Command {
         match self {
             Command::DescribeInstance => "GET /",
             Command::GetVersion => "GET /version",
+            Command::GetOpenApi => "GET /openapi.json",
             Command::GetMachineConfig => "GET /machine-config",
             Command::PutMachineConfig(_) => "PUT /machine-config",
             Command::PatchMachineConfig(_) => "PATCH /machine-config",
+            Command::PutCpuConfig(_) => "PUT /cpu-config",
             Command::PutBootSource(_) => "PUT /boot-source",
             Command::PutLogger(_) => "PUT /logger",
+            Command::PutMetrics(_) => "PUT /metrics",
+            Command::GetMetrics => "GET /metrics",
             Command::PutSerial(_) => "PUT /serial",
             Command::PutDrive(_) => "PUT /drives",
             Command::PatchDrive(_) => "PATCH /drives",
@@ -127,4 +143,11 @@ pub enum Reply {
     Empty,
     /// A JSON value: HTTP status 200.
     Json(serde_json::Value),
+    /// A text: HTTP status 200.
+    Text {
+        /// Its media type.
+        content_type: &'static str,
+        /// The text.
+        body: Cow<'static, str>,
+    },
 }

@@ -39,6 +39,7 @@ use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use config::{SnapshotJob, SnapshotJobState};
 use memory::image::Observer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
@@ -54,6 +55,12 @@ const THREAD_NAME: &str = "task";
 
 /// What answers questions while a task runs.
 pub(crate) trait Questions {
+    /// Writes metrics that are due. Returns how long the main thread may wait until the next call;
+    /// `None` for any time.
+    fn tick(&self) -> Option<Duration> {
+        None
+    }
+
     /// Answers a command that changes nothing and is possible in every phase. `None` for all other
     /// commands.
     fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>>;
@@ -207,7 +214,8 @@ impl<H: Host> Tasks<H> {
             let stop_at = stop.map(|_| 1);
             fds.extend(self.requests.as_ref().map(|r| PollFd::from_borrowed_fd(r.as_fd(), PollFlags::IN)));
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let timeout = left.map(|left| Timespec::try_from(left).expect("a few seconds fit"));
+            let wait = left.into_iter().chain(responder.questions.tick()).min();
+            let timeout = wait.map(|wait| Timespec::try_from(wait).expect("a few minutes fit"));
             match poll(&mut fds, timeout.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 // The kernel has no memory. The join waits for the task, and nothing is answered.
@@ -248,13 +256,16 @@ impl Responder<'_> {
         match (command, self.paths) {
             (Command::DescribeJob, Some(paths)) => {
                 let (done, total) = self.token.bytes();
-                Some(Ok(Reply::Json(json!({
-                    "state": "Running",
-                    "snapshot_path": paths.snapshot_path,
-                    "mem_file_path": paths.mem_file_path,
-                    "bytes_done": done,
-                    "bytes_total": total,
-                    "elapsed_us": u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+                Some(Ok(Reply::Json(json!(SnapshotJob {
+                    state: SnapshotJobState::Running,
+                    snapshot_path: paths.snapshot_path.clone(),
+                    mem_file_path: paths.mem_file_path.clone(),
+                    snapshot_type: None,
+                    bytes_done: done,
+                    bytes_total: total,
+                    pause_us: None,
+                    elapsed_us: u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+                    error: None,
                 }))))
             }
             (Command::CancelJob, Some(_)) => {

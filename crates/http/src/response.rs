@@ -1,5 +1,7 @@
 //! Responses as bytes.
 
+use std::borrow::Cow;
+
 use crate::version::Version;
 
 /// A response. [`Response::put`] writes it.
@@ -12,7 +14,7 @@ pub struct Response {
     /// Name and value of one more header.
     pub header: Option<(&'static str, String)>,
     /// Media type and text of the body, if the response has one.
-    pub content: Option<(&'static str, String)>,
+    pub content: Option<(&'static str, Cow<'static, str>)>,
     /// Whether to omit the body and only state its type and length, in response to `HEAD`.
     pub head_only: bool,
 }

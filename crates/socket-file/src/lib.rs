@@ -1,5 +1,5 @@
-//! Listening Unix sockets and their files, once for the API socket and the sockets of vsock
-//! devices.
+//! Listening Unix sockets and their files, once for the API socket, the sockets of vsock
+//! devices and those of debuggers.
 //!
 //! [`bind`] creates a socket at a path where nothing exists, and never replaces a file. The
 //! [`SocketFile`] removes the file when it is dropped.

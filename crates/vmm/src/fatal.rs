@@ -7,8 +7,9 @@
 use std::ffi::CStr;
 
 use crate::exit::ExitCode;
+use crate::line::Line;
 use crate::personality::{Personality, SHUTDOWN_BY_SIGNAL};
-use crate::{alt_stack, crash_report, logger, signals, terminal};
+use crate::{alt_stack, counts, crash_report, last_line, logger, signals, terminal};
 
 /// The signals, their names, and the code to exit with.
 const FATAL: [(libc::c_int, &str, ExitCode); 6] = [
@@ -60,7 +61,9 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context:
     line.push(b"; exit_code=");
     line.push_number(u64::from((code as i32).unsigned_abs()));
     line.push(b"\n");
+    counts::signal(signal);
     crash_report::write(line.as_bytes());
+    last_line::write_short();
     signals::exit_now(code)
 }
 
@@ -176,71 +179,10 @@ fn thread_name(buffer: &mut [u8; 16]) -> &[u8] {
     CStr::from_bytes_until_nul(buffer).map_or(b"?", CStr::to_bytes)
 }
 
-/// A line of text in a fixed buffer, without allocation. Text that does not fit is cut off.
-struct Line {
-    bytes: [u8; 320],
-    len: usize,
-}
-
-impl Default for Line {
-    fn default() -> Self {
-        Line { bytes: [0; 320], len: 0 }
-    }
-}
-
-impl Line {
-    fn push(&mut self, text: &[u8]) {
-        let free = &mut self.bytes[self.len..];
-        let len = text.len().min(free.len());
-        free[..len].copy_from_slice(&text[..len]);
-        self.len += len;
-    }
-
-    fn push_number(&mut self, number: u64) {
-        self.push_in_base(number, 10);
-    }
-
-    fn push_hex(&mut self, number: u64) {
-        self.push_in_base(number, 16);
-    }
-
-    fn push_in_base(&mut self, mut number: u64, base: u64) {
-        let mut digits = [0; 20];
-        let mut at = digits.len();
-        loop {
-            at -= 1;
-            digits[at] = b"0123456789abcdef"[(number % base) as usize];
-            number /= base;
-            if number == 0 {
-                break;
-            }
-        }
-        self.push(&digits[at..]);
-    }
-
-    fn as_bytes(&self) -> &[u8] {
-        &self.bytes[..self.len]
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::subprocess;
-
-    #[test]
-    fn line_has_numbers_and_is_cut_off_at_its_capacity() {
-        let mut line = Line::default();
-        line.push(b"n=");
-        line.push_number(0);
-        line.push(b",");
-        line.push_number(u64::MAX);
-        line.push(b",");
-        line.push_hex(0xdead_beef);
-        assert_eq!(line.as_bytes(), b"n=0,18446744073709551615,deadbeef");
-        line.push(&[b'x'; 400]);
-        assert_eq!(line.as_bytes().len(), 320);
-    }
 
     /// Uses all of this thread's stack. The address keeps each frame alive.
     #[expect(unconditional_recursion, reason = "that is the point")]

@@ -20,8 +20,6 @@ pub(crate) enum ArgsError {
     OnlyWithRestore(&'static str),
     #[error("{0} is missing")]
     Missing(&'static str),
-    #[error("--{0} is Firecracker's and not supported by this version")]
-    NotSupported(&'static str),
     #[error("--{0} cannot be combined with --{1}")]
     Conflict(&'static str, &'static str),
 }

@@ -29,6 +29,8 @@ pub(crate) enum RunError {
     Start { path: String, reason: String },
     #[error("cannot restore the microVM from {path}: {reason}")]
     Restore { path: String, reason: CommandError },
+    #[error(transparent)]
+    Metrics(CommandError),
     #[error("cannot serve the API: {0}")]
     Bind(#[from] BindError),
     #[error("cannot set up this process: {0}")]
@@ -60,9 +62,11 @@ impl RunError {
             | RunError::Metadata { .. }
             | RunError::Start { .. }
             | RunError::Restore { .. } => ExitCode::BadConfiguration,
-            RunError::Log { .. } | RunError::SeccompFilter { .. } | RunError::Bind(_) | RunError::Host(_) => {
-                ExitCode::Generic
-            }
+            RunError::Log { .. }
+            | RunError::Metrics(_)
+            | RunError::SeccompFilter { .. }
+            | RunError::Bind(_)
+            | RunError::Host(_) => ExitCode::Generic,
         }
     }
 }

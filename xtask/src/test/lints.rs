@@ -8,6 +8,7 @@ use super::deny;
 use super::record::Verdict;
 use super::tally::Tally;
 use crate::lint::{LINTS, Sources, report};
+use crate::openapi;
 use crate::process::{cargo, root, say};
 
 /// Runs the lints whose name has the filter in it.
@@ -30,6 +31,7 @@ pub(super) fn run(filter: &str) -> Tally {
     for sources in &LINTS {
         lint(sources.name, &|| passed(Ok(report(sources, &Sources::find(root(), &[])?)? == 0)));
     }
+    lint("openapi", &|| openapi::check().map(|()| Verdict::Passed));
     lint("deny", &|| passed(deny::dependencies()));
     lint("advisories", &deny::advisories);
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"];

@@ -20,9 +20,9 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::time::Instant;
 
-use super::routes::Routed;
-use crate::action_log::timed_action;
+use crate::Command;
 use crate::http::Request;
+use crate::metrics::Operation;
 
 /// The target of the lines.
 const TARGET: &str = "firecracker::api_server";
@@ -32,9 +32,10 @@ const MOST_OF_BODY: usize = 2048;
 /// A request that is being answered.
 #[derive(Debug)]
 pub(super) struct Received {
-    at: Instant,
-    /// What it does, for those whose duration tools read.
-    action: Option<&'static str>,
+    /// When it arrived.
+    pub(super) at: Instant,
+    /// The operation that it asks for.
+    pub(super) operation: Option<Operation>,
 }
 
 /// The outcome of a request.
@@ -48,6 +49,8 @@ pub(super) enum Outcome<'a> {
     BadRequest(&'a str),
     /// A request that is over a limit, and the error's text.
     TooLarge(&'a str),
+    /// Too many clients ask for the same, and the error's text.
+    Unavailable(&'a str),
 }
 
 /// Logs that clients can connect.
@@ -66,13 +69,13 @@ impl Received {
     pub(super) fn log(request: &Request) -> Received {
         let body = Shown::of(request);
         log::info!(target: TARGET, "The API server received a {:?} request on {:?}{body}.", request.method, request.path);
-        Received { at: Instant::now(), action: None }
+        Received { at: Instant::now(), operation: None }
     }
 
     /// Notes what it does, and warns if it uses something deprecated.
-    pub(super) fn is_for(&mut self, Routed { command, deprecated }: &Routed) {
-        self.action = timed_action(command);
-        if *deprecated {
+    pub(super) fn is_for(&mut self, command: &Command, deprecated: bool) {
+        self.operation = Operation::of(command);
+        if deprecated {
             log::warn!(target: TARGET, "{}: a field or value of the request is deprecated", command.name());
         }
     }
@@ -84,10 +87,11 @@ impl Received {
             Outcome::NoContent => succeeded("204 No Content"),
             Outcome::BadRequest(message) => failed("400 Bad Request", message),
             Outcome::TooLarge(message) => failed("413 Payload too large", message),
+            Outcome::Unavailable(message) => failed("503 Service Unavailable", message),
         }
         let took = self.at.elapsed().as_micros();
-        if let (Some(action), Outcome::Ok | Outcome::NoContent) = (self.action, outcome) {
-            log::info!(target: TARGET, "'{action}' API request took {took} us.");
+        if let (Some(operation), Outcome::Ok | Outcome::NoContent) = (self.operation, outcome) {
+            log::info!(target: TARGET, "'{}' API request took {took} us.", operation.name_in_log());
         }
         log::debug!(target: TARGET, "Total previous API call duration: {took} us.");
     }

@@ -83,7 +83,6 @@ pub(crate) struct Missed {
 }
 
 /// The numbers of lines that are not in the log.
-#[cfg_attr(not(test), expect(dead_code, reason = "metrics report them"))]
 pub(crate) fn missed() -> Missed {
     Missed { lost: LOG.lost.get(), suppressed: LOG.suppressed.get() }
 }
@@ -302,7 +301,9 @@ impl LogState {
 
 impl Log for LogState {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.level() <= log::max_level()
+        // The debugger's protocol: at Info the crate logs packets that it does not know.
+        let chatter = metadata.target().starts_with("gdbstub::") && metadata.level() > Level::Warn;
+        metadata.level() <= log::max_level() && !chatter
     }
 
     fn log(&self, record: &Record<'_>) {

@@ -1,0 +1,88 @@
+//! [`Endpoint`]: one row of the API's table of endpoints, and how a request finds its row.
+//!
+//! The rows are in [`routes`](super::routes). Nothing else routes a request, so the table is the
+//! whole API. A test compares it with `docs/api/openapi.yaml`.
+
+use crate::http::{Method, Request};
+
+use super::routes::{RouteError, Routed};
+
+/// Turns a request into its command. The text is the part of the path that stands for the
+/// endpoint's parameter, empty if it has none.
+pub(super) type Read = fn(&Request, &str) -> Result<Routed, RouteError>;
+
+/// An endpoint: a method, a path, and what reads its requests.
+pub struct Endpoint {
+    /// The method.
+    pub method: Method,
+    /// The path. It has at most one parameter, a segment in braces: `/drives/{drive_id}`.
+    pub path: &'static str,
+    /// Whether a request may not have further segments. Otherwise they are ignored.
+    exact: bool,
+    pub(super) target: Target,
+}
+
+/// What an endpoint's requests ask for.
+#[derive(Clone, Copy)]
+pub(super) enum Target {
+    /// A command.
+    Command(Read),
+    /// The stream of events.
+    Events,
+}
+
+impl Endpoint {
+    pub(super) const fn get(path: &'static str, read: Read) -> Endpoint {
+        Endpoint { method: Method::Get, path, exact: false, target: Target::Command(read) }
+    }
+
+    pub(super) const fn put(path: &'static str, read: Read) -> Endpoint {
+        Endpoint { method: Method::Put, path, exact: false, target: Target::Command(read) }
+    }
+
+    pub(super) const fn patch(path: &'static str, read: Read) -> Endpoint {
+        Endpoint { method: Method::Patch, path, exact: false, target: Target::Command(read) }
+    }
+
+    pub(super) const fn delete(path: &'static str, read: Read) -> Endpoint {
+        Endpoint { method: Method::Delete, path, exact: false, target: Target::Command(read) }
+    }
+
+    pub(super) const fn events(path: &'static str) -> Endpoint {
+        Endpoint { method: Method::Get, path, exact: false, target: Target::Events }
+    }
+
+    /// This endpoint for requests without further segments.
+    pub(super) const fn exact(self) -> Endpoint {
+        Endpoint { exact: true, ..self }
+    }
+
+    fn segments(&self) -> impl Iterator<Item = &'static str> {
+        self.path.split('/').filter(|segment| !segment.is_empty())
+    }
+
+    /// How many segments of `path` are the endpoint's. `None` if the path is another endpoint's. A
+    /// parameter at the end may be missing: then the id is empty, which has an error of its own.
+    fn matches(&self, path: &[&str]) -> Option<usize> {
+        let named = self.segments().filter(|segment| !segment.starts_with('{')).count();
+        let len = if path.len() == named { named } else { self.segments().count() };
+        let has_further = path.len() > len;
+        // The root has no segment that would tell it from other paths.
+        let fits = path.len() == len || has_further && len > 0 && !self.exact;
+        let same = |(own, given): (&str, &&str)| own == *given || own.starts_with('{');
+        (fits && self.segments().zip(path).all(same)).then_some(len)
+    }
+
+    /// The part of `path` that stands for the parameter.
+    pub(super) fn parameter<'a>(&self, path: &[&'a str]) -> &'a str {
+        let at = self.segments().position(|segment| segment.starts_with('{'));
+        at.and_then(|at| path.get(at)).copied().unwrap_or_default()
+    }
+}
+
+/// The endpoint of a request: of those that match its path, the one with the most segments.
+pub(super) fn find(table: &'static [Endpoint], method: Method, path: &[&str]) -> Option<&'static Endpoint> {
+    let matching = table.iter().filter(|endpoint| endpoint.method == method);
+    let longest = matching.filter_map(|endpoint| Some((endpoint.matches(path)?, endpoint)));
+    longest.max_by_key(|(len, _)| *len).map(|(_, endpoint)| endpoint)
+}
