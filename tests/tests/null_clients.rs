@@ -1,5 +1,5 @@
-//! The requests of Firecracker's clients, the responses and the lines of the log that they read, and
-//! what they find when the monitor ends.
+//! The requests of Firecracker's clients, the responses and the lines of the log that they read,
+//! and what they find when the monitor ends.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;

@@ -14,6 +14,7 @@ use crate::personality::Personality;
 use crate::restore::{self, Restore};
 use crate::snapshot_tool::Tool;
 use crate::snapshot_tool::args as tool;
+use crate::snapshot_tool::program::Program;
 
 /// The API socket if no flag names one.
 const DEFAULT_API_SOCKET: &str = "/run/firecracker.socket";
@@ -132,8 +133,8 @@ pub(crate) fn help(personality: Personality) -> String {
 /// Reads a command line, the program's name first.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, ArgsError> {
     let mut parser = Parser::new(args);
-    if let Some(program) = tool::Program::named(parser.bin_name()) {
-        return program.parse(parser.into_tool()).map(Invocation::SnapshotTool);
+    if let Some(program) = Program::named(parser.bin_name()) {
+        return tool::parse_as(program, parser.into_tool()).map(Invocation::SnapshotTool);
     }
     if cpu_template_tool::args::is_program(parser.bin_name()) {
         return cpu_template_tool::args::parse_program(parser.into_tool()).map(Invocation::CpuTemplateTool);

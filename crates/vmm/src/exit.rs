@@ -59,6 +59,6 @@ impl ExitCode {
 pub(crate) fn exit(code: ExitCode) -> ! {
     terminal::restore();
     logger::finish();
-    Personality::of_this_process().log_exit(code);
+    Personality::of_this_process().log_exit(code as i32);
     std::process::exit(code as i32)
 }

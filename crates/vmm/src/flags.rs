@@ -1,5 +1,5 @@
-//! What all command lines need: [`ArgsError`], and flags that may be given once. And [`Parser`], for
-//! the rules of Firecracker's command line.
+//! What all command lines need: [`ArgsError`], and flags that may be given once. And [`Parser`],
+//! for the rules of Firecracker's command line.
 
 use std::ffi::OsString;
 
@@ -24,8 +24,8 @@ pub(crate) enum ArgsError {
     Conflict(&'static str, &'static str),
 }
 
-/// A parser of Firecracker's command line. As there, a word that begins with `--` is the value of no
-/// flag (unless it follows a `=`), and what follows a `--` alone is ignored.
+/// A parser of Firecracker's command line. As there, a word that begins with `--` is the value of
+/// no flag (unless it follows a `=`), and what follows a `--` alone is ignored.
 #[derive(Debug)]
 pub(crate) struct Parser {
     inner: lexopt::Parser,

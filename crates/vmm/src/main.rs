@@ -76,7 +76,7 @@ use readiness::Readiness;
 use restore::Restore;
 use run_error::{RunError, report};
 use signals::Signals;
-use snapshot_tool::args::Program;
+use snapshot_tool::program::Program;
 
 /// The entry point, which the C library calls.
 ///

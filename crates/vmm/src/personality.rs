@@ -8,8 +8,6 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use crate::exit::ExitCode;
-
 /// The target of lines about the process, which is Firecracker's.
 const MAIN: &str = "firecracker";
 
@@ -103,26 +101,24 @@ impl Personality {
         }
     }
 
-    /// Logs that a signal asked this process to end.
-    pub(crate) fn log_signal(self, signal: i32) {
+    /// Logs that a signal asked this process to end. `code` is its `si_code`.
+    pub(crate) fn log_signal(self, signal: i32, code: i32) {
         match self {
             Personality::Vesta => log::info!(target: MAIN, "ended by signal {signal}"),
             Personality::Firecracker => {
-                // Only a process can have sent it: the code of that is 0.
-                log::error!(target: "vmm::signal_handler", "{SHUTDOWN_BY_SIGNAL}{signal}, code 0.");
+                log::error!(target: "vmm::signal_handler", "{SHUTDOWN_BY_SIGNAL}{signal}, code {code}.");
             }
         }
     }
 
-    /// Logs the last line.
-    pub(crate) fn log_exit(self, code: ExitCode) {
-        let status = code as i32;
-        match (self, code) {
-            (Personality::Vesta, ExitCode::Ok) => log::info!(target: MAIN, "exiting: exit_code=0"),
+    /// Logs the last line, with the exit status.
+    pub(crate) fn log_exit(self, status: i32) {
+        match (self, status) {
+            (Personality::Vesta, 0) => log::info!(target: MAIN, "exiting: exit_code=0"),
             (Personality::Vesta, _) => {
                 log::error!(target: MAIN, "exiting with an error: exit_code={status}");
             }
-            (Personality::Firecracker, ExitCode::Ok) => {
+            (Personality::Firecracker, 0) => {
                 log::info!(target: MAIN, "Firecracker exiting successfully. exit_code=0");
             }
             (Personality::Firecracker, _) => {

@@ -26,6 +26,8 @@ const END_SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUI
 
 /// The first of the signals that arrived; 0 for none.
 static ARRIVED: AtomicI32 = AtomicI32::new(0);
+/// Where it came from: its `si_code`.
+static ORIGIN: AtomicI32 = AtomicI32::new(0);
 /// Signalled when one arrived.
 static WAKE: OnceLock<EventFd> = OnceLock::new();
 
@@ -187,9 +189,13 @@ pub(crate) fn descriptor() -> Option<BorrowedFd<'static>> {
     WAKE.get().map(AsFd::as_fd)
 }
 
-extern "C" fn note_signal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+extern "C" fn note_signal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     counts::signal(signal);
-    let _ = ARRIVED.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Relaxed);
+    let is_first = ARRIVED.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    if is_first && !info.is_null() {
+        // SAFETY: with SA_SIGINFO the kernel passes a whole `siginfo_t`.
+        ORIGIN.store(unsafe { (*info).si_code }, Ordering::Release);
+    }
     if let Some(wake) = WAKE.get() {
         wake.signal();
     }
@@ -203,7 +209,7 @@ extern "C" fn exit_at_once(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut
 /// where that is not possible: for SIGHUP, which has a code of its own, and in process 1 of a PID
 /// namespace.
 pub(crate) fn end_by(signal: i32) -> ExitCode {
-    Personality::of_this_process().log_signal(signal);
+    Personality::of_this_process().log_signal(signal, ORIGIN.load(Ordering::Acquire));
     if signal != libc::SIGHUP {
         terminal::restore();
         if !is_init() {

@@ -55,6 +55,7 @@ pub(super) enum Outcome<'a> {
 
 /// Logs that clients can connect.
 pub(super) fn listening(path: &Path) {
+    let path = path.to_string_lossy();
     log::info!(target: "firecracker::api_server_adapter", "Listening on API socket ({path:?}).");
 }
 

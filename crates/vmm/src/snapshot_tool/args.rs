@@ -6,9 +6,8 @@ use std::path::PathBuf;
 use lexopt::prelude::*;
 
 use super::Tool;
-use crate::exit::ExitCode;
+use super::program::Program;
 use crate::flags::{ArgsError, once};
-use crate::personality::API_VERSION;
 
 /// What `vesta-vmm snapshot --help` prints.
 const HELP: &str = "\
@@ -38,57 +37,15 @@ rebase-snap --base-file FILE --diff-file FILE
         merge the memory file of a Diff into its base, in place
 ";
 
-/// A program that this one answers as, if it is started under its name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Program {
-    /// `snapshot-editor`.
-    Editor,
-    /// `rebase-snap`.
-    Rebase,
-}
-
-impl Program {
-    /// By the name of this process.
-    pub(crate) fn of_this_process() -> Option<Self> {
-        Self::named(std::env::args_os().next()?.to_str())
+/// Reads the command line of `program`.
+pub(crate) fn parse_as(program: Program, mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
+    let asks_version = |rest: lexopt::RawArgs<'_>| rest.peek().is_some_and(|w| w == "--version" || w == "-V");
+    if parser.try_raw_args().is_some_and(asks_version) {
+        return Ok(Tool::ProgramVersion(program));
     }
-
-    /// What `--version` prints, as Firecracker's tools do.
-    pub(super) fn version_text(self) -> String {
-        match self {
-            Program::Editor => format!("snapshot-editor v{API_VERSION}\n"),
-            Program::Rebase => format!("Rebase_snap v{API_VERSION}\n\n"),
-        }
-    }
-
-    /// The exit status for an invalid command line: that of the program of this name.
-    pub(crate) fn usage_error_code(self) -> ExitCode {
-        match self {
-            Program::Editor => ExitCode::Unexpected,
-            Program::Rebase => ExitCode::Generic,
-        }
-    }
-
-    /// By the name that the process was started under.
-    pub(crate) fn named(program: Option<&str>) -> Option<Self> {
-        match program?.rsplit('/').next()? {
-            "snapshot-editor" => Some(Program::Editor),
-            "rebase-snap" => Some(Program::Rebase),
-            _ => None,
-        }
-    }
-
-    /// Reads its command line.
-    pub(crate) fn parse(self, mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
-        let asks_version =
-            |rest: lexopt::RawArgs<'_>| rest.peek().is_some_and(|w| w == "--version" || w == "-V");
-        if parser.try_raw_args().is_some_and(asks_version) {
-            return Ok(Tool::ProgramVersion(self));
-        }
-        match self {
-            Program::Editor => editor(parser),
-            Program::Rebase => rebase(parser, REBASE_HELP, [("base-file", None), ("diff-file", None)]),
-        }
+    match program {
+        Program::Editor => editor(parser),
+        Program::Rebase => rebase(parser, REBASE_HELP, [("base-file", None), ("diff-file", None)]),
     }
 }
 
