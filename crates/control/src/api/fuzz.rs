@@ -117,7 +117,9 @@ fn stream(data: &[u8]) -> Vec<u8> {
 
 /// Each byte as a part, if there is one, or as it is.
 fn expanded(bytes: &[u8]) -> Vec<u8> {
-    let part = |byte: &u8| PARTS.get(usize::from(*byte)).map_or_else(|| vec![*byte], |part| part.as_bytes().to_vec());
+    let part = |byte: &u8| {
+        PARTS.get(usize::from(*byte)).map_or_else(|| vec![*byte], |part| part.as_bytes().to_vec())
+    };
     bytes.iter().flat_map(part).collect()
 }
 
