@@ -118,7 +118,7 @@ pub struct MachineConfigUpdate {
     /// Pages that back guest memory; unchanged if absent.
     #[serde(default)]
     pub huge_pages: Option<HugePages>,
-    /// See [`MachineConfig::gdb_socket_path`].
+    /// Unix socket at which a debugger attaches to the guest; unchanged if absent.
     #[serde(default)]
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN), extend("x-vesta-extension" = true)))]
     pub gdb_socket_path: Option<PathBuf>,
