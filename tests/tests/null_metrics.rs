@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
 use vesta_tests::counting::{counting_in, unconfigured, wait_for_bytes};
 use vesta_tests::disks::{disk, drive};
-use vesta_tests::elf::{Elf, reset_guest, serial_guest};
+use vesta_tests::elf::{Elf, reset_guest, serial_guest, unemulatable_guest};
 use vesta_tests::guest::{Guest, TIMEOUT, Transport, start, vmm_path, vmm_with_api};
 use vesta_tests::minimal_driver;
 use vesta_tests::process::Orphans;
@@ -461,10 +461,15 @@ fn no_snapshot_has_the_output_and_a_load_keeps_it() -> Result<()> {
 }
 
 #[test]
-fn guest_that_resets_at_once_loses_no_count() -> Result<()> {
+fn guest_that_ends_at_once_loses_no_count() -> Result<()> {
     let (mut vmm, path) = from_file(&reset_guest(), |dir| Ok(dir.join("metrics")))?;
     ensure!(vmm.exit_code(TIMEOUT)? == 0);
     let printed = lines(&path)?;
     ensure!(total(&printed, "i8042", "reset_count")? == 1 && total(&printed, "i8042", "write_count")? == 1);
+    ensure!(total(&printed, "vcpu", "failures")? == 0);
+
+    let (mut vmm, path) = from_file(&unemulatable_guest().0, |dir| Ok(dir.join("metrics")))?;
+    ensure!(vmm.exit_code(TIMEOUT)? == 1);
+    ensure!(total(&lines(&path)?, "vcpu", "failures")? == 1, "KVM cannot run that guest");
     Ok(())
 }

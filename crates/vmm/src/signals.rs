@@ -259,6 +259,20 @@ mod tests {
     }
 
     #[test]
+    fn write_to_a_closed_pipe_fails_and_is_counted() {
+        if subprocess::is_one() {
+            survive_sigpipe();
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            let written = rustix::io::write(&writer, b"x");
+            let ok = written == Err(rustix::io::Errno::PIPE) && counts::read().signals.sigpipe == 1;
+            std::process::exit(if ok { 7 } else { 8 });
+        }
+        let ended = subprocess::again("signals::tests::write_to_a_closed_pipe_fails_and_is_counted");
+        assert_eq!(ended.status.code(), Some(7), "{ended:?}");
+    }
+
+    #[test]
     fn signal_ends_init_before_handlers_are_installed() {
         if subprocess::is_one() {
             end_init_at_once();
