@@ -2,6 +2,7 @@
 //!
 //! - Monitors: [`vmm`] runs one as a process, [`transcript`] records its output with times, [`api`]
 //!   is a client of its HTTP API, [`events`] of its events, [`faults`] breaks its threads.
+//! - The API: [`conformance`] generates requests from the description of Firecracker's.
 //! - Guests: [`guest`] is a guest's configuration and kernel, [`initramfs`] its first programs,
 //!   [`modules`] its kernel modules, [`serial_file`] its output in files. [`elf`] has guests of a
 //!   few instructions: [`counting`] ones that count, [`minimal_driver`] one whose driver accepts no
@@ -25,6 +26,7 @@
 
 pub mod api;
 pub mod busy;
+pub mod conformance;
 pub mod counting;
 pub mod cpu;
 pub mod disks;

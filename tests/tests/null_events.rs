@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Read, pipe};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +14,7 @@ use vesta_tests::counting::{self, counting, wait_for_bytes};
 use vesta_tests::elf::{Elf, null_guest, port_guest, reset_guest, triple_fault_guest, unemulatable_guest};
 use vesta_tests::events::{Event, EventStream};
 use vesta_tests::guest::{Guest, TIMEOUT, start, vmm_path, vmm_with_api};
+use vesta_tests::page_server::PageServer;
 use vesta_tests::process::Orphans;
 use vesta_tests::snapshots::{Files, pause, resume, save_live};
 use vesta_tests::vmm::{Vmm, VmmBuilder};
@@ -196,12 +197,11 @@ on_each_transport! {
 fn start_that_fails_is_an_exit_with_its_error() -> Result<()> {
     let home = tempfile::tempdir()?;
     let files = saved(home.path())?;
-    let socket = home.path().join("pages");
     // A page server that sends nothing keeps the start waiting until the client is there.
-    let listener = UnixListener::bind(&socket)?;
+    let mut server = PageServer::start(env!("CARGO_BIN_EXE_page-server"), &files.memory, "none")?;
     let builder = VmmBuilder::new(&vmm_path())?.with_api().arg("--restore").arg(&files.state);
-    let mut vmm = builder.arg("--page-server").arg(&socket).spawn()?;
-    let (server, _) = listener.accept()?;
+    let mut vmm = builder.arg("--page-server").arg(server.socket()).spawn()?;
+    server.wait_for("STALLED")?;
     let events = EventStream::open(&vmm.client())?;
     drop(server);
     let events = events.rest()?;

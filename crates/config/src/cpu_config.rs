@@ -32,39 +32,53 @@ use crate::checks::in_range;
 use crate::error::ConfigError;
 use crate::limits::MAX_TEMPLATE_ENTRIES;
 
+/// A number of a template: hexadecimal or binary, of at most 32 bits.
+#[cfg(feature = "schema")]
+const NUMBER: &str = "^(0x0*[0-9A-Fa-f]{1,8}|0b0*[01]{1,32})$";
+
 /// A custom CPU template. The default changes nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CpuConfig {
     /// KVM capabilities to require beside the monitor's own, or not to require.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(length(max = MAX_TEMPLATE_ENTRIES)))]
     pub kvm_capabilities: Vec<KvmCapability>,
     /// Changes of CPUID, applied in order.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(length(max = MAX_TEMPLATE_ENTRIES)))]
     pub cpuid_modifiers: Vec<CpuidModifier>,
     /// Changes of MSRs, applied in order.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(length(max = MAX_TEMPLATE_ENTRIES)))]
     pub msr_modifiers: Vec<MsrModifier>,
 }
 
 /// Changes of one leaf of CPUID. The host must have the leaf.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CpuidModifier {
     /// The leaf: `eax` of the instruction.
     #[serde(serialize_with = "text::hex", deserialize_with = "text::leaf")]
+    #[cfg_attr(feature = "schema", schemars(with = "String", regex(pattern = NUMBER)))]
     pub leaf: u32,
     /// The subleaf: `ecx` of the instruction. 0 if the leaf has only one.
     #[serde(serialize_with = "text::hex", deserialize_with = "text::subleaf")]
+    #[cfg_attr(feature = "schema", schemars(with = "String", regex(pattern = NUMBER)))]
     pub subleaf: u32,
     /// KVM's flags of the leaf, 0 to 7. Bit 0: the leaf has several subleaves.
+    #[cfg_attr(feature = "schema", schemars(range(max = 7)))]
     pub flags: u32,
     /// Changes of its registers, applied in order.
+    #[cfg_attr(feature = "schema", schemars(length(max = MAX_TEMPLATE_ENTRIES)))]
     pub modifiers: Vec<RegisterModifier>,
 }
 
 /// A change of one register of a leaf.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RegisterModifier {
     /// The register.
@@ -75,6 +89,7 @@ pub struct RegisterModifier {
 
 /// A register that CPUID returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum CpuidRegister {
     /// `eax`
@@ -100,10 +115,12 @@ impl CpuidRegister {
 
 /// A change of a model-specific register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MsrModifier {
     /// The register's address.
     #[serde(serialize_with = "text::hex", deserialize_with = "text::addr")]
+    #[cfg_attr(feature = "schema", schemars(with = "String", regex(pattern = NUMBER)))]
     pub addr: u32,
     /// Its new bits.
     pub bitmap: Bitmap<64>,

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::checks::{in_range, socket_path};
 use crate::error::ConfigError;
+#[cfg(feature = "schema")]
+use crate::limits::MAX_SOCKET_PATH_LEN;
 use crate::limits::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
 use crate::serde_helpers::null_is_default;
 
@@ -37,6 +39,7 @@ pub struct MachineConfig {
     pub huge_pages: HugePages,
     /// Unix socket at which a debugger attaches to the guest, which waits for it at its entry.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN), extend("x-vesta-extension" = true)))]
     pub gdb_socket_path: Option<PathBuf>,
 }
 
@@ -115,8 +118,9 @@ pub struct MachineConfigUpdate {
     /// Pages that back guest memory; unchanged if absent.
     #[serde(default)]
     pub huge_pages: Option<HugePages>,
-    /// See [`MachineConfig::gdb_socket_path`].
+    /// Unix socket at which a debugger attaches to the guest; unchanged if absent.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN), extend("x-vesta-extension" = true)))]
     pub gdb_socket_path: Option<PathBuf>,
 }
 

@@ -7,13 +7,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::checks;
 use crate::error::ConfigError;
+#[cfg(feature = "schema")]
+use crate::schema::PATH;
 use crate::serde_helpers::null_is_default;
 
 /// Where lines of metrics are written, and what each has besides the counters.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Metrics {
     /// A file (created if missing, and appended to) or a named pipe.
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = PATH)))]
     pub metrics_path: PathBuf,
     /// Whether each line has the microVM's id as `id`.
     #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "std::ops::Not::not")]

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::checks::socket_path;
 use crate::error::ConfigError;
+#[cfg(feature = "schema")]
+use crate::limits::MAX_SOCKET_PATH_LEN;
 
 /// A vsock device.
 ///

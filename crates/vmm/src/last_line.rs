@@ -109,22 +109,22 @@ fn try_lock() -> Option<MutexGuard<'static, Option<LastLine>>> {
 mod tests {
     use std::path::Path;
 
+    use control::events::EventLog;
     use control::metrics::SignalCounts;
     use control::{Command, Controller, Identity, Platform};
     use serde_json::Value;
 
     use super::*;
     use crate::host::ProcessHost;
-    use crate::personality::Personality;
     use crate::{child, crash_report, fatal, logger, subprocess};
 
     /// Configures metrics as a client of the API does, in a subprocess.
     fn configure() {
-        logger::install("a", Personality::Vesta);
+        logger::install("a");
         let identity = Identity { id: "vm-1".to_owned(), app_name: "vesta", version: "0", api_version: "0" };
         let platform = Platform { boot_timer: None, pci: false, mmds_size_limit: 1, max_payload: 1 };
         let (sink, _source) = machine::event_channel().unwrap();
-        let mut controller = Controller::new(identity, ProcessHost::new(child::run), platform, sink);
+        let mut controller = Controller::new(identity, ProcessHost::new(child::run), platform, sink, EventLog::new("a"));
         let metrics = config::Metrics {
             metrics_path: std::env::var_os("METRICS").unwrap().into(),
             emit_id: true,
