@@ -1,6 +1,6 @@
 //! Debugging guests of a few instructions, by gdb and by packets of its protocol.
 //!
-//! A software KVM (PVM) has no watch points, so these are tested with a Linux guest (`gdb`).
+//! A software KVM (PVM) has breakpoints and single steps, but no watch points.
 
 use std::path::PathBuf;
 
@@ -88,6 +88,13 @@ fn gdb_breaks_steps_interrupts_and_detaches() -> Result<()> {
     gdb.run("stepi")?;
     let memory = gdb.run(&format!("x/dw {COUNT:#x}"))?;
     ensure!(memory.trim().ends_with(":\t1000"), "{memory}");
+    gdb.run("delete")?;
+
+    // By single steps, because a software KVM has no watch points.
+    gdb.run("set can-use-hw-watchpoints 0")?;
+    gdb.run(&format!("watch *(int *){COUNT:#x}"))?;
+    let changed = gdb.run("continue")?;
+    ensure!(changed.contains("Old value = 1000") && changed.contains("New value = 1001"), "{changed}");
     gdb.run("delete")?;
 
     gdb.begin("continue")?;
