@@ -39,7 +39,7 @@ pub use channel::{ReplyTo, Request, Requests};
 pub use endpoints::Endpoint;
 pub use limits::Limits;
 pub use replay::{Replayed, replay};
-pub use routes::{ENDPOINTS, RouteError, Routed, route};
+pub use routes::{ENDPOINTS, Read, RouteError, Routed, route};
 pub use socket_file::{BindError, Occupant};
 use socket_file::{SocketFile, SocketType};
 
