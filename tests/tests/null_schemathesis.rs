@@ -181,7 +181,7 @@ fn output(command: &mut Command) -> Result<String> {
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     println!("{text}");
-    ensure!(output.status.success(), "{:?}: {}", command.get_program(), output.status);
+    ensure!(output.status.success(), "{}: {}", command.get_program().display(), output.status);
     Ok(text)
 }
 

@@ -78,8 +78,8 @@ fn any_object(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "object", "additionalProperties": true })
 }
 
-const fn body(schema: SchemaOf, example: &'static str) -> Option<Body> {
-    Some(Body { schema, example })
+const fn body(schema: SchemaOf, example: &'static str) -> Body {
+    Body { schema, example }
 }
 
 /// An operation that takes nothing, answers nothing, and is always possible.
@@ -134,7 +134,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Set processors and memory",
         more: "Fields that are not given return to their defaults.",
         when: BeforeStart,
-        body: body(of::<MachineConfig>, r#"{"vcpu_count": 2, "mem_size_mib": 256}"#),
+        body: Some(body(of::<MachineConfig>, r#"{"vcpu_count": 2, "mem_size_mib": 256}"#)),
         deprecation: true,
         ..BARE
     },
@@ -145,7 +145,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Change processors and memory",
         more: "Fields that are not given stay. At least one must be given.",
         when: BeforeStart,
-        body: body(of::<MachineConfigUpdate>, r#"{"mem_size_mib": 512}"#),
+        body: Some(body(of::<MachineConfigUpdate>, r#"{"mem_size_mib": 512}"#)),
         deprecation: true,
         ..BARE
     },
@@ -156,7 +156,10 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Set the kernel, the initrd and the kernel command line",
         more: "The files are opened now.",
         when: BeforeStart,
-        body: body(of::<BootSource>, r#"{"kernel_image_path": "vmlinux", "boot_args": "console=ttyS0"}"#),
+        body: Some(body(
+            of::<BootSource>,
+            r#"{"kernel_image_path": "vmlinux", "boot_args": "console=ttyS0"}"#,
+        )),
         ..BARE
     },
     Operation {
@@ -165,7 +168,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "putLogger",
         summary: "Configure the monitor's log",
         when: BeforeStart,
-        body: body(of::<Logger>, r#"{"log_path": "vm.log", "level": "Debug"}"#),
+        body: Some(body(of::<Logger>, r#"{"log_path": "vm.log", "level": "Debug"}"#)),
         ..BARE
     },
     Operation {
@@ -175,7 +178,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Set where the output of the serial console goes",
         more: "The file is opened now.",
         when: BeforeStart,
-        body: body(of::<Serial>, r#"{"serial_out_path": "console.log"}"#),
+        body: Some(body(of::<Serial>, r#"{"serial_out_path": "console.log"}"#)),
         ..BARE
     },
     Operation {
@@ -185,10 +188,10 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Add a drive, or replace the one with this id",
         more: "The id in the path and the one in the body must be the same. The disk is opened now.",
         when: BeforeStart,
-        body: body(
+        body: Some(body(
             of::<Drive>,
             r#"{"drive_id": "rootfs", "is_root_device": true, "path_on_host": "rootfs.ext4"}"#,
-        ),
+        )),
         ..BARE
     },
     Operation {
@@ -198,7 +201,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Change the disk, the overlay or the rate limits of a drive",
         more: "Fields that are not given stay. At least one must be given besides the id.",
         when: AfterStart,
-        body: body(of::<DriveUpdate>, r#"{"drive_id": "data", "path_on_host": "other.img"}"#),
+        body: Some(body(of::<DriveUpdate>, r#"{"drive_id": "data", "path_on_host": "other.img"}"#)),
         ..BARE
     },
     Operation {
@@ -208,7 +211,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Add a network interface, or replace the one with this id",
         more: "The id in the path and the one in the body must be the same. The tap is opened now.",
         when: BeforeStart,
-        body: body(of::<NetworkInterface>, r#"{"iface_id": "eth0", "host_dev_name": "tap0"}"#),
+        body: Some(body(of::<NetworkInterface>, r#"{"iface_id": "eth0", "host_dev_name": "tap0"}"#)),
         ..BARE
     },
     Operation {
@@ -217,10 +220,10 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "patchGuestNetworkInterfaceByID",
         summary: "Change the rate limits of a network interface",
         when: AfterStart,
-        body: body(
+        body: Some(body(
             of::<NetworkInterfaceUpdate>,
             r#"{"iface_id": "eth0", "rx_rate_limiter": {"ops": {"size": 1000, "refill_time": 100}}}"#,
-        ),
+        )),
         ..BARE
     },
     Operation {
@@ -229,7 +232,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "putEntropyDevice",
         summary: "Add or replace the entropy device",
         when: BeforeStart,
-        body: body(of::<Entropy>, "{}"),
+        body: Some(body(of::<Entropy>, "{}")),
         ..BARE
     },
     Operation {
@@ -239,7 +242,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Add or replace the vsock device",
         more: "Its sockets are created now.",
         when: BeforeStart,
-        body: body(of::<Vsock>, r#"{"guest_cid": 3, "uds_path": "v.sock"}"#),
+        body: Some(body(of::<Vsock>, r#"{"guest_cid": 3, "uds_path": "v.sock"}"#)),
         deprecation: true,
         ..BARE
     },
@@ -257,7 +260,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "putMmds",
         summary: "Replace the contents of the metadata service",
         more: "After the start, only if the guest can reach the service.",
-        body: body(any_object, r#"{"latest": {"meta-data": {"ami-id": "ami-1"}}}"#),
+        body: Some(body(any_object, r#"{"latest": {"meta-data": {"ami-id": "ami-1"}}}"#)),
         answers: METADATA_DONE,
         ..BARE
     },
@@ -267,7 +270,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "patchMmds",
         summary: "Merge into the contents of the metadata service (RFC 7396)",
         more: "Only after a `PUT`. After the start, only if the guest can reach the service.",
-        body: body(any_object, r#"{"latest": {"meta-data": {"ami-id": null}}}"#),
+        body: Some(body(any_object, r#"{"latest": {"meta-data": {"ami-id": null}}}"#)),
         answers: METADATA_DONE,
         ..BARE
     },
@@ -277,7 +280,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "putMmdsConfig",
         summary: "Set how the guest reaches the metadata service",
         when: BeforeStart,
-        body: body(of::<MmdsConfig>, r#"{"version": "V2", "network_interfaces": ["eth0"]}"#),
+        body: Some(body(of::<MmdsConfig>, r#"{"version": "V2", "network_interfaces": ["eth0"]}"#)),
         deprecation: true,
         ..BARE
     },
@@ -287,7 +290,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "createSyncAction",
         summary: "Start the microVM, or act on the started one",
         more: "`InstanceStart` is possible before the start, the other actions after it.",
-        body: body(of::<Action>, r#"{"action_type": "InstanceStart"}"#),
+        body: Some(body(of::<Action>, r#"{"action_type": "InstanceStart"}"#)),
         ..BARE
     },
     Operation {
@@ -296,7 +299,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "patchVm",
         summary: "Pause or resume the microVM",
         when: AfterStart,
-        body: body(of::<Vm>, r#"{"state": "Paused"}"#),
+        body: Some(body(of::<Vm>, r#"{"state": "Paused"}"#)),
         ..BARE
     },
     Operation {
@@ -306,7 +309,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Save the microVM to two files",
         more: "The microVM must be paused, except for a live snapshot.",
         when: AfterStart,
-        body: body(of::<SnapshotCreate>, r#"{"snapshot_path": "vm.state", "mem_file_path": "vm.mem"}"#),
+        body: Some(body(of::<SnapshotCreate>, r#"{"snapshot_path": "vm.state", "mem_file_path": "vm.mem"}"#)),
         answers: &[
             json(of::<SnapshotJob>, "A live snapshot has begun."),
             Answer { status: "204", description: "The snapshot is complete.", schema: None },
@@ -341,11 +344,11 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         more: "Only as long as nothing has configured a microVM to boot. Exactly one of `mem_backend` and \
                `mem_file_path` must be given.",
         when: BeforeStart,
-        body: body(
+        body: Some(body(
             of::<SnapshotLoad>,
             r#"{"snapshot_path": "vm.state", "mem_backend": {"backend_type": "File", "backend_path": "vm.mem"},
                 "resume_vm": true}"#,
-        ),
+        )),
         deprecation: true,
         ..BARE
     },
@@ -355,7 +358,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "forkMicroVm",
         summary: "Fork the running microVM into children",
         when: AfterStart,
-        body: body(of::<Fork>, r#"{"children": [{"id": "child-1", "api_socket": "child-1.sock"}]}"#),
+        body: Some(body(of::<Fork>, r#"{"children": [{"id": "child-1", "api_socket": "child-1.sock"}]}"#)),
         answers: &[json(of::<ForkOutcome>, "At least one child has started.")],
         extension: true,
         ..BARE
